@@ -1,0 +1,137 @@
+"""Being part of a context: the folder whose control sockets a process may use."""
+
+from __future__ import annotations
+
+import array
+import errno
+import functools
+import os
+import select
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from . import launcher
+from .constants import VMADDR_CID_HOST
+from .limits import REQUEST_TIMEOUT
+from .state_folder import SEQPACKET, STREAM, connect_to, default_folder, require_private
+from .wire import RECORD_SIZE, Flag, Op, ProtocolError, Record, Request
+
+#: Where a container that is a guest finds its context's folder mounted.
+SELF = Path("/run/vsock/self")
+
+
+class Attachment:
+    """A context, as the programs in it know it: by the folder of its control sockets.
+
+    ``folder`` may also be one of the sockets in it.  With ``on_demand`` a missing vsockd is
+    started; that is for the user's own fabric only.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], on_demand: bool = False) -> None:
+        path = Path(folder)
+        self.folder = path.parent if path.name in (STREAM, SEQPACKET) else path
+        self._on_demand = on_demand
+        self._doors = {
+            int(socket.SOCK_STREAM): os.fspath(self.folder / STREAM),
+            int(socket.SOCK_SEQPACKET): os.fspath(self.folder / SEQPACKET),
+        }
+
+    def __repr__(self) -> str:
+        return f"<attachment to {self.folder}>"
+
+    def enter(self, connect: Callable[[str], None], kind: int) -> None:
+        """Call ``connect``, of a unix socket of type ``kind``, with the control socket's path."""
+        door = self._doors[kind]
+        try:
+            connect_to(connect, door)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if not self._on_demand:
+                raise OSError(
+                    errno.ENODEV, f"no vsockd serves {self.folder} (is it running? try: vsock up)"
+                ) from None
+            launcher.start(self.folder.parent)
+            connect_to(connect, door)
+        except BlockingIOError:
+            raise OSError(errno.ENOBUFS, f"vsockd at {self.folder} has too much to do") from None
+
+    def ask(self, request: Request, fd: int | None = None) -> tuple[Record, int | None]:
+        """One question to vsockd on a connection of its own, with a descriptor if need be.
+
+        Returns the answer and the descriptor that came with it.  Raises OSError with the
+        errno vsockd answered.
+        """
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.settimeout(REQUEST_TIMEOUT)
+            self.enter(sock.connect, socket.SOCK_SEQPACKET)
+            ancillary = []
+            if fd is not None:
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            sock.sendmsg([request.encode()], ancillary)
+            data, came, _, _ = sock.recvmsg(
+                RECORD_SIZE, socket.CMSG_LEN(array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+            )
+            record = understand(data)
+            return record, descriptor_in(came)
+
+    @functools.cached_property
+    def cid(self) -> int:
+        """The context's CID."""
+        return self.ask(Request(Op.LOCAL_CID))[0].local_cid
+
+    def is_trusted(self) -> bool:
+        """Whether this process's endpoints are trusted ones (guide page 24)."""
+        return bool(self.ask(Request(Op.LOCAL_CID))[0].flags & Flag.TRUSTED)
+
+
+def understand(data: bytes) -> Record:
+    """Decode vsockd's answer; raises the OSError it stands for."""
+    if not data:
+        raise OSError(errno.ENETDOWN, "vsockd has closed the connection")
+    try:
+        record = Record.decode(data)
+    except ProtocolError as error:
+        raise OSError(errno.EPROTO, f"vsockd and this library do not match: {error}") from None
+    if record.status:
+        raise OSError(record.status, os.strerror(record.status))
+    return record
+
+
+def descriptor_in(ancillary: list[tuple[int, int, bytes]]) -> int | None:
+    """The descriptor in a received ancillary message, if there is one."""
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors = array.array("i")
+            descriptors.frombytes(data[: descriptors.itemsize])
+            return descriptors[0]
+    return None
+
+
+def wait_readable(fd: int, seconds: float | None) -> bool:
+    """Whether ``fd`` becomes readable within ``seconds``."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
+
+
+@functools.cache
+def current() -> Attachment:
+    """The context this process belongs to.
+
+    ``VSOCKETS_CONTEXT`` if set, else the folder mounted at ``/run/vsock/self``, else the host
+    of the user's own fabric, which is started when it is first needed.
+    """
+    transport = os.environ.get("VSOCKETS_TRANSPORT", "auto")
+    if transport not in ("fabric", "auto"):
+        raise OSError(
+            errno.EAFNOSUPPORT, f"VSOCKETS_TRANSPORT={transport}: this version has fabric only"
+        )
+    configured = os.environ.get("VSOCKETS_CONTEXT")
+    if configured:
+        return Attachment(configured)
+    if SELF.is_dir():
+        return Attachment(SELF)
+    folder = default_folder()
+    if folder.exists():
+        require_private(folder)
+    return Attachment(folder / str(VMADDR_CID_HOST), on_demand=True)

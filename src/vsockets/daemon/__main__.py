@@ -1,0 +1,83 @@
+"""The ``vsockd`` program."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+
+from ..state_folder import LOG, default_folder
+from .vsockd import AlreadyRunning, Vsockd
+
+
+def main() -> int:
+    """Run until SIGTERM; returns the exit status: 75 (EX_TEMPFAIL) when another vsockd runs."""
+    parser = argparse.ArgumentParser(prog="vsockd", description=__doc__)
+    parser.add_argument(
+        "--dir", type=Path, default=default_folder(), help="the state folder (%(default)s)"
+    )
+    parser.add_argument(
+        "--background", action="store_true", help="return when vsockd serves in the background"
+    )
+    parser.add_argument(
+        "--ready-fd", type=int, metavar="FD", help="write a line to this descriptor when ready"
+    )
+    parser.add_argument(
+        "--log-level", default="warning", choices=["debug", "info", "warning", "error"]
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(
+        level=arguments.log_level.upper(), format="vsockd: %(levelname)s: %(message)s"
+    )
+    try:
+        vsockd = Vsockd(arguments.dir)
+    except AlreadyRunning as error:
+        print(f"vsockd: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
+    except OSError as error:
+        print(f"vsockd: cannot start in {arguments.dir}: {error}", file=sys.stderr)
+        return 1
+    if arguments.background and not _detach(vsockd.folder / LOG):
+        return 0  # in the program's own process; vsockd goes on in another
+    # Nothing made so far will ever be garbage, and what requests make has no cycles.
+    gc.freeze()
+    gc.set_threshold(50_000)
+    _announce_ready(arguments.ready_fd)
+    vsockd.run()
+    return 0
+
+
+def _detach(log: Path) -> bool:
+    """Go on in a process of our own, with ``log`` for standard output and error.
+
+    Returns True in the new process, False in the old one.
+    """
+    if os.fork():
+        return False
+    os.setsid()
+    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    for number, fd in enumerate((null, sink, sink)):
+        os.dup2(fd, number)
+    os.close(null)
+    os.close(sink)
+    return True
+
+
+def _announce_ready(ready_fd: int | None) -> None:
+    if ready_fd is not None:
+        os.write(ready_fd, b"ready\n")
+        os.close(ready_fd)
+    notify = os.environ.pop("NOTIFY_SOCKET", "")
+    if notify:  # sd_notify(3)
+        address = "\0" + notify[1:] if notify[0] == "@" else notify
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.sendto(b"READY=1", address)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

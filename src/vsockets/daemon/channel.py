@@ -1,0 +1,132 @@
+"""A connection to vsockd, and what may be written on it."""
+
+from __future__ import annotations
+
+import _socket
+import array
+import errno
+import fcntl
+import struct
+from socket import (
+    CMSG_LEN,
+    MSG_CMSG_CLOEXEC,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    SCM_RIGHTS,
+    SO_SNDBUF,
+    SOL_SOCKET,
+    socketpair,
+)
+from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not yet read
+
+from ..fabric import Context, Credentials, Endpoint, Kind
+from ..wire import PADDING, RECORD_SIZE, Record
+
+_FD = struct.Struct("i")
+_SEND = MSG_DONTWAIT | MSG_NOSIGNAL
+
+
+class Channel:
+    """One program's socket, seen from vsockd's end of it."""
+
+    __slots__ = (
+        "_announced",
+        "_capacity",
+        "context",
+        "endpoint",
+        "kind",
+        "owner",
+        "silent",
+        "sock",
+    )
+
+    def __init__(
+        self, sock: _socket.socket, context: Context, kind: Kind, owner: Credentials
+    ) -> None:
+        self.sock = sock
+        self.context = context
+        self.kind = kind
+        self.owner = owner
+        self.endpoint: Endpoint | None = None
+        self.silent = True  # nothing was read from it yet
+        self._announced = 0
+        self._capacity = 0
+
+    def send(self, record: Record) -> None:
+        """Write an answer.  A program that reads nothing loses its answer, nothing else."""
+        try:
+            self.sock.send(record.encode(), _SEND)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET):
+                raise
+
+    def send_descriptor(self, record: Record, fd: int) -> None:
+        """Write an answer with a descriptor."""
+        self.sock.sendmsg((record.encode(),), ((SOL_SOCKET, SCM_RIGHTS, _FD.pack(fd)),), _SEND)
+
+    # A listening socket
+
+    def prepare_backlog(self, backlog: int) -> int:
+        """Get room for ``backlog`` announcements; returns how many there is room for."""
+        wanted = (backlog + 2) * ANNOUNCEMENT_COST
+        if self.sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < wanted:
+            self.sock.setsockopt(SOL_SOCKET, SO_SNDBUF, wanted)
+        room = self.sock.getsockopt(SOL_SOCKET, SO_SNDBUF) // ANNOUNCEMENT_COST - 1
+        self._capacity = max(0, min(backlog, room))
+        return self._capacity
+
+    def has_room(self) -> bool:
+        """Whether the program may be sent another connection, within its backlog.
+
+        The kernel knows how much of what was announced the program has taken; it is asked only
+        when the count since the last asking reaches the backlog.
+        """
+        if self._announced > self._capacity:
+            self._announced = _unread(self.sock.fileno()) // ANNOUNCEMENT_COST
+        return self._announced <= self._capacity
+
+    def announce(self, record: Record, fd: int) -> None:
+        """Tell a listening program of a new connection, and give it the descriptor."""
+        self.send_descriptor(record, fd)
+        self._announced += 1
+
+
+def consume(sock: _socket.socket, kind: Kind, polling: bool) -> None:
+    """Take what is left of a request off ``sock``; its sender's socket becomes writable."""
+    try:
+        if kind is Kind.SEQPACKET:  # requests there are peeked at: a message is read whole
+            sock.recv(1, MSG_DONTWAIT)
+        elif polling:  # request and padding were one write: it is all here
+            sock.recv(len(PADDING), MSG_DONTWAIT)
+    except BlockingIOError:
+        pass  # there was no more, or it was taken with a descriptor
+
+
+def receive_with_descriptor(sock: _socket.socket) -> int | None:
+    """Take a message off a packet socket; returns the descriptor that came with it, if any.
+
+    There is room for one: the kernel drops the rest, unseen.
+    """
+    _, ancillary, _, _ = sock.recvmsg(1, CMSG_LEN(_FD.size), MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+    for level, kind, data in ancillary:
+        if level == SOL_SOCKET and kind == SCM_RIGHTS and len(data) >= _FD.size:
+            fd: int = _FD.unpack_from(data)[0]
+            return fd
+    return None
+
+
+def _unread(fd: int) -> int:
+    answer = array.array("i", [0])
+    fcntl.ioctl(fd, TIOCOUTQ, answer)
+    return answer[0]
+
+
+def _announcement_cost() -> int:
+    """What the kernel charges for one announcement, in bytes of send buffer."""
+    ours, theirs = socketpair()
+    with ours, theirs:
+        ours.sendmsg((bytes(RECORD_SIZE),), ((SOL_SOCKET, SCM_RIGHTS, _FD.pack(ours.fileno())),))
+        return _unread(ours.fileno())
+
+
+ANNOUNCEMENT_COST = _announcement_cost()

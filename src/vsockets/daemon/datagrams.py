@@ -1,0 +1,150 @@
+"""Datagram sockets: whose they are, and the routes between them.
+
+A program's datagram socket is bound here to a name in a folder only vsockd enters, and the
+name is unlinked.  From then on nobody but vsockd can connect anything to that socket.  To
+send, a program gets a *route*: a socket vsockd made, bound to a name that spells the sender's
+address, and connected to the destination.  The receiver reads that name from the kernel with
+each datagram, so the source it sees is the true one, and no datagram passes through vsockd.
+
+vsockd keeps a duplicate of every route: shutting it down takes the route away from the
+program, which a port needs before it can be given to somebody else.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import socket
+from dataclasses import dataclass, field
+from itertools import count
+from socket import AF_UNIX, SHUT_RDWR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
+
+from ..fabric import Context, Endpoint, Fabric, Refused
+from ..limits import DATAGRAM_ROUTES
+from ..wire import encode_source
+
+_SO_COOKIE = 57
+
+
+def cookie_of(sock: _socket.socket) -> int:
+    """The kernel's number for a socket; never used twice."""
+    return int.from_bytes(sock.getsockopt(SOL_SOCKET, _SO_COOKIE, 8), "little")
+
+
+@dataclass(slots=True, eq=False)
+class DatagramSocket:
+    """What vsockd holds of a program's datagram socket: not the socket, only ways to it."""
+
+    node: int  #: an O_PATH descriptor of the name it was bound to
+    routes: dict[tuple[int, int], _socket.socket] = field(default_factory=dict)
+
+    def connect(self, sock: _socket.socket) -> None:
+        """Connect ``sock`` to the program's socket.  ECONNREFUSED once that is gone."""
+        sock.connect(f"/proc/self/fd/{self.node}")
+
+    def is_open(self) -> bool:
+        """Whether anybody still has the program's socket open."""
+        with socket.socket(AF_UNIX, SOCK_STREAM) as probe:
+            try:
+                self.connect(probe)
+            except OSError as error:
+                # The kernel looks the socket up first and minds the type second.
+                return error.errno == errno.EPROTOTYPE
+        return True
+
+    def close(self) -> None:
+        """Take back every route from this socket."""
+        for route in self.routes.values():
+            revoke(route)
+        self.routes.clear()
+        os.close(self.node)
+
+
+def revoke(route: _socket.socket) -> None:
+    """Nothing can be sent on ``route`` any more, whoever has it."""
+    route.shutdown(SHUT_RDWR)
+    route.close()
+
+
+class Datagrams:
+    """All datagram sockets.  The current directory must be the folder only vsockd enters."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+        self._by_cookie: dict[int, Endpoint] = {}
+        self._unswept = 0
+        self._names = count(1)
+
+    def __len__(self) -> int:
+        return len(self._by_cookie)
+
+    def adopt(self, endpoint: Endpoint, sock: _socket.socket) -> None:
+        """Make ``sock`` the socket of ``endpoint``; Refused with EINVAL if it has a name."""
+        self._sweep_sometimes()
+        name = f"{endpoint.cid}.{endpoint.port}.{next(self._names)}"
+        try:
+            sock.bind(name)
+        except OSError as error:
+            raise Refused(errno.EINVAL, f"the datagram socket cannot be bound: {error}") from None
+        endpoint.handle = DatagramSocket(os.open(name, os.O_PATH | os.O_CLOEXEC))
+        os.unlink(name)
+        endpoint.cookie = cookie_of(sock)
+        self._by_cookie[endpoint.cookie] = endpoint
+
+    def find(self, context: Context, cookie: int) -> Endpoint | None:
+        """The endpoint of a socket of ``context``, by the kernel's cookie for it."""
+        endpoint = self._by_cookie.get(cookie)
+        return endpoint if endpoint is not None and endpoint.context is context else None
+
+    def route(self, source: Endpoint, destination: Endpoint) -> _socket.socket:
+        """A socket that sends from ``source`` to ``destination``; ours to keep."""
+        routes = _socket_of(source).routes
+        old = routes.pop(destination.address, None)
+        if old is not None:
+            revoke(old)
+        route = _socket.socket(AF_UNIX, SOCK_DGRAM)
+        try:
+            route.bind(encode_source(source.address, next(self._names)))
+            _socket_of(destination).connect(route)
+        except OSError as error:
+            route.close()
+            if error.errno != errno.ECONNREFUSED:
+                raise
+            self.release(destination)
+            raise Refused(errno.ECONNREFUSED, "the datagram socket has just gone") from None
+        if len(routes) >= DATAGRAM_ROUTES:
+            revoke(routes.pop(next(iter(routes))))
+        routes[destination.address] = route
+        return route
+
+    def is_open(self, endpoint: Endpoint) -> bool:
+        """Whether the program's socket is still there; if not, it is released."""
+        if _socket_of(endpoint).is_open():
+            return True
+        self.release(endpoint)
+        return False
+
+    def release(self, endpoint: Endpoint) -> None:
+        """The socket is gone: its port is free, and nothing can be sent from it."""
+        del self._by_cookie[endpoint.cookie]
+        _socket_of(endpoint).close()
+        self._fabric.unbind(endpoint)
+
+    def sweep(self) -> None:
+        """Release every socket that is gone."""
+        self._unswept = 0
+        for endpoint in list(self._by_cookie.values()):
+            self.is_open(endpoint)
+
+    def _sweep_sometimes(self) -> None:
+        # The kernel does not say when a datagram socket is closed, so vsockd looks: as often
+        # as the number of sockets has doubled, which makes it a constant cost for each.
+        self._unswept += 1
+        if self._unswept > len(self._by_cookie) // 2 + 16:
+            self.sweep()
+
+
+def _socket_of(endpoint: Endpoint) -> DatagramSocket:
+    assert isinstance(endpoint.handle, DatagramSocket)
+    return endpoint.handle

@@ -1,0 +1,66 @@
+"""Knowing when a stream ends without holding it open.
+
+vsockd must not keep a descriptor of a stream it brokered: the peers would never see its end.
+But an epoll registration outlives the descriptor it was made with for as long as *somebody*
+has the socket open, and it holds nothing open itself.  So each brokered stream is registered
+here, in an epoll that is asked only now and then:
+
+- the connecting side closed: the kernel reports EPOLLHUP for the accepting side's socket;
+- the accepting side closed: the registration is gone from ``/proc/self/fdinfo``, which lists
+  what an epoll watches, and also the socket's inode.
+
+It works across network and pid namespaces, and whoever holds the socket by then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import select
+
+_EPOLL_CTL_ADD = 1
+_ENTRY = re.compile(rb"data:\s*([0-9a-f]+)\s+pos:\s*\d+\s+ino:([0-9a-f]+)")
+
+
+class _EpollEvent(ctypes.Structure):
+    # The kernel packs it on x86-64 only, for its 32-bit programs' sake.
+    if platform.machine() in ("x86_64", "AMD64"):
+        _pack_ = 1
+    _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_uint64))
+
+
+# The standard library's epoll reports descriptor numbers, and ours are closed and reused;
+# epoll_ctl(2) itself takes any number to report.
+_epoll_ctl = ctypes.CDLL(None, use_errno=True).epoll_ctl
+
+
+class StreamWatch:
+    """The streams that were brokered, by their connections' numbers."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._fd = self._epoll.fileno()
+        self._event = _EpollEvent(select.EPOLLET, 0)  # EPOLLHUP is always reported
+        self._event_at = ctypes.byref(self._event)
+
+    def add(self, fd: int, number: int) -> None:
+        """Watch the stream that ``fd`` is one end of.  ``number`` fits 31 bits."""
+        self._event.data = number
+        if _epoll_ctl(self._fd, _EPOLL_CTL_ADD, fd, self._event_at) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    def hung_up(self) -> list[int]:
+        """The streams whose connecting side has closed since the last call."""
+        return [number for number, _ in self._epoll.poll(0, 4096)]
+
+    def present(self) -> dict[int, int]:
+        """The streams whose accepting side somebody still has open, and its inode.
+
+        Costs a read proportional to the number of streams.
+        """
+        with open(f"/proc/self/fdinfo/{self._fd}", "rb") as entries:
+            found = _ENTRY.findall(entries.read())
+        return {int(number, 16): int(inode, 16) for number, inode in found}

@@ -1,0 +1,92 @@
+"""Contexts: the virtual machines, and the host, as the fabric sees them."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
+from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
+from .endpoint import Connection, Endpoint
+from .errors import Refused
+from .ports import Ports
+
+
+class Context:
+    """One context: its CID, and the ports its endpoints hold."""
+
+    __slots__ = ("cid", "connected", "datagrams", "leased", "name", "owner")
+
+    def __init__(self, cid: int, name: str, owner: int, leased: bool = False) -> None:
+        self.cid = cid
+        self.name = name
+        self.owner = owner  #: the user id that owns the virtual machine
+        self.leased = leased  #: ends with the lease that made it
+        #: stream and seqpacket ports: bound endpoints, and the ports of connecting sockets
+        self.connected: Ports[Endpoint | Connection] = Ports()
+        self.datagrams: Ports[Endpoint] = Ports()
+
+    @property
+    def is_guest(self) -> bool:
+        """Whether this is a virtual machine, rather than the host or its hypervisor."""
+        return self.cid >= FIRST_GUEST_CID
+
+    def __repr__(self) -> str:
+        return f"<context {self.cid} {self.name!r}>"
+
+
+class Contexts:
+    """The contexts that are running.  CIDs are unique, and leased without a race."""
+
+    def __init__(self, owner: int) -> None:
+        self._by_cid: dict[int, Context] = {}
+        self._next = FIRST_GUEST_CID
+        self.hypervisor = self._put(Context(VMADDR_CID_HYPERVISOR, "hypervisor", owner))
+        self.host = self._put(Context(VMADDR_CID_HOST, "host", owner))
+
+    def __len__(self) -> int:
+        return len(self._by_cid)
+
+    def __iter__(self) -> Iterator[Context]:
+        return iter(self._by_cid.values())
+
+    def get(self, cid: int) -> Context | None:
+        """The context with this CID, if it runs."""
+        return self._by_cid.get(cid)
+
+    def add(self, cid: int | None, name: str, owner: int, leased: bool = False) -> Context:
+        """Start a guest.  Without a CID it gets a free one: the next that was not used lately.
+
+        Refused with EINVAL (not a guest's CID) or EEXIST (in use).
+        """
+        if cid is None:
+            cid = self._free_cid()
+        elif not FIRST_GUEST_CID <= cid <= LAST_GUEST_CID:
+            raise Refused(
+                errno.EINVAL,
+                f"CID {cid} is not a guest's: expected {FIRST_GUEST_CID} to {LAST_GUEST_CID}",
+            )
+        elif cid in self._by_cid:
+            raise Refused(errno.EEXIST, f"context {cid} exists")
+        return self._put(Context(cid, name or f"guest-{cid}", owner, leased))
+
+    def remove(self, cid: int) -> Context:
+        """Stop a guest.  Refused with ENOENT or, for the host, EINVAL."""
+        context = self._by_cid.get(cid)
+        if context is None:
+            raise Refused(errno.ENOENT, f"no context {cid}")
+        if not context.is_guest:
+            raise Refused(errno.EINVAL, f"context {cid} is the {context.name}: it cannot be removed")
+        del self._by_cid[cid]
+        return context
+
+    def _put(self, context: Context) -> Context:
+        self._by_cid[context.cid] = context
+        return context
+
+    def _free_cid(self) -> int:
+        while self._next in self._by_cid:
+            self._next = self._next + 1 if self._next < LAST_GUEST_CID else FIRST_GUEST_CID
+        cid = self._next
+        self._next = cid + 1 if cid < LAST_GUEST_CID else FIRST_GUEST_CID
+        return cid

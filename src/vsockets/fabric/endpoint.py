@@ -1,0 +1,67 @@
+"""Endpoints and the connections between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..buffers import BufferSizes
+
+if TYPE_CHECKING:
+    from .context import Context
+
+
+class Kind(Enum):
+    """The socket types.  The value is how people see them."""
+
+    STREAM = "stream"
+    SEQPACKET = "seqpacket"
+    DATAGRAM = "dgram"
+
+
+class Credentials(NamedTuple):
+    """Who a process is, as the kernel says it."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+@dataclass(slots=True, eq=False)
+class Endpoint:
+    """A socket that holds a port: bound, perhaps listening."""
+
+    kind: Kind
+    context: Context
+    cid: int  #: the context's CID, or VMADDR_CID_LOCAL for one that serves its own context only
+    port: int
+    owner: Credentials
+    cookie: int = 0
+    handle: object = None  #: what vsockd reaches the socket by; the fabric never looks inside
+    listening: bool = False
+    backlog: int = 0
+    sizes: BufferSizes = field(default_factory=BufferSizes)
+
+    @property
+    def address(self) -> tuple[int, int]:
+        """``(cid, port)`` as getsockname() shows it."""
+        return self.cid, self.port
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """An established stream.  vsockd knows of it, and is not in it."""
+
+    number: int
+    kind: Kind
+    context: Context  #: the connecting side's
+    local: tuple[int, int]  #: the connecting side's address
+    peer_context: Context
+    peer: tuple[int, int]  #: the accepting side's address
+    size: int  #: the buffer size both sides agreed on, in bytes
+    owner: Credentials  #: the connecting process
+    peer_owner: Credentials  #: the listening process
+    sizes: BufferSizes  #: the connecting side's, after the negotiation
+    peer_sizes: BufferSizes
+    cookie: int = 0

@@ -1,0 +1,47 @@
+"""Making the standard ``socket`` module use vSockets for AF_VSOCK."""
+
+from __future__ import annotations
+
+import socket as stdlib
+from typing import Any
+
+from . import constants
+from .constants import AF_VSOCK
+from .socket import socket
+
+_original = stdlib.socket
+
+
+class _Dispatch(type):
+    """Calling the class makes a vSockets socket for AF_VSOCK, else what it always made."""
+
+    def __call__(cls, family: int = -1, *args: Any, **kwargs: Any) -> Any:
+        if cls is not Socket:  # somebody's subclass of socket.socket
+            return super().__call__(family, *args, **kwargs)
+        made = socket if family == AF_VSOCK else _original
+        return made(family, *args, **kwargs)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _original) if cls is Socket else super().__instancecheck__(instance)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, _original) if cls is Socket else super().__subclasscheck__(subclass)
+
+
+class Socket(_original, metaclass=_Dispatch):
+    """What ``socket.socket`` is after :func:`install`."""
+
+    __slots__ = ()
+
+
+def install() -> None:
+    """From now on ``socket.socket(socket.AF_VSOCK, …)`` is a vSockets socket.
+
+    Every pure-Python program then uses vSockets unchanged.  Modules that took the class itself
+    (``from socket import socket``) before the call keep the old one.  Calling it again does
+    nothing.
+    """
+    stdlib.socket = Socket  # type: ignore[misc]
+    for name in vars(constants):
+        if name.startswith(("AF_VSOCK", "SO_VM_SOCKETS_", "VMADDR_")) and not hasattr(stdlib, name):
+            setattr(stdlib, name, getattr(constants, name))

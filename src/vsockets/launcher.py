@@ -1,0 +1,44 @@
+"""Starting a vsockd for whoever needs one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from .state_folder import LOG
+
+#: How long a vsockd may take to come up, in seconds; it takes a tenth of one.
+_PATIENCE = 20.0
+
+
+def start(folder: Path) -> bool:
+    """Start vsockd in the background; it serves when this returns.
+
+    Returns False when one was running in ``folder`` already.  Raises OSError when it cannot
+    start, with what it had to say.
+    """
+    # Without the environment's context: the new vsockd is nobody's guest.
+    environment = {k: v for k, v in os.environ.items() if k != "VSOCKETS_CONTEXT"}
+    package_root = str(Path(__file__).parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (package_root, os.environ.get("PYTHONPATH")))
+    )
+    finished = subprocess.run(
+        [sys.executable, "-m", "vsockets.daemon", "--background", "--dir", os.fspath(folder)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=_PATIENCE,
+        check=False,
+    )
+    if finished.returncode == os.EX_TEMPFAIL:
+        return False
+    if finished.returncode:
+        complaint = finished.stderr.strip() or f"see {folder / LOG}"
+        raise OSError(errno.ENODEV, f"cannot start vsockd: {complaint}")
+    return True

@@ -1,0 +1,33 @@
+"""Every limit of the product in one place, each with its reason."""
+
+#: A VMCI datagram is at most 17 pages, its 24-byte header included; what is
+#: left is the largest payload a datagram vSocket carries (EMSGSIZE above it).
+MAX_DATAGRAM = 17 * 4096 - 24
+
+#: Buffer sizes of the guide, page 14, in bytes.
+DEFAULT_BUFFER_SIZE = 65_536
+DEFAULT_BUFFER_MIN_SIZE = 128
+DEFAULT_BUFFER_MAX_SIZE = 262_144
+
+#: How long connect() waits for the other side, in seconds (as Linux does).
+CONNECT_TIMEOUT = 2.0
+
+#: How long a program waits for vsockd to answer anything else, in seconds.
+#: vsockd answers in microseconds; only a stopped or dead one takes longer.
+REQUEST_TIMEOUT = 10.0
+
+#: How long vsockd lets a client hold a connection on which it says nothing, in
+#: seconds.  The library's request is in the socket before vsockd looks.
+SILENT_CLIENT = 10.0
+
+#: Connections waiting in vsockd's own door: what Linux allows by default
+#: (net.core.somaxconn).
+CONTROL_BACKLOG = 4096
+
+#: Datagram destinations one socket keeps open.  Each is a descriptor in the
+#: program and one in vsockd; a service that answers more peers than this
+#: pays one request to vsockd when a forgotten peer comes back.
+DATAGRAM_ROUTES = 256
+
+#: Bytes of one request on the administrator's socket: far above any of them.
+CONTROL_REQUEST = 65_536

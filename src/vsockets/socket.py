@@ -1,0 +1,353 @@
+"""The Berkeley socket of vSockets: a drop-in for ``socket.socket`` with AF_VSOCK.
+
+What is the same for every transport and type is here: construction, addresses, options.
+What a socket does with data is its *behaviour*, a class of a transport; a socket changes
+its class when it is made, and again when a stream is established, so that an established
+stream's ``send`` and ``recv`` are the C methods of the standard library and cost not one
+instruction more.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import functools
+import os
+import socket as stdlib
+import struct
+from socket import SO_DOMAIN, SO_ERROR, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET
+from typing import Any, NamedTuple
+
+from .attachment import Attachment, current
+from .buffers import BufferSizes
+from .constants import (
+    AF_VSOCK,
+    SO_VM_SOCKETS_BUFFER_MAX_SIZE,
+    SO_VM_SOCKETS_BUFFER_MIN_SIZE,
+    SO_VM_SOCKETS_BUFFER_SIZE,
+    SO_VM_SOCKETS_CONNECT_TIMEOUT_NEW,
+    SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD,
+    SO_VM_SOCKETS_PEER_HOST_VM_ID,
+    SO_VM_SOCKETS_TRUSTED,
+    VMADDR_CID_ANY,
+    VMADDR_PORT_ANY,
+)
+from .limits import CONNECT_TIMEOUT
+
+UNBOUND = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
+
+_U64 = struct.Struct("=Q")
+_TIMEVAL = struct.Struct("=qq")
+_UCRED = struct.Struct("iII")
+_TIMEOUTS = (SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD, SO_VM_SOCKETS_CONNECT_TIMEOUT_NEW)
+
+
+class Phase(enum.Enum):
+    """Where in its life a socket is."""
+
+    NEW = enum.auto()
+    BOUND = enum.auto()
+    LISTENING = enum.auto()
+    CONNECTING = enum.auto()
+    CONNECTED = enum.auto()
+
+
+class PeerCredentials(NamedTuple):
+    """The process at the other end, as the kernel told vsockd; a CID alone proves no user."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def error(code: int, why: str = "") -> OSError:
+    """An OSError whose text says what was wrong, and why if that is not obvious."""
+    text = os.strerror(code)
+    return OSError(code, f"{text}: {why}" if why else text)
+
+
+class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
+    """A vSockets endpoint.
+
+    ``family``, ``type``, ``proto`` and ``fileno`` are those of ``socket.socket``; ``type`` is
+    SOCK_STREAM, SOCK_SEQPACKET or SOCK_DGRAM.  ``context`` is what :func:`vsockets.attach`
+    returned, by default the context the process belongs to.  Addresses are ``(cid, port)``.
+
+    Raises OSError with EAFNOSUPPORT, ESOCKTNOSUPPORT or EPROTONOSUPPORT as Linux does.
+    """
+
+    __slots__ = (
+        "_attachment",
+        "_buffers",
+        "_connect_timeout",
+        "_entered",
+        "_ignored",
+        "_local",
+        "_pace",
+        "_peer",
+        "_peer_credentials",
+        "_phase",
+        "_routes",
+        "_sources",
+    )
+
+    _attachment: Attachment | None
+    _buffers: BufferSizes
+    _connect_timeout: float
+    _entered: bool
+    _ignored: dict[tuple[int, int], Any] | None
+    _local: tuple[int, int]
+    _pace: int
+    _peer: tuple[int, int] | None
+    _peer_credentials: PeerCredentials | None
+    _phase: Phase
+    _routes: dict[tuple[int, int], stdlib.socket]
+    _sources: dict[object, tuple[int, int]]
+
+    def __init__(
+        self,
+        family: int = AF_VSOCK,
+        type: int = stdlib.SOCK_STREAM,  # noqa: A002 - the standard library's name
+        proto: int = 0,
+        fileno: int | None = None,
+        *,
+        context: Attachment | None = None,
+    ) -> None:
+        if family not in (AF_VSOCK, -1):
+            raise error(errno.EAFNOSUPPORT, f"family {family}: expected AF_VSOCK ({AF_VSOCK})")
+        if proto not in (0, -1, AF_VSOCK):
+            raise error(errno.EPROTONOSUPPORT, f"protocol {proto}: expected 0")
+        if type == -1:
+            type = stdlib.SOCK_STREAM if fileno is None else _type_of(fileno)  # noqa: A001
+        plain_type = type & ~(SOCK_NONBLOCK | SOCK_CLOEXEC)
+        behaviour = BEHAVIOURS.get(plain_type)
+        if behaviour is None:
+            raise error(
+                errno.ESOCKTNOSUPPORT,
+                f"type {type}: expected SOCK_STREAM, SOCK_SEQPACKET or SOCK_DGRAM",
+            )
+        super().__init__(stdlib.AF_UNIX, type, 0, fileno)
+        self._attachment = context
+        self._buffers = _DEFAULT_BUFFERS
+        self._connect_timeout = CONNECT_TIMEOUT
+        self._entered = False
+        self._ignored = None
+        self._local = UNBOUND
+        self._pace = 0
+        self._peer = None
+        self._peer_credentials = None
+        self._phase = Phase.NEW
+        become(self, behaviour)
+        self._begin()
+        if fileno is not None:
+            self._recover()
+
+    def __repr__(self) -> str:
+        kind = _KIND_NAMES.get(self.type, self.type)
+        peer = f" peer={self._peer}" if self._peer else ""
+        return f"<vsockets.socket fd={self.fileno()} {kind} local={self._local}{peer}>"
+
+    # Addresses
+
+    @property
+    def family(self) -> int:  # type: ignore[override]  # the C field says AF_UNIX
+        """AF_VSOCK, as in the standard library where that knows it."""
+        return _FAMILY
+
+    def getsockname(self) -> tuple[int, int]:
+        """The local ``(cid, port)``; both wildcards while the socket is not bound."""
+        return self._local
+
+    def getpeername(self) -> tuple[int, int]:
+        """The peer's ``(cid, port)``; OSError ENOTCONN while there is none."""
+        if self._peer is None:
+            raise error(errno.ENOTCONN)
+        return self._peer
+
+    def peer_credentials(self) -> PeerCredentials:
+        """The process that connected, or that listened, at the other end.
+
+        OSError ENOTCONN while there is no peer or nothing is known of it.
+        """
+        if self._peer_credentials is None:
+            raise error(errno.ENOTCONN)
+        return self._peer_credentials
+
+    # Options
+
+    def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None) -> None:  # type: ignore[override]
+        """As ``socket.setsockopt``.  The vSockets options have level AF_VSOCK and take an
+        integer (or eight bytes); options of other families are accepted and ignored.
+        """
+        if level == AF_VSOCK:
+            self._set_vsock_option(optname, value)
+        elif level != SOL_SOCKET:
+            if self._ignored is None:
+                self._ignored = {}
+            self._ignored[level, optname] = value
+        elif optlen is None:
+            super().setsockopt(level, optname, value)
+        else:
+            super().setsockopt(level, optname, value, optlen)
+
+    def getsockopt(self, level: int, optname: int, buflen: int = 0) -> Any:  # type: ignore[override]
+        """As ``socket.getsockopt``: an integer, or bytes when ``buflen`` is given.
+
+        An ignored option reads as what it was set to, else 0.
+        """
+        if level == AF_VSOCK:
+            return self._get_vsock_option(optname, buflen)
+        if level != SOL_SOCKET:
+            value = (self._ignored or {}).get((level, optname), 0)
+            return int(value).to_bytes(4, "little")[:buflen] if buflen and value == 0 else value
+        if optname == SO_DOMAIN:
+            return _as_asked(AF_VSOCK, buflen)
+        if optname == stdlib.SO_ACCEPTCONN:
+            return _as_asked(int(self._phase is Phase.LISTENING), buflen)
+        if optname == SO_ERROR:
+            return _as_asked(self._pending_error(), buflen)
+        if optname == SO_PEERCRED:
+            return _UCRED.pack(*(self._peer_credentials or (0, 0xFFFFFFFF, 0xFFFFFFFF)))
+        return super().getsockopt(level, optname, buflen) if buflen else super().getsockopt(level, optname)
+
+    def _set_vsock_option(self, optname: int, value: Any) -> None:
+        if optname in _TIMEOUTS:
+            self._connect_timeout = _seconds(value)
+        elif optname in _CHANGE_BUFFERS:
+            self._buffers = _CHANGE_BUFFERS[optname](self._buffers, _u64(value))
+            self._buffers_changed()
+        else:
+            raise error(errno.ENOPROTOOPT, f"vSockets option {optname} cannot be set")
+
+    def _get_vsock_option(self, optname: int, buflen: int) -> Any:
+        if optname in _TIMEOUTS:
+            whole = int(self._connect_timeout)
+            return _TIMEVAL.pack(whole, round((self._connect_timeout - whole) * 1e6))
+        if optname == SO_VM_SOCKETS_BUFFER_SIZE:
+            number = self._buffers.size
+        elif optname == SO_VM_SOCKETS_BUFFER_MIN_SIZE:
+            number = self._buffers.minimum
+        elif optname == SO_VM_SOCKETS_BUFFER_MAX_SIZE:
+            number = self._buffers.maximum
+        elif optname == SO_VM_SOCKETS_PEER_HOST_VM_ID:
+            number = self.getpeername()[0]
+        elif optname == SO_VM_SOCKETS_TRUSTED:
+            number = int(self._is_trusted())
+        else:
+            raise error(errno.ENOPROTOOPT, f"there is no vSockets option {optname}")
+        return _U64.pack(number)[:buflen] if buflen else number
+
+    # What behaviours share
+
+    @property
+    def _context(self) -> Attachment:
+        """The context this socket is in."""
+        if self._attachment is None:
+            self._attachment = current()
+        return self._attachment
+
+    def _is_trusted(self) -> bool:
+        return self._context.is_trusted()
+
+    # What a behaviour provides beside the Berkeley calls
+
+    def _begin(self) -> None:
+        """Set up what only this behaviour has."""
+
+    def _recover(self) -> None:
+        """Find out what a descriptor that came from elsewhere is."""
+        raise NotImplementedError
+
+    def _pending_error(self) -> int:
+        """SO_ERROR: 0, or the errno of a connect that failed since it was last asked."""
+        return 0
+
+    def _buffers_changed(self) -> None:
+        """The program has set new buffer sizes."""
+
+    # The rest
+
+    def dup(self) -> socket:
+        """A second socket object, on a duplicate of the descriptor, for the same endpoint."""
+        twin = self.__class__.__new__(self.__class__)
+        stdlib.socket.__init__(
+            twin, stdlib.AF_UNIX, self.type, 0, stdlib.dup(self.fileno())  # type: ignore[attr-defined]
+        )
+        for name in socket.__slots__:
+            if hasattr(self, name):
+                setattr(twin, name, getattr(self, name))
+        twin.settimeout(self.gettimeout())
+        return twin
+
+
+#: The behaviour of a new socket, by its type; transports enter theirs.
+BEHAVIOURS: dict[int, type[socket]] = {}
+
+_KIND_NAMES = {
+    int(stdlib.SOCK_STREAM): "stream",
+    int(stdlib.SOCK_SEQPACKET): "seqpacket",
+    int(stdlib.SOCK_DGRAM): "dgram",
+}
+_FAMILY: int = getattr(stdlib, "AF_VSOCK", AF_VSOCK)
+_DEFAULT_BUFFERS = BufferSizes()
+_CHANGE_BUFFERS = {
+    SO_VM_SOCKETS_BUFFER_SIZE: BufferSizes.with_size,
+    SO_VM_SOCKETS_BUFFER_MIN_SIZE: BufferSizes.with_minimum,
+    SO_VM_SOCKETS_BUFFER_MAX_SIZE: BufferSizes.with_maximum,
+}
+
+
+
+@functools.cache
+def variant(cls: type[socket], behaviour: type[socket]) -> type[socket]:
+    """``cls`` with ``behaviour``.  A program's own subclass comes first: its overrides hold."""
+    if issubclass(behaviour, cls):
+        return behaviour
+    own = _OWN_CLASS.get(cls, cls)
+    made = type(own.__name__, (own, behaviour), {"__slots__": ()})
+    _OWN_CLASS[made] = own
+    return made
+
+
+#: Which program's class a made variant is of.
+_OWN_CLASS: dict[type[socket], type[socket]] = {}
+
+
+def become(sock: socket, behaviour: type[socket]) -> None:
+    """Give ``sock`` another behaviour."""
+    object.__setattr__(sock, "__class__", variant(sock.__class__, behaviour))
+
+
+def _type_of(fd: int) -> int:
+    found = stdlib.socket(fileno=fd)
+    try:
+        return found.type
+    finally:
+        found.detach()
+
+
+def _as_asked(number: int, buflen: int) -> Any:
+    return number.to_bytes(4, "little")[:buflen] if buflen else number
+
+
+def _u64(value: Any) -> int:
+    if isinstance(value, int):
+        number = value
+    else:
+        raw = bytes(value)
+        if len(raw) != _U64.size:
+            raise error(errno.EINVAL, f"expected {_U64.size} bytes, not {len(raw)}")
+        number = _U64.unpack(raw)[0]
+    if not 0 <= number < 1 << 64:
+        raise error(errno.EINVAL, f"buffer size {number}: expected an unsigned 64-bit number")
+    return number
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, int) or len(bytes(value)) != _TIMEVAL.size:
+        raise error(errno.EINVAL, "the connect timeout is a struct timeval of 16 bytes")
+    seconds, microseconds = _TIMEVAL.unpack(bytes(value))
+    if seconds < 0 or not 0 <= microseconds < 1_000_000:
+        raise error(errno.EDOM, f"connect timeout of {seconds} s and {microseconds} us")
+    # Linux: no time at all means the default.
+    return float(seconds + microseconds / 1e6) or CONNECT_TIMEOUT

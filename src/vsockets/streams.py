@@ -1,0 +1,50 @@
+"""asyncio streams over vSockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from .attachment import Attachment
+from .constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
+from .functions import create_server
+from .socket import socket
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
+
+
+async def open_connection(
+    cid: int, port: int, *, context: Attachment | None = None, **options: Any
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to ``(cid, port)``; ``options`` are those of ``asyncio.open_connection``.
+
+    Raises what :meth:`vsockets.socket.connect` raises.
+    """
+    sock = socket(context=context)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, (cid, port))
+        return await asyncio.open_connection(sock=sock, **options)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def start_server(
+    handler: Handler,
+    cid: int = VMADDR_CID_ANY,
+    port: int = VMADDR_PORT_ANY,
+    *,
+    backlog: int = 100,
+    context: Attachment | None = None,
+    **options: Any,
+) -> asyncio.Server:
+    """Serve streams on ``(cid, port)``; ``options`` are those of ``asyncio.start_server``."""
+    sock = create_server((cid, port), backlog=backlog, context=context)
+    try:
+        sock.setblocking(False)
+        return await asyncio.start_server(handler, sock=sock, backlog=backlog, **options)
+    except BaseException:
+        sock.close()
+        raise

@@ -1,0 +1,322 @@
+"""Streams and sequenced packets over the fabric.
+
+The program's descriptor is a unix socket from the beginning.  The first call that needs
+vsockd connects it to the context's control socket; a successful connect() leaves it joined to
+the peer's, with vsockd out of the way.  So the descriptor never changes, and is a plain kernel
+socket in every program that inherits it.
+"""
+
+from __future__ import annotations
+
+import _socket
+import array
+import contextlib
+import errno
+import os
+import socket as stdlib
+from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
+from typing import IO, Any
+
+from ...address import check
+from ...attachment import descriptor_in, understand, wait_readable
+from ...buffers import BufferSizes
+from ...limits import DEFAULT_BUFFER_SIZE, REQUEST_TIMEOUT
+from ...socket import BEHAVIOURS, UNBOUND, PeerCredentials, Phase, become, error, socket
+from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role
+
+_SO_COOKIE = 57
+_ANNOUNCEMENT = stdlib.CMSG_LEN(array.array("i").itemsize)
+
+# The methods of the C class: what send() and recv() are without anybody's override.
+_raw = _socket.socket
+
+
+class StreamSocket(socket):
+    """A stream or sequenced-packet socket that is not established (yet)."""
+
+    __slots__ = ()
+
+    # Becoming something
+
+    def bind(self, address: Any) -> None:
+        """Take a local address; wildcards are filled in (guide page 15).
+
+        OSError: EADDRINUSE, EADDRNOTAVAIL (another context's CID), EACCES (a port below 1024
+        without CAP_NET_BIND_SERVICE), EINVAL (bound already).
+        """
+        cid, port = check(address)
+        if self._phase is not Phase.NEW:
+            raise error(errno.EINVAL, "the socket is bound")
+        answer = self._request(
+            Request(Op.BIND, 0, cid, port, 0, 0, 0, *self._buffers, self._cookie())
+        )
+        self._local = answer.local
+        self._phase = Phase.BOUND
+
+    def listen(self, backlog: int | None = None, /) -> None:
+        """Accept connections, with at most ``backlog`` of them waiting (default 128).
+
+        Set buffer options before: they hold for every connection from now on.
+        """
+        if backlog is None:
+            backlog = min(stdlib.SOMAXCONN, 128)
+        if self._phase not in (Phase.BOUND, Phase.LISTENING):
+            raise error(errno.EINVAL, "bind the socket first")
+        request = Request(Op.LISTEN, 0, 0, 0, 0, 0, max(0, backlog), *self._buffers)
+        if self._phase is Phase.LISTENING:
+            _raw.send(self, request.encode())  # an answer would look like a connection
+        else:
+            self._request(request)
+            self._phase = Phase.LISTENING
+
+    def accept(self) -> tuple[socket, tuple[int, int]]:
+        """Wait for a connection: ``(socket, (cid, port) of the peer)``."""
+        if self._phase is not Phase.LISTENING:
+            raise error(errno.EINVAL, "the socket is not listening")
+        data, came, _, _ = _raw.recvmsg(self, RECORD_SIZE, _ANNOUNCEMENT, stdlib.MSG_CMSG_CLOEXEC)
+        record = understand(data)
+        fd = descriptor_in(came)
+        if fd is None:
+            raise error(errno.EMFILE, "the connection was lost for want of a descriptor")
+        accepted = self._twin(fd)
+        accepted._settle(record)
+        return accepted, record.peer
+
+    def connect(self, address: Any) -> None:
+        """Connect to ``(cid, port)`` (guide page 17).
+
+        OSError: ECONNRESET (nobody listens, or the backlog is full), EHOSTUNREACH (no such
+        context, or not for this one), EINVAL (no common buffer size; listening), EISCONN,
+        EALREADY, TimeoutError after the connect timeout.  A non-blocking socket raises
+        BlockingIOError (EINPROGRESS) and is writable when it is done; SO_ERROR tells how.
+        """
+        cid, port = check(address)
+        self._start_connecting()
+        timeout = self.gettimeout()
+        request = Request(
+            Op.CONNECT,
+            Flag.POLLING if timeout == 0 else 0,
+            0,
+            0,
+            cid,
+            port,
+            0,
+            *self._buffers,
+            self._cookie(),
+        )
+        self._enter()
+        if timeout == 0:
+            self._send_polling(request)
+            self._phase = Phase.CONNECTING
+            raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
+        _raw.send(self, request.encode())
+        self._phase = Phase.CONNECTING
+        patience = self._connect_timeout
+        if timeout is not None and timeout < patience:
+            patience = timeout
+        if not wait_readable(self.fileno(), patience):
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        self._finish_connecting()
+
+    def connect_ex(self, address: Any) -> int:
+        """As :meth:`connect`, but returns the errno instead of raising it."""
+        try:
+            self.connect(address)
+        except OSError as failure:
+            if failure.errno is None:
+                raise
+            return failure.errno
+        return 0
+
+    # Data, which there is none of before the connection stands
+
+    def _complete(self) -> None:
+        """Raise ENOTCONN, or finish a connect in progress, within the socket's timeout."""
+        if self._phase is not Phase.CONNECTING:
+            raise error(errno.ENOTCONN)
+        timeout = self.gettimeout()
+        if not wait_readable(self.fileno(), timeout):
+            if timeout == 0:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            raise TimeoutError("timed out")
+        self._finish_connecting()
+
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        self._complete()
+        return _raw.recv(self, bufsize, flags)
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        self._complete()
+        return _raw.recv_into(self, buffer, nbytes, flags)
+
+    def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /) -> Any:
+        self._complete()
+        return self.recvmsg(bufsize, ancbufsize, flags)
+
+    def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0, /) -> Any:
+        self._complete()
+        return self.recvmsg_into(buffers, ancbufsize, flags)
+
+    def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, None]:
+        """The data, and None: a stream's peer is in getpeername()."""
+        return self.recv(bufsize, flags), None
+
+    def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, None]:
+        """The number of bytes, and None."""
+        return self.recv_into(buffer, nbytes, flags), None
+
+    def send(self, data: Any, flags: int = 0, /) -> int:
+        self._complete()
+        return _raw.send(self, data, flags)
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
+        self._complete()
+        _raw.sendall(self, data, flags)
+
+    def sendmsg(self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None, /) -> int:
+        self._complete()
+        return _raw.sendmsg(self, buffers, ancdata, flags)
+
+    def sendto(self, *args: Any) -> int:
+        """Not for streams: OSError EOPNOTSUPP, or EISCONN once connected."""
+        connected = self._phase is Phase.CONNECTED
+        raise error(errno.EISCONN if connected else errno.EOPNOTSUPP, "send() has no address")
+
+    def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
+        self._complete()
+        return super().sendfile(file, offset, count)
+
+    def shutdown(self, how: int, /) -> None:
+        self._complete()
+        _raw.shutdown(self, how)
+
+    # How it is done
+
+    def _cookie(self) -> int:
+        return int.from_bytes(_raw.getsockopt(self, SOL_SOCKET, _SO_COOKIE, 8), "little")
+
+    def _enter(self) -> None:
+        if not self._entered:
+            self._context.enter(super().connect, self.type)
+            self._entered = True
+
+    def _request(self, request: Request) -> Record:
+        """One question on the socket's own connection to vsockd."""
+        self._enter()
+        _raw.send(self, request.encode())
+        if not wait_readable(self.fileno(), REQUEST_TIMEOUT):
+            raise TimeoutError(errno.ETIMEDOUT, "vsockd does not answer")
+        return understand(_raw.recv(self, RECORD_SIZE))
+
+    def _start_connecting(self) -> None:
+        if self._phase is Phase.LISTENING:
+            raise error(errno.EINVAL, "the socket is listening")
+        if self._phase is Phase.CONNECTING:
+            if not wait_readable(self.fileno(), 0):
+                raise error(errno.EALREADY)
+            self._finish_connecting()
+            raise error(errno.EISCONN)
+
+    def _send_polling(self, request: Request) -> None:
+        """Send a request so that the socket is not writable until vsockd has done it.
+
+        In this order: a small send buffer would split the request in two, and vsockd could
+        read the first part alone.
+        """
+        _raw.send(self, request.encode() + PADDING)
+        self._pace = _raw.getsockopt(self, SOL_SOCKET, SO_SNDBUF)
+        _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, 0)
+
+    def _finish_connecting(self) -> None:
+        """Take vsockd's answer to a connect, which is there."""
+        self._phase = Phase.NEW if self._local == UNBOUND else Phase.BOUND
+        if self._pace:
+            # The kernel doubles what it is given, to have room for its own headers.
+            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, self._pace // 2)
+            self._pace = 0
+        self._settle(understand(_raw.recv(self, RECORD_SIZE, stdlib.MSG_DONTWAIT)))
+
+    def _settle(self, record: Record) -> None:
+        """Be the established stream that ``record`` describes."""
+        self._local = record.local
+        self._peer = record.peer
+        self._peer_credentials = PeerCredentials(record.pid, record.uid, record.gid)
+        self._buffers = BufferSizes(record.size, record.minimum, record.maximum)
+        self._phase = Phase.CONNECTED
+        if record.size != DEFAULT_BUFFER_SIZE:
+            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, record.size)
+        become(self, EstablishedSocket)
+
+    def _twin(self, fd: int) -> StreamSocket:
+        """A socket object like this one, for another descriptor."""
+        twin = self.__class__.__new__(self.__class__)
+        _raw.__init__(twin, stdlib.AF_UNIX, self.type, 0, fd)
+        twin._attachment = self._attachment
+        twin._connect_timeout = self._connect_timeout
+        twin._entered = True
+        twin._ignored = None
+        twin._pace = 0
+        return twin
+
+    def _pending_error(self) -> int:
+        if self._phase is Phase.CONNECTING:
+            if not wait_readable(self.fileno(), 0):
+                return 0
+            try:
+                self._finish_connecting()
+            except OSError as failure:
+                return failure.errno or errno.EIO
+        return _raw.getsockopt(self, SOL_SOCKET, stdlib.SO_ERROR)
+
+    def _buffers_changed(self) -> None:
+        if self._phase is Phase.LISTENING:
+            _raw.send(self, Request(Op.UPDATE, 0, 0, 0, 0, 0, 0, *self._buffers).encode())
+
+    def _recover(self) -> None:
+        request = Request(Op.QUERY, cookie=self._cookie(), inode=os.fstat(self.fileno()).st_ino)
+        try:
+            record, _ = self._context.ask(request)
+        except OSError:
+            with contextlib.suppress(OSError):
+                _raw.getpeername(self)  # joined to something vsockd does not know (any more)
+                self._phase = Phase.CONNECTED
+                become(self, EstablishedSocket)
+            return
+        if record.role == Role.CONNECTED:
+            self._settle(record)
+        else:
+            self._entered = True
+            self._local = record.local
+            self._buffers = BufferSizes(record.size, record.minimum, record.maximum)
+            self._phase = Phase.LISTENING if record.role == Role.LISTENING else Phase.BOUND
+
+
+class EstablishedSocket(StreamSocket):
+    """A stream that stands.  Its data methods are the C ones."""
+
+    __slots__ = ()
+
+    recv = _raw.recv
+    recv_into = _raw.recv_into
+    send = _raw.send
+    sendall = _raw.sendall
+    sendmsg = _raw.sendmsg
+    sendfile = stdlib.socket.sendfile
+    shutdown = _raw.shutdown
+
+    def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /) -> Any:
+        """As ``socket.recvmsg``; a stream's peer is in getpeername(), the address is None."""
+        return (*_raw.recvmsg(self, bufsize, ancbufsize, flags)[:3], None)
+
+    def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0, /) -> Any:
+        """As ``socket.recvmsg_into``; the address is None."""
+        return (*_raw.recvmsg_into(self, buffers, ancbufsize, flags)[:3], None)
+
+    def connect(self, address: Any) -> None:
+        """OSError EISCONN: a stream has one peer for life."""
+        check(address)
+        raise error(errno.EISCONN)
+
+
+BEHAVIOURS[SOCK_STREAM] = StreamSocket
+BEHAVIOURS[SOCK_SEQPACKET] = StreamSocket

@@ -1,0 +1,28 @@
+"""The control protocol between a program and vsockd: a codec, and no I/O."""
+
+from .messages import (
+    PADDING,
+    RECORD_SIZE,
+    REQUEST_SIZE,
+    Flag,
+    Op,
+    ProtocolError,
+    Record,
+    Request,
+    Role,
+)
+from .names import decode_source, encode_source
+
+__all__ = [
+    "PADDING",
+    "RECORD_SIZE",
+    "REQUEST_SIZE",
+    "Flag",
+    "Op",
+    "ProtocolError",
+    "Record",
+    "Request",
+    "Role",
+    "decode_source",
+    "encode_source",
+]

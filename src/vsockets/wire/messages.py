@@ -1,0 +1,143 @@
+"""Requests and records, both of one fixed size.
+
+A program writes one :class:`Request` on a connection to its context's control socket.
+vsockd answers with one :class:`Record`.  When the request was a successful CONNECT the
+connection itself then *is* the stream: nothing of the protocol remains on it.  A listening
+socket reads one Record per new connection, the connection's descriptor riding along.
+
+Both ends are on one machine, so all fields have the machine's byte order.
+
+A change of the layout is a new version in MAGIC; ``tests/wire`` holds the layout still.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum, IntFlag
+from typing import NamedTuple
+
+from ..buffers import BufferSizes
+
+#: "vsk" and the protocol's version.
+MAGIC = int.from_bytes(b"vsk\x01", "big")
+
+_REQUEST = struct.Struct("=IHHIIIII4xQQQQQ")
+_RECORD = struct.Struct("=IHHIIIIIIIIQQQ")
+REQUEST_SIZE = _REQUEST.size
+RECORD_SIZE = _RECORD.size
+
+#: What follows a request whose sender polls instead of blocking: enough that the kernel
+#: calls the socket not writable until vsockd has read it, which it does last of all.  So
+#: POLLOUT means "connect has finished", as it does for TCP.
+PADDING = bytes(3072)
+
+
+class ProtocolError(Exception):
+    """The peer sent something that is not this protocol; the text says what."""
+
+
+class Op(IntEnum):
+    """What a program asks of vsockd."""
+
+    BIND = 1  #: give this connection a port; it is held while the connection lives
+    LISTEN = 2  #: hand new connections to this connection
+    CONNECT = 3  #: make this connection a stream to the peer address
+    UPDATE = 4  #: new buffer sizes of a listening socket; not answered
+    BIND_DATAGRAM = 5  #: give the datagram socket sent along a port
+    ROUTE = 6  #: a socket from the datagram socket sent along to the peer address
+    QUERY = 7  #: what is the socket with this cookie and inode?
+    LOCAL_CID = 8  #: which context is this?
+
+
+class Flag(IntFlag):
+    """Notes on a request or a record."""
+
+    POLLING = 1  #: request: PADDING follows
+    TRUSTED = 2  #: record: the asking endpoint is trusted (guide page 24)
+
+
+class Role(IntEnum):
+    """In a QUERY's answer: what the socket is."""
+
+    BOUND = 1
+    LISTENING = 2
+    CONNECTED = 3
+    DATAGRAM = 4
+
+
+class Request(NamedTuple):
+    """One request.  Fields an operation does not use are zero."""
+
+    op: int
+    flags: int = 0
+    local_cid: int = 0
+    local_port: int = 0
+    peer_cid: int = 0
+    peer_port: int = 0
+    backlog: int = 0
+    size: int = 0  #: buffer sizes, in bytes
+    minimum: int = 0
+    maximum: int = 0
+    cookie: int = 0  #: the sender's name for its socket: SO_COOKIE
+    inode: int = 0  #: QUERY: the socket's inode number
+
+    def encode(self) -> bytes:
+        """The request's REQUEST_SIZE bytes."""
+        return _REQUEST.pack(MAGIC, *self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Request:
+        """Raises ProtocolError on anything :meth:`encode` cannot have made."""
+        if len(data) != REQUEST_SIZE:
+            raise ProtocolError(f"request of {len(data)} bytes, expected {REQUEST_SIZE}")
+        magic, *fields = _REQUEST.unpack(data)
+        if magic != MAGIC:
+            raise ProtocolError(f"request starts with {magic:#x}, expected {MAGIC:#x}")
+        return cls._make(fields)
+
+    @property
+    def sizes(self) -> BufferSizes:
+        """The three buffer sizes together."""
+        return BufferSizes(self.size, self.minimum, self.maximum)
+
+
+class Record(NamedTuple):
+    """An answer, or the announcement of a new connection."""
+
+    status: int  #: 0, or the errno the program gets
+    flags: int = 0
+    local_cid: int = 0
+    local_port: int = 0
+    peer_cid: int = 0
+    peer_port: int = 0
+    role: int = 0
+    pid: int = 0  #: the peer's credentials, as the kernel told vsockd
+    uid: int = 0
+    gid: int = 0
+    size: int = 0  #: buffer sizes in force, in bytes
+    minimum: int = 0
+    maximum: int = 0
+
+    def encode(self) -> bytes:
+        """The record's RECORD_SIZE bytes."""
+        return _RECORD.pack(MAGIC, *self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Record:
+        """Raises ProtocolError on anything :meth:`encode` cannot have made."""
+        if len(data) != RECORD_SIZE:
+            raise ProtocolError(f"record of {len(data)} bytes, expected {RECORD_SIZE}")
+        magic, *fields = _RECORD.unpack(data)
+        if magic != MAGIC:
+            raise ProtocolError(f"record starts with {magic:#x}, expected {MAGIC:#x}")
+        return cls._make(fields)
+
+    @property
+    def local(self) -> tuple[int, int]:
+        """This side's address."""
+        return self.local_cid, self.local_port
+
+    @property
+    def peer(self) -> tuple[int, int]:
+        """The other side's address."""
+        return self.peer_cid, self.peer_port
