@@ -33,6 +33,7 @@ from .constants import (
     VMADDR_PORT_ANY,
 )
 from .limits import CONNECT_TIMEOUT
+from .wire import Record
 
 UNBOUND = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
 
@@ -76,33 +77,15 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     Raises OSError with EAFNOSUPPORT, ESOCKTNOSUPPORT or EPROTONOSUPPORT as Linux does.
     """
 
-    __slots__ = (
-        "_attachment",
-        "_buffers",
-        "_connect_timeout",
-        "_entered",
-        "_ignored",
-        "_local",
-        "_pace",
-        "_peer",
-        "_peer_credentials",
-        "_phase",
-        "_routes",
-        "_sources",
-    )
-
-    _attachment: Attachment | None
-    _buffers: BufferSizes
-    _connect_timeout: float
-    _entered: bool
-    _ignored: dict[tuple[int, int], Any] | None
-    _local: tuple[int, int]
-    _pace: int
-    _peer: tuple[int, int] | None
-    _peer_credentials: PeerCredentials | None
-    _phase: Phase
-    _routes: dict[tuple[int, int], stdlib.socket]
-    _sources: dict[object, tuple[int, int]]
+    # No __slots__: what a socket has not been told otherwise is its class's, for nothing.
+    _attachment: Attachment | None = None
+    _buffers = BufferSizes()
+    _connect_timeout = CONNECT_TIMEOUT
+    _ignored: dict[tuple[int, int], Any] | None = None
+    _local = UNBOUND
+    _peer: tuple[int, int] | None = None
+    _phase = Phase.NEW
+    _record: Record | None = None  # what vsockd said of the stream
 
     def __init__(
         self,
@@ -119,24 +102,15 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
             raise error(errno.EPROTONOSUPPORT, f"protocol {proto}: expected 0")
         if type == -1:
             type = stdlib.SOCK_STREAM if fileno is None else _type_of(fileno)  # noqa: A001
-        plain_type = type & ~(SOCK_NONBLOCK | SOCK_CLOEXEC)
-        behaviour = BEHAVIOURS.get(plain_type)
+        behaviour = BEHAVIOURS.get(type & _TYPE_BITS)
         if behaviour is None:
             raise error(
                 errno.ESOCKTNOSUPPORT,
                 f"type {type}: expected SOCK_STREAM, SOCK_SEQPACKET or SOCK_DGRAM",
             )
         super().__init__(stdlib.AF_UNIX, type, 0, fileno)
-        self._attachment = context
-        self._buffers = _DEFAULT_BUFFERS
-        self._connect_timeout = CONNECT_TIMEOUT
-        self._entered = False
-        self._ignored = None
-        self._local = UNBOUND
-        self._pace = 0
-        self._peer = None
-        self._peer_credentials = None
-        self._phase = Phase.NEW
+        if context is not None:
+            self._attachment = context
         become(self, behaviour)
         self._begin()
         if fileno is not None:
@@ -169,9 +143,9 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
 
         OSError ENOTCONN while there is no peer or nothing is known of it.
         """
-        if self._peer_credentials is None:
+        if self._record is None:
             raise error(errno.ENOTCONN)
-        return self._peer_credentials
+        return PeerCredentials(self._record.pid, self._record.uid, self._record.gid)
 
     # Options
 
@@ -207,7 +181,8 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         if optname == SO_ERROR:
             return _as_asked(self._pending_error(), buflen)
         if optname == SO_PEERCRED:
-            return _UCRED.pack(*(self._peer_credentials or (0, 0xFFFFFFFF, 0xFFFFFFFF)))
+            known = self._record
+            return _UCRED.pack(*(known[7:10] if known else (0, 0xFFFFFFFF, 0xFFFFFFFF)))
         return super().getsockopt(level, optname, buflen) if buflen else super().getsockopt(level, optname)
 
     def _set_vsock_option(self, optname: int, value: Any) -> None:
@@ -273,9 +248,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         stdlib.socket.__init__(
             twin, stdlib.AF_UNIX, self.type, 0, stdlib.dup(self.fileno())  # type: ignore[attr-defined]
         )
-        for name in socket.__slots__:
-            if hasattr(self, name):
-                setattr(twin, name, getattr(self, name))
+        vars(twin).update(vars(self))
         twin.settimeout(self.gettimeout())
         return twin
 
@@ -289,7 +262,7 @@ _KIND_NAMES = {
     int(stdlib.SOCK_DGRAM): "dgram",
 }
 _FAMILY: int = getattr(stdlib, "AF_VSOCK", AF_VSOCK)
-_DEFAULT_BUFFERS = BufferSizes()
+_TYPE_BITS = ~int(SOCK_NONBLOCK | SOCK_CLOEXEC)
 _CHANGE_BUFFERS = {
     SO_VM_SOCKETS_BUFFER_SIZE: BufferSizes.with_size,
     SO_VM_SOCKETS_BUFFER_MIN_SIZE: BufferSizes.with_minimum,
@@ -304,7 +277,7 @@ def variant(cls: type[socket], behaviour: type[socket]) -> type[socket]:
     if issubclass(behaviour, cls):
         return behaviour
     own = _OWN_CLASS.get(cls, cls)
-    made = type(own.__name__, (own, behaviour), {"__slots__": ()})
+    made = type(own.__name__, (own, behaviour), {})
     _OWN_CLASS[made] = own
     return made
 
@@ -315,6 +288,7 @@ _OWN_CLASS: dict[type[socket], type[socket]] = {}
 
 def become(sock: socket, behaviour: type[socket]) -> None:
     """Give ``sock`` another behaviour."""
+    # By the plain attribute mypy would hold the class to be fixed, which it is not here.
     object.__setattr__(sock, "__class__", variant(sock.__class__, behaviour))
 
 

@@ -46,8 +46,7 @@ def main() -> int:
     # Nothing made so far will ever be garbage, and what requests make has no cycles.
     gc.freeze()
     gc.set_threshold(50_000)
-    _announce_ready(arguments.ready_fd)
-    vsockd.run()
+    vsockd.run(lambda: _announce_ready(arguments.ready_fd))
     return 0
 
 

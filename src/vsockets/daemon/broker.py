@@ -5,6 +5,7 @@ from __future__ import annotations
 import _socket
 import errno
 import logging
+import os
 from collections.abc import Callable
 from contextlib import closing
 from socket import (
@@ -36,7 +37,10 @@ _REAP_EVERY = 256
 _REAP_AFTER = 1.0
 _REAP_AT_THE_LATEST = 60.0
 
-_TYPES = {Kind.STREAM: SOCK_STREAM, Kind.SEQPACKET: SOCK_SEQPACKET}
+# Plain integers: an enum's | costs as much as a system call.
+_LOOK = int(MSG_DONTWAIT | MSG_PEEK)
+_TAKE = int(MSG_DONTWAIT)
+_CONNECTED = int(Role.CONNECTED)
 
 
 class Broker:
@@ -69,14 +73,21 @@ class Broker:
 
     def admit(self, fd: int, context: Context, kind: Kind) -> None:
         """Take a connection just accepted on ``context``'s control socket."""
-        sock = _socket.socket(AF_UNIX, _TYPES[kind], 0, fd)
+        sock_type = SOCK_STREAM if kind is Kind.STREAM else SOCK_SEQPACKET
+        sock = _socket.socket(AF_UNIX, sock_type, 0, fd)
         channel = Channel(sock, context, kind, peer_credentials(sock))
         try:
             data = self._read(channel)
         except BlockingIOError:
-            self._keep(channel)
-            self._loop.call_later(SILENT_CLIENT, lambda: self._close_if_silent(channel))
-            return
+            # A program connects and then writes, and may have been interrupted in between, by
+            # us.  Letting it run is cheaper than coming back to it.
+            os.sched_yield()
+            try:
+                data = self._read(channel)
+            except BlockingIOError:
+                self._keep(channel)
+                self._loop.call_later(SILENT_CLIENT, lambda: self._close_if_silent(channel))
+                return
         if self._serve(channel, data):
             self._keep(channel)
         else:
@@ -123,9 +134,9 @@ class Broker:
         # A plain recv: descriptors that ride along are dropped by the kernel, unseen.  A
         # message of a packet socket is only looked at, because reading a part of it would
         # take the whole, and with it what keeps a polling sender waiting.
-        peek = MSG_PEEK if channel.kind is Kind.SEQPACKET else 0
+        flags = _LOOK if channel.kind is Kind.SEQPACKET else _TAKE
         try:
-            return channel.sock.recv(REQUEST_SIZE, MSG_DONTWAIT | peek)
+            return channel.sock.recv(REQUEST_SIZE, flags)
         except ConnectionError:
             return b""
 
@@ -145,7 +156,7 @@ class Broker:
                 "context %d pid %d: %s", channel.context.cid, channel.owner.pid, refused
             )
             channel.send(Record(refused.errno))
-            consume(channel.sock, channel.kind, bool(request.flags & Flag.POLLING))
+            consume(channel.sock, channel.kind, request.polling)
             return True  # the program may try again on the same socket
         except ProtocolError as error:
             log.info("context %d pid %d: %s", channel.context.cid, channel.owner.pid, error)
@@ -153,7 +164,7 @@ class Broker:
 
     def _answer(self, channel: Channel, request: Request, record: Record) -> None:
         channel.send(record)
-        consume(channel.sock, channel.kind, bool(request.flags & Flag.POLLING))
+        consume(channel.sock, channel.kind, request.polling)
 
     def _bind(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is not None:
@@ -173,7 +184,7 @@ class Broker:
         self.fabric.listen(channel.endpoint, backlog, request.sizes)
         record = _describe_endpoint(channel.endpoint)
         if again:  # the answer would be taken for a new connection
-            consume(channel.sock, channel.kind, bool(request.flags & Flag.POLLING))
+            consume(channel.sock, channel.kind, request.polling)
         else:
             self._answer(channel, request, record)
         return True
@@ -181,7 +192,7 @@ class Broker:
     def _update(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is not None:
             channel.endpoint.sizes = request.sizes
-        consume(channel.sock, channel.kind, bool(request.flags & Flag.POLLING))
+        consume(channel.sock, channel.kind, request.polling)
         return True
 
     def _connect(self, channel: Channel, request: Request) -> bool:
@@ -379,25 +390,25 @@ def _describe_endpoint(endpoint: Endpoint) -> Record:
 
 def describe_connecting(connection: Connection) -> Record:
     """A stream as its connecting side sees it."""
-    return Record(
-        0,
-        0,
-        *connection.local,
-        *connection.peer,
-        Role.CONNECTED,
-        *connection.peer_owner,
-        *connection.sizes,
+    return Record._make(
+        (0, 0)
+        + connection.local
+        + connection.peer
+        + (_CONNECTED,)
+        + connection.listener.owner
+        + (connection.size,)
+        + connection.sizes[1:]
     )
 
 
 def describe_accepting(connection: Connection) -> Record:
     """A stream as its accepting side sees it."""
-    return Record(
-        0,
-        0,
-        *connection.peer,
-        *connection.local,
-        Role.CONNECTED,
-        *connection.owner,
-        *connection.peer_sizes,
+    return Record._make(
+        (0, 0)
+        + connection.peer
+        + connection.local
+        + (_CONNECTED,)
+        + connection.owner
+        + (connection.size,)
+        + connection.listener.sizes[1:]
     )

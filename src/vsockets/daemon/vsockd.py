@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,16 @@ class Vsockd:
         self._open_doors(self._fabric.contexts.host)
         self._control = ControlSocket(self.loop, self, self.folder / CONTROL)
 
-    def run(self) -> None:
-        """Serve until SIGTERM, SIGINT or a stop request, then remove every trace."""
+    def run(self, announce_ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until SIGTERM, SIGINT or a stop request, then remove every trace.
+
+        ``announce_ready`` is called when all of that is so.
+        """
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         try:
             with self.loop.stopped_by(signal.SIGTERM, signal.SIGINT):
+                announce_ready()
                 self.loop.run()
         finally:
             self._control.close()
@@ -177,7 +182,7 @@ def _endpoint_row(endpoint: Endpoint) -> dict[str, Any]:
 def _stream_rows(stream: Connection) -> list[dict[str, Any]]:
     sides = (
         (stream.context, stream.local, stream.peer, stream.owner),
-        (stream.peer_context, stream.peer, stream.local, stream.peer_owner),
+        (stream.peer_context, stream.peer, stream.local, stream.listener.owner),
     )
     return [
         {

@@ -54,14 +54,25 @@ class Connection:
     """An established stream.  vsockd knows of it, and is not in it."""
 
     number: int
-    kind: Kind
     context: Context  #: the connecting side's
+    listener: Endpoint  #: the accepting side's; it may have been closed since
     local: tuple[int, int]  #: the connecting side's address
-    peer_context: Context
-    peer: tuple[int, int]  #: the accepting side's address
     size: int  #: the buffer size both sides agreed on, in bytes
+    sizes: BufferSizes  #: what the connecting side had asked for
     owner: Credentials  #: the connecting process
-    peer_owner: Credentials  #: the listening process
-    sizes: BufferSizes  #: the connecting side's, after the negotiation
-    peer_sizes: BufferSizes
     cookie: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """Stream or seqpacket."""
+        return self.listener.kind
+
+    @property
+    def peer_context(self) -> Context:
+        """The accepting side's context."""
+        return self.listener.context
+
+    @property
+    def peer(self) -> tuple[int, int]:
+        """The accepting side's address."""
+        return self.listener.context.cid, self.listener.port

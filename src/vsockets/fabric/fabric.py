@@ -123,18 +123,7 @@ class Fabric:
             local = bound.address
             self.unbind(bound)
         connection = Connection(
-            self._next_number(),
-            listener.kind,
-            context,
-            local,
-            listener.context,
-            (listener.context.cid, listener.port),
-            size,
-            owner,
-            listener.owner,
-            sizes._replace(size=size),
-            listener.sizes._replace(size=size),
-            cookie,
+            self._next_number(), context, listener, local, size, sizes, owner, cookie
         )
         context.connected.claim(local[1], connection)
         self.connections[connection.number] = connection

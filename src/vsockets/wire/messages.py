@@ -56,6 +56,9 @@ class Flag(IntFlag):
     TRUSTED = 2  #: record: the asking endpoint is trusted (guide page 24)
 
 
+_POLLING = int(Flag.POLLING)
+
+
 class Role(IntEnum):
     """In a QUERY's answer: what the socket is."""
 
@@ -90,10 +93,15 @@ class Request(NamedTuple):
         """Raises ProtocolError on anything :meth:`encode` cannot have made."""
         if len(data) != REQUEST_SIZE:
             raise ProtocolError(f"request of {len(data)} bytes, expected {REQUEST_SIZE}")
-        magic, *fields = _REQUEST.unpack(data)
-        if magic != MAGIC:
-            raise ProtocolError(f"request starts with {magic:#x}, expected {MAGIC:#x}")
-        return cls._make(fields)
+        fields = _REQUEST.unpack(data)
+        if fields[0] != MAGIC:
+            raise ProtocolError(f"request starts with {fields[0]:#x}, expected {MAGIC:#x}")
+        return cls._make(fields[1:])
+
+    @property
+    def polling(self) -> bool:
+        """Whether PADDING follows."""
+        return self.flags & _POLLING != 0
 
     @property
     def sizes(self) -> BufferSizes:
@@ -127,10 +135,10 @@ class Record(NamedTuple):
         """Raises ProtocolError on anything :meth:`encode` cannot have made."""
         if len(data) != RECORD_SIZE:
             raise ProtocolError(f"record of {len(data)} bytes, expected {RECORD_SIZE}")
-        magic, *fields = _RECORD.unpack(data)
-        if magic != MAGIC:
-            raise ProtocolError(f"record starts with {magic:#x}, expected {MAGIC:#x}")
-        return cls._make(fields)
+        fields = _RECORD.unpack(data)
+        if fields[0] != MAGIC:
+            raise ProtocolError(f"record starts with {fields[0]:#x}, expected {MAGIC:#x}")
+        return cls._make(fields[1:])
 
     @property
     def local(self) -> tuple[int, int]:

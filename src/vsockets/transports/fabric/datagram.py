@@ -17,7 +17,7 @@ from typing import Any
 
 from ...address import check
 from ...limits import DATAGRAM_ROUTES, MAX_DATAGRAM
-from ...socket import BEHAVIOURS, UNBOUND, PeerCredentials, Phase, error, socket
+from ...socket import BEHAVIOURS, UNBOUND, Phase, error, socket
 from ...wire import Op, Request, decode_source
 
 _SO_COOKIE = 57
@@ -34,7 +34,8 @@ class DatagramSocket(socket):
     ENOBUFS then, because the descriptor cannot tell when there is room at any one receiver.
     """
 
-    __slots__ = ()
+    _routes: dict[tuple[int, int], stdlib.socket]
+    _sources: dict[object, tuple[int, int]]
 
     def bind(self, address: Any) -> None:
         """Take a local address; wildcards are filled in (guide page 20).
@@ -51,7 +52,7 @@ class DatagramSocket(socket):
     def connect(self, address: Any) -> None:
         """Let send() go to ``(cid, port)`` from now on (guide page 22)."""
         self._peer = check(address)
-        self._peer_credentials = None
+        self._record = None
         if self._local == UNBOUND:
             self.bind(UNBOUND)
 
@@ -162,6 +163,7 @@ class DatagramSocket(socket):
     def dup(self) -> socket:
         """A second socket object, on a duplicate of the descriptor, for the same endpoint."""
         twin = super().dup()
+        assert isinstance(twin, DatagramSocket)
         twin._routes = {}
         twin._sources = {}
         return twin
@@ -213,7 +215,7 @@ class DatagramSocket(socket):
         route.settimeout(self.gettimeout())
         self._local = record.local
         if address == self._peer:
-            self._peer_credentials = PeerCredentials(record.pid, record.uid, record.gid)
+            self._record = record
         if len(self._routes) >= DATAGRAM_ROUTES:
             self._routes.pop(next(iter(self._routes))).close()
         self._routes[address] = route

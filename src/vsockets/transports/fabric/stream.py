@@ -21,7 +21,7 @@ from ...address import check
 from ...attachment import descriptor_in, understand, wait_readable
 from ...buffers import BufferSizes
 from ...limits import DEFAULT_BUFFER_SIZE, REQUEST_TIMEOUT
-from ...socket import BEHAVIOURS, UNBOUND, PeerCredentials, Phase, become, error, socket
+from ...socket import BEHAVIOURS, UNBOUND, Phase, become, error, socket
 from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role
 
 _SO_COOKIE = 57
@@ -29,12 +29,15 @@ _ANNOUNCEMENT = stdlib.CMSG_LEN(array.array("i").itemsize)
 
 # The methods of the C class: what send() and recv() are without anybody's override.
 _raw = _socket.socket
+#: The type as a plain integer; the property makes an enum of it first.
+_raw_type = _raw.type.__get__  # type: ignore[attr-defined]
 
 
 class StreamSocket(socket):
     """A stream or sequenced-packet socket that is not established (yet)."""
 
-    __slots__ = ()
+    _entered = False  # connected to vsockd
+    _send_buffer = 0  # SO_SNDBUF before a polling connect, in bytes
 
     # Becoming something
 
@@ -197,7 +200,7 @@ class StreamSocket(socket):
 
     def _enter(self) -> None:
         if not self._entered:
-            self._context.enter(super().connect, self.type)
+            self._context.enter(super().connect, _raw_type(self))
             self._entered = True
 
     def _request(self, request: Request) -> Record:
@@ -224,38 +227,36 @@ class StreamSocket(socket):
         read the first part alone.
         """
         _raw.send(self, request.encode() + PADDING)
-        self._pace = _raw.getsockopt(self, SOL_SOCKET, SO_SNDBUF)
+        self._send_buffer = _raw.getsockopt(self, SOL_SOCKET, SO_SNDBUF)
         _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, 0)
 
     def _finish_connecting(self) -> None:
         """Take vsockd's answer to a connect, which is there."""
         self._phase = Phase.NEW if self._local == UNBOUND else Phase.BOUND
-        if self._pace:
+        if self._send_buffer:
             # The kernel doubles what it is given, to have room for its own headers.
-            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, self._pace // 2)
-            self._pace = 0
+            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, self._send_buffer // 2)
+            self._send_buffer = 0
         self._settle(understand(_raw.recv(self, RECORD_SIZE, stdlib.MSG_DONTWAIT)))
 
     def _settle(self, record: Record) -> None:
         """Be the established stream that ``record`` describes."""
+        self._record = record
         self._local = record.local
         self._peer = record.peer
-        self._peer_credentials = PeerCredentials(record.pid, record.uid, record.gid)
-        self._buffers = BufferSizes(record.size, record.minimum, record.maximum)
         self._phase = Phase.CONNECTED
         if record.size != DEFAULT_BUFFER_SIZE:
             _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, record.size)
+        if record[-3:] != self._buffers:
+            self._buffers = BufferSizes(*record[-3:])
         become(self, EstablishedSocket)
 
     def _twin(self, fd: int) -> StreamSocket:
         """A socket object like this one, for another descriptor."""
         twin = self.__class__.__new__(self.__class__)
-        _raw.__init__(twin, stdlib.AF_UNIX, self.type, 0, fd)
+        stdlib.socket.__init__(twin, stdlib.AF_UNIX, _raw_type(self), 0, fd)
         twin._attachment = self._attachment
-        twin._connect_timeout = self._connect_timeout
         twin._entered = True
-        twin._ignored = None
-        twin._pace = 0
         return twin
 
     def _pending_error(self) -> int:
@@ -287,14 +288,12 @@ class StreamSocket(socket):
         else:
             self._entered = True
             self._local = record.local
-            self._buffers = BufferSizes(record.size, record.minimum, record.maximum)
+            self._buffers = BufferSizes(*record[-3:])
             self._phase = Phase.LISTENING if record.role == Role.LISTENING else Phase.BOUND
 
 
 class EstablishedSocket(StreamSocket):
     """A stream that stands.  Its data methods are the C ones."""
-
-    __slots__ = ()
 
     recv = _raw.recv
     recv_into = _raw.recv_into

@@ -1,0 +1,1 @@
+"""Benchmarks: ours beside its peers, in turn, in one run."""

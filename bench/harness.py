@@ -1,0 +1,103 @@
+"""Running contestants in turn and comparing them.
+
+Machines are noisy and change speed while one looks.  So nothing here is a single time: the
+contestants take turns, round after round, each round yields a ratio, and the median of the
+ratios is what is reported.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+#: No process of a benchmark lives longer than this, in seconds.
+LIFETIME = 120
+
+
+@dataclass
+class Series:
+    """One contestant's figures, a value for each round."""
+
+    name: str
+    unit: str
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """The median over the rounds."""
+        return statistics.median(self.values)
+
+    def ratio_to(self, other: Series) -> float:
+        """The median of this over ``other``, round by round."""
+        return statistics.median(a / b for a, b in zip(self.values, other.values, strict=True))
+
+
+def take_turns(
+    contestants: dict[str, Callable[[], float]],
+    unit: str,
+    rounds: int,
+    tick: Callable[[], None],
+) -> dict[str, Series]:
+    """Run every contestant once a round, the order reversed in every other round."""
+    series = {name: Series(name, unit) for name in contestants}
+    for number in range(rounds):
+        names = list(contestants)
+        for name in names if number % 2 == 0 else reversed(names):
+            series[name].values.append(contestants[name]())
+            tick()
+    return series
+
+
+@contextmanager
+def child(work: Callable[[], None]) -> Iterator[int]:
+    """``work`` in a forked process while the context lasts; killed at its end."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.alarm(LIFETIME)
+            gc.disable()
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def run_children(works: list[Callable[[], None]]) -> float:
+    """Run all in forked processes at once; seconds until the last has finished."""
+    start_reader, start_writer = os.pipe()
+    pids = []
+    for work in works:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                signal.alarm(LIFETIME)
+                os.close(start_writer)
+                os.read(start_reader, 1)
+                work()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        pids.append(pid)
+    os.close(start_reader)
+    begin = time.perf_counter()
+    os.close(start_writer)
+    failed = [pid for pid in pids if os.waitpid(pid, 0)[1]]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(pids)} benchmark processes failed")
+    return time.perf_counter() - begin
