@@ -43,9 +43,7 @@ def fabric(vsock: PrivateFabric, connects: int, clients: int) -> float:
         return _rate(server, client, connects, clients)
 
 
-def _rate(
-    server: socket.socket, client: Callable[[], None], connects: int, clients: int
-) -> float:
+def _rate(server: socket.socket, client: Callable[[], None], connects: int, clients: int) -> float:
     def serve() -> None:
         while True:
             server.accept()[0].close()

@@ -3,9 +3,31 @@
 ``vsockets.socket`` is a drop-in for ``socket.socket`` with AF_VSOCK.  See README.md.
 """
 
-from . import transports as _transports
+from . import transports as _transports  # noqa: F401  # enters the sockets' behaviours
 from .attachment import Attachment
-from .constants import *  # noqa: F403
+from .constants import (
+    AF_VSOCK,
+    SO_VM_SOCKETS_BUFFER_MAX_SIZE,
+    SO_VM_SOCKETS_BUFFER_MIN_SIZE,
+    SO_VM_SOCKETS_BUFFER_SIZE,
+    SO_VM_SOCKETS_CONNECT_TIMEOUT,
+    SO_VM_SOCKETS_CONNECT_TIMEOUT_NEW,
+    SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD,
+    SO_VM_SOCKETS_NONBLOCK_TXRX,
+    SO_VM_SOCKETS_PEER_HOST_VM_ID,
+    SO_VM_SOCKETS_TRUSTED,
+    SO_VMCI_BUFFER_MAX_SIZE,
+    SO_VMCI_BUFFER_MIN_SIZE,
+    SO_VMCI_BUFFER_SIZE,
+    SO_VMCI_CONNECT_TIMEOUT,
+    SO_VMCI_PEER_HOST_VM_ID,
+    SO_VMCI_TRUSTED,
+    VMADDR_CID_ANY,
+    VMADDR_CID_HOST,
+    VMADDR_CID_HYPERVISOR,
+    VMADDR_CID_LOCAL,
+    VMADDR_PORT_ANY,
+)
 from .functions import (
     VMCISock_GetAFValue,
     VMCISock_GetLocalCID,
@@ -19,3 +41,41 @@ from .install import install
 from .limits import MAX_DATAGRAM
 from .socket import PeerCredentials, socket
 from .streams import open_connection, start_server
+
+__all__ = [
+    "AF_VSOCK",
+    "MAX_DATAGRAM",
+    "SO_VMCI_BUFFER_MAX_SIZE",
+    "SO_VMCI_BUFFER_MIN_SIZE",
+    "SO_VMCI_BUFFER_SIZE",
+    "SO_VMCI_CONNECT_TIMEOUT",
+    "SO_VMCI_PEER_HOST_VM_ID",
+    "SO_VMCI_TRUSTED",
+    "SO_VM_SOCKETS_BUFFER_MAX_SIZE",
+    "SO_VM_SOCKETS_BUFFER_MIN_SIZE",
+    "SO_VM_SOCKETS_BUFFER_SIZE",
+    "SO_VM_SOCKETS_CONNECT_TIMEOUT",
+    "SO_VM_SOCKETS_CONNECT_TIMEOUT_NEW",
+    "SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD",
+    "SO_VM_SOCKETS_NONBLOCK_TXRX",
+    "SO_VM_SOCKETS_PEER_HOST_VM_ID",
+    "SO_VM_SOCKETS_TRUSTED",
+    "VMADDR_CID_ANY",
+    "VMADDR_CID_HOST",
+    "VMADDR_CID_HYPERVISOR",
+    "VMADDR_CID_LOCAL",
+    "VMADDR_PORT_ANY",
+    "Attachment",
+    "PeerCredentials",
+    "VMCISock_GetAFValue",
+    "VMCISock_GetLocalCID",
+    "attach",
+    "create_connection",
+    "create_server",
+    "get_local_cid",
+    "install",
+    "open_connection",
+    "socket",
+    "socketpair",
+    "start_server",
+]

@@ -58,7 +58,7 @@ def create_connection(
 def create_server(
     address: tuple[int, int],
     *,
-    type: int = stdlib.SOCK_STREAM,  # noqa: A002 - the standard library's name
+    type: int = stdlib.SOCK_STREAM,
     backlog: int | None = None,
     context: Attachment | None = None,
 ) -> socket:
@@ -74,7 +74,7 @@ def create_server(
 
 
 def socketpair(
-    type: int = stdlib.SOCK_STREAM,  # noqa: A002 - the standard library's name
+    type: int = stdlib.SOCK_STREAM,
     *,
     context: Attachment | None = None,
 ) -> tuple[socket, socket]:

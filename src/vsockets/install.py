@@ -22,10 +22,18 @@ class _Dispatch(type):
         return made(family, *args, **kwargs)
 
     def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, _original) if cls is Socket else super().__instancecheck__(instance)
+        return (
+            isinstance(instance, _original)
+            if cls is Socket
+            else super().__instancecheck__(instance)
+        )
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, _original) if cls is Socket else super().__subclasscheck__(subclass)
+        return (
+            issubclass(subclass, _original)
+            if cls is Socket
+            else super().__subclasscheck__(subclass)
+        )
 
 
 class Socket(_original, metaclass=_Dispatch):

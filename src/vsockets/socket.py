@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import enum
 import errno
-import functools
 import os
 import socket as stdlib
 import struct
 from socket import SO_DOMAIN, SO_ERROR, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from .attachment import Attachment, current
 from .buffers import BufferSizes
@@ -90,7 +89,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     def __init__(
         self,
         family: int = AF_VSOCK,
-        type: int = stdlib.SOCK_STREAM,  # noqa: A002 - the standard library's name
+        type: int = stdlib.SOCK_STREAM,
         proto: int = 0,
         fileno: int | None = None,
         *,
@@ -101,7 +100,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         if proto not in (0, -1, AF_VSOCK):
             raise error(errno.EPROTONOSUPPORT, f"protocol {proto}: expected 0")
         if type == -1:
-            type = stdlib.SOCK_STREAM if fileno is None else _type_of(fileno)  # noqa: A001
+            type = stdlib.SOCK_STREAM if fileno is None else _type_of(fileno)
         behaviour = BEHAVIOURS.get(type & _TYPE_BITS)
         if behaviour is None:
             raise error(
@@ -124,8 +123,8 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     # Addresses
 
     @property
-    def family(self) -> int:  # type: ignore[override]  # the C field says AF_UNIX
-        """AF_VSOCK, as in the standard library where that knows it."""
+    def family(self) -> int:  # type: ignore[override]  # the standard library has an enum
+        """AF_VSOCK; what the C part believes is AF_UNIX."""
         return _FAMILY
 
     def getsockname(self) -> tuple[int, int]:
@@ -149,7 +148,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
 
     # Options
 
-    def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None) -> None:  # type: ignore[override]
+    def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None) -> None:
         """As ``socket.setsockopt``.  The vSockets options have level AF_VSOCK and take an
         integer (or eight bytes); options of other families are accepted and ignored.
         """
@@ -164,7 +163,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         else:
             super().setsockopt(level, optname, value, optlen)
 
-    def getsockopt(self, level: int, optname: int, buflen: int = 0) -> Any:  # type: ignore[override]
+    def getsockopt(self, level: int, optname: int, buflen: int = 0) -> Any:
         """As ``socket.getsockopt``: an integer, or bytes when ``buflen`` is given.
 
         An ignored option reads as what it was set to, else 0.
@@ -183,7 +182,9 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         if optname == SO_PEERCRED:
             known = self._record
             return _UCRED.pack(*(known[7:10] if known else (0, 0xFFFFFFFF, 0xFFFFFFFF)))
-        return super().getsockopt(level, optname, buflen) if buflen else super().getsockopt(level, optname)
+        if buflen:
+            return super().getsockopt(level, optname, buflen)
+        return super().getsockopt(level, optname)
 
     def _set_vsock_option(self, optname: int, value: Any) -> None:
         if optname in _TIMEOUTS:
@@ -224,7 +225,15 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     def _is_trusted(self) -> bool:
         return self._context.is_trusted()
 
-    # What a behaviour provides beside the Berkeley calls
+    # What a behaviour provides
+
+    def accept(self) -> tuple[socket, tuple[int, int]]:
+        """Wait for a connection: ``(socket, (cid, port) of the peer)``."""
+        raise NotImplementedError
+
+    def listen(self, backlog: int | None = None, /) -> None:
+        """Accept connections, with at most ``backlog`` of them waiting (default 128)."""
+        raise NotImplementedError
 
     def _begin(self) -> None:
         """Set up what only this behaviour has."""
@@ -242,12 +251,10 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
 
     # The rest
 
-    def dup(self) -> socket:
+    def dup(self) -> Self:
         """A second socket object, on a duplicate of the descriptor, for the same endpoint."""
         twin = self.__class__.__new__(self.__class__)
-        stdlib.socket.__init__(
-            twin, stdlib.AF_UNIX, self.type, 0, stdlib.dup(self.fileno())  # type: ignore[attr-defined]
-        )
+        stdlib.socket.__init__(twin, stdlib.AF_UNIX, self.type, 0, stdlib.dup(self.fileno()))
         vars(twin).update(vars(self))
         twin.settimeout(self.gettimeout())
         return twin
@@ -270,26 +277,28 @@ _CHANGE_BUFFERS = {
 }
 
 
+def become(sock: socket, behaviour: type[socket]) -> None:
+    """Give ``sock`` another behaviour.  Overrides of a program's own subclass still hold."""
+    cls = sock.__class__
+    made = _VARIANTS.get((cls, behaviour)) or _make_variant(cls, behaviour)
+    # As a plain assignment mypy would hold the class to be fixed, which it is not here.
+    object.__setattr__(sock, "__class__", made)
 
-@functools.cache
-def variant(cls: type[socket], behaviour: type[socket]) -> type[socket]:
-    """``cls`` with ``behaviour``.  A program's own subclass comes first: its overrides hold."""
-    if issubclass(behaviour, cls):
-        return behaviour
-    own = _OWN_CLASS.get(cls, cls)
-    made = type(own.__name__, (own, behaviour), {})
-    _OWN_CLASS[made] = own
+
+def _make_variant(cls: type[socket], behaviour: type[socket]) -> type[socket]:
+    made = behaviour
+    if not issubclass(behaviour, cls):
+        own = _OWN_CLASS.get(cls, cls)
+        made = type(own.__name__, (own, behaviour), {})
+        _OWN_CLASS[made] = own
+    _VARIANTS[cls, behaviour] = made
     return made
 
 
-#: Which program's class a made variant is of.
+#: The class for each (present class, behaviour).
+_VARIANTS: dict[tuple[type[socket], type[socket]], type[socket]] = {}
+#: Which program's class a made one is of.
 _OWN_CLASS: dict[type[socket], type[socket]] = {}
-
-
-def become(sock: socket, behaviour: type[socket]) -> None:
-    """Give ``sock`` another behaviour."""
-    # By the plain attribute mypy would hold the class to be fixed, which it is not here.
-    object.__setattr__(sock, "__class__", variant(sock.__class__, behaviour))
 
 
 def _type_of(fd: int) -> int:

@@ -27,7 +27,9 @@ ADDRESS_CALLS: dict[str, Callable[[vsockets.socket, Any], Any]] = {
 
 @pytest.mark.parametrize("sock_type", [stdlib.SOCK_STREAM, stdlib.SOCK_DGRAM])
 @pytest.mark.parametrize("call", ADDRESS_CALLS)
-@pytest.mark.parametrize("address", [None, 5, "2:5000", (2,), (2, 3, 4), ("2", 5), [2, 5], (2.0, 5)])
+@pytest.mark.parametrize(
+    "address", [None, 5, "2:5000", (2,), (2, 3, 4), ("2", 5), [2, 5], (2.0, 5)]
+)
 def test_what_is_no_address(
     host: vsockets.Attachment, sock_type: int, call: str, address: Any
 ) -> None:

@@ -199,9 +199,7 @@ def test_passing_a_socket_over_a_unix_socket(pair: Pair) -> None:
 
 
 def test_a_stream_carries_descriptors_only_for_those_who_ask(stream: Pair) -> None:
-    stream.client.sendmsg(
-        [b"x"], [(stdlib.SOL_SOCKET, stdlib.SCM_RIGHTS, array.array("i", [0]))]
-    )
+    stream.client.sendmsg([b"x"], [(stdlib.SOL_SOCKET, stdlib.SCM_RIGHTS, array.array("i", [0]))])
     before = len(os.listdir("/proc/self/fd"))
     assert stream.accepted.recv(1) == b"x"
     assert len(os.listdir("/proc/self/fd")) == before

@@ -296,7 +296,8 @@ def test_a_hundred_connections_at_once(
         clients = [
             vsockets.create_connection(server.getsockname(), context=guest) for _ in range(100)
         ]
-        accepted = dict(reversed(server.accept()) for _ in clients)
+        arrivals = [server.accept() for _ in clients]
+        accepted = {peer: sock for sock, peer in arrivals}
         assert len({client.getsockname() for client in clients}) == 100
         for number, client in enumerate(clients):
             client.send(b"%d" % number)

@@ -152,9 +152,7 @@ class Broker:
             return operation(channel, request)
         except Refused as refused:
             self.refusals += 1
-            log.info(
-                "context %d pid %d: %s", channel.context.cid, channel.owner.pid, refused
-            )
+            log.info("context %d pid %d: %s", channel.context.cid, channel.owner.pid, refused)
             channel.send(Record(refused.errno))
             consume(channel.sock, channel.kind, request.polling)
             return True  # the program may try again on the same socket
@@ -200,9 +198,7 @@ class Broker:
         if bound is not None and bound.listening:
             raise ProtocolError("a listening socket asked to connect")
         fabric, context, sock = self.fabric, channel.context, channel.sock
-        listener = fabric.find_listener(
-            context, channel.kind, request.peer_cid, request.peer_port
-        )
+        listener = fabric.find_listener(context, channel.kind, request.peer_cid, request.peer_port)
         target = listener.handle
         assert isinstance(target, Channel)
         if not target.has_room():

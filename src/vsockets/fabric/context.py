@@ -76,7 +76,9 @@ class Contexts:
         if context is None:
             raise Refused(errno.ENOENT, f"no context {cid}")
         if not context.is_guest:
-            raise Refused(errno.EINVAL, f"context {cid} is the {context.name}: it cannot be removed")
+            raise Refused(
+                errno.EINVAL, f"context {cid} is the {context.name}: it cannot be removed"
+            )
         del self._by_cid[cid]
         return context
 

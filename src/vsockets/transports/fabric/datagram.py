@@ -13,7 +13,7 @@ import contextlib
 import errno
 import socket as stdlib
 from socket import SOCK_DGRAM, SOL_SOCKET
-from typing import Any
+from typing import Any, Self
 
 from ...address import check
 from ...limits import DATAGRAM_ROUTES, MAX_DATAGRAM
@@ -160,10 +160,9 @@ class DatagramSocket(socket):
         """As ``socket.setblocking``."""
         self.settimeout(None if flag else 0.0)
 
-    def dup(self) -> socket:
+    def dup(self) -> Self:
         """A second socket object, on a duplicate of the descriptor, for the same endpoint."""
         twin = super().dup()
-        assert isinstance(twin, DatagramSocket)
         twin._routes = {}
         twin._sources = {}
         return twin
@@ -205,9 +204,7 @@ class DatagramSocket(socket):
         old = self._routes.pop(address, None)
         if old is not None:
             old.close()
-        request = Request(
-            Op.ROUTE, 0, *UNBOUND, peer_cid=cid, peer_port=port
-        )
+        request = Request(Op.ROUTE, 0, *UNBOUND, peer_cid=cid, peer_port=port)
         record, fd = self._context.ask(request, self.fileno())
         if fd is None:
             raise error(errno.EMFILE, "no descriptor for a route")

@@ -15,7 +15,7 @@ import errno
 import os
 import socket as stdlib
 from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
-from typing import IO, Any
+from typing import Any
 
 from ...address import check
 from ...attachment import descriptor_in, understand, wait_readable
@@ -30,7 +30,7 @@ _ANNOUNCEMENT = stdlib.CMSG_LEN(array.array("i").itemsize)
 # The methods of the C class: what send() and recv() are without anybody's override.
 _raw = _socket.socket
 #: The type as a plain integer; the property makes an enum of it first.
-_raw_type = _raw.type.__get__  # type: ignore[attr-defined]
+_raw_type = _raw.type.__get__
 
 
 class StreamSocket(socket):
@@ -176,7 +176,9 @@ class StreamSocket(socket):
         self._complete()
         _raw.sendall(self, data, flags)
 
-    def sendmsg(self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None, /) -> int:
+    def sendmsg(
+        self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None, /
+    ) -> int:
         self._complete()
         return _raw.sendmsg(self, buffers, ancdata, flags)
 
@@ -185,7 +187,7 @@ class StreamSocket(socket):
         connected = self._phase is Phase.CONNECTED
         raise error(errno.EISCONN if connected else errno.EOPNOTSUPP, "send() has no address")
 
-    def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         self._complete()
         return super().sendfile(file, offset, count)
 
