@@ -1,0 +1,57 @@
+"""The examples run, and the README shows them as they are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vsockets
+from vsockets.testing import PrivateFabric
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_readme_shows_it(example: Path) -> None:
+    text = example.read_text()
+    assert f"```python\n{text}```" in (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "heard"),
+    [("stream", "HELLO FROM CONTEXT 7\n"), ("datagram", "you are context 7, port ")],
+)
+def test_it_runs(vsock_fabric: PrivateFabric, kind: str, heard: str) -> None:
+    guest = vsock_fabric.guest(7)
+    path = {"PYTHONPATH": os.path.dirname(os.path.dirname(vsockets.__file__))}
+    server = subprocess.Popen(
+        [sys.executable, f"examples/{kind}_server.py"],
+        cwd=ROOT,
+        env={**vsock_fabric.environment(vsock_fabric.host), **path},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with server:
+        assert server.stdout is not None
+        try:
+            assert server.stdout.readline().startswith("listening on CID 2 port 500")
+            client = subprocess.run(
+                [sys.executable, f"examples/{kind}_client.py"],
+                cwd=ROOT,
+                env={**vsock_fabric.environment(guest), **path},
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
+            )
+            assert client.stderr == ""
+            assert client.stdout.startswith(heard)
+            assert server.wait(20) == 0
+        finally:
+            server.kill()
