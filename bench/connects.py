@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from functools import partial
 
 import vsockets
-from vsockets.testing.fabric import PrivateFabric
+from vsockets import VMADDR_CID_ANY, VMADDR_PORT_ANY
 
 from .harness import child, run_children
 
@@ -26,11 +25,12 @@ def tcp(connects: int, clients: int) -> float:
         return _rate(server, client, connects, clients)
 
 
-def fabric(vsock: PrivateFabric, connects: int, clients: int) -> float:
-    """vSockets through vsockd, host to host's service, from a guest."""
-    guest = next(iter(vsock.guests))
+def vsock(
+    host: vsockets.Attachment, guest: vsockets.Attachment, connects: int, clients: int
+) -> float:
+    """From a guest to a service of the host, brokered by vsockd."""
     with vsockets.create_server(
-        (vsockets.VMADDR_CID_ANY, vsockets.VMADDR_PORT_ANY), backlog=128, context=vsock.host
+        (VMADDR_CID_ANY, VMADDR_PORT_ANY), backlog=128, context=host
     ) as server:
         address = server.getsockname()
 
@@ -50,6 +50,3 @@ def _rate(server: socket.socket, client: Callable[[], None], connects: int, clie
 
     with child(serve):
         return connects * clients / run_children([client] * clients)
-
-
-__all__ = ["fabric", "partial", "tcp"]

@@ -111,7 +111,6 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         if context is not None:
             self._attachment = context
         become(self, behaviour)
-        self._begin()
         if fileno is not None:
             self._recover()
 
@@ -234,9 +233,6 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     def listen(self, backlog: int | None = None, /) -> None:
         """Accept connections, with at most ``backlog`` of them waiting (default 128)."""
         raise NotImplementedError
-
-    def _begin(self) -> None:
-        """Set up what only this behaviour has."""
 
     def _recover(self) -> None:
         """Find out what a descriptor that came from elsewhere is."""

@@ -22,7 +22,7 @@ from socket import (
 from ..constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..fabric import Connection, Context, Endpoint, Fabric, Kind, Refused
 from ..limits import DEFAULT_BUFFER_SIZE, SILENT_CLIENT
-from ..wire import REQUEST_SIZE, Flag, Op, ProtocolError, Record, Request, Role
+from ..wire import REQUEST_SIZE, Flag, Op, ProtocolError, Record, Request, Role, encode_stream
 from .channel import Channel, consume, receive_with_descriptor
 from .credentials import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, has_capability, peer_credentials
 from .datagrams import Datagrams, cookie_of
@@ -40,7 +40,6 @@ _REAP_AT_THE_LATEST = 60.0
 # Plain integers: an enum's | costs as much as a system call.
 _LOOK = int(MSG_DONTWAIT | MSG_PEEK)
 _TAKE = int(MSG_DONTWAIT)
-_CONNECTED = int(Role.CONNECTED)
 
 
 class Broker:
@@ -153,16 +152,17 @@ class Broker:
         except Refused as refused:
             self.refusals += 1
             log.info("context %d pid %d: %s", channel.context.cid, channel.owner.pid, refused)
-            channel.send(Record(refused.errno))
+            channel.send(Record(refused.errno).encode())
             consume(channel.sock, channel.kind, request.polling)
             return True  # the program may try again on the same socket
         except ProtocolError as error:
             log.info("context %d pid %d: %s", channel.context.cid, channel.owner.pid, error)
             return False
 
-    def _answer(self, channel: Channel, request: Request, record: Record) -> None:
+    def _answer(self, channel: Channel, request: Request, record: bytes) -> None:
         channel.send(record)
-        consume(channel.sock, channel.kind, request.polling)
+        if request.flags or channel.kind is Kind.SEQPACKET:
+            consume(channel.sock, channel.kind, request.polling)
 
     def _bind(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is not None:
@@ -206,15 +206,16 @@ class Broker:
         connection = fabric.connect(
             context, listener, bound, request.sizes, channel.owner, request.cookie
         )
-        channel.endpoint = None
+        if bound is not None:
+            channel.endpoint = None
         fd = sock.fileno()
         if connection.size != DEFAULT_BUFFER_SIZE:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, connection.size)
         self._streams.add(fd, connection.number)
         # The answer goes first: once the listener has the descriptor it may write.
-        self._answer(channel, request, describe_connecting(connection))
+        self._answer(channel, request, _describe_connecting(connection))
         try:
-            target.announce(describe_accepting(connection), fd)
+            target.announce(_describe_accepting(connection), fd)
         except OSError as error:
             log.warning("connection to %s lost: %s", listener.address, error)
             fabric.end(connection.number)
@@ -241,7 +242,9 @@ class Broker:
                 source = self._adopt(channel, request, sock)
         route = self.datagrams.route(source, destination)
         channel.send_descriptor(
-            Record(0, 0, *source.address, *destination.address, Role.DATAGRAM, *destination.owner),
+            Record(
+                0, 0, *source.address, *destination.address, Role.DATAGRAM, *destination.owner
+            ).encode(),
             route.fileno(),
         )
         return False
@@ -251,7 +254,8 @@ class Broker:
         return False
 
     def _local_cid(self, channel: Channel, request: Request) -> bool:
-        self._answer(channel, request, Record(0, self._trust(channel), channel.context.cid))
+        record = Record(0, self._trust(channel), channel.context.cid)
+        self._answer(channel, request, record.encode())
         return False
 
     # Parts of them
@@ -309,20 +313,20 @@ class Broker:
             raise ProtocolError(f"a datagram request with a socket of {sock.family=} {sock.type=}")
         return sock
 
-    def _look_up(self, channel: Channel, request: Request) -> Record:
+    def _look_up(self, channel: Channel, request: Request) -> bytes:
         context = channel.context
         found = self.fabric.cookies.get(request.cookie) or self.datagrams.find(
             context, request.cookie
         )
         if isinstance(found, Connection) and found.context is context:
-            return describe_connecting(found)
+            return _describe_connecting(found)
         if isinstance(found, Endpoint) and found.context is context:
             return _describe_endpoint(found)
         if request.inode:
             for number, inode in self._streams.present().items():
                 accepted = self.fabric.connections.get(number)
                 if inode == request.inode and accepted and accepted.peer_context is context:
-                    return describe_accepting(accepted)
+                    return _describe_accepting(accepted)
         raise Refused(errno.ENOTCONN, "an unknown socket was asked for")
 
     def _trust(self, channel: Channel) -> int:
@@ -366,7 +370,7 @@ class Broker:
             self._reap_delay = None
 
 
-def _describe_endpoint(endpoint: Endpoint) -> Record:
+def _describe_endpoint(endpoint: Endpoint) -> bytes:
     role = Role.BOUND
     if endpoint.kind is Kind.DATAGRAM:
         role = Role.DATAGRAM
@@ -381,30 +385,18 @@ def _describe_endpoint(endpoint: Endpoint) -> Record:
         role,
         *endpoint.owner,
         *endpoint.sizes,
-    )
+    ).encode()
 
 
-def describe_connecting(connection: Connection) -> Record:
+def _describe_connecting(stream: Connection) -> bytes:
     """A stream as its connecting side sees it."""
-    return Record._make(
-        (0, 0)
-        + connection.local
-        + connection.peer
-        + (_CONNECTED,)
-        + connection.listener.owner
-        + (connection.size,)
-        + connection.sizes[1:]
+    return encode_stream(
+        stream.local, stream.peer, stream.listener.owner, stream.size, stream.sizes
     )
 
 
-def describe_accepting(connection: Connection) -> Record:
+def _describe_accepting(stream: Connection) -> bytes:
     """A stream as its accepting side sees it."""
-    return Record._make(
-        (0, 0)
-        + connection.peer
-        + connection.local
-        + (_CONNECTED,)
-        + connection.owner
-        + (connection.size,)
-        + connection.listener.sizes[1:]
+    return encode_stream(
+        stream.peer, stream.local, stream.owner, stream.size, stream.listener.sizes
     )

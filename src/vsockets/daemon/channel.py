@@ -20,27 +20,23 @@ from socket import (
 from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not yet read
 
 from ..fabric import Context, Credentials, Endpoint, Kind
-from ..wire import PADDING, RECORD_SIZE, Record
+from ..wire import PADDING, RECORD_SIZE
 
 _FD = struct.Struct("i")
 # Plain integers: an enum's | costs as much as a system call.
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _TAKE = int(MSG_DONTWAIT)
+_SOCKET, _RIGHTS = int(SOL_SOCKET), int(SCM_RIGHTS)
 
 
 class Channel:
     """One program's socket, seen from vsockd's end of it."""
 
-    __slots__ = (
-        "_announced",
-        "_capacity",
-        "context",
-        "endpoint",
-        "kind",
-        "owner",
-        "silent",
-        "sock",
-    )
+    # What most channels never have is the class's.
+    endpoint: Endpoint | None = None
+    silent = True  # nothing was read from it yet
+    _announced = 0
+    _capacity = 0
 
     def __init__(
         self, sock: _socket.socket, context: Context, kind: Kind, owner: Credentials
@@ -49,22 +45,18 @@ class Channel:
         self.context = context
         self.kind = kind
         self.owner = owner
-        self.endpoint: Endpoint | None = None
-        self.silent = True  # nothing was read from it yet
-        self._announced = 0
-        self._capacity = 0
 
-    def send(self, record: Record) -> None:
+    def send(self, record: bytes) -> None:
         """Write an answer.  A program that reads nothing loses its answer, nothing else."""
         try:
-            self.sock.send(record.encode(), _SEND)
+            self.sock.send(record, _SEND)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET):
                 raise
 
-    def send_descriptor(self, record: Record, fd: int) -> None:
+    def send_descriptor(self, record: bytes, fd: int) -> None:
         """Write an answer with a descriptor."""
-        self.sock.sendmsg((record.encode(),), ((SOL_SOCKET, SCM_RIGHTS, _FD.pack(fd)),), _SEND)
+        self.sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
 
     # A listening socket
 
@@ -87,10 +79,10 @@ class Channel:
             self._announced = _unread(self.sock.fileno()) // ANNOUNCEMENT_COST
         return self._announced <= self._capacity
 
-    def announce(self, record: Record, fd: int) -> None:
+    def announce(self, record: bytes, fd: int) -> None:
         """Tell a listening program of a new connection, and give it the descriptor."""
-        self.send_descriptor(record, fd)
         self._announced += 1
+        self.sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
 
 
 def consume(sock: _socket.socket, kind: Kind, polling: bool) -> None:

@@ -15,21 +15,18 @@ from .ports import Ports
 class Context:
     """One context: its CID, and the ports its endpoints hold."""
 
-    __slots__ = ("cid", "connected", "datagrams", "leased", "name", "owner")
+    __slots__ = ("cid", "connected", "datagrams", "is_guest", "leased", "name", "owner")
 
     def __init__(self, cid: int, name: str, owner: int, leased: bool = False) -> None:
         self.cid = cid
         self.name = name
         self.owner = owner  #: the user id that owns the virtual machine
+        #: whether this is a virtual machine, rather than the host or its hypervisor
+        self.is_guest = cid >= FIRST_GUEST_CID
         self.leased = leased  #: ends with the lease that made it
         #: stream and seqpacket ports: bound endpoints, and the ports of connecting sockets
         self.connected: Ports[Endpoint | Connection] = Ports()
         self.datagrams: Ports[Endpoint] = Ports()
-
-    @property
-    def is_guest(self) -> bool:
-        """Whether this is a virtual machine, rather than the host or its hypervisor."""
-        return self.cid >= FIRST_GUEST_CID
 
     def __repr__(self) -> str:
         return f"<context {self.cid} {self.name!r}>"

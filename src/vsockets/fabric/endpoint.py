@@ -57,6 +57,7 @@ class Connection:
     context: Context  #: the connecting side's
     listener: Endpoint  #: the accepting side's; it may have been closed since
     local: tuple[int, int]  #: the connecting side's address
+    peer: tuple[int, int]  #: the accepting side's address
     size: int  #: the buffer size both sides agreed on, in bytes
     sizes: BufferSizes  #: what the connecting side had asked for
     owner: Credentials  #: the connecting process
@@ -71,8 +72,3 @@ class Connection:
     def peer_context(self) -> Context:
         """The accepting side's context."""
         return self.listener.context
-
-    @property
-    def peer(self) -> tuple[int, int]:
-        """The accepting side's address."""
-        return self.listener.context.cid, self.listener.port

@@ -64,7 +64,8 @@ class Fabric:
             raise Refused(errno.EACCES, f"port {port} is reserved: CAP_NET_BIND_SERVICE is needed")
         endpoint = Endpoint(kind, context, own_cid, port, owner, cookie)
         ports.claim(port, endpoint)
-        self._name(cookie, endpoint)
+        if cookie:
+            self.cookies.setdefault(cookie, endpoint)
         return endpoint
 
     def listen(self, endpoint: Endpoint, backlog: int, sizes: BufferSizes) -> None:
@@ -122,12 +123,16 @@ class Fabric:
                 raise Refused(errno.EHOSTUNREACH, "a socket bound to the local CID stays in it")
             local = bound.address
             self.unbind(bound)
-        connection = Connection(
-            self._next_number(), context, listener, local, size, sizes, owner, cookie
-        )
+        number = self._number % LAST_CONNECTION + 1
+        while number in self.connections:
+            number = number % LAST_CONNECTION + 1
+        self._number = number
+        peer = (listener.context.cid, listener.port)
+        connection = Connection(number, context, listener, local, peer, size, sizes, owner, cookie)
         context.connected.claim(local[1], connection)
-        self.connections[connection.number] = connection
-        self._name(cookie, connection)
+        self.connections[number] = connection
+        if cookie:
+            self.cookies.setdefault(cookie, connection)
         return connection
 
     def end(self, number: int) -> None:
@@ -136,12 +141,6 @@ class Fabric:
         if connection is not None:
             connection.context.connected.release(connection.local[1], connection)
             self._forget(connection.cookie, connection)
-
-    def _next_number(self) -> int:
-        while True:
-            self._number = self._number % LAST_CONNECTION + 1
-            if self._number not in self.connections:
-                return self._number
 
     # Datagrams
 
@@ -173,10 +172,6 @@ class Fabric:
     # it as a bare descriptor.  A cookie is the program's own word; the first to claim one keeps
     # it, and only sockets of the asker's context are looked up, so a lie hides or misnames
     # at most a socket of the liar's own context.
-
-    def _name(self, cookie: int, what: Endpoint | Connection) -> None:
-        if cookie:
-            self.cookies.setdefault(cookie, what)
 
     def _forget(self, cookie: int, what: Endpoint | Connection) -> None:
         if self.cookies.get(cookie) is what:

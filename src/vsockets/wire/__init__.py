@@ -10,6 +10,7 @@ from .messages import (
     Record,
     Request,
     Role,
+    encode_stream,
 )
 from .names import decode_source, encode_source
 
@@ -25,4 +26,5 @@ __all__ = [
     "Role",
     "decode_source",
     "encode_source",
+    "encode_stream",
 ]

@@ -68,6 +68,9 @@ class Role(IntEnum):
     DATAGRAM = 4
 
 
+_CONNECTED = int(Role.CONNECTED)
+
+
 class Request(NamedTuple):
     """One request.  Fields an operation does not use are zero."""
 
@@ -96,7 +99,7 @@ class Request(NamedTuple):
         fields = _REQUEST.unpack(data)
         if fields[0] != MAGIC:
             raise ProtocolError(f"request starts with {fields[0]:#x}, expected {MAGIC:#x}")
-        return cls._make(fields[1:])
+        return tuple.__new__(cls, fields[1:])
 
     @property
     def polling(self) -> bool:
@@ -138,7 +141,7 @@ class Record(NamedTuple):
         fields = _RECORD.unpack(data)
         if fields[0] != MAGIC:
             raise ProtocolError(f"record starts with {fields[0]:#x}, expected {MAGIC:#x}")
-        return cls._make(fields[1:])
+        return tuple.__new__(cls, fields[1:])
 
     @property
     def local(self) -> tuple[int, int]:
@@ -149,3 +152,16 @@ class Record(NamedTuple):
     def peer(self) -> tuple[int, int]:
         """The other side's address."""
         return self.peer_cid, self.peer_port
+
+
+def encode_stream(
+    local: tuple[int, int],
+    peer: tuple[int, int],
+    peer_credentials: tuple[int, int, int],
+    size: int,
+    sizes: BufferSizes,
+) -> bytes:
+    """The record of an established stream, encoded: the one that every connect needs twice."""
+    return _RECORD.pack(
+        MAGIC, 0, 0, *local, *peer, _CONNECTED, *peer_credentials, size, sizes[1], sizes[2]
+    )

@@ -34,8 +34,9 @@ class DatagramSocket(socket):
     ENOBUFS then, because the descriptor cannot tell when there is room at any one receiver.
     """
 
-    _routes: dict[tuple[int, int], stdlib.socket]
-    _sources: dict[object, tuple[int, int]]
+    # Empty until there is something to remember; then the socket has its own.
+    _routes: dict[tuple[int, int], stdlib.socket] = {}  # noqa: RUF012
+    _sources: dict[object, tuple[int, int]] = {}  # noqa: RUF012
 
     def bind(self, address: Any) -> None:
         """Take a local address; wildcards are filled in (guide page 20).
@@ -182,10 +183,6 @@ class DatagramSocket(socket):
 
     # How it is done
 
-    def _begin(self) -> None:
-        self._routes = {}
-        self._sources = {}
-
     def _recover(self) -> None:
         cookie = int.from_bytes(_raw.getsockopt(self, SOL_SOCKET, _SO_COOKIE, 8), "little")
         with contextlib.suppress(OSError):
@@ -215,20 +212,22 @@ class DatagramSocket(socket):
             self._record = record
         if len(self._routes) >= DATAGRAM_ROUTES:
             self._routes.pop(next(iter(self._routes))).close()
+        if not self._routes:
+            self._routes = {}
         self._routes[address] = route
         return route
 
     def _forget_routes(self) -> None:
         for route in self._routes.values():
             route.close()
-        self._routes.clear()
+        self._routes = {}
 
     def _read_source(self, name: object) -> tuple[int, int] | None:
         source = self._sources.get(name)
         if source is None:
             source = decode_source(name)
-            if len(self._sources) >= DATAGRAM_ROUTES:
-                self._sources.clear()
+            if not self._sources or len(self._sources) >= DATAGRAM_ROUTES:
+                self._sources = {}
             if source is not None:
                 self._sources[name] = source
         return source

@@ -25,6 +25,9 @@ from ...socket import BEHAVIOURS, UNBOUND, Phase, become, error, socket
 from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role
 
 _SO_COOKIE = 57
+_CONNECT = int(Op.CONNECT)
+_POLLING = int(Flag.POLLING)
+_MAY_CONNECT = (Phase.NEW, Phase.BOUND)
 _ANNOUNCEMENT = stdlib.CMSG_LEN(array.array("i").itemsize)
 
 # The methods of the C class: what send() and recv() are without anybody's override.
@@ -94,25 +97,19 @@ class StreamSocket(socket):
         BlockingIOError (EINPROGRESS) and is writable when it is done; SO_ERROR tells how.
         """
         cid, port = check(address)
-        self._start_connecting()
+        if self._phase not in _MAY_CONNECT:
+            self._refuse_to_connect()
         timeout = self.gettimeout()
+        flags = 0 if timeout != 0 else _POLLING
         request = Request(
-            Op.CONNECT,
-            Flag.POLLING if timeout == 0 else 0,
-            0,
-            0,
-            cid,
-            port,
-            0,
-            *self._buffers,
-            self._cookie(),
-        )
+            _CONNECT, flags, 0, 0, cid, port, 0, *self._buffers, self._cookie()
+        ).encode()
         self._enter()
-        if timeout == 0:
+        if flags:
             self._send_polling(request)
             self._phase = Phase.CONNECTING
             raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
-        _raw.send(self, request.encode())
+        _raw.send(self, request)
         self._phase = Phase.CONNECTING
         patience = self._connect_timeout
         if timeout is not None and timeout < patience:
@@ -202,7 +199,7 @@ class StreamSocket(socket):
 
     def _enter(self) -> None:
         if not self._entered:
-            self._context.enter(super().connect, _raw_type(self))
+            (self._attachment or self._context).enter(super().connect, _raw_type(self))
             self._entered = True
 
     def _request(self, request: Request) -> Record:
@@ -213,22 +210,21 @@ class StreamSocket(socket):
             raise TimeoutError(errno.ETIMEDOUT, "vsockd does not answer")
         return understand(_raw.recv(self, RECORD_SIZE))
 
-    def _start_connecting(self) -> None:
+    def _refuse_to_connect(self) -> None:
         if self._phase is Phase.LISTENING:
             raise error(errno.EINVAL, "the socket is listening")
-        if self._phase is Phase.CONNECTING:
-            if not wait_readable(self.fileno(), 0):
-                raise error(errno.EALREADY)
-            self._finish_connecting()
-            raise error(errno.EISCONN)
+        if not wait_readable(self.fileno(), 0):
+            raise error(errno.EALREADY)
+        self._finish_connecting()
+        raise error(errno.EISCONN)
 
-    def _send_polling(self, request: Request) -> None:
+    def _send_polling(self, request: bytes) -> None:
         """Send a request so that the socket is not writable until vsockd has done it.
 
         In this order: a small send buffer would split the request in two, and vsockd could
         read the first part alone.
         """
-        _raw.send(self, request.encode() + PADDING)
+        _raw.send(self, request + PADDING)
         self._send_buffer = _raw.getsockopt(self, SOL_SOCKET, SO_SNDBUF)
         _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, 0)
 
@@ -244,8 +240,8 @@ class StreamSocket(socket):
     def _settle(self, record: Record) -> None:
         """Be the established stream that ``record`` describes."""
         self._record = record
-        self._local = record.local
-        self._peer = record.peer
+        self._local = record[2:4]
+        self._peer = record[4:6]
         self._phase = Phase.CONNECTED
         if record.size != DEFAULT_BUFFER_SIZE:
             _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, record.size)

@@ -1,0 +1,159 @@
+"""``python -m bench``: every benchmark, as ratios to its peers.
+
+Medians over rounds in which the contestants take turns; see ``harness``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from vsockets.testing import PrivateFabric
+
+from . import connects, datagrams, scale, streams
+from .harness import Series, take_turns
+
+Results = dict[str, dict[str, Series]]
+
+#: What a figure should be beside a peer's: (benchmark, peer, whether more is better, bound).
+GOALS = [
+    ("stream throughput, 64 KiB", "unix", True, 0.95),
+    ("stream round trip, 64 B", "unix", False, 1.05),
+    ("datagrams, 64 B", "unix", True, 0.90),
+    ("connects, 1 client", "tcp", True, 0.60),
+    ("connects, 4 clients", "tcp", True, 0.90),
+    ("vsockd's time a connect, contexts", "10", False, 1.10),
+    ("vsockd's time a connect, listeners", "100", False, 1.10),
+]
+
+
+def main() -> int:
+    """Run, print a table, and with ``--json`` write the figures."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each (%(default)s)")
+    parser.add_argument("--only", default="", help="only benchmarks whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure here")
+    arguments = parser.parse_args()
+    console = Console()
+    results: Results = {}
+    with Progress(console=console, transient=True) as progress:
+        for name, run in _benchmarks(arguments.rounds).items():
+            if arguments.only in name:
+                task = progress.add_task(name, total=None)
+                results[name] = run(lambda task=task: progress.advance(task))  # type: ignore[misc]
+                progress.remove_task(task)
+    for name, series in results.items():
+        console.print(_table(name, series))
+    if arguments.json:
+        figures = {
+            name: {one.name: {"unit": one.unit, "values": one.values} for one in series.values()}
+            for name, series in results.items()
+        }
+        arguments.json.write_text(json.dumps(figures, indent=1))
+    missed = [goal for goal in GOALS if goal[0] in results and not _is_met(results, goal)]
+    for name, peer, more, bound in missed:
+        console.print(f"missed: {name}: {'at least' if more else 'at most'} {bound} of {peer}")
+    return 1 if missed else 0
+
+
+Tick = Callable[[], None]
+
+
+def _benchmarks(rounds: int) -> dict[str, Callable[[Tick], dict[str, Series]]]:
+    def stream(
+        measure: Callable[..., float], count: int, unit: str
+    ) -> Callable[[Tick], dict[str, Series]]:
+        def run(tick: Tick) -> dict[str, Series]:
+            with PrivateFabric() as fabric:
+                guest = fabric.guest()
+                contestants = {
+                    "vsock": lambda: measure(streams.vsock(fabric.host, guest), count),
+                    "unix": lambda: measure(streams.unix(), count),
+                    "tcp": lambda: measure(streams.tcp(), count),
+                }
+                return take_turns(contestants, unit, rounds, tick)
+
+        return run
+
+    def datagram(tick: Tick) -> dict[str, Series]:
+        with PrivateFabric() as fabric:
+            guest = fabric.guest()
+            contestants = {
+                "vsock": lambda: datagrams.vsock(fabric.host, guest, 40_000),
+                "unix": lambda: datagrams.unix(40_000),
+                "udp": lambda: datagrams.udp(40_000),
+            }
+            return take_turns(contestants, "/s", rounds, tick)
+
+    def connecting(clients: int, count: int) -> Callable[[Tick], dict[str, Series]]:
+        def run(tick: Tick) -> dict[str, Series]:
+            with PrivateFabric(log_level="warning") as fabric:
+                guest = fabric.guest()
+                contestants = {
+                    "vsock": lambda: connects.vsock(fabric.host, guest, count, clients),
+                    "tcp": lambda: connects.tcp(count, clients),
+                }
+                return take_turns(contestants, "/s", rounds, tick)
+
+        return run
+
+    def growing(sizes: list[tuple[str, int, int]]) -> Callable[[Tick], dict[str, Series]]:
+        def run(tick: Tick) -> dict[str, Series]:
+            (small, *small_size), (large, *large_size) = sizes
+            with (
+                scale.many(*small_size, tick) as few,
+                scale.many(*large_size, tick) as lots,
+            ):
+                return take_turns({large: lots, small: few}, "us", rounds, tick)
+
+        return run
+
+    return {
+        "stream throughput, 64 KiB": stream(streams.throughput, 4000, "MB/s"),
+        "stream round trip, 64 B": stream(streams.round_trip, 15_000, "us"),
+        "datagrams, 64 B": datagram,
+        "connects, 1 client": connecting(1, 3000),
+        "connects, 4 clients": connecting(4, 2000),
+        "vsockd's time a connect, contexts": growing([("10", 10, 1), ("10,000", 10_000, 1)]),
+        "vsockd's time a connect, listeners": growing([("100", 1, 100), ("20,000", 1, 20_000)]),
+    }
+
+
+def _is_met(results: Results, goal: tuple[str, str, bool, float]) -> bool:
+    name, peer, more, bound = goal
+    ours = next(iter(results[name].values()))
+    ratio = ours.ratio_to(results[name][peer])
+    return ratio >= bound if more else ratio <= bound
+
+
+def _table(name: str, series: dict[str, Series]) -> Table:
+    ours = next(iter(series.values()))
+    goal = {peer: (more, bound) for goal_name, peer, more, bound in GOALS if goal_name == name}
+    longest = max(one.median for one in series.values())
+    table = Table(title=name, title_justify="left", width=78)
+    table.add_column("")
+    table.add_column("median", justify="right")
+    table.add_column(f"{ours.name} : it", justify="right")
+    table.add_column("goal")
+    table.add_column("", width=24)
+    for one in series.values():
+        more, bound = goal.get(one.name, (True, None))
+        table.add_row(
+            one.name,
+            f"{one.median:,.1f} {one.unit}",
+            "" if one is ours else f"{ours.ratio_to(one):.2f}",
+            "" if bound is None else f"{'>=' if more else '<='} {bound}",
+            "█" * max(1, round(24 * one.median / longest)),
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
