@@ -10,6 +10,7 @@ from .messages import (
     Record,
     Request,
     Role,
+    encode_connect,
     encode_stream,
 )
 from .names import decode_source, encode_source
@@ -25,6 +26,7 @@ __all__ = [
     "Request",
     "Role",
     "decode_source",
+    "encode_connect",
     "encode_source",
     "encode_stream",
 ]

@@ -22,10 +22,9 @@ from ...attachment import descriptor_in, understand, wait_readable
 from ...buffers import BufferSizes
 from ...limits import DEFAULT_BUFFER_SIZE, REQUEST_TIMEOUT
 from ...socket import BEHAVIOURS, UNBOUND, Phase, become, error, socket
-from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role
+from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role, encode_connect
 
 _SO_COOKIE = 57
-_CONNECT = int(Op.CONNECT)
 _POLLING = int(Flag.POLLING)
 _MAY_CONNECT = (Phase.NEW, Phase.BOUND)
 _ANNOUNCEMENT = stdlib.CMSG_LEN(array.array("i").itemsize)
@@ -96,14 +95,12 @@ class StreamSocket(socket):
         EALREADY, TimeoutError after the connect timeout.  A non-blocking socket raises
         BlockingIOError (EINPROGRESS) and is writable when it is done; SO_ERROR tells how.
         """
-        cid, port = check(address)
+        peer = check(address)
         if self._phase not in _MAY_CONNECT:
             self._refuse_to_connect()
         timeout = self.gettimeout()
         flags = 0 if timeout != 0 else _POLLING
-        request = Request(
-            _CONNECT, flags, 0, 0, cid, port, 0, *self._buffers, self._cookie()
-        ).encode()
+        request = encode_connect(flags, peer, self._buffers, self._cookie())
         self._enter()
         if flags:
             self._send_polling(request)
@@ -245,9 +242,13 @@ class StreamSocket(socket):
         self._phase = Phase.CONNECTED
         if record.size != DEFAULT_BUFFER_SIZE:
             _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, record.size)
-        if record[-3:] != self._buffers:
-            self._buffers = BufferSizes(*record[-3:])
-        become(self, EstablishedSocket)
+        sizes = record[-3:]
+        if sizes != self._buffers:
+            self._buffers = BufferSizes(*sizes)
+        if self.__class__ is StreamSocket:
+            self.__class__ = EstablishedSocket  # what become() does, for the usual case
+        else:
+            become(self, EstablishedSocket)
 
     def _twin(self, fd: int) -> StreamSocket:
         """A socket object like this one, for another descriptor."""
