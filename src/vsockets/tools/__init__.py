@@ -1,0 +1,23 @@
+"""The command line: one module per command, put together in ``cli``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """The ``vsock`` program; returns its exit status."""
+    try:
+        import rich  # noqa: F401 - imported to know now, in one line, that it is missing
+        import typer  # noqa: F401
+    except ImportError:
+        print(
+            "vsock: the command line needs typer and rich: pip install 'vsockets[cli]'",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    from .cli import start
+
+    return start(sys.argv[1:])

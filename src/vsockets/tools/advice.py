@@ -1,0 +1,55 @@
+"""From an errno to a line that says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+#: What a failed operation on a socket means here, by errno.
+CONNECT = {
+    errno.ECONNRESET: "nobody listens there, or its backlog is full; --wait tries until it works",
+    errno.EHOSTUNREACH: "there is no such context, or this one may not talk to it",
+    errno.EADDRINUSE: "the source port is taken; vsock ls shows by whom",
+    errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE",
+    errno.EINVAL: "any is no destination, or the two sides' buffer sizes do not meet",
+    errno.ETIMEDOUT: "no answer in time; -w gives it longer",
+}
+BIND = {
+    errno.EADDRINUSE: "the port is taken; vsock ls shows by whom",
+    errno.EADDRNOTAVAIL: "that CID is not this context's; leave --cid out",
+    errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE; take one from 1024 up",
+}
+SEND = {
+    errno.EMSGSIZE: "it is larger than a message may be",
+    errno.ECONNREFUSED: "no datagram socket is bound there; --wait tries until there is one",
+    errno.EHOSTUNREACH: "there is no such context, or this one may not talk to it",
+    errno.ENETDOWN: "vsockd has ended",
+}
+
+
+class Failure(Exception):
+    """A command cannot go on; the text is the line the user gets, ``status`` the exit status."""
+
+    def __init__(self, line: str, status: int = 1) -> None:
+        super().__init__(line)
+        self.status = status
+
+
+def failure(doing: str, error: OSError, meanings: dict[int, str]) -> Failure:
+    """The line for ``error``, met while ``doing`` something."""
+    code = error.errno or 0
+    if code not in meanings:  # the library's own words, such as how to start vsockd
+        return Failure(f"{doing}: {error.strerror or error}")
+    return Failure(f"{doing}: {meanings[code]} ({os.strerror(code)})")
+
+
+def one_line(error: Exception) -> str:
+    """Any exception in one line."""
+    if isinstance(error, Failure):
+        return str(error)
+    if isinstance(error, TimeoutError) and error.strerror is None:
+        return "vsockd does not answer (is its process stopped?)"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    return f"{error!r}: a bug; VSOCKETS_DEBUG=1 shows where"

@@ -1,0 +1,87 @@
+"""``vsock ls``: who has which socket, as ``ss`` shows it for TCP."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .context import JsonOption, read_cid
+from .output import Column, print_json, print_table, user_name
+from .reach import administrator
+
+
+class SocketType(StrEnum):
+    """As the fabric calls them."""
+
+    STREAM = "stream"
+    SEQPACKET = "seqpacket"
+    DATAGRAM = "dgram"
+
+
+class State(StrEnum):
+    """What can become of a socket."""
+
+    BOUND = "bound"
+    LISTENING = "listening"
+    ESTABLISHED = "established"
+    UNCONNECTED = "unconnected"
+
+
+def ls(
+    context: Annotated[
+        int | None,
+        typer.Option(parser=read_cid, metavar="CID", help="Only this context's sockets."),
+    ] = None,
+    listening: Annotated[bool, typer.Option("--listening", help="As --state listening.")] = False,
+    socket_type: Annotated[SocketType | None, typer.Option("--type")] = None,
+    state: Annotated[State | None, typer.Option()] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the sockets of the fabric: a stream has two, one at each end."""
+    if listening and state not in (None, State.LISTENING):
+        raise typer.BadParameter(f"--listening and --state {state} exclude each other")
+    wanted = {
+        "context": context,
+        "type": socket_type and socket_type.value,
+        "state": "listening" if listening else state and state.value,
+    }
+    with administrator() as control:
+        sockets = [
+            row
+            for row in control.sockets()
+            if all(value is None or row[key] == value for key, value in wanted.items())
+        ]
+    if as_json:
+        print_json(sockets)
+        return
+    columns = [
+        Column("TYPE"),
+        Column("STATE"),
+        Column("LOCAL"),
+        Column("PEER"),
+        Column("USER", whole=False),
+        Column("PROCESS", whole=False),
+    ]
+    print_table(columns, map(_row, sockets))
+
+
+def _row(socket: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        socket["type"],
+        socket["state"],
+        f"{socket['cid']}:{socket['port']}",
+        "{}:{}".format(*socket["peer"]) if socket["peer"] else "",
+        user_name(socket["uid"]),
+        f"{socket['pid']} {_program(socket['pid'])}".rstrip(),
+    )
+
+
+def _program(pid: int) -> str:
+    """The program's name; empty when it has ended, having passed its socket on."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,59 @@
+"""``vsock context``."""
+
+from __future__ import annotations
+
+import os
+import pwd
+
+from vsockets.testing import PrivateFabric
+
+from .vsock import Vsock
+
+
+def test_add_prints_the_cid_alone(vsock: Vsock) -> None:
+    done = vsock("context", "add")
+    assert int(done.stdout) >= 3
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+def test_twenty_at_once_get_twenty_cids(vsock: Vsock) -> None:
+    added = [vsock.start("context", "add") for _ in range(20)]
+    assert len({int(running.finish()[0]) for running in added}) == 20
+
+
+def test_add_list_and_remove(vsock: Vsock) -> None:
+    me = pwd.getpwuid(os.geteuid())
+    added = vsock.json("context", "add", "500", "--name", "web [1]", "--owner", me.pw_name)
+    assert added == {
+        "cid": 500,
+        "name": "web [1]",
+        "owner": me.pw_uid,
+        "leased": False,
+        "folder": str(vsock.folder / "500"),
+        "ports": 0,
+    }
+    assert added in vsock.json("context", "ls")
+    table = vsock("context", "ls").stdout
+    assert "web [1]" in table
+    assert me.pw_name in table
+    assert vsock("context", "rm", "500").stdout == ""
+    assert added not in vsock.json("context", "ls")
+
+
+def test_owner_may_be_a_number(vsock: Vsock) -> None:
+    added = vsock.json("context", "add", "--owner", os.geteuid())
+    assert added["owner"] == os.geteuid()
+
+
+def test_refusals(vsock: Vsock, fabric: PrivateFabric) -> None:
+    fabric.guest(600)
+    vsock.fail(
+        ("context add 600", 1, "context 600 exists"),
+        ("context add 2", 1, "CID 2 is not a guest's: expected 3 to 4294967294"),
+        ("context add host", 1, "CID 2 is not a guest's: expected 3 to 4294967294"),
+        ("context rm 4000", 1, "no context 4000"),
+        ("context rm host", 1, "context 2 is the host: it cannot be removed"),
+        ("context add many", 2, "CID 'many': expected a number"),
+        ("context add --owner no-such-user", 2, "there is no user 'no-such-user'"),
+    )

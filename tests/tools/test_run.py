@@ -1,0 +1,140 @@
+"""``vsock run``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from vsockets.testing import PrivateFabric, wait_until
+from vsockets.tools.run import SITE
+
+from .vsock import Vsock
+
+#: Unmodified programs of the standard library's socket.
+SERVER = """
+import socket
+server = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+server.bind((socket.VMADDR_CID_ANY, 0xFFFFFFFF))
+server.listen()
+print(server.getsockname()[1], flush=True)
+connection, client = server.accept()
+print(client[0], connection.recv(100).decode(), flush=True)
+connection.send(b"welcome")
+"""
+CLIENT = """
+import socket, sys
+client = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+client.connect((2, int(sys.argv[1])))
+client.send(b"hello")
+print(client.getsockname()[0], client.recv(100).decode(), isinstance(client, socket.socket))
+"""
+WAIT = "import socket, sys; print('here', flush=True); sys.stdin.read()"
+
+
+def cids(vsock: Vsock) -> set[int]:
+    return {context["cid"] for context in vsock.json("context", "ls")}
+
+
+def contexts_of(fabric: PrivateFabric) -> dict[int, dict[str, object]]:
+    return {context["cid"]: context for context in fabric.control.contexts()}
+
+
+def test_unmodified_programs_talk(vsock: Vsock, fabric: PrivateFabric) -> None:
+    server = vsock.start("run", "--cid", "host", sys.executable, "-c", SERVER)
+    port = int(server.read_line())
+    client = vsock("run", "--cid", "1234", "--", sys.executable, "-c", CLIENT, port)
+    assert client.stdout == "1234 welcome True\n"
+    assert server.finish()[0] == b"1234 hello\n"
+    wait_until(lambda: 1234 not in contexts_of(fabric), "the lease to end")
+
+
+def test_a_guest_made_for_a_program_lives_as_long_as_it(
+    vsock: Vsock, fabric: PrivateFabric
+) -> None:
+    running = vsock.start("run", "--name", "job", sys.executable, "-c", WAIT)
+    running.read_line()
+    (job,) = (c for c in contexts_of(fabric).values() if c["name"] == "job")
+    assert job["leased"]
+    running.finish()
+    wait_until(lambda: job["cid"] not in contexts_of(fabric), "the lease to end")
+
+
+def test_and_as_long_as_its_children(vsock: Vsock, fabric: PrivateFabric) -> None:
+    script = "exec 3<&0; cat <&3 >/dev/null 2>&1 & exec 3<&-; echo left"
+    running = vsock.start("run", "--cid", "1235", "sh", "-c", script)
+    assert running.read_line() == "left"
+    assert running.process.wait(10) == 0
+    assert 1235 in contexts_of(fabric)
+    running.end_of_input()
+    wait_until(lambda: 1235 not in contexts_of(fabric), "the lease to end")
+
+
+def test_a_guest_that_was_killed_leaves_nothing(vsock: Vsock, fabric: PrivateFabric) -> None:
+    running = vsock.start("run", "--cid", "1236", sys.executable, "-c", WAIT)
+    running.read_line()
+    running.process.kill()
+    wait_until(lambda: 1236 not in contexts_of(fabric), "the lease to end")
+
+
+def test_a_guest_that_exists_stays(vsock: Vsock, fabric: PrivateFabric) -> None:
+    fabric.guest(1237)
+    vsock("run", "--cid", "1237", "true")
+    assert 1237 in cids(vsock)
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["sh", "-c", "exit 7"], 7),
+        (["sh", "-c", "kill -TERM $$"], -signal.SIGTERM),
+        (["sh", "-c", "kill -PIPE $$"], -signal.SIGPIPE),  # which Python ignores
+    ],
+)
+def test_how_the_program_ends_is_how_it_ends(vsock: Vsock, command: list[str], status: int) -> None:
+    done = vsock("run", "--cid", "host", "--", *command, expect=status)
+    assert done.stderr == ""
+
+
+def test_programs_that_cannot_be_run(vsock: Vsock, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("nothing to run\n")
+    vsock.fail(
+        ("run no-such-program", 127, "no-such-program: No such file or directory"),
+        (f"run {plain}", 126, f"{plain}: Permission denied"),
+        ("run --cid local true", 1, "CID 1 is not a guest's"),
+    )
+
+
+def test_vsockd_is_started_on_demand(alone: Vsock) -> None:
+    assert alone("run", "echo", "hello").stdout == "hello\n"
+
+
+def test_another_sitecustomize_is_run_too(vsock: Vsock, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import builtins\nbuiltins.customized = __file__\n")
+    vsock.find_modules_in(tmp_path)
+    script = (
+        "import sitecustomize, socket; print(customized == sitecustomize.__file__, socket.socket)"
+    )
+    found = vsock("run", "--cid", "host", sys.executable, "-c", script).stdout
+    assert found == "True <class 'vsockets.install.Socket'>\n"
+
+
+def test_an_interpreter_without_the_package_gets_it(vsock: Vsock, tmp_path: Path) -> None:
+    # -S: no site-packages, and what site does is done by hand.
+    program = "import sys, sitecustomize, socket; print(socket.socket(40).getsockname(), sys.path)"
+    script = f"PYTHONPATH={SITE} exec {sys.executable} -S -c '{program}'"
+    found = vsock("run", "--cid", "host", "sh", "-c", script).stdout
+    assert found.startswith("(4294967295, 4294967295) ")
+    assert repr(str(SITE.parents[2])) not in found  # where others' packages may be
+
+
+def test_a_program_without_vsockets_gets_along(vsock: Vsock, tmp_path: Path) -> None:
+    (tmp_path / "vsockets.py").write_text("raise RuntimeError('broken')\n")
+    script = f"""PYTHONPATH=$PYTHONPATH:{tmp_path} exec {sys.executable} -c 'print("still here")'"""
+    done = vsock("run", "--cid", "host", "sh", "-c", script)
+    assert done.stdout == "still here\n"
+    assert done.stderr.startswith("vsock run: no vSockets in Python 3.")
+    assert done.stderr.endswith(": broken\n")

@@ -1,0 +1,46 @@
+"""``vsock up``, ``down`` and ``status``."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from vsockets.control import Control
+from vsockets.testing import wait_until
+
+from .vsock import Vsock
+
+
+def test_one_life(alone: Vsock) -> None:
+    none = f"no vsockd runs in {alone.folder} (start it: vsock up)"
+    alone.fail(("status", 1, none), ("down", 1, none), ("ls", 1, none))
+    assert alone("up").stdout.startswith(f"vsockd serves {alone.folder} (pid ")
+    facts = alone.json("status")
+    assert facts["folder"] == str(alone.folder)
+    again = f"vsockd is already running in {alone.folder} (pid {facts['pid']})\n"
+    assert alone("up").stdout == again
+    assert alone("down").stdout == f"vsockd in {alone.folder} has ended\n"
+    assert os.listdir(alone.folder) == []
+    assert "no vsockd runs" in alone.fails("status")
+
+
+def test_foreground(alone: Vsock) -> None:
+    running = alone.start("up", "--foreground", "--log-level", "info")
+
+    def pid() -> int:
+        try:
+            with Control(alone.folder) as control:
+                return int(control.status()["pid"])
+        except OSError:
+            return 0
+
+    assert wait_until(pid, "vsockd to serve") == running.process.pid
+    running.process.send_signal(signal.SIGTERM)
+    running.finish()
+
+
+def test_several_at_once_start_one_vsockd(alone: Vsock) -> None:
+    added = [alone.start("context", "add") for _ in range(4)]
+    cids = {running.finish() for running in added}
+    assert cids == {(b"3\n", ""), (b"4\n", ""), (b"5\n", ""), (b"6\n", "")}
+    assert ["contexts", "5"] in [line.split() for line in alone("status").stdout.splitlines()]
