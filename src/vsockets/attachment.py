@@ -11,7 +11,6 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from . import launcher
 from .constants import VMADDR_CID_HOST
 from .limits import REQUEST_TIMEOUT
 from .state_folder import SEQPACKET, STREAM, connect_to, default_folder, require_private
@@ -50,6 +49,8 @@ class Attachment:
                 raise OSError(
                     errno.ENODEV, f"no vsockd serves {self.folder} (is it running? try: vsock up)"
                 ) from None
+            from . import launcher  # here, because few programs need it
+
             launcher.start(self.folder.parent)
             connect_to(connect, door)
         except BlockingIOError:

@@ -6,8 +6,10 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+from .control import Control
 from .state_folder import LOG
 
 #: How long a vsockd may take to come up, in seconds; it takes a tenth of one.
@@ -17,7 +19,7 @@ _PATIENCE = 20.0
 def start(folder: Path) -> bool:
     """Start vsockd in the background; it serves when this returns.
 
-    Returns False when one was running in ``folder`` already.  Raises OSError when it cannot
+    Returns False when there is one in ``folder`` already.  Raises OSError when it cannot
     start, with what it had to say.
     """
     # Without the environment's context: the new vsockd is nobody's guest.
@@ -37,8 +39,23 @@ def start(folder: Path) -> bool:
         check=False,
     )
     if finished.returncode == os.EX_TEMPFAIL:
+        _wait_until_served(folder)
         return False
     if finished.returncode:
         complaint = finished.stderr.strip() or f"see {folder / LOG}"
         raise OSError(errno.ENODEV, f"cannot start vsockd: {complaint}")
     return True
+
+
+def _wait_until_served(folder: Path) -> None:
+    """Return when somebody else's vsockd, which may be starting still, serves; or gives up."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            Control(folder).close()
+        except PermissionError:
+            return  # it serves, and not us
+        except OSError:
+            time.sleep(0.01)
+        else:
+            return

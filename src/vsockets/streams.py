@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .attachment import Attachment
 from .constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from .functions import create_server
 from .socket import socket
 
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
+if TYPE_CHECKING:
+    import asyncio
+
+    Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
 
 
 async def open_connection(
@@ -21,6 +23,8 @@ async def open_connection(
 
     Raises what :meth:`vsockets.socket.connect` raises.
     """
+    import asyncio  # here, because importing it takes longer than all the rest of us
+
     sock = socket(context=context)
     try:
         sock.setblocking(False)
@@ -41,6 +45,8 @@ async def start_server(
     **options: Any,
 ) -> asyncio.Server:
     """Serve streams on ``(cid, port)``; ``options`` are those of ``asyncio.start_server``."""
+    import asyncio
+
     sock = create_server((cid, port), backlog=backlog, context=context)
     try:
         sock.setblocking(False)

@@ -234,6 +234,21 @@ def test_a_route_does_not_outlive_its_socket(
         assert errno_of(kept.send, b"in another's name") == errno.EPIPE
 
 
+def test_two_fabrics_side_by_side(vsock_fabric: PrivateFabric) -> None:
+    """Names of routes are everybody's in a network namespace; ours must not collide."""
+    with PrivateFabric() as other:
+        for fabric in (vsock_fabric, other, vsock_fabric):
+            with (
+                datagram(fabric.host, (VMADDR_CID_HOST, 5001)) as server,
+                datagram(fabric.guest()) as client,
+            ):
+                for _ in range(3):
+                    client.sendto(b"question", server.getsockname())
+                    data, source = server.recvfrom(100)
+                    server.sendto(b"answer", source)
+                    assert client.recv(100) == b"answer"
+
+
 def test_only_vsockd_can_reach_a_datagram_socket(
     vsock_fabric: PrivateFabric, server: vsockets.socket
 ) -> None:

@@ -158,6 +158,10 @@ class Broker:
         except ProtocolError as error:
             log.info("context %d pid %d: %s", channel.context.cid, channel.owner.pid, error)
             return False
+        except OSError as error:  # the kernel's no to something the fabric allowed
+            log.error("context %d pid %d: %s", channel.context.cid, channel.owner.pid, error)
+            channel.send(Record(error.errno or errno.EIO).encode())
+            return False
 
     def _answer(self, channel: Channel, request: Request, record: bytes) -> None:
         channel.send(record)

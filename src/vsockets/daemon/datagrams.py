@@ -15,6 +15,7 @@ from __future__ import annotations
 import _socket
 import errno
 import os
+import secrets
 import socket
 from dataclasses import dataclass, field
 from itertools import count
@@ -105,7 +106,9 @@ class Datagrams:
             revoke(old)
         route = _socket.socket(AF_UNIX, SOCK_DGRAM)
         try:
-            route.bind(encode_source(source.address, next(self._names)))
+            # At random, because abstract names are everybody's in a network namespace: other
+            # fabrics must not meet ours, and nobody may take our names before us.
+            route.bind(encode_source(source.address, secrets.randbits(64)))
             _socket_of(destination).connect(route)
         except OSError as error:
             route.close()

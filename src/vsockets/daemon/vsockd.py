@@ -75,6 +75,8 @@ class Vsockd:
     def add_context(self, cid: int | None, name: str, owner: int, leased: bool) -> Context:
         """Start a guest: see :meth:`Contexts.add`."""
         context = self._fabric.contexts.add(cid, name, owner, leased)
+        if context in self._doors:  # one more lease
+            return context
         try:
             self._open_doors(context)
         except OSError:
@@ -96,8 +98,9 @@ class Vsockd:
         self._end(self._fabric.contexts.remove(cid))
 
     def end_lease(self, context: Context) -> None:
-        """Whoever leased ``context`` has gone, so it goes."""
-        if self._fabric.contexts.get(context.cid) is context:
+        """Whoever leased ``context`` has gone; with the last one it goes."""
+        context.leases -= 1
+        if context.leases == 0 and self._fabric.contexts.get(context.cid) is context:
             self._end(self._fabric.contexts.remove(context.cid))
 
     def status(self) -> dict[str, Any]:

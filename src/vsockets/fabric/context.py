@@ -15,7 +15,7 @@ from .ports import Ports
 class Context:
     """One context: its CID, and the ports its endpoints hold."""
 
-    __slots__ = ("cid", "connected", "datagrams", "is_guest", "leased", "name", "owner")
+    __slots__ = ("cid", "connected", "datagrams", "is_guest", "leases", "name", "owner")
 
     def __init__(self, cid: int, name: str, owner: int, leased: bool = False) -> None:
         self.cid = cid
@@ -23,10 +23,16 @@ class Context:
         self.owner = owner  #: the user id that owns the virtual machine
         #: whether this is a virtual machine, rather than the host or its hypervisor
         self.is_guest = cid >= FIRST_GUEST_CID
-        self.leased = leased  #: ends with the lease that made it
+#: how many hold a lease on it: it ends with the last.  0: it ends when it is removed
+        self.leases = int(leased)
         #: stream and seqpacket ports: bound endpoints, and the ports of connecting sockets
         self.connected: Ports[Endpoint | Connection] = Ports()
         self.datagrams: Ports[Endpoint] = Ports()
+
+    @property
+    def leased(self) -> bool:
+        """Whether it ends with its last lease."""
+        return self.leases > 0
 
     def __repr__(self) -> str:
         return f"<context {self.cid} {self.name!r}>"
@@ -54,7 +60,8 @@ class Contexts:
     def add(self, cid: int | None, name: str, owner: int, leased: bool = False) -> Context:
         """Start a guest.  Without a CID it gets a free one: the next that was not used lately.
 
-        Refused with EINVAL (not a guest's CID) or EEXIST (in use).
+        A lease on a guest that lives by leases already is one more lease on it.  Refused with
+        EINVAL (not a guest's CID) or EEXIST (in use).
         """
         if cid is None:
             cid = self._free_cid()
@@ -64,7 +71,11 @@ class Contexts:
                 f"CID {cid} is not a guest's: expected {FIRST_GUEST_CID} to {LAST_GUEST_CID}",
             )
         elif cid in self._by_cid:
-            raise Refused(errno.EEXIST, f"context {cid} exists")
+            context = self._by_cid[cid]
+            if not (leased and context.leased):
+                raise Refused(errno.EEXIST, f"context {cid} exists")
+            context.leases += 1
+            return context
         return self._put(Context(cid, name or f"guest-{cid}", owner, leased))
 
     def remove(self, cid: int) -> Context:

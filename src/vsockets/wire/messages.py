@@ -21,7 +21,7 @@ from ..buffers import BufferSizes
 #: "vsk" and the protocol's version.
 MAGIC = int.from_bytes(b"vsk\x01", "big")
 
-_REQUEST = struct.Struct("=IHHIIIII4xQQQQQ")
+_REQUEST = struct.Struct("=IHHIIIIQQQQQQ")
 _RECORD = struct.Struct("=IHHIIIIIIIIQQQ")
 REQUEST_SIZE = _REQUEST.size
 RECORD_SIZE = _RECORD.size

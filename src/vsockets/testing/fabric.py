@@ -1,0 +1,212 @@
+"""A fabric of one's own: a real vsockd in a temporary folder."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from ..attachment import Attachment
+from ..constants import VMADDR_CID_HOST
+from ..control import Control
+
+#: How long vsockd may take to start or to stop, in seconds; it takes a tenth of one.
+_PATIENCE = 10.0
+
+#: More than any test makes vsockd say, and no more than fits a report, in bytes.
+_LONGEST_LOG = 1 << 20
+
+
+class FabricFailed(Exception):
+    """vsockd did not start, did not stop as it should, or logged an error."""
+
+
+class PrivateFabric:
+    """A vsockd that nobody else uses, as a context manager::
+
+        with PrivateFabric() as fabric:
+            server = vsockets.create_server((2, 5000), context=fabric.host)
+            guest = fabric.guest()
+            client = vsockets.create_connection((2, 5000), context=guest)
+            subprocess.run(["./agent"], env=fabric.environment(guest))
+
+    Any number of them can be had at once.  ``folder`` is the state folder, by default one in
+    a new temporary folder with a short path; only the latter is removed afterwards.
+    """
+
+    folder: Path  #: the state folder
+    control: Control  #: the administrator's connection
+    host: Attachment  #: the host, CID 2
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None = None, log_level: str = "info"
+    ) -> None:
+        # TMPDIR may be anything; a unix socket's path may not.
+        self._scratch = Path(tempfile.mkdtemp(prefix="vsock-", dir=_short_temporary_folder()))
+        self.folder = Path(folder) if folder is not None else self._scratch / "fabric"
+        self._log_file = self._scratch / "log"
+        self._log_level = log_level
+        self._log = ""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors_expected = False
+
+    def __enter__(self) -> PrivateFabric:
+        try:
+            self.start()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.stop()
+            if kind is None:
+                self.check()
+        except FabricFailed:
+            if kind is None:  # else what the block itself raised says more
+                raise
+        finally:
+            self._remove()
+
+    # What tests use
+
+    @property
+    def pid(self) -> int:
+        """vsockd's process."""
+        if self._process is None:
+            raise FabricFailed("vsockd does not run")
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What vsockd has written to its standard error so far; the first MiB of it."""
+        if self._log_file.exists():
+            with open(self._log_file, "rb") as log:
+                self._log = log.read(_LONGEST_LOG).decode(errors="replace")
+        return self._log
+
+    def guest(
+        self, cid: int | None = None, *, name: str = "", owner: int | None = None
+    ) -> Attachment:
+        """Start a guest and return it; without ``cid`` it gets a free one.
+
+        OSError as :meth:`vsockets.control.Control.add_context`.
+        """
+        return Attachment(self.control.add_context(cid, name, owner)["folder"])
+
+    def environment(self, attachment: Attachment) -> dict[str, str]:
+        """This process's environment, changed so that a child is in ``attachment``'s context."""
+        return {
+            **os.environ,
+            "VSOCKETS_TRANSPORT": "fabric",
+            "VSOCKETS_CONTEXT": os.fspath(attachment.folder),
+            "VSOCKETS_DIR": os.fspath(self.folder),
+        }
+
+    def expect_errors(self) -> None:
+        """Do not fail for errors that vsockd logs."""
+        self._errors_expected = True
+
+    # Its life, for tests of crashes; the context manager does the usual
+
+    def start(self) -> None:
+        """Start vsockd; it serves when this returns.  FabricFailed with what it had to say."""
+        ready, announce = os.pipe()
+        try:
+            with open(self._log_file, "ab") as log:
+                self._process = subprocess.Popen(
+                    [
+                        *(sys.executable, "-m", "vsockets.daemon"),
+                        *("--dir", os.fspath(self.folder)),
+                        *("--ready-fd", str(announce)),
+                        *("--log-level", self._log_level),
+                    ],
+                    env=_environment_of_vsockd(),
+                    stdin=subprocess.DEVNULL,
+                    stderr=log,
+                    pass_fds=[announce],
+                    process_group=0,  # a ^C at the terminal is for the tests
+                )
+            os.close(announce)
+            announce = -1
+            readable, _, _ = select.select([ready], [], [], _PATIENCE)
+            # No more of it to read and nothing written: vsockd has died.
+            if not readable or not os.read(ready, 64):
+                self._end_process(signal.SIGKILL)
+                raise FabricFailed(f"vsockd did not start: {self.log.strip() or 'it said nothing'}")
+        finally:
+            os.close(ready)
+            if announce >= 0:
+                os.close(announce)
+        self.control = Control(self.folder)
+        self.host = Attachment(self.folder / str(VMADDR_CID_HOST))
+
+    def kill(self) -> None:
+        """End vsockd without warning, as a crash would; :meth:`start` starts another one."""
+        if self._process is not None:
+            self._end_process(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End vsockd as an administrator would.  Does nothing when it was ended before.
+
+        FabricFailed unless it ends in time, with status 0, and leaves nothing in its folder.
+        """
+        if self._process is None:
+            return
+        died = self._process.poll() is not None
+        status = self._end_process(signal.SIGTERM)
+        if died:
+            raise FabricFailed(f"vsockd died with status {status}:\n{self.log}")
+        if status != 0:
+            raise FabricFailed(f"vsockd ended with status {status}:\n{self.log}")
+        left = sorted(os.listdir(self.folder)) if self.folder.exists() else []
+        if left:
+            raise FabricFailed(f"vsockd left {', '.join(left)} in {self.folder}")
+
+    def check(self) -> None:
+        """FabricFailed if vsockd has logged an error that was not expected."""
+        errors = [line for line in self.log.splitlines() if line.startswith("vsockd: ERROR")]
+        if errors and not self._errors_expected:
+            raise FabricFailed(f"vsockd logged {len(errors)} errors:\n{self.log}")
+
+    def _end_process(self, number: signal.Signals) -> int:
+        process, self._process = self._process, None
+        assert process is not None
+        if hasattr(self, "control"):
+            self.control.close()
+        process.send_signal(number)
+        try:
+            return process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise FabricFailed(f"vsockd did not end within {_PATIENCE} s:\n{self.log}") from None
+
+    def _remove(self) -> None:
+        _ = self.log  # goes on being readable
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _short_temporary_folder() -> str | None:
+    return "/tmp" if os.access("/tmp", os.W_OK | os.X_OK) else None
+
+
+def _environment_of_vsockd() -> dict[str, str]:
+    # NOTIFY_SOCKET would tell the manager of whoever runs the tests.
+    without = ("VSOCKETS_CONTEXT", "NOTIFY_SOCKET")
+    environment = {name: value for name, value in os.environ.items() if name not in without}
+    package_root = os.fspath(Path(__file__).parents[2])
+    search_path = [package_root, *filter(None, [environment.get("PYTHONPATH")])]
+    return {**environment, "PYTHONPATH": os.pathsep.join(search_path)}
