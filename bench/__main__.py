@@ -64,12 +64,11 @@ def main() -> int:
 
 
 Tick = Callable[[], None]
+Benchmark = Callable[[Tick], dict[str, Series]]
 
 
-def _benchmarks(rounds: int) -> dict[str, Callable[[Tick], dict[str, Series]]]:
-    def stream(
-        measure: Callable[..., float], count: int, unit: str
-    ) -> Callable[[Tick], dict[str, Series]]:
+def _benchmarks(rounds: int) -> dict[str, Benchmark]:
+    def stream(measure: Callable[..., float], count: int, unit: str) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             with PrivateFabric() as fabric:
                 guest = fabric.guest()
@@ -92,7 +91,7 @@ def _benchmarks(rounds: int) -> dict[str, Callable[[Tick], dict[str, Series]]]:
             }
             return take_turns(contestants, "/s", rounds, tick)
 
-    def connecting(clients: int, count: int) -> Callable[[Tick], dict[str, Series]]:
+    def connecting(clients: int, count: int) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             with PrivateFabric(log_level="warning") as fabric:
                 guest = fabric.guest()
@@ -104,25 +103,30 @@ def _benchmarks(rounds: int) -> dict[str, Callable[[Tick], dict[str, Series]]]:
 
         return run
 
-    def growing(sizes: list[tuple[str, int, int]]) -> Callable[[Tick], dict[str, Series]]:
+    def growing(few: tuple[str, int, int], lots: tuple[str, int, int]) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
-            (small, *small_size), (large, *large_size) = sizes
             with (
-                scale.many(*small_size, tick) as few,
-                scale.many(*large_size, tick) as lots,
+                scale.many(few[1], few[2], tick) as with_few,
+                scale.many(lots[1], lots[2], tick) as with_lots,
             ):
-                return take_turns({large: lots, small: few}, "us", rounds, tick)
+                return take_turns({lots[0]: with_lots, few[0]: with_few}, "us", rounds, tick)
 
         return run
 
+    many_contexts = scale.most(10_000, 2)
+    many_listeners = scale.most(20_000, 1)
     return {
         "stream throughput, 64 KiB": stream(streams.throughput, 4000, "MB/s"),
         "stream round trip, 64 B": stream(streams.round_trip, 15_000, "us"),
         "datagrams, 64 B": datagram,
         "connects, 1 client": connecting(1, 3000),
         "connects, 4 clients": connecting(4, 2000),
-        "vsockd's time a connect, contexts": growing([("10", 10, 1), ("10,000", 10_000, 1)]),
-        "vsockd's time a connect, listeners": growing([("100", 1, 100), ("20,000", 1, 20_000)]),
+        "vsockd's time a connect, contexts": growing(
+            ("10", 10, 1), (f"{many_contexts:,}", many_contexts, 1)
+        ),
+        "vsockd's time a connect, listeners": growing(
+            ("100", 1, 100), (f"{many_listeners:,}", 1, many_listeners)
+        ),
     }
 
 

@@ -6,6 +6,6 @@ import vsockets
 
 with vsockets.socket(type=socket.SOCK_DGRAM) as server:
     server.bind((vsockets.VMADDR_CID_ANY, 5001))
-    print("listening on CID %d port %d" % server.getsockname(), flush=True)
+    print("listening on", server.getsockname(), flush=True)
     question, source = server.recvfrom(4096)
     server.sendto(b"you are context %d, port %d" % source, source)

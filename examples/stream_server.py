@@ -5,7 +5,7 @@ import vsockets
 with vsockets.socket(vsockets.VMCISock_GetAFValue()) as server:
     server.bind((vsockets.VMADDR_CID_ANY, 5000))
     server.listen()
-    print("listening on CID %d port %d" % server.getsockname(), flush=True)
+    print("listening on", server.getsockname(), flush=True)
     connection, (cid, port) = server.accept()
     with connection:
         while data := connection.recv(4096):

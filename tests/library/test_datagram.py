@@ -244,8 +244,7 @@ def test_two_fabrics_side_by_side(vsock_fabric: PrivateFabric) -> None:
             ):
                 for _ in range(3):
                     client.sendto(b"question", server.getsockname())
-                    data, source = server.recvfrom(100)
-                    server.sendto(b"answer", source)
+                    server.sendto(b"answer", server.recvfrom(100)[1])
                     assert client.recv(100) == b"answer"
 
 

@@ -40,7 +40,7 @@ def test_it_runs(vsock_fabric: PrivateFabric, kind: str, heard: str) -> None:
     with server:
         assert server.stdout is not None
         try:
-            assert server.stdout.readline().startswith("listening on CID 2 port 500")
+            assert server.stdout.readline().startswith("listening on (2, 500")
             client = subprocess.run(
                 [sys.executable, f"examples/{kind}_client.py"],
                 cwd=ROOT,

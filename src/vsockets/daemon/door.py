@@ -40,6 +40,21 @@ class Doors:
         self._context = context
         self._listeners: list[socket.socket] = []
         folder.mkdir(mode=0o700)
+        try:
+            self._open_all()
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let nobody in any more, and remove the folder."""
+        for listener in self._listeners:
+            self._loop.unwatch(listener.fileno())
+            listener.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _open_all(self) -> None:
+        folder, context = self.folder, self._context
         for kind, name, sock_type in _DOORS:
             listener = socket.socket(socket.AF_UNIX, sock_type | socket.SOCK_NONBLOCK)
             self._listeners.append(listener)
@@ -52,13 +67,6 @@ class Doors:
             folder.chmod(0o755)
         elif context.owner != os.geteuid():
             os.chown(folder, context.owner, -1)
-
-    def close(self) -> None:
-        """Let nobody in any more, and remove the folder."""
-        for listener in self._listeners:
-            self._loop.unwatch(listener.fileno())
-            listener.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _open(self, listener: socket.socket, kind: Kind) -> None:
         fd = listener.fileno()

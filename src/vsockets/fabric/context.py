@@ -23,7 +23,7 @@ class Context:
         self.owner = owner  #: the user id that owns the virtual machine
         #: whether this is a virtual machine, rather than the host or its hypervisor
         self.is_guest = cid >= FIRST_GUEST_CID
-#: how many hold a lease on it: it ends with the last.  0: it ends when it is removed
+        #: how many hold a lease on it: it ends with the last.  0: it ends when it is removed
         self.leases = int(leased)
         #: stream and seqpacket ports: bound endpoints, and the ports of connecting sockets
         self.connected: Ports[Endpoint | Connection] = Ports()

@@ -15,7 +15,7 @@ _NAME = re.compile(rb"\x00vsock:" + _NUMBER + b":" + _NUMBER + rb":(?:0|[1-9a-f]
 
 
 def encode_source(address: tuple[int, int], serial: int) -> bytes:
-    """The abstract socket name of a route from ``address``; ``serial``, of 64 bits, makes it unique."""
+    """The abstract name of a route from ``address``; ``serial``, of 64 bits, makes it unique."""
     return b"\0vsock:%d:%d:%x" % (*address, serial)
 
 
