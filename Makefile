@@ -1,0 +1,31 @@
+# make demo, make test, make bench, make clean.
+#
+# Needs Python 3.11 or newer with venv; everything else goes into .venv.
+
+PYTHON ?= python3
+BIN = .venv/bin
+export VSOCKETS_TRANSPORT = fabric
+
+.PHONY: demo test bench clean
+
+demo: .venv/ready
+	$(BIN)/vsock demo
+
+test: .venv/ready
+	$(BIN)/pytest
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo "needs Python 3.11 or newer with venv: apt install python3-venv (an older default: apt install python3.11-venv; make PYTHON=python3.11)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@

@@ -1,0 +1,114 @@
+"""Dependencies point one way (DESIGN.md, chapter 6), and modules stay readable."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vsockets
+
+ROOT = Path(vsockets.__file__).parent
+MODULES = {
+    ".".join(("vsockets", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+
+#: What the decisions and the codec may know: plain values, nothing that does anything.
+PLAIN = ("vsockets.address", "vsockets.buffers", "vsockets.constants", "vsockets.limits")
+
+
+def imports(module: str) -> Iterator[str]:
+    """Every module that ``module`` imports anywhere in it, by its full name.
+
+    ``from a import b`` gives both ``a`` and ``a.b``: only the file system knows which it is.
+    """
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = parts[: len(parts) - node.level + 1]
+                origin = ".".join([*base, *filter(None, [node.module])])
+            yield origin
+            yield from (f"{origin}.{name.name}" for name in node.names)
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def ours(module: str) -> set[str]:
+    """The modules of vsockets that ``module`` imports."""
+    names = {name for name in imports(module) if name in MODULES}
+    # The package itself comes with whatever of it is imported; `from .. import x` names x too.
+    return names - {"vsockets"}
+
+
+@pytest.mark.parametrize("package", ["vsockets.fabric", "vsockets.wire"])
+def test_decisions_and_codec_know_only_plain_values(package: str) -> None:
+    for module in filter(lambda name: within(name, package), MODULES):
+        strange = {name for name in ours(module) if not within(name, package, *PLAIN)}
+        assert not strange, f"{module} imports {strange}"
+
+
+def test_plain_values_know_only_each_other() -> None:
+    for module in PLAIN:
+        assert ours(module) <= set(PLAIN), module
+
+
+@pytest.mark.parametrize("package", ["vsockets.fabric", "vsockets.wire"])
+def test_decisions_and_codec_do_no_io(package: str) -> None:
+    doers = {"socket", "_socket", "select", "selectors", "asyncio", "threading", "subprocess"}
+    doers |= {"time", "pathlib", "signal"}
+    for module in filter(lambda name: within(name, package), MODULES):
+        assert not doers & set(imports(module)), module
+
+
+def test_vsockd_is_not_its_own_client() -> None:
+    forbidden = ("vsockets.socket", "vsockets.transports", "vsockets.tools", "vsockets.functions")
+    for module in filter(lambda name: within(name, "vsockets.daemon"), MODULES):
+        strange = {name for name in ours(module) if within(name, *forbidden)}
+        assert not strange, f"{module} imports {strange}"
+
+
+def test_only_tools_use_a_command_line_library() -> None:
+    for module in filter(lambda name: not within(name, "vsockets.tools"), MODULES):
+        strange = {name for name in imports(module) if within(name, "typer", "click", "rich")}
+        assert not strange, f"{module} imports {strange}"
+
+
+def test_only_the_plugin_needs_pytest() -> None:
+    for module in filter(lambda name: name != "vsockets.testing.plugin", MODULES):
+        assert "pytest" not in set(imports(module)), module
+
+
+def test_importing_vsockets_loads_the_standard_library_only() -> None:
+    script = "import sys; before = set(sys.modules); import vsockets; "
+    script += "print(*(set(sys.modules) - before))"
+    child = subprocess.run(
+        [sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True
+    )
+    loaded = set(child.stdout.split())
+    own = {name for name in loaded if within(name, "vsockets")}
+    foreign = {name.partition(".")[0] for name in loaded - own} - sys.stdlib_module_names
+    assert not foreign
+    others = ("vsockets.daemon", "vsockets.fabric", "vsockets.tools", "vsockets.testing")
+    assert not {name for name in own if within(name, *others)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_is_explained_and_short(module: str) -> None:
+    text = MODULES[module].read_text()
+    assert ast.get_docstring(ast.parse(text)), "a module says in its docstring what it is"
+    assert len(text.splitlines()) <= 450

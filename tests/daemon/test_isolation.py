@@ -1,0 +1,93 @@
+"""Host and guests, end to end: who reaches whom, what is told, and what is logged."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+import pytest
+
+import vsockets
+from vsockets.testing import PrivateFabric
+
+DATAGRAM = socket.SOCK_DGRAM
+
+
+def test_a_guest_cannot_tell_another_guest_from_none(vsock_fabric: PrivateFabric) -> None:
+    one, other = vsock_fabric.guest(3), vsock_fabric.guest(4)
+    with (
+        vsockets.create_server((4, 5000), context=other),
+        vsockets.socket(type=DATAGRAM, context=other) as target,
+        vsockets.socket(type=DATAGRAM, context=one) as sender,
+    ):
+        target.bind((4, 5000))
+        told = set()
+        for cid in (4, 5):
+            with pytest.raises(OSError) as refusal:
+                vsockets.create_connection((cid, 5000), context=one)
+            told.add(str(refusal.value))
+            with pytest.raises(OSError) as refusal:
+                sender.sendto(b"x", (cid, 5000))
+            told.add(str(refusal.value))
+        assert told == {"[Errno 113] No route to host"}
+    # The log knows better.
+    assert "context 3 pid" in vsock_fabric.log
+    assert "guest to guest: only host to guest is allowed" in vsock_fabric.log
+    assert "no context 5" in vsock_fabric.log
+
+
+def test_host_to_guest_and_back(vsock_fabric: PrivateFabric) -> None:
+    guest = vsock_fabric.guest(3)
+    for server_context, client_context, cid in (
+        (vsock_fabric.host, guest, 2),
+        (guest, vsock_fabric.host, 3),
+    ):
+        with (
+            vsockets.create_server((cid, 5000), context=server_context) as server,
+            vsockets.create_connection((cid, 5000), context=client_context) as client,
+        ):
+            accepted, source = server.accept()
+            with accepted:
+                assert source == client.getsockname()
+                assert source[0] == client_context.cid
+                client.sendall(b"there")
+                assert accepted.recv(10) == b"there"
+                accepted.sendall(b"and back")
+                assert client.recv(10) == b"and back"
+
+
+def test_the_source_of_a_datagram_is_where_it_came_from(vsock_fabric: PrivateFabric) -> None:
+    guest = vsock_fabric.guest(3)
+    with (
+        vsockets.socket(type=DATAGRAM, context=vsock_fabric.host) as receiver,
+        vsockets.socket(type=DATAGRAM, context=guest) as sender,
+    ):
+        receiver.bind((2, 5000))
+        sender.bind((3, 6000))
+        sender.sendto(b"x", (2, 5000))
+        assert receiver.recvfrom(10) == (b"x", (3, 6000))
+
+
+def test_a_guests_address_is_its_own(vsock_fabric: PrivateFabric) -> None:
+    with vsockets.socket(context=vsock_fabric.guest(3)) as sock:
+        for cid in (0, 2, 4):
+            with pytest.raises(OSError) as refusal:
+                sock.bind((cid, 5000))
+            assert refusal.value.errno == errno.EADDRNOTAVAIL
+        sock.bind((3, 5000))
+
+
+def test_a_removed_guest_is_cut_off_from_vsockd(vsock_fabric: PrivateFabric) -> None:
+    guest = vsock_fabric.guest(3)
+    with vsockets.create_server((3, 5000), context=guest) as server:
+        vsock_fabric.control.remove_context(3)
+        server.settimeout(2)
+        with pytest.raises(OSError, match="vsockd") as told:
+            server.accept()
+        assert told.value.errno == errno.ENETDOWN
+        with pytest.raises(OSError, match="No route") as refusal:
+            vsockets.create_connection((3, 5000), context=vsock_fabric.host)
+        assert refusal.value.errno == errno.EHOSTUNREACH
+    # A new guest of that CID is another one.
+    successor = vsock_fabric.guest(3)
+    vsockets.create_server((3, 5000), context=successor).close()

@@ -1,0 +1,161 @@
+"""The event loop, and what hangs on its clock."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from vsockets.daemon.broker import Broker
+from vsockets.daemon.channel import Channel
+from vsockets.daemon.loop import Loop, Timer
+from vsockets.fabric import Fabric, Kind
+from vsockets.limits import SILENT_CLIENT
+from vsockets.wire import RECORD_SIZE, Op, Record, Request
+
+KINDS = {Kind.STREAM: socket.SOCK_STREAM, Kind.SEQPACKET: socket.SOCK_SEQPACKET}
+
+
+def end(loop: Loop) -> Callable[[], None]:
+    """A callback that stops ``loop``, by an event, as everything that stops vsockd does."""
+    reader, writer = os.pipe()
+
+    def stop(events: int) -> None:
+        loop.unwatch(reader)
+        os.close(reader)
+        loop.stop()
+
+    loop.watch(reader, stop)
+    return lambda: os.close(writer)
+
+
+def run_once(loop: Loop) -> None:
+    """Serve what is to be served now."""
+    loop._running = True  # vsockd's never goes on after it was stopped
+    loop.call_later(0.0, end(loop))
+    loop.run()
+
+
+@pytest.mark.timeout(5)
+def test_a_timer_can_stop_it() -> None:
+    loop = Loop()
+    loop.call_later(0.0, loop.stop)
+    loop.run()
+
+
+def test_timers_run_in_their_order() -> None:
+    loop, calls = Loop(), list[str]()
+    loop.call_later(0.002, lambda: calls.append("second"))
+    loop.call_later(0.001, lambda: calls.append("first"))
+    loop.call_later(0.0, lambda: calls.append("never")).cancel()
+    loop.call_later(0.003, lambda: calls.append("third"))
+    loop.call_later(0.003, end(loop))
+    loop.run()
+    assert calls == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("when", ["an event", "a timer"])
+def test_a_callback_that_fails_is_logged_and_not_fatal(
+    when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = Loop()
+    one, other = socket.socketpair()
+
+    def fail(*_: object) -> None:
+        loop.unwatch(one.fileno())
+        raise OSError("as a test")
+
+    with one, other, caplog.at_level(logging.ERROR):
+        if when == "an event":
+            loop.watch(one.fileno(), fail)
+            other.send(b"x")
+        else:
+            loop.call_later(0.0, fail)
+        run_once(loop)
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert str(record.exc_info[1]) == "as a test"
+
+
+def test_what_has_ended_is_seen_before_what_is_new() -> None:
+    loop, seen = Loop(), list[str]()
+    pairs = {name: socket.socketpair() for name in ("new", "ended")}
+    for name, (mine, _) in pairs.items():
+
+        def note(events: int, name: str = name, mine: socket.socket = mine) -> None:
+            seen.append(name)
+            loop.unwatch(mine.fileno())
+
+        loop.watch(mine.fileno(), note)
+    pairs["new"][1].send(b"x")
+    pairs["ended"][1].close()
+    run_once(loop)
+    assert seen == ["ended", "new"]
+    for pair in pairs.values():
+        for sock in pair:
+            sock.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_at_which_vsockd_fails_is_served_once(
+    kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its program is let go, or vsockd would come back to that request for ever."""
+
+    def fail(channel: Channel, request: Request) -> bool:
+        raise OverflowError("as a test")
+
+    loop, fabric = Loop(), Fabric(0)
+    broker = Broker(loop, fabric)
+    broker._operations[Op.BIND] = fail
+    program, ours = socket.socketpair(socket.AF_UNIX, KINDS[kind])
+    with program:
+        broker.admit(ours.detach(), fabric.contexts.host, kind)
+        program.send(Request(Op.BIND, 0, 2, 5000).encode())
+        run_once(loop)
+        (record,) = caplog.records
+        assert record.levelno == logging.ERROR
+        program.settimeout(2)  # it may be let go by and by
+        with contextlib.suppress(ConnectionResetError):  # as the request may not have been read
+            assert program.recv(1) == b""
+
+
+class Clock(Loop):
+    """A loop whose timers are run by the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: list[tuple[float, Callable[[], None]]] = []
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        self.pending.append((seconds, callback))
+        return super().call_later(seconds, callback)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("speaks", [False, True])
+def test_a_program_that_says_nothing_is_let_go(kind: Kind, speaks: bool) -> None:
+    loop = Clock()
+    fabric = Fabric(0)
+    broker = Broker(loop, fabric)
+    program, ours = socket.socketpair(socket.AF_UNIX, KINDS[kind])
+    with program:
+        broker.admit(ours.detach(), fabric.contexts.host, kind)
+        ((seconds, close_if_silent),) = loop.pending
+        assert seconds == SILENT_CLIENT
+        if speaks:
+            program.send(Request(Op.BIND, 0, 2, 5000).encode())
+            run_once(loop)
+            assert Record.decode(program.recv(RECORD_SIZE)).local == (2, 5000)
+        close_if_silent()
+        program.setblocking(False)
+        if speaks:
+            with pytest.raises(BlockingIOError):
+                program.recv(1)
+            program.shutdown(socket.SHUT_RDWR)
+            run_once(loop)
+        assert program.recv(1) == b""

@@ -1,0 +1,131 @@
+"""What vsockd has when ten thousand programs have come and gone: no more than before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+from collections.abc import Callable
+
+import pytest
+
+import vsockets
+from vsockets.testing import PrivateFabric, wait_until
+from vsockets.wire import RECORD_SIZE
+
+from .raw_client import (
+    PROMPT,
+    assert_serves,
+    bind,
+    connect,
+    enter,
+    no_descriptor_left_behind,
+    resident,
+)
+
+CYCLES = 10_000
+WARM_UP = 1000
+#: Bytes of resident memory that vsockd may differ by.
+TOLERANCE = 8 << 20
+
+
+def cycle_binding(fabric: PrivateFabric) -> None:
+    with enter(fabric.host) as sock:
+        sock.send(bind().encode())
+        sock.recv(RECORD_SIZE)
+
+
+def cycle_refused(fabric: PrivateFabric) -> None:
+    with enter(fabric.host) as sock:
+        sock.send(connect(2, 4999).encode())
+        sock.recv(RECORD_SIZE)
+
+
+def cycle_datagrams(fabric: PrivateFabric) -> None:
+    with vsockets.socket(type=socket.SOCK_DGRAM, context=fabric.host) as sock:
+        sock.bind((2, 2**32 - 1))
+
+
+@pytest.mark.parametrize("cycle", [cycle_binding, cycle_refused, cycle_datagrams])
+def test_opening_and_closing(
+    vsock_fabric: PrivateFabric, cycle: Callable[[PrivateFabric], None]
+) -> None:
+    for _ in range(WARM_UP):
+        cycle(vsock_fabric)
+    before = resident(vsock_fabric.pid)
+    with no_descriptor_left_behind(vsock_fabric):
+        for _ in range(CYCLES - WARM_UP):
+            cycle(vsock_fabric)
+    wait_until(lambda: vsock_fabric.control.sockets() == [], "no socket to be left", PROMPT)
+    assert abs(resident(vsock_fabric.pid) - before) < TOLERANCE
+
+
+def test_connections(vsock_fabric: PrivateFabric) -> None:
+    guest = vsock_fabric.guest()
+
+    def cycle(times: int) -> None:
+        for number in range(times):
+            client = vsockets.create_connection((2, 5000), context=guest)
+            accepted, _ = server.accept()
+            # Either side closes first.
+            for sock in (client, accepted) if number % 2 else (accepted, client):
+                sock.close()
+
+    with vsockets.create_server((2, 5000), context=vsock_fabric.host) as server:
+        cycle(WARM_UP)
+        before = resident(vsock_fabric.pid)
+        with no_descriptor_left_behind(vsock_fabric):
+            cycle(CYCLES - WARM_UP)
+        (listener,) = vsock_fabric.control.sockets()
+        assert listener["state"] == "listening"
+        assert {row["ports"] for row in vsock_fabric.control.contexts()} == {0, 1}
+        assert abs(resident(vsock_fabric.pid) - before) < TOLERANCE
+
+
+def test_many_at_once(vsock_fabric: PrivateFabric) -> None:
+    """Hundreds of streams are held, and vsockd holds none of them."""
+    with (
+        no_descriptor_left_behind(vsock_fabric),
+        vsockets.create_server((2, 5000), context=vsock_fabric.host) as server,
+        contextlib.ExitStack() as streams,
+    ):
+        for _ in range(400):
+            streams.enter_context(vsockets.create_connection((2, 5000), context=vsock_fabric.host))
+            streams.enter_context(server.accept()[0])
+        status = vsock_fabric.control.status()
+        assert status["streams"] == 400
+        assert status["descriptors"] < 40
+
+
+def test_guests_come_and_go(vsock_fabric: PrivateFabric) -> None:
+    with no_descriptor_left_behind(vsock_fabric):
+        for _ in range(500):
+            guest = vsock_fabric.guest()
+            cycle_binding(vsock_fabric)
+            vsock_fabric.control.remove_context(guest.cid)
+    assert len(vsock_fabric.control.contexts()) == 1
+
+
+def test_no_descriptor_is_left(vsock_fabric: PrivateFabric) -> None:
+    """vsockd refuses the programs it has no descriptor for, keeps the others, and goes on."""
+    _, hard = resource.prlimit(vsock_fabric.pid, resource.RLIMIT_NOFILE)
+    with (
+        vsockets.create_server((2, 5000), context=vsock_fabric.host) as server,
+        vsockets.create_connection((2, 5000), context=vsock_fabric.host) as client,
+        server.accept()[0] as accepted,
+    ):
+        resource.prlimit(vsock_fabric.pid, resource.RLIMIT_NOFILE, (64, hard))
+        with contextlib.ExitStack() as hoarded:
+            for _ in range(200):
+                hoarded.enter_context(enter(vsock_fabric.host))
+            with socket.socket(socket.AF_UNIX) as administrator:
+                administrator.connect(os.fspath(vsock_fabric.folder / "control"))
+            wait_until(lambda: "waits: " in vsock_fabric.log, "vsockd to run out of descriptors")
+            # Longer than the second after which vsockd looks for streams that have ended.
+            with pytest.raises(AssertionError):
+                wait_until(lambda: False, seconds=1.5)
+            client.sendall(b"untouched")
+            assert accepted.recv(100) == b"untouched"
+        wait_until(lambda: vsock_fabric.control.status()["descriptors"] < 20, "it to recover")
+        assert_serves(vsock_fabric)

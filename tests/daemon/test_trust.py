@@ -1,0 +1,104 @@
+"""Who a program is, vsockd asks the kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vsockets.testing import PrivateFabric
+from vsockets.wire import RECORD_SIZE, Flag, Record
+
+from .raw_client import DOORS, LOCAL_CID, PROMPT, ask, ask_once, bind, connect, enter, listen
+
+NOBODY = 65_534
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+both_doors = pytest.mark.parametrize("door", DOORS)
+
+
+@contextlib.contextmanager
+def somebody_else() -> Iterator[None]:
+    """Be a user without privileges.  All threads are, and so is what /proc says of us."""
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def fabric(vsock_fabric: PrivateFabric) -> PrivateFabric:
+    """A fabric that other users find the way to."""
+    vsock_fabric.folder.parent.chmod(0o755)
+    return vsock_fabric
+
+
+@both_doors
+def test_reserved_ports_need_a_capability(fabric: PrivateFabric, door: int) -> None:
+    with somebody_else():
+        assert ask_once(fabric.host, bind(700), door).status == errno.EACCES
+        assert ask_once(fabric.host, bind(1024), door).status == 0
+    assert ask_once(fabric.host, bind(700), door).status == 0
+
+
+def test_a_program_that_has_gone_has_no_capability(fabric: PrivateFabric) -> None:
+    """A connection outlives who made it; nobody knows then what he was allowed to do."""
+    script = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]);"
+        "pipe = socket.socket(fileno=int(sys.argv[2]));"
+        "socket.send_fds(pipe, [b'x'], [s.fileno()])"
+    )
+    here, there = socket.socketpair()
+    with here, there:
+        subprocess.run(
+            [
+                *(sys.executable, "-c", script),
+                *(str(fabric.host.folder / "stream"), str(there.fileno())),
+            ],
+            pass_fds=[there.fileno()],
+            check=True,
+        )
+        _, descriptors, _, _ = socket.recv_fds(here, 1, 1)
+        with socket.socket(fileno=descriptors[0]) as orphan:
+            orphan.settimeout(PROMPT)
+            assert ask(orphan, bind(700)).status == errno.EACCES
+            assert ask(orphan, bind(7000)).status == 0
+
+
+@both_doors
+def test_the_peers_credentials(fabric: PrivateFabric, door: int) -> None:
+    with enter(fabric.host, door) as server:
+        ask(server, bind(5000))
+        ask(server, listen())
+        with somebody_else():
+            client = enter(fabric.host, door)
+            answer = ask(client, connect(2, 5000))
+        with client:
+            assert (answer.pid, answer.uid, answer.gid) == (os.getpid(), 0, 0)
+        announced = Record.decode(server.recv(RECORD_SIZE))
+        assert (announced.pid, announced.uid, announced.gid) == (os.getpid(), NOBODY, 0)
+
+
+def has_net_admin() -> bool:
+    """Root has it, except in most containers."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    return bool(effective >> 12 & 1)
+
+
+def test_trusted(fabric: PrivateFabric) -> None:
+    """By CAP_NET_ADMIN, or by being the user that owns the context (guide page 24)."""
+    theirs = fabric.guest(8, owner=NOBODY)
+    assert ask_once(fabric.host, LOCAL_CID).flags & Flag.TRUSTED
+    assert bool(ask_once(theirs, LOCAL_CID).flags & Flag.TRUSTED) == has_net_admin()
+    with somebody_else():
+        assert not ask_once(fabric.host, LOCAL_CID).flags & Flag.TRUSTED
+        assert ask_once(theirs, LOCAL_CID).flags & Flag.TRUSTED

@@ -1,0 +1,317 @@
+"""Binding, listening, connecting and finding datagram sockets, decision by decision."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from vsockets.buffers import BufferSizes
+from vsockets.fabric import Context, Credentials, Endpoint, Fabric, Kind, Refused
+
+ANY = 2**32 - 1
+LOCAL = 1
+ME = Credentials(100, 1000, 1000)
+YOU = Credentials(200, 2000, 2000)
+STREAMS = [Kind.STREAM, Kind.SEQPACKET]
+
+
+class House:
+    """A fabric with a host and two guests, and short words for what tests do with it."""
+
+    def __init__(self) -> None:
+        self.fabric = Fabric(owner=0)
+        self.host = self.fabric.contexts.host
+        self.guest = self.fabric.contexts.add(3, "", 0)
+        self.other = self.fabric.contexts.add(4, "", 0)
+
+    def bind(
+        self,
+        context: Context,
+        port: int = ANY,
+        *,
+        cid: int = ANY,
+        kind: Kind = Kind.STREAM,
+        privileged: bool = False,
+        cookie: int = 0,
+    ) -> Endpoint:
+        return self.fabric.bind(context, kind, cid, port, ME, lambda: privileged, cookie)
+
+    def listen(
+        self, context: Context, port: int, *, cid: int = ANY, kind: Kind = Kind.STREAM
+    ) -> Endpoint:
+        endpoint = self.bind(context, port, cid=cid, kind=kind)
+        self.fabric.listen(endpoint, 128, BufferSizes())
+        return endpoint
+
+
+@pytest.fixture
+def house() -> House:
+    return House()
+
+
+def refusal(code: int, function: Callable[..., object], *arguments: object, **named: object) -> str:
+    """Check that a call is refused with an errno; returns the rule."""
+    with pytest.raises(Refused) as refused:
+        function(*arguments, **named)
+    assert errno.errorcode[refused.value.errno] == errno.errorcode[code]
+    return refused.value.rule
+
+
+class TestBind:
+    def test_wildcards_are_filled_in(self, house: House) -> None:
+        endpoint = house.bind(house.guest)
+        assert endpoint.cid == 3
+        assert 1024 <= endpoint.port < ANY
+        assert endpoint.address == (3, endpoint.port)
+        assert house.guest.connected.get(endpoint.port) is endpoint
+
+    def test_own_cid_and_a_port(self, house: House) -> None:
+        assert house.bind(house.guest, 5000, cid=3).address == (3, 5000)
+
+    def test_the_local_cid_stays(self, house: House) -> None:
+        assert house.bind(house.guest, 5000, cid=LOCAL).address == (1, 5000)
+
+    @pytest.mark.parametrize("cid", [0, 2, 4, 5, ANY - 1])
+    def test_another_contexts_cid(self, house: House, cid: int) -> None:
+        refusal(errno.EADDRNOTAVAIL, house.bind, house.guest, 5000, cid=cid)
+        assert len(house.guest.connected) == 0
+
+    def test_port_in_use(self, house: House) -> None:
+        house.bind(house.guest, 5000)
+        refusal(errno.EADDRINUSE, house.bind, house.guest, 5000)
+        refusal(errno.EADDRINUSE, house.bind, house.guest, 5000, cid=LOCAL)
+
+    def test_every_context_has_its_own_ports(self, house: House) -> None:
+        for context in (house.host, house.guest, house.other):
+            house.bind(context, 5000)
+
+    def test_streams_and_packets_share_ports_and_datagrams_have_their_own(
+        self, house: House
+    ) -> None:
+        house.bind(house.guest, 5000, kind=Kind.STREAM)
+        refusal(errno.EADDRINUSE, house.bind, house.guest, 5000, kind=Kind.SEQPACKET)
+        house.bind(house.guest, 5000, kind=Kind.DATAGRAM)
+        refusal(errno.EADDRINUSE, house.bind, house.guest, 5000, kind=Kind.DATAGRAM)
+
+    @pytest.mark.parametrize("port", [0, 1, 1023])
+    def test_reserved_ports(self, house: House, port: int) -> None:
+        refusal(errno.EACCES, house.bind, house.guest, port)
+        assert house.bind(house.guest, port, privileged=True).port == port
+
+    @pytest.mark.parametrize("port", [1024, ANY - 1, ANY])
+    def test_other_ports_need_no_privilege_and_nobody_is_asked(
+        self, house: House, port: int
+    ) -> None:
+        def asked() -> bool:
+            raise AssertionError("asked for a privilege that is not needed")
+
+        house.fabric.bind(house.guest, Kind.STREAM, ANY, port, ME, asked)
+
+    def test_unbind_frees_the_port(self, house: House) -> None:
+        for kind in Kind:
+            endpoint = house.bind(house.guest, 5000, kind=kind)
+            house.fabric.unbind(endpoint)
+            successor = house.bind(house.guest, 5000, kind=kind)
+            house.fabric.unbind(endpoint)  # late, and not the holder any more
+            refusal(errno.EADDRINUSE, house.bind, house.guest, 5000, kind=kind)
+            house.fabric.unbind(successor)
+
+
+class TestFindListener:
+    @pytest.mark.parametrize("kind", STREAMS)
+    def test_from_everywhere_it_may_be_reached(self, house: House, kind: Kind) -> None:
+        listener = house.listen(house.host, 5000, kind=kind)
+        for context in (house.host, house.guest, house.other):
+            assert house.fabric.find_listener(context, kind, 2, 5000) is listener
+
+    def test_host_to_guest(self, house: House) -> None:
+        listener = house.listen(house.guest, 5000)
+        assert house.fabric.find_listener(house.host, Kind.STREAM, 3, 5000) is listener
+
+    def test_within_a_guest_by_its_cid_and_by_the_local_one(self, house: House) -> None:
+        listener = house.listen(house.guest, 5000)
+        for cid in (3, LOCAL):
+            assert house.fabric.find_listener(house.guest, Kind.STREAM, cid, 5000) is listener
+
+    def test_another_guest_looks_like_no_guest(self, house: House) -> None:
+        house.listen(house.other, 5000)
+        find = house.fabric.find_listener
+        refusal(errno.EHOSTUNREACH, find, house.guest, Kind.STREAM, 4, 5000)
+        refusal(errno.EHOSTUNREACH, find, house.guest, Kind.STREAM, 99, 5000)
+        # Nor does it matter whether anybody listens there.
+        refusal(errno.EHOSTUNREACH, find, house.guest, Kind.STREAM, 4, 5001)
+
+    def test_a_removed_context_is_unknown(self, house: House) -> None:
+        house.listen(house.guest, 5000)
+        house.fabric.contexts.remove(3)
+        refusal(errno.EHOSTUNREACH, house.fabric.find_listener, house.host, Kind.STREAM, 3, 5000)
+
+    def test_nobody_there_and_nobody_listening(self, house: House) -> None:
+        find = house.fabric.find_listener
+        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 2, 5000)
+        house.bind(house.host, 5000)
+        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 2, 5000)
+        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 0, 5000)
+
+    def test_a_connections_port_is_no_listener(self, house: House) -> None:
+        listener = house.listen(house.host, 5000)
+        connection = house.fabric.connect(house.guest, listener, None, BufferSizes(), ME)
+        find = house.fabric.find_listener
+        refusal(errno.ECONNRESET, find, house.host, Kind.STREAM, *connection.local)
+
+    def test_another_type_of_socket(self, house: House) -> None:
+        house.listen(house.host, 5000, kind=Kind.SEQPACKET)
+        find = house.fabric.find_listener
+        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 2, 5000)
+        house.bind(house.host, 6000, kind=Kind.DATAGRAM)
+        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 2, 6000)
+
+    @pytest.mark.parametrize("address", [(ANY, 5000), (2, ANY), (ANY, ANY)])
+    def test_wildcards(self, house: House, address: tuple[int, int]) -> None:
+        find = house.fabric.find_listener
+        refusal(errno.EINVAL, find, house.guest, Kind.STREAM, *address)
+
+    def test_bound_to_the_local_cid_is_for_the_own_context_only(self, house: House) -> None:
+        listener = house.listen(house.guest, 5000, cid=LOCAL)
+        find = house.fabric.find_listener
+        refusal(errno.ECONNRESET, find, house.host, Kind.STREAM, 3, 5000)
+        assert find(house.guest, Kind.STREAM, LOCAL, 5000) is listener
+        assert find(house.guest, Kind.STREAM, 3, 5000) is listener
+
+
+class TestConnect:
+    def test_both_addresses(self, house: House) -> None:
+        listener = house.listen(house.host, 5000)
+        connection = house.fabric.connect(house.guest, listener, None, BufferSizes(), YOU)
+        assert connection.peer == (2, 5000)
+        assert connection.local[0] == 3
+        assert connection.local[1] >= 1024
+        assert (connection.context, connection.peer_context) == (house.guest, house.host)
+        assert (connection.owner, connection.listener.owner) == (YOU, ME)
+        assert connection.kind is Kind.STREAM
+        assert house.fabric.connections == {connection.number: connection}
+
+    def test_the_connecting_port_is_held_until_the_end(self, house: House) -> None:
+        listener = house.listen(house.host, 5000)
+        connection = house.fabric.connect(house.guest, listener, None, BufferSizes(), ME)
+        port = connection.local[1]
+        refusal(errno.EADDRINUSE, house.bind, house.guest, port)
+        house.fabric.end(connection.number)
+        assert house.fabric.connections == {}
+        successor = house.bind(house.guest, port)
+        house.fabric.end(connection.number)
+        assert house.guest.connected.get(port) is successor
+
+    def test_a_bound_socket_keeps_its_address(self, house: House) -> None:
+        listener = house.listen(house.host, 5000)
+        bound = house.bind(house.guest, 700, privileged=True)
+        connection = house.fabric.connect(house.guest, listener, bound, BufferSizes(), ME)
+        assert connection.local == (3, 700)
+        assert house.guest.connected.get(700) is connection
+        house.fabric.unbind(bound)  # what is left of it holds nothing any more
+        refusal(errno.EADDRINUSE, house.bind, house.guest, 700, privileged=True)
+        house.fabric.end(connection.number)
+        assert len(house.guest.connected) == 0
+
+    def test_a_socket_bound_to_the_local_cid_stays_at_home(self, house: House) -> None:
+        away, home = house.listen(house.host, 5000), house.listen(house.guest, 5000)
+        bound = house.bind(house.guest, 5001, cid=LOCAL)
+        connect = house.fabric.connect
+        refusal(errno.EHOSTUNREACH, connect, house.guest, away, bound, BufferSizes(), ME)
+        assert house.guest.connected.get(5001) is bound
+        assert connect(house.guest, home, bound, BufferSizes(), ME).local == (1, 5001)
+
+    def test_a_listener_serves_many(self, house: House) -> None:
+        listener = house.listen(house.host, 5000)
+        made = [
+            house.fabric.connect(house.guest, listener, None, BufferSizes(), ME) for _ in range(50)
+        ]
+        assert len({connection.local for connection in made}) == 50
+        assert len({connection.number for connection in made}) == 50
+        assert house.host.connected.get(5000) is listener
+
+    def test_connections_outlive_the_listener(self, house: House) -> None:
+        listener = house.listen(house.host, 5000)
+        connection = house.fabric.connect(house.guest, listener, None, BufferSizes(), ME)
+        house.fabric.unbind(listener)
+        assert connection.number in house.fabric.connections
+        house.listen(house.host, 5000)
+
+    def test_buffer_sizes_are_agreed_on(self, house: House) -> None:
+        listener = house.listen(house.host, 5000)
+        house.fabric.listen(listener, 1, BufferSizes(32_768, 128, 32_768))
+        connection = house.fabric.connect(house.guest, listener, None, BufferSizes(), ME)
+        assert connection.size == 32_768
+
+    def test_no_common_size_changes_nothing(self, house: House) -> None:
+        listener = house.listen(house.host, 5000)
+        house.fabric.listen(listener, 1, BufferSizes(1024, 128, 2048))
+        bound = house.bind(house.guest, 5001)
+        large = BufferSizes(65_536, 65_536, 262_144)
+        connect = house.fabric.connect
+        rule = refusal(errno.EINVAL, connect, house.guest, listener, bound, large, ME)
+        assert "buffer size" in rule
+        assert house.guest.connected.get(5001) is bound
+        assert house.fabric.connections == {}
+
+    def test_numbers_start_over_and_skip_those_in_use(self, house: House) -> None:
+        listener = house.listen(house.host, 5000)
+        first = house.fabric.connect(house.guest, listener, None, BufferSizes(), ME)
+        assert first.number == 1
+        house.fabric._number = 2**31 - 2
+        numbers = [
+            house.fabric.connect(house.guest, listener, None, BufferSizes(), ME).number
+            for _ in range(2)
+        ]
+        assert numbers == [2**31 - 1, 2]
+
+    def test_ending_what_is_not_there(self, house: House) -> None:
+        house.fabric.end(0)
+        house.fabric.end(12345)
+
+
+class TestFindDatagram:
+    def test_found(self, house: House) -> None:
+        endpoint = house.bind(house.host, 5000, kind=Kind.DATAGRAM)
+        for context in (house.host, house.guest):
+            assert house.fabric.find_datagram(context, 2, 5000) is endpoint
+
+    def test_nobody_there(self, house: House) -> None:
+        house.listen(house.host, 5000)
+        refusal(errno.ECONNREFUSED, house.fabric.find_datagram, house.guest, 2, 5000)
+        refusal(errno.ECONNREFUSED, house.fabric.find_datagram, house.guest, 0, 5000)
+
+    def test_another_guest_looks_like_no_guest(self, house: House) -> None:
+        house.bind(house.other, 5000, kind=Kind.DATAGRAM)
+        for cid in (4, 99):
+            refusal(errno.EHOSTUNREACH, house.fabric.find_datagram, house.guest, cid, 5000)
+
+    @pytest.mark.parametrize("address", [(ANY, 5000), (2, ANY)])
+    def test_wildcards(self, house: House, address: tuple[int, int]) -> None:
+        refusal(errno.EINVAL, house.fabric.find_datagram, house.guest, *address)
+
+    def test_bound_to_the_local_cid(self, house: House) -> None:
+        endpoint = house.bind(house.guest, 5000, cid=LOCAL, kind=Kind.DATAGRAM)
+        refusal(errno.ECONNREFUSED, house.fabric.find_datagram, house.host, 3, 5000)
+        assert house.fabric.find_datagram(house.guest, LOCAL, 5000) is endpoint
+
+
+class TestCookies:
+    """By which a socket is found again; what is found, tests/daemon looks at."""
+
+    def test_none_is_left_behind(self, house: House) -> None:
+        listener = house.listen(house.host, 5000)
+        first, second = house.bind(house.guest, cookie=77), house.bind(house.guest, cookie=77)
+        bound = house.bind(house.guest, 5001, cookie=78)
+        connection = house.fabric.connect(house.guest, listener, bound, BufferSizes(), ME, 78)
+        assert len(house.fabric.cookies) == 2
+        house.fabric.end(connection.number)
+        for endpoint in (second, first, bound, listener):
+            house.fabric.unbind(endpoint)
+        assert len(house.fabric.cookies) == 0
+
+    def test_no_cookie_no_name(self, house: House) -> None:
+        house.bind(house.guest)
+        assert len(house.fabric.cookies) == 0

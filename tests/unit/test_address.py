@@ -1,0 +1,109 @@
+"""Addresses: what is one, and how people write its two parts."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsockets import (
+    VMADDR_CID_ANY,
+    VMADDR_CID_HOST,
+    VMADDR_CID_HYPERVISOR,
+    VMADDR_CID_LOCAL,
+    VMADDR_PORT_ANY,
+)
+from vsockets.address import check, parse_cid, parse_port
+
+u32 = st.integers(0, 2**32 - 1)
+too_large_or_small = st.integers(max_value=-1) | st.integers(min_value=2**32)
+
+
+@given(u32, u32)
+def test_two_32_bit_numbers_are_an_address(cid: int, port: int) -> None:
+    assert check((cid, port)) == (cid, port)
+
+
+@given(u32, too_large_or_small)
+def test_numbers_that_do_not_fit(fits: int, does_not: int) -> None:
+    with pytest.raises(OverflowError, match=f"port {does_not}"):
+        check((fits, does_not))
+    with pytest.raises(OverflowError, match=f"CID {does_not}"):
+        check((does_not, fits))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        None,
+        5,
+        "2:5000",
+        b"25",
+        (),
+        (2,),
+        (2, 5000, 0),
+        [2, 5000],
+        {2, 5000},
+        (2, "5000"),
+        ("2", 5000),
+        (2.0, 5000),
+        (2, 5000.0),
+        (None, 5000),
+        (2, None),
+        ("localhost", 80),
+    ],
+)
+def test_other_things_are_none(address: object) -> None:
+    with pytest.raises(TypeError, match=r"vSockets address|integers"):
+        check(address)
+
+
+def test_what_the_standard_library_takes_for_an_integer_is_one() -> None:
+    assert check((True, False)) == (1, 0)
+
+
+@given(u32)
+def test_numbers_as_people_write_them(number: int) -> None:
+    for spelling in (str(number), hex(number), oct(number), f" {number} "):
+        assert parse_cid(spelling) == number
+        assert parse_port(spelling) == number
+
+
+@pytest.mark.parametrize(
+    ("name", "cid"),
+    [
+        ("hypervisor", VMADDR_CID_HYPERVISOR),
+        ("local", VMADDR_CID_LOCAL),
+        ("host", VMADDR_CID_HOST),
+        ("any", VMADDR_CID_ANY),
+        ("Host", VMADDR_CID_HOST),
+    ],
+)
+def test_well_known_cids(name: str, cid: int) -> None:
+    assert parse_cid(name) == cid
+
+
+@pytest.mark.parametrize("name", ["any", "ANY"])
+def test_any_port(name: str) -> None:
+    assert parse_port(name) == VMADDR_PORT_ANY
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-1", "4294967296", "0x100000000", "1.5", "ten", "3:5000", "09", "٣x"]
+)
+def test_texts_that_are_no_number(text: str) -> None:
+    with pytest.raises(ValueError, match=r"CID .*expected a number from 0 to 4294967295 or hyp"):
+        parse_cid(text)
+    with pytest.raises(ValueError, match=r"port .*expected a number from 0 to 4294967295 or any"):
+        parse_port(text)
+
+
+@given(st.text())
+def test_any_text_is_a_number_or_a_value_error(text: str) -> None:
+    for parse in (parse_cid, parse_port):
+        said = ""
+        try:
+            number = parse(text)
+        except ValueError as error:
+            said = str(error)
+        assert repr(text) in said or 0 <= number < 2**32

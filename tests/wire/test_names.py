@@ -1,0 +1,81 @@
+"""The kernel names of datagram routes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsockets.wire import decode_source, encode_source
+
+u32 = st.integers(0, 2**32 - 1)
+addresses = st.tuples(u32, u32)
+serials = st.integers(0, 2**63)
+
+
+@given(addresses, serials)
+def test_source_survives(address: tuple[int, int], serial: int) -> None:
+    assert decode_source(encode_source(address, serial)) == address
+
+
+@given(addresses, serials)
+def test_name_is_an_abstract_socket_name_and_fits_one(
+    address: tuple[int, int], serial: int
+) -> None:
+    name = encode_source(address, serial)
+    assert name[:1] == b"\0"
+    assert len(name) <= 108
+
+
+def test_the_layout() -> None:
+    assert encode_source((3, 1024), 255) == b"\0vsock:3:1024:ff"
+
+
+@given(addresses, serials, serials)
+def test_serials_make_names_unique(address: tuple[int, int], one: int, other: int) -> None:
+    assert (encode_source(address, one) == encode_source(address, other)) == (one == other)
+
+
+def is_made_by_encode(name: bytes) -> bool:
+    source, serial = decode_source(name), name.rpartition(b":")[2]
+    if source is None or max(source) >= 2**32:
+        return False
+    return encode_source(source, int(serial, 16)) == name
+
+
+@given(
+    st.binary(max_size=60)
+    | st.from_regex(rb"\x00vsock:[0-9]{1,12}:[0-9]{1,12}:[0-9a-fA-F]{1,8}\n?", fullmatch=True)
+)
+def test_nothing_else_is_a_source(name: bytes) -> None:
+    assert decode_source(name) is None or is_made_by_encode(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        None,
+        "",
+        "\0vsock:3:1024:1",  # a name with a path is a str in Python
+        b"",
+        b"\0vsock:3:1024",
+        b"\0vsock:3:1024:",
+        b"\0vsock:3:1024:1 ",
+        b"\0vsock:3:1024:1\0",
+        b"\0vsock:3:1024:1\n",
+        b"\0vsock:3:1024:FF",
+        b"\0vsock:03:1024:1",
+        b"\0vsock:3:+1024:1",
+        b"\0vsock:3:-1:1",
+        b"\0vsock:3::1",
+        b"\0vsock:4294967296:1024:1",
+        b"\0vsock:3:4294967296:1",
+        b"\0vsock:3:1024:01",
+        b"vsock:3:1024:1",
+        b"x\0vsock:3:1024:1",
+        bytearray(b"\0vsock:3:1024:1"),
+        ("\0vsock:3:1024:1",),
+    ],
+)
+def test_names_that_are_no_source(name: object) -> None:
+    assert decode_source(name) is None
