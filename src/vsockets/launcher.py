@@ -22,8 +22,9 @@ def start(folder: Path) -> bool:
     Returns False when there is one in ``folder`` already.  Raises OSError when it cannot
     start, with what it had to say.
     """
-    # Without the environment's context: the new vsockd is nobody's guest.
-    environment = {k: v for k, v in os.environ.items() if k != "VSOCKETS_CONTEXT"}
+    # The new vsockd is nobody's guest, and no service that somebody waits for.
+    without = ("VSOCKETS_CONTEXT", "NOTIFY_SOCKET")
+    environment = {name: value for name, value in os.environ.items() if name not in without}
     package_root = str(Path(__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (package_root, os.environ.get("PYTHONPATH")))

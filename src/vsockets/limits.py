@@ -9,6 +9,17 @@ DEFAULT_BUFFER_SIZE = 65_536
 DEFAULT_BUFFER_MIN_SIZE = 128
 DEFAULT_BUFFER_MAX_SIZE = 262_144
 
+#: What is asked of the kernel at most as a socket's buffer, in bytes.  It doubles the number,
+#: as a signed 32-bit integer, and cuts it to net.core.wmem_max in any case.
+LARGEST_SEND_BUFFER = 1 << 30
+
+#: Connections that wait for one listener, at most (net.core.somaxconn).
+MAX_BACKLOG = 4096
+
+#: How long one system call may hold vsockd up, in seconds.  Only closing what somebody else
+#: sent can take longer; a signal ends that.
+SLOW_CALL = 0.02
+
 #: How long connect() waits for the other side, in seconds (as Linux does).
 CONNECT_TIMEOUT = 2.0
 

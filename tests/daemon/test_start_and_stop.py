@@ -120,6 +120,27 @@ def test_in_the_background_it_serves_when_it_returns(folder: Path) -> None:
     assert os.listdir(folder) == []
 
 
+def test_in_the_background_it_sees_streams_come_and_go(folder: Path) -> None:
+    """What it holds was opened by a process that has gone."""
+    assert run_vsockd(folder, "--background").returncode == 0
+    context = vsockets.attach(folder / "2")
+    with (
+        Control(folder) as control,
+        vsockets.create_server((2, 5000), context=context) as server,
+        vsockets.socket(context=context) as successor,
+    ):
+        with vsockets.create_connection((2, 5000), context=context) as client:
+            accepted, peer = server.accept()
+            with accepted:
+                states = [row["state"] for row in control.sockets()]
+                assert sorted(states) == ["established", "established", "listening"]
+            # Also when the accepting side was the first to close.
+            assert [row["state"] for row in control.sockets()] == ["listening"]
+            assert client.recv(1) == b""
+        successor.bind(peer)
+    assert (folder / "vsockd.log").read_text() == ""
+
+
 # Being there once
 
 

@@ -306,12 +306,12 @@ class TestCookies:
         first, second = house.bind(house.guest, cookie=77), house.bind(house.guest, cookie=77)
         bound = house.bind(house.guest, 5001, cookie=78)
         connection = house.fabric.connect(house.guest, listener, bound, BufferSizes(), ME, 78)
-        assert len(house.fabric.cookies) == 2
+        assert len(house.guest.cookies) == 2
         house.fabric.end(connection.number)
         for endpoint in (second, first, bound, listener):
             house.fabric.unbind(endpoint)
-        assert len(house.fabric.cookies) == 0
+        assert len(house.guest.cookies) == 0
 
     def test_no_cookie_no_name(self, house: House) -> None:
         house.bind(house.guest)
-        assert len(house.fabric.cookies) == 0
+        assert len(house.guest.cookies) == 0

@@ -59,6 +59,7 @@ def test_detach_and_fileno(pair: Pair) -> None:
         fd = sock.detach()
         assert sock.fileno() == -1
         again = vsockets.socket(type=-1, fileno=fd, context=context)
+        again.settimeout(10)  # the descriptor was in timeout mode, and that is not to be seen
         assert addresses(again) == expected
         setattr(pair, name, again)
     pair.client.send(b"as before")

@@ -75,7 +75,10 @@ def _announce_ready(ready_fd: int | None) -> None:
     if notify:  # sd_notify(3)
         address = "\0" + notify[1:] if notify[0] == "@" else notify
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-            manager.sendto(b"READY=1", address)
+            try:
+                manager.sendto(b"READY=1", address)
+            except OSError as error:
+                logging.warning("the service manager does not listen: %s", error)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from socket import (
 
 from ..constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..fabric import Connection, Context, Endpoint, Fabric, Kind, Refused
-from ..limits import DEFAULT_BUFFER_SIZE, SILENT_CLIENT
+from ..limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, SILENT_CLIENT
 from ..wire import REQUEST_SIZE, Flag, Op, ProtocolError, Record, Request, Role, encode_stream
 from .channel import Channel, consume, receive_with_descriptor
 from .credentials import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, has_capability, peer_credentials
@@ -162,6 +162,9 @@ class Broker:
             log.error("context %d pid %d: %s", channel.context.cid, channel.owner.pid, error)
             channel.send(Record(error.errno or errno.EIO).encode())
             return False
+        except Exception:  # a mistake of ours; the program is not served again and again
+            log.exception("context %d pid %d: request lost", channel.context.cid, channel.owner.pid)
+            return False
 
     def _answer(self, channel: Channel, request: Request, record: bytes) -> None:
         channel.send(record)
@@ -214,7 +217,7 @@ class Broker:
             channel.endpoint = None
         fd = sock.fileno()
         if connection.size != DEFAULT_BUFFER_SIZE:
-            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, connection.size)
+            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, LARGEST_SEND_BUFFER))
         self._streams.add(fd, connection.number)
         # The answer goes first: once the listener has the descriptor it may write.
         self._answer(channel, request, _describe_connecting(connection))
@@ -319,12 +322,10 @@ class Broker:
 
     def _look_up(self, channel: Channel, request: Request) -> bytes:
         context = channel.context
-        found = self.fabric.cookies.get(request.cookie) or self.datagrams.find(
-            context, request.cookie
-        )
-        if isinstance(found, Connection) and found.context is context:
+        found = context.cookies.get(request.cookie) or self.datagrams.find(context, request.cookie)
+        if isinstance(found, Connection):
             return _describe_connecting(found)
-        if isinstance(found, Endpoint) and found.context is context:
+        if isinstance(found, Endpoint):
             return _describe_endpoint(found)
         if request.inode:
             for number, inode in self._streams.present().items():

@@ -20,6 +20,7 @@ from socket import (
 from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not yet read
 
 from ..fabric import Context, Credentials, Endpoint, Kind
+from ..limits import MAX_BACKLOG
 from ..wire import PADDING, RECORD_SIZE
 
 _FD = struct.Struct("i")
@@ -55,13 +56,18 @@ class Channel:
                 raise
 
     def send_descriptor(self, record: bytes, fd: int) -> None:
-        """Write an answer with a descriptor."""
-        self.sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
+        """Write an answer with a descriptor; as :meth:`send`."""
+        try:
+            self.sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET):
+                raise
 
     # A listening socket
 
     def prepare_backlog(self, backlog: int) -> int:
         """Get room for ``backlog`` announcements; returns how many there is room for."""
+        backlog = min(backlog, MAX_BACKLOG)
         wanted = (backlog + 2) * ANNOUNCEMENT_COST
         if self.sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < wanted:
             self.sock.setsockopt(SOL_SOCKET, SO_SNDBUF, wanted)

@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..address import LARGEST
 from ..fabric import Context, Refused
 from ..limits import CONTROL_REQUEST
 from ..state_folder import short_path
+from .accepting import Acceptor
 from .loop import Loop
 
 if TYPE_CHECKING:
@@ -36,21 +38,20 @@ class ControlSocket:
         self._loop = loop
         self._vsockd = vsockd
         self._path = path
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with short_path(path) as spelled:
-            self._listener.bind(spelled)
+            listener.bind(spelled)
         path.chmod(0o600)
-        self._listener.listen()
-        loop.watch(self._listener.fileno(), self._accept)
+        listener.listen()
+        self._acceptor = Acceptor(loop, listener, "an administrator", self._admit)
 
     def close(self) -> None:
         """Answer nobody any more."""
-        self._loop.unwatch(self._listener.fileno())
-        self._listener.close()
+        self._acceptor.close()
         self._path.unlink(missing_ok=True)
 
-    def _accept(self, events: int) -> None:
-        sock, _ = self._listener.accept()
+    def _admit(self, fd: int) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
         sock.setblocking(False)
         Session(self._loop, self._vsockd, sock)
 
@@ -99,11 +100,12 @@ class Session:
         try:
             try:
                 request = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadRequest(f"not a line of JSON: {error}") from None
-            if not isinstance(request, dict) or request.get("op") not in self._operations:
+            op = request.get("op") if isinstance(request, dict) else None
+            if not isinstance(op, str) or op not in self._operations:
                 raise BadRequest(f"expected an object with op one of {sorted(self._operations)}")
-            return {"ok": self._operations[request["op"]](request)}
+            return {"ok": self._operations[op](request)}
         except BadRequest as error:
             return {"error": str(error), "errno": errno.EINVAL}
         except Refused as refused:
@@ -121,6 +123,8 @@ class Session:
         cid = _optional(arguments, "cid", int)
         name = _optional(arguments, "name", str) or ""
         owner = _optional(arguments, "owner", int)
+        if owner is not None and not 0 <= owner < LARGEST:
+            raise BadRequest(f"owner: expected a user id, not {owner}")
         lease = bool(_optional(arguments, "lease", bool))
         context = self._vsockd.add_context(
             cid, name, os.geteuid() if owner is None else owner, lease
@@ -138,6 +142,6 @@ class Session:
 
 def _optional(arguments: Arguments, key: str, kind: type) -> Any:
     value = arguments.get(key)
-    if value is not None and (not isinstance(value, kind) or (kind is int and value is True)):
+    if value is not None and type(value) is not kind:  # not isinstance: True is no number
         raise BadRequest(f"{key}: expected {kind.__name__}, not {value!r}")
     return value

@@ -19,6 +19,9 @@ from itertools import count
 
 log = logging.getLogger(__name__)
 
+#: After so long without an event nothing is going on, in seconds.
+_IDLE = 1.0
+
 
 def _goes_on(event: tuple[int, int]) -> bool:
     return not event[1] & (select.EPOLLHUP | select.EPOLLRDHUP)
@@ -46,6 +49,7 @@ class Loop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._sequence = count()
         self._running = True
+        self._hurry = 0.0
 
     def watch(self, fd: int, callback: Callable[[int], None]) -> None:
         """Call ``callback`` whenever ``fd`` is readable or hung up."""
@@ -70,8 +74,18 @@ class Loop:
     def run(self) -> None:
         """Serve events until :meth:`stop`.  A callback that fails is logged, not fatal."""
         poll, callbacks = self._epoll.poll, self._callbacks
+        hurried = False
         while self._running:
-            ready = poll(self._run_timers())
+            wait = self._run_timers()
+            if not self._running:
+                break
+            if hurried:
+                wait = _IDLE if wait is None else min(wait, _IDLE)
+            ready = poll(wait)
+            if hurried != bool(ready) and self._hurry:
+                hurried = bool(ready)
+                interval = self._hurry if hurried else 0
+                signal.setitimer(signal.ITIMER_REAL, interval, interval)
             if len(ready) > 1:
                 # What has ended comes first: a port given back or a listener closed before a
                 # request was made must not be seen after it.
@@ -83,33 +97,61 @@ class Loop:
                 try:
                     callback(events)
                 except Exception:
-                    log.exception("a request was dropped")
+                    log.exception("an event was lost")
 
     @contextlib.contextmanager
     def stopped_by(self, *signals: signal.Signals) -> Iterator[None]:
         """Within this context the signals stop the loop."""
         reader, writer = socket.socketpair()
-        reader.setblocking(False)
         writer.setblocking(False)
-        old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        old_handlers = {number: signal.signal(number, lambda *_: None) for number in signals}
-        self.watch(reader.fileno(), lambda events: self.stop())
+
+        def stop(number: int, frame: object) -> None:
+            self.stop()
+            with contextlib.suppress(BlockingIOError):
+                writer.send(b"x")  # waiting for events goes on after a signal
+
+        old_handlers = {number: signal.signal(number, stop) for number in signals}
+        self.watch(reader.fileno(), lambda events: None)
         try:
             yield
         finally:
             self.unwatch(reader.fileno())
             for number, handler in old_handlers.items():
                 signal.signal(number, handler)
-            signal.set_wakeup_fd(old_wakeup)
             reader.close()
             writer.close()
 
+    @contextlib.contextmanager
+    def hurried(self, seconds: float) -> Iterator[None]:
+        """Within this context no system call holds the loop up for longer than ``seconds``.
+
+        The kernel lets a close sleep: for a TCP socket that lingers, for one.  And a close may
+        be part of any call that throws away a message with descriptors in it.  Whoever sent
+        them decides how long.  But a signal ends such a sleep, so while the loop has something
+        to do, one comes at this interval.
+        """
+        old_handler = signal.signal(signal.SIGALRM, _ignore)
+        self._hurry = seconds
+        try:
+            yield
+        finally:
+            self._hurry = 0.0
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, old_handler)
+
     def _run_timers(self) -> float | None:
-        while self._timers:
+        while self._timers and self._running:
             wait = self._timers[0][0] - time.monotonic()
             if wait > 0:
                 return wait
             callback = heapq.heappop(self._timers)[2].callback
             if callback is not None:
-                callback()
+                try:
+                    callback()
+                except Exception:
+                    log.exception("a timer's call failed")
         return None
+
+
+def _ignore(number: int, frame: object) -> None:
+    """Interrupt a system call, and nothing else."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..address import FIRST_GUEST_CID
 from ..fabric import Connection, Context, Endpoint, Fabric, Kind, Refused
+from ..limits import SLOW_CALL
 from ..state_folder import CONTROL, LOCK, LOG, PRIVATE, require_private
 from .broker import Broker
 from .control import ControlSocket
@@ -52,7 +53,10 @@ class Vsockd:
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         try:
-            with self.loop.stopped_by(signal.SIGTERM, signal.SIGINT):
+            with (
+                self.loop.stopped_by(signal.SIGTERM, signal.SIGINT),
+                self.loop.hurried(SLOW_CALL),
+            ):
                 announce_ready()
                 self.loop.run()
         finally:

@@ -44,6 +44,9 @@ class StreamWatch:
         self._fd = self._epoll.fileno()
         self._event = _EpollEvent(select.EPOLLET, 0)  # EPOLLHUP is always reported
         self._event_at = ctypes.byref(self._event)
+        # Opened now: it must be readable when there is no descriptor left, too.
+        registrations = f"/proc/self/fdinfo/{self._fd}"
+        self._registrations = open(registrations, "rb", buffering=0)  # noqa: SIM115
 
     def add(self, fd: int, number: int) -> None:
         """Watch the stream that ``fd`` is one end of.  ``number`` fits 31 bits."""
@@ -61,6 +64,6 @@ class StreamWatch:
 
         Costs a read proportional to the number of streams.
         """
-        with open(f"/proc/self/fdinfo/{self._fd}", "rb") as entries:
-            found = _ENTRY.findall(entries.read())
+        self._registrations.seek(0)
+        found = _ENTRY.findall(self._registrations.read())
         return {int(number, 16): int(inode, 16) for number, inode in found}

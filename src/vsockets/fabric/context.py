@@ -15,7 +15,7 @@ from .ports import Ports
 class Context:
     """One context: its CID, and the ports its endpoints hold."""
 
-    __slots__ = ("cid", "connected", "datagrams", "is_guest", "leases", "name", "owner")
+    __slots__ = ("cid", "connected", "cookies", "datagrams", "is_guest", "leases", "name", "owner")
 
     def __init__(self, cid: int, name: str, owner: int, leased: bool = False) -> None:
         self.cid = cid
@@ -28,6 +28,10 @@ class Context:
         #: stream and seqpacket ports: bound endpoints, and the ports of connecting sockets
         self.connected: Ports[Endpoint | Connection] = Ports()
         self.datagrams: Ports[Endpoint] = Ports()
+        #: sockets by the kernel's number for them, to know one that came as a bare descriptor.
+        #: It is the program's own word, and the first to claim one keeps it: a lie hides or
+        #: misnames at most a socket of the liar's own context.
+        self.cookies: dict[int, Endpoint | Connection] = {}
 
     @property
     def leased(self) -> bool:

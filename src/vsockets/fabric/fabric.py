@@ -33,7 +33,6 @@ class Fabric:
     def __init__(self, owner: int) -> None:
         self.contexts = Contexts(owner)
         self.connections: dict[int, Connection] = {}
-        self.cookies: dict[int, Endpoint | Connection] = {}
         self._number = 0
 
     # Binding
@@ -65,7 +64,7 @@ class Fabric:
         endpoint = Endpoint(kind, context, own_cid, port, owner, cookie)
         ports.claim(port, endpoint)
         if cookie:
-            self.cookies.setdefault(cookie, endpoint)
+            context.cookies.setdefault(cookie, endpoint)
         return endpoint
 
     def listen(self, endpoint: Endpoint, backlog: int, sizes: BufferSizes) -> None:
@@ -80,7 +79,7 @@ class Fabric:
             endpoint.context.datagrams.release(endpoint.port, endpoint)
         else:
             endpoint.context.connected.release(endpoint.port, endpoint)
-        self._forget(endpoint.cookie, endpoint)
+        _forget(endpoint.context, endpoint.cookie, endpoint)
 
     # Connecting
 
@@ -132,7 +131,7 @@ class Fabric:
         context.connected.claim(local[1], connection)
         self.connections[number] = connection
         if cookie:
-            self.cookies.setdefault(cookie, connection)
+            context.cookies.setdefault(cookie, connection)
         return connection
 
     def end(self, number: int) -> None:
@@ -140,7 +139,7 @@ class Fabric:
         connection = self.connections.pop(number, None)
         if connection is not None:
             connection.context.connected.release(connection.local[1], connection)
-            self._forget(connection.cookie, connection)
+            _forget(connection.context, connection.cookie, connection)
 
     # Datagrams
 
@@ -168,14 +167,10 @@ class Fabric:
         require_path(context, destination)
         return destination
 
-    # A socket is found again by its cookie, the kernel's number for it, when a program got
-    # it as a bare descriptor.  A cookie is the program's own word; the first to claim one keeps
-    # it, and only sockets of the asker's context are looked up, so a lie hides or misnames
-    # at most a socket of the liar's own context.
 
-    def _forget(self, cookie: int, what: Endpoint | Connection) -> None:
-        if self.cookies.get(cookie) is what:
-            del self.cookies[cookie]
+def _forget(context: Context, cookie: int, what: Endpoint | Connection) -> None:
+    if context.cookies.get(cookie) is what:
+        del context.cookies[cookie]
 
 
 def _in_scope(context: Context, endpoint: Endpoint) -> bool:

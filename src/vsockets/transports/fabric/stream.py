@@ -20,7 +20,7 @@ from typing import Any
 from ...address import check
 from ...attachment import descriptor_in, understand, wait_readable
 from ...buffers import BufferSizes
-from ...limits import DEFAULT_BUFFER_SIZE, REQUEST_TIMEOUT
+from ...limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, REQUEST_TIMEOUT
 from ...socket import BEHAVIOURS, UNBOUND, Phase, become, error, socket
 from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role, encode_connect
 
@@ -241,7 +241,7 @@ class StreamSocket(socket):
         self._peer = record[4:6]
         self._phase = Phase.CONNECTED
         if record.size != DEFAULT_BUFFER_SIZE:
-            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, record.size)
+            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, min(record.size, LARGEST_SEND_BUFFER))
         sizes = record[-3:]
         if sizes != self._buffers:
             self._buffers = BufferSizes(*sizes)
