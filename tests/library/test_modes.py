@@ -189,14 +189,16 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("how", ["shutdown", "close"])
+@pytest.mark.parametrize(
+    ("call", "how"),
+    # A listening socket has nothing to shut down.
+    [(call, "close") for call in CALLS]
+    + [(call, "shutdown") for call in CALLS if call != "accept"],
+)
 def test_ending_a_socket_while_another_thread_is_in_a_call(
     stream: Pair, call: str, how: str
 ) -> None:
     """VMware's first release crashed the guest when this happened."""
-    if call == "accept" and how == "shutdown":
-        pytest.skip("a listening socket has nothing to shut down")
     entered = threading.Event()
     sock = stream.server if call == "accept" else stream.client
     sock.settimeout(0.5)  # a closed descriptor wakes nobody: that is Linux's rule, too

@@ -68,6 +68,10 @@ class Broker:
             Op.LOCAL_CID: self._local_cid,
         }
 
+    def begin(self) -> None:
+        """Called once, in the process that goes on."""
+        self._streams.open()
+
     # Channels
 
     def admit(self, fd: int, context: Context, kind: Kind) -> None:

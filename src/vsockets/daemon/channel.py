@@ -98,8 +98,8 @@ def consume(sock: _socket.socket, kind: Kind, polling: bool) -> None:
             sock.recv(1, _TAKE)
         elif polling:  # request and padding were one write: it is all here
             sock.recv(len(PADDING), _TAKE)
-    except BlockingIOError:
-        pass  # there was no more, or it was taken with a descriptor
+    except (BlockingIOError, ConnectionError):
+        pass  # there was no more, it was taken with a descriptor, or the sender has gone
 
 
 def receive_with_descriptor(sock: _socket.socket) -> int | None:

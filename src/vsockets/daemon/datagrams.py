@@ -19,7 +19,7 @@ import secrets
 import socket
 from dataclasses import dataclass, field
 from itertools import count
-from socket import AF_UNIX, SHUT_RDWR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
+from socket import AF_UNIX, SHUT_RD, SHUT_RDWR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
 
 from ..fabric import Context, Endpoint, Fabric, Refused
 from ..limits import DATAGRAM_ROUTES
@@ -109,6 +109,7 @@ class Datagrams:
             # At random, because abstract names are everybody's in a network namespace: other
             # fabrics must not meet ours, and nobody may take our names before us.
             route.bind(encode_source(source.address, secrets.randbits(64)))
+            route.shutdown(SHUT_RD)  # whoever learns the name sends nothing to it
             _socket_of(destination).connect(route)
         except OSError as error:
             route.close()

@@ -50,6 +50,7 @@ class Vsockd:
 
         ``announce_ready`` is called when all of that is so.
         """
+        self._broker.begin()
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         try:

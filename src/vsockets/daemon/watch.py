@@ -44,9 +44,16 @@ class StreamWatch:
         self._fd = self._epoll.fileno()
         self._event = _EpollEvent(select.EPOLLET, 0)  # EPOLLHUP is always reported
         self._event_at = ctypes.byref(self._event)
-        # Opened now: it must be readable when there is no descriptor left, too.
-        registrations = f"/proc/self/fdinfo/{self._fd}"
-        self._registrations = open(registrations, "rb", buffering=0)  # noqa: SIM115
+        self._registrations = -1
+
+    def open(self) -> None:
+        """Be able to tell who is present also when no descriptor is left.
+
+        Called in the process that goes on: ``/proc/self`` is whoever opens it.
+        """
+        if self._registrations < 0:
+            path = f"/proc/self/fdinfo/{self._fd}"
+            self._registrations = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def add(self, fd: int, number: int) -> None:
         """Watch the stream that ``fd`` is one end of.  ``number`` fits 31 bits."""
@@ -64,6 +71,8 @@ class StreamWatch:
 
         Costs a read proportional to the number of streams.
         """
-        self._registrations.seek(0)
-        found = _ENTRY.findall(self._registrations.read())
+        self.open()
+        os.lseek(self._registrations, 0, os.SEEK_SET)
+        text = b"".join(iter(lambda: os.read(self._registrations, 1 << 16), b""))
+        found = _ENTRY.findall(text)
         return {int(number, 16): int(inode, 16) for number, inode in found}
