@@ -60,6 +60,7 @@ class PrivateFabric:
         try:
             self.start()
         except BaseException:
+            self.kill()
             self._remove()
             raise
         return self
