@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -47,7 +48,7 @@ def main() -> int:
         for name, run in _benchmarks(arguments.rounds).items():
             if arguments.only in name:
                 task = progress.add_task(name, total=None)
-                results[name] = run(lambda task=task: progress.advance(task))  # type: ignore[misc]
+                results[name] = run(partial(progress.advance, task))
                 progress.remove_task(task)
     for name, series in results.items():
         console.print(_table(name, series))

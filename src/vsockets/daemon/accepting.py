@@ -26,7 +26,7 @@ class Acceptor:
         self._loop = loop
         self._listener = listener
         self._who = who
-        # The C method: it makes no object of what vsockd has for a few microseconds.
+        # The C method, which typeshed leaves out: no object for what lasts microseconds here.
         self._accept = listener._accept  # type: ignore[attr-defined]
         self._admit = admit
         self._watch()
