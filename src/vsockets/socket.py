@@ -171,7 +171,9 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
             return self._get_vsock_option(optname, buflen)
         if level != SOL_SOCKET:
             value = (self._ignored or {}).get((level, optname), 0)
-            return int(value).to_bytes(4, "little")[:buflen] if buflen and value == 0 else value
+            if not buflen:
+                return value
+            return _as_asked(value & 0xFFFFFFFF, buflen) if isinstance(value, int) else value
         if optname == SO_DOMAIN:
             return _as_asked(AF_VSOCK, buflen)
         if optname == stdlib.SO_ACCEPTCONN:

@@ -42,7 +42,7 @@ class House:
         self, context: Context, port: int, *, cid: int = ANY, kind: Kind = Kind.STREAM
     ) -> Endpoint:
         endpoint = self.bind(context, port, cid=cid, kind=kind)
-        self.fabric.listen(endpoint, 128, BufferSizes())
+        self.fabric.listen(endpoint, BufferSizes())
         return endpoint
 
 
@@ -241,13 +241,13 @@ class TestConnect:
 
     def test_buffer_sizes_are_agreed_on(self, house: House) -> None:
         listener = house.listen(house.host, 5000)
-        house.fabric.listen(listener, 1, BufferSizes(32_768, 128, 32_768))
+        house.fabric.listen(listener, BufferSizes(32_768, 128, 32_768))
         connection = house.fabric.connect(house.guest, listener, None, BufferSizes(), ME)
         assert connection.size == 32_768
 
     def test_no_common_size_changes_nothing(self, house: House) -> None:
         listener = house.listen(house.host, 5000)
-        house.fabric.listen(listener, 1, BufferSizes(1024, 128, 2048))
+        house.fabric.listen(listener, BufferSizes(1024, 128, 2048))
         bound = house.bind(house.guest, 5001)
         large = BufferSizes(65_536, 65_536, 262_144)
         connect = house.fabric.connect

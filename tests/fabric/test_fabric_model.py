@@ -168,7 +168,7 @@ class FabricModel(RuleBasedStateMachine):
         candidates = [one for one in self.sockets() if one.kind is not Kind.DATAGRAM]
         if candidates:
             socket = data.draw(st.sampled_from(candidates), "socket")
-            self.fabric.listen(socket.real, 1, sizes)
+            self.fabric.listen(socket.real, sizes)
             socket.listening, socket.sizes = True, sizes
 
     @precondition(lambda self: self.sockets())

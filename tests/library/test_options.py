@@ -140,6 +140,7 @@ def test_options_of_other_families_are_accepted_and_ignored(stream: Pair) -> Non
     for sock in (stream.client, stream.server):
         sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)
         assert sock.getsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY) == 1
+        assert sock.getsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 4) == struct.pack("i", 1)
         assert sock.getsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_KEEPIDLE) == 0
         assert sock.getsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_KEEPIDLE, 4) == bytes(4)
         sock.setsockopt(stdlib.IPPROTO_IP, stdlib.IP_TOS, 16)

@@ -189,8 +189,8 @@ class Broker:
         if channel.endpoint is None:
             raise Refused(errno.EINVAL, "the socket is not bound")
         again = channel.endpoint.listening
-        backlog = channel.prepare_backlog(request.backlog)
-        self.fabric.listen(channel.endpoint, backlog, request.sizes)
+        channel.prepare_backlog(request.backlog)
+        self.fabric.listen(channel.endpoint, request.sizes)
         record = _describe_endpoint(channel.endpoint)
         if again:  # the answer would be taken for a new connection
             consume(channel.sock, channel.kind, request.polling)

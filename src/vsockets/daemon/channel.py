@@ -65,15 +65,14 @@ class Channel:
 
     # A listening socket
 
-    def prepare_backlog(self, backlog: int) -> int:
-        """Get room for ``backlog`` announcements; returns how many there is room for."""
+    def prepare_backlog(self, backlog: int) -> None:
+        """Get room for ``backlog`` announcements, or for as many as the kernel allows."""
         backlog = min(backlog, MAX_BACKLOG)
         wanted = (backlog + 2) * ANNOUNCEMENT_COST
         if self.sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < wanted:
             self.sock.setsockopt(SOL_SOCKET, SO_SNDBUF, wanted)
         room = self.sock.getsockopt(SOL_SOCKET, SO_SNDBUF) // ANNOUNCEMENT_COST - 1
         self._capacity = max(0, min(backlog, room))
-        return self._capacity
 
     def has_room(self) -> bool:
         """Whether the program may be sent another connection, within its backlog.

@@ -40,7 +40,6 @@ class Endpoint:
     cookie: int = 0
     handle: object = None  #: what vsockd reaches the socket by; the fabric never looks inside
     listening: bool = False
-    backlog: int = 0
     sizes: BufferSizes = field(default_factory=BufferSizes)
 
     @property

@@ -67,10 +67,9 @@ class Fabric:
             context.cookies.setdefault(cookie, endpoint)
         return endpoint
 
-    def listen(self, endpoint: Endpoint, backlog: int, sizes: BufferSizes) -> None:
+    def listen(self, endpoint: Endpoint, sizes: BufferSizes) -> None:
         """Let ``endpoint`` be connected to."""
         endpoint.listening = True
-        endpoint.backlog = backlog
         endpoint.sizes = sizes
 
     def unbind(self, endpoint: Endpoint) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from ...address import check
 from ...limits import DATAGRAM_ROUTES, MAX_DATAGRAM
-from ...socket import BEHAVIOURS, UNBOUND, Phase, error, socket
+from ...socket import BEHAVIOURS, UNBOUND, error, socket
 from ...wire import Op, Request, decode_source
 
 _SO_COOKIE = 57
@@ -34,6 +34,7 @@ class DatagramSocket(socket):
     ENOBUFS then, because the descriptor cannot tell when there is room at any one receiver.
     """
 
+    _sending_is_shut = False
     # Empty until there is something to remember; then the socket has its own.
     _routes: dict[tuple[int, int], stdlib.socket] = {}  # noqa: RUF012
     _sources: dict[object, tuple[int, int]] = {}  # noqa: RUF012
@@ -82,7 +83,7 @@ class DatagramSocket(socket):
         _raw.shutdown(self, how)
         if how != stdlib.SHUT_RD:
             self._forget_routes()
-            self._phase = Phase.CONNECTED  # and the sending side is shut
+            self._sending_is_shut = True
 
     # Sending
 
@@ -104,7 +105,12 @@ class DatagramSocket(socket):
         except BlockingIOError:
             raise error(errno.ENOBUFS, "the receiver's queue is full") from None
         except _GONE:
-            return self._new_route(address).send(data, *arguments[:-1])
+            route = self._new_route(address)
+        # Somebody else has the address by now.
+        try:
+            return route.send(data, *arguments[:-1])
+        except BlockingIOError:
+            raise error(errno.ENOBUFS, "the receiver's queue is full") from None
 
     def send(self, data: Any, flags: int = 0, /) -> int:
         """Send to the address connect() was given; OSError EINVAL without one."""
@@ -195,7 +201,7 @@ class DatagramSocket(socket):
 
     def _new_route(self, address: Any) -> stdlib.socket:
         """A route to ``address``, in place of an old one if there is one."""
-        if self._phase is Phase.CONNECTED:
+        if self._sending_is_shut:
             raise error(errno.EPIPE)
         cid, port = check(address)
         old = self._routes.pop(address, None)
