@@ -42,3 +42,7 @@ DATAGRAM_ROUTES = 256
 
 #: Bytes of one request on the administrator's socket: far above any of them.
 CONTROL_REQUEST = 65_536
+
+#: Bytes of a .vmx file.  VMware writes some thousands, 40,000 with every option set; what is
+#: larger is a disk image named by mistake.
+VMX_FILE = 1 << 20

@@ -75,6 +75,13 @@ def test_decisions_and_codec_do_no_io(package: str) -> None:
         assert not doers & set(imports(module)), module
 
 
+def test_virtual_machines_are_described_in_plain_values() -> None:
+    plain = ("vsockets.vm", "vsockets.constants", "vsockets.limits")
+    for module in filter(lambda name: within(name, "vsockets.vm"), MODULES):
+        strange = {name for name in ours(module) if not within(name, *plain)}
+        assert not strange, f"{module} imports {strange}"
+
+
 def test_vsockd_is_not_its_own_client() -> None:
     forbidden = ("vsockets.socket", "vsockets.transports", "vsockets.tools", "vsockets.functions")
     for module in filter(lambda name: within(name, "vsockets.daemon"), MODULES):
