@@ -46,3 +46,27 @@ CONTROL_REQUEST = 65_536
 #: Bytes of a .vmx file.  VMware writes some thousands, 40,000 with every option set; what is
 #: larger is a disk image named by mistake.
 VMX_FILE = 1 << 20
+
+# What one guest may have of the host, unless its configuration says otherwise.  Each is far
+# above what a guest's programs use together, and what keeps one guest from starving the rest.
+
+#: Sockets of a guest at the same time.  Each is one or two descriptors in vsockd, which may
+#: have hundreds of thousands.
+MAX_SOCKETS = 4096
+
+#: Connections of a guest that were asked for and not yet accepted: a full backlog
+#: (MAX_BACKLOG) is shared by four such guests, so none alone can fill a listener's.
+MAX_PENDING_CONNECTS = 1024
+
+#: Requests a guest makes, a second: connects, binds, new datagram destinations.  A connect
+#: takes vsockd about 100 microseconds, so nobody is served that many; it is for floods of
+#: requests that cost less, those that are refused.
+MAX_REQUEST_RATE = 20_000
+
+#: Bytes of datagrams on their way from a guest: memory of the host's kernel.  64 MiB is
+#: more than 900 of the largest.
+MAX_DATAGRAM_BYTES = 64 << 20
+
+#: Denials that are logged a second, for each context; the rest are counted.  A person reads
+#: less, and a guest must not fill the host's disk.
+AUDIT_RATE = 20
