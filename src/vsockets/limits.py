@@ -70,3 +70,9 @@ MAX_DATAGRAM_BYTES = 64 << 20
 #: Denials that are logged a second, for each context; the rest are counted.  A person reads
 #: less, and a guest must not fill the host's disk.
 AUDIT_RATE = 20
+
+#: Bytes of one configuration file: some ten thousand guests.
+CONFIGURATION_FILE = 1 << 20
+
+#: Characters of the name of a guest or of a domain: what VMware allows a virtual machine.
+LONGEST_NAME = 80

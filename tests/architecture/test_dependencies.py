@@ -82,6 +82,25 @@ def test_virtual_machines_are_described_in_plain_values() -> None:
         assert not strange, f"{module} imports {strange}"
 
 
+def test_only_vsockds_configuration_describes_virtual_machines() -> None:
+    for module in filter(lambda name: not within(name, "vsockets.vm"), MODULES):
+        if module != "vsockets.daemon.configuration":
+            assert not {name for name in ours(module) if within(name, "vsockets.vm")}, module
+
+
+def test_configuration_is_plain_values() -> None:
+    configuration = {
+        "vsockets.daemon.configuration",
+        "vsockets.daemon.toml_tables",
+        "vsockets.daemon.toml_lines",
+    }
+    known = (*PLAIN, "vsockets.fabric", "vsockets.vm", *configuration)
+    for module in configuration:
+        # `from . import x` names the package too, which holds nothing.
+        strange = {name for name in ours(module) - {"vsockets.daemon"} if not within(name, *known)}
+        assert not strange, f"{module} imports {strange}"
+
+
 def test_vsockd_is_not_its_own_client() -> None:
     forbidden = ("vsockets.socket", "vsockets.transports", "vsockets.tools", "vsockets.functions")
     for module in filter(lambda name: within(name, "vsockets.daemon"), MODULES):

@@ -1,0 +1,254 @@
+"""vsockd's configuration: the ``*.toml`` files of one folder, read into Settings.
+
+``docs/configuration.md`` has the schema.  Files are read in the order of their names; what a
+later one says of the host, the limits or the audit log overrides an earlier one, and all their
+contexts and grants count.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
+from ..fabric.settings import ContextSettings, Grant, Isolation, Limits, Profile, Settings
+from ..limits import LONGEST_NAME
+from ..vm import Vmx, VmxError, read_vmx
+from .toml_tables import ConfigurationError, Table, kind, read_toml, shown
+
+__all__ = ["ConfigurationError", "default_configuration_folder", "load"]
+
+#: The largest user or group id; the next, (uid_t)-1, means "no change" to chown(2).
+LARGEST_ID = (1 << 32) - 2
+
+_LIMITS = tuple(field.name for field in fields(Limits))
+_PROFILES = tuple(profile.value for profile in Profile)
+_LEGACY_ONLY = ("unrestricted", "domain")
+
+
+def default_configuration_folder() -> Path:
+    """The folder this vsockd is configured by unless told otherwise.  It need not exist."""
+    configured = os.environ.get("VSOCKETS_CONFIG")
+    if configured:
+        return Path(configured)
+    if os.geteuid() == 0:
+        return Path("/etc/vsock")
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "vsock")
+
+
+def load(folder: Path) -> Settings:
+    """What the files in ``folder`` say; without a folder, the defaults.
+
+    Raises ConfigurationError for the first mistake.
+    """
+    roots = [read_toml(path) for path in _files(folder)]
+    for root in roots:
+        root.require_known("host", "limits", "audit", "context", "grant")
+    settings = Settings()
+    for root in roots:
+        settings = _override(settings, root)
+    contexts = [table for root in roots for table in root.tables("context")]
+    grants = [table for root in roots for table in root.tables("grant")]
+    return replace(
+        settings,
+        contexts=_contexts(contexts, settings.limits),
+        grants=tuple(_grant(table) for table in grants),
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        # Names with a leading dot are editors' locks and copies.
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".toml"))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        problem = f"{error.strerror}, expected a folder that vsockd can read"
+        raise ConfigurationError(str(folder), None, "", problem) from error
+    return [folder / name for name in names if not name.startswith(".")]
+
+
+def _override(settings: Settings, root: Table) -> Settings:
+    """``settings`` with what one file says of the host, the limits and the audit log."""
+    host, audit = root.table("host"), root.table("audit")
+    host.require_known("domains")
+    audit.require_known("rate")
+    domains = _domains(host)
+    return replace(
+        settings,
+        limits=_limits(root.table("limits"), settings.limits),
+        host_domains=settings.host_domains if domains is None else domains,
+        audit_rate=audit.integer("rate", 1) or settings.audit_rate,
+    )
+
+
+def _limits(table: Table, base: Limits) -> Limits:
+    table.require_known(*_LIMITS)
+    given = {key: table.integer(key, 1) for key in _LIMITS}
+    return replace(base, **{key: value for key, value in given.items() if value is not None})
+
+
+def _contexts(tables: list[Table], limits: Limits) -> tuple[ContextSettings, ...]:
+    contexts = []
+    taken: dict[tuple[str, int | str | None], str] = {
+        ("name", "host"): "the host",
+        ("name", "hypervisor"): "the hypervisor",
+    }
+    for table in tables:
+        context = _context(table, limits)
+        contexts.append(context)
+        for identity in (("cid", context.cid), ("name", context.name or None)):
+            key, value = identity
+            if value is None:
+                continue
+            source = _source(table, key)
+            if identity in taken:
+                problem = f"{key} {shown(value)} is that of {taken[identity]}, expected another"
+                raise table.error(problem, source)
+            taken[identity] = f"the context at {table.place(source)}"
+    return tuple(contexts)
+
+
+def _context(table: Table, limits: Limits) -> ContextSettings:
+    table.require_known("cid", "vmx", "name", "owner", "profile", *_LEGACY_ONLY, "power", "limits")
+    cid = table.integer("cid", FIRST_GUEST_CID, LAST_GUEST_CID)
+    name = table.text("name")
+    isolation = _isolation(table)
+    if "vmx" in table.values:
+        with _named_by(table):
+            vmx = _vmx(table)
+            cid = vmx.cid if cid is None else cid
+            name = vmx.display_name or None if name is None else name
+            isolation = _with_options(isolation, vmx, table)
+    if cid is None and name is None:
+        raise table.error("neither CID nor name, expected at least one of cid, name")
+    if name is not None:
+        _require_name(table, "name", name)
+    return ContextSettings(
+        cid=cid,
+        name=name or "",
+        owner=_id(table, "owner", "user", lambda name: pwd.getpwnam(name).pw_uid),
+        isolation=isolation,
+        limits=_limits(table.table("limits"), limits),
+        powered=table.choice("power", ("on", "off")) != "off",
+    )
+
+
+def _isolation(table: Table) -> Isolation:
+    profile = Profile(table.choice("profile", _PROFILES) or Profile.DEFAULT)
+    unrestricted, domain = table.boolean("unrestricted"), table.text("domain")
+    for key in _LEGACY_ONLY:
+        if key in table.values and profile is not Profile.LEGACY:
+            problem = f'no meaning with the profile {profile.value}, expected profile = "legacy"'
+            raise table.error(problem, key)
+    if domain:
+        _require_name(table, "domain", domain)
+    return Isolation(profile, bool(unrestricted), domain or "")
+
+
+def _vmx(table: Table) -> Vmx:
+    """The virtual machine a context describes, which must have a VMCI device."""
+    text = table.text("vmx")
+    if not text or "\0" in text:
+        raise table.error(f"{shown(text or '')}, expected the path of a .vmx file", "vmx")
+    vmx = read_vmx(table.file.parent / text)
+    vmx.require_vmci()
+    return vmx
+
+
+@contextmanager
+def _named_by(table: Table) -> Iterator[None]:
+    """What is wrong in a .vmx file is wrong with the context that names it."""
+    try:
+        yield
+    except VmxError as error:
+        raise table.error(str(error), "vmx") from error
+
+
+def _with_options(isolation: Isolation, vmx: Vmx, table: Table) -> Isolation:
+    """``isolation`` with what the .vmx file says and the table does not.
+
+    ESXi 5.1 and later ignore both options (guide page 24), and so do all but the legacy profile.
+    """
+    if isolation.profile is not Profile.LEGACY:
+        return isolation
+    if "unrestricted" not in table.values:
+        isolation = replace(isolation, unrestricted=vmx.unrestricted)
+    if "domain" not in table.values:
+        isolation = replace(isolation, domain=vmx.domain)
+        if vmx.domain:
+            _require_name(table, "domain", vmx.domain)
+    return isolation
+
+
+def _source(table: Table, key: str) -> str:
+    """Where a context's ``key`` comes from: from itself, or from the .vmx file."""
+    return key if key in table.values else "vmx"
+
+
+def _require_name(table: Table, key: str, name: str, *inner: int) -> None:
+    if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable():
+        source = _source(table, key)
+        what = "" if source == key else f"{key} "
+        problem = f"{what}{shown(name)}, expected 1 to {LONGEST_NAME} printable characters"
+        raise table.error(problem, source, *inner)
+
+
+def _domains(table: Table) -> frozenset[str] | None:
+    domains = table.texts("domains")
+    for index, domain in enumerate(domains or ()):
+        if domain:  # "" is the default domain
+            _require_name(table, "domains", domain, index)
+    return None if domains is None else frozenset(domains)
+
+
+def _grant(table: Table) -> Grant:
+    who = ("user", "group", "executable")
+    what = ("stream_vsocket_trusted", "dgram_vsocket_trusted", "domains")
+    table.require_known(*who, *what)
+    for keys, problem in ((who, "matches every program"), (what, "grants nothing")):
+        if not any(key in table.values for key in keys):
+            raise table.error(f"{problem}, expected at least one of {', '.join(keys)}")
+    return Grant(
+        user=_id(table, "user", "user", lambda name: pwd.getpwnam(name).pw_uid),
+        group=_id(table, "group", "group", lambda name: grp.getgrnam(name).gr_gid),
+        executable=_executable(table),
+        stream=bool(table.boolean("stream_vsocket_trusted")),
+        datagram=bool(table.boolean("dgram_vsocket_trusted")),
+        domains=_domains(table),
+    )
+
+
+def _id(table: Table, key: str, what: str, look_up: Callable[[str], int]) -> int | None:
+    """A user or group, by its name or its number; a number need not be anybody's."""
+    value = table.values.get(key)
+    if value is None:
+        return None
+    if type(value) is int:
+        return table.integer(key, 0, LARGEST_ID)
+    if not isinstance(value, str):
+        raise table.error(f"{kind(value)}, expected the name or number of a {what}", key)
+    try:
+        return look_up(value)
+    except (KeyError, ValueError) as error:  # ValueError: it cannot be a name (a NUL)
+        problem = f"there is no {what} {shown(value)}, expected the name or number of one"
+        raise table.error(problem, key) from error
+
+
+def _executable(table: Table) -> str | None:
+    """A program's path, as the kernel will tell it: one through a link would never match."""
+    path = table.text("executable")
+    if path is None:
+        return None
+    if not path.startswith("/") or "\0" in path:
+        raise table.error(f"{shown(path)}, expected an absolute path", "executable")
+    real = os.path.realpath(path)
+    if real != path:
+        problem = f"{shown(path)} is not the program's real path, expected {shown(real)}"
+        raise table.error(problem, "executable")
+    return path

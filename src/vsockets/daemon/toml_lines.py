@@ -1,0 +1,143 @@
+"""On which line of a TOML file each key stands, which tomllib does not tell.
+
+The text is one that tomllib has accepted, so nothing is checked here a second time; this only
+walks over what the TOML specification (version 1.0) allows and notes where things begin.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from bisect import bisect_right
+from collections.abc import Mapping
+
+#: Keys and, within arrays, indices from the document's root to a value.
+Path = tuple[str | int, ...]
+
+_BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*+")
+_SPACES = re.compile(r"[ \t]*")
+_STRING = re.compile(
+    # One quote or two may stand before the three that end a multi-line string.
+    r'''"""(?:[^\\]|\\.)*?""""{0,2} | \'\'\'.*?\'\'\'\'{0,2} | "(?:[^"\\]|\\.)*" | '[^']*' ''',
+    re.DOTALL | re.VERBOSE,
+)
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_OTHER_VALUE = re.compile(r"[^,\]}\#\n]*")
+
+
+def line_of(lines: Mapping[Path, int], path: Path) -> int | None:
+    """The line of ``path``, or of the nearest thing around it; None when there is none."""
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path)
+
+
+def toml_lines(text: str) -> dict[Path, int]:
+    """The line, from 1, of every key and every element of an array in ``text``.
+
+    A table stands where its header does, or else where its first key is.  An array of tables
+    stands at its first header, and its elements each at its own.
+    """
+    return _Walk(text).lines
+
+
+class _Walk:
+    """One walk over a document."""
+
+    def __init__(self, text: str) -> None:
+        self.lines: dict[Path, int] = {}
+        self._text = text
+        self._at = 0
+        self._ends = [match.start() for match in re.finditer("\n", text)]
+        self._elements: dict[Path, int] = {}  # of arrays of tables: how many there are so far
+        table: Path = ()
+        self._skip(_BLANK)
+        while self._at < len(text):
+            if text[self._at] == "[":
+                table = self._header()
+            else:
+                self._pair(table)
+            self._skip(_BLANK)
+
+    def _header(self) -> Path:
+        start = self._at
+        is_array = self._text.startswith("[[", start)
+        self._at += 1 + is_array
+        *outer, last = self._key()
+        self._at += 1 + is_array
+        table: Path = ()
+        for name in outer:
+            table = self._latest((*table, name))
+            self._note(table, start, implied=True)
+        table = (*table, last)
+        if is_array:
+            count = self._elements[table] = self._elements.get(table, 0) + 1
+            self._note(table, start, implied=True)
+            table = (*table, count - 1)
+        self._note(table, start)
+        return table
+
+    def _latest(self, path: Path) -> Path:
+        """A header that names an array of tables means the last of them."""
+        return (*path, self._elements[path] - 1) if path in self._elements else path
+
+    def _pair(self, table: Path) -> None:
+        start = self._at
+        *outer, last = self._key()
+        for name in outer:
+            table = (*table, name)
+            self._note(table, start, implied=True)
+        self._at += 1  # the equals sign
+        self._skip(_SPACES)
+        self._note((*table, last), start)
+        self._value((*table, last))
+
+    def _key(self) -> list[str]:
+        """A dotted key, and the blanks around it."""
+        names = []
+        while True:
+            self._skip(_SPACES)
+            if quoted := self._take(_STRING):
+                names.append(str(tomllib.loads(f"key = {quoted}")["key"]))
+            else:
+                names.append(self._take(_BARE_KEY))
+            self._skip(_SPACES)
+            if not self._text.startswith(".", self._at):
+                return names
+            self._at += 1
+
+    def _value(self, path: Path) -> None:
+        opening = self._text[self._at]
+        if opening in "[{":
+            self._at += 1
+            self._skip(_BLANK)
+            index = 0
+            while self._text[self._at] not in "]}":
+                if opening == "{":
+                    self._pair(path)
+                else:
+                    self._note((*path, index), self._at)
+                    self._value((*path, index))
+                    index += 1
+                self._skip(_BLANK)
+                if self._text[self._at] == ",":
+                    self._at += 1
+                    self._skip(_BLANK)
+            self._at += 1
+        elif not self._take(_STRING):
+            self._take(_OTHER_VALUE)
+
+    def _note(self, path: Path, at: int, implied: bool = False) -> None:
+        """``implied``: named on the way to something else, which its own place overrides."""
+        if not (implied and path in self.lines):
+            self.lines[path] = bisect_right(self._ends, at) + 1
+
+    def _skip(self, pattern: re.Pattern[str]) -> None:
+        self._take(pattern)
+
+    def _take(self, pattern: re.Pattern[str]) -> str:
+        match = pattern.match(self._text, self._at)
+        if match is None:
+            return ""
+        self._at = match.end()
+        return match[0]

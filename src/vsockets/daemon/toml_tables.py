@@ -1,0 +1,198 @@
+"""TOML files, read with their types checked; every mistake names its file, line and key."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..limits import CONFIGURATION_FILE
+from . import toml_lines
+
+#: "A 64-bit signed integer" is what TOML promises; Python reads more.
+LARGEST_INTEGER = (1 << 63) - 1
+
+_KINDS = {
+    bool: "a boolean",
+    int: "an integer",
+    float: "a float",
+    str: "a string",
+    list: "an array",
+    dict: "a table",
+}
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}")
+_SYNTAX_ERROR = re.compile(r"(?P<problem>.*) \(at (?:line (?P<line>\d+), )?(?P<place>.*)\)")
+
+#: Characters of a value that an error shows: enough to know it by, on one line.
+_LONGEST_SHOWN = 60
+
+
+class ConfigurationError(ValueError):
+    """A mistake in the configuration: ``FILE:LINE: KEY: problem, expected ...``.
+
+    Line and key are left out where there is none.
+    """
+
+    def __init__(self, file: str, line: int | None, key: str, problem: str) -> None:
+        where = file if line is None else f"{file}:{line}"
+        super().__init__(": ".join(filter(None, [where, key, problem])))
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table of a file.  What is asked for and not there is None, or empty."""
+
+    file: Path
+    lines: Mapping[toml_lines.Path, int]
+    path: toml_lines.Path  #: from the document's root
+    values: Mapping[str, Any]
+
+    def place(self, *inner: str | int) -> str:
+        """``FILE:LINE`` of something in this table, or without arguments of the table."""
+        line = toml_lines.line_of(self.lines, self.path + inner)
+        return f"{self.file}:{line or 1}"
+
+    def error(self, problem: str, *inner: str | int) -> ConfigurationError:
+        """A mistake in something in this table, or without ``inner`` in the table itself."""
+        path = self.path + inner
+        key = ".".join(_spelled(name) for name in path if isinstance(name, str))
+        line = toml_lines.line_of(self.lines, path)
+        return ConfigurationError(str(self.file), line or 1, key, problem)
+
+    def require_known(self, *known: str) -> None:
+        """Raise ConfigurationError for a key that is none of ``known``."""
+        for key in self.values:
+            if key not in known:
+                close = get_close_matches(key[:_LONGEST_SHOWN], known, 1)
+                hint = f"did you mean {close[0]}?" if close else f"expected {one_of(known)}"
+                raise self.error(f"unknown key, {hint}", key)
+
+    def integer(self, key: str, lowest: int, highest: int = LARGEST_INTEGER) -> int | None:
+        """The integer ``key``, from ``lowest`` to ``highest``."""
+        number: int | None = self._value(key, int)
+        if number is not None and not lowest <= number <= highest:
+            expected = f"{lowest} to {highest}" if highest < LARGEST_INTEGER else f"from {lowest}"
+            raise self.error(f"{shown(number)} is out of range, expected {expected}", key)
+        return number
+
+    def boolean(self, key: str) -> bool | None:
+        """The boolean ``key``."""
+        value: bool | None = self._value(key, bool)
+        return value
+
+    def text(self, key: str) -> str | None:
+        """The string ``key``."""
+        value: str | None = self._value(key, str)
+        return value
+
+    def choice(self, key: str, choices: Iterable[str]) -> str | None:
+        """The string ``key``, one of ``choices``."""
+        value = self.text(key)
+        if value is not None and value not in choices:
+            raise self.error(f"{shown(value)} is unknown, expected {one_of(choices)}", key)
+        return value
+
+    def texts(self, key: str) -> list[str] | None:
+        """The array of strings ``key``."""
+        values: list[Any] | None = self._value(key, list)
+        for index, value in enumerate(values or ()):
+            if not isinstance(value, str):
+                raise self.error(f"{kind(value)}, expected a string", key, index)
+        return values
+
+    def table(self, key: str) -> Table:
+        """The table ``key``."""
+        return Table(self.file, self.lines, (*self.path, key), self._value(key, dict) or {})
+
+    def tables(self, key: str) -> list[Table]:
+        """The array of tables ``key``."""
+        values = self.values.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise self.error(f"{kind(values)}, expected tables, each headed [[{key}]]", key)
+        return [
+            Table(self.file, self.lines, (*self.path, key, index), value)
+            for index, value in enumerate(values)
+        ]
+
+    def _value(self, key: str, expected: type) -> Any:
+        value = self.values.get(key)
+        # A boolean is no integer here, as it would be in Python.
+        if value is not None and type(value) is not expected:
+            raise self.error(f"{kind(value)}, expected {_KINDS[expected]}", key)
+        return value
+
+
+def read_toml(path: Path) -> Table:
+    """The root table of a file.  Raises ConfigurationError."""
+    text = _read(path)
+    try:
+        values = tomllib.loads(text)
+        lines = toml_lines.toml_lines(text)
+    except tomllib.TOMLDecodeError as error:
+        raise _syntax_error(path, text, str(error)) from error
+    except (ValueError, RecursionError) as error:
+        # What tomllib lets through of Python: integers of thousands of digits, deep nesting.
+        raise ConfigurationError(str(path), None, "", f"not TOML: {error}") from error
+    return Table(path, lines, (), values)
+
+
+def _read(path: Path) -> str:
+    name = str(path)
+    try:
+        if not path.is_file():  # a named pipe would be waited for
+            raise ConfigurationError(name, None, "", "not a regular file, expected a TOML file")
+        with open(path, "rb") as file:
+            data = file.read(CONFIGURATION_FILE + 1)
+    except OSError as error:
+        raise ConfigurationError(
+            name, None, "", f"{error.strerror}, expected a TOML file"
+        ) from error
+    if len(data) > CONFIGURATION_FILE:
+        problem = f"more than {CONFIGURATION_FILE} bytes, expected a TOML file"
+        raise ConfigurationError(name, None, "", problem)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        problem = f"byte {data[error.start]:#04x} is not text, expected UTF-8"
+        raise ConfigurationError(name, line, "", problem) from error
+
+
+def _syntax_error(path: Path, text: str, message: str) -> ConfigurationError:
+    match = _SYNTAX_ERROR.fullmatch(message)
+    if match is None:
+        return ConfigurationError(str(path), None, "", f"not TOML: {message}")
+    line = int(match["line"] or text.count("\n") + 1)
+    return ConfigurationError(
+        str(path), line, "", f"not TOML: {match['problem']} ({match['place']})"
+    )
+
+
+def one_of(choices: Iterable[str]) -> str:
+    """``a, b or c``."""
+    *most, last = choices
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def kind(value: Any) -> str:
+    """What a value is, and what it says where that is short."""
+    name = _KINDS.get(type(value), "a date or time")
+    return f"{shown(value)} is {name}" if isinstance(value, str | int | float) else name
+
+
+def shown(value: str | int | float) -> str:
+    """A value as the file may have spelled it: on one line, and cut when it is long."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        return "a number of more than 64 bits"
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _spelled(key: str) -> str:
+    return key if _PLAIN_KEY.fullmatch(key) else shown(key)
