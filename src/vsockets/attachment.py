@@ -80,9 +80,15 @@ class Attachment:
         """The context's CID."""
         return self.ask(Request(Op.LOCAL_CID))[0].local_cid
 
-    def is_trusted(self) -> bool:
-        """Whether this process's endpoints are trusted ones (guide page 24)."""
-        return bool(self.ask(Request(Op.LOCAL_CID))[0].flags & Flag.TRUSTED)
+    def is_trusted(self, sock_type: int, peer_cid: int = VMADDR_CID_HOST, cookie: int = 0) -> bool:
+        """Whether this process's sockets of a type are trusted ones (guide page 24).
+
+        A program of the host may be trusted by one guest, ``peer_cid``, and not by another.  A
+        socket that is bound, known by its ``cookie``, is what it was when it was bound.
+        """
+        flags = self.ask(Request(Op.LOCAL_CID, peer_cid=peer_cid, cookie=cookie))[0].flags
+        datagram = sock_type == socket.SOCK_DGRAM
+        return bool(flags & (Flag.TRUSTED_DATAGRAM if datagram else Flag.TRUSTED_STREAM))
 
 
 def understand(data: bytes) -> Record:

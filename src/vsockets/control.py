@@ -6,12 +6,17 @@ import errno
 import json
 import os
 import socket
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from .limits import REQUEST_TIMEOUT
 from .state_folder import CONTROL, connect_to, default_folder
+
+#: What there are events of.
+TOPICS = ("context", "denial")
 
 
 class Control:
@@ -23,18 +28,7 @@ class Control:
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.folder = Path(folder) if folder is not None else default_folder()
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(REQUEST_TIMEOUT)
-        try:
-            connect_to(self._sock.connect, os.fspath(self.folder / CONTROL))
-        except (FileNotFoundError, ConnectionRefusedError):
-            self._sock.close()
-            raise OSError(
-                errno.ENODEV, f"no vsockd runs in {self.folder} (start it: vsock up)"
-            ) from None
-        except OSError:
-            self._sock.close()
-            raise
+        self._sock = _connect(self.folder)
         self._answers = self._sock.makefile("rb")
 
     def __enter__(self) -> Control:
@@ -75,21 +69,82 @@ class Control:
         name: str = "",
         owner: int | None = None,
         lease: bool = False,
+        *,
+        profile: str | None = None,
+        unrestricted: bool | None = None,
+        domain: str | None = None,
+        limits: Mapping[str, int] | None = None,
+        powered: bool = True,
     ) -> dict[str, Any]:
-        """Start a guest; without ``cid`` it gets a free one.  Returns its row of
+        """A new guest; without ``cid`` it gets a free one.  Returns its row of
         :meth:`contexts`; OSError EEXIST or EINVAL.
+
+        ``profile`` is ``default``, ``restricted`` or ``legacy``; ``unrestricted`` and ``domain``
+        go with ``legacy`` (docs/security.md).  ``limits`` are those that are not the default.
         """
-        return self._ask("context.add", cid=cid, name=name, owner=owner, lease=lease)  # type: ignore[no-any-return]
+        return self._ask(  # type: ignore[no-any-return]
+            "context.add",
+            cid=cid,
+            name=name,
+            owner=owner,
+            lease=lease,
+            profile=profile,
+            unrestricted=unrestricted,
+            domain=domain,
+            limits=None if limits is None else dict(limits),
+            powered=powered,
+        )
 
     def remove_context(self, cid: int) -> None:
-        """Stop a guest.  OSError ENOENT, EINVAL (the host), EBUSY (it has open streams)."""
+        """Forget a guest.  OSError ENOENT, EINVAL (the host), EBUSY (it has open streams)."""
         self._ask("context.remove", cid=cid)
+
+    # What happens to virtual machines.  Each returns ``{"context": its row of contexts(),
+    # "streams_left": [...]}``, where the list is empty unless vsockd may not end a stream of
+    # some process; OSError ENOENT, or EINVAL when it cannot be done in the context's state.
+
+    def suspend(self, cid: int) -> dict[str, Any]:
+        """Drop its connections; nothing gets in or out until :meth:`resume`."""
+        return self._change(cid, "suspend")
+
+    def resume(self, cid: int) -> dict[str, Any]:
+        """After :meth:`suspend`."""
+        return self._change(cid, "resume")
+
+    def migrate(self, cid: int) -> dict[str, Any]:
+        """Drop its connections, as live migration does."""
+        return self._change(cid, "migrate")
+
+    def fault_tolerance(self, cid: int, on: bool) -> dict[str, Any]:
+        """Put it into FT mode, which drops its connections and allows no new ones, or out."""
+        return self._change(cid, "ft-on" if on else "ft-off")
+
+    def power_off(self, cid: int) -> dict[str, Any]:
+        """Drop its connections, take back every port, and let no program in."""
+        return self._change(cid, "power-off")
+
+    def power_on(self, cid: int) -> dict[str, Any]:
+        """After :meth:`power_off`, or when it was added with ``powered=False``."""
+        return self._change(cid, "power-on")
+
+    def reload(self) -> None:
+        """Read the configuration again.  OSError EINVAL with file, line and key when it is
+        wrong; then the old one stays in force.
+        """
+        self._ask("reload")
+
+    def events(self, *topics: str) -> Events:
+        """What happens from now on: topics ``context`` and ``denial``, by default both."""
+        return Events(self.folder, topics or TOPICS)
 
     def stop(self) -> None:
         """Shut vsockd down; returns when it has gone."""
         self._ask("stop")
         while self._answers.readline():
             pass
+
+    def _change(self, cid: int, change: str) -> dict[str, Any]:
+        return self._ask("context.change", cid=cid, change=change)  # type: ignore[no-any-return]
 
     def _ask(self, op: str, **arguments: Any) -> Any:
         self._sock.sendall(json.dumps({"op": op, **arguments}).encode() + b"\n")
@@ -103,3 +158,106 @@ class Control:
         if "error" in answer:
             raise OSError(answer["errno"], answer["error"])
         return answer["ok"]
+
+
+class Events:
+    """Events as they happen: an iterator, also for ``async for``, of JSON objects.
+
+    Each has ``topic``, ``time`` (seconds since the epoch) and ``missed``: how many came before it
+    and were lost, because they were not read soon enough.  With topic ``context``: ``cid``,
+    ``name``, ``change`` (``added``, ``removed``, ``suspend``, ...), ``state``, ``ft`` and
+    ``dropped`` (connections).  With topic ``denial``: what docs/security.md lists.  Ends when
+    vsockd does.
+    """
+
+    def __init__(self, folder: Path, topics: tuple[str, ...]) -> None:
+        self._sock = _connect(folder)
+        self._received = b""
+        try:
+            request = {"op": "subscribe", "topics": list(topics)}
+            self._sock.sendall(json.dumps(request).encode() + b"\n")
+            answer = self._next_line(REQUEST_TIMEOUT) or {}
+            if "error" in answer:
+                raise OSError(answer["errno"], answer["error"])
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hear no more."""
+        self._sock.close()
+
+    def wait(self, timeout: float | None = None) -> dict[str, Any]:
+        """The next event; TimeoutError after ``timeout`` seconds, EOFError when vsockd ends."""
+        line = self._next_line(timeout)
+        if line is None:
+            raise EOFError("vsockd has ended")
+        return line["event"]  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        try:
+            return self.wait()
+        except EOFError:
+            raise StopIteration from None
+
+    def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        return self
+
+    async def __anext__(self) -> dict[str, Any]:
+        import asyncio  # here, because it takes long to load and few need it
+
+        self._sock.setblocking(False)
+        while (line := self._take_line()) is None:
+            data = await asyncio.get_running_loop().sock_recv(self._sock, 65_536)
+            if not data:
+                raise StopAsyncIteration
+            self._received += data
+        return line["event"]  # type: ignore[no-any-return]
+
+    def _next_line(self, timeout: float | None) -> dict[str, Any] | None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (line := self._take_line()) is None:
+            # Not 0, which would be another mode.
+            left = None if deadline is None else max(1e-6, deadline - time.monotonic())
+            self._sock.settimeout(left)
+            data = self._sock.recv(65_536)
+            if not data:
+                return None
+            self._received += data
+        return line
+
+    def _take_line(self) -> dict[str, Any] | None:
+        line, newline, rest = self._received.partition(b"\n")
+        if not newline:
+            return None
+        self._received = rest
+        return json.loads(line)  # type: ignore[no-any-return]
+
+
+def _connect(folder: Path) -> socket.socket:
+    """A connection to the administrator's socket of the vsockd in ``folder``."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(REQUEST_TIMEOUT)
+    try:
+        connect_to(sock.connect, os.fspath(folder / CONTROL))
+    except (FileNotFoundError, ConnectionRefusedError):
+        sock.close()
+        raise OSError(errno.ENODEV, f"no vsockd runs in {folder} (start it: vsock up)") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -31,6 +31,23 @@ REQUEST_TIMEOUT = 10.0
 #: seconds.  The library's request is in the socket before vsockd looks.
 SILENT_CLIENT = 10.0
 
+#: How soon vsockd looks again for a stream that must end and was in no process it could look
+#: into, in seconds: a guest's users expect its end within 100 ms.  Then half as often each
+#: time, down to the second number.
+CUT_AGAIN_AFTER = 0.01
+CUT_AGAIN_AT_MOST = 1.0
+
+#: How often what guests hold is counted anew for one that has reached a limit, in seconds at
+#: least: counting costs about as much as a hundred requests.
+COUNT_AGAIN = 0.05
+
+#: How often vsockd looks at how much a guest with many datagram routes has on its way, in
+#: seconds: what a guest sends too much in that time, the host's memory can bear.
+OUTFLOW_WATCH = 0.25
+
+#: Events that wait for a subscriber who does not read, in bytes; later ones are counted.
+EVENTS_UNREAD = 262_144
+
 #: Connections waiting in vsockd's own door: what Linux allows by default
 #: (net.core.somaxconn).
 CONTROL_BACKLOG = 4096

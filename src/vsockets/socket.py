@@ -9,6 +9,7 @@ instruction more.
 
 from __future__ import annotations
 
+import _socket
 import enum
 import errno
 import os
@@ -17,6 +18,7 @@ import struct
 from socket import SO_DOMAIN, SO_ERROR, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET
 from typing import Any, NamedTuple, Self
 
+from .address import FIRST_GUEST_CID
 from .attachment import Attachment, current
 from .buffers import BufferSizes
 from .constants import (
@@ -29,6 +31,7 @@ from .constants import (
     SO_VM_SOCKETS_PEER_HOST_VM_ID,
     SO_VM_SOCKETS_TRUSTED,
     VMADDR_CID_ANY,
+    VMADDR_CID_HOST,
     VMADDR_PORT_ANY,
 )
 from .limits import CONNECT_TIMEOUT
@@ -36,6 +39,7 @@ from .wire import Record
 
 UNBOUND = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
 
+_SO_COOKIE = 57
 _U64 = struct.Struct("=Q")
 _TIMEVAL = struct.Struct("=qq")
 _UCRED = struct.Struct("iII")
@@ -207,14 +211,28 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         elif optname == SO_VM_SOCKETS_BUFFER_MAX_SIZE:
             number = self._buffers.maximum
         elif optname == SO_VM_SOCKETS_PEER_HOST_VM_ID:
-            number = self.getpeername()[0]
+            number = self._peer_vm()
         elif optname == SO_VM_SOCKETS_TRUSTED:
             number = int(self._is_trusted())
         else:
             raise error(errno.ENOPROTOOPT, f"there is no vSockets option {optname}")
         return _U64.pack(number)[:buflen] if buflen else number
 
+    def _peer_vm(self) -> int:
+        """The peer's virtual machine, "only available for hypervisor endpoints"
+        (``linux/vm_sockets.h``).  The fabric's name for a virtual machine is its CID.
+        """
+        peer = self.getpeername()[0]
+        if self._context.cid >= FIRST_GUEST_CID:
+            raise error(errno.ENOPROTOOPT, "a guest is not told which machine its peer is")
+        return peer
+
     # What behaviours share
+
+    def _cookie(self) -> int:
+        """The kernel's number for the socket, which vsockd knows it by."""
+        found = _socket.socket.getsockopt(self, SOL_SOCKET, _SO_COOKIE, 8)
+        return int.from_bytes(found, "little")
 
     @property
     def _context(self) -> Attachment:
@@ -224,7 +242,8 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         return self._attachment
 
     def _is_trusted(self) -> bool:
-        return self._context.is_trusted()
+        peer = self._peer[0] if self._peer is not None else VMADDR_CID_HOST
+        return self._context.is_trusted(self.type, peer, self._cookie())
 
     # What a behaviour provides
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 
 import vsockets
 from vsockets.control import Control
+from vsockets.fabric import Limits
 from vsockets.testing import PrivateFabric, wait_until
 
 from .raw_client import (
@@ -126,8 +128,15 @@ def test_contexts(vsock_fabric: PrivateFabric) -> None:
         "name": "web",
         "owner": os.geteuid(),
         "leased": False,
+        "state": "running",
+        "ft": False,
+        "profile": "default",
+        "unrestricted": False,
+        "domain": "",
         "folder": str(vsock_fabric.folder / "7"),
-        "ports": 0,
+        "usage": {"sockets": 0, "pending_connects": 0, "datagram_bytes": 0},
+        "limits": dataclasses.asdict(Limits()),
+        "denials": {},
     }
     assert [row["cid"] for row in control.contexts()] == [2, 7]
     assert ask_once(vsockets.attach(row["folder"]), LOCAL_CID).local_cid == 7

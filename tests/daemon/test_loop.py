@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import pytest
 
+from vsockets.daemon.audit import Audit
 from vsockets.daemon.broker import Broker
 from vsockets.daemon.channel import Channel
+from vsockets.daemon.events import Events
 from vsockets.daemon.loop import Loop, Timer
 from vsockets.fabric import Fabric, Kind
 from vsockets.limits import SILENT_CLIENT
@@ -110,7 +112,7 @@ def test_a_request_at_which_vsockd_fails_is_served_once(
         raise OverflowError("as a test")
 
     loop, fabric = Loop(), Fabric(0)
-    broker = Broker(loop, fabric)
+    broker = Broker(loop, fabric, Audit(Events(), 1))
     broker._operations[Op.BIND] = fail
     program, ours = socket.socketpair(socket.AF_UNIX, KINDS[kind])
     with program:
@@ -141,7 +143,7 @@ class Clock(Loop):
 def test_a_program_that_says_nothing_is_let_go(kind: Kind, speaks: bool) -> None:
     loop = Clock()
     fabric = Fabric(0)
-    broker = Broker(loop, fabric)
+    broker = Broker(loop, fabric, Audit(Events(), 1))
     program, ours = socket.socketpair(socket.AF_UNIX, KINDS[kind])
     with program:
         broker.admit(ours.detach(), fabric.contexts.host, kind)

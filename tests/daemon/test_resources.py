@@ -79,7 +79,7 @@ def test_connections(vsock_fabric: PrivateFabric) -> None:
             cycle(CYCLES - WARM_UP)
         (listener,) = vsock_fabric.control.sockets()
         assert listener["state"] == "listening"
-        assert {row["ports"] for row in vsock_fabric.control.contexts()} == {0, 1}
+        assert {row["usage"]["sockets"] for row in vsock_fabric.control.contexts()} == {0, 1}
         assert abs(resident(vsock_fabric.pid) - before) < TOLERANCE
 
 

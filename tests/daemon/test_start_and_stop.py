@@ -230,13 +230,14 @@ def test_after_a_crash_the_next_one_cleans_up(vsock_fabric: PrivateFabric) -> No
     datagrams.bind((7, 5000))
     with server, datagrams:
         vsock_fabric.kill()
-        assert {"2", "7", "control", "private", "vsockd.lock"} <= set(
+        assert {"0", "2", "7", "control", "private", "vsockd.lock"} <= set(
             os.listdir(vsock_fabric.folder)
         )
         with pytest.raises(OSError, match="no vsockd serves"):
             vsockets.create_connection((2, 5000), context=guest)
         vsock_fabric.start()
-        assert sorted(os.listdir(vsock_fabric.folder)) == ["2", "control", "private", "vsockd.lock"]
+        found = sorted(os.listdir(vsock_fabric.folder))
+        assert found == ["0", "2", "control", "private", "vsockd.lock"]
         assert os.listdir(vsock_fabric.folder / "private") == []
         assert [row["cid"] for row in vsock_fabric.control.contexts()] == [2]
         # The old listener's port is free.
@@ -245,7 +246,7 @@ def test_after_a_crash_the_next_one_cleans_up(vsock_fabric: PrivateFabric) -> No
 
 def test_cleaning_up_removes_only_what_vsockd_makes(folder: Path) -> None:
     folder.mkdir()
-    mine = [folder / name for name in ("notes", "1", "0", "self")]
+    mine = [folder / name for name in ("notes", "1", "03", "self")]
     for path in mine:
         path.write_text("mine")
     with PrivateFabric(folder) as fabric:

@@ -97,8 +97,8 @@ def has_net_admin() -> bool:
 def test_trusted(fabric: PrivateFabric) -> None:
     """By CAP_NET_ADMIN, or by being the user that owns the context (guide page 24)."""
     theirs = fabric.guest(8, owner=NOBODY)
-    assert ask_once(fabric.host, LOCAL_CID).flags & Flag.TRUSTED
-    assert bool(ask_once(theirs, LOCAL_CID).flags & Flag.TRUSTED) == has_net_admin()
+    assert ask_once(fabric.host, LOCAL_CID).flags & Flag.TRUSTED_STREAM
+    assert bool(ask_once(theirs, LOCAL_CID).flags & Flag.TRUSTED_STREAM) == has_net_admin()
     with somebody_else():
-        assert not ask_once(fabric.host, LOCAL_CID).flags & Flag.TRUSTED
-        assert ask_once(theirs, LOCAL_CID).flags & Flag.TRUSTED
+        assert not ask_once(fabric.host, LOCAL_CID).flags & Flag.TRUSTED_STREAM
+        assert ask_once(theirs, LOCAL_CID).flags & Flag.TRUSTED_STREAM

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from vsockets.buffers import BufferSizes, negotiate
-from vsockets.fabric import Connection, Context, Credentials, Endpoint, Fabric, Kind, Refused
+from vsockets.fabric import Connection, Context, Endpoint, Fabric, Kind, Refused
+
+from .somebody import ME, SERVICE
 
 ANY = 2**32 - 1
 LOCAL = 1
-OWNER = Credentials(1, 1, 1)
 
 # Few of each, so that they meet.
 guest_cids = st.integers(3, 6)
@@ -66,7 +67,7 @@ def space(kind: Kind) -> str:
 class FabricModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.fabric = Fabric(owner=0)
+        self.fabric = Fabric(owner=1000)
         self.homes = {0, 2}
         #: who holds what: (CID of the context, name space, port)
         self.held: dict[tuple[int, str, int], Socket | Stream] = {}
@@ -100,7 +101,7 @@ class FabricModel(RuleBasedStateMachine):
         try:
             action()
         except Refused as refused:
-            decided, rule = refused.errno, refused.rule
+            decided, rule = refused.errno, refused.reason
         assert errno.errorcode.get(decided) == errno.errorcode.get(expected), rule
         return decided == 0
 
@@ -151,7 +152,7 @@ class FabricModel(RuleBasedStateMachine):
 
         def action() -> None:
             made.append(
-                self.fabric.bind(self.context(home), kind, cid, port, OWNER, lambda: privileged)
+                self.fabric.bind(self.context(home), kind, cid, port, SERVICE if privileged else ME)
             )
 
         if self.decide(expected, action):
@@ -226,12 +227,12 @@ class FabricModel(RuleBasedStateMachine):
 
         def action() -> None:
             context = self.context(home)
-            listener = self.fabric.find_listener(context, kind, cid, port)
+            listener = self.fabric.find_listener(context, kind, cid, port, ME)
             assert isinstance(holder, Socket)
             assert listener is holder.real
             made.append(
                 self.fabric.connect(
-                    context, listener, None if bound is None else bound.real, sizes, OWNER
+                    context, listener, None if bound is None else bound.real, sizes, ME.credentials
                 )
             )
 
@@ -266,7 +267,7 @@ class FabricModel(RuleBasedStateMachine):
             expected = errno.ECONNREFUSED
 
         def action() -> None:
-            found = self.fabric.find_datagram(self.context(home), cid, port)
+            found = self.fabric.find_datagram(self.context(home), cid, port, ME)
             assert isinstance(holder, Socket)
             assert found is holder.real
 

@@ -22,15 +22,15 @@ HYPERVISOR, HOST, GUEST, OTHER = (Context(cid, "", 0) for cid in (0, 2, 3, 4))
     ],
 )
 def test_allowed(source: Context, destination: Context) -> None:
-    require_path(source, destination)
+    require_path(source, destination, True)
 
 
 @pytest.mark.parametrize(("source", "destination"), [(GUEST, OTHER), (OTHER, GUEST)])
 def test_guest_to_guest_is_not(source: Context, destination: Context) -> None:
     with pytest.raises(Refused) as refusal:
-        require_path(source, destination)
+        require_path(source, destination, True)
     assert refusal.value.errno == errno.EHOSTUNREACH
-    assert "guest to guest" in refusal.value.rule
+    assert "guest to guest" in refusal.value.reason
 
 
 def test_a_refusal_says_both_the_error_and_the_rule() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pwd
 
+from vsockets.fabric import Limits
 from vsockets.testing import PrivateFabric
 
 from .vsock import Vsock
@@ -30,8 +32,15 @@ def test_add_list_and_remove(vsock: Vsock) -> None:
         "name": "web [1]",
         "owner": me.pw_uid,
         "leased": False,
+        "state": "running",
+        "ft": False,
+        "profile": "default",
+        "unrestricted": False,
+        "domain": "",
         "folder": str(vsock.folder / "500"),
-        "ports": 0,
+        "usage": {"sockets": 0, "pending_connects": 0, "datagram_bytes": 0},
+        "limits": dataclasses.asdict(Limits()),
+        "denials": {},
     }
     assert added in vsock.json("context", "ls")
     table = vsock("context", "ls").stdout

@@ -82,7 +82,19 @@ GOLDEN_RECORD = bytes.fromhex(
     "0000040000000000"  # maximum
 )
 RECORD = Record(
-    104, Flag.TRUSTED, 2, 5000, 3, 1024, Role.CONNECTED, 12345, 1000, 1001, 32_768, 128, 262_144
+    104,
+    Flag.TRUSTED_STREAM,
+    2,
+    5000,
+    3,
+    1024,
+    Role.CONNECTED,
+    12345,
+    1000,
+    1001,
+    32_768,
+    128,
+    262_144,
 )
 
 
@@ -114,7 +126,11 @@ def test_numbers() -> None:
         "QUERY": 7,
         "LOCAL_CID": 8,
     }
-    assert {flag.name: flag.value for flag in Flag} == {"POLLING": 1, "TRUSTED": 2}
+    assert {flag.name: flag.value for flag in Flag} == {
+        "POLLING": 1,
+        "TRUSTED_STREAM": 2,
+        "TRUSTED_DATAGRAM": 4,
+    }
     assert {role.name: role.value for role in Role} == {
         "BOUND": 1,
         "LISTENING": 2,

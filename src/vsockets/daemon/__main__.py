@@ -10,12 +10,16 @@ import socket
 import sys
 from pathlib import Path
 
+from ..fabric import Refused
 from ..state_folder import LOG, default_folder
+from . import logs
+from .configuration import ConfigurationError, default_configuration_folder
 from .vsockd import AlreadyRunning, Vsockd
 
 
 def main() -> int:
-    """Run until SIGTERM; returns the exit status: 75 (EX_TEMPFAIL) when another vsockd runs."""
+    """Run until SIGTERM; returns the exit status: 75 (EX_TEMPFAIL) when another vsockd runs, 78
+    (EX_CONFIG) when the configuration is wrong."""
     parser = argparse.ArgumentParser(prog="vsockd", description=__doc__)
     parser.add_argument(
         "--dir", type=Path, default=default_folder(), help="the state folder (%(default)s)"
@@ -27,18 +31,27 @@ def main() -> int:
         "--ready-fd", type=int, metavar="FD", help="write a line to this descriptor when ready"
     )
     parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="DIR",
+        default=default_configuration_folder(),
+        help="where *.toml files are read from (%(default)s)",
+    )
+    parser.add_argument("--log-json", action="store_true", help="log a JSON object a line")
+    parser.add_argument(
         "--log-level", default="warning", choices=["debug", "info", "warning", "error"]
     )
     arguments = parser.parse_args()
-    logging.basicConfig(
-        level=arguments.log_level.upper(), format="vsockd: %(levelname)s: %(message)s"
-    )
+    logs.begin(arguments.log_level, arguments.log_json)
     try:
-        vsockd = Vsockd(arguments.dir)
+        vsockd = Vsockd(arguments.dir, arguments.config)
     except AlreadyRunning as error:
         print(f"vsockd: {error}", file=sys.stderr)
         return os.EX_TEMPFAIL
-    except OSError as error:
+    except ConfigurationError as error:
+        print(f"vsockd: {error}", file=sys.stderr)
+        return os.EX_CONFIG
+    except (OSError, Refused) as error:
         print(f"vsockd: cannot start in {arguments.dir}: {error}", file=sys.stderr)
         return 1
     if arguments.background and not _detach(vsockd.folder / LOG):

@@ -6,7 +6,7 @@ import _socket
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from socket import (
     AF_UNIX,
@@ -18,28 +18,42 @@ from socket import (
     SOCK_STREAM,
     SOL_SOCKET,
 )
+from time import monotonic
 
-from ..constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
-from ..fabric import Connection, Context, Endpoint, Fabric, Kind, Refused
+from ..constants import VMADDR_PORT_ANY
+from ..fabric import Connection, Context, Denied, Endpoint, Fabric, Kind, Refused, trust_of
 from ..limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, SILENT_CLIENT
-from ..wire import REQUEST_SIZE, Flag, Op, ProtocolError, Record, Request, Role, encode_stream
+from ..wire import REQUEST_SIZE, Flag, Op, ProtocolError, Record, Request, Role
+from .allowance import Allowance
+from .audit import Audit
 from .channel import Channel, consume, receive_with_descriptor
-from .credentials import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, has_capability, peer_credentials
+from .credentials import peer_credentials
 from .datagrams import Datagrams, cookie_of
+from .descriptions import describe_accepting, describe_connecting, describe_endpoint
 from .disposal import dispose
 from .loop import Loop
-from .watch import StreamWatch
+from .streams import Streams
 
 log = logging.getLogger(__name__)
-
-#: Look for ended streams after so many new ones, and so many seconds after the last.
-_REAP_EVERY = 256
-_REAP_AFTER = 1.0
-_REAP_AT_THE_LATEST = 60.0
 
 # Plain integers: an enum's | costs as much as a system call.
 _LOOK = int(MSG_DONTWAIT | MSG_PEEK)
 _TAKE = int(MSG_DONTWAIT)
+
+
+#: What an operation is called in the audit.
+_OPERATIONS = {
+    Op.BIND: "bind",
+    Op.LISTEN: "listen",
+    Op.CONNECT: "connect",
+    Op.UPDATE: "set buffer sizes",
+    Op.BIND_DATAGRAM: "bind a datagram socket",
+    Op.ROUTE: "send a datagram",
+    Op.QUERY: "query",
+    Op.LOCAL_CID: "ask for the local CID",
+}
+
+_TRUSTED = ((Kind.STREAM, Flag.TRUSTED_STREAM), (Kind.DATAGRAM, Flag.TRUSTED_DATAGRAM))
 
 
 class Broker:
@@ -48,15 +62,15 @@ class Broker:
     An operation returns whether vsockd goes on holding the channel.
     """
 
-    def __init__(self, loop: Loop, fabric: Fabric) -> None:
+    def __init__(self, loop: Loop, fabric: Fabric, audit: Audit) -> None:
         self.fabric = fabric
-        self.datagrams = Datagrams(fabric)
+        self.datagrams = Datagrams(loop, fabric)
         self.refusals = 0
+        self._audit = audit
         self._loop = loop
-        self._streams = StreamWatch()
+        self.streams = Streams(loop, fabric)
         self._channels: dict[Context, set[Channel]] = {}
-        self._unreaped = 0
-        self._reap_delay: float | None = None  # None: no timer is set
+        self._allowance = Allowance(self.refresh, self._listening)
         self._operations: dict[int, Callable[[Channel, Request], bool]] = {
             Op.BIND: self._bind,
             Op.LISTEN: self._listen,
@@ -68,9 +82,10 @@ class Broker:
             Op.LOCAL_CID: self._local_cid,
         }
 
-    def begin(self) -> None:
-        """Called once, in the process that goes on."""
-        self._streams.open()
+    def refresh(self) -> None:
+        """Forget every socket that has gone, as of now."""
+        self.streams.reap()
+        self.datagrams.sweep()
 
     # Channels
 
@@ -88,8 +103,7 @@ class Broker:
             try:
                 data = self._read(channel)
             except BlockingIOError:
-                self._keep(channel)
-                self._loop.call_later(SILENT_CLIENT, lambda: self._close_if_silent(channel))
+                self._await_request(channel)
                 return
         if self._serve(channel, data):
             self._keep(channel)
@@ -97,14 +111,32 @@ class Broker:
             sock.close()
 
     def close_context(self, context: Context) -> None:
-        """Let go of everything in a context that has been removed."""
+        """Let go of everything in a context that is no more; its streams have been cut."""
         for channel in list(self._channels.pop(context, ())):
             self._drop(channel)
-        for endpoint in list(context.datagrams):
-            self.datagrams.release(endpoint)
-        for holder in list(context.connected):
-            if isinstance(holder, Connection):
-                self.fabric.end(holder.number)
+        self.datagrams.close_context(context)
+
+    def _listening(self) -> Iterator[Channel]:
+        for channels in self._channels.values():
+            yield from (channel for channel in channels if channel.is_listening)
+
+    def _await_request(self, channel: Channel) -> None:
+        """Keep a channel whose program has connected and said nothing."""
+        try:
+            self._allowance.require_patience(channel.context)
+        except Denied as denied:
+            self.refusals += 1
+            source = channel.context.cid, VMADDR_PORT_ANY
+            self._audit.record(
+                channel.context, channel.credentials, denied, "a silent connection", source, None
+            )
+            channel.send(Record(denied.errno).encode())
+            channel.sock.close()
+            return
+        channel.silent = True
+        channel.context.pending += 1
+        self._keep(channel)
+        self._loop.call_later(SILENT_CLIENT, lambda: self._close_if_silent(channel))
 
     def _keep(self, channel: Channel) -> None:
         self._channels.setdefault(channel.context, set()).add(channel)
@@ -121,13 +153,22 @@ class Broker:
     def _drop(self, channel: Channel) -> None:
         self._loop.unwatch(channel.sock.fileno())
         self._channels.get(channel.context, set()).discard(channel)
+        self._has_spoken(channel)
         if channel.endpoint is not None:
+            if channel.is_listening:
+                channel.forget_waiting()
             self.fabric.unbind(channel.endpoint)
         channel.sock.close()
 
+    @staticmethod
+    def _has_spoken(channel: Channel) -> None:
+        if channel.silent:
+            channel.silent = False
+            channel.context.pending -= 1
+
     def _close_if_silent(self, channel: Channel) -> None:
         if channel.silent and channel in self._channels.get(channel.context, ()):
-            log.debug("pid %d connected and said nothing", channel.owner.pid)
+            log.debug("pid %d connected and said nothing", channel.credentials.pid)
             self._drop(channel)
 
     # Requests
@@ -146,29 +187,58 @@ class Broker:
     def _serve(self, channel: Channel, data: bytes) -> bool:
         if not data:
             return False
-        channel.silent = False
+        self._has_spoken(channel)
+        context = channel.context
         try:
             request = Request.decode(data)
             operation = self._operations.get(request.op)
             if operation is None:
                 raise ProtocolError(f"no operation {request.op}")
+            if context.is_guest:
+                context.require_pace(monotonic())
             return operation(channel, request)
         except Refused as refused:
             self.refusals += 1
-            log.info("context %d pid %d: %s", channel.context.cid, channel.owner.pid, refused)
+            if isinstance(refused, Denied):
+                self._record(channel, request, refused)
+            else:
+                log.info("context %d pid %d: %s", context.cid, channel.credentials.pid, refused)
             channel.send(Record(refused.errno).encode())
             consume(channel.sock, channel.kind, request.polling)
-            return True  # the program may try again on the same socket
+            # The program may try again on the same socket, unless it has very many.
+            held = len(self._channels.get(context, ()))
+            return not context.is_guest or held < context.limits.sockets
         except ProtocolError as error:
-            log.info("context %d pid %d: %s", channel.context.cid, channel.owner.pid, error)
+            log.info("context %d pid %d: %s", channel.context.cid, channel.credentials.pid, error)
             return False
         except OSError as error:  # the kernel's no to something the fabric allowed
-            log.error("context %d pid %d: %s", channel.context.cid, channel.owner.pid, error)
+            log.error("context %d pid %d: %s", channel.context.cid, channel.credentials.pid, error)
             channel.send(Record(error.errno or errno.EIO).encode())
             return False
         except Exception:  # a mistake of ours; the program is not served again and again
-            log.exception("context %d pid %d: request lost", channel.context.cid, channel.owner.pid)
+            log.exception(
+                "context %d pid %d: request lost", channel.context.cid, channel.credentials.pid
+            )
             return False
+
+    def _record(self, channel: Channel, request: Request, denied: Denied) -> None:
+        """Write a denial down."""
+        operation = Op(request.op)
+        source, destination = (channel.context.cid, VMADDR_PORT_ANY), None
+        if operation in (Op.BIND, Op.BIND_DATAGRAM):
+            source = request.local_cid, request.local_port
+        elif channel.endpoint is not None:
+            source = channel.endpoint.address
+        if operation in (Op.CONNECT, Op.ROUTE):
+            destination = request.peer_cid, request.peer_port
+        self._audit.record(
+            channel.context,
+            channel.credentials,
+            denied,
+            _OPERATIONS[operation],
+            source,
+            destination,
+        )
 
     def _answer(self, channel: Channel, request: Request, record: bytes) -> None:
         channel.send(record)
@@ -182,7 +252,7 @@ class Broker:
         endpoint.handle = channel
         endpoint.sizes = request.sizes
         channel.endpoint = endpoint
-        self._answer(channel, request, _describe_endpoint(endpoint))
+        self._answer(channel, request, describe_endpoint(endpoint))
         return True
 
     def _listen(self, channel: Channel, request: Request) -> bool:
@@ -191,7 +261,7 @@ class Broker:
         again = channel.endpoint.listening
         channel.prepare_backlog(request.backlog)
         self.fabric.listen(channel.endpoint, request.sizes)
-        record = _describe_endpoint(channel.endpoint)
+        record = describe_endpoint(channel.endpoint)
         if again:  # the answer would be taken for a new connection
             consume(channel.sock, channel.kind, request.polling)
         else:
@@ -209,28 +279,33 @@ class Broker:
         if bound is not None and bound.listening:
             raise ProtocolError("a listening socket asked to connect")
         fabric, context, sock = self.fabric, channel.context, channel.sock
-        listener = fabric.find_listener(context, channel.kind, request.peer_cid, request.peer_port)
+        listener = fabric.find_listener(
+            context, channel.kind, request.peer_cid, request.peer_port, channel, bound
+        )
         target = listener.handle
         assert isinstance(target, Channel)
+        if context.is_guest:
+            self._allowance.require_patience(context, target)
+            self._allowance.make_room(context)
         if not target.has_room():
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
         connection = fabric.connect(
-            context, listener, bound, request.sizes, channel.owner, request.cookie
+            context, listener, bound, request.sizes, channel.credentials, request.cookie
         )
         if bound is not None:
             channel.endpoint = None
         fd = sock.fileno()
         if connection.size != DEFAULT_BUFFER_SIZE:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, LARGEST_SEND_BUFFER))
-        self._streams.add(fd, connection.number)
+        self.streams.add(fd, connection.number)
         # The answer goes first: once the listener has the descriptor it may write.
-        self._answer(channel, request, _describe_connecting(connection))
+        self._answer(channel, request, describe_connecting(connection))
         try:
-            target.announce(_describe_accepting(connection), fd)
+            target.announce(describe_accepting(connection), fd, context)
         except OSError as error:
             log.warning("connection to %s lost: %s", listener.address, error)
             fabric.end(connection.number)
-        self._reap_sometimes()
+        self.streams.reap_sometimes()
         return False
 
     def _bind_datagram(self, channel: Channel, request: Request) -> bool:
@@ -239,16 +314,16 @@ class Broker:
             if self.datagrams.find(channel.context, cookie_of(sock)) is not None:
                 raise Refused(errno.EINVAL, "the datagram socket is bound")
             endpoint = self._adopt(channel, request, sock)
-        channel.send(_describe_endpoint(endpoint))
+        channel.send(describe_endpoint(endpoint))
         return False
 
     def _route(self, channel: Channel, request: Request) -> bool:
         sock = self._datagram_socket(channel)
         with closing(sock):
-            destination = self.fabric.find_datagram(
-                channel.context, request.peer_cid, request.peer_port
-            )
             source = self.datagrams.find(channel.context, cookie_of(sock))
+            destination = self.fabric.find_datagram(
+                channel.context, request.peer_cid, request.peer_port, channel, source
+            )
             if source is None:
                 source = self._adopt(channel, request, sock)
         route = self.datagrams.route(source, destination)
@@ -265,32 +340,24 @@ class Broker:
         return False
 
     def _local_cid(self, channel: Channel, request: Request) -> bool:
-        record = Record(0, self._trust(channel), channel.context.cid)
+        record = Record(0, self._trust(channel, request), channel.context.cid)
         self._answer(channel, request, record.encode())
         return False
 
     # Parts of them
 
     def _claim(self, channel: Channel, kind: Kind, request: Request, cookie: int = 0) -> Endpoint:
-        def may_reserve() -> bool:
-            return has_capability(channel.sock, CAP_NET_BIND_SERVICE)
-
-        arguments = (
-            channel.context,
-            kind,
-            request.local_cid,
-            request.local_port,
-            channel.owner,
-            may_reserve,
-            cookie,
-        )
+        context = channel.context
+        if context.is_guest:
+            self._allowance.make_room(context)
+        arguments = (context, kind, request.local_cid, request.local_port, channel, cookie)
         try:
             return self.fabric.bind(*arguments)
         except Refused as refused:
             if refused.errno != errno.EADDRINUSE:
                 raise
         # Held, as far as is known: ask the kernel whether its holder is still there.
-        self.reap()
+        self.streams.reap()
         ports = channel.context.datagrams if kind is Kind.DATAGRAM else channel.context.connected
         holder = ports.get(request.local_port)
         if isinstance(holder, Endpoint) and holder.kind is Kind.DATAGRAM:
@@ -328,84 +395,28 @@ class Broker:
         context = channel.context
         found = context.cookies.get(request.cookie) or self.datagrams.find(context, request.cookie)
         if isinstance(found, Connection):
-            return _describe_connecting(found)
+            return describe_connecting(found)
         if isinstance(found, Endpoint):
-            return _describe_endpoint(found)
-        if request.inode:
-            for number, inode in self._streams.present().items():
-                accepted = self.fabric.connections.get(number)
-                if inode == request.inode and accepted and accepted.peer_context is context:
-                    return _describe_accepting(accepted)
+            return describe_endpoint(found)
+        accepted = self.streams.find_accepted(request.inode) if request.inode else None
+        if accepted is not None and accepted.peer_context is context:
+            return describe_accepting(accepted)
         raise Refused(errno.ENOTCONN, "an unknown socket was asked for")
 
-    def _trust(self, channel: Channel) -> int:
-        trusted = channel.owner.uid == channel.context.owner or has_capability(
-            channel.sock, CAP_NET_ADMIN
+    def _trust(self, channel: Channel, request: Request) -> int:
+        """Whether sockets of this program are trusted: by the guest asked about, if the program
+        is the host's, else in its own context.
+        """
+        toward = self.fabric.contexts.get(request.peer_cid)
+        if channel.context.is_guest or toward is None or not toward.is_guest:
+            toward = channel.context
+        bound = channel.context.cookies.get(request.cookie) or self.datagrams.find(
+            channel.context, request.cookie
         )
-        return Flag.TRUSTED if trusted else 0
-
-    # Streams that have ended
-
-    def reap(self) -> None:
-        """Forget every stream that has ended, as of now."""
-        self._reap_hung_up()
-        if self.fabric.connections:
-            present = self._streams.present()
-            for number in [n for n in self.fabric.connections if n not in present]:
-                self.fabric.end(number)
-
-    def _reap_hung_up(self) -> None:
-        self._unreaped = 0
-        for number in self._streams.hung_up():
-            self.fabric.end(number)
-
-    def _reap_sometimes(self) -> None:
-        self._unreaped += 1
-        if self._unreaped >= _REAP_EVERY:
-            self._reap_hung_up()
-        if self._reap_delay is None:
-            self._reap_delay = _REAP_AFTER
-            self._loop.call_later(_REAP_AFTER, self._reap_later)
-        else:
-            self._reap_delay = _REAP_AFTER
-
-    def _reap_later(self) -> None:
-        assert self._reap_delay is not None
-        self.reap()
-        if self.fabric.connections:
-            self._loop.call_later(self._reap_delay, self._reap_later)
-            self._reap_delay = min(self._reap_delay * 2, _REAP_AT_THE_LATEST)
-        else:
-            self._reap_delay = None
-
-
-def _describe_endpoint(endpoint: Endpoint) -> bytes:
-    role = Role.BOUND
-    if endpoint.kind is Kind.DATAGRAM:
-        role = Role.DATAGRAM
-    elif endpoint.listening:
-        role = Role.LISTENING
-    return Record(
-        0,
-        0,
-        *endpoint.address,
-        VMADDR_CID_ANY,
-        VMADDR_PORT_ANY,
-        role,
-        *endpoint.owner,
-        *endpoint.sizes,
-    ).encode()
-
-
-def _describe_connecting(stream: Connection) -> bytes:
-    """A stream as its connecting side sees it."""
-    return encode_stream(
-        stream.local, stream.peer, stream.listener.owner, stream.size, stream.sizes
-    )
-
-
-def _describe_accepting(stream: Connection) -> bytes:
-    """A stream as its accepting side sees it."""
-    return encode_stream(
-        stream.peer, stream.local, stream.owner, stream.size, stream.listener.sizes
-    )
+        known = bound.trust if isinstance(bound, Endpoint) else None
+        flags = 0
+        for kind, flag in _TRUSTED:
+            trust = known or trust_of(channel, kind, self.fabric.settings)
+            if trust.toward(toward):
+                flags |= flag
+        return flags

@@ -7,6 +7,7 @@ import array
 import errno
 import fcntl
 import struct
+from collections import deque
 from socket import (
     CMSG_LEN,
     MSG_CMSG_CLOEXEC,
@@ -22,6 +23,7 @@ from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not y
 from ..fabric import Context, Credentials, Endpoint, Kind
 from ..limits import MAX_BACKLOG
 from ..wire import PADDING, RECORD_SIZE
+from .credentials import Peer
 
 _FD = struct.Struct("i")
 # Plain integers: an enum's | costs as much as a system call.
@@ -30,22 +32,24 @@ _TAKE = int(MSG_DONTWAIT)
 _SOCKET, _RIGHTS = int(SOL_SOCKET), int(SCM_RIGHTS)
 
 
-class Channel:
+class Channel(Peer):
     """One program's socket, seen from vsockd's end of it."""
 
+    sock: _socket.socket
     # What most channels never have is the class's.
     endpoint: Endpoint | None = None
-    silent = True  # nothing was read from it yet
-    _announced = 0
-    _capacity = 0
+    silent = False  # it is kept, and nothing was read from it yet
+    _capacity: int | None = None  # of the backlog; None: the socket does not listen
+    #: of a listening socket: whose connections were announced, and not taken as far as is known
+    _waiting: deque[Context]
 
     def __init__(
-        self, sock: _socket.socket, context: Context, kind: Kind, owner: Credentials
+        self, sock: _socket.socket, context: Context, kind: Kind, credentials: Credentials
     ) -> None:
         self.sock = sock
         self.context = context
         self.kind = kind
-        self.owner = owner
+        self.credentials = credentials
 
     def send(self, record: bytes) -> None:
         """Write an answer.  A program that reads nothing loses its answer, nothing else."""
@@ -66,7 +70,12 @@ class Channel:
     # A listening socket
 
     def prepare_backlog(self, backlog: int) -> None:
-        """Get room for ``backlog`` announcements, or for as many as the kernel allows."""
+        """Get room for ``backlog`` announcements, or for as many as the kernel allows.
+
+        To be called before the first announcement, and again for another backlog.
+        """
+        if self._capacity is None:
+            self._waiting = deque()
         backlog = min(backlog, MAX_BACKLOG)
         wanted = (backlog + 2) * ANNOUNCEMENT_COST
         if self.sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < wanted:
@@ -75,19 +84,39 @@ class Channel:
         self._capacity = max(0, min(backlog, room))
 
     def has_room(self) -> bool:
-        """Whether the program may be sent another connection, within its backlog.
+        """Whether the program may be sent another connection, within its backlog."""
+        assert self._capacity is not None
+        if len(self._waiting) > self._capacity:
+            self.count_waiting()
+        return len(self._waiting) <= self._capacity
 
-        The kernel knows how much of what was announced the program has taken; it is asked only
-        when the count since the last asking reaches the backlog.
+    @property
+    def is_listening(self) -> bool:
+        """Whether there can be announcements."""
+        return self._capacity is not None
+
+    def count_waiting(self) -> None:
+        """Find out which connections the program has taken: the first ones.
+
+        The kernel knows how much of what was announced it has read; it is asked only when the
+        count since the last asking reaches a limit.
         """
-        if self._announced > self._capacity:
-            self._announced = _unread(self.sock.fileno()) // ANNOUNCEMENT_COST
-        return self._announced <= self._capacity
+        left = _unread(self.sock.fileno()) // ANNOUNCEMENT_COST
+        self._take(len(self._waiting) - left)
 
-    def announce(self, record: bytes, fd: int) -> None:
+    def forget_waiting(self) -> None:
+        """Nobody will accept the connections that wait."""
+        self._take(len(self._waiting))
+
+    def _take(self, number: int) -> None:
+        for _ in range(number):
+            self._waiting.popleft().pending -= 1
+
+    def announce(self, record: bytes, fd: int, source: Context) -> None:
         """Tell a listening program of a new connection, and give it the descriptor."""
-        self._announced += 1
         self.sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
+        self._waiting.append(source)
+        source.pending += 1
 
 
 def consume(sock: _socket.socket, kind: Kind, polling: bool) -> None:

@@ -6,19 +6,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
-import os
 import socket
 from collections.abc import Callable, Mapping
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..address import LARGEST
-from ..fabric import Context, Refused
-from ..limits import CONTROL_REQUEST
+from ..fabric import (
+    Change,
+    Context,
+    ContextSettings,
+    Isolation,
+    Limits,
+    Profile,
+    Refused,
+)
+from ..limits import CONTROL_REQUEST, EVENTS_UNREAD
 from ..state_folder import short_path
+from . import reports
 from .accepting import Acceptor
+from .configuration import ConfigurationError
+from .events import Topic
 from .loop import Loop
 
 if TYPE_CHECKING:
@@ -67,12 +79,16 @@ class Session:
         self._leases: list[Context] = []
         self._operations: dict[str, Callable[[Arguments], Any]] = {
             "status": lambda _: vsockd.status(),
-            "sockets": lambda _: vsockd.sockets(),
-            "context.list": lambda _: vsockd.contexts(),
+            "sockets": lambda _: reports.socket_rows(vsockd.broker),
+            "context.list": self._list_contexts,
             "context.add": self._add_context,
+            "context.change": self._change_context,
             "context.remove": self._remove_context,
+            "reload": lambda _: vsockd.reload(),
+            "subscribe": self._subscribe,
             "stop": lambda _: vsockd.stop(),
         }
+        self._missed = 0
         loop.watch(sock.fileno(), self._ready)
 
     def _ready(self, events: int) -> None:
@@ -106,38 +122,130 @@ class Session:
             if not isinstance(op, str) or op not in self._operations:
                 raise BadRequest(f"expected an object with op one of {sorted(self._operations)}")
             return {"ok": self._operations[op](request)}
-        except BadRequest as error:
+        except (BadRequest, ConfigurationError) as error:
             return {"error": str(error), "errno": errno.EINVAL}
         except Refused as refused:
-            return {"error": refused.rule, "errno": refused.errno}
+            return {"error": refused.reason, "errno": refused.errno}
         except OSError as error:
             return {"error": str(error), "errno": error.errno}
 
     def _close(self) -> None:
         self._loop.unwatch(self._sock.fileno())
+        self._vsockd.events.unsubscribe(self._tell)
         self._sock.close()
         for context in self._leases:
-            self._vsockd.end_lease(context)
+            self._vsockd.contexts.end_lease(context)
+
+    # Contexts
+
+    def _list_contexts(self, _: Arguments) -> list[dict[str, Any]]:
+        self._vsockd.broker.refresh()
+        contexts = sorted(self._vsockd.fabric.contexts, key=lambda context: context.cid)
+        return [self._row(context) for context in contexts if context.cid]
+
+    def _row(self, context: Context) -> dict[str, Any]:
+        folder = self._vsockd.contexts.folder_of(context)
+        return reports.context_row(self._vsockd.broker, context, folder)
 
     def _add_context(self, arguments: Arguments) -> dict[str, Any]:
-        cid = _optional(arguments, "cid", int)
-        name = _optional(arguments, "name", str) or ""
         owner = _optional(arguments, "owner", int)
         if owner is not None and not 0 <= owner < LARGEST:
             raise BadRequest(f"owner: expected a user id, not {owner}")
-        lease = bool(_optional(arguments, "lease", bool))
-        context = self._vsockd.add_context(
-            cid, name, os.geteuid() if owner is None else owner, lease
+        powered = _optional(arguments, "powered", bool)
+        wanted = ContextSettings(
+            cid=_optional(arguments, "cid", int),
+            name=_optional(arguments, "name", str) or "",
+            owner=owner,
+            isolation=_isolation(arguments),
+            limits=_limits(arguments, self._vsockd.fabric.settings.limits),
+            powered=powered is not False,
         )
+        lease = bool(_optional(arguments, "lease", bool))
+        context = self._vsockd.contexts.add(wanted, lease)
         if lease:
             self._leases.append(context)
-        return self._vsockd.describe_context(context)
+        return self._row(context)
+
+    def _change_context(self, arguments: Arguments) -> dict[str, Any]:
+        context = self._vsockd.fabric.contexts.require(_cid(arguments))
+        change = _choice(arguments, "change", Change)
+        left = self._vsockd.contexts.change(context, change)
+        return {
+            "context": self._row(context),
+            "streams_left": [
+                {"local": one.local, "peer": one.peer, "pid": one.owner.pid} for one in left
+            ],
+        }
 
     def _remove_context(self, arguments: Arguments) -> None:
-        cid = _optional(arguments, "cid", int)
-        if cid is None:
-            raise BadRequest("cid: expected a number")
-        self._vsockd.remove_context(cid)
+        self._vsockd.contexts.remove(_cid(arguments))
+
+    # Events
+
+    def _subscribe(self, arguments: Arguments) -> None:
+        topics = arguments.get("topics")
+        if not isinstance(topics, list) or not topics:
+            raise BadRequest(f"topics: expected a list of {_names(Topic)}, not {topics!r}")
+        wanted = [_choice({"topics": topic}, "topics", Topic) for topic in topics]
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, EVENTS_UNREAD)
+        self._vsockd.events.subscribe(self._tell, wanted)
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        """Send an event, if there is room; ``missed`` tells how many did not fit before."""
+        line = json.dumps({"event": {**event, "missed": self._missed}}).encode() + b"\n"
+        try:
+            # A short write on a stream of the kernel's own is all or nothing.
+            self._sock.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            self._missed += 1
+        except OSError:
+            pass  # it has gone; reading from it will say so
+        else:
+            self._missed = 0
+
+
+def _cid(arguments: Arguments) -> int:
+    cid: int | None = _optional(arguments, "cid", int)
+    if cid is None:
+        raise BadRequest("cid: expected a number")
+    return cid
+
+
+def _isolation(arguments: Arguments) -> Isolation:
+    profile = Profile.DEFAULT
+    if arguments.get("profile") is not None:
+        profile = _choice(arguments, "profile", Profile)
+    unrestricted = _optional(arguments, "unrestricted", bool)
+    domain = _optional(arguments, "domain", str)
+    if profile is not Profile.LEGACY and (unrestricted is not None or domain is not None):
+        raise BadRequest("unrestricted and domain have a meaning with the legacy profile alone")
+    return Isolation(profile, bool(unrestricted), domain or "")
+
+
+def _limits(arguments: Arguments, default: Limits) -> Limits:
+    given = _optional(arguments, "limits", dict) or {}
+    names = [field.name for field in dataclasses.fields(Limits)]
+    for name, value in given.items():
+        if name not in names:
+            raise BadRequest(f"limits: expected some of {', '.join(names)}, not {name!r}")
+        if type(value) is not int or value < 1:
+            raise BadRequest(f"limits: {name}: expected a number from 1 up, not {value!r}")
+    return dataclasses.replace(default, **given)
+
+
+_Choice = TypeVar("_Choice", bound=Enum)
+
+
+def _choice(arguments: Arguments, key: str, choices: type[_Choice]) -> _Choice:
+    value = arguments.get(key)
+    try:
+        return choices(value)
+    except ValueError:
+        raise BadRequest(f"{key}: expected one of {_names(choices)}, not {value!r}") from None
+
+
+def _names(choices: type[Enum]) -> str:
+    return ", ".join(choice.value for choice in choices)
 
 
 def _optional(arguments: Arguments, key: str, kind: type) -> Any:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import array
+import contextlib
 import os
 import select
 import struct
+from collections.abc import Callable
 from socket import SO_PEERCRED, SOL_SOCKET
 from typing import Protocol, overload
 
-from ..fabric import Credentials
+from ..fabric import Credentials, Grant
 
-CAP_NET_BIND_SERVICE = 10
-CAP_NET_ADMIN = 12
-
-#: getsockopt(2): a pidfd of the process that connected (Linux 6.5).
+#: getsockopt(2): the supplementary groups of the process that connected (Linux 4.13), and a
+#: pidfd of it (Linux 6.5).
+_SO_PEERGROUPS = 59
 _SO_PEERPIDFD = 77
 
 _UCRED = struct.Struct("iII")
+
+#: The largest answer Python asks getsockopt(2) for, in bytes: 256 groups.
+_MOST_GROUPS = 1024
 
 
 class _Socket(Protocol):
@@ -31,38 +36,82 @@ def peer_credentials(sock: _Socket) -> Credentials:
     return Credentials._make(_UCRED.unpack(sock.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)))
 
 
-def has_capability(sock: _Socket, capability: int) -> bool:
-    """Whether the process that connected ``sock`` has ``capability`` now.
+class Peer:
+    """The process that connected ``sock``: a :class:`vsockets.fabric.Program`.
 
-    It must have it in vsockd's own user namespace: root of a namespace a user made for
-    himself does not count.  False whenever the kernel will not say, so a process that has
-    gone, or one in a pid namespace vsockd cannot see, has no privilege.
+    Users and groups are those of the moment it connected.  What only ``/proc`` knows is asked
+    when it matters, and believed when it is the same process still, with the same rights:
+
+    - a pidfd of the peer, alive after the reading, says that the number was not reused;
+    - the owner of its files in ``/proc``, who is not its user once it has gained privileges by
+      executing a program, says that the rights are its own.  (Else a program could connect, leave
+      its socket to another, and execute a privileged program to be asked about.)
+
+    Whatever the kernel will not say counts as no: a process that has gone, or one in a pid
+    namespace vsockd cannot see, has no privilege.
     """
-    pid = peer_credentials(sock).pid
-    if pid <= 0:
-        return False
-    try:
-        pidfd = _peer_pidfd(sock, pid)
-    except OSError:
-        return False
-    try:
-        if os.stat(f"/proc/{pid}/ns/user").st_ino != os.stat("/proc/self/ns/user").st_ino:
+
+    def __init__(self, sock: _Socket, credentials: Credentials) -> None:
+        self.sock = sock
+        self.credentials = credentials
+
+    def has_capability(self, capability: int) -> bool:
+        """Whether it has ``capability`` now, in vsockd's own user namespace: root of a
+        namespace that a user made for himself does not count.
+        """
+
+        def read(folder: str) -> bool:
+            if os.stat(f"{folder}/ns/user").st_ino != os.stat("/proc/self/ns/user").st_ino:
+                return False
+            with open(f"{folder}/status", "rb") as status:
+                held = next((int(row.split()[1], 16) for row in status if row[:7] == b"CapEff:"), 0)
+            return bool(held >> capability & 1)
+
+        return self._learn(read)
+
+    def matches(self, grant: Grant) -> bool:
+        """Whether it is who ``grant`` is for.  An executable is known by its inode, so another
+        file of that name in another mount namespace is another executable.
+        """
+        if grant.user is not None and grant.user != self.credentials.uid:
             return False
-        with open(f"/proc/{pid}/status", "rb") as status:
-            held = next((int(row.split()[1], 16) for row in status if row[:7] == b"CapEff:"), 0)
-        # Alive after the reading means alive during it: the number was not reused.
-        return not _exited(pidfd) and bool(held >> capability & 1)
-    except OSError:
-        return False
-    finally:
-        os.close(pidfd)
+        if grant.group is not None and grant.group not in self._groups():
+            return False
+        executable = grant.executable
+        return executable is None or self._learn(
+            lambda folder: os.path.samefile(f"{folder}/exe", executable)
+        )
 
+    def _groups(self) -> list[int]:
+        groups = array.array("I", [self.credentials.gid])
+        with contextlib.suppress(OSError):  # more groups than fit: its first one counts
+            groups.frombytes(self.sock.getsockopt(SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS))
+        return groups.tolist()
 
-def _peer_pidfd(sock: _Socket, pid: int) -> int:
-    try:
-        return sock.getsockopt(SOL_SOCKET, _SO_PEERPIDFD)
-    except OSError:  # before Linux 6.5 the number is all there is
-        return os.pidfd_open(pid)
+    def _learn(self, read: Callable[[str], bool]) -> bool:
+        """What ``read`` finds out in the process's folder of ``/proc``."""
+        pid = self.credentials.pid
+        if pid <= 0:
+            return False
+        folder = f"/proc/{pid}"
+        try:
+            pidfd = self._pidfd()
+        except OSError:
+            return False
+        try:
+            if os.stat(f"{folder}/status").st_uid != self.credentials.uid:
+                return False
+            return read(folder) and not _exited(pidfd)
+        except OSError:
+            return False
+        finally:
+            os.close(pidfd)
+
+    def _pidfd(self) -> int:
+        try:
+            return self.sock.getsockopt(SOL_SOCKET, _SO_PEERPIDFD)
+        except OSError:  # before Linux 6.5 the number is all there is
+            return os.pidfd_open(self.credentials.pid)
 
 
 def _exited(pidfd: int) -> bool:

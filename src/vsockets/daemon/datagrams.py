@@ -19,11 +19,13 @@ import secrets
 import socket
 from dataclasses import dataclass, field
 from itertools import count
-from socket import AF_UNIX, SHUT_RD, SHUT_RDWR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
+from socket import AF_UNIX, SHUT_RD, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
 
-from ..fabric import Context, Endpoint, Fabric, Refused
-from ..limits import DATAGRAM_ROUTES
+from ..fabric import Context, Endpoint, Fabric, Refused, Rule
+from ..limits import DATAGRAM_ROUTES, OUTFLOW_WATCH
 from ..wire import encode_source
+from .loop import Loop
+from .outflow import Outflow
 
 _SO_COOKIE = 57
 
@@ -38,6 +40,7 @@ class DatagramSocket:
     """What vsockd holds of a program's datagram socket: not the socket, only ways to it."""
 
     node: int  #: an O_PATH descriptor of the name it was bound to
+    outflow: Outflow  #: of its context
     routes: dict[tuple[int, int], _socket.socket] = field(default_factory=dict)
 
     def connect(self, sock: _socket.socket) -> None:
@@ -54,25 +57,27 @@ class DatagramSocket:
                 return error.errno == errno.EPROTOTYPE
         return True
 
+    def revoke(self, destination: tuple[int, int]) -> None:
+        """Take back the route to ``destination``, if there is one."""
+        route = self.routes.pop(destination, None)
+        if route is not None:
+            self.outflow.revoke(route)
+
     def close(self) -> None:
         """Take back every route from this socket."""
-        for route in self.routes.values():
-            revoke(route)
-        self.routes.clear()
+        for destination in list(self.routes):
+            self.revoke(destination)
         os.close(self.node)
-
-
-def revoke(route: _socket.socket) -> None:
-    """Nothing can be sent on ``route`` any more, whoever has it."""
-    route.shutdown(SHUT_RDWR)
-    route.close()
 
 
 class Datagrams:
     """All datagram sockets.  The current directory must be the folder only vsockd enters."""
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, loop: Loop, fabric: Fabric) -> None:
+        self._loop = loop
         self._fabric = fabric
+        self._outflows: dict[Context, Outflow] = {}
+        self._watching = False
         self._by_cookie: dict[int, Endpoint] = {}
         self._unswept = 0
         self._names = count(1)
@@ -88,7 +93,8 @@ class Datagrams:
             sock.bind(name)
         except OSError as error:
             raise Refused(errno.EINVAL, f"the datagram socket cannot be bound: {error}") from None
-        endpoint.handle = DatagramSocket(os.open(name, os.O_PATH | os.O_CLOEXEC))
+        node = os.open(name, os.O_PATH | os.O_CLOEXEC)
+        endpoint.handle = DatagramSocket(node, self.outflow(endpoint.context))
         os.unlink(name)
         endpoint.cookie = cookie_of(sock)
         self._by_cookie[endpoint.cookie] = endpoint
@@ -99,11 +105,13 @@ class Datagrams:
         return endpoint if endpoint is not None and endpoint.context is context else None
 
     def route(self, source: Endpoint, destination: Endpoint) -> _socket.socket:
-        """A socket that sends from ``source`` to ``destination``; ours to keep."""
-        routes = _socket_of(source).routes
-        old = routes.pop(destination.address, None)
-        if old is not None:
-            revoke(old)
+        """A socket that sends from ``source`` to ``destination``; ours to keep.
+
+        Refused with ECONNREFUSED (it has just gone) or ENOBUFS (the guest's limit).
+        """
+        sender = _socket_of(source)
+        sender.outflow.require_space()
+        sender.revoke(destination.address)
         route = _socket.socket(AF_UNIX, SOCK_DGRAM)
         try:
             # At random, because abstract names are everybody's in a network namespace: other
@@ -117,10 +125,36 @@ class Datagrams:
                 raise
             self.release(destination)
             raise Refused(errno.ECONNREFUSED, "the datagram socket has just gone") from None
-        if len(routes) >= DATAGRAM_ROUTES:
-            revoke(routes.pop(next(iter(routes))))
-        routes[destination.address] = route
+        if len(sender.routes) >= DATAGRAM_ROUTES:
+            sender.revoke(next(iter(sender.routes)))
+        sender.routes[destination.address] = route
+        sender.outflow.add(route)
+        self._watch_outflow(sender.outflow)
         return route
+
+    def silence(self, context: Context) -> None:
+        """Take back every route to and from ``context``: each must be asked for again."""
+        for endpoint in self._by_cookie.values():
+            sender = _socket_of(endpoint)
+            for destination in list(sender.routes):
+                if endpoint.context is context or destination[0] == context.cid:
+                    sender.revoke(destination)
+
+    def outflow(self, context: Context) -> Outflow:
+        """What ``context`` has on its way."""
+        found = self._outflows.get(context)
+        if found is None:
+            found = self._outflows[context] = Outflow(context)
+        return found
+
+    def close_context(self, context: Context) -> None:
+        """Release every socket of ``context``, and all that it has on its way."""
+        for endpoint in list(context.datagrams):
+            self.release(endpoint)
+        self.silence(context)
+        outflow = self._outflows.pop(context, None)
+        if outflow is not None:
+            outflow.close()
 
     def is_open(self, endpoint: Endpoint) -> bool:
         """Whether the program's socket is still there; if not, it is released."""
@@ -140,6 +174,20 @@ class Datagrams:
         self._unswept = 0
         for endpoint in list(self._by_cookie.values()):
             self.is_open(endpoint)
+
+    def _watch_outflow(self, outflow: Outflow) -> None:
+        # Routes may be filled after they were given out.
+        if outflow.needs_watching and not self._watching:
+            self._watching = True
+            self._loop.call_later(OUTFLOW_WATCH, self._enforce)
+
+    def _enforce(self) -> None:
+        self._watching = False
+        for context, outflow in self._outflows.items():
+            if outflow.needs_watching:
+                if outflow.enforce():
+                    context.denials[Rule.DATAGRAM_BYTES] += 1
+                self._watch_outflow(outflow)
 
     def _sweep_sometimes(self) -> None:
         # The kernel does not say when a datagram socket is closed, so vsockd looks: as often

@@ -8,6 +8,7 @@ import socket
 from functools import partial
 from pathlib import Path
 
+from ..constants import VMADDR_CID_HOST
 from ..fabric import Context, Kind
 from ..limits import CONTROL_BACKLOG
 from ..state_folder import SEQPACKET, STREAM, short_path
@@ -25,7 +26,8 @@ class Doors:
     """The folder of one context and the two sockets in it.
 
     Who may enter the folder may be a program of the context: mode 0700 and the virtual
-    machine's owner for a guest; the host is everybody's who can enter the state folder.
+    machine's owner for a guest, the fabric's for the hypervisor's services; the host is
+    everybody's who can enter the state folder.
     """
 
     def __init__(self, loop: Loop, broker: Broker, context: Context, folder: Path) -> None:
@@ -42,9 +44,9 @@ class Doors:
                     listener.bind(path)
                 os.chmod(folder / name, 0o666)
                 listener.listen(CONTROL_BACKLOG)
-            if not context.is_guest:
+            if context.cid == VMADDR_CID_HOST:
                 folder.chmod(0o755)
-            elif context.owner != os.geteuid():
+            elif context.is_guest and context.owner != os.geteuid():
                 os.chown(folder, context.owner, -1)
         except OSError:
             self.close()

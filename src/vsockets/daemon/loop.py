@@ -14,7 +14,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 
 log = logging.getLogger(__name__)
@@ -100,18 +100,22 @@ class Loop:
                     log.exception("an event was lost")
 
     @contextlib.contextmanager
-    def stopped_by(self, *signals: signal.Signals) -> Iterator[None]:
-        """Within this context the signals stop the loop."""
+    def signalled(self, calls: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[None]:
+        """Within this context a signal makes the loop call its function."""
         reader, writer = socket.socketpair()
+        reader.setblocking(False)
         writer.setblocking(False)
 
-        def stop(number: int, frame: object) -> None:
-            self.stop()
-            with contextlib.suppress(BlockingIOError):
-                writer.send(b"x")  # waiting for events goes on after a signal
+        def note(number: int, frame: object) -> None:
+            with contextlib.suppress(BlockingIOError):  # waiting for events goes on after a signal
+                writer.send(bytes([number]))
 
-        old_handlers = {number: signal.signal(number, stop) for number in signals}
-        self.watch(reader.fileno(), lambda events: None)
+        def heed(events: int) -> None:
+            for number in reader.recv(64):
+                calls[signal.Signals(number)]()
+
+        old_handlers = {number: signal.signal(number, note) for number in calls}
+        self.watch(reader.fileno(), heed)
         try:
             yield
         finally:

@@ -5,16 +5,35 @@
 
 from .context import Context, Contexts
 from .endpoint import Connection, Credentials, Endpoint, Kind
-from .errors import Refused
+from .errors import LIMIT_RULES, Denied, Refused, Rule
 from .fabric import Fabric
+from .life_cycle import Change, State
+from .settings import ContextSettings, Grant, Isolation, Limits, Profile, Settings
+from .trust import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, Program, Trust, trust_of
 
 __all__ = [
+    "CAP_NET_ADMIN",
+    "CAP_NET_BIND_SERVICE",
+    "LIMIT_RULES",
+    "Change",
     "Connection",
     "Context",
+    "ContextSettings",
     "Contexts",
     "Credentials",
+    "Denied",
     "Endpoint",
     "Fabric",
+    "Grant",
+    "Isolation",
     "Kind",
+    "Limits",
+    "Profile",
+    "Program",
     "Refused",
+    "Rule",
+    "Settings",
+    "State",
+    "Trust",
+    "trust_of",
 ]

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Iterator
 
 from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from .endpoint import Connection, Endpoint
-from .errors import Refused
+from .errors import Denied, Refused, Rule
+from .life_cycle import State
+from .meter import Meter
 from .ports import Ports
+from .settings import Isolation, Limits, Profile
 
 
 class Context:
-    """One context: its CID, and the ports its endpoints hold."""
+    """One context: its CID, its state, and the ports its endpoints hold."""
 
-    __slots__ = ("cid", "connected", "cookies", "datagrams", "is_guest", "leases", "name", "owner")
+    __slots__ = (
+        "cid",
+        "connected",
+        "cookies",
+        "datagrams",
+        "denials",
+        "fault_tolerant",
+        "is_guest",
+        "isolation",
+        "leases",
+        "limits",
+        "meter",
+        "name",
+        "owner",
+        "pending",
+        "state",
+    )
 
     def __init__(self, cid: int, name: str, owner: int, leased: bool = False) -> None:
         self.cid = cid
@@ -23,6 +43,15 @@ class Context:
         self.owner = owner  #: the user id that owns the virtual machine
         #: whether this is a virtual machine, rather than the host or its hypervisor
         self.is_guest = cid >= FIRST_GUEST_CID
+        self.isolation = Isolation()
+        self.state = State.RUNNING
+        self.fault_tolerant = False
+        self.limit(Limits())
+        #: connections of this context that wait to be accepted, and programs that came in and
+        #: have said nothing
+        self.pending = 0
+        #: how often which rule was applied to its programs
+        self.denials: Counter[Rule] = Counter()
         #: how many hold a lease on it: it ends with the last.  0: it ends when it is removed
         self.leases = int(leased)
         #: stream and seqpacket ports: bound endpoints, and the ports of connecting sockets
@@ -38,12 +67,46 @@ class Context:
         """Whether it ends with its last lease."""
         return self.leases > 0
 
+    @property
+    def is_isolated(self) -> bool:
+        """Whether it may not meet just any program of the host."""
+        return self.isolation.profile is not Profile.DEFAULT
+
+    @property
+    def sockets(self) -> int:
+        """How many ports its sockets hold."""
+        return len(self.connected) + len(self.datagrams)
+
+    def limit(self, limits: Limits) -> None:
+        """Set how much of vsockd it may have.  The host and the hypervisor have no limits."""
+        self.limits = limits
+        self.meter = Meter(limits.request_rate)
+
+    def require_room(self) -> None:
+        """Raise Denied when a guest holds as many sockets as it may."""
+        if self.sockets >= self.limits.sockets and self.is_guest:
+            raise Denied(
+                errno.ENOBUFS, Rule.SOCKETS, f"context {self.cid} has {self.sockets} sockets"
+            )
+
+    def require_pace(self, now: float) -> None:
+        """Raise Denied when a guest asks more often than it may; ``now`` in seconds."""
+        if not self.meter.take(now) and self.is_guest:
+            reason = f"context {self.cid} asks more than {self.meter.rate} times a second"
+            raise Denied(errno.ENOBUFS, Rule.REQUEST_RATE, reason)
+
+    def require_patience(self) -> None:
+        """Raise Denied when too many connections of a guest wait already."""
+        if self.pending >= self.limits.pending_connects and self.is_guest:
+            reason = f"{self.pending} connections of context {self.cid} wait"
+            raise Denied(errno.ENOBUFS, Rule.PENDING_CONNECTS, reason)
+
     def __repr__(self) -> str:
         return f"<context {self.cid} {self.name!r}>"
 
 
 class Contexts:
-    """The contexts that are running.  CIDs are unique, and leased without a race."""
+    """The contexts there are, running or not.  CIDs are unique, and leased without a race."""
 
     def __init__(self, owner: int) -> None:
         self._by_cid: dict[int, Context] = {}
@@ -58,11 +121,11 @@ class Contexts:
         return iter(self._by_cid.values())
 
     def get(self, cid: int) -> Context | None:
-        """The context with this CID, if it runs."""
+        """The context with this CID, if there is one."""
         return self._by_cid.get(cid)
 
     def add(self, cid: int | None, name: str, owner: int, leased: bool = False) -> Context:
-        """Start a guest.  Without a CID it gets a free one: the next that was not used lately.
+        """A new guest, running.  Without a CID it gets a free one: the next not used lately.
 
         A lease on a guest that lives by leases already is one more lease on it.  Refused with
         EINVAL (not a guest's CID) or EEXIST (in use).
@@ -82,11 +145,16 @@ class Contexts:
             return context
         return self._put(Context(cid, name or f"guest-{cid}", owner, leased))
 
-    def remove(self, cid: int) -> Context:
-        """Stop a guest.  Refused with ENOENT or, for the host, EINVAL."""
+    def require(self, cid: int) -> Context:
+        """The context with this CID.  Refused with ENOENT."""
         context = self._by_cid.get(cid)
         if context is None:
             raise Refused(errno.ENOENT, f"no context {cid}")
+        return context
+
+    def remove(self, cid: int) -> Context:
+        """Forget a guest.  Refused with ENOENT or, for the host, EINVAL."""
+        context = self.require(cid)
         if not context.is_guest:
             raise Refused(
                 errno.EINVAL, f"context {cid} is the {context.name}: it cannot be removed"

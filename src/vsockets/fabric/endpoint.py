@@ -10,6 +10,7 @@ from ..buffers import BufferSizes
 
 if TYPE_CHECKING:
     from .context import Context
+    from .trust import Trust
 
 
 class Kind(Enum):
@@ -37,6 +38,7 @@ class Endpoint:
     cid: int  #: the context's CID, or VMADDR_CID_LOCAL for one that serves its own context only
     port: int
     owner: Credentials
+    trust: Trust | None = None  #: of an endpoint of the host
     cookie: int = 0
     handle: object = None  #: what vsockd reaches the socket by; the fabric never looks inside
     listening: bool = False

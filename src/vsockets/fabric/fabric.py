@@ -7,7 +7,6 @@ all look-ups are by key.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 
 from ..address import LARGEST
 from ..buffers import BufferSizes, negotiate
@@ -17,11 +16,14 @@ from ..constants import (
     VMADDR_CID_LOCAL,
     VMADDR_PORT_ANY,
 )
+from . import life_cycle, policy
 from .context import Context, Contexts
 from .endpoint import Connection, Credentials, Endpoint, Kind
-from .errors import Refused
-from .policy import require_path
+from .errors import Denied, Refused, Rule
+from .life_cycle import Change, State
 from .ports import Ports
+from .settings import Settings
+from .trust import CAP_NET_BIND_SERVICE, Program, trust_of
 
 #: Connections are numbered from 1 to this, and over again: an epoll can report 31 bits.
 LAST_CONNECTION = 2**31 - 1
@@ -32,6 +34,7 @@ class Fabric:
 
     def __init__(self, owner: int) -> None:
         self.contexts = Contexts(owner)
+        self.settings = Settings()
         self.connections: dict[int, Connection] = {}
         self._number = 0
 
@@ -43,26 +46,31 @@ class Fabric:
         kind: Kind,
         cid: int,
         port: int,
-        owner: Credentials,
-        may_reserve: Callable[[], bool],
+        program: Program,
         cookie: int = 0,
     ) -> Endpoint:
         """Give a socket an address; wildcards are filled in.
 
-        Refused with EADDRNOTAVAIL (another context's CID), EACCES (a reserved port without
-        privilege: ``may_reserve`` is asked only then) or EADDRINUSE.
+        Refused with EADDRNOTAVAIL (another context's CID), EACCES (a reserved port, or CID 0,
+        without privilege), ENOBUFS (the guest's limit) or EADDRINUSE.
         """
         if cid not in (VMADDR_CID_ANY, VMADDR_CID_LOCAL, context.cid):
-            raise Refused(errno.EADDRNOTAVAIL, f"CID {cid} is not context {context.cid}'s")
+            reason = f"CID {cid} is not context {context.cid}'s"
+            raise Denied(errno.EADDRNOTAVAIL, Rule.AUTHENTIC_SOURCE, reason)
+        policy.require_service(context, program.credentials)
+        context.require_room()
         own_cid = VMADDR_CID_LOCAL if cid == VMADDR_CID_LOCAL else context.cid
         ports: Ports[Endpoint] | Ports[Endpoint | Connection]
         ports = context.datagrams if kind is Kind.DATAGRAM else context.connected
         if port == VMADDR_PORT_ANY:
             port = ports.ephemeral()
-        elif port <= LAST_RESERVED_PORT and not may_reserve():
-            raise Refused(errno.EACCES, f"port {port} is reserved: CAP_NET_BIND_SERVICE is needed")
-        endpoint = Endpoint(kind, context, own_cid, port, owner, cookie)
+        elif port <= LAST_RESERVED_PORT and not program.has_capability(CAP_NET_BIND_SERVICE):
+            reason = f"port {port} is reserved: CAP_NET_BIND_SERVICE is needed"
+            raise Denied(errno.EACCES, Rule.RESERVED_PORT, reason)
+        endpoint = Endpoint(kind, context, own_cid, port, program.credentials, cookie=cookie)
         ports.claim(port, endpoint)
+        if context is self.contexts.host:
+            endpoint.trust = trust_of(program, kind, self.settings)
         if cookie:
             context.cookies.setdefault(cookie, endpoint)
         return endpoint
@@ -82,13 +90,23 @@ class Fabric:
 
     # Connecting
 
-    def find_listener(self, context: Context, kind: Kind, cid: int, port: int) -> Endpoint:
-        """The endpoint a socket of ``context`` reaches at ``(cid, port)``.
+    def find_listener(
+        self,
+        context: Context,
+        kind: Kind,
+        cid: int,
+        port: int,
+        program: Program,
+        bound: Endpoint | None = None,
+    ) -> Endpoint:
+        """The endpoint that a socket of ``program``, in ``context``, reaches at ``(cid, port)``.
 
-        Refused with EHOSTUNREACH (no such context, or none that may be reached), ECONNRESET
-        (nobody listens there, or for another socket type) or EINVAL (wildcards).
+        ``bound`` is the socket's endpoint, if it has one yet.  Refused with EHOSTUNREACH (no
+        such context, or none that may be reached), ECONNRESET (nobody listens there, or for
+        another socket type), EACCES (an isolated guest; the program is not trusted), ENETDOWN
+        (the context's own state forbids it) or EINVAL (wildcards).
         """
-        destination = self._destination(context, cid, port)
+        destination = self._destination(context, cid, port, True)
         endpoint = destination.connected.get(port)
         if not isinstance(endpoint, Endpoint) or not endpoint.listening:
             raise Refused(errno.ECONNRESET, f"nobody listens on {cid}:{port}")
@@ -96,6 +114,8 @@ class Fabric:
             raise Refused(errno.ECONNRESET, f"{cid}:{port} is a {endpoint.kind.value} socket")
         if not _in_scope(context, endpoint):
             raise Refused(errno.ECONNRESET, f"port {port} is bound to the local CID")
+        if context is not destination:
+            self._require_trust(context, endpoint, program, bound)
         return endpoint
 
     def connect(
@@ -109,12 +129,15 @@ class Fabric:
     ) -> Connection:
         """Join a socket of ``context`` with ``listener``; an unbound one gets a port.
 
-        Refused with EINVAL when the two sides' buffer sizes leave no size for both.
+        Refused with EINVAL when the two sides' buffer sizes leave no size for both, with
+        ENOBUFS at the guest's limit, with EACCES for CID 0 without privilege.
         """
         size = negotiate(sizes, listener.sizes)
         if size is None:
             raise Refused(errno.EINVAL, f"no common buffer size: {sizes} and {listener.sizes}")
         if bound is None:
+            policy.require_service(context, owner)
+            context.require_room()
             local = (context.cid, context.connected.ephemeral())
         else:
             if not _in_scope(listener.context, bound):
@@ -142,29 +165,75 @@ class Fabric:
 
     # Datagrams
 
-    def find_datagram(self, context: Context, cid: int, port: int) -> Endpoint:
-        """The datagram endpoint a socket of ``context`` reaches at ``(cid, port)``.
+    def find_datagram(
+        self,
+        context: Context,
+        cid: int,
+        port: int,
+        program: Program,
+        source: Endpoint | None = None,
+    ) -> Endpoint:
+        """The datagram endpoint that ``program``, in ``context``, reaches at ``(cid, port)``.
 
-        Refused with EHOSTUNREACH, ECONNREFUSED (nobody there) or EINVAL (wildcards).
+        As :meth:`find_listener`; nobody there is ECONNREFUSED.
         """
-        destination = self._destination(context, cid, port)
+        destination = self._destination(context, cid, port, False)
         endpoint = destination.datagrams.get(port)
         if endpoint is None or not _in_scope(context, endpoint):
             raise Refused(errno.ECONNREFUSED, f"no datagram socket on {cid}:{port}")
+        if context is not destination:
+            self._require_trust(context, endpoint, program, source)
         return endpoint
 
     # Both
 
-    def _destination(self, context: Context, cid: int, port: int) -> Context:
+    def _destination(self, context: Context, cid: int, port: int, connecting: bool) -> Context:
         if cid == LARGEST or port == LARGEST:
             raise Refused(errno.EINVAL, f"{cid}:{port}: a wildcard is no destination")
-        if cid in (VMADDR_CID_LOCAL, context.cid):
-            return context
+        if cid == VMADDR_CID_LOCAL:
+            cid = context.cid
         destination = self.contexts.get(cid)
-        if destination is None:
+        if destination is None or destination.state is State.OFF:
             raise Refused(errno.EHOSTUNREACH, f"no context {cid}")
-        require_path(context, destination)
+        policy.require_path(context, destination, connecting)
         return destination
+
+    def _require_trust(
+        self, context: Context, endpoint: Endpoint, program: Program, own: Endpoint | None
+    ) -> None:
+        """Raise Denied when one side is an isolated guest and the other not for its like."""
+        host = self.contexts.host
+        if endpoint.context is host and context.is_isolated:
+            assert endpoint.trust is not None
+            policy.require_trust(context, endpoint.trust, endpoint.kind, True)
+        elif context is host and endpoint.context.is_isolated:
+            trust = own.trust if own is not None else None
+            trust = trust or trust_of(program, endpoint.kind, self.settings)
+            policy.require_trust(endpoint.context, trust, endpoint.kind, False)
+
+    # The life of virtual machines
+
+    def change(self, context: Context, change: Change) -> list[Connection]:
+        """What ``change`` does to ``context``; returns the connections that are over with it.
+
+        After power-off every port of the context is free.  Refused with EINVAL: see
+        :mod:`.life_cycle`.
+        """
+        life_cycle.apply(context, change)
+        if change not in life_cycle.DROPS_CONNECTIONS:
+            return []
+        over = self.connections_of(context)
+        for connection in over:
+            self.end(connection.number)
+        return over
+
+    def connections_of(self, context: Context) -> list[Connection]:
+        """The connections with an end, or both, in ``context``."""
+        return [
+            connection
+            for connection in self.connections.values()
+            if context in (connection.context, connection.peer_context)
+        ]
 
 
 def _forget(context: Context, cookie: int, what: Endpoint | Connection) -> None:

@@ -1,24 +1,100 @@
-"""Who may talk to whom (guide chapter 5).
+"""Who may talk to whom: the guide's chapter 5, "Security of the VMCI Device".
 
-The profile of ESXi 5.1 and later, which the guide calls the only configuration: a guest
-talks with the host and with the hypervisor's services, "communication between virtual
-machines is not supported".  Processes of one context may talk with each other (guide page 8,
-"interprocess communications on a guest").
+Three questions decide, each a function here:
+
+1. :func:`require_path`: may these two contexts have to do with each other, in their state?
+2. :func:`require_trust`: may this guest and this program of the host, if the guest is isolated?
+3. :func:`require_service`: may this program be a service of the hypervisor?
+
+Processes of one context may talk with each other whatever its profile (guide page 8,
+"interprocess communications on a guest"), and every guest with the hypervisor's services ("This
+allows use of VMware Tools without any problems even for an isolated virtual machine").
+
+What a guest may not reach answers as if it were not there, so that it cannot find out who else
+is on the host.  A program of the host may know, and gets EACCES.
 """
 
 from __future__ import annotations
 
 import errno
 
+from ..constants import VMADDR_CID_HYPERVISOR
 from .context import Context
-from .errors import Refused
+from .endpoint import Credentials, Kind
+from .errors import Denied, Rule
+from .life_cycle import State
+from .settings import Profile
+from .trust import Trust
 
 
-def require_path(source: Context, destination: Context) -> None:
-    """Raise Refused unless ``source`` may reach ``destination``.
+def require_path(source: Context, destination: Context, connecting: bool) -> None:
+    """Raise Denied unless ``source`` may reach ``destination``, now.
 
-    Between two guests the answer is the one for a CID that does not exist, so a guest
-    cannot find out who else is on the host.
+    ``connecting`` tells a new connection from a datagram.
     """
     if source is not destination and source.is_guest and destination.is_guest:
-        raise Refused(errno.EHOSTUNREACH, "guest to guest: only host to guest is allowed")
+        _require_neighbours(source, destination)
+    if source.state is not State.RUNNING:
+        raise Denied(errno.ENETDOWN, Rule.SUSPENDED, f"context {source.cid} is suspended")
+    if destination.state is not State.RUNNING:
+        raise Denied(errno.EHOSTUNREACH, Rule.SUSPENDED, f"context {destination.cid} is suspended")
+    if connecting and source.fault_tolerant:
+        raise Denied(errno.ENETDOWN, Rule.FAULT_TOLERANCE, f"context {source.cid} is in FT mode")
+    if connecting and destination.fault_tolerant:
+        reason = f"context {destination.cid} is in FT mode"
+        raise Denied(errno.EHOSTUNREACH, Rule.FAULT_TOLERANCE, reason)
+
+
+def _require_neighbours(source: Context, destination: Context) -> None:
+    """Between guests: the rules of ESX 4.0 to 5.0, if both live by them, else never.
+
+    "A virtual machine could communicate with [...] other virtual machines with
+    vmci0.unrestricted set TRUE", "only with [...] other virtual machines in the same domain".
+    """
+    here, there = source.isolation, destination.isolation
+    if not here.profile is there.profile is Profile.LEGACY:
+        rule, reason = Rule.GUEST_TO_GUEST, "guest to guest: only host to guest is allowed"
+    elif here.domain != there.domain:
+        rule, reason = Rule.DOMAIN, f"domain {here.domain!r} does not see {there.domain!r}"
+    elif not (here.unrestricted and there.unrestricted):
+        rule, reason = Rule.RESTRICTED, "guest to guest: both must be unrestricted"
+    else:
+        return
+    raise Denied(errno.EHOSTUNREACH, rule, reason)
+
+
+def require_trust(guest: Context, trust: Trust, kind: Kind, from_guest: bool) -> None:
+    """Raise Denied unless ``guest`` may talk with the host's endpoint that has ``trust``.
+
+    A restricted guest, and one of the legacy profile that is not unrestricted, meets trusted
+    endpoints only, whoever starts; one of the legacy profile meets only those in its domain.
+    """
+    isolation = guest.isolation
+    legacy = isolation.profile is Profile.LEGACY
+    if legacy and isolation.domain not in trust.domains:
+        rule, reason = Rule.DOMAIN, f"the host's endpoint is not in domain {isolation.domain!r}"
+    elif not (legacy and isolation.unrestricted) and not trust.toward(guest):
+        rule, reason = Rule.RESTRICTED, f"context {guest.cid} is for trusted endpoints only"
+    else:
+        return
+    if not from_guest:
+        code = errno.EACCES
+    elif kind is Kind.DATAGRAM:
+        code = errno.ECONNREFUSED
+    else:
+        code = errno.ECONNRESET
+    raise Denied(code, rule, reason)
+
+
+def require_service(context: Context, program: Credentials) -> None:
+    """Raise Denied unless ``program`` may have endpoints in ``context``.
+
+    "The VMCI facility implicitly authenticates any hypervisor service as being part of the
+    trusted code base": so those are the fabric's owner's, and root's, alone.
+    """
+    if context.cid == VMADDR_CID_HYPERVISOR and program.uid not in (context.owner, 0):
+        raise Denied(
+            errno.EACCES,
+            Rule.HYPERVISOR_SERVICE,
+            f"services of the hypervisor belong to user {context.owner}",
+        )

@@ -11,9 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from ..attachment import Attachment
-from ..constants import VMADDR_CID_HOST
+from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from ..control import Control
 
 #: How long vsockd may take to start or to stop, in seconds; it takes a tenth of one.
@@ -38,11 +39,14 @@ class PrivateFabric:
 
     Any number of them can be had at once.  ``folder`` is the state folder, by default one in
     a new temporary folder with a short path; only the latter is removed afterwards.
+    It is configured by what is in ``configuration``: nothing, unless one writes it there.
     """
 
     folder: Path  #: the state folder
+    configuration: Path  #: the folder of its configuration files
     control: Control  #: the administrator's connection
     host: Attachment  #: the host, CID 2
+    hypervisor: Attachment  #: where services of the hypervisor, CID 0, are
 
     def __init__(
         self, folder: str | os.PathLike[str] | None = None, log_level: str = "info"
@@ -50,6 +54,8 @@ class PrivateFabric:
         # TMPDIR may be anything; a unix socket's path may not.
         self._scratch = Path(tempfile.mkdtemp(prefix="vsock-", dir=_short_temporary_folder()))
         self.folder = Path(folder) if folder is not None else self._scratch / "fabric"
+        self.configuration = self._scratch / "configuration"
+        self.configuration.mkdir()
         self._log_file = self._scratch / "log"
         self._log_level = log_level
         self._log = ""
@@ -99,13 +105,13 @@ class PrivateFabric:
         return self._log
 
     def guest(
-        self, cid: int | None = None, *, name: str = "", owner: int | None = None
+        self, cid: int | None = None, *, name: str = "", owner: int | None = None, **settings: Any
     ) -> Attachment:
         """Start a guest and return it; without ``cid`` it gets a free one.
 
-        OSError as :meth:`vsockets.control.Control.add_context`.
+        Settings and OSError as :meth:`vsockets.control.Control.add_context`.
         """
-        return Attachment(self.control.add_context(cid, name, owner)["folder"])
+        return Attachment(self.control.add_context(cid, name, owner, **settings)["folder"])
 
     def environment(self, attachment: Attachment) -> dict[str, str]:
         """This process's environment, changed so that a child is in ``attachment``'s context."""
@@ -131,6 +137,7 @@ class PrivateFabric:
                     [
                         *(sys.executable, "-m", "vsockets.daemon"),
                         *("--dir", os.fspath(self.folder)),
+                        *("--config", os.fspath(self.configuration)),
                         *("--ready-fd", str(announce)),
                         *("--log-level", self._log_level),
                     ],
@@ -153,6 +160,7 @@ class PrivateFabric:
                 os.close(announce)
         self.control = Control(self.folder)
         self.host = Attachment(self.folder / str(VMADDR_CID_HOST))
+        self.hypervisor = Attachment(self.folder / str(VMADDR_CID_HYPERVISOR))
 
     def kill(self) -> None:
         """End vsockd without warning, as a crash would; :meth:`start` starts another one."""

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pwd
 import sys
-from typing import Annotated
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from ..address import parse_cid
-from .output import Column, notice, print_json, print_table, user_name
+from ..vm import Vmx, VmxError, read_vmx
+from .output import Column, complain, notice, print_json, print_table, user_name
 from .reach import administrator
 
-app = typer.Typer(help="Add, list and remove guests.", rich_markup_mode=None)
+app = typer.Typer(
+    help="Guests: add, list and remove them; suspend, resume, migrate, power off and on.",
+    rich_markup_mode=None,
+)
 
 
 def read_cid(text: str) -> int:
@@ -36,6 +42,14 @@ CidArgument = Annotated[int, typer.Argument(parser=read_cid, metavar="CID")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
+class Profile(StrEnum):
+    """How isolated a guest is: docs/security.md."""
+
+    DEFAULT = "default"
+    RESTRICTED = "restricted"
+    LEGACY = "legacy"
+
+
 @app.command("add")
 def add(
     cid: Annotated[
@@ -51,17 +65,64 @@ def add(
             help="Name or number of the user whose programs it may run; by default vsockd's.",
         ),
     ] = None,
+    vmx: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A VMware machine's .vmx file, for CID and name."),
+    ] = None,
+    profile: Annotated[
+        Profile,
+        typer.Option(
+            help="default: the host and no other guest. restricted: trusted programs only. "
+            "legacy: as ESX 4.0 to 5.0."
+        ),
+    ] = Profile.DEFAULT,
+    unrestricted: Annotated[
+        bool, typer.Option("--unrestricted", help="With --profile legacy: vmci0.unrestricted.")
+    ] = False,
+    domain: Annotated[str | None, typer.Option(help="With --profile legacy: vmci0.domain.")] = None,
+    off: Annotated[bool, typer.Option("--off", help="Leave it powered off.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add a guest and print its CID.  Starts vsockd if need be."""
+    legacy = profile is Profile.LEGACY
+    if not legacy and (unrestricted or domain is not None):
+        raise typer.BadParameter("--unrestricted and --domain go with --profile legacy")
+    if vmx is not None:
+        machine = _read_machine(vmx)
+        cid = machine.cid if cid is None else cid
+        name = name or machine.display_name
+        unrestricted = unrestricted or machine.unrestricted
+        domain = machine.domain if domain is None else domain
+        if not legacy and (machine.unrestricted or machine.domain):
+            notice(
+                f"{vmx}: vmci0.unrestricted and vmci0.domain have no effect, as since ESXi 5.1; "
+                "--profile legacy gives them one"
+            )
     with administrator(start=True) as control:
-        added = control.add_context(cid, name, owner)
+        added = control.add_context(
+            cid,
+            name,
+            owner,
+            profile=profile.value,
+            unrestricted=unrestricted if legacy else None,
+            domain=domain if legacy else None,
+            powered=not off,
+        )
     if as_json:
         print_json(added)
         return
     print(added["cid"])
     if sys.stderr.isatty() and sys.stdout.isatty():
         notice(f"run a program in it: vsock run --cid {added['cid']} -- PROGRAM")
+
+
+def _read_machine(path: Path) -> Vmx:
+    try:
+        machine = read_vmx(path)
+        machine.require_vmci()
+    except VmxError as error:
+        raise typer.BadParameter(str(error)) from None
+    return machine
 
 
 @app.command("ls")
@@ -75,24 +136,38 @@ def ls(as_json: JsonOption = False) -> None:
     columns = [
         Column("CID", right=True),
         Column("NAME", whole=False),
+        Column("STATE"),
+        Column("PROFILE"),
         Column("OWNER"),
         Column("LEASED"),
-        Column("PORTS", right=True),
+        Column("SOCKETS", right=True),
+        Column("WAITING", right=True),
+        Column("DENIALS", right=True),
         Column("FOLDER", whole=False),
     ]
-    print_table(
-        columns,
-        (
-            (
-                context["cid"],
-                context["name"],
-                user_name(context["owner"]),
-                "leased" if context["leased"] else "",
-                context["ports"],
-                context["folder"],
-            )
-            for context in contexts
-        ),
+    print_table(columns, map(_row, contexts))
+
+
+def _row(context: dict[str, Any]) -> tuple[object, ...]:
+    usage, limits = context["usage"], context["limits"]
+
+    def used(what: str) -> str:
+        return f"{usage[what]}/{limits[what]}" if limits else str(usage[what])
+
+    profile = context["profile"]
+    if context["domain"]:
+        profile += f" {context['domain']!r}"
+    return (
+        context["cid"],
+        context["name"],
+        context["state"] + (" FT" if context["ft"] else ""),
+        profile + (" unrestricted" if context["unrestricted"] else ""),
+        user_name(context["owner"]),
+        "leased" if context["leased"] else "",
+        used("sockets"),
+        used("pending_connects"),
+        sum(context["denials"].values()),
+        context["folder"],
     )
 
 
@@ -101,3 +176,63 @@ def rm(cid: CidArgument) -> None:
     """Remove a guest.  Refused while it has open streams."""
     with administrator() as control:
         control.remove_context(cid)
+
+
+def _changed(answer: dict[str, Any]) -> None:
+    """Say what vsockd could not do; the rest is done and needs no words."""
+    for stream in answer["streams_left"]:
+        complain(
+            "stream {}:{} to {}:{} goes on: ".format(*stream["local"], *stream["peer"])
+            + f"vsockd may not reach into its programs (one is pid {stream['pid']})"
+        )
+    if answer["streams_left"]:
+        raise typer.Exit(1)
+
+
+@app.command("suspend")
+def suspend(cid: CidArgument) -> None:
+    """Drop a guest's connections and let nothing in or out until it is resumed."""
+    with administrator() as control:
+        _changed(control.suspend(cid))
+
+
+@app.command("resume")
+def resume(cid: CidArgument) -> None:
+    """Let a suspended guest go on; its listening sockets are there still."""
+    with administrator() as control:
+        _changed(control.resume(cid))
+
+
+@app.command("migrate")
+def migrate(cid: CidArgument) -> None:
+    """Drop a guest's connections, as live migration does."""
+    with administrator() as control:
+        _changed(control.migrate(cid))
+
+
+class Switch(StrEnum):
+    """On or off."""
+
+    ON = "on"
+    OFF = "off"
+
+
+@app.command("ft")
+def fault_tolerance(cid: CidArgument, mode: Switch) -> None:
+    """Fault tolerance mode: drops a guest's connections, and allows no new ones while on."""
+    with administrator() as control:
+        _changed(control.fault_tolerance(cid, mode is Switch.ON))
+
+
+@app.command("power-off")
+def power_off(cid: CidArgument) -> None:
+    """Drop a guest's connections, take back its ports, and let no program in."""
+    with administrator() as control:
+        _changed(control.power_off(cid))
+
+
+@app.command("power-on")
+def power_on(cid: CidArgument) -> None:
+    """Power a guest on again."""
+    with administrator() as control:
+        _changed(control.power_on(cid))

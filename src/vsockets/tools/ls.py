@@ -54,6 +54,7 @@ def ls(
             for row in control.sockets()
             if all(value is None or row[key] == value for key, value in wanted.items())
         ]
+        contexts = control.contexts()
     if as_json:
         print_json(sockets)
         return
@@ -66,6 +67,27 @@ def ls(
         Column("PROCESS", whole=False),
     ]
     print_table(columns, map(_row, sockets))
+    guests = [row for row in contexts if row["limits"] and context in (None, row["cid"])]
+    if guests:
+        print()
+        _print_limits(guests)
+
+
+def _print_limits(guests: list[dict[str, Any]]) -> None:
+    """What guests have of what they may have, and how often they wanted more."""
+    names = list(guests[0]["usage"])
+    columns = [Column("GUEST"), *(Column(name.replace("_", " ").upper()) for name in names)]
+    print_table(
+        [*columns, Column("LIMITS MET", right=True)],
+        (
+            (
+                guest["cid"],
+                *(f"{guest['usage'][name]} of {guest['limits'][name]}" for name in names),
+                sum(guest["denials"].get(name, 0) for name in guest["limits"]),
+            )
+            for guest in guests
+        ),
+    )
 
 
 def _row(socket: dict[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""``vsock up``, ``down`` and ``status``: the life of vsockd."""
+"""``vsock up``, ``down``, ``reload`` and ``status``: the life of vsockd."""
 
 from __future__ import annotations
 
@@ -32,25 +32,28 @@ def up(
     log_level: Annotated[
         LogLevel, typer.Option(help="What vsockd logs; with --foreground.")
     ] = LogLevel.WARNING,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Log a JSON object a line; with --foreground.")
+    ] = False,
 ) -> None:
     """Start vsockd, the fabric's daemon, unless it runs already."""
     folder = default_folder()
     if foreground:
-        _be_vsockd(folder, log_level)
+        _be_vsockd(folder, "--log-level", log_level.value, *["--log-json"] * log_json)
     started = launcher.start(folder)
     with administrator(start=True) as control:
         pid = control.status()["pid"]
     print(f"vsockd {'serves' if started else 'is already running in'} {folder} (pid {pid})")
 
 
-def _be_vsockd(folder: Path, log_level: LogLevel) -> None:
+def _be_vsockd(folder: Path, *options: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "VSOCKETS_CONTEXT"}
     # Where this package is, for when it was not installed.
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))
     )
     program = [sys.executable, "-m", "vsockets.daemon", "--dir", os.fspath(folder)]
-    os.execve(sys.executable, [*program, "--log-level", log_level.value], environment)
+    os.execve(sys.executable, [*program, *options], environment)
 
 
 def down() -> None:
@@ -59,6 +62,12 @@ def down() -> None:
         folder = control.folder
         control.stop()
     print(f"vsockd in {folder} has ended")
+
+
+def reload() -> None:
+    """Have vsockd read its configuration again.  Nothing is dropped."""
+    with administrator() as control:
+        control.reload()
 
 
 def status(

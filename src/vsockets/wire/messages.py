@@ -46,14 +46,15 @@ class Op(IntEnum):
     BIND_DATAGRAM = 5  #: give the datagram socket sent along a port
     ROUTE = 6  #: a socket from the datagram socket sent along to the peer address
     QUERY = 7  #: what is the socket with this cookie and inode?
-    LOCAL_CID = 8  #: which context is this?
+    LOCAL_CID = 8  #: which context is this, and is its program trusted (by the peer CID)?
 
 
 class Flag(IntFlag):
     """Notes on a request or a record."""
 
     POLLING = 1  #: request: PADDING follows
-    TRUSTED = 2  #: record: the asking endpoint is trusted (guide page 24)
+    TRUSTED_STREAM = 2  #: record: the program's stream sockets are trusted (guide page 24)
+    TRUSTED_DATAGRAM = 4  #: record: its datagram sockets are
 
 
 _POLLING = int(Flag.POLLING)

@@ -12,7 +12,7 @@ import _socket
 import contextlib
 import errno
 import socket as stdlib
-from socket import SOCK_DGRAM, SOL_SOCKET
+from socket import SOCK_DGRAM
 from typing import Any, Self
 
 from ...address import check
@@ -20,7 +20,6 @@ from ...limits import DATAGRAM_ROUTES, MAX_DATAGRAM
 from ...socket import BEHAVIOURS, UNBOUND, error, socket
 from ...wire import Op, Request, decode_source
 
-_SO_COOKIE = 57
 _raw = _socket.socket
 
 #: What a route says when it is no longer one: the receiver has gone, or vsockd took it back.
@@ -190,9 +189,8 @@ class DatagramSocket(socket):
     # How it is done
 
     def _recover(self) -> None:
-        cookie = int.from_bytes(_raw.getsockopt(self, SOL_SOCKET, _SO_COOKIE, 8), "little")
         with contextlib.suppress(OSError):
-            self._local = self._context.ask(Request(Op.QUERY, cookie=cookie))[0].local
+            self._local = self._context.ask(Request(Op.QUERY, cookie=self._cookie()))[0].local
 
     def _default_address(self) -> tuple[int, int]:
         if self._peer is None:

@@ -24,7 +24,6 @@ from ...limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, REQUEST_TIMEOUT
 from ...socket import BEHAVIOURS, UNBOUND, Phase, become, error, socket
 from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role, encode_connect
 
-_SO_COOKIE = 57
 _POLLING = int(Flag.POLLING)
 _MAY_CONNECT = (Phase.NEW, Phase.BOUND)
 _ANNOUNCEMENT = stdlib.CMSG_LEN(array.array("i").itemsize)
@@ -190,9 +189,6 @@ class StreamSocket(socket):
         _raw.shutdown(self, how)
 
     # How it is done
-
-    def _cookie(self) -> int:
-        return int.from_bytes(_raw.getsockopt(self, SOL_SOCKET, _SO_COOKIE, 8), "little")
 
     def _enter(self) -> None:
         if not self._entered:

@@ -1,0 +1,173 @@
+"""The contexts of a running fabric: from an administrator's wish to open doors and back."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+from ..fabric import (
+    Change,
+    Connection,
+    Context,
+    ContextSettings,
+    Fabric,
+    Isolation,
+    Limits,
+    Refused,
+    Settings,
+    State,
+)
+from .audit import Audit
+from .broker import Broker
+from .door import Doors
+from .events import Events, Topic
+from .loop import Loop
+
+
+class RunningContexts:
+    """Every context that programs can be in, with its folder below ``folder``."""
+
+    def __init__(
+        self, folder: Path, loop: Loop, fabric: Fabric, broker: Broker, audit: Audit, events: Events
+    ) -> None:
+        self._folder = folder
+        self._loop = loop
+        self._fabric = fabric
+        self._broker = broker
+        self._audit = audit
+        self._events = events
+        self._doors: dict[Context, Doors] = {}
+        self._open_doors(fabric.contexts.hypervisor)
+        self._open_doors(fabric.contexts.host)
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        for doors in self._doors.values():
+            doors.close()
+
+    def folder_of(self, context: Context) -> Path:
+        """Where its control sockets are while it is not powered off."""
+        return self._folder / str(context.cid)
+
+    # Coming and going
+
+    def add(self, wanted: ContextSettings, leased: bool = False) -> Context:
+        """A new guest, or one more lease on it: see :meth:`vsockets.fabric.Contexts.add`."""
+        contexts = self._fabric.contexts
+        known = len(contexts)
+        owner = os.geteuid() if wanted.owner is None else wanted.owner
+        context = contexts.add(wanted.cid, wanted.name, owner, leased)
+        if len(contexts) == known:  # one more lease
+            return context
+        context.isolation = wanted.isolation
+        context.limit(wanted.limits)
+        try:
+            if wanted.powered:
+                self._open_doors(context)
+            else:
+                context.state = State.OFF
+        except OSError:
+            contexts.remove(context.cid)
+            raise
+        self._publish(context, "added")
+        return context
+
+    def remove(self, cid: int) -> None:
+        """Forget a guest.  Refused with ENOENT, EINVAL or, while it has open streams, EBUSY."""
+        context = self._fabric.contexts.require(cid)
+        if context.is_guest:
+            self._broker.streams.reap()
+            streams = len(self._fabric.connections_of(context))
+            if streams:
+                raise Refused(
+                    errno.EBUSY,
+                    f"context {cid} has {streams} open streams: end them, or power it off first",
+                )
+        self._fabric.contexts.remove(cid)
+        self._end(context)
+
+    def end_lease(self, context: Context) -> None:
+        """Whoever leased ``context`` has gone; with the last one it is powered off and goes."""
+        context.leases -= 1
+        if context.leases or self._fabric.contexts.get(context.cid) is not context:
+            return
+        if context.state is not State.OFF:
+            self.change(context, Change.POWER_OFF)
+        self._fabric.contexts.remove(context.cid)
+        self._end(context)
+
+    def configure(self, settings: Settings) -> None:
+        """Have what ``settings`` say: guests that are not there are added, those that are get
+        their isolation and limits.  Nothing is dropped, and nobody removed.
+        """
+        self._fabric.settings = settings
+        self._audit.rate = settings.audit_rate
+        configured = {wanted.cid for wanted in settings.contexts}
+        for context in self._fabric.contexts:
+            if context.cid not in configured:
+                context.limit(settings.limits)
+        by_name = {context.name: context for context in self._fabric.contexts}
+        for wanted in settings.contexts:
+            found = (
+                by_name.get(wanted.name)
+                if wanted.cid is None
+                else self._fabric.contexts.get(wanted.cid)
+            )
+            if found is None:
+                self.add(wanted)
+            else:
+                self.adjust(found, wanted.isolation, wanted.limits)
+
+    @staticmethod
+    def adjust(context: Context, isolation: Isolation, limits: Limits) -> None:
+        """What holds for everything ``context`` asks from now on."""
+        context.isolation = isolation
+        context.limit(limits)
+
+    # Life
+
+    def change(self, context: Context, change: Change) -> list[Connection]:
+        """Suspend it, resume it, and so on; returns its streams that could not be cut (yet).
+
+        Refused with EINVAL: see :mod:`vsockets.fabric.life_cycle`.
+        """
+        self._broker.streams.reap()
+        over = self._fabric.change(context, change)
+        left = self._broker.streams.cut(over) if over else []
+        if change is Change.SUSPEND:
+            self._broker.datagrams.silence(context)
+        elif change is Change.POWER_OFF:
+            self._doors.pop(context).close()
+            self._broker.close_context(context)
+        elif change is Change.POWER_ON:
+            try:
+                self._open_doors(context)
+            except OSError:
+                context.state = State.OFF
+                raise
+        self._publish(context, change.value, dropped=len(over))
+        return [one for one in left if context in (one.context, one.peer_context)]
+
+    def _open_doors(self, context: Context) -> None:
+        self._doors[context] = Doors(self._loop, self._broker, context, self.folder_of(context))
+
+    def _end(self, context: Context) -> None:
+        doors = self._doors.pop(context, None)
+        if doors is not None:
+            doors.close()
+        self._broker.close_context(context)
+        self._audit.forget(context)
+        self._publish(context, "removed")
+
+    def _publish(self, context: Context, change: str, **facts: Any) -> None:
+        self._events.publish(
+            Topic.CONTEXT,
+            cid=context.cid,
+            name=context.name,
+            change=change,
+            state=context.state.value,
+            ft=context.fault_tolerant,
+            **facts,
+        )

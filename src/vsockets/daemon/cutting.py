@@ -1,0 +1,168 @@
+"""Ending a stream whoever holds it, without its holder's help.
+
+vsockd holds no descriptor of a stream it brokered.  To end one it looks for a process that
+does (``/proc/PID/fd`` names sockets by inode), takes a copy of the descriptor
+(``pidfd_getfd(2)``) and shuts the socket down in both directions: the kernel tells both ends,
+whatever programs they are in by then, and a stopped or stuck program is no obstacle.
+
+Shutting one end down is enough.  The accepting end is looked for first, because vsockd knows
+its inode (:mod:`.watch`).  While it waits to be accepted it is in no process, and the
+connecting end is found by its cookie in the process that connected.
+
+The kernel allows it to root, and to a user for his own programs unless Yama restricts ptrace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import socket
+from collections.abc import Iterable, Iterator
+
+from ..fabric import Connection
+from ..limits import CUT_AGAIN_AFTER, CUT_AGAIN_AT_MOST
+from .datagrams import cookie_of
+from .loop import Loop
+from .watch import StreamWatch
+
+log = logging.getLogger(__name__)
+
+_PIDFD_GETFD = 438  # the same on every architecture
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
+
+
+class Cutter:
+    """The streams that must end and have not yet."""
+
+    def __init__(self, loop: Loop, streams: StreamWatch) -> None:
+        self._loop = loop
+        self._streams = streams
+        self._doomed: dict[int, Connection] = {}
+        self._delay: float | None = None  # until the next try; None: there is none
+
+    def cut(self, connections: Iterable[Connection]) -> list[Connection]:
+        """End ``connections``, now; returns those that could not be.
+
+        Those are tried again until they have ended by themselves: one of them may be on its
+        way from one process to another just now.
+        """
+        for connection in connections:
+            self._doomed[connection.number] = connection
+        self._try()
+        if self._doomed and self._delay is None:
+            self._delay = CUT_AGAIN_AFTER
+            self._loop.call_later(self._delay, self._try_again)
+        return list(self._doomed.values())
+
+    def _try_again(self) -> None:
+        assert self._delay is not None
+        self._try()
+        self._delay = min(2 * self._delay, CUT_AGAIN_AT_MOST) if self._doomed else None
+        if self._delay is not None:
+            self._loop.call_later(self._delay, self._try_again)
+
+    def _try(self) -> None:
+        present = self._streams.present()
+        for number in [number for number in self._doomed if number not in present]:
+            del self._doomed[number]
+        if not self._doomed:
+            return
+        by_inode = {present[number]: number for number in self._doomed}
+        refused: set[int] = set()
+        for pid in self._likely_first():
+            try:
+                self._search(pid, by_inode)
+            except PermissionError:
+                refused.add(pid)
+            except OSError:
+                pass  # it has gone, or is no process
+            if not by_inode:
+                return
+        for pid, cookies in self._unaccepted().items():
+            with contextlib.suppress(OSError):
+                self._search_connecting(pid, cookies)
+        for connection in self._doomed.values():
+            log.debug(
+                "the stream %s to %s is in no process, or in one of %s that vsockd may not touch",
+                connection.local,
+                connection.peer,
+                sorted(refused),
+            )
+
+    def _likely_first(self) -> Iterator[int]:
+        likely = {connection.listener.owner.pid for connection in self._doomed.values()}
+        likely |= {connection.owner.pid for connection in self._doomed.values()}
+        yield from sorted(likely)
+        for entry in os.listdir("/proc"):
+            if entry.isdecimal() and int(entry) not in likely:
+                yield int(entry)
+
+    def _search(self, pid: int, by_inode: dict[int, int]) -> None:
+        """Shut down every accepting end in ``by_inode`` that process ``pid`` has."""
+        for fd, name in _sockets(pid):
+            inode = int(name[len("socket:[") : -1])
+            if inode in by_inode:
+                with _copy(pid, fd) as sock:
+                    if os.fstat(sock.fileno()).st_ino == inode:  # the number is still its
+                        sock.shutdown(socket.SHUT_RDWR)
+                        del self._doomed[by_inode.pop(inode)]
+
+    def _unaccepted(self) -> dict[int, dict[int, int]]:
+        """By connecting process: the numbers of the streams left, by their sockets' cookies."""
+        found: dict[int, dict[int, int]] = {}
+        for connection in self._doomed.values():
+            if connection.cookie and connection.owner.pid > 0:
+                found.setdefault(connection.owner.pid, {})[connection.cookie] = connection.number
+        return found
+
+    def _search_connecting(self, pid: int, cookies: dict[int, int]) -> None:
+        """Shut down every connecting end in ``cookies`` that process ``pid`` has."""
+        for fd, _ in _sockets(pid):
+            with _copy(pid, fd) as sock:
+                if sock.family != socket.AF_UNIX:
+                    continue
+                number = cookies.pop(cookie_of(sock), None)
+                if number is not None:
+                    sock.shutdown(socket.SHUT_RDWR)
+                    del self._doomed[number]
+            if not cookies:
+                return
+
+
+def _sockets(pid: int) -> Iterator[tuple[int, str]]:
+    """The descriptors of process ``pid`` that are sockets, with their names in ``/proc``."""
+    folder = f"/proc/{pid}/fd"
+    for entry in os.listdir(folder):
+        try:
+            name = os.readlink(f"{folder}/{entry}")
+        except FileNotFoundError:
+            continue  # it has been closed since
+        if name.startswith("socket:["):
+            yield int(entry), name
+
+
+@contextlib.contextmanager
+def _copy(pid: int, fd: int) -> Iterator[socket.socket]:
+    """A copy of descriptor ``fd`` of process ``pid``, which is a socket."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        copy = _syscall(_PIDFD_GETFD, pidfd, fd, 0)
+        if copy < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+    finally:
+        os.close(pidfd)
+    try:
+        sock = socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
+    with sock:
+        try:
+            yield sock
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:  # it has ended by itself in the meantime
+                raise

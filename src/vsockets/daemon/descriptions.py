@@ -1,0 +1,40 @@
+"""Records of what the fabric knows, as vsockd sends them."""
+
+from __future__ import annotations
+
+from ..constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
+from ..fabric import Connection, Endpoint, Kind
+from ..wire import Record, Role, encode_stream
+
+
+def describe_endpoint(endpoint: Endpoint) -> bytes:
+    """A socket that has a port."""
+    role = Role.BOUND
+    if endpoint.kind is Kind.DATAGRAM:
+        role = Role.DATAGRAM
+    elif endpoint.listening:
+        role = Role.LISTENING
+    return Record(
+        0,
+        0,
+        *endpoint.address,
+        VMADDR_CID_ANY,
+        VMADDR_PORT_ANY,
+        role,
+        *endpoint.owner,
+        *endpoint.sizes,
+    ).encode()
+
+
+def describe_connecting(stream: Connection) -> bytes:
+    """A stream as its connecting side sees it."""
+    return encode_stream(
+        stream.local, stream.peer, stream.listener.owner, stream.size, stream.sizes
+    )
+
+
+def describe_accepting(stream: Connection) -> bytes:
+    """A stream as its accepting side sees it."""
+    return encode_stream(
+        stream.peer, stream.local, stream.owner, stream.size, stream.listener.sizes
+    )

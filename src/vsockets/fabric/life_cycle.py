@@ -1,0 +1,92 @@
+"""What happens to a virtual machine, and to its vSockets (guide page 7).
+
+"VMware vSockets lose connection after suspend and resume of a virtual machine", they "do not
+survive live migration", and "are dropped when a virtual machine is put into fault tolerance
+mode, and no new vSockets connections can be established while a virtual machine is in FT mode".
+"Communicating guest virtual machines must be running, not powered off."
+
+    =========  ==========================================================================
+    change     from            to          connections  what else
+    =========  ==========================================================================
+    suspend    running         suspended   dropped      nothing gets in or out
+    resume     suspended       running
+    migrate    running         running     dropped
+    ft on      running         running     dropped      no new connections
+    ft off     running         running                  connections again
+    power-off  not off         off         dropped      every endpoint and FT mode are gone
+    power-on   off             running
+    =========  ==========================================================================
+
+Bound and listening sockets outlive everything but power-off, as those in a guest's memory do.
+Datagrams need no connection: FT mode lets them pass.
+"""
+
+from __future__ import annotations
+
+import errno
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from .errors import Refused
+
+if TYPE_CHECKING:
+    from .context import Context
+
+
+class State(Enum):
+    """What a virtual machine does."""
+
+    RUNNING = "running"
+    SUSPENDED = "suspended"
+    OFF = "off"
+
+
+class Change(Enum):
+    """What an administrator, or a hypervisor, has it do."""
+
+    SUSPEND = "suspend"
+    RESUME = "resume"
+    MIGRATE = "migrate"
+    FT_ON = "ft-on"
+    FT_OFF = "ft-off"
+    POWER_OFF = "power-off"
+    POWER_ON = "power-on"
+
+
+#: The changes that end every established connection of the context.
+DROPS_CONNECTIONS = frozenset({Change.SUSPEND, Change.MIGRATE, Change.FT_ON, Change.POWER_OFF})
+
+_TRANSITIONS = {
+    (State.RUNNING, Change.SUSPEND): State.SUSPENDED,
+    (State.SUSPENDED, Change.RESUME): State.RUNNING,
+    (State.RUNNING, Change.MIGRATE): State.RUNNING,
+    (State.RUNNING, Change.FT_ON): State.RUNNING,
+    (State.RUNNING, Change.FT_OFF): State.RUNNING,
+    (State.RUNNING, Change.POWER_OFF): State.OFF,
+    (State.SUSPENDED, Change.POWER_OFF): State.OFF,
+    (State.OFF, Change.POWER_ON): State.RUNNING,
+}
+
+
+def apply(context: Context, change: Change) -> None:
+    """Put ``context`` into the state after ``change``.
+
+    Refused with EINVAL: the host's context has no such life, or it cannot be done to a machine
+    in its state.
+    """
+    if not context.is_guest:
+        raise Refused(errno.EINVAL, f"context {context.cid} is the {context.name}: only guests can")
+    after = _TRANSITIONS.get((context.state, change))
+    if after is None:
+        raise Refused(
+            errno.EINVAL,
+            f"context {context.cid} is {context.state.value}: {change.value} cannot be",
+        )
+    if change in (Change.FT_ON, Change.FT_OFF):
+        if context.fault_tolerant is (change is Change.FT_ON):
+            mode = "in" if context.fault_tolerant else "not in"
+            raise Refused(errno.EINVAL, f"context {context.cid} is {mode} FT mode already")
+        context.fault_tolerant = change is Change.FT_ON
+    elif after is State.OFF:
+        context.fault_tolerant = False
+    context.state = after
