@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import array
 import errno
 import functools
 import os
 import select
 import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from socket import SCM_RIGHTS, SOL_SOCKET
 
 from .constants import VMADDR_CID_HOST
 from .limits import REQUEST_TIMEOUT
 from .state_folder import SEQPACKET, STREAM, connect_to, default_folder, require_private
 from .wire import RECORD_SIZE, Flag, Op, ProtocolError, Record, Request
+
+_POLLIN = select.POLLIN
+_FD = struct.Struct("i")
 
 #: Where a container that is a guest finds its context's folder mounted.
 SELF = Path("/run/vsock/self")
@@ -67,10 +71,10 @@ class Attachment:
             self.enter(sock.connect, socket.SOCK_SEQPACKET)
             ancillary = []
             if fd is not None:
-                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+                ancillary = [(SOL_SOCKET, SCM_RIGHTS, _FD.pack(fd))]
             sock.sendmsg([request.encode()], ancillary)
             data, came, _, _ = sock.recvmsg(
-                RECORD_SIZE, socket.CMSG_LEN(array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+                RECORD_SIZE, socket.CMSG_LEN(_FD.size), socket.MSG_CMSG_CLOEXEC
             )
             record = understand(data)
             return record, descriptor_in(came)
@@ -107,17 +111,16 @@ def understand(data: bytes) -> Record:
 def descriptor_in(ancillary: list[tuple[int, int, bytes]]) -> int | None:
     """The descriptor in a received ancillary message, if there is one."""
     for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            descriptors = array.array("i")
-            descriptors.frombytes(data[: descriptors.itemsize])
-            return descriptors[0]
+        if level == SOL_SOCKET and kind == SCM_RIGHTS:
+            fd: int = _FD.unpack_from(data)[0]
+            return fd
     return None
 
 
 def wait_readable(fd: int, seconds: float | None) -> bool:
     """Whether ``fd`` becomes readable within ``seconds``."""
     poll = select.poll()
-    poll.register(fd, select.POLLIN)
+    poll.register(fd, _POLLIN)
     return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 

@@ -114,7 +114,10 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         super().__init__(stdlib.AF_UNIX, type, 0, fileno)
         if context is not None:
             self._attachment = context
-        become(self, behaviour)
+        if self.__class__ is socket:
+            self.__class__ = behaviour  # what become() does, for the usual case
+        else:
+            become(self, behaviour)
         if fileno is not None:
             self._recover()
 

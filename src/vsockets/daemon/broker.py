@@ -36,6 +36,8 @@ from .streams import Streams
 
 log = logging.getLogger(__name__)
 
+# Names of our own: looking a member up in its enum costs as much as a short function.
+_STREAM, _SEQPACKET = Kind.STREAM, Kind.SEQPACKET
 # Plain integers: an enum's | costs as much as a system call.
 _LOOK = int(MSG_DONTWAIT | MSG_PEEK)
 _TAKE = int(MSG_DONTWAIT)
@@ -91,7 +93,7 @@ class Broker:
 
     def admit(self, fd: int, context: Context, kind: Kind) -> None:
         """Take a connection just accepted on ``context``'s control socket."""
-        sock_type = SOCK_STREAM if kind is Kind.STREAM else SOCK_SEQPACKET
+        sock_type = SOCK_STREAM if kind is _STREAM else SOCK_SEQPACKET
         sock = _socket.socket(AF_UNIX, sock_type, 0, fd)
         channel = Channel(sock, context, kind, peer_credentials(sock))
         try:
@@ -178,7 +180,7 @@ class Broker:
         # A plain recv: descriptors that ride along are dropped by the kernel, unseen.  A
         # message of a packet socket is only looked at, because reading a part of it would
         # take the whole, and with it what keeps a polling sender waiting.
-        flags = _LOOK if channel.kind is Kind.SEQPACKET else _TAKE
+        flags = _LOOK if channel.kind is _SEQPACKET else _TAKE
         try:
             return channel.sock.recv(REQUEST_SIZE, flags)
         except ConnectionError:
@@ -242,7 +244,7 @@ class Broker:
 
     def _answer(self, channel: Channel, request: Request, record: bytes) -> None:
         channel.send(record)
-        if request.flags or channel.kind is Kind.SEQPACKET:
+        if request.flags or channel.kind is _SEQPACKET:
             consume(channel.sock, channel.kind, request.polling)
 
     def _bind(self, channel: Channel, request: Request) -> bool:

@@ -33,7 +33,7 @@ class _Socket(Protocol):
 
 def peer_credentials(sock: _Socket) -> Credentials:
     """The process that connected ``sock``, as it was when it connected."""
-    return Credentials._make(_UCRED.unpack(sock.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)))
+    return Credentials(*_UCRED.unpack(sock.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)))
 
 
 class Peer:

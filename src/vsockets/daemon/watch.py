@@ -32,8 +32,8 @@ class _EpollEvent(ctypes.Structure):
 
 
 # The standard library's epoll reports descriptor numbers, and ours are closed and reused;
-# epoll_ctl(2) itself takes any number to report.
-_epoll_ctl = ctypes.CDLL(None, use_errno=True).epoll_ctl
+# epoll_ctl(2) itself takes any number to report.  It never waits, so the GIL is kept.
+_epoll_ctl = ctypes.PyDLL(None, use_errno=True).epoll_ctl
 
 
 class StreamWatch:

@@ -58,6 +58,8 @@ class Flag(IntFlag):
 
 
 _POLLING = int(Flag.POLLING)
+# A named tuple's own __new__ and _make are functions in Python; this is what they call.
+_new = tuple.__new__
 
 
 class Role(IntEnum):
@@ -101,7 +103,7 @@ class Request(NamedTuple):
         fields = _REQUEST.unpack(data)
         if fields[0] != MAGIC:
             raise ProtocolError(f"request starts with {fields[0]:#x}, expected {MAGIC:#x}")
-        return tuple.__new__(cls, fields[1:])
+        return _new(cls, fields[1:])
 
     @property
     def polling(self) -> bool:
@@ -111,7 +113,7 @@ class Request(NamedTuple):
     @property
     def sizes(self) -> BufferSizes:
         """The three buffer sizes together."""
-        return BufferSizes(self.size, self.minimum, self.maximum)
+        return _new(BufferSizes, self[7:10])
 
 
 class Record(NamedTuple):
@@ -143,7 +145,7 @@ class Record(NamedTuple):
         fields = _RECORD.unpack(data)
         if fields[0] != MAGIC:
             raise ProtocolError(f"record starts with {fields[0]:#x}, expected {MAGIC:#x}")
-        return tuple.__new__(cls, fields[1:])
+        return _new(cls, fields[1:])
 
     @property
     def local(self) -> tuple[int, int]:
@@ -161,7 +163,11 @@ def encode_connect(flags: int, peer: tuple[int, int], sizes: BufferSizes, cookie
 
     This and :func:`encode_stream` are what every connect needs; they spare it the tuples.
     """
-    return _REQUEST.pack(MAGIC, _CONNECT, flags, 0, 0, *peer, 0, *sizes, cookie, 0)
+    cid, port = peer
+    size, minimum, maximum = sizes
+    return _REQUEST.pack(
+        MAGIC, _CONNECT, flags, 0, 0, cid, port, 0, size, minimum, maximum, cookie, 0
+    )
 
 
 def encode_stream(
@@ -172,6 +178,22 @@ def encode_stream(
     sizes: BufferSizes,
 ) -> bytes:
     """The record of an established stream, encoded."""
+    local_cid, local_port = local
+    peer_cid, peer_port = peer
+    pid, uid, gid = peer_credentials
     return _RECORD.pack(
-        MAGIC, 0, 0, *local, *peer, _CONNECTED, *peer_credentials, size, sizes[1], sizes[2]
+        MAGIC,
+        0,
+        0,
+        local_cid,
+        local_port,
+        peer_cid,
+        peer_port,
+        _CONNECTED,
+        pid,
+        uid,
+        gid,
+        size,
+        sizes[1],
+        sizes[2],
     )

@@ -25,13 +25,19 @@ from ...socket import BEHAVIOURS, UNBOUND, Phase, become, error, socket
 from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role, encode_connect
 
 _POLLING = int(Flag.POLLING)
-_MAY_CONNECT = (Phase.NEW, Phase.BOUND)
+# Names of our own: looking a member up in its enum costs as much as a short function.
+_NEW, _BOUND, _LISTENING = Phase.NEW, Phase.BOUND, Phase.LISTENING
+_CONNECTING, _CONNECTED = Phase.CONNECTING, Phase.CONNECTED
+_MAY_CONNECT = (_NEW, _BOUND)
+_DONTWAIT, _CLOEXEC = int(stdlib.MSG_DONTWAIT), int(stdlib.MSG_CMSG_CLOEXEC)
+_UNIX = int(stdlib.AF_UNIX)
 _ANNOUNCEMENT = stdlib.CMSG_LEN(array.array("i").itemsize)
 
 # The methods of the C class: what send() and recv() are without anybody's override.
 _raw = _socket.socket
 #: The type as a plain integer; the property makes an enum of it first.
 _raw_type = _raw.type.__get__
+_raw_connect = _raw.connect.__get__
 
 
 class StreamSocket(socket):
@@ -49,13 +55,13 @@ class StreamSocket(socket):
         without CAP_NET_BIND_SERVICE), EINVAL (bound already).
         """
         cid, port = check(address)
-        if self._phase is not Phase.NEW:
+        if self._phase is not _NEW:
             raise error(errno.EINVAL, "the socket is bound")
         answer = self._request(
             Request(Op.BIND, 0, cid, port, 0, 0, 0, *self._buffers, self._cookie())
         )
         self._local = answer.local
-        self._phase = Phase.BOUND
+        self._phase = _BOUND
 
     def listen(self, backlog: int | None = None, /) -> None:
         """Accept connections, with at most ``backlog`` of them waiting (default 128).
@@ -64,20 +70,20 @@ class StreamSocket(socket):
         """
         if backlog is None:
             backlog = min(stdlib.SOMAXCONN, 128)
-        if self._phase not in (Phase.BOUND, Phase.LISTENING):
+        if self._phase not in (_BOUND, _LISTENING):
             raise error(errno.EINVAL, "bind the socket first")
         request = Request(Op.LISTEN, 0, 0, 0, 0, 0, max(0, backlog), *self._buffers)
-        if self._phase is Phase.LISTENING:
+        if self._phase is _LISTENING:
             _raw.send(self, request.encode())  # an answer would look like a connection
         else:
             self._request(request)
-            self._phase = Phase.LISTENING
+            self._phase = _LISTENING
 
     def accept(self) -> tuple[socket, tuple[int, int]]:
         """Wait for a connection: ``(socket, (cid, port) of the peer)``."""
-        if self._phase is not Phase.LISTENING:
+        if self._phase is not _LISTENING:
             raise error(errno.EINVAL, "the socket is not listening")
-        data, came, _, _ = _raw.recvmsg(self, RECORD_SIZE, _ANNOUNCEMENT, stdlib.MSG_CMSG_CLOEXEC)
+        data, came, _, _ = _raw.recvmsg(self, RECORD_SIZE, _ANNOUNCEMENT, _CLOEXEC)
         record = understand(data)
         fd = descriptor_in(came)
         if fd is None:
@@ -100,13 +106,14 @@ class StreamSocket(socket):
         timeout = self.gettimeout()
         flags = 0 if timeout != 0 else _POLLING
         request = encode_connect(flags, peer, self._buffers, self._cookie())
-        self._enter()
+        if not self._entered:
+            self._enter()
         if flags:
             self._send_polling(request)
-            self._phase = Phase.CONNECTING
+            self._phase = _CONNECTING
             raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
         _raw.send(self, request)
-        self._phase = Phase.CONNECTING
+        self._phase = _CONNECTING
         patience = self._connect_timeout
         if timeout is not None and timeout < patience:
             patience = timeout
@@ -128,7 +135,7 @@ class StreamSocket(socket):
 
     def _complete(self) -> None:
         """Raise ENOTCONN, or finish a connect in progress, within the socket's timeout."""
-        if self._phase is not Phase.CONNECTING:
+        if self._phase is not _CONNECTING:
             raise error(errno.ENOTCONN)
         timeout = self.gettimeout()
         if not wait_readable(self.fileno(), timeout):
@@ -177,7 +184,7 @@ class StreamSocket(socket):
 
     def sendto(self, *args: Any) -> int:
         """Not for streams: OSError EOPNOTSUPP, or EISCONN once connected."""
-        connected = self._phase is Phase.CONNECTED
+        connected = self._phase is _CONNECTED
         raise error(errno.EISCONN if connected else errno.EOPNOTSUPP, "send() has no address")
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
@@ -191,20 +198,22 @@ class StreamSocket(socket):
     # How it is done
 
     def _enter(self) -> None:
-        if not self._entered:
-            (self._attachment or self._context).enter(super().connect, _raw_type(self))
-            self._entered = True
+        # The method is bound by hand: super() looks for longer than the rest takes.
+        connect = _raw_connect(self, self.__class__)
+        (self._attachment or self._context).enter(connect, _raw_type(self))
+        self._entered = True
 
     def _request(self, request: Request) -> Record:
         """One question on the socket's own connection to vsockd."""
-        self._enter()
+        if not self._entered:
+            self._enter()
         _raw.send(self, request.encode())
         if not wait_readable(self.fileno(), REQUEST_TIMEOUT):
             raise TimeoutError(errno.ETIMEDOUT, "vsockd does not answer")
         return understand(_raw.recv(self, RECORD_SIZE))
 
     def _refuse_to_connect(self) -> None:
-        if self._phase is Phase.LISTENING:
+        if self._phase is _LISTENING:
             raise error(errno.EINVAL, "the socket is listening")
         if not wait_readable(self.fileno(), 0):
             raise error(errno.EALREADY)
@@ -223,19 +232,19 @@ class StreamSocket(socket):
 
     def _finish_connecting(self) -> None:
         """Take vsockd's answer to a connect, which is there."""
-        self._phase = Phase.NEW if self._local == UNBOUND else Phase.BOUND
+        self._phase = _NEW if self._local == UNBOUND else _BOUND
         if self._send_buffer:
             # The kernel doubles what it is given, to have room for its own headers.
             _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, self._send_buffer // 2)
             self._send_buffer = 0
-        self._settle(understand(_raw.recv(self, RECORD_SIZE, stdlib.MSG_DONTWAIT)))
+        self._settle(understand(_raw.recv(self, RECORD_SIZE, _DONTWAIT)))
 
     def _settle(self, record: Record) -> None:
         """Be the established stream that ``record`` describes."""
         self._record = record
         self._local = record[2:4]
         self._peer = record[4:6]
-        self._phase = Phase.CONNECTED
+        self._phase = _CONNECTED
         if record.size != DEFAULT_BUFFER_SIZE:
             _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, min(record.size, LARGEST_SEND_BUFFER))
         sizes = record[-3:]
@@ -249,13 +258,13 @@ class StreamSocket(socket):
     def _twin(self, fd: int) -> StreamSocket:
         """A socket object like this one, for another descriptor."""
         twin = self.__class__.__new__(self.__class__)
-        stdlib.socket.__init__(twin, stdlib.AF_UNIX, _raw_type(self), 0, fd)
+        stdlib.socket.__init__(twin, _UNIX, _raw_type(self), 0, fd)
         twin._attachment = self._attachment
         twin._entered = True
         return twin
 
     def _pending_error(self) -> int:
-        if self._phase is Phase.CONNECTING:
+        if self._phase is _CONNECTING:
             if not wait_readable(self.fileno(), 0):
                 return 0
             try:
@@ -265,7 +274,7 @@ class StreamSocket(socket):
         return _raw.getsockopt(self, SOL_SOCKET, stdlib.SO_ERROR)
 
     def _buffers_changed(self) -> None:
-        if self._phase is Phase.LISTENING:
+        if self._phase is _LISTENING:
             _raw.send(self, Request(Op.UPDATE, 0, 0, 0, 0, 0, 0, *self._buffers).encode())
 
     def _recover(self) -> None:
@@ -275,7 +284,7 @@ class StreamSocket(socket):
         except OSError:
             with contextlib.suppress(OSError):
                 _raw.getpeername(self)  # joined to something vsockd does not know (any more)
-                self._phase = Phase.CONNECTED
+                self._phase = _CONNECTED
                 become(self, EstablishedSocket)
             return
         if record.role == Role.CONNECTED:
@@ -284,7 +293,7 @@ class StreamSocket(socket):
             self._entered = True
             self._local = record.local
             self._buffers = BufferSizes(*record[-3:])
-            self._phase = Phase.LISTENING if record.role == Role.LISTENING else Phase.BOUND
+            self._phase = _LISTENING if record.role == Role.LISTENING else _BOUND
 
 
 class EstablishedSocket(StreamSocket):
