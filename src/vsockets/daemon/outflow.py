@@ -54,7 +54,9 @@ class Outflow:
         self._routes.add(route)
 
     def revoke(self, route: _socket.socket) -> None:
-        """Nothing can be sent on ``route`` any more, whoever has it."""
+        """Nothing can be sent on ``route`` any more, whoever has it.  Harmless the second time."""
+        if route not in self._routes:
+            return
         route.shutdown(SHUT_RDWR)
         self._routes.discard(route)
         if _queued(route):

@@ -216,7 +216,7 @@ class Fabric:
     def change(self, context: Context, change: Change) -> list[Connection]:
         """What ``change`` does to ``context``; returns the connections that are over with it.
 
-        After power-off every port of the context is free.  Refused with EINVAL: see
+        After power-off the caller unbinds its endpoints.  Refused with EINVAL: see
         :mod:`.life_cycle`.
         """
         life_cycle.apply(context, change)
