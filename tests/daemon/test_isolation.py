@@ -9,6 +9,9 @@ import pytest
 
 import vsockets
 from vsockets.testing import PrivateFabric
+from vsockets.wire import RECORD_SIZE, Op, Record, Request
+
+from .raw_client import enter, send_with
 
 DATAGRAM = socket.SOCK_DGRAM
 
@@ -75,6 +78,40 @@ def test_a_guests_address_is_its_own(vsock_fabric: PrivateFabric) -> None:
                 sock.bind((cid, 5000))
             assert refusal.value.errno == errno.EADDRNOTAVAIL
         sock.bind((3, 5000))
+
+
+LOCAL = vsockets.VMADDR_CID_LOCAL
+
+
+def test_a_socket_with_the_local_cid_sends_within_its_context(vsock_fabric: PrivateFabric) -> None:
+    """Elsewhere (1, port) would name a socket of the receiver's own context."""
+    guest = vsock_fabric.guest(3)
+    with (
+        vsockets.socket(type=DATAGRAM, context=vsock_fabric.host) as away,
+        vsockets.socket(type=DATAGRAM, context=guest) as home,
+        vsockets.socket(type=DATAGRAM, context=guest) as sender,
+    ):
+        away.bind((2, 5000))
+        home.bind((3, 5000))
+        sender.bind((LOCAL, 6000))
+        with pytest.raises(OSError) as refusal:
+            sender.sendto(b"x", (2, 5000))
+        assert refusal.value.errno == errno.EHOSTUNREACH
+        sender.sendto(b"x", (3, 5000))
+        assert home.recvfrom(10) == (b"x", (LOCAL, 6000))
+
+
+def test_nor_does_a_program_that_asks_past_the_library(vsock_fabric: PrivateFabric) -> None:
+    with (
+        vsockets.socket(type=DATAGRAM, context=vsock_fabric.host) as away,
+        socket.socket(socket.AF_UNIX, DATAGRAM) as sender,
+        enter(vsock_fabric.guest(3), socket.SOCK_SEQPACKET) as asking,
+    ):
+        away.bind((2, 5000))
+        request = Request(Op.ROUTE, 0, LOCAL, 6000, 2, 5000)
+        send_with(asking, request.encode(), [sender.fileno()])
+        answer = Record.decode(asking.recv(RECORD_SIZE))
+        assert errno.errorcode[answer.status] == "EHOSTUNREACH"
 
 
 def test_a_removed_guest_is_cut_off_from_vsockd(vsock_fabric: PrivateFabric) -> None:

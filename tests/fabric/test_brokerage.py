@@ -319,6 +319,16 @@ class TestFindDatagram:
         refusal(errno.ECONNREFUSED, house.fabric.find_datagram, house.host, 3, 5000, ME)
         assert house.fabric.find_datagram(house.guest, LOCAL, 5000, ME) is endpoint
 
+    def test_from_the_local_cid(self, house: House) -> None:
+        source = house.bind(house.guest, 5001, cid=LOCAL, kind=Kind.DATAGRAM)
+        away, home = (
+            house.bind(context, 5000, kind=Kind.DATAGRAM) for context in (house.host, house.guest)
+        )
+        find = house.fabric.find_datagram
+        assert find(house.guest, 2, 5000, ME) is away
+        refusal(errno.EHOSTUNREACH, find, house.guest, 2, 5000, ME, source)
+        assert find(house.guest, 3, 5000, ME, source) is home
+
 
 class TestCookies:
     """By which a socket is found again; what is found, tests/daemon looks at."""

@@ -323,11 +323,13 @@ class Broker:
         sock = self._datagram_socket(channel)
         with closing(sock):
             source = self.datagrams.find(channel.context, cookie_of(sock))
-            destination = self.fabric.find_datagram(
-                channel.context, request.peer_cid, request.peer_port, channel, source
-            )
+            wanted = (channel.context, request.peer_cid, request.peer_port, channel)
+            destination = self.fabric.find_datagram(*wanted, source)
             if source is None:
                 source = self._adopt(channel, request, sock)
+                # Again: the destination may have been found gone since, or may be out of the
+                # reach of where the socket is bound now.
+                destination = self.fabric.find_datagram(*wanted, source)
         route = self.datagrams.route(source, destination)
         channel.send_descriptor(
             Record(

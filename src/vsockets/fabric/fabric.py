@@ -140,8 +140,7 @@ class Fabric:
             context.require_room()
             local = (context.cid, context.connected.ephemeral())
         else:
-            if not _in_scope(listener.context, bound):
-                raise Refused(errno.EHOSTUNREACH, "a socket bound to the local CID stays in it")
+            _require_scope(listener.context, bound)
             local = bound.address
             self.unbind(bound)
         number = self._number % LAST_CONNECTION + 1
@@ -175,12 +174,15 @@ class Fabric:
     ) -> Endpoint:
         """The datagram endpoint that ``program``, in ``context``, reaches at ``(cid, port)``.
 
-        As :meth:`find_listener`; nobody there is ECONNREFUSED.
+        ``source`` is the endpoint it sends from, if it has one yet.  As :meth:`find_listener`;
+        nobody there is ECONNREFUSED, a source bound to the local CID stays in its context.
         """
         destination = self._destination(context, cid, port, False)
         endpoint = destination.datagrams.get(port)
         if endpoint is None or not _in_scope(context, endpoint):
             raise Refused(errno.ECONNREFUSED, f"no datagram socket on {cid}:{port}")
+        if source is not None:
+            _require_scope(destination, source)
         if context is not destination:
             self._require_trust(context, endpoint, program, source)
         return endpoint
@@ -246,3 +248,11 @@ def _in_scope(context: Context, endpoint: Endpoint) -> bool:
     with its own only.
     """
     return endpoint.cid != VMADDR_CID_LOCAL or endpoint.context is context
+
+
+def _require_scope(destination: Context, source: Endpoint) -> None:
+    """Refuse to let a socket bound to VMADDR_CID_LOCAL out of its context: elsewhere its
+    address would be taken for one there.
+    """
+    if not _in_scope(destination, source):
+        raise Refused(errno.EHOSTUNREACH, "a socket bound to the local CID stays in its context")
