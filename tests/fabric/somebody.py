@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-from vsockets.fabric import CAP_NET_BIND_SERVICE, Credentials, Grant
+from vsockets.fabric import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, Credentials, Grant
 
 _ME = Credentials(100, 1000, 1000)
 
@@ -25,7 +25,13 @@ class Somebody:
         return grant in self.grants
 
 
+def granted(*grants: Grant) -> Somebody:
+    """A program that matches ``grants``, if they are configured."""
+    return Somebody(grants=grants)
+
+
 ME = Somebody()
 YOU = Somebody(Credentials(200, 2000, 2000))
 SERVICE = Somebody(capabilities={CAP_NET_BIND_SERVICE})
+ADMIN = Somebody(capabilities={CAP_NET_ADMIN})
 ROOT = Somebody(Credentials(1, 0, 0))

@@ -1,0 +1,178 @@
+"""How often somebody may, and how much a guest may have."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsockets.buffers import BufferSizes
+from vsockets.fabric import LIMIT_RULES, Context, Denied, Fabric, Kind, Limits, Refused, Rule
+from vsockets.fabric.meter import Meter
+
+from .somebody import ME, ROOT
+
+NOW = 1000.0
+
+rates = st.integers(1, 50)
+pauses = st.lists(st.floats(0, 3), max_size=200)
+
+
+def rising(pauses: list[float]) -> list[float]:
+    moments, now = [], NOW
+    for pause in pauses:
+        now += pause
+        moments.append(now)
+    return moments
+
+
+# The meter
+
+
+@given(rates, pauses)
+def test_never_more_than_the_rate_after_a_full_second(rate: int, pauses: list[float]) -> None:
+    """In every stretch of time: what a second allows at once, and the rate for its length."""
+    meter = Meter(rate)
+    allowed = [moment for moment in rising(pauses) if meter.take(moment)]
+    for first, begin in enumerate(allowed):
+        for number, end in enumerate(allowed[first:], 1):
+            assert number <= rate + (end - begin) * rate + 1e-6
+
+
+@given(rates, pauses)
+def test_who_keeps_to_the_rate_is_never_refused(rate: int, pauses: list[float]) -> None:
+    meter = Meter(rate)
+    now = NOW
+    for pause in pauses:
+        assert meter.take(now)
+        now += 1.001 / rate + pause
+
+
+@given(rates, pauses)
+def test_a_refusal_costs_nothing(rate: int, pauses: list[float]) -> None:
+    """Who asked in vain gets the same afterwards as who did not ask."""
+    eager, patient = Meter(rate), Meter(rate)
+    for _ in range(rate):
+        assert eager.take(NOW) and patient.take(NOW)
+    for moment in rising([min(pause, 0.9 / rate / 200) for pause in pauses]):
+        assert not eager.take(moment)
+    later = NOW + 1.001 / rate
+    assert eager.take(later) and patient.take(later)
+
+
+@given(rates)
+def test_a_quiet_second_allows_as_many_at_once(rate: int) -> None:
+    meter = Meter(rate)
+    for moment in (NOW, NOW + 1.001):
+        assert [meter.take(moment) for _ in range(rate + 1)] == [True] * rate + [False]
+
+
+# Limits of guests
+
+
+def guest(limits: Limits) -> Context:
+    context = Context(3, "", 0)
+    context.limit(limits)
+    return context
+
+
+def denial(ask: Callable[[], object]) -> Rule | None:
+    try:
+        ask()
+    except Denied as denied:
+        return denied.rule
+    return None
+
+
+def test_the_errno_of_every_limit() -> None:
+    context = guest(Limits(1, 1, 1))
+    context.pending = 1
+    context.require_pace(NOW)
+    Fabric(0).bind(context, Kind.STREAM, 3, 5000, ME)
+    for require in (
+        context.require_room,
+        context.require_patience,
+        lambda: context.require_pace(NOW),
+    ):
+        with pytest.raises(Denied) as denied:
+            require()
+        assert denied.value.errno == errno.ENOBUFS
+
+
+def test_pace() -> None:
+    context = guest(Limits(request_rate=3))
+    asked = [denial(lambda: context.require_pace(NOW)) for _ in range(4)]
+    assert asked == [None, None, None, Rule.REQUEST_RATE]
+    assert denial(lambda: context.require_pace(NOW + 0.5)) is None
+
+
+def test_patience() -> None:
+    context = guest(Limits(pending_connects=2))
+    for pending, expected in ((0, None), (1, None), (2, Rule.PENDING_CONNECTS)):
+        context.pending = pending
+        assert denial(context.require_patience) is expected
+
+
+def test_room() -> None:
+    """Every port is one: bound, connecting, datagrams."""
+    fabric = Fabric(owner=0)
+    context = fabric.contexts.add(3, "", 0)
+    context.limit(Limits(sockets=3))
+    server = fabric.bind(fabric.contexts.host, Kind.STREAM, 2, 5000, ME)
+    fabric.listen(server, BufferSizes())
+
+    def bind(kind: Kind) -> None:
+        fabric.bind(context, kind, 3, 2**32 - 1, ME)
+
+    bound = fabric.bind(context, Kind.STREAM, 3, 2**32 - 1, ME)
+    bind(Kind.DATAGRAM)
+    connection = fabric.connect(context, server, None, BufferSizes(), ME.credentials)
+    for kind in Kind:
+        with pytest.raises(Denied) as denied:
+            bind(kind)
+        assert (denied.value.errno, denied.value.rule) == (errno.ENOBUFS, Rule.SOCKETS)
+    with pytest.raises(Denied) as denied:
+        fabric.connect(context, server, None, BufferSizes(), ME.credentials)
+    assert (denied.value.errno, denied.value.rule) == (errno.ENOBUFS, Rule.SOCKETS)
+    assert context.sockets == 3
+    fabric.end(connection.number)
+    bind(Kind.SEQPACKET)
+    # A bound socket that connects holds no more than before.
+    fabric.connect(context, server, bound, BufferSizes(), ME.credentials)
+    assert context.sockets == 3
+
+
+def test_lower_limits_take_nothing_away() -> None:
+    fabric = Fabric(owner=0)
+    context = fabric.contexts.add(3, "", 0)
+    endpoints = [fabric.bind(context, Kind.STREAM, 3, 2**32 - 1, ME) for _ in range(5)]
+    context.limit(Limits(sockets=2))
+    assert context.sockets == 5
+    assert denial(context.require_room) is Rule.SOCKETS
+    for endpoint in endpoints[:4]:
+        fabric.unbind(endpoint)
+    assert denial(context.require_room) is None
+
+
+@pytest.mark.parametrize("cid", [0, 2])
+def test_the_host_and_the_hypervisor_have_no_limits(cid: int) -> None:
+    fabric = Fabric(owner=0)
+    context = fabric.contexts.require(cid)
+    context.limit(Limits(1, 1, 1, 1))
+    context.pending = 100
+    for _ in range(3):
+        fabric.bind(context, Kind.STREAM, cid, 2**32 - 1, ROOT)
+        context.require_patience()
+        context.require_pace(NOW)
+
+
+def test_which_denials_are_limits() -> None:
+    assert {rule.value for rule in LIMIT_RULES} == set(Limits.__slots__)
+
+
+def test_being_denied_is_being_refused() -> None:
+    """So whoever minds the errno alone need not know of rules."""
+    assert issubclass(Denied, Refused)
