@@ -1,283 +1,360 @@
-"""The fabric against a small model of it, driven at random.
-
-The model says in a few lines what the guide says: who may bind what, who reaches whom, and
-which ports are held.  The fabric must decide the same, whatever came before.
-"""
+"""The decisions against the guide, driven at random: :mod:`by_the_guide` has the model."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from vsockets.buffers import BufferSizes, negotiate
-from vsockets.fabric import Connection, Context, Endpoint, Fabric, Kind, Refused
+from by_the_guide import (
+    ANY,
+    DATAGRAM,
+    LOCAL,
+    SEQPACKET,
+    STREAM,
+    Holder,
+    Machine,
+    Program,
+    Socket,
+    World,
+)
+from vsockets.buffers import BufferSizes
+from vsockets.fabric import (
+    CAP_NET_ADMIN,
+    CAP_NET_BIND_SERVICE,
+    Change,
+    Context,
+    Credentials,
+    Endpoint,
+    Fabric,
+    Grant,
+    Isolation,
+    Kind,
+    Limits,
+    Profile,
+    Refused,
+    Settings,
+)
 
-from .somebody import ME, SERVICE
+from .somebody import Somebody
 
-ANY = 2**32 - 1
-LOCAL = 1
+FABRICS_OWNER, ALICE, BOB = 1000, 1001, 1002
+
+STREAMS_TRUSTED = Grant(BOB, None, None, True, False, None)
+DATAGRAMS_TRUSTED = Grant(BOB, None, None, False, True, None)
+IN_THE_LAB = Grant(BOB, None, None, False, False, frozenset({"lab"}))
+
+#: What the configuration grants, and what the model says of it.
+SETTINGS = Settings(grants=(STREAMS_TRUSTED, DATAGRAMS_TRUSTED, IN_THE_LAB))
+PROGRAMS = {
+    Program(FABRICS_OWNER): Somebody(),
+    Program(0, bind_service=True): Somebody(capabilities={CAP_NET_BIND_SERVICE}),
+    Program(ALICE): Somebody(),
+    Program(BOB, net_admin=True): Somebody(capabilities={CAP_NET_ADMIN}),
+    Program(BOB, granted=frozenset({STREAM, SEQPACKET})): Somebody(grants={STREAMS_TRUSTED}),
+    Program(BOB, granted=frozenset({DATAGRAM})): Somebody(grants={DATAGRAMS_TRUSTED}),
+    Program(ALICE, domains=frozenset({"lab"})): Somebody(grants={IN_THE_LAB}),
+}
 
 # Few of each, so that they meet.
 guest_cids = st.integers(3, 6)
-cids = st.sampled_from([0, 1, 2, 3, 4, 5, 6, ANY])
-ports = st.sampled_from([0, 1023, 1024, 5000, 5001, ANY])
-kinds = st.sampled_from(Kind)
-stream_kinds = st.sampled_from([Kind.STREAM, Kind.SEQPACKET])
+cids = st.sampled_from([0, 1, 2, 3, 4, 5, 3, 4, 99, ANY])
+ports = st.sampled_from([0, 1023, 1024, 5000, 5000, 5000, 5001, ANY])
+kinds = st.sampled_from([STREAM, SEQPACKET, DATAGRAM])
+programs = st.sampled_from(list(PROGRAMS))
 buffer_sizes = st.sampled_from(
-    [BufferSizes(), BufferSizes(1024, 128, 2048), BufferSizes(65_536, 4096, 262_144)]
+    [*[BufferSizes()] * 4, BufferSizes(1024, 128, 2048), BufferSizes(65_536, 4096, 262_144)]
+)
+often, often_not = st.sampled_from([True, True, False]), st.sampled_from([False, False, True])
+changes = st.sampled_from([change.value for change in Change])
+isolations = st.one_of(
+    st.sampled_from([("default", False, ""), ("restricted", False, "")]),
+    st.tuples(st.just("legacy"), st.booleans(), st.sampled_from(["", "lab"])),
 )
 
 
-@dataclass(eq=False)
-class Socket:
-    """A bound socket, as the model knows it, and the fabric's endpoint for it."""
-
-    real: Endpoint
-    kind: Kind
-    home: int  #: the CID of its context
-    local_only: bool
-    port: int
-    listening: bool = False
-    sizes: BufferSizes = field(default_factory=BufferSizes)
-
-    @property
-    def address(self) -> tuple[int, int]:
-        return (LOCAL if self.local_only else self.home), self.port
-
-
-@dataclass(eq=False)
-class Stream:
-    """A connection: it holds its connecting side's port."""
-
-    real: Connection
-    home: int
-    peer_home: int
-    port: int
-
-
-def space(kind: Kind) -> str:
-    return "dgram" if kind is Kind.DATAGRAM else "connected"
+def somebody(program: Program) -> Somebody:
+    known = PROGRAMS[program]
+    credentials = Credentials(100, program.user, program.user)
+    return Somebody(credentials, known.capabilities, known.grants)
 
 
 class FabricModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.fabric = Fabric(owner=1000)
-        self.homes = {0, 2}
-        #: who holds what: (CID of the context, name space, port)
-        self.held: dict[tuple[int, str, int], Socket | Stream] = {}
-
-    # What the model knows
-
-    def sockets(self) -> list[Socket]:
-        return [holder for holder in self.held.values() if isinstance(holder, Socket)]
-
-    def streams(self) -> list[Stream]:
-        return [holder for holder in self.held.values() if isinstance(holder, Stream)]
-
-    def context(self, cid: int) -> Context:
-        context = self.fabric.contexts.get(cid)
-        assert context is not None
-        return context
-
-    def verdict_on_path(self, home: int, cid: int, port: int) -> tuple[int, int]:
-        """``(errno, CID of the destination's context)`` for a way from ``home``."""
-        if ANY in (cid, port):
-            return errno.EINVAL, -1
-        destination = home if cid == LOCAL else cid
-        both_guests = home > 2 and destination > 2 and home != destination
-        if destination not in self.homes or both_guests:
-            return errno.EHOSTUNREACH, -1
-        return 0, destination
+        self.world = World(FABRICS_OWNER)
+        self.fabric = Fabric(FABRICS_OWNER)
+        self.fabric.settings = SETTINGS
+        #: the fabric's objects for the model's
+        self.real: dict[Holder, Any] = {}
 
     def decide(self, expected: int, action: Callable[[], object]) -> bool:
         """Check that the fabric decides as expected; returns whether it did as asked."""
-        decided, rule = 0, "not refused"
+        decided, reason = 0, "not refused"
         try:
             action()
         except Refused as refused:
-            decided, rule = refused.errno, refused.reason
-        assert errno.errorcode.get(decided) == errno.errorcode.get(expected), rule
+            decided, reason = refused.errno, refused.reason
+        assert errno.errorcode.get(decided) == errno.errorcode.get(expected), reason
         return decided == 0
 
-    # What happens
+    def context(self, machine: Machine) -> Context:
+        context = self.fabric.contexts.get(machine.cid)
+        assert context is not None
+        return context
 
-    @rule(cid=guest_cids)
-    def add_context(self, cid: int) -> None:
-        expected = errno.EEXIST if cid in self.homes else 0
-        self.decide(expected, lambda: self.fabric.contexts.add(cid, "", 0))
-        self.homes.add(cid)
+    def connectable(self) -> list[Socket]:
+        return [one for one in self.world.sockets() if one.kind != DATAGRAM]
 
-    @rule()
-    def lease_context(self) -> None:
-        cid = self.fabric.contexts.add(None, "", 0).cid
-        assert cid >= 3
-        assert cid not in self.homes
-        self.homes.add(cid)
+    def listeners(self) -> list[Socket]:
+        return [one for one in self.world.sockets() if one.listening]
 
-    @rule(data=st.data())
-    def remove_context(self, data: st.DataObject) -> None:
-        cid = data.draw(st.sampled_from(sorted(self.homes | {3})), "cid")
+    def draw_home(self, data: st.DataObject) -> Machine:
+        """Mostly one that runs."""
+        powered = self.world.powered()
+        running = [machine for machine in powered if machine.state == "running"]
+        return data.draw(st.sampled_from([*powered, *running, *running]), "home")
+
+    def release(self, holder: Holder) -> None:
+        real = self.real.pop(holder)
+        if isinstance(real, Endpoint):
+            self.fabric.unbind(real)
+        else:
+            self.fabric.end(real.number)
+
+    def forget_what_has_gone(self) -> None:
+        """As vsockd does when programs have closed sockets, or their context is no more."""
+        held = set(self.world.held.values())
+        for holder in [holder for holder in self.real if holder not in held]:
+            self.release(holder)
+
+    # Contexts
+
+    @initialize(first=isolations, second=isolations)
+    def begin(self, first: tuple[str, bool, str], second: tuple[str, bool, str]) -> None:
+        for cid, isolation, most_sockets in ((3, first, 1000), (4, second, 4)):
+            self.add_context(cid, isolation, ALICE, most_sockets)
+        for machine in self.world.powered():
+            for kind, port in ((STREAM, 5000), (DATAGRAM, 5000)):
+                socket = self.bind_in(machine, kind, ANY, port, Program(FABRICS_OWNER))
+                if socket is not None and kind == STREAM:
+                    self.listen_on(socket, BufferSizes())
+
+    @precondition(lambda self: len(self.world.machines) < 5)
+    @rule(
+        cid=guest_cids,
+        isolation=isolations,
+        owner=st.sampled_from([FABRICS_OWNER, ALICE]),
+        most_sockets=st.sampled_from([2, 1000, 1000]),
+    )
+    def add_context(
+        self, cid: int, isolation: tuple[str, bool, str], owner: int, most_sockets: int
+    ) -> None:
+        expected = errno.EEXIST if cid in self.world.machines else 0
+        if self.decide(expected, lambda: self.fabric.contexts.add(cid, "", owner)):
+            machine = Machine(cid, owner, *isolation, most_sockets)
+            self.world.add(machine)
+            context = self.context(machine)
+            profile, unrestricted, domain = isolation
+            context.isolation = Isolation(Profile(profile), unrestricted, domain)
+            context.limit(Limits(sockets=most_sockets))
+
+    @precondition(lambda self: len(self.world.machines) > 3)
+    @rule(cid=st.sampled_from([0, 2, 3, 4, 5, 6]))
+    def remove_context(self, cid: int) -> None:
+        machine = self.world.machines.get(cid)
         expected = 0 if cid > 2 else errno.EINVAL
-        if cid not in self.homes:
+        if machine is None:
             expected = errno.ENOENT
-        if not self.decide(expected, lambda: self.fabric.contexts.remove(cid)):
-            return
-        for stream in self.streams():
-            if cid in (stream.home, stream.peer_home):
-                self.fabric.end(stream.real.number)
-                del self.held[stream.home, "connected", stream.port]
-        for socket in self.sockets():
-            if socket.home == cid:
-                self.fabric.unbind(socket.real)
-                del self.held[cid, space(socket.kind), socket.port]
-        self.homes.remove(cid)
+        if self.decide(expected, lambda: self.fabric.contexts.remove(cid)):
+            assert machine is not None
+            self.world.remove(machine)
+            self.forget_what_has_gone()
 
-    @rule(data=st.data(), kind=kinds, cid=cids, port=ports, privileged=st.booleans())
-    def bind(self, data: st.DataObject, kind: Kind, cid: int, port: int, privileged: bool) -> None:
-        home = data.draw(st.sampled_from(sorted(self.homes)), "home")
-        expected = 0
-        if cid not in (ANY, LOCAL, home):
-            expected = errno.EADDRNOTAVAIL
-        elif port < 1024 and not privileged:
-            expected = errno.EACCES
-        elif (home, space(kind), port) in self.held:
-            expected = errno.EADDRINUSE
-        made: list[Endpoint] = []
+    @rule(data=st.data(), change=changes, possible=often, kept=often)
+    def change(self, data: st.DataObject, change: str, possible: bool, kept: bool) -> None:
+        machine = data.draw(st.sampled_from(list(self.world.machines.values())), "machine")
+        if possible and machine.is_guest:
+            choices = [each.value for each in Change]
+            choices = [each for each in choices if not self.world.may_change(machine, each)]
+            if kept and len(choices) > 1:  # else most would be off most of the time
+                choices.remove("power-off")
+            change = data.draw(st.sampled_from(choices), "change")
+        over: list[Any] = []
 
         def action() -> None:
-            made.append(
-                self.fabric.bind(self.context(home), kind, cid, port, SERVICE if privileged else ME)
-            )
+            over.extend(self.fabric.change(self.context(machine), Change(change)))
 
-        if self.decide(expected, action):
-            (real,) = made
-            assert real.port == port or (port == ANY and 1024 <= real.port < ANY)
-            key = (home, space(kind), real.port)
-            assert key not in self.held
-            self.held[key] = socket = Socket(real, kind, home, cid == LOCAL, real.port)
-            assert real.address == socket.address
+        if self.decide(self.world.may_change(machine, change), action):
+            ended = [self.real.pop(stream) for stream in self.world.changed(machine, change)]
+            assert over == ended
+            self.forget_what_has_gone()
 
-    @precondition(lambda self: self.sockets())
-    @rule(data=st.data(), sizes=buffer_sizes)
-    def listen(self, data: st.DataObject, sizes: BufferSizes) -> None:
-        candidates = [one for one in self.sockets() if one.kind is not Kind.DATAGRAM]
-        if candidates:
-            socket = data.draw(st.sampled_from(candidates), "socket")
-            self.fabric.listen(socket.real, sizes)
-            socket.listening, socket.sizes = True, sizes
+    # Sockets
 
-    @precondition(lambda self: self.sockets())
-    @rule(data=st.data(), twice=st.booleans())
-    def unbind(self, data: st.DataObject, twice: bool) -> None:
-        socket = data.draw(st.sampled_from(self.sockets()), "socket")
-        for _ in range(1 + twice):
-            self.fabric.unbind(socket.real)
-        del self.held[socket.home, space(socket.kind), socket.port]
+    @rule(data=st.data(), kind=kinds, cid=cids, port=ports, program=programs)
+    def bind(self, data: st.DataObject, kind: str, cid: int, port: int, program: Program) -> None:
+        """To any address, mostly a wrong one."""
+        self.bind_in(self.draw_home(data), kind, cid, port, program)
 
     @rule(
         data=st.data(),
-        kind=stream_kinds,
-        cid=cids,
-        port=ports,
-        sizes=buffer_sizes,
-        at_a_listener=st.booleans(),
+        kind=kinds,
+        local=often_not,
+        port=st.sampled_from([1024, 5000, 5001, ANY]),
+        program=programs,
+        listens=st.sampled_from([None, BufferSizes(), BufferSizes(), BufferSizes(1024, 128, 2048)]),
     )
-    def connect(
+    def serve(
         self,
         data: st.DataObject,
-        kind: Kind,
-        cid: int,
+        kind: str,
+        local: bool,
         port: int,
-        sizes: BufferSizes,
-        at_a_listener: bool,
+        program: Program,
+        listens: BufferSizes | None,
     ) -> None:
-        home = data.draw(st.sampled_from(sorted(self.homes)), "home")
-        listeners = [one for one in self.sockets() if one.listening]
-        if at_a_listener and listeners:
-            target = data.draw(st.sampled_from(listeners), "target")
-            cid, port, kind = target.home, target.port, target.kind
-        mine = [
-            one
-            for one in self.sockets()
-            if one.home == home and one.kind is kind and not one.listening
-        ]
-        bound = data.draw(st.sampled_from([None, *mine]), "bound")
+        """Bind to an address that is a context's own, and perhaps listen."""
+        socket = self.bind_in(self.draw_home(data), kind, LOCAL if local else ANY, port, program)
+        if socket is not None and kind != DATAGRAM and listens is not None:
+            self.listen_on(socket, listens)
 
-        expected, destination = self.verdict_on_path(home, cid, port)
-        holder = self.held.get((destination, "connected", port))
-        if not expected:
-            if (
-                not isinstance(holder, Socket)
-                or not holder.listening
-                or holder.kind is not kind
-                or (holder.local_only and destination != home)
-            ):
-                expected = errno.ECONNRESET
-            elif negotiate(sizes, holder.sizes) is None:
-                expected = errno.EINVAL
-            elif bound is not None and bound.local_only and destination != home:
-                expected = errno.EHOSTUNREACH
-        made: list[Connection] = []
+    def bind_in(
+        self, home: Machine, kind: str, cid: int, port: int, program: Program
+    ) -> Socket | None:
+        made: list[Endpoint] = []
 
         def action() -> None:
-            context = self.context(home)
-            listener = self.fabric.find_listener(context, kind, cid, port, ME)
-            assert isinstance(holder, Socket)
-            assert listener is holder.real
-            made.append(
-                self.fabric.connect(
-                    context, listener, None if bound is None else bound.real, sizes, ME.credentials
-                )
-            )
+            who = somebody(program)
+            made.append(self.fabric.bind(self.context(home), Kind(kind), cid, port, who))
+
+        if not self.decide(self.world.may_bind(home, kind, cid, port, program), action):
+            return None
+        (real,) = made
+        assert real.port == port or (port == ANY and 1024 <= real.port < ANY)
+        socket = self.world.bound(home, kind, cid, real.port, program)
+        assert real.address == socket.address
+        self.real[socket] = real
+        return socket
+
+    def listen_on(self, socket: Socket, sizes: BufferSizes) -> None:
+        self.fabric.listen(self.real[socket], sizes)
+        socket.listening, socket.sizes = True, sizes
+
+    @precondition(lambda self: self.connectable())
+    @rule(data=st.data(), sizes=buffer_sizes)
+    def listen(self, data: st.DataObject, sizes: BufferSizes) -> None:
+        self.listen_on(data.draw(st.sampled_from(self.connectable()), "socket"), sizes)
+
+    @precondition(lambda self: self.world.held)
+    @rule(data=st.data(), twice=st.booleans())
+    def close(self, data: st.DataObject, twice: bool) -> None:
+        holder = data.draw(st.sampled_from(list(self.world.held.values())), "holder")
+        real = self.real[holder]
+        self.world.gone(holder)
+        self.release(holder)
+        if twice:  # late, and harmless
+            self.real[holder] = real
+            self.release(holder)
+
+    @rule(program=programs)
+    def crash(self, program: Program) -> None:
+        """Every socket of a program is gone."""
+        for holder in list(self.world.held.values()):
+            if program in holder.programs:
+                self.world.gone(holder)
+        self.forget_what_has_gone()
+
+    @rule(
+        data=st.data(),
+        kind=st.sampled_from([STREAM, SEQPACKET]),
+        cid=cids,
+        port=ports,
+        program=programs,
+    )
+    def connect(
+        self, data: st.DataObject, kind: str, cid: int, port: int, program: Program
+    ) -> None:
+        """To any address, mostly a wrong one."""
+        self.connect_from(self.draw_home(data), kind, cid, port, program, None, BufferSizes())
+
+    @precondition(lambda self: self.listeners())
+    @rule(data=st.data(), sizes=buffer_sizes, program=programs, from_bound=often_not)
+    def connect_to_a_listener(
+        self, data: st.DataObject, sizes: BufferSizes, program: Program, from_bound: bool
+    ) -> None:
+        home = self.draw_home(data)
+        target = data.draw(st.sampled_from(self.listeners()), "target")
+        bound = None
+        mine = [one for one in self.connectable() if (one.home, one.kind) == (home, target.kind)]
+        mine = [one for one in mine if not one.listening]
+        if from_bound and mine:
+            bound = data.draw(st.sampled_from(mine), "bound")
+        cid = target.home.cid
+        self.connect_from(home, target.kind, cid, target.port, program, bound, sizes)
+
+    def connect_from(
+        self,
+        home: Machine,
+        kind: str,
+        cid: int,
+        port: int,
+        program: Program,
+        bound: Socket | None,
+        sizes: BufferSizes,
+    ) -> None:
+        expected, found = self.world.may_connect(home, kind, cid, port, program, bound, sizes)
+        made = []
+
+        def action() -> None:
+            context, who = self.context(home), somebody(program)
+            own = None if bound is None else self.real[bound]
+            listener = self.fabric.find_listener(context, Kind(kind), cid, port, who, own)
+            made.append(self.fabric.connect(context, listener, own, sizes, who.credentials))
 
         if self.decide(expected, action):
             (real,) = made
-            key = (home, "connected", real.local[1])
-            if bound is None:
-                assert real.local[0] == home
-                assert real.local[1] >= 1024
-                assert key not in self.held
-            else:
-                assert real.local == bound.address
-            assert real.peer == (destination, port)
-            self.held[key] = Stream(real, home, destination, real.local[1])
+            assert found is not None
+            assert real.listener is self.real[found]
+            assert bound is not None or real.local[1] >= 1024
+            stream = self.world.connected(home, found, real.local[1], program, bound)
+            assert (real.local, real.peer) == (stream.local, stream.peer)
+            if bound is not None:
+                del self.real[bound]
+            self.real[stream] = real
 
-    @precondition(lambda self: self.streams())
-    @rule(data=st.data(), twice=st.booleans())
-    def end(self, data: st.DataObject, twice: bool) -> None:
-        stream = data.draw(st.sampled_from(self.streams()), "stream")
-        for _ in range(1 + twice):
-            self.fabric.end(stream.real.number)
-        del self.held[stream.home, "connected", stream.port]
-
-    @rule(data=st.data(), cid=cids, port=ports)
-    def find_datagram(self, data: st.DataObject, cid: int, port: int) -> None:
-        home = data.draw(st.sampled_from(sorted(self.homes)), "home")
-        expected, destination = self.verdict_on_path(home, cid, port)
-        holder = self.held.get((destination, "dgram", port))
-        if not expected and (
-            not isinstance(holder, Socket) or (holder.local_only and destination != home)
-        ):
-            expected = errno.ECONNREFUSED
+    @rule(data=st.data(), cid=cids, port=ports, program=programs, right=often)
+    def send(self, data: st.DataObject, cid: int, port: int, program: Program, right: bool) -> None:
+        home = self.draw_home(data)
+        datagrams = [one for one in self.world.sockets() if one.kind == DATAGRAM]
+        if right and datagrams:
+            target = data.draw(st.sampled_from(datagrams), "target")
+            cid, port = target.home.cid, target.port
+        mine = [one for one in datagrams if one.home is home]
+        source = data.draw(st.sampled_from([None, *mine]), "source")
+        expected, found = self.world.may_send(home, cid, port, program, source)
 
         def action() -> None:
-            found = self.fabric.find_datagram(self.context(home), cid, port, ME)
-            assert isinstance(holder, Socket)
-            assert found is holder.real
+            own = None if source is None else self.real[source]
+            who = somebody(program)
+            receiver = self.fabric.find_datagram(self.context(home), cid, port, who, own)
+            assert isinstance(found, Socket)
+            assert receiver is self.real[found]
 
         self.decide(expected, action)
 
     # What always holds
 
     @invariant()
-    def the_same_contexts_run(self) -> None:
-        assert {context.cid for context in self.fabric.contexts} == self.homes
+    def the_same_contexts_are_in_the_same_state(self) -> None:
+        assert {
+            context.cid: (context.state.value, context.fault_tolerant)
+            for context in self.fabric.contexts
+        } == {cid: (machine.state, machine.ft) for cid, machine in self.world.machines.items()}
 
     @invariant()
     def the_same_ports_are_held_by_the_same(self) -> None:
@@ -287,14 +364,19 @@ class FabricModel(RuleBasedStateMachine):
             for name, ports in (("connected", context.connected), ("dgram", context.datagrams))
             for port, holder in ports._holders.items()
         }
-        assert found == {key: holder.real for key, holder in self.held.items()}
+        assert found == {key: self.real[holder] for key, holder in self.world.held.items()}
 
     @invariant()
     def every_stream_is_counted_once(self) -> None:
-        assert self.fabric.connections == {
-            stream.real.number: stream.real for stream in self.streams()
-        }
+        streams = [self.real[stream] for stream in self.world.streams()]
+        assert self.fabric.connections == {real.number: real for real in streams}
+
+    @invariant()
+    def nothing_of_a_context_that_is_off_is_left(self) -> None:
+        for machine in self.world.machines.values():
+            if machine.state == "off":
+                assert self.context(machine).sockets == 0
 
 
-FabricModel.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+FabricModel.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestFabric = FabricModel.TestCase
