@@ -207,9 +207,11 @@ class Broker:
                 log.info("context %d pid %d: %s", context.cid, channel.credentials.pid, refused)
             channel.send(Record(refused.errno).encode())
             consume(channel.sock, channel.kind, request.polling)
-            # The program may try again on the same socket, unless it has very many.
+            # The program may try again on the same socket, and one that is bound stays so; unless
+            # it has very many that are not.
             held = len(self._channels.get(context, ()))
-            return not context.is_guest or held < context.limits.sockets
+            bound = channel.endpoint is not None
+            return bound or not context.is_guest or held < context.limits.sockets
         except ProtocolError as error:
             log.info("context %d pid %d: %s", channel.context.cid, channel.credentials.pid, error)
             return False
