@@ -136,11 +136,15 @@ class FabricModel(RuleBasedStateMachine):
 
     @initialize(first=isolations, second=isolations)
     def begin(self, first: tuple[str, bool, str], second: tuple[str, bool, str]) -> None:
-        for cid, isolation, most_sockets in ((3, first, 1000), (4, second, 4)):
+        for cid, isolation, most_sockets in ((3, first, 1000), (4, second, 5)):
             self.add_context(cid, isolation, ALICE, most_sockets)
         for machine in self.world.powered():
-            for kind, port in ((STREAM, 5000), (DATAGRAM, 5000)):
-                socket = self.bind_in(machine, kind, ANY, port, Program(FABRICS_OWNER))
+            for kind, cid, port in (
+                (STREAM, ANY, 5000),
+                (DATAGRAM, ANY, 5000),
+                (DATAGRAM, LOCAL, 5001),
+            ):
+                socket = self.bind_in(machine, kind, cid, port, Program(FABRICS_OWNER))
                 if socket is not None and kind == STREAM:
                     self.listen_on(socket, BufferSizes())
 
