@@ -84,6 +84,29 @@ def send_with(sock: socket.socket, data: bytes, descriptors: Sequence[int]) -> N
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
 
 
+def adopt(context: Attachment, datagrams: socket.socket, port: int = ANY) -> Record:
+    """Have vsockd bind a datagram socket, in the orderly way."""
+    with enter(context, socket.SOCK_SEQPACKET) as sock:
+        send_with(sock, bind_datagram(port).encode(), [datagrams.fileno()])
+        return Record.decode(sock.recv(RECORD_SIZE))
+
+
+def ask_for_route(
+    context: Attachment, sender: socket.socket, address: tuple[int, int]
+) -> socket.socket:
+    """The way from a datagram socket to ``address``, in the orderly way.
+
+    OSError with vsockd's errno when there is none.
+    """
+    with enter(context, socket.SOCK_SEQPACKET) as sock:
+        send_with(sock, route(*address).encode(), [sender.fileno()])
+        data, fds, _, _ = socket.recv_fds(sock, RECORD_SIZE, 1)
+        status = Record.decode(data).status
+        if status:
+            raise OSError(status, os.strerror(status))
+        return socket.socket(fileno=fds[0])
+
+
 def has_ended(sock: socket.socket) -> bool:
     """Whether vsockd closes ``sock``, without having said anything more."""
     try:
