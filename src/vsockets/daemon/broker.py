@@ -328,6 +328,7 @@ class Broker:
             )
             if source is None:
                 source = self._adopt(channel, request, sock)
+        self.fabric.require_route(source, destination)
         route = self.datagrams.route(source, destination)
         channel.send_descriptor(
             Record(

@@ -185,6 +185,14 @@ class Fabric:
             self._require_trust(context, endpoint, program, source)
         return endpoint
 
+    @staticmethod
+    def require_route(source: Endpoint, destination: Endpoint) -> None:
+        """Raise Refused, with EHOSTUNREACH, unless datagrams from ``source`` would show
+        ``destination`` an address that means the same there: VMADDR_CID_LOCAL does not.
+        """
+        if not _in_scope(destination.context, source):
+            raise Refused(errno.EHOSTUNREACH, "a socket bound to the local CID stays in it")
+
     # Both
 
     def _destination(self, context: Context, cid: int, port: int, connecting: bool) -> Context:
