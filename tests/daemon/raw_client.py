@@ -84,6 +84,11 @@ def send_with(sock: socket.socket, data: bytes, descriptors: Sequence[int]) -> N
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
 
 
+def unix_datagrams() -> socket.socket:
+    """What a vSockets datagram socket is made of, before it is one."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+
 def adopt(context: Attachment, datagrams: socket.socket, port: int = ANY) -> Record:
     """Have vsockd bind a datagram socket, in the orderly way."""
     with enter(context, socket.SOCK_SEQPACKET) as sock:

@@ -31,16 +31,13 @@ from .raw_client import (
     guest_of,
     route,
     send_with,
+    unix_datagrams,
 )
 
 SEQPACKET, DATAGRAM = socket.SOCK_SEQPACKET, socket.SOCK_DGRAM
 
 #: Disconnects a datagram socket: connect(2).
 UNSPECIFIED = struct.pack("H14x", socket.AF_UNSPEC)
-
-
-def unix_datagrams() -> socket.socket:
-    return socket.socket(socket.AF_UNIX, DATAGRAM)
 
 
 @pytest.fixture

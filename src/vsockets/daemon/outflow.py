@@ -54,9 +54,13 @@ class Outflow:
         self._routes.add(route)
 
     def revoke(self, route: _socket.socket) -> None:
-        """Nothing can be sent on ``route`` any more, whoever has it."""
+        """Nothing can be sent on ``route`` any more, whoever has it.  Harmless when it was
+        revoked before.
+        """
+        if route not in self._routes:
+            return
         route.shutdown(SHUT_RDWR)
-        self._routes.discard(route)
+        self._routes.remove(route)
         if _queued(route):
             self._draining.add(route)
         else:
