@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,14 +108,6 @@ def assert_stands(one: socket.socket, other: socket.socket) -> None:
     assert other.recv(10) == b"there"
     other.sendall(b"and back")
     assert one.recv(10) == b"and back"
-
-
-def compile_holder(folder: Path) -> Path:
-    program = folder / "stream_holder"
-    source = Path(__file__).with_name("stream_holder.c")
-    command = ["gcc", "-Wall", "-Werror", "-o", os.fspath(program), os.fspath(source)]
-    subprocess.run(command, check=True)
-    return program
 
 
 class Holder:

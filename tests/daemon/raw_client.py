@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def send_with(sock: socket.socket, data: bytes, descriptors: Sequence[int]) -> N
     """Send ``data`` with descriptors riding along."""
     rights = array.array("i", descriptors)
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+
+
+def cookie_of(sock: socket.socket) -> int:
+    """The kernel's number for a socket."""
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
 
 
 def unix_datagrams() -> socket.socket:
@@ -172,3 +178,11 @@ def paused(pid: int) -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def compiled(source: str, folder: Path) -> Path:
+    """A C program of this folder, made in ``folder``."""
+    program = folder / source.removesuffix(".c")
+    path = Path(__file__).with_name(source)
+    subprocess.run(["gcc", "-Wall", "-Werror", "-o", program, path], check=True)
+    return program

@@ -27,6 +27,7 @@ from .raw_client import (
     ask_for_route,
     ask_once,
     bind_datagram,
+    cookie_of,
     enter,
     guest_of,
     route,
@@ -124,7 +125,7 @@ def test_a_replayed_request(guest: Attachment, receiver: vsockets.socket) -> Non
 def test_the_cookie_of_a_socket_of_the_host(
     shared_fabric: PrivateFabric, guest: Attachment, receiver: vsockets.socket, op: Op
 ) -> None:
-    cookie = int.from_bytes(receiver.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+    cookie = cookie_of(receiver)
     inode = os.fstat(receiver.fileno()).st_ino
     request = Request(op, 0, ANY, ANY, 2, 5000, cookie=cookie, inode=inode)
     if op is Op.QUERY:

@@ -13,7 +13,7 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -372,7 +372,7 @@ def test_again_and_again(shared_fabric: PrivateFabric, guest: Machine) -> None:
 
 def test_what_cannot_be(shared_fabric: PrivateFabric, guest: Machine) -> None:
     control = shared_fabric.control
-    refusals = {
+    refusals: dict[str, Callable[[], object]] = {
         "context 5 is running: resume cannot be": lambda: control.resume(MACHINE),
         "context 5 is running: power-on cannot be": lambda: control.power_on(MACHINE),
         "context 5 is not in FT mode already": lambda: control.fault_tolerance(MACHINE, False),

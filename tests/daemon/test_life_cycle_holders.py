@@ -25,12 +25,11 @@ from .life import (
     Machine,
     assert_ended,
     assert_stands,
-    compile_holder,
     every_drop,
     machine,
     stream,
 )
-from .raw_client import GUEST, PROMPT, ask, connect, enter, guest_of, state
+from .raw_client import GUEST, PROMPT, ask, compiled, connect, enter, guest_of, state
 
 #: Does what stream_holder.c does.
 PYTHON_HOLDER = """
@@ -65,7 +64,7 @@ def guest(shared_fabric: PrivateFabric) -> Iterator[Machine]:
 
 @pytest.fixture(scope="module")
 def c_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_holder(tmp_path_factory.mktemp("holder"))
+    return compiled("stream_holder.c", tmp_path_factory.mktemp("holder"))
 
 
 def python(program: str) -> list[str]:
