@@ -229,8 +229,8 @@ class Broker:
         source, destination = (channel.context.cid, VMADDR_PORT_ANY), None
         if operation in (Op.BIND, Op.BIND_DATAGRAM):
             source = request.local_cid, request.local_port
-        elif channel.endpoint is not None:
-            source = channel.endpoint.address
+        elif (own := channel.endpoint or channel.sender) is not None:
+            source = own.address
         if operation in (Op.CONNECT, Op.ROUTE):
             destination = request.peer_cid, request.peer_port
         self._audit.record(
@@ -322,7 +322,7 @@ class Broker:
     def _route(self, channel: Channel, request: Request) -> bool:
         sock = self._datagram_socket(channel)
         with closing(sock):
-            source = self.datagrams.find(channel.context, cookie_of(sock))
+            source = channel.sender = self.datagrams.find(channel.context, cookie_of(sock))
             destination = self.fabric.find_datagram(
                 channel.context, request.peer_cid, request.peer_port, channel, source
             )
