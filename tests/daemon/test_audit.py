@@ -22,11 +22,9 @@ from vsockets.control import Control
 from vsockets.testing import PrivateFabric
 
 from .raw_client import adopt, ask, ask_once, bind, connect, enter, route, send_with, unix_datagrams
+from .users import NOBODY, as_root
 
-NOBODY = 65_534
 EXECUTABLE = os.path.realpath(sys.executable)
-
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
 
 
 @contextlib.contextmanager

@@ -13,8 +13,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import pytest
 
 import vsockets
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import RECORD_SIZE, Flag, Op, Record, Request
+from vsockets.wire import RECORD_SIZE, Record
 
 from .raw_client import (
     ANY,
@@ -31,49 +29,20 @@ from .raw_client import (
     ask,
     ask_once,
     bind,
-    compiled,
     connect,
     enter,
     listen,
 )
-
-NOBODY = 65_534
-
-#: Who may come in at the host's door, and has no reason to be trusted: groups of their own.
-CREW = 54_321
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
-
-CAP_NET_BIND_SERVICE = 10
-CAP_SYS_ADMIN = 21
-
-
-def has_capability(capability: int, pid: int | None = None) -> bool:
-    status = Path(f"/proc/{pid or 'self'}/status").read_text()
-    effective = int(status.partition("CapEff:")[2].split()[0], 16)
-    return bool(effective >> capability & 1)
-
-
-#: Most containers' root is not, and may make no namespaces.
-as_administrator = pytest.mark.skipif(
-    not has_capability(CAP_SYS_ADMIN), reason="needs CAP_SYS_ADMIN"
+from .users import (
+    CAP_NET_BIND_SERVICE,
+    NOBODY,
+    as_administrator,
+    as_root,
+    ask_by_program,
+    has_capability,
 )
 
-
-@pytest.fixture
-def fabric(vsock_fabric: PrivateFabric) -> PrivateFabric:
-    """A fabric that other users find the way to."""
-    vsock_fabric.folder.parent.chmod(0o755)
-    return vsock_fabric
-
-
-@pytest.fixture(scope="module")
-def programs() -> Iterator[Path]:
-    """A folder that others may run ``door_client`` from."""
-    with tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as folder:
-        os.chmod(folder, 0o755)
-        compiled("door_client.c", Path(folder))
-        yield Path(folder)
+pytestmark = as_root
 
 
 def in_another_process(work: Callable[[socket.socket], None]) -> tuple[int, socket.socket]:
@@ -106,27 +75,6 @@ def receive_socket(channel: socket.socket) -> socket.socket:
     sock = socket.socket(fileno=fd)
     sock.settimeout(PROMPT)
     return sock
-
-
-def ask_by_program(
-    program: Path,
-    fabric: PrivateFabric,
-    request: Request,
-    *before: str,
-    groups: tuple[int, ...] = (),
-) -> Record:
-    """What vsockd answers ``door_client`` on the host, run as nobody by the command ``before``."""
-    done = subprocess.run(
-        [*before, program, fabric.host.folder / "seqpacket"],
-        input=request.encode(),
-        capture_output=True,
-        timeout=5 * PROMPT,
-        check=True,
-        user=None if before else NOBODY,
-        group=None if before else NOBODY,
-        extra_groups=None if before else groups,
-    )
-    return Record.decode(done.stdout)
 
 
 # Connections left to others
@@ -305,89 +253,6 @@ def test_root_of_a_namespace_of_ones_own(fabric: PrivateFabric, programs: Path) 
     mine = ["setpriv", "--reuid", str(NOBODY), "--clear-groups", "unshare", "--user"]
     answer = ask_by_program(programs / "door_client", fabric, bind(700), *mine, "--map-root-user")
     assert answer.status == errno.EACCES
-
-
-# Grants
-
-
-def grant(fabric: PrivateFabric, who: str) -> None:
-    (fabric.configuration / "grants.toml").write_text(
-        f"[[grant]]\n{who}\nstream_vsocket_trusted = true\n"
-    )
-    fabric.control.reload()
-
-
-def is_trusted(answer: Record) -> bool:
-    assert answer.status == 0
-    assert not answer.flags & Flag.TRUSTED_DATAGRAM
-    return bool(answer.flags & Flag.TRUSTED_STREAM)
-
-
-TRUSTED_BY_9 = Request(Op.LOCAL_CID, peer_cid=9)
-
-
-def test_a_grant_to_a_group(fabric: PrivateFabric, programs: Path) -> None:
-    """It may be any of a process's groups, when it connects."""
-    fabric.guest(9, profile="restricted")
-    client = programs / "door_client"
-    grant(fabric, f"group = {CREW}")
-    assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, groups=(1, CREW)))
-    assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, groups=(1,)))
-    grant(fabric, f"group = {NOBODY}")
-    assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
-
-
-def test_a_grant_to_a_user_and_a_group_needs_both(fabric: PrivateFabric, programs: Path) -> None:
-    fabric.guest(9, profile="restricted")
-    client = programs / "door_client"
-    grant(fabric, f"user = {NOBODY}\ngroup = {CREW}")
-    assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, groups=(CREW,)))
-    assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
-    grant(fabric, f"user = {NOBODY - 1}\ngroup = {CREW}")
-    assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, groups=(CREW,)))
-
-
-class TestGrantToAnExecutable:
-    """It is for one file, whatever others are called."""
-
-    @pytest.fixture
-    def client(self, fabric: PrivateFabric, programs: Path) -> Path:
-        fabric.guest(9, profile="restricted")
-        client = programs / "door_client"
-        grant(fabric, f'executable = "{client}"')
-        return client
-
-    def test_by_its_path(self, fabric: PrivateFabric, client: Path) -> None:
-        assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
-
-    def test_by_another_name(self, fabric: PrivateFabric, client: Path) -> None:
-        link = client.with_name("link")
-        link.hardlink_to(client)
-        assert is_trusted(ask_by_program(link, fabric, TRUSTED_BY_9))
-
-    def test_a_copy(self, fabric: PrivateFabric, client: Path) -> None:
-        copy = Path(shutil.copy(client, client.with_name("copy")))
-        assert not is_trusted(ask_by_program(copy, fabric, TRUSTED_BY_9))
-
-    @as_administrator
-    def test_another_file_of_that_name_in_another_mount_namespace(
-        self, fabric: PrivateFabric, client: Path
-    ) -> None:
-        copy = Path(shutil.copy(client, client.with_name("impostor")))
-        script = (
-            f'mount --bind {copy} {client} && exec setpriv --reuid {NOBODY} --clear-groups "$@"'
-        )
-        elsewhere = ["unshare", "--mount", "sh", "-c", script, "sh"]
-        assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, *elsewhere))
-
-    def test_a_file_that_took_its_place(self, fabric: PrivateFabric, client: Path) -> None:
-        """The path decides which file it is, and only who may write there can change that."""
-        other = Path(shutil.copy(client, client.with_name("other")))
-        running = client.with_name("running")
-        running.hardlink_to(client)
-        os.replace(other, client)
-        assert not is_trusted(ask_by_program(running, fabric, TRUSTED_BY_9))
-        assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
 
 
 # Getting at vsockd itself

@@ -20,14 +20,14 @@ from vsockets import (
 from vsockets.testing import PrivateFabric
 
 from .raw_client import ask_once, bind, enter
+from .users import NOBODY, as_root
 
-NOBODY = 65_534
 OWNER = 54_321
 
 STREAM, SEQPACKET, DATAGRAM = socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM
 every_kind = pytest.mark.parametrize("kind", [STREAM, SEQPACKET, DATAGRAM])
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+pytestmark = as_root
 
 
 @contextlib.contextmanager
@@ -41,13 +41,6 @@ def user(uid: int) -> Iterator[None]:
     finally:
         os.seteuid(0)
         os.seteuid(before)
-
-
-@pytest.fixture
-def fabric(vsock_fabric: PrivateFabric) -> PrivateFabric:
-    """A fabric that other users find the way to."""
-    vsock_fabric.folder.parent.chmod(0o755)
-    return vsock_fabric
 
 
 @pytest.fixture
