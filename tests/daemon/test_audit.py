@@ -37,14 +37,6 @@ def unprivileged(fabric: PrivateFabric) -> Iterator[None]:
         os.seteuid(0)
 
 
-def routes(context: Attachment, cid: int, port: int, count: int = 1) -> None:
-    with unix_datagrams() as sock:
-        for _ in range(count):
-            with enter(context, socket.SOCK_SEQPACKET) as door:
-                send_with(door, route(cid, port).encode(), [sock.fileno()])
-                door.recv(1000)
-
-
 # One function for each way to be denied something; beside it what the line has to say.
 
 
@@ -70,7 +62,10 @@ def guest_to_guest(fabric: PrivateFabric) -> None:
 
 def guest_to_guest_by_datagram(fabric: PrivateFabric) -> None:
     fabric.guest(4)
-    routes(fabric.guest(3), 4, 5000)
+    guest = fabric.guest(3)
+    with unix_datagrams() as sock, enter(guest, socket.SOCK_SEQPACKET) as door:
+        send_with(door, route(4, 5000).encode(), [sock.fileno()])
+        door.recv(1000)
 
 
 def restricted(fabric: PrivateFabric) -> None:
