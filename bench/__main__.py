@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vsockets.testing import PrivateFabric
 
-from . import connects, datagrams, scale, streams
+from . import connects, datagrams, drops, scale, streams
 from .harness import Series, take_turns
 
 Results = dict[str, dict[str, Series]]
@@ -114,6 +114,15 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
+    def dropping(tick: Tick) -> dict[str, Series]:
+        with (
+            drops.suspends(1) as one,
+            drops.suspends(100) as hundred,
+            drops.suspends(1000) as thousand,
+        ):
+            contestants = {"1 stream": one, "100 streams": hundred, "1,000 streams": thousand}
+            return take_turns(contestants, "ms", rounds, tick)
+
     many_contexts = scale.most(10_000, 2)
     many_listeners = scale.most(20_000, 1)
     return {
@@ -122,6 +131,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "datagrams, 64 B": datagram,
         "connects, 1 client": connecting(1, 3000),
         "connects, 4 clients": connecting(4, 2000),
+        "suspend until the last end is told": dropping,
         "vsockd's time a connect, contexts": growing(
             ("10", 10, 1), (f"{many_contexts:,}", many_contexts, 1)
         ),
@@ -145,17 +155,19 @@ def _table(name: str, series: dict[str, Series]) -> Table:
     table = Table(title=name, title_justify="left", width=78)
     table.add_column("")
     table.add_column("median", justify="right")
+    table.add_column("slowest", justify="right")
     table.add_column(f"{ours.name} : it", justify="right")
     table.add_column("goal")
-    table.add_column("", width=24)
+    table.add_column("", width=14)
     for one in series.values():
         more, bound = goal.get(one.name, (True, None))
         table.add_row(
             one.name,
             f"{one.median:,.1f} {one.unit}",
+            f"{one.slowest:,.1f}",
             "" if one is ours else f"{ours.ratio_to(one):.2f}",
             "" if bound is None else f"{'>=' if more else '<='} {bound}",
-            "█" * max(1, round(24 * one.median / longest)),
+            "█" * max(1, round(14 * one.median / longest)),
         )
     return table
 

@@ -34,6 +34,11 @@ class Series:
         """The median over the rounds."""
         return statistics.median(self.values)
 
+    @property
+    def slowest(self) -> float:
+        """The worst round: the least of rates, the most of times."""
+        return min(self.values) if "/" in self.unit else max(self.values)
+
     def ratio_to(self, other: Series) -> float:
         """The median of this over ``other``, round by round."""
         return statistics.median(a / b for a, b in zip(self.values, other.values, strict=True))

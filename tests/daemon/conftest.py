@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from vsockets.testing import PrivateFabric, wait_until
 
-from .raw_client import GUEST, assert_serves, no_descriptor_left_behind
+from .raw_client import GUEST, assert_serves, compiled, no_descriptor_left_behind
 
 
 class Fabrics:
@@ -62,3 +65,19 @@ def shared_fabric(fabrics: Fabrics, request: pytest.FixtureRequest) -> Iterator[
         raise
     finally:
         request.node.add_report_section("teardown", "vsockd", fabric.log[seen:])
+
+
+@pytest.fixture
+def fabric(vsock_fabric: PrivateFabric) -> PrivateFabric:
+    """A fabric that other users find the way to."""
+    vsock_fabric.folder.parent.chmod(0o755)
+    return vsock_fabric
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Path]:
+    """A folder that others may run ``door_client`` from."""
+    with tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        compiled("door_client.c", Path(folder))
+        yield Path(folder)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -84,6 +85,39 @@ def send_with(sock: socket.socket, data: bytes, descriptors: Sequence[int]) -> N
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
 
 
+def cookie_of(sock: socket.socket) -> int:
+    """The kernel's number for a socket."""
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+
+
+def unix_datagrams() -> socket.socket:
+    """What a vSockets datagram socket is made of, before it is one."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+
+def adopt(context: Attachment, datagrams: socket.socket, port: int = ANY) -> Record:
+    """Have vsockd bind a datagram socket, in the orderly way."""
+    with enter(context, socket.SOCK_SEQPACKET) as sock:
+        send_with(sock, bind_datagram(port).encode(), [datagrams.fileno()])
+        return Record.decode(sock.recv(RECORD_SIZE))
+
+
+def ask_for_route(
+    context: Attachment, sender: socket.socket, address: tuple[int, int]
+) -> socket.socket:
+    """The way from a datagram socket to ``address``, in the orderly way.
+
+    OSError with vsockd's errno when there is none.
+    """
+    with enter(context, socket.SOCK_SEQPACKET) as sock:
+        send_with(sock, route(*address).encode(), [sender.fileno()])
+        data, fds, _, _ = socket.recv_fds(sock, RECORD_SIZE, 1)
+        status = Record.decode(data).status
+        if status:
+            raise OSError(status, os.strerror(status))
+        return socket.socket(fileno=fds[0])
+
+
 def has_ended(sock: socket.socket) -> bool:
     """Whether vsockd closes ``sock``, without having said anything more."""
     try:
@@ -144,3 +178,11 @@ def paused(pid: int) -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def compiled(source: str, folder: Path) -> Path:
+    """A C program of this folder, made in ``folder``."""
+    program = folder / source.removesuffix(".c")
+    path = Path(__file__).with_name(source)
+    subprocess.run(["gcc", "-Wall", "-Werror", "-o", program, path], check=True)
+    return program

@@ -61,6 +61,19 @@ def test_opening_and_closing(
     assert abs(resident(vsock_fabric.pid) - before) < TOLERANCE
 
 
+def test_senders_that_go_before_their_datagrams_are_read(vsock_fabric: PrivateFabric) -> None:
+    guest = vsock_fabric.guest()
+    with vsockets.socket(type=socket.SOCK_DGRAM, context=vsock_fabric.host) as receiver:
+        receiver.bind((2, 5000))
+        with no_descriptor_left_behind(vsock_fabric):
+            for context in [vsock_fabric.host, guest] * 5:
+                with vsockets.socket(type=socket.SOCK_DGRAM, context=context) as sender:
+                    sender.sendto(b"x", (2, 5000))
+            vsock_fabric.control.status()
+            for _ in range(10):
+                receiver.recvfrom(10)
+
+
 def test_connections(vsock_fabric: PrivateFabric) -> None:
     guest = vsock_fabric.guest()
 

@@ -34,13 +34,6 @@ def somebody_else() -> Iterator[None]:
         os.seteuid(0)
 
 
-@pytest.fixture
-def fabric(vsock_fabric: PrivateFabric) -> PrivateFabric:
-    """A fabric that other users find the way to."""
-    vsock_fabric.folder.parent.chmod(0o755)
-    return vsock_fabric
-
-
 @both_doors
 def test_reserved_ports_need_a_capability(fabric: PrivateFabric, door: int) -> None:
     with somebody_else():

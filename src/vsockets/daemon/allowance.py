@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from time import monotonic
+from weakref import WeakKeyDictionary
 
 from ..fabric import Context
 from ..limits import COUNT_AGAIN
@@ -22,11 +23,11 @@ class Allowance:
     ) -> None:
         self._forget_what_has_gone = forget_what_has_gone
         self._listeners = listeners
-        self._counted = 0.0
+        self._counted: WeakKeyDictionary[Context, float] = WeakKeyDictionary()
 
     def make_room(self, context: Context) -> None:
         """Forget what a guest with as many sockets as it may have does not hold any more."""
-        if context.sockets >= context.limits.sockets and self._may_count():
+        if context.sockets >= context.limits.sockets and self._may_count(context):
             self._forget_what_has_gone()
 
     def require_patience(self, context: Context, target: Channel | None = None) -> None:
@@ -36,14 +37,17 @@ class Allowance:
             return
         if target is not None:
             target.count_waiting()
-        if context.pending >= most and self._may_count():
+        if context.pending >= most and self._may_count(context):
             for listener in self._listeners():
                 listener.count_waiting()
         context.require_patience()
 
-    def _may_count(self) -> bool:
+    def _may_count(self, context: Context) -> bool:
+        """Whether it is long ago that everything was counted anew for this guest: each has a
+        clock of its own, so that one at its limit does not keep the others waiting.
+        """
         now = monotonic()
-        if now - self._counted < COUNT_AGAIN:
+        if now - self._counted.get(context, -COUNT_AGAIN) < COUNT_AGAIN:
             return False
-        self._counted = now
+        self._counted[context] = now
         return True

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import time
 from typing import Any
 
-from ..fabric import Context, Credentials, Denied
+from ..fabric import Context, Denied
 from ..fabric.meter import Meter
+from .credentials import Peer
 from .events import Events, Topic
 
 log = logging.getLogger("vsockd.audit")
@@ -32,7 +32,7 @@ class Audit:
     def record(
         self,
         context: Context,
-        program: Credentials,
+        program: Peer,
         denied: Denied,
         operation: str,
         source: tuple[int, int] | None,
@@ -54,10 +54,10 @@ class Audit:
             "rule": denied.rule.value,
             "reason": denied.reason,
             "errno": errno.errorcode.get(denied.errno, str(denied.errno)),
-            "pid": program.pid,
-            "uid": program.uid,
-            "gid": program.gid,
-            "executable": _executable(program.pid),
+            "pid": program.credentials.pid,
+            "uid": program.credentials.uid,
+            "gid": program.credentials.gid,
+            "executable": program.executable(),
             "left_out": self._left_out.pop(context, 0),
         }
         message = _in_words(facts)
@@ -83,11 +83,3 @@ def _in_words(facts: dict[str, Any]) -> str:
 def _address(address: tuple[int, int]) -> str:
     cid, port = ("any" if number == 0xFFFF_FFFF else number for number in address)
     return f"{cid}:{port}"
-
-
-def _executable(pid: int) -> str | None:
-    """What the process runs, as far as vsockd may know; it may have gone."""
-    try:
-        return os.readlink(f"/proc/{pid}/exe")
-    except OSError:
-        return None

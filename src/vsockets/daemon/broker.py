@@ -130,7 +130,7 @@ class Broker:
             self.refusals += 1
             source = channel.context.cid, VMADDR_PORT_ANY
             self._audit.record(
-                channel.context, channel.credentials, denied, "a silent connection", source, None
+                channel.context, channel, denied, "a silent connection", source, None
             )
             channel.send(Record(denied.errno).encode())
             channel.sock.close()
@@ -231,13 +231,13 @@ class Broker:
         source, destination = (channel.context.cid, VMADDR_PORT_ANY), None
         if operation in (Op.BIND, Op.BIND_DATAGRAM):
             source = request.local_cid, request.local_port
-        elif channel.endpoint is not None:
-            source = channel.endpoint.address
+        elif (own := channel.endpoint or channel.sender) is not None:
+            source = own.address
         if operation in (Op.CONNECT, Op.ROUTE):
             destination = request.peer_cid, request.peer_port
         self._audit.record(
             channel.context,
-            channel.credentials,
+            channel,
             denied,
             _OPERATIONS[operation],
             source,
@@ -324,7 +324,7 @@ class Broker:
     def _route(self, channel: Channel, request: Request) -> bool:
         sock = self._datagram_socket(channel)
         with closing(sock):
-            source = self.datagrams.find(channel.context, cookie_of(sock))
+            source = channel.sender = self.datagrams.find(channel.context, cookie_of(sock))
             wanted = (channel.context, request.peer_cid, request.peer_port, channel)
             destination = self.fabric.find_datagram(*wanted, source)
             if source is None:
@@ -399,14 +399,15 @@ class Broker:
 
     def _look_up(self, channel: Channel, request: Request) -> bytes:
         context = channel.context
+        # First what the kernel says; a cookie is what some program of the context claimed.
+        accepted = self.streams.find_accepted(request.inode) if request.inode else None
+        if accepted is not None and accepted.peer_context is context:
+            return describe_accepting(accepted)
         found = context.cookies.get(request.cookie) or self.datagrams.find(context, request.cookie)
         if isinstance(found, Connection):
             return describe_connecting(found)
         if isinstance(found, Endpoint):
             return describe_endpoint(found)
-        accepted = self.streams.find_accepted(request.inode) if request.inode else None
-        if accepted is not None and accepted.peer_context is context:
-            return describe_accepting(accepted)
         raise Refused(errno.ENOTCONN, "an unknown socket was asked for")
 
     def _trust(self, channel: Channel, request: Request) -> int:

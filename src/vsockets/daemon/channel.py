@@ -38,6 +38,7 @@ class Channel(Peer):
     sock: _socket.socket
     # What most channels never have is the class's.
     endpoint: Endpoint | None = None
+    sender: Endpoint | None = None  # of the datagram socket that came with its request
     silent = False  # it is kept, and nothing was read from it yet
     _capacity: int | None = None  # of the backlog; None: the socket does not listen
     #: of a listening socket: whose connections were announced, and not taken as far as is known

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import select
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from socket import SO_PEERCRED, SOL_SOCKET
 from typing import Protocol, overload
 
@@ -88,22 +89,36 @@ class Peer:
             groups.frombytes(self.sock.getsockopt(SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS))
         return groups.tolist()
 
+    def executable(self) -> str | None:
+        """What it runs now; None when it has gone, or vsockd may not know."""
+        try:
+            with self._folder() as folder:
+                path = os.readlink(f"{folder}/exe")
+        except OSError:
+            return None
+        return path
+
     def _learn(self, read: Callable[[str], bool]) -> bool:
         """What ``read`` finds out in the process's folder of ``/proc``."""
+        try:
+            with self._folder() as folder:
+                own = os.stat(f"{folder}/status").st_uid == self.credentials.uid
+                answer = own and read(folder)
+        except OSError:
+            return False
+        return answer
+
+    @contextlib.contextmanager
+    def _folder(self) -> Iterator[str]:
+        """The process's folder of ``/proc``.  OSError unless it was there all the while."""
         pid = self.credentials.pid
         if pid <= 0:
-            return False
-        folder = f"/proc/{pid}"
+            raise ProcessLookupError(errno.ESRCH, "in no pid namespace that vsockd can see")
+        pidfd = self._pidfd()
         try:
-            pidfd = self._pidfd()
-        except OSError:
-            return False
-        try:
-            if os.stat(f"{folder}/status").st_uid != self.credentials.uid:
-                return False
-            return read(folder) and not _exited(pidfd)
-        except OSError:
-            return False
+            yield f"/proc/{pid}"
+            if _exited(pidfd):
+                raise ProcessLookupError(errno.ESRCH, "it has gone")
         finally:
             os.close(pidfd)
 

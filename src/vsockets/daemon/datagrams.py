@@ -94,7 +94,7 @@ class Datagrams:
         except OSError as error:
             raise Refused(errno.EINVAL, f"the datagram socket cannot be bound: {error}") from None
         node = os.open(name, os.O_PATH | os.O_CLOEXEC)
-        endpoint.handle = DatagramSocket(node, self.outflow(endpoint.context))
+        endpoint.handle = DatagramSocket(node, self._outflow(endpoint.context))
         os.unlink(name)
         endpoint.cookie = cookie_of(sock)
         self._by_cookie[endpoint.cookie] = endpoint
@@ -140,8 +140,13 @@ class Datagrams:
                 if endpoint.context is context or destination[0] == context.cid:
                     sender.revoke(destination)
 
-    def outflow(self, context: Context) -> Outflow:
-        """What ``context`` has on its way."""
+    def queued(self, context: Context) -> int:
+        """The bytes that ``context`` has on their way: see :meth:`.Outflow.queued`."""
+        outflow = self._outflows.get(context)
+        return 0 if outflow is None else outflow.queued()
+
+    def _outflow(self, context: Context) -> Outflow:
+        """The routes from ``context``."""
         found = self._outflows.get(context)
         if found is None:
             found = self._outflows[context] = Outflow(context)
@@ -174,6 +179,8 @@ class Datagrams:
         self._unswept = 0
         for endpoint in list(self._by_cookie.values()):
             self.is_open(endpoint)
+        for outflow in self._outflows.values():
+            outflow.settle()
 
     def _watch_outflow(self, outflow: Outflow) -> None:
         # Routes may be filled after they were given out.

@@ -58,22 +58,22 @@ class Outflow:
         if route not in self._routes:
             return
         route.shutdown(SHUT_RDWR)
-        self._routes.discard(route)
-        if _queued(route):
+        self._routes.remove(route)
+        if self._context.is_guest and _queued(route):
             self._draining.add(route)
         else:
             route.close()
 
     def queued(self) -> int:
         """The bytes on their way, as the kernel counts: some more than the datagrams have."""
-        total = sum(map(_queued, self._routes))
-        for route in list(self._draining):
-            queued = _queued(route)
-            total += queued
-            if not queued:
-                self._draining.discard(route)
-                route.close()
-        return total
+        self.settle()
+        return sum(map(_queued, self._routes)) + sum(map(_queued, self._draining))
+
+    def settle(self) -> None:
+        """Let go of the routes that were revoked and have nothing on their way any more."""
+        for route in [route for route in self._draining if not _queued(route)]:
+            self._draining.remove(route)
+            route.close()
 
     def enforce(self) -> bool:
         """Revoke every route with something on it if that is too much; returns whether it was."""

@@ -52,7 +52,7 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
         "usage": {
             "sockets": context.sockets,
             "pending_connects": max(context.pending, 0),
-            "datagram_bytes": broker.datagrams.outflow(context).queued(),
+            "datagram_bytes": broker.datagrams.queued(context),
         },
         "limits": {
             "sockets": limits.sockets,

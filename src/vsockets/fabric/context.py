@@ -20,6 +20,7 @@ class Context:
     """One context: its CID, its state, and the ports its endpoints hold."""
 
     __slots__ = (
+        "__weakref__",
         "cid",
         "connected",
         "cookies",

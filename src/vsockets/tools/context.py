@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..address import parse_cid
-from ..vm import Vmx, VmxError, read_vmx
+from ..vm import VmxError, read_vmx
 from .output import Column, complain, notice, print_json, print_table, user_name
 from .reach import administrator
 
@@ -88,12 +88,16 @@ def add(
     if not legacy and (unrestricted or domain is not None):
         raise typer.BadParameter("--unrestricted and --domain go with --profile legacy")
     if vmx is not None:
-        machine = _read_machine(vmx)
-        cid = machine.cid if cid is None else cid
-        name = name or machine.display_name
-        unrestricted = unrestricted or machine.unrestricted
-        domain = machine.domain if domain is None else domain
-        if not legacy and (machine.unrestricted or machine.domain):
+        try:
+            machine = read_vmx(vmx)
+            machine.require_vmci()
+            cid = machine.cid if cid is None else cid
+            name = name or machine.display_name
+            unrestricted = unrestricted or machine.unrestricted
+            domain = machine.domain if domain is None else domain
+        except VmxError as error:
+            raise typer.BadParameter(str(error)) from None
+        if not legacy and (unrestricted or domain):
             notice(
                 f"{vmx}: vmci0.unrestricted and vmci0.domain have no effect, as since ESXi 5.1; "
                 "--profile legacy gives them one"
@@ -114,15 +118,6 @@ def add(
     print(added["cid"])
     if sys.stderr.isatty() and sys.stdout.isatty():
         notice(f"run a program in it: vsock run --cid {added['cid']} -- PROGRAM")
-
-
-def _read_machine(path: Path) -> Vmx:
-    try:
-        machine = read_vmx(path)
-        machine.require_vmci()
-    except VmxError as error:
-        raise typer.BadParameter(str(error)) from None
-    return machine
 
 
 @app.command("ls")

@@ -1,0 +1,308 @@
+"""Every denial is written down: one line, with both addresses, the process and the rule."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+import vsockets
+from vsockets import Attachment
+from vsockets.control import Control
+from vsockets.testing import PrivateFabric
+
+from .raw_client import adopt, ask, ask_once, bind, connect, enter, route, send_with, unix_datagrams
+from .users import NOBODY, as_root
+
+EXECUTABLE = os.path.realpath(sys.executable)
+
+
+@contextlib.contextmanager
+def unprivileged(fabric: PrivateFabric) -> Iterator[None]:
+    fabric.folder.parent.chmod(0o755)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+# One function for each way to be denied something; beside it what the line has to say.
+
+
+def another_cid(fabric: PrivateFabric) -> None:
+    ask_once(fabric.guest(3), bind(5000)._replace(local_cid=2))
+
+
+def reserved_port(fabric: PrivateFabric) -> None:
+    with unprivileged(fabric):
+        ask_once(fabric.host, bind(700))
+
+
+def hypervisor_service(fabric: PrivateFabric) -> None:
+    fabric.hypervisor.folder.chmod(0o755)
+    with unprivileged(fabric):
+        ask_once(fabric.hypervisor, bind(5000))
+
+
+def guest_to_guest(fabric: PrivateFabric) -> None:
+    fabric.guest(4)
+    ask_once(fabric.guest(3), connect(4, 5000))
+
+
+def guest_to_guest_by_datagram(fabric: PrivateFabric) -> None:
+    fabric.guest(4)
+    guest = fabric.guest(3)
+    with unix_datagrams() as sock, enter(guest, socket.SOCK_SEQPACKET) as door:
+        send_with(door, route(4, 5000).encode(), [sock.fileno()])
+        door.recv(1000)
+
+
+def restricted(fabric: PrivateFabric) -> None:
+    guest = fabric.guest(3, profile="restricted")
+    with unprivileged(fabric), vsockets.create_server((2, 5000), context=fabric.host):
+        os.seteuid(0)
+        ask_once(guest, connect(2, 5000), socket.SOCK_STREAM)
+        os.seteuid(NOBODY)
+
+
+def domain(fabric: PrivateFabric) -> None:
+    fabric.guest(4, profile="legacy", unrestricted=True, domain="a")
+    guest = fabric.guest(3, profile="legacy", unrestricted=True, domain="b")
+    ask_once(guest, connect(4, 5000))
+
+
+def suspended(fabric: PrivateFabric) -> None:
+    guest = fabric.guest(3)
+    fabric.control.suspend(3)
+    with enter(guest) as sock:
+        ask(sock, bind(6000))
+        ask(sock, connect(2, 5000))
+
+
+def fault_tolerance(fabric: PrivateFabric) -> None:
+    fabric.guest(3)
+    fabric.control.fault_tolerance(3, True)
+    ask_once(fabric.host, connect(3, 5000))
+
+
+def sockets(fabric: PrivateFabric) -> None:
+    guest = fabric.guest(3, limits={"sockets": 1})
+    with enter(guest) as sock, unix_datagrams() as another:
+        ask(sock, bind(6000))
+        adopt(guest, another, 6001)
+
+
+def pending_connects(fabric: PrivateFabric) -> None:
+    guest = fabric.guest(3, limits={"pending_connects": 1})
+    with vsockets.create_server((2, 5000), context=fabric.host), enter(guest) as sock:
+        ask(sock, connect(2, 5000))
+        ask_once(guest, connect(2, 5000), socket.SOCK_STREAM)
+
+
+def request_rate(fabric: PrivateFabric) -> None:
+    guest = fabric.guest(3, limits={"request_rate": 1})
+    with enter(guest) as first, enter(guest) as second:
+        ask(first, bind(6000))
+        ask(second, bind(6001))
+
+
+def datagram_bytes(fabric: PrivateFabric) -> None:
+    guest = fabric.guest(3, limits={"datagram_bytes": 1})
+    with (
+        vsockets.socket(type=socket.SOCK_DGRAM, context=fabric.host) as receiver,
+        vsockets.socket(type=socket.SOCK_DGRAM, context=fabric.host) as another,
+        vsockets.socket(type=socket.SOCK_DGRAM, context=guest) as sender,
+    ):
+        sender.bind((3, 6000))
+        receiver.bind((2, 5000))
+        another.bind((2, 5001))
+        sender.sendto(b"x", (2, 5000))
+        with pytest.raises(OSError, match="buffer space"):
+            sender.sendto(b"x", (2, 5001))
+
+
+DENIALS: dict[Callable[[PrivateFabric], None], tuple[str, str, str, str]] = {
+    another_cid: ("bind 2:5000", "authentic-source", "EADDRNOTAVAIL", "3"),
+    reserved_port: ("bind any:700", "reserved-port", "EACCES", "2"),
+    hypervisor_service: ("bind any:5000", "hypervisor-service", "EACCES", "0"),
+    guest_to_guest: ("connect 3:any to 4:5000", "guest-to-guest", "EHOSTUNREACH", "3"),
+    guest_to_guest_by_datagram: (
+        *("send a datagram 3:any to 4:5000", "guest-to-guest", "EHOSTUNREACH", "3"),
+    ),
+    restricted: ("connect 3:any to 2:5000", "restricted", "ECONNRESET", "3"),
+    domain: ("connect 3:any to 4:5000", "domain", "EHOSTUNREACH", "3"),
+    suspended: ("connect 3:6000 to 2:5000", "suspended", "ENETDOWN", "3"),
+    fault_tolerance: ("connect 2:any to 3:5000", "fault-tolerance", "EHOSTUNREACH", "2"),
+    sockets: ("bind a datagram socket any:6001", "sockets", "ENOBUFS", "3"),
+    pending_connects: ("connect 3:any to 2:5000", "pending_connects", "ENOBUFS", "3"),
+    request_rate: ("bind any:6001", "request_rate", "ENOBUFS", "3"),
+    datagram_bytes: ("send a datagram 3:6000 to 2:5001", "datagram_bytes", "ENOBUFS", "3"),
+}
+
+
+@as_root
+@pytest.mark.parametrize("denial", DENIALS, ids=lambda denial: denial.__name__)
+def test_one_line_for_each_denial(
+    vsock_fabric: PrivateFabric, denial: Callable[[PrivateFabric], None]
+) -> None:
+    what, rule, code, cid = DENIALS[denial]
+    with vsock_fabric.control.events("denial") as events:
+        denial(vsock_fabric)
+        event = events.wait(2)
+    (line,) = [line for line in vsock_fabric.log.splitlines() if "denied" in line]
+    assert line.startswith(f"vsockd: WARNING: denied: {what}: ")
+    uid = NOBODY if denial in (reserved_port, hypervisor_service) else 0
+    assert f"[{rule}, {code}]; pid {os.getpid()} uid {uid} {EXECUTABLE}" in line
+    assert line.endswith(event["message"])
+    assert (event["rule"], event["errno"], event["context"]) == (rule, code, int(cid))
+    rows = {row["cid"]: row for row in vsock_fabric.control.contexts()}
+    if cid != "0":  # the hypervisor is not in the list
+        assert rows[int(cid)]["denials"] == {rule: 1}
+    assert vsock_fabric.control.status()["denials"] == 1
+
+
+def test_what_is_not_there_is_not_denied(vsock_fabric: PrivateFabric) -> None:
+    """A wrong port or CID is a mistake, not an offence."""
+    guest = vsock_fabric.guest(3)
+    assert ask_once(guest, connect(2, 5000)).status == errno.ECONNRESET
+    assert ask_once(guest, connect(77, 5000)).status == errno.EHOSTUNREACH
+    assert "denied" not in vsock_fabric.log
+    assert vsock_fabric.control.status()["denials"] == 0
+
+
+def test_the_peer_learns_the_errno_and_nothing_more(vsock_fabric: PrivateFabric) -> None:
+    vsock_fabric.guest(4)
+    guest = vsock_fabric.guest(3)
+    denied, absent = (ask_once(guest, connect(cid, 5000)) for cid in (4, 77))
+    assert denied == absent
+
+
+def test_so_many_a_second(vsock_fabric: PrivateFabric) -> None:
+    """A guest does not fill the host's disk; what was left out is told, and all is counted."""
+    (vsock_fabric.configuration / "audit.toml").write_text("[audit]\nrate = 5\n")
+    vsock_fabric.control.reload()
+    vsock_fabric.guest(4)
+    guest, other = vsock_fabric.guest(3), vsock_fabric.guest(5)
+    events = vsock_fabric.control.events("denial")
+    with events:
+        for _ in range(200):
+            ask_once(guest, connect(4, 5000))
+        # Another guest's denials are not lost in the noise.
+        ask_once(other, connect(4, 5000))
+        heard = [events.wait(2)]
+        while heard[-1]["context"] != 5:
+            heard.append(events.wait(2))
+        assert heard[-1]["left_out"] == 0
+        told = len(heard) - 1
+        left_out = sum(event["left_out"] for event in heard)
+        assert 5 <= told < 200
+        while left_out + told < 200:
+            ask_once(guest, connect(4, 5000))
+            try:
+                event = events.wait(0.3)
+            except TimeoutError:
+                continue
+            told += 1
+            left_out += event["left_out"]
+            assert f"({event['left_out']} more were left out)" in vsock_fabric.log
+    rows = {row["cid"]: row for row in vsock_fabric.control.contexts()}
+    assert rows[3]["denials"]["guest-to-guest"] == told + left_out
+
+
+# How it is written
+
+
+@contextlib.contextmanager
+def logging_vsockd(
+    *options: str, stderr: IO[bytes], environment: dict[str, str] | None = None
+) -> Iterator[Control]:
+    with tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as scratch:
+        reader, writer = os.pipe()
+        command = [sys.executable, "-m", "vsockets.daemon", "--dir", f"{scratch}/fabric"]
+        process = subprocess.Popen(
+            [*command, "--config", scratch, "--ready-fd", str(writer), *options],
+            stderr=stderr,
+            pass_fds=[writer],
+            env={**os.environ, **(environment or {})},
+        )
+        os.close(writer)
+        try:
+            assert os.read(reader, 10) == b"ready\n"
+            os.close(reader)
+            with Control(Path(scratch, "fabric")) as control:
+                yield control
+        finally:
+            process.terminate()
+            assert process.wait(10) == 0
+
+
+def deny_something(control: Control) -> None:
+    control.add_context(4)
+    ask_once(Attachment(control.add_context(3)["folder"]), connect(4, 5000))
+
+
+def test_a_json_object_a_line(tmp_path: Path) -> None:
+    with open(tmp_path / "log", "w+b") as log:
+        with logging_vsockd("--log-json", "--log-level", "debug", stderr=log) as control:
+            deny_something(control)
+            ask_once(Attachment(control.folder / "3"), connect(2, 5000))
+        log.seek(0)
+        lines: list[dict[str, Any]] = [json.loads(line) for line in log]
+    assert len(lines) > 1  # what is no denial has the same shape
+    assert all({"time", "level", "message"} <= set(line) for line in lines)
+    (denial,) = [line for line in lines if "rule" in line]
+    assert denial.pop("time") > 1e9
+    assert "guest to guest" in denial.pop("message")
+    assert denial == {
+        "level": "warning",
+        "context": 3,
+        "operation": "connect",
+        "source": [3, 2**32 - 1],
+        "destination": [4, 5000],
+        "rule": "guest-to-guest",
+        "reason": "guest to guest: only host to guest is allowed",
+        "errno": "EHOSTUNREACH",
+        "pid": os.getpid(),
+        "uid": os.getuid(),
+        "gid": os.getgid(),
+        "executable": EXECUTABLE,
+        "left_out": 0,
+    }
+
+
+@pytest.mark.parametrize("options", [[], ["--log-json"]])
+def test_the_journal_is_given_priorities(tmp_path: Path, options: list[str]) -> None:
+    """When standard error is the journal, JOURNAL_STREAM says so (systemd.exec(5))."""
+    with open(tmp_path / "log", "w+b") as log:
+        found = os.fstat(log.fileno())
+        stream = {"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
+        with logging_vsockd(*options, stderr=log, environment=stream) as control:
+            deny_something(control)
+        log.seek(0)
+        (line,) = log.read().decode().splitlines()
+    assert line.startswith("<4>")
+    if options:
+        assert json.loads(line.removeprefix("<4>"))["rule"] == "guest-to-guest"
+    else:
+        assert line.startswith("<4>vsockd: WARNING: denied: connect 3:any to 4:5000: ")
+
+
+def test_not_the_journal(tmp_path: Path) -> None:
+    """The variable is inherited; standard error may have gone elsewhere since."""
+    with open(tmp_path / "log", "w+b") as log:
+        environment = {"JOURNAL_STREAM": "1:1"}
+        with logging_vsockd(stderr=log, environment=environment) as control:
+            deny_something(control)
+        log.seek(0)
+        assert log.read().startswith(b"vsockd: WARNING: denied: ")

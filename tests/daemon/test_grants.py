@@ -1,0 +1,99 @@
+"""Trust by configuration: grants to users, groups and executables, and who is none of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vsockets.testing import PrivateFabric
+from vsockets.wire import Flag, Op, Record, Request
+
+from .users import NOBODY, as_administrator, as_root, ask_by_program
+
+pytestmark = as_root
+
+#: A group of nobody's own.
+CREW = 54_321
+
+
+def grant(fabric: PrivateFabric, who: str) -> None:
+    (fabric.configuration / "grants.toml").write_text(
+        f"[[grant]]\n{who}\nstream_vsocket_trusted = true\n"
+    )
+    fabric.control.reload()
+
+
+def is_trusted(answer: Record) -> bool:
+    assert answer.status == 0
+    assert not answer.flags & Flag.TRUSTED_DATAGRAM
+    return bool(answer.flags & Flag.TRUSTED_STREAM)
+
+
+TRUSTED_BY_9 = Request(Op.LOCAL_CID, peer_cid=9)
+
+
+def test_a_grant_to_a_group(fabric: PrivateFabric, programs: Path) -> None:
+    """It may be any of a process's groups, when it connects."""
+    fabric.guest(9, profile="restricted")
+    client = programs / "door_client"
+    grant(fabric, f"group = {CREW}")
+    assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, groups=(1, CREW)))
+    assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, groups=(1,)))
+    grant(fabric, f"group = {NOBODY}")
+    assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
+
+
+def test_a_grant_to_a_user_and_a_group_needs_both(fabric: PrivateFabric, programs: Path) -> None:
+    fabric.guest(9, profile="restricted")
+    client = programs / "door_client"
+    grant(fabric, f"user = {NOBODY}\ngroup = {CREW}")
+    assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, groups=(CREW,)))
+    assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
+    grant(fabric, f"user = {NOBODY - 1}\ngroup = {CREW}")
+    assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, groups=(CREW,)))
+
+
+class TestGrantToAnExecutable:
+    """It is for one file, whatever others are called."""
+
+    @pytest.fixture
+    def client(self, fabric: PrivateFabric, programs: Path) -> Path:
+        fabric.guest(9, profile="restricted")
+        client = programs / "door_client"
+        grant(fabric, f'executable = "{client}"')
+        return client
+
+    def test_by_its_path(self, fabric: PrivateFabric, client: Path) -> None:
+        assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
+
+    def test_by_another_name(self, fabric: PrivateFabric, client: Path) -> None:
+        link = client.with_name("link")
+        link.hardlink_to(client)
+        assert is_trusted(ask_by_program(link, fabric, TRUSTED_BY_9))
+
+    def test_a_copy(self, fabric: PrivateFabric, client: Path) -> None:
+        copy = Path(shutil.copy(client, client.with_name("copy")))
+        assert not is_trusted(ask_by_program(copy, fabric, TRUSTED_BY_9))
+
+    @as_administrator
+    def test_another_file_of_that_name_in_another_mount_namespace(
+        self, fabric: PrivateFabric, client: Path
+    ) -> None:
+        copy = Path(shutil.copy(client, client.with_name("impostor")))
+        script = (
+            f'mount --bind {copy} {client} && exec setpriv --reuid {NOBODY} --clear-groups "$@"'
+        )
+        elsewhere = ["unshare", "--mount", "sh", "-c", script, "sh"]
+        assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, *elsewhere))
+
+    def test_a_file_that_took_its_place(self, fabric: PrivateFabric, client: Path) -> None:
+        """The path decides which file it is, and only who may write there can change that."""
+        other = Path(shutil.copy(client, client.with_name("other")))
+        running = client.with_name("running")
+        running.hardlink_to(client)
+        os.replace(other, client)
+        assert not is_trusted(ask_by_program(running, fabric, TRUSTED_BY_9))
+        assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))

@@ -1,0 +1,54 @@
+"""Programs of other users, with other rights, that ask vsockd something."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vsockets.testing import PrivateFabric
+from vsockets.wire import Record, Request
+
+from .raw_client import PROMPT
+
+NOBODY = 65_534
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+
+CAP_NET_BIND_SERVICE = 10
+CAP_SYS_ADMIN = 21
+
+
+def has_capability(capability: int, pid: int | None = None) -> bool:
+    status = Path(f"/proc/{pid or 'self'}/status").read_text()
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    return bool(effective >> capability & 1)
+
+
+#: Most containers' root is not, and may make no namespaces.
+as_administrator = pytest.mark.skipif(
+    not has_capability(CAP_SYS_ADMIN), reason="needs CAP_SYS_ADMIN"
+)
+
+
+def ask_by_program(
+    program: Path,
+    fabric: PrivateFabric,
+    request: Request,
+    *before: str,
+    groups: tuple[int, ...] = (),
+) -> Record:
+    """What vsockd answers ``door_client`` on the host, run as nobody by the command ``before``."""
+    done = subprocess.run(
+        [*before, program, fabric.host.folder / "seqpacket"],
+        input=request.encode(),
+        capture_output=True,
+        timeout=5 * PROMPT,
+        check=True,
+        user=None if before else NOBODY,
+        group=None if before else NOBODY,
+        extra_groups=None if before else groups,
+    )
+    return Record.decode(done.stdout)
