@@ -134,7 +134,7 @@ SCATTER_ELEMENTS = 32
 HANDSHAKE = 2.0
 
 #: Sockets that send datagrams for a guest's ports: the one longest unused makes room.
-DATAGRAM_PORTS = 64
+DATAGRAM_PORTS = 256
 
 #: How long a device waits for vsockd, in seconds, while the guest's processor stands still.
 #: vsockd answers in a tenth of a millisecond.
@@ -158,3 +158,6 @@ PENDING_STREAMS = 1024
 
 #: Bytes a device holds of streams that a guest has closed and programs do not read.
 UNSENT_BYTES = 64 << 20
+
+#: Bytes of a guest's datagrams that wait for one receiver (VMCI_MAX_DATAGRAM_QUEUE_SIZE).
+UNSENT_DATAGRAMS = 2 * 17 * 4096
