@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from socket import SCM_RIGHTS, SOL_SOCKET
 
+from . import kernel
 from .constants import VMADDR_CID_HOST
+from .kernel import Kernel
 from .limits import REQUEST_TIMEOUT
 from .state_folder import SEQPACKET, STREAM, connect_to, default_folder, require_private
 from .wire import RECORD_SIZE, Flag, Op, ProtocolError, Record, Request
@@ -25,11 +27,13 @@ SELF = Path("/run/vsock/self")
 
 
 class Attachment:
-    """A context, as the programs in it know it: by the folder of its control sockets.
+    """A context of the fabric, as the programs in it know it: by the folder of its control sockets.
 
     ``folder`` may also be one of the sockets in it.  With ``on_demand`` a missing vsockd is
     started; that is for the user's own fabric only.
     """
+
+    transport = "fabric"
 
     def __init__(self, folder: str | os.PathLike[str], on_demand: bool = False) -> None:
         path = Path(folder)
@@ -95,6 +99,10 @@ class Attachment:
         return bool(flags & (Flag.TRUSTED_DATAGRAM if datagram else Flag.TRUSTED_STREAM))
 
 
+#: Where a socket can be: in a context of the fabric, or in the machine's own kernel.
+Place = Attachment | Kernel
+
+
 def understand(data: bytes) -> Record:
     """Decode vsockd's answer; raises the OSError it stands for."""
     if not data:
@@ -125,22 +133,29 @@ def wait_readable(fd: int, seconds: float | None) -> bool:
 
 
 @functools.cache
-def current() -> Attachment:
+def current() -> Place:
     """The context this process belongs to.
 
-    ``VSOCKETS_CONTEXT`` if set, else the folder mounted at ``/run/vsock/self``, else the host
-    of the user's own fabric, which is started when it is first needed.
+    ``VSOCKETS_CONTEXT`` if set, else the folder mounted at ``/run/vsock/self``, else the
+    kernel's AF_VSOCK if that leads anywhere, else the host of the user's own fabric, which is
+    started when it is first needed.  ``VSOCKETS_TRANSPORT`` set to ``fabric`` or ``kernel``
+    leaves no other choice.
     """
     transport = os.environ.get("VSOCKETS_TRANSPORT", "auto")
-    if transport not in ("fabric", "auto"):
+    if transport not in ("fabric", "kernel", "auto"):
         raise OSError(
-            errno.EAFNOSUPPORT, f"VSOCKETS_TRANSPORT={transport}: this version has fabric only"
+            errno.EAFNOSUPPORT,
+            f"VSOCKETS_TRANSPORT={transport}: expected fabric, kernel or auto",
         )
+    if transport == "kernel":
+        return Kernel()
     configured = os.environ.get("VSOCKETS_CONTEXT")
     if configured:
         return Attachment(configured)
     if SELF.is_dir():
         return Attachment(SELF)
+    if transport == "auto" and kernel.leads_somewhere():
+        return Kernel()
     folder = default_folder()
     if folder.exists():
         require_private(folder)

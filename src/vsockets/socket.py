@@ -19,7 +19,7 @@ from socket import SO_DOMAIN, SO_ERROR, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK
 from typing import Any, NamedTuple, Self
 
 from .address import FIRST_GUEST_CID
-from .attachment import Attachment, current
+from .attachment import Place, current
 from .buffers import BufferSizes
 from .constants import (
     AF_VSOCK,
@@ -43,7 +43,8 @@ _SO_COOKIE = 57
 _U64 = struct.Struct("=Q")
 _TIMEVAL = struct.Struct("=qq")
 _UCRED = struct.Struct("iII")
-_TIMEOUTS = (SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD, SO_VM_SOCKETS_CONNECT_TIMEOUT_NEW)
+#: Options that are times, not sizes.
+TIMEOUTS = (SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD, SO_VM_SOCKETS_CONNECT_TIMEOUT_NEW)
 
 
 class Phase(enum.Enum):
@@ -81,7 +82,8 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     """
 
     # No __slots__: what a socket has not been told otherwise is its class's, for nothing.
-    _attachment: Attachment | None = None
+    _attachment: Place | None = None
+    _raw_family: int = stdlib.AF_UNIX  # what the C part takes it for
     _buffers = BufferSizes()
     _connect_timeout = CONNECT_TIMEOUT
     _ignored: dict[tuple[int, int], Any] | None = None
@@ -97,7 +99,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         proto: int = 0,
         fileno: int | None = None,
         *,
-        context: Attachment | None = None,
+        context: Place | None = None,
     ) -> None:
         if family not in (AF_VSOCK, -1):
             raise error(errno.EAFNOSUPPORT, f"family {family}: expected AF_VSOCK ({AF_VSOCK})")
@@ -105,13 +107,14 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
             raise error(errno.EPROTONOSUPPORT, f"protocol {proto}: expected 0")
         if type == -1:
             type = stdlib.SOCK_STREAM if fileno is None else _type_of(fileno)
-        behaviour = BEHAVIOURS.get(type & _TYPE_BITS)
+        place = current() if context is None else context
+        behaviour = BEHAVIOURS[place.transport].get(type & _TYPE_BITS)
         if behaviour is None:
             raise error(
                 errno.ESOCKTNOSUPPORT,
                 f"type {type}: expected SOCK_STREAM, SOCK_SEQPACKET or SOCK_DGRAM",
             )
-        super().__init__(stdlib.AF_UNIX, type, 0, fileno)
+        super().__init__(behaviour._raw_family, type, 0, fileno)
         if context is not None:
             self._attachment = context
         if self.__class__ is socket:
@@ -195,16 +198,16 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         return super().getsockopt(level, optname)
 
     def _set_vsock_option(self, optname: int, value: Any) -> None:
-        if optname in _TIMEOUTS:
+        if optname in TIMEOUTS:
             self._connect_timeout = _seconds(value)
         elif optname in _CHANGE_BUFFERS:
-            self._buffers = _CHANGE_BUFFERS[optname](self._buffers, _u64(value))
+            self._buffers = _CHANGE_BUFFERS[optname](self._buffers, as_u64(value))
             self._buffers_changed()
         else:
             raise error(errno.ENOPROTOOPT, f"vSockets option {optname} cannot be set")
 
     def _get_vsock_option(self, optname: int, buflen: int) -> Any:
-        if optname in _TIMEOUTS:
+        if optname in TIMEOUTS:
             whole = int(self._connect_timeout)
             return _TIMEVAL.pack(whole, round((self._connect_timeout - whole) * 1e6))
         if optname == SO_VM_SOCKETS_BUFFER_SIZE:
@@ -238,7 +241,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         return int.from_bytes(found, "little")
 
     @property
-    def _context(self) -> Attachment:
+    def _context(self) -> Place:
         """The context this socket is in."""
         if self._attachment is None:
             self._attachment = current()
@@ -280,8 +283,8 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         return twin
 
 
-#: The behaviour of a new socket, by its type; transports enter theirs.
-BEHAVIOURS: dict[int, type[socket]] = {}
+#: The behaviour of a new socket, by transport and type; transports enter theirs.
+BEHAVIOURS: dict[str, dict[int, type[socket]]] = {"fabric": {}, "kernel": {}}
 
 _KIND_NAMES = {
     int(stdlib.SOCK_STREAM): "stream",
@@ -333,7 +336,8 @@ def _as_asked(number: int, buflen: int) -> Any:
     return number.to_bytes(4, "little")[:buflen] if buflen else number
 
 
-def _u64(value: Any) -> int:
+def as_u64(value: Any) -> int:
+    """A buffer size as programs give it: an integer, or eight bytes."""
     if isinstance(value, int):
         number = value
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from .attachment import Attachment
+from .attachment import Place
 from .constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from .functions import create_server
 from .socket import socket
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 async def open_connection(
-    cid: int, port: int, *, context: Attachment | None = None, **options: Any
+    cid: int, port: int, *, context: Place | None = None, **options: Any
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to ``(cid, port)``; ``options`` are those of ``asyncio.open_connection``.
 
@@ -41,7 +41,7 @@ async def start_server(
     port: int = VMADDR_PORT_ANY,
     *,
     backlog: int = 100,
-    context: Attachment | None = None,
+    context: Place | None = None,
     **options: Any,
 ) -> asyncio.Server:
     """Serve streams on ``(cid, port)``; ``options`` are those of ``asyncio.start_server``."""

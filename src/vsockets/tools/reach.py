@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .. import launcher
-from ..attachment import Attachment, current
+from ..attachment import Attachment, Place, current
 from ..constants import VMADDR_CID_HOST
 from ..control import Control
 from ..state_folder import default_folder, require_private
@@ -36,7 +36,7 @@ def choose(folder: Path) -> None:
     os.environ.pop("VSOCKETS_CONTEXT", None)
 
 
-def own_context() -> Attachment:
+def own_context() -> Place:
     """The context this command is in: what a program started the same way would be in.
 
     Raises OSError or PermissionError (somebody else's folder).

@@ -5,6 +5,6 @@ it enters in ``vsockets.socket.BEHAVIOURS`` when it is imported.  A new socket b
 instance of the behaviour for its type; CONTRIBUTING.md shows how to add one.
 """
 
-from . import fabric
+from . import fabric, kernel
 
-__all__ = ["fabric"]
+__all__ = ["fabric", "kernel"]

@@ -19,6 +19,7 @@ from ...address import check
 from ...limits import DATAGRAM_ROUTES, MAX_DATAGRAM
 from ...socket import BEHAVIOURS, UNBOUND, error, socket
 from ...wire import Op, Request, decode_source
+from .context import FabricSocket
 
 _raw = _socket.socket
 
@@ -26,7 +27,7 @@ _raw = _socket.socket
 _GONE = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
 
 
-class DatagramSocket(socket):
+class DatagramSocket(FabricSocket):
     """A datagram socket (guide chapter 4).
 
     A blocking send waits while the receiver's queue is full; a non-blocking one raises OSError
@@ -47,7 +48,7 @@ class DatagramSocket(socket):
         cid, port = check(address)
         if self._local != UNBOUND:
             raise error(errno.EINVAL, "the socket is bound")
-        record, _ = self._context.ask(Request(Op.BIND_DATAGRAM, 0, cid, port), self.fileno())
+        record, _ = self._fabric.ask(Request(Op.BIND_DATAGRAM, 0, cid, port), self.fileno())
         self._local = record.local
 
     def connect(self, address: Any) -> None:
@@ -190,7 +191,7 @@ class DatagramSocket(socket):
 
     def _recover(self) -> None:
         with contextlib.suppress(OSError):
-            self._local = self._context.ask(Request(Op.QUERY, cookie=self._cookie()))[0].local
+            self._local = self._fabric.ask(Request(Op.QUERY, cookie=self._cookie()))[0].local
 
     def _default_address(self) -> tuple[int, int]:
         if self._peer is None:
@@ -206,7 +207,7 @@ class DatagramSocket(socket):
         if old is not None:
             old.close()
         request = Request(Op.ROUTE, 0, *UNBOUND, peer_cid=cid, peer_port=port)
-        record, fd = self._context.ask(request, self.fileno())
+        record, fd = self._fabric.ask(request, self.fileno())
         if fd is None:
             raise error(errno.EMFILE, "no descriptor for a route")
         route = stdlib.socket(stdlib.AF_UNIX, SOCK_DGRAM, 0, fd)
@@ -237,4 +238,4 @@ class DatagramSocket(socket):
         return source
 
 
-BEHAVIOURS[SOCK_DGRAM] = DatagramSocket
+BEHAVIOURS["fabric"][SOCK_DGRAM] = DatagramSocket

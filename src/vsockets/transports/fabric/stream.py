@@ -23,6 +23,7 @@ from ...buffers import BufferSizes
 from ...limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, REQUEST_TIMEOUT
 from ...socket import BEHAVIOURS, UNBOUND, Phase, become, error, socket
 from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role, encode_connect
+from .context import FabricSocket
 
 _POLLING = int(Flag.POLLING)
 # Names of our own: looking a member up in its enum costs as much as a short function.
@@ -40,7 +41,7 @@ _raw_type = _raw.type.__get__
 _raw_connect = _raw.connect.__get__
 
 
-class StreamSocket(socket):
+class StreamSocket(FabricSocket):
     """A stream or sequenced-packet socket that is not established (yet)."""
 
     _entered = False  # connected to vsockd
@@ -200,7 +201,7 @@ class StreamSocket(socket):
     def _enter(self) -> None:
         # The method is bound by hand: super() looks for longer than the rest takes.
         connect = _raw_connect(self, self.__class__)
-        (self._attachment or self._context).enter(connect, _raw_type(self))
+        self._fabric.enter(connect, _raw_type(self))
         self._entered = True
 
     def _request(self, request: Request) -> Record:
@@ -280,7 +281,7 @@ class StreamSocket(socket):
     def _recover(self) -> None:
         request = Request(Op.QUERY, cookie=self._cookie(), inode=os.fstat(self.fileno()).st_ino)
         try:
-            record, _ = self._context.ask(request)
+            record, _ = self._fabric.ask(request)
         except OSError:
             with contextlib.suppress(OSError):
                 _raw.getpeername(self)  # joined to something vsockd does not know (any more)
@@ -321,5 +322,5 @@ class EstablishedSocket(StreamSocket):
         raise error(errno.EISCONN)
 
 
-BEHAVIOURS[SOCK_STREAM] = StreamSocket
-BEHAVIOURS[SOCK_SEQPACKET] = StreamSocket
+BEHAVIOURS["fabric"][SOCK_STREAM] = StreamSocket
+BEHAVIOURS["fabric"][SOCK_SEQPACKET] = StreamSocket
