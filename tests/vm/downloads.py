@@ -189,11 +189,11 @@ def userland() -> Path:
     def fill(folder: Path) -> None:
         _STABLE.unpack(
             folder,
-            *("busybox-static", "python3.11-minimal", "libpython3.11-minimal"),
+            *("busybox-static", "python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib"),
             *("libc6", "libexpat1", "zlib1g"),
         )
 
-    return _filled("userland", fill)
+    return _filled("userland-python", fill)
 
 
 class Kernel:

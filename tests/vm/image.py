@@ -5,12 +5,20 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
+import vsockets
+
 from .downloads import Kernel, userland
 
 HERE = Path(__file__).parent
 
-#: In the order they are loaded.
-MODULES = ("vmw_vmci", "vsock", "vmw_vsock_vmci_transport")
+#: What guests have of ours: the library, for those of their programs that want it.
+PACKAGE = Path(vsockets.__file__).parent
+
+#: In the order they are loaded.  The last two are for what a guest's programs say to each other.
+MODULES = (
+    *("vmw_vmci", "vsock", "vmw_vsock_vmci_transport"),
+    *("vmw_vsock_virtio_transport_common", "vsock_loopback"),
+)
 
 _INIT = """\
 #!/bin/busybox sh
@@ -34,6 +42,7 @@ class _Archive:
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._inode = 0
+        self._folders: set[Path] = set()
 
     def add(self, name: str, mode: int, data: bytes = b"") -> None:
         self._inode += 1
@@ -43,6 +52,13 @@ class _Archive:
         header = b"070701" + b"".join(b"%08X" % field for field in fields)
         for part in (header + encoded, data):
             self._parts.append(part + bytes(-len(part) % _ALIGNMENT))
+
+    def add_with_folders(self, name: str, mode: int, data: bytes) -> None:
+        for folder in reversed(Path(name).parents[:-1]):
+            if folder not in self._folders:
+                self._folders.add(folder)
+                self.add(str(folder), stat.S_IFDIR | 0o755)
+        self.add(name, mode, data)
 
     def finish(self) -> bytes:
         self.add("TRAILER!!!", 0)
@@ -60,7 +76,7 @@ def build(kernel: Kernel, extra: dict[str, bytes] | None = None) -> bytes:
         name = str(path.relative_to(root))
         if name.startswith(("usr/share", "etc", "var", "lib/systemd")) or name in folders:
             continue
-        if "gconv" in name or name.endswith((".pyc", "libc.so.6.debug")):
+        if "gconv" in name or "/test/" in name or name.endswith((".pyc", "libc.so.6.debug")):
             continue
         if path.is_symlink():
             archive.add(name, stat.S_IFLNK | 0o777, str(path.readlink()).encode())
@@ -75,6 +91,9 @@ def build(kernel: Kernel, extra: dict[str, bytes] | None = None) -> bytes:
         data = kernel.module(module)
         if data is not None:
             archive.add(f"modules/{module}.ko", stat.S_IFREG | 0o644, data)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = f"usr/lib/python3.11/vsockets/{path.relative_to(PACKAGE)}"
+        archive.add_with_folders(name, stat.S_IFREG | 0o644, path.read_bytes())
     for name, data in (extra or {}).items():
         archive.add(name, stat.S_IFREG | 0o755, data)
     archive.add("agent.py", stat.S_IFREG | 0o644, (HERE / "agent.py").read_bytes())
