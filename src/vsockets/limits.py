@@ -42,3 +42,16 @@ DATAGRAM_ROUTES = 256
 
 #: Bytes of one request on the administrator's socket: far above any of them.
 CONTROL_REQUEST = 65_536
+
+#: Sockets of supervised programs, theirs and ours, that a supervisor remembers.
+#: vsockd can be asked about a forgotten one; each takes half a kilobyte.
+SUPERVISED_SOCKETS = 65_536
+
+#: How long a non-blocking connect() of a supervised program may take before the
+#: program is told that it is in progress, in seconds.  vsockd answers in a tenth
+#: of a millisecond; this is for when the machine is busy.
+CONNECT_GRACE = 0.02
+
+#: Datagram routes of supervised programs that a supervisor keeps: each is a descriptor
+#: of its process, of which a user may have 1024 by default.
+SUPERVISED_ROUTES = 512
