@@ -55,3 +55,7 @@ CONNECT_GRACE = 0.02
 #: Datagram routes of supervised programs that a supervisor keeps: each is a descriptor
 #: of its process, of which a user may have 1024 by default.
 SUPERVISED_ROUTES = 512
+
+#: A send buffer above net.core.wmem_max, in bytes, up to which a privileged supervisor
+#: does what its program asks for; the kernel's own AF_VSOCK has no limit at all.
+FORCED_SEND_BUFFER = 4 << 20

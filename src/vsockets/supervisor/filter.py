@@ -30,6 +30,10 @@ IOCTL_VERSION, IOCTL_AF_VALUE, IOCTL_LOCAL_CID = 0x7B4, 0x7B8, 0x7B9
 #: ``linux/vhost.h``: the two that make a process the hypervisor of the machine's own AF_VSOCK.
 _VHOST_VSOCK_SET_GUEST_CID, _VHOST_VSOCK_SET_RUNNING = 0x4008_AF60, 0x4004_AF61
 
+#: Bytes that have not reached the peer yet; for terminals it is TIOCOUTQ.
+SIOCOUTQ = 0x5411
+MSG_ERRQUEUE = 0x2000
+
 _AT_FDCWD = 0xFFFF_FF9C
 #: Options of level SOL_SOCKET that a unix socket answers otherwise than AF_VSOCK.
 ASKED_OPTIONS = (
@@ -157,6 +161,7 @@ def rules(machine: Machine, windows: Windows) -> list[Rule]:
             Rule(m.ioctl, refuse(_EPERM), (When(1, equal, request),))
             for request in (_VHOST_VSOCK_SET_GUEST_CID, _VHOST_VSOCK_SET_RUNNING)
         ),
+        Rule(m.ioctl, NOTIFY, (When(1, equal, SIOCOUTQ),)),
         Rule(m.openat, NOTIFY, (When(0, equal, _AT_FDCWD), When(2, *plain_open))),
         Rule(m.open, NOTIFY, (When(1, *plain_open),)),
         # Datagrams: everything that sends, and receiving with the source's address.
@@ -171,6 +176,11 @@ def rules(machine: Machine, windows: Windows) -> list[Rule]:
         Rule(m.sendto, NOTIFY, (*packet, When(3, *end_of_record))),
         Rule(m.sendmsg, NOTIFY, (*packet, When(2, *end_of_record))),
         Rule(m.recvmsg, NOTIFY, packet),
+        # Flags that mean something else to a unix socket.
+        Rule(m.recvmsg, NOTIFY, (When(2, Test.HAS_BIT, MSG_ERRQUEUE),)),
+        Rule(m.recvfrom, NOTIFY, (When(3, Test.HAS_BIT, MSG_ERRQUEUE),)),
+        Rule(m.sendmsg, NOTIFY, (When(2, Test.HAS_BIT, int(socket.MSG_OOB)),)),
+        Rule(m.sendto, NOTIFY, (When(3, Test.HAS_BIT, int(socket.MSG_OOB)),)),
         # A ring would make sockets, and open files, without a system call.
         Rule(m.io_uring_setup, refuse(_SYS_SECCOMP_ENOSYS)),
         Rule(m.io_uring_enter, refuse(_SYS_SECCOMP_ENOSYS)),

@@ -116,11 +116,16 @@ class _Program:
         assert self._front is not None
         return self._front.fileno()
 
-    def reap(self) -> None:
+    def wait(self) -> None:
+        """Return when it has ended and the front knows.  A process leaves its filter first."""
+        while self._front is not None:
+            self.reap(0)
+
+    def reap(self, options: int = os.WNOHANG) -> None:
         """Look what became of our children: the program's process, and its orphans."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+                pid, status = os.waitpid(-1, options | os.WUNTRACED | os.WCONTINUED)
             except ChildProcessError:
                 return
             if pid == 0:
@@ -188,10 +193,9 @@ def _be_supervisor(
         fds = {program.fileno(), starting.fileno(), wakes.fileno(), wake.fileno(), *kept}
         _close_all_but(fds | set(descriptors))
         os.chdir("/")
-        if not descriptors:  # no filter; the program's process has said why
-            while True:
-                program.reap()
-                select.select([wakes], [], [])
+        if not descriptors:  # no filter; the program's process says why
+            program.wait()
+            return  # type: ignore[misc]  # by way of finally
         supervisor = make(Listener(descriptors[0]))
         _allow_many_descriptors()
 
@@ -206,7 +210,7 @@ def _be_supervisor(
         starting.close()
         program.reap()
         supervisor.run()
-        program.reap()
+        program.wait()
         status = 0
     finally:
         os._exit(status)

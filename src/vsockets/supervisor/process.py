@@ -19,6 +19,8 @@ _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 #: Processes whose pidfd is kept, so that a call costs one system call less.
 _KEPT = 256
 
+_NO_FLAGS = ctypes.c_ulong(0)  # goes on the stack: a plain 0 would fill half of its place
+
 
 class _Vector(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
@@ -63,7 +65,7 @@ class Processes:
 
     def _transfer(self, call: int, pid: int, address: int, size: int) -> int:
         self._remote.base, self._remote.length = address, size
-        count: int = self._syscall(call, pid, self._local_at, 1, self._remote_at, 1, 0)
+        count: int = self._syscall(call, pid, self._local_at, 1, self._remote_at, 1, _NO_FLAGS)
         if count < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))

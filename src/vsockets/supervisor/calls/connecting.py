@@ -10,13 +10,19 @@ the answer is taken off at once, or at the program's next call about the socket.
 from __future__ import annotations
 
 import _socket
+import contextlib
 import errno
 import os
 import time
 from contextlib import closing
 from socket import SO_SNDBUF, SOCK_SEQPACKET, SOL_SOCKET
 
-from ...limits import CONNECT_GRACE, DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER
+from ...limits import (
+    CONNECT_GRACE,
+    DEFAULT_BUFFER_SIZE,
+    FORCED_SEND_BUFFER,
+    LARGEST_SEND_BUFFER,
+)
 from ...wire import PADDING, Flag, Record, encode_connect
 from ..call import Answer, Call, failure
 from ..notification import Gone
@@ -25,6 +31,7 @@ from ..vsockd import SEND, take_record
 from ..waiting import ready
 from . import datagrams
 
+_SO_SNDBUFFORCE = 32
 #: What the kernel adds to each message of a packet socket, in bytes: a message larger than the
 #: send buffer less this is refused (EMSGSIZE).
 _PACKET_OVERHEAD = 32
@@ -125,9 +132,18 @@ def _restore_send_buffer(endpoint: Endpoint, sock: _socket.socket) -> None:
 def settle(endpoint: Endpoint, sock: _socket.socket, record: Record) -> None:
     """Make ``sock`` the stream that ``record`` describes."""
     endpoint.settle(record)
-    size = min(record.size, LARGEST_SEND_BUFFER)
-    if endpoint.type == SOCK_SEQPACKET:
-        # A message is at most as large as the buffer, as for AF_VSOCK.
-        sock.setsockopt(SOL_SOCKET, SO_SNDBUF, (size + _PACKET_OVERHEAD + 1) // 2)
-    elif record.size != DEFAULT_BUFFER_SIZE:
-        sock.setsockopt(SOL_SOCKET, SO_SNDBUF, size)
+    # A default nobody chose should slow no stream down.
+    if endpoint.type == SOCK_SEQPACKET or record.size != DEFAULT_BUFFER_SIZE:
+        limit_queue(endpoint, sock)
+
+
+def limit_queue(endpoint: Endpoint, sock: _socket.socket) -> None:
+    """Let no more than the buffer's size be on its way, and no larger packet be sent."""
+    size = min(endpoint.buffers.size, LARGEST_SEND_BUFFER)
+    overhead = _PACKET_OVERHEAD if endpoint.type == SOCK_SEQPACKET else 0
+    # The kernel doubles what it is given.
+    half = (size + overhead + 1) // 2
+    sock.setsockopt(SOL_SOCKET, SO_SNDBUF, half)
+    if sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < size <= FORCED_SEND_BUFFER:
+        with contextlib.suppress(PermissionError):  # above net.core.wmem_max
+            sock.setsockopt(SOL_SOCKET, _SO_SNDBUFFORCE, half)

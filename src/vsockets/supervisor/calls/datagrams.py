@@ -12,7 +12,7 @@ import os
 import struct
 from collections import OrderedDict
 from contextlib import closing
-from socket import AF_UNIX, MSG_DONTWAIT, SO_SNDTIMEO, SOCK_DGRAM, SOL_SOCKET
+from socket import AF_UNIX, MSG_DONTWAIT, MSG_OOB, SO_SNDTIMEO, SOCK_DGRAM, SOL_SOCKET
 
 from ...limits import MAX_DATAGRAM, SUPERVISED_ROUTES
 from ...wire import Op, Request
@@ -97,6 +97,7 @@ async def sendto(call: Call, endpoint: Endpoint) -> Answer:
     """One datagram; or the end of a record on a packet socket."""
     buffer, size = call.arguments[1:3]
     flags, address, address_size = call.integer(3), call.arguments[4], call.integer(5)
+    _refuse_urgent(flags)
     if not endpoint.is_datagram:
         return await packets.send(call, endpoint, Message.of(buffer, size), flags)
     destination = call.read_address(address, address_size) if address else endpoint.peer
@@ -127,6 +128,7 @@ async def writev(call: Call, endpoint: Endpoint) -> Answer:
 
 async def sendmsg(call: Call, endpoint: Endpoint) -> Answer:
     """One datagram; ancillary data does not cross contexts."""
+    _refuse_urgent(call.integer(2))
     message = read_message(call, call.arguments[1])
     if not endpoint.is_datagram:
         return await packets.send(call, endpoint, message, call.integer(2))
@@ -158,6 +160,11 @@ async def _send_message(call: Call, endpoint: Endpoint, message: Message, flags:
         destination = call.read_address(message.name, message.name_size)
     _check_size(message.size)
     return await _send(call, endpoint, message.read(call), flags, destination)
+
+
+def _refuse_urgent(flags: int) -> None:
+    if flags & MSG_OOB:  # which unix sockets have
+        raise failure(errno.EOPNOTSUPP)
 
 
 def _check_size(size: int) -> None:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 from ...limits import MAX_DATAGRAM
 from ...wire import decode_source
 from ..call import Answer, Call, failure
+from ..filter import MSG_ERRQUEUE
 from ..memory import MESSAGE_SIZE, MESSAGE_STRIDE, MOST_MESSAGES, Message, read_message
 from ..sockets import UNBOUND, Endpoint, Phase, pack_address
 from ..waiting import Wait, lent
@@ -46,6 +47,7 @@ class _Received(NamedTuple):
 
 async def recvfrom(call: Call, endpoint: Endpoint) -> Answer:
     """A datagram with its source."""
+    _refuse_error_queue(call.integer(3))
     if not endpoint.is_datagram:
         call.let_through()
         return None
@@ -59,6 +61,7 @@ async def recvfrom(call: Call, endpoint: Endpoint) -> Answer:
 async def recvmsg(call: Call, endpoint: Endpoint) -> Answer:
     """A datagram with its source, or a packet and whether it ends a record."""
     flags = call.integer(2)
+    _refuse_error_queue(flags)
     if endpoint.is_datagram:
         message = read_message(call, call.arguments[1])
         received = await _receive_datagram(call, endpoint, flags)
@@ -95,6 +98,12 @@ async def recvmmsg(call: Call, endpoint: Endpoint) -> Answer:
         count += 1
         flags |= int(MSG_DONTWAIT)
     return count
+
+
+def _refuse_error_queue(flags: int) -> None:
+    if flags & MSG_ERRQUEUE:
+        # It is always empty; a unix socket would give data instead.
+        raise failure(errno.EAGAIN)
 
 
 def _give(call: Call, message: Message, received: _Received, flags: int) -> int:
