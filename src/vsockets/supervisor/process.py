@@ -21,6 +21,9 @@ _KEPT = 256
 
 _NO_FLAGS = ctypes.c_ulong(0)  # goes on the stack: a plain 0 would fill half of its place
 
+#: The longest text that can be asked for at a glance, in bytes.
+_GLANCE = 16
+
 
 class _Vector(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
@@ -35,6 +38,9 @@ class Processes:
         self._pidfds: OrderedDict[int, int] = OrderedDict()
         self._local, self._remote = _Vector(), _Vector()
         self._local_at, self._remote_at = ctypes.byref(self._local), ctypes.byref(self._remote)
+        # For the question that is asked most.
+        self._glance = ctypes.create_string_buffer(_GLANCE)
+        self._glance_at = ctypes.byref(_Vector(ctypes.addressof(self._glance), _GLANCE))
 
     # Memory
 
@@ -53,6 +59,16 @@ class Processes:
         self._local.base, self._local.length = ctypes.addressof(buffer), size
         count = self._transfer(self._machine.process_vm_readv, pid, address, size)
         return ctypes.string_at(buffer, count)
+
+    def begins_with(self, pid: int, address: int, text: bytes) -> bool:
+        """Whether a few bytes of its memory are ``text``; False when they cannot be read."""
+        size = len(text)
+        assert size <= _GLANCE
+        self._remote.base, self._remote.length = address, size
+        count: int = self._syscall(
+            self._machine.process_vm_readv, pid, self._glance_at, 1, self._remote_at, 1, _NO_FLAGS
+        )
+        return count == size and self._glance.raw[:size] == text
 
     def write(self, pid: int, address: int, data: bytes) -> None:
         """Write into its memory; OSError EFAULT unless all of it could be written."""

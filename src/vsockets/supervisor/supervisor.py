@@ -25,6 +25,7 @@ from ..attachment import Attachment
 from ..wire import Op, Record, Request, Role
 from .call import Answer, Call, Serving, SocketHandler
 from .calls import HANDLERS, SOCKET_HANDLERS
+from .calls.creating import DEVICE
 from .calls.datagrams import Routes
 from .filter import Window, Windows
 from .machine import Machine
@@ -70,8 +71,10 @@ class Supervisor:
         self.routes = Routes()
         #: A descriptor of nothing much, see ``calls.packets``.
         self.marker = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
-        self.waits = Waits()
+        self.waits = Waits(listener.fileno(), self._on_listener)
         self._plain = {getattr(machine, name): serve for name, serve in HANDLERS.items()}
+        #: Which argument of a call that opens is the path.
+        self._paths = {machine.open: 0, machine.openat: 1}
         self._on_sockets = {
             getattr(machine, name): serve for name, serve in SOCKET_HANDLERS.items()
         }
@@ -79,7 +82,6 @@ class Supervisor:
         self._lost: OrderedDict[int, tuple[Call, int]] = OrderedDict()  # by thread
         self._told_unsupported: set[int] = set()
         self._running = True
-        self.waits.watch(listener.fileno(), self._on_listener)
 
     def run(self) -> None:
         """Serve until no process is left under the filter."""
@@ -89,7 +91,7 @@ class Supervisor:
     # Calls
 
     def _on_listener(self, events: int) -> None:
-        if events & select.EPOLLIN:
+        if events & select.POLLIN:
             try:
                 notification = self.listener.receive()
             except (Gone, InterruptedError):
@@ -102,7 +104,7 @@ class Supervisor:
                 log.exception("call %d of thread %d lost", notification.number, notification.pid)
                 with contextlib.suppress(Gone, OSError):
                     self.listener.answer(notification.id, -errno.EIO)
-        elif events & (select.EPOLLHUP | select.EPOLLERR):
+        elif events & (select.POLLHUP | select.POLLERR):
             self._running = False
 
     def _serve(self, notification: Notification) -> None:
@@ -110,6 +112,15 @@ class Supervisor:
             self._end_unsupported(notification)
             return
         pid = notification.pid
+        path = self._paths.get(notification.number)
+        # A look at what most calls are, before anything is made for this one.  If the path is
+        # another one afterwards, the program gets the machine's device, which has nothing but
+        # the ioctls that are intercepted whatever descriptor they are made on.
+        if path is not None and not self.processes.begins_with(
+            pid, notification.arguments[path], DEVICE
+        ):
+            self.listener.let_through(notification.id)
+            return
         if self._waiting or self._lost:
             call = Call(self, notification)
             if self._is_call_again(call):

@@ -64,8 +64,14 @@ class _EpollEvent(ctypes.Structure):
 class Waits:
     """One epoll, and who waits for what on it."""
 
-    def __init__(self) -> None:
+    def __init__(self, listener: int, on_listener: Callable[[int], None]) -> None:
+        # The listener has a place of its own: through an epoll its caller would not hand the
+        # processor over (SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP), which is worth the most here.
+        self._poll = select.poll()
+        self._listener, self._on_listener = listener, on_listener
+        self._poll.register(listener, select.POLLIN)
         self._epoll = select.epoll()
+        self._poll.register(self._epoll.fileno(), select.POLLIN)
         # The standard library's epoll_ctl reports descriptors; here they are closed and reused.
         self._control = ctypes.CDLL(None, use_errno=True).epoll_ctl
         self._watched: dict[int, Callable[[int], None]] = {}
@@ -113,7 +119,22 @@ class Waits:
 
     def poll(self) -> None:
         """Wait for what happens next, and tell whom it concerns."""
-        for key, events in self._epoll.poll(self._until_next_timer()):
+        wait = self._until_next_timer() if self._timers else None
+        for fd, events in self._poll.poll(None if wait is None else wait * 1000):
+            if fd == self._listener:
+                self._on_listener(events)
+            else:
+                self._poll_others()
+        if not self._timers:
+            return
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            late = self._take(heapq.heappop(self._timers)[1])
+            if late is not None:
+                late(False)
+
+    def _poll_others(self) -> None:
+        for key, events in self._epoll.poll(0):
             if (callback := self._watched.get(key)) is not None:
                 callback(events)
             elif key in self._groups:
@@ -122,11 +143,6 @@ class Waits:
                         taken(True)
             elif (taken := self._take(key)) is not None:
                 taken(True)
-        now = time.monotonic()
-        while self._timers and self._timers[0][0] <= now:
-            late = self._take(heapq.heappop(self._timers)[1])
-            if late is not None:
-                late(False)
 
     def _until_next_timer(self) -> float | None:
         while self._timers and not self._is_waiting(self._timers[0][1]):
