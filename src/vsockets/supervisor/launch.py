@@ -29,7 +29,6 @@ from ..attachment import Attachment
 from .filter import assemble, rules, windows_below
 from .machine import this_machine
 from .notification import Listener, install
-from .process import Processes
 from .supervisor import Supervisor
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -135,11 +134,12 @@ class _Program:
             if os.WIFSTOPPED(status):
                 self._stopped = True
                 self._tell(_STOPPED, 0)
-            elif os.WIFCONTINUED(status):
-                if self._stopped and self._front is not None:
-                    os.kill(self._front_pid, signal.SIGCONT)
-                self._stopped = False
-            else:
+                continue
+            # It may have ended before we saw that it went on.
+            if self._stopped and self._front is not None:
+                os.kill(self._front_pid, signal.SIGCONT)
+            self._stopped = False
+            if not os.WIFCONTINUED(status):
                 self._tell(_ENDED, status)
                 if self._front is not None:
                     self._front.close()
@@ -249,7 +249,7 @@ def _be_front(channel: socket.socket, supervisor: int) -> NoReturn:
             note = b""
         if not note:
             _end_all_children()
-            os._exit(1)
+            _end_as(signal.SIGKILL)  # which the kernel sent the program, or we did
         kind, status = _NOTE.unpack(note)
         if kind == _ENDED:
             _end_as(status)
@@ -278,14 +278,10 @@ def _end_as(status: int) -> NoReturn:
 
 def _end_all_children() -> None:
     """The supervisor has died: what it supervised is ours now, and must not go on."""
-    told = False
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as children:
             pids = [int(pid) for pid in children.read().split()]
         for pid in pids:
-            if not told:
-                told = True
-                Processes.tell(pid, "the supervisor has died; the program is killed")
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         try:
