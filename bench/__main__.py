@@ -120,7 +120,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
     def supervising(measure: str, count: int, unit: str) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             with PrivateFabric(log_level="warning") as fabric:
-                contestants = {
+                contestants: dict[str, Callable[[], float]] = {
                     family: partial(supervised.program, fabric, family, measure, count)
                     for family in ("vsock", "unix", "tcp")
                 }
@@ -131,7 +131,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
     def bystander(measure: Callable[[PrivateFabric, bool], float]) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             with PrivateFabric() as fabric:
-                contestants = {
+                contestants: dict[str, Callable[[], float]] = {
                     "supervised": partial(measure, fabric, True),
                     "plain": partial(measure, fabric, False),
                 }

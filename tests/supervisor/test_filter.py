@@ -81,13 +81,13 @@ def decide(made: list[Rule], call: SystemCall) -> int:
 @given(
     st.lists(rules, max_size=8),
     st.builds(SystemCall, numbers, st.tuples(*[words] * 6), st.just(X86.architecture)),
-    st.data(),
+    st.integers(0, 7),
 )
 def test_the_program_does_what_the_rules_say(
-    made: list[Rule], call: SystemCall, data: st.DataObject
+    made: list[Rule], call: SystemCall, chosen: int
 ) -> None:
-    if made and data.draw(st.booleans()):
-        call = call._replace(number=data.draw(st.sampled_from(made)).number)
+    if chosen < len(made):  # a call that a rule names
+        call = call._replace(number=made[chosen].number)
     assert run(seccomp.assemble(X86, made), call) == decide(made, call)
 
 

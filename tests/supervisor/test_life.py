@@ -23,7 +23,9 @@ WAIT = "read line"
 
 def children(pid: int) -> list[int]:
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
     except OSError:
         return []
 
@@ -61,9 +63,16 @@ for line in sys.stdin: print(line, end="", flush=True)
 """
     # The shell makes a job of it, with a process group of its own.
     with subprocess.Popen(
-        ["bash", "-c", f"exec 3<&0; set -m; {' '.join(PROGRAM)} run "
-         f"{sys.executable} -c '{program}' <&3 & wait"],
-        env=vsock.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [
+            "bash",
+            "-c",
+            f"exec 3<&0; set -m; {' '.join(PROGRAM)} run "
+            f"{sys.executable} -c '{program}' <&3 & wait",
+        ],
+        env=vsock.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdin and process.stdout
         pid, group = map(int, process.stdout.readline().split())
@@ -123,7 +132,7 @@ def test_nothing_is_held_open(vsock: Vsock) -> None:
 def test_socket_activation_finds_its_process(vsock: Vsock) -> None:
     # What systemd does: LISTEN_PID is the process it started.
     program = "import os; print(os.environ['LISTEN_PID'] == str(os.getpid()))"
-    script = f"export LISTEN_PID=$$; exec {' '.join(PROGRAM)} run {sys.executable} -c \"{program}\""
+    script = f'export LISTEN_PID=$$; exec {" ".join(PROGRAM)} run {sys.executable} -c "{program}"'
     done = subprocess.run(
         ["sh", "-c", script], env=vsock.environment, capture_output=True, text=True, check=True
     )

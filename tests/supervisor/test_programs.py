@@ -113,5 +113,3 @@ def test_the_header_in_cplusplus_and_beside_linuxs_own(compile_c: Compile) -> No
 def test_where_the_header_is(vsock: Vsock) -> None:
     folder = vsock("include-dir").stdout.strip()
     assert subprocess.run(["test", "-r", f"{folder}/vmci_sockets.h"], check=False).returncode == 0
-
-

@@ -30,7 +30,7 @@ def test_an_address_comes_back(cid: int, port: int) -> None:
 
 
 def test_an_address_looks_as_in_linux_vm_sockets_h() -> None:
-    assert pack_address((2, 5000)).hex() == "28000000" "88130000" "02000000" "00000000"
+    assert pack_address((2, 5000)).hex() == "28000000881300000200000000000000"
 
 
 @pytest.mark.parametrize(

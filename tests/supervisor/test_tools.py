@@ -68,13 +68,15 @@ def test_a_gigabyte_through_socat(vsock: Vsock, fabric: PrivateFabric, sender: s
     assert taking.finish()[0].decode() == given.stderr
 
 
-def test_ssh_into_a_guest_without_a_network(vsock: Vsock, fabric: PrivateFabric, tmp_path: Path) -> None:
+def test_ssh_into_a_guest_without_a_network(
+    vsock: Vsock, fabric: PrivateFabric, tmp_path: Path
+) -> None:
     sshd = "/usr/sbin/sshd"
     needs("socat", "ssh", "ssh-keygen", sshd)
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
     for key in ("host", "user"):
-        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / key]
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / key)]
         subprocess.run(command, check=True)
     (tmp_path / "config").write_text(
         f"HostKey {tmp_path}/host\nAuthorizedKeysFile {tmp_path}/user.pub\nStrictModes no\n"

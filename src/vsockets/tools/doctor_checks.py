@@ -98,7 +98,9 @@ print("yes")
     scope = _read("/proc/sys/kernel/yama/ptrace_scope").strip()
     if scope in ("2", "3") and os.geteuid() != 0:
         advice = "sysctl kernel.yama.ptrace_scope=1"
-        return Finding(what, "partly", f"the programs' memory is closed: ptrace_scope {scope}", advice)
+        return Finding(
+            what, "partly", f"the programs' memory is closed: ptrace_scope {scope}", advice
+        )
     return Finding(what, "yes", "system calls of any program can be served")
 
 
