@@ -12,7 +12,6 @@ import typer
 from ..attachment import Attachment
 from ..constants import VMADDR_CID_HOST
 from ..control import Control
-from ..supervisor.launch import launch
 from .advice import Failure
 from .context import read_cid
 from .execute import become
@@ -40,6 +39,8 @@ def run(
     """
     control = administrator(start=True)
     context = _context(control, cid, name)
+    from ..supervisor.launch import launch  # here, because no other command needs it
+
     folder = context["folder"]
 
     def program_starts() -> NoReturn:
