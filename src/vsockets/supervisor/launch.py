@@ -33,6 +33,8 @@ from .supervisor import Supervisor
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
+_LAST_STANDARD = 2
+
 #: Between front and supervisor: what happened, and a number.
 _NOTE = struct.Struct("=ci")
 _STOPPED, _ENDED, _SIGNAL, _CONTINUED = b"S", b"E", b"K", b"C"
@@ -294,11 +296,18 @@ def _end_all_children() -> None:
 
 
 def _close_all_but(kept: Collection[int]) -> None:
-    """Hold nothing open that the program would otherwise be the last to close."""
+    """Hold nothing open that the program would otherwise be the last to close.
+
+    Standard input, output and error stay taken: by nothing, so that nothing can be written
+    where it does not belong.
+    """
     first = 0
     for fd in [*sorted(kept), os.sysconf("SC_OPEN_MAX")]:
         os.closerange(first, fd)
         first = fd + 1
+    while (nothing := os.open(os.devnull, os.O_RDWR)) <= _LAST_STANDARD:
+        pass
+    os.close(nothing)
 
 
 def _control(option: int, value: int) -> None:
