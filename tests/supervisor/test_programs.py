@@ -41,6 +41,10 @@ def test_signals_interrupt_and_restart_accept(vsock: Vsock, compile_c: Compile) 
     ]
 
 
+def test_nothing_is_done_twice_in_a_storm_of_signals(vsock: Vsock, compile_c: Compile) -> None:
+    assert vsock("run", compile_c("signals.c", "-pthread"), "storm").stdout == "stormy\n"
+
+
 def test_accept_times_out(vsock: Vsock, compile_c: Compile) -> None:
     program = compile_c("signals.c", "-pthread")
     done = vsock("run", program, "timeout")

@@ -12,6 +12,7 @@ import struct
 from collections import OrderedDict, deque
 from enum import Enum, auto
 from socket import SOCK_DGRAM
+from typing import NamedTuple
 
 from ..buffers import BufferSizes
 from ..constants import AF_VSOCK, VMADDR_CID_ANY, VMADDR_PORT_ANY
@@ -47,6 +48,14 @@ class Phase(Enum):
     CONNECTED = auto()
 
 
+class Received(NamedTuple):
+    """A message taken off a socket, whole."""
+
+    data: bytes
+    flags: int  #: of struct msghdr
+    source: tuple[int, int] | None
+
+
 class Endpoint:
     """One socket of a program."""
 
@@ -62,6 +71,7 @@ class Endpoint:
         "local",
         "peer",
         "phase",
+        "received",
         "record",
         "send_buffer",
         "sending_is_shut",
@@ -85,6 +95,8 @@ class Endpoint:
         self.ignored: dict[tuple[int, int], bytes] = {}
         #: Connections taken for a program that was interrupted before it got them.
         self.accepted: deque[tuple[int, Record]] = deque()
+        #: Messages likewise.
+        self.received: deque[Received] = deque()
         self.sending_is_shut = False  #: shutdown() of a datagram socket
 
     @property

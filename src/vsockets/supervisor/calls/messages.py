@@ -10,7 +10,8 @@ import _socket
 import errno
 import os
 import struct
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from socket import (
     MSG_CTRUNC,
     MSG_DONTWAIT,
@@ -22,14 +23,14 @@ from socket import (
     SOCK_SEQPACKET,
     SOL_SOCKET,
 )
-from typing import NamedTuple
 
 from ...limits import MAX_DATAGRAM
 from ...wire import decode_source
 from ..call import Answer, Call, failure
 from ..filter import MSG_ERRQUEUE
 from ..memory import MESSAGE_SIZE, MESSAGE_STRIDE, MOST_MESSAGES, Message, read_message
-from ..sockets import UNBOUND, Endpoint, Phase, pack_address
+from ..notification import Gone
+from ..sockets import UNBOUND, Endpoint, Phase, Received, pack_address
 from ..waiting import Wait, lent
 
 _TIMEVAL = struct.Struct("=qq")
@@ -37,12 +38,6 @@ _U32 = struct.Struct("=I")
 
 #: The flags of receiving that are passed on.  The rest is ours to do.
 _PASSED = int(MSG_PEEK)
-
-
-class _Received(NamedTuple):
-    data: bytes
-    flags: int  #: of struct msghdr
-    source: tuple[int, int] | None
 
 
 async def recvfrom(call: Call, endpoint: Endpoint) -> Answer:
@@ -53,8 +48,9 @@ async def recvfrom(call: Call, endpoint: Endpoint) -> Answer:
         return None
     buffer, size, flags = call.arguments[1], call.arguments[2], call.integer(3)
     received = await _receive_datagram(call, endpoint, flags)
-    call.write(buffer, received.data[:size])
-    call.write_address(received.source or UNBOUND, *call.arguments[4:6])
+    with _not_lost(endpoint, received, flags):
+        call.write(buffer, received.data[:size])
+        call.write_address(received.source or UNBOUND, *call.arguments[4:6])
     return len(received.data) if flags & MSG_TRUNC else min(size, len(received.data))
 
 
@@ -74,7 +70,8 @@ async def recvmsg(call: Call, endpoint: Endpoint) -> Answer:
     else:
         call.let_through()
         return None
-    return _give(call, message, received, flags)
+    with _not_lost(endpoint, received, flags):
+        return _give(call, message, received, flags)
 
 
 async def recvmmsg(call: Call, endpoint: Endpoint) -> Answer:
@@ -93,11 +90,29 @@ async def recvmmsg(call: Call, endpoint: Endpoint) -> Answer:
             if count:
                 break
             raise
-        size = _give(call, message, received, flags)
-        call.write(at + MESSAGE_SIZE, _U32.pack(size))
+        with _not_lost(endpoint, received, flags):
+            size = _give(call, message, received, flags)
+            call.write(at + MESSAGE_SIZE, _U32.pack(size))
         count += 1
         flags |= int(MSG_DONTWAIT)
     return count
+
+
+@contextmanager
+def _not_lost(endpoint: Endpoint, received: Received, flags: int) -> Iterator[None]:
+    """A call that a signal interrupts now is made again, and gets what it had received."""
+    try:
+        yield
+    except Gone:
+        if not flags & MSG_PEEK:
+            endpoint.received.append(received)
+        raise
+
+
+def _take_again(endpoint: Endpoint, flags: int) -> Received | None:
+    if not endpoint.received:
+        return None
+    return endpoint.received[0] if flags & MSG_PEEK else endpoint.received.popleft()
 
 
 def _refuse_error_queue(flags: int) -> None:
@@ -106,7 +121,7 @@ def _refuse_error_queue(flags: int) -> None:
         raise failure(errno.EAGAIN)
 
 
-def _give(call: Call, message: Message, received: _Received, flags: int) -> int:
+def _give(call: Call, message: Message, received: Received, flags: int) -> int:
     """Write what was received where a struct msghdr says; returns what recvmsg() does."""
     size = message.write(call, received.data)
     name = b""
@@ -118,7 +133,9 @@ def _give(call: Call, message: Message, received: _Received, flags: int) -> int:
     return len(received.data) if flags & MSG_TRUNC else size
 
 
-async def _receive_datagram(call: Call, endpoint: Endpoint, flags: int) -> _Received:
+async def _receive_datagram(call: Call, endpoint: Endpoint, flags: int) -> Received:
+    if (again := _take_again(endpoint, flags)) is not None:
+        return again
     while True:
         with closing(call.duplicate(SOCK_DGRAM)) as sock:
             try:
@@ -128,13 +145,15 @@ async def _receive_datagram(call: Call, endpoint: Endpoint, flags: int) -> _Rece
             except BlockingIOError:
                 wait = _wait(endpoint, sock, flags)
             else:
-                return _Received(data, 0, decode_source(name))
+                return Received(data, 0, decode_source(name))
         if not await wait:
             raise failure(errno.EAGAIN)
 
 
-async def _receive_end_of_record(call: Call, endpoint: Endpoint, flags: int) -> _Received | None:
+async def _receive_end_of_record(call: Call, endpoint: Endpoint, flags: int) -> Received | None:
     """The next packet if it ends a record; None when the kernel can receive it as well."""
+    if (again := _take_again(endpoint, flags)) is not None:
+        return again
     look = int(MSG_PEEK | MSG_DONTWAIT | MSG_TRUNC)
     while True:
         with closing(call.duplicate(SOCK_SEQPACKET)) as sock:
@@ -147,7 +166,7 @@ async def _receive_end_of_record(call: Call, endpoint: Endpoint, flags: int) -> 
                     return None
                 # MSG_TRUNC made the size that of the whole packet.
                 data = sock.recvmsg(size, 0, (flags & _PASSED) | int(MSG_DONTWAIT))[0]
-                return _Received(data, int(MSG_EOR), None)
+                return Received(data, int(MSG_EOR), None)
         if not await wait:
             raise failure(errno.EAGAIN)
 
