@@ -238,11 +238,13 @@ def _steps(condition: When) -> Iterator[tuple[int, int, bool, bool]]:
         Test.LACKS_BITS: (_IF_ANY_BIT, False),
         Test.NOT_NULL: (_IF_EQUAL, False),
     }[condition.test]
+    value = condition.value & 0xFFFF_FFFF
     if condition.test is Test.NOT_NULL:
+        value = 0
         yield _LOAD, low + 4, True, False
         yield code, 0, False, False
     yield _LOAD, low, True, True
-    yield code, condition.value & 0xFFFF_FFFF, holds_if, True
+    yield code, value, holds_if, True
 
 
 def _instruction(code: int, constant: int, if_so: int = 0, if_not: int = 0) -> bytes:
