@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vsockets.testing import PrivateFabric
 
-from . import connects, datagrams, drops, scale, streams
+from . import connects, datagrams, drops, scale, streams, supervised
 from .harness import Series, take_turns
 
 Results = dict[str, dict[str, Series]]
@@ -30,6 +30,9 @@ GOALS = [
     ("datagrams, 64 B", "unix", True, 0.90),
     ("connects, 1 client", "tcp", True, 0.60),
     ("connects, 4 clients", "tcp", True, 0.90),
+    ("supervised stream throughput, 64 KiB", "unix", True, 0.95),
+    ("supervised stream round trip, 64 B", "unix", False, 1.05),
+    ("supervised build", "plain", False, 1.05),
     ("vsockd's time a connect, contexts", "10", False, 1.10),
     ("vsockd's time a connect, listeners", "100", False, 1.10),
 ]
@@ -123,6 +126,28 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
             contestants = {"1 stream": one, "100 streams": hundred, "1,000 streams": thousand}
             return take_turns(contestants, "ms", rounds, tick)
 
+    def supervising(measure: str, count: int, unit: str) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            with PrivateFabric(log_level="warning") as fabric:
+                contestants: dict[str, Callable[[], float]] = {
+                    family: partial(supervised.program, fabric, family, measure, count)
+                    for family in ("vsock", "unix", "tcp")
+                }
+                return take_turns(contestants, unit, rounds, tick)
+
+        return run
+
+    def bystander(measure: Callable[[PrivateFabric, bool], float]) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            with PrivateFabric() as fabric:
+                contestants: dict[str, Callable[[], float]] = {
+                    "supervised": partial(measure, fabric, True),
+                    "plain": partial(measure, fabric, False),
+                }
+                return take_turns(contestants, "s", rounds, tick)
+
+        return run
+
     many_contexts = scale.most(10_000, 2)
     many_listeners = scale.most(20_000, 1)
     return {
@@ -132,6 +157,11 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "connects, 1 client": connecting(1, 3000),
         "connects, 4 clients": connecting(4, 2000),
         "suspend until the last end is told": dropping,
+        "supervised stream throughput, 64 KiB": supervising("throughput", 8000, "MB/s"),
+        "supervised stream round trip, 64 B": supervising("round trip", 15_000, "us"),
+        "supervised connects": supervising("connects", 1500, "/s"),
+        "supervised build": bystander(supervised.build),
+        "supervised starts of Python": bystander(supervised.starts),
         "vsockd's time a connect, contexts": growing(
             ("10", 10, 1), (f"{many_contexts:,}", many_contexts, 1)
         ),

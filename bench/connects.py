@@ -22,7 +22,7 @@ def tcp(connects: int, clients: int) -> float:
                     sock.connect(address)
                     sock.recv(1)
 
-        return _rate(server, client, connects, clients)
+        return rate(server, client, connects, clients)
 
 
 def vsock(
@@ -40,10 +40,12 @@ def vsock(
                     sock.connect(address)
                     sock.recv(1)
 
-        return _rate(server, client, connects, clients)
+        return rate(server, client, connects, clients)
 
 
-def _rate(server: socket.socket, client: Callable[[], None], connects: int, clients: int) -> float:
+def rate(server: socket.socket, client: Callable[[], None], connects: int, clients: int) -> float:
+    """How many a second ``clients`` processes make, with one that serves them."""
+
     def serve() -> None:
         while True:
             server.accept()[0].close()

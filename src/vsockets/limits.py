@@ -161,3 +161,20 @@ UNSENT_BYTES = 64 << 20
 
 #: Bytes of a guest's datagrams that wait for one receiver (VMCI_MAX_DATAGRAM_QUEUE_SIZE).
 UNSENT_DATAGRAMS = 2 * 17 * 4096
+
+#: Sockets of supervised programs, theirs and ours, that a supervisor remembers.
+#: vsockd can be asked about a forgotten one; each takes half a kilobyte.
+SUPERVISED_SOCKETS = 65_536
+
+#: How long a non-blocking connect() of a supervised program may take before the
+#: program is told that it is in progress, in seconds.  vsockd answers in a tenth
+#: of a millisecond; this is for when the machine is busy.
+CONNECT_GRACE = 0.02
+
+#: Datagram routes of supervised programs that a supervisor keeps: each is a descriptor
+#: of its process, of which a user may have 1024 by default.
+SUPERVISED_ROUTES = 512
+
+#: A send buffer above net.core.wmem_max, in bytes, up to which a privileged supervisor
+#: does what its program asks for; the kernel's own AF_VSOCK has no limit at all.
+FORCED_SEND_BUFFER = 4 << 20

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.tools.run import SITE
 
 from .vsock import Vsock
 
@@ -110,31 +109,3 @@ def test_programs_that_cannot_be_run(vsock: Vsock, tmp_path: Path) -> None:
 
 def test_vsockd_is_started_on_demand(alone: Vsock) -> None:
     assert alone("run", "echo", "hello").stdout == "hello\n"
-
-
-def test_another_sitecustomize_is_run_too(vsock: Vsock, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import builtins\nbuiltins.customized = __file__\n")
-    vsock.find_modules_in(tmp_path)
-    script = (
-        "import sitecustomize, socket; print(customized == sitecustomize.__file__, socket.socket)"
-    )
-    found = vsock("run", "--cid", "host", sys.executable, "-c", script).stdout
-    assert found == "True <class 'vsockets.install.Socket'>\n"
-
-
-def test_an_interpreter_without_the_package_gets_it(vsock: Vsock, tmp_path: Path) -> None:
-    # -S: no site-packages, and what site does is done by hand.
-    program = "import sys, sitecustomize, socket; print(socket.socket(40).getsockname(), sys.path)"
-    script = f"PYTHONPATH={SITE} exec {sys.executable} -S -c '{program}'"
-    found = vsock("run", "--cid", "host", "sh", "-c", script).stdout
-    assert found.startswith("(4294967295, 4294967295) ")
-    assert repr(str(SITE.parents[2])) not in found  # where others' packages may be
-
-
-def test_a_program_without_vsockets_gets_along(vsock: Vsock, tmp_path: Path) -> None:
-    (tmp_path / "vsockets.py").write_text("raise RuntimeError('broken')\n")
-    script = f"""PYTHONPATH=$PYTHONPATH:{tmp_path} exec {sys.executable} -c 'print("still here")'"""
-    done = vsock("run", "--cid", "host", "sh", "-c", script)
-    assert done.stdout == "still here\n"
-    assert done.stderr.startswith("vsock run: no vSockets in Python 3.")
-    assert done.stderr.endswith(": broken\n")

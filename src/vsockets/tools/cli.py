@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import context, demo, device, doctor, events, ls, netcat, reach, run, up
+from . import context, demo, device, doctor, events, include_dir, ls, netcat, reach, run, up
 from .advice import Failure, one_line
 from .output import complain
 
@@ -32,6 +32,7 @@ app.command("ls")(ls.ls)
 app.command("events")(events.events)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
+app.command("include-dir")(include_dir.include_dir)
 
 
 def _print_version(wanted: bool) -> None:

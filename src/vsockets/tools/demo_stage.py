@@ -18,7 +18,6 @@ from typing import Any
 from ..attachment import Attachment
 from ..testing import PrivateFabric
 from .advice import Failure
-from .run import environment
 
 _PROGRAMS = Path(__file__).with_name("demo_programs.py")
 
@@ -52,14 +51,22 @@ class Program:
     """One of the programs, running in a process of its own and in a context."""
 
     def __init__(
-        self, context: Attachment, role: str, arguments: Sequence[object], services: list[Program]
+        self,
+        fabric: PrivateFabric,
+        context: Attachment,
+        role: str,
+        arguments: Sequence[object],
+        services: list[Program],
     ) -> None:
         self.role = role
         self._services = services
         self._received = b""
         self._process = subprocess.Popen(
-            [sys.executable, "-P", os.fspath(_PROGRAMS), role, *map(str, arguments)],
-            env=environment(context.folder),
+            [
+                *(sys.executable, "-m", "vsockets.tools", "run", "--cid", str(context.cid), "--"),
+                *(sys.executable, "-P", os.fspath(_PROGRAMS), role, *map(str, arguments)),
+            ],
+            env=fabric.environment(context),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -153,7 +160,7 @@ class Stage:
     def start(self, context: Attachment, role: str, *arguments: object) -> Program:
         """Start a program in ``context``."""
         with undisturbed():
-            program = Program(context, role, arguments, self._services)
+            program = Program(self.fabric, context, role, arguments, self._services)
             self._programs.append(program)
         return program
 

@@ -82,11 +82,26 @@ def python() -> Finding:
 
 
 def seccomp() -> Finding:
-    """SECCOMP_RET_USER_NOTIF: supervising programs that are not Python's."""
-    actions = _read("/proc/sys/kernel/seccomp/actions_avail").split()
-    if "user_notif" in actions:
-        return Finding("seccomp notification", "yes", "system calls of any program can be served")
-    return Finding("seccomp notification", "no", "not in this kernel", "Linux 5.0 or later")
+    """A filter with a listener, in a child: what ``vsock run`` supervises programs by."""
+    what = "seccomp notification"
+    script = """
+from vsockets.supervisor import filter, machine, notification
+here = machine.this_machine()
+notification.install(here, filter.assemble(here, []))
+print("yes")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    said = _output(sys.executable, "-c", script, env=environment).strip()
+    if said != "yes":
+        why = said.rpartition("\n")[2].rpartition(": ")[2] or "not in this kernel"
+        return Finding(what, "no", why, "Linux 5.14 or later, and a container that allows it")
+    scope = _read("/proc/sys/kernel/yama/ptrace_scope").strip()
+    if scope in ("2", "3") and os.geteuid() != 0:
+        advice = "sysctl kernel.yama.ptrace_scope=1"
+        return Finding(
+            what, "partly", f"the programs' memory is closed: ptrace_scope {scope}", advice
+        )
+    return Finding(what, "yes", "system calls of any program can be served")
 
 
 def pidfd() -> Finding:
@@ -210,11 +225,11 @@ def _read(path: str) -> str:
     return ""
 
 
-def _output(*command: str) -> str:
+def _output(*command: str, env: dict[str, str] | None = None) -> str:
     """What a program prints; what went wrong if it does not."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_PATIENCE, check=False
+            command, capture_output=True, text=True, timeout=_PATIENCE, check=False, env=env
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)

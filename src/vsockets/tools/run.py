@@ -1,32 +1,21 @@
-"""``vsock run``: programs as part of a context.
-
-For Python programs, unmodified: a ``sitecustomize`` module on their ``PYTHONPATH`` puts vSockets
-in the place of the standard library's AF_VSOCK, before their first line runs.  (An interpreter
-started with -I, -E or -S does not look there.)  Programs in other languages find the context in
-``VSOCKETS_CONTEXT`` if they know it.
-"""
+"""``vsock run``: unmodified programs as part of a context."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from ..attachment import Attachment
 from ..constants import VMADDR_CID_HOST
 from ..control import Control
+from .advice import Failure
 from .context import read_cid
 from .execute import become
 from .reach import administrator
-
-#: The folder of the ``sitecustomize`` module, and of nothing else.
-SITE = Path(__file__).parent / "site"
-
-#: Shell scripts number their own descriptors from 3 up, shells theirs below 64.
-_OUT_OF_THE_WAY = 100
 
 
 def run(
@@ -43,27 +32,44 @@ def run(
     ] = None,
     name: Annotated[str, typer.Option(help="What to call a guest that is made.")] = "",
 ) -> None:
-    """Run an unmodified Python program as part of a context.
+    """Run any program, unmodified, as part of a context: its AF_VSOCK is the fabric's.
 
     By default that is a new guest, which goes when the program and all its children have
     ended.  Starts vsockd if need be.
     """
     control = administrator(start=True)
     context = _context(control, cid, name)
-    if context["leased"]:
-        _keep_lease(control)
-    become(program, environment(context["folder"]))
+    from ..supervisor.launch import launch  # here, because no other command needs it
+
+    folder = context["folder"]
+
+    def program_starts() -> NoReturn:
+        become(program, environment(folder))
+
+    lease = control.fileno() if context["leased"] else None
+    try:
+        launch(program_starts, Attachment(folder), lease)
+    except OSError as error:
+        raise Failure(f"cannot supervise {program[0]}: {_why(error)}") from None
+
+
+def _why(error: OSError) -> str:
+    if error.errno == errno.EBUSY:
+        return "a supervisor is at work already (vsock run within vsock run, or a container's)"
+    if error.errno in (errno.EINVAL, errno.ENOSYS):
+        return "this kernel has no seccomp notification (Linux 5.14 or later; see: vsock doctor)"
+    return os.strerror(error.errno or errno.EIO)
 
 
 def environment(folder: str | Path) -> dict[str, str]:
-    """The environment of a program in the context with this folder."""
-    paths = [str(SITE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    """The environment of a program in the context with this folder.
+
+    Programs that know vSockets use the context directly, and need no supervisor.
+    """
     return {
         **os.environ,
         "VSOCKETS_CONTEXT": os.fspath(folder),
         "VSOCKETS_TRANSPORT": "fabric",
-        # In this order, each once; an empty entry would be the working directory.
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths))),
     }
 
 
@@ -80,18 +86,3 @@ def _context(control: Control, cid: int | None, name: str) -> dict[str, Any]:
             if context["cid"] == cid:
                 return {**context, "leased": False}
         # It existed, and was removed between the two questions.
-
-
-def _keep_lease(control: Control) -> None:
-    """Let the program inherit the connection that the lease lives on.
-
-    So it lives as long as any process of the program does, and we can become the program:
-    its exit status, its signals and its terminal pass through nobody.  The alternative, to stay
-    as its parent, would end the lease under a program that goes on in the background, and have
-    to imitate all of that.  A program that closes descriptors it does not know gives its lease
-    back early.
-    """
-    try:
-        fcntl.fcntl(control.fileno(), fcntl.F_DUPFD, _OUT_OF_THE_WAY)  # inheritable, unlike ours
-    except OSError:  # no such number for this process
-        os.set_inheritable(control.fileno(), True)

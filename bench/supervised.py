@@ -1,0 +1,53 @@
+"""What ``vsock run`` costs: the same unmodified program beside itself without it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from vsockets.testing import PrivateFabric
+
+_ROOT = Path(__file__).parents[1]
+_RUN = (sys.executable, "-m", "vsockets.tools", "run", "--cid", "host", "--")
+
+#: A build: forty small compilations, most of whose time is starting programs and opening files.
+_BUILD = "for i in $(seq 40); do gcc -O2 -Iinclude -c -o /dev/null examples/c/stream_server.c; done"
+#: Starting Python, which opens more files a second than most programs.
+_START = f"for i in $(seq 20); do {sys.executable} -I -c 'import json, unittest'; done"
+
+
+def program(fabric: PrivateFabric, family: str, measure: str, count: int) -> float:
+    """A figure of ``supervised_program``; supervised if it uses AF_VSOCK."""
+    command = (sys.executable, "-m", "bench.supervised_program", family, measure, str(count))
+    return float(_run(fabric, command, family == "vsock"))
+
+
+def build(fabric: PrivateFabric, supervised: bool) -> float:
+    """Seconds of a build."""
+    return _seconds(fabric, _BUILD, supervised)
+
+
+def starts(fabric: PrivateFabric, supervised: bool) -> float:
+    """Seconds of starting Python twenty times."""
+    return _seconds(fabric, _START, supervised)
+
+
+def _seconds(fabric: PrivateFabric, script: str, supervised: bool) -> float:
+    """How long a shell takes, without the time that ``vsock run`` takes to start."""
+    timed = f"date +%s.%N; {script}; date +%s.%N"
+    begin, end = map(float, _run(fabric, ("sh", "-c", timed), supervised).split())
+    return end - begin
+
+
+def _run(fabric: PrivateFabric, command: tuple[str, ...], supervised: bool) -> str:
+    done = subprocess.run(
+        [*(_RUN if supervised else ()), *command],
+        env=fabric.environment(fabric.host),
+        cwd=_ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout

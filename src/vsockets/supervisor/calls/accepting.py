@@ -1,0 +1,89 @@
+"""accept() and accept4(): vsockd has announced a connection, the program gets it."""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import struct
+from contextlib import closing
+from socket import AF_UNIX, SO_RCVTIMEO, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET
+
+from ...wire import Record
+from ..call import Answer, Call, failure
+from ..notification import Gone
+from ..sockets import Endpoint, Phase
+from ..vsockd import take_record
+from ..waiting import lent
+from .connecting import settle
+
+_TIMEVAL = struct.Struct("=qq")
+_FLAGS = int(SOCK_CLOEXEC | SOCK_NONBLOCK)
+
+
+async def accept(call: Call, endpoint: Endpoint) -> Answer:
+    """accept4() without flags."""
+    return await _accept(call, endpoint, 0)
+
+
+async def accept4(call: Call, endpoint: Endpoint) -> Answer:
+    """Wait for a connection, unless the socket is non-blocking."""
+    return await _accept(call, endpoint, call.integer(3))
+
+
+async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
+    if flags & ~_FLAGS:
+        raise failure(errno.EINVAL)
+    if endpoint.is_datagram:
+        raise failure(errno.EOPNOTSUPP)
+    if endpoint.phase is not Phase.LISTENING:
+        raise failure(errno.EINVAL)
+    address, size_at = call.arguments[1:3]
+    if address:
+        call.read(size_at, 4)  # an EFAULT now loses no connection
+    while True:
+        with closing(call.duplicate(endpoint.type)) as listener:
+            taken = _take(endpoint, listener)
+            if taken is not None:
+                break
+            if not os.get_blocking(listener.fileno()):
+                raise failure(errno.EAGAIN)
+            seconds = _timeout(listener)
+            wait = lent(listener.detach(), endpoint.inode, seconds)
+        if not await wait:
+            raise failure(errno.EAGAIN)
+    fd, record = taken
+    sock = _socket.socket(AF_UNIX, endpoint.type, 0, fd)
+    with closing(sock):
+        supervisor = call.supervisor
+        settle(supervisor.adopt(sock, endpoint.type), sock, record)
+        os.set_blocking(fd, not flags & SOCK_NONBLOCK)
+        try:
+            # Before the descriptor: afterwards the program may use the memory for something else.
+            call.write_address(record.peer, address, size_at)
+            supervisor.hand_over(call, sock, endpoint.type, bool(flags & SOCK_CLOEXEC))
+        except Gone:
+            endpoint.accepted.append((sock.detach(), record))
+            raise
+    return None
+
+
+def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Record] | None:
+    """The next connection: its descriptor and what vsockd said of it; None without one."""
+    if endpoint.accepted:
+        return endpoint.accepted.popleft()
+    try:
+        record, fd = take_record(listener)
+    except BlockingIOError:
+        return None
+    if fd is None:
+        raise failure(errno.EMFILE, "the connection was lost for want of a descriptor")
+    return fd, record
+
+
+def _timeout(listener: _socket.socket) -> float | None:
+    """SO_RCVTIMEO in seconds; None for no limit."""
+    seconds, microseconds = _TIMEVAL.unpack(
+        listener.getsockopt(SOL_SOCKET, SO_RCVTIMEO, _TIMEVAL.size)
+    )
+    return float(seconds + microseconds / 1e6) or None

@@ -1,0 +1,149 @@
+"""connect(): a program's unix socket becomes one end of a stream.
+
+vsockd's answer comes in on the very socket that the program has.  It is taken off before the
+call returns, also when the program does not want to wait: vsockd answers in a tenth of a
+millisecond.  Only if it does not, the program is told EINPROGRESS before the answer is there;
+the socket then polls as not writable until vsockd has answered (see docs/design.md), and
+the answer is taken off at once, or at the program's next call about the socket.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import errno
+import os
+import time
+from contextlib import closing
+from socket import SO_SNDBUF, SOCK_SEQPACKET, SOL_SOCKET
+
+from ...limits import (
+    CONNECT_GRACE,
+    DEFAULT_BUFFER_SIZE,
+    FORCED_SEND_BUFFER,
+    LARGEST_SEND_BUFFER,
+)
+from ...wire import PADDING, Flag, Record, encode_connect
+from ..call import Answer, Call, failure
+from ..notification import Gone
+from ..sockets import Endpoint, Phase
+from ..vsockd import SEND, take_record
+from ..waiting import ready
+from . import datagrams
+
+_SO_SNDBUFFORCE = 32
+#: What the kernel adds to each message of a packet socket, in bytes: a message larger than the
+#: send buffer less this is refused (EMSGSIZE).
+_PACKET_OVERHEAD = 32
+
+
+#: Why a socket in one of these cannot be connected.
+_REFUSED = {
+    Phase.LISTENING: errno.EINVAL,
+    Phase.CONNECTING: errno.EALREADY,
+    Phase.CONNECTED: errno.EISCONN,
+}
+
+
+async def connect(call: Call, endpoint: Endpoint) -> Answer:
+    """Connect to ``(cid, port)``; the errors are those of ``transports.fabric``."""
+    if endpoint.is_datagram:
+        return await datagrams.connect(call, endpoint)
+    peer = call.read_address(call.arguments[1], call.integer(2))
+    with closing(call.duplicate(endpoint.type)) as sock:
+        finish(endpoint, sock)
+        if endpoint.phase in _REFUSED:
+            raise failure(_REFUSED[endpoint.phase])
+        if endpoint.error:
+            code, endpoint.error = endpoint.error, 0
+            raise failure(code)
+        polls = not os.get_blocking(sock.fileno())
+        call.supervisor.vsockd.enter(endpoint, sock)
+        _send(endpoint, sock, peer, polls)
+        deadline = time.monotonic() + endpoint.connect_timeout
+        if polls:
+            if not await _wait(endpoint, sock, CONNECT_GRACE):
+                call.answer(-errno.EINPROGRESS)
+                await _wait(endpoint, sock, deadline - time.monotonic())
+        else:
+            try:
+                await _wait(endpoint, sock, endpoint.connect_timeout)
+            except Gone:  # a signal came; as with TCP, connecting goes on
+                call.answered = True
+                await _wait(endpoint, sock, deadline - time.monotonic())
+        if endpoint.phase is Phase.CONNECTING:
+            endpoint.unsettle()
+            endpoint.error = errno.ETIMEDOUT
+    if polls:
+        # Known, but told the way programs that do not wait are told.
+        return -errno.EINPROGRESS
+    code, endpoint.error = endpoint.error, 0
+    return -code
+
+
+async def _wait(endpoint: Endpoint, sock: _socket.socket, seconds: float) -> bool:
+    """Whether it is decided by then."""
+    deadline = time.monotonic() + seconds
+    while endpoint.phase is Phase.CONNECTING:
+        if not await ready(sock.fileno(), max(0.0, deadline - time.monotonic())):
+            return False
+        finish(endpoint, sock)
+    return True
+
+
+def _send(endpoint: Endpoint, sock: _socket.socket, peer: tuple[int, int], polls: bool) -> None:
+    flags = int(Flag.POLLING) if polls else 0
+    request = encode_connect(flags, peer, endpoint.buffers, endpoint.cookie)
+    if polls:
+        # In this order: a small send buffer would split the request in two.
+        sock.send(request + PADDING, SEND)
+        endpoint.send_buffer = sock.getsockopt(SOL_SOCKET, SO_SNDBUF)
+        sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 0)
+    else:
+        sock.send(request, SEND)
+    endpoint.phase = Phase.CONNECTING
+
+
+def finish(endpoint: Endpoint, sock: _socket.socket) -> None:
+    """Take vsockd's answer to a connect off ``sock``, a copy of the endpoint's, if it is there."""
+    if endpoint.phase is not Phase.CONNECTING:
+        return
+    try:
+        record, _ = take_record(sock)
+    except BlockingIOError:
+        return
+    except OSError as error:
+        endpoint.unsettle()
+        endpoint.error = error.errno or errno.EIO
+        _restore_send_buffer(endpoint, sock)
+    else:
+        endpoint.error = 0
+        _restore_send_buffer(endpoint, sock)
+        settle(endpoint, sock, record)
+
+
+def _restore_send_buffer(endpoint: Endpoint, sock: _socket.socket) -> None:
+    if endpoint.send_buffer:
+        # The kernel doubles what it is given, to have room for its own headers.
+        sock.setsockopt(SOL_SOCKET, SO_SNDBUF, endpoint.send_buffer // 2)
+        endpoint.send_buffer = 0
+
+
+def settle(endpoint: Endpoint, sock: _socket.socket, record: Record) -> None:
+    """Make ``sock`` the stream that ``record`` describes."""
+    endpoint.settle(record)
+    # A default nobody chose should slow no stream down.
+    if endpoint.type == SOCK_SEQPACKET or record.size != DEFAULT_BUFFER_SIZE:
+        limit_queue(endpoint, sock)
+
+
+def limit_queue(endpoint: Endpoint, sock: _socket.socket) -> None:
+    """Let no more than the buffer's size be on its way, and no larger packet be sent."""
+    size = min(endpoint.buffers.size, LARGEST_SEND_BUFFER)
+    overhead = _PACKET_OVERHEAD if endpoint.type == SOCK_SEQPACKET else 0
+    # The kernel doubles what it is given.
+    half = (size + overhead + 1) // 2
+    sock.setsockopt(SOL_SOCKET, SO_SNDBUF, half)
+    if sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < size <= FORCED_SEND_BUFFER:
+        with contextlib.suppress(PermissionError):  # above net.core.wmem_max
+            sock.setsockopt(SOL_SOCKET, _SO_SNDBUFFORCE, half)

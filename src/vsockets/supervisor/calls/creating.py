@@ -1,0 +1,62 @@
+"""socket(), and opening ``/dev/vsock``."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket as stdlib
+from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_SEQPACKET, SOCK_STREAM
+
+from ...constants import AF_VSOCK
+from ..call import Answer, Call, failure
+
+DEVICE = b"/dev/vsock\0"
+#: What a descriptor of our ``/dev/vsock`` is called in /proc.
+DEVICE_NAME = "vsock-device"
+
+_TYPE_BITS = ~int(SOCK_NONBLOCK | SOCK_CLOEXEC)
+_TYPES = (int(SOCK_STREAM), int(SOCK_SEQPACKET), int(SOCK_DGRAM))
+
+
+async def socket(call: Call) -> Answer:
+    """socket(AF_VSOCK, …): the filter lets no other family come here."""
+    asked, protocol = call.integer(1), call.integer(2)
+    type_ = asked & _TYPE_BITS
+    if protocol not in (0, AF_VSOCK):
+        raise failure(errno.EPROTONOSUPPORT)
+    if type_ not in _TYPES:
+        raise failure(errno.ESOCKTNOSUPPORT)
+    sock = stdlib.socket(AF_UNIX, type_ | (asked & SOCK_NONBLOCK) | SOCK_CLOEXEC)
+    with contextlib.closing(sock):
+        call.supervisor.adopt(sock, type_)
+        call.supervisor.hand_over(call, sock, type_, bool(asked & SOCK_CLOEXEC))
+    return None
+
+
+async def open_(call: Call) -> Answer:
+    """open() of ``/dev/vsock``."""
+    return _open(call, call.integer(1))
+
+
+async def openat(call: Call) -> Answer:
+    """openat() of ``/dev/vsock``."""
+    return _open(call, call.integer(2))
+
+
+def _open(call: Call, flags: int) -> Answer:
+    # The path was looked at before; whatever it is by now, this is what the program gets.
+    call.check()
+    device = os.memfd_create(DEVICE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        fcntl.fcntl(device, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW)
+        call.answer_with_descriptor(device, bool(flags & os.O_CLOEXEC), None)
+    finally:
+        os.close(device)
+    return None
+
+
+def is_device(link: str) -> bool:
+    """Whether /proc's name of a descriptor is that of a ``/dev/vsock``, ours or the machine's."""
+    return link.startswith(f"/memfd:{DEVICE_NAME}") or link == DEVICE[:-1].decode()

@@ -1,0 +1,231 @@
+"""Datagram sockets: claiming an address, and everything that sends.
+
+The program's own socket only receives.  What it sends goes by *routes*, as in
+``transports.fabric.datagram``; the supervisor keeps them and makes the copy that takes.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import struct
+from collections import OrderedDict
+from contextlib import closing
+from socket import AF_UNIX, MSG_DONTWAIT, MSG_OOB, SO_SNDTIMEO, SOCK_DGRAM, SOL_SOCKET
+
+from ...limits import MAX_DATAGRAM, SUPERVISED_ROUTES
+from ...wire import Op, Request
+from ..call import Answer, Call, failure
+from ..memory import (
+    ADDRESS_NEEDED,
+    MESSAGE_SIZE,
+    MESSAGE_STRIDE,
+    MOST_MESSAGES,
+    Message,
+    read_message,
+    read_vectors,
+)
+from ..sockets import UNBOUND, Endpoint
+from ..vsockd import SEND
+from ..waiting import WRITABLE, ready
+from . import packets
+
+_FAMILY = struct.Struct("=H")
+_TIMEVAL = struct.Struct("=qq")
+_U32 = struct.Struct("=I")
+
+#: What a route says when it is no longer one: the receiver has gone, or vsockd took it back.
+_GONE = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
+
+
+class Routes:
+    """Sockets that send from one of the programs' to a destination, those used last."""
+
+    def __init__(self) -> None:
+        self._routes: OrderedDict[tuple[int, tuple[int, int]], _socket.socket] = OrderedDict()
+
+    def find(self, source: Endpoint, destination: tuple[int, int]) -> _socket.socket | None:
+        """The route, if there is one."""
+        key = source.cookie, destination
+        route = self._routes.get(key)
+        if route is not None:
+            self._routes.move_to_end(key)
+        return route
+
+    def add(self, source: Endpoint, destination: tuple[int, int], fd: int) -> _socket.socket:
+        """Keep a route, in place of an old one if there is one."""
+        key = source.cookie, destination
+        old = self._routes.pop(key, None)
+        if old is not None:
+            old.close()
+        elif len(self._routes) >= SUPERVISED_ROUTES:
+            self._routes.popitem(last=False)[1].close()
+        self._routes[key] = route = _socket.socket(AF_UNIX, SOCK_DGRAM, 0, fd)
+        return route
+
+
+async def claim(
+    call: Call, endpoint: Endpoint, sock: _socket.socket, address: tuple[int, int]
+) -> None:
+    """Give the socket a local address; wildcards are filled in."""
+    request = Request(Op.BIND_DATAGRAM, 0, *address)
+    record, _ = await call.supervisor.vsockd.ask(request, sock.fileno())
+    endpoint.local = record.local
+
+
+async def connect(call: Call, endpoint: Endpoint) -> Answer:
+    """Where send() goes from now on; AF_UNSPEC takes it back."""
+    address, size = call.arguments[1], call.integer(2)
+    if size >= _FAMILY.size and _FAMILY.unpack(call.read(address, _FAMILY.size))[0] == 0:
+        endpoint.peer = None
+        return 0
+    peer = call.read_address(address, size)
+    if endpoint.local == UNBOUND:
+        with closing(call.duplicate(SOCK_DGRAM)) as sock:
+            await claim(call, endpoint, sock, UNBOUND)
+    endpoint.peer = peer
+    return 0
+
+
+def stop_sending(endpoint: Endpoint) -> None:
+    """shutdown(): nothing is sent any more."""
+    endpoint.sending_is_shut = True
+
+
+async def sendto(call: Call, endpoint: Endpoint) -> Answer:
+    """One datagram; or the end of a record on a packet socket."""
+    buffer, size = call.arguments[1:3]
+    flags, address, address_size = call.integer(3), call.arguments[4], call.integer(5)
+    _refuse_urgent(flags)
+    if not endpoint.is_datagram:
+        return await packets.send(call, endpoint, Message.of(buffer, size), flags)
+    destination = call.read_address(address, address_size) if address else endpoint.peer
+    _check_size(size)
+    return await _send(call, endpoint, call.read(buffer, size), flags, destination)
+
+
+async def write(call: Call, endpoint: Endpoint) -> Answer:
+    """As send() without flags."""
+    if not endpoint.is_datagram:
+        call.let_through()
+        return None
+    buffer, size = call.arguments[1:3]
+    _check_size(size)
+    return await _send(call, endpoint, call.read(buffer, size), 0, endpoint.peer)
+
+
+async def writev(call: Call, endpoint: Endpoint) -> Answer:
+    """As write(), from several buffers."""
+    if not endpoint.is_datagram:
+        call.let_through()
+        return None
+    vectors = read_vectors(call, call.arguments[1], call.arguments[2])
+    _check_size(sum(size for _, size in vectors))
+    data = b"".join(call.read(address, size) for address, size in vectors)
+    return await _send(call, endpoint, data, 0, endpoint.peer)
+
+
+async def sendmsg(call: Call, endpoint: Endpoint) -> Answer:
+    """One datagram; ancillary data does not cross contexts."""
+    _refuse_urgent(call.integer(2))
+    message = read_message(call, call.arguments[1])
+    if not endpoint.is_datagram:
+        return await packets.send(call, endpoint, message, call.integer(2))
+    return await _send_message(call, endpoint, message, call.integer(2))
+
+
+async def sendmmsg(call: Call, endpoint: Endpoint) -> Answer:
+    """Several datagrams; the number of those sent, unless the first one fails."""
+    if not endpoint.is_datagram:
+        call.let_through()
+        return None
+    sent = 0
+    for number in range(min(call.arguments[2] & 0xFFFF_FFFF, MOST_MESSAGES)):
+        at = call.arguments[1] + number * MESSAGE_STRIDE
+        try:
+            size = await _send_message(call, endpoint, read_message(call, at), call.integer(3))
+        except OSError:
+            if sent:
+                break
+            raise
+        call.write(at + MESSAGE_SIZE, _U32.pack(size))
+        sent += 1
+    return sent
+
+
+async def _send_message(call: Call, endpoint: Endpoint, message: Message, flags: int) -> int:
+    destination = endpoint.peer
+    if message.name:
+        destination = call.read_address(message.name, message.name_size)
+    _check_size(message.size)
+    return await _send(call, endpoint, message.read(call), flags, destination)
+
+
+def _refuse_urgent(flags: int) -> None:
+    if flags & MSG_OOB:  # which unix sockets have
+        raise failure(errno.EOPNOTSUPP)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_DATAGRAM:
+        raise failure(errno.EMSGSIZE, f"a datagram holds {MAX_DATAGRAM} bytes")
+
+
+async def _send(
+    call: Call,
+    endpoint: Endpoint,
+    data: bytes,
+    flags: int,
+    destination: tuple[int, int] | None,
+) -> int:
+    if destination is None:
+        raise failure(ADDRESS_NEEDED)
+    if endpoint.sending_is_shut:
+        raise failure(errno.EPIPE)
+    routes = call.supervisor.routes
+    route = routes.find(endpoint, destination)
+    fresh = route is None
+    if route is None:
+        route = await _new_route(call, endpoint, destination)
+    while True:
+        try:
+            return route.send(data, SEND)
+        except BlockingIOError:
+            seconds = _patience(call, endpoint, flags)
+            if not await ready(route.fileno(), seconds, WRITABLE):
+                raise failure(errno.EAGAIN) from None
+            call.check()
+            route = routes.find(endpoint, destination) or route
+        except _GONE:
+            if fresh:
+                raise failure(errno.ECONNREFUSED) from None
+            # Somebody else has the address by now.
+            fresh = True
+            route = await _new_route(call, endpoint, destination)
+
+
+async def _new_route(
+    call: Call, endpoint: Endpoint, destination: tuple[int, int]
+) -> _socket.socket:
+    request = Request(Op.ROUTE, 0, *UNBOUND, peer_cid=destination[0], peer_port=destination[1])
+    with closing(call.duplicate(SOCK_DGRAM)) as sock:
+        record, fd = await call.supervisor.vsockd.ask(request, sock.fileno())
+    if fd is None:
+        raise failure(errno.EMFILE)
+    endpoint.local = record.local
+    return call.supervisor.routes.add(endpoint, destination, fd)
+
+
+def _patience(call: Call, endpoint: Endpoint, flags: int) -> float | None:
+    """How long to wait for room at the receiver; OSError ENOBUFS when not at all.
+
+    Not EAGAIN: the program's own socket cannot tell it when there is room there.
+    """
+    with closing(call.duplicate(SOCK_DGRAM)) as sock:
+        if flags & MSG_DONTWAIT or not os.get_blocking(sock.fileno()):
+            raise failure(errno.ENOBUFS)
+        seconds, microseconds = _TIMEVAL.unpack(
+            sock.getsockopt(SOL_SOCKET, SO_SNDTIMEO, _TIMEVAL.size)
+        )
+    return float(seconds + microseconds / 1e6) or None

@@ -1,0 +1,88 @@
+"""bind(), listen(), getsockname(), getpeername(), shutdown()."""
+
+from __future__ import annotations
+
+import errno
+from contextlib import closing
+from socket import SHUT_RD, SHUT_RDWR
+
+from ...constants import LAST_RESERVED_PORT
+from ...wire import Op, Request
+from ..call import Answer, Call, failure
+from ..sockets import UNBOUND, Endpoint, Phase
+from ..vsockd import SEND
+from . import datagrams
+
+_CAP_NET_BIND_SERVICE = 10
+
+
+async def bind(call: Call, endpoint: Endpoint) -> Answer:
+    """As ``transports.fabric``, which see for the errors."""
+    cid, port = call.read_address(call.arguments[1], call.integer(2))
+    if endpoint.phase is not Phase.NEW or endpoint.local != UNBOUND:
+        raise failure(errno.EINVAL)
+    if port <= LAST_RESERVED_PORT and not _may_reserve(call):
+        # vsockd asks whether we may; but it is the program that must.
+        raise failure(errno.EACCES)
+    with closing(call.duplicate(endpoint.type)) as sock:
+        if endpoint.is_datagram:
+            await datagrams.claim(call, endpoint, sock, (cid, port))
+            return 0
+        answer = await call.supervisor.vsockd.ask_on(
+            endpoint,
+            sock,
+            Request(Op.BIND, 0, cid, port, 0, 0, 0, *endpoint.buffers, endpoint.cookie),
+        )
+    endpoint.local = answer.local
+    endpoint.phase = Phase.BOUND
+    return 0
+
+
+def _may_reserve(call: Call) -> bool:
+    may = call.supervisor.processes.has_capability(call.pid, _CAP_NET_BIND_SERVICE)
+    call.check()
+    return may
+
+
+async def listen(call: Call, endpoint: Endpoint) -> Answer:
+    """Connections are accepted from now on, or the backlog is another one."""
+    if endpoint.is_datagram:
+        raise failure(errno.EOPNOTSUPP)
+    if endpoint.phase not in (Phase.BOUND, Phase.LISTENING):
+        raise failure(errno.EINVAL)
+    backlog = max(0, call.integer(1))
+    request = Request(Op.LISTEN, 0, 0, 0, 0, 0, backlog, *endpoint.buffers)
+    with closing(call.duplicate(endpoint.type)) as sock:
+        if endpoint.phase is Phase.LISTENING:
+            sock.send(request.encode(), SEND)  # an answer would look like a connection
+        else:
+            await call.supervisor.vsockd.ask_on(endpoint, sock, request)
+            endpoint.phase = Phase.LISTENING
+    return 0
+
+
+async def getsockname(call: Call, endpoint: Endpoint) -> Answer:
+    """The local address; both wildcards while the socket is not bound."""
+    call.write_address(endpoint.local, *call.arguments[1:3])
+    return 0
+
+
+async def getpeername(call: Call, endpoint: Endpoint) -> Answer:
+    """The peer's address; ENOTCONN while there is none."""
+    if endpoint.peer is None:
+        raise failure(errno.ENOTCONN)
+    call.write_address(endpoint.peer, *call.arguments[1:3])
+    return 0
+
+
+async def shutdown(call: Call, endpoint: Endpoint) -> Answer:
+    """Natively for a stream that stands; ENOTCONN before."""
+    how = call.integer(1)
+    if not SHUT_RD <= how <= SHUT_RDWR:
+        raise failure(errno.EINVAL)
+    if endpoint.peer is None or endpoint.phase is Phase.CONNECTING:
+        raise failure(errno.ENOTCONN)
+    if endpoint.is_datagram and how != SHUT_RD:
+        datagrams.stop_sending(endpoint)
+    call.let_through()
+    return None

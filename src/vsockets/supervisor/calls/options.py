@@ -1,0 +1,197 @@
+"""setsockopt(), getsockopt() and the ioctls of ``/dev/vsock``."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from contextlib import closing
+from socket import (
+    SO_ACCEPTCONN,
+    SO_DOMAIN,
+    SO_ERROR,
+    SO_PEERCRED,
+    SOCK_DGRAM,
+    SOL_SOCKET,
+)
+
+from ...address import FIRST_GUEST_CID
+from ...buffers import BufferSizes
+from ...constants import (
+    AF_VSOCK,
+    SO_VM_SOCKETS_BUFFER_MAX_SIZE,
+    SO_VM_SOCKETS_BUFFER_MIN_SIZE,
+    SO_VM_SOCKETS_BUFFER_SIZE,
+    SO_VM_SOCKETS_CONNECT_TIMEOUT_NEW,
+    SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD,
+    SO_VM_SOCKETS_PEER_HOST_VM_ID,
+    SO_VM_SOCKETS_TRUSTED,
+    VMADDR_CID_HOST,
+)
+from ...limits import CONNECT_TIMEOUT
+from ...wire import Flag, Op, Request
+from ..call import Answer, Call, failure
+from ..filter import IOCTL_AF_VALUE, IOCTL_LOCAL_CID, SIOCOUTQ
+from ..sockets import Endpoint, Phase
+from ..vsockd import SEND
+from .connecting import finish, limit_queue
+from .creating import is_device
+
+#: struct timeval on 64-bit machines, and struct __kernel_sock_timeval: the same.
+_TIMEVAL = struct.Struct("=qq")
+_U64 = struct.Struct("=Q")
+_U32 = struct.Struct("=I")
+_INT = struct.Struct("=i")
+_UCRED = struct.Struct("=iII")
+_NOBODY = (0, 0xFFFF_FFFF, 0xFFFF_FFFF)
+
+_TIMEOUTS = (SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD, SO_VM_SOCKETS_CONNECT_TIMEOUT_NEW)
+_CHANGE_BUFFERS = {
+    SO_VM_SOCKETS_BUFFER_SIZE: BufferSizes.with_size,
+    SO_VM_SOCKETS_BUFFER_MIN_SIZE: BufferSizes.with_minimum,
+    SO_VM_SOCKETS_BUFFER_MAX_SIZE: BufferSizes.with_maximum,
+}
+#: The longest value of an ignored option that is kept, in bytes, and how many are.
+_LONGEST_IGNORED, _MOST_IGNORED = 64, 64
+
+#: What VMCISock_Version() shows: 2.0 as VMware's drivers do, major number in the upper half.
+_PROTOCOL_VERSION = 2 << 16
+
+
+async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
+    """Set a vSockets option; those of other families are accepted and ignored."""
+    level, name, address, size = (
+        call.integer(1),
+        call.integer(2),
+        call.arguments[3],
+        call.integer(4),
+    )
+    if size < 0:
+        raise failure(errno.EINVAL)
+    if level != AF_VSOCK:
+        _ignore(endpoint, (level, name), call.read(address, min(size, _LONGEST_IGNORED)))
+        return 0
+    if endpoint.is_datagram:
+        # "Currently vSockets offers no options for datagram connections" (guide page 20).
+        raise failure(errno.EOPNOTSUPP)
+    if name in _TIMEOUTS:
+        endpoint.connect_timeout = _seconds(_read_exactly(call, _TIMEVAL))
+    elif name in _CHANGE_BUFFERS:
+        (value,) = _read_exactly(call, _U64)
+        endpoint.buffers = _CHANGE_BUFFERS[name](endpoint.buffers, value)
+        if endpoint.phase is Phase.LISTENING:
+            with closing(call.duplicate(endpoint.type)) as sock:
+                sock.send(Request(Op.UPDATE, 0, 0, 0, 0, 0, 0, *endpoint.buffers).encode(), SEND)
+        elif endpoint.phase is Phase.CONNECTED:
+            # As Linux; the guide's "consistent until the connection is closed" is for those
+            # who set it when they should.
+            with closing(call.duplicate(endpoint.type)) as sock:
+                limit_queue(endpoint, sock)
+    else:
+        raise failure(errno.ENOPROTOOPT)
+    return 0
+
+
+def _read_exactly(call: Call, form: struct.Struct) -> tuple[int, ...]:
+    if call.integer(4) < form.size:
+        raise failure(errno.EINVAL)
+    return form.unpack(call.read(call.arguments[3], form.size))
+
+
+def _seconds(value: tuple[int, ...]) -> float:
+    seconds, microseconds = value
+    if seconds < 0 or not 0 <= microseconds < 1_000_000:
+        raise failure(errno.EDOM)
+    # Linux: no time at all means the default.
+    return float(seconds + microseconds / 1e6) or CONNECT_TIMEOUT
+
+
+def _ignore(endpoint: Endpoint, option: tuple[int, int], value: bytes) -> None:
+    if len(endpoint.ignored) < _MOST_IGNORED or option in endpoint.ignored:
+        endpoint.ignored[option] = value
+
+
+async def getsockopt(call: Call, endpoint: Endpoint) -> Answer:
+    """What AF_VSOCK would answer; the kernel answers the rest."""
+    level, name, address, size_at = call.integer(1), call.integer(2), *call.arguments[3:5]
+    if level == SOL_SOCKET:
+        value = _of_the_socket(call, endpoint, name)
+    elif level == AF_VSOCK:
+        value = await _of_vsock(call, endpoint, name)
+        (room,) = _INT.unpack(call.read(size_at, _INT.size))
+        if room < len(value):
+            raise failure(errno.EINVAL)
+    else:
+        value = endpoint.ignored.get((level, name), bytes(_INT.size))
+    call.write_sized(value, address, size_at, cut=True)
+    return 0
+
+
+def _of_the_socket(call: Call, endpoint: Endpoint, name: int) -> bytes:
+    if name == SO_DOMAIN:
+        return _INT.pack(AF_VSOCK)
+    if name == SO_ACCEPTCONN:
+        return _INT.pack(endpoint.phase is Phase.LISTENING)
+    if name == SO_PEERCRED:
+        known = endpoint.record
+        return _UCRED.pack(*((known.pid, known.uid, known.gid) if known else _NOBODY))
+    assert name == SO_ERROR
+    with closing(call.duplicate(endpoint.type)) as sock:
+        finish(endpoint, sock)
+        code, endpoint.error = endpoint.error, 0
+        if not code and endpoint.phase is Phase.CONNECTED:
+            code = sock.getsockopt(SOL_SOCKET, SO_ERROR)
+    return _INT.pack(code)
+
+
+async def _of_vsock(call: Call, endpoint: Endpoint, name: int) -> bytes:
+    if name in _TIMEOUTS:
+        whole = int(endpoint.connect_timeout)
+        return _TIMEVAL.pack(whole, round((endpoint.connect_timeout - whole) * 1e6))
+    if name == SO_VM_SOCKETS_BUFFER_SIZE:
+        return _U64.pack(endpoint.buffers.size)
+    if name == SO_VM_SOCKETS_BUFFER_MIN_SIZE:
+        return _U64.pack(endpoint.buffers.minimum)
+    if name == SO_VM_SOCKETS_BUFFER_MAX_SIZE:
+        return _U64.pack(endpoint.buffers.maximum)
+    if name == SO_VM_SOCKETS_PEER_HOST_VM_ID:
+        if endpoint.peer is None:
+            raise failure(errno.ENOTCONN)
+        if endpoint.local[0] >= FIRST_GUEST_CID:  # "only available for hypervisor endpoints"
+            raise failure(errno.ENOPROTOOPT)
+        return _INT.pack(endpoint.peer[0])
+    if name == SO_VM_SOCKETS_TRUSTED:
+        peer_cid = VMADDR_CID_HOST if endpoint.peer is None else endpoint.peer[0]
+        record, _ = await call.supervisor.vsockd.ask(Request(Op.LOCAL_CID, peer_cid=peer_cid))
+        trusted = Flag.TRUSTED_STREAM
+        if endpoint.type == SOCK_DGRAM:
+            trusted = Flag.TRUSTED_DATAGRAM
+        return _INT.pack(bool(record.flags & trusted))
+    raise failure(errno.ENOPROTOOPT)
+
+
+async def ioctl(call: Call) -> Answer:
+    """The ioctls of ``/dev/vsock``, on a socket of ours too, which needs no device; SIOCOUTQ."""
+    request, address = call.integer(1), call.arguments[2]
+    link = call.supervisor.processes.what_is(call.pid, call.arguments[0] & 0xFFFF_FFFF)
+    is_socket = call.supervisor.is_known(link)
+    call.check()
+    if request == SIOCOUTQ:
+        if not is_socket:
+            call.let_through()
+            return None
+        # What was sent is with the peer already; the kernel would count what it has not read.
+        call.write(address, _INT.pack(0))
+        return 0
+    if not link:
+        raise failure(errno.EBADF)
+    if not is_socket and not is_device(link):
+        # Not let through: it could be the machine's device by then.
+        raise failure(errno.ENOTTY)
+    if request == IOCTL_LOCAL_CID:
+        record, _ = await call.supervisor.vsockd.ask(Request(Op.LOCAL_CID))
+        call.write(address, _U32.pack(record.local_cid))
+    elif request == IOCTL_AF_VALUE:
+        call.write(address, _INT.pack(AF_VSOCK))
+    else:
+        call.write(address, _U32.pack(_PROTOCOL_VERSION))
+    return 0

@@ -1,0 +1,123 @@
+"""What differs from one kind of processor to the next: system call numbers.
+
+Sources: ``arch/x86/entry/syscalls/syscall_64.tbl`` and ``include/uapi/asm-generic/unistd.h``
+of Linux, ``linux/audit.h``.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import NamedTuple
+
+#: The calls of x32, a second numbering of x86-64's, start here.
+FIRST_X32_CALL = 0x4000_0000
+
+
+class Machine(NamedTuple):
+    """Numbers of one architecture; -1 is a call it does not have."""
+
+    architecture: int  #: AUDIT_ARCH_*
+    write: int
+    writev: int
+    open: int
+    openat: int
+    ioctl: int
+    socket: int
+    socketpair: int
+    bind: int
+    listen: int
+    accept: int
+    accept4: int
+    connect: int
+    getsockname: int
+    getpeername: int
+    setsockopt: int
+    getsockopt: int
+    shutdown: int
+    sendto: int
+    recvfrom: int
+    sendmsg: int
+    recvmsg: int
+    sendmmsg: int
+    recvmmsg: int
+    seccomp: int
+    process_vm_readv: int
+    process_vm_writev: int
+    #: The same on every architecture.
+    io_uring_setup: int = 425
+    io_uring_enter: int = 426
+    io_uring_register: int = 427
+    pidfd_open: int = 434
+    pidfd_getfd: int = 438
+
+
+_MACHINES = {
+    "x86_64": Machine(
+        architecture=0xC000_003E,
+        write=1,
+        writev=20,
+        open=2,
+        openat=257,
+        ioctl=16,
+        socket=41,
+        socketpair=53,
+        bind=49,
+        listen=50,
+        accept=43,
+        accept4=288,
+        connect=42,
+        getsockname=51,
+        getpeername=52,
+        setsockopt=54,
+        getsockopt=55,
+        shutdown=48,
+        sendto=44,
+        recvfrom=45,
+        sendmsg=46,
+        recvmsg=47,
+        sendmmsg=307,
+        recvmmsg=299,
+        seccomp=317,
+        process_vm_readv=310,
+        process_vm_writev=311,
+    ),
+    "aarch64": Machine(
+        architecture=0xC000_00B7,
+        write=64,
+        writev=66,
+        open=-1,
+        openat=56,
+        ioctl=29,
+        socket=198,
+        socketpair=199,
+        bind=200,
+        listen=201,
+        accept=202,
+        accept4=242,
+        connect=203,
+        getsockname=204,
+        getpeername=205,
+        setsockopt=208,
+        getsockopt=209,
+        shutdown=210,
+        sendto=206,
+        recvfrom=207,
+        sendmsg=211,
+        recvmsg=212,
+        sendmmsg=269,
+        recvmmsg=243,
+        seccomp=277,
+        process_vm_readv=270,
+        process_vm_writev=271,
+    ),
+}
+
+
+def this_machine() -> Machine:
+    """The numbers of the processor this runs on; NotImplementedError when we have none."""
+    name = platform.machine()
+    if name not in _MACHINES:
+        raise NotImplementedError(
+            f"no system call numbers for {name} (have {', '.join(_MACHINES)})"
+        )
+    return _MACHINES[name]

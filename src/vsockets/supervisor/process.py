@@ -1,0 +1,181 @@
+"""A supervised process: its memory, its descriptors, its privileges.
+
+Everything here is about a process that can change under our hands, or make way for another with
+the same number.  So what is read is only good if the notification it was read for is valid
+*afterwards* (``Listener.is_valid``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+from collections import OrderedDict
+
+from .machine import Machine
+
+_PIDFD_THREAD = os.O_EXCL  # Linux 6.9
+#: Processes whose pidfd is kept, so that a call costs one system call less.
+_KEPT = 256
+
+_NO_FLAGS = ctypes.c_ulong(0)  # goes on the stack: a plain 0 would fill half of its place
+
+#: The longest text that can be asked for at a glance, in bytes.
+_GLANCE = 16
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class Processes:
+    """Access to supervised processes, by the number of any of their threads."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._syscall = ctypes.CDLL(None, use_errno=True).syscall
+        self._pidfds: OrderedDict[int, int] = OrderedDict()
+        self._local, self._remote = _Vector(), _Vector()
+        self._local_at, self._remote_at = ctypes.byref(self._local), ctypes.byref(self._remote)
+        # For the question that is asked most.
+        self._glance = ctypes.create_string_buffer(_GLANCE)
+        self._glance_at = ctypes.byref(_Vector(ctypes.addressof(self._glance), _GLANCE))
+
+    # Memory
+
+    def read(self, pid: int, address: int, size: int) -> bytes:
+        """``size`` bytes of its memory, read once; OSError EFAULT when they are not all there."""
+        data = self.read_some(pid, address, size)
+        if len(data) != size:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        return data
+
+    def read_some(self, pid: int, address: int, size: int) -> bytes:
+        """Up to ``size`` bytes of its memory, fewer at the end of what it has."""
+        if size == 0:
+            return b""
+        buffer = ctypes.create_string_buffer(size)
+        self._local.base, self._local.length = ctypes.addressof(buffer), size
+        count = self._transfer(self._machine.process_vm_readv, pid, address, size)
+        return ctypes.string_at(buffer, count)
+
+    def begins_with(self, pid: int, address: int, text: bytes) -> bool:
+        """Whether a few bytes of its memory are ``text``; False when they cannot be read."""
+        size = len(text)
+        assert size <= _GLANCE
+        self._remote.base, self._remote.length = address, size
+        count: int = self._syscall(
+            self._machine.process_vm_readv, pid, self._glance_at, 1, self._remote_at, 1, _NO_FLAGS
+        )
+        return count == size and self._glance.raw[:size] == text
+
+    def write(self, pid: int, address: int, data: bytes) -> None:
+        """Write into its memory; OSError EFAULT unless all of it could be written."""
+        if not data:
+            return
+        self._local.base = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
+        self._local.length = len(data)
+        if self._transfer(self._machine.process_vm_writev, pid, address, len(data)) != len(data):
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+    def _transfer(self, call: int, pid: int, address: int, size: int) -> int:
+        self._remote.base, self._remote.length = address, size
+        count: int = self._syscall(call, pid, self._local_at, 1, self._remote_at, 1, _NO_FLAGS)
+        if count < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return count
+
+    # Descriptors
+
+    @staticmethod
+    def what_is(pid: int, fd: int) -> str:
+        """What a descriptor refers to, as /proc says: ``socket:[inode]`` for a socket.
+
+        Empty when there is no such descriptor, or the kernel will not say.
+        """
+        try:
+            return os.readlink(f"/proc/{pid}/fd/{fd}")
+        except OSError:
+            return ""
+
+    @staticmethod
+    def has(pid: int, fd: int) -> bool:
+        """Whether it has a descriptor of this number."""
+        return os.path.lexists(f"/proc/{pid}/fd/{fd}")
+
+    def duplicate(self, pid: int, fd: int) -> int:
+        """A descriptor of ours for what its ``fd`` refers to; OSError EBADF."""
+        pidfd, kept = self._pidfd(pid)
+        copy = self._get(pidfd, fd)
+        if copy < 0 and kept and ctypes.get_errno() == errno.ESRCH:
+            # The number is another process's by now.
+            self._pidfds.pop(pid)
+            os.close(pidfd)
+            pidfd, kept = self._pidfd(pid)
+            copy = self._get(pidfd, fd)
+        code = ctypes.get_errno()
+        if not kept:
+            os.close(pidfd)
+        if copy < 0:
+            raise OSError(code, os.strerror(code))
+        return copy
+
+    def _get(self, pidfd: int, fd: int) -> int:
+        copy: int = self._syscall(self._machine.pidfd_getfd, pidfd, fd, 0)
+        return copy
+
+    def _pidfd(self, pid: int) -> tuple[int, bool]:
+        """A pidfd, and whether it is kept."""
+        kept = self._pidfds.get(pid)
+        if kept is not None:
+            return kept, True
+        pidfd: int = self._syscall(self._machine.pidfd_open, pid, _PIDFD_THREAD)
+        if pidfd < 0:  # before Linux 6.9 only for the first thread of a process
+            pidfd = self._syscall(self._machine.pidfd_open, pid, 0)
+            if pidfd < 0:
+                return os.pidfd_open(self._first_thread(pid)), False
+        if len(self._pidfds) >= _KEPT:
+            os.close(self._pidfds.popitem(last=False)[1])
+        self._pidfds[pid] = pidfd
+        return pidfd, True
+
+    @staticmethod
+    def _first_thread(pid: int) -> int:
+        return int(_status(pid, b"Tgid:"))
+
+    # The rest
+
+    @staticmethod
+    def has_capability(pid: int, capability: int) -> bool:
+        """Whether it has ``capability`` in our own user namespace.
+
+        False whenever the kernel will not say.
+        """
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{pid}/ns/user").st_ino == os.stat("/proc/self/ns/user").st_ino:
+                return bool(int(_status(pid, b"CapEff:"), 16) >> capability & 1)
+        return False
+
+    @staticmethod
+    def tell(pid: int, text: str) -> None:
+        """Write a line on its standard error, if that can be had."""
+        with (
+            contextlib.suppress(OSError),
+            open(f"/proc/{pid}/fd/2", "a", opener=_open_for_a_moment) as stderr,
+        ):
+            stderr.write(f"vsock run: {text}\n")
+
+
+def _open_for_a_moment(path: str, flags: int) -> int:
+    # A pipe that nobody reads, or a terminal that is stopped, must not stop us.
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+
+
+def _status(pid: int, field: bytes) -> bytes:
+    with open(f"/proc/{pid}/status", "rb") as status:
+        for row in status:
+            if row.startswith(field):
+                return row.split()[1]
+    return b"0"

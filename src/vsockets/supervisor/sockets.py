@@ -1,0 +1,160 @@
+"""What the supervisor knows of the sockets of its programs.
+
+A socket is known by its inode's number, which ``/proc`` shows for every descriptor, so copies
+made by dup, fork, exec or SCM_RIGHTS are one socket here as they are to the kernel.  The
+supervisor holds no descriptor of a socket: its peer would never see the end of it.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import OrderedDict, deque
+from enum import Enum, auto
+from socket import SOCK_DGRAM
+from typing import NamedTuple
+
+from ..buffers import BufferSizes
+from ..constants import AF_VSOCK, VMADDR_CID_ANY, VMADDR_PORT_ANY
+from ..limits import CONNECT_TIMEOUT, SUPERVISED_SOCKETS
+from ..wire import Record
+
+UNBOUND = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
+
+_SOCKET = re.compile(r"socket:\[(\d+)\]")
+#: struct sockaddr_vm: family, reserved, port, CID, flags, padding (linux/vm_sockets.h).
+_SOCKADDR_VM = struct.Struct("=HHIIB3s")
+SOCKADDR_SIZE = _SOCKADDR_VM.size
+
+
+def pack_address(address: tuple[int, int]) -> bytes:
+    """``(cid, port)`` as struct sockaddr_vm."""
+    return _SOCKADDR_VM.pack(AF_VSOCK, 0, address[1], address[0], 0, b"\0\0\0")
+
+
+def unpack_address(data: bytes) -> tuple[int, tuple[int, int]]:
+    """The family and the ``(cid, port)`` of a struct sockaddr_vm."""
+    family, _, port, cid, _, _ = _SOCKADDR_VM.unpack(data)
+    return family, (cid, port)
+
+
+class Phase(Enum):
+    """Where in its life a socket is."""
+
+    NEW = auto()
+    BOUND = auto()
+    LISTENING = auto()
+    CONNECTING = auto()
+    CONNECTED = auto()
+
+
+class Received(NamedTuple):
+    """A message taken off a socket, whole."""
+
+    data: bytes
+    flags: int  #: of struct msghdr
+    source: tuple[int, int] | None
+
+
+class Endpoint:
+    """One socket of a program."""
+
+    __slots__ = (
+        "accepted",
+        "buffers",
+        "connect_timeout",
+        "cookie",
+        "entered",
+        "error",
+        "ignored",
+        "inode",
+        "local",
+        "peer",
+        "phase",
+        "received",
+        "record",
+        "send_buffer",
+        "sending_is_shut",
+        "type",
+    )
+
+    def __init__(self, type_: int, inode: int, cookie: int) -> None:
+        self.type = type_
+        self.inode = inode
+        self.cookie = cookie
+        self.phase = Phase.NEW
+        self.local = UNBOUND
+        self.peer: tuple[int, int] | None = None
+        self.buffers = BufferSizes()
+        self.connect_timeout = CONNECT_TIMEOUT  #: seconds
+        self.entered = False  #: connected to vsockd, or through it
+        self.error = 0  #: SO_ERROR: why a connect failed that nobody waited for
+        self.record: Record | None = None  #: what vsockd said of the stream
+        self.send_buffer = 0  #: SO_SNDBUF before a polling connect, in bytes
+        #: Options of other families: accepted, and shown again.
+        self.ignored: dict[tuple[int, int], bytes] = {}
+        #: Connections taken for a program that was interrupted before it got them.
+        self.accepted: deque[tuple[int, Record]] = deque()
+        #: Messages likewise.
+        self.received: deque[Received] = deque()
+        self.sending_is_shut = False  #: shutdown() of a datagram socket
+
+    @property
+    def is_datagram(self) -> bool:
+        """Whether it has no connections."""
+        return self.type == SOCK_DGRAM
+
+    def settle(self, record: Record) -> None:
+        """Be the established stream that ``record`` describes."""
+        self.record = record
+        self.local = record.local
+        self.peer = record.peer
+        self.buffers = BufferSizes(record.size, record.minimum, record.maximum)
+        self.phase = Phase.CONNECTED
+        self.entered = True
+
+    def unsettle(self) -> None:
+        """A connect has failed: be what it was before."""
+        self.phase = Phase.NEW if self.local == UNBOUND else Phase.BOUND
+
+
+class Sockets:
+    """The sockets, ours and others, that programs have asked about lately.
+
+    The kernel does not say when a socket is gone, so what has not been asked about for longest
+    is forgotten when there are too many.  vsockd knows a forgotten one still, unless nothing
+    was ever done with it.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[int, Endpoint | None] = OrderedDict()
+
+    def add(self, inode: int, endpoint: Endpoint | None) -> None:
+        """Remember a socket; None says that it is none of ours."""
+        self._known[inode] = endpoint
+        if len(self._known) > SUPERVISED_SOCKETS:
+            self._forget_one()
+
+    def find(self, inode: int) -> Endpoint | None:
+        """Raises KeyError for one nothing is known of."""
+        self._known.move_to_end(inode)
+        return self._known[inode]
+
+    def forget(self, inode: int) -> None:
+        """The number is another socket's by now."""
+        self._known.pop(inode, None)
+
+    def _forget_one(self) -> None:
+        # Those whose state only we know get a second turn, and a third: they are few.
+        for _ in range(64):
+            inode, endpoint = self._known.popitem(last=False)
+            if endpoint is None or endpoint.phase is Phase.CONNECTED:
+                return
+            self._known[inode] = endpoint
+        self._known.popitem(last=False)
+
+
+def inode_in(link: str) -> int | None:
+    """The inode of the socket that /proc shows as ``socket:[inode]``; None for anything else."""
+    match = _SOCKET.fullmatch(link)
+    return int(match[1]) if match else None

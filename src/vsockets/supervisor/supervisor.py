@@ -1,0 +1,304 @@
+"""Serving system calls: one thread, a coroutine for each call that has to wait."""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import errno
+import logging
+import os
+import re
+import select
+import signal
+from collections import OrderedDict
+from socket import (
+    AF_UNIX,
+    SO_DOMAIN,
+    SO_TYPE,
+    SOCK_DGRAM,
+    SOCK_SEQPACKET,
+    SOCK_STREAM,
+    SOL_SOCKET,
+)
+
+from ..attachment import Attachment
+from ..wire import Op, Record, Request, Role
+from .call import Answer, Call, Serving, SocketHandler
+from .calls import HANDLERS, SOCKET_HANDLERS
+from .calls.creating import DEVICE
+from .calls.datagrams import Routes
+from .filter import Window, Windows
+from .machine import Machine
+from .notification import Gone, Listener, Notification
+from .process import Processes
+from .sockets import Endpoint, Phase, Sockets, inode_in
+from .vsockd import Vsockd, cookie_of, is_control_socket
+from .waiting import Wait, Waits
+
+log = logging.getLogger(__name__)
+
+#: Answers that a thread was interrupted before it got; it asks again at once or never.
+_LOST_ANSWERS = 1024
+
+_TYPES = (SOCK_STREAM, SOCK_SEQPACKET, SOCK_DGRAM)
+#: What vsockd calls a datagram socket.
+_DATAGRAM_NAME = re.compile(r"\d+\.\d+\.\d+")
+
+
+class _Task:
+    """A call being served by a coroutine that waits."""
+
+    __slots__ = ("call", "coroutine", "key")
+
+    def __init__(self, call: Call, coroutine: Serving) -> None:
+        self.call = call
+        self.coroutine = coroutine
+        self.key = 0
+
+
+class Supervisor:
+    """Answers the intercepted calls of all processes under one filter, in one context."""
+
+    def __init__(
+        self, machine: Machine, listener: Listener, windows: Windows, context: Attachment
+    ) -> None:
+        self.machine = machine
+        self.listener = listener
+        self.windows = windows
+        self.processes = Processes(machine)
+        self.sockets = Sockets()
+        self.vsockd = Vsockd(context)
+        self.routes = Routes()
+        #: A descriptor of nothing much, see ``calls.packets``.
+        self.marker = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
+        self.waits = Waits(listener.fileno(), self._on_listener)
+        self._plain = {getattr(machine, name): serve for name, serve in HANDLERS.items()}
+        #: Which argument of a call that opens is the path.
+        self._paths = {machine.open: 0, machine.openat: 1}
+        self._on_sockets = {
+            getattr(machine, name): serve for name, serve in SOCKET_HANDLERS.items()
+        }
+        self._waiting: dict[int, _Task] = {}  # by thread
+        self._lost: OrderedDict[int, tuple[Call, int]] = OrderedDict()  # by thread
+        self._told_unsupported: set[int] = set()
+        self._running = True
+
+    def run(self) -> None:
+        """Serve until no process is left under the filter."""
+        while self._running:
+            self.waits.poll()
+
+    # Calls
+
+    def _on_listener(self, events: int) -> None:
+        if events & select.POLLIN:
+            try:
+                notification = self.listener.receive()
+            except (Gone, InterruptedError):
+                return
+            try:
+                self._serve(notification)
+            except Gone:
+                pass
+            except Exception:  # a mistake of ours; the program is not left waiting
+                log.exception("call %d of thread %d lost", notification.number, notification.pid)
+                with contextlib.suppress(Gone, OSError):
+                    self.listener.answer(notification.id, -errno.EIO)
+        elif events & (select.POLLHUP | select.POLLERR):
+            self._running = False
+
+    def _serve(self, notification: Notification) -> None:
+        if notification.architecture != self.machine.architecture:
+            self._end_unsupported(notification)
+            return
+        pid = notification.pid
+        path = self._paths.get(notification.number)
+        # A look at what most calls are, before anything is made for this one.  If the path is
+        # another one afterwards, the program gets the machine's device, which has nothing but
+        # the ioctls that are intercepted whatever descriptor they are made on.
+        if path is not None and not self.processes.begins_with(
+            pid, notification.arguments[path], DEVICE
+        ):
+            self.listener.let_through(notification.id)
+            return
+        if self._waiting or self._lost:
+            call = Call(self, notification)
+            if self._is_call_again(call):
+                return
+        serve = self._on_sockets.get(notification.number)
+        if serve is None:
+            call = Call(self, notification)
+            self._start(call, self._plain[notification.number](call))
+            return
+        inode = inode_in(self.processes.what_is(pid, notification.arguments[0] & 0xFFFF_FFFF))
+        if inode is None:  # no socket, or no descriptor: the kernel says so best
+            self.listener.let_through(notification.id)
+            return
+        try:
+            endpoint = self.sockets.find(inode)
+        except KeyError:
+            call = Call(self, notification)
+            self._start(call, self._recognise(call, inode, serve))
+            return
+        if endpoint is None:
+            self.listener.let_through(notification.id)
+        else:
+            call = Call(self, notification)
+            self._start(call, serve(call, endpoint))
+
+    def _is_call_again(self, call: Call) -> bool:
+        """Whether a signal interrupted this call, and its thread now makes it again."""
+        earlier = self._waiting.get(call.pid)
+        if earlier is not None:
+            if earlier.call.is_same_as(call):
+                earlier.call.id = call.id
+                return True
+            del self._waiting[call.pid]
+            self.waits.cancel(earlier.key)
+            self._resume(earlier, Gone())
+        lost = self._lost.pop(call.pid, None)
+        if lost is not None and lost[0].is_same_as(call):
+            self._finish(call, lost[1])
+            return True
+        return False
+
+    def _start(self, call: Call, coroutine: Serving) -> None:
+        self._resume(_Task(call, coroutine), None)
+
+    def _resume(self, task: _Task, value: bool | Gone | None) -> None:
+        call = task.call
+        try:
+            if isinstance(value, Gone):
+                wait = task.coroutine.throw(value)
+            else:
+                wait = task.coroutine.send(value)  # type: ignore[arg-type]  # None begins
+        except StopIteration as stop:
+            if stop.value is not None and not call.answered:
+                self._finish(call, stop.value)
+        except Gone:
+            pass
+        except OSError as error:
+            if not call.answered:
+                self._finish(call, -(error.errno or errno.EIO))
+        except Exception:
+            log.exception("call %d of thread %d lost", call.number, call.pid)
+            if not call.answered:
+                self._finish(call, -errno.EIO)
+        else:
+            self._suspend(task, wait)
+
+    def _suspend(self, task: _Task, wait: Wait) -> None:
+        pid = task.call.pid
+
+        def resume(happened: bool) -> None:
+            if self._waiting.get(pid) is task:
+                del self._waiting[pid]
+            self._resume(task, happened)
+
+        task.key = self.waits.add(wait, resume)
+        if not task.call.answered:  # else the thread is about other things already
+            self._waiting[pid] = task
+
+    def _finish(self, call: Call, value: int) -> None:
+        try:
+            call.answer(value)
+        except Gone:
+            # Interrupted when all was done: the call must not be done again.
+            self._lost[call.pid] = call, value
+            if len(self._lost) > _LOST_ANSWERS:
+                self._lost.popitem(last=False)
+
+    # Sockets
+
+    async def _recognise(self, call: Call, inode: int, serve: SocketHandler) -> Answer:
+        """A socket seen for the first time: is it the fabric's, from another process?"""
+        endpoint = None
+        with contextlib.suppress(OSError):
+            endpoint = await self._look_up(call, inode)
+        self.sockets.add(inode, endpoint)
+        if endpoint is None:
+            call.let_through()
+            return None
+        return await serve(call, endpoint)
+
+    async def _look_up(self, call: Call, inode: int) -> Endpoint | None:
+        fd = self.processes.duplicate(call.pid, call.integer(0))
+        with contextlib.closing(_socket.socket(fileno=fd)) as sock:
+            call.check()
+            if sock.getsockopt(SOL_SOCKET, SO_DOMAIN) != AF_UNIX:
+                return None
+            type_ = sock.getsockopt(SOL_SOCKET, SO_TYPE)
+            if type_ == SOCK_DGRAM:
+                name = sock.getsockname()
+                if not isinstance(name, str) or not _DATAGRAM_NAME.fullmatch(name):
+                    return None
+            elif not is_control_socket(sock):
+                return None
+            endpoint = Endpoint(type_, inode, cookie_of(sock))
+        record, _ = await self.vsockd.ask(Request(Op.QUERY, cookie=endpoint.cookie, inode=inode))
+        self._recover(endpoint, record)
+        return endpoint
+
+    @staticmethod
+    def _recover(endpoint: Endpoint, record: Record) -> None:
+        if record.role == Role.CONNECTED:
+            endpoint.settle(record)
+        else:
+            endpoint.entered = True
+            endpoint.local = record.local
+            endpoint.phase = Phase.LISTENING if record.role == Role.LISTENING else Phase.BOUND
+
+    def is_known(self, link: str) -> bool:
+        """Whether what /proc calls ``link`` is a vSockets socket."""
+        inode = inode_in(link)
+        try:
+            return inode is not None and self.sockets.find(inode) is not None
+        except KeyError:
+            return False
+
+    def adopt(self, sock: _socket.socket, type_: int) -> Endpoint:
+        """Remember a socket that a program is about to be given."""
+        inode = os.fstat(sock.fileno()).st_ino
+        endpoint = Endpoint(type_, inode, cookie_of(sock))
+        self.sockets.add(inode, endpoint)
+        return endpoint
+
+    def hand_over(self, call: Call, sock: _socket.socket, type_: int, close_on_exec: bool) -> None:
+        """Give the process ``sock`` as the answer to its call, within the right window."""
+        window = None
+        if type_ == SOCK_DGRAM:
+            window = self.windows.datagram
+        elif type_ == SOCK_SEQPACKET:
+            window = self.windows.packet
+        number = None if window is None else self._free_number(call.pid, window)
+        try:
+            call.answer_with_descriptor(sock.fileno(), close_on_exec, number)
+        except OSError as error:
+            if number is None or error.errno != errno.EBADF:
+                raise
+            # The program may not have such numbers (RLIMIT_NOFILE).
+            call.answer_with_descriptor(sock.fileno(), close_on_exec, None)
+
+    def _free_number(self, pid: int, window: Window) -> int | None:
+        for number in range(*window):
+            if not self.processes.has(pid, number):
+                return number
+        return None
+
+    # Programs we cannot serve
+
+    def _end_unsupported(self, notification: Notification) -> None:
+        pid = notification.pid
+        name = "a program"
+        with contextlib.suppress(OSError):
+            name = os.readlink(f"/proc/{pid}/exe")
+        if self.listener.is_valid(notification.id):
+            if pid not in self._told_unsupported:
+                self._told_unsupported.add(pid)
+                self.processes.tell(pid, f"{name}: 32-bit programs are not supported, it is killed")
+            self._kill(pid)
+
+    @staticmethod
+    def _kill(pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,176 @@
+"""Coroutines that wait for descriptors: how one thread serves calls that take their time.
+
+A handler awaits :func:`ready` or :func:`lent`; the loop goes on with other calls meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import os
+import platform
+import select
+import time
+from collections.abc import Callable, Generator
+from itertools import count
+
+READABLE, WRITABLE = select.EPOLLIN | select.EPOLLRDHUP, select.EPOLLOUT
+
+_ADD, _REMOVE, _CHANGE = 1, 2, 3
+_ONCE = select.EPOLLONESHOT
+#: Keys are what the standard library takes for a descriptor: positive integers of 32 bits.
+_LARGEST_KEY = 0x7FFF_FFFF
+
+
+class Wait:
+    """What a coroutine waits for; awaiting it gives whether that happened, within the time."""
+
+    __slots__ = ("events", "fd", "seconds", "socket")
+
+    def __init__(self, fd: int, events: int, seconds: float | None, socket: int | None) -> None:
+        self.fd = fd
+        self.events = events
+        self.seconds = seconds
+        self.socket = socket
+
+    def __await__(self) -> Generator[Wait, bool, bool]:
+        return (yield self)
+
+
+def ready(fd: int, seconds: float | None, events: int = READABLE) -> Wait:
+    """Wait for ``fd``, which must stay open meanwhile."""
+    return Wait(fd, events, seconds, None)
+
+
+def lent(fd: int, inode: int, seconds: float | None) -> Wait:
+    """Wait until the socket ``inode`` is readable, of which ``fd`` is a copy.
+
+    The copy is given away: it is closed when the wait begins, so that a program that closes its
+    own closes the socket.
+    """
+    return Wait(fd, READABLE, seconds, inode)
+
+
+Resume = Callable[[bool], None]
+
+
+class _EpollEvent(ctypes.Structure):
+    # The kernel packs it on x86-64 only, for its 32-bit programs' sake.
+    if platform.machine() in ("x86_64", "AMD64"):
+        _pack_ = 1
+    _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_uint64))
+
+
+class Waits:
+    """One epoll, and who waits for what on it."""
+
+    def __init__(self, listener: int, on_listener: Callable[[int], None]) -> None:
+        # The listener has a place of its own: through an epoll its caller would not hand the
+        # processor over (SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP), which is worth the most here.
+        self._poll = select.poll()
+        self._listener, self._on_listener = listener, on_listener
+        self._poll.register(listener, select.POLLIN)
+        self._epoll = select.epoll()
+        self._poll.register(self._epoll.fileno(), select.POLLIN)
+        # The standard library's epoll_ctl reports descriptors; here they are closed and reused.
+        self._control = ctypes.CDLL(None, use_errno=True).epoll_ctl
+        self._watched: dict[int, Callable[[int], None]] = {}
+        self._waiting: dict[int, tuple[int, Resume]] = {}
+        # Waits for one socket are a group: the epoll holds one registration for all of them.
+        self._groups: dict[int, dict[int, Resume]] = {}
+        self._group_of: dict[int, int] = {}  # by the key of a wait
+        self._group_for: dict[int, int] = {}  # by a socket's inode
+        self._inode_of: dict[int, int] = {}  # by the key of a group
+        self._timers: list[tuple[float, int]] = []
+        self._next = count(1)
+
+    def watch(self, fd: int, callback: Callable[[int], None]) -> None:
+        """Call ``callback(events)`` whenever ``fd`` is readable or hung up, from now on."""
+        key = self._key()
+        self._watched[key] = callback
+        self._set(_ADD, fd, select.EPOLLIN, key)
+
+    def add(self, wait: Wait, resume: Resume) -> int:
+        """Call ``resume`` once, with whether it happened.  Returns a key to cancel it with."""
+        key = self._key()
+        if wait.socket is None:
+            self._waiting[key] = wait.fd, resume
+            self._set(_ADD, wait.fd, wait.events | _ONCE, key)
+        else:
+            group = self._group_for.get(wait.socket)
+            if group is None:
+                group = self._group_for[wait.socket] = self._key()
+                self._inode_of[group], self._groups[group] = wait.socket, {}
+            self._groups[group][key] = resume
+            self._group_of[key] = group
+            try:
+                self._set(_ADD, wait.fd, wait.events | _ONCE, group)
+            except FileExistsError:  # an earlier copy had the same number
+                self._set(_CHANGE, wait.fd, wait.events | _ONCE, group)
+            finally:
+                os.close(wait.fd)
+        if wait.seconds is not None:
+            heapq.heappush(self._timers, (time.monotonic() + wait.seconds, key))
+        return key
+
+    def cancel(self, key: int) -> None:
+        """Nobody is waiting any more."""
+        self._take(key)
+
+    def poll(self) -> None:
+        """Wait for what happens next, and tell whom it concerns."""
+        wait = self._until_next_timer() if self._timers else None
+        for fd, events in self._poll.poll(None if wait is None else wait * 1000):
+            if fd == self._listener:
+                self._on_listener(events)
+            else:
+                self._poll_others()
+        if not self._timers:
+            return
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            late = self._take(heapq.heappop(self._timers)[1])
+            if late is not None:
+                late(False)
+
+    def _poll_others(self) -> None:
+        for key, events in self._epoll.poll(0):
+            if (callback := self._watched.get(key)) is not None:
+                callback(events)
+            elif key in self._groups:
+                for waiting in list(self._groups[key]):
+                    if (taken := self._take(waiting)) is not None:
+                        taken(True)
+            elif (taken := self._take(key)) is not None:
+                taken(True)
+
+    def _until_next_timer(self) -> float | None:
+        while self._timers and not self._is_waiting(self._timers[0][1]):
+            heapq.heappop(self._timers)
+        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+
+    def _is_waiting(self, key: int) -> bool:
+        return key in self._waiting or key in self._group_of
+
+    def _take(self, key: int) -> Resume | None:
+        if key in self._waiting:
+            fd, resume = self._waiting.pop(key)
+            self._set(_REMOVE, fd, 0, 0)
+            return resume
+        group = self._group_of.pop(key, None)
+        if group is None:
+            return None
+        resume = self._groups[group].pop(key)
+        if not self._groups[group]:
+            # What is left of it in the epoll is spent, and goes when the socket does.
+            del self._groups[group], self._group_for[self._inode_of.pop(group)]
+        return resume
+
+    def _key(self) -> int:
+        return next(self._next) & _LARGEST_KEY
+
+    def _set(self, operation: int, fd: int, events: int, key: int) -> None:
+        event = _EpollEvent(events & 0xFFFF_FFFF, key)
+        if self._control(self._epoll.fileno(), operation, fd, ctypes.byref(event)) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))

@@ -1,0 +1,100 @@
+"""Getting the Linux kernel's own vsock tests: ``tools/testing/vsock`` of Debian's kernel source.
+
+The newest ``linux-source`` that the machine's own Debian mirror has is downloaded by apt, once,
+into ``~/.cache/vsockets``; the tests are built there and never become part of this project.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vsockets"
+
+#: Where the newest kernels of Debian stable are.
+RELEASE = "trixie-backports"
+#: The tests' own file names; the other programs in their folder need more than a C library.
+SOURCES = ("vsock_test", "vsock_test_zerocopy", "timeout", "control", "util", "msg_zerocopy_common")
+FLAGS = (
+    *("-O2", "-I.", "-I../../include", "-idirafter", "../../include/uapi", "-D_GNU_SOURCE"),
+    *("-fno-strict-overflow", "-fno-strict-aliasing", "-fno-common", "-w"),
+)
+#: How long any one step may take, in seconds: the source is 170 MB.
+PATIENCE = 300
+
+
+class Unavailable(Exception):
+    """The suite cannot be had here; the text says why."""
+
+
+def vsock_test() -> Path:
+    """The program, built if need be.  Raises Unavailable."""
+    program = CACHE / "kernel" / "vsock_test"
+    if not program.exists():
+        for needed in ("apt-get", "dpkg-deb", "tar", "xz", "gcc"):
+            if shutil.which(needed) is None:
+                raise Unavailable(f"no {needed}")
+        program.parent.mkdir(parents=True, exist_ok=True)
+        _build(_unpack(_download(program.parent)), program)
+    return program
+
+
+def _download(folder: Path) -> Path:
+    """The package; through apt with lists of its own, so the machine's stay as they are."""
+    site = _run("apt-get", "indextargets", "--format", "$(SITE)").split()
+    if not site:
+        raise Unavailable("apt knows no mirror")
+    for name in ("lists/partial", "archives/partial"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "sources.list").write_text(f"deb {site[0]} {RELEASE} main\n")
+    (folder / "apt.conf").write_text(
+        f'Dir::Etc::SourceList "{folder}/sources.list";\nDir::Etc::SourceParts "-";\n'
+        f'Dir::State::Lists "{folder}/lists";\nDir::Cache "{folder}";\n'
+        'APT::Sandbox::User "";\n'
+    )
+    environment = {**os.environ, "APT_CONFIG": str(folder / "apt.conf")}
+    _run("apt-get", "update", env=environment)
+    found = _run("apt-cache", "search", "--names-only", r"^linux-source-[0-9.]+$", env=environment)
+    names = sorted(re.findall(r"^linux-source-[0-9.]+", found, re.M), key=_version)
+    if not names:
+        raise Unavailable(f"no linux-source in {RELEASE}")
+    _run("apt-get", "download", names[-1], env=environment, cwd=folder)
+    return max(folder.glob(f"{names[-1]}_*.deb"), key=os.path.getmtime)
+
+
+def _version(name: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", name)]
+
+
+def _unpack(package: Path) -> Path:
+    """The folder of the tests, within the parts of the source that they include."""
+    folder = package.parent / "source"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    script = (
+        'dpkg-deb --fsys-tarfile "$0" | tar -xO --wildcards "*/linux-source-*.tar.xz" '
+        '| tar -xJ --strip-components=1 --wildcards "*/tools/testing/vsock/*" "*/tools/include/*"'
+    )
+    _run("sh", "-c", script, str(package), cwd=folder)
+    package.unlink()
+    return folder / "tools" / "testing" / "vsock"
+
+
+def _build(folder: Path, program: Path) -> None:
+    sources = [f"{name}.c" for name in SOURCES if (folder / f"{name}.c").exists()]
+    _run("gcc", *FLAGS, "-o", str(program), *sources, "-lpthread", cwd=folder)
+
+
+def _run(*command: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    try:
+        done = subprocess.run(
+            command, env=env, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{command[0]} took more than {PATIENCE} s") from None
+    if done.returncode != 0:
+        raise Unavailable(f"{' '.join(command[:2])}: {done.stderr.strip()[-300:]}")
+    return done.stdout

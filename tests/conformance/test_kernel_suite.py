@@ -1,0 +1,105 @@
+"""The Linux kernel's ``vsock_test``, against what docs/conformance.md says of it."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tools.vsock import Vsock
+from vsockets.testing import PrivateFabric, wait_until
+
+from .kernel_suite import Unavailable, vsock_test
+
+TABLE = Path(__file__).parents[2] / "docs" / "conformance.md"
+GUEST = 90
+
+
+class Case(NamedTuple):
+    id: int
+    name: str
+    result: str
+
+
+def table() -> list[Case]:
+    rows = re.findall(
+        r"^\| (\d+) \| (.+?) \| (pass|fail|does not apply) \|", TABLE.read_text(), re.M
+    )
+    return [Case(int(number), name, result) for number, name, result in rows]
+
+
+CASES = table()
+
+
+@pytest.fixture(scope="module")
+def program() -> Path:
+    try:
+        return vsock_test()
+    except Unavailable as reason:
+        pytest.skip(f"the kernel's tests cannot be had: {reason}")
+
+
+@pytest.fixture(scope="module")
+def vsock() -> Iterator[Vsock]:
+    with PrivateFabric() as fabric, Vsock(fabric.folder) as vsock:
+        fabric.guest(GUEST)
+        yield vsock
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def listens(port: int) -> bool:
+    rows = (row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
+
+
+def run(vsock: Vsock, program: Path, client: str, cases: list[Case]) -> tuple[str, bool]:
+    """Run cases; what the client printed, and whether both sides ended well."""
+    server, server_cid, client_cid = ("host", 2, GUEST) if client != "host" else (GUEST, GUEST, 2)
+    control = free_port()
+    common = [f"--control-port={control}", *(f"--pick={case.id}" for case in cases)]
+    serving = vsock.start(
+        *("run", "--cid", server, "--", program, "--mode=server"),
+        *(f"--peer-cid={client_cid}", *common),
+    )
+    wait_until(lambda: listens(control) or serving.process.poll() is not None, "the server")
+    done = vsock(
+        *("run", "--cid", client, "--", program, "--mode=client", "--control-host=127.0.0.1"),
+        *(f"--peer-cid={server_cid}", *common),
+        expect=None,
+    )
+    serving.process.wait(30)
+    return done.stdout + done.stderr, (done.returncode, serving.process.returncode) == (0, 0)
+
+
+def test_the_table_is_that_of_the_suite(vsock: Vsock, program: Path) -> None:
+    arguments = ("--list", "--mode=client", "--control-port=1", "--peer-cid=2")
+    listed = vsock("run", program, *arguments, expect=None).stdout.splitlines()[1:]
+    assert [(case.id, case.name) for case in CASES] == [
+        (int(number), name) for number, name in (line.split("\t") for line in listed)
+    ]
+
+
+@pytest.mark.parametrize("client", [str(GUEST), "host"])
+def test_what_passes(vsock: Vsock, program: Path, client: str) -> None:
+    passing = [case for case in CASES if case.result == "pass"]
+    assert len(passing) >= 30
+    said, well = run(vsock, program, client, passing)
+    passed = {int(number) for number in re.findall(r"^(\d+) - .*\.\.\.ok$", said, re.M)}
+    assert passed == {case.id for case in passing}, said
+    assert well, said
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.result == "fail"], ids=str)
+def test_what_fails_is_not_said_to_pass(vsock: Vsock, program: Path, case: Case) -> None:
+    said, well = run(vsock, program, str(GUEST), [case])
+    assert not well, f"it passes: say so in {TABLE.name}\n{said}"

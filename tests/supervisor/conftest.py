@@ -1,0 +1,56 @@
+"""``vsock run`` on a fabric for each module, and C programs to run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tools.vsock import Vsock
+from vsockets.testing import PrivateFabric
+from vsockets.tools.include_dir import INCLUDE
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+#: Compiles a program of ``programs/`` or a given path: (name, compiler's options) -> executable.
+Compile = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def fabric() -> Iterator[PrivateFabric]:
+    """A vsockd that this module's tests share."""
+    with PrivateFabric() as fabric:
+        yield fabric
+
+
+@pytest.fixture
+def vsock(fabric: PrivateFabric) -> Iterator[Vsock]:
+    """The command line on the module's fabric; what a test left running is ended."""
+    with Vsock(fabric.folder) as vsock:
+        yield vsock
+
+
+@pytest.fixture(scope="session")
+def compile_c(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """A C compiler; each program is compiled once."""
+    folder = tmp_path_factory.mktemp("programs")
+    made: dict[tuple[object, ...], Path] = {}
+
+    def compile_one(source: str | Path, *options: str, compiler: str = "gcc") -> Path:
+        if shutil.which(compiler) is None:
+            pytest.skip(f"no {compiler}: apt install what .ci/run does")
+        path = PROGRAMS / source
+        key = path, options, compiler
+        if key not in made:
+            made[key] = folder / f"{path.stem}-{len(made)}"
+            command = [compiler, "-Wall", "-Werror", f"-I{INCLUDE}", "-o", str(made[key])]
+            done = subprocess.run(
+                [*command, str(path), *options], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+        return made[key]
+
+    return compile_one

@@ -1,0 +1,160 @@
+"""The filter, run by an interpreter of classic BPF as the kernel would run it."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsockets.supervisor import filter as seccomp
+from vsockets.supervisor.filter import ALLOW, NOTIFY, Rule, Test, When, refuse
+from vsockets.supervisor.machine import _MACHINES, Machine
+
+MACHINES = list(_MACHINES.values())
+X86 = _MACHINES["x86_64"]
+WINDOWS = seccomp.windows_below(1024)
+
+numbers = st.integers(0, 500)
+words = st.one_of(
+    st.integers(0, (1 << 64) - 1), st.sampled_from([0, 1, 40, 1 << 32, 40 | 1 << 32, 0xFFFFFFFF])
+)
+conditions = st.builds(
+    When, st.integers(0, 5), st.sampled_from(list(Test)), st.integers(0, (1 << 32) - 1)
+)
+rules = st.builds(
+    Rule, numbers, st.sampled_from([NOTIFY, refuse(1)]), st.lists(conditions, max_size=4).map(tuple)
+)
+
+
+class SystemCall(NamedTuple):
+    number: int
+    arguments: tuple[int, ...] = (0,) * 6
+    architecture: int = X86.architecture
+
+
+def run(program: bytes, call: SystemCall) -> int:
+    """What the kernel's BPF machine would return."""
+    data = struct.pack("=iIQ6Q", call.number, call.architecture, 0, *call.arguments)
+    instructions = list(struct.iter_unpack("=HBBI", program))
+    accumulator, at = 0, 0
+    while True:
+        code, if_so, if_not, constant = instructions[at]
+        at += 1
+        if code == 0x20:
+            (accumulator,) = struct.unpack_from("=I", data, constant)
+        elif code == 0x06:
+            return int(constant)
+        else:
+            holds = {
+                0x15: accumulator == constant,
+                0x35: accumulator >= constant,
+                0x45: bool(accumulator & constant),
+            }[code]
+            at += if_so if holds else if_not
+
+
+def holds(condition: When, call: SystemCall) -> bool:
+    argument = call.arguments[condition.argument]
+    low = argument & 0xFFFFFFFF
+    return {
+        Test.EQUAL: low == condition.value,
+        Test.DIFFERS: low != condition.value,
+        Test.AT_LEAST: low >= condition.value,
+        Test.BELOW: low < condition.value,
+        Test.HAS_BIT: bool(low & condition.value),
+        Test.LACKS_BITS: not low & condition.value,
+        Test.NOT_NULL: argument != 0,
+    }[condition.test]
+
+
+def decide(made: list[Rule], call: SystemCall) -> int:
+    for rule in made:
+        if rule.number == call.number and all(holds(one, call) for one in rule.when):
+            return rule.action
+    return ALLOW
+
+
+@given(
+    st.lists(rules, max_size=8),
+    st.builds(SystemCall, numbers, st.tuples(*[words] * 6), st.just(X86.architecture)),
+    st.integers(0, 7),
+)
+def test_the_program_does_what_the_rules_say(
+    made: list[Rule], call: SystemCall, chosen: int
+) -> None:
+    if chosen < len(made):  # a call that a rule names
+        call = call._replace(number=made[chosen].number)
+    assert run(seccomp.assemble(X86, made), call) == decide(made, call)
+
+
+@pytest.fixture(params=MACHINES, ids=list(_MACHINES))
+def machine(request: pytest.FixtureRequest) -> Machine:
+    found: Machine = request.param
+    return found
+
+
+def ask(machine: Machine, number: int, *arguments: int) -> int:
+    program = seccomp.assemble(machine, seccomp.rules(machine, WINDOWS))
+    assert len(program) // 8 <= 4096  # BPF_MAXINSNS
+    padded = (*arguments, *[0] * (6 - len(arguments)))
+    return run(program, SystemCall(number, padded, machine.architecture))
+
+
+@given(st.integers(0, (1 << 32) - 1), words, words)
+def test_af_vsock_never_reaches_the_kernel(high: int, kind: int, protocol: int) -> None:
+    # The kernel takes the lower 32 bits of an int.
+    for machine in MACHINES:
+        assert ask(machine, machine.socket, 40 | high << 32, kind, protocol) == NOTIFY
+        assert ask(machine, machine.socketpair, 40 | high << 32, kind) == refuse(95)
+
+
+def test_nor_by_other_doors(machine: Machine) -> None:
+    for ring in (machine.io_uring_setup, machine.io_uring_enter, machine.io_uring_register):
+        assert ask(machine, ring) == refuse(38)
+    assert ask(machine, 0x4000_0000 + machine.socket, 40, 1) == refuse(38)  # x32
+    for request in (0x4008AF60, 0x4004AF61):  # being the hypervisor of the machine's own
+        assert ask(machine, machine.ioctl, 5, request) == refuse(1)
+    program = seccomp.assemble(machine, seccomp.rules(machine, WINDOWS))
+    for number in range(500):  # a 32-bit program's numbers mean something else
+        assert run(program, SystemCall(number, architecture=0x40000003)) == NOTIFY
+
+
+def test_data_calls_are_let_through(machine: Machine) -> None:
+    for fd in (0, 3, 767, 1024, 70_000):
+        for number in (
+            *(machine.sendto, machine.sendmsg, machine.recvmsg, machine.sendmmsg),
+            *(machine.recvmmsg, machine.write, machine.writev),
+        ):
+            assert ask(machine, number, fd) == ALLOW
+        assert ask(machine, machine.recvfrom, fd, 1, 1, 0, 1 << 40, 1) == ALLOW
+    packet = WINDOWS.packet.first
+    assert ask(machine, machine.sendto, packet, 1, 1, 0) == ALLOW
+    assert ask(machine, machine.sendto, packet, 1, 1, int(socket.MSG_EOR)) == NOTIFY
+    assert ask(machine, machine.write, packet) == ALLOW
+    datagram = WINDOWS.datagram.first
+    assert ask(machine, machine.write, datagram) == NOTIFY
+    assert ask(machine, machine.recvfrom, datagram, 1, 1, 0, 0) == ALLOW
+    assert ask(machine, machine.recvfrom, datagram, 1, 1, 0, 1 << 40) == NOTIFY
+
+
+def test_other_options_and_files_are_let_through(machine: Machine) -> None:
+    assert ask(machine, machine.setsockopt, 3, socket.SOL_SOCKET, socket.SO_REUSEADDR) == ALLOW
+    assert ask(machine, machine.setsockopt, 3, socket.IPPROTO_TCP, socket.TCP_NODELAY) == NOTIFY
+    assert ask(machine, machine.getsockopt, 3, socket.SOL_SOCKET, socket.SO_SNDBUF) == ALLOW
+    assert ask(machine, machine.getsockopt, 3, socket.SOL_SOCKET, socket.SO_ERROR) == NOTIFY
+    assert ask(machine, machine.socket, socket.AF_INET, socket.SOCK_STREAM) == ALLOW
+    here = 0xFFFFFF9C  # AT_FDCWD
+    assert ask(machine, machine.openat, here, 1, 0) == NOTIFY
+    assert ask(machine, machine.openat, here, 1, 0o101) == ALLOW
+    assert ask(machine, machine.openat, 5, 1, 0) == ALLOW
+
+
+@pytest.mark.parametrize("limit", [1, 16, 256, 1024, 4096, 1 << 20])
+def test_windows_are_below_the_limit_and_what_select_can_do(limit: int) -> None:
+    windows = seccomp.windows_below(limit)
+    assert 0 <= windows.datagram.first <= windows.datagram.end == windows.packet.first
+    assert windows.packet.end <= min(limit, 1024)

@@ -1,0 +1,119 @@
+"""C programs: static ones, signals, threads, pointers to nowhere."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+
+import pytest
+
+import vsockets
+from tools.vsock import Vsock
+from vsockets.testing import PrivateFabric, wait_until
+
+from .conftest import Compile
+
+RAW = ("-static", "-nostdlib", "-O1", "-fno-stack-protector", "-fcf-protection=none")
+
+
+def test_a_static_program_with_raw_system_calls(
+    vsock: Vsock, fabric: PrivateFabric, compile_c: Compile
+) -> None:
+    options = RAW if platform.machine() == "x86_64" else RAW[:-1]
+    program = compile_c("raw.c", *options)
+    assert b"INTERP" not in subprocess.run(["readelf", "-l", program], capture_output=True).stdout
+    with vsockets.create_server((2, 7000), context=fabric.host) as server:
+        running = vsock.start("run", "--cid", "70", program)
+        server.settimeout(20)
+        connection, (cid, _) = server.accept()
+        with connection:
+            assert cid == 70
+            assert connection.recv(10) == b"raw"
+            connection.sendall(b"well done\n")
+        assert running.finish()[0] == b"well done\n"
+
+
+def test_signals_interrupt_and_restart_accept(vsock: Vsock, compile_c: Compile) -> None:
+    program = compile_c("signals.c", "-pthread")
+    assert vsock("run", program, "accept").stdout.splitlines() == [
+        "without SA_RESTART: -1 Interrupted system call",
+        "with SA_RESTART: accepted after three signals",
+    ]
+
+
+def test_nothing_is_done_twice_in_a_storm_of_signals(vsock: Vsock, compile_c: Compile) -> None:
+    assert vsock("run", compile_c("signals.c", "-pthread"), "storm").stdout == "stormy\n"
+
+
+def test_accept_times_out(vsock: Vsock, compile_c: Compile) -> None:
+    program = compile_c("signals.c", "-pthread")
+    done = vsock("run", program, "timeout")
+    assert done.stdout == "-1 Resource temporarily unavailable\n"
+
+
+def test_a_process_that_ends_in_accept_gives_its_port_back(
+    vsock: Vsock, fabric: PrivateFabric, compile_c: Compile
+) -> None:
+    program = compile_c("signals.c", "-pthread")
+    # A shell that goes on, so that the supervisor does too.
+    running = vsock.start("run", "--cid", "71", "sh", "-c", f"{program} killed; read line")
+    port = int(running.read_line())
+    running.write(b"\n")
+
+    def is_free() -> bool:
+        guest = next(c for c in fabric.control.contexts() if c["cid"] == 71)
+        with vsockets.socket(context=vsockets.attach(guest["folder"])) as sock:
+            try:
+                sock.bind((71, port))
+            except OSError:
+                return False
+            return True
+
+    wait_until(is_free, "the port to be free")
+
+
+def test_pointers_to_nowhere(vsock: Vsock, compile_c: Compile) -> None:
+    program = compile_c("pointers.c")
+    invalid, bad = "Invalid argument", "Bad address"
+    assert vsock("run", "--cid", "host", program).stdout.splitlines() == [
+        *(bad, bad, invalid, invalid, invalid, invalid, "Success"),
+        *(bad, bad, invalid),
+        *(invalid, bad, "Protocol not available", invalid),
+        *("Success", invalid, bad, "Transport endpoint is not connected", invalid),
+        *("Socket type not supported", "Protocol not supported", "Operation not supported"),
+        *("Inappropriate ioctl for device", "Bad file descriptor", "Bad file descriptor"),
+        *("Success", "16 40 ffffffff"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["stream", "datagram"])
+def test_the_guides_listings(vsock: Vsock, compile_c: Compile, kind: str) -> None:
+    from pathlib import Path
+
+    folder = Path(__file__).parents[2] / "examples" / "c"
+    server = compile_c(folder / f"{kind}_server.c", "-Wextra")
+    client = compile_c(folder / f"{kind}_client.c", "-Wextra")
+    serving = vsock.start("run", "--cid", "host", server, "0")
+    port = serving.read_line().rpartition(" ")[2]
+    said = vsock("run", "--cid", "72", client, "2", port).stdout
+    heard = serving.finish()[0].decode()
+    if kind == "stream":
+        assert said == "HELLO FROM CONTEXT 72\n"
+        assert heard == "serving context 72\n"
+    else:
+        assert said == "context 2 says: you are context 72\nand again: you are context 72\n"
+        assert heard == "sendto from context 72\nsend from context 72\n"
+
+
+def test_the_header_on_windows(compile_c: Compile) -> None:
+    compile_c("windows.c", "-lws2_32", compiler="x86_64-w64-mingw32-gcc")
+
+
+def test_the_header_in_cplusplus_and_beside_linuxs_own(compile_c: Compile) -> None:
+    compile_c("header.c", "-std=gnu89", "-pedantic")
+    compile_c("header.c", "-Wextra", compiler="g++")
+
+
+def test_where_the_header_is(vsock: Vsock) -> None:
+    folder = vsock("include-dir").stdout.strip()
+    assert subprocess.run(["test", "-r", f"{folder}/vmci_sockets.h"], check=False).returncode == 0

@@ -1,0 +1,74 @@
+"""What is known of sockets, and what is forgotten."""
+
+from __future__ import annotations
+
+from socket import SOCK_DGRAM, SOCK_STREAM
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsockets.limits import SUPERVISED_SOCKETS
+from vsockets.supervisor.sockets import (
+    SOCKADDR_SIZE,
+    Endpoint,
+    Phase,
+    Sockets,
+    inode_in,
+    pack_address,
+    unpack_address,
+)
+
+numbers = st.integers(0, (1 << 32) - 1)
+
+
+@given(numbers, numbers)
+def test_an_address_comes_back(cid: int, port: int) -> None:
+    packed = pack_address((cid, port))
+    assert len(packed) == SOCKADDR_SIZE == 16
+    assert unpack_address(packed) == (40, (cid, port))
+
+
+def test_an_address_looks_as_in_linux_vm_sockets_h() -> None:
+    assert pack_address((2, 5000)).hex() == "28000000881300000200000000000000"
+
+
+@pytest.mark.parametrize(
+    ("link", "inode"),
+    [
+        ("socket:[4711]", 4711),
+        ("socket:[]", None),
+        ("pipe:[4711]", None),
+        ("/tmp/socket:[4711]", None),
+        ("", None),
+    ],
+)
+def test_sockets_are_told_by_their_link(link: str, inode: int | None) -> None:
+    assert inode_in(link) == inode
+
+
+def test_what_only_we_know_is_forgotten_last() -> None:
+    sockets = Sockets()
+    new = Endpoint(SOCK_STREAM, 1, 1)
+    sockets.add(1, new)
+    for inode in range(2, SUPERVISED_SOCKETS + 3):
+        connected = Endpoint(SOCK_STREAM, inode, inode)
+        connected.phase = Phase.CONNECTED
+        sockets.add(inode, connected)
+    assert sockets.find(1) is new
+    with pytest.raises(KeyError):
+        sockets.find(2)
+
+
+def test_but_even_that_is_bounded() -> None:
+    sockets = Sockets()
+    for inode in range(SUPERVISED_SOCKETS + 100):
+        sockets.add(inode, Endpoint(SOCK_DGRAM, inode, inode))
+    known = 0
+    for inode in range(SUPERVISED_SOCKETS + 100):
+        try:
+            sockets.find(inode)
+        except KeyError:
+            continue
+        known += 1
+    assert known == SUPERVISED_SOCKETS

@@ -1,0 +1,125 @@
+"""Programs that people use: socat, OpenSSH."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vsockets
+from tools.vsock import Vsock
+from vsockets.testing import PrivateFabric, wait_until
+
+GIGABYTE = 1_000_000_000
+
+PRODUCE = f"""
+import hashlib, os, sys
+digest, left, block = hashlib.sha256(), {GIGABYTE}, os.urandom(1 << 20)
+out = sys.stdout.buffer
+while left:
+    block = (block[1:] + block[:1])[:left]
+    digest.update(block); out.write(block); left -= len(block)
+out.flush()
+print(digest.hexdigest(), file=sys.stderr)
+"""
+CONSUME = """
+import hashlib, sys
+digest = hashlib.sha256()
+while block := sys.stdin.buffer.read1(1 << 20): digest.update(block)
+print(digest.hexdigest())
+"""
+
+
+def python(source: str) -> str:
+    return shlex.join([sys.executable, "-c", source])
+
+
+def needs(*programs: str) -> None:
+    for program in programs:
+        if shutil.which(program) is None:
+            pytest.skip(f"no {program}: apt install what .ci/run does")
+
+
+def wait_for_listener(fabric: PrivateFabric, port: int) -> None:
+    def listens() -> bool:
+        rows = fabric.control.sockets()
+        return any((row["port"], row["state"]) == (port, "listening") for row in rows)
+
+    wait_until(listens, "somebody to listen")
+
+
+@pytest.mark.parametrize("how", ["suspend", "power_off"])
+def test_streams_of_a_supervised_program_are_dropped(
+    vsock: Vsock, fabric: PrivateFabric, how: str
+) -> None:
+    """The guest's program is C, and its descriptors are nobody's but its own."""
+    needs("socat")
+    guest = fabric.control.add_context()["cid"]
+    with vsockets.create_server((2, vsockets.VMADDR_PORT_ANY), context=fabric.host) as server:
+        server.settimeout(20)
+        target = f"VSOCK-CONNECT:2:{server.getsockname()[1]}"
+        program = vsock.start("run", "--cid", guest, "--", "socat", "-u", target, "-")
+        accepted, peer = server.accept()
+        with accepted:
+            assert peer[0] == guest
+            assert getattr(fabric.control, how)(guest)["streams_left"] == []
+            accepted.settimeout(20)
+            assert accepted.recv(1) == b""
+            assert program.finish() == (b"", "")
+
+
+@pytest.mark.parametrize("sender", ["host", "74"])
+def test_a_gigabyte_through_socat(vsock: Vsock, fabric: PrivateFabric, sender: str) -> None:
+    needs("socat")
+    receiver = "74" if sender == "host" else "host"
+    peer = 74 if sender == "host" else 2
+    port = 7100 + (sender == "host")
+    vsock("context", "add", "74", expect=None)
+    take = f"socat -u -b 262144 VSOCK-LISTEN:{port} - | {python(CONSUME)}"
+    give = f"{python(PRODUCE)} | socat -u -b 262144 - VSOCK-CONNECT:{peer}:{port}"
+    taking = vsock.start("run", "--cid", receiver, "sh", "-c", take)
+    wait_for_listener(fabric, port)
+    given = vsock("run", "--cid", sender, "sh", "-c", give)
+    assert taking.finish()[0].decode() == given.stderr
+
+
+def test_ssh_into_a_guest_without_a_network(
+    vsock: Vsock, fabric: PrivateFabric, tmp_path: Path
+) -> None:
+    sshd = "/usr/sbin/sshd"
+    needs("socat", "ssh", "ssh-keygen", sshd)
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    for key in ("host", "user"):
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / key)]
+        subprocess.run(command, check=True)
+    (tmp_path / "config").write_text(
+        f"HostKey {tmp_path}/host\nAuthorizedKeysFile {tmp_path}/user.pub\nStrictModes no\n"
+        "UsePAM no\nPidFile none\nPermitRootLogin yes\n"
+    )
+    script = tmp_path / "serve"
+    script.write_text(f"#!/bin/sh\nexec {sshd} -i -f {tmp_path}/config 2>>{tmp_path}/log\n")
+    script.chmod(0o755)
+    vsock.start("run", "--cid", "75", "socat", "VSOCK-LISTEN:22,fork", f"EXEC:{script}")
+    wait_for_listener(fabric, 22)
+    options = {
+        "ProxyCommand": "socat - VSOCK-CONNECT:75:22",
+        "IdentityFile": tmp_path / "user",
+        "UserKnownHostsFile": tmp_path / "known",
+        "StrictHostKeyChecking": "accept-new",
+        "BatchMode": "yes",
+    }
+    flags = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+    done = vsock(
+        *("run", "--cid", "host", "--", "ssh", "-F", "none", *flags),
+        *(f"{getpass.getuser()}@guest", "echo from the guest; exit 3"),
+        expect=None,
+    )
+    log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
+    assert (done.stdout, done.returncode) == ("from the guest\n", 3), done.stderr + log
