@@ -18,7 +18,7 @@ def perform(number, source):
     try:
         names = dict(COMMON)
         exec(compile(source, "<host>", "exec"), names)
-        if names.get("common"):
+        if names.pop("common", False):
             COMMON.update(names)
         answer = number, True, names.get("result")
     except BaseException as error:
