@@ -366,9 +366,13 @@ class TestLife:
         control = fabric_of_machines.control
         server, port = serve(machine)
         with server:
-            jobs = [machine.start("result = connect(port).recv(1)", port=port)]
-            jobs.append(machine.start("result = listener(6003).accept()[0].recv(1)"))
+            wait = "s.sendall(b'x'); result = s.recv(1)"
+            jobs = [
+                machine.start(f"s = connect(port); {wait}", port=port),
+                machine.start(f"s, _ = listener(6003).accept(); {wait}"),
+            ]
             with server.accept()[0] as accepted, dial(machine, 6003) as dialled:
+                assert accepted.recv(1) == dialled.recv(1) == b"x"
                 if change == "suspend":
                     control.suspend(machine.cid)
                     control.resume(machine.cid)
