@@ -51,3 +51,7 @@ class DeviceLoop(Loop):
             select.select(self._only, (), (), timeout)
             timeout = 0
         return self._wait(timeout, maxevents)
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        self._epoll.close()
