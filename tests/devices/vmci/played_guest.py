@@ -127,7 +127,7 @@ class PlayedGuest:
 
     def receive(self) -> list[Datagram]:
         """What waits for the guest."""
-        received = []
+        received: list[Datagram] = []
         while True:
             self.memory[_IN : _IN + 24] = struct.pack("<IIIIq", 0, 1, 1, 0, 0)
             self.memory[_IN + 24 : _IN + 40] = struct.pack("<QQ", _IN_DATA, LARGEST)
