@@ -65,6 +65,7 @@ def vmci(
         if cid is None or all(row["cid"] != cid for row in control.contexts()):
             cid = control.add_context(cid, lease=True)["cid"]
         link = control.attach_device(cid)
+        owner = next(row["owner"] for row in control.contexts() if row["cid"] == cid)
         events = control.events("context")
         path.unlink(missing_ok=True)
         with short_path(path) as spelled:
@@ -76,7 +77,7 @@ def vmci(
         machine = VmciMachine(loop, attachment, cid, events, legacy=legacy, older=older)
         Server(loop, listener, machine.device, machine.settle)
         if sandbox:
-            enter_sandbox()
+            enter_sandbox(owner)
         notice(f"context {cid}: the VMCI device waits at {path}")
         with loop.signalled({signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop}):
             print(cid, flush=True)
