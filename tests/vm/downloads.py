@@ -189,8 +189,8 @@ def userland() -> Path:
     def fill(folder: Path) -> None:
         _STABLE.unpack(
             folder,
-            *("busybox-static", "python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib"),
-            *("libc6", "libexpat1", "zlib1g"),
+            *("busybox-static", "python3.11-minimal", "libpython3.11-minimal"),
+            *("libpython3.11-stdlib", "libc6", "libexpat1", "zlib1g"),
         )
 
     return _filled("userland-python", fill)

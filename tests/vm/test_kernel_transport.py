@@ -146,7 +146,7 @@ def test_what_the_kernel_refuses(machine: Machine) -> None:
         "EADDRINUSE",
         "ECONNRESET",
         "ENOTCONN",
-        "EOPNOTSUPP",
+        "ENOTSUP",
         "ESOCKTNOSUPPORT",
         "ENOTSOCK",
     ]
@@ -202,7 +202,7 @@ def test_a_pair_within_the_guest(machine: Machine) -> None:
         one, other = vsockets.socketpair()
         with one, other:
             one.sendall(b"loopback")
-            result = other.recv(100), other.getpeername() == one.getsockname()
+            result = other.recv(100), other.getpeername()[1] == one.getsockname()[1]
         """,
     )
     assert found == (b"loopback", True)

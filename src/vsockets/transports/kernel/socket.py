@@ -7,8 +7,10 @@ other families are ignored (guide page 8), and vSockets options take plain integ
 from __future__ import annotations
 
 import _socket
+import contextlib
 import errno
 import socket as stdlib
+from collections.abc import Iterator
 from socket import SOCK_DGRAM, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 from typing import Any, Self
 
@@ -36,12 +38,15 @@ class KernelSocket(socket):
     bind = _raw.bind
     connect = _raw.connect
     connect_ex = _raw.connect_ex
-    listen = _raw.listen  # type: ignore[assignment]
     getsockname = _raw.getsockname
     getpeername = _raw.getpeername
 
     def __repr__(self) -> str:
         return stdlib.socket.__repr__(self)
+
+    def listen(self, backlog: int | None = None, /) -> None:
+        """Accept connections, with at most ``backlog`` of them waiting (default 128)."""
+        _raw.listen(self, *(() if backlog is None else (backlog,)))
 
     def accept(self) -> tuple[socket, tuple[int, int]]:
         """Wait for a connection: ``(socket, (cid, port) of the peer)``."""
@@ -66,21 +71,36 @@ class KernelSocket(socket):
         """As ``socket.getsockopt``; an ignored option reads as what it was set to, else 0."""
         if level != SOL_SOCKET:
             return super().getsockopt(level, optname, buflen)
-        return _raw.getsockopt(self, level, optname, *filter(None, (buflen,)))
+        with self._options() as options:
+            return options.getsockopt(level, optname, *filter(None, (buflen,)))
 
     def _set_vsock_option(self, optname: int, value: Any) -> None:
         if optname not in TIMEOUTS:
             value = as_u64(value).to_bytes(8, "little")
-        _raw.setsockopt(self, AF_VSOCK, optname, value)
+        with self._options() as options:
+            options.setsockopt(AF_VSOCK, optname, value)
 
     def _get_vsock_option(self, optname: int, buflen: int) -> Any:
+        size = buflen or (16 if optname in TIMEOUTS else 8 if optname in _BUFFERS else 4)
+        with self._options() as options:
+            value = options.getsockopt(AF_VSOCK, optname, size)
         if buflen or optname in TIMEOUTS:
-            return _raw.getsockopt(self, AF_VSOCK, optname, buflen or 16)
-        size = 8 if optname in _BUFFERS else 4
-        return int.from_bytes(_raw.getsockopt(self, AF_VSOCK, optname, size), "little")
+            return value
+        return int.from_bytes(value, "little")
+
+    @contextlib.contextmanager
+    def _options(self) -> Iterator[_socket.socket]:
+        """The same socket, but for CPython not one of this family: of those it takes and gives
+        options as integers of 64 bits alone, and the connect timeout is a structure.
+        """
+        same = _raw(stdlib.AF_UNIX, SOCK_STREAM, 0, self.fileno())
+        try:
+            yield same
+        finally:
+            same.detach()
 
     def _recover(self) -> None:
-        if _raw.getsockopt(self, SOL_SOCKET, stdlib.SO_DOMAIN) != AF_VSOCK:
+        if self.getsockopt(SOL_SOCKET, stdlib.SO_DOMAIN) != AF_VSOCK:
             raise error(errno.EAFNOSUPPORT, "the descriptor is not of the kernel's AF_VSOCK")
 
 
