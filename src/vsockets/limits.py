@@ -93,3 +93,27 @@ CONFIGURATION_FILE = 1 << 20
 
 #: Characters of the name of a guest or of a domain: what VMware allows a virtual machine.
 LONGEST_NAME = 80
+
+# The forwarder (vsockets.bridges.forward).
+
+#: Bytes of the pipe that one direction of a forwarded stream moves through, and so the most
+#: that is on its way in it.  Measured on this project's machine, splice gains nothing above.
+FORWARD_PIPE = 256 * 1024
+
+#: Empty pipes that are kept for the next who needs one.  A pipe is needed only while its sink
+#: is full, or within one call; so this many sinks can be slow before pipes are made anew.
+FORWARD_SPARE_PIPES = 64
+
+#: Bytes of one direction before it is another's turn: a few milliseconds at most.
+FORWARD_TURN = 4 << 20
+
+#: Bytes and seconds in which a proxy's client must have said where it wants to go.  A request
+#: takes some hundred bytes, and is sent at once.
+FORWARD_PROXY_REQUEST = 16_384
+FORWARD_PROXY_SECONDS = 10.0
+
+#: Names that are looked up at the same time, each by a thread; others wait for their turn.
+FORWARD_LOOKUPS = 16
+
+#: First and longest pause before a target that is not there yet is tried again, in seconds.
+FORWARD_FIRST_PAUSE, FORWARD_LONGEST_PAUSE = 0.01, 0.5
