@@ -117,3 +117,24 @@ FORWARD_LOOKUPS = 16
 
 #: First and longest pause before a target that is not there yet is tried again, in seconds.
 FORWARD_FIRST_PAUSE, FORWARD_LONGEST_PAUSE = 0.01, 0.5
+
+#: How long one attempt to reach a forward's target may take, in seconds: a lost packet of TCP's
+#: handshake is sent again after one, three and seven.
+FORWARD_CONNECT_TIMEOUT = 10.0
+
+#: Connections of one forward at the same time, or flows of datagrams: each takes two or three
+#: descriptors of the 20,000 or more that processes may have.  Later clients wait in the backlog.
+FORWARD_CONNECTIONS = 4096
+
+#: Connections or datagrams that are taken from one socket before it is another's turn.
+FORWARD_ACCEPTS = 64
+
+#: After how long a silent flow of datagrams is forgotten, in seconds: what NATs do for UDP at
+#: least is 120 (RFC 4787), but who has no network knows no NAT, and answers come at once.
+FORWARD_FLOW_IDLE = 60.0
+
+#: Datagrams kept while a flow's target is looked up.
+FORWARD_FLOW_PENDING = 16
+
+#: Complaints about clients that one forward logs, a second; the rest are counted.
+FORWARD_LOG_RATE = 20

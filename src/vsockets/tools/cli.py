@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import context, demo, doctor, events, ls, netcat, reach, run, up
+from . import context, demo, doctor, events, forward, ls, netcat, reach, run, up
 from .advice import Failure, one_line
 from .output import complain
 
@@ -27,6 +27,7 @@ app.add_typer(context.app, name="context")
 app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 app.command("connect")(netcat.connect)
 app.command("listen")(netcat.listen)
+app.command("forward")(forward.forward)
 app.command("ls")(ls.ls)
 app.command("events")(events.events)
 app.command("doctor")(doctor.doctor)

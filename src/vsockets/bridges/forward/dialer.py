@@ -55,18 +55,20 @@ class Dialer:
         timeout: float,
         wait: float = 0.0,
         admits: Admits | None = None,
+        client: tuple[int, int] | None = None,
     ) -> stdlib.socket:
         """A connected, non-blocking stream socket.
 
         One attempt may take ``timeout`` seconds; a target that is not there yet is tried again
-        for ``wait`` seconds.  Raises OSError, NotAdmitted among them.
+        for ``wait`` seconds.  A program is told in its environment of the ``client`` it serves.
+        Raises OSError, NotAdmitted among them.
         """
         deadline = self._loop.time() + wait
         pause = FORWARD_FIRST_PAUSE
         while True:
             try:
                 async with asyncio.timeout(timeout):
-                    return await self._open(locator, admits)
+                    return await self._open(locator, admits, client)
             except TimeoutError as error:
                 # asyncio's own says nothing; the kernel's does.
                 why: OSError = error if error.errno else _error(errno.ETIMEDOUT)
@@ -77,7 +79,9 @@ class Dialer:
             await asyncio.sleep(pause)
             pause = min(pause * 2, FORWARD_LONGEST_PAUSE)
 
-    async def _open(self, locator: Locator, admits: Admits | None) -> stdlib.socket:
+    async def _open(
+        self, locator: Locator, admits: Admits | None, client: tuple[int, int] | None
+    ) -> stdlib.socket:
         match locator:
             case Vsock(cid, port):
                 sock = socket(context=self._context)
@@ -89,7 +93,7 @@ class Dialer:
             case VsockMux(path, port):
                 return await self._mux(path, port)
             case Exec(command):
-                return self._execute(command)
+                return self._execute(command, client)
             case Stdio():
                 return standard_streams()
             case _:
@@ -143,13 +147,20 @@ class Dialer:
                 break
         word, _, number = answer.strip().partition(b" ")
         if word != b"OK" or not number.isdigit():
-            raise OSError(errno.EPROTO, f"expected OK and a port from a hybrid vsock, got {answer!r}")
+            raise OSError(
+                errno.EPROTO, f"expected OK and a port from a hybrid vsock, got {answer!r}"
+            )
 
-    def _execute(self, command: tuple[str, ...]) -> stdlib.socket:
+    def _execute(self, command: tuple[str, ...], client: tuple[int, int] | None) -> stdlib.socket:
+        environment = dict(os.environ)
+        if client is not None:  # as for vsock listen --exec
+            environment["VSOCK_PEER_CID"], environment["VSOCK_PEER_PORT"] = map(str, client)
         ours, theirs = stdlib.socketpair()
         try:
             with theirs:
-                process = subprocess.Popen(command, stdin=theirs, stdout=theirs)
+                process = subprocess.Popen(
+                    command, stdin=theirs.fileno(), stdout=theirs.fileno(), env=environment
+                )
         except BaseException:
             ours.close()
             raise

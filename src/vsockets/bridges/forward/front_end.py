@@ -34,8 +34,13 @@ class BadRequest(Exception):
 class FrontEnd(Protocol):
     """One client's conversation."""
 
-    target: tuple[str, int] | None  #: host and port, once the client has said
-    rest: bytes  #: what came after the request
+    @property
+    def target(self) -> tuple[str, int] | None:
+        """Host and port, once the client has said."""
+
+    @property
+    def rest(self) -> bytes:
+        """What came after the request."""
 
     def receive(self, data: bytes) -> bytes:
         """Take what came, empty for the end; returns what to answer.  Raises BadRequest."""

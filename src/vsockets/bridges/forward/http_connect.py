@@ -42,7 +42,10 @@ class HttpConnect:
         if isinstance(event, h11.Request):
             if event.method != b"CONNECT":
                 answer = self._respond(
-                    405, b"Method Not Allowed", b"only CONNECT is served here", (b"Allow", b"CONNECT")
+                    405,
+                    b"Method Not Allowed",
+                    b"only CONNECT is served here",
+                    (b"Allow", b"CONNECT"),
                 )
                 raise BadRequest("the method is not CONNECT", answer)
             try:

@@ -222,9 +222,7 @@ class Pump:
             pipe.close()
         self._pipes.clear()
 
-    def end(
-        self, connection: Connection, why: OSError | None = None, reset: bool = False
-    ) -> None:
+    def end(self, connection: Connection, why: OSError | None = None, reset: bool = False) -> None:
         """End both streams of ``connection``, with ``reset`` as TCP does that."""
         self.connections.discard(connection)
         for direction in (connection.there, connection.back):
