@@ -48,6 +48,8 @@ _READABLE = _IN | _HUNG_UP | select.EPOLLERR
 #: Who sends less at a time than this, in bytes, is not likely to have sent more already.
 _SMALL = 4096
 
+_DISCARD = 65_536  #: bytes at a time
+
 _RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 
 _TCP = (socket.AF_INET, socket.AF_INET6)
@@ -312,8 +314,12 @@ class Pump:
 
     def _no_more(self, direction: _Direction) -> None:
         """The sink takes no more: what is on its way is lost, and the source is told."""
+        sock = direction.source.sock
         with contextlib.suppress(OSError):
-            direction.source.sock.shutdown(socket.SHUT_RD)
+            sock.shutdown(socket.SHUT_RD)
+            # A sender that polls for room does not wake up before there is some.
+            while sock.family not in _TCP and sock.recv(_DISCARD):
+                pass
         self._end_direction(direction)
 
     def _end_direction(self, direction: _Direction) -> None:
