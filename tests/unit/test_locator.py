@@ -75,7 +75,7 @@ def test_what_people_write(text: str, locator: object) -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused_with_a_reason(text: str, expected: str) -> None:
-    with pytest.raises(ValueError, match="expected|quotation") as caught:
+    with pytest.raises(ValueError, match=r"expected|quotation") as caught:
         parse_locator(text)
     assert expected in str(caught.value)
     assert repr(text) in str(caught.value)

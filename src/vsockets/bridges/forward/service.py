@@ -93,7 +93,7 @@ class Service:
         """End everything now."""
         for forward in [*self._forwards.values(), *self._leaving]:
             if forward.connections:
-                log.warning("%s: %d connections cut", forward.settings, forward.connections)
+                log.warning("%s: connections cut: %d", forward.settings, forward.connections)
             forward.close()
         self._pump.close()
 
