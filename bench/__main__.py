@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vsockets.testing import PrivateFabric
 
-from . import connects, datagrams, scale, streams
+from . import connects, datagrams, forward, scale, streams
 from .harness import Series, take_turns
 
 Results = dict[str, dict[str, Series]]
@@ -30,6 +30,11 @@ GOALS = [
     ("datagrams, 64 B", "unix", True, 0.90),
     ("connects, 1 client", "tcp", True, 0.60),
     ("connects, 4 clients", "tcp", True, 0.90),
+    ("forward throughput, 64 KiB", "socat", True, 3.0),
+    ("forward throughput, 64 KiB", "socat 64K", True, 1.2),
+    ("forward round trip, 64 B", "socat", False, 1.25),
+    ("forward connects, 1 client", "socat", True, 1.2),
+    ("forward connects, 4 clients", "socat", True, 2.0),
     ("vsockd's time a connect, contexts", "10", False, 1.10),
     ("vsockd's time a connect, listeners", "100", False, 1.10),
 ]
@@ -114,6 +119,33 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
+    def forwarding(measure: Callable[..., float], count: int, unit: str) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            with forward.running() as (forwarders, names):
+                contestants = {
+                    name: partial(lambda name: measure(forwarders.pair(name), count), name)
+                    for name in names
+                }
+                return take_turns(contestants, unit, rounds, tick)
+
+        return run
+
+    def forwarded_connects(clients: int, count: int) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            with forward.running() as (forwarders, names):
+                contestants = {
+                    name: partial(forwarders.connects, name, count, clients) for name in names
+                }
+                return take_turns(contestants, "/s", rounds, tick)
+
+        return run
+
+    beside_socat: dict[str, Benchmark] = {
+        "forward throughput, 64 KiB": forwarding(streams.throughput, 4000, "MB/s"),
+        "forward round trip, 64 B": forwarding(streams.round_trip, 5000, "us"),
+        "forward connects, 1 client": forwarded_connects(1, 300),
+        "forward connects, 4 clients": forwarded_connects(4, 150),
+    }
     many_contexts = scale.most(10_000, 2)
     many_listeners = scale.most(20_000, 1)
     return {
@@ -128,6 +160,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "vsockd's time a connect, listeners": growing(
             ("100", 1, 100), (f"{many_listeners:,}", 1, many_listeners)
         ),
+        **(beside_socat if forward.available() else {}),
     }
 
 
