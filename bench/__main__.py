@@ -122,7 +122,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
     def forwarding(measure: Callable[..., float], count: int, unit: str) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             with forward.running() as (forwarders, names):
-                contestants = {
+                contestants: dict[str, Callable[[], float]] = {
                     name: partial(lambda name: measure(forwarders.pair(name), count), name)
                     for name in names
                 }
@@ -133,7 +133,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
     def forwarded_connects(clients: int, count: int) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             with forward.running() as (forwarders, names):
-                contestants = {
+                contestants: dict[str, Callable[[], float]] = {
                     name: partial(forwarders.connects, name, count, clients) for name in names
                 }
                 return take_turns(contestants, "/s", rounds, tick)
