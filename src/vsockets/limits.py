@@ -138,3 +138,20 @@ FORWARD_FLOW_PENDING = 16
 
 #: Complaints about clients that one forward logs, a second; the rest are counted.
 FORWARD_LOG_RATE = 20
+
+# Measuring (vsockets.bridges.perf).
+
+#: Bytes of one write, at most, and seconds that a client may have the server send.
+PERF_MESSAGE = 1 << 20
+PERF_SECONDS = 600.0
+
+#: Seconds after which a stream on which nothing happens is given up.
+PERF_SILENCE = 30.0
+
+#: Streams the server serves at the same time, each in a thread, and runs of datagrams it
+#: remembers the counts of.
+PERF_STREAMS = 64
+PERF_RUNS = 1024
+
+#: Times that one measurement keeps for its percentiles: 16 MB.
+PERF_SAMPLES = 2_000_000

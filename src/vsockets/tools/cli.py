@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import context, demo, doctor, events, forward, ls, netcat, reach, run, up
+from . import context, demo, doctor, events, forward, ls, netcat, perf, reach, run, up
 from .advice import Failure, one_line
 from .output import complain
 
@@ -30,6 +30,7 @@ app.command("listen")(netcat.listen)
 app.command("forward")(forward.forward)
 app.command("ls")(ls.ls)
 app.command("events")(events.events)
+app.add_typer(perf.app, name="perf")
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

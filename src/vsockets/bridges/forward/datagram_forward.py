@@ -27,7 +27,7 @@ from .rules import admits_peer
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from .doors import Door
+    from ..doors import Door
 
 #: Bytes that hold any datagram, of vSockets or of UDP.
 _BUFFER = max(MAX_DATAGRAM, 65_536)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 
 from ...attachment import Attachment
 from ...locator import Exec, Inherited, Locator, Stdio
+from ..doors import Door
 from .datagram_forward import DatagramForward
 from .dialer import Dialer
-from .doors import Door
 from .pump import Pump, PumpSelector
 from .reports import log
 from .settings import Settings

@@ -20,7 +20,7 @@ from .settings import Settings
 from .socks5 import Socks5
 
 if TYPE_CHECKING:
-    from .doors import Door
+    from ..doors import Door
     from .pump import Pump
 
 #: How long to leave a listener alone that cannot be accepted from, in seconds.

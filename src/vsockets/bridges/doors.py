@@ -1,4 +1,4 @@
-"""Where forwarded traffic comes in: listening sockets, and bound datagram sockets."""
+"""Where a bridge lets clients in: listening sockets, and bound datagram sockets."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 import socket as stdlib
 import stat
 
-from ...attachment import Attachment
-from ...limits import MAX_BACKLOG
-from ...locator import Inet, Inherited, Locator, Unix, Vsock, VsockMux
-from ...socket import socket
-from ...state_folder import connect_to, short_path
+from ..attachment import Attachment
+from ..limits import MAX_BACKLOG
+from ..locator import Inet, Inherited, Locator, Unix, Vsock, VsockMux
+from ..socket import socket
+from ..state_folder import connect_to, short_path
 
 #: Where systemd puts the sockets it passes (sd_listen_fds(3)).
 _FIRST_INHERITED = 3
