@@ -95,7 +95,7 @@ def test_a_server_that_does_not_and_one_that_is_something_else(
             (
                 f"perf run udp:127.0.0.1:{silent.getsockname()[1]} --time 0.1 --rounds 1",
                 1,
-                "does not say what arrived",
+                "the server does not answer",
             ),
             ("perf run udp:127.0.0.1:1 --test send", 2, "no --test is about such an ADDRESS"),
             ("perf run tcp:x", 2, "expected HOST:PORT"),

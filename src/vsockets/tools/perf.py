@@ -51,7 +51,12 @@ _TESTS: dict[Test, tuple[Callable[[Client, float, int], Result], bool, bool]] = 
 }
 
 _NOBODY = "nobody listens there, or no longer; start vsock perf serve there"
-_MEANINGS = {**CONNECT, errno.ECONNRESET: _NOBODY, errno.ECONNREFUSED: _NOBODY}
+_MEANINGS = {
+    **CONNECT,
+    errno.ECONNRESET: _NOBODY,
+    errno.ECONNREFUSED: _NOBODY,
+    errno.ETIMEDOUT: "the server does not answer",
+}
 
 #: What is compared when nobody says what; {} is a temporary folder.
 _HERE = (
