@@ -155,3 +155,7 @@ PERF_RUNS = 1024
 
 #: Times that one measurement keeps for its percentiles: 16 MB.
 PERF_SAMPLES = 2_000_000
+
+#: Bytes of one payload in a capture, at most: what the forwarder reads at a time, and less than
+#: Wireshark takes (262,144).
+CAPTURE_PAYLOAD = 65_536

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import context, demo, doctor, events, forward, ls, netcat, perf, reach, run, up
+from . import capture, context, demo, doctor, events, forward, ls, netcat, perf, reach, run, up
 from .advice import Failure, one_line
 from .output import complain
 
@@ -28,6 +28,7 @@ app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 app.command("connect")(netcat.connect)
 app.command("listen")(netcat.listen)
 app.command("forward")(forward.forward)
+app.command("capture")(capture.capture)
 app.command("ls")(ls.ls)
 app.command("events")(events.events)
 app.add_typer(perf.app, name="perf")

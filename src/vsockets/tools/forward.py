@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..bridges.capture.recorder import Recorder
 from ..bridges.forward.configuration import ConfigurationError, load
 from ..bridges.forward.rules import HostRule, PeerRule
 from ..bridges.forward.service import Service, run
@@ -19,8 +21,13 @@ from .advice import CONNECT, Failure, failure
 from .output import notice
 from .reach import own_context
 
+#: Seconds that connections have to end by themselves after SIGTERM.
+_DRAIN = 30.0
 
-def _parser(parse: Any) -> Any:
+
+def parser_of(parse: Any) -> Any:
+    """``parse`` for the command line: its ValueError is a usage error."""
+
     def read(text: str) -> Any:
         try:
             return parse(text)
@@ -30,15 +37,15 @@ def _parser(parse: Any) -> Any:
     return read
 
 
-_locator = _parser(parse_locator)
+read_locator = parser_of(parse_locator)
 
 
 def forward(
     source: Annotated[
-        Any, typer.Argument(parser=_locator, metavar="FROM", help="Where clients come to.")
+        Any, typer.Argument(parser=read_locator, metavar="FROM", help="Where clients come to.")
     ] = None,
     target: Annotated[
-        Any, typer.Argument(parser=_locator, metavar="TO", help="Where each one is taken.")
+        Any, typer.Argument(parser=read_locator, metavar="TO", help="Where each one is taken.")
     ] = None,
     config: Annotated[
         Path | None,
@@ -47,7 +54,7 @@ def forward(
     allow: Annotated[
         list[Any] | None,
         typer.Option(
-            parser=_parser(PeerRule.parse),
+            parser=parser_of(PeerRule.parse),
             metavar="CID[:PORT[-PORT]]",
             help="Only vSockets clients from there; can be repeated.",
         ),
@@ -55,7 +62,7 @@ def forward(
     allow_host: Annotated[
         list[Any] | None,
         typer.Option(
-            parser=_parser(HostRule.parse),
+            parser=parser_of(HostRule.parse),
             metavar="HOST[:PORT]",
             help="Where a proxy's clients may go: *.example.org:443, 10.0.0.0/8; repeatable.",
         ),
@@ -81,7 +88,7 @@ def forward(
             min=0.0,
             help="After SIGTERM: how long connections may take to end by themselves.",
         ),
-    ] = 30.0,
+    ] = _DRAIN,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Tell of every connection.")
     ] = False,
@@ -97,31 +104,35 @@ def forward(
         if source is not None:
             raise typer.BadParameter("--config replaces FROM and TO")
         file = config
-        forwards = _load(file)  # so that the first mistake ends it
+        serve(_load(file), drain, verbose, again=lambda: load(file))
+        return
+    if source is None or target is None:
+        raise typer.BadParameter("expected FROM and TO, or --config FILE")
+    try:
+        settings = Settings(
+            source,
+            target,
+            allow=tuple(allow or ()),
+            hosts=tuple(allow_host or ()),
+            idle=idle,
+            connect_timeout=connect_timeout,
+            wait=wait,
+            max_connections=max_connections,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    serve([settings], drain, verbose)
 
-        def read() -> list[Settings]:
-            return load(file)
-    else:
-        if source is None or target is None:
-            raise typer.BadParameter("expected FROM and TO, or --config FILE")
-        try:
-            settings = Settings(
-                source,
-                target,
-                allow=tuple(allow or ()),
-                hosts=tuple(allow_host or ()),
-                idle=idle,
-                connect_timeout=connect_timeout,
-                wait=wait,
-                max_connections=max_connections,
-            )
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        forwards = [settings]
 
-        def read() -> list[Settings]:
-            return forwards
-
+def serve(
+    forwards: list[Settings],
+    drain: float = _DRAIN,
+    verbose: bool = False,
+    *,
+    again: Callable[[], list[Settings]] | None = None,
+    recorder: Recorder | None = None,
+) -> None:
+    """Do it until a signal comes; on SIGHUP do what ``again`` says from then on."""
     _log_to_standard_error(verbose)
 
     def ready(service: Service) -> None:
@@ -131,9 +142,16 @@ def forward(
                 notice(f"listening on {scheme}:{where}")
 
     try:
-        run(read, drain=drain, context=own_context(), ready=ready)
+        run(
+            forwards,
+            drain=drain,
+            again=again,
+            context=own_context(),
+            ready=ready,
+            recorder=recorder,
+        )
     except OSError as error:
-        if config is None and forwards[0].once and error.errno in CONNECT:
+        if len(forwards) == 1 and forwards[0].once and error.errno in CONNECT:
             raise failure(f"connect to {forwards[0].target}", error, CONNECT) from None
         raise Failure(error.strerror or str(error)) from None
 

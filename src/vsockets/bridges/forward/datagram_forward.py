@@ -20,6 +20,7 @@ from ...limits import FORWARD_ACCEPTS, FORWARD_FLOW_PENDING, MAX_DATAGRAM
 from ...locator import Inet, Unix, Vsock
 from ...socket import socket
 from ...state_folder import connect_to
+from ..capture.pcap import Operation
 from .dialer import Dialer
 from .flows import FlowTable
 from .reports import Complaints, describe_source, log
@@ -27,6 +28,7 @@ from .rules import admits_peer
 from .settings import Settings
 
 if TYPE_CHECKING:
+    from ..capture.recorder import Recorder
     from ..doors import Door
 
 #: Bytes that hold any datagram, of vSockets or of UDP.
@@ -61,6 +63,7 @@ class Flow:
             else:
                 self._sock.send(data)
             self.there += 1
+            self._record(data, there=True)
         except OSError:  # nobody there, its queue is full, or the datagram is too large for it
             self.dropped += 1
 
@@ -107,6 +110,17 @@ class Flow:
         sock.setblocking(False)
         return sock
 
+    def _record(self, data: bytes, there: bool) -> None:
+        if self._forward.recorder is None or self._sock is None:
+            return
+        if self._door.family == AF_VSOCK:
+            ends = self.source, self._door.getsockname()
+        elif self._peer is not None:
+            ends = self._sock.getsockname(), self._peer
+        else:
+            return
+        self._forward.recorder.record(Operation.PAYLOAD, *(ends if there else ends[::-1]), data)
+
     def _answer(self, sock: stdlib.socket) -> None:
         for _ in range(FORWARD_ACCEPTS):
             try:
@@ -119,6 +133,7 @@ class Flow:
             try:
                 self._door.sendto(data, self.source)
                 self.back += 1
+                self._record(data, there=False)
             except (OSError, TypeError):  # TypeError: a client without an address
                 self.dropped += 1
 
@@ -129,12 +144,18 @@ class DatagramForward:
     failure: OSError | None = None
 
     def __init__(
-        self, settings: Settings, door: Door, dialer: Dialer, context: Attachment | None
+        self,
+        settings: Settings,
+        door: Door,
+        dialer: Dialer,
+        context: Attachment | None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.settings = settings
         self.door: Door | None = door
         self.dialer = dialer
         self.context = context
+        self.recorder = recorder
         self._loop = asyncio.get_running_loop()
         self._complaints = Complaints()
         self._flows: FlowTable[Flow] = FlowTable(settings.max_connections, settings.flow_idle)

@@ -27,6 +27,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import select
 import selectors
@@ -48,7 +49,7 @@ _READABLE = _IN | _HUNG_UP | select.EPOLLERR
 #: Who sends less at a time than this, in bytes, is not likely to have sent more already.
 _SMALL = 4096
 
-_DISCARD = 65_536  #: bytes at a time
+_DISCARD = _COPIED = 65_536  #: bytes at a time
 
 _RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 
@@ -78,6 +79,15 @@ def _grow(pipe: int) -> int:
         return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
 
 
+def _copy(tap: Callable[[bytes], None], source: _End, pipe: _Pipe) -> int:
+    """As splice from the source into an empty pipe, but seen."""
+    data = source.sock.recv(min(pipe.size, _COPIED))
+    if data:
+        tap(data)
+        os.write(pipe.writer, data)
+    return len(data)
+
+
 class _End:
     """One of the two sockets of a connection."""
 
@@ -95,7 +105,7 @@ class _End:
 class _Direction:
     """Bytes on their way from one end to the other."""
 
-    __slots__ = ("done", "moved", "pending", "pipe", "sink", "source")
+    __slots__ = ("done", "moved", "pending", "pipe", "sink", "source", "tap")
 
     def __init__(self, source: _End, sink: _End) -> None:
         self.source = source
@@ -104,6 +114,7 @@ class _Direction:
         self.pending = 0  #: bytes in the pipe
         self.done = False  #: the source has ended and the sink knows, or the sink takes no more
         self.moved = 0  #: bytes the sink has taken
+        self.tap: Callable[[bytes], None] | None = None  #: sees what passes, and b"" for the end
 
 
 class Connection:
@@ -189,17 +200,26 @@ class Pump:
         *,
         said: bytes = b"",
         idle: float | None = None,
+        tap: Callable[[bool, bytes], None] | None = None,
     ) -> Connection:
         """Join two connected stream sockets, which are the pump's from now on.
 
         ``said`` is what was read from ``one`` already and is for ``other``: at most 64 KiB.
         After ``idle`` seconds in which nothing moved in either direction the connection is
         ended with ETIMEDOUT.
+
+        With ``tap`` the bytes are copied through this process, and shown to it: whether they go
+        from ``one`` to ``other``, and no bytes for the end of that direction.
         """
         connection = Connection(self, one, other)
         self.connections.add(connection)
+        if tap is not None:
+            connection.there.tap = functools.partial(tap, True)
+            connection.back.tap = functools.partial(tap, False)
         try:
             if said:
+                if tap is not None:
+                    tap(True, said)
                 pipe = self._take_pipe(connection.there)
                 connection.there.pending = os.write(pipe.writer, said)
             for end in connection.ends:
@@ -228,8 +248,8 @@ class Pump:
         """End both streams of ``connection``, with ``reset`` as TCP does that."""
         self.connections.discard(connection)
         for direction in (connection.there, connection.back):
-            direction.done = True
-            self._give_pipe_back(direction)
+            if not direction.done:
+                self._close_direction(direction)
         for end in connection.ends:
             self._by_fd.pop(end.fd, None)
             if reset and end.sock.family in _TCP:
@@ -277,7 +297,10 @@ class Pump:
                     budget -= size
                     if size < _SMALL or budget <= 0:
                         break  # epoll will say so if there is more
-                size = os.splice(source.fd, pipe.writer, pipe.size, flags=_FLAGS)
+                if direction.tap is None:
+                    size = os.splice(source.fd, pipe.writer, pipe.size, flags=_FLAGS)
+                else:
+                    size = _copy(direction.tap, source, pipe)
                 if not size:
                     self._finish(direction)
                     return
@@ -323,14 +346,19 @@ class Pump:
         self._end_direction(direction)
 
     def _end_direction(self, direction: _Direction) -> None:
-        direction.done = True
-        self._give_pipe_back(direction)
+        self._close_direction(direction)
         connection = direction.source.connection
         if connection.there.done and connection.back.done:
             self.end(connection)
         else:
             self._watch(direction.source)
             self._watch(direction.sink)
+
+    def _close_direction(self, direction: _Direction) -> None:
+        direction.done = True
+        self._give_pipe_back(direction)
+        if direction.tap is not None:
+            direction.tap(b"")
 
     def _watch(self, end: _End) -> None:
         """Ask epoll for what is wanted of ``end`` now."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from ...attachment import Attachment
 from ...locator import Exec, Inherited, Locator, Stdio
+from ..capture.recorder import Recorder
 from ..doors import Door
 from .datagram_forward import DatagramForward
 from .dialer import Dialer
@@ -25,8 +26,14 @@ Forward = StreamForward | DatagramForward
 class Service:
     """Forwards, by where their clients come to; made in a running loop by :func:`run`."""
 
-    def __init__(self, selector: PumpSelector, context: Attachment | None = None) -> None:
+    def __init__(
+        self,
+        selector: PumpSelector,
+        context: Attachment | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._context = context
+        self._recorder = recorder
         self._pump = Pump(selector)
         self._dialer = Dialer(context)
         self._forwards: dict[Locator, Forward] = {}
@@ -114,8 +121,8 @@ class Service:
     def _start(self, settings: Settings, door: Door | None) -> Forward:
         if settings.target.datagram:
             assert door is not None
-            return DatagramForward(settings, door, self._dialer, self._context)
-        return StreamForward(settings, door, self._pump, self._dialer)
+            return DatagramForward(settings, door, self._dialer, self._context, self._recorder)
+        return StreamForward(settings, door, self._pump, self._dialer, self._recorder)
 
     def _close_door(self, forward: Forward) -> None:
         forward.close_door()
@@ -126,56 +133,77 @@ class Service:
 
 
 def run(
-    read: Callable[[], list[Settings]],
+    forwards: list[Settings],
     *,
     drain: float,
+    again: Callable[[], list[Settings]] | None = None,
     context: Attachment | None = None,
     ready: Callable[[Service], None] = lambda service: None,
+    recorder: Recorder | None = None,
 ) -> None:
-    """Forward as ``read`` says until SIGTERM or SIGINT; SIGHUP asks ``read`` again.
+    """Serve ``forwards`` until SIGTERM or SIGINT; on SIGHUP what ``again`` says from then on.
 
     After the first signal the doors are closed and connections have ``drain`` seconds to end;
-    the second one ends them.  ``ready`` is called when everybody listens.
+    the second one ends them.  ``ready`` is called when everybody listens.  With ``recorder``
+    what passes is recorded, until it cannot be: then everything ends, with its OSError.
 
-    Raises OSError when that cannot be, and what ``read`` raises the first time.
+    Raises OSError when that cannot be.
     """
     _allow_many_descriptors()
     selector = PumpSelector()
+
+    async def main() -> None:
+        service = Service(selector, context, recorder)
+        try:
+            service.apply(forwards)
+            await _serve(service, drain, again or (lambda: forwards), ready, recorder)
+        finally:
+            service.close()
+
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
-        runner.run(_serve(read, drain, context, ready, selector))
+        runner.run(main())
 
 
 async def _serve(
-    read: Callable[[], list[Settings]],
+    service: Service,
     drain: float,
-    context: Attachment | None,
+    again: Callable[[], list[Settings]],
     ready: Callable[[Service], None],
-    selector: PumpSelector,
+    recorder: Recorder | None,
 ) -> None:
-    service = Service(selector, context)
+    loop = asyncio.get_running_loop()
+    stopped, cut = asyncio.Event(), asyncio.Event()
+    broken: asyncio.Future[None] = loop.create_future()
+
+    def stop() -> None:
+        (cut if stopped.is_set() else stopped).set()
 
     def reload() -> None:
         try:
-            service.apply(read())
+            service.apply(again())
         except (OSError, ValueError) as error:
             text = error.strerror if isinstance(error, OSError) else None
             log.error("nothing was changed: %s", text or error)
         else:
             log.info("read again")
 
-    loop = asyncio.get_running_loop()
-    stopped, cut = asyncio.Event(), asyncio.Event()
-    try:
-        service.apply(read())
-        loop.add_signal_handler(signal.SIGHUP, reload)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, lambda: (cut if stopped.is_set() else stopped).set())
-        ready(service)
-        await _first(service.finished(), stopped.wait())
-        if stopped.is_set():
-            await _first(service.drain(drain), cut.wait())
-    finally:
-        service.close()
+    def fail(error: OSError) -> None:
+        if not broken.done():
+            broken.set_exception(error)
+
+    def cannot_record(error: OSError) -> None:
+        # The pump calls this from outside of the loop's callbacks, which are to be woken up.
+        loop.call_soon_threadsafe(fail, error)
+
+    if recorder is not None:
+        recorder.broken = cannot_record
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    ready(service)
+    await _first(service.finished(), stopped.wait(), broken)
+    if stopped.is_set():
+        await _first(service.drain(drain), cut.wait())
 
 
 async def _first(*awaitables: object) -> None:

@@ -20,6 +20,7 @@ from .settings import Settings
 from .socks5 import Socks5
 
 if TYPE_CHECKING:
+    from ..capture.recorder import Recorder
     from ..doors import Door
     from .pump import Pump
 
@@ -33,12 +34,20 @@ class StreamForward:
     ``settings`` may be replaced at any time; the connections that stand keep what they had.
     """
 
-    def __init__(self, settings: Settings, door: Door | None, pump: Pump, dialer: Dialer) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        door: Door | None,
+        pump: Pump,
+        dialer: Dialer,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.settings = settings
         self.door = door
         self.failure: OSError | None = None  #: why the only connection did not come about
         self._pump = pump
         self._dialer = dialer
+        self._recorder = recorder
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._listening = False
@@ -157,7 +166,8 @@ class StreamForward:
                 return
             began = time.monotonic()
             log.info("%s: %s connected", settings, who)
-            connection = self._pump.join(client, target, said=said, idle=settings.idle)
+            tap = self._recorder.stream(client, target) if self._recorder else None
+            connection = self._pump.join(client, target, said=said, idle=settings.idle, tap=tap)
             try:
                 why = await connection.ended
             finally:
