@@ -66,10 +66,9 @@ def test_from_a_guest_and_in_words(vsock: Vsock, fabric: PrivateFabric, tmp_path
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="an extra")
 def test_plots(vsock: Vsock, tmp_path: Path) -> None:
     _, (address,) = serve(vsock, "vsock::any")
-    for name, beginning in (("p.png", b"\x89PNG"), ("p.svg", b"<?xml")):
-        file = tmp_path / name
-        vsock("perf", "run", address, *BRIEFLY, "--test", "send", "--plot", file)
-        assert file.read_bytes().startswith(beginning)
+    file = tmp_path / "plot.svg"
+    vsock("perf", "run", address, *BRIEFLY, "--test", "send", "--plot", file)
+    assert file.read_bytes().startswith(b"<?xml")
 
 
 def test_a_server_that_does_not_and_one_that_is_something_else(

@@ -9,13 +9,10 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
-from ..bridges.capture.recorder import Recorder
-from ..bridges.forward.rules import PeerRule
-from ..bridges.forward.settings import Settings
 from ..limits import CAPTURE_PAYLOAD
 from ..locator import Vsock
 from .advice import Failure
-from .forward import parser_of, read_locator, serve
+from .forward import read_locator, read_peer_rule, serve
 
 
 def capture(
@@ -42,7 +39,7 @@ def capture(
     allow: Annotated[
         list[Any] | None,
         typer.Option(
-            parser=parser_of(PeerRule.parse),
+            parser=read_peer_rule,
             metavar="CID[:PORT[-PORT]]",
             help="Only vSockets clients from there; can be repeated.",
         ),
@@ -56,6 +53,9 @@ def capture(
     FROM or TO is a vSockets address.  To see what a guest says to port 5000, let the service
     listen on 5001 and capture with vsock::5000 vsock:host:5001.
     """
+    from ..bridges.capture.recorder import Recorder
+    from ..bridges.forward.settings import Settings
+
     if not (isinstance(source, Vsock) or isinstance(target, Vsock)):
         raise typer.BadParameter("one of FROM and TO must be vsock: or vsock-dgram:")
     try:

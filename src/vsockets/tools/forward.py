@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..bridges.capture.recorder import Recorder
-from ..bridges.forward.configuration import ConfigurationError, load
-from ..bridges.forward.rules import HostRule, PeerRule
-from ..bridges.forward.service import Service, run
-from ..bridges.forward.settings import Settings
 from ..constants import VMADDR_PORT_ANY
 from ..limits import FORWARD_CONNECT_TIMEOUT, FORWARD_CONNECTIONS
 from ..locator import Locator, parse_locator
 from .advice import CONNECT, Failure, failure
 from .output import notice
 from .reach import own_context
+
+if TYPE_CHECKING:
+    # What is imported in functions below takes longer than the other commands do.
+    from ..bridges.capture.recorder import Recorder
+    from ..bridges.forward.service import Service
+    from ..bridges.forward.settings import Settings
 
 #: Seconds that connections have to end by themselves after SIGTERM.
 _DRAIN = 30.0
@@ -40,6 +41,21 @@ def parser_of(parse: Any) -> Any:
 read_locator = parser_of(parse_locator)
 
 
+@parser_of
+def read_peer_rule(text: str) -> Any:
+    """A rule of who may come."""
+    from ..bridges.forward.rules import PeerRule
+
+    return PeerRule.parse(text)
+
+
+@parser_of
+def _read_host_rule(text: str) -> Any:
+    from ..bridges.forward.rules import HostRule
+
+    return HostRule.parse(text)
+
+
 def forward(
     source: Annotated[
         Any, typer.Argument(parser=read_locator, metavar="FROM", help="Where clients come to.")
@@ -54,7 +70,7 @@ def forward(
     allow: Annotated[
         list[Any] | None,
         typer.Option(
-            parser=parser_of(PeerRule.parse),
+            parser=read_peer_rule,
             metavar="CID[:PORT[-PORT]]",
             help="Only vSockets clients from there; can be repeated.",
         ),
@@ -62,7 +78,7 @@ def forward(
     allow_host: Annotated[
         list[Any] | None,
         typer.Option(
-            parser=parser_of(HostRule.parse),
+            parser=_read_host_rule,
             metavar="HOST[:PORT]",
             help="Where a proxy's clients may go: *.example.org:443, 10.0.0.0/8; repeatable.",
         ),
@@ -100,6 +116,9 @@ def forward(
     also be fd:N or fd:NAME (systemd's sockets), TO http-proxy: or socks5:.  An empty CID or
     HOST listens on all of our own.
     """
+    from ..bridges.forward.configuration import load
+    from ..bridges.forward.settings import Settings
+
     if config is not None:
         if source is not None:
             raise typer.BadParameter("--config replaces FROM and TO")
@@ -133,6 +152,8 @@ def serve(
     recorder: Recorder | None = None,
 ) -> None:
     """Do it until a signal comes; on SIGHUP do what ``again`` says from then on."""
+    from ..bridges.forward.service import run
+
     _log_to_standard_error(verbose)
 
     def ready(service: Service) -> None:
@@ -157,6 +178,8 @@ def serve(
 
 
 def _load(path: Path) -> list[Settings]:
+    from ..bridges.forward.configuration import ConfigurationError, load
+
     try:
         return load(path)
     except ConfigurationError as error:

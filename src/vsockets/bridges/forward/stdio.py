@@ -18,9 +18,10 @@ def standard_streams() -> socket.socket:
     """A non-blocking socket joined to standard input and output."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    # Daemons: a read from a terminal cannot be called off.
-    for copy in (_copy_input, _copy_output):
-        threading.Thread(target=copy, args=(theirs,), daemon=True).start()
+    # A read from a terminal cannot be called off, so that thread must not hold up the end; but
+    # the end comes after all has been written.
+    threading.Thread(target=_copy_input, args=(theirs,), daemon=True).start()
+    threading.Thread(target=_copy_output, args=(theirs,)).start()
     return ours
 
 

@@ -31,7 +31,7 @@ from .timeouts import set_timeouts
 #: How long to wait for the server's answer to a datagram before it counts as lost, in seconds,
 #: and how often to ask what arrived.
 _ANSWER = 0.5
-_REPORTS = 10
+_REPORTS = 5
 
 
 @dataclass(frozen=True, slots=True)
