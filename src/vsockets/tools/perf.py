@@ -11,20 +11,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..bridges.perf.measures import Client, Result
-from ..bridges.perf.protocol import ProtocolError
-from ..bridges.perf.server import Server
 from ..limits import PERF_MESSAGE, PERF_SECONDS
 from ..locator import Locator, parse_locator
 from .advice import CONNECT, Failure, failure
 from .context import JsonOption
 from .output import notice, print_json
-from .perf_report import Measurement, print_report, save_plot
 from .reach import own_context
+
+if TYPE_CHECKING:
+    # What is imported in functions below takes longer than the other commands do.
+    from ..bridges.perf.measures import Client, Result
+    from .perf_report import Measurement
 
 app = typer.Typer(help="Measure streams and datagrams, side by side.", rich_markup_mode=None)
 
@@ -40,15 +41,20 @@ class Test(StrEnum):
     DATAGRAM_ROUND_TRIP = "datagram-round-trip"
 
 
-#: How each is done, whether it is about datagrams, and whether its messages are the small ones.
-_TESTS: dict[Test, tuple[Callable[[Client, float, int], Result], bool, bool]] = {
-    Test.SEND: (Client.send, False, False),
-    Test.RECEIVE: (Client.receive, False, False),
-    Test.ROUND_TRIP: (Client.round_trip, False, True),
-    Test.CONNECTS: (Client.connects, False, True),
-    Test.DATAGRAMS: (Client.datagrams, True, True),
-    Test.DATAGRAM_ROUND_TRIP: (Client.datagram_round_trip, True, True),
-}
+def _method(test: Test) -> tuple[Callable[[Client, float, int], Result], bool, bool]:
+    """How it is done, whether with datagrams, and whether its messages are the small ones."""
+    from ..bridges.perf.measures import Client
+
+    methods: dict[Test, tuple[Callable[[Client, float, int], Result], bool, bool]] = {
+        Test.SEND: (Client.send, False, False),
+        Test.RECEIVE: (Client.receive, False, False),
+        Test.ROUND_TRIP: (Client.round_trip, False, True),
+        Test.CONNECTS: (Client.connects, False, True),
+        Test.DATAGRAMS: (Client.datagrams, True, True),
+        Test.DATAGRAM_ROUND_TRIP: (Client.datagram_round_trip, True, True),
+    }
+    return methods[test]
+
 
 _NOBODY = "nobody listens there, or no longer; start vsock perf serve there"
 _MEANINGS = {
@@ -80,6 +86,8 @@ Addresses = Annotated[
 @app.command("serve")
 def serve(addresses: Addresses = None) -> None:
     """Serve measurements on every ADDRESS, by default vsock::5201 and vsock-dgram::5201."""
+    from ..bridges.perf.server import Server
+
     wanted = addresses or [_locator("vsock::5201"), _locator("vsock-dgram::5201")]
     try:
         server = Server(wanted, own_context())
@@ -122,11 +130,13 @@ def run(
 
     Without an ADDRESS: vSockets, unix sockets and TCP within this machine.
     """
+    from .perf_report import print_report, save_plot
+
     with contextlib.ExitStack() as stack:
         locators = addresses or stack.enter_context(_served_here())
         measurements = []
         for one in test or list(Test):
-            measure, datagrams, small = _TESTS[one]
+            measure, datagrams, small = _method(one)
             chosen = [locator for locator in locators if locator.datagram == datagrams]
             if chosen:
                 measurements.append(
@@ -149,6 +159,10 @@ def _take_turns(
     seconds: float,
     size: int,
 ) -> Measurement:
+    from ..bridges.perf.measures import Client
+    from ..bridges.perf.protocol import ProtocolError
+    from .perf_report import Measurement
+
     context = own_context()
     results: dict[str, list[Result]] = {str(locator): [] for locator in locators}
     for _ in range(rounds):

@@ -255,6 +255,46 @@ def test_silent_connections_need_no_pipes(harness: Harness) -> None:
     assert not harness.pump.connections
 
 
+def test_without_descriptors_only_that_connection_ends(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far, standing = joined(harness, unix, unix)
+    one, other, connection = joined(harness, unix, unix)
+
+    def no_pipe(direction: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with near, far, one, other:
+        with monkeypatch.context() as patch:
+            patch.setattr(harness.pump, "_take_pipe", no_pipe)
+            one.sendall(b"x")
+            why = harness.end_of(connection)
+        assert why is not None
+        assert why.errno == errno.EMFILE
+        near.sendall(b"still here")
+        assert far.recv(100) == b"still here"
+    harness.end_of(standing)
+
+
+def test_a_tap_sees_what_passes_and_the_ends(harness: Harness) -> None:
+    seen: list[tuple[bool, bytes]] = []
+    near, far, connection = joined(
+        harness, unix, unix, said=b"before", tap=lambda there, data: seen.append((there, data))
+    )
+    with near, far:
+        assert far.recv(100) == b"before"
+        near.sendall(b"question")
+        assert far.recv(100) == b"question"
+        far.sendall(b"answer")
+        far.shutdown(socket.SHUT_WR)
+        assert read_all(near) == b"answer"
+    assert harness.end_of(connection) is None
+    assert seen == [
+        *((True, b"before"), (True, b"question")),
+        *((False, b"answer"), (False, b""), (True, b"")),
+    ]
+
+
 actions = st.lists(
     st.tuples(
         st.sampled_from(["near", "far"]),

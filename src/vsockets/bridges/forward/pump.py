@@ -122,7 +122,7 @@ class Connection:
 
     def __init__(self, pump: Pump, one: socket.socket, other: socket.socket) -> None:
         self.ended: asyncio.Future[OSError | None] = pump.loop.create_future()
-        self.last_moved = pump.now
+        self.last_moved = time.monotonic()
         self._pump = pump
         first, second = _End(self, one), _End(self, other)
         self.ends = (first, second)
@@ -283,7 +283,11 @@ class Pump:
     def _move(self, direction: _Direction) -> None:
         """Move what can be moved now, within one turn's share."""
         source, sink = direction.source, direction.sink
-        pipe = direction.pipe or self._take_pipe(direction)
+        try:
+            pipe = direction.pipe or self._take_pipe(direction)
+        except OSError as error:  # no descriptor for one
+            self.end(source.connection, error, reset=True)
+            return
         size = pending = direction.pending
         budget = FORWARD_TURN
         try:
