@@ -389,6 +389,24 @@ def test_systemd_passes_the_socket(vsock: Vsock, echo: int) -> None:
             assert process.wait(PATIENCE) == 0
 
 
+def test_it_outlives_vsockd(tcp_echo: int) -> None:
+    with PrivateFabric() as fabric, Vsock(fabric.folder) as vsock:
+        running = vsock.start("forward", "vsock::7003", f"tcp:127.0.0.1:{tcp_echo}", "-v")
+        running.error_line()
+        with vsockets.create_connection((2, 7003), PATIENCE, context=fabric.host) as standing:
+            standing.sendall(b"before")
+            assert standing.recv(100) == b"before"
+            assert "connected" in running.error_line()
+            fabric.kill()
+            assert "cannot accept" in running.error_line()
+            standing.sendall(b"meanwhile")
+            assert standing.recv(100) == b"meanwhile"
+            fabric.start()
+            assert running.error_line() == "vsock:any:7003: listening again"
+        assert ask(vsockets.create_connection((2, 7003), context=fabric.host)) == b"question"
+        end(running)
+
+
 # Datagrams
 
 

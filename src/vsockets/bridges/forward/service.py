@@ -122,7 +122,7 @@ class Service:
         if settings.target.datagram:
             assert door is not None
             return DatagramForward(settings, door, self._dialer, self._context, self._recorder)
-        return StreamForward(settings, door, self._pump, self._dialer, self._recorder)
+        return StreamForward(settings, door, self._pump, self._dialer, self._open, self._recorder)
 
     def _close_door(self, forward: Forward) -> None:
         forward.close_door()

@@ -7,10 +7,10 @@ import contextlib
 import errno
 import socket as stdlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from ...limits import FORWARD_ACCEPTS, FORWARD_PROXY_SECONDS
+from ...limits import FORWARD_ACCEPTS, FORWARD_LONGEST_PAUSE, FORWARD_PROXY_SECONDS
 from ...locator import Exec, Inet, Proxy, Stdio
 from .dialer import Dialer, NotAdmitted
 from .front_end import BadRequest, FrontEnd, Refusal
@@ -32,6 +32,8 @@ class StreamForward:
     """Serves one forward in the running asyncio loop.
 
     ``settings`` may be replaced at any time; the connections that stand keep what they had.
+    ``door`` is None when the source is no place to come to; ``reopen`` makes it anew when
+    vsockd, which it was a door of, has ended.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class StreamForward:
         door: Door | None,
         pump: Pump,
         dialer: Dialer,
+        reopen: Callable[[Settings], Door | None],
         recorder: Recorder | None = None,
     ) -> None:
         self.settings = settings
         self.door = door
+        self._reopen = reopen
         self.failure: OSError | None = None  #: why the only connection did not come about
         self._pump = pump
         self._dialer = dialer
@@ -106,15 +110,33 @@ class StreamForward:
             except OSError as error:
                 if error.errno in (errno.ECONNABORTED, errno.ECONNRESET):
                     continue  # that client has gone already
-                self._complaints.say("%s: cannot accept: %s", self.settings.source, error.strerror)
+                log.warning("%s: cannot accept: %s", self.settings.source, error.strerror)
                 self._listen(False)
-                self._loop.call_later(_ACCEPT_AGAIN, self._listen, True)
+                again = self._open_again if error.errno == errno.ENETDOWN else self._accept_again
+                self._loop.call_later(_ACCEPT_AGAIN, again)
                 return
             client.setblocking(False)
             self._start(self._serve(client, self.settings))
             if self.settings.once:
                 self.close_door()
                 return
+
+    def _accept_again(self) -> None:
+        self._listen(True)
+
+    def _open_again(self) -> None:
+        """The door is one of a vsockd that has ended; there may be another by now."""
+        if self.door is None:
+            return
+        self.door.close()
+        try:
+            self.door = self._reopen(self.settings)
+        except OSError:
+            self._loop.call_later(FORWARD_LONGEST_PAUSE, self._open_again)
+        else:
+            log.warning("%s: listening again", self.settings.source)
+            self._listening = False  # whatever was done with the old one
+            self._listen(True)
 
     def _start(self, serving: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(serving)
