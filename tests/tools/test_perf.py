@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import socket
 from pathlib import Path
 
 import pytest
 
 import vsockets
+from vsockets.bridges.perf.protocol import REQUEST_SIZE
 from vsockets.testing import PrivateFabric
 
 from .vsock import PATIENCE, Running, Vsock
@@ -61,6 +63,34 @@ def test_from_a_guest_and_in_words(vsock: Vsock, fabric: PrivateFabric, tmp_path
     assert hybrid == f"unix:{tmp_path}/p"
     running.process.terminate()
     running.finish(expect=130)
+
+
+def test_through_a_hybrid_vsock(vsock: Vsock, tmp_path: Path) -> None:
+    """A stand-in for a device: one line there, one line back, then the server."""
+    _, (address,) = serve(vsock, f"unix:{tmp_path}/server")
+    with socket.socket(socket.AF_UNIX) as device:
+        device.bind(str(tmp_path / "v.sock"))
+        device.listen()
+        device.settimeout(PATIENCE)
+        running = vsock.start(
+            *("perf", "run", f"vsock-mux:{tmp_path}/v.sock:52", "--test", "receive", "--json"),
+            *BRIEFLY,
+        )
+        client, _ = device.accept()
+        with client, socket.socket(socket.AF_UNIX) as server:
+            client.settimeout(PATIENCE)
+            assert client.recv(100) == b"CONNECT 52\n"
+            client.sendall(b"OK 1073741824\n")
+            server.connect(address.removeprefix("unix:"))
+            server.settimeout(PATIENCE)
+            server.sendall(client.recv(REQUEST_SIZE))
+            count = 0
+            while data := server.recv(65536):
+                client.sendall(data)
+                count += len(data)
+        printed, _ = running.finish()
+    (measurement,) = json.loads(printed)
+    assert measurement["results"][0]["details"]["bytes"] == count > 0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="an extra")

@@ -16,6 +16,7 @@ from ...limits import FORWARD_FIRST_PAUSE, FORWARD_LONGEST_PAUSE
 from ...locator import Exec, Inet, Locator, Stdio, Unix, Vsock, VsockMux
 from ...socket import socket
 from ...state_folder import connect_to
+from ..hybrid_vsock import Answer, connect_line
 from .resolver import Resolver
 from .stdio import standard_streams
 
@@ -28,9 +29,6 @@ NOT_YET = {
     errno.ENOENT,
     errno.ETIMEDOUT,
 }
-
-#: ``OK`` and a 32-bit number are shorter.
-_LONGEST_MUX_ANSWER = 32
 
 #: Whether an address that a name led to may be connected to.
 Admits = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
@@ -130,26 +128,14 @@ class Dialer:
         return await self._attempt(sock, connect_unix(sock, path))
 
     async def _mux(self, path: str, port: int) -> stdlib.socket:
-        """The hybrid-vsock handshake (Firecracker, ``docs/vsock.md``)."""
         sock = await self._unix(path)
         return await self._attempt(sock, self._ask_for_port(sock, port))
 
     async def _ask_for_port(self, sock: stdlib.socket, port: int) -> None:
-        await self._loop.sock_sendall(sock, b"CONNECT %d\n" % port)
-        answer = b""
-        while not answer.endswith(b"\n"):
-            # A byte at a time: what follows the line is the stream's.
-            byte = await self._loop.sock_recv(sock, 1)
-            if not byte:  # how every such device says that nobody listens
-                raise _error(errno.ECONNRESET)
-            answer += byte
-            if len(answer) > _LONGEST_MUX_ANSWER:
-                break
-        word, _, number = answer.strip().partition(b" ")
-        if word != b"OK" or not number.isdigit():
-            raise OSError(
-                errno.EPROTO, f"expected OK and a port from a hybrid vsock, got {answer!r}"
-            )
+        await self._loop.sock_sendall(sock, connect_line(port))
+        answer = Answer()
+        while not answer.take(await self._loop.sock_recv(sock, 1)):
+            pass
 
     def _execute(self, command: tuple[str, ...], client: tuple[int, int] | None) -> stdlib.socket:
         environment = dict(os.environ)

@@ -16,6 +16,7 @@ from ...limits import PERF_SAMPLES
 from ...locator import Inet, Locator, Unix, Vsock, VsockMux
 from ...socket import socket
 from ...state_folder import connect_to
+from ..hybrid_vsock import Answer, connect_line
 from .protocol import (
     COUNT_SIZE,
     HEADER_SIZE,
@@ -244,17 +245,11 @@ def _or_close(sock: stdlib.socket, call: Callable[[], object]) -> None:
 
 
 def _choose_port(sock: stdlib.socket, port: int) -> None:
-    """Hybrid vsock's handshake."""
     set_timeouts(sock)
-    sock.sendall(b"CONNECT %d\n" % port)
-    answer = b""
-    while not answer.endswith(b"\n") and len(answer) < 32:
-        byte = sock.recv(1)
-        if not byte:
-            raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-        answer += byte
-    if not answer.startswith(b"OK "):
-        raise OSError(errno.EPROTO, f"expected OK from a hybrid vsock, got {answer!r}")
+    sock.sendall(connect_line(port))
+    answer = Answer()
+    while not answer.take(sock.recv(1)):
+        pass
 
 
 def _receive(sock: stdlib.socket, size: int) -> bytes:
