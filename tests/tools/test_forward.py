@@ -206,10 +206,8 @@ def test_what_cannot_be_is_said_in_one_line(vsock: Vsock, tmp_path: Path) -> Non
     bad.write_text('[[forward]]\nfrom = "tcp::0"\nto = "vsock:3"\n')
     vsock.fail(
         ("forward", 2, "expected FROM and TO"),
-        ("forward tcp::1 vsock:3", 2, "'vsock:3': expected CID:PORT"),
         ("forward tcp::1 http-proxy:", 2, "needs hosts"),
         ("forward stdio: vsock:host:9", 1, "nobody listens there"),
-        ("forward fd:nobody tcp:a:1", 1, "no descriptor named nobody was passed"),
         (f"forward --config {bad}", 1, "bad.toml:3: forward.to: 'vsock:3': expected CID:PORT"),
     )
 
@@ -317,6 +315,8 @@ def _refuses(port: int) -> bool:
         tcp(port).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:
+        pass  # it was in the backlog when the door was closed
     return False
 
 

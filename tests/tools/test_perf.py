@@ -127,8 +127,6 @@ def test_a_server_that_does_not_and_one_that_is_something_else(
                 "the server does not answer",
             ),
             ("perf run udp:127.0.0.1:1 --test send", 2, "no --test is about such an ADDRESS"),
-            ("perf run tcp:x", 2, "expected HOST:PORT"),
-            ("perf serve stdio:", 1, "nowhere to listen"),
         )
 
 
