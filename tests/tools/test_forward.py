@@ -292,6 +292,7 @@ def test_sigterm_lets_connections_end(vsock: Vsock, echo: int) -> None:
         assert client.recv(100) == b"before"
         running.process.send_signal(signal.SIGTERM)
         wait_until(lambda: _refuses(port), "the door to close", PATIENCE)
+        assert running.error_line().startswith("connections that may end within 30 s: ")
         client.sendall(b"after")
         assert client.recv(100) == b"after"
         assert running.process.poll() is None

@@ -91,6 +91,9 @@ class Service:
         """Close the doors, and wait for the connections to end by themselves, but not longer."""
         for source in list(self._forwards):
             self._close_door(self._forwards.pop(source))
+        left = sum(forward.connections for forward in self._leaving)
+        if left:
+            log.warning("connections that may end within %g s: %d", seconds, left)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 for forward in list(self._leaving):
