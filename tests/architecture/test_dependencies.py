@@ -21,7 +21,10 @@ MODULES = {
 }
 
 #: What the decisions and the codec may know: plain values, nothing that does anything.
-PLAIN = ("vsockets.address", "vsockets.buffers", "vsockets.constants", "vsockets.limits")
+PLAIN = (
+    *("vsockets.address", "vsockets.buffers", "vsockets.constants", "vsockets.limits"),
+    "vsockets.locator",
+)
 
 
 def imports(module: str) -> Iterator[str]:
@@ -106,6 +109,20 @@ def test_vsockd_is_not_its_own_client() -> None:
     for module in filter(lambda name: within(name, "vsockets.daemon"), MODULES):
         strange = {name for name in ours(module) if within(name, *forbidden)}
         assert not strange, f"{module} imports {strange}"
+
+
+def test_bridges_are_programs_like_others() -> None:
+    readers = ("vsockets.daemon.toml_tables", "vsockets.daemon.toml_lines")
+    for module in filter(lambda name: within(name, "vsockets.bridges"), MODULES):
+        names = ours(module) - {"vsockets.daemon", *readers}  # reading a file is not vsockd's alone
+        strange = {name for name in names if within(name, "vsockets.tools", "vsockets.daemon")}
+        assert not strange, f"{module} imports {strange}"
+
+
+@pytest.mark.parametrize("name", ["flows", "front_end", "http_connect", "rules", "socks5"])
+def test_the_forwarders_decisions_do_no_io(name: str) -> None:
+    doers = {"socket", "select", "selectors", "asyncio", "threading", "subprocess", "os", "time"}
+    assert not doers & set(imports(f"vsockets.bridges.forward.{name}"))
 
 
 def test_only_tools_use_a_command_line_library() -> None:
