@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...daemon.toml_tables import ConfigurationError, Table, kind, read_toml, shown
 from ...limits import FORWARD_CONNECTIONS
 from ...locator import parse_locator
+from ...toml.tables import ConfigurationError, Table, kind, read_toml, shown
 from .rules import HostRule, PeerRule
 from .settings import Settings
 
