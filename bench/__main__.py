@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vsockets.testing import PrivateFabric
 
-from . import connects, datagrams, drops, scale, streams, supervised
+from . import connects, datagrams, drops, forward, scale, streams, supervised
 from .harness import Series, take_turns
 
 Results = dict[str, dict[str, Series]]
@@ -33,6 +33,11 @@ GOALS = [
     ("supervised stream throughput, 64 KiB", "unix", True, 0.95),
     ("supervised stream round trip, 64 B", "unix", False, 1.05),
     ("supervised build", "plain", False, 1.05),
+    ("forward throughput, 64 KiB", "socat", True, 3.0),
+    ("forward throughput, 64 KiB", "socat 64K", True, 1.2),
+    ("forward round trip, 64 B", "socat", False, 1.25),
+    ("forward connects, 1 client", "socat", True, 1.2),
+    ("forward connects, 4 clients", "socat", True, 2.0),
     ("vsockd's time a connect, contexts", "10", False, 1.10),
     ("vsockd's time a connect, listeners", "100", False, 1.10),
 ]
@@ -137,6 +142,17 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
+    def forwarding(measure: Callable[..., float], count: int, unit: str) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            with forward.running() as (forwarders, names):
+                contestants: dict[str, Callable[[], float]] = {
+                    name: partial(lambda name: measure(forwarders.pair(name), count), name)
+                    for name in names
+                }
+                return take_turns(contestants, unit, rounds, tick)
+
+        return run
+
     def bystander(measure: Callable[[PrivateFabric, bool], float]) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             with PrivateFabric() as fabric:
@@ -148,6 +164,22 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
+    def forwarded_connects(clients: int, count: int) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            with forward.running() as (forwarders, names):
+                contestants: dict[str, Callable[[], float]] = {
+                    name: partial(forwarders.connects, name, count, clients) for name in names
+                }
+                return take_turns(contestants, "/s", rounds, tick)
+
+        return run
+
+    beside_socat: dict[str, Benchmark] = {
+        "forward throughput, 64 KiB": forwarding(streams.throughput, 4000, "MB/s"),
+        "forward round trip, 64 B": forwarding(streams.round_trip, 5000, "us"),
+        "forward connects, 1 client": forwarded_connects(1, 300),
+        "forward connects, 4 clients": forwarded_connects(4, 150),
+    }
     many_contexts = scale.most(10_000, 2)
     many_listeners = scale.most(20_000, 1)
     return {
@@ -168,6 +200,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "vsockd's time a connect, listeners": growing(
             ("100", 1, 100), (f"{many_listeners:,}", 1, many_listeners)
         ),
+        **(beside_socat if forward.available() else {}),
     }
 
 

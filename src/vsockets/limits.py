@@ -178,3 +178,68 @@ SUPERVISED_ROUTES = 512
 #: A send buffer above net.core.wmem_max, in bytes, up to which a privileged supervisor
 #: does what its program asks for; the kernel's own AF_VSOCK has no limit at all.
 FORCED_SEND_BUFFER = 4 << 20
+# The forwarder (vsockets.bridges.forward).
+
+#: Bytes of the pipe that one direction of a forwarded stream moves through, and so the most
+#: that is on its way in it.  Measured on this project's machine, splice gains nothing above.
+FORWARD_PIPE = 256 * 1024
+
+#: Empty pipes that are kept for the next who needs one.  A pipe is needed only while its sink
+#: is full, or within one call; so this many sinks can be slow before pipes are made anew.
+FORWARD_SPARE_PIPES = 64
+
+#: Bytes of one direction before it is another's turn: a few milliseconds at most.
+FORWARD_TURN = 4 << 20
+
+#: Bytes and seconds in which a proxy's client must have said where it wants to go.  A request
+#: takes some hundred bytes, and is sent at once.
+FORWARD_PROXY_REQUEST = 16_384
+FORWARD_PROXY_SECONDS = 10.0
+
+#: Names that are looked up at the same time, each by a thread; others wait for their turn.
+FORWARD_LOOKUPS = 16
+
+#: First and longest pause before a target that is not there yet is tried again, in seconds.
+FORWARD_FIRST_PAUSE, FORWARD_LONGEST_PAUSE = 0.01, 0.5
+
+#: How long one attempt to reach a forward's target may take, in seconds: a lost packet of TCP's
+#: handshake is sent again after one, three and seven.
+FORWARD_CONNECT_TIMEOUT = 10.0
+
+#: Connections of one forward at the same time, or flows of datagrams: each takes two or three
+#: descriptors of the 20,000 or more that processes may have.  Later clients wait in the backlog.
+FORWARD_CONNECTIONS = 4096
+
+#: Connections or datagrams that are taken from one socket before it is another's turn.
+FORWARD_ACCEPTS = 64
+
+#: After how long a silent flow of datagrams is forgotten, in seconds: what NATs do for UDP at
+#: least is 120 (RFC 4787), but who has no network knows no NAT, and answers come at once.
+FORWARD_FLOW_IDLE = 60.0
+
+#: Datagrams kept while a flow's target is looked up.
+FORWARD_FLOW_PENDING = 16
+
+#: Complaints about clients that one forward logs, a second; the rest are counted.
+FORWARD_LOG_RATE = 20
+
+# Measuring (vsockets.bridges.perf).
+
+#: Bytes of one write, at most, and seconds that a client may have the server send.
+PERF_MESSAGE = 1 << 20
+PERF_SECONDS = 600.0
+
+#: Seconds after which a stream on which nothing happens is given up.
+PERF_SILENCE = 30.0
+
+#: Streams the server serves at the same time, each in a thread, and runs of datagrams it
+#: remembers the counts of.
+PERF_STREAMS = 64
+PERF_RUNS = 1024
+
+#: Times that one measurement keeps for its percentiles: 16 MB.
+PERF_SAMPLES = 2_000_000
+
+#: Bytes of one payload in a capture, at most: what the forwarder reads at a time, and less than
+#: Wireshark takes (262,144).
+CAPTURE_PAYLOAD = 65_536

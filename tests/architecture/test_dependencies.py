@@ -21,7 +21,10 @@ MODULES = {
 }
 
 #: What the decisions and the codec may know: plain values, nothing that does anything.
-PLAIN = ("vsockets.address", "vsockets.buffers", "vsockets.constants", "vsockets.limits")
+PLAIN = (
+    *("vsockets.address", "vsockets.buffers", "vsockets.constants", "vsockets.limits"),
+    "vsockets.locator",
+)
 
 
 def imports(module: str) -> Iterator[str]:
@@ -89,12 +92,8 @@ def test_only_configuration_and_tools_describe_virtual_machines() -> None:
 
 
 def test_configuration_is_plain_values() -> None:
-    configuration = {
-        "vsockets.daemon.configuration",
-        "vsockets.daemon.toml_tables",
-        "vsockets.daemon.toml_lines",
-    }
-    known = (*PLAIN, "vsockets.fabric", "vsockets.vm", *configuration)
+    configuration = {"vsockets.daemon.configuration", "vsockets.toml.tables", "vsockets.toml.lines"}
+    known = (*PLAIN, "vsockets.fabric", "vsockets.vm", "vsockets.toml", *configuration)
     for module in configuration:
         # `from . import x` names the package too, which holds nothing.
         strange = {name for name in ours(module) - {"vsockets.daemon"} if not within(name, *known)}
@@ -106,6 +105,19 @@ def test_vsockd_is_not_its_own_client() -> None:
     for module in filter(lambda name: within(name, "vsockets.daemon"), MODULES):
         strange = {name for name in ours(module) if within(name, *forbidden)}
         assert not strange, f"{module} imports {strange}"
+
+
+def test_bridges_are_programs_like_others() -> None:
+    for module in filter(lambda name: within(name, "vsockets.bridges"), MODULES):
+        names = ours(module)
+        strange = {name for name in names if within(name, "vsockets.tools", "vsockets.daemon")}
+        assert not strange, f"{module} imports {strange}"
+
+
+@pytest.mark.parametrize("name", ["flows", "front_end", "http_connect", "rules", "socks5"])
+def test_the_forwarders_decisions_do_no_io(name: str) -> None:
+    doers = {"socket", "select", "selectors", "asyncio", "threading", "subprocess", "os", "time"}
+    assert not doers & set(imports(f"vsockets.bridges.forward.{name}"))
 
 
 def test_only_tools_use_a_command_line_library() -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..fabric.settings import ContextSettings, Grant, Isolation, Limits, Profile, Settings
 from ..limits import LONGEST_NAME
+from ..toml.tables import ConfigurationError, Table, kind, read_toml, shown
 from ..vm import Vmx, VmxError, read_vmx
-from .toml_tables import ConfigurationError, Table, kind, read_toml, shown
 
 __all__ = ["ConfigurationError", "default_configuration_folder", "load"]
 

@@ -9,7 +9,22 @@ from typing import Annotated
 
 import typer
 
-from . import context, demo, device, doctor, events, include_dir, ls, netcat, reach, run, up
+from . import (
+    capture,
+    context,
+    demo,
+    device,
+    doctor,
+    events,
+    forward,
+    include_dir,
+    ls,
+    netcat,
+    perf,
+    reach,
+    run,
+    up,
+)
 from .advice import Failure, one_line
 from .output import complain
 
@@ -28,8 +43,11 @@ app.add_typer(device.app, name="device")
 app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 app.command("connect")(netcat.connect)
 app.command("listen")(netcat.listen)
+app.command("forward")(forward.forward)
+app.command("capture")(capture.capture)
 app.command("ls")(ls.ls)
 app.command("events")(events.events)
+app.add_typer(perf.app, name="perf")
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.command("include-dir")(include_dir.include_dir)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.daemon.toml_lines import Path, line_of, toml_lines
+from vsockets.toml.lines import Path, line_of, toml_lines
 
 
 def paths(value: Any, path: Path = ()) -> Iterator[Path]:

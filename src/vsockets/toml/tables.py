@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..limits import CONFIGURATION_FILE
-from . import toml_lines
+from . import lines as toml_lines
 
 #: "A 64-bit signed integer" is what TOML promises; Python reads more.
 LARGEST_INTEGER = (1 << 63) - 1

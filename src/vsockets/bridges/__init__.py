@@ -1,0 +1,1 @@
+"""Bridges: between vSockets and what else carries streams and datagrams."""

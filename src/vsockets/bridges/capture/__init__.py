@@ -1,0 +1,1 @@
+"""Recording what passes a forwarder, for Wireshark and its kin."""

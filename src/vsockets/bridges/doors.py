@@ -1,0 +1,147 @@
+"""Where a bridge lets clients in: listening sockets, and bound datagram sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket as stdlib
+import stat
+
+from ..attachment import Attachment
+from ..limits import MAX_BACKLOG
+from ..locator import Inet, Inherited, Locator, Unix, Vsock, VsockMux
+from ..socket import socket
+from ..state_folder import connect_to, short_path
+
+#: Where systemd puts the sockets it passes (sd_listen_fds(3)).
+_FIRST_INHERITED = 3
+
+
+class Door:
+    """Open sockets for one locator; ``sockets`` are non-blocking."""
+
+    def __init__(self, locator: Locator, context: Attachment | None = None) -> None:
+        """Raises OSError."""
+        self.sockets: list[stdlib.socket] = []
+        self._path: str | None = None
+        try:
+            self._open(locator, context)
+        except BaseException:
+            self.close()
+            raise
+        for sock in self.sockets:
+            sock.setblocking(False)
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+        for sock in self.sockets:
+            sock.close()
+        self.sockets.clear()
+
+    @property
+    def where(self) -> str:
+        """The first socket's address, with wildcards filled in, as a locator without scheme."""
+        name = self.sockets[0].getsockname()
+        if isinstance(name, tuple):
+            host = f"[{name[0]}]" if ":" in str(name[0]) else name[0]
+            return f"{host}:{name[1]}"
+        return os.fsdecode(name)
+
+    def _open(self, locator: Locator, context: Attachment | None) -> None:
+        match locator:
+            case Vsock(cid, port, datagram):
+                sock = socket(type=_type(datagram), context=context)
+                self.sockets.append(sock)
+                sock.bind((cid, port))
+                if not datagram:
+                    sock.listen(MAX_BACKLOG)
+            case Inet(host, port, datagram):
+                self._open_inet(host, port, datagram)
+            case Unix(path, datagram):
+                self._open_unix(path, datagram)
+            case VsockMux(path, port):
+                # The other direction of hybrid vsock: the device connects here for the guest.
+                self._open_unix(f"{path}_{port}", False)
+            case Inherited(name):
+                self.sockets.append(_inherited(name))
+            case _:
+                raise OSError(errno.EOPNOTSUPP, f"{locator} is nowhere to listen")
+
+    def _open_inet(self, host: str, port: int, datagram: bool) -> None:
+        found = stdlib.getaddrinfo(
+            host or None, port, type=_type(datagram), flags=stdlib.AI_PASSIVE
+        )
+        if not host:  # one socket for both families, where there are both
+            found.sort(key=lambda entry: entry[0] != stdlib.AF_INET6)
+        for family, _, _, _, address in found:
+            try:
+                sock = stdlib.socket(family, _type(datagram))
+            except OSError:
+                continue  # this kernel has no IPv6
+            self.sockets.append(sock)
+            sock.setsockopt(stdlib.SOL_SOCKET, stdlib.SO_REUSEADDR, int(not datagram))
+            if family == stdlib.AF_INET6:
+                sock.setsockopt(stdlib.IPPROTO_IPV6, stdlib.IPV6_V6ONLY, int(bool(host)))
+            if port == 0 and len(self.sockets) > 1:
+                address = (address[0], self.sockets[0].getsockname()[1], *address[2:])
+            sock.bind(address)
+            if not datagram:
+                sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)  # inherited by accept
+                sock.listen(MAX_BACKLOG)
+            if not host:
+                return
+        if not self.sockets:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+    def _open_unix(self, path: str, datagram: bool) -> None:
+        sock = stdlib.socket(stdlib.AF_UNIX, _type(datagram))
+        self.sockets.append(sock)
+        if path.startswith("@"):
+            sock.bind("\0" + path[1:])
+        else:
+            _remove_stale(path)
+            with short_path(path) as spelled:
+                sock.bind(spelled)
+            self._path = path
+        if not datagram:
+            sock.listen(MAX_BACKLOG)
+
+
+def _type(datagram: bool) -> int:
+    return stdlib.SOCK_DGRAM if datagram else stdlib.SOCK_STREAM
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that nobody holds any more; raises OSError EADDRINUSE for a live one."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return  # bind() says it
+    except FileNotFoundError:
+        return
+    with stdlib.socket(stdlib.AF_UNIX, stdlib.SOCK_DGRAM) as probe:
+        try:
+            connect_to(probe.connect, path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except OSError:
+            pass  # another type, which is alive; or not ours
+
+
+def _inherited(name: str) -> stdlib.socket:
+    """The descriptor with that number, or that name in LISTEN_FDNAMES."""
+    if not name.isdecimal():
+        names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+        if os.environ.get("LISTEN_PID") != str(os.getpid()) or name not in names:
+            raise OSError(errno.EBADF, f"no descriptor named {name} was passed (LISTEN_FDNAMES)")
+        name = str(_FIRST_INHERITED + names.index(name))
+    sock = stdlib.socket(fileno=os.dup(int(name)))
+    if sock.type == stdlib.SOCK_STREAM and not sock.getsockopt(
+        stdlib.SOL_SOCKET, stdlib.SO_ACCEPTCONN
+    ):
+        sock.close()
+        raise OSError(errno.EINVAL, f"descriptor {name} is no listening socket")
+    return sock

@@ -1,0 +1,1 @@
+"""The forwarder: streams and datagrams from one address to another."""

@@ -1,0 +1,227 @@
+"""Any number of forwards in one process: started, changed, and brought to an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import signal
+import socket as stdlib
+from collections.abc import Callable, Iterable
+
+from ...attachment import Attachment
+from ...locator import Exec, Inherited, Locator, Stdio
+from ..capture.recorder import Recorder
+from ..doors import Door
+from .datagram_forward import DatagramForward
+from .dialer import Dialer
+from .pump import Pump, PumpSelector
+from .reports import log
+from .settings import Settings
+from .stream_forward import StreamForward
+
+Forward = StreamForward | DatagramForward
+
+
+class Service:
+    """Forwards, by where their clients come to; made in a running loop by :func:`run`."""
+
+    def __init__(
+        self,
+        selector: PumpSelector,
+        context: Attachment | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._context = context
+        self._recorder = recorder
+        self._pump = Pump(selector)
+        self._dialer = Dialer(context)
+        self._forwards: dict[Locator, Forward] = {}
+        self._leaving: set[Forward] = set()  # doors closed, connections left
+
+    @property
+    def doors(self) -> dict[Locator, str]:
+        """Where each forward listens, wildcards filled in."""
+        return {
+            source: forward.door.where
+            for source, forward in self._forwards.items()
+            if forward.door is not None and forward.door.sockets
+        }
+
+    def apply(self, wanted: Iterable[Settings]) -> None:
+        """Do what ``wanted`` says from now on; connections that stand are not touched.
+
+        Either all of it or, when it raises OSError, nothing.
+        """
+        by_source = {settings.source: settings for settings in wanted}
+        doors: dict[Locator, Door | None] = {}
+        try:
+            for source, settings in by_source.items():
+                if source not in self._forwards:
+                    doors[source] = self._open(settings)
+        except OSError:
+            for door in doors.values():
+                if door is not None:
+                    door.close()
+            raise
+        for source in self._forwards.keys() - by_source.keys():
+            self._close_door(self._forwards.pop(source))
+        for source, settings in by_source.items():
+            if source in doors:
+                self._forwards[source] = self._start(settings, doors[source])
+            else:
+                self._forwards[source].settings = settings
+
+    async def finished(self) -> None:
+        """Return when every forward has come to its end: never, unless all serve but once.
+
+        Raises the OSError for which the last one did not serve.
+        """
+        while self._forwards:
+            source, forward = next(iter(self._forwards.items()))
+            await forward.finished()
+            if self._forwards.get(source) is forward:
+                del self._forwards[source]
+                if forward.failure is not None:
+                    if not self._forwards:
+                        raise forward.failure
+                    log.error("%s: %s", forward.settings, forward.failure.strerror)
+
+    async def drain(self, seconds: float) -> None:
+        """Close the doors, and wait for the connections to end by themselves, but not longer."""
+        for source in list(self._forwards):
+            self._close_door(self._forwards.pop(source))
+        left = sum(forward.connections for forward in self._leaving)
+        if left:
+            log.warning("connections that may end within %g s: %d", seconds, left)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                for forward in list(self._leaving):
+                    await forward.finished()
+
+    def close(self) -> None:
+        """End everything now."""
+        for forward in [*self._forwards.values(), *self._leaving]:
+            if forward.connections:
+                log.warning("%s: connections cut: %d", forward.settings, forward.connections)
+            forward.close()
+        self._pump.close()
+
+    def _open(self, settings: Settings) -> Door | None:
+        if isinstance(settings.source, Stdio | Exec):
+            return None
+        try:
+            door = Door(settings.source, self._context)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise OSError(error.errno, f"cannot listen on {settings.source}: {why}") from None
+        datagram = door.sockets[0].type == stdlib.SOCK_DGRAM
+        if isinstance(settings.source, Inherited) and datagram != settings.target.datagram:
+            door.close()
+            raise OSError(0, f"{settings}: one has datagrams, the other a stream")
+        return door
+
+    def _start(self, settings: Settings, door: Door | None) -> Forward:
+        if settings.target.datagram:
+            assert door is not None
+            return DatagramForward(settings, door, self._dialer, self._context, self._recorder)
+        return StreamForward(settings, door, self._pump, self._dialer, self._open, self._recorder)
+
+    def _close_door(self, forward: Forward) -> None:
+        forward.close_door()
+        if forward.connections:
+            self._leaving.add(forward)
+            waiting = asyncio.ensure_future(forward.finished())
+            waiting.add_done_callback(lambda _: self._leaving.discard(forward))
+
+
+def run(
+    forwards: list[Settings],
+    *,
+    drain: float,
+    again: Callable[[], list[Settings]] | None = None,
+    context: Attachment | None = None,
+    ready: Callable[[Service], None] = lambda service: None,
+    recorder: Recorder | None = None,
+) -> None:
+    """Serve ``forwards`` until SIGTERM or SIGINT; on SIGHUP what ``again`` says from then on.
+
+    After the first signal the doors are closed and connections have ``drain`` seconds to end;
+    the second one ends them.  ``ready`` is called when everybody listens.  With ``recorder``
+    what passes is recorded, until it cannot be: then everything ends, with its OSError.
+
+    Raises OSError when that cannot be.
+    """
+    _allow_many_descriptors()
+    selector = PumpSelector()
+
+    async def main() -> None:
+        service = Service(selector, context, recorder)
+        try:
+            service.apply(forwards)
+            await _serve(service, drain, again or (lambda: forwards), ready, recorder)
+        finally:
+            service.close()
+
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+        runner.run(main())
+
+
+async def _serve(
+    service: Service,
+    drain: float,
+    again: Callable[[], list[Settings]],
+    ready: Callable[[Service], None],
+    recorder: Recorder | None,
+) -> None:
+    loop = asyncio.get_running_loop()
+    stopped, cut = asyncio.Event(), asyncio.Event()
+    broken: asyncio.Future[None] = loop.create_future()
+
+    def stop() -> None:
+        (cut if stopped.is_set() else stopped).set()
+
+    def reload() -> None:
+        try:
+            service.apply(again())
+        except (OSError, ValueError) as error:
+            text = error.strerror if isinstance(error, OSError) else None
+            log.error("nothing was changed: %s", text or error)
+        else:
+            log.info("read again")
+
+    def fail(error: OSError) -> None:
+        if not broken.done():
+            broken.set_exception(error)
+
+    def cannot_record(error: OSError) -> None:
+        # The pump calls this from outside of the loop's callbacks, which are to be woken up.
+        loop.call_soon_threadsafe(fail, error)
+
+    if recorder is not None:
+        recorder.broken = cannot_record
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    ready(service)
+    await _first(service.finished(), stopped.wait(), broken)
+    if stopped.is_set():
+        await _first(service.drain(drain), cut.wait())
+
+
+async def _first(*awaitables: object) -> None:
+    """Return when the first is done, and raise what it raises; the others are called off."""
+    tasks = [asyncio.ensure_future(one) for one in awaitables]  # type: ignore[call-overload]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _allow_many_descriptors() -> None:
+    """Every connection is two descriptors; the usual soft limit is for select()'s sake."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,1 @@
+"""Measuring what streams and datagrams do, over vSockets and beside it."""

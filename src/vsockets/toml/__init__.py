@@ -1,0 +1,1 @@
+"""Reading TOML for people: every mistake names its file, line and key."""

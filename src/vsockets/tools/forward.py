@@ -1,0 +1,201 @@
+"""``vsock forward``: streams and datagrams from one address to another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..constants import VMADDR_PORT_ANY
+from ..limits import FORWARD_CONNECT_TIMEOUT, FORWARD_CONNECTIONS
+from ..locator import Locator, parse_locator
+from .advice import CONNECT, Failure, failure
+from .output import notice
+from .reach import own_context
+
+if TYPE_CHECKING:
+    # What is imported in functions below takes longer than the other commands do.
+    from ..bridges.capture.recorder import Recorder
+    from ..bridges.forward.service import Service
+    from ..bridges.forward.settings import Settings
+
+#: Seconds that connections have to end by themselves after SIGTERM.
+_DRAIN = 30.0
+
+
+def parser_of(parse: Any) -> Any:
+    """``parse`` for the command line: its ValueError is a usage error."""
+
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return read
+
+
+read_locator = parser_of(parse_locator)
+
+
+@parser_of
+def read_peer_rule(text: str) -> Any:
+    """A rule of who may come."""
+    from ..bridges.forward.rules import PeerRule
+
+    return PeerRule.parse(text)
+
+
+@parser_of
+def _read_host_rule(text: str) -> Any:
+    from ..bridges.forward.rules import HostRule
+
+    return HostRule.parse(text)
+
+
+def forward(
+    source: Annotated[
+        Any, typer.Argument(parser=read_locator, metavar="FROM", help="Where clients come to.")
+    ] = None,
+    target: Annotated[
+        Any, typer.Argument(parser=read_locator, metavar="TO", help="Where each one is taken.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="Many forwards; SIGHUP reads it again."),
+    ] = None,
+    allow: Annotated[
+        list[Any] | None,
+        typer.Option(
+            parser=read_peer_rule,
+            metavar="CID[:PORT[-PORT]]",
+            help="Only vSockets clients from there; can be repeated.",
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[Any] | None,
+        typer.Option(
+            parser=_read_host_rule,
+            metavar="HOST[:PORT]",
+            help="Where a proxy's clients may go: *.example.org:443, 10.0.0.0/8; repeatable.",
+        ),
+    ] = None,
+    idle: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0.0, help="End what was silent for so long."),
+    ] = None,
+    connect_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.0, help="For one attempt to reach TO.")
+    ] = FORWARD_CONNECT_TIMEOUT,
+    wait: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0.0, help="Try so long when TO is not there yet."),
+    ] = 0.0,
+    max_connections: Annotated[
+        int, typer.Option(metavar="N", min=1, help="At the same time; later ones wait.")
+    ] = FORWARD_CONNECTIONS,
+    drain: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.0,
+            help="After SIGTERM: how long connections may take to end by themselves.",
+        ),
+    ] = _DRAIN,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Tell of every connection.")
+    ] = False,
+) -> None:
+    """Forward whoever comes to FROM to TO, until SIGTERM or Ctrl-C.
+
+    FROM and TO are addresses: vsock:CID:PORT, vsock-dgram:CID:PORT, vsock-mux:PATH:PORT,
+    tcp:HOST:PORT, udp:HOST:PORT, unix:PATH, unix-dgram:PATH, exec:COMMAND, stdio:.  FROM may
+    also be fd:N or fd:NAME (systemd's sockets), TO http-proxy: or socks5:.  An empty CID or
+    HOST listens on all of our own.
+    """
+    from ..bridges.forward.configuration import load
+    from ..bridges.forward.settings import Settings
+
+    if config is not None:
+        if source is not None:
+            raise typer.BadParameter("--config replaces FROM and TO")
+        file = config
+        serve(_load(file), drain, verbose, again=lambda: load(file))
+        return
+    if source is None or target is None:
+        raise typer.BadParameter("expected FROM and TO, or --config FILE")
+    try:
+        settings = Settings(
+            source,
+            target,
+            allow=tuple(allow or ()),
+            hosts=tuple(allow_host or ()),
+            idle=idle,
+            connect_timeout=connect_timeout,
+            wait=wait,
+            max_connections=max_connections,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    serve([settings], drain, verbose)
+
+
+def serve(
+    forwards: list[Settings],
+    drain: float = _DRAIN,
+    verbose: bool = False,
+    *,
+    again: Callable[[], list[Settings]] | None = None,
+    recorder: Recorder | None = None,
+) -> None:
+    """Do it until a signal comes; on SIGHUP do what ``again`` says from then on."""
+    from ..bridges.forward.service import run
+
+    _log_to_standard_error(verbose)
+
+    def ready(service: Service) -> None:
+        for place, where in service.doors.items():
+            if verbose or _is_free_choice(place):
+                scheme = str(place).partition(":")[0]
+                notice(f"listening on {scheme}:{where}")
+
+    try:
+        run(
+            forwards,
+            drain=drain,
+            again=again,
+            context=own_context(),
+            ready=ready,
+            recorder=recorder,
+        )
+    except OSError as error:
+        if len(forwards) == 1 and forwards[0].once and error.errno in CONNECT:
+            raise failure(f"connect to {forwards[0].target}", error, CONNECT) from None
+        raise Failure(error.strerror or str(error)) from None
+
+
+def _load(path: Path) -> list[Settings]:
+    from ..bridges.forward.configuration import ConfigurationError, load
+
+    try:
+        return load(path)
+    except ConfigurationError as error:
+        raise Failure(str(error)) from None
+
+
+def _is_free_choice(place: Locator) -> bool:
+    return getattr(place, "port", None) in (0, VMADDR_PORT_ANY)
+
+
+class _Notices(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        notice(self.format(record))
+
+
+def _log_to_standard_error(verbose: bool) -> None:
+    log = logging.getLogger("vsockets.forward")
+    log.addHandler(_Notices())
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
