@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vsockets.testing import PrivateFabric
 
-from . import connects, datagrams, drops, forward, scale, streams, supervised
+from . import connects, datagrams, drops, forward, scale, streams, supervised, vmci
 from .harness import Series, take_turns
 
 Results = dict[str, dict[str, Series]]
@@ -38,6 +38,8 @@ GOALS = [
     ("forward round trip, 64 B", "socat", False, 1.25),
     ("forward connects, 1 client", "socat", True, 1.2),
     ("forward connects, 4 clients", "socat", True, 2.0),
+    ("VMCI device to a program, no machine", "unix", True, 0.60),
+    ("VMCI device to the guest, no machine", "unix", True, 0.60),
     ("vsockd's time a connect, contexts", "10", False, 1.10),
     ("vsockd's time a connect, listeners", "100", False, 1.10),
 ]
@@ -180,9 +182,22 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "forward connects, 1 client": forwarded_connects(1, 300),
         "forward connects, 4 clients": forwarded_connects(4, 150),
     }
+
+    def device(to_guest: bool) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            contestants = {
+                "device": lambda: vmci.throughput(1 << 29, to_guest),
+                "unix": lambda: vmci.unix(1 << 29),
+            }
+            return take_turns(contestants, "MB/s", rounds, tick)
+
+        return run
+
     many_contexts = scale.most(10_000, 2)
     many_listeners = scale.most(20_000, 1)
     return {
+        "VMCI device to a program, no machine": device(False),
+        "VMCI device to the guest, no machine": device(True),
         "stream throughput, 64 KiB": stream(streams.throughput, 4000, "MB/s"),
         "stream round trip, 64 B": stream(streams.round_trip, 15_000, "us"),
         "datagrams, 64 B": datagram,

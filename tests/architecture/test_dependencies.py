@@ -120,6 +120,22 @@ def test_the_forwarders_decisions_do_no_io(name: str) -> None:
     assert not doers & set(imports(f"vsockets.bridges.forward.{name}"))
 
 
+def test_protocols_of_devices_know_nothing_of_what_they_carry() -> None:
+    package = "vsockets.devices.vfio_user"
+    known = (
+        *PLAIN,
+        package,
+        "vsockets.devices.guest_memory",
+        "vsockets.devices.loop",
+        "vsockets.daemon.loop",
+        "vsockets.daemon",
+        "vsockets.devices",
+    )
+    for module in filter(lambda name: within(name, package), MODULES):
+        strange = {name for name in ours(module) if name not in known and not within(name, package)}
+        assert not strange, f"{module} imports {strange}"
+
+
 def test_only_tools_use_a_command_line_library() -> None:
     for module in filter(lambda name: not within(name, "vsockets.tools"), MODULES):
         strange = {name for name in imports(module) if within(name, "typer", "click", "rich")}

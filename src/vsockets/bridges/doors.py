@@ -8,7 +8,7 @@ import os
 import socket as stdlib
 import stat
 
-from ..attachment import Attachment
+from ..attachment import Place
 from ..limits import MAX_BACKLOG
 from ..locator import Inet, Inherited, Locator, Unix, Vsock, VsockMux
 from ..socket import socket
@@ -21,7 +21,7 @@ _FIRST_INHERITED = 3
 class Door:
     """Open sockets for one locator; ``sockets`` are non-blocking."""
 
-    def __init__(self, locator: Locator, context: Attachment | None = None) -> None:
+    def __init__(self, locator: Locator, context: Place | None = None) -> None:
         """Raises OSError."""
         self.sockets: list[stdlib.socket] = []
         self._path: str | None = None
@@ -51,7 +51,7 @@ class Door:
             return f"{host}:{name[1]}"
         return os.fsdecode(name)
 
-    def _open(self, locator: Locator, context: Attachment | None) -> None:
+    def _open(self, locator: Locator, context: Place | None) -> None:
         match locator:
             case Vsock(cid, port, datagram):
                 sock = socket(type=_type(datagram), context=context)

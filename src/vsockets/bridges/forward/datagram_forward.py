@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-from ...attachment import Attachment, current
+from ...attachment import Place, current
 from ...constants import AF_VSOCK, VMADDR_CID_LOCAL
 from ...limits import FORWARD_ACCEPTS, FORWARD_FLOW_PENDING, MAX_DATAGRAM
 from ...locator import Inet, Unix, Vsock
@@ -148,7 +148,7 @@ class DatagramForward:
         settings: Settings,
         door: Door,
         dialer: Dialer,
-        context: Attachment | None,
+        context: Place | None,
         recorder: Recorder | None = None,
     ) -> None:
         self.settings = settings

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from ...attachment import Attachment
+from ...attachment import Place
 from ...limits import FORWARD_FIRST_PAUSE, FORWARD_LONGEST_PAUSE
 from ...locator import Exec, Inet, Locator, Stdio, Unix, Vsock, VsockMux
 from ...socket import socket
@@ -41,7 +41,7 @@ class NotAdmitted(OSError):
 class Dialer:
     """Connects to locators, in the running asyncio loop; ``context`` is where vsock: starts."""
 
-    def __init__(self, context: Attachment | None = None) -> None:
+    def __init__(self, context: Place | None = None) -> None:
         self._context = context
         self._loop = asyncio.get_running_loop()
         self.resolver = Resolver()

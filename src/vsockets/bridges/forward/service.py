@@ -9,7 +9,7 @@ import signal
 import socket as stdlib
 from collections.abc import Callable, Iterable
 
-from ...attachment import Attachment
+from ...attachment import Place
 from ...locator import Exec, Inherited, Locator, Stdio
 from ..capture.recorder import Recorder
 from ..doors import Door
@@ -29,7 +29,7 @@ class Service:
     def __init__(
         self,
         selector: PumpSelector,
-        context: Attachment | None = None,
+        context: Place | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self._context = context
@@ -140,7 +140,7 @@ def run(
     *,
     drain: float,
     again: Callable[[], list[Settings]] | None = None,
-    context: Attachment | None = None,
+    context: Place | None = None,
     ready: Callable[[Service], None] = lambda service: None,
     recorder: Recorder | None = None,
 ) -> None:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...attachment import Attachment
+from ...attachment import Place
 from ...limits import PERF_SAMPLES
 from ...locator import Inet, Locator, Unix, Vsock, VsockMux
 from ...socket import socket
@@ -68,7 +68,7 @@ class Client:
     ProtocolError when it is something else.
     """
 
-    def __init__(self, locator: Locator, context: Attachment | None = None) -> None:
+    def __init__(self, locator: Locator, context: Place | None = None) -> None:
         self.locator = locator
         self._context = context
 
@@ -207,7 +207,7 @@ class Client:
         return known
 
 
-def connect(locator: Locator, context: Attachment | None = None) -> stdlib.socket:
+def connect(locator: Locator, context: Place | None = None) -> stdlib.socket:
     """A connected socket, blocking in the kernel and not for ever.  Raises OSError."""
     kind = stdlib.SOCK_DGRAM if locator.datagram else stdlib.SOCK_STREAM
     match locator:

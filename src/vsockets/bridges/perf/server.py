@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 
-from ...attachment import Attachment
+from ...attachment import Place
 from ...limits import MAX_DATAGRAM, PERF_RUNS, PERF_STREAMS
 from ...locator import Locator
 from ..doors import Door
@@ -32,7 +32,7 @@ class Server:
     A thread for each stream, a bounded number of them: clients measure one thing at a time.
     """
 
-    def __init__(self, locators: list[Locator], context: Attachment | None = None) -> None:
+    def __init__(self, locators: list[Locator], context: Place | None = None) -> None:
         """Raises OSError."""
         self.doors: list[Door] = []
         self._slots = threading.BoundedSemaphore(PERF_STREAMS)
