@@ -14,11 +14,11 @@ HERE = Path(__file__).parent
 #: What guests have of ours: the library, for those of their programs that want it.
 PACKAGE = Path(vsockets.__file__).parent
 
-#: In the order they are loaded.  The last two are for what a guest's programs say to each other.
-MODULES = (
-    *("vmw_vmci", "vsock", "vmw_vsock_vmci_transport"),
-    *("vmw_vsock_virtio_transport_common", "vsock_loopback"),
-)
+#: In the order they are loaded.
+MODULES = ("vmw_vmci", "vsock", "vmw_vsock_vmci_transport")
+
+#: There for a test that loads them: what a guest's programs say to each other.
+LOOPBACK = ("vmw_vsock_virtio_transport_common", "vsock_loopback")
 
 _INIT = """\
 #!/bin/busybox sh
@@ -87,7 +87,7 @@ def build(kernel: Kernel, extra: dict[str, bytes] | None = None) -> bytes:
     archive.add("lib64", stat.S_IFDIR | 0o755)
     loader = "ld-linux-x86-64.so.2"
     archive.add(f"lib64/{loader}", stat.S_IFLNK | 0o777, f"/lib/x86_64-linux-gnu/{loader}".encode())
-    for module in MODULES:
+    for module in (*MODULES, *LOOPBACK):
         data = kernel.module(module)
         if data is not None:
             archive.add(f"modules/{module}.ko", stat.S_IFREG | 0o644, data)

@@ -9,6 +9,7 @@ import pytest
 
 import vsockets
 
+from .image import LOOPBACK
 from .machine import Machine
 from .test_vmci import PATIENCE, datagram, dial, exchange, serve
 
@@ -199,11 +200,16 @@ def test_a_pair_within_the_guest(machine: Machine) -> None:
     found = run(
         machine,
         """
+        for module in modules:
+            assert os.system(f"insmod /modules/{module}.ko") == 0
         one, other = vsockets.socketpair()
         with one, other:
             one.sendall(b"loopback")
             result = other.recv(100), other.getpeername()[1] == one.getsockname()[1]
+        for module in reversed(modules):
+            assert os.system(f"rmmod {module}") == 0
         """,
+        modules=LOOPBACK,
     )
     assert found == (b"loopback", True)
 
