@@ -171,6 +171,10 @@ SUPERVISED_SOCKETS = 65_536
 #: of a millisecond; this is for when the machine is busy.
 CONNECT_GRACE = 0.02
 
+#: How soon a supervisor tries again to reach a vsockd whose backlog is full, in seconds: only
+#: a stopped one lets 4096 connections wait.
+KNOCK_AGAIN = 0.05
+
 #: Datagram routes of supervised programs that a supervisor keeps: each is a descriptor
 #: of its process, of which a user may have 1024 by default.
 SUPERVISED_ROUTES = 512

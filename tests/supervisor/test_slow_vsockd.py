@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import vsockets
 from tools.vsock import Vsock
+from vsockets.supervisor.machine import this_machine
 from vsockets.testing import PrivateFabric, wait_until
 
 CONNECT = """
@@ -110,3 +114,110 @@ def test_connecting_times_out(vsock: Vsock, fabric: PrivateFabric) -> None:
         finally:
             os.kill(fabric.pid, signal.SIGCONT)
         running.finish()
+
+
+KNOCK = """
+import ctypes, fcntl, os, socket, struct, sys
+sock = socket.socket(40, 1)
+libc = ctypes.CDLL(None, use_errno=True)
+if sys.argv[2] != "0":
+    timeout = struct.pack("qq", *divmod(int(sys.argv[2]), 1_000_000))
+    assert libc.setsockopt(sock.fileno(), 40, 6, timeout, 16) == 0
+sock.setblocking(sys.argv[1] == "blocking")
+before = fcntl.fcntl(sock, fcntl.F_GETFL)
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    sock.connect((2, 7502))
+    print(sock.recv(100), flush=True)
+except OSError as error: print(error.errno, flush=True)
+assert fcntl.fcntl(sock, fcntl.F_GETFL) == before
+timeout, size = ctypes.create_string_buffer(16), ctypes.c_int(16)
+assert libc.getsockopt(sock.fileno(), 1, socket.SO_SNDTIMEO, timeout, ctypes.byref(size)) == 0
+assert timeout.raw == bytes(16)
+"""
+
+
+@contextmanager
+def full_door(door: Path) -> Iterator[None]:
+    """In the place of vsockd's door one where nobody can knock any more."""
+    aside = door.with_name("aside")
+    door.rename(aside)
+    try:
+        with (
+            socket.socket(socket.AF_UNIX) as listener,
+            socket.socket(socket.AF_UNIX) as first,
+            socket.socket(socket.AF_UNIX) as second,
+        ):
+            listener.bind(str(door))
+            listener.listen(0)
+            first.setblocking(False)
+            first.connect(str(door))
+            second.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                second.connect(str(door))
+            yield
+            aside.rename(door)
+    finally:
+        if aside.exists():
+            aside.rename(door)
+
+
+@pytest.mark.parametrize("outcome", ["room", "timeout", "at once"])
+def test_a_full_backlog_holds_nobody_else_up(
+    vsock: Vsock, fabric: PrivateFabric, tmp_path: Path, outcome: str
+) -> None:
+    guest = fabric.guest(74)
+    for name, program in (("knock", KNOCK), ("other", OTHER)):
+        (tmp_path / name).write_text(program)
+    mode = "polling" if outcome == "at once" else "blocking"
+    # A patience of a minute, where there will be room.
+    microseconds = {"room": 60_000_000, "timeout": 500_000, "at once": 0}[outcome]
+    script = f"""
+mkfifo {tmp_path}/fifo
+{sys.executable} {tmp_path}/other <{tmp_path}/fifo >{tmp_path}/said &
+exec 9>{tmp_path}/fifo
+{sys.executable} {tmp_path}/knock {mode} {microseconds}
+"""
+    said = tmp_path / "said"
+    with vsockets.create_server((2, 7502), context=fabric.host) as server:
+        running = vsock.start("run", "--cid", "74", "sh", "-c", script)
+        assert running.read_line() == "ready"
+        wait_until(lambda: said.read_text() == "ready\n", "the other program")
+        os.kill(fabric.pid, signal.SIGSTOP)
+        try:
+            with full_door(guest.folder / "stream"):
+                running.write(b"\n")
+                if outcome != "room":
+                    code = errno.ETIMEDOUT if outcome == "timeout" else errno.ENOBUFS
+                    assert running.read_line() == str(code)
+                else:
+                    knocking = f"{tmp_path}/knock"
+                    wait_until(lambda: is_waiting_in_connect(knocking), "connect() to wait")
+                    with open(tmp_path / "fifo", "w") as other:
+                        other.write("now\n")
+                    wait_until(lambda: said.read_text() == "ready\nTrue\n", "the other one served")
+        finally:
+            os.kill(fabric.pid, signal.SIGCONT)
+        if outcome == "room":
+            server.settimeout(20)
+            accepted, _ = server.accept()
+            with accepted:
+                accepted.sendall(b"room at last")
+                assert running.read_line() == "b'room at last'"
+        running.finish()
+
+
+def is_waiting_in_connect(argument: str) -> bool:
+    """Whether a process with this argument is in connect()."""
+    number = this_machine().connect
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if argument.encode() in words and (folder / "syscall").read_text().startswith(
+                f"{number} "
+            ):
+                return True
+        except OSError:
+            continue
+    return False

@@ -6,6 +6,7 @@ import getpass
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,33 @@ def test_ssh_into_a_guest_without_a_network(
     )
     log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
     assert (done.stdout, done.returncode) == ("from the guest\n", 3), done.stderr + log
+
+
+def test_a_service_on_a_unix_socket_by_way_of_socat(
+    vsock: Vsock, fabric: PrivateFabric, tmp_path: Path
+) -> None:
+    """What docs/run.md says for gRPC, whose wheels have no vsock."""
+    needs("socat")
+    service, entrance = str(tmp_path / "server"), str(tmp_path / "client")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(service)
+        server.listen()
+        server.settimeout(20)
+        there = ("socat", "VSOCK-LISTEN:5100,fork", f"UNIX-CONNECT:{service}")
+        here = ("socat", f"UNIX-LISTEN:{entrance},fork", "VSOCK-CONNECT:2:5100")
+        vsock.start("run", "--cid", "host", "--", *there)
+        vsock.start("run", "--cid", "78", "--", *here)
+        wait_for_listener(fabric, 5100)
+        wait_until(lambda: os.path.exists(entrance), "the entrance")
+        for number in range(2):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(20)
+                # The name is there a moment before anybody listens on it.
+                wait_until(lambda: client.connect_ex(entrance) == 0, "somebody there")
+                client.sendall(b"call %d" % number)
+                accepted, _ = server.accept()
+                with accepted:
+                    accepted.settimeout(20)
+                    assert accepted.recv(100) == b"call %d" % number
+                    accepted.sendall(b"answer")
+                    assert client.recv(100) == b"answer"

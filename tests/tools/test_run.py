@@ -84,6 +84,21 @@ def test_a_guest_that_exists_stays(vsock: Vsock, fabric: PrivateFabric) -> None:
     assert 1237 in cids(vsock)
 
 
+def test_a_guest_that_is_off_or_suspended(vsock: Vsock, fabric: PrivateFabric) -> None:
+    fabric.guest(1238)
+    for do, state, command in (
+        (fabric.control.suspend, "suspended", "resume"),
+        (fabric.control.power_off, "powered off", "power-on"),
+    ):
+        do(1238)
+        line = vsock.fails("run", "--cid", "1238", "echo", "in")
+        assert line == (
+            f"context 1238 is {state}: no program can run in it until vsock context {command} 1238"
+        )
+        vsock("context", command, "1238")
+        assert vsock("run", "--cid", "1238", "echo", "in").stdout == "in\n"
+
+
 @pytest.mark.parametrize(
     ("command", "status"),
     [

@@ -7,7 +7,9 @@ import array
 import contextlib
 import errno
 import os
+import struct
 import time
+from collections.abc import Iterator
 from socket import (
     AF_UNIX,
     CMSG_LEN,
@@ -15,21 +17,26 @@ from socket import (
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
     SCM_RIGHTS,
+    SO_SNDTIMEO,
     SOCK_CLOEXEC,
+    SOCK_NONBLOCK,
     SOCK_SEQPACKET,
     SOL_SOCKET,
 )
 
 from ..attachment import Attachment, descriptor_in, understand
-from ..limits import REQUEST_TIMEOUT
+from ..limits import KNOCK_AGAIN, REQUEST_TIMEOUT
 from ..state_folder import SEQPACKET, STREAM
 from ..wire import RECORD_SIZE, Record, Request
 from .sockets import Endpoint
-from .waiting import ready
+from .waiting import pause, ready
 
 _SO_COOKIE = 57
 SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+_TIMEVAL = struct.Struct("=qq")
+#: The shortest SO_SNDTIMEO there is: the kernel rounds it up to one tick.
+_ONE_TICK = _TIMEVAL.pack(0, 1)
 _ONE_DESCRIPTOR = CMSG_LEN(array.array("i").itemsize)
 
 
@@ -38,19 +45,40 @@ class Vsockd:
 
     def __init__(self, context: Attachment) -> None:
         self._context = context
+        self._full = False  #: its backlog was, when last seen
 
-    def enter(self, endpoint: Endpoint, sock: _socket.socket) -> None:
-        """Connect a program's socket to the control socket of its type, once."""
-        if not endpoint.entered:
-            self._context.enter(sock.connect, endpoint.type)
-            endpoint.entered = True
+    async def enter(
+        self, endpoint: Endpoint, sock: _socket.socket, seconds: float = REQUEST_TIMEOUT
+    ) -> None:
+        """Connect a program's socket to the control socket of its type, once.
+
+        While vsockd's backlog is full this waits; OSError ETIMEDOUT when that takes too long,
+        ENOBUFS when ``seconds`` is 0.
+        """
+        deadline = time.monotonic() + seconds
+        while not endpoint.entered:
+            try:
+                if self._full:  # is it still?  This socket of ours cannot block
+                    with contextlib.closing(_own_socket(endpoint.type)) as probe:
+                        self._context.enter(probe.connect, endpoint.type)
+                with _hardly_blocking(sock):
+                    self._context.enter(sock.connect, endpoint.type)
+                    sock.getpeername()  # a signal of our own makes Python believe in success
+            except OSError as error:
+                if error.errno not in (errno.ENOBUFS, errno.ENOTCONN):
+                    raise
+                self._full = True
+                await self._wait_for_room(deadline, seconds)
+            else:
+                self._full = False
+                endpoint.entered = True
 
     async def ask_on(self, endpoint: Endpoint, sock: _socket.socket, request: Request) -> Record:
         """One question on the socket's own connection; OSError as vsockd answers.
 
         What the program does with its socket meanwhile can only make the answer get lost.
         """
-        self.enter(endpoint, sock)
+        await self.enter(endpoint, sock)
         sock.send(request.encode(), SEND)
         return (await receive_record(sock))[0]
 
@@ -59,14 +87,51 @@ class Vsockd:
 
         Returns the answer and the descriptor that came with it.
         """
-        sock = _socket.socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC)
-        with contextlib.closing(sock):
-            self._context.enter(sock.connect, SOCK_SEQPACKET)
+        deadline = time.monotonic() + REQUEST_TIMEOUT
+        with contextlib.closing(_own_socket(SOCK_SEQPACKET)) as sock:
+            while True:
+                try:
+                    self._context.enter(sock.connect, SOCK_SEQPACKET)
+                    break
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:
+                        raise
+                    await self._wait_for_room(deadline, REQUEST_TIMEOUT)
             ancillary = []
             if fd is not None:
                 ancillary = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [fd]))]
             sock.sendmsg([request.encode()], ancillary, SEND)
             return await receive_record(sock)
+
+    @staticmethod
+    async def _wait_for_room(deadline: float, seconds: float) -> None:
+        if seconds <= 0:
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        if time.monotonic() >= deadline:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        await pause(KNOCK_AGAIN)
+
+
+def _own_socket(type_: int) -> _socket.socket:
+    return _socket.socket(AF_UNIX, type_ | SOCK_CLOEXEC | SOCK_NONBLOCK)
+
+
+@contextlib.contextmanager
+def _hardly_blocking(sock: _socket.socket) -> Iterator[None]:
+    """While a program's socket is used, a call on it blocks for one tick of the kernel at most.
+
+    Not by O_NONBLOCK, which is a flag of the program's own descriptors: one of its threads
+    might change it at the same time.
+    """
+    if not os.get_blocking(sock.fileno()):
+        yield
+        return
+    before = sock.getsockopt(SOL_SOCKET, SO_SNDTIMEO, _TIMEVAL.size)
+    sock.setsockopt(SOL_SOCKET, SO_SNDTIMEO, _ONE_TICK)
+    try:
+        yield
+    finally:
+        sock.setsockopt(SOL_SOCKET, SO_SNDTIMEO, before)
 
 
 async def receive_record(

@@ -1,6 +1,7 @@
 """Coroutines that wait for descriptors: how one thread serves calls that take their time.
 
-A handler awaits :func:`ready` or :func:`lent`; the loop goes on with other calls meanwhile.
+A handler awaits :func:`ready`, :func:`lent` or :func:`pause`; the loop goes on with other calls
+meanwhile.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class Wait:
 
     __slots__ = ("events", "fd", "seconds", "socket")
 
-    def __init__(self, fd: int, events: int, seconds: float | None, socket: int | None) -> None:
+    def __init__(
+        self, fd: int | None, events: int, seconds: float | None, socket: int | None
+    ) -> None:
         self.fd = fd
         self.events = events
         self.seconds = seconds
@@ -49,6 +52,11 @@ def lent(fd: int, inode: int, seconds: float | None) -> Wait:
     own closes the socket.
     """
     return Wait(fd, READABLE, seconds, inode)
+
+
+def pause(seconds: float) -> Wait:
+    """Wait for nothing but time."""
+    return Wait(None, 0, seconds, None)
 
 
 Resume = Callable[[bool], None]
@@ -75,7 +83,7 @@ class Waits:
         # The standard library's epoll_ctl reports descriptors; here they are closed and reused.
         self._control = ctypes.CDLL(None, use_errno=True).epoll_ctl
         self._watched: dict[int, Callable[[int], None]] = {}
-        self._waiting: dict[int, tuple[int, Resume]] = {}
+        self._waiting: dict[int, tuple[int | None, Resume]] = {}
         # Waits for one socket are a group: the epoll holds one registration for all of them.
         self._groups: dict[int, dict[int, Resume]] = {}
         self._group_of: dict[int, int] = {}  # by the key of a wait
@@ -93,7 +101,9 @@ class Waits:
     def add(self, wait: Wait, resume: Resume) -> int:
         """Call ``resume`` once, with whether it happened.  Returns a key to cancel it with."""
         key = self._key()
-        if wait.socket is None:
+        if wait.fd is None:
+            self._waiting[key] = None, resume
+        elif wait.socket is None:
             self._waiting[key] = wait.fd, resume
             self._set(_ADD, wait.fd, wait.events | _ONCE, key)
         else:
@@ -155,7 +165,8 @@ class Waits:
     def _take(self, key: int) -> Resume | None:
         if key in self._waiting:
             fd, resume = self._waiting.pop(key)
-            self._set(_REMOVE, fd, 0, 0)
+            if fd is not None:
+                self._set(_REMOVE, fd, 0, 0)
             return resume
         group = self._group_of.pop(key, None)
         if group is None:

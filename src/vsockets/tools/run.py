@@ -10,12 +10,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..attachment import Attachment
-from ..constants import VMADDR_CID_HOST
+from ..constants import AF_VSOCK, VMADDR_CID_HOST
 from ..control import Control
 from .advice import Failure
 from .context import read_cid
 from .execute import become
 from .reach import administrator
+
+#: By the state of a context in which no program has a vSockets socket.
+_HOW_TO_START = {"off": ("powered off", "power-on"), "suspended": ("suspended", "resume")}
 
 
 def run(
@@ -37,9 +40,18 @@ def run(
     By default that is a new guest, which goes when the program and all its children have
     ended.  Starts vsockd if need be.
     """
+    # Here, because no other command needs them.
+    from ..supervisor.inherited import inherited_sockets
+    from ..supervisor.launch import launch
+
+    for fd in inherited_sockets(AF_VSOCK):
+        raise Failure(
+            f"descriptor {fd} is a socket of the machine's own AF_VSOCK, which {program[0]} must "
+            "not inherit: close it, or if it is a service manager's (LISTEN_FDS), "
+            "let that listen elsewhere"
+        )
     control = administrator(start=True)
     context = _context(control, cid, name)
-    from ..supervisor.launch import launch  # here, because no other command needs it
 
     folder = context["folder"]
 
@@ -84,5 +96,11 @@ def _context(control: Control, cid: int | None, name: str) -> dict[str, Any]:
                 raise
         for context in control.contexts():
             if context["cid"] == cid:
+                if context["state"] in _HOW_TO_START:
+                    state, command = _HOW_TO_START[context["state"]]
+                    raise Failure(
+                        f"context {cid} is {state}: no program can run in it until "
+                        f"vsock context {command} {cid}"
+                    )
                 return {**context, "leased": False}
         # It existed, and was removed between the two questions.

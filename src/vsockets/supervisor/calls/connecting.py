@@ -58,9 +58,13 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
             code, endpoint.error = endpoint.error, 0
             raise failure(code)
         polls = not os.get_blocking(sock.fileno())
-        call.supervisor.vsockd.enter(endpoint, sock)
-        _send(endpoint, sock, peer, polls)
         deadline = time.monotonic() + endpoint.connect_timeout
+        # A program that does not want to wait could not see that nothing has begun yet.
+        seconds = 0 if polls else endpoint.connect_timeout
+        await call.supervisor.vsockd.enter(endpoint, sock, seconds)
+        if endpoint.phase in _REFUSED:  # another thread was quicker
+            raise failure(_REFUSED[endpoint.phase])
+        _send(endpoint, sock, peer, polls)
         if polls:
             if not await _wait(endpoint, sock, CONNECT_GRACE):
                 call.answer(-errno.EINPROGRESS)

@@ -1,0 +1,71 @@
+"""Programs in Go and Rust: static, with raw system calls, threads, and pollers of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tools.vsock import Vsock
+
+from .conftest import PROGRAMS
+
+CONNECTIONS = 8
+COMPILERS = {
+    "go": ("go", "build", "-o"),
+    "rs": ("rustc", "--edition=2021", "-D", "warnings", "-C", "target-feature=+crt-static", "-o"),
+}
+#: Nothing is fetched, and nothing depends on how the user has set Go up; its cache is ours.
+GO = {
+    "CGO_ENABLED": "0",
+    "GO111MODULE": "off",
+    "GOFLAGS": "",
+    "GOTOOLCHAIN": "local",
+    "GOCACHE": os.path.expanduser("~/.cache/vsockets/go-build"),
+}
+
+Echo = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Echo:
+    """``programs/echo`` in a language, compiled once: static."""
+    folder = tmp_path_factory.mktemp("echo")
+
+    def compile_one(language: str) -> Path:
+        made = folder / language
+        compiler, *options = COMPILERS[language]
+        if shutil.which(compiler) is None:
+            pytest.skip(f"no {compiler}: apt install what .ci/run does")
+        if not made.exists():
+            done = subprocess.run(
+                [compiler, *options, made, PROGRAMS / f"echo.{language}"],
+                env={**os.environ, **GO},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            headers = subprocess.run(["readelf", "-l", made], capture_output=True, check=True)
+            assert b"INTERP" not in headers.stdout
+        return made
+
+    return compile_one
+
+
+@pytest.mark.parametrize(("server", "client"), [("host", "90"), ("91", "host")])
+@pytest.mark.parametrize(("serves", "calls"), [("go", "rs"), ("rs", "go")])
+def test_an_echo_service_and_its_clients(
+    vsock: Vsock, echo: Echo, serves: str, calls: str, server: str, client: str
+) -> None:
+    serving = vsock.start("run", "--cid", server, "--", echo(serves), "serve", CONNECTIONS)
+    port = serving.read_line()
+    cid = {"host": "2"}.get(server, server)
+    calling = vsock("run", "--cid", client, "--", echo(calls), "call", cid, port, CONNECTIONS)
+    assert calling.stdout == "echoed\n"
+    assert calling.stderr == ""
+    assert serving.finish()[1] == ""
