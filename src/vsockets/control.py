@@ -99,6 +99,17 @@ class Control:
         """Forget a guest.  OSError ENOENT, EINVAL (the host), EBUSY (it has open streams)."""
         self._ask("context.remove", cid=cid)
 
+    def attach_device(self, cid: int) -> socket.socket:
+        """Speak for the kernel of a virtual machine: a link to vsockd
+        (:mod:`vsockets.devices.attachment`).  OSError ENOENT, EINVAL, EBUSY (it has a device).
+        """
+        self._sock.sendall(json.dumps({"op": "context.device", "cid": cid}).encode() + b"\n")
+        line, fds, _, _ = socket.recv_fds(self._sock, 65_536, 1)
+        answer = json.loads(line) if line else {"error": "vsockd has gone", "errno": errno.ENODEV}
+        if "error" in answer:
+            raise OSError(answer["errno"], answer["error"])
+        return socket.socket(fileno=fds[0])
+
     # What happens to virtual machines.  Each returns ``{"context": its row of contexts(),
     # "streams_left": [...]}``, where the list is empty unless vsockd may not end a stream of
     # some process; OSError ENOENT, or EINVAL when it cannot be done in the context's state.
@@ -204,6 +215,25 @@ class Events:
         if line is None:
             raise EOFError("vsockd has ended")
         return line["event"]  # type: ignore[no-any-return]
+
+    def fileno(self) -> int:
+        """The connection's descriptor, to wait for with others."""
+        return self._sock.fileno()
+
+    def take(self) -> list[dict[str, Any]] | None:
+        """The events that have come, without waiting; None when vsockd has ended."""
+        try:
+            data = self._sock.recv(65_536, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            data = b""
+        else:
+            if not data:
+                return None
+        self._received += data
+        events = []
+        while (line := self._take_line()) is not None:
+            events.append(line["event"])
+        return events
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self

@@ -29,13 +29,14 @@ class Allowance:
         if context.sockets >= context.limits.sockets and self._may_count():
             self._forget_what_has_gone()
 
-    def require_patience(self, context: Context, target: Channel | None = None) -> None:
-        """Raise Denied when too many connections of a guest wait, at ``target`` and elsewhere."""
+    def require_patience(self, context: Context, count: Callable[[], None] | None = None) -> None:
+        """Raise Denied when too many connections of a guest wait.  ``count`` has those counted
+        that wait for the one asked for now."""
         most = context.limits.pending_connects
         if context.pending < most or not context.is_guest:
             return
-        if target is not None:
-            target.count_waiting()
+        if count is not None:
+            count()
         if context.pending >= most and self._may_count():
             for listener in self._listeners():
                 listener.count_waiting()

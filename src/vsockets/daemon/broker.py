@@ -29,8 +29,14 @@ from .audit import Audit
 from .channel import Channel, consume, receive_with_descriptor
 from .credentials import peer_credentials
 from .datagrams import Datagrams, cookie_of
-from .descriptions import describe_accepting, describe_connecting, describe_endpoint
+from .descriptions import (
+    describe_accepting,
+    describe_connecting,
+    describe_endpoint,
+    describe_offer,
+)
 from .disposal import dispose
+from .kernel_link import KernelLink
 from .loop import Loop
 from .streams import Streams
 
@@ -53,6 +59,7 @@ _OPERATIONS = {
     Op.ROUTE: "send a datagram",
     Op.QUERY: "query",
     Op.LOCAL_CID: "ask for the local CID",
+    Op.CATCH_ALL: "take a guest's datagrams",
 }
 
 _TRUSTED = ((Kind.STREAM, Flag.TRUSTED_STREAM), (Kind.DATAGRAM, Flag.TRUSTED_DATAGRAM))
@@ -82,6 +89,7 @@ class Broker:
             Op.ROUTE: self._route,
             Op.QUERY: self._query,
             Op.LOCAL_CID: self._local_cid,
+            Op.CATCH_ALL: self._catch_all,
         }
 
     def refresh(self) -> None:
@@ -95,7 +103,10 @@ class Broker:
         """Take a connection just accepted on ``context``'s control socket."""
         sock_type = SOCK_STREAM if kind is _STREAM else SOCK_SEQPACKET
         sock = _socket.socket(AF_UNIX, sock_type, 0, fd)
-        channel = Channel(sock, context, kind, peer_credentials(sock))
+        self.take(Channel(sock, context, kind, peer_credentials(sock)))
+
+    def take(self, channel: Channel) -> None:
+        """Serve what is said on a new channel."""
         try:
             data = self._read(channel)
         except BlockingIOError:
@@ -110,12 +121,15 @@ class Broker:
         if self._serve(channel, data):
             self._keep(channel)
         else:
-            sock.close()
+            self._drop(channel)
 
     def close_context(self, context: Context) -> None:
         """Let go of everything in a context that is no more; its streams have been cut."""
         for channel in list(self._channels.pop(context, ())):
             self._drop(channel)
+        if context.kernel is not None:
+            assert isinstance(context.kernel.streams, KernelLink)
+            context.kernel.streams.close()
         self.datagrams.close_context(context)
 
     def _listening(self) -> Iterator[Channel]:
@@ -209,7 +223,7 @@ class Broker:
             consume(channel.sock, channel.kind, request.polling)
             # The program may try again on the same socket, unless it has very many.
             held = len(self._channels.get(context, ()))
-            return not context.is_guest or held < context.limits.sockets
+            return not channel.is_kernel and (not context.is_guest or held < context.limits.sockets)
         except ProtocolError as error:
             log.info("context %d pid %d: %s", channel.context.cid, channel.credentials.pid, error)
             return False
@@ -281,13 +295,15 @@ class Broker:
         if bound is not None and bound.listening:
             raise ProtocolError("a listening socket asked to connect")
         fabric, context, sock = self.fabric, channel.context, channel.sock
+        if channel.is_kernel:
+            bound = channel.endpoint = self._claim(channel, channel.kind, request)
         listener = fabric.find_listener(
             context, channel.kind, request.peer_cid, request.peer_port, channel, bound
         )
         target = listener.handle
-        assert isinstance(target, Channel)
+        assert isinstance(target, Channel | KernelLink)
         if context.is_guest:
-            self._allowance.require_patience(context, target)
+            self._allowance.require_patience(context, target.count_waiting)
             self._allowance.make_room(context)
         if not target.has_room():
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
@@ -297,16 +313,22 @@ class Broker:
         if bound is not None:
             channel.endpoint = None
         fd = sock.fileno()
-        if connection.size != DEFAULT_BUFFER_SIZE:
+        if connection.size != DEFAULT_BUFFER_SIZE and not listener.undecided:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, LARGEST_SEND_BUFFER))
         self.streams.add(fd, connection.number)
-        # The answer goes first: once the listener has the descriptor it may write.
-        self._answer(channel, request, describe_connecting(connection))
+        if listener.undecided:
+            accepting = describe_offer(connection, request.polling)
+        else:
+            # The answer goes first: once the listener has the descriptor it may write.
+            self._answer(channel, request, describe_connecting(connection))
+            accepting = describe_accepting(connection)
         try:
-            target.announce(describe_accepting(connection), fd, context)
+            target.announce(accepting, fd, context)
         except OSError as error:
             log.warning("connection to %s lost: %s", listener.address, error)
             fabric.end(connection.number)
+            if listener.undecided:
+                self._answer(channel, request, Record(errno.ECONNRESET).encode())
         self.streams.reap_sometimes()
         return False
 
@@ -335,6 +357,18 @@ class Broker:
             ).encode(),
             route.fileno(),
         )
+        return False
+
+    def _catch_all(self, channel: Channel, request: Request) -> bool:
+        if not channel.is_kernel:
+            raise ProtocolError("a program asked for all datagrams of its context")
+        kernel = channel.context.kernel
+        assert kernel is not None and isinstance(kernel.streams, KernelLink)
+        sock = self._datagram_socket(channel)
+        with closing(sock):
+            datagrams = self.datagrams.catch_all(channel.context, sock)
+            kernel.streams.catches(datagrams)
+        channel.send(Record(0).encode())
         return False
 
     def _query(self, channel: Channel, request: Request) -> bool:

@@ -39,6 +39,7 @@ class Channel(Peer):
     # What most channels never have is the class's.
     endpoint: Endpoint | None = None
     silent = False  # it is kept, and nothing was read from it yet
+    is_kernel = False  # it speaks for a guest's kernel, which chooses the ports it connects from
     _capacity: int | None = None  # of the backlog; None: the socket does not listen
     #: of a listening socket: whose connections were announced, and not taken as far as is known
     _waiting: deque[Context]
@@ -136,6 +137,11 @@ def receive_with_descriptor(sock: _socket.socket) -> int | None:
     There is room for one: the kernel drops the rest, unseen.
     """
     _, ancillary, _, _ = sock.recvmsg(1, CMSG_LEN(_FD.size), MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+    return descriptor_in(ancillary)
+
+
+def descriptor_in(ancillary: list[tuple[int, int, bytes]]) -> int | None:
+    """The descriptor in a received ancillary message, if there is one."""
     for level, kind, data in ancillary:
         if level == SOL_SOCKET and kind == SCM_RIGHTS and len(data) >= _FD.size:
             fd: int = _FD.unpack_from(data)[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import socket
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -30,7 +31,9 @@ from ..state_folder import short_path
 from . import reports
 from .accepting import Acceptor
 from .configuration import ConfigurationError
+from .credentials import peer_credentials
 from .events import Topic
+from .kernel_link import KernelLink
 from .loop import Loop
 
 if TYPE_CHECKING:
@@ -84,11 +87,13 @@ class Session:
             "context.add": self._add_context,
             "context.change": self._change_context,
             "context.remove": self._remove_context,
+            "context.device": self._attach_device,
             "reload": lambda _: vsockd.reload(),
             "subscribe": self._subscribe,
             "stop": lambda _: vsockd.stop(),
         }
         self._missed = 0
+        self._descriptors: list[int] = []  # go with the next answer
         loop.watch(sock.fileno(), self._ready)
 
     def _ready(self, events: int) -> None:
@@ -106,10 +111,16 @@ class Session:
             # Answers fit the socket's buffer, or the administrator waits for the rest.
             self._sock.settimeout(1.0)
             try:
-                self._sock.sendall(answer)
+                if self._descriptors:
+                    socket.send_fds(self._sock, [answer], self._descriptors)
+                else:
+                    self._sock.sendall(answer)
             except OSError:
                 self._close()
                 return
+            finally:
+                while self._descriptors:
+                    os.close(self._descriptors.pop())
             self._sock.setblocking(False)
 
     def _answer(self, line: bytes) -> dict[str, Any]:
@@ -179,6 +190,19 @@ class Session:
 
     def _remove_context(self, arguments: Arguments) -> None:
         self._vsockd.contexts.remove(_cid(arguments))
+
+    def _attach_device(self, arguments: Arguments) -> None:
+        """The link goes with the answer (:mod:`.kernel_link`)."""
+        vsockd = self._vsockd
+        context = vsockd.fabric.contexts.require(_cid(arguments))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            KernelLink(self._loop, vsockd.broker, context, ours, peer_credentials(self._sock))
+        except Refused:
+            ours.close()
+            theirs.close()
+            raise
+        self._descriptors.append(theirs.detach())
 
     # Events
 

@@ -89,15 +89,13 @@ class Datagrams:
         """Make ``sock`` the socket of ``endpoint``; Refused with EINVAL if it has a name."""
         self._sweep_sometimes()
         name = f"{endpoint.cid}.{endpoint.port}.{next(self._names)}"
-        try:
-            sock.bind(name)
-        except OSError as error:
-            raise Refused(errno.EINVAL, f"the datagram socket cannot be bound: {error}") from None
-        node = os.open(name, os.O_PATH | os.O_CLOEXEC)
-        endpoint.handle = DatagramSocket(node, self.outflow(endpoint.context))
-        os.unlink(name)
+        endpoint.handle = self._name(sock, name, endpoint.context)
         endpoint.cookie = cookie_of(sock)
         self._by_cookie[endpoint.cookie] = endpoint
+
+    def catch_all(self, context: Context, sock: _socket.socket) -> DatagramSocket:
+        """Ways to a socket that serves every port of ``context`` that has none of its own."""
+        return self._name(sock, f"{context.cid}.all.{next(self._names)}", context)
 
     def find(self, context: Context, cookie: int) -> Endpoint | None:
         """The endpoint of a socket of ``context``, by the kernel's cookie for it."""
@@ -116,14 +114,16 @@ class Datagrams:
         try:
             # At random, because abstract names are everybody's in a network namespace: other
             # fabrics must not meet ours, and nobody may take our names before us.
-            route.bind(encode_source(source.address, secrets.randbits(64)))
+            port = destination.port if destination.undecided else None
+            route.bind(encode_source(source.address, secrets.randbits(64), port))
             route.shutdown(SHUT_RD)  # whoever learns the name sends nothing to it
             _socket_of(destination).connect(route)
         except OSError as error:
             route.close()
             if error.errno != errno.ECONNREFUSED:
                 raise
-            self.release(destination)
+            if not destination.undecided:
+                self.release(destination)
             raise Refused(errno.ECONNREFUSED, "the datagram socket has just gone") from None
         if len(sender.routes) >= DATAGRAM_ROUTES:
             sender.revoke(next(iter(sender.routes)))
@@ -174,6 +174,15 @@ class Datagrams:
         self._unswept = 0
         for endpoint in list(self._by_cookie.values()):
             self.is_open(endpoint)
+
+    def _name(self, sock: _socket.socket, name: str, context: Context) -> DatagramSocket:
+        try:
+            sock.bind(name)
+        except OSError as error:
+            raise Refused(errno.EINVAL, f"the datagram socket cannot be bound: {error}") from None
+        node = os.open(name, os.O_PATH | os.O_CLOEXEC)
+        os.unlink(name)
+        return DatagramSocket(node, self.outflow(context))
 
     def _watch_outflow(self, outflow: Outflow) -> None:
         # Routes may be filled after they were given out.

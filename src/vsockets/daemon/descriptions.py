@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..fabric import Connection, Endpoint, Kind
-from ..wire import Record, Role, encode_stream
+from ..wire import Flag, Record, Role, encode_stream
 
 
 def describe_endpoint(endpoint: Endpoint) -> bytes:
@@ -31,6 +31,14 @@ def describe_connecting(stream: Connection) -> bytes:
     return encode_stream(
         stream.local, stream.peer, stream.listener.owner, stream.size, stream.sizes
     )
+
+
+def describe_offer(stream: Connection, polling: bool) -> bytes:
+    """A stream that a guest's kernel has to decide on: the sizes are what is asked for."""
+    flags = Flag.POLLING if polling else 0
+    return Record(
+        0, flags, *stream.peer, *stream.local, Role.CONNECTED, *stream.owner, *stream.sizes
+    ).encode()
 
 
 def describe_accepting(stream: Connection) -> bytes:

@@ -45,6 +45,7 @@ class Loop:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        self._poll = self._epoll.poll
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._sequence = count()
@@ -73,7 +74,7 @@ class Loop:
 
     def run(self) -> None:
         """Serve events until :meth:`stop`.  A callback that fails is logged, not fatal."""
-        poll, callbacks = self._epoll.poll, self._callbacks
+        poll, callbacks = self._poll, self._callbacks
         hurried = False
         while self._running:
             wait = self._run_timers()

@@ -4,7 +4,7 @@
 """
 
 from .context import Context, Contexts
-from .endpoint import Connection, Credentials, Endpoint, Kind
+from .endpoint import Connection, Credentials, Endpoint, Kernel, Kind
 from .errors import LIMIT_RULES, Denied, Refused, Rule
 from .fabric import Fabric
 from .life_cycle import Change, State
@@ -26,6 +26,7 @@ __all__ = [
     "Fabric",
     "Grant",
     "Isolation",
+    "Kernel",
     "Kind",
     "Limits",
     "Profile",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
-from .endpoint import Connection, Endpoint
+from .endpoint import Connection, Endpoint, Kernel
 from .errors import Denied, Refused, Rule
 from .life_cycle import State
 from .meter import Meter
@@ -28,6 +28,7 @@ class Context:
         "fault_tolerant",
         "is_guest",
         "isolation",
+        "kernel",
         "leases",
         "limits",
         "meter",
@@ -61,6 +62,8 @@ class Context:
         #: It is the program's own word, and the first to claim one keeps it: a lie hides or
         #: misnames at most a socket of the liar's own context.
         self.cookies: dict[int, Endpoint | Connection] = {}
+        #: of a virtual machine with a device
+        self.kernel: Kernel | None = None
 
     @property
     def leased(self) -> bool:

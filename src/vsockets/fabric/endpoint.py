@@ -42,12 +42,40 @@ class Endpoint:
     cookie: int = 0
     handle: object = None  #: what vsockd reaches the socket by; the fabric never looks inside
     listening: bool = False
+    #: not known here: the guest's kernel decides, when it is asked
+    undecided: bool = False
     sizes: BufferSizes = field(default_factory=BufferSizes)
 
     @property
     def address(self) -> tuple[int, int]:
         """``(cid, port)`` as getsockname() shows it."""
         return self.cid, self.port
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A guest's kernel, reached through a device: the authority over the guest's ports."""
+
+    owner: Credentials  #: the device's process
+    streams: object  #: the handles of its endpoints
+    datagrams: object
+
+    def endpoint(self, context: Context, kind: Kind, port: int) -> Endpoint | None:
+        """Whatever is at ``port``; None when the kernel has no such sockets."""
+        streams = kind is Kind.STREAM
+        handle = self.streams if streams else self.datagrams
+        if kind is Kind.SEQPACKET or handle is None:
+            return None
+        return Endpoint(
+            kind,
+            context,
+            context.cid,
+            port,
+            self.owner,
+            handle=handle,
+            listening=streams,
+            undecided=True,
+        )
 
 
 @dataclass(slots=True, eq=False)

@@ -107,8 +107,11 @@ class Fabric:
         (the context's own state forbids it) or EINVAL (wildcards).
         """
         destination = self._destination(context, cid, port, True)
-        endpoint = destination.connected.get(port)
-        if not isinstance(endpoint, Endpoint) or not endpoint.listening:
+        holder = destination.connected.get(port)
+        endpoint = holder if isinstance(holder, Endpoint) and holder.listening else None
+        if endpoint is None and destination.kernel is not None:
+            endpoint = destination.kernel.endpoint(destination, kind, port)
+        if endpoint is None:
             raise Refused(errno.ECONNRESET, f"nobody listens on {cid}:{port}")
         if endpoint.kind is not kind:
             raise Refused(errno.ECONNRESET, f"{cid}:{port} is a {endpoint.kind.value} socket")
@@ -132,7 +135,7 @@ class Fabric:
         Refused with EINVAL when the two sides' buffer sizes leave no size for both, with
         ENOBUFS at the guest's limit, with EACCES for CID 0 without privilege.
         """
-        size = negotiate(sizes, listener.sizes)
+        size = sizes.size if listener.undecided else negotiate(sizes, listener.sizes)
         if size is None:
             raise Refused(errno.EINVAL, f"no common buffer size: {sizes} and {listener.sizes}")
         if bound is None:
@@ -155,6 +158,21 @@ class Fabric:
         if cookie:
             context.cookies.setdefault(cookie, connection)
         return connection
+
+    def settle(self, guest: Context, port: int, peer: tuple[int, int], size: int) -> None:
+        """A guest's kernel has decided on a connection from ``peer`` to its ``port``.
+
+        ``size`` is what it agreed on; 0: there is no connection.  Harmless when it has ended.
+        """
+        context = self.contexts.get(peer[0])
+        connection = context.connected.get(peer[1]) if context is not None else None
+        if not isinstance(connection, Connection) or connection.listener.context is not guest:
+            return
+        if connection.listener.undecided and connection.peer == (guest.cid, port):
+            connection.listener.undecided = False
+            connection.size = size
+            if not size:
+                self.end(connection.number)
 
     def end(self, number: int) -> None:
         """A connection is over; its port is free.  Harmless when it was ended before."""
@@ -179,6 +197,8 @@ class Fabric:
         """
         destination = self._destination(context, cid, port, False)
         endpoint = destination.datagrams.get(port)
+        if endpoint is None and destination.kernel is not None:
+            endpoint = destination.kernel.endpoint(destination, Kind.DATAGRAM, port)
         if endpoint is None or not _in_scope(context, endpoint):
             raise Refused(errno.ECONNREFUSED, f"no datagram socket on {cid}:{port}")
         if context is not destination:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import context, demo, doctor, events, ls, netcat, reach, run, up
+from . import context, demo, device, doctor, events, ls, netcat, reach, run, up
 from .advice import Failure, one_line
 from .output import complain
 
@@ -24,6 +24,7 @@ app.command("down")(up.down)
 app.command("status")(up.status)
 app.command("reload")(up.reload)
 app.add_typer(context.app, name="context")
+app.add_typer(device.app, name="device")
 app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 app.command("connect")(netcat.connect)
 app.command("listen")(netcat.listen)

@@ -13,7 +13,7 @@ from .messages import (
     encode_connect,
     encode_stream,
 )
-from .names import decode_source, encode_source
+from .names import decode_route, decode_source, encode_source
 
 __all__ = [
     "PADDING",
@@ -25,6 +25,7 @@ __all__ = [
     "Record",
     "Request",
     "Role",
+    "decode_route",
     "decode_source",
     "encode_connect",
     "encode_source",

@@ -47,12 +47,14 @@ class Op(IntEnum):
     ROUTE = 6  #: a socket from the datagram socket sent along to the peer address
     QUERY = 7  #: what is the socket with this cookie and inode?
     LOCAL_CID = 8  #: which context is this, and is its program trusted (by the peer CID)?
+    SETTLE = 9  #: a device: what became of an offer (backlog: 0 or the errno); not answered
+    CATCH_ALL = 10  #: a device: datagrams to every port nobody has come to the socket sent along
 
 
 class Flag(IntFlag):
     """Notes on a request or a record."""
 
-    POLLING = 1  #: request: PADDING follows
+    POLLING = 1  #: request: PADDING follows; an offer: it has yet to be taken off
     TRUSTED_STREAM = 2  #: record: the program's stream sockets are trusted (guide page 24)
     TRUSTED_DATAGRAM = 4  #: record: its datagram sockets are
 

@@ -1,5 +1,7 @@
 """The kernel names of datagram routes: how a receiver learns the true source.
 
+A socket that serves many ports learns from it, too, which of them was meant.
+
 Only vsockd can connect a socket to a program's datagram socket, and it binds each such socket
 to a name made here, so the name the kernel reports with a datagram is the sender's address.
 """
@@ -11,18 +13,35 @@ import re
 from ..address import LARGEST
 
 _NUMBER = rb"(0|[1-9][0-9]{0,9})"
-_NAME = re.compile(rb"\x00vsock:" + _NUMBER + b":" + _NUMBER + rb":(?:0|[1-9a-f][0-9a-f]{0,15})")
+_SERIAL = rb"(?:0|[1-9a-f][0-9a-f]{0,15})"
+_NAME = re.compile(
+    rb"\x00vsock:" + _NUMBER + b":" + _NUMBER + b":" + _SERIAL + b"(?::" + _NUMBER + b")?"
+)
 
 
-def encode_source(address: tuple[int, int], serial: int) -> bytes:
-    """The abstract name of a route from ``address``; ``serial``, of 64 bits, makes it unique."""
-    return b"\0vsock:%d:%d:%x" % (*address, serial)
+def encode_source(address: tuple[int, int], serial: int, port: int | None = None) -> bytes:
+    """The abstract name of a route from ``address``; ``serial``, of 64 bits, makes it unique.
+
+    ``port`` is the destination's, for a socket that serves many.
+    """
+    name = b"\0vsock:%d:%d:%x" % (*address, serial)
+    return name if port is None else b"%s:%d" % (name, port)
 
 
 def decode_source(name: object) -> tuple[int, int] | None:
     """The ``(cid, port)`` a route's name spells, or None for any other name."""
     if isinstance(name, bytes) and (match := _NAME.fullmatch(name)):
         address = int(match[1]), int(match[2])
-        if max(address) <= LARGEST:
+        if max(*address, int(match[3] or 0)) <= LARGEST:
             return address
     return None
+
+
+def decode_route(name: object) -> tuple[tuple[int, int] | None, int | None]:
+    """The source a route's name spells, and the port it is for, where it says so."""
+    source = decode_source(name)
+    if source is None:
+        return None, None
+    assert isinstance(name, bytes)
+    port = name.split(b":")[4:]
+    return source, int(port[0]) if port else None

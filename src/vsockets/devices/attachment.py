@@ -1,0 +1,295 @@
+"""A device's attachment to vsockd: its guest becomes a context of the fabric.
+
+The device has one socket to vsockd, its *link*, got from the administrator's socket.  Over it
+go messages of three kinds:
+
+- New channels go: one end of a socket pair, on which the device says what any program says on
+  a connection to its context's control socket.  CONNECT has the guest's port in it; BIND_DATAGRAM
+  and ROUTE serve the ports the guest sends datagrams from, CATCH_ALL has those to all others.
+- An offer comes: a record, and the accepted end of a stream whose other end waits for an
+  answer.  The device asks its guest, writes the answer to that end, and tells vsockd (SETTLE).
+
+Nothing here knows what kind of device it is.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable
+from socket import (
+    AF_UNIX,
+    CMSG_LEN,
+    MSG_CMSG_CLOEXEC,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    SCM_RIGHTS,
+    SOCK_DGRAM,
+    SOCK_SEQPACKET,
+    SOCK_STREAM,
+    SOL_SOCKET,
+)
+from typing import NamedTuple
+
+from ..attachment import descriptor_in
+from ..buffers import BufferSizes
+from ..constants import VMADDR_CID_ANY
+from ..limits import DATAGRAM_PORTS, FABRIC_ANSWER, MAX_DATAGRAM
+from ..wire import (
+    PADDING,
+    RECORD_SIZE,
+    Flag,
+    Op,
+    ProtocolError,
+    Record,
+    Request,
+    Role,
+    decode_route,
+)
+from .loop import DeviceLoop
+
+_TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+_ONE_DESCRIPTOR = CMSG_LEN(array.array("i").itemsize)
+
+#: What a route says when it is no longer one.
+_GONE = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
+
+
+class Offer(NamedTuple):
+    """A stream that somebody wants to have with the guest."""
+
+    sock: socket.socket
+    port: int  #: the guest's
+    peer: tuple[int, int]  #: who connects
+    sizes: BufferSizes  #: what the peer asks for
+    polling: bool  #: padding must be taken off ``sock``, last of all
+
+
+class _Port:
+    """A datagram socket for a port of the guest, and where it can send to."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.routes: dict[tuple[int, int], socket.socket] = {}
+
+    def close(self) -> None:
+        for route in self.routes.values():
+            route.close()
+        self.sock.close()
+
+
+class Attachment:
+    """``link`` becomes the attachment's.  Set the three functions before the loop runs."""
+
+    offered: Callable[[Offer], None]
+    #: a datagram: its source, the guest's port, the payload; whether there is room for more
+    received: Callable[[tuple[int, int], int, bytes], bool]
+    lost: Callable[[], None]
+
+    def __init__(self, loop: DeviceLoop, link: socket.socket, cid: int) -> None:
+        self.cid = cid
+        self._loop = loop
+        self._link = link
+        self._link.setblocking(False)
+        self._owner = os.getpid(), os.geteuid(), os.getegid()
+        self._ports: dict[int, _Port] = {}  # the one longest unused first
+        self._catch_all = socket.socket(AF_UNIX, SOCK_DGRAM)
+        self._catch_all.setblocking(False)
+        self._paused: list[socket.socket] = []
+        self._ask(Request(Op.CATCH_ALL), self._catch_all)
+        loop.watch(link.fileno(), self._ready)
+        self._watch_datagrams(self._catch_all)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether vsockd is there."""
+        return self._link.fileno() >= 0
+
+    def close(self) -> None:
+        """Leave the fabric."""
+        if self.is_open:
+            self._loop.unwatch(self._link.fileno())
+            self._link.close()
+            self._close_datagrams(self._catch_all)
+            while self._ports:
+                self._close_port(next(iter(self._ports)))
+
+    # Streams
+
+    def connect(self, port: int, peer: tuple[int, int], sizes: BufferSizes) -> socket.socket:
+        """A stream from the guest's ``port``.  OSError when vsockd has gone.
+
+        The first that can be read from it is a record: vsockd's answer.
+        """
+        ours, theirs = socket.socketpair(AF_UNIX, SOCK_STREAM)
+        with theirs:
+            try:
+                ours.setblocking(False)
+                request = Request(Op.CONNECT, 0, VMADDR_CID_ANY, port, *peer, 0, *sizes)
+                ours.send(request.encode())
+                self._tell(b"", theirs)
+            except OSError:
+                ours.close()
+                raise
+        return ours
+
+    def settle(self, offer: Offer, size: int = 0, error: int = 0) -> None:
+        """Answer an offer: the stream is established with ``size``, or there is none."""
+        local, peer = (self.cid, offer.port), offer.peer
+        if error:
+            record = Record(error)
+        else:
+            minimum, maximum = offer.sizes.minimum, offer.sizes.maximum
+            record = Record(
+                0, 0, *peer, *local, Role.CONNECTED, *self._owner, size, minimum, maximum
+            )
+        with contextlib.suppress(OSError):  # who connected has gone; the stream says so
+            offer.sock.send(record.encode(), MSG_DONTWAIT | MSG_NOSIGNAL)
+            if offer.polling:
+                offer.sock.recv(len(PADDING), MSG_DONTWAIT)
+        request = Request(Op.SETTLE, 0, *local, *peer, error, size)
+        with contextlib.suppress(OSError):  # vsockd has gone; the link says so
+            self._tell(request.encode())
+
+    # Datagrams
+
+    def send(self, port: int, destination: tuple[int, int], payload: bytes) -> None:
+        """Send from the guest's ``port``.
+
+        OSError: ECONNREFUSED, EHOSTUNREACH and so on from vsockd; ENOBUFS: the receiver's queue
+        is full; ENETDOWN: vsockd has gone.
+        """
+        found = self._ports.pop(port, None)
+        if found is None:
+            found = self._bind(port)
+        self._ports[port] = found  # the one last used, now
+        route = found.routes.get(destination)
+        try:
+            if route is not None:
+                try:
+                    route.send(payload, MSG_DONTWAIT)
+                    return
+                except _GONE:
+                    found.routes.pop(destination).close()
+            self._new_route(found, destination).send(payload, MSG_DONTWAIT)
+        except BlockingIOError:
+            raise OSError(errno.ENOBUFS, "the receiver's queue is full") from None
+
+    def _bind(self, port: int) -> _Port:
+        if len(self._ports) >= DATAGRAM_PORTS:
+            self._close_port(next(iter(self._ports)))
+        sock = socket.socket(AF_UNIX, SOCK_DGRAM)
+        try:
+            sock.setblocking(False)
+            self._ask(Request(Op.BIND_DATAGRAM, 0, VMADDR_CID_ANY, port), sock)
+        except OSError:
+            sock.close()
+            raise
+        self._watch_datagrams(sock)
+        return _Port(sock)
+
+    def _new_route(self, port: _Port, destination: tuple[int, int]) -> socket.socket:
+        cid, number = destination
+        request = Request(Op.ROUTE, 0, VMADDR_CID_ANY, VMADDR_CID_ANY, cid, number)
+        fd = self._ask(request, port.sock)
+        if fd is None:
+            raise OSError(errno.EMFILE, "no descriptor for a route")
+        route = port.routes[destination] = socket.socket(AF_UNIX, SOCK_DGRAM, 0, fd)
+        if len(port.routes) > DATAGRAM_PORTS:
+            port.routes.pop(next(iter(port.routes))).close()
+        return route
+
+    def _close_port(self, port: int) -> None:
+        found = self._ports.pop(port)
+        self._close_datagrams(found.sock)
+        found.close()
+
+    def _close_datagrams(self, sock: socket.socket) -> None:
+        self._loop.unwatch(sock.fileno())
+        if sock in self._paused:
+            self._paused.remove(sock)
+        sock.close()
+
+    def _watch_datagrams(self, sock: socket.socket) -> None:
+        self._loop.watch(sock.fileno(), lambda events: self._receive(sock))
+
+    def _receive(self, sock: socket.socket) -> None:
+        try:
+            payload, name = sock.recvfrom(MAX_DATAGRAM)
+        except OSError:
+            return
+        source, port = decode_route(name)
+        if source is None:
+            return
+        if port is None:  # it came to a port's own socket
+            port = next((n for n, found in self._ports.items() if found.sock is sock), None)
+        if port is not None and not self.received(source, port, payload):
+            self._loop.unwatch(sock.fileno())
+            self._paused.append(sock)
+
+    def resume(self) -> None:
+        """There is room for datagrams again."""
+        while self._paused:
+            self._watch_datagrams(self._paused.pop())
+
+    # The link
+
+    def _tell(self, message: bytes, sock: socket.socket | None = None) -> None:
+        if not self.is_open:
+            raise OSError(errno.ENETDOWN, "vsockd has gone")
+        rights = []
+        if sock is not None:
+            rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [sock.fileno()]))]
+        try:
+            # Not empty: that would be the end of the link.
+            self._link.sendmsg([message or b"\0"], rights, MSG_DONTWAIT | MSG_NOSIGNAL)
+        except BlockingIOError:
+            raise OSError(errno.ENOBUFS, "vsockd has too much to do") from None
+
+    def _ask(self, request: Request, sock: socket.socket) -> int | None:
+        """Ask about ``sock``; returns the descriptor that came with the answer.  OSError."""
+        ours, theirs = socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
+        with ours:
+            with theirs:
+                rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [sock.fileno()]))]
+                ours.sendmsg([request.encode()], rights)
+                self._tell(b"", theirs)
+            ours.settimeout(FABRIC_ANSWER)
+            try:
+                record, fd = _receive(ours, MSG_CMSG_CLOEXEC)
+            except TimeoutError:
+                raise OSError(errno.ENETDOWN, "vsockd does not answer") from None
+        if record.status:
+            raise OSError(record.status, os.strerror(record.status))
+        return fd
+
+    def _ready(self, events: int) -> None:
+        try:
+            record, fd = _receive(self._link, _TAKE)
+        except BlockingIOError:
+            return
+        if record.status or fd is None:
+            self._end()
+            return
+        sock = socket.socket(AF_UNIX, SOCK_STREAM, 0, fd)
+        sock.setblocking(False)
+        sizes = BufferSizes(record.size, record.minimum, record.maximum)
+        polling = bool(record.flags & Flag.POLLING)
+        self.offered(Offer(sock, record.local_port, record.peer, sizes, polling))
+
+    def _end(self) -> None:
+        if self.is_open:
+            self.close()
+            self.lost()
+
+
+def _receive(sock: socket.socket, flags: int) -> tuple[Record, int | None]:
+    """A record and the descriptor that came with it; one that says ENETDOWN at the end."""
+    try:
+        data, ancillary, _, _ = sock.recvmsg(RECORD_SIZE, _ONE_DESCRIPTOR, flags)
+        return Record.decode(data), descriptor_in(ancillary)
+    except (ConnectionError, ProtocolError):
+        return Record(errno.ENETDOWN), None

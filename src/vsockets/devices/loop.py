@@ -1,0 +1,43 @@
+"""A device's event loop: vsockd's, with writable sockets and waits below a millisecond."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+
+from ..daemon.loop import Loop, Timer
+
+__all__ = ["DeviceLoop", "Timer"]
+
+#: epoll(7) as Python has it counts milliseconds; what is shorter waits by select(2).
+_SHORT = 0.002
+
+
+class DeviceLoop(Loop):
+    """Calls ``callback(events)`` when a watched descriptor is ready."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        epoll = self._epoll
+        self._wait = self._poll
+        self._only = [epoll.fileno()]
+        self._poll = self._poll_precisely
+
+    def watch_for(self, fd: int, callback: Callable[[int], None], events: int) -> None:
+        """As :meth:`watch`, for ``events`` of epoll(7); hang-ups are always among them."""
+        self._callbacks[fd] = callback
+        self._epoll.register(fd, events)
+
+    def change(self, fd: int, events: int) -> None:
+        """Watch for other events."""
+        self._epoll.modify(fd, events)
+
+    def watches(self, fd: int) -> bool:
+        """Whether ``fd`` is watched."""
+        return fd in self._callbacks
+
+    def _poll_precisely(self, timeout: float | None = None, maxevents: int = -1) -> list[tuple[int, int]]:
+        if timeout is not None and 0 < timeout < _SHORT:
+            select.select(self._only, (), (), timeout)
+            timeout = 0
+        return self._wait(timeout, maxevents)

@@ -1,0 +1,96 @@
+"""A device's interrupts: eventfds that the client gave, or none."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+
+from .messages import IrqFlag
+
+_ONE = (1).to_bytes(8, "little")
+
+
+class Irq(IntEnum):
+    """Kinds of interrupt, by their index in ``linux/vfio.h``."""
+
+    INTX = 0
+    MSI = 1
+    MSIX = 2
+    ERR = 3
+    REQ = 4
+
+
+class Interrupts:
+    """The vectors of each kind, ``counts`` many, and where they are signalled."""
+
+    def __init__(self, counts: Mapping[Irq, int]) -> None:
+        self.counts = {kind: counts.get(kind, 0) for kind in Irq}
+        self._eventfds: dict[Irq, list[int | None]] = {
+            kind: [None] * count for kind, count in self.counts.items()
+        }
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors the driver uses; 0: interrupts are off."""
+        return len(self._in_use())
+
+    def fire(self, vector: int) -> None:
+        """Interrupt the guest, by the last vector there is if there are fewer."""
+        eventfds = self._in_use()
+        if eventfds:
+            eventfd = eventfds[min(vector, len(eventfds) - 1)]
+            if eventfd is not None:
+                # Full: 2**64 interrupts that nobody has taken.
+                with contextlib.suppress(BlockingIOError):
+                    os.write(eventfd, _ONE)
+
+    def set(self, flags: int, index: int, start: int, count: int, fds: Sequence[int]) -> None:
+        """What SET_IRQS says.  Takes ``fds``, also when it raises OSError EINVAL."""
+        taken = False
+        try:
+            kind = Irq(index) if index in Irq.__members__.values() else None
+            if kind is None or start + count > self.counts[kind]:
+                raise OSError(errno.EINVAL, f"interrupts {start} to {start + count} of {index}")
+            eventfds = self._eventfds[kind]
+            if flags == IrqFlag.DATA_NONE | IrqFlag.TRIGGER and count == 0:
+                for number in range(len(eventfds)):
+                    self._put(eventfds, number, None)
+            elif flags == IrqFlag.DATA_EVENTFD | IrqFlag.TRIGGER:
+                if len(fds) not in (0, count):
+                    raise OSError(errno.EINVAL, f"{len(fds)} eventfds for {count} interrupts")
+                taken = True
+                for number in range(count):
+                    self._put(eventfds, start + number, fds[number] if fds else None)
+            elif not flags & (IrqFlag.MASK | IrqFlag.UNMASK):
+                raise OSError(errno.EINVAL, f"SET_IRQS with flags {flags:#x}")
+            # Masking is done by the client, who has the guest's side of the eventfd.
+        finally:
+            if not taken:
+                for fd in fds:
+                    os.close(fd)
+
+    def close(self) -> None:
+        """Signal nobody any more."""
+        for eventfds in self._eventfds.values():
+            for number in range(len(eventfds)):
+                self._put(eventfds, number, None)
+
+    def _in_use(self) -> list[int | None]:
+        for kind in (Irq.MSIX, Irq.MSI, Irq.INTX):
+            eventfds = self._eventfds[kind]
+            number = len(eventfds)
+            while number and eventfds[number - 1] is None:
+                number -= 1
+            if number:
+                return eventfds[:number]
+        return []
+
+    @staticmethod
+    def _put(eventfds: list[int | None], number: int, eventfd: int | None) -> None:
+        old = eventfds[number]
+        eventfds[number] = eventfd
+        if old is not None:
+            os.close(old)

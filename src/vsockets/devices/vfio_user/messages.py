@@ -1,0 +1,152 @@
+"""The vfio-user protocol's messages: a codec, and no I/O.
+
+From QEMU's ``docs/interop/vfio-user.rst`` and Linux's ``linux/vfio.h``.  All fields are
+little-endian.  A message is a header of 16 bytes and a payload; descriptors ride along.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from enum import IntEnum, IntFlag
+from typing import NamedTuple
+
+from ...limits import DMA_REGIONS, VFIO_DESCRIPTORS, VFIO_TRANSFER
+
+HEADER = struct.Struct("<HHIII")  #: id, command, size with the header, flags, errno
+DMA_MAP = struct.Struct("<IIQQQ")  #: argsz, flags, offset in the file, address, size
+DMA_UNMAP = struct.Struct("<IIQQ")  #: argsz, flags, address, size
+DEVICE_INFO = struct.Struct("<IIII")  #: argsz, flags, regions, interrupts
+REGION_INFO = struct.Struct("<IIIIQQ")  #: argsz, flags, index, capabilities, size, offset
+IRQ_INFO = struct.Struct("<IIII")  #: argsz, flags, index, count
+SET_IRQS = struct.Struct("<IIIII")  #: argsz, flags, index, start, count
+ACCESS = struct.Struct("<QII")  #: offset, region, count
+_VERSION = struct.Struct("<HH")
+
+#: The longest message there is reason for: a write of as much as one may transfer.
+LARGEST_MESSAGE = HEADER.size + ACCESS.size + VFIO_TRANSFER
+
+
+class Command(IntEnum):
+    """What a message asks for."""
+
+    VERSION = 1
+    DMA_MAP = 2
+    DMA_UNMAP = 3
+    DEVICE_GET_INFO = 4
+    DEVICE_GET_REGION_INFO = 5
+    DEVICE_GET_IRQ_INFO = 7
+    DEVICE_SET_IRQS = 8
+    REGION_READ = 9
+    REGION_WRITE = 10
+    DEVICE_RESET = 13
+
+
+class Flag(IntFlag):
+    """Of a header."""
+
+    REPLY = 1
+    NO_REPLY = 0x10
+    ERROR = 0x20
+
+
+class IrqFlag(IntFlag):
+    """Of SET_IRQS: what comes along, and what to do with it."""
+
+    DATA_NONE = 1
+    DATA_BOOL = 2
+    DATA_EVENTFD = 4
+    MASK = 8
+    UNMASK = 0x10
+    TRIGGER = 0x20
+
+
+class ProtocolError(Exception):
+    """The client sent something after which the stream cannot be understood any more."""
+
+
+class Message(NamedTuple):
+    """One request."""
+
+    number: int
+    command: int
+    flags: int
+    payload: bytes
+    fds: Sequence[int] = ()  #: whoever gets the message closes them
+
+
+class Decoder:
+    """Takes what arrives apart into messages.
+
+    Descriptors given to :meth:`receive` belong to the last message that begins in the same
+    data: the kernel ends a read where the data that carried descriptors ends.
+    """
+
+    def __init__(self) -> None:
+        self._data = b""
+        self._fds: dict[int, Sequence[int]] = {}  # by where their message begins
+
+    def receive(self, data: bytes, fds: Sequence[int] = ()) -> Iterator[Message]:
+        """The messages that are complete now.  ProtocolError."""
+        data = self._data + data if self._data else data
+        self._data = b""
+        at, messages = 0, []
+        while len(data) - at >= HEADER.size:
+            number, command, size, flags, _ = HEADER.unpack_from(data, at)
+            if not HEADER.size <= size <= LARGEST_MESSAGE:
+                raise ProtocolError(f"a message of {size} bytes")
+            if flags & 0xF or flags & Flag.ERROR:
+                raise ProtocolError("a reply to what was never asked")
+            if len(data) - at < size:
+                break
+            messages.append((number, command, flags, data[at + HEADER.size : at + size], at))
+            at += size
+        self._data = data[at:]
+        if fds:
+            where = at if self._data else messages[-1][4]
+            self._fds[where] = [*self._fds.get(where, ()), *fds]
+        for number, command, flags, payload, began in messages:
+            yield Message(number, command, flags, payload, self._fds.pop(began, ()))
+        # What is left waits at the front now.
+        self._fds = {where - at: waiting for where, waiting in self._fds.items()}
+
+    def pending_fds(self) -> list[int]:
+        """The descriptors of a message that never came whole."""
+        return [fd for fds in self._fds.values() for fd in fds]
+
+
+def reply(message: Message, payload: bytes = b"") -> bytes:
+    """The answer to ``message``."""
+    size = HEADER.size + len(payload)
+    return HEADER.pack(message.number, message.command, size, 1, 0) + payload
+
+
+def refusal(message: Message, code: int) -> bytes:
+    """The answer that ``message`` failed with an errno."""
+    flags = Flag.REPLY | Flag.ERROR
+    return HEADER.pack(message.number, message.command, HEADER.size, flags, code)
+
+
+def encode_version(payload: bytes) -> bytes:
+    """The answer to the client's version, whose payload is given.  OSError EINVAL."""
+    if len(payload) < _VERSION.size:
+        raise OSError(errno.EINVAL, "no version")
+    major, _ = _VERSION.unpack_from(payload)
+    if major != 0:
+        raise OSError(errno.EINVAL, f"version {major}: this is version 0")
+    if len(payload) > _VERSION.size:
+        try:
+            wanted = json.loads(payload[_VERSION.size :].rstrip(b"\0"))
+        except (ValueError, RecursionError):
+            raise OSError(errno.EINVAL, "the capabilities are no JSON") from None
+        if not isinstance(wanted, dict):
+            raise OSError(errno.EINVAL, "the capabilities are no JSON object")
+    capabilities = {
+        "max_msg_fds": VFIO_DESCRIPTORS,
+        "max_data_xfer_size": VFIO_TRANSFER,
+        "max_dma_maps": DMA_REGIONS,
+        "pgsizes": 4096,
+    }
+    return _VERSION.pack(0, 0) + json.dumps({"capabilities": capabilities}).encode() + b"\0"

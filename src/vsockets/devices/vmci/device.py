@@ -1,0 +1,234 @@
+"""The PCI device: registers, interrupts, and datagrams in and out of the guest's memory.
+
+Two ways to carry datagrams, by what the driver knows.  Since Linux 5.18 it gives the addresses
+of two buffers, one for each direction (:mod:`.dma`); before, it moves byte by byte through two
+I/O ports (:mod:`.byte_ports`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from ...limits import GUEST_DATAGRAMS, GUEST_QUEUE
+from ..guest_memory import GuestMemory
+from ..vfio_user import ConfigSpace, Identity, Interrupts, Irq, Region, pci
+from .byte_ports import BytePorts
+from .datagrams import Code, Datagram
+from .dma import DmaBuffers
+from .registers import (
+    IO_BAR,
+    MMIO_BAR,
+    MMIO_REGISTERS,
+    MSIX_PENDING,
+    MSIX_TABLE,
+    OLD_MSIX_BAR,
+    VECTORS,
+    Caps,
+    Cause,
+    Control,
+    Register,
+)
+
+log = logging.getLogger(__name__)
+
+_IDENTITY = Identity(0x15AD, 0x0740, 0x15AD, 0x0740, 0x088000, 0x10)
+_FOUR_KIB = 12
+_LARGEST_PAGE_SHIFT = 16
+
+
+class VmciDevice:
+    """A VMCI device; ``legacy`` is one as before Linux 5.18, with I/O ports.
+
+    ``perform`` is called with each datagram from the guest and returns its result.
+    """
+
+    def __init__(
+        self,
+        perform: Callable[[Datagram], int],
+        legacy: bool = False,
+        on_reset: Callable[[], None] = lambda: None,
+        on_unmap: Callable[[int, int], None] = lambda address, size: None,
+    ) -> None:
+        self.memory = GuestMemory()
+        self._perform = perform
+        self._on_reset = on_reset
+        self._on_unmap = on_unmap
+        vectors = 2 if legacy else 3
+        self.interrupts = Interrupts({Irq.INTX: 1, Irq.MSI: 1, Irq.MSIX: vectors})
+        self.regions: Mapping[Region, int]
+        if legacy:
+            self.regions = {Region.BAR0: IO_BAR, Region.BAR1: OLD_MSIX_BAR}
+            self._base, self._registers = 0, Region.BAR0
+            self._caps = Caps.DATAGRAM | Caps.NOTIFICATIONS | Caps.PPN64
+        else:
+            self.regions = {Region.BAR1: MMIO_BAR}
+            self._base, self._registers = MMIO_REGISTERS, Region.BAR1
+            self._caps = Caps.DATAGRAM | Caps.NOTIFICATIONS | Caps.PPN64 | Caps.DMA_DATAGRAM
+        self.regions = {**self.regions, Region.CONFIG: pci.SIZE}
+        capabilities = [pci.msix(vectors, 1, MSIX_TABLE, MSIX_PENDING), pci.msi()]
+        self._config = ConfigSpace(_IDENTITY, capabilities, io_bars=[0] if legacy else [])
+        #: for the guest, encoded; control packets and events, and datagrams of programs
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._dma = DmaBuffers(self.memory)
+        self._ports = BytePorts(self._run, self._take)
+        self._power_on()
+
+    # What the hypervisor does
+
+    @property
+    def page_size(self) -> int:
+        """The guest's, in bytes."""
+        return 1 << self._page_shift
+
+    @property
+    def wide_pages(self) -> bool:
+        """Whether page numbers have 64 bits rather than 32."""
+        return bool(self._in_use & Caps.PPN64)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the guest may be sent more datagrams of programs."""
+        return self._waiting_bytes < GUEST_QUEUE
+
+    @property
+    def is_overwhelmed(self) -> bool:
+        """Whether so much waits for the guest that it may ask for nothing more."""
+        return len(self._waiting) >= GUEST_DATAGRAMS
+
+    def deliver(self, datagram: bytes) -> None:
+        """Send the guest a datagram, encoded.
+
+        It is queued without limit; whoever sends what can be many looks at :attr:`has_room`.
+        """
+        self._waiting.append(datagram)
+        self._waiting_bytes += len(datagram)
+        if len(self._waiting) == 1:
+            self._interrupt(Cause.DATAGRAM)
+
+    def notify(self) -> None:
+        """The notification bitmap has changed."""
+        self._interrupt(Cause.NOTIFICATION)
+
+    # What the client does
+
+    def read(self, region: int, offset: int, count: int) -> bytes:
+        """As :class:`vsockets.devices.vfio_user.Device` says."""
+        if region == Region.CONFIG:
+            return self._config.read(offset, count)
+        if region == self._registers:
+            register = offset - self._base
+            if count == 4:
+                return self._load(register).to_bytes(4, "little")
+            if register == Register.DATA_IN and self._base == 0:
+                return self._ports.read(count)
+        return bytes(count)
+
+    def write(self, region: int, offset: int, data: bytes) -> None:
+        """As :class:`vsockets.devices.vfio_user.Device` says."""
+        if region == Region.CONFIG:
+            self._config.write(offset, data)
+        elif region == self._registers:
+            register = offset - self._base
+            if len(data) == 4:
+                self._store(register, int.from_bytes(data, "little"))
+            elif register == Register.DATA_OUT and self._base == 0:
+                self._ports.write(data)
+
+    def reset(self) -> None:
+        """As :class:`vsockets.devices.vfio_user.Device` says."""
+        self._config.reset()
+        self._restart()
+
+    def forget_memory(self, address: int, size: int) -> None:
+        """As :class:`vsockets.devices.vfio_user.Device` says."""
+        self._on_unmap(address, size)
+
+    # Registers
+
+    def _power_on(self) -> None:
+        self._in_use = Caps(0)
+        self._page_shift = _FOUR_KIB
+        self._cause = self._mask = 0
+        self._interrupting = False
+        self._result = 0
+        self._dma.reset()
+        self._ports.reset()
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+    def _restart(self) -> None:
+        self._on_reset()
+        self._power_on()
+
+    def _load(self, register: int) -> int:
+        if register == Register.RESULT_LOW:
+            return self._result & 0xFFFF_FFFF
+        if register == Register.ICR:
+            cause, self._cause = self._cause, 0
+            return cause
+        if register == Register.CAPS:
+            return self._caps
+        if register == Register.STATUS:
+            return int(self._interrupting)
+        if register == Register.IMR:
+            return self._mask
+        if register == Register.RESULT_HIGH:
+            return 0xFFFF_FFFF if self._result < 0 else 0
+        return 0
+
+    def _store(self, register: int, value: int) -> None:
+        if register == Register.DATA_OUT_LOW:
+            self._dma.take_in(value, self._run)
+        elif register == Register.DATA_IN_LOW:
+            if self._dma.hand_out(value, self._waiting, self._took):
+                self._interrupt(Cause.DMA_DATAGRAM)
+            if self._waiting:
+                self._interrupt(Cause.DATAGRAM)
+        elif register == Register.DATA_OUT_HIGH:
+            self._dma.out_high = value << 32
+        elif register == Register.DATA_IN_HIGH:
+            self._dma.in_high = value << 32
+        elif register == Register.CONTROL:
+            self._control(value)
+        elif register == Register.IMR:
+            self._mask = value
+        elif register == Register.CAPS:
+            self._in_use = self._caps & value
+        elif register == Register.GUEST_PAGE_SHIFT and _FOUR_KIB <= value <= _LARGEST_PAGE_SHIFT:
+            self._page_shift = value
+
+    def _control(self, value: int) -> None:
+        if value & Control.RESET:
+            self._restart()
+        if value & Control.INT_DISABLE:
+            self._interrupting = False
+        if value & Control.INT_ENABLE:
+            self._interrupting = True
+            if self._waiting:
+                self._interrupt(Cause.DATAGRAM)
+
+    def _interrupt(self, cause: Cause) -> None:
+        self._cause |= cause
+        if self._interrupting and self._mask & cause:
+            self.interrupts.fire(VECTORS[cause])
+
+    # Datagrams
+
+    def _run(self, data: bytes) -> int:
+        datagram = Datagram.decode(data)
+        self._result = Code.INVALID_ARGS if datagram is None else self._perform(datagram)
+        return self._result
+
+    def _took(self, size: int) -> None:
+        self._waiting_bytes -= size
+
+    def _take(self) -> bytes | None:
+        """The next datagram for the byte port."""
+        if not self._waiting:
+            return None
+        datagram = self._waiting.popleft()
+        self._waiting_bytes -= len(datagram)
+        return datagram

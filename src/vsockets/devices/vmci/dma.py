@@ -1,0 +1,97 @@
+"""Datagrams through two buffers in the guest's memory.
+
+Each buffer begins with a header: busy, operation, size, unused, and a 64-bit result.  The
+guest writes the buffer's address to a register.  Sending, it waits with interrupts off until
+busy is 0; receiving, until busy is 1 and the interrupt for that comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections import deque
+from collections.abc import Callable
+
+from ...limits import SCATTER_ELEMENTS
+from ..guest_memory import BadAddress, GuestMemory, ScatterList
+from .datagrams import HEADER, LARGEST, TERMINATOR, Code
+
+_BUFFER = struct.Struct("<IIIIq")
+_RESULT_AT = 16
+_ELEMENT = struct.Struct("<QQ")
+
+_INLINE, _SCATTERED = 0, 1
+
+
+class DmaBuffers:
+    """The two buffers, by what the guest wrote last of their addresses."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self.reset()
+
+    def reset(self) -> None:
+        """The upper halves of the addresses are unknown."""
+        self.out_high = self.in_high = 0
+
+    def take_in(self, low: int, run: Callable[[bytes], int]) -> None:
+        """The guest sends the datagram in the buffer at ``low``: have it ``run``."""
+        try:
+            header = self._memory.view(self.out_high | low, _BUFFER.size)
+        except BadAddress:
+            run(b"")
+            return
+        _, operation, size, _, _ = _BUFFER.unpack(bytes(header))
+        data = b""
+        if operation == _INLINE and HEADER.size <= size <= LARGEST:
+            with contextlib.suppress(BadAddress):
+                data = bytes(self._memory.view((self.out_high | low) + _BUFFER.size, size))
+        result = run(data)
+        header[_RESULT_AT:] = result.to_bytes(8, "little", signed=True)
+        header[:4].cast("I")[0] = 0  # last, and at once: the guest looks at it all the time
+
+    def hand_out(self, low: int, waiting: deque[bytes], took: Callable[[int], None]) -> bool:
+        """Put what is ``waiting`` into the buffer at ``low``, as far as whole datagrams fit.
+
+        Calls ``took`` with the size of each.  Returns whether the guest waits for a word.
+        """
+        try:
+            header = self._memory.view(self.in_high | low, _BUFFER.size)
+            room = self._room(bytes(header), (self.in_high | low) + _BUFFER.size)
+        except BadAddress:
+            return False
+        at = 0
+        while waiting:
+            size = len(waiting[0])
+            padded = (size + 7) & ~7
+            if at + padded > room.size:
+                break
+            _put(room, at, waiting.popleft())
+            took(size)
+            at += padded
+        if at + len(TERMINATOR) <= room.size:
+            _put(room, at, TERMINATOR)
+        header[_RESULT_AT:] = Code.SUCCESS.to_bytes(8, "little")
+        header[:4].cast("I")[0] = 1
+        return True
+
+    def _room(self, header: bytes, elements_at: int) -> ScatterList:
+        _, operation, count, _, _ = _BUFFER.unpack(header)
+        if operation != _SCATTERED or not 0 < count <= SCATTER_ELEMENTS:
+            raise BadAddress(f"a buffer of {count} elements")
+        elements = bytes(self._memory.view(elements_at, count * _ELEMENT.size))
+        left = LARGEST
+        views = []
+        for address, size in _ELEMENT.iter_unpack(elements):
+            size = min(size, left)
+            left -= size
+            if size:
+                views.append(self._memory.view(address, size))
+        return ScatterList(views)
+
+
+def _put(room: ScatterList, at: int, data: bytes) -> None:
+    done = 0
+    for view in room.window(at, len(data)):
+        view[:] = data[done : done + len(view)]
+        done += len(view)

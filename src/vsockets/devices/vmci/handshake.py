@@ -1,0 +1,160 @@
+"""How two sides agree on a stream: control packets in, control packets out, no I/O.
+
+The guest connects::
+
+    guest                         device
+    REQUEST2 size, protocols  →        asks the fabric
+                              ←   NEGOTIATE2 size, protocol      or RST
+    allocates the queue pair
+    OFFER handle              →
+                              ←   ATTACH handle                  both are connected
+
+Somebody connects to the guest: the same with the sides changed, but that the guest still
+brings the memory, when it attaches to the queue pair that we only give a name::
+
+                              ←   REQUEST2 size, protocols
+    NEGOTIATE2 size, protocol →                                  or RST
+                              ←   OFFER handle
+    attaches with its pages
+    ATTACH handle             →                                  both are connected
+
+Version 1 has REQUEST and NEGOTIATE in their place, and the older flow control.  Who does not
+know a packet answers INVALID; REQUEST2 is then followed by REQUEST.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from ...buffers import BufferSizes
+from .datagrams import Handle
+from .packets import Kind, Packet, Protocol, handle_value
+
+
+@dataclass(slots=True)
+class Step:
+    """What one event leads to."""
+
+    #: to send: kind, value, protocol
+    packets: list[tuple[Kind, int, int]] = field(default_factory=list)
+    handle: Handle | None = None  #: the stream is established, with this queue pair
+    error: int = 0  #: it has failed, with this errno
+
+    def send(self, kind: Kind, value: int = 0, protocol: int = 0) -> Step:
+        """This step, with one more packet."""
+        self.packets.append((kind, value, protocol))
+        return self
+
+
+def _fail(error: int, tell: bool = True) -> Step:
+    step = Step(error=error)
+    return step.send(Kind.RST) if tell else step
+
+
+class State(Enum):
+    """Where a handshake is.  What it waits for stands beside."""
+
+    ASKING = auto()  #: the fabric's answer
+    REQUESTED = auto()  #: NEGOTIATE or NEGOTIATE2
+    NEGOTIATED = auto()  #: OFFER
+    OFFERED = auto()  #: ATTACH
+    OVER = auto()
+
+
+#: Whether a queue pair with this handle and these sizes is there, and nobody's yet.
+FindQueuePair = Callable[[Handle, int], bool]
+
+
+class Accepting:
+    """The guest connects; its first packet is ``request``."""
+
+    def __init__(self, request: Packet, find: FindQueuePair) -> None:
+        self.state = State.ASKING
+        self.wanted = request.value  #: the size the guest proposes, in bytes
+        self.older = request.kind == Kind.REQUEST
+        self.size = 0
+        self._protocol = request.protocol & Protocol.QUEUE_STATE
+        self._find = find
+        self._possible = self.wanted > 0 and (self.older or self._protocol)
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is anything to ask the fabric for."""
+        return bool(self._possible)
+
+    def accepted(self, size: int) -> Step:
+        """The fabric has connected the stream, with this size."""
+        self.state, self.size = State.NEGOTIATED, size
+        kind = Kind.NEGOTIATE if self.older else Kind.NEGOTIATE2
+        return Step().send(kind, size, self._protocol)
+
+    def refused(self, error: int) -> Step:
+        """It has not."""
+        self.state = State.OVER
+        return _fail(error)
+
+    def receive(self, packet: Packet) -> Step:
+        """A packet of the guest."""
+        waits = self.state is State.NEGOTIATED
+        self.state = State.OVER
+        if packet.kind == Kind.RST:
+            return _fail(errno.ECONNRESET, tell=False)
+        if packet.kind != Kind.OFFER or not waits or not self._find(packet.handle, self.size):
+            return _fail(errno.ECONNRESET)
+        return Step(handle=packet.handle).send(Kind.ATTACH, packet.value)
+
+
+class Connecting:
+    """Somebody connects to the guest; ``handle`` is what the queue pair will be called."""
+
+    def __init__(
+        self, sizes: BufferSizes, handle: Handle, find: FindQueuePair, older: bool = False
+    ) -> None:
+        self.state = State.REQUESTED
+        self.handle = handle
+        self.older = older
+        self.size = 0
+        self._sizes = sizes
+        self._find = find
+        self._fell_back = False
+
+    def begin(self) -> Step:
+        """The first packet."""
+        if self.older:
+            return Step().send(Kind.REQUEST, self._sizes.size)
+        return Step().send(Kind.REQUEST2, self._sizes.size, Protocol.QUEUE_STATE)
+
+    def receive(self, packet: Packet) -> Step:
+        """A packet of the guest."""
+        kind = packet.kind
+        if self.state is State.REQUESTED:
+            if kind == (Kind.NEGOTIATE if self.older else Kind.NEGOTIATE2):
+                return self._negotiated(packet)
+            if kind == Kind.INVALID and not self.older:
+                self.older = self._fell_back = True
+                return self.begin()
+            if kind == Kind.RST and self._fell_back:
+                # Who answers INVALID may send a RST after it: it is for the first request.
+                self._fell_back = False
+                return Step()
+        elif self.state is State.OFFERED and self._is_attached(packet):
+            self.state = State.OVER
+            return Step(handle=self.handle)
+        self.state = State.OVER
+        return _fail(errno.ECONNRESET, tell=kind != Kind.RST)
+
+    def _is_attached(self, packet: Packet) -> bool:
+        ours = packet.kind == Kind.ATTACH and packet.handle == self.handle
+        return ours and self._find(self.handle, self.size)
+
+    def _negotiated(self, packet: Packet) -> Step:
+        size = packet.value
+        known = self.older or packet.protocol == Protocol.QUEUE_STATE
+        if not known or not self._sizes.minimum <= size <= self._sizes.maximum or not size:
+            self.state = State.OVER
+            return _fail(errno.EINVAL)
+        self.state, self.size = State.OFFERED, size
+        return Step().send(Kind.OFFER, handle_value(self.handle))

@@ -1,0 +1,262 @@
+"""What the hypervisor does for one guest: its hypercalls, and where its datagrams go.
+
+The guest is hostile.  What it can make us hold is counted against :mod:`vsockets.limits`, and
+its context is the one the device was attached to, whatever its datagrams say.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Callable
+from typing import Protocol
+
+from ...constants import VMADDR_CID_HYPERVISOR
+from ...limits import (
+    DOORBELLS,
+    QUEUE_PAIR_MEMORY,
+    QUEUE_PAIRS,
+)
+from ..guest_memory import BadAddress
+from . import packets
+from .datagrams import (
+    LAST_HYPERCALL,
+    Code,
+    Datagram,
+    Event,
+    Handle,
+    Hypercall,
+    context_event,
+    queue_pair_event,
+)
+from .device import VmciDevice
+from .packets import Packet
+from .queue_pair import QueuePair, pages_of
+
+log = logging.getLogger(__name__)
+
+_ALLOC = struct.Struct("<IIIIQQQ")
+_HANDLE = struct.Struct("<II")
+_LINK = struct.Struct("<IIQ")
+_ATTACH_ONLY = 1
+_ALL_FLAGS = 0xF
+_MOST_QUERIED = 31
+
+
+class Sockets(Protocol):
+    """vSockets, as the hypervisor sees them."""
+
+    def receive(self, peer: int, packet: Packet) -> int:
+        """A control packet for a socket of the context ``peer``; returns a code."""
+
+    def send_datagram(self, port: int, destination: tuple[int, int], payload: bytes) -> int:
+        """A datagram from the guest's ``port``; returns a code, or the bytes sent."""
+
+    def expects(self, handle: Handle, sizes: tuple[int, int]) -> bool:
+        """Whether the guest may attach to a queue pair of ours that has this handle."""
+
+    def detached(self, queue_pair: QueuePair) -> None:
+        """The guest takes the queue pair's memory back when this returns."""
+
+
+class Hypervisor:
+    """Serves the guest of context ``cid``; ``device`` and ``sockets`` are set before use."""
+
+    device: VmciDevice
+    sockets: Sockets
+
+    def __init__(self, cid: int) -> None:
+        self.cid = cid
+        self._queue_pairs: dict[Handle, QueuePair] = {}
+        self._queue_pair_memory = 0
+        self._bitmap: memoryview | None = None
+        self._doorbells: dict[Handle, int] = {}
+        self._hypercalls: dict[int, Callable[[bytes], int]] = {
+            Hypercall.RESOURCES_QUERY: self._query,
+            Hypercall.GET_CONTEXT_ID: lambda _: self.cid,
+            Hypercall.SET_NOTIFY_BITMAP: self._set_bitmap,
+            Hypercall.DOORBELL_LINK: self._link,
+            Hypercall.DOORBELL_UNLINK: self._unlink,
+            Hypercall.DOORBELL_NOTIFY: self._ring,
+            Hypercall.EVENT_SUBSCRIBE: self._subscribe,
+            Hypercall.EVENT_UNSUBSCRIBE: self._subscribe,
+            Hypercall.QUEUEPAIR_ALLOC: self._alloc,
+            Hypercall.QUEUEPAIR_DETACH: self._detach,
+        }
+
+    def perform(self, datagram: Datagram) -> int:
+        """Do what a datagram of the guest asks; returns its result."""
+        destination, source, payload = datagram
+        if destination.context == VMADDR_CID_HYPERVISOR:
+            hypercall = self._hypercalls.get(destination.resource)
+            if hypercall is not None:
+                return hypercall(payload)
+            if destination.resource <= LAST_HYPERCALL:
+                return Code.INVALID_RESOURCE
+            control = packets.HYPERVISOR_RESOURCE
+        else:
+            control = packets.RESOURCE
+        if destination.resource == control and source.resource == packets.RESOURCE:
+            packet = Packet.decode(payload)
+            if packet is None:
+                return Code.INVALID_ARGS
+            if self.device.is_overwhelmed:
+                return Code.NO_RESOURCES
+            result = self.sockets.receive(destination.context, packet)
+        else:
+            result = self.sockets.send_datagram(source.resource, destination, payload)
+        return result
+
+    # What happens to the guest
+
+    def queue_pair(self, handle: Handle) -> QueuePair | None:
+        """The guest's queue pair with this handle."""
+        return self._queue_pairs.get(handle)
+
+    def tell_detached(self, queue_pair: QueuePair) -> None:
+        """The other end has gone; the guest may still read what is in its pages."""
+        event = queue_pair_event(self.cid, Event.QP_PEER_DETACH, queue_pair.handle, queue_pair.peer)
+        self.device.deliver(event)
+
+    def tell_resumed(self) -> None:
+        """No stream has outlived what happened to the virtual machine."""
+        self.device.deliver(context_event(self.cid, Event.QP_RESUMED, self.cid))
+
+    def tell_removed(self, cid: int) -> None:
+        """The context ``cid`` is no more."""
+        self.device.deliver(context_event(self.cid, Event.CTX_REMOVED, cid))
+
+    def change_cid(self, cid: int) -> None:
+        """The guest has another CID from now on."""
+        self.device.deliver(context_event(cid, Event.CTX_ID_UPDATE, cid))
+        self.cid = cid
+
+    def reset(self) -> None:
+        """The guest starts anew; its memory is intact yet."""
+        for queue_pair in list(self._queue_pairs.values()):
+            self.sockets.detached(queue_pair)
+        self._queue_pairs.clear()
+        self._queue_pair_memory = 0
+        self._bitmap = None
+        self._doorbells.clear()
+
+    def forget_memory(self, address: int, size: int) -> None:
+        """This memory goes away, and with it what was in it."""
+        for queue_pair in list(self._queue_pairs.values()):
+            if queue_pair.touches(address, size):
+                self._release(queue_pair)
+        self._bitmap = None
+
+    # Hypercalls
+
+    def _query(self, payload: bytes) -> int:
+        if len(payload) < _HANDLE.size:
+            return Code.INVALID_ARGS
+        count, _ = _HANDLE.unpack_from(payload)
+        if count > _MOST_QUERIED or len(payload) < _HANDLE.size + 4 * count:
+            return Code.INVALID_ARGS
+        asked = struct.unpack_from(f"<{count}I", payload, _HANDLE.size)
+        return sum(1 << place for place, number in enumerate(asked) if number in self._hypercalls)
+
+    @staticmethod
+    def _subscribe(payload: bytes) -> int:
+        # Every guest gets every event that concerns it.
+        if len(payload) < _HANDLE.size:
+            return Code.INVALID_ARGS
+        event, _ = _HANDLE.unpack_from(payload)
+        return Code.SUCCESS if event in Event.__members__.values() else Code.EVENT_UNKNOWN
+
+    def _set_bitmap(self, payload: bytes) -> int:
+        width = 8 if self.device.wide_pages else 4
+        if len(payload) < width:
+            return Code.INVALID_ARGS
+        page = int.from_bytes(payload[:width], "little")
+        size = self.device.page_size
+        try:
+            self._bitmap = self.device.memory.view(page * size, size)
+        except BadAddress:
+            return Code.INVALID_ARGS
+        return Code.SUCCESS
+
+    def _link(self, payload: bytes) -> int:
+        if len(payload) < _LINK.size:
+            return Code.INVALID_ARGS
+        context, resource, index = _LINK.unpack_from(payload)
+        if index >= self.device.page_size or len(self._doorbells) >= DOORBELLS:
+            return Code.INVALID_ARGS
+        handle = Handle(context, resource)
+        if handle in self._doorbells:
+            return Code.ALREADY_EXISTS
+        self._doorbells[handle] = index
+        return Code.SUCCESS
+
+    def _unlink(self, payload: bytes) -> int:
+        if len(payload) < _HANDLE.size:
+            return Code.INVALID_ARGS
+        handle = Handle(*_HANDLE.unpack_from(payload))
+        return Code.NOT_FOUND if self._doorbells.pop(handle, None) is None else Code.SUCCESS
+
+    def _ring(self, payload: bytes) -> int:
+        # A guest's doorbells are rung by the guest itself; vSockets do without them.
+        if len(payload) < _HANDLE.size:
+            return Code.INVALID_ARGS
+        index = self._doorbells.get(Handle(*_HANDLE.unpack_from(payload)))
+        if index is None:
+            return Code.NOT_FOUND
+        if self._bitmap is not None:
+            self._bitmap[index] = 1
+            self.device.notify()
+        return Code.SUCCESS
+
+    # Queue pairs
+
+    def _alloc(self, payload: bytes) -> int:
+        if len(payload) < _ALLOC.size:
+            return Code.INVALID_ARGS
+        context, resource, peer, flags, produce, consume, count = _ALLOC.unpack_from(payload)
+        handle = Handle(context, resource)
+        if flags & ~_ALL_FLAGS or not produce or not consume:
+            return Code.INVALID_ARGS
+        if max(produce, consume) > QUEUE_PAIR_MEMORY:
+            return Code.NO_RESOURCES
+        size = self.device.page_size
+        if count != pages_of(produce, consume, size):
+            return Code.INVALID_ARGS
+        width = 8 if self.device.wide_pages else 4
+        if len(payload) - _ALLOC.size != count * width:
+            return Code.INVALID_ARGS
+        if handle in self._queue_pairs:
+            return Code.ALREADY_EXISTS
+        full = len(self._queue_pairs) >= QUEUE_PAIRS
+        if full or self._queue_pair_memory + count * size > QUEUE_PAIR_MEMORY:
+            return Code.NO_RESOURCES
+        attaching = bool(flags & _ATTACH_ONLY)
+        # One that is created is of the guest's context; one attached to is ours, and offered.
+        if attaching != self.sockets.expects(handle, (produce, consume)):
+            return Code.NOT_FOUND if attaching else Code.NO_ACCESS
+        form = f"<{count}{'Q' if width == 8 else 'I'}"
+        pages = [page * size for page in struct.unpack_from(form, payload, _ALLOC.size)]
+        if len(set(pages)) != len(pages):
+            return Code.INVALID_ARGS
+        try:
+            queue_pair = QueuePair(self.device.memory, handle, peer, produce, consume, pages, size)
+        except BadAddress as error:
+            log.info("a queue pair with pages that are none: %s", error)
+            return Code.INVALID_ARGS
+        self._queue_pairs[handle] = queue_pair
+        self._queue_pair_memory += count * size
+        return Code.QUEUEPAIR_ATTACHED if attaching else Code.QUEUEPAIR_CREATED
+
+    def _detach(self, payload: bytes) -> int:
+        if len(payload) < _HANDLE.size:
+            return Code.INVALID_ARGS
+        queue_pair = self._queue_pairs.get(Handle(*_HANDLE.unpack_from(payload)))
+        if queue_pair is not None:
+            self._release(queue_pair)
+        # Also when it is not known: else the guest would keep the pages for ever.
+        return Code.SUCCESS
+
+    def _release(self, queue_pair: QueuePair) -> None:
+        self.sockets.detached(queue_pair)
+        del self._queue_pairs[queue_pair.handle]
+        self._queue_pair_memory -= queue_pair.pages * self.device.page_size

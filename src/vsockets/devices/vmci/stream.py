@@ -1,0 +1,358 @@
+"""An established stream: bytes between a queue pair and a socket, and how it ends.
+
+Guest to host, the guest says WROTE when its queue stops being empty.  A guest that writes little
+and often would say so each time, which costs it and us more than the data.  So while data keeps
+coming, the last byte is taken and not given back: the queue never looks empty, nothing is said,
+and we look at it by ourselves every :data:`LOOK_AGAIN`.  Once nothing came for some looks the
+byte is given back, and the queue looked at once more, so no wake-up is lost.
+
+How streams end, by who begins:
+
+====================  ====================================================================
+guest shuts down      SHUTDOWN comes; what is in the queue is sent first, then the socket shut
+guest closes          nothing comes but, later, the queue pair's detaching: what is in it is
+                      copied before the guest gets its pages back, and sent in our own time
+program shuts down    end of file on the socket: SHUTDOWN goes, after all the data
+program closes        SHUTDOWN for both directions goes, and the event that the peer has
+                      detached; the guest reads what is left and detaches
+====================  ====================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+from collections.abc import Callable
+from socket import SHUT_RD, SHUT_RDWR, SHUT_WR
+
+from ...limits import LOOK_AGAIN, LOOKS, PUMP_ROUNDS
+from ..loop import DeviceLoop
+from ..pump import pull, push
+from .flow import QueueState, Send, Waiting
+from .packets import Kind, Shutdown
+from .queue_pair import BrokenQueue, QueuePair
+
+_IN, _OUT = select.EPOLLIN | select.EPOLLRDHUP, select.EPOLLOUT
+_HUP = select.EPOLLHUP | select.EPOLLERR
+
+#: So many WROTE in a row, with nothing sent the other way, are a flow that is worth looking at.
+_FLOWING = 3
+
+
+class Stream:
+    """One of them.  ``sock`` becomes the stream's.
+
+    ``finished`` is called when the socket is closed, ``hung_up`` when the program has closed,
+    ``broken`` when the guest's indices are none.
+    """
+
+    def __init__(
+        self,
+        loop: DeviceLoop,
+        sock: socket.socket,
+        queue_pair: QueuePair,
+        send: Send,
+        older: bool,
+        hung_up: Callable[[], None],
+        finished: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self.queue_pair: QueuePair | None = queue_pair
+        self._in, self._out = queue_pair.inbound, queue_pair.outbound
+        self._send = send
+        self._flow: QueueState | Waiting = Waiting(send) if older else QueueState(send)
+        self._may_look = not older
+        self._hung_up, self._finished = hung_up, finished
+        self._reading = self._writing = True  # from the socket, to it
+        self._guest_is_done = False  # the guest sends nothing more
+        self._told_end = False
+        self._rest = memoryview(b"")  # of a queue pair that was detached
+        self._wrotes = 0
+        self._looks = 0  # left; 0: it is not looked at
+        self._interest = _IN
+        self._again_later = False
+
+    def begin(self) -> None:
+        """Let bytes flow."""
+        self._loop.watch_for(self._sock.fileno(), self._ready, self._interest)
+        self._flow.starving()
+
+    # Events
+
+    def receive(self, kind: int, value: int) -> None:
+        """A packet of the guest."""
+        if self.queue_pair is None:
+            return
+        try:
+            if kind == Kind.WROTE:
+                self._wrotes += 1
+                self._flow.receive(kind, False, False)
+                self._pump_in()
+            elif kind == Kind.READ:
+                self._flow.receive(kind, False, False)
+                self._resume_reading()
+            elif kind in (Kind.WAITING_READ, Kind.WAITING_WRITE):
+                room = self._in.ready() < self._in.size - 1
+                self._flow.receive(kind, not self._out.is_empty, room)
+                if not room:
+                    self._pump_in()
+            elif kind == Kind.SHUTDOWN:
+                self._guest_shuts_down(value)
+            elif kind == Kind.RST:
+                self._guest_shuts_down(Shutdown.SEND | Shutdown.RECEIVE)
+                self._told_end = True
+        except BrokenQueue:
+            self.abort()
+
+    def detached(self) -> None:
+        """The guest takes its pages back when this returns."""
+        if self.queue_pair is None:
+            return
+        self._looks = 0
+        with contextlib.suppress(BrokenQueue):
+            self._take_rest()
+        self.queue_pair = None
+        self._reading = False
+        self._told_end = True
+        self._flush_rest()
+
+    def abort(self) -> None:
+        """End it at once, for both sides."""
+        self._rest = memoryview(b"")
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(SHUT_RDWR)
+        self._hang_up()
+        self._close()
+
+    @property
+    def left(self) -> int:
+        """Bytes that are held for a socket which does not take them."""
+        return len(self._rest)
+
+    def _ready(self, events: int) -> None:
+        try:
+            if self.queue_pair is None:
+                if events & (_HUP | _OUT):
+                    self._flush_rest()
+                return
+            if events & _OUT:
+                self._pump_in()
+            if events & (_IN | _HUP) and self._sock.fileno() >= 0:
+                if self._reading:
+                    self._pump_out(events)
+                elif events & _HUP:
+                    self._hang_up()
+        except BrokenQueue:
+            self.abort()
+
+    # Guest to socket
+
+    def _pump_in(self) -> None:
+        inbound = self._in
+        if not self._writing:
+            # Nobody will read it; the guest must not wait for room.
+            inbound.consume(inbound.ready())
+            self._flow.read(inbound.publish(), inbound.position)
+            return
+        moved = False
+        for _ in range(PUMP_ROUNDS):
+            ready = inbound.ready()
+            if not ready:
+                break
+            try:
+                sent = push(self._sock, inbound.window(ready))
+            except OSError:
+                self._socket_takes_nothing()
+                return
+            if not sent:
+                self._flow.read(inbound.publish(), inbound.position)
+                self._want(self._interest | _OUT)
+                return
+            moved = True
+            inbound.consume(sent)
+            self._flow.read(inbound.publish(self._withhold()), inbound.position)
+        else:
+            self._again()
+        if self._interest & _OUT:
+            self._want(self._interest & ~_OUT)
+        if self._looks or self._is_flowing():
+            self._keep_looking(moved)
+        elif not ready:
+            self._is_drained()
+
+    def _is_drained(self) -> None:
+        if self._guest_is_done and self._writing:
+            self._writing = False
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(SHUT_WR)
+        elif not self._guest_is_done:
+            self._flow.starving()
+
+    def _socket_takes_nothing(self) -> None:
+        """The program has closed, or stopped receiving."""
+        self._writing = False
+        self._looks = 0
+        self._in.consume(self._in.ready())
+        self._flow.read(self._in.publish(), self._in.position)
+        if not self._told_end:
+            self._send(Kind.SHUTDOWN, Shutdown.RECEIVE, 0)
+
+    # Looking by ourselves
+
+    def _withhold(self) -> int:
+        return 1 if self._looks or self._is_flowing() else 0
+
+    def _is_flowing(self) -> bool:
+        return self._may_look and self._wrotes >= _FLOWING and not self._guest_is_done
+
+    def _keep_looking(self, moved: bool) -> None:
+        if not self._looks:
+            self._loop.call_later(LOOK_AGAIN, self._look)
+        if moved or not self._looks:
+            self._looks = LOOKS
+
+    def _look(self) -> None:
+        if not self._looks or self.queue_pair is None or not self._writing:
+            self._looks = 0
+            return
+        try:
+            if self._looks == 1 or self._guest_is_done:
+                # Enough: give the byte back.  What came just now said no WROTE.
+                self._looks = self._wrotes = 0
+                self._flow.read(self._in.publish(), self._in.position)
+                self._pump_in()
+                return
+            self._looks -= 1
+            if self._in.ready() and not self._interest & _OUT:
+                self._pump_in()
+        except BrokenQueue:
+            self.abort()
+            return
+        if self._looks:
+            self._loop.call_later(LOOK_AGAIN, self._look)
+
+    # Socket to guest
+
+    def _pump_out(self, events: int = 0) -> None:
+        outbound = self._out
+        for _ in range(PUMP_ROUNDS):
+            free = outbound.free()
+            if not free:
+                self._want(self._interest & ~_IN, events & _HUP)
+                self._flow.blocked()
+                return
+            received = pull(self._sock, outbound.window(free))
+            if received is None:
+                return
+            if not received:
+                self._end_of_file()
+                return
+            self._wrotes = 0
+            self._flow.wrote(outbound.produce(received), outbound.position)
+        if events & _HUP:
+            self._again()
+
+    def _resume_reading(self) -> None:
+        if self._reading:
+            self._want(self._interest | _IN)
+            self._pump_out(_HUP)
+
+    def _end_of_file(self) -> None:
+        self._reading = False
+        self._want(self._interest & ~_IN)
+        poll = select.poll()
+        poll.register(self._sock, 0)
+        if poll.poll(0):
+            self._hang_up()
+        elif not self._told_end:
+            self._send(Kind.SHUTDOWN, Shutdown.SEND, 0)
+
+    def _hang_up(self) -> None:
+        """The program has closed; the guest learns it, and goes on reading what it has."""
+        self._reading = self._writing = False
+        self._looks = 0
+        self._loop.unwatch(self._sock.fileno())
+        self._interest = 0
+        if self.queue_pair is None:
+            self._close()
+        elif not self._told_end:
+            self._told_end = True
+            self._send(Kind.SHUTDOWN, Shutdown.SEND | Shutdown.RECEIVE, 0)
+            self._hung_up()
+
+    # The guest's end of it
+
+    def _guest_shuts_down(self, mode: int) -> None:
+        if mode & Shutdown.RECEIVE and self._reading:
+            self._reading = False
+            self._want(self._interest & ~_IN)
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(SHUT_RD)
+        if mode & Shutdown.SEND and not self._guest_is_done:
+            self._guest_is_done = True
+            self._looks = 0
+            self._pump_in()
+
+    def _take_rest(self) -> None:
+        if not self._writing:
+            return
+        parts: list[bytes] = []
+        while ready := self._in.ready():
+            views = self._in.window(ready)
+            parts += map(bytes, views)
+            self._in.consume(sum(len(view) for view in views))
+            if sum(len(part) for part in parts) >= self._in.size:
+                break  # it writes while we read
+        self._rest = memoryview(b"".join(parts))
+
+    def _flush_rest(self) -> None:
+        while self._rest:
+            try:
+                sent = push(self._sock, [self._rest])
+            except OSError:
+                break
+            if not sent:
+                self._want(_OUT)
+                return
+            self._rest = self._rest[sent:]
+        self._close()
+
+    def _close(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._loop.unwatch(self._sock.fileno())
+            self._sock.close()
+            self._rest = memoryview(b"")
+            self._reading = self._writing = False
+            self._finished()
+
+    # The loop
+
+    def _want(self, interest: int, hung_up: int = 0) -> None:
+        if hung_up:  # it would be reported again and again
+            self._loop.unwatch(self._sock.fileno())
+            self._interest = 0
+        elif interest != self._interest and self._sock.fileno() >= 0:
+            if self._interest or self._loop.watches(self._sock.fileno()):
+                self._loop.change(self._sock.fileno(), interest)
+            else:
+                self._loop.watch_for(self._sock.fileno(), self._ready, interest)
+            self._interest = interest
+
+    def _again(self) -> None:
+        """Others first; then go on with both directions."""
+        if not self._again_later:
+            self._again_later = True
+            self._loop.call_later(0, self._go_on)
+
+    def _go_on(self) -> None:
+        self._again_later = False
+        if self.queue_pair is None or self._sock.fileno() < 0:
+            return
+        try:
+            self._pump_in()
+            if self._reading and self._sock.fileno() >= 0:
+                self._pump_out(_HUP)
+        except BrokenQueue:
+            self.abort()

@@ -1,0 +1,37 @@
+"""Runs in the guest: Python that the host sends, a line each, and its results.
+
+Nothing of vsockets is here: guest programs use the kernel's AF_VSOCK as any program does.  A
+line is ``(number, source)``; the answer ``(number, ok, result)``, where the result is what the
+source left in the variable ``result``, or a traceback.
+"""
+
+import _thread
+import ast
+import sys
+import traceback
+
+COMMON = {}
+lock = _thread.allocate_lock()
+
+
+def perform(number, source):
+    try:
+        names = dict(COMMON)
+        exec(compile(source, "<host>", "exec"), names)
+        if names.get("common"):
+            COMMON.update(names)
+        answer = number, True, names.get("result")
+    except BaseException as error:
+        code = getattr(error, "errno", None)
+        answer = number, False, (type(error).__name__, code, traceback.format_exc())
+    with lock:
+        sys.stdout.write("\n@%r\n" % (answer,))
+        sys.stdout.flush()
+
+
+with lock:
+    sys.stdout.write("\n@(0, True, 'ready')\n")
+    sys.stdout.flush()
+for line in sys.stdin:
+    if line.startswith("("):
+        _thread.start_new_thread(perform, ast.literal_eval(line))

@@ -1,0 +1,249 @@
+"""A virtual machine under QEMU, in software, with a VMCI device."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vsockets import Attachment
+from vsockets.testing import PrivateFabric, wait_until
+
+from . import downloads
+
+#: How long a machine may take to boot, and a guest to do what it is asked, in seconds.
+BOOT = 50.0
+PATIENCE = 30.0
+
+_KERNEL_COMMAND = (
+    "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
+    "random.trust_cpu=on"
+)
+
+
+class GuestError(Exception):
+    """What was run in the guest has failed there; ``errno`` if it was an OSError."""
+
+    def __init__(self, kind: str, errno: int | None, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.errno = errno
+
+
+class Job:
+    """Something that runs in the guest."""
+
+    def __init__(self, machine: Machine, number: int) -> None:
+        self._machine = machine
+        self._number = number
+
+    def result(self, timeout: float = PATIENCE) -> Any:
+        """What it left in ``result``; GuestError, TimeoutError."""
+        ok, result = self._machine._wait_for(self._number, timeout)
+        if not ok:
+            raise GuestError(*result)
+        return result
+
+
+class Machine:
+    """A running guest, as a context manager: boots, and is powered off."""
+
+    def __init__(
+        self,
+        fabric: PrivateFabric,
+        kernel: downloads.Kernel,
+        initrd: Path,
+        folder: Path,
+        *device_options: str,
+        memory: int = 512,
+        cid: int | None = None,
+    ) -> None:
+        self._fabric = fabric
+        self._kernel = kernel
+        self._initrd = initrd
+        self._folder = folder
+        self._options = device_options
+        self._memory = memory
+        self.cid = cid or 0
+        self.device: subprocess.Popen[str] | None = None
+        self.qemu: subprocess.Popen[bytes] | None = None
+        self._numbers = count(1)
+        self._answers: dict[int, tuple[bool, Any]] = {}
+        self._arrived = threading.Condition()
+
+    def __enter__(self) -> Machine:
+        try:
+            self.start_device()
+            self.boot()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+    @property
+    def console(self) -> str:
+        """What the guest's kernel said."""
+        path = self._folder / "console"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    @property
+    def device_log(self) -> str:
+        """What the device said."""
+        return (self._folder / "device.log").read_text()
+
+    @property
+    def host(self) -> Attachment:
+        """Where the host's programs are."""
+        return self._fabric.host
+
+    def start_device(self) -> None:
+        """``vsock device vmci``."""
+        path = self._folder / "vmci"
+        command = [sys.executable, "-m", "vsockets.tools", "--dir", str(self._fabric.folder)]
+        command += ["device", "vmci", "--socket", str(path), "--verbose", *self._options]
+        if self.cid:
+            command += ["--cid", str(self.cid)]
+        with open(self._folder / "device.log", "w") as log:
+            self.device = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert self.device.stdout is not None
+        line = self.device.stdout.readline()
+        assert line.strip().isdecimal(), self.device_log
+        self.cid = int(line)
+
+    def boot(self) -> None:
+        """Start QEMU and wait for the guest."""
+        vfio = {
+            "driver": "vfio-user-pci",
+            "socket": {"type": "unix", "path": str(self._folder / "vmci")},
+            "x-no-posted-writes": True,
+            "x-msg-timeout": 60_000,
+        }
+        size = f"{self._memory}M"
+        command = [
+            *downloads.qemu(),
+            *("-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"),
+            *("-serial", f"file:{self._folder / 'console'}"),
+            *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
+            *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
+            *("-m", size, "-smp", "1"),
+            *("-object", f"memory-backend-memfd,id=mem,size={size},share=on"),
+            *("-machine", "q35,memory-backend=mem"),
+            *("-kernel", str(self._kernel.image), "-initrd", str(self._initrd)),
+            *("-append", _KERNEL_COMMAND),
+            *("-device", json.dumps(vfio)),
+        ]
+        with open(self._folder / "qemu.log", "wb") as log:
+            self.qemu = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self._connect_agent()
+        self._wait_for(0, BOOT)
+
+    def _connect_agent(self) -> None:
+        self._agent = socket.socket(socket.AF_UNIX)
+
+        def connects() -> bool:
+            assert self.qemu is not None
+            assert self.qemu.poll() is None, (self._folder / "qemu.log").read_text()
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                self._agent.connect(str(self._folder / "agent"))
+                return True
+            return False
+
+        wait_until(connects, "QEMU to start", PATIENCE)
+        threading.Thread(target=self._listen, args=(self._agent,), daemon=True).start()
+
+    def _listen(self, agent: socket.socket) -> None:
+        received = b""
+        while data := agent.recv(65_536):
+            *lines, received = (received + data).split(b"\n")
+            for line in lines:
+                if line.startswith(b"@"):
+                    number, ok, result = ast.literal_eval(line[1:].decode())
+                    with self._arrived:
+                        self._answers[number] = ok, result
+                        self._arrived.notify_all()
+
+    def _wait_for(self, number: int, timeout: float) -> tuple[bool, Any]:
+        deadline = time.monotonic() + timeout
+        with self._arrived:
+            while number not in self._answers:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"the guest is silent; its console: {self.console[-2000:]}")
+                self._arrived.wait(left)
+            return self._answers.pop(number)
+
+    # What tests use
+
+    def start(self, source: str, **values: Any) -> Job:
+        """Begin to run Python in the guest; ``values`` become variables there."""
+        names = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+        number = next(self._numbers)
+        message = repr((number, names + textwrap.dedent(source))) + "\n"
+        self._agent.sendall(message.encode())
+        return Job(self, number)
+
+    def run(self, source: str, timeout: float = PATIENCE, **values: Any) -> Any:
+        """Run Python in the guest; returns its ``result``."""
+        return self.start(source, **values).result(timeout)
+
+    def monitor(self, command: str, **arguments: Any) -> Any:
+        """A command for QEMU's monitor (QMP)."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(PATIENCE)
+            sock.connect(str(self._folder / "qmp"))
+            file = sock.makefile("rw")
+            file.readline()
+            for request in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
+                file.write(json.dumps(request) + "\n")
+                file.flush()
+                while "return" not in (answer := json.loads(file.readline())):
+                    assert "error" not in answer, answer
+            return answer["return"]
+
+    def wait_for_boot(self) -> None:
+        """After a reboot."""
+        self._wait_for(0, BOOT)
+
+    def kill_qemu(self) -> None:
+        """As when its power is cut."""
+        if self.qemu is not None:
+            self.qemu.kill()
+            self.qemu.wait()
+            self.qemu = None
+            self._agent.close()
+
+    def kill(self) -> None:
+        """All of it."""
+        self.kill_qemu()
+        if self.device is not None:
+            self.device.terminate()
+            try:
+                self.device.wait(10)
+            finally:
+                self.device.kill()
+                assert self.device.stdout is not None
+                self.device.stdout.close()
+                self.device = None
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._folder / "vmci")
