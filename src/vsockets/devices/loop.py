@@ -36,7 +36,9 @@ class DeviceLoop(Loop):
         """Whether ``fd`` is watched."""
         return fd in self._callbacks
 
-    def _poll_precisely(self, timeout: float | None = None, maxevents: int = -1) -> list[tuple[int, int]]:
+    def _poll_precisely(
+        self, timeout: float | None = None, maxevents: int = -1
+    ) -> list[tuple[int, int]]:
         if timeout is not None and 0 < timeout < _SHORT:
             select.select(self._only, (), (), timeout)
             timeout = 0

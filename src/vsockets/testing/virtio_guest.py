@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import time
@@ -114,7 +115,7 @@ class PlayedGuest:
         edges = [0, *(cuts if cuts is not None else [HEADER_SIZE]), len(data)]
         place = self._room_for(len(data))
         self.memory.view[place : place + len(data)] = data
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in itertools.pairwise(edges):
             if end > begin:
                 parts.append((place + begin, end - begin))
         self._wait(lambda: bool(self.transmit.collect()) or self.transmit.has_room(len(parts)))

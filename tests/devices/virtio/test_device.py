@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import os
 import socket
 
 import pytest
 
-from vsockets.devices.virtio.packet import TRANSPORT_RESET, Header, Op, Shutdown, Type
-from vsockets.devices.virtio.ring import F_VERSION_1
-from vsockets.testing.virtio_guest import accept, connect
-from vsockets.testing.waiting import wait_until
+from vsockets.testing.virtio_guest import connect
 
 from .conftest import CID, Rig
 

@@ -2,3 +2,9 @@
 
 It knows rings and memory, and nothing of what the device does with them.
 """
+
+from .server import Server
+from .session import Device, Session
+from .vring import Vring
+
+__all__ = ["Device", "Server", "Session", "Vring"]

@@ -23,7 +23,7 @@ from ...limits import (
 )
 from ..guest_memory import GuestMemory
 from ..loop import DeviceLoop
-from ..vhost_user.vring import Vring
+from ..vhost_user import Vring
 from .connection import Do, State
 from .link import Link
 from .packet import CONFIGURATION, F_SEQPACKET, F_STREAM, TRANSPORT_RESET, Header, Op, Type
@@ -348,6 +348,7 @@ class VirtioVsock:
         )
         if link in self._attempts:
             self._attempts[link] = give_up
+            self._loop.call_later(GUEST_ANSWER, partial(self._give_up, link, State.ASKED))
 
     def _connected(self, link: Link, sock: socket.socket | None) -> None:
         self._attempts.pop(link, None)
