@@ -65,6 +65,7 @@ class PlayedGuest:
             self.front_end.set_ring(index, ring)
         if refill:
             self.refill()
+        self.configured_cid()  # answered when all before it is done
 
     def close(self) -> None:
         """The virtual machine ends, all at once."""

@@ -61,6 +61,7 @@ class Do(IntFlag):
     CLOSE = 16  #: at once
 
 
+_CREDIT = int(Say.CREDIT)
 _ORDER = (
     (int(Say.REQUEST), int(Op.REQUEST)),
     (int(Say.RESPONSE), int(Op.RESPONSE)),
@@ -123,8 +124,13 @@ class Connection:
     def passed_on(self, length: int) -> None:
         """The host has taken ``length`` bytes of what the guest sent."""
         self.receive.forward(length)
-        if self.receive.is_due and self.state is State.OPEN:
-            self.say |= Say.CREDIT
+        if self.receive.is_due(self.send.buffer):
+            self.tell_credit()
+
+    def tell_credit(self) -> None:
+        """The guest should know now how much it may send."""
+        if self.state is State.OPEN:
+            self.say |= _CREDIT
 
     def reset(self) -> None:
         """End it at once, and say so."""
@@ -157,8 +163,7 @@ class Connection:
         if op == Op.CREDIT_UPDATE:
             return Do.NOTHING  # the credit is in every header
         if op == Op.CREDIT_REQUEST:
-            if self.state is State.OPEN:
-                self.say |= Say.CREDIT
+            self.tell_credit()
             return Do.NOTHING
         if op == Op.RST:
             return self._guest_resets()

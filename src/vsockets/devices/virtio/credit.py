@@ -79,10 +79,15 @@ class ReceiveCredit:
         return self._forwarded
 
     @property
-    def is_due(self) -> bool:
+    def untold(self) -> int:
+        """Bytes passed on that the guest does not know of."""
+        return distance(self._forwarded, self._told)
+
+    def is_due(self, guest_buffer: int) -> bool:
         """Whether the guest should be told, though nothing else is to be sent.
 
-        It must be before the guest believes the buffer full.  As half of it has been passed on
-        since it was told last, at least half is free.
+        It must be before the guest believes that there is no room.  Linux 7.3 never has more
+        on its way than fits ``guest_buffer``, a buffer of its own size.  As half of the smaller
+        one has been passed on since the guest was told, at least half of it is free.
         """
-        return distance(self._forwarded, self._told) * 2 >= self.size
+        return self.untold * 2 >= min(self.size, guest_buffer)

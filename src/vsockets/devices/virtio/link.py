@@ -118,6 +118,13 @@ class Link(Connection):
             self._waiting += self._message
             self._message.clear()
             self.flush()
+        self._help_message()
+
+    def _help_message(self) -> None:
+        """A message that has not ended holds its credit.  For the rest of it the guest needs all
+        other credit there is, however little of it was passed on."""
+        if self._message and self.receive.untold:
+            self.tell_credit()
 
     @property
     def has_waiting(self) -> bool:
@@ -139,6 +146,7 @@ class Link(Connection):
                     sent = length
                 del waiting[:sent]
                 self.passed_on(sent)
+                self._help_message()
         except BlockingIOError:
             return
         except ConnectionError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
-from socket import MSG_PEEK, MSG_TRUNC
+from socket import MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
 
 from ...limits import VECTORS
 from ..pump import pull
@@ -22,7 +22,8 @@ _pack_header = HEADER.pack_into
 _RW, _STREAM = int(Op.RW), int(Type.STREAM)
 _SEND_ENDED = int(Shutdown.SEND)
 _END_OF_MESSAGE = int(Sequenced.END_OF_MESSAGE)
-_LOOK = int(MSG_PEEK | MSG_TRUNC)
+_LOOK = int(MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT)
+_TAKE = int(MSG_DONTWAIT)
 
 #: Buffers of the guest that one connection fills in one turn.
 _LARGEST_BURST = 64
@@ -205,7 +206,7 @@ class ReceiveQueue:
                 link.needed = size
                 return False
             link.needed = 1
-            data = sock.recv(max(size, 1))
+            data = sock.recv(max(size, 1), _TAKE)
         except BlockingIOError:
             link.readable = False
             return False
