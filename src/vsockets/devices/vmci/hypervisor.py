@@ -115,8 +115,10 @@ class Hypervisor:
 
     def tell_detached(self, queue_pair: QueuePair) -> None:
         """The other end has gone; the guest may still read what is in its pages."""
-        event = queue_pair_event(self.cid, Event.QP_PEER_DETACH, queue_pair.handle, queue_pair.peer)
-        self.device.deliver(event)
+        handle = queue_pair.handle
+        if self._queue_pairs.get(handle) is queue_pair:
+            event = queue_pair_event(self.cid, Event.QP_PEER_DETACH, handle, queue_pair.peer)
+            self.device.deliver(event)
 
     def tell_resumed(self) -> None:
         """No stream has outlived what happened to the virtual machine."""

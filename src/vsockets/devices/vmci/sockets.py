@@ -269,13 +269,23 @@ class VmciSockets:
         def finished() -> None:
             self._unsent.discard(stream)
 
+        def hung_up() -> None:
+            # The event overtakes packets: a guest that has not yet seen our ATTACH takes it for
+            # a reset.  Once it has said something it has; or it has given up.
+            if connection.offer is not None or stream.was_used:
+                self._hypervisor.tell_detached(queue_pair)
+            else:
+                self._loop.call_later(
+                    HANDSHAKE, lambda: self._hypervisor.tell_detached(queue_pair)
+                )
+
         stream = connection.stream = Stream(
             self._loop,
             sock,
             queue_pair,
             send,
             older,
-            hung_up=lambda: self._hypervisor.tell_detached(queue_pair),
+            hung_up=hung_up,
             finished=finished,
         )
         stream.begin()

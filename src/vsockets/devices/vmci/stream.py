@@ -68,6 +68,7 @@ class Stream:
         self._reading = self._writing = True  # from the socket, to it
         self._guest_is_done = False  # the guest sends nothing more
         self._told_end = False
+        self.was_used = False  #: whether the guest has said anything
         self._rest = memoryview(b"")  # of a queue pair that was detached
         self._wrotes = 0
         self._looks = 0  # left; 0: it is not looked at
@@ -85,6 +86,7 @@ class Stream:
         """A packet of the guest."""
         if self.queue_pair is None:
             return
+        self.was_used = True
         try:
             if kind == Kind.WROTE:
                 self._wrotes += 1
