@@ -27,7 +27,8 @@ class PlayedGuest:
     """A guest with the CID ``cid`` whose monitor has connected to the device at ``path``.
 
     ``buffer`` is the payload of one receive buffer, in bytes; ``split`` puts header and payload
-    into descriptors of their own, as Linux before 6.3 does.
+    into descriptors of their own, as Linux before 6.3 does.  Without ``refill`` the guest offers
+    no receive buffers but those that :meth:`offer_buffer` does.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class PlayedGuest:
         self._event_places: dict[int, int] = {}
         self._packet = self.memory.allocate(0, 4096)  # where packets to send are put together
         self._spare: deque[int] = deque()
+        self.refills = refill  #: whether each buffer that was used is offered again
         self.arrived: deque[tuple[Header, bytes]] = deque()
         self.front_end.set_memory(self.memory)
         for index, ring in enumerate(self.rings):
@@ -140,7 +142,7 @@ class PlayedGuest:
         self.transmit.collect()
         return self.transmit.taken == self.transmit.next
 
-    def take(self, refill: bool = True) -> bool:
+    def take(self) -> bool:
         """Take what has arrived to ``arrived``; returns whether anything has."""
         used = self.receive.collect()
         for head, length in used:
@@ -149,7 +151,7 @@ class PlayedGuest:
             if data:
                 self.arrived.append((Header(*HEADER.unpack_from(data)), data[HEADER_SIZE:]))
             self._spare.append(place)
-        if used and refill:
+        if used and self.refills:
             self.refill()
         return bool(used)
 

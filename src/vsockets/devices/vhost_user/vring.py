@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
+
+log = logging.getLogger(__name__)
 
 _ONE = (1).to_bytes(8, "little")
 
@@ -54,6 +56,7 @@ class Vring:
     def _signal(self, purpose: str) -> None:
         fd = self._fds.get(purpose)
         if fd is not None:
-            # Not one that blocks: 2**64 calls that nobody has taken.  Nor what is no eventfd.
-            with contextlib.suppress(OSError):
+            try:
                 os.write(fd, _ONE)
+            except OSError as error:  # 2**64 calls that nobody has taken, or it is no eventfd
+                log.info("a %s was lost: %s", purpose, error)

@@ -62,6 +62,9 @@ class Do(IntFlag):
 
 
 _CREDIT = int(Say.CREDIT)
+# Names of our own: looking a member up in its enum costs as much as a short function.
+_OPEN, _CLOSING, _GONE = State.OPEN, State.CLOSING, State.GONE
+
 _ORDER = (
     (int(Say.REQUEST), int(Op.REQUEST)),
     (int(Say.RESPONSE), int(Op.RESPONSE)),
@@ -104,7 +107,7 @@ class Connection:
     def host_accepts(self) -> None:
         """What the guest asked for was granted."""
         assert self.state is State.ASKED
-        self.state = State.OPEN
+        self.state = _OPEN
         self.say = int(Say.RESPONSE)
 
     def host_refuses(self) -> None:
@@ -114,12 +117,12 @@ class Connection:
     def host_ends(self, flags: int) -> None:
         """The host will not do any more what ``flags`` (Shutdown) say."""
         ended = self.host_ended | flags
-        if self.state is not State.OPEN or ended == self.host_ended:
+        if self.state is not _OPEN or ended == self.host_ended:
             return
         self.host_ended = ended
         self.say |= Say.SHUTDOWN
         if ended == BOTH:
-            self.state = State.CLOSING
+            self.state = _CLOSING
 
     def passed_on(self, length: int) -> None:
         """The host has taken ``length`` bytes of what the guest sent."""
@@ -129,18 +132,18 @@ class Connection:
 
     def tell_credit(self) -> None:
         """The guest should know now how much it may send."""
-        if self.state is State.OPEN:
+        if self.state is _OPEN:
             self.say |= _CREDIT
 
     def reset(self) -> None:
         """End it at once, and say so."""
-        if self.state is not State.GONE:
-            self.state = State.GONE
+        if self.state is not _GONE:
+            self.state = _GONE
             self.say = int(Say.RST)
 
     def forget(self) -> None:
         """It has ended, and there is nobody to be told."""
-        self.state = State.GONE
+        self.state = _GONE
         self.say = 0
 
     # The guest's side
@@ -150,11 +153,11 @@ class Connection:
 
         A guest that sends what it has no credit for, or before or after its time, is reset.
         """
-        if self.state is State.OPEN and not self.guest_ended & _SEND:
+        if self.state is _OPEN and not self.guest_ended & _SEND:
             if self.receive.receive(length):
                 return not self.host_ended & _RECEIVE
             self.reset()
-        elif self.state is not State.CLOSING:  # there it may be on its way since before
+        elif self.state is not _CLOSING:  # there it may be on its way since before
             self.reset()
         return False
 
@@ -167,10 +170,10 @@ class Connection:
             return Do.NOTHING
         if op == Op.RST:
             return self._guest_resets()
-        if op == Op.SHUTDOWN and self.state in (State.OPEN, State.CLOSING):
+        if op == Op.SHUTDOWN and self.state in (_OPEN, _CLOSING):
             return self._guest_ends(flags & BOTH)
         if op == Op.RESPONSE and self.state is State.OFFERED:
-            self.state = State.OPEN
+            self.state = _OPEN
             return Do.ACCEPT
         offered = self.state is State.OFFERED
         self.reset()
@@ -184,7 +187,7 @@ class Connection:
     def _guest_ends(self, flags: int) -> Do:
         fresh = flags & ~self.guest_ended
         self.guest_ended |= flags
-        if self.state is State.CLOSING:
+        if self.state is _CLOSING:
             if self.guest_ended == BOTH:
                 self.reset()
                 return Do.CLOSE
@@ -198,7 +201,7 @@ class Connection:
 
     def all_passed_on(self) -> None:
         """Nothing of what the guest sent is left here."""
-        if self.guest_ended == BOTH and self.state is State.OPEN:
+        if self.guest_ended == BOTH and self.state is _OPEN:
             self.reset()
 
     # Packets to the guest
@@ -216,9 +219,9 @@ class Connection:
     @property
     def may_send(self) -> bool:
         """Whether the guest takes payload, as far as credit allows."""
-        return self.state is State.OPEN and not self.guest_ended & _RECEIVE
+        return self.state is _OPEN and not self.guest_ended & _RECEIVE
 
     @property
     def is_silent(self) -> bool:
         """GONE, and the guest knows."""
-        return self.state is State.GONE and not self.say
+        return self.state is _GONE and not self.say

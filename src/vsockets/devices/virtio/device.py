@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 RECEIVE, TRANSMIT, EVENT = range(3)
 
+# Names of our own: looking a member up in its enum costs as much as a short function.
+_OPEN, _CLOSING, _GONE_STATE = State.OPEN, State.CLOSING, State.GONE
 _READING = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _WRITING = _READING | select.EPOLLOUT
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
@@ -237,8 +239,9 @@ class VirtioVsock:
                     self._vrings[TRANSMIT].call()
                 if more and not self.is_overwhelmed:
                     self._work_again()
-            index = RECEIVE
-            self._give()
+            if self._turns or self._resets:
+                index = RECEIVE
+                self._give()
         except RingError as error:
             self._break(index, error)
         finally:
@@ -259,6 +262,8 @@ class VirtioVsock:
             link = turns.popleft()
             link.queued = False
             queue.send(link)
+            if queue.publish():  # the guest works on these while we fetch more
+                self._vrings[RECEIVE].call()
             self.touched(link)
             if link.state is State.CLOSING:
                 self._loop.call_later(GUEST_FAREWELL, partial(self._give_up, link, State.CLOSING))
@@ -318,17 +323,18 @@ class VirtioVsock:
 
     def touched(self, link: Link) -> None:
         """As :class:`.transmit_queue.Receiver` says."""
-        if link.state is State.GONE or link.state is State.CLOSING:
+        state = link.state
+        if state is not _OPEN and (state is _GONE_STATE or state is _CLOSING):
             self._end(link)
             if link.is_silent:
                 self._remove(link)
                 return
-        elif link.sock is not None and link.watched_for:
-            # Writable is what a socket nearly always is: news only if something waits for it.
-            events = _WRITING if link.has_waiting else _READING
-            if events != link.watched_for:
-                link.watched_for = events
-                self._loop.change(link.sock.fileno(), events)
+        elif link.has_waiting != link.watches_room:
+            # A socket nearly always has room: that is news only if something waits for it.
+            link.watches_room = link.has_waiting
+            assert link.sock is not None
+            events = _WRITING if link.watches_room else _READING
+            self._loop.change(link.sock.fileno(), events)
         if not link.queued and link.has_something:
             link.queued = True
             self._turns.append(link)
@@ -362,7 +368,7 @@ class VirtioVsock:
 
     def _join(self, link: Link, sock: socket.socket) -> None:
         link.join(sock)
-        link.watched_for = _READING
+        link.watched = True
         self._loop.watch_for(sock.fileno(), partial(self._ready, link), _READING)
 
     def _refuse(self, header: Header) -> None:
@@ -418,7 +424,7 @@ class VirtioVsock:
         if answer is not None:
             answer(errno.ECONNRESET)
         if link.sock is not None:
-            if link.watched_for:
+            if link.watched:
                 self._loop.unwatch(link.sock.fileno())
             link.close()
 

@@ -39,7 +39,8 @@ class Link(Connection):
         "queued",
         "readable",
         "sock",
-        "watched_for",
+        "watched",
+        "watches_room",
     )
 
     def __init__(
@@ -51,7 +52,8 @@ class Link(Connection):
         self.hung_up = False  #: and nothing will come after it
         self.gone = False  #: nor will anything sent there be read
         self.queued = False  #: it waits for its turn
-        self.watched_for = 0  #: events of the socket
+        self.watched = False  #: whether the loop watches the socket
+        self.watches_room = False  #: and for room, too
         self.burst = 2  #: buffers of the guest it is given in one turn
         self.incoming = memoryview(b"")  #: what is left of a message for the guest
         self.needed = 1  #: credit without which nothing can be sent, in bytes
@@ -64,9 +66,9 @@ class Link(Connection):
         """``sock`` is the host's end; it becomes the link's."""
         self.sock = sock
         self.readable = True
-        if self.type == _SEQPACKET:
-            # A message goes in one piece, however much credit it took.
-            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, self.receive.size)
+        # Room for all the credit, so that what the guest sends need not be kept here; and a
+        # sequenced packet goes in one piece or not at all.
+        sock.setsockopt(SOL_SOCKET, SO_SNDBUF, self.receive.size)
 
     def close(self) -> None:
         """Close the socket, and drop what was to go there."""
@@ -82,10 +84,12 @@ class Link(Connection):
     @property
     def has_something(self) -> bool:
         """Whether there is, or may be, something for the guest, and it may be sent now."""
-        if self.say or self.incoming:
+        if self.say:
             return True
         if not self.readable:
-            return False
+            return bool(self.incoming)
+        if self.incoming:
+            return True
         return self.send.available() >= self.needed if self.may_send else self.gone
 
     # To the host

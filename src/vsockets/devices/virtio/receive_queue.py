@@ -9,6 +9,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
+from itertools import islice
 from socket import MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
 
 from ...limits import VECTORS
@@ -16,7 +17,7 @@ from ..pump import pull
 from .connection import BOTH
 from .link import Link
 from .packet import HEADER, HEADER_SIZE, Op, Sequenced, Shutdown, Type
-from .ring import Ring, RingError, total
+from .ring import Chain, Ring, RingError, total
 
 _pack_header = HEADER.pack_into
 _RW, _STREAM = int(Op.RW), int(Type.STREAM)
@@ -26,31 +27,30 @@ _LOOK = int(MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT)
 _TAKE = int(MSG_DONTWAIT)
 
 #: Buffers of the guest that one connection fills in one turn.
-_LARGEST_BURST = 64
+_LARGEST_BURST = 16
 
 
-class _Buffer:
-    """One chain of the guest's, understood: its header, and ``room`` bytes after it."""
+#: One chain of the guest's, understood: the ring's note of it, the header (None when it is in
+#: several parts, and then at the front of them), the other parts, and the bytes they take.
+_Buffer = tuple[int, memoryview | None, list[memoryview], int]
 
-    __slots__ = ("header", "note", "parts", "room")
 
-    def __init__(self, note: int, readable: list[memoryview], parts: list[memoryview]) -> None:
-        if readable or not parts:
-            raise RingError("a buffer of the receive queue that is not to be written")
-        self.note = note
-        first = parts[0]
-        if len(first) == HEADER_SIZE:
-            self.header: memoryview | None = first
-            del parts[0]
-        elif len(first) > HEADER_SIZE:
-            self.header = first
-            parts[0] = first[HEADER_SIZE:]
-        else:  # a header in several parts: it is written as payload is
-            self.header = None
-        self.parts = parts
-        self.room = total(parts) - (HEADER_SIZE if self.header is None else 0)
-        if self.room < 0:
+def _understand(chain: Chain) -> _Buffer:
+    note, readable, parts = chain
+    if readable or not parts:
+        raise RingError("a buffer of the receive queue that is not to be written")
+    first = parts[0]
+    size = len(first)
+    if size == HEADER_SIZE:
+        del parts[0]
+    elif size > HEADER_SIZE:
+        parts[0] = first[HEADER_SIZE:]
+    else:
+        room = total(parts) - HEADER_SIZE
+        if room < 0:
             raise RingError("a buffer of the receive queue that takes no header")
+        return note, None, parts, room
+    return note, first, parts, len(parts[0]) if len(parts) == 1 else total(parts)
 
 
 class ReceiveQueue:
@@ -78,12 +78,12 @@ class ReceiveQueue:
 
     def send_raw(self, header: bytes) -> None:
         """Send a packet without payload.  There is a buffer."""
-        buffer = self._stock.popleft()
-        if buffer.header is not None:
-            buffer.header[:HEADER_SIZE] = header
+        note, place, parts, _ = self._stock.popleft()
+        if place is not None:
+            place[:HEADER_SIZE] = header
         else:
-            _scatter(header, buffer.parts)
-        self._ring.push(buffer.note, HEADER_SIZE)
+            _scatter(header, parts)
+        self._ring.push(note, HEADER_SIZE)
 
     def send(self, link: Link) -> None:
         """Send what there is from ``link``, for a turn."""
@@ -118,7 +118,7 @@ class ReceiveQueue:
             chain = pop()
             if chain is None:
                 break
-            stock.append(_Buffer(*chain))
+            stock.append(_understand(chain))
         return len(stock)
 
     # Payload
@@ -130,11 +130,11 @@ class ReceiveQueue:
             return
         views: list[memoryview] = []
         room = 0
-        for number, buffer in enumerate(self._stock):
-            if number >= link.burst or len(views) + len(buffer.parts) > VECTORS:
+        for _, header, parts, size in islice(self._stock, link.burst):
+            if len(views) + len(parts) > VECTORS:
                 break
-            views += buffer.parts if buffer.header is not None else _after_header(buffer.parts)
-            room += buffer.room
+            views += parts if header is not None else _after_header(parts)
+            room += size
             if room >= credit:
                 break
         if room > credit:
@@ -167,19 +167,18 @@ class ReceiveQueue:
         size, told = link.receive.size, link.receive.tell()
         used = 0
         while received > 0:
-            buffer = stock.popleft()
-            length = min(buffer.room, received)
+            note, header, parts, room = stock.popleft()
+            length = room if room < received else received
             received -= length
             used += 1
-            header = buffer.header
             if header is None:
-                _scatter(self._header(link, length, _RW, 0), buffer.parts)
+                _scatter(self._header(link, length, _RW, 0), parts)
             else:
                 _pack_header(
                     header, 0, cid, self._cid, port, link.guest_port,
                     length, _STREAM, _RW, 0, size, told,
                 )  # fmt: skip
-            push(buffer.note, HEADER_SIZE + length)
+            push(note, HEADER_SIZE + length)
         return used
 
     def _messages(self, link: Link) -> None:
@@ -222,24 +221,24 @@ class ReceiveQueue:
 
     def _fragment(self, link: Link) -> None:
         """Put as much of a message as fits into the first buffer."""
-        buffer = self._stock[0]
-        if not buffer.room:
+        note, place, parts, room = self._stock[0]
+        if not room and link.incoming:
             self._give_back()
             return
-        part = link.incoming[: buffer.room]
-        link.incoming = link.incoming[buffer.room :]
+        part = link.incoming[:room]
+        link.incoming = link.incoming[room:]
         flags = 0 if link.incoming else _END_OF_MESSAGE
         header = self._header(link, len(part), _RW, flags)
-        if buffer.header is not None:
-            buffer.header[:HEADER_SIZE] = header
-            _scatter(part, buffer.parts)
+        if place is not None:
+            place[:HEADER_SIZE] = header
+            _scatter(part, parts)
         else:
-            _scatter(header + part, buffer.parts)
+            _scatter(header + part, parts)
         self._stock.popleft()
-        self._ring.push(buffer.note, HEADER_SIZE + len(part))
+        self._ring.push(note, HEADER_SIZE + len(part))
 
     def _give_back(self) -> None:
-        self._ring.push(self._stock.popleft().note, 0)
+        self._ring.push(self._stock.popleft()[0], 0)
 
 
 def _has_ended(sock: socket.socket) -> bool:

@@ -62,7 +62,9 @@ class TransmitQueue:
         views: list[memoryview] = []
         length = 0
         more = True
-        while len(notes) < PACKETS_A_TURN and not receiver.is_overwhelmed:
+        cid, turn = self._cid, PACKETS_A_TURN
+        while turn and not receiver.is_overwhelmed:
+            turn -= 1
             chain = pop()
             if chain is None:
                 if self._ring.want_kick():
@@ -76,7 +78,7 @@ class TransmitQueue:
             fields = _take_header(parts)
             src_cid, dst_cid, src_port, dst_port, size, type_, op, flags, alloc, fwd = fields
             link = links.get((dst_cid, dst_port, src_port))
-            if link is not None and link.type == type_ and src_cid == self._cid:
+            if link is not None and link.type == type_ and src_cid == cid:
                 link.send.update(alloc, fwd)
                 if op == _RW:
                     if not _limit(parts, size):

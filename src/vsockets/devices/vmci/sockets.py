@@ -275,9 +275,7 @@ class VmciSockets:
             if connection.offer is not None or stream.was_used:
                 self._hypervisor.tell_detached(queue_pair)
             else:
-                self._loop.call_later(
-                    HANDSHAKE, lambda: self._hypervisor.tell_detached(queue_pair)
-                )
+                self._loop.call_later(HANDSHAKE, lambda: self._hypervisor.tell_detached(queue_pair))
 
         stream = connection.stream = Stream(
             self._loop,
