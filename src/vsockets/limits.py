@@ -94,71 +94,6 @@ CONFIGURATION_FILE = 1 << 20
 #: Characters of the name of a guest or of a domain: what VMware allows a virtual machine.
 LONGEST_NAME = 80
 
-# A device's process.
-
-#: Regions of memory a virtual machine's monitor may give a device.  QEMU gives some tens; each
-#: is a mapping and a descriptor.
-DMA_REGIONS = 1024
-
-#: Buffers one system call takes (UIO_MAXIOV).
-VECTORS = 1024
-
-#: Descriptors and bytes of one vfio-user message: a device has a few interrupts, and registers
-#: of four bytes.
-VFIO_DESCRIPTORS = 8
-VFIO_TRANSFER = 4096
-
-#: How long a virtual machine's monitor may take to read an answer, in seconds: it waits for it.
-VFIO_REPLY = 5.0
-
-# What a guest may have of a VMCI device's process.
-
-#: Bytes of one guest's queue pairs (VMCI_MAX_GUEST_QP_MEMORY), and their number: as many
-#: sockets as a guest may have.
-QUEUE_PAIR_MEMORY = 128 << 20
-QUEUE_PAIRS = 4096
-
-#: Doorbells of a guest: as many as its bitmap of one page has places.
-DOORBELLS = 4096
-
-#: What waits for a guest to be read: bytes after which no program's datagram is taken any more
-#: (VMCI_MAX_DATAGRAM_QUEUE_SIZE), and datagrams after which the guest may ask for nothing.
-GUEST_QUEUE = 2 * 17 * 4096
-GUEST_DATAGRAMS = 8192
-
-#: Pieces a guest's buffer for datagrams may consist of.  Linux gives one.
-SCATTER_ELEMENTS = 32
-
-#: How long a guest may take for each answer while a stream is set up, in seconds: as long as
-#: connect() waits.
-HANDSHAKE = 2.0
-
-#: Sockets that send datagrams for a guest's ports: the one longest unused makes room.
-DATAGRAM_PORTS = 64
-
-#: How long a device waits for vsockd, in seconds, while the guest's processor stands still.
-#: vsockd answers in a tenth of a millisecond.
-FABRIC_ANSWER = 0.5
-
-#: How long a device goes on with one stream before it sees to others: fillings of its queue.
-PUMP_ROUNDS = 4
-
-#: How soon a device looks again at a queue that is being written to, in seconds: soon enough to
-#: add no delay that matters, late enough that some writes come together.  It gives up, and is
-#: told again, after so many looks that found nothing.
-LOOK_AGAIN = 0.0002
-LOOKS = 6
-
-#: How long the guest's processor stands still at most for the answer to its connect, in
-#: seconds; what takes longer is answered later.
-FABRIC_PROMPT = 0.005
-
-#: Streams of a guest that are being set up: a guest's pending connects.
-PENDING_STREAMS = 1024
-
-#: Bytes a device holds of streams that a guest has closed and programs do not read.
-UNSENT_BYTES = 64 << 20
-
 # A vhost-user device's process.
 
 #: Bytes of a vhost-user message's payload: a table of eight regions has 264, a configuration
@@ -206,3 +141,71 @@ GUEST_ANSWER = 2.0
 
 #: How long a guest may take to confirm the end of a connection, in seconds (as Linux waits).
 GUEST_FAREWELL = 8.0
+
+# A device's process.
+
+#: Regions of memory a virtual machine's monitor may give a device.  QEMU gives some tens; each
+#: is a mapping and a descriptor.
+DMA_REGIONS = 1024
+
+#: Buffers one system call takes (UIO_MAXIOV).
+VECTORS = 1024
+
+#: Descriptors and bytes of one vfio-user message: a device has a few interrupts, and registers
+#: of four bytes.
+VFIO_DESCRIPTORS = 8
+VFIO_TRANSFER = 4096
+
+#: How long a virtual machine's monitor may take to read an answer, in seconds: it waits for it.
+VFIO_REPLY = 5.0
+
+# What a guest may have of a VMCI device's process.
+
+#: Bytes of one guest's queue pairs (VMCI_MAX_GUEST_QP_MEMORY), and their number: as many
+#: sockets as a guest may have.
+QUEUE_PAIR_MEMORY = 128 << 20
+QUEUE_PAIRS = 4096
+
+#: Doorbells of a guest: as many as its bitmap of one page has places.
+DOORBELLS = 4096
+
+#: What waits for a guest to be read: bytes after which no program's datagram is taken any more
+#: (VMCI_MAX_DATAGRAM_QUEUE_SIZE), and datagrams after which the guest may ask for nothing.
+GUEST_QUEUE = 2 * 17 * 4096
+GUEST_DATAGRAMS = 8192
+
+#: Pieces a guest's buffer for datagrams may consist of.  Linux gives one.
+SCATTER_ELEMENTS = 32
+
+#: How long a guest may take for each answer while a stream is set up, in seconds: as long as
+#: connect() waits.
+HANDSHAKE = 2.0
+
+#: Sockets that send datagrams for a guest's ports: the one longest unused makes room.
+DATAGRAM_PORTS = 256
+
+#: How long a device waits for vsockd, in seconds, while the guest's processor stands still.
+#: vsockd answers in a tenth of a millisecond.
+FABRIC_ANSWER = 0.5
+
+#: How long a device goes on with one stream before it sees to others: fillings of its queue.
+PUMP_ROUNDS = 4
+
+#: How soon a device looks again at a queue that is being written to, in seconds: soon enough to
+#: add no delay that matters, late enough that some writes come together.  It gives up, and is
+#: told again, after so many looks that found nothing.
+LOOK_AGAIN = 0.0002
+LOOKS = 6
+
+#: How long the guest's processor stands still at most for the answer to its connect, in
+#: seconds; what takes longer is answered later.
+FABRIC_PROMPT = 0.005
+
+#: Streams of a guest that are being set up: a guest's pending connects.
+PENDING_STREAMS = 1024
+
+#: Bytes a device holds of streams that a guest has closed and programs do not read.
+UNSENT_BYTES = 64 << 20
+
+#: Bytes of a guest's datagrams that wait for one receiver (VMCI_MAX_DATAGRAM_QUEUE_SIZE).
+UNSENT_DATAGRAMS = 2 * 17 * 4096

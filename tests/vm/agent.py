@@ -25,7 +25,7 @@ def perform(number, source):
         code = getattr(error, "errno", None)
         answer = number, False, (type(error).__name__, code, traceback.format_exc())
     with lock:
-        sys.stdout.write("\n@%r\n" % (answer,))
+        sys.stdout.write(f"\n@{answer!r}\n")
         sys.stdout.flush()
 
 

@@ -125,7 +125,10 @@ class Suite:
             raise Unavailable(f"no package {prefix}*{suffix} in {self._names[-1]}")
 
         def version(name: str) -> list[int]:
-            return [int(part) for part in name.removeprefix(prefix).split("+")[0].split("-")[0].split(".")]
+            return [
+                int(part)
+                for part in name.removeprefix(prefix).split("+")[0].split("-")[0].split(".")
+            ]
 
         return max(found, key=version)
 
@@ -165,7 +168,9 @@ def qemu() -> list[str]:
         _BACKPORTS.unpack(folder, *_BACKPORTS.with_dependencies(*wanted))
 
     root = _filled("qemu", fill)
-    libraries = ":".join(str(root / part) for part in ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"))
+    libraries = ":".join(
+        str(root / part) for part in ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu")
+    )
     return [
         str(root / "usr/lib64/ld-linux-x86-64.so.2"),
         "--library-path",
@@ -197,9 +202,7 @@ class Kernel:
     def __init__(self, name: str) -> None:
         self.name = name
         self.folder = _filled(f"linux-{name}", self._stable if name == "stable" else self._newest)
-        self.image = next(
-            path for path in sorted(self.folder.rglob("vmlinuz*")) if path.is_file()
-        )
+        self.image = next(path for path in sorted(self.folder.rglob("vmlinuz*")) if path.is_file())
 
     @staticmethod
     def _stable(folder: Path) -> None:

@@ -24,7 +24,7 @@ from . import downloads
 
 #: How long a machine may take to boot, and a guest to do what it is asked, in seconds.
 BOOT = 50.0
-PATIENCE = 30.0
+PATIENCE = 10.0
 
 _KERNEL_COMMAND = (
     "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
@@ -152,9 +152,7 @@ class Machine:
             *("-device", json.dumps(vfio)),
         ]
         with open(self._folder / "qemu.log", "wb") as log:
-            self.qemu = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self.qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._connect_agent()
         self._wait_for(0, BOOT)
 
@@ -214,7 +212,10 @@ class Machine:
             sock.connect(str(self._folder / "qmp"))
             file = sock.makefile("rw")
             file.readline()
-            for request in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
+            for request in (
+                {"execute": "qmp_capabilities"},
+                {"execute": command, "arguments": arguments},
+            ):
                 file.write(json.dumps(request) + "\n")
                 file.flush()
                 while "return" not in (answer := json.loads(file.readline())):

@@ -19,7 +19,9 @@ import contextlib
 import errno
 import os
 import socket
+from collections import deque
 from collections.abc import Callable
+from select import EPOLLOUT
 from socket import (
     AF_UNIX,
     CMSG_LEN,
@@ -37,7 +39,7 @@ from typing import NamedTuple
 from ..attachment import descriptor_in
 from ..buffers import BufferSizes
 from ..constants import VMADDR_CID_ANY
-from ..limits import DATAGRAM_PORTS, FABRIC_ANSWER, MAX_DATAGRAM
+from ..limits import DATAGRAM_PORTS, FABRIC_ANSWER, MAX_DATAGRAM, UNSENT_DATAGRAMS
 from ..wire import (
     PADDING,
     RECORD_SIZE,
@@ -54,6 +56,9 @@ from .loop import DeviceLoop
 _TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
 _ONE_DESCRIPTOR = CMSG_LEN(array.array("i").itemsize)
 
+#: What a datagram takes besides its payload, in bytes, about.
+_OVERHEAD = 64
+
 #: What a route says when it is no longer one.
 _GONE = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
 
@@ -68,12 +73,62 @@ class Offer(NamedTuple):
     polling: bool  #: padding must be taken off ``sock``, last of all
 
 
+class _Route:
+    """A way to one receiver, and what waits until it has room."""
+
+    def __init__(self, loop: DeviceLoop, sock: socket.socket) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._waiting: deque[bytes] = deque()
+        self._bytes = 0
+
+    def send(self, payload: bytes) -> None:
+        """OSError: ENOBUFS when too much waits already, ECONNREFUSED and so on."""
+        if not self._waiting:
+            try:
+                self._sock.send(payload, MSG_DONTWAIT)
+                return
+            except BlockingIOError:
+                self._loop.watch_for(self._sock.fileno(), self._flush, EPOLLOUT)
+        # An empty datagram takes memory, too.
+        if self._bytes + len(payload) + _OVERHEAD > UNSENT_DATAGRAMS:
+            raise OSError(errno.ENOBUFS, "the receiver's queue is full")
+        self._waiting.append(payload)
+        self._bytes += len(payload) + _OVERHEAD
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits."""
+        return not self._waiting
+
+    def _flush(self, events: int) -> None:
+        try:
+            while self._waiting:
+                self._sock.send(self._waiting[0], MSG_DONTWAIT)
+                self._bytes -= len(self._waiting.popleft()) + _OVERHEAD
+        except BlockingIOError:
+            return
+        except OSError:
+            self._waiting.clear()  # the receiver has gone
+            self._bytes = 0
+        self._loop.unwatch(self._sock.fileno())
+
+    def close(self) -> None:
+        self._loop.unwatch(self._sock.fileno())
+        self._sock.close()
+
+
 class _Port:
     """A datagram socket for a port of the guest, and where it can send to."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.routes: dict[tuple[int, int], socket.socket] = {}
+        self.routes: dict[tuple[int, int], _Route] = {}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits."""
+        return all(route.is_idle for route in self.routes.values())
 
     def close(self) -> None:
         for route in self.routes.values():
@@ -173,20 +228,21 @@ class Attachment:
             found = self._bind(port)
         self._ports[port] = found  # the one last used, now
         route = found.routes.get(destination)
-        try:
-            if route is not None:
-                try:
-                    route.send(payload, MSG_DONTWAIT)
-                    return
-                except _GONE:
-                    found.routes.pop(destination).close()
-            self._new_route(found, destination).send(payload, MSG_DONTWAIT)
-        except BlockingIOError:
-            raise OSError(errno.ENOBUFS, "the receiver's queue is full") from None
+        if route is not None:
+            try:
+                route.send(payload)
+                return
+            except _GONE:
+                found.routes.pop(destination).close()
+        self._new_route(found, destination).send(payload)
 
     def _bind(self, port: int) -> _Port:
         if len(self._ports) >= DATAGRAM_PORTS:
-            self._close_port(next(iter(self._ports)))
+            idle = (number for number, found in self._ports.items() if found.is_idle)
+            longest_idle = next(idle, None)
+            if longest_idle is None:
+                raise OSError(errno.ENOBUFS, "datagrams of too many ports wait")
+            self._close_port(longest_idle)
         sock = socket.socket(AF_UNIX, SOCK_DGRAM)
         try:
             sock.setblocking(False)
@@ -197,13 +253,14 @@ class Attachment:
         self._watch_datagrams(sock)
         return _Port(sock)
 
-    def _new_route(self, port: _Port, destination: tuple[int, int]) -> socket.socket:
+    def _new_route(self, port: _Port, destination: tuple[int, int]) -> _Route:
         cid, number = destination
         request = Request(Op.ROUTE, 0, VMADDR_CID_ANY, VMADDR_CID_ANY, cid, number)
         fd = self._ask(request, port.sock)
         if fd is None:
             raise OSError(errno.EMFILE, "no descriptor for a route")
-        route = port.routes[destination] = socket.socket(AF_UNIX, SOCK_DGRAM, 0, fd)
+        sock = socket.socket(AF_UNIX, SOCK_DGRAM, 0, fd)
+        route = port.routes[destination] = _Route(self._loop, sock)
         if len(port.routes) > DATAGRAM_PORTS:
             port.routes.pop(next(iter(port.routes))).close()
         return route

@@ -253,13 +253,11 @@ class Stream:
                 return
             self._wrotes = 0
             self._flow.wrote(outbound.produce(received), outbound.position)
-        if events & _HUP:
-            self._again()
 
     def _resume_reading(self) -> None:
         if self._reading:
             self._want(self._interest | _IN)
-            self._pump_out(_HUP)
+            self._pump_out()
 
     def _end_of_file(self) -> None:
         self._reading = False
@@ -343,7 +341,7 @@ class Stream:
             self._interest = interest
 
     def _again(self) -> None:
-        """Others first; then go on with both directions."""
+        """Others first; then go on with what the guest sends."""
         if not self._again_later:
             self._again_later = True
             self._loop.call_later(0, self._go_on)
@@ -354,7 +352,5 @@ class Stream:
             return
         try:
             self._pump_in()
-            if self._reading and self._sock.fileno() >= 0:
-                self._pump_out(_HUP)
         except BrokenQueue:
             self.abort()

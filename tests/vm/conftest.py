@@ -1,0 +1,94 @@
+"""Real machines, booted once for all tests of this folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vsockets.testing import PrivateFabric
+
+from . import downloads, image
+from .machine import Machine
+
+#: What every guest program here begins with.
+COMMON = """
+import os, select, signal, socket, struct, time
+AF, ANY = 40, 0xffffffff
+def stream(): return socket.socket(AF, socket.SOCK_STREAM)
+def dgram(port=ANY):
+    s = socket.socket(AF, socket.SOCK_DGRAM); s.bind((ANY, port)); return s
+def listener(port, backlog=128):
+    s = stream(); s.bind((ANY, port)); s.listen(backlog); return s
+def connect(port, cid=2):
+    s = stream(); s.connect((cid, port)); return s
+def echo(s):
+    n = 0
+    while data := s.recv(1 << 18):
+        s.sendall(data); n += len(data)
+    s.shutdown(1)
+    while s.recv(4096): pass
+    s.close()
+    return n
+def sizes(s, size, least=128, most=1 << 26):
+    for option, value in ((2, most), (1, least), (0, size)):
+        s.setsockopt(AF, option, value)
+common = True
+"""
+
+
+class Stage:
+    """Boots machines, each with a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._images: dict[str, Path] = {}
+        self._number = 0
+
+    def machine(self, fabric: PrivateFabric, kernel: str, *options: str, cid: int = 0) -> Machine:
+        """A machine, not yet running; it skips the test where QEMU cannot be had."""
+        try:
+            linux = downloads.Kernel(kernel)
+            downloads.qemu()
+            initrd = self._image(linux)
+        except downloads.Unavailable as error:
+            if os.environ.get("VSOCKETS_REQUIRE_VM"):
+                raise
+            pytest.skip(f"no virtual machine: {error}")
+        self._number += 1
+        folder = self._folder / str(self._number)
+        folder.mkdir()
+        return Machine(fabric, linux, initrd, folder, *options, cid=cid)
+
+    def _image(self, linux: downloads.Kernel) -> Path:
+        if linux.name not in self._images:
+            path = self._folder / f"initrd-{linux.name}"
+            path.write_bytes(image.build(linux))
+            self._images[linux.name] = path
+        return self._images[linux.name]
+
+
+@pytest.fixture(scope="session")
+def stage() -> Iterator[Stage]:
+    # Unix sockets have short paths.
+    with tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp") as folder:
+        yield Stage(Path(folder))
+
+
+@pytest.fixture(scope="session")
+def fabric_of_machines() -> Iterator[PrivateFabric]:
+    with PrivateFabric() as fabric:
+        yield fabric
+
+
+@pytest.fixture(scope="session", params=["stable", "newest"])
+def machine(
+    request: pytest.FixtureRequest, stage: Stage, fabric_of_machines: PrivateFabric
+) -> Iterator[Machine]:
+    """A running guest: Debian 12's kernel, and the newest of its backports."""
+    with stage.machine(fabric_of_machines, request.param) as machine:
+        machine.run(COMMON)
+        yield machine

@@ -1,0 +1,426 @@
+"""A stock guest's AF_VSOCK programs and the host's, over the VMCI device."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import socket
+import threading
+from typing import Any
+
+import pytest
+
+import vsockets
+from vsockets import AF_VSOCK
+from vsockets.limits import MAX_DATAGRAM
+from vsockets.testing import PrivateFabric, wait_until
+
+from .machine import GuestError, Machine
+
+pytestmark = pytest.mark.timeout(180)
+
+MIB = 1 << 20
+SIZES = [128, 129, 1000, 4096, 5000, 65_536, 100_001, 262_144]
+PATIENCE = 10.0
+
+
+def datagram(machine: Machine, port: int = vsockets.VMADDR_PORT_ANY) -> vsockets.socket:
+    sock = vsockets.socket(AF_VSOCK, socket.SOCK_DGRAM, context=machine.host)
+    sock.bind((2, port))
+    sock.settimeout(PATIENCE)
+    return sock
+
+
+def serve(machine: Machine) -> tuple[Any, int]:
+    server = vsockets.create_server((2, vsockets.VMADDR_PORT_ANY), context=machine.host)
+    server.settimeout(PATIENCE)
+    return server, server.getsockname()[1]
+
+
+def dial(machine: Machine, port: int) -> Any:
+    """Connect to a guest program that may be about to listen."""
+
+    found = []
+
+    def connects() -> bool:
+        try:
+            found.append(vsockets.create_connection((machine.cid, port), context=machine.host))
+        except ConnectionResetError:
+            return False
+        return True
+
+    wait_until(connects, f"the guest to listen on {port}", PATIENCE)
+    found[0].settimeout(PATIENCE)
+    return found[0]
+
+
+def exchange(sock: Any, total: int) -> bool:
+    """Send ``total`` bytes to an echo; whether the same came back."""
+    block = os.urandom(MIB)
+    sent, received = hashlib.blake2b(), hashlib.blake2b()
+
+    def send() -> None:
+        for at in range(0, total, MIB):
+            part = block[: min(MIB, total - at)]
+            sent.update(part)
+            sock.sendall(part)
+        sock.shutdown(socket.SHUT_WR)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    count = 0
+    while data := sock.recv(MIB):
+        received.update(data)
+        count += len(data)
+    sender.join()
+    return count == total and sent.digest() == received.digest()
+
+
+def test_the_stock_driver_is_bound(machine: Machine) -> None:
+    drivers = machine.run("result = os.listdir('/sys/bus/pci/drivers/vmw_vmci')")
+    assert any(name.startswith("0000:") for name in drivers)
+    command = "import fcntl\nwith open('/dev/vsock') as f: b = fcntl.ioctl(f, 0x7b9, bytes(4))\n"
+    assert machine.run(command + "result = struct.unpack('I', b)[0]") == machine.cid
+
+
+class TestDatagrams:
+    def test_every_size_both_ways(self, machine: Machine) -> None:
+        sizes = [1, 7, 8, 100, 4071, 4072, 4073, 20_000, 65_536, MAX_DATAGRAM]
+        with datagram(machine) as sock:
+            job = machine.start(
+                """
+                s = dgram(); result = []
+                for n in sizes:
+                    s.sendto(os.urandom(n), (2, port))
+                    data, source = s.recvfrom(1 << 20)
+                    result.append((len(data), source))
+                    s.sendto(data, (2, port))
+                """,
+                sizes=sizes,
+                port=sock.getsockname()[1],
+            )
+            for size in sizes:
+                data, source = sock.recvfrom(MIB)
+                assert len(data) == size
+                assert source[0] == machine.cid
+                sock.sendto(data[::-1], source)
+                assert sock.recv(MIB) == data[::-1]
+            assert job.result() == [(size, sock.getsockname()) for size in sizes]
+
+    def test_too_large_and_nobody_there(self, machine: Machine) -> None:
+        for destination, size, code in [
+            ((2, 9), MAX_DATAGRAM + 1, errno.EMSGSIZE),
+            ((2, 9), 1, errno.EHOSTUNREACH),
+            ((999, 9), 1, errno.EHOSTUNREACH),
+        ]:
+            with pytest.raises(GuestError) as failed:
+                machine.run("dgram().sendto(bytes(n), to)", n=size, to=destination)
+            assert failed.value.errno == code
+
+    def test_bursts_lose_nothing(self, machine: Machine) -> None:
+        with datagram(machine) as sock:
+            job = machine.start(
+                """
+                s = dgram(5001)
+                for i in range(100): s.sendto(b'%d' % i, (2, port))
+                result = [s.recv(100) for i in range(100)]
+                """,
+                port=sock.getsockname()[1],
+            )
+            assert [sock.recv(100) for _ in range(100)] == [b"%d" % i for i in range(100)]
+            for number in range(100):
+                sock.sendto(b"%d" % number, (machine.cid, 5001))
+            assert job.result() == [b"%d" % i for i in range(100)]
+
+    def test_many_ports_and_a_reserved_one(self, machine: Machine) -> None:
+        with datagram(machine) as sock:
+            machine.run(
+                "for n in [700, *range(20000, 20100)]: dgram(n).sendto(b'x', (2, port))",
+                port=sock.getsockname()[1],
+            )
+            sources = [sock.recvfrom(10)[1] for _ in range(101)]
+        assert sorted(sources) == [(machine.cid, n) for n in [700, *range(20_000, 20_100)]]
+
+
+class TestStreams:
+    def test_the_guest_connects_and_echoes(self, machine: Machine) -> None:
+        server, port = serve(machine)
+        with server:
+            job = machine.start("result = echo(connect(port))", port=port)
+            sock, peer = server.accept()
+            assert peer[0] == machine.cid
+            with sock:
+                assert exchange(sock, 256 * MIB)
+            assert job.result() == 256 * MIB
+
+    def test_the_host_connects_and_is_echoed(self, machine: Machine) -> None:
+        job = machine.start("result = echo(listener(6000).accept()[0])")
+        with dial(machine, 6000) as sock:
+            assert sock.getpeername() == (machine.cid, 6000)
+            assert exchange(sock, 256 * MIB)
+        assert job.result() == 256 * MIB
+
+    @pytest.mark.parametrize("size", [*SIZES, 1_000_003, 16 * MIB])
+    def test_buffer_sizes(self, machine: Machine, size: int) -> None:
+        server, port = serve(machine)
+        with server:
+            server.setsockopt(AF_VSOCK, vsockets.SO_VM_SOCKETS_BUFFER_MAX_SIZE, 1 << 26)
+            server.listen()
+            job = machine.start(
+                "s = stream(); sizes(s, size); s.connect((2, port)); result = echo(s)",
+                size=size,
+                port=port,
+            )
+            sock, _ = server.accept()
+            with sock:
+                option = sock.getsockopt(AF_VSOCK, vsockets.SO_VM_SOCKETS_BUFFER_SIZE, 8)
+                assert int.from_bytes(option, "little") == size
+                total = min(3 * size + 17, 4 * MIB)
+                assert exchange(sock, total)
+            assert job.result() == total
+
+    @pytest.mark.parametrize("size", [128, 5000, 100_001])
+    def test_buffer_sizes_of_the_host(self, machine: Machine, size: int) -> None:
+        job = machine.start(f"result = echo(listener({7000 + size}).accept()[0])")
+        wait_until(lambda: _listens(machine, 7000 + size), "the guest to listen", PATIENCE)
+        with vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=machine.host) as sock:
+            sock.setsockopt(AF_VSOCK, vsockets.SO_VM_SOCKETS_BUFFER_SIZE, size)
+            sock.connect((machine.cid, 7000 + size))
+            assert exchange(sock, 3 * size + 17)
+        assert job.result() == 3 * size + 17
+
+    def test_a_thousand_connects(self, machine: Machine) -> None:
+        server, port = serve(machine)
+        with server:
+            job = machine.start(
+                """
+                for i in range(1000):
+                    s = connect(port); s.sendall(b'%d' % i); assert s.recv(10) == b'%d' % i
+                    s.close()
+                """,
+                port=port,
+            )
+            for _ in range(1000):
+                with server.accept()[0] as sock:
+                    sock.sendall(sock.recv(10))
+                    assert sock.recv(10) == b""
+            job.result(60)
+
+    def test_a_hundred_at_once(self, machine: Machine) -> None:
+        server, port = serve(machine)
+        with server:
+            job = machine.start(
+                """
+                all = [connect(port) for i in range(100)]
+                for i, s in enumerate(all): s.sendall(b'%d' % i)
+                result = [s.recv(10) for s in all]
+                """,
+                port=port,
+            )
+            socks = [server.accept()[0] for _ in range(100)]
+            for sock in socks:
+                sock.sendall(sock.recv(10))
+            assert job.result() == [b"%d" % i for i in range(100)]
+            for sock in socks:
+                sock.close()
+
+    def test_half_close_of_the_guest(self, machine: Machine) -> None:
+        server, port = serve(machine)
+        with server:
+            job = machine.start(
+                """
+                s = connect(port); s.sendall(bytes(200000)); s.shutdown(1)
+                result = s.recv(10), s.recv(10)
+                """,
+                port=port,
+            )
+            with server.accept()[0] as sock:
+                assert sum(map(len, iter(lambda: sock.recv(MIB), b""))) == 200_000
+                sock.sendall(b"after")
+            assert job.result() == (b"after", b"")
+
+    def test_half_close_of_the_host(self, machine: Machine) -> None:
+        server, port = serve(machine)
+        with server:
+            job = machine.start(
+                """
+                s = connect(port); n = 0
+                while data := s.recv(1 << 20): n += len(data)
+                s.sendall(b'after'); result = n
+                """,
+                port=port,
+            )
+            with server.accept()[0] as sock:
+                sock.sendall(bytes(500_000))
+                sock.shutdown(socket.SHUT_WR)
+                assert sock.recv(10) == b"after"
+            assert job.result() == 500_000
+
+    def test_the_host_closes(self, machine: Machine) -> None:
+        """A reader sees the end, a writer EPIPE, and what was sent before is read."""
+        server, port = serve(machine)
+        with server:
+            job = machine.start(
+                """
+                s = connect(port); n = 0
+                while data := s.recv(1 << 20): n += len(data)
+                try:
+                    while True: s.sendall(bytes(65536))
+                except BrokenPipeError: result = n
+                """,
+                port=port,
+            )
+            sock, _ = server.accept()
+            with sock:
+                sock.sendall(bytes(100_000))
+            assert job.result() == 100_000
+
+    def test_the_host_closes_while_the_guest_writes(self, machine: Machine) -> None:
+        server, port = serve(machine)
+        with server:
+            job = machine.start(
+                """
+                s = connect(port)
+                try:
+                    while True: s.sendall(bytes(65536))
+                except BrokenPipeError: result = 'EPIPE'
+                """,
+                port=port,
+            )
+            sock, _ = server.accept()
+            with sock:
+                sock.recv(MIB)
+            assert job.result() == "EPIPE"
+
+    def test_the_guest_closes_and_nothing_is_lost(self, machine: Machine) -> None:
+        server, port = serve(machine)
+        with server:
+            machine.run("s = connect(port); s.sendall(bytes(262143)); s.close()", port=port)
+            with server.accept()[0] as sock:
+                assert sum(map(len, iter(lambda: sock.recv(MIB), b""))) == 262_143
+
+    def test_refused_both_ways(self, machine: Machine) -> None:
+        for cid, code in [(2, errno.ECONNRESET), (999, errno.EHOSTUNREACH)]:
+            with pytest.raises(GuestError) as failed:
+                machine.run("connect(9, cid)", cid=cid)
+            assert failed.value.errno == code
+        with pytest.raises(ConnectionResetError):
+            vsockets.create_connection((machine.cid, 9), context=machine.host)
+
+    def test_the_guests_backlog(self, machine: Machine) -> None:
+        machine.run("global full; full = listener(6001, 1)")
+        socks = []
+        with pytest.raises(ConnectionResetError):
+            for _ in range(10):
+                socks.append(vsockets.create_connection((machine.cid, 6001), context=machine.host))
+        assert socks
+        for sock in socks:
+            sock.close()
+
+    def test_non_blocking_connects(self, machine: Machine) -> None:
+        job = machine.start("result = echo(listener(6002).accept()[0])")
+        wait_until(lambda: _listens(machine, 6002), "the guest to listen", PATIENCE)
+        with vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=machine.host) as sock:
+            sock.setblocking(False)
+            assert sock.connect_ex((machine.cid, 6002)) == errno.EINPROGRESS
+            import select
+
+            poll = select.poll()
+            poll.register(sock, select.POLLOUT)
+            assert poll.poll(PATIENCE * 1000)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+            sock.settimeout(PATIENCE)
+            assert exchange(sock, 1000)
+        assert job.result() == 1000
+
+    def test_reserved_ports_are_the_guests_kernels(self, machine: Machine) -> None:
+        server, port = serve(machine)
+        with server:
+            machine.start("s = stream(); s.bind((ANY, 1000)); s.connect((2, port))", port=port)
+            sock, peer = server.accept()
+            sock.close()
+            assert peer == (machine.cid, 1000)
+
+    def test_services_of_the_hypervisor(
+        self, machine: Machine, fabric_of_machines: PrivateFabric
+    ) -> None:
+        with vsockets.create_server((0, 976), context=fabric_of_machines.hypervisor) as server:
+            job = machine.start("result = echo(connect(976, 0))")
+            server.settimeout(PATIENCE)
+            with server.accept()[0] as sock:
+                assert exchange(sock, 1000)
+            assert job.result() == 1000
+
+
+class TestLife:
+    @pytest.mark.parametrize("change", ["suspend", "migrate", "ft"])
+    def test_connections_are_dropped(
+        self, machine: Machine, fabric_of_machines: PrivateFabric, change: str
+    ) -> None:
+        control = fabric_of_machines.control
+        server, port = serve(machine)
+        with server:
+            jobs = [machine.start("result = connect(port).recv(1)", port=port)]
+            jobs.append(machine.start("result = listener(6003).accept()[0].recv(1)"))
+            with server.accept()[0] as accepted, dial(machine, 6003) as dialled:
+                if change == "suspend":
+                    control.suspend(machine.cid)
+                    control.resume(machine.cid)
+                elif change == "migrate":
+                    control.migrate(machine.cid)
+                else:
+                    control.fault_tolerance(machine.cid, True)
+                    with pytest.raises(GuestError):
+                        machine.run("connect(port)", port=port)
+                    control.fault_tolerance(machine.cid, False)
+                assert accepted.recv(1) == dialled.recv(1) == b""
+            assert [job.result() for job in jobs] == [b"", b""]
+            job = machine.start("result = echo(connect(port))", port=port)
+            with server.accept()[0] as sock:
+                assert exchange(sock, 1000)
+            assert job.result() == 1000
+
+    def test_the_driver_is_reloaded(self, machine: Machine) -> None:
+        server, port = serve(machine)
+        with server:
+            for _ in range(5):
+                machine.run(
+                    """
+                    import os
+                    for n in (2, 1, 0): assert not os.system('rmmod ' + names[n]), names[n]
+                    for n in (0, 1, 2): assert not os.system(f'insmod /modules/{names[n]}.ko')
+                    """,
+                    names=("vmw_vmci", "vsock", "vmw_vsock_vmci_transport"),
+                )
+            job = machine.start("result = echo(connect(port))", port=port)
+            with server.accept()[0] as sock:
+                assert exchange(sock, 1000)
+            assert job.result() == 1000
+
+    def test_the_guest_is_killed_and_comes_back(self, machine: Machine) -> None:
+        from .conftest import COMMON
+
+        server, port = serve(machine)
+        with server:
+            machine.start("s = connect(port)\nwhile True: s.sendall(bytes(65536))", port=port)
+            with server.accept()[0] as sock:
+                sock.recv(MIB)
+                machine.kill_qemu()
+                while sock.recv(MIB):
+                    pass
+            machine.boot()
+            machine.run(COMMON)
+            job = machine.start("result = echo(connect(port))", port=port)
+            with server.accept()[0] as sock:
+                assert exchange(sock, 1000)
+            assert job.result() == 1000
+
+
+def _listens(machine: Machine, port: int) -> bool:
+    return bool(
+        machine.run(
+            "try:\n stream().bind((ANY, port)); result = False\nexcept OSError: result = True",
+            port=port,
+        )
+    )
