@@ -100,7 +100,10 @@ class TestStreams(test_vmci.TestStreams):
                     size=size,
                 )
                 with server.accept()[0] as sock:
-                    assert sum(map(len, iter(lambda s=sock: s.recv(MIB), b""))) == 20 * size
+                    count = 0
+                    while data := sock.recv(MIB):
+                        count += len(data)
+                assert count == 20 * size
 
 
 class TestSequencedPackets:
