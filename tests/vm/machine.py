@@ -23,7 +23,7 @@ from vsockets.testing import PrivateFabric, wait_until
 from . import downloads
 
 #: How long a machine may take to boot, and a guest to do what it is asked, in seconds.
-BOOT = 50.0
+BOOT = 100.0
 PATIENCE = 10.0
 
 _KERNEL_COMMAND = (

@@ -62,8 +62,8 @@ class TransmitQueue:
         views: list[memoryview] = []
         length = 0
         more = True
-        cid, turn = self._cid, PACKETS_A_TURN
-        while turn and not receiver.is_overwhelmed:
+        cid, turn = self._cid, 0 if receiver.is_overwhelmed else PACKETS_A_TURN
+        while turn:
             turn -= 1
             chain = pop()
             if chain is None:
@@ -103,6 +103,8 @@ class TransmitQueue:
                 receiver.touched(run)
                 run, views, length = None, [], 0
             receiver.receive(Header(*fields), link)
+            if receiver.is_overwhelmed:
+                break
         if run is not None:
             run.pass_on(views, length)
             receiver.touched(run)
