@@ -108,6 +108,22 @@ def test_vsockd_is_not_its_own_client() -> None:
         assert not strange, f"{module} imports {strange}"
 
 
+def test_protocols_of_devices_know_nothing_of_what_they_carry() -> None:
+    package = "vsockets.devices.vfio_user"
+    known = (
+        *PLAIN,
+        package,
+        "vsockets.devices.guest_memory",
+        "vsockets.devices.loop",
+        "vsockets.daemon.loop",
+        "vsockets.daemon",
+        "vsockets.devices",
+    )
+    for module in filter(lambda name: within(name, package), MODULES):
+        strange = {name for name in ours(module) if name not in known and not within(name, package)}
+        assert not strange, f"{module} imports {strange}"
+
+
 def test_only_tools_use_a_command_line_library() -> None:
     for module in filter(lambda name: not within(name, "vsockets.tools"), MODULES):
         strange = {name for name in imports(module) if within(name, "typer", "click", "rich")}

@@ -10,15 +10,15 @@ import ast
 import sys
 import traceback
 
-COMMON = {}
+COMMON: dict[str, object] = {}
 lock = _thread.allocate_lock()
 
 
-def perform(number, source):
+def perform(number: int, source: str) -> None:
     try:
-        names = dict(COMMON)
+        names: dict[str, object] = dict(COMMON)
         exec(compile(source, "<host>", "exec"), names)
-        if names.get("common"):
+        if names.pop("common", False):
             COMMON.update(names)
         answer = number, True, names.get("result")
     except BaseException as error:

@@ -103,6 +103,11 @@ class Machine:
         self.kill()
 
     @property
+    def kernel(self) -> str:
+        """Its name."""
+        return self._kernel.name
+
+    @property
     def console(self) -> str:
         """What the guest's kernel said."""
         path = self._folder / "console"

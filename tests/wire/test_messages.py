@@ -125,6 +125,8 @@ def test_numbers() -> None:
         "ROUTE": 6,
         "QUERY": 7,
         "LOCAL_CID": 8,
+        "SETTLE": 9,
+        "CATCH_ALL": 10,
     }
     assert {flag.name: flag.value for flag in Flag} == {
         "POLLING": 1,

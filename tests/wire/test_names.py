@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.wire import decode_source, encode_source
+from vsockets.wire import decode_route, decode_source, encode_source
 
 u32 = st.integers(0, 2**32 - 1)
 addresses = st.tuples(u32, u32)
@@ -37,7 +37,8 @@ def test_serials_make_names_unique(address: tuple[int, int], one: int, other: in
 
 
 def is_made_by_encode(name: bytes) -> bool:
-    source, serial = decode_source(name), name.rpartition(b":")[2]
+    source, port = decode_route(name)
+    serial = name.split(b":")[3] if source else b""
     if source is None or max(source) >= 2**32:
         return False
     return encode_source(source, int(serial, 16)) == name
@@ -79,3 +80,13 @@ def test_nothing_else_is_a_source(name: bytes) -> None:
 )
 def test_names_that_are_no_source(name: object) -> None:
     assert decode_source(name) is None
+
+
+def test_a_route_to_a_socket_of_many_ports() -> None:
+    name = encode_source((3, 5000), 255, 80)
+    assert name == b"\0vsock:3:5000:ff:80"
+    assert decode_source(name) == (3, 5000)
+    assert decode_route(name) == ((3, 5000), 80)
+    assert decode_route(encode_source((3, 5000), 255)) == ((3, 5000), None)
+    assert decode_route(b"else") == (None, None)
+    assert decode_route(name + b"0" * 10) == (None, None)

@@ -36,6 +36,14 @@ class DeviceLoop(Loop):
         """Whether ``fd`` is watched."""
         return fd in self._callbacks
 
+    def turn(self) -> None:
+        """Serve what is ready now, and the timers that are due."""
+        self._run_timers()
+        for fd, events in self._epoll.poll(0):
+            callback = self._callbacks.get(fd)
+            if callback is not None:
+                callback(events)
+
     def _poll_precisely(
         self, timeout: float | None = None, maxevents: int = -1
     ) -> list[tuple[int, int]]:
@@ -43,3 +51,7 @@ class DeviceLoop(Loop):
             select.select(self._only, (), (), timeout)
             timeout = 0
         return self._wait(timeout, maxevents)
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        self._epoll.close()

@@ -121,6 +121,7 @@ def _serve(
         if cid is None or all(row["cid"] != cid for row in control.contexts()):
             cid = control.add_context(cid, lease=True)["cid"]
         link = control.attach_device(cid, seqpacket)
+        owner = next(row["owner"] for row in control.contexts() if row["cid"] == cid)
         events = control.events("context")
         path.unlink(missing_ok=True)
         with short_path(path) as spelled:
@@ -130,7 +131,7 @@ def _serve(
         loop = DeviceLoop()
         begin(_Attached(loop, Attachment(loop, link, cid, datagrams), events, listener))
         if sandbox:
-            enter_sandbox()
+            enter_sandbox(owner)
         notice(f"context {cid}: the {name} device waits at {path}")
         with loop.signalled({signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop}):
             print(cid, flush=True)

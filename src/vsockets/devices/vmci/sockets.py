@@ -133,8 +133,9 @@ class VmciSockets:
         if connection is not None and connection.stream is not None:
             stream = connection.stream
             self._forget(connection)
-            self._unsent.add(stream)
             stream.detached()
+            if stream.left:
+                self._unsent.add(stream)
             if sum(one.left for one in self._unsent) > UNSENT_BYTES:
                 stream.abort()
 

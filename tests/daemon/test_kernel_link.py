@@ -1,0 +1,249 @@
+"""A device's attachment to vsockd: who may, what it may, and what a hostile one can do."""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+import vsockets
+from vsockets import AF_VSOCK, VMADDR_CID_ANY, Attachment
+from vsockets.testing import PrivateFabric, wait_until
+from vsockets.wire import RECORD_SIZE, Flag, Op, Record, Request, Role, decode_route
+
+from .raw_client import assert_serves, descriptors, has_ended
+
+SIZES = (65_536, 128, 262_144)
+
+
+class Device:
+    """A link, byte by byte."""
+
+    def __init__(self, fabric: PrivateFabric, guest: Attachment) -> None:
+        self.cid = guest.cid
+        self.link = fabric.control.attach_device(guest.cid)
+        self.link.settimeout(2)
+
+    def hand_over(self, kind: int) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        ours.settimeout(2)
+        with theirs:
+            self._give(theirs)
+        return ours
+
+    def _give(self, sock: socket.socket) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [sock.fileno()]))]
+        self.link.sendmsg([b"\0"], rights)
+
+    def connect(self, port: int, cid: int, peer: int) -> socket.socket:
+        sock = self.hand_over(socket.SOCK_STREAM)
+        sock.send(Request(Op.CONNECT, 0, VMADDR_CID_ANY, port, cid, peer, 0, *SIZES).encode())
+        return sock
+
+    def offer(self) -> tuple[Record, socket.socket]:
+        data, fds, _, _ = socket.recv_fds(self.link, RECORD_SIZE, 1)
+        return Record.decode(data), socket.socket(fileno=fds[0])
+
+    def settle(self, offer: Record, error: int = 0, size: int = 65_536) -> None:
+        request = Request(Op.SETTLE, 0, *offer.local, *offer.peer, error, size)
+        self.link.send(request.encode())
+
+
+@pytest.fixture
+def device(private_fabric: PrivateFabric) -> Iterator[Device]:
+    device = Device(private_fabric, private_fabric.guest())
+    yield device
+    device.link.close()
+
+
+@pytest.fixture
+def private_fabric() -> Iterator[PrivateFabric]:
+    with PrivateFabric() as fabric:
+        yield fabric
+
+
+def test_one_device_for_a_guest(private_fabric: PrivateFabric, device: Device) -> None:
+    with pytest.raises(OSError) as refused:
+        private_fabric.control.attach_device(device.cid)
+    assert refused.value.errno == errno.EBUSY
+    with pytest.raises(OSError) as refused:
+        private_fabric.control.attach_device(2)
+    assert refused.value.errno == errno.EINVAL
+    with pytest.raises(OSError) as refused:
+        private_fabric.control.attach_device(99)
+    assert refused.value.errno == errno.ENOENT
+    device.link.close()
+    wait_until(lambda: _attaches(private_fabric, device.cid), "the device to be gone")
+
+
+def _attaches(fabric: PrivateFabric, cid: int) -> bool:
+    try:
+        fabric.control.attach_device(cid).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_the_guest_connects_from_a_port_of_its_own(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
+    with vsockets.create_server((2, 5000), context=private_fabric.host) as server:
+        sock = device.connect(700, 2, 5000)
+        record = Record.decode(sock.recv(RECORD_SIZE))
+        assert record.status == 0 and record.local == (device.cid, 700) and record.size == 65_536
+        accepted, peer = server.accept()
+        assert peer == (device.cid, 700)
+        sock.send(b"x")
+        assert accepted.recv(1) == b"x"
+        again = device.connect(700, 2, 5000)
+        assert Record.decode(again.recv(RECORD_SIZE)).status == errno.EADDRINUSE
+        sock.close()
+        again.close()
+        again = device.connect(700, 2, 5000)
+        assert Record.decode(again.recv(RECORD_SIZE)).status == 0
+        again.close()
+        accepted.close()
+    refused = device.connect(701, 2, 5000)
+    assert Record.decode(refused.recv(RECORD_SIZE)).status == errno.ECONNRESET
+    refused.close()
+
+
+def test_a_stream_to_the_guest(private_fabric: PrivateFabric, device: Device) -> None:
+    sock = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+    sock.setblocking(False)
+    assert sock.connect_ex((device.cid, 80)) == errno.EINPROGRESS
+    offer, stream = device.offer()
+    assert offer.local == (device.cid, 80) and offer.flags & Flag.POLLING
+    assert (offer.size, offer.minimum, offer.maximum) == SIZES
+    assert offer.pid == os.getpid()
+    stream.send(Record(0, 0, *offer.peer, *offer.local, Role.CONNECTED, 1, 2, 3, *SIZES).encode())
+    stream.recv(3072)
+    device.settle(offer, size=4096)
+    stream.send(b"hello")
+    sock.settimeout(2)
+    assert sock.recv(5) == b"hello"
+    rows = private_fabric.control.sockets()
+    assert {row["buffer"] for row in rows if row["state"] == "established"} == {4096}
+    sock.close()
+    stream.close()
+
+
+def test_the_guest_refuses(private_fabric: PrivateFabric, device: Device) -> None:
+    sock = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+    sock.setblocking(False)
+    sock.connect_ex((device.cid, 80))
+    offer, stream = device.offer()
+    stream.send(Record(errno.ECONNRESET).encode())
+    stream.recv(3072)
+    device.settle(offer, errno.ECONNRESET)
+    stream.close()
+    wait_until(lambda: _error(sock) == errno.ECONNRESET, "the connect to fail")
+    wait_until(lambda: not private_fabric.control.status()["streams"], "the stream to be forgotten")
+    sock.close()
+
+
+def _error(sock: vsockets.socket) -> int:
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
+def test_sequenced_packets_are_not_for_kernels(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
+    with (
+        vsockets.socket(AF_VSOCK, socket.SOCK_SEQPACKET, context=private_fabric.host) as sock,
+        pytest.raises(ConnectionResetError),
+    ):
+        sock.connect((device.cid, 80))
+
+
+def test_programs_of_the_context_come_first(private_fabric: PrivateFabric, device: Device) -> None:
+    context = Attachment(private_fabric.folder / str(device.cid))
+    with (
+        vsockets.create_server((device.cid, 5000), context=context) as server,
+        vsockets.create_connection((device.cid, 5000), context=private_fabric.host) as sock,
+    ):
+        server.accept()[0].close()
+        assert sock.recv(1) == b""
+
+
+def test_datagrams_to_every_port(private_fabric: PrivateFabric, device: Device) -> None:
+    host = vsockets.socket(AF_VSOCK, socket.SOCK_DGRAM, context=private_fabric.host)
+    host.bind((2, 600 if os.geteuid() == 0 else 6000))
+    with pytest.raises(ConnectionRefusedError):
+        host.sendto(b"x", (device.cid, 9))
+    everything = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    everything.settimeout(2)
+    channel = device.hand_over(socket.SOCK_SEQPACKET)
+    socket.send_fds(channel, [Request(Op.CATCH_ALL).encode()], [everything.fileno()])
+    assert Record.decode(channel.recv(RECORD_SIZE)).status == 0
+    channel.close()
+    for port in (9, 1_000_000):
+        host.sendto(b"hello", (device.cid, port))
+        data, name = everything.recvfrom(100)
+        assert data == b"hello"
+        assert decode_route(name) == (host.getsockname(), port)
+    private_fabric.control.suspend(device.cid)
+    with pytest.raises(OSError):
+        host.sendto(b"x", (device.cid, 9))
+    everything.close()
+    host.close()
+
+
+def test_programs_may_not_do_what_kernels_may(private_fabric: PrivateFabric) -> None:
+    guest = private_fabric.guest()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(2)
+        sock.connect(os.fspath(guest.folder / "seqpacket"))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            socket.send_fds(sock, [Request(Op.CATCH_ALL).encode()], [other.fileno()])
+            assert has_ended(sock)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(2)
+        sock.connect(os.fspath(guest.folder / "stream"))
+        sock.send(Request(Op.SETTLE, 0, guest.cid, 80, 2, 5000, 0, 4096).encode())
+        assert has_ended(sock)
+
+
+def test_a_hostile_device(private_fabric: PrivateFabric) -> None:
+    """It harms nobody, and leaves nothing behind."""
+    guest = private_fabric.guest()
+    before = descriptors(private_fabric.pid)
+    for nasty in range(5):
+        device = Device(private_fabric, guest)
+        if nasty == 0:
+            device.link.send(b"garbage")
+        elif nasty == 1:
+            device.link.send(Request(Op.SETTLE, 0, guest.cid, 1, 2, 2, 0, 5).encode())
+            device.link.send(Request(Op.BIND).encode())
+        elif nasty == 2:
+            with open(os.devnull) as file:
+                socket.send_fds(device.link, [b"\0"], [file.fileno()])
+            with socket.socket(socket.AF_INET) as sock:
+                socket.send_fds(device.link, [b"\0"], [sock.fileno()])
+        elif nasty == 3:
+            for _ in range(100):
+                device.hand_over(socket.SOCK_STREAM).close()
+                silent = device.hand_over(socket.SOCK_SEQPACKET)
+                silent.send(b"no request")
+                silent.close()
+        else:
+            sock = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+            sock.setblocking(False)
+            sock.connect_ex((guest.cid, 80))
+            device.offer()[1].close()
+            sock.close()
+        device.link.close()
+        wait_until(lambda: _attaches(private_fabric, guest.cid), "the device to be gone")
+    assert_serves(private_fabric)
+    wait_until(lambda: descriptors(private_fabric.pid) <= before, "no descriptor left behind")
+
+
+def test_a_context_that_ends_takes_its_device_along(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
+    private_fabric.control.power_off(device.cid)
+    assert device.link.recv(1) == b""

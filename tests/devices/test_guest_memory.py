@@ -1,0 +1,84 @@
+"""Addresses a guest may name, and those it may not."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsockets.devices.guest_memory import BadAddress, GuestMemory, ScatterList
+
+PAGE = 4096
+
+
+@pytest.fixture
+def file() -> int:
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 16 * PAGE)
+    return fd
+
+
+def test_a_range_lies_in_one_region(file: int) -> None:
+    memory = GuestMemory()
+    memory.map(PAGE, 4 * PAGE, True, file, 0)
+    memory.map(5 * PAGE, PAGE, True, file, 8 * PAGE)
+    memory.map(7 * PAGE, PAGE, False, file, 0)
+    memory.map(8 * PAGE, PAGE, True, None, 0)
+    os.close(file)
+    memory.view(PAGE, 4 * PAGE)[:3] = b"abc"
+    assert bytes(memory.view(PAGE + 1, 2)) == b"bc"
+    for address, size in [
+        (0, 1),
+        (PAGE - 1, 2),
+        (4 * PAGE, PAGE + 1),  # into the next region
+        (6 * PAGE, 1),
+        (7 * PAGE, 1),  # not to be written
+        (8 * PAGE, 1),  # no memory
+        (PAGE, -1),
+        ((1 << 64) - 1, 2),
+        (PAGE, 1 << 64),
+    ]:
+        with pytest.raises(BadAddress):
+            memory.view(address, size)
+
+
+def test_regions_that_cannot_be(file: int) -> None:
+    memory = GuestMemory()
+    memory.map(PAGE, PAGE, True, file, 0)
+    for address, size, offset, code in [
+        (PAGE, PAGE, 0, errno.EEXIST),
+        (0, PAGE + 1, 0, errno.EEXIST),
+        (2 * PAGE - 1, PAGE, 0, errno.EEXIST),
+        (8 * PAGE, 0, 0, errno.EINVAL),
+        ((1 << 64) - PAGE, 2 * PAGE, 0, errno.EINVAL),
+        (8 * PAGE, PAGE, 16 * PAGE, errno.EINVAL),  # beyond the file's end: SIGBUS
+    ]:
+        with pytest.raises(OSError) as failed:
+            memory.map(address, size, True, file, offset)
+        assert failed.value.errno == code
+    for address, size in [(0, PAGE), (PAGE, 2 * PAGE), (PAGE + 1, PAGE - 1), (9 * PAGE, 1)]:
+        with pytest.raises(OSError, match="no region"):
+            memory.unmap(address, size)
+    memory.unmap(PAGE, PAGE)
+    with pytest.raises(BadAddress):
+        memory.view(PAGE, 1)
+    os.close(file)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=2000), st.data())
+def test_windows(sizes: list[int], data: st.DataObject) -> None:
+    whole = bytes(i % 251 for i in range(sum(sizes)))
+    views, at = [], 0
+    for size in sizes:
+        views.append(memoryview(whole[at : at + size]))
+        at += size
+    scattered = ScatterList(views)
+    start = data.draw(st.integers(0, len(whole) - 1))
+    length = data.draw(st.integers(1, len(whole) - start))
+    window = b"".join(scattered.window(start, length))
+    assert len(scattered.window(start, length)) <= 1024
+    assert whole[start : start + length].startswith(window)
+    assert len(window) == length or len(scattered.window(start, length)) == 1024

@@ -1,0 +1,29 @@
+"""The fuzzer, for a while: no exception, no descriptor left behind, no growth."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+
+from .fuzzer import Fuzzer
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_hostile_guest_does_no_harm(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with caplog.at_level(logging.ERROR):
+        fuzzer = Fuzzer(seed)
+        fuzzer.run(8192)
+        fuzzer.restart()
+        fuzzer.guest.device.interrupts.close()
+        fuzzer.guest.close()
+    assert not caplog.records
+    hypervisor = fuzzer.guest.machine.hypervisor
+    sockets = fuzzer.guest.machine.sockets
+    assert not hypervisor._queue_pairs and not hypervisor._queue_pair_memory
+    assert not sockets._connections and not sockets._by_handle and not sockets._offered
+    fuzzer.guest.loop.close()
+    del fuzzer, hypervisor, sockets
+    assert len(os.listdir("/proc/self/fd")) <= before + 1

@@ -1,0 +1,305 @@
+"""The device against a played guest: what a real one does, and what only a hostile one would."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import socket
+import struct
+from collections.abc import Callable
+
+import pytest
+
+from vsockets.buffers import BufferSizes
+from vsockets.devices.attachment import Offer
+from vsockets.devices.vmci.datagrams import Code, Datagram, Event, Handle, Hypercall
+from vsockets.devices.vmci.packets import Kind, Packet, Shutdown, handle_value
+from vsockets.limits import MAX_DATAGRAM, QUEUE_PAIRS
+from vsockets.testing import wait_until
+
+from .played_guest import CID, MEMORY, PAGE, PlayedGuest
+
+
+def turn_until(guest: PlayedGuest, so: Callable[[], object]) -> None:
+    def reached() -> bool:
+        guest.loop.turn()
+        return bool(so())
+
+    wait_until(reached, "the device to do it")
+
+
+class TestHypercalls:
+    def test_what_drivers_ask_first(self, guest: PlayedGuest) -> None:
+        query = struct.pack("<III", 1, 0, Hypercall.GET_CONTEXT_ID)
+        assert guest.call(Hypercall.RESOURCES_QUERY, query) == 1
+        query = struct.pack("<IIIII", 3, 0, 99, Hypercall.QUEUEPAIR_ALLOC, 1)
+        assert guest.call(Hypercall.RESOURCES_QUERY, query) == 0b110
+        assert guest.call(Hypercall.GET_CONTEXT_ID) == CID
+        for event in range(5):
+            payload = struct.pack("<II", event, 0)
+            assert guest.call(Hypercall.EVENT_SUBSCRIBE, payload) == Code.SUCCESS
+        assert guest.call(Hypercall.EVENT_SUBSCRIBE, bytes(7)) == Code.INVALID_ARGS
+        assert guest.call(12) == Code.INVALID_RESOURCE
+
+    def test_doorbells_and_the_bitmap(self, guest: PlayedGuest) -> None:
+        assert guest.call(Hypercall.SET_NOTIFY_BITMAP, struct.pack("<Q", 100)) == Code.SUCCESS
+        handle = struct.pack("<II", CID, 7)
+        link = handle + struct.pack("<Q", 33)
+        assert guest.call(Hypercall.DOORBELL_LINK, link) == Code.SUCCESS
+        assert guest.call(Hypercall.DOORBELL_LINK, link) == Code.ALREADY_EXISTS
+        assert guest.call(Hypercall.DOORBELL_NOTIFY, handle) == Code.SUCCESS
+        assert guest.memory[100 * PAGE + 33] == 1
+        assert guest.call(Hypercall.DOORBELL_UNLINK, handle) == Code.SUCCESS
+        assert guest.call(Hypercall.DOORBELL_NOTIFY, handle) == Code.NOT_FOUND
+        beyond = handle + struct.pack("<Q", PAGE)
+        assert guest.call(Hypercall.DOORBELL_LINK, beyond) == Code.INVALID_ARGS
+        outside = struct.pack("<Q", MEMORY // PAGE)
+        assert guest.call(Hypercall.SET_NOTIFY_BITMAP, outside) == Code.INVALID_ARGS
+
+    @pytest.mark.parametrize(
+        ("change", "code"),
+        [
+            ({"flags": 16}, Code.INVALID_ARGS),
+            ({"produce": 0}, Code.INVALID_ARGS),
+            ({"consume": 2**63}, Code.NO_RESOURCES),
+            ({"count": 3}, Code.INVALID_ARGS),
+            ({"count": 2**63}, Code.INVALID_ARGS),
+            ({"pages": [1, 2, 3, 2**63]}, Code.INVALID_ARGS),
+            ({"pages": [1, 2, 3, 3]}, Code.INVALID_ARGS),
+            ({"pages": [1, 2, 3, MEMORY // PAGE]}, Code.INVALID_ARGS),
+            ({"pages": [1, 2, 3]}, Code.INVALID_ARGS),
+            ({"flags": 1}, Code.NOT_FOUND),
+        ],
+    )
+    def test_queue_pairs_that_cannot_be(
+        self, guest: PlayedGuest, change: dict[str, object], code: Code
+    ) -> None:
+        fields: dict[str, object] = {
+            "flags": 0,
+            "produce": 4096,
+            "consume": 4096,
+            "count": 4,
+            "pages": [64, 65, 66, 67],
+        }
+        fields |= change
+        pages = fields["pages"]
+        assert isinstance(pages, list)
+        payload = struct.pack(
+            "<IIIIQQQ", CID, 9, 2, *(fields[n] for n in ("flags", "produce", "consume", "count"))
+        )
+        payload += struct.pack(f"<{len(pages)}Q", *pages)
+        assert guest.call(Hypercall.QUEUEPAIR_ALLOC, payload) == code
+
+    def test_no_more_queue_pairs_than_allowed(self, guest: PlayedGuest) -> None:
+        codes = [guest.alloc(Handle(CID, n), 128, [64, 65, 66, 67]) for n in range(QUEUE_PAIRS + 1)]
+        assert codes[-2:] == [Code.QUEUEPAIR_CREATED, Code.NO_RESOURCES]
+        assert guest.alloc(Handle(CID, 0), 128, [64, 65, 66, 67]) == Code.ALREADY_EXISTS
+        assert guest.detach(Handle(CID, 0)) == guest.detach(Handle(9, 9)) == Code.SUCCESS
+        assert guest.alloc(Handle(CID, 0), 128, [64, 65, 66, 67]) == Code.QUEUEPAIR_CREATED
+
+
+class TestDatagrams:
+    def test_both_ways_of_every_size(self, guest: PlayedGuest) -> None:
+        for size in (0, 1, 7, 8, 4096, MAX_DATAGRAM):
+            payload = os.urandom(size)
+            assert guest.send(Handle(2, 700), payload, Handle(CID, 800)) == 24 + size
+            assert guest.fabric.datagrams.pop() == (800, (2, 700), payload)
+            guest.machine.sockets._deliver((2, 700), 800, payload)
+            (one,) = guest.receive()
+            assert one == Datagram(Handle(CID, 800), Handle(2, 700), payload)
+
+    def test_what_waits_is_bounded(self, guest: PlayedGuest) -> None:
+        deliver = guest.machine.sockets._deliver
+        assert deliver((2, 1), 2, bytes(MAX_DATAGRAM))
+        assert not deliver((2, 1), 2, bytes(MAX_DATAGRAM))
+        assert [len(one.payload) for one in guest.receive()] == [MAX_DATAGRAM] * 2
+        assert deliver((2, 1), 2, b"")
+
+    def test_what_went_wrong(self, guest: PlayedGuest) -> None:
+        for error, code in [
+            (errno.ECONNREFUSED, Code.INVALID_RESOURCE),
+            (errno.ENOBUFS, Code.NO_RESOURCES),
+            (errno.EACCES, Code.NO_ACCESS),
+        ]:
+            guest.fabric.error = error
+            assert guest.send(Handle(2, 700), b"x", Handle(CID, 800)) == code
+
+    def test_sizes_that_lie(self, guest: PlayedGuest) -> None:
+        for size in (0, 23, 69_633, 2**32 - 1):
+            assert guest.send_raw(bytes(24), size) == Code.INVALID_ARGS
+        lying = struct.pack("<IIIIQ", 2, 700, CID, 800, 2**64 - 24)
+        assert guest.send_raw(lying) == Code.INVALID_ARGS
+        assert guest.send_raw(bytes(24), at=MEMORY - 8) == Code.INVALID_ARGS
+
+
+class TestStreams:
+    @pytest.mark.parametrize("size", [128, 129, 4096, 5000, 262_144])
+    def test_both_ways(self, guest: PlayedGuest, size: int) -> None:
+        stream = guest.connect(1234, size)
+        theirs = guest.fabric.streams[0]
+        rng = random.Random(size)
+        sent, received = bytearray(), bytearray()
+        back, got = bytearray(), bytearray()
+        total = 4 * size + 1000
+        while len(received) < total or len(got) < total:
+            if len(sent) < total:
+                data = rng.randbytes(min(rng.randint(1, size), total - len(sent)))
+                sent += data[: stream.write(data)]
+            if len(back) < total:
+                data = rng.randbytes(min(rng.randint(1, 2 * size), total - len(back)))
+                with contextlib.suppress(BlockingIOError):
+                    back += data[: theirs.send(data)]
+            guest.loop.turn()
+            with contextlib.suppress(BlockingIOError):
+                received += theirs.recv(1 << 20)
+            guest.receive()
+            got += stream.read()
+        assert sent == received and back == got
+
+    def test_a_flow_needs_few_words(self, guest: PlayedGuest) -> None:
+        """Once it flows the guest finds its queue never empty, and says nothing."""
+        stream = guest.connect(1234, 65_536)
+        theirs = guest.fabric.streams[0]
+        said = 0
+        tell = stream.tell
+
+        def count(kind: int, value: int = 0) -> None:
+            nonlocal said
+            said += 1
+            tell(kind, value)
+
+        stream.tell = count  # type: ignore[method-assign]
+        got = 0
+        for number in range(200):
+            assert stream.write(b"x" * 100) == 100
+            if number == 150:  # it pauses; all must come without another word
+                turn_until(guest, lambda: _took(theirs, 15_100))
+                got = 15_100
+            guest.loop.turn()
+        turn_until(guest, lambda: _took(theirs, 20_000 - got))
+        assert said < 20
+
+    def test_unread_data_outlives_the_guests_close(self, guest: PlayedGuest) -> None:
+        stream = guest.connect(1234, 262_144)
+        theirs = guest.fabric.streams[0]
+        total = 0
+        for _ in range(10):
+            total += stream.write(bytes(262_143))
+        guest.detach(stream.handle)
+        guest.memory[:] = bytes(MEMORY)
+        turn_until(guest, lambda: _took(theirs, total))
+        turn_until(guest, lambda: theirs.recv(1) == b"")
+
+    def test_the_program_closes(self, guest: PlayedGuest) -> None:
+        stream = guest.connect(1234, 4096)
+        theirs = guest.fabric.streams.pop()
+        theirs.send(b"last words")
+        theirs.close()
+        stream.tell(Kind.READ)
+        guest.loop.turn()
+        received = guest.receive()
+        kinds = [one.payload[1] for one in received if one.source.resource == 1]
+        assert kinds == [Kind.WROTE, Kind.SHUTDOWN]
+        events = [one for one in received if one.source.context == 0]
+        assert [one.payload[0] for one in events] == [Event.QP_PEER_DETACH]
+        assert stream.read() == b"last words"
+
+    def test_shut_down_both_ways(self, guest: PlayedGuest) -> None:
+        stream = guest.connect(1234, 4096)
+        theirs = guest.fabric.streams[0]
+        stream.write(b"the last")
+        stream.tell(Kind.SHUTDOWN, Shutdown.SEND)
+        assert theirs.recv(100) == b"the last"
+        assert theirs.recv(100) == b""
+        theirs.send(b"an answer")
+        guest.loop.turn()
+        assert stream.read() == b"an answer"
+        stream.tell(Kind.SHUTDOWN, Shutdown.RECEIVE)
+        with pytest.raises(BrokenPipeError):
+            theirs.send(b"x")
+
+    @pytest.mark.parametrize("indices", [(4096, 0), (2**64 - 1, 0), (0, 4096), (5000, 5000)])
+    def test_indices_that_lie(self, guest: PlayedGuest, indices: tuple[int, int]) -> None:
+        stream = guest.connect(1234, 4096)
+        theirs = guest.fabric.streams[0]
+        stream.set_indices(*indices)
+        theirs.send(b"x")
+        guest.loop.turn()
+        stream.tell(Kind.WROTE)
+        with contextlib.suppress(ConnectionResetError):  # what it sent was not taken
+            assert theirs.recv(1) == b""
+        assert Kind.SHUTDOWN in [packet.kind for packet in guest.packets()]
+
+    def test_memory_goes_away_under_it(self, guest: PlayedGuest) -> None:
+        stream = guest.connect(1234, 4096)
+        theirs = guest.fabric.streams[0]
+        guest.device.memory.unmap(0, MEMORY)
+        guest.device.forget_memory(0, MEMORY)
+        stream.tell(Kind.WROTE)
+        assert theirs.recv(1) == b""
+
+    def test_a_reset_ends_everything(self, guest: PlayedGuest) -> None:
+        stream = guest.connect(1234, 4096)
+        stream.write(b"before")
+        theirs = guest.fabric.streams[0]
+        guest.device.reset()
+        guest.loop.turn()
+        assert theirs.recv(100) == b"before"
+        assert theirs.recv(1) == b""
+        guest.probe()
+        guest.connect(1234, 4096)
+
+    def test_packets_for_nobody(self, guest: PlayedGuest) -> None:
+        guest.packet(Packet(Kind.WROTE, 1, 2))
+        assert [packet.kind for packet in guest.packets()] == [Kind.RST]
+        guest.packet(Packet(Kind.RST, 1, 2))
+        assert guest.packets() == []
+
+    def test_somebody_connects(self, guest: PlayedGuest) -> None:
+        ours, theirs = _pair()
+        offer = Offer(ours, 80, (2, 5000), BufferSizes(4096, 128, 262_144), False)
+        guest.machine.sockets.connect_to_guest(offer)
+        (request,) = guest.packets()
+        assert request.kind == Kind.REQUEST2 and request.value == 4096
+        guest.packet(Packet(Kind.NEGOTIATE2, 80, 5000, 4096, 0, 1))
+        (offered,) = guest.packets()
+        wrong = [
+            guest.alloc(offered.handle, 8192, [64, 65, 66, 67, 68, 69], flags=1),
+            guest.alloc(offered.handle, 4096, [64, 65, 66, 67]),
+        ]
+        assert wrong == [Code.NOT_FOUND, Code.NO_ACCESS]
+        assert guest.alloc(offered.handle, 4096, [64, 65, 66, 67], flags=1) == 5
+        guest.packet(Packet(Kind.ATTACH, 80, 5000, handle_value(offered.handle)))
+        assert guest.fabric.settled == [(4096, 0)]
+        theirs.close()
+
+    def test_nobody_answers_in_the_guest(self, guest: PlayedGuest) -> None:
+        ours, theirs = _pair()
+        sizes = BufferSizes(4096, 128, 262_144)
+        guest.machine.sockets.connect_to_guest(Offer(ours, 80, (2, 5000), sizes, False))
+        turn_until(guest, lambda: guest.fabric.settled)
+        assert guest.fabric.settled == [(0, errno.ETIMEDOUT)]
+        assert [one.kind for one in guest.packets()] == [Kind.REQUEST2, Kind.RST]
+        theirs.close()
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    return ours, theirs
+
+
+_taken: dict[int, int] = {}
+
+
+def _took(sock: socket.socket, total: int) -> bool:
+    """Take what has come; whether it was ``total`` bytes in all by now."""
+    key = id(sock)
+    with contextlib.suppress(BlockingIOError):
+        _taken[key] = _taken.get(key, 0) + len(sock.recv(1 << 20))
+    if _taken.get(key) == total:
+        del _taken[key]
+        return True
+    return False
