@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vsockets.testing import PrivateFabric
 
-from . import connects, datagrams, scale, streams
+from . import connects, datagrams, scale, streams, vmci
 from .harness import Series, take_turns
 
 Results = dict[str, dict[str, Series]]
@@ -30,6 +30,8 @@ GOALS = [
     ("datagrams, 64 B", "unix", True, 0.90),
     ("connects, 1 client", "tcp", True, 0.60),
     ("connects, 4 clients", "tcp", True, 0.90),
+    ("VMCI device to a program, no machine", "unix", True, 0.60),
+    ("VMCI device to the guest, no machine", "unix", True, 0.60),
     ("vsockd's time a connect, contexts", "10", False, 1.10),
     ("vsockd's time a connect, listeners", "100", False, 1.10),
 ]
@@ -114,9 +116,21 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
+    def device(to_guest: bool) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            contestants = {
+                "device": lambda: vmci.throughput(1 << 29, to_guest),
+                "unix": lambda: vmci.unix(1 << 29),
+            }
+            return take_turns(contestants, "MB/s", rounds, tick)
+
+        return run
+
     many_contexts = scale.most(10_000, 2)
     many_listeners = scale.most(20_000, 1)
     return {
+        "VMCI device to a program, no machine": device(False),
+        "VMCI device to the guest, no machine": device(True),
         "stream throughput, 64 KiB": stream(streams.throughput, 4000, "MB/s"),
         "stream round trip, 64 B": stream(streams.round_trip, 15_000, "us"),
         "datagrams, 64 B": datagram,

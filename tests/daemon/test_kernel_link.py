@@ -147,7 +147,7 @@ def test_the_guest_refuses(private_fabric: PrivateFabric, device: Device) -> Non
 
 
 def _error(sock: vsockets.socket) -> int:
-    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return int(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
 
 def test_sequenced_packets_are_not_for_kernels(

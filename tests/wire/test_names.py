@@ -41,7 +41,7 @@ def is_made_by_encode(name: bytes) -> bool:
     serial = name.split(b":")[3] if source else b""
     if source is None or max(source) >= 2**32:
         return False
-    return encode_source(source, int(serial, 16)) == name
+    return encode_source(source, int(serial, 16), port) == name
 
 
 @given(

@@ -13,7 +13,6 @@ from socket import (
     MSG_DONTWAIT,
     MSG_PEEK,
     SO_SNDBUF,
-    SOCK_DGRAM,
     SOCK_SEQPACKET,
     SOCK_STREAM,
     SOL_SOCKET,
@@ -26,7 +25,7 @@ from ..limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, SILENT_CLIENT
 from ..wire import REQUEST_SIZE, Flag, Op, ProtocolError, Record, Request, Role
 from .allowance import Allowance
 from .audit import Audit
-from .channel import Channel, consume, receive_with_descriptor
+from .channel import Channel, consume, take_datagram_socket
 from .credentials import peer_credentials
 from .datagrams import Datagrams, cookie_of
 from .descriptions import (
@@ -35,7 +34,6 @@ from .descriptions import (
     describe_endpoint,
     describe_offer,
 )
-from .disposal import dispose
 from .kernel_link import KernelLink
 from .loop import Loop
 from .streams import Streams
@@ -333,7 +331,7 @@ class Broker:
         return False
 
     def _bind_datagram(self, channel: Channel, request: Request) -> bool:
-        sock = self._datagram_socket(channel)
+        sock = take_datagram_socket(channel)
         with closing(sock):
             if self.datagrams.find(channel.context, cookie_of(sock)) is not None:
                 raise Refused(errno.EINVAL, "the datagram socket is bound")
@@ -342,7 +340,7 @@ class Broker:
         return False
 
     def _route(self, channel: Channel, request: Request) -> bool:
-        sock = self._datagram_socket(channel)
+        sock = take_datagram_socket(channel)
         with closing(sock):
             source = self.datagrams.find(channel.context, cookie_of(sock))
             destination = self.fabric.find_datagram(
@@ -364,7 +362,7 @@ class Broker:
             raise ProtocolError("a program asked for all datagrams of its context")
         kernel = channel.context.kernel
         assert kernel is not None and isinstance(kernel.streams, KernelLink)
-        sock = self._datagram_socket(channel)
+        sock = take_datagram_socket(channel)
         with closing(sock):
             datagrams = self.datagrams.catch_all(channel.context, sock)
             kernel.streams.catches(datagrams)
@@ -408,24 +406,6 @@ class Broker:
             self.fabric.unbind(endpoint)
             raise
         return endpoint
-
-    @staticmethod
-    def _datagram_socket(channel: Channel) -> _socket.socket:
-        """Take the request off the channel, and the datagram socket that rides along."""
-        if channel.kind is not Kind.SEQPACKET:
-            raise ProtocolError("a datagram request on a stream")
-        fd = receive_with_descriptor(channel.sock)
-        if fd is None:
-            raise ProtocolError("a datagram request without a descriptor")
-        try:
-            sock = _socket.socket(fileno=fd)
-        except OSError:
-            dispose(fd)
-            raise ProtocolError("a datagram request with something that is no socket") from None
-        if (sock.family, sock.type) != (AF_UNIX, SOCK_DGRAM):
-            dispose(sock.detach())
-            raise ProtocolError(f"a datagram request with a socket of {sock.family=} {sock.type=}")
-        return sock
 
     def _look_up(self, channel: Channel, request: Request) -> bytes:
         context = channel.context

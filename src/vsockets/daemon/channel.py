@@ -9,12 +9,14 @@ import fcntl
 import struct
 from collections import deque
 from socket import (
+    AF_UNIX,
     CMSG_LEN,
     MSG_CMSG_CLOEXEC,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
     SCM_RIGHTS,
     SO_SNDBUF,
+    SOCK_DGRAM,
     SOL_SOCKET,
     socketpair,
 )
@@ -22,8 +24,9 @@ from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not y
 
 from ..fabric import Context, Credentials, Endpoint, Kind
 from ..limits import MAX_BACKLOG
-from ..wire import PADDING, RECORD_SIZE
+from ..wire import PADDING, RECORD_SIZE, ProtocolError
 from .credentials import Peer
+from .disposal import dispose
 
 _FD = struct.Struct("i")
 # Plain integers: an enum's | costs as much as a system call.
@@ -147,6 +150,24 @@ def descriptor_in(ancillary: list[tuple[int, int, bytes]]) -> int | None:
             fd: int = _FD.unpack_from(data)[0]
             return fd
     return None
+
+
+def take_datagram_socket(channel: Channel) -> _socket.socket:
+    """Take the request off the channel, and the datagram socket that rides along."""
+    if channel.kind is not Kind.SEQPACKET:
+        raise ProtocolError("a datagram request on a stream")
+    fd = receive_with_descriptor(channel.sock)
+    if fd is None:
+        raise ProtocolError("a datagram request without a descriptor")
+    try:
+        sock = _socket.socket(fileno=fd)
+    except OSError:
+        dispose(fd)
+        raise ProtocolError("a datagram request with something that is no socket") from None
+    if (sock.family, sock.type) != (AF_UNIX, SOCK_DGRAM):
+        dispose(sock.detach())
+        raise ProtocolError(f"a datagram request with a socket of {sock.family=} {sock.type=}")
+    return sock
 
 
 def _unread(fd: int) -> int:

@@ -9,7 +9,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -38,9 +38,8 @@ VERSION = struct.pack("<HH", 0, 0) + b'{"capabilities":{}}\0'
 class Remembering:
     """A device of 64 bytes."""
 
-    regions = {Region.BAR1: 64, Region.CONFIG: 256}  # noqa: RUF012
-
     def __init__(self) -> None:
+        self.regions: Mapping[Region, int] = {Region.BAR1: 64, Region.CONFIG: 256}
         self.memory = GuestMemory()
         self.interrupts = Interrupts({Irq.INTX: 1, Irq.MSIX: 3})
         self.config = ConfigSpace(Identity(1, 2, 3, 4, 5, 6), [pci.msix(3, 1, 0, 32), pci.msi()])

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .played_guest import PlayedGuest
+from vsockets.testing.played_guest import PlayedGuest
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.datagrams import LARGEST, Handle, Hypercall
 from vsockets.devices.vmci.packets import Packet
-
-from .played_guest import CID, MEMORY, PAGE, PlayedGuest
+from vsockets.testing.played_guest import CID, MEMORY, PAGE, PlayedGuest
 
 #: Numbers at which things go wrong.
 EDGES = [

@@ -18,8 +18,7 @@ from vsockets.devices.vmci.datagrams import Code, Datagram, Event, Handle, Hyper
 from vsockets.devices.vmci.packets import Kind, Packet, Shutdown, handle_value
 from vsockets.limits import MAX_DATAGRAM, QUEUE_PAIRS
 from vsockets.testing import wait_until
-
-from .played_guest import CID, MEMORY, PAGE, PlayedGuest
+from vsockets.testing.played_guest import CID, MEMORY, PAGE, PlayedGuest
 
 
 def turn_until(guest: PlayedGuest, so: Callable[[], object]) -> None:

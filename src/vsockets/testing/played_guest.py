@@ -10,15 +10,15 @@ import socket
 import struct
 from collections.abc import Sequence
 
-from vsockets.buffers import BufferSizes
-from vsockets.devices.attachment import Offer
-from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.vfio_user import Irq, Region
-from vsockets.devices.vmci.datagrams import HEADER, LARGEST, Code, Datagram, Handle, Hypercall
-from vsockets.devices.vmci.machine import VmciMachine
-from vsockets.devices.vmci.packets import Kind, Packet, handle_value
-from vsockets.devices.vmci.registers import MMIO_REGISTERS, Control, Register
-from vsockets.wire import Record, Role
+from ..buffers import BufferSizes
+from ..devices.attachment import Offer
+from ..devices.loop import DeviceLoop
+from ..devices.vfio_user import Irq, Region
+from ..devices.vmci.datagrams import HEADER, LARGEST, Code, Datagram, Handle, Hypercall
+from ..devices.vmci.machine import VmciMachine
+from ..devices.vmci.packets import Kind, Packet, handle_value
+from ..devices.vmci.registers import MMIO_REGISTERS, Control, Register
+from ..wire import Record, Role
 
 PAGE = 4096
 MEMORY = 8 << 20
