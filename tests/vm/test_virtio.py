@@ -45,9 +45,12 @@ def test_the_stock_driver_is_bound(machine: Machine) -> None:
 
 
 class TestStreams(test_vmci.TestStreams):
-    @pytest.mark.parametrize("size", [128, 5000, 1 << 20])
+    @pytest.mark.parametrize("size", [1024, 5000, 1 << 20])
     def test_buffer_sizes(self, machine: Machine, size: int) -> None:
-        """The guest's receive buffer; Linux 7.3 holds itself to it when it sends, too."""
+        """The guest's receive buffer; Linux 7.3 holds itself to it when it sends, too.
+
+        With less than some 600 bytes 7.3 takes no packet at all: it counts its own overhead.
+        """
         server, port = serve(machine)
         with server:
             job = machine.start(
