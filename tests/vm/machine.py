@@ -202,7 +202,10 @@ class Machine:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(f"the guest is silent; its console: {self.console[-2000:]}")
-                self._arrived.wait(left)
+                if self.qemu is not None and self.qemu.poll() is not None:
+                    log = (self._folder / "qemu.log").read_text()
+                    raise GuestError("QEMU", None, f"status {self.qemu.returncode}: {log}")
+                self._arrived.wait(min(left, 1.0))
             return self._answers.pop(number)
 
     # What tests use
