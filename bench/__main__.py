@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vsockets.testing import PrivateFabric
 
-from . import connects, datagrams, drops, forward, scale, streams, supervised, vmci
+from . import connects, datagrams, drops, forward, scale, streams, supervised, virtio, vmci
 from .harness import Series, take_turns
 
 Results = dict[str, dict[str, Series]]
@@ -183,10 +183,10 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "forward connects, 4 clients": forwarded_connects(4, 150),
     }
 
-    def device(to_guest: bool) -> Benchmark:
+    def device(throughput: Callable[[int, bool], float], to_guest: bool) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             contestants = {
-                "device": lambda: vmci.throughput(1 << 29, to_guest),
+                "device": lambda: throughput(1 << 29, to_guest),
                 "unix": lambda: vmci.unix(1 << 29),
             }
             return take_turns(contestants, "MB/s", rounds, tick)
@@ -196,8 +196,10 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
     many_contexts = scale.most(10_000, 2)
     many_listeners = scale.most(20_000, 1)
     return {
-        "VMCI device to a program, no machine": device(False),
-        "VMCI device to the guest, no machine": device(True),
+        "VMCI device to a program, no machine": device(vmci.throughput, False),
+        "VMCI device to the guest, no machine": device(vmci.throughput, True),
+        "virtio device to a program, no machine": device(virtio.throughput, False),
+        "virtio device to the guest, no machine": device(virtio.throughput, True),
         "stream throughput, 64 KiB": stream(streams.throughput, 4000, "MB/s"),
         "stream round trip, 64 B": stream(streams.round_trip, 15_000, "us"),
         "datagrams, 64 B": datagram,

@@ -99,11 +99,13 @@ class Control:
         """Forget a guest.  OSError ENOENT, EINVAL (the host), EBUSY (it has open streams)."""
         self._ask("context.remove", cid=cid)
 
-    def attach_device(self, cid: int) -> socket.socket:
+    def attach_device(self, cid: int, seqpacket: bool = False) -> socket.socket:
         """Speak for the kernel of a virtual machine: a link to vsockd
-        (:mod:`vsockets.devices.attachment`).  OSError ENOENT, EINVAL, EBUSY (it has a device).
+        (:mod:`vsockets.devices.attachment`).  With ``seqpacket`` it has sockets of that type, too.
+        OSError ENOENT, EINVAL, EBUSY (it has a device).
         """
-        self._sock.sendall(json.dumps({"op": "context.device", "cid": cid}).encode() + b"\n")
+        request = {"op": "context.device", "cid": cid, "seqpacket": seqpacket}
+        self._sock.sendall(json.dumps(request).encode() + b"\n")
         line, fds, _, _ = socket.recv_fds(self._sock, 65_536, 1)
         answer = json.loads(line) if line else {"error": "vsockd has gone", "errno": errno.ENODEV}
         if "error" in answer:

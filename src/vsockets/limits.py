@@ -94,6 +94,54 @@ CONFIGURATION_FILE = 1 << 20
 #: Characters of the name of a guest or of a domain: what VMware allows a virtual machine.
 LONGEST_NAME = 80
 
+# A vhost-user device's process.
+
+#: Bytes of a vhost-user message's payload: a table of eight regions has 264, a configuration
+#: space at most 268.
+VHOST_PAYLOAD = 4096
+
+#: Descriptors that come with one message: one for each of eight regions.
+VHOST_DESCRIPTORS = 8
+
+#: How long a virtual machine's monitor may take to read an answer, in seconds: it waits for it.
+VHOST_REPLY = 5.0
+
+#: Regions of memory a monitor may give a device one by one (ADD_MEM_REG).  QEMU asks, and
+#: plugs no more memory than that; libvhost-user says 509 as well, the kernel's vhost 64.
+MEMORY_SLOTS = 509
+
+#: Parts of one chain of descriptors: what one system call takes.  Linux's packets have 18 at most.
+DESCRIPTOR_CHAIN = 1024
+
+#: Connections of one guest through its virtio device.  Each may hold VIRTIO_BUFFER bytes and
+#: two descriptors here.
+VIRTIO_CONNECTIONS = 4096
+
+#: Bytes of one connection that the device holds for a slow reader of the host: the credit its
+#: guest is given.  As large as VMCI's largest queue, and as Linux's own default.
+VIRTIO_BUFFER = 262_144
+
+#: What a guest with more than 512 connections is given for each further one, in bytes: so that
+#: all of them together hold 256 MiB at most.
+VIRTIO_SMALL_BUFFER = 32_768
+VIRTIO_LARGE_BUFFERS = 512
+
+#: Messages of a sequenced-packet connection that wait for a slow reader; empty ones take no
+#: credit, and each costs us something.
+WAITING_MESSAGES = 65_536
+
+#: Resets to the guest that wait for a buffer of it, before its packets wait, too.
+WAITING_RESETS = 256
+
+#: Packets of the guest that are looked at in one turn, before other things get theirs.
+PACKETS_A_TURN = 256
+
+#: How long a guest may take to answer a connect, in seconds: Linux's listeners answer at once.
+GUEST_ANSWER = 2.0
+
+#: How long a guest may take to confirm the end of a connection, in seconds (as Linux waits).
+GUEST_FAREWELL = 8.0
+
 # A device's process.
 
 #: Regions of memory a virtual machine's monitor may give a device.  QEMU gives some tens; each

@@ -48,12 +48,19 @@ class Stage:
         self._images: dict[str, Path] = {}
         self._number = 0
 
-    def machine(self, fabric: PrivateFabric, kernel: str, *options: str, cid: int = 0) -> Machine:
+    def machine(
+        self,
+        fabric: PrivateFabric,
+        kernel: str,
+        *options: str,
+        cid: int = 0,
+        device: str = "vmci",
+    ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
         try:
             linux = downloads.Kernel(kernel)
             downloads.qemu()
-            initrd = self._image(linux)
+            initrd = self._image(linux, device)
         except downloads.Unavailable as error:
             if os.environ.get("VSOCKETS_REQUIRE_VM"):
                 raise
@@ -61,14 +68,15 @@ class Stage:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
-        return Machine(fabric, linux, initrd, folder, *options, cid=cid)
+        return Machine(fabric, linux, initrd, folder, *options, cid=cid, device=device)
 
-    def _image(self, linux: downloads.Kernel) -> Path:
-        if linux.name not in self._images:
-            path = self._folder / f"initrd-{linux.name}"
-            path.write_bytes(image.build(linux))
-            self._images[linux.name] = path
-        return self._images[linux.name]
+    def _image(self, linux: downloads.Kernel, device: str) -> Path:
+        name = f"{linux.name}-{device}"
+        if name not in self._images:
+            path = self._folder / f"initrd-{name}"
+            path.write_bytes(image.build(linux, device))
+            self._images[name] = path
+        return self._images[name]
 
 
 @pytest.fixture(scope="session")

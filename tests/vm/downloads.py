@@ -157,6 +157,7 @@ class Suite:
 
 
 _STABLE = Suite("bookworm")
+_TESTING = Suite("forky")
 _BACKPORTS = Suite("trixie", "trixie-backports")
 
 
@@ -194,6 +195,15 @@ def userland() -> Path:
         )
 
     return _filled("userland-python", fill)
+
+
+def rust_back_end() -> Path:
+    """Where Debian's ``vhost-device-vsock`` is unpacked, with libraries of its own."""
+
+    def fill(folder: Path) -> None:
+        _TESTING.unpack(folder, *_TESTING.with_dependencies("vhost-device-vsock", "libc6"))
+
+    return _filled("vhost-device-vsock", fill)
 
 
 class Kernel:

@@ -14,8 +14,15 @@ HERE = Path(__file__).parent
 #: What guests have of ours: the library, for those of their programs that want it.
 PACKAGE = Path(vsockets.__file__).parent
 
-#: In the order they are loaded.
-MODULES = ("vmw_vmci", "vsock", "vmw_vsock_vmci_transport")
+#: What each device needs, in the order they are loaded; some kernels have some built in.
+MODULES = {
+    "vmci": ("vmw_vmci", "vsock", "vmw_vsock_vmci_transport"),
+    "virtio": (
+        *("virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev"),
+        *("virtio_pci", "vsock"),
+        *("vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport"),
+    ),
+}
 
 #: There for a test that loads them: what a guest's programs say to each other.
 LOOPBACK = ("vmw_vsock_virtio_transport_common", "vsock_loopback")
@@ -65,8 +72,8 @@ class _Archive:
         return b"".join(self._parts)
 
 
-def build(kernel: Kernel, extra: dict[str, bytes] | None = None) -> bytes:
-    """An archive for ``kernel``, with ``extra`` programs by their paths."""
+def build(kernel: Kernel, device: str, extra: dict[str, bytes] | None = None) -> bytes:
+    """An archive for ``kernel`` and a ``device``, with ``extra`` programs by their paths."""
     archive = _Archive()
     for folder in ("bin", "dev", "proc", "sys", "modules", "tmp"):
         archive.add(folder, stat.S_IFDIR | 0o755)
@@ -87,7 +94,8 @@ def build(kernel: Kernel, extra: dict[str, bytes] | None = None) -> bytes:
     archive.add("lib64", stat.S_IFDIR | 0o755)
     loader = "ld-linux-x86-64.so.2"
     archive.add(f"lib64/{loader}", stat.S_IFLNK | 0o777, f"/lib/x86_64-linux-gnu/{loader}".encode())
-    for module in (*MODULES, *LOOPBACK):
+    modules = MODULES[device]
+    for module in dict.fromkeys((*modules, *LOOPBACK)):
         data = kernel.module(module)
         if data is not None:
             archive.add(f"modules/{module}.ko", stat.S_IFREG | 0o644, data)
@@ -97,5 +105,5 @@ def build(kernel: Kernel, extra: dict[str, bytes] | None = None) -> bytes:
     for name, data in (extra or {}).items():
         archive.add(name, stat.S_IFREG | 0o755, data)
     archive.add("agent.py", stat.S_IFREG | 0o644, (HERE / "agent.py").read_bytes())
-    archive.add("init", stat.S_IFREG | 0o755, _INIT.format(modules=" ".join(MODULES)).encode())
+    archive.add("init", stat.S_IFREG | 0o755, _INIT.format(modules=" ".join(modules)).encode())
     return archive.finish()

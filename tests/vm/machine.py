@@ -1,4 +1,4 @@
-"""A virtual machine under QEMU, in software, with a VMCI device."""
+"""A virtual machine under QEMU, in software, with one of our devices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vsockets.testing import PrivateFabric, wait_until
 from . import downloads
 
 #: How long a machine may take to boot, and a guest to do what it is asked, in seconds.
-BOOT = 50.0
+BOOT = 100.0
 PATIENCE = 10.0
 
 _KERNEL_COMMAND = (
@@ -68,6 +68,7 @@ class Machine:
         *device_options: str,
         memory: int = 512,
         cid: int | None = None,
+        device: str = "vmci",
     ) -> None:
         self._fabric = fabric
         self._kernel = kernel
@@ -76,6 +77,8 @@ class Machine:
         self._options = device_options
         self._memory = memory
         self.cid = cid or 0
+        self.kind = device
+        self._path = folder / device
         self.device: subprocess.Popen[str] | None = None
         self.qemu: subprocess.Popen[bytes] | None = None
         self._numbers = count(1)
@@ -121,10 +124,10 @@ class Machine:
         return self._fabric.host
 
     def start_device(self) -> None:
-        """``vsock device vmci``."""
-        path = self._folder / "vmci"
+        """``vsock device``."""
         command = [sys.executable, "-m", "vsockets.tools", "--dir", str(self._fabric.folder)]
-        command += ["device", "vmci", "--socket", str(path), "--verbose", *self._options]
+        command += ["device", self.kind, "--socket", str(self._path), "--verbose"]
+        command += self._options
         if self.cid:
             command += ["--cid", str(self.cid)]
         with open(self._folder / "device.log", "w") as log:
@@ -136,12 +139,6 @@ class Machine:
 
     def boot(self) -> None:
         """Start QEMU and wait for the guest."""
-        vfio = {
-            "driver": "vfio-user-pci",
-            "socket": {"type": "unix", "path": str(self._folder / "vmci")},
-            "x-no-posted-writes": True,
-            "x-msg-timeout": 60_000,
-        }
         size = f"{self._memory}M"
         command = [
             *downloads.qemu(),
@@ -154,12 +151,24 @@ class Machine:
             *("-machine", "q35,memory-backend=mem"),
             *("-kernel", str(self._kernel.image), "-initrd", str(self._initrd)),
             *("-append", _KERNEL_COMMAND),
-            *("-device", json.dumps(vfio)),
+            *self._device_options(),
         ]
         with open(self._folder / "qemu.log", "wb") as log:
             self.qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._connect_agent()
         self._wait_for(0, BOOT)
+
+    def _device_options(self) -> list[str]:
+        if self.kind == "virtio":
+            chardev = f"socket,id=vsock,path={self._path}"
+            return ["-chardev", chardev, "-device", "vhost-user-vsock-pci,id=dev,chardev=vsock"]
+        vfio = {
+            "driver": "vfio-user-pci",
+            "socket": {"type": "unix", "path": str(self._path)},
+            "x-no-posted-writes": True,
+            "x-msg-timeout": 60_000,
+        }
+        return ["-device", json.dumps(vfio)]
 
     def _connect_agent(self) -> None:
         self._agent = socket.socket(socket.AF_UNIX)
@@ -193,7 +202,10 @@ class Machine:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(f"the guest is silent; its console: {self.console[-2000:]}")
-                self._arrived.wait(left)
+                if self.qemu is not None and self.qemu.poll() is not None:
+                    log = (self._folder / "qemu.log").read_text()
+                    raise GuestError("QEMU", None, f"status {self.qemu.returncode}: {log}")
+                self._arrived.wait(min(left, 1.0))
             return self._answers.pop(number)
 
     # What tests use
@@ -252,4 +264,4 @@ class Machine:
                 self.device.stdout.close()
                 self.device = None
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._folder / "vmci")
+                    os.unlink(self._path)

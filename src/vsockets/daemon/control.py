@@ -197,8 +197,10 @@ class Session:
         context = vsockd.fabric.contexts.require(_cid(arguments))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            KernelLink(self._loop, vsockd.broker, context, ours, peer_credentials(self._sock))
-        except Refused:
+            seqpacket = bool(_optional(arguments, "seqpacket", bool))
+            owner = peer_credentials(self._sock)
+            KernelLink(self._loop, vsockd.broker, context, ours, owner, seqpacket)
+        except (Refused, BadRequest):
             ours.close()
             theirs.close()
             raise

@@ -70,8 +70,11 @@ class KernelLink:
         context: Context,
         link: _socket.socket,
         credentials: Credentials,
+        seqpacket: bool,
     ) -> None:
-        """Refused with EINVAL (not a guest), EBUSY (it has a device)."""
+        """``seqpacket``: whether the guest has such sockets.
+
+        Refused with EINVAL (not a guest), EBUSY (it has a device)."""
         if not context.is_guest:
             raise Refused(errno.EINVAL, f"context {context.cid} is no virtual machine")
         if context.kernel is not None:
@@ -84,7 +87,7 @@ class KernelLink:
         self._datagrams: DatagramSocket | None = None
         #: who waits for the guest's answer, by both ports and the peer's context
         self._offers: dict[tuple[int, int, int], Context] = {}
-        context.kernel = Kernel(credentials, self, None)
+        context.kernel = Kernel(credentials, self, None, seqpacket)
         link.setblocking(False)
         loop.watch(link.fileno(), self._ready)
 

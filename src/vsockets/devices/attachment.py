@@ -144,7 +144,10 @@ class Attachment:
     received: Callable[[tuple[int, int], int, bytes], bool]
     lost: Callable[[], None]
 
-    def __init__(self, loop: DeviceLoop, link: socket.socket, cid: int) -> None:
+    def __init__(
+        self, loop: DeviceLoop, link: socket.socket, cid: int, datagrams: bool = True
+    ) -> None:
+        """Without ``datagrams`` the guest has none, and who sends it one is refused."""
         self.cid = cid
         self._loop = loop
         self._link = link
@@ -154,9 +157,10 @@ class Attachment:
         self._catch_all = socket.socket(AF_UNIX, SOCK_DGRAM)
         self._catch_all.setblocking(False)
         self._paused: list[socket.socket] = []
-        self._ask(Request(Op.CATCH_ALL), self._catch_all)
         loop.watch(link.fileno(), self._ready)
-        self._watch_datagrams(self._catch_all)
+        if datagrams:
+            self._ask(Request(Op.CATCH_ALL), self._catch_all)
+            self._watch_datagrams(self._catch_all)
 
     @property
     def is_open(self) -> bool:
@@ -174,12 +178,14 @@ class Attachment:
 
     # Streams
 
-    def connect(self, port: int, peer: tuple[int, int], sizes: BufferSizes) -> socket.socket:
-        """A stream from the guest's ``port``.  OSError when vsockd has gone.
+    def connect(
+        self, port: int, peer: tuple[int, int], sizes: BufferSizes, kind: int = SOCK_STREAM
+    ) -> socket.socket:
+        """A connection of type ``kind`` from the guest's ``port``.  OSError when vsockd has gone.
 
         The first that can be read from it is a record: vsockd's answer.
         """
-        ours, theirs = socket.socketpair(AF_UNIX, SOCK_STREAM)
+        ours, theirs = socket.socketpair(AF_UNIX, kind)
         with theirs:
             try:
                 ours.setblocking(False)
@@ -203,7 +209,7 @@ class Attachment:
             )
         with contextlib.suppress(OSError):  # who connected has gone; the stream says so
             offer.sock.send(record.encode(), MSG_DONTWAIT | MSG_NOSIGNAL)
-            if offer.polling:
+            if offer.polling or offer.sock.type == SOCK_SEQPACKET:  # there, with the request
                 offer.sock.recv(len(PADDING), MSG_DONTWAIT)
         request = Request(Op.SETTLE, 0, *local, *peer, error, size)
         with contextlib.suppress(OSError):  # vsockd has gone; the link says so
@@ -331,7 +337,7 @@ class Attachment:
         if record.status or fd is None:
             self._end()
             return
-        sock = socket.socket(AF_UNIX, SOCK_STREAM, 0, fd)
+        sock = socket.socket(fileno=fd)
         sock.setblocking(False)
         sizes = BufferSizes(record.size, record.minimum, record.maximum)
         polling = bool(record.flags & Flag.POLLING)

@@ -59,12 +59,13 @@ class Kernel:
     owner: Credentials  #: the device's process
     streams: object  #: the handles of its endpoints
     datagrams: object
+    seqpacket: bool = False  #: whether its streams' handle takes sequenced packets, too
 
     def endpoint(self, context: Context, kind: Kind, port: int) -> Endpoint | None:
         """Whatever is at ``port``; None when the kernel has no such sockets."""
-        streams = kind is Kind.STREAM
+        streams = kind is not Kind.DATAGRAM
         handle = self.streams if streams else self.datagrams
-        if kind is Kind.SEQPACKET or handle is None:
+        if handle is None or (kind is Kind.SEQPACKET and not self.seqpacket):
             return None
         return Endpoint(
             kind,

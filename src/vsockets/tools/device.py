@@ -7,15 +7,19 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
+from ..control import Events
 from ..devices.attachment import Attachment
 from ..devices.loop import DeviceLoop
 from ..devices.sandbox import enter_sandbox
-from ..devices.vfio_user import Server
+from ..devices.vfio_user import Server as VfioServer
+from ..devices.vhost_user import Server as VhostServer
+from ..devices.virtio.machine import VirtioMachine
 from ..devices.vmci.machine import VmciMachine
 from ..state_folder import short_path
 from .context import read_cid
@@ -25,20 +29,23 @@ from .reach import administrator
 app = typer.Typer(help="Devices of virtual machines.", rich_markup_mode=None)
 
 
+_Socket = Annotated[
+    Path, typer.Option("--socket", metavar="PATH", help="Where the virtual machine connects.")
+]
+_Cid = Annotated[
+    int | None,
+    typer.Option(
+        "--cid", parser=read_cid, metavar="CID", help="Its context; by default one that is free."
+    ),
+]
+_Sandbox = Annotated[bool, typer.Option(help="Give up every privilege and system call not needed.")]
+_Verbose = Annotated[bool, typer.Option("--verbose", help="Say what happens.")]
+
+
 @app.command("vmci")
 def vmci(
-    path: Annotated[
-        Path, typer.Option("--socket", metavar="PATH", help="Where the virtual machine connects.")
-    ],
-    cid: Annotated[
-        int | None,
-        typer.Option(
-            "--cid",
-            parser=read_cid,
-            metavar="CID",
-            help="Its context; by default one that is free.",
-        ),
-    ] = None,
+    path: _Socket,
+    cid: _Cid = None,
     legacy: Annotated[
         bool,
         typer.Option("--legacy", help="As guests before Linux 5.18 know it; slow."),
@@ -47,15 +54,64 @@ def vmci(
         bool,
         typer.Option("--protocol-1", help="Speak the first version of the stream protocol."),
     ] = False,
-    sandbox: Annotated[
-        bool, typer.Option(help="Give up every privilege and system call not needed.")
-    ] = True,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Say what happens.")] = False,
+    sandbox: _Sandbox = True,
+    verbose: _Verbose = False,
 ) -> None:
     """Serve a virtual machine's VMCI device over vfio-user (docs/vmci.md).
 
     For QEMU from 10.1 on: -device '{"driver":"vfio-user-pci","socket":{"type":"unix",
     "path":PATH},"x-no-posted-writes":true}', with memory that is shared.
+    """
+
+    def begin(attached: _Attached) -> None:
+        loop, fabric, events, listener = attached
+        machine = VmciMachine(loop, fabric, fabric.cid, events, legacy=legacy, older=older)
+        VfioServer(loop, listener, machine.device, machine.settle)
+
+    _serve("VMCI", path, cid, sandbox, verbose, begin)
+
+
+@app.command("virtio")
+def virtio(
+    path: _Socket,
+    cid: _Cid = None,
+    sandbox: _Sandbox = True,
+    verbose: _Verbose = False,
+) -> None:
+    """Serve a virtual machine's virtio-vsock device over vhost-user (docs/virtio.md).
+
+    For QEMU from 7.2 on: -chardev socket,id=vsock,path=PATH -device
+    vhost-user-vsock-pci,chardev=vsock, with memory that is shared.
+    """
+
+    def begin(attached: _Attached) -> None:
+        loop, fabric, events, listener = attached
+        machine = VirtioMachine(loop, fabric, fabric.cid, events)
+        VhostServer(loop, listener, machine.device)
+
+    _serve("virtio-vsock", path, cid, sandbox, verbose, begin, datagrams=False, seqpacket=True)
+
+
+class _Attached(NamedTuple):
+    loop: DeviceLoop
+    fabric: Attachment
+    events: Events
+    listener: socket.socket
+
+
+def _serve(
+    name: str,
+    path: Path,
+    cid: int | None,
+    sandbox: bool,
+    verbose: bool,
+    begin: Callable[[_Attached], None],
+    datagrams: bool = True,
+    seqpacket: bool = False,
+) -> None:
+    """Attach a device to the context ``cid`` and run it; ``begin`` puts it together.
+
+    ``datagrams``, ``seqpacket``: what the guest has besides streams.
     """
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="vsock device: %(message)s"
@@ -64,7 +120,7 @@ def vmci(
     with administrator(start=True) as control:
         if cid is None or all(row["cid"] != cid for row in control.contexts()):
             cid = control.add_context(cid, lease=True)["cid"]
-        link = control.attach_device(cid)
+        link = control.attach_device(cid, seqpacket)
         owner = next(row["owner"] for row in control.contexts() if row["cid"] == cid)
         events = control.events("context")
         path.unlink(missing_ok=True)
@@ -73,12 +129,10 @@ def vmci(
         listener.listen(1)
         os.chmod(path, 0o600)
         loop = DeviceLoop()
-        attachment = Attachment(loop, link, cid)
-        machine = VmciMachine(loop, attachment, cid, events, legacy=legacy, older=older)
-        Server(loop, listener, machine.device, machine.settle)
+        begin(_Attached(loop, Attachment(loop, link, cid, datagrams), events, listener))
         if sandbox:
             enter_sandbox(owner)
-        notice(f"context {cid}: the VMCI device waits at {path}")
+        notice(f"context {cid}: the {name} device waits at {path}")
         with loop.signalled({signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop}):
             print(cid, flush=True)
             loop.run()

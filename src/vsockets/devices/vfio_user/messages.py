@@ -63,6 +63,10 @@ class IrqFlag(IntFlag):
     TRIGGER = 0x20
 
 
+# A plain integer: an enum's & costs as much as a system call.
+_NO_REQUEST = int(Flag.REPLY | Flag.ERROR) | 0xF
+
+
 class ProtocolError(Exception):
     """The client sent something after which the stream cannot be understood any more."""
 
@@ -97,7 +101,7 @@ class Decoder:
             number, command, size, flags, _ = HEADER.unpack_from(data, at)
             if not HEADER.size <= size <= LARGEST_MESSAGE:
                 raise ProtocolError(f"a message of {size} bytes")
-            if flags & 0xF or flags & Flag.ERROR:
+            if flags & _NO_REQUEST:
                 raise ProtocolError("a reply to what was never asked")
             if len(data) - at < size:
                 break

@@ -33,6 +33,10 @@ from .registers import (
 
 log = logging.getLogger(__name__)
 
+# Plain integers: an enum's & costs as much as a system call.
+_VECTORS = {int(cause): vector for cause, vector in VECTORS.items()}
+_DATAGRAM, _DMA_DATAGRAM = int(Cause.DATAGRAM), int(Cause.DMA_DATAGRAM)
+
 _IDENTITY = Identity(0x15AD, 0x0740, 0x15AD, 0x0740, 0x088000, 0x10)
 _FOUR_KIB = 12
 _LARGEST_PAGE_SHIFT = 16
@@ -106,7 +110,7 @@ class VmciDevice:
         self._waiting.append(datagram)
         self._waiting_bytes += len(datagram)
         if len(self._waiting) == 1:
-            self._interrupt(Cause.DATAGRAM)
+            self._interrupt(_DATAGRAM)
 
     def notify(self) -> None:
         """The notification bitmap has changed."""
@@ -184,9 +188,9 @@ class VmciDevice:
             self._dma.take_in(value, self._run)
         elif register == Register.DATA_IN_LOW:
             if self._dma.hand_out(value, self._waiting, self._took):
-                self._interrupt(Cause.DMA_DATAGRAM)
+                self._interrupt(_DMA_DATAGRAM)
             if self._waiting:
-                self._interrupt(Cause.DATAGRAM)
+                self._interrupt(_DATAGRAM)
         elif register == Register.DATA_OUT_HIGH:
             self._dma.out_high = value << 32
         elif register == Register.DATA_IN_HIGH:
@@ -208,12 +212,12 @@ class VmciDevice:
         if value & Control.INT_ENABLE:
             self._interrupting = True
             if self._waiting:
-                self._interrupt(Cause.DATAGRAM)
+                self._interrupt(_DATAGRAM)
 
-    def _interrupt(self, cause: Cause) -> None:
+    def _interrupt(self, cause: int) -> None:
         self._cause |= cause
         if self._interrupting and self._mask & cause:
-            self.interrupts.fire(VECTORS[cause])
+            self.interrupts.fire(_VECTORS[cause])
 
     # Datagrams
 

@@ -32,7 +32,7 @@ class Control(IntFlag):
     INT_DISABLE = 4
 
 
-class Cause(IntFlag):
+class Cause(IntEnum):
     """Of an interrupt; its vector is the bit's number, shared vectors read ICR."""
 
     DATAGRAM = 1

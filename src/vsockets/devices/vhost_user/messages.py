@@ -1,0 +1,141 @@
+"""The vhost-user protocol's messages: a codec, and no I/O.
+
+From QEMU's ``docs/interop/vhost-user.rst``.  All fields have the machine's byte order.  A
+message is a header of 12 bytes and a payload; descriptors ride along with its first byte.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from enum import IntEnum, IntFlag
+from typing import NamedTuple
+
+from ...limits import VHOST_PAYLOAD
+
+HEADER = struct.Struct("=III")  #: request, flags, size of the payload
+U64 = struct.Struct("=Q")
+VRING_STATE = struct.Struct("=II")  #: index, number
+VRING_ADDR = struct.Struct("=IIQQQQ")  #: index, flags, descriptors, used, available, log
+REGION = struct.Struct("=QQQQ")  #: guest address, size, user address, offset in the file
+REGIONS = struct.Struct("=II")  #: number, padding; REGIONs follow
+CONFIG = struct.Struct("=III")  #: offset, size, flags; ``size`` bytes follow
+
+#: Of a header's flags: the version, and what it must be.
+_VERSION_BITS, _VERSION = 3, 1
+
+#: Of the payload of SET_VRING_KICK, CALL and ERR: the ring, and that no descriptor came.
+RING_BITS = 0xFF
+NO_DESCRIPTOR = 0x100
+
+
+class Request(IntEnum):
+    """What a front end asks for."""
+
+    GET_FEATURES = 1
+    SET_FEATURES = 2
+    SET_OWNER = 3
+    RESET_OWNER = 4
+    SET_MEM_TABLE = 5
+    SET_VRING_NUM = 8
+    SET_VRING_ADDR = 9
+    SET_VRING_BASE = 10
+    GET_VRING_BASE = 11
+    SET_VRING_KICK = 12
+    SET_VRING_CALL = 13
+    SET_VRING_ERR = 14
+    GET_PROTOCOL_FEATURES = 15
+    SET_PROTOCOL_FEATURES = 16
+    GET_QUEUE_NUM = 17
+    SET_VRING_ENABLE = 18
+    GET_CONFIG = 24
+    SET_CONFIG = 25
+    RESET_DEVICE = 34
+    GET_MAX_MEM_SLOTS = 36
+    ADD_MEM_REG = 37
+    REM_MEM_REG = 38
+    SET_STATUS = 39
+    GET_STATUS = 40
+
+
+class Flag(IntFlag):
+    """Of a header."""
+
+    REPLY = 4
+    NEED_REPLY = 8
+
+
+class Protocol(IntFlag):
+    """Protocol features."""
+
+    MQ = 1 << 0
+    REPLY_ACK = 1 << 3
+    CONFIG = 1 << 9
+    RESET_DEVICE = 1 << 13
+    CONFIGURE_MEM_SLOTS = 1 << 15
+    STATUS = 1 << 16
+
+
+#: The virtio feature bit that says there are protocol features.
+F_PROTOCOL_FEATURES = 1 << 30
+
+
+class ProtocolError(Exception):
+    """The front end sent something after which nothing it sends can be relied on."""
+
+
+class Message(NamedTuple):
+    """One request."""
+
+    request: int
+    flags: int
+    payload: bytes
+    fds: Sequence[int] = ()  #: whoever gets the message closes them
+
+
+class Decoder:
+    """Puts messages together from what is read, ``wanted`` bytes at most at a time.
+
+    So no read goes beyond a message, and descriptors that come with one are its own.
+    """
+
+    def __init__(self) -> None:
+        self._data = b""
+        self._fds: list[int] = []
+        self.wanted = HEADER.size  #: bytes that the next read may take
+
+    def receive(self, data: bytes, fds: Sequence[int] = ()) -> Message | None:
+        """The message if it is complete now.  Takes ``fds``.  ProtocolError."""
+        self._fds += fds
+        self._data += data
+        self.wanted -= len(data)
+        if self.wanted:
+            return None
+        request, flags, size = HEADER.unpack_from(self._data)
+        if len(self._data) == HEADER.size:
+            if flags & _VERSION_BITS != _VERSION:
+                raise ProtocolError(f"a message of version {flags & _VERSION_BITS}")
+            if flags & Flag.REPLY:
+                raise ProtocolError("a reply to what was never asked")
+            if size > VHOST_PAYLOAD:
+                raise ProtocolError(f"a message of {size} bytes")
+            if size:
+                self.wanted = size
+                return None
+        message = Message(request, flags, self._data[HEADER.size :], tuple(self._fds))
+        self._data, self._fds, self.wanted = b"", [], HEADER.size
+        return message
+
+    def pending_fds(self) -> list[int]:
+        """The descriptors of a message that never came whole."""
+        return self._fds
+
+
+def reply(message: Message, payload: bytes) -> bytes:
+    """The answer to ``message``."""
+    return encode(message.request, payload, int(Flag.REPLY))
+
+
+def encode(request: int, payload: bytes = b"", flags: int = 0) -> bytes:
+    """A message's bytes."""
+    return HEADER.pack(request, _VERSION | flags, len(payload)) + payload

@@ -1,0 +1,373 @@
+"""One front end's requests, answered: what vhost-user says of a device, without any socket."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+from typing import Protocol as Interface
+
+from ...limits import MEMORY_SLOTS, VHOST_DESCRIPTORS
+from ..guest_memory import GuestMemory
+from . import messages
+from .messages import F_PROTOCOL_FEATURES, Flag, Message, Protocol, ProtocolError, Request
+from .vring import LARGEST_RING, Vring
+
+log = logging.getLogger(__name__)
+
+#: What is offered.  Buffers are used in the order they came and none is held back, so a
+#: front end that comes again finds in the rings themselves where to go on (no INFLIGHT_SHMFD).
+PROTOCOL_FEATURES = int(
+    Protocol.MQ
+    | Protocol.REPLY_ACK
+    | Protocol.CONFIG
+    | Protocol.RESET_DEVICE
+    | Protocol.CONFIGURE_MEM_SLOTS
+    | Protocol.STATUS
+)
+
+
+class Device(Interface):
+    """What a device must do to be served."""
+
+    features: int  #: the virtio features it offers
+    queues: int  #: how many rings it can use
+    memory: GuestMemory
+
+    def configuration(self) -> bytes:
+        """The device's configuration space."""
+
+    def set_features(self, features: int) -> None:
+        """These of the offered features are used from now on."""
+
+    def start_ring(self, index: int, vring: Vring, addresses: tuple[int, int, int]) -> None:
+        """Begin to use a ring, whose three parts have these guest addresses.
+
+        OSError EINVAL when it cannot be used.
+        """
+
+    def stop_ring(self, index: int) -> int:
+        """Use it no more, nor anything in memory that it named; returns where to go on."""
+
+    def reset(self) -> None:
+        """As after power-on.  All rings have been stopped."""
+
+
+class _Region(NamedTuple):
+    guest: int
+    size: int
+    user: int
+    offset: int
+
+
+class Session:
+    """Everything one front end asks of a device."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._rings = [Vring() for _ in range(device.queues)]
+        self._regions: list[_Region] = []
+        self._features = 0
+        self._protocol_features = 0
+        self._status = 0
+        answers: dict[int, Callable[[bytes], bytes]] = {
+            Request.GET_FEATURES: self._get_features,
+            Request.GET_PROTOCOL_FEATURES: self._get_protocol_features,
+            Request.GET_QUEUE_NUM: self._get_queue_num,
+            Request.GET_VRING_BASE: self._get_vring_base,
+            Request.GET_CONFIG: self._get_config,
+            Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
+            Request.GET_STATUS: self._get_status,
+        }
+        orders: dict[int, Callable[[bytes, list[int]], None]] = {
+            Request.SET_FEATURES: self._set_features,
+            Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
+            Request.SET_OWNER: self._nothing,
+            Request.RESET_OWNER: self._nothing,  # the specification: best ignored
+            Request.SET_MEM_TABLE: self._set_mem_table,
+            Request.ADD_MEM_REG: self._add_mem_reg,
+            Request.REM_MEM_REG: self._rem_mem_reg,
+            Request.SET_VRING_NUM: self._set_vring_num,
+            Request.SET_VRING_ADDR: self._set_vring_addr,
+            Request.SET_VRING_BASE: self._set_vring_base,
+            Request.SET_VRING_KICK: self._set_vring_kick,
+            Request.SET_VRING_CALL: self._set_vring_call,
+            Request.SET_VRING_ERR: self._set_vring_err,
+            Request.SET_VRING_ENABLE: self._set_vring_enable,
+            Request.RESET_DEVICE: self._reset_device,
+            Request.SET_STATUS: self._set_status,
+        }
+        self._answers, self._orders = answers, orders
+
+    def handle(self, message: Message) -> bytes | None:
+        """Do what ``message`` asks; returns the answer, None if none is wanted.
+
+        ProtocolError when the front end must not go on.
+        """
+        fds = list(message.fds)
+        try:
+            answer = self._answers.get(message.request)
+            if answer is not None:
+                return messages.reply(message, answer(message.payload))
+            order = self._orders.get(message.request)
+            acknowledged = (
+                message.flags & Flag.NEED_REPLY and self._protocol_features & Protocol.REPLY_ACK
+            )
+            try:
+                if order is None:
+                    raise OSError(errno.ENOTSUP, "an unknown request")
+                order(message.payload, fds)
+            except OSError as error:
+                log.warning("vhost-user: request %d: %s", message.request, error)
+                if not acknowledged:
+                    raise ProtocolError(f"request {message.request}: {error}") from None
+                return messages.reply(message, messages.U64.pack(error.errno or errno.EIO))
+            return messages.reply(message, messages.U64.pack(0)) if acknowledged else None
+        finally:
+            for fd in fds:  # an order takes out what it keeps
+                os.close(fd)
+
+    def close(self) -> None:
+        """The front end has gone, and its guest with it."""
+        self._stop_all()
+        self._device.reset()
+        for vring in self._rings:
+            vring.close()
+        self._device.memory.clear()
+
+    # Features
+
+    def _get_features(self, payload: bytes) -> bytes:
+        return messages.U64.pack(self._device.features | F_PROTOCOL_FEATURES)
+
+    def _set_features(self, payload: bytes, fds: list[int]) -> None:
+        (features,) = _unpack(messages.U64, payload)
+        strange = features & ~(self._device.features | F_PROTOCOL_FEATURES)
+        if strange:
+            raise OSError(errno.EINVAL, f"features {strange:#x} were not offered")
+        self._features = features
+        self._device.set_features(features & ~F_PROTOCOL_FEATURES)
+
+    def _get_protocol_features(self, payload: bytes) -> bytes:
+        return messages.U64.pack(PROTOCOL_FEATURES)
+
+    def _set_protocol_features(self, payload: bytes, fds: list[int]) -> None:
+        (features,) = _unpack(messages.U64, payload)
+        if features & ~PROTOCOL_FEATURES:
+            raise OSError(errno.EINVAL, f"protocol features {features:#x} were not all offered")
+        self._protocol_features = features
+
+    def _get_queue_num(self, payload: bytes) -> bytes:
+        return messages.U64.pack(self._device.queues)
+
+    def _get_config(self, payload: bytes) -> bytes:
+        if len(payload) < messages.CONFIG.size:
+            return b""  # an error, as the specification wants it said
+        offset, size, flags = messages.CONFIG.unpack_from(payload)
+        space = self._device.configuration()
+        if offset + size > len(space):
+            return b""
+        return messages.CONFIG.pack(offset, size, flags) + space[offset : offset + size]
+
+    def _get_status(self, payload: bytes) -> bytes:
+        return messages.U64.pack(self._status)
+
+    def _set_status(self, payload: bytes, fds: list[int]) -> None:
+        (self._status,) = _unpack(messages.U64, payload)
+        if not self._status:
+            # QEMU says this also when it only pauses: whether the guest was reset, the rings
+            # tell when they are started again.
+            self._stop_all()
+
+    def _nothing(self, payload: bytes, fds: list[int]) -> None:
+        pass
+
+    def _reset_device(self, payload: bytes, fds: list[int]) -> None:
+        self._stop_all()
+        self._device.reset()
+
+    # Memory
+
+    def _set_mem_table(self, payload: bytes, fds: list[int]) -> None:
+        if len(payload) < messages.REGIONS.size:
+            raise OSError(errno.EINVAL, "no table")
+        number, _ = messages.REGIONS.unpack_from(payload)
+        table = payload[messages.REGIONS.size :]
+        if number > VHOST_DESCRIPTORS or len(table) < number * messages.REGION.size:
+            raise OSError(errno.EINVAL, f"a table of {number} regions")
+        if len(fds) != number:
+            raise OSError(errno.EINVAL, f"{len(fds)} descriptors for {number} regions")
+        with _Pause(self):
+            self._device.memory.clear()
+            self._regions.clear()
+            for place, fd in enumerate(fds):
+                self._map(messages.REGION.unpack_from(table, place * messages.REGION.size), fd)
+
+    def _get_max_mem_slots(self, payload: bytes) -> bytes:
+        return messages.U64.pack(MEMORY_SLOTS)
+
+    def _add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
+        fields = _unpack_region(payload)
+        if len(fds) != 1:
+            raise OSError(errno.EINVAL, f"{len(fds)} descriptors for a region")
+        if len(self._regions) >= MEMORY_SLOTS:
+            raise OSError(errno.ENOSPC, f"more than {MEMORY_SLOTS} regions")
+        self._map(fields, fds[0])
+
+    def _rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:
+        wanted = _unpack_region(payload)[:3]
+        for region in self._regions:
+            if region[:3] == wanted:
+                with _Pause(self):
+                    self._device.memory.unmap(region.guest, region.size)
+                    self._regions.remove(region)
+                return
+        raise OSError(errno.EINVAL, f"no region of {wanted[1]} bytes at {wanted[0]:#x}")
+
+    def _map(self, fields: tuple[int, ...], fd: int) -> None:
+        region = _Region(*fields)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "memory that is not a file")
+        self._device.memory.map(region.guest, region.size, True, fd, region.offset)
+        self._regions.append(region)
+
+    def _guest_address(self, user: int) -> int:
+        for region in self._regions:
+            if region.user <= user < region.user + region.size:
+                return region.guest + user - region.user
+        raise OSError(errno.EINVAL, f"no memory at the user address {user:#x}")
+
+    # Rings
+
+    def _vring(self, index: int) -> Vring:
+        if index >= len(self._rings):
+            raise OSError(errno.EINVAL, f"ring {index} of {len(self._rings)}")
+        return self._rings[index]
+
+    def _stopped(self, index: int) -> Vring:
+        vring = self._vring(index)
+        if vring.running:
+            raise OSError(errno.EBUSY, f"ring {index} is running")
+        return vring
+
+    def _set_vring_num(self, payload: bytes, fds: list[int]) -> None:
+        index, number = _unpack(messages.VRING_STATE, payload)
+        if not 0 < number <= LARGEST_RING:
+            raise OSError(errno.EINVAL, f"a ring of {number} entries")
+        self._stopped(index).size = number
+
+    def _set_vring_addr(self, payload: bytes, fds: list[int]) -> None:
+        index, _, descriptors, used, available, _ = _unpack(messages.VRING_ADDR, payload)
+        vring = self._vring(index)
+        if vring.running:  # the front end may say it again, to begin or to end a log
+            if (vring.descriptors, vring.used, vring.available) != (descriptors, used, available):
+                raise OSError(errno.EBUSY, f"ring {index} is running")
+            return
+        vring.descriptors, vring.used, vring.available = descriptors, used, available
+
+    def _set_vring_base(self, payload: bytes, fds: list[int]) -> None:
+        index, base = _unpack(messages.VRING_STATE, payload)
+        self._stopped(index).base = base
+
+    def _get_vring_base(self, payload: bytes) -> bytes:
+        try:
+            index, _ = _unpack(messages.VRING_STATE, payload)
+            vring = self._vring(index)
+        except OSError as error:
+            raise ProtocolError(f"request {Request.GET_VRING_BASE}: {error}") from None
+        self._stop(index)
+        vring.take("kick", None)
+        return messages.VRING_STATE.pack(index, vring.base)
+
+    def _set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
+        index = self._take_descriptor("kick", payload, fds)
+        vring = self._rings[index]
+        if vring.kick is None:
+            raise OSError(errno.ENOTSUP, f"ring {index} is to be polled")
+        if not self._features & F_PROTOCOL_FEATURES:
+            vring.enabled = True
+        self._start(index)
+
+    def _set_vring_call(self, payload: bytes, fds: list[int]) -> None:
+        self._rings[self._take_descriptor("call", payload, fds)].call()  # what it has missed
+
+    def _set_vring_err(self, payload: bytes, fds: list[int]) -> None:
+        self._take_descriptor("error", payload, fds)
+
+    def _take_descriptor(self, purpose: str, payload: bytes, fds: list[int]) -> int:
+        (number,) = _unpack(messages.U64, payload)
+        index = number & messages.RING_BITS
+        vring = self._vring(index)
+        if purpose == "kick":
+            self._stop(index)
+        if number & messages.NO_DESCRIPTOR:
+            vring.take(purpose, None)
+        elif len(fds) == 1:
+            os.set_blocking(fds[0], False)
+            vring.take(purpose, fds.pop())
+        else:
+            raise OSError(errno.EINVAL, f"{len(fds)} descriptors to {purpose} a ring")
+        return index
+
+    def _set_vring_enable(self, payload: bytes, fds: list[int]) -> None:
+        index, enabled = _unpack(messages.VRING_STATE, payload)
+        vring = self._vring(index)
+        vring.enabled = bool(enabled)
+        if enabled:
+            self._start(index)
+        else:
+            self._stop(index)
+
+    def _start(self, index: int) -> None:
+        vring = self._rings[index]
+        if vring.running or not vring.enabled or vring.kick is None:
+            return
+        parts = (vring.descriptors, vring.available, vring.used)
+        descriptors, available, used = map(self._guest_address, parts)
+        self._device.start_ring(index, vring, (descriptors, available, used))
+        vring.running = True
+
+    def _stop(self, index: int) -> None:
+        vring = self._rings[index]
+        if vring.running:
+            vring.running = False
+            vring.base = self._device.stop_ring(index)
+
+    def _stop_all(self) -> None:
+        for index, vring in enumerate(self._rings):
+            self._stop(index)
+            vring.enabled = False
+
+
+class _Pause:
+    """While memory changes no ring is used: what was known of it is found anew afterwards."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._running: list[int] = []
+
+    def __enter__(self) -> None:
+        session = self._session
+        self._running = [n for n, vring in enumerate(session._rings) if vring.running]
+        for index in self._running:
+            session._stop(index)
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if error is None:
+            for index in self._running:
+                self._session._start(index)
+
+
+def _unpack(form: struct.Struct, payload: bytes) -> tuple[int, ...]:
+    if len(payload) != form.size:
+        raise OSError(errno.EINVAL, f"a payload of {len(payload)} bytes, expected {form.size}")
+    return form.unpack(payload)
+
+
+def _unpack_region(payload: bytes) -> tuple[int, ...]:
+    padding = messages.U64.size
+    return _unpack(messages.REGION, payload[padding:])

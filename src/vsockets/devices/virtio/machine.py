@@ -1,0 +1,92 @@
+"""One virtual machine's virtio-vsock, put together: the device, its fabric, and its life."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from functools import partial
+from socket import MSG_DONTWAIT
+
+from ...buffers import BufferSizes
+from ...control import Events
+from ...wire import RECORD_SIZE, ProtocolError, Record
+from ..attachment import Attachment, Offer
+from ..loop import DeviceLoop
+from .device import VirtioVsock
+
+log = logging.getLogger(__name__)
+
+_TAKE = int(MSG_DONTWAIT)
+
+#: After these the guest is told that its connections are over, all at once.
+_INTERRUPTIONS = ("resume", "migrate", "ft-on")
+
+
+class VirtioMachine:
+    """The device of the guest ``cid``, to be served by vhost-user."""
+
+    def __init__(
+        self, loop: DeviceLoop, fabric: Attachment, cid: int, events: Events | None = None
+    ) -> None:
+        self._loop = loop
+        self._fabric = fabric
+        self._cid = cid
+        self.device = VirtioVsock(loop, cid, self)
+        fabric.offered = self._offered
+        fabric.lost = lambda: log.warning("vsockd has gone: no new connections")
+        if events is not None:
+            self._events = events
+            loop.watch(events.fileno(), self._heed)
+
+    def connect(
+        self,
+        kind: int,
+        port: int,
+        peer: tuple[int, int],
+        done: Callable[[socket.socket | None], None],
+    ) -> Callable[[], None]:
+        """As :class:`.device.Fabric` says."""
+        try:
+            sock = self._fabric.connect(port, peer, BufferSizes(), kind)
+        except OSError as error:
+            log.info("no connection to %s: %s", peer, error)
+            done(None)
+            return lambda: None
+        self._loop.watch(sock.fileno(), lambda events: self._answered(sock, done))
+        return partial(self._give_up, sock)
+
+    def _answered(self, sock: socket.socket, done: Callable[[socket.socket | None], None]) -> None:
+        try:
+            record = Record.decode(sock.recv(RECORD_SIZE, _TAKE))
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError):
+            agreed = False
+        else:
+            agreed = not record.status
+        self._loop.unwatch(sock.fileno())
+        if not agreed:
+            sock.close()
+        done(sock if agreed else None)
+
+    def _give_up(self, sock: socket.socket) -> None:
+        if sock.fileno() >= 0:
+            self._loop.unwatch(sock.fileno())
+            sock.close()
+
+    def _offered(self, offer: Offer) -> None:
+        def answer(error: int) -> None:
+            self._fabric.settle(offer, offer.sizes.size, error)
+
+        self.device.offer(offer.sock, offer.peer, offer.port, answer)
+
+    def _heed(self, readiness: int) -> None:
+        """What became of contexts."""
+        happened = self._events.take()
+        if happened is None:
+            self._loop.unwatch(self._events.fileno())
+            return
+        for event in happened:
+            if event["cid"] == self._cid and event["change"] in _INTERRUPTIONS:
+                self.device.drop_connections()

@@ -1,0 +1,279 @@
+"""The guest's receive queue: packets to the guest, into the buffers it has offered.
+
+A stream's bytes go from the host's socket straight into as many of the guest's buffers as it
+has credit for, by one system call; then each buffer gets its header.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections import deque
+from itertools import islice
+from socket import MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
+
+from ...limits import VECTORS
+from ..pump import pull
+from .connection import BOTH
+from .link import Link
+from .packet import HEADER, HEADER_SIZE, Op, Sequenced, Shutdown, Type
+from .ring import Chain, Ring, RingError, total
+
+_pack_header = HEADER.pack_into
+_RW, _STREAM = int(Op.RW), int(Type.STREAM)
+_SEND_ENDED = int(Shutdown.SEND)
+_END_OF_MESSAGE = int(Sequenced.END_OF_MESSAGE)
+_LOOK = int(MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT)
+_TAKE = int(MSG_DONTWAIT)
+
+#: Buffers of the guest that one connection fills in one turn.
+_LARGEST_BURST = 16
+
+
+#: One chain of the guest's, understood: the ring's note of it, the header (None when it is in
+#: several parts, and then at the front of them), the other parts, and the bytes they take.
+_Buffer = tuple[int, memoryview | None, list[memoryview], int]
+
+
+def _understand(chain: Chain) -> _Buffer:
+    note, readable, parts = chain
+    if readable or not parts:
+        raise RingError("a buffer of the receive queue that is not to be written")
+    first = parts[0]
+    size = len(first)
+    if size == HEADER_SIZE:
+        del parts[0]
+    elif size > HEADER_SIZE:
+        parts[0] = first[HEADER_SIZE:]
+    else:
+        room = total(parts) - HEADER_SIZE
+        if room < 0:
+            raise RingError("a buffer of the receive queue that takes no header")
+        return note, None, parts, room
+    return note, first, parts, len(parts[0]) if len(parts) == 1 else total(parts)
+
+
+class ReceiveQueue:
+    """Sends packets to the guest ``cid``."""
+
+    def __init__(self, ring: Ring, cid: int) -> None:
+        self._ring = ring
+        self._cid = cid
+        self._stock: deque[_Buffer] = deque()  # popped and not used yet
+
+    def stop(self) -> int:
+        """Let go of the guest's memory; returns where to go on."""
+        self._ring.rewind()
+        self._stock.clear()
+        self._ring.publish()
+        return self._ring.base
+
+    def publish(self) -> bool:
+        """Let the guest see its packets; returns whether it wants to be told."""
+        return self._ring.publish()
+
+    def has_buffers(self) -> bool:
+        """Whether there is a buffer; if not, a kick will come with the next one."""
+        return bool(self._restock(1) or (self._ring.want_kick() and self._restock(1)))
+
+    def send_raw(self, header: bytes) -> None:
+        """Send a packet without payload.  There is a buffer."""
+        note, place, parts, _ = self._stock.popleft()
+        if place is not None:
+            place[:HEADER_SIZE] = header
+        else:
+            _scatter(header, parts)
+        self._ring.push(note, HEADER_SIZE)
+
+    def send(self, link: Link) -> None:
+        """Send what there is from ``link``, for a turn."""
+        while link.say:
+            if not self._restock(1):
+                return
+            packet = link.next_packet()
+            assert packet is not None
+            op, flags = packet
+            self.send_raw(self._header(link, 0, op, flags))
+        if not link.may_send:
+            if link.readable and link.gone:
+                link.readable = False
+                link.host_ends(BOTH)
+        elif link.type == _STREAM:
+            if link.readable:
+                self._stream(link)
+        else:
+            self._messages(link)
+
+    def _header(self, link: Link, length: int, op: int, flags: int) -> bytes:
+        receive = link.receive
+        return HEADER.pack(
+            link.peer[0], self._cid, link.peer[1], link.guest_port,
+            length, link.type, op, flags, receive.size, receive.tell(),
+        )  # fmt: skip
+
+    def _restock(self, wanted: int) -> int:
+        """Have ``wanted`` buffers if the guest has offered so many; returns how many."""
+        stock, pop = self._stock, self._ring.pop
+        while len(stock) < wanted:
+            chain = pop()
+            if chain is None:
+                break
+            stock.append(_understand(chain))
+        return len(stock)
+
+    # Payload
+
+    def _stream(self, link: Link) -> None:
+        credit = link.send.available()
+        sock = link.sock
+        if sock is None or not credit or not self._restock(link.burst):
+            return
+        views: list[memoryview] = []
+        room = 0
+        for _, header, parts, size in islice(self._stock, link.burst):
+            if len(views) + len(parts) > VECTORS:
+                break
+            views += parts if header is not None else _after_header(parts)
+            room += size
+            if room >= credit:
+                break
+        if room > credit:
+            _shorten(views, room - credit)
+            room = credit
+        if not room:  # buffers for headers alone
+            self._give_back()
+            return
+        received = pull(sock, views)
+        if received is None:
+            link.readable = False
+            return
+        if received == 0:
+            link.readable = False
+            link.host_ends(BOTH if link.gone else _SEND_ENDED)
+            return
+        link.send.spend(received)
+        used = self._label(link, received)
+        if received == room:
+            link.burst = min(link.burst * 2, _LARGEST_BURST)
+            return
+        link.burst = max(2, used)
+        # Less than there was room for: it is empty.  Only an end would not be announced again.
+        link.readable = link.hung_up
+
+    def _label(self, link: Link, received: int) -> int:
+        """Write the headers of payload that is in the first buffers; returns how many."""
+        stock, push = self._stock, self._ring.push
+        cid, port = link.peer
+        size, told = link.receive.size, link.receive.tell()
+        used = 0
+        while received > 0:
+            note, header, parts, room = stock.popleft()
+            length = room if room < received else received
+            received -= length
+            used += 1
+            if header is None:
+                _scatter(self._header(link, length, _RW, 0), parts)
+            else:
+                _pack_header(
+                    header, 0, cid, self._cid, port, link.guest_port,
+                    length, _STREAM, _RW, 0, size, told,
+                )  # fmt: skip
+            push(note, HEADER_SIZE + length)
+        return used
+
+    def _messages(self, link: Link) -> None:
+        for _ in range(_LARGEST_BURST):
+            if not self._restock(1) or (not link.incoming and not self._take_message(link)):
+                return
+            self._fragment(link)
+            while link.incoming:
+                if not self._restock(1):
+                    return
+                self._fragment(link)
+
+    def _take_message(self, link: Link) -> bool:
+        """Read the next message for which there is credit into ``link.incoming``."""
+        sock = link.sock
+        if sock is None or not link.readable:
+            return False
+        try:
+            size = sock.recv_into(bytearray(1), 0, _LOOK)
+            if size > link.send.buffer:
+                link.reset()  # the guest could never take it
+                return False
+            if size > link.send.available():
+                link.needed = size
+                return False
+            link.needed = 1
+            data = sock.recv(max(size, 1), _TAKE)
+        except BlockingIOError:
+            link.readable = False
+            return False
+        except ConnectionError:
+            data = b""
+        if not data and _has_ended(sock):  # not just a message without content
+            link.readable = False
+            link.host_ends(BOTH if link.gone else _SEND_ENDED)
+            return False
+        link.send.spend(size)
+        link.incoming = memoryview(data)
+        return True
+
+    def _fragment(self, link: Link) -> None:
+        """Put as much of a message as fits into the first buffer."""
+        note, place, parts, room = self._stock[0]
+        if not room and link.incoming:
+            self._give_back()
+            return
+        part = link.incoming[:room]
+        link.incoming = link.incoming[room:]
+        flags = 0 if link.incoming else _END_OF_MESSAGE
+        header = self._header(link, len(part), _RW, flags)
+        if place is not None:
+            place[:HEADER_SIZE] = header
+            _scatter(part, parts)
+        else:
+            _scatter(header + part, parts)
+        self._stock.popleft()
+        self._ring.push(note, HEADER_SIZE + len(part))
+
+    def _give_back(self) -> None:
+        self._ring.push(self._stock.popleft()[0], 0)
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
+def _shorten(views: list[memoryview], excess: int) -> None:
+    """Take ``excess`` bytes off the end."""
+    while excess >= len(views[-1]):
+        excess -= len(views.pop())
+        if not views:
+            return
+    if excess:
+        views[-1] = views[-1][:-excess]
+
+
+def _after_header(parts: list[memoryview]) -> list[memoryview]:
+    left = HEADER_SIZE
+    rest = []
+    for part in parts:
+        if left >= len(part):
+            left -= len(part)
+        else:
+            rest.append(part[left:])
+            left = 0
+    return rest
+
+
+def _scatter(data: bytes | memoryview, parts: list[memoryview]) -> None:
+    at = 0
+    for part in parts:
+        piece = data[at : at + len(part)]
+        part[: len(piece)] = piece
+        at += len(piece)
+        if at >= len(data):
+            return

@@ -1,0 +1,76 @@
+"""The codec of vhost-user."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsockets.devices.vhost_user.messages import (
+    HEADER,
+    Decoder,
+    Message,
+    ProtocolError,
+    Request,
+    encode,
+    reply,
+)
+
+
+def read(decoder: Decoder, data: bytes, step: int, fds: list[int]) -> list[Message]:
+    """As a socket gives it: never more than is wanted, sometimes less."""
+    messages = []
+    while data:
+        size = min(step, decoder.wanted)
+        message = decoder.receive(data[:size], fds)
+        fds = []
+        data = data[size:]
+        if message is not None:
+            messages.append(message)
+    return messages
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.binary(max_size=100)), max_size=5),
+    st.integers(1, 300),
+)
+def test_messages_come_whole_however_they_are_read(
+    sent: list[tuple[int, bytes]], step: int
+) -> None:
+    decoder = Decoder()
+    data = b"".join(encode(request, payload) for request, payload in sent)
+    got = read(decoder, data, step, [])
+    assert [(message.request, message.payload) for message in got] == sent
+
+
+def test_descriptors_belong_to_the_message_they_came_with() -> None:
+    decoder = Decoder()
+    (first,) = read(decoder, encode(Request.SET_OWNER), 99, [])
+    (second,) = read(decoder, encode(Request.ADD_MEM_REG, bytes(40)), 7, [5, 6])
+    (third,) = read(decoder, encode(Request.SET_OWNER), 99, [])
+    assert (first.fds, second.fds, third.fds) == ((), (5, 6), ())
+
+
+def test_descriptors_of_a_message_cut_short_are_not_lost() -> None:
+    decoder = Decoder()
+    decoder.receive(b"\1", [5])
+    assert decoder.pending_fds() == [5]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        HEADER.pack(1, 0, 0),
+        HEADER.pack(1, 2, 0),
+        HEADER.pack(1, 5, 0),
+        HEADER.pack(1, 1, 4097),
+        HEADER.pack(1, 1, 0xFFFF_FFFF),
+    ],
+)
+def test_what_is_no_request_is_refused(header: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        Decoder().receive(header)
+
+
+def test_a_reply_says_so() -> None:
+    assert reply(Message(1, 1, b""), b"12345678") == HEADER.pack(1, 5, 8) + b"12345678"

@@ -1,0 +1,126 @@
+"""A virtio device in a thread, and a host made of socket pairs."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vsockets.devices.loop import DeviceLoop
+from vsockets.devices.vhost_user.server import Server
+from vsockets.devices.virtio.device import VirtioVsock
+from vsockets.testing.virtio_guest import PlayedGuest
+
+CID = 7
+
+
+class Host:
+    """Connects of the guest end in socket pairs, at the ports that are open."""
+
+    def __init__(self) -> None:
+        self.open_ports: set[int] = set()
+        self.accepted: list[socket.socket] = []
+        self.asked: list[tuple[int, int, tuple[int, int]]] = []
+        self.given_up = 0
+        self.hold = False
+        self.held: list[Callable[[socket.socket | None], None]] = []
+
+    def connect(
+        self,
+        kind: int,
+        port: int,
+        peer: tuple[int, int],
+        done: Callable[[socket.socket | None], None],
+    ) -> Callable[[], None]:
+        self.asked.append((kind, port, peer))
+        if self.hold:
+            self.held.append(done)
+        elif peer[1] in self.open_ports:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+            theirs.settimeout(10)
+            self.accepted.append(theirs)
+            done(ours)
+        else:
+            done(None)
+        return self._give_up
+
+    def _give_up(self) -> None:
+        self.given_up += 1
+
+    def close(self) -> None:
+        for sock in self.accepted:
+            sock.close()
+
+
+class Rig:
+    """The device at work, and what to do to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "vhost"
+        self.host = Host()
+        self.loop = DeviceLoop()
+        self.device = VirtioVsock(self.loop, CID, self.host)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(self.path))
+        listener.listen()
+        listener.setblocking(False)
+        self.server = Server(self.loop, listener, self.device)
+        self._calls = socket.socketpair()
+        self._pending: list[Callable[[], None]] = []
+        self.loop.watch(self._calls[0].fileno(), self._called)
+        self._guests: list[PlayedGuest] = []
+        self._thread = threading.Thread(target=self.loop.run)
+        self._thread.start()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the device's thread do something, and wait for it."""
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                function()
+            finally:
+                done.set()
+
+        self._pending.append(work)
+        self._calls[1].send(b"!")
+        assert done.wait(10)
+
+    def _called(self, events: int) -> None:
+        self._calls[0].recv(1)
+        self._pending.pop(0)()
+
+    def guest(self, **options: object) -> PlayedGuest:
+        guest = PlayedGuest(self.path, CID, **options)  # type: ignore[arg-type]
+        self._guests.append(guest)
+        return guest
+
+    def offer(self, port: int, kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, list[int]]:
+        """A program of the host connects to the guest: its socket, and the answer to come."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        theirs.settimeout(10)
+        self.host.accepted.append(theirs)
+        answers: list[int] = []
+        self.call(lambda: self.device.offer(ours, (2, 9000 + port), port, answers.append))
+        return theirs, answers
+
+    def close(self) -> None:
+        for guest in self._guests:
+            guest.close()
+        self.call(self.server.close)
+        self.call(self.device.close)
+        self.call(self.loop.stop)
+        self._thread.join(10)
+        for sock in self._calls:
+            sock.close()
+        self.host.close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(tmp_path)
+    yield rig
+    rig.close()

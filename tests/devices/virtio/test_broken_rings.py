@@ -1,0 +1,282 @@
+"""Rings as a hostile driver writes them: the device gives up that ring, and that is all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from collections.abc import Callable
+
+import pytest
+
+from vsockets.devices.guest_memory import GuestMemory
+from vsockets.devices.virtio.packet import Op
+from vsockets.devices.virtio.ring import (
+    DESCRIPTOR,
+    F_VERSION_1,
+    INDIRECT,
+    NEXT,
+    WRITE,
+    RingError,
+)
+from vsockets.devices.virtio.split_ring import SplitRing
+from vsockets.testing.virtio_driver import GUEST_BASE, DriverRing, Memory
+from vsockets.testing.virtio_guest import PlayedGuest, connect
+
+from .conftest import Rig
+
+SIZE = 16
+
+
+class Bench:
+    """A ring with a driver at one side and the device's code at the other."""
+
+    def __init__(self) -> None:
+        self.memory = Memory(1 << 20)
+        self.driver = DriverRing(self.memory, SIZE)
+        self.guest = GuestMemory()
+        for address, size, _, offset in self.memory.regions:
+            self.guest.map(address, size, True, self.memory.fd, offset)
+        parts = (self.driver.descriptors, self.driver.available, self.driver.used)
+        a, b, c = (GUEST_BASE + offset for offset in parts)
+        self.addresses = a, b, c
+        self.ring = SplitRing(self.guest, SIZE, self.addresses, 0, True)
+        self.place = self.memory.allocate(4096)
+
+    def descriptor(self, index: int, length: int, flags: int, following: int = 0) -> None:
+        self.driver.write_descriptor(index, GUEST_BASE + self.place, length, flags, following)
+
+    def offer(self, head: int) -> None:
+        self.driver.offer(head)
+        self.driver.publish()
+
+
+def loop(bench: Bench) -> None:
+    bench.descriptor(0, 10, NEXT, 1)
+    bench.descriptor(1, 10, NEXT, 0)
+
+
+def loop_of_nothing(bench: Bench) -> None:
+    bench.descriptor(0, 0, NEXT, 0)
+
+
+def outside(bench: Bench) -> None:
+    bench.driver.write_descriptor(0, 0x10, 10, 0, 0)
+
+
+def at_the_edge(bench: Bench) -> None:
+    end = GUEST_BASE + bench.memory.size
+    bench.driver.write_descriptor(0, end - 9, 10, 0, 0)
+
+
+def four_gigabytes(bench: Bench) -> None:
+    bench.descriptor(0, 0xFFFF_FFFF, 0)
+
+
+def wraps_around(bench: Bench) -> None:
+    bench.driver.write_descriptor(0, 0xFFFF_FFFF_FFFF_FFF0, 0x20, 0, 0)
+
+
+def next_outside(bench: Bench) -> None:
+    bench.descriptor(0, 10, NEXT, SIZE)
+
+
+def readable_after_writable(bench: Bench) -> None:
+    bench.descriptor(0, 10, NEXT | WRITE, 1)
+    bench.descriptor(1, 10, 0)
+
+
+def indirect(length: int, first: bytes = b"", flags: int = INDIRECT) -> Callable[[Bench], None]:
+    def write(bench: Bench) -> None:
+        bench.descriptor(0, length, flags)
+        bench.memory.view[bench.place : bench.place + len(first)] = first
+
+    return write
+
+
+def table_outside(bench: Bench) -> None:
+    bench.driver.write_descriptor(0, 0x10, 32, INDIRECT, 0)
+
+
+INDIRECT_TWICE = DESCRIPTOR.pack(GUEST_BASE, 16, INDIRECT, 0)
+INDIRECT_LOOP = DESCRIPTOR.pack(GUEST_BASE, 16, NEXT, 0)
+INDIRECT_FAR = DESCRIPTOR.pack(GUEST_BASE, 16, NEXT, 1)
+
+BROKEN = {
+    "a chain that loops": loop,
+    "a chain of nothing that loops": loop_of_nothing,
+    "outside memory": outside,
+    "across its edge": at_the_edge,
+    "4 GB long": four_gigabytes,
+    "beyond 64 bits": wraps_around,
+    "next outside the table": next_outside,
+    "to be read after one to be written": readable_after_writable,
+    "an empty table": indirect(0),
+    "a torn table": indirect(17),
+    "a huge table": indirect(1 << 20),
+    "a table with more after it": indirect(16, flags=INDIRECT | NEXT),
+    "a table outside memory": table_outside,
+    "a table in a table": indirect(16, INDIRECT_TWICE),
+    "a table that loops": indirect(16, INDIRECT_LOOP),
+    "next outside an indirect table": indirect(16, INDIRECT_FAR),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_chain(name: str) -> None:
+    bench = Bench()
+    BROKEN[name](bench)
+    bench.offer(0)
+    with pytest.raises(RingError):
+        bench.ring.pop()
+
+
+@pytest.mark.parametrize("head", [SIZE, 0xFFFF])
+def test_a_head_outside_the_table(head: int) -> None:
+    bench = Bench()
+    bench.offer(head)
+    with pytest.raises(RingError):
+        bench.ring.pop()
+
+
+@pytest.mark.parametrize("index", [SIZE + 1, 0x8000, 0xFFFF])
+def test_an_index_that_runs_away(index: int) -> None:
+    bench = Bench()
+    bench.driver.next = index
+    bench.driver.publish()
+    with pytest.raises(RingError):
+        bench.ring.pop()
+
+
+def test_a_chain_that_changes_after_it_was_read() -> None:
+    """What was checked is what is used (CVE-2025-22224)."""
+    bench = Bench()
+    bench.descriptor(0, 10, 0)
+    bench.offer(0)
+    chain = bench.ring.pop()
+    assert chain is not None
+    four_gigabytes(bench)
+    assert [len(part) for part in chain[1]] == [10]
+
+
+def test_parts_of_no_length_are_nothing() -> None:
+    bench = Bench()
+    bench.descriptor(0, 0, NEXT, 1)
+    bench.descriptor(1, 5, 0)
+    bench.offer(0)
+    chain = bench.ring.pop()
+    assert chain is not None and [len(part) for part in chain[1]] == [5]
+
+
+@pytest.mark.parametrize("size", [3, 15, 17])
+def test_a_size_that_is_no_power_of_two(size: int) -> None:
+    bench = Bench()
+    with pytest.raises(RingError):
+        SplitRing(bench.guest, size, bench.addresses, 0, True)
+
+
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("wrong", [1, 1 << 40, (1 << 20) - 8])
+def test_parts_that_cannot_be_there(part: int, wrong: int) -> None:
+    bench = Bench()
+    addresses = list(bench.addresses)
+    addresses[part] = GUEST_BASE + wrong
+    with pytest.raises(RingError):
+        SplitRing(bench.guest, SIZE, (addresses[0], addresses[1], addresses[2]), 0, True)
+
+
+def test_indices_wrap() -> None:
+    bench = Bench()
+    for turn in range(70_000 // SIZE + 1):
+        for _ in range(SIZE):
+            bench.driver.add([(bench.place, 8)], writable=False)
+        bench.driver.publish()
+        for _ in range(SIZE):
+            chain = bench.ring.pop()
+            assert chain is not None
+            bench.ring.push(chain[0], 0)
+        assert bench.ring.pop() is None
+        assert bench.ring.publish() or turn == 0
+        bench.driver.collect()
+        bench.driver.want_call()
+    assert bench.ring.base == (70_000 // SIZE + 1) * SIZE & 0xFFFF
+
+
+# The device as a whole
+
+
+def add(ring: DriverRing, place: int, size: int, writable: bool) -> None:
+    ring.add([(place, size)], writable)
+    ring.publish()
+
+
+def breaks(rig: Rig, guest: PlayedGuest, index: int, spoil: Callable[[DriverRing], None]) -> None:
+    """After ``spoil`` the device gives the ring up, ends connections, and serves another guest."""
+    rig.host.open_ports.add(5000)
+    connect(guest, 1024, (2, 5000))
+    sock = rig.host.accepted[-1]
+    ring = guest.rings[index]
+    spoil(ring)
+    os.eventfd_write(ring.kick, 1)
+    with contextlib.suppress(BrokenPipeError):  # it may have noticed already
+        sock.send(b"something for the guest")
+    assert select.select([ring.error], [], [], 10)[0], "the front end is told"
+    with contextlib.suppress(ConnectionResetError):  # it had not read what was sent to it
+        assert sock.recv(1) == b""
+    guest.front_end.close()
+    connect(rig.guest(), 1024, (2, 5000)).send(b"x")
+    assert rig.host.accepted[-1].recv(9) == b"x"
+
+
+def test_a_broken_transmit_queue(rig: Rig) -> None:
+    def spoil(ring: DriverRing) -> None:
+        ring.write_descriptor(0, 0x10, 10, 0, 0)
+        ring.offer(0)
+        ring.publish()
+
+    breaks(rig, rig.guest(features=F_VERSION_1), 1, spoil)
+
+
+@pytest.mark.parametrize("size", [1, 43])
+def test_receive_buffers_without_room_for_a_header(rig: Rig, size: int) -> None:
+    guest = rig.guest(features=F_VERSION_1, refill=False)
+    place = guest.memory.allocate(100)
+    guest._places[guest.receive.add([(place, 100)], writable=True)] = place
+    guest.receive.publish()
+    breaks(rig, guest, 0, lambda ring: add(ring, place, size, True))
+
+
+def test_receive_buffers_that_are_not_to_be_written(rig: Rig) -> None:
+    guest = rig.guest(features=F_VERSION_1, refill=False)
+    place = guest.memory.allocate(100)
+    guest._places[guest.receive.add([(place, 100)], writable=True)] = place
+    guest.receive.publish()
+    breaks(rig, guest, 0, lambda ring: add(ring, place, 99, False))
+
+
+@pytest.mark.parametrize("length", [0, 43])
+def test_a_packet_without_a_whole_header(rig: Rig, length: int) -> None:
+    guest = rig.guest(features=F_VERSION_1)
+
+    def spoil(ring: DriverRing) -> None:
+        ring.write_descriptor(0, GUEST_BASE + 4096, length, 0, 0)
+        ring.offer(0)
+        ring.publish()
+
+    breaks(rig, guest, 1, spoil)
+
+
+def test_a_header_that_says_more_than_there_is(rig: Rig) -> None:
+    rig.host.open_ports.add(5000)
+    guest = rig.guest()
+    stream = connect(guest, 1024, (2, 5000))
+    guest.send(stream.packet(Op.RW, 100), b"less")
+    assert guest.next_packet()[0].op == Op.RST
+
+
+def test_a_header_that_says_less_than_there_is(rig: Rig) -> None:
+    rig.host.open_ports.add(5000)
+    guest = rig.guest()
+    stream = connect(guest, 1024, (2, 5000))
+    guest.send(stream.packet(Op.RW, 4), b"more than 4")
+    assert rig.host.accepted[-1].recv(99) == b"more"
