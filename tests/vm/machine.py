@@ -24,7 +24,7 @@ from . import downloads
 
 #: How long a machine may take to boot, and a guest to do what it is asked, in seconds.
 BOOT = 100.0
-PATIENCE = 10.0
+PATIENCE = 30.0
 
 _KERNEL_COMMAND = (
     "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "

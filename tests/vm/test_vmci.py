@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(180)
 MIB = 1 << 20
 RELOADS = 50
 SIZES = [128, 129, 1000, 4096, 5000, 65_536, 100_001, 262_144]
-PATIENCE = 10.0
+PATIENCE = 30.0
 
 
 def datagram(machine: Machine, port: int = vsockets.VMADDR_PORT_ANY) -> vsockets.socket:
