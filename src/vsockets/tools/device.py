@@ -12,11 +12,6 @@ from typing import Annotated
 
 import typer
 
-from ..devices.attachment import Attachment
-from ..devices.loop import DeviceLoop
-from ..devices.sandbox import enter_sandbox
-from ..devices.vfio_user import Server
-from ..devices.vmci.machine import VmciMachine
 from ..state_folder import short_path
 from .context import read_cid
 from .output import notice
@@ -57,6 +52,13 @@ def vmci(
     For QEMU from 10.1 on: -device '{"driver":"vfio-user-pci","socket":{"type":"unix",
     "path":PATH},"x-no-posted-writes":true}', with memory that is shared.
     """
+    # Here, because no other command needs them.
+    from ..devices.attachment import Attachment
+    from ..devices.loop import DeviceLoop
+    from ..devices.sandbox import enter_sandbox
+    from ..devices.vfio_user import Server
+    from ..devices.vmci.machine import VmciMachine
+
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="vsock device: %(message)s"
     )
