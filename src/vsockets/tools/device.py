@@ -9,22 +9,21 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from ..control import Events
-from ..devices.attachment import Attachment
-from ..devices.loop import DeviceLoop
-from ..devices.sandbox import enter_sandbox
-from ..devices.vfio_user import Server as VfioServer
-from ..devices.vhost_user import Server as VhostServer
-from ..devices.virtio.machine import VirtioMachine
-from ..devices.vmci.machine import VmciMachine
 from ..state_folder import short_path
 from .context import read_cid
 from .output import notice
 from .reach import administrator
+
+if TYPE_CHECKING:
+    from ..devices.attachment import Attachment
+    from ..devices.loop import DeviceLoop
+
+# What a device needs is imported where it is used: no other command needs it.
 
 app = typer.Typer(help="Devices of virtual machines.", rich_markup_mode=None)
 
@@ -63,10 +62,13 @@ def vmci(
     "path":PATH},"x-no-posted-writes":true}', with memory that is shared.
     """
 
+    from ..devices.vfio_user import Server
+    from ..devices.vmci.machine import VmciMachine
+
     def begin(attached: _Attached) -> None:
         loop, fabric, events, listener = attached
         machine = VmciMachine(loop, fabric, fabric.cid, events, legacy=legacy, older=older)
-        VfioServer(loop, listener, machine.device, machine.settle)
+        Server(loop, listener, machine.device, machine.settle)
 
     _serve("VMCI", path, cid, sandbox, verbose, begin)
 
@@ -84,10 +86,13 @@ def virtio(
     vhost-user-vsock-pci,chardev=vsock, with memory that is shared.
     """
 
+    from ..devices.vhost_user import Server
+    from ..devices.virtio.machine import VirtioMachine
+
     def begin(attached: _Attached) -> None:
         loop, fabric, events, listener = attached
         machine = VirtioMachine(loop, fabric, fabric.cid, events)
-        VhostServer(loop, listener, machine.device)
+        Server(loop, listener, machine.device)
 
     _serve("virtio-vsock", path, cid, sandbox, verbose, begin, datagrams=False, seqpacket=True)
 
@@ -113,6 +118,10 @@ def _serve(
 
     ``datagrams``, ``seqpacket``: what the guest has besides streams.
     """
+    from ..devices.attachment import Attachment
+    from ..devices.loop import DeviceLoop
+    from ..devices.sandbox import enter_sandbox
+
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="vsock device: %(message)s"
     )
