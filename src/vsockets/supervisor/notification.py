@@ -143,7 +143,8 @@ class Listener:
         )
         try:
             added: int = fcntl.ioctl(self._fd, _ADD, bytearray(request))
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
+            # ESRCH: a signal interrupted the call just while the descriptor was being added.
             raise Gone from None
         return added
 
