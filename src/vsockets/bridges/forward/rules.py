@@ -57,7 +57,7 @@ def admits_peer(rules: Iterable[PeerRule], peer: tuple[int, int]) -> bool:
 class HostRule:
     """``HOST``, ``HOST:PORT``: where a proxy's clients may go.
 
-    HOST is a name, a pattern of a name (``*.debian.org``), an address or a network
+    HOST is a name, a pattern of a name (``*.example.org``), an address or a network
     (``10.0.0.0/8``, ``[fd00::]/8`` or ``[::1]``).  A pattern does not reach addresses that are
     not the Internet's, because whoever answers for the name could say 127.0.0.1; an exact name
     does, and so does a network.
