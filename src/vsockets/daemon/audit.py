@@ -2,7 +2,7 @@
 
 The peer learns an errno; the administrator learns the rest, here.  A guest can be denied things
 as fast as it can ask, so only so many are written each second for each context; how many were
-left out is in the next line of that context.  All are counted in ``Context.denials``.
+left out is in the next line of that context.  All are counted in ``Context.counts``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Audit:
         destination: tuple[int, int] | None,
     ) -> None:
         """Write down that ``program``, in ``context``, was denied ``operation``."""
-        context.denials[denied.rule] += 1
+        context.counts.denials[denied.rule] += 1
         meter = self._meters.get(context)
         if meter is None or meter.rate != self.rate:
             meter = self._meters[context] = Meter(self.rate)

@@ -72,7 +72,6 @@ class Broker:
     def __init__(self, loop: Loop, fabric: Fabric, audit: Audit) -> None:
         self.fabric = fabric
         self.datagrams = Datagrams(loop, fabric)
-        self.refusals = 0
         self._audit = audit
         self._loop = loop
         self.streams = Streams(loop, fabric)
@@ -139,7 +138,7 @@ class Broker:
         try:
             self._allowance.require_patience(channel.context)
         except Denied as denied:
-            self.refusals += 1
+            channel.context.counts.refusals += 1
             source = channel.context.cid, VMADDR_PORT_ANY
             self._audit.record(
                 channel.context, channel, denied, "a silent connection", source, None
@@ -212,7 +211,7 @@ class Broker:
                 context.require_pace(monotonic())
             return operation(channel, request)
         except Refused as refused:
-            self.refusals += 1
+            context.counts.refusals += 1
             if isinstance(refused, Denied):
                 self._record(channel, request, refused)
             else:

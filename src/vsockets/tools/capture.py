@@ -5,23 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, BinaryIO
 
 import typer
 
 from ..limits import CAPTURE_PAYLOAD
 from ..locator import Vsock
 from .advice import Failure
-from .forward import read_locator, read_peer_rule, serve
+from .forward import serve
+from .options import AllowOption, SourceArgument, TargetArgument, VerboseOption
 
 
 def capture(
-    source: Annotated[
-        Any, typer.Argument(parser=read_locator, metavar="FROM", help="Where clients come to.")
-    ],
-    target: Annotated[
-        Any, typer.Argument(parser=read_locator, metavar="TO", help="Where each one is taken.")
-    ],
+    source: SourceArgument,
+    target: TargetArgument,
     file: Annotated[
         Path, typer.Option("-w", "--write", metavar="FILE", help="- is standard output.")
     ],
@@ -36,17 +33,8 @@ def capture(
             help="Keep so much of what is in one record; 0 keeps addresses and times only.",
         ),
     ] = CAPTURE_PAYLOAD,
-    allow: Annotated[
-        list[Any] | None,
-        typer.Option(
-            parser=read_peer_rule,
-            metavar="CID[:PORT[-PORT]]",
-            help="Only vSockets clients from there; can be repeated.",
-        ),
-    ] = None,
-    verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Tell of every connection.")
-    ] = False,
+    allow: AllowOption = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """Forward whoever comes to FROM to TO, as vsock forward does, and record it as pcap.
 

@@ -19,10 +19,12 @@ from . import (
     forward,
     include_dir,
     ls,
+    metrics,
     netcat,
     perf,
     reach,
     run,
+    top,
     up,
 )
 from .advice import Failure, one_line
@@ -46,6 +48,8 @@ app.command("listen")(netcat.listen)
 app.command("forward")(forward.forward)
 app.command("capture")(capture.capture)
 app.command("ls")(ls.ls)
+app.command("metrics")(metrics.metrics)
+app.command("top")(top.top)
 app.command("events")(events.events)
 app.add_typer(perf.app, name="perf")
 app.command("doctor")(doctor.doctor)

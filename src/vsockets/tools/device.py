@@ -15,7 +15,7 @@ import typer
 
 from ..control import Events
 from ..state_folder import short_path
-from .context import read_cid
+from .options import read_cid
 from .output import notice
 from .reach import administrator
 

@@ -11,8 +11,15 @@ import typer
 
 from ..constants import VMADDR_PORT_ANY
 from ..limits import FORWARD_CONNECT_TIMEOUT, FORWARD_CONNECTIONS
-from ..locator import Locator, parse_locator
+from ..locator import Locator
 from .advice import CONNECT, Failure, failure
+from .options import (
+    AllowOption,
+    SourceArgument,
+    TargetArgument,
+    VerboseOption,
+    parser_of,
+)
 from .output import notice
 from .reach import own_context
 
@@ -26,29 +33,6 @@ if TYPE_CHECKING:
 _DRAIN = 30.0
 
 
-def parser_of(parse: Any) -> Any:
-    """``parse`` for the command line: its ValueError is a usage error."""
-
-    def read(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    return read
-
-
-read_locator = parser_of(parse_locator)
-
-
-@parser_of
-def read_peer_rule(text: str) -> Any:
-    """A rule of who may come."""
-    from ..bridges.forward.rules import PeerRule
-
-    return PeerRule.parse(text)
-
-
 @parser_of
 def _read_host_rule(text: str) -> Any:
     from ..bridges.forward.rules import HostRule
@@ -57,24 +41,13 @@ def _read_host_rule(text: str) -> Any:
 
 
 def forward(
-    source: Annotated[
-        Any, typer.Argument(parser=read_locator, metavar="FROM", help="Where clients come to.")
-    ] = None,
-    target: Annotated[
-        Any, typer.Argument(parser=read_locator, metavar="TO", help="Where each one is taken.")
-    ] = None,
+    source: SourceArgument = None,
+    target: TargetArgument = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", metavar="FILE", help="Many forwards; SIGHUP reads it again."),
     ] = None,
-    allow: Annotated[
-        list[Any] | None,
-        typer.Option(
-            parser=read_peer_rule,
-            metavar="CID[:PORT[-PORT]]",
-            help="Only vSockets clients from there; can be repeated.",
-        ),
-    ] = None,
+    allow: AllowOption = None,
     allow_host: Annotated[
         list[Any] | None,
         typer.Option(
@@ -105,9 +78,7 @@ def forward(
             help="After SIGTERM: how long connections may take to end by themselves.",
         ),
     ] = _DRAIN,
-    verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Tell of every connection.")
-    ] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Forward whoever comes to FROM to TO, until SIGTERM or Ctrl-C.
 
