@@ -303,3 +303,10 @@ PERF_SAMPLES = 2_000_000
 #: Bytes of one payload in a capture, at most: what the forwarder reads at a time, and less than
 #: Wireshark takes (262,144).
 CAPTURE_PAYLOAD = 65_536
+
+#: Bytes that wait for who captures at a device and is slow; what comes then is counted.  Some
+#: hundredths of a second of all a device can carry.
+CAPTURE_BUFFER = 4 << 20
+
+#: Captures of one device at the same time: each costs it a system call for each packet.
+CAPTURES = 4

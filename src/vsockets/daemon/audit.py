@@ -14,10 +14,25 @@ from typing import Any
 
 from ..fabric import Context, Denied
 from ..fabric.meter import Meter
+from ..wire import Op
 from .credentials import Peer
 from .events import Events, Topic
 
 log = logging.getLogger("vsockd.audit")
+
+#: What an operation is called.
+OPERATIONS = {
+    Op.BIND: "bind",
+    Op.LISTEN: "listen",
+    Op.CONNECT: "connect",
+    Op.UPDATE: "set buffer sizes",
+    Op.BIND_DATAGRAM: "bind a datagram socket",
+    Op.ROUTE: "send a datagram",
+    Op.QUERY: "query",
+    Op.LOCAL_CID: "ask for the local CID",
+    Op.CATCH_ALL: "take a guest's datagrams",
+    Op.CAPTURE: "capture",
+}
 
 
 class Audit:
