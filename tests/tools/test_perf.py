@@ -139,8 +139,9 @@ def test_strangers_do_not_disturb_the_server(vsock: Vsock) -> None:
             try:
                 sock.shutdown(socket.SHUT_WR)
                 assert sock.recv(1) == b""
-            except OSError as error:  # it closed with bytes unread
-                assert error.errno in (errno.ECONNRESET, errno.ENOTCONN)
+            except OSError as error:
+                if error.errno not in (errno.ECONNRESET, errno.ENOTCONN):
+                    raise  # these two: it closed with bytes unread
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for nonsense in (b"", b"VSP1", b"VSP1\x09" + bytes(30)):
             sock.sendto(nonsense, ("127.0.0.1", int(datagram.rpartition(":")[2])))
