@@ -139,7 +139,7 @@ def test_numbers() -> None:
         "LISTENING": 2,
         "CONNECTED": 3,
         "DATAGRAM": 4,
-        "TAP": 5,
+        "TAP": 6,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pwd
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -49,6 +50,18 @@ def _read_peer_rule(text: str) -> Any:
 CidArgument = Annotated[int, typer.Argument(parser=read_cid, metavar="CID")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Tell of every connection.")]
+
+
+class LogFormat(StrEnum):
+    """How a program that goes on for long says what happens."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+LogFormatOption = Annotated[
+    LogFormat, typer.Option(help="What is logged to standard error; json: an object a line.")
+]
 
 # Of forwarders.
 SourceArgument = Annotated[

@@ -72,7 +72,7 @@ class Role(IntEnum):
     LISTENING = 2
     CONNECTED = 3
     DATAGRAM = 4
-    TAP = 5  #: to a device: send what passes to the socket sent along, ``size`` bytes of each
+    TAP = 6  #: to a device: send what passes to the socket sent along, ``size`` bytes of each
 
 
 _CONNECT = int(Op.CONNECT)
