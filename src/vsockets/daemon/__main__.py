@@ -17,9 +17,8 @@ from .configuration import ConfigurationError, default_configuration_folder
 from .vsockd import AlreadyRunning, Vsockd
 
 
-def main() -> int:
-    """Run until SIGTERM; returns the exit status: 75 (EX_TEMPFAIL) when another vsockd runs, 78
-    (EX_CONFIG) when the configuration is wrong."""
+def make_parser() -> argparse.ArgumentParser:
+    """What may be on the command line."""
     parser = argparse.ArgumentParser(prog="vsockd", description=__doc__)
     parser.add_argument(
         "--dir", type=Path, default=default_folder(), help="the state folder (%(default)s)"
@@ -43,7 +42,13 @@ def main() -> int:
     parser.add_argument(
         "--log-level", default="warning", choices=["debug", "info", "warning", "error"]
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Run until SIGTERM; returns the exit status: 75 (EX_TEMPFAIL) when another vsockd runs, 78
+    (EX_CONFIG) when the configuration is wrong."""
+    arguments = make_parser().parse_args()
     level = logging.getLevelNamesMapping()[arguments.log_level.upper()]
     logs.begin("vsockd: %(levelname)s: %(message)s", level, arguments.log_format)
     try:

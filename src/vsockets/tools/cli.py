@@ -19,6 +19,7 @@ from . import (
     forward,
     include_dir,
     ls,
+    man,
     metrics,
     netcat,
     perf,
@@ -55,6 +56,7 @@ app.add_typer(perf.app, name="perf")
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.command("include-dir")(include_dir.include_dir)
+app.command("man")(man.man)
 
 
 def _print_version(wanted: bool) -> None:
