@@ -19,6 +19,7 @@ from typing import Any
 
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
+from vsockets.vm.kernels import Kernel
 
 from . import downloads
 
@@ -62,7 +63,7 @@ class Machine:
     def __init__(
         self,
         fabric: PrivateFabric,
-        kernel: downloads.Kernel,
+        kernel: Kernel,
         initrd: Path,
         folder: Path,
         *device_options: str,
@@ -141,7 +142,7 @@ class Machine:
         """Start QEMU and wait for the guest."""
         size = f"{self._memory}M"
         command = [
-            *downloads.qemu(),
+            downloads.qemu(),
             *("-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"),
             *("-serial", f"file:{self._folder / 'console'}"),
             *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
