@@ -24,7 +24,7 @@ from . import downloads
 
 #: How long a machine may take to boot, and a guest to do what it is asked, in seconds.
 BOOT = 100.0
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 _KERNEL_COMMAND = (
     "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
@@ -146,7 +146,9 @@ class Machine:
             *("-serial", f"file:{self._folder / 'console'}"),
             *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
             *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
-            *("-m", size, "-smp", "1"),
+            # Where there can be one processor only, QEMU 11.1 emulates LOCK without a lock: the
+            # guest's barriers are none towards other processes, and a wake-up may be lost.
+            *("-m", size, "-smp", "1,maxcpus=2"),
             *("-object", f"memory-backend-memfd,id=mem,size={size},share=on"),
             *("-machine", "q35,memory-backend=mem"),
             *("-kernel", str(self._kernel.image), "-initrd", str(self._initrd)),
@@ -201,7 +203,10 @@ class Machine:
             while number not in self._answers:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise TimeoutError(f"the guest is silent; its console: {self.console[-2000:]}")
+                    raise TimeoutError(
+                        f"the guest is silent; its console: {self.console[-2000:]}\n"
+                        f"the device: {self.device_log[-2000:]}"
+                    )
                 if self.qemu is not None and self.qemu.poll() is not None:
                     log = (self._folder / "qemu.log").read_text()
                     raise GuestError("QEMU", None, f"status {self.qemu.returncode}: {log}")

@@ -80,6 +80,13 @@ class DriverRing:
         self.call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.error = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
+    def start_at(self, base: int) -> None:
+        """Go on from the entry ``base``, as one that has been in use."""
+        self.next = self._kicked = self.taken = base
+        self._available[1] = self._used[1] = base
+        if self.event_index:
+            self._available[2 + self.size] = self._used[2 + 4 * self.size] = base
+
     def write_descriptor(
         self, index: int, address: int, length: int, flags: int, following: int
     ) -> None:

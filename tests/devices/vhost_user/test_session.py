@@ -175,6 +175,15 @@ def test_without_protocol_features_a_ring_is_enabled_at_once(memory: int, kick: 
     assert front.device.resets == 1
 
 
+def test_who_asks_for_an_answer_gets_one(memory: int) -> None:
+    """QEMU agrees on REPLY_ACK once; to a device that was started again it does not say so, and
+    it waits, with its guest."""
+    front = Front()
+    assert front.order(Request.SET_MEM_TABLE, table(region()), memory) == 0
+    assert front.order(Request.SET_MEM_TABLE, table(region())) == errno.EINVAL
+    front.session.close()
+
+
 def test_memory_changes_under_a_running_ring(front: Front, memory: int, kick: int) -> None:
     slot = messages.U64.pack(0)
     assert front.order(Request.SET_MEM_TABLE, table(region()), memory) == 0
