@@ -272,7 +272,7 @@ def test_descriptors_nobody_wants_are_closed(front: Front, memory: int) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.one_of(st.sampled_from([int(r) for r in Request]), st.integers(0, 1 << 32)),
+            st.one_of(st.sampled_from([int(r) for r in Request]), st.integers(0, (1 << 32) - 1)),
             st.one_of(
                 st.binary(max_size=80),
                 st.builds(messages.VRING_STATE.pack, st.integers(0, 3), st.integers(0, 40_000)),
