@@ -188,14 +188,15 @@ class Machine:
 
     def _listen(self, agent: socket.socket) -> None:
         received = b""
-        while data := agent.recv(65_536):
-            *lines, received = (received + data).split(b"\n")
-            for line in lines:
-                if line.startswith(b"@"):
-                    number, ok, result = ast.literal_eval(line[1:].decode())
-                    with self._arrived:
-                        self._answers[number] = ok, result
-                        self._arrived.notify_all()
+        with contextlib.suppress(ConnectionResetError):  # QEMU ended with something unread
+            while data := agent.recv(65_536):
+                *lines, received = (received + data).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"@"):
+                        number, ok, result = ast.literal_eval(line[1:].decode())
+                        with self._arrived:
+                            self._answers[number] = ok, result
+                            self._arrived.notify_all()
 
     def _wait_for(self, number: int, timeout: float) -> tuple[bool, Any]:
         deadline = time.monotonic() + timeout

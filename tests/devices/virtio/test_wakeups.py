@@ -12,15 +12,21 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.virtio.link import Link
+from vsockets.devices.virtio.packed_ring import PackedRing
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
 from vsockets.devices.virtio.split_ring import SplitRing
 from vsockets.devices.virtio.transmit_queue import TransmitQueue
+from vsockets.testing.packed_driver import PackedDriverRing
 from vsockets.testing.virtio_driver import GUEST_BASE, DriverRing, Memory
+
+Driver = DriverRing | PackedDriverRing
+Ring = SplitRing | PackedRing
 
 CID = 5
 SIZE = 4
@@ -95,6 +101,12 @@ class Stage:
                 self._waits[me] = False
                 return
 
+    def watch_memory(self, ring: object) -> None:
+        """All of a ring's own views of words."""
+        for name, value in vars(ring).items():
+            if isinstance(value, memoryview) and value.format != "B":
+                setattr(ring, name, Watched(value, self))
+
     def watch(self, *eventfds: int) -> None:
         """Of side 0 and side 1: what they sleep on."""
         self._eventfds = eventfds
@@ -147,12 +159,7 @@ class Counter:
         raise AssertionError("there are no connections")
 
 
-def watched(ring: object, names: tuple[str, ...], stage: Stage) -> None:
-    for name in names:
-        setattr(ring, name, Watched(getattr(ring, name), stage))
-
-
-def play(stage: Stage, ring: Any, driver: Any, memory: Memory) -> int:
+def play(stage: Stage, ring: Ring, driver: Driver, memory: Memory) -> int:
     """The driver sends PACKETS packets through a ring of SIZE; returns how many came."""
     counter = Counter()
     queue = TransmitQueue(ring, CID, counter)
@@ -189,20 +196,27 @@ def play(stage: Stage, ring: Any, driver: Any, memory: Memory) -> int:
     return counter.count
 
 
-@settings(max_examples=300, deadline=None)
-@given(schedule=schedules, event_index=st.booleans(), start=st.sampled_from([0, 0xFFFA]))
-def test_the_split_ring(schedule: list[int], event_index: bool, start: int) -> None:
+RINGS = [(DriverRing, SplitRing), (PackedDriverRing, PackedRing)]
+
+
+@pytest.mark.parametrize("start", [0, SIZE - 1, 2 * SIZE - 1, 0xFFFA])
+@pytest.mark.parametrize(("driver_kind", "kind"), RINGS)
+@settings(max_examples=100, deadline=None)
+@given(schedule=schedules, event_index=st.booleans())
+def test_no_wake_up_is_lost(
+    driver_kind: type[Driver], kind: type[Ring], start: int, schedule: list[int], event_index: bool
+) -> None:
     stage = Stage(schedule)
     memory = Memory(1 << 16)
-    driver = DriverRing(memory, SIZE, event_index)
+    driver = driver_kind(memory, SIZE, event_index)
     driver.start_at(start)
     guest = GuestMemory()
     guest.map(GUEST_BASE, memory.size, True, memory.fd, 0)
     places = driver.descriptors, driver.available, driver.used
     addresses = GUEST_BASE + places[0], GUEST_BASE + places[1], GUEST_BASE + places[2]
-    ring = SplitRing(guest, SIZE, addresses, start, event_index)
-    watched(ring, ("_available", "_used", "_elements"), stage)
-    watched(driver, ("_available", "_used", "_elements"), stage)
+    ring = kind(guest, SIZE, addresses, driver.base, event_index)
+    stage.watch_memory(ring)
+    stage.watch_memory(driver)
     try:
         assert play(stage, ring, driver, memory) == PACKETS
     finally:
