@@ -32,6 +32,9 @@ _KERNEL_COMMAND = (
 )
 
 
+_VIRTIO = {"driver": "vhost-user-vsock-pci", "id": "dev", "chardev": "vsock", "bus": "slot0"}
+
+
 class GuestError(Exception):
     """What was run in the guest has failed there; ``errno`` if it was an OSError."""
 
@@ -69,8 +72,10 @@ class Machine:
         memory: int = 512,
         cid: int | None = None,
         device: str = "vmci",
+        packed: bool = False,
     ) -> None:
         self._fabric = fabric
+        self._packed = packed
         self._kernel = kernel
         self._initrd = initrd
         self._folder = folder
@@ -162,8 +167,12 @@ class Machine:
 
     def _device_options(self) -> list[str]:
         if self.kind == "virtio":
-            chardev = f"socket,id=vsock,path={self._path}"
-            return ["-chardev", chardev, "-device", "vhost-user-vsock-pci,id=dev,chardev=vsock"]
+            # In a slot of its own, so that it can be plugged out.
+            device = {**_VIRTIO, "packed": self._packed}
+            return [
+                *("-chardev", f"socket,id=vsock,path={self._path}"),
+                *("-device", "pcie-root-port,id=slot0,slot=1", "-device", json.dumps(device)),
+            ]
         vfio = {
             "driver": "vfio-user-pci",
             "socket": {"type": "unix", "path": str(self._path)},
@@ -244,6 +253,30 @@ class Machine:
                 while "return" not in (answer := json.loads(file.readline())):
                     assert "error" not in answer, answer
             return answer["return"]
+
+    def kill_device(self) -> None:
+        """As when it crashes."""
+        assert self.device is not None
+        self.device.kill()
+        self.device.wait()
+        assert self.device.stdout is not None
+        self.device.stdout.close()
+        os.unlink(self._path)
+
+    def plug_again(self) -> None:
+        """Pull the virtio device out of the running machine, and plug one in."""
+        self.monitor("device_del", id="dev")
+
+        def is_out() -> bool:
+            devices = self.monitor("qom-list", path="/machine/peripheral")
+            return all(device["name"] != "dev" for device in devices)
+
+        wait_until(is_out, "the guest to let go of the device", PATIENCE)
+        self.monitor("chardev-remove", id="vsock")
+        address = {"type": "unix", "data": {"path": str(self._path)}}
+        socket = {"type": "socket", "data": {"addr": address, "server": False}}
+        self.monitor("chardev-add", id="vsock", backend=socket)
+        self.monitor("device_add", **_VIRTIO)
 
     def wait_for_boot(self) -> None:
         """After a reboot."""
