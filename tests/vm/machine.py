@@ -31,7 +31,7 @@ _KERNEL_COMMAND = (
     "random.trust_cpu=on"
 )
 
-
+#: The virtio device, in a slot that it can be plugged out of.
 _VIRTIO = {"driver": "vhost-user-vsock-pci", "id": "dev", "chardev": "vsock", "bus": "slot0"}
 
 
@@ -167,7 +167,6 @@ class Machine:
 
     def _device_options(self) -> list[str]:
         if self.kind == "virtio":
-            # In a slot of its own, so that it can be plugged out.
             device = {**_VIRTIO, "packed": self._packed}
             return [
                 *("-chardev", f"socket,id=vsock,path={self._path}"),
