@@ -56,6 +56,7 @@ class Stage:
         *options: str,
         cid: int = 0,
         device: str = "vmci",
+        packed: bool = False,
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
         try:
@@ -69,7 +70,9 @@ class Stage:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
-        return Machine(fabric, linux, initrd, folder, *options, cid=cid, device=device)
+        return Machine(
+            fabric, linux, initrd, folder, *options, cid=cid, device=device, packed=packed
+        )
 
     def _image(self, linux: Kernel, device: str) -> Path:
         name = f"{linux.name}-{device}"
