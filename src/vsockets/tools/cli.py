@@ -22,6 +22,7 @@ from . import (
     man,
     metrics,
     netcat,
+    nfs,
     perf,
     reach,
     run,
@@ -52,6 +53,7 @@ app.command("ls")(ls.ls)
 app.command("metrics")(metrics.metrics)
 app.command("top")(top.top)
 app.command("events")(events.events)
+app.add_typer(nfs.app, name="nfs")
 app.add_typer(perf.app, name="perf")
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

@@ -1,0 +1,24 @@
+"""Whose call it is, and how one fails in NFS's own ways."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .exports import Identity
+from .nfs3 import Status
+from .tree import Tree
+
+
+class Failed(Exception):
+    """A status that is not one of unix's."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class Caller(NamedTuple):
+    """Whose rights a call has, and in which export."""
+
+    tree: Tree
+    identity: Identity

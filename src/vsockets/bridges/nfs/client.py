@@ -1,0 +1,170 @@
+"""An RPC client over datagrams: calls are sent again until they are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import secrets
+import socket as stdlib
+from collections import deque
+from typing import Any, NamedTuple
+
+from ...attachment import Place, current
+from ...constants import VMADDR_CID_LOCAL
+from ...limits import FORWARD_ACCEPTS, MAX_DATAGRAM
+from ...locator import Inet, Locator, Vsock
+from ...socket import socket
+from . import rpc
+from .retransmission import RoundTrips, Transmission, Window
+from .rpc import Auth, Call
+from .xdr import XdrError
+
+_BUFFER = max(MAX_DATAGRAM, 65_536)
+
+
+class _Waiting(NamedTuple):
+    """A call on its way."""
+
+    datagram: bytes
+    transmission: Transmission
+    answer: asyncio.Future[bytes]
+
+
+class RpcClient:
+    """Calls to one server, in the running asyncio loop."""
+
+    def __init__(
+        self, sock: stdlib.socket, server: tuple[Any, ...], own_cid: int | None = None
+    ) -> None:
+        """``sock`` is a datagram socket, and ours from now on."""
+        self._sock = sock
+        self._server = server
+        self._sources = {server}
+        if own_cid is not None and server[0] == VMADDR_CID_LOCAL:
+            self._sources.add((own_cid, server[1]))
+        self._loop = asyncio.get_running_loop()
+        self._xid = secrets.randbits(32)
+        self._waiting: dict[int, _Waiting] = {}
+        self._round_trips = RoundTrips()
+        self._window = Window()
+        self._queue: deque[asyncio.Future[None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self.sent_again = 0  #: datagrams
+        sock.setblocking(False)
+        self._loop.add_reader(sock.fileno(), self._receive)
+
+    @classmethod
+    def connect(cls, locator: Locator, context: Place | None = None) -> RpcClient:
+        """A client of the server at ``locator``, vsock-dgram: or udp:.  Raises OSError."""
+        match locator:
+            case Vsock(cid, port, True):
+                sock = socket(type=stdlib.SOCK_DGRAM, context=context)
+                return cls(sock, (cid, port), (context or current()).cid)
+            case Inet(host, port, True):
+                (family, _, _, _, address), *_ = stdlib.getaddrinfo(
+                    host, port, type=stdlib.SOCK_DGRAM
+                )
+                return cls(stdlib.socket(family, stdlib.SOCK_DGRAM), address)
+        raise OSError(errno.EOPNOTSUPP, f"{locator}: expected vsock-dgram: or udp:")
+
+    def close(self) -> None:
+        """Calls on their way fail."""
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        for waiting in self._waiting.values():
+            if not waiting.answer.done():
+                waiting.answer.set_exception(OSError(errno.ESHUTDOWN, "the client was closed"))
+
+    async def call(
+        self, program: int, version: int, procedure: int, arguments: bytes, credentials: Auth
+    ) -> bytes:
+        """The results of a call.
+
+        Raises OSError: ETIMEDOUT when nobody answers, EPROTO for what is no answer, EACCES for
+        one that refuses.
+        """
+        while len(self._waiting) >= self._window.size:
+            turn = self._loop.create_future()
+            self._queue.append(turn)
+            await turn
+        self._xid = self._xid + 1 & 0xFFFFFFFF
+        xid = self._xid
+        call = Call(xid, rpc.VERSION, program, version, procedure, credentials, rpc.NO_AUTH)
+        datagram = rpc.encode_call(call, arguments)
+        transmission = Transmission(self._loop.time(), self._round_trips.wait)
+        waiting = _Waiting(datagram, transmission, self._loop.create_future())
+        self._waiting[xid] = waiting
+        try:
+            self._send(datagram)
+            self._watch()
+            return rpc.decode_reply(await waiting.answer)
+        except rpc.Refused as refused:
+            raise OSError(errno.EACCES, f"the server refuses: {refused}") from None
+        except XdrError as error:
+            raise OSError(errno.EPROTO, f"the server's answer is none: {error}") from None
+        finally:
+            del self._waiting[xid]
+            self._next()
+
+    def _next(self) -> None:
+        """Let who waits for the window look again."""
+        while self._queue:
+            turn = self._queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def _send(self, datagram: bytes) -> None:
+        try:
+            self._sock.sendto(datagram, self._server)
+        except OSError as error:  # nobody there now, or queues are full: later
+            if error.errno == errno.EMSGSIZE:
+                raise
+
+    def _receive(self) -> None:
+        for _ in range(FORWARD_ACCEPTS):
+            try:
+                data, source = self._sock.recvfrom(_BUFFER)
+                xid = rpc.reply_to(data)
+            except OSError:  # nothing more, or an earlier datagram did not arrive
+                return
+            except XdrError:
+                continue
+            waiting = self._waiting.get(xid)
+            if waiting is None or source not in self._sources or waiting.answer.done():
+                continue  # answered before, or a stranger's
+            seconds = waiting.transmission.round_trip(self._loop.time())
+            if seconds is not None:
+                self._round_trips.measured(seconds)
+                self._window.answered()
+            waiting.answer.set_result(data)
+
+    def _watch(self) -> None:
+        due = [w.transmission.due for w in self._waiting.values() if not w.answer.done()]
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if due:
+            self._timer = self._loop.call_at(min(due), self._send_again)
+
+    def _send_again(self) -> None:
+        now = self._loop.time()
+        late = [
+            waiting
+            for waiting in self._waiting.values()
+            if not waiting.answer.done() and waiting.transmission.due <= now
+        ]
+        if late:
+            self._window.lost()
+        for waiting in late:
+            if waiting.transmission.again(now):
+                self.sent_again += 1
+                self._send(waiting.datagram)
+            else:
+                why = os.strerror(errno.ETIMEDOUT)
+                waiting.answer.set_exception(TimeoutError(errno.ETIMEDOUT, why))
+        self._timer = None
+        self._watch()

@@ -1,0 +1,277 @@
+"""The procedures of NFS that work on directories, and how files are found for all of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import Any
+
+from .acting import acting_as
+from .attributes import apply, attributes_of, before
+from .caller import Caller, Failed
+from .handles import Signer
+from .listing import Listings
+from .nfs3 import (
+    Change,
+    Device,
+    Entry,
+    EntryPlus,
+    How,
+    Kind,
+    NewAttributes,
+    Status,
+    Target,
+    TimeHow,
+)
+from .nfs3 import Time as NfsTime
+from .tree import Found
+
+#: Bytes of a listing's result around its entries, at most; and of an entry beside its name:
+#: numbers, attributes, a handle, and what fills words up.
+_LISTING, _ENTRY, _ENTRY_PLUS = 120, 31, 31 + 88 + 4 + 56
+
+_LONGEST_NAME = 255
+
+_SPECIAL = {
+    Kind.CHARACTER: stat.S_IFCHR,
+    Kind.BLOCK: stat.S_IFBLK,
+    Kind.SOCKET: stat.S_IFSOCK,
+    Kind.FIFO: stat.S_IFIFO,
+}
+
+
+class Directories:
+    """See Procedures."""
+
+    def __init__(self, signer: Signer, listings: Listings, transfer: int) -> None:
+        self.transfer = transfer
+        self.signer = signer
+        self._listings = listings
+
+    def found(self, caller: Caller, handle: bytes) -> Found:
+        """The file.  Raises ValueError for a handle that is none, and OSError."""
+        return caller.tree.find(self.signer.check(handle))
+
+    def change(self, caller: Caller, found: Found) -> Change:
+        """What became of a file that was ``found`` before."""
+        return Change(before(found.state), attributes_of(caller.tree.again(found)))
+
+    def lookup(self, caller: Caller, handle: bytes, name: bytes) -> Any:
+        folder = self._folder(caller, handle)
+        _check(name)
+        with acting_as(caller.identity):
+            found = caller.tree.look_up(folder, name)
+        return self.signer.handle(found.identifier), attributes_of(found), attributes_of(folder)
+
+    def create(self, caller: Caller, target: Target, how: tuple[int, Any]) -> Any:
+        mode, content = how
+        folder, name = self._place(caller, target, new=True)
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW
+        with acting_as(caller.identity):
+            try:
+                os.close(os.open(name, flags, 0o600, dir_fd=folder.fd))
+                made = True
+            except FileExistsError:
+                if mode == How.GUARDED:
+                    raise
+                made = False
+            found = caller.tree.look_up(folder, name)
+            if mode == How.EXCLUSIVE:
+                self._claim(found, content, made)
+                new = NewAttributes()
+            elif made:
+                new = content
+            elif not stat.S_ISREG(found.state.mode):
+                raise OSError(errno.EEXIST, "not a regular file")
+            else:  # what is there keeps all but its size
+                new = NewAttributes(size=content.size)
+            apply(found, new)
+        return self._made(caller, folder, found)
+
+    def mkdir(self, caller: Caller, target: Target, new: NewAttributes) -> Any:
+        def make(folder: int, name: bytes) -> None:
+            os.mkdir(name, 0o700, dir_fd=folder)
+
+        return self._make(caller, target, new, make)
+
+    def symlink(self, caller: Caller, target: Target, new: NewAttributes, to: bytes) -> Any:
+        if b"\0" in to or not to:
+            raise OSError(errno.EINVAL, "not a path")
+
+        def make(folder: int, name: bytes) -> None:
+            os.symlink(to, name, dir_fd=folder)
+
+        return self._make(caller, target, new._replace(mode=None), make)
+
+    def mknod(self, caller: Caller, target: Target, what: tuple[int, Any]) -> Any:
+        kind, content = what
+        if kind not in _SPECIAL:
+            raise Failed(Status.BADTYPE)
+        new, device = content, Device(0, 0)
+        if kind in (Kind.CHARACTER, Kind.BLOCK):
+            new, device = content
+            if device.major >= 1 << 12 or device.minor >= 1 << 20:
+                raise OSError(errno.EINVAL, "no such device number")
+
+        def make(folder: int, name: bytes) -> None:
+            mode = 0o600 | _SPECIAL[Kind(kind)]
+            os.mknod(name, mode, os.makedev(*device), dir_fd=folder)
+
+        return self._make(caller, target, new, make)
+
+    def remove(self, caller: Caller, handle: bytes, name: bytes) -> Any:
+        return self._remove(caller, Target(handle, name), os.unlink)
+
+    def rmdir(self, caller: Caller, handle: bytes, name: bytes) -> Any:
+        if name == b".":
+            raise OSError(errno.EINVAL, "itself")
+        if name == b"..":
+            raise OSError(errno.ENOTEMPTY, "we are in it")
+        return self._remove(caller, Target(handle, name), os.rmdir)
+
+    def rename(self, caller: Caller, source: Target, target: Target) -> Any:
+        here, old = self._place(caller, source)
+        there, new = self._place(caller, target)
+        with acting_as(caller.identity):
+            found = caller.tree.look_up(here, old)
+            try:
+                replaced = caller.tree.look_up(there, new)
+            except FileNotFoundError:
+                replaced = None
+            os.rename(old, new, src_dir_fd=here.fd, dst_dir_fd=there.fd)
+        if replaced is None or replaced.identifier != found.identifier:
+            if replaced is not None:
+                caller.tree.gone(there, new, replaced)
+            caller.tree.gone(here, old, found)
+            caller.tree.arrived(there, new, found)
+        return self.change(caller, here), self.change(caller, there)
+
+    def link(self, caller: Caller, handle: bytes, target: Target) -> Any:
+        found = self.found(caller, handle)
+        folder, name = self._place(caller, target, new=True)
+        if found.is_folder:
+            raise OSError(errno.EPERM, "a directory")
+        with acting_as(caller.identity):
+            os.link(found.path, name, dst_dir_fd=folder.fd, follow_symlinks=True)
+        caller.tree.arrived(folder, name, found)
+        return attributes_of(caller.tree.again(found)), self.change(caller, folder)
+
+    def readdir(
+        self, caller: Caller, handle: bytes, cookie: int, verifier: bytes, size: int
+    ) -> Any:
+        def describe(folder: Found, name: bytes, cookie: int) -> tuple[Entry, int]:
+            found = self._entry(caller, folder, name)
+            ino = found.state.ino if found is not None else cookie
+            return Entry(ino, name, cookie), _ENTRY + len(name)
+
+        return self._list(caller, handle, cookie, verifier, size, describe)
+
+    def readdirplus(
+        self, caller: Caller, handle: bytes, cookie: int, verifier: bytes, _: int, size: int
+    ) -> Any:
+        def describe(folder: Found, name: bytes, cookie: int) -> tuple[EntryPlus, int]:
+            found = self._entry(caller, folder, name)
+            more: tuple[Any, Any] = (None, None)
+            if found is not None:
+                more = attributes_of(found), self.signer.handle(found.identifier)
+            ino = found.state.ino if found is not None else cookie
+            return EntryPlus(ino, name, cookie, *more), _ENTRY_PLUS + len(name)
+
+        return self._list(caller, handle, cookie, verifier, size, describe)
+
+    def _list(
+        self,
+        caller: Caller,
+        handle: bytes,
+        cookie: int,
+        verifier: bytes,
+        size: int,
+        describe: Callable[[Found, bytes, int], tuple[Any, int]],
+    ) -> Any:
+        folder = self._folder(caller, handle)
+        if cookie and verifier != self._listings.verifier:
+            raise Failed(Status.BAD_COOKIE)
+        entries, position = self._listings.after(folder, cookie, caller.identity)
+        left = min(size, self.transfer) - _LISTING
+        told: list[Any] = []
+        while position < len(entries):
+            number, name = entries[position]
+            entry, length = describe(folder, name, number)
+            if length > left:
+                break
+            left -= length
+            told.append(entry)
+            position += 1
+        if not told and position < len(entries):
+            raise Failed(Status.TOOSMALL)
+        done = position == len(entries)
+        return attributes_of(folder), self._listings.verifier, tuple(told), done
+
+    def _entry(self, caller: Caller, folder: Found, name: bytes) -> Found | None:
+        try:
+            with acting_as(caller.identity):
+                return caller.tree.look_up(folder, name)
+        except OSError:  # gone meanwhile, or another file system
+            return None
+
+    def _folder(self, caller: Caller, handle: bytes) -> Found:
+        folder = self.found(caller, handle)
+        if not folder.is_folder:
+            raise OSError(errno.ENOTDIR, "not a directory")
+        return folder
+
+    def _place(self, caller: Caller, target: Target, new: bool = False) -> tuple[Found, bytes]:
+        """A directory and a name in it, which is not the directory's own or its parent's."""
+        folder = self._folder(caller, target.directory)
+        _check(target.name)
+        if target.name in (b".", b".."):
+            raise OSError(errno.EEXIST if new else errno.EINVAL, "not a name of a file's own")
+        return folder, target.name
+
+    def _claim(self, found: Found, verifier: bytes, made: bool) -> None:
+        """Note in a new file's times who made it; raises OSError unless it was the same before."""
+        first, second = (int.from_bytes(verifier[i : i + 4]) & 0x7FFFFFFF for i in (0, 4))
+        if made:
+            times = [(TimeHow.CLIENT, NfsTime(number, 0)) for number in (first, second)]
+            apply(found, NewAttributes(atime=times[0], mtime=times[1]))
+        elif (found.state.atime, found.state.mtime) != ((first, 0), (second, 0)):
+            raise OSError(errno.EEXIST, "somebody else's")
+
+    def _make(
+        self,
+        caller: Caller,
+        target: Target,
+        new: NewAttributes,
+        make: Callable[[int, bytes], None],
+    ) -> Any:
+        folder, name = self._place(caller, target, new=True)
+        with acting_as(caller.identity):
+            make(folder.fd, name)
+            found = caller.tree.look_up(folder, name)
+            if new.mode is not None:  # what a directory has from its parent stays
+                new = new._replace(mode=new.mode | found.state.mode & stat.S_ISGID)
+            apply(found, new._replace(size=None))
+        return self._made(caller, folder, found)
+
+    def _made(self, caller: Caller, folder: Found, found: Found) -> Any:
+        found = caller.tree.again(found)
+        handle = self.signer.handle(found.identifier)
+        return handle, attributes_of(found), self.change(caller, folder)
+
+    def _remove(self, caller: Caller, target: Target, remove: Callable[..., None]) -> Any:
+        folder, name = self._place(caller, target)
+        with acting_as(caller.identity):
+            found = caller.tree.look_up(folder, name)
+            remove(name, dir_fd=folder.fd)
+        caller.tree.gone(folder, name, found)
+        return self.change(caller, folder)
+
+
+def _check(name: bytes) -> None:
+    """Raises OSError for what cannot be a name in a directory."""
+    if len(name) > _LONGEST_NAME:
+        raise OSError(errno.ENAMETOOLONG, "too long")
+    if not name or b"/" in name or b"\0" in name:
+        raise OSError(errno.EACCES, "not a name")

@@ -1,0 +1,358 @@
+"""NFS version 3, RFC 1813: its types, and its procedures as a table."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from . import xdr
+from .xdr import Codec, structure, uint
+
+PROGRAM, VERSION = 100003, 3
+
+#: Bytes of a handle, a name's and a path's bound, of one READ or WRITE, and of a verifier.
+HANDLE_SIZE, NAME_SIZE, PATH_SIZE, DATA_SIZE, VERIFIER_SIZE = 64, 4096, 4096, 65_536, 8
+#: Bytes of one READ or WRITE where the datagram is one of UDP's, of which 64 KiB do not fit.
+UDP_DATA_SIZE = 32_768
+#: Entries of one directory listing: more do not fit a datagram.
+_ENTRIES = 4096
+
+
+class Status(IntEnum):
+    """What became of a call (nfsstat3)."""
+
+    OK = 0
+    PERM = 1
+    NOENT = 2
+    IO = 5
+    NXIO = 6
+    ACCES = 13
+    EXIST = 17
+    XDEV = 18
+    NODEV = 19
+    NOTDIR = 20
+    ISDIR = 21
+    INVAL = 22
+    FBIG = 27
+    NOSPC = 28
+    ROFS = 30
+    MLINK = 31
+    NAMETOOLONG = 63
+    NOTEMPTY = 66
+    DQUOT = 69
+    STALE = 70
+    BADHANDLE = 10001
+    NOT_SYNC = 10002
+    BAD_COOKIE = 10003
+    NOTSUPP = 10004
+    TOOSMALL = 10005
+    SERVERFAULT = 10006
+    BADTYPE = 10007
+    JUKEBOX = 10008
+
+
+class Kind(IntEnum):
+    """What a file is (ftype3)."""
+
+    REGULAR = 1
+    DIRECTORY = 2
+    BLOCK = 3
+    CHARACTER = 4
+    SYMLINK = 5
+    SOCKET = 6
+    FIFO = 7
+
+
+class Stable(IntEnum):
+    """How much of a WRITE is on the disk when it is answered (stable_how)."""
+
+    UNSTABLE = 0
+    DATA_SYNC = 1
+    FILE_SYNC = 2
+
+
+class How(IntEnum):
+    """What CREATE does about a file that is there (createmode3)."""
+
+    UNCHECKED = 0
+    GUARDED = 1
+    EXCLUSIVE = 2
+
+
+class TimeHow(IntEnum):
+    """Where a new time comes from (time_how)."""
+
+    KEEP = 0
+    SERVER = 1
+    CLIENT = 2
+
+
+class Access(IntEnum):
+    """What ACCESS asks about, a bit each."""
+
+    READ = 1
+    LOOKUP = 2
+    MODIFY = 4
+    EXTEND = 8
+    DELETE = 16
+    EXECUTE = 32
+
+
+class Time(NamedTuple):  # noqa: D101
+    seconds: int
+    nanoseconds: int
+
+
+class Device(NamedTuple):  # noqa: D101
+    major: int
+    minor: int
+
+
+class Attributes(NamedTuple):
+    """Of a file (fattr3)."""
+
+    kind: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    size: int
+    used: int
+    rdev: Device
+    fsid: int
+    fileid: int
+    atime: Time
+    mtime: Time
+    ctime: Time
+
+
+class Before(NamedTuple):
+    """What a client may compare with what it knows (wcc_attr)."""
+
+    size: int
+    mtime: Time
+    ctime: Time
+
+
+class Change(NamedTuple):
+    """Before and after (wcc_data)."""
+
+    before: Before | None = None
+    after: Attributes | None = None
+
+
+class NewAttributes(NamedTuple):
+    """What SETATTR and friends set (sattr3); times are a TimeHow and, from CLIENT, a Time."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime: tuple[int, Time | None] = (TimeHow.KEEP, None)
+    mtime: tuple[int, Time | None] = (TimeHow.KEEP, None)
+
+
+class Target(NamedTuple):
+    """A name in a directory (diropargs3)."""
+
+    directory: bytes
+    name: bytes
+
+
+class Entry(NamedTuple):  # noqa: D101
+    fileid: int
+    name: bytes
+    cookie: int
+
+
+class EntryPlus(NamedTuple):  # noqa: D101
+    fileid: int
+    name: bytes
+    cookie: int
+    attributes: Attributes | None
+    handle: bytes | None
+
+
+class FsStat(NamedTuple):  # noqa: D101
+    attributes: Attributes | None
+    total: int
+    free: int
+    available: int
+    files: int
+    files_free: int
+    files_available: int
+    seconds_unchanged: int
+
+
+class FsInfo(NamedTuple):  # noqa: D101
+    attributes: Attributes | None
+    read_most: int
+    read_preferred: int
+    read_multiple: int
+    write_most: int
+    write_preferred: int
+    write_multiple: int
+    directory_preferred: int
+    largest_file: int
+    time_step: Time
+    properties: int
+
+
+class PathConf(NamedTuple):  # noqa: D101
+    attributes: Attributes | None
+    most_links: int
+    longest_name: int
+    no_truncation: bool
+    chown_restricted: bool
+    case_insensitive: bool
+    case_preserving: bool
+
+
+class Procedure(NamedTuple):
+    """One procedure: its arguments, and its results after OK and after any other status.
+
+    Arguments and results are tuples in the order of RFC 1813; a single one stands alone.
+    """
+
+    name: str
+    arguments: Codec[Any]
+    ok: Codec[Any]
+    failed: Codec[Any]
+    nothing: Any  #: what stands in ``failed`` for "I do not say"
+    changes: bool = False  #: not to be done twice, and not at all in a read-only export
+
+
+def _tuple(*members: Codec[Any]) -> Codec[tuple[Any, ...]]:
+    return structure(lambda *values: values, *members)
+
+
+hyper, boolean, void = xdr.hyper, xdr.boolean, xdr.void
+handle, verifier = xdr.opaque(HANDLE_SIZE), xdr.fixed(VERIFIER_SIZE)
+# Bounds of names are the server's business: it says NAMETOOLONG.
+name, path, data = xdr.opaque(NAME_SIZE), xdr.opaque(PATH_SIZE), xdr.opaque(DATA_SIZE)
+time = structure(Time, uint, uint)
+device = structure(Device, uint, uint)
+attributes = structure(
+    Attributes,
+    *(uint, uint, uint, uint, uint, hyper, hyper, device, hyper, hyper, time, time, time),
+)
+before = structure(Before, hyper, time, time)
+maybe_attributes, maybe_handle = xdr.optional(attributes), xdr.optional(handle)
+change = structure(Change, xdr.optional(before), maybe_attributes)
+_maybe_uint = xdr.optional(uint)
+_new_time = xdr.union({TimeHow.KEEP: void, TimeHow.SERVER: void, TimeHow.CLIENT: time})
+new_attributes = structure(
+    NewAttributes,
+    *(_maybe_uint, _maybe_uint, _maybe_uint, xdr.optional(hyper), _new_time, _new_time),
+)
+target = structure(Target, handle, name)
+_how = xdr.union(
+    {How.UNCHECKED: new_attributes, How.GUARDED: new_attributes, How.EXCLUSIVE: verifier}
+)
+_special = xdr.union(
+    {
+        **dict.fromkeys((Kind.CHARACTER, Kind.BLOCK), _tuple(new_attributes, device)),
+        **dict.fromkeys((Kind.SOCKET, Kind.FIFO), new_attributes),
+    },
+    void,
+)
+_made = _tuple(maybe_handle, maybe_attributes, change)
+_entry = structure(Entry, hyper, name, hyper)
+_entry_plus = structure(EntryPlus, hyper, name, hyper, maybe_attributes, maybe_handle)
+_stat = structure(FsStat, maybe_attributes, *[hyper] * 6, uint)
+_info = structure(FsInfo, maybe_attributes, *[uint] * 7, hyper, time, uint)
+_conf = structure(PathConf, maybe_attributes, uint, uint, *[boolean] * 4)
+_UNKNOWN = Change()
+
+
+def _reads(label: str, arguments: Codec[Any], ok: Codec[Any]) -> Procedure:
+    return Procedure(label, arguments, ok, maybe_attributes, None)
+
+
+def _changes(label: str, arguments: Codec[Any], ok: Codec[Any]) -> Procedure:
+    return Procedure(label, arguments, ok, change, _UNKNOWN, True)
+
+
+#: By number.  NULL has no status, and is the server's and the client's own business.
+PROCEDURES: dict[int, Procedure] = {
+    1: Procedure("getattr", handle, attributes, void, None),
+    2: _changes("setattr", _tuple(handle, new_attributes, xdr.optional(time)), change),
+    3: _reads("lookup", target, _tuple(handle, maybe_attributes, maybe_attributes)),
+    4: _reads("access", _tuple(handle, uint), _tuple(maybe_attributes, uint)),
+    5: _reads("readlink", handle, _tuple(maybe_attributes, path)),
+    6: _reads(
+        *("read", _tuple(handle, hyper, uint)),
+        _tuple(maybe_attributes, uint, boolean, data),
+    ),
+    7: _changes(
+        *("write", _tuple(handle, hyper, uint, uint, data)),
+        _tuple(change, uint, uint, verifier),
+    ),
+    8: _changes("create", _tuple(target, _how), _made),
+    9: _changes("mkdir", _tuple(target, new_attributes), _made),
+    10: _changes("symlink", _tuple(target, new_attributes, path), _made),
+    11: _changes("mknod", _tuple(target, _special), _made),
+    12: _changes("remove", target, change),
+    13: _changes("rmdir", target, change),
+    14: Procedure(
+        *("rename", _tuple(target, target), _tuple(change, change)),
+        *(_tuple(change, change), (_UNKNOWN, _UNKNOWN), True),
+    ),
+    15: Procedure(
+        *("link", _tuple(handle, target), _tuple(maybe_attributes, change)),
+        *(_tuple(maybe_attributes, change), (None, _UNKNOWN), True),
+    ),
+    16: _reads(
+        *("readdir", _tuple(handle, hyper, verifier, uint)),
+        _tuple(maybe_attributes, verifier, xdr.chain(_entry, _ENTRIES), boolean),
+    ),
+    17: _reads(
+        *("readdirplus", _tuple(handle, hyper, verifier, uint, uint)),
+        _tuple(maybe_attributes, verifier, xdr.chain(_entry_plus, _ENTRIES), boolean),
+    ),
+    18: _reads("fsstat", handle, _stat),
+    19: _reads("fsinfo", handle, _info),
+    20: _reads("pathconf", handle, _conf),
+    21: _changes("commit", _tuple(handle, hyper, uint), _tuple(change, verifier)),
+}
+NUMBERS = {procedure.name: number for number, procedure in PROCEDURES.items()}
+
+
+def encode_result(procedure: Procedure, status: Status, content: Any) -> bytes:
+    """The results of a call; ``content`` counts after OK only."""
+    out = bytearray()
+    uint.encode(status, out)
+    if status is Status.OK:
+        procedure.ok.encode(content, out)
+    else:
+        procedure.failed.encode(procedure.nothing, out)
+    return bytes(out)
+
+
+def decode_result(procedure: Procedure, data: bytes) -> tuple[int, Any]:
+    """A status, and what comes with it.  Raises XdrError."""
+    reader = xdr.Reader(data)
+    status = uint.decode(reader)
+    codec = procedure.ok if status == Status.OK else procedure.failed
+    return status, codec.decode(reader)
+
+
+def error_of(status: int) -> OSError:
+    """What a status is in unix."""
+    import errno
+    import os
+
+    table = {
+        Status.NAMETOOLONG: errno.ENAMETOOLONG,
+        Status.NOTEMPTY: errno.ENOTEMPTY,
+        Status.DQUOT: errno.EDQUOT,
+        Status.STALE: errno.ESTALE,
+        Status.BADHANDLE: errno.ESTALE,
+        Status.NOTSUPP: errno.EOPNOTSUPP,
+        Status.BADTYPE: errno.EINVAL,
+        Status.TOOSMALL: errno.EINVAL,
+    }
+    code = table.get(status) if status in list(Status) else errno.EIO  # type: ignore[call-overload]
+    if code is None:  # most are unix's own numbers, the others say that the server is at a loss
+        code = status if status < Status.NAMETOOLONG else errno.EIO
+    return OSError(code, os.strerror(code))

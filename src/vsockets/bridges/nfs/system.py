@@ -1,0 +1,93 @@
+"""Linux's calls that Python does not have: openat2, statx, utimensat in full, setfsuid."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from typing import NamedTuple
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_SYS_OPENAT2 = 437  # on all machines
+_RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 1, 2, 4, 8
+_BENEATH = _RESOLVE_NO_XDEV | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
+_OPEN_HOW = struct.Struct("QQQ")
+
+_AT_EMPTY_PATH = 0x1000
+_STATX_ALL = 0xFFF  # with the time of birth
+_STATX_SIZE = 256
+#: linux/stat.h: nlink, uid, gid, mode; ino, size, blocks; four times; two device numbers.
+_STATX = struct.Struct("=16xIIIHxxQQQ8x" + "qI4x" * 4 + "IIII")
+
+UTIME_NOW, UTIME_OMIT = 0x3FFFFFFF, 0x3FFFFFFE
+
+
+class FileState(NamedTuple):
+    """What statx tells; times are (seconds, nanoseconds), ``born`` is (0, 0) if it is unknown."""
+
+    nlink: int
+    uid: int
+    gid: int
+    mode: int
+    ino: int
+    size: int
+    blocks: int
+    atime: tuple[int, int]
+    born: tuple[int, int]
+    ctime: tuple[int, int]
+    mtime: tuple[int, int]
+    rdev: tuple[int, int]
+    dev: tuple[int, int]
+
+
+def open_beneath(folder: int, path: bytes, flags: int, mode: int = 0) -> int:
+    """Open ``path``, which does not leave ``folder`` by any way.  Raises OSError."""
+    how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, mode, _BENEATH)
+    fd = _libc.syscall(_SYS_OPENAT2, folder, ctypes.c_char_p(path), how, len(how))
+    if fd < 0:
+        _fail()
+    return int(fd)
+
+
+def state_of(fd: int) -> FileState:
+    """Of an open file, which may be open as a place only (O_PATH).  Raises OSError."""
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    if _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_ALL, buffer) < 0:
+        _fail()
+    nlink, uid, gid, mode, ino, size, blocks, *rest = _STATX.unpack_from(buffer)
+    pairs = [(rest[i], rest[i + 1]) for i in range(0, 12, 2)]
+    return FileState(nlink, uid, gid, mode, ino, size, blocks, *pairs)
+
+
+def set_times(path: str, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
+    """Set a file's times, each (seconds, nanoseconds or UTIME_…).  Raises OSError."""
+    times = struct.pack("qqqq", *atime, *mtime)
+    if _libc.utimensat(-100, path.encode(), times, 0) < 0:  # AT_FDCWD, which does not matter
+        _fail()
+
+
+def act_with(uid: int, gid: int, groups: tuple[int, ...]) -> None:
+    """Have another's rights to files; the process's own are (0, 0).  Only for root.
+
+    Leaving uid 0 takes the capabilities along that go beyond permissions (capabilities(7)).
+    """
+    if uid:  # while we still may
+        _act_as_groups(gid, groups)
+        _libc.setfsuid(ctypes.c_uint32(uid))
+    else:
+        _libc.setfsuid(0)
+        _act_as_groups(gid, groups)
+    if _libc.setfsuid(ctypes.c_uint32(0xFFFFFFFF)) & 0xFFFFFFFF != uid:
+        raise OSError(errno.EPERM, f"cannot act as user {uid}")
+
+
+def _act_as_groups(gid: int, groups: tuple[int, ...]) -> None:
+    os.setgroups(groups)
+    _libc.setfsgid(ctypes.c_uint32(gid))
+
+
+def _fail() -> None:
+    code = ctypes.get_errno()
+    raise OSError(code, os.strerror(code))

@@ -1,0 +1,147 @@
+"""``vsock nfs``: a host's folders for guests, over datagrams."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import logs
+from ..constants import VMADDR_CID_HOST
+from ..locator import Inet, Locator, Vsock
+from .advice import Failure
+from .options import LogFormat, LogFormatOption, VerboseOption, parser_of, read_locator
+from .reach import own_context
+
+if TYPE_CHECKING:
+    # What is imported in functions below takes longer than the other commands do.
+    from ..bridges.nfs.server import Server
+
+#: NFS's port: of UDP, and so of vSockets.
+PORT = 2049
+
+app = typer.Typer(help="A host's folders for guests, over datagrams.", no_args_is_help=True)
+
+
+@parser_of
+def _read_export(text: str) -> Any:
+    from ..bridges.nfs.exports import Export
+
+    return Export.parse(text)
+
+
+@app.command("serve")
+def serve(
+    export: Annotated[
+        list[Any],
+        typer.Option(
+            parser=_read_export,
+            metavar="DIR[,ro][,cid=CID:…][,no-root-squash]",
+            help="A folder, how, and for whom; repeatable.",
+        ),
+    ],
+    listen: Annotated[
+        list[Any] | None,
+        typer.Option(parser=read_locator, metavar="ADDRESS", help="vsock-dgram: or udp:"),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where it keeps what makes handles outlive it."),
+    ] = None,
+    verbose: VerboseOption = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
+) -> None:
+    """Serve folders by NFS version 3, with the MOUNT protocol on the same port."""
+    from ..bridges.nfs import server
+    from ..bridges.nfs.nfs3 import DATA_SIZE, UDP_DATA_SIZE
+    from ..bridges.nfs.places import Places
+    from ..bridges.nfs.service import Service
+
+    listen = listen or [Vsock(VMADDR_CID_HOST, PORT, datagram=True)]
+    for locator in listen:
+        _expect(locator, "--listen")
+    logs.begin("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
+    log = logging.getLogger("vsockets.nfs")
+
+    def opened(server: Server) -> None:
+        for door, locator in zip(server.doors, listen, strict=True):
+            scheme = str(locator).partition(":")[0]
+            log.log(logs.NOTICE, "listening on %s:%s", scheme, door.where)
+
+    try:
+        places = Places(state or _default_state())
+        over_udp = any(isinstance(locator, Inet) for locator in listen)
+        service = Service(export, places, UDP_DATA_SIZE if over_udp else DATA_SIZE)
+        asyncio.run(server.serve(service, listen, own_context(), opened))
+        service.close()
+        places.close()
+    except OSError as error:
+        raise Failure(error.strerror or str(error)) from None
+
+
+@app.command("mount")
+def mount(
+    server: Annotated[
+        Any, typer.Argument(parser=read_locator, metavar="SERVER", help="vsock-dgram: or udp:")
+    ],
+    export: Annotated[str, typer.Argument(metavar="EXPORT", help="The server's folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to mount it.")],
+    mount_server: Annotated[
+        Any,
+        typer.Option(
+            parser=read_locator, metavar="ADDRESS", help="The MOUNT protocol's, if elsewhere."
+        ),
+    ] = None,
+    transfer_size: Annotated[
+        int,
+        typer.Option(
+            min=512,
+            max=65_536,
+            help="Bytes of a READ or WRITE at most; 32768 if UDP is anywhere on the way.",
+        ),
+    ] = 65_536,
+) -> None:
+    """Mount a server's folder until it is unmounted, or this is ended."""
+    if importlib.util.find_spec("pyfuse3") is None:
+        raise Failure("there is no pyfuse3 in this Python: pip install 'vsockets[nfs]'")
+    from ..bridges.nfs.mounting import mount_and_serve
+
+    mount_server = mount_server or server
+    _expect(server, "SERVER")
+    _expect(mount_server, "--mount-server")
+    if not folder.is_dir():
+        raise Failure(f"{folder}: there is no such folder")
+
+    def mounted() -> None:
+        print(f"vsock: mounted on {folder}", file=sys.stderr, flush=True)
+
+    context = own_context() if isinstance(server, Vsock) else None
+    arguments = (
+        server,
+        mount_server,
+        os.fsencode(export),
+        os.fspath(folder),
+        transfer_size,
+        context,
+        mounted,
+    )
+    try:
+        asyncio.run(mount_and_serve(*arguments))
+    except OSError as error:
+        raise Failure(f"{export}: {error.strerror or error}") from None
+
+
+def _expect(locator: Locator, name: str) -> None:
+    if not isinstance(locator, Vsock | Inet) or not locator.datagram:
+        raise typer.BadParameter(f"{name} {locator}: expected vsock-dgram: or udp:")
+
+
+def _default_state() -> Path:
+    folder = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(folder, "vsock", "nfs")
