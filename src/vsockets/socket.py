@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 
 from .address import FIRST_GUEST_CID
 from .attachment import Place, current
-from .buffers import BufferSizes
+from .buffers import DEFAULT_SIZES, BufferSizes
 from .constants import (
     AF_VSOCK,
     SO_VM_SOCKETS_BUFFER_MAX_SIZE,
@@ -84,7 +84,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     # No __slots__: what a socket has not been told otherwise is its class's, for nothing.
     _attachment: Place | None = None
     _raw_family: int = stdlib.AF_UNIX  # what the C part takes it for
-    _buffers = BufferSizes()
+    _buffers = DEFAULT_SIZES
     _connect_timeout = CONNECT_TIMEOUT
     _ignored: dict[tuple[int, int], Any] | None = None
     _local = UNBOUND
@@ -114,7 +114,8 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
                 errno.ESOCKTNOSUPPORT,
                 f"type {type}: expected SOCK_STREAM, SOCK_SEQPACKET or SOCK_DGRAM",
             )
-        super().__init__(behaviour._raw_family, type, 0, fileno)
+        # By its name: super() looks for longer than the rest takes.
+        stdlib.socket.__init__(self, behaviour._raw_family, type, 0, fileno)
         if context is not None:
             self._attachment = context
         if self.__class__ is socket:

@@ -97,8 +97,8 @@ class Broker:
 
     # Channels
 
-    def admit(self, fd: int, context: Context, kind: Kind) -> None:
-        """Take a connection just accepted on ``context``'s control socket."""
+    def admit(self, context: Context, kind: Kind, fd: int) -> None:
+        """Take a connection ``fd`` just accepted on ``context``'s control socket."""
         sock_type = SOCK_STREAM if kind is _STREAM else SOCK_SEQPACKET
         sock = _socket.socket(AF_UNIX, sock_type, 0, fd)
         self.take(Channel(sock, context, kind, peer_credentials(sock)))
@@ -116,8 +116,10 @@ class Broker:
             except BlockingIOError:
                 self._await_request(channel)
                 return
-        if self._serve(channel, data):
+        if data and self._serve(channel, data):
             self._keep(channel)
+        elif channel.endpoint is None:
+            channel.sock.close()
         else:
             self._drop(channel)
 
@@ -161,7 +163,8 @@ class Broker:
             data = self._read(channel)
         except BlockingIOError:
             return
-        if not self._serve(channel, data):
+        self._has_spoken(channel)
+        if not (data and self._serve(channel, data)):
             self._drop(channel)
 
     def _drop(self, channel: Channel) -> None:
@@ -199,9 +202,6 @@ class Broker:
             return b""
 
     def _serve(self, channel: Channel, data: bytes) -> bool:
-        if not data:
-            return False
-        self._has_spoken(channel)
         context = channel.context
         try:
             request = Request.decode(data)
@@ -304,7 +304,7 @@ class Broker:
         )
         target = listener.handle
         assert isinstance(target, Channel | KernelLink)
-        if context.is_guest:
+        if context.is_at_a_limit:
             self._allowance.require_patience(context, target.count_waiting)
             self._allowance.make_room(context)
         if not target.has_room():

@@ -20,7 +20,7 @@ def status(broker: Broker) -> dict[str, Any]:
         "listeners": sum(
             isinstance(holder, Endpoint) and holder.listening
             for context in fabric.contexts
-            for holder in context.connected
+            for holder in context.connected.values()
         ),
         "datagram_sockets": len(broker.datagrams),
         "refusals": broker.refusals,
@@ -76,7 +76,7 @@ def socket_rows(broker: Broker) -> list[dict[str, Any]]:
     broker.refresh()
     rows: list[dict[str, Any]] = []
     for context in broker.fabric.contexts:
-        for holder in [*context.connected, *context.datagrams]:
+        for holder in [*context.connected.values(), *context.datagrams.values()]:
             if isinstance(holder, Connection):
                 rows += _stream_rows(holder)
             else:

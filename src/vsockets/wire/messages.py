@@ -25,6 +25,10 @@ _REQUEST = struct.Struct("=IHHIIIIQQQQQQ")
 _RECORD = struct.Struct("=IHHIIIIIIIIQQQ")
 REQUEST_SIZE = _REQUEST.size
 RECORD_SIZE = _RECORD.size
+# What comes after MAGIC.
+_START = struct.pack("=I", MAGIC)
+_REQUEST_FIELDS = struct.Struct("=4xHHIIIIQQQQQQ")
+_RECORD_FIELDS = struct.Struct("=4xHHIIIIIIIIQQQ")
 
 #: What follows a request whose sender polls instead of blocking: enough that the kernel
 #: calls the socket not writable until vsockd has read it, which it does last of all.  So
@@ -102,10 +106,9 @@ class Request(NamedTuple):
         """Raises ProtocolError on anything :meth:`encode` cannot have made."""
         if len(data) != REQUEST_SIZE:
             raise ProtocolError(f"request of {len(data)} bytes, expected {REQUEST_SIZE}")
-        fields = _REQUEST.unpack(data)
-        if fields[0] != MAGIC:
-            raise ProtocolError(f"request starts with {fields[0]:#x}, expected {MAGIC:#x}")
-        return _new(cls, fields[1:])
+        if data[:4] != _START:
+            raise ProtocolError(f"request starts with {data[:4]!r}, expected {_START!r}")
+        return _new(cls, _REQUEST_FIELDS.unpack(data))
 
     @property
     def polling(self) -> bool:
@@ -144,10 +147,9 @@ class Record(NamedTuple):
         """Raises ProtocolError on anything :meth:`encode` cannot have made."""
         if len(data) != RECORD_SIZE:
             raise ProtocolError(f"record of {len(data)} bytes, expected {RECORD_SIZE}")
-        fields = _RECORD.unpack(data)
-        if fields[0] != MAGIC:
-            raise ProtocolError(f"record starts with {fields[0]:#x}, expected {MAGIC:#x}")
-        return _new(cls, fields[1:])
+        if data[:4] != _START:
+            raise ProtocolError(f"record starts with {data[:4]!r}, expected {_START!r}")
+        return _new(cls, _RECORD_FIELDS.unpack(data))
 
     @property
     def local(self) -> tuple[int, int]:
@@ -180,22 +182,10 @@ def encode_stream(
     sizes: BufferSizes,
 ) -> bytes:
     """The record of an established stream, encoded."""
-    local_cid, local_port = local
+    cid, port = local
     peer_cid, peer_port = peer
     pid, uid, gid = peer_credentials
+    _, minimum, maximum = sizes
     return _RECORD.pack(
-        MAGIC,
-        0,
-        0,
-        local_cid,
-        local_port,
-        peer_cid,
-        peer_port,
-        _CONNECTED,
-        pid,
-        uid,
-        gid,
-        size,
-        sizes[1],
-        sizes[2],
+        MAGIC, 0, 0, cid, port, peer_cid, peer_port, _CONNECTED, pid, uid, gid, size, minimum, maximum
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 from ...address import check
 from ...attachment import descriptor_in, understand, wait_readable
-from ...buffers import BufferSizes
+from ...buffers import DEFAULT_SIZES, BufferSizes
 from ...limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, REQUEST_TIMEOUT
 from ...socket import BEHAVIOURS, UNBOUND, Phase, become, error, socket
 from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role, encode_connect
@@ -38,7 +38,6 @@ _ANNOUNCEMENT = stdlib.CMSG_LEN(array.array("i").itemsize)
 _raw = _socket.socket
 #: The type as a plain integer; the property makes an enum of it first.
 _raw_type = _raw.type.__get__
-_raw_connect = _raw.connect.__get__
 
 
 class StreamSocket(FabricSocket):
@@ -89,9 +88,12 @@ class StreamSocket(FabricSocket):
         fd = descriptor_in(came)
         if fd is None:
             raise error(errno.EMFILE, "the connection was lost for want of a descriptor")
-        accepted = self._twin(fd)
+        cls = self.__class__
+        accepted = cls.__new__(cls)
+        stdlib.socket.__init__(accepted, _UNIX, _raw_type(self), 0, fd)
+        accepted._attachment = self._attachment
         accepted._settle(record)
-        return accepted, record.peer
+        return accepted, record[4:6]
 
     def connect(self, address: Any) -> None:
         """Connect to ``(cid, port)`` (guide page 17).
@@ -199,9 +201,7 @@ class StreamSocket(FabricSocket):
     # How it is done
 
     def _enter(self) -> None:
-        # The method is bound by hand: super() looks for longer than the rest takes.
-        connect = _raw_connect(self, self.__class__)
-        self._fabric.enter(connect, _raw_type(self))
+        self._fabric.enter(self, _raw_type(self))
         self._entered = True
 
     def _request(self, request: Request) -> Record:
@@ -246,23 +246,17 @@ class StreamSocket(FabricSocket):
         self._local = record[2:4]
         self._peer = record[4:6]
         self._phase = _CONNECTED
-        if record.size != DEFAULT_BUFFER_SIZE:
-            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, min(record.size, LARGEST_SEND_BUFFER))
-        sizes = record[-3:]
-        if sizes != self._buffers:
-            self._buffers = BufferSizes(*sizes)
+        if record[10:] != DEFAULT_SIZES or self._buffers is not DEFAULT_SIZES:
+            self._settle_sizes(record)
         if self.__class__ is StreamSocket:
             self.__class__ = EstablishedSocket  # what become() does, for the usual case
         else:
             become(self, EstablishedSocket)
 
-    def _twin(self, fd: int) -> StreamSocket:
-        """A socket object like this one, for another descriptor."""
-        twin = self.__class__.__new__(self.__class__)
-        stdlib.socket.__init__(twin, _UNIX, _raw_type(self), 0, fd)
-        twin._attachment = self._attachment
-        twin._entered = True
-        return twin
+    def _settle_sizes(self, record: Record) -> None:
+        if record.size != DEFAULT_BUFFER_SIZE:
+            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, min(record.size, LARGEST_SEND_BUFFER))
+        self._buffers = BufferSizes(*record[10:])
 
     def _pending_error(self) -> int:
         if self._phase is _CONNECTING:
