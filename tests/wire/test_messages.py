@@ -179,9 +179,8 @@ def test_the_short_way_to_a_record(
     minimum: int,
     maximum: int,
 ) -> None:
-    asked_for = BufferSizes(0, minimum, maximum)
-    record = Record(0, 0, *local, *peer, Role.CONNECTED, *credentials, size, minimum, maximum)
-    assert encode_stream(local, peer, credentials, size, asked_for) == record.encode()
+    fields = *local, *peer, Role.CONNECTED, *credentials, size, minimum, maximum
+    assert encode_stream(*fields) == Record(0, 0, *fields).encode()
 
 
 # Bytes that get past a check of the length, and past one of the magic.

@@ -18,6 +18,7 @@ from socket import (
     SOL_SOCKET,
 )
 from time import monotonic
+from typing import Any
 
 from ..constants import VMADDR_PORT_ANY
 from ..fabric import Connection, Context, Denied, Endpoint, Fabric, Kind, Refused, trust_of
@@ -302,8 +303,7 @@ class Broker:
         listener = fabric.find_listener(
             context, channel.kind, request.peer_cid, request.peer_port, channel, bound
         )
-        target = listener.handle
-        assert isinstance(target, Channel | KernelLink)
+        target: Any = listener.handle  # a Channel or a KernelLink
         if context.is_at_a_limit:
             self._allowance.require_patience(context, target.count_waiting)
             self._allowance.make_room(context)
@@ -322,7 +322,9 @@ class Broker:
             accepting = describe_offer(connection, request.polling)
         else:
             # The answer goes first: once the listener has the descriptor it may write.
-            self._answer(channel, request, describe_connecting(connection))
+            channel.send(describe_connecting(connection))
+            if request.flags or channel.kind is _SEQPACKET:
+                consume(sock, channel.kind, request.polling)
             accepting = describe_accepting(connection)
         try:
             target.announce(accepting, fd, context)

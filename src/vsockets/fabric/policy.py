@@ -26,7 +26,6 @@ from .life_cycle import State
 from .settings import Profile
 from .trust import Trust
 
-
 # A name of our own: looking a member up in its enum costs as much as a short function.
 _RUNNING = State.RUNNING
 
