@@ -142,7 +142,7 @@ def test_numbers() -> None:
 
 
 def test_groups_of_fields() -> None:
-    assert REQUEST.sizes == BufferSizes(65_536, 128, 262_144)
+    assert REQUEST.sizes() == BufferSizes(65_536, 128, 262_144)
     assert RECORD.local == (2, 5000)
     assert RECORD.peer == (3, 1024)
 

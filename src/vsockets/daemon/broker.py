@@ -269,7 +269,7 @@ class Broker:
             raise Refused(errno.EINVAL, "the socket is bound")
         endpoint = self._claim(channel, channel.kind, request, request.cookie)
         endpoint.handle = channel
-        endpoint.sizes = request.sizes
+        endpoint.sizes = request.sizes()
         channel.endpoint = endpoint
         self._answer(channel, request, describe_endpoint(endpoint))
         return True
@@ -279,7 +279,7 @@ class Broker:
             raise Refused(errno.EINVAL, "the socket is not bound")
         again = channel.endpoint.listening
         channel.prepare_backlog(request.backlog)
-        self.fabric.listen(channel.endpoint, request.sizes)
+        self.fabric.listen(channel.endpoint, request.sizes())
         record = describe_endpoint(channel.endpoint)
         if again:  # the answer would be taken for a new connection
             consume(channel.sock, channel.kind, request.polling)
@@ -289,7 +289,7 @@ class Broker:
 
     def _update(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is not None:
-            channel.endpoint.sizes = request.sizes
+            channel.endpoint.sizes = request.sizes()
         consume(channel.sock, channel.kind, request.polling)
         return True
 
@@ -304,13 +304,13 @@ class Broker:
             context, channel.kind, request.peer_cid, request.peer_port, channel, bound
         )
         target: Any = listener.handle  # a Channel or a KernelLink
-        if context.is_at_a_limit:
+        if context.is_at_a_limit():
             self._allowance.require_patience(context, target.count_waiting)
             self._allowance.make_room(context)
         if not target.has_room():
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
         connection = fabric.connect(
-            context, listener, bound, request.sizes, channel.credentials, request.cookie
+            context, listener, bound, request.sizes(), channel.credentials, request.cookie
         )
         if bound is not None:
             channel.endpoint = None

@@ -81,7 +81,6 @@ class Context:
         self.limits = limits
         self.meter = Meter(limits.request_rate)
 
-    @property
     def is_at_a_limit(self) -> bool:
         """Whether a guest has as many sockets, or as many connections that wait, as it may."""
         return self.is_guest and (

@@ -182,9 +182,11 @@ class Fabric:
         """A connection is over; its port is free.  Harmless when it was ended before."""
         connection = self.connections.pop(number, None)
         if connection is not None:
-            context = connection.context
-            context.connected.release(connection.local[1], connection)
-            _forget(context, connection.cookie, connection)
+            context, port, cookie = connection.context, connection.local[1], connection.cookie
+            if context.connected.get(port) is connection:
+                del context.connected[port]
+            if context.cookies.get(cookie) is connection:
+                del context.cookies[cookie]
 
     # Datagrams
 

@@ -116,7 +116,6 @@ class Request(NamedTuple):
         """Whether PADDING follows."""
         return self.flags & _POLLING != 0
 
-    @property
     def sizes(self) -> BufferSizes:
         """The three buffer sizes together."""
         return _new(BufferSizes, self[7:10])

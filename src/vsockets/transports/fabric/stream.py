@@ -204,7 +204,8 @@ class StreamSocket(FabricSocket):
     # How it is done
 
     def _enter(self) -> None:
-        self._fabric.enter(self, _raw_type(self))
+        place: Any = self._attachment or self._context  # the fabric: it chose this class
+        place.enter(self, _raw_type(self))
         self._entered = True
 
     def _request(self, request: Request) -> Record:
