@@ -103,7 +103,7 @@ class Channel(Peer):
     @property
     def backlog(self) -> tuple[int, int]:
         """How many connections wait to be accepted, as of now, and how many may."""
-        assert self._capacity is not None
+        assert self.is_listening
         self.count_waiting()
         return len(self._waiting), self._capacity
 
