@@ -231,6 +231,23 @@ SUPERVISED_ROUTES = 512
 #: A send buffer above net.core.wmem_max, in bytes, up to which a privileged supervisor
 #: does what its program asks for; the kernel's own AF_VSOCK has no limit at all.
 FORCED_SEND_BUFFER = 4 << 20
+
+# Hybrid vsock.
+
+#: Bytes of a line of the handshake: ``CONNECT`` and a port have 19, and Firecracker reads no more
+#: than these.
+HYBRID_LINE = 32
+
+#: Connections through one hybrid-vsock device, established or not.  Firecracker allows its guest
+#: 1023; each is two descriptors, and four more while a reader is slow.
+HYBRID_CONNECTIONS = 1024
+
+#: Ports of the host that a hybrid-vsock device offers its guest: each is a descriptor and a file.
+HYBRID_PORTS = 4096
+
+#: How soon a hybrid-vsock device tries again to reach a guest that is waited for, in seconds.
+HYBRID_PAUSE = 0.05
+
 # The forwarder (vsockets.bridges.forward).
 
 #: Bytes of the pipe that one direction of a forwarded stream moves through, and so the most

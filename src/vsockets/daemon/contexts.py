@@ -23,6 +23,7 @@ from .audit import Audit
 from .broker import Broker
 from .door import Doors
 from .events import Events, Topic
+from .kernel_link import KernelLink
 from .loop import Loop
 
 
@@ -125,6 +126,7 @@ class RunningContexts:
         """What holds for everything ``context`` asks from now on."""
         context.isolation = isolation
         context.limit(limits)
+        _refresh(context)
 
     # Life
 
@@ -147,6 +149,7 @@ class RunningContexts:
             except OSError:
                 context.state = State.OFF
                 raise
+        _refresh(context)
         self._publish(context, change.value, dropped=len(over))
         return [one for one in left if context in (one.context, one.peer_context)]
 
@@ -171,3 +174,10 @@ class RunningContexts:
             ft=context.fault_tolerant,
             **facts,
         )
+
+
+def _refresh(context: Context) -> None:
+    """Tell its device, if it has one, of what it may now."""
+    if context.kernel is not None:
+        assert isinstance(context.kernel.streams, KernelLink)
+        context.kernel.streams.refresh()

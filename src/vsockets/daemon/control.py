@@ -199,7 +199,8 @@ class Session:
         try:
             seqpacket = bool(_optional(arguments, "seqpacket", bool))
             owner = peer_credentials(self._sock)
-            KernelLink(self._loop, vsockd.broker, context, ours, owner, seqpacket)
+            host_ports = bool(_optional(arguments, "host_ports", bool))
+            KernelLink(self._loop, vsockd.broker, context, ours, owner, seqpacket, host_ports)
         except (Refused, BadRequest):
             ours.close()
             theirs.close()

@@ -7,6 +7,7 @@ all look-ups are by key.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from ..address import LARGEST
 from ..buffers import BufferSizes, negotiate
@@ -36,6 +37,8 @@ class Fabric:
         self.contexts = Contexts(owner)
         self.settings = Settings()
         self.connections: dict[int, Connection] = {}
+        #: told of each endpoint that begins to listen, and that does no longer
+        self.watchers: list[Callable[[Endpoint], None]] = []
         self._number = 0
 
     # Binding
@@ -79,6 +82,8 @@ class Fabric:
         """Let ``endpoint`` be connected to."""
         endpoint.listening = True
         endpoint.sizes = sizes
+        for tell in self.watchers:
+            tell(endpoint)
 
     def unbind(self, endpoint: Endpoint) -> None:
         """The socket is gone: its port is free."""
@@ -87,6 +92,9 @@ class Fabric:
         else:
             endpoint.context.connected.release(endpoint.port, endpoint)
         _forget(endpoint.context, endpoint.cookie, endpoint)
+        if endpoint.listening:
+            for tell in self.watchers:
+                tell(endpoint)
 
     # Connecting
 

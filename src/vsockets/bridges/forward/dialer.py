@@ -16,7 +16,7 @@ from ...limits import FORWARD_FIRST_PAUSE, FORWARD_LONGEST_PAUSE
 from ...locator import Exec, Inet, Locator, Stdio, Unix, Vsock, VsockMux
 from ...socket import socket
 from ...state_folder import connect_to
-from ..hybrid_vsock import Answer, connect_line
+from ...wire.hybrid import Answer, connect_line
 from .resolver import Resolver
 from .stdio import standard_streams
 
@@ -134,8 +134,8 @@ class Dialer:
     async def _ask_for_port(self, sock: stdlib.socket, port: int) -> None:
         await self._loop.sock_sendall(sock, connect_line(port))
         answer = Answer()
-        while not answer.take(await self._loop.sock_recv(sock, 1)):
-            pass
+        while answer.port is None:
+            answer.take(await self._loop.sock_recv(sock, 1))
 
     def _execute(self, command: tuple[str, ...], client: tuple[int, int] | None) -> stdlib.socket:
         environment = dict(os.environ)
