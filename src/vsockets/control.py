@@ -75,12 +75,14 @@ class Control:
         domain: str | None = None,
         limits: Mapping[str, int] | None = None,
         powered: bool = True,
+        hybrid: str | os.PathLike[str] | None = None,
     ) -> dict[str, Any]:
         """A new guest; without ``cid`` it gets a free one.  Returns its row of
         :meth:`contexts`; OSError EEXIST or EINVAL.
 
         ``profile`` is ``default``, ``restricted`` or ``legacy``; ``unrestricted`` and ``domain``
         go with ``legacy`` (docs/security.md).  ``limits`` are those that are not the default.
+        ``hybrid`` is where tools of hybrid vsock find it (docs/hybrid.md): an absolute path.
         """
         return self._ask(  # type: ignore[no-any-return]
             "context.add",
@@ -93,6 +95,7 @@ class Control:
             domain=domain,
             limits=None if limits is None else dict(limits),
             powered=powered,
+            hybrid=None if hybrid is None else os.fspath(hybrid),
         )
 
     def remove_context(self, cid: int) -> None:

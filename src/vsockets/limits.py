@@ -238,6 +238,10 @@ FORCED_SEND_BUFFER = 4 << 20
 #: than these.
 HYBRID_LINE = 32
 
+#: Bytes of the name of a unix socket with ports beside it: ``_`` and a port come after it, and a
+#: folder's descriptor (``/proc/self/fd/…``) before, and a socket's path has 107.
+HYBRID_NAME = 76
+
 #: Connections through one hybrid-vsock device, established or not.  Firecracker allows its guest
 #: 1023; each is two descriptors, and four more while a reader is slow.
 HYBRID_CONNECTIONS = 1024

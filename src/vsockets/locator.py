@@ -19,12 +19,14 @@ An empty CID or host means any, which only somebody who listens can use.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from .address import parse_cid, parse_port
 from .constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
+from .limits import HYBRID_NAME
 
 #: The largest port of TCP and UDP.
 _LARGEST_INET_PORT = 0xFFFF
@@ -183,6 +185,16 @@ def _path(text: str) -> str:
     if not text or "\0" in text:
         raise ValueError("expected a path")
     return text
+
+
+def hybrid_problem(path: str) -> str:
+    """What is wrong with ``path`` as a hybrid vsock's, with ports beside it; "": nothing."""
+    name = path.rpartition("/")[2]
+    if not path.startswith("/") or not name or "\0" in path:
+        return f"expected the absolute path of a unix socket, not {path!r}"
+    if len(os.fsencode(name)) > HYBRID_NAME:
+        return f"the socket's name may have {HYBRID_NAME} bytes, its folders any: {name!r}"
+    return ""
 
 
 def _exec(rest: str) -> Exec:

@@ -23,6 +23,7 @@ from .audit import Audit
 from .broker import Broker
 from .door import Doors
 from .events import Events, Topic
+from .hybrid_door import HybridDoor
 from .kernel_link import KernelLink
 from .loop import Loop
 
@@ -39,14 +40,14 @@ class RunningContexts:
         self._broker = broker
         self._audit = audit
         self._events = events
-        self._doors: dict[Context, Doors] = {}
+        self._doors: dict[Context, list[Doors | HybridDoor]] = {}
         self._open_doors(fabric.contexts.hypervisor)
         self._open_doors(fabric.contexts.host)
 
     def close(self) -> None:
         """Let nobody in any more."""
-        for doors in self._doors.values():
-            doors.close()
+        for context in list(self._doors):
+            self._close_doors(context)
 
     def folder_of(self, context: Context) -> Path:
         """Where its control sockets are while it is not powered off."""
@@ -64,6 +65,7 @@ class RunningContexts:
             return context
         context.isolation = wanted.isolation
         context.limit(wanted.limits)
+        context.hybrid = wanted.hybrid
         try:
             if wanted.powered:
                 self._open_doors(context)
@@ -141,7 +143,7 @@ class RunningContexts:
         if change is Change.SUSPEND:
             self._broker.datagrams.silence(context)
         elif change is Change.POWER_OFF:
-            self._doors.pop(context).close()
+            self._close_doors(context)
             self._broker.close_context(context)
         elif change is Change.POWER_ON:
             try:
@@ -154,12 +156,21 @@ class RunningContexts:
         return [one for one in left if context in (one.context, one.peer_context)]
 
     def _open_doors(self, context: Context) -> None:
-        self._doors[context] = Doors(self._loop, self._broker, context, self.folder_of(context))
+        common = self._loop, self._broker, context
+        doors = self._doors[context] = [Doors(*common, self.folder_of(context))]
+        try:
+            if context.hybrid:
+                doors.append(HybridDoor(*common, Path(context.hybrid)))
+        except OSError:
+            self._close_doors(context)
+            raise
+
+    def _close_doors(self, context: Context) -> None:
+        for door in self._doors.pop(context, ()):
+            door.close()
 
     def _end(self, context: Context) -> None:
-        doors = self._doors.pop(context, None)
-        if doors is not None:
-            doors.close()
+        self._close_doors(context)
         self._broker.close_context(context)
         self._audit.forget(context)
         self._publish(context, "removed")

@@ -41,9 +41,14 @@ class OfferLink:
         link.setblocking(False)
         loop.watch(link.fileno(), self._ready)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody decides."""
+        return self._sock.fileno() >= 0
+
     def close(self) -> None:
         """Nobody decides any more."""
-        if self._sock.fileno() >= 0:
+        if self.is_open:
             self._loop.unwatch(self._sock.fileno())
             self._sock.close()
             for source in self._offers.values():

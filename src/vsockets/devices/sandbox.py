@@ -66,7 +66,7 @@ _MACHINES = {
             "accept4=288 getrandom=318 rseq=334 epoll_pwait2=441"
         ),
         paths=_numbers(
-            "connect=42 bind=49 listen=50 unlink=87 unlinkat=263 splice=275 pipe2=293"
+            "connect=42 bind=49 listen=50 rename=82 unlink=87 unlinkat=263 splice=275 pipe2=293"
         ),
         mmap=9,
         mprotect=10,
@@ -87,7 +87,9 @@ _MACHINES = {
             "sendmsg=211 recvmsg=212 brk=214 munmap=215 mremap=216 madvise=233 accept4=242 "
             "getrandom=278 rseq=293 epoll_pwait2=441"
         ),
-        paths=_numbers("unlinkat=35 pipe2=59 splice=76 bind=200 listen=201 connect=203"),
+        paths=_numbers(
+            "unlinkat=35 renameat=38 pipe2=59 splice=76 bind=200 listen=201 connect=203"
+        ),
         mmap=222,
         mprotect=226,
         socket=198,

@@ -119,6 +119,8 @@ class Fabric:
         endpoint = holder if isinstance(holder, Endpoint) and holder.listening else None
         if endpoint is None and destination.kernel is not None:
             endpoint = destination.kernel.endpoint(destination, kind, port)
+        if endpoint is None and destination is self.contexts.host and context.beyond is not None:
+            endpoint = context.beyond(kind, port)
         if endpoint is None:
             raise Refused(errno.ECONNRESET, f"nobody listens on {cid}:{port}")
         if endpoint.kind is not kind:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from ..control import Events
+from ..locator import hybrid_problem
 from ..state_folder import short_path
 from .context import read_cid
 from .output import notice
@@ -125,6 +126,8 @@ def hybrid(
     """
     from ..devices.hybrid import HybridMachine
 
+    if problem := hybrid_problem(str(path.absolute())):
+        raise typer.BadParameter(problem)
     folder = path.absolute().parent
     machines: list[HybridMachine] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -45,7 +46,7 @@ class HostSockets:
                 self._open(port)
             except OSError as error:
                 name = port_name(self._name, port)
-                log.warning("port %d is not there for the guest: %s: %s", port, name, error)
+                log.warning("port %d: not there for the guest: %s: %s", port, name, error.strerror)
 
     def close(self) -> None:
         """Let the guest in no more."""
@@ -55,10 +56,15 @@ class HostSockets:
     def _open(self, port: int) -> None:
         name = port_name(self._name, port)
         remove_stale(name)
+        if os.path.lexists(name):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         listener = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
         try:
-            listener.bind(name)
+            # Under its name it can be connected to from the first moment.
+            new = f"{self._name}_new"
+            listener.bind(new)
             listener.listen(MAX_BACKLOG)
+            os.rename(new, name)
         except OSError:
             listener.close()
             raise
@@ -74,6 +80,6 @@ class HostSockets:
 
     def _remove_old_ones(self) -> None:
         """What a device that was killed has left behind."""
-        ours = re.compile(re.escape(self._name) + r"_\d+")
+        ours = re.compile(re.escape(self._name) + r"_(\d+|new)")
         for name in filter(ours.fullmatch, os.listdir()):
             remove_stale(name)
