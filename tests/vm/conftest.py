@@ -13,6 +13,7 @@ from vsockets.testing import PrivateFabric
 
 from . import downloads, image
 from .machine import Machine
+from .rust_machine import RustMachine
 
 #: What every guest program here begins with.
 COMMON = """
@@ -55,11 +56,14 @@ class Stage:
         *options: str,
         cid: int = 0,
         device: str = "vmci",
+        kind: type[Machine] = Machine,
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
         try:
             linux = downloads.Kernel(kernel)
             downloads.qemu()
+            if issubclass(kind, RustMachine):
+                downloads.rust_back_end()
             initrd = self._image(linux, device)
         except downloads.Unavailable as error:
             if os.environ.get("VSOCKETS_REQUIRE_VM"):
@@ -68,7 +72,7 @@ class Stage:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
-        return Machine(fabric, linux, initrd, folder, *options, cid=cid, device=device)
+        return kind(fabric, linux, initrd, folder, *options, cid=cid, device=device)
 
     def _image(self, linux: downloads.Kernel, device: str) -> Path:
         name = f"{linux.name}-{device}"

@@ -9,7 +9,7 @@ import socket as stdlib
 
 from ..attachment import Place
 from ..limits import MAX_BACKLOG
-from ..locator import Inet, Inherited, Locator, Unix, Vsock, VsockMux
+from ..locator import Inet, Inherited, Locator, Unix, Vsock, VsockFolder, VsockMux
 from ..socket import socket
 from ..state_folder import remove_stale, short_path
 from ..wire.hybrid import port_name
@@ -66,6 +66,8 @@ class Door:
             case VsockMux(path, port):
                 # The other direction of hybrid vsock: the device connects here for the guest.
                 self._open_unix(port_name(path, port), False)
+            case VsockFolder():
+                self._open_unix(locator.socket_path, False)
             case Inherited(name):
                 self.sockets.append(_inherited(name))
             case _:

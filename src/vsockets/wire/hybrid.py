@@ -29,6 +29,11 @@ def ok_line(port: int) -> bytes:
     return b"OK %d\n" % port
 
 
+def hyperkit_line(cid: int, port: int) -> bytes:
+    """What HyperKit's socket ``connect`` is told, and answers only by what the guest says."""
+    return b"%08x.%08x\n" % (cid, port)
+
+
 def port_name(path: str, port: int) -> str:
     """Where a guest whose unix socket is ``path`` comes when it connects to the host's ``port``."""
     return f"{path}_{port}"
