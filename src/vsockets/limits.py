@@ -249,6 +249,10 @@ HYBRID_CONNECTIONS = 1024
 #: Ports of the host that a hybrid-vsock device offers its guest: each is a descriptor and a file.
 HYBRID_PORTS = 4096
 
+#: How long a guest may take to accept through hybrid vsock, in seconds.  Who connects has a
+#: timeout of his own, two seconds by default; this is for those who have none, or a longer one.
+HYBRID_ANSWER = 10.0
+
 #: How soon a hybrid-vsock device tries again to reach a guest that is waited for, in seconds.
 HYBRID_PAUSE = 0.05
 

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import stat
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import vsockets
-from vsockets import Attachment
+from vsockets import AF_VSOCK, Attachment
 from vsockets.limits import HYBRID_LINE, HYBRID_NAME
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.wire import RECORD_SIZE, Flag, Op, Record, Request
@@ -66,6 +67,19 @@ def answer(sock: socket.socket) -> bytes:
     return line
 
 
+def connect(context: Attachment, port: int) -> vsockets.socket:
+    """To the host; with patience, because a process may have to be started for it."""
+    sock = vsockets.socket(context=context)
+    timeout = struct.pack("qq", int(PATIENCE), 0)
+    sock.setsockopt(AF_VSOCK, vsockets.SO_VM_SOCKETS_CONNECT_TIMEOUT, timeout)
+    try:
+        sock.connect((2, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 @contextlib.contextmanager
 def unix_service(path: Path, port: int) -> Iterator[socket.socket]:
     """A tool that waits for the guest at ``port`` of the host."""
@@ -73,8 +87,10 @@ def unix_service(path: Path, port: int) -> Iterator[socket.socket]:
         listener.bind(f"{path}_{port}")
         listener.listen()
         listener.settimeout(PATIENCE)
-        yield listener
-    os.unlink(f"{path}_{port}")
+        try:
+            yield listener
+        finally:
+            os.unlink(f"{path}_{port}")
 
 
 def has_ended(pid: int) -> bool:
@@ -206,7 +222,7 @@ class TestFromTheGuest:
     def test_a_stream(self, fabric: PrivateFabric, guest: Attachment, path: Path) -> None:
         with (
             unix_service(path, 99) as service,
-            vsockets.create_connection((2, 99), context=guest) as sock,
+            connect(guest, 99) as sock,
         ):
             assert sock.getpeername() == (2, 99)
             tool, _ = service.accept()
@@ -225,14 +241,14 @@ class TestFromTheGuest:
         with (
             unix_service(path, 99),
             vsockets.create_server((2, 99), context=fabric.host) as server,
-            vsockets.create_connection((2, 99), context=guest),
+            connect(guest, 99),
         ):
             server.accept()[0].close()
 
     def test_nobody_there(self, fabric: PrivateFabric, guest: Attachment, path: Path) -> None:
         def refused() -> None:
             with pytest.raises(ConnectionResetError):
-                vsockets.create_connection((2, 99), context=guest)
+                connect(guest, 99)
 
         refused()
         with unix_service(path, 98):  # another port
@@ -256,7 +272,7 @@ class TestFromTheGuest:
         with unix_service(path, 99):
             for other in (fabric.guest(), fabric.host):
                 with pytest.raises(ConnectionResetError):
-                    vsockets.create_connection((2, 99), context=other)
+                    connect(other, 99)
             with (
                 vsockets.socket(type=socket.SOCK_SEQPACKET, context=guest) as sock,
                 pytest.raises(ConnectionResetError),
@@ -272,7 +288,7 @@ class TestFromTheGuest:
             service = unix_service(path, 99)
             service.__enter__()
         with pytest.raises(ConnectionResetError):
-            vsockets.create_connection((2, 99), context=guest)
+            connect(guest, 99)
         service.__exit__(None, None, None)
 
     @as_root
@@ -282,11 +298,11 @@ class TestFromTheGuest:
         path = path.with_name("other")
         guest = fabric.guest(8, owner=NOBODY, profile="restricted", hybrid=path)
         with unix_service(path, 99), pytest.raises(ConnectionResetError):
-            vsockets.create_connection((2, 99), context=guest)
+            connect(guest, 99)
         with user(NOBODY):
             service = unix_service(path, 98)
             listener = service.__enter__()
-        with vsockets.create_connection((2, 98), context=guest):
+        with connect(guest, 98):
             listener.accept()[0].close()
         service.__exit__(None, None, None)
 
@@ -296,7 +312,7 @@ class TestFromTheGuest:
         with unix_service(path, 99) as service:
             relays = []
             for _ in range(2):
-                with vsockets.create_connection((2, 99), context=guest) as sock:
+                with connect(guest, 99) as sock:
                     tool, _ = service.accept()
                     with tool:
                         relays.append(sock.peer_credentials()[0])
@@ -313,7 +329,7 @@ class TestFromTheGuest:
         undo: Callable[[int], object] = getattr(fabric.control, back)
         with (
             unix_service(path, 99) as service,
-            vsockets.create_connection((2, 99), context=guest) as sock,
+            connect(guest, 99) as sock,
         ):
             tool, _ = service.accept()
             with tool:
@@ -412,7 +428,7 @@ class TestLife:
             name = Path("v" * HYBRID_NAME)
             with (
                 unix_service(name, 99) as service,
-                vsockets.create_connection((2, 99), context=guest),
+                connect(guest, 99),
             ):
                 service.accept()[0].close()
             with vsockets.create_server((7, 5), context=guest), dial(name, b"CONNECT 5\n") as tool:

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOCK_NONBLOCK, SOCK_STREAM
 
-from ...limits import GUEST_ANSWER, HYBRID_LINE, HYBRID_PAUSE
+from ...limits import HYBRID_ANSWER, HYBRID_LINE, HYBRID_PAUSE
 from ...wire.hybrid import Answer, connect_line
 from ..loop import DeviceLoop, Timer
 
@@ -45,7 +45,7 @@ class Dial:
         self._answer = Answer()
         self._again: Timer | None = None
         self._waits = True
-        self._timers = [loop.call_later(wait + GUEST_ANSWER, self._too_late)]
+        self._timers = [loop.call_later(wait + HYBRID_ANSWER, self._too_late)]
         if wait:
             self._timers.append(loop.call_later(wait, self._wait_no_more))
         else:
