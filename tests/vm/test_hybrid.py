@@ -37,7 +37,10 @@ RECEIVE_AND_SEND = _GUEST + "s = listener(6000).accept()[0]; result = receive(s)
 @pytest.fixture(scope="module")
 def machine(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[HybridMachine]:
     """Debian 12's kernel: from newer ones this back end does not take every packet."""
-    machine = stage.machine(fabric_of_machines, "stable", device="virtio", kind=HybridMachine)
+    cid = fabric_of_machines.control.add_context()["cid"]  # one that outlives our device
+    machine = stage.machine(
+        fabric_of_machines, "stable", cid=cid, device="virtio", kind=HybridMachine
+    )
     assert isinstance(machine, HybridMachine)
     with machine:
         machine.run(COMMON)

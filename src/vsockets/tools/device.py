@@ -125,6 +125,7 @@ def hybrid(
     PATH_PORT. The machine may be started before or after.
     """
     from ..devices.hybrid import HybridMachine
+    from ..splicing import allow_many_descriptors
 
     if problem := hybrid_problem(str(path.absolute())):
         raise typer.BadParameter(problem)
@@ -134,6 +135,7 @@ def hybrid(
     def begin(attached: _Attached) -> None:
         # In the folder a path is a name, which no length of the path makes too long.
         os.chdir(folder)
+        allow_many_descriptors()
         os.umask(0o177)  # who can connect to what is made here is taken for the guest
         machines.append(HybridMachine(*attached, path.name, wait))
 

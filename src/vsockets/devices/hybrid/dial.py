@@ -53,8 +53,8 @@ class Dial:
 
     def start(self) -> None:
         """Begin; ``done`` may be called before this returns."""
-        sock = self._sock = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
         try:
+            sock = self._sock = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
             sock.connect(self._path)
             if self._port is None:
                 self._finish(sock)

@@ -13,6 +13,7 @@ import socket
 import sys
 
 from ...constants import VMADDR_CID_HOST
+from ...splicing import allow_many_descriptors
 from ...wire.hybrid import port_name
 from ..attachment import Attachment
 from ..loop import DeviceLoop
@@ -26,6 +27,7 @@ def main(path: str, user: int) -> None:
     logging.basicConfig(format="vsock relay: %(message)s")
     folder, name = os.path.split(path)
     os.chdir(folder)
+    allow_many_descriptors()
     loop = DeviceLoop()
     link = socket.socket(fileno=os.dup(sys.stdin.fileno()))
     fabric = Attachment(loop, link, VMADDR_CID_HOST, datagrams=False)
