@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vsockets.testing import PrivateFabric
+from vsockets.vm.kernels import Kernel
 
 from . import downloads, image
 from .machine import Machine
@@ -57,10 +58,11 @@ class Stage:
         cid: int = 0,
         device: str = "vmci",
         kind: type[Machine] = Machine,
+        packed: bool = False,
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
         try:
-            linux = downloads.Kernel(kernel)
+            linux = downloads.kernel(kernel)
             downloads.qemu()
             if issubclass(kind, RustMachine):
                 downloads.rust_back_end()
@@ -72,9 +74,11 @@ class Stage:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
-        return kind(fabric, linux, initrd, folder, *options, cid=cid, device=device)
+        return kind(
+            fabric, linux, initrd, folder, *options, cid=cid, device=device, packed=packed
+        )
 
-    def _image(self, linux: downloads.Kernel, device: str) -> Path:
+    def _image(self, linux: Kernel, device: str) -> Path:
         name = f"{linux.name}-{device}"
         if name not in self._images:
             path = self._folder / f"initrd-{name}"

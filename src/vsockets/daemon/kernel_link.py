@@ -24,7 +24,7 @@ from socket import AF_UNIX, SOCK_SEQPACKET, SOCK_STREAM, SocketKind
 from typing import TYPE_CHECKING
 
 from ..fabric import CAP_NET_BIND_SERVICE, Context, Credentials, Grant, Kernel, Kind, Refused
-from ..wire import REQUEST_SIZE
+from ..wire import REQUEST_SIZE, Record, Role
 from .channel import Channel
 from .datagrams import DatagramSocket
 from .disposal import dispose
@@ -120,6 +120,12 @@ class KernelLink(OfferLink):
         self._datagrams = datagrams
         assert self._context.kernel is not None
         self._context.kernel = replace(self._context.kernel, datagrams=datagrams)
+
+    def send_tap(self, fd: int, limit: int, port: int) -> None:
+        """Have what passes sent to ``fd`` (:mod:`vsockets.devices.tap`).  OSError when the device
+        has too much to do."""
+        record = Record(0, 0, self._context.cid, port, role=Role.TAP, size=limit).encode()
+        self.send_descriptor(record, fd)
 
     def _ready(self, events: int) -> None:
         if events & EPOLLOUT and self._host_ports is not None:

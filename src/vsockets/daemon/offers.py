@@ -64,11 +64,15 @@ class OfferLink:
 
     def announce(self, record: bytes, fd: int, source: Context) -> None:
         """Offer a stream."""
-        rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [fd]))]
-        self._sock.sendmsg([record], rights, MSG_DONTWAIT | MSG_NOSIGNAL)
+        self.send_descriptor(record, fd)
         offer = Record.decode(record)
         self._offers[offer.local_port, *offer.peer] = source
         source.pending += 1
+
+    def send_descriptor(self, record: bytes, fd: int) -> None:
+        """Send a record with a descriptor.  OSError when there is no room, or nobody."""
+        rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [fd]))]
+        self._sock.sendmsg([record], rights, MSG_DONTWAIT | MSG_NOSIGNAL)
 
     def _ready(self, events: int) -> None:
         try:

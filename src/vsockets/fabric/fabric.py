@@ -19,6 +19,7 @@ from ..constants import (
 )
 from . import life_cycle, policy
 from .context import Context, Contexts
+from .counts import Counts
 from .endpoint import Connection, Credentials, Endpoint, Kind
 from .errors import Denied, Refused, Rule
 from .life_cycle import Change, State
@@ -39,6 +40,8 @@ class Fabric:
         self.connections: dict[int, Connection] = {}
         #: told of each endpoint that begins to listen, and that does no longer
         self.watchers: list[Callable[[Endpoint], None]] = []
+        #: what leased contexts did that have ended
+        self.departed = Counts()
         self._number = 0
 
     # Binding
@@ -164,6 +167,9 @@ class Fabric:
         connection = Connection(number, context, listener, local, peer, size, sizes, owner, cookie)
         context.connected.claim(local[1], connection)
         self.connections[number] = connection
+        if not listener.undecided:
+            context.counts.connects += 1
+            listener.context.counts.accepts += 1
         if cookie:
             context.cookies.setdefault(cookie, connection)
         return connection
@@ -180,7 +186,11 @@ class Fabric:
         if connection.listener.undecided and connection.peer == (guest.cid, port):
             connection.listener.undecided = False
             connection.size = size
-            if not size:
+            if size:
+                connection.context.counts.connects += 1
+                guest.counts.accepts += 1
+            else:
+                connection.context.counts.refusals += 1
                 self.end(connection.number)
 
     def end(self, number: int) -> None:

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from .. import logs
 from ..control import Events
 from ..locator import hybrid_problem
+from ..service_manager import notify_ready
 from ..state_folder import short_path
-from .context import read_cid
-from .output import notice
+from .options import LogFormat, LogFormatOption, read_cid
 from .reach import administrator
 
 if TYPE_CHECKING:
     from ..devices.attachment import Attachment
     from ..devices.loop import DeviceLoop
+
+log = logging.getLogger(__name__)
 
 # What a device needs is imported where it is used: no other command needs it.
 
@@ -56,6 +59,7 @@ def vmci(
     ] = False,
     sandbox: _Sandbox = True,
     verbose: _Verbose = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Serve a virtual machine's VMCI device over vfio-user (docs/vmci.md).
 
@@ -71,7 +75,7 @@ def vmci(
         machine = VmciMachine(loop, fabric, fabric.cid, events, legacy=legacy, older=older)
         Server(loop, _listen(path), machine.device, machine.settle)
 
-    _serve(f"the VMCI device waits at {path}", cid, sandbox, verbose, begin)
+    _serve(f"the VMCI device waits at {path}", cid, sandbox, verbose, log_format, begin)
 
 
 @app.command("virtio")
@@ -80,6 +84,7 @@ def virtio(
     cid: _Cid = None,
     sandbox: _Sandbox = True,
     verbose: _Verbose = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Serve a virtual machine's virtio-vsock device over vhost-user (docs/virtio.md).
 
@@ -96,7 +101,7 @@ def virtio(
         Server(loop, _listen(path), machine.device)
 
     said = f"the virtio-vsock device waits at {path}"
-    _serve(said, cid, sandbox, verbose, begin, datagrams=False, seqpacket=True)
+    _serve(said, cid, sandbox, verbose, log_format, begin, datagrams=False, seqpacket=True)
 
 
 @app.command("hybrid")
@@ -117,6 +122,7 @@ def hybrid(
     ] = 0.0,
     sandbox: _Sandbox = True,
     verbose: _Verbose = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Attach a virtual machine whose vsock is a unix socket: hybrid vsock (docs/hybrid.md).
 
@@ -142,7 +148,17 @@ def hybrid(
     try:
         said = f"hybrid vsock at {path}"
         user = folder.stat().st_uid
-        _serve(said, cid, sandbox, verbose, begin, datagrams=False, host_ports=True, user=user)
+        _serve(
+            said,
+            cid,
+            sandbox,
+            verbose,
+            log_format,
+            begin,
+            datagrams=False,
+            host_ports=True,
+            user=user,
+        )
     finally:
         for machine in machines:
             machine.close()
@@ -170,6 +186,7 @@ def _serve(
     cid: int | None,
     sandbox: bool,
     verbose: bool,
+    log_format: LogFormat,
     begin: Callable[[_Attached], None],
     datagrams: bool = True,
     seqpacket: bool = False,
@@ -185,8 +202,8 @@ def _serve(
     from ..devices.loop import DeviceLoop
     from ..devices.sandbox import enter_sandbox
 
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="vsock device: %(message)s"
+    logs.begin(
+        "vsock device: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value
     )
     with administrator(start=True) as control:
         if cid is None or all(row["cid"] != cid for row in control.contexts()):
@@ -196,9 +213,10 @@ def _serve(
         events = control.events("context")
         loop = DeviceLoop()
         begin(_Attached(loop, Attachment(loop, link, cid, datagrams), events))
+        notify_ready()
         if sandbox:
             enter_sandbox(owner if user is None else user, paths=host_ports)
-        notice(f"context {cid}: {said}")
+        log.log(logs.NOTICE, "context %d: %s", cid, said)
         with loop.signalled({signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop}):
             print(cid, flush=True)
             loop.run()
