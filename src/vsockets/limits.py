@@ -231,6 +231,31 @@ SUPERVISED_ROUTES = 512
 #: A send buffer above net.core.wmem_max, in bytes, up to which a privileged supervisor
 #: does what its program asks for; the kernel's own AF_VSOCK has no limit at all.
 FORCED_SEND_BUFFER = 4 << 20
+
+# Hybrid vsock.
+
+#: Bytes of a line of the handshake: ``CONNECT`` and a port have 19, and Firecracker reads no more
+#: than these.
+HYBRID_LINE = 32
+
+#: Bytes of the name of a unix socket with ports beside it: ``_`` and a port come after it, and a
+#: folder's descriptor (``/proc/self/fd/…``) before, and a socket's path has 107.
+HYBRID_NAME = 76
+
+#: Connections through one hybrid-vsock device, established or not.  Firecracker allows its guest
+#: 1023; each is two descriptors, and four more while a reader is slow.
+HYBRID_CONNECTIONS = 1024
+
+#: Ports of the host that a hybrid-vsock device offers its guest: each is a descriptor and a file.
+HYBRID_PORTS = 4096
+
+#: How long a guest may take to accept through hybrid vsock, in seconds.  Who connects has a
+#: timeout of his own, two seconds by default; this is for those who have none, or a longer one.
+HYBRID_ANSWER = 10.0
+
+#: How soon a hybrid-vsock device tries again to reach a guest that is waited for, in seconds.
+HYBRID_PAUSE = 0.05
+
 # The forwarder (vsockets.bridges.forward).
 
 #: Bytes of the pipe that one direction of a forwarded stream moves through, and so the most

@@ -86,6 +86,7 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
         "unrestricted": context.isolation.unrestricted,
         "domain": context.isolation.domain,
         "folder": str(folder),
+        "hybrid": context.hybrid,
         "usage": {
             "sockets": context.sockets,
             "pending_connects": max(context.pending, 0),
