@@ -3,7 +3,6 @@
  *     signals accept      a signal during accept(), without and with SA_RESTART
  *     signals timeout     SO_RCVTIMEO
  *     signals storm       a signal every three milliseconds; so Go's runtime interrupts itself
- *     signals flood       as many signals as a second thread can send, in bursts
  *     signals killed      a thread that waits in accept() while the process ends
  */
 #include "vmci_sockets.h"
@@ -11,7 +10,6 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/time.h>
 
@@ -102,21 +100,6 @@ static void storm(int rounds)
     printf("%s\n", signals > rounds / 10 ? "stormy" : "calm");
 }
 
-static volatile sig_atomic_t flooding = 1;
-
-static void *flood(void *unused)
-{
-    sigset_t own;
-    sigfillset(&own);
-    pthread_sigmask(SIG_BLOCK, &own, NULL);
-    while (flooding) {
-        for (int number = 0; number < 2000 && flooding; number++)
-            kill(getpid(), SIGALRM);
-        usleep(100);
-    }
-    return NULL;
-}
-
 static void *wait_in_accept(void *fd)
 {
     accept(*(int *)fd, NULL, NULL);
@@ -150,15 +133,6 @@ int main(int argc, char **argv)
         printf("%d %s\n", result, strerror(errno));
     } else if (!strcmp(argv[1], "storm")) {
         storm(300);
-    } else if (!strcmp(argv[1], "flood")) {
-        struct sigaction action = {.sa_handler = count, .sa_flags = SA_RESTART};
-        sigaction(SIGALRM, &action, NULL);
-        pthread_create(&thread, NULL, flood, NULL);
-        for (int number = 0; number < (argc > 2 ? atoi(argv[2]) : 100); number++)
-            round_trip(number);
-        flooding = 0;
-        pthread_join(thread, NULL);
-        printf("%s\n", signals > 100 ? "flooded" : "calm");
     } else {
         pthread_create(&thread, NULL, wait_in_accept, &fd);
         printf("%u\n", address.svm_port);
