@@ -220,6 +220,10 @@ SUPERVISED_SOCKETS = 65_536
 #: of a millisecond; this is for when the machine is busy.
 CONNECT_GRACE = 0.02
 
+#: Descendants of a process among which ``vsock ls`` looks for who has a socket: it takes ten
+#: microseconds for each descriptor, and a hostile program has as many processes as it likes.
+SEARCHED_PROCESSES = 4096
+
 #: How often a supervisor looks whether a thread it has an answer for has taken its signals, and
 #: how long it waits for that, in seconds.  A thread takes them at once, unless another one of
 #: its process is to take them and is busy in the kernel, or they come faster than it can.

@@ -161,13 +161,12 @@ def test_record_survives_the_wire(record: Record) -> None:
     assert Record.decode(data) == record
 
 
-@given(u16, u32, u32, u64, u64, u64, u64)
+@given(u16, st.tuples(u32, u32), st.tuples(u64, u64, u64), u64, u64)
 def test_the_short_way_to_a_request(
-    flags: int, cid: int, port: int, size: int, minimum: int, maximum: int, cookie: int
+    flags: int, peer: tuple[int, int], sizes: tuple[int, int, int], cookie: int, inode: int
 ) -> None:
-    sizes = BufferSizes(size, minimum, maximum)
-    request = Request(Op.CONNECT, flags, 0, 0, cid, port, 0, *sizes, cookie)
-    assert encode_connect(flags, (cid, port), sizes, cookie) == request.encode()
+    request = Request(Op.CONNECT, flags, 0, 0, *peer, 0, *sizes, cookie, inode)
+    assert encode_connect(flags, peer, BufferSizes(*sizes), cookie, inode) == request.encode()
 
 
 @given(st.tuples(u32, u32), st.tuples(u32, u32), st.tuples(u32, u32, u32), u64, u64, u64)

@@ -269,6 +269,7 @@ class Broker:
         endpoint = self._claim(channel, channel.kind, request, request.cookie)
         endpoint.handle = channel
         endpoint.sizes = request.sizes
+        endpoint.inode = request.inode
         channel.endpoint = endpoint
         self._answer(channel, request, describe_endpoint(endpoint))
         return True
@@ -312,6 +313,7 @@ class Broker:
         connection = fabric.connect(
             context, listener, bound, request.sizes, channel.credentials, request.cookie
         )
+        connection.inode = request.inode
         if bound is not None:
             channel.endpoint = None
         fd = sock.fileno()

@@ -72,13 +72,18 @@ def sorted_denials(context: Context) -> list[tuple[Any, int]]:
 
 
 def socket_rows(broker: Broker) -> list[dict[str, Any]]:
-    """Every socket: listening and bound ones, datagram sockets, both ends of streams."""
+    """Every socket: listening and bound ones, datagram sockets, both ends of streams.
+
+    ``pid`` and ``uid`` are those of the process that vsockd dealt with, ``inode`` is the socket's
+    where it is known, else 0.
+    """
     broker.refresh()
+    accepted = broker.streams.accepted()
     rows: list[dict[str, Any]] = []
     for context in broker.fabric.contexts:
         for holder in [*context.connected, *context.datagrams]:
             if isinstance(holder, Connection):
-                rows += _stream_rows(holder)
+                rows += _stream_rows(holder, accepted.get(holder.number, 0))
             else:
                 rows.append(_endpoint_row(holder))
     return sorted(rows, key=lambda row: (row["context"], row["type"], row["port"]))
@@ -99,14 +104,15 @@ def _endpoint_row(endpoint: Endpoint) -> dict[str, Any]:
         "peer": None,
         "pid": endpoint.owner.pid,
         "uid": endpoint.owner.uid,
+        "inode": endpoint.inode,
         "buffer": endpoint.sizes.size,
     }
 
 
-def _stream_rows(stream: Connection) -> list[dict[str, Any]]:
+def _stream_rows(stream: Connection, accepted: int) -> list[dict[str, Any]]:
     sides = (
-        (stream.context, stream.local, stream.peer, stream.owner),
-        (stream.peer_context, stream.peer, stream.local, stream.listener.owner),
+        (stream.context, stream.local, stream.peer, stream.owner, stream.inode),
+        (stream.peer_context, stream.peer, stream.local, stream.listener.owner, accepted),
     )
     return [
         {
@@ -118,7 +124,8 @@ def _stream_rows(stream: Connection) -> list[dict[str, Any]]:
             "peer": list(peer),
             "pid": owner.pid,
             "uid": owner.uid,
+            "inode": inode,
             "buffer": stream.size,
         }
-        for context, local, peer, owner in sides
+        for context, local, peer, owner, inode in sides
     ]

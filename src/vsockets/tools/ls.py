@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .context import JsonOption, read_cid
+from .holders import Holders
 from .output import Column, print_json, print_table, user_name
 from .reach import administrator
 
@@ -55,6 +55,7 @@ def ls(
             if all(value is None or row[key] == value for key, value in wanted.items())
         ]
         contexts = control.contexts()
+    _name_programs(sockets)
     if as_json:
         print_json(sockets)
         return
@@ -97,13 +98,13 @@ def _row(socket: dict[str, Any]) -> tuple[str, ...]:
         f"{socket['cid']}:{socket['port']}",
         "{}:{}".format(*socket["peer"]) if socket["peer"] else "",
         user_name(socket["uid"]),
-        f"{socket['pid']} {_program(socket['pid'])}".rstrip(),
+        f"{socket['pid']} {socket['command']}".rstrip(),
     )
 
 
-def _program(pid: int) -> str:
-    """The program's name; empty when it has ended, having passed its socket on."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
-    except OSError:
-        return ""
+def _name_programs(sockets: list[dict[str, Any]]) -> None:
+    """Put the program that has it in each row; vsockd, and its rules, know who registered it."""
+    holders = Holders()
+    for row in sockets:
+        row["registered_by"] = {"pid": row["pid"], "uid": row["uid"]}
+        row["pid"], row["uid"], row["command"] = holders.find(row["pid"], row["uid"], row["inode"])

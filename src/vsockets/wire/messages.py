@@ -91,7 +91,9 @@ class Request(NamedTuple):
     minimum: int = 0
     maximum: int = 0
     cookie: int = 0  #: the sender's name for its socket: SO_COOKIE
-    inode: int = 0  #: QUERY: the socket's inode number
+    #: The socket's inode number.  QUERY: what is asked about; BIND and CONNECT, from a supervisor:
+    #: where an administrator finds the program that has the socket.
+    inode: int = 0
 
     def encode(self) -> bytes:
         """The request's REQUEST_SIZE bytes."""
@@ -160,7 +162,9 @@ class Record(NamedTuple):
         return self.peer_cid, self.peer_port
 
 
-def encode_connect(flags: int, peer: tuple[int, int], sizes: BufferSizes, cookie: int) -> bytes:
+def encode_connect(
+    flags: int, peer: tuple[int, int], sizes: BufferSizes, cookie: int, inode: int = 0
+) -> bytes:
     """A CONNECT request, encoded.
 
     This and :func:`encode_stream` are what every connect needs; they spare it the tuples.
@@ -168,7 +172,7 @@ def encode_connect(flags: int, peer: tuple[int, int], sizes: BufferSizes, cookie
     cid, port = peer
     size, minimum, maximum = sizes
     return _REQUEST.pack(
-        MAGIC, _CONNECT, flags, 0, 0, cid, port, 0, size, minimum, maximum, cookie, 0
+        MAGIC, _CONNECT, flags, 0, 0, cid, port, 0, size, minimum, maximum, cookie, inode
     )
 
 
