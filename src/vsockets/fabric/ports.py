@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from ..address import LARGEST
 from ..constants import LAST_RESERVED_PORT
+from ..limits import EPHEMERAL_TRIES
 from .errors import Refused
 
 _FIRST_EPHEMERAL = LAST_RESERVED_PORT + 1
@@ -47,14 +48,28 @@ class Ports(Generic[Holder]):
         self._holders[port] = holder
 
     def ephemeral(self) -> int:
-        """A free port from the range that needs no privilege.  It is not yet taken."""
-        while True:
-            port = self._next
-            self._next = port + 1 if port < _LAST_EPHEMERAL else _FIRST_EPHEMERAL
-            if port not in self._holders:
-                return port
+        """A free port from the range that needs no privilege.  It is not yet taken.
+
+        Refused with EADDRNOTAVAIL, as by Linux, when several in a row are held; then the next
+        attempt looks behind those.
+        """
+        port = self.seek()
+        self._next = _after(port)
+        return port
+
+    def seek(self) -> int:
+        """As :meth:`ephemeral`, which then gives the same port."""
+        for _ in range(EPHEMERAL_TRIES):
+            if self._next not in self._holders:
+                return self._next
+            self._next = _after(self._next)
+        raise Refused(errno.EADDRNOTAVAIL, f"{EPHEMERAL_TRIES} ports in a row are held")
 
     def release(self, port: int, holder: Holder) -> None:
         """Give a port back.  Does nothing when somebody else holds it by now."""
         if self._holders.get(port) is holder:
             del self._holders[port]
+
+
+def _after(port: int) -> int:
+    return port + 1 if port < _LAST_EPHEMERAL else _FIRST_EPHEMERAL
