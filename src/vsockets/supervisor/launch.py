@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection
 from typing import NoReturn
 
 from ..attachment import Attachment
-from .filter import assemble, rules, windows_below
+from .filter import assemble, may_be_opened, rules, windows_below
 from .machine import this_machine
 from .notification import Listener, install
 from .supervisor import Supervisor
@@ -80,13 +80,14 @@ def launch(become: Callable[[], NoReturn], context: Attachment, lease: int | Non
     front.close()
     _control(_PR_SET_CHILD_SUBREAPER, 1)
     windows = windows_below(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    made = rules(machine, windows, opens=not may_be_opened())
     ours, theirs = socket.socketpair()
     program_pid = os.fork()
     if program_pid == 0:
         back.close()
         ours.close()
         _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        listener = install(machine, assemble(machine, rules(machine, windows)))
+        listener = install(machine, assemble(machine, made))
         socket.send_fds(theirs, [b"l"], [listener])
         os.close(listener)
         theirs.recv(1)  # the front has left our process group
