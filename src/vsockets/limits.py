@@ -230,9 +230,9 @@ CONNECT_GRACE = 0.25
 SEARCHED_PROCESSES = 4096
 
 #: How often a supervisor looks whether a thread it has an answer for has taken its signals, and
-#: how long it waits for that, in seconds.  A thread takes them at once, unless another one of
-#: its process is to take them and is busy in the kernel, or they come faster than it can.
-SIGNAL_LOOK, SIGNAL_PATIENCE = 0.001, 0.1
+#: how long it waits for that, in seconds.  A thread takes them at once, unless it gets no
+#: processor, or they come faster than it can take them.
+SIGNAL_LOOK, SIGNAL_PATIENCE = 0.001, 1.0
 
 #: How soon a supervisor tries again to reach a vsockd whose backlog is full, in seconds: only
 #: a stopped one lets 4096 connections wait.

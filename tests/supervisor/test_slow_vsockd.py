@@ -227,7 +227,7 @@ def is_waiting_in_connect(argument: str) -> bool:
 #: the answer to a call that a signal has just interrupted, and drops it.
 DROPPING = """
 import contextlib, sys
-from vsockets.supervisor import launch, notification
+from vsockets.supervisor import launch, notification, supervisor
 from vsockets.tools import main
 
 class Dropping(notification.Listener):
@@ -236,6 +236,7 @@ class Dropping(notification.Listener):
             super().answer(id_, value)
 
 launch.Listener = Dropping
+supervisor.SIGNAL_PATIENCE = 60.0  # the test takes as long as it takes
 sys.exit(main())
 """
 INTERRUPTED = """

@@ -163,13 +163,20 @@ class Processes:
 
     @staticmethod
     def has_signal(pid: int) -> bool:
-        """Whether a signal is about to interrupt this thread, or another of its process.
+        """Whether a signal has woken this thread, which waits in a call, and is not taken yet.
 
         False whenever the kernel will not say.
         """
         with contextlib.suppress(OSError):
-            mine, shared, blocked = _status(pid, b"SigPnd:", b"ShdPnd:", b"SigBlk:")
-            return bool((int(mine, 16) | int(shared, 16)) & ~int(blocked, 16))
+            for _ in range(2):  # it may have been woken while we looked
+                state, mine, shared, blocked = _status(
+                    pid, b"State:", b"SigPnd:", b"ShdPnd:", b"SigBlk:"
+                )
+                if not (int(mine, 16) | int(shared, 16)) & ~int(blocked, 16):
+                    return False
+                if state != b"S":
+                    return True
+            # Another thread of its process is to take the signal.
         return False
 
     @staticmethod
