@@ -226,14 +226,24 @@ def is_waiting_in_connect(argument: str) -> bool:
 #: ``vsock run`` on a kernel that shows what is a matter of nanoseconds on the real one: it takes
 #: the answer to a call that a signal has just interrupted, and drops it.
 DROPPING = """
-import contextlib, sys
-from vsockets.supervisor import launch, notification, supervisor
+import sys
+from vsockets.supervisor import launch, notification, process, supervisor
 from vsockets.tools import main
 
 class Dropping(notification.Listener):
+    threads = {}
+
+    def receive(self):
+        received = super().receive()
+        self.threads[received.id] = received.pid
+        return received
+
     def answer(self, id_, value):
-        with contextlib.suppress(notification.Gone):
+        try:
             super().answer(id_, value)
+        except notification.Gone:
+            if not process.Processes.has_signal(self.threads[id_]):
+                raise  # it has taken the signal, which the real one would have shown, too
 
 launch.Listener = Dropping
 supervisor.SIGNAL_PATIENCE = 60.0  # the test takes as long as it takes
@@ -264,6 +274,14 @@ exec 9>{tmp_path}/fifo
 {sys.executable} {tmp_path}/connect
 """
     said = tmp_path / "said"
+
+    def let_the_supervisor_look() -> None:
+        """It has seen to what there was when it has answered somebody else since."""
+        before = said.read_text()
+        with open(tmp_path / "fifo", "w") as other:
+            other.write("now\n")
+        wait_until(lambda: said.read_text() == f"{before}True\n", "the other one served", 30)
+
     with vsockets.create_server((2, 7503), context=fabric.host) as server:
         monkeypatch.setattr("tools.vsock.PROGRAM", (sys.executable, "-c", DROPPING))
         running = vsock.start("run", "sh", "-c", script)
@@ -273,6 +291,7 @@ exec 9>{tmp_path}/fifo
         try:
             running.write(b"\n")
             wait_until(lambda: is_waiting_in_connect(f"{tmp_path}/connect"), "connect() to wait")
+            let_the_supervisor_look()
             # It is woken, and has not taken the other signal yet.
             os.kill(pid, signal.SIGSTOP)
             wait_until(lambda: status_of(pid, "State").startswith("T"), "it to stop")
@@ -282,10 +301,7 @@ exec 9>{tmp_path}/fifo
         server.settimeout(20)
         accepted, _ = server.accept()
         with accepted:
-            # The supervisor has had its answer when it has answered somebody else since.
-            with open(tmp_path / "fifo", "w") as other:
-                other.write("now\n")
-            wait_until(lambda: said.read_text() == "ready\nTrue\n", "the other one served")
+            let_the_supervisor_look()
             os.kill(pid, signal.SIGCONT)
             assert running.read_line() == "0 0"
         running.finish()
