@@ -127,6 +127,7 @@ def test_numbers() -> None:
         "LOCAL_CID": 8,
         "SETTLE": 9,
         "CATCH_ALL": 10,
+        "CAPTURE": 11,
     }
     assert {flag.name: flag.value for flag in Flag} == {
         "POLLING": 1,
@@ -138,6 +139,7 @@ def test_numbers() -> None:
         "LISTENING": 2,
         "CONNECTED": 3,
         "DATAGRAM": 4,
+        "TAP": 6,
     }
 
 
@@ -161,12 +163,13 @@ def test_record_survives_the_wire(record: Record) -> None:
     assert Record.decode(data) == record
 
 
-@given(u16, st.tuples(u32, u32), st.tuples(u64, u64, u64), u64, u64)
+@given(u16, u32, u32, u64, u64, u64, u64)
 def test_the_short_way_to_a_request(
-    flags: int, peer: tuple[int, int], sizes: tuple[int, int, int], cookie: int, inode: int
+    flags: int, cid: int, port: int, size: int, minimum: int, maximum: int, cookie: int
 ) -> None:
-    request = Request(Op.CONNECT, flags, 0, 0, *peer, 0, *sizes, cookie, inode)
-    assert encode_connect(flags, peer, BufferSizes(*sizes), cookie, inode) == request.encode()
+    sizes = BufferSizes(size, minimum, maximum)
+    request = Request(Op.CONNECT, flags, 0, 0, cid, port, 0, *sizes, cookie)
+    assert encode_connect(flags, (cid, port), sizes, cookie) == request.encode()
 
 
 @given(st.tuples(u32, u32), st.tuples(u32, u32), st.tuples(u32, u32, u32), u64, u64, u64)

@@ -34,16 +34,16 @@ class Streams:
         """Notice the end of the connection ``number``, whose accepting end ``fd`` is."""
         self._watch.add(fd, number)
 
-    def accepted(self) -> dict[int, int]:
-        """The accepting end's inode of every stream, by the connection's number."""
-        return self._watch.present()
-
     def find_accepted(self, inode: int) -> Connection | None:
         """The stream whose accepting end has this inode."""
         for number, found in self._watch.present().items():
             if found == inode:
                 return self._fabric.connections.get(number)
         return None
+
+    def inodes(self) -> dict[int, int]:
+        """The inode of each stream's accepting end, by the connection's number."""
+        return self._watch.present()
 
     def cut(self, connections: Iterable[Connection]) -> list[Connection]:
         """End streams whoever holds them; returns those that go on (:class:`.Cutter`)."""

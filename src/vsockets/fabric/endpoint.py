@@ -93,7 +93,6 @@ class Connection:
     sizes: BufferSizes  #: what the connecting side had asked for
     owner: Credentials  #: the connecting process
     cookie: int = 0
-    inode: int = 0  #: as an endpoint's, of the connecting side
 
     @property
     def kind(self) -> Kind:

@@ -21,7 +21,7 @@ class Holder(NamedTuple):
 
     pid: int
     uid: int  #: its effective user
-    command: str  #: its name; empty when it has ended
+    command: str | None  #: its name; None when it has ended
 
 
 class Holders:
@@ -30,7 +30,7 @@ class Holders:
     def __init__(self) -> None:
         self._by_inode: dict[int, dict[int, int]] = {}  # by the process that vsockd knows
 
-    def find(self, pid: int, uid: int, inode: int) -> Holder:
+    def find(self, pid: int, uid: int, inode: int | None) -> Holder:
         """Who has the socket, of ``pid`` and its descendants; else ``pid``, of user ``uid``."""
         if inode:
             if pid not in self._by_inode:
@@ -77,9 +77,9 @@ def _user(pid: int) -> int:
         return next(int(row.split()[2]) for row in status if row.startswith("Uid:"))
 
 
-def _command(pid: int) -> str:
+def _command(pid: int) -> str | None:
     try:
         with open(f"/proc/{pid}/comm", errors="replace") as name:
             return name.read().strip()
     except OSError:
-        return ""
+        return None

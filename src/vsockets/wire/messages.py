@@ -49,6 +49,7 @@ class Op(IntEnum):
     LOCAL_CID = 8  #: which context is this, and is its program trusted (by the peer CID)?
     SETTLE = 9  #: a device: what became of an offer (backlog: 0 or the errno); not answered
     CATCH_ALL = 10  #: a device: datagrams to every port nobody has come to the socket sent along
+    CAPTURE = 11  #: a socket on which comes what passes the device of the peer CID (vsockmon.py)
 
 
 class Flag(IntFlag):
@@ -71,6 +72,7 @@ class Role(IntEnum):
     LISTENING = 2
     CONNECTED = 3
     DATAGRAM = 4
+    TAP = 6  #: to a device: send what passes to the socket sent along, ``size`` bytes of each
 
 
 _CONNECT = int(Op.CONNECT)
@@ -91,8 +93,8 @@ class Request(NamedTuple):
     minimum: int = 0
     maximum: int = 0
     cookie: int = 0  #: the sender's name for its socket: SO_COOKIE
-    #: The socket's inode number.  QUERY: what is asked about; BIND and CONNECT, from a supervisor:
-    #: where an administrator finds the program that has the socket.
+    #: The socket's inode number.  QUERY: what is asked about; BIND, from a supervisor: where an
+    #: administrator finds the program that has the socket.
     inode: int = 0
 
     def encode(self) -> bytes:
@@ -162,9 +164,7 @@ class Record(NamedTuple):
         return self.peer_cid, self.peer_port
 
 
-def encode_connect(
-    flags: int, peer: tuple[int, int], sizes: BufferSizes, cookie: int, inode: int = 0
-) -> bytes:
+def encode_connect(flags: int, peer: tuple[int, int], sizes: BufferSizes, cookie: int) -> bytes:
     """A CONNECT request, encoded.
 
     This and :func:`encode_stream` are what every connect needs; they spare it the tuples.
@@ -172,7 +172,7 @@ def encode_connect(
     cid, port = peer
     size, minimum, maximum = sizes
     return _REQUEST.pack(
-        MAGIC, _CONNECT, flags, 0, 0, cid, port, 0, size, minimum, maximum, cookie, inode
+        MAGIC, _CONNECT, flags, 0, 0, cid, port, 0, size, minimum, maximum, cookie, 0
     )
 
 

@@ -97,7 +97,7 @@ async def _wait(endpoint: Endpoint, sock: _socket.socket, seconds: float) -> boo
 
 def _send(endpoint: Endpoint, sock: _socket.socket, peer: tuple[int, int], polls: bool) -> None:
     flags = int(Flag.POLLING) if polls else 0
-    request = encode_connect(flags, peer, endpoint.buffers, endpoint.cookie, endpoint.inode)
+    request = encode_connect(flags, peer, endpoint.buffers, endpoint.cookie)
     if polls:
         # In this order: a small send buffer would split the request in two.
         sock.send(request + PADDING, SEND)
