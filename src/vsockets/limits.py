@@ -48,6 +48,10 @@ OUTFLOW_WATCH = 0.25
 #: Events that wait for a subscriber who does not read, in bytes; later ones are counted.
 EVENTS_UNREAD = 262_144
 
+#: Ports in a row that are looked at for a free one, as by Linux (MAX_PORT_RETRIES): a program that
+#: holds very many makes no other one's search long.
+EPHEMERAL_TRIES = 24
+
 #: Connections waiting in vsockd's own door: what Linux allows by default
 #: (net.core.somaxconn).
 CONTROL_BACKLOG = 4096
@@ -217,8 +221,18 @@ SUPERVISED_SOCKETS = 65_536
 
 #: How long a non-blocking connect() of a supervised program may take before the
 #: program is told that it is in progress, in seconds.  vsockd answers in a tenth
-#: of a millisecond; this is for when the machine is busy.
-CONNECT_GRACE = 0.02
+#: of a millisecond; this is for when the machine is busy.  A program that is told
+#: at once needs no second call, and hears at once that it has no port.
+CONNECT_GRACE = 0.25
+
+#: Descendants of a process among which ``vsock ls`` looks for who has a socket: it takes ten
+#: microseconds for each descriptor, and a hostile program has as many processes as it likes.
+SEARCHED_PROCESSES = 4096
+
+#: How often a supervisor looks whether a thread it has an answer for has taken its signals, and
+#: how long it waits for that, in seconds.  A thread takes them at once, unless it gets no
+#: processor, or they come faster than it can take them.
+SIGNAL_LOOK, SIGNAL_PATIENCE = 0.001, 1.0
 
 #: How soon a supervisor tries again to reach a vsockd whose backlog is full, in seconds: only
 #: a stopped one lets 4096 connections wait.

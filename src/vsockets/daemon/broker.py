@@ -242,6 +242,7 @@ class Broker:
         endpoint = self._claim(channel, channel.kind, request, request.cookie)
         endpoint.handle = channel
         endpoint.sizes = request.sizes()
+        endpoint.inode = request.inode
         channel.endpoint = endpoint
         self._answer(channel, request, describe_endpoint(endpoint))
         return True

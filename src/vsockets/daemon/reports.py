@@ -107,7 +107,8 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
 def socket_rows(broker: Broker) -> list[dict[str, Any]]:
     """Every socket: listening and bound ones, datagram sockets, both ends of streams.
 
-    Streams have no queues here, but the inodes by which the kernel can be asked for them.
+    ``pid`` and ``uid`` are those of the process that vsockd dealt with.  Streams have no queues
+    here, but the inodes by which the kernel can be asked for them.
     """
     broker.refresh()
     inodes = broker.streams.inodes()
@@ -145,7 +146,7 @@ def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> dict[str, Any]:
         "buffer": endpoint.sizes.size,
         "receive_queue": receive,
         "send_queue": send,
-        "inode": None,
+        "inode": endpoint.inode or None,
         "peer_inode": None,
     }
 

@@ -116,11 +116,14 @@ class Fabric:
         """The endpoint that a socket of ``program``, in ``context``, reaches at ``(cid, port)``.
 
         ``bound`` is the socket's endpoint, if it has one yet.  Refused with EHOSTUNREACH (no
-        such context, or none that may be reached), ECONNRESET (nobody listens there, or for
-        another socket type), EACCES (an isolated guest; the program is not trusted), ENETDOWN
-        (the context's own state forbids it) or EINVAL (wildcards).
+        such context, or none that may be reached), EADDRNOTAVAIL (no port for the socket),
+        ECONNRESET (nobody listens there, or for another socket type), EACCES (an isolated guest;
+        the program is not trusted), ENETDOWN (the context's own state forbids it) or EINVAL
+        (wildcards).
         """
         destination = self._destination(context, cid, port, True)
+        if bound is None:
+            context.connected.seek()
         holder = destination.connected.get(port)
         endpoint = holder if isinstance(holder, Endpoint) and holder.listening else None
         if endpoint is None and destination.kernel is not None:

@@ -100,7 +100,9 @@ class Request(NamedTuple):
     minimum: int = 0
     maximum: int = 0
     cookie: int = 0  #: the sender's name for its socket: SO_COOKIE
-    inode: int = 0  #: QUERY: the socket's inode number
+    #: The socket's inode number.  QUERY: what is asked about; BIND, from a supervisor: where an
+    #: administrator finds the program that has the socket.
+    inode: int = 0
 
     def encode(self) -> bytes:
         """The request's REQUEST_SIZE bytes."""
