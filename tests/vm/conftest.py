@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -55,6 +55,8 @@ class Stage:
         *options: str,
         cid: int = 0,
         device: str = "vmci",
+        memory: int = 512,
+        arguments: Sequence[str] = (),
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
         try:
@@ -68,7 +70,13 @@ class Stage:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
-        return Machine(fabric, linux, initrd, folder, *options, cid=cid, device=device)
+        return Machine(
+            *(fabric, linux, initrd, folder, *options),
+            cid=cid,
+            device=device,
+            memory=memory,
+            arguments=arguments,
+        )
 
     def _image(self, linux: downloads.Kernel, device: str) -> Path:
         name = f"{linux.name}-{device}"

@@ -24,8 +24,9 @@ MODULES = {
     ),
 }
 
-#: There for a test that loads them: what a guest's programs say to each other.
+#: There for a test that loads them: what a guest's programs say to each other, and a network card.
 LOOPBACK = ("vmw_vsock_virtio_transport_common", "vsock_loopback")
+NETWORK = (*MODULES["virtio"][:5], "failover", "net_failover", "virtio_net")
 
 _INIT = """\
 #!/bin/busybox sh
@@ -95,7 +96,7 @@ def build(kernel: Kernel, device: str, extra: dict[str, bytes] | None = None) ->
     loader = "ld-linux-x86-64.so.2"
     archive.add(f"lib64/{loader}", stat.S_IFLNK | 0o777, f"/lib/x86_64-linux-gnu/{loader}".encode())
     modules = MODULES[device]
-    for module in dict.fromkeys((*modules, *LOOPBACK)):
+    for module in dict.fromkeys((*modules, *LOOPBACK, *NETWORK)):
         data = kernel.module(module)
         if data is not None:
             archive.add(f"modules/{module}.ko", stat.S_IFREG | 0o644, data)

@@ -26,7 +26,7 @@ import socket
 from collections.abc import Callable
 from socket import SHUT_RD, SHUT_RDWR, SHUT_WR
 
-from ...limits import LOOK_AGAIN, LOOKS, PUMP_ROUNDS
+from ...limits import ANSWER, LOOK_AGAIN, LOOKS, PUMP_ROUNDS
 from ..loop import DeviceLoop
 from ..pump import pull, push
 from .flow import QueueState, Send, Waiting
@@ -235,6 +235,15 @@ class Stream:
         if self._looks:
             self._loop.call_later(LOOK_AGAIN, self._look)
 
+    def _answered(self) -> bool:
+        """Whether looking for the guest's answer is over."""
+        if not self._looks or self.queue_pair is None or not self._writing:
+            return True
+        if self._in.ready():
+            self._pump_in()
+            return True
+        return False
+
     # Socket to guest
 
     def _pump_out(self, events: int = 0) -> None:
@@ -251,8 +260,10 @@ class Stream:
             if not received:
                 self._end_of_file()
                 return
-            self._wrotes = 0
             self._flow.wrote(outbound.produce(received), outbound.position)
+            if self._looks:
+                self._looks = LOOKS
+                self._loop.spin(self._answered, ANSWER)
 
     def _resume_reading(self) -> None:
         if self._reading:
