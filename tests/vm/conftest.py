@@ -40,6 +40,20 @@ common = True
 """
 
 
+#: What gives a guest the network that :func:`network_card` is on; ``modules`` are image.NETWORK.
+NETWORK_UP = """
+for name in modules:
+    if os.path.exists(f"/modules/{name}.ko"): assert not os.system(f"insmod /modules/{name}.ko")
+assert not os.system("ifconfig lo up && ifconfig eth0 10.0.2.15 up")
+"""
+
+
+def network_card(port: int, to: int) -> tuple[str, ...]:
+    """Arguments for QEMU: a card on its user network; TCP to ``port`` here goes to the guest's."""
+    network = f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:{to}"
+    return ("-netdev", network, "-device", "virtio-net-pci,netdev=net,romfile=")
+
+
 class Stage:
     """Boots machines, each with a folder of its own."""
 
@@ -71,7 +85,11 @@ class Stage:
         folder = self._folder / str(self._number)
         folder.mkdir()
         return Machine(
-            *(fabric, linux, initrd, folder, *options),
+            fabric,
+            linux,
+            initrd,
+            folder,
+            *options,
             cid=cid,
             device=device,
             memory=memory,

@@ -28,7 +28,7 @@ from . import downloads
 BOOT = 100.0
 PATIENCE = 30.0
 
-_KERNEL_COMMAND = (
+KERNEL_COMMAND = (
     "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
     "random.trust_cpu=on"
 )
@@ -108,6 +108,11 @@ class Machine:
         self.kill()
 
     @property
+    def boots(self) -> tuple[Path, Path]:
+        """The files of its kernel and of its initrd."""
+        return self._kernel.image, self._initrd
+
+    @property
     def kernel(self) -> str:
         """Its name."""
         return self._kernel.name
@@ -155,7 +160,7 @@ class Machine:
             *("-object", f"memory-backend-memfd,id=mem,size={size},share=on"),
             *("-machine", "q35,memory-backend=mem"),
             *("-kernel", str(self._kernel.image), "-initrd", str(self._initrd)),
-            *("-append", _KERNEL_COMMAND),
+            *("-append", KERNEL_COMMAND),
             *self._device_options(),
             *self._arguments,
         ]
@@ -263,6 +268,15 @@ class Machine:
                 while "return" not in (answer := json.loads(file.readline())):
                     assert "error" not in answer, answer
             return answer["return"]
+
+    def kill_device(self) -> None:
+        """As when it crashes."""
+        assert self.device is not None
+        self.device.kill()
+        self.device.wait()
+        assert self.device.stdout is not None
+        self.device.stdout.close()
+        os.unlink(self._path)
 
     def wait_for_boot(self) -> None:
         """After a reboot."""

@@ -12,12 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from conformance.kernel_suite import Case, Unavailable, free_port, listens, table, vsock_test
+from conformance.kernel_suite import (
+    TABLES,
+    Case,
+    Unavailable,
+    free_port,
+    listens,
+    table,
+    vsock_test,
+)
 from tools.vsock import Vsock
 from vsockets.testing import PrivateFabric, wait_until
 
-from .conftest import COMMON, Stage
-from .image import NETWORK
+from .conftest import COMMON, NETWORK_UP, Stage, network_card
+from .image import LOOPBACK, NETWORK
 from .machine import PATIENCE, Machine
 
 pytestmark = pytest.mark.timeout(180)
@@ -30,13 +38,6 @@ CONTROL, HOST = 1234, "10.0.2.2"
 _PROGRAM = "/vsock_test"
 #: How long one run may take, in seconds.
 _RUN = 100.0
-
-
-_NETWORK = """
-for name in modules:
-    if os.path.exists(f"/modules/{name}.ko"): assert not os.system(f"insmod /modules/{name}.ko")
-assert not os.system("ifconfig lo up && ifconfig eth0 10.0.2.15 up")
-"""
 
 
 class Both:
@@ -94,10 +95,28 @@ def both(stage: Stage) -> Iterator[Both]:
     except Unavailable as reason:
         pytest.skip(f"the kernel's tests cannot be had: {reason}")
     port = free_port()
-    network = f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:{CONTROL}"
-    card = ("-netdev", network, "-device", "virtio-net-pci,netdev=net,romfile=")
-    with PrivateFabric() as fabric, Vsock(fabric.folder) as vsock:
-        with stage.machine(fabric, "newest", arguments=card) as machine:
-            machine.run(COMMON)
-            machine.run(_NETWORK, modules=NETWORK)
-            yield Both(machine, vsock, program, port)
+    with (
+        PrivateFabric() as fabric,
+        Vsock(fabric.folder) as vsock,
+        stage.machine(fabric, "newest", arguments=network_card(port, CONTROL)) as machine,
+    ):
+        machine.run(COMMON)
+        machine.run(NETWORK_UP, modules=[*NETWORK, *LOOPBACK])
+        yield Both(machine, vsock, program, port)
+
+
+@pytest.mark.parametrize(("client", "column"), [("guest", 0), ("host", 1)])
+class TestSuite:
+    def test_what_passes(self, both: Both, client: str, column: int) -> None:
+        passing = [case for case in CASES if case.results[column] == "pass"]
+        assert len(passing) >= 20
+        said, well = both.run(client, passing)
+        passed = {int(number) for number in re.findall(r"^(\d+) - .*\.\.\.ok$", said, re.M)}
+        assert passed == {case.id for case in passing}, said
+        assert well, said
+
+    def test_what_fails_is_not_said_to_pass(self, both: Both, client: str, column: int) -> None:
+        for case in CASES:
+            if case.results[column] == "fail":
+                said, well = both.run(client, [case])
+                assert not well, f"{case.name} passes: say so in {TABLES.name}\n{said}"

@@ -45,19 +45,23 @@ class DeviceLoop(Loop):
     def turn(self) -> None:
         """Serve what is ready now, and the timers that are due."""
         self._run_timers()
+        self._spin()
         for fd, events in self._epoll.poll(0):
             callback = self._callbacks.get(fd)
             if callback is not None:
                 callback(events)
 
+    def _spin(self) -> None:
+        now = time.monotonic()
+        for look, until in list(self._spinning.items()):
+            if look() or now > until:
+                del self._spinning[look]
+
     def _poll_precisely(
         self, timeout: float | None = None, maxevents: int = -1
     ) -> list[tuple[int, int]]:
         if self._spinning:
-            now = time.monotonic()
-            for look, until in list(self._spinning.items()):
-                if look() or now > until:
-                    del self._spinning[look]
+            self._spin()
             timeout = 0
         elif timeout is not None and 0 < timeout < _SHORT:
             select.select(self._only, (), (), timeout)
