@@ -17,7 +17,7 @@ from vsockets.testing import PrivateFabric
 
 from .conftest import COMMON, Stage
 from .machine import KERNEL_COMMAND, GuestError, Machine
-from .test_vmci import MIB, PATIENCE, dial, exchange, serve
+from .test_vmci import MIB, PATIENCE, datagram, dial, exchange, serve
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -186,6 +186,9 @@ def test_the_device_is_killed(stage: Stage, fabric_of_machines: PrivateFabric) -
             with server.accept()[0] as sock:
                 sock.settimeout(PATIENCE)
                 assert sock.recv(1) == b"x"
+                with datagram(machine) as heard:
+                    # When this has returned QEMU waits for no answer.  Else it ends itself.
+                    machine.run("dgram().sendto(b'y', (2, port))", port=heard.getsockname()[1])
                 machine.kill_device()
                 assert ends(sock)
         assert machine.run("result = sum(range(1000))") == 499_500
