@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vsockets.testing import PrivateFabric
+from vsockets.vm.kernels import Kernel
 
 from . import downloads, image
 from .machine import Machine
@@ -71,10 +72,11 @@ class Stage:
         device: str = "vmci",
         memory: int = 512,
         arguments: Sequence[str] = (),
+        packed: bool = False,
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
         try:
-            linux = downloads.Kernel(kernel)
+            linux = downloads.kernel(kernel)
             downloads.qemu()
             initrd = self._image(linux, device)
         except downloads.Unavailable as error:
@@ -94,9 +96,10 @@ class Stage:
             device=device,
             memory=memory,
             arguments=arguments,
+            packed=packed,
         )
 
-    def _image(self, linux: downloads.Kernel, device: str) -> Path:
+    def _image(self, linux: Kernel, device: str) -> Path:
         name = f"{linux.name}-{device}"
         if name not in self._images:
             path = self._folder / f"initrd-{name}"
