@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from . import (
+    amqp,
     capture,
     context,
     demo,
@@ -47,6 +48,7 @@ app.command("forward")(forward.forward)
 app.command("capture")(capture.capture)
 app.command("ls")(ls.ls)
 app.command("events")(events.events)
+app.add_typer(amqp.app, name="amqp")
 app.add_typer(perf.app, name="perf")
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,7 @@ from ..constants import VMADDR_PORT_ANY
 from ..limits import FORWARD_CONNECT_TIMEOUT, FORWARD_CONNECTIONS
 from ..locator import Locator, parse_locator
 from .advice import CONNECT, Failure, failure
-from .output import notice
+from .output import log_to_standard_error, notice
 from .reach import own_context
 
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ def serve(
     """Do it until a signal comes; on SIGHUP do what ``again`` says from then on."""
     from ..bridges.forward.service import run
 
-    _log_to_standard_error(verbose)
+    log_to_standard_error("vsockets.forward", verbose)
 
     def ready(service: Service) -> None:
         for place, where in service.doors.items():
@@ -188,14 +187,3 @@ def _load(path: Path) -> list[Settings]:
 
 def _is_free_choice(place: Locator) -> bool:
     return getattr(place, "port", None) in (0, VMADDR_PORT_ANY)
-
-
-class _Notices(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        notice(self.format(record))
-
-
-def _log_to_standard_error(verbose: bool) -> None:
-    log = logging.getLogger("vsockets.forward")
-    log.addHandler(_Notices())
-    log.setLevel(logging.INFO if verbose else logging.WARNING)

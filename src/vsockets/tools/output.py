@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,18 @@ def complain(text: str) -> None:
 
 
 notice = complain  # what went right is said in the same way, where standard output is data
+
+
+class _Notices(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        notice(self.format(record))
+
+
+def log_to_standard_error(name: str, verbose: bool) -> None:
+    """Say in such lines what the logger ``name`` is told: warnings, or everything."""
+    log = logging.getLogger(name)
+    log.addHandler(_Notices())
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
 
 
 def print_json(value: Any) -> None:
