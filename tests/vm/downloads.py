@@ -1,4 +1,4 @@
-"""QEMU and kernels from Debian, unpacked beside the system and never installed.
+"""QEMU, kernels and servers from Debian, unpacked beside the system and never installed.
 
 Each suite has an apt configuration of its own below the cache, so apt checks signatures as it
 always does and the machine's own lists stay as they are.  The mirror is the machine's.
@@ -204,6 +204,54 @@ def rust_back_end() -> Path:
         _TESTING.unpack(folder, *_TESTING.with_dependencies("vhost-device-vsock", "libc6"))
 
     return _filled("vhost-device-vsock", fill)
+
+
+_ERLANG = (
+    *("base", "asn1", "crypto", "eldap", "ftp", "inets", "mnesia", "os-mon", "parsetools"),
+    *("public-key", "runtime-tools", "snmp", "ssl", "syntax-tools", "tftp", "tools", "xmerl"),
+)
+
+#: Debian's own has its folder written into it.
+_ERL = """\
+#!/bin/sh
+export ROOTDIR="$(dirname "$(dirname "$(readlink -f "$0")")")/usr/lib/erlang"
+export BINDIR="$(echo "$ROOTDIR"/erts-*/bin)" EMU=beam PROGNAME=erl
+exec "$BINDIR/erlexec" "$@"
+"""
+
+
+def rabbitmq() -> str:
+    """What to put in front of ``PATH`` to have Debian's RabbitMQ; it is nobody's service."""
+
+    def fill(folder: Path) -> None:
+        _STABLE.unpack(folder, "rabbitmq-server", *(f"erlang-{part}" for part in _ERLANG))
+        script = folder / "bin/erl"
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(_ERL)
+        script.chmod(0o755)
+
+    root = _filled("rabbitmq", fill)
+    places = root / "bin", root / "usr/lib/rabbitmq/bin", root / "usr/bin"
+    path = os.pathsep.join(map(str, places))
+    # It is built for Debian 12, and finds most of its libraries in the machine.
+    _run(str(places[0] / "erl"), "-noshell", "-eval", "crypto:start(), halt().")
+    return path
+
+
+def http2_proxy() -> tuple[list[str], list[str]]:
+    """The commands of nghttpx, and of tinyproxy, which goes where it is told to."""
+
+    def fill(folder: Path) -> None:
+        libraries = ("libnghttp2-14", "libev4", "libjemalloc2", "libc-ares2")
+        _STABLE.unpack(folder, "nghttp2-proxy", "tinyproxy-bin", *libraries)
+
+    root = _filled("nghttpx", fill)
+    libraries = f"LD_LIBRARY_PATH={root / 'usr/lib/x86_64-linux-gnu'}"
+    nghttpx = ["env", libraries, str(root / "usr/sbin/nghttpx")]
+    tinyproxy = [str(root / "usr/bin/tinyproxy"), "-d"]
+    _run(*nghttpx, "--version")
+    _run(*tinyproxy, "-v")
+    return nghttpx, tinyproxy
 
 
 class Kernel:

@@ -15,7 +15,11 @@ short_texts = st.text(max_size=40).filter(lambda text: "\0" not in text)
 channels = st.integers(1, 0xFFFF)
 
 values: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text() | st.binary().map(bytearray),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.text()
+    | st.binary().map(bytearray),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(short_texts, inner, max_size=3),
     max_leaves=8,
 )
