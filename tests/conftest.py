@@ -1,16 +1,18 @@
-"""What holds for all tests: no kernel AF_VSOCK, and no fabric but the tests' own."""
+"""What holds for all tests: no kernel AF_VSOCK, no fabric but the tests' own, one RabbitMQ."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import no_kernel_vsock
 from vsockets.control import Control
+from vsockets.testing.rabbitmq import PrivateRabbitMQ
 
 no_kernel_vsock.install()
 
@@ -28,3 +30,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     except OSError:
         pass  # there was none
     shutil.rmtree(_scratch, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[PrivateRabbitMQ]:
+    """A cluster of two nodes, from Debian's package and not installed."""
+    from vm import downloads  # here: few tests need it
+
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            patch.setenv("PATH", downloads.rabbitmq(), prepend=os.pathsep)
+        except downloads.Unavailable as error:
+            if os.environ.get("VSOCKETS_REQUIRE_VM"):
+                raise
+            pytest.skip(f"no RabbitMQ: {error}")
+        with PrivateRabbitMQ(2, ("/", "orders")) as cluster:
+            yield cluster

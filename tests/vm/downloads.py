@@ -197,6 +197,19 @@ def userland() -> Path:
     return _filled("userland-python", fill)
 
 
+def tls_libraries() -> dict[str, bytes]:
+    """What Python's ``ssl`` needs in a guest besides, by their paths there."""
+
+    def fill(folder: Path) -> None:
+        _STABLE.unpack(folder, "libssl3")
+
+    root = _filled("userland-tls", fill)
+    return {
+        f"/lib/x86_64-linux-gnu/{path.name}": path.read_bytes()
+        for path in root.rglob("lib*.so.3")
+    }
+
+
 def rust_back_end() -> Path:
     """Where Debian's ``vhost-device-vsock`` is unpacked, with libraries of its own."""
 

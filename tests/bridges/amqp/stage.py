@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 from tools.vsock import Running
-
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric
 
@@ -69,12 +68,11 @@ class Proxies:
         running, where = self.start(guest, "guest-proxy", "--listen", listen, "--host", host)
         return running, int(where.rpartition(":")[2])
 
-    def all_three(self, ports: list[int], *options: object) -> tuple[Attachment, int]:
-        """One of each; the guest, and its clients' port."""
-        guest = self.fabric.guest()
+    def all_three(self, ports: list[int]) -> int:
+        """One of each; the port of the guest's clients."""
         _, proxy = self.amqp_proxy(ports)
-        _, host = self.host_proxy(proxy, *options)
-        return guest, self.guest_proxy(guest, host)[1]
+        _, host = self.host_proxy(proxy)
+        return self.guest_proxy(self.fabric.guest(), host)[1]
 
 
 class Program:

@@ -14,8 +14,8 @@ import pika
 import pika.exceptions
 import pytest
 import trustme
-from vm import downloads
 
+from vm import downloads
 from vsockets.testing import wait_until
 from vsockets.testing.rabbitmq import PrivateRabbitMQ
 
@@ -72,11 +72,13 @@ def test_a_guest_is_known_and_kept_to_its_virtual_hosts(
     assert works(port, "/", 3_000_000)
     assert works(port, "orders")
     assert works(other_port, "orders")
-    with pytest.raises(pika.exceptions.ProbableAccessDeniedError, match="530.*refused to context"):
+    with pytest.raises(pika.exceptions.ProbableAccessDeniedError, match=r"530.*refused to context"):
         works(other_port, "/")
-    with pytest.raises(pika.exceptions.AMQPConnectionError, match=r"vsock_cid is not the client's"):
-        with connected(other_port, "orders", vsock_cid=2):
-            pass
+    with (
+        pytest.raises(pika.exceptions.AMQPConnectionError, match="vsock_cid is not the client's"),
+        connected(other_port, "orders", vsock_cid=2),
+    ):
+        pass
     with connected(port), connected(other_port, "orders"):
         listed = rabbitmq.control(0, "list_connections", "client_properties")
         for guest in (one, other):
@@ -107,7 +109,7 @@ def test_sessions_are_balanced_over_the_nodes_that_serve(
 
 
 def test_a_slow_consumer_beside_a_fast_one(proxies: Proxies, rabbitmq: PrivateRabbitMQ) -> None:
-    guest, port = proxies.all_three(rabbitmq.ports)
+    port = proxies.all_three(rabbitmq.ports)
     count, data = 300, os.urandom(100_000)
     with connected(rabbitmq.ports[0]) as direct, connected(port) as slow:
         direct.queue_declare("plenty")
@@ -166,7 +168,7 @@ def test_tls_with_client_certificates(
 ) -> None:
     guest = proxies.fabric.guest()
     authority = ("--tls-ca", certificates / "ca.pem")
-    proxy, where = proxies.amqp_proxy(
+    _, where = proxies.amqp_proxy(
         rabbitmq.ports, "--tls-cert", certificates / "server.pem", *authority
     )
 

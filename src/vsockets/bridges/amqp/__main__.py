@@ -22,7 +22,8 @@ def main() -> int:
 
     def ready(proxy: object) -> None:
         assert isinstance(proxy, GuestProxy)
-        print(f"vsock: listening on {proxy.where}", file=sys.stderr, flush=True)
+        scheme = str(arguments.listen).partition(":")[0]
+        print(f"vsock: listening on {scheme}:{proxy.where}", file=sys.stderr, flush=True)
 
     try:
         run(lambda: GuestProxy(arguments.listen, arguments.host, current()), ready)

@@ -23,7 +23,9 @@ async def main():
     connections = confirmed = 0
     while todo:
         try:
-            connection = await aio_pika.connect(f"amqp://guest:guest@127.0.0.1:{PORT}/?heartbeat=60")
+            connection = await aio_pika.connect(
+                f"amqp://guest:guest@127.0.0.1:{PORT}/?heartbeat=60"
+            )
         except (aio_pika.exceptions.AMQPError, OSError) as error:
             ends.append(type(error).__name__)
             await asyncio.sleep(0.1)
@@ -47,7 +49,11 @@ async def main():
                         ),
                         return_exceptions=True,
                     )
-                    failed = [n for n, a in zip(numbers, answers) if isinstance(a, BaseException)]
+                    failed = [
+                        number
+                        for number, answer in zip(numbers, answers, strict=True)
+                        if isinstance(answer, BaseException)
+                    ]
                     again.update(failed)
                     todo[: len(numbers)] = failed
                     for _ in range(len(numbers) - len(failed)):
