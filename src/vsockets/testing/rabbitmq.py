@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -92,6 +91,7 @@ class PrivateRabbitMQ:
                 [self._programs / "rabbitmq-server"],
                 env={
                     **self._environment(),
+                    "RUNNING_UNDER_SYSTEMD": "true",  # the script becomes the node, then
                     "RABBITMQ_NODENAME": self._names[number],
                     "RABBITMQ_DIST_PORT": str(self._distribution[number]),
                     "RABBITMQ_MNESIA_BASE": str(folder),
@@ -104,15 +104,14 @@ class PrivateRabbitMQ:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # the script and the node end together
+                start_new_session=True,  # a ^C at the terminal is not for it
             )
 
     def kill(self, number: int) -> None:
         """End a node as a power cut would."""
         process = self._processes.pop(number, None)
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
 
     def wait(self) -> None:

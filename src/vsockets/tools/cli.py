@@ -51,7 +51,7 @@ app.command("events")(events.events)
 app.add_typer(amqp.app, name="amqp")
 app.add_typer(perf.app, name="perf")
 app.command("doctor")(doctor.doctor)
-app.command("demo")(demo.demo)
+app.add_typer(demo.app, name="demo")
 app.command("include-dir")(include_dir.include_dir)
 
 
