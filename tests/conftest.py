@@ -42,16 +42,22 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def rabbitmq() -> Iterator[PrivateRabbitMQ]:
-    """A cluster of two nodes, from Debian's package and not installed."""
+def path_with_rabbitmq() -> str:
+    """``PATH`` with Debian's RabbitMQ in it, which need not be installed."""
     from vm import downloads  # here: few tests need it
 
+    try:
+        return os.pathsep.join((downloads.rabbitmq(), os.environ["PATH"]))
+    except downloads.Unavailable as error:
+        if os.environ.get("VSOCKETS_REQUIRE_VM"):
+            raise
+        pytest.skip(f"no RabbitMQ: {error}")
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(path_with_rabbitmq: str) -> Iterator[PrivateRabbitMQ]:
+    """A cluster of two nodes."""
     with pytest.MonkeyPatch.context() as patch:
-        try:
-            patch.setenv("PATH", downloads.rabbitmq(), prepend=os.pathsep)
-        except downloads.Unavailable as error:
-            if os.environ.get("VSOCKETS_REQUIRE_VM"):
-                raise
-            pytest.skip(f"no RabbitMQ: {error}")
+        patch.setenv("PATH", path_with_rabbitmq)
         with PrivateRabbitMQ(2, ("/", "orders")) as cluster:
             yield cluster
