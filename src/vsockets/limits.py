@@ -317,12 +317,13 @@ AMQP_CLOSE_OK = 5.0
 AMQP_SESSIONS = 1024
 AMQP_GUEST_SESSIONS = 256
 
-#: Bytes of one session that are on their way and not taken yet, in either direction: with a
-#: millisecond's round trip that is 128 MB/s.
-AMQP_WINDOW = 131_072
+#: Bytes of one session that are on their way and not taken yet, in either direction: with two
+#: milliseconds' round trip that is 128 MB/s.
+AMQP_WINDOW = 262_144
 
-#: Bytes of a session that wait for its window before no more is taken from its sender.
-AMQP_UNSENT = 65_536
+#: Bytes of a session that wait for room before no more is taken from its sender, at each of its
+#: ends and in the link.
+AMQP_UNSENT = 131_072
 
 #: Bytes on their way in one link: all that is needed between two of its acknowledgements.
 AMQP_LINK_WINDOW = 16 << 20
@@ -343,8 +344,9 @@ AMQP_FIRST_PAUSE, AMQP_LONGEST_PAUSE = 0.1, 5.0
 #: How long a new session waits for a link, and for the far end's answer, in seconds.
 AMQP_OPEN = 10.0
 
-#: Links of one AMQP proxy: one for each host.
+#: Links of one AMQP proxy, one for each host, and sessions of all of them: each is a descriptor.
 AMQP_LINKS = 256
+AMQP_PROXY_SESSIONS = 8192
 
 #: How long an AMQP proxy tries to reach one node, in seconds.
 AMQP_NODE_CONNECT = 3.0

@@ -24,6 +24,7 @@ def test_bad_command_lines(vsock: Vsock) -> None:
         ("amqp host-proxy --proxy tcp:a:1 --tls-ca /none", 1, "No such file"),
         ("amqp proxy", 2, "--node"),
         ("amqp proxy --node udp:a:1", 2, "--node udp:a:1: expected tcp: or unix:"),
+        ("amqp proxy --node tcp::1", 2, "--node tcp::1: expected a host and a port"),
         ("amqp proxy --node tcp:a:1 --tls-ca x", 2, "TLS needs --tls-cert"),
         ("amqp proxy --node tcp:a:1 --listen unix:/none/x", 1, "cannot listen on unix:/none/x"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,11 +93,12 @@ def host_proxy(
     verbose: _VerboseOption = False,
 ) -> None:
     """On the host: take all guests' sessions to the AMQP proxy, over one TCP connection."""
+    require("h2")
     from ..bridges.amqp.host_proxy import HostProxy
     from ..bridges.amqp.tls import client_context
 
     _expect(listen, "--listen", Vsock)
-    _expect(proxy, "--proxy", Inet, Unix)
+    _expect_target(proxy, "--proxy")
     if tls_ca is None and (tls_cert or tls_key or tls_name):
         raise typer.BadParameter("TLS needs --tls-ca")
     if tls_ca is not None and isinstance(proxy, Unix) and tls_name is None:
@@ -141,12 +143,13 @@ def amqp_proxy(
     verbose: _VerboseOption = False,
 ) -> None:
     """Beside the brokers: split a host's sessions into connections to healthy nodes."""
+    require("h2")
     from ..bridges.amqp.amqp_proxy import AmqpProxy
     from ..bridges.amqp.tls import server_context
 
     _expect(listen, "--listen", Inet, Unix)
     for one in node:
-        _expect(one, "--node", Inet, Unix)
+        _expect_target(one, "--node")
     if tls_cert is None and (tls_key or tls_ca):
         raise typer.BadParameter("TLS needs --tls-cert")
     tls = server_context(tls_cert, tls_key, tls_ca) if tls_cert is not None else None
@@ -158,6 +161,19 @@ def _expect(locator: Locator, option: str, *kinds: type) -> None:
         schemes = {Inet: "tcp:", Unix: "unix:", Vsock: "vsock:"}
         expected = " or ".join(schemes[kind] for kind in kinds)
         raise typer.BadParameter(f"{option} {locator}: expected {expected}")
+
+
+def _expect_target(locator: Locator, option: str) -> None:
+    _expect(locator, option, Inet, Unix)
+    if isinstance(locator, Inet) and not (locator.host and locator.port):
+        raise typer.BadParameter(f"{option} {locator}: expected a host and a port")
+
+
+def require(*libraries: str) -> None:
+    """Raises Failure when one of them is not there, with what to install."""
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            raise Failure(f"there is no {library} in this Python: pip install 'vsockets[amqp]'")
 
 
 def _serve(listen: Locator, make: Callable[[], Proxy], verbose: bool) -> None:

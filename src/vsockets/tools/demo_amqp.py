@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..attachment import Attachment
 from ..testing.rabbitmq import NoRabbitMQ, PrivateRabbitMQ, programs
 from .advice import Failure
+from .amqp import require
 from .demo import Step, progress
 from .demo_stage import VSOCK, undisturbed
 
@@ -29,9 +29,7 @@ PRIVATE = "private"
 
 def play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]:
     """All of it.  Raises Failure."""
-    for library in ("h2", "pika"):
-        if importlib.util.find_spec(library) is None:
-            raise Failure(f"there is no {library} in this Python: pip install 'vsockets[amqp]'")
+    require("h2", "pika")
     try:
         programs()
     except NoRabbitMQ as error:

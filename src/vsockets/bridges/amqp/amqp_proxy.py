@@ -18,7 +18,7 @@ from ...limits import (
     AMQP_LINKS,
     AMQP_NODE_CONNECT,
     AMQP_OPEN,
-    AMQP_SESSIONS,
+    AMQP_PROXY_SESSIONS,
 )
 from ...locator import Locator
 from ..doors import open_door
@@ -115,7 +115,7 @@ class AmqpProxy:
 
     def _requested(self, link: Link, tunnel: Tunnel, headers: Headers) -> None:
         status = refusal(headers, self._authority)
-        if status is None and len(self._sessions) >= AMQP_SESSIONS * 4:
+        if status is None and len(self._sessions) >= AMQP_PROXY_SESSIONS:
             status = 503
         if status is not None:
             self._complaints.say("a request was answered with status %d", status)

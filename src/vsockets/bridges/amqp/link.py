@@ -158,6 +158,7 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        transport.set_write_buffer_limits(_BATCH)
         encrypted = transport.get_extra_info("ssl_object")
         if encrypted is not None and encrypted.selected_alpn_protocol() != "h2":
             self.abort(ConnectionError("the peer's TLS does not offer HTTP/2 (ALPN h2)"))
@@ -222,14 +223,12 @@ class Link(asyncio.Protocol):
                     tunnel.end_received()
             case h2.events.StreamReset(stream_id=number):
                 why = ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-                if number in self._opening:
-                    self._opening[number].set_exception(why)
+                self._answered(number, why)
                 if (tunnel := self._tunnels.get(number)) is not None:
                     tunnel.lost(why)
             case h2.events.ResponseReceived(stream_id=number):
-                if number in self._opening:
-                    status = dict(event.headers or ())[b":status"]
-                    self._opening.pop(number).set_result(int(status))
+                status = dict(event.headers or ()).get(b":status", b"")
+                self._answered(number, int(status) if status.isdigit() else 502)
             case h2.events.RequestReceived(stream_id=number):
                 assert self._on_request is not None
                 tunnel = self._tunnels[number] = Tunnel(self, number)
@@ -240,6 +239,16 @@ class Link(asyncio.Protocol):
                 self._window_opened(0)
             case h2.events.ConnectionTerminated():
                 self.abort(ConnectionError("the peer has said goodbye"))
+
+    def _answered(self, number: int, answer: int | OSError) -> None:
+        """The far end has said whether it opens a tunnel."""
+        waiting = self._opening.get(number)
+        if waiting is None or waiting.done():
+            return
+        if isinstance(answer, int):
+            waiting.set_result(answer)
+        else:
+            waiting.set_exception(answer)
 
     def _window_opened(self, number: int) -> None:
         """There is room in a stream's window, or with 0 in all."""
@@ -320,8 +329,7 @@ class Link(asyncio.Protocol):
         self._probe.cancel()
         self.closed.set_result(error)
         why = error or OSError(errno.ECONNABORTED, "the link was closed")
-        for answer in self._opening.values():
-            if not answer.done():
-                answer.set_exception(OSError(errno.ECONNABORTED, f"the link has ended: {why}"))
+        for number in list(self._opening):
+            self._answered(number, OSError(errno.ECONNABORTED, f"the link has ended: {why}"))
         for tunnel in list(self._tunnels.values()):
             tunnel.lost(why)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 
-from ...limits import AMQP_CLOSE_OK
+from ...limits import AMQP_CLOSE_OK, AMQP_UNSENT
 
 
 class Side(asyncio.Protocol):
@@ -38,6 +38,7 @@ class Side(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        transport.set_write_buffer_limits(AMQP_UNSENT)
         self._relay.joined(self)
 
     def data_received(self, data: bytes) -> None:

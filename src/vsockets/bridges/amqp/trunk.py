@@ -33,6 +33,7 @@ class Trunk:
         self._loop = asyncio.get_running_loop()
         self._link: asyncio.Future[Link] = self._loop.create_future()
         self._keeping = self._loop.create_task(self._keep())
+        self._keeping.add_done_callback(self._kept)
 
     async def link(self) -> Link:
         """A link, as soon as there is one."""
@@ -43,6 +44,10 @@ class Trunk:
         self._keeping.cancel()
         if self._link.done():
             self._link.result().close()
+
+    def _kept(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s: given up", self._locator, exc_info=error)
 
     async def _keep(self) -> None:
         pause = AMQP_FIRST_PAUSE

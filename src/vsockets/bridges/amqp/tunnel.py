@@ -15,8 +15,6 @@ from ...limits import AMQP_UNSENT, AMQP_WINDOW
 if TYPE_CHECKING:
     from .link import Link
 
-_RESUME_BELOW = AMQP_UNSENT // 4
-
 
 class Tunnel(asyncio.Transport):
     """Made by a :class:`~.link.Link`; until there is a protocol it keeps what comes."""
@@ -36,6 +34,7 @@ class Tunnel(asyncio.Transport):
         self._uncredited = 0
         self._closing = self._gone = False
         self._error: Exception | None = None
+        self.set_write_buffer_limits()
 
     # asyncio's interface
 
@@ -58,12 +57,16 @@ class Tunnel(asyncio.Transport):
             return
         self.pending += data
         self._link.has_work(self)
-        if len(self.pending) > AMQP_UNSENT and not self._protocol_paused and self._protocol:
+        if len(self.pending) > self._most_unsent and not self._protocol_paused and self._protocol:
             self._protocol_paused = True
             self._protocol.pause_writing()
 
     def get_write_buffer_size(self) -> int:
         return len(self.pending)
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._most_unsent = AMQP_UNSENT if high is None else high
+        self._resume_at = self._most_unsent // 4 if low is None else low
 
     def can_write_eof(self) -> bool:
         return True
@@ -101,7 +104,7 @@ class Tunnel(asyncio.Transport):
         """At most so many bytes of what is pending."""
         data = bytes(memoryview(self.pending)[:size])
         del self.pending[:size]
-        if self._protocol_paused and len(self.pending) <= _RESUME_BELOW and self._protocol:
+        if self._protocol_paused and len(self.pending) <= self._resume_at and self._protocol:
             self._protocol_paused = False
             self._protocol.resume_writing()
         return data
