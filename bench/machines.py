@@ -211,7 +211,7 @@ _BENCHMARKS: list[tuple[str, str, Callable[[Ours], tuple[float, float]]]] = [
 
 @contextmanager
 def _contestants(names: list[str], kernel: str) -> Iterator[dict[str, Ours]]:
-    linux = downloads.Kernel(kernel)
+    linux = downloads.kernel(kernel)
     with ExitStack() as stack:
         top = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp")))
         fabric = stack.enter_context(PrivateFabric())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vsockets.testing import PrivateFabric
+from vsockets.vm.kernels import Kernel
 
 from . import downloads, image
 from .machine import Machine
@@ -55,10 +56,11 @@ class Stage:
         *options: str,
         cid: int = 0,
         device: str = "vmci",
+        packed: bool = False,
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
         try:
-            linux = downloads.Kernel(kernel)
+            linux = downloads.kernel(kernel)
             downloads.qemu()
             initrd = self._image(linux, device)
         except downloads.Unavailable as error:
@@ -68,9 +70,11 @@ class Stage:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
-        return Machine(fabric, linux, initrd, folder, *options, cid=cid, device=device)
+        return Machine(
+            fabric, linux, initrd, folder, *options, cid=cid, device=device, packed=packed
+        )
 
-    def _image(self, linux: downloads.Kernel, device: str) -> Path:
+    def _image(self, linux: Kernel, device: str) -> Path:
         name = f"{linux.name}-{device}"
         if name not in self._images:
             path = self._folder / f"initrd-{name}"

@@ -19,17 +19,21 @@ from typing import Any
 
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
+from vsockets.vm.kernels import Kernel
 
 from . import downloads
 
 #: How long a machine may take to boot, and a guest to do what it is asked, in seconds.
 BOOT = 100.0
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 _KERNEL_COMMAND = (
     "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
     "random.trust_cpu=on"
 )
+
+#: The virtio device, in a slot that it can be plugged out of.
+_VIRTIO = {"driver": "vhost-user-vsock-pci", "id": "dev", "chardev": "vsock", "bus": "slot0"}
 
 
 class GuestError(Exception):
@@ -62,15 +66,17 @@ class Machine:
     def __init__(
         self,
         fabric: PrivateFabric,
-        kernel: downloads.Kernel,
+        kernel: Kernel,
         initrd: Path,
         folder: Path,
         *device_options: str,
         memory: int = 512,
         cid: int | None = None,
         device: str = "vmci",
+        packed: bool = False,
     ) -> None:
         self.fabric = fabric
+        self._packed = packed
         self._kernel = kernel
         self._initrd = initrd
         self._folder = folder
@@ -141,12 +147,14 @@ class Machine:
         """Start QEMU and wait for the guest."""
         size = f"{self._memory}M"
         command = [
-            *downloads.qemu(),
+            downloads.qemu(),
             *("-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"),
             *("-serial", f"file:{self._folder / 'console'}"),
             *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
             *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
-            *("-m", size, "-smp", "1"),
+            # Where there can be one processor only, QEMU 11.1 emulates LOCK without a lock: the
+            # guest's barriers are none towards other processes, and a wake-up may be lost.
+            *("-m", size, "-smp", "1,maxcpus=2"),
             *("-object", f"memory-backend-memfd,id=mem,size={size},share=on"),
             *("-machine", "q35,memory-backend=mem"),
             *("-kernel", str(self._kernel.image), "-initrd", str(self._initrd)),
@@ -160,8 +168,11 @@ class Machine:
 
     def _device_options(self) -> list[str]:
         if self.kind == "virtio":
-            chardev = f"socket,id=vsock,path={self._path}"
-            return ["-chardev", chardev, "-device", "vhost-user-vsock-pci,id=dev,chardev=vsock"]
+            device = {**_VIRTIO, "packed": self._packed}
+            return [
+                *("-chardev", f"socket,id=vsock,path={self._path}"),
+                *("-device", "pcie-root-port,id=slot0,slot=1", "-device", json.dumps(device)),
+            ]
         vfio = {
             "driver": "vfio-user-pci",
             "socket": {"type": "unix", "path": str(self._path)},
@@ -186,14 +197,15 @@ class Machine:
 
     def _listen(self, agent: socket.socket) -> None:
         received = b""
-        while data := agent.recv(65_536):
-            *lines, received = (received + data).split(b"\n")
-            for line in lines:
-                if line.startswith(b"@"):
-                    number, ok, result = ast.literal_eval(line[1:].decode())
-                    with self._arrived:
-                        self._answers[number] = ok, result
-                        self._arrived.notify_all()
+        with contextlib.suppress(ConnectionResetError):  # QEMU ended with something unread
+            while data := agent.recv(65_536):
+                *lines, received = (received + data).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"@"):
+                        number, ok, result = ast.literal_eval(line[1:].decode())
+                        with self._arrived:
+                            self._answers[number] = ok, result
+                            self._arrived.notify_all()
 
     def _wait_for(self, number: int, timeout: float) -> tuple[bool, Any]:
         deadline = time.monotonic() + timeout
@@ -201,7 +213,10 @@ class Machine:
             while number not in self._answers:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise TimeoutError(f"the guest is silent; its console: {self.console[-2000:]}")
+                    raise TimeoutError(
+                        f"the guest is silent; its console: {self.console[-2000:]}\n"
+                        f"the device: {self.device_log[-2000:]}"
+                    )
                 if self.qemu is not None and self.qemu.poll() is not None:
                     log = (self._folder / "qemu.log").read_text()
                     raise GuestError("QEMU", None, f"status {self.qemu.returncode}: {log}")
@@ -238,6 +253,30 @@ class Machine:
                 while "return" not in (answer := json.loads(file.readline())):
                     assert "error" not in answer, answer
             return answer["return"]
+
+    def kill_device(self) -> None:
+        """As when it crashes."""
+        assert self.device is not None
+        self.device.kill()
+        self.device.wait()
+        assert self.device.stdout is not None
+        self.device.stdout.close()
+        os.unlink(self._path)
+
+    def plug_again(self) -> None:
+        """Pull the virtio device out of the running machine, and plug one in."""
+        self.monitor("device_del", id="dev")
+
+        def is_out() -> bool:
+            devices = self.monitor("qom-list", path="/machine/peripheral")
+            return all(device["name"] != "dev" for device in devices)
+
+        wait_until(is_out, "the guest to let go of the device", PATIENCE)
+        self.monitor("chardev-remove", id="vsock")
+        address = {"type": "unix", "data": {"path": str(self._path)}}
+        socket = {"type": "socket", "data": {"addr": address, "server": False}}
+        self.monitor("chardev-add", id="vsock", backend=socket)
+        self.monitor("device_add", **_VIRTIO)
 
     def wait_for_boot(self) -> None:
         """After a reboot."""

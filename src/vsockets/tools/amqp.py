@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import logs
 from ..bridges.amqp.requests import AUTHORITY
 from ..constants import VMADDR_CID_HOST
 from ..locator import Inet, Locator, Unix, Vsock
 from .advice import Failure
-from .forward import parser_of, read_locator
-from .output import log_to_standard_error, notice
+from .options import LogFormat, LogFormatOption, VerboseOption, parser_of, read_locator
 from .reach import own_context
 
 if TYPE_CHECKING:
@@ -26,9 +28,6 @@ PORT = 5672
 
 app = typer.Typer(help="RabbitMQ for guests, by three proxies.", no_args_is_help=True)
 
-_VerboseOption = Annotated[
-    bool, typer.Option("-v", "--verbose", help="Tell of every connection.")
-]
 _AuthorityOption = Annotated[
     str, typer.Option(metavar="HOST:PORT", help="What CONNECT asks for; a stock proxy's target.")
 ]
@@ -49,7 +48,8 @@ def guest_proxy(
     host: Annotated[
         Any, typer.Option(parser=read_locator, metavar="ADDRESS", help="The host proxy.")
     ] = f"vsock:{VMADDR_CID_HOST}:{PORT}",
-    verbose: _VerboseOption = False,
+    verbose: VerboseOption = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """In a guest: take AMQP clients to the host proxy, each by a stream of its own."""
     from ..bridges.amqp.guest_proxy import GuestProxy
@@ -57,7 +57,7 @@ def guest_proxy(
     _expect(listen, "--listen", Inet, Unix)
     _expect(host, "--host", Vsock)
     context = own_context()
-    _serve(listen, lambda: GuestProxy(listen, host, context), verbose)
+    _serve(listen, lambda: GuestProxy(listen, host, context), verbose, log_format)
 
 
 @app.command("host-proxy")
@@ -90,7 +90,8 @@ def host_proxy(
     tls_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="The far end's name, if not its HOST.")
     ] = None,
-    verbose: _VerboseOption = False,
+    verbose: VerboseOption = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """On the host: take all guests' sessions to the AMQP proxy, over one TCP connection."""
     require("h2")
@@ -117,6 +118,7 @@ def host_proxy(
             context=context,
         ),
         verbose,
+        log_format,
     )
 
 
@@ -140,7 +142,8 @@ def amqp_proxy(
         Path | None,
         typer.Option(metavar="FILE", help="Only clients with a certificate of its, PEM."),
     ] = None,
-    verbose: _VerboseOption = False,
+    verbose: VerboseOption = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Beside the brokers: split a host's sessions into connections to healthy nodes."""
     require("h2")
@@ -153,7 +156,8 @@ def amqp_proxy(
     if tls_cert is None and (tls_key or tls_ca):
         raise typer.BadParameter("TLS needs --tls-cert")
     tls = server_context(tls_cert, tls_key, tls_ca) if tls_cert is not None else None
-    _serve(listen, lambda: AmqpProxy(listen, node, authority=authority, tls=tls), verbose)
+    proxy = partial(AmqpProxy, listen, node, authority=authority, tls=tls)
+    _serve(listen, proxy, verbose, log_format)
 
 
 def _expect(locator: Locator, option: str, *kinds: type) -> None:
@@ -176,12 +180,13 @@ def require(*libraries: str) -> None:
             raise Failure(f"there is no {library} in this Python: pip install 'vsockets[amqp]'")
 
 
-def _serve(listen: Locator, make: Callable[[], Proxy], verbose: bool) -> None:
+def _serve(
+    listen: Locator, make: Callable[[], Proxy], verbose: bool, log_format: LogFormat
+) -> None:
     from ..bridges.amqp.service import run
 
-    log_to_standard_error("vsockets.amqp", verbose)
-    scheme = str(listen).partition(":")[0]
+    logs.begin("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
     try:
-        run(make, lambda proxy: notice(f"listening on {scheme}:{proxy.where}"))
+        run(make, listen)
     except OSError as error:
         raise Failure(error.strerror or str(error)) from None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 
+from ... import logs
 from ...attachment import current
 from ...locator import parse_locator
 from .guest_proxy import GuestProxy
@@ -18,15 +18,9 @@ def main() -> int:
     parser.add_argument("--listen", type=parse_locator, default="tcp:127.0.0.1:5672")
     parser.add_argument("--host", type=parse_locator, default="vsock:2:5672")
     arguments = parser.parse_args()
-    logging.basicConfig(format="vsock: %(message)s", level=logging.WARNING)
-
-    def ready(proxy: object) -> None:
-        assert isinstance(proxy, GuestProxy)
-        scheme = str(arguments.listen).partition(":")[0]
-        print(f"vsock: listening on {scheme}:{proxy.where}", file=sys.stderr, flush=True)
-
+    logs.begin("vsock: %(message)s", logs.NOTICE, "text")
     try:
-        run(lambda: GuestProxy(arguments.listen, arguments.host, current()), ready)
+        run(lambda: GuestProxy(arguments.listen, arguments.host, current()), arguments.listen)
     except OSError as error:
         print(f"vsock: {error.strerror or error}", file=sys.stderr)
         return 1

@@ -7,7 +7,11 @@ import signal
 from collections.abc import Callable
 from typing import Protocol
 
+from ...locator import Locator
+from ...logs import NOTICE
+from ...service_manager import notify_ready
 from ..running import allow_many_descriptors, first
+from .session import log
 
 
 class Proxy(Protocol):
@@ -24,10 +28,10 @@ class Proxy(Protocol):
         """End everything now."""
 
 
-def run(make: Callable[[], Proxy], ready: Callable[[Proxy], None]) -> None:
+def run(make: Callable[[], Proxy], listen: Locator) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends it without ceremony.
 
-    ``make`` is called in the loop, ``ready`` when the proxy listens.  Raises OSError.
+    ``make`` is called in the loop, for a proxy at ``listen``.  Raises OSError.
     """
     allow_many_descriptors()
 
@@ -42,7 +46,9 @@ def run(make: Callable[[], Proxy], ready: Callable[[Proxy], None]) -> None:
             loop.add_signal_handler(number, stop)
         proxy = make()
         try:
-            ready(proxy)
+            scheme = str(listen).partition(":")[0]
+            log.log(NOTICE, "listening on %s:%s", scheme, proxy.where)
+            notify_ready()
             await stopped.wait()
             await first(proxy.drain(), cut.wait())
         finally:
