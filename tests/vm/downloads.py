@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vsockets.vm.initramfs import Userland
 from vsockets.vm.kernels import Kernel
-from vsockets.vm.packages import DEBIAN, Suite, filled, run
+from vsockets.vm.packages import DEBIAN, Suite, Unavailable, filled, run
+from vsockets.vm.qemu import unpacked as qemu
 
 __all__ = [
     "Unavailable",
