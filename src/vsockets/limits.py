@@ -363,7 +363,7 @@ AMQP_LINKS = 256
 AMQP_PROXY_SESSIONS = 8192
 
 #: How long an AMQP proxy tries to reach one node, in seconds.
-AMQP_NODE_CONNECT = 3.0
+AMQP_NODE_CONNECT = 5.0
 
 #: How often a node is asked whether it serves, in seconds: one that does, and one that did not.
 #: RabbitMQ writes a line to its log for each.
