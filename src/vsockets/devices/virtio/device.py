@@ -25,6 +25,7 @@ from ..guest_memory import GuestMemory
 from ..loop import DeviceLoop
 from ..vhost_user import Vring
 from .connection import Do, State
+from .intake import Intake
 from .link import Link
 from .packed_ring import PackedRing
 from .packet import CONFIGURATION, F_SEQPACKET, F_STREAM, TRANSPORT_RESET, Header, Op, Type
@@ -91,7 +92,7 @@ class VirtioVsock:
         self._vrings: dict[int, Vring] = {}
         self._bases: dict[int, int] = {}  # where a ring was when it was last stopped
         self._receive: ReceiveQueue | None = None
-        self._transmit: TransmitQueue | None = None
+        self._transmit: Intake | None = None
         self._events: Ring | None = None
         self._turns: deque[Link] = deque()  # those with something for the guest
         self._resets: deque[bytes] = deque()  # for nobody's connection
@@ -134,7 +135,8 @@ class VirtioVsock:
         if index == RECEIVE:
             self._receive = ReceiveQueue(ring, self.cid)
         elif index == TRANSMIT:
-            self._transmit = TransmitQueue(ring, self.cid, self)
+            queue = TransmitQueue(ring, self.cid, self)
+            self._transmit = Intake(self._loop, queue, vring, self.work)
         else:
             self._events = ring
         # What was offered before anybody looked is announced by no kick.
@@ -231,10 +233,7 @@ class VirtioVsock:
         try:
             if self._transmit is not None:
                 index = TRANSMIT
-                more, call = self._transmit.run()
-                if call:
-                    self._vrings[TRANSMIT].call()
-                if more and not self.is_overwhelmed:
+                if self._transmit.run() and not self.is_overwhelmed:
                     self._work_again()
             if self._turns or self._resets:
                 index = RECEIVE
@@ -258,7 +257,8 @@ class VirtioVsock:
                 continue
             link = turns.popleft()
             link.queued = False
-            queue.send(link)
+            if queue.send(link) and self._transmit is not None:
+                self._transmit.pace.answered()
             if queue.publish():  # the guest works on these while we fetch more
                 self._vrings[RECEIVE].call()
             self.touched(link)

@@ -39,6 +39,8 @@ class TransmitQueue:
     """Takes packets of the guest ``cid``."""
 
     def __init__(self, ring: Ring, cid: int, receiver: Receiver) -> None:
+        self.packets = 0  #: taken in the last turn
+        self.payload = 0  #: bytes in them
         self._ring = ring
         self._cid = cid
         self._receiver = receiver
@@ -49,11 +51,12 @@ class TransmitQueue:
         self._ring.publish()
         return self._ring.base
 
-    def run(self) -> tuple[bool, bool]:
+    def run(self, expected: int = 1) -> tuple[bool, bool]:
         """Take packets, for a turn.
 
         Returns whether there are more, and whether the guest wants to be told.  If there are
-        no more, a kick will come with the next one.
+        no more, a kick will come with the next one; or, if there were any, perhaps only when
+        there are as many as ``expected``.
         """
         receiver, pop = self._receiver, self._ring.pop
         links = receiver.links
@@ -61,13 +64,14 @@ class TransmitQueue:
         run: Link | None = None  # whose payload was collected and not yet handed on
         views: list[memoryview] = []
         length = 0
+        taken = 0  # bytes of payload
         more = True
         cid, turn = self._cid, 0 if receiver.is_overwhelmed else PACKETS_A_TURN
         while turn:
             turn -= 1
             chain = pop()
             if chain is None:
-                if self._ring.want_kick():
+                if self._ring.want_kick(expected if notes else 1):
                     continue
                 more = False
                 break
@@ -81,6 +85,7 @@ class TransmitQueue:
             if link is not None and link.type == type_ and src_cid == cid:
                 link.send.update(alloc, fwd)
                 if op == _RW:
+                    taken += size
                     if not _limit(parts, size):
                         link.reset()
                     elif link.take(size):
@@ -111,6 +116,7 @@ class TransmitQueue:
         push = self._ring.push
         for note in notes:
             push(note, 0)
+        self.packets, self.payload = len(notes), taken
         return more, self._ring.publish()
 
 
