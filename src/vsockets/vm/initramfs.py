@@ -1,0 +1,136 @@
+"""A guest's first and only file system: a cpio archive that its kernel unpacks."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from .kernels import DRIVERS, Kernel
+from .packages import Suite, Unavailable, filled
+
+#: The library's own files: the guest's tools.
+PACKAGE = Path(__file__).parents[1]
+
+_FOLDERS = ("bin", "dev", "proc", "sys", "modules", "tmp")
+
+#: Parts of packages that no guest here misses.
+_NOT_NEEDED = ("usr/share", "etc", "var", "lib/systemd", "usr/lib/systemd")
+
+_INIT = """\
+#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin:/usr/bin HOME=/tmp
+mount -t proc none /proc
+mount -t sysfs none /sys
+mount -t devtmpfs none /dev
+for module in {modules}; do insmod /modules/$module.ko; done
+"""
+
+_ALIGNMENT = 4
+
+
+class Archive:
+    """The "newc" format of cpio(5)."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._inode = 0
+        self._folders: set[Path] = set()
+
+    def add(self, name: str, mode: int, data: bytes = b"") -> None:
+        """A file, a folder, or a symbolic link (``data`` is where to), by its ``mode``."""
+        self._inode += 1
+        encoded = name.encode() + b"\0"
+        links = 1
+        fields = (self._inode, mode, 0, 0, links, 0, len(data), 0, 0, 0, 0, len(encoded), 0)
+        header = b"070701" + b"".join(b"%08X" % field for field in fields)
+        for part in (header + encoded, data):
+            self._parts.append(part + bytes(-len(part) % _ALIGNMENT))
+
+    def add_with_folders(self, name: str, mode: int, data: bytes) -> None:
+        """A file, and the folders it is in."""
+        for folder in reversed(Path(name).parents[:-1]):
+            if folder not in self._folders:
+                self._folders.add(folder)
+                self.add(str(folder), stat.S_IFDIR | 0o755)
+        self.add(name, mode, data)
+
+    def finish(self) -> bytes:
+        """The archive."""
+        self.add("TRAILER!!!", 0)
+        return b"".join(self._parts)
+
+
+class Userland:
+    """What runs in a guest: busybox and Python, a suite's."""
+
+    def __init__(self, suite: Suite) -> None:
+        """Downloads it the first time; Unavailable."""
+
+        def fill(folder: Path) -> None:
+            needed = suite.with_dependencies("python3-minimal")
+            minimal = [name for name in needed if name.startswith(("python3.", "libpython3."))]
+            library = [name.replace("-minimal", "-stdlib") for name in minimal]
+            libraries = ("libc6", "libexpat1", "zlib1g")
+            wanted = dict.fromkeys([*minimal, *filter(lambda n: n.startswith("lib"), library)])
+            suite.unpack(folder, "busybox-static", *wanted, *libraries)
+
+        self.root = filled(f"userland-{suite.name}", fill)
+        found = [path.name for path in self.root.glob("usr/bin/python3.*")]
+        if not found:
+            raise Unavailable(f"python3-minimal of {suite.name} has no Python in it")
+        self.python = f"/usr/bin/{found[0]}"
+        self.modules = f"usr/lib/{found[0]}"  #: where Python finds modules
+
+    def put_into(self, archive: Archive) -> None:
+        """All of it that a guest needs."""
+        seen = {*_FOLDERS, "lib64"}
+        for path in sorted(self.root.rglob("*")):
+            name = str(path.relative_to(self.root))
+            if name.startswith(_NOT_NEEDED) or name in seen:
+                continue
+            if "gconv" in name or "/test/" in name or name.endswith((".pyc", "libc.so.6.debug")):
+                continue
+            if path.is_symlink():
+                archive.add(name, stat.S_IFLNK | 0o777, str(path.readlink()).encode())
+            elif path.is_dir():
+                archive.add(name, stat.S_IFDIR | 0o755)
+            else:
+                archive.add(name, stat.S_IFREG | 0o755, path.read_bytes())
+        loader = "ld-linux-x86-64.so.2"
+        target = f"/lib/x86_64-linux-gnu/{loader}"
+        archive.add("lib64", stat.S_IFDIR | 0o755)
+        archive.add(f"lib64/{loader}", stat.S_IFLNK | 0o777, target.encode())
+
+
+def build(
+    kernel: Kernel,
+    userland: Userland,
+    device: str,
+    last: str,
+    files: Mapping[str, bytes] | None = None,
+    modules: tuple[str, ...] = (),
+) -> bytes:
+    """An archive for ``kernel``, for a guest that has ``device``.
+
+    ``last`` is what its first process does in the end, lines for the shell; ``files`` are further
+    ones by their paths, all executable; ``modules`` are there and not loaded.
+    """
+    archive = Archive()
+    for folder in _FOLDERS:
+        archive.add(folder, stat.S_IFDIR | 0o755)
+    userland.put_into(archive)
+    loaded = kernel.modules(*DRIVERS[device])
+    if DRIVERS[device][-1] not in loaded:
+        raise Unavailable(f"the kernel of {kernel.name} has no {DRIVERS[device][-1]}")
+    for name, data in {**kernel.modules(*modules), **loaded}.items():
+        archive.add(f"modules/{name}.ko", stat.S_IFREG | 0o644, data)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = f"{userland.modules}/vsockets/{path.relative_to(PACKAGE)}"
+        archive.add_with_folders(name, stat.S_IFREG | 0o644, path.read_bytes())
+    for name, data in (files or {}).items():
+        archive.add_with_folders(name, stat.S_IFREG | 0o755, data)
+    init = _INIT.format(modules=" ".join(loaded)) + last
+    archive.add("init", stat.S_IFREG | 0o755, init.encode())
+    return archive.finish()

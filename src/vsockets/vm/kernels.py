@@ -1,0 +1,66 @@
+"""A distribution's kernel: its image, and its modules in the order they are loaded."""
+
+from __future__ import annotations
+
+import lzma
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .packages import Suite, Unavailable, filled, run
+
+#: What the guest's driver of each device is called; what they need is found.
+DRIVERS = {
+    "vmci": ("vmw_vsock_vmci_transport",),
+    "virtio": ("virtio_pci", "vmw_vsock_virtio_transport"),
+}
+
+_PARTS = re.compile(r"linux-(image|binary|modules)-\d")
+_DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
+
+
+class Kernel:
+    """A Linux and its modules, the newest of a suite."""
+
+    def __init__(self, suite: Suite) -> None:
+        """Downloads it the first time; Unavailable."""
+
+        def fill(folder: Path) -> None:
+            needed = suite.with_dependencies(suite.distribution.kernel)
+            suite.unpack(folder, *filter(_PARTS.match, needed))
+
+        self.name = suite.name
+        self.folder = filled(f"linux-{suite.name}", fill)
+        images = [path for path in sorted(self.folder.rglob("vmlinuz*")) if path.is_file()]
+        if not images:
+            raise Unavailable(f"{suite.distribution.kernel} of {suite.name} has no kernel in it")
+        self.image = images[0]
+
+    def modules(self, *names: str) -> dict[str, bytes]:
+        """The contents of modules, each after those it needs; without those that are built in."""
+        found: dict[str, bytes] = {}
+        for name in names:
+            for needed, data in self._with_needed(name):
+                found.setdefault(needed, data)
+        return found
+
+    def _with_needed(self, name: str) -> Iterator[tuple[str, bytes]]:
+        data = self._read(name)
+        if data is None:
+            return
+        depends = _DEPENDS.search(data)
+        for needed in depends[1].decode().split(",") if depends else ():
+            yield from self._with_needed(needed)
+        yield name, data
+
+    def _read(self, name: str) -> bytes | None:
+        # In file names "-" and "_" are the same.
+        for path in self.folder.rglob(f"{name.replace('_', '[-_]')}.ko*"):
+            if path.suffix == ".xz":
+                return lzma.decompress(path.read_bytes())
+            if path.suffix == ".zst":
+                plain = path.with_suffix("")
+                run("zstd", "-q", "-f", "-d", str(path), "-o", str(plain))
+                return plain.read_bytes()
+            return path.read_bytes()
+        return None

@@ -1,0 +1,151 @@
+"""A QEMU that can do a device: on this machine, or unpacked beside it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from .packages import CACHE, DEBIAN, Suite, Unavailable, filled
+
+PROGRAM = "qemu-system-x86_64"
+
+#: How long QEMU may take to say something about itself, in seconds; it takes a tenth of one.
+_PATIENCE = 20.0
+
+#: The newest that Debian has for its stable release.
+_BACKPORTS = Suite(DEBIAN, "trixie", "trixie-backports")
+_UNPACKED = "qemu-trixie-backports"
+
+#: Its own loader and libraries: this machine's may be older.
+_START = """\
+#!/bin/sh
+root=$(dirname "$0")
+exec "$root/usr/lib64/ld-linux-x86-64.so.2" \
+    --library-path "$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu" \
+    "$root/usr/bin/{program}" -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" "$@"
+"""
+
+
+class Need(NamedTuple):
+    """What a device of ours needs."""
+
+    driver: str  #: QEMU's name for its side
+    since: tuple[int, int]  #: the version that brought it
+
+
+NEEDS = {
+    "vmci": Need("vfio-user-pci", (10, 1)),
+    "virtio": Need("vhost-user-vsock-pci", (5, 1)),
+}
+
+
+class NoQemu(Exception):
+    """There is none; the text says what to install."""
+
+
+class TooOld(NoQemu):
+    """There is one, from before the device."""
+
+
+class Broken(NoQemu):
+    """There is one, and it does not work."""
+
+
+class Qemu(NamedTuple):
+    """A program, and its version."""
+
+    path: str
+    version: tuple[int, int]
+
+    def require(self, device: str) -> None:
+        """Raise TooOld or Broken unless it can do ``device``."""
+        need = NEEDS[device]
+        number, since = ".".join(map(str, self.version)), ".".join(map(str, need.since))
+        if self.version < need.since:
+            raise TooOld(
+                f"{self.path} is QEMU {number}, too old for the {device} device "
+                f"({need.driver} came with {since}): {advice(device)}"
+            )
+        if f'"{need.driver}"' not in _said(self.path, "-device", "help"):
+            raise Broken(
+                f"{self.path}, QEMU {number}, was built without {need.driver}: "
+                + advice(device)
+            )
+
+
+def advice(device: str) -> str:
+    """What to do for a QEMU that can do ``device``."""
+    if device == "virtio":
+        return "apt install qemu-system-x86"
+    return (
+        "apt install -t trixie-backports qemu-system-x86 on Debian 13, qemu-system-x86 on Ubuntu "
+        "25.10 or later; or --download, which unpacks one below ~/.cache and installs nothing; "
+        "or --device virtio"
+    )
+
+
+def examine(path: str) -> Qemu:
+    """What QEMU a program is; Broken."""
+    said = _said(path, "--version")
+    found = re.search(r"version (\d+)\.(\d+)", said)
+    if found is None:
+        last = said.strip().rpartition("\n")[2] or "nothing"
+        raise Broken(f"{path} does not work: asked for its version it said: {last}")
+    return Qemu(path, (int(found[1]), int(found[2])))
+
+
+def find(device: str, program: str | None = None, download: bool = False) -> Qemu:
+    """A QEMU that can do ``device``; NoQemu, Unavailable.
+
+    It is ``program`` if given; else the one on the PATH; else the one that was unpacked, which
+    with ``download`` is done now.
+    """
+    path = shutil.which(program or PROGRAM)
+    if path is None and program is not None:
+        raise NoQemu(f"there is no program {program}")
+    try:
+        if path is None:
+            raise NoQemu(f"there is no {PROGRAM}: {advice(device)}")
+        found = examine(path)
+        found.require(device)
+        return found
+    except NoQemu:
+        if program is not None or not (download or (CACHE / _UNPACKED).exists()):
+            raise
+    found = examine(unpacked())
+    found.require(device)
+    return found
+
+
+def unpacked() -> str:
+    """A QEMU that knows every device, unpacked with its own libraries and firmware."""
+    if not Path(DEBIAN.keys).exists():
+        raise Unavailable(f"no {DEBIAN.keys}: QEMU can be unpacked on Debian only")
+
+    def fill(folder: Path) -> None:
+        wanted = ("libc6", "qemu-system-x86", "qemu-system-common", "qemu-system-data", "ovmf")
+        _BACKPORTS.unpack(folder, *_BACKPORTS.with_dependencies(*wanted))
+        program = folder / PROGRAM
+        program.write_text(_START.format(program=PROGRAM))
+        program.chmod(0o755)
+
+    return str(filled(_UNPACKED, fill) / PROGRAM)
+
+
+def _said(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PATIENCE,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return done.stdout or done.stderr
