@@ -194,7 +194,7 @@ class VirtioVsock:
         self._answers[link] = answer
         self._loop.call_later(GUEST_ANSWER, partial(self._give_up, link, State.OFFERED))
         self.touched(link)
-        self.work()
+        self._turn()
 
     def drop_connections(self) -> None:
         """What happened to the machine, no connection outlives: suspension, migration."""
@@ -205,7 +205,7 @@ class VirtioVsock:
             link.reset()
             self._end(link)
             self.touched(link)
-        self.work()
+        self._turn()
 
     # Queues
 
@@ -227,13 +227,17 @@ class VirtioVsock:
 
     def work(self) -> None:
         """Take what the guest sent, and give it what there is, both for a turn."""
+        self._turn(self._transmit)
+
+    def _turn(self, transmit: Intake | None = None) -> None:
+        """Give the guest what there is; before that take what it sent, from ``transmit``."""
         if self._busy:  # what is asked for within a turn is part of it
             return
         self._busy = True
         try:
-            if self._transmit is not None:
+            if transmit is not None:
                 index = TRANSMIT
-                if self._transmit.run() and not self.is_overwhelmed:
+                if transmit.run() and not self.is_overwhelmed:
                     self._work_again()
             if self._turns or self._resets:
                 index = RECEIVE
@@ -361,7 +365,7 @@ class VirtioVsock:
             link.host_accepts()
             self._join(link, sock)
         self.touched(link)
-        self.work()
+        self._turn()
 
     def _join(self, link: Link, sock: socket.socket) -> None:
         link.join(sock)
@@ -401,7 +405,7 @@ class VirtioVsock:
         if events & select.EPOLLOUT and link.has_waiting:
             link.flush()
         self.touched(link)
-        self.work()
+        self._turn()
 
     # Ends
 
@@ -410,7 +414,7 @@ class VirtioVsock:
         if link.state is state and self.links.get((*link.peer, link.guest_port)) is link:
             link.reset()
             self.touched(link)
-            self.work()
+            self._turn()
 
     def _end(self, link: Link) -> None:
         """Close the host's side."""

@@ -79,14 +79,19 @@ class TransmitQueue:
             if writable:
                 raise RingError("a buffer of the transmit queue that is not to be read")
             notes.append(note)
-            fields = _take_header(parts)
+            # As Linux has it, without a call: the header apart from the payload.
+            if len(parts) == 2 and len(parts[0]) == HEADER_SIZE:
+                fields = _unpack_header(parts[0])
+                del parts[0]
+            else:
+                fields = _take_header(parts)
             src_cid, dst_cid, src_port, dst_port, size, type_, op, flags, alloc, fwd = fields
             link = links.get((dst_cid, dst_port, src_port))
             if link is not None and link.type == type_ and src_cid == cid:
                 link.send.update(alloc, fwd)
                 if op == _RW:
                     taken += size
-                    if not _limit(parts, size):
+                    if (len(parts) != 1 or len(parts[0]) != size) and not _limit(parts, size):
                         link.reset()
                     elif link.take(size):
                         if type_ != _STREAM:
