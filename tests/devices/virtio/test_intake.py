@@ -9,6 +9,7 @@ import pytest
 
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
+from vsockets.devices.tap import Tap
 from vsockets.devices.vhost_user import Vring
 from vsockets.devices.virtio.intake import Intake
 from vsockets.devices.virtio.link import Link
@@ -42,7 +43,9 @@ class Rig:
         self.vring.size = SIZE
         self.vring.take("call", os.dup(self.driver.call))
         self.loop = DeviceLoop()
-        self.intake = Intake(self.loop, TransmitQueue(ring, CID, self), self.vring, self.work)
+        self.intake = Intake(
+            self.loop, TransmitQueue(ring, CID, self, Tap(self.loop)), self.vring, self.work
+        )
         self.place = self.memory.allocate(HEADER_SIZE)
         header = Header(CID, 2, 1000, 1000, op=Op.CREDIT_REQUEST).encode()
         self.memory.view[self.place : self.place + HEADER_SIZE] = header
