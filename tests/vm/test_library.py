@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import tarfile
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from vsockets import VMADDR_CID_LOCAL
 from vsockets.testing import PrivateFabric
 
 from .conftest import COMMON, Stage
 from .image import LOOPBACK
 from .machine import Machine
+from .remote import Servant
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -38,9 +41,9 @@ for name in modules:
 _RUN_TESTS = """
 import subprocess, sys
 done = subprocess.run(
-    [sys.executable, "-m", "pytest", "-p", "kernel_fabric", "-p", "pytest_timeout", *arguments],
+    [sys.executable, "-m", "pytest", "-p", "vm.kernel_fabric", "-p", "pytest_timeout", *arguments],
     cwd="/tests",
-    env={**os.environ, "PYTHONPATH": "/tests", "VSOCKETS_TRANSPORT": "kernel"},
+    env={**os.environ, "PYTHONPATH": "/tests", "VSOCKETS_TRANSPORT": "kernel", **environment},
     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
 )
 result = done.returncode, done.stdout
@@ -60,7 +63,8 @@ def archive() -> bytes:
                 archive.add(path, path.name)
         for file in TESTS.glob("library/*.py"):
             archive.add(file, f"library/{file.name}")
-        archive.add(Path(__file__).with_name("kernel_fabric.py"), "kernel_fabric.py")
+        for name in ("__init__.py", "kernel_fabric.py", "remote.py"):
+            archive.add(Path(__file__).with_name(name), f"vm/{name}")
         archive.addfile(tarfile.TarInfo("pytest.ini"))
     return buffer.getvalue()
 
@@ -77,7 +81,19 @@ def machine(stage: Stage) -> Iterator[Machine]:
         yield machine
 
 
-def test_the_library_on_the_kernels_sockets(machine: Machine) -> None:
+def run(machine: Machine, **environment: str) -> None:
+    """All of them."""
     arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", "--timeout=60", "library"]
-    status, said = machine.run(_RUN_TESTS, timeout=_RUN, arguments=arguments)
+    status, said = machine.run(
+        _RUN_TESTS, timeout=_RUN, arguments=arguments, environment=environment
+    )
     assert status == 0, said
+
+
+def test_on_the_kernels_loopback(machine: Machine) -> None:
+    run(machine, VSOCKETS_TEST_CID=str(VMADDR_CID_LOCAL))
+
+
+def test_to_the_fabrics_host(machine: Machine) -> None:
+    with contextlib.closing(Servant(machine.host)) as servant:
+        run(machine, VSOCKETS_TEST_HOST=str(servant.port))
