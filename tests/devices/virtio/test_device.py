@@ -395,6 +395,23 @@ def test_messages_keep_their_boundaries(rig: Rig) -> None:
         stream.hear()
 
 
+def test_ends_of_records(rig: Rig) -> None:
+    """Of AF_VSOCK's MSG_EOR a unix socket knows nothing: a descriptor stands for it."""
+    rig.host.open_ports.add(5000)
+    stream = connect(rig.guest(), 1024, HOST, type=Type.SEQPACKET)
+    (sock,) = rig.host.accepted
+    for end in (Sequenced.END_OF_RECORD, 0):
+        stream.send(b"message", flags=int(Sequenced.END_OF_MESSAGE | end))
+        data, _, flags, _ = sock.recvmsg(100)
+        assert data == b"message"
+        assert bool(flags & socket.MSG_CTRUNC) is bool(end)
+    with open(os.devnull) as marker:
+        socket.send_fds(sock, [b"to the guest"], [marker.fileno()])
+    sock.send(b"and on")
+    for end in (Sequenced.END_OF_RECORD, 0):
+        assert stream.hear().flags == Sequenced.END_OF_MESSAGE | end
+
+
 def test_a_message_as_large_as_the_buffer_always_gets_through(rig: Rig) -> None:
     """What was passed on before it began is told, though it is little."""
     rig.host.open_ports.add(5000)

@@ -27,7 +27,7 @@ from ..tap import Tap
 from ..vhost_user import Vring
 from .connection import Do, State
 from .intake import Intake
-from .link import Link
+from .link import KINDS, TYPES, Link
 from .packed_ring import PackedRing
 from .packet import CONFIGURATION, F_SEQPACKET, F_STREAM, TRANSPORT_RESET, Header, Op, Type
 from .receive_queue import ReceiveQueue
@@ -54,10 +54,6 @@ _WRITING = _READING | select.EPOLLOUT
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _GONE = select.EPOLLHUP | select.EPOLLERR
-
-#: Socket types of the host for the guest's, and back.
-KINDS = {Type.STREAM: socket.SOCK_STREAM, Type.SEQPACKET: socket.SOCK_SEQPACKET}
-TYPES = {int(kind): type_ for type_, kind in KINDS.items()}
 
 
 class Fabric(Protocol):
@@ -101,6 +97,7 @@ class VirtioVsock:
         self._answers: dict[Link, Callable[[int], None]] = {}
         self._attempts: dict[Link, Callable[[], None]] = {}
         self._busy = False
+        self._marker = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
         self._again = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         loop.watch(self._again, partial(self._kicked, self._again))
 
@@ -109,6 +106,7 @@ class VirtioVsock:
         self._forget_connections()
         self._loop.unwatch(self._again)
         os.close(self._again)
+        os.close(self._marker)
 
     # vhost-user
 
@@ -370,7 +368,7 @@ class VirtioVsock:
         self._turn()
 
     def _join(self, link: Link, sock: socket.socket) -> None:
-        link.join(sock)
+        link.join(sock, self._marker)
         link.watched = True
         self._loop.watch_for(sock.fileno(), partial(self._ready, link), _READING)
 

@@ -10,7 +10,7 @@ import select
 import socket
 from collections import deque
 from itertools import islice
-from socket import MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
+from socket import MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
 
 from ...limits import VECTORS
 from ..pump import pull
@@ -24,7 +24,7 @@ from .ring import Chain, Ring, RingError, total
 _pack_header = HEADER.pack_into
 _RW, _STREAM = int(Op.RW), int(Type.STREAM)
 _SEND_ENDED = int(Shutdown.SEND)
-_END_OF_MESSAGE = int(Sequenced.END_OF_MESSAGE)
+_END_OF_MESSAGE, _END_OF_RECORD = int(Sequenced.END_OF_MESSAGE), int(Sequenced.END_OF_RECORD)
 _LOOK = int(MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT)
 _TAKE = int(MSG_DONTWAIT)
 
@@ -216,7 +216,8 @@ class ReceiveQueue:
                 link.needed = size
                 return False
             link.needed = 1
-            data = sock.recv(max(size, 1), _TAKE)
+            data, _, shown, _ = sock.recvmsg(max(size, 1), 0, _TAKE)
+            link.ends_record = bool(shown & MSG_CTRUNC)  # it came with a marker
         except BlockingIOError:
             link.readable = False
             return False
@@ -238,7 +239,9 @@ class ReceiveQueue:
             return
         part = link.incoming[:room]
         link.incoming = link.incoming[room:]
-        flags = 0 if link.incoming else _END_OF_MESSAGE
+        flags = 0
+        if not link.incoming:
+            flags = _END_OF_MESSAGE | (_END_OF_RECORD if link.ends_record else 0)
         header = self._header(link, len(part), _RW, flags)
         if place is not None:
             place[:HEADER_SIZE] = header
