@@ -24,7 +24,10 @@ pytestmark = pytest.mark.timeout(400)
 TESTS = Path(__file__).parents[1]
 
 #: What pytest is made of; all of it is pure Python.
-PYTEST = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "pytest_timeout")
+PYTEST = (
+    *("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py"),
+    "pytest_timeout",
+)
 
 #: How long all of them may take, in seconds.
 _RUN = 350.0
