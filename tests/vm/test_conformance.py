@@ -115,7 +115,7 @@ def both(request: pytest.FixtureRequest, stage: Stage) -> Iterator[Both]:
 class TestSuite:
     def test_what_passes(self, both: Both, client: str, column: int) -> None:
         passing = [case for case in both.cases if case.results[column] == "pass"]
-        assert len(passing) >= 20
+        assert len(passing) >= 19
         said, well = both.run(client, passing)
         passed = {int(number) for number in re.findall(r"^(\d+) - .*\.\.\.ok$", said, re.M)}
         assert passed == {case.id for case in passing}, said

@@ -352,8 +352,9 @@ class TestStreams:
                 child = os.fork()
                 if not child:
                     signal.signal(signal.SIGALRM, lambda *_: None)
+                    s = connect(port)  # which a signal would end
                     signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
-                    os._exit(echo(connect(port)) != total)
+                    os._exit(echo(s) != total)
                 result = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
                 """,
                 port=port,
