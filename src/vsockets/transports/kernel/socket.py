@@ -77,6 +77,17 @@ class KernelSocket(socket):
         """OSError EOPNOTSUPP: the kernel's AF_VSOCK does not tell."""
         raise error(errno.EOPNOTSUPP, "the kernel's AF_VSOCK knows no peer credentials")
 
+    def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None) -> None:
+        """As ``socket.setsockopt``; options of other families are accepted and ignored."""
+        if level != SOL_SOCKET:
+            super().setsockopt(level, optname, value, optlen)
+            return
+        with self._options() as options:
+            if optlen is None:
+                options.setsockopt(level, optname, value)
+            else:
+                options.setsockopt(level, optname, value, optlen)
+
     def getsockopt(self, level: int, optname: int, buflen: int = 0) -> Any:
         """As ``socket.getsockopt``; an ignored option reads as what it was set to, else 0."""
         if level != SOL_SOCKET:
