@@ -127,6 +127,13 @@ class RemoteSocket(vsockets.socket):
             view[: len(data)] = data
         return len(data), source
 
+    def recvmsg_into(self, buffers: Any, *arguments: int) -> tuple[int, Any, int, Any]:
+        """As ever."""
+        (buffer,) = buffers
+        data, ancillary, shown, source = self.call("recvmsg", len(buffer), *arguments)
+        buffer[: len(data)] = data
+        return len(data), ancillary, shown, source
+
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """As ever."""
         return self.recvfrom_into(buffer, nbytes, flags)[0]
