@@ -64,6 +64,7 @@ NOT_ON_THE_KERNEL = {
     "test_stdlib.py::test_tls": "the guest has no OpenSSL",
     "test_stream.py::test_both_ends_know_both_addresses*": _UNNAMED,
     "test_stream.py::test_credentials_of_the_peer*": _OTHERS,
+    "test_stream.py::test_connecting_from_a_bound_port_and_again*": _PORTS,
     "test_stream.py::test_a_bound_port_stays_taken_while_connected": _PORTS,
     "test_stream.py::test_a_listener_that_never_accepts_costs_vsockd_nothing": _FABRIC,
     "test_stream.py::test_contexts_that_cannot_be_reached": _FABRIC,
@@ -89,7 +90,6 @@ NOT_TO_THE_HOST = {
     "test_stdlib.py::test_socketserver": _DESCRIPTOR,
     "test_stdlib.py::test_http_server": _DESCRIPTOR,
     "test_stdlib.py::test_multiprocessing_connections": _DESCRIPTOR,
-    "test_stream.py::test_connecting_from_a_bound_port_and_again*": _PORTS,
     "test_stream.py::test_within_one_context_by_its_own_cid_and_the_local_one": _UNNAMED,
 }
 
