@@ -14,6 +14,7 @@ from vsockets.vm.kernels import Kernel
 
 from . import downloads, image
 from .machine import Machine
+from .rust_machine import RustMachine
 
 #: What every guest program here begins with.
 COMMON = """
@@ -73,12 +74,15 @@ class Stage:
         device: str = "vmci",
         memory: int = 512,
         arguments: Sequence[str] = (),
+        kind: type[Machine] = Machine,
         packed: bool = False,
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
         try:
             linux = downloads.kernel(kernel)
             downloads.qemu()
+            if issubclass(kind, RustMachine):
+                downloads.rust_back_end()
             initrd = self._image(linux, device)
         except downloads.Unavailable as error:
             if os.environ.get("VSOCKETS_REQUIRE_VM"):
@@ -87,7 +91,7 @@ class Stage:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
-        return Machine(
+        return kind(
             fabric,
             linux,
             initrd,
