@@ -70,7 +70,8 @@ HOST = "10.0.2.2"
 def stream(): return socket.socket(socket.AF_INET)
 def dgram(): return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 def listener(port):
-    s = stream(); s.bind(("", port)); s.listen(); return s
+    s = stream(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    s.bind(("", port)); s.listen(); return s
 def connect(port):
     s = stream(); s.connect((HOST, port)); s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return s
