@@ -140,6 +140,16 @@ WAITING_RESETS = 256
 #: Packets of the guest that are looked at in one turn, before other things get theirs.
 PACKETS_A_TURN = 256
 
+#: How long packets of a streaming guest may wait until some more have come, in seconds; and how
+#: many may, so that a guest's ring is never full for that.
+KICK_DELAY = 0.002
+PACKETS_A_KICK = 32
+
+#: Packets of the guest that were taken without its being told that their memory is free again,
+#: and for how long, in seconds: being told costs it an interrupt.
+UNTOLD_PACKETS = 16
+UNTOLD_DELAY = 0.01
+
 #: How long a guest may take to answer a connect, in seconds: Linux's listeners answer at once.
 GUEST_ANSWER = 2.0
 

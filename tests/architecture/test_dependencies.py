@@ -141,13 +141,16 @@ def test_the_amqp_proxies_decisions_do_no_io(name: str) -> None:
     assert not (doers | {"h2"}) & set(imports(f"vsockets.bridges.amqp.{name}"))
 
 
-def test_protocols_of_devices_know_nothing_of_what_they_carry() -> None:
-    package = "vsockets.devices.vfio_user"
+@pytest.mark.parametrize("protocol", ["vfio_user", "vhost_user"])
+def test_protocols_of_devices_know_nothing_of_what_they_carry(protocol: str) -> None:
+    package = f"vsockets.devices.{protocol}"
     known = (
         *PLAIN,
         package,
+        "vsockets.devices.conversation",
         "vsockets.devices.guest_memory",
         "vsockets.devices.loop",
+        "vsockets.devices.serving",
         "vsockets.daemon.loop",
         "vsockets.daemon",
         "vsockets.devices",
