@@ -24,6 +24,7 @@ from . import (
     reach,
     run,
     up,
+    vm,
 )
 from .advice import Failure, one_line
 from .output import complain
@@ -40,6 +41,7 @@ app.command("status")(up.status)
 app.command("reload")(up.reload)
 app.add_typer(context.app, name="context")
 app.add_typer(device.app, name="device")
+app.add_typer(vm.app, name="vm")
 app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 app.command("connect")(netcat.connect)
 app.command("listen")(netcat.listen)

@@ -37,6 +37,7 @@ _Cid = Annotated[
         "--cid", parser=read_cid, metavar="CID", help="Its context; by default one that is free."
     ),
 ]
+_UntilEof = Annotated[bool, typer.Option("--until-eof", help="End when standard input does.")]
 _Sandbox = Annotated[bool, typer.Option(help="Give up every privilege and system call not needed.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Say what happens.")]
 
@@ -53,6 +54,7 @@ def vmci(
         bool,
         typer.Option("--protocol-1", help="Speak the first version of the stream protocol."),
     ] = False,
+    until_eof: _UntilEof = False,
     sandbox: _Sandbox = True,
     verbose: _Verbose = False,
 ) -> None:
@@ -70,13 +72,14 @@ def vmci(
         machine = VmciMachine(loop, fabric, fabric.cid, events, legacy=legacy, older=older)
         Server(loop, listener, machine.device, machine.settle)
 
-    _serve("VMCI", path, cid, sandbox, verbose, begin)
+    _serve("VMCI", path, cid, until_eof, sandbox, verbose, begin)
 
 
 @app.command("virtio")
 def virtio(
     path: _Socket,
     cid: _Cid = None,
+    until_eof: _UntilEof = False,
     sandbox: _Sandbox = True,
     verbose: _Verbose = False,
 ) -> None:
@@ -94,7 +97,8 @@ def virtio(
         machine = VirtioMachine(loop, fabric, fabric.cid, events)
         Server(loop, listener, machine.device)
 
-    _serve("virtio-vsock", path, cid, sandbox, verbose, begin, datagrams=False, seqpacket=True)
+    service = ("virtio-vsock", path, cid, until_eof, sandbox, verbose, begin)
+    _serve(*service, datagrams=False, seqpacket=True)
 
 
 class _Attached(NamedTuple):
@@ -108,6 +112,7 @@ def _serve(
     name: str,
     path: Path,
     cid: int | None,
+    until_eof: bool,
     sandbox: bool,
     verbose: bool,
     begin: Callable[[_Attached], None],
@@ -138,6 +143,8 @@ def _serve(
         listener.listen(1)
         os.chmod(path, 0o600)
         loop = DeviceLoop()
+        if until_eof:
+            loop.watch(sys.stdin.fileno(), lambda _: loop.stop() if _has_ended() else None)
         begin(_Attached(loop, Attachment(loop, link, cid, datagrams), events, listener))
         if sandbox:
             enter_sandbox(owner)
@@ -146,3 +153,8 @@ def _serve(
             print(cid, flush=True)
             loop.run()
     sys.stdout.flush()
+
+
+def _has_ended() -> bool:
+    """Whether standard input is over; what comes before that says nothing to us."""
+    return not os.read(sys.stdin.fileno(), 4096)

@@ -71,8 +71,7 @@ class Qemu(NamedTuple):
             )
         if f'"{need.driver}"' not in _said(self.path, "-device", "help"):
             raise Broken(
-                f"{self.path}, QEMU {number}, was built without {need.driver}: "
-                + advice(device)
+                f"{self.path}, QEMU {number}, was built without {need.driver}: " + advice(device)
             )
 
 
