@@ -12,7 +12,7 @@ demo: .venv/ready
 	$(BIN)/vsock demo
 
 test: .venv/ready
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile  # much of the time a test waits
 	$(BIN)/ruff check
 	$(BIN)/mypy
 

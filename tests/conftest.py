@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import no_kernel_vsock
@@ -18,6 +19,14 @@ _scratch = Path(tempfile.mkdtemp(prefix="vsock-", dir="/tmp"))
 os.environ["VSOCKETS_TRANSPORT"] = "fabric"
 os.environ["VSOCKETS_DIR"] = str(_scratch / "fabric")
 os.environ.pop("VSOCKETS_CONTEXT", None)
+os.environ.pop("COLUMNS", None)  # tests' programs print whole lines wherever the tests run
+
+# A busy machine makes no test fail.
+hypothesis.settings.register_profile(
+    "any-speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+if "CI" not in os.environ:  # there Hypothesis has a profile of its own, which repeats itself
+    hypothesis.settings.load_profile("any-speed")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -58,6 +58,11 @@ class Stage:
         device: str = "vmci",
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
+        parts = self.parts(kernel, device)
+        return Machine(fabric, *parts, *options, cid=cid, device=device)
+
+    def parts(self, kernel: str, device: str) -> tuple[Kernel, Path, Path]:
+        """A machine's kernel, its initrd and a folder of its own; it skips the test likewise."""
         try:
             linux = downloads.kernel(kernel)
             downloads.qemu()
@@ -69,7 +74,7 @@ class Stage:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
-        return Machine(fabric, linux, initrd, folder, *options, cid=cid, device=device)
+        return linux, initrd, folder
 
     def _image(self, linux: Kernel, device: str) -> Path:
         name = f"{linux.name}-{device}"

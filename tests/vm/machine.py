@@ -19,6 +19,7 @@ from typing import Any
 
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
+from vsockets.vm import arguments as description
 from vsockets.vm.kernels import Kernel
 
 from . import downloads
@@ -27,7 +28,7 @@ from . import downloads
 BOOT = 100.0
 PATIENCE = 30.0
 
-_KERNEL_COMMAND = (
+KERNEL_COMMAND = (
     "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
     "random.trust_cpu=on"
 )
@@ -140,36 +141,30 @@ class Machine:
 
     def boot(self) -> None:
         """Start QEMU and wait for the guest."""
-        size = f"{self._memory}M"
+        machine = description.Machine(
+            self.kind,
+            self._memory,
+            kernel=str(self._kernel.image),
+            initrd=str(self._initrd),
+            append=KERNEL_COMMAND,
+        )
         command = [
             downloads.qemu(),
-            *("-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"),
+            *description.arguments(machine, str(self._path)),
             *("-serial", f"file:{self._folder / 'console'}"),
-            *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
-            *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
-            *("-m", size, "-smp", "1"),
-            *("-object", f"memory-backend-memfd,id=mem,size={size},share=on"),
-            *("-machine", "q35,memory-backend=mem"),
-            *("-kernel", str(self._kernel.image), "-initrd", str(self._initrd)),
-            *("-append", _KERNEL_COMMAND),
-            *self._device_options(),
+            *self._doors(),
         ]
         with open(self._folder / "qemu.log", "wb") as log:
             self.qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._connect_agent()
         self._wait_for(0, BOOT)
 
-    def _device_options(self) -> list[str]:
-        if self.kind == "virtio":
-            chardev = f"socket,id=vsock,path={self._path}"
-            return ["-chardev", chardev, "-device", "vhost-user-vsock-pci,id=dev,chardev=vsock"]
-        vfio = {
-            "driver": "vfio-user-pci",
-            "socket": {"type": "unix", "path": str(self._path)},
-            "x-no-posted-writes": True,
-            "x-msg-timeout": 60_000,
-        }
-        return ["-device", json.dumps(vfio)]
+    def _doors(self) -> list[str]:
+        """QEMU's arguments for the agent and the monitor."""
+        return [
+            *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
+            *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
+        ]
 
     def _connect_agent(self) -> None:
         self._agent = socket.socket(socket.AF_UNIX)

@@ -16,7 +16,7 @@ from vsockets import AF_VSOCK
 from vsockets.limits import MAX_DATAGRAM
 from vsockets.testing import PrivateFabric, wait_until
 
-from .machine import GuestError, Machine
+from .machine import GuestError, Job, Machine
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -54,6 +54,12 @@ def dial(machine: Machine, port: int) -> Any:
     wait_until(connects, f"the guest to listen on {port}", PATIENCE)
     found[0].settimeout(PATIENCE)
     return found[0]
+
+
+def echo_of_one(machine: Machine, port: int) -> Job:
+    """A guest program that listens when this returns, and echoes one stream."""
+    machine.run("import sys; sys.listening = listener(port)", port=port)
+    return machine.start("import sys; result = echo(sys.listening.accept()[0])")
 
 
 def exchange(sock: Any, total: int) -> bool:
@@ -183,8 +189,7 @@ class TestStreams:
 
     @pytest.mark.parametrize("size", [128, 5000, 100_001])
     def test_buffer_sizes_of_the_host(self, machine: Machine, size: int) -> None:
-        job = machine.start(f"result = echo(listener({7000 + size}).accept()[0])")
-        wait_until(lambda: _listens(machine, 7000 + size), "the guest to listen", PATIENCE)
+        job = echo_of_one(machine, 7000 + size)
         with vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=machine.host) as sock:
             sock.setsockopt(AF_VSOCK, vsockets.SO_VM_SOCKETS_BUFFER_SIZE, size)
             sock.connect((machine.cid, 7000 + size))
@@ -324,8 +329,7 @@ class TestStreams:
             sock.close()
 
     def test_non_blocking_connects(self, machine: Machine) -> None:
-        job = machine.start("result = echo(listener(6002).accept()[0])")
-        wait_until(lambda: _listens(machine, 6002), "the guest to listen", PATIENCE)
+        job = echo_of_one(machine, 6002)
         with vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=machine.host) as sock:
             sock.setblocking(False)
             assert sock.connect_ex((machine.cid, 6002)) == errno.EINPROGRESS
@@ -440,12 +444,3 @@ class TestLife:
             with server.accept()[0] as sock:
                 assert exchange(sock, 1000)
             assert job.result() == 1000
-
-
-def _listens(machine: Machine, port: int) -> bool:
-    return bool(
-        machine.run(
-            "try:\n stream().bind((ANY, port)); result = False\nexcept OSError: result = True",
-            port=port,
-        )
-    )

@@ -84,10 +84,10 @@ _Cid = Annotated[
 _Name = Annotated[str, typer.Option(help="For people to recognise it by.")]
 _Device = Annotated[Device, typer.Option(help="What the guest has its vSockets from.")]
 _Kernel = Annotated[
-    str, typer.Option(parser=_existing, metavar="FILE", help="Boot this Linux kernel.")
+    str | None, typer.Option(parser=_existing, metavar="FILE", help="Boot this Linux kernel.")
 ]
 _Initrd = Annotated[
-    str, typer.Option(parser=_existing, metavar="FILE", help="With --kernel: its first root.")
+    str | None, typer.Option(parser=_existing, metavar="FILE", help="Its first file system.")
 ]
 _Append = Annotated[str, typer.Option(help="With --kernel: its command line.")]
 _Disk = Annotated[
@@ -127,8 +127,8 @@ def run(
     cid: _Cid = None,
     name: _Name = "",
     device: _Device = Device.VMCI,
-    kernel: _Kernel = "",
-    initrd: _Initrd = "",
+    kernel: _Kernel = None,
+    initrd: _Initrd = None,
     append: _Append = "",
     disk: _Disk = None,
     memory: _Memory = None,
@@ -155,7 +155,7 @@ def run(
         cpus or 1,
         name,
         _accelerators(accel),
-        *(kernel, initrd, append),
+        *(kernel or "", initrd or "", append),
         disks=tuple(disk or ()),
         cards=(Card(),) * (network is Network.USER),
     )

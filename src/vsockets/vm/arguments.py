@@ -73,7 +73,8 @@ def arguments(machine: Machine, device_socket: str) -> list[str]:
     said += ["-cpu", "max", "-smp", str(machine.cpus), "-m", f"{machine.memory}M"]
     # The device's process works in the guest's memory, so that is shared.
     said += ["-object", f"memory-backend-memfd,id=mem,size={machine.memory}M,share=on"]
-    said += ["-machine", "q35,memory-backend=mem"]
+    # Without graphics the BIOS and boot loaders speak on the console.
+    said += ["-machine", "q35,memory-backend=mem,graphics=off"]
     if machine.firmware:
         said += ["-bios", machine.firmware]
     for option in ("kernel", "initrd", "append"):

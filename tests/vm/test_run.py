@@ -1,0 +1,223 @@
+"""``vsock vm run``: machines that are contexts, and what becomes of both."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vsockets.testing import PrivateFabric, wait_until
+
+from . import downloads
+from .conftest import COMMON, Stage
+from .launched import Launched
+from .test_vmci import PATIENCE, serve
+
+pytestmark = pytest.mark.timeout(180)
+
+CID = 70
+
+
+@pytest.fixture(scope="module", params=["vmci", "virtio"])
+def launched(
+    request: pytest.FixtureRequest, stage: Stage, fabric_of_machines: PrivateFabric
+) -> Iterator[Launched]:
+    """A running guest of each device."""
+    parts = stage.parts("stable", request.param)
+    grace = ("--grace", "1")
+    launched = Launched(fabric_of_machines, *parts, *grace, cid=CID, device=request.param)
+    with launched:
+        launched.run(COMMON)
+        yield launched
+
+
+def state(fabric: PrivateFabric) -> str | None:
+    """Of the context; None when it has gone."""
+    found = [row["state"] for row in fabric.control.contexts() if row["cid"] == CID]
+    return found[0] if found else None
+
+
+@contextlib.contextmanager
+def changes(fabric: PrivateFabric, *expected: str) -> Iterator[None]:
+    """Within this context the guest's context has these changes and no others."""
+    with fabric.control.events("context") as events:
+        yield
+        found: list[str] = []
+        while len(found) < len(expected):
+            found.append(events.wait(PATIENCE)["change"])
+        # What could still come would come before this.
+        fabric.control.add_context(CID + 1)
+        fabric.control.remove_context(CID + 1)
+        while events.wait(PATIENCE)["cid"] == CID:
+            found.append("another one")
+        events.wait(PATIENCE)
+    assert tuple(found) == expected
+
+
+def stream(machine: Launched) -> Any:
+    """One between the host and the guest, which echoes."""
+    server, port = serve(machine)
+    with server:
+        machine.start("echo(connect(port))", port=port)
+        sock, peer = server.accept()
+    assert peer[0] == CID
+    sock.settimeout(PATIENCE)
+    assert works(sock)
+    return sock
+
+
+def works(sock: Any) -> bool:
+    sock.sendall(b"hello")
+    return bool(sock.recv(5) == b"hello")
+
+
+def is_over(sock: Any) -> bool:
+    try:
+        return bool(sock.recv(1) == b"")
+    except ConnectionResetError:
+        return True
+
+
+class TestLife:
+    def test_its_context_is_leased_and_nothing_has_a_name(
+        self, launched: Launched, fabric_of_machines: PrivateFabric
+    ) -> None:
+        (row,) = [row for row in fabric_of_machines.control.contexts() if row["cid"] == CID]
+        assert (row["state"], row["leased"]) == ("running", True)
+        assert launched.qemu is not None
+        used = {arguments_of(pid)[-1] for pid in descendants(launched.qemu.pid)}
+        with stream(launched) as sock:
+            assert works(sock)
+        assert not [path for path in used if path.startswith("/tmp/vsock-vm-")]
+
+    def test_the_context_follows_the_machine(
+        self, launched: Launched, fabric_of_machines: PrivateFabric
+    ) -> None:
+        with stream(launched) as sock, changes(fabric_of_machines, "suspend", "resume"):
+            launched.monitor("stop")
+            wait_until(lambda: state(fabric_of_machines) == "suspended", seconds=PATIENCE)
+            assert is_over(sock)
+            launched.monitor("cont")
+        with stream(launched):
+            assert state(fabric_of_machines) == "running"
+
+    def test_the_machine_follows_the_context(
+        self, launched: Launched, fabric_of_machines: PrivateFabric
+    ) -> None:
+        control = fabric_of_machines.control
+        with stream(launched) as sock, changes(fabric_of_machines, "suspend", "resume"):
+            control.suspend(CID)
+            assert is_over(sock)
+            wait_until(lambda: status_of(launched) == "paused", seconds=PATIENCE)
+            control.resume(CID)
+            wait_until(lambda: status_of(launched) == "running", seconds=PATIENCE)
+        with stream(launched):
+            pass
+
+    def test_a_reset_ends_streams(
+        self, launched: Launched, fabric_of_machines: PrivateFabric
+    ) -> None:
+        with stream(launched) as sock:
+            with changes(fabric_of_machines, "reset"):
+                launched.monitor("system_reset")
+                assert is_over(sock)
+            launched.wait_for_boot()
+            launched.run(COMMON)
+        with stream(launched):
+            pass
+
+    def test_told_to_end_it_leaves_nothing(
+        self, launched: Launched, fabric_of_machines: PrivateFabric
+    ) -> None:
+        """The guest here does not heed the power button: it is powered off after a second."""
+        assert launched.qemu is not None
+        parts = descendants(launched.qemu.pid)
+        assert len(parts) == 2
+        launched.qemu.terminate()
+        assert launched.qemu.wait(PATIENCE) == 128 + signal.SIGTERM
+        assert "powering off" in launched.log
+        assert not any(map(alive, parts))
+        wait_until(lambda: state(fabric_of_machines) is None, seconds=PATIENCE)
+
+
+def status_of(machine: Launched) -> str:
+    return str(machine.monitor("query-status")["status"])
+
+
+# Its processes, with a machine that has nothing to boot
+
+
+def arguments_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
+def descendants(pid: int) -> list[int]:
+    """A process's children, which have none."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.fixture
+def bare(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[subprocess.Popen[str]]:
+    """The command, once its machine runs."""
+    stage.parts("stable", "virtio")  # or the test is skipped
+    command = [sys.executable, "-m", "vsockets.tools", "--dir", str(fabric_of_machines.folder)]
+    command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu(), "--cid", str(CID)]
+    command += ["--memory", "32M", "--device", "virtio"]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert any("SeaBIOS" in line for line in process.stdout)
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_killed_part_ends_the_rest(
+    bare: subprocess.Popen[str], fabric_of_machines: PrivateFabric
+) -> None:
+    parts = descendants(bare.pid)
+    (device,) = [pid for pid in parts if "--until-eof" in arguments_of(pid)]
+    os.kill(device, signal.SIGKILL)
+    _, said = bare.communicate(timeout=PATIENCE)
+    assert bare.returncode == 1
+    assert said.endswith(
+        "vsock: the device has ended (killed by signal 9), and the machine with it\n"
+    )
+    assert not any(map(alive, parts))
+
+
+def test_killed_itself_it_leaves_nothing(
+    bare: subprocess.Popen[str], fabric_of_machines: PrivateFabric
+) -> None:
+    parts = descendants(bare.pid)
+    bare.kill()
+    bare.wait(PATIENCE)
+    wait_until(lambda: not any(map(alive, parts)), seconds=PATIENCE)
+    wait_until(lambda: state(fabric_of_machines) is None, seconds=PATIENCE)
+
+
+def test_powered_off_by_its_administrator(
+    bare: subprocess.Popen[str], fabric_of_machines: PrivateFabric
+) -> None:
+    wait_until(lambda: state(fabric_of_machines) == "running", seconds=PATIENCE)
+    fabric_of_machines.control.power_off(CID)
+    assert bare.wait(PATIENCE) == 0
