@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+PROGRAM = "qemu-system-x86_64"
+
 #: What the device's process answers within, in milliseconds, or QEMU gives it up.
 _ANSWER = 60_000
 

@@ -19,11 +19,14 @@ _FAREWELL = 5.0
 
 
 @contextlib.contextmanager
-def console(sock: socket.socket, escape: Callable[[], object]) -> Iterator[None]:
+def console(
+    sock: socket.socket, escape: Callable[[], object]
+) -> Iterator[Callable[[], None]]:
     """Show what comes from ``sock`` and send it what is typed, while the context lasts.
 
     On a terminal all keys are the guest's but Ctrl-], at which ``escape`` is called, in a
-    thread.  Afterwards the terminal is as it was, and all that came was shown.
+    thread.  Afterwards the terminal is as it was, and all that came was shown.  What the
+    context gives waits for the end of what comes.
     """
     terminal = os.isatty(STDIN)
     # Threads: a terminal that is stopped holds up nothing but the console.
@@ -33,7 +36,7 @@ def console(sock: socket.socket, escape: Callable[[], object]) -> Iterator[None]
         shows.start()
         types.start()
         try:
-            yield
+            yield shows.join
         finally:
             shows.join(_FAREWELL)
 

@@ -8,9 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+from .arguments import PROGRAM
 from .packages import CACHE, DEBIAN, Suite, Unavailable, filled
-
-PROGRAM = "qemu-system-x86_64"
 
 #: How long QEMU may take to say something about itself, in seconds; it takes a tenth of one.
 _PATIENCE = 20.0
@@ -132,6 +131,15 @@ def unpacked() -> str:
         program.chmod(0o755)
 
     return str(filled(_UNPACKED, fill) / PROGRAM)
+
+
+def find_firmware() -> str:
+    """A UEFI firmware; Unavailable."""
+    for root in (Path("/"), CACHE / _UNPACKED):
+        path = root / "usr/share/ovmf/OVMF.fd"
+        if path.exists():
+            return str(path)
+    raise Unavailable("the machine has UEFI firmware, and here is none: apt install ovmf")
 
 
 def _said(*command: str) -> str:
