@@ -24,9 +24,12 @@ class Launched(Machine):
         folder: Path,
         *options: str,
         cid: int,
-        device: str,
+        device: str = "vmci",
+        vmx: Path | None = None,
     ) -> None:
+        """``vmx``: what it is described by, with its ``cid``; instead of the kernel."""
         super().__init__(fabric, kernel, initrd, folder, *options, cid=cid, device=device)
+        self._vmx = vmx
 
     def start_device(self) -> None:
         """It does so itself."""
@@ -36,9 +39,12 @@ class Launched(Machine):
         command = [sys.executable, "-m", "vsockets.tools", "--dir", str(self._fabric.folder)]
         # Never KVM: what a machine that runs tests has under that name need not be one.
         command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu()]
-        command += ["--cid", str(self.cid), "--device", self.kind]
-        command += ["--kernel", str(self._kernel.image), "--initrd", str(self._initrd)]
-        command += ["--append", KERNEL_COMMAND, *self._options, "--", *self._doors()]
+        if self._vmx is None:
+            command += ["--cid", str(self.cid), "--device", self.kind, "--append", KERNEL_COMMAND]
+            command += ["--kernel", str(self._kernel.image), "--initrd", str(self._initrd)]
+        else:
+            command += ["--vmx", str(self._vmx)]
+        command += [*self._options, "--", *self._doors()]
         with (
             open(self._folder / "console", "wb") as console,
             open(self._folder / "qemu.log", "wb") as log,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -156,7 +157,7 @@ class TestArguments:
         disks += [("p1", "pvscsi"), ("n", "nvme"), ("l", "lsisas1068")]
         machine = Machine("vmci", 256, disks=tuple(Disk(a, "vmdk", b) for a, b in disks))
         said = arguments(machine, "/run/vm5")
-        options = [word for before, word in zip(said, said[1:], strict=False) if before == "-device"]
+        options = [word for before, word in pairwise(said) if before == "-device"]
         assert options[1:] == [
             '{"driver": "virtio-blk-pci", "drive": "disk0", "bootindex": 0}',
             '{"driver": "ide-hd", "drive": "disk1", "bootindex": 1, "bus": "ide.0"}',

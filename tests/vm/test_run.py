@@ -15,7 +15,7 @@ import pytest
 
 from vsockets.testing import PrivateFabric, wait_until
 
-from . import downloads
+from . import downloads, vmware
 from .conftest import COMMON, Stage
 from .launched import Launched
 from .test_vmci import PATIENCE, serve
@@ -67,7 +67,7 @@ def stream(machine: Launched) -> Any:
     with server:
         machine.start("echo(connect(port))", port=port)
         sock, peer = server.accept()
-    assert peer[0] == CID
+    assert peer[0] == machine.cid
     sock.settimeout(PATIENCE)
     assert works(sock)
     return sock
@@ -145,6 +145,37 @@ class TestLife:
         assert "powering off" in launched.log
         assert not any(map(alive, parts))
         wait_until(lambda: state(fabric_of_machines) is None, seconds=PATIENCE)
+
+
+def test_a_machine_of_vmwares(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
+    """It boots from its own disk, and keeps its CID."""
+    linux, initrd, folder = stage.parts("stable", "vmci")
+    vmx = vmware.make(folder, linux.image, initrd, -559038737, "lsilogic")
+    cid = 2**32 - 559038737
+    parts = linux, initrd, folder
+    launched = Launched(fabric_of_machines, *parts, "--grace", "0", cid=cid, vmx=vmx)
+    with launched:
+        found = launched.run(
+            """
+            def read(path):
+                with open(path) as file: return file.read()
+            pci = '/sys/bus/pci/devices'
+            result = (
+                read('/proc/cmdline'), os.cpu_count(), int(read('/proc/meminfo').split()[1]),
+                {read(f'{pci}/{name}/class')[:6] for name in os.listdir(pci)},
+            )
+            """
+        )
+        command_line, processors, memory, classes = found
+        assert "BOOT_IMAGE=vmlinuz" in command_line
+        assert processors == 2
+        assert 240 << 10 < memory < 320 << 10
+        assert "0x0200" not in classes  # no network card
+        launched.run(COMMON)
+        with stream(launched):
+            pass
+    for what in ("scsi0.virtualDev: lsilogic", "sata0:1: cdrom-raw", "usb", "sound", "ethernet"):
+        assert f"not carried over: {what}" in launched.log
 
 
 def status_of(machine: Launched) -> str:
