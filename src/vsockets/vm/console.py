@@ -19,9 +19,7 @@ _FAREWELL = 5.0
 
 
 @contextlib.contextmanager
-def console(
-    sock: socket.socket, escape: Callable[[], object]
-) -> Iterator[Callable[[], None]]:
+def console(sock: socket.socket, escape: Callable[[], object]) -> Iterator[Callable[[], None]]:
     """Show what comes from ``sock`` and send it what is typed, while the context lasts.
 
     On a terminal all keys are the guest's but Ctrl-], at which ``escape`` is called, in a

@@ -59,19 +59,23 @@ class Qemu(NamedTuple):
     path: str
     version: tuple[int, int]
 
+    @property
+    def number(self) -> str:
+        """Its version, for people."""
+        return ".".join(map(str, self.version))
+
     def require(self, device: str) -> None:
         """Raise TooOld or Broken unless it can do ``device``."""
         need = NEEDS[device]
-        number, since = ".".join(map(str, self.version)), ".".join(map(str, need.since))
+        since = ".".join(map(str, need.since))
         if self.version < need.since:
             raise TooOld(
-                f"{self.path} is QEMU {number}, too old for the {device} device "
+                f"{self.path} is QEMU {self.number}, too old for the {device} device "
                 f"({need.driver} came with {since}): {advice(device)}"
             )
         if f'"{need.driver}"' not in _said(self.path, "-device", "help"):
-            raise Broken(
-                f"{self.path}, QEMU {number}, was built without {need.driver}: " + advice(device)
-            )
+            what = f"{self.path}, QEMU {self.number}, was built without {need.driver}"
+            raise Broken(f"{what}: {advice(device)}")
 
 
 def advice(device: str) -> str:
@@ -120,8 +124,6 @@ def find(device: str, program: str | None = None, download: bool = False) -> Qem
 
 def unpacked() -> str:
     """A QEMU that knows every device, unpacked with its own libraries and firmware."""
-    if not Path(DEBIAN.keys).exists():
-        raise Unavailable(f"no {DEBIAN.keys}: QEMU can be unpacked on Debian only")
 
     def fill(folder: Path) -> None:
         wanted = ("libc6", "qemu-system-x86", "qemu-system-common", "qemu-system-data", "ovmf")
