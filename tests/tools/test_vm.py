@@ -99,8 +99,7 @@ class TestArguments:
         device, qemu = map(shlex.split, done.stdout.splitlines())
         assert device[-3:] == ["--cid", "77", "&"]
         assert [qemu[qemu.index(option) + 1] for option in ("-name", "-m", "-smp")] == [
-            *("web", "64M"),
-            "1",
+            *("web", "64M", "1,maxcpus=2"),
         ]
         assert "-netdev" not in qemu
         assert "not carried over: ethernet: a e1000; --network user gives it one" in done.stderr

@@ -56,10 +56,11 @@ class Stage:
         *options: str,
         cid: int = 0,
         device: str = "vmci",
+        packed: bool = False,
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
         parts = self.parts(kernel, device)
-        return Machine(fabric, *parts, *options, cid=cid, device=device)
+        return Machine(fabric, *parts, *options, cid=cid, device=device, packed=packed)
 
     def parts(self, kernel: str, device: str) -> tuple[Kernel, Path, Path]:
         """A machine's kernel, its initrd and a folder of its own; it skips the test likewise."""

@@ -26,7 +26,7 @@ from . import downloads
 
 #: How long a machine may take to boot, and a guest to do what it is asked, in seconds.
 BOOT = 100.0
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 KERNEL_COMMAND = (
     "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
@@ -71,8 +71,10 @@ class Machine:
         memory: int = 512,
         cid: int | None = None,
         device: str = "vmci",
+        packed: bool = False,
     ) -> None:
         self._fabric = fabric
+        self._packed = packed
         self._kernel = kernel
         self._initrd = initrd
         self._folder = folder
@@ -164,6 +166,7 @@ class Machine:
         return [
             *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
             *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
+            *("-global", "virtio-device.packed=on") * self._packed,
         ]
 
     def _connect_agent(self) -> None:
@@ -182,14 +185,15 @@ class Machine:
 
     def _listen(self, agent: socket.socket) -> None:
         received = b""
-        while data := agent.recv(65_536):
-            *lines, received = (received + data).split(b"\n")
-            for line in lines:
-                if line.startswith(b"@"):
-                    number, ok, result = ast.literal_eval(line[1:].decode())
-                    with self._arrived:
-                        self._answers[number] = ok, result
-                        self._arrived.notify_all()
+        with contextlib.suppress(ConnectionResetError):  # QEMU ended with something unread
+            while data := agent.recv(65_536):
+                *lines, received = (received + data).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"@"):
+                        number, ok, result = ast.literal_eval(line[1:].decode())
+                        with self._arrived:
+                            self._answers[number] = ok, result
+                            self._arrived.notify_all()
 
     def _wait_for(self, number: int, timeout: float) -> tuple[bool, Any]:
         deadline = time.monotonic() + timeout
@@ -197,7 +201,10 @@ class Machine:
             while number not in self._answers:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise TimeoutError(f"the guest is silent; its console: {self.console[-2000:]}")
+                    raise TimeoutError(
+                        f"the guest is silent; its console: {self.console[-2000:]}\n"
+                        f"the device: {self.device_log[-2000:]}"
+                    )
                 if self.qemu is not None and self.qemu.poll() is not None:
                     log = (self._folder / "qemu.log").read_text()
                     raise GuestError("QEMU", None, f"status {self.qemu.returncode}: {log}")
@@ -234,6 +241,30 @@ class Machine:
                 while "return" not in (answer := json.loads(file.readline())):
                     assert "error" not in answer, answer
             return answer["return"]
+
+    def kill_device(self) -> None:
+        """As when it crashes."""
+        assert self.device is not None
+        self.device.kill()
+        self.device.wait()
+        assert self.device.stdout is not None
+        self.device.stdout.close()
+        os.unlink(self._path)
+
+    def plug_again(self) -> None:
+        """Pull the virtio device out of the running machine, and plug one in."""
+        self.monitor("device_del", id="dev")
+
+        def is_out() -> bool:
+            devices = self.monitor("qom-list", path="/machine/peripheral")
+            return all(device["name"] != "dev" for device in devices)
+
+        wait_until(is_out, "the guest to let go of the device", PATIENCE)
+        self.monitor("chardev-remove", id="vsock")
+        address = {"type": "unix", "data": {"path": str(self._path)}}
+        socket = {"type": "socket", "data": {"addr": address, "server": False}}
+        self.monitor("chardev-add", id="vsock", backend=socket)
+        self.monitor("device_add", **description.VIRTIO)
 
     def wait_for_boot(self) -> None:
         """After a reboot."""

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 from socket import SCM_RIGHTS, SOL_SOCKET
+from typing import Protocol
 
 from ..devices.vhost_user import messages
 from ..devices.vhost_user.messages import Request
@@ -79,6 +80,18 @@ class DriverRing:
         self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.error = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    @property
+    def base(self) -> int:
+        """Where the device is to begin, as vhost-user says it."""
+        return self.taken
+
+    def start_at(self, base: int) -> None:
+        """Begin with the entry ``base``, as if the ring had been in use."""
+        self.next = self._kicked = self.taken = base
+        self._available[1] = self._used[1] = base
+        if self.event_index:
+            self._available[2 + self.size] = self._used[2 + 4 * self.size] = base
 
     def write_descriptor(
         self, index: int, address: int, length: int, flags: int, following: int
@@ -166,6 +179,22 @@ class DriverRing:
             os.close(fd)
 
 
+class Ring(Protocol):
+    """What the front end needs to know of a ring."""
+
+    size: int
+    descriptors: int
+    available: int
+    used: int
+    kick: int
+    call: int
+    error: int
+
+    @property
+    def base(self) -> int:
+        """Where the device is to begin, as vhost-user says it."""
+
+
 class FrontEnd:
     """The vhost-user side of a virtual machine's monitor."""
 
@@ -206,11 +235,13 @@ class FrontEnd:
             table += messages.REGION.pack(*region)
         self.tell(Request.SET_MEM_TABLE, table, [memory.fd] * len(memory.regions))
 
-    def set_ring(self, index: int, ring: DriverRing, base: int = 0, enable: bool = True) -> None:
-        """Describe a ring, and have it started."""
+    def set_ring(
+        self, index: int, ring: Ring, base: int | None = None, enable: bool = True
+    ) -> None:
+        """Describe a ring, and have it started, at ``base`` or where the driver is."""
         state = messages.VRING_STATE
         self.tell(Request.SET_VRING_NUM, state.pack(index, ring.size))
-        self.tell(Request.SET_VRING_BASE, state.pack(index, base))
+        self.tell(Request.SET_VRING_BASE, state.pack(index, ring.base if base is None else base))
         address = messages.VRING_ADDR.pack(
             index,
             0,

@@ -14,7 +14,13 @@ from pathlib import Path
 from ..devices.vhost_user import messages
 from ..devices.vhost_user.messages import Protocol
 from ..devices.virtio.packet import F_SEQPACKET, HEADER, HEADER_SIZE, Header, Op, Type
-from ..devices.virtio.ring import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_VERSION_1
+from ..devices.virtio.ring import (
+    F_RING_EVENT_IDX,
+    F_RING_INDIRECT_DESC,
+    F_RING_PACKED,
+    F_VERSION_1,
+)
+from .packed_driver import PackedDriverRing
 from .virtio_driver import DriverRing, FrontEnd, Memory
 
 #: What a guest's kernel uses.
@@ -52,7 +58,8 @@ class PlayedGuest:
         )
         event_index = bool(self.features & F_RING_EVENT_IDX)
         indirect = bool(self.features & F_RING_INDIRECT_DESC)
-        self.rings = [DriverRing(self.memory, size, event_index, indirect) for _ in range(3)]
+        kind = PackedDriverRing if self.features & F_RING_PACKED else DriverRing
+        self.rings = [kind(self.memory, size, event_index, indirect) for _ in range(3)]
         self.receive, self.transmit, self.events = self.rings
         self._split = split
         self._buffer = HEADER_SIZE + buffer

@@ -27,6 +27,9 @@ SATA_PORTS = 6
 
 FORMATS = ("qcow2", "raw", "vmdk")
 
+#: The virtio device, in a slot that it can be plugged out of.
+VIRTIO = {"driver": "vhost-user-vsock-pci", "id": "dev", "chardev": "vsock", "bus": "slot0"}
+
 
 @dataclass(frozen=True)
 class Disk:
@@ -72,7 +75,10 @@ def arguments(machine: Machine, device_socket: str) -> list[str]:
         said += ["-name", _quoted(machine.name)]
     for accelerator in machine.accelerators:
         said += ["-accel", accelerator]
-    said += ["-cpu", "max", "-smp", str(machine.cpus), "-m", f"{machine.memory}M"]
+    # Where there can be one processor only, QEMU 11.1 emulates LOCK without a lock: the guest's
+    # barriers are none towards the device's process, and a wake-up may be lost.
+    processors = f"{machine.cpus},maxcpus={max(machine.cpus, 2)}"
+    said += ["-cpu", "max", "-smp", processors, "-m", f"{machine.memory}M"]
     # The device's process works in the guest's memory, so that is shared.
     said += ["-object", f"memory-backend-memfd,id=mem,size={machine.memory}M,share=on"]
     # Without graphics the BIOS and boot loaders speak on the console.
@@ -95,11 +101,10 @@ def arguments(machine: Machine, device_socket: str) -> list[str]:
 def device_arguments(device: str, path: str) -> list[str]:
     """QEMU's side of a vSockets device, whose process waits at ``path``."""
     if device == "virtio":
-        chardev = {"backend": "socket", "id": "vsock", "path": path}
-        spelled = ",".join(f"{key}={_quoted(value)}" for key, value in chardev.items())
         return [
-            *("-chardev", spelled.removeprefix("backend=")),
-            *("-device", "vhost-user-vsock-pci,chardev=vsock"),
+            *("-chardev", f"socket,id={VIRTIO['chardev']},path={_quoted(path)}"),
+            *("-device", f"pcie-root-port,id={VIRTIO['bus']},slot=1"),
+            *("-device", json.dumps(VIRTIO)),
         ]
     vfio = {
         "driver": "vfio-user-pci",

@@ -12,7 +12,8 @@ import pytest
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vhost_user.server import Server
 from vsockets.devices.virtio.device import VirtioVsock
-from vsockets.testing.virtio_guest import PlayedGuest
+from vsockets.devices.virtio.ring import F_RING_PACKED
+from vsockets.testing.virtio_guest import FEATURES, PlayedGuest
 
 CID = 7
 
@@ -58,8 +59,9 @@ class Host:
 class Rig:
     """The device at work, and what to do to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, features: int = 0) -> None:
         self.path = folder / "vhost"
+        self.features = features  #: that guests use beside those a test asks for
         self.host = Host()
         self.loop = DeviceLoop()
         self.device = VirtioVsock(self.loop, CID, self.host)
@@ -94,7 +96,9 @@ class Rig:
         self._pending.pop(0)()
 
     def guest(self, **options: object) -> PlayedGuest:
-        guest = PlayedGuest(self.path, CID, **options)  # type: ignore[arg-type]
+        features = options.pop("features", FEATURES)
+        assert isinstance(features, int)
+        guest = PlayedGuest(self.path, CID, features=features | self.features, **options)  # type: ignore[arg-type]
         self._guests.append(guest)
         return guest
 
@@ -119,8 +123,8 @@ class Rig:
         self.host.close()
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    rig = Rig(tmp_path)
+@pytest.fixture(params=[0, F_RING_PACKED], ids=["split", "packed"])
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(tmp_path, request.param)
     yield rig
     rig.close()

@@ -21,7 +21,8 @@ from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vhost_user import Vring
 from vsockets.devices.virtio.device import RECEIVE, TRANSMIT, VirtioVsock
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
-from vsockets.devices.virtio.ring import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC
+from vsockets.devices.virtio.ring import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_RING_PACKED
+from vsockets.testing.packed_driver import PackedDriverRing
 from vsockets.testing.virtio_driver import GUEST_BASE, DriverRing, Memory
 
 CID = 3
@@ -86,16 +87,18 @@ class Session:
         self.host = _Host(self.random)
         self.device = VirtioVsock(self.loop, CID, self.host)
         event_index = self.random.random() < 0.7
-        self.device.set_features((F_RING_EVENT_IDX if event_index else 0) | F_RING_INDIRECT_DESC)
+        kind = self.random.choice((DriverRing, PackedDriverRing))
+        features = F_RING_INDIRECT_DESC | (F_RING_EVENT_IDX if event_index else 0)
+        self.device.set_features(features | (F_RING_PACKED if kind is PackedDriverRing else 0))
         for address, size, _, offset in self.memory.regions:
             self.device.memory.map(address, size, True, self.memory.fd, offset)
         self.rings = [
-            DriverRing(self.memory, SIZE, event_index, self.random.random() < 0.5) for _ in range(2)
+            kind(self.memory, SIZE, event_index, self.random.random() < 0.5) for _ in range(2)
         ]
         self.vrings = []
         for index, ring in enumerate(self.rings):
             vring = Vring()
-            vring.size = SIZE
+            vring.size, vring.base = SIZE, ring.base
             vring.take("kick", os.dup(ring.kick))
             vring.take("call", os.dup(ring.call))
             parts = (ring.descriptors, ring.available, ring.used)
@@ -179,19 +182,19 @@ class Session:
     def break_something(self) -> None:
         ring, random_ = self.random.choice(self.rings), self.random
         match random_.randrange(4):
-            case 0:
+            case 0 if isinstance(ring, DriverRing):
                 ring.offer(random_.randrange(1 << 16))
-            case 1:
+            case 1 if isinstance(ring, DriverRing):
                 ring.next = ring.next + random_.randrange(200) & 0xFFFF
             case 2:
                 place = random_.randrange(0, ring.used + 500)
                 self.memory.view[place] = random_.randrange(256)
-            case 3:
+            case _:
                 ring.write_descriptor(
                     random_.randrange(SIZE),
                     random_.choice((GUEST_BASE, 0, random_.randrange(1 << 64))),
                     random_.choice(_ODD_NUMBERS),
-                    random_.randrange(8),
+                    random_.randrange(8) | random_.choice((0, 1 << 7, 1 << 15)),
                     random_.randrange(1 << 16),
                 )
 

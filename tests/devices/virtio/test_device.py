@@ -21,7 +21,6 @@ from vsockets.devices.virtio.packet import (
 )
 from vsockets.devices.virtio.ring import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_VERSION_1
 from vsockets.limits import VIRTIO_BUFFER, WAITING_RESETS
-from vsockets.testing.virtio_driver import DriverRing
 from vsockets.testing.virtio_guest import GuestStream, PlayedGuest, accept, connect
 from vsockets.testing.waiting import wait_until
 
@@ -489,9 +488,9 @@ def test_a_guest_that_starts_anew_has_no_connections(rig: Rig) -> None:
     guest = stream.guest
     for index in range(3):
         guest.front_end.stop_ring(index)
-    fresh = [DriverRing(guest.memory, 16) for _ in range(3)]
+    fresh = [type(ring)(guest.memory, 16) for ring in guest.rings]
     for index, ring in enumerate(fresh):
-        guest.front_end.set_ring(index, ring, 0)
+        guest.front_end.set_ring(index, ring)
     assert sock.recv(1) == b""
     for ring in fresh:
         ring.close()

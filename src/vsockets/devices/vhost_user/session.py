@@ -72,7 +72,6 @@ class Session:
         self._rings = [Vring() for _ in range(device.queues)]
         self._regions: list[_Region] = []
         self._features = 0
-        self._protocol_features = 0
         self._status = 0
         answers: dict[int, Callable[[bytes], bytes]] = {
             Request.GET_FEATURES: self._get_features,
@@ -114,9 +113,9 @@ class Session:
             if answer is not None:
                 return messages.reply(message, answer(message.payload))
             order = self._orders.get(message.request)
-            acknowledged = (
-                message.flags & Flag.NEED_REPLY and self._protocol_features & Protocol.REPLY_ACK
-            )
+            # Who asks waits, whether or not it said in this session that it would ask so
+            # (REPLY_ACK): one that comes again, after we were started anew, says it no more.
+            acknowledged = message.flags & Flag.NEED_REPLY
             try:
                 if order is None:
                     raise OSError(errno.ENOTSUP, "an unknown request")
@@ -159,7 +158,6 @@ class Session:
         (features,) = _unpack(messages.U64, payload)
         if features & ~PROTOCOL_FEATURES:
             raise OSError(errno.EINVAL, f"protocol features {features:#x} were not all offered")
-        self._protocol_features = features
 
     def _get_queue_num(self, payload: bytes) -> bytes:
         return messages.U64.pack(self._device.queues)

@@ -26,12 +26,14 @@ from ..loop import DeviceLoop
 from ..vhost_user import Vring
 from .connection import Do, State
 from .link import Link
+from .packed_ring import PackedRing
 from .packet import CONFIGURATION, F_SEQPACKET, F_STREAM, TRANSPORT_RESET, Header, Op, Type
 from .receive_queue import ReceiveQueue
 from .ring import (
     F_IN_ORDER,
     F_RING_EVENT_IDX,
     F_RING_INDIRECT_DESC,
+    F_RING_PACKED,
     F_VERSION_1,
     Ring,
     RingError,
@@ -75,9 +77,8 @@ class Fabric(Protocol):
 class VirtioVsock:
     """The device of the guest ``cid``, as :class:`vsockets.devices.vhost_user.session.Device`."""
 
-    features = (
-        F_VERSION_1 | F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_IN_ORDER | F_STREAM | F_SEQPACKET
-    )
+    features = F_STREAM | F_SEQPACKET | F_VERSION_1 | F_IN_ORDER
+    features |= F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_RING_PACKED
     queues = 3
 
     def __init__(self, loop: DeviceLoop, cid: int, fabric: Fabric) -> None:
@@ -121,14 +122,10 @@ class VirtioVsock:
         if self._bases.pop(index, vring.base) != vring.base:
             log.info("the guest has started anew")
             self._forget_connections()
+        kind = PackedRing if self._in_use & F_RING_PACKED else SplitRing
+        event_index = bool(self._in_use & F_RING_EVENT_IDX)
         try:
-            ring = SplitRing(
-                self.memory,
-                vring.size,
-                addresses,
-                vring.base,
-                bool(self._in_use & F_RING_EVENT_IDX),
-            )
+            ring: Ring = kind(self.memory, vring.size, addresses, vring.base, event_index)
         except RingError as error:
             raise OSError(errno.EINVAL, f"ring {index}: {error}") from None
         self._vrings[index] = vring

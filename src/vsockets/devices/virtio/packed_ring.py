@@ -1,0 +1,175 @@
+"""The packed virtqueue (virtio 1.3, 2.8), from the device's side.
+
+One table of descriptors, which driver and device go round in the same direction.  Each lap
+begins with another value of a bit, the wrap counter; two flags of a descriptor tell, by that
+value, whether it is available or used.  A used one is written over the first of its chain, and
+the next is written where the next chain begins: here, too, in the order they came.
+
+As in the split ring everything is the driver's, who may write it at any time.  Each flag,
+length and address is read once, into a value of our own, checked, and then used.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from ...limits import DESCRIPTOR_CHAIN
+from ..guest_memory import BadAddress, GuestMemory
+from .ring import DESCRIPTOR, INDIRECT, NEXT, WRITE, Chain, RingError, fence, table, view
+
+_AVAILABLE, _USED = 1 << 7, 1 << 15  # of a descriptor's flags
+_STATE = _AVAILABLE | _USED
+
+# Of an event suppression structure: its flags are in the upper half, and say whether the other
+# side wants to be woken always, never, or by the descriptor of the lower half.
+_ALWAYS, _NEVER, _AT = 0, 1, 2
+_WRAP = 1 << 15  # of that half
+
+_DESCRIPTOR = struct.Struct("<QIH")  # address, length, id; the flags were read before
+_read_descriptor = _DESCRIPTOR.unpack_from
+_INDIRECT = struct.Struct("<QIHH")
+
+_ID_BITS = 16
+
+
+class PackedRing:
+    """``size`` entries; ``addresses`` of the descriptors, the driver's and the device's event
+    suppression.  ``base`` is as vhost-user says it: where chains come from, and 16 bits further
+    up where they were used, each with the wrap counter.
+
+    RingError when that cannot be a ring.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        addresses: tuple[int, int, int],
+        base: int,
+        event_index: bool,
+    ) -> None:
+        descriptors, driver, device = addresses
+        self._view = memory.view
+        self._memory = memory
+        self._size = size
+        self._descriptors = view(memory, descriptors, DESCRIPTOR.size * size, 16)
+        # Each is read and written whole, at its own alignment, in the machine's byte order.
+        self._lengths = self._descriptors.cast("I")
+        self._words = self._descriptors.cast("H")
+        self._driver = view(memory, driver, 4, 4).cast("I")
+        self._device = view(memory, device, 4, 4).cast("I")
+        self._event_index = event_index
+        # Positions count on and on; the first lap's wrap counter is 1, the next one's is 0.
+        used = base >> 16
+        if used & ~_WRAP >= size:
+            raise RingError(f"entry {used & ~_WRAP} of a ring of {size}")
+        self._next = (used & ~_WRAP) + (0 if used & _WRAP else size)
+        self._pushed = self._published = self._next
+        self._device[0] = _ALWAYS
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """The index of a position, and its lap's wrap counter."""
+        lap, index = divmod(position, self._size)
+        return index, not lap & 1
+
+    def _is_available(self) -> int | None:
+        """The flags of the next descriptor if it is available."""
+        index, wrap = self._place(self._next)
+        flags: int = self._words[index * 8 + 7]
+        if flags & _STATE == (_AVAILABLE if wrap else _USED):
+            return flags
+        return None
+
+    @property
+    def base(self) -> int:
+        """The next available entry, twice: all before it were used, too."""
+        index, wrap = self._place(self._pushed)
+        half = index | (_WRAP if wrap else 0)
+        return half | half << 16
+
+    def pop(self) -> Chain | None:
+        """As :meth:`.ring.Ring.pop`; the note is the buffer's id, and the chain's length."""
+        found = self._is_available()
+        if found is None:
+            return None
+        flags = found
+        index = self._next % self._size
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        count = 0
+        try:
+            while True:
+                address, length, buffer = _read_descriptor(self._descriptors, index << 4)
+                count += 1
+                if flags & INDIRECT:
+                    if count > 1 or flags & NEXT:
+                        raise RingError("an indirect table within a chain")
+                    for part in _INDIRECT.iter_unpack(table(self._memory, address, length)):
+                        self._add(part[0], part[1], part[3], readable, writable)
+                    break
+                self._add(address, length, flags, readable, writable)
+                if not flags & NEXT:
+                    break
+                if count == self._size or count >= DESCRIPTOR_CHAIN:
+                    raise RingError("an endless chain of descriptors")
+                index = index + 1 if index + 1 < self._size else 0
+                flags = self._words[index * 8 + 7]
+        except BadAddress as error:
+            raise RingError(f"a buffer is not in memory: {error}") from None
+        self._next += count
+        return buffer | count << _ID_BITS, readable, writable
+
+    def _add(
+        self,
+        address: int,
+        length: int,
+        flags: int,
+        readable: list[memoryview],
+        writable: list[memoryview],
+    ) -> None:
+        if not length:
+            return
+        if flags & WRITE:
+            writable.append(self._view(address, length))
+        elif writable:
+            raise RingError("a part to be read after one to be written")
+        else:
+            readable.append(self._view(address, length))
+
+    def rewind(self) -> None:
+        """As :meth:`.ring.Ring.rewind`."""
+        self._next = self._pushed
+
+    def push(self, note: int, length: int) -> None:
+        """As :meth:`.ring.Ring.push`; the driver may see it at once."""
+        index, wrap = self._place(self._pushed)
+        self._lengths[index * 4 + 2] = length
+        self._words[index * 8 + 6] = note & (1 << _ID_BITS) - 1
+        # The flags last: they hand it over.
+        self._words[index * 8 + 7] = (_STATE if wrap else 0) | (WRITE if length else 0)
+        self._pushed += note >> _ID_BITS
+
+    def publish(self) -> bool:
+        """As :meth:`.ring.Ring.publish`."""
+        old, new = self._published, self._pushed
+        if old == new:
+            return False
+        self._published = new
+        fence()
+        wanted: int = self._driver[0]
+        if wanted >> 16 != _AT:
+            return wanted >> 16 != _NEVER
+        # The descriptor it waits for is in this lap or in the one before.  (Or it is in the next
+        # one, and is taken for one long ago: then it is woken once too often at most.)
+        lap = new // self._size
+        if bool(wanted & _WRAP) is bool(lap & 1):
+            lap -= 1
+        return old <= lap * self._size + (wanted & _WRAP - 1) < new
+
+    def want_kick(self) -> bool:
+        """As :meth:`.ring.Ring.want_kick`."""
+        if self._event_index:
+            index, wrap = self._place(self._next)
+            self._device[0] = index | (_WRAP if wrap else 0) | _AT << 16
+            fence()
+        return self._is_available() is not None
