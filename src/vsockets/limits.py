@@ -296,3 +296,7 @@ PERF_SAMPLES = 2_000_000
 #: Bytes of one payload in a capture, at most: what the forwarder reads at a time, and less than
 #: Wireshark takes (262,144).
 CAPTURE_PAYLOAD = 65_536
+
+#: Characters that are read of what a command says in a guest (vsockets.vm.visit): a digest, a
+#: version, a complaint.
+GUEST_SAYS = 65_536

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 from vsockets.testing import PrivateFabric
+from vsockets.vm.initramfs import COMMAND_LINE
 from vsockets.vm.kernels import Kernel
 
 from . import downloads
-from .machine import KERNEL_COMMAND, Machine
+from .machine import Machine
 
 
 class Launched(Machine):
@@ -40,7 +41,7 @@ class Launched(Machine):
         # Never KVM: what a machine that runs tests has under that name need not be one.
         command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu()]
         if self._vmx is None:
-            command += ["--cid", str(self.cid), "--device", self.kind, "--append", KERNEL_COMMAND]
+            command += ["--cid", str(self.cid), "--device", self.kind, "--append", COMMAND_LINE]
             command += ["--kernel", str(self._kernel.image), "--initrd", str(self._initrd)]
         else:
             command += ["--vmx", str(self._vmx)]

@@ -20,6 +20,7 @@ from typing import Any
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.vm import arguments as description
+from vsockets.vm.initramfs import COMMAND_LINE
 from vsockets.vm.kernels import Kernel
 
 from . import downloads
@@ -27,11 +28,6 @@ from . import downloads
 #: How long a machine may take to boot, and a guest to do what it is asked, in seconds.
 BOOT = 100.0
 PATIENCE = 60.0
-
-KERNEL_COMMAND = (
-    "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
-    "random.trust_cpu=on"
-)
 
 
 class GuestError(Exception):
@@ -148,7 +144,7 @@ class Machine:
             self._memory,
             kernel=str(self._kernel.image),
             initrd=str(self._initrd),
-            append=KERNEL_COMMAND,
+            append=COMMAND_LINE,
         )
         command = [
             downloads.qemu(),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .machine import KERNEL_COMMAND
+from vsockets.vm.initramfs import COMMAND_LINE
 
 _PROGRAMS = ("qemu-img", "mkfs.fat", "mcopy", "syslinux")
 
@@ -22,7 +22,7 @@ DEFAULT linux
 LABEL linux
   LINUX vmlinuz
   INITRD initrd
-  APPEND {KERNEL_COMMAND}
+  APPEND {COMMAND_LINE}
 """
 
 #: What VMware Workstation 17 writes for such a machine, and the order it has it in.

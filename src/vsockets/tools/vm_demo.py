@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -46,11 +47,14 @@ _BOOT = 120.0
 #: How long anything else may take that is waited for, in seconds.
 _PATIENCE = 30.0
 
-_KERNEL_COMMAND = "console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on"
 _LAST = "exec {python} -S -m vsockets.vm.guest\n"
 
 #: Where the copied folder is in the guest: below what it serves as web pages.
 _THERE = "/srv/copied"
+
+
+#: What is copied unless told otherwise: so many files of so many bytes.
+_FILES, _SIZE = 64, 131_072
 
 
 class _Step(NamedTuple):
@@ -64,7 +68,7 @@ def demo(
     accel: AccelOption = Accelerator.AUTO,
     folder: Annotated[
         Path | None,
-        typer.Option("--copy", metavar="DIR", help="What to copy; by default this program."),
+        typer.Option("--copy", metavar="DIR", help="What to copy; by default files made for it."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -77,9 +81,8 @@ def demo(
     """
     from ..testing import PrivateFabric
 
-    source = folder or Path(__file__).parents[1]
-    if not source.is_dir():
-        raise typer.BadParameter(f"--copy: there is no folder {source}")
+    if folder is not None and not folder.is_dir():
+        raise typer.BadParameter(f"--copy: there is no folder {folder}")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     began = time.monotonic()
@@ -88,7 +91,7 @@ def demo(
         steps = [_Step("make a guest", True, f"in {time.monotonic() - began:.1f} s")]
         with _booted(command, fabric, Path(scratch)) as (guest, booted):
             steps += [booted, _look_around(guest)]
-            steps += _copy(guest, source, Path(scratch), show=not as_json)
+            steps += _copy(guest, folder, Path(scratch), show=not as_json)
             with _forwarded(fabric, guest.cid) as url:
                 steps.append(_fetch(url, guest.cid))
                 _report(steps, as_json)
@@ -127,7 +130,8 @@ def _prepare(scratch: Path, device: Device, accel: Accelerator) -> list[str]:
         raise Failure(str(error)) from None
     initrd = scratch / "initrd"
     initrd.write_bytes(archive)
-    boot = ["--kernel", str(kernel.image), "--initrd", str(initrd), "--append", _KERNEL_COMMAND]
+    boot = ["--kernel", str(kernel.image), "--initrd", str(initrd), "--append"]
+    boot.append(initramfs.COMMAND_LINE)
     return ["--qemu", qemu, "--device", device.value, "--accel", accel.value, *boot]
 
 
@@ -198,9 +202,10 @@ def _look_around(guest: Guest) -> _Step:
     return _Step("run a program in it", not others, result)
 
 
-def _copy(guest: Guest, source: Path, scratch: Path, show: bool) -> Iterator[_Step]:
+def _copy(guest: Guest, folder: Path | None, scratch: Path, show: bool) -> Iterator[_Step]:
     from ..vm.visit import digest, files_below
 
+    source = folder or _make_files(scratch / "files")
     sizes = [path.stat().st_size for path in files_below(source)]
     amount = f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
     wanted = digest(source)
@@ -215,8 +220,16 @@ def _copy(guest: Guest, source: Path, scratch: Path, show: bool) -> Iterator[_St
     yield step("copy a folder in", began, guest.digest(_THERE))
     began = time.monotonic()
     with _progress("out of the guest", sum(sizes), show) as tell:
-        guest.copy_out(_THERE, scratch / "back", tell)
+        guest.copy_out(_THERE, scratch / "back", tell, sum(sizes))
     yield step("copy it out again", began, digest(scratch / "back"))
+
+
+def _make_files(folder: Path) -> Path:
+    for number in range(_FILES):
+        path = folder / f"folder {number % 8}" / f"file {number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.urandom(_SIZE))
+    return folder
 
 
 @contextlib.contextmanager
@@ -261,5 +274,5 @@ def _shell(guest: Guest) -> None:
     size = os.get_terminal_size()
     with guest.start("sh", size=size) as sock:
         sock.settimeout(None)
-        with console(sock, sock.close) as finish:
+        with console(sock, lambda: sock.shutdown(socket.SHUT_RDWR)) as finish:
             finish()

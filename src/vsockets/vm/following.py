@@ -68,7 +68,10 @@ class Following:
     async def _hear_vsockd(self, events: Events) -> None:
         async for event in events:
             if event["cid"] == self._cid:
-                self._do(self._life.vsockd_says(event["change"]))
+                acts = self._life.vsockd_says(event["change"])
+                if Act.QUIT in acts:
+                    self._tell("its context was powered off, and so is the machine")
+                self._do(acts)
         self._tell("vsockd has ended: the guest goes on, and reaches nobody")
         await asyncio.Event().wait()
 

@@ -147,21 +147,23 @@ class RunningMachine:
         """Until one of the two ends."""
         self._kill = qemu.kill
         following = Following(self._qmp, self._control, self._cid, self._tell)
+        follows = asyncio.create_task(following.run())
         ends = [asyncio.create_task(process.wait()) for process in (device, qemu)]
         helpers = [
-            asyncio.create_task(task)
-            for task in (
-                following.run(),
-                self._pass_on(device, "the device"),
-                self._pass_on(qemu, "QEMU"),
-            )
+            asyncio.create_task(self._pass_on(process, name))
+            for process, name in ((device, "the device"), (qemu, "QEMU"))
         ]
         try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*ends, follows], return_when=asyncio.FIRST_COMPLETED)
+            if follows.done():
+                follows.result()
+                # QEMU has closed its monitor, and is about to end.
+                await asyncio.wait(ends, timeout=_END, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (*helpers, *ends):
+            tasks = (follows, *helpers, *ends)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*helpers, *ends, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             with contextlib.suppress(QMPError, EOFError, OSError):
                 await self._qmp.disconnect()
         if device.returncode is not None:

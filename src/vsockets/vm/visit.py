@@ -15,6 +15,7 @@ from typing import Any
 
 from ..attachment import Place
 from ..functions import create_connection
+from ..limits import GUEST_SAYS
 from .guest import COMMANDS
 
 #: How long a guest may be silent, in seconds.
@@ -48,7 +49,7 @@ class Guest:
         """What a command prints."""
         with self.start(*command) as sock:
             sock.shutdown(stdlib.SHUT_WR)
-            return str(sock.makefile(errors="replace").read())
+            return str(sock.makefile(errors="replace").read(GUEST_SAYS))
 
     def copy_in(self, source: Path, destination: str, progress: Progress) -> None:
         """The files below ``source``, to below ``destination`` in the guest."""
@@ -64,14 +65,15 @@ class Guest:
                     done += path.stat().st_size
                     progress(done)
             sock.shutdown(stdlib.SHUT_WR)
-            complaint = sock.makefile(errors="replace").read()
+            complaint = sock.makefile(errors="replace").read(GUEST_SAYS)
         if complaint:
             raise OSError(f"the guest's tar: {complaint.strip()}")
 
-    def copy_out(self, source: str, destination: Path, progress: Progress) -> None:
+    def copy_out(self, source: str, destination: Path, progress: Progress, most: int) -> None:
         """The files below ``source`` in the guest, to below ``destination``.
 
-        Whatever the guest calls them, nothing is written anywhere else.  OSError.
+        Whatever the guest calls them, nothing is written anywhere else.  OSError, also when
+        they are more than ``most`` bytes.
         """
         done = 0
         with self.start("tar", "-c", "-C", source, ".") as sock:
@@ -87,17 +89,19 @@ class Guest:
                         continue
                     if name.is_absolute() or ".." in name.parts:
                         raise OSError(f"the guest sent a file called {member.name!a}")
+                    done += member.size
+                    if done > most:
+                        raise OSError(f"the guest sent more than {most} bytes")
                     path = destination / name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with open(path, "xb") as file:
                         shutil.copyfileobj(content, file)
-                    done += member.size
                     progress(done)
 
     def digest(self, folder: str) -> str:
         """:func:`digest` of a folder of the guest."""
         script = "cd {} && find . -type f | sort | xargs sha256sum | sha256sum"
-        return self.run("sh", "-c", script.format(shlex.quote(folder))).split()[0]
+        return self.run("sh", "-c", script.format(shlex.quote(folder))).partition(" ")[0]
 
 
 def files_below(folder: Path) -> Iterator[Path]:
