@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qemu.qmp import QMPClient
 
 from vsockets.testing import PrivateFabric, wait_until
+from vsockets.vm.following import Following
 
 from . import downloads, vmware
 from .conftest import COMMON, Stage
@@ -252,3 +257,68 @@ def test_powered_off_by_its_administrator(
     wait_until(lambda: state(fabric_of_machines) == "running", seconds=PATIENCE)
     fabric_of_machines.control.power_off(CID)
     assert bare.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("savevm one",), ("suspend", "resume")),
+        (("savevm one", "loadvm one"), ("suspend", "resume") * 2),
+        (("migrate exec:cat>/dev/null",), ("migrate",)),
+    ],
+)
+def test_snapshots_and_migration(
+    stage: Stage,
+    fabric_of_machines: PrivateFabric,
+    command: tuple[str, ...],
+    expected: tuple[str, ...],
+) -> None:
+    """A QEMU's, without our device: with one in the machine it refuses them."""
+    _, _, folder = stage.parts("stable", "virtio")  # or the test is skipped
+    control = fabric_of_machines.control
+    if shutil.which("qemu-img") is None:
+        pytest.skip("no qemu-img: apt install qemu-utils")
+    disk = folder / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "1M"], check=True)
+    control.add_context(CID)
+    told: list[str] = []
+
+    async def follow() -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            qemu = await asyncio.create_subprocess_exec(
+                *(downloads.qemu(), "-S", "-nodefaults", "-display", "none", "-m", "32M"),
+                *("-accel", "tcg", "-blockdev", f"file,filename={disk},node-name=file"),
+                *("-blockdev", "qcow2,file=file,node-name=disk"),
+                *("-device", "virtio-blk-pci,drive=disk"),
+                *("-chardev", f"socket,id=monitor,fd={theirs.fileno()}"),
+                *("-qmp", "chardev:monitor"),
+                pass_fds=[theirs.fileno()],
+            )
+        qmp = QMPClient()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await qmp.connect(ours)
+                with qmp.listener(("RESUME",)) as resumes:
+                    following = Following(qmp, control, CID, told.append)
+                    follows = asyncio.create_task(following.run())
+                    await resumes.get()
+                    for line in command:
+                        request = {"command-line": line}
+                        assert await qmp.execute("human-monitor-command", request) == ""
+                    for change in expected:
+                        event = await anext(events)
+                        assert (event["cid"], event["change"]) == (CID, change)
+                    follows.cancel()
+        finally:
+            qemu.kill()
+            await qemu.wait()
+            with contextlib.suppress(EOFError):
+                await qmp.disconnect()
+
+    try:
+        with control.events("context") as events:
+            asyncio.run(follow())
+        assert told == []
+    finally:
+        control.remove_context(CID)
