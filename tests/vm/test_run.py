@@ -160,6 +160,7 @@ def test_a_machine_of_vmwares(stage: Stage, fabric_of_machines: PrivateFabric) -
     parts = linux, initrd, folder
     launched = Launched(fabric_of_machines, *parts, "--grace", "0", cid=cid, vmx=vmx)
     with launched:
+        launched.run(COMMON)
         found = launched.run(
             """
             def read(path):
@@ -176,7 +177,6 @@ def test_a_machine_of_vmwares(stage: Stage, fabric_of_machines: PrivateFabric) -
         assert processors == 2
         assert 240 << 10 < memory < 320 << 10
         assert "0x0200" not in classes  # no network card
-        launched.run(COMMON)
         with stream(launched):
             pass
     for what in ("scsi0.virtualDev: lsilogic", "sata0:1: cdrom-raw", "usb", "sound", "ethernet"):
