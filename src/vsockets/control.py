@@ -56,8 +56,25 @@ class Control:
         return self._ask("status")  # type: ignore[no-any-return]
 
     def sockets(self) -> list[dict[str, Any]]:
-        """Every socket of the fabric, one row for each end of a stream."""
+        """Every socket of the fabric, one row for each end of a stream.
+
+        ``accepted`` tells the accepting end of a stream from the connecting one.
+        ``receive_queue`` and ``send_queue`` are, as for ``ss``, bytes that wait; of a listening
+        socket the connections that wait to be accepted, and how many may.  Those of a stream are
+        None: the kernel knows, by ``inode`` or ``peer_inode``, whichever is not None.
+        """
         return self._ask("sockets")  # type: ignore[no-any-return]
+
+    def counts(self) -> dict[str, Any]:
+        """What happened, to make rates of: ``contexts``, a row for each, and ``departed``, the
+        sums of leased contexts that have ended.
+
+        ``connects`` and ``accepts`` are streams that its programs began and got, and that were
+        begun to it; ``refusals`` are requests answered with an errno, ``denials`` those of them
+        that a rule was against, by rule.  They only rise.  ``sockets`` and ``streams`` are those
+        it has now.
+        """
+        return self._ask("counts")  # type: ignore[no-any-return]
 
     def contexts(self) -> list[dict[str, Any]]:
         """The contexts programs can be in: cid, name, owner (user id), folder, ports."""

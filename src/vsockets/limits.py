@@ -276,6 +276,13 @@ FORWARD_FLOW_PENDING = 16
 #: Complaints about clients that one forward logs, a second; the rest are counted.
 FORWARD_LOG_RATE = 20
 
+#: Contexts that have metrics of their own, those with the lowest CIDs: each is some twenty time
+#: series, of which a Prometheus server has room for a few million.
+METRICS_CONTEXTS = 500
+
+#: How long a client of the metrics may take to ask, and to read the answer, in seconds.
+METRICS_CLIENT = 5.0
+
 # Measuring (vsockets.bridges.perf).
 
 #: Bytes of one write, at most, and seconds that a client may have the server send.
@@ -296,6 +303,13 @@ PERF_SAMPLES = 2_000_000
 #: Bytes of one payload in a capture, at most: what the forwarder reads at a time, and less than
 #: Wireshark takes (262,144).
 CAPTURE_PAYLOAD = 65_536
+
+#: Bytes that wait for who captures at a device and is slow; what comes then is counted.  Some
+#: hundredths of a second of all a device can carry.
+CAPTURE_BUFFER = 4 << 20
+
+#: Captures of one device at the same time: each costs it a system call for each packet.
+CAPTURES = 4
 
 #: Characters that are read of what a command says in a guest (vsockets.vm.visit): a digest, a
 #: version, a complaint.

@@ -254,7 +254,7 @@ def deny_something(control: Control) -> None:
 
 def test_a_json_object_a_line(tmp_path: Path) -> None:
     with open(tmp_path / "log", "w+b") as log:
-        with logging_vsockd("--log-json", "--log-level", "debug", stderr=log) as control:
+        with logging_vsockd("--log-format", "json", "--log-level", "debug", stderr=log) as control:
             deny_something(control)
             ask_once(Attachment(control.folder / "3"), connect(2, 5000))
         log.seek(0)
@@ -281,7 +281,7 @@ def test_a_json_object_a_line(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("options", [[], ["--log-json"]])
+@pytest.mark.parametrize("options", [[], ["--log-format", "json"]])
 def test_the_journal_is_given_priorities(tmp_path: Path, options: list[str]) -> None:
     """When standard error is the journal, JOURNAL_STREAM says so (systemd.exec(5))."""
     with open(tmp_path / "log", "w+b") as log:

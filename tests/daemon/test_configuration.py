@@ -109,6 +109,7 @@ def test_everything(tmp_path: Path) -> None:
         [[grant]]
         user = 0
         stream_vsocket_trusted = true
+        capture = true
         """,
     ) == Settings(
         contexts=(
@@ -146,7 +147,7 @@ def test_everything(tmp_path: Path) -> None:
                 datagram=True,
                 domains=frozenset({"lab"}),
             ),
-            Grant(0, None, None, stream=True, datagram=False, domains=None),
+            Grant(0, None, None, stream=True, datagram=False, domains=None, capture=True),
         ),
         host_domains=frozenset({"", "lab"}),
         limits=Limits(1, 2, 3, 4),

@@ -90,8 +90,13 @@ def test_a_gigabyte_through_socat(vsock: Vsock, fabric: PrivateFabric, sender: s
     assert taking.finish()[0].decode() == given.stderr
 
 
+#: docs/adapters.md: of a host vsock-CID.
+BY_VSOCK_CONNECT = """sh -c 'exec vsock connect "${1#vsock-}" 22' - %h"""
+
+
+@pytest.mark.parametrize("proxy", ["socat - VSOCK-CONNECT:75:22", BY_VSOCK_CONNECT])
 def test_ssh_into_a_guest_without_a_network(
-    vsock: Vsock, fabric: PrivateFabric, tmp_path: Path
+    vsock: Vsock, fabric: PrivateFabric, tmp_path: Path, proxy: str
 ) -> None:
     sshd = "/usr/sbin/sshd"
     needs("socat", "ssh", "ssh-keygen", sshd)
@@ -110,7 +115,7 @@ def test_ssh_into_a_guest_without_a_network(
     vsock.start("run", "--cid", "75", "socat", "VSOCK-LISTEN:22,fork", f"EXEC:{script}")
     wait_for_listener(fabric, 22)
     options = {
-        "ProxyCommand": "socat - VSOCK-CONNECT:75:22",
+        "ProxyCommand": proxy.replace("exec vsock", f"exec {sys.executable} -m vsockets.tools"),
         "IdentityFile": tmp_path / "user",
         "UserKnownHostsFile": tmp_path / "known",
         "StrictHostKeyChecking": "accept-new",
@@ -119,7 +124,7 @@ def test_ssh_into_a_guest_without_a_network(
     flags = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
     done = vsock(
         *("run", "--cid", "host", "--", "ssh", "-F", "none", *flags),
-        *(f"{getpass.getuser()}@guest", "echo from the guest; exit 3"),
+        *(f"{getpass.getuser()}@vsock-75", "echo from the guest; exit 3"),
         expect=None,
     )
     log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import vsockets
 from vsockets.testing import PrivateFabric
 
+from .forwarding import Echo
 from .vsock import Vsock
 
 
@@ -32,3 +35,20 @@ def alone(tmp_path: Path) -> Iterator[Vsock]:
     with Vsock(tmp_path / "state") as vsock:
         yield vsock
         vsock("down", expect=None)
+
+
+@pytest.fixture(scope="module")
+def echo(fabric: PrivateFabric) -> Iterator[int]:
+    """The port of an echo service on the host."""
+    address = (2, vsockets.VMADDR_PORT_ANY)
+    with vsockets.create_server(address, backlog=1000, context=fabric.host) as server:
+        Echo(server)
+        yield server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def tcp_echo() -> Iterator[int]:
+    """The port of an echo service over TCP."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Echo(server)
+        yield server.getsockname()[1]

@@ -29,13 +29,14 @@ class Running:
         environment: dict[str, str],
         stdin: int = subprocess.PIPE,
         stdout: int = subprocess.PIPE,
+        stderr: int = subprocess.PIPE,
     ) -> None:
         self.process = subprocess.Popen(
             [*PROGRAM, *map(str, arguments)],
             env=environment,
             stdin=stdin,
             stdout=stdout,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             bufsize=0,
         )
 
@@ -120,10 +121,14 @@ class Vsock:
         )
 
     def start(
-        self, *arguments: object, stdin: int = subprocess.PIPE, stdout: int = subprocess.PIPE
+        self,
+        *arguments: object,
+        stdin: int = subprocess.PIPE,
+        stdout: int = subprocess.PIPE,
+        stderr: int = subprocess.PIPE,
     ) -> Running:
         """Run in the background; it is killed at the end of the test."""
-        running = Running(arguments, self.environment, stdin, stdout)
+        running = Running(arguments, self.environment, stdin, stdout, stderr)
         self._running.append(running)
         return running
 

@@ -127,6 +127,7 @@ def test_numbers() -> None:
         "LOCAL_CID": 8,
         "SETTLE": 9,
         "CATCH_ALL": 10,
+        "CAPTURE": 11,
     }
     assert {flag.name: flag.value for flag in Flag} == {
         "POLLING": 1,
@@ -138,6 +139,7 @@ def test_numbers() -> None:
         "LISTENING": 2,
         "CONNECTED": 3,
         "DATAGRAM": 4,
+        "TAP": 6,
     }
 
 

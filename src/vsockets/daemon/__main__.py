@@ -6,20 +6,19 @@ import argparse
 import gc
 import logging
 import os
-import socket
 import sys
 from pathlib import Path
 
+from .. import logs
 from ..fabric import Refused
+from ..service_manager import notify_ready
 from ..state_folder import LOG, default_folder
-from . import logs
 from .configuration import ConfigurationError, default_configuration_folder
 from .vsockd import AlreadyRunning, Vsockd
 
 
-def main() -> int:
-    """Run until SIGTERM; returns the exit status: 75 (EX_TEMPFAIL) when another vsockd runs, 78
-    (EX_CONFIG) when the configuration is wrong."""
+def make_parser() -> argparse.ArgumentParser:
+    """What may be on the command line."""
     parser = argparse.ArgumentParser(prog="vsockd", description=__doc__)
     parser.add_argument(
         "--dir", type=Path, default=default_folder(), help="the state folder (%(default)s)"
@@ -37,12 +36,21 @@ def main() -> int:
         default=default_configuration_folder(),
         help="where *.toml files are read from (%(default)s)",
     )
-    parser.add_argument("--log-json", action="store_true", help="log a JSON object a line")
+    parser.add_argument(
+        "--log-format", default="text", choices=logs.FORMATS, help="json: an object a line"
+    )
     parser.add_argument(
         "--log-level", default="warning", choices=["debug", "info", "warning", "error"]
     )
-    arguments = parser.parse_args()
-    logs.begin(arguments.log_level, arguments.log_json)
+    return parser
+
+
+def main() -> int:
+    """Run until SIGTERM; returns the exit status: 75 (EX_TEMPFAIL) when another vsockd runs, 78
+    (EX_CONFIG) when the configuration is wrong."""
+    arguments = make_parser().parse_args()
+    level = logging.getLevelNamesMapping()[arguments.log_level.upper()]
+    logs.begin("vsockd: %(levelname)s: %(message)s", level, arguments.log_format)
     try:
         vsockd = Vsockd(arguments.dir, arguments.config)
     except AlreadyRunning as error:
@@ -84,14 +92,7 @@ def _announce_ready(ready_fd: int | None) -> None:
     if ready_fd is not None:
         os.write(ready_fd, b"ready\n")
         os.close(ready_fd)
-    notify = os.environ.pop("NOTIFY_SOCKET", "")
-    if notify:  # sd_notify(3)
-        address = "\0" + notify[1:] if notify[0] == "@" else notify
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-            try:
-                manager.sendto(b"READY=1", address)
-            except OSError as error:
-                logging.warning("the service manager does not listen: %s", error)
+    notify_ready()
 
 
 if __name__ == "__main__":

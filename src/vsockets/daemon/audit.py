@@ -2,7 +2,7 @@
 
 The peer learns an errno; the administrator learns the rest, here.  A guest can be denied things
 as fast as it can ask, so only so many are written each second for each context; how many were
-left out is in the next line of that context.  All are counted in ``Context.denials``.
+left out is in the next line of that context.  All are counted in ``Context.counts``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,25 @@ from typing import Any
 
 from ..fabric import Context, Denied
 from ..fabric.meter import Meter
+from ..wire import Op
 from .credentials import Peer
 from .events import Events, Topic
 
 log = logging.getLogger("vsockd.audit")
+
+#: What an operation is called.
+OPERATIONS = {
+    Op.BIND: "bind",
+    Op.LISTEN: "listen",
+    Op.CONNECT: "connect",
+    Op.UPDATE: "set buffer sizes",
+    Op.BIND_DATAGRAM: "bind a datagram socket",
+    Op.ROUTE: "send a datagram",
+    Op.QUERY: "query",
+    Op.LOCAL_CID: "ask for the local CID",
+    Op.CATCH_ALL: "take a guest's datagrams",
+    Op.CAPTURE: "capture",
+}
 
 
 class Audit:
@@ -39,7 +54,7 @@ class Audit:
         destination: tuple[int, int] | None,
     ) -> None:
         """Write down that ``program``, in ``context``, was denied ``operation``."""
-        context.denials[denied.rule] += 1
+        context.counts.denials[denied.rule] += 1
         meter = self._meters.get(context)
         if meter is None or meter.rate != self.rate:
             meter = self._meters[context] = Meter(self.rate)

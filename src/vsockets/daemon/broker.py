@@ -24,7 +24,8 @@ from ..fabric import Connection, Context, Denied, Endpoint, Fabric, Kind, Refuse
 from ..limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, SILENT_CLIENT
 from ..wire import REQUEST_SIZE, Flag, Op, ProtocolError, Record, Request, Role
 from .allowance import Allowance
-from .audit import Audit
+from .audit import OPERATIONS, Audit
+from .capturing import capture
 from .channel import Channel, consume, take_datagram_socket
 from .credentials import peer_credentials
 from .datagrams import Datagrams, cookie_of
@@ -47,19 +48,6 @@ _LOOK = int(MSG_DONTWAIT | MSG_PEEK)
 _TAKE = int(MSG_DONTWAIT)
 
 
-#: What an operation is called in the audit.
-_OPERATIONS = {
-    Op.BIND: "bind",
-    Op.LISTEN: "listen",
-    Op.CONNECT: "connect",
-    Op.UPDATE: "set buffer sizes",
-    Op.BIND_DATAGRAM: "bind a datagram socket",
-    Op.ROUTE: "send a datagram",
-    Op.QUERY: "query",
-    Op.LOCAL_CID: "ask for the local CID",
-    Op.CATCH_ALL: "take a guest's datagrams",
-}
-
 _TRUSTED = ((Kind.STREAM, Flag.TRUSTED_STREAM), (Kind.DATAGRAM, Flag.TRUSTED_DATAGRAM))
 
 
@@ -72,7 +60,6 @@ class Broker:
     def __init__(self, loop: Loop, fabric: Fabric, audit: Audit) -> None:
         self.fabric = fabric
         self.datagrams = Datagrams(loop, fabric)
-        self.refusals = 0
         self._audit = audit
         self._loop = loop
         self.streams = Streams(loop, fabric)
@@ -88,6 +75,7 @@ class Broker:
             Op.QUERY: self._query,
             Op.LOCAL_CID: self._local_cid,
             Op.CATCH_ALL: self._catch_all,
+            Op.CAPTURE: self._capture,
         }
 
     def refresh(self) -> None:
@@ -139,7 +127,7 @@ class Broker:
         try:
             self._allowance.require_patience(channel.context)
         except Denied as denied:
-            self.refusals += 1
+            channel.context.counts.refusals += 1
             source = channel.context.cid, VMADDR_PORT_ANY
             self._audit.record(
                 channel.context, channel, denied, "a silent connection", source, None
@@ -212,7 +200,7 @@ class Broker:
                 context.require_pace(monotonic())
             return operation(channel, request)
         except Refused as refused:
-            self.refusals += 1
+            context.counts.refusals += 1
             if isinstance(refused, Denied):
                 self._record(channel, request, refused)
             else:
@@ -247,13 +235,13 @@ class Broker:
             source = request.local_cid, request.local_port
         elif (own := channel.endpoint or channel.sender) is not None:
             source = own.address
-        if operation in (Op.CONNECT, Op.ROUTE):
+        if operation in (Op.CONNECT, Op.ROUTE, Op.CAPTURE):
             destination = request.peer_cid, request.peer_port
         self._audit.record(
             channel.context,
             channel,
             denied,
-            _OPERATIONS[operation],
+            OPERATIONS[operation],
             source,
             destination,
         )
@@ -373,6 +361,12 @@ class Broker:
             datagrams = self.datagrams.catch_all(channel.context, sock)
             kernel.streams.catches(datagrams)
         channel.send(Record(0).encode())
+        return False
+
+    def _capture(self, channel: Channel, request: Request) -> bool:
+        with closing(capture(self.fabric, channel, request)) as records:
+            consume(channel.sock, channel.kind, request.polling)
+            channel.send_descriptor(Record(0).encode(), records.fileno())
         return False
 
     def _query(self, channel: Channel, request: Request) -> bool:

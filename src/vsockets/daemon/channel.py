@@ -100,6 +100,13 @@ class Channel(Peer):
         """Whether there can be announcements."""
         return self._capacity is not None
 
+    @property
+    def backlog(self) -> tuple[int, int]:
+        """How many connections wait to be accepted, as of now, and how many may."""
+        assert self._capacity is not None
+        self.count_waiting()
+        return len(self._waiting), self._capacity
+
     def count_waiting(self) -> None:
         """Find out which connections the program has taken: the first ones.
 

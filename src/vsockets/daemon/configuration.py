@@ -209,7 +209,7 @@ def _domains(table: Table) -> frozenset[str] | None:
 
 def _grant(table: Table) -> Grant:
     who = ("user", "group", "executable")
-    what = ("stream_vsocket_trusted", "dgram_vsocket_trusted", "domains")
+    what = ("stream_vsocket_trusted", "dgram_vsocket_trusted", "domains", "capture")
     table.require_known(*who, *what)
     for keys, problem in ((who, "matches every program"), (what, "grants nothing")):
         if not any(key in table.values for key in keys):
@@ -221,6 +221,7 @@ def _grant(table: Table) -> Grant:
         stream=bool(table.boolean("stream_vsocket_trusted")),
         datagram=bool(table.boolean("dgram_vsocket_trusted")),
         domains=_domains(table),
+        capture=bool(table.boolean("capture")),
     )
 
 

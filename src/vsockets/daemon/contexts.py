@@ -95,6 +95,7 @@ class RunningContexts:
             return
         if context.state is not State.OFF:
             self.change(context, Change.POWER_OFF)
+        self._fabric.departed.add(context.counts)
         self._fabric.contexts.remove(context.cid)
         self._end(context)
 

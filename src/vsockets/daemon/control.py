@@ -82,6 +82,7 @@ class Session:
         self._leases: list[Context] = []
         self._operations: dict[str, Callable[[Arguments], Any]] = {
             "status": lambda _: vsockd.status(),
+            "counts": lambda _: reports.counts(vsockd.broker),
             "sockets": lambda _: reports.socket_rows(vsockd.broker),
             "context.list": self._list_contexts,
             "context.add": self._add_context,

@@ -17,15 +17,17 @@ import errno
 import os
 import secrets
 import socket
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count
 from socket import AF_UNIX, SHUT_RD, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
+from typing import NamedTuple
 
 from ..fabric import Context, Endpoint, Fabric, Refused, Rule
 from ..limits import DATAGRAM_ROUTES, OUTFLOW_WATCH
 from ..wire import encode_source
 from .loop import Loop
-from .outflow import Outflow
+from .outflow import Outflow, queued_on
 
 _SO_COOKIE = 57
 
@@ -68,6 +70,15 @@ class DatagramSocket:
         for destination in list(self.routes):
             self.revoke(destination)
         os.close(self.node)
+
+
+class Traffic(NamedTuple):
+    """Bytes of datagrams that were sent and not yet received, as the kernel counts: some more
+    than the datagrams have.  By address.
+    """
+
+    of: Counter[tuple[int, int]]  #: the sender
+    to: Counter[tuple[int, int]]  #: the receiver
 
 
 class Datagrams:
@@ -145,6 +156,16 @@ class Datagrams:
         outflow = self._outflows.get(context)
         return 0 if outflow is None else outflow.queued()
 
+    def traffic(self) -> Traffic:
+        """What is on its way, by who sent it and to whom."""
+        traffic = Traffic(Counter(), Counter())
+        for endpoint in self._by_cookie.values():
+            for destination, route in _socket_of(endpoint).routes.items():
+                queued = queued_on(route)
+                traffic.of[endpoint.address] += queued
+                traffic.to[destination] += queued
+        return traffic
+
     def _outflow(self, context: Context) -> Outflow:
         """The routes from ``context``."""
         found = self._outflows.get(context)
@@ -202,7 +223,7 @@ class Datagrams:
         for context, outflow in self._outflows.items():
             if outflow.needs_watching:
                 if outflow.enforce():
-                    context.denials[Rule.DATAGRAM_BYTES] += 1
+                    context.counts.denials[Rule.DATAGRAM_BYTES] += 1
                 self._watch_outflow(outflow)
 
     def _sweep_sometimes(self) -> None:

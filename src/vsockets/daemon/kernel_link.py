@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from ..fabric import CAP_NET_BIND_SERVICE, Context, Credentials, Grant, Kernel, Kind, Refused
 from ..limits import MAX_BACKLOG
-from ..wire import REQUEST_SIZE, Op, ProtocolError, Record, Request
+from ..wire import REQUEST_SIZE, Op, ProtocolError, Record, Request, Role
 from .channel import Channel, descriptor_in
 from .datagrams import DatagramSocket
 from .disposal import dispose
@@ -127,6 +127,13 @@ class KernelLink:
         offer = Record.decode(record)
         self._offers[offer.local_port, *offer.peer] = source
         source.pending += 1
+
+    def send_tap(self, fd: int, limit: int, port: int) -> None:
+        """Have what passes sent to ``fd`` (:mod:`vsockets.devices.tap`).  OSError when the device
+        has too much to do."""
+        record = Record(0, 0, self._context.cid, port, role=Role.TAP, size=limit).encode()
+        rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [fd]))]
+        self._sock.sendmsg([record], rights, MSG_DONTWAIT | MSG_NOSIGNAL)
 
     # What the device says
 

@@ -59,7 +59,7 @@ class Outflow:
             return
         route.shutdown(SHUT_RDWR)
         self._routes.remove(route)
-        if self._context.is_guest and _queued(route):
+        if self._context.is_guest and queued_on(route):
             self._draining.add(route)
         else:
             route.close()
@@ -67,11 +67,11 @@ class Outflow:
     def queued(self) -> int:
         """The bytes on their way, as the kernel counts: some more than the datagrams have."""
         self.settle()
-        return sum(map(_queued, self._routes)) + sum(map(_queued, self._draining))
+        return sum(map(queued_on, self._routes)) + sum(map(queued_on, self._draining))
 
     def settle(self) -> None:
         """Let go of the routes that were revoked and have nothing on their way any more."""
-        for route in [route for route in self._draining if not _queued(route)]:
+        for route in [route for route in self._draining if not queued_on(route)]:
             self._draining.remove(route)
             route.close()
 
@@ -79,7 +79,7 @@ class Outflow:
         """Revoke every route with something on it if that is too much; returns whether it was."""
         if self.queued() <= self._context.limits.datagram_bytes:
             return False
-        for route in [route for route in self._routes if _queued(route)]:
+        for route in [route for route in self._routes if queued_on(route)]:
             self.revoke(route)
         return True
 
@@ -90,7 +90,8 @@ class Outflow:
             route.close()
 
 
-def _queued(route: _socket.socket) -> int:
+def queued_on(route: _socket.socket) -> int:
+    """The bytes on their way on one route."""
     answer = array.array("i", [0])
     fcntl.ioctl(route.fileno(), TIOCOUTQ, answer)
     return answer[0]

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..fabric import LIMIT_RULES, Connection, Context, Endpoint, Kind
+from ..fabric import LIMIT_RULES, Connection, Context, Counts, Endpoint, Kind
 from .broker import Broker
+from .channel import Channel
+from .datagrams import Traffic
 
 
 def status(broker: Broker) -> dict[str, Any]:
     """Counts of everything."""
     broker.refresh()
     fabric = broker.fabric
+    total = Counts()
+    total.add(fabric.departed)
+    for context in fabric.contexts:
+        total.add(context.counts)
     return {
         "contexts": sum(context.cid != 0 for context in fabric.contexts),
         "streams": len(fabric.connections),
@@ -23,12 +30,42 @@ def status(broker: Broker) -> dict[str, Any]:
             for holder in context.connected
         ),
         "datagram_sockets": len(broker.datagrams),
-        "refusals": broker.refusals,
-        "denials": sum(sum(context.denials.values()) for context in fabric.contexts),
-        "limits_met": sum(
-            context.denials[rule] for context in fabric.contexts for rule in LIMIT_RULES
-        ),
+        "refusals": total.refusals,
+        "denials": sum(total.denials.values()),
+        "limits_met": sum(total.denials[rule] for rule in LIMIT_RULES),
         "descriptors": len(os.listdir("/proc/self/fd")) - 1,
+    }
+
+
+def counts(broker: Broker) -> dict[str, Any]:
+    """What there is in each context, and what was done there since it was added."""
+    broker.refresh()
+    streams: Counter[Context] = Counter()
+    for stream in broker.fabric.connections.values():
+        streams.update({stream.context, stream.peer_context})
+    return {
+        "contexts": [
+            {
+                "cid": context.cid,
+                "name": context.name,
+                "leased": context.leased,
+                "state": context.state.value,
+                "sockets": context.sockets,
+                "streams": streams[context],
+                **_counted(context.counts),
+            }
+            for context in sorted(broker.fabric.contexts, key=lambda context: context.cid)
+        ],
+        "departed": _counted(broker.fabric.departed),
+    }
+
+
+def _counted(counts: Counts) -> dict[str, Any]:
+    return {
+        "connects": counts.connects,
+        "accepts": counts.accepts,
+        "refusals": counts.refusals,
+        "denials": {rule.value: number for rule, number in counts.denials.most_common()},
     }
 
 
@@ -62,34 +99,38 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
         }
         if context.is_guest
         else None,
-        "denials": {rule.value: number for rule, number in sorted_denials(context)},
+        "denials": _counted(context.counts)["denials"],
     }
 
 
-def sorted_denials(context: Context) -> list[tuple[Any, int]]:
-    """How often each rule was applied to the context, most often first."""
-    return context.denials.most_common()
-
-
 def socket_rows(broker: Broker) -> list[dict[str, Any]]:
-    """Every socket: listening and bound ones, datagram sockets, both ends of streams."""
+    """Every socket: listening and bound ones, datagram sockets, both ends of streams.
+
+    Streams have no queues here, but the inodes by which the kernel can be asked for them.
+    """
     broker.refresh()
+    inodes = broker.streams.inodes()
+    traffic = broker.datagrams.traffic()
     rows: list[dict[str, Any]] = []
     for context in broker.fabric.contexts:
         for holder in [*context.connected, *context.datagrams]:
             if isinstance(holder, Connection):
-                rows += _stream_rows(holder)
+                rows += _stream_rows(holder, inodes.get(holder.number))
             else:
-                rows.append(_endpoint_row(holder))
+                rows.append(_endpoint_row(holder, traffic))
     return sorted(rows, key=lambda row: (row["context"], row["type"], row["port"]))
 
 
-def _endpoint_row(endpoint: Endpoint) -> dict[str, Any]:
+def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> dict[str, Any]:
     state = "bound"
+    receive = send = 0
     if endpoint.kind is Kind.DATAGRAM:
         state = "unconnected"
+        receive, send = traffic.to[endpoint.address], traffic.of[endpoint.address]
     elif endpoint.listening:
         state = "listening"
+        assert isinstance(endpoint.handle, Channel)
+        receive, send = endpoint.handle.backlog
     return {
         "context": endpoint.context.cid,
         "type": endpoint.kind.value,
@@ -97,28 +138,40 @@ def _endpoint_row(endpoint: Endpoint) -> dict[str, Any]:
         "cid": endpoint.cid,
         "port": endpoint.port,
         "peer": None,
+        "accepted": None,
         "pid": endpoint.owner.pid,
         "uid": endpoint.owner.uid,
         "buffer": endpoint.sizes.size,
+        "receive_queue": receive,
+        "send_queue": send,
+        "inode": None,
+        "peer_inode": None,
     }
 
 
-def _stream_rows(stream: Connection) -> list[dict[str, Any]]:
+def _stream_rows(stream: Connection, inode: int | None) -> list[dict[str, Any]]:
+    """``inode``: of the accepting end."""
+    listener = stream.listener
     sides = (
-        (stream.context, stream.local, stream.peer, stream.owner),
-        (stream.peer_context, stream.peer, stream.local, stream.listener.owner),
+        (stream.context, stream.local, stream.peer, stream.owner, None, inode),
+        (stream.peer_context, stream.peer, stream.local, listener.owner, inode, None),
     )
     return [
         {
             "context": context.cid,
             "type": stream.kind.value,
-            "state": "established",
+            "state": "connecting" if listener.undecided else "established",
             "cid": local[0],
             "port": local[1],
             "peer": list(peer),
+            "accepted": bool(accepted),
             "pid": owner.pid,
             "uid": owner.uid,
             "buffer": stream.size,
+            "receive_queue": None,
+            "send_queue": None,
+            "inode": own,
+            "peer_inode": other,
         }
-        for context, local, peer, owner in sides
+        for accepted, (context, local, peer, owner, own, other) in enumerate(sides)
     ]

@@ -41,6 +41,10 @@ class Streams:
                 return self._fabric.connections.get(number)
         return None
 
+    def inodes(self) -> dict[int, int]:
+        """The inode of each stream's accepting end, by the connection's number."""
+        return self._watch.present()
+
     def cut(self, connections: Iterable[Connection]) -> list[Connection]:
         """End streams whoever holds them; returns those that go on (:class:`.Cutter`)."""
         return self._cutter.cut(connections)

@@ -1,11 +1,12 @@
 """A device's attachment to vsockd: its guest becomes a context of the fabric.
 
 The device has one socket to vsockd, its *link*, got from the administrator's socket.  Over it
-go messages of three kinds:
+go messages of four kinds:
 
 - New channels go: one end of a socket pair, on which the device says what any program says on
   a connection to its context's control socket.  CONNECT has the guest's port in it; BIND_DATAGRAM
   and ROUTE serve the ports the guest sends datagrams from, CATCH_ALL has those to all others.
+- A tap comes (:mod:`.tap`): a record, and a socket to send what passes to.
 - An offer comes: a record, and the accepted end of a stream whose other end waits for an
   answer.  The device asks its guest, writes the answer to that end, and tells vsockd (SETTLE).
 
@@ -52,6 +53,7 @@ from ..wire import (
     decode_route,
 )
 from .loop import DeviceLoop
+from .tap import Tap
 
 _TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
 _ONE_DESCRIPTOR = CMSG_LEN(array.array("i").itemsize)
@@ -157,6 +159,7 @@ class Attachment:
         self._catch_all = socket.socket(AF_UNIX, SOCK_DGRAM)
         self._catch_all.setblocking(False)
         self._paused: list[socket.socket] = []
+        self.tap = Tap(loop)  #: the device says there what passes, if anybody wants to know
         loop.watch(link.fileno(), self._ready)
         if datagrams:
             self._ask(Request(Op.CATCH_ALL), self._catch_all)
@@ -173,6 +176,7 @@ class Attachment:
             self._loop.unwatch(self._link.fileno())
             self._link.close()
             self._close_datagrams(self._catch_all)
+            self.tap.close()
             while self._ports:
                 self._close_port(next(iter(self._ports)))
 
@@ -338,6 +342,9 @@ class Attachment:
             self._end()
             return
         sock = socket.socket(fileno=fd)
+        if record.role == Role.TAP:
+            self.tap.add(sock, record.size, record.local_port)
+            return
         sock.setblocking(False)
         sizes = BufferSizes(record.size, record.minimum, record.maximum)
         polling = bool(record.flags & Flag.POLLING)

@@ -4,6 +4,7 @@
 """
 
 from .context import Context, Contexts
+from .counts import Counts
 from .endpoint import Connection, Credentials, Endpoint, Kernel, Kind
 from .errors import LIMIT_RULES, Denied, Refused, Rule
 from .fabric import Fabric
@@ -20,6 +21,7 @@ __all__ = [
     "Context",
     "ContextSettings",
     "Contexts",
+    "Counts",
     "Credentials",
     "Denied",
     "Endpoint",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-from collections import Counter
 from collections.abc import Iterator
 
 from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
+from .counts import Counts
 from .endpoint import Connection, Endpoint, Kernel
 from .errors import Denied, Refused, Rule
 from .life_cycle import State
@@ -24,8 +24,8 @@ class Context:
         "cid",
         "connected",
         "cookies",
+        "counts",
         "datagrams",
-        "denials",
         "fault_tolerant",
         "is_guest",
         "isolation",
@@ -52,8 +52,7 @@ class Context:
         #: connections of this context that wait to be accepted, and programs that came in and
         #: have said nothing
         self.pending = 0
-        #: how often which rule was applied to its programs
-        self.denials: Counter[Rule] = Counter()
+        self.counts = Counts()
         #: how many hold a lease on it: it ends with the last.  0: it ends when it is removed
         self.leases = int(leased)
         #: stream and seqpacket ports: bound endpoints, and the ports of connecting sockets

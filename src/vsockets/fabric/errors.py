@@ -30,6 +30,7 @@ class Rule(Enum):
     DOMAIN = "domain"  #: ESX 4.0 to 5.0: another ``vmci0.domain``
     SUSPENDED = "suspended"  #: the virtual machine does not run
     FAULT_TOLERANCE = "fault-tolerance"  #: no new connections in FT mode
+    CAPTURE = "capture"  #: what passes is its owner's to see
     SOCKETS = "sockets"  #: a guest's limits, by their names in the configuration
     PENDING_CONNECTS = "pending_connects"
     REQUEST_RATE = "request_rate"

@@ -18,6 +18,7 @@ from ..constants import (
 )
 from . import life_cycle, policy
 from .context import Context, Contexts
+from .counts import Counts
 from .endpoint import Connection, Credentials, Endpoint, Kind
 from .errors import Denied, Refused, Rule
 from .life_cycle import Change, State
@@ -36,6 +37,8 @@ class Fabric:
         self.contexts = Contexts(owner)
         self.settings = Settings()
         self.connections: dict[int, Connection] = {}
+        #: what leased contexts did that have ended
+        self.departed = Counts()
         self._number = 0
 
     # Binding
@@ -154,6 +157,9 @@ class Fabric:
         connection = Connection(number, context, listener, local, peer, size, sizes, owner, cookie)
         context.connected.claim(local[1], connection)
         self.connections[number] = connection
+        if not listener.undecided:
+            context.counts.connects += 1
+            listener.context.counts.accepts += 1
         if cookie:
             context.cookies.setdefault(cookie, connection)
         return connection
@@ -170,7 +176,11 @@ class Fabric:
         if connection.listener.undecided and connection.peer == (guest.cid, port):
             connection.listener.undecided = False
             connection.size = size
-            if not size:
+            if size:
+                connection.context.counts.connects += 1
+                guest.counts.accepts += 1
+            else:
+                connection.context.counts.refusals += 1
                 self.end(connection.number)
 
     def end(self, number: int) -> None:

@@ -1,10 +1,11 @@
 """Who may talk to whom: the guide's chapter 5, "Security of the VMCI Device".
 
-Three questions decide, each a function here:
+Three questions decide, each a function here, and one more that the guide does not ask:
 
 1. :func:`require_path`: may these two contexts have to do with each other, in their state?
 2. :func:`require_trust`: may this guest and this program of the host, if the guest is isolated?
 3. :func:`require_service`: may this program be a service of the hypervisor?
+4. :func:`require_capture`: may this program see what passes a virtual machine's device?
 
 Processes of one context may talk with each other whatever its profile (guide page 8,
 "interprocess communications on a guest"), and every guest with the hypervisor's services ("This
@@ -18,13 +19,13 @@ from __future__ import annotations
 
 import errno
 
-from ..constants import VMADDR_CID_HYPERVISOR
+from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from .context import Context
 from .endpoint import Credentials, Kind
 from .errors import Denied, Rule
 from .life_cycle import State
-from .settings import Profile
-from .trust import Trust
+from .settings import Profile, Settings
+from .trust import Program, Trust
 
 
 def require_path(source: Context, destination: Context, connecting: bool) -> None:
@@ -98,3 +99,18 @@ def require_service(context: Context, program: Credentials) -> None:
             Rule.HYPERVISOR_SERVICE,
             f"services of the hypervisor belong to user {context.owner}",
         )
+
+
+def require_capture(asker: Context, program: Program, settings: Settings) -> None:
+    """Raise Denied unless ``program``, in the context ``asker``, may see what passes a device.
+
+    What guests say, and what is said to them, may be anybody's secret on the host: so it is for
+    the fabric's owner and root, and for programs of the host that the configuration names.
+    """
+    if asker.cid == VMADDR_CID_HOST:
+        if program.credentials.uid in (asker.owner, 0):
+            return
+        if any(grant.capture and program.matches(grant) for grant in settings.grants):
+            return
+    reason = "to capture what passes a device needs a grant, or to be the fabric's owner"
+    raise Denied(errno.EACCES, Rule.CAPTURE, reason)

@@ -57,7 +57,8 @@ class Isolation:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Host programs whose sockets are trusted ("Trusted vSockets", guide page 24).
+    """Host programs whose sockets are trusted ("Trusted vSockets", guide page 24), or that may
+    do something else that programs may not.
 
     A program matches when it matches all of ``user``, ``group`` and ``executable`` that are
     not None; one of them is not.
@@ -70,6 +71,7 @@ class Grant:
     datagram: bool  #: ESXi's ``dgram_vsocket_trusted``
     #: the domains the program belongs to, instead of the host's; None: those of the host
     domains: frozenset[str] | None
+    capture: bool = False  #: may see what passes the devices of virtual machines
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ..buffers import BufferSizes
 from ..devices.attachment import Offer
 from ..devices.loop import DeviceLoop
+from ..devices.tap import Tap
 from ..devices.vfio_user import Irq, Region
 from ..devices.vmci.datagrams import HEADER, LARGEST, Code, Datagram, Handle, Hypercall
 from ..devices.vmci.machine import VmciMachine
@@ -31,11 +32,12 @@ _OUT, _IN, _IN_DATA, _QUEUES = 0, 0x20_000, 0x21_000, 0x40_000
 class PlayedFabric:
     """Stands where vsockd is: accepts every stream and keeps every datagram."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: DeviceLoop) -> None:
         self.streams: list[socket.socket] = []
         self.datagrams: list[tuple[int, tuple[int, int], bytes]] = []
         self.settled: list[tuple[int, int]] = []
         self.error = 0
+        self.tap = Tap(loop)
 
     def connect(self, port: int, peer: tuple[int, int], sizes: BufferSizes) -> socket.socket:
         ours, theirs = socket.socketpair()
@@ -64,6 +66,7 @@ class PlayedFabric:
         for stream in self.streams:
             stream.close()
         self.streams.clear()
+        self.tap.close()
 
 
 class PlayedGuest:
@@ -71,7 +74,7 @@ class PlayedGuest:
 
     def __init__(self) -> None:
         self.loop = DeviceLoop()
-        self.fabric = PlayedFabric()
+        self.fabric = PlayedFabric(self.loop)
         self.machine = VmciMachine(self.loop, self.fabric, CID)  # type: ignore[arg-type]
         self.device = self.machine.device
         fd = os.memfd_create("guest")

@@ -1,7 +1,8 @@
-"""``vsock capture``: a forwarder that writes down what passes, for Wireshark and its kin."""
+"""``vsock capture``: what passes a device or a forwarder, for Wireshark and its kin."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -9,22 +10,49 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
+from ..address import parse_port
+from ..attachment import Attachment
+from ..constants import VMADDR_PORT_ANY
 from ..limits import CAPTURE_PAYLOAD
 from ..locator import Vsock
-from .advice import Failure
-from .forward import read_locator, read_peer_rule, serve
+from .advice import Failure, failure
+from .forward import serve
+from .options import (
+    AllowOption,
+    SourceArgument,
+    TargetArgument,
+    VerboseOption,
+    parser_of,
+    read_cid,
+)
+from .output import notice
+from .reach import own_context
+
+_CAPTURE = {
+    errno.EACCES: "it is for the fabric's owner, root, and who has a grant: docs/capture.md",
+    errno.ENOENT: "there is no such context",
+    errno.ENOTSUP: "it has no device: what passes between processes no device sees; see --help",
+}
 
 
 def capture(
-    source: Annotated[
-        Any, typer.Argument(parser=read_locator, metavar="FROM", help="Where clients come to.")
-    ],
-    target: Annotated[
-        Any, typer.Argument(parser=read_locator, metavar="TO", help="Where each one is taken.")
-    ],
     file: Annotated[
         Path, typer.Option("-w", "--write", metavar="FILE", help="- is standard output.")
     ],
+    source: SourceArgument = None,
+    target: TargetArgument = None,
+    context: Annotated[
+        int | None,
+        typer.Option(parser=read_cid, metavar="CID", help="Record at this machine's device."),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            parser=parser_of(parse_port),
+            metavar="PORT",
+            help="With --context: only from or to this port.",
+        ),
+    ] = None,
     payload: Annotated[
         int,
         typer.Option(
@@ -36,23 +64,49 @@ def capture(
             help="Keep so much of what is in one record; 0 keeps addresses and times only.",
         ),
     ] = CAPTURE_PAYLOAD,
-    allow: Annotated[
-        list[Any] | None,
-        typer.Option(
-            parser=read_peer_rule,
-            metavar="CID[:PORT[-PORT]]",
-            help="Only vSockets clients from there; can be repeated.",
-        ),
-    ] = None,
-    verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Tell of every connection.")
-    ] = False,
+    allow: AllowOption = None,
+    verbose: VerboseOption = False,
 ) -> None:
-    """Forward whoever comes to FROM to TO, as vsock forward does, and record it as pcap.
+    """Record what passes a virtual machine's device, or a forwarder, as pcap.
 
-    FROM or TO is a vSockets address.  To see what a guest says to port 5000, let the service
-    listen on 5001 and capture with vsock::5000 vsock:host:5001.
+    With --context what the machine says and is told, until Ctrl-C or its end.  A reader that is
+    slow misses some of it, and is told how much; the machine does not wait for it.
+
+    Between processes nothing is in between.  With FROM and TO whoever comes to FROM is forwarded
+    to TO, as by vsock forward, and recorded; one of the two is a vSockets address.  To see what a
+    guest says to port 5000, let the service listen on 5001 and capture with vsock::5000
+    vsock:host:5001.
     """
+    if context is not None:
+        if source is not None or allow:
+            raise typer.BadParameter("FROM, TO and --allow do not go with --context")
+        _capture_device(context, VMADDR_PORT_ANY if port is None else port, payload, file)
+        return
+    if source is None or target is None or port is not None:
+        raise typer.BadParameter("expected --context CID, or FROM and TO without --port")
+    _capture_forwarder(source, target, allow, payload, file, verbose)
+
+
+def _capture_device(cid: int, port: int, payload: int, file: Path) -> None:
+    from ..bridges.capture.device_capture import open_capture, write_down
+
+    place = own_context()
+    if not isinstance(place, Attachment):
+        raise Failure("devices are the host's: there are none in a virtual machine")
+    try:
+        records = open_capture(place, cid, payload, port)
+    except OSError as error:
+        raise failure(f"capture of context {cid}", error, _CAPTURE) from None
+    with records, _open(file) as opened:
+        notice(f"capturing what passes the device of context {cid}")
+        counts = write_down(records, opened)
+    missed = f", {counts.missed} were missed" if counts.missed else ""
+    notice(f"{counts.records} records{missed}")
+
+
+def _capture_forwarder(
+    source: Any, target: Any, allow: Any, payload: int, file: Path, verbose: bool
+) -> None:
     from ..bridges.capture.recorder import Recorder
     from ..bridges.forward.settings import Settings
 

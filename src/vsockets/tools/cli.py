@@ -19,10 +19,13 @@ from . import (
     forward,
     include_dir,
     ls,
+    man,
+    metrics,
     netcat,
     perf,
     reach,
     run,
+    top,
     up,
     vm,
 )
@@ -48,11 +51,14 @@ app.command("listen")(netcat.listen)
 app.command("forward")(forward.forward)
 app.command("capture")(capture.capture)
 app.command("ls")(ls.ls)
+app.command("metrics")(metrics.metrics)
+app.command("top")(top.top)
 app.command("events")(events.events)
 app.add_typer(perf.app, name="perf")
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.command("include-dir")(include_dir.include_dir)
+app.command("man")(man.man)
 
 
 def _print_version(wanted: bool) -> None:

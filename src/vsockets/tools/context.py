@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pwd
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..address import parse_cid
 from ..vm import VmxError, read_vmx
+from .options import CidArgument, JsonOption, read_cid, read_user
 from .output import Column, complain, notice, print_json, print_table, user_name
 from .reach import administrator
 
@@ -19,27 +18,6 @@ app = typer.Typer(
     help="Guests: add, list and remove them; suspend, resume, migrate, power off and on.",
     rich_markup_mode=None,
 )
-
-
-def read_cid(text: str) -> int:
-    """A CID from the command line; a usage error when it is none."""
-    try:
-        return parse_cid(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _read_user(text: str) -> int:
-    if text.isdecimal():
-        return int(text)
-    try:
-        return pwd.getpwnam(text).pw_uid
-    except KeyError:
-        raise typer.BadParameter(f"there is no user {text!r}") from None
-
-
-CidArgument = Annotated[int, typer.Argument(parser=read_cid, metavar="CID")]
-JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 class Profile(StrEnum):
@@ -60,7 +38,7 @@ def add(
     owner: Annotated[
         int | None,
         typer.Option(
-            parser=_read_user,
+            parser=read_user,
             metavar="USER",
             help="Name or number of the user whose programs it may run; by default vsockd's.",
         ),

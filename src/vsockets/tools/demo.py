@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from .context import JsonOption
+from .options import JsonOption
 from .output import Column, print_json, print_table
 
 if TYPE_CHECKING:

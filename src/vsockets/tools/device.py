@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from .. import logs
 from ..control import Events
+from ..service_manager import notify_ready
 from ..state_folder import short_path
-from .context import read_cid
-from .output import notice
+from .options import LogFormat, LogFormatOption, read_cid
 from .reach import administrator
 
 if TYPE_CHECKING:
     from ..devices.attachment import Attachment
     from ..devices.loop import DeviceLoop
+
+log = logging.getLogger(__name__)
 
 # What a device needs is imported where it is used: no other command needs it.
 
@@ -57,6 +60,7 @@ def vmci(
     until_eof: _UntilEof = False,
     sandbox: _Sandbox = True,
     verbose: _Verbose = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Serve a virtual machine's VMCI device over vfio-user (docs/vmci.md).
 
@@ -72,7 +76,7 @@ def vmci(
         machine = VmciMachine(loop, fabric, fabric.cid, events, legacy=legacy, older=older)
         Server(loop, listener, machine.device, machine.settle)
 
-    _serve("VMCI", path, cid, until_eof, sandbox, verbose, begin)
+    _serve("VMCI", path, cid, until_eof, sandbox, verbose, log_format, begin)
 
 
 @app.command("virtio")
@@ -82,6 +86,7 @@ def virtio(
     until_eof: _UntilEof = False,
     sandbox: _Sandbox = True,
     verbose: _Verbose = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Serve a virtual machine's virtio-vsock device over vhost-user (docs/virtio.md).
 
@@ -97,8 +102,18 @@ def virtio(
         machine = VirtioMachine(loop, fabric, fabric.cid, events)
         Server(loop, listener, machine.device)
 
-    service = ("virtio-vsock", path, cid, until_eof, sandbox, verbose, begin)
-    _serve(*service, datagrams=False, seqpacket=True)
+    _serve(
+        "virtio-vsock",
+        path,
+        cid,
+        until_eof,
+        sandbox,
+        verbose,
+        log_format,
+        begin,
+        datagrams=False,
+        seqpacket=True,
+    )
 
 
 class _Attached(NamedTuple):
@@ -115,6 +130,7 @@ def _serve(
     until_eof: bool,
     sandbox: bool,
     verbose: bool,
+    log_format: LogFormat,
     begin: Callable[[_Attached], None],
     datagrams: bool = True,
     seqpacket: bool = False,
@@ -127,8 +143,8 @@ def _serve(
     from ..devices.loop import DeviceLoop
     from ..devices.sandbox import enter_sandbox
 
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="vsock device: %(message)s"
+    logs.begin(
+        "vsock device: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value
     )
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     with administrator(start=True) as control:
@@ -146,9 +162,10 @@ def _serve(
         if until_eof:
             loop.watch(sys.stdin.fileno(), lambda _: loop.stop() if _has_ended() else None)
         begin(_Attached(loop, Attachment(loop, link, cid, datagrams), events, listener))
+        notify_ready()
         if sandbox:
             enter_sandbox(owner)
-        notice(f"context {cid}: the {name} device waits at {path}")
+        log.log(logs.NOTICE, "context %d: the %s device waits at %s", cid, name, path)
         with loop.signalled({signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop}):
             print(cid, flush=True)
             loop.run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .context import JsonOption
+from .options import JsonOption
 from .output import Column, print_json, print_table
 
 

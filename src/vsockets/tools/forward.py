@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import logs
 from ..constants import VMADDR_PORT_ANY
 from ..limits import FORWARD_CONNECT_TIMEOUT, FORWARD_CONNECTIONS
-from ..locator import Locator, parse_locator
+from ..locator import Locator
+from ..service_manager import notify_ready
 from .advice import CONNECT, Failure, failure
-from .output import notice
+from .options import (
+    AllowOption,
+    LogFormat,
+    LogFormatOption,
+    SourceArgument,
+    TargetArgument,
+    VerboseOption,
+    parser_of,
+)
 from .reach import own_context
 
 if TYPE_CHECKING:
@@ -22,31 +32,10 @@ if TYPE_CHECKING:
     from ..bridges.forward.service import Service
     from ..bridges.forward.settings import Settings
 
+log = logging.getLogger("vsockets.forward")
+
 #: Seconds that connections have to end by themselves after SIGTERM.
 _DRAIN = 30.0
-
-
-def parser_of(parse: Any) -> Any:
-    """``parse`` for the command line: its ValueError is a usage error."""
-
-    def read(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    return read
-
-
-read_locator = parser_of(parse_locator)
-
-
-@parser_of
-def read_peer_rule(text: str) -> Any:
-    """A rule of who may come."""
-    from ..bridges.forward.rules import PeerRule
-
-    return PeerRule.parse(text)
 
 
 @parser_of
@@ -57,24 +46,13 @@ def _read_host_rule(text: str) -> Any:
 
 
 def forward(
-    source: Annotated[
-        Any, typer.Argument(parser=read_locator, metavar="FROM", help="Where clients come to.")
-    ] = None,
-    target: Annotated[
-        Any, typer.Argument(parser=read_locator, metavar="TO", help="Where each one is taken.")
-    ] = None,
+    source: SourceArgument = None,
+    target: TargetArgument = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", metavar="FILE", help="Many forwards; SIGHUP reads it again."),
     ] = None,
-    allow: Annotated[
-        list[Any] | None,
-        typer.Option(
-            parser=read_peer_rule,
-            metavar="CID[:PORT[-PORT]]",
-            help="Only vSockets clients from there; can be repeated.",
-        ),
-    ] = None,
+    allow: AllowOption = None,
     allow_host: Annotated[
         list[Any] | None,
         typer.Option(
@@ -105,9 +83,8 @@ def forward(
             help="After SIGTERM: how long connections may take to end by themselves.",
         ),
     ] = _DRAIN,
-    verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Tell of every connection.")
-    ] = False,
+    verbose: VerboseOption = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Forward whoever comes to FROM to TO, until SIGTERM or Ctrl-C.
 
@@ -123,7 +100,7 @@ def forward(
         if source is not None:
             raise typer.BadParameter("--config replaces FROM and TO")
         file = config
-        serve(_load(file), drain, verbose, again=lambda: load(file))
+        serve(_load(file), drain, verbose, log_format, again=lambda: load(file))
         return
     if source is None or target is None:
         raise typer.BadParameter("expected FROM and TO, or --config FILE")
@@ -140,13 +117,14 @@ def forward(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    serve([settings], drain, verbose)
+    serve([settings], drain, verbose, log_format)
 
 
 def serve(
     forwards: list[Settings],
     drain: float = _DRAIN,
     verbose: bool = False,
+    log_format: LogFormat = LogFormat.TEXT,
     *,
     again: Callable[[], list[Settings]] | None = None,
     recorder: Recorder | None = None,
@@ -154,13 +132,14 @@ def serve(
     """Do it until a signal comes; on SIGHUP do what ``again`` says from then on."""
     from ..bridges.forward.service import run
 
-    _log_to_standard_error(verbose)
+    logs.begin("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
 
     def ready(service: Service) -> None:
         for place, where in service.doors.items():
             if verbose or _is_free_choice(place):
                 scheme = str(place).partition(":")[0]
-                notice(f"listening on {scheme}:{where}")
+                log.log(logs.NOTICE, "listening on %s:%s", scheme, where)
+        notify_ready()
 
     try:
         run(
@@ -188,14 +167,3 @@ def _load(path: Path) -> list[Settings]:
 
 def _is_free_choice(place: Locator) -> bool:
     return getattr(place, "port", None) in (0, VMADDR_PORT_ANY)
-
-
-class _Notices(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        notice(self.format(record))
-
-
-def _log_to_standard_error(verbose: bool) -> None:
-    log = logging.getLogger("vsockets.forward")
-    log.addHandler(_Notices())
-    log.setLevel(logging.INFO if verbose else logging.WARNING)

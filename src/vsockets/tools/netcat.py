@@ -20,9 +20,9 @@ from ..constants import (
 )
 from ..socket import socket
 from .advice import BIND, CONNECT, Failure, failure
-from .context import CidArgument, read_cid
 from .datagrams import DatagramRelay
 from .execute import arguments_of, become_served, serve
+from .options import CidArgument, read_cid
 from .output import notice, user_name
 from .reach import keep_trying, own_context
 from .relay import Relay

@@ -6,7 +6,11 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from itertools import compress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 #: The width of a table nobody looks at: what reads it wants whole lines.
 _UNLIMITED = 10_000
@@ -18,6 +22,7 @@ class Column(NamedTuple):
     title: str
     right: bool = False  #: numbers
     whole: bool = True  #: not broken over lines; the others give way when it gets tight
+    from_width: int = 0  #: left out of tables that are narrower, in characters
 
 
 def complain(text: str) -> None:
@@ -36,13 +41,23 @@ def print_json(value: Any) -> None:
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
     """Print a table that fits the terminal, or ``$COLUMNS``.  Cells are plain text."""
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     fits = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = Console(width=None if fits else _UNLIMITED, highlight=False)
+    with console.capture() as capture:
+        console.print(make_table(columns, rows, console.width))
+    for line in capture.get().splitlines():
+        print(line.rstrip())
+
+
+def make_table(columns: Sequence[Column], rows: Iterable[Sequence[object]], width: int) -> Table:
+    """A table for ``rich``, ``width`` characters wide at most.  Cells are plain text."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
+    shown = [width >= column.from_width for column in columns]
+    for column in compress(columns, shown):
         table.add_column(
             column.title,
             justify="right" if column.right else "left",
@@ -50,11 +65,9 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> 
             overflow="ellipsis" if column.whole else "fold",
         )
     for row in rows:
-        table.add_row(*(Text(str(cell), style=_STYLES.get(str(cell), "")) for cell in row))
-    with console.capture() as capture:
-        console.print(table)
-    for line in capture.get().splitlines():
-        print(line.rstrip())
+        cells = map(str, compress(row, shown))
+        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in cells))
+    return table
 
 
 #: Words that stand for good or bad news, in a table of any command.

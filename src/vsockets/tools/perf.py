@@ -18,7 +18,7 @@ import typer
 from ..limits import PERF_MESSAGE, PERF_SECONDS
 from ..locator import Locator, parse_locator
 from .advice import CONNECT, Failure, failure
-from .context import JsonOption
+from .options import JsonOption
 from .output import notice, print_json
 from .reach import own_context
 

@@ -13,8 +13,8 @@ from ..attachment import Attachment
 from ..constants import AF_VSOCK, VMADDR_CID_HOST
 from ..control import Control
 from .advice import Failure
-from .context import read_cid
 from .execute import become
+from .options import read_cid
 from .reach import administrator
 
 #: By the state of a context in which no program has a vSockets socket.

@@ -12,6 +12,7 @@ import typer
 
 from .. import launcher
 from ..state_folder import default_folder
+from .options import LogFormat, LogFormatOption
 from .output import Column, print_json, print_table
 from .reach import administrator
 
@@ -32,14 +33,12 @@ def up(
     log_level: Annotated[
         LogLevel, typer.Option(help="What vsockd logs; with --foreground.")
     ] = LogLevel.WARNING,
-    log_json: Annotated[
-        bool, typer.Option("--log-json", help="Log a JSON object a line; with --foreground.")
-    ] = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Start vsockd, the fabric's daemon, unless it runs already."""
     folder = default_folder()
     if foreground:
-        _be_vsockd(folder, "--log-level", log_level.value, *["--log-json"] * log_json)
+        _be_vsockd(folder, "--log-level", log_level.value, "--log-format", log_format.value)
     started = launcher.start(folder)
     with administrator(start=True) as control:
         pid = control.status()["pid"]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from .advice import Failure
-from .context import JsonOption
+from .options import JsonOption
 from .output import Column, notice, print_json, print_table
 from .reach import keep_trying
 from .vm_options import (

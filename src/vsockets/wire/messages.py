@@ -49,6 +49,7 @@ class Op(IntEnum):
     LOCAL_CID = 8  #: which context is this, and is its program trusted (by the peer CID)?
     SETTLE = 9  #: a device: what became of an offer (backlog: 0 or the errno); not answered
     CATCH_ALL = 10  #: a device: datagrams to every port nobody has come to the socket sent along
+    CAPTURE = 11  #: a socket on which comes what passes the device of the peer CID (vsockmon.py)
 
 
 class Flag(IntFlag):
@@ -71,6 +72,7 @@ class Role(IntEnum):
     LISTENING = 2
     CONNECTED = 3
     DATAGRAM = 4
+    TAP = 6  #: to a device: send what passes to the socket sent along, ``size`` bytes of each
 
 
 _CONNECT = int(Op.CONNECT)

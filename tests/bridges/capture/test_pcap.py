@@ -8,7 +8,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.bridges.capture.pcap import LINKTYPE_VSOCK, Operation, file_header, record
+from vsockets.bridges.capture.pcap import LINKTYPE_VSOCK, file_header, record
+from vsockets.wire.vsockmon import Operation
 
 from .dissecting import CONNECT, DISCONNECT, PAYLOAD, dissect, needs_tshark
 

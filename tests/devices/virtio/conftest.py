@@ -116,6 +116,7 @@ class Rig:
             guest.close()
         self.call(self.server.close)
         self.call(self.device.close)
+        self.call(self.device.tap.close)
         self.call(self.loop.stop)
         self._thread.join(10)
         for sock in self._calls:

@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vsockets.devices.guest_memory import GuestMemory
+from vsockets.devices.loop import DeviceLoop
+from vsockets.devices.tap import Tap
 from vsockets.devices.virtio.link import Link
 from vsockets.devices.virtio.packed_ring import PackedRing
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
@@ -31,6 +33,9 @@ Ring = SplitRing | PackedRing
 CID = 5
 SIZE = 4
 PACKETS = 12
+
+#: Nobody captures.
+UNTAPPED = Tap(DeviceLoop())
 
 #: How many accesses a side makes before the other goes on.
 schedules = st.lists(st.integers(1, 12), max_size=60)
@@ -162,7 +167,7 @@ class Counter:
 def play(stage: Stage, ring: Ring, driver: Driver, memory: Memory) -> int:
     """The driver sends PACKETS packets through a ring of SIZE; returns how many came."""
     counter = Counter()
-    queue = TransmitQueue(ring, CID, counter)
+    queue = TransmitQueue(ring, CID, counter, UNTAPPED)
     place = memory.allocate(HEADER_SIZE)
     header = Header(CID, 2, 1000, 1000, op=Op.CREDIT_REQUEST).encode()
     memory.view[place : place + HEADER_SIZE] = header

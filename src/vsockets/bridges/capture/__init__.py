@@ -1,1 +1,1 @@
-"""Recording what passes a forwarder, for Wireshark and its kin."""
+"""Recording what passes a forwarder, or a device, for Wireshark and its kin."""

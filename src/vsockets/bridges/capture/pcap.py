@@ -2,16 +2,15 @@
 
 A file is one file header and any number of records (``pcap-savefile(5)``; the magic number is that
 of nanoseconds).  What is in a record says the link type: LINKTYPE_VSOCK, which is what Linux's
-``vsockmon`` device delivers (``linux/vsockmon.h``): addresses and an operation, then the header of
-a transport, of which there is none here, then the payload.
+``vsockmon`` device delivers (:mod:`vsockets.wire.vsockmon`).
 """
 
 from __future__ import annotations
 
-import enum
 import struct
 
 from ...limits import CAPTURE_PAYLOAD
+from ...wire.vsockmon import HEADER_SIZE, Address, Captured, Operation, encode_header
 
 #: Number of the link type in tcpdump.org's list.
 LINKTYPE_VSOCK = 271
@@ -20,25 +19,14 @@ _MAGIC_NANOSECONDS = 0xA1B23C4D
 _VERSION = (2, 4)
 _FILE_HEADER = struct.Struct("<IHHiIII")
 _RECORD_HEADER = struct.Struct("<IIII")
-_VSOCKMON = struct.Struct("<QQIIHHHxx")
 
-#: ``AF_VSOCK_TRANSPORT_NO_INFO``: no header of a transport follows.
-_NO_TRANSPORT_HEADER = 1
-
-Address = tuple[int, int]
-
-
-class Operation(enum.IntEnum):
-    """``enum af_vsockmon_op``."""
-
-    CONNECT = 1
-    DISCONNECT = 2
-    PAYLOAD = 4
+#: The header of virtio-vsock's packets, the longest of a transport.
+_LONGEST_TRANSPORT_HEADER = 44
 
 
 def file_header() -> bytes:
     """What a file begins with."""
-    longest = _VSOCKMON.size + CAPTURE_PAYLOAD
+    longest = HEADER_SIZE + _LONGEST_TRANSPORT_HEADER + CAPTURE_PAYLOAD
     return _FILE_HEADER.pack(_MAGIC_NANOSECONDS, *_VERSION, 0, 0, longest, LINKTYPE_VSOCK)
 
 
@@ -51,13 +39,13 @@ def record(
     limit: int = CAPTURE_PAYLOAD,
 ) -> bytes:
     """One record, of ``nanoseconds`` since 1970; ``limit`` bytes of the payload are kept."""
-    kept = payload[:limit]
-    vsockmon = _VSOCKMON.pack(
-        *(source[0], destination[0], source[1], destination[1]),
-        *(operation, _NO_TRANSPORT_HEADER, 0),
-    )
-    seconds, rest = divmod(nanoseconds, 1_000_000_000)
-    header = _RECORD_HEADER.pack(
-        seconds, rest, len(vsockmon) + len(kept), len(vsockmon) + len(payload)
-    )
-    return header + vsockmon + kept
+    header = encode_header(operation, source, destination)
+    whole = len(header) + len(payload)
+    return captured_record(Captured(nanoseconds, 0, whole, header + payload[:limit]))
+
+
+def captured_record(captured: Captured) -> bytes:
+    """One record that was made elsewhere."""
+    seconds, rest = divmod(captured.nanoseconds, 1_000_000_000)
+    header = _RECORD_HEADER.pack(seconds, rest, len(captured.body), captured.length)
+    return header + captured.body

@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 from ...constants import AF_VSOCK
 from ...limits import CAPTURE_PAYLOAD
-from .pcap import Address, Operation, file_header, record
+from ...wire.vsockmon import Address, Operation
+from .pcap import file_header, record
 
 #: Called with whether it goes from client to target, and the bytes; none for the end.
 Tap = Callable[[bool, bytes], None]

@@ -20,7 +20,7 @@ from ...limits import FORWARD_ACCEPTS, FORWARD_FLOW_PENDING, MAX_DATAGRAM
 from ...locator import Inet, Unix, Vsock
 from ...socket import socket
 from ...state_folder import connect_to
-from ..capture.pcap import Operation
+from ...wire.vsockmon import Operation
 from .dialer import Dialer
 from .flows import FlowTable
 from .reports import Complaints, describe_source, log

@@ -23,6 +23,7 @@ from ...limits import (
 )
 from ..guest_memory import GuestMemory
 from ..loop import DeviceLoop
+from ..tap import Tap
 from ..vhost_user import Vring
 from .connection import Do, State
 from .link import Link
@@ -87,6 +88,7 @@ class VirtioVsock:
         self.links: dict[tuple[int, int, int], Link] = {}
         self._loop = loop
         self._fabric = fabric
+        self.tap = Tap(loop)
         self._in_use = 0
         self._vrings: dict[int, Vring] = {}
         self._bases: dict[int, int] = {}  # where a ring was when it was last stopped
@@ -132,9 +134,9 @@ class VirtioVsock:
         assert vring.kick is not None
         self._loop.watch_for(vring.kick, partial(self._kicked, vring.kick), select.EPOLLIN)
         if index == RECEIVE:
-            self._receive = ReceiveQueue(ring, self.cid)
+            self._receive = ReceiveQueue(ring, self.cid, self.tap)
         elif index == TRANSMIT:
-            self._transmit = TransmitQueue(ring, self.cid, self)
+            self._transmit = TransmitQueue(ring, self.cid, self, self.tap)
         else:
             self._events = ring
         # What was offered before anybody looked is announced by no kick.

@@ -33,6 +33,7 @@ class VirtioMachine:
         self._fabric = fabric
         self._cid = cid
         self.device = VirtioVsock(loop, cid, self)
+        self.device.tap = fabric.tap
         fabric.offered = self._offered
         fabric.lost = lambda: log.warning("vsockd has gone: no new connections")
         if events is not None:

@@ -14,6 +14,8 @@ from socket import MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
 
 from ...limits import VECTORS
 from ..pump import pull
+from ..tap import Tap
+from .capture import record
 from .connection import BOTH
 from .link import Link
 from .packet import HEADER, HEADER_SIZE, Op, Sequenced, Shutdown, Type
@@ -56,9 +58,10 @@ def _understand(chain: Chain) -> _Buffer:
 class ReceiveQueue:
     """Sends packets to the guest ``cid``."""
 
-    def __init__(self, ring: Ring, cid: int) -> None:
+    def __init__(self, ring: Ring, cid: int, tap: Tap) -> None:
         self._ring = ring
         self._cid = cid
+        self._tap = tap
         self._stock: deque[_Buffer] = deque()  # popped and not used yet
 
     def stop(self) -> int:
@@ -84,6 +87,8 @@ class ReceiveQueue:
         else:
             _scatter(header, parts)
         self._ring.push(note, HEADER_SIZE)
+        if self._tap.sinks:
+            record(self._tap, header)
 
     def send(self, link: Link) -> None:
         """Send what there is from ``link``, for a turn."""
@@ -179,6 +184,9 @@ class ReceiveQueue:
                     length, _STREAM, _RW, 0, size, told,
                 )  # fmt: skip
             push(note, HEADER_SIZE + length)
+            if self._tap.sinks:
+                payload = parts if header is not None else _after_header(parts)
+                record(self._tap, self._header(link, length, _RW, 0), payload)
         return used
 
     def _messages(self, link: Link) -> None:
@@ -236,6 +244,8 @@ class ReceiveQueue:
             _scatter(header + part, parts)
         self._stock.popleft()
         self._ring.push(note, HEADER_SIZE + len(part))
+        if self._tap.sinks:
+            record(self._tap, header, (part,))
 
     def _give_back(self) -> None:
         self._ring.push(self._stock.popleft()[0], 0)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from ...limits import PACKETS_A_TURN, VECTORS
+from ..tap import Tap
+from .capture import record
 from .link import Link
 from .packet import HEADER, HEADER_SIZE, Header, Op, Type
 from .ring import Ring, RingError, total
@@ -38,10 +40,11 @@ class Receiver(Protocol):
 class TransmitQueue:
     """Takes packets of the guest ``cid``."""
 
-    def __init__(self, ring: Ring, cid: int, receiver: Receiver) -> None:
+    def __init__(self, ring: Ring, cid: int, receiver: Receiver, tap: Tap) -> None:
         self._ring = ring
         self._cid = cid
         self._receiver = receiver
+        self._tap = tap
 
     def stop(self) -> int:
         """Let go of the guest's memory; returns where to go on."""
@@ -62,7 +65,8 @@ class TransmitQueue:
         views: list[memoryview] = []
         length = 0
         more = True
-        cid, turn = self._cid, 0 if receiver.is_overwhelmed else PACKETS_A_TURN
+        cid, tap = self._cid, self._tap
+        turn = 0 if receiver.is_overwhelmed else PACKETS_A_TURN
         while turn:
             turn -= 1
             chain = pop()
@@ -76,6 +80,8 @@ class TransmitQueue:
                 raise RingError("a buffer of the transmit queue that is not to be read")
             notes.append(note)
             fields = _take_header(parts)
+            if tap.sinks:
+                record(tap, HEADER.pack(*fields), parts)
             src_cid, dst_cid, src_port, dst_port, size, type_, op, flags, alloc, fwd = fields
             link = links.get((dst_cid, dst_port, src_port))
             if link is not None and link.type == type_ and src_cid == cid:

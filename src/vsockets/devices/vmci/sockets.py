@@ -21,9 +21,11 @@ from ...limits import (
     UNSENT_BYTES,
 )
 from ...wire import RECORD_SIZE, ProtocolError, Record
+from ...wire.vsockmon import Operation
 from ..attachment import Attachment, Offer
 from ..loop import DeviceLoop, Timer
 from . import packets
+from .capture import operation_of
 from .datagrams import HEADER, Code, Datagram, Handle
 from .handshake import Accepting, Connecting, Step
 from .hypervisor import Hypervisor
@@ -81,6 +83,7 @@ class VmciSockets:
         self._hypervisor = hypervisor
         self._fabric = fabric
         self._older = older
+        self._tap = fabric.tap
         self._connections: dict[_Key, _Connection] = {}
         self._by_handle: dict[Handle, _Connection] = {}
         self._offered: dict[Handle, int] = {}  # and the size agreed on
@@ -95,6 +98,8 @@ class VmciSockets:
     def receive(self, peer: int, packet: Packet) -> int:
         """As :class:`.hypervisor.Sockets` says."""
         key = packet.source_port, peer, packet.destination_port
+        if self._tap.sinks:
+            self._record(operation_of(packet.kind), key, from_guest=True)
         connection = self._connections.get(key)
         if packet.kind in _REQUESTS:
             if self._older and packet.kind == Kind.REQUEST2:
@@ -116,6 +121,8 @@ class VmciSockets:
 
     def send_datagram(self, port: int, destination: tuple[int, int], payload: bytes) -> int:
         """As :class:`.hypervisor.Sockets` says."""
+        if self._tap.sinks:
+            self._record_datagram((self._hypervisor.cid, port), destination, payload)
         try:
             self._fabric.send(port, destination, payload)
         except OSError as error:
@@ -134,6 +141,8 @@ class VmciSockets:
             stream = connection.stream
             self._forget(connection)
             stream.detached()
+            if self._tap.sinks:
+                self._record(Operation.DISCONNECT, connection.key, from_guest=True)
             if stream.left:
                 self._unsent.add(stream)
             if sum(one.left for one in self._unsent) > UNSENT_BYTES:
@@ -141,6 +150,8 @@ class VmciSockets:
 
     def _deliver(self, source: tuple[int, int], port: int, payload: bytes) -> bool:
         """A datagram for the guest; returns whether there is room for another."""
+        if self._tap.sinks:
+            self._record_datagram(source, (self._hypervisor.cid, port), payload)
         datagram = Datagram(Handle(self._hypervisor.cid, port), Handle(*source), payload)
         self._hypervisor.device.deliver(datagram.encode())
         return self._hypervisor.device.has_room
@@ -286,6 +297,9 @@ class VmciSockets:
             older,
             hung_up=hung_up,
             finished=finished,
+            tap=self._tap,
+            guest=(self._hypervisor.cid, key[0]),
+            peer=key[1:],
         )
         stream.begin()
 
@@ -343,6 +357,8 @@ class VmciSockets:
         self, key: _Key, kind: Kind, value: int = 0, offset: int = 0, protocol: int = 0
     ) -> None:
         port, peer, peer_port = key
+        if self._tap.sinks:
+            self._record(operation_of(kind), key, from_guest=False)
         packet = Packet(kind, peer_port, port, value, offset, protocol)
         resource = packets.RESOURCE
         if peer == VMADDR_CID_HYPERVISOR:
@@ -350,3 +366,15 @@ class VmciSockets:
         destination = Handle(self._hypervisor.cid, packets.RESOURCE)
         datagram = Datagram(destination, Handle(peer, resource), packet.encode())
         self._hypervisor.device.deliver(datagram.encode())
+
+    def _record(self, operation: Operation, key: _Key, from_guest: bool) -> None:
+        """Tell who captures of something that is no payload."""
+        guest, peer = (self._hypervisor.cid, key[0]), key[1:]
+        ends = (guest, peer) if from_guest else (peer, guest)
+        self._tap.record(operation, *ends)
+
+    def _record_datagram(
+        self, source: tuple[int, int], destination: tuple[int, int], payload: bytes
+    ) -> None:
+        view = (memoryview(payload),)
+        self._tap.record(Operation.PAYLOAD, source, destination, view, len(payload))

@@ -29,6 +29,7 @@ from socket import SHUT_RD, SHUT_RDWR, SHUT_WR
 from ...limits import LOOK_AGAIN, LOOKS, PUMP_ROUNDS
 from ..loop import DeviceLoop
 from ..pump import pull, push
+from ..tap import Tap
 from .flow import QueueState, Send, Waiting
 from .packets import Kind, Shutdown
 from .queue_pair import BrokenQueue, QueuePair
@@ -44,7 +45,8 @@ class Stream:
     """One of them.  ``sock`` becomes the stream's.
 
     ``finished`` is called when the socket is closed, ``hung_up`` when the program has closed,
-    ``broken`` when the guest's indices are none.
+    ``broken`` when the guest's indices are none.  ``tap`` is told what passes between ``guest`` and
+    ``peer``.
     """
 
     def __init__(
@@ -56,6 +58,9 @@ class Stream:
         older: bool,
         hung_up: Callable[[], None],
         finished: Callable[[], None],
+        tap: Tap,
+        guest: tuple[int, int],
+        peer: tuple[int, int],
     ) -> None:
         self._loop = loop
         self._sock = sock
@@ -65,6 +70,7 @@ class Stream:
         self._flow: QueueState | Waiting = Waiting(send) if older else QueueState(send)
         self._may_look = not older
         self._hung_up, self._finished = hung_up, finished
+        self._tap, self._guest, self._peer = tap, guest, peer
         self._reading = self._writing = True  # from the socket, to it
         self._guest_is_done = False  # the guest sends nothing more
         self._told_end = False
@@ -164,7 +170,7 @@ class Stream:
             if not ready:
                 break
             try:
-                sent = push(self._sock, inbound.window(ready))
+                sent = push(self._sock, window := inbound.window(ready))
             except OSError:
                 self._socket_takes_nothing()
                 return
@@ -173,6 +179,8 @@ class Stream:
                 self._want(self._interest | _OUT)
                 return
             moved = True
+            if self._tap.sinks:
+                self._tap.stream(self._guest, self._peer, window, sent)
             inbound.consume(sent)
             self._flow.read(inbound.publish(self._withhold()), inbound.position)
         else:
@@ -245,13 +253,15 @@ class Stream:
                 self._want(self._interest & ~_IN, events & _HUP)
                 self._flow.blocked()
                 return
-            received = pull(self._sock, outbound.window(free))
+            received = pull(self._sock, window := outbound.window(free))
             if received is None:
                 return
             if not received:
                 self._end_of_file()
                 return
             self._wrotes = 0
+            if self._tap.sinks:
+                self._tap.stream(self._peer, self._guest, window, received)
             self._flow.wrote(outbound.produce(received), outbound.position)
 
     def _resume_reading(self) -> None:
@@ -306,6 +316,8 @@ class Stream:
             if sum(len(part) for part in parts) >= self._in.size:
                 break  # it writes while we read
         self._rest = memoryview(b"".join(parts))
+        if self._tap.sinks:
+            self._tap.stream(self._guest, self._peer, (self._rest,), len(self._rest))
 
     def _flush_rest(self) -> None:
         while self._rest:

@@ -1,4 +1,4 @@
-"""What vsockd writes to standard error: words, or a JSON object a line.
+"""What programs that go on for long write to standard error: words, or a JSON object a line.
 
 Under systemd standard error is the journal, which takes a line's priority from a number in
 angle brackets before it (``sd-daemon(3)``).
@@ -12,9 +12,17 @@ import os
 import sys
 from typing import Any
 
+#: What is said however little was asked for, and no warning: where somebody listens.
+NOTICE = 25
+logging.addLevelName(NOTICE, "NOTICE")
+
+#: How logs may be written.
+FORMATS = ("text", "json")
+
 _PRIORITIES = {
     logging.DEBUG: 7,
     logging.INFO: 6,
+    NOTICE: 5,
     logging.WARNING: 4,
     logging.ERROR: 3,
     logging.CRITICAL: 2,
@@ -22,8 +30,12 @@ _PRIORITIES = {
 
 
 class _Words(logging.Formatter):
-    def __init__(self) -> None:
-        super().__init__("vsockd: %(levelname)s: %(message)s")
+    """A line for each, but for tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.message = " ".join(record.getMessage().split())
+        line = self.formatMessage(record)
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 class _JSON(logging.Formatter):
@@ -51,14 +63,16 @@ class _Prefixed(logging.Formatter):
         return "\n".join(prefix + line for line in self._inner.format(record).splitlines())
 
 
-def begin(level: str, as_json: bool) -> None:
-    """Log to standard error from ``level`` up."""
-    formatter: logging.Formatter = _JSON() if as_json else _Words()
+def begin(words: str, level: int, form: str) -> None:
+    """Log to standard error from ``level`` up; ``form`` is one of FORMATS, and ``words`` how a line
+    of text looks (``logging.Formatter``).
+    """
+    formatter: logging.Formatter = _JSON() if form == "json" else _Words(words)
     if _is_journal():
         formatter = _Prefixed(formatter)
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def _is_journal() -> bool:

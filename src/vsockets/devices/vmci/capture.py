@@ -1,0 +1,18 @@
+"""What the guest's control packets are in a capture: VMCI has no header that dissectors know."""
+
+from __future__ import annotations
+
+from ...wire.vsockmon import Operation
+from .packets import Kind
+
+_OPERATIONS = {
+    **dict.fromkeys(
+        (Kind.WROTE, Kind.READ, Kind.WAITING_READ, Kind.WAITING_WRITE), Operation.CONTROL
+    ),
+    **dict.fromkeys((Kind.SHUTDOWN, Kind.RST, Kind.INVALID), Operation.DISCONNECT),
+}
+
+
+def operation_of(kind: int) -> Operation:
+    """What ``kind`` says; all that is not in the table belongs to the handshake."""
+    return _OPERATIONS.get(kind, Operation.CONNECT)  # type: ignore[call-overload,no-any-return]

@@ -1,0 +1,95 @@
+"""Asking vsockd for what passes a device: who gets it, and what the device is told."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vsockets.attachment import Attachment
+from vsockets.bridges.capture.device_capture import open_capture
+from vsockets.limits import CAPTURE_PAYLOAD
+from vsockets.testing import PrivateFabric
+from vsockets.wire import RECORD_SIZE, Op, Record, Request, Role
+
+from .users import NOBODY, as_root, ask_by_program
+
+CID = 9
+
+
+@pytest.fixture
+def link(fabric: PrivateFabric) -> Iterator[socket.socket]:
+    """Of a device of context 9."""
+    fabric.guest(CID)
+    with fabric.control.attach_device(CID) as link:
+        link.settimeout(10)
+        yield link
+
+
+def told(link: socket.socket) -> tuple[Record, socket.socket]:
+    data, fds, _, _ = socket.recv_fds(link, RECORD_SIZE, 1)
+    return Record.decode(data), socket.socket(fileno=fds[0])
+
+
+def refusal(place: Attachment, cid: int) -> int:
+    with pytest.raises(OSError) as refused:
+        open_capture(place, cid)
+    assert refused.value.errno is not None
+    return refused.value.errno
+
+
+def test_the_device_gets_one_end_and_who_asked_the_other(
+    fabric: PrivateFabric, link: socket.socket
+) -> None:
+    with open_capture(fabric.host, CID, limit=100, port=5000) as records:
+        record, device_end = told(link)
+        assert (record.role, record.size, record.local) == (Role.TAP, 100, (CID, 5000))
+        with device_end:
+            device_end.send(b"a record")
+            assert records.recv(100) == b"a record"
+        assert records.recv(100) == b""  # nobody else holds the device's end
+
+
+def test_no_limit_above_ours(fabric: PrivateFabric, link: socket.socket) -> None:
+    with open_capture(fabric.host, CID, limit=1 << 40):
+        record, device_end = told(link)
+        device_end.close()
+    assert record.size == CAPTURE_PAYLOAD
+
+
+def test_there_must_be_a_device(fabric: PrivateFabric) -> None:
+    fabric.guest(CID)
+    assert refusal(fabric.host, CID) == errno.ENOTSUP
+    assert refusal(fabric.host, 2) == errno.ENOTSUP
+    assert refusal(fabric.host, 77) == errno.ENOENT
+
+
+def test_a_guest_is_denied_and_the_audit_tells(fabric: PrivateFabric, link: socket.socket) -> None:
+    guest = fabric.guest()
+    with fabric.control.events("denial") as events:
+        for cid in (CID, guest.cid, 77):  # not even whether there is one
+            assert refusal(guest, cid) == errno.EACCES
+        event = events.wait(10)
+    assert (event["rule"], event["operation"], event["errno"]) == ("capture", "capture", "EACCES")
+    assert event["context"] == guest.cid
+    assert event["destination"][0] == CID
+
+
+@as_root
+def test_another_user_needs_a_grant(
+    fabric: PrivateFabric, link: socket.socket, programs: Path
+) -> None:
+    question = Request(Op.CAPTURE, peer_cid=CID, size=100)
+    client = programs / "door_client"
+    assert ask_by_program(client, fabric, question).status == errno.EACCES
+    (fabric.configuration / "grants.toml").write_text(
+        f"[[grant]]\nuser = {NOBODY}\ncapture = true\n"
+    )
+    fabric.control.reload()
+    assert ask_by_program(client, fabric, question).status == 0
+    _, device_end = told(link)
+    with device_end:  # who asked has gone
+        assert device_end.recv(1) == b""

@@ -1,0 +1,164 @@
+"""A device's tap: who reads along, who is slow, and who has gone."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridges.capture.dissecting import take_records, tapped
+from vsockets.devices.loop import DeviceLoop
+from vsockets.devices.tap import Tap
+from vsockets.limits import CAPTURE_PAYLOAD, CAPTURES
+from vsockets.wire import ProtocolError
+from vsockets.wire.vsockmon import HEADER_SIZE, Captured, Operation, encode_header
+
+GUEST, HOST = (3, 1024), (2, 5000)
+
+
+@pytest.fixture
+def loop() -> Iterator[DeviceLoop]:
+    loop = DeviceLoop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def tap(loop: DeviceLoop) -> Iterator[Tap]:
+    tap = Tap(loop)
+    yield tap
+    tap.close()
+
+
+def payload_of(record: Captured) -> bytes:
+    return record.body[HEADER_SIZE:]
+
+
+def test_a_payload_in_parts_is_one_and_cut_where_it_ends(tap: Tap) -> None:
+    with tapped(tap) as records:
+        parts = [memoryview(b"hel"), memoryview(b"lo, and more")]
+        tap.record(Operation.PAYLOAD, GUEST, HOST, parts, 5)
+        (record,) = take_records(records)
+    assert record.body == encode_header(Operation.PAYLOAD, GUEST, HOST) + b"hello"
+    assert (record.missed, record.length) == (0, HEADER_SIZE + 5)
+
+
+def test_a_length_that_lies(tap: Tap) -> None:
+    with tapped(tap) as records:
+        tap.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(b"short")], 0xFFFF_FFFF)
+        (record,) = take_records(records)
+    assert record.length == len(record.body) == HEADER_SIZE + 5
+
+
+def test_the_limit_is_each_readers_own(tap: Tap) -> None:
+    with tapped(tap, limit=2) as little, tapped(tap, limit=0) as none, tapped(tap) as all_of_it:
+        tap.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(b"12345")], 5)
+        for records, kept in ((little, b"12"), (none, b""), (all_of_it, b"12345")):
+            (record,) = take_records(records)
+            assert payload_of(record) == kept
+            assert record.length == HEADER_SIZE + 5
+
+
+def test_one_port_of_either_side(tap: Tap) -> None:
+    with tapped(tap, port=5000) as records:
+        for there in (HOST, (2, 5001)):
+            tap.record(Operation.CONNECT, GUEST, there)
+            tap.record(Operation.CONTROL, there, GUEST)
+        assert len(take_records(records)) == 2
+
+
+def test_a_long_stream_is_cut_into_records(tap: Tap) -> None:
+    data = bytes(range(256)) * 1000
+    with tapped(tap) as records:
+        records.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        got = []
+        view = memoryview(data)
+        for begin in range(0, len(data), 100_000):
+            part = view[begin : begin + 100_000]
+            tap.stream(GUEST, HOST, [part, memoryview(b"not sent")], len(part))
+            got += take_records(records)
+    assert b"".join(map(payload_of, got)) == data
+    assert max(len(payload_of(record)) for record in got) == CAPTURE_PAYLOAD
+
+
+def test_who_is_slow_misses_records_and_is_told_how_many(tap: Tap) -> None:
+    with tapped(tap) as records:
+        for _ in range(10_000):  # more than any buffer takes, and nobody waits
+            tap.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(bytes(1000))], 1000)
+        came = take_records(records)
+        assert 0 < len(came) < 10_000
+        assert not any(record.missed for record in came)
+        tap.record(Operation.CONTROL, GUEST, HOST)
+        tap.record(Operation.CONTROL, GUEST, HOST)
+        missed = [record.missed for record in take_records(records)]
+        assert missed == [10_000 - len(came), 0]
+
+
+def test_who_has_gone_is_forgotten_and_the_others_go_on(tap: Tap) -> None:
+    gone = tapped(tap)
+    with tapped(tap) as stays:
+        gone.close()
+        for _ in range(2):
+            tap.record(Operation.CONTROL, GUEST, HOST)
+        assert len(take_records(stays)) == 2
+        assert len(tap.sinks) == 1
+    tap.record(Operation.CONTROL, GUEST, HOST)
+    assert not tap.sinks
+
+
+def test_so_many_at_a_time(tap: Tap, loop: DeviceLoop) -> None:
+    readers = [tapped(tap) for _ in range(CAPTURES)]
+    with tapped(tap) as refused:
+        assert refused.recv(1) == b""
+    readers.pop().close()
+    loop.turn()
+    with tapped(tap) as another:  # takes the place of who has gone, though nothing has passed
+        tap.record(Operation.CONTROL, GUEST, HOST)
+        assert len(take_records(another)) == 1
+    for reader in readers:
+        reader.close()
+
+
+def test_who_ends_it_learns_what_it_missed_last(tap: Tap, loop: DeviceLoop) -> None:
+    with tapped(tap) as records:
+        for _ in range(10_000):
+            tap.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(bytes(1000))], 1000)
+        records.send(b"this means nothing")
+        loop.turn()
+        records.shutdown(socket.SHUT_WR)
+        loop.turn()  # there is no room for a last word yet
+        assert len(tap.sinks) == 1
+        came = take_records(records)
+        loop.turn()
+        (last,) = take_records(records)
+        assert last.body == b""
+        assert last.missed == 10_000 - len(came)
+        assert records.recv(1) == b""
+        assert not tap.sinks
+
+
+u32 = st.integers(0, 2**32 - 1)
+
+
+@given(
+    st.integers(0, 2**64 - 1),
+    u32,
+    u32,
+    st.binary(min_size=HEADER_SIZE, max_size=200) | st.just(b""),
+)
+def test_messages(nanoseconds: int, missed: int, length: int, body: bytes) -> None:
+    record = Captured(nanoseconds, missed, length, body)
+    if length >= len(body):
+        assert Captured.decode(record.encode()) == record
+    else:
+        with pytest.raises(ProtocolError, match="bytes of a record of"):
+            Captured.decode(record.encode())
+
+
+@given(st.binary(max_size=HEADER_SIZE + 15).filter(lambda data: len(data) != 16))
+def test_messages_that_are_too_short(data: bytes) -> None:
+    with pytest.raises(ProtocolError, match="a captured record of"):
+        Captured.decode(data)

@@ -1,0 +1,53 @@
+"""The pytest plugin, in a pytest of its own that runs tests side by side."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = '''
+import os
+import time
+
+import pytest
+import vsockets
+
+@pytest.mark.parametrize("number", range(2))
+def test_each_has_the_port_to_itself(vsock_fabric, number):
+    """While the other has it, too."""
+    guest = vsock_fabric.guest(3)
+    with vsockets.create_server((2, 5000), context=vsock_fabric.host) as server:
+        with open(f"{os.environ['SHARED']}/{number}", "w") as mark:
+            mark.write(str(vsock_fabric.folder))
+        with vsockets.create_connection((2, 5000), context=guest), server.accept()[0]:
+            until = time.monotonic() + 60
+            while not os.path.exists(f"{os.environ['SHARED']}/{1 - number}"):
+                assert time.monotonic() < until, "the other test does not run at the same time"
+                time.sleep(0.02)
+'''
+
+
+@pytest.mark.timeout(120)
+def test_parallel_tests_have_separate_fabrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xdist", reason="needs pytest-xdist")
+    (tmp_path / "test_parallel.py").write_text(TESTS)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setenv("SHARED", str(shared))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "2", "-q", "-p", "no:cacheprovider", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+    assert len({mark.read_text() for mark in shared.iterdir()}) == 2

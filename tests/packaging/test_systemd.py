@@ -1,0 +1,68 @@
+"""The units in packaging/systemd: systemd understands them, and they start what there is."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "packaging" / "systemd"
+UNITS = sorted(FOLDER.iterdir())
+
+#: The most that systemd may find a service exposed to, of 100.
+EXPOSURE = 30
+
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="needs systemd-analyze"
+)
+
+
+def analyze(*arguments: object) -> str:
+    done = subprocess.run(
+        ["systemd-analyze", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    return said
+
+
+@needs_systemd
+def test_systemd_has_nothing_to_say(tmp_path: Path) -> None:
+    """Where our programs are installed where they are in this environment."""
+    for unit in UNITS:
+        text = unit.read_text().replace("/usr/bin/vsock", f"{Path(sys.executable).parent}/vsock")
+        (tmp_path / unit.name).write_text(text)
+    said = analyze("verify", "--man=no", *(tmp_path / unit.name for unit in UNITS))
+    assert "vsock" not in said, said
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_little_is_left_open(unit: Path) -> None:
+    analyze("security", "--offline=yes", "--no-pager", f"--threshold={EXPOSURE}", unit)
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_its_command_line_is_one(unit: Path) -> None:
+    found = re.search(r"^ExecStart=/usr/bin/(.*)$", unit.read_text(), re.MULTILINE)
+    assert found
+    program, *arguments = found[1].replace("%i", "5").split()
+    words = [argument for argument in arguments if not argument.startswith("/")]
+    command = [word for word in words if not word.startswith("-") and not word.isdecimal()]
+    done = subprocess.run(
+        [Path(sys.executable).parent / program, *command, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    for option in (word for word in words if word.startswith("-")):
+        assert option in done.stdout

@@ -1,0 +1,61 @@
+"""``vsock man``, and completion in a shell."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .vsock import PATIENCE, Vsock
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("man")
+    Vsock(folder / "state")("man", folder)
+    return folder
+
+
+def test_every_command_has_a_page_and_its_options_are_on_it(pages: Path) -> None:
+    names = {page.name for page in pages.glob("man?/*")}
+    assert {"vsock.1", "vsock-ls.1", "vsock-context-add.1", "vsockd.8"} <= names
+    text = (pages / "man1" / "vsock-ls.1").read_text()
+    assert text.startswith('.TH "VSOCK-LS" "1"')
+    assert "vsock\\-ls \\- list the sockets of the fabric" in text
+    assert "\n.B \\-l, \\-\\-listening\n" in text
+    assert "\n.B vsock\\-ls(1)\n" in (pages / "man1" / "vsock.1").read_text()
+    assert "\n.B \\-\\-log\\-format {text,json}\n" in (pages / "man8" / "vsockd.8").read_text()
+
+
+@pytest.mark.skipif(shutil.which("mandoc") is None, reason="needs mandoc")
+def test_mandoc_understands_them(pages: Path) -> None:
+    done = subprocess.run(
+        ["mandoc", "-T", "lint", "-W", "error", *sorted(pages.glob("man?/*"))],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    shown = subprocess.run(
+        ["mandoc", "-T", "utf8", pages / "man1" / "vsock-capture.1"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    ).stdout
+    plain = re.sub(".\b", "", shown)  # bold is a letter typed twice
+    assert "       vsock capture [OPTIONS] [FROM] [TO]\n" in plain
+
+
+def test_bash_completes(alone: Vsock) -> None:
+    """What the script of ``vsock --install-completion`` asks, when Tab is pressed."""
+    alone.environment |= {
+        "_VSOCK_COMPLETE": "complete_bash",
+        "COMP_WORDS": "vsock con",
+        "COMP_CWORD": "1",
+    }
+    assert alone(expect=None).stdout.split() == ["connect", "context"]
