@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from ..vm.arguments import FORMATS, Disk
-from . import read_cid
 from .advice import Failure
+from .options import read_cid
 
 
 class Device(StrEnum):
