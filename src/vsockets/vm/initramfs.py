@@ -19,6 +19,9 @@ COMMAND_LINE = (
     "random.trust_cpu=on"
 )
 
+#: This package needs 3.11, in the guest as here.
+_OLDEST_PYTHON = 11
+
 _FOLDERS = ("bin", "dev", "proc", "sys", "modules", "tmp")
 
 #: Parts of packages that no guest here misses.
@@ -85,8 +88,9 @@ class Userland:
 
         self.root = filled(f"userland-{suite.name}", fill)
         found = [path.name for path in self.root.glob("usr/bin/python3.*")]
-        if not found:
-            raise Unavailable(f"python3-minimal of {suite.name} has no Python in it")
+        if not found or int(found[0].removeprefix("python3.")) < _OLDEST_PYTHON:
+            what = found[0] if found else "no Python"
+            raise Unavailable(f"{suite.name} has {what}, expected 3.{_OLDEST_PYTHON} or newer")
         self.python = f"/usr/bin/{found[0]}"
         self.modules = f"usr/lib/{found[0]}"  #: where Python finds modules
 
