@@ -37,7 +37,10 @@ class Following:
             self._qmp.listener(_HEARD) as listener,
         ):
             (context,) = [one for one in self._control.contexts() if one["cid"] == self._cid]
-            self._life = LifeCycle(context["state"] == "running")
+            runs = context["state"] == "running"
+            if not runs:
+                self._tell(f"context {self._cid} is suspended, and the machine waits for it")
+            self._life = LifeCycle(runs)
             await self._qmp.execute(
                 "migrate-set-capabilities",
                 {"capabilities": [{"capability": "events", "state": True}]},

@@ -106,7 +106,7 @@ class RunningMachine:
         )
         async with _ended(device):
             assert device.stdout is not None and device.stderr is not None
-            async with asyncio.timeout(_START):
+            async with _in_time("the device"):
                 ready = await device.stdout.readline()
                 said = (await device.stderr.readline()).decode(errors="replace").strip()
             if not ready:
@@ -136,7 +136,7 @@ class RunningMachine:
 
     async def _connect(self, qemu: Process) -> None:
         try:
-            async with asyncio.timeout(_START):
+            async with _in_time("QEMU"):
                 await self._qmp.connect(self._monitor)
         except QMPError:
             assert qemu.stderr is not None
@@ -225,6 +225,16 @@ async def _ended(process: Process) -> AsyncIterator[None]:
             except TimeoutError:
                 process.kill()
                 await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def _in_time(what: str) -> AsyncIterator[None]:
+    """Within this context something starts."""
+    try:
+        async with asyncio.timeout(_START):
+            yield
+    except TimeoutError:
+        raise Failed(f"{what} did not start within {_START:g} s") from None
 
 
 def _channel(name: str, fd: int) -> tuple[str, str]:
