@@ -100,7 +100,7 @@ class Guest:
 
     def digest(self, folder: str) -> str:
         """:func:`digest` of a folder of the guest."""
-        script = "cd {} && find . -type f | sort | xargs sha256sum | sha256sum"
+        script = "cd {} && find . -type f -print0 | sort -z | xargs -0 -r sha256sum | sha256sum"
         return self.run("sh", "-c", script.format(shlex.quote(folder))).partition(" ")[0]
 
 
