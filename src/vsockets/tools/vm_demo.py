@@ -211,8 +211,9 @@ def _copy(guest: Guest, folder: Path | None, scratch: Path, show: bool) -> Itera
     wanted = digest(source)
 
     def step(title: str, began: float, found: str) -> _Step:
-        rest = f"in {time.monotonic() - began:.1f} s, sha256 {found[:12]}… at both ends"
-        return _Step(title, found == wanted, f"{amount} {rest}")
+        intact = found == wanted
+        digests = f"sha256 {wanted[:12]}… at both ends" if intact else "not the same at both ends"
+        return _Step(title, intact, f"{amount} in {time.monotonic() - began:.1f} s, {digests}")
 
     began = time.monotonic()
     with _progress("into the guest", sum(sizes), show) as tell:
