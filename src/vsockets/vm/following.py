@@ -81,6 +81,7 @@ class Following:
     async def _act(self) -> None:
         while True:
             act = await self._acts.get()
+            done = True
             try:
                 if act.is_qemus:
                     await self._qmp.execute(act.value)
@@ -89,8 +90,11 @@ class Following:
                     await asyncio.to_thread(change, self._cid)
             except ExecuteError as error:
                 self._tell(f"QEMU: {act.value}: {error}")
-                self._life.refused(act)
-            except OSError:  # somebody else was quicker, or vsockd has gone
-                self._life.refused(act)
+                done = False
+            except OSError:
+                # Somebody else was quicker, and the event of that is the one we wait for; or
+                # vsockd has gone.
+                pass
             except QMPError:  # QEMU has ended
                 return
+            self._life.did(act, done)

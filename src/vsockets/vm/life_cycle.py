@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections import deque
 from enum import Enum
+from itertools import count
 
 
 class Act(Enum):
@@ -60,25 +61,29 @@ class _Side:
 
     def __init__(self, runs: bool) -> None:
         self._runs = runs
-        self._asked: deque[bool] = deque()
+        self._asked: deque[tuple[int, bool]] = deque()  #: not yet told of, each with a number
+        self._numbers = count()
+        self._done = count()
 
     @property
     def will_run(self) -> bool:
         """Whether it runs once all was done that it was asked for."""
-        return self._asked[-1] if self._asked else self._runs
+        return self._asked[-1][1] if self._asked else self._runs
 
     def ask(self, runs: bool) -> None:
-        self._asked.append(runs)
+        self._asked.append((next(self._numbers), runs))
 
-    def refuse(self, runs: bool) -> None:
-        """It was asked for this, and did not do it."""
-        if runs in self._asked:
-            self._asked.remove(runs)
+    def answer(self, runs: bool, done: bool) -> None:
+        """It did, or did not do, the next of what it was asked for."""
+        one = next(self._done), runs
+        # What somebody else did may have been taken for its echo.
+        if not done and one in self._asked:
+            self._asked.remove(one)
 
     def tell(self, runs: bool) -> bool:
         """It does or does not run now; whether that was its own doing."""
         self._runs = runs
-        if self._asked and self._asked[0] is runs:
+        if self._asked and self._asked[0][1] is runs:
             self._asked.popleft()
             return False
         return True
@@ -125,12 +130,15 @@ class LifeCycle:
                 return [Act.QUIT]
         return []
 
-    def refused(self, act: Act) -> None:
-        """It could not be done, so nothing will be told of it."""
+    def did(self, act: Act, done: bool) -> None:
+        """It was done, or could not be done, so that nothing will be told of it.
+
+        To be called for each, in the order in which they were returned.
+        """
         for side, acts in ((self._context, _CONTEXT), (self._qemu, _QEMU)):
             for runs, known in acts.items():
                 if act is known:
-                    side.refuse(runs)
+                    side.answer(runs, done)
 
     def _have_qemu(self, runs: bool) -> list[Act]:
         if self._qemu.will_run is runs:
