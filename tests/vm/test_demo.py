@@ -38,11 +38,12 @@ def test_doors_into_a_guest_without_a_network(stage: Stage, tmp_path: Path) -> N
     (source / "a folder" / "a file").write_bytes(os.urandom(300_000))
     (source / "empty").touch()
     master, slave = pty.openpty()
-    before = termios.tcgetattr(slave)
+    before = termios.tcgetattr(master)
     command = [sys.executable, "-m", "vsockets.tools", "vm", "demo", "--accel", "tcg"]
     command += ["--device", "virtio", "--copy", str(source)]
     environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200"}
     demo = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
     try:
         # A table's cells may be broken over lines.
         said = " ".join(read_until(master, b"(exit)").decode(errors="replace").split())
@@ -55,11 +56,10 @@ def test_doors_into_a_guest_without_a_network(stage: Stage, tmp_path: Path) -> N
         assert b"lo\r\n42-\r\n" in there
         os.write(master, b"exit\n")
         assert demo.wait(60) == 0
-        assert termios.tcgetattr(slave) == before
+        assert termios.tcgetattr(master) == before
     finally:
         demo.kill()
         demo.wait()
         os.close(master)
-        os.close(slave)
 
 

@@ -34,6 +34,8 @@ export PATH=/bin:/usr/bin HOME=/tmp
 mount -t proc none /proc
 mount -t sysfs none /sys
 mount -t devtmpfs none /dev
+mkdir -p /dev/pts
+mount -t devpts none /dev/pts
 for module in {modules}; do insmod /modules/$module.ko; done
 """
 
