@@ -60,3 +60,8 @@ class Launched(Machine):
     def log(self) -> str:
         """What the command said."""
         return (self._folder / "qemu.log").read_text()
+
+    @property
+    def device_log(self) -> str:
+        """What the device said, which the command passes on."""
+        return self.log

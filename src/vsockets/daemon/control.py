@@ -27,6 +27,7 @@ from ..fabric import (
     Refused,
 )
 from ..limits import CONTROL_REQUEST, EVENTS_UNREAD
+from ..locator import hybrid_problem
 from ..state_folder import short_path
 from . import reports
 from .accepting import Acceptor
@@ -171,6 +172,7 @@ class Session:
             isolation=_isolation(arguments),
             limits=_limits(arguments, self._vsockd.fabric.settings.limits),
             powered=powered is not False,
+            hybrid=_hybrid(arguments),
         )
         lease = bool(_optional(arguments, "lease", bool))
         context = self._vsockd.contexts.add(wanted, lease)
@@ -200,7 +202,8 @@ class Session:
         try:
             seqpacket = bool(_optional(arguments, "seqpacket", bool))
             owner = peer_credentials(self._sock)
-            KernelLink(self._loop, vsockd.broker, context, ours, owner, seqpacket)
+            host_ports = bool(_optional(arguments, "host_ports", bool))
+            KernelLink(self._loop, vsockd.broker, context, ours, owner, seqpacket, host_ports)
         except (Refused, BadRequest):
             ours.close()
             theirs.close()
@@ -236,6 +239,14 @@ def _cid(arguments: Arguments) -> int:
     if cid is None:
         raise BadRequest("cid: expected a number")
     return cid
+
+
+def _hybrid(arguments: Arguments) -> str:
+    path: str = _optional(arguments, "hybrid", str) or ""
+    problem = hybrid_problem(path) if path else ""
+    if problem:
+        raise BadRequest(f"hybrid: {problem}")
+    return path
 
 
 def _isolation(arguments: Arguments) -> Isolation:
