@@ -27,7 +27,8 @@ from .test_vmci import PATIENCE, serve
 
 pytestmark = pytest.mark.timeout(180)
 
-CID = 70
+#: Of the machines of TestLife, and of those that are not booted.
+CID, BARE = 70, 75
 
 
 @pytest.fixture(scope="module", params=["vmci", "virtio"])
@@ -43,9 +44,9 @@ def launched(
         yield launched
 
 
-def state(fabric: PrivateFabric) -> str | None:
-    """Of the context; None when it has gone."""
-    found = [row["state"] for row in fabric.control.contexts() if row["cid"] == CID]
+def state(fabric: PrivateFabric, cid: int = CID) -> str | None:
+    """Of a context; None when it has gone."""
+    found = [row["state"] for row in fabric.control.contexts() if row["cid"] == cid]
     return found[0] if found else None
 
 
@@ -210,7 +211,7 @@ def bare(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[subprocess
     """The command, once its machine runs."""
     stage.parts("stable", "virtio")  # or the test is skipped
     command = [sys.executable, "-m", "vsockets.tools", "--dir", str(fabric_of_machines.folder)]
-    command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu(), "--cid", str(CID)]
+    command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu(), "--cid", str(BARE)]
     command += ["--memory", "32M", "--device", "virtio"]
     with subprocess.Popen(
         command,
@@ -248,14 +249,14 @@ def test_killed_itself_it_leaves_nothing(
     bare.kill()
     bare.wait(PATIENCE)
     wait_until(lambda: not any(map(alive, parts)), seconds=PATIENCE)
-    wait_until(lambda: state(fabric_of_machines) is None, seconds=PATIENCE)
+    wait_until(lambda: state(fabric_of_machines, BARE) is None, seconds=PATIENCE)
 
 
 def test_powered_off_by_its_administrator(
     bare: subprocess.Popen[str], fabric_of_machines: PrivateFabric
 ) -> None:
-    wait_until(lambda: state(fabric_of_machines) == "running", seconds=PATIENCE)
-    fabric_of_machines.control.power_off(CID)
+    wait_until(lambda: state(fabric_of_machines, BARE) == "running", seconds=PATIENCE)
+    fabric_of_machines.control.power_off(BARE)
     assert bare.wait(PATIENCE) == 0
 
 
@@ -280,7 +281,7 @@ def test_snapshots_and_migration(
         pytest.skip("no qemu-img: apt install qemu-utils")
     disk = folder / "disk.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "1M"], check=True)
-    control.add_context(CID)
+    control.add_context(BARE)
     told: list[str] = []
 
     async def follow() -> None:
@@ -300,7 +301,7 @@ def test_snapshots_and_migration(
             async with asyncio.timeout(PATIENCE):
                 await qmp.connect(ours)
                 with qmp.listener(("RESUME",)) as resumes:
-                    following = Following(qmp, control, CID, told.append)
+                    following = Following(qmp, control, BARE, told.append)
                     follows = asyncio.create_task(following.run())
                     await resumes.get()
                     for line in command:
@@ -308,7 +309,7 @@ def test_snapshots_and_migration(
                         assert await qmp.execute("human-monitor-command", request) == ""
                     for change in expected:
                         event = await anext(events)
-                        assert (event["cid"], event["change"]) == (CID, change)
+                        assert (event["cid"], event["change"]) == (BARE, change)
                     follows.cancel()
         finally:
             qemu.kill()
@@ -321,4 +322,4 @@ def test_snapshots_and_migration(
             asyncio.run(follow())
         assert told == []
     finally:
-        control.remove_context(CID)
+        control.remove_context(BARE)
