@@ -45,7 +45,8 @@ common = True
 #: What gives a guest the network that :func:`network_card` is on; ``modules`` are image.NETWORK.
 NETWORK_UP = """
 for name in modules:
-    if os.path.exists(f"/modules/{name}.ko"): assert not os.system(f"insmod /modules/{name}.ko")
+    if os.path.exists(f"/modules/{name}.ko") and not os.path.exists(f"/sys/module/{name}"):
+        assert not os.system(f"insmod /modules/{name}.ko")
 assert not os.system("ifconfig lo up && ifconfig eth0 10.0.2.15 up")
 """
 

@@ -1,6 +1,6 @@
 """The Linux kernel's ``vsock_test`` between a guest and the host, against docs/conformance.md.
 
-The guest's side is a stock kernel's AF_VSOCK over the VMCI device, the host's runs under
+The guest's side is a stock kernel's AF_VSOCK over each of our devices, the host's runs under
 ``vsock run``.  Both sides speak to each other by TCP, too; the guest has a network card for that.
 """
 
@@ -30,7 +30,10 @@ from .machine import PATIENCE, Machine
 
 pytestmark = pytest.mark.timeout(180)
 
-CASES = table("With a guest of VMware's device")
+CASES = {
+    "vmci": table("With a guest of VMware's device"),
+    "virtio": table("With a guest of virtio"),
+}
 
 #: The guest's control port, and the host as the guest's network card sees it.
 CONTROL, HOST = 1234, "10.0.2.2"
@@ -44,6 +47,7 @@ class Both:
     """A guest and the host, and the program on both sides."""
 
     def __init__(self, machine: Machine, vsock: Vsock, program: Path, port: int) -> None:
+        self.cases = CASES[machine.kind]
         self._machine = machine
         self._vsock = vsock
         self._program = program
@@ -88,8 +92,8 @@ result = done.stdout + done.stderr, done.returncode
         return f"{said}\nserver: {served}", (running.returncode, status) == (0, 0)
 
 
-@pytest.fixture(scope="module")
-def both(stage: Stage) -> Iterator[Both]:
+@pytest.fixture(scope="module", params=list(CASES))
+def both(request: pytest.FixtureRequest, stage: Stage) -> Iterator[Both]:
     try:
         program = vsock_test()
     except Unavailable as reason:
@@ -98,7 +102,9 @@ def both(stage: Stage) -> Iterator[Both]:
     with (
         PrivateFabric() as fabric,
         Vsock(fabric.folder) as vsock,
-        stage.machine(fabric, "newest", arguments=network_card(port, CONTROL)) as machine,
+        stage.machine(
+            fabric, "newest", device=request.param, arguments=network_card(port, CONTROL)
+        ) as machine,
     ):
         machine.run(COMMON)
         machine.run(NETWORK_UP, modules=[*NETWORK, *LOOPBACK])
@@ -108,7 +114,7 @@ def both(stage: Stage) -> Iterator[Both]:
 @pytest.mark.parametrize(("client", "column"), [("guest", 0), ("host", 1)])
 class TestSuite:
     def test_what_passes(self, both: Both, client: str, column: int) -> None:
-        passing = [case for case in CASES if case.results[column] == "pass"]
+        passing = [case for case in both.cases if case.results[column] == "pass"]
         assert len(passing) >= 19
         said, well = both.run(client, passing)
         passed = {int(number) for number in re.findall(r"^(\d+) - .*\.\.\.ok$", said, re.M)}
@@ -116,7 +122,7 @@ class TestSuite:
         assert well, said
 
     def test_what_fails_is_not_said_to_pass(self, both: Both, client: str, column: int) -> None:
-        for case in CASES:
+        for case in both.cases:
             if case.results[column] == "fail":
                 said, well = both.run(client, [case])
                 assert not well, f"{case.name} passes: say so in {TABLES.name}\n{said}"

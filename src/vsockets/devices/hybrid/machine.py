@@ -8,6 +8,7 @@ import socket
 from ...constants import VMADDR_CID_HOST
 from ...control import Events
 from ..attachment import Attachment
+from ..life import follow
 from ..loop import DeviceLoop
 from .dial import Dial, Done
 from .host_sockets import HostSockets
@@ -35,8 +36,7 @@ class HybridMachine:
         fabric.offered = self._outward.offered
         fabric.listening = self._sockets.change
         fabric.lost = self._lost
-        self._events = events
-        loop.watch(events.fileno(), self._heed)
+        follow(loop, events, self._heed)
 
     def close(self) -> None:
         """Leave nothing behind."""
@@ -60,12 +60,6 @@ class HybridMachine:
         self._sockets.close()
         self._outward.finish(self._loop.stop)
 
-    def _heed(self, readiness: int) -> None:
-        """What became of contexts."""
-        happened = self._events.take()
-        if happened is None:
-            self._loop.unwatch(self._events.fileno())
-            return
-        for event in happened:
-            if event["cid"] == self._fabric.cid and event["change"] in _INTERRUPTIONS:
-                self._outward.drop()
+    def _heed(self, cid: int, change: str) -> None:
+        if cid == self._fabric.cid and change in _INTERRUPTIONS:
+            self._outward.drop()
