@@ -152,6 +152,10 @@ class Control:
         """Drop its connections, as live migration does."""
         return self._change(cid, "migrate")
 
+    def reset(self, cid: int) -> dict[str, Any]:
+        """Drop its connections, because its machine was reset."""
+        return self._change(cid, "reset")
+
     def fault_tolerance(self, cid: int, on: bool) -> dict[str, Any]:
         """Put it into FT mode, which drops its connections and allows no new ones, or out."""
         return self._change(cid, "ft-on" if on else "ft-off")

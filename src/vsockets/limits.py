@@ -368,6 +368,10 @@ CAPTURE_BUFFER = 4 << 20
 #: Captures of one device at the same time: each costs it a system call for each packet.
 CAPTURES = 4
 
+#: Characters that are read of what a command says in a guest (vsockets.vm.visit): a digest, a
+#: version, a complaint.
+GUEST_SAYS = 65_536
+
 # The proxies for AMQP (vsockets.bridges.amqp).
 
 #: Bytes of a frame from the broker that is held until it is whole: eight times what RabbitMQ

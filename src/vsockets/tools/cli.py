@@ -28,6 +28,7 @@ from . import (
     run,
     top,
     up,
+    vm,
 )
 from .advice import Failure, one_line
 from .output import complain
@@ -44,6 +45,7 @@ app.command("status")(up.status)
 app.command("reload")(up.reload)
 app.add_typer(context.app, name="context")
 app.add_typer(device.app, name="device")
+app.add_typer(vm.app, name="vm")
 app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 app.command("connect")(netcat.connect)
 app.command("listen")(netcat.listen)
