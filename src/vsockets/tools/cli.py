@@ -14,6 +14,7 @@ from . import (
     context,
     demo,
     device,
+    disconnect,
     doctor,
     events,
     forward,
@@ -49,6 +50,7 @@ app.command("listen")(netcat.listen)
 app.command("forward")(forward.forward)
 app.command("capture")(capture.capture)
 app.command("ls")(ls.ls)
+app.command("disconnect")(disconnect.disconnect)
 app.command("metrics")(metrics.metrics)
 app.command("top")(top.top)
 app.command("events")(events.events)
