@@ -28,6 +28,7 @@ from . import (
     run,
     top,
     up,
+    web,
 )
 from .advice import Failure, one_line
 from .output import complain
@@ -53,6 +54,7 @@ app.command("ls")(ls.ls)
 app.command("disconnect")(disconnect.disconnect)
 app.command("metrics")(metrics.metrics)
 app.command("top")(top.top)
+app.command("web")(web.web)
 app.command("events")(events.events)
 app.add_typer(perf.app, name="perf")
 app.command("doctor")(doctor.doctor)

@@ -22,7 +22,8 @@ class Topic(StrEnum):
 
 def events(
     topics: Annotated[
-        list[Topic] | None, typer.Argument(metavar="[context] [denial] [disconnect]", help="By default all.")
+        list[Topic] | None,
+        typer.Argument(metavar="[context] [denial] [disconnect]", help="By default all."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="For programs: a JSON object a line.")
