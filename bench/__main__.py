@@ -108,11 +108,22 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
                 guest = fabric.guest()
                 contestants = {
                     "vsock": lambda: connects.vsock(fabric.host, guest, count, clients),
+                    "bare broker": lambda: connects.bare(count, clients),
                     "tcp": lambda: connects.tcp(count, clients),
                 }
                 return take_turns(contestants, "/s", rounds, tick)
 
         return run
+
+    def connects_cost(tick: Tick) -> dict[str, Series]:
+        with PrivateFabric(log_level="warning") as fabric:
+            ours = partial(connects.vsock, fabric.host, fabric.guest())
+            contestants = {
+                "vsock": lambda: connects.cost(ours, 2000, 4, fabric.pid),
+                "bare broker": lambda: connects.cost(connects.bare, 2000, 4),
+                "tcp": lambda: connects.cost(connects.tcp, 2000, 4),
+            }
+            return take_turns(contestants, "us", rounds, tick)
 
     def growing(few: tuple[str, int, int], lots: tuple[str, int, int]) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
@@ -205,6 +216,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "datagrams, 64 B": datagram,
         "connects, 1 client": connecting(1, 3000),
         "connects, 4 clients": connecting(4, 2000),
+        "processor time a connect, 4 clients": connects_cost,
         "suspend until the last end is told": dropping,
         "supervised stream throughput, 64 KiB": supervising("throughput", 8000, "MB/s"),
         "supervised stream round trip, 64 B": supervising("round trip", 15_000, "us"),

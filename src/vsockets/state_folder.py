@@ -73,9 +73,14 @@ def short_path(path: str | os.PathLike[str]) -> Iterator[str]:
         os.close(folder)
 
 
+def is_short(path: str) -> bool:
+    """Whether ``path`` fits a unix socket address as it is, and that is quickly seen."""
+    return len(path) <= _LONGEST_SOCKET_PATH and path.isascii()
+
+
 def connect_to(connect: Callable[[str], None], path: str) -> None:
     """Call ``connect``, of a unix socket, with ``path``, however long that is."""
-    if len(path) <= _LONGEST_SOCKET_PATH and path.isascii():  # most paths, and quick
+    if is_short(path):
         connect(path)
         return
     with short_path(path) as spelled:

@@ -38,7 +38,7 @@ def test_holders() -> None:
     ports: Ports[str] = Ports()
     ports.claim(1, "one")
     ports.claim(2, "two")
-    assert sorted(ports) == ["one", "two"]
+    assert sorted(ports.values()) == ["one", "two"]
     assert len(ports) == 2
 
 

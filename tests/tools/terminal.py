@@ -71,13 +71,19 @@ class Terminal:
                 self._stream.feed(os.read(self._ours, 65536))
         return self.lines
 
-    def finish(self) -> None:
-        """Wait for its end; the terminal must be as it was."""
+    def finish(self, status: int = 0) -> str:
+        """Wait for its end with ``status``, and return what it complained of.
+
+        What it still draws is read meanwhile, as it may wait for room; the terminal must be as it
+        was.
+        """
         deadline = time.monotonic() + PATIENCE
         while self.process.poll() is None:
             assert time.monotonic() < deadline
-            if select.select([self._ours], [], [], 0.1)[0]:  # it may wait for room
+            if select.select([self._ours], [], [], 0.1)[0]:
                 self._stream.feed(os.read(self._ours, 65536))
         assert self.process.stderr is not None
-        assert self.process.returncode == 0, self.process.stderr.read().decode()
+        complaint = self.process.stderr.read().decode()
+        assert self.process.returncode == status, complaint
         assert termios.tcgetattr(self._theirs) == self._before
+        return complaint

@@ -18,6 +18,7 @@ from socket import (
     SOL_SOCKET,
 )
 from time import monotonic
+from typing import Any
 
 from ..constants import VMADDR_PORT_ANY
 from ..fabric import Connection, Context, Denied, Endpoint, Fabric, Kind, Refused, trust_of
@@ -85,8 +86,8 @@ class Broker:
 
     # Channels
 
-    def admit(self, fd: int, context: Context, kind: Kind) -> None:
-        """Take a connection just accepted on ``context``'s control socket."""
+    def admit(self, context: Context, kind: Kind, fd: int) -> None:
+        """Take a connection ``fd`` just accepted on ``context``'s control socket."""
         sock_type = SOCK_STREAM if kind is _STREAM else SOCK_SEQPACKET
         sock = _socket.socket(AF_UNIX, sock_type, 0, fd)
         self.take(Channel(sock, context, kind, peer_credentials(sock)))
@@ -104,8 +105,10 @@ class Broker:
             except BlockingIOError:
                 self._await_request(channel)
                 return
-        if self._serve(channel, data):
+        if data and self._serve(channel, data):
             self._keep(channel)
+        elif channel.endpoint is None:
+            channel.sock.close()
         else:
             self._drop(channel)
 
@@ -149,7 +152,8 @@ class Broker:
             data = self._read(channel)
         except BlockingIOError:
             return
-        if not self._serve(channel, data):
+        self._has_spoken(channel)
+        if not (data and self._serve(channel, data)):
             self._drop(channel)
 
     def _drop(self, channel: Channel) -> None:
@@ -187,9 +191,6 @@ class Broker:
             return b""
 
     def _serve(self, channel: Channel, data: bytes) -> bool:
-        if not data:
-            return False
-        self._has_spoken(channel)
         context = channel.context
         try:
             request = Request.decode(data)
@@ -256,7 +257,7 @@ class Broker:
             raise Refused(errno.EINVAL, "the socket is bound")
         endpoint = self._claim(channel, channel.kind, request, request.cookie)
         endpoint.handle = channel
-        endpoint.sizes = request.sizes
+        endpoint.sizes = request.sizes()
         channel.endpoint = endpoint
         self._answer(channel, request, describe_endpoint(endpoint))
         return True
@@ -266,7 +267,7 @@ class Broker:
             raise Refused(errno.EINVAL, "the socket is not bound")
         again = channel.endpoint.listening
         channel.prepare_backlog(request.backlog)
-        self.fabric.listen(channel.endpoint, request.sizes)
+        self.fabric.listen(channel.endpoint, request.sizes())
         record = describe_endpoint(channel.endpoint)
         if again:  # the answer would be taken for a new connection
             consume(channel.sock, channel.kind, request.polling)
@@ -276,7 +277,7 @@ class Broker:
 
     def _update(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is not None:
-            channel.endpoint.sizes = request.sizes
+            channel.endpoint.sizes = request.sizes()
         consume(channel.sock, channel.kind, request.polling)
         return True
 
@@ -290,15 +291,14 @@ class Broker:
         listener = fabric.find_listener(
             context, channel.kind, request.peer_cid, request.peer_port, channel, bound
         )
-        target = listener.handle
-        assert isinstance(target, Channel | KernelLink)
-        if context.is_guest:
+        target: Any = listener.handle  # a Channel or a KernelLink
+        if context.is_at_a_limit():
             self._allowance.require_patience(context, target.count_waiting)
             self._allowance.make_room(context)
         if not target.has_room():
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
         connection = fabric.connect(
-            context, listener, bound, request.sizes, channel.credentials, request.cookie
+            context, listener, bound, request.sizes(), channel.credentials, request.cookie
         )
         if bound is not None:
             channel.endpoint = None
@@ -310,7 +310,9 @@ class Broker:
             accepting = describe_offer(connection, request.polling)
         else:
             # The answer goes first: once the listener has the descriptor it may write.
-            self._answer(channel, request, describe_connecting(connection))
+            channel.send(describe_connecting(connection))
+            if request.flags or channel.kind is _SEQPACKET:
+                consume(sock, channel.kind, request.polling)
             accepting = describe_accepting(connection)
         try:
             target.announce(accepting, fd, context)

@@ -44,7 +44,7 @@ class Channel(Peer):
     sender: Endpoint | None = None  # of the datagram socket that came with its request
     silent = False  # it is kept, and nothing was read from it yet
     is_kernel = False  # it speaks for a guest's kernel, which chooses the ports it connects from
-    _capacity: int | None = None  # of the backlog; None: the socket does not listen
+    _capacity = -1  # of the backlog; -1: the socket does not listen
     #: of a listening socket: whose connections were announced, and not taken as far as is known
     _waiting: deque[Context]
 
@@ -79,7 +79,7 @@ class Channel(Peer):
 
         To be called before the first announcement, and again for another backlog.
         """
-        if self._capacity is None:
+        if not self.is_listening:
             self._waiting = deque()
         backlog = min(backlog, MAX_BACKLOG)
         wanted = (backlog + 2) * ANNOUNCEMENT_COST
@@ -90,20 +90,20 @@ class Channel(Peer):
 
     def has_room(self) -> bool:
         """Whether the program may be sent another connection, within its backlog."""
-        assert self._capacity is not None
-        if len(self._waiting) > self._capacity:
-            self.count_waiting()
+        if len(self._waiting) <= self._capacity:
+            return True
+        self.count_waiting()
         return len(self._waiting) <= self._capacity
 
     @property
     def is_listening(self) -> bool:
         """Whether there can be announcements."""
-        return self._capacity is not None
+        return self._capacity >= 0
 
     @property
     def backlog(self) -> tuple[int, int]:
         """How many connections wait to be accepted, as of now, and how many may."""
-        assert self._capacity is not None
+        assert self.is_listening
         self.count_waiting()
         return len(self._waiting), self._capacity
 

@@ -175,7 +175,7 @@ class Datagrams:
 
     def close_context(self, context: Context) -> None:
         """Release every socket of ``context``, and all that it has on its way."""
-        for endpoint in list(context.datagrams):
+        for endpoint in list(context.datagrams.values()):
             self.release(endpoint)
         self.silence(context)
         outflow = self._outflows.pop(context, None)

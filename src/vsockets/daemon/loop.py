@@ -13,9 +13,9 @@ import logging
 import select
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
+from time import monotonic
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Loop:
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call ``callback`` once, ``seconds`` from now."""
         timer = Timer(callback)
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._sequence), timer))
+        heapq.heappush(self._timers, (monotonic() + seconds, next(self._sequence), timer))
         return timer
 
     def stop(self) -> None:
@@ -74,12 +74,14 @@ class Loop:
 
     def run(self) -> None:
         """Serve events until :meth:`stop`.  A callback that fails is logged, not fatal."""
-        poll, callbacks = self._poll, self._callbacks
+        poll, callbacks, timers = self._poll, self._callbacks, self._timers
         hurried = False
         while self._running:
-            wait = self._run_timers()
-            if not self._running:
-                break
+            wait = timers[0][0] - monotonic() if timers else None
+            if wait is not None and wait <= 0:
+                wait = self._run_timers()
+                if not self._running:
+                    break
             if hurried:
                 wait = _IDLE if wait is None else min(wait, _IDLE)
             ready = poll(wait)
@@ -146,7 +148,7 @@ class Loop:
 
     def _run_timers(self) -> float | None:
         while self._timers and self._running:
-            wait = self._timers[0][0] - time.monotonic()
+            wait = self._timers[0][0] - monotonic()
             if wait > 0:
                 return wait
             callback = heapq.heappop(self._timers)[2].callback

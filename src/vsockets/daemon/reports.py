@@ -28,7 +28,7 @@ def status(broker: Broker) -> dict[str, Any]:
         "listeners": sum(
             isinstance(holder, Endpoint) and holder.listening
             for context in fabric.contexts
-            for holder in context.connected
+            for holder in context.connected.values()
         ),
         "datagram_sockets": len(broker.datagrams),
         "refusals": total.refusals,
@@ -119,7 +119,7 @@ def socket_rows(broker: Broker) -> list[dict[str, Any]]:
     traffic = broker.datagrams.traffic()
     rows: list[dict[str, Any]] = []
     for context in broker.fabric.contexts:
-        for holder in [*context.connected, *context.datagrams]:
+        for holder in [*context.connected.values(), *context.datagrams.values()]:
             if isinstance(holder, Connection):
                 rows += _stream_rows(holder, inodes.get(holder.number))
             else:

@@ -13,7 +13,7 @@ from .errors import Denied, Refused, Rule
 from .life_cycle import State
 from .meter import Meter
 from .ports import Ports
-from .settings import Isolation, Limits, Profile
+from .settings import Isolation, Limits
 
 
 class Context:
@@ -71,11 +71,6 @@ class Context:
         return self.leases > 0
 
     @property
-    def is_isolated(self) -> bool:
-        """Whether it may not meet just any program of the host."""
-        return self.isolation.profile is not Profile.DEFAULT
-
-    @property
     def sockets(self) -> int:
         """How many ports its sockets hold."""
         return len(self.connected) + len(self.datagrams)
@@ -85,16 +80,23 @@ class Context:
         self.limits = limits
         self.meter = Meter(limits.request_rate)
 
+    def is_at_a_limit(self) -> bool:
+        """Whether a guest has as many sockets, or as many connections that wait, as it may."""
+        return self.is_guest and (
+            self.pending >= self.limits.pending_connects
+            or len(self.connected) + len(self.datagrams) >= self.limits.sockets
+        )
+
     def require_room(self) -> None:
         """Raise Denied when a guest holds as many sockets as it may."""
-        if self.sockets >= self.limits.sockets and self.is_guest:
+        if self.is_guest and len(self.connected) + len(self.datagrams) >= self.limits.sockets:
             raise Denied(
                 errno.ENOBUFS, Rule.SOCKETS, f"context {self.cid} has {self.sockets} sockets"
             )
 
     def require_pace(self, now: float) -> None:
         """Raise Denied when a guest asks more often than it may; ``now`` in seconds."""
-        if not self.meter.take(now) and self.is_guest:
+        if self.is_guest and not self.meter.take(now):
             reason = f"context {self.cid} asks more than {self.meter.rate} times a second"
             raise Denied(errno.ENOBUFS, Rule.REQUEST_RATE, reason)
 
@@ -113,6 +115,8 @@ class Contexts:
 
     def __init__(self, owner: int) -> None:
         self._by_cid: dict[int, Context] = {}
+        #: the context with this CID, if there is one
+        self.get = self._by_cid.get
         self._next = FIRST_GUEST_CID
         self.hypervisor = self._put(Context(VMADDR_CID_HYPERVISOR, "hypervisor", owner))
         self.host = self._put(Context(VMADDR_CID_HOST, "host", owner))
@@ -122,10 +126,6 @@ class Contexts:
 
     def __iter__(self) -> Iterator[Context]:
         return iter(self._by_cid.values())
-
-    def get(self, cid: int) -> Context | None:
-        """The context with this CID, if there is one."""
-        return self._by_cid.get(cid)
 
     def add(self, cid: int | None, name: str, owner: int, leased: bool = False) -> Context:
         """A new guest, running.  Without a CID it gets a free one: the next not used lately.
