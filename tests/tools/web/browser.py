@@ -73,14 +73,17 @@ class Browser:
         ]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wanted})
 
+    def photograph(self, name: str) -> None:
+        """A screenshot."""
+        path = self._screenshots / f"{name}.png"
+        assert self.driver.save_screenshot(path)
+        assert path.stat().st_size > 10_000  # bytes: there is something on it
+
     def check(self, state: str) -> None:
         """In light and dark: nothing axe finds wrong, contrast among it, and a screenshot."""
         for scheme in ("light", "dark"):
             self.prefer(color_scheme=scheme)
-            self.run("return document.body.offsetHeight")  # it is laid out anew
-            path = self._screenshots / f"{state}-{scheme}.png"
-            assert self.driver.save_screenshot(path)
-            assert path.stat().st_size > 10_000
+            self.photograph(f"{state}-{scheme}")
             wrong = Axe().run(self.driver)["violations"]
             assert not wrong, [
                 (rule["id"], [node["html"] for node in rule["nodes"]]) for rule in wrong

@@ -254,7 +254,7 @@ def test_a_hundred_guests_on_a_telephone(
         browser.wait_for_text("#contexts-left-out", "21 more")
         width = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         assert browser.run(width) == 0
-        browser.check("many")
+        browser.photograph("many")
     finally:
         browser.driver.set_window_size(size["width"], size["height"])
         for guest in guests:
