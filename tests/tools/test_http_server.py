@@ -8,11 +8,14 @@ import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
+import h11
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vsockets.limits import HTTP_BODY, HTTP_CLIENTS, HTTP_HEAD
 from vsockets.tools import http_server
-from vsockets.tools.http_server import HttpServer, Request, Response
+from vsockets.tools.http_server import HttpServer, Request, Response, _receive
 
 PATIENCE = 30.0
 
@@ -101,6 +104,33 @@ def test_what_is_refused(request_: bytes, status: int) -> None:
         assert (await ask(connect, GET)).startswith(b"HTTP/1.1 200 ")
 
     serve(test)
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=20),
+            st.sampled_from(
+                [GET, b"POST //[?=%ff& HTTP/1.1\r\n", b"Host: x\r\n", b"Content-Length: 3\r\n"]
+                + [b"Transfer-Encoding: chunked\r\n", b"\r\n", b"3\r\nabc\r\n0\r\n\r\n"]
+            ),
+        ),
+        max_size=8,
+    )
+)
+def test_whatever_is_sent_is_a_request_or_refused(pieces: list[bytes]) -> None:
+    async def receive() -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_data(b"".join(pieces))
+        reader.feed_eof()
+        try:
+            request = await _receive(h11.Connection(h11.SERVER), reader)
+        except (h11.RemoteProtocolError, ConnectionResetError):
+            return
+        assert "?" not in request.path and len(request.body) <= HTTP_BODY
+
+    asyncio.run(receive())
 
 
 def test_who_trickles_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:

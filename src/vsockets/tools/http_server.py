@@ -127,11 +127,11 @@ async def _receive(connection: h11.Connection, reader: asyncio.StreamReader) -> 
 
 
 def _request(head: h11.Request, body: bytes) -> Request:
-    target = urllib.parse.urlsplit(head.target.decode("ascii"))
+    path, _, query = head.target.decode("ascii").partition("?")
     return Request(
         head.method.decode("ascii"),
-        target.path,
-        dict(urllib.parse.parse_qsl(target.query)),
+        path,
+        dict(urllib.parse.parse_qsl(query)),
         {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers},
         body,
     )

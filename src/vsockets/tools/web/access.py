@@ -24,9 +24,13 @@ class Access:
 
     def __init__(self, where: str) -> None:
         """``where`` is the address served, HOST:PORT."""
-        self.host = where
+        self.host = where.removesuffix(":80")  # which browsers leave out
+        host, _, port = where.rpartition(":")
+        self._hosts = {self.host}
+        if host == "127.0.0.1":
+            self._hosts.add(f"localhost:{port}".removesuffix(":80"))
         # Cookies know no ports: another vsock web has its own.
-        self._cookie = f"vsock-web-{where.rpartition(':')[2]}"
+        self._cookie = f"vsock-web-{port}"
         self._link = secrets.token_urlsafe(_TOKEN)
         self._sessions: list[str] = []
 
@@ -48,8 +52,7 @@ class Access:
 
     def is_for_us(self, request: Request) -> bool:
         """Whether it names us by the address we serve, and no site but ours has sent it."""
-        ours = (self.host, self.host.replace("127.0.0.1:", "localhost:"))
-        if request.headers.get("host") not in ours:
+        if request.headers.get("host") not in self._hosts:
             return False
         origin = request.headers.get("origin")
         if origin is None:  # browsers send it with every POST
