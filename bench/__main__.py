@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vsockets.testing import PrivateFabric
 
-from . import connects, datagrams, drops, forward, scale, streams, supervised, virtio, vmci
+from . import connects, datagrams, drops, forward, hybrid, scale, streams, supervised, virtio, vmci
 from .harness import Series, take_turns
 
 Results = dict[str, dict[str, Series]]
@@ -38,6 +38,10 @@ GOALS = [
     ("forward round trip, 64 B", "socat", False, 1.25),
     ("forward connects, 1 client", "socat", True, 1.2),
     ("forward connects, 4 clients", "socat", True, 2.0),
+    ("hybrid vsock to the guest, throughput, 64 KiB", "socat", True, 3.0),
+    ("hybrid vsock to the guest, throughput, 64 KiB", "socat 64K", True, 1.2),
+    ("hybrid vsock to the guest, round trip, 64 B", "socat", False, 1.25),
+    ("hybrid vsock from the guest, throughput, 64 KiB", "unix", True, 0.95),
     ("VMCI device to a program, no machine", "unix", True, 0.60),
     ("VMCI device to the guest, no machine", "unix", True, 0.60),
     ("vsockd's time a connect, contexts", "10", False, 1.10),
@@ -187,7 +191,35 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
+    def hybrid_beside_socat(measure: Callable[..., float], count: int, unit: str) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            with hybrid.running() as stage, forward.running() as (forwarders, _):
+                contestants: dict[str, Callable[[], float]] = {
+                    "hybrid": lambda: measure(stage.to_guest(), count)
+                }
+                for name in forward.SOCAT_BLOCKS:
+                    contestants[name] = partial(
+                        lambda name: measure(forwarders.pair(name), count), name
+                    )
+                return take_turns(contestants, unit, rounds, tick)
+
+        return run
+
+    def handed_over(tick: Tick) -> dict[str, Series]:
+        with hybrid.running() as stage:
+            contestants = {
+                "hybrid": lambda: streams.throughput(stage.from_guest(), 4000),
+                "unix": lambda: streams.throughput(streams.unix(), 4000),
+            }
+            return take_turns(contestants, "MB/s", rounds, tick)
+
     beside_socat: dict[str, Benchmark] = {
+        "hybrid vsock to the guest, throughput, 64 KiB": hybrid_beside_socat(
+            streams.throughput, 4000, "MB/s"
+        ),
+        "hybrid vsock to the guest, round trip, 64 B": hybrid_beside_socat(
+            streams.round_trip, 5000, "us"
+        ),
         "forward throughput, 64 KiB": forwarding(streams.throughput, 4000, "MB/s"),
         "forward round trip, 64 B": forwarding(streams.round_trip, 5000, "us"),
         "forward connects, 1 client": forwarded_connects(1, 300),
@@ -211,6 +243,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "VMCI device to the guest, no machine": device(vmci.throughput, True),
         "virtio device to a program, no machine": device(virtio.throughput, False),
         "virtio device to the guest, no machine": device(virtio.throughput, True),
+        "hybrid vsock from the guest, throughput, 64 KiB": handed_over,
         "stream throughput, 64 KiB": stream(streams.throughput, 4000, "MB/s"),
         "stream round trip, 64 B": stream(streams.round_trip, 15_000, "us"),
         "datagrams, 64 B": datagram,

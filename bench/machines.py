@@ -14,7 +14,6 @@ import argparse
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from vm import downloads, image
 from vm.conftest import COMMON
 from vm.machine import Machine
+from vm.rust_machine import RustMachine
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PATIENCE = 60.0
@@ -86,7 +86,8 @@ class Hybrid(Ours):
 
     @property
     def _path(self) -> str:
-        return f"{self.machine._folder}/host"
+        assert isinstance(self.machine, RustMachine)
+        return str(self.machine.uds_path)
 
     def listen(self) -> tuple[Any, int]:
         port = next(self._ports)
@@ -103,22 +104,6 @@ class Hybrid(Ours):
             sock.close()
             raise ConnectionResetError
         return sock
-
-
-class RustMachine(Machine):
-    """A machine whose device is Debian's."""
-
-    def start_device(self) -> None:
-        root = downloads.rust_back_end()
-        libraries = root / "usr/lib/x86_64-linux-gnu"
-        command = [root / "usr/lib64/ld-linux-x86-64.so.2", "--library-path", libraries]
-        command += [root / "usr/bin/vhost-device-vsock", "--guest-cid", "3"]
-        command += ["--socket", self._path, "--uds-path", self._folder / "host"]
-        with open(self._folder / "device.log", "w") as log:
-            self.device = subprocess.Popen(
-                list(map(str, command)), stdout=subprocess.PIPE, stderr=log, text=True
-            )
-        wait_until(self._path.exists, "vhost-device-vsock to start", _PATIENCE)
 
 
 def _processor_time(pid: int) -> float:

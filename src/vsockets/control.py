@@ -92,12 +92,14 @@ class Control:
         domain: str | None = None,
         limits: Mapping[str, int] | None = None,
         powered: bool = True,
+        hybrid: str | os.PathLike[str] | None = None,
     ) -> dict[str, Any]:
         """A new guest; without ``cid`` it gets a free one.  Returns its row of
         :meth:`contexts`; OSError EEXIST or EINVAL.
 
         ``profile`` is ``default``, ``restricted`` or ``legacy``; ``unrestricted`` and ``domain``
         go with ``legacy`` (docs/security.md).  ``limits`` are those that are not the default.
+        ``hybrid`` is where tools of hybrid vsock find it (docs/hybrid.md): an absolute path.
         """
         return self._ask(  # type: ignore[no-any-return]
             "context.add",
@@ -110,18 +112,23 @@ class Control:
             domain=domain,
             limits=None if limits is None else dict(limits),
             powered=powered,
+            hybrid=None if hybrid is None else os.fspath(hybrid),
         )
 
     def remove_context(self, cid: int) -> None:
         """Forget a guest.  OSError ENOENT, EINVAL (the host), EBUSY (it has open streams)."""
         self._ask("context.remove", cid=cid)
 
-    def attach_device(self, cid: int, seqpacket: bool = False) -> socket.socket:
+    def attach_device(
+        self, cid: int, seqpacket: bool = False, host_ports: bool = False
+    ) -> socket.socket:
         """Speak for the kernel of a virtual machine: a link to vsockd
-        (:mod:`vsockets.devices.attachment`).  With ``seqpacket`` it has sockets of that type, too.
+        (:mod:`vsockets.devices.attachment`).  With ``seqpacket`` it has sockets of that type, too;
+        with ``host_ports`` the link tells which ports of the host it can connect to.
         OSError ENOENT, EINVAL, EBUSY (it has a device).
         """
-        request = {"op": "context.device", "cid": cid, "seqpacket": seqpacket}
+        request = {"op": "context.device", "cid": cid}
+        request |= {"seqpacket": seqpacket, "host_ports": host_ports}
         self._sock.sendall(json.dumps(request).encode() + b"\n")
         line, fds, _, _ = socket.recv_fds(self._sock, 65_536, 1)
         answer = json.loads(line) if line else {"error": "vsockd has gone", "errno": errno.ENODEV}

@@ -48,6 +48,10 @@ OUTFLOW_WATCH = 0.25
 #: Events that wait for a subscriber who does not read, in bytes; later ones are counted.
 EVENTS_UNREAD = 262_144
 
+#: Ports in a row that are looked at for a free one, as by Linux (MAX_PORT_RETRIES): a program that
+#: holds very many makes no other one's search long.
+EPHEMERAL_TRIES = 24
+
 #: Connections waiting in vsockd's own door: what Linux allows by default
 #: (net.core.somaxconn).
 CONTROL_BACKLOG = 4096
@@ -217,8 +221,18 @@ SUPERVISED_SOCKETS = 65_536
 
 #: How long a non-blocking connect() of a supervised program may take before the
 #: program is told that it is in progress, in seconds.  vsockd answers in a tenth
-#: of a millisecond; this is for when the machine is busy.
-CONNECT_GRACE = 0.02
+#: of a millisecond; this is for when the machine is busy.  A program that is told
+#: at once needs no second call, and hears at once that it has no port.
+CONNECT_GRACE = 0.25
+
+#: Descendants of a process among which ``vsock ls`` looks for who has a socket: it takes ten
+#: microseconds for each descriptor, and a hostile program has as many processes as it likes.
+SEARCHED_PROCESSES = 4096
+
+#: How often a supervisor looks whether a thread it has an answer for has taken its signals, and
+#: how long it waits for that, in seconds.  A thread takes them at once, unless it gets no
+#: processor, or they come faster than it can take them.
+SIGNAL_LOOK, SIGNAL_PATIENCE = 0.001, 1.0
 
 #: How soon a supervisor tries again to reach a vsockd whose backlog is full, in seconds: only
 #: a stopped one lets 4096 connections wait.
@@ -231,6 +245,31 @@ SUPERVISED_ROUTES = 512
 #: A send buffer above net.core.wmem_max, in bytes, up to which a privileged supervisor
 #: does what its program asks for; the kernel's own AF_VSOCK has no limit at all.
 FORCED_SEND_BUFFER = 4 << 20
+
+# Hybrid vsock.
+
+#: Bytes of a line of the handshake: ``CONNECT`` and a port have 19, and Firecracker reads no more
+#: than these.
+HYBRID_LINE = 32
+
+#: Bytes of the name of a unix socket with ports beside it: ``_`` and a port come after it, and a
+#: folder's descriptor (``/proc/self/fd/…``) before, and a socket's path has 107.
+HYBRID_NAME = 76
+
+#: Connections through one hybrid-vsock device, established or not.  Firecracker allows its guest
+#: 1023; each is two descriptors, and four more while a reader is slow.
+HYBRID_CONNECTIONS = 1024
+
+#: Ports of the host that a hybrid-vsock device offers its guest: each is a descriptor and a file.
+HYBRID_PORTS = 4096
+
+#: How long a guest may take to accept through hybrid vsock, in seconds.  Who connects has a
+#: timeout of his own, two seconds by default; this is for those who have none, or a longer one.
+HYBRID_ANSWER = 10.0
+
+#: How soon a hybrid-vsock device tries again to reach a guest that is waited for, in seconds.
+HYBRID_PAUSE = 0.05
+
 # The forwarder (vsockets.bridges.forward).
 
 #: Bytes of the pipe that one direction of a forwarded stream moves through, and so the most

@@ -15,6 +15,10 @@ from vsockets.testing import PrivateFabric, wait_until
 
 from .kernel_suite import Unavailable, vsock_test
 
+#: How long all the cases together may take, in seconds: some go on for two seconds each.
+PATIENCE = 150.0
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
+
 TABLE = Path(__file__).parents[2] / "docs" / "conformance.md"
 GUEST = 90
 
@@ -71,13 +75,14 @@ def run(vsock: Vsock, program: Path, client: str, cases: list[Case]) -> tuple[st
         *("run", "--cid", server, "--", program, "--mode=server"),
         *(f"--peer-cid={client_cid}", *common),
     )
-    wait_until(lambda: listens(control) or serving.process.poll() is not None, "the server")
+    wait_until(lambda: listens(control) or serving.process.poll() is not None, "the server", 60)
     done = vsock(
         *("run", "--cid", client, "--", program, "--mode=client", "--control-host=127.0.0.1"),
         *(f"--peer-cid={server_cid}", *common),
         expect=None,
+        patience=PATIENCE,
     )
-    serving.process.wait(30)
+    serving.process.wait(PATIENCE)
     return done.stdout + done.stderr, (done.returncode, serving.process.returncode) == (0, 0)
 
 

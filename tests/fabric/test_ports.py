@@ -54,6 +54,17 @@ def test_every_context_starts_elsewhere() -> None:
     assert len({Ports[int]().ephemeral() for _ in range(10)}) > 1
 
 
+def test_a_search_ends_after_24_ports_and_goes_on_from_there() -> None:
+    ports: Ports[str] = Ports()
+    first = ports.ephemeral()
+    for port in range(first + 1, first + 25):
+        ports.claim(port, "held")
+    with pytest.raises(Refused) as refusal:
+        ports.ephemeral()
+    assert refusal.value.errno == errno.EADDRNOTAVAIL
+    assert ports.ephemeral() == first + 25
+
+
 @given(st.sets(st.integers(0, 8)))
 def test_ephemeral_ports_go_round_and_skip_held_ones(held: set[int]) -> None:
     ports: Ports[str] = Ports()

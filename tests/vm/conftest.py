@@ -14,6 +14,7 @@ from vsockets.vm.kernels import Kernel
 
 from . import downloads, image
 from .machine import Machine
+from .rust_machine import RustMachine
 
 #: What every guest program here begins with.
 COMMON = """
@@ -56,12 +57,15 @@ class Stage:
         *options: str,
         cid: int = 0,
         device: str = "vmci",
+        kind: type[Machine] = Machine,
         packed: bool = False,
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
         try:
             linux = downloads.kernel(kernel)
             downloads.qemu()
+            if issubclass(kind, RustMachine):
+                downloads.rust_back_end()
             initrd = self._image(linux, device)
         except downloads.Unavailable as error:
             if os.environ.get("VSOCKETS_REQUIRE_VM"):
@@ -70,7 +74,7 @@ class Stage:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
-        return Machine(
+        return kind(
             fabric, linux, initrd, folder, *options, cid=cid, device=device, packed=packed
         )
 

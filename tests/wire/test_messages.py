@@ -133,12 +133,14 @@ def test_numbers() -> None:
         "POLLING": 1,
         "TRUSTED_STREAM": 2,
         "TRUSTED_DATAGRAM": 4,
+        "OK_LINE": 8,
     }
     assert {role.name: role.value for role in Role} == {
         "BOUND": 1,
         "LISTENING": 2,
         "CONNECTED": 3,
         "DATAGRAM": 4,
+        "GONE": 5,
         "TAP": 6,
     }
 

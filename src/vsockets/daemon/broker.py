@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from socket import (
     AF_UNIX,
-    MSG_DONTWAIT,
-    MSG_PEEK,
     SO_SNDBUF,
     SOCK_SEQPACKET,
     SOCK_STREAM,
@@ -23,7 +21,7 @@ from typing import Any
 from ..constants import VMADDR_PORT_ANY
 from ..fabric import Connection, Context, Denied, Endpoint, Fabric, Kind, Refused, trust_of
 from ..limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, SILENT_CLIENT
-from ..wire import REQUEST_SIZE, Flag, Op, ProtocolError, Record, Request, Role
+from ..wire import Flag, Op, ProtocolError, Record, Request, Role
 from .allowance import Allowance
 from .audit import OPERATIONS, Audit
 from .capturing import capture
@@ -44,9 +42,6 @@ log = logging.getLogger(__name__)
 
 # Names of our own: looking a member up in its enum costs as much as a short function.
 _STREAM, _SEQPACKET = Kind.STREAM, Kind.SEQPACKET
-# Plain integers: an enum's | costs as much as a system call.
-_LOOK = int(MSG_DONTWAIT | MSG_PEEK)
-_TAKE = int(MSG_DONTWAIT)
 
 
 _TRUSTED = ((Kind.STREAM, Flag.TRUSTED_STREAM), (Kind.DATAGRAM, Flag.TRUSTED_DATAGRAM))
@@ -95,13 +90,13 @@ class Broker:
     def take(self, channel: Channel) -> None:
         """Serve what is said on a new channel."""
         try:
-            data = self._read(channel)
+            data = channel.read()
         except BlockingIOError:
             # A program connects and then writes, and may have been interrupted in between, by
             # us.  Letting it run is cheaper than coming back to it.
             os.sched_yield()
             try:
-                data = self._read(channel)
+                data = channel.read()
             except BlockingIOError:
                 self._await_request(channel)
                 return
@@ -149,7 +144,7 @@ class Broker:
 
     def _ready(self, channel: Channel) -> None:
         try:
-            data = self._read(channel)
+            data = channel.read()
         except BlockingIOError:
             return
         self._has_spoken(channel)
@@ -179,17 +174,6 @@ class Broker:
 
     # Requests
 
-    @staticmethod
-    def _read(channel: Channel) -> bytes:
-        # A plain recv: descriptors that ride along are dropped by the kernel, unseen.  A
-        # message of a packet socket is only looked at, because reading a part of it would
-        # take the whole, and with it what keeps a polling sender waiting.
-        flags = _LOOK if channel.kind is _SEQPACKET else _TAKE
-        try:
-            return channel.sock.recv(REQUEST_SIZE, flags)
-        except ConnectionError:
-            return b""
-
     def _serve(self, channel: Channel, data: bytes) -> bool:
         context = channel.context
         try:
@@ -211,7 +195,7 @@ class Broker:
             # The program may try again on the same socket, and one that is bound stays so; unless
             # it has very many that are not.
             held = len(self._channels.get(context, ()))
-            if channel.is_kernel:
+            if channel.asks_once:
                 return False
             bound = channel.endpoint is not None
             return bound or not context.is_guest or held < context.limits.sockets
@@ -258,6 +242,7 @@ class Broker:
         endpoint = self._claim(channel, channel.kind, request, request.cookie)
         endpoint.handle = channel
         endpoint.sizes = request.sizes()
+        endpoint.inode = request.inode
         channel.endpoint = endpoint
         self._answer(channel, request, describe_endpoint(endpoint))
         return True
@@ -291,7 +276,7 @@ class Broker:
         listener = fabric.find_listener(
             context, channel.kind, request.peer_cid, request.peer_port, channel, bound
         )
-        target: Any = listener.handle  # a Channel or a KernelLink
+        target: Any = listener.handle  # a Channel or an OfferLink
         if context.is_at_a_limit():
             self._allowance.require_patience(context, target.count_waiting)
             self._allowance.make_room(context)
@@ -307,7 +292,7 @@ class Broker:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, LARGEST_SEND_BUFFER))
         self.streams.add(fd, connection.number)
         if listener.undecided:
-            accepting = describe_offer(connection, request.polling)
+            accepting = describe_offer(connection, channel.offer_flags, request.polling)
         else:
             # The answer goes first: once the listener has the descriptor it may write.
             channel.send(describe_connecting(connection))

@@ -14,6 +14,7 @@ from socket import (
     MSG_CMSG_CLOEXEC,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
+    MSG_PEEK,
     SCM_RIGHTS,
     SO_SNDBUF,
     SOCK_DGRAM,
@@ -24,14 +25,17 @@ from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not y
 
 from ..fabric import Context, Credentials, Endpoint, Kind
 from ..limits import MAX_BACKLOG
-from ..wire import PADDING, RECORD_SIZE, ProtocolError
+from ..wire import PADDING, RECORD_SIZE, REQUEST_SIZE, ProtocolError
 from .credentials import Peer
 from .disposal import dispose
 
 _FD = struct.Struct("i")
+# A name of our own: looking a member up in its enum costs as much as a short function.
+_SEQPACKET = Kind.SEQPACKET
 # Plain integers: an enum's | costs as much as a system call.
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _TAKE = int(MSG_DONTWAIT)
+_LOOK = int(MSG_DONTWAIT | MSG_PEEK)
 _SOCKET, _RIGHTS = int(SOL_SOCKET), int(SCM_RIGHTS)
 
 
@@ -44,6 +48,8 @@ class Channel(Peer):
     sender: Endpoint | None = None  # of the datagram socket that came with its request
     silent = False  # it is kept, and nothing was read from it yet
     is_kernel = False  # it speaks for a guest's kernel, which chooses the ports it connects from
+    asks_once = False  # after a refusal there is nothing more to be said
+    offer_flags = 0  # of :class:`..wire.Flag`: how a device answers who connects
     _capacity = -1  # of the backlog; -1: the socket does not listen
     #: of a listening socket: whose connections were announced, and not taken as far as is known
     _waiting: deque[Context]
@@ -55,6 +61,17 @@ class Channel(Peer):
         self.context = context
         self.kind = kind
         self.credentials = credentials
+
+    def read(self) -> bytes:
+        """The next request, no bytes at the end; BlockingIOError."""
+        # A plain recv: descriptors that ride along are dropped by the kernel, unseen.  A
+        # message of a packet socket is only looked at, because reading a part of it would
+        # take the whole, and with it what keeps a polling sender waiting.
+        flags = _LOOK if self.kind is _SEQPACKET else _TAKE
+        try:
+            return self.sock.recv(REQUEST_SIZE, flags)
+        except ConnectionError:
+            return b""
 
     def send(self, record: bytes) -> None:
         """Write an answer.  A program that reads nothing loses its answer, nothing else."""

@@ -27,6 +27,7 @@ from ..fabric import (
     Refused,
 )
 from ..limits import CONTROL_REQUEST, EVENTS_UNREAD
+from ..locator import hybrid_problem
 from ..state_folder import short_path
 from . import reports
 from .accepting import Acceptor
@@ -172,6 +173,7 @@ class Session:
             isolation=_isolation(arguments),
             limits=_limits(arguments, self._vsockd.fabric.settings.limits),
             powered=powered is not False,
+            hybrid=_hybrid(arguments),
         )
         lease = bool(_optional(arguments, "lease", bool))
         context = self._vsockd.contexts.add(wanted, lease)
@@ -196,7 +198,8 @@ class Session:
         try:
             seqpacket = bool(_optional(arguments, "seqpacket", bool))
             owner = peer_credentials(self._sock)
-            KernelLink(self._loop, vsockd.broker, context, ours, owner, seqpacket)
+            host_ports = bool(_optional(arguments, "host_ports", bool))
+            KernelLink(self._loop, vsockd.broker, context, ours, owner, seqpacket, host_ports)
         except (Refused, BadRequest):
             ours.close()
             theirs.close()
@@ -246,6 +249,14 @@ def _address(arguments: Arguments, key: str) -> tuple[int, int]:
         return check(tuple(_optional(arguments, key, list) or ()))
     except (TypeError, OverflowError) as error:
         raise BadRequest(f"{key}: expected [CID, port]: {error}") from None
+
+
+def _hybrid(arguments: Arguments) -> str:
+    path: str = _optional(arguments, "hybrid", str) or ""
+    problem = hybrid_problem(path) if path else ""
+    if problem:
+        raise BadRequest(f"hybrid: {problem}")
+    return path
 
 
 def _isolation(arguments: Arguments) -> Isolation:

@@ -102,6 +102,7 @@ class Datagrams:
         name = f"{endpoint.cid}.{endpoint.port}.{next(self._names)}"
         endpoint.handle = self._name(sock, name, endpoint.context)
         endpoint.cookie = cookie_of(sock)
+        endpoint.inode = os.fstat(sock.fileno()).st_ino
         self._by_cookie[endpoint.cookie] = endpoint
 
     def catch_all(self, context: Context, sock: _socket.socket) -> DatagramSocket:

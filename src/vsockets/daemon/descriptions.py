@@ -40,9 +40,10 @@ def describe_connecting(stream: Connection) -> bytes:
     )
 
 
-def describe_offer(stream: Connection, polling: bool) -> bytes:
+def describe_offer(stream: Connection, flags: int, polling: bool) -> bytes:
     """A stream that a guest's kernel has to decide on: the sizes are what is asked for."""
-    flags = Flag.POLLING if polling else 0
+    if polling:
+        flags |= Flag.POLLING
     return Record(
         0, flags, *stream.peer, *stream.local, Role.CONNECTED, *stream.owner, *stream.sizes
     ).encode()

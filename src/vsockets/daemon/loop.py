@@ -19,6 +19,9 @@ from time import monotonic
 
 log = logging.getLogger(__name__)
 
+#: What :meth:`Loop.watch` waits for, of epoll(7).
+READABLE = int(select.EPOLLIN | select.EPOLLRDHUP)
+
 #: After so long without an event nothing is going on, in seconds.
 _IDLE = 1.0
 
@@ -54,8 +57,16 @@ class Loop:
 
     def watch(self, fd: int, callback: Callable[[int], None]) -> None:
         """Call ``callback`` whenever ``fd`` is readable or hung up."""
+        self.watch_for(fd, callback, READABLE)
+
+    def watch_for(self, fd: int, callback: Callable[[int], None], events: int) -> None:
+        """As :meth:`watch`, for ``events`` of epoll(7); hang-ups are always among them."""
+        self._epoll.register(fd, events)
         self._callbacks[fd] = callback
-        self._epoll.register(fd, select.EPOLLIN | select.EPOLLRDHUP)
+
+    def change(self, fd: int, events: int) -> None:
+        """Watch for other events."""
+        self._epoll.modify(fd, events)
 
     def unwatch(self, fd: int) -> None:
         """Stop watching ``fd``; call it before closing the descriptor."""

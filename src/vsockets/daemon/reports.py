@@ -87,6 +87,7 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
         "unrestricted": context.isolation.unrestricted,
         "domain": context.isolation.domain,
         "folder": str(folder),
+        "hybrid": context.hybrid,
         "usage": {
             "sockets": context.sockets,
             "pending_connects": max(context.pending, 0),
@@ -112,7 +113,8 @@ def stream_names(streams: Iterable[Connection]) -> list[dict[str, Any]]:
 def socket_rows(broker: Broker) -> list[dict[str, Any]]:
     """Every socket: listening and bound ones, datagram sockets, both ends of streams.
 
-    Streams have no queues here, but the inodes by which the kernel can be asked for them.
+    ``pid`` and ``uid`` are those of the process that vsockd dealt with.  Streams have no queues
+    here, but the inodes by which the kernel can be asked for them.
     """
     broker.refresh()
     inodes = broker.streams.inodes()
@@ -150,7 +152,7 @@ def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> dict[str, Any]:
         "buffer": endpoint.sizes.size,
         "receive_queue": receive,
         "send_queue": send,
-        "inode": None,
+        "inode": endpoint.inode or None,
         "peer_inode": None,
     }
 

@@ -1,9 +1,8 @@
-"""A device's event loop: vsockd's, with writable sockets and waits below a millisecond."""
+"""A device's event loop: vsockd's, with waits below a millisecond."""
 
 from __future__ import annotations
 
 import select
-from collections.abc import Callable
 
 from ..daemon.loop import Loop, Timer
 
@@ -22,15 +21,6 @@ class DeviceLoop(Loop):
         self._wait = self._poll
         self._only = [epoll.fileno()]
         self._poll = self._poll_precisely
-
-    def watch_for(self, fd: int, callback: Callable[[int], None], events: int) -> None:
-        """As :meth:`watch`, for ``events`` of epoll(7); hang-ups are always among them."""
-        self._callbacks[fd] = callback
-        self._epoll.register(fd, events)
-
-    def change(self, fd: int, events: int) -> None:
-        """Watch for other events."""
-        self._epoll.modify(fd, events)
 
     def watches(self, fd: int) -> bool:
         """Whether ``fd`` is watched."""

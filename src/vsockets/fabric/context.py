@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from .counts import Counts
-from .endpoint import Connection, Endpoint, Kernel
+from .endpoint import Connection, Endpoint, Kernel, Kind
 from .errors import Denied, Refused, Rule
 from .life_cycle import State
 from .meter import Meter
@@ -21,12 +21,14 @@ class Context:
 
     __slots__ = (
         "__weakref__",
+        "beyond",
         "cid",
         "connected",
         "cookies",
         "counts",
         "datagrams",
         "fault_tolerant",
+        "hybrid",
         "is_guest",
         "isolation",
         "kernel",
@@ -64,6 +66,11 @@ class Context:
         self.cookies: dict[int, Endpoint | Connection] = {}
         #: of a virtual machine with a device
         self.kernel: Kernel | None = None
+        #: the unix socket behind which its ports are for tools of hybrid vsock; "": none
+        self.hybrid = ""
+        #: with it: what the host has for this guest at a port where no program of the fabric
+        #: listens
+        self.beyond: Callable[[Kind, int], Endpoint | None] | None = None
 
     @property
     def leased(self) -> bool:

@@ -7,6 +7,7 @@ all look-ups are by key.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from ..address import LARGEST
 from ..buffers import BufferSizes, negotiate
@@ -40,6 +41,8 @@ class Fabric:
         self.contexts = Contexts(owner)
         self.settings = Settings()
         self.connections: dict[int, Connection] = {}
+        #: told of each endpoint that begins to listen, and that does no longer
+        self.watchers: list[Callable[[Endpoint], None]] = []
         #: what leased contexts did that have ended
         self.departed = Counts()
         self._number = 0
@@ -85,6 +88,8 @@ class Fabric:
         """Let ``endpoint`` be connected to."""
         endpoint.listening = True
         endpoint.sizes = sizes
+        for tell in self.watchers:
+            tell(endpoint)
 
     def unbind(self, endpoint: Endpoint) -> None:
         """The socket is gone: its port is free."""
@@ -93,6 +98,9 @@ class Fabric:
         else:
             endpoint.context.connected.release(endpoint.port, endpoint)
         _forget(endpoint.context, endpoint.cookie, endpoint)
+        if endpoint.listening:
+            for tell in self.watchers:
+                tell(endpoint)
 
     # Connecting
 
@@ -108,15 +116,20 @@ class Fabric:
         """The endpoint that a socket of ``program``, in ``context``, reaches at ``(cid, port)``.
 
         ``bound`` is the socket's endpoint, if it has one yet.  Refused with EHOSTUNREACH (no
-        such context, or none that may be reached), ECONNRESET (nobody listens there, or for
-        another socket type), EACCES (an isolated guest; the program is not trusted), ENETDOWN
-        (the context's own state forbids it) or EINVAL (wildcards).
+        such context, or none that may be reached), EADDRNOTAVAIL (no port for the socket),
+        ECONNRESET (nobody listens there, or for another socket type), EACCES (an isolated guest;
+        the program is not trusted), ENETDOWN (the context's own state forbids it) or EINVAL
+        (wildcards).
         """
         destination = self._destination(context, cid, port, True)
+        if bound is None:
+            context.connected.seek()
         holder = destination.connected.get(port)
         endpoint = holder if isinstance(holder, Endpoint) and holder.listening else None
         if endpoint is None and destination.kernel is not None:
             endpoint = destination.kernel.endpoint(destination, kind, port)
+        if endpoint is None and destination is self.contexts.host and context.beyond is not None:
+            endpoint = context.beyond(kind, port)
         if endpoint is None:
             raise Refused(errno.ECONNRESET, f"nobody listens on {cid}:{port}")
         if endpoint.kind is not kind:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from ..address import LARGEST
 from ..constants import LAST_RESERVED_PORT
+from ..limits import EPHEMERAL_TRIES
 from .errors import Refused
 
 _FIRST_EPHEMERAL = LAST_RESERVED_PORT + 1
@@ -36,14 +37,28 @@ class Ports(dict[int, Holder]):
         self[port] = holder
 
     def ephemeral(self) -> int:
-        """A free port from the range that needs no privilege.  It is not yet taken."""
-        while True:
-            port = self._next
-            self._next = port + 1 if port < _LAST_EPHEMERAL else _FIRST_EPHEMERAL
-            if port not in self:
-                return port
+        """A free port from the range that needs no privilege.  It is not yet taken.
+
+        Refused with EADDRNOTAVAIL, as by Linux, when several in a row are held; then the next
+        attempt looks behind those.
+        """
+        port = self.seek()
+        self._next = _after(port)
+        return port
+
+    def seek(self) -> int:
+        """As :meth:`ephemeral`, which then gives the same port."""
+        for _ in range(EPHEMERAL_TRIES):
+            if self._next not in self:
+                return self._next
+            self._next = _after(self._next)
+        raise Refused(errno.EADDRNOTAVAIL, f"{EPHEMERAL_TRIES} ports in a row are held")
 
     def release(self, port: int, holder: Holder) -> None:
         """Give a port back.  Does nothing when somebody else holds it by now."""
         if self.get(port) is holder:
             del self[port]
+
+
+def _after(port: int) -> int:
+    return port + 1 if port < _LAST_EPHEMERAL else _FIRST_EPHEMERAL

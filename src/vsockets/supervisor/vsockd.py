@@ -63,7 +63,7 @@ class Vsockd:
                         self._context.enter(probe, endpoint.type)
                 with _hardly_blocking(sock):
                     self._context.enter(sock, endpoint.type)
-                    sock.getpeername()  # a signal of our own makes Python believe in success
+                    sock.getpeername()  # when interrupted, by SIGCONT, Python believes in success
             except OSError as error:
                 if error.errno not in (errno.ENOBUFS, errno.ENOTCONN):
                     raise

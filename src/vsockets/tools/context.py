@@ -58,6 +58,14 @@ def add(
         bool, typer.Option("--unrestricted", help="With --profile legacy: vmci0.unrestricted.")
     ] = False,
     domain: Annotated[str | None, typer.Option(help="With --profile legacy: vmci0.domain.")] = None,
+    hybrid: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Offer its ports to tools that speak hybrid vsock, Firecracker's convention, at "
+            "this unix socket (docs/hybrid.md).",
+        ),
+    ] = None,
     off: Annotated[bool, typer.Option("--off", help="Leave it powered off.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -89,6 +97,7 @@ def add(
             unrestricted=unrestricted if legacy else None,
             domain=domain if legacy else None,
             powered=not off,
+            hybrid=None if hybrid is None else hybrid.absolute(),
         )
     if as_json:
         print_json(added)

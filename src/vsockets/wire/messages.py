@@ -64,6 +64,7 @@ class Flag(IntFlag):
     POLLING = 1  #: request: PADDING follows; an offer: it has yet to be taken off
     TRUSTED_STREAM = 2  #: record: the program's stream sockets are trusted (guide page 24)
     TRUSTED_DATAGRAM = 4  #: record: its datagram sockets are
+    OK_LINE = 8  #: an offer: who connects waits for a line of hybrid vsock instead of a record
 
 
 _POLLING = int(Flag.POLLING)
@@ -72,12 +73,13 @@ _new = tuple.__new__
 
 
 class Role(IntEnum):
-    """In a QUERY's answer: what the socket is."""
+    """In a QUERY's answer: what the socket is.  To a device: whether there is one like it."""
 
     BOUND = 1
-    LISTENING = 2
+    LISTENING = 2  #: to a device: its guest can connect to the local address
     CONNECTED = 3
     DATAGRAM = 4
+    GONE = 5  #: to a device: it can no longer
     TAP = 6  #: to a device: send what passes to the socket sent along, ``size`` bytes of each
 
 
@@ -98,7 +100,9 @@ class Request(NamedTuple):
     minimum: int = 0
     maximum: int = 0
     cookie: int = 0  #: the sender's name for its socket: SO_COOKIE
-    inode: int = 0  #: QUERY: the socket's inode number
+    #: The socket's inode number.  QUERY: what is asked about; BIND, from a supervisor: where an
+    #: administrator finds the program that has the socket.
+    inode: int = 0
 
     def encode(self) -> bytes:
         """The request's REQUEST_SIZE bytes."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 import signal
 import socket as stdlib
 from collections.abc import Callable, Iterable
 
 from ...attachment import Place
 from ...locator import Exec, Inherited, Locator, Stdio
+from ...splicing import allow_many_descriptors
 from ..capture.recorder import Recorder
 from ..doors import Door
 from .datagram_forward import DatagramForward
@@ -152,7 +152,7 @@ def run(
 
     Raises OSError when that cannot be.
     """
-    _allow_many_descriptors()
+    allow_many_descriptors()
     selector = PumpSelector()
 
     async def main() -> None:
@@ -219,9 +219,3 @@ async def _first(*awaitables: object) -> None:
     finally:
         for task in tasks:
             task.cancel()
-
-
-def _allow_many_descriptors() -> None:
-    """Every connection is two descriptors; the usual soft limit is for select()'s sake."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
