@@ -202,6 +202,14 @@ PUMP_ROUNDS = 4
 LOOK_AGAIN = 0.0002
 LOOKS = 6
 
+#: How long a device spins, looking for a guest's answer to what a program sent, in seconds: while
+#: they talk to each other.  Being told takes three exits of the guest.
+ANSWER = 0.0005
+
+#: How long a device lets a guest be that has something to read and does not, in seconds, before
+#: it tells it once more: a reader may wait for more bytes than there were (SO_RCVLOWAT).
+REMIND = 0.005
+
 #: How long the guest's processor stands still at most for the answer to its connect, in
 #: seconds; what takes longer is answered later.
 FABRIC_PROMPT = 0.005

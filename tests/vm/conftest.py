@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,20 @@ common = True
 """
 
 
+#: What gives a guest the network that :func:`network_card` is on; ``modules`` are image.NETWORK.
+NETWORK_UP = """
+for name in modules:
+    if os.path.exists(f"/modules/{name}.ko"): assert not os.system(f"insmod /modules/{name}.ko")
+assert not os.system("ifconfig lo up && ifconfig eth0 10.0.2.15 up")
+"""
+
+
+def network_card(port: int, to: int) -> tuple[str, ...]:
+    """Arguments for QEMU: a card on its user network; TCP to ``port`` here goes to the guest's."""
+    network = f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:{to}"
+    return ("-netdev", network, "-device", "virtio-net-pci,netdev=net,romfile=")
+
+
 class Stage:
     """Boots machines, each with a folder of its own."""
 
@@ -58,6 +72,8 @@ class Stage:
         cid: int = 0,
         device: str = "vmci",
         kind: type[Machine] = Machine,
+        memory: int = 512,
+        arguments: Sequence[str] = (),
         packed: bool = False,
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
@@ -75,7 +91,16 @@ class Stage:
         folder = self._folder / str(self._number)
         folder.mkdir()
         return kind(
-            fabric, linux, initrd, folder, *options, cid=cid, device=device, packed=packed
+            fabric,
+            linux,
+            initrd,
+            folder,
+            *options,
+            cid=cid,
+            device=device,
+            memory=memory,
+            arguments=arguments,
+            packed=packed,
         )
 
     def _image(self, linux: Kernel, device: str) -> Path:

@@ -12,11 +12,13 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import vsockets
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.vm.kernels import Kernel
@@ -27,7 +29,7 @@ from . import downloads
 BOOT = 100.0
 PATIENCE = 60.0
 
-_KERNEL_COMMAND = (
+KERNEL_COMMAND = (
     "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
     "random.trust_cpu=on"
 )
@@ -73,8 +75,10 @@ class Machine:
         memory: int = 512,
         cid: int | None = None,
         device: str = "vmci",
+        arguments: Sequence[str] = (),
         packed: bool = False,
     ) -> None:
+        """``arguments``: further ones for QEMU."""
         self._fabric = fabric
         self._packed = packed
         self._kernel = kernel
@@ -82,6 +86,7 @@ class Machine:
         self._folder = folder
         self._options = device_options
         self._memory = memory
+        self._arguments = arguments
         self.cid = cid or 0
         self.kind = device
         self._path = folder / device
@@ -107,6 +112,11 @@ class Machine:
         traceback: TracebackType | None,
     ) -> None:
         self.kill()
+
+    @property
+    def boots(self) -> tuple[Path, Path]:
+        """The files of its kernel and of its initrd."""
+        return self._kernel.image, self._initrd
 
     @property
     def kernel(self) -> str:
@@ -158,8 +168,9 @@ class Machine:
             *("-object", f"memory-backend-memfd,id=mem,size={size},share=on"),
             *("-machine", "q35,memory-backend=mem"),
             *("-kernel", str(self._kernel.image), "-initrd", str(self._initrd)),
-            *("-append", _KERNEL_COMMAND),
+            *("-append", KERNEL_COMMAND),
             *self._device_options(),
+            *self._arguments,
         ]
         with open(self._folder / "qemu.log", "wb") as log:
             self.qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -236,6 +247,25 @@ class Machine:
     def run(self, source: str, timeout: float = PATIENCE, **values: Any) -> Any:
         """Run Python in the guest; returns its ``result``."""
         return self.start(source, **values).result(timeout)
+
+    def put(self, path: str, data: bytes) -> None:
+        """A program for the guest, sent through its device."""
+        address = (vsockets.VMADDR_CID_HOST, vsockets.VMADDR_PORT_ANY)
+        with vsockets.create_server(address, context=self.host) as server:
+            server.settimeout(PATIENCE)
+            job = self.start(
+                """
+                s = connect(port)
+                with open(path, "wb") as file:
+                    while data := s.recv(1 << 18): file.write(data)
+                os.chmod(path, 0o755)
+                """,
+                port=server.getsockname()[1],
+                path=path,
+            )
+            with server.accept()[0] as sock:
+                sock.sendall(data)
+            job.result()
 
     def monitor(self, command: str, **arguments: Any) -> Any:
         """A command for QEMU's monitor (QMP)."""
