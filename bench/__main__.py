@@ -18,7 +18,19 @@ from rich.table import Table
 
 from vsockets.testing import PrivateFabric
 
-from . import connects, datagrams, drops, forward, hybrid, scale, streams, supervised, virtio, vmci
+from . import (
+    amqp,
+    connects,
+    datagrams,
+    drops,
+    forward,
+    hybrid,
+    scale,
+    streams,
+    supervised,
+    virtio,
+    vmci,
+)
 from .harness import Series, take_turns
 
 Results = dict[str, dict[str, Series]]
@@ -226,6 +238,24 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "forward connects, 4 clients": forwarded_connects(4, 150),
     }
 
+    def messaging(measure: Callable[..., float], *size: int, unit: str) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            with amqp.running() as ports:
+                contestants: dict[str, Callable[[], float]] = {
+                    name: partial(measure, port, *size) for name, port in ports.items()
+                }
+                return take_turns(contestants, unit, rounds, tick)
+
+        return run
+
+    beside_tcp: dict[str, Benchmark] = {
+        "amqp publishing, 1 KiB": messaging(amqp.publishing, 5000, 1024, unit="MB/s"),
+        "amqp publishing, 64 KiB": messaging(amqp.publishing, 500, 65_536, unit="MB/s"),
+        "amqp consuming, 1 KiB": messaging(amqp.fetching, 5000, 1024, unit="MB/s"),
+        "amqp consuming, 64 KiB": messaging(amqp.fetching, 500, 65_536, unit="MB/s"),
+        "amqp confirmed one by one, 64 B": messaging(amqp.confirming, 300, unit="us"),
+    }
+
     def device(throughput: Callable[[int, bool], float], to_guest: bool) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             contestants = {
@@ -263,6 +293,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
             ("100", 1, 100), (f"{many_listeners:,}", 1, many_listeners)
         ),
         **(beside_socat if forward.available() else {}),
+        **(beside_tcp if amqp.available() else {}),
     }
 
 

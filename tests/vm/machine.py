@@ -79,7 +79,7 @@ class Machine:
         packed: bool = False,
     ) -> None:
         """``arguments``: further ones for QEMU."""
-        self._fabric = fabric
+        self.fabric = fabric
         self._packed = packed
         self._kernel = kernel
         self._initrd = initrd
@@ -137,11 +137,11 @@ class Machine:
     @property
     def host(self) -> Attachment:
         """Where the host's programs are."""
-        return self._fabric.host
+        return self.fabric.host
 
     def start_device(self) -> None:
         """``vsock device``."""
-        command = [sys.executable, "-m", "vsockets.tools", "--dir", str(self._fabric.folder)]
+        command = [sys.executable, "-m", "vsockets.tools", "--dir", str(self.fabric.folder)]
         command += ["device", self.kind, "--socket", str(self._path), "--verbose"]
         command += self._options
         if self.cid:

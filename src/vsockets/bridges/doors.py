@@ -113,6 +113,15 @@ class Door:
             sock.listen(MAX_BACKLOG)
 
 
+def open_door(locator: Locator, context: Place | None) -> Door:
+    """A door, or an OSError that says where it was to be."""
+    try:
+        return Door(locator, context)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(error.errno, f"cannot listen on {locator}: {why}") from None
+
+
 def _type(datagram: bool) -> int:
     return stdlib.SOCK_DGRAM if datagram else stdlib.SOCK_STREAM
 

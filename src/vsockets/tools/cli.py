@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from . import (
+    amqp,
     capture,
     context,
     demo,
@@ -56,9 +57,10 @@ app.command("metrics")(metrics.metrics)
 app.command("top")(top.top)
 app.command("web")(web.web)
 app.command("events")(events.events)
+app.add_typer(amqp.app, name="amqp")
 app.add_typer(perf.app, name="perf")
 app.command("doctor")(doctor.doctor)
-app.command("demo")(demo.demo)
+app.add_typer(demo.app, name="demo")
 app.command("include-dir")(include_dir.include_dir)
 app.command("man")(man.man)
 
