@@ -337,8 +337,38 @@ FORWARD_LOG_RATE = 20
 #: series, of which a Prometheus server has room for a few million.
 METRICS_CONTEXTS = 500
 
-#: How long a client of the metrics may take to ask, and to read the answer, in seconds.
-METRICS_CLIENT = 5.0
+# Over HTTP, on this machine (vsockets.tools.http_server).
+
+#: How long a client may take for its whole request, and to read one piece of the answer, in
+#: seconds.
+HTTP_REQUEST = 5.0
+HTTP_ANSWER = 5.0
+
+#: How long who was refused in the midst of a request may go on sending it, in seconds: until he
+#: has read the answer.
+HTTP_LINGER = 1.0
+
+#: Bytes of a request's head, and of its body: a browser's head has some hundred, a body here
+#: names one context or stream.
+HTTP_HEAD = 16_384
+HTTP_BODY = 4096
+
+#: Clients at the same time.  A browser has up to six, of which one stays for as long as the page
+#: is looked at.
+HTTP_CLIENTS = 64
+
+# vsock web.
+
+#: Contexts and streams that are listed on the page, the busiest first; it says how many are not.
+#: More than people look at, and less than slows a browser down.
+WEB_CONTEXTS = 100
+WEB_STREAMS = 500
+
+#: Events the page shows, and that are kept for one that opens or comes back.
+WEB_EVENTS = 200
+
+#: Sessions at the same time, one for each link that was opened; the oldest is forgotten.
+WEB_SESSIONS = 16
 
 # Measuring (vsockets.bridges.perf).
 

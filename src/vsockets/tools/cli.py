@@ -15,6 +15,7 @@ from . import (
     context,
     demo,
     device,
+    disconnect,
     doctor,
     events,
     forward,
@@ -29,6 +30,7 @@ from . import (
     top,
     up,
     vm,
+    web,
 )
 from .advice import Failure, one_line
 from .output import complain
@@ -52,8 +54,10 @@ app.command("listen")(netcat.listen)
 app.command("forward")(forward.forward)
 app.command("capture")(capture.capture)
 app.command("ls")(ls.ls)
+app.command("disconnect")(disconnect.disconnect)
 app.command("metrics")(metrics.metrics)
 app.command("top")(top.top)
+app.command("web")(web.web)
 app.command("events")(events.events)
 app.add_typer(amqp.app, name="amqp")
 app.add_typer(perf.app, name="perf")
