@@ -18,7 +18,19 @@ from rich.table import Table
 
 from vsockets.testing import PrivateFabric
 
-from . import connects, datagrams, drops, forward, scale, streams, supervised, virtio, vmci
+from . import (
+    amqp,
+    connects,
+    datagrams,
+    drops,
+    forward,
+    hybrid,
+    scale,
+    streams,
+    supervised,
+    virtio,
+    vmci,
+)
 from .harness import Series, take_turns
 
 Results = dict[str, dict[str, Series]]
@@ -38,6 +50,10 @@ GOALS = [
     ("forward round trip, 64 B", "socat", False, 1.25),
     ("forward connects, 1 client", "socat", True, 1.2),
     ("forward connects, 4 clients", "socat", True, 2.0),
+    ("hybrid vsock to the guest, throughput, 64 KiB", "socat", True, 3.0),
+    ("hybrid vsock to the guest, throughput, 64 KiB", "socat 64K", True, 1.2),
+    ("hybrid vsock to the guest, round trip, 64 B", "socat", False, 1.25),
+    ("hybrid vsock from the guest, throughput, 64 KiB", "unix", True, 0.95),
     ("VMCI device to a program, no machine", "unix", True, 0.60),
     ("VMCI device to the guest, no machine", "unix", True, 0.60),
     ("vsockd's time a connect, contexts", "10", False, 1.10),
@@ -108,11 +124,22 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
                 guest = fabric.guest()
                 contestants = {
                     "vsock": lambda: connects.vsock(fabric.host, guest, count, clients),
+                    "bare broker": lambda: connects.bare(count, clients),
                     "tcp": lambda: connects.tcp(count, clients),
                 }
                 return take_turns(contestants, "/s", rounds, tick)
 
         return run
+
+    def connects_cost(tick: Tick) -> dict[str, Series]:
+        with PrivateFabric(log_level="warning") as fabric:
+            ours = partial(connects.vsock, fabric.host, fabric.guest())
+            contestants = {
+                "vsock": lambda: connects.cost(ours, 2000, 4, fabric.pid),
+                "bare broker": lambda: connects.cost(connects.bare, 2000, 4),
+                "tcp": lambda: connects.cost(connects.tcp, 2000, 4),
+            }
+            return take_turns(contestants, "us", rounds, tick)
 
     def growing(few: tuple[str, int, int], lots: tuple[str, int, int]) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
@@ -176,11 +203,57 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
+    def hybrid_beside_socat(measure: Callable[..., float], count: int, unit: str) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            with hybrid.running() as stage, forward.running() as (forwarders, _):
+                contestants: dict[str, Callable[[], float]] = {
+                    "hybrid": lambda: measure(stage.to_guest(), count)
+                }
+                for name in forward.SOCAT_BLOCKS:
+                    contestants[name] = partial(
+                        lambda name: measure(forwarders.pair(name), count), name
+                    )
+                return take_turns(contestants, unit, rounds, tick)
+
+        return run
+
+    def handed_over(tick: Tick) -> dict[str, Series]:
+        with hybrid.running() as stage:
+            contestants = {
+                "hybrid": lambda: streams.throughput(stage.from_guest(), 4000),
+                "unix": lambda: streams.throughput(streams.unix(), 4000),
+            }
+            return take_turns(contestants, "MB/s", rounds, tick)
+
     beside_socat: dict[str, Benchmark] = {
+        "hybrid vsock to the guest, throughput, 64 KiB": hybrid_beside_socat(
+            streams.throughput, 4000, "MB/s"
+        ),
+        "hybrid vsock to the guest, round trip, 64 B": hybrid_beside_socat(
+            streams.round_trip, 5000, "us"
+        ),
         "forward throughput, 64 KiB": forwarding(streams.throughput, 4000, "MB/s"),
         "forward round trip, 64 B": forwarding(streams.round_trip, 5000, "us"),
         "forward connects, 1 client": forwarded_connects(1, 300),
         "forward connects, 4 clients": forwarded_connects(4, 150),
+    }
+
+    def messaging(measure: Callable[..., float], *size: int, unit: str) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            with amqp.running() as ports:
+                contestants: dict[str, Callable[[], float]] = {
+                    name: partial(measure, port, *size) for name, port in ports.items()
+                }
+                return take_turns(contestants, unit, rounds, tick)
+
+        return run
+
+    beside_tcp: dict[str, Benchmark] = {
+        "amqp publishing, 1 KiB": messaging(amqp.publishing, 5000, 1024, unit="MB/s"),
+        "amqp publishing, 64 KiB": messaging(amqp.publishing, 500, 65_536, unit="MB/s"),
+        "amqp consuming, 1 KiB": messaging(amqp.fetching, 5000, 1024, unit="MB/s"),
+        "amqp consuming, 64 KiB": messaging(amqp.fetching, 500, 65_536, unit="MB/s"),
+        "amqp confirmed one by one, 64 B": messaging(amqp.confirming, 300, unit="us"),
     }
 
     def device(throughput: Callable[[int, bool], float], to_guest: bool) -> Benchmark:
@@ -200,11 +273,13 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "VMCI device to the guest, no machine": device(vmci.throughput, True),
         "virtio device to a program, no machine": device(virtio.throughput, False),
         "virtio device to the guest, no machine": device(virtio.throughput, True),
+        "hybrid vsock from the guest, throughput, 64 KiB": handed_over,
         "stream throughput, 64 KiB": stream(streams.throughput, 4000, "MB/s"),
         "stream round trip, 64 B": stream(streams.round_trip, 15_000, "us"),
         "datagrams, 64 B": datagram,
         "connects, 1 client": connecting(1, 3000),
         "connects, 4 clients": connecting(4, 2000),
+        "processor time a connect, 4 clients": connects_cost,
         "suspend until the last end is told": dropping,
         "supervised stream throughput, 64 KiB": supervising("throughput", 8000, "MB/s"),
         "supervised stream round trip, 64 B": supervising("round trip", 15_000, "us"),
@@ -218,6 +293,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
             ("100", 1, 100), (f"{many_listeners:,}", 1, many_listeners)
         ),
         **(beside_socat if forward.available() else {}),
+        **(beside_tcp if amqp.available() else {}),
     }
 
 

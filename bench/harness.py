@@ -106,3 +106,9 @@ def run_children(works: list[Callable[[], None]]) -> float:
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(pids)} benchmark processes failed")
     return time.perf_counter() - begin
+
+
+def processor_time(pid: int) -> float:
+    """What a process has spent so far, in seconds."""
+    with open(f"/proc/{pid}/schedstat") as schedstat:
+        return int(schedstat.read().split()[0]) / 1e9

@@ -10,6 +10,8 @@ import vsockets
 from vsockets import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from vsockets.testing import PrivateFabric
 
+from .harness import processor_time
+
 _CONNECTS = 2000
 
 
@@ -31,18 +33,13 @@ def many(contexts: int, listeners: int, tick: Callable[[], None]) -> Iterator[Ca
             tick()
 
         def measure() -> float:
-            before = _processor_time(fabric.pid)
+            before = processor_time(fabric.pid)
             for _ in range(_CONNECTS):
                 with vsockets.create_connection(server.getsockname(), context=guest):
                     server.accept()[0].close()
-            return (_processor_time(fabric.pid) - before) / _CONNECTS * 1e6
+            return (processor_time(fabric.pid) - before) / _CONNECTS * 1e6
 
         yield measure
-
-
-def _processor_time(pid: int) -> float:
-    with open(f"/proc/{pid}/schedstat") as schedstat:
-        return int(schedstat.read().split()[0]) / 1e9
 
 
 def most(wanted: int, descriptors_each: int) -> int:

@@ -17,6 +17,7 @@ from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vhost_user import Vring
 from vsockets.devices.virtio.device import RECEIVE, TRANSMIT, VirtioVsock
 from vsockets.devices.virtio.packet import HEADER, HEADER_SIZE, Header, Op
+from vsockets.devices.virtio.ring import F_RING_PACKED
 from vsockets.testing.virtio_driver import GUEST_BASE, DriverRing, Memory
 
 from .vmci import _drain, _fill
@@ -39,7 +40,7 @@ class _Guest:
         self._memory = Memory(8 << 20)
         for address, size, _, offset in self._memory.regions:
             self.device.memory.map(address, size, True, self._memory.fd, offset)
-        self.device.set_features(self.device.features)
+        self.device.set_features(self.device.features & ~F_RING_PACKED)
         self.rings = [DriverRing(self._memory, _RING, indirect=True) for _ in range(2)]
         self._vrings = []
         for index, ring in enumerate(self.rings):

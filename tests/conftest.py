@@ -1,10 +1,11 @@
-"""What holds for all tests: no kernel AF_VSOCK, and no fabric but the tests' own."""
+"""What holds for all tests: no kernel AF_VSOCK, no fabric but the tests' own, one RabbitMQ."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -12,6 +13,7 @@ import pytest
 
 import no_kernel_vsock
 from vsockets.control import Control
+from vsockets.testing.rabbitmq import PrivateRabbitMQ
 
 no_kernel_vsock.install()
 
@@ -37,3 +39,25 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     except OSError:
         pass  # there was none
     shutil.rmtree(_scratch, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def path_with_rabbitmq() -> str:
+    """``PATH`` with Debian's RabbitMQ in it, which need not be installed."""
+    from vm import downloads  # here: few tests need it
+
+    try:
+        return os.pathsep.join((downloads.rabbitmq(), os.environ["PATH"]))
+    except downloads.Unavailable as error:
+        if os.environ.get("VSOCKETS_REQUIRE_VM"):
+            raise
+        pytest.skip(f"no RabbitMQ: {error}")
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(path_with_rabbitmq: str) -> Iterator[PrivateRabbitMQ]:
+    """A cluster of two nodes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", path_with_rabbitmq)
+        with PrivateRabbitMQ(2, ("/", "orders")) as cluster:
+            yield cluster

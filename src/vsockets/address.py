@@ -32,10 +32,9 @@ def check(address: object) -> tuple[int, int]:
     cid, port = address
     if not isinstance(cid, int) or not isinstance(port, int):
         raise TypeError(f"CID and port are integers, not {address!r}")
-    if not 0 <= cid <= LARGEST:
-        raise OverflowError(f"CID {cid}: expected 0 to {LARGEST}")
-    if not 0 <= port <= LARGEST:
-        raise OverflowError(f"port {port}: expected 0 to {LARGEST}")
+    if (cid | port) >> 32:  # one of them is negative, or has more than 32 bits
+        name, number = ("port", port) if 0 <= cid <= LARGEST else ("CID", cid)
+        raise OverflowError(f"{name} {number}: expected 0 to {LARGEST}")
     return cid, port
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import _socket
 import errno
 import functools
 import os
 import select
 import socket
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from socket import SCM_RIGHTS, SOL_SOCKET
 
@@ -16,10 +16,18 @@ from . import kernel
 from .constants import VMADDR_CID_HOST
 from .kernel import Kernel
 from .limits import REQUEST_TIMEOUT
-from .state_folder import SEQPACKET, STREAM, connect_to, default_folder, require_private
+from .state_folder import (
+    SEQPACKET,
+    STREAM,
+    connect_to,
+    default_folder,
+    is_short,
+    require_private,
+)
 from .wire import RECORD_SIZE, Flag, Op, ProtocolError, Record, Request
 
-_POLLIN = select.POLLIN
+_connect = _socket.socket.connect
+_poll, _POLLIN = select.poll, select.POLLIN
 _FD = struct.Struct("i")
 
 #: Where a container that is a guest finds its context's folder mounted.
@@ -43,15 +51,19 @@ class Attachment:
             int(socket.SOCK_STREAM): os.fspath(self.folder / STREAM),
             int(socket.SOCK_SEQPACKET): os.fspath(self.folder / SEQPACKET),
         }
+        self._are_short = all(map(is_short, self._doors.values()))
 
     def __repr__(self) -> str:
         return f"<attachment to {self.folder}>"
 
-    def enter(self, connect: Callable[[str], None], kind: int) -> None:
-        """Call ``connect``, of a unix socket of type ``kind``, with the control socket's path."""
+    def enter(self, sock: _socket.socket, kind: int) -> None:
+        """Connect ``sock``, a unix socket of type ``kind``, to the control socket."""
         door = self._doors[kind]
         try:
-            connect_to(connect, door)
+            if self._are_short:
+                _connect(sock, door)
+            else:
+                connect_to(functools.partial(_connect, sock), door)
         except (FileNotFoundError, ConnectionRefusedError):
             if not self._on_demand:
                 raise OSError(
@@ -60,7 +72,7 @@ class Attachment:
             from . import launcher  # here, because few programs need it
 
             launcher.start(self.folder.parent)
-            connect_to(connect, door)
+            connect_to(functools.partial(_connect, sock), door)
         except BlockingIOError:
             raise OSError(errno.ENOBUFS, f"vsockd at {self.folder} has too much to do") from None
 
@@ -72,7 +84,7 @@ class Attachment:
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.settimeout(REQUEST_TIMEOUT)
-            self.enter(sock.connect, socket.SOCK_SEQPACKET)
+            self.enter(sock, socket.SOCK_SEQPACKET)
             ancillary = []
             if fd is not None:
                 ancillary = [(SOL_SOCKET, SCM_RIGHTS, _FD.pack(fd))]
@@ -127,7 +139,7 @@ def descriptor_in(ancillary: list[tuple[int, int, bytes]]) -> int | None:
 
 def wait_readable(fd: int, seconds: float | None) -> bool:
     """Whether ``fd`` becomes readable within ``seconds``."""
-    poll = select.poll()
+    poll = _poll()
     poll.register(fd, _POLLIN)
     return bool(poll.poll(None if seconds is None else seconds * 1000))
 

@@ -32,6 +32,9 @@ class BufferSizes(NamedTuple):
         return self._replace(maximum=maximum).with_size(self.size)
 
 
+DEFAULT_SIZES = BufferSizes()
+
+
 def negotiate(client: BufferSizes, server: BufferSizes) -> int | None:
     """The size both sides agree on, or None when there is none.
 

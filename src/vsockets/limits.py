@@ -1,4 +1,4 @@
-"""Every limit of the product in one place, each with its reason."""
+"""Every limit of the product, each with its reason; the proxies of a protocol have their own."""
 
 #: A VMCI datagram is at most 17 pages, its 24-byte header included; what is
 #: left is the largest payload a datagram vSocket carries (EMSGSIZE above it).
@@ -47,6 +47,10 @@ OUTFLOW_WATCH = 0.25
 
 #: Events that wait for a subscriber who does not read, in bytes; later ones are counted.
 EVENTS_UNREAD = 262_144
+
+#: Ports in a row that are looked at for a free one, as by Linux (MAX_PORT_RETRIES): a program that
+#: holds very many makes no other one's search long.
+EPHEMERAL_TRIES = 24
 
 #: Connections waiting in vsockd's own door: what Linux allows by default
 #: (net.core.somaxconn).
@@ -136,6 +140,16 @@ WAITING_RESETS = 256
 #: Packets of the guest that are looked at in one turn, before other things get theirs.
 PACKETS_A_TURN = 256
 
+#: How long packets of a streaming guest may wait until some more have come, in seconds; and how
+#: many may, so that a guest's ring is never full for that.
+KICK_DELAY = 0.002
+PACKETS_A_KICK = 32
+
+#: Packets of the guest that were taken without its being told that their memory is free again,
+#: and for how long, in seconds: being told costs it an interrupt.
+UNTOLD_PACKETS = 16
+UNTOLD_DELAY = 0.01
+
 #: How long a guest may take to answer a connect, in seconds: Linux's listeners answer at once.
 GUEST_ANSWER = 2.0
 
@@ -198,6 +212,14 @@ PUMP_ROUNDS = 4
 LOOK_AGAIN = 0.0002
 LOOKS = 6
 
+#: How long a device spins, looking for a guest's answer to what a program sent, in seconds: while
+#: they talk to each other.  Being told takes three exits of the guest.
+ANSWER = 0.0005
+
+#: How long a device lets a guest be that has something to read and does not, in seconds, before
+#: it tells it once more: a reader may wait for more bytes than there were (SO_RCVLOWAT).
+REMIND = 0.005
+
 #: How long the guest's processor stands still at most for the answer to its connect, in
 #: seconds; what takes longer is answered later.
 FABRIC_PROMPT = 0.005
@@ -217,8 +239,18 @@ SUPERVISED_SOCKETS = 65_536
 
 #: How long a non-blocking connect() of a supervised program may take before the
 #: program is told that it is in progress, in seconds.  vsockd answers in a tenth
-#: of a millisecond; this is for when the machine is busy.
-CONNECT_GRACE = 0.02
+#: of a millisecond; this is for when the machine is busy.  A program that is told
+#: at once needs no second call, and hears at once that it has no port.
+CONNECT_GRACE = 0.25
+
+#: Descendants of a process among which ``vsock ls`` looks for who has a socket: it takes ten
+#: microseconds for each descriptor, and a hostile program has as many processes as it likes.
+SEARCHED_PROCESSES = 4096
+
+#: How often a supervisor looks whether a thread it has an answer for has taken its signals, and
+#: how long it waits for that, in seconds.  A thread takes them at once, unless it gets no
+#: processor, or they come faster than it can take them.
+SIGNAL_LOOK, SIGNAL_PATIENCE = 0.001, 1.0
 
 #: How soon a supervisor tries again to reach a vsockd whose backlog is full, in seconds: only
 #: a stopped one lets 4096 connections wait.
@@ -231,6 +263,31 @@ SUPERVISED_ROUTES = 512
 #: A send buffer above net.core.wmem_max, in bytes, up to which a privileged supervisor
 #: does what its program asks for; the kernel's own AF_VSOCK has no limit at all.
 FORCED_SEND_BUFFER = 4 << 20
+
+# Hybrid vsock.
+
+#: Bytes of a line of the handshake: ``CONNECT`` and a port have 19, and Firecracker reads no more
+#: than these.
+HYBRID_LINE = 32
+
+#: Bytes of the name of a unix socket with ports beside it: ``_`` and a port come after it, and a
+#: folder's descriptor (``/proc/self/fd/…``) before, and a socket's path has 107.
+HYBRID_NAME = 76
+
+#: Connections through one hybrid-vsock device, established or not.  Firecracker allows its guest
+#: 1023; each is two descriptors, and four more while a reader is slow.
+HYBRID_CONNECTIONS = 1024
+
+#: Ports of the host that a hybrid-vsock device offers its guest: each is a descriptor and a file.
+HYBRID_PORTS = 4096
+
+#: How long a guest may take to accept through hybrid vsock, in seconds.  Who connects has a
+#: timeout of his own, two seconds by default; this is for those who have none, or a longer one.
+HYBRID_ANSWER = 10.0
+
+#: How soon a hybrid-vsock device tries again to reach a guest that is waited for, in seconds.
+HYBRID_PAUSE = 0.05
+
 # The forwarder (vsockets.bridges.forward).
 
 #: Bytes of the pipe that one direction of a forwarded stream moves through, and so the most
@@ -280,8 +337,38 @@ FORWARD_LOG_RATE = 20
 #: series, of which a Prometheus server has room for a few million.
 METRICS_CONTEXTS = 500
 
-#: How long a client of the metrics may take to ask, and to read the answer, in seconds.
-METRICS_CLIENT = 5.0
+# Over HTTP, on this machine (vsockets.tools.http_server).
+
+#: How long a client may take for its whole request, and to read one piece of the answer, in
+#: seconds.
+HTTP_REQUEST = 5.0
+HTTP_ANSWER = 5.0
+
+#: How long who was refused in the midst of a request may go on sending it, in seconds: until he
+#: has read the answer.
+HTTP_LINGER = 1.0
+
+#: Bytes of a request's head, and of its body: a browser's head has some hundred, a body here
+#: names one context or stream.
+HTTP_HEAD = 16_384
+HTTP_BODY = 4096
+
+#: Clients at the same time.  A browser has up to six, of which one stays for as long as the page
+#: is looked at.
+HTTP_CLIENTS = 64
+
+# vsock web.
+
+#: Contexts and streams that are listed on the page, the busiest first; it says how many are not.
+#: More than people look at, and less than slows a browser down.
+WEB_CONTEXTS = 100
+WEB_STREAMS = 500
+
+#: Events the page shows, and that are kept for one that opens or comes back.
+WEB_EVENTS = 200
+
+#: Sessions at the same time, one for each link that was opened; the oldest is forgotten.
+WEB_SESSIONS = 16
 
 # Measuring (vsockets.bridges.perf).
 
@@ -311,36 +398,6 @@ CAPTURE_BUFFER = 4 << 20
 #: Captures of one device at the same time: each costs it a system call for each packet.
 CAPTURES = 4
 
-# Network storage (vsockets.bridges.nfs).
-
-#: Answers kept for one guest, for when it asks again: more than it has calls on their way, by
-#: far.  And guests they are kept for; each answer takes some hundred bytes, as reads are not kept.
-NFS_GUEST_DUPLICATES, NFS_DUPLICATES = 1024, 1024
-
-#: How long a client waits for the first answer, for any at least and at most, in seconds.  The
-#: most is short: a server that was started again is there at once.
-NFS_FIRST_WAIT, NFS_SHORTEST_WAIT, NFS_LONGEST_WAIT = 0.5, 0.1, 2.0
-
-#: How long a client sends one call again before the file is in error, in seconds: longer than
-#: any restart takes.
-NFS_PATIENCE = 120.0
-
-#: Calls of one client on their way at most: a datagram socket's buffers hold no more of 64 KiB.
-NFS_WINDOW = 8
-
-#: Files that a server holds a descriptor of, the last used ones: half of what processes may have
-#: by default.
-NFS_OPEN = 512
-
-#: Places where a server knows files to be, the last told; about 200 bytes each.  The handle of a
-#: file that is in none of them has become stale.
-NFS_PLACES = 1_000_000
-
-#: How deep a file may lie to be found by its handle.
-NFS_DEPTH = 256
-
-#: Listings of directories that a server remembers.
-NFS_LISTINGS = 16
-
-#: Bytes of a file that a client holds until the server has them on its disk.
-NFS_UNCOMMITTED = 4 << 20
+#: Characters that are read of what a command says in a guest (vsockets.vm.visit): a digest, a
+#: version, a complaint.
+GUEST_SAYS = 65_536

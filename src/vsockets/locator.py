@@ -4,6 +4,9 @@
 ``vsock:CID:PORT``             a vSockets stream
 ``vsock-dgram:CID:PORT``       vSockets datagrams
 ``vsock-mux:PATH:PORT``        a port of a guest behind a hybrid-vsock unix socket
+``vsock-mux/PATH:PORT``        the same, as systemd-ssh-proxy writes it; by default its port 22
+``hyperkit:DIR:CID:PORT``      an address whose unix sockets are in a folder of HyperKit's
+``vsock-emu:DIR:CID:PORT``     one in a folder of vsock-emulation-layer's
 ``tcp:HOST:PORT``              TCP; an IPv6 address stands in square brackets
 ``udp:HOST:PORT``              UDP
 ``unix:PATH``                  a unix stream socket; a leading ``@`` means the abstract name
@@ -14,17 +17,24 @@
 ``http-proxy:``, ``socks5:``   wherever the client asks for, in that protocol
 =============================  ========================================================
 
-An empty CID or host means any, which only somebody who listens can use.
+An empty CID or host means any, which only somebody who listens can use.  In a folder it means
+the host's, which is where the guest's programs connect to.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from .address import parse_cid, parse_port
 from .constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
+from .limits import HYBRID_NAME
+
+#: How systemd-ssh-proxy(1) begins, and the port it means.
+_SYSTEMD = "vsock-mux/"
+_SSH = 22
 
 #: The largest port of TCP and UDP.
 _LARGEST_INET_PORT = 0xFFFF
@@ -81,6 +91,27 @@ class VsockMux:
 
 
 @dataclass(frozen=True, slots=True)
+class VsockFolder:
+    """An address with a unix socket in the folder ``path``, which ``convention`` names."""
+
+    convention: str  #: ``hyperkit`` or ``vsock-emu``
+    path: str
+    cid: int
+    port: int
+    datagram = False
+
+    @property
+    def socket_path(self) -> str:
+        """Where somebody waits for who connects to the address."""
+        if self.convention == "hyperkit":
+            return f"{self.path}/{self.cid:08x}.{self.port:08x}"
+        return f"{self.path}/{self.cid}.{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.convention}:{self.path}:{self.cid}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class Exec:
     """A program, started anew for each connection."""
 
@@ -123,13 +154,16 @@ class Proxy:
         return f"{self.protocol}:"
 
 
-Locator = Vsock | Inet | Unix | VsockMux | Exec | Stdio | Inherited | Proxy
+Locator = Vsock | Inet | Unix | VsockMux | VsockFolder | Exec | Stdio | Inherited | Proxy
 
 
 def parse_locator(text: str) -> Locator:
     """Read a locator.  Raises ValueError with the text, and what was expected."""
     scheme, colon, rest = text.partition(":")
-    if not colon or scheme not in _SCHEMES:
+    if text.startswith(_SYSTEMD):
+        rest = text.removeprefix(_SYSTEMD[:-1])
+        scheme, rest = "vsock-mux", rest if colon else f"{rest}:{_SSH}"
+    elif not colon or scheme not in _SCHEMES:
         raise ValueError(f"{text!r}: expected an address such as {', '.join(_EXAMPLES)}")
     try:
         return _SCHEMES[scheme](rest)
@@ -179,10 +213,34 @@ def _mux(rest: str) -> VsockMux:
     return VsockMux(_path(path), number)
 
 
+def _folder(convention: str) -> Callable[[str], Locator]:
+    def parse(rest: str) -> Locator:
+        address, _, port = rest.rpartition(":")
+        path, colon, cid = address.rpartition(":")
+        if not colon:
+            raise ValueError("expected DIR:CID:PORT")
+        numbers = parse_cid(cid or "host"), parse_port(port)
+        if VMADDR_CID_ANY in numbers:
+            raise ValueError("expected a CID and a port; a unix socket's name has no wildcard")
+        return VsockFolder(convention, _path(path), *numbers)
+
+    return parse
+
+
 def _path(text: str) -> str:
     if not text or "\0" in text:
         raise ValueError("expected a path")
     return text
+
+
+def hybrid_problem(path: str) -> str:
+    """What is wrong with ``path`` as a hybrid vsock's, with ports beside it; "": nothing."""
+    name = path.rpartition("/")[2]
+    if not path.startswith("/") or not name or "\0" in path:
+        return f"expected the absolute path of a unix socket, not {path!r}"
+    if len(os.fsencode(name)) > HYBRID_NAME:
+        return f"the socket's name may have {HYBRID_NAME} bytes, its folders any: {name!r}"
+    return ""
 
 
 def _exec(rest: str) -> Exec:
@@ -211,6 +269,8 @@ _SCHEMES: dict[str, Callable[[str], Locator]] = {
     "vsock": _vsock,
     "vsock-dgram": lambda rest: _vsock(rest, True),
     "vsock-mux": _mux,
+    "hyperkit": _folder("hyperkit"),
+    "vsock-emu": _folder("vsock-emu"),
     "tcp": _inet,
     "udp": lambda rest: _inet(rest, True),
     "unix": _unix,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 
 from .address import FIRST_GUEST_CID
 from .attachment import Place, current
-from .buffers import BufferSizes
+from .buffers import DEFAULT_SIZES, BufferSizes
 from .constants import (
     AF_VSOCK,
     SO_VM_SOCKETS_BUFFER_MAX_SIZE,
@@ -39,6 +39,7 @@ from .wire import Record
 
 UNBOUND = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
 
+_getsockopt = _socket.socket.getsockopt
 _SO_COOKIE = 57
 _U64 = struct.Struct("=Q")
 _TIMEVAL = struct.Struct("=qq")
@@ -84,7 +85,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     # No __slots__: what a socket has not been told otherwise is its class's, for nothing.
     _attachment: Place | None = None
     _raw_family: int = stdlib.AF_UNIX  # what the C part takes it for
-    _buffers = BufferSizes()
+    _buffers = DEFAULT_SIZES
     _connect_timeout = CONNECT_TIMEOUT
     _ignored: dict[tuple[int, int], Any] | None = None
     _local = UNBOUND
@@ -101,9 +102,9 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         *,
         context: Place | None = None,
     ) -> None:
-        if family not in (AF_VSOCK, -1):
+        if family not in _FAMILIES:
             raise error(errno.EAFNOSUPPORT, f"family {family}: expected AF_VSOCK ({AF_VSOCK})")
-        if proto not in (0, -1, AF_VSOCK):
+        if proto not in _PROTOCOLS:
             raise error(errno.EPROTONOSUPPORT, f"protocol {proto}: expected 0")
         if type == -1:
             type = stdlib.SOCK_STREAM if fileno is None else _type_of(fileno)
@@ -114,7 +115,8 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
                 errno.ESOCKTNOSUPPORT,
                 f"type {type}: expected SOCK_STREAM, SOCK_SEQPACKET or SOCK_DGRAM",
             )
-        super().__init__(behaviour._raw_family, type, 0, fileno)
+        # By its name: super() looks for longer than the rest takes.
+        stdlib.socket.__init__(self, behaviour._raw_family, type, 0, fileno)
         if context is not None:
             self._attachment = context
         if self.__class__ is socket:
@@ -237,8 +239,8 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
 
     def _cookie(self) -> int:
         """The kernel's number for the socket, which vsockd knows it by."""
-        found = _socket.socket.getsockopt(self, SOL_SOCKET, _SO_COOKIE, 8)
-        return int.from_bytes(found, "little")
+        cookie: int = _U64.unpack(_getsockopt(self, SOL_SOCKET, _SO_COOKIE, 8))[0]
+        return cookie
 
     @property
     def _context(self) -> Place:
@@ -292,6 +294,8 @@ _KIND_NAMES = {
     int(stdlib.SOCK_DGRAM): "dgram",
 }
 _FAMILY: int = getattr(stdlib, "AF_VSOCK", AF_VSOCK)
+_FAMILIES = (AF_VSOCK, -1)
+_PROTOCOLS = (0, -1, AF_VSOCK)
 _TYPE_BITS = ~int(SOCK_NONBLOCK | SOCK_CLOEXEC)
 _CHANGE_BUFFERS = {
     SO_VM_SOCKETS_BUFFER_SIZE: BufferSizes.with_size,

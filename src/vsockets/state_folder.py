@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,10 +74,34 @@ def short_path(path: str | os.PathLike[str]) -> Iterator[str]:
         os.close(folder)
 
 
+def is_short(path: str) -> bool:
+    """Whether ``path`` fits a unix socket address as it is, and that is quickly seen."""
+    return len(path) <= _LONGEST_SOCKET_PATH and path.isascii()
+
+
 def connect_to(connect: Callable[[str], None], path: str) -> None:
     """Call ``connect``, of a unix socket, with ``path``, however long that is."""
-    if len(path) <= _LONGEST_SOCKET_PATH and path.isascii():  # most paths, and quick
+    if is_short(path):
         connect(path)
         return
     with short_path(path) as spelled:
         connect(spelled)
+
+
+def remove_stale(path: str | os.PathLike[str]) -> None:
+    """Remove the unix socket at ``path`` if nobody holds it any more.
+
+    Where there is something else bind() says so: EADDRINUSE.
+    """
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            connect_to(probe.connect, os.fspath(path))
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except OSError:
+            pass  # another type, which is alive; or not ours

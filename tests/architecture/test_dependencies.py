@@ -27,7 +27,10 @@ PLAIN = (
 )
 
 #: How virtual machines are described; the rest of ``vsockets.vm`` starts them.
-DESCRIPTIONS = ["vsockets.vm.vmx"]
+DESCRIPTIONS = [
+    f"vsockets.vm.{name}"
+    for name in ("vmx", "hardware", "arguments", "libvirt", "life_cycle")
+]
 
 
 def imports(module: str) -> Iterator[str]:
@@ -133,13 +136,30 @@ def test_the_forwarders_decisions_do_no_io(name: str) -> None:
     assert not doers & set(imports(f"vsockets.bridges.forward.{name}"))
 
 
-def test_protocols_of_devices_know_nothing_of_what_they_carry() -> None:
-    package = "vsockets.devices.vfio_user"
+@pytest.mark.parametrize(
+    "name", ["frames", "tables", "guard", "delivery", "virtual_hosts", "nodes", "requests"]
+)
+def test_the_amqp_proxies_decisions_do_no_io(name: str) -> None:
+    doers = {"socket", "select", "selectors", "asyncio", "threading", "subprocess", "os", "time"}
+    assert not (doers | {"h2"}) & set(imports(f"vsockets.bridges.amqp.{name}"))
+
+
+@pytest.mark.parametrize("protocol", ["vfio_user", "vhost_user"])
+@pytest.mark.parametrize("name", ["xdr", "rpc", "mount", "duplicates", "retransmission"])
+def test_the_decisions_of_network_storage_do_no_io(name: str) -> None:
+    doers = {"socket", "select", "selectors", "asyncio", "threading", "subprocess", "os", "time"}
+    assert not doers & set(imports(f"vsockets.bridges.nfs.{name}"))
+
+
+def test_protocols_of_devices_know_nothing_of_what_they_carry(protocol: str) -> None:
+    package = f"vsockets.devices.{protocol}"
     known = (
         *PLAIN,
         package,
+        "vsockets.devices.conversation",
         "vsockets.devices.guest_memory",
         "vsockets.devices.loop",
+        "vsockets.devices.serving",
         "vsockets.daemon.loop",
         "vsockets.daemon",
         "vsockets.devices",
@@ -160,8 +180,9 @@ def test_only_the_plugin_needs_pytest() -> None:
         assert "pytest" not in set(imports(module)), module
 
 
-def test_importing_vsockets_loads_the_standard_library_only() -> None:
-    script = "import sys; before = set(sys.modules); import vsockets; "
+@pytest.mark.parametrize("module", ["vsockets", "vsockets.bridges.amqp.guest_proxy"])
+def test_what_guests_need_is_the_standard_library_only(module: str) -> None:
+    script = f"import sys; before = set(sys.modules); import {module}; "
     script += "print(*(set(sys.modules) - before))"
     child = subprocess.run(
         [sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True
@@ -170,7 +191,8 @@ def test_importing_vsockets_loads_the_standard_library_only() -> None:
     own = {name for name in loaded if within(name, "vsockets")}
     foreign = {name.partition(".")[0] for name in loaded - own} - sys.stdlib_module_names
     assert not foreign
-    others = ("vsockets.daemon", "vsockets.fabric", "vsockets.tools", "vsockets.testing")
+    others = {"vsockets.daemon", "vsockets.tools", "vsockets.testing"}
+    others |= {"vsockets.fabric"} if module == "vsockets" else set()
     assert not {name for name in own if within(name, *others)}
 
 

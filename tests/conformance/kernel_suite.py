@@ -1,4 +1,4 @@
-"""Getting the Linux kernel's own vsock tests: ``tools/testing/vsock`` of Debian's kernel source.
+"""The Linux kernel's own vsock tests: ``tools/testing/vsock`` of Debian's kernel source.
 
 The newest ``linux-source`` that the machine's own Debian mirror has is downloaded by apt, once,
 into ``~/.cache/vsockets``; the tests are built there and never become part of this project.
@@ -9,10 +9,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+TABLES = Path(__file__).parents[2] / "docs" / "conformance.md"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vsockets"
+
+#: A case that is unsteady is held to nothing.
+_RESULTS = ("pass", "fail", "unsteady", "does not apply")
 
 #: Where the newest kernels of Debian stable are.
 RELEASE = "trixie-backports"
@@ -21,9 +28,44 @@ SOURCES = ("vsock_test", "vsock_test_zerocopy", "timeout", "control", "util", "m
 FLAGS = (
     *("-O2", "-I.", "-I../../include", "-idirafter", "../../include/uapi", "-D_GNU_SOURCE"),
     *("-fno-strict-overflow", "-fno-strict-aliasing", "-fno-common", "-w"),
+    "-static",  # it runs in guests, too
 )
 #: How long any one step may take, in seconds: the source is 170 MB.
 PATIENCE = 300
+
+
+class Case(NamedTuple):
+    """A row of a table of docs/conformance.md."""
+
+    id: int
+    name: str
+    results: Sequence[str]  #: one, or one for each client
+
+    @property
+    def result(self) -> str:
+        """The first of them."""
+        return self.results[0]
+
+
+def table(heading: str) -> list[Case]:
+    """The table below this heading."""
+    text = TABLES.read_text().partition(f"# {heading}\n")[2].partition("\n#")[0]
+    rows = [row.split(" | ") for row in re.findall(r"^\| (\d.+?) \|$", text, re.M)]
+    return [Case(int(row[0]), row[1], [cell for cell in row if cell in _RESULTS]) for row in rows]
+
+
+def free_port() -> int:
+    """A TCP port of the loopback for a run's control connection."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens on this TCP port."""
+    rows = (row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
 
 
 class Unavailable(Exception):
@@ -32,7 +74,7 @@ class Unavailable(Exception):
 
 def vsock_test() -> Path:
     """The program, built if need be.  Raises Unavailable."""
-    program = CACHE / "kernel" / "vsock_test"
+    program = CACHE / "kernel" / "vsock_test-static"
     if not program.exists():
         for needed in ("apt-get", "dpkg-deb", "tar", "xz", "gcc"):
             if shutil.which(needed) is None:

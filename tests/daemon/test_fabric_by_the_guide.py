@@ -54,9 +54,12 @@ ROOT_PROGRAM = Program(0, net_admin=has_net_admin(), bind_service=True)
 NOBODYS_PROGRAM = Program(NOBODY, granted=frozenset({DATAGRAM}), domains=frozenset({"", "lab"}))
 PROGRAMS = (ROOT_PROGRAM, NOBODYS_PROGRAM)
 
-CHANGES = ["suspend", "resume", "migrate", "ft-on", "ft-off", "power-off", "power-on"]
+CHANGES = ["suspend", "resume", "migrate", "reset", "ft-on", "ft-off", "power-off", "power-on"]
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else"),
+    pytest.mark.timeout(240),  # it is long, and longer on a busy machine
+]
 
 kinds = st.sampled_from([STREAM, SEQPACKET, DATAGRAM])
 stream_kinds = st.sampled_from([STREAM, SEQPACKET])

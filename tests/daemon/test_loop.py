@@ -116,7 +116,7 @@ def test_a_request_at_which_vsockd_fails_is_served_once(
     broker._operations[Op.BIND] = fail
     program, ours = socket.socketpair(socket.AF_UNIX, KINDS[kind])
     with program:
-        broker.admit(ours.detach(), fabric.contexts.host, kind)
+        broker.admit(fabric.contexts.host, kind, ours.detach())
         program.send(Request(Op.BIND, 0, 2, 5000).encode())
         run_once(loop)
         (record,) = caplog.records
@@ -146,7 +146,7 @@ def test_a_program_that_says_nothing_is_let_go(kind: Kind, speaks: bool) -> None
     broker = Broker(loop, fabric, Audit(Events(), 1))
     program, ours = socket.socketpair(socket.AF_UNIX, KINDS[kind])
     with program:
-        broker.admit(ours.detach(), fabric.contexts.host, kind)
+        broker.admit(fabric.contexts.host, kind, ours.detach())
         ((seconds, close_if_silent),) = loop.pending
         assert seconds == SILENT_CLIENT
         if speaks:

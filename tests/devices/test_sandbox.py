@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,7 @@ _SCRIPT = """
 import ctypes, errno, mmap, os, socket
 from vsockets.devices.sandbox import enter_sandbox
 other = os.memfd_create("guest"); os.ftruncate(other, 4096)
-enter_sandbox()
+enter_sandbox({arguments})
 try:
     {attempt}
 except OSError as error:
@@ -21,10 +23,10 @@ else:
 """
 
 
-def attempt(code: str) -> str:
-    script = _SCRIPT.format(attempt=code)
+def attempt(code: str, arguments: str = "", folder: Path | None = None) -> str:
+    script = _SCRIPT.format(attempt=code, arguments=arguments)
     child = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=30
     )
     return (child.stdout + child.stderr).strip()
 
@@ -62,3 +64,40 @@ def test_it_cannot(code: str) -> None:
 )
 def test_it_can(code: str) -> None:
     assert attempt(code).startswith("done True")
+
+
+#: A device that has unix sockets with paths, in a folder of its own user.
+WITH_PATHS = f"{os.geteuid()}, paths=True"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open('x', 'w')",
+        "os.listdir('.')",
+        "os.execv('/bin/true', ['true'])",
+        "os.symlink('/etc/passwd', 'x')",
+        "os.chmod('.', 0o777)",
+        "socket.socket(socket.AF_INET)",
+        "os.setuid(1)",
+    ],
+)
+def test_with_paths_it_cannot(code: str, tmp_path: Path) -> None:
+    assert attempt(code, WITH_PATHS, tmp_path) == "1", "EPERM"
+
+
+def test_with_paths_it_can(tmp_path: Path) -> None:
+    code = """
+    a = socket.socket(socket.AF_UNIX); a.bind('a'); os.rename('a', 'b'); a.listen()
+    c = socket.socket(socket.AF_UNIX); c.connect('b'); c.send(b'x'); r, w = os.pipe()
+    s, _ = a.accept(); assert os.splice(s.fileno(), w, 1) == 1; os.unlink('b')"""
+    assert attempt(code.strip(), WITH_PATHS, tmp_path).startswith("done")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give something up")
+def test_root_keeps_no_capability(tmp_path: Path) -> None:
+    os.chown(tmp_path, 54_321, -1)
+    tmp_path.chmod(0o700)
+    code = "socket.socket(socket.AF_UNIX).bind('a')"
+    assert attempt(code, "0, paths=True", tmp_path) == "13", "EACCES: it is another user's folder"

@@ -187,6 +187,45 @@ class TestFindListener:
         assert find(house.guest, Kind.STREAM, 3, 5000, ME) is listener
 
 
+class TestBeyond:
+    """What the host has for one guest where no program of the fabric listens."""
+
+    @pytest.fixture
+    def beyond(self, house: House) -> Endpoint:
+        endpoint = Endpoint(Kind.STREAM, house.host, 2, 9900, ME.credentials, listening=True)
+        house.guest.beyond = lambda kind, port: endpoint if port == 9900 else None
+        return endpoint
+
+    def test_for_that_guest_alone(self, house: House, beyond: Endpoint) -> None:
+        find = house.fabric.find_listener
+        assert find(house.guest, Kind.STREAM, 2, 9900, YOU) is beyond
+        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 2, 9800, YOU)
+        refusal(errno.ECONNRESET, find, house.other, Kind.STREAM, 2, 9900, YOU)
+        refusal(errno.ECONNRESET, find, house.host, Kind.STREAM, 2, 9900, YOU)
+        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 0, 9900, YOU)
+        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 3, 9900, YOU)
+
+    def test_a_listener_of_the_fabric_comes_first(self, house: House, beyond: Endpoint) -> None:
+        listener = house.listen(house.host, 9900)
+        find = house.fabric.find_listener
+        assert find(house.guest, Kind.STREAM, 2, 9900, YOU) is listener
+        house.fabric.unbind(listener)
+        assert find(house.guest, Kind.STREAM, 2, 9900, YOU) is beyond
+
+
+def test_watchers_are_told_of_listeners(house: House) -> None:
+    told: list[tuple[Endpoint, bool]] = []
+    house.fabric.watchers.append(
+        lambda endpoint: told.append((endpoint, endpoint.context.connected.get(5000) is endpoint))
+    )
+    endpoint = house.bind(house.host, 5000)
+    assert told == []
+    house.fabric.listen(endpoint, BufferSizes())
+    house.fabric.unbind(endpoint)
+    house.fabric.unbind(house.bind(house.host, 5000))  # it never listened
+    assert told == [(endpoint, True), (endpoint, False)]
+
+
 class TestConnect:
     def test_both_addresses(self, house: House) -> None:
         listener = house.listen(house.host, 5000)

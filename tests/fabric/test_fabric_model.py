@@ -366,7 +366,7 @@ class FabricModel(RuleBasedStateMachine):
             (context.cid, name, port): holder
             for context in self.fabric.contexts
             for name, ports in (("connected", context.connected), ("dgram", context.datagrams))
-            for port, holder in ports._holders.items()
+            for port, holder in ports.items()
         }
         assert found == {key: self.real[holder] for key, holder in self.world.held.items()}
 

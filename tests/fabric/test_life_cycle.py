@@ -32,6 +32,8 @@ TABLE = {
     (RUNNING, Change.SUSPEND): (SUSPENDED, True),
     (SUSPENDED, Change.RESUME): (RUNNING, False),
     (RUNNING, Change.MIGRATE): (RUNNING, True),
+    (RUNNING, Change.RESET): (RUNNING, True),
+    (SUSPENDED, Change.RESET): (SUSPENDED, True),
     (RUNNING, Change.FT_ON): (RUNNING, True),
     (RUNNING, Change.POWER_OFF): (OFF, True),
     (SUSPENDED, Change.POWER_OFF): (OFF, True),
@@ -133,8 +135,8 @@ def test_connections_of_the_guest_are_dropped_and_no_others(house: House, change
     assert house.fabric.change(house.guest, change) == house.of_guest
     assert list(house.fabric.connections.values()) == house.of_other
     # The ports of the connecting sides are free.
-    assert list(house.guest.connected) == [house.at[house.guest]]
-    assert list(house.host.connected) == [house.at[house.host]]
+    assert list(house.guest.connected.values()) == [house.at[house.guest]]
+    assert list(house.host.connected.values()) == [house.at[house.host]]
 
 
 @pytest.mark.parametrize("change", [Change.SUSPEND, Change.MIGRATE, Change.FT_ON])

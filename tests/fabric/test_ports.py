@@ -38,7 +38,7 @@ def test_holders() -> None:
     ports: Ports[str] = Ports()
     ports.claim(1, "one")
     ports.claim(2, "two")
-    assert sorted(ports) == ["one", "two"]
+    assert sorted(ports.values()) == ["one", "two"]
     assert len(ports) == 2
 
 
@@ -52,6 +52,17 @@ def test_an_ephemeral_port_needs_no_privilege_and_is_not_given_out_again_soon() 
 def test_every_context_starts_elsewhere() -> None:
     # One in four billion that two of them meet.
     assert len({Ports[int]().ephemeral() for _ in range(10)}) > 1
+
+
+def test_a_search_ends_after_24_ports_and_goes_on_from_there() -> None:
+    ports: Ports[str] = Ports()
+    first = ports.ephemeral()
+    for port in range(first + 1, first + 25):
+        ports.claim(port, "held")
+    with pytest.raises(Refused) as refusal:
+        ports.ephemeral()
+    assert refusal.value.errno == errno.EADDRNOTAVAIL
+    assert ports.ephemeral() == first + 25
 
 
 @given(st.sets(st.integers(0, 8)))

@@ -7,9 +7,9 @@ import http.client
 import http.server
 import multiprocessing.connection
 import os
+import shutil
 import socket as stdlib
 import socketserver
-import ssl
 import subprocess
 import sys
 import threading
@@ -102,6 +102,8 @@ def test_http_server(web: VsockServer, guest: vsockets.Attachment) -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl")
     folder = tmp_path_factory.mktemp("tls")
     subprocess.run(
         [
@@ -117,6 +119,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tls(stream: Pair, certificate: Path) -> None:
+    ssl = pytest.importorskip("ssl")
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server.load_cert_chain(certificate / "certificate", certificate / "key")
     client = ssl.create_default_context(cafile=certificate / "certificate")

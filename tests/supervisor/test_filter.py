@@ -98,7 +98,7 @@ def machine(request: pytest.FixtureRequest) -> Machine:
 
 
 def ask(machine: Machine, number: int, *arguments: int) -> int:
-    program = seccomp.assemble(machine, seccomp.rules(machine, WINDOWS))
+    program = seccomp.assemble(machine, seccomp.rules(machine, WINDOWS, True))
     assert len(program) // 8 <= 4096  # BPF_MAXINSNS
     padded = (*arguments, *[0] * (6 - len(arguments)))
     return run(program, SystemCall(number, padded, machine.architecture))
@@ -118,7 +118,7 @@ def test_nor_by_other_doors(machine: Machine) -> None:
     assert ask(machine, 0x4000_0000 + machine.socket, 40, 1) == refuse(38)  # x32
     for request in (0x4008AF60, 0x4004AF61):  # being the hypervisor of the machine's own
         assert ask(machine, machine.ioctl, 5, request) == refuse(1)
-    program = seccomp.assemble(machine, seccomp.rules(machine, WINDOWS))
+    program = seccomp.assemble(machine, seccomp.rules(machine, WINDOWS, True))
     for number in range(500):  # a 32-bit program's numbers mean something else
         assert run(program, SystemCall(number, architecture=0x40000003)) == NOTIFY
 
@@ -151,6 +151,15 @@ def test_other_options_and_files_are_let_through(machine: Machine) -> None:
     assert ask(machine, machine.openat, here, 1, 0) == NOTIFY
     assert ask(machine, machine.openat, here, 1, 0o101) == ALLOW
     assert ask(machine, machine.openat, 5, 1, 0) == ALLOW
+
+
+def test_nothing_is_opened_for_a_program_that_can_open_it_itself(machine: Machine) -> None:
+    program = seccomp.assemble(machine, seccomp.rules(machine, WINDOWS, opens=False))
+    call = SystemCall(machine.openat, (0xFFFFFF9C, 1, 0, 0, 0, 0), machine.architecture)
+    assert run(program, call) == ALLOW
+    assert seccomp.may_be_opened("/dev/null")
+    for other in ("/dev", "/etc/passwd", "/dev/null/none"):
+        assert not seccomp.may_be_opened(other)
 
 
 @pytest.mark.parametrize("limit", [1, 16, 256, 1024, 4096, 1 << 20])

@@ -1,4 +1,6 @@
-"""Programs in Go and Rust: static, with raw system calls, threads, and pollers of their own."""
+"""Programs in Go and Rust: static, with raw system calls, threads, and pollers of their own; and
+gRPC's library in C++, which has a poller of its own, too.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import pytest
 
 from tools.vsock import Vsock
 
-from .conftest import PROGRAMS
+from .conftest import PROGRAMS, Compile
 
 CONNECTIONS = 8
 COMPILERS = {
@@ -69,3 +71,16 @@ def test_an_echo_service_and_its_clients(
     assert calling.stdout == "echoed\n"
     assert calling.stderr == ""
     assert serving.finish()[1] == ""
+
+
+@pytest.mark.parametrize(("server", "client"), [("host", "92"), ("92", "host")])
+def test_a_call_by_grpc(vsock: Vsock, compile_c: Compile, server: str, client: str) -> None:
+    if not Path("/usr/include/grpcpp/server_posix.h").exists():
+        pytest.skip("no libgrpc++-dev: apt install what .ci/run does")
+    libraries = ("-Wl,--copy-dt-needed-entries", "-lgrpc++", "-lgrpc", "-lgpr")
+    program = compile_c("grpc.cc", *libraries, compiler="g++")
+    serving = vsock.start("run", "--cid", server, "--", program, "serve")
+    port = serving.read_line()
+    cid = {"host": "2"}.get(server, server)
+    assert vsock("run", "--cid", client, "--", program, "call", cid, port).stdout == "3000000\n"
+    assert serving.finish()[0] == b"/vsockets/Twice\n"

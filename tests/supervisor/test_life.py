@@ -139,6 +139,30 @@ def test_socket_activation_finds_its_process(vsock: Vsock) -> None:
     assert done.stdout == "True\n"
 
 
+#: Orphans, which end as children of the supervisor, while sockets are made.
+ORPHANS = """
+import os, socket, sys
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.close(writer)
+    os.set_blocking(reader, False)
+    while True:
+        try: os._exit(len(os.read(reader, 1)))
+        except BlockingIOError: pass
+        if (child := os.fork()) == 0:
+            for _ in range(20):
+                if os.fork() == 0: break
+            os._exit(0)
+        os.waitpid(child, 0)
+numbers = {socket.socket(40, 1).fileno() for _ in range(2500)}
+print(min(numbers) > 2)
+"""
+
+
+def test_orphans_that_end_get_in_the_way_of_no_call(vsock: Vsock) -> None:
+    assert vsock("run", sys.executable, "-c", ORPHANS).stdout == "True\n"
+
+
 class Terminal:
     """A shell with job control on a pseudo-terminal."""
 

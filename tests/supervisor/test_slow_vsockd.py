@@ -221,3 +221,93 @@ def is_waiting_in_connect(argument: str) -> bool:
         except OSError:
             continue
     return False
+
+
+#: ``vsock run`` on a kernel that shows what is a matter of nanoseconds on the real one: it takes
+#: the answer to a call that a signal has just interrupted, and drops it.
+DROPPING = """
+import sys
+from vsockets.supervisor import launch, notification, process, supervisor
+from vsockets.tools import main
+
+class Dropping(notification.Listener):
+    threads = {}
+
+    def receive(self):
+        received = super().receive()
+        self.threads[received.id] = received.pid
+        return received
+
+    def answer(self, id_, value):
+        try:
+            super().answer(id_, value)
+        except notification.Gone:
+            if not process.Processes.has_signal(self.threads[id_]):
+                raise  # it has taken the signal, which the real one would have shown, too
+
+launch.Listener = Dropping
+supervisor.SIGNAL_PATIENCE = 60.0  # the test takes as long as it takes
+sys.exit(main())
+"""
+INTERRUPTED = """
+import ctypes, os, signal, socket, struct, sys
+sock = socket.socket(40, 1)
+libc = ctypes.CDLL(None, use_errno=True)
+signal.signal(signal.SIGUSR1, lambda number, frame: None)
+signal.siginterrupt(signal.SIGUSR1, False)
+address = struct.pack("=HHIIB3s", 40, 0, 7503, 2, 0, bytes(3))
+print(os.getpid(), flush=True)
+sys.stdin.readline()
+print(libc.connect(sock.fileno(), address, len(address)), ctypes.get_errno(), flush=True)
+"""
+
+
+def test_an_answer_that_a_signal_gets_ahead_of_is_given_again(
+    vsock: Vsock, fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, program in (("connect", INTERRUPTED), ("other", OTHER)):
+        (tmp_path / name).write_text(program)
+    script = f"""
+mkfifo {tmp_path}/fifo
+{sys.executable} {tmp_path}/other <{tmp_path}/fifo >{tmp_path}/said &
+exec 9>{tmp_path}/fifo
+{sys.executable} {tmp_path}/connect
+"""
+    said = tmp_path / "said"
+
+    def let_the_supervisor_look() -> None:
+        """It has seen to what there was when it has answered somebody else since."""
+        before = said.read_text()
+        with open(tmp_path / "fifo", "w") as other:
+            other.write("now\n")
+        wait_until(lambda: said.read_text() == f"{before}True\n", "the other one served", 30)
+
+    with vsockets.create_server((2, 7503), context=fabric.host) as server:
+        monkeypatch.setattr("tools.vsock.PROGRAM", (sys.executable, "-c", DROPPING))
+        running = vsock.start("run", "sh", "-c", script)
+        pid = int(running.read_line())
+        wait_until(lambda: said.read_text() == "ready\n", "the other program")
+        os.kill(fabric.pid, signal.SIGSTOP)
+        try:
+            running.write(b"\n")
+            wait_until(lambda: is_waiting_in_connect(f"{tmp_path}/connect"), "connect() to wait")
+            let_the_supervisor_look()
+            # It is woken, and has not taken the other signal yet.
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda: status_of(pid, "State").startswith("T"), "it to stop")
+            os.kill(pid, signal.SIGUSR1)
+        finally:
+            os.kill(fabric.pid, signal.SIGCONT)
+        server.settimeout(20)
+        accepted, _ = server.accept()
+        with accepted:
+            let_the_supervisor_look()
+            os.kill(pid, signal.SIGCONT)
+            assert running.read_line() == "0 0"
+        running.finish()
+
+
+def status_of(pid: int, field: str) -> str:
+    """A field of a process's status in /proc."""
+    rows = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(row.partition(":")[2].strip() for row in rows if row.startswith(f"{field}:"))

@@ -37,6 +37,11 @@ print(digest.hexdigest())
 """
 
 
+#: For a gigabyte on a busy machine, in seconds.
+PATIENCE = 120.0
+pytestmark = pytest.mark.timeout(3 * PATIENCE)
+
+
 def python(source: str) -> str:
     return shlex.join([sys.executable, "-c", source])
 
@@ -52,7 +57,7 @@ def wait_for_listener(fabric: PrivateFabric, port: int) -> None:
         rows = fabric.control.sockets()
         return any((row["port"], row["state"]) == (port, "listening") for row in rows)
 
-    wait_until(listens, "somebody to listen")
+    wait_until(listens, "somebody to listen", PATIENCE)
 
 
 @pytest.mark.parametrize("how", ["suspend", "power_off"])
@@ -63,14 +68,14 @@ def test_streams_of_a_supervised_program_are_dropped(
     needs("socat")
     guest = fabric.control.add_context()["cid"]
     with vsockets.create_server((2, vsockets.VMADDR_PORT_ANY), context=fabric.host) as server:
-        server.settimeout(20)
+        server.settimeout(PATIENCE)
         target = f"VSOCK-CONNECT:2:{server.getsockname()[1]}"
         program = vsock.start("run", "--cid", guest, "--", "socat", "-u", target, "-")
         accepted, peer = server.accept()
         with accepted:
             assert peer[0] == guest
             assert getattr(fabric.control, how)(guest)["streams_left"] == []
-            accepted.settimeout(20)
+            accepted.settimeout(PATIENCE)
             assert accepted.recv(1) == b""
             assert program.finish() == (b"", "")
 
@@ -86,7 +91,7 @@ def test_a_gigabyte_through_socat(vsock: Vsock, fabric: PrivateFabric, sender: s
     give = f"{python(PRODUCE)} | socat -u -b 262144 - VSOCK-CONNECT:{peer}:{port}"
     taking = vsock.start("run", "--cid", receiver, "sh", "-c", take)
     wait_for_listener(fabric, port)
-    given = vsock("run", "--cid", sender, "sh", "-c", give)
+    given = vsock("run", "--cid", sender, "sh", "-c", give, patience=PATIENCE)
     assert taking.finish()[0].decode() == given.stderr
 
 
@@ -140,7 +145,7 @@ def test_a_service_on_a_unix_socket_by_way_of_socat(
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(service)
         server.listen()
-        server.settimeout(20)
+        server.settimeout(PATIENCE)
         there = ("socat", "VSOCK-LISTEN:5100,fork", f"UNIX-CONNECT:{service}")
         here = ("socat", f"UNIX-LISTEN:{entrance},fork", "VSOCK-CONNECT:2:5100")
         vsock.start("run", "--cid", "host", "--", *there)
@@ -149,13 +154,13 @@ def test_a_service_on_a_unix_socket_by_way_of_socat(
         wait_until(lambda: os.path.exists(entrance), "the entrance")
         for number in range(2):
             with socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(20)
+                client.settimeout(PATIENCE)
                 # The name is there a moment before anybody listens on it.
                 wait_until(lambda: client.connect_ex(entrance) == 0, "somebody there")
                 client.sendall(b"call %d" % number)
                 accepted, _ = server.accept()
                 with accepted:
-                    accepted.settimeout(20)
+                    accepted.settimeout(PATIENCE)
                     assert accepted.recv(100) == b"call %d" % number
                     accepted.sendall(b"answer")
                     assert client.recv(100) == b"answer"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pwd
+import socket
+from pathlib import Path
 
 from vsockets.fabric import Limits
 from vsockets.testing import PrivateFabric
@@ -17,6 +19,19 @@ def test_add_prints_the_cid_alone(vsock: Vsock) -> None:
     assert int(done.stdout) >= 3
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""
+
+
+def test_add_with_hybrid_vsock(vsock: Vsock, tmp_path: Path) -> None:
+    added = vsock.json("context", "add", "501", "--hybrid", f"{tmp_path}/v.sock")
+    assert added["hybrid"] == f"{tmp_path}/v.sock"
+    with socket.socket(socket.AF_UNIX) as tool:
+        tool.connect(added["hybrid"])
+        tool.sendall(b"CONNECT 52\n")
+        assert tool.recv(100) == b""
+    line = vsock.fails("context", "add", "--hybrid", f"{tmp_path}/{'x' * 100}")
+    assert "the socket's name may have" in line
+    vsock("context", "rm", "501")
+    assert not (tmp_path / "v.sock").exists()
 
 
 def test_twenty_at_once_get_twenty_cids(vsock: Vsock) -> None:
@@ -38,6 +53,7 @@ def test_add_list_and_remove(vsock: Vsock) -> None:
         "unrestricted": False,
         "domain": "",
         "folder": str(vsock.folder / "500"),
+        "hybrid": "",
         "usage": {"sockets": 0, "pending_connects": 0, "datagram_bytes": 0},
         "limits": dataclasses.asdict(Limits()),
         "denials": {},

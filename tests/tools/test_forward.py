@@ -8,6 +8,8 @@ import socket
 import threading
 from pathlib import Path
 
+import pytest
+
 import vsockets
 from vsockets.testing import PrivateFabric
 
@@ -71,6 +73,56 @@ def test_unix_and_hybrid_vsock(vsock: Vsock, echo: int, tmp_path: Path) -> None:
     client.connect(str(tmp_path / "v.sock_52"))
     assert ask(client) == b"question"
     end(running)
+
+
+@pytest.mark.parametrize(
+    ("address", "path", "said"),
+    [
+        ("vsock-mux/{}/v.sock:52", "v.sock", b"CONNECT 52\n"),
+        ("vsock-mux/{}/v.sock", "v.sock", b"CONNECT 22\n"),
+        ("hyperkit:{}:3:52", "connect", b"00000003.00000034\n"),
+        ("vsock-emu:{}:3:52", "3.52", b""),
+    ],
+)
+def test_conventions_of_others_to_the_guest(
+    vsock: Vsock, tmp_path: Path, address: str, path: str, said: bytes
+) -> None:
+    """Played after their documents: what is connected to, and what is said there."""
+    with socket.socket(socket.AF_UNIX) as device:
+        device.bind(str(tmp_path / path))
+        device.listen()
+        running = vsock.start("forward", f"unix:{tmp_path}/in", address.format(tmp_path), "-v")
+        running.error_line()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(PATIENCE)
+            client.connect(str(tmp_path / "in"))
+            sock, _ = device.accept()
+            with sock:
+                sock.settimeout(PATIENCE)
+                assert sock.recv(len(said)) == said
+                if said.startswith(b"CONNECT"):
+                    sock.sendall(b"OK 1024\n")
+                client.sendall(b"question")
+                assert sock.recv(100) == b"question"
+                sock.sendall(b"answer")
+                assert client.recv(100) == b"answer"
+        end(running)
+
+
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [("hyperkit:{}::52", "00000002.00000034"), ("vsock-emu:{}:host:52", "2.52")],
+)
+def test_conventions_of_others_from_the_guest(
+    vsock: Vsock, echo: int, tmp_path: Path, address: str, path: str
+) -> None:
+    running = vsock.start("forward", address.format(tmp_path), f"vsock:host:{echo}", "-v")
+    running.error_line()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(str(tmp_path / path))
+    assert ask(client) == b"question"
+    end(running)
+    assert not (tmp_path / path).exists()
 
 
 def test_a_stale_unix_socket_is_replaced_and_a_live_one_is_not(

@@ -103,7 +103,11 @@ class Vsock:
             running.close()
 
     def __call__(
-        self, *arguments: object, data: bytes = b"", expect: int | None = 0
+        self,
+        *arguments: object,
+        data: bytes = b"",
+        expect: int | None = 0,
+        patience: float = PATIENCE,
     ) -> subprocess.CompletedProcess[str]:
         """Run to its end, with ``data`` for standard input, and check its exit status."""
         done = subprocess.run(
@@ -111,7 +115,7 @@ class Vsock:
             env=self.environment,
             input=data,
             capture_output=True,
-            timeout=PATIENCE,
+            timeout=patience,
             check=False,
         )
         if expect is not None:

@@ -14,6 +14,7 @@ from vsockets.locator import (
     Stdio,
     Unix,
     Vsock,
+    VsockFolder,
     VsockMux,
     parse_locator,
 )
@@ -30,6 +31,11 @@ ANY = 0xFFFFFFFF
         ("vsock-dgram:any:5000", Vsock(ANY, 5000, datagram=True)),
         ("vsock-mux:/run/v.sock:52", VsockMux("/run/v.sock", 52)),
         ("vsock-mux:/with:colon:52", VsockMux("/with:colon", 52)),
+        ("vsock-mux/run/v.sock:52", VsockMux("/run/v.sock", 52)),
+        ("vsock-mux/run/v.sock", VsockMux("/run/v.sock", 22)),
+        ("hyperkit:/run/vm:3:52", VsockFolder("hyperkit", "/run/vm", 3, 52)),
+        ("hyperkit:/with:colon::52", VsockFolder("hyperkit", "/with:colon", 2, 52)),
+        ("vsock-emu:/tmp/v:host:52", VsockFolder("vsock-emu", "/tmp/v", 2, 52)),
         ("tcp:example.org:80", Inet("example.org", 80)),
         ("tcp::80", Inet("", 80)),
         ("tcp:[::1]:80", Inet("::1", 80)),
@@ -68,6 +74,11 @@ def test_what_people_write(text: str, locator: object) -> None:
         ("unix:a\0b", "expected a path"),
         ("vsock-mux:52", "expected PATH:PORT"),
         ("vsock-mux:/x:any", "no wildcard"),
+        ("vsock-mux/x:any", "no wildcard"),
+        ("hyperkit:52", "expected DIR:CID:PORT"),
+        ("hyperkit::3:52", "expected a path"),
+        ("vsock-emu:/x:any:52", "no wildcard"),
+        ("vsock-emu:/x:3:any", "no wildcard"),
         ("exec:", "expected a command"),
         ("exec:'", "No closing quotation"),
         ("stdio:x", "expected nothing after"),
@@ -81,7 +92,15 @@ def test_what_makes_no_sense_is_refused_with_a_reason(text: str, expected: str) 
     assert repr(text) in str(caught.value)
 
 
-@given(st.text() | st.from_regex(r"(vsock|tcp|udp|unix|exec|vsock-mux|fd):.{0,20}"))
+def test_names_of_sockets_in_folders() -> None:
+    assert VsockFolder("hyperkit", "/d", 3, 4096).socket_path == "/d/00000003.00001000"
+    assert VsockFolder("vsock-emu", "/d", 3, 4096).socket_path == "/d/3.4096"
+
+
+SCHEMES = r"(vsock|tcp|udp|unix|exec|vsock-mux|hyperkit|vsock-emu|fd):"
+
+
+@given(st.text() | st.from_regex(rf"({SCHEMES}|vsock-mux/).{{0,20}}"))
 def test_every_text_is_a_locator_or_a_value_error(text: str) -> None:
     try:
         locator = parse_locator(text)

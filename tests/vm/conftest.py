@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from vsockets.vm.kernels import Kernel
 
 from . import downloads, image
 from .machine import Machine
+from .rust_machine import RustMachine
 
 #: What every guest program here begins with.
 COMMON = """
@@ -41,6 +42,21 @@ common = True
 """
 
 
+#: What gives a guest the network that :func:`network_card` is on; ``modules`` are image.NETWORK.
+NETWORK_UP = """
+for name in modules:
+    if os.path.exists(f"/modules/{name}.ko") and not os.path.exists(f"/sys/module/{name}"):
+        assert not os.system(f"insmod /modules/{name}.ko")
+assert not os.system("ifconfig lo up && ifconfig eth0 10.0.2.15 up")
+"""
+
+
+def network_card(port: int, to: int) -> tuple[str, ...]:
+    """Arguments for QEMU: a card on its user network; TCP to ``port`` here goes to the guest's."""
+    network = f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:{to}"
+    return ("-netdev", network, "-device", "virtio-net-pci,netdev=net,romfile=")
+
+
 class Stage:
     """Boots machines, each with a folder of its own."""
 
@@ -56,12 +72,32 @@ class Stage:
         *options: str,
         cid: int = 0,
         device: str = "vmci",
+        kind: type[Machine] = Machine,
+        memory: int = 512,
+        arguments: Sequence[str] = (),
         packed: bool = False,
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
+        return kind(
+            fabric,
+            *self.parts(kernel, device, kind),
+            *options,
+            cid=cid,
+            device=device,
+            memory=memory,
+            arguments=arguments,
+            packed=packed,
+        )
+
+    def parts(
+        self, kernel: str, device: str, kind: type[Machine] = Machine
+    ) -> tuple[Kernel, Path, Path]:
+        """A machine's kernel, its initrd and a folder of its own; it skips the test likewise."""
         try:
             linux = downloads.kernel(kernel)
             downloads.qemu()
+            if issubclass(kind, RustMachine):
+                downloads.rust_back_end()
             initrd = self._image(linux, device)
         except downloads.Unavailable as error:
             if os.environ.get("VSOCKETS_REQUIRE_VM"):
@@ -70,9 +106,7 @@ class Stage:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
-        return Machine(
-            fabric, linux, initrd, folder, *options, cid=cid, device=device, packed=packed
-        )
+        return linux, initrd, folder
 
     def _image(self, linux: Kernel, device: str) -> Path:
         name = f"{linux.name}-{device}"

@@ -1,15 +1,25 @@
-"""What tests boot: Debian's, whatever distribution this machine has."""
+"""What tests boot, and servers they talk to: Debian's, whatever distribution this machine has."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vsockets.vm.initramfs import Userland
 from vsockets.vm.kernels import Kernel
-from vsockets.vm.packages import DEBIAN, Suite, Unavailable, filled
+from vsockets.vm.packages import DEBIAN, Suite, Unavailable, filled, run
 from vsockets.vm.qemu import unpacked as qemu
 
-__all__ = ["Unavailable", "kernel", "qemu", "rust_back_end", "userland"]
+__all__ = [
+    "Unavailable",
+    "http2_proxy",
+    "kernel",
+    "qemu",
+    "rabbitmq",
+    "rust_back_end",
+    "tls_libraries",
+    "userland",
+]
 
 _STABLE = Suite(DEBIAN, "bookworm")
 _TESTING = Suite(DEBIAN, "forky")
@@ -35,3 +45,64 @@ def rust_back_end() -> Path:
         _TESTING.unpack(folder, *_TESTING.with_dependencies("vhost-device-vsock", "libc6"))
 
     return filled("vhost-device-vsock", fill)
+
+
+def tls_libraries() -> dict[str, bytes]:
+    """What Python's ``ssl`` needs in a guest besides, by their paths there."""
+
+    def fill(folder: Path) -> None:
+        _STABLE.unpack(folder, "libssl3")
+
+    root = filled("userland-tls", fill)
+    return {
+        f"/lib/x86_64-linux-gnu/{path.name}": path.read_bytes()
+        for path in root.rglob("lib*.so.3")
+    }
+
+
+_ERLANG = (
+    *("base", "asn1", "crypto", "eldap", "ftp", "inets", "mnesia", "os-mon", "parsetools"),
+    *("public-key", "runtime-tools", "snmp", "ssl", "syntax-tools", "tftp", "tools", "xmerl"),
+)
+
+#: Debian's own has its folder written into it.
+_ERL = """\
+#!/bin/sh
+export ROOTDIR="$(dirname "$(dirname "$(readlink -f "$0")")")/usr/lib/erlang"
+export BINDIR="$(echo "$ROOTDIR"/erts-*/bin)" EMU=beam PROGNAME=erl
+exec "$BINDIR/erlexec" "$@"
+"""
+
+
+def rabbitmq() -> str:
+    """What to put in front of ``PATH`` to have Debian's RabbitMQ; it is nobody's service."""
+
+    def fill(folder: Path) -> None:
+        _STABLE.unpack(folder, "rabbitmq-server", *(f"erlang-{part}" for part in _ERLANG))
+        script = folder / "bin/erl"
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(_ERL)
+        script.chmod(0o755)
+
+    root = filled("rabbitmq", fill)
+    places = root / "bin", root / "usr/lib/rabbitmq/bin", root / "usr/bin"
+    path = os.pathsep.join(map(str, places))
+    # It is built for Debian 12, and finds most of its libraries in the machine.
+    run(str(places[0] / "erl"), "-noshell", "-eval", "crypto:start(), halt().")
+    return path
+
+
+def http2_proxy() -> tuple[list[str], list[str]]:
+    """The commands of nghttpx, and of tinyproxy, which goes where it is told to."""
+
+    def fill(folder: Path) -> None:
+        libraries = ("libnghttp2-14", "libev4", "libjemalloc2", "libc-ares2")
+        _STABLE.unpack(folder, "nghttp2-proxy", "tinyproxy-bin", *libraries)
+
+    root = filled("nghttpx", fill)
+    libraries = f"LD_LIBRARY_PATH={root / 'usr/lib/x86_64-linux-gnu'}"
+    nghttpx = ["env", libraries, str(root / "usr/sbin/nghttpx")]
+    tinyproxy = [str(root / "usr/bin/tinyproxy"), "-d"]
+    run(*nghttpx, "--version")
+    run(*tinyproxy, "-v")
+    return nghttpx, tinyproxy

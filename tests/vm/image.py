@@ -10,8 +10,12 @@ from vsockets.vm.kernels import Kernel
 
 from .downloads import userland
 
-#: There for a test that loads them: what a guest's programs say to each other.
+#: There for a test that loads them: what a guest's programs say to each other, and a network card.
 LOOPBACK = ("vmw_vsock_virtio_transport_common", "vsock_loopback")
+NETWORK = (
+    *("virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
+    *("failover", "net_failover", "virtio_net"),
+)
 
 _AGENT = Path(__file__).with_name("agent.py")
 
@@ -26,4 +30,4 @@ def build(kernel: Kernel, device: str, extra: Mapping[str, bytes] | None = None)
     world = userland()
     files = {"agent.py": _AGENT.read_bytes(), **(extra or {})}
     last = _LAST.format(python=world.python)
-    return initramfs.build(kernel, world, device, last, files, LOOPBACK)
+    return initramfs.build(kernel, world, device, last, files, (*LOOPBACK, *NETWORK))

@@ -12,13 +12,17 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import vsockets
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
+from vsockets.vm import arguments as description
+from vsockets.vm.initramfs import COMMAND_LINE
 from vsockets.vm.kernels import Kernel
 
 from . import downloads
@@ -26,14 +30,6 @@ from . import downloads
 #: How long a machine may take to boot, and a guest to do what it is asked, in seconds.
 BOOT = 100.0
 PATIENCE = 60.0
-
-_KERNEL_COMMAND = (
-    "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
-    "random.trust_cpu=on"
-)
-
-#: The virtio device, in a slot that it can be plugged out of.
-_VIRTIO = {"driver": "vhost-user-vsock-pci", "id": "dev", "chardev": "vsock", "bus": "slot0"}
 
 
 class GuestError(Exception):
@@ -73,15 +69,18 @@ class Machine:
         memory: int = 512,
         cid: int | None = None,
         device: str = "vmci",
+        arguments: Sequence[str] = (),
         packed: bool = False,
     ) -> None:
-        self._fabric = fabric
+        """``arguments``: further ones for QEMU."""
+        self.fabric = fabric
         self._packed = packed
         self._kernel = kernel
         self._initrd = initrd
         self._folder = folder
         self._options = device_options
         self._memory = memory
+        self._arguments = arguments
         self.cid = cid or 0
         self.kind = device
         self._path = folder / device
@@ -109,6 +108,11 @@ class Machine:
         self.kill()
 
     @property
+    def boots(self) -> tuple[Path, Path]:
+        """The files of its kernel and of its initrd."""
+        return self._kernel.image, self._initrd
+
+    @property
     def kernel(self) -> str:
         """Its name."""
         return self._kernel.name
@@ -127,11 +131,11 @@ class Machine:
     @property
     def host(self) -> Attachment:
         """Where the host's programs are."""
-        return self._fabric.host
+        return self.fabric.host
 
     def start_device(self) -> None:
         """``vsock device``."""
-        command = [sys.executable, "-m", "vsockets.tools", "--dir", str(self._fabric.folder)]
+        command = [sys.executable, "-m", "vsockets.tools", "--dir", str(self.fabric.folder)]
         command += ["device", self.kind, "--socket", str(self._path), "--verbose"]
         command += self._options
         if self.cid:
@@ -145,41 +149,32 @@ class Machine:
 
     def boot(self) -> None:
         """Start QEMU and wait for the guest."""
-        size = f"{self._memory}M"
+        machine = description.Machine(
+            self.kind,
+            self._memory,
+            kernel=str(self._kernel.image),
+            initrd=str(self._initrd),
+            append=COMMAND_LINE,
+        )
         command = [
             downloads.qemu(),
-            *("-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"),
+            *description.arguments(machine, str(self._path)),
             *("-serial", f"file:{self._folder / 'console'}"),
-            *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
-            *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
-            # Where there can be one processor only, QEMU 11.1 emulates LOCK without a lock: the
-            # guest's barriers are none towards other processes, and a wake-up may be lost.
-            *("-m", size, "-smp", "1,maxcpus=2"),
-            *("-object", f"memory-backend-memfd,id=mem,size={size},share=on"),
-            *("-machine", "q35,memory-backend=mem"),
-            *("-kernel", str(self._kernel.image), "-initrd", str(self._initrd)),
-            *("-append", _KERNEL_COMMAND),
-            *self._device_options(),
+            *self._doors(),
+            *self._arguments,
         ]
         with open(self._folder / "qemu.log", "wb") as log:
             self.qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._connect_agent()
         self._wait_for(0, BOOT)
 
-    def _device_options(self) -> list[str]:
-        if self.kind == "virtio":
-            device = {**_VIRTIO, "packed": self._packed}
-            return [
-                *("-chardev", f"socket,id=vsock,path={self._path}"),
-                *("-device", "pcie-root-port,id=slot0,slot=1", "-device", json.dumps(device)),
-            ]
-        vfio = {
-            "driver": "vfio-user-pci",
-            "socket": {"type": "unix", "path": str(self._path)},
-            "x-no-posted-writes": True,
-            "x-msg-timeout": 60_000,
-        }
-        return ["-device", json.dumps(vfio)]
+    def _doors(self) -> list[str]:
+        """QEMU's arguments for the agent and the monitor."""
+        return [
+            *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
+            *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
+            *("-global", "virtio-device.packed=on") * self._packed,
+        ]
 
     def _connect_agent(self) -> None:
         self._agent = socket.socket(socket.AF_UNIX)
@@ -237,6 +232,25 @@ class Machine:
         """Run Python in the guest; returns its ``result``."""
         return self.start(source, **values).result(timeout)
 
+    def put(self, path: str, data: bytes) -> None:
+        """A program for the guest, sent through its device."""
+        address = (vsockets.VMADDR_CID_HOST, vsockets.VMADDR_PORT_ANY)
+        with vsockets.create_server(address, context=self.host) as server:
+            server.settimeout(PATIENCE)
+            job = self.start(
+                """
+                s = connect(port)
+                with open(path, "wb") as file:
+                    while data := s.recv(1 << 18): file.write(data)
+                os.chmod(path, 0o755)
+                """,
+                port=server.getsockname()[1],
+                path=path,
+            )
+            with server.accept()[0] as sock:
+                sock.sendall(data)
+            job.result()
+
     def monitor(self, command: str, **arguments: Any) -> Any:
         """A command for QEMU's monitor (QMP)."""
         with socket.socket(socket.AF_UNIX) as sock:
@@ -276,7 +290,7 @@ class Machine:
         address = {"type": "unix", "data": {"path": str(self._path)}}
         socket = {"type": "socket", "data": {"addr": address, "server": False}}
         self.monitor("chardev-add", id="vsock", backend=socket)
-        self.monitor("device_add", **_VIRTIO)
+        self.monitor("device_add", **description.VIRTIO)
 
     def wait_for_boot(self) -> None:
         """After a reboot."""

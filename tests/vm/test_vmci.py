@@ -22,6 +22,7 @@ pytestmark = pytest.mark.timeout(180)
 
 MIB = 1 << 20
 RELOADS = 50
+ANY = vsockets.VMADDR_PORT_ANY
 SIZES = [128, 129, 1000, 4096, 5000, 65_536, 100_001, 262_144]
 PATIENCE = 30.0
 
@@ -327,6 +328,42 @@ class TestStreams:
         assert socks
         for sock in socks:
             sock.close()
+
+    def test_the_hosts_backlog(self, machine: Machine) -> None:
+        with vsockets.create_server((2, ANY), context=machine.host, backlog=1) as server:
+            job = machine.start(
+                """
+                result = []
+                try:
+                    while len(result) < 10: result.append(connect(port))
+                except ConnectionResetError: result = len(result)
+                """,
+                port=server.getsockname()[1],
+            )
+            assert 0 < job.result() < 10
+
+    def test_signals(self, machine: Machine) -> None:
+        """A guest program that is interrupted all the time loses nothing."""
+        server, port = serve(machine)
+        with server:
+            job = machine.start(
+                """
+                import os
+                child = os.fork()
+                if not child:
+                    signal.signal(signal.SIGALRM, lambda *_: None)
+                    s = connect(port)  # which a signal would end
+                    signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+                    os._exit(echo(s) != total)
+                result = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                """,
+                port=port,
+                total=4 * MIB,
+            )
+            with server.accept()[0] as sock:
+                sock.settimeout(PATIENCE)
+                assert exchange(sock, 4 * MIB)
+            assert job.result() == 0
 
     def test_non_blocking_connects(self, machine: Machine) -> None:
         job = echo_of_one(machine, 6002)

@@ -133,18 +133,20 @@ def test_numbers() -> None:
         "POLLING": 1,
         "TRUSTED_STREAM": 2,
         "TRUSTED_DATAGRAM": 4,
+        "OK_LINE": 8,
     }
     assert {role.name: role.value for role in Role} == {
         "BOUND": 1,
         "LISTENING": 2,
         "CONNECTED": 3,
         "DATAGRAM": 4,
+        "GONE": 5,
         "TAP": 6,
     }
 
 
 def test_groups_of_fields() -> None:
-    assert REQUEST.sizes == BufferSizes(65_536, 128, 262_144)
+    assert REQUEST.sizes() == BufferSizes(65_536, 128, 262_144)
     assert RECORD.local == (2, 5000)
     assert RECORD.peer == (3, 1024)
 
@@ -181,9 +183,8 @@ def test_the_short_way_to_a_record(
     minimum: int,
     maximum: int,
 ) -> None:
-    asked_for = BufferSizes(0, minimum, maximum)
-    record = Record(0, 0, *local, *peer, Role.CONNECTED, *credentials, size, minimum, maximum)
-    assert encode_stream(local, peer, credentials, size, asked_for) == record.encode()
+    fields = *local, *peer, Role.CONNECTED, *credentials, size, minimum, maximum
+    assert encode_stream(*fields) == Record(0, 0, *fields).encode()
 
 
 # Bytes that get past a check of the length, and past one of the magic.

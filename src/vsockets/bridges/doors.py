@@ -6,13 +6,13 @@ import contextlib
 import errno
 import os
 import socket as stdlib
-import stat
 
 from ..attachment import Place
 from ..limits import MAX_BACKLOG
-from ..locator import Inet, Inherited, Locator, Unix, Vsock, VsockMux
+from ..locator import Inet, Inherited, Locator, Unix, Vsock, VsockFolder, VsockMux
 from ..socket import socket
-from ..state_folder import connect_to, short_path
+from ..state_folder import remove_stale, short_path
+from ..wire.hybrid import port_name
 
 #: Where systemd puts the sockets it passes (sd_listen_fds(3)).
 _FIRST_INHERITED = 3
@@ -65,7 +65,9 @@ class Door:
                 self._open_unix(path, datagram)
             case VsockMux(path, port):
                 # The other direction of hybrid vsock: the device connects here for the guest.
-                self._open_unix(f"{path}_{port}", False)
+                self._open_unix(port_name(path, port), False)
+            case VsockFolder():
+                self._open_unix(locator.socket_path, False)
             case Inherited(name):
                 self.sockets.append(_inherited(name))
             case _:
@@ -103,7 +105,7 @@ class Door:
         if path.startswith("@"):
             sock.bind("\0" + path[1:])
         else:
-            _remove_stale(path)
+            remove_stale(path)
             with short_path(path) as spelled:
                 sock.bind(spelled)
             self._path = path
@@ -111,24 +113,17 @@ class Door:
             sock.listen(MAX_BACKLOG)
 
 
+def open_door(locator: Locator, context: Place | None) -> Door:
+    """A door, or an OSError that says where it was to be."""
+    try:
+        return Door(locator, context)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(error.errno, f"cannot listen on {locator}: {why}") from None
+
+
 def _type(datagram: bool) -> int:
     return stdlib.SOCK_DGRAM if datagram else stdlib.SOCK_STREAM
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody holds any more; raises OSError EADDRINUSE for a live one."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return  # bind() says it
-    except FileNotFoundError:
-        return
-    with stdlib.socket(stdlib.AF_UNIX, stdlib.SOCK_DGRAM) as probe:
-        try:
-            connect_to(probe.connect, path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        except OSError:
-            pass  # another type, which is alive; or not ours
 
 
 def _inherited(name: str) -> stdlib.socket:

@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from socket import (
     AF_UNIX,
-    MSG_DONTWAIT,
-    MSG_PEEK,
     SO_SNDBUF,
     SOCK_SEQPACKET,
     SOCK_STREAM,
     SOL_SOCKET,
 )
 from time import monotonic
+from typing import Any
 
 from ..constants import VMADDR_PORT_ANY
 from ..fabric import Connection, Context, Denied, Endpoint, Fabric, Kind, Refused, trust_of
 from ..limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, SILENT_CLIENT
-from ..wire import REQUEST_SIZE, Flag, Op, ProtocolError, Record, Request, Role
+from ..wire import Flag, Op, ProtocolError, Record, Request, Role
 from .allowance import Allowance
 from .audit import OPERATIONS, Audit
 from .capturing import capture
@@ -43,9 +42,6 @@ log = logging.getLogger(__name__)
 
 # Names of our own: looking a member up in its enum costs as much as a short function.
 _STREAM, _SEQPACKET = Kind.STREAM, Kind.SEQPACKET
-# Plain integers: an enum's | costs as much as a system call.
-_LOOK = int(MSG_DONTWAIT | MSG_PEEK)
-_TAKE = int(MSG_DONTWAIT)
 
 
 _TRUSTED = ((Kind.STREAM, Flag.TRUSTED_STREAM), (Kind.DATAGRAM, Flag.TRUSTED_DATAGRAM))
@@ -85,8 +81,8 @@ class Broker:
 
     # Channels
 
-    def admit(self, fd: int, context: Context, kind: Kind) -> None:
-        """Take a connection just accepted on ``context``'s control socket."""
+    def admit(self, context: Context, kind: Kind, fd: int) -> None:
+        """Take a connection ``fd`` just accepted on ``context``'s control socket."""
         sock_type = SOCK_STREAM if kind is _STREAM else SOCK_SEQPACKET
         sock = _socket.socket(AF_UNIX, sock_type, 0, fd)
         self.take(Channel(sock, context, kind, peer_credentials(sock)))
@@ -94,18 +90,20 @@ class Broker:
     def take(self, channel: Channel) -> None:
         """Serve what is said on a new channel."""
         try:
-            data = self._read(channel)
+            data = channel.read()
         except BlockingIOError:
             # A program connects and then writes, and may have been interrupted in between, by
             # us.  Letting it run is cheaper than coming back to it.
             os.sched_yield()
             try:
-                data = self._read(channel)
+                data = channel.read()
             except BlockingIOError:
                 self._await_request(channel)
                 return
-        if self._serve(channel, data):
+        if data and self._serve(channel, data):
             self._keep(channel)
+        elif channel.endpoint is None:
+            channel.sock.close()
         else:
             self._drop(channel)
 
@@ -146,10 +144,11 @@ class Broker:
 
     def _ready(self, channel: Channel) -> None:
         try:
-            data = self._read(channel)
+            data = channel.read()
         except BlockingIOError:
             return
-        if not self._serve(channel, data):
+        self._has_spoken(channel)
+        if not (data and self._serve(channel, data)):
             self._drop(channel)
 
     def _drop(self, channel: Channel) -> None:
@@ -175,21 +174,7 @@ class Broker:
 
     # Requests
 
-    @staticmethod
-    def _read(channel: Channel) -> bytes:
-        # A plain recv: descriptors that ride along are dropped by the kernel, unseen.  A
-        # message of a packet socket is only looked at, because reading a part of it would
-        # take the whole, and with it what keeps a polling sender waiting.
-        flags = _LOOK if channel.kind is _SEQPACKET else _TAKE
-        try:
-            return channel.sock.recv(REQUEST_SIZE, flags)
-        except ConnectionError:
-            return b""
-
     def _serve(self, channel: Channel, data: bytes) -> bool:
-        if not data:
-            return False
-        self._has_spoken(channel)
         context = channel.context
         try:
             request = Request.decode(data)
@@ -210,7 +195,7 @@ class Broker:
             # The program may try again on the same socket, and one that is bound stays so; unless
             # it has very many that are not.
             held = len(self._channels.get(context, ()))
-            if channel.is_kernel:
+            if channel.asks_once:
                 return False
             bound = channel.endpoint is not None
             return bound or not context.is_guest or held < context.limits.sockets
@@ -256,7 +241,8 @@ class Broker:
             raise Refused(errno.EINVAL, "the socket is bound")
         endpoint = self._claim(channel, channel.kind, request, request.cookie)
         endpoint.handle = channel
-        endpoint.sizes = request.sizes
+        endpoint.sizes = request.sizes()
+        endpoint.inode = request.inode
         channel.endpoint = endpoint
         self._answer(channel, request, describe_endpoint(endpoint))
         return True
@@ -266,7 +252,7 @@ class Broker:
             raise Refused(errno.EINVAL, "the socket is not bound")
         again = channel.endpoint.listening
         channel.prepare_backlog(request.backlog)
-        self.fabric.listen(channel.endpoint, request.sizes)
+        self.fabric.listen(channel.endpoint, request.sizes())
         record = describe_endpoint(channel.endpoint)
         if again:  # the answer would be taken for a new connection
             consume(channel.sock, channel.kind, request.polling)
@@ -276,7 +262,7 @@ class Broker:
 
     def _update(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is not None:
-            channel.endpoint.sizes = request.sizes
+            channel.endpoint.sizes = request.sizes()
         consume(channel.sock, channel.kind, request.polling)
         return True
 
@@ -290,15 +276,14 @@ class Broker:
         listener = fabric.find_listener(
             context, channel.kind, request.peer_cid, request.peer_port, channel, bound
         )
-        target = listener.handle
-        assert isinstance(target, Channel | KernelLink)
-        if context.is_guest:
+        target: Any = listener.handle  # a Channel or an OfferLink
+        if context.is_at_a_limit():
             self._allowance.require_patience(context, target.count_waiting)
             self._allowance.make_room(context)
         if not target.has_room():
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
         connection = fabric.connect(
-            context, listener, bound, request.sizes, channel.credentials, request.cookie
+            context, listener, bound, request.sizes(), channel.credentials, request.cookie
         )
         if bound is not None:
             channel.endpoint = None
@@ -307,10 +292,12 @@ class Broker:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, LARGEST_SEND_BUFFER))
         self.streams.add(fd, connection.number)
         if listener.undecided:
-            accepting = describe_offer(connection, request.polling)
+            accepting = describe_offer(connection, channel.offer_flags, request.polling)
         else:
             # The answer goes first: once the listener has the descriptor it may write.
-            self._answer(channel, request, describe_connecting(connection))
+            channel.send(describe_connecting(connection))
+            if request.flags or channel.kind is _SEQPACKET:
+                consume(sock, channel.kind, request.polling)
             accepting = describe_accepting(connection)
         try:
             target.announce(accepting, fd, context)

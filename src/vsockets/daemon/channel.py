@@ -14,6 +14,7 @@ from socket import (
     MSG_CMSG_CLOEXEC,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
+    MSG_PEEK,
     SCM_RIGHTS,
     SO_SNDBUF,
     SOCK_DGRAM,
@@ -24,14 +25,17 @@ from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not y
 
 from ..fabric import Context, Credentials, Endpoint, Kind
 from ..limits import MAX_BACKLOG
-from ..wire import PADDING, RECORD_SIZE, ProtocolError
+from ..wire import PADDING, RECORD_SIZE, REQUEST_SIZE, ProtocolError
 from .credentials import Peer
 from .disposal import dispose
 
 _FD = struct.Struct("i")
+# A name of our own: looking a member up in its enum costs as much as a short function.
+_SEQPACKET = Kind.SEQPACKET
 # Plain integers: an enum's | costs as much as a system call.
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _TAKE = int(MSG_DONTWAIT)
+_LOOK = int(MSG_DONTWAIT | MSG_PEEK)
 _SOCKET, _RIGHTS = int(SOL_SOCKET), int(SCM_RIGHTS)
 
 
@@ -44,7 +48,9 @@ class Channel(Peer):
     sender: Endpoint | None = None  # of the datagram socket that came with its request
     silent = False  # it is kept, and nothing was read from it yet
     is_kernel = False  # it speaks for a guest's kernel, which chooses the ports it connects from
-    _capacity: int | None = None  # of the backlog; None: the socket does not listen
+    asks_once = False  # after a refusal there is nothing more to be said
+    offer_flags = 0  # of :class:`..wire.Flag`: how a device answers who connects
+    _capacity = -1  # of the backlog; -1: the socket does not listen
     #: of a listening socket: whose connections were announced, and not taken as far as is known
     _waiting: deque[Context]
 
@@ -55,6 +61,17 @@ class Channel(Peer):
         self.context = context
         self.kind = kind
         self.credentials = credentials
+
+    def read(self) -> bytes:
+        """The next request, no bytes at the end; BlockingIOError."""
+        # A plain recv: descriptors that ride along are dropped by the kernel, unseen.  A
+        # message of a packet socket is only looked at, because reading a part of it would
+        # take the whole, and with it what keeps a polling sender waiting.
+        flags = _LOOK if self.kind is _SEQPACKET else _TAKE
+        try:
+            return self.sock.recv(REQUEST_SIZE, flags)
+        except ConnectionError:
+            return b""
 
     def send(self, record: bytes) -> None:
         """Write an answer.  A program that reads nothing loses its answer, nothing else."""
@@ -79,7 +96,7 @@ class Channel(Peer):
 
         To be called before the first announcement, and again for another backlog.
         """
-        if self._capacity is None:
+        if not self.is_listening:
             self._waiting = deque()
         backlog = min(backlog, MAX_BACKLOG)
         wanted = (backlog + 2) * ANNOUNCEMENT_COST
@@ -90,20 +107,20 @@ class Channel(Peer):
 
     def has_room(self) -> bool:
         """Whether the program may be sent another connection, within its backlog."""
-        assert self._capacity is not None
-        if len(self._waiting) > self._capacity:
-            self.count_waiting()
+        if len(self._waiting) <= self._capacity:
+            return True
+        self.count_waiting()
         return len(self._waiting) <= self._capacity
 
     @property
     def is_listening(self) -> bool:
         """Whether there can be announcements."""
-        return self._capacity is not None
+        return self._capacity >= 0
 
     @property
     def backlog(self) -> tuple[int, int]:
         """How many connections wait to be accepted, as of now, and how many may."""
-        assert self._capacity is not None
+        assert self.is_listening
         self.count_waiting()
         return len(self._waiting), self._capacity
 

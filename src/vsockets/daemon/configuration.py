@@ -18,6 +18,7 @@ from pathlib import Path
 from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..fabric.settings import ContextSettings, Grant, Isolation, Limits, Profile, Settings
 from ..limits import LONGEST_NAME
+from ..locator import hybrid_problem
 from ..toml.tables import ConfigurationError, Table, kind, read_toml, shown
 from ..vm import Vmx, VmxError, read_vmx
 
@@ -115,7 +116,8 @@ def _contexts(tables: list[Table], limits: Limits) -> tuple[ContextSettings, ...
 
 
 def _context(table: Table, limits: Limits) -> ContextSettings:
-    table.require_known("cid", "vmx", "name", "owner", "profile", *_LEGACY_ONLY, "power", "limits")
+    known = ("cid", "vmx", "name", "owner", "profile", *_LEGACY_ONLY, "power", "limits", "hybrid")
+    table.require_known(*known)
     cid = table.integer("cid", FIRST_GUEST_CID, LAST_GUEST_CID)
     name = table.text("name")
     isolation = _isolation(table)
@@ -136,7 +138,17 @@ def _context(table: Table, limits: Limits) -> ContextSettings:
         isolation=isolation,
         limits=_limits(table.table("limits"), limits),
         powered=table.choice("power", ("on", "off")) != "off",
+        hybrid=_hybrid(table),
     )
+
+
+def _hybrid(table: Table) -> str:
+    path = table.text("hybrid")
+    if path is None:
+        return ""
+    if problem := hybrid_problem(path):
+        raise table.error(problem, "hybrid")
+    return path
 
 
 def _isolation(table: Table) -> Isolation:

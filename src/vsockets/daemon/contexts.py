@@ -12,6 +12,7 @@ from ..fabric import (
     Connection,
     Context,
     ContextSettings,
+    Credentials,
     Fabric,
     Isolation,
     Limits,
@@ -23,6 +24,8 @@ from .audit import Audit
 from .broker import Broker
 from .door import Doors
 from .events import Events, Topic
+from .hybrid_door import HybridDoor
+from .kernel_link import KernelLink
 from .loop import Loop
 
 
@@ -38,14 +41,14 @@ class RunningContexts:
         self._broker = broker
         self._audit = audit
         self._events = events
-        self._doors: dict[Context, Doors] = {}
+        self._doors: dict[Context, list[Doors | HybridDoor]] = {}
         self._open_doors(fabric.contexts.hypervisor)
         self._open_doors(fabric.contexts.host)
 
     def close(self) -> None:
         """Let nobody in any more."""
-        for doors in self._doors.values():
-            doors.close()
+        for context in list(self._doors):
+            self._close_doors(context)
 
     def folder_of(self, context: Context) -> Path:
         """Where its control sockets are while it is not powered off."""
@@ -63,6 +66,7 @@ class RunningContexts:
             return context
         context.isolation = wanted.isolation
         context.limit(wanted.limits)
+        context.hybrid = wanted.hybrid
         try:
             if wanted.powered:
                 self._open_doors(context)
@@ -126,6 +130,7 @@ class RunningContexts:
         """What holds for everything ``context`` asks from now on."""
         context.isolation = isolation
         context.limit(limits)
+        _refresh(context)
 
     # Life
 
@@ -140,7 +145,7 @@ class RunningContexts:
         if change is Change.SUSPEND:
             self._broker.datagrams.silence(context)
         elif change is Change.POWER_OFF:
-            self._doors.pop(context).close()
+            self._close_doors(context)
             self._broker.close_context(context)
         elif change is Change.POWER_ON:
             try:
@@ -148,16 +153,39 @@ class RunningContexts:
             except OSError:
                 context.state = State.OFF
                 raise
+        _refresh(context)
         self._publish(context, change.value, dropped=len(over))
         return [one for one in left if context in (one.context, one.peer_context)]
 
+    def disconnect(
+        self, one: tuple[int, int], other: tuple[int, int], asker: Credentials
+    ) -> list[Connection]:
+        """End the stream between two addresses, in either order, on request of ``asker``;
+        returns it if it could not be cut (yet).  Refused with ENOENT.
+        """
+        self._broker.streams.reap()
+        connection = self._fabric.find_connection(one, other)
+        self._fabric.end(connection.number)
+        left = self._broker.streams.cut([connection])
+        self._audit.record_disconnect(connection, asker)
+        return [connection] if connection in left else []
+
     def _open_doors(self, context: Context) -> None:
-        self._doors[context] = Doors(self._loop, self._broker, context, self.folder_of(context))
+        common = self._loop, self._broker, context
+        doors = self._doors[context] = [Doors(*common, self.folder_of(context))]
+        try:
+            if context.hybrid:
+                doors.append(HybridDoor(*common, Path(context.hybrid)))
+        except OSError:
+            self._close_doors(context)
+            raise
+
+    def _close_doors(self, context: Context) -> None:
+        for door in self._doors.pop(context, ()):
+            door.close()
 
     def _end(self, context: Context) -> None:
-        doors = self._doors.pop(context, None)
-        if doors is not None:
-            doors.close()
+        self._close_doors(context)
         self._broker.close_context(context)
         self._audit.forget(context)
         self._publish(context, "removed")
@@ -172,3 +200,10 @@ class RunningContexts:
             ft=context.fault_tolerant,
             **facts,
         )
+
+
+def _refresh(context: Context) -> None:
+    """Tell its device, if it has one, of what it may now."""
+    if context.kernel is not None:
+        assert isinstance(context.kernel.streams, KernelLink)
+        context.kernel.streams.refresh()

@@ -19,7 +19,12 @@ from ..fabric import Credentials, Grant
 _SO_PEERGROUPS = 59
 _SO_PEERPIDFD = 77
 
+# Plain values, as every connect needs them: looking a member up in its enum costs as much as a
+# short function, and a named tuple's own __new__ is one, in Python.
+_SOCKET, _PEERCRED = int(SOL_SOCKET), int(SO_PEERCRED)
 _UCRED = struct.Struct("iII")
+_UCRED_SIZE = _UCRED.size
+_new = tuple.__new__
 
 #: The largest answer Python asks getsockopt(2) for, in bytes: 256 groups.
 _MOST_GROUPS = 1024
@@ -34,7 +39,7 @@ class _Socket(Protocol):
 
 def peer_credentials(sock: _Socket) -> Credentials:
     """The process that connected ``sock``, as it was when it connected."""
-    return Credentials(*_UCRED.unpack(sock.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)))
+    return _new(Credentials, _UCRED.unpack(sock.getsockopt(_SOCKET, _PEERCRED, _UCRED_SIZE)))
 
 
 class Peer:

@@ -102,6 +102,7 @@ class Datagrams:
         name = f"{endpoint.cid}.{endpoint.port}.{next(self._names)}"
         endpoint.handle = self._name(sock, name, endpoint.context)
         endpoint.cookie = cookie_of(sock)
+        endpoint.inode = os.fstat(sock.fileno()).st_ino
         self._by_cookie[endpoint.cookie] = endpoint
 
     def catch_all(self, context: Context, sock: _socket.socket) -> DatagramSocket:
@@ -175,7 +176,7 @@ class Datagrams:
 
     def close_context(self, context: Context) -> None:
         """Release every socket of ``context``, and all that it has on its way."""
-        for endpoint in list(context.datagrams):
+        for endpoint in list(context.datagrams.values()):
             self.release(endpoint)
         self.silence(context)
         outflow = self._outflows.pop(context, None)

@@ -6,6 +6,9 @@ from ..constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..fabric import Connection, Endpoint, Kind
 from ..wire import Flag, Record, Role, encode_stream
 
+# The two kinds that every connect needs are written out: stars cost as much as a short function.
+_CONNECTED = int(Role.CONNECTED)
+
 
 def describe_endpoint(endpoint: Endpoint) -> bytes:
     """A socket that has a port."""
@@ -28,14 +31,19 @@ def describe_endpoint(endpoint: Endpoint) -> bytes:
 
 def describe_connecting(stream: Connection) -> bytes:
     """A stream as its connecting side sees it."""
+    cid, port = stream.local
+    peer_cid, peer_port = stream.peer
+    pid, uid, gid = stream.listener.owner
+    _, minimum, maximum = stream.sizes
     return encode_stream(
-        stream.local, stream.peer, stream.listener.owner, stream.size, stream.sizes
+        cid, port, peer_cid, peer_port, _CONNECTED, pid, uid, gid, stream.size, minimum, maximum
     )
 
 
-def describe_offer(stream: Connection, polling: bool) -> bytes:
+def describe_offer(stream: Connection, flags: int, polling: bool) -> bytes:
     """A stream that a guest's kernel has to decide on: the sizes are what is asked for."""
-    flags = Flag.POLLING if polling else 0
+    if polling:
+        flags |= Flag.POLLING
     return Record(
         0, flags, *stream.peer, *stream.local, Role.CONNECTED, *stream.owner, *stream.sizes
     ).encode()
@@ -43,6 +51,10 @@ def describe_offer(stream: Connection, polling: bool) -> bytes:
 
 def describe_accepting(stream: Connection) -> bytes:
     """A stream as its accepting side sees it."""
+    cid, port = stream.peer
+    peer_cid, peer_port = stream.local
+    pid, uid, gid = stream.owner
+    _, minimum, maximum = stream.listener.sizes
     return encode_stream(
-        stream.peer, stream.local, stream.owner, stream.size, stream.listener.sizes
+        cid, port, peer_cid, peer_port, _CONNECTED, pid, uid, gid, stream.size, minimum, maximum
     )

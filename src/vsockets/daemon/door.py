@@ -37,7 +37,7 @@ class Doors:
         try:
             for kind, name, sock_type in _DOORS:
                 listener = socket.socket(socket.AF_UNIX, sock_type | socket.SOCK_NONBLOCK)
-                admit = partial(broker.admit, context=context, kind=kind)
+                admit = partial(broker.admit, context, kind)
                 who = f"a program of context {context.cid}"
                 self._doors.append(Acceptor(loop, listener, who, admit))
                 with short_path(folder / name) as path:

@@ -6,39 +6,31 @@ It has one connection to vsockd, its link.  Over it the device sends descriptors
 channel as if it had come in through the context's control socket, but for one thing: the ports
 it connects from and binds are the guest's kernel's choice, who has minded the reserved ones.
 
-The other way come offers: streams to ports that no process of the context has.  vsockd has
-decided that there may be one; whether there is, the guest says.  The device writes the answer to
-who connected, and tells (SETTLE).
+A descriptor may also come with its request.  Then it is a connection whose other end knows nothing
+of vsockd, and which is a stream already: it is handed on or closed, and no word is said on it.
+
+The other way come offers (:mod:`.offers`), and, if the device asked for it, which ports of the host
+its guest can connect to (:mod:`.host_ports`).
 """
 
 from __future__ import annotations
 
 import _socket
-import array
 import errno
 import logging
 from dataclasses import replace
-from socket import (
-    AF_UNIX,
-    CMSG_LEN,
-    MSG_CMSG_CLOEXEC,
-    MSG_DONTWAIT,
-    MSG_NOSIGNAL,
-    SCM_RIGHTS,
-    SOCK_SEQPACKET,
-    SOCK_STREAM,
-    SOL_SOCKET,
-    SocketKind,
-)
+from select import EPOLLOUT
+from socket import AF_UNIX, SOCK_SEQPACKET, SOCK_STREAM, SocketKind
 from typing import TYPE_CHECKING
 
 from ..fabric import CAP_NET_BIND_SERVICE, Context, Credentials, Grant, Kernel, Kind, Refused
-from ..limits import MAX_BACKLOG
-from ..wire import REQUEST_SIZE, Op, ProtocolError, Record, Request, Role
-from .channel import Channel, descriptor_in
+from ..wire import REQUEST_SIZE, Record, Role
+from .channel import Channel
 from .datagrams import DatagramSocket
 from .disposal import dispose
+from .host_ports import HostPorts
 from .loop import Loop
+from .offers import OfferLink
 
 if TYPE_CHECKING:
     from .broker import Broker
@@ -52,6 +44,7 @@ class KernelChannel(Channel):
     """A channel that came over a link."""
 
     is_kernel = True
+    asks_once = True
 
     def has_capability(self, capability: int) -> bool:
         return capability == CAP_NET_BIND_SERVICE
@@ -60,8 +53,21 @@ class KernelChannel(Channel):
         return False
 
 
-class KernelLink:
-    """One device, and its link.  It is there until its end of the link is closed."""
+class GivenChannel(KernelChannel):
+    """A connection that came with its request, and is told nothing."""
+
+    request = b""
+
+    def read(self) -> bytes:
+        request, self.request = self.request, b""
+        return request
+
+    def send(self, record: bytes) -> None:
+        """It says by itself whether it goes on."""
+
+
+class KernelLink(OfferLink):
+    """One device, and its link."""
 
     def __init__(
         self,
@@ -71,37 +77,41 @@ class KernelLink:
         link: _socket.socket,
         credentials: Credentials,
         seqpacket: bool,
+        host_ports: bool,
     ) -> None:
-        """``seqpacket``: whether the guest has such sockets.
+        """``seqpacket``: whether the guest has such sockets.  ``host_ports``: whether the device
+        is told of the host's listening ports.
 
         Refused with EINVAL (not a guest), EBUSY (it has a device)."""
         if not context.is_guest:
             raise Refused(errno.EINVAL, f"context {context.cid} is no virtual machine")
         if context.kernel is not None:
             raise Refused(errno.EBUSY, f"context {context.cid} has a device")
-        self._loop = loop
+        super().__init__(loop, broker.fabric, context, link)
         self._broker = broker
-        self._context = context
-        self._sock = link
         self._credentials = credentials
         self._datagrams: DatagramSocket | None = None
-        #: who waits for the guest's answer, by both ports and the peer's context
-        self._offers: dict[tuple[int, int, int], Context] = {}
+        self._host_ports: HostPorts | None = None
         context.kernel = Kernel(credentials, self, None, seqpacket)
-        link.setblocking(False)
-        loop.watch(link.fileno(), self._ready)
+        if host_ports:
+            kernel = KernelChannel(link, context, Kind.STREAM, credentials)
+            self._host_ports = HostPorts(loop, broker.fabric, context, kernel, link)
 
     def close(self) -> None:
         """The guest's kernel is not part of the fabric any more."""
         if self._context.kernel is not None and self._context.kernel.streams is self:
+            log.info("the device of context %d has gone", self._context.cid)
             self._context.kernel = None
-            self._loop.unwatch(self._sock.fileno())
-            self._sock.close()
-            for source in self._offers.values():
-                source.pending -= 1
-            self._offers.clear()
+            if self._host_ports is not None:
+                self._host_ports.close()
+            super().close()
             if self._datagrams is not None:
                 self._datagrams.close()
+
+    def refresh(self) -> None:
+        """The guest's state, or what it may, has changed."""
+        if self._host_ports is not None:
+            self._host_ports.refresh()
 
     def catches(self, datagrams: DatagramSocket) -> None:
         """Where datagrams to the guest go."""
@@ -111,49 +121,19 @@ class KernelLink:
         assert self._context.kernel is not None
         self._context.kernel = replace(self._context.kernel, datagrams=datagrams)
 
-    # As the target of a connect; see Channel.
-
-    def has_room(self) -> bool:
-        """Whether another offer can be made."""
-        return len(self._offers) < MAX_BACKLOG
-
-    def count_waiting(self) -> None:
-        """The device tells by itself."""
-
-    def announce(self, record: bytes, fd: int, source: Context) -> None:
-        """Offer a stream."""
-        rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [fd]))]
-        self._sock.sendmsg([record], rights, MSG_DONTWAIT | MSG_NOSIGNAL)
-        offer = Record.decode(record)
-        self._offers[offer.local_port, *offer.peer] = source
-        source.pending += 1
-
     def send_tap(self, fd: int, limit: int, port: int) -> None:
         """Have what passes sent to ``fd`` (:mod:`vsockets.devices.tap`).  OSError when the device
         has too much to do."""
         record = Record(0, 0, self._context.cid, port, role=Role.TAP, size=limit).encode()
-        rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [fd]))]
-        self._sock.sendmsg([record], rights, MSG_DONTWAIT | MSG_NOSIGNAL)
-
-    # What the device says
+        self.send_descriptor(record, fd)
 
     def _ready(self, events: int) -> None:
-        try:
-            data, ancillary, _, _ = self._sock.recvmsg(
-                REQUEST_SIZE, CMSG_LEN(4), MSG_DONTWAIT | MSG_CMSG_CLOEXEC
-            )
-        except BlockingIOError:
-            return
-        except OSError:
-            data, ancillary = b"", []
-        fd = descriptor_in(ancillary)
-        if fd is not None:
-            self._admit(fd)
-        elif not data or not self._settle(data):
-            log.info("the device of context %d has gone", self._context.cid)
-            self.close()
+        if events & EPOLLOUT and self._host_ports is not None:
+            self._host_ports.tell()
+        if events & ~EPOLLOUT:
+            super()._ready(events)
 
-    def _admit(self, fd: int) -> None:
+    def _admit(self, fd: int, data: bytes) -> None:
         try:
             sock = _socket.socket(fileno=fd)
         except OSError:
@@ -163,19 +143,10 @@ class KernelLink:
         if sock.family != AF_UNIX or kind is None:
             dispose(sock.detach())
             return
-        self._broker.take(KernelChannel(sock, self._context, kind, self._credentials))
-
-    def _settle(self, data: bytes) -> bool:
-        try:
-            request = Request.decode(data)
-        except ProtocolError:
-            return False
-        if request.op != Op.SETTLE:
-            return False
-        peer = request.peer_cid, request.peer_port
-        source = self._offers.pop((request.local_port, *peer), None)
-        if source is not None:
-            source.pending -= 1
-            size = 0 if request.backlog else request.size
-            self._broker.fabric.settle(self._context, request.local_port, peer, size)
-        return True
+        arguments = sock, self._context, kind, self._credentials
+        if len(data) < REQUEST_SIZE:
+            self._broker.take(KernelChannel(*arguments))
+        else:
+            given = GivenChannel(*arguments)
+            given.request = data
+            self._broker.take(given)

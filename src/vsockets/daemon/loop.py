@@ -13,11 +13,14 @@ import logging
 import select
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
+from time import monotonic
 
 log = logging.getLogger(__name__)
+
+#: What :meth:`Loop.watch` waits for, of epoll(7).
+READABLE = int(select.EPOLLIN | select.EPOLLRDHUP)
 
 #: After so long without an event nothing is going on, in seconds.
 _IDLE = 1.0
@@ -54,8 +57,16 @@ class Loop:
 
     def watch(self, fd: int, callback: Callable[[int], None]) -> None:
         """Call ``callback`` whenever ``fd`` is readable or hung up."""
+        self.watch_for(fd, callback, READABLE)
+
+    def watch_for(self, fd: int, callback: Callable[[int], None], events: int) -> None:
+        """As :meth:`watch`, for ``events`` of epoll(7); hang-ups are always among them."""
+        self._epoll.register(fd, events)
         self._callbacks[fd] = callback
-        self._epoll.register(fd, select.EPOLLIN | select.EPOLLRDHUP)
+
+    def change(self, fd: int, events: int) -> None:
+        """Watch for other events."""
+        self._epoll.modify(fd, events)
 
     def unwatch(self, fd: int) -> None:
         """Stop watching ``fd``; call it before closing the descriptor."""
@@ -65,7 +76,7 @@ class Loop:
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call ``callback`` once, ``seconds`` from now."""
         timer = Timer(callback)
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._sequence), timer))
+        heapq.heappush(self._timers, (monotonic() + seconds, next(self._sequence), timer))
         return timer
 
     def stop(self) -> None:
@@ -74,12 +85,14 @@ class Loop:
 
     def run(self) -> None:
         """Serve events until :meth:`stop`.  A callback that fails is logged, not fatal."""
-        poll, callbacks = self._poll, self._callbacks
+        poll, callbacks, timers = self._poll, self._callbacks, self._timers
         hurried = False
         while self._running:
-            wait = self._run_timers()
-            if not self._running:
-                break
+            wait = timers[0][0] - monotonic() if timers else None
+            if wait is not None and wait <= 0:
+                wait = self._run_timers()
+                if not self._running:
+                    break
             if hurried:
                 wait = _IDLE if wait is None else min(wait, _IDLE)
             ready = poll(wait)
@@ -146,7 +159,7 @@ class Loop:
 
     def _run_timers(self) -> float | None:
         while self._timers and self._running:
-            wait = self._timers[0][0] - time.monotonic()
+            wait = self._timers[0][0] - monotonic()
             if wait > 0:
                 return wait
             callback = heapq.heappop(self._timers)[2].callback

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def status(broker: Broker) -> dict[str, Any]:
         "listeners": sum(
             isinstance(holder, Endpoint) and holder.listening
             for context in fabric.contexts
-            for holder in context.connected
+            for holder in context.connected.values()
         ),
         "datagram_sockets": len(broker.datagrams),
         "refusals": total.refusals,
@@ -86,6 +87,7 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
         "unrestricted": context.isolation.unrestricted,
         "domain": context.isolation.domain,
         "folder": str(folder),
+        "hybrid": context.hybrid,
         "usage": {
             "sockets": context.sockets,
             "pending_connects": max(context.pending, 0),
@@ -103,17 +105,23 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
     }
 
 
+def stream_names(streams: Iterable[Connection]) -> list[dict[str, Any]]:
+    """Streams by their two addresses, and the processes that began them."""
+    return [{"local": one.local, "peer": one.peer, "pid": one.owner.pid} for one in streams]
+
+
 def socket_rows(broker: Broker) -> list[dict[str, Any]]:
     """Every socket: listening and bound ones, datagram sockets, both ends of streams.
 
-    Streams have no queues here, but the inodes by which the kernel can be asked for them.
+    ``pid`` and ``uid`` are those of the process that vsockd dealt with.  Streams have no queues
+    here, but the inodes by which the kernel can be asked for them.
     """
     broker.refresh()
     inodes = broker.streams.inodes()
     traffic = broker.datagrams.traffic()
     rows: list[dict[str, Any]] = []
     for context in broker.fabric.contexts:
-        for holder in [*context.connected, *context.datagrams]:
+        for holder in [*context.connected.values(), *context.datagrams.values()]:
             if isinstance(holder, Connection):
                 rows += _stream_rows(holder, inodes.get(holder.number))
             else:
@@ -144,7 +152,7 @@ def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> dict[str, Any]:
         "buffer": endpoint.sizes.size,
         "receive_queue": receive,
         "send_queue": send,
-        "inode": None,
+        "inode": endpoint.inode or None,
         "peer_inode": None,
     }
 

@@ -22,6 +22,7 @@ class Streams:
         self._loop = loop
         self._fabric = fabric
         self._watch = StreamWatch()
+        self.add = self._watch.add
         self._cutter = Cutter(loop, self._watch)
         self._unreaped = 0
         self._reap_delay: float | None = None  # None: no timer is set
@@ -29,10 +30,6 @@ class Streams:
     def begin(self) -> None:
         """Called once, in the process that goes on."""
         self._watch.open()
-
-    def add(self, fd: int, number: int) -> None:
-        """Notice the end of the connection ``number``, whose accepting end ``fd`` is."""
-        self._watch.add(fd, number)
 
     def find_accepted(self, inode: int) -> Connection | None:
         """The stream whose accepting end has this inode."""

@@ -1,7 +1,7 @@
 """A device's attachment to vsockd: its guest becomes a context of the fabric.
 
 The device has one socket to vsockd, its *link*, got from the administrator's socket.  Over it
-go messages of four kinds:
+go messages of these kinds:
 
 - New channels go: one end of a socket pair, on which the device says what any program says on
   a connection to its context's control socket.  CONNECT has the guest's port in it; BIND_DATAGRAM
@@ -9,6 +9,9 @@ go messages of four kinds:
 - A tap comes (:mod:`.tap`): a record, and a socket to send what passes to.
 - An offer comes: a record, and the accepted end of a stream whose other end waits for an
   answer.  The device asks its guest, writes the answer to that end, and tells vsockd (SETTLE).
+- A stream of the guest's goes, as it stands, with the CONNECT that it is: vsockd hands it on to
+  whoever listens, and nothing is answered.  Records without a descriptor tell which ports of the
+  host somebody listens at.  Both are for devices that have a unix socket for each stream already.
 
 Nothing here knows what kind of device it is.
 """
@@ -19,6 +22,7 @@ import array
 import contextlib
 import errno
 import os
+import select
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -39,7 +43,7 @@ from typing import NamedTuple
 
 from ..attachment import descriptor_in
 from ..buffers import BufferSizes
-from ..constants import VMADDR_CID_ANY
+from ..constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..limits import DATAGRAM_PORTS, FABRIC_ANSWER, MAX_DATAGRAM, UNSENT_DATAGRAMS
 from ..wire import (
     PADDING,
@@ -52,6 +56,7 @@ from ..wire import (
     Role,
     decode_route,
 )
+from ..wire.hybrid import ok_line
 from .loop import DeviceLoop
 from .tap import Tap
 
@@ -73,6 +78,7 @@ class Offer(NamedTuple):
     peer: tuple[int, int]  #: who connects
     sizes: BufferSizes  #: what the peer asks for
     polling: bool  #: padding must be taken off ``sock``, last of all
+    ok_line: bool = False  #: who connects waits for a line of hybrid vsock, not for a record
 
 
 class _Route:
@@ -145,6 +151,8 @@ class Attachment:
     #: a datagram: its source, the guest's port, the payload; whether there is room for more
     received: Callable[[tuple[int, int], int, bytes], bool]
     lost: Callable[[], None]
+    #: whether the guest can connect to this port of the host, for who has asked to be told
+    listening: Callable[[int, bool], None]
 
     def __init__(
         self, loop: DeviceLoop, link: socket.socket, cid: int, datagrams: bool = True
@@ -201,23 +209,44 @@ class Attachment:
                 raise
         return ours
 
+    def hand_over(self, sock: socket.socket, peer: tuple[int, int]) -> None:
+        """Connect ``sock``, whose other end is the guest, to ``peer``; it is vsockd's then.
+
+        The guest's port is vsockd's choice.  OSError when vsockd has gone, or has no time.
+        """
+        request = Request(
+            Op.CONNECT, 0, VMADDR_CID_ANY, VMADDR_PORT_ANY, *peer, 0, *BufferSizes()
+        ).encode()
+        try:
+            self._tell(request, sock)
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            # It takes a tenth of a millisecond for each, and never waits for us.
+            select.select((), (self._link,), (), FABRIC_ANSWER)
+            self._tell(request, sock)
+
     def settle(self, offer: Offer, size: int = 0, error: int = 0) -> None:
         """Answer an offer: the stream is established with ``size``, or there is none."""
         local, peer = (self.cid, offer.port), offer.peer
-        if error:
-            record = Record(error)
-        else:
-            minimum, maximum = offer.sizes.minimum, offer.sizes.maximum
-            record = Record(
-                0, 0, *peer, *local, Role.CONNECTED, *self._owner, size, minimum, maximum
-            )
         with contextlib.suppress(OSError):  # who connected has gone; the stream says so
-            offer.sock.send(record.encode(), MSG_DONTWAIT | MSG_NOSIGNAL)
+            offer.sock.send(self._answer(offer, size, error), MSG_DONTWAIT | MSG_NOSIGNAL)
             if offer.polling or offer.sock.type == SOCK_SEQPACKET:  # there, with the request
                 offer.sock.recv(len(PADDING), MSG_DONTWAIT)
         request = Request(Op.SETTLE, 0, *local, *peer, error, size)
         with contextlib.suppress(OSError):  # vsockd has gone; the link says so
             self._tell(request.encode())
+
+    def _answer(self, offer: Offer, size: int, error: int) -> bytes:
+        if offer.ok_line:
+            return b"" if error else ok_line(offer.peer[1])
+        if error:
+            return Record(error).encode()
+        minimum, maximum = offer.sizes.minimum, offer.sizes.maximum
+        own, peer = (self.cid, offer.port), offer.peer
+        return Record(
+            0, 0, *peer, *own, Role.CONNECTED, *self._owner, size, minimum, maximum
+        ).encode()
 
     # Datagrams
 
@@ -338,8 +367,11 @@ class Attachment:
             record, fd = _receive(self._link, _TAKE)
         except BlockingIOError:
             return
-        if record.status or fd is None:
-            self._end()
+        if fd is None:
+            if record.status or record.role not in (Role.LISTENING, Role.GONE):
+                self._end()
+            else:
+                self.listening(record.local_port, record.role == Role.LISTENING)
             return
         sock = socket.socket(fileno=fd)
         if record.role == Role.TAP:
@@ -347,8 +379,8 @@ class Attachment:
             return
         sock.setblocking(False)
         sizes = BufferSizes(record.size, record.minimum, record.maximum)
-        polling = bool(record.flags & Flag.POLLING)
-        self.offered(Offer(sock, record.local_port, record.peer, sizes, polling))
+        flags = bool(record.flags & Flag.POLLING), bool(record.flags & Flag.OK_LINE)
+        self.offered(Offer(sock, record.local_port, record.peer, sizes, *flags))
 
     def _end(self) -> None:
         if self.is_open:

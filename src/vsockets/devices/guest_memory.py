@@ -43,6 +43,7 @@ class GuestMemory:
     def __init__(self) -> None:
         self._regions: list[_Region] = []
         self._starts: list[int] = []
+        self._look_elsewhere()
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -83,21 +84,36 @@ class GuestMemory:
         if self._starts[place] != address:
             raise OSError(errno.EINVAL, f"no region at {address:#x}")
         del self._regions[place], self._starts[place]
+        self._look_elsewhere()
 
     def clear(self) -> None:
         """Remove every region."""
         self._regions.clear()
         self._starts.clear()
+        self._look_elsewhere()
 
     def view(self, address: int, size: int) -> memoryview:
         """The ``size`` bytes at ``address``, to read and write.  BadAddress."""
+        start = address - self._start
+        if not 0 <= start <= start + size <= self._size:
+            self._look_at(address, size)
+            start = address - self._start
+        return self._view[start : start + size]
+
+    def _look_at(self, address: int, size: int) -> None:
+        """Take the region in which this is for the one where the next view is, as it mostly is."""
         place = bisect_right(self._starts, address) - 1
         if place >= 0 and size >= 0:
             region = self._regions[place]
             if address + size <= region.end and region.view is not None and region.writable:
-                start = address - region.start
-                return region.view[start : start + size]
+                self._start, self._size = region.start, len(region.view)
+                self._view = region.view
+                return
         raise BadAddress(f"{size} bytes at {address:#x}")
+
+    def _look_elsewhere(self) -> None:
+        self._start, self._size = -1, 0
+        self._view = memoryview(b"")
 
 
 class ScatterList:

@@ -1,8 +1,9 @@
-"""A device's event loop: vsockd's, with writable sockets and waits below a millisecond."""
+"""A device's event loop: vsockd's, with waits below a millisecond."""
 
 from __future__ import annotations
 
 import select
+import time
 from collections.abc import Callable
 
 from ..daemon.loop import Loop, Timer
@@ -22,32 +23,38 @@ class DeviceLoop(Loop):
         self._wait = self._poll
         self._only = [epoll.fileno()]
         self._poll = self._poll_precisely
-
-    def watch_for(self, fd: int, callback: Callable[[int], None], events: int) -> None:
-        """As :meth:`watch`, for ``events`` of epoll(7); hang-ups are always among them."""
-        self._callbacks[fd] = callback
-        self._epoll.register(fd, events)
-
-    def change(self, fd: int, events: int) -> None:
-        """Watch for other events."""
-        self._epoll.modify(fd, events)
+        self._spinning: dict[Callable[[], bool], float] = {}
 
     def watches(self, fd: int) -> bool:
         """Whether ``fd`` is watched."""
         return fd in self._callbacks
 
+    def spin(self, look: Callable[[], bool], seconds: float) -> None:
+        """Call ``look`` again and again between events, until it returns True or for so long."""
+        self._spinning[look] = time.monotonic() + seconds
+
     def turn(self) -> None:
         """Serve what is ready now, and the timers that are due."""
         self._run_timers()
+        self._spin()
         for fd, events in self._epoll.poll(0):
             callback = self._callbacks.get(fd)
             if callback is not None:
                 callback(events)
 
+    def _spin(self) -> None:
+        now = time.monotonic()
+        for look, until in list(self._spinning.items()):
+            if look() or now > until:
+                del self._spinning[look]
+
     def _poll_precisely(
         self, timeout: float | None = None, maxevents: int = -1
     ) -> list[tuple[int, int]]:
-        if timeout is not None and 0 < timeout < _SHORT:
+        if self._spinning:
+            self._spin()
+            timeout = 0
+        elif timeout is not None and 0 < timeout < _SHORT:
             select.select(self._only, (), (), timeout)
             timeout = 0
         return self._wait(timeout, maxevents)

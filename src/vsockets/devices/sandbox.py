@@ -2,7 +2,8 @@
 
 A guest that found a way to have its device run something should find nothing to do with it:
 no other user's rights, no file to open, no program to run, no network, no new executable memory.
-What is left is what was open before, and unix sockets between what is open.
+What is left is what was open before, and unix sockets between what is open.  A device of hybrid
+vsock needs more: to connect and bind unix sockets by their paths, and to remove those.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from socket import AF_UNIX
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_SET_MODE_FILTER = 1
 _NOBODY = 65_534
+_CAPABILITIES_VERSION = 0x2008_0522  # capset(2): version 3, whose sets are six 32-bit words
 
 # Instructions of classic BPF, and where struct seccomp_data has what.
 _LOAD, _IF_EQUAL, _IF_ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
@@ -37,6 +39,7 @@ class _Machine:
     architecture: int
     seccomp: int
     plain: tuple[int, ...]  #: allowed whatever their arguments
+    paths: tuple[int, ...]  #: and these to a device that has unix sockets with paths
     mmap: int
     mprotect: int
     socket: int
@@ -62,6 +65,9 @@ _MACHINES = {
             "epoll_wait=232 epoll_ctl=233 newfstatat=262 pselect6=270 ppoll=271 epoll_pwait=281 "
             "accept4=288 getrandom=318 rseq=334 epoll_pwait2=441"
         ),
+        paths=_numbers(
+            "connect=42 bind=49 listen=50 rename=82 unlink=87 unlinkat=263 splice=275 pipe2=293"
+        ),
         mmap=9,
         mprotect=10,
         socket=41,
@@ -81,6 +87,9 @@ _MACHINES = {
             "sendmsg=211 recvmsg=212 brk=214 munmap=215 mremap=216 madvise=233 accept4=242 "
             "getrandom=278 rseq=293 epoll_pwait2=441"
         ),
+        paths=_numbers(
+            "unlinkat=35 renameat=38 pipe2=59 splice=76 bind=200 listen=201 connect=203"
+        ),
         mmap=222,
         mprotect=226,
         socket=198,
@@ -90,11 +99,12 @@ _MACHINES = {
 }
 
 
-def enter_sandbox(user: int | None = None) -> None:
+def enter_sandbox(user: int | None = None, paths: bool = False) -> None:
     """Give up what the device does not need, for good.
 
-    Root becomes ``user``, by default nobody.  OSError when the kernel will not have it, or on a
-    machine whose system calls are not known here.
+    Root becomes ``user``, by default nobody.  With ``paths`` it may use unix sockets by their
+    paths; then ``user`` may be root, without any capability.  OSError when the kernel will not
+    have it, or on a machine whose system calls are not known here.
     """
     machine = _MACHINES.get(platform.machine())
     if machine is None:
@@ -102,13 +112,14 @@ def enter_sandbox(user: int | None = None) -> None:
     import traceback  # noqa: F401  # what an error's report needs cannot be loaded later
 
     if os.geteuid() == 0:
-        other = user or _NOBODY
+        other = user if user is not None and (user or paths) else _NOBODY
         os.setgroups([])
         os.setresgid(other, other, other)
         os.setresuid(other, other, other)
     libc = ctypes.CDLL(None, use_errno=True)
+    _call(libc.capset(struct.pack("Ii", _CAPABILITIES_VERSION, 0), bytes(24)))
     _call(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    filter = _filter(machine)
+    filter = _filter(machine, machine.plain + machine.paths if paths else machine.plain)
     instructions = ctypes.create_string_buffer(filter, len(filter))
     program = struct.pack("@HP", len(filter) // 8, ctypes.addressof(instructions))
     _call(libc.syscall(machine.seccomp, _SECCOMP_SET_MODE_FILTER, 0, program))
@@ -121,7 +132,7 @@ def _call(result: int) -> None:
         raise OSError(code, f"the sandbox: {os.strerror(code)} (or use --no-sandbox)")
 
 
-def _filter(machine: _Machine) -> bytes:
+def _filter(machine: _Machine, plain: tuple[int, ...]) -> bytes:
     def instruction(code: int, constant: int, if_so: int = 0, if_not: int = 0) -> bytes:
         return struct.pack("=HBBI", code, if_so, if_not, constant)
 
@@ -142,7 +153,7 @@ def _filter(machine: _Machine) -> bytes:
         instruction(_RETURN, _KILL),
         instruction(_LOAD, _NUMBER),
     ]
-    for number in machine.plain:
+    for number in plain:
         parts.append(instruction(_IF_EQUAL, number, 0, 1) + instruction(_RETURN, _ALLOW))
     parts += [
         unless(machine.mmap, 2, _IF_ANY_BIT, _PROT_EXEC, True),

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from .counts import Counts
-from .endpoint import Connection, Endpoint, Kernel
+from .endpoint import Connection, Endpoint, Kernel, Kind
 from .errors import Denied, Refused, Rule
 from .life_cycle import State
 from .meter import Meter
 from .ports import Ports
-from .settings import Isolation, Limits, Profile
+from .settings import Isolation, Limits
 
 
 class Context:
@@ -21,12 +21,14 @@ class Context:
 
     __slots__ = (
         "__weakref__",
+        "beyond",
         "cid",
         "connected",
         "cookies",
         "counts",
         "datagrams",
         "fault_tolerant",
+        "hybrid",
         "is_guest",
         "isolation",
         "kernel",
@@ -64,16 +66,16 @@ class Context:
         self.cookies: dict[int, Endpoint | Connection] = {}
         #: of a virtual machine with a device
         self.kernel: Kernel | None = None
+        #: the unix socket behind which its ports are for tools of hybrid vsock; "": none
+        self.hybrid = ""
+        #: with it: what the host has for this guest at a port where no program of the fabric
+        #: listens
+        self.beyond: Callable[[Kind, int], Endpoint | None] | None = None
 
     @property
     def leased(self) -> bool:
         """Whether it ends with its last lease."""
         return self.leases > 0
-
-    @property
-    def is_isolated(self) -> bool:
-        """Whether it may not meet just any program of the host."""
-        return self.isolation.profile is not Profile.DEFAULT
 
     @property
     def sockets(self) -> int:
@@ -85,16 +87,23 @@ class Context:
         self.limits = limits
         self.meter = Meter(limits.request_rate)
 
+    def is_at_a_limit(self) -> bool:
+        """Whether a guest has as many sockets, or as many connections that wait, as it may."""
+        return self.is_guest and (
+            self.pending >= self.limits.pending_connects
+            or len(self.connected) + len(self.datagrams) >= self.limits.sockets
+        )
+
     def require_room(self) -> None:
         """Raise Denied when a guest holds as many sockets as it may."""
-        if self.sockets >= self.limits.sockets and self.is_guest:
+        if self.is_guest and len(self.connected) + len(self.datagrams) >= self.limits.sockets:
             raise Denied(
                 errno.ENOBUFS, Rule.SOCKETS, f"context {self.cid} has {self.sockets} sockets"
             )
 
     def require_pace(self, now: float) -> None:
         """Raise Denied when a guest asks more often than it may; ``now`` in seconds."""
-        if not self.meter.take(now) and self.is_guest:
+        if self.is_guest and not self.meter.take(now):
             reason = f"context {self.cid} asks more than {self.meter.rate} times a second"
             raise Denied(errno.ENOBUFS, Rule.REQUEST_RATE, reason)
 
@@ -113,6 +122,8 @@ class Contexts:
 
     def __init__(self, owner: int) -> None:
         self._by_cid: dict[int, Context] = {}
+        #: the context with this CID, if there is one
+        self.get = self._by_cid.get
         self._next = FIRST_GUEST_CID
         self.hypervisor = self._put(Context(VMADDR_CID_HYPERVISOR, "hypervisor", owner))
         self.host = self._put(Context(VMADDR_CID_HOST, "host", owner))
@@ -122,10 +133,6 @@ class Contexts:
 
     def __iter__(self) -> Iterator[Context]:
         return iter(self._by_cid.values())
-
-    def get(self, cid: int) -> Context | None:
-        """The context with this CID, if there is one."""
-        return self._by_cid.get(cid)
 
     def add(self, cid: int | None, name: str, owner: int, leased: bool = False) -> Context:
         """A new guest, running.  Without a CID it gets a free one: the next not used lately.

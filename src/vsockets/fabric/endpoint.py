@@ -40,6 +40,7 @@ class Endpoint:
     owner: Credentials
     trust: Trust | None = None  #: of an endpoint of the host
     cookie: int = 0
+    inode: int = 0  #: the socket's, as its program says, or 0: for people to find who has it now
     handle: object = None  #: what vsockd reaches the socket by; the fabric never looks inside
     listening: bool = False
     #: not known here: the guest's kernel decides, when it is asked

@@ -7,6 +7,7 @@ all look-ups are by key.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from ..address import LARGEST
 from ..buffers import BufferSizes, negotiate
@@ -23,11 +24,14 @@ from .endpoint import Connection, Credentials, Endpoint, Kind
 from .errors import Denied, Refused, Rule
 from .life_cycle import Change, State
 from .ports import Ports
-from .settings import Settings
+from .settings import Profile, Settings
 from .trust import CAP_NET_BIND_SERVICE, Program, trust_of
 
 #: Connections are numbered from 1 to this, and over again: an epoll can report 31 bits.
 LAST_CONNECTION = 2**31 - 1
+
+# Names of our own: looking a member up in its enum costs as much as a short function.
+_OFF, _DEFAULT = State.OFF, Profile.DEFAULT
 
 
 class Fabric:
@@ -37,6 +41,8 @@ class Fabric:
         self.contexts = Contexts(owner)
         self.settings = Settings()
         self.connections: dict[int, Connection] = {}
+        #: told of each endpoint that begins to listen, and that does no longer
+        self.watchers: list[Callable[[Endpoint], None]] = []
         #: what leased contexts did that have ended
         self.departed = Counts()
         self._number = 0
@@ -82,6 +88,8 @@ class Fabric:
         """Let ``endpoint`` be connected to."""
         endpoint.listening = True
         endpoint.sizes = sizes
+        for tell in self.watchers:
+            tell(endpoint)
 
     def unbind(self, endpoint: Endpoint) -> None:
         """The socket is gone: its port is free."""
@@ -90,6 +98,9 @@ class Fabric:
         else:
             endpoint.context.connected.release(endpoint.port, endpoint)
         _forget(endpoint.context, endpoint.cookie, endpoint)
+        if endpoint.listening:
+            for tell in self.watchers:
+                tell(endpoint)
 
     # Connecting
 
@@ -105,22 +116,27 @@ class Fabric:
         """The endpoint that a socket of ``program``, in ``context``, reaches at ``(cid, port)``.
 
         ``bound`` is the socket's endpoint, if it has one yet.  Refused with EHOSTUNREACH (no
-        such context, or none that may be reached), ECONNRESET (nobody listens there, or for
-        another socket type), EACCES (an isolated guest; the program is not trusted), ENETDOWN
-        (the context's own state forbids it) or EINVAL (wildcards).
+        such context, or none that may be reached), EADDRNOTAVAIL (no port for the socket),
+        ECONNRESET (nobody listens there, or for another socket type), EACCES (an isolated guest;
+        the program is not trusted), ENETDOWN (the context's own state forbids it) or EINVAL
+        (wildcards).
         """
         destination = self._destination(context, cid, port, True)
+        if bound is None:
+            context.connected.seek()
         holder = destination.connected.get(port)
         endpoint = holder if isinstance(holder, Endpoint) and holder.listening else None
         if endpoint is None and destination.kernel is not None:
             endpoint = destination.kernel.endpoint(destination, kind, port)
+        if endpoint is None and destination is self.contexts.host and context.beyond is not None:
+            endpoint = context.beyond(kind, port)
         if endpoint is None:
             raise Refused(errno.ECONNRESET, f"nobody listens on {cid}:{port}")
         if endpoint.kind is not kind:
             raise Refused(errno.ECONNRESET, f"{cid}:{port} is a {endpoint.kind.value} socket")
-        if not _in_scope(context, endpoint):
-            raise Refused(errno.ECONNRESET, f"port {port} is bound to the local CID")
         if context is not destination:
+            if endpoint.cid == VMADDR_CID_LOCAL:
+                raise Refused(errno.ECONNRESET, f"port {port} is bound to the local CID")
             self._require_trust(context, endpoint, program, bound)
         return endpoint
 
@@ -142,8 +158,10 @@ class Fabric:
         if size is None:
             raise Refused(errno.EINVAL, f"no common buffer size: {sizes} and {listener.sizes}")
         if bound is None:
-            policy.require_service(context, owner)
-            context.require_room()
+            if context.is_guest:
+                context.require_room()
+            else:
+                policy.require_service(context, owner)
             local = (context.cid, context.connected.ephemeral())
         else:
             _require_scope(listener.context, bound)
@@ -155,7 +173,7 @@ class Fabric:
         self._number = number
         peer = (listener.context.cid, listener.port)
         connection = Connection(number, context, listener, local, peer, size, sizes, owner, cookie)
-        context.connected.claim(local[1], connection)
+        context.connected[local[1]] = connection
         self.connections[number] = connection
         if not listener.undecided:
             context.counts.connects += 1
@@ -187,8 +205,23 @@ class Fabric:
         """A connection is over; its port is free.  Harmless when it was ended before."""
         connection = self.connections.pop(number, None)
         if connection is not None:
-            connection.context.connected.release(connection.local[1], connection)
-            _forget(connection.context, connection.cookie, connection)
+            context, port, cookie = connection.context, connection.local[1], connection.cookie
+            if context.connected.get(port) is connection:
+                del context.connected[port]
+            if context.cookies.get(cookie) is connection:
+                del context.cookies[cookie]
+
+    def find_connection(self, one: tuple[int, int], other: tuple[int, int]) -> Connection:
+        """The connection between these two addresses, in either order.  Refused with ENOENT."""
+        for local, peer in ((one, other), (other, one)):
+            # Who is bound to the local CID has peers in its own context alone.
+            context = self.contexts.get(peer[0] if local[0] == VMADDR_CID_LOCAL else local[0])
+            holder = context.connected.get(local[1]) if context is not None else None
+            if isinstance(holder, Connection) and (holder.local, holder.peer) == (local, peer):
+                return holder
+        raise Refused(
+            errno.ENOENT, "there is no stream between {}:{} and {}:{}".format(*one, *other)
+        )
 
     # Datagrams
 
@@ -225,7 +258,7 @@ class Fabric:
         if cid == VMADDR_CID_LOCAL:
             cid = context.cid
         destination = self.contexts.get(cid)
-        if destination is None or destination.state is State.OFF:
+        if destination is None or destination.state is _OFF:
             raise Refused(errno.EHOSTUNREACH, f"no context {cid}")
         policy.require_path(context, destination, connecting)
         return destination
@@ -235,10 +268,10 @@ class Fabric:
     ) -> None:
         """Raise Denied when one side is an isolated guest and the other not for its like."""
         host = self.contexts.host
-        if endpoint.context is host and context.is_isolated:
+        if endpoint.context is host and context.isolation.profile is not _DEFAULT:
             assert endpoint.trust is not None
             policy.require_trust(context, endpoint.trust, endpoint.kind, True)
-        elif context is host and endpoint.context.is_isolated:
+        elif context is host and endpoint.context.isolation.profile is not _DEFAULT:
             trust = own.trust if own is not None else None
             trust = trust or trust_of(program, endpoint.kind, self.settings)
             policy.require_trust(endpoint.context, trust, endpoint.kind, False)

@@ -27,6 +27,9 @@ from .life_cycle import State
 from .settings import Profile, Settings
 from .trust import Program, Trust
 
+# A name of our own: looking a member up in its enum costs as much as a short function.
+_RUNNING = State.RUNNING
+
 
 def require_path(source: Context, destination: Context, connecting: bool) -> None:
     """Raise Denied unless ``source`` may reach ``destination``, now.
@@ -35,9 +38,9 @@ def require_path(source: Context, destination: Context, connecting: bool) -> Non
     """
     if source is not destination and source.is_guest and destination.is_guest:
         _require_neighbours(source, destination)
-    if source.state is not State.RUNNING:
+    if source.state is not _RUNNING:
         raise Denied(errno.ENETDOWN, Rule.SUSPENDED, f"context {source.cid} is suspended")
-    if destination.state is not State.RUNNING:
+    if destination.state is not _RUNNING:
         raise Denied(errno.EHOSTUNREACH, Rule.SUSPENDED, f"context {destination.cid} is suspended")
     if connecting and source.fault_tolerant:
         raise Denied(errno.ENETDOWN, Rule.FAULT_TOLERANCE, f"context {source.cid} is in FT mode")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from ..address import LARGEST
 from ..constants import LAST_RESERVED_PORT
+from ..limits import EPHEMERAL_TRIES
 from .errors import Refused
 
 _FIRST_EPHEMERAL = LAST_RESERVED_PORT + 1
@@ -17,44 +17,48 @@ _LAST_EPHEMERAL = LARGEST - 1  # the last one is VMADDR_PORT_ANY
 Holder = TypeVar("Holder")
 
 
-class Ports(Generic[Holder]):
-    """A context's ports of one namespace.  Every operation costs the same at any size.
+class Ports(dict[int, Holder]):
+    """A context's ports of one namespace, by their numbers, and who holds them.
 
     Streams and sequenced packets share a namespace, datagrams have their own, as in Linux.
     """
 
     def __init__(self) -> None:
-        self._holders: dict[int, Holder] = {}
+        super().__init__()
         # Upwards from a random start through four billion ports: a port that was just given
         # back is the last to be given out again, so a late packet or a slow peer of the old
         # holder does not meet the new one.
         self._next = random.randint(_FIRST_EPHEMERAL, _LAST_EPHEMERAL)
 
-    def __len__(self) -> int:
-        return len(self._holders)
-
-    def __iter__(self) -> Iterator[Holder]:
-        return iter(self._holders.values())
-
-    def get(self, port: int) -> Holder | None:
-        """The holder of ``port``, if any."""
-        return self._holders.get(port)
-
     def claim(self, port: int, holder: Holder) -> None:
         """Take a port by its number.  Refused with EADDRINUSE when it is held."""
-        if port in self._holders:
+        if port in self:
             raise Refused(errno.EADDRINUSE, f"port {port} is held")
-        self._holders[port] = holder
+        self[port] = holder
 
     def ephemeral(self) -> int:
-        """A free port from the range that needs no privilege.  It is not yet taken."""
-        while True:
-            port = self._next
-            self._next = port + 1 if port < _LAST_EPHEMERAL else _FIRST_EPHEMERAL
-            if port not in self._holders:
-                return port
+        """A free port from the range that needs no privilege.  It is not yet taken.
+
+        Refused with EADDRNOTAVAIL, as by Linux, when several in a row are held; then the next
+        attempt looks behind those.
+        """
+        port = self.seek()
+        self._next = _after(port)
+        return port
+
+    def seek(self) -> int:
+        """As :meth:`ephemeral`, which then gives the same port."""
+        for _ in range(EPHEMERAL_TRIES):
+            if self._next not in self:
+                return self._next
+            self._next = _after(self._next)
+        raise Refused(errno.EADDRNOTAVAIL, f"{EPHEMERAL_TRIES} ports in a row are held")
 
     def release(self, port: int, holder: Holder) -> None:
         """Give a port back.  Does nothing when somebody else holds it by now."""
-        if self._holders.get(port) is holder:
-            del self._holders[port]
+        if self.get(port) is holder:
+            del self[port]
+
+
+def _after(port: int) -> int:
+    return port + 1 if port < _LAST_EPHEMERAL else _FIRST_EPHEMERAL

@@ -84,6 +84,7 @@ class ContextSettings:
     isolation: Isolation
     limits: Limits
     powered: bool
+    hybrid: str = ""  #: a path: its ports are also behind this unix socket (hybrid vsock)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -34,6 +35,7 @@ _VHOST_VSOCK_SET_GUEST_CID, _VHOST_VSOCK_SET_RUNNING = 0x4008_AF60, 0x4004_AF61
 SIOCOUTQ = 0x5411
 MSG_ERRQUEUE = 0x2000
 
+_ANYBODYS = stat.S_IROTH | stat.S_IWOTH
 _AT_FDCWD = 0xFFFF_FF9C
 #: Options of level SOL_SOCKET that a unix socket answers otherwise than AF_VSOCK.
 ASKED_OPTIONS = (
@@ -130,8 +132,21 @@ def windows_below(limit: int) -> Windows:
     return Windows(Window(end - 2 * size, end - size), Window(end - size, end))
 
 
-def rules(machine: Machine, windows: Windows) -> list[Rule]:
-    """What ``vsock run`` intercepts."""
+def may_be_opened(device: str = "/dev/vsock") -> bool:
+    """Whether the machine has the device, and lets everybody open it.
+
+    Then it need not be opened for a program: nothing can be done with it but the ioctls, which
+    are intercepted on every descriptor.
+    """
+    try:
+        mode = os.stat(device).st_mode
+    except OSError:
+        return False
+    return stat.S_ISCHR(mode) and mode & _ANYBODYS == _ANYBODYS
+
+
+def rules(machine: Machine, windows: Windows, opens: bool) -> list[Rule]:
+    """What ``vsock run`` intercepts; with ``opens``, the opening of ``/dev/vsock`` too."""
     m, equal, differs = machine, Test.EQUAL, Test.DIFFERS
     datagram, packet = windows.datagram.holds(), windows.packet.holds()
     vsock = When(0, equal, AF_VSOCK)
@@ -162,8 +177,14 @@ def rules(machine: Machine, windows: Windows) -> list[Rule]:
             for request in (_VHOST_VSOCK_SET_GUEST_CID, _VHOST_VSOCK_SET_RUNNING)
         ),
         Rule(m.ioctl, NOTIFY, (When(1, equal, SIOCOUTQ),)),
-        Rule(m.openat, NOTIFY, (When(0, equal, _AT_FDCWD), When(2, *plain_open))),
-        Rule(m.open, NOTIFY, (When(1, *plain_open),)),
+        *(
+            [
+                Rule(m.openat, NOTIFY, (When(0, equal, _AT_FDCWD), When(2, *plain_open))),
+                Rule(m.open, NOTIFY, (When(1, *plain_open),)),
+            ]
+            if opens
+            else []
+        ),
         # Datagrams: everything that sends, and receiving with the source's address.
         *(
             Rule(number, NOTIFY, datagram)

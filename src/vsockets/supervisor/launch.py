@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection
 from typing import NoReturn
 
 from ..attachment import Attachment
-from .filter import assemble, rules, windows_below
+from .filter import assemble, may_be_opened, rules, windows_below
 from .machine import this_machine
 from .notification import Listener, install
 from .supervisor import Supervisor
@@ -53,6 +53,9 @@ _PASSED_ON = frozenset(signal.valid_signals()) - {
     signal.SIGILL,
     signal.SIGPIPE,
 }
+#: sizeof(sigset_t) of C libraries, and of struct signalfd_siginfo, in bytes.
+_SIGNAL_SET, _SIGNAL_INFO = 128, 128
+
 _OUTLIVED = (
     *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP),
     *(signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE),
@@ -77,13 +80,14 @@ def launch(become: Callable[[], NoReturn], context: Attachment, lease: int | Non
     front.close()
     _control(_PR_SET_CHILD_SUBREAPER, 1)
     windows = windows_below(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    made = rules(machine, windows, opens=not may_be_opened())
     ours, theirs = socket.socketpair()
     program_pid = os.fork()
     if program_pid == 0:
         back.close()
         ours.close()
         _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        listener = install(machine, assemble(machine, rules(machine, windows)))
+        listener = install(machine, assemble(machine, made))
         socket.send_fds(theirs, [b"l"], [listener])
         os.close(listener)
         theirs.recv(1)  # the front has left our process group
@@ -185,14 +189,10 @@ def _be_supervisor(
             signal.signal(number, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # a group of our own, for the front too
             os.setpgid(0, 0)
-        wakes, wake = socket.socketpair()
-        wakes.setblocking(False)
-        wake.setblocking(False)
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(wake.fileno())
+        children = _blocked_as_descriptor(signal.SIGCHLD)
         program._tell(_CONTINUED, 0)  # our group is there to move into
         _, descriptors, _, _ = socket.recv_fds(starting, 1, 1)
-        fds = {program.fileno(), starting.fileno(), wakes.fileno(), wake.fileno(), *kept}
+        fds = {program.fileno(), starting.fileno(), children, *kept}
         _close_all_but(fds | set(descriptors))
         os.chdir("/")
         if not descriptors:  # no filter; the program's process says why
@@ -203,10 +203,10 @@ def _be_supervisor(
 
         def on_child(events: int) -> None:
             with contextlib.suppress(BlockingIOError):
-                wakes.recv(4096)
+                os.read(children, _SIGNAL_INFO)
             program.reap()
 
-        supervisor.waits.watch(wakes.fileno(), on_child)
+        supervisor.waits.watch(children, on_child)
         supervisor.waits.watch(program.fileno(), program.on_front)
         starting.send(b"g")
         starting.close()
@@ -308,6 +308,22 @@ def _close_all_but(kept: Collection[int]) -> None:
     while (nothing := os.open(os.devnull, os.O_RDWR)) <= _LAST_STANDARD:
         pass
     os.close(nothing)
+
+
+def _blocked_as_descriptor(number: int) -> int:
+    """A descriptor that is readable when the signal has come, which interrupts nothing any more.
+
+    Interrupted while it adds a descriptor to a program, the kernel lets the program's call
+    return 0: ``socket()`` would give standard input.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    libc = ctypes.CDLL(None, use_errno=True)
+    mask = (1 << number - 1).to_bytes(_SIGNAL_SET, "little")
+    fd: int = libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC)
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return fd
 
 
 def _control(option: int, value: int) -> None:

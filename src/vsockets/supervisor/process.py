@@ -21,6 +21,9 @@ _KEPT = 256
 
 _NO_FLAGS = ctypes.c_ulong(0)  # goes on the stack: a plain 0 would fill half of its place
 
+#: More than the kernel writes to /proc/PID/status, in bytes.
+_LONGEST_STATUS = 16_384
+
 #: The longest text that can be asked for at a glance, in bytes.
 _GLANCE = 16
 
@@ -143,7 +146,7 @@ class Processes:
 
     @staticmethod
     def _first_thread(pid: int) -> int:
-        return int(_status(pid, b"Tgid:"))
+        return int(_status(pid, b"Tgid:")[0])
 
     # The rest
 
@@ -155,7 +158,25 @@ class Processes:
         """
         with contextlib.suppress(OSError):
             if os.stat(f"/proc/{pid}/ns/user").st_ino == os.stat("/proc/self/ns/user").st_ino:
-                return bool(int(_status(pid, b"CapEff:"), 16) >> capability & 1)
+                return bool(int(_status(pid, b"CapEff:")[0], 16) >> capability & 1)
+        return False
+
+    @staticmethod
+    def has_signal(pid: int) -> bool:
+        """Whether a signal has woken this thread, which waits in a call, and is not taken yet.
+
+        False whenever the kernel will not say.
+        """
+        with contextlib.suppress(OSError):
+            for _ in range(2):  # it may have been woken while we looked
+                state, mine, shared, blocked = _status(
+                    pid, b"State:", b"SigPnd:", b"ShdPnd:", b"SigBlk:"
+                )
+                if not (int(mine, 16) | int(shared, 16)) & ~int(blocked, 16):
+                    return False
+                if state != b"S":
+                    return True
+            # Another thread of its process is to take the signal.
         return False
 
     @staticmethod
@@ -173,9 +194,11 @@ def _open_for_a_moment(path: str, flags: int) -> int:
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
 
 
-def _status(pid: int, field: bytes) -> bytes:
-    with open(f"/proc/{pid}/status", "rb") as status:
-        for row in status:
-            if row.startswith(field):
-                return row.split()[1]
-    return b"0"
+def _status(pid: int, *fields: bytes) -> list[bytes]:
+    """Fields of the thread's ``status`` in /proc; OSError when it has ended."""
+    fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        status = os.read(fd, _LONGEST_STATUS)
+    finally:
+        os.close(fd)
+    return [status.partition(b"\n" + field)[2].split(None, 1)[0] for field in fields]

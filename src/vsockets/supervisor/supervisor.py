@@ -10,6 +10,7 @@ import os
 import re
 import select
 import signal
+import time
 from collections import OrderedDict
 from socket import (
     AF_UNIX,
@@ -20,8 +21,10 @@ from socket import (
     SOCK_STREAM,
     SOL_SOCKET,
 )
+from typing import NamedTuple
 
 from ..attachment import Attachment
+from ..limits import SIGNAL_LOOK, SIGNAL_PATIENCE
 from ..wire import Op, Record, Request, Role
 from .call import Answer, Call, Serving, SocketHandler
 from .calls import HANDLERS, SOCKET_HANDLERS
@@ -33,12 +36,12 @@ from .notification import Gone, Listener, Notification
 from .process import Processes
 from .sockets import Endpoint, Phase, Sockets, inode_in
 from .vsockd import Vsockd, cookie_of, is_control_socket
-from .waiting import Wait, Waits
+from .waiting import Wait, Waits, pause
 
 log = logging.getLogger(__name__)
 
 #: Answers that a thread was interrupted before it got; it asks again at once or never.
-_LOST_ANSWERS = 1024
+_KEPT_ANSWERS = 1024
 
 _TYPES = (SOCK_STREAM, SOCK_SEQPACKET, SOCK_DGRAM)
 #: What vsockd calls a datagram socket.
@@ -54,6 +57,14 @@ class _Task:
         self.call = call
         self.coroutine = coroutine
         self.key = 0
+
+
+class _Kept(NamedTuple):
+    """An answer that its thread has not got, or may not have: for when it makes the call again."""
+
+    call: Call
+    value: int
+    until: float  #: when it is given in any case, as ``time.monotonic``
 
 
 class Supervisor:
@@ -79,7 +90,7 @@ class Supervisor:
             getattr(machine, name): serve for name, serve in SOCKET_HANDLERS.items()
         }
         self._waiting: dict[int, _Task] = {}  # by thread
-        self._lost: OrderedDict[int, tuple[Call, int]] = OrderedDict()  # by thread
+        self._kept: OrderedDict[int, _Kept] = OrderedDict()  # by thread
         self._told_unsupported: set[int] = set()
         self._running = True
 
@@ -121,7 +132,7 @@ class Supervisor:
         ):
             self.listener.let_through(notification.id)
             return
-        if self._waiting or self._lost:
+        if self._waiting or self._kept:
             call = Call(self, notification)
             if self._is_call_again(call):
                 return
@@ -156,9 +167,9 @@ class Supervisor:
             del self._waiting[call.pid]
             self.waits.cancel(earlier.key)
             self._resume(earlier, Gone())
-        lost = self._lost.pop(call.pid, None)
-        if lost is not None and lost[0].is_same_as(call):
-            self._finish(call, lost[1])
+        kept = self._kept.pop(call.pid, None)
+        if kept is not None and kept.call.is_same_as(call):
+            self._give(kept._replace(call=call))
             return True
         return False
 
@@ -200,13 +211,32 @@ class Supervisor:
             self._waiting[pid] = task
 
     def _finish(self, call: Call, value: int) -> None:
-        try:
-            call.answer(value)
-        except Gone:
-            # Interrupted when all was done: the call must not be done again.
-            self._lost[call.pid] = call, value
-            if len(self._lost) > _LOST_ANSWERS:
-                self._lost.popitem(last=False)
+        self._give(_Kept(call, value, time.monotonic() + SIGNAL_PATIENCE))
+
+    def _give(self, answer: _Kept) -> None:
+        """Answer a call that is done, and must not be done again if a signal gets in between.
+
+        The kernel takes an answer also when a signal has woken the thread already, and then
+        drops it: the thread makes the call again although this end was told that all is well.
+        So first the thread is let take its signals.
+        """
+        pid = answer.call.pid
+        if not self.processes.has_signal(pid) or time.monotonic() >= answer.until:
+            try:
+                answer.call.answer(answer.value)
+                return
+            except Gone:
+                pass
+        else:
+            self.waits.add(pause(SIGNAL_LOOK), lambda _: self._give_again(answer))
+        self._kept[pid] = answer
+        if len(self._kept) > _KEPT_ANSWERS:
+            self._kept.popitem(last=False)
+
+    def _give_again(self, answer: _Kept) -> None:
+        if self._kept.get(answer.call.pid) is answer:  # else the call has been made again
+            del self._kept[answer.call.pid]
+            self._give(answer)
 
     # Sockets
 

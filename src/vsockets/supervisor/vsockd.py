@@ -60,10 +60,10 @@ class Vsockd:
             try:
                 if self._full:  # is it still?  This socket of ours cannot block
                     with contextlib.closing(_own_socket(endpoint.type)) as probe:
-                        self._context.enter(probe.connect, endpoint.type)
+                        self._context.enter(probe, endpoint.type)
                 with _hardly_blocking(sock):
-                    self._context.enter(sock.connect, endpoint.type)
-                    sock.getpeername()  # a signal of our own makes Python believe in success
+                    self._context.enter(sock, endpoint.type)
+                    sock.getpeername()  # when interrupted, by SIGCONT, Python believes in success
             except OSError as error:
                 if error.errno not in (errno.ENOBUFS, errno.ENOTCONN):
                     raise
@@ -91,7 +91,7 @@ class Vsockd:
         with contextlib.closing(_own_socket(SOCK_SEQPACKET)) as sock:
             while True:
                 try:
-                    self._context.enter(sock.connect, SOCK_SEQPACKET)
+                    self._context.enter(sock, SOCK_SEQPACKET)
                     break
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:

@@ -34,19 +34,64 @@ class Step(NamedTuple):
     result: str
 
 
-def demo(as_json: JsonOption = False) -> None:
-    """Show a host and two guests at work.
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def choose(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Show a host and two guests at work; amqp and nfs show the guide's use cases.
 
     In a private fabric, which is gone afterwards, files go from a guest to the host, datagrams
     from two guests, a guest is kept from another one, and the first transfer is made over TCP,
     too.  Exits with 1 if anything went wrong.
     """
+    if context.invoked_subcommand is None:
+        demo(as_json)
+
+
+@app.command("amqp")
+def amqp(as_json: JsonOption = False) -> None:
+    """Show two guests that talk by RabbitMQ (the guide's figure 1-1).
+
+    In a private fabric and with a private RabbitMQ, messages go from each guest to the other,
+    by stock clients and the three proxies; one proxy is killed in between.  Exits with 1 if
+    anything went wrong.  Needs rabbitmq-server to be installed, and runs its own.
+    """
+    from .demo_amqp import play
+
+    _perform(play, as_json)
+
+
+@app.command("nfs")
+def nfs(as_json: JsonOption = False) -> None:
+    """Show a host's folder in guests, over datagrams (the guide's figure 1-2).
+
+    In a private fabric two guests mount a folder of the host by NFS; the server is killed while
+    one of them writes; the other one reads the same, and a third is refused.  Exits with 1 if
+    anything went wrong.  Needs pyfuse3, fusermount3 and /dev/fuse.
+    """
+    from .demo_nfs import play
+
+    _perform(play, as_json)
+
+
+def demo(as_json: bool = False) -> None:
+    """The guide's chapters 3 to 5."""
+    _perform(_play, as_json)
+
+
+#: What plays a demo, with progress or without: what was done, and what was measured.
+Play = Callable[["Stage", bool], tuple[list[Step], dict[str, Any]]]
+
+
+def _perform(play: Play, as_json: bool) -> None:
+    """Play it, with progress on standard error, and print what came of it."""
     from .demo_stage import Stage  # here: it takes a while, and other commands' time
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with Stage() as stage:
-        steps, throughput = _play(stage, show_progress=not as_json)
+        steps, throughput = play(stage, not as_json)
     ok = all(step.ok for step in steps)
     if as_json:
         print_json({"ok": ok, "steps": [s._asdict() for s in steps], "throughput": throughput})
@@ -86,7 +131,7 @@ def _play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]
 def _send_files(sender: Program, cid: int, show_progress: bool) -> Step:
     offered = sender.hear()
     sender.tell("loudly")
-    with _progress(offered["bytes"], show_progress) as advance:
+    with progress("files to the host", offered["bytes"], show_progress) as advance:
         while "seconds" not in (said := sender.hear()):
             advance(said["sent"])
     # What each side computed from the bytes it had, and what each says of the client's address.
@@ -163,13 +208,13 @@ def _judge_throughput(measured: dict[str, Any]) -> list[Step]:
 
 
 @contextlib.contextmanager
-def _progress(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; the function it gives takes the bytes done so far."""
+def progress(what: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; the function it gives takes what is done so far."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not show, transient=True) as bar:
-        task = bar.add_task("files to the host", total=total)
+        task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)

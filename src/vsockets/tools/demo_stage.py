@@ -21,6 +21,11 @@ from .advice import Failure
 
 _PROGRAMS = Path(__file__).with_name("demo_programs.py")
 
+#: ``vsock``, as a command to run.
+VSOCK = (sys.executable, "-m", "vsockets.tools")
+
+_LISTENING = b"vsock: listening on "
+
 #: How long anything may take that is waited for, in seconds; nothing takes two.
 PATIENCE = 20.0
 
@@ -48,25 +53,21 @@ def undisturbed() -> Iterator[None]:
 
 
 class Program:
-    """One of the programs, running in a process of its own and in a context."""
+    """A program, running in a process of its own; ``services`` are those it may need."""
 
     def __init__(
         self,
-        fabric: PrivateFabric,
-        context: Attachment,
-        role: str,
-        arguments: Sequence[object],
+        name: str,
+        command: Sequence[str],
+        environment: dict[str, str],
         services: list[Program],
     ) -> None:
-        self.role = role
+        self.name = name
         self._services = services
         self._received = b""
         self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "vsockets.tools", "run", "--cid", str(context.cid), "--"),
-                *(sys.executable, "-P", os.fspath(_PROGRAMS), role, *map(str, arguments)),
-            ],
-            env=fabric.environment(context),
+            command,
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -94,6 +95,14 @@ class Program:
         assert isinstance(said, dict)
         return said
 
+    def hear_address(self) -> str:
+        """Where it says that it listens, as one of our own commands does that."""
+        line = self._read_line()
+        if not line.startswith(_LISTENING):
+            self._received = line + self._received
+            raise self._failure()
+        return line.removeprefix(_LISTENING).decode().strip()
+
     def end(self) -> None:
         """End it, whatever it is doing."""
         self._process.kill()
@@ -117,7 +126,7 @@ class Program:
             patience = max(0.0, deadline - time.monotonic())
             readable, _, _ = select.select([fd, *others], [], [], patience)
             if not readable:
-                raise Failure(f"the program {self.role} said nothing for {PATIENCE:g} s")
+                raise Failure(f"the program {self.name} said nothing for {PATIENCE:g} s")
             if fd not in readable:
                 raise others[readable[0]]._failure()
             data = os.read(fd, 65_536)
@@ -133,7 +142,7 @@ class Program:
         assert self._process.stdout is not None
         said = (self._received + self._process.stdout.read()).decode(errors="replace")
         last_line = said.strip().rpartition("\n")[2]
-        return Failure(f"the program {self.role} failed: {last_line}")
+        return Failure(f"the program {self.name} failed: {last_line}")
 
 
 class Stage:
@@ -158,9 +167,17 @@ class Stage:
             self.fabric.__exit__(kind, value, traceback)
 
     def start(self, context: Attachment, role: str, *arguments: object) -> Program:
-        """Start a program in ``context``."""
+        """Start one of the demo's programs in ``context``."""
+        command = [
+            *(*VSOCK, "run", "--cid", str(context.cid), "--"),
+            *(sys.executable, "-P", os.fspath(_PROGRAMS), role, *map(str, arguments)),
+        ]
+        return self.run(role, command, self.fabric.environment(context))
+
+    def run(self, name: str, command: Sequence[str], environment: dict[str, str]) -> Program:
+        """Start any program."""
         with undisturbed():
-            program = Program(self.fabric, context, role, arguments, self._services)
+            program = Program(name, command, environment, self._services)
             self._programs.append(program)
         return program
 

@@ -15,6 +15,7 @@ import typer
 
 from .. import logs
 from ..control import Events
+from ..locator import hybrid_problem
 from ..service_manager import notify_ready
 from ..state_folder import short_path
 from .options import LogFormat, LogFormatOption, read_cid
@@ -40,6 +41,7 @@ _Cid = Annotated[
         "--cid", parser=read_cid, metavar="CID", help="Its context; by default one that is free."
     ),
 ]
+_UntilEof = Annotated[bool, typer.Option("--until-eof", help="End when standard input does.")]
 _Sandbox = Annotated[bool, typer.Option(help="Give up every privilege and system call not needed.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Say what happens.")]
 
@@ -56,6 +58,7 @@ def vmci(
         bool,
         typer.Option("--protocol-1", help="Speak the first version of the stream protocol."),
     ] = False,
+    until_eof: _UntilEof = False,
     sandbox: _Sandbox = True,
     verbose: _Verbose = False,
     log_format: LogFormatOption = LogFormat.TEXT,
@@ -70,17 +73,19 @@ def vmci(
     from ..devices.vmci.machine import VmciMachine
 
     def begin(attached: _Attached) -> None:
-        loop, fabric, events, listener = attached
+        loop, fabric, events = attached
         machine = VmciMachine(loop, fabric, fabric.cid, events, legacy=legacy, older=older)
-        Server(loop, listener, machine.device, machine.settle)
+        Server(loop, _listen(path), machine.device, machine.settle)
 
-    _serve("VMCI", path, cid, sandbox, verbose, log_format, begin)
+    said = f"the VMCI device waits at {path}"
+    _serve(said, cid, until_eof, sandbox, verbose, log_format, begin)
 
 
 @app.command("virtio")
 def virtio(
     path: _Socket,
     cid: _Cid = None,
+    until_eof: _UntilEof = False,
     sandbox: _Sandbox = True,
     verbose: _Verbose = False,
     log_format: LogFormatOption = LogFormat.TEXT,
@@ -95,44 +100,111 @@ def virtio(
     from ..devices.virtio.machine import VirtioMachine
 
     def begin(attached: _Attached) -> None:
-        loop, fabric, events, listener = attached
+        loop, fabric, events = attached
         machine = VirtioMachine(loop, fabric, fabric.cid, events)
-        Server(loop, listener, machine.device)
+        Server(loop, _listen(path), machine.device)
 
-    _serve(
-        "virtio-vsock",
-        path,
-        cid,
-        sandbox,
-        verbose,
-        log_format,
-        begin,
-        datagrams=False,
-        seqpacket=True,
-    )
+    said = f"the virtio-vsock device waits at {path}"
+    common = (cid, until_eof, sandbox, verbose, log_format, begin)
+    _serve(said, *common, datagrams=False, seqpacket=True)
+
+
+@app.command("hybrid")
+def hybrid(
+    path: Annotated[
+        Path,
+        typer.Option("--socket", metavar="PATH", help="The unix socket of the machine's monitor."),
+    ],
+    cid: _Cid = None,
+    wait: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="How long a connect to the guest is tried again while nobody listens there, or "
+            "the machine does not run.",
+        ),
+    ] = 0.0,
+    until_eof: _UntilEof = False,
+    sandbox: _Sandbox = True,
+    verbose: _Verbose = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
+) -> None:
+    """Attach a virtual machine whose vsock is a unix socket: hybrid vsock (docs/hybrid.md).
+
+    Firecracker and Cloud Hypervisor call PATH uds_path and socket, vhost-device-vsock uds-path.
+    For each port that somebody of the host listens at, and the guest may reach, there is
+    PATH_PORT. The machine may be started before or after.
+    """
+    from ..devices.hybrid import HybridMachine
+    from ..splicing import allow_many_descriptors
+
+    if problem := hybrid_problem(str(path.absolute())):
+        raise typer.BadParameter(problem)
+    folder = path.absolute().parent
+    machines: list[HybridMachine] = []
+
+    def begin(attached: _Attached) -> None:
+        # In the folder a path is a name, which no length of the path makes too long.
+        os.chdir(folder)
+        allow_many_descriptors()
+        os.umask(0o177)  # who can connect to what is made here is taken for the guest
+        machines.append(HybridMachine(*attached, path.name, wait))
+
+    try:
+        said = f"hybrid vsock at {path}"
+        user = folder.stat().st_uid
+        _serve(
+            said,
+            cid,
+            until_eof,
+            sandbox,
+            verbose,
+            log_format,
+            begin,
+            datagrams=False,
+            host_ports=True,
+            user=user,
+        )
+    finally:
+        for machine in machines:
+            machine.close()
 
 
 class _Attached(NamedTuple):
     loop: DeviceLoop
     fabric: Attachment
     events: Events
-    listener: socket.socket
+
+
+def _listen(path: Path) -> socket.socket:
+    """Where the virtual machine's monitor connects."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    path.unlink(missing_ok=True)
+    with short_path(path) as spelled:
+        listener.bind(spelled)
+    listener.listen(1)
+    os.chmod(path, 0o600)
+    return listener
 
 
 def _serve(
-    name: str,
-    path: Path,
+    said: str,
     cid: int | None,
+    until_eof: bool,
     sandbox: bool,
     verbose: bool,
     log_format: LogFormat,
     begin: Callable[[_Attached], None],
     datagrams: bool = True,
     seqpacket: bool = False,
+    host_ports: bool = False,
+    user: int | None = None,
 ) -> None:
     """Attach a device to the context ``cid`` and run it; ``begin`` puts it together.
 
-    ``datagrams``, ``seqpacket``: what the guest has besides streams.
+    ``datagrams``, ``seqpacket``: what the guest has besides streams.  ``host_ports``: it has a unix
+    socket for each port of the host, in a folder of ``user``.
     """
     from ..devices.attachment import Attachment
     from ..devices.loop import DeviceLoop
@@ -141,25 +213,26 @@ def _serve(
     logs.begin(
         "vsock device: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value
     )
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     with administrator(start=True) as control:
         if cid is None or all(row["cid"] != cid for row in control.contexts()):
             cid = control.add_context(cid, lease=True)["cid"]
-        link = control.attach_device(cid, seqpacket)
+        link = control.attach_device(cid, seqpacket, host_ports)
         owner = next(row["owner"] for row in control.contexts() if row["cid"] == cid)
         events = control.events("context")
-        path.unlink(missing_ok=True)
-        with short_path(path) as spelled:
-            listener.bind(spelled)
-        listener.listen(1)
-        os.chmod(path, 0o600)
         loop = DeviceLoop()
-        begin(_Attached(loop, Attachment(loop, link, cid, datagrams), events, listener))
+        if until_eof:
+            loop.watch(sys.stdin.fileno(), lambda _: loop.stop() if _has_ended() else None)
+        begin(_Attached(loop, Attachment(loop, link, cid, datagrams), events))
         notify_ready()
         if sandbox:
-            enter_sandbox(owner)
-        log.log(logs.NOTICE, "context %d: the %s device waits at %s", cid, name, path)
+            enter_sandbox(owner if user is None else user, paths=host_ports)
+        log.log(logs.NOTICE, "context %d: %s", cid, said)
         with loop.signalled({signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop}):
             print(cid, flush=True)
             loop.run()
     sys.stdout.flush()
+
+
+def _has_ended() -> bool:
+    """Whether standard input is over; what comes before that says nothing to us."""
+    return not os.read(sys.stdin.fileno(), 4096)

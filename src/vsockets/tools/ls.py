@@ -6,13 +6,13 @@ import json
 import time
 from collections.abc import Collection
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..address import parse_port
 from ..control import Control
+from .holders import Holders
 from .live import IntervalOption, View, require_terminal, show
 from .options import JsonOption, parser_of, read_cid, read_user
 from .output import Column, make_table, print_json, print_table, user_name
@@ -138,13 +138,16 @@ class Filter:
 
 def _sockets(control: Control, wanted: Filter) -> list[dict[str, Any]]:
     names = {row["cid"]: row["name"] for row in control.contexts()}
-    sockets = [row for row in control.sockets() if wanted(row)]
+    sockets = control.sockets()
     fill_queues(sockets)
+    holders = Holders()
     for row in sockets:
         row["name"] = names.get(row["context"], "")
+        # Who has it now; vsockd, and its rules, know who registered it.
+        row["registered_by"] = {"pid": row["pid"], "uid": row["uid"]}
+        row["pid"], row["uid"], row["command"] = holders.find(row["pid"], row["uid"], row["inode"])
         row["user"] = user_name(row["uid"])
-        row["command"] = _command(row["pid"])
-    return sockets
+    return [row for row in sockets if wanted(row)]
 
 
 class _Sockets(View):
@@ -200,11 +203,3 @@ def _row(socket: dict[str, Any]) -> tuple[object, ...]:
 
 def _known(number: int | None) -> object:
     return "-" if number is None else number
-
-
-def _command(pid: int) -> str | None:
-    """The program's name; None when it has ended, having passed its socket on."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
-    except OSError:
-        return None

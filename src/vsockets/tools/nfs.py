@@ -108,8 +108,7 @@ def mount(
     ] = 65_536,
 ) -> None:
     """Mount a server's folder until it is unmounted, or this is ended."""
-    if importlib.util.find_spec("pyfuse3") is None:
-        raise Failure("there is no pyfuse3 in this Python: pip install 'vsockets[nfs]'")
+    require()
     from ..bridges.nfs.mounting import mount_and_serve
 
     mount_server = mount_server or server
@@ -135,6 +134,12 @@ def mount(
         asyncio.run(mount_and_serve(*arguments))
     except OSError as error:
         raise Failure(f"{export}: {error.strerror or error}") from None
+
+
+def require() -> None:
+    """Raises Failure when a library is not there, with what to install."""
+    if importlib.util.find_spec("pyfuse3") is None:
+        raise Failure("there is no pyfuse3 in this Python: pip install 'vsockets[nfs]'")
 
 
 def _expect(locator: Locator, name: str) -> None:

@@ -91,6 +91,8 @@ def fill_queues(rows: list[dict[str, Any]]) -> None:
     except OSError:
         return
     for row in rows:
+        if row["peer"] is None:
+            continue
         own, other = row["inode"], row["peer_inode"]
         if own is None and other in known:
             own = row["inode"] = known[other].peer

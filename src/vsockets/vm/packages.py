@@ -123,7 +123,9 @@ class Suite:
         sources = [f"deb {where} {name} {self.distribution.components}\n" for name in self._names]
         (self._root / "etc/apt/sources.list").write_text("".join(sources))
         path = self._root / "apt.conf"
-        path.write_text(_CONFIGURATION.format(root=self._root))
+        # Of the machine's configuration one setting counts here: a mirror may be a frozen one.
+        setting = run("apt-config", "dump", "Acquire::Check-Valid-Until")
+        path.write_text(_CONFIGURATION.format(root=self._root) + setting)
         run("apt-get", "update", APT_CONFIG=str(path))
         return str(path)
 

@@ -13,7 +13,9 @@ A change of the layout is a new version in MAGIC; ``tests/wire`` holds the layou
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from enum import IntEnum, IntFlag
+from functools import partial
 from typing import NamedTuple
 
 from ..buffers import BufferSizes
@@ -25,6 +27,10 @@ _REQUEST = struct.Struct("=IHHIIIIQQQQQQ")
 _RECORD = struct.Struct("=IHHIIIIIIIIQQQ")
 REQUEST_SIZE = _REQUEST.size
 RECORD_SIZE = _RECORD.size
+# What comes after MAGIC.
+_START = struct.pack("=I", MAGIC)
+_REQUEST_FIELDS = struct.Struct("=4xHHIIIIQQQQQQ")
+_RECORD_FIELDS = struct.Struct("=4xHHIIIIIIIIQQQ")
 
 #: What follows a request whose sender polls instead of blocking: enough that the kernel
 #: calls the socket not writable until vsockd has read it, which it does last of all.  So
@@ -58,6 +64,7 @@ class Flag(IntFlag):
     POLLING = 1  #: request: PADDING follows; an offer: it has yet to be taken off
     TRUSTED_STREAM = 2  #: record: the program's stream sockets are trusted (guide page 24)
     TRUSTED_DATAGRAM = 4  #: record: its datagram sockets are
+    OK_LINE = 8  #: an offer: who connects waits for a line of hybrid vsock instead of a record
 
 
 _POLLING = int(Flag.POLLING)
@@ -66,17 +73,17 @@ _new = tuple.__new__
 
 
 class Role(IntEnum):
-    """In a QUERY's answer: what the socket is."""
+    """In a QUERY's answer: what the socket is.  To a device: whether there is one like it."""
 
     BOUND = 1
-    LISTENING = 2
+    LISTENING = 2  #: to a device: its guest can connect to the local address
     CONNECTED = 3
     DATAGRAM = 4
+    GONE = 5  #: to a device: it can no longer
     TAP = 6  #: to a device: send what passes to the socket sent along, ``size`` bytes of each
 
 
 _CONNECT = int(Op.CONNECT)
-_CONNECTED = int(Role.CONNECTED)
 
 
 class Request(NamedTuple):
@@ -93,7 +100,9 @@ class Request(NamedTuple):
     minimum: int = 0
     maximum: int = 0
     cookie: int = 0  #: the sender's name for its socket: SO_COOKIE
-    inode: int = 0  #: QUERY: the socket's inode number
+    #: The socket's inode number.  QUERY: what is asked about; BIND, from a supervisor: where an
+    #: administrator finds the program that has the socket.
+    inode: int = 0
 
     def encode(self) -> bytes:
         """The request's REQUEST_SIZE bytes."""
@@ -104,17 +113,15 @@ class Request(NamedTuple):
         """Raises ProtocolError on anything :meth:`encode` cannot have made."""
         if len(data) != REQUEST_SIZE:
             raise ProtocolError(f"request of {len(data)} bytes, expected {REQUEST_SIZE}")
-        fields = _REQUEST.unpack(data)
-        if fields[0] != MAGIC:
-            raise ProtocolError(f"request starts with {fields[0]:#x}, expected {MAGIC:#x}")
-        return _new(cls, fields[1:])
+        if data[:4] != _START:
+            raise ProtocolError(f"request starts with {data[:4]!r}, expected {_START!r}")
+        return _new(cls, _REQUEST_FIELDS.unpack(data))
 
     @property
     def polling(self) -> bool:
         """Whether PADDING follows."""
         return self.flags & _POLLING != 0
 
-    @property
     def sizes(self) -> BufferSizes:
         """The three buffer sizes together."""
         return _new(BufferSizes, self[7:10])
@@ -146,10 +153,9 @@ class Record(NamedTuple):
         """Raises ProtocolError on anything :meth:`encode` cannot have made."""
         if len(data) != RECORD_SIZE:
             raise ProtocolError(f"record of {len(data)} bytes, expected {RECORD_SIZE}")
-        fields = _RECORD.unpack(data)
-        if fields[0] != MAGIC:
-            raise ProtocolError(f"record starts with {fields[0]:#x}, expected {MAGIC:#x}")
-        return _new(cls, fields[1:])
+        if data[:4] != _START:
+            raise ProtocolError(f"record starts with {data[:4]!r}, expected {_START!r}")
+        return _new(cls, _RECORD_FIELDS.unpack(data))
 
     @property
     def local(self) -> tuple[int, int]:
@@ -165,7 +171,7 @@ class Record(NamedTuple):
 def encode_connect(flags: int, peer: tuple[int, int], sizes: BufferSizes, cookie: int) -> bytes:
     """A CONNECT request, encoded.
 
-    This and :func:`encode_stream` are what every connect needs; they spare it the tuples.
+    This and :data:`encode_stream` are what every connect needs; they spare it the tuples.
     """
     cid, port = peer
     size, minimum, maximum = sizes
@@ -174,30 +180,6 @@ def encode_connect(flags: int, peer: tuple[int, int], sizes: BufferSizes, cookie
     )
 
 
-def encode_stream(
-    local: tuple[int, int],
-    peer: tuple[int, int],
-    peer_credentials: tuple[int, int, int],
-    size: int,
-    sizes: BufferSizes,
-) -> bytes:
-    """The record of an established stream, encoded."""
-    local_cid, local_port = local
-    peer_cid, peer_port = peer
-    pid, uid, gid = peer_credentials
-    return _RECORD.pack(
-        MAGIC,
-        0,
-        0,
-        local_cid,
-        local_port,
-        peer_cid,
-        peer_port,
-        _CONNECTED,
-        pid,
-        uid,
-        gid,
-        size,
-        sizes[1],
-        sizes[2],
-    )
+#: The record of an established stream, encoded.  Its arguments are a record's fields, from
+#: ``local_cid`` on.
+encode_stream: Callable[..., bytes] = partial(_RECORD.pack, MAGIC, 0, 0)

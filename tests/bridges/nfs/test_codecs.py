@@ -12,9 +12,14 @@ from vsockets.bridges.nfs import nfs3, rpc, xdr
 from vsockets.bridges.nfs.duplicates import Duplicates
 from vsockets.bridges.nfs.exports import NOBODY, Export, Identity
 from vsockets.bridges.nfs.handles import Identifier, Signer
+from vsockets.bridges.nfs.limits import (
+    NFS_LONGEST_WAIT,
+    NFS_PATIENCE,
+    NFS_SHORTEST_WAIT,
+    NFS_WINDOW,
+)
 from vsockets.bridges.nfs.retransmission import RoundTrips, Transmission, Window
 from vsockets.bridges.nfs.rpc import Auth, AuthSys, Call
-from vsockets.limits import NFS_LONGEST_WAIT, NFS_PATIENCE, NFS_SHORTEST_WAIT, NFS_WINDOW
 
 uints = st.integers(0, 2**32 - 1)
 hypers = st.integers(0, 2**64 - 1)

@@ -170,8 +170,8 @@ def test_a_listing_goes_on_whatever_changes(guest: Played, plus: bool) -> None:
     cookie, verifier, end = 0, bytes(8), False
     while not end:
         sizes = (1024, 4096) if plus else (2048,)
-        name = "readdirplus" if plus else "readdir"
-        _, verifier, entries, end = guest.ok(name, root, cookie, verifier, *sizes)
+        procedure = "readdirplus" if plus else "readdir"
+        _, verifier, entries, end = guest.ok(procedure, root, cookie, verifier, *sizes)
         seen += [entry.name for entry in entries]
         cookie = entries[-1].cookie if entries else cookie
         gone = next(iter(names - set(seen)), None)

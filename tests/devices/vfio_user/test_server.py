@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vsockets.devices.conversation import ProtocolError
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vfio_user import ConfigSpace, Identity, Interrupts, Irq, Region, Server, pci
@@ -28,7 +29,6 @@ from vsockets.devices.vfio_user.messages import (
     Command,
     Decoder,
     Message,
-    ProtocolError,
 )
 
 PAGE = 4096

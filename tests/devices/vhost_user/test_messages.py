@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vsockets.devices.conversation import ProtocolError
 from vsockets.devices.vhost_user.messages import (
     HEADER,
     Decoder,
     Message,
-    ProtocolError,
     Request,
     encode,
     reply,

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vsockets.devices.conversation import ProtocolError
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.vhost_user import Session, Vring, messages
 from vsockets.devices.vhost_user.messages import (
@@ -18,7 +19,6 @@ from vsockets.devices.vhost_user.messages import (
     Flag,
     Message,
     Protocol,
-    ProtocolError,
     Request,
 )
 

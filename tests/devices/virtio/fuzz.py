@@ -142,7 +142,7 @@ class Session:
         for _ in range(3):
             self.host.act()
         self.device.work()
-        self.loop.call_later(0.0, self.loop.stop)
+        self.loop.turn()
         for link in list(self.device.links.values()):
             if link.sock is not None and self.random.random() < 0.3:
                 self.device._ready(link, self.random.choice((1, 4, 5, 0x2001, 0x2015)))
@@ -210,7 +210,7 @@ class Session:
             ring.close()
         for sock in self.host.sockets:
             sock.close()
-        self.loop._epoll.close()
+        self.loop.close()
         self.memory.close()
 
 

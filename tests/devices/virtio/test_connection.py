@@ -128,11 +128,11 @@ def test_what_makes_no_sense_resets(op: int) -> None:
     assert said(link) == [(Op.RST, 0)]
 
 
-def test_credit_is_told_when_three_quarters_were_passed_on() -> None:
+def test_credit_is_told_when_half_was_passed_on() -> None:
     link = opened()
     link.receive.tell()
     assert link.take(4096)
-    link.passed_on(3071)
+    link.passed_on(2047)
     assert said(link) == []
     link.passed_on(1)
     assert said(link) == [(Op.CREDIT_UPDATE, 0)]

@@ -66,7 +66,7 @@ def test_a_port_where_nobody_listens_is_refused_at_once(rig: Rig) -> None:
     guest = rig.guest()
     with pytest.raises(ConnectionResetError):
         connect(guest, 1024, HOST)
-    assert not rig.device.links
+    wait_until(lambda: not rig.device.links, "the connection to be forgotten")
 
 
 def test_the_host_connects(rig: Rig) -> None:
@@ -85,7 +85,7 @@ def test_the_host_connects_to_a_port_where_nobody_listens(rig: Rig) -> None:
     header, _ = guest.next_packet()
     guest.send(guest.header(Op.RST, header.dst_port, (header.src_cid, header.src_port)))
     wait_until(lambda: answers == [errno.ECONNRESET], "the host to be told")
-    assert not rig.device.links
+    wait_until(lambda: not rig.device.links, "the connection to be forgotten")
 
 
 def test_a_host_that_connects_before_the_guest_is_there_is_told(rig: Rig) -> None:
@@ -343,7 +343,7 @@ def test_a_guest_that_resets_an_attempt(rig: Rig) -> None:
     wait_until(lambda: bool(rig.host.held), "the attempt")
     guest.send(guest.header(Op.RST, 77, HOST))
     wait_until(lambda: rig.host.given_up == 1, "the attempt to be given up")
-    assert not rig.device.links
+    wait_until(lambda: not rig.device.links, "the connection to be forgotten")
 
 
 def test_a_flood_of_requests_waits_when_the_guest_takes_no_answers(rig: Rig) -> None:
@@ -393,6 +393,23 @@ def test_messages_keep_their_boundaries(rig: Rig) -> None:
     sock.close()
     while stream.ended != BOTH:
         stream.hear()
+
+
+def test_ends_of_records(rig: Rig) -> None:
+    """Of AF_VSOCK's MSG_EOR a unix socket knows nothing: a descriptor stands for it."""
+    rig.host.open_ports.add(5000)
+    stream = connect(rig.guest(), 1024, HOST, type=Type.SEQPACKET)
+    (sock,) = rig.host.accepted
+    for end in (Sequenced.END_OF_RECORD, 0):
+        stream.send(b"message", flags=int(Sequenced.END_OF_MESSAGE | end))
+        data, _, flags, _ = sock.recvmsg(100)
+        assert data == b"message"
+        assert bool(flags & socket.MSG_CTRUNC) is bool(end)
+    with open(os.devnull) as marker:
+        socket.send_fds(sock, [b"to the guest"], [marker.fileno()])
+    sock.send(b"and on")
+    for end in (Sequenced.END_OF_RECORD, 0):
+        assert stream.hear().flags == Sequenced.END_OF_MESSAGE | end
 
 
 def test_a_message_as_large_as_the_buffer_always_gets_through(rig: Rig) -> None:
@@ -456,7 +473,7 @@ def test_suspension_drops_connections_by_an_event(rig: Rig) -> None:
     rig.call(rig.device.drop_connections)
     assert stream.guest.next_event() == TRANSPORT_RESET
     assert sock.recv(1) == b""
-    assert not rig.device.links
+    wait_until(lambda: not rig.device.links, "the connection to be forgotten")
     opened(rig, stream.guest)
 
 

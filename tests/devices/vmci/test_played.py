@@ -14,6 +14,7 @@ import pytest
 
 from vsockets.buffers import BufferSizes
 from vsockets.devices.attachment import Offer
+from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.datagrams import Code, Datagram, Event, Handle, Hypercall
 from vsockets.devices.vmci.packets import Kind, Packet, Shutdown, handle_value
 from vsockets.limits import MAX_DATAGRAM, QUEUE_PAIRS
@@ -180,6 +181,43 @@ class TestStreams:
         turn_until(guest, lambda: _took(theirs, 20_000 - got))
         assert said < 20
 
+    def test_an_answer_is_looked_for(self, guest: PlayedGuest) -> None:
+        """Who talk to each other are not told of each word: the device looks."""
+        stream = guest.connect(1234, 65_536)
+        theirs = guest.fabric.streams[0]
+        said = 0
+        tell = stream.tell
+
+        def count(kind: int, value: int = 0) -> None:
+            nonlocal said
+            said += 1
+            tell(kind, value)
+
+        stream.tell = count  # type: ignore[method-assign]
+        for _ in range(20):
+            stream.write(b"question")
+            turn_until(guest, lambda: _took(theirs, 8))
+            theirs.send(b"answer")
+            turn_until(guest, lambda: stream.read() == b"answer")
+        assert said < 10
+
+    def test_who_waits_for_more_is_told_again(self, guest: PlayedGuest) -> None:
+        """SO_RCVLOWAT: the queue was not empty before, and yet the reader sleeps."""
+        guest.connect(1234, 65_536)
+        theirs = guest.fabric.streams[0]
+        theirs.send(b"1")
+        guest.loop.turn()
+        assert [packet.kind for packet in guest.packets()] == [Kind.WROTE]
+        theirs.send(b"2")
+        told: list[int] = []
+
+        def is_told() -> bool:
+            told.extend(packet.kind for packet in guest.packets())
+            return bool(told)
+
+        turn_until(guest, is_told)
+        assert told == [Kind.WROTE]
+
     def test_unread_data_outlives_the_guests_close(self, guest: PlayedGuest) -> None:
         stream = guest.connect(1234, 262_144)
         theirs = guest.fabric.streams[0]
@@ -249,6 +287,21 @@ class TestStreams:
         assert theirs.recv(1) == b""
         guest.probe()
         guest.connect(1234, 4096)
+
+    def test_no_access_to_memory_any_more(self, guest: PlayedGuest) -> None:
+        """What a kernel does to every device before it makes way for another (kexec)."""
+        command, on, off = 4, b"\x06\x00", b"\x02\x00"
+        guest.device.write(Region.CONFIG, command, on)
+        stream = guest.connect(1234, 4096)
+        stream.write(b"before")
+        theirs = guest.fabric.streams[0]
+        guest.device.write(Region.CONFIG, command, off)
+        with contextlib.suppress(OSError):
+            theirs.send(b"into memory that is somebody else's now")
+        guest.loop.turn()
+        assert theirs.recv(100) == b"before"
+        assert theirs.recv(1) == b""
+        assert stream.read() == b""
 
     def test_packets_for_nobody(self, guest: PlayedGuest) -> None:
         guest.packet(Packet(Kind.WROTE, 1, 2))

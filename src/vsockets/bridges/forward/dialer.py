@@ -13,10 +13,10 @@ from typing import Any
 
 from ...attachment import Place
 from ...limits import FORWARD_FIRST_PAUSE, FORWARD_LONGEST_PAUSE
-from ...locator import Exec, Inet, Locator, Stdio, Unix, Vsock, VsockMux
+from ...locator import Exec, Inet, Locator, Stdio, Unix, Vsock, VsockFolder, VsockMux
 from ...socket import socket
 from ...state_folder import connect_to
-from ..hybrid_vsock import Answer, connect_line
+from ...wire.hybrid import Answer, connect_line, hyperkit_line
 from .resolver import Resolver
 from .stdio import standard_streams
 
@@ -90,6 +90,10 @@ class Dialer:
                 return await self._unix(path)
             case VsockMux(path, port):
                 return await self._mux(path, port)
+            case VsockFolder("hyperkit", path, cid, port):
+                return await self._hyperkit(path, hyperkit_line(cid, port))
+            case VsockFolder():
+                return await self._unix(locator.socket_path)
             case Exec(command):
                 return self._execute(command, client)
             case Stdio():
@@ -131,11 +135,15 @@ class Dialer:
         sock = await self._unix(path)
         return await self._attempt(sock, self._ask_for_port(sock, port))
 
+    async def _hyperkit(self, folder: str, line: bytes) -> stdlib.socket:
+        sock = await self._unix(f"{folder}/connect")
+        return await self._attempt(sock, self._loop.sock_sendall(sock, line))
+
     async def _ask_for_port(self, sock: stdlib.socket, port: int) -> None:
         await self._loop.sock_sendall(sock, connect_line(port))
         answer = Answer()
-        while not answer.take(await self._loop.sock_recv(sock, 1)):
-            pass
+        while answer.port is None:
+            answer.take(await self._loop.sock_recv(sock, 1))
 
     def _execute(self, command: tuple[str, ...], client: tuple[int, int] | None) -> stdlib.socket:
         environment = dict(os.environ)

@@ -1,19 +1,4 @@
-"""Moving bytes between pairs of streams, inside the kernel.
-
-Each direction of a connection is ``splice`` from one socket into a pipe and from the pipe into
-the other socket, so no byte is copied into this process.  A direction owns a pipe only while it
-has bytes in it: ten thousand silent connections need none.
-
-The rules that keep what the two ends would see of each other:
-
-- *Back-pressure.*  While a pipe has bytes in it nothing is read from its source.
-- *Half-close.*  The end of one direction is passed on with ``shutdown(SHUT_WR)``; the other
-  direction goes on.
-- *Nobody reads any more.*  A sink that takes no more is answered by ``shutdown(SHUT_RD)`` on the
-  source, which a unix or vSockets sender notices.
-- *Reset.*  What TCP calls a reset is passed on as one to a TCP socket.  A unix or vSockets
-  stream says "reset" when its owner closed it with bytes unread; what it had sent before still
-  counts, so that is passed on as an end.
+"""The pump in asyncio.
 
 asyncio does what comes before, connects and handshakes, where a coroutine is worth its price.  A
 round trip through its event handling costs as much as the moving itself, though, so established
@@ -24,143 +9,81 @@ connections have an epoll of their own, in which asyncio's is one member: see
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import fcntl
-import functools
-import os
 import select
 import selectors
 import socket
-import struct
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...limits import FORWARD_PIPE, FORWARD_SPARE_PIPES, FORWARD_TURN
-
-_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
-_IN, _OUT, _HUNG_UP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP
-#: Nothing is wanted.  Edge-triggered, because the kernel tells of hang-ups whether wanted or not,
-#: and once is enough.
-_NOTHING = select.EPOLLET
-_WRITABLE = _OUT | _HUNG_UP | select.EPOLLERR
-_READABLE = _IN | _HUNG_UP | select.EPOLLERR
-#: Who sends less at a time than this, in bytes, is not likely to have sent more already.
-_SMALL = 4096
-
-_DISCARD = _COPIED = 65_536  #: bytes at a time
-
-_RESET_AT_CLOSE = struct.pack("ii", 1, 0)
-
-_TCP = (socket.AF_INET, socket.AF_INET6)
+from ... import splicing
 
 
-class _Pipe:
-    __slots__ = ("reader", "size", "writer")
-
-    def __init__(self) -> None:
-        self.reader, self.writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            self.size = _grow(self.writer)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        os.close(self.reader)
-        os.close(self.writer)
-
-
-def _grow(pipe: int) -> int:
-    try:
-        return fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, FORWARD_PIPE)
-    except PermissionError:  # this user has a lot of pipes already (pipe-user-pages-soft)
-        return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
-
-
-def _copy(tap: Callable[[bytes], None], source: _End, pipe: _Pipe) -> int:
-    """As splice from the source into an empty pipe, but seen."""
-    data = source.sock.recv(min(pipe.size, _COPIED))
-    if data:
-        tap(data)
-        os.write(pipe.writer, data)
-    return len(data)
-
-
-class _End:
-    """One of the two sockets of a connection."""
-
-    __slots__ = ("connection", "fd", "mask", "receiving", "sending", "sock")
-
-    def __init__(self, connection: Connection, sock: socket.socket) -> None:
-        self.connection = connection
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.mask = _IN
-        self.receiving: _Direction  # the direction that reads from it
-        self.sending: _Direction  # the direction that writes to it
-
-
-class _Direction:
-    """Bytes on their way from one end to the other."""
-
-    __slots__ = ("done", "moved", "pending", "pipe", "sink", "source", "tap")
-
-    def __init__(self, source: _End, sink: _End) -> None:
-        self.source = source
-        self.sink = sink
-        self.pipe: _Pipe | None = None
-        self.pending = 0  #: bytes in the pipe
-        self.done = False  #: the source has ended and the sink knows, or the sink takes no more
-        self.moved = 0  #: bytes the sink has taken
-        self.tap: Callable[[bytes], None] | None = None  #: sees what passes, and b"" for the end
-
-
-class Connection:
+class Connection(splicing.Connection):
     """Two joined streams.  ``ended`` resolves to None, or to the OSError that ended it."""
 
     def __init__(self, pump: Pump, one: socket.socket, other: socket.socket) -> None:
+        super().__init__(pump, one, other)
         self.ended: asyncio.Future[OSError | None] = pump.loop.create_future()
-        self.last_moved = time.monotonic()
-        self._pump = pump
-        first, second = _End(self, one), _End(self, other)
-        self.ends = (first, second)
-        self.there = _Direction(first, second)
-        self.back = _Direction(second, first)
-        first.receiving = second.sending = self.there
-        first.sending = second.receiving = self.back
+        self._wake = pump.wake
 
-    @property
-    def moved(self) -> tuple[int, int]:
-        """Bytes that the second socket has taken, and bytes that the first has."""
-        return self.there.moved, self.back.moved
-
-    def close(self) -> None:
-        """End both streams."""
-        if not self.ended.done():
-            self._pump.end(self)
+    def finished(self, why: OSError | None) -> None:
+        if not self.ended.done():  # whoever waited for it was cancelled
+            self.ended.set_result(why)
+            self._wake()
 
 
 class PumpSelector(selectors.BaseSelector):
     """asyncio's selector, which serves a pump's connections while it waits."""
 
     def __init__(self) -> None:
-        self.epoll = select.epoll()
-        self.serve: Callable[[list[tuple[int, int]]], bool] = bool  #: events are asyncio's own?
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._awaited = False  # asyncio has something to do because of a connection
         self._rest = selectors.EpollSelector()
-        self.epoll.register(self._rest.fileno(), select.EPOLLIN)
+        self._epoll.register(self._rest.fileno(), select.EPOLLIN)
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for what is asyncio's own.  What is the pump's is served and not returned."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            if self.serve(self.epoll.poll(timeout)):
+            if self._serve(self._epoll.poll(timeout)):
                 return self._rest.select(0)
             if deadline is not None:
                 timeout = deadline - time.monotonic()
                 if timeout <= 0:
                     return []
+
+    def wake(self) -> None:
+        """Have asyncio look at what it has to do, after the events that are being served."""
+        self._awaited = True
+
+    def _serve(self, ready: list[tuple[int, int]]) -> bool:
+        """Serve events; whether asyncio has something to do now."""
+        callbacks = self._callbacks
+        for fd, events in ready:
+            callback = callbacks.get(fd)
+            if callback is None:  # asyncio's, or of a connection that has just ended
+                self._awaited = True
+            else:
+                callback(events)
+        awaited, self._awaited = self._awaited, False
+        return awaited
+
+    # As the pump's poller
+
+    def watch_for(self, fd: int, callback: Callable[[int], None], events: int) -> None:
+        self._callbacks[fd] = callback
+        self._epoll.register(fd, events)
+
+    def change(self, fd: int, events: int) -> None:
+        self._epoll.modify(fd, events)
+
+    def unwatch(self, fd: int) -> None:
+        self._callbacks.pop(fd, None)  # closing takes it out of the epoll
+
+    # As asyncio's selector
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         return self._rest.register(fileobj, events, data)
@@ -175,23 +98,17 @@ class PumpSelector(selectors.BaseSelector):
         return self._rest.get_map()
 
     def close(self) -> None:
-        self.epoll.close()
+        self._epoll.close()
         self._rest.close()
 
 
-class Pump:
+class Pump(splicing.Pump):
     """Serves any number of connections in an asyncio loop made with ``selector``."""
 
     def __init__(self, selector: PumpSelector) -> None:
+        super().__init__(selector)
         self.loop = asyncio.get_running_loop()
-        self.now = time.monotonic()
-        self.connections: set[Connection] = set()
-        self._selector = selector
-        self._epoll = selector.epoll
-        self._by_fd: dict[int, _End] = {}
-        self._pipes: list[_Pipe] = []
-        self._awaited = False  # asyncio has something to do because of us
-        selector.serve = self._serve
+        self.wake = selector.wake
 
     def join(
         self,
@@ -204,191 +121,14 @@ class Pump:
     ) -> Connection:
         """Join two connected stream sockets, which are the pump's from now on.
 
-        ``said`` is what was read from ``one`` already and is for ``other``: at most 64 KiB.
-        After ``idle`` seconds in which nothing moved in either direction the connection is
-        ended with ETIMEDOUT.
-
-        With ``tap`` the bytes are copied through this process, and shown to it: whether they go
-        from ``one`` to ``other``, and no bytes for the end of that direction.
+        ``said`` and ``tap`` are as :meth:`vsockets.splicing.Pump.start` has them.  After ``idle``
+        seconds in which nothing moved in either direction the connection is ended with ETIMEDOUT.
         """
         connection = Connection(self, one, other)
-        self.connections.add(connection)
-        if tap is not None:
-            connection.there.tap = functools.partial(tap, True)
-            connection.back.tap = functools.partial(tap, False)
-        try:
-            if said:
-                if tap is not None:
-                    tap(True, said)
-                pipe = self._take_pipe(connection.there)
-                connection.there.pending = os.write(pipe.writer, said)
-            for end in connection.ends:
-                end.sock.setblocking(False)
-                self._epoll.register(end.fd, end.mask)
-                self._by_fd[end.fd] = end
-            for end in connection.ends:
-                self._watch(end)
-        except OSError as error:
-            self.end(connection, error)
-            return connection
-        if idle is not None:
+        self.start(connection, said, tap)
+        if idle is not None and not connection.ended.done():
             self._watch_idleness(connection, idle)
         return connection
-
-    def close(self) -> None:
-        """End all connections."""
-        for connection in list(self.connections):
-            self.end(connection)
-        self._selector.serve = bool
-        for pipe in self._pipes:
-            pipe.close()
-        self._pipes.clear()
-
-    def end(self, connection: Connection, why: OSError | None = None, reset: bool = False) -> None:
-        """End both streams of ``connection``, with ``reset`` as TCP does that."""
-        self.connections.discard(connection)
-        for direction in (connection.there, connection.back):
-            if not direction.done:
-                self._close_direction(direction)
-        for end in connection.ends:
-            self._by_fd.pop(end.fd, None)
-            if reset and end.sock.family in _TCP:
-                with contextlib.suppress(OSError):
-                    end.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
-            end.sock.close()  # which takes it out of the epoll, too
-        if not connection.ended.done():
-            connection.ended.set_result(why)
-            self._awaited = True
-
-    # Events
-
-    def _serve(self, ready: list[tuple[int, int]]) -> bool:
-        """Serve events; whether asyncio has something to do now."""
-        self.now = time.monotonic()
-        for fd, events in ready:
-            end = self._by_fd.get(fd)
-            if end is None:  # asyncio's, or of a connection that has just ended
-                self._awaited = True
-                continue
-            receiving, sending = end.receiving, end.sending
-            if events & _WRITABLE and sending.pending:
-                self._move(sending)
-            if events & _READABLE and not (receiving.pending or receiving.done):
-                self._move(receiving)
-            if events & _HUNG_UP and not sending.done:
-                self._no_more(sending)
-        awaited, self._awaited = self._awaited, False
-        return awaited
-
-    def _move(self, direction: _Direction) -> None:
-        """Move what can be moved now, within one turn's share."""
-        source, sink = direction.source, direction.sink
-        try:
-            pipe = direction.pipe or self._take_pipe(direction)
-        except OSError as error:  # no descriptor for one
-            self.end(source.connection, error, reset=True)
-            return
-        size = pending = direction.pending
-        budget = FORWARD_TURN
-        try:
-            while True:
-                if pending:
-                    size = os.splice(pipe.reader, sink.fd, pending, flags=_FLAGS)
-                    direction.moved += size
-                    direction.pending = pending = pending - size
-                    if pending:
-                        continue
-                    budget -= size
-                    if size < _SMALL or budget <= 0:
-                        break  # epoll will say so if there is more
-                if direction.tap is None:
-                    size = os.splice(source.fd, pipe.writer, pipe.size, flags=_FLAGS)
-                else:
-                    size = _copy(direction.tap, source, pipe)
-                if not size:
-                    self._finish(direction)
-                    return
-                direction.pending = pending = size
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self._failed(direction, error)
-            return
-        source.connection.last_moved = self.now
-        if not pending:
-            self._give_pipe_back(direction)
-        # Either the sink is waited for, or the source.
-        if bool(pending) != bool(sink.mask & _OUT):
-            self._watch(source)
-            self._watch(sink)
-
-    def _failed(self, direction: _Direction, error: OSError) -> None:
-        writing = direction.pending > 0
-        if writing and error.errno == errno.EPIPE:
-            self._no_more(direction)
-        elif writing or direction.source.sock.family in _TCP:
-            self.end(direction.source.connection, error, reset=True)
-        else:
-            self._finish(direction)
-            if not direction.source.sending.done:
-                self._no_more(direction.source.sending)
-
-    def _finish(self, direction: _Direction) -> None:
-        """The source has ended, and the sink has it all: tell it."""
-        with contextlib.suppress(OSError):  # it may have gone
-            direction.sink.sock.shutdown(socket.SHUT_WR)
-        self._end_direction(direction)
-
-    def _no_more(self, direction: _Direction) -> None:
-        """The sink takes no more: what is on its way is lost, and the source is told."""
-        sock = direction.source.sock
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RD)
-            # A sender that polls for room does not wake up before there is some.
-            while sock.family not in _TCP and sock.recv(_DISCARD):
-                pass
-        self._end_direction(direction)
-
-    def _end_direction(self, direction: _Direction) -> None:
-        self._close_direction(direction)
-        connection = direction.source.connection
-        if connection.there.done and connection.back.done:
-            self.end(connection)
-        else:
-            self._watch(direction.source)
-            self._watch(direction.sink)
-
-    def _close_direction(self, direction: _Direction) -> None:
-        direction.done = True
-        self._give_pipe_back(direction)
-        if direction.tap is not None:
-            direction.tap(b"")
-
-    def _watch(self, end: _End) -> None:
-        """Ask epoll for what is wanted of ``end`` now."""
-        reading = not (end.receiving.pending or end.receiving.done)
-        mask = (_IN if reading else 0) | (_OUT if end.sending.pending else 0) or _NOTHING
-        if end.mask != mask:
-            end.mask = mask
-            self._epoll.modify(end.fd, mask)
-
-    # Pipes
-
-    def _take_pipe(self, direction: _Direction) -> _Pipe:
-        direction.pipe = self._pipes.pop() if self._pipes else _Pipe()
-        return direction.pipe
-
-    def _give_pipe_back(self, direction: _Direction) -> None:
-        pipe, direction.pipe = direction.pipe, None
-        if pipe is None:
-            return
-        if direction.pending or len(self._pipes) >= FORWARD_SPARE_PIPES:
-            pipe.close()
-        else:
-            self._pipes.append(pipe)
-        direction.pending = 0
-
-    # Idleness
 
     def _watch_idleness(self, connection: Connection, idle: float) -> None:
         def look() -> None:

@@ -17,7 +17,8 @@ log = logging.getLogger("vsockets.forward")
 class Complaints:
     """Warnings that clients can cause: some a second, the rest counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: logging.Logger = log) -> None:
+        self._log = log
         self._meter = Meter(FORWARD_LOG_RATE)
         self._left_out = 0
 
@@ -27,9 +28,9 @@ class Complaints:
             self._left_out += 1
             return
         if self._left_out:
-            log.warning("%d complaints were left out", self._left_out)
+            self._log.warning("%d complaints were left out", self._left_out)
             self._left_out = 0
-        log.warning(text, *arguments)
+        self._log.warning(text, *arguments)
 
 
 def peer_of(sock: stdlib.socket) -> tuple[int, int] | None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 import signal
 import socket as stdlib
 from collections.abc import Callable, Iterable
 
 from ...attachment import Place
 from ...locator import Exec, Inherited, Locator, Stdio
+from ...splicing import allow_many_descriptors
 from ..capture.recorder import Recorder
-from ..doors import Door
+from ..doors import Door, open_door
+from ..running import first
 from .datagram_forward import DatagramForward
 from .dialer import Dialer
 from .pump import Pump, PumpSelector
@@ -58,7 +59,8 @@ class Service:
         try:
             for source, settings in by_source.items():
                 if source not in self._forwards:
-                    doors[source] = self._open(settings)
+                    nowhere = isinstance(source, Stdio | Exec)
+                    doors[source] = None if nowhere else self._open(settings)
         except OSError:
             for door in doors.values():
                 if door is not None:
@@ -107,14 +109,8 @@ class Service:
             forward.close()
         self._pump.close()
 
-    def _open(self, settings: Settings) -> Door | None:
-        if isinstance(settings.source, Stdio | Exec):
-            return None
-        try:
-            door = Door(settings.source, self._context)
-        except OSError as error:
-            why = error.strerror or str(error)
-            raise OSError(error.errno, f"cannot listen on {settings.source}: {why}") from None
+    def _open(self, settings: Settings) -> Door:
+        door = open_door(settings.source, self._context)
         datagram = door.sockets[0].type == stdlib.SOCK_DGRAM
         if isinstance(settings.source, Inherited) and datagram != settings.target.datagram:
             door.close()
@@ -152,7 +148,7 @@ def run(
 
     Raises OSError when that cannot be.
     """
-    _allow_many_descriptors()
+    allow_many_descriptors()
     selector = PumpSelector()
 
     async def main() -> None:
@@ -204,24 +200,6 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     ready(service)
-    await _first(service.finished(), stopped.wait(), broken)
+    await first(service.finished(), stopped.wait(), broken)
     if stopped.is_set():
-        await _first(service.drain(drain), cut.wait())
-
-
-async def _first(*awaitables: object) -> None:
-    """Return when the first is done, and raise what it raises; the others are called off."""
-    tasks = [asyncio.ensure_future(one) for one in awaitables]  # type: ignore[call-overload]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def _allow_many_descriptors() -> None:
-    """Every connection is two descriptors; the usual soft limit is for select()'s sake."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        await first(service.drain(drain), cut.wait())

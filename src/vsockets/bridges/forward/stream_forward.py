@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from ...limits import FORWARD_ACCEPTS, FORWARD_LONGEST_PAUSE, FORWARD_PROXY_SECONDS
+from ...limits import FORWARD_PROXY_SECONDS
 from ...locator import Exec, Inet, Proxy, Stdio
+from ..entrance import Entrance
 from .dialer import Dialer, NotAdmitted
 from .front_end import BadRequest, FrontEnd, Refusal
 from .reports import Complaints, describe_peer, log, peer_of
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from ..capture.recorder import Recorder
     from ..doors import Door
     from .pump import Pump
-
-#: How long to leave a listener alone that cannot be accepted from, in seconds.
-_ACCEPT_AGAIN = 0.1
 
 
 class StreamForward:
@@ -42,25 +40,35 @@ class StreamForward:
         door: Door | None,
         pump: Pump,
         dialer: Dialer,
-        reopen: Callable[[Settings], Door | None],
+        reopen: Callable[[Settings], Door],
         recorder: Recorder | None = None,
     ) -> None:
         self.settings = settings
-        self.door = door
-        self._reopen = reopen
         self.failure: OSError | None = None  #: why the only connection did not come about
         self._pump = pump
         self._dialer = dialer
         self._recorder = recorder
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._listening = False
         self._complaints = Complaints()
         self._finished = asyncio.Event()
+        self._entrance: Entrance | None = None
         if door is None:
             self._start(self._serve_origin())
         else:
-            self._listen(True)
+            self._entrance = Entrance(
+                settings.source,
+                door,
+                self._enter,
+                has_room=lambda: self.connections < self.settings.max_connections,
+                reopen=lambda: reopen(self.settings),
+                log=log,
+            )
+
+    @property
+    def door(self) -> Door | None:
+        """Where clients come to; None when nobody can any more."""
+        return self._entrance.door if self._entrance is not None else None
 
     @property
     def connections(self) -> int:
@@ -73,10 +81,8 @@ class StreamForward:
 
     def close_door(self) -> None:
         """Let nobody in any more; the connections that stand go on."""
-        self._listen(False)
-        if self.door is not None:
-            self.door.close()
-            self.door = None
+        if self._entrance is not None:
+            self._entrance.close()
         if not self._tasks:
             self._finished.set()
 
@@ -86,57 +92,10 @@ class StreamForward:
         for task in self._tasks:
             task.cancel()
 
-    # Letting in
-
-    def _listen(self, wanted: bool) -> None:
-        if self.door is None or wanted == self._listening:
-            return
-        self._listening = wanted
-        for sock in self.door.sockets:
-            if wanted:
-                self._loop.add_reader(sock.fileno(), self._accept, sock)
-            else:
-                self._loop.remove_reader(sock.fileno())
-
-    def _accept(self, listener: stdlib.socket) -> None:
-        for _ in range(FORWARD_ACCEPTS):
-            if self.connections >= self.settings.max_connections:
-                self._listen(False)  # the backlog makes clients wait
-                return
-            try:
-                client, _ = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in (errno.ECONNABORTED, errno.ECONNRESET):
-                    continue  # that client has gone already
-                log.warning("%s: cannot accept: %s", self.settings.source, error.strerror)
-                self._listen(False)
-                again = self._open_again if error.errno == errno.ENETDOWN else self._accept_again
-                self._loop.call_later(_ACCEPT_AGAIN, again)
-                return
-            client.setblocking(False)
-            self._start(self._serve(client, self.settings))
-            if self.settings.once:
-                self.close_door()
-                return
-
-    def _accept_again(self) -> None:
-        self._listen(True)
-
-    def _open_again(self) -> None:
-        """The door is one of a vsockd that has ended; there may be another by now."""
-        if self.door is None:
-            return
-        self.door.close()
-        try:
-            self.door = self._reopen(self.settings)
-        except OSError:
-            self._loop.call_later(FORWARD_LONGEST_PAUSE, self._open_again)
-        else:
-            log.warning("%s: listening again", self.settings.source)
-            self._listening = False  # whatever was done with the old one
-            self._listen(True)
+    def _enter(self, client: stdlib.socket) -> None:
+        self._start(self._serve(client, self.settings))
+        if self.settings.once:
+            self.close_door()
 
     def _start(self, serving: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(serving)
@@ -147,11 +106,10 @@ class StreamForward:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s: a connection was lost", self.settings, exc_info=error)
-        if self.door is None:
-            if not self._tasks:
-                self._finished.set()
-        elif self.connections < self.settings.max_connections:
-            self._listen(True)
+        if self.door is not None and self._entrance is not None:
+            self._entrance.look_again()
+        elif not self._tasks:
+            self._finished.set()
 
     # Serving
 

@@ -10,7 +10,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Hashable
 
-from ...limits import NFS_DUPLICATES, NFS_GUEST_DUPLICATES
+from .limits import NFS_DUPLICATES, NFS_GUEST_DUPLICATES
 
 
 class Duplicates:

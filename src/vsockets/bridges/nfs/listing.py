@@ -10,10 +10,10 @@ import bisect
 import os
 from collections import OrderedDict
 
-from ...limits import NFS_LISTINGS
 from .acting import acting_as
 from .exports import Identity
 from .handles import Identifier, Signer
+from .limits import NFS_LISTINGS
 from .tree import Found
 
 #: Cookies below are those of the beginning, and of the directory and its parent.

@@ -11,8 +11,8 @@ import secrets
 import sqlite3
 from collections.abc import Iterator
 
-from ...limits import NFS_PLACES
 from .handles import KEY_SIZE, Identifier
+from .limits import NFS_PLACES
 
 
 class Places:

@@ -5,7 +5,7 @@ No clock of its own: times are seconds of whatever clock the caller has.
 
 from __future__ import annotations
 
-from ...limits import NFS_FIRST_WAIT, NFS_LONGEST_WAIT, NFS_PATIENCE, NFS_SHORTEST_WAIT, NFS_WINDOW
+from .limits import NFS_FIRST_WAIT, NFS_LONGEST_WAIT, NFS_PATIENCE, NFS_SHORTEST_WAIT, NFS_WINDOW
 
 
 class RoundTrips:

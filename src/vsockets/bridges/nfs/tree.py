@@ -10,9 +10,9 @@ import stat
 from collections import OrderedDict
 from typing import NamedTuple
 
-from ...limits import NFS_DEPTH, NFS_OPEN
 from .exports import Export
 from .handles import Identifier
+from .limits import NFS_DEPTH, NFS_OPEN
 from .places import Places
 from .system import FileState, open_beneath, state_of
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 from typing import NamedTuple
 
-from ...limits import NFS_UNCOMMITTED
 from .calls import NfsClient
+from .limits import NFS_UNCOMMITTED
 from .nfs3 import Stable
 from .rpc import Auth
 

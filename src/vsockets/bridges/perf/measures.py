@@ -16,7 +16,7 @@ from ...limits import PERF_SAMPLES
 from ...locator import Inet, Locator, Unix, Vsock, VsockMux
 from ...socket import socket
 from ...state_folder import connect_to
-from ..hybrid_vsock import Answer, connect_line
+from ...wire.hybrid import Answer, connect_line
 from .protocol import (
     COUNT_SIZE,
     HEADER_SIZE,
@@ -248,8 +248,8 @@ def _choose_port(sock: stdlib.socket, port: int) -> None:
     set_timeouts(sock)
     sock.sendall(connect_line(port))
     answer = Answer()
-    while not answer.take(sock.recv(1)):
-        pass
+    while answer.port is None:
+        answer.take(sock.recv(1))
 
 
 def _receive(sock: stdlib.socket, size: int) -> bytes:

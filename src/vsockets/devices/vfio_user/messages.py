@@ -14,6 +14,7 @@ from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 from ...limits import DMA_REGIONS, VFIO_DESCRIPTORS, VFIO_TRANSFER
+from ..conversation import ProtocolError
 
 HEADER = struct.Struct("<HHIII")  #: id, command, size with the header, flags, errno
 DMA_MAP = struct.Struct("<IIQQQ")  #: argsz, flags, offset in the file, address, size
@@ -65,10 +66,6 @@ class IrqFlag(IntFlag):
 
 # A plain integer: an enum's & costs as much as a system call.
 _NO_REQUEST = int(Flag.REPLY | Flag.ERROR) | 0xF
-
-
-class ProtocolError(Exception):
-    """The client sent something after which the stream cannot be understood any more."""
 
 
 class Message(NamedTuple):

@@ -10,6 +10,7 @@ SIZE = 256  #: bytes of configuration space
 
 _COMMAND, _STATUS, _CAPABILITIES, _PIN = 0x04, 0x06, 0x34, 0x3D
 _BARS = 0x10
+_BUS_MASTER = 0x04
 _HAS_CAPABILITIES = 0x10
 _FIRST_CAPABILITY = 0x40
 
@@ -60,6 +61,11 @@ class ConfigSpace:
             link, at = at + 1, at + (len(capability) + 3) // 4 * 4
         self._initial = bytes(space)
         self._space = space
+
+    @property
+    def is_master(self) -> bool:
+        """Whether the guest lets the device access memory."""
+        return bool(self._space[_COMMAND] & _BUS_MASTER)
 
     def read(self, offset: int, count: int) -> bytes:
         """``offset + count`` is within the space."""

@@ -1,26 +1,19 @@
-"""The socket a vfio-user client connects to: one client at a time, any number in turn."""
+"""The socket a vfio-user client connects to."""
 
 from __future__ import annotations
 
-import array
-import logging
 import os
 import socket
-from collections.abc import Callable
-from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, SCM_RIGHTS, SOL_SOCKET
+from collections.abc import Callable, Iterator
 
 from ...daemon.loop import Loop
 from ...limits import VFIO_DESCRIPTORS, VFIO_REPLY
-from .messages import LARGEST_MESSAGE, Decoder, ProtocolError
+from .. import serving
+from .messages import LARGEST_MESSAGE, Decoder
 from .session import Device, Session
 
-log = logging.getLogger(__name__)
 
-_ROOM = CMSG_SPACE(VFIO_DESCRIPTORS * array.array("i").itemsize)
-_TAKE = int(MSG_CMSG_CLOEXEC | MSG_DONTWAIT)
-
-
-class Server:
+class Server(serving.Server):
     """Serves ``device`` to whoever connects to ``listener``, which becomes the server's."""
 
     def __init__(
@@ -30,73 +23,30 @@ class Server:
         device: Device,
         after_each: Callable[[], None] = lambda: None,
     ) -> None:
-        self._loop = loop
-        self._listener = listener
-        self._device = device
-        self._after_each = after_each
-        self._client: socket.socket | None = None
-        self._watch()
+        super().__init__(
+            loop,
+            listener,
+            lambda: _Conversation(device),
+            descriptors=VFIO_DESCRIPTORS,
+            patience=VFIO_REPLY,
+            after_each=after_each,
+        )
+
+
+class _Conversation:
+    wanted = LARGEST_MESSAGE
+
+    def __init__(self, device: Device) -> None:
+        self._session = Session(device)
+        self._decoder = Decoder()
+
+    def receive(self, data: bytes, fds: list[int]) -> Iterator[bytes]:
+        for message in self._decoder.receive(data, fds):
+            answer = self._session.handle(message)
+            if answer is not None:
+                yield answer
 
     def close(self) -> None:
-        """Serve nobody any more."""
-        if self._client is not None:
-            self._end()
-        self._loop.unwatch(self._listener.fileno())
-        self._listener.close()
-
-    def _watch(self) -> None:
-        self._loop.watch(self._listener.fileno(), self._accept)
-
-    def _accept(self, events: int) -> None:
-        try:
-            client, _ = self._listener.accept()
-        except BlockingIOError:
-            return
-        # The next one waits in the backlog: a machine that is started again while its old
-        # process still ends.
-        self._loop.unwatch(self._listener.fileno())
-        client.settimeout(VFIO_REPLY)
-        self._client = client
-        self._session = Session(self._device)
-        self._decoder = Decoder()
-        self._loop.watch(client.fileno(), self._ready)
-        log.info("a virtual machine has connected")
-
-    def _ready(self, events: int) -> None:
-        client = self._client
-        assert client is not None
-        fds: list[int] = []
-        try:
-            data, ancillary, _, _ = client.recvmsg(LARGEST_MESSAGE, _ROOM, _TAKE)
-        except BlockingIOError:
-            return
-        except ConnectionError:
-            data, ancillary = b"", []
-        for level, kind, carried in ancillary:
-            if level == SOL_SOCKET and kind == SCM_RIGHTS:
-                whole = len(carried) // 4 * 4
-                fds += array.array("i", carried[:whole])
-        try:
-            if not data:
-                raise EOFError
-            for message in self._decoder.receive(data, fds):
-                answer = self._session.handle(message)
-                if answer is not None:
-                    client.sendall(answer, MSG_NOSIGNAL)
-        except (ProtocolError, OSError) as error:
-            log.warning("the virtual machine is given up: %s", error)
-            self._end()
-        except EOFError:
-            log.info("the virtual machine has gone")
-            self._end()
-        self._after_each()
-
-    def _end(self) -> None:
-        assert self._client is not None
-        self._loop.unwatch(self._client.fileno())
-        self._client.close()
-        self._client = None
         for fd in self._decoder.pending_fds():
             os.close(fd)
         self._session.close()
-        self._watch()

@@ -11,10 +11,11 @@ from struct import Struct
 from typing import Protocol
 
 from ...limits import VFIO_TRANSFER
+from ..conversation import ProtocolError
 from ..guest_memory import GuestMemory
 from . import messages
 from .interrupts import Interrupts
-from .messages import Command, Flag, Message, ProtocolError
+from .messages import Command, Flag, Message
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 from ...limits import VHOST_PAYLOAD
+from ..conversation import ProtocolError
 
 HEADER = struct.Struct("=III")  #: request, flags, size of the payload
 U64 = struct.Struct("=Q")
@@ -78,10 +79,6 @@ class Protocol(IntFlag):
 
 #: The virtio feature bit that says there are protocol features.
 F_PROTOCOL_FEATURES = 1 << 30
-
-
-class ProtocolError(Exception):
-    """The front end sent something after which nothing it sends can be relied on."""
 
 
 class Message(NamedTuple):

@@ -12,9 +12,10 @@ from typing import NamedTuple
 from typing import Protocol as Interface
 
 from ...limits import MEMORY_SLOTS, VHOST_DESCRIPTORS
+from ..conversation import ProtocolError
 from ..guest_memory import GuestMemory
 from . import messages
-from .messages import F_PROTOCOL_FEATURES, Flag, Message, Protocol, ProtocolError, Request
+from .messages import F_PROTOCOL_FEATURES, Flag, Message, Protocol, Request
 from .vring import LARGEST_RING, Vring
 
 log = logging.getLogger(__name__)

@@ -88,9 +88,9 @@ class ReceiveCredit:
         """Whether the guest should be told, though nothing else is to be sent.
 
         It must be before the guest believes that there is no room.  Linux 7.3 never has more
-        on its way than fits ``guest_buffer``, a buffer of its own size.  Until three quarters
-        of the smaller one have been passed on since the guest was told, it knows of a quarter
-        that is free, or will be without a word.
+        on its way than fits ``guest_buffer``, a buffer of its own size.  Until half of
+        the smaller one was passed on since the guest was told, it knows of the other half that
+        it is free, or will be without a word: enough to go on with while we wake up.
         """
         size = guest_buffer if guest_buffer < self.size else self.size
-        return (self._forwarded - self._told & _MODULUS_BITS) * 4 >= size * 3
+        return (self._forwarded - self._told & _MODULUS_BITS) * 2 >= size

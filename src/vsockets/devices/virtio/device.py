@@ -26,7 +26,8 @@ from ..loop import DeviceLoop
 from ..tap import Tap
 from ..vhost_user import Vring
 from .connection import Do, State
-from .link import Link
+from .intake import Intake
+from .link import KINDS, TYPES, Link
 from .packed_ring import PackedRing
 from .packet import CONFIGURATION, F_SEQPACKET, F_STREAM, TRANSPORT_RESET, Header, Op, Type
 from .receive_queue import ReceiveQueue
@@ -53,10 +54,6 @@ _WRITING = _READING | select.EPOLLOUT
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _GONE = select.EPOLLHUP | select.EPOLLERR
-
-#: Socket types of the host for the guest's, and back.
-KINDS = {Type.STREAM: socket.SOCK_STREAM, Type.SEQPACKET: socket.SOCK_SEQPACKET}
-TYPES = {int(kind): type_ for type_, kind in KINDS.items()}
 
 
 class Fabric(Protocol):
@@ -93,13 +90,14 @@ class VirtioVsock:
         self._vrings: dict[int, Vring] = {}
         self._bases: dict[int, int] = {}  # where a ring was when it was last stopped
         self._receive: ReceiveQueue | None = None
-        self._transmit: TransmitQueue | None = None
+        self._transmit: Intake | None = None
         self._events: Ring | None = None
         self._turns: deque[Link] = deque()  # those with something for the guest
         self._resets: deque[bytes] = deque()  # for nobody's connection
         self._answers: dict[Link, Callable[[int], None]] = {}
         self._attempts: dict[Link, Callable[[], None]] = {}
         self._busy = False
+        self._marker = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
         self._again = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         loop.watch(self._again, partial(self._kicked, self._again))
 
@@ -108,6 +106,7 @@ class VirtioVsock:
         self._forget_connections()
         self._loop.unwatch(self._again)
         os.close(self._again)
+        os.close(self._marker)
 
     # vhost-user
 
@@ -136,7 +135,8 @@ class VirtioVsock:
         if index == RECEIVE:
             self._receive = ReceiveQueue(ring, self.cid, self.tap)
         elif index == TRANSMIT:
-            self._transmit = TransmitQueue(ring, self.cid, self, self.tap)
+            queue = TransmitQueue(ring, self.cid, self, self.tap)
+            self._transmit = Intake(self._loop, queue, vring, self.work)
         else:
             self._events = ring
         # What was offered before anybody looked is announced by no kick.
@@ -194,7 +194,7 @@ class VirtioVsock:
         self._answers[link] = answer
         self._loop.call_later(GUEST_ANSWER, partial(self._give_up, link, State.OFFERED))
         self.touched(link)
-        self.work()
+        self._turn()
 
     def drop_connections(self) -> None:
         """What happened to the machine, no connection outlives: suspension, migration."""
@@ -205,7 +205,7 @@ class VirtioVsock:
             link.reset()
             self._end(link)
             self.touched(link)
-        self.work()
+        self._turn()
 
     # Queues
 
@@ -227,16 +227,17 @@ class VirtioVsock:
 
     def work(self) -> None:
         """Take what the guest sent, and give it what there is, both for a turn."""
+        self._turn(self._transmit)
+
+    def _turn(self, transmit: Intake | None = None) -> None:
+        """Give the guest what there is; before that take what it sent, from ``transmit``."""
         if self._busy:  # what is asked for within a turn is part of it
             return
         self._busy = True
         try:
-            if self._transmit is not None:
+            if transmit is not None:
                 index = TRANSMIT
-                more, call = self._transmit.run()
-                if call:
-                    self._vrings[TRANSMIT].call()
-                if more and not self.is_overwhelmed:
+                if transmit.run() and not self.is_overwhelmed:
                     self._work_again()
             if self._turns or self._resets:
                 index = RECEIVE
@@ -260,7 +261,8 @@ class VirtioVsock:
                 continue
             link = turns.popleft()
             link.queued = False
-            queue.send(link)
+            if queue.send(link) and self._transmit is not None:
+                self._transmit.pace.answered()
             if queue.publish():  # the guest works on these while we fetch more
                 self._vrings[RECEIVE].call()
             self.touched(link)
@@ -363,10 +365,10 @@ class VirtioVsock:
             link.host_accepts()
             self._join(link, sock)
         self.touched(link)
-        self.work()
+        self._turn()
 
     def _join(self, link: Link, sock: socket.socket) -> None:
-        link.join(sock)
+        link.join(sock, self._marker)
         link.watched = True
         self._loop.watch_for(sock.fileno(), partial(self._ready, link), _READING)
 
@@ -403,7 +405,7 @@ class VirtioVsock:
         if events & select.EPOLLOUT and link.has_waiting:
             link.flush()
         self.touched(link)
-        self.work()
+        self._turn()
 
     # Ends
 
@@ -412,7 +414,7 @@ class VirtioVsock:
         if link.state is state and self.links.get((*link.peer, link.guest_port)) is link:
             link.reset()
             self.touched(link)
-            self.work()
+            self._turn()
 
     def _end(self, link: Link) -> None:
         """Close the host's side."""

@@ -8,18 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from collections import deque
 from collections.abc import Sequence
-from socket import MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RD, SHUT_WR, SO_SNDBUF, SOL_SOCKET
+from socket import (
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    SCM_RIGHTS,
+    SHUT_RD,
+    SHUT_WR,
+    SO_SNDBUF,
+    SOCK_SEQPACKET,
+    SOCK_STREAM,
+    SOL_SOCKET,
+)
 
 from ...limits import WAITING_MESSAGES
 from ..pump import push
 from .connection import Connection, State
 from .packet import Sequenced, Shutdown, Type
 
+#: Socket types of the host for the guest's, and back.
+KINDS = {Type.STREAM: SOCK_STREAM, Type.SEQPACKET: SOCK_SEQPACKET}
+TYPES = {int(kind): type_ for type_, kind in KINDS.items()}
+
+_FD = struct.Struct("i")
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _RECEIVE_ENDED, _SEND_ENDED = int(Shutdown.RECEIVE), int(Shutdown.SEND)
-_END_OF_MESSAGE = int(Sequenced.END_OF_MESSAGE)
+_END_OF_MESSAGE, _END_OF_RECORD = int(Sequenced.END_OF_MESSAGE), int(Sequenced.END_OF_RECORD)
 _SEQPACKET = int(Type.SEQPACKET)
 
 
@@ -28,10 +44,12 @@ class Link(Connection):
 
     __slots__ = (
         "_lengths",
+        "_marker",
         "_message",
         "_shut",
         "_waiting",
         "burst",
+        "ends_record",
         "gone",
         "hung_up",
         "incoming",
@@ -56,15 +74,23 @@ class Link(Connection):
         self.watches_room = False  #: and for room, too
         self.burst = 2  #: buffers of the guest it is given in one turn
         self.incoming = memoryview(b"")  #: what is left of a message for the guest
+        self.ends_record = False  #: with the end of that message
         self.needed = 1  #: credit without which nothing can be sent, in bytes
         self._waiting = bytearray()  # what the socket had no room for
         self._message = bytearray()  # of type SEQPACKET: a message that has not ended
-        self._lengths: deque[int] = deque()  # and of the messages that wait
+        # Of the messages that wait: how long each is, and whether it ends a record.
+        self._lengths: deque[tuple[int, int]] = deque()
+        self._marker: list[tuple[int, int, bytes]] = []
         self._shut = False
 
-    def join(self, sock: socket.socket) -> None:
-        """``sock`` is the host's end; it becomes the link's."""
+    def join(self, sock: socket.socket, marker: int) -> None:
+        """``sock`` is the host's end; it becomes the link's.
+
+        A unix socket carries no MSG_EOR: a message that ends a record goes with a descriptor,
+        ``marker`` (``supervisor/calls/packets.py`` has the other side).
+        """
         self.sock = sock
+        self._marker = [(SOL_SOCKET, SCM_RIGHTS, _FD.pack(marker))]
         self.readable = True
         # Room for all the credit, so that what the guest sends need not be kept here; and a
         # sequenced packet goes in one piece or not at all.
@@ -118,7 +144,7 @@ class Link(Connection):
             if len(self._lengths) >= WAITING_MESSAGES:
                 self.reset()
                 return
-            self._lengths.append(len(self._message))
+            self._lengths.append((len(self._message), flags & _END_OF_RECORD))
             self._waiting += self._message
             self._message.clear()
             self.flush()
@@ -142,9 +168,9 @@ class Link(Connection):
             return
         try:
             while waiting or self._lengths:
-                length = self._lengths[0] if self.type == _SEQPACKET else len(waiting)
+                length, ends = self._lengths[0] if self.type == _SEQPACKET else (len(waiting), 0)
                 with memoryview(waiting) as whole, whole[:length] as part:
-                    sent = sock.send(part, _SEND)
+                    sent = sock.sendmsg([part], self._marker if ends else (), _SEND)
                 if self.type == _SEQPACKET:
                     self._lengths.popleft()
                     sent = length

@@ -12,15 +12,13 @@ from ...buffers import BufferSizes
 from ...control import Events
 from ...wire import RECORD_SIZE, ProtocolError, Record
 from ..attachment import Attachment, Offer
+from ..life import INTERRUPTIONS, follow
 from ..loop import DeviceLoop
 from .device import VirtioVsock
 
 log = logging.getLogger(__name__)
 
 _TAKE = int(MSG_DONTWAIT)
-
-#: After these the guest is told that its connections are over, all at once.
-_INTERRUPTIONS = ("resume", "migrate", "ft-on")
 
 
 class VirtioMachine:
@@ -37,8 +35,7 @@ class VirtioMachine:
         fabric.offered = self._offered
         fabric.lost = lambda: log.warning("vsockd has gone: no new connections")
         if events is not None:
-            self._events = events
-            loop.watch(events.fileno(), self._heed)
+            follow(loop, events, self._heed)
 
     def connect(
         self,
@@ -82,12 +79,6 @@ class VirtioMachine:
 
         self.device.offer(offer.sock, offer.peer, offer.port, answer)
 
-    def _heed(self, readiness: int) -> None:
-        """What became of contexts."""
-        happened = self._events.take()
-        if happened is None:
-            self._loop.unwatch(self._events.fileno())
-            return
-        for event in happened:
-            if event["cid"] == self._cid and event["change"] in _INTERRUPTIONS:
-                self.device.drop_connections()
+    def _heed(self, cid: int, change: str) -> None:
+        if cid == self._cid and change in INTERRUPTIONS:
+            self.device.drop_connections()

@@ -166,10 +166,11 @@ class PackedRing:
             lap -= 1
         return old <= lap * self._size + (wanted & _WRAP - 1) < new
 
-    def want_kick(self) -> bool:
-        """As :meth:`.ring.Ring.want_kick`."""
+    def want_kick(self, chains: int = 1) -> bool:
+        """As :meth:`.ring.Ring.want_kick`, as if a chain was one descriptor."""
         if self._event_index:
-            index, wrap = self._place(self._next)
+            ahead = min(chains, self._size >> 1 or 1) - 1
+            index, wrap = self._place(self._next + ahead)
             self._device[0] = index | (_WRAP if wrap else 0) | _AT << 16
             fence()
         return self._is_available() is not None

@@ -10,7 +10,7 @@ import select
 import socket
 from collections import deque
 from itertools import islice
-from socket import MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
+from socket import MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
 
 from ...limits import VECTORS
 from ..pump import pull
@@ -24,7 +24,7 @@ from .ring import Chain, Ring, RingError, total
 _pack_header = HEADER.pack_into
 _RW, _STREAM = int(Op.RW), int(Type.STREAM)
 _SEND_ENDED = int(Shutdown.SEND)
-_END_OF_MESSAGE = int(Sequenced.END_OF_MESSAGE)
+_END_OF_MESSAGE, _END_OF_RECORD = int(Sequenced.END_OF_MESSAGE), int(Sequenced.END_OF_RECORD)
 _LOOK = int(MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT)
 _TAKE = int(MSG_DONTWAIT)
 
@@ -90,11 +90,11 @@ class ReceiveQueue:
         if self._tap.sinks:
             record(self._tap, header)
 
-    def send(self, link: Link) -> None:
-        """Send what there is from ``link``, for a turn."""
+    def send(self, link: Link) -> bool:
+        """Send what there is from ``link``, for a turn; returns whether payload was among it."""
         while link.say:
             if not self._restock(1):
-                return
+                return False
             packet = link.next_packet()
             assert packet is not None
             op, flags = packet
@@ -103,11 +103,10 @@ class ReceiveQueue:
             if link.readable and link.gone:
                 link.readable = False
                 link.host_ends(BOTH)
-        elif link.type == _STREAM:
-            if link.readable:
-                self._stream(link)
-        else:
-            self._messages(link)
+            return False
+        if link.type == _STREAM:
+            return link.readable and self._stream(link)
+        return self._messages(link)
 
     def _header(self, link: Link, length: int, op: int, flags: int) -> bytes:
         receive = link.receive
@@ -128,11 +127,11 @@ class ReceiveQueue:
 
     # Payload
 
-    def _stream(self, link: Link) -> None:
+    def _stream(self, link: Link) -> bool:
         credit = link.send.available()
         sock = link.sock
         if sock is None or not credit or not self._restock(link.burst):
-            return
+            return False
         views: list[memoryview] = []
         room = 0
         for _, header, parts, size in islice(self._stock, link.burst):
@@ -147,23 +146,24 @@ class ReceiveQueue:
             room = credit
         if not room:  # buffers for headers alone
             self._give_back()
-            return
+            return False
         received = pull(sock, views)
         if received is None:
             link.readable = False
-            return
+            return False
         if received == 0:
             link.readable = False
             link.host_ends(BOTH if link.gone else _SEND_ENDED)
-            return
+            return False
         link.send.spend(received)
         used = self._label(link, received)
         if received == room:
             link.burst = min(link.burst * 2, _LARGEST_BURST)
-            return
+            return True
         link.burst = max(2, used)
         # Less than there was room for: it is empty.  Only an end would not be announced again.
         link.readable = link.hung_up
+        return True
 
     def _label(self, link: Link, received: int) -> int:
         """Write the headers of payload that is in the first buffers; returns how many."""
@@ -189,15 +189,18 @@ class ReceiveQueue:
                 record(self._tap, self._header(link, length, _RW, 0), payload)
         return used
 
-    def _messages(self, link: Link) -> None:
+    def _messages(self, link: Link) -> bool:
+        sent = False
         for _ in range(_LARGEST_BURST):
             if not self._restock(1) or (not link.incoming and not self._take_message(link)):
-                return
+                break
             self._fragment(link)
-            while link.incoming:
-                if not self._restock(1):
-                    return
+            sent = True
+            while link.incoming and self._restock(1):
                 self._fragment(link)
+            if link.incoming:
+                break
+        return sent
 
     def _take_message(self, link: Link) -> bool:
         """Read the next message for which there is credit into ``link.incoming``."""
@@ -213,7 +216,8 @@ class ReceiveQueue:
                 link.needed = size
                 return False
             link.needed = 1
-            data = sock.recv(max(size, 1), _TAKE)
+            data, _, shown, _ = sock.recvmsg(max(size, 1), 0, _TAKE)
+            link.ends_record = bool(shown & MSG_CTRUNC)  # it came with a marker
         except BlockingIOError:
             link.readable = False
             return False
@@ -235,7 +239,9 @@ class ReceiveQueue:
             return
         part = link.incoming[:room]
         link.incoming = link.incoming[room:]
-        flags = 0 if link.incoming else _END_OF_MESSAGE
+        flags = 0
+        if not link.incoming:
+            flags = _END_OF_MESSAGE | (_END_OF_RECORD if link.ends_record else 0)
         header = self._header(link, len(part), _RW, flags)
         if place is not None:
             place[:HEADER_SIZE] = header

@@ -48,8 +48,11 @@ class Ring(Protocol):
     def publish(self) -> bool:
         """Let the driver see what was pushed; returns whether it wants to be told."""
 
-    def want_kick(self) -> bool:
-        """Ask for a kick when there is more; returns whether there is more already."""
+    def want_kick(self, chains: int = 1) -> bool:
+        """Ask for a kick when there are so many more chains; returns whether there is one already.
+
+        It may come earlier.
+        """
 
     @property
     def base(self) -> int:

@@ -126,9 +126,10 @@ class SplitRing:
             return (new - wanted - 1) & _MASK < (new - old) & _MASK
         return not self._available[_FLAGS] & _NO_INTERRUPT
 
-    def want_kick(self) -> bool:
+    def want_kick(self, chains: int = 1) -> bool:
         """As :meth:`.ring.Ring.want_kick`."""
         if self._event_index:
-            self._used[_RING + 4 * self._size] = self._next
+            ahead = min(chains, self._size >> 1 or 1) - 1
+            self._used[_RING + 4 * self._size] = self._next + ahead & _MASK
             fence()
         return self._available[_INDEX] != self._next

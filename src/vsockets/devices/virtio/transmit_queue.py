@@ -41,6 +41,8 @@ class TransmitQueue:
     """Takes packets of the guest ``cid``."""
 
     def __init__(self, ring: Ring, cid: int, receiver: Receiver, tap: Tap) -> None:
+        self.packets = 0  #: taken in the last turn
+        self.payload = 0  #: bytes in them
         self._ring = ring
         self._cid = cid
         self._receiver = receiver
@@ -52,11 +54,12 @@ class TransmitQueue:
         self._ring.publish()
         return self._ring.base
 
-    def run(self) -> tuple[bool, bool]:
+    def run(self, expected: int = 1) -> tuple[bool, bool]:
         """Take packets, for a turn.
 
         Returns whether there are more, and whether the guest wants to be told.  If there are
-        no more, a kick will come with the next one.
+        no more, a kick will come with the next one; or, if there were any, perhaps only when
+        there are as many as ``expected``.
         """
         receiver, pop = self._receiver, self._ring.pop
         links = receiver.links
@@ -64,6 +67,7 @@ class TransmitQueue:
         run: Link | None = None  # whose payload was collected and not yet handed on
         views: list[memoryview] = []
         length = 0
+        taken = 0  # bytes of payload
         more = True
         cid, tap = self._cid, self._tap
         turn = 0 if receiver.is_overwhelmed else PACKETS_A_TURN
@@ -71,7 +75,7 @@ class TransmitQueue:
             turn -= 1
             chain = pop()
             if chain is None:
-                if self._ring.want_kick():
+                if self._ring.want_kick(expected if notes else 1):
                     continue
                 more = False
                 break
@@ -79,7 +83,12 @@ class TransmitQueue:
             if writable:
                 raise RingError("a buffer of the transmit queue that is not to be read")
             notes.append(note)
-            fields = _take_header(parts)
+            # As Linux has it, without a call: the header apart from the payload.
+            if len(parts) == 2 and len(parts[0]) == HEADER_SIZE:
+                fields = _unpack_header(parts[0])
+                del parts[0]
+            else:
+                fields = _take_header(parts)
             if tap.sinks:
                 record(tap, HEADER.pack(*fields), parts)
             src_cid, dst_cid, src_port, dst_port, size, type_, op, flags, alloc, fwd = fields
@@ -87,7 +96,8 @@ class TransmitQueue:
             if link is not None and link.type == type_ and src_cid == cid:
                 link.send.update(alloc, fwd)
                 if op == _RW:
-                    if not _limit(parts, size):
+                    taken += size
+                    if (len(parts) != 1 or len(parts[0]) != size) and not _limit(parts, size):
                         link.reset()
                     elif link.take(size):
                         if type_ != _STREAM:
@@ -117,6 +127,7 @@ class TransmitQueue:
         push = self._ring.push
         for note in notes:
             push(note, 0)
+        self.packets, self.payload = len(notes), taken
         return more, self._ring.publish()
 
 

@@ -133,7 +133,11 @@ class VmciDevice:
     def write(self, region: int, offset: int, data: bytes) -> None:
         """As :class:`vsockets.devices.vfio_user.Device` says."""
         if region == Region.CONFIG:
+            was_master = self._config.is_master
             self._config.write(offset, data)
+            if was_master and not self._config.is_master:
+                # The memory becomes somebody else's, by kexec without another word.
+                self._restart()
         elif region == self._registers:
             register = offset - self._base
             if len(data) == 4:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-
 from ...control import Events
 from ..attachment import Attachment
+from ..life import INTERRUPTIONS, follow
 from ..loop import DeviceLoop
 from .device import VmciDevice
 from .hypervisor import Hypervisor
 from .sockets import VmciSockets
-
-log = logging.getLogger(__name__)
-
-#: After these the guest is told that its streams are over, all at once.
-_INTERRUPTIONS = ("resume", "migrate", "ft-on")
 
 
 class VmciMachine:
@@ -30,7 +24,6 @@ class VmciMachine:
         older: bool = False,
     ) -> None:
         """``legacy``: the device as before Linux 5.18; ``older``: the first stream protocol."""
-        self._loop = loop
         self._fabric = fabric
         self.hypervisor = Hypervisor(cid)
         self.device = VmciDevice(
@@ -43,8 +36,7 @@ class VmciMachine:
         self.hypervisor.device = self.device
         self.hypervisor.sockets = self.sockets
         if events is not None:
-            self._events = events
-            loop.watch(events.fileno(), self._heed)
+            follow(loop, events, self._heed)
 
     def settle(self) -> None:
         """Called after each thing the virtual machine did."""
@@ -55,15 +47,9 @@ class VmciMachine:
         self.hypervisor.reset()
         self.sockets.reset()
 
-    def _heed(self, readiness: int) -> None:
-        """What became of contexts."""
-        happened = self._events.take()
-        if happened is None:
-            self._loop.unwatch(self._events.fileno())
-            return
-        for event in happened:
-            if event["cid"] == self.hypervisor.cid:
-                if event["change"] in _INTERRUPTIONS:
-                    self.hypervisor.tell_resumed()
-            elif event["change"] in ("removed", "power-off"):
-                self.hypervisor.tell_removed(event["cid"])
+    def _heed(self, cid: int, change: str) -> None:
+        if cid == self.hypervisor.cid:
+            if change in INTERRUPTIONS:
+                self.hypervisor.tell_resumed()
+        elif change in ("removed", "power-off"):
+            self.hypervisor.tell_removed(cid)

@@ -98,6 +98,11 @@ class Outbound:
         return self._tail
 
     @property
+    def consumed(self) -> int:
+        """Where in the queue the guest is.  BrokenQueue."""
+        return self._head()
+
+    @property
     def is_empty(self) -> bool:
         """Whether the guest has consumed everything.  BrokenQueue."""
         return self._head() == self._tail

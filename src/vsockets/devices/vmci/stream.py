@@ -3,8 +3,9 @@
 Guest to host, the guest says WROTE when its queue stops being empty.  A guest that writes little
 and often would say so each time, which costs it and us more than the data.  So while data keeps
 coming, the last byte is taken and not given back: the queue never looks empty, nothing is said,
-and we look at it by ourselves every :data:`LOOK_AGAIN`.  Once nothing came for some looks the
-byte is given back, and the queue looked at once more, so no wake-up is lost.
+and we look at it by ourselves every :data:`LOOK_AGAIN`, or without a pause for as long as an
+answer may take.  Once nothing came for some looks the byte is given back, and the queue looked at
+once more, so no wake-up is lost.
 
 How streams end, by who begins:
 
@@ -26,7 +27,7 @@ import socket
 from collections.abc import Callable
 from socket import SHUT_RD, SHUT_RDWR, SHUT_WR
 
-from ...limits import LOOK_AGAIN, LOOKS, PUMP_ROUNDS
+from ...limits import ANSWER, LOOK_AGAIN, LOOKS, PUMP_ROUNDS, REMIND
 from ..loop import DeviceLoop
 from ..pump import pull, push
 from ..tap import Tap
@@ -37,7 +38,7 @@ from .queue_pair import BrokenQueue, QueuePair
 _IN, _OUT = select.EPOLLIN | select.EPOLLRDHUP, select.EPOLLOUT
 _HUP = select.EPOLLHUP | select.EPOLLERR
 
-#: So many WROTE in a row, with nothing sent the other way, are a flow that is worth looking at.
+#: So many WROTE in a row are a flow that is worth looking at.
 _FLOWING = 3
 
 
@@ -80,6 +81,7 @@ class Stream:
         self._looks = 0  # left; 0: it is not looked at
         self._interest = _IN
         self._again_later = False
+        self._unread: int | None = None  # where the guest was when we wrote and told it nothing
 
     def begin(self) -> None:
         """Let bytes flow."""
@@ -243,6 +245,18 @@ class Stream:
         if self._looks:
             self._loop.call_later(LOOK_AGAIN, self._look)
 
+    def _answered(self) -> bool:
+        """Whether looking for the guest's answer is over."""
+        if not self._looks or self.queue_pair is None or not self._writing:
+            return True
+        try:
+            if not self._in.ready():
+                return False
+            self._pump_in()
+        except BrokenQueue:
+            self.abort()
+        return True
+
     # Socket to guest
 
     def _pump_out(self, events: int = 0) -> None:
@@ -259,10 +273,27 @@ class Stream:
             if not received:
                 self._end_of_file()
                 return
-            self._wrotes = 0
             if self._tap.sinks:
                 self._tap.stream(self._peer, self._guest, window, received)
-            self._flow.wrote(outbound.produce(received), outbound.position)
+            was_empty = outbound.produce(received)
+            self._flow.wrote(was_empty, outbound.position)
+            if not was_empty and self._unread is None:
+                self._unread = outbound.consumed
+                self._loop.call_later(REMIND, self._remind)
+            if self._looks:
+                self._looks = LOOKS
+                self._loop.spin(self._answered, ANSWER)
+
+    def _remind(self) -> None:
+        """A guest that has read nothing since may wait for more than one byte (SO_RCVLOWAT)."""
+        unread, self._unread = self._unread, None
+        if self.queue_pair is None or self._told_end:
+            return
+        try:
+            if self._out.consumed == unread and not self._out.is_empty:
+                self._flow.wrote(True, self._out.position)
+        except BrokenQueue:
+            self.abort()
 
     def _resume_reading(self) -> None:
         if self._reading:

@@ -78,8 +78,8 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
         if endpoint.phase is Phase.CONNECTING:
             endpoint.unsettle()
             endpoint.error = errno.ETIMEDOUT
-    if polls:
-        # Known, but told the way programs that do not wait are told.
+    if polls and endpoint.error != errno.EADDRNOTAVAIL:
+        # Known, but told the way programs that do not wait are told of what the peer decides.
         return -errno.EINPROGRESS
     code, endpoint.error = endpoint.error, 0
     return -code

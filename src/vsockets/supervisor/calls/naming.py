@@ -31,7 +31,10 @@ async def bind(call: Call, endpoint: Endpoint) -> Answer:
         answer = await call.supervisor.vsockd.ask_on(
             endpoint,
             sock,
-            Request(Op.BIND, 0, cid, port, 0, 0, 0, *endpoint.buffers, endpoint.cookie),
+            Request(
+                *(Op.BIND, 0, cid, port, 0, 0, 0, *endpoint.buffers),
+                *(endpoint.cookie, endpoint.inode),
+            ),
         )
     endpoint.local = answer.local
     endpoint.phase = Phase.BOUND

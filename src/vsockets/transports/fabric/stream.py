@@ -19,7 +19,7 @@ from typing import Any
 
 from ...address import check
 from ...attachment import descriptor_in, understand, wait_readable
-from ...buffers import BufferSizes
+from ...buffers import DEFAULT_SIZES, BufferSizes
 from ...limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, REQUEST_TIMEOUT
 from ...socket import BEHAVIOURS, UNBOUND, Phase, become, error, socket
 from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role, encode_connect
@@ -38,7 +38,6 @@ _ANNOUNCEMENT = stdlib.CMSG_LEN(array.array("i").itemsize)
 _raw = _socket.socket
 #: The type as a plain integer; the property makes an enum of it first.
 _raw_type = _raw.type.__get__
-_raw_connect = _raw.connect.__get__
 
 
 class StreamSocket(FabricSocket):
@@ -89,9 +88,12 @@ class StreamSocket(FabricSocket):
         fd = descriptor_in(came)
         if fd is None:
             raise error(errno.EMFILE, "the connection was lost for want of a descriptor")
-        accepted = self._twin(fd)
+        cls = EstablishedSocket if self.__class__ is StreamSocket else self.__class__
+        accepted = cls.__new__(cls)
+        stdlib.socket.__init__(accepted, _UNIX, _raw_type(self), 0, fd)
+        accepted._attachment = self._attachment
         accepted._settle(record)
-        return accepted, record.peer
+        return accepted, record[4:6]
 
     def connect(self, address: Any) -> None:
         """Connect to ``(cid, port)`` (guide page 17).
@@ -114,12 +116,15 @@ class StreamSocket(FabricSocket):
             self._phase = _CONNECTING
             raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
         _raw.send(self, request)
-        self._phase = _CONNECTING
         patience = self._connect_timeout
         if timeout is not None and timeout < patience:
             patience = timeout
-        if not wait_readable(self.fileno(), patience):
-            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        try:
+            if not wait_readable(self.fileno(), patience):
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        except BaseException:
+            self._phase = _CONNECTING  # it goes on
+            raise
         self._finish_connecting()
 
     def connect_ex(self, address: Any) -> int:
@@ -199,9 +204,8 @@ class StreamSocket(FabricSocket):
     # How it is done
 
     def _enter(self) -> None:
-        # The method is bound by hand: super() looks for longer than the rest takes.
-        connect = _raw_connect(self, self.__class__)
-        self._fabric.enter(connect, _raw_type(self))
+        place: Any = self._attachment or self._context  # the fabric: it chose this class
+        place.enter(self, _raw_type(self))
         self._entered = True
 
     def _request(self, request: Request) -> Record:
@@ -233,36 +237,32 @@ class StreamSocket(FabricSocket):
 
     def _finish_connecting(self) -> None:
         """Take vsockd's answer to a connect, which is there."""
-        self._phase = _NEW if self._local == UNBOUND else _BOUND
         if self._send_buffer:
             # The kernel doubles what it is given, to have room for its own headers.
             _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, self._send_buffer // 2)
             self._send_buffer = 0
-        self._settle(understand(_raw.recv(self, RECORD_SIZE, _DONTWAIT)))
+        try:
+            record = understand(_raw.recv(self, RECORD_SIZE, _DONTWAIT))
+        except OSError:
+            self._phase = _NEW if self._local == UNBOUND else _BOUND
+            raise
+        self._settle(record)
 
     def _settle(self, record: Record) -> None:
         """Be the established stream that ``record`` describes."""
         self._record = record
-        self._local = record[2:4]
-        self._peer = record[4:6]
-        self._phase = _CONNECTED
-        if record.size != DEFAULT_BUFFER_SIZE:
-            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, min(record.size, LARGEST_SEND_BUFFER))
-        sizes = record[-3:]
-        if sizes != self._buffers:
-            self._buffers = BufferSizes(*sizes)
-        if self.__class__ is StreamSocket:
+        if record[10:] != DEFAULT_SIZES or self._buffers is not DEFAULT_SIZES:
+            self._settle_sizes(record)
+        cls = self.__class__
+        if cls is StreamSocket:
             self.__class__ = EstablishedSocket  # what become() does, for the usual case
-        else:
+        elif cls is not EstablishedSocket:
             become(self, EstablishedSocket)
 
-    def _twin(self, fd: int) -> StreamSocket:
-        """A socket object like this one, for another descriptor."""
-        twin = self.__class__.__new__(self.__class__)
-        stdlib.socket.__init__(twin, _UNIX, _raw_type(self), 0, fd)
-        twin._attachment = self._attachment
-        twin._entered = True
-        return twin
+    def _settle_sizes(self, record: Record) -> None:
+        if record.size != DEFAULT_BUFFER_SIZE:
+            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, min(record.size, LARGEST_SEND_BUFFER))
+        self._buffers = BufferSizes(*record[10:])
 
     def _pending_error(self) -> int:
         if self._phase is _CONNECTING:
@@ -285,7 +285,6 @@ class StreamSocket(FabricSocket):
         except OSError:
             with contextlib.suppress(OSError):
                 _raw.getpeername(self)  # joined to something vsockd does not know (any more)
-                self._phase = _CONNECTED
                 become(self, EstablishedSocket)
             return
         if record.role == Role.CONNECTED:
@@ -298,7 +297,21 @@ class StreamSocket(FabricSocket):
 
 
 class EstablishedSocket(StreamSocket):
-    """A stream that stands.  Its data methods are the C ones."""
+    """A stream that stands.  Its data methods are the C ones, and its addresses are in what
+    vsockd said of it: most streams end without being asked for them.
+    """
+
+    @property
+    def _phase(self) -> Phase:  # type: ignore[override]  # for good, whatever it was before
+        return _CONNECTED
+
+    @property
+    def _local(self) -> tuple[int, int]:  # type: ignore[override]
+        return self._record[2:4] if self._record is not None else UNBOUND
+
+    @property
+    def _peer(self) -> tuple[int, int] | None:  # type: ignore[override]
+        return self._record[4:6] if self._record is not None else None
 
     recv = _raw.recv
     recv_into = _raw.recv_into

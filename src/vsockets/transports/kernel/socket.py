@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from socket import SOCK_DGRAM, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 from typing import Any, Self
 
+from ...address import check
 from ...constants import (
     AF_VSOCK,
     SO_VM_SOCKETS_BUFFER_MAX_SIZE,
@@ -35,14 +36,23 @@ class KernelSocket(socket):
 
     _raw_family = AF_VSOCK
 
-    bind = _raw.bind
-    connect = _raw.connect
-    connect_ex = _raw.connect_ex
     getsockname = _raw.getsockname
     getpeername = _raw.getpeername
 
     def __repr__(self) -> str:
         return stdlib.socket.__repr__(self)
+
+    def bind(self, address: Any, /) -> None:
+        """Take the address ``(cid, port)``; VMADDR_CID_ANY and VMADDR_PORT_ANY are wildcards."""
+        _raw.bind(self, check(address))
+
+    def connect(self, address: Any, /) -> None:
+        """Connect to ``(cid, port)``."""
+        _raw.connect(self, check(address))
+
+    def connect_ex(self, address: Any, /) -> int:
+        """As :meth:`connect`, but returns the errno."""
+        return _raw.connect_ex(self, check(address))
 
     def listen(self, backlog: int | None = None, /) -> None:
         """Accept connections, with at most ``backlog`` of them waiting (default 128)."""
@@ -66,6 +76,17 @@ class KernelSocket(socket):
     def peer_credentials(self) -> PeerCredentials:
         """OSError EOPNOTSUPP: the kernel's AF_VSOCK does not tell."""
         raise error(errno.EOPNOTSUPP, "the kernel's AF_VSOCK knows no peer credentials")
+
+    def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None) -> None:
+        """As ``socket.setsockopt``; options of other families are accepted and ignored."""
+        if level != SOL_SOCKET:
+            super().setsockopt(level, optname, value, optlen)
+            return
+        with self._options() as options:
+            if optlen is None:
+                options.setsockopt(level, optname, value)
+            else:
+                options.setsockopt(level, optname, value, optlen)
 
     def getsockopt(self, level: int, optname: int, buflen: int = 0) -> Any:
         """As ``socket.getsockopt``; an ignored option reads as what it was set to, else 0."""

@@ -1,0 +1,85 @@
+"""Which ports of the host a guest can connect to, told to its device as they come and go.
+
+For a device that must make something for each of them: hybrid vsock's are unix sockets.  What the
+guest may is decided when it connects, all the same.
+"""
+
+from __future__ import annotations
+
+import _socket
+from select import EPOLLOUT
+from socket import MSG_DONTWAIT, MSG_NOSIGNAL
+
+from ..constants import VMADDR_CID_HOST
+from ..fabric import Context, Endpoint, Fabric, Kind, Program, Refused
+from ..wire import Record, Role
+from .loop import READABLE, Loop
+
+_SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
+
+
+class HostPorts:
+    """Speaks on a device's link.  A port is looked up when there is room to tell of it: so who
+    reads slowly is told less, and never what is no longer so.
+    """
+
+    def __init__(
+        self, loop: Loop, fabric: Fabric, guest: Context, program: Program, link: _socket.socket
+    ) -> None:
+        """``program``: who the guest's connects come from."""
+        self._loop = loop
+        self._fabric = fabric
+        self._guest = guest
+        self._program = program
+        self._link = link
+        self._told: set[int] = set()
+        self._doubtful: dict[int, None] = {}  # in order
+        self._waits = False  # for room on the link
+        fabric.watchers.append(self._changed)
+        self.refresh()
+
+    def close(self) -> None:
+        """Tell nothing any more; before the link is closed."""
+        self._fabric.watchers.remove(self._changed)
+
+    def refresh(self) -> None:
+        """The guest's state, or what it may, has changed."""
+        host = self._fabric.contexts.host
+        listening = [
+            holder.port
+            for holder in host.connected.values()
+            if isinstance(holder, Endpoint) and holder.listening
+        ]
+        self._doubtful.update(dict.fromkeys([*self._told, *listening]))
+        self.tell()
+
+    def _changed(self, endpoint: Endpoint) -> None:
+        if endpoint.context is self._fabric.contexts.host:
+            self._doubtful[endpoint.port] = None
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell what there is room for now, and be called again when there is more."""
+        while self._doubtful:
+            port = next(iter(self._doubtful))
+            there = self._is_reached(port)
+            if there != (port in self._told):
+                role = Role.LISTENING if there else Role.GONE
+                try:
+                    self._link.send(Record(0, 0, VMADDR_CID_HOST, port, role=role).encode(), _SEND)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    return  # it has gone; reading from it will say so
+                self._told ^= {port}
+            del self._doubtful[port]
+        if self._waits != bool(self._doubtful):
+            self._waits = not self._waits
+            self._loop.change(self._link.fileno(), READABLE | (EPOLLOUT if self._waits else 0))
+
+    def _is_reached(self, port: int) -> bool:
+        wanted = self._guest, Kind.STREAM, VMADDR_CID_HOST, port, self._program
+        try:
+            return not self._fabric.find_listener(*wanted).undecided
+        except Refused:
+            return False

@@ -1,0 +1,85 @@
+"""The unix sockets a guest comes to when it connects to ports of the host."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable
+from functools import partial
+from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM
+
+from ...daemon.accepting import Acceptor
+from ...limits import HYBRID_PORTS, MAX_BACKLOG
+from ...state_folder import remove_stale
+from ...wire.hybrid import port_name
+from ..loop import DeviceLoop
+
+log = logging.getLogger(__name__)
+
+
+class HostSockets:
+    """One for each port that the guest can connect to now.
+
+    ``name`` is the monitor's socket, in the current directory.  ``arrived`` is called with a
+    port and a connected descriptor, which is its own.
+    """
+
+    def __init__(self, loop: DeviceLoop, name: str, arrived: Callable[[int, int], None]) -> None:
+        self._loop = loop
+        self._name = name
+        self._arrived = arrived
+        self._acceptors: dict[int, Acceptor] = {}
+        self._remove_old_ones()
+
+    def change(self, port: int, there: bool) -> None:
+        """There is somebody at ``port`` of the host, or no longer."""
+        if not there:
+            self._close(port)
+        elif len(self._acceptors) >= HYBRID_PORTS:
+            log.warning("port %d: the guest cannot reach more than %d ports", port, HYBRID_PORTS)
+        elif port not in self._acceptors:
+            try:
+                self._open(port)
+            except OSError as error:
+                name = port_name(self._name, port)
+                log.warning("port %d: not there for the guest: %s: %s", port, name, error.strerror)
+
+    def close(self) -> None:
+        """Let the guest in no more."""
+        for port in list(self._acceptors):
+            self._close(port)
+
+    def _open(self, port: int) -> None:
+        name = port_name(self._name, port)
+        remove_stale(name)
+        if os.path.lexists(name):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        listener = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
+        try:
+            # Under its name it can be connected to from the first moment.
+            new = f"{self._name}_new"
+            listener.bind(new)
+            listener.listen(MAX_BACKLOG)
+            os.rename(new, name)
+        except OSError:
+            listener.close()
+            raise
+        arrived = partial(self._arrived, port)
+        self._acceptors[port] = Acceptor(self._loop, listener, f"{name}: the guest", arrived)
+
+    def _close(self, port: int) -> None:
+        acceptor = self._acceptors.pop(port, None)
+        if acceptor is not None:
+            acceptor.close()
+            with contextlib.suppress(OSError):
+                os.unlink(port_name(self._name, port))
+
+    def _remove_old_ones(self) -> None:
+        """What a device that was killed has left behind."""
+        ours = re.compile(re.escape(self._name) + r"_(\d+|new)")
+        for name in filter(ours.fullmatch, os.listdir()):
+            remove_stale(name)

@@ -1,0 +1,48 @@
+"""``python -m vsockets.devices.hybrid.relay PATH USER``: streams to unix sockets beside PATH.
+
+vsockd starts it for a guest whose ports are behind PATH, with a link to itself as standard input.
+It is told of streams to ports of the host, and joins each to the unix socket of its port.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+
+from ...constants import VMADDR_CID_HOST
+from ...splicing import allow_many_descriptors
+from ...wire.hybrid import port_name
+from ..attachment import Attachment
+from ..loop import DeviceLoop
+from ..sandbox import enter_sandbox
+from .dial import Dial, Done
+from .outward import Outward
+
+
+def main(path: str, user: int) -> None:
+    """Serve until vsockd has gone and the last stream has ended."""
+    logging.basicConfig(format="vsock relay: %(message)s")
+    folder, name = os.path.split(path)
+    os.chdir(folder)
+    allow_many_descriptors()
+    loop = DeviceLoop()
+    link = socket.socket(fileno=os.dup(sys.stdin.fileno()))
+    fabric = Attachment(loop, link, VMADDR_CID_HOST, datagrams=False)
+
+    def dial(port: int, done: Done) -> Dial:
+        return Dial(loop, port_name(name, port), None, 0.0, done)
+
+    outward = Outward(loop, fabric, dial)
+    fabric.offered = outward.offered
+    fabric.lost = lambda: outward.finish(loop.stop)
+    enter_sandbox(user, paths=True)
+    # Whoever stops vsockd at a terminal does not mean the streams that stand.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    loop.run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,25 @@
+"""What becomes of contexts, as far as a device is to do something about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..control import Events
+from .loop import DeviceLoop
+
+#: After these a guest whose device is here is told that its connections are over, all at once.
+INTERRUPTIONS = ("resume", "migrate", "ft-on")
+
+
+def follow(loop: DeviceLoop, events: Events, heed: Callable[[int, str], None]) -> None:
+    """Call ``heed`` with a context's CID and what has changed, as long as vsockd is there."""
+
+    def ready(readiness: int) -> None:
+        happened = events.take()
+        if happened is None:
+            loop.unwatch(events.fileno())
+            return
+        for event in happened:
+            heed(event["cid"], event["change"])
+
+    loop.watch(events.fileno(), ready)

@@ -1,0 +1,78 @@
+"""The guest's transmit queue at work: when it is looked at, and when the guest is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+
+from ...limits import UNTOLD_DELAY, UNTOLD_PACKETS
+from ..loop import DeviceLoop, Timer
+from ..vhost_user import Vring
+from .pace import Pace
+from .transmit_queue import TransmitQueue
+
+
+class Intake:
+    """Runs ``queue``; ``work`` is called when it is time to look without a kick."""
+
+    def __init__(
+        self, loop: DeviceLoop, queue: TransmitQueue, vring: Vring, work: Callable[[], None]
+    ) -> None:
+        self.pace = Pace()
+        self._loop = loop
+        self._queue = queue
+        self._vring = vring
+        self._work = work
+        self._look_at = 0.0
+        self._looking: Timer | None = None
+        self._calling: Timer | None = None
+        self._untold = 0  # packets taken since the guest was told
+        self._most_untold = min(UNTOLD_PACKETS, vring.size // 2)
+        self._owes_call = False  # the guest wants to be told of them
+
+    def run(self) -> bool:
+        """Take packets, for a turn; returns whether there are more."""
+        queue, pace = self._queue, self.pace
+        expected, delay = pace.packets, pace.delay
+        more, call = queue.run(expected)
+        now = monotonic()
+        pace.took(queue.packets, queue.payload, now)
+        self._untold += queue.packets
+        if call or self._owes_call:
+            self._owes_call = True
+            if self._untold >= self._most_untold:
+                self._call()
+            elif self._calling is None:
+                self._calling = self._loop.call_later(UNTOLD_DELAY, self._call_late)
+        if not more and expected > 1 and queue.packets:
+            self._look_at = now + delay
+            if self._looking is None:
+                self._looking = self._loop.call_later(delay, self._look)
+        return more
+
+    def stop(self) -> int:
+        """Let go of the guest's memory; returns where to go on."""
+        for timer in (self._looking, self._calling):
+            if timer is not None:
+                timer.cancel()
+        if self._owes_call:
+            self._call()
+        return self._queue.stop()
+
+    def _look(self) -> None:
+        left = self._look_at - monotonic()
+        if left > 0:  # there was a kick since
+            self._looking = self._loop.call_later(left, self._look)
+        else:
+            self._looking = None
+            self._work()
+
+    def _call_late(self) -> None:
+        self._calling = None
+        if self._owes_call:
+            self._call()
+
+    def _call(self) -> None:
+        self._owes_call = False
+        self._untold = 0
+        self._vring.call()

@@ -1,0 +1,40 @@
+"""A fabric, a played Firecracker, and the device that leads to it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vsockets.testing import PrivateFabric
+
+from .played_firecracker import HybridDevice, PlayedFirecracker
+
+
+@pytest.fixture(scope="module")
+def fabric() -> Iterator[PrivateFabric]:
+    with PrivateFabric() as fabric:
+        yield fabric
+
+
+@pytest.fixture(scope="class")
+def folder() -> Iterator[Path]:
+    # Unix sockets have short paths.
+    with tempfile.TemporaryDirectory(prefix="fc-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="class")
+def firecracker(folder: Path) -> Iterator[PlayedFirecracker]:
+    played = PlayedFirecracker(folder / "v.sock")
+    played.power_on()
+    yield played
+    played.close()
+
+
+@pytest.fixture(scope="class")
+def device(fabric: PrivateFabric, firecracker: PlayedFirecracker) -> Iterator[HybridDevice]:
+    with HybridDevice(fabric, firecracker.path) as device:
+        yield device

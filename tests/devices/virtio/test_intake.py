@@ -1,0 +1,141 @@
+"""When the guest's packets are taken, and when it is told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from vsockets.devices.guest_memory import GuestMemory
+from vsockets.devices.loop import DeviceLoop
+from vsockets.devices.tap import Tap
+from vsockets.devices.vhost_user import Vring
+from vsockets.devices.virtio.intake import Intake
+from vsockets.devices.virtio.link import Link
+from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
+from vsockets.devices.virtio.split_ring import SplitRing
+from vsockets.devices.virtio.transmit_queue import TransmitQueue
+from vsockets.limits import UNTOLD_PACKETS
+from vsockets.testing import wait_until
+from vsockets.testing.virtio_driver import GUEST_BASE, DriverRing, Memory
+
+CID = 5
+SIZE = 128
+
+
+class Rig:
+    """A queue at work, and its driver; what comes is counted."""
+
+    is_overwhelmed = False
+
+    def __init__(self) -> None:
+        self.links: dict[tuple[int, int, int], Link] = {}
+        self.count = 0
+        self.memory = Memory(1 << 16)
+        self.driver = DriverRing(self.memory, SIZE)
+        guest = GuestMemory()
+        guest.map(GUEST_BASE, self.memory.size, True, self.memory.fd, 0)
+        places = self.driver.descriptors, self.driver.available, self.driver.used
+        addresses = GUEST_BASE + places[0], GUEST_BASE + places[1], GUEST_BASE + places[2]
+        ring = SplitRing(guest, SIZE, addresses, 0, event_index=True)
+        self.vring = Vring()
+        self.vring.size = SIZE
+        self.vring.take("call", os.dup(self.driver.call))
+        self.loop = DeviceLoop()
+        self.intake = Intake(
+            self.loop, TransmitQueue(ring, CID, self, Tap(self.loop)), self.vring, self.work
+        )
+        self.place = self.memory.allocate(HEADER_SIZE)
+        header = Header(CID, 2, 1000, 1000, op=Op.CREDIT_REQUEST).encode()
+        self.memory.view[self.place : self.place + HEADER_SIZE] = header
+
+    def receive(self, header: Header, link: Link | None) -> None:
+        self.count += 1
+
+    def touched(self, link: Link) -> None:
+        raise AssertionError("there are no connections")
+
+    def work(self) -> None:
+        assert not self.intake.run()
+
+    def send(self) -> bool:
+        """One packet; returns whether the device wanted a kick."""
+        self.driver.add([(self.place, HEADER_SIZE)], writable=False)
+        return self.driver.publish()
+
+    def was_called(self) -> bool:
+        try:
+            os.eventfd_read(self.driver.call)
+        except BlockingIOError:
+            return False
+        return True
+
+    def until_called(self) -> bool:
+        self.loop.turn()
+        return self.was_called()
+
+    def close(self) -> None:
+        self.intake.stop()
+        self.loop.close()
+        self.vring.close()
+        self.driver.close()
+        self.memory.close()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    yield rig
+    rig.close()
+
+
+def test_packets_that_come_without_a_kick_are_looked_for(rig: Rig) -> None:
+    rig.intake.pace.packets, rig.intake.pace.delay = 4, 0.001
+    rig.send()
+    rig.work()
+    assert not rig.send()
+
+    def has_come() -> bool:
+        rig.loop.turn()
+        return rig.count == 2
+
+    wait_until(has_come, "the packet to be taken")
+    assert rig.driver.used
+
+
+def test_as_many_as_expected_kick(rig: Rig) -> None:
+    rig.intake.pace.packets, rig.intake.pace.delay = 4, 10.0
+    rig.send()
+    rig.work()
+    assert [rig.send() for _ in range(4)] == [False, False, False, True]
+
+
+def test_a_look_that_finds_nothing_asks_for_a_kick_by_the_next(rig: Rig) -> None:
+    rig.intake.pace.packets, rig.intake.pace.delay = 4, 0.001
+    rig.send()
+    rig.work()
+    rig.work()
+    assert rig.send()
+
+
+def test_the_guest_is_told_of_some_packets_late(rig: Rig) -> None:
+    rig.send()
+    rig.work()
+    assert not rig.was_called()
+    wait_until(rig.until_called, "the guest to be told")
+
+
+def test_the_guest_is_told_of_many_packets_at_once(rig: Rig) -> None:
+    for _ in range(UNTOLD_PACKETS):
+        rig.send()
+        rig.work()
+    assert rig.was_called()
+
+
+def test_a_ring_that_stops_owes_nothing(rig: Rig) -> None:
+    rig.send()
+    rig.work()
+    assert not rig.was_called()
+    assert rig.intake.stop() == 1
+    assert rig.was_called()

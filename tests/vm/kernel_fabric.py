@@ -1,0 +1,121 @@
+"""For pytest in a guest: ``tests/library`` on the guest kernel's own AF_VSOCK.
+
+The tests' guest is the machine.  Their host is the machine, too, which reaches itself by
+VMADDR_CID_LOCAL; or, where ``VSOCKETS_TEST_HOST`` has the port of its servant, the fabric's host.
+
+What cannot apply there is listed here, and why.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+from vm.remote import Remote
+from vsockets import VMADDR_CID_LOCAL
+from vsockets.kernel import Kernel
+
+
+class Loopback(Kernel):
+    """The machine, as it sees itself."""
+
+    cid = VMADDR_CID_LOCAL
+
+
+_port = os.environ.get("VSOCKETS_TEST_HOST")
+_host: Kernel = Remote(int(_port)) if _port else Loopback()
+_guest = Kernel() if _port else _host
+
+_FABRIC = "it is about vsockd"
+_DATAGRAMS = "neither virtio nor the loopback has datagrams"
+_BUFFERS = "there each side's buffer is its own, of 256 KiB if nobody says otherwise"
+_UNNAMED = "the kernel leaves VMADDR_CID_ANY in the address of what was bound to it or to nothing"
+_OTHERS = "the kernel does not say who the peer is"
+_HOST = "the host is the machine itself"
+_SAYS = "the kernel answers calls that make no sense in its own way"
+_PORTS = "the kernel keeps a port until the peer has confirmed the end"
+_DESCRIPTOR = "it is about a descriptor, which a socket of the host does not have here"
+
+#: Tests, or some of their cases ("*" is anything), and why they cannot apply.
+NOT_ON_THE_KERNEL = {
+    "test_bad_input.py::test_listening_and_connecting_out_of_order": _SAYS,
+    "test_bad_input.py::test_an_established_stream_is_for_life*": _SAYS,
+    "test_bad_input.py::test_vsockd_goes_away": _FABRIC,
+    "test_bad_input.py::test_reserved_ports_need_a_capability*": _FABRIC,
+    "test_datagram.py::*": _DATAGRAMS,
+    "test_examples.py::*": "the examples are not in the guest",
+    "test_modes.py::test_a_non_blocking_connect_is_writable_when_it_is_done*": _FABRIC,
+    "test_modes.py::test_a_non_blocking_connect_that_fails*": _SAYS,
+    "test_modes.py::test_connect_gives_up_after_its_timeouts": _FABRIC,
+    "test_modes.py::test_asyncio_socket_calls_and_datagrams": _DATAGRAMS,
+    "test_options.py::test_defaults_of_the_guide": _BUFFERS,
+    "test_options.py::test_negotiation*": _BUFFERS,
+    "test_options.py::test_no_size_suits_both": _BUFFERS,
+    "test_options.py::test_a_small_buffer_holds_back_the_sender*": _BUFFERS,
+    "test_options.py::test_set_on_the_listener_after_listen": _BUFFERS,
+    "test_options.py::test_peer_vm_id_and_trust": _OTHERS,
+    "test_options.py::test_connect_timeout_option": "the kernel counts in ticks of its clock",
+    "test_processes.py::test_detach_and_fileno_of_bound_and_datagram_sockets": _DATAGRAMS,
+    "test_processes.py::test_somebody_elses_connected_socket": _SAYS,
+    "test_stdlib.py::test_install": _UNNAMED,
+    "test_stdlib.py::test_a_subclass_keeps_its_overrides": _DATAGRAMS,
+    "test_stdlib.py::test_tls": "the guest has no OpenSSL",
+    "test_stream.py::test_both_ends_know_both_addresses*": _UNNAMED,
+    "test_stream.py::test_credentials_of_the_peer*": _OTHERS,
+    "test_stream.py::test_connecting_from_a_bound_port_and_again*": _PORTS,
+    "test_stream.py::test_a_bound_port_stays_taken_while_connected": _PORTS,
+    "test_stream.py::test_a_listener_that_never_accepts_costs_vsockd_nothing": _FABRIC,
+    "test_stream.py::test_contexts_that_cannot_be_reached": _FABRIC,
+    "test_stream.py::test_bound_to_the_local_cid_is_for_the_own_context_only": _SAYS,
+    "test_stream.py::test_a_hundred_connections_at_once": _UNNAMED,
+}
+
+NOT_LOOPED_BACK = {
+    "test_bad_input.py::test_what_is_no_address*-2]": _DATAGRAMS,
+    "test_bad_input.py::test_wildcards_are_no_destination": _SAYS,
+    "test_bad_input.py::test_local_cid_and_address_family": _HOST,
+    "test_modes.py::test_asyncio_streams": _UNNAMED,
+    "test_options.py::test_what_the_kernel_would_say_of_a_vsocket": _OTHERS,
+    "test_options.py::test_datagram_sockets_have_no_options": _DATAGRAMS,
+    "test_processes.py::test_exec*": _UNNAMED,
+    "test_processes.py::test_passing_a_socket_over_a_unix_socket*": _UNNAMED,
+    "test_stream.py::test_addresses_are_filled_in": _HOST,
+}
+
+NOT_TO_THE_HOST = {
+    "test_modes.py::test_readiness_by_select_poll_epoll_and_selectors*": _DESCRIPTOR,
+    "test_processes.py::*": _DESCRIPTOR,
+    "test_stdlib.py::test_socketserver": _DESCRIPTOR,
+    "test_stdlib.py::test_http_server": _DESCRIPTOR,
+    "test_stdlib.py::test_multiprocessing_connections": _DESCRIPTOR,
+    "test_stream.py::test_within_one_context_by_its_own_cid_and_the_local_one": _UNNAMED,
+}
+
+
+class KernelFabric:
+    """What tests ask of a fabric, as far as there is one."""
+
+    host = _host
+
+    def guest(self) -> Kernel:
+        return _guest
+
+    def environment(self, context: Kernel) -> dict[str, str]:
+        return {**os.environ}
+
+
+@pytest.fixture
+def vsock_fabric() -> KernelFabric:
+    return KernelFabric()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons = {**NOT_ON_THE_KERNEL, **(NOT_TO_THE_HOST if _port else NOT_LOOPED_BACK)}
+    for name, reason in reasons.items():
+        pattern = re.escape(f"library/{name}").replace(r"\*", ".*")
+        found = [item for item in items if re.fullmatch(pattern, item.nodeid)]
+        assert found, f"no test {name}"
+        for item in found:
+            item.add_marker(pytest.mark.skip(reason))

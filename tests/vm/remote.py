@@ -1,0 +1,172 @@
+"""Sockets of the host for a program of a guest: each call is made on the other side.
+
+Tests of the library have both ends of a connection in one program.  Where one end is the host's
+and the program runs in a guest, that end is one of these, a transport like others: the guest's
+thread asks, over a connection of its own, and a thread of the host does it and answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import pickle
+import threading
+from collections.abc import Callable
+from socket import SOCK_DGRAM, SOCK_SEQPACKET, SOCK_STREAM
+from typing import Any
+
+import vsockets
+from vsockets import VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_PORT_ANY
+from vsockets.kernel import Kernel
+from vsockets.socket import BEHAVIOURS
+
+#: How long a call may take, in seconds.
+PATIENCE = 60.0
+
+_NEW = -1
+
+
+class Servant:
+    """Makes the guest's calls, in ``context``; ``port`` is where they are asked for."""
+
+    def __init__(self, context: vsockets.Attachment) -> None:
+        self._context = context
+        self._sockets: dict[int, Any] = {}
+        self._numbers = itertools.count()
+        self._server = vsockets.create_server((VMADDR_CID_ANY, VMADDR_PORT_ANY), context=context)
+        self.port = self._server.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Make no more calls."""
+        self._server.close()
+        for sock in self._sockets.values():
+            sock.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                sock, _ = self._server.accept()
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: vsockets.socket) -> None:
+        with sock, sock.makefile("rwb") as file, contextlib.suppress(EOFError, OSError):
+            while True:
+                asked = pickle.load(file)
+                try:
+                    answer = True, self._perform(*asked)
+                except Exception as error:
+                    answer = False, error
+                pickle.dump(answer, file)
+                file.flush()
+
+    def _perform(self, number: int, name: str, arguments: tuple[Any, ...]) -> Any:
+        if number == _NEW:
+            return self._keep(vsockets.socket(type=arguments[0], context=self._context))
+        sock = self._sockets[number]
+        if name == "accept":
+            accepted, peer = sock.accept()
+            return self._keep(accepted), peer
+        return getattr(sock, name)(*arguments)
+
+    def _keep(self, sock: vsockets.socket) -> int:
+        number = next(self._numbers)
+        self._sockets[number] = sock
+        return number
+
+
+class Remote(Kernel):
+    """The host, for a program of the guest; its servant is at ``port``."""
+
+    transport = "remote"
+    cid = VMADDR_CID_HOST
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._of_thread = threading.local()
+
+    def call(self, number: int, name: str, *arguments: Any) -> Any:
+        """Have it made on the host; raises what it raises there."""
+        file = getattr(self._of_thread, "file", None)
+        if file is None:
+            sock = vsockets.create_connection((VMADDR_CID_HOST, self._port), context=Kernel())
+            sock.settimeout(PATIENCE)
+            file = self._of_thread.file = sock.makefile("rwb")
+        pickle.dump((number, name, arguments), file)
+        file.flush()
+        well, result = pickle.load(file)
+        if not well:
+            raise result
+        return result
+
+
+class RemoteSocket(vsockets.socket):
+    """A socket of the host.  What is its own here, a descriptor, stands for nothing."""
+
+    _number: int | None = None
+    _context: Remote
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Make a call on the host's socket."""
+        if self._number is None:
+            self._number = self._context.call(_NEW, "", int(self.type))
+        return self._context.call(self._number, name, *arguments)
+
+    def accept(self) -> tuple[vsockets.socket, tuple[int, int]]:
+        """As ever."""
+        number, peer = self.call("accept")
+        accepted = vsockets.socket(type=self.type, context=self._context)
+        assert isinstance(accepted, RemoteSocket)
+        accepted._number = number
+        return accepted, peer
+
+    def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
+        """As ever."""
+        with memoryview(buffer).cast("B") as view:
+            data, source = self.call("recvfrom", nbytes or len(view), flags)
+            view[: len(data)] = data
+        return len(data), source
+
+    def recvmsg_into(self, buffers: Any, *arguments: int) -> tuple[int, Any, int, Any]:
+        """As ever."""
+        (buffer,) = buffers
+        data, ancillary, shown, source = self.call("recvmsg", len(buffer), *arguments)
+        buffer[: len(data)] = data
+        return len(data), ancillary, shown, source
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """As ever."""
+        return self.recvfrom_into(buffer, nbytes, flags)[0]
+
+    def send(self, data: Any, flags: int = 0, /) -> int:
+        """As ever."""
+        sent: int = self.call("send", bytes(data), flags)
+        return sent
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
+        """As ever."""
+        self.call("sendall", bytes(data), flags)
+
+    def close(self) -> None:
+        """As ever."""
+        if self.fileno() >= 0:
+            self.call("close")
+        super().close()
+
+
+def _elsewhere(name: str) -> Callable[..., Any]:
+    def made_there(self: RemoteSocket, *arguments: Any) -> Any:
+        return self.call(name, *arguments)
+
+    return made_there
+
+
+for _name in (
+    *("bind", "connect", "connect_ex", "listen", "getsockname", "getpeername", "shutdown"),
+    *("recv", "recvfrom", "recvmsg", "sendto", "sendmsg", "setsockopt", "getsockopt"),
+    *("settimeout", "gettimeout", "setblocking", "peer_credentials"),
+):
+    setattr(RemoteSocket, _name, _elsewhere(_name))
+BEHAVIOURS["remote"] = {
+    int(kind): RemoteSocket for kind in (SOCK_STREAM, SOCK_SEQPACKET, SOCK_DGRAM)
+}

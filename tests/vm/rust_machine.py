@@ -1,0 +1,83 @@
+"""Machines whose device is Debian's ``vhost-device-vsock``: hybrid vsock's real peer."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+from vsockets.testing import wait_until
+
+from . import downloads
+from .machine import PATIENCE, Machine
+
+
+class RustMachine(Machine):
+    """The host's side is the unix socket :attr:`uds_path`, and nothing of ours."""
+
+    @property
+    def uds_path(self) -> Path:
+        """Where the host connects, and beside which it listens."""
+        return self._folder / "host"
+
+    def start_device(self) -> None:
+        self.cid = self.cid or 3
+        root = downloads.rust_back_end()
+        libraries = root / "usr/lib/x86_64-linux-gnu"
+        command = [root / "usr/lib64/ld-linux-x86-64.so.2", "--library-path", libraries]
+        command += [root / "usr/bin/vhost-device-vsock", "--guest-cid", self.cid]
+        command += ["--socket", self._path, "--uds-path", self.uds_path]
+        with open(self._folder / "device.log", "w") as log:
+            self.device = subprocess.Popen(
+                list(map(str, command)), stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        wait_until(self._path.exists, "vhost-device-vsock to start", PATIENCE)
+
+
+class HybridMachine(RustMachine):
+    """And ``vsock device hybrid`` makes its guest one of the fabric's."""
+
+    _hybrid: subprocess.Popen[str] | None = None
+
+    @property
+    def hybrid(self) -> subprocess.Popen[str]:
+        """Our process."""
+        assert self._hybrid is not None
+        return self._hybrid
+
+    @property
+    def device_log(self) -> str:
+        """What ours said."""
+        return (self._folder / "hybrid.log").read_text()
+
+    def start_device(self) -> None:
+        self.attach()
+        super().start_device()
+
+    def attach(self) -> None:
+        """Start our device."""
+        command = [sys.executable, "-m", "vsockets.tools", "--dir", str(self.fabric.folder)]
+        command += ["device", "hybrid", "--socket", str(self.uds_path), "--verbose"]
+        if self.cid:
+            command += ["--cid", str(self.cid)]
+        with open(self._folder / "hybrid.log", "a") as log:
+            self._hybrid = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert self._hybrid.stdout is not None
+        line = self._hybrid.stdout.readline()
+        assert line.strip().isdecimal(), self.device_log
+        self.cid = int(line)
+
+    def detach(self) -> None:
+        """End our device, as nobody should."""
+        if self._hybrid is not None:
+            self._hybrid.kill()
+            self._hybrid.wait()
+            assert self._hybrid.stdout is not None
+            self._hybrid.stdout.close()
+            self._hybrid = None
+
+    def kill(self) -> None:
+        super().kill()
+        with contextlib.suppress(ProcessLookupError):
+            self.detach()

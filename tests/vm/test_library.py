@@ -1,0 +1,102 @@
+"""``tests/library`` in a guest, over ``VSOCKETS_TRANSPORT=kernel``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vsockets import VMADDR_CID_LOCAL
+from vsockets.testing import PrivateFabric
+
+from .conftest import COMMON, Stage
+from .image import LOOPBACK
+from .machine import Machine
+from .remote import Servant
+
+pytestmark = pytest.mark.timeout(400)
+
+TESTS = Path(__file__).parents[1]
+
+#: What pytest is made of; all of it is pure Python.
+PYTEST = (
+    *("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py"),
+    "pytest_timeout",
+)
+
+#: How long all of them may take, in seconds.
+_RUN = 350.0
+
+_UNPACK = """
+import tarfile
+with tarfile.open("/tests.tar") as archive: archive.extractall("/tests")
+os.unlink("/tests.tar")
+for name in modules:
+    if os.path.exists(f"/modules/{name}.ko") and not os.path.exists(f"/sys/module/{name}"):
+        assert not os.system(f"insmod /modules/{name}.ko")
+"""
+
+_RUN_TESTS = """
+import subprocess, sys
+done = subprocess.run(
+    [sys.executable, "-m", "pytest", "-p", "vm.kernel_fabric", "-p", "pytest_timeout", *arguments],
+    cwd="/tests",
+    env={**os.environ, "PYTHONPATH": "/tests", "VSOCKETS_TRANSPORT": "kernel", **environment},
+    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+)
+result = done.returncode, done.stdout
+"""
+
+
+def archive() -> bytes:
+    """Everything that the guest needs."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in PYTEST:
+            path = Path(str(importlib.import_module(name).__file__))
+            if path.name == "__init__.py":
+                for file in path.parent.rglob("*.py"):
+                    archive.add(file, f"{name}/{file.relative_to(path.parent)}")
+            else:
+                archive.add(path, path.name)
+        for file in TESTS.glob("library/*.py"):
+            archive.add(file, f"library/{file.name}")
+        for name in ("__init__.py", "kernel_fabric.py", "remote.py"):
+            archive.add(Path(__file__).with_name(name), f"vm/{name}")
+        archive.addfile(tarfile.TarInfo("pytest.ini"))
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def machine(stage: Stage) -> Iterator[Machine]:
+    with (
+        PrivateFabric() as fabric,
+        stage.machine(fabric, "newest", device="virtio") as machine,
+    ):
+        machine.run(COMMON)
+        machine.put("/tests.tar", archive())
+        machine.run(_UNPACK, modules=LOOPBACK)
+        yield machine
+
+
+def run(machine: Machine, **environment: str) -> None:
+    """All of them."""
+    arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", "--timeout=60", "library"]
+    status, said = machine.run(
+        _RUN_TESTS, timeout=_RUN, arguments=arguments, environment=environment
+    )
+    assert status == 0, said
+
+
+def test_on_the_kernels_loopback(machine: Machine) -> None:
+    run(machine, VSOCKETS_TEST_CID=str(VMADDR_CID_LOCAL))
+
+
+def test_to_the_fabrics_host(machine: Machine) -> None:
+    with contextlib.closing(Servant(machine.host)) as servant:
+        run(machine, VSOCKETS_TEST_HOST=str(servant.port))
