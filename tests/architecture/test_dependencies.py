@@ -144,13 +144,13 @@ def test_the_amqp_proxies_decisions_do_no_io(name: str) -> None:
     assert not (doers | {"h2"}) & set(imports(f"vsockets.bridges.amqp.{name}"))
 
 
-@pytest.mark.parametrize("protocol", ["vfio_user", "vhost_user"])
 @pytest.mark.parametrize("name", ["xdr", "rpc", "mount", "duplicates", "retransmission"])
 def test_the_decisions_of_network_storage_do_no_io(name: str) -> None:
     doers = {"socket", "select", "selectors", "asyncio", "threading", "subprocess", "os", "time"}
     assert not doers & set(imports(f"vsockets.bridges.nfs.{name}"))
 
 
+@pytest.mark.parametrize("protocol", ["vfio_user", "vhost_user"])
 def test_protocols_of_devices_know_nothing_of_what_they_carry(protocol: str) -> None:
     package = f"vsockets.devices.{protocol}"
     known = (
