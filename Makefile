@@ -28,4 +28,7 @@ clean:
 	{ echo "needs Python 3.11 or newer with venv: apt install python3-venv (an older default: apt install python3.11-venv; make PYTHON=python3.11)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	# pyfuse3 is compiled: for who has libfuse3-dev, pkg-config and python3-dev.
+	! pkg-config --exists fuse3 2>/dev/null || \
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[nfs]'
 	touch $@
