@@ -159,7 +159,7 @@ def test_one_line_for_each_denial(
     what, rule, code, cid = DENIALS[denial]
     with vsock_fabric.control.events("denial") as events:
         denial(vsock_fabric)
-        event = events.wait(2)
+        event = events.wait(10)
     (line,) = [line for line in vsock_fabric.log.splitlines() if "denied" in line]
     assert line.startswith(f"vsockd: WARNING: denied: {what}: ")
     uid = NOBODY if denial in (reserved_port, hypervisor_service) else 0
@@ -200,9 +200,9 @@ def test_so_many_a_second(vsock_fabric: PrivateFabric) -> None:
             ask_once(guest, connect(4, 5000))
         # Another guest's denials are not lost in the noise.
         ask_once(other, connect(4, 5000))
-        heard = [events.wait(2)]
+        heard = [events.wait(10)]
         while heard[-1]["context"] != 5:
-            heard.append(events.wait(2))
+            heard.append(events.wait(10))
         assert heard[-1]["left_out"] == 0
         told = len(heard) - 1
         left_out = sum(event["left_out"] for event in heard)

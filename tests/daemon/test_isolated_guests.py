@@ -53,7 +53,7 @@ def guest(fabric: PrivateFabric) -> Attachment:
 def service(context: Attachment, kind: int, address: tuple[int, int]) -> Iterator[vsockets.socket]:
     with vsockets.socket(type=kind, context=context) as sock:
         sock.bind(address)
-        sock.settimeout(2)
+        sock.settimeout(10)
         if kind != DATAGRAM:
             sock.listen()
         yield sock

@@ -45,7 +45,7 @@ def ask_by_program(
         [*before, program, fabric.host.folder / "seqpacket"],
         input=request.encode(),
         capture_output=True,
-        timeout=5 * PROMPT,
+        timeout=2 * PROMPT,
         check=True,
         user=None if before else NOBODY,
         group=None if before else NOBODY,

@@ -16,8 +16,6 @@ from .machine import GuestError
 from .rust_machine import HybridMachine
 from .test_vmci import MIB, PATIENCE, dial, serve
 
-pytestmark = pytest.mark.timeout(180)
-
 BLOCKS = 8
 BLOCK = bytes(range(251)) * 4000
 

@@ -19,8 +19,6 @@ from .conftest import COMMON, Stage
 from .machine import KERNEL_COMMAND, GuestError, Machine
 from .test_vmci import MIB, PATIENCE, datagram, dial, exchange, serve
 
-pytestmark = pytest.mark.timeout(180)
-
 NOBODY = 65_534
 _WAIT = "s = connect(port); s.sendall(b'x'); result = s.recv(1)"
 

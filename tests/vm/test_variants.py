@@ -16,8 +16,6 @@ from .conftest import COMMON, Stage
 from .machine import GuestError, Machine
 from .test_vmci import PATIENCE, datagram, dial, exchange, serve
 
-pytestmark = pytest.mark.timeout(180)
-
 CIDS = (50, 51)
 
 

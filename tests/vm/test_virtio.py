@@ -20,8 +20,6 @@ from .conftest import COMMON, Stage
 from .machine import GuestError, Machine
 from .test_vmci import MIB, PATIENCE, dial, exchange, serve
 
-pytestmark = pytest.mark.timeout(180)
-
 
 @pytest.fixture(scope="module", params=["stable", "newest"])
 def machine(

@@ -18,8 +18,6 @@ from vsockets.testing import PrivateFabric, wait_until
 
 from .machine import GuestError, Job, Machine
 
-pytestmark = pytest.mark.timeout(180)
-
 MIB = 1 << 20
 RELOADS = 50
 ANY = vsockets.VMADDR_PORT_ANY

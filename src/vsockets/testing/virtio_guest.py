@@ -26,7 +26,7 @@ from .virtio_driver import DriverRing, FrontEnd, Memory
 #: What a guest's kernel uses.
 FEATURES = F_VERSION_1 | F_RING_EVENT_IDX | F_RING_INDIRECT_DESC | F_SEQPACKET
 
-_PATIENCE = 10.0
+_PATIENCE = 20.0
 
 
 class PlayedGuest:
