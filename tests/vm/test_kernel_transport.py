@@ -7,9 +7,9 @@ from typing import Any
 
 import vsockets
 
+from .exchanges import PATIENCE, datagram, dial, exchange, serve
 from .image import LOOPBACK
 from .machine import Machine
-from .test_vmci import PATIENCE, datagram, dial, exchange, serve
 
 LIBRARY = """
 import asyncio, errno, os, select, socket as stdlib

@@ -16,8 +16,8 @@ import vsockets
 from vsockets.testing import PrivateFabric
 
 from .conftest import COMMON, Stage
+from .exchanges import MIB, PATIENCE, datagram, dial, exchange, serve
 from .machine import KERNEL_COMMAND, GuestError, Machine
-from .test_vmci import MIB, PATIENCE, datagram, dial, exchange, serve
 
 NOBODY = 65_534
 _WAIT = "s = connect(port); s.sendall(b'x'); result = s.recv(1)"
