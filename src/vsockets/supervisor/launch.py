@@ -26,6 +26,7 @@ from collections.abc import Callable, Collection
 from typing import NoReturn
 
 from ..attachment import Attachment
+from ..descriptors import allow_many_descriptors
 from .filter import assemble, may_be_opened, rules, windows_below
 from .machine import this_machine
 from .notification import Listener, install
@@ -199,7 +200,7 @@ def _be_supervisor(
             program.wait()
             return  # type: ignore[misc]  # by way of finally
         supervisor = make(Listener(descriptors[0]))
-        _allow_many_descriptors()
+        allow_many_descriptors()
 
         def on_child(events: int) -> None:
             with contextlib.suppress(BlockingIOError):
@@ -216,12 +217,6 @@ def _be_supervisor(
         status = 0
     finally:
         os._exit(status)
-
-
-def _allow_many_descriptors() -> None:
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 # The front

@@ -136,8 +136,8 @@ def hybrid(
     For each port that somebody of the host listens at, and the guest may reach, there is
     PATH_PORT. The machine may be started before or after.
     """
+    from ..descriptors import allow_many_descriptors
     from ..devices.hybrid import HybridMachine
-    from ..splicing import allow_many_descriptors
 
     if problem := hybrid_problem(str(path.absolute())):
         raise typer.BadParameter(problem)
