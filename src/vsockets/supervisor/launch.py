@@ -156,7 +156,7 @@ class _Program:
         """The front passes a signal on, or has ended."""
         if self._front is None:
             return
-        note = self._front.recv(_NOTE.size)
+        note = _heard(self._front)
         if not note:  # killed: so the program is killed
             self._front = None
             self._send(signal.SIGKILL)
@@ -240,10 +240,7 @@ def _be_front(channel: socket.socket, supervisor: int) -> NoReturn:
                         channel.send(_NOTE.pack(_SIGNAL, received))
         if channel not in ready:
             continue
-        try:
-            note = channel.recv(_NOTE.size)
-        except ConnectionError:
-            note = b""
+        note = _heard(channel)
         if not note:
             _end_all_children()
             _end_as(signal.SIGKILL)  # which the kernel sent the program, or we did
@@ -288,6 +285,14 @@ def _end_all_children() -> None:
 
 
 # Both
+
+
+def _heard(channel: socket.socket) -> bytes:
+    """The next note, or nothing when the other side has ended."""
+    try:
+        return channel.recv(_NOTE.size)
+    except ConnectionResetError:  # with a note of ours unread; what it had said is still to come
+        return channel.recv(_NOTE.size)
 
 
 def _close_all_but(kept: Collection[int]) -> None:
