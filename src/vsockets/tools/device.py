@@ -43,7 +43,7 @@ _Cid = Annotated[
 ]
 _UntilEof = Annotated[bool, typer.Option("--until-eof", help="End when standard input does.")]
 _Sandbox = Annotated[bool, typer.Option(help="Give up every privilege and system call not needed.")]
-_Verbose = Annotated[bool, typer.Option("--verbose", help="Say what happens.")]
+_Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say what happens.")]
 
 
 @app.command("vmci")
