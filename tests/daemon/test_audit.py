@@ -22,7 +22,7 @@ from vsockets.control import Control
 from vsockets.testing import PrivateFabric
 
 from .raw_client import adopt, ask, ask_once, bind, connect, enter, route, send_with, unix_datagrams
-from .users import NOBODY, as_root
+from .users import NOBODY, as_root, user
 
 EXECUTABLE = os.path.realpath(sys.executable)
 
@@ -30,11 +30,8 @@ EXECUTABLE = os.path.realpath(sys.executable)
 @contextlib.contextmanager
 def unprivileged(fabric: PrivateFabric) -> Iterator[None]:
     fabric.folder.parent.chmod(0o755)
-    os.seteuid(NOBODY)
-    try:
+    with user(NOBODY):
         yield
-    finally:
-        os.seteuid(0)
 
 
 # One function for each way to be denied something; beside it what the line has to say.
@@ -70,10 +67,8 @@ def guest_to_guest_by_datagram(fabric: PrivateFabric) -> None:
 
 def restricted(fabric: PrivateFabric) -> None:
     guest = fabric.guest(3, profile="restricted")
-    with unprivileged(fabric), vsockets.create_server((2, 5000), context=fabric.host):
-        os.seteuid(0)
+    with unprivileged(fabric), vsockets.create_server((2, 5000), context=fabric.host), user(0):
         ask_once(guest, connect(2, 5000), socket.SOCK_STREAM)
-        os.seteuid(NOBODY)
 
 
 def domain(fabric: PrivateFabric) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ NOBODY = 65_534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
 
 CAP_NET_BIND_SERVICE = 10
+CAP_NET_ADMIN = 12
 CAP_SYS_ADMIN = 21
 
 
@@ -31,6 +34,19 @@ def has_capability(capability: int, pid: int | None = None) -> bool:
 as_administrator = pytest.mark.skipif(
     not has_capability(CAP_SYS_ADMIN), reason="needs CAP_SYS_ADMIN"
 )
+
+
+@contextlib.contextmanager
+def user(uid: int) -> Iterator[None]:
+    """Be this user, without privileges unless it is root: all threads, and so /proc says."""
+    before = os.geteuid()
+    os.seteuid(0)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.seteuid(before)
 
 
 def ask_by_program(
