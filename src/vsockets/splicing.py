@@ -25,7 +25,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import resource
 import select
 import socket
 import struct
@@ -80,12 +79,6 @@ class _Pipe:
     def close(self) -> None:
         os.close(self.reader)
         os.close(self.writer)
-
-
-def allow_many_descriptors() -> None:
-    """Every connection is two descriptors; the usual soft limit is for select()'s sake."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _grow(pipe: int) -> int:

@@ -63,5 +63,5 @@ def test_the_fields_of_a_denial(vsock_fabric: PrivateFabric) -> None:
     with vsock_fabric.control.events("denial") as events:
         with pytest.raises(OSError):
             vsockets.create_connection((4, 5000), context=guest)
-        event = events.wait(timeout=5)
+        event = events.wait(timeout=20)
     assert event.keys() == {*rows("The audit"), "topic", "time", "missed"}

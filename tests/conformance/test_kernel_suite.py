@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,16 @@ def test_the_table_is_that_of_the_suite(vsock: Vsock, program: Path) -> None:
     assert [(case.id, case.name) for case in CASES] == [
         (int(number), name) for number, name in (line.split("\t") for line in listed)
     ]
+
+
+def test_the_readme_counts_as_the_table_does() -> None:
+    number = Counter(case.result for case in CASES)
+    said = (
+        f"{number['pass']} of {len(CASES)} cases pass, {number['does not apply']} do not apply, "
+        "one does not pass"
+    )
+    assert number["fail"] == 1
+    assert said in " ".join((TABLES.parents[1] / "README.md").read_text().split())
 
 
 @pytest.mark.parametrize("client", [str(GUEST), "host"])

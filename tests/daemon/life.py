@@ -131,7 +131,7 @@ class Holder:
     def line(self) -> str:
         """The next line it prints."""
         assert self.process.stdout is not None
-        readable, _, _ = select.select([self.process.stdout], [], [], 5 * PROMPT)
+        readable, _, _ = select.select([self.process.stdout], [], [], 2 * PROMPT)
         assert readable, "the program says nothing"
         return self.process.stdout.readline().decode().strip()
 

@@ -25,7 +25,7 @@ TYPES = {
 }
 
 #: How long one order may take, in seconds; nothing here waits for anybody.
-PATIENCE = 5.0
+PATIENCE = 20.0
 
 
 class Puppet:

@@ -28,8 +28,8 @@ GUEST = 3
 #: The two kinds of control socket a context has.
 DOORS = [socket.SOCK_STREAM, socket.SOCK_SEQPACKET]
 
-#: How long vsockd may take to answer when nothing holds it up, in seconds.
-PROMPT = 2.0
+#: How long vsockd may take to answer when nothing holds it up, in seconds: on a busy machine, too.
+PROMPT = 10.0
 
 
 def enter(context: Attachment, kind: int = socket.SOCK_STREAM) -> socket.socket:

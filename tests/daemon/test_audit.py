@@ -22,7 +22,7 @@ from vsockets.control import Control
 from vsockets.testing import PrivateFabric
 
 from .raw_client import adopt, ask, ask_once, bind, connect, enter, route, send_with, unix_datagrams
-from .users import NOBODY, as_root
+from .users import NOBODY, as_root, user
 
 EXECUTABLE = os.path.realpath(sys.executable)
 
@@ -30,11 +30,8 @@ EXECUTABLE = os.path.realpath(sys.executable)
 @contextlib.contextmanager
 def unprivileged(fabric: PrivateFabric) -> Iterator[None]:
     fabric.folder.parent.chmod(0o755)
-    os.seteuid(NOBODY)
-    try:
+    with user(NOBODY):
         yield
-    finally:
-        os.seteuid(0)
 
 
 # One function for each way to be denied something; beside it what the line has to say.
@@ -70,10 +67,8 @@ def guest_to_guest_by_datagram(fabric: PrivateFabric) -> None:
 
 def restricted(fabric: PrivateFabric) -> None:
     guest = fabric.guest(3, profile="restricted")
-    with unprivileged(fabric), vsockets.create_server((2, 5000), context=fabric.host):
-        os.seteuid(0)
+    with unprivileged(fabric), vsockets.create_server((2, 5000), context=fabric.host), user(0):
         ask_once(guest, connect(2, 5000), socket.SOCK_STREAM)
-        os.seteuid(NOBODY)
 
 
 def domain(fabric: PrivateFabric) -> None:
@@ -159,7 +154,7 @@ def test_one_line_for_each_denial(
     what, rule, code, cid = DENIALS[denial]
     with vsock_fabric.control.events("denial") as events:
         denial(vsock_fabric)
-        event = events.wait(2)
+        event = events.wait(10)
     (line,) = [line for line in vsock_fabric.log.splitlines() if "denied" in line]
     assert line.startswith(f"vsockd: WARNING: denied: {what}: ")
     uid = NOBODY if denial in (reserved_port, hypervisor_service) else 0
@@ -200,9 +195,9 @@ def test_so_many_a_second(vsock_fabric: PrivateFabric) -> None:
             ask_once(guest, connect(4, 5000))
         # Another guest's denials are not lost in the noise.
         ask_once(other, connect(4, 5000))
-        heard = [events.wait(2)]
+        heard = [events.wait(10)]
         while heard[-1]["context"] != 5:
-            heard.append(events.wait(2))
+            heard.append(events.wait(10))
         assert heard[-1]["left_out"] == 0
         told = len(heard) - 1
         left_out = sum(event["left_out"] for event in heard)

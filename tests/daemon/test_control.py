@@ -28,11 +28,9 @@ from .raw_client import (
     enter,
     no_descriptor_left_behind,
 )
+from .users import NOBODY, as_root, user
 
-NOBODY = 65_534
 HUGE = 10**30
-
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
 
 
 @pytest.fixture
@@ -55,16 +53,6 @@ def ask_line(sock: socket.socket, text: bytes) -> dict[str, Any]:
     decoded = json.loads(answer)
     assert isinstance(decoded, dict)
     return decoded
-
-
-@contextlib.contextmanager
-def somebody_else(uid: int) -> Iterator[None]:
-    """Do what is in the context as another user, without root's privileges."""
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 # What it is for
@@ -228,7 +216,7 @@ def test_other_users(vsock_fabric: PrivateFabric) -> None:
     vsock_fabric.folder.parent.chmod(0o755)
     guest = vsock_fabric.guest(7)
     theirs = vsock_fabric.guest(8, owner=NOBODY)
-    with somebody_else(NOBODY):
+    with user(NOBODY):
         with pytest.raises(PermissionError):
             Control(vsock_fabric.folder)
         with pytest.raises(PermissionError):

@@ -58,11 +58,11 @@ def test_descriptors_unasked(shared_fabric: PrivateFabric, door: int) -> None:
 
 
 def lingering_socket() -> tuple[socket.socket, Callable[[], None]]:
-    """A TCP socket whose last close() takes five seconds, and a function that ends the wait."""
+    """A TCP socket whose last close() takes half a minute, and a function that ends the wait."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         sock = socket.create_connection(server.getsockname())
         peer, _ = server.accept()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 5))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
     sock.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         while True:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +40,7 @@ from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
 
 from .puppet import Puppet
-from .test_trust import NOBODY, has_net_admin
+from .users import CAP_NET_ADMIN, NOBODY, as_root, has_capability
 
 CONFIGURATION = f"""
 [[grant]]
@@ -50,14 +49,14 @@ dgram_vsocket_trusted = true
 domains = ["", "lab"]
 """
 
-ROOT_PROGRAM = Program(0, net_admin=has_net_admin(), bind_service=True)
+ROOT_PROGRAM = Program(0, net_admin=has_capability(CAP_NET_ADMIN), bind_service=True)
 NOBODYS_PROGRAM = Program(NOBODY, granted=frozenset({DATAGRAM}), domains=frozenset({"", "lab"}))
 PROGRAMS = (ROOT_PROGRAM, NOBODYS_PROGRAM)
 
 CHANGES = ["suspend", "resume", "migrate", "reset", "ft-on", "ft-off", "power-off", "power-on"]
 
 pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else"),
+    as_root,
     pytest.mark.timeout(240),  # it is long, and longer on a busy machine
 ]
 

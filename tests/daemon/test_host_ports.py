@@ -16,8 +16,7 @@ from vsockets.control import Control
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.wire import RECORD_SIZE, Op, Record, Request, Role
 
-from .test_isolated_guests import user
-from .users import NOBODY, as_root
+from .users import NOBODY, as_root, user
 
 PATIENCE = 10.0
 

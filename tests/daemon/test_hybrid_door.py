@@ -22,8 +22,7 @@ from vsockets.limits import HYBRID_LINE, HYBRID_NAME
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.wire import RECORD_SIZE, Flag, Op, Record, Request
 
-from .test_isolated_guests import user
-from .users import NOBODY, as_root
+from .users import NOBODY, as_root, user
 
 PATIENCE = 10.0
 

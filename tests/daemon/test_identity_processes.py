@@ -56,7 +56,7 @@ def in_another_process(work: Callable[[socket.socket], None]) -> tuple[int, sock
         finally:
             os._exit(0)
     there.close()
-    here.settimeout(5 * PROMPT)
+    here.settimeout(2 * PROMPT)
     return pid, here
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
 from collections.abc import Iterator
 
@@ -20,7 +19,7 @@ from vsockets import (
 from vsockets.testing import PrivateFabric
 
 from .raw_client import ask_once, bind, enter
-from .users import NOBODY, as_root
+from .users import NOBODY, as_root, user
 
 OWNER = 54_321
 
@@ -28,19 +27,6 @@ STREAM, SEQPACKET, DATAGRAM = socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.
 every_kind = pytest.mark.parametrize("kind", [STREAM, SEQPACKET, DATAGRAM])
 
 pytestmark = as_root
-
-
-@contextlib.contextmanager
-def user(uid: int) -> Iterator[None]:
-    """Be this user, without privileges unless it is root."""
-    before = os.geteuid()
-    os.seteuid(0)
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.seteuid(before)
 
 
 @pytest.fixture
@@ -53,7 +39,7 @@ def guest(fabric: PrivateFabric) -> Attachment:
 def service(context: Attachment, kind: int, address: tuple[int, int]) -> Iterator[vsockets.socket]:
     with vsockets.socket(type=kind, context=context) as sock:
         sock.bind(address)
-        sock.settimeout(2)
+        sock.settimeout(10)
         if kind != DATAGRAM:
             sock.listen()
         yield sock

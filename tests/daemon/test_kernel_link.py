@@ -26,11 +26,11 @@ class Device:
     def __init__(self, fabric: PrivateFabric, guest: Attachment) -> None:
         self.cid = guest.cid
         self.link = fabric.control.attach_device(guest.cid)
-        self.link.settimeout(2)
+        self.link.settimeout(10)
 
     def hand_over(self, kind: int) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
-        ours.settimeout(2)
+        ours.settimeout(10)
         with theirs:
             self._give(theirs)
         return ours
@@ -124,7 +124,7 @@ def test_a_stream_to_the_guest(private_fabric: PrivateFabric, device: Device) ->
     stream.recv(3072)
     device.settle(offer, size=4096)
     stream.send(b"hello")
-    sock.settimeout(2)
+    sock.settimeout(10)
     assert sock.recv(5) == b"hello"
     rows = private_fabric.control.sockets()
     assert {row["buffer"] for row in rows if row["state"] == "established"} == {4096}
@@ -176,7 +176,7 @@ def test_datagrams_to_every_port(private_fabric: PrivateFabric, device: Device) 
     with pytest.raises(ConnectionRefusedError):
         host.sendto(b"x", (device.cid, 9))
     everything = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    everything.settimeout(2)
+    everything.settimeout(10)
     channel = device.hand_over(socket.SOCK_SEQPACKET)
     socket.send_fds(channel, [Request(Op.CATCH_ALL).encode()], [everything.fileno()])
     assert Record.decode(channel.recv(RECORD_SIZE)).status == 0
@@ -196,13 +196,13 @@ def test_datagrams_to_every_port(private_fabric: PrivateFabric, device: Device) 
 def test_programs_may_not_do_what_kernels_may(private_fabric: PrivateFabric) -> None:
     guest = private_fabric.guest()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(2)
+        sock.settimeout(10)
         sock.connect(os.fspath(guest.folder / "seqpacket"))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
             socket.send_fds(sock, [Request(Op.CATCH_ALL).encode()], [other.fileno()])
             assert has_ended(sock)
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(2)
+        sock.settimeout(10)
         sock.connect(os.fspath(guest.folder / "stream"))
         sock.send(Request(Op.SETTLE, 0, guest.cid, 80, 2, 5000, 0, 4096).encode())
         assert has_ended(sock)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,26 +14,15 @@ from vsockets.testing import PrivateFabric
 from vsockets.wire import RECORD_SIZE, Flag, Record
 
 from .raw_client import DOORS, LOCAL_CID, PROMPT, ask, ask_once, bind, connect, enter, listen
+from .users import CAP_NET_ADMIN, NOBODY, as_root, has_capability, user
 
-NOBODY = 65_534
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+pytestmark = as_root
 both_doors = pytest.mark.parametrize("door", DOORS)
-
-
-@contextlib.contextmanager
-def somebody_else() -> Iterator[None]:
-    """Be a user without privileges.  All threads are, and so is what /proc says of us."""
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @both_doors
 def test_reserved_ports_need_a_capability(fabric: PrivateFabric, door: int) -> None:
-    with somebody_else():
+    with user(NOBODY):
         assert ask_once(fabric.host, bind(700), door).status == errno.EACCES
         assert ask_once(fabric.host, bind(1024), door).status == 0
     assert ask_once(fabric.host, bind(700), door).status == 0
@@ -71,7 +57,7 @@ def test_the_peers_credentials(fabric: PrivateFabric, door: int) -> None:
     with enter(fabric.host, door) as server:
         ask(server, bind(5000))
         ask(server, listen())
-        with somebody_else():
+        with user(NOBODY):
             client = enter(fabric.host, door)
             answer = ask(client, connect(2, 5000))
         with client:
@@ -80,18 +66,12 @@ def test_the_peers_credentials(fabric: PrivateFabric, door: int) -> None:
         assert (announced.pid, announced.uid, announced.gid) == (os.getpid(), NOBODY, 0)
 
 
-def has_net_admin() -> bool:
-    """Root has it, except in most containers."""
-    status = Path("/proc/self/status").read_text()
-    effective = int(status.partition("CapEff:")[2].split()[0], 16)
-    return bool(effective >> 12 & 1)
-
-
 def test_trusted(fabric: PrivateFabric) -> None:
     """By CAP_NET_ADMIN, or by being the user that owns the context (guide page 24)."""
     theirs = fabric.guest(8, owner=NOBODY)
     assert ask_once(fabric.host, LOCAL_CID).flags & Flag.TRUSTED_STREAM
-    assert bool(ask_once(theirs, LOCAL_CID).flags & Flag.TRUSTED_STREAM) == has_net_admin()
-    with somebody_else():
+    privileged = has_capability(CAP_NET_ADMIN)  # root has it, except in most containers
+    assert bool(ask_once(theirs, LOCAL_CID).flags & Flag.TRUSTED_STREAM) == privileged
+    with user(NOBODY):
         assert not ask_once(fabric.host, LOCAL_CID).flags & Flag.TRUSTED_STREAM
         assert ask_once(theirs, LOCAL_CID).flags & Flag.TRUSTED_STREAM

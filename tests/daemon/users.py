@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ NOBODY = 65_534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
 
 CAP_NET_BIND_SERVICE = 10
+CAP_NET_ADMIN = 12
 CAP_SYS_ADMIN = 21
 
 
@@ -33,6 +36,19 @@ as_administrator = pytest.mark.skipif(
 )
 
 
+@contextlib.contextmanager
+def user(uid: int) -> Iterator[None]:
+    """Be this user, without privileges unless it is root: all threads, and so /proc says."""
+    before = os.geteuid()
+    os.seteuid(0)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.seteuid(before)
+
+
 def ask_by_program(
     program: Path,
     fabric: PrivateFabric,
@@ -45,7 +61,7 @@ def ask_by_program(
         [*before, program, fabric.host.folder / "seqpacket"],
         input=request.encode(),
         capture_output=True,
-        timeout=5 * PROMPT,
+        timeout=2 * PROMPT,
         check=True,
         user=None if before else NOBODY,
         group=None if before else NOBODY,

@@ -30,7 +30,6 @@ def test_each_has_the_port_to_itself(vsock_fabric, number):
 '''
 
 
-@pytest.mark.timeout(120)
 def test_parallel_tests_have_separate_fabrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,34 @@ def test_a_signal_ends_it_as_it_ends_the_program(vsock: Vsock) -> None:
     assert running.process.wait(PATIENCE) == -signal.SIGTERM
 
 
+def test_its_end_counts_though_a_signal_came_too_late(vsock: Vsock) -> None:
+    """The supervisor ends with the signal unread: the kernel tells of that before all else."""
+    running = vsock.start("run", "sh", "-c", f"echo ready; {WAIT}; exit 5")
+    running.read_line()
+    front = running.process
+    (supervisor,) = children(front.pid)
+    (program,) = children(supervisor)
+    os.kill(supervisor, signal.SIGSTOP)
+    assert front.stdin is not None
+    front.stdin.write(b"\n")
+    front.stdin.flush()
+    wait_until(lambda: not is_there(program), "the program to end")
+    front.send_signal(signal.SIGUSR1)
+    wait_until(lambda: waits_for_something_new(front.pid), "the signal to be passed on")
+    front.send_signal(signal.SIGSTOP)
+    os.kill(supervisor, signal.SIGCONT)
+    wait_until(lambda: not is_there(supervisor), "the supervisor to end")
+    front.send_signal(signal.SIGCONT)
+    assert front.wait(PATIENCE) == 5
+
+
+def waits_for_something_new(pid: int) -> bool:
+    """Whether a process sleeps, with no signal to come."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    status = dict(line.split(":\t", 1) for line in lines)
+    return status["State"].startswith("S") and not int(status["ShdPnd"], 16)
+
+
 def test_a_group_signal_reaches_the_program_once(vsock: Vsock, tmp_path: Path) -> None:
     program = """
 import os, signal, sys

@@ -15,7 +15,6 @@ PROGRAM = Path(__file__).parent / "programs" / "stdlib.py"
 
 @pytest.mark.skipif(not hasattr(socket, "AF_VSOCK"), reason="this Python's socket has no AF_VSOCK")
 @pytest.mark.parametrize("where", ["host", "73"])
-@pytest.mark.timeout(150)
 def test_the_standard_librarys_sockets(vsock: Vsock, where: str) -> None:
     # -I: nothing of the project is in it.
     done = vsock("run", "--cid", where, sys.executable, "-I", PROGRAM, expect=None, patience=120)

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import IO, Any
 
 #: How long any one thing may take, in seconds.
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 PROGRAM = (sys.executable, "-m", "vsockets.tools")
 

@@ -16,8 +16,8 @@ from bridges.amqp.stage import PROGRAMS, Proxies
 from vsockets.testing.rabbitmq import PrivateRabbitMQ
 
 from . import downloads
+from .exchanges import serve
 from .machine import Machine
-from .test_vmci import serve
 
 pytestmark = pytest.mark.timeout(300)
 

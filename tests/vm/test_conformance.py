@@ -28,8 +28,6 @@ from .conftest import COMMON, NETWORK_UP, Stage, network_card
 from .image import LOOPBACK, NETWORK
 from .machine import PATIENCE, Machine
 
-pytestmark = pytest.mark.timeout(180)
-
 CASES = {
     "vmci": table("With a guest of VMware's device"),
     "virtio": table("With a guest of virtio"),

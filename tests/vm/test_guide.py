@@ -11,10 +11,8 @@ import pytest
 
 import vsockets
 
+from .exchanges import PATIENCE, datagram, serve
 from .machine import Machine
-from .test_vmci import PATIENCE, datagram, serve
-
-pytestmark = pytest.mark.timeout(180)
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("stream_client", "stream_server", "datagram_client", "datagram_server")

@@ -12,11 +12,9 @@ import vsockets
 from vsockets.testing import PrivateFabric, wait_until
 
 from .conftest import COMMON, Stage
+from .exchanges import MIB, PATIENCE, dial, serve
 from .machine import GuestError
 from .rust_machine import HybridMachine
-from .test_vmci import MIB, PATIENCE, dial, serve
-
-pytestmark = pytest.mark.timeout(180)
 
 BLOCKS = 8
 BLOCK = bytes(range(251)) * 4000

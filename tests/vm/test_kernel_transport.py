@@ -5,15 +5,11 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-import pytest
-
 import vsockets
 
+from .exchanges import PATIENCE, datagram, dial, exchange, serve
 from .image import LOOPBACK
 from .machine import Machine
-from .test_vmci import PATIENCE, datagram, dial, exchange, serve
-
-pytestmark = pytest.mark.timeout(180)
 
 LIBRARY = """
 import asyncio, errno, os, select, socket as stdlib

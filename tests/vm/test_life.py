@@ -17,10 +17,8 @@ from vsockets.testing import PrivateFabric
 from vsockets.vm.initramfs import COMMAND_LINE
 
 from .conftest import COMMON, Stage
+from .exchanges import MIB, PATIENCE, datagram, dial, exchange, serve
 from .machine import GuestError, Machine
-from .test_vmci import MIB, PATIENCE, datagram, dial, exchange, serve
-
-pytestmark = pytest.mark.timeout(180)
 
 NOBODY = 65_534
 _WAIT = "s = connect(port); s.sendall(b'x'); result = s.recv(1)"

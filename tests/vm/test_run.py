@@ -22,10 +22,8 @@ from vsockets.vm.following import Following
 
 from . import downloads, vmware
 from .conftest import COMMON, Stage
+from .exchanges import PATIENCE, serve
 from .launched import Launched
-from .test_vmci import PATIENCE, serve
-
-pytestmark = pytest.mark.timeout(180)
 
 #: Of the machines of TestLife, and of those that are not booted.
 CID, BARE = 70, 75

@@ -13,10 +13,8 @@ from vsockets import AF_VSOCK
 from vsockets.testing import PrivateFabric
 
 from .conftest import COMMON, Stage
+from .exchanges import PATIENCE, datagram, dial, exchange, serve
 from .machine import GuestError, Machine
-from .test_vmci import PATIENCE, datagram, dial, exchange, serve
-
-pytestmark = pytest.mark.timeout(180)
 
 CIDS = (50, 51)
 

@@ -15,12 +15,10 @@ import vsockets
 from vsockets import AF_VSOCK
 from vsockets.testing import PrivateFabric, wait_until
 
-from . import test_vmci
+from . import test_vmci, test_vmci_streams
 from .conftest import COMMON, Stage
+from .exchanges import MIB, PATIENCE, dial, exchange, serve
 from .machine import GuestError, Machine
-from .test_vmci import MIB, PATIENCE, dial, exchange, serve
-
-pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module", params=["stable", "newest"])
@@ -39,7 +37,7 @@ def test_the_stock_driver_is_bound(machine: Machine) -> None:
     assert machine.run(command + "result = struct.unpack('I', b)[0]") == machine.cid
 
 
-class TestStreams(test_vmci.TestStreams):
+class TestStreams(test_vmci_streams.TestStreams):
     @pytest.mark.parametrize("size", [1024, 5000, 1 << 20])
     def test_buffer_sizes(self, machine: Machine, size: int) -> None:
         """The guest's receive buffer; Linux 7.3 holds itself to it when it sends, too.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..address import FIRST_GUEST_CID
+from ..descriptors import allow_many_descriptors
 from ..fabric import Fabric, Refused
 from ..limits import SLOW_CALL
 from ..state_folder import CONTROL, LOCK, LOG, PRIVATE, require_private
@@ -153,8 +154,7 @@ def _clean(folder: Path) -> None:
 
 def _raise_descriptor_limit() -> None:
     """Allow as many descriptors as this process may have: vsockd holds one per bound socket."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allow_many_descriptors()
     try:
         most = int(Path("/proc/sys/fs/nr_open").read_text())
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

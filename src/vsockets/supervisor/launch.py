@@ -26,6 +26,7 @@ from collections.abc import Callable, Collection
 from typing import NoReturn
 
 from ..attachment import Attachment
+from ..descriptors import allow_many_descriptors
 from .filter import assemble, may_be_opened, rules, windows_below
 from .machine import this_machine
 from .notification import Listener, install
@@ -155,7 +156,7 @@ class _Program:
         """The front passes a signal on, or has ended."""
         if self._front is None:
             return
-        note = self._front.recv(_NOTE.size)
+        note = _heard(self._front)
         if not note:  # killed: so the program is killed
             self._front = None
             self._send(signal.SIGKILL)
@@ -199,7 +200,7 @@ def _be_supervisor(
             program.wait()
             return  # type: ignore[misc]  # by way of finally
         supervisor = make(Listener(descriptors[0]))
-        _allow_many_descriptors()
+        allow_many_descriptors()
 
         def on_child(events: int) -> None:
             with contextlib.suppress(BlockingIOError):
@@ -216,12 +217,6 @@ def _be_supervisor(
         status = 0
     finally:
         os._exit(status)
-
-
-def _allow_many_descriptors() -> None:
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 # The front
@@ -245,10 +240,7 @@ def _be_front(channel: socket.socket, supervisor: int) -> NoReturn:
                         channel.send(_NOTE.pack(_SIGNAL, received))
         if channel not in ready:
             continue
-        try:
-            note = channel.recv(_NOTE.size)
-        except ConnectionError:
-            note = b""
+        note = _heard(channel)
         if not note:
             _end_all_children()
             _end_as(signal.SIGKILL)  # which the kernel sent the program, or we did
@@ -293,6 +285,14 @@ def _end_all_children() -> None:
 
 
 # Both
+
+
+def _heard(channel: socket.socket) -> bytes:
+    """The next note, or nothing when the other side has ended."""
+    try:
+        return channel.recv(_NOTE.size)
+    except ConnectionResetError:  # with a note of ours unread; what it had said is still to come
+        return channel.recv(_NOTE.size)
 
 
 def _close_all_but(kept: Collection[int]) -> None:

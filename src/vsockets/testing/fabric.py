@@ -18,7 +18,7 @@ from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from ..control import Control
 
 #: How long vsockd may take to start or to stop, in seconds; it takes a tenth of one.
-_PATIENCE = 10.0
+_PATIENCE = 20.0
 
 #: More than any test makes vsockd say, and no more than fits a report, in bytes.
 _LONGEST_LOG = 1 << 20

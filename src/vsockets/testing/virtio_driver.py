@@ -10,7 +10,6 @@ import array
 import mmap
 import os
 import socket
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from socket import SCM_RIGHTS, SOL_SOCKET
@@ -284,8 +283,3 @@ class FrontEnd:
                 raise ConnectionError("the device has ended the vhost-user connection")
             data += more
         return data
-
-
-def unpack_u64(payload: bytes) -> int:
-    """An answer that is one number."""
-    return int(struct.unpack("=Q", payload)[0])

@@ -26,7 +26,7 @@ from .virtio_driver import DriverRing, FrontEnd, Memory
 #: What a guest's kernel uses.
 FEATURES = F_VERSION_1 | F_RING_EVENT_IDX | F_RING_INDIRECT_DESC | F_SEQPACKET
 
-_PATIENCE = 10.0
+_PATIENCE = 20.0
 
 
 class PlayedGuest:
@@ -65,7 +65,6 @@ class PlayedGuest:
         self._buffer = HEADER_SIZE + buffer
         self._places: dict[int, int] = {}  # of receive buffers, by their heads
         self._event_places: dict[int, int] = {}
-        self._packet = self.memory.allocate(0, 4096)  # where packets to send are put together
         self._spare: deque[int] = deque()
         self.refills = refill  #: whether each buffer that was used is offered again
         self.arrived: deque[tuple[Header, bytes]] = deque()

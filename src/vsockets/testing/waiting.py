@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], what: str = "", seconds: float = 10.0) -> T:
+def wait_until(condition: Callable[[], T], what: str = "", seconds: float = 20.0) -> T:
     """Ask ``condition`` until it answers something true, and return that.
 
     Raises AssertionError, naming ``what`` was waited for, after ``seconds``.

@@ -73,7 +73,7 @@ def host_proxy(
         typer.Option(
             parser=_read_rule,
             metavar="CID=VHOST,…",
-            help="Virtual hosts a guest may use, * for all; repeatable.  Without it: all, all.",
+            help="Virtual hosts a guest may use, * for all; can be repeated.  Without: all, all.",
         ),
     ] = None,
     authority: _AuthorityOption = AUTHORITY,
@@ -126,7 +126,9 @@ def host_proxy(
 def amqp_proxy(
     node: Annotated[
         list[Any],
-        typer.Option(parser=read_locator, metavar="ADDRESS", help="tcp: of a broker; repeatable."),
+        typer.Option(
+            parser=read_locator, metavar="ADDRESS", help="tcp: of a broker; can be repeated."
+        ),
     ],
     listen: Annotated[
         Any, typer.Option(parser=read_locator, metavar="ADDRESS", help="tcp: for host proxies.")

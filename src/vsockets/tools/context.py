@@ -34,7 +34,7 @@ def add(
         int | None,
         typer.Argument(parser=read_cid, metavar="[CID]", help="By default one that is free."),
     ] = None,
-    name: Annotated[str, typer.Option(help="For people to recognise it by.")] = "",
+    name: Annotated[str, typer.Option(metavar="NAME", help="For people to recognise it by.")] = "",
     owner: Annotated[
         int | None,
         typer.Option(
@@ -57,7 +57,9 @@ def add(
     unrestricted: Annotated[
         bool, typer.Option("--unrestricted", help="With --profile legacy: vmci0.unrestricted.")
     ] = False,
-    domain: Annotated[str | None, typer.Option(help="With --profile legacy: vmci0.domain.")] = None,
+    domain: Annotated[
+        str | None, typer.Option(metavar="DOMAIN", help="With --profile legacy: vmci0.domain.")
+    ] = None,
     hybrid: Annotated[
         Path | None,
         typer.Option(

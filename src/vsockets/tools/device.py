@@ -43,7 +43,7 @@ _Cid = Annotated[
 ]
 _UntilEof = Annotated[bool, typer.Option("--until-eof", help="End when standard input does.")]
 _Sandbox = Annotated[bool, typer.Option(help="Give up every privilege and system call not needed.")]
-_Verbose = Annotated[bool, typer.Option("--verbose", help="Say what happens.")]
+_Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say what happens.")]
 
 
 @app.command("vmci")
@@ -136,8 +136,8 @@ def hybrid(
     For each port that somebody of the host listens at, and the guest may reach, there is
     PATH_PORT. The machine may be started before or after.
     """
+    from ..descriptors import allow_many_descriptors
     from ..devices.hybrid import HybridMachine
-    from ..splicing import allow_many_descriptors
 
     if problem := hybrid_problem(str(path.absolute())):
         raise typer.BadParameter(problem)

@@ -58,7 +58,7 @@ def forward(
         typer.Option(
             parser=_read_host_rule,
             metavar="HOST[:PORT]",
-            help="Where a proxy's clients may go: *.example.org:443, 10.0.0.0/8; repeatable.",
+            help="Where a proxy's clients may go: *.example.org:443, 10.0.0.0/8; can be repeated.",
         ),
     ] = None,
     idle: Annotated[

@@ -66,8 +66,10 @@ def ls(
             parser=parser_of(parse_port), metavar="PORT", help="Only with this port, at either end."
         ),
     ] = None,
-    socket_type: Annotated[list[SocketType] | None, typer.Option("--type")] = None,
-    state: Annotated[list[State] | None, typer.Option()] = None,
+    socket_type: Annotated[
+        list[SocketType] | None, typer.Option("--type", help="Only sockets of this type.")
+    ] = None,
+    state: Annotated[list[State] | None, typer.Option(help="Only in this state.")] = None,
     listening: Annotated[
         bool, typer.Option("-l", "--listening", help="As --state listening.")
     ] = False,

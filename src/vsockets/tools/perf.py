@@ -112,13 +112,17 @@ def run(
         typer.Option("--time", metavar="SECONDS", min=0.01, max=PERF_SECONDS, help="Of each one."),
     ] = 1.0,
     rounds: Annotated[
-        int, typer.Option(min=1, help="The addresses take turns; the median counts.")
+        int, typer.Option(metavar="N", min=1, help="The addresses take turns; the median counts.")
     ] = 3,
     size: Annotated[
-        int, typer.Option(min=1, max=PERF_MESSAGE, help="Bytes of one write, for throughput.")
+        int,
+        typer.Option(
+            metavar="BYTES", min=1, max=PERF_MESSAGE, help="Of one write, for throughput."
+        ),
     ] = 65_536,
     message: Annotated[
-        int, typer.Option(min=1, max=65_507, help="Bytes of a message, for everything else.")
+        int,
+        typer.Option(metavar="BYTES", min=1, max=65_507, help="Of a message, for everything else."),
     ] = 64,
     as_json: JsonOption = False,
     plot: Annotated[

@@ -33,7 +33,9 @@ def run(
             help="The context; host is one. A guest that does not exist is made.",
         ),
     ] = None,
-    name: Annotated[str, typer.Option(help="What to call a guest that is made.")] = "",
+    name: Annotated[
+        str, typer.Option(metavar="NAME", help="What to call a guest that is made.")
+    ] = "",
 ) -> None:
     """Run any program, unmodified, as part of a context: its AF_VSOCK is the fabric's.
 

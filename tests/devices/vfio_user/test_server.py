@@ -69,7 +69,7 @@ class Remembering:
 class Client:
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(5)
+        self.sock.settimeout(20)
         self.sock.connect(os.fspath(path))
 
     def send(

@@ -229,7 +229,7 @@ def polling():
         assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
         assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
     with socket.socket(VSOCK, socket.SOCK_STREAM) as client:
-        client.settimeout(5)  # Python's own polling connect
+        client.settimeout(20)  # Python's own polling connect
         fails(errno.ECONNRESET, client.connect, (LOCAL, 3))
 
 

@@ -7,10 +7,10 @@ import signal
 from collections.abc import Callable
 from typing import Protocol
 
+from ...descriptors import allow_many_descriptors
 from ...locator import Locator
 from ...logs import NOTICE
 from ...service_manager import notify_ready
-from ...splicing import allow_many_descriptors
 from ..running import first
 from .session import log
 

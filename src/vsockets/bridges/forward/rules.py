@@ -105,7 +105,6 @@ class HostRules:
 
     def __init__(self, rules: Iterable[HostRule]) -> None:
         self._rules = tuple(rules)
-        self._networks = any(rule.network for rule in self._rules)
 
     def admits_name(self, name: str, port: int) -> bool:
         """Whether ``name`` may be looked up; what it leads to is asked about next.

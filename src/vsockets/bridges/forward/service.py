@@ -9,8 +9,8 @@ import socket as stdlib
 from collections.abc import Callable, Iterable
 
 from ...attachment import Place
+from ...descriptors import allow_many_descriptors
 from ...locator import Exec, Inherited, Locator, Stdio
-from ...splicing import allow_many_descriptors
 from ..capture.recorder import Recorder
 from ..doors import Door, open_door
 from ..running import first

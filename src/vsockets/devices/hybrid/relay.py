@@ -13,7 +13,7 @@ import socket
 import sys
 
 from ...constants import VMADDR_CID_HOST
-from ...splicing import allow_many_descriptors
+from ...descriptors import allow_many_descriptors
 from ...wire.hybrid import port_name
 from ..attachment import Attachment
 from ..loop import DeviceLoop

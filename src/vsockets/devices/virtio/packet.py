@@ -14,9 +14,6 @@ HEADER_SIZE = HEADER.size
 #: The device's configuration space: the guest's CID.
 CONFIGURATION = struct.Struct("<Q")
 
-#: The largest payload of one packet; what Linux's driver sends at most.
-LARGEST_PAYLOAD = 65536
-
 # Features of the device.
 F_STREAM = 1 << 0
 F_SEQPACKET = 1 << 1

@@ -128,11 +128,6 @@ class Hypervisor:
         """The context ``cid`` is no more."""
         self.device.deliver(context_event(self.cid, Event.CTX_REMOVED, cid))
 
-    def change_cid(self, cid: int) -> None:
-        """The guest has another CID from now on."""
-        self.device.deliver(context_event(cid, Event.CTX_ID_UPDATE, cid))
-        self.cid = cid
-
     def reset(self) -> None:
         """The guest starts anew; its memory is intact yet."""
         for queue_pair in list(self._queue_pairs.values()):
