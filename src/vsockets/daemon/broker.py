@@ -107,6 +107,15 @@ class Broker:
         else:
             self._drop(channel)
 
+    def resume(self, channel: Channel) -> None:
+        """Go on serving one that a device has refused; see :mod:`.offers`."""
+        if channel.endpoint is not None:
+            self.fabric.rebind(channel.endpoint)
+        if self._may_ask_again(channel):
+            self._keep(channel)
+        else:
+            self._drop(channel)
+
     def close_context(self, context: Context) -> None:
         """Let go of everything in a context that is no more; its streams have been cut."""
         for channel in list(self._channels.pop(context, ())):
@@ -151,6 +160,17 @@ class Broker:
         if not (data and self._serve(channel, data)):
             self._drop(channel)
 
+    def _may_ask_again(self, channel: Channel) -> bool:
+        """After a refusal the program may try again on the same socket, and one that is bound
+        stays so; unless it has very many that are not.
+        """
+        context = channel.context
+        if channel.asks_once:
+            return False
+        if channel.endpoint is not None or not context.is_guest:
+            return True
+        return len(self._channels.get(context, ())) < context.limits.sockets
+
     def _drop(self, channel: Channel) -> None:
         self._loop.unwatch(channel.sock.fileno())
         self._channels.get(channel.context, set()).discard(channel)
@@ -192,13 +212,7 @@ class Broker:
                 log.info("context %d pid %d: %s", context.cid, channel.credentials.pid, refused)
             channel.send(Record(refused.errno).encode())
             consume(channel.sock, channel.kind, request.polling)
-            # The program may try again on the same socket, and one that is bound stays so; unless
-            # it has very many that are not.
-            held = len(self._channels.get(context, ()))
-            if channel.asks_once:
-                return False
-            bound = channel.endpoint is not None
-            return bound or not context.is_guest or held < context.limits.sockets
+            return self._may_ask_again(channel)
         except ProtocolError as error:
             log.info("context %d pid %d: %s", channel.context.cid, channel.credentials.pid, error)
             return False
@@ -280,27 +294,31 @@ class Broker:
         if context.is_at_a_limit():
             self._allowance.require_patience(context, target.count_waiting)
             self._allowance.make_room(context)
+        if channel.lent_to not in (None, target):
+            # Who has had it could have kept it, and would be in the middle of this stream.
+            raise Refused(errno.ECONNRESET, "the socket was refused elsewhere: make another")
         if not target.has_room():
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
         connection = fabric.connect(
             context, listener, bound, request.sizes(), channel.credentials, request.cookie
         )
-        if bound is not None:
+        if bound is not None and not listener.undecided:
             channel.endpoint = None
         fd = sock.fileno()
         if connection.size != DEFAULT_BUFFER_SIZE and not listener.undecided:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, LARGEST_SEND_BUFFER))
-        self.streams.add(fd, connection.number)
         if listener.undecided:
+            self.streams.lend(fd, connection.number)
             accepting = describe_offer(connection, channel.offer_flags, request.polling)
         else:
+            self.streams.add(fd, connection.number)
             # The answer goes first: once the listener has the descriptor it may write.
             channel.send(describe_connecting(connection))
             if request.flags or channel.kind is _SEQPACKET:
                 consume(sock, channel.kind, request.polling)
             accepting = describe_accepting(connection)
         try:
-            target.announce(accepting, fd, context)
+            target.announce(accepting, channel)
         except OSError as error:
             log.warning("connection to %s lost: %s", listener.address, error)
             fabric.end(connection.number)

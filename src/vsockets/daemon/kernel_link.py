@@ -87,8 +87,7 @@ class KernelLink(OfferLink):
             raise Refused(errno.EINVAL, f"context {context.cid} is no virtual machine")
         if context.kernel is not None:
             raise Refused(errno.EBUSY, f"context {context.cid} has a device")
-        super().__init__(loop, broker.fabric, context, link)
-        self._broker = broker
+        super().__init__(loop, broker, context, link)
         self._credentials = credentials
         self._datagrams: DatagramSocket | None = None
         self._host_ports: HostPorts | None = None

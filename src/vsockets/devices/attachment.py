@@ -8,7 +8,8 @@ go messages of these kinds:
   and ROUTE serve the ports the guest sends datagrams from, CATCH_ALL has those to all others.
 - A tap comes (:mod:`.tap`): a record, and a socket to send what passes to.
 - An offer comes: a record, and the accepted end of a stream whose other end waits for an
-  answer.  The device asks its guest, writes the answer to that end, and tells vsockd (SETTLE).
+  answer.  The device asks its guest, writes the answer to that end, and tells vsockd (SETTLE);
+  with a refusal the end goes back.
 - A stream of the guest's goes, as it stands, with the CONNECT that it is: vsockd hands it on to
   whoever listens, and nothing is answered.  Records without a descriptor tell which ports of the
   host somebody listens at.  Both are for devices that have a unix socket for each stream already.
@@ -227,7 +228,10 @@ class Attachment:
             self._tell(request, sock)
 
     def settle(self, offer: Offer, size: int = 0, error: int = 0) -> None:
-        """Answer an offer: the stream is established with ``size``, or there is none."""
+        """Answer an offer: the stream is established with ``size``, or there is none.
+
+        Then ``offer.sock`` goes back to vsockd, to whom its other end may say more; close it.
+        """
         local, peer = (self.cid, offer.port), offer.peer
         with contextlib.suppress(OSError):  # who connected has gone; the stream says so
             offer.sock.send(self._answer(offer, size, error), MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -235,7 +239,7 @@ class Attachment:
                 offer.sock.recv(len(PADDING), MSG_DONTWAIT)
         request = Request(Op.SETTLE, 0, *local, *peer, error, size)
         with contextlib.suppress(OSError):  # vsockd has gone; the link says so
-            self._tell(request.encode())
+            self._tell(request.encode(), offer.sock if error else None)
 
     def _answer(self, offer: Offer, size: int, error: int) -> bytes:
         if offer.ok_line:

@@ -36,6 +36,7 @@ class PlayedFabric:
         self.streams: list[socket.socket] = []
         self.datagrams: list[tuple[int, tuple[int, int], bytes]] = []
         self.settled: list[tuple[int, int]] = []
+        self.refused: list[socket.socket] = []  #: what vsockd is given back
         self.error = 0
         self.tap = Tap(loop)
 
@@ -52,6 +53,8 @@ class PlayedFabric:
 
     def settle(self, offer: Offer, size: int = 0, error: int = 0) -> None:
         self.settled.append((size, error))
+        if error:
+            self.refused.append(offer.sock.dup())
 
     def send(self, port: int, destination: tuple[int, int], payload: bytes) -> None:
         if self.error:
@@ -63,9 +66,10 @@ class PlayedFabric:
         pass
 
     def close(self) -> None:
-        for stream in self.streams:
+        for stream in self.streams + self.refused:
             stream.close()
         self.streams.clear()
+        self.refused.clear()
         self.tap.close()
 
 

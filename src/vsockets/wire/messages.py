@@ -53,7 +53,9 @@ class Op(IntEnum):
     ROUTE = 6  #: a socket from the datagram socket sent along to the peer address
     QUERY = 7  #: what is the socket with this cookie and inode?
     LOCAL_CID = 8  #: which context is this, and is its program trusted (by the peer CID)?
-    SETTLE = 9  #: a device: what became of an offer (backlog: 0 or the errno); not answered
+    #: a device: what became of an offer (backlog: 0 or the errno, and the stream's end is sent
+    #: along); not answered
+    SETTLE = 9
     CATCH_ALL = 10  #: a device: datagrams to every port nobody has come to the socket sent along
     CAPTURE = 11  #: a socket on which comes what passes the device of the peer CID (vsockmon.py)
 

@@ -151,6 +151,19 @@ class TestToTheGuest:
         with joined(fabric, device, firecracker) as (sock, guest):  # all is well
             exchange(sock, guest, b"x")
 
+    def test_trying_again_on_the_same_socket(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    ) -> None:
+        with connecting(fabric, device.cid, 52) as sock:
+            for _ in range(3):
+                firecracker.asked()[0].close()
+                assert finish(sock) == errno.ECONNRESET
+                sock.setblocking(False)
+                assert sock.connect_ex((device.cid, 52)) == errno.EINPROGRESS
+            with firecracker.accepts(52) as guest:
+                assert finish(sock) == 0
+                exchange(sock, guest, b"x")
+
     def test_a_guest_that_says_nothing(
         self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
     ) -> None:
