@@ -14,7 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import vsockets
-from vsockets import AF_VSOCK, VMADDR_CID_ANY, Attachment
+from vsockets import (
+    AF_VSOCK,
+    SO_VM_SOCKETS_BUFFER_MAX_SIZE,
+    SO_VM_SOCKETS_BUFFER_SIZE,
+    VMADDR_CID_ANY,
+    Attachment,
+)
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.wire import RECORD_SIZE, Flag, Op, Record, Request, Role, decode_route
 
@@ -64,6 +70,14 @@ class Device:
         request = Request(Op.SETTLE, 0, *offer.local, *offer.peer, errno.ECONNRESET)
         socket.send_fds(self.link, [request.encode()], [(given_back or stream).fileno()])
         stream.close()
+
+    def told(self) -> tuple[int, tuple[int, int], int]:
+        """The buffer it is told of last: the guest's port, whose it is, and its size."""
+        while True:
+            record = Record.decode(self.link.recv(RECORD_SIZE))
+            assert record.role == Role.BUFFER and record.local_cid == self.cid
+            if record.size >= 1 << 20:  # it grows with its maximum or after it
+                return record.local_port, record.peer, record.size
 
     def accept(self) -> tuple[Record, socket.socket]:
         offer, stream = self.offer()
@@ -132,6 +146,44 @@ def test_the_guest_connects_from_a_port_of_its_own(
     refused = device.connect(701, 2, 5000)
     assert Record.decode(refused.recv(RECORD_SIZE)).status == errno.ECONNRESET
     refused.close()
+
+
+def test_the_device_is_told_of_larger_buffers(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
+    with vsockets.create_server((2, 5000), context=private_fabric.host) as server:
+        sock = device.connect(700, 2, 5000)
+        accepted, _ = server.accept()
+        _enlarge(accepted, 1 << 20)
+        assert device.told() == (700, (2, 5000), 1 << 20)
+        # One that is large already when the guest connects.
+        _enlarge(server, 1 << 21)
+        wait_until(
+            lambda: (1 << 21) in {row["buffer"] for row in private_fabric.control.sockets()},
+            "vsockd to know the listener's buffer",
+        )
+        other = device.connect(701, 2, 5000)
+        assert device.told() == (701, (2, 5000), 1 << 21)
+        other.close()
+        accepted.close()
+        sock.close()
+
+
+def test_the_device_is_told_of_larger_buffers_of_who_connects(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
+    with vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host) as sock:
+        with _connecting(sock, device.cid, False) as connected:
+            offer, stream = device.accept()
+            assert connected() == 0
+        _enlarge(sock, 1 << 20)
+        assert device.told() == (80, offer.peer, 1 << 20)
+        stream.close()
+
+
+def _enlarge(sock: vsockets.socket, size: int) -> None:
+    for option in (SO_VM_SOCKETS_BUFFER_MAX_SIZE, SO_VM_SOCKETS_BUFFER_SIZE):
+        sock.setsockopt(AF_VSOCK, option, size)
 
 
 def test_a_stream_to_the_guest(private_fabric: PrivateFabric, device: Device) -> None:

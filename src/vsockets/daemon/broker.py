@@ -19,9 +19,9 @@ from time import monotonic
 from typing import Any
 
 from ..constants import VMADDR_PORT_ANY
-from ..fabric import Connection, Context, Denied, Endpoint, Fabric, Kind, Refused, trust_of
+from ..fabric import Context, Denied, Endpoint, Fabric, Kind, Refused
 from ..limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, SILENT_CLIENT
-from ..wire import Flag, Op, ProtocolError, Record, Request, Role
+from ..wire import Op, ProtocolError, Record, Request, Role
 from .allowance import Allowance
 from .audit import OPERATIONS, Audit
 from .capturing import capture
@@ -36,15 +36,13 @@ from .descriptions import (
 )
 from .kernel_link import KernelLink
 from .loop import Loop
+from .questions import Questions
 from .streams import Streams
 
 log = logging.getLogger(__name__)
 
 # Names of our own: looking a member up in its enum costs as much as a short function.
 _STREAM, _SEQPACKET = Kind.STREAM, Kind.SEQPACKET
-
-
-_TRUSTED = ((Kind.STREAM, Flag.TRUSTED_STREAM), (Kind.DATAGRAM, Flag.TRUSTED_DATAGRAM))
 
 
 class Broker:
@@ -59,6 +57,7 @@ class Broker:
         self._audit = audit
         self._loop = loop
         self.streams = Streams(loop, fabric)
+        self._questions = Questions(fabric, self.streams, self.datagrams)
         self._channels: dict[Context, set[Channel]] = {}
         self._allowance = Allowance(self.refresh, self._listening)
         self._operations: dict[int, Callable[[Channel, Request], bool]] = {
@@ -72,6 +71,7 @@ class Broker:
             Op.LOCAL_CID: self._local_cid,
             Op.CATCH_ALL: self._catch_all,
             Op.CAPTURE: self._capture,
+            Op.RESIZE: self._resize,
         }
 
     def refresh(self) -> None:
@@ -324,6 +324,8 @@ class Broker:
             fabric.end(connection.number)
             if listener.undecided:
                 self._answer(channel, request, Record(errno.ECONNRESET).encode())
+        if channel.is_kernel:
+            self._questions.welcome(connection)
         self.streams.reap_sometimes()
         return False
 
@@ -375,11 +377,16 @@ class Broker:
         return False
 
     def _query(self, channel: Channel, request: Request) -> bool:
-        self._answer(channel, request, self._look_up(channel, request))
+        self._answer(channel, request, self._questions.look_up(channel, request))
+        return False
+
+    def _resize(self, channel: Channel, request: Request) -> bool:
+        self._questions.resize(channel, request)
+        self._answer(channel, request, Record(0).encode())
         return False
 
     def _local_cid(self, channel: Channel, request: Request) -> bool:
-        record = Record(0, self._trust(channel, request), channel.context.cid)
+        record = Record(0, self._questions.trust(channel, request), channel.context.cid)
         self._answer(channel, request, record.encode())
         return False
 
@@ -411,34 +418,3 @@ class Broker:
             self.fabric.unbind(endpoint)
             raise
         return endpoint
-
-    def _look_up(self, channel: Channel, request: Request) -> bytes:
-        context = channel.context
-        # First what the kernel says; a cookie is what some program of the context claimed.
-        accepted = self.streams.find_accepted(request.inode) if request.inode else None
-        if accepted is not None and accepted.peer_context is context:
-            return describe_accepting(accepted)
-        found = context.cookies.get(request.cookie) or self.datagrams.find(context, request.cookie)
-        if isinstance(found, Connection):
-            return describe_connecting(found)
-        if isinstance(found, Endpoint):
-            return describe_endpoint(found)
-        raise Refused(errno.ENOTCONN, "an unknown socket was asked for")
-
-    def _trust(self, channel: Channel, request: Request) -> int:
-        """Whether sockets of this program are trusted: by the guest asked about, if the program
-        is the host's, else in its own context.
-        """
-        toward = self.fabric.contexts.get(request.peer_cid)
-        if channel.context.is_guest or toward is None or not toward.is_guest:
-            toward = channel.context
-        bound = channel.context.cookies.get(request.cookie) or self.datagrams.find(
-            channel.context, request.cookie
-        )
-        known = bound.trust if isinstance(bound, Endpoint) else None
-        flags = 0
-        for kind, flag in _TRUSTED:
-            trust = known or trust_of(channel, kind, self.fabric.settings)
-            if trust.toward(toward):
-                flags |= flag
-        return flags

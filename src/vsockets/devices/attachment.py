@@ -6,6 +6,7 @@ go messages of these kinds:
 - New channels go: one end of a socket pair, on which the device says what any program says on
   a connection to its context's control socket.  CONNECT has the guest's port in it; BIND_DATAGRAM
   and ROUTE serve the ports the guest sends datagrams from, CATCH_ALL has those to all others.
+- A record tells that a program's buffer has another size now.
 - A tap comes (:mod:`.tap`): a record, and a socket to send what passes to.
 - An offer comes: a record, and the accepted end of a stream whose other end waits for an
   answer.  The device asks its guest, writes the answer to that end, and tells vsockd (SETTLE);
@@ -160,6 +161,8 @@ class Attachment:
     ) -> None:
         """Without ``datagrams`` the guest has none, and who sends it one is refused."""
         self.cid = cid
+        #: who is connected to this port of the guest's has a buffer of another size, in bytes
+        self.resized: Callable[[int, tuple[int, int], int], None] = lambda port, peer, size: None
         self._loop = loop
         self._link = link
         self._link.setblocking(False)
@@ -372,10 +375,14 @@ class Attachment:
         except BlockingIOError:
             return
         if fd is None:
-            if record.status or record.role not in (Role.LISTENING, Role.GONE):
+            if record.status:
                 self._end()
-            else:
+            elif record.role == Role.BUFFER:
+                self.resized(record.local_port, record.peer, record.size)
+            elif record.role in (Role.LISTENING, Role.GONE):
                 self.listening(record.local_port, record.role == Role.LISTENING)
+            else:
+                self._end()
             return
         sock = socket.socket(fileno=fd)
         if record.role == Role.TAP:

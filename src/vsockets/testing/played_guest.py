@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..buffers import BufferSizes
 from ..devices.attachment import Offer
@@ -31,6 +31,8 @@ _OUT, _IN, _IN_DATA, _QUEUES = 0, 0x20_000, 0x21_000, 0x40_000
 
 class PlayedFabric:
     """Stands where vsockd is: accepts every stream and keeps every datagram."""
+
+    resized: Callable[[int, tuple[int, int], int], None]  #: set by the device
 
     def __init__(self, loop: DeviceLoop) -> None:
         self.streams: list[socket.socket] = []

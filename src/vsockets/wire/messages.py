@@ -58,6 +58,7 @@ class Op(IntEnum):
     SETTLE = 9
     CATCH_ALL = 10  #: a device: datagrams to every port nobody has come to the socket sent along
     CAPTURE = 11  #: a socket on which comes what passes the device of the peer CID (vsockmon.py)
+    RESIZE = 12  #: the established stream with this cookie and inode has a buffer of this size now
 
 
 class Flag(IntFlag):
@@ -83,6 +84,7 @@ class Role(IntEnum):
     DATAGRAM = 4
     GONE = 5  #: to a device: it can no longer
     TAP = 6  #: to a device: send what passes to the socket sent along, ``size`` bytes of each
+    BUFFER = 7  #: to a device: the peer of its guest's local port has room for ``size`` bytes now
 
 
 _CONNECT = int(Op.CONNECT)
