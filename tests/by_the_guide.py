@@ -306,6 +306,7 @@ class World:
             "suspend": machine.state == "running",
             "resume": machine.state == "suspended",
             "migrate": machine.state == "running",
+            "reset": machine.state != "off",
             "ft-on": machine.state == "running" and not machine.ft,
             "ft-off": machine.state == "running" and machine.ft,
             "power-off": machine.state != "off",
@@ -317,8 +318,8 @@ class World:
         """Do it; returns the connections that are over."""
         over = []
         # "... lose connection after suspend and resume", "do not survive live migration", "are
-        # dropped when a virtual machine is put into fault tolerance (FT) mode".
-        if change in ("suspend", "migrate", "ft-on", "power-off"):
+        # dropped when a virtual machine is put into fault tolerance (FT) mode".  A reset is ours.
+        if change in ("suspend", "migrate", "reset", "ft-on", "power-off"):
             over = self.streams_of(machine)
             for stream in over:
                 self.gone(stream)

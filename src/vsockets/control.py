@@ -16,7 +16,7 @@ from .limits import REQUEST_TIMEOUT
 from .state_folder import CONTROL, connect_to, default_folder
 
 #: What there are events of.
-TOPICS = ("context", "denial")
+TOPICS = ("context", "denial", "disconnect")
 
 
 class Control:
@@ -152,6 +152,10 @@ class Control:
         """Drop its connections, as live migration does."""
         return self._change(cid, "migrate")
 
+    def reset(self, cid: int) -> dict[str, Any]:
+        """Drop its connections, because its machine was reset."""
+        return self._change(cid, "reset")
+
     def fault_tolerance(self, cid: int, on: bool) -> dict[str, Any]:
         """Put it into FT mode, which drops its connections and allows no new ones, or out."""
         return self._change(cid, "ft-on" if on else "ft-off")
@@ -164,6 +168,15 @@ class Control:
         """After :meth:`power_off`, or when it was added with ``powered=False``."""
         return self._change(cid, "power-on")
 
+    def disconnect(self, local: tuple[int, int], peer: tuple[int, int]) -> dict[str, Any]:
+        """End the stream between two addresses, whichever of them began it.
+
+        Returns ``{"streams_left": [...]}`` as above; OSError ENOENT when there is none.
+        """
+        return self._ask(  # type: ignore[no-any-return]
+            "stream.disconnect", local=list(local), peer=list(peer)
+        )
+
     def reload(self) -> None:
         """Read the configuration again.  OSError EINVAL with file, line and key when it is
         wrong; then the old one stays in force.
@@ -171,7 +184,7 @@ class Control:
         self._ask("reload")
 
     def events(self, *topics: str) -> Events:
-        """What happens from now on: topics ``context`` and ``denial``, by default both."""
+        """What happens from now on: one of :data:`TOPICS`, by default all."""
         return Events(self.folder, topics or TOPICS)
 
     def stop(self) -> None:
@@ -203,8 +216,9 @@ class Events:
     Each has ``topic``, ``time`` (seconds since the epoch) and ``missed``: how many came before it
     and were lost, because they were not read soon enough.  With topic ``context``: ``cid``,
     ``name``, ``change`` (``added``, ``removed``, ``suspend``, ...), ``state``, ``ft`` and
-    ``dropped`` (connections).  With topic ``denial``: what docs/security.md lists.  Ends when
-    vsockd does.
+    ``dropped`` (connections).  With topic ``denial``: what docs/security.md lists.
+    ``disconnect``, a stream an administrator has ended: ``source``, ``destination``, and ``pid``,
+    ``uid`` and ``gid`` of who asked.  Ends when vsockd does.
     """
 
     def __init__(self, folder: Path, topics: tuple[str, ...]) -> None:

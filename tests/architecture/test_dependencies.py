@@ -27,7 +27,10 @@ PLAIN = (
 )
 
 #: How virtual machines are described; the rest of ``vsockets.vm`` starts them.
-DESCRIPTIONS = ["vsockets.vm.vmx"]
+DESCRIPTIONS = [
+    f"vsockets.vm.{name}"
+    for name in ("vmx", "hardware", "arguments", "libvirt", "life_cycle")
+]
 
 
 def imports(module: str) -> Iterator[str]:

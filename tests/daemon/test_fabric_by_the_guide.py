@@ -54,7 +54,7 @@ ROOT_PROGRAM = Program(0, net_admin=has_net_admin(), bind_service=True)
 NOBODYS_PROGRAM = Program(NOBODY, granted=frozenset({DATAGRAM}), domains=frozenset({"", "lab"}))
 PROGRAMS = (ROOT_PROGRAM, NOBODYS_PROGRAM)
 
-CHANGES = ["suspend", "resume", "migrate", "ft-on", "ft-off", "power-off", "power-on"]
+CHANGES = ["suspend", "resume", "migrate", "reset", "ft-on", "ft-off", "power-off", "power-on"]
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else"),

@@ -32,6 +32,8 @@ TABLE = {
     (RUNNING, Change.SUSPEND): (SUSPENDED, True),
     (SUSPENDED, Change.RESUME): (RUNNING, False),
     (RUNNING, Change.MIGRATE): (RUNNING, True),
+    (RUNNING, Change.RESET): (RUNNING, True),
+    (SUSPENDED, Change.RESET): (SUSPENDED, True),
     (RUNNING, Change.FT_ON): (RUNNING, True),
     (RUNNING, Change.POWER_OFF): (OFF, True),
     (SUSPENDED, Change.POWER_OFF): (OFF, True),

@@ -247,3 +247,19 @@ def test_reload(vsock: Vsock, fabric: PrivateFabric) -> None:
     assert vsock.fails("reload").startswith(f"{configured}:3: context.limit: unknown key")
     configured.unlink()
     fabric.control.remove_context(60)
+
+
+def test_disconnect(vsock: Vsock, fabric: PrivateFabric, guest: Attachment) -> None:
+    with (
+        vsockets.create_server((2, 5000), context=fabric.host) as server,
+        vsockets.create_connection((2, 5000), context=guest) as client,
+    ):
+        accepted, (_, port) = server.accept()
+        with accepted:
+            done = vsock("disconnect", f"40:{port}", "2:5000")
+            assert (done.stdout, done.stderr) == ("", "")
+            client.settimeout(10)
+            assert client.recv(1) == b""
+        gone = vsock.fails("disconnect", f"40:{port}", "2:5000")
+        assert gone == f"there is no stream between 40:{port} and 2:5000"
+        assert "expected CID:PORT" in vsock.fails("disconnect", "40", "2:5000", status=2)

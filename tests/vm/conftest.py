@@ -78,6 +78,21 @@ class Stage:
         packed: bool = False,
     ) -> Machine:
         """A machine, not yet running; it skips the test where QEMU cannot be had."""
+        return kind(
+            fabric,
+            *self.parts(kernel, device, kind),
+            *options,
+            cid=cid,
+            device=device,
+            memory=memory,
+            arguments=arguments,
+            packed=packed,
+        )
+
+    def parts(
+        self, kernel: str, device: str, kind: type[Machine] = Machine
+    ) -> tuple[Kernel, Path, Path]:
+        """A machine's kernel, its initrd and a folder of its own; it skips the test likewise."""
         try:
             linux = downloads.kernel(kernel)
             downloads.qemu()
@@ -91,18 +106,7 @@ class Stage:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
-        return kind(
-            fabric,
-            linux,
-            initrd,
-            folder,
-            *options,
-            cid=cid,
-            device=device,
-            memory=memory,
-            arguments=arguments,
-            packed=packed,
-        )
+        return linux, initrd, folder
 
     def _image(self, linux: Kernel, device: str) -> Path:
         name = f"{linux.name}-{device}"

@@ -21,6 +21,8 @@ from typing import Any
 import vsockets
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
+from vsockets.vm import arguments as description
+from vsockets.vm.initramfs import COMMAND_LINE
 from vsockets.vm.kernels import Kernel
 
 from . import downloads
@@ -28,14 +30,6 @@ from . import downloads
 #: How long a machine may take to boot, and a guest to do what it is asked, in seconds.
 BOOT = 100.0
 PATIENCE = 60.0
-
-KERNEL_COMMAND = (
-    "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
-    "random.trust_cpu=on"
-)
-
-#: The virtio device, in a slot that it can be plugged out of.
-_VIRTIO = {"driver": "vhost-user-vsock-pci", "id": "dev", "chardev": "vsock", "bus": "slot0"}
 
 
 class GuestError(Exception):
@@ -155,21 +149,18 @@ class Machine:
 
     def boot(self) -> None:
         """Start QEMU and wait for the guest."""
-        size = f"{self._memory}M"
+        machine = description.Machine(
+            self.kind,
+            self._memory,
+            kernel=str(self._kernel.image),
+            initrd=str(self._initrd),
+            append=COMMAND_LINE,
+        )
         command = [
             downloads.qemu(),
-            *("-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"),
+            *description.arguments(machine, str(self._path)),
             *("-serial", f"file:{self._folder / 'console'}"),
-            *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
-            *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
-            # Where there can be one processor only, QEMU 11.1 emulates LOCK without a lock: the
-            # guest's barriers are none towards other processes, and a wake-up may be lost.
-            *("-m", size, "-smp", "1,maxcpus=2"),
-            *("-object", f"memory-backend-memfd,id=mem,size={size},share=on"),
-            *("-machine", "q35,memory-backend=mem"),
-            *("-kernel", str(self._kernel.image), "-initrd", str(self._initrd)),
-            *("-append", KERNEL_COMMAND),
-            *self._device_options(),
+            *self._doors(),
             *self._arguments,
         ]
         with open(self._folder / "qemu.log", "wb") as log:
@@ -177,20 +168,13 @@ class Machine:
         self._connect_agent()
         self._wait_for(0, BOOT)
 
-    def _device_options(self) -> list[str]:
-        if self.kind == "virtio":
-            device = {**_VIRTIO, "packed": self._packed}
-            return [
-                *("-chardev", f"socket,id=vsock,path={self._path}"),
-                *("-device", "pcie-root-port,id=slot0,slot=1", "-device", json.dumps(device)),
-            ]
-        vfio = {
-            "driver": "vfio-user-pci",
-            "socket": {"type": "unix", "path": str(self._path)},
-            "x-no-posted-writes": True,
-            "x-msg-timeout": 60_000,
-        }
-        return ["-device", json.dumps(vfio)]
+    def _doors(self) -> list[str]:
+        """QEMU's arguments for the agent and the monitor."""
+        return [
+            *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
+            *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
+            *("-global", "virtio-device.packed=on") * self._packed,
+        ]
 
     def _connect_agent(self) -> None:
         self._agent = socket.socket(socket.AF_UNIX)
@@ -306,7 +290,7 @@ class Machine:
         address = {"type": "unix", "data": {"path": str(self._path)}}
         socket = {"type": "socket", "data": {"addr": address, "server": False}}
         self.monitor("chardev-add", id="vsock", backend=socket)
-        self.monitor("device_add", **_VIRTIO)
+        self.monitor("device_add", **description.VIRTIO)
 
     def wait_for_boot(self) -> None:
         """After a reboot."""

@@ -14,9 +14,10 @@ import pytest
 
 import vsockets
 from vsockets.testing import PrivateFabric
+from vsockets.vm.initramfs import COMMAND_LINE
 
 from .conftest import COMMON, Stage
-from .machine import KERNEL_COMMAND, GuestError, Machine
+from .machine import GuestError, Machine
 from .test_vmci import MIB, PATIENCE, datagram, dial, exchange, serve
 
 pytestmark = pytest.mark.timeout(180)
@@ -85,7 +86,7 @@ def test_another_kernel_by_kexec(
             ("kexec", "kernel", "initrd"), (program, *machine.boots), strict=True
         ):
             machine.put(f"/{name}", path.read_bytes())
-        command = ["/kexec", "/kernel", "/initrd", KERNEL_COMMAND]
+        command = ["/kexec", "/kernel", "/initrd", COMMAND_LINE]
         run = "import subprocess; subprocess.run(command, check=True)"
         restart(machine, lambda: machine.start(run, command=command))
 

@@ -12,7 +12,7 @@ import logging
 import time
 from typing import Any
 
-from ..fabric import Context, Denied
+from ..fabric import Connection, Context, Credentials, Denied
 from ..fabric.meter import Meter
 from ..wire import Op
 from .credentials import Peer
@@ -79,6 +79,22 @@ class Audit:
         message = _in_words(facts)
         log.warning(message, extra={"facts": facts})
         self._events.publish(Topic.DENIAL, **facts, message=message)
+
+    def record_disconnect(self, stream: Connection, asker: Credentials) -> None:
+        """Write down that an administrator has ended ``stream``."""
+        facts: dict[str, Any] = {
+            "source": stream.local,
+            "destination": stream.peer,
+            "pid": asker.pid,
+            "uid": asker.uid,
+            "gid": asker.gid,
+        }
+        message = (
+            f"disconnected: {_address(stream.local)} to {_address(stream.peer)}; "
+            f"asked for by pid {asker.pid} uid {asker.uid}"
+        )
+        log.warning(message, extra={"facts": facts})
+        self._events.publish(Topic.DISCONNECT, **facts, message=message)
 
     def forget(self, context: Context) -> None:
         """The context is no more."""

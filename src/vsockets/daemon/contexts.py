@@ -12,6 +12,7 @@ from ..fabric import (
     Connection,
     Context,
     ContextSettings,
+    Credentials,
     Fabric,
     Isolation,
     Limits,
@@ -155,6 +156,19 @@ class RunningContexts:
         _refresh(context)
         self._publish(context, change.value, dropped=len(over))
         return [one for one in left if context in (one.context, one.peer_context)]
+
+    def disconnect(
+        self, one: tuple[int, int], other: tuple[int, int], asker: Credentials
+    ) -> list[Connection]:
+        """End the stream between two addresses, in either order, on request of ``asker``;
+        returns it if it could not be cut (yet).  Refused with ENOENT.
+        """
+        self._broker.streams.reap()
+        connection = self._fabric.find_connection(one, other)
+        self._fabric.end(connection.number)
+        left = self._broker.streams.cut([connection])
+        self._audit.record_disconnect(connection, asker)
+        return [connection] if connection in left else []
 
     def _open_doors(self, context: Context) -> None:
         common = self._loop, self._broker, context

@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..address import LARGEST
+from ..address import LARGEST, check
 from ..fabric import (
     Change,
     Context,
@@ -90,6 +90,7 @@ class Session:
             "context.change": self._change_context,
             "context.remove": self._remove_context,
             "context.device": self._attach_device,
+            "stream.disconnect": self._disconnect,
             "reload": lambda _: vsockd.reload(),
             "subscribe": self._subscribe,
             "stop": lambda _: vsockd.stop(),
@@ -184,12 +185,7 @@ class Session:
         context = self._vsockd.fabric.contexts.require(_cid(arguments))
         change = _choice(arguments, "change", Change)
         left = self._vsockd.contexts.change(context, change)
-        return {
-            "context": self._row(context),
-            "streams_left": [
-                {"local": one.local, "peer": one.peer, "pid": one.owner.pid} for one in left
-            ],
-        }
+        return {"context": self._row(context), "streams_left": reports.stream_names(left)}
 
     def _remove_context(self, arguments: Arguments) -> None:
         self._vsockd.contexts.remove(_cid(arguments))
@@ -209,6 +205,13 @@ class Session:
             theirs.close()
             raise
         self._descriptors.append(theirs.detach())
+
+    # Streams
+
+    def _disconnect(self, arguments: Arguments) -> dict[str, Any]:
+        ends = _address(arguments, "local"), _address(arguments, "peer")
+        left = self._vsockd.contexts.disconnect(*ends, peer_credentials(self._sock))
+        return {"streams_left": reports.stream_names(left)}
 
     # Events
 
@@ -239,6 +242,13 @@ def _cid(arguments: Arguments) -> int:
     if cid is None:
         raise BadRequest("cid: expected a number")
     return cid
+
+
+def _address(arguments: Arguments, key: str) -> tuple[int, int]:
+    try:
+        return check(tuple(_optional(arguments, key, list) or ()))
+    except (TypeError, OverflowError) as error:
+        raise BadRequest(f"{key}: expected [CID, port]: {error}") from None
 
 
 def _hybrid(arguments: Arguments) -> str:

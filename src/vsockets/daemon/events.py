@@ -13,6 +13,7 @@ class Topic(Enum):
 
     CONTEXT = "context"  #: a guest was added, changed its state, or was removed
     DENIAL = "denial"  #: somebody was denied something: the audit
+    DISCONNECT = "disconnect"  #: an administrator has ended a stream
 
 
 class Events:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
         else None,
         "denials": _counted(context.counts)["denials"],
     }
+
+
+def stream_names(streams: Iterable[Connection]) -> list[dict[str, Any]]:
+    """Streams by their two addresses, and the processes that began them."""
+    return [{"local": one.local, "peer": one.peer, "pid": one.owner.pid} for one in streams]
 
 
 def socket_rows(broker: Broker) -> list[dict[str, Any]]:

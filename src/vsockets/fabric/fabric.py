@@ -220,6 +220,18 @@ class Fabric:
             if context.cookies.get(cookie) is connection:
                 del context.cookies[cookie]
 
+    def find_connection(self, one: tuple[int, int], other: tuple[int, int]) -> Connection:
+        """The connection between these two addresses, in either order.  Refused with ENOENT."""
+        for local, peer in ((one, other), (other, one)):
+            # Who is bound to the local CID has peers in its own context alone.
+            context = self.contexts.get(peer[0] if local[0] == VMADDR_CID_LOCAL else local[0])
+            holder = context.connected.get(local[1]) if context is not None else None
+            if isinstance(holder, Connection) and (holder.local, holder.peer) == (local, peer):
+                return holder
+        raise Refused(
+            errno.ENOENT, "there is no stream between {}:{} and {}:{}".format(*one, *other)
+        )
+
     # Datagrams
 
     def find_datagram(

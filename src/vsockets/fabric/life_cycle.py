@@ -11,6 +11,7 @@ mode, and no new vSockets connections can be established while a virtual machine
     suspend    running         suspended   dropped      nothing gets in or out
     resume     suspended       running
     migrate    running         running     dropped
+    reset      not off         the same    dropped
     ft on      running         running     dropped      no new connections
     ft off     running         running                  connections again
     power-off  not off         off         dropped      every endpoint and FT mode are gone
@@ -47,6 +48,7 @@ class Change(Enum):
     SUSPEND = "suspend"
     RESUME = "resume"
     MIGRATE = "migrate"
+    RESET = "reset"
     FT_ON = "ft-on"
     FT_OFF = "ft-off"
     POWER_OFF = "power-off"
@@ -54,12 +56,16 @@ class Change(Enum):
 
 
 #: The changes that end every established connection of the context.
-DROPS_CONNECTIONS = frozenset({Change.SUSPEND, Change.MIGRATE, Change.FT_ON, Change.POWER_OFF})
+DROPS_CONNECTIONS = frozenset(
+    {Change.SUSPEND, Change.MIGRATE, Change.RESET, Change.FT_ON, Change.POWER_OFF}
+)
 
 _TRANSITIONS = {
     (State.RUNNING, Change.SUSPEND): State.SUSPENDED,
     (State.SUSPENDED, Change.RESUME): State.RUNNING,
     (State.RUNNING, Change.MIGRATE): State.RUNNING,
+    (State.RUNNING, Change.RESET): State.RUNNING,
+    (State.SUSPENDED, Change.RESET): State.SUSPENDED,
     (State.RUNNING, Change.FT_ON): State.RUNNING,
     (State.RUNNING, Change.FT_OFF): State.RUNNING,
     (State.RUNNING, Change.POWER_OFF): State.OFF,

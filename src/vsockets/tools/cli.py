@@ -15,6 +15,7 @@ from . import (
     context,
     demo,
     device,
+    disconnect,
     doctor,
     events,
     forward,
@@ -28,6 +29,8 @@ from . import (
     run,
     top,
     up,
+    vm,
+    web,
 )
 from .advice import Failure, one_line
 from .output import complain
@@ -44,14 +47,17 @@ app.command("status")(up.status)
 app.command("reload")(up.reload)
 app.add_typer(context.app, name="context")
 app.add_typer(device.app, name="device")
+app.add_typer(vm.app, name="vm")
 app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 app.command("connect")(netcat.connect)
 app.command("listen")(netcat.listen)
 app.command("forward")(forward.forward)
 app.command("capture")(capture.capture)
 app.command("ls")(ls.ls)
+app.command("disconnect")(disconnect.disconnect)
 app.command("metrics")(metrics.metrics)
 app.command("top")(top.top)
+app.command("web")(web.web)
 app.command("events")(events.events)
 app.add_typer(amqp.app, name="amqp")
 app.add_typer(perf.app, name="perf")

@@ -160,8 +160,8 @@ def rm(cid: CidArgument) -> None:
         control.remove_context(cid)
 
 
-def _changed(answer: dict[str, Any]) -> None:
-    """Say what vsockd could not do; the rest is done and needs no words."""
+def report_left(answer: dict[str, Any]) -> None:
+    """Say which streams vsockd could not end; the rest is done and needs no words."""
     for stream in answer["streams_left"]:
         complain(
             "stream {}:{} to {}:{} goes on: ".format(*stream["local"], *stream["peer"])
@@ -175,21 +175,21 @@ def _changed(answer: dict[str, Any]) -> None:
 def suspend(cid: CidArgument) -> None:
     """Drop a guest's connections and let nothing in or out until it is resumed."""
     with administrator() as control:
-        _changed(control.suspend(cid))
+        report_left(control.suspend(cid))
 
 
 @app.command("resume")
 def resume(cid: CidArgument) -> None:
     """Let a suspended guest go on; its listening sockets are there still."""
     with administrator() as control:
-        _changed(control.resume(cid))
+        report_left(control.resume(cid))
 
 
 @app.command("migrate")
 def migrate(cid: CidArgument) -> None:
     """Drop a guest's connections, as live migration does."""
     with administrator() as control:
-        _changed(control.migrate(cid))
+        report_left(control.migrate(cid))
 
 
 class Switch(StrEnum):
@@ -203,18 +203,18 @@ class Switch(StrEnum):
 def fault_tolerance(cid: CidArgument, mode: Switch) -> None:
     """Fault tolerance mode: drops a guest's connections, and allows no new ones while on."""
     with administrator() as control:
-        _changed(control.fault_tolerance(cid, mode is Switch.ON))
+        report_left(control.fault_tolerance(cid, mode is Switch.ON))
 
 
 @app.command("power-off")
 def power_off(cid: CidArgument) -> None:
     """Drop a guest's connections, take back its ports, and let no program in."""
     with administrator() as control:
-        _changed(control.power_off(cid))
+        report_left(control.power_off(cid))
 
 
 @app.command("power-on")
 def power_on(cid: CidArgument) -> None:
     """Power a guest on again."""
     with administrator() as control:
-        _changed(control.power_on(cid))
+        report_left(control.power_on(cid))

@@ -41,6 +41,7 @@ _Cid = Annotated[
         "--cid", parser=read_cid, metavar="CID", help="Its context; by default one that is free."
     ),
 ]
+_UntilEof = Annotated[bool, typer.Option("--until-eof", help="End when standard input does.")]
 _Sandbox = Annotated[bool, typer.Option(help="Give up every privilege and system call not needed.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Say what happens.")]
 
@@ -57,6 +58,7 @@ def vmci(
         bool,
         typer.Option("--protocol-1", help="Speak the first version of the stream protocol."),
     ] = False,
+    until_eof: _UntilEof = False,
     sandbox: _Sandbox = True,
     verbose: _Verbose = False,
     log_format: LogFormatOption = LogFormat.TEXT,
@@ -75,13 +77,15 @@ def vmci(
         machine = VmciMachine(loop, fabric, fabric.cid, events, legacy=legacy, older=older)
         Server(loop, _listen(path), machine.device, machine.settle)
 
-    _serve(f"the VMCI device waits at {path}", cid, sandbox, verbose, log_format, begin)
+    said = f"the VMCI device waits at {path}"
+    _serve(said, cid, until_eof, sandbox, verbose, log_format, begin)
 
 
 @app.command("virtio")
 def virtio(
     path: _Socket,
     cid: _Cid = None,
+    until_eof: _UntilEof = False,
     sandbox: _Sandbox = True,
     verbose: _Verbose = False,
     log_format: LogFormatOption = LogFormat.TEXT,
@@ -101,7 +105,8 @@ def virtio(
         Server(loop, _listen(path), machine.device)
 
     said = f"the virtio-vsock device waits at {path}"
-    _serve(said, cid, sandbox, verbose, log_format, begin, datagrams=False, seqpacket=True)
+    common = (cid, until_eof, sandbox, verbose, log_format, begin)
+    _serve(said, *common, datagrams=False, seqpacket=True)
 
 
 @app.command("hybrid")
@@ -120,6 +125,7 @@ def hybrid(
             "the machine does not run.",
         ),
     ] = 0.0,
+    until_eof: _UntilEof = False,
     sandbox: _Sandbox = True,
     verbose: _Verbose = False,
     log_format: LogFormatOption = LogFormat.TEXT,
@@ -151,6 +157,7 @@ def hybrid(
         _serve(
             said,
             cid,
+            until_eof,
             sandbox,
             verbose,
             log_format,
@@ -184,6 +191,7 @@ def _listen(path: Path) -> socket.socket:
 def _serve(
     said: str,
     cid: int | None,
+    until_eof: bool,
     sandbox: bool,
     verbose: bool,
     log_format: LogFormat,
@@ -212,6 +220,8 @@ def _serve(
         owner = next(row["owner"] for row in control.contexts() if row["cid"] == cid)
         events = control.events("context")
         loop = DeviceLoop()
+        if until_eof:
+            loop.watch(sys.stdin.fileno(), lambda _: loop.stop() if _has_ended() else None)
         begin(_Attached(loop, Attachment(loop, link, cid, datagrams), events))
         notify_ready()
         if sandbox:
@@ -221,3 +231,8 @@ def _serve(
             print(cid, flush=True)
             loop.run()
     sys.stdout.flush()
+
+
+def _has_ended() -> bool:
+    """Whether standard input is over; what comes before that says nothing to us."""
+    return not os.read(sys.stdin.fileno(), 4096)

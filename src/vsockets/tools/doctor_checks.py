@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import os
 import platform
-import re
 import shutil
 import socket as stdlib
 import subprocess
@@ -155,24 +154,45 @@ def kvm() -> Finding:
 
 
 def qemu() -> Finding:
-    """QEMU and the devices that a vsock device can be attached by."""
-    program = f"qemu-system-{platform.machine()}"
-    package = "qemu-system-x86" if platform.machine() == "x86_64" else "qemu-system-arm"
-    if shutil.which(program) is None:
-        return Finding("QEMU", "no", f"no {program}", package)
-    found = re.search(r"version ([\d.]+)", _output(program, "--version"))
-    number = found[1] if found else "of unknown version"
-    listed = _output(program, "-device", "help")
-    wanted = {
-        "vfio-user-pci": "QEMU 10.1 or later, for VMCI",
-        "vhost-user-vsock-pci": "a QEMU with vhost-user-vsock",
-        "vhost-vsock-pci": "a QEMU with vhost-vsock",
-    }
-    there = [device for device in wanted if f'"{device}"' in listed]
-    missing = [wanted[device] for device in wanted if device not in there]
-    state = "yes" if not missing else "partly"
-    detail = f"{number}; devices: {', '.join(there) or 'none of ours'}"
-    return Finding("QEMU", state, detail, "; ".join(missing))
+    """A QEMU for each device of ours; too old is not broken."""
+    from ..vm.qemu import NEEDS, NoQemu, find
+
+    found, missing = {}, {}
+    for device in NEEDS:
+        try:
+            found[device] = find(device)
+        except NoQemu as error:
+            missing[device] = str(error)
+    details = [f"{device}: {one.path} {one.number}" for device, one in found.items()]
+    details += [f"{device}: {why.partition(': ')[0]}" for device, why in missing.items()]
+    state = "yes" if not missing else "partly" if found else "no"
+    advice = "; ".join(why.partition(": ")[2] for why in missing.values())
+    return Finding("QEMU", state, "; ".join(details), advice)
+
+
+def virtual_machines() -> Finding:
+    """What vsock vm needs besides QEMU."""
+    from ..vm.packages import Unavailable, own_suite
+
+    missing = {}
+    try:
+        import qemu.qmp  # noqa: F401
+    except ModuleNotFoundError:
+        missing["run needs qemu.qmp"] = "pip install 'vsockets[vm]'"
+    if shutil.which("setpriv") is None:
+        missing["run needs setpriv"] = "util-linux"
+    state = "no" if missing else "yes"
+    try:
+        suite = own_suite()
+        keys = Path(suite.distribution.keys)
+        if not keys.exists():
+            missing[f"demo needs {keys}"] = keys.stem
+    except Unavailable as error:
+        missing[f"demo: {error}"] = "Debian, or Ubuntu"
+    if missing and state == "yes":
+        state = "partly"
+    detail = "; ".join(missing) or "run, and demo with this distribution's packages"
+    return Finding("vsock vm", state, detail, "; ".join(missing.values()))
 
 
 def fuse() -> Finding:
@@ -207,6 +227,7 @@ CHECKS = (
     vhost_vsock,
     kvm,
     qemu,
+    virtual_machines,
     fuse,
     user_namespaces,
 )

@@ -17,11 +17,13 @@ class Topic(StrEnum):
 
     CONTEXT = "context"
     DENIAL = "denial"
+    DISCONNECT = "disconnect"
 
 
 def events(
     topics: Annotated[
-        list[Topic] | None, typer.Argument(metavar="[context] [denial]", help="By default both.")
+        list[Topic] | None,
+        typer.Argument(metavar="[context] [denial] [disconnect]", help="By default all."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="For programs: a JSON object a line.")
@@ -39,6 +41,8 @@ def _in_words(event: dict[str, Any]) -> str:
     if event["topic"] == Topic.CONTEXT:
         dropped = f", {event['dropped']} connections dropped" if event.get("dropped") else ""
         what = f"context {event['cid']} {event['name']}: {event['change']}{dropped}"
+    elif event["topic"] == Topic.DISCONNECT:
+        what = event["message"]
     else:
         what = f"context {event['context']}: {event['message']}"
     return f"{clock} {what}{lost}"

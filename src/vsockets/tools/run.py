@@ -51,7 +51,13 @@ def run(
             "let that listen elsewhere"
         )
     control = administrator(start=True)
-    context = _context(control, cid, name)
+    context = context_of(control, cid, name)
+    if context["state"] in _HOW_TO_START:
+        state, command = _HOW_TO_START[context["state"]]
+        raise Failure(
+            f"context {cid} is {state}: no program can run in it until "
+            f"vsock context {command} {cid}"
+        )
 
     folder = context["folder"]
 
@@ -85,8 +91,10 @@ def environment(folder: str | Path) -> dict[str, str]:
     }
 
 
-def _context(control: Control, cid: int | None, name: str) -> dict[str, Any]:
-    """The context to run in; ``leased`` says whether the lease is on ``control``."""
+def context_of(control: Control, cid: int | None, name: str) -> dict[str, Any]:
+    """The context to run something in, made if need be; ``leased`` says whether ``control``
+    has a lease of it.
+    """
     while True:
         try:
             if cid != VMADDR_CID_HOST:
@@ -96,11 +104,5 @@ def _context(control: Control, cid: int | None, name: str) -> dict[str, Any]:
                 raise
         for context in control.contexts():
             if context["cid"] == cid:
-                if context["state"] in _HOW_TO_START:
-                    state, command = _HOW_TO_START[context["state"]]
-                    raise Failure(
-                        f"context {cid} is {state}: no program can run in it until "
-                        f"vsock context {command} {cid}"
-                    )
                 return {**context, "leased": False}
         # It existed, and was removed between the two questions.

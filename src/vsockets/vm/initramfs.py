@@ -12,6 +12,16 @@ from .packages import Suite, Unavailable, filled
 #: The library's own files: the guest's tools.
 PACKAGE = Path(__file__).parents[1]
 
+#: What its kernel is told: where the console is, to reset on a panic, and what makes it quick
+#: under emulation.
+COMMAND_LINE = (
+    "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
+    "random.trust_cpu=on"
+)
+
+#: This package needs 3.11, in the guest as here.
+_OLDEST_PYTHON = 11
+
 _FOLDERS = ("bin", "dev", "proc", "sys", "modules", "tmp")
 
 #: Parts of packages that no guest here misses.
@@ -24,6 +34,8 @@ export PATH=/bin:/usr/bin HOME=/tmp
 mount -t proc none /proc
 mount -t sysfs none /sys
 mount -t devtmpfs none /dev
+mkdir -p /dev/pts
+mount -t devpts none /dev/pts
 for module in {modules}; do insmod /modules/$module.ko; done
 """
 
@@ -78,8 +90,9 @@ class Userland:
 
         self.root = filled(f"userland-{suite.name}", fill)
         found = [path.name for path in self.root.glob("usr/bin/python3.*")]
-        if not found:
-            raise Unavailable(f"python3-minimal of {suite.name} has no Python in it")
+        if not found or int(found[0].removeprefix("python3.")) < _OLDEST_PYTHON:
+            what = found[0] if found else "no Python"
+            raise Unavailable(f"{suite.name} has {what}, expected 3.{_OLDEST_PYTHON} or newer")
         self.python = f"/usr/bin/{found[0]}"
         self.modules = f"usr/lib/{found[0]}"  #: where Python finds modules
 

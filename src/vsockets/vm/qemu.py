@@ -8,9 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+from .arguments import PROGRAM
 from .packages import CACHE, DEBIAN, Suite, Unavailable, filled
-
-PROGRAM = "qemu-system-x86_64"
 
 #: How long QEMU may take to say something about itself, in seconds; it takes a tenth of one.
 _PATIENCE = 20.0
@@ -60,20 +59,23 @@ class Qemu(NamedTuple):
     path: str
     version: tuple[int, int]
 
+    @property
+    def number(self) -> str:
+        """Its version, for people."""
+        return ".".join(map(str, self.version))
+
     def require(self, device: str) -> None:
         """Raise TooOld or Broken unless it can do ``device``."""
         need = NEEDS[device]
-        number, since = ".".join(map(str, self.version)), ".".join(map(str, need.since))
+        since = ".".join(map(str, need.since))
         if self.version < need.since:
             raise TooOld(
-                f"{self.path} is QEMU {number}, too old for the {device} device "
+                f"{self.path} is QEMU {self.number}, too old for the {device} device "
                 f"({need.driver} came with {since}): {advice(device)}"
             )
         if f'"{need.driver}"' not in _said(self.path, "-device", "help"):
-            raise Broken(
-                f"{self.path}, QEMU {number}, was built without {need.driver}: "
-                + advice(device)
-            )
+            what = f"{self.path}, QEMU {self.number}, was built without {need.driver}"
+            raise Broken(f"{what}: {advice(device)}")
 
 
 def advice(device: str) -> str:
@@ -122,8 +124,6 @@ def find(device: str, program: str | None = None, download: bool = False) -> Qem
 
 def unpacked() -> str:
     """A QEMU that knows every device, unpacked with its own libraries and firmware."""
-    if not Path(DEBIAN.keys).exists():
-        raise Unavailable(f"no {DEBIAN.keys}: QEMU can be unpacked on Debian only")
 
     def fill(folder: Path) -> None:
         wanted = ("libc6", "qemu-system-x86", "qemu-system-common", "qemu-system-data", "ovmf")
@@ -133,6 +133,15 @@ def unpacked() -> str:
         program.chmod(0o755)
 
     return str(filled(_UNPACKED, fill) / PROGRAM)
+
+
+def find_firmware() -> str:
+    """A UEFI firmware; Unavailable."""
+    for root in (Path("/"), CACHE / _UNPACKED):
+        path = root / "usr/share/ovmf/OVMF.fd"
+        if path.exists():
+            return str(path)
+    raise Unavailable("the machine has UEFI firmware, and here is none: apt install ovmf")
 
 
 def _said(*command: str) -> str:

@@ -92,17 +92,17 @@ class Vmx:
     @property
     def display_name(self) -> str:
         """``displayName``: what people call it; "" when it has no name."""
-        return self._value("displayName")
+        return self.text("displayName")
 
     @property
     def hardware_version(self) -> int:
         """``virtualHW.version``; 0 when the file does not say."""
         key = "virtualHW.version"
-        version = self._number(key)
+        version = self.number(key)
         if version is None:
             return 0
         if version < 1:
-            raise self._error(key, "expected a number from 1")
+            raise self.mistake(key, "expected a number from 1")
         return version
 
     @property
@@ -111,7 +111,7 @@ class Vmx:
 
         From hardware version 7 on there is one unless the file denies it (guide page 23).
         """
-        return self._boolean("vmci0.present", self.hardware_version >= FIRST_VMCI_HARDWARE)
+        return self.boolean("vmci0.present", self.hardware_version >= FIRST_VMCI_HARDWARE)
 
     @property
     def cid(self) -> int | None:
@@ -122,60 +122,66 @@ class Vmx:
         is None.
         """
         key = "vmci0.id"
-        number = self._number(key)
+        number = self.number(key)
         if number is None or number == -1:
             return None
         if not -(1 << 31) <= number < 1 << 32:
-            raise self._error(key, "expected a number of 32 bits")
+            raise self.mistake(key, "expected a number of 32 bits")
         cid = number & 0xFFFF_FFFF
         if not VMADDR_CID_HOST < cid < VMADDR_CID_ANY:
-            raise self._error(key, "which is not a guest's CID, expected 3 to 4294967294")
+            raise self.mistake(key, "which is not a guest's CID, expected 3 to 4294967294")
         return cid
 
     @property
     def unrestricted(self) -> bool:
         """``vmci0.unrestricted``: heard by ESX 4.0 to ESXi 5.0 only (guide page 24)."""
-        return self._boolean("vmci0.unrestricted", False)
+        return self.boolean("vmci0.unrestricted", False)
 
     @property
     def domain(self) -> str:
         """``vmci0.domain``: heard by ESX 4.0 to ESXi 5.0 only (guide page 24)."""
-        return self._value("vmci0.domain")
+        return self.text("vmci0.domain")
 
     def require_vmci(self) -> None:
         """Raise VmxError unless the machine has a VMCI device."""
         if "encryption.data" in self.values:
-            raise self._error("encryption.data", "the file is encrypted, expected a plain one")
+            raise self.mistake("encryption.data", "the file is encrypted, expected a plain one")
         if self.hardware_version < FIRST_VMCI_HARDWARE:
-            raise self._error(
+            raise self.mistake(
                 "virtualHW.version",
                 "expected 7 or later: upgrade the VM's hardware compatibility to 7 or later",
             )
         if not self.vmci_present:
-            raise self._error("vmci0.present", "expected TRUE: without it there is no VMCI device")
+            raise self.mistake("vmci0.present", "expected TRUE: without it there is no VMCI device")
 
-    def _value(self, key: str) -> str:
+    # Any key, in whatever case
+
+    def text(self, key: str) -> str:
+        """Its value; "" where there is none."""
         return self.values.get(key.lower(), "")
 
-    def _number(self, key: str) -> int | None:
-        text = self._value(key)
+    def number(self, key: str) -> int | None:
+        """Its value, or None where there is none; VmxError when that is not a number."""
+        text = self.text(key)
         if not text:
             return None
         if not _NUMBER.fullmatch(text):
-            raise self._error(key, "expected a decimal number of at most 10 digits")
+            raise self.mistake(key, "expected a decimal number of at most 10 digits")
         return int(text)
 
-    def _boolean(self, key: str, default: bool) -> bool:
-        text = self._value(key)
+    def boolean(self, key: str, default: bool) -> bool:
+        """Its value; VmxError when that is neither TRUE nor FALSE."""
+        text = self.text(key)
         if not text:
             return default
         if text.lower() not in _BOOLEANS:
-            raise self._error(key, "expected TRUE or FALSE")
+            raise self.mistake(key, "expected TRUE or FALSE")
         return _BOOLEANS[text.lower()]
 
-    def _error(self, key: str, problem: str) -> VmxError:
+    def mistake(self, key: str, problem: str) -> VmxError:
+        """An error about its value, which it shows."""
         line = self.lines.get(key.lower())
-        found = "missing" if line is None else _shown(self._value(key))
+        found = "missing" if line is None else _shown(self.text(key))
         return VmxError(self.name, line, key, f"{found}, {problem}")
 
 

@@ -9,7 +9,7 @@ from pamqp import body, commands, frame
 
 from vsockets.bridges.amqp.delivery import Delivery, Parting
 from vsockets.bridges.amqp.frames import CLOSE_OK, PROTOCOL_HEADER, FrameError
-from vsockets.limits import AMQP_FRAME
+from vsockets.bridges.amqp.limits import AMQP_FRAME
 
 from .strategies import commands_in, conversations, cuts, pieces
 

@@ -11,7 +11,7 @@ from pamqp import commands, frame
 
 from vsockets.bridges.amqp.frames import PROTOCOL_HEADER
 from vsockets.bridges.amqp.guard import Guard, Refused
-from vsockets.limits import AMQP_HANDSHAKE_FRAME
+from vsockets.bridges.amqp.limits import AMQP_HANDSHAKE_FRAME
 
 from .strategies import commands_in, cuts, handshake, pieces, short_texts, start_ok, tables
 

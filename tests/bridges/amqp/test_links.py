@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vsockets.bridges.amqp import link as module
+from vsockets.bridges.amqp.limits import AMQP_UNSENT, AMQP_WINDOW
 from vsockets.bridges.amqp.link import Link, Refusal
 from vsockets.bridges.amqp.requests import Headers, connect_request
 from vsockets.bridges.amqp.tunnel import Tunnel
-from vsockets.limits import AMQP_UNSENT, AMQP_WINDOW
 
 REQUEST = connect_request("rabbitmq:5672", 3)
 MUCH = os.urandom(3 << 20)

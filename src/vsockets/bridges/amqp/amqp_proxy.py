@@ -12,7 +12,13 @@ import socket as stdlib
 import ssl
 from collections.abc import Iterable
 
-from ...limits import (
+from ...locator import Locator
+from ..doors import open_door
+from ..entrance import Entrance
+from ..forward.dialer import Dialer
+from ..forward.reports import Complaints, describe_peer
+from .frames import PROTOCOL_HEADER, begins_connection
+from .limits import (
     AMQP_CHECK,
     AMQP_CHECK_AGAIN,
     AMQP_LINKS,
@@ -20,12 +26,6 @@ from ...limits import (
     AMQP_OPEN,
     AMQP_PROXY_SESSIONS,
 )
-from ...locator import Locator
-from ..doors import open_door
-from ..entrance import Entrance
-from ..forward.dialer import Dialer
-from ..forward.reports import Complaints, describe_peer
-from .frames import PROTOCOL_HEADER, begins_connection
 from .link import Link
 from .nodes import Node, Nodes
 from .relay import Relay

@@ -9,11 +9,11 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 
 from ...attachment import Place
-from ...limits import AMQP_SESSIONS
 from ...locator import Locator
 from ..doors import open_door
 from ..entrance import Entrance
 from ..forward.reports import Complaints, describe_peer
+from .limits import AMQP_SESSIONS
 from .session import Session, log
 
 

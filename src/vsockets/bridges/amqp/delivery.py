@@ -6,7 +6,6 @@ the client understands, whatever the broker's end was cut off in.
 
 from __future__ import annotations
 
-from ...limits import AMQP_FRAME
 from .frames import (
     CLOSE_OK,
     PROTOCOL_HEADER,
@@ -16,6 +15,7 @@ from .frames import (
     needed,
     whole_frames,
 )
+from .limits import AMQP_FRAME
 
 _LAST_WORDS = (Connection.CLOSE, Connection.CLOSE_OK)
 

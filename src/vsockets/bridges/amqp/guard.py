@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ...limits import AMQP_HANDSHAKE_FRAME
 from .frames import (
     HEARTBEAT,
     PROTOCOL_HEADER,
@@ -27,6 +26,7 @@ from .frames import (
     connection_method,
     whole_frames,
 )
+from .limits import AMQP_HANDSHAKE_FRAME
 from .tables import names, table_end, with_number
 
 #: The client property that says which guest a connection is of.

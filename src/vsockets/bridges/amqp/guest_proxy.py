@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...attachment import Place
-from ...limits import AMQP_OPEN
 from ...locator import Locator
 from ..forward.dialer import Dialer
 from ..forward.reports import describe_peer
 from .clients import Clients
+from .limits import AMQP_OPEN
 from .session import Session
 
 

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from ...attachment import Place
-from ...limits import AMQP_GUEST_SESSIONS, AMQP_OPEN
 from ...locator import Locator, Vsock
 from .clients import Clients
 from .guard import Guard
+from .limits import AMQP_GUEST_SESSIONS, AMQP_OPEN
 from .requests import AUTHORITY, connect_request
 from .session import Session
 from .trunk import Trunk

@@ -25,7 +25,7 @@ import h2.events
 import h2.exceptions
 import h2.settings
 
-from ...limits import (
+from .limits import (
     AMQP_LINK_FRAME,
     AMQP_LINK_SILENCE,
     AMQP_LINK_UNREAD,

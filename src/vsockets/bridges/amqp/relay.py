@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 
-from ...limits import AMQP_CLOSE_OK, AMQP_UNSENT
+from .limits import AMQP_CLOSE_OK, AMQP_UNSENT
 
 
 class Side(asyncio.Protocol):

@@ -13,11 +13,11 @@ import logging
 import os
 import socket as stdlib
 
-from ...limits import AMQP_HANDSHAKE
 from ..forward.reports import Complaints
 from .delivery import Delivery, Parting
 from .frames import FrameError, Reply, connection_close
 from .guard import Guard, Refused
+from .limits import AMQP_HANDSHAKE
 from .relay import Relay, Side
 
 log = logging.getLogger("vsockets.amqp")

@@ -7,10 +7,10 @@ import contextlib
 import random
 import ssl
 
-from ...limits import AMQP_FIRST_PAUSE, AMQP_LONGEST_PAUSE, AMQP_OPEN
 from ...locator import Inet, Locator
 from ..forward.dialer import Dialer
 from ..forward.reports import Complaints
+from .limits import AMQP_FIRST_PAUSE, AMQP_LONGEST_PAUSE, AMQP_OPEN
 from .link import Link
 from .session import log
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from ...limits import AMQP_UNSENT, AMQP_WINDOW
+from .limits import AMQP_UNSENT, AMQP_WINDOW
 
 if TYPE_CHECKING:
     from .link import Link

@@ -1,0 +1,163 @@
+"""A small HTTP server for pages and numbers of this machine's own: asyncio and h11.
+
+One request a connection, which keeps it simple: no pipelining, no state between requests.  A
+client may be hostile: its whole request has a time limit and a size, however it trickles, and so
+has every piece of an answer; there are only so many clients at a time, and who comes
+on top of them is turned away without a word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http
+import socket
+import urllib.parse
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import h11
+
+from ..limits import (
+    HTTP_ANSWER,
+    HTTP_BODY,
+    HTTP_CLIENTS,
+    HTTP_HEAD,
+    HTTP_LINGER,
+    HTTP_REQUEST,
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asks for."""
+
+    method: str
+    path: str  #: without the query
+    query: Mapping[str, str]
+    headers: Mapping[str, str]  #: names in small letters; the last of several with one name
+    body: bytes = b""
+
+
+@dataclass(frozen=True)
+class Response:
+    """What it gets.  A body that is an iterator goes on until it ends, or the client leaves."""
+
+    status: int
+    content_type: str
+    body: bytes | AsyncIterator[bytes]
+    headers: Sequence[tuple[str, str]] = field(default=())
+
+
+def text(status: int, words: str) -> Response:
+    """A line of text."""
+    return Response(status, "text/plain; charset=utf-8", f"{words}\n".encode())
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class HttpServer:
+    """Answers each request on ``listener`` with what ``handler`` makes of it."""
+
+    def __init__(self, listener: socket.socket, handler: Handler) -> None:
+        self._listener = listener
+        self._handler = handler
+        self._clients = 0
+
+    async def serve(self) -> None:
+        """Until it is cancelled."""
+        server = await asyncio.start_server(self._admit, sock=self._listener)
+        try:
+            await asyncio.Event().wait()  # serve_forever() would wait for the last client to leave
+        finally:
+            server.close()
+
+    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._clients += 1
+        try:
+            if self._clients <= HTTP_CLIENTS:
+                await self._serve(reader, writer)
+        except (OSError, h11.ProtocolError):
+            pass  # it has gone, reads nothing, or sent what makes an answer impossible
+        finally:
+            self._clients -= 1
+            with contextlib.suppress(OSError):
+                writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HTTP_HEAD)
+        response = await self._answer(connection, reader)
+        refused = connection.their_state is not h11.DONE
+        await _send(connection, writer, response)
+        if refused:  # a socket closed with something unread would take the answer with it
+            writer.write_eof()
+            async with asyncio.timeout(HTTP_LINGER):
+                while await reader.read(HTTP_HEAD):
+                    pass
+
+    async def _answer(self, connection: h11.Connection, reader: asyncio.StreamReader) -> Response:
+        try:
+            async with asyncio.timeout(HTTP_REQUEST):
+                request = await _receive(connection, reader)
+        except TimeoutError:
+            return text(408, f"a request is sent within {HTTP_REQUEST:.0f} s")
+        except h11.RemoteProtocolError as error:
+            return text(error.error_status_hint, str(error))
+        return await self._handler(request)
+
+
+async def _receive(connection: h11.Connection, reader: asyncio.StreamReader) -> Request:
+    head: h11.Request | None = None
+    body = b""
+    while True:
+        match connection.next_event():
+            case h11.NEED_DATA:
+                connection.receive_data(await reader.read(HTTP_HEAD))
+            case h11.Request() as head:
+                pass
+            case h11.Data(data=data):
+                body += data
+                if len(body) > HTTP_BODY:
+                    raise h11.RemoteProtocolError(f"a body has {HTTP_BODY} bytes at most", 413)
+            case h11.EndOfMessage() if head is not None:
+                return _request(head, body)
+            case _:  # the end, before there was a request
+                raise ConnectionResetError
+
+
+def _request(head: h11.Request, body: bytes) -> Request:
+    path, _, query = head.target.decode("ascii").partition("?")
+    return Request(
+        head.method.decode("ascii"),
+        path,
+        dict(urllib.parse.parse_qsl(query)),
+        {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers},
+        body,
+    )
+
+
+async def _send(
+    connection: h11.Connection, writer: asyncio.StreamWriter, response: Response
+) -> None:
+    body = response.body
+    headers = [("Content-Type", response.content_type), ("Connection", "close"), *response.headers]
+    if isinstance(body, bytes):
+        headers.append(("Content-Length", str(len(body))))
+    reason = http.HTTPStatus(response.status).phrase.encode()
+    head = h11.Response(status_code=response.status, headers=headers, reason=reason)
+    await _write(writer, connection.send(head))
+    if isinstance(body, bytes):
+        await _write(writer, connection.send(h11.Data(data=body)))
+    else:
+        async with contextlib.aclosing(body):  # type: ignore[type-var]
+            async for piece in body:
+                await _write(writer, connection.send(h11.Data(data=piece)))
+    await _write(writer, connection.send(h11.EndOfMessage()))
+
+
+async def _write(writer: asyncio.StreamWriter, data: bytes | None) -> None:
+    """OSError (a TimeoutError is one) when the client has gone or does not read."""
+    writer.write(data or b"")
+    async with asyncio.timeout(HTTP_ANSWER):
+        await writer.drain()

@@ -1,0 +1,144 @@
+"""What QEMU is told, from a description of the virtual machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+PROGRAM = "qemu-system-x86_64"
+
+#: What the device's process answers within, in milliseconds, or QEMU gives it up.
+_ANSWER = 60_000
+
+#: Where a disk can be attached: the controller that comes with it, and the disk's own device.
+#: "sata" is q35's own controller; "nvme" and "virtio" are a controller for each disk.
+_CONTROLLERS = {
+    "virtio": (None, "virtio-blk-pci"),
+    "nvme": (None, "nvme"),
+    "sata": (None, "ide-hd"),
+    "pvscsi": ("pvscsi", "scsi-hd"),
+    "lsisas1068": ("mptsas1068", "scsi-hd"),
+}
+BUSES = tuple(_CONTROLLERS)
+
+#: Disks on q35's own controller, and on one of SCSI.
+SATA_PORTS = 6
+
+FORMATS = ("qcow2", "raw", "vmdk")
+
+#: The virtio device, in a slot that it can be plugged out of.
+VIRTIO = {"driver": "vhost-user-vsock-pci", "id": "dev", "chardev": "vsock", "bus": "slot0"}
+
+
+@dataclass(frozen=True)
+class Disk:
+    """An image file, and the controller it is on."""
+
+    path: str
+    format: str  #: one of FORMATS
+    bus: str = "virtio"  #: one of BUSES
+
+
+@dataclass(frozen=True)
+class Card:
+    """A network card, behind which QEMU translates addresses."""
+
+    model: str = "virtio-net-pci"
+    address: str = ""  #: its MAC address; QEMU chooses one by default
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A virtual machine."""
+
+    device: str  #: vmci or virtio
+    memory: int  #: MiB
+    cpus: int = 1
+    name: str = ""
+    accelerators: tuple[str, ...] = ("tcg",)  #: the first that works
+    kernel: str = ""
+    initrd: str = ""
+    append: str = ""  #: the kernel's command line
+    firmware: str = ""  #: a file; else QEMU's BIOS
+    disks: tuple[Disk, ...] = ()
+    cards: tuple[Card, ...] = ()
+
+
+def arguments(machine: Machine, device_socket: str) -> list[str]:
+    """Everything but where the console and the monitor are.
+
+    ``device_socket`` is where the device's process waits.
+    """
+    said = ["-nodefaults", "-no-user-config", "-display", "none"]
+    if machine.name:
+        said += ["-name", _quoted(machine.name)]
+    for accelerator in machine.accelerators:
+        said += ["-accel", accelerator]
+    # Where there can be one processor only, QEMU 11.1 emulates LOCK without a lock: the guest's
+    # barriers are none towards the device's process, and a wake-up may be lost.
+    processors = f"{machine.cpus},maxcpus={max(machine.cpus, 2)}"
+    said += ["-cpu", "max", "-smp", processors, "-m", f"{machine.memory}M"]
+    # The device's process works in the guest's memory, so that is shared.
+    said += ["-object", f"memory-backend-memfd,id=mem,size={machine.memory}M,share=on"]
+    # Without graphics the BIOS and boot loaders speak on the console.
+    said += ["-machine", "q35,memory-backend=mem,graphics=off"]
+    if machine.firmware:
+        said += ["-bios", machine.firmware]
+    for option in ("kernel", "initrd", "append"):
+        value = getattr(machine, option)
+        if value:
+            said += [f"-{option}", value]
+    said += device_arguments(machine.device, device_socket)
+    said += _disks(machine.disks)
+    for number, card in enumerate(machine.cards):
+        said += ["-netdev", f"user,id=net{number}"]
+        address = f",mac={card.address}" if card.address else ""
+        said += ["-device", f"{card.model},netdev=net{number}{address}"]
+    return said
+
+
+def device_arguments(device: str, path: str) -> list[str]:
+    """QEMU's side of a vSockets device, whose process waits at ``path``."""
+    if device == "virtio":
+        return [
+            *("-chardev", f"socket,id={VIRTIO['chardev']},path={_quoted(path)}"),
+            *("-device", f"pcie-root-port,id={VIRTIO['bus']},slot=1"),
+            *("-device", json.dumps(VIRTIO)),
+        ]
+    vfio = {
+        "driver": "vfio-user-pci",
+        "socket": {"type": "unix", "path": path},
+        "x-no-posted-writes": True,
+        "x-msg-timeout": _ANSWER,
+        "rombar": 0,
+    }
+    return ["-device", json.dumps(vfio)]
+
+
+def _disks(disks: tuple[Disk, ...]) -> Iterator[str]:
+    controllers: dict[str, int] = {}
+    for number, disk in enumerate(disks):
+        controller, device = _CONTROLLERS[disk.bus]
+        node = f"disk{number}"
+        file = {"driver": "file", "filename": disk.path}
+        yield from (
+            "-blockdev",
+            json.dumps({"driver": disk.format, "node-name": node, "file": file}),
+        )
+        if controller and disk.bus not in controllers:
+            yield from ("-device", f"{controller},id={disk.bus}")
+        place = controllers[disk.bus] = controllers.get(disk.bus, -1) + 1
+        options: dict[str, object] = {"driver": device, "drive": node, "bootindex": number}
+        if disk.bus == "sata":
+            options["bus"] = f"ide.{place}"
+        elif controller:
+            options |= {"bus": f"{disk.bus}.0", "scsi-id": place}
+        elif disk.bus == "nvme":
+            options["serial"] = node
+        yield from ("-device", json.dumps(options))
+
+
+def _quoted(value: str) -> str:
+    """For QEMU's lists of options, where a comma ends a value."""
+    return value.replace(",", ",,")

@@ -1,0 +1,159 @@
+"""What of a VMware machine's hardware QEMU can have, and what it cannot.
+
+Whatever is not carried over is listed, in the words of the ``.vmx`` file; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from .arguments import SATA_PORTS, Card, Disk
+from .vmx import Vmx
+
+#: Memory of a machine whose file does not say, in MiB, and the smallest piece of it: VMware's.
+_MEMORY, _MEMORY_STEP = 32, 4
+
+#: VMware's controllers that QEMU has, too, by ``scsiN.virtualDev``.
+_SAME_SCSI = {"pvscsi": "pvscsi", "lsisas1068": "lsisas1068"}
+
+#: VMware's network cards that QEMU has, too, by ``ethernetN.virtualDev``.
+_SAME_CARDS = {"e1000": "e1000", "e1000e": "e1000e", "vmxnet3": "vmxnet3"}
+
+_PLACE = re.compile(r"((scsi|sata|ide|nvme)(\d)):(\d{1,2})\.present")
+_CARD = re.compile(r"(ethernet\d{1,2})\.present")
+_PRESENT = re.compile(r"([a-z_]+\d*)(:\d+)?\.present")
+
+#: Present in every machine, and in every one of QEMU's; or the controllers of what is listed.
+_PLATFORM = re.compile(r"(pcibridge|hpet|vmci|scsi|sata|ide|nvme|ethernet|ehci|usb_xhci)\d*")
+
+#: What changes how a machine boots or goes on, and has nothing like it here.
+_OTHERS = {
+    "checkpoint.vmstate": "the machine was suspended: its memory is lost, it boots afresh",
+    "uefi.secureboot.enabled": "secure boot is off",
+    "bios.bootorder": "disks are tried in the order of their controllers",
+    "bios.hddorder": "disks are tried in the order of their controllers",
+    "nvram": "the firmware begins with its defaults",
+    "cpuid.corespersocket": "each processor is a socket",
+    "uuid.bios": "the machine has another serial number and UUID",
+}
+
+_IMAGES = ("", "disk", "scsi-harddisk", "ata-harddisk")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What is carried over."""
+
+    memory: int  #: MiB
+    cpus: int
+    disks: tuple[Disk, ...]
+    cards: tuple[Card, ...]  #: those it has; whether it gets them is not said here
+    efi: bool
+    left: tuple[str, ...]  #: what is not, a line for each, beginning with its key
+
+
+def hardware(vmx: Vmx, folder: str) -> Hardware:
+    """What ``vmx`` says, whose disks' names are relative to ``folder``.  VmxError."""
+    left: list[str] = []
+    memory, cpus, efi = _memory(vmx), _cpus(vmx), _efi(vmx)
+    disks, cards = tuple(_disks(vmx, folder, left)), tuple(_cards(vmx, left))
+    return Hardware(memory, cpus, disks, cards, efi, (*left, *_others(vmx)))
+
+
+def _memory(vmx: Vmx) -> int:
+    size = vmx.number("memSize")
+    size = _MEMORY if size is None else size
+    if size < 1 or size % _MEMORY_STEP:
+        raise vmx.mistake("memSize", f"expected MiB, a multiple of {_MEMORY_STEP}")
+    return size
+
+
+def _cpus(vmx: Vmx) -> int:
+    number = vmx.number("numvcpus")
+    if number is not None and number < 1:
+        raise vmx.mistake("numvcpus", "expected a number from 1")
+    return number or 1
+
+
+def _efi(vmx: Vmx) -> bool:
+    firmware = vmx.text("firmware").lower()
+    if firmware not in ("", "bios", "efi"):
+        raise vmx.mistake("firmware", "expected bios or efi")
+    return firmware == "efi"
+
+
+def _disks(vmx: Vmx, folder: str, left: list[str]) -> list[Disk]:
+    places = [found for key in vmx.values if (found := _PLACE.fullmatch(key))]
+    # A disk's number is one on its controller: "scsi0:10" comes after "scsi0:2".
+    order = ("scsi", "sata", "ide", "nvme")
+    places.sort(key=lambda found: (order.index(found[2]), int(found[3]), int(found[4])))
+    disks: list[Disk] = []
+    for found in places:
+        place = f"{found[1]}:{found[4]}"
+        if not vmx.boolean(found[0], False) or not vmx.boolean(f"{found[1]}.present", True):
+            continue
+        kind = vmx.text(f"{place}.deviceType")
+        if kind.lower() not in _IMAGES:
+            left.append(f"{place}: {kind} {vmx.text(f'{place}.fileName')}".rstrip())
+            continue
+        mode = vmx.text(f"{place}.mode").lower()
+        if mode not in ("", "persistent", "independent-persistent"):
+            left.append(f"{place}.mode: {mode}: what the guest writes is kept")
+        disks.append(Disk(_image(vmx, f"{place}.fileName", folder), "vmdk", _bus(vmx, found, left)))
+    if sum(disk.bus == "sata" for disk in disks) > SATA_PORTS:
+        raise vmx.mistake("sata0.present", f"more than {SATA_PORTS} disks for the SATA controller")
+    return disks
+
+
+def _bus(vmx: Vmx, found: re.Match[str], left: list[str]) -> str:
+    """Where a disk is attached, which is its own kind of controller if QEMU has it."""
+    if found[2] in ("sata", "nvme"):
+        return found[2]
+    key = f"{found[1]}.virtualDev"
+    model = vmx.text(key).lower() or "lsilogic"
+    if found[2] == "scsi" and model in _SAME_SCSI:
+        return _SAME_SCSI[model]
+    what = f"{key}: {model}" if found[2] == "scsi" else f"{found[1]}: IDE"
+    line = f"{what}: QEMU has no such controller here, its disks are on SATA (AHCI)"
+    if line not in left:
+        left.append(line)
+    return "sata"
+
+
+def _image(vmx: Vmx, key: str, folder: str) -> str:
+    name = vmx.text(key)
+    if not name.lower().endswith(".vmdk"):
+        raise vmx.mistake(key, "expected the name of a .vmdk file")
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise vmx.mistake(key, f"there is no file {path}")
+    if os.path.exists(f"{path}.lck"):
+        raise vmx.mistake(key, f"VMware has it locked ({path}.lck): power the machine off there")
+    return path
+
+
+def _cards(vmx: Vmx, left: list[str]) -> list[Card]:
+    cards = []
+    for key in sorted(vmx.values):
+        found = _CARD.fullmatch(key)
+        if not found or not vmx.boolean(key, False):
+            continue
+        model = vmx.text(f"{found[1]}.virtualDev").lower() or "flexible"
+        if model not in _SAME_CARDS:
+            left.append(f"{found[1]}.virtualDev: {model}: QEMU has none, an e1000 is in its place")
+        address = vmx.text(f"{found[1]}.address") or vmx.text(f"{found[1]}.generatedAddress")
+        if not re.fullmatch(r"([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}|", address):
+            raise vmx.mistake(f"{found[1]}.address", "expected six bytes like 00:50:56:01:02:03")
+        cards.append(Card(_SAME_CARDS.get(model, "e1000"), address))
+    return cards
+
+
+def _others(vmx: Vmx) -> list[str]:
+    lines = [f"{key}: {meaning}" for key, meaning in _OTHERS.items() if vmx.text(key)]
+    for key in vmx.values:
+        found = _PRESENT.fullmatch(key)
+        if found and not _PLATFORM.fullmatch(found[1]) and vmx.boolean(key, False):
+            lines.append(f"{found[1]}{found[2] or ''}: the guest has none here")
+    return lines

@@ -1,0 +1,27 @@
+"""A virtual machine's device for libvirt: what is added to a domain's XML."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from .arguments import device_arguments
+
+_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+
+
+def snippet(device: str, path: str) -> str:
+    """XML that gives a domain the vSockets device whose process waits at ``path``.
+
+    libvirt has no element for these devices, so QEMU is told by its own arguments, which
+    needs the namespace at the domain's element.  The memory is shared, as the device needs.
+    """
+    ElementTree.register_namespace("qemu", _NAMESPACE)
+    domain = ElementTree.Element("domain", {"type": "kvm"})
+    memory = ElementTree.SubElement(domain, "memoryBacking")
+    ElementTree.SubElement(memory, "source", {"type": "memfd"})
+    ElementTree.SubElement(memory, "access", {"mode": "shared"})
+    command = ElementTree.SubElement(domain, f"{{{_NAMESPACE}}}commandline")
+    for argument in device_arguments(device, path):
+        ElementTree.SubElement(command, f"{{{_NAMESPACE}}}arg", {"value": argument})
+    ElementTree.indent(domain)
+    return ElementTree.tostring(domain, encoding="unicode")

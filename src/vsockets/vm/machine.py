@@ -1,0 +1,253 @@
+"""A virtual machine while it runs: its device's process, its QEMU, and what joins them.
+
+Nothing of it is left when this process ends, in whatever way: the device ends when its standard
+input does, the kernel ends QEMU with its parent, and the sockets between them have no names, but
+for the device's, which is removed as soon as QEMU has connected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+from qemu.qmp import QMPClient, QMPError
+
+from ..control import Control
+from .arguments import Machine, arguments
+from .console import console
+from .following import Following
+
+#: How long QEMU and the device may take to be there, in seconds; each takes half of one.
+_START = 60.0
+
+#: How long a process may take to end that was told to, in seconds.
+_END = 10.0
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Failed(Exception):
+    """The machine could not be started, or broke; the text says why."""
+
+
+class RunningMachine:
+    """One virtual machine, from its start to its end."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        qemu: str,
+        control: Control,
+        cid: int,
+        *,
+        extra: tuple[str, ...] = (),
+        grace: float = 10.0,
+        tell: Callable[[str], None],
+    ) -> None:
+        """``qemu`` is the program, ``extra`` further arguments for it; ``grace`` is how many
+        seconds the guest has to power off when it is asked to; ``tell`` gets lines for people.
+        """
+        self._machine = machine
+        self._program = qemu
+        self._control = control
+        self._cid = cid
+        self._extra = extra
+        self._grace = grace
+        self._tell = tell
+        self._qmp = QMPClient(str(cid))
+        self._status = 0
+        self._kill: Callable[[], None] | None = None
+        self._powering_down: asyncio.Task[None] | None = None
+
+    async def run(self) -> int:
+        """Until the guest is off.
+
+        Returns the exit status: 0, or 128 and the number of the signal that ended it.  Failed.
+        """
+        self._main = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                stack.enter_context(self._signals())
+                stack.enter_context(ours)
+                # The console is left when QEMU has ended, and with it the last of its output.
+                stack.enter_context(console(ours, self._escape))
+                with _short_folder() as folder, theirs:
+                    device = await stack.enter_async_context(self._device(folder / "device"))
+                    qemu = await stack.enter_async_context(self._qemu(folder / "device", theirs))
+                    await self._connect(qemu)
+                await self._live(device, qemu)
+        except asyncio.CancelledError:
+            if not self._status:
+                raise
+        return self._status
+
+    # Its processes
+
+    @contextlib.asynccontextmanager
+    async def _device(self, path: Path) -> AsyncIterator[Process]:
+        device = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "vsockets.tools", "--dir", os.fspath(self._control.folder)),
+            *("device", self._machine.device, "--cid", str(self._cid)),
+            *("--socket", os.fspath(path), "--until-eof"),
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
+            start_new_session=True,  # Ctrl-C is for us
+        )
+        async with _ended(device):
+            assert device.stdout is not None and device.stderr is not None
+            async with _in_time("the device"):
+                ready = await device.stdout.readline()
+                said = (await device.stderr.readline()).decode(errors="replace").strip()
+            if not ready:
+                raise Failed(said.removeprefix("vsock: ") or "the device did not start")
+            yield device
+
+    @contextlib.asynccontextmanager
+    async def _qemu(self, path: Path, console_end: socket.socket) -> AsyncIterator[Process]:
+        self._monitor, monitor_end = socket.socketpair()
+        ends = {"console": console_end, "monitor": monitor_end}
+        with monitor_end:
+            qemu = await asyncio.create_subprocess_exec(
+                # The kernel ends it when we are killed.
+                *("setpriv", "--pdeathsig", "KILL", "--", self._program, "-S"),
+                *arguments(self._machine, os.fspath(path)),
+                *(word for name in ends for word in _channel(name, ends[name].fileno())),
+                *("-serial", "chardev:console", "-qmp", "chardev:monitor"),
+                *self._extra,
+                stdin=DEVNULL,
+                stdout=DEVNULL,
+                stderr=PIPE,
+                pass_fds=[end.fileno() for end in ends.values()],
+                start_new_session=True,
+            )
+        async with _ended(qemu):
+            yield qemu
+
+    async def _connect(self, qemu: Process) -> None:
+        try:
+            async with _in_time("QEMU"):
+                await self._qmp.connect(self._monitor)
+        except QMPError:
+            assert qemu.stderr is not None
+            said = (await qemu.stderr.read()).decode(errors="replace").strip()
+            raise Failed(f"QEMU: {said or 'it ended at once'}") from None
+
+    async def _live(self, device: Process, qemu: Process) -> None:
+        """Until one of the two ends."""
+        self._kill = qemu.kill
+        following = Following(self._qmp, self._control, self._cid, self._tell)
+        follows = asyncio.create_task(following.run())
+        ends = [asyncio.create_task(process.wait()) for process in (device, qemu)]
+        helpers = [
+            asyncio.create_task(self._pass_on(process, name))
+            for process, name in ((device, "the device"), (qemu, "QEMU"))
+        ]
+        try:
+            await asyncio.wait([*ends, follows], return_when=asyncio.FIRST_COMPLETED)
+            if follows.done():
+                follows.result()
+                # QEMU has closed its monitor, and is about to end.
+                await asyncio.wait(ends, timeout=_END, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            tasks = (follows, *helpers, *ends)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            with contextlib.suppress(QMPError, EOFError, OSError):
+                await self._qmp.disconnect()
+        if device.returncode is not None:
+            raise Failed(f"the device has ended ({_how(device)}), and the machine with it")
+        if qemu.returncode and not self._status:
+            raise Failed(f"QEMU has ended ({_how(qemu)})")
+
+    async def _pass_on(self, process: Process, name: str) -> None:
+        """What it complains of."""
+        assert process.stderr is not None
+        async for line in process.stderr:
+            self._tell(f"{name}: {line.decode(errors='replace').strip()}")
+
+    # Being told to end
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        for number in _SIGNALS:
+            self._loop.add_signal_handler(number, self._end, 128 + number)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                self._loop.remove_signal_handler(number)
+
+    def _escape(self) -> None:
+        self._loop.call_soon_threadsafe(self._end, 0)
+
+    def _end(self, status: int) -> None:
+        """Have the guest power off; the second time, or when it takes too long, cut its power."""
+        self._status = self._status or status
+        if self._kill is None:
+            assert self._main is not None
+            self._main.cancel()
+        elif self._powering_down is None:
+            self._powering_down = asyncio.create_task(self._power_down(self._kill))
+        else:
+            self._kill()
+
+    async def _power_down(self, kill: Callable[[], None]) -> None:
+        self._tell(f"powering off (at once: again; else in {self._grace:g} s at most)")
+        with contextlib.suppress(QMPError):
+            await self._qmp.execute("system_powerdown")
+            await asyncio.sleep(self._grace)
+        kill()
+
+
+@contextlib.asynccontextmanager
+async def _ended(process: Process) -> AsyncIterator[None]:
+    """Within this context it may run; afterwards it does not."""
+    try:
+        yield
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            try:
+                async with asyncio.timeout(_END):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def _in_time(what: str) -> AsyncIterator[None]:
+    """Within this context something starts."""
+    try:
+        async with asyncio.timeout(_START):
+            yield
+    except TimeoutError:
+        raise Failed(f"{what} did not start within {_START:g} s") from None
+
+
+def _channel(name: str, fd: int) -> tuple[str, str]:
+    return "-chardev", f"socket,id={name},fd={fd}"
+
+
+def _how(process: Process) -> str:
+    code = process.returncode or 0
+    return f"status {code}" if code >= 0 else f"killed by signal {-code}"
+
+
+@contextlib.contextmanager
+def _short_folder() -> Iterator[Path]:
+    """A temporary folder whose path leaves room for a unix socket's name."""
+    with tempfile.TemporaryDirectory(prefix="vsock-vm-", dir="/tmp") as folder:
+        yield Path(folder)

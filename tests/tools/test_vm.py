@@ -1,0 +1,115 @@
+"""``vsock vm``: what it refuses, and the commands it prints."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from .vsock import Vsock
+
+OLD = """\
+#!/bin/sh
+echo "QEMU emulator version 7.2.15 (Debian 1:7.2+dfsg-7)"
+"""
+BUILT_WITHOUT = """\
+#!/bin/sh
+[ "$1" = --version ] && echo "QEMU emulator version 10.2.0" || echo 'name "e1000", bus PCI'
+"""
+BROKEN = """\
+#!/bin/sh
+echo "$0: error while loading shared libraries: libpixman-1.so.0" >&2
+exit 127
+"""
+
+
+@pytest.fixture
+def qemu(tmp_path: Path) -> Path:
+    """A program that tests write."""
+    path = tmp_path / "qemu-system-x86_64"
+    path.touch(0o755)
+    return path
+
+
+class TestWhichQemu:
+    def test_too_old_is_not_broken(self, vsock: Vsock, qemu: Path) -> None:
+        qemu.write_text(OLD)
+        said = vsock.fails("vm", "run", "--accel", "tcg", "--qemu", qemu)
+        assert "is QEMU 7.2, too old for the vmci device (vfio-user-pci came with 10.1)" in said
+        assert "apt install" in said
+        assert "--device virtio" in said
+
+    def test_built_without_the_device(self, vsock: Vsock, qemu: Path) -> None:
+        qemu.write_text(BUILT_WITHOUT)
+        said = vsock.fails("vm", "run", "--accel", "tcg", "--qemu", qemu)
+        assert "QEMU 10.2, was built without vfio-user-pci" in said
+
+    def test_broken_is_not_too_old(self, vsock: Vsock, qemu: Path) -> None:
+        qemu.write_text(BROKEN)
+        said = vsock.fails("vm", "run", "--accel", "tcg", "--qemu", qemu)
+        assert "does not work" in said
+        assert "libpixman-1.so.0" in said
+        assert "too old" not in said
+
+    def test_there_is_none(self, vsock: Vsock) -> None:
+        said = vsock.fails("vm", "run", "--qemu", "/nowhere/qemu")
+        assert said == "there is no program /nowhere/qemu"
+
+
+def test_mistakes(vsock: Vsock, tmp_path: Path) -> None:
+    (tmp_path / "disk.vdi").touch()
+    vmx = tmp_path / "a.vmx"
+    vmx.write_text('virtualHW.version = "4"\n')
+    vsock.fail(
+        ("vm run --kernel /nowhere", 2, "there is no file /nowhere"),
+        ("vm run --disk /nowhere.qcow2", 2, "there is no file /nowhere.qcow2"),
+        (f"vm run --disk {tmp_path}/disk.vdi", 2, "expected FORMAT:PATH"),
+        ("vm run --memory much", 2, "expected a number of MiB"),
+        ("vm run --memory 0", 2, "expected a number of MiB"),
+        ("vm run --cpus 0", 2, "--cpus"),
+        ("vm run --device vhost", 2, "--device"),
+        ("vm args", 2, "--socket"),
+        (f"vm args --socket /s --vmx {tmp_path}/b.vmx", 2, "expected a .vmx file"),
+        (f"vm args --socket /s --vmx {vmx}", 2, "expected 7 or later"),
+        (f"vm demo --copy {tmp_path}/nothing", 2, "there is no folder"),
+    )
+
+
+class TestArguments:
+    def test_both_commands(self, vsock: Vsock, tmp_path: Path) -> None:
+        disk = tmp_path / "disk.img"
+        disk.touch()
+        where = ("--socket", "/run/vm5", "--accel", "tcg")
+        done = vsock("vm", "args", *where, "--cid", 5, "--memory", "2G", "--disk", disk)
+        device, qemu = map(shlex.split, done.stdout.splitlines())
+        assert device == ["vsock", "device", "vmci", "--socket", "/run/vm5", "--cid", "5", "&"]
+        assert qemu[0] == "qemu-system-x86_64"
+        assert qemu[qemu.index("-m") + 1] == "2048M"
+        assert any('"driver": "raw"' in word and str(disk) in word for word in qemu)
+
+    def test_of_a_vmware_machine(self, vsock: Vsock, tmp_path: Path) -> None:
+        vmx = tmp_path / "a.vmx"
+        vmx.write_text(
+            'virtualHW.version = "8"\nmemSize = "64"\nnumvcpus = "3"\nvmci0.id = "77"\n'
+            'displayName = "web"\nethernet0.present = "TRUE"\nethernet0.virtualDev = "e1000"\n'
+        )
+        where = ("--socket", "/run/vm5", "--accel", "tcg", "--vmx", vmx)
+        done = vsock("vm", "args", *where, "--cpus", "1")
+        device, qemu = map(shlex.split, done.stdout.splitlines())
+        assert device[-3:] == ["--cid", "77", "&"]
+        assert [qemu[qemu.index(option) + 1] for option in ("-name", "-m", "-smp")] == [
+            *("web", "64M", "1,maxcpus=2"),
+        ]
+        assert "-netdev" not in qemu
+        assert "not carried over: ethernet: a e1000; --network user gives it one" in done.stderr
+        done = vsock("vm", "args", *where, "--network", "user")
+        assert "e1000,netdev=net0" in done.stdout
+        assert done.stderr == ""
+
+    def test_for_libvirt(self, vsock: Vsock) -> None:
+        done = vsock("vm", "args", "--socket", "/run/vm5", "--device", "virtio", "--libvirt")
+        assert done.stdout.startswith("<domain")
+        assert done.stderr == (
+            "vsock: start the device first: vsock device virtio --socket /run/vm5\n"
+        )

@@ -1,0 +1,118 @@
+"""A page in headless Chromium, looked at and used as people do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_core_python.selenium import Axe
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+#: How long the page may take for anything, in seconds: the machine may be busy.
+PATIENCE = 50.0
+
+
+class Browser:
+    """One window."""
+
+    def __init__(self, driver: webdriver.Chrome, screenshots: Path) -> None:
+        self.driver = driver
+        self._screenshots = screenshots
+
+    def wait(self, condition: Callable[[], Any], what: str) -> Any:
+        """For ``condition`` to be true; what it returned."""
+        return WebDriverWait(self.driver, PATIENCE, 0.1).until(lambda _: condition(), what)
+
+    def wait_for_text(self, selector: str, text: str) -> None:
+        """For some element that matches to be seen and have ``text`` in it."""
+        self.wait(
+            lambda: any(text in found for found in self.texts(selector)),
+            f"{text!r} in {selector}",
+        )
+
+    def texts(self, selector: str) -> list[str]:
+        """What elements say that are seen, in one look: elements come and go."""
+        return self.run(  # type: ignore[no-any-return]
+            "return [...document.querySelectorAll(arguments[0])]"
+            ".filter(one => one.checkVisibility()).map(one => one.textContent)",
+            selector,
+        )
+
+    def one(self, selector: str) -> WebElement:
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def focused(self) -> str:
+        """The accessible name of what has the focus."""
+        name = self.driver.switch_to.active_element.accessible_name
+        assert isinstance(name, str)
+        return name
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def errors(self) -> list[str]:
+        """What the browser has complained of since the last call: scripts, and what it was asked
+        to load that is not there, or against the policy.
+        """
+        entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+
+    def prefer(self, **features: str) -> None:
+        """What the user prefers: ``color_scheme="dark"``."""
+        wanted = [
+            {"name": f"prefers-{name.replace('_', '-')}", "value": value}
+            for name, value in features.items()
+        ]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wanted})
+
+    def photograph(self, name: str) -> None:
+        """A screenshot."""
+        path = self._screenshots / f"{name}.png"
+        assert self.driver.save_screenshot(path)
+        assert path.stat().st_size > 10_000  # bytes: there is something on it
+
+    def check(self, state: str) -> None:
+        """In light and dark: nothing axe finds wrong, contrast among it, and a screenshot."""
+        for scheme in ("light", "dark"):
+            self.prefer(color_scheme=scheme)
+            self.photograph(f"{state}-{scheme}")
+            wrong = Axe().run(self.driver)["violations"]
+            assert not wrong, [
+                (rule["id"], [node["html"] for node in rule["nodes"]]) for rule in wrong
+            ]
+
+
+@contextmanager
+def chromium(screenshots: Path) -> Iterator[Browser]:
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("needs Chromium (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for option in (
+        "--headless=new",
+        "--window-size=1400,1100",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--no-first-run",
+        "--no-sandbox",  # root has none, nor have some containers; it sees our own page alone
+    ):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(driver)
+    window = webdriver.Chrome(options, service)
+    try:
+        window.set_page_load_timeout(PATIENCE)
+        window.set_script_timeout(PATIENCE)
+        yield Browser(window, screenshots)
+    finally:
+        window.quit()

@@ -1,0 +1,216 @@
+"""Whom ``vsock web`` lets in, and what it answers: over plain HTTP, as an attacker would."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import vsockets
+from vsockets.limits import WEB_SESSIONS
+from vsockets.testing import PrivateFabric
+
+from ..vsock import PATIENCE, Running, Vsock
+
+
+class Client:
+    """A browser without mercy: it sends what it is told to."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+        self.link = running.error_line().removeprefix("open ")
+        found = re.fullmatch(r"http://(127\.0\.0\.1:\d+)/\?token=([\w-]{43})", self.link)
+        assert found, self.link
+        self.host, self.token = found.groups()
+
+    def ask(
+        self, method: str, path: str, body: str | None = None, **headers: str
+    ) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection(self.host, timeout=PATIENCE)
+        connection.request(method, path, body, headers)
+        return connection.getresponse()
+
+    def status(self, method: str, path: str, body: str | None = None, **headers: str) -> int:
+        with self.ask(method, path, body, **headers) as answer:
+            return answer.status
+
+    def enter(self) -> str:
+        """Open the link; the cookie."""
+        with self.ask("GET", f"/?token={self.token}") as answer:
+            assert (answer.status, answer.headers["Location"]) == (303, "/")
+            cookie, *attributes = answer.headers["Set-Cookie"].split("; ")
+        assert attributes == ["HttpOnly", "SameSite=Strict", "Path=/"]
+        self.token = self.running.error_line().partition("token=")[2]
+        return cookie
+
+    def act(self, cookie: str, action: Any, **headers: str) -> tuple[int, str]:
+        """POST, as the page does."""
+        wanted = {"Cookie": cookie, "Origin": f"http://{self.host}", **headers}
+        with self.ask("POST", "/actions", json.dumps(action), **wanted) as answer:
+            return answer.status, answer.read().decode()
+
+
+@pytest.fixture
+def client(vsock: Vsock) -> Client:
+    return Client(vsock.start("web", "--interval", "0.1"))
+
+
+def test_nothing_without_a_session(client: Client) -> None:
+    for path in ("/", "/style.css", "/page.js", "/stream", "/nowhere", "/?token=", "//[?token=a"):
+        for cookie in ("", "vsock-web=x", f"vsock-web-{client.host.partition(':')[2]}=x", "\xff"):
+            assert client.status("GET", path, Cookie=cookie) == 401
+    status, _ = client.act("", {"action": "suspend", "cid": 3})
+    assert status == 401
+
+
+def test_a_link_works_once(client: Client) -> None:
+    used = client.token
+    cookie = client.enter()
+    assert client.status("GET", "/", Cookie=cookie) == 200
+    assert client.token != used
+    assert client.status("GET", f"/?token={used}") == 401
+    assert client.enter() != cookie
+    assert client.status("GET", "/", Cookie=cookie) == 200  # the first browser stays
+
+
+def test_sessions_are_limited(client: Client) -> None:
+    cookies = [client.enter() for _ in range(WEB_SESSIONS + 1)]
+    assert client.status("GET", "/", Cookie=cookies[0]) == 401
+    assert client.status("GET", "/", Cookie=cookies[1]) == 200
+    assert client.status("GET", "/", Cookie=cookies[-1]) == 200
+
+
+def test_names_that_were_pointed_here(client: Client) -> None:
+    """DNS rebinding: the browser has the attacker's name for our address."""
+    cookie = client.enter()
+    port = client.host.partition(":")[2]
+    for host in (f"attacker.example:{port}", "127.0.0.1", f"127.0.0.1.example:{port}", "::1"):
+        assert client.status("GET", "/", Cookie=cookie, Host=host) == 403
+        assert client.status("GET", f"/?token={client.token}", Host=host) == 403
+    assert client.status("GET", "/", Cookie=cookie, Host=f"localhost:{port}") == 200
+
+
+def test_requests_of_other_sites(client: Client) -> None:
+    """CSRF: the browser would send the cookie along, if it were not for SameSite."""
+    cookie = client.enter()
+    action = {"action": "suspend", "cid": 3}
+    for origin in ("https://attacker.example", "null", "http://127.0.0.1:1", "http://localhost"):
+        assert client.act(cookie, action, Origin=origin)[0] == 403
+        assert client.status("GET", "/stream", Cookie=cookie, Origin=origin) == 403
+    assert client.status("POST", "/actions", json.dumps(action), Cookie=cookie) == 403
+
+
+def test_only_post_acts(client: Client) -> None:
+    cookie = client.enter()
+    assert client.status("GET", "/actions?action=suspend&cid=3", Cookie=cookie) == 405
+    origin = f"http://{client.host}"
+    assert client.status("POST", "/", "", Cookie=cookie, Origin=origin) == 405
+    for method in ("PUT", "DELETE", "OPTIONS", "HEAD"):
+        assert client.status(method, "/", Cookie=cookie, Origin=origin) == 405
+
+
+def test_what_is_no_action(client: Client) -> None:
+    cookie = client.enter()
+    senseless: list[Any] = [
+        None,
+        [],
+        {},
+        {"action": "power-off", "cid": 3},
+        {"action": "suspend"},
+        {"action": "suspend", "cid": "3"},
+        {"action": "disconnect", "local": [3, 1], "peer": [2]},
+    ]
+    for action in senseless:
+        status, text = client.act(cookie, action)
+        assert (status, "action: expected" in text) == (400, True)
+    status, text = client.act(cookie, {"action": "suspend", "cid": 2})
+    assert (status, "only guests can" in text) == (409, True)
+    status, text = client.act(cookie, {"action": "disconnect", "local": [3, 1], "peer": [2, 1]})
+    assert (status, "there is no stream between" in text) == (409, True)
+
+
+def test_actions(client: Client, fabric: PrivateFabric) -> None:
+    cookie, guest = client.enter(), fabric.guest()
+    with (
+        vsockets.create_server((2, 5000), context=fabric.host) as server,
+        vsockets.create_connection((2, 5000), context=guest) as connected,
+        server.accept()[0],
+    ):
+        local, peer = connected.getsockname(), connected.getpeername()
+        answer = client.act(cookie, {"action": "disconnect", "local": local, "peer": peer})
+        assert answer == (200, '{"streams_left": 0}')
+        connected.settimeout(PATIENCE)
+        assert connected.recv(1) == b""
+    states = []
+    for action in ("suspend", "resume"):
+        assert client.act(cookie, {"action": action, "cid": guest.cid})[0] == 200
+        rows = fabric.control.contexts()
+        states += [row["state"] for row in rows if row["cid"] == guest.cid]
+    assert states == ["suspended", "running"]
+
+
+def test_nothing_from_elsewhere_and_in_nobodys_frame(client: Client) -> None:
+    cookie = client.enter()
+    for path in ("/", "/page.js", "/icon.svg", "/nowhere"):
+        with client.ask("GET", path, Cookie=cookie) as answer:
+            policy = answer.headers["Content-Security-Policy"].split("; ")
+            assert {"default-src 'self'", "frame-ancestors 'none'"} <= set(policy)
+            assert answer.headers["X-Content-Type-Options"] == "nosniff"
+            assert answer.headers["Cache-Control"] == "no-store"
+            assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", answer.read().decode())
+
+
+class Stream:
+    """Server-sent events."""
+
+    def __init__(self, client: Client, cookie: str, **headers: str) -> None:
+        self.answer = client.ask("GET", "/stream", Cookie=cookie, **headers)
+        assert self.answer.headers["Content-Type"] == "text/event-stream"
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.answer.close()
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        message: dict[str, str] = {}
+        for line in self.answer:
+            key, colon, value = line.decode().rstrip("\n").partition(": ")
+            if colon:
+                message[key] = value
+            else:
+                yield message
+                message = {}
+
+    def happened(self) -> tuple[str, dict[str, Any]]:
+        """The next event and its number."""
+        message = next(one for one in self if one["event"] == "happened")
+        return message["id"], json.loads(message["data"])
+
+
+def test_the_stream_goes_on_where_it_was(client: Client, fabric: PrivateFabric) -> None:
+    cookie = client.enter()
+    with Stream(client, cookie) as stream:
+        assert next(iter(stream))["event"] == "picture"
+        guests = [fabric.guest(), fabric.guest()]
+        number, event = stream.happened()
+        assert (event["change"], event["cid"]) == ("added", guests[0].cid)
+    with Stream(client, cookie, **{"Last-Event-ID": number}) as stream:
+        number, event = stream.happened()
+        assert event["cid"] == guests[1].cid
+    with Stream(client, cookie, **{"Last-Event-ID": "9" * 30}) as stream:
+        assert stream.happened()[1]["cid"] == guests[0].cid
+
+
+def test_it_is_for_this_machine_alone(vsock: Vsock) -> None:
+    vsock.fail(
+        ("web --listen tcp:0.0.0.0:8000", 2, "expected tcp:127.0.0.1:PORT"),
+        ("web --listen tcp:localhost:8000", 2, "expected tcp:127.0.0.1:PORT"),
+        ("web --listen unix:/tmp/x", 2, "expected tcp:127.0.0.1:PORT"),
+        ("web --listen udp:127.0.0.1:8000", 2, "expected tcp:127.0.0.1:PORT"),
+    )

@@ -1,0 +1,261 @@
+"""``vsock web`` in a browser: each state it can be in, and what people do there."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+import vsockets
+from vsockets import Attachment
+from vsockets.testing import PrivateFabric
+
+from ..vsock import Running, Vsock
+
+pytest.importorskip("selenium", reason="needs selenium (pip install -e '.[dev]')")
+
+from selenium.webdriver.common.keys import Keys
+
+from .browser import Browser, chromium
+
+pytestmark = pytest.mark.timeout(300)  # Chromium on a busy machine
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with chromium(tmp_path_factory.mktemp("screenshots")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def web(vsock: Vsock, browser: Browser) -> Iterator[Running]:
+    """The page, open and up to date."""
+    running = open_page(vsock, browser)
+    yield running
+    # The stream ends with vsock web; that is no error.
+    assert not [error for error in browser.errors() if "/stream" not in error]
+    browser.prefer()
+    browser.driver.get("about:blank")
+
+
+def open_page(vsock: Vsock, browser: Browser) -> Running:
+    running = vsock.start("web", "--interval", "0.2")
+    browser.driver.get(running.error_line().removeprefix("open "))
+    browser.wait_for_text("#vsockd", "vsockd ")
+    return running
+
+
+@pytest.fixture
+def guests(fabric: PrivateFabric) -> Iterator[list[Attachment]]:
+    guests = [fabric.guest(name=name) for name in ("web", "database")]
+    yield guests
+    for guest in guests:
+        fabric.control.power_off(guest.cid)
+        fabric.control.remove_context(guest.cid)
+
+
+@contextlib.contextmanager
+def streams(
+    fabric: PrivateFabric, guest: Attachment, number: int
+) -> Iterator[Sequence[socket.socket]]:
+    """So many from the guest to the host; the guest's ends."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(
+            vsockets.create_server((2, 5000), backlog=number, context=fabric.host)
+        )
+        ends = []
+        for _ in range(number):
+            ends.append(
+                stack.enter_context(vsockets.create_connection((2, 5000), context=guest))
+            )
+            stack.enter_context(server.accept()[0])
+        yield ends
+
+
+def test_nobody_there(web: Running, browser: Browser) -> None:
+    browser.wait_for_text("#graph-words", "There is the host alone")
+    assert browser.texts("#contexts tbody tr td:nth-child(2)") == ["host"]
+    assert browser.texts("#no-streams") == ["There are none."]
+    assert browser.texts("#no-events")
+    browser.check("empty")
+
+
+def test_busy(
+    web: Running, browser: Browser, fabric: PrivateFabric, guests: list[Attachment]
+) -> None:
+    first, second = guests
+    with streams(fabric, first, 3) as ends:
+        ends[0].sendall(b"seven..")
+        browser.wait_for_text("#graph-words", "The host and 2 guests, 3 streams between them")
+        cid = first.cid
+        name = f"context {cid} web, running, 3 streams"
+        assert browser.one(f"#nodes [data-key='{cid}']").accessible_name == name
+        assert browser.texts(f"#edges [data-key='stream-{cid}-2'] text") == ["3"]
+        row = browser.texts(f"#contexts [data-key='{cid}'] td")
+        assert row[:5] == [str(cid), "web", "● running", "3", "3"]
+        browser.wait(
+            lambda: ["0", "7"]
+            in browser.run(
+                "return [...document.querySelectorAll('#streams tbody tr')].map("
+                "row => [row.cells[4].textContent, row.cells[5].textContent])"
+            ),
+            "the bytes that are unread at the far end",
+        )
+        browser.check("busy")
+        # Choosing a context in the graph, by keyboard.
+        browser.one(f"#nodes [data-key='{second.cid}']").send_keys(Keys.ENTER)
+        browser.wait_for_text("#streams-title", f"Streams of context {second.cid} database")
+        assert browser.texts("#streams tbody tr") == []
+        browser.one("#show-all").click()
+        browser.wait(lambda: len(browser.texts("#streams tbody tr")) == 3, "all streams")
+    browser.wait_for_text("#graph-words", "0 streams")
+
+
+def test_a_rate(
+    web: Running, browser: Browser, fabric: PrivateFabric, guests: list[Attachment]
+) -> None:
+    guest = guests[0]
+    browser.wait(lambda: browser.texts("#total-connects") == ["0"], "the first rates")
+    browser.run(
+        "window.seen = new Set();"
+        "new MutationObserver(() => seen.add(document.querySelector(arguments[0]).textContent))"
+        ".observe(document.querySelector('#contexts'),"
+        " { subtree: true, childList: true, characterData: true })",
+        f"#contexts [data-key='{guest.cid}'] td:nth-child(6)",
+    )
+    with streams(fabric, guest, 5):
+        browser.wait_for_text("#graph-words", "5 streams")
+    browser.wait(
+        lambda: any(text[0] in "123456789" for text in browser.run("return [...seen]")), "a rate"
+    )
+
+
+def test_suspend_and_resume_by_keyboard(
+    web: Running, browser: Browser, fabric: PrivateFabric, guests: list[Attachment]
+) -> None:
+    cid = guests[0].cid
+    button = f"#contexts [data-key='{cid}'] td:last-child button"
+    with streams(fabric, guests[0], 2) as ends:
+        browser.wait_for_text("#graph-words", "2 streams")
+        suspend = browser.one(button)
+        assert suspend.accessible_name == f"Suspend context {cid} web"
+        suspend.send_keys(Keys.ENTER)
+        browser.wait_for_text("#question-words", "Its 2 streams are ended")
+        assert browser.focused() == "Cancel"
+        browser.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+        browser.wait(lambda: not browser.texts("#question-title"), "the question to be closed")
+        assert browser.focused() == f"Suspend context {cid} web"
+        suspend.send_keys(Keys.ENTER)
+        browser.wait_for_text("#question-title", f"Suspend context {cid} web?")
+        browser.check("question")
+        browser.one("#question-yes").send_keys(Keys.ENTER)
+        browser.wait_for_text("#said", f"Context {cid} is suspended.")
+        assert ends[0].recv(1) == ends[1].recv(1) == b""
+    browser.wait_for_text(f"#contexts [data-key='{cid}']", "suspended")
+    browser.wait_for_text("#events", f"{cid} web: suspend, 2 streams ended")
+    assert "suspended" in browser.one(f"#nodes [data-key='{cid}']").accessible_name
+    assert browser.focused() == f"Resume context {cid} web"  # the same button, still
+    browser.check("suspended")
+    browser.one(button).send_keys(Keys.ENTER)
+    browser.wait_for_text("#said", f"Context {cid} runs again.")
+    browser.wait_for_text(f"#contexts [data-key='{cid}']", "running")
+
+
+def test_disconnect(
+    web: Running, browser: Browser, fabric: PrivateFabric, guests: list[Attachment]
+) -> None:
+    with streams(fabric, guests[0], 2) as (one, other):
+        name = "{}:{} to 2:5000".format(*one.getsockname())
+        button = f"#streams button[aria-label='Disconnect {name}']"
+        browser.wait(lambda: browser.texts(button), "the stream")
+        browser.one(button).click()
+        browser.wait_for_text("#question-title", f"Disconnect {name}?")
+        browser.one("#question-yes").click()
+        browser.wait_for_text("#said", f"The stream {name} has ended.")
+        one.settimeout(10)
+        assert one.recv(1) == b""
+        browser.wait(lambda: len(browser.texts("#streams tbody tr")) == 1, "one stream fewer")
+        other.sendall(b"goes on")
+    browser.wait_for_text("#events", "asked for by pid")
+
+
+def test_denied(
+    web: Running, browser: Browser, fabric: PrivateFabric, guests: list[Attachment]
+) -> None:
+    first, second = guests
+    with pytest.raises(OSError):
+        vsockets.create_connection((second.cid, 5000), context=first)
+    browser.wait_for_text("#events .denial", f"{first.cid}:any to {second.cid}:5000")
+    browser.wait_for_text(f"#contexts [data-key='{first.cid}'] td:nth-child(10)", "1")
+    browser.wait_for_text("#heard", "guest to guest")  # what a screen reader is told
+    # A denial is drawn for some seconds; this one until the page has been looked at.
+    browser.run("Date.now = () => arguments[0]", 0)
+    with pytest.raises(OSError):
+        vsockets.create_connection((second.cid, 5000), context=first)
+    edge = f"#edges [data-key='denial-{first.cid}-{second.cid}'] text"
+    browser.wait_for_text(edge, "guest-to-guest")
+    node = browser.one(f"#nodes [data-key='{first.cid}']")
+    assert node.accessible_name.endswith("denied something just now")
+    browser.check("denied")
+
+
+def test_vsockd_goes_and_comes_back(alone: Vsock, browser: Browser) -> None:
+    alone("up")
+    open_page(alone, browser)
+    browser.wait_for_text("#graph-words", "There is the host alone")
+    alone("down")
+    browser.wait_for_text("#trouble", "no vsockd runs in")
+    browser.wait_for_text("#events", "vsockd has ended")
+    browser.check("gone")
+    alone("up")
+    browser.wait(lambda: not browser.texts("#trouble"), "vsockd to be seen again")
+    alone("context", "add", "7")
+    browser.wait_for_text("#graph-words", "1 guest")
+
+
+def test_vsock_web_ends(web: Running, browser: Browser) -> None:
+    web.process.send_signal(signal.SIGTERM)
+    web.finish()
+    browser.wait_for_text("#trouble", "vsock web does not answer")
+
+
+def test_without_a_link(web: Running, browser: Browser) -> None:
+    browser.driver.delete_all_cookies()
+    browser.driver.get(browser.driver.current_url)
+    browser.wait_for_text("h1", "This page is closed")
+    browser.check("closed")
+    assert all("401" in error for error in browser.errors())
+
+
+def test_reduced_motion(
+    web: Running, browser: Browser, fabric: PrivateFabric, guests: list[Attachment]
+) -> None:
+    moving = "return getComputedStyle(document.querySelector('.test .line')).animationName"
+    browser.run(
+        "document.querySelector('#graph').insertAdjacentHTML('beforeend',"
+        ' \'<g class="busy test"><path class="line"/></g>\')'
+    )
+    browser.prefer(reduced_motion="no-preference")
+    assert browser.run(moving) == "flow"
+    browser.prefer(reduced_motion="reduce")
+    assert browser.run(moving) == "none"
+
+
+def test_a_hundred_guests_on_a_telephone(
+    web: Running, browser: Browser, fabric: PrivateFabric
+) -> None:
+    size = browser.driver.get_window_size()
+    browser.driver.set_window_size(500, 900)
+    guests = [fabric.guest() for _ in range(120)]
+    try:
+        browser.wait_for_text("#contexts-left-out", "21 more")
+        width = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert browser.run(width) == 0
+        browser.photograph("many")
+    finally:
+        browser.driver.set_window_size(size["width"], size["height"])
+        for guest in guests:
+            fabric.control.remove_context(guest.cid)

@@ -1,0 +1,130 @@
+"""Both sides of a visit to a guest, on this machine: its services, and what a hostile one sends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import vsockets
+from vsockets.testing import PrivateFabric
+from vsockets.vm import guest, visit
+
+PATIENCE = 30.0
+
+
+@contextmanager
+def served(request: object) -> Iterator[socket.socket]:
+    """A stream on which the guest's service was asked for something."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(PATIENCE)
+
+    def serve() -> None:
+        with theirs:
+            guest._command(theirs, (2, 5000))
+
+    server = threading.Thread(target=serve)
+    server.start()
+    with ours:
+        ours.sendall(json.dumps(request).encode() + b"\nits input\n")
+        yield ours
+    server.join(PATIENCE)
+    assert not server.is_alive()
+
+
+class TestCommands:
+    def test_its_input_begins_after_the_request(self) -> None:
+        with served({"command": ["cat"]}) as sock:
+            sock.shutdown(socket.SHUT_WR)
+            assert sock.makefile().read() == "its input\n"
+
+    def test_on_a_terminal(self) -> None:
+        with served({"command": ["sh"], "rows": 33, "columns": 101}) as sock:
+            sock.sendall(b"stty size; exit\n")
+            said = b"".join(iter(lambda: sock.recv(4096), b""))
+        assert b"33 101\r\n" in said
+
+    def test_a_terminal_whose_user_has_gone(self) -> None:
+        with served({"command": ["sleep", "1000"], "rows": 24, "columns": 80}):
+            pass  # the service ends, and the command with its terminal
+
+
+def archive(*files: tuple[str, bytes], link: str = "") -> bytes:
+    """A tar archive with files of any names."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w|") as tar:
+        if link:
+            member = tarfile.TarInfo("link")
+            member.type, member.linkname = tarfile.SYMTYPE, link
+            tar.addfile(member)
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def copy_out(
+    vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[bytes], None]]:
+    """Copying out of a guest that sends such bytes."""
+    monkeypatch.setattr(visit, "COMMANDS", 5022)
+    there = vsock_fabric.guest()
+    with vsockets.create_server((there.cid, 5022), context=there) as server:
+
+        def copy(data: bytes) -> None:
+            def send() -> None:
+                sock, _ = server.accept()
+                with sock:
+                    sock.sendall(data)
+                    while sock.recv(4096):
+                        pass
+
+            sender = threading.Thread(target=send)
+            sender.start()
+            visitor = visit.Guest(vsock_fabric.host, there.cid)
+            try:
+                visitor.copy_out("/srv", tmp_path / "out", lambda done: None, 1000)
+            finally:
+                sender.join(PATIENCE)
+
+        yield copy
+
+
+def test_copying_out(copy_out: Callable[[bytes], None], tmp_path: Path) -> None:
+    copy_out(archive(("./a/b", b"hello"), ("./c", bytes(995))))
+    assert (tmp_path / "out/a/b").read_bytes() == b"hello"
+    assert visit.digest(tmp_path / "out") != visit.digest(tmp_path / "out/a")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        archive(("../evil", b"x")),
+        archive(("a/../../evil", b"x")),
+        archive(("/evil", b"x")),
+        archive(("twice", b"x"), ("twice", b"y")),
+        archive(("large", bytes(1001))),
+    ],
+)
+def test_what_a_hostile_guest_sends(
+    copy_out: Callable[[bytes], None], tmp_path: Path, sent: bytes
+) -> None:
+    with pytest.raises(OSError):
+        copy_out(sent)
+    assert {path.name for path in tmp_path.rglob("*")} <= {"out", "twice"}
+
+
+def test_no_link_is_made(copy_out: Callable[[bytes], None], tmp_path: Path) -> None:
+    copy_out(archive(("link/evil", b"x"), link=os.fspath(tmp_path)))
+    assert not (tmp_path / "evil").exists()
+    assert (tmp_path / "out/link/evil").read_bytes() == b"x"
