@@ -143,6 +143,7 @@ def test_numbers() -> None:
         "DATAGRAM": 4,
         "GONE": 5,
         "TAP": 6,
+        "BUFFER": 7,
     }
 
 
