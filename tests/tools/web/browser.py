@@ -60,9 +60,12 @@ class Browser:
     def errors(self) -> list[str]:
         """What the browser has complained of since the last call: scripts, and what it was asked
         to load that is not there, or against the policy.
+
+        Not connections that were cut off: pages and servers end while they have some.
         """
         entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
-        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+        messages = [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+        return [message for message in messages if "net::ERR_" not in message]
 
     def prefer(self, **features: str) -> None:
         """What the user prefers: ``color_scheme="dark"``."""
