@@ -130,6 +130,12 @@ VIRTIO_BUFFER = 262_144
 VIRTIO_SMALL_BUFFER = 32_768
 VIRTIO_LARGE_BUFFERS = 512
 
+#: Bytes of a connection whose program has a larger buffer: Linux's programs that do ask for some
+#: megabytes.  A guest with more connections than this gets no more for that, so there are never
+#: more of these at the same time, and they hold 128 MiB at most.
+VIRTIO_LARGEST_BUFFER = 4 << 20
+VIRTIO_ENLARGED = 32
+
 #: Messages of a sequenced-packet connection that wait for a slow reader; empty ones take no
 #: credit, and each costs us something.
 WAITING_MESSAGES = 65_536

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
+import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import vsockets
-from vsockets import AF_VSOCK, VMADDR_CID_ANY, Attachment
+from vsockets import (
+    AF_VSOCK,
+    SO_VM_SOCKETS_BUFFER_MAX_SIZE,
+    SO_VM_SOCKETS_BUFFER_SIZE,
+    VMADDR_CID_ANY,
+    Attachment,
+)
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.wire import RECORD_SIZE, Flag, Op, Record, Request, Role, decode_route
 
@@ -51,6 +60,33 @@ class Device:
     def settle(self, offer: Record, error: int = 0, size: int = 65_536) -> None:
         request = Request(Op.SETTLE, 0, *offer.local, *offer.peer, error, size)
         self.link.send(request.encode())
+
+    def refuse(self, given_back: socket.socket | None = None) -> None:
+        """Refuse the next offer, and give its socket back, or the one given instead."""
+        offer, stream = self.offer()
+        stream.send(Record(errno.ECONNRESET).encode())
+        if offer.flags & Flag.POLLING:
+            stream.recv(3072)
+        request = Request(Op.SETTLE, 0, *offer.local, *offer.peer, errno.ECONNRESET)
+        socket.send_fds(self.link, [request.encode()], [(given_back or stream).fileno()])
+        stream.close()
+
+    def told(self) -> tuple[int, tuple[int, int], int]:
+        """The buffer it is told of last: the guest's port, whose it is, and its size."""
+        while True:
+            record = Record.decode(self.link.recv(RECORD_SIZE))
+            assert record.role == Role.BUFFER and record.local_cid == self.cid
+            if record.size >= 1 << 20:  # it grows with its maximum or after it
+                return record.local_port, record.peer, record.size
+
+    def accept(self) -> tuple[Record, socket.socket]:
+        offer, stream = self.offer()
+        record = Record(0, 0, *offer.peer, *offer.local, Role.CONNECTED, 1, 2, 3, *SIZES)
+        stream.send(record.encode())
+        if offer.flags & Flag.POLLING:
+            stream.recv(3072)
+        self.settle(offer)
+        return offer, stream
 
 
 @pytest.fixture
@@ -112,6 +148,44 @@ def test_the_guest_connects_from_a_port_of_its_own(
     refused.close()
 
 
+def test_the_device_is_told_of_larger_buffers(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
+    with vsockets.create_server((2, 5000), context=private_fabric.host) as server:
+        sock = device.connect(700, 2, 5000)
+        accepted, _ = server.accept()
+        _enlarge(accepted, 1 << 20)
+        assert device.told() == (700, (2, 5000), 1 << 20)
+        # One that is large already when the guest connects.
+        _enlarge(server, 1 << 21)
+        wait_until(
+            lambda: (1 << 21) in {row["buffer"] for row in private_fabric.control.sockets()},
+            "vsockd to know the listener's buffer",
+        )
+        other = device.connect(701, 2, 5000)
+        assert device.told() == (701, (2, 5000), 1 << 21)
+        other.close()
+        accepted.close()
+        sock.close()
+
+
+def test_the_device_is_told_of_larger_buffers_of_who_connects(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
+    with vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host) as sock:
+        with _connecting(sock, device.cid, False) as connected:
+            offer, stream = device.accept()
+            assert connected() == 0
+        _enlarge(sock, 1 << 20)
+        assert device.told() == (80, offer.peer, 1 << 20)
+        stream.close()
+
+
+def _enlarge(sock: vsockets.socket, size: int) -> None:
+    for option in (SO_VM_SOCKETS_BUFFER_MAX_SIZE, SO_VM_SOCKETS_BUFFER_SIZE):
+        sock.setsockopt(AF_VSOCK, option, size)
+
+
 def test_a_stream_to_the_guest(private_fabric: PrivateFabric, device: Device) -> None:
     sock = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
     sock.setblocking(False)
@@ -148,6 +222,104 @@ def test_the_guest_refuses(private_fabric: PrivateFabric, device: Device) -> Non
 
 def _error(sock: vsockets.socket) -> int:
     return int(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
+@pytest.mark.parametrize("polling", [False, True], ids=["blocking", "polling"])
+def test_who_was_refused_tries_again_on_the_same_socket(
+    private_fabric: PrivateFabric, device: Device, bound: bool, polling: bool
+) -> None:
+    before = descriptors(private_fabric.pid)
+    sock = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+    if bound:
+        sock.bind((2, 6000))
+    for _ in range(3):
+        with _connecting(sock, device.cid, polling) as connected:
+            device.refuse()
+            assert connected() == errno.ECONNRESET
+    with _connecting(sock, device.cid, polling) as connected:
+        offer, stream = device.accept()
+        assert connected() == 0
+    assert (offer.peer_port == 6000) == bound
+    assert sock.getsockname() == offer.peer
+    sock.setblocking(True)
+    sock.send(b"hello")
+    assert stream.recv(5) == b"hello"
+    # vsockd is out of it: each end sees the end of the other.
+    stream.close()
+    assert sock.recv(1) == b""
+    sock.close()
+    wait_until(lambda: not private_fabric.control.status()["streams"], "the stream to be forgotten")
+    wait_until(lambda: descriptors(private_fabric.pid) <= before, "no descriptor left behind")
+
+
+@contextlib.contextmanager
+def _connecting(sock: vsockets.socket, cid: int, polling: bool) -> Iterator[Callable[[], int]]:
+    """A connect to port 80, while it goes on; what is yielded waits for how it ends."""
+    if polling:
+        sock.setblocking(False)
+        assert sock.connect_ex((cid, 80)) == errno.EINPROGRESS
+
+        def ended() -> int:
+            assert select.select([], [sock], [], 10)[1]
+            return _error(sock)
+
+        yield ended
+    else:
+        with ThreadPoolExecutor() as threads:
+            yield threads.submit(sock.connect_ex, (cid, 80)).result
+
+
+def test_a_refused_socket_keeps_its_port(private_fabric: PrivateFabric, device: Device) -> None:
+    with vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host) as sock:
+        sock.bind((2, 6000))
+        with _connecting(sock, device.cid, False) as connected:
+            device.refuse()
+            assert connected() == errno.ECONNRESET
+        wait_until(
+            lambda: [row["state"] for row in private_fabric.control.sockets()] == ["bound"],
+            "the socket to be bound again",
+        )
+        with (
+            vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host) as other,
+            pytest.raises(OSError) as refused,
+        ):
+            other.bind((2, 6000))
+        assert refused.value.errno == errno.EADDRINUSE
+    wait_until(lambda: not private_fabric.control.sockets(), "the port to be free")
+
+
+def test_a_refused_socket_is_for_that_guest_only(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
+    """Its device may have kept a copy, and would be in the middle of a stream to another."""
+    sock = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+    with _connecting(sock, device.cid, False) as connected:
+        device.refuse()
+        assert connected() == errno.ECONNRESET
+    with vsockets.create_server((2, 5000), context=private_fabric.host):
+        assert sock.connect_ex((2, 5000)) == errno.ECONNRESET
+    with _connecting(sock, device.cid, False) as connected:
+        _, stream = device.accept()
+        assert connected() == 0
+    stream.close()
+    sock.close()
+
+
+def test_another_socket_is_not_taken_for_the_refused_one(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
+    """A device cannot speak as a program of the host."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(10)
+    sock = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
+    with ours, sock:
+        with theirs, _connecting(sock, device.cid, False) as connected:
+            device.refuse(theirs)
+            assert connected() == errno.ECONNRESET
+        assert ours.recv(1) == b""
+        with pytest.raises(OSError):
+            sock.connect((device.cid, 80))
 
 
 def test_sequenced_packets_are_not_for_kernels(

@@ -128,6 +128,7 @@ def test_numbers() -> None:
         "SETTLE": 9,
         "CATCH_ALL": 10,
         "CAPTURE": 11,
+        "RESIZE": 12,
     }
     assert {flag.name: flag.value for flag in Flag} == {
         "POLLING": 1,
@@ -142,6 +143,7 @@ def test_numbers() -> None:
         "DATAGRAM": 4,
         "GONE": 5,
         "TAP": 6,
+        "BUFFER": 7,
     }
 
 

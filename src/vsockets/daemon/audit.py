@@ -32,6 +32,7 @@ OPERATIONS = {
     Op.LOCAL_CID: "ask for the local CID",
     Op.CATCH_ALL: "take a guest's datagrams",
     Op.CAPTURE: "capture",
+    Op.RESIZE: "set buffer sizes",
 }
 
 

@@ -19,9 +19,9 @@ from time import monotonic
 from typing import Any
 
 from ..constants import VMADDR_PORT_ANY
-from ..fabric import Connection, Context, Denied, Endpoint, Fabric, Kind, Refused, trust_of
+from ..fabric import Context, Denied, Endpoint, Fabric, Kind, Refused
 from ..limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, SILENT_CLIENT
-from ..wire import Flag, Op, ProtocolError, Record, Request, Role
+from ..wire import Op, ProtocolError, Record, Request, Role
 from .allowance import Allowance
 from .audit import OPERATIONS, Audit
 from .capturing import capture
@@ -36,15 +36,13 @@ from .descriptions import (
 )
 from .kernel_link import KernelLink
 from .loop import Loop
+from .questions import Questions
 from .streams import Streams
 
 log = logging.getLogger(__name__)
 
 # Names of our own: looking a member up in its enum costs as much as a short function.
 _STREAM, _SEQPACKET = Kind.STREAM, Kind.SEQPACKET
-
-
-_TRUSTED = ((Kind.STREAM, Flag.TRUSTED_STREAM), (Kind.DATAGRAM, Flag.TRUSTED_DATAGRAM))
 
 
 class Broker:
@@ -59,6 +57,7 @@ class Broker:
         self._audit = audit
         self._loop = loop
         self.streams = Streams(loop, fabric)
+        self._questions = Questions(fabric, self.streams, self.datagrams)
         self._channels: dict[Context, set[Channel]] = {}
         self._allowance = Allowance(self.refresh, self._listening)
         self._operations: dict[int, Callable[[Channel, Request], bool]] = {
@@ -72,6 +71,7 @@ class Broker:
             Op.LOCAL_CID: self._local_cid,
             Op.CATCH_ALL: self._catch_all,
             Op.CAPTURE: self._capture,
+            Op.RESIZE: self._resize,
         }
 
     def refresh(self) -> None:
@@ -104,6 +104,15 @@ class Broker:
             self._keep(channel)
         elif channel.endpoint is None:
             channel.sock.close()
+        else:
+            self._drop(channel)
+
+    def resume(self, channel: Channel) -> None:
+        """Go on serving one that a device has refused; see :mod:`.offers`."""
+        if channel.endpoint is not None:
+            self.fabric.rebind(channel.endpoint)
+        if self._may_ask_again(channel):
+            self._keep(channel)
         else:
             self._drop(channel)
 
@@ -151,6 +160,17 @@ class Broker:
         if not (data and self._serve(channel, data)):
             self._drop(channel)
 
+    def _may_ask_again(self, channel: Channel) -> bool:
+        """After a refusal the program may try again on the same socket, and one that is bound
+        stays so; unless it has very many that are not.
+        """
+        context = channel.context
+        if channel.asks_once:
+            return False
+        if channel.endpoint is not None or not context.is_guest:
+            return True
+        return len(self._channels.get(context, ())) < context.limits.sockets
+
     def _drop(self, channel: Channel) -> None:
         self._loop.unwatch(channel.sock.fileno())
         self._channels.get(channel.context, set()).discard(channel)
@@ -192,13 +212,7 @@ class Broker:
                 log.info("context %d pid %d: %s", context.cid, channel.credentials.pid, refused)
             channel.send(Record(refused.errno).encode())
             consume(channel.sock, channel.kind, request.polling)
-            # The program may try again on the same socket, and one that is bound stays so; unless
-            # it has very many that are not.
-            held = len(self._channels.get(context, ()))
-            if channel.asks_once:
-                return False
-            bound = channel.endpoint is not None
-            return bound or not context.is_guest or held < context.limits.sockets
+            return self._may_ask_again(channel)
         except ProtocolError as error:
             log.info("context %d pid %d: %s", channel.context.cid, channel.credentials.pid, error)
             return False
@@ -280,32 +294,38 @@ class Broker:
         if context.is_at_a_limit():
             self._allowance.require_patience(context, target.count_waiting)
             self._allowance.make_room(context)
+        if channel.lent_to not in (None, target):
+            # Who has had it could have kept it, and would be in the middle of this stream.
+            raise Refused(errno.ECONNRESET, "the socket was refused elsewhere: make another")
         if not target.has_room():
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
         connection = fabric.connect(
             context, listener, bound, request.sizes(), channel.credentials, request.cookie
         )
-        if bound is not None:
+        if bound is not None and not listener.undecided:
             channel.endpoint = None
         fd = sock.fileno()
         if connection.size != DEFAULT_BUFFER_SIZE and not listener.undecided:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, LARGEST_SEND_BUFFER))
-        self.streams.add(fd, connection.number)
         if listener.undecided:
+            self.streams.lend(fd, connection.number)
             accepting = describe_offer(connection, channel.offer_flags, request.polling)
         else:
+            self.streams.add(fd, connection.number)
             # The answer goes first: once the listener has the descriptor it may write.
             channel.send(describe_connecting(connection))
             if request.flags or channel.kind is _SEQPACKET:
                 consume(sock, channel.kind, request.polling)
             accepting = describe_accepting(connection)
         try:
-            target.announce(accepting, fd, context)
+            target.announce(accepting, channel)
         except OSError as error:
             log.warning("connection to %s lost: %s", listener.address, error)
             fabric.end(connection.number)
             if listener.undecided:
                 self._answer(channel, request, Record(errno.ECONNRESET).encode())
+        if channel.is_kernel:
+            self._questions.welcome(connection)
         self.streams.reap_sometimes()
         return False
 
@@ -357,11 +377,16 @@ class Broker:
         return False
 
     def _query(self, channel: Channel, request: Request) -> bool:
-        self._answer(channel, request, self._look_up(channel, request))
+        self._answer(channel, request, self._questions.look_up(channel, request))
+        return False
+
+    def _resize(self, channel: Channel, request: Request) -> bool:
+        self._questions.resize(channel, request)
+        self._answer(channel, request, Record(0).encode())
         return False
 
     def _local_cid(self, channel: Channel, request: Request) -> bool:
-        record = Record(0, self._trust(channel, request), channel.context.cid)
+        record = Record(0, self._questions.trust(channel, request), channel.context.cid)
         self._answer(channel, request, record.encode())
         return False
 
@@ -393,34 +418,3 @@ class Broker:
             self.fabric.unbind(endpoint)
             raise
         return endpoint
-
-    def _look_up(self, channel: Channel, request: Request) -> bytes:
-        context = channel.context
-        # First what the kernel says; a cookie is what some program of the context claimed.
-        accepted = self.streams.find_accepted(request.inode) if request.inode else None
-        if accepted is not None and accepted.peer_context is context:
-            return describe_accepting(accepted)
-        found = context.cookies.get(request.cookie) or self.datagrams.find(context, request.cookie)
-        if isinstance(found, Connection):
-            return describe_connecting(found)
-        if isinstance(found, Endpoint):
-            return describe_endpoint(found)
-        raise Refused(errno.ENOTCONN, "an unknown socket was asked for")
-
-    def _trust(self, channel: Channel, request: Request) -> int:
-        """Whether sockets of this program are trusted: by the guest asked about, if the program
-        is the host's, else in its own context.
-        """
-        toward = self.fabric.contexts.get(request.peer_cid)
-        if channel.context.is_guest or toward is None or not toward.is_guest:
-            toward = channel.context
-        bound = channel.context.cookies.get(request.cookie) or self.datagrams.find(
-            channel.context, request.cookie
-        )
-        known = bound.trust if isinstance(bound, Endpoint) else None
-        flags = 0
-        for kind, flag in _TRUSTED:
-            trust = known or trust_of(channel, kind, self.fabric.settings)
-            if trust.toward(toward):
-                flags |= flag
-        return flags

@@ -50,6 +50,7 @@ class Channel(Peer):
     is_kernel = False  # it speaks for a guest's kernel, which chooses the ports it connects from
     asks_once = False  # after a refusal there is nothing more to be said
     offer_flags = 0  # of :class:`..wire.Flag`: how a device answers who connects
+    lent_to: object = None  # the link (:mod:`.offers`) at whose other end its socket has been
     _capacity = -1  # of the backlog; -1: the socket does not listen
     #: of a listening socket: whose connections were announced, and not taken as far as is known
     _waiting: deque[Context]
@@ -141,11 +142,12 @@ class Channel(Peer):
         for _ in range(number):
             self._waiting.popleft().pending -= 1
 
-    def announce(self, record: bytes, fd: int, source: Context) -> None:
-        """Tell a listening program of a new connection, and give it the descriptor."""
+    def announce(self, record: bytes, source: Channel) -> None:
+        """Tell a listening program of a new connection, and give it the socket."""
+        fd = source.sock.fileno()
         self.sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
-        self._waiting.append(source)
-        source.pending += 1
+        self._waiting.append(source.context)
+        source.context.pending += 1
 
 
 def consume(sock: _socket.socket, kind: Kind, polling: bool) -> None:

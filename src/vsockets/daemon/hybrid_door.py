@@ -155,4 +155,4 @@ class _Relay(OfferLink):
             ours.close()
             raise
         self.pid = process.pid
-        super().__init__(loop, broker.fabric, broker.fabric.contexts.host, ours)
+        super().__init__(loop, broker, broker.fabric.contexts.host, ours)

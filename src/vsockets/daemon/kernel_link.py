@@ -20,7 +20,14 @@ import errno
 import logging
 from dataclasses import replace
 from select import EPOLLOUT
-from socket import AF_UNIX, SOCK_SEQPACKET, SOCK_STREAM, SocketKind
+from socket import (
+    AF_UNIX,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    SOCK_SEQPACKET,
+    SOCK_STREAM,
+    SocketKind,
+)
 from typing import TYPE_CHECKING
 
 from ..fabric import CAP_NET_BIND_SERVICE, Context, Credentials, Grant, Kernel, Kind, Refused
@@ -87,8 +94,7 @@ class KernelLink(OfferLink):
             raise Refused(errno.EINVAL, f"context {context.cid} is no virtual machine")
         if context.kernel is not None:
             raise Refused(errno.EBUSY, f"context {context.cid} has a device")
-        super().__init__(loop, broker.fabric, context, link)
-        self._broker = broker
+        super().__init__(loop, broker, context, link)
         self._credentials = credentials
         self._datagrams: DatagramSocket | None = None
         self._host_ports: HostPorts | None = None
@@ -126,6 +132,11 @@ class KernelLink(OfferLink):
         has too much to do."""
         record = Record(0, 0, self._context.cid, port, role=Role.TAP, size=limit).encode()
         self.send_descriptor(record, fd)
+
+    def send_size(self, own: tuple[int, int], peer: tuple[int, int], size: int) -> None:
+        """Tell of the buffer that ``peer`` has for what the guest sends from ``own``.  OSError."""
+        record = Record(0, 0, *own, *peer, Role.BUFFER, size=size).encode()
+        self._sock.send(record, MSG_DONTWAIT | MSG_NOSIGNAL)
 
     def _ready(self, events: int) -> None:
         if events & EPOLLOUT and self._host_ports is not None:

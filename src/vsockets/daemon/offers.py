@@ -4,6 +4,10 @@ vsockd has done all of its own checks, and decided that there may be one.  Wheth
 somebody else knows: a guest's kernel behind its device, or a unix socket of the host.  Who speaks
 for them has a *link*, a socket on which the accepted ends of such streams come, each with a record.
 He writes the answer to who connected, and tells vsockd (SETTLE).
+
+Of a stream that was refused the end comes back with that, so that who connected may try again on
+the same socket.  It is known by its cookie.  In between vsockd has no copy: who connects is not
+read by two, and sees the end of a stream whatever happens to its other end.
 """
 
 from __future__ import annotations
@@ -18,26 +22,38 @@ from socket import (
     SCM_RIGHTS,
     SOL_SOCKET,
 )
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..fabric import Context, Fabric
+from ..fabric import Context
 from ..limits import MAX_BACKLOG
 from ..wire import REQUEST_SIZE, Op, ProtocolError, Record, Request
-from .channel import descriptor_in
+from .channel import Channel, descriptor_in
+from .datagrams import cookie_of
 from .disposal import dispose
 from .loop import Loop
+
+if TYPE_CHECKING:
+    from .broker import Broker
+
+
+class _Offer(NamedTuple):
+    """One that waits for an answer."""
+
+    channel: Channel  #: who connects; its socket is at the other end of the link
+    cookie: int  #: of that socket
 
 
 class OfferLink:
     """A link, there until its other end is closed.  The target of a connect; see Channel."""
 
-    def __init__(self, loop: Loop, fabric: Fabric, context: Context, link: _socket.socket) -> None:
+    def __init__(self, loop: Loop, broker: Broker, context: Context, link: _socket.socket) -> None:
         """``context``: whose ports are spoken for."""
         self._loop = loop
-        self._fabric = fabric
+        self._broker = broker
         self._context = context
         self._sock = link
-        #: who waits for an answer, by both ports and the peer's context
-        self._offers: dict[tuple[int, int, int], Context] = {}
+        #: by both ports and the peer's context
+        self._offers: dict[tuple[int, int, int], _Offer] = {}
         link.setblocking(False)
         loop.watch(link.fileno(), self._ready)
 
@@ -51,8 +67,8 @@ class OfferLink:
         if self.is_open:
             self._loop.unwatch(self._sock.fileno())
             self._sock.close()
-            for source in self._offers.values():
-                source.pending -= 1
+            for offer in self._offers.values():
+                offer.channel.context.pending -= 1
             self._offers.clear()
 
     def has_room(self) -> bool:
@@ -62,12 +78,13 @@ class OfferLink:
     def count_waiting(self) -> None:
         """It is told by itself."""
 
-    def announce(self, record: bytes, fd: int, source: Context) -> None:
+    def announce(self, record: bytes, source: Channel) -> None:
         """Offer a stream."""
-        self.send_descriptor(record, fd)
+        self.send_descriptor(record, source.sock.fileno())
+        source.lent_to = self
         offer = Record.decode(record)
-        self._offers[offer.local_port, *offer.peer] = source
-        source.pending += 1
+        self._offers[offer.local_port, *offer.peer] = _Offer(source, cookie_of(source.sock))
+        source.context.pending += 1
 
     def send_descriptor(self, record: bytes, fd: int) -> None:
         """Send a record with a descriptor.  OSError when there is no room, or nobody."""
@@ -84,26 +101,51 @@ class OfferLink:
         except OSError:
             data, ancillary = b"", []
         fd = descriptor_in(ancillary)
-        if fd is not None:
+        settlement = _settlement(data)
+        if settlement is not None:
+            self._settle(settlement, fd)
+        elif fd is not None:
             self._admit(fd, data)
-        elif not data or not self._settle(data):
+        else:
             self.close()
 
     def _admit(self, fd: int, data: bytes) -> None:
         """A descriptor came with ``data``."""
         dispose(fd)
 
-    def _settle(self, data: bytes) -> bool:
-        try:
-            request = Request.decode(data)
-        except ProtocolError:
-            return False
-        if request.op != Op.SETTLE:
-            return False
+    def _settle(self, request: Request, fd: int | None) -> None:
         peer = request.peer_cid, request.peer_port
-        source = self._offers.pop((request.local_port, *peer), None)
-        if source is not None:
-            source.pending -= 1
+        offer = self._offers.pop((request.local_port, *peer), None)
+        refused = False
+        if offer is not None:
+            offer.channel.context.pending -= 1
             size = 0 if request.backlog else request.size
-            self._fabric.settle(self._context, request.local_port, peer, size)
-        return True
+            waits = self._broker.fabric.settle(self._context, request.local_port, peer, size)
+            refused = waits and not size
+        if fd is None:
+            return
+        if offer is not None and refused and _is(fd, offer.cookie):
+            offer.channel.sock = _socket.socket(fileno=fd)
+            self._broker.resume(offer.channel)
+        else:
+            dispose(fd)
+
+
+def _settlement(data: bytes) -> Request | None:
+    try:
+        request = Request.decode(data)
+    except ProtocolError:
+        return None
+    return request if request.op == Op.SETTLE else None
+
+
+def _is(fd: int, cookie: int) -> bool:
+    """Whether ``fd`` is the socket with this cookie, which the kernel gives no other."""
+    try:
+        sock = _socket.socket(fileno=fd)
+    except OSError:
+        return False
+    try:
+        return cookie_of(sock) == cookie
+    finally:
+        sock.detach()

@@ -22,7 +22,7 @@ class Streams:
         self._loop = loop
         self._fabric = fabric
         self._watch = StreamWatch()
-        self.add = self._watch.add
+        self.add, self.lend = self._watch.add, self._watch.lend
         self._cutter = Cutter(loop, self._watch)
         self._unreaped = 0
         self._reap_delay: float | None = None  # None: no timer is set

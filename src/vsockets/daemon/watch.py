@@ -20,7 +20,7 @@ import platform
 import re
 import select
 
-_EPOLL_CTL_ADD = 1
+_EPOLL_CTL_ADD, _EPOLL_CTL_MOD = 1, 3
 _ENTRY = re.compile(rb"data:\s*([0-9a-f]+)\s+pos:\s*\d+\s+ino:([0-9a-f]+)")
 
 
@@ -44,6 +44,8 @@ class StreamWatch:
         self._fd = self._epoll.fileno()
         self._event = _EpollEvent(select.EPOLLET, 0)  # EPOLLHUP is always reported
         self._event_at = ctypes.byref(self._event)
+        #: a number that stands for each socket lent, and for nothing else in between
+        self._lending = os.dup(self._fd)
         self._registrations = -1
 
     def open(self) -> None:
@@ -57,8 +59,25 @@ class StreamWatch:
 
     def add(self, fd: int, number: int) -> None:
         """Watch the stream that ``fd`` is one end of.  ``number`` fits 31 bits."""
+        self._control(_EPOLL_CTL_ADD, fd, number)
+
+    def lend(self, fd: int, number: int) -> None:
+        """As :meth:`add`, for a socket that may come back, and be lent again as another stream.
+
+        The kernel knows a registration by the socket and the descriptor's number, and the socket
+        comes back with another one; so all are registered with the same.
+        """
+        os.dup2(fd, self._lending, inheritable=False)
+        try:
+            self._control(_EPOLL_CTL_ADD, self._lending, number)
+        except FileExistsError:
+            self._control(_EPOLL_CTL_MOD, self._lending, number)
+        finally:
+            os.dup2(self._fd, self._lending, inheritable=False)
+
+    def _control(self, operation: int, fd: int, number: int) -> None:
         self._event.data = number
-        if _epoll_ctl(self._fd, _EPOLL_CTL_ADD, fd, self._event_at) != 0:
+        if _epoll_ctl(self._fd, operation, fd, self._event_at) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
 

@@ -6,9 +6,11 @@ go messages of these kinds:
 - New channels go: one end of a socket pair, on which the device says what any program says on
   a connection to its context's control socket.  CONNECT has the guest's port in it; BIND_DATAGRAM
   and ROUTE serve the ports the guest sends datagrams from, CATCH_ALL has those to all others.
+- A record tells that a program's buffer has another size now.
 - A tap comes (:mod:`.tap`): a record, and a socket to send what passes to.
 - An offer comes: a record, and the accepted end of a stream whose other end waits for an
-  answer.  The device asks its guest, writes the answer to that end, and tells vsockd (SETTLE).
+  answer.  The device asks its guest, writes the answer to that end, and tells vsockd (SETTLE);
+  with a refusal the end goes back.
 - A stream of the guest's goes, as it stands, with the CONNECT that it is: vsockd hands it on to
   whoever listens, and nothing is answered.  Records without a descriptor tell which ports of the
   host somebody listens at.  Both are for devices that have a unix socket for each stream already.
@@ -159,6 +161,8 @@ class Attachment:
     ) -> None:
         """Without ``datagrams`` the guest has none, and who sends it one is refused."""
         self.cid = cid
+        #: who is connected to this port of the guest's has a buffer of another size, in bytes
+        self.resized: Callable[[int, tuple[int, int], int], None] = lambda port, peer, size: None
         self._loop = loop
         self._link = link
         self._link.setblocking(False)
@@ -227,7 +231,10 @@ class Attachment:
             self._tell(request, sock)
 
     def settle(self, offer: Offer, size: int = 0, error: int = 0) -> None:
-        """Answer an offer: the stream is established with ``size``, or there is none."""
+        """Answer an offer: the stream is established with ``size``, or there is none.
+
+        Then ``offer.sock`` goes back to vsockd, to whom its other end may say more; close it.
+        """
         local, peer = (self.cid, offer.port), offer.peer
         with contextlib.suppress(OSError):  # who connected has gone; the stream says so
             offer.sock.send(self._answer(offer, size, error), MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -235,7 +242,7 @@ class Attachment:
                 offer.sock.recv(len(PADDING), MSG_DONTWAIT)
         request = Request(Op.SETTLE, 0, *local, *peer, error, size)
         with contextlib.suppress(OSError):  # vsockd has gone; the link says so
-            self._tell(request.encode())
+            self._tell(request.encode(), offer.sock if error else None)
 
     def _answer(self, offer: Offer, size: int, error: int) -> bytes:
         if offer.ok_line:
@@ -368,10 +375,14 @@ class Attachment:
         except BlockingIOError:
             return
         if fd is None:
-            if record.status or record.role not in (Role.LISTENING, Role.GONE):
+            if record.status:
                 self._end()
-            else:
+            elif record.role == Role.BUFFER:
+                self.resized(record.local_port, record.peer, record.size)
+            elif record.role in (Role.LISTENING, Role.GONE):
                 self.listening(record.local_port, record.role == Role.LISTENING)
+            else:
+                self._end()
             return
         sock = socket.socket(fileno=fd)
         if record.role == Role.TAP:

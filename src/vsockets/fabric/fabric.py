@@ -84,6 +84,12 @@ class Fabric:
             context.cookies.setdefault(cookie, endpoint)
         return endpoint
 
+    def rebind(self, endpoint: Endpoint) -> None:
+        """Give a stream socket the port back that its connection has just set free."""
+        endpoint.context.connected.claim(endpoint.port, endpoint)
+        if endpoint.cookie:
+            endpoint.context.cookies.setdefault(endpoint.cookie, endpoint)
+
     def listen(self, endpoint: Endpoint, sizes: BufferSizes) -> None:
         """Let ``endpoint`` be connected to."""
         endpoint.listening = True
@@ -182,24 +188,27 @@ class Fabric:
             context.cookies.setdefault(cookie, connection)
         return connection
 
-    def settle(self, guest: Context, port: int, peer: tuple[int, int], size: int) -> None:
+    def settle(self, guest: Context, port: int, peer: tuple[int, int], size: int) -> bool:
         """A guest's kernel has decided on a connection from ``peer`` to its ``port``.
 
-        ``size`` is what it agreed on; 0: there is no connection.  Harmless when it has ended.
+        ``size`` is what it agreed on; 0: there is no connection.  Returns whether anybody still
+        waited for that.
         """
         context = self.contexts.get(peer[0])
         connection = context.connected.get(peer[1]) if context is not None else None
         if not isinstance(connection, Connection) or connection.listener.context is not guest:
-            return
-        if connection.listener.undecided and connection.peer == (guest.cid, port):
-            connection.listener.undecided = False
-            connection.size = size
-            if size:
-                connection.context.counts.connects += 1
-                guest.counts.accepts += 1
-            else:
-                connection.context.counts.refusals += 1
-                self.end(connection.number)
+            return False
+        if not connection.listener.undecided or connection.peer != (guest.cid, port):
+            return False
+        connection.listener.undecided = False
+        connection.size = size
+        if size:
+            connection.context.counts.connects += 1
+            guest.counts.accepts += 1
+        else:
+            connection.context.counts.refusals += 1
+            self.end(connection.number)
+        return True
 
     def end(self, number: int) -> None:
         """A connection is over; its port is free.  Harmless when it was ended before."""

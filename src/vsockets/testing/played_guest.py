@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..buffers import BufferSizes
 from ..devices.attachment import Offer
@@ -32,10 +32,13 @@ _OUT, _IN, _IN_DATA, _QUEUES = 0, 0x20_000, 0x21_000, 0x40_000
 class PlayedFabric:
     """Stands where vsockd is: accepts every stream and keeps every datagram."""
 
+    resized: Callable[[int, tuple[int, int], int], None]  #: set by the device
+
     def __init__(self, loop: DeviceLoop) -> None:
         self.streams: list[socket.socket] = []
         self.datagrams: list[tuple[int, tuple[int, int], bytes]] = []
         self.settled: list[tuple[int, int]] = []
+        self.refused: list[socket.socket] = []  #: what vsockd is given back
         self.error = 0
         self.tap = Tap(loop)
 
@@ -52,6 +55,8 @@ class PlayedFabric:
 
     def settle(self, offer: Offer, size: int = 0, error: int = 0) -> None:
         self.settled.append((size, error))
+        if error:
+            self.refused.append(offer.sock.dup())
 
     def send(self, port: int, destination: tuple[int, int], payload: bytes) -> None:
         if self.error:
@@ -63,9 +68,10 @@ class PlayedFabric:
         pass
 
     def close(self) -> None:
-        for stream in self.streams:
+        for stream in self.streams + self.refused:
             stream.close()
         self.streams.clear()
+        self.refused.clear()
         self.tap.close()
 
 

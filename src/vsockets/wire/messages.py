@@ -53,9 +53,12 @@ class Op(IntEnum):
     ROUTE = 6  #: a socket from the datagram socket sent along to the peer address
     QUERY = 7  #: what is the socket with this cookie and inode?
     LOCAL_CID = 8  #: which context is this, and is its program trusted (by the peer CID)?
-    SETTLE = 9  #: a device: what became of an offer (backlog: 0 or the errno); not answered
+    #: a device: what became of an offer (backlog: 0 or the errno, and the stream's end is sent
+    #: along); not answered
+    SETTLE = 9
     CATCH_ALL = 10  #: a device: datagrams to every port nobody has come to the socket sent along
     CAPTURE = 11  #: a socket on which comes what passes the device of the peer CID (vsockmon.py)
+    RESIZE = 12  #: the established stream with this cookie and inode has a buffer of this size now
 
 
 class Flag(IntFlag):
@@ -81,6 +84,7 @@ class Role(IntEnum):
     DATAGRAM = 4
     GONE = 5  #: to a device: it can no longer
     TAP = 6  #: to a device: send what passes to the socket sent along, ``size`` bytes of each
+    BUFFER = 7  #: to a device: the peer of its guest's local port has room for ``size`` bytes now
 
 
 _CONNECT = int(Op.CONNECT)

@@ -28,6 +28,7 @@ class Host:
         self.given_up = 0
         self.hold = False
         self.held: list[Callable[[socket.socket | None], None]] = []
+        self.refused: list[socket.socket] = []  #: what vsockd is given back
 
     def connect(
         self,
@@ -52,7 +53,7 @@ class Host:
         self.given_up += 1
 
     def close(self) -> None:
-        for sock in self.accepted:
+        for sock in self.accepted + self.refused:
             sock.close()
 
 
@@ -108,7 +109,13 @@ class Rig:
         theirs.settimeout(10)
         self.host.accepted.append(theirs)
         answers: list[int] = []
-        self.call(lambda: self.device.offer(ours, (2, 9000 + port), port, answers.append))
+
+        def answer(error: int) -> None:
+            if error:
+                self.host.refused.append(ours.dup())
+            answers.append(error)
+
+        self.call(lambda: self.device.offer(ours, (2, 9000 + port), port, answer))
         return theirs, answers
 
     def close(self) -> None:

@@ -81,16 +81,27 @@ def test_the_host_connects(rig: Rig) -> None:
 
 def test_the_host_connects_to_a_port_where_nobody_listens(rig: Rig) -> None:
     guest = rig.guest()
-    _, answers = rig.offer(700)
+    sock, answers = rig.offer(700)
     header, _ = guest.next_packet()
     guest.send(guest.header(Op.RST, header.dst_port, (header.src_cid, header.src_port)))
     wait_until(lambda: answers == [errno.ECONNRESET], "the host to be told")
     wait_until(lambda: not rig.device.links, "the connection to be forgotten")
+    _is_as_it_was(sock, rig)
 
 
 def test_a_host_that_connects_before_the_guest_is_there_is_told(rig: Rig) -> None:
-    _, answers = rig.offer(700)
+    sock, answers = rig.offer(700)
     assert answers == [errno.EHOSTUNREACH]
+    _is_as_it_was(sock, rig)
+
+
+def _is_as_it_was(sock: socket.socket, rig: Rig) -> None:
+    """Who was refused can go on talking to vsockd, and the device has no part in it."""
+    (refused,) = rig.host.refused
+    sock.send(b"again")
+    assert refused.recv(100) == b"again"
+    refused.close()
+    assert sock.recv(1) == b""
 
 
 @pytest.mark.parametrize("indirect", [0, F_RING_INDIRECT_DESC], ids=["direct", "indirect"])

@@ -327,6 +327,20 @@ class TestStreams:
         assert guest.fabric.settled == [(4096, 0)]
         theirs.close()
 
+    def test_nobody_listens_in_the_guest(self, guest: PlayedGuest) -> None:
+        """Who connects can go on talking to vsockd, and the device has no part in it."""
+        ours, theirs = _pair()
+        sizes = BufferSizes(4096, 128, 262_144)
+        guest.machine.sockets.connect_to_guest(Offer(ours, 80, (2, 5000), sizes, False))
+        guest.packet(Packet(Kind.RST, 80, 5000))
+        assert guest.fabric.settled == [(0, errno.ECONNRESET)]
+        (refused,) = guest.fabric.refused
+        theirs.send(b"again")
+        assert refused.recv(100) == b"again"
+        refused.close()
+        assert theirs.recv(1) == b""
+        theirs.close()
+
     def test_nobody_answers_in_the_guest(self, guest: PlayedGuest) -> None:
         ours, theirs = _pair()
         sizes = BufferSizes(4096, 128, 262_144)

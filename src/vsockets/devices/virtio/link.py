@@ -96,6 +96,14 @@ class Link(Connection):
         # sequenced packet goes in one piece or not at all.
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, self.receive.size)
 
+    def enlarge(self, size: int) -> None:
+        """The host's end has room for ``size`` bytes; what the guest was promised it keeps."""
+        if size > self.receive.size:
+            self.receive.size = size
+            if self.sock is not None:
+                self.sock.setsockopt(SOL_SOCKET, SO_SNDBUF, size)
+            self.tell_credit()
+
     def close(self) -> None:
         """Close the socket, and drop what was to go there."""
         if self.sock is not None:

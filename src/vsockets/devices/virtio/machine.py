@@ -10,6 +10,7 @@ from socket import MSG_DONTWAIT
 
 from ...buffers import BufferSizes
 from ...control import Events
+from ...limits import VIRTIO_ENLARGED, VIRTIO_LARGEST_BUFFER
 from ...wire import RECORD_SIZE, ProtocolError, Record
 from ..attachment import Attachment, Offer
 from ..life import INTERRUPTIONS, follow
@@ -33,6 +34,7 @@ class VirtioMachine:
         self.device = VirtioVsock(loop, cid, self)
         self.device.tap = fabric.tap
         fabric.offered = self._offered
+        fabric.resized = self._resized
         fabric.lost = lambda: log.warning("vsockd has gone: no new connections")
         if events is not None:
             follow(loop, events, self._heed)
@@ -78,6 +80,13 @@ class VirtioMachine:
             self._fabric.settle(offer, offer.sizes.size, error)
 
         self.device.offer(offer.sock, offer.peer, offer.port, answer)
+
+    def _resized(self, port: int, peer: tuple[int, int], size: int) -> None:
+        link = self.device.links.get((*peer, port))
+        if link is not None and len(self.device.links) <= VIRTIO_ENLARGED:
+            link.enlarge(min(size, VIRTIO_LARGEST_BUFFER))
+            self.device.touched(link)
+            self.device.work()
 
     def _heed(self, cid: int, change: str) -> None:
         if cid == self._cid and change in INTERRUPTIONS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import struct
 from contextlib import closing
@@ -86,9 +87,18 @@ async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
             # who set it when they should.
             with closing(call.duplicate(endpoint.type)) as sock:
                 limit_queue(endpoint, sock)
+            await _tell(call, endpoint)
     else:
         raise failure(errno.ENOPROTOOPT)
     return 0
+
+
+async def _tell(call: Call, endpoint: Endpoint) -> None:
+    """A device at the stream's other end gives its guest credit for the buffer."""
+    size, name = endpoint.buffers.size, (endpoint.cookie, endpoint.inode)
+    request = Request(Op.RESIZE, 0, 0, 0, 0, 0, 0, size, 0, 0, *name)
+    with contextlib.suppress(OSError):  # vsockd has gone; the stream goes on
+        await call.supervisor.vsockd.ask(request)
 
 
 def _read_exactly(call: Call, form: struct.Struct) -> tuple[int, ...]:

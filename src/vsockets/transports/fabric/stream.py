@@ -277,6 +277,10 @@ class StreamSocket(FabricSocket):
     def _buffers_changed(self) -> None:
         if self._phase is _LISTENING:
             _raw.send(self, Request(Op.UPDATE, 0, 0, 0, 0, 0, 0, *self._buffers).encode())
+        elif self._phase is _CONNECTED:
+            name = self._cookie(), os.fstat(self.fileno()).st_ino
+            with contextlib.suppress(OSError):  # vsockd has gone; the stream goes on
+                self._fabric.ask(Request(Op.RESIZE, 0, 0, 0, 0, 0, 0, *self._buffers, *name))
 
     def _recover(self) -> None:
         request = Request(Op.QUERY, cookie=self._cookie(), inode=os.fstat(self.fileno()).st_ino)

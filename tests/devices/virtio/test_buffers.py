@@ -1,0 +1,93 @@
+"""What a guest is given credit for when programs of the host have larger buffers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from vsockets.devices.loop import DeviceLoop
+from vsockets.devices.virtio.connection import Say, State
+from vsockets.devices.virtio.link import Link
+from vsockets.devices.virtio.machine import VirtioMachine
+from vsockets.devices.virtio.packet import Type
+from vsockets.limits import VIRTIO_BUFFER, VIRTIO_ENLARGED, VIRTIO_LARGEST_BUFFER
+from vsockets.testing.played_guest import PlayedFabric
+
+PEER = (2, 5000)
+
+
+class Machine:
+    """A machine whose guest has connections already."""
+
+    def __init__(self) -> None:
+        self.fabric = PlayedFabric(DeviceLoop())
+        self._machine = VirtioMachine(DeviceLoop(), self.fabric, 3)  # type: ignore[arg-type]
+
+    def connection(self, port: int, state: State = State.OPEN) -> Link:
+        link = Link(state, Type.STREAM, PEER, port, VIRTIO_BUFFER)
+        self._machine.device.links[*PEER, port] = link
+        return link
+
+    def resized(self, port: int, size: int) -> None:
+        """vsockd tells of the program at the other end."""
+        self.fabric.resized(port, PEER, size)
+
+    def close(self) -> None:
+        self._machine.device.links.clear()
+        self._machine.device.close()
+        self.fabric.close()
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    machine = Machine()
+    yield machine
+    machine.close()
+
+
+def test_a_larger_buffer_is_more_credit(machine: Machine) -> None:
+    link = machine.connection(700)
+    machine.resized(700, 1 << 20)
+    assert link.receive.size == 1 << 20
+    assert link.say & Say.CREDIT
+    assert link.take(1 << 20) and not link.take(1)
+
+
+def test_before_the_guest_knows_that_it_is_connected(machine: Machine) -> None:
+    """The host's program is quicker than its answer: that will have the credit."""
+    link = machine.connection(700, State.ASKED)
+    machine.resized(700, 1 << 20)
+    assert link.receive.size == 1 << 20 and not link.say
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        before = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        link.host_accepts()
+        marker = os.open(os.devnull, os.O_PATH)
+        link.join(ours, marker)
+        os.close(marker)
+        assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) > before
+
+
+def test_what_was_promised_is_kept(machine: Machine) -> None:
+    link = machine.connection(700)
+    machine.resized(700, 4096)
+    assert link.receive.size == VIRTIO_BUFFER and not link.say
+
+
+def test_there_is_a_limit(machine: Machine) -> None:
+    link = machine.connection(700)
+    machine.resized(700, 1 << 40)
+    assert link.receive.size == VIRTIO_LARGEST_BUFFER
+
+
+def test_a_guest_with_many_connections_gets_no_more(machine: Machine) -> None:
+    links = [machine.connection(port) for port in range(VIRTIO_ENLARGED + 1)]
+    machine.resized(0, 1 << 20)
+    assert links[0].receive.size == VIRTIO_BUFFER
+
+
+def test_a_connection_that_is_no_more(machine: Machine) -> None:
+    machine.resized(700, 1 << 20)
