@@ -163,6 +163,8 @@ class Attachment:
         self.cid = cid
         #: who is connected to this port of the guest's has a buffer of another size, in bytes
         self.resized: Callable[[int, tuple[int, int], int], None] = lambda port, peer, size: None
+        #: hear first what has become of the context: what is new is not to share its end
+        self.catch_up: Callable[[], None] = lambda: None
         self._loop = loop
         self._link = link
         self._link.setblocking(False)
@@ -201,6 +203,7 @@ class Attachment:
 
         The first that can be read from it is a record: vsockd's answer.
         """
+        self.catch_up()
         ours, theirs = socket.socketpair(AF_UNIX, kind)
         with theirs:
             try:
@@ -391,6 +394,7 @@ class Attachment:
         sock.setblocking(False)
         sizes = BufferSizes(record.size, record.minimum, record.maximum)
         flags = bool(record.flags & Flag.POLLING), bool(record.flags & Flag.OK_LINE)
+        self.catch_up()
         self.offered(Offer(sock, record.local_port, record.peer, sizes, *flags))
 
     def _end(self) -> None:

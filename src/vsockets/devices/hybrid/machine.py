@@ -36,7 +36,7 @@ class HybridMachine:
         fabric.offered = self._outward.offered
         fabric.listening = self._sockets.change
         fabric.lost = self._lost
-        follow(loop, events, self._heed)
+        follow(loop, fabric, events, self._heed)
 
     def close(self) -> None:
         """Leave nothing behind."""

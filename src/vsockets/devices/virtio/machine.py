@@ -37,7 +37,7 @@ class VirtioMachine:
         fabric.resized = self._resized
         fabric.lost = lambda: log.warning("vsockd has gone: no new connections")
         if events is not None:
-            follow(loop, events, self._heed)
+            follow(loop, fabric, events, self._heed)
 
     def connect(
         self,

@@ -36,7 +36,7 @@ class VmciMachine:
         self.hypervisor.device = self.device
         self.hypervisor.sockets = self.sockets
         if events is not None:
-            follow(loop, events, self._heed)
+            follow(loop, fabric, events, self._heed)
 
     def settle(self) -> None:
         """Called after each thing the virtual machine did."""

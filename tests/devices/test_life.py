@@ -1,0 +1,85 @@
+"""A device hears of its guest's life in the order in which it happens."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+import vsockets
+from vsockets.buffers import BufferSizes
+from vsockets.control import Events
+from vsockets.devices.attachment import Attachment, Offer
+from vsockets.devices.life import follow
+from vsockets.devices.loop import DeviceLoop
+from vsockets.testing import PrivateFabric, wait_until
+
+CID = 11
+
+
+class Device:
+    """All that a device is to vsockd, without its loop at work."""
+
+    def __init__(self, fabric: PrivateFabric, events: Events) -> None:
+        self.heard: list[str] = []
+        self.events = events
+        self.loop = DeviceLoop()
+        self.attachment = Attachment(self.loop, fabric.control.attach_device(CID), CID)
+        self.attachment.offered = self.offered
+        self.offers: list[tuple[Offer, list[str]]] = []
+        follow(self.loop, self.attachment, events, lambda cid, change: self.heard.append(change))
+
+    @property
+    def listens(self) -> bool:
+        return self.loop.watches(self.events.fileno())
+
+    def offered(self, offer: Offer) -> None:
+        self.offers.append((offer, list(self.heard)))
+
+
+@pytest.fixture
+def fabric() -> Iterator[PrivateFabric]:
+    with PrivateFabric() as fabric:
+        fabric.control.add_context(CID)
+        yield fabric
+
+
+@pytest.fixture
+def device(fabric: PrivateFabric) -> Iterator[Device]:
+    with fabric.control.events("context") as events:
+        device = Device(fabric, events)
+        yield device
+        device.attachment.close()
+        device.loop.close()
+
+
+def test_before_the_guest_connects(fabric: PrivateFabric, device: Device) -> None:
+    fabric.control.migrate(CID)
+    with contextlib.closing(device.attachment.connect(5000, (2, 5000), BufferSizes())):
+        assert device.heard == ["migrate"]
+
+
+def test_before_the_guest_is_connected_to(fabric: PrivateFabric, device: Device) -> None:
+    fabric.control.migrate(CID)
+    with vsockets.socket(context=fabric.host) as client:
+        client.setblocking(False)
+        client.connect_ex((CID, 5000))
+
+        def offered() -> bool:
+            device.attachment._ready(0)  # the link alone: epoll may give it before the events
+            return bool(device.offers)
+
+        wait_until(offered, "the offer")
+        (offer, heard), *_ = device.offers
+        assert heard == ["migrate"]
+        assert isinstance(offer.sock, socket.socket)
+        offer.sock.close()
+
+
+def test_after_vsockd(device: Device, fabric: PrivateFabric) -> None:
+    fabric.stop()
+    wait_until(lambda: device.attachment.catch_up() or not device.listens, "the end of events")
+    device.attachment.catch_up()
+    assert device.heard == []
