@@ -262,8 +262,9 @@ class Events:
 
     def take(self) -> list[dict[str, Any]] | None:
         """The events that have come, without waiting; None when vsockd has ended."""
+        self._sock.setblocking(False)  # with a timeout set Python would wait, MSG_DONTWAIT or not
         try:
-            data = self._sock.recv(65_536, socket.MSG_DONTWAIT)
+            data = self._sock.recv(65_536)
         except BlockingIOError:
             data = b""
         else:

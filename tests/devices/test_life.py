@@ -78,6 +78,11 @@ def test_before_the_guest_is_connected_to(fabric: PrivateFabric, device: Device)
         offer.sock.close()
 
 
+def test_when_nothing_has_happened(device: Device) -> None:
+    device.attachment.catch_up()  # and does not wait for it
+    assert device.heard == []
+
+
 def test_after_vsockd(device: Device, fabric: PrivateFabric) -> None:
     fabric.stop()
     wait_until(lambda: device.attachment.catch_up() or not device.listens, "the end of events")
