@@ -41,6 +41,10 @@ class GuestError(Exception):
         self.errno = errno
 
 
+class MonitorError(Exception):
+    """QEMU's monitor has refused a command."""
+
+
 class Job:
     """Something that runs in the guest."""
 
@@ -265,7 +269,8 @@ class Machine:
                 file.write(json.dumps(request) + "\n")
                 file.flush()
                 while "return" not in (answer := json.loads(file.readline())):
-                    assert "error" not in answer, answer
+                    if "error" in answer:
+                        raise MonitorError(answer["error"]["desc"])
             return answer["return"]
 
     def kill_device(self) -> None:
@@ -286,7 +291,14 @@ class Machine:
             return all(device["name"] != "dev" for device in devices)
 
         wait_until(is_out, "the guest to let go of the device", PATIENCE)
-        self.monitor("chardev-remove", id="vsock")
+
+        def has_gone() -> bool:
+            with contextlib.suppress(MonitorError):  # busy until the device is cleared away
+                self.monitor("chardev-remove", id="vsock")
+                return True
+            return False
+
+        wait_until(has_gone, "QEMU to let go of the socket", PATIENCE)
         address = {"type": "unix", "data": {"path": str(self._path)}}
         socket = {"type": "socket", "data": {"addr": address, "server": False}}
         self.monitor("chardev-add", id="vsock", backend=socket)
