@@ -191,7 +191,6 @@ def test_unix_semantics(storage: tuple[PrivateFabric, Storage]) -> None:
     assert os.statvfs(top).f_namemax == 255
 
 
-@pytest.mark.skip(reason="unsteady: a CREATE whose answer died is refused when sent again")
 def test_a_tree_survives_loss_and_the_servers_death(
     storage: tuple[PrivateFabric, Storage], tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vsockets.bridges.nfs import mount, nfs3, rpc, xdr
+from vsockets.bridges.nfs import attributes, mount, nfs3, rpc, xdr
 from vsockets.bridges.nfs.calls import credentials
 from vsockets.bridges.nfs.exports import Export
 from vsockets.bridges.nfs.nfs3 import (
@@ -146,6 +146,26 @@ def test_exclusive_create_knows_its_own_maker(guest: Played) -> None:
     assert guest.ok("create", target, (How.EXCLUSIVE, b"12345678"))[0] == handle
     assert guest.ask("create", target, (How.EXCLUSIVE, b"87654321"))[0] == Status.EXIST
     assert guest.ask("create", target, (How.GUARDED, NewAttributes()))[0] == Status.EXIST
+
+
+def test_a_server_killed_within_an_exclusive_create_leaves_nothing(
+    guest: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def die(*arguments: object) -> None:
+        raise KilledError
+
+    root = guest.root()
+    assert root is not None
+    target = Target(root, b"file")
+    with monkeypatch.context() as patched, pytest.raises(KilledError):
+        for module, name in ((os, "utime"), (attributes, "set_times")):
+            patched.setattr(module, name, die)  # wherever a file is marked
+        guest.ask("create", target, (How.EXCLUSIVE, b"12345678"))
+    guest.restart()
+    guest.ok("create", target, (How.EXCLUSIVE, b"12345678"))
 
 
 def test_setattr_minds_its_guard(guest: Played) -> None:

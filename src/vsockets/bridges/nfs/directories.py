@@ -23,9 +23,7 @@ from .nfs3 import (
     NewAttributes,
     Status,
     Target,
-    TimeHow,
 )
-from .nfs3 import Time as NfsTime
 from .tree import Found
 
 #: Bytes of a listing's result around its entries, at most; and of an entry beside its name:
@@ -68,18 +66,21 @@ class Directories:
     def create(self, caller: Caller, target: Target, how: tuple[int, Any]) -> Any:
         mode, content = how
         folder, name = self._place(caller, target, new=True)
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW
+        mark = _mark(content) if mode == How.EXCLUSIVE else None
         with acting_as(caller.identity):
             try:
-                os.close(os.open(name, flags, 0o600, dir_fd=folder.fd))
+                _make_file(folder.fd, name, mark)
                 made = True
             except FileExistsError:
                 if mode == How.GUARDED:
                     raise
                 made = False
             found = caller.tree.look_up(folder, name)
-            if mode == How.EXCLUSIVE:
-                self._claim(found, content, made)
+            if mark is not None:
+                if not made and (found.state.atime, found.state.mtime) != tuple(
+                    (seconds, 0) for seconds in mark
+                ):
+                    raise OSError(errno.EEXIST, "somebody else's")
                 new = NewAttributes()
             elif made:
                 new = content
@@ -230,15 +231,6 @@ class Directories:
             raise OSError(errno.EEXIST if new else errno.EINVAL, "not a name of a file's own")
         return folder, target.name
 
-    def _claim(self, found: Found, verifier: bytes, made: bool) -> None:
-        """Note in a new file's times who made it; raises OSError unless it was the same before."""
-        first, second = (int.from_bytes(verifier[i : i + 4]) & 0x7FFFFFFF for i in (0, 4))
-        if made:
-            times = [(TimeHow.CLIENT, NfsTime(number, 0)) for number in (first, second)]
-            apply(found, NewAttributes(atime=times[0], mtime=times[1]))
-        elif (found.state.atime, found.state.mtime) != ((first, 0), (second, 0)):
-            raise OSError(errno.EEXIST, "somebody else's")
-
     def _make(
         self,
         caller: Caller,
@@ -267,6 +259,30 @@ class Directories:
             remove(name, dir_fd=folder.fd)
         caller.tree.gone(folder, name, found)
         return self.change(caller, folder)
+
+
+def _mark(verifier: bytes) -> tuple[int, int]:
+    """Times, in seconds, that tell whose exclusive CREATE a file came from."""
+    first, second = (int.from_bytes(verifier[i : i + 4]) & 0x7FFFFFFF for i in (0, 4))
+    return first, second
+
+
+def _make_file(folder: int, name: bytes, mark: tuple[int, int] | None) -> None:
+    """A new file, with the times ``mark``; FileExistsError.
+
+    It has its name only once it has its mark: a server that is killed leaves no file that its
+    maker, who asks again, would be refused.
+    """
+    if mark is None:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW
+        os.close(os.open(name, flags, 0o600, dir_fd=folder))
+        return
+    fd = os.open(b".", os.O_TMPFILE | os.O_WRONLY, 0o600, dir_fd=folder)
+    try:
+        os.utime(fd, mark)
+        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder)
+    finally:
+        os.close(fd)
 
 
 def _check(name: bytes) -> None:
