@@ -36,6 +36,7 @@ class TestStreams:
             assert exchange(sock, 256 * MIB)
         assert job.result() == 256 * MIB
 
+    # Not 16 MiB: now and then, on a busy machine, the guest's connect() gives EPROTO with it.
     @pytest.mark.parametrize("size", [*SIZES, 1_000_003])
     def test_buffer_sizes(self, machine: Machine, size: int) -> None:
         server, port = serve(machine)
@@ -52,8 +53,8 @@ class TestStreams:
                 option = sock.getsockopt(AF_VSOCK, vsockets.SO_VM_SOCKETS_BUFFER_SIZE, 8)
                 assert int.from_bytes(option, "little") == size
                 total = min(3 * size + 17, 4 * MIB)
-                assert exchange(sock, total)
-            assert job.result() == total
+                fine = exchange(sock, total)
+            assert (job.result(), fine) == (total, True)
 
     @pytest.mark.parametrize("size", [128, 5000, 100_001])
     def test_buffer_sizes_of_the_host(self, machine: Machine, size: int) -> None:
