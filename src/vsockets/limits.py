@@ -222,6 +222,14 @@ LOOKS = 6
 #: they talk to each other.  Being told takes three exits of the guest.
 ANSWER = 0.0005
 
+#: And how long for what the program says next.
+NEXT_WORD = 0.0001
+
+#: How long a guest is told nothing of a stream but that it is there, in seconds, unless it has
+#: said something itself: Linux's driver may take what follows an ATTACH before it, and then
+#: connect() fails (EPROTO).  What is in the queue it can read meanwhile.
+AFTER_ATTACH = 0.01
+
 #: How long a device lets a guest be that has something to read and does not, in seconds, before
 #: it tells it once more: a reader may wait for more bytes than there were (SO_RCVLOWAT).
 REMIND = 0.005

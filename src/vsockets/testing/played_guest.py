@@ -226,6 +226,11 @@ class PlayedStream:
             self.tell(Kind.WROTE)
         return count
 
+    @property
+    def unread(self) -> int:
+        """How many bytes there are to read."""
+        return int(self._theirs[1] - self._ours[2]) % self.size
+
     def read(self) -> bytes:
         """All there is."""
         head, tail = self._ours[2], self._theirs[1]

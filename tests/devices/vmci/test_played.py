@@ -203,7 +203,8 @@ class TestStreams:
 
     def test_who_waits_for_more_is_told_again(self, guest: PlayedGuest) -> None:
         """SO_RCVLOWAT: the queue was not empty before, and yet the reader sleeps."""
-        guest.connect(1234, 65_536)
+        stream = guest.connect(1234, 65_536)
+        stream.tell(Kind.READ)
         theirs = guest.fabric.streams[0]
         theirs.send(b"1")
         guest.loop.turn()
@@ -217,6 +218,64 @@ class TestStreams:
 
         turn_until(guest, is_told)
         assert told == [Kind.WROTE]
+
+    def test_nothing_overtakes_an_attach(self, guest: PlayedGuest) -> None:
+        """A socket that still connects would give up; what is in the queue it can read."""
+        stream = guest.connect(1234, 65_536)
+        theirs = guest.fabric.streams.pop()
+        theirs.send(b"welcome")
+        theirs.close()
+        guest.loop.turn()
+        assert guest.packets() == []
+        assert stream.read() == b"welcome"
+        told: list[int] = []
+
+        def is_told_all() -> bool:
+            told.extend(packet.kind for packet in guest.packets())
+            return len(told) == 2
+
+        turn_until(guest, is_told_all)
+        assert told == [Kind.WROTE, Kind.SHUTDOWN]
+
+    def test_who_speaks_has_seen_the_attach(self, guest: PlayedGuest) -> None:
+        stream = guest.connect(1234, 65_536)
+        guest.fabric.streams[0].send(b"welcome")
+        guest.loop.turn()
+        assert guest.packets() == []
+        stream.write(b"hello")
+        assert [packet.kind for packet in guest.packets()] == [Kind.WROTE]
+
+    def test_the_same_ports_again(self, guest: PlayedGuest) -> None:
+        """The first stream's queue pair is still there: what is in it is not lost."""
+        stream = guest.connect(1234, 65_536)
+        stream.write(b"a word")
+        stream.tell(Kind.WROTE)
+        first = guest.fabric.streams[0]
+        stream.write(b", and the last")
+        guest.packet(Packet(Kind.REQUEST2, 1234, 5000, 65_536, 0, 1))
+        assert [packet.kind for packet in guest.packets()] == [Kind.NEGOTIATE2]
+        assert first.recv(100) == b"a word, and the last"
+        assert first.recv(100) == b""
+        guest.detach(stream.handle)
+        turn_until(guest, lambda: not guest.packets())
+
+    def test_a_guest_that_does_not_read(self, guest: PlayedGuest) -> None:
+        """Room is looked for at first, with a byte of the queue left; then it is filled."""
+        stream = guest.connect(1234, 4096)
+        theirs = guest.fabric.streams[0]
+        theirs.send(bytes(10_000))
+        guest.loop.turn()
+        assert stream.unread == 4094
+        turn_until(guest, lambda: stream.unread == 4095)
+        said: list[int] = []
+        tell = stream.tell
+        stream.tell = lambda kind, value=0: (said.append(kind), tell(kind, value))  # type: ignore
+        got = len(stream.read())
+        assert said == [Kind.READ]
+        while got < 10_000:
+            guest.loop.turn()
+            got += len(stream.read())
+        assert got == 10_000
 
     def test_unread_data_outlives_the_guests_close(self, guest: PlayedGuest) -> None:
         stream = guest.connect(1234, 262_144)
@@ -325,6 +384,26 @@ class TestStreams:
         assert guest.alloc(offered.handle, 4096, [64, 65, 66, 67], flags=1) == 5
         guest.packet(Packet(Kind.ATTACH, 80, 5000, handle_value(offered.handle)))
         assert guest.fabric.settled == [(4096, 0)]
+        theirs.close()
+
+    def test_who_connects_has_chosen_no_size(self, guest: PlayedGuest) -> None:
+        """The queue is as large as a guest's own; the program sees the default it had."""
+        ours, theirs = _pair()
+        guest.machine.sockets.connect_to_guest(Offer(ours, 80, (2, 5000), BufferSizes(), False))
+        (request,) = guest.packets()
+        assert request.value == 262_144
+        guest.packet(Packet(Kind.NEGOTIATE2, 80, 5000, 262_144, 0, 1))
+        (offered,) = guest.packets()
+        assert guest.alloc(offered.handle, 262_144, guest.pages(130), flags=1) == 5
+        guest.packet(Packet(Kind.ATTACH, 80, 5000, handle_value(offered.handle)))
+        assert guest.fabric.settled == [(65_536, 0)]
+        theirs.close()
+
+    def test_who_connects_has_chosen_a_limit(self, guest: PlayedGuest) -> None:
+        ours, theirs = _pair()
+        sizes = BufferSizes().with_maximum(100_000)
+        guest.machine.sockets.connect_to_guest(Offer(ours, 80, (2, 5000), sizes, False))
+        assert [packet.value for packet in guest.packets()] == [100_000]
         theirs.close()
 
     def test_nobody_listens_in_the_guest(self, guest: PlayedGuest) -> None:

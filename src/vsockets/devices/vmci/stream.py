@@ -7,6 +7,10 @@ and we look at it by ourselves every :data:`LOOK_AGAIN`, or without a pause for 
 answer may take.  Once nothing came for some looks the byte is given back, and the queue looked at
 once more, so no wake-up is lost.
 
+Host to guest it is the same with the room: a byte of it is left unused, so the queue never looks
+full, the guest does not say READ, and we look by ourselves.  If it has read nothing for some looks
+the last byte is filled, and READ waited for.
+
 How streams end, by who begins:
 
 ====================  ====================================================================
@@ -27,7 +31,7 @@ import socket
 from collections.abc import Callable
 from socket import SHUT_RD, SHUT_RDWR, SHUT_WR
 
-from ...limits import ANSWER, LOOK_AGAIN, LOOKS, PUMP_ROUNDS, REMIND
+from ...limits import ANSWER, LOOK_AGAIN, LOOKS, NEXT_WORD, PUMP_ROUNDS, REMIND
 from ..loop import DeviceLoop
 from ..pump import pull, push
 from ..tap import Tap
@@ -40,6 +44,10 @@ _HUP = select.EPOLLHUP | select.EPOLLERR
 
 #: So many WROTE in a row are a flow that is worth looking at.
 _FLOWING = 3
+
+
+def _never() -> bool:
+    return False
 
 
 class Stream:
@@ -79,6 +87,9 @@ class Stream:
         self._rest = memoryview(b"")  # of a queue pair that was detached
         self._wrotes = 0
         self._looks = 0  # left; 0: it is not looked at
+        self._spared = int(self._may_look)  # bytes of the guest's room that are left unused
+        self._looks_for_room = 0  # left; 0: there is room, or READ will come
+        self._had_read = 0  # where the guest was at the first of them
         self._interest = _IN
         self._again_later = False
         self._unread: int | None = None  # where the guest was when we wrote and told it nothing
@@ -102,6 +113,7 @@ class Stream:
                 self._pump_in()
             elif kind == Kind.READ:
                 self._flow.receive(kind, False, False)
+                self._spared = int(self._may_look)
                 self._resume_reading()
             elif kind in (Kind.WAITING_READ, Kind.WAITING_WRITE):
                 room = self._in.ready() < self._in.size - 1
@@ -111,8 +123,8 @@ class Stream:
             elif kind == Kind.SHUTDOWN:
                 self._guest_shuts_down(value)
             elif kind == Kind.RST:
-                self._guest_shuts_down(Shutdown.SEND | Shutdown.RECEIVE)
                 self._told_end = True
+                self._guest_shuts_down(Shutdown.SEND | Shutdown.RECEIVE)
         except BrokenQueue:
             self.abort()
 
@@ -253,6 +265,8 @@ class Stream:
             if not self._in.ready():
                 return False
             self._pump_in()
+            # The program's next word is as near: a sleep and a wake-up would take as long.
+            self._loop.spin(_never, NEXT_WORD)
         except BrokenQueue:
             self.abort()
         return True
@@ -262,10 +276,10 @@ class Stream:
     def _pump_out(self, events: int = 0) -> None:
         outbound = self._out
         for _ in range(PUMP_ROUNDS):
-            free = outbound.free()
-            if not free:
+            free = outbound.free() - self._spared
+            if free <= 0:
                 self._want(self._interest & ~_IN, events & _HUP)
-                self._flow.blocked()
+                self._wait_for_room()
                 return
             received = pull(self._sock, window := outbound.window(free))
             if received is None:
@@ -283,6 +297,30 @@ class Stream:
             if self._looks:
                 self._looks = LOOKS
                 self._loop.spin(self._answered, ANSWER)
+
+    def _wait_for_room(self) -> None:
+        if not self._spared:
+            self._flow.blocked()
+        elif not self._looks_for_room:
+            self._looks_for_room, self._had_read = LOOKS, self._out.consumed
+            self._loop.call_later(LOOK_AGAIN, self._look_for_room)
+
+    def _look_for_room(self) -> None:
+        looks, self._looks_for_room = self._looks_for_room, 0
+        if not self._reading or self.queue_pair is None:
+            return
+        try:
+            if self._out.consumed != self._had_read:
+                self._resume_reading()
+            elif looks > 1:
+                self._looks_for_room = looks - 1
+                self._loop.call_later(LOOK_AGAIN, self._look_for_room)
+            else:
+                # Enough: what fills the queue lets the guest say READ.
+                self._spared = 0
+                self._resume_reading()
+        except BrokenQueue:
+            self.abort()
 
     def _remind(self) -> None:
         """A guest that has read nothing since may wait for more than one byte (SO_RCVLOWAT)."""
