@@ -100,7 +100,11 @@ def ganesha() -> Path:
         libraries = ("libntirpc4.3", "liburcu8", "libnfsidmap1", "libwbclient0", "libtirpc3")
         _STABLE.unpack(folder, "nfs-ganesha", "nfs-ganesha-vfs", "rpcbind", "libwrap0", *libraries)
 
-    return filled("ganesha", fill)
+    root = filled("ganesha", fill)
+    libraries = f"{root}/usr/lib/x86_64-linux-gnu:{root}/usr/lib/ganesha"
+    # It is built for Debian 12, and finds most of its libraries in the machine.
+    run(str(root / "usr/bin/ganesha.nfsd"), "-v", LD_LIBRARY_PATH=libraries)
+    return root
 
 
 def http2_proxy() -> tuple[list[str], list[str]]:

@@ -63,8 +63,9 @@ class PrivateGanesha:
         self._root, self._folder, self._export = root, folder, export
         self._processes: list[subprocess.Popen[bytes]] = []
         self._log = folder / "ganesha.log"
-        libraries = (root / "usr/lib/x86_64-linux-gnu", root / "usr/lib/ganesha", root / "lib")
-        self._environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(map(str, libraries))}
+        folders = ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu", "usr/lib/ganesha")
+        libraries = os.pathsep.join(str(root / name) for name in folders)
+        self._environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
 
     def __enter__(self) -> PrivateGanesha:
         try:

@@ -5,8 +5,9 @@
 NFS_GUEST_DUPLICATES, NFS_DUPLICATES = 1024, 1024
 
 #: How long a client waits for the first answer, for any at least and at most, in seconds.  The
-#: most is short: a server that was started again is there at once.
-NFS_FIRST_WAIT, NFS_SHORTEST_WAIT, NFS_LONGEST_WAIT = 0.5, 0.1, 2.0
+#: least is some sixty times what an answer takes: a busy processor's turn, and what each loss
+#: costs.  The most is short: a server that was started again is there at once.
+NFS_FIRST_WAIT, NFS_SHORTEST_WAIT, NFS_LONGEST_WAIT = 0.5, 0.03, 2.0
 
 #: How long a client sends one call again before the file is in error, in seconds: longer than
 #: any restart takes.
