@@ -29,7 +29,9 @@ class Repository:
 
     def __call__(self, *arguments: str) -> str:
         settings = ("-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "gc.auto=0")
-        import time; t=time.time()
+        import time
+
+        t = time.time()
         done = subprocess.run(
             ["git", *settings, *arguments],
             cwd=self._folder,
@@ -40,7 +42,7 @@ class Repository:
             timeout=200,
             check=False,
         )
-        print(arguments[0], time.time()-t)
+        print(arguments[0], time.time() - t)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 

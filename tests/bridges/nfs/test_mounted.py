@@ -30,6 +30,20 @@ def test_three_guests_and_their_rights(storage: tuple[PrivateFabric, Storage]) -
     assert "Permission denied" in nfs.refused(stranger)
 
 
+def test_what_one_guest_has_closed_another_sees_when_it_opens(
+    storage: tuple[PrivateFabric, Storage],
+) -> None:
+    """By open and read alone: most programs ask for the size first, which would renew it."""
+    fabric, nfs = storage
+    nfs.serve()
+    writer, reader = (nfs.mount(fabric.guest()) / "file" for _ in range(2))
+    for content in (b"one", b"two", b"longer", b"short"):
+        writer.write_bytes(content)
+        file = os.open(reader, os.O_RDONLY)
+        assert os.read(file, 100) == content
+        os.close(file)
+
+
 def test_unix_semantics(storage: tuple[PrivateFabric, Storage]) -> None:
     fabric, nfs = storage
     nfs.serve()

@@ -26,7 +26,7 @@ from .nfs3 import (
     Time,
     TimeHow,
 )
-from .nodes import Node, Nodes, entry_of
+from .nodes import Node, Nodes, content_of, entry_of
 from .rpc import Auth
 
 P = ParamSpec("P")
@@ -241,8 +241,13 @@ class Mounted(pyfuse3.Operations):
     ) -> pyfuse3.FileInfo:
         node, who = self._nodes[inode], _who(ctx)
         if flags & os.O_TRUNC:
-            await self._set(who, node, NewAttributes(size=0))
-        return pyfuse3.FileInfo(fh=self._opened(node, who))
+            attributes = await self._set(who, node, NewAttributes(size=0))
+        else:
+            attributes = await self._nfs.call(who, "getattr", node.handle)
+        same = content_of(attributes) == node.told
+        if not same:  # what the kernel holds of it may be older than what others have closed
+            pyfuse3.invalidate_inode(inode, attr_only=True)
+        return pyfuse3.FileInfo(fh=self._opened(node, who), keep_cache=same)
 
     @_told
     async def create(
