@@ -42,7 +42,6 @@ class Repository:
             timeout=200,
             check=False,
         )
-        print(arguments[0], time.time() - t)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
