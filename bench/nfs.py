@@ -65,7 +65,7 @@ def mounted() -> Iterator[dict[str, Path]]:
             folder.mkdir()
             said = start((*command, str(top / f"{name}-export"), str(folder)), environment)
             assert "mounted on" in said, said
-            stack.callback(subprocess.run, ["umount", "-l", folder], check=True)
+            stack.callback(lambda: subprocess.run(["umount", "-l", folder], check=True))
 
         nfs = (sys.executable, "-m", "vsockets.tools", "nfs")
         server = serve("vsock", "vsock-dgram::2049")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import platform
 import secrets
@@ -17,6 +18,7 @@ from .rpc import Auth, AuthSys, Flavor
 from .xdr import XdrError
 
 
+@functools.lru_cache(maxsize=64)
 def credentials(uid: int, gid: int, groups: tuple[int, ...] = ()) -> Auth:
     """What a unix process shows."""
     machine = platform.node().encode()[:255]
