@@ -113,6 +113,33 @@ def test_a_tree_survives_loss_and_the_servers_death(
     assert digests(top / "copy") == expected
 
 
+def test_what_the_kernel_asks_for_who_does_not_own_a_file(
+    storage: tuple[PrivateFabric, Storage],
+) -> None:
+    """Writing clears set-user-id, and whoever may write may set the times to now; no more."""
+    fabric, nfs = storage
+    nfs.serve()
+    top = nfs.mount(fabric.guest())
+
+    def nobody(script: str) -> int:
+        command = ["sh", "-c", script]
+        ran = subprocess.run(command, cwd=top, user=65534, capture_output=True, check=False)
+        return ran.returncode
+
+    (top / "file").touch()
+    os.chmod(top / "file", 0o6777)
+    assert nobody("echo written >>file") == 0
+    assert os.stat(nfs.export / "file").st_mode & 0o7777 == 0o777
+    assert (nfs.export / "file").read_text() == "written\n"
+    os.utime(top / "file", (1, 1))
+    assert nobody("touch -d @5 file") != 0 and nobody("chmod 700 file") != 0
+    assert os.stat(nfs.export / "file").st_mtime == 1
+    assert nobody("touch file") == 0
+    assert os.stat(nfs.export / "file").st_mtime > 5
+    os.chmod(top / "file", 0o755)
+    assert nobody("touch file") != 0
+
+
 @pytest.mark.skipif(shutil.which("fio") is None, reason="there is no fio")
 def test_fio_finds_no_corrupt_byte(storage: tuple[PrivateFabric, Storage]) -> None:
     fabric, nfs = storage
