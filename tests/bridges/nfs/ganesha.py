@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
 
 from vsockets.testing import wait_until
 
-#: Its ports in that network; it has MOUNT on another one than NFS.
+#: Its ports in that network, as docs/nfs.md has them; MOUNT is on another one than NFS.
 PORT, MOUNT_PORT = 2049, 2048
 
 #: How long it may take to start, in seconds: it takes one.
 _START = 60.0
 
-#: What docs/nfs.md tells people to write, with the ports and folders of a test.
-_CONFIGURATION = """\
-NFS_CORE_PARAM {{
-    Protocols = 3;
-    NFS_Port = {port};
-    MNT_Port = {mount_port};
-    Enable_NLM = false;
-    Enable_RQUOTA = false;
-    Plugins_Dir = "{plugins}";
-}}
-NFSV4 {{
-    UseGetpwnam = true;
-}}
-EXPORT {{
-    Export_Id = 1;
-    Path = "{export}";
-    Pseudo = "{export}";
-    Protocols = 3;
-    Transports = UDP;
-    Access_Type = RW;
-    Squash = No_Root_Squash;
-    SecType = sys;
-    FSAL {{ Name = VFS; }}
-}}
-"""
+#: Where its configuration is, as people are told to write it.
+_DOCUMENT = Path(__file__).parents[3] / "docs" / "nfs.md"
 
 #: What becomes the portmapper, and keeps the namespaces: its port and the path of its socket are
 #: fixed, and it becomes a user of Debian's.  Copies of other tests' mounts would keep them alive.
@@ -88,9 +66,7 @@ class PrivateGanesha:
         """Start it, for the first time or after :meth:`kill`; returns when it serves."""
         self._log.unlink(missing_ok=True)
         configuration = self._folder / "ganesha.conf"
-        plugins = self._root / "usr/lib/x86_64-linux-gnu/ganesha"
-        values = {"port": PORT, "mount_port": MOUNT_PORT, "plugins": plugins}
-        configuration.write_text(_CONFIGURATION.format(export=self._export, **values))
+        configuration.write_text(self._configuration())
         namespaces = f"/proc/{self._processes[0].pid}/ns"
         self._run(
             *("nsenter", f"--net={namespaces}/net", f"--mount={namespaces}/mnt"),
@@ -106,6 +82,17 @@ class PrivateGanesha:
         process.send_signal(signal.SIGKILL)
         process.wait()
 
+    def _configuration(self) -> str:
+        found = re.search(r"^NFS_CORE_PARAM \{.*?(?=^```)", _DOCUMENT.read_text(), re.M | re.S)
+        assert found is not None
+        plugins = f'Plugins_Dir = "{self._root}/usr/lib/x86_64-linux-gnu/ganesha";'
+        return (
+            found[0]
+            .replace("NFS_CORE_PARAM {", f"NFS_CORE_PARAM {{ {plugins}")
+            .replace("/srv/shared", str(self._export))
+            .replace(" Root_Squash", " No_Root_Squash")
+        )
+
     def _start_portmapper(self) -> None:
         passwd = self._folder / "passwd"
         passwd.write_text(
@@ -113,8 +100,15 @@ class PrivateGanesha:
         )
         script = _PORTMAPPER.format(root=self._root, passwd=passwd)
         self._run("unshare", "--net", "--mount", "sh", "-c", script)
-        socket = Path(f"/proc/{self._processes[0].pid}/root/run/rpcbind.sock")
-        wait_until(lambda: self._lives() and socket.exists(), "rpcbind to serve", _START)
+        process = Path(f"/proc/{self._processes[0].pid}")
+
+        def serves() -> bool:
+            self._lives()
+            # Until the script has become rpcbind what is in /run may be the machine's own.
+            mine = (process / "comm").read_text() == "rpcbind\n"
+            return mine and (process / "root/run/rpcbind.sock").exists()
+
+        wait_until(serves, "rpcbind to serve", _START)
 
     def _run(self, *command: str) -> None:
         with open(self._folder / "ganesha.out", "ab") as out:
