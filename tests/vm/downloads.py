@@ -56,7 +56,8 @@ def tls_libraries() -> dict[str, bytes]:
 
     root = filled("userland-tls", fill)
     return {
-        f"/lib/x86_64-linux-gnu/{path.name}": path.read_bytes() for path in root.rglob("lib*.so.3")
+        f"/lib/x86_64-linux-gnu/{path.name}": path.read_bytes()
+        for path in root.rglob("lib*.so.3")
     }
 
 
