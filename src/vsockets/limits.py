@@ -181,9 +181,11 @@ VFIO_REPLY = 5.0
 
 # What a guest may have of a VMCI device's process.
 
-#: Bytes of one guest's queue pairs (VMCI_MAX_GUEST_QP_MEMORY), and their number: as many
-#: sockets as a guest may have.
-QUEUE_PAIR_MEMORY = 128 << 20
+#: Bytes of one guest's queue pairs, and their number.  That is a thousand streams of Linux's
+#: default size, four times what VMware has (VMCI_MAX_GUEST_QP_MEMORY): under Linux the queue pairs
+#: of closed streams wait for each other before they go.  The memory is the guest's; our views of
+#: it are small.
+QUEUE_PAIR_MEMORY = 512 << 20
 QUEUE_PAIRS = 4096
 
 #: Doorbells of a guest: as many as its bitmap of one page has places.
