@@ -196,7 +196,7 @@ def play(stage: Stage, ring: Ring, driver: Driver, memory: Memory, expected: int
             stage.sleep(driver.kick)
             more = True
             while more:
-                more, call = queue.run(expected)
+                more, call = queue.run(lambda packets, payload: expected if packets else 1)
                 if call:
                     os.eventfd_write(driver.call, 1)
                 if expected > 1 and queue.packets:

@@ -6,6 +6,7 @@ go by one system call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from ...limits import PACKETS_A_TURN, VECTORS
@@ -42,7 +43,6 @@ class TransmitQueue:
 
     def __init__(self, ring: Ring, cid: int, receiver: Receiver, tap: Tap) -> None:
         self.packets = 0  #: taken in the last turn
-        self.payload = 0  #: bytes in them
         self._ring = ring
         self._cid = cid
         self._receiver = receiver
@@ -54,12 +54,13 @@ class TransmitQueue:
         self._ring.publish()
         return self._ring.base
 
-    def run(self, expected: int = 1) -> tuple[bool, bool]:
+    def run(self, expect: Callable[[int, int], int]) -> tuple[bool, bool]:
         """Take packets, for a turn.
 
         Returns whether there are more, and whether the guest wants to be told.  If there are
-        no more, a kick will come with the next one; or, if there were any, perhaps only when
-        there are as many as ``expected``.
+        no more, a kick will come with the next one; or perhaps only when there are as many
+        as ``expect`` has said, when it was told how many packets there were, and their payload
+        in bytes.
         """
         receiver, pop = self._receiver, self._ring.pop
         links = receiver.links
@@ -68,6 +69,7 @@ class TransmitQueue:
         views: list[memoryview] = []
         length = 0
         taken = 0  # bytes of payload
+        expected = 0
         more = True
         cid, tap = self._cid, self._tap
         turn = 0 if receiver.is_overwhelmed else PACKETS_A_TURN
@@ -75,7 +77,9 @@ class TransmitQueue:
             turn -= 1
             chain = pop()
             if chain is None:
-                if self._ring.want_kick(expected if notes else 1):
+                if not expected:  # those that come just now are not counted
+                    expected = expect(len(notes), taken)
+                if self._ring.want_kick(expected):
                     continue
                 more = False
                 break
@@ -127,7 +131,7 @@ class TransmitQueue:
         push = self._ring.push
         for note in notes:
             push(note, 0)
-        self.packets, self.payload = len(notes), taken
+        self.packets = len(notes)
         return more, self._ring.publish()
 
 
