@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import monotonic
 
 from ...limits import UNTOLD_DELAY, UNTOLD_PACKETS
 from ..loop import DeviceLoop, Timer
@@ -32,7 +31,7 @@ class Intake:
     def run(self) -> bool:
         """Take packets, for a turn; returns whether there are more."""
         queue = self._queue
-        more, call = queue.run(self._expect)
+        more, call = queue.run(self.pace)
         self._untold += queue.packets
         if call or self._owes_call:
             self._owes_call = True
@@ -54,11 +53,6 @@ class Intake:
         if self._owes_call:
             self._call()
         return self._queue.stop()
-
-    def _expect(self, packets: int, payload: int) -> int:
-        """So many have come: how many are to come before the guest kicks."""
-        self.pace.took(packets, payload, monotonic())
-        return self.pace.packets
 
     def _call(self) -> None:
         if self._calling is not None:

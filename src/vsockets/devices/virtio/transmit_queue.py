@@ -6,13 +6,14 @@ go by one system call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from time import monotonic
 from typing import Protocol
 
 from ...limits import PACKETS_A_TURN, VECTORS
 from ..tap import Tap
 from .capture import record
 from .link import Link
+from .pace import Pace
 from .packet import HEADER, HEADER_SIZE, Header, Op, Type
 from .ring import Ring, RingError, total
 
@@ -54,13 +55,11 @@ class TransmitQueue:
         self._ring.publish()
         return self._ring.base
 
-    def run(self, expect: Callable[[int, int], int]) -> tuple[bool, bool]:
+    def run(self, pace: Pace) -> tuple[bool, bool]:
         """Take packets, for a turn.
 
         Returns whether there are more, and whether the guest wants to be told.  If there are
-        no more, a kick will come with the next one; or perhaps only when there are as many
-        as ``expect`` has said, when it was told how many packets there were, and their payload
-        in bytes.
+        no more, a kick will come with as many as ``pace`` asks for, by what came now.
         """
         receiver, pop = self._receiver, self._ring.pop
         links = receiver.links
@@ -69,7 +68,7 @@ class TransmitQueue:
         views: list[memoryview] = []
         length = 0
         taken = 0  # bytes of payload
-        expected = 0
+        paced = False
         more = True
         cid, tap = self._cid, self._tap
         turn = 0 if receiver.is_overwhelmed else PACKETS_A_TURN
@@ -77,9 +76,14 @@ class TransmitQueue:
             turn -= 1
             chain = pop()
             if chain is None:
-                if not expected:  # those that come just now are not counted
-                    expected = expect(len(notes), taken)
-                if self._ring.want_kick(expected):
+                if run is not None and pace.packets == 1:  # an answer may be waited for
+                    run.pass_on(views, length)
+                    receiver.touched(run)
+                    run, views, length = None, [], 0
+                if not paced:  # those that come just now are not counted
+                    pace.took(len(notes), taken, monotonic())
+                    paced = True
+                if self._ring.want_kick(pace.packets):
                     continue
                 more = False
                 break
