@@ -6,9 +6,9 @@ import select
 import time
 from collections.abc import Callable
 
-from ..daemon.loop import Loop, Timer
+from ..daemon.loop import READABLE, Loop, Timer
 
-__all__ = ["DeviceLoop", "Timer"]
+__all__ = ["READABLE", "DeviceLoop", "Timer"]
 
 #: epoll(7) as Python has it counts milliseconds, and rounds up; what is shorter waits by select(2).
 _SHORT = 0.001
