@@ -20,8 +20,8 @@ from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.tap import Tap
 from vsockets.devices.virtio.link import Link
-from vsockets.devices.virtio.packed_ring import PackedRing
 from vsockets.devices.virtio.pace import Pace
+from vsockets.devices.virtio.packed_ring import PackedRing
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
 from vsockets.devices.virtio.split_ring import SplitRing
 from vsockets.devices.virtio.transmit_queue import TransmitQueue
