@@ -148,7 +148,7 @@ PACKETS_A_TURN = 256
 
 #: How long packets of a streaming guest may wait until some more have come, in seconds; and how
 #: many may, so that a guest's ring is never full for that.
-KICK_DELAY = 0.002
+KICK_DELAY = 0.004
 PACKETS_A_KICK = 32
 
 #: Packets of the guest that were taken without its being told that their memory is free again,
