@@ -148,7 +148,7 @@ PACKETS_A_TURN = 256
 
 #: How long packets of a streaming guest may wait until some more have come, in seconds; and how
 #: many may, so that a guest's ring is never full for that.
-KICK_DELAY = 0.002
+KICK_DELAY = 0.004
 PACKETS_A_KICK = 32
 
 #: Packets of the guest that were taken without its being told that their memory is free again,
@@ -181,9 +181,11 @@ VFIO_REPLY = 5.0
 
 # What a guest may have of a VMCI device's process.
 
-#: Bytes of one guest's queue pairs (VMCI_MAX_GUEST_QP_MEMORY), and their number: as many
-#: sockets as a guest may have.
-QUEUE_PAIR_MEMORY = 128 << 20
+#: Bytes of one guest's queue pairs, and their number.  That is a thousand streams of Linux's
+#: default size, four times what VMware has (VMCI_MAX_GUEST_QP_MEMORY): under Linux the queue pairs
+#: of closed streams wait for each other before they go.  The memory is the guest's; our views of
+#: it are small.
+QUEUE_PAIR_MEMORY = 512 << 20
 QUEUE_PAIRS = 4096
 
 #: Doorbells of a guest: as many as its bitmap of one page has places.

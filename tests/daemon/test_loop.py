@@ -59,6 +59,22 @@ def test_timers_run_in_their_order() -> None:
     assert calls == ["first", "second", "third"]
 
 
+def test_nobody_is_woken_for_a_cancelled_timer() -> None:
+    loop, waits = Loop(), list[float | None]()
+    poll = loop._poll
+
+    def wait(timeout: float | None = None, maxevents: int = -1) -> list[tuple[int, int]]:
+        waits.append(timeout)
+        loop.stop()
+        return poll(0, maxevents)
+
+    loop._poll = wait
+    for number in range(3):
+        loop.call_later(number, loop.stop).cancel()
+    loop.run()
+    assert waits == [None] and not loop._timers
+
+
 @pytest.mark.parametrize("when", ["an event", "a timer"])
 def test_a_callback_that_fails_is_logged_and_not_fatal(
     when: str, caplog: pytest.LogCaptureFixture

@@ -88,11 +88,17 @@ class Loop:
         poll, callbacks, timers = self._poll, self._callbacks, self._timers
         hurried = False
         while self._running:
-            wait = timers[0][0] - monotonic() if timers else None
-            if wait is not None and wait <= 0:
-                wait = self._run_timers()
-                if not self._running:
-                    break
+            wait = None
+            while timers:
+                if timers[0][2].callback is None:  # nobody is woken for what was cancelled
+                    heapq.heappop(timers)
+                    continue
+                wait = timers[0][0] - monotonic()
+                if wait <= 0:
+                    wait = self._run_timers()
+                break
+            if not self._running:
+                break
             if hurried:
                 wait = _IDLE if wait is None else min(wait, _IDLE)
             ready = poll(wait)

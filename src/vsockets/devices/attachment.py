@@ -59,7 +59,7 @@ from ..wire import (
     decode_route,
 )
 from ..wire.hybrid import ok_line
-from .loop import DeviceLoop
+from .loop import READABLE, DeviceLoop
 from .tap import Tap
 
 _TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
@@ -173,6 +173,8 @@ class Attachment:
         self._catch_all = socket.socket(AF_UNIX, SOCK_DGRAM)
         self._catch_all.setblocking(False)
         self._paused: list[socket.socket] = []
+        #: what vsockd had no room to be told, with the end of the stream it was offered
+        self._unsettled: deque[tuple[bytes, socket.socket | None]] = deque()
         self.tap = Tap(loop)  #: the device says there what passes, if anybody wants to know
         loop.watch(link.fileno(), self._ready)
         if datagrams:
@@ -189,6 +191,10 @@ class Attachment:
         if self.is_open:
             self._loop.unwatch(self._link.fileno())
             self._link.close()
+            for _, sock in self._unsettled:
+                if sock is not None:
+                    sock.close()
+            self._unsettled.clear()
             self._close_datagrams(self._catch_all)
             self.tap.close()
             while self._ports:
@@ -243,9 +249,32 @@ class Attachment:
             offer.sock.send(self._answer(offer, size, error), MSG_DONTWAIT | MSG_NOSIGNAL)
             if offer.polling or offer.sock.type == SOCK_SEQPACKET:  # there, with the request
                 offer.sock.recv(len(PADDING), MSG_DONTWAIT)
-        request = Request(Op.SETTLE, 0, *local, *peer, error, size)
+        request = Request(Op.SETTLE, 0, *local, *peer, error, size).encode()
         with contextlib.suppress(OSError):  # vsockd has gone; the link says so
-            self._tell(request.encode(), offer.sock if error else None)
+            self._settle(request, offer.sock if error else None)
+
+    def _settle(self, request: bytes, sock: socket.socket | None) -> None:
+        """As soon as there is room for it.  vsockd makes no more offers than it remembers, so
+        no more of these wait."""
+        if not self._unsettled:
+            try:
+                self._tell(request, sock)
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+            self._loop.change(self._link.fileno(), READABLE | EPOLLOUT)
+        self._unsettled.append((request, None if sock is None else sock.dup()))
+
+    def _settle_rest(self) -> None:
+        with contextlib.suppress(OSError):  # there is no more room, or vsockd has gone
+            while self._unsettled:
+                request, sock = self._unsettled[0]
+                self._tell(request, sock)
+                self._unsettled.popleft()
+                if sock is not None:
+                    sock.close()
+            self._loop.change(self._link.fileno(), READABLE)
 
     def _answer(self, offer: Offer, size: int, error: int) -> bytes:
         if offer.ok_line:
@@ -373,6 +402,8 @@ class Attachment:
         return fd
 
     def _ready(self, events: int) -> None:
+        if events & EPOLLOUT:
+            self._settle_rest()
         try:
             record, fd = _receive(self._link, _TAKE)
         except BlockingIOError:

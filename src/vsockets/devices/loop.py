@@ -6,12 +6,12 @@ import select
 import time
 from collections.abc import Callable
 
-from ..daemon.loop import Loop, Timer
+from ..daemon.loop import READABLE, Loop, Timer
 
-__all__ = ["DeviceLoop", "Timer"]
+__all__ = ["READABLE", "DeviceLoop", "Timer"]
 
-#: epoll(7) as Python has it counts milliseconds; what is shorter waits by select(2).
-_SHORT = 0.002
+#: epoll(7) as Python has it counts milliseconds, and rounds up; what is shorter waits by select(2).
+_SHORT = 0.001
 
 
 class DeviceLoop(Loop):
@@ -55,7 +55,8 @@ class DeviceLoop(Loop):
             self._spin()
             timeout = 0
         elif timeout is not None and 0 < timeout < _SHORT:
-            select.select(self._only, (), (), timeout)
+            if not select.select(self._only, (), (), timeout)[0]:
+                return []
             timeout = 0
         return self._wait(timeout, maxevents)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import logging
+import select
 import socket
 from collections.abc import Callable
 from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, SCM_RIGHTS, SOL_SOCKET
@@ -14,6 +15,7 @@ from .conversation import Conversation, ProtocolError
 log = logging.getLogger(__name__)
 
 _TAKE = int(MSG_CMSG_CLOEXEC | MSG_DONTWAIT)
+_GIVE = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 
 
 class Server:
@@ -61,7 +63,7 @@ class Server:
         # The next one waits in the backlog: a machine that is started again while its old
         # process still ends.
         self._loop.unwatch(self._listener.fileno())
-        client.settimeout(self._patience)
+        client.setblocking(True)
         self._client = client
         self._conversation = self._begin()
         self._loop.watch(client.fileno(), lambda events: self._ready(client))
@@ -81,7 +83,7 @@ class Server:
             if not data:
                 raise EOFError
             for answer in talk.receive(data, fds):
-                client.sendall(answer, MSG_NOSIGNAL)
+                self._send(client, answer)
         except (EOFError, ConnectionError):
             log.info("the virtual machine has gone")
             self._end(client)
@@ -89,6 +91,15 @@ class Server:
             log.warning("the virtual machine is given up: %s", error)
             self._end(client)
         self._after_each()
+
+    def _send(self, client: socket.socket, answer: bytes) -> None:
+        """All of ``answer``.  TimeoutError."""
+        while answer:
+            try:
+                answer = answer[client.send(answer, _GIVE) :]
+            except BlockingIOError:
+                if not select.select((), (client,), (), self._patience)[1]:
+                    raise TimeoutError("it reads no answer") from None
 
     def _end(self, client: socket.socket) -> None:
         self._loop.unwatch(client.fileno())

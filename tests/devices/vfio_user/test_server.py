@@ -52,7 +52,7 @@ class Remembering:
             return self.config.read(offset, count)
         return bytes(self.bytes[offset : offset + count])
 
-    def write(self, region: int, offset: int, data: bytes) -> None:
+    def write(self, region: int, offset: int, data: bytes, posted: bool) -> None:
         if region == Region.CONFIG:
             self.config.write(offset, data)
         else:

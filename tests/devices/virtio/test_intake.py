@@ -13,6 +13,7 @@ from vsockets.devices.tap import Tap
 from vsockets.devices.vhost_user import Vring
 from vsockets.devices.virtio.intake import Intake
 from vsockets.devices.virtio.link import Link
+from vsockets.devices.virtio.pace import Pace
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
 from vsockets.devices.virtio.split_ring import SplitRing
 from vsockets.devices.virtio.transmit_queue import TransmitQueue
@@ -22,6 +23,17 @@ from vsockets.testing.virtio_driver import GUEST_BASE, DriverRing, Memory
 
 CID = 5
 SIZE = 128
+
+
+class Streams(Pace):
+    """Of a guest that is known to stream: after some packets there are to be four more."""
+
+    def __init__(self, delay: float) -> None:
+        super().__init__()
+        self._then = delay
+
+    def took(self, packets: int, length: int, now: float) -> None:
+        self.packets, self.delay = (4, self._then) if packets else (1, 0.0)
 
 
 class Rig:
@@ -91,7 +103,7 @@ def rig() -> Iterator[Rig]:
 
 
 def test_packets_that_come_without_a_kick_are_looked_for(rig: Rig) -> None:
-    rig.intake.pace.packets, rig.intake.pace.delay = 4, 0.001
+    rig.intake.pace = Streams(0.001)
     rig.send()
     rig.work()
     assert not rig.send()
@@ -105,14 +117,14 @@ def test_packets_that_come_without_a_kick_are_looked_for(rig: Rig) -> None:
 
 
 def test_as_many_as_expected_kick(rig: Rig) -> None:
-    rig.intake.pace.packets, rig.intake.pace.delay = 4, 10.0
+    rig.intake.pace = Streams(10.0)
     rig.send()
     rig.work()
     assert [rig.send() for _ in range(4)] == [False, False, False, True]
 
 
 def test_a_look_that_finds_nothing_asks_for_a_kick_by_the_next(rig: Rig) -> None:
-    rig.intake.pace.packets, rig.intake.pace.delay = 4, 0.001
+    rig.intake.pace = Streams(0.001)
     rig.send()
     rig.work()
     rig.work()

@@ -20,6 +20,7 @@ from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.tap import Tap
 from vsockets.devices.virtio.link import Link
+from vsockets.devices.virtio.pace import Pace
 from vsockets.devices.virtio.packed_ring import PackedRing
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
 from vsockets.devices.virtio.split_ring import SplitRing
@@ -165,13 +166,24 @@ class Counter:
         raise AssertionError("there are no connections")
 
 
+class Expecting(Pace):
+    """So many packets more after some have come."""
+
+    def __init__(self, packets: int) -> None:
+        super().__init__()
+        self._then = packets
+
+    def took(self, packets: int, length: int, now: float) -> None:
+        self.packets = self._then if packets else 1
+
+
 def play(stage: Stage, ring: Ring, driver: Driver, memory: Memory, expected: int) -> int:
     """The driver sends PACKETS packets through a ring of SIZE; returns how many came.
 
     Where the device waits for several packets, it goes on looking: its timer is always due.
     """
     counter = Counter()
-    queue = TransmitQueue(ring, CID, counter, UNTAPPED)
+    queue, pace = TransmitQueue(ring, CID, counter, UNTAPPED), Expecting(expected)
     place = memory.allocate(HEADER_SIZE)
     header = Header(CID, 2, 1000, 1000, op=Op.CREDIT_REQUEST).encode()
     memory.view[place : place + HEADER_SIZE] = header
@@ -196,7 +208,7 @@ def play(stage: Stage, ring: Ring, driver: Driver, memory: Memory, expected: int
             stage.sleep(driver.kick)
             more = True
             while more:
-                more, call = queue.run(expected)
+                more, call = queue.run(pace)
                 if call:
                     os.eventfd_write(driver.call, 1)
                 if expected > 1 and queue.packets:

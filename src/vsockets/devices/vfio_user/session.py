@@ -50,8 +50,10 @@ class Device(Protocol):
     def read(self, region: int, offset: int, count: int) -> bytes:
         """What is there: ``count`` bytes."""
 
-    def write(self, region: int, offset: int, data: bytes) -> None:
-        """The guest, or the client, writes ``data`` there."""
+    def write(self, region: int, offset: int, data: bytes, posted: bool) -> None:
+        """The guest, or the client, writes ``data`` there, and goes on when this returns; or at
+        once, if it is ``posted``.
+        """
 
     def reset(self) -> None:
         """As after power-on."""
@@ -102,7 +104,7 @@ class Session:
     def _perform(self, message: Message) -> bytes:
         command = message.command
         if command == _WRITE and self._negotiated:
-            return self._write(message.payload)
+            return self._write(message.payload, bool(message.flags & _NO_REPLY))
         if command == _READ and self._negotiated:
             return self._read(message.payload)
         if command == Command.VERSION:
@@ -128,7 +130,7 @@ class Session:
         self._require_range(region, offset, count)
         return payload + self._device.read(region, offset, count)
 
-    def _write(self, payload: bytes) -> bytes:
+    def _write(self, payload: bytes, posted: bool) -> bytes:
         if len(payload) < messages.ACCESS.size:
             raise OSError(errno.EINVAL, f"a write request of {len(payload)} bytes")
         offset, region, count = messages.ACCESS.unpack_from(payload)
@@ -136,7 +138,7 @@ class Session:
         if len(data) != count:
             raise OSError(errno.EINVAL, f"a write of {count} bytes with {len(data)}")
         self._require_range(region, offset, count)
-        self._device.write(region, offset, data)
+        self._device.write(region, offset, data, posted)
         return payload[: messages.ACCESS.size]
 
     def _require_range(self, region: int, offset: int, count: int) -> None:

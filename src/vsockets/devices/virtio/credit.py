@@ -24,24 +24,22 @@ def distance(later: int, earlier: int) -> int:
 class SendCredit:
     """What may be sent to the guest."""
 
-    __slots__ = ("_alloc", "_fwd", "_sent")
+    __slots__ = ("_fwd", "_sent", "buffer")
 
     def __init__(self) -> None:
-        self._sent = self._alloc = self._fwd = 0
-
-    @property
-    def buffer(self) -> int:
-        """The size of the guest's buffer, in bytes."""
-        return self._alloc
+        self.buffer = 0  #: the guest's, in bytes
+        self._sent = self._fwd = 0
 
     def update(self, buf_alloc: int, fwd_cnt: int) -> None:
         """The guest says this of its buffer, in any of its packets."""
-        self._alloc = buf_alloc
+        self.buffer = buf_alloc
         self._fwd = fwd_cnt
 
     def available(self) -> int:
         """Bytes that may be sent now."""
-        return max(0, self._alloc - distance(self._sent, self._fwd))
+        # distance() without the call, here and below: it is asked for every packet.
+        free = self.buffer - (self._sent - self._fwd & _MODULUS_BITS)
+        return free if free > 0 else 0
 
     def spend(self, length: int) -> None:
         """``length`` bytes were sent, ``available()`` of them at most."""
@@ -64,7 +62,6 @@ class ReceiveCredit:
 
     def receive(self, length: int) -> bool:
         """``length`` bytes came; False when the guest had no credit for them."""
-        # What distance() does, without the call: every packet comes through here.
         if length > self.size - (self._received - self._forwarded & _MODULUS_BITS):
             return False
         self._received = self._received + length & _MODULUS_BITS

@@ -49,6 +49,8 @@ RECEIVE, TRANSMIT, EVENT = range(3)
 
 # Names of our own: looking a member up in its enum costs as much as a short function.
 _OPEN, _CLOSING, _GONE_STATE = State.OPEN, State.CLOSING, State.GONE
+#: An eventfd that nobody reads: each time something is added to it is news.
+_EACH_KICK = select.EPOLLIN | select.EPOLLET
 _READING = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _WRITING = _READING | select.EPOLLOUT
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
@@ -99,7 +101,7 @@ class VirtioVsock:
         self._busy = False
         self._marker = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
         self._again = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        loop.watch(self._again, partial(self._kicked, self._again))
+        loop.watch_for(self._again, self.work, _EACH_KICK)
 
     def close(self) -> None:
         """Let go of everything; the rings have been stopped."""
@@ -131,7 +133,7 @@ class VirtioVsock:
             raise OSError(errno.EINVAL, f"ring {index}: {error}") from None
         self._vrings[index] = vring
         assert vring.kick is not None
-        self._loop.watch_for(vring.kick, partial(self._kicked, vring.kick), select.EPOLLIN)
+        self._loop.watch_for(vring.kick, self.work, _EACH_KICK)
         if index == RECEIVE:
             self._receive = ReceiveQueue(ring, self.cid, self.tap)
         elif index == TRANSMIT:
@@ -214,19 +216,14 @@ class VirtioVsock:
         """Whether the guest's packets wait until it has taken some of ours."""
         return len(self._resets) >= WAITING_RESETS
 
-    def _kicked(self, kick: int, events: int) -> None:
-        try:
-            os.read(kick, 8)
-        except BlockingIOError:
-            return
-        self.work()
-
     def _work_again(self) -> None:
         """Another turn, after everybody else's."""
         os.eventfd_write(self._again, 1)
 
-    def work(self) -> None:
-        """Take what the guest sent, and give it what there is, both for a turn."""
+    def work(self, events: int = 0) -> None:
+        """Take what the guest sent, and give it what there is, both for a turn; for ``events``
+        of an eventfd, or without one.
+        """
         self._turn(self._transmit)
 
     def _turn(self, transmit: Intake | None = None) -> None:
@@ -270,6 +267,7 @@ class VirtioVsock:
                 self._loop.call_later(GUEST_FAREWELL, partial(self._give_up, link, State.CLOSING))
         if queue.publish():
             self._vrings[RECEIVE].call()
+        queue.prepare()
         if not budget or (overwhelmed and not self.is_overwhelmed):
             self._work_again()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import monotonic
 
 from ...limits import UNTOLD_DELAY, UNTOLD_PACKETS
 from ..loop import DeviceLoop, Timer
@@ -23,7 +22,6 @@ class Intake:
         self._queue = queue
         self._vring = vring
         self._work = work
-        self._look_at = 0.0
         self._looking: Timer | None = None
         self._calling: Timer | None = None
         self._untold = 0  # packets taken since the guest was told
@@ -32,47 +30,34 @@ class Intake:
 
     def run(self) -> bool:
         """Take packets, for a turn; returns whether there are more."""
-        queue, pace = self._queue, self.pace
-        expected, delay = pace.packets, pace.delay
-        more, call = queue.run(expected)
-        now = monotonic()
-        pace.took(queue.packets, queue.payload, now)
+        queue = self._queue
+        more, call = queue.run(self.pace)
         self._untold += queue.packets
         if call or self._owes_call:
             self._owes_call = True
             if self._untold >= self._most_untold:
                 self._call()
             elif self._calling is None:
-                self._calling = self._loop.call_later(UNTOLD_DELAY, self._call_late)
-        if not more and expected > 1 and queue.packets:
-            self._look_at = now + delay
-            if self._looking is None:
-                self._looking = self._loop.call_later(delay, self._look)
+                self._calling = self._loop.call_later(UNTOLD_DELAY, self._call)
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+        if not more and self.pace.packets > 1:
+            self._looking = self._loop.call_later(self.pace.delay, self._work)
         return more
 
     def stop(self) -> int:
         """Let go of the guest's memory; returns where to go on."""
-        for timer in (self._looking, self._calling):
-            if timer is not None:
-                timer.cancel()
+        if self._looking is not None:
+            self._looking.cancel()
         if self._owes_call:
             self._call()
         return self._queue.stop()
 
-    def _look(self) -> None:
-        left = self._look_at - monotonic()
-        if left > 0:  # there was a kick since
-            self._looking = self._loop.call_later(left, self._look)
-        else:
-            self._looking = None
-            self._work()
-
-    def _call_late(self) -> None:
-        self._calling = None
-        if self._owes_call:
-            self._call()
-
     def _call(self) -> None:
+        if self._calling is not None:
+            self._calling.cancel()
+            self._calling = None
         self._owes_call = False
         self._untold = 0
         self._vring.call()

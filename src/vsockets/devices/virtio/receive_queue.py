@@ -29,7 +29,7 @@ _LOOK = int(MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT)
 _TAKE = int(MSG_DONTWAIT)
 
 #: Buffers of the guest that one connection fills in one turn.
-_LARGEST_BURST = 16
+_SMALLEST_BURST, _LARGEST_BURST = 2, 16
 
 
 #: One chain of the guest's, understood: the ring's note of it, the header (None when it is in
@@ -74,6 +74,10 @@ class ReceiveQueue:
     def publish(self) -> bool:
         """Let the guest see its packets; returns whether it wants to be told."""
         return self._ring.publish()
+
+    def prepare(self) -> None:
+        """Understand the buffers of the next packets while nobody waits for them."""
+        self._restock(_SMALLEST_BURST)
 
     def has_buffers(self) -> bool:
         """Whether there is a buffer; if not, a kick will come with the next one."""
@@ -160,7 +164,7 @@ class ReceiveQueue:
         if received == room:
             link.burst = min(link.burst * 2, _LARGEST_BURST)
             return True
-        link.burst = max(2, used)
+        link.burst = max(_SMALLEST_BURST, used)
         # Less than there was room for: it is empty.  Only an end would not be announced again.
         link.readable = link.hung_up
         return True

@@ -6,12 +6,14 @@ go by one system call.
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Protocol
 
 from ...limits import PACKETS_A_TURN, VECTORS
 from ..tap import Tap
 from .capture import record
 from .link import Link
+from .pace import Pace
 from .packet import HEADER, HEADER_SIZE, Header, Op, Type
 from .ring import Ring, RingError, total
 
@@ -42,7 +44,6 @@ class TransmitQueue:
 
     def __init__(self, ring: Ring, cid: int, receiver: Receiver, tap: Tap) -> None:
         self.packets = 0  #: taken in the last turn
-        self.payload = 0  #: bytes in them
         self._ring = ring
         self._cid = cid
         self._receiver = receiver
@@ -54,12 +55,11 @@ class TransmitQueue:
         self._ring.publish()
         return self._ring.base
 
-    def run(self, expected: int = 1) -> tuple[bool, bool]:
+    def run(self, pace: Pace) -> tuple[bool, bool]:
         """Take packets, for a turn.
 
         Returns whether there are more, and whether the guest wants to be told.  If there are
-        no more, a kick will come with the next one; or, if there were any, perhaps only when
-        there are as many as ``expected``.
+        no more, a kick will come with as many as ``pace`` asks for, by what came now.
         """
         receiver, pop = self._receiver, self._ring.pop
         links = receiver.links
@@ -68,6 +68,7 @@ class TransmitQueue:
         views: list[memoryview] = []
         length = 0
         taken = 0  # bytes of payload
+        paced = False
         more = True
         cid, tap = self._cid, self._tap
         turn = 0 if receiver.is_overwhelmed else PACKETS_A_TURN
@@ -75,7 +76,14 @@ class TransmitQueue:
             turn -= 1
             chain = pop()
             if chain is None:
-                if self._ring.want_kick(expected if notes else 1):
+                if run is not None and pace.packets == 1:  # an answer may be waited for
+                    run.pass_on(views, length)
+                    receiver.touched(run)
+                    run, views, length = None, [], 0
+                if not paced:  # those that come just now are not counted
+                    pace.took(len(notes), taken, monotonic())
+                    paced = True
+                if self._ring.want_kick(pace.packets):
                     continue
                 more = False
                 break
@@ -127,7 +135,7 @@ class TransmitQueue:
         push = self._ring.push
         for note in notes:
             push(note, 0)
-        self.packets, self.payload = len(notes), taken
+        self.packets = len(notes)
         return more, self._ring.publish()
 
 

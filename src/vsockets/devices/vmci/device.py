@@ -130,7 +130,7 @@ class VmciDevice:
                 return self._ports.read(count)
         return bytes(count)
 
-    def write(self, region: int, offset: int, data: bytes) -> None:
+    def write(self, region: int, offset: int, data: bytes, posted: bool = False) -> None:
         """As :class:`vsockets.devices.vfio_user.Device` says."""
         if region == Region.CONFIG:
             was_master = self._config.is_master
@@ -141,7 +141,7 @@ class VmciDevice:
         elif region == self._registers:
             register = offset - self._base
             if len(data) == 4:
-                self._store(register, int.from_bytes(data, "little"))
+                self._store(register, int.from_bytes(data, "little"), posted)
             elif register == Register.DATA_OUT and self._base == 0:
                 self._ports.write(data)
 
@@ -187,12 +187,11 @@ class VmciDevice:
             return 0xFFFF_FFFF if self._result < 0 else 0
         return 0
 
-    def _store(self, register: int, value: int) -> None:
+    def _store(self, register: int, value: int, posted: bool) -> None:
         if register == Register.DATA_OUT_LOW:
             self._dma.take_in(value, self._run)
         elif register == Register.DATA_IN_LOW:
-            if self._dma.hand_out(value, self._waiting, self._took):
-                self._interrupt(_DMA_DATAGRAM)
+            self._hand_out(value, posted)
             if self._waiting:
                 self._interrupt(_DATAGRAM)
         elif register == Register.DATA_OUT_HIGH:
@@ -229,6 +228,14 @@ class VmciDevice:
         datagram = Datagram.decode(data)
         self._result = Code.INVALID_ARGS if datagram is None else self._perform(datagram)
         return self._result
+
+    def _hand_out(self, low: int, posted: bool) -> None:
+        if not posted:
+            # The driver looks when its write is done, and that is not before we return.  Until the
+            # interrupt has found its way through the monitor so have we: 15 % of a round trip.
+            self._interrupt(_DMA_DATAGRAM)
+        if self._dma.hand_out(low, self._waiting, self._took) and posted:
+            self._interrupt(_DMA_DATAGRAM)
 
     def _took(self, size: int) -> None:
         self._waiting_bytes -= size

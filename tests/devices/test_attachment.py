@@ -1,0 +1,100 @@
+"""A device's link to vsockd, when vsockd has no time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from socket import AF_UNIX, MSG_DONTWAIT, SOCK_SEQPACKET
+
+import pytest
+
+from vsockets.buffers import BufferSizes
+from vsockets.devices.attachment import Attachment, Offer
+from vsockets.devices.loop import DeviceLoop
+from vsockets.testing import wait_until
+from vsockets.wire import RECORD_SIZE, REQUEST_SIZE, Op, Record, Request
+
+CID, HOST, PORTS = 11, 2, range(5000, 5003)
+FILLING = b"full"
+
+
+class Busy:
+    """An attachment whose vsockd, which is played, has not read its link for long."""
+
+    def __init__(self) -> None:
+        self.loop = DeviceLoop()
+        link, self.vsockd = socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
+        self.vsockd.settimeout(30)
+        self.attachment = Attachment(self.loop, link, CID, datagrams=False)
+        try:
+            while True:
+                link.send(FILLING, MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+
+    def settle(self, port: int, error: int) -> socket.socket:
+        """Answer an offer; returns the end of who connects."""
+        client, sock = socket.socketpair(AF_UNIX)
+        client.settimeout(30)
+        with sock:
+            offer = Offer(sock, port, (HOST, 1024), BufferSizes(), polling=False)
+            self.attachment.settle(offer, size=4096, error=error)
+        return client
+
+    def next(self) -> tuple[Request, list[int]]:
+        """What vsockd is told next, with the descriptors that came along."""
+        while True:
+            data, fds, _, _ = socket.recv_fds(self.vsockd, REQUEST_SIZE, 1)
+            if data != FILLING:
+                return Request.decode(data), fds
+            self.loop.turn()
+
+
+@pytest.fixture
+def busy() -> Iterator[Busy]:
+    busy = Busy()
+    yield busy
+    busy.attachment.close()
+    busy.vsockd.close()
+    busy.loop.close()
+
+
+def test_answers_wait_until_vsockd_has_room(busy: Busy) -> None:
+    errors = (0, errno.ECONNRESET, 0)
+    clients = [busy.settle(port, error) for port, error in zip(PORTS, errors, strict=True)]
+    for port, error, client in zip(PORTS, errors, clients, strict=True):
+        told, fds = busy.next()
+        assert (told.op, told.local_port, told.backlog) == (Op.SETTLE, port, error)
+        assert Record.decode(client.recv(RECORD_SIZE)).status == error
+        assert len(fds) == bool(error), "who was refused may try again, on the same socket"
+        for fd in fds:
+            os.write(fd, b"again")
+            assert client.recv(10) == b"again"
+            os.close(fd)
+        client.close()
+
+
+def test_then_the_link_is_as_before(busy: Busy) -> None:
+    for round in range(2):
+        with busy.settle(PORTS[round], 0):
+            told, _ = busy.next()
+            assert told.local_port == PORTS[round]
+        busy.loop.turn()
+        assert not busy.attachment._unsettled
+
+
+def test_nothing_is_kept_for_a_vsockd_that_has_gone(busy: Busy) -> None:
+    with busy.settle(PORTS[0], errno.ECONNRESET) as client:
+        client.recv(RECORD_SIZE)
+        lost: list[bool] = []
+        busy.attachment.lost = lambda: lost.append(True)
+        busy.vsockd.close()
+
+        def has_heard() -> bool:
+            busy.loop.turn()
+            return bool(lost)
+
+        wait_until(has_heard, "the link to end")
+        assert client.recv(1) == b"", "the end that was to go back is closed"
