@@ -17,6 +17,7 @@ __all__ = [
     "qemu",
     "rabbitmq",
     "rust_back_end",
+    "storage_client",
     "tls_libraries",
     "userland",
 ]
@@ -53,11 +54,34 @@ def tls_libraries() -> dict[str, bytes]:
     def fill(folder: Path) -> None:
         _STABLE.unpack(folder, "libssl3")
 
-    root = filled("userland-tls", fill)
-    return {
-        f"/lib/x86_64-linux-gnu/{path.name}": path.read_bytes()
-        for path in root.rglob("lib*.so.3")
-    }
+    return _libraries(filled("userland-tls", fill))
+
+
+#: pyfuse3, and what it imports; trio, too, which is not used.
+_PYFUSE = (
+    *("python3-pyfuse3", "libfuse3-3", "libffi8", "python3-trio", "python3-async-generator"),
+    *("python3-attr", "python3-idna", "python3-outcome", "python3-sniffio"),
+    "python3-sortedcontainers",
+)
+
+
+def storage_client() -> dict[str, bytes]:
+    """What mounting takes in a guest besides, by its paths there."""
+
+    def fill(folder: Path) -> None:
+        _STABLE.unpack(folder, *_PYFUSE)
+
+    root = filled("userland-nfs", fill)
+    paths = root.glob("usr/lib/python3/**/*.[ps][yo]")
+    code = {f"/{path.relative_to(root)}": path for path in paths if "tests" not in path.parts}
+    modules = {name: path.read_bytes() for name, path in code.items()}
+    return {**tls_libraries(), **_libraries(root), **modules}
+
+
+def _libraries(root: Path) -> dict[str, bytes]:
+    """Those that are called after their version."""
+    paths = root.rglob("lib*.so.?")
+    return {f"/lib/x86_64-linux-gnu/{path.name}": path.read_bytes() for path in paths}
 
 
 _ERLANG = (
