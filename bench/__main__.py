@@ -25,6 +25,7 @@ from . import (
     drops,
     forward,
     hybrid,
+    nfs,
     scale,
     streams,
     supervised,
@@ -256,6 +257,22 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "amqp confirmed one by one, 64 B": messaging(amqp.confirming, 300, unit="us"),
     }
 
+    def storing(measure: Callable[[Path, int], float], count: int, unit: str) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            with nfs.mounted() as folders:
+                contestants: dict[str, Callable[[], float]] = {
+                    name: partial(measure, folder, count) for name, folder in folders.items()
+                }
+                return take_turns(contestants, unit, rounds, tick)
+
+        return run
+
+    beside_udp: dict[str, Benchmark] = {
+        "nfs writing, 32 MiB": storing(nfs.writing, 32, "MB/s"),
+        "nfs reading, 32 MiB": storing(nfs.reading, 32, "MB/s"),
+        "nfs making and removing files of 4 KiB": storing(nfs.creating, 200, "/s"),
+    }
+
     def device(throughput: Callable[[int, bool], float], to_guest: bool) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             contestants = {
@@ -294,6 +311,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         ),
         **(beside_socat if forward.available() else {}),
         **(beside_tcp if amqp.available() else {}),
+        **(beside_udp if nfs.available() else {}),
     }
 
 

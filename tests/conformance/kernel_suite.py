@@ -1,11 +1,14 @@
 """The Linux kernel's own vsock tests: ``tools/testing/vsock`` of Debian's kernel source.
 
+Other parts of it are a tree of files for tests of file systems.
+
 The newest ``linux-source`` that the machine's own Debian mirror has is downloaded by apt, once,
 into ``~/.cache/vsockets``; the tests are built there and never become part of this project.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -23,6 +26,10 @@ _RESULTS = ("pass", "fail", "unsteady", "does not apply")
 
 #: Where the newest kernels of Debian stable are.
 RELEASE = "trixie-backports"
+#: A tree of 800 files, executables and symbolic links among them.
+TREE = ("fs/nfs", "scripts")
+#: The parts of the source that are unpacked: the tree, and what the tests are built from.
+PARTS = (*TREE, "tools/testing/vsock", "tools/include")
 #: The tests' own file names; the other programs in their folder need more than a C library.
 SOURCES = ("vsock_test", "vsock_test_zerocopy", "timeout", "control", "util", "msg_zerocopy_common")
 FLAGS = (
@@ -76,12 +83,27 @@ def vsock_test() -> Path:
     """The program, built if need be.  Raises Unavailable."""
     program = CACHE / "kernel" / "vsock_test-static"
     if not program.exists():
-        for needed in ("apt-get", "dpkg-deb", "tar", "xz", "gcc"):
-            if shutil.which(needed) is None:
-                raise Unavailable(f"no {needed}")
-        program.parent.mkdir(parents=True, exist_ok=True)
-        _build(_unpack(_download(program.parent)), program)
+        _need("gcc")
+        _build(source() / "tools" / "testing" / "vsock", program)
     return program
+
+
+def source() -> Path:
+    """The folder of the source's parts, downloaded if need be.  Raises Unavailable."""
+    folder = CACHE / "kernel" / "source"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all((folder / part).exists() for part in PARTS):
+            _need("apt-get", "dpkg-deb", "tar", "xz")
+            _unpack(_download(folder.parent), folder)
+    return folder
+
+
+def _need(*programs: str) -> None:
+    for needed in programs:
+        if shutil.which(needed) is None:
+            raise Unavailable(f"no {needed}")
 
 
 def _download(folder: Path) -> Path:
@@ -111,18 +133,20 @@ def _version(name: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", name)]
 
 
-def _unpack(package: Path) -> Path:
-    """The folder of the tests, within the parts of the source that they include."""
-    folder = package.parent / "source"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+def _unpack(package: Path, folder: Path) -> None:
+    """The parts, into ``folder``."""
+    new = folder.with_suffix(".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
     script = (
-        'dpkg-deb --fsys-tarfile "$0" | tar -xO --wildcards "*/linux-source-*.tar.xz" '
-        '| tar -xJ --strip-components=1 --wildcards "*/tools/testing/vsock/*" "*/tools/include/*"'
+        'package=$0; dpkg-deb --fsys-tarfile "$package" '
+        '| tar -xO --wildcards "*/linux-source-*.tar.xz" '
+        '| tar -xJ --strip-components=1 --wildcards --no-wildcards-match-slash "$@"'
     )
-    _run("sh", "-c", script, str(package), cwd=folder)
+    _run("sh", "-c", script, str(package), *(f"*/{part}" for part in PARTS), cwd=new)
     package.unlink()
-    return folder / "tools" / "testing" / "vsock"
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
 
 
 def _build(folder: Path, program: Path) -> None:

@@ -12,6 +12,7 @@ from vsockets.vm.qemu import unpacked as qemu
 
 __all__ = [
     "Unavailable",
+    "ganesha",
     "http2_proxy",
     "kernel",
     "qemu",
@@ -114,6 +115,20 @@ def rabbitmq() -> str:
     # It is built for Debian 12, and finds most of its libraries in the machine.
     run(str(places[0] / "erl"), "-noshell", "-eval", "crypto:start(), halt().")
     return path
+
+
+def ganesha() -> Path:
+    """The folder Debian's nfs-ganesha is unpacked in, with the rpcbind that it wants."""
+
+    def fill(folder: Path) -> None:
+        libraries = ("libntirpc4.3", "liburcu8", "libnfsidmap1", "libwbclient0", "libtirpc3")
+        _STABLE.unpack(folder, "nfs-ganesha", "nfs-ganesha-vfs", "rpcbind", "libwrap0", *libraries)
+
+    root = filled("ganesha", fill)
+    libraries = f"{root}/usr/lib/x86_64-linux-gnu:{root}/usr/lib/ganesha"
+    # It is built for Debian 12, and finds most of its libraries in the machine.
+    run(str(root / "usr/bin/ganesha.nfsd"), "-v", LD_LIBRARY_PATH=libraries)
+    return root
 
 
 def http2_proxy() -> tuple[list[str], list[str]]:

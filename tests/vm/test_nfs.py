@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bridges.nfs.test_mounted import digests
+from bridges.nfs.stage import digests
 from tools.vsock import Running
 from vsockets.testing import wait_until
 

@@ -15,6 +15,7 @@ from vsockets.bridges.nfs.handles import Identifier, Signer
 from vsockets.bridges.nfs.limits import (
     NFS_LONGEST_WAIT,
     NFS_PATIENCE,
+    NFS_QUEUE_FULL,
     NFS_SHORTEST_WAIT,
     NFS_WINDOW,
 )
@@ -118,6 +119,16 @@ def test_a_call_is_sent_again_ever_later_until_nobody_is_there() -> None:
         now = sent.due
     assert max(waits[1:]) <= NFS_LONGEST_WAIT * 2 and sent.due >= NFS_PATIENCE
     assert sent.round_trip(now) is None  # which try was answered nobody knows
+
+
+def test_a_call_that_did_not_get_away_waits_for_a_queue_only() -> None:
+    sent = Transmission(0.0, 0.5)
+    for now in (0.0, 0.1, 0.2):
+        sent.unsent(now)
+        assert sent.due == now + NFS_QUEUE_FULL
+        assert sent.again(sent.due)
+    assert sent.due - 0.202 == pytest.approx(0.5)  # as the first time
+    assert sent.round_trip(0.302) == pytest.approx(0.1)
 
 
 @given(st.lists(st.floats(0, 10)))

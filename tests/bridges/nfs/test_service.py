@@ -278,6 +278,26 @@ def test_places_are_bounded(tmp_path: Path) -> None:
     places.close()
 
 
+def test_what_was_answered_is_known_to_the_next_server(guest: Played) -> None:
+    """A guest whose answer was lost asks again after the restart; the next life forgets."""
+    root = guest.root()
+    assert root is not None
+    procedure = PROCEDURES[NUMBERS["mkdir"]]
+    packed = procedure.arguments.pack((Target(root, b"folder"), NewAttributes(mode=0o755)))
+    call = guest.datagram(nfs3.PROGRAM, NUMBERS["mkdir"], packed)
+    reply = guest.service.answer(call, GUEST)
+    guest.restart()
+    assert guest.service.answer(call, GUEST) == reply
+    assert guest.service.answer(call, (GUEST[0], GUEST[1] + 1)) != reply  # another program's
+
+    # A server that is killed keeps nothing, and what an earlier one kept is too old by then.
+    guest.places.close()
+    guest.start()
+    again = guest.service.answer(call, GUEST)
+    assert again is not None
+    assert nfs3.decode_result(procedure, rpc.decode_reply(again))[0] == Status.EXIST
+
+
 def test_hostile_datagrams_are_answered_well_or_not_at_all(guest: Played) -> None:
     """Mutations of good calls: never an exception, always a reply to that call or silence."""
     chance = random.Random(9)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import functools
 import os
 import platform
 import secrets
@@ -10,11 +12,13 @@ from typing import Any
 
 from . import mount, nfs3, rpc
 from .client import RpcClient
+from .limits import NFS_FIRST_WAIT, NFS_PATIENCE
 from .nfs3 import NUMBERS, PROCEDURES, Stable, Status
 from .rpc import Auth, AuthSys, Flavor
 from .xdr import XdrError
 
 
+@functools.lru_cache(maxsize=64)
 def credentials(uid: int, gid: int, groups: tuple[int, ...] = ()) -> Auth:
     """What a unix process shows."""
     machine = platform.node().encode()[:255]
@@ -47,22 +51,39 @@ class NfsClient:
         self.transfer = transfer
 
     async def agree(self, who: Auth, root: bytes) -> None:
-        """Ask how much the server takes at a time."""
+        """Ask how much the server takes at a time.
+
+        One that would take more than any datagram holds does not know that datagrams are on
+        the way, nor of which kind: a stock server, whose own are UDP's.
+        """
         info = await self.call(who, "fsinfo", root)
-        self.transfer = max(512, min(self.transfer, info.read_most, info.write_most))
+        most = min(info.read_most, info.write_most)
+        if most > nfs3.DATA_SIZE:
+            most = nfs3.UDP_DATA_SIZE
+        self.transfer = max(512, min(self.transfer, most))
 
     async def call(self, who: Auth, name: str, *arguments: Any) -> Any:
         """The results of a procedure; a single argument or result stands alone."""
         procedure = PROCEDURES[NUMBERS[name]]
         packed = procedure.arguments.pack(arguments[0] if len(arguments) == 1 else arguments)
-        data = await self._client.call(nfs3.PROGRAM, nfs3.VERSION, NUMBERS[name], packed, who)
-        try:
-            status, content = nfs3.decode_result(procedure, data)
-        except XdrError as error:
-            raise _broken(error) from None
+        status, content = await self._call(procedure, NUMBERS[name], packed, who)
+        pauses = NFS_PATIENCE / NFS_FIRST_WAIT
+        while status == Status.JUKEBOX and pauses > 0:  # it wants to be asked anew, in a while
+            await asyncio.sleep(NFS_FIRST_WAIT)
+            status, content = await self._call(procedure, NUMBERS[name], packed, who)
+            pauses -= 1
         if status != Status.OK:
             raise nfs3.error_of(status)
         return content
+
+    async def _call(
+        self, procedure: nfs3.Procedure, number: int, packed: bytes, who: Auth
+    ) -> tuple[int, Any]:
+        data = await self._client.call(nfs3.PROGRAM, nfs3.VERSION, number, packed, who)
+        try:
+            return nfs3.decode_result(procedure, data)
+        except XdrError as error:
+            raise _broken(error) from None
 
     async def create(
         self, who: Auth, target: nfs3.Target, new: nfs3.NewAttributes, exclusive: bool

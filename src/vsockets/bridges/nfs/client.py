@@ -22,6 +22,9 @@ from .xdr import XdrError
 
 _BUFFER = max(MAX_DATAGRAM, 65_536)
 
+#: What says that a datagram did not get away as a queue is full.
+_FULL = (errno.ENOBUFS, errno.EAGAIN)
+
 
 class _Waiting(NamedTuple):
     """A call on its way."""
@@ -104,8 +107,8 @@ class RpcClient:
         waiting = _Waiting(datagram, transmission, self._loop.create_future())
         self._waiting[xid] = waiting
         try:
-            self._send(datagram)
-            self._watch()
+            self._send(waiting)
+            self._watch(transmission.due)
             return rpc.decode_reply(await waiting.answer)
         except rpc.Refused as refused:
             raise OSError(errno.EACCES, f"the server refuses: {refused}") from None
@@ -123,12 +126,14 @@ class RpcClient:
                 turn.set_result(None)
                 return
 
-    def _send(self, datagram: bytes) -> None:
+    def _send(self, waiting: _Waiting) -> None:
         try:
-            self._sock.sendto(datagram, self._server)
+            self._sock.sendto(waiting.datagram, self._server)
         except OSError as error:  # nobody there now, or queues are full: later
             if error.errno == errno.EMSGSIZE:
                 raise
+            if error.errno in _FULL:
+                waiting.transmission.unsent(self._loop.time())
 
     def _receive(self) -> None:
         for _ in range(FORWARD_ACCEPTS):
@@ -148,15 +153,16 @@ class RpcClient:
                 self._window.answered()
             waiting.answer.set_result(data)
 
-    def _watch(self) -> None:
-        due = [w.transmission.due for w in self._waiting.values() if not w.answer.done()]
+    def _watch(self, due: float) -> None:
+        """Look at what is due then; a timer that was set for an earlier call sets the next one."""
         if self._timer is not None:
+            if self._timer.when() <= due:
+                return
             self._timer.cancel()
-            self._timer = None
-        if due:
-            self._timer = self._loop.call_at(min(due), self._send_again)
+        self._timer = self._loop.call_at(due, self._send_again)
 
     def _send_again(self) -> None:
+        self._timer = None
         now = self._loop.time()
         late = [
             waiting
@@ -168,9 +174,10 @@ class RpcClient:
         for waiting in late:
             if waiting.transmission.again(now):
                 self.sent_again += 1
-                self._send(waiting.datagram)
+                self._send(waiting)
             else:
                 why = os.strerror(errno.ETIMEDOUT)
                 waiting.answer.set_exception(TimeoutError(errno.ETIMEDOUT, why))
-        self._timer = None
-        self._watch()
+        due = [w.transmission.due for w in self._waiting.values() if not w.answer.done()]
+        if due:
+            self._watch(min(due))

@@ -25,7 +25,7 @@ from .nfs3 import (
     Time,
     TimeHow,
 )
-from .nodes import Node, Nodes, entry_of
+from .nodes import Node, Nodes, content_of, entry_of
 from .rpc import Auth
 
 P = ParamSpec("P")
@@ -37,6 +37,8 @@ _SPECIAL = {
     stat.S_IFSOCK: Kind.SOCKET,
     stat.S_IFIFO: Kind.FIFO,
 }
+
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 def _told(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -210,7 +212,12 @@ class Mounted(pyfuse3.Operations):
         )
         if fh is not None:
             who = self._open[fh].who
-        return entry_of(node, await self._set(who, node, new))
+        try:
+            return entry_of(node, await self._set(who, node, new))
+        except PermissionError:
+            if ctx.uid == 0:
+                raise
+            return entry_of(node, await self._set_for_another(who, node, new))
 
     @_told
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
@@ -234,8 +241,13 @@ class Mounted(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         node, who = self._nodes[inode], _who(ctx)
         if flags & os.O_TRUNC:
-            await self._set(who, node, NewAttributes(size=0))
-        return pyfuse3.FileInfo(fh=self._opened(node, who))
+            attributes = await self._set(who, node, NewAttributes(size=0))
+        else:
+            attributes = await self._nfs.call(who, "getattr", node.handle)
+        same = content_of(attributes) == node.told
+        if not same:  # what the kernel holds of it may be older than what others have closed
+            pyfuse3.invalidate_inode(inode, attr_only=True)
+        return pyfuse3.FileInfo(fh=self._opened(node, who), keep_cache=same)
 
     @_told
     async def create(
@@ -345,6 +357,19 @@ class Mounted(pyfuse3.Operations):
         attributes = change.after or await self._nfs.call(who, "getattr", node.handle)
         assert isinstance(attributes, Attributes)
         return attributes
+
+    async def _set_for_another(self, who: Auth, node: Node, new: NewAttributes) -> Attributes:
+        """What the kernel, which has looked who owns the file, asks for somebody else's sake."""
+        if new == NewAttributes(atime=new.atime, mtime=new.mtime):
+            now = TimeHow.SERVER, None  # this, and no other time, sets whoever may write
+            return await self._set(who, node, NewAttributes(atime=now, mtime=now))
+        attributes: Attributes = await self._nfs.call(who, "getattr", node.handle)
+        if new.mode is None or new != NewAttributes(mode=new.mode):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        if (attributes.mode ^ new.mode) & ~_SET_ID or new.mode & ~attributes.mode:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        # Somebody else is about to write, and a server clears these with that.
+        return attributes._replace(mode=new.mode)
 
     async def _look_up(self, who: Auth, target: Target) -> Any:
         return await self._nfs.call(who, "lookup", *target)

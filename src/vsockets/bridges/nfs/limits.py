@@ -5,15 +5,21 @@
 NFS_GUEST_DUPLICATES, NFS_DUPLICATES = 1024, 1024
 
 #: How long a client waits for the first answer, for any at least and at most, in seconds.  The
-#: most is short: a server that was started again is there at once.
-NFS_FIRST_WAIT, NFS_SHORTEST_WAIT, NFS_LONGEST_WAIT = 0.5, 0.1, 2.0
+#: least is some sixty times what an answer takes: a busy processor's turn, and what each loss
+#: costs.  The most is short: a server that was started again is there at once.
+NFS_FIRST_WAIT, NFS_SHORTEST_WAIT, NFS_LONGEST_WAIT = 0.5, 0.03, 2.0
 
 #: How long a client sends one call again before the file is in error, in seconds: longer than
 #: any restart takes.
 NFS_PATIENCE = 120.0
 
-#: Calls of one client on their way at most: a datagram socket's buffers hold no more of 64 KiB.
-NFS_WINDOW = 8
+#: Calls of one client on their way at most: as many answers of 64 KiB fit a datagram socket's
+#: buffer as Linux has it by default (net.core.wmem_default).
+NFS_WINDOW = 4
+
+#: How soon a call is sent again that found a queue on this machine full, in seconds: some of those
+#: before it have been served by then.
+NFS_QUEUE_FULL = 0.002
 
 #: Files that a server holds a descriptor of, the last used ones: half of what processes may have
 #: by default.

@@ -226,16 +226,27 @@ def _tuple(*members: Codec[Any]) -> Codec[tuple[Any, ...]]:
     return structure(lambda *values: values, *members)
 
 
+def _attributes(*of: int) -> Attributes:
+    kind, mode, nlink, uid, gid, size, used, major, minor, fsid, fileid, *times = of
+    device = Device(major, minor)
+    atime, mtime, ctime = (Time(*times[at : at + 2]) for at in (0, 2, 4))
+    return Attributes(
+        *(kind, mode, nlink, uid, gid, size, used), device, fsid, fileid, atime, mtime, ctime
+    )
+
+
+def _numbers(of: Attributes) -> tuple[int, ...]:
+    return (*of[:7], *of.rdev, *of[8:10], *of.atime, *of.mtime, *of.ctime)
+
+
 hyper, boolean, void = xdr.hyper, xdr.boolean, xdr.void
 handle, verifier = xdr.opaque(HANDLE_SIZE), xdr.fixed(VERIFIER_SIZE)
 # Bounds of names are the server's business: it says NAMETOOLONG.
 name, path, data = xdr.opaque(NAME_SIZE), xdr.opaque(PATH_SIZE), xdr.opaque(DATA_SIZE)
-time = structure(Time, uint, uint)
+time = xdr.numbers("II", Time, tuple)
 device = structure(Device, uint, uint)
-attributes = structure(
-    Attributes,
-    *(uint, uint, uint, uint, uint, hyper, hyper, device, hyper, hyper, time, time, time),
-)
+# Every answer has them.
+attributes = xdr.numbers("5I 2Q 2I 2Q 6I", _attributes, _numbers)
 before = structure(Before, hyper, time, time)
 maybe_attributes, maybe_handle = xdr.optional(attributes), xdr.optional(handle)
 change = structure(Change, xdr.optional(before), maybe_attributes)

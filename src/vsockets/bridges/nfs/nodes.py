@@ -40,6 +40,8 @@ class Node:
     opened: int = 0
     #: Where a file is that was removed while it is open, and who removed it.
     aside: tuple[nfs3.Target, Auth] | None = field(default=None)
+    #: What the kernel was last told of its content: size, and times of the last changes.
+    told: tuple[int, nfs3.Time, nfs3.Time] | None = field(default=None)
 
 
 class Nodes:
@@ -79,8 +81,14 @@ class Nodes:
             del self._by_number[number], self._by_handle[node.handle]
 
 
+def content_of(attributes: Attributes) -> tuple[int, nfs3.Time, nfs3.Time]:
+    """What changes when a file's content does."""
+    return attributes.size, attributes.mtime, attributes.ctime
+
+
 def entry_of(node: Node, attributes: Attributes) -> pyfuse3.EntryAttributes:
-    """What the kernel wants to know of a file."""
+    """What the kernel wants to know of a file, and now does."""
+    node.told = content_of(attributes)
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = node.number
     entry.generation = 0

@@ -1,16 +1,19 @@
 """Where files are: what a server has to remember to find a file by its handle.
 
 A table in SQLite, so that handles outlive the server.  A file can have several places (links),
-and a place can be out of date: who finds a file there checks it.
+and a place can be out of date: who finds a file there checks it.  Another table has what the last
+server answered, for the next one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from .duplicates import Answer
 from .handles import KEY_SIZE, Identifier
 from .limits import NFS_PLACES
 
@@ -42,6 +45,10 @@ class Places:
         run(
             "CREATE TABLE IF NOT EXISTS places"
             " (file BLOB, folder BLOB, name BLOB, PRIMARY KEY (file, folder, name))"
+        )
+        run(
+            "CREATE TABLE IF NOT EXISTS answers"
+            " (source TEXT, xid INTEGER, digest INTEGER, reply BLOB)"
         )
         if run("SELECT value FROM key").fetchone() is None:
             run("INSERT INTO key VALUES (?)", (secrets.token_bytes(KEY_SIZE),))
@@ -92,3 +99,17 @@ class Places:
         self._count -= self._table.execute(
             "DELETE FROM places WHERE file = ?", (file.pack(),)
         ).rowcount
+
+    def keep_answers(self, answers: Iterable[Answer]) -> None:
+        """For the next server."""
+        rows = ((json.dumps(answer.source), *answer[1:]) for answer in answers)
+        self._table.execute("BEGIN")
+        self._table.executemany("INSERT INTO answers VALUES (?, ?, ?, ?)", rows)
+        self._table.execute("COMMIT")
+
+    def take_answers(self) -> Iterator[Answer]:
+        """What the last server kept; once, as a later one's would be older than what it did."""
+        rows = self._table.execute("SELECT * FROM answers ORDER BY rowid").fetchall()
+        self._table.execute("DELETE FROM answers")
+        for source, *rest in rows:
+            yield Answer(tuple(json.loads(source)), *rest)

@@ -5,7 +5,14 @@ No clock of its own: times are seconds of whatever clock the caller has.
 
 from __future__ import annotations
 
-from .limits import NFS_FIRST_WAIT, NFS_LONGEST_WAIT, NFS_PATIENCE, NFS_SHORTEST_WAIT, NFS_WINDOW
+from .limits import (
+    NFS_FIRST_WAIT,
+    NFS_LONGEST_WAIT,
+    NFS_PATIENCE,
+    NFS_QUEUE_FULL,
+    NFS_SHORTEST_WAIT,
+    NFS_WINDOW,
+)
 
 
 class RoundTrips:
@@ -54,7 +61,7 @@ class Transmission:
     def __init__(self, now: float, wait: float) -> None:
         self.tries = 1
         self.due = now + wait  #: when to send it again
-        self._began = now
+        self._began = self._sent = now
         self._wait = wait
 
     def again(self, now: float) -> bool:
@@ -62,10 +69,15 @@ class Transmission:
         if now - self._began >= NFS_PATIENCE:
             return False
         self.tries += 1
-        self._wait = min(2 * self._wait, NFS_LONGEST_WAIT)
-        self.due = now + self._wait
+        self._sent = now
+        self.due = now + min(self._wait * 2 ** (self.tries - 1), NFS_LONGEST_WAIT)
         return True
+
+    def unsent(self, now: float) -> None:
+        """That try did not get away, as a queue here is full."""
+        self.tries -= 1
+        self.due = now + NFS_QUEUE_FULL
 
     def round_trip(self, now: float) -> float | None:
         """Seconds the answer took; None if it could be that of any of several tries."""
-        return now - self._began if self.tries == 1 else None
+        return now - self._sent if self.tries == 1 else None

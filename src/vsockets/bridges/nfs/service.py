@@ -53,10 +53,13 @@ class Service:
         verifier = os.urandom(nfs3.VERIFIER_SIZE)
         listings = Listings(self._signer)
         self._procedures = Procedures(self._signer, listings, verifier, transfer)
+        self._places = places
         self._duplicates = Duplicates()
+        self._duplicates.restore(places.take_answers())
 
     def close(self) -> None:
-        """Let go of all files."""
+        """Let go of all files; the next server will know what was answered."""
+        self._places.keep_answers(self._duplicates)
         for tree in self._trees:
             tree.close()
 

@@ -7,7 +7,7 @@ made of it.  Strings are bytes: file names have no encoding.
 from __future__ import annotations
 
 import struct as packing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -26,12 +26,16 @@ class Reader:
 
     def take(self, size: int) -> bytes:
         """The next ``size`` bytes."""
-        end = self.position + size
+        begin = self.skip(size)
+        return self.data[begin : self.position]
+
+    def skip(self, size: int) -> int:
+        """Go past ``size`` bytes; returns where they begin."""
+        begin, end = self.position, self.position + size
         if end > len(self.data):
-            raise XdrError(f"{size} bytes wanted, {len(self.data) - self.position} are left")
-        taken = self.data[self.position : end]
+            raise XdrError(f"{size} bytes wanted, {len(self.data) - begin} are left")
         self.position = end
-        return taken
+        return begin
 
 
 class Codec(Generic[T]):
@@ -60,7 +64,7 @@ class Codec(Generic[T]):
 
 class _Number(Codec[int]):
     def __init__(self, code: str) -> None:
-        self._packer = packing.Struct(code)
+        self._packer = packing.Struct(">" + code)
 
     def encode(self, value: int, out: bytearray) -> None:
         try:
@@ -69,7 +73,29 @@ class _Number(Codec[int]):
             raise XdrError(str(error)) from None
 
     def decode(self, reader: Reader) -> int:
-        return int(self._packer.unpack(reader.take(self._packer.size))[0])
+        number: int
+        (number,) = self._packer.unpack_from(reader.data, reader.skip(self._packer.size))
+        return number
+
+
+class _Numbers(Codec[T]):
+    """A structure of numbers alone, all of them at once."""
+
+    def __init__(
+        self, code: str, make: Callable[..., T], split: Callable[[T], Iterable[int]]
+    ) -> None:
+        self._packer = packing.Struct(">" + code)
+        self._make, self._split = make, split
+
+    def encode(self, value: T, out: bytearray) -> None:
+        try:
+            out += self._packer.pack(*self._split(value))
+        except packing.error as error:
+            raise XdrError(str(error)) from None
+
+    def decode(self, reader: Reader) -> T:
+        begin = reader.skip(self._packer.size)
+        return self._make(*self._packer.unpack_from(reader.data, begin))
 
 
 class _Boolean(Codec[bool]):
@@ -213,8 +239,8 @@ class _Union(Codec[tuple[int, Any]]):
         return tag, self._arm(tag).decode(reader)
 
 
-uint = _Number(">I")
-hyper = _Number(">Q")
+uint = _Number("I")
+hyper = _Number("Q")
 boolean = _Boolean()
 void = _Void()
 
@@ -247,6 +273,11 @@ def optional(content: Codec[T]) -> Codec[T | None]:
 def structure(make: Callable[..., T], *members: Codec[Any]) -> Codec[T]:
     """A NamedTuple, by its members' types."""
     return _Structure(make, members)
+
+
+def numbers(code: str, make: Callable[..., T], split: Callable[[T], Iterable[int]]) -> Codec[T]:
+    """A structure of numbers alone, I and Q; ``make`` takes them all, and ``split`` gives them."""
+    return _Numbers(code, make, split)
 
 
 def union(

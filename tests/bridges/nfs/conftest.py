@@ -1,0 +1,19 @@
+"""Network storage with a server that a test starts as it wants."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vsockets.testing import PrivateFabric
+
+from .stage import Storage
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[tuple[PrivateFabric, Storage]]:
+    with PrivateFabric() as fabric, contextlib.closing(Storage(fabric, tmp_path)) as storage:
+        yield fabric, storage
