@@ -1,8 +1,14 @@
-"""What tests boot, and servers they talk to: Debian's, whatever distribution this machine has."""
+"""What tests boot, and servers they talk to: Debian's, whatever distribution this machine has.
+
+``python -m vm.downloads`` fetches all of it beforehand: a test has a limit that a slow mirror
+could pass.
+"""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vsockets.vm.initramfs import Userland
@@ -145,3 +151,30 @@ def http2_proxy() -> tuple[list[str], list[str]]:
     run(*nghttpx, "--version")
     run(*tinyproxy, "-v")
     return nghttpx, tinyproxy
+
+
+def main() -> None:
+    """What cannot be had is said, and left to the tests that need it."""
+    everything: dict[str, Callable[[], object]] = {
+        "QEMU": qemu,
+        "Linux, Debian 12's": lambda: kernel("stable"),
+        "Linux, the newest backport": lambda: kernel("newest"),
+        "a guest's programs": userland,
+        "a guest's pyfuse3": storage_client,
+        "vhost-device-vsock": rust_back_end,
+        "RabbitMQ": rabbitmq,
+        "nghttpx and tinyproxy": http2_proxy,
+        "nfs-ganesha": ganesha,
+    }
+    for name, fetch in everything.items():
+        began = time.monotonic()
+        try:
+            fetch()
+        except Unavailable as error:
+            print(f"{name}: {error}", flush=True)
+        else:
+            print(f"{name}: there after {time.monotonic() - began:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
