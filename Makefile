@@ -12,6 +12,7 @@ demo: .venv/ready
 	$(BIN)/vsock demo
 
 test: .venv/ready
+	PYTHONPATH=tests $(BIN)/python -m vm.downloads
 	$(BIN)/pytest --numprocesses 2 --dist loadfile  # much of the time a test waits
 	$(BIN)/ruff check
 	$(BIN)/mypy

@@ -1,8 +1,14 @@
-"""What tests boot, and servers they talk to: Debian's, whatever distribution this machine has."""
+"""What tests boot, and servers they talk to: Debian's, whatever distribution this machine has.
+
+``python -m vm.downloads`` fetches all of it beforehand: a test has a limit that a slow mirror
+could pass.
+"""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vsockets.vm.initramfs import Userland
@@ -18,6 +24,7 @@ __all__ = [
     "qemu",
     "rabbitmq",
     "rust_back_end",
+    "storage_client",
     "tls_libraries",
     "userland",
 ]
@@ -54,11 +61,34 @@ def tls_libraries() -> dict[str, bytes]:
     def fill(folder: Path) -> None:
         _STABLE.unpack(folder, "libssl3")
 
-    root = filled("userland-tls", fill)
-    return {
-        f"/lib/x86_64-linux-gnu/{path.name}": path.read_bytes()
-        for path in root.rglob("lib*.so.3")
-    }
+    return _libraries(filled("userland-tls", fill))
+
+
+#: pyfuse3, and what it imports; trio, too, which is not used.
+_PYFUSE = (
+    *("python3-pyfuse3", "libfuse3-3", "libffi8", "python3-trio", "python3-async-generator"),
+    *("python3-attr", "python3-idna", "python3-outcome", "python3-sniffio"),
+    "python3-sortedcontainers",
+)
+
+
+def storage_client() -> dict[str, bytes]:
+    """What mounting takes in a guest besides, by its paths there."""
+
+    def fill(folder: Path) -> None:
+        _STABLE.unpack(folder, *_PYFUSE)
+
+    root = filled("userland-nfs", fill)
+    paths = root.glob("usr/lib/python3/**/*.[ps][yo]")
+    code = {f"/{path.relative_to(root)}": path for path in paths if "tests" not in path.parts}
+    modules = {name: path.read_bytes() for name, path in code.items()}
+    return {**tls_libraries(), **_libraries(root), **modules}
+
+
+def _libraries(root: Path) -> dict[str, bytes]:
+    """Those that are called after their version."""
+    paths = root.rglob("lib*.so.?")
+    return {f"/lib/x86_64-linux-gnu/{path.name}": path.read_bytes() for path in paths}
 
 
 _ERLANG = (
@@ -121,3 +151,30 @@ def http2_proxy() -> tuple[list[str], list[str]]:
     run(*nghttpx, "--version")
     run(*tinyproxy, "-v")
     return nghttpx, tinyproxy
+
+
+def main() -> None:
+    """What cannot be had is said, and left to the tests that need it."""
+    everything: dict[str, Callable[[], object]] = {
+        "QEMU": qemu,
+        "Linux, Debian 12's": lambda: kernel("stable"),
+        "Linux, the newest backport": lambda: kernel("newest"),
+        "a guest's programs": userland,
+        "a guest's pyfuse3": storage_client,
+        "vhost-device-vsock": rust_back_end,
+        "RabbitMQ": rabbitmq,
+        "nghttpx and tinyproxy": http2_proxy,
+        "nfs-ganesha": ganesha,
+    }
+    for name, fetch in everything.items():
+        began = time.monotonic()
+        try:
+            fetch()
+        except Unavailable as error:
+            print(f"{name}: {error}", flush=True)
+        else:
+            print(f"{name}: there after {time.monotonic() - began:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

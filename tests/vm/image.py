@@ -10,12 +10,14 @@ from vsockets.vm.kernels import Kernel
 
 from .downloads import userland
 
-#: There for a test that loads them: what a guest's programs say to each other, and a network card.
+#: There for a test that loads them: what a guest's programs say to each other, a network card,
+#: and file systems in user space.
 LOOPBACK = ("vmw_vsock_virtio_transport_common", "vsock_loopback")
 NETWORK = (
     *("virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
     *("failover", "net_failover", "virtio_net"),
 )
+FUSE = ("fuse",)
 
 _AGENT = Path(__file__).with_name("agent.py")
 
@@ -30,4 +32,4 @@ def build(kernel: Kernel, device: str, extra: Mapping[str, bytes] | None = None)
     world = userland()
     files = {"agent.py": _AGENT.read_bytes(), **(extra or {})}
     last = _LAST.format(python=world.python)
-    return initramfs.build(kernel, world, device, last, files, (*LOOPBACK, *NETWORK))
+    return initramfs.build(kernel, world, device, last, files, (*LOOPBACK, *NETWORK, *FUSE))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -236,23 +238,27 @@ class Machine:
         """Run Python in the guest; returns its ``result``."""
         return self.start(source, **values).result(timeout)
 
-    def put(self, path: str, data: bytes) -> None:
-        """A program for the guest, sent through its device."""
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """Programs and other files for the guest, by their paths, sent through its device."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for path, data in files.items():
+                member = tarfile.TarInfo(path)
+                member.size, member.mode = len(data), 0o755
+                archive.addfile(member, io.BytesIO(data))
         address = (vsockets.VMADDR_CID_HOST, vsockets.VMADDR_PORT_ANY)
         with vsockets.create_server(address, context=self.host) as server:
             server.settimeout(PATIENCE)
             job = self.start(
                 """
-                s = connect(port)
-                with open(path, "wb") as file:
-                    while data := s.recv(1 << 18): file.write(data)
-                os.chmod(path, 0o755)
+                import tarfile
+                with connect(port).makefile("rb") as file:
+                    with tarfile.open(fileobj=file, mode="r|") as archive: archive.extractall("/")
                 """,
                 port=server.getsockname()[1],
-                path=path,
             )
             with server.accept()[0] as sock:
-                sock.sendall(data)
+                sock.sendall(buffer.getvalue())
             job.result()
 
     def monitor(self, command: str, **arguments: Any) -> Any:

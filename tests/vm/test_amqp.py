@@ -16,7 +16,6 @@ from bridges.amqp.stage import PROGRAMS, Proxies
 from vsockets.testing.rabbitmq import PrivateRabbitMQ
 
 from . import downloads
-from .exchanges import serve
 from .machine import Machine
 
 pytestmark = pytest.mark.timeout(300)
@@ -41,27 +40,9 @@ def client() -> bytes:
     return memory.getvalue()
 
 
-def copy_in(machine: Machine, files: dict[str, bytes]) -> None:
-    for name, data in files.items():
-        server, port = serve(machine)
-        with server:
-            job = machine.start(
-                "s = connect(port)\n"
-                "with open(name, 'wb') as file:\n"
-                "    while data := s.recv(1 << 18): file.write(data)\n"
-                "result = os.path.getsize(name)",
-                port=port,
-                name=name,
-            )
-            accepted, _ = server.accept()
-            with accepted:
-                accepted.sendall(data)
-            assert job.result() == len(data)
-
-
 @pytest.mark.parametrize("machine", ["stable"], indirect=True)
 def test_a_machine_with_nothing_but_python(machine: Machine, rabbitmq: PrivateRabbitMQ) -> None:
-    copy_in(machine, {"/tmp/client.zip": client(), **downloads.tls_libraries()})
+    machine.put({"/tmp/client.zip": client(), **downloads.tls_libraries()})
     with Proxies(machine.fabric) as proxies:
         _, where = proxies.amqp_proxy(rabbitmq.ports)
         _, host = proxies.host_proxy(where, "--allow-vhost", f"{machine.cid}=/")

@@ -50,7 +50,7 @@ class Both:
         self._vsock = vsock
         self._program = program
         self._port = port
-        machine.put(_PROGRAM, program.read_bytes())
+        machine.put({_PROGRAM: program.read_bytes()})
 
     def run(self, client: str, cases: list[Case]) -> tuple[str, bool]:
         """Run cases; what the client printed, and whether both sides ended well."""

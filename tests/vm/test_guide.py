@@ -36,7 +36,7 @@ def guest(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Machine
     for name in PROGRAMS:
         source, program = ROOT / f"examples/c/{name}.c", folder / name
         subprocess.run(["cc", "-static", f"-I{include}", "-o", program, source], check=True)
-        machine.put(f"/{name}", program.read_bytes())
+        machine.put({f"/{name}": program.read_bytes()})
     return machine
 
 

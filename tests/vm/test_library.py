@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,10 +30,7 @@ PYTEST = (
 #: How long all of them may take, in seconds.
 _RUN = 350.0
 
-_UNPACK = """
-import tarfile
-with tarfile.open("/tests.tar") as archive: archive.extractall("/tests")
-os.unlink("/tests.tar")
+_LOAD = """
 for name in modules:
     if os.path.exists(f"/modules/{name}.ko") and not os.path.exists(f"/sys/module/{name}"):
         assert not os.system(f"insmod /modules/{name}.ko")
@@ -53,23 +48,25 @@ result = done.returncode, done.stdout
 """
 
 
-def archive() -> bytes:
-    """Everything that the guest needs."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name in PYTEST:
-            path = Path(str(importlib.import_module(name).__file__))
-            if path.name == "__init__.py":
-                for file in path.parent.rglob("*.py"):
-                    archive.add(file, f"{name}/{file.relative_to(path.parent)}")
-            else:
-                archive.add(path, path.name)
-        for file in TESTS.glob("library/*.py"):
-            archive.add(file, f"library/{file.name}")
-        for name in ("__init__.py", "kernel_fabric.py", "remote.py"):
-            archive.add(Path(__file__).with_name(name), f"vm/{name}")
-        archive.addfile(tarfile.TarInfo("pytest.ini"))
-    return buffer.getvalue()
+def files() -> dict[str, bytes]:
+    """Everything that the guest needs, by its path there."""
+    found = {"/tests/pytest.ini": b""}
+
+    def add(path: Path, name: str) -> None:
+        found[f"/tests/{name}"] = path.read_bytes()
+
+    for name in PYTEST:
+        path = Path(str(importlib.import_module(name).__file__))
+        if path.name == "__init__.py":
+            for file in path.parent.rglob("*.py"):
+                add(file, f"{name}/{file.relative_to(path.parent)}")
+        else:
+            add(path, path.name)
+    for file in TESTS.glob("library/*.py"):
+        add(file, f"library/{file.name}")
+    for name in ("__init__.py", "kernel_fabric.py", "remote.py"):
+        add(Path(__file__).with_name(name), f"vm/{name}")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +76,8 @@ def machine(stage: Stage) -> Iterator[Machine]:
         stage.machine(fabric, "newest", device="virtio") as machine,
     ):
         machine.run(COMMON)
-        machine.put("/tests.tar", archive())
-        machine.run(_UNPACK, modules=LOOPBACK)
+        machine.put(files())
+        machine.run(_LOAD, modules=LOOPBACK)
         yield machine
 
 

@@ -80,10 +80,8 @@ def test_another_kernel_by_kexec(
         machine.run(COMMON)
         program, source = tmp_path / "kexec", Path(__file__).with_name("kexec.c")
         subprocess.run(["cc", "-static", "-o", program, source], check=True)
-        for name, path in zip(
-            ("kexec", "kernel", "initrd"), (program, *machine.boots), strict=True
-        ):
-            machine.put(f"/{name}", path.read_bytes())
+        paths = dict(zip(("/kexec", "/kernel", "/initrd"), (program, *machine.boots), strict=True))
+        machine.put({name: path.read_bytes() for name, path in paths.items()})
         command = ["/kexec", "/kernel", "/initrd", COMMAND_LINE]
         run = "import subprocess; subprocess.run(command, check=True)"
         restart(machine, lambda: machine.start(run, command=command))

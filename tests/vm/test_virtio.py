@@ -178,6 +178,21 @@ def test_a_datagram_to_the_guest_is_refused(machine: Machine) -> None:
         sock.sendto(b"x", (machine.cid, 9))
 
 
+def test_storage_says_that_it_takes_the_other_device(machine: Machine) -> None:
+    """Linux has datagrams over VMCI only, and its own words are "No such device"."""
+    with pytest.raises(GuestError, match="by the device vmci alone"):
+        machine.run(
+            """
+            import asyncio
+            from vsockets.bridges.nfs.client import RpcClient
+            from vsockets.kernel import Kernel
+            from vsockets.locator import Vsock
+            async def connect(): RpcClient.connect(Vsock(2, 2049, datagram=True), Kernel())
+            asyncio.run(connect())
+            """
+        )
+
+
 def echoes(machine: Machine) -> bool:
     server, port = serve(machine)
     with server:

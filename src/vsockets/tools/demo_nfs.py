@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..attachment import Attachment
+from ..bridges.nfs import needs
 from .advice import Failure
 from .demo import Step, progress
 from .demo_stage import PATIENCE, VSOCK
-from .nfs import require
 
 if TYPE_CHECKING:
     from .demo_stage import Program, Stage
@@ -26,9 +26,12 @@ SIZE = 8 << 20
 
 def play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]:
     """All of it.  Raises Failure."""
-    require()
-    if shutil.which("fusermount3") is None or not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        raise Failure("mounting needs fusermount3 and /dev/fuse: apt install fuse3")
+    try:
+        needs.require()
+    except OSError as error:
+        raise Failure(error.strerror or str(error)) from None
+    if shutil.which("fusermount3") is None:
+        raise Failure("unmounting needs fusermount3: apt install fuse3")
     with tempfile.TemporaryDirectory(prefix="vsock-nfs-") as scratch:
         demo = _Demo(stage, Path(scratch))
         try:

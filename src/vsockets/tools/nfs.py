@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,38 +106,20 @@ def mount(
     ] = 65_536,
 ) -> None:
     """Mount a server's folder until it is unmounted, or this is ended."""
-    require()
-    from ..bridges.nfs.mounting import mount_and_serve
+    from ..bridges.nfs import needs
 
-    mount_server = mount_server or server
     _expect(server, "SERVER")
-    _expect(mount_server, "--mount-server")
-    if not folder.is_dir():
-        raise Failure(f"{folder}: there is no such folder")
-
-    def mounted() -> None:
-        print(f"vsock: mounted on {folder}", file=sys.stderr, flush=True)
-
+    if mount_server is not None:
+        _expect(mount_server, "--mount-server")
+    logs.begin("vsock: %(message)s", logs.NOTICE, LogFormat.TEXT.value)
     context = own_context() if isinstance(server, Vsock) else None
-    arguments = (
-        server,
-        mount_server,
-        os.fsencode(export),
-        os.fspath(folder),
-        transfer_size,
-        context,
-        mounted,
-    )
     try:
-        asyncio.run(mount_and_serve(*arguments))
+        needs.require()
+        from ..bridges.nfs.mounting import mount as serve_folder
+
+        serve_folder(server, export, os.fspath(folder), context, mount_server, transfer_size)
     except OSError as error:
-        raise Failure(f"{export}: {error.strerror or error}") from None
-
-
-def require() -> None:
-    """Raises Failure when a library is not there, with what to install."""
-    if importlib.util.find_spec("pyfuse3") is None:
-        raise Failure("there is no pyfuse3 in this Python: pip install 'vsockets[nfs]'")
+        raise Failure(error.strerror or str(error)) from None
 
 
 def _expect(locator: Locator, name: str) -> None:

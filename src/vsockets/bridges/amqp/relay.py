@@ -73,11 +73,15 @@ class Relay:
 
     def joined(self, side: Side) -> None:
         """``side`` has its transport, from which nothing is read before the other has one."""
-        assert side.transport is not None
         if side.other.transport is None:
-            side.transport.pause_reading()
+            # Not now: asyncio of 3.11.2 (Debian 12) begins to read after connection_made() even so.
+            self._loop.call_soon(self._hold, side)
         else:
             side.other.transport.resume_reading()
+
+    def _hold(self, side: Side) -> None:
+        if side.other.transport is None and side.transport is not None and not side.lost:
+            side.transport.pause_reading()
 
     def received(self, side: Side, data: bytes) -> None:
         """``data`` came from the peer of ``side``."""

@@ -62,7 +62,13 @@ class RpcClient:
         """A client of the server at ``locator``, vsock-dgram: or udp:.  Raises OSError."""
         match locator:
             case Vsock(cid, port, True):
-                sock = socket(type=stdlib.SOCK_DGRAM, context=context)
+                try:
+                    sock = socket(type=stdlib.SOCK_DGRAM, context=context)
+                except OSError as error:
+                    if error.errno != errno.ENODEV:
+                        raise
+                    why = "no vSockets datagrams here: a guest has them by the device vmci alone"
+                    raise OSError(error.errno, f"{locator}: {why}") from None
                 return cls(sock, (cid, port), (context or current()).cid)
             case Inet(host, port, True):
                 (family, _, _, _, address), *_ = stdlib.getaddrinfo(

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
-from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT
 
 from .calls import NfsClient, credentials
 from .nfs3 import (
@@ -91,18 +90,18 @@ class Mounted(pyfuse3.Operations):
 
     @_told
     async def lookup(
-        self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         handle, attributes, _ = await self._look_up(_who(ctx), self._target(parent_inode, name))
         return await self._entry(_who(ctx), handle, attributes)
 
-    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for number, times in inode_list:
             self._nodes.forget(number, times)
 
     @_told
     async def mkdir(
-        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: pyfuse3.RequestContext
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         new = NewAttributes(mode=stat.S_IMODE(mode))
         target, who = self._target(parent_inode, name), _who(ctx)
@@ -111,9 +110,9 @@ class Mounted(pyfuse3.Operations):
     @_told
     async def symlink(
         self,
-        parent_inode: InodeT,
-        name: FileNameT,
-        target: FileNameT,
+        parent_inode: int,
+        name: bytes,
+        target: bytes,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         place, who = self._target(parent_inode, name), _who(ctx)
@@ -123,9 +122,9 @@ class Mounted(pyfuse3.Operations):
     @_told
     async def mknod(
         self,
-        parent_inode: InodeT,
-        name: FileNameT,
-        mode: ModeT,
+        parent_inode: int,
+        name: bytes,
+        mode: int,
         rdev: int,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
@@ -143,27 +142,23 @@ class Mounted(pyfuse3.Operations):
         return await self._made(who, target, made)
 
     @_told
-    async def unlink(
-        self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext
-    ) -> None:
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         target, who = self._target(parent_inode, name), _who(ctx)
         if not await self._set_aside(who, target):
             await self._nfs.call(who, "remove", *target)
 
     @_told
-    async def rmdir(
-        self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext
-    ) -> None:
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         await self._nfs.call(_who(ctx), "rmdir", *self._target(parent_inode, name))
 
     @_told
     async def rename(
         self,
-        parent_inode_old: InodeT,
-        name_old: FileNameT,
-        parent_inode_new: InodeT,
-        name_new: FileNameT,
-        flags: FlagT,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
         if flags:
@@ -180,9 +175,9 @@ class Mounted(pyfuse3.Operations):
     @_told
     async def link(
         self,
-        inode: InodeT,
-        new_parent_inode: InodeT,
-        new_name: FileNameT,
+        inode: int,
+        new_parent_inode: int,
+        new_name: bytes,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         node, who = self._nodes[inode], _who(ctx)
@@ -193,17 +188,17 @@ class Mounted(pyfuse3.Operations):
     # Attributes
 
     @_told
-    async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         node = self._nodes[inode]
         return entry_of(node, await self._nfs.call(_who(ctx), "getattr", node.handle))
 
     @_told
     async def setattr(
         self,
-        inode: InodeT,
+        inode: int,
         attr: pyfuse3.EntryAttributes,
         fields: pyfuse3.SetattrFields,
-        fh: FileHandleT | None,
+        fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         node, who = self._nodes[inode], _who(ctx)
@@ -225,9 +220,9 @@ class Mounted(pyfuse3.Operations):
             return entry_of(node, await self._set_for_another(who, node, new))
 
     @_told
-    async def readlink(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileNameT:
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         _, path = await self._nfs.call(_who(ctx), "readlink", self._nodes[inode].handle)
-        return FileNameT(path)
+        return bytes(path)
 
     @_told
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -243,9 +238,7 @@ class Mounted(pyfuse3.Operations):
     # Open files
 
     @_told
-    async def open(
-        self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.FileInfo:
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         node, who = self._nodes[inode], _who(ctx)
         if flags & os.O_TRUNC:
             attributes = await self._set(who, node, NewAttributes(size=0))
@@ -259,10 +252,10 @@ class Mounted(pyfuse3.Operations):
     @_told
     async def create(
         self,
-        parent_inode: InodeT,
-        name: FileNameT,
-        mode: ModeT,
-        flags: FlagT,
+        parent_inode: int,
+        name: bytes,
+        mode: int,
+        flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         target, who = self._target(parent_inode, name), _who(ctx)
@@ -272,7 +265,7 @@ class Mounted(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=self._opened(self._nodes[entry.st_ino], who)), entry
 
     @_told
-    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+    async def read(self, fh: int, off: int, size: int) -> bytes:
         opened = self._open[fh]
         data = bytearray()
         while len(data) < size:
@@ -285,23 +278,23 @@ class Mounted(pyfuse3.Operations):
         return bytes(data)
 
     @_told
-    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
         opened = self._open[fh]
         await opened.node.uncommitted.write(opened.who, off, bytes(buf))
         return len(buf)
 
     @_told
-    async def flush(self, fh: FileHandleT) -> None:
+    async def flush(self, fh: int) -> None:
         opened = self._open[fh]
         await opened.node.uncommitted.commit(opened.who)
 
     @_told
-    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+    async def fsync(self, fh: int, datasync: bool) -> None:
         opened = self._open[fh]
         await opened.node.uncommitted.commit(opened.who)
 
     @_told
-    async def release(self, fh: FileHandleT) -> None:
+    async def release(self, fh: int) -> None:
         opened = self._open.pop(fh)
         node = opened.node
         try:
@@ -314,11 +307,11 @@ class Mounted(pyfuse3.Operations):
 
     # Directories
 
-    async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         return self._opened(self._nodes[inode], _who(ctx))
 
     @_told
-    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         opened = self._open[fh]
         cookie, end, room = start_id, False, self._nfs.transfer
         while not end:
@@ -342,20 +335,20 @@ class Mounted(pyfuse3.Operations):
                     self._nodes.forget(entry.st_ino, 1)
                     return
 
-    async def releasedir(self, fh: FileHandleT) -> None:
+    async def releasedir(self, fh: int) -> None:
         self._open.pop(fh).node.opened -= 1
 
-    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """A server has done what it answered."""
 
     def _target(self, folder: int, name: bytes) -> Target:
         return Target(self._nodes[folder].handle, bytes(name))
 
-    def _opened(self, node: Node, who: Auth) -> FileHandleT:
+    def _opened(self, node: Node, who: Auth) -> int:
         self._last_open += 1
         self._open[self._last_open] = _Open(node, who)
         node.opened += 1
-        return FileHandleT(self._last_open)
+        return self._last_open
 
     async def _set(self, who: Auth, node: Node, new: NewAttributes) -> Attributes:
         if new.size is not None:  # else what is written again could make it longer

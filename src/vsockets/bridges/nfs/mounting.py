@@ -3,36 +3,59 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import importlib
+import logging
 import os
 import signal
-from collections.abc import Callable
 
 import pyfuse3
-import pyfuse3.asyncio
 
 from ...attachment import Place
 from ...locator import Inet, Locator
+from ...logs import NOTICE
 from ...service_manager import notify_ready
 from .calls import NfsClient, credentials, mount_export
 from .client import RpcClient
 from .fuse import Mounted
-from .nfs3 import UDP_DATA_SIZE
+from .nfs3 import DATA_SIZE, UDP_DATA_SIZE
+
+log = logging.getLogger("vsockets.nfs")
 
 
-async def mount_and_serve(
+def mount(
+    server: Locator,
+    export: str,
+    folder: str,
+    context: Place | None = None,
+    mount_server: Locator | None = None,
+    transfer: int = DATA_SIZE,
+) -> None:
+    """Mount, and return when ``folder`` is unmounted, or at SIGTERM or SIGINT.
+
+    ``mount_server`` has the MOUNT protocol if ``server`` does not; ``transfer`` is how many bytes
+    a READ or WRITE has at most.  Raises OSError; :mod:`.needs` is what can be known before.
+    """
+    if not os.path.isdir(folder):
+        raise OSError(errno.ENOENT, f"{folder}: there is no such folder")
+    try:
+        asyncio.run(_serve(server, mount_server or server, export, folder, transfer, context))
+    except OSError as error:
+        raise OSError(error.errno, f"{export}: {error.strerror or error}") from None
+
+
+async def _serve(
     server: Locator,
     mount_server: Locator,
-    export: bytes,
+    export: str,
     folder: str,
     transfer: int,
     context: Place | None,
-    mounted: Callable[[], None],
 ) -> None:
-    """Return when ``folder`` is unmounted, or at SIGTERM or SIGINT.  Raises OSError."""
-    pyfuse3.asyncio.enable()
+    _in_asyncio()
     client = RpcClient.connect(mount_server, context)
     try:
-        root = await mount_export(client, export)
+        root = await mount_export(client, os.fsencode(export))
         if server != mount_server:
             client.close()
             client = RpcClient.connect(server, context)
@@ -51,10 +74,19 @@ async def mount_and_serve(
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, pyfuse3.terminate)
-            mounted()
+            log.log(NOTICE, "mounted on %s", folder)
             notify_ready()
             await pyfuse3.main()
         finally:
             pyfuse3.close()
     finally:
         client.close()
+
+
+def _in_asyncio() -> None:
+    """Have pyfuse3 use asyncio; where that is depends on its version."""
+    try:
+        module = importlib.import_module("pyfuse3.asyncio")
+    except ImportError:  # older than 3.4, as Debian 12's
+        module = importlib.import_module("pyfuse3_asyncio")
+    module.enable()

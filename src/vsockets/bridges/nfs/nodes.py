@@ -90,11 +90,11 @@ def entry_of(node: Node, attributes: Attributes) -> pyfuse3.EntryAttributes:
     """What the kernel wants to know of a file, and now does."""
     node.told = content_of(attributes)
     entry = pyfuse3.EntryAttributes()
-    entry.st_ino = pyfuse3.InodeT(node.number)
+    entry.st_ino = node.number
     entry.generation = 0
     entry.entry_timeout = entry.attr_timeout = _BELIEF
     kind = _MODES.get(Kind(attributes.kind), 0)
-    entry.st_mode = pyfuse3.ModeT(kind | attributes.mode & 0o7777)
+    entry.st_mode = kind | attributes.mode & 0o7777
     entry.st_nlink = attributes.nlink - (node.aside is not None)
     entry.st_uid, entry.st_gid = attributes.uid, attributes.gid
     entry.st_size = attributes.size

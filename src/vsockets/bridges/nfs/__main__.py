@@ -1,0 +1,33 @@
+"""``python -m vsockets.bridges.nfs``: a guest's client where there is only Python and pyfuse3."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ... import logs
+from ...locator import parse_locator
+from . import needs
+
+
+def main() -> int:
+    """What ``vsock nfs mount`` does, without the libraries of the command line."""
+    parser = argparse.ArgumentParser(prog="vsockets.bridges.nfs", description=__doc__)
+    parser.add_argument("server", type=parse_locator)
+    parser.add_argument("export")
+    parser.add_argument("folder")
+    arguments = parser.parse_args()
+    logs.begin("vsock: %(message)s", logs.NOTICE, "text")
+    try:
+        needs.require()
+        from . import mounting
+
+        mounting.mount(arguments.server, arguments.export, arguments.folder)
+    except OSError as error:
+        print(f"vsock: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""What is said where nothing can be mounted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from vsockets.bridges.nfs import needs
+
+
+@pytest.fixture
+def pyfuse3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One can be imported, whether this machine has it or not."""
+    monkeypatch.setitem(sys.modules, "pyfuse3", needs)
+
+
+def test_no_pyfuse3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyfuse3", None)
+    with pytest.raises(OSError, match="apt install python3-pyfuse3, or pip install"):
+        needs.require()
+
+
+@pytest.mark.usefixtures("pyfuse3")
+def test_a_kernel_without_fuse(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="modprobe fuse, or take a kernel") as none:
+        needs.require(str(tmp_path / "fuse"))
+    assert none.value.errno == errno.ENOENT
+
+
+@pytest.mark.usefixtures("pyfuse3")
+def test_who_is_not_root_needs_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(OSError, match="apt install fuse3"):
+        needs.require("/dev/null")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    needs.require("/dev/null")
