@@ -97,10 +97,9 @@ class PlayedGuest:
 
     # Registers
 
-    def store(self, register: int, value: int) -> None:
-        self.device.write(
-            Region.BAR1, MMIO_REGISTERS + register, (value & 0xFFFF_FFFF).to_bytes(4, "little")
-        )
+    def store(self, register: int, value: int, posted: bool = False) -> None:
+        data = (value & 0xFFFF_FFFF).to_bytes(4, "little")
+        self.device.write(Region.BAR1, MMIO_REGISTERS + register, data, posted)
 
     def load(self, register: int) -> int:
         data = self.device.read(Region.BAR1, MMIO_REGISTERS + register, 4)
@@ -134,14 +133,23 @@ class PlayedGuest:
     def packet(self, packet: Packet, peer: int = 2) -> int:
         return self.send(Handle(peer, 1), packet.encode(), Handle(CID, 1))
 
+    def offer_buffer(self, posted: bool = False) -> None:
+        """Let the device put datagrams into the buffer for them."""
+        self.memory[_IN : _IN + 24] = struct.pack("<IIIIq", 0, 1, 1, 0, 0)
+        self.memory[_IN + 24 : _IN + 40] = struct.pack("<QQ", _IN_DATA, LARGEST)
+        self.store(Register.DATA_IN_LOW, _IN, posted)
+
+    @property
+    def buffer_is_filled(self) -> bool:
+        """Whether the device has done it."""
+        return self.memory[_IN] == 1
+
     def receive(self) -> list[Datagram]:
         """What waits for the guest."""
         received: list[Datagram] = []
         while True:
-            self.memory[_IN : _IN + 24] = struct.pack("<IIIIq", 0, 1, 1, 0, 0)
-            self.memory[_IN + 24 : _IN + 40] = struct.pack("<QQ", _IN_DATA, LARGEST)
-            self.store(Register.DATA_IN_LOW, _IN)
-            assert self.memory[_IN] == 1, "it is done"
+            self.offer_buffer()
+            assert self.buffer_is_filled, "it is done"
             at, before = 0, len(received)
             while at + HEADER.size <= LARGEST:
                 data = bytes(self.memory[_IN_DATA + at : _IN_DATA + LARGEST])
@@ -201,6 +209,7 @@ class PlayedStream:
         self.port = port
         self.handle = handle
         self.size = size
+        self.said: list[int] = []  #: kinds of the control packets sent
         half = len(pages) // 2
         start, second = pages[0] * PAGE, pages[half] * PAGE
         self._ours = guest.memory[start : start + 24].cast("Q")
@@ -212,6 +221,7 @@ class PlayedStream:
         self._ours[1], self._ours[2] = tail, head
 
     def tell(self, kind: int, value: int = 0) -> None:
+        self.said.append(kind)
         self._guest.packet(Packet(kind, self.port, 5000, value))
 
     def write(self, data: bytes) -> int:
