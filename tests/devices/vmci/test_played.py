@@ -17,7 +17,7 @@ from vsockets.devices.attachment import Offer
 from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.datagrams import Code, Datagram, Event, Handle, Hypercall
 from vsockets.devices.vmci.packets import Kind, Packet, Shutdown, handle_value
-from vsockets.limits import MAX_DATAGRAM, QUEUE_PAIRS
+from vsockets.limits import AFTER_ATTACH, MAX_DATAGRAM, QUEUE_PAIRS
 from vsockets.testing import wait_until
 from vsockets.testing.played_guest import CID, MEMORY, PAGE, PlayedGuest
 
@@ -255,6 +255,25 @@ class TestStreams:
         assert first.recv(100) == b""
         guest.detach(stream.handle)
         turn_until(guest, lambda: not guest.packets())
+
+    def test_the_same_ports_again_when_the_program_has_closed(self, guest: PlayedGuest) -> None:
+        """What the old stream would have said of that, the new one would take for its own."""
+        stream = guest.connect(1235, 65_536)
+        stream.tell(Kind.READ)
+        guest.fabric.streams.pop().close()
+        stream.set_indices(10, 0)  # ten bytes, of which it says nothing
+        guest.packet(Packet(Kind.REQUEST2, 1235, 5000, 65_536, 0, 1))
+        assert [packet.kind for packet in guest.packets()] == [Kind.NEGOTIATE2]
+
+    def test_a_stream_that_is_over_says_nothing_more(self, guest: PlayedGuest) -> None:
+        stream = guest.connect(1234, 65_536)
+        guest.fabric.streams[0].send(b"welcome")
+        guest.loop.turn()
+        guest.detach(stream.handle)
+        passed: list[bool] = []
+        guest.loop.call_later(2 * AFTER_ATTACH, lambda: passed.append(True))
+        turn_until(guest, lambda: passed)
+        assert guest.packets() == []
 
     def test_a_guest_that_does_not_read(self, guest: PlayedGuest) -> None:
         """Room is looked for at first, with a byte of the queue left; then it is filled."""

@@ -1,0 +1,56 @@
+"""Serving one monitor after another."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from vsockets.devices.loop import DeviceLoop
+from vsockets.devices.serving import Server
+from vsockets.testing import wait_until
+
+ANSWER = bytes(4 << 20)
+
+
+class Talkative:
+    """Answers whatever comes with more than a socket holds."""
+
+    wanted = 100
+
+    def __init__(self, ended: list[bool]) -> None:
+        self._ended = ended
+
+    def receive(self, data: bytes, fds: list[int]) -> Iterator[bytes]:
+        yield ANSWER
+
+    def close(self) -> None:
+        self._ended.append(True)
+
+
+def test_who_reads_no_answer_is_given_up(tmp_path: Path) -> None:
+    """And the next one is served; a machine's monitor waits for its answers."""
+    path = os.fspath(tmp_path / "socket")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    listener.setblocking(False)
+    loop = DeviceLoop()
+    ended: list[bool] = []
+    server = Server(loop, listener, lambda: Talkative(ended), descriptors=1, patience=0.1)
+
+    def given_up() -> bool:
+        loop.turn()
+        return bool(ended)
+
+    try:
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(path)
+                client.send(b"a question")
+                wait_until(given_up, "the server to lose its patience")
+            ended.clear()
+    finally:
+        server.close()
+        loop.close()
