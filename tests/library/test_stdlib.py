@@ -139,6 +139,9 @@ def test_tls(stream: Pair, certificate: Path) -> None:
 
 
 def test_multiprocessing_connections(stream: Pair) -> None:
+    # A connection reads until it has a message, so its descriptor must wait.
+    stream.client.setblocking(True)
+    stream.accepted.setblocking(True)
     ours = multiprocessing.connection.Connection(stream.client.detach())
     theirs = multiprocessing.connection.Connection(stream.accepted.detach())
     with ours, theirs:
