@@ -45,16 +45,22 @@ def peer_credentials(sock: _Socket) -> Credentials:
 class Peer:
     """The process that connected ``sock``: a :class:`vsockets.fabric.Program`.
 
-    Users and groups are those of the moment it connected.  What only ``/proc`` knows is asked
-    when it matters, and believed when it is the same process still, with the same rights:
+    User and groups are those of the moment it connected.  The rest is read from ``/proc`` when a
+    decision needs it.  The process runs meanwhile, and may be hostile: it can end, make a user
+    namespace, or execute a program with more rights, between any two system calls of vsockd.  So
+    an answer counts only if it holds whatever happens in between:
 
-    - a pidfd of the peer, alive after the reading, says that the number was not reused;
-    - the owner of its files in ``/proc``, who is not its user once it has gained privileges by
-      executing a program, says that the rights are its own.  (Else a program could connect, leave
-      its socket to another, and execute a privileged program to be asked about.)
+    - a pidfd of the peer, alive *after* the reading, proves that the process id was not reused;
+    - its user namespace is read *after* its capabilities: a process that has left vsockd's
+      namespace cannot return;
+    - capabilities of a user other than root count only when they are ambient.  The kernel shows
+      both sets from one moment, and clears the ambient one in a process that executes a
+      set-user-ID program, or one with file capabilities, or that makes a user namespace;
+    - the owner of its files in ``/proc``, which is not its user after such an execution, is read
+      before and after.
 
-    Whatever the kernel will not say counts as no: a process that has gone, or one in a pid
-    namespace vsockd cannot see, has no privilege.
+    Whatever the kernel does not tell counts as no: a process that has ended, or one in a pid
+    namespace that vsockd cannot see, has no privilege.
     """
 
     def __init__(self, sock: _Socket, credentials: Credentials) -> None:
@@ -62,22 +68,23 @@ class Peer:
         self.credentials = credentials
 
     def has_capability(self, capability: int) -> bool:
-        """Whether it has ``capability`` now, in vsockd's own user namespace: root of a
-        namespace that a user made for himself does not count.
+        """Return whether the process has ``capability`` now, by its own right.
+
+        It must have it in vsockd's user namespace: root of a namespace that a user made for
+        himself does not count.
         """
 
         def read(folder: str) -> bool:
-            if os.stat(f"{folder}/ns/user").st_ino != os.stat("/proc/self/ns/user").st_ino:
-                return False
             with open(f"{folder}/status", "rb") as status:
-                held = next((int(row.split()[1], 16) for row in status if row[:7] == b"CapEff:"), 0)
-            return bool(held >> capability & 1)
+                held = _held(status.read(), ambient=self.credentials.uid != 0)
+            own = os.stat(f"{folder}/ns/user").st_ino == os.stat("/proc/self/ns/user").st_ino
+            return own and bool(held >> capability & 1)
 
         return self._learn(read)
 
     def matches(self, grant: Grant) -> bool:
-        """Whether it is who ``grant`` is for.  An executable is known by its inode, so another
-        file of that name in another mount namespace is another executable.
+        """Return whether ``grant`` is for this process.  An executable is known by its inode, so
+        another file of that name in another mount namespace is another executable.
         """
         if grant.user is not None and grant.user != self.credentials.uid:
             return False
@@ -104,14 +111,17 @@ class Peer:
         return path
 
     def _learn(self, read: Callable[[str], bool]) -> bool:
-        """What ``read`` finds out in the process's folder of ``/proc``."""
+        """Return what ``read`` finds in the process's folder of ``/proc``; False unless the
+        process had no more rights than its user before and after.
+        """
         try:
             with self._folder() as folder:
-                own = os.stat(f"{folder}/status").st_uid == self.credentials.uid
-                answer = own and read(folder)
+                return self._owns(folder) and read(folder) and self._owns(folder)
         except OSError:
             return False
-        return answer
+
+    def _owns(self, folder: str) -> bool:
+        return os.stat(f"{folder}/status").st_uid == self.credentials.uid
 
     @contextlib.contextmanager
     def _folder(self) -> Iterator[str]:
@@ -132,6 +142,14 @@ class Peer:
             return self.sock.getsockopt(SOL_SOCKET, _SO_PEERPIDFD)
         except OSError:  # before Linux 6.5 the number is all there is
             return os.pidfd_open(self.credentials.pid)
+
+
+def _held(status: bytes, ambient: bool) -> int:
+    """Return the effective capabilities in a process's ``status``; ``ambient``: those of them
+    that are ambient as well.  (The kernel prints both from one set of credentials.)
+    """
+    held = int(status.partition(b"\nCapEff:")[2].split(None, 1)[0], 16)
+    return held & int(status.partition(b"\nCapAmb:")[2].split(None, 1)[0], 16) if ambient else held
 
 
 def _exited(pidfd: int) -> bool:

@@ -3,7 +3,9 @@
 vsockd knows who dealt with it, as the kernel says.  Of a program under ``vsock run`` that is its
 supervisor, and of a server that hands connections to workers it is the server.  Who has the
 socket open now, ``/proc`` says by the socket's inode.  It is looked for in the process that vsockd
-knows and then in its descendants only, so nobody can make a socket look like a stranger's.
+knows and then in its descendants only, so nobody can make a socket look like a stranger's.  Name
+and user are read at once, and only of the process in which the socket was found: its start time
+tells it from a later one with its number.
 """
 
 from __future__ import annotations
@@ -28,39 +30,56 @@ class Holders:
     """Looks processes up, each only once."""
 
     def __init__(self) -> None:
-        self._by_inode: dict[int, dict[int, int]] = {}  # by the process that vsockd knows
+        self._by_inode: dict[int, dict[int, _Process]] = {}  # by the process that vsockd knows
 
     def find(self, pid: int, uid: int, inode: int | None) -> Holder:
-        """Who has the socket, of ``pid`` and its descendants; else ``pid``, of user ``uid``."""
+        """Return which of ``pid`` and its descendants has the socket; else ``pid``, of user
+        ``uid``.
+        """
         if inode:
             if pid not in self._by_inode:
                 self._by_inode[pid] = _holders_in_family(pid)
-            holder = self._by_inode[pid].get(inode, pid)
-            if holder != pid:
+            process = self._by_inode[pid].get(inode)
+            if process is not None and process.pid != pid:
                 with contextlib.suppress(OSError):
-                    return Holder(holder, _user(holder), _command(holder))
-        return Holder(pid, uid, _command(pid))
+                    holder = _describe(process.pid)
+                    if _started(process.pid) == process.started:
+                        return holder
+        command = None
+        with contextlib.suppress(OSError):
+            command = _describe(pid).command
+        return Holder(pid, uid, command)
 
 
-def _holders_in_family(pid: int) -> dict[int, int]:
-    """The sockets of a process and its descendants, by inode; the eldest that has it counts."""
-    found: dict[int, int] = {}
+class _Process(NamedTuple):
+    """A process, whichever has its number later."""
+
+    pid: int
+    started: str  #: clock ticks since the machine's start
+
+
+def _holders_in_family(pid: int) -> dict[int, _Process]:
+    """Return which of a process and its descendants has each of their sockets, by inode; the
+    eldest that has it counts.
+    """
+    found: dict[int, _Process] = {}
     family = [pid]
     for member in family:
-        for inode in _sockets(member):
-            found.setdefault(inode, member)
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            process = _Process(member, _started(member))
+            for inode in _sockets(member):
+                found.setdefault(inode, process)
         if len(family) < SEARCHED_PROCESSES:
             family += _children(member)
     return found
 
 
 def _sockets(pid: int) -> Iterator[int]:
-    with contextlib.suppress(OSError):  # it has ended, or is somebody else's
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                name = os.readlink(f"/proc/{pid}/fd/{fd}")
-                if name.startswith("socket:["):
-                    yield int(name[len("socket:[") : -1])
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            name = os.readlink(f"/proc/{pid}/fd/{fd}")
+            if name.startswith("socket:["):
+                yield int(name[len("socket:[") : -1])
 
 
 def _children(pid: int) -> list[int]:
@@ -72,14 +91,13 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _user(pid: int) -> int:
-    with open(f"/proc/{pid}/status") as status:
-        return next(int(row.split()[2]) for row in status if row.startswith("Uid:"))
+def _started(pid: int) -> str:
+    with open(f"/proc/{pid}/stat", errors="replace") as stat:
+        return stat.read().rpartition(")")[2].split()[19]
 
 
-def _command(pid: int) -> str | None:
-    try:
-        with open(f"/proc/{pid}/comm", errors="replace") as name:
-            return name.read().strip()
-    except OSError:
-        return None
+def _describe(pid: int) -> Holder:
+    """Return the process's effective user and its name, both of one moment.  OSError."""
+    with open(f"/proc/{pid}/status", errors="replace") as status:
+        rows = dict(row.partition(":\t")[::2] for row in status.read().split("\n"))
+    return Holder(pid, int(rows["Uid"].split()[1]), rows["Name"])
