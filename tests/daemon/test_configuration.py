@@ -319,15 +319,20 @@ VALUES = [
         "'\\t', expected 1 to 80 printable characters",
     ),
     ('[host]\ndomains=["",\n"\\n"]', 3, "host.domains", "'\\n', expected 1 to 80 printable"),
-    ("[[grant]]\nexecutable='backupd'\ndomains=[]", 2, "grant.executable", "'backupd', expected"),
     (
-        '[[grant]]\nexecutable="/a\\u0000"\ndomains=[]',
+        "[[grant]]\nexecutable='backupd'\nuser=0\ndomains=[]",
+        2,
+        "grant.executable",
+        "'backupd', expected",
+    ),
+    (
+        '[[grant]]\nexecutable="/a\\u0000"\nuser=0\ndomains=[]',
         2,
         "grant.executable",
         "'/a\\x00', expected an absolute path",
     ),
     (
-        "[[grant]]\nexecutable='/opt//x/../a'\ndomains=[]",
+        "[[grant]]\nexecutable='/opt//x/../a'\nuser=0\ndomains=[]",
         2,
         "grant.executable",
         "'/opt//x/../a' is not the program's real path, expected '/opt/a'",
@@ -351,7 +356,16 @@ COMBINATIONS = [
         "[[grant]]\nstream_vsocket_trusted=true",
         1,
         "grant",
-        "matches every program, expected at least one of user, group, executable",
+        "matches every program, expected user, group or both",
+    ),
+    *(
+        (
+            f"[[grant]]\n{what}\n\nexecutable='/opt/backupd'",
+            4,
+            "grant.executable",
+            "any user can execute it, expected user, group or both beside it (user = 'NAME')",
+        )
+        for what in ("stream_vsocket_trusted=true", "domains=['lab']", "capture=true")
     ),
     ("[[grant]]\nuser=0", 1, "grant", "grants nothing, expected at least one of stream_vsocket"),
     ("[[context]]\nname='host'", 2, "context.name", "name 'host' is that of the host, expected"),
@@ -430,9 +444,11 @@ def test_a_link_is_no_executable(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("program")
     folder = os.path.realpath(tmp_path)
     text = "[[grant]]\ndomains = []\nexecutable = "
-    found = loaded(tmp_path, f"{text}'{folder}/program'")
+    found = loaded(tmp_path, f"{text}'{folder}/program'\nuser = 0")
     assert found.grants[0].executable == f"{folder}/program"
-    assert mistake(tmp_path, f"{text}'{folder}/link'").startswith("web.toml:3: grant.executable: ")
+    assert mistake(tmp_path, f"{text}'{folder}/link'\nuser = 0").startswith(
+        "web.toml:3: grant.executable: "
+    )
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -56,18 +56,31 @@ def test_a_grant_to_a_user_and_a_group_needs_both(fabric: PrivateFabric, program
     assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, groups=(CREW,)))
 
 
+def test_a_grant_to_an_executable_alone_is_refused(fabric: PrivateFabric, programs: Path) -> None:
+    """Any user could connect, leave the connection to a child and execute it."""
+    fabric.guest(9, profile="restricted")
+    client = programs / "door_client"
+    with pytest.raises(OSError, match=r"grants.toml:2: grant.executable: any user can execute it"):
+        grant(fabric, f'executable = "{client}"')
+    assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
+
+
 class TestGrantToAnExecutable:
-    """It is for one file, whatever others are called."""
+    """It narrows a grant to one file, whatever others are called."""
 
     @pytest.fixture
     def client(self, fabric: PrivateFabric, programs: Path) -> Path:
         fabric.guest(9, profile="restricted")
         client = programs / "door_client"
-        grant(fabric, f'executable = "{client}"')
+        grant(fabric, f'user = {NOBODY}\nexecutable = "{client}"')
         return client
 
     def test_by_its_path(self, fabric: PrivateFabric, client: Path) -> None:
         assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
+
+    def test_by_another_user(self, fabric: PrivateFabric, client: Path) -> None:
+        grant(fabric, f'user = {NOBODY - 1}\nexecutable = "{client}"')
+        assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
 
     def test_by_another_name(self, fabric: PrivateFabric, client: Path) -> None:
         link = client.with_name("link")

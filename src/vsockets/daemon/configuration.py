@@ -220,12 +220,17 @@ def _domains(table: Table) -> frozenset[str] | None:
 
 
 def _grant(table: Table) -> Grant:
-    who = ("user", "group", "executable")
+    who = ("user", "group")
     what = ("stream_vsocket_trusted", "dgram_vsocket_trusted", "domains", "capture")
-    table.require_known(*who, *what)
-    for keys, problem in ((who, "matches every program"), (what, "grants nothing")):
-        if not any(key in table.values for key in keys):
-            raise table.error(f"{problem}, expected at least one of {', '.join(keys)}")
+    table.require_known(*who, "executable", *what)
+    if not any(key in table.values for key in what):
+        raise table.error(f"grants nothing, expected at least one of {', '.join(what)}")
+    if not any(key in table.values for key in who):
+        if "executable" not in table.values:
+            raise table.error("matches every program, expected user, group or both")
+        # Whatever a user may execute, he can have executed with any connection in its hands.
+        problem = "any user can execute it, expected user, group or both beside it (user = 'NAME')"
+        raise table.error(problem, "executable")
     return Grant(
         user=_id(table, "user", "user", lambda name: pwd.getpwnam(name).pw_uid),
         group=_id(table, "group", "group", lambda name: grp.getgrnam(name).gr_gid),

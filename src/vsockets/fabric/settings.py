@@ -61,7 +61,8 @@ class Grant:
     do something else that programs may not.
 
     A program matches when it matches all of ``user``, ``group`` and ``executable`` that are
-    not None; one of them is not.
+    not None; ``user`` or ``group`` is not.  ``executable`` narrows a grant and authenticates
+    nothing: a user can have any program executed that he may execute.
     """
 
     user: int | None
