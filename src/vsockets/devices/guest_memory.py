@@ -69,7 +69,11 @@ class GuestMemory:
             if offset + size > os.fstat(fd).st_size:
                 raise OSError(errno.EINVAL, "the region is longer than its file")
             access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-            view = memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED, access, offset=offset))
+            try:
+                mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, access, offset=offset)
+            except ValueError as error:  # the file has become shorter since
+                raise OSError(errno.EINVAL, str(error)) from None
+            view = memoryview(mapping)
         self._regions.insert(place, _Region(address, size, view, writable))
         self._starts.insert(place, address)
 

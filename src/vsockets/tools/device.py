@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -17,7 +18,7 @@ from .. import logs
 from ..control import Events
 from ..locator import hybrid_problem
 from ..service_manager import notify_ready
-from ..state_folder import short_path
+from ..state_folder import remove_stale, short_path
 from .options import LogFormat, LogFormatOption, read_cid
 from .reach import administrator
 
@@ -78,7 +79,7 @@ def vmci(
         Server(loop, _listen(path), machine.device, machine.settle)
 
     said = f"the VMCI device waits at {path}"
-    _serve(said, cid, until_eof, sandbox, verbose, log_format, begin)
+    _serve(said, cid, until_eof, sandbox, verbose, log_format, begin, path=path)
 
 
 @app.command("virtio")
@@ -106,7 +107,7 @@ def virtio(
 
     said = f"the virtio-vsock device waits at {path}"
     common = (cid, until_eof, sandbox, verbose, log_format, begin)
-    _serve(said, *common, datagrams=False, seqpacket=True)
+    _serve(said, *common, datagrams=False, seqpacket=True, path=path)
 
 
 @app.command("hybrid")
@@ -178,13 +179,25 @@ class _Attached(NamedTuple):
 
 
 def _listen(path: Path) -> socket.socket:
-    """Where the virtual machine's monitor connects."""
+    """Return the socket that the virtual machine's monitor connects to.
+
+    Raises: OSError, with the name of the file.
+    """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    path.unlink(missing_ok=True)
-    with short_path(path) as spelled:
-        listener.bind(spelled)
+    usual = os.umask(0o177)  # bind() makes the file: only this user may connect
+    try:
+        remove_stale(path)
+        with short_path(path) as spelled:
+            listener.bind(spelled)
+    except OSError as error:
+        listener.close()
+        why = error.strerror
+        if error.errno == errno.EADDRINUSE:
+            why = "there is a file, or a device that runs (expected a path that is free)"
+        raise OSError(error.errno, why, os.fspath(path)) from None
+    finally:
+        os.umask(usual)
     listener.listen(1)
-    os.chmod(path, 0o600)
     return listener
 
 
@@ -200,15 +213,19 @@ def _serve(
     seqpacket: bool = False,
     host_ports: bool = False,
     user: int | None = None,
+    path: Path | None = None,
 ) -> None:
     """Attach a device to the context ``cid`` and run it; ``begin`` puts it together.
 
+    ``path`` is where ``begin`` makes a socket, which is removed at the end.
     ``datagrams``, ``seqpacket``: what the guest has besides streams.  ``host_ports``: it has a unix
     socket for each port of the host, in a folder of ``user``.
     """
     from ..devices.attachment import Attachment
     from ..devices.loop import DeviceLoop
+    from ..devices.lost_memory import explain_lost_memory
     from ..devices.sandbox import enter_sandbox
+    from ..devices.socket_removal import SocketRemoval
 
     logs.begin(
         "vsock device: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value
@@ -223,13 +240,17 @@ def _serve(
         if until_eof:
             loop.watch(sys.stdin.fileno(), lambda _: loop.stop() if _has_ended() else None)
         begin(_Attached(loop, Attachment(loop, link, cid, datagrams), events))
+        removal = SocketRemoval(path) if path is not None else None
         notify_ready()
+        explain_lost_memory()
         if sandbox:
             enter_sandbox(owner if user is None else user, paths=host_ports)
         log.log(logs.NOTICE, "context %d: %s", cid, said)
         with loop.signalled({signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop}):
             print(cid, flush=True)
             loop.run()
+        if removal is not None:
+            removal.finish()
     sys.stdout.flush()
 
 

@@ -30,6 +30,8 @@ from vsockets.devices.vfio_user.messages import (
     Decoder,
     Message,
 )
+from vsockets.limits import VFIO_DESCRIPTORS
+from vsockets.testing import wait_until
 
 PAGE = 4096
 VERSION = struct.pack("<HH", 0, 0) + b'{"capabilities":{}}\0'
@@ -269,6 +271,35 @@ def test_garbage_ends_the_connection_and_no_more(path: Path, garbage: bytes) -> 
     assert isinstance(client.ask(Command.VERSION, VERSION), bytes)
     assert client.ask(99) == errno.ENOTSUP
     client.sock.close()
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [bytes(16)],  # no size
+        [HEADER.pack(1, Command.VERSION, 16, 1, 0)],  # a reply
+        [HEADER.pack(1, Command.DMA_MAP, 16, 0, 0)],  # before the version
+        [HEADER.pack(1, 99, 16, 0, 0)],
+        [b"\1"],  # cut short
+        [b"\1", b"\1"],  # more than one message may have
+    ],
+)
+def test_descriptors_of_a_refused_message_are_closed(path: Path, messages: list[bytes]) -> None:
+    before = _descriptors()
+    for _ in range(3):
+        client = Client(path)
+        for message in messages:
+            socket.send_fds(client.sock, [message], [client.sock.fileno()] * VFIO_DESCRIPTORS)
+        client.sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            while client.sock.recv(4096):
+                pass
+        client.sock.close()
+    wait_until(lambda: _descriptors() <= before, "the descriptors to be closed")
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 @given(

@@ -15,6 +15,7 @@ from vsockets.devices.vhost_user.messages import (
     encode,
     reply,
 )
+from vsockets.limits import VHOST_DESCRIPTORS
 
 
 def read(decoder: Decoder, data: bytes, step: int, fds: list[int]) -> list[Message]:
@@ -68,8 +69,18 @@ def test_descriptors_of_a_message_cut_short_are_not_lost() -> None:
     ],
 )
 def test_what_is_no_request_is_refused(header: bytes) -> None:
+    decoder = Decoder()
     with pytest.raises(ProtocolError):
-        Decoder().receive(header)
+        decoder.receive(header, [5, 6])
+    assert decoder.pending_fds() == [5, 6]
+
+
+def test_a_message_has_a_bounded_number_of_descriptors() -> None:
+    decoder = Decoder()
+    decoder.receive(b"\1", [5] * VHOST_DESCRIPTORS)
+    with pytest.raises(ProtocolError, match="9 descriptors"):
+        decoder.receive(b"\1", [6])
+    assert decoder.pending_fds() == [*([5] * VHOST_DESCRIPTORS), 6]
 
 
 def test_a_reply_says_so() -> None:

@@ -88,9 +88,14 @@ class Decoder:
     def __init__(self) -> None:
         self._data = b""
         self._fds: dict[int, Sequence[int]] = {}  # by where their message begins
+        self._unclaimed: Sequence[int] = ()  # of data that has not been taken apart yet
 
     def receive(self, data: bytes, fds: Sequence[int] = ()) -> Iterator[Message]:
-        """The messages that are complete now.  ProtocolError."""
+        """Yield the messages that are complete now.  Takes ``fds``.
+
+        Raises: ProtocolError; :meth:`pending_fds` returns the descriptors then.
+        """
+        self._unclaimed = fds
         data = self._data + data if self._data else data
         self._data = b""
         at, messages = 0, []
@@ -108,14 +113,17 @@ class Decoder:
         if fds:
             where = at if self._data else messages[-1][4]
             self._fds[where] = [*self._fds.get(where, ()), *fds]
+            self._unclaimed = ()
+            if len(self._fds[where]) > VFIO_DESCRIPTORS:
+                raise ProtocolError(f"a message with {len(self._fds[where])} descriptors")
         for number, command, flags, payload, began in messages:
             yield Message(number, command, flags, payload, self._fds.pop(began, ()))
         # What is left waits at the front now.
         self._fds = {where - at: waiting for where, waiting in self._fds.items()}
 
     def pending_fds(self) -> list[int]:
-        """The descriptors of a message that never came whole."""
-        return [fd for fds in self._fds.values() for fd in fds]
+        """Return the descriptors of messages that were not yielded, for the caller to close."""
+        return [fd for fds in (*self._fds.values(), self._unclaimed) for fd in fds]
 
 
 def reply(message: Message, payload: bytes = b"") -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-from ...limits import VHOST_PAYLOAD
+from ...limits import VHOST_DESCRIPTORS, VHOST_PAYLOAD
 from ..conversation import ProtocolError
 
 HEADER = struct.Struct("=III")  #: request, flags, size of the payload
@@ -102,8 +102,13 @@ class Decoder:
         self.wanted = HEADER.size  #: bytes that the next read may take
 
     def receive(self, data: bytes, fds: Sequence[int] = ()) -> Message | None:
-        """The message if it is complete now.  Takes ``fds``.  ProtocolError."""
+        """Return the message if it is complete now.  Takes ``fds``.
+
+        Raises: ProtocolError; :meth:`pending_fds` returns the descriptors then.
+        """
         self._fds += fds
+        if len(self._fds) > VHOST_DESCRIPTORS:
+            raise ProtocolError(f"a message with {len(self._fds)} descriptors")
         self._data += data
         self.wanted -= len(data)
         if self.wanted:
@@ -124,7 +129,7 @@ class Decoder:
         return message
 
     def pending_fds(self) -> list[int]:
-        """The descriptors of a message that never came whole."""
+        """Return the descriptors of a message that is not complete, for the caller to close."""
         return self._fds
 
 

@@ -1,0 +1,52 @@
+"""Removal of a device's socket once its process has ended.
+
+The device cannot remove the socket itself: by then it has given up its user and every system call
+on paths (:mod:`.sandbox`).  So a child of it, which does nothing else, waits for its end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class SocketRemoval:
+    """The removal of the socket at ``path`` when this process ends, in whatever way.
+
+    To be created before the sandbox is entered, in a process with one thread.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._child, theirs = socket.socketpair()
+        if os.fork() == 0:
+            try:
+                _remove_afterwards(path, theirs.detach())
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def finish(self) -> None:
+        """Remove the socket now, and wait until that is done."""
+        self._child.shutdown(socket.SHUT_WR)
+        self._child.recv(1)
+        self._child.close()
+
+
+def _remove_afterwards(path: Path, end: int) -> None:
+    # A service manager and a terminal signal every process of the device; this one ends last.
+    os.setsid()
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    made = os.lstat(path)
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    kept = sorted((end, folder))
+    for first, last in zip([-1, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
+        os.closerange(first + 1, last)
+    os.read(end, 1)
+    there = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+    if (there.st_dev, there.st_ino) == (made.st_dev, made.st_ino):  # not another device's by now
+        os.unlink(path.name, dir_fd=folder)
