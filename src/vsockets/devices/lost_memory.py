@@ -23,11 +23,13 @@ STATUS = 128 + signal.SIGBUS
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
-@_Handler
 def _end(number: int) -> None:
     # The interrupted access copies bytes and changes no object, so Python can run.
     os.write(_STDERR, _TEXT)
     os._exit(STATUS)
+
+
+_HANDLER = _Handler(_end)
 
 
 def explain_lost_memory() -> None:
@@ -38,4 +40,4 @@ def explain_lost_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = (ctypes.c_int, _Handler)
     libc.signal.restype = ctypes.c_void_p
-    libc.signal(signal.SIGBUS, _end)
+    libc.signal(signal.SIGBUS, _HANDLER)
