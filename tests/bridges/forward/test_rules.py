@@ -80,6 +80,10 @@ PUBLIC, PRIVATE, LOOPBACK, MAPPED = "93.184.216.34", "10.1.2.3", "127.0.0.1", ":
         ("[::1]:443", "", "::1", True),
         ("[fd00::]/8", "", "fd12::1", True),
         ("*", "", "224.0.0.1", False),
+        ("*", "", "64:ff9b::a9fe:a9fe", False),  # 169.254.169.254, by NAT64
+        ("*.example.org", "a.example.org", "2002:a9fe:a9fe::", False),  # and by 6to4
+        ("*.example.org", "a.example.org", "::7f00:1", False),
+        ("[64:ff9b::]/96", "", "64:ff9b::a9fe:a9fe", True),  # the administrator has listed it
     ],
 )
 def test_where_clients_may_go(rule: str, name: str, address: str, answer: bool) -> None:

@@ -14,8 +14,7 @@ from fnmatch import fnmatchcase
 from ...address import LARGEST, parse_cid, parse_port
 from ...constants import VMADDR_CID_ANY
 from ...locator import parse_inet_port
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+from .reachability import Address, is_public
 
 _HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.IGNORECASE)
 _PATTERN = re.compile(r"[a-z0-9_*-]+(\.[a-z0-9_*-]+)*", re.IGNORECASE)
@@ -58,9 +57,9 @@ class HostRule:
     """``HOST``, ``HOST:PORT``: where a proxy's clients may go.
 
     HOST is a name, a pattern of a name (``*.example.org``), an address or a network
-    (``10.0.0.0/8``, ``[fd00::]/8`` or ``[::1]``).  A pattern does not reach addresses that are
-    not the Internet's, because whoever answers for the name could say 127.0.0.1; an exact name
-    does, and so does a network.
+    (``10.0.0.0/8``, ``[fd00::]/8`` or ``[::1]``).  A pattern reaches public addresses only
+    (:func:`.reachability.is_public`), because the name server that answers for a name under it
+    could answer 127.0.0.1; an exact name reaches any address, and so does a network.
     """
 
     name: str = ""
@@ -96,8 +95,8 @@ class HostRule:
         if self.network is not None:
             return address in self.network
         if not name:
-            return self.name == "*" and _is_public(address)
-        return self.admits_name(name, port) and ("*" not in self.name or _is_public(address))
+            return self.name == "*" and is_public(address)
+        return self.admits_name(name, port) and ("*" not in self.name or is_public(address))
 
 
 class HostRules:
@@ -129,7 +128,3 @@ def check_host(text: str) -> str:
         if len(text) > _LONGEST_HOST or not _HOST.fullmatch(text):
             raise ValueError("expected a host's name or address") from None
     return text
-
-
-def _is_public(address: Address) -> bool:
-    return address.is_global and not address.is_multicast
