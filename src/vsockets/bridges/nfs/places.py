@@ -29,14 +29,17 @@ class Places:
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # the key is nobody's business
             self._table = sqlite3.connect(path, isolation_level=None, timeout=0)
-            self._prepare()
+            try:
+                self._count = self._prepare()
+            except BaseException:
+                self._table.close()
+                raise
         except sqlite3.Error as error:
             why = f"{os.fspath(path)}: {error}; each server needs a file of its own (--state)"
             raise OSError(why) from None
-        self._count: int
-        (self._count,) = self._table.execute("SELECT count(*) FROM places").fetchone()
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> int:
+        """Make the tables where they are missing, and return the number of places."""
         run = self._table.execute
         run("PRAGMA locking_mode = EXCLUSIVE")
         run("PRAGMA journal_mode = WAL")
@@ -52,6 +55,9 @@ class Places:
         )
         if run("SELECT value FROM key").fetchone() is None:
             run("INSERT INTO key VALUES (?)", (secrets.token_bytes(KEY_SIZE),))
+        count: int
+        (count,) = run("SELECT count(*) FROM places").fetchone()
+        return count
 
     def __len__(self) -> int:
         return self._count
