@@ -121,7 +121,10 @@ def test_a_rate(
     browser.wait(lambda: browser.texts("#total-connects") == ["0"], "the first rates")
     browser.run(
         "window.seen = new Set();"
-        "new MutationObserver(() => seen.add(document.querySelector(arguments[0]).textContent))"
+        "new MutationObserver(() => {"
+        " const cell = document.querySelector(arguments[0]);"
+        " if (cell) seen.add(cell.textContent);"  # its row goes with the context
+        "})"
         ".observe(document.querySelector('#contexts'),"
         " { subtree: true, childList: true, characterData: true })",
         f"#contexts [data-key='{guest.cid}'] td:nth-child(6)",
