@@ -6,15 +6,25 @@ PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench clean test-downloads test-pytest test-ruff test-mypy
 
 demo: .venv/ready
 	$(BIN)/vsock demo
 
+# Each part runs whatever becomes of the others; it fails if one of them does.
 test: .venv/ready
+	@$(MAKE) --keep-going --no-print-directory --jobs=1 test-downloads test-pytest test-ruff test-mypy
+
+test-downloads:
 	PYTHONPATH=tests $(BIN)/python -m vm.downloads
+
+test-pytest:
 	$(BIN)/pytest --numprocesses 2 --dist loadfile  # much of the time a test waits
+
+test-ruff:
 	$(BIN)/ruff check
+
+test-mypy:
 	$(BIN)/mypy
 
 bench: .venv/ready

@@ -7,10 +7,10 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from c_compiler import compile_c
 from vsockets import VMADDR_CID_ANY, VMADDR_PORT_ANY, Attachment
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.wire import RECORD_SIZE, Op, Record, Request
@@ -184,5 +184,5 @@ def compiled(source: str, folder: Path) -> Path:
     """A C program of this folder, made in ``folder``."""
     program = folder / source.removesuffix(".c")
     path = Path(__file__).with_name(source)
-    subprocess.run(["gcc", "-Wall", "-Werror", "-o", program, path], check=True)
+    compile_c("-o", program, path)
     return program

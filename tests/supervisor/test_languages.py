@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from c_compiler import require_compiler
 from tools.vsock import Vsock
 
 from .conftest import PROGRAMS, Compile
@@ -43,6 +44,8 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Echo:
         compiler, *options = COMPILERS[language]
         if shutil.which(compiler) is None:
             pytest.skip(f"no {compiler}: apt install what .ci/run does")
+        if language == "rs":
+            require_compiler("cc")  # it links
         if not made.exists():
             done = subprocess.run(
                 [compiler, *options, made, PROGRAMS / f"echo.{language}"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 import vsockets
+from c_compiler import compile_c
 from vsockets.testing import PrivateFabric
 from vsockets.vm.initramfs import COMMAND_LINE
 
@@ -79,7 +79,7 @@ def test_another_kernel_by_kexec(
     with stage.machine(fabric_of_machines, "stable") as machine:
         machine.run(COMMON)
         program, source = tmp_path / "kexec", Path(__file__).with_name("kexec.c")
-        subprocess.run(["cc", "-static", "-o", program, source], check=True)
+        compile_c("-static", "-o", program, source)
         paths = dict(zip(("/kexec", "/kernel", "/initrd"), (program, *machine.boots), strict=True))
         machine.put({name: path.read_bytes() for name, path in paths.items()})
         command = ["/kexec", "/kernel", "/initrd", COMMAND_LINE]
