@@ -1,9 +1,13 @@
-"""What holds for all tests: no kernel AF_VSOCK, no fabric but the tests' own, one RabbitMQ."""
+"""What holds for all tests: no kernel AF_VSOCK, no fabric but the tests' own, one RabbitMQ.
+
+They leave no trace in the user's home folder, nor in the working tree.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +16,7 @@ import hypothesis
 import pytest
 
 import no_kernel_vsock
+import traces
 from vsockets.control import Control
 from vsockets.testing.rabbitmq import PrivateRabbitMQ
 
@@ -22,6 +27,13 @@ os.environ["VSOCKETS_TRANSPORT"] = "fabric"
 os.environ["VSOCKETS_DIR"] = str(_scratch / "fabric")
 os.environ.pop("VSOCKETS_CONTEXT", None)
 os.environ.pop("COLUMNS", None)  # tests' programs print whole lines wherever the tests run
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
+    traces.replace_home(_scratch / "home")
+
+# Shells ignore these for a program in the background, and so would all that it starts.
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)  # a program begins with the default again
 
 # A busy machine makes no test fail.
 hypothesis.settings.register_profile(
@@ -29,6 +41,23 @@ hypothesis.settings.register_profile(
 )
 if "CI" not in os.environ:  # there Hypothesis has a profile of its own, which repeats itself
     hypothesis.settings.load_profile("any-speed")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Take note of the working tree; once, and not in each worker."""
+    if not hasattr(session.config, "workerinput"):
+        session.config.stash[traces.BEFORE] = traces.files(session.config.rootpath)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail if the tests have left something in the working tree."""
+    before = session.config.stash.get(traces.BEFORE, None)
+    if before is None:
+        return
+    if left := sorted(traces.files(session.config.rootpath) - before):
+        print(f"\nERROR: the tests have left in {session.config.rootpath}: {', '.join(left)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -141,12 +141,15 @@ def test_what_the_kernel_asks_for_who_does_not_own_a_file(
 
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="there is no fio")
-def test_fio_finds_no_corrupt_byte(storage: tuple[PrivateFabric, Storage]) -> None:
+def test_fio_finds_no_corrupt_byte(storage: tuple[PrivateFabric, Storage], tmp_path: Path) -> None:
     fabric, nfs = storage
     nfs.serve_with_loss(seed=3, percent=5)
     top = nfs.mount(fabric.guest())
     command = ["fio", "--name=verify", f"--directory={top}", "--rw=randwrite", "--size=4m"]
     command += ["--bs=4k-64k", "--verify=sha256", "--numjobs=2", "--ioengine=psync"]
     command += ["--fsync_on_close=1", "--end_fsync=1", "--randseed=9"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    # fio leaves the state of its verification in its working folder.
+    ran = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr

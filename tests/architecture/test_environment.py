@@ -1,0 +1,98 @@
+"""The tests leave no trace, and need no particular shell and no compiler."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import c_compiler
+import traces
+
+TESTS = Path(traces.__file__).parent
+
+#: A folder of tests that uses the same hooks.
+CONFTEST = "from tests.conftest import pytest_sessionfinish, pytest_sessionstart\n"
+
+
+def test_the_home_folder_is_not_the_users() -> None:
+    assert Path.home() != Path(pwd.getpwuid(os.geteuid()).pw_dir)
+    shell = "set -o history; HISTFILE=${HISTFILE-$HOME/.bash_history}; echo $HISTFILE"
+    for command in (["bash", "-c", shell], ["sh", "-c", "echo $HOME/"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(f"{Path.home()}/")
+
+
+def test_a_compiler_without_headers_is_missing(tmp_path: Path) -> None:
+    """As with ``apt install --no-install-recommends gcc``."""
+    c_compiler.require_compiler("gcc")
+    compiler = tmp_path / "gcc-alone"
+    compiler.write_text('#!/bin/sh\nexec gcc -nostdinc "$@"\n')
+    compiler.chmod(0o755)
+    with pytest.raises(pytest.skip.Exception, match="apt install libc6-dev"):
+        c_compiler.compile_c("anything.c", compiler=str(compiler))
+    with pytest.raises(pytest.skip.Exception, match="no-such-compiler is missing"):
+        c_compiler.compile_c("anything.c", compiler="no-such-compiler")
+
+
+@pytest.mark.parametrize("parallel", [(), ("-n", "1")], ids=["here", "workers"])
+def test_a_file_left_in_the_tree_fails_the_run(tmp_path: Path, parallel: tuple[str, ...]) -> None:
+    (tmp_path / "pytest.ini").touch()
+    (tmp_path / "conftest.py").write_text(
+        f"import sys; sys.path[:0] = [{str(TESTS.parent)!r}, {str(TESTS)!r}]\n{CONFTEST}"
+    )
+    (tmp_path / "test_one.py").write_text(
+        "import os\n"
+        "def test_one():\n"
+        "    if name := os.environ.get('LEAVE'): open(name, 'w').close()\n"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"
+    }
+    command = [sys.executable, "-m", "pytest", "-q", *parallel, str(tmp_path)]
+
+    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(LEAVE="trace.state")
+    assert done.returncode == 1
+    assert f"ERROR: the tests have left in {tmp_path}: trace.state" in done.stdout
+
+
+def test_signals_that_a_shell_ignores_reach_the_tests_programs(tmp_path: Path) -> None:
+    """As in ``make test &`` in a script, or below ``nohup``."""
+    (tmp_path / "test_one.py").write_text(
+        "import signal, subprocess\n"
+        "import conftest\n"
+        "def test_one():\n"
+        "    for number in signal.SIGINT, signal.SIGQUIT, signal.SIGHUP:\n"
+        "        with subprocess.Popen(['sleep', '100']) as program:\n"
+        "            program.send_signal(number)\n"
+        "            assert program.wait(60) == -number\n"
+    )
+    done = subprocess.run(
+        [
+            *("env", "--ignore-signal=INT,QUIT,HUP", f"PYTHONPATH={TESTS}"),
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
