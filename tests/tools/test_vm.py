@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from vsockets.vm.qemu import NEEDS, examine
+
 from .vsock import Vsock
 
 OLD = """\
@@ -15,7 +17,17 @@ echo "QEMU emulator version 7.2.15 (Debian 1:7.2+dfsg-7)"
 """
 BUILT_WITHOUT = """\
 #!/bin/sh
-[ "$1" = --version ] && echo "QEMU emulator version 10.2.0" || echo 'name "e1000", bus PCI'
+[ "$1" = --version ] && echo "QEMU emulator version 10.2.0" ||
+    echo "$0: -device $2: Device '${2%,help}' not found" >&2
+"""
+#: As QEMU of Debian 12 to 14 beside another QEMU's modules, when it is asked for all drivers.
+ABORTING = """\
+#!/bin/sh
+case "$*" in
+    --version) echo "QEMU emulator version 10.2.0" ;;
+    *,help) echo "a module of another QEMU" >&2; kill -ABRT $$ ;;
+    *help) kill -ABRT $$ ;;
+esac
 """
 BROKEN = """\
 #!/bin/sh
@@ -45,6 +57,24 @@ class TestWhichQemu:
         said = vsock.fails("vm", "run", "--accel", "tcg", "--qemu", qemu)
         assert "QEMU 10.2, was built without vfio-user-pci" in said
 
+    @pytest.mark.parametrize("device", ["vmci", "virtio"])
+    def test_an_aborted_question_is_not_a_no(self, vsock: Vsock, qemu: Path, device: str) -> None:
+        qemu.write_text(ABORTING)
+        said = vsock.fails("vm", "run", "--accel", "tcg", "--qemu", qemu, "--device", device)
+        assert "does not work: asked for" in said
+        assert said.endswith("a module of another QEMU (killed by signal 6 (Aborted))")
+        assert "built without" not in said
+
+    def test_only_the_device_is_asked_for(self, tmp_path: Path, qemu: Path) -> None:
+        """Modules of another QEMU, for other devices, are not loaded."""
+        qemu.write_text(
+            ABORTING.replace(
+                'echo "a module of another QEMU" >&2; kill -ABRT $$', 'echo "${2%,help} options:"'
+            )
+        )
+        for device in NEEDS:
+            examine(str(qemu)).require(device)
+
     def test_broken_is_not_too_old(self, vsock: Vsock, qemu: Path) -> None:
         qemu.write_text(BROKEN)
         said = vsock.fails("vm", "run", "--accel", "tcg", "--qemu", qemu)
@@ -72,8 +102,21 @@ def test_mistakes(vsock: Vsock, tmp_path: Path) -> None:
         ("vm args", 2, "--socket"),
         (f"vm args --socket /s --vmx {tmp_path}/b.vmx", 2, "expected a .vmx file"),
         (f"vm args --socket /s --vmx {vmx}", 2, "expected 7 or later"),
+        (f"vm run --vmx {tmp_path}/b.vmx --qemu /nowhere", 2, "b.vmx: No such file or directory"),
         (f"vm demo --copy {tmp_path}/nothing", 2, "there is no folder"),
     )
+
+
+@pytest.mark.parametrize("command", ["run", "demo"])
+def test_without_the_package_for_qemus_monitor(vsock: Vsock, tmp_path: Path, command: str) -> None:
+    """Said before anything is looked for or downloaded."""
+    package = tmp_path / "qemu"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    vsock.find_modules_in(tmp_path)
+    said = vsock.fails("vm", command)
+    assert said.startswith("the Python package qemu.qmp is missing")
+    assert said.endswith("pip install qemu.qmp")
 
 
 class TestArguments:

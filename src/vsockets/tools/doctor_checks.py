@@ -178,7 +178,7 @@ def virtual_machines() -> Finding:
     try:
         import qemu.qmp  # noqa: F401
     except ModuleNotFoundError:
-        missing["run needs qemu.qmp"] = "pip install 'vsockets[vm]'"
+        missing["run needs the Python package qemu.qmp"] = "pip install qemu.qmp"
     if shutil.which("setpriv") is None:
         missing["run needs setpriv"] = "util-linux"
     state = "no" if missing else "yes"

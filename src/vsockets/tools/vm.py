@@ -41,6 +41,7 @@ from .vm_options import (
     accelerators,
     find_firmware,
     find_qemu,
+    require_qmp,
 )
 
 app = typer.Typer(help="Virtual machines under QEMU.", rich_markup_mode=None)
@@ -75,10 +76,11 @@ def run(
     Ctrl-], or SIGTERM, has the guest power off; the second time its power is cut.  The exit
     status is 0 when the guest has powered off, 128 and the signal's number after a signal.
     """
-    program = find_qemu(device, qemu, download)
+    require_qmp()
     boot = (kernel or "", initrd or "", append)
     parts = (device, name, boot, tuple(disk or ()), memory, cpus, network, accel)
     machine, cid = _described(vmx, cid, *parts)
+    program = find_qemu(device, qemu, download)
     raise typer.Exit(_run(machine, cid, program, grace, extra))
 
 
@@ -183,10 +185,8 @@ def _run(
 ) -> int:
     import asyncio
 
-    try:
-        from ..vm.machine import Failed, RunningMachine
-    except ModuleNotFoundError as error:
-        raise Failure(f"{error.name} is missing: pip install 'vsockets[vm]'") from None
+    from ..vm.machine import Failed, RunningMachine
+
     with administrator(start=True) as control:
         context = context_of(control, cid, machine.name)
         if context["state"] == "off":

@@ -30,6 +30,7 @@ from .vm_options import (
     DeviceOption,
     accelerators,
     find_qemu,
+    require_qmp,
 )
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def demo(
     """
     from ..testing import PrivateFabric
 
+    require_qmp()
     if folder is not None and not folder.is_dir():
         raise typer.BadParameter(f"--copy: there is no folder {folder}")
     for number in (signal.SIGTERM, signal.SIGHUP):

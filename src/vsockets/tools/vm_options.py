@@ -125,6 +125,15 @@ VmxOption = Annotated[
 ]
 
 
+def require_qmp() -> None:
+    """Raise Failure unless the package that speaks with QEMU's monitor is installed."""
+    try:
+        import qemu.qmp  # noqa: F401
+    except ModuleNotFoundError:
+        why = "the Python package qemu.qmp is missing (it is not QEMU, which it controls)"
+        raise Failure(f"{why}: pip install qemu.qmp") from None
+
+
 def find_qemu(device: Device, program: str | None, download: bool) -> str:
     """The QEMU to use; Failure."""
     from ..vm.packages import Unavailable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -73,9 +74,14 @@ class Qemu(NamedTuple):
                 f"{self.path} is QEMU {self.number}, too old for the {device} device "
                 f"({need.driver} came with {since}): {advice(device)}"
             )
-        if f'"{need.driver}"' not in _said(self.path, "-device", "help"):
-            what = f"{self.path}, QEMU {self.number}, was built without {need.driver}"
-            raise Broken(f"{what}: {advice(device)}")
+        # Asked for all drivers, QEMU loads every module it finds, also another QEMU's, and aborts.
+        said = _said(self.path, "-device", f"{need.driver},help")
+        if f"{need.driver} options:" in said:
+            return
+        what = f"{self.path}, QEMU {self.number}"
+        if f"'{need.driver}' not found" in said:
+            raise Broken(f"{what}, was built without {need.driver}: {advice(device)}")
+        raise Broken(f"{what}, does not work: asked for {need.driver} it said: {_last_line(said)}")
 
 
 def advice(device: str) -> str:
@@ -94,8 +100,7 @@ def examine(path: str) -> Qemu:
     said = _said(path, "--version")
     found = re.search(r"version (\d+)\.(\d+)", said)
     if found is None:
-        last = said.strip().rpartition("\n")[2] or "nothing"
-        raise Broken(f"{path} does not work: asked for its version it said: {last}")
+        raise Broken(f"{path} does not work: asked for its version it said: {_last_line(said)}")
     return Qemu(path, (int(found[1]), int(found[2])))
 
 
@@ -145,11 +150,13 @@ def find_firmware() -> str:
 
 
 def _said(*command: str) -> str:
+    """Return what a program printed, and at its end the signal that killed it, if one did."""
     try:
         done = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
             timeout=_PATIENCE,
@@ -157,4 +164,15 @@ def _said(*command: str) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    return done.stdout or done.stderr
+    code = done.returncode
+    # A shell, or the loader's script, reports a signal as 128 and its number.
+    killed = -code if code < 0 else code - 128
+    if killed <= 0 or killed > signal.NSIG:
+        return done.stdout
+    said = done.stdout.strip()
+    how = f"killed by signal {killed} ({signal.strsignal(killed)})"
+    return f"{said} ({how})" if said else how
+
+
+def _last_line(said: str) -> str:
+    return said.strip().rpartition("\n")[2] or "nothing"

@@ -164,9 +164,12 @@ def test_what_the_device_is(client: Client) -> None:
         client.ask(Command.DEVICE_GET_REGION_INFO, struct.pack("<IIIIQQ", 32, 0, 9, 0, 0, 0))
         == errno.EINVAL
     )
-    for index, flags, count in [(0, 7, 1), (1, 1, 0), (2, 9, 3), (3, 1, 0)]:
+    for index, flags, count in [(0, 7, 1), (1, 1, 0), (2, 9, 3), (4, 1, 0)]:
         answer = client.ask(Command.DEVICE_GET_IRQ_INFO, struct.pack("<IIII", 16, 0, index, 0))
         assert answer == struct.pack("<IIII", 16, flags, index, count)
+    for index in (Irq.ERR, 5):
+        question = struct.pack("<IIII", 16, 0, index, 0)
+        assert client.ask(Command.DEVICE_GET_IRQ_INFO, question) == errno.EINVAL
     header = client.ask(Command.REGION_READ, access(Region.CONFIG, 0, 64))
     assert isinstance(header, bytes)
     assert header[16:20] == struct.pack("<HH", 1, 2)

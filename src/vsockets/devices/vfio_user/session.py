@@ -14,7 +14,7 @@ from ...limits import VFIO_TRANSFER
 from ..conversation import ProtocolError
 from ..guest_memory import GuestMemory
 from . import messages
-from .interrupts import Interrupts
+from .interrupts import Interrupts, Irq
 from .messages import Command, Flag, Message
 
 log = logging.getLogger(__name__)
@@ -192,6 +192,9 @@ class Session:
         if index >= len(counts):
             raise OSError(errno.EINVAL, f"no interrupt {index}")
         kind, count = counts[index]
+        # As Linux answers for a device without PCIe's errors. QEMU warns of an answer of zero.
+        if kind is Irq.ERR and not count:
+            raise OSError(errno.EINVAL, "no interrupt for errors")
         # An eventfd can be given; INTx can be masked and masks itself; a vector's number of
         # MSI-X and MSI is not changed while in use.
         flags = 1 if not count else 7 if kind == 0 else 9
