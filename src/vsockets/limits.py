@@ -332,6 +332,11 @@ FORWARD_FIRST_PAUSE, FORWARD_LONGEST_PAUSE = 0.01, 0.5
 #: handshake is sent again after one, three and seven.
 FORWARD_CONNECT_TIMEOUT = 10.0
 
+#: How long one address of a target may take before the next one is tried beside it, in seconds
+#: (RFC 8305, section 5), and how many addresses are tried: name servers may return any number.
+FORWARD_NEXT_ADDRESS = 0.25
+FORWARD_ADDRESSES = 16
+
 #: Connections of one forward at the same time, or flows of datagrams: each takes two or three
 #: descriptors of the 20,000 or more that processes may have.  Later clients wait in the backlog.
 FORWARD_CONNECTIONS = 4096

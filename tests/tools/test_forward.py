@@ -13,8 +13,10 @@ import pytest
 import vsockets
 from vsockets.testing import PrivateFabric
 
-from .forwarding import answer_of, ask, end, read_all, start, tcp
+from .forwarding import Echo, answer_of, ask, end, read_all, start, tcp
 from .vsock import PATIENCE, Vsock
+
+ANY = vsockets.VMADDR_PORT_ANY
 
 
 def test_tcp_to_vsock(vsock: Vsock, echo: int) -> None:
@@ -191,6 +193,23 @@ def test_a_target_that_refuses_and_one_that_dies(
         assert read_all(client) == b""
         client.close()
     end(running)
+
+
+def test_a_burst_of_clients_and_a_short_backlog(vsock: Vsock, fabric: PrivateFabric) -> None:
+    """As socketserver's: its kernel would have tried TCP clients again."""
+    with vsockets.create_server((2, ANY), backlog=5, context=fabric.host) as server:
+        Echo(server)
+        target = f"vsock:host:{server.getsockname()[1]}"
+        running, port = start(vsock, "tcp:127.0.0.1:0", target)
+        assert ask(tcp(port)) == b"question"
+        clients = [tcp(port) for _ in range(50)]
+        for client in clients:
+            client.sendall(b"question")
+            client.shutdown(socket.SHUT_WR)
+        for client in clients:
+            with client:
+                assert read_all(client) == b"question"
+        end(running)
 
 
 def test_wait_for_the_target(vsock: Vsock, fabric: PrivateFabric) -> None:

@@ -17,6 +17,8 @@ from ..wire.hybrid import port_name
 #: Where systemd puts the sockets it passes (sd_listen_fds(3)).
 _FIRST_INHERITED = 3
 
+_FIRST_UNPRIVILEGED = 1024
+
 
 class Door:
     """Open sockets for one locator; ``sockets`` are non-blocking."""
@@ -119,6 +121,9 @@ def open_door(locator: Locator, context: Place | None) -> Door:
         return Door(locator, context)
     except OSError as error:
         why = error.strerror or str(error)
+        reserved = isinstance(locator, Vsock | Inet) and locator.port < _FIRST_UNPRIVILEGED
+        if error.errno == errno.EACCES and reserved:
+            why = f"{why} (ports below 1024 need CAP_NET_BIND_SERVICE)"
         raise OSError(error.errno, f"cannot listen on {locator}: {why}") from None
 
 

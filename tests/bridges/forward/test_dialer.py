@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from vsockets.bridges.forward.dialer import Dialer, NotAdmitted
-from vsockets.locator import Inet, Proxy, Unix, VsockMux
+import vsockets
+from vsockets.bridges.forward.dialer import Dialer, NotAdmitted, interleave
+from vsockets.locator import Inet, Proxy, Unix, Vsock, VsockMux
+from vsockets.testing import PrivateFabric
 
 PATIENCE = 20.0
+ANY = vsockets.VMADDR_PORT_ANY
+
+
+@pytest.fixture(scope="module")
+def fabric() -> Iterator[PrivateFabric]:
+    with PrivateFabric() as fabric:
+        yield fabric
 
 
 def run(main: Callable[[Dialer], Awaitable[None]]) -> None:
@@ -109,5 +119,134 @@ def test_only_admitted_addresses_are_connected_to() -> None:
             )
             with sock:
                 assert sock.getpeername() == server.getsockname()
+
+    run(main)
+
+
+class Addresses(Dialer):
+    """A dialer for which every name leads to ``hosts``."""
+
+    def __init__(self, *hosts: str) -> None:
+        super().__init__()
+        self.resolver.resolve = self._find  # type: ignore[method-assign]
+        self._hosts = hosts
+
+    async def _find(self, host: str, port: int, kind: int) -> list[tuple[int, tuple[str, int]]]:
+        families = (socket.AF_INET6 if ":" in host else socket.AF_INET for host in self._hosts)
+        return [(family, (host, port)) for family, host in zip(families, self._hosts, strict=True)]
+
+
+@contextlib.contextmanager
+def silent(host: str) -> Iterator[int]:
+    """A port of ``host`` whose kernel drops SYNs: its listener's backlog is full."""
+    with contextlib.ExitStack() as stack:
+        hole = stack.enter_context(socket.socket())
+        hole.bind((host, 0))
+        hole.listen(0)
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(hole.getsockname())
+        yield hole.getsockname()[1]
+
+
+def test_an_address_that_does_not_answer_holds_up_no_other() -> None:
+    """RFC 8305, section 5."""
+
+    async def main(_: Dialer) -> None:
+        with silent("127.0.0.2") as port, socket.create_server(("127.0.0.3", port)) as server:
+            dialer = Addresses("127.0.0.2", "127.0.0.3")
+            with await dialer.connect(Inet("two.test", port), timeout=PATIENCE) as sock:
+                assert sock.getpeername() == server.getsockname()
+        # The attempt that was not wanted any more has left nothing behind.
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.wait_for(asyncio.gather(*others, return_exceptions=True), PATIENCE)
+
+    run(main)
+
+
+def test_the_timeout_is_of_one_attempt() -> None:
+    """As docs/forward.md says of --connect-timeout: of each address."""
+
+    async def main(_: Dialer) -> None:
+        with silent("127.0.0.2") as port, socket.create_server(("127.0.0.3", port)) as server:
+            dialer = Addresses("127.0.0.2", "127.0.0.3")
+            with await dialer.connect(Inet("two.test", port), timeout=0.1) as sock:
+                assert sock.getpeername() == server.getsockname()
+            with pytest.raises(OSError) as caught:
+                await Addresses("127.0.0.2").connect(Inet("one.test", port), timeout=0.1)
+            assert caught.value.errno == errno.ETIMEDOUT
+
+    run(main)
+
+
+def test_all_addresses_refuse() -> None:
+    """The error is the one that says most: no address of TEST-NET-1 can be reached from here."""
+
+    async def main(_: Dialer) -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
+            for hosts in (("::ffff:127.0.0.1", "127.0.0.1"), ("127.0.0.1", "fe80::1")):
+                with pytest.raises(ConnectionRefusedError, match="Connection refused"):
+                    await Addresses(*hosts).connect(Inet("two.test", port), timeout=PATIENCE)
+
+    run(main)
+
+
+def test_families_take_turns() -> None:
+    """RFC 8305, section 4."""
+    four, six = socket.AF_INET, socket.AF_INET6
+    found = [(six, (name,)) for name in "abc"] + [(four, (name,)) for name in "xy"]
+    assert "".join(address[0] for _, address in interleave(found)) == "axbyc"
+    assert interleave([]) == []
+
+
+def test_a_refusal_has_words(fabric: PrivateFabric) -> None:
+    async def main(_: Dialer) -> None:
+        dialer = Dialer(fabric.host)
+        with pytest.raises(ConnectionResetError, match=r"reset by peer \(no listener at that port"):
+            await dialer.connect(Vsock(2, 7001), timeout=PATIENCE)
+        with pytest.raises(OSError, match=r"No route to host \(no such context"):
+            await dialer.connect(Vsock(999, 7001), timeout=PATIENCE)
+
+    run(main)
+
+
+def test_a_port_that_has_answered_is_tried_again(fabric: PrivateFabric) -> None:
+    """Its backlog may be full: a TCP client would be tried again by its kernel."""
+
+    async def main(_: Dialer) -> None:
+        with (
+            vsockets.create_server((2, ANY), backlog=1, context=fabric.host) as server,
+            contextlib.ExitStack() as stack,
+        ):
+            dialer, port = Dialer(fabric.host), Vsock(*server.getsockname())
+            stack.enter_context(await dialer.connect(port, timeout=PATIENCE))
+            with contextlib.suppress(ConnectionResetError):
+                while True:  # until the backlog is full
+                    other = Dialer(fabric.host)
+                    stack.enter_context(await other.connect(port, timeout=PATIENCE))
+            last = asyncio.create_task(dialer.connect(port, timeout=PATIENCE))
+            await asyncio.sleep(0)  # it has asked
+            with pytest.raises(ConnectionResetError):
+                await Dialer(fabric.host).connect(port, timeout=PATIENCE)
+            server.accept()[0].close()
+            (await last).close()
+
+    run(main)
+
+
+def test_a_port_that_has_ended_is_given_up(fabric: PrivateFabric) -> None:
+    async def main(_: Dialer) -> None:
+        dialer = Dialer(fabric.host)
+        with vsockets.create_server((2, ANY), context=fabric.host) as server:
+            port = Vsock(*server.getsockname())
+            (await dialer.connect(port, timeout=PATIENCE)).close()
+        with pytest.raises(ConnectionResetError):
+            await dialer.connect(port, timeout=0.1)
+        # It is told at once from then on: nothing is waited for that long.
+        with pytest.raises(ConnectionResetError):
+            await dialer.connect(port, timeout=PATIENCE * 2)
 
     run(main)

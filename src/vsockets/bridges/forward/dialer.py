@@ -6,18 +6,25 @@ import asyncio
 import errno
 import ipaddress
 import os
+import random
 import socket as stdlib
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 from ...attachment import Place
-from ...limits import FORWARD_FIRST_PAUSE, FORWARD_LONGEST_PAUSE
+from ...limits import (
+    FORWARD_ADDRESSES,
+    FORWARD_FIRST_PAUSE,
+    FORWARD_LONGEST_PAUSE,
+    FORWARD_NEXT_ADDRESS,
+)
 from ...locator import Exec, Inet, Locator, Stdio, Unix, Vsock, VsockFolder, VsockMux
 from ...socket import socket
 from ...state_folder import connect_to
 from ...wire.hybrid import Answer, connect_line, hyperkit_line
-from .resolver import Resolver
+from .resolver import Found, Resolver
 from .stdio import standard_streams
 
 #: The target is not there yet: what waiting may change.
@@ -28,6 +35,13 @@ NOT_YET = {
     errno.ENODEV,
     errno.ENOENT,
     errno.ETIMEDOUT,
+}
+
+#: The meaning of an errno of a vSockets connect.
+_MEANINGS = {
+    errno.ECONNRESET: "no listener at that port, or its backlog is full",
+    errno.EHOSTUNREACH: "no such context, or no permission to connect to it",
+    errno.EINVAL: "the buffer sizes of the two sides do not meet",
 }
 
 #: Whether an address that a name led to may be connected to.
@@ -44,6 +58,7 @@ class Dialer:
     def __init__(self, context: Place | None = None) -> None:
         self._context = context
         self._loop = asyncio.get_running_loop()
+        self._answered: set[Locator] = set()  # vSockets ports that have accepted a connection
         self.resolver = Resolver()
 
     async def connect(
@@ -55,37 +70,56 @@ class Dialer:
         admits: Admits | None = None,
         client: tuple[int, int] | None = None,
     ) -> stdlib.socket:
-        """A connected, non-blocking stream socket.
+        """Return a connected, non-blocking stream socket.
 
-        One attempt may take ``timeout`` seconds; a target that is not there yet is tried again
-        for ``wait`` seconds.  A program is told in its environment of the ``client`` it serves.
+        One attempt may take ``timeout`` seconds; with a name, one attempt at each of its
+        addresses.  A target that is not there yet is tried again for ``wait`` seconds.  So is, for
+        ``timeout`` seconds, a vSockets port that refuses and has accepted before: its backlog may
+        be full.  A program gets the ``client`` it serves in its environment.
+
         Raises OSError, NotAdmitted among them.
         """
-        deadline = self._loop.time() + wait
+        begin = self._loop.time()
         pause = FORWARD_FIRST_PAUSE
         while True:
             try:
-                async with asyncio.timeout(timeout):
-                    return await self._open(locator, admits, client)
-            except TimeoutError as error:
-                # asyncio's own says nothing; the kernel's does.
-                why: OSError = error if error.errno else _error(errno.ETIMEDOUT)
+                sock = await self._open(locator, timeout, admits, client)
             except OSError as error:
-                why = error
-            if why.errno not in NOT_YET or self._loop.time() + pause > deadline:
+                # asyncio's TimeoutError has no errno; the kernel's has.
+                untold = isinstance(error, TimeoutError) and not error.errno
+                why = _error(errno.ETIMEDOUT) if untold else error
+            else:
+                if isinstance(locator, Vsock | VsockMux):  # settings name them, never a client
+                    self._answered.add(locator)
+                return sock
+            patience = wait if why.errno in NOT_YET else 0.0
+            if why.errno == errno.ECONNRESET and locator in self._answered:
+                patience = max(patience, timeout)
+            if self._loop.time() + pause > begin + patience:
+                self._answered.discard(locator)
                 raise why
-            await asyncio.sleep(pause)
+            # Clients that came together do not try again together.
+            await asyncio.sleep(random.uniform(pause / 2, pause))
             pause = min(pause * 2, FORWARD_LONGEST_PAUSE)
 
     async def _open(
-        self, locator: Locator, admits: Admits | None, client: tuple[int, int] | None
+        self,
+        locator: Locator,
+        timeout: float,
+        admits: Admits | None,
+        client: tuple[int, int] | None,
     ) -> stdlib.socket:
+        if isinstance(locator, Inet):
+            async with asyncio.timeout(timeout):
+                found = await self._look_up(locator, admits)
+            return await self._first(found, timeout)
+        async with asyncio.timeout(timeout):
+            return await self._open_local(locator, client)
+
+    async def _open_local(self, locator: Locator, client: tuple[int, int] | None) -> stdlib.socket:
         match locator:
             case Vsock(cid, port):
-                sock = socket(context=self._context)
-                return await self._attempt(sock, self._loop.sock_connect(sock, (cid, port)))
-            case Inet(host, port):
-                return await self._tcp(host, port, admits)
+                return await self._vsock(cid, port)
             case Unix(path):
                 return await self._unix(path)
             case VsockMux(path, port):
@@ -101,6 +135,16 @@ class Dialer:
             case _:
                 raise OSError(errno.EOPNOTSUPP, f"{locator} is nowhere to connect to")
 
+    async def _vsock(self, cid: int, port: int) -> stdlib.socket:
+        sock = socket(context=self._context)
+        try:
+            return await self._attempt(sock, self._connect(sock, (cid, port)))
+        except OSError as error:
+            code = error.errno or 0
+            if code not in _MEANINGS:
+                raise
+            raise OSError(code, f"{os.strerror(code)} ({_MEANINGS[code]})") from None
+
     @staticmethod
     async def _attempt(sock: stdlib.socket, connecting: Any) -> stdlib.socket:
         try:
@@ -111,21 +155,80 @@ class Dialer:
             raise
         return sock
 
-    async def _tcp(self, host: str, port: int, admits: Admits | None) -> stdlib.socket:
-        found = await self.resolver.resolve(host, port, stdlib.SOCK_STREAM)
+    async def _connect(self, sock: stdlib.socket, address: tuple[Any, ...]) -> None:
+        """Connect a non-blocking socket; the OSError has the words of its errno."""
+        try:
+            sock.connect(address)
+        except BlockingIOError:
+            pass
+        else:
+            return
+        writable = asyncio.Event()
+        fd = sock.fileno()
+        self._loop.add_writer(fd, writable.set)
+        try:
+            await writable.wait()
+        finally:
+            self._loop.remove_writer(fd)
+        code = sock.getsockopt(stdlib.SOL_SOCKET, stdlib.SO_ERROR)
+        if code:
+            raise _error(code)
+
+    async def _look_up(self, locator: Inet, admits: Admits | None) -> list[Found]:
+        """Return the addresses to try, in the order to try them (RFC 8305, section 4)."""
+        found = await self.resolver.resolve(locator.host, locator.port, stdlib.SOCK_STREAM)
         if admits is not None:
             found = [one for one in found if admits(ipaddress.ip_address(one[1][0]))]
             if not found:
-                raise NotAdmitted(errno.EACCES, f"{host}: no address of it is allowed")
-        while True:
-            family, address = found.pop(0)
-            sock = stdlib.socket(family, stdlib.SOCK_STREAM)
-            sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)
-            try:
-                return await self._attempt(sock, self._loop.sock_connect(sock, address))
-            except OSError:
-                if not found:
-                    raise
+                raise NotAdmitted(errno.EACCES, f"{locator.host}: no address of it is allowed")
+        return interleave(found)[:FORWARD_ADDRESSES]
+
+    async def _first(self, found: Sequence[Found], timeout: float) -> stdlib.socket:
+        """Connect to the address that answers first (RFC 8305, section 5).
+
+        The next attempt begins when the last one has failed, or was not answered in
+        FORWARD_NEXT_ADDRESS seconds; the ones before it go on.
+        """
+        if len(found) == 1:
+            return await self._tcp(*found[0], timeout)
+        left = list(found)
+        attempts: set[asyncio.Task[stdlib.socket]] = set()
+        why: OSError | None = None
+        try:
+            while left or attempts:
+                if left:
+                    attempt = self._tcp(*left.pop(0), timeout)
+                    attempts.add(self._loop.create_task(attempt))
+                done, attempts = await asyncio.wait(
+                    attempts,
+                    timeout=FORWARD_NEXT_ADDRESS if left else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                for task in done:
+                    error = task.exception()
+                    if error is None:
+                        attempts |= done - {task}
+                        return task.result()
+                    if not isinstance(error, OSError):
+                        raise error
+                    # A target that waiting may change says more than a missing route.
+                    if why is None or error.errno in NOT_YET or why.errno not in NOT_YET:
+                        why = error
+        finally:
+            for task in attempts:
+                task.cancel()
+                task.add_done_callback(_close_unwanted)
+        assert why is not None
+        raise why
+
+    async def _tcp(self, family: int, address: tuple[Any, ...], timeout: float) -> stdlib.socket:
+        sock = stdlib.socket(family, stdlib.SOCK_STREAM)
+        sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._attempt(sock, self._connect(sock, address))
+        except TimeoutError:
+            raise _error(errno.ETIMEDOUT) from None
 
     async def _unix(self, path: str) -> stdlib.socket:
         sock = stdlib.socket(stdlib.AF_UNIX, stdlib.SOCK_STREAM)
@@ -186,6 +289,20 @@ async def connect_unix(sock: stdlib.socket, path: str) -> None:
         except BlockingIOError:
             await asyncio.sleep(pause)
             pause = min(pause * 2, FORWARD_LONGEST_PAUSE)
+
+
+def interleave(found: Sequence[Found]) -> list[Found]:
+    """Alternate between address families, the first address first (RFC 8305, section 4)."""
+    first = [one for one in found if one[0] == found[0][0]]
+    others = [one for one in found if one[0] != found[0][0]]
+    pairs = chain.from_iterable(zip_longest(first, others))
+    return [one for one in pairs if one is not None]
+
+
+def _close_unwanted(attempt: asyncio.Task[stdlib.socket]) -> None:
+    """Close what an attempt has connected after another one was faster."""
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
 
 
 def _error(code: int) -> OSError:

@@ -8,8 +8,9 @@ import os
 import socket as stdlib
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...attachment import Place
 from ...limits import PERF_SAMPLES
@@ -215,9 +216,7 @@ def connect(locator: Locator, context: Place | None = None) -> stdlib.socket:
             sock: stdlib.socket = socket(type=kind, context=context)
             _or_close(sock, lambda: sock.connect((cid, port)))
         case Inet(host, port):
-            (family, _, _, _, address), *_ = stdlib.getaddrinfo(host, port, type=kind)
-            sock = stdlib.socket(family, kind)
-            _or_close(sock, lambda: sock.connect(address))
+            sock = _connect_to_any(stdlib.getaddrinfo(host, port, type=kind))
             if not locator.datagram:
                 sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)
         case Unix(path) | VsockMux(path):
@@ -234,6 +233,21 @@ def connect(locator: Locator, context: Place | None = None) -> stdlib.socket:
             )
     set_timeouts(sock)
     return sock
+
+
+def _connect_to_any(found: Sequence[Any]) -> stdlib.socket:
+    """Connect to the first address that answers."""
+    for number, (family, kind, _, _, address) in enumerate(found, 1):
+        sock = stdlib.socket(family, kind)
+        try:
+            sock.connect(address)
+        except OSError:
+            sock.close()
+            if number == len(found):
+                raise
+        else:
+            return sock
+    raise AssertionError("getaddrinfo() returned no address")
 
 
 def _or_close(sock: stdlib.socket, call: Callable[[], object]) -> None:
