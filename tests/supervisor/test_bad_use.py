@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,6 @@ import pytest
 from tools.vsock import PROGRAM, Vsock
 
 from .conftest import Compile
-
-x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="an x86-64 matter")
 
 
 def test_no_such_program(vsock: Vsock) -> None:
@@ -127,16 +127,79 @@ def supervisors(vsock: Vsock) -> list[int]:
     return found
 
 
-@x86_only
-def test_a_32_bit_program(vsock: Vsock, compile_c: Compile) -> None:
+@pytest.fixture
+def thirty_two(compile_c: Compile) -> Path:
+    """A 32-bit program, if there are any."""
+    if platform.machine() != "x86_64":
+        pytest.skip("an x86-64 matter")
     options = ("-m32", "-static", "-nostdlib", "-O1", "-fno-pic", "-no-pie")
     program = compile_c("thirtytwo.c", *options)
     try:
         subprocess.run([program], check=False)  # the tests' own filter makes it fail
     except OSError:
         pytest.skip("this kernel runs no 32-bit programs")
-    done = vsock("run", program, expect=-signal.SIGKILL)
-    assert done.stderr == f"vsock run: {program}: 32-bit programs are not supported, it is killed\n"
+    return program
+
+
+def test_a_32_bit_program(vsock: Vsock, thirty_two: Path) -> None:
+    done = vsock("run", thirty_two, expect=-signal.SIGKILL)
+    line = f"vsock run: '{thirty_two}': 32-bit programs are not supported, it is killed\n"
+    assert done.stderr == line
+
+
+#: Runs a 32-bit program with a standard error that may not be written to, or that nobody reads.
+#: It has no rights by then.
+WITHOUT_RIGHTS = """
+import os, signal, sys
+how, victim, program = sys.argv[1:]
+if how == "file":
+    stderr = os.open(victim, os.O_PATH)
+else:
+    reader, stderr = os.pipe()
+    os.set_blocking(stderr, False)
+    try:
+        while os.write(stderr, bytes(4096)): pass
+    except BlockingIOError: pass
+    os.set_blocking(stderr, True)
+if os.geteuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+if os.fork() == 0:
+    os.dup2(stderr, 2)
+    os.execv(program, [program])
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.parametrize("how", ["file", "full pipe"])
+def test_what_is_told_goes_only_where_the_program_may_write(
+    vsock: Vsock, thirty_two: Path, how: str
+) -> None:
+    """The program holds a descriptor of root's file that gives it no right to write, or one that
+    would keep the supervisor waiting.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        victim = Path(folder, "victim")
+        victim.write_text("root's\n")
+        victim.chmod(0o600 if os.geteuid() == 0 else 0o400)
+        # The path is a line of its own in whatever it is written to.
+        program = Path(folder, "x\nevil::0:0:::\n#")
+        shutil.copy(thirty_two, program)
+        done = vsock("run", sys.executable, "-c", WITHOUT_RIGHTS, how, victim, program)
+        assert (done.stdout, done.stderr) == ("-9\n", "")
+        assert victim.read_text() == "root's\n"
+
+
+def test_a_programs_path_is_told_on_one_line(vsock: Vsock, thirty_two: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "x\n\033[2J\udcff")
+        shutil.copy(thirty_two, program)
+        done = vsock("run", program, expect=-signal.SIGKILL)
+    assert done.stderr == (
+        f"vsock run: '{folder}/x\\n\\x1b[2J\\udcff': 32-bit programs are not supported, "
+        "it is killed\n"
+    )
 
 
 def test_reserved_ports_need_the_programs_own_privilege(vsock: Vsock) -> None:

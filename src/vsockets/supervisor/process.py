@@ -11,7 +11,9 @@ import contextlib
 import ctypes
 import errno
 import os
+import signal
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 
 from .machine import Machine
 
@@ -20,6 +22,10 @@ _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 _KEPT = 256
 
 _NO_FLAGS = ctypes.c_ulong(0)  # goes on the stack: a plain 0 would fill half of its place
+
+_STDERR = 2
+#: How long a message to a program's user may take to be written, in seconds.
+_PATIENCE = 2
 
 #: More than the kernel writes to /proc/PID/status, in bytes.
 _LONGEST_STATUS = 16_384
@@ -179,19 +185,60 @@ class Processes:
             # Another thread of its process is to take the signal.
         return False
 
+    @contextlib.contextmanager
+    def opened(self, pid: int) -> Iterator[int]:
+        """A pidfd of the process that the thread is of; OSError when it has ended."""
+        pidfd = os.pidfd_open(self._first_thread(pid))
+        try:
+            yield pidfd
+        finally:
+            os.close(pidfd)
+
     @staticmethod
-    def tell(pid: int, text: str) -> None:
-        """Write a line on its standard error, if that can be had."""
-        with (
-            contextlib.suppress(OSError),
-            open(f"/proc/{pid}/fd/2", "a", opener=_open_for_a_moment) as stderr,
-        ):
-            stderr.write(f"vsock run: {text}\n")
+    def executable(pid: int) -> str:
+        """Return what the process runs, quoted as in Python: a path may hold any character."""
+        try:
+            return repr(os.readlink(f"/proc/{pid}/exe"))
+        except OSError:
+            return "a program"
+
+    def tell(self, pidfd: int, pid: int, text: str, is_valid: Callable[[], bool]) -> None:
+        """Write a line on the process's standard error, if it has one that it may write to.
+
+        The descriptor is copied, which keeps its access mode.  Opening ``/proc/PID/fd/2`` would
+        check the rights of the supervisor instead.  ``is_valid`` is asked after the last look at
+        the process.
+        """
+        user = os.stat(f"/proc/{pid}")  # its effective user and group
+        stderr = self._get(pidfd, _STDERR)
+        if stderr >= 0:
+            try:
+                if is_valid():
+                    _write_for(user.st_uid, user.st_gid, stderr, f"vsock run: {text}\n")
+            finally:
+                os.close(stderr)
 
 
-def _open_for_a_moment(path: str, flags: int) -> int:
-    # A pipe that nobody reads, or a terminal that is stopped, must not stop us.
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+def _write_for(uid: int, gid: int, fd: int, text: str) -> None:
+    """Write to a descriptor of another process with no more rights than that has.
+
+    A child does it, because the write may block: a pipe that is not read, a stopped terminal.
+    """
+    if os.fork():
+        return  # ``launch`` reaps all children
+    try:
+        os.closerange(0, fd)
+        os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+        signal.alarm(_PATIENCE)
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+        os.write(fd, text.encode(errors="backslashreplace"))
+    finally:
+        os._exit(0)
 
 
 def _status(pid: int, *fields: bytes) -> list[bytes]:

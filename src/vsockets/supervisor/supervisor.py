@@ -318,17 +318,18 @@ class Supervisor:
     # Programs we cannot serve
 
     def _end_unsupported(self, notification: Notification) -> None:
+        """Kill a process whose system call numbers mean something else, and say so once."""
         pid = notification.pid
-        name = "a program"
-        with contextlib.suppress(OSError):
-            name = os.readlink(f"/proc/{pid}/exe")
-        if self.listener.is_valid(notification.id):
+
+        def waits() -> bool:
+            return self.listener.is_valid(notification.id)
+
+        # OSError: the process has ended.
+        with contextlib.suppress(OSError), self.processes.opened(pid) as pidfd:
             if pid not in self._told_unsupported:
                 self._told_unsupported.add(pid)
-                self.processes.tell(pid, f"{name}: 32-bit programs are not supported, it is killed")
-            self._kill(pid)
-
-    @staticmethod
-    def _kill(pid: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+                name = self.processes.executable(pid)
+                text = f"{name}: 32-bit programs are not supported, it is killed"
+                self.processes.tell(pidfd, pid, text, waits)
+            if waits():  # then it is this process that the number meant
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
