@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..constants import AF_VSOCK
 from .notification import Gone, Notification
+from .process import write_memory
 from .sockets import SOCKADDR_SIZE, Endpoint, pack_address, unpack_address
 from .waiting import Wait
 
@@ -23,6 +24,8 @@ _INT = struct.Struct("=i")
 _LONGEST_ADDRESS = 128
 _AF_UNIX = int(socket.AF_UNIX)
 
+#: Bytes to be written at an address of a process.
+Piece = tuple[int, bytes]
 #: What a call returns, not negative; None when it has its answer already.
 Answer = int | None
 Serving = Coroutine[Wait, bool, Answer]
@@ -75,17 +78,34 @@ class Call:
         self.check()
         return data
 
-    def write(self, address: int, data: bytes) -> None:
-        """Write into its process's memory; OSError EFAULT."""
-        self.check()
-        self.supervisor.processes.write(self.pid, address, data)
+    def write(self, *pieces: Piece) -> None:
+        """Write into its process's memory, all that the call writes at once; OSError EFAULT.
 
-    def duplicate(self, type_: int, index: int = 0) -> _socket.socket:
-        """A copy of the socket that an argument names.  Close it soon, see ``sockets``."""
-        fd = self.supervisor.processes.duplicate(self.pid, self.integer(index))
+        The memory is opened first, and the call still waits afterwards: so what is written, however
+        late, is written to the memory of the program that made the call, and not to that of one
+        that another thread executes meanwhile.
+        """
+        if not pieces:
+            return
+        try:
+            with self.supervisor.processes.opened_memory(self.pid) as memory:
+                self.check()
+                for address, data in pieces:
+                    if data and not write_memory(memory, address, data):
+                        raise Gone
+        except (FileNotFoundError, ProcessLookupError):  # its thread has ended
+            raise Gone from None
+
+    def duplicate(self, endpoint: Endpoint) -> _socket.socket:
+        """Return a copy of the socket that the first argument names; OSError EBADF when the
+        number is another's by now.  Close it soon, see ``sockets``.
+        """
+        fd = self.supervisor.processes.duplicate(self.pid, self.integer(0))
         try:
             self.check()
-            return _socket.socket(_AF_UNIX, type_, 0, fd)
+            if os.fstat(fd).st_ino != endpoint.inode:
+                raise failure(errno.EBADF)
+            return _socket.socket(_AF_UNIX, endpoint.type, 0, fd)
         except BaseException:
             os.close(fd)
             raise
@@ -101,20 +121,19 @@ class Call:
             raise failure(errno.EINVAL, f"an address of {size} bytes and family {family}")
         return found
 
-    def write_sized(self, data: bytes, address: int, size_at: int, cut: bool = False) -> None:
-        """Write an address or an option; at ``size_at`` is how many bytes there is room for,
-        and then how many there were (with ``cut``, how many were written).
+    def sized(self, data: bytes, address: int, size_at: int, cut: bool = False) -> list[Piece]:
+        """Return what to write for an address or an option: at ``size_at`` is how many bytes there
+        is room for, and then how many there were (with ``cut``, how many were written).
         """
         (room,) = _INT.unpack(self.read(size_at, _INT.size))
         if room < 0:
             raise failure(errno.EINVAL)
-        self.write(address, data[:room])
-        self.write(size_at, _INT.pack(min(room, len(data)) if cut else len(data)))
+        size = min(room, len(data)) if cut else len(data)
+        return [(address, data[:room]), (size_at, _INT.pack(size))]
 
-    def write_address(self, found: tuple[int, int], address: int, size_at: int) -> None:
-        """Write a struct sockaddr_vm; does nothing when the program wants none."""
-        if address:
-            self.write_sized(pack_address(found), address, size_at)
+    def address(self, found: tuple[int, int], address: int, size_at: int) -> list[Piece]:
+        """Return what to write for a struct sockaddr_vm; nothing when the program wants none."""
+        return self.sized(pack_address(found), address, size_at) if address else []
 
     # Its answer
 

@@ -42,7 +42,6 @@ class Machine(NamedTuple):
     recvmmsg: int
     seccomp: int
     process_vm_readv: int
-    process_vm_writev: int
     #: The same on every architecture.
     io_uring_setup: int = 425
     io_uring_enter: int = 426
@@ -79,7 +78,6 @@ _MACHINES = {
         recvmmsg=299,
         seccomp=317,
         process_vm_readv=310,
-        process_vm_writev=311,
     ),
     "aarch64": Machine(
         architecture=0xC000_00B7,
@@ -108,7 +106,6 @@ _MACHINES = {
         recvmmsg=243,
         seccomp=277,
         process_vm_readv=270,
-        process_vm_writev=271,
     ),
 }
 

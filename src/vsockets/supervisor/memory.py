@@ -9,7 +9,7 @@ import errno
 import struct
 from typing import NamedTuple
 
-from .call import Call, failure
+from .call import Call, Piece, failure
 
 #: What send() without a destination fails with, as Linux's AF_VSOCK does.
 ADDRESS_NEEDED = errno.EINVAL
@@ -57,21 +57,24 @@ class Message(NamedTuple):
         """What the buffers hold."""
         return b"".join(call.read(address, size) for address, size in self.vectors)
 
-    def write(self, call: Call, data: bytes) -> int:
-        """Fill the buffers; how much of ``data`` there was room for."""
+    def fill(self, data: bytes) -> list[Piece]:
+        """Return what to write: as much of ``data`` as there is room for in the buffers."""
+        pieces: list[Piece] = []
         done = 0
         for address, size in self.vectors:
             if done >= len(data):
                 break
-            call.write(address, data[done : done + size])
-            done += min(size, len(data) - done)
-        return done
+            pieces.append((address, data[done : done + size]))
+            done += size
+        return pieces
 
-    def write_results(self, call: Call, name_size: int, flags: int) -> None:
-        """What recvmsg() tells: the source's size, no control data, and flags."""
-        call.write(self.at + _NAME_SIZE_AT, struct.pack("=I", name_size))
-        call.write(self.at + _CONTROL_SIZE_AT, struct.pack("=Q", 0))
-        call.write(self.at + _FLAGS_AT, struct.pack("=i", flags))
+    def results(self, name_size: int, flags: int) -> list[Piece]:
+        """Return what recvmsg() writes besides: the source's size, no control data, and flags."""
+        return [
+            (self.at + _NAME_SIZE_AT, struct.pack("=I", name_size)),
+            (self.at + _CONTROL_SIZE_AT, struct.pack("=Q", 0)),
+            (self.at + _FLAGS_AT, struct.pack("=i", flags)),
+        ]
 
 
 def read_message(call: Call, address: int) -> Message:

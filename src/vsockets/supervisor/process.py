@@ -66,7 +66,13 @@ class Processes:
             return b""
         buffer = ctypes.create_string_buffer(size)
         self._local.base, self._local.length = ctypes.addressof(buffer), size
-        count = self._transfer(self._machine.process_vm_readv, pid, address, size)
+        self._remote.base, self._remote.length = address, size
+        count: int = self._syscall(
+            self._machine.process_vm_readv, pid, self._local_at, 1, self._remote_at, 1, _NO_FLAGS
+        )
+        if count < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
         return ctypes.string_at(buffer, count)
 
     def begins_with(self, pid: int, address: int, text: bytes) -> bool:
@@ -79,22 +85,17 @@ class Processes:
         )
         return count == size and self._glance.raw[:size] == text
 
-    def write(self, pid: int, address: int, data: bytes) -> None:
-        """Write into its memory; OSError EFAULT unless all of it could be written."""
-        if not data:
-            return
-        self._local.base = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
-        self._local.length = len(data)
-        if self._transfer(self._machine.process_vm_writev, pid, address, len(data)) != len(data):
-            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
-
-    def _transfer(self, call: int, pid: int, address: int, size: int) -> int:
-        self._remote.base, self._remote.length = address, size
-        count: int = self._syscall(call, pid, self._local_at, 1, self._remote_at, 1, _NO_FLAGS)
-        if count < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        return count
+    @staticmethod
+    @contextlib.contextmanager
+    def opened_memory(pid: int) -> Iterator[int]:
+        """A descriptor of the memory that the process has now, also after it has executed
+        another program and has a new one; OSError.
+        """
+        memory = os.open(f"/proc/{pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            yield memory
+        finally:
+            os.close(memory)
 
     # Descriptors
 
@@ -217,6 +218,26 @@ class Processes:
                     _write_for(user.st_uid, user.st_gid, stderr, f"vsock run: {text}\n")
             finally:
                 os.close(stderr)
+
+
+def write_memory(memory: int, address: int, data: bytes) -> bool:
+    """Write into the memory of a process; OSError EFAULT unless all of it could be written.
+
+    Returns False when the memory is that of no process any more.
+    """
+    if not data:
+        return True
+    try:
+        count = os.pwrite(memory, data, address)
+    except OverflowError:  # not an address of a process
+        count = -1
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        count = -1
+    if count not in (0, len(data)):
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+    return count > 0
 
 
 def _write_for(uid: int, gid: int, fd: int, text: str) -> None:

@@ -155,6 +155,7 @@ class Supervisor:
             self.listener.let_through(notification.id)
         else:
             call = Call(self, notification)
+            call.check()  # it was its own process's descriptor
             self._start(call, serve(call, endpoint))
 
     def _is_call_again(self, call: Call) -> bool:

@@ -42,7 +42,7 @@ async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
     if address:
         call.read(size_at, 4)  # an EFAULT now loses no connection
     while True:
-        with closing(call.duplicate(endpoint.type)) as listener:
+        with closing(call.duplicate(endpoint)) as listener:
             taken = _take(endpoint, listener)
             if taken is not None:
                 break
@@ -60,7 +60,7 @@ async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
         os.set_blocking(fd, not flags & SOCK_NONBLOCK)
         try:
             # Before the descriptor: afterwards the program may use the memory for something else.
-            call.write_address(record.peer, address, size_at)
+            call.write(*call.address(record.peer, address, size_at))
             supervisor.hand_over(call, sock, endpoint.type, bool(flags & SOCK_CLOEXEC))
         except Gone:
             endpoint.accepted.append((sock.detach(), record))

@@ -50,7 +50,7 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
     if endpoint.is_datagram:
         return await datagrams.connect(call, endpoint)
     peer = call.read_address(call.arguments[1], call.integer(2))
-    with closing(call.duplicate(endpoint.type)) as sock:
+    with closing(call.duplicate(endpoint)) as sock:
         finish(endpoint, sock)
         if endpoint.phase in _REFUSED:
             raise failure(_REFUSED[endpoint.phase])

@@ -82,7 +82,7 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
         return 0
     peer = call.read_address(address, size)
     if endpoint.local == UNBOUND:
-        with closing(call.duplicate(SOCK_DGRAM)) as sock:
+        with closing(call.duplicate(endpoint)) as sock:
             await claim(call, endpoint, sock, UNBOUND)
     endpoint.peer = peer
     return 0
@@ -149,7 +149,7 @@ async def sendmmsg(call: Call, endpoint: Endpoint) -> Answer:
             if sent:
                 break
             raise
-        call.write(at + MESSAGE_SIZE, _U32.pack(size))
+        call.write((at + MESSAGE_SIZE, _U32.pack(size)))
         sent += 1
     return sent
 
@@ -209,7 +209,7 @@ async def _new_route(
     call: Call, endpoint: Endpoint, destination: tuple[int, int]
 ) -> _socket.socket:
     request = Request(Op.ROUTE, 0, *UNBOUND, peer_cid=destination[0], peer_port=destination[1])
-    with closing(call.duplicate(SOCK_DGRAM)) as sock:
+    with closing(call.duplicate(endpoint)) as sock:
         record, fd = await call.supervisor.vsockd.ask(request, sock.fileno())
     if fd is None:
         raise failure(errno.EMFILE)
@@ -222,7 +222,7 @@ def _patience(call: Call, endpoint: Endpoint, flags: int) -> float | None:
 
     Not EAGAIN: the program's own socket cannot tell it when there is room there.
     """
-    with closing(call.duplicate(SOCK_DGRAM)) as sock:
+    with closing(call.duplicate(endpoint)) as sock:
         if flags & MSG_DONTWAIT or not os.get_blocking(sock.fileno()):
             raise failure(errno.ENOBUFS)
         seconds, microseconds = _TIMEVAL.unpack(

@@ -19,14 +19,13 @@ from socket import (
     MSG_PEEK,
     MSG_TRUNC,
     SO_RCVTIMEO,
-    SOCK_DGRAM,
     SOCK_SEQPACKET,
     SOL_SOCKET,
 )
 
 from ...limits import MAX_DATAGRAM
 from ...wire import decode_source
-from ..call import Answer, Call, failure
+from ..call import Answer, Call, Piece, failure
 from ..filter import MSG_ERRQUEUE
 from ..memory import MESSAGE_SIZE, MESSAGE_STRIDE, MOST_MESSAGES, Message, read_message
 from ..notification import Gone
@@ -49,8 +48,8 @@ async def recvfrom(call: Call, endpoint: Endpoint) -> Answer:
     buffer, size, flags = call.arguments[1], call.arguments[2], call.integer(3)
     received = await _receive_datagram(call, endpoint, flags)
     with _not_lost(endpoint, received, flags):
-        call.write(buffer, received.data[:size])
-        call.write_address(received.source or UNBOUND, *call.arguments[4:6])
+        source = call.address(received.source or UNBOUND, *call.arguments[4:6])
+        call.write((buffer, received.data[:size]), *source)
     return len(received.data) if flags & MSG_TRUNC else min(size, len(received.data))
 
 
@@ -71,7 +70,9 @@ async def recvmsg(call: Call, endpoint: Endpoint) -> Answer:
         call.let_through()
         return None
     with _not_lost(endpoint, received, flags):
-        return _give(call, message, received, flags)
+        size, pieces = _results(message, received, flags)
+        call.write(*pieces)
+    return size
 
 
 async def recvmmsg(call: Call, endpoint: Endpoint) -> Answer:
@@ -91,8 +92,8 @@ async def recvmmsg(call: Call, endpoint: Endpoint) -> Answer:
                 break
             raise
         with _not_lost(endpoint, received, flags):
-            size = _give(call, message, received, flags)
-            call.write(at + MESSAGE_SIZE, _U32.pack(size))
+            size, pieces = _results(message, received, flags)
+            call.write(*pieces, (at + MESSAGE_SIZE, _U32.pack(size)))
         count += 1
         flags |= int(MSG_DONTWAIT)
     return count
@@ -121,23 +122,24 @@ def _refuse_error_queue(flags: int) -> None:
         raise failure(errno.EAGAIN)
 
 
-def _give(call: Call, message: Message, received: Received, flags: int) -> int:
-    """Write what was received where a struct msghdr says; returns what recvmsg() does."""
-    size = message.write(call, received.data)
+def _results(message: Message, received: Received, flags: int) -> tuple[int, list[Piece]]:
+    """Return what recvmsg() returns for what was received, and what it writes."""
+    pieces = message.fill(received.data)
+    size = min(message.size, len(received.data))
     name = b""
     if received.source is not None and message.name:
         name = pack_address(received.source)
-        call.write(message.name, name[: message.name_size])
+        pieces.append((message.name, name[: message.name_size]))
     shown = received.flags | (MSG_TRUNC if size < len(received.data) else 0)
-    message.write_results(call, len(name), shown)
-    return len(received.data) if flags & MSG_TRUNC else size
+    pieces += message.results(len(name), shown)
+    return len(received.data) if flags & MSG_TRUNC else size, pieces
 
 
 async def _receive_datagram(call: Call, endpoint: Endpoint, flags: int) -> Received:
     if (again := _take_again(endpoint, flags)) is not None:
         return again
     while True:
-        with closing(call.duplicate(SOCK_DGRAM)) as sock:
+        with closing(call.duplicate(endpoint)) as sock:
             try:
                 data, _, _, name = sock.recvmsg(
                     MAX_DATAGRAM, 0, (flags & _PASSED) | int(MSG_DONTWAIT)
@@ -156,7 +158,7 @@ async def _receive_end_of_record(call: Call, endpoint: Endpoint, flags: int) -> 
         return again
     look = int(MSG_PEEK | MSG_DONTWAIT | MSG_TRUNC)
     while True:
-        with closing(call.duplicate(SOCK_SEQPACKET)) as sock:
+        with closing(call.duplicate(endpoint)) as sock:
             try:
                 size, _, shown, _ = sock.recvmsg_into([bytearray(1)], 0, look)
             except BlockingIOError:

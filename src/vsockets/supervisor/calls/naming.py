@@ -24,7 +24,7 @@ async def bind(call: Call, endpoint: Endpoint) -> Answer:
     if port <= LAST_RESERVED_PORT and not _may_reserve(call):
         # vsockd asks whether we may; but it is the program that must.
         raise failure(errno.EACCES)
-    with closing(call.duplicate(endpoint.type)) as sock:
+    with closing(call.duplicate(endpoint)) as sock:
         if endpoint.is_datagram:
             await datagrams.claim(call, endpoint, sock, (cid, port))
             return 0
@@ -55,7 +55,7 @@ async def listen(call: Call, endpoint: Endpoint) -> Answer:
         raise failure(errno.EINVAL)
     backlog = max(0, call.integer(1))
     request = Request(Op.LISTEN, 0, 0, 0, 0, 0, backlog, *endpoint.buffers)
-    with closing(call.duplicate(endpoint.type)) as sock:
+    with closing(call.duplicate(endpoint)) as sock:
         if endpoint.phase is Phase.LISTENING:
             sock.send(request.encode(), SEND)  # an answer would look like a connection
         else:
@@ -66,7 +66,7 @@ async def listen(call: Call, endpoint: Endpoint) -> Answer:
 
 async def getsockname(call: Call, endpoint: Endpoint) -> Answer:
     """The local address; both wildcards while the socket is not bound."""
-    call.write_address(endpoint.local, *call.arguments[1:3])
+    call.write(*call.address(endpoint.local, *call.arguments[1:3]))
     return 0
 
 
@@ -74,7 +74,7 @@ async def getpeername(call: Call, endpoint: Endpoint) -> Answer:
     """The peer's address; ENOTCONN while there is none."""
     if endpoint.peer is None:
         raise failure(errno.ENOTCONN)
-    call.write_address(endpoint.peer, *call.arguments[1:3])
+    call.write(*call.address(endpoint.peer, *call.arguments[1:3]))
     return 0
 
 

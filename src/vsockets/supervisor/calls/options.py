@@ -80,12 +80,12 @@ async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
         (value,) = _read_exactly(call, _U64)
         endpoint.buffers = _CHANGE_BUFFERS[name](endpoint.buffers, value)
         if endpoint.phase is Phase.LISTENING:
-            with closing(call.duplicate(endpoint.type)) as sock:
+            with closing(call.duplicate(endpoint)) as sock:
                 sock.send(Request(Op.UPDATE, 0, 0, 0, 0, 0, 0, *endpoint.buffers).encode(), SEND)
         elif endpoint.phase is Phase.CONNECTED:
             # As Linux; the guide's "consistent until the connection is closed" is for those
             # who set it when they should.
-            with closing(call.duplicate(endpoint.type)) as sock:
+            with closing(call.duplicate(endpoint)) as sock:
                 limit_queue(endpoint, sock)
             await _tell(call, endpoint)
     else:
@@ -132,7 +132,7 @@ async def getsockopt(call: Call, endpoint: Endpoint) -> Answer:
             raise failure(errno.EINVAL)
     else:
         value = endpoint.ignored.get((level, name), bytes(_INT.size))
-    call.write_sized(value, address, size_at, cut=True)
+    call.write(*call.sized(value, address, size_at, cut=True))
     return 0
 
 
@@ -145,7 +145,7 @@ def _of_the_socket(call: Call, endpoint: Endpoint, name: int) -> bytes:
         known = endpoint.record
         return _UCRED.pack(*((known.pid, known.uid, known.gid) if known else _NOBODY))
     assert name == SO_ERROR
-    with closing(call.duplicate(endpoint.type)) as sock:
+    with closing(call.duplicate(endpoint)) as sock:
         finish(endpoint, sock)
         code, endpoint.error = endpoint.error, 0
         if not code and endpoint.phase is Phase.CONNECTED:
@@ -190,7 +190,7 @@ async def ioctl(call: Call) -> Answer:
             call.let_through()
             return None
         # What was sent is with the peer already; the kernel would count what it has not read.
-        call.write(address, _INT.pack(0))
+        call.write((address, _INT.pack(0)))
         return 0
     if not link:
         raise failure(errno.EBADF)
@@ -199,9 +199,9 @@ async def ioctl(call: Call) -> Answer:
         raise failure(errno.ENOTTY)
     if request == IOCTL_LOCAL_CID:
         record, _ = await call.supervisor.vsockd.ask(Request(Op.LOCAL_CID))
-        call.write(address, _U32.pack(record.local_cid))
+        call.write((address, _U32.pack(record.local_cid)))
     elif request == IOCTL_AF_VALUE:
-        call.write(address, _INT.pack(AF_VSOCK))
+        call.write((address, _INT.pack(AF_VSOCK)))
     else:
-        call.write(address, _U32.pack(_PROTOCOL_VERSION))
+        call.write((address, _U32.pack(_PROTOCOL_VERSION)))
     return 0

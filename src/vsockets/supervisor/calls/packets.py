@@ -30,7 +30,7 @@ async def send(call: Call, endpoint: Endpoint, message: Message, flags: int) -> 
         raise failure(errno.EMSGSIZE)
     data = message.read(call)
     marker = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [call.supervisor.marker]))]
-    with closing(call.duplicate(SOCK_SEQPACKET)) as sock:
+    with closing(call.duplicate(endpoint)) as sock:
         waits = not flags & MSG_DONTWAIT and os.get_blocking(sock.fileno())
         while True:
             try:

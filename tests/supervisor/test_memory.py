@@ -1,0 +1,87 @@
+"""Which process the supervisor looks at, and writes to: the one that made the call."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import vsockets
+from tools.vsock import Vsock
+from vsockets.supervisor.machine import this_machine
+from vsockets.supervisor.process import Processes, write_memory
+from vsockets.testing import PrivateFabric
+
+from .conftest import Compile
+
+EXECUTES = """
+import ctypes, os, sys
+text = ctypes.create_string_buffer(b"text")
+print(ctypes.addressof(text), flush=True)
+sys.stdin.readline()
+print(text.value.decode(), flush=True)
+sys.stdin.readline()
+os.execlp("sh", "sh", "-c", "echo executed; read line")
+"""
+
+
+def test_memory_is_that_of_the_program_that_made_the_call() -> None:
+    processes = Processes(this_machine())
+    with subprocess.Popen(
+        [sys.executable, "-c", EXECUTES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout
+        address = int(process.stdout.readline())
+        with processes.opened_memory(process.pid) as memory:
+            assert write_memory(memory, address, b"TEXT")
+            with pytest.raises(OSError, match="Bad address"):
+                write_memory(memory, 8, b"TEXT")
+            with pytest.raises(OSError, match="Bad address"):
+                write_memory(memory, (1 << 64) - 1, b"TEXT")
+            for line in ("TEXT\n", "executed\n"):
+                process.stdin.write("\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == line
+            assert not write_memory(memory, address, b"TEXT")
+
+
+def test_nothing_is_written_to_a_program_that_another_thread_executes(
+    vsock: Vsock, compile_c: Compile
+) -> None:
+    program = compile_c("executes.c", "-static", "-no-pie", "-pthread")
+    done = vsock("run", program, "150")
+    assert done.stdout == "150 untouched, 0 written to, 0 failed\n"
+
+
+#: While accept() waits, another socket gets the number of the one that listens.
+EXCHANGED = """
+import os, socket, sys, threading
+listener, other = (socket.socket(40, socket.SOCK_STREAM) for _ in range(2))
+for sock in (listener, other):
+    sock.bind((0xFFFFFFFF, 0xFFFFFFFF))
+    sock.listen()
+kept = listener.dup()
+def accept():
+    try: listener._accept(); print("accepted")
+    except OSError as error: print(error.strerror, flush=True)
+thread = threading.Thread(target=accept)
+thread.start()
+while open(f"/proc/self/task/{thread.native_id}/syscall").read().split()[0] != sys.argv[1]:
+    pass
+kept.getsockname()  # the supervisor has seen to accept() by then
+os.dup2(other.fileno(), listener.fileno())
+print(kept.getsockname()[1], flush=True)
+thread.join()
+"""
+
+
+def test_another_socket_of_the_same_number_is_not_taken_for_it(
+    vsock: Vsock, fabric: PrivateFabric
+) -> None:
+    accept4 = this_machine().accept4
+    running = vsock.start("run", "--cid", "host", sys.executable, "-c", EXCHANGED, accept4)
+    port = int(running.read_line())
+    with vsockets.create_connection((2, port), context=fabric.host):
+        assert running.read_line() == "Bad file descriptor"
+    running.finish()
