@@ -29,6 +29,7 @@ CONTROL = "control"
 LOCK = "vsockd.lock"
 LOG = "vsockd.log"
 PRIVATE = "private"
+LIVES = "lives"  # in private/
 
 
 def default_folder() -> Path:

@@ -27,7 +27,7 @@ from .audit import OPERATIONS, Audit
 from .capturing import capture
 from .channel import Channel, consume, take_datagram_socket
 from .credentials import peer_credentials
-from .datagrams import Datagrams, cookie_of
+from .datagrams import Datagrams
 from .descriptions import (
     describe_accepting,
     describe_connecting,
@@ -332,7 +332,7 @@ class Broker:
     def _bind_datagram(self, channel: Channel, request: Request) -> bool:
         sock = take_datagram_socket(channel)
         with closing(sock):
-            if self.datagrams.find(channel.context, cookie_of(sock)) is not None:
+            if self.datagrams.find_socket(channel.context, sock) is not None:
                 raise Refused(errno.EINVAL, "the datagram socket is bound")
             endpoint = self._adopt(channel, request, sock)
         channel.send(describe_endpoint(endpoint))
@@ -341,7 +341,7 @@ class Broker:
     def _route(self, channel: Channel, request: Request) -> bool:
         sock = take_datagram_socket(channel)
         with closing(sock):
-            source = channel.sender = self.datagrams.find(channel.context, cookie_of(sock))
+            source = channel.sender = self.datagrams.find_socket(channel.context, sock)
             wanted = (channel.context, request.peer_cid, request.peer_port, channel)
             destination = self.fabric.find_datagram(*wanted, source)
             if source is None:

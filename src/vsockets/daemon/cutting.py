@@ -14,25 +14,20 @@ The kernel allows it to root, and to a user for his own programs unless Yama res
 
 from __future__ import annotations
 
-import _socket
 import contextlib
-import ctypes
-import errno
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOCK_STREAM, SOL_SOCKET
+from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOL_SOCKET
 
 from ..fabric import Connection
 from ..limits import CUT_AGAIN_AFTER, CUT_AGAIN_AT_MOST
 from .datagrams import cookie_of
+from .holders import copied, opened, processes, sockets_of
 from .loop import Loop
 from .watch import StreamWatch
 
 log = logging.getLogger(__name__)
-
-_PIDFD_GETFD = 438  # the same on every architecture
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
 class Cutter:
@@ -97,16 +92,14 @@ class Cutter:
         likely = {connection.listener.owner.pid for connection in self._doomed.values()}
         likely |= {connection.owner.pid for connection in self._doomed.values()}
         yield from sorted(likely)
-        for entry in os.listdir("/proc"):
-            if entry.isdecimal() and int(entry) not in likely:
-                yield int(entry)
+        yield from (pid for pid in processes() if pid not in likely)
 
     def _search(self, pid: int, by_inode: dict[int, int]) -> None:
         """Shut down every accepting end in ``by_inode`` that process ``pid`` has."""
-        with _opened(pid) as pidfd:
-            for fd, inode in _sockets(pid):
+        with opened(pid) as pidfd:
+            for fd, inode in sockets_of(pid):
                 if inode in by_inode:
-                    with _copy(pidfd, fd) as sock:
+                    with copied(pidfd, fd) as sock:
                         if os.fstat(sock.fileno()).st_ino == inode:  # the number is still its
                             sock.shutdown(SHUT_RDWR)
                             del self._doomed[by_inode.pop(inode)]
@@ -121,52 +114,12 @@ class Cutter:
 
     def _search_connecting(self, pid: int, cookies: dict[int, int]) -> None:
         """Shut down every connecting end in ``cookies`` that process ``pid`` has."""
-        with _opened(pid) as pidfd:
-            for fd, _ in _sockets(pid):
-                with _copy(pidfd, fd) as sock:
+        with opened(pid) as pidfd:
+            for fd, _ in sockets_of(pid):
+                with copied(pidfd, fd) as sock:
                     number = cookies.pop(cookie_of(sock), None)
                     if number is not None and sock.getsockopt(SOL_SOCKET, SO_DOMAIN) == AF_UNIX:
                         sock.shutdown(SHUT_RDWR)
                         del self._doomed[number]
                 if not cookies:
                     return
-
-
-@contextlib.contextmanager
-def _opened(pid: int) -> Iterator[int]:
-    """A pidfd of process ``pid``."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        yield pidfd
-    finally:
-        os.close(pidfd)
-
-
-def _sockets(pid: int) -> Iterator[tuple[int, int]]:
-    """The descriptors of process ``pid`` that are sockets, and their inodes."""
-    folder = f"/proc/{pid}/fd/"
-    for entry in os.listdir(folder):
-        try:
-            name = os.readlink(folder + entry)
-        except FileNotFoundError:
-            continue  # it has been closed since
-        if name.startswith("socket:["):
-            yield int(entry), int(name[len("socket:[") : -1])
-
-
-@contextlib.contextmanager
-def _copy(pidfd: int, fd: int) -> Iterator[_socket.socket]:
-    """A copy of descriptor ``fd`` of another process."""
-    copy = _syscall(_PIDFD_GETFD, pidfd, fd, 0)
-    if copy < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    # Whatever it is: asking the kernel for family and type would take as long as the rest.
-    sock = _socket.socket(AF_UNIX, SOCK_STREAM, 0, copy)
-    try:
-        yield sock
-    except OSError as error:
-        if error.errno != errno.ENOTCONN:  # it has ended by itself in the meantime
-            raise
-    finally:
-        sock.close()

@@ -26,6 +26,7 @@ from typing import NamedTuple
 from ..fabric import Context, Endpoint, Fabric, Refused, Rule
 from ..limits import DATAGRAM_ROUTES, OUTFLOW_WATCH
 from ..wire import encode_source
+from .lives import end_sockets, is_other_life, socket_name
 from .loop import Loop
 from .outflow import Outflow, queued_on
 
@@ -41,7 +42,8 @@ def cookie_of(sock: _socket.socket) -> int:
 class DatagramSocket:
     """What vsockd holds of a program's datagram socket: not the socket, only ways to it."""
 
-    node: int  #: an O_PATH descriptor of the name it was bound to
+    name: str  #: what it was bound to, in the folder only vsockd enters
+    node: int  #: an O_PATH descriptor of that name
     outflow: Outflow  #: of its context
     routes: dict[tuple[int, int], _socket.socket] = field(default_factory=dict)
 
@@ -85,6 +87,8 @@ class Datagrams:
     """All datagram sockets.  The current directory must be the folder only vsockd enters."""
 
     def __init__(self, loop: Loop, fabric: Fabric) -> None:
+        #: part of the name of each socket bound here
+        self.life = f"{secrets.randbits(64):016x}"
         self._loop = loop
         self._fabric = fabric
         self._outflows: dict[Context, Outflow] = {}
@@ -99,20 +103,27 @@ class Datagrams:
     def adopt(self, endpoint: Endpoint, sock: _socket.socket) -> None:
         """Make ``sock`` the socket of ``endpoint``; Refused with EINVAL if it has a name."""
         self._sweep_sometimes()
-        name = f"{endpoint.cid}.{endpoint.port}.{next(self._names)}"
-        endpoint.handle = self._name(sock, name, endpoint.context)
+        endpoint.handle = self._name(sock, f"{endpoint.cid}.{endpoint.port}", endpoint.context)
         endpoint.cookie = cookie_of(sock)
         endpoint.inode = os.fstat(sock.fileno()).st_ino
         self._by_cookie[endpoint.cookie] = endpoint
 
     def catch_all(self, context: Context, sock: _socket.socket) -> DatagramSocket:
         """Ways to a socket that serves every port of ``context`` that has none of its own."""
-        return self._name(sock, f"{context.cid}.all.{next(self._names)}", context)
+        return self._name(sock, f"{context.cid}.all", context)
 
     def find(self, context: Context, cookie: int) -> Endpoint | None:
         """The endpoint of a socket of ``context``, by the kernel's cookie for it."""
         endpoint = self._by_cookie.get(cookie)
         return endpoint if endpoint is not None and endpoint.context is context else None
+
+    def find_socket(self, context: Context, sock: _socket.socket) -> Endpoint | None:
+        """As :meth:`find`; Refused with ENETDOWN for a socket of a vsockd that has ended."""
+        endpoint = self.find(context, cookie_of(sock))
+        if endpoint is None and is_other_life(sock.getsockname(), self.life):
+            reason = "the datagram socket is of a vsockd that has ended: open another one"
+            raise Refused(errno.ENETDOWN, reason)
+        return endpoint
 
     def route(self, source: Endpoint, destination: Endpoint) -> _socket.socket:
         """A socket that sends from ``source`` to ``destination``; ours to keep.
@@ -127,7 +138,7 @@ class Datagrams:
             # At random, because abstract names are everybody's in a network namespace: other
             # fabrics must not meet ours, and nobody may take our names before us.
             port = destination.port if destination.undecided else None
-            route.bind(encode_source(source.address, secrets.randbits(64), port))
+            route.bind(encode_source(source.address, self.life, secrets.randbits(64), port))
             route.shutdown(SHUT_RD)  # whoever learns the name sends nothing to it
             _socket_of(destination).connect(route)
         except OSError as error:
@@ -183,6 +194,20 @@ class Datagrams:
         if outflow is not None:
             outflow.close()
 
+    def close(self) -> None:
+        """End every socket: vsockd ends, and its routes are not to outlive it."""
+        names: dict[int, str] = {}
+        nodes: dict[int, int] = {}
+        owners: set[int] = set()
+        for endpoint in self._by_cookie.values():
+            found = _socket_of(endpoint)
+            names[endpoint.inode] = found.name
+            nodes[endpoint.inode] = found.node
+            owners.add(endpoint.owner.pid)
+            for destination in list(found.routes):
+                found.revoke(destination)
+        end_sockets(names, nodes, owners)
+
     def is_open(self, endpoint: Endpoint) -> bool:
         """Whether the program's socket is still there; if not, it is released."""
         if _socket_of(endpoint).is_open():
@@ -204,14 +229,15 @@ class Datagrams:
         for outflow in self._outflows.values():
             outflow.settle()
 
-    def _name(self, sock: _socket.socket, name: str, context: Context) -> DatagramSocket:
+    def _name(self, sock: _socket.socket, address: str, context: Context) -> DatagramSocket:
+        name = socket_name(self.life, address, next(self._names))
         try:
             sock.bind(name)
         except OSError as error:
             raise Refused(errno.EINVAL, f"the datagram socket cannot be bound: {error}") from None
         node = os.open(name, os.O_PATH | os.O_CLOEXEC)
         os.unlink(name)
-        return DatagramSocket(node, self._outflow(context))
+        return DatagramSocket(name, node, self._outflow(context))
 
     def _watch_outflow(self, outflow: Outflow) -> None:
         # Routes may be filled after they were given out.

@@ -17,7 +17,7 @@ from ..address import FIRST_GUEST_CID
 from ..descriptors import allow_many_descriptors
 from ..fabric import Fabric, Refused
 from ..limits import SLOW_CALL
-from ..state_folder import CONTROL, LOCK, LOG, PRIVATE, require_private
+from ..state_folder import CONTROL, LIVES, LOCK, LOG, PRIVATE, require_private
 from . import reports
 from .audit import Audit
 from .broker import Broker
@@ -25,6 +25,7 @@ from .configuration import ConfigurationError, load
 from .contexts import RunningContexts
 from .control import ControlSocket
 from .events import Events
+from .lives import EarlierLives
 from .loop import Loop
 
 log = logging.getLogger(__name__)
@@ -43,9 +44,10 @@ class Vsockd:
         self._configuration = configuration.absolute()
         self._started = time.time()
         self._lock = _lock(self.folder)
+        private = self.folder / PRIVATE
+        self._earlier = EarlierLives(private / LIVES)
         _clean(self.folder)
         _raise_descriptor_limit()
-        private = self.folder / PRIVATE
         private.mkdir(mode=0o700)
         os.chdir(private)
         self.loop = Loop()
@@ -53,6 +55,7 @@ class Vsockd:
         self.fabric = Fabric(os.geteuid())
         audit = Audit(self.events, settings.audit_rate)
         self.broker = Broker(self.loop, self.fabric, audit)
+        self._earlier.record(self.broker.datagrams.life)
         self.contexts = RunningContexts(
             self.folder, self.loop, self.fabric, self.broker, audit, self.events
         )
@@ -78,11 +81,13 @@ class Vsockd:
                 ),
                 self.loop.hurried(SLOW_CALL),
             ):
+                self._earlier.end(self.loop, self.broker.datagrams.life)
                 announce_ready()
                 self.loop.run()
         finally:
             self._control.close()
             self.contexts.close()
+            self.broker.datagrams.close()
             os.chdir("/")
             shutil.rmtree(self.folder / PRIVATE, ignore_errors=True)
             (self.folder / LOG).unlink(missing_ok=True)

@@ -4,6 +4,9 @@ A socket that serves many ports learns from it, too, which of them was meant.
 
 Only vsockd can connect a socket to a program's datagram socket, and it binds each such socket
 to a name made here, so the name the kernel reports with a datagram is the sender's address.
+
+A name contains the *life* of the vsockd that made it: 64 random bits as 16 hexadecimal digits.
+The next vsockd recognizes the sockets of an earlier life by it (``daemon/lives.py``).
 """
 
 from __future__ import annotations
@@ -13,18 +16,22 @@ import re
 from ..address import LARGEST
 
 _NUMBER = rb"(0|[1-9][0-9]{0,9})"
+_LIFE = rb"[0-9a-f]{16}"
 _SERIAL = rb"(?:0|[1-9a-f][0-9a-f]{0,15})"
 _NAME = re.compile(
-    rb"\x00vsock:" + _NUMBER + b":" + _NUMBER + b":" + _SERIAL + b"(?::" + _NUMBER + b")?"
+    b":".join((rb"\x00vsock", _NUMBER, _NUMBER, _LIFE, _SERIAL)) + b"(?::" + _NUMBER + b")?"
 )
 
 
-def encode_source(address: tuple[int, int], serial: int, port: int | None = None) -> bytes:
-    """The abstract name of a route from ``address``; ``serial``, of 64 bits, makes it unique.
+def encode_source(
+    address: tuple[int, int], life: str, serial: int, port: int | None = None
+) -> bytes:
+    """Return the abstract name of a route from ``address``, made by the vsockd of ``life``.
 
-    ``port`` is the destination's, for a socket that serves many.
+    ``serial``, of 64 bits, makes it unique.  ``port`` is the destination's, for a socket that
+    serves many.
     """
-    name = b"\0vsock:%d:%d:%x" % (*address, serial)
+    name = b"\0vsock:%d:%d:%s:%x" % (*address, life.encode(), serial)
     return name if port is None else b"%s:%d" % (name, port)
 
 
@@ -43,5 +50,5 @@ def decode_route(name: object) -> tuple[tuple[int, int] | None, int | None]:
     if source is None:
         return None, None
     assert isinstance(name, bytes)
-    port = name.split(b":")[4:]
+    port = name.split(b":")[5:]
     return source, int(port[0]) if port else None

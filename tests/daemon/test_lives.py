@@ -1,0 +1,235 @@
+"""Datagram sockets do not outlive their vsockd: what they had is another's after it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import vsockets
+from vsockets.testing import PrivateFabric
+
+from .raw_client import ask_for_route, unix_datagrams
+from .users import as_administrator
+
+DATAGRAM = socket.SOCK_DGRAM
+
+
+def restart(fabric: PrivateFabric) -> None:
+    fabric.stop()
+    fabric.start()
+
+
+def crash(fabric: PrivateFabric) -> None:
+    fabric.kill()
+    fabric.start()
+
+
+def crash_twice(fabric: PrivateFabric) -> None:
+    """The second one has not ended the first one's sockets by then."""
+    fabric.kill()
+    lives = fabric.folder / "private" / "lives"
+    lives.write_text(f"{lives.read_text()}\n{'f' * 16}")
+    fabric.start()
+
+
+ends = pytest.mark.parametrize("end", [restart, crash, crash_twice])
+End = Callable[[PrivateFabric], None]
+
+
+@pytest.fixture
+def receiver(vsock_fabric: PrivateFabric) -> Iterator[vsockets.socket]:
+    """The host's service."""
+    with vsockets.socket(type=DATAGRAM, context=vsock_fabric.host) as sock:
+        sock.bind((2, 5000))
+        sock.settimeout(10)
+        yield sock
+
+
+@pytest.fixture
+def route(vsock_fabric: PrivateFabric, receiver: vsockets.socket) -> Iterator[socket.socket]:
+    """A program of guest 3, which has sent a datagram and keeps the way."""
+    with unix_datagrams() as sender:
+        route = ask_for_route(vsock_fabric.guest(3), sender, (2, 5000))
+        with route:
+            route.send(b"before")
+            assert receiver.recvfrom(100)[0] == b"before"
+            yield route
+
+
+@ends
+def test_a_route_ends(
+    vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket, end: End
+) -> None:
+    end(vsock_fabric)
+    vsock_fabric.guest(3)  # another one's by now
+    with pytest.raises(BrokenPipeError):
+        route.send(b"from the old guest 3")
+    with pytest.raises(ConnectionResetError):
+        receiver.recvfrom(100)
+    receiver.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        receiver.recvfrom(100)
+
+
+@ends
+def test_a_hidden_route_reaches_nobody(
+    vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket, end: End
+) -> None:
+    """A descriptor in a message that is not received is in no process."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        socket.send_fds(ours, [b"x"], [route.fileno()])
+        route.close()
+        end(vsock_fabric)
+        _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
+    with socket.socket(fileno=fds[0]) as found, pytest.raises((PermissionError, BrokenPipeError)):
+        found.send(b"from the old guest 3")
+    with pytest.raises(ConnectionResetError):
+        receiver.recvfrom(100)
+    receiver.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        receiver.recvfrom(100)
+
+
+@ends
+def test_what_had_arrived_is_read_and_a_waiting_program_woken(
+    vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket, end: End
+) -> None:
+    poll = select.poll()
+    poll.register(receiver, 0)  # errors alone
+    route.send(b"in time")
+    assert not poll.poll(0)
+    end(vsock_fabric)
+    assert poll.poll(0)
+    with pytest.raises(ConnectionResetError):
+        receiver.recvfrom(100)
+    assert receiver.recvfrom(100)[0] == b"in time"
+
+
+@ends
+def test_a_socket_of_an_earlier_life_gets_a_clear_error(
+    vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket, end: End
+) -> None:
+    receiver.sendto(b"to itself", (2, 5000))
+    end(vsock_fabric)
+    with pytest.raises(OSError) as refused:
+        receiver.sendto(b"to itself", (2, 5000))
+    assert refused.value.errno == errno.ENETDOWN
+    with vsockets.socket(type=DATAGRAM, context=vsock_fabric.host) as sock:
+        sock.bind((2, 5000))
+        sock.sendto(b"to itself", (2, 5000))
+        assert sock.recvfrom(100) == (b"to itself", (2, 5000))
+
+
+def test_a_route_that_vsockd_had_forgotten(
+    vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket
+) -> None:
+    """vsockd keeps no duplicate of a route once it has revoked it; it is shut down by then."""
+    vsock_fabric.control.suspend(3)
+    restart(vsock_fabric)
+    with pytest.raises(BrokenPipeError):
+        route.send(b"x")
+
+
+def test_sockets_are_ended_twice(
+    vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket
+) -> None:
+    lives = vsock_fabric.folder / "private" / "lives"
+    first = lives.read_text()
+    crash(vsock_fabric)
+    lives.write_text(first)
+    crash(vsock_fabric)
+    with pytest.raises(BrokenPipeError):
+        route.send(b"x")
+    with pytest.raises(ConnectionResetError):
+        receiver.recvfrom(100)
+
+
+def test_other_fabrics_and_lives_go_on(vsock_fabric: PrivateFabric) -> None:
+    with (
+        PrivateFabric() as other,
+        unix_datagrams() as sender,
+        vsockets.socket(type=DATAGRAM, context=other.host) as receiver,
+    ):
+        receiver.bind((2, 5000))
+        with ask_for_route(other.guest(3), sender, (2, 5000)) as route:
+            crash(vsock_fabric)
+            restart(vsock_fabric)
+            route.send(b"still here")
+            assert receiver.recvfrom(100)[0] == b"still here"
+
+
+def test_nothing_but_the_sockets_of_a_life_is_touched(
+    vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket
+) -> None:
+    """A name may contain newlines, and look like lines of /proc/net/unix about other sockets."""
+    life = bytes(route.getsockname()).split(b":")[3]
+    ours, theirs = socket.socketpair(type=DATAGRAM)
+    with ours, theirs, unix_datagrams() as bystander:
+        bystander.bind(b"\0vsockets-test-%d" % os.getpid())
+        for sock, name in ((ours, b"@vsock:3:1:%s:1" % life), (bystander, b"%s.2.1.1" % life)):
+            inode = os.fstat(sock.fileno()).st_ino
+            with unix_datagrams() as forger:
+                line = b"\n0: 00000002 00000000 00000000 0002 01 %d %s" % (inode, name)
+                forger.bind(b"\0x" + line)
+                crash(vsock_fabric)
+        theirs.send(b"still here")
+        assert ours.recv(100) == b"still here"
+        ours.send(b"still here")
+        assert theirs.recv(100) == b"still here"
+        with unix_datagrams() as sender:
+            sender.sendto(b"still here", bystander.getsockname())
+        assert bystander.recv(100) == b"still here"
+
+
+RECEIVER = """
+import socket, vsockets
+sock = vsockets.socket(type=socket.SOCK_DGRAM)
+sock.bind((3, 5000))
+sock.settimeout(10)
+print("bound", flush=True)
+try:
+    print(sock.recvfrom(100))
+except OSError as error:
+    print(error.errno)
+"""
+
+
+@as_administrator
+@ends
+def test_in_another_network_namespace(vsock_fabric: PrivateFabric, end: End) -> None:
+    guest = vsock_fabric.guest(3)
+    with subprocess.Popen(
+        ["unshare", "--net", sys.executable, "-c", RECEIVER],
+        env=vsock_fabric.environment(guest),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "bound\n"
+        with (
+            unix_datagrams() as sender,
+            ask_for_route(vsock_fabric.host, sender, (3, 5000)) as route,
+        ):
+            end(vsock_fabric)
+            with pytest.raises(BrokenPipeError):
+                route.send(b"x")
+        assert program.stdout.readline() == f"{errno.ECONNRESET}\n"
+
+
+def test_a_crash_leaves_its_life_behind_until_it_is_dealt_with(
+    vsock_fabric: PrivateFabric,
+) -> None:
+    lives = vsock_fabric.folder / "private" / "lives"
+    first = lives.read_text()
+    crash(vsock_fabric)
+    second = lives.read_text()
+    assert len(first) == len(second) == 16
+    assert first != second
