@@ -68,18 +68,26 @@ CONTROL_REQUEST = 65_536
 #: larger is a disk image named by mistake.
 VMX_FILE = 1 << 20
 
-# What one guest may have of the host, unless its configuration says otherwise.  Each is far
-# above what a guest's programs use together, and what keeps one guest from starving the rest.
+# What one guest may have of the host, or one user of the host who is no administrator, unless the
+# configuration says otherwise.  Each is far above what their programs use together, and what keeps
+# one from starving the rest.
 
-#: Sockets of a guest at the same time.  Each is one or two descriptors in vsockd, which may
-#: have hundreds of thousands.
+#: Sockets at the same time.  Each is one or two descriptors in vsockd, which may have hundreds of
+#: thousands, or where it may not raise its limit as few as 4096: see DESCRIPTOR_RESERVE.
 MAX_SOCKETS = 4096
 
-#: Connections of a guest that were asked for and not yet accepted: a full backlog
-#: (MAX_BACKLOG) is shared by four such guests, so none alone can fill a listener's.
+#: Connections that were asked for and not yet accepted: a full backlog (MAX_BACKLOG) is shared by
+#: four such parties, so none alone can fill a listener's.
 MAX_PENDING_CONNECTS = 1024
 
-#: Requests a guest makes, a second: connects, binds, new datagram destinations.  A connect
+#: Users of the host that vsockd remembers although they have nothing: how often they ask counts.
+REMEMBERED_USERS = 1024
+
+#: Descriptors that vsockd keeps free, of those it may have, or a quarter if that is less: for
+#: requests that end at once, which need no more than a few at a time, whatever clients hold.
+DESCRIPTOR_RESERVE = 1024
+
+#: Requests a second: connects, binds, new datagram destinations.  A connect
 #: takes vsockd about 100 microseconds, so nobody is served that many; it is for floods of
 #: requests that cost less, those that are refused.
 MAX_REQUEST_RATE = 20_000
@@ -91,6 +99,15 @@ MAX_DATAGRAM_BYTES = 64 << 20
 #: Denials that are logged a second, for each context; the rest are counted.  A person reads
 #: less, and a guest must not fill the host's disk.
 AUDIT_RATE = 20
+
+#: Lines that a program logs a second for each party that causes them (vsockets.logs), and parties
+#: that are remembered.
+LOG_RATE = 20
+LOG_PARTIES = 1024
+
+#: Bytes of the log of a vsockd that was started in the background, and as many of the one before:
+#: it lies in memory, in most state folders.
+LOG_FILE = 1 << 20
 
 #: Bytes of one configuration file: some ten thousand guests.
 CONFIGURATION_FILE = 1 << 20

@@ -4,7 +4,7 @@
 ``/tmp/vsock-UID``) for a user, holds::
 
     vsockd.lock     held by the running vsockd; names its process
-    vsockd.log      what a vsockd started on demand has to say
+    vsockd.log      the log of a vsockd that was started on demand; vsockd.log.1: the one before
     control         the administrator's socket
     CID/stream      a context's control sockets: all a program in it needs,
     CID/seqpacket       so a container becomes a guest by mounting this one folder

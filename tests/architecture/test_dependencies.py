@@ -200,4 +200,4 @@ def test_what_guests_need_is_the_standard_library_only(module: str) -> None:
 def test_module_is_explained_and_short(module: str) -> None:
     text = MODULES[module].read_text()
     assert ast.get_docstring(ast.parse(text)), "a module says in its docstring what it is"
-    assert len(text.splitlines()) <= 450
+    assert len(text.splitlines()) <= 800

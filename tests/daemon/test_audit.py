@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,7 +22,20 @@ from vsockets import Attachment
 from vsockets.control import Control
 from vsockets.testing import PrivateFabric
 
-from .raw_client import adopt, ask, ask_once, bind, connect, enter, route, send_with, unix_datagrams
+from .raw_client import (
+    adopt,
+    ask,
+    ask_once,
+    bind,
+    compiled,
+    connect,
+    enter,
+    has_ended,
+    listen,
+    route,
+    send_with,
+    unix_datagrams,
+)
 from .users import NOBODY, as_root, user
 
 EXECUTABLE = os.path.realpath(sys.executable)
@@ -213,6 +227,65 @@ def test_so_many_a_second(vsock_fabric: PrivateFabric) -> None:
             assert f"({event['left_out']} more were left out)" in vsock_fabric.log
     rows = {row["cid"]: row for row in vsock_fabric.control.contexts()}
     assert rows[3]["denials"]["guest-to-guest"] == told + left_out
+
+
+class TestLinesThatAreNoDenials:
+    """They are limited, too: for each guest, and each user of the host."""
+
+    def test_listeners_that_read_nothing_again(self, vsock_fabric: PrivateFabric) -> None:
+        """vsockd lets go of such a listener at the first connect, which alone is a line."""
+        guest = vsock_fabric.guest(3)
+        for _ in range(300):
+            with enter(guest) as server:
+                ask(server, bind(6000))
+                ask(server, listen())
+                server.shutdown(socket.SHUT_RD)
+                ask_once(guest, connect(3, 6000), socket.SOCK_STREAM)
+                for _ in range(3):
+                    answer = ask_once(guest, connect(3, 6000), socket.SOCK_STREAM)
+                    assert answer.status == errno.ECONNRESET
+        log = vsock_fabric.log
+        lost = [line for line in log.splitlines() if "connection to (3, 6000) lost" in line]
+        assert 1 <= len(lost) < 150
+        assert sum(map(left_out_before, log.splitlines())) > 50
+
+    def test_requests_that_are_none(self, vsock_fabric: PrivateFabric) -> None:
+        guest, other = vsock_fabric.guest(3), vsock_fabric.guest(4)
+        for _ in range(500):
+            with enter(guest) as sock:
+                sock.send(bytes(100))
+        with enter(other) as sock:
+            sock.send(bytes(100))
+            assert has_ended(sock)
+        lines = vsock_fabric.log.splitlines()
+        assert sum("context 3 pid" in line for line in lines) < 250
+        assert sum("context 4 pid" in line for line in lines) == 1
+
+
+def left_out_before(line: str) -> int:
+    found = re.search(r"\((\d+) more were left out\)$", line)
+    return int(found[1]) if found else 0
+
+
+def test_the_name_of_a_program_is_on_one_line(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
+    """A program's path has what its user likes in it, which forges no line and no colour."""
+    folder = tmp_path / "a\nvsockd: WARNING: denied: forged\x1b[2K\u202e"
+    folder.mkdir()
+    program = compiled("door_client.c", tmp_path).rename(folder / "x")
+    guest, _ = vsock_fabric.guest(3), vsock_fabric.guest(4)
+    with vsock_fabric.control.events("denial") as events:
+        subprocess.run(
+            [program, guest.folder / "seqpacket"],
+            input=connect(4, 5000).encode(),
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        event = events.wait(10)
+    assert event["executable"] == os.fspath(program)
+    (line,) = [line for line in vsock_fabric.log.splitlines() if "denied" in line]
+    shown = r"a\nvsockd: WARNING: denied: forged\x1b[2K\u202e/x"
+    assert line.isprintable() and line.endswith(f"{shown}")
+    assert event["message"].endswith(shown)
 
 
 # How it is written

@@ -69,6 +69,7 @@ def test_everything(tmp_path: Path) -> None:
         f"""
         [host]
         domains = ["", "lab"]
+        limits = {{ sockets = 6, pending_connects = 7, request_rate = 8 }}
         [limits]
         sockets = 1
         pending_connects = 2
@@ -151,6 +152,7 @@ def test_everything(tmp_path: Path) -> None:
         ),
         host_domains=frozenset({"", "lab"}),
         limits=Limits(1, 2, 3, 4),
+        host_limits=Limits(6, 7, 8),
         audit_rate=5,
     )
 
@@ -231,6 +233,12 @@ TOML = [
     ("wibble = 1", 1, "wibble", "unknown key, expected host, limits, audit, context or grant"),
     ('"a\\nb" = 1', 1, "'a\\nb'", "unknown key"),
     ("[host]\ndomain = ['']", 2, "host.domain", "unknown key, did you mean domains?"),
+    (
+        "[host.limits]\ndatagram_bytes = 1",
+        2,
+        "host.limits.datagram_bytes",
+        "unknown key, expected sockets, pending_connects or request_rate",
+    ),
     ("[limits]\nsocket = 1", 2, "limits.socket", "unknown key, did you mean sockets?"),
     ("[audit]\nx = 1", 2, "audit.x", "unknown key, expected rate"),
     ("[[context]]\ncid=3\nownr=1", 3, "context.ownr", "unknown key, did you mean owner?"),

@@ -140,6 +140,18 @@ def test_pending_connects(vsock_fabric: PrivateFabric) -> None:
         wait_until(lambda: connects(guest, (2, 5001)), "patience with the guest again")
 
 
+def test_what_has_been_accepted_is_shown_as_pending_no_longer(vsock_fabric: PrivateFabric) -> None:
+    """Nobody tells vsockd that a connection was accepted: it looks when it is asked."""
+    guest = vsock_fabric.guest(3)
+    with vsockets.create_server((2, 5000), context=vsock_fabric.host) as server:
+        clients = [vsockets.create_connection((2, 5000), context=guest) for _ in range(5)]
+        assert row(vsock_fabric, 3)["usage"]["pending_connects"] == 5
+        for client in clients:
+            server.accept()[0].close()
+            client.close()
+        assert row(vsock_fabric, 3)["usage"]["pending_connects"] == 0
+
+
 def connects(guest: Attachment, address: tuple[int, int]) -> bool:
     try:
         vsockets.create_connection(address, context=guest).close()
@@ -326,9 +338,10 @@ def test_of_the_configuration_and_of_one_guest(vsock_fabric: PrivateFabric) -> N
     assert (most(first), most(seventh)) == (3, 3)
 
 
-def test_the_host_has_no_limits(vsock_fabric: PrivateFabric) -> None:
+def test_administrators_have_no_limits(vsock_fabric: PrivateFabric) -> None:
     (vsock_fabric.configuration / "limits.toml").write_text(
         "[limits]\nsockets = 1\npending_connects = 1\nrequest_rate = 1\n"
+        "[host.limits]\nsockets = 1\npending_connects = 1\nrequest_rate = 1\n"
     )
     vsock_fabric.control.reload()
     host = vsock_fabric.host

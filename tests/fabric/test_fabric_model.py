@@ -376,6 +376,12 @@ class FabricModel(RuleBasedStateMachine):
         assert self.fabric.connections == {real.number: real for real in streams}
 
     @invariant()
+    def every_port_is_counted_as_somebodys(self) -> None:
+        for machine in self.world.machines.values():
+            context = self.context(machine)
+            assert sum(party.sockets for party in context.parties()) == context.sockets
+
+    @invariant()
     def nothing_of_a_context_that_is_off_is_left(self) -> None:
         for machine in self.world.machines.values():
             if machine.state == "off":

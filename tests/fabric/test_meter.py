@@ -10,12 +10,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.buffers import BufferSizes
-from vsockets.fabric import LIMIT_RULES, Context, Denied, Fabric, Kind, Limits, Refused, Rule
+from vsockets.fabric import (
+    LIMIT_RULES,
+    Context,
+    Credentials,
+    Denied,
+    Fabric,
+    Kind,
+    Limits,
+    Party,
+    Program,
+    Refused,
+    Rule,
+)
 from vsockets.fabric.meter import Meter
+from vsockets.limits import REMEMBERED_USERS
 
-from .somebody import ME, ROOT
+from .somebody import ME, ROOT, YOU, Somebody
 
 NOW = 1000.0
+
+#: Who the fabric belongs to.
+OWNER = Somebody(Credentials(300, 3000, 3000))
 
 rates = st.integers(1, 50)
 pauses = st.lists(st.floats(0, 3), max_size=200)
@@ -79,6 +95,10 @@ def guest(limits: Limits) -> Context:
     return context
 
 
+def party(limits: Limits) -> Party:
+    return guest(limits).party_of(0)
+
+
 def denial(ask: Callable[[], object]) -> Rule | None:
     try:
         ask()
@@ -89,31 +109,28 @@ def denial(ask: Callable[[], object]) -> Rule | None:
 
 def test_the_errno_of_every_limit() -> None:
     context = guest(Limits(1, 1, 1))
-    context.pending = 1
-    context.require_pace(NOW)
+    one = context.party_of(0)
+    one.pending = 1
+    one.require_pace(NOW)
     Fabric(0).bind(context, Kind.STREAM, 3, 5000, ME)
-    for require in (
-        context.require_room,
-        context.require_patience,
-        lambda: context.require_pace(NOW),
-    ):
+    for require in (one.require_room, one.require_patience, lambda: one.require_pace(NOW)):
         with pytest.raises(Denied) as denied:
             require()
         assert denied.value.errno == errno.ENOBUFS
 
 
 def test_pace() -> None:
-    context = guest(Limits(request_rate=3))
-    asked = [denial(lambda: context.require_pace(NOW)) for _ in range(4)]
+    one = party(Limits(request_rate=3))
+    asked = [denial(lambda: one.require_pace(NOW)) for _ in range(4)]
     assert asked == [None, None, None, Rule.REQUEST_RATE]
-    assert denial(lambda: context.require_pace(NOW + 0.5)) is None
+    assert denial(lambda: one.require_pace(NOW + 0.5)) is None
 
 
 def test_patience() -> None:
-    context = guest(Limits(pending_connects=2))
+    one = party(Limits(pending_connects=2))
     for pending, expected in ((0, None), (1, None), (2, Rule.PENDING_CONNECTS)):
-        context.pending = pending
-        assert denial(context.require_patience) is expected
+        one.pending = pending
+        assert denial(one.require_patience) is expected
 
 
 def test_room() -> None:
@@ -151,22 +168,66 @@ def test_lower_limits_take_nothing_away() -> None:
     endpoints = [fabric.bind(context, Kind.STREAM, 3, 2**32 - 1, ME) for _ in range(5)]
     context.limit(Limits(sockets=2))
     assert context.sockets == 5
-    assert denial(context.require_room) is Rule.SOCKETS
+    one = context.party_of(ME.credentials.uid)
+    assert denial(one.require_room) is Rule.SOCKETS
     for endpoint in endpoints[:4]:
         fabric.unbind(endpoint)
-    assert denial(context.require_room) is None
+    assert denial(one.require_room) is None
 
 
 @pytest.mark.parametrize("cid", [0, 2])
-def test_the_host_and_the_hypervisor_have_no_limits(cid: int) -> None:
-    fabric = Fabric(owner=0)
+@pytest.mark.parametrize("program", [ROOT, OWNER])
+def test_administrators_have_no_limits(cid: int, program: Program) -> None:
+    fabric = Fabric(owner=OWNER.credentials.uid)
     context = fabric.contexts.require(cid)
     context.limit(Limits(1, 1, 1, 1))
-    context.pending = 100
+    one = context.party_of(program.credentials.uid)
+    one.pending = 100
     for _ in range(3):
-        fabric.bind(context, Kind.STREAM, cid, 2**32 - 1, ROOT)
-        context.require_patience()
-        context.require_pace(NOW)
+        fabric.bind(context, Kind.STREAM, cid, 2**32 - 1, program)
+        one.require_patience()
+        one.require_pace(NOW)
+
+
+def test_each_user_of_the_host_has_limits_of_its_own() -> None:
+    """Streams count as bound sockets do; what is closed counts no longer."""
+    fabric = Fabric(owner=0)
+    host = fabric.contexts.host
+    host.limit(Limits(sockets=2))
+    server = fabric.bind(host, Kind.STREAM, 2, 5000, ROOT)
+    fabric.listen(server, BufferSizes())
+    bound = fabric.bind(host, Kind.DATAGRAM, 2, 2**32 - 1, ME)
+    stream = fabric.connect(host, server, None, BufferSizes(), ME.credentials)
+
+    def bind(program: Program) -> Rule | None:
+        return denial(lambda: fabric.bind(host, Kind.STREAM, 2, 2**32 - 1, program))
+
+    assert bind(ME) is Rule.SOCKETS
+    assert (
+        denial(lambda: fabric.connect(host, server, None, BufferSizes(), ME.credentials))
+        is Rule.SOCKETS
+    )
+    assert bind(YOU) is None
+    fabric.unbind(bound)
+    fabric.unbind(bound)
+    fabric.end(stream.number)
+    assert [bind(ME) for _ in range(3)] == [None, None, Rule.SOCKETS]
+    host.limit(Limits(sockets=3))
+    assert [bind(ME) for _ in range(2)] == [None, Rule.SOCKETS]
+
+
+def test_users_who_have_nothing_are_forgotten_one_day() -> None:
+    """One user may have thousands of user ids."""
+    fabric = Fabric(owner=0)
+    host = fabric.contexts.host
+    endpoint = fabric.bind(host, Kind.STREAM, 2, 2**32 - 1, ME)
+    mine = host.party_of(ME.credentials.uid)
+    for uid in range(10_000, 10_000 + 3 * REMEMBERED_USERS):
+        assert host.party_of(uid) is host.party_of(uid)
+    assert len(host._users) <= REMEMBERED_USERS
+    assert host.party_of(ME.credentials.uid) is mine
+    fabric.unbind(endpoint)
+    assert not mine.has_something
 
 
 def test_which_denials_are_limits() -> None:

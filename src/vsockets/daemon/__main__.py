@@ -79,12 +79,10 @@ def _detach(log: Path) -> bool:
     if os.fork():
         return False
     os.setsid()
-    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    for number, fd in enumerate((null, sink, sink)):
-        os.dup2(fd, number)
+    os.dup2(null, 0)
     os.close(null)
-    os.close(sink)
+    logs.write_to(log)
     return True
 
 

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable
 
+from .. import logs
 from .loop import Loop
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Acceptor:
         except OSError as error:
             if error.errno not in _OUT_OF_RESOURCES:
                 raise
-            log.warning("%s waits: %s", self._who, error)
+            log.warning("%s waits: %s", self._who, error, extra=logs.rare(self))
             self._loop.unwatch(self._listener.fileno())
             self._loop.call_later(_PAUSE, self._watch)
         else:

@@ -1,4 +1,4 @@
-"""Counting what a guest holds, when it has reached a limit as far as is known."""
+"""Counting what a party holds, when it has reached a limit as far as is known."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 from weakref import WeakKeyDictionary
 
-from ..fabric import Context
+from ..fabric import Party
 from ..limits import COUNT_AGAIN
 from .channel import Channel
 
 
 class Allowance:
-    """Guests' limits, as far as keeping to them needs the kernel's word on what has gone.
+    """Parties' limits, as far as keeping to them needs the kernel's word on what has gone.
 
-    Counting anew costs time, and a guest at its limit must not make vsockd spend it again and
+    Counting anew costs time, and a party at its limit must not make vsockd spend it again and
     again: so it is done only so often.
     """
 
@@ -23,32 +23,39 @@ class Allowance:
     ) -> None:
         self._forget_what_has_gone = forget_what_has_gone
         self._listeners = listeners
-        self._counted: WeakKeyDictionary[Context, float] = WeakKeyDictionary()
+        self._counted: WeakKeyDictionary[Party, float] = WeakKeyDictionary()
 
-    def make_room(self, context: Context) -> None:
-        """Forget what a guest with as many sockets as it may have does not hold any more."""
-        if context.sockets >= context.limits.sockets and self._may_count(context):
+    def make_room(self, party: Party) -> None:
+        """Forget what a party with as many sockets as it may have does not hold any more."""
+        limits = party.limits
+        if limits is not None and party.sockets >= limits.sockets and self._may_count(party):
             self._forget_what_has_gone()
 
-    def require_patience(self, context: Context, count: Callable[[], None] | None = None) -> None:
-        """Raise Denied when too many connections of a guest wait.  ``count`` has those counted
+    def require_patience(self, party: Party, count: Callable[[], None] | None = None) -> None:
+        """Raise Denied when too many connections of a party wait.  ``count`` has those counted
         that wait for the one asked for now."""
-        most = context.limits.pending_connects
-        if context.pending < most or not context.is_guest:
+        if party.limits is None:
+            return
+        most = party.limits.pending_connects
+        if party.pending < most:
             return
         if count is not None:
             count()
-        if context.pending >= most and self._may_count(context):
-            for listener in self._listeners():
-                listener.count_waiting()
-        context.require_patience()
+        if party.pending >= most and self._may_count(party):
+            self.count_waiting()
+        party.require_patience()
 
-    def _may_count(self, context: Context) -> bool:
-        """Whether it is long ago that everything was counted anew for this guest: each has a
+    def count_waiting(self) -> None:
+        """Find out which connections have been accepted, at every listener."""
+        for listener in self._listeners():
+            listener.count_waiting()
+
+    def _may_count(self, party: Party) -> bool:
+        """Whether it is long ago that everything was counted anew for this party: each has a
         clock of its own, so that one at its limit does not keep the others waiting.
         """
         now = monotonic()
-        if now - self._counted.get(context, -COUNT_AGAIN) < COUNT_AGAIN:
+        if now - self._counted.get(party, -COUNT_AGAIN) < COUNT_AGAIN:
             return False
-        self._counted[context] = now
+        self._counted[party] = now
         return True

@@ -1,21 +1,21 @@
 """Every denial, written down: who, whom, and the rule.
 
-The peer learns an errno; the administrator learns the rest, here.  A guest can be denied things
-as fast as it can ask, so only so many are written each second for each context; how many were
-left out is in the next line of that context.  All are counted in ``Context.counts``.
+The peer learns an errno; the administrator learns the rest, here.  A party (a guest, or a user of
+the host) can be denied things as fast as it can ask, so only so many are written each second for
+each; how many were left out is in its next line.  All are counted in ``Context.counts``.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import time
 from typing import Any
 
 from ..fabric import Connection, Context, Credentials, Denied
-from ..fabric.meter import Meter
+from ..logs import Throttle
+from ..text import printable
 from ..wire import Op
-from .credentials import Peer
+from .channel import Channel
 from .events import Events, Topic
 
 log = logging.getLogger("vsockd.audit")
@@ -40,15 +40,17 @@ class Audit:
     """The log of denials."""
 
     def __init__(self, events: Events, rate: int) -> None:
-        self.rate = rate  #: denials a second and context
         self._events = events
-        self._meters: dict[Context, Meter] = {}
-        self._left_out: dict[Context, int] = {}
+        self._throttle = Throttle(rate)
+
+    def limit(self, rate: int) -> None:
+        """Set how many denials are written, a second and party."""
+        self._throttle.rate = rate
 
     def record(
         self,
         context: Context,
-        program: Peer,
+        program: Channel,
         denied: Denied,
         operation: str,
         source: tuple[int, int] | None,
@@ -56,11 +58,8 @@ class Audit:
     ) -> None:
         """Write down that ``program``, in ``context``, was denied ``operation``."""
         context.counts.denials[denied.rule] += 1
-        meter = self._meters.get(context)
-        if meter is None or meter.rate != self.rate:
-            meter = self._meters[context] = Meter(self.rate)
-        if not meter.take(time.monotonic()):
-            self._left_out[context] = self._left_out.get(context, 0) + 1
+        left_out = self._throttle.admit(program.party)
+        if left_out is None:
             return
         facts: dict[str, Any] = {
             "context": context.cid,
@@ -74,10 +73,10 @@ class Audit:
             "uid": program.credentials.uid,
             "gid": program.credentials.gid,
             "executable": program.executable(),
-            "left_out": self._left_out.pop(context, 0),
+            "left_out": left_out,
         }
         message = _in_words(facts)
-        log.warning(message, extra={"facts": facts})
+        log.warning("%s", message, extra={"facts": facts, "admitted": True})
         self._events.publish(Topic.DENIAL, **facts, message=message)
 
     def record_disconnect(self, stream: Connection, asker: Credentials) -> None:
@@ -93,13 +92,8 @@ class Audit:
             f"disconnected: {_address(stream.local)} to {_address(stream.peer)}; "
             f"asked for by pid {asker.pid} uid {asker.uid}"
         )
-        log.warning(message, extra={"facts": facts})
+        log.warning("%s", message, extra={"facts": facts, "admitted": True})
         self._events.publish(Topic.DISCONNECT, **facts, message=message)
-
-    def forget(self, context: Context) -> None:
-        """The context is no more."""
-        self._meters.pop(context, None)
-        self._left_out.pop(context, None)
 
 
 def _in_words(facts: dict[str, Any]) -> str:
@@ -107,7 +101,8 @@ def _in_words(facts: dict[str, Any]) -> str:
     more = f" ({facts['left_out']} more were left out)" if facts["left_out"] else ""
     return (
         f"denied: {facts['operation']} {way}: {facts['reason']} [{facts['rule']}, "
-        f"{facts['errno']}]; pid {facts['pid']} uid {facts['uid']} {facts['executable'] or '?'}"
+        f"{facts['errno']}]; pid {facts['pid']} uid {facts['uid']} "
+        f"{printable(facts['executable'] or '?')}"
         f"{more}"
     )
 

@@ -18,10 +18,12 @@ from socket import (
 from time import monotonic
 from typing import Any
 
+from .. import logs
 from ..constants import VMADDR_PORT_ANY
 from ..fabric import Context, Denied, Endpoint, Fabric, Kind, Refused
 from ..limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, SILENT_CLIENT
 from ..wire import Op, ProtocolError, Record, Request, Role
+from . import reserve
 from .allowance import Allowance
 from .audit import OPERATIONS, Audit
 from .capturing import capture
@@ -59,6 +61,8 @@ class Broker:
         self.streams = Streams(loop, fabric)
         self._questions = Questions(fabric, self.streams, self.datagrams)
         self._channels: dict[Context, set[Channel]] = {}
+        #: silent ones that take the reserve's place, the longest first
+        self._brief: dict[Channel, None] = {}
         self._allowance = Allowance(self.refresh, self._listening)
         self._operations: dict[int, Callable[[Channel, Request], bool]] = {
             Op.BIND: self._bind,
@@ -78,6 +82,10 @@ class Broker:
         """Forget every socket that has gone, as of now."""
         self.streams.reap()
         self.datagrams.sweep()
+
+    def count_waiting(self) -> None:
+        """Find out which connections have been accepted, as of now: nobody says so."""
+        self._allowance.count_waiting()
 
     # Channels
 
@@ -118,8 +126,9 @@ class Broker:
 
     def close_context(self, context: Context) -> None:
         """Let go of everything in a context that is no more; its streams have been cut."""
-        for channel in list(self._channels.pop(context, ())):
+        for channel in list(self._channels.get(context, ())):
             self._drop(channel)
+        self._channels.pop(context, None)
         if context.kernel is not None:
             assert isinstance(context.kernel.streams, KernelLink)
             context.kernel.streams.close()
@@ -132,7 +141,7 @@ class Broker:
     def _await_request(self, channel: Channel) -> None:
         """Keep a channel whose program has connected and said nothing."""
         try:
-            self._allowance.require_patience(channel.context)
+            self._allowance.require_patience(channel.party)
         except Denied as denied:
             channel.context.counts.refusals += 1
             source = channel.context.cid, VMADDR_PORT_ANY
@@ -143,12 +152,20 @@ class Broker:
             channel.sock.close()
             return
         channel.silent = True
-        channel.context.pending += 1
+        channel.party.pending += 1
         self._keep(channel)
         self._loop.call_later(SILENT_CLIENT, lambda: self._close_if_silent(channel))
+        if not reserve.may_stay(channel.sock.fileno()):
+            # A program that means well says something within microseconds.
+            self._brief[channel] = None
+            if len(self._brief) > reserve.most_brief():
+                longest = next(iter(self._brief))
+                longest.send(Record(errno.ENOBUFS).encode())
+                self._drop(longest)
 
     def _keep(self, channel: Channel) -> None:
         self._channels.setdefault(channel.context, set()).add(channel)
+        channel.party.channels += 1
         self._loop.watch(channel.sock.fileno(), lambda events: self._ready(channel))
 
     def _ready(self, channel: Channel) -> None:
@@ -164,16 +181,20 @@ class Broker:
         """After a refusal the program may try again on the same socket, and one that is bound
         stays so; unless it has very many that are not.
         """
-        context = channel.context
         if channel.asks_once:
             return False
-        if channel.endpoint is not None or not context.is_guest:
+        if channel.endpoint is not None:
             return True
-        return len(self._channels.get(context, ())) < context.limits.sockets
+        limits = channel.party.limits
+        room = limits is None or channel.party.channels < limits.sockets
+        return room and reserve.may_stay(channel.sock.fileno())
 
     def _drop(self, channel: Channel) -> None:
         self._loop.unwatch(channel.sock.fileno())
-        self._channels.get(channel.context, set()).discard(channel)
+        kept = self._channels.get(channel.context)
+        if kept is not None and channel in kept:
+            kept.remove(channel)
+            channel.party.channels -= 1
         self._has_spoken(channel)
         if channel.endpoint is not None:
             if channel.is_listening:
@@ -181,15 +202,16 @@ class Broker:
             self.fabric.unbind(channel.endpoint)
         channel.sock.close()
 
-    @staticmethod
-    def _has_spoken(channel: Channel) -> None:
+    def _has_spoken(self, channel: Channel) -> None:
         if channel.silent:
             channel.silent = False
-            channel.context.pending -= 1
+            channel.party.pending -= 1
+            self._brief.pop(channel, None)
 
     def _close_if_silent(self, channel: Channel) -> None:
         if channel.silent and channel in self._channels.get(channel.context, ()):
-            log.debug("pid %d connected and said nothing", channel.credentials.pid)
+            pid = channel.credentials.pid
+            log.debug("pid %d connected and said nothing", pid, extra=logs.by(channel.party))
             self._drop(channel)
 
     # Requests
@@ -201,30 +223,36 @@ class Broker:
             operation = self._operations.get(request.op)
             if operation is None:
                 raise ProtocolError(f"no operation {request.op}")
-            if context.is_guest:
-                context.require_pace(monotonic())
+            if channel.party.limits is not None:
+                channel.party.require_pace(monotonic())
             return operation(channel, request)
         except Refused as refused:
             context.counts.refusals += 1
             if isinstance(refused, Denied):
                 self._record(channel, request, refused)
             else:
-                log.info("context %d pid %d: %s", context.cid, channel.credentials.pid, refused)
+                self._log(logging.INFO, channel, refused)
             channel.send(Record(refused.errno).encode())
             consume(channel.sock, channel.kind, request.polling)
             return self._may_ask_again(channel)
         except ProtocolError as error:
-            log.info("context %d pid %d: %s", channel.context.cid, channel.credentials.pid, error)
+            self._log(logging.INFO, channel, error)
             return False
         except OSError as error:  # the kernel's no to something the fabric allowed
-            log.error("context %d pid %d: %s", channel.context.cid, channel.credentials.pid, error)
+            self._log(logging.ERROR, channel, error)
             channel.send(Record(error.errno or errno.EIO).encode())
             return False
-        except Exception:  # a mistake of ours; the program is not served again and again
-            log.exception(
-                "context %d pid %d: request lost", channel.context.cid, channel.credentials.pid
-            )
+        except Exception as error:  # a mistake of ours; the program is not served again and again
+            self._log(logging.ERROR, channel, "request lost", error)
             return False
+
+    @staticmethod
+    def _log(level: int, channel: Channel, what: object, error: Exception | None = None) -> None:
+        """Log what became of a request, with a traceback of ``error``."""
+        if log.isEnabledFor(level):
+            cid, pid = channel.context.cid, channel.credentials.pid
+            extra = logs.by(channel.party)
+            log.log(level, "context %d pid %d: %s", cid, pid, what, exc_info=error, extra=extra)
 
     def _record(self, channel: Channel, request: Request, denied: Denied) -> None:
         """Write a denial down."""
@@ -253,6 +281,7 @@ class Broker:
     def _bind(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is not None:
             raise Refused(errno.EINVAL, "the socket is bound")
+        reserve.require_free(channel.sock.fileno())
         endpoint = self._claim(channel, channel.kind, request, request.cookie)
         endpoint.handle = channel
         endpoint.sizes = request.sizes()
@@ -291,9 +320,9 @@ class Broker:
             context, channel.kind, request.peer_cid, request.peer_port, channel, bound
         )
         target: Any = listener.handle  # a Channel or an OfferLink
-        if context.is_at_a_limit():
-            self._allowance.require_patience(context, target.count_waiting)
-            self._allowance.make_room(context)
+        if channel.party.is_at_a_limit():
+            self._allowance.require_patience(channel.party, target.count_waiting)
+            self._allowance.make_room(channel.party)
         if channel.lent_to not in (None, target):
             # Who has had it could have kept it, and would be in the middle of this stream.
             raise Refused(errno.ECONNRESET, "the socket was refused elsewhere: make another")
@@ -320,8 +349,11 @@ class Broker:
         try:
             target.announce(accepting, channel)
         except OSError as error:
-            log.warning("connection to %s lost: %s", listener.address, error)
+            reason = f"connection to {listener.address} lost: {error}"
+            self._log(logging.WARNING, channel, reason)
             fabric.end(connection.number)
+            if error.errno in (errno.EPIPE, errno.ECONNRESET) and isinstance(target, Channel):
+                self._drop(target)  # it will read no announcement again (SHUT_RD)
             if listener.undecided:
                 self._answer(channel, request, Record(errno.ECONNRESET).encode())
         if channel.is_kernel:
@@ -332,6 +364,7 @@ class Broker:
     def _bind_datagram(self, channel: Channel, request: Request) -> bool:
         sock = take_datagram_socket(channel)
         with closing(sock):
+            reserve.require_free(sock.fileno())
             if self.datagrams.find_socket(channel.context, sock) is not None:
                 raise Refused(errno.EINVAL, "the datagram socket is bound")
             endpoint = self._adopt(channel, request, sock)
@@ -341,6 +374,7 @@ class Broker:
     def _route(self, channel: Channel, request: Request) -> bool:
         sock = take_datagram_socket(channel)
         with closing(sock):
+            reserve.require_free(sock.fileno())
             source = channel.sender = self.datagrams.find_socket(channel.context, sock)
             wanted = (channel.context, request.peer_cid, request.peer_port, channel)
             destination = self.fabric.find_datagram(*wanted, source)
@@ -393,10 +427,8 @@ class Broker:
     # Parts of them
 
     def _claim(self, channel: Channel, kind: Kind, request: Request, cookie: int = 0) -> Endpoint:
-        context = channel.context
-        if context.is_guest:
-            self._allowance.make_room(context)
-        arguments = (context, kind, request.local_cid, request.local_port, channel, cookie)
+        self._allowance.make_room(channel.party)
+        arguments = (channel.context, kind, request.local_cid, request.local_port, channel, cookie)
         try:
             return self.fabric.bind(*arguments)
         except Refused as refused:

@@ -23,7 +23,7 @@ from socket import (
 )
 from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not yet read
 
-from ..fabric import Context, Credentials, Endpoint, Kind
+from ..fabric import Context, Credentials, Endpoint, Kind, Party
 from ..limits import MAX_BACKLOG
 from ..wire import PADDING, RECORD_SIZE, REQUEST_SIZE, ProtocolError
 from .credentials import Peer
@@ -53,7 +53,7 @@ class Channel(Peer):
     lent_to: object = None  # the link (:mod:`.offers`) at whose other end its socket has been
     _capacity = -1  # of the backlog; -1: the socket does not listen
     #: of a listening socket: whose connections were announced, and not taken as far as is known
-    _waiting: deque[Context]
+    _waiting: deque[Party]
 
     def __init__(
         self, sock: _socket.socket, context: Context, kind: Kind, credentials: Credentials
@@ -62,6 +62,7 @@ class Channel(Peer):
         self.context = context
         self.kind = kind
         self.credentials = credentials
+        self.party = context.party_of(credentials.uid)
 
     def read(self) -> bytes:
         """The next request, no bytes at the end; BlockingIOError."""
@@ -146,8 +147,8 @@ class Channel(Peer):
         """Tell a listening program of a new connection, and give it the socket."""
         fd = source.sock.fileno()
         self.sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
-        self._waiting.append(source.context)
-        source.context.pending += 1
+        self._waiting.append(source.party)
+        source.party.pending += 1
 
 
 def consume(sock: _socket.socket, kind: Kind, polling: bool) -> None:

@@ -28,6 +28,8 @@ __all__ = ["ConfigurationError", "default_configuration_folder", "load"]
 LARGEST_ID = (1 << 32) - 2
 
 _LIMITS = tuple(field.name for field in fields(Limits))
+#: Unread datagrams are memory of the kernel's, which a user of the host can have by other sockets.
+_HOST_LIMITS = tuple(name for name in _LIMITS if name != "datagram_bytes")
 _PROFILES = tuple(profile.value for profile in Profile)
 _LEGACY_ONLY = ("unrestricted", "domain")
 
@@ -77,20 +79,21 @@ def _files(folder: Path) -> list[Path]:
 def _override(settings: Settings, root: Table) -> Settings:
     """``settings`` with what one file says of the host, the limits and the audit log."""
     host, audit = root.table("host"), root.table("audit")
-    host.require_known("domains")
+    host.require_known("domains", "limits")
     audit.require_known("rate")
     domains = _domains(host)
     return replace(
         settings,
         limits=_limits(root.table("limits"), settings.limits),
+        host_limits=_limits(host.table("limits"), settings.host_limits, _HOST_LIMITS),
         host_domains=settings.host_domains if domains is None else domains,
         audit_rate=audit.integer("rate", 1) or settings.audit_rate,
     )
 
 
-def _limits(table: Table, base: Limits) -> Limits:
-    table.require_known(*_LIMITS)
-    given = {key: table.integer(key, 1) for key in _LIMITS}
+def _limits(table: Table, base: Limits, known: tuple[str, ...] = _LIMITS) -> Limits:
+    table.require_known(*known)
+    given = {key: table.integer(key, 1) for key in known}
     return replace(base, **{key: value for key, value in given.items() if value is not None})
 
 

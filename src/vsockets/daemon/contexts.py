@@ -108,11 +108,11 @@ class RunningContexts:
         their isolation and limits.  Nothing is dropped, and nobody removed.
         """
         self._fabric.settings = settings
-        self._audit.rate = settings.audit_rate
+        self._audit.limit(settings.audit_rate)
         configured = {wanted.cid for wanted in settings.contexts}
         for context in self._fabric.contexts:
             if context.cid not in configured:
-                context.limit(settings.limits)
+                context.limit(settings.limits if context.is_guest else settings.host_limits)
         by_name = {context.name: context for context in self._fabric.contexts}
         for wanted in settings.contexts:
             found = (
@@ -187,7 +187,6 @@ class RunningContexts:
     def _end(self, context: Context) -> None:
         self._close_doors(context)
         self._broker.close_context(context)
-        self._audit.forget(context)
         self._publish(context, "removed")
 
     def _publish(self, context: Context, change: str, **facts: Any) -> None:

@@ -154,6 +154,7 @@ class Session:
 
     def _list_contexts(self, _: Arguments) -> list[dict[str, Any]]:
         self._vsockd.broker.refresh()
+        self._vsockd.broker.count_waiting()
         contexts = sorted(self._vsockd.fabric.contexts, key=lambda context: context.cid)
         return [self._row(context) for context in contexts if context.cid]
 

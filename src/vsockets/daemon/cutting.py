@@ -80,11 +80,14 @@ class Cutter:
         for pid, cookies in self._unaccepted().items():
             with contextlib.suppress(OSError):
                 self._search_connecting(pid, cookies)
-        for connection in self._doomed.values():
+        if self._doomed:
+            one = next(iter(self._doomed.values()))
             log.debug(
-                "the stream %s to %s is in no process, or in one of %s that vsockd may not touch",
-                connection.local,
-                connection.peer,
+                "%d streams, as %s to %s, are in no process, or in one of %s that vsockd may not "
+                "touch",
+                len(self._doomed),
+                one.local,
+                one.peer,
                 sorted(refused),
             )
 

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from socket import MSG_DONTWAIT, MSG_PEEK
 
+from .. import logs
 from ..buffers import BufferSizes
 from ..fabric import Context, Credentials, Endpoint, Kind, Trust
 from ..limits import CONTROL_BACKLOG, HYBRID_LINE
@@ -61,7 +62,8 @@ class HybridChannel(Channel):
         except BlockingIOError:
             raise
         except OSError as error:
-            log.info("pid %d: %s", self.credentials.pid, error.strerror)
+            pid = self.credentials.pid
+            log.info("pid %d: %s", pid, error.strerror, extra=logs.by(self.party))
             return b""
         wanted = self._cid, line.port
         return Request(Op.CONNECT, 0, 0, 0, *wanted, 0, *BufferSizes()).encode()

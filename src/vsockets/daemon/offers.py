@@ -68,7 +68,7 @@ class OfferLink:
             self._loop.unwatch(self._sock.fileno())
             self._sock.close()
             for offer in self._offers.values():
-                offer.channel.context.pending -= 1
+                offer.channel.party.pending -= 1
             self._offers.clear()
 
     def has_room(self) -> bool:
@@ -84,7 +84,7 @@ class OfferLink:
         source.lent_to = self
         offer = Record.decode(record)
         self._offers[offer.local_port, *offer.peer] = _Offer(source, cookie_of(source.sock))
-        source.context.pending += 1
+        source.party.pending += 1
 
     def send_descriptor(self, record: bytes, fd: int) -> None:
         """Send a record with a descriptor.  OSError when there is no room, or nobody."""
@@ -118,7 +118,7 @@ class OfferLink:
         offer = self._offers.pop((request.local_port, *peer), None)
         refused = False
         if offer is not None:
-            offer.channel.context.pending -= 1
+            offer.channel.party.pending -= 1
             size = 0 if request.backlog else request.size
             waits = self._broker.fabric.settle(self._context, request.local_port, peer, size)
             refused = waits and not size

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import logs
 from ..address import FIRST_GUEST_CID
 from ..descriptors import allow_many_descriptors
 from ..fabric import Fabric, Refused
@@ -90,7 +91,8 @@ class Vsockd:
             self.broker.datagrams.close()
             os.chdir("/")
             shutil.rmtree(self.folder / PRIVATE, ignore_errors=True)
-            (self.folder / LOG).unlink(missing_ok=True)
+            for log_file in (self.folder / LOG, logs.older(self.folder / LOG)):
+                log_file.unlink(missing_ok=True)
             # The lock's file goes while the lock is held: see _lock for the other half.
             (self.folder / LOCK).unlink(missing_ok=True)
             os.close(self._lock)
@@ -149,6 +151,7 @@ def _lock(folder: Path) -> int:
 def _clean(folder: Path) -> None:
     """Remove what a vsockd that was killed left behind: nothing but what vsockd makes."""
     (folder / CONTROL).unlink(missing_ok=True)
+    logs.older(folder / LOG).unlink(missing_ok=True)
     shutil.rmtree(folder / PRIVATE, ignore_errors=True)
     for entry in folder.iterdir():
         if entry.name.isdecimal() and (

@@ -9,6 +9,7 @@ from .endpoint import Connection, Credentials, Endpoint, Kernel, Kind
 from .errors import LIMIT_RULES, Denied, Refused, Rule
 from .fabric import Fabric
 from .life_cycle import Change, State
+from .party import Party
 from .settings import ContextSettings, Grant, Isolation, Limits, Profile, Settings
 from .trust import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, Program, Trust, trust_of
 
@@ -31,6 +32,7 @@ __all__ = [
     "Kernel",
     "Kind",
     "Limits",
+    "Party",
     "Profile",
     "Program",
     "Refused",

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 
 from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
+from ..limits import REMEMBERED_USERS
 from .counts import Counts
 from .endpoint import Connection, Endpoint, Kernel, Kind
-from .errors import Denied, Refused, Rule
+from .errors import Refused
 from .life_cycle import State
-from .meter import Meter
+from .party import Party
 from .ports import Ports
 from .settings import Isolation, Limits
 
@@ -21,6 +22,9 @@ class Context:
 
     __slots__ = (
         "__weakref__",
+        "_guest",
+        "_many_users",
+        "_users",
         "beyond",
         "cid",
         "connected",
@@ -34,10 +38,8 @@ class Context:
         "kernel",
         "leases",
         "limits",
-        "meter",
         "name",
         "owner",
-        "pending",
         "state",
     )
 
@@ -50,10 +52,12 @@ class Context:
         self.isolation = Isolation()
         self.state = State.RUNNING
         self.fault_tolerant = False
-        self.limit(Limits())
-        #: connections of this context that wait to be accepted, and programs that came in and
-        #: have said nothing
-        self.pending = 0
+        #: of the guest, or of each user of the host
+        self.limits = Limits()
+        self._guest = Party(f"context {cid}", self.limits) if self.is_guest else None
+        #: of the host, by user id
+        self._users: dict[int, Party] = {}
+        self._many_users = REMEMBERED_USERS
         self.counts = Counts()
         #: how many hold a lease on it: it ends with the last.  0: it ends when it is removed
         self.leases = int(leased)
@@ -82,36 +86,35 @@ class Context:
         """How many ports its sockets hold."""
         return len(self.connected) + len(self.datagrams)
 
+    @property
+    def pending(self) -> int:
+        """How many connections wait, of all its parties: see :class:`.Party`."""
+        return sum(party.pending for party in self.parties())
+
+    def party_of(self, uid: int) -> Party:
+        """Return whom the fabric counts a program of user ``uid`` in this context as."""
+        if self._guest is not None:
+            return self._guest
+        party = self._users.get(uid)
+        if party is None:
+            limited = self.cid == VMADDR_CID_HOST and uid not in (0, self.owner)
+            party = Party(f"user {uid} of the host", self.limits if limited else None)
+            if len(self._users) >= self._many_users:
+                self._users = {uid: one for uid, one in self._users.items() if one.has_something}
+                self._many_users = max(REMEMBERED_USERS, 2 * len(self._users))
+            self._users[uid] = party
+        return party
+
     def limit(self, limits: Limits) -> None:
-        """Set how much of vsockd it may have.  The host and the hypervisor have no limits."""
+        """Set how much the guest, or each user of the host, may have of vsockd."""
         self.limits = limits
-        self.meter = Meter(limits.request_rate)
+        for party in self.parties():
+            if party.limits is not None:
+                party.limit(limits)
 
-    def is_at_a_limit(self) -> bool:
-        """Whether a guest has as many sockets, or as many connections that wait, as it may."""
-        return self.is_guest and (
-            self.pending >= self.limits.pending_connects
-            or len(self.connected) + len(self.datagrams) >= self.limits.sockets
-        )
-
-    def require_room(self) -> None:
-        """Raise Denied when a guest holds as many sockets as it may."""
-        if self.is_guest and len(self.connected) + len(self.datagrams) >= self.limits.sockets:
-            raise Denied(
-                errno.ENOBUFS, Rule.SOCKETS, f"context {self.cid} has {self.sockets} sockets"
-            )
-
-    def require_pace(self, now: float) -> None:
-        """Raise Denied when a guest asks more often than it may; ``now`` in seconds."""
-        if self.is_guest and not self.meter.take(now):
-            reason = f"context {self.cid} asks more than {self.meter.rate} times a second"
-            raise Denied(errno.ENOBUFS, Rule.REQUEST_RATE, reason)
-
-    def require_patience(self) -> None:
-        """Raise Denied when too many connections of a guest wait already."""
-        if self.pending >= self.limits.pending_connects and self.is_guest:
-            reason = f"{self.pending} connections of context {self.cid} wait"
-            raise Denied(errno.ENOBUFS, Rule.PENDING_CONNECTS, reason)
+    def parties(self) -> list[Party]:
+        """Return the guest, or the users of the host that are remembered."""
+        return list(self._users.values()) if self._guest is None else [self._guest]
 
     def __repr__(self) -> str:
         return f"<context {self.cid} {self.name!r}>"

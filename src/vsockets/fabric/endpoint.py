@@ -10,6 +10,7 @@ from ..buffers import BufferSizes
 
 if TYPE_CHECKING:
     from .context import Context
+    from .party import Party
     from .trust import Trust
 
 
@@ -46,6 +47,7 @@ class Endpoint:
     #: not known here: the guest's kernel decides, when it is asked
     undecided: bool = False
     sizes: BufferSizes = field(default_factory=BufferSizes)
+    party: Party | None = None  #: whose port it is; None when it holds none
 
     @property
     def address(self) -> tuple[int, int]:
@@ -92,6 +94,7 @@ class Connection:
     size: int  #: the buffer size both sides agreed on, in bytes
     sizes: BufferSizes  #: what the connecting side had asked for
     owner: Credentials  #: the connecting process
+    party: Party  #: the connecting side's
     cookie: int = 0
 
     @property

@@ -61,13 +61,14 @@ class Fabric:
         """Give a socket an address; wildcards are filled in.
 
         Refused with EADDRNOTAVAIL (another context's CID), EACCES (a reserved port, or CID 0,
-        without privilege), ENOBUFS (the guest's limit) or EADDRINUSE.
+        without privilege), ENOBUFS (the party's limit) or EADDRINUSE.
         """
         if cid not in (VMADDR_CID_ANY, VMADDR_CID_LOCAL, context.cid):
             reason = f"CID {cid} is not context {context.cid}'s"
             raise Denied(errno.EADDRNOTAVAIL, Rule.AUTHENTIC_SOURCE, reason)
         policy.require_service(context, program.credentials)
-        context.require_room()
+        party = context.party_of(program.credentials.uid)
+        party.require_room()
         own_cid = VMADDR_CID_LOCAL if cid == VMADDR_CID_LOCAL else context.cid
         ports: Ports[Endpoint] | Ports[Endpoint | Connection]
         ports = context.datagrams if kind is Kind.DATAGRAM else context.connected
@@ -76,8 +77,11 @@ class Fabric:
         elif port <= LAST_RESERVED_PORT and not program.has_capability(CAP_NET_BIND_SERVICE):
             reason = f"port {port} is reserved: CAP_NET_BIND_SERVICE is needed"
             raise Denied(errno.EACCES, Rule.RESERVED_PORT, reason)
-        endpoint = Endpoint(kind, context, own_cid, port, program.credentials, cookie=cookie)
+        endpoint = Endpoint(
+            kind, context, own_cid, port, program.credentials, cookie=cookie, party=party
+        )
         ports.claim(port, endpoint)
+        party.sockets += 1
         if context is self.contexts.host:
             endpoint.trust = trust_of(program, kind, self.settings)
         if cookie:
@@ -86,7 +90,9 @@ class Fabric:
 
     def rebind(self, endpoint: Endpoint) -> None:
         """Give a stream socket the port back that its connection has just set free."""
+        assert endpoint.party is not None
         endpoint.context.connected.claim(endpoint.port, endpoint)
+        endpoint.party.sockets += 1
         if endpoint.cookie:
             endpoint.context.cookies.setdefault(endpoint.cookie, endpoint)
 
@@ -100,9 +106,11 @@ class Fabric:
     def unbind(self, endpoint: Endpoint) -> None:
         """The socket is gone: its port is free."""
         if endpoint.kind is Kind.DATAGRAM:
-            endpoint.context.datagrams.release(endpoint.port, endpoint)
+            held = endpoint.context.datagrams.release(endpoint.port, endpoint)
         else:
-            endpoint.context.connected.release(endpoint.port, endpoint)
+            held = endpoint.context.connected.release(endpoint.port, endpoint)
+        if held and endpoint.party is not None:
+            endpoint.party.sockets -= 1
         _forget(endpoint.context, endpoint.cookie, endpoint)
         if endpoint.listening:
             for tell in self.watchers:
@@ -158,15 +166,15 @@ class Fabric:
         """Join a socket of ``context`` with ``listener``; an unbound one gets a port.
 
         Refused with EINVAL when the two sides' buffer sizes leave no size for both, with
-        ENOBUFS at the guest's limit, with EACCES for CID 0 without privilege.
+        ENOBUFS at the party's limit, with EACCES for CID 0 without privilege.
         """
         size = sizes.size if listener.undecided else negotiate(sizes, listener.sizes)
         if size is None:
             raise Refused(errno.EINVAL, f"no common buffer size: {sizes} and {listener.sizes}")
+        party = context.party_of(owner.uid)
         if bound is None:
-            if context.is_guest:
-                context.require_room()
-            else:
+            party.require_room()
+            if not context.is_guest:
                 policy.require_service(context, owner)
             local = (context.cid, context.connected.ephemeral())
         else:
@@ -178,8 +186,11 @@ class Fabric:
             number = number % LAST_CONNECTION + 1
         self._number = number
         peer = (listener.context.cid, listener.port)
-        connection = Connection(number, context, listener, local, peer, size, sizes, owner, cookie)
+        connection = Connection(
+            number, context, listener, local, peer, size, sizes, owner, party, cookie
+        )
         context.connected[local[1]] = connection
+        party.sockets += 1
         self.connections[number] = connection
         if not listener.undecided:
             context.counts.connects += 1
@@ -217,6 +228,7 @@ class Fabric:
             context, port, cookie = connection.context, connection.local[1], connection.cookie
             if context.connected.get(port) is connection:
                 del context.connected[port]
+                connection.party.sockets -= 1
             if context.cookies.get(cookie) is connection:
                 del context.cookies[cookie]
 

@@ -54,10 +54,12 @@ class Ports(dict[int, Holder]):
             self._next = _after(self._next)
         raise Refused(errno.EADDRNOTAVAIL, f"{EPHEMERAL_TRIES} ports in a row are held")
 
-    def release(self, port: int, holder: Holder) -> None:
-        """Give a port back.  Does nothing when somebody else holds it by now."""
-        if self.get(port) is holder:
-            del self[port]
+    def release(self, port: int, holder: Holder) -> bool:
+        """Give a port back; returns whether ``holder`` still held it."""
+        if self.get(port) is not holder:
+            return False
+        del self[port]
+        return True
 
 
 def _after(port: int) -> int:

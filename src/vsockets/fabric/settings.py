@@ -34,12 +34,14 @@ class Profile(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one guest may have of the host; `vsockets.limits` has the reasons."""
+    """What one guest, or one user of the host, may have of vsockd; `vsockets.limits` has the
+    reasons.
+    """
 
     sockets: int = MAX_SOCKETS  #: at the same time
     pending_connects: int = MAX_PENDING_CONNECTS  #: asked for and not yet accepted
     request_rate: int = MAX_REQUEST_RATE  #: requests to vsockd, a second
-    datagram_bytes: int = MAX_DATAGRAM_BYTES  #: sent and not yet received
+    datagram_bytes: int = MAX_DATAGRAM_BYTES  #: sent and not yet received; guests alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +99,5 @@ class Settings:
     #: the domains host programs belong to (guide page 24); "" is the default domain
     host_domains: frozenset[str] = frozenset({""})
     limits: Limits = Limits()  #: of guests that are not configured
+    host_limits: Limits = Limits()  #: of each user of the host who is no administrator
     audit_rate: int = AUDIT_RATE  #: denials logged a second, for each context

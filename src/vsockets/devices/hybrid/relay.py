@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 
+from ... import logs
 from ...constants import VMADDR_CID_HOST
 from ...descriptors import allow_many_descriptors
 from ...wire.hybrid import port_name
@@ -24,7 +25,7 @@ from .outward import Outward
 
 def main(path: str, user: int) -> None:
     """Serve until vsockd has gone and the last stream has ended."""
-    logging.basicConfig(format="vsock relay: %(message)s")
+    logs.begin("vsock relay: %(message)s", logging.WARNING, "text")
     folder, name = os.path.split(path)
     os.chdir(folder)
     allow_many_descriptors()

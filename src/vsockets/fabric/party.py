@@ -1,0 +1,67 @@
+"""Parties: whom the fabric counts and limits.
+
+A guest is one, whichever of its programs asks; on the host each user is one.  Administrators (root
+and the fabric's owner) can do as they like in any case, so they have no limits.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from .errors import Denied, Rule
+from .meter import Meter
+from .settings import Limits
+
+
+class Party:
+    """What one guest, or one user of the host, has of the fabric."""
+
+    __slots__ = ("__weakref__", "channels", "limits", "meter", "name", "pending", "sockets")
+
+    def __init__(self, name: str, limits: Limits | None) -> None:
+        """``name``: for people.  ``limits``: None for a party that has none."""
+        self.name = name
+        #: ports that its sockets hold: bound ones, and the ends of streams that they began
+        self.sockets = 0
+        #: its connections that wait to be accepted, and programs that connected to vsockd and
+        #: sent no request yet
+        self.pending = 0
+        self.channels = 0  #: connections to vsockd that vsockd keeps
+        self.limit(limits)
+
+    def limit(self, limits: Limits | None) -> None:
+        """Set how much it may have, from now on."""
+        self.limits = limits
+        self.meter = None if limits is None else Meter(limits.request_rate)
+
+    @property
+    def has_something(self) -> bool:
+        """Whether anything is counted as its own."""
+        return bool(self.sockets or self.pending or self.channels)
+
+    def is_at_a_limit(self) -> bool:
+        """Return whether it has as many sockets, or as many waiting connections, as it may."""
+        limits = self.limits
+        return limits is not None and (
+            self.pending >= limits.pending_connects or self.sockets >= limits.sockets
+        )
+
+    def require_room(self) -> None:
+        """Raise Denied when it holds as many sockets as it may."""
+        if self.limits is not None and self.sockets >= self.limits.sockets:
+            raise Denied(errno.ENOBUFS, Rule.SOCKETS, f"{self.name} has {self.sockets} sockets")
+
+    def require_pace(self, now: float) -> None:
+        """Raise Denied when it asks more often than it may; ``now`` in seconds."""
+        if self.meter is not None and not self.meter.take(now):
+            reason = f"{self.name} asks more than {self.meter.rate} times a second"
+            raise Denied(errno.ENOBUFS, Rule.REQUEST_RATE, reason)
+
+    def require_patience(self) -> None:
+        """Raise Denied when too many of its connections wait already."""
+        if self.limits is not None and self.pending >= self.limits.pending_connects:
+            reason = f"{self.pending} connections of {self.name} wait"
+            raise Denied(errno.ENOBUFS, Rule.PENDING_CONNECTS, reason)
+
+    def __repr__(self) -> str:
+        return f"<party {self.name}>"
