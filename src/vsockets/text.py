@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def printable(text: str) -> str:
     """Return ``text`` on one line, with every character escaped that would not be seen as itself.
@@ -12,6 +14,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else _escaped(one) for one in text)
+
+
+def all_printable(value: Any) -> Any:
+    """Return ``value``, fit for JSON, with every text in it as :func:`printable` returns it."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {key: all_printable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [all_printable(one) for one in value]
+    return value
 
 
 def _escaped(character: str) -> str:

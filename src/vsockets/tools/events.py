@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..text import printable
 from .reach import administrator
 
 
@@ -32,7 +33,7 @@ def events(
     """Follow what happens to guests, and what programs are denied, until Ctrl-C."""
     with administrator() as control, control.events(*(topics or ())) as stream:
         for event in stream:
-            print(json.dumps(event) if as_json else _in_words(event), flush=True)
+            print(json.dumps(event) if as_json else printable(_in_words(event)), flush=True)
 
 
 def _in_words(event: dict[str, Any]) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..text import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -27,7 +29,7 @@ class Column(NamedTuple):
 
 def complain(text: str) -> None:
     """Say in one line on standard error what went wrong."""
-    print(f"vsock: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print(f"vsock: {printable(' '.join(text.split()))}", file=sys.stderr, flush=True)
 
 
 notice = complain  # what went right is said in the same way, where standard output is data
@@ -39,7 +41,9 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table that fits the terminal, or ``$COLUMNS``.  Cells are plain text."""
+    """Print a table that fits the terminal, or ``$COLUMNS``.  Cells are text, anybody's: see
+    :func:`vsockets.text.printable`.
+    """
     from rich.console import Console
 
     fits = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -51,7 +55,7 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> 
 
 
 def make_table(columns: Sequence[Column], rows: Iterable[Sequence[object]], width: int) -> Table:
-    """A table for ``rich``, ``width`` characters wide at most.  Cells are plain text."""
+    """A table for ``rich``, ``width`` characters wide at most; cells as in :func:`print_table`."""
     from rich.table import Table
     from rich.text import Text
 
@@ -65,7 +69,7 @@ def make_table(columns: Sequence[Column], rows: Iterable[Sequence[object]], widt
             overflow="ellipsis" if column.whole else "fold",
         )
     for row in rows:
-        cells = map(str, compress(row, shown))
+        cells = (printable(str(cell)) for cell in compress(row, shown))
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in cells))
     return table
 

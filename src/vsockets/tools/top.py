@@ -11,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ..control import Control, Events
+from ..text import printable
 from .live import IntervalOption, View, require_terminal, show
 from .options import JsonOption
 from .output import Column, make_table
@@ -169,7 +170,7 @@ def _context_row(row: dict[str, Any]) -> tuple[object, ...]:
 def _denial(event: dict[str, Any]) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
     lost = f" ({event['missed']} were lost before)" if event["missed"] else ""
-    return (
+    return printable(
         f"{clock} {event['rule']}: context {event['context']}, pid {event['pid']}, "
         f"{event['operation']}: {event['reason']}{lost}"
     )

@@ -8,6 +8,7 @@ import sys
 from ... import logs
 from ...attachment import current
 from ...locator import parse_locator
+from ...text import printable
 from .guest_proxy import GuestProxy
 from .service import run
 
@@ -22,7 +23,7 @@ def main() -> int:
     try:
         run(lambda: GuestProxy(arguments.listen, arguments.host, current()), arguments.listen)
     except OSError as error:
-        print(f"vsock: {error.strerror or error}", file=sys.stderr)
+        print(f"vsock: {printable(error.strerror or str(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -7,6 +7,7 @@ import sys
 
 from ... import logs
 from ...locator import parse_locator
+from ...text import printable
 from . import needs
 
 
@@ -24,7 +25,7 @@ def main() -> int:
 
         mounting.mount(arguments.server, arguments.export, arguments.folder)
     except OSError as error:
-        print(f"vsock: {error.strerror or error}", file=sys.stderr)
+        print(f"vsock: {printable(error.strerror or str(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...control import Control
 from ...limits import WEB_EVENTS
+from ...text import all_printable
 from ..rates import Rates
 from ..reach import administrator
 from ..unix_diag import fill_queues
@@ -130,4 +131,4 @@ class Watcher:
 
 def _message(kind: str, data: dict[str, Any], number: int | None = None) -> bytes:
     name = "" if number is None else f"id: {number}\n"
-    return f"event: {kind}\n{name}data: {json.dumps(data)}\n\n".encode()
+    return f"event: {kind}\n{name}data: {json.dumps(all_printable(data))}\n\n".encode()
