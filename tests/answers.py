@@ -42,8 +42,9 @@ def parse(printed: str) -> Answers:
     """The answers in the program's output."""
     found: Answers = {}
     for line in printed.splitlines():
-        kind, call, state, answer = line.split("\t")
-        found[Cell(kind, call, state)] = answer
+        if line != "ready":
+            kind, call, state, answer = line.split("\t")
+            found[Cell(kind, call, state)] = answer
     return found
 
 

@@ -224,9 +224,13 @@ class World:
     def _way(
         self, home: Machine, cid: int, port: int, connecting: bool
     ) -> tuple[int, Machine | None]:
-        if ANY in (cid, port):
+        # As Linux (tests/af_vsock.txt, and vsock_dgram_sendmsg): a stream to any CID has no
+        # transport, a datagram to it stays at home; no datagram goes to any port.
+        if connecting and cid == ANY:
+            return errno.ENODEV, None
+        if not connecting and port == ANY:
             return errno.EINVAL, None
-        there = self.machines.get(home.cid if cid == LOCAL else cid)
+        there = self.machines.get(home.cid if cid in (LOCAL, ANY) else cid)
         # "Communicating guest virtual machines must be running, not powered off" (page 7).  A
         # guest that may not be seen is like none.
         if there is None or there.state == "off" or not self.sees(home, there):

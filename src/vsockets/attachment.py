@@ -29,6 +29,8 @@ from .wire import RECORD_SIZE, Flag, Op, ProtocolError, Record, Request
 _connect = _socket.socket.connect
 _poll, _POLLIN = select.poll, select.POLLIN
 _FD = struct.Struct("i")
+#: What poll(2) takes, an ``int`` of milliseconds: 24 days.
+_LONGEST_POLL = 0x7FFF_FFFF
 
 #: Where a container that is a guest finds its context's folder mounted.
 SELF = Path("/run/vsock/self")
@@ -141,7 +143,7 @@ def wait_readable(fd: int, seconds: float | None) -> bool:
     """Whether ``fd`` becomes readable within ``seconds``."""
     poll = _poll()
     poll.register(fd, _POLLIN)
-    return bool(poll.poll(None if seconds is None else seconds * 1000))
+    return bool(poll.poll(None if seconds is None else min(seconds * 1000, _LONGEST_POLL)))
 
 
 @functools.cache

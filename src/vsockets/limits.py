@@ -23,6 +23,10 @@ SLOW_CALL = 0.02
 #: How long connect() waits for the other side, in seconds (as Linux does).
 CONNECT_TIMEOUT = 2.0
 
+#: The longest connect timeout that a program may set, in seconds: what Linux takes
+#: (MAX_SCHEDULE_TIMEOUT) where its clock has the most ticks in a second, 1000.
+LONGEST_CONNECT_TIMEOUT = ((1 << 63) - 1) // 1000 - 2
+
 #: How long a program waits for vsockd to answer anything else, in seconds.
 #: vsockd answers in microseconds; only a stopped or dead one takes longer.
 REQUEST_TIMEOUT = 10.0

@@ -34,13 +34,14 @@ from .constants import (
     VMADDR_CID_HOST,
     VMADDR_PORT_ANY,
 )
-from .limits import CONNECT_TIMEOUT
+from .limits import CONNECT_TIMEOUT, LONGEST_CONNECT_TIMEOUT
 from .wire import Record
 
 UNBOUND = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
 
 _getsockopt = _socket.socket.getsockopt
 _SO_COOKIE = 57
+MSG_ERRQUEUE = 0x2000  #: linux/socket.h; the standard library lacks it
 _U64 = struct.Struct("=Q")
 _TIMEVAL = struct.Struct("=qq")
 _UCRED = struct.Struct("iII")
@@ -56,6 +57,8 @@ class Phase(enum.Enum):
     LISTENING = enum.auto()
     CONNECTING = enum.auto()
     CONNECTED = enum.auto()
+    #: A connect of a non-blocking socket has failed.  Linux never connects such a socket again.
+    FAILED = enum.auto()
 
 
 class PeerCredentials(NamedTuple):
@@ -88,10 +91,12 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     _buffers = DEFAULT_SIZES
     _connect_timeout = CONNECT_TIMEOUT
     _ignored: dict[tuple[int, int], Any] | None = None
+    _is_shut = False  # by shutdown(), in any direction
     _local = UNBOUND
     _peer: tuple[int, int] | None = None
     _phase = Phase.NEW
     _record: Record | None = None  # what vsockd said of the stream
+    _unknown_option = errno.ENOPROTOOPT
 
     def __init__(
         self,
@@ -143,8 +148,11 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         return self._local
 
     def getpeername(self) -> tuple[int, int]:
-        """The peer's ``(cid, port)``; OSError ENOTCONN while there is none."""
-        if self._peer is None:
+        """Return the peer's ``(cid, port)``.
+
+        OSError ENOTCONN before a connect and, as with Linux's AF_VSOCK, after a shutdown.
+        """
+        if self._peer is None or self._is_shut:
             raise error(errno.ENOTCONN)
         return self._peer
 
@@ -223,7 +231,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         elif optname == SO_VM_SOCKETS_TRUSTED:
             number = int(self._is_trusted())
         else:
-            raise error(errno.ENOPROTOOPT, f"there is no vSockets option {optname}")
+            raise error(self._unknown_option, f"vSockets option {optname} does not exist")
         return _U64.pack(number)[:buflen] if buflen else number
 
     def _peer_vm(self) -> int:
@@ -358,7 +366,9 @@ def _seconds(value: Any) -> float:
     if isinstance(value, int) or len(bytes(value)) != _TIMEVAL.size:
         raise error(errno.EINVAL, "the connect timeout is a struct timeval of 16 bytes")
     seconds, microseconds = _TIMEVAL.unpack(bytes(value))
-    if seconds < 0 or not 0 <= microseconds < 1_000_000:
-        raise error(errno.EDOM, f"connect timeout of {seconds} s and {microseconds} us")
+    if not 0 <= seconds <= LONGEST_CONNECT_TIMEOUT or microseconds >= 1_000_000:
+        raise error(errno.ERANGE, f"connect timeout of {seconds} s and {microseconds} us")
+    if microseconds < 0:  # Linux takes it for a large unsigned number
+        return float(LONGEST_CONNECT_TIMEOUT)
     # Linux: no time at all means the default.
     return float(seconds + microseconds / 1e6) or CONNECT_TIMEOUT

@@ -114,10 +114,18 @@ def test_an_established_stream_is_for_life(pair: Pair) -> None:
 
 def test_wildcards_are_no_destination(host: vsockets.Attachment) -> None:
     with vsockets.socket(context=host) as sock:
-        expect(errno.EINVAL, sock.connect, (VMADDR_CID_ANY, 5000))
-        expect(errno.EINVAL, sock.connect, (VMADDR_CID_HOST, VMADDR_PORT_ANY))
+        expect(errno.ENODEV, sock.connect, (VMADDR_CID_ANY, 5000))
+        expect(errno.ECONNRESET, sock.connect, (VMADDR_CID_HOST, VMADDR_PORT_ANY))
     with vsockets.socket(type=stdlib.SOCK_DGRAM, context=host) as sock:
-        expect(errno.EINVAL, sock.sendto, b"x", (VMADDR_CID_ANY, 5000))
+        expect(errno.EINVAL, sock.sendto, b"x", (VMADDR_CID_HOST, VMADDR_PORT_ANY))
+
+
+def test_a_datagram_to_any_cid_stays_in_its_context(guest: vsockets.Attachment) -> None:
+    with vsockets.socket(type=stdlib.SOCK_DGRAM, context=guest) as sock:
+        sock.bind((VMADDR_CID_ANY, VMADDR_PORT_ANY))
+        cid, port = sock.getsockname()
+        sock.sendto(b"x", (VMADDR_CID_ANY, port))
+        assert sock.recvfrom(10) == (b"x", (cid, port))
 
 
 def test_hypervisor_has_no_services_yet(guest: vsockets.Attachment) -> None:

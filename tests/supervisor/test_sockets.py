@@ -26,7 +26,27 @@ numbers = st.integers(0, (1 << 32) - 1)
 def test_an_address_comes_back(cid: int, port: int) -> None:
     packed = pack_address((cid, port))
     assert len(packed) == SOCKADDR_SIZE == 16
-    assert unpack_address(packed) == (40, (cid, port))
+    assert unpack_address(packed) == (cid, port)
+
+
+@pytest.mark.parametrize(
+    ("changed", "valid"),
+    [
+        ({}, True),
+        ({0: 1}, False),  # another family
+        ({2: 7, 13: 7, 15: 7}, True),  # reserved fields
+        ({12: 1}, True),  # VMADDR_FLAG_TO_HOST
+        ({12: 2}, False),
+        ({12: 255}, False),
+    ],
+)
+def test_an_address_is_validated_as_by_linux(changed: dict[int, int], valid: bool) -> None:
+    data = bytearray(pack_address((2, 5000)))
+    for at, value in changed.items():
+        data[at] = value
+    assert unpack_address(bytes(data)) == ((2, 5000) if valid else None)
+    assert unpack_address(bytes(data) + b"more") == ((2, 5000) if valid else None)
+    assert unpack_address(bytes(data[:-1])) is None
 
 
 def test_an_address_looks_as_in_linux_vm_sockets_h() -> None:

@@ -36,6 +36,7 @@ _OTHERS = "the kernel does not say who the peer is"
 _HOST = "the host is the machine itself"
 _SAYS = "the kernel answers calls that make no sense in its own way"
 _PORTS = "the kernel keeps a port until the peer has confirmed the end"
+_WAITS = "with a timeout it is Python that waits, and the kernel sees a non-blocking connect"
 _DESCRIPTOR = "it is about a descriptor, which a socket of the host does not have here"
 
 #: Tests, or some of their cases ("*" is anything), and why they cannot apply.
@@ -44,11 +45,13 @@ NOT_ON_THE_KERNEL = {
     "test_bad_input.py::test_an_established_stream_is_for_life*": _SAYS,
     "test_bad_input.py::test_vsockd_goes_away": _FABRIC,
     "test_bad_input.py::test_reserved_ports_need_a_capability*": _FABRIC,
+    "test_bad_input.py::test_a_datagram_to_any_cid_stays_in_its_context": _DATAGRAMS,
     "test_datagram.py::*": _DATAGRAMS,
     "test_examples.py::*": "the examples are not in the guest",
     "test_modes.py::test_a_non_blocking_connect_is_writable_when_it_is_done*": _FABRIC,
     "test_modes.py::test_a_non_blocking_connect_that_fails*": _SAYS,
     "test_modes.py::test_connect_gives_up_after_its_timeouts": _FABRIC,
+    "test_modes.py::test_who_waited_for_a_failure_may_connect_again*": _WAITS,
     "test_modes.py::test_asyncio_socket_calls_and_datagrams": _DATAGRAMS,
     "test_options.py::test_defaults_of_the_guide": _BUFFERS,
     "test_options.py::test_negotiation*": _BUFFERS,

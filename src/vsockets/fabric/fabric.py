@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from ..address import LARGEST
 from ..buffers import BufferSizes, negotiate
 from ..constants import (
     LAST_RESERVED_PORT,
@@ -132,8 +131,8 @@ class Fabric:
         ``bound`` is the socket's endpoint, if it has one yet.  Refused with EHOSTUNREACH (no
         such context, or none that may be reached), EADDRNOTAVAIL (no port for the socket),
         ECONNRESET (nobody listens there, or for another socket type), EACCES (an isolated guest;
-        the program is not trusted), ENETDOWN (the context's own state forbids it) or EINVAL
-        (wildcards).
+        the program is not trusted), ENETDOWN (the context's own state forbids it) or ENODEV
+        (VMADDR_CID_ANY).
         """
         destination = self._destination(context, cid, port, True)
         if bound is None:
@@ -274,9 +273,13 @@ class Fabric:
     # Both
 
     def _destination(self, context: Context, cid: int, port: int, connecting: bool) -> Context:
-        if cid == LARGEST or port == LARGEST:
-            raise Refused(errno.EINVAL, f"{cid}:{port}: a wildcard is no destination")
-        if cid == VMADDR_CID_LOCAL:
+        # As Linux: a stream to VMADDR_CID_ANY has no transport; a datagram to it stays at home.
+        # Nobody can listen on VMADDR_PORT_ANY, and no datagram can be sent there.
+        if connecting and cid == VMADDR_CID_ANY:
+            raise Refused(errno.ENODEV, "VMADDR_CID_ANY is not a destination")
+        if not connecting and port == VMADDR_PORT_ANY:
+            raise Refused(errno.EINVAL, "VMADDR_PORT_ANY is not a destination")
+        if cid in (VMADDR_CID_LOCAL, VMADDR_CID_ANY):
             cid = context.cid
         destination = self.contexts.get(cid)
         if destination is None or destination.state is _OFF:

@@ -10,10 +10,9 @@ import struct
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING
 
-from ..constants import AF_VSOCK
 from .notification import Gone, Notification
 from .process import write_memory
-from .sockets import SOCKADDR_SIZE, Endpoint, pack_address, unpack_address
+from .sockets import Endpoint, pack_address, unpack_address
 from .waiting import Wait
 
 if TYPE_CHECKING:
@@ -112,14 +111,14 @@ class Call:
 
     # Addresses
 
-    def read_address(self, address: int, size: int) -> tuple[int, int]:
-        """The ``(cid, port)`` of a struct sockaddr_vm; OSError EINVAL or EFAULT as Linux."""
+    def read_address(self, address: int, size: int) -> tuple[int, int] | None:
+        """Return the ``(cid, port)`` of a struct sockaddr_vm, None if it is invalid.
+
+        OSError EINVAL or EFAULT when the kernel would not even read it.
+        """
         if not 0 <= size <= _LONGEST_ADDRESS:
             raise failure(errno.EINVAL)
-        family, found = unpack_address(self.read(address, size).ljust(SOCKADDR_SIZE, b"\0")[:16])
-        if size < SOCKADDR_SIZE or family != AF_VSOCK:
-            raise failure(errno.EINVAL, f"an address of {size} bytes and family {family}")
-        return found
+        return unpack_address(self.read(address, size))
 
     def sized(self, data: bytes, address: int, size_at: int, cut: bool = False) -> list[Piece]:
         """Return what to write for an address or an option: at ``size_at`` is how many bytes there

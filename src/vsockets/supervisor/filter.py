@@ -152,6 +152,7 @@ def rules(machine: Machine, windows: Windows, opens: bool) -> list[Rule]:
     vsock = When(0, equal, AF_VSOCK)
     asked = [When(2, equal, int(option)) for option in ASKED_OPTIONS]
     end_of_record = Test.HAS_BIT, int(socket.MSG_EOR)
+    urgent = int(socket.MSG_OOB)
     plain_open = Test.LACKS_BITS, _OTHER_OPEN_FLAGS
     made = [
         Rule(m.socket, NOTIFY, (vsock,)),
@@ -198,10 +199,10 @@ def rules(machine: Machine, windows: Windows, opens: bool) -> list[Rule]:
         Rule(m.sendmsg, NOTIFY, (*packet, When(2, *end_of_record))),
         Rule(m.recvmsg, NOTIFY, packet),
         # Flags that mean something else to a unix socket.
-        Rule(m.recvmsg, NOTIFY, (When(2, Test.HAS_BIT, MSG_ERRQUEUE),)),
-        Rule(m.recvfrom, NOTIFY, (When(3, Test.HAS_BIT, MSG_ERRQUEUE),)),
-        Rule(m.sendmsg, NOTIFY, (When(2, Test.HAS_BIT, int(socket.MSG_OOB)),)),
-        Rule(m.sendto, NOTIFY, (When(3, Test.HAS_BIT, int(socket.MSG_OOB)),)),
+        Rule(m.recvmsg, NOTIFY, (When(2, Test.HAS_BIT, MSG_ERRQUEUE | urgent),)),
+        Rule(m.recvfrom, NOTIFY, (When(3, Test.HAS_BIT, MSG_ERRQUEUE | urgent),)),
+        Rule(m.sendmsg, NOTIFY, (When(2, Test.HAS_BIT, urgent),)),
+        Rule(m.sendto, NOTIFY, (When(3, Test.HAS_BIT, urgent),)),
         # A ring would make sockets, and open files, without a system call.
         Rule(m.io_uring_setup, refuse(_SYS_SECCOMP_ENOSYS)),
         Rule(m.io_uring_enter, refuse(_SYS_SECCOMP_ENOSYS)),

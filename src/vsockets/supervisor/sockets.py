@@ -25,6 +25,8 @@ _SOCKET = re.compile(r"socket:\[(\d+)\]")
 #: struct sockaddr_vm: family, reserved, port, CID, flags, padding (linux/vm_sockets.h).
 _SOCKADDR_VM = struct.Struct("=HHIIB3s")
 SOCKADDR_SIZE = _SOCKADDR_VM.size
+#: The only flag of svm_flags; it routes between nested machines and changes nothing here.
+_FLAG_TO_HOST = 1
 
 
 def pack_address(address: tuple[int, int]) -> bytes:
@@ -32,10 +34,18 @@ def pack_address(address: tuple[int, int]) -> bytes:
     return _SOCKADDR_VM.pack(AF_VSOCK, 0, address[1], address[0], 0, b"\0\0\0")
 
 
-def unpack_address(data: bytes) -> tuple[int, tuple[int, int]]:
-    """The family and the ``(cid, port)`` of a struct sockaddr_vm."""
-    family, _, port, cid, _, _ = _SOCKADDR_VM.unpack(data)
-    return family, (cid, port)
+def unpack_address(data: bytes) -> tuple[int, int] | None:
+    """Return the ``(cid, port)`` of a struct sockaddr_vm, or None where Linux takes it for invalid.
+
+    As in ``vsock_addr_validate``: it is long enough, of the family, and has no flag but
+    VMADDR_FLAG_TO_HOST.  What follows it is ignored, and so are the reserved fields.
+    """
+    if len(data) < SOCKADDR_SIZE:
+        return None
+    family, _, port, cid, flags, _ = _SOCKADDR_VM.unpack_from(data)
+    if family != AF_VSOCK or flags & ~_FLAG_TO_HOST:
+        return None
+    return cid, port
 
 
 class Phase(Enum):
@@ -46,6 +56,12 @@ class Phase(Enum):
     LISTENING = auto()
     CONNECTING = auto()
     CONNECTED = auto()
+    #: A connect that the program did not wait for has failed.  Linux never connects it again.
+    FAILED = auto()
+
+
+#: No connect has succeeded, and none has failed for good.
+UNCONNECTED = (Phase.NEW, Phase.BOUND, Phase.LISTENING, Phase.CONNECTING)
 
 
 class Received(NamedTuple):
@@ -68,13 +84,13 @@ class Endpoint:
         "error",
         "ignored",
         "inode",
+        "is_shut",
         "local",
         "peer",
         "phase",
         "received",
         "record",
         "send_buffer",
-        "sending_is_shut",
         "type",
     )
 
@@ -97,7 +113,7 @@ class Endpoint:
         self.accepted: deque[tuple[int, Record]] = deque()
         #: Messages likewise.
         self.received: deque[Received] = deque()
-        self.sending_is_shut = False  #: shutdown() of a datagram socket
+        self.is_shut = False  #: by shutdown(), in any direction
 
     @property
     def is_datagram(self) -> bool:
@@ -113,9 +129,17 @@ class Endpoint:
         self.phase = Phase.CONNECTED
         self.entered = True
 
-    def unsettle(self) -> None:
-        """A connect has failed: be what it was before."""
-        self.phase = Phase.NEW if self.local == UNBOUND else Phase.BOUND
+    def fail(self, code: int, polled: bool) -> None:
+        """Note that a connect has failed with ``code``.
+
+        As in Linux, the socket can be connected again if the program waited for the failure;
+        ``polled`` says that it did not.
+        """
+        self.error = code
+        if polled:
+            self.phase = Phase.FAILED
+        else:
+            self.phase = Phase.NEW if self.local == UNBOUND else Phase.BOUND
 
 
 class Sockets:

@@ -279,13 +279,13 @@ class Supervisor:
             endpoint.local = record.local
             endpoint.phase = Phase.LISTENING if record.role == Role.LISTENING else Phase.BOUND
 
-    def is_known(self, link: str) -> bool:
-        """Whether what /proc calls ``link`` is a vSockets socket."""
+    def known(self, link: str) -> Endpoint | None:
+        """Return the vSockets socket that /proc calls ``link``, if it is known to be one."""
         inode = inode_in(link)
         try:
-            return inode is not None and self.sockets.find(inode) is not None
+            return None if inode is None else self.sockets.find(inode)
         except KeyError:
-            return False
+            return None
 
     def adopt(self, sock: _socket.socket, type_: int) -> Endpoint:
         """Remember a socket that a program is about to be given."""

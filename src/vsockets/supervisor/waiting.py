@@ -21,6 +21,8 @@ _ADD, _REMOVE, _CHANGE = 1, 2, 3
 _ONCE = select.EPOLLONESHOT
 #: Keys are what the standard library takes for a descriptor: positive integers of 32 bits.
 _LARGEST_KEY = 0x7FFF_FFFF
+#: What poll(2) takes, an ``int`` of milliseconds.
+_LONGEST_POLL = 0x7FFF_FFFF
 
 
 class Wait:
@@ -129,8 +131,7 @@ class Waits:
 
     def poll(self) -> None:
         """Wait for what happens next, and tell whom it concerns."""
-        wait = self._until_next_timer() if self._timers else None
-        for fd, events in self._poll.poll(None if wait is None else wait * 1000):
+        for fd, events in self._poll.poll(self._until_next_timer() if self._timers else None):
             if fd == self._listener:
                 self._on_listener(events)
             else:
@@ -155,9 +156,12 @@ class Waits:
                 taken(True)
 
     def _until_next_timer(self) -> float | None:
+        """Return milliseconds, as poll() takes them."""
         while self._timers and not self._is_waiting(self._timers[0][1]):
             heapq.heappop(self._timers)
-        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+        if not self._timers:
+            return None
+        return min(max(0.0, self._timers[0][0] - time.monotonic()) * 1000, _LONGEST_POLL)
 
     def _is_waiting(self, key: int) -> bool:
         return key in self._waiting or key in self._group_of

@@ -4,6 +4,7 @@
 //
 // The sockets connect to each other by way of CID.  With a PORT that never answers, "connecting" is
 // the only state; without, the only one left out.  A line for each: type, call, state, answer.
+// With a PORT it says "ready" and waits for a line before it begins to connect.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -522,6 +523,11 @@ int main(int count, char **arguments)
         int holder = make(TYPES[i].type);
         bind_to(holder, ANY);
         held = name_of(holder).port;
+        if (silent) {  // from now on nobody need answer
+            puts("ready");
+            fflush(stdout);
+            getchar();
+        }
         for (enum state state = NEW; state < STATES; state++) {
             int type = TYPES[i].type;
             if ((state == CONNECTING) != (silent != 0))

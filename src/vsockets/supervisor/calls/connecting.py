@@ -17,6 +17,7 @@ import time
 from contextlib import closing
 from socket import SO_SNDBUF, SOCK_SEQPACKET, SOL_SOCKET
 
+from ...constants import VMADDR_CID_ANY
 from ...limits import (
     CONNECT_GRACE,
     DEFAULT_BUFFER_SIZE,
@@ -42,6 +43,7 @@ _REFUSED = {
     Phase.LISTENING: errno.EINVAL,
     Phase.CONNECTING: errno.EALREADY,
     Phase.CONNECTED: errno.EISCONN,
+    Phase.FAILED: errno.EALREADY,
 }
 
 
@@ -52,18 +54,17 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
     peer = call.read_address(call.arguments[1], call.integer(2))
     with closing(call.duplicate(endpoint)) as sock:
         finish(endpoint, sock)
-        if endpoint.phase in _REFUSED:
-            raise failure(_REFUSED[endpoint.phase])
-        if endpoint.error:
-            code, endpoint.error = endpoint.error, 0
-            raise failure(code)
+        _require_connectable(endpoint)
+        if peer is None:
+            raise failure(errno.EINVAL)
+        if peer[0] == VMADDR_CID_ANY:
+            raise failure(errno.ENODEV)
         polls = not os.get_blocking(sock.fileno())
         deadline = time.monotonic() + endpoint.connect_timeout
         # A program that does not want to wait could not see that nothing has begun yet.
         seconds = 0 if polls else endpoint.connect_timeout
         await call.supervisor.vsockd.enter(endpoint, sock, seconds)
-        if endpoint.phase in _REFUSED:  # another thread was quicker
-            raise failure(_REFUSED[endpoint.phase])
+        _require_connectable(endpoint)  # another thread may have been quicker
         _send(endpoint, sock, peer, polls)
         if polls:
             if not await _wait(endpoint, sock, CONNECT_GRACE):
@@ -76,13 +77,21 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
                 call.answered = True
                 await _wait(endpoint, sock, deadline - time.monotonic())
         if endpoint.phase is Phase.CONNECTING:
-            endpoint.unsettle()
-            endpoint.error = errno.ETIMEDOUT
+            endpoint.fail(errno.ETIMEDOUT, polls)
     if polls and endpoint.error != errno.EADDRNOTAVAIL:
         # Known, but told the way programs that do not wait are told of what the peer decides.
         return -errno.EINPROGRESS
     code, endpoint.error = endpoint.error, 0
+    if code:
+        endpoint.fail(0, False)
     return -code
+
+
+def _require_connectable(endpoint: Endpoint) -> None:
+    if endpoint.is_shut:
+        raise failure(errno.EINVAL)
+    if endpoint.phase in _REFUSED:
+        raise failure(_REFUSED[endpoint.phase])
 
 
 async def _wait(endpoint: Endpoint, sock: _socket.socket, seconds: float) -> bool:
@@ -117,8 +126,7 @@ def finish(endpoint: Endpoint, sock: _socket.socket) -> None:
     except BlockingIOError:
         return
     except OSError as error:
-        endpoint.unsettle()
-        endpoint.error = error.errno or errno.EIO
+        endpoint.fail(error.errno or errno.EIO, bool(endpoint.send_buffer))
         _restore_send_buffer(endpoint, sock)
     else:
         endpoint.error = 0

@@ -75,22 +75,20 @@ async def claim(
 
 
 async def connect(call: Call, endpoint: Endpoint) -> Answer:
-    """Where send() goes from now on; AF_UNSPEC takes it back."""
+    """Set where send() goes from now on; AF_UNSPEC takes it back."""
     address, size = call.arguments[1], call.integer(2)
     if size >= _FAMILY.size and _FAMILY.unpack(call.read(address, _FAMILY.size))[0] == 0:
         endpoint.peer = None
         return 0
     peer = call.read_address(address, size)
+    if peer is None:
+        raise failure(errno.EINVAL)
     if endpoint.local == UNBOUND:
         with closing(call.duplicate(endpoint)) as sock:
             await claim(call, endpoint, sock, UNBOUND)
     endpoint.peer = peer
+    endpoint.is_shut = False
     return 0
-
-
-def stop_sending(endpoint: Endpoint) -> None:
-    """shutdown(): nothing is sent any more."""
-    endpoint.sending_is_shut = True
 
 
 async def sendto(call: Call, endpoint: Endpoint) -> Answer:
@@ -100,7 +98,10 @@ async def sendto(call: Call, endpoint: Endpoint) -> Answer:
     _refuse_urgent(flags)
     if not endpoint.is_datagram:
         return await packets.send(call, endpoint, Message.of(buffer, size), flags)
-    destination = call.read_address(address, address_size) if address else endpoint.peer
+    destination = endpoint.peer
+    if address:
+        # As Linux, an invalid address is as good as none.
+        destination = call.read_address(address, address_size) or destination
     _check_size(size)
     return await _send(call, endpoint, call.read(buffer, size), flags, destination)
 
@@ -157,7 +158,7 @@ async def sendmmsg(call: Call, endpoint: Endpoint) -> Answer:
 async def _send_message(call: Call, endpoint: Endpoint, message: Message, flags: int) -> int:
     destination = endpoint.peer
     if message.name:
-        destination = call.read_address(message.name, message.name_size)
+        destination = call.read_address(message.name, message.name_size) or destination
     _check_size(message.size)
     return await _send(call, endpoint, message.read(call), flags, destination)
 
@@ -181,8 +182,6 @@ async def _send(
 ) -> int:
     if destination is None:
         raise failure(ADDRESS_NEEDED)
-    if endpoint.sending_is_shut:
-        raise failure(errno.EPIPE)
     routes = call.supervisor.routes
     route = routes.find(endpoint, destination)
     fresh = route is None

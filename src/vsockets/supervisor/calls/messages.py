@@ -9,6 +9,7 @@ from __future__ import annotations
 import _socket
 import errno
 import os
+import select
 import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -16,6 +17,7 @@ from socket import (
     MSG_CTRUNC,
     MSG_DONTWAIT,
     MSG_EOR,
+    MSG_OOB,
     MSG_PEEK,
     MSG_TRUNC,
     SO_RCVTIMEO,
@@ -37,11 +39,14 @@ _U32 = struct.Struct("=I")
 
 #: The flags of receiving that are passed on.  The rest is ours to do.
 _PASSED = int(MSG_PEEK)
+#: Flags by which something else than data is received.
+_OUT_OF_BAND = MSG_ERRQUEUE | int(MSG_OOB)
 
 
 async def recvfrom(call: Call, endpoint: Endpoint) -> Answer:
     """A datagram with its source."""
-    _refuse_error_queue(call.integer(3))
+    if call.integer(3) & _OUT_OF_BAND:
+        return _receive_out_of_band(call, endpoint, call.integer(3))
     if not endpoint.is_datagram:
         call.let_through()
         return None
@@ -56,7 +61,8 @@ async def recvfrom(call: Call, endpoint: Endpoint) -> Answer:
 async def recvmsg(call: Call, endpoint: Endpoint) -> Answer:
     """A datagram with its source, or a packet and whether it ends a record."""
     flags = call.integer(2)
-    _refuse_error_queue(flags)
+    if flags & _OUT_OF_BAND:
+        return _receive_out_of_band(call, endpoint, flags)
     if endpoint.is_datagram:
         message = read_message(call, call.arguments[1])
         received = await _receive_datagram(call, endpoint, flags)
@@ -116,10 +122,24 @@ def _take_again(endpoint: Endpoint, flags: int) -> Received | None:
     return endpoint.received[0] if flags & MSG_PEEK else endpoint.received.popleft()
 
 
-def _refuse_error_queue(flags: int) -> None:
-    if flags & MSG_ERRQUEUE:
-        # It is always empty; a unix socket would give data instead.
+def _receive_out_of_band(call: Call, endpoint: Endpoint, flags: int) -> int:
+    """Answer what a unix socket would answer with data."""
+    if endpoint.is_datagram:
+        raise failure(errno.EOPNOTSUPP)
+    if flags & MSG_ERRQUEUE:  # it is always empty
         raise failure(errno.EAGAIN)
+    if endpoint.phase is not Phase.CONNECTED:
+        raise failure(errno.ENOTCONN)
+    with closing(call.duplicate(endpoint)) as sock:
+        poll = select.poll()
+        poll.register(sock, 0)
+        try:
+            unread = poll.poll(0) == [] or bool(sock.recv(1, MSG_PEEK | MSG_DONTWAIT))
+        except BlockingIOError:
+            unread = True
+    if unread:
+        raise failure(errno.EOPNOTSUPP)
+    return 0  # the end, as without the flag
 
 
 def _results(message: Message, received: Received, flags: int) -> tuple[int, list[Piece]]:

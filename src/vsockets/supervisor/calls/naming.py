@@ -14,13 +14,15 @@ from ..vsockd import SEND
 from . import datagrams
 
 _CAP_NET_BIND_SERVICE = 10
+_BEFORE_A_CONNECT = (Phase.NEW, Phase.BOUND, Phase.LISTENING)
 
 
 async def bind(call: Call, endpoint: Endpoint) -> Answer:
     """As ``transports.fabric``, which see for the errors."""
-    cid, port = call.read_address(call.arguments[1], call.integer(2))
-    if endpoint.phase is not Phase.NEW or endpoint.local != UNBOUND:
+    address = call.read_address(call.arguments[1], call.integer(2))
+    if address is None or endpoint.phase is not Phase.NEW or endpoint.local != UNBOUND:
         raise failure(errno.EINVAL)
+    cid, port = address
     if port <= LAST_RESERVED_PORT and not _may_reserve(call):
         # vsockd asks whether we may; but it is the program that must.
         raise failure(errno.EACCES)
@@ -71,21 +73,27 @@ async def getsockname(call: Call, endpoint: Endpoint) -> Answer:
 
 
 async def getpeername(call: Call, endpoint: Endpoint) -> Answer:
-    """The peer's address; ENOTCONN while there is none."""
-    if endpoint.peer is None:
+    """Return the peer's address; ENOTCONN before a connect and after a shutdown."""
+    if endpoint.peer is None or endpoint.is_shut:
         raise failure(errno.ENOTCONN)
     call.write(*call.address(endpoint.peer, *call.arguments[1:3]))
     return 0
 
 
 async def shutdown(call: Call, endpoint: Endpoint) -> Answer:
-    """Natively for a stream that stands; ENOTCONN before."""
+    """Shut the unix socket down as well; ENOTCONN before a connect has begun."""
     how = call.integer(1)
     if not SHUT_RD <= how <= SHUT_RDWR:
         raise failure(errno.EINVAL)
-    if endpoint.peer is None or endpoint.phase is Phase.CONNECTING:
+    if endpoint.phase in _BEFORE_A_CONNECT and endpoint.peer is None and not endpoint.is_shut:
         raise failure(errno.ENOTCONN)
-    if endpoint.is_datagram and how != SHUT_RD:
-        datagrams.stop_sending(endpoint)
+    endpoint.is_shut = True
+    if endpoint.is_datagram:
+        endpoint.peer = None
+    elif endpoint.phase is Phase.CONNECTING:
+        with closing(call.duplicate(endpoint)) as sock:
+            sock.shutdown(SHUT_RDWR)  # the answer to the connect is of no interest
+        endpoint.fail(0, True)
+        return 0
     call.let_through()
     return None

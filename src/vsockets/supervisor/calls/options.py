@@ -28,11 +28,11 @@ from ...constants import (
     SO_VM_SOCKETS_TRUSTED,
     VMADDR_CID_HOST,
 )
-from ...limits import CONNECT_TIMEOUT
+from ...limits import CONNECT_TIMEOUT, LONGEST_CONNECT_TIMEOUT
 from ...wire import Flag, Op, Request
 from ..call import Answer, Call, failure
 from ..filter import IOCTL_AF_VALUE, IOCTL_LOCAL_CID, SIOCOUTQ
-from ..sockets import Endpoint, Phase
+from ..sockets import UNCONNECTED, Endpoint, Phase
 from ..vsockd import SEND
 from .connecting import finish, limit_queue
 from .creating import is_device
@@ -109,8 +109,10 @@ def _read_exactly(call: Call, form: struct.Struct) -> tuple[int, ...]:
 
 def _seconds(value: tuple[int, ...]) -> float:
     seconds, microseconds = value
-    if seconds < 0 or not 0 <= microseconds < 1_000_000:
-        raise failure(errno.EDOM)
+    if not 0 <= seconds <= LONGEST_CONNECT_TIMEOUT or microseconds >= 1_000_000:
+        raise failure(errno.ERANGE)
+    if microseconds < 0:  # Linux takes it for a large unsigned number
+        return float(LONGEST_CONNECT_TIMEOUT)
     # Linux: no time at all means the default.
     return float(seconds + microseconds / 1e6) or CONNECT_TIMEOUT
 
@@ -176,25 +178,27 @@ async def _of_vsock(call: Call, endpoint: Endpoint, name: int) -> bytes:
         if endpoint.type == SOCK_DGRAM:
             trusted = Flag.TRUSTED_DATAGRAM
         return _INT.pack(bool(record.flags & trusted))
-    raise failure(errno.ENOPROTOOPT)
+    raise failure(errno.EOPNOTSUPP if endpoint.is_datagram else errno.ENOPROTOOPT)
 
 
 async def ioctl(call: Call) -> Answer:
     """The ioctls of ``/dev/vsock``, on a socket of ours too, which needs no device; SIOCOUTQ."""
     request, address = call.integer(1), call.arguments[2]
     link = call.supervisor.processes.what_is(call.pid, call.arguments[0] & 0xFFFF_FFFF)
-    is_socket = call.supervisor.is_known(link)
+    endpoint = call.supervisor.known(link)
     call.check()
     if request == SIOCOUTQ:
-        if not is_socket:
+        if endpoint is None:
             call.let_through()
             return None
+        if endpoint.is_datagram or endpoint.phase in UNCONNECTED:
+            raise failure(errno.EOPNOTSUPP)
         # What was sent is with the peer already; the kernel would count what it has not read.
         call.write((address, _INT.pack(0)))
         return 0
     if not link:
         raise failure(errno.EBADF)
-    if not is_socket and not is_device(link):
+    if endpoint is None and not is_device(link):
         # Not let through: it could be the machine's device by then.
         raise failure(errno.ENOTTY)
     if request == IOCTL_LOCAL_CID:

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from ...address import check
 from ...limits import DATAGRAM_ROUTES, MAX_DATAGRAM
-from ...socket import BEHAVIOURS, UNBOUND, error, socket
+from ...socket import BEHAVIOURS, MSG_ERRQUEUE, UNBOUND, error, socket
 from ...wire import Op, Request, decode_source
 from .context import FabricSocket
 
@@ -34,7 +34,7 @@ class DatagramSocket(FabricSocket):
     ENOBUFS then, because the descriptor cannot tell when there is room at any one receiver.
     """
 
-    _sending_is_shut = False
+    _unknown_option = errno.EOPNOTSUPP
     # Empty until there is something to remember; then the socket has its own.
     _routes: dict[tuple[int, int], stdlib.socket] = {}  # noqa: RUF012
     _sources: dict[object, tuple[int, int]] = {}  # noqa: RUF012
@@ -54,6 +54,7 @@ class DatagramSocket(FabricSocket):
     def connect(self, address: Any) -> None:
         """Let send() go to ``(cid, port)`` from now on (guide page 22)."""
         self._peer = check(address)
+        self._is_shut = False
         self._record = None
         if self._local == UNBOUND:
             self.bind(UNBOUND)
@@ -77,13 +78,17 @@ class DatagramSocket(FabricSocket):
         raise error(errno.EOPNOTSUPP)
 
     def shutdown(self, how: int, /) -> None:
-        """Stop receiving (SHUT_RD), sending (SHUT_WR) or both; OSError ENOTCONN without peer."""
-        if self._peer is None:
+        """Stop receiving (SHUT_RD, SHUT_RDWR), and forget the peer.
+
+        As with Linux's AF_VSOCK, sendto() still works.  OSError ENOTCONN without a peer.
+        """
+        if not stdlib.SHUT_RD <= how <= stdlib.SHUT_RDWR:
+            raise error(errno.EINVAL)
+        if self._peer is None and not self._is_shut:
             raise error(errno.ENOTCONN)
         _raw.shutdown(self, how)
-        if how != stdlib.SHUT_RD:
-            self._forget_routes()
-            self._sending_is_shut = True
+        self._is_shut = True
+        self._peer = None
 
     # Sending
 
@@ -114,7 +119,7 @@ class DatagramSocket(FabricSocket):
 
     def send(self, data: Any, flags: int = 0, /) -> int:
         """Send to the address connect() was given; OSError EINVAL without one."""
-        return self.sendto(data, flags, self._default_address())
+        return self.sendto(data, flags, self._default_address(flags))
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
         """As :meth:`send`: a datagram goes whole or not at all."""
@@ -125,7 +130,7 @@ class DatagramSocket(FabricSocket):
     ) -> int:
         """One datagram from several buffers.  Ancillary data does not cross contexts."""
         if address is None:
-            address = self._default_address()
+            address = self._default_address(flags)
         return self.sendto(b"".join(buffers), flags, address)
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
@@ -136,22 +141,27 @@ class DatagramSocket(FabricSocket):
 
     def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, Any]:
         """One datagram and its source, ``(cid, port)``, which nobody can forge."""
+        if flags:
+            _refuse_error_queue(flags)
         data, name = _raw.recvfrom(self, bufsize, flags)
         source = self._sources.get(name)
         return data, source or self._read_source(name)
 
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
         """As :meth:`recvfrom`, into a buffer."""
+        _refuse_error_queue(flags)
         size, name = _raw.recvfrom_into(self, buffer, nbytes, flags)
         return size, self._read_source(name)
 
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /) -> Any:
         """As ``socket.recvmsg``, with the source's ``(cid, port)``."""
+        _refuse_error_queue(flags)
         *received, name = _raw.recvmsg(self, bufsize, ancbufsize, flags)
         return (*received, self._read_source(name))
 
     def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0, /) -> Any:
         """As ``socket.recvmsg_into``, with the source's ``(cid, port)``."""
+        _refuse_error_queue(flags)
         *received, name = _raw.recvmsg_into(self, buffers, ancbufsize, flags)
         return (*received, self._read_source(name))
 
@@ -193,15 +203,15 @@ class DatagramSocket(FabricSocket):
         with contextlib.suppress(OSError):
             self._local = self._fabric.ask(Request(Op.QUERY, cookie=self._cookie()))[0].local
 
-    def _default_address(self) -> tuple[int, int]:
+    def _default_address(self, flags: int) -> tuple[int, int]:
         if self._peer is None:
+            if flags & stdlib.MSG_OOB:
+                raise error(errno.EOPNOTSUPP, "vSockets have no MSG_OOB")
             raise error(errno.EINVAL, "connect() the socket, or give an address")
         return self._peer
 
     def _new_route(self, address: Any) -> stdlib.socket:
         """A route to ``address``, in place of an old one if there is one."""
-        if self._sending_is_shut:
-            raise error(errno.EPIPE)
         cid, port = check(address)
         old = self._routes.pop(address, None)
         if old is not None:
@@ -236,6 +246,11 @@ class DatagramSocket(FabricSocket):
             if source is not None:
                 self._sources[name] = source
         return source
+
+
+def _refuse_error_queue(flags: int) -> None:
+    if flags & MSG_ERRQUEUE:
+        raise error(errno.EOPNOTSUPP, "datagram sockets have no error queue")
 
 
 BEHAVIOURS["fabric"][SOCK_DGRAM] = DatagramSocket

@@ -20,8 +20,9 @@ from typing import Any
 from ...address import check
 from ...attachment import descriptor_in, understand, wait_readable
 from ...buffers import DEFAULT_SIZES, BufferSizes
+from ...constants import VMADDR_CID_ANY
 from ...limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, REQUEST_TIMEOUT
-from ...socket import BEHAVIOURS, UNBOUND, Phase, become, error, socket
+from ...socket import BEHAVIOURS, MSG_ERRQUEUE, UNBOUND, Phase, become, error, socket
 from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role, encode_connect
 from .context import FabricSocket
 
@@ -30,12 +31,15 @@ _POLLING = int(Flag.POLLING)
 _NEW, _BOUND, _LISTENING = Phase.NEW, Phase.BOUND, Phase.LISTENING
 _CONNECTING, _CONNECTED = Phase.CONNECTING, Phase.CONNECTED
 _MAY_CONNECT = (_NEW, _BOUND)
+_FAILED = Phase.FAILED
 _DONTWAIT, _CLOEXEC = int(stdlib.MSG_DONTWAIT), int(stdlib.MSG_CMSG_CLOEXEC)
+_OOB = int(stdlib.MSG_OOB)
 _UNIX = int(stdlib.AF_UNIX)
 _ANNOUNCEMENT = stdlib.CMSG_LEN(array.array("i").itemsize)
 
 # The methods of the C class: what send() and recv() are without anybody's override.
 _raw = _socket.socket
+_raw_send = _raw.send
 #: The type as a plain integer; the property makes an enum of it first.
 _raw_type = _raw.type.__get__
 
@@ -44,6 +48,7 @@ class StreamSocket(FabricSocket):
     """A stream or sequenced-packet socket that is not established (yet)."""
 
     _entered = False  # connected to vsockd
+    _error = 0  # SO_ERROR: the errno of a connect that failed and was not asked for yet
     _send_buffer = 0  # SO_SNDBUF before a polling connect, in bytes
 
     # Becoming something
@@ -101,11 +106,14 @@ class StreamSocket(FabricSocket):
         OSError: ECONNRESET (nobody listens, or the backlog is full), EHOSTUNREACH (no such
         context, or not for this one), EINVAL (no common buffer size; listening), EISCONN,
         EALREADY, TimeoutError after the connect timeout.  A non-blocking socket raises
-        BlockingIOError (EINPROGRESS) and is writable when it is done; SO_ERROR tells how.
+        BlockingIOError (EINPROGRESS) and is writable when it is done; SO_ERROR tells how.  If
+        it failed the socket cannot be connected again, as Linux's.
         """
         peer = check(address)
         if self._phase not in _MAY_CONNECT:
             self._refuse_to_connect()
+        if peer[0] == VMADDR_CID_ANY:
+            raise error(errno.ENODEV, "VMADDR_CID_ANY is not a destination")
         timeout = self.gettimeout()
         flags = 0 if timeout != 0 else _POLLING
         request = encode_connect(flags, peer, self._buffers, self._cookie())
@@ -140,29 +148,32 @@ class StreamSocket(FabricSocket):
     # Data, which there is none of before the connection stands
 
     def _complete(self) -> None:
-        """Raise ENOTCONN, or finish a connect in progress, within the socket's timeout."""
-        if self._phase is not _CONNECTING:
+        """Raise ENOTCONN unless a connect in progress turns out to have succeeded."""
+        if self._phase is not _CONNECTING or not wait_readable(self.fileno(), 0):
             raise error(errno.ENOTCONN)
-        timeout = self.gettimeout()
-        if not wait_readable(self.fileno(), timeout):
-            if timeout == 0:
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            raise TimeoutError("timed out")
-        self._finish_connecting()
+        try:
+            self._finish_connecting()
+        except OSError as failure:
+            self._error = failure.errno or errno.EIO
+            raise error(errno.ENOTCONN) from None
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        _refuse_error_queue(flags)
         self._complete()
         return _raw.recv(self, bufsize, flags)
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        _refuse_error_queue(flags)
         self._complete()
         return _raw.recv_into(self, buffer, nbytes, flags)
 
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /) -> Any:
+        _refuse_error_queue(flags)
         self._complete()
         return self.recvmsg(bufsize, ancbufsize, flags)
 
     def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0, /) -> Any:
+        _refuse_error_queue(flags)
         self._complete()
         return self.recvmsg_into(buffers, ancbufsize, flags)
 
@@ -175,16 +186,21 @@ class StreamSocket(FabricSocket):
         return self.recv_into(buffer, nbytes, flags), None
 
     def send(self, data: Any, flags: int = 0, /) -> int:
+        _refuse_urgent(flags)
         self._complete()
         return _raw.send(self, data, flags)
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
+        _refuse_urgent(flags)
         self._complete()
         _raw.sendall(self, data, flags)
 
     def sendmsg(
         self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None, /
     ) -> int:
+        _refuse_urgent(flags)
+        if address is not None:
+            self.sendto(b"", address)
         self._complete()
         return _raw.sendmsg(self, buffers, ancdata, flags)
 
@@ -198,7 +214,15 @@ class StreamSocket(FabricSocket):
         return super().sendfile(file, offset, count)
 
     def shutdown(self, how: int, /) -> None:
-        self._complete()
+        """Shut the stream down; a connect in progress is given up.  OSError ENOTCONN before."""
+        if not stdlib.SHUT_RD <= how <= stdlib.SHUT_RDWR:
+            raise error(errno.EINVAL)
+        if self._phase in (_NEW, _BOUND, _LISTENING):
+            raise error(errno.ENOTCONN)
+        self._is_shut = True
+        if self._phase is _CONNECTING:
+            self._phase = _FAILED
+            how = stdlib.SHUT_RDWR
         _raw.shutdown(self, how)
 
     # How it is done
@@ -220,10 +244,16 @@ class StreamSocket(FabricSocket):
     def _refuse_to_connect(self) -> None:
         if self._phase is _LISTENING:
             raise error(errno.EINVAL, "the socket is listening")
-        if not wait_readable(self.fileno(), 0):
-            raise error(errno.EALREADY)
-        self._finish_connecting()
-        raise error(errno.EISCONN)
+        if self._is_shut:
+            raise error(errno.EINVAL, "the socket is shut down")
+        if self._phase is _CONNECTING and wait_readable(self.fileno(), 0):
+            try:
+                self._finish_connecting()
+            except OSError as failure:
+                self._error = failure.errno or errno.EIO
+            else:
+                raise error(errno.EISCONN)
+        raise error(errno.EALREADY)
 
     def _send_polling(self, request: bytes) -> None:
         """Send a request so that the socket is not writable until vsockd has done it.
@@ -237,14 +267,18 @@ class StreamSocket(FabricSocket):
 
     def _finish_connecting(self) -> None:
         """Take vsockd's answer to a connect, which is there."""
-        if self._send_buffer:
+        polled = self._send_buffer
+        if polled:
             # The kernel doubles what it is given, to have room for its own headers.
-            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, self._send_buffer // 2)
+            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, polled // 2)
             self._send_buffer = 0
         try:
             record = understand(_raw.recv(self, RECORD_SIZE, _DONTWAIT))
         except OSError:
-            self._phase = _NEW if self._local == UNBOUND else _BOUND
+            if polled:
+                self._phase = _FAILED
+            else:
+                self._phase = _NEW if self._local == UNBOUND else _BOUND
             raise
         self._settle(record)
 
@@ -272,6 +306,9 @@ class StreamSocket(FabricSocket):
                 self._finish_connecting()
             except OSError as failure:
                 return failure.errno or errno.EIO
+        if self._error:
+            code, self._error = self._error, 0
+            return code
         return _raw.getsockopt(self, SOL_SOCKET, stdlib.SO_ERROR)
 
     def _buffers_changed(self) -> None:
@@ -319,24 +356,58 @@ class EstablishedSocket(StreamSocket):
 
     recv = _raw.recv
     recv_into = _raw.recv_into
-    send = _raw.send
-    sendall = _raw.sendall
-    sendmsg = _raw.sendmsg
     sendfile = stdlib.socket.sendfile
-    shutdown = _raw.shutdown
+
+    def send(self, data: Any, flags: int = 0, /) -> int:
+        """As ``socket.send``; OSError EOPNOTSUPP for MSG_OOB, which a unix stream would take."""
+        if flags & _OOB:
+            _refuse_urgent(flags)
+        return _raw_send(self, data, flags)
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
+        """As ``socket.sendall``; OSError EOPNOTSUPP for MSG_OOB."""
+        _refuse_urgent(flags)
+        _raw.sendall(self, data, flags)
+
+    def sendmsg(
+        self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None, /
+    ) -> int:
+        """As ``socket.sendmsg``; OSError EOPNOTSUPP for MSG_OOB, EISCONN with an address."""
+        _refuse_urgent(flags)
+        if address is not None:
+            self.sendto(b"", address)
+        return _raw.sendmsg(self, buffers, ancdata, flags)
 
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /) -> Any:
         """As ``socket.recvmsg``; a stream's peer is in getpeername(), the address is None."""
+        _refuse_out_of_band(flags)
         return (*_raw.recvmsg(self, bufsize, ancbufsize, flags)[:3], None)
 
     def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0, /) -> Any:
         """As ``socket.recvmsg_into``; the address is None."""
+        _refuse_out_of_band(flags)
         return (*_raw.recvmsg_into(self, buffers, ancbufsize, flags)[:3], None)
 
     def connect(self, address: Any) -> None:
-        """OSError EISCONN: a stream has one peer for life."""
+        """Raise OSError EISCONN, or EINVAL after a shutdown: a stream has one peer for life."""
         check(address)
-        raise error(errno.EISCONN)
+        raise error(errno.EINVAL if self._is_shut else errno.EISCONN)
+
+
+def _refuse_urgent(flags: int) -> None:
+    if flags & _OOB:
+        raise error(errno.EOPNOTSUPP, "vSockets have no MSG_OOB")
+
+
+def _refuse_error_queue(flags: int) -> None:
+    if flags & MSG_ERRQUEUE:  # it is always empty
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def _refuse_out_of_band(flags: int) -> None:
+    """Refuse what a unix stream would answer with data."""
+    _refuse_error_queue(flags)
+    _refuse_urgent(flags)
 
 
 BEHAVIOURS["fabric"][SOCK_STREAM] = StreamSocket
