@@ -157,6 +157,20 @@ VIRTIO_LARGE_BUFFERS = 512
 VIRTIO_LARGEST_BUFFER = 4 << 20
 VIRTIO_ENLARGED = 32
 
+#: Bytes a guest counts for each packet that its program has not read, beside the payload.  Linux
+#: resets a connection whose packets take more than its buffer (6.12.92 and later; commits
+#: 059b7dbd20a6, c6087c5aaad6).  There a packet counts SKB_TRUESIZE(0), 576 bytes, or 1024 with
+#: CONFIG_MAX_SKB_FRAGS=45.
+VIRTIO_PACKET = 1024
+
+#: Payload up to which Linux copies a stream's packet into the last one that is not read yet, so
+#: that both count as one (GOOD_COPY_LEN), and this is how small packets are made for it.
+VIRTIO_MERGED = 128
+
+#: How long a connection waits for the guest's credit before it is asked for again, in seconds:
+#: when so many packets are unread that no other may be sent.
+CREDIT_AGAIN = 1.0
+
 #: Messages of a sequenced-packet connection that wait for a slow reader; empty ones take no
 #: credit, and each costs us something.
 WAITING_MESSAGES = 65_536

@@ -31,11 +31,15 @@ __all__ = [
 
 _STABLE = Suite(DEBIAN, "bookworm")
 _TESTING = Suite(DEBIAN, "forky")
-_SUITES = {"stable": _STABLE, "newest": Suite(DEBIAN, "trixie", "trixie-backports")}
+_SUITES = {
+    "stable": _STABLE,
+    "backports": Suite(DEBIAN, "bookworm", "bookworm-backports"),
+    "newest": Suite(DEBIAN, "trixie", "trixie-backports"),
+}
 
 
 def kernel(name: str) -> Kernel:
-    """``stable`` (6.1) or ``newest``."""
+    """``stable`` (6.1), ``backports`` (of Debian 12: 6.12.95) or ``newest``."""
     linux = Kernel(_SUITES[name])
     linux.name = name
     return linux
@@ -158,6 +162,7 @@ def main() -> None:
     everything: dict[str, Callable[[], object]] = {
         "QEMU": qemu,
         "Linux, Debian 12's": lambda: kernel("stable"),
+        "Linux, Debian 12's backport": lambda: kernel("backports"),
         "Linux, the newest backport": lambda: kernel("newest"),
         "a guest's programs": userland,
         "a guest's pyfuse3": storage_client,

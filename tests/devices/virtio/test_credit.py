@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vsockets.devices.virtio.credit import ReceiveCredit, SendCredit, distance
+from vsockets.devices.virtio.credit import MANY, ReceiveCredit, SendCredit, distance
 
 U32 = st.integers(0, 0xFFFF_FFFF)
 
@@ -90,3 +90,117 @@ def test_no_wake_up_is_lost(size: int, own: int, steps: list[tuple[int, bool]]) 
         if credit.is_due(own):
             credit.tell()
             known = sent - credit.held
+
+
+class Linux:
+    """A guest's socket that counts its unread packets, and merges small ones of a stream."""
+
+    def __init__(self, buffer: int, overhead: int, room: int) -> None:
+        self.buffer, self.overhead, self.room = buffer, overhead, room
+        self.queue: list[list[int]] = []  # bytes, and those that could be merged into them
+        self.forwarded = 0
+
+    def take(self, length: int, merges: bool) -> None:
+        assert (len(self.queue) + 1) * self.overhead <= self.buffer, "ENOBUFS"
+        assert sum(size for size, _ in self.queue) + length <= self.buffer, "beyond the credit"
+        if merges and self.queue and length <= 128 and length < self.queue[-1][1]:
+            self.queue[-1][0] += length
+            self.queue[-1][1] -= length
+        else:
+            self.queue.append([length, self.room - length])
+
+    def read(self, packets: int) -> None:
+        self.forwarded += sum(size for size, _ in self.queue[:packets])
+        del self.queue[:packets]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("send"), st.integers(1, 9000)),
+        st.tuples(st.just("send"), st.integers(1, 300)),
+        st.tuples(st.just("burst"), st.integers(1, 150)),
+        st.tuples(st.just("read"), st.integers(1, 300)),
+        st.tuples(st.just("tell"), st.just(0)),
+    ),
+    max_size=300,
+)
+BUFFERS = st.one_of(st.integers(1024, 20_000), st.sampled_from([65_536, 262_144]))
+
+
+@settings(deadline=None)
+@given(STEPS, BUFFERS, st.sampled_from([576, 1024]), st.sampled_from([3732, 4096]))
+def test_a_streams_unread_packets_are_never_too_many(
+    steps: list[tuple[str, int]], buffer: int, overhead: int, room: int
+) -> None:
+    """And one with a large buffer never waits for them while it has credit."""
+    guest, credit, waiting = Linux(buffer, overhead, room), SendCredit(), 0
+
+    def send() -> None:
+        nonlocal waiting
+        while waiting and credit.available():
+            most = credit.packet_size(room) if credit.packets * MANY >= buffer else room
+            assert most or buffer < 20_000
+            length = min(waiting, credit.available(), most)
+            if not length:
+                return
+            credit.spend(length, room=room - length)
+            guest.take(length, merges=True)
+            waiting -= length
+
+    def tell() -> None:
+        credit.update(buffer, guest.forwarded & 0xFFFF_FFFF)
+
+    tell()
+    for what, number in steps:
+        if what == "read":
+            guest.read(number)
+        elif what == "tell":
+            tell()
+        for _ in range(100 if what == "burst" else 1):
+            waiting += number if what in ("send", "burst") else 0
+            send()
+    while waiting:
+        before = waiting
+        guest.read(len(guest.queue))
+        tell()
+        send()
+        assert waiting < before
+
+
+@settings(deadline=None)
+@given(STEPS, BUFFERS, st.sampled_from([576, 1024]))
+def test_a_message_waits_for_its_reader(
+    steps: list[tuple[str, int]], buffer: int, overhead: int
+) -> None:
+    guest, credit = Linux(buffer, overhead, 4096), SendCredit()
+    waiting: list[int] = []
+
+    def send() -> None:
+        while waiting and credit.available() >= waiting[0]:
+            parts = range(0, max(waiting[0], 1), 4096)
+            if not credit.takes_message(len(parts)):
+                return
+            size = waiting.pop(0)
+            if size or credit.takes_empty_message():
+                for at in parts:
+                    credit.spend(min(4096, size - at))
+                    guest.take(min(4096, size - at), merges=False)
+
+    def tell() -> None:
+        credit.update(buffer, guest.forwarded & 0xFFFF_FFFF)
+
+    tell()
+    for what, number in steps:
+        if what == "read":
+            guest.read(number)
+        elif what == "tell":
+            tell()
+        elif number <= min(buffer, 4096):
+            waiting += [number] if what == "send" else [number % 2] * 100
+        send()
+    while waiting:
+        before = len(waiting)
+        guest.read(len(guest.queue))
+        tell()
+        send()
+        assert len(waiting) < before

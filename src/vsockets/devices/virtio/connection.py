@@ -46,8 +46,9 @@ class Say(IntFlag):
     REQUEST = 1
     RESPONSE = 2
     CREDIT = 4
-    SHUTDOWN = 8
-    RST = 16
+    CREDIT_REQUEST = 8
+    SHUTDOWN = 16
+    RST = 32
 
 
 class Do(IntFlag):
@@ -61,7 +62,7 @@ class Do(IntFlag):
     CLOSE = 16  #: at once
 
 
-_CREDIT = int(Say.CREDIT)
+_CREDIT, _CREDIT_REQUEST = int(Say.CREDIT), int(Say.CREDIT_REQUEST)
 # Names of our own: looking a member up in its enum costs as much as a short function.
 _OPEN, _CLOSING, _GONE = State.OPEN, State.CLOSING, State.GONE
 
@@ -69,6 +70,7 @@ _ORDER = (
     (int(Say.REQUEST), int(Op.REQUEST)),
     (int(Say.RESPONSE), int(Op.RESPONSE)),
     (int(Say.CREDIT), int(Op.CREDIT_UPDATE)),
+    (int(Say.CREDIT_REQUEST), int(Op.CREDIT_REQUEST)),
     (int(Say.SHUTDOWN), int(Op.SHUTDOWN)),
     (int(Say.RST), int(Op.RST)),
 )
@@ -134,6 +136,10 @@ class Connection:
         """The guest should know now how much it may send."""
         if self.state is _OPEN:
             self.say |= _CREDIT
+
+    def ask_for_credit(self) -> None:
+        """The guest should tell what it has passed on."""
+        self.say |= _CREDIT_REQUEST
 
     def reset(self) -> None:
         """End it at once, and say so."""

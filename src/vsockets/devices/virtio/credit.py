@@ -13,7 +13,18 @@ credit at all, never too much.
 
 from __future__ import annotations
 
+from collections import deque
+
+from ...limits import VIRTIO_MERGED, VIRTIO_PACKET
+
 _MODULUS_BITS = 0xFFFF_FFFF
+_HALF = 1 << 31
+
+#: Packets are counted in runs of a sixteenth of what fits.
+_RUNS = 16 * VIRTIO_PACKET
+
+#: Unread packets are many when so many times that is the guest's buffer: half of what fits.
+MANY = 2 * VIRTIO_PACKET
 
 
 def distance(later: int, earlier: int) -> int:
@@ -22,28 +33,137 @@ def distance(later: int, earlier: int) -> int:
 
 
 class SendCredit:
-    """What may be sent to the guest."""
+    """The bytes and packets that may be sent to the guest.
 
-    __slots__ = ("_fwd", "_sent", "buffer")
+    A guest may count a packet that its program has not read as VIRTIO_PACKET bytes more than its
+    payload, and resets the connection when these are more than its buffer, although the
+    specification has bytes of payload alone.  So unread packets are counted here, too:
+
+        one whose last byte the guest has not passed on (``fwd_cnt``) is unread
+        a small one may be part of the one before it (:data:`VIRTIO_MERGED`)
+
+    A stream never has to wait for a reader because of its packets: when there are many, the rest
+    of its credit is spent in small ones, which the guest merges.
+    """
+
+    __slots__ = (
+        *("_asked", "_end", "_full", "_fwd", "_room", "_run", "_runs", "_sent"),
+        *("buffer", "packets"),
+    )
 
     def __init__(self) -> None:
         self.buffer = 0  #: the guest's, in bytes
+        self.packets = 0  #: that may be unread; some that were read are counted for a while
         self._sent = self._fwd = 0
+        self._end = 0  # the guest's count when it has read everything
+        self._runs: deque[tuple[int, int]] = deque()  # its count when it has read so many packets
+        self._run = 0  # packets after those
+        self._room = 0  # bytes that the guest can merge into its last packet
+        self._full = self._asked = -1  # its count when it was full, and when it was asked
 
     def update(self, buf_alloc: int, fwd_cnt: int) -> None:
-        """The guest says this of its buffer, in any of its packets."""
+        """Take what the guest says of its buffer, in any of its packets."""
         self.buffer = buf_alloc
         self._fwd = fwd_cnt
 
     def available(self) -> int:
-        """Bytes that may be sent now."""
+        """Return the bytes that may be sent now."""
         # distance() without the call, here and below: it is asked for every packet.
         free = self.buffer - (self._sent - self._fwd & _MODULUS_BITS)
-        return free if free > 0 else 0
+        return free if free > 0 and self._fwd != self._full else 0
 
-    def spend(self, length: int) -> None:
-        """``length`` bytes were sent, ``available()`` of them at most."""
-        self._sent = self._sent + length & _MODULUS_BITS
+    def spend(self, length: int, packets: int = 1, room: int = 0) -> None:
+        """``length`` bytes were sent, at most :meth:`available`, in ``packets``.
+
+        ``room`` is what is left of the guest's buffer for the last one, if the guest may merge the
+        next packet into it.
+        """
+        if self._fwd == self._end:
+            self._all_read()
+        sent = self._sent = self._sent + length & _MODULUS_BITS
+        # An empty packet has been read for certain when a byte after it has.
+        self._end = sent if length else sent + 1 & _MODULUS_BITS
+        if length <= VIRTIO_MERGED and length < self._room and packets == 1 and self.packets:
+            self._room -= length
+            if not self._run:
+                self._runs[-1] = (self._end, self._runs[-1][1])
+            return
+        self._room = room
+        self.packets += packets
+        self._run += packets
+        if self._run * _RUNS >= self.buffer:
+            self._runs.append((self._end, self._run))
+            self._run = 0
+
+    def packet_size(self, room: int) -> int:
+        """Return how many bytes each of a stream's next packets may have, if the guest's buffers
+        take ``room``: these, VIRTIO_MERGED, or 0 when it must wait for the guest.
+
+        To be called when the guest has :data:`MANY` unread packets.
+        """
+        self._retire()
+        limit = self._limit
+        if self.packets >= limit:
+            self._full = self._fwd
+            return 0
+        # Packets that the rest of the credit takes, merged by the guest; and one that is not full.
+        rest = self.available() // max(room - VIRTIO_MERGED, 1) + 2
+        return VIRTIO_MERGED if self.packets and self.packets + rest >= limit else room
+
+    def takes_message(self, packets: int) -> bool:
+        """Return whether a message of ``packets`` may be sent; if not, it must wait."""
+        if (self.packets + packets) * VIRTIO_PACKET <= self.buffer:
+            return True
+        self._retire()
+        # A message is sent whole: the guest reads nothing of it before.
+        if self.packets and self.packets + packets > self._limit:
+            self._full = self._fwd
+            return False
+        return True
+
+    def takes_empty_message(self) -> bool:
+        """Return whether a message without content may be sent.
+
+        The guest never says that it was read, so room is kept for those of which it does.
+        """
+        self._retire()
+        return self.packets < self._limit // 2
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a packet waits until the guest has read others."""
+        return self._full == self._fwd
+
+    def look_again(self) -> None:
+        """Have it found out anew whether it is full."""
+        self._full = -1
+
+    def is_to_be_asked(self) -> bool:
+        """Return whether the guest was not asked for its credit since it passed something on;
+        it is taken as asked now.
+        """
+        if self._asked == self._fwd:
+            return False
+        self._asked = self._fwd
+        return True
+
+    @property
+    def _limit(self) -> int:
+        """Unread packets the guest can hold: one in any case, else nothing could be sent."""
+        return self.buffer // VIRTIO_PACKET or 1
+
+    def _retire(self) -> None:
+        """Count no packets that the guest has read."""
+        if self._fwd == self._end:
+            self._all_read()
+        runs = self._runs
+        while runs and self._fwd - runs[0][0] & _MODULUS_BITS < _HALF:
+            self.packets -= runs.popleft()[1]
+
+    def _all_read(self) -> None:
+        self.packets = self._run = 0
+        if self._runs:
+            self._runs.clear()
 
 
 class ReceiveCredit:

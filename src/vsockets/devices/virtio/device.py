@@ -13,6 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from ...limits import (
+    CREDIT_AGAIN,
     GUEST_ANSWER,
     GUEST_FAREWELL,
     VIRTIO_BUFFER,
@@ -262,6 +263,9 @@ class VirtioVsock:
                 self._transmit.pace.answered()
             if queue.publish():  # the guest works on these while we fetch more
                 self._vrings[RECEIVE].call()
+            if link.say and link.send.is_full and not link.asks_again:
+                link.asks_again = True
+                self._loop.call_later(CREDIT_AGAIN, partial(self._ask_again, link))
             self.touched(link)
             if link.state is State.CLOSING:
                 self._loop.call_later(GUEST_FAREWELL, partial(self._give_up, link, State.CLOSING))
@@ -270,6 +274,14 @@ class VirtioVsock:
         queue.prepare()
         if not budget or (overwhelmed and not self.is_overwhelmed):
             self._work_again()
+
+    def _ask_again(self, link: Link) -> None:
+        """Linux says when packets are read; other guests need not before half of them is."""
+        link.asks_again = False
+        if link.state is _OPEN and link.send.is_full:
+            link.send.look_again()
+            self.touched(link)
+            self._turn()
 
     def _break(self, index: int, error: RingError) -> None:
         """The driver has broken a ring.  It harms itself, and nobody else."""

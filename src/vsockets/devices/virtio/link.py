@@ -48,6 +48,7 @@ class Link(Connection):
         "_message",
         "_shut",
         "_waiting",
+        "asks_again",
         "burst",
         "ends_record",
         "gone",
@@ -75,6 +76,7 @@ class Link(Connection):
         self.burst = 2  #: buffers of the guest it is given in one turn
         self.incoming = memoryview(b"")  #: what is left of a message for the guest
         self.ends_record = False  #: with the end of that message
+        self.asks_again = False  #: a while later, for the guest's credit
         self.needed = 1  #: credit without which nothing can be sent, in bytes
         self._waiting = bytearray()  # what the socket had no room for
         self._message = bytearray()  # of type SEQPACKET: a message that has not ended

@@ -9,14 +9,16 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from socket import MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
 
-from ...limits import VECTORS
+from ...limits import VECTORS, VIRTIO_MERGED
 from ..pump import pull
 from ..tap import Tap
 from .capture import record
 from .connection import BOTH
+from .credit import MANY
 from .link import Link
 from .packet import HEADER, HEADER_SIZE, Op, Sequenced, Shutdown, Type
 from .ring import Chain, Ring, RingError, total
@@ -136,9 +138,18 @@ class ReceiveQueue:
         sock = link.sock
         if sock is None or not credit or not self._restock(link.burst):
             return False
+        buffers: Iterable[_Buffer] = islice(self._stock, link.burst)
+        small = False
+        if link.send.packets * MANY >= link.send.buffer:
+            most = self._packet_size(link)
+            if not most:
+                return False
+            small = most == VIRTIO_MERGED
+            if small:
+                buffers = _cut(buffers, most)
         views: list[memoryview] = []
         room = 0
-        for _, header, parts, size in islice(self._stock, link.burst):
+        for _, header, parts, size in buffers:
             if len(views) + len(parts) > VECTORS:
                 break
             views += parts if header is not None else _after_header(parts)
@@ -159,8 +170,11 @@ class ReceiveQueue:
             link.readable = False
             link.host_ends(BOTH if link.gone else _SEND_ENDED)
             return False
-        link.send.spend(received)
-        used = self._label(link, received)
+        if small:
+            pieces = range(0, received, VIRTIO_MERGED)
+            used = sum(self._label(link, min(VIRTIO_MERGED, received - at)) for at in pieces)
+        else:
+            used = self._label(link, received)
         if received == room:
             link.burst = min(link.burst * 2, _LARGEST_BURST)
             return True
@@ -169,12 +183,20 @@ class ReceiveQueue:
         link.readable = link.hung_up
         return True
 
+    def _packet_size(self, link: Link) -> int:
+        """As :meth:`.credit.SendCredit.packet_size`; asks the guest what it has read."""
+        send = link.send
+        most = send.packet_size(self._stock[0][3] or 1)
+        if send.is_to_be_asked() or send.is_full:
+            link.ask_for_credit()
+        return most
+
     def _label(self, link: Link, received: int) -> int:
         """Write the headers of payload that is in the first buffers; returns how many."""
         stock, push = self._stock, self._ring.push
         cid, port = link.peer
         size, told = link.receive.size, link.receive.tell()
-        used = 0
+        total, used, room = received, 0, 0
         while received > 0:
             note, header, parts, room = stock.popleft()
             length = room if room < received else received
@@ -191,6 +213,7 @@ class ReceiveQueue:
             if self._tap.sinks:
                 payload = parts if header is not None else _after_header(parts)
                 record(self._tap, self._header(link, length, _RW, 0), payload)
+        link.send.spend(total, used, room - length)
         return used
 
     def _messages(self, link: Link) -> bool:
@@ -220,6 +243,10 @@ class ReceiveQueue:
                 link.needed = size
                 return False
             link.needed = 1
+            room = self._stock[0][3] or 1
+            if not link.send.takes_message(-(-size // room) or 1):
+                link.ask_for_credit()
+                return False
             data, _, shown, _ = sock.recvmsg(max(size, 1), 0, _TAKE)
             link.ends_record = bool(shown & MSG_CTRUNC)  # it came with a marker
         except BlockingIOError:
@@ -231,7 +258,8 @@ class ReceiveQueue:
             link.readable = False
             link.host_ends(BOTH if link.gone else _SEND_ENDED)
             return False
-        link.send.spend(size)
+        if not data and not link.send.takes_empty_message():
+            return False  # Linux's own sockets send none at all
         link.incoming = memoryview(data)
         return True
 
@@ -253,6 +281,7 @@ class ReceiveQueue:
         else:
             _scatter(header + part, parts)
         self._stock.popleft()
+        link.send.spend(len(part))
         self._ring.push(note, HEADER_SIZE + len(part))
         if self._tap.sinks:
             record(self._tap, header, (part,))
@@ -275,6 +304,23 @@ def _shorten(views: list[memoryview], excess: int) -> None:
             return
     if excess:
         views[-1] = views[-1][:-excess]
+
+
+def _cut(buffers: Iterable[_Buffer], size: int) -> Iterator[_Buffer]:
+    """Yield buffers as if they took ``size`` bytes, where they take more."""
+    for note, header, parts, room in buffers:
+        if room > size:
+            parts = parts if header is not None else _after_header(parts)
+            cut: list[memoryview] = []
+            left = size
+            for part in parts:
+                cut.append(part[:left])
+                left -= len(cut[-1])
+                if not left:
+                    break
+            yield note, memoryview(b""), cut, size
+        else:
+            yield note, header, parts, room
 
 
 def _after_header(parts: list[memoryview]) -> list[memoryview]:

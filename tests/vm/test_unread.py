@@ -1,0 +1,108 @@
+"""Messages that a stock guest's program has not read yet, over the virtio device.
+
+Since 6.12.92 Linux resets a connection with too many unread packets, however few their bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import struct
+import termios
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import vsockets
+from vsockets import AF_VSOCK
+from vsockets.testing import PrivateFabric
+
+from .conftest import COMMON, Stage
+from .exchanges import PATIENCE
+from .machine import Machine
+
+pytestmark = pytest.mark.timeout(300)
+
+CREDIT = 262_144
+SIZES = [1, 8, 100, 129, 200, 400, 1000, 4096, 65_536]
+KINDS = [socket.SOCK_STREAM, socket.SOCK_SEQPACKET]
+
+#: More than Linux takes unread (455), and how long each may take to become a packet.
+MESSAGES = 500
+_OWN_PACKET = 1.0
+
+
+@pytest.fixture(scope="module", params=["stable", "backports", "newest"])
+def machine(
+    request: pytest.FixtureRequest, stage: Stage, fabric_of_machines: PrivateFabric
+) -> Iterator[Machine]:
+    """A running guest, of each kernel."""
+    with stage.machine(fabric_of_machines, request.param, device="virtio") as machine:
+        machine.run(COMMON)
+        yield machine
+
+
+class Sender:
+    """Sends messages, each in a packet of its own as long as packets are taken."""
+
+    def __init__(self, machine: Machine, kind: int, port: int, size: int, count: int) -> None:
+        self._sock = vsockets.socket(AF_VSOCK, kind, context=machine.host)
+        self._sock.settimeout(PATIENCE)
+        self._sock.connect((machine.cid, port))
+        self._message = bytes(size)
+        self._count = count
+        self.stalled = threading.Event()  #: all is sent, or nothing more is taken
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for _ in range(self._count):
+                self._sock.send(self._message)
+                deadline = time.monotonic() + _OWN_PACKET
+                while not self.stalled.is_set() and self._queued():
+                    if time.monotonic() > deadline:
+                        self.stalled.set()
+            self._sock.shutdown(socket.SHUT_WR)
+        finally:
+            self.stalled.set()
+
+    def _queued(self) -> int:
+        answer = fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4))
+        return int(struct.unpack("i", answer)[0])
+
+    def close(self) -> None:
+        self._thread.join()
+        self._sock.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_messages_of_all_sizes(machine: Machine, kind: int) -> None:
+    machine.run(
+        "import sys; l = sys.unread = socket.socket(AF, kind); l.bind((ANY, 6030)); l.listen()",
+        kind=int(kind),
+    )
+    for size in SIZES:
+        count = min(CREDIT // size, MESSAGES)
+        accepted = machine.start("import sys; sys.taken, _ = sys.unread.accept()\nresult = True")
+        sender = Sender(machine, kind, 6030, size, count)
+        try:
+            assert accepted.result()
+            assert sender.stalled.wait(PATIENCE)
+            found = machine.run(
+                """
+                import sys
+                n = total = 0
+                while d := sys.taken.recv(1 << 17): total += len(d); n += 1
+                sys.taken.close()
+                result = total, n
+                """
+            )
+        finally:
+            sender.close()
+        assert found[0] == size * count, size
+        if kind == socket.SOCK_SEQPACKET:
+            assert found[1] == count
+    machine.run("import sys; sys.unread.close()")
