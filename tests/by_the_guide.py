@@ -44,6 +44,7 @@ class Machine:
     unrestricted: bool = False
     domain: str = ""
     most_sockets: int | None = None
+    reserved_ports: bool = False  #: the fabric's owner lets every program of it have them
     state: str = "running"
     ft: bool = False
 
@@ -160,6 +161,10 @@ class World:
 
     # Asking
 
+    def may_grant_reserved_ports(self, owner: int) -> int:
+        """To a guest of the user ``owner``: the fabric's owner has a say about his own alone."""
+        return 0 if owner == self.owner else errno.EPERM
+
     def may_bind(self, home: Machine, kind: str, cid: int, port: int, program: Program) -> int:
         if cid not in (ANY, LOCAL, home.cid):
             return errno.EADDRNOTAVAIL  # "The source (context ID) may not be spoofed."
@@ -167,8 +172,9 @@ class World:
             return errno.EACCES
         if not self._has_room(home):
             return errno.ENOBUFS
-        if port < 1024 and not program.bind_service:
-            return errno.EACCES  # "must have capability CAP_NET_BIND_SERVICE"
+        # "must have capability CAP_NET_BIND_SERVICE"; that a guest may do without is ours.
+        if port < 1024 and not (program.bind_service or home.reserved_ports):
+            return errno.EACCES
         if (home.cid, _space(kind), port) in self.held:
             return errno.EADDRINUSE
         return 0

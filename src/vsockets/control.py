@@ -93,6 +93,7 @@ class Control:
         limits: Mapping[str, int] | None = None,
         powered: bool = True,
         hybrid: str | os.PathLike[str] | None = None,
+        reserved_ports: bool = False,
     ) -> dict[str, Any]:
         """A new guest; without ``cid`` it gets a free one.  Returns its row of
         :meth:`contexts`; OSError EEXIST or EINVAL.
@@ -100,6 +101,8 @@ class Control:
         ``profile`` is ``default``, ``restricted`` or ``legacy``; ``unrestricted`` and ``domain``
         go with ``legacy`` (docs/security.md).  ``limits`` are those that are not the default.
         ``hybrid`` is where tools of hybrid vsock find it (docs/hybrid.md): an absolute path.
+        With ``reserved_ports`` its programs may bind ports below 1024 without a privilege; EPERM
+        for a guest of another user than the fabric's owner.
         """
         return self._ask(  # type: ignore[no-any-return]
             "context.add",
@@ -113,6 +116,7 @@ class Control:
             limits=None if limits is None else dict(limits),
             powered=powered,
             hybrid=None if hybrid is None else os.fspath(hybrid),
+            reserved_ports=reserved_ports,
         )
 
     def remove_context(self, cid: int) -> None:

@@ -123,6 +123,7 @@ def test_contexts(vsock_fabric: PrivateFabric) -> None:
         "domain": "",
         "folder": str(vsock_fabric.folder / "7"),
         "hybrid": "",
+        "reserved_ports": False,
         "usage": {"sockets": 0, "pending_connects": 0, "datagram_bytes": 0},
         "limits": dataclasses.asdict(Limits()),
         "denials": {},

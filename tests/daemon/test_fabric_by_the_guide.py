@@ -217,18 +217,27 @@ class RealFabric(RuleBasedStateMachine):
         isolation=isolations,
         owner=st.sampled_from([0, NOBODY]),
         most_sockets=st.sampled_from([2, 1000]),
+        reserved_ports=often_not,
     )
     def add_context(
-        self, cid: int, isolation: tuple[str, bool, str], owner: int, most_sockets: int
+        self,
+        cid: int,
+        isolation: tuple[str, bool, str],
+        owner: int,
+        most_sockets: int,
+        reserved_ports: bool = False,
     ) -> None:
         profile, unrestricted, domain = isolation
         named: dict[str, Any] = {"profile": profile, "limits": {"sockets": most_sockets}}
         if profile == "legacy":
             named |= {"unrestricted": unrestricted, "domain": domain}
         expected = errno.EEXIST if cid in self.world.machines else 0
+        if reserved_ports:
+            named["reserved_ports"] = True
+            expected = self.world.may_grant_reserved_ports(owner) or expected
         add = self.control.add_context
         if self.ask_administrator(expected, add, cid, owner=owner, **named) is not None:
-            self.world.add(Machine(cid, owner, *isolation, most_sockets))
+            self.world.add(Machine(cid, owner, *isolation, most_sockets, reserved_ports))
 
     @precondition(lambda self: len(self.world.machines) > 3)
     @rule(cid=st.sampled_from([3, 4, 5]))

@@ -39,6 +39,7 @@ from vsockets.fabric import (
     Refused,
     Settings,
 )
+from vsockets.fabric.policy import require_own_guest
 
 from .somebody import Somebody
 
@@ -154,15 +155,26 @@ class FabricModel(RuleBasedStateMachine):
         isolation=isolations,
         owner=st.sampled_from([FABRICS_OWNER, ALICE]),
         most_sockets=st.sampled_from([2, 1000, 1000]),
+        reserved_ports=often_not,
     )
     def add_context(
-        self, cid: int, isolation: tuple[str, bool, str], owner: int, most_sockets: int
+        self,
+        cid: int,
+        isolation: tuple[str, bool, str],
+        owner: int,
+        most_sockets: int,
+        reserved_ports: bool = False,
     ) -> None:
+        if reserved_ports:
+            expected = self.world.may_grant_reserved_ports(owner)
+            if not self.decide(expected, lambda: require_own_guest(owner, FABRICS_OWNER)):
+                return
         expected = errno.EEXIST if cid in self.world.machines else 0
         if self.decide(expected, lambda: self.fabric.contexts.add(cid, "", owner)):
-            machine = Machine(cid, owner, *isolation, most_sockets)
+            machine = Machine(cid, owner, *isolation, most_sockets, reserved_ports)
             self.world.add(machine)
             context = self.context(machine)
+            context.reserved_ports = reserved_ports
             profile, unrestricted, domain = isolation
             context.isolation = Isolation(Profile(profile), unrestricted, domain)
             context.limit(Limits(sockets=most_sockets))

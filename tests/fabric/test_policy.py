@@ -347,5 +347,21 @@ def test_reserved_ports_need_the_capability(kind: Kind, port: int) -> None:
     assert house.fabric.bind(house.guest, kind, 3, port, SERVICE).port == port
 
 
+@every_kind
+def test_reserved_ports_where_they_are_granted(kind: Kind) -> None:
+    house = House(DEFAULT)
+    house.guest.reserved_ports = True
+    for port, program in ((0, ME), (1023, ME), (22, ADMIN)):
+        for privileged in (True, False):
+            endpoint = house.fabric.bind(house.guest, kind, 3, port, program, 0, privileged)
+            house.fabric.unbind(endpoint)
+    with pytest.raises(Denied):
+        house.fabric.bind(house.host, kind, 2, 22, ME)
+    house.guest.reserved_ports = False
+    with pytest.raises(Denied) as denied:  # who asks for another program has what that one has
+        house.fabric.bind(house.guest, kind, 3, 22, SERVICE, 0, False)
+    assert (denied.value.errno, denied.value.rule) == (errno.EACCES, Rule.RESERVED_PORT)
+
+
 def test_a_refusal_says_both_the_error_and_the_reason() -> None:
     assert str(Refused(errno.EACCES, "because")) == "Permission denied: because"

@@ -117,7 +117,8 @@ def test_ssh_into_a_guest_without_a_network(
     script = tmp_path / "serve"
     script.write_text(f"#!/bin/sh\nexec {sshd} -i -f {tmp_path}/config 2>>{tmp_path}/log\n")
     script.chmod(0o755)
-    vsock.start("run", "--cid", "75", "socat", "VSOCK-LISTEN:22,fork", f"EXEC:{script}")
+    in_the_guest = ("run", "--cid", "75", "--reserved-ports", "--")
+    vsock.start(*in_the_guest, "socat", "VSOCK-LISTEN:22,fork", f"EXEC:{script}")
     wait_for_listener(fabric, 22)
     options = {
         "ProxyCommand": proxy.replace("exec vsock", f"exec {sys.executable} -m vsockets.tools"),

@@ -54,6 +54,7 @@ def test_add_list_and_remove(vsock: Vsock) -> None:
         "domain": "",
         "folder": str(vsock.folder / "500"),
         "hybrid": "",
+        "reserved_ports": False,
         "usage": {"sockets": 0, "pending_connects": 0, "datagram_bytes": 0},
         "limits": dataclasses.asdict(Limits()),
         "denials": {},
@@ -64,6 +65,34 @@ def test_add_list_and_remove(vsock: Vsock) -> None:
     assert me.pw_name in table
     assert vsock("context", "rm", "500").stdout == ""
     assert added not in vsock.json("context", "ls")
+
+
+def test_reserved_ports(vsock: Vsock) -> None:
+    vsock("context", "add", "502", "--reserved-ports")
+    lines = vsock("context", "ls", "-v").stdout.splitlines()
+    (row,) = (line for line in lines if line.startswith("502"))
+    assert "granted" in row and str(vsock.folder / "502") in row
+    assert sum("granted" in line for line in lines) == 1
+    assert "granted" not in vsock("context", "ls").stdout
+    vsock("context", "add", "503")
+    vsock.fail(
+        ("run --cid 503 --reserved-ports true", 1, "context 503 exists, without reserved ports"),
+        ("run --cid host --reserved-ports true", 2, "--reserved-ports is for guests"),
+        (
+            f"context add --reserved-ports --owner {os.geteuid() + 1}",
+            1,
+            f"reserved ports: the guest belongs to user {os.geteuid() + 1}, expected the fabric's "
+            f"owner, user {os.geteuid()}",
+        ),
+    )
+    vsock("run", "--cid", "502", "--reserved-ports", "true")
+    running = vsock.start("run", "--cid", "504", "sh", "-c", "echo ready; read line")
+    running.read_line()
+    vsock.fail(
+        ("run --cid 504 --reserved-ports true", 1, "context 504 exists, without reserved ports")
+    )
+    for cid in (502, 503):
+        vsock("context", "rm", cid)
 
 
 def test_owner_may_be_a_number(vsock: Vsock) -> None:

@@ -135,6 +135,7 @@ def test_numbers() -> None:
         "TRUSTED_STREAM": 2,
         "TRUSTED_DATAGRAM": 4,
         "OK_LINE": 8,
+        "UNPRIVILEGED": 16,
     }
     assert {role.name: role.value for role in Role} == {
         "BOUND": 1,

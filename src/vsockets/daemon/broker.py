@@ -22,7 +22,7 @@ from .. import logs
 from ..constants import VMADDR_PORT_ANY
 from ..fabric import Context, Denied, Endpoint, Fabric, Kind, Refused
 from ..limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, SILENT_CLIENT
-from ..wire import Op, ProtocolError, Record, Request, Role
+from ..wire import Flag, Op, ProtocolError, Record, Request, Role
 from . import reserve
 from .allowance import Allowance
 from .audit import OPERATIONS, Audit
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 # Names of our own: looking a member up in its enum costs as much as a short function.
 _STREAM, _SEQPACKET = Kind.STREAM, Kind.SEQPACKET
+_UNPRIVILEGED = int(Flag.UNPRIVILEGED)
 
 
 class Broker:
@@ -428,7 +429,9 @@ class Broker:
 
     def _claim(self, channel: Channel, kind: Kind, request: Request, cookie: int = 0) -> Endpoint:
         self._allowance.make_room(channel.party)
-        arguments = (channel.context, kind, request.local_cid, request.local_port, channel, cookie)
+        privileged = not request.flags & _UNPRIVILEGED
+        address = request.local_cid, request.local_port
+        arguments = (channel.context, kind, *address, channel, cookie, privileged)
         try:
             return self.fabric.bind(*arguments)
         except Refused as refused:

@@ -20,6 +20,7 @@ from ..fabric import (
     Settings,
     State,
 )
+from ..fabric.policy import require_own_guest
 from .audit import Audit
 from .broker import Broker
 from .door import Doors
@@ -61,12 +62,18 @@ class RunningContexts:
         contexts = self._fabric.contexts
         known = len(contexts)
         owner = os.geteuid() if wanted.owner is None else wanted.owner
+        if wanted.reserved_ports:
+            require_own_guest(owner, contexts.host.owner)
+            present = None if wanted.cid is None else contexts.get(wanted.cid)
+            if present is not None and not present.reserved_ports:
+                raise Refused(errno.EEXIST, f"context {wanted.cid} exists, without reserved ports")
         context = contexts.add(wanted.cid, wanted.name, owner, leased)
         if len(contexts) == known:  # one more lease
             return context
         context.isolation = wanted.isolation
         context.limit(wanted.limits)
         context.hybrid = wanted.hybrid
+        context.reserved_ports = wanted.reserved_ports
         try:
             if wanted.powered:
                 self._open_doors(context)

@@ -175,6 +175,7 @@ class Session:
             limits=_limits(arguments, self._vsockd.fabric.settings.limits),
             powered=powered is not False,
             hybrid=_hybrid(arguments),
+            reserved_ports=bool(_optional(arguments, "reserved_ports", bool)),
         )
         lease = bool(_optional(arguments, "lease", bool))
         context = self._vsockd.contexts.add(wanted, lease)

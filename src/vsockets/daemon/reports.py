@@ -88,6 +88,7 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
         "domain": context.isolation.domain,
         "folder": str(folder),
         "hybrid": context.hybrid,
+        "reserved_ports": context.reserved_ports,
         "usage": {
             "sockets": context.sockets,
             "pending_connects": max(context.pending, 0),

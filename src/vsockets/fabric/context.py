@@ -40,6 +40,7 @@ class Context:
         "limits",
         "name",
         "owner",
+        "reserved_ports",
         "state",
     )
 
@@ -50,6 +51,8 @@ class Context:
         #: whether this is a virtual machine, rather than the host or its hypervisor
         self.is_guest = cid >= FIRST_GUEST_CID
         self.isolation = Isolation()
+        #: whether its programs may bind ports below 1024 without a capability
+        self.reserved_ports = False
         self.state = State.RUNNING
         self.fault_tolerant = False
         #: of the guest, or of each user of the host

@@ -24,7 +24,7 @@ from .errors import Denied, Refused, Rule
 from .life_cycle import Change, State
 from .ports import Ports
 from .settings import Profile, Settings
-from .trust import CAP_NET_BIND_SERVICE, Program, trust_of
+from .trust import Program, trust_of
 
 #: Connections are numbered from 1 to this, and over again: an epoll can report 31 bits.
 LAST_CONNECTION = 2**31 - 1
@@ -56,11 +56,13 @@ class Fabric:
         port: int,
         program: Program,
         cookie: int = 0,
+        privileged: bool = True,
     ) -> Endpoint:
         """Give a socket an address; wildcards are filled in.
 
-        Refused with EADDRNOTAVAIL (another context's CID), EACCES (a reserved port, or CID 0,
-        without privilege), ENOBUFS (the party's limit) or EADDRINUSE.
+        Without ``privileged`` the capabilities of ``program`` do not count.  Refused with
+        EADDRNOTAVAIL (another context's CID), EACCES (a reserved port, or CID 0, without
+        privilege), ENOBUFS (the party's limit) or EADDRINUSE.
         """
         if cid not in (VMADDR_CID_ANY, VMADDR_CID_LOCAL, context.cid):
             reason = f"CID {cid} is not context {context.cid}'s"
@@ -73,9 +75,8 @@ class Fabric:
         ports = context.datagrams if kind is Kind.DATAGRAM else context.connected
         if port == VMADDR_PORT_ANY:
             port = ports.ephemeral()
-        elif port <= LAST_RESERVED_PORT and not program.has_capability(CAP_NET_BIND_SERVICE):
-            reason = f"port {port} is reserved: CAP_NET_BIND_SERVICE is needed"
-            raise Denied(errno.EACCES, Rule.RESERVED_PORT, reason)
+        elif port <= LAST_RESERVED_PORT:
+            policy.require_reserved_port(context, program, port, privileged)
         endpoint = Endpoint(
             kind, context, own_cid, port, program.credentials, cookie=cookie, party=party
         )

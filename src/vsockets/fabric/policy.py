@@ -1,11 +1,13 @@
 """Who may talk to whom: the guide's chapter 5, "Security of the VMCI Device".
 
-Three questions decide, each a function here, and one more that the guide does not ask:
+Four questions decide, each a function here, and two more that the guide does not ask:
 
 1. :func:`require_path`: may these two contexts have to do with each other, in their state?
 2. :func:`require_trust`: may this guest and this program of the host, if the guest is isolated?
 3. :func:`require_service`: may this program be a service of the hypervisor?
-4. :func:`require_capture`: may this program see what passes a virtual machine's device?
+4. :func:`require_reserved_port`: may this program have a port below 1024?
+5. :func:`require_capture`: may this program see what passes a virtual machine's device?
+6. :func:`require_own_guest`: may this guest's programs have reserved ports without a privilege?
 
 Processes of one context may talk with each other whatever its profile (guide page 8,
 "interprocess communications on a guest"), and every guest with the hypervisor's services ("This
@@ -22,10 +24,10 @@ import errno
 from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from .context import Context
 from .endpoint import Credentials, Kind
-from .errors import Denied, Rule
+from .errors import Denied, Refused, Rule
 from .life_cycle import State
 from .settings import Profile, Settings
-from .trust import Program, Trust
+from .trust import CAP_NET_BIND_SERVICE, Program, Trust
 
 # A name of our own: looking a member up in its enum costs as much as a short function.
 _RUNNING = State.RUNNING
@@ -101,6 +103,33 @@ def require_service(context: Context, program: Credentials) -> None:
             errno.EACCES,
             Rule.HYPERVISOR_SERVICE,
             f"services of the hypervisor belong to user {context.owner}",
+        )
+
+
+def require_reserved_port(context: Context, program: Program, port: int, privileged: bool) -> None:
+    """Raise Denied unless ``program`` may bind ``port``, one below 1024, in ``context``.
+
+    "A process must have capability CAP_NET_BIND_SERVICE so it can bind to a port within the
+    reserved < 1024 port range"; in a guest with ``reserved_ports`` every program may.  Without
+    ``privileged`` the program asks by way of another one, whose capabilities do not count.
+    """
+    if context.reserved_ports or (privileged and program.has_capability(CAP_NET_BIND_SERVICE)):
+        return
+    reason = f"port {port} is reserved: CAP_NET_BIND_SERVICE is needed"
+    raise Denied(errno.EACCES, Rule.RESERVED_PORT, reason)
+
+
+def require_own_guest(guest_owner: int, fabric_owner: int) -> None:
+    """Refuse ``reserved_ports`` to a guest of another user than the fabric's owner.
+
+    A port below 1024 tells peers that a privileged program of the guest serves there.  The
+    fabric's owner may say so of his own guest, and of no other user's.
+    """
+    if guest_owner != fabric_owner:
+        raise Refused(
+            errno.EPERM,
+            f"reserved ports: the guest belongs to user {guest_owner}, "
+            f"expected the fabric's owner, user {fabric_owner}",
         )
 
 

@@ -88,6 +88,8 @@ class ContextSettings:
     limits: Limits
     powered: bool
     hybrid: str = ""  #: a path: its ports are also behind this unix socket (hybrid vsock)
+    #: its programs may bind ports below 1024 without a capability; for the fabric owner's guests
+    reserved_ports: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,9 @@ class PrivateFabric:
     ) -> Attachment:
         """Start a guest and return it; without ``cid`` it gets a free one.
 
-        Settings and OSError as :meth:`vsockets.control.Control.add_context`.
+        Settings and OSError as :meth:`vsockets.control.Control.add_context`; with
+        ``reserved_ports=True`` its programs may bind ports below 1024, as in a virtual machine
+        whose agent is root.
         """
         return Attachment(self.control.add_context(cid, name, owner, **settings)["folder"])
 

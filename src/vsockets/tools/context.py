@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..vm import VmxError, read_vmx
-from .options import CidArgument, JsonOption, read_cid, read_user
+from .options import CidArgument, JsonOption, ReservedPortsOption, read_cid, read_user
 from .output import Column, complain, notice, print_json, print_table, user_name
 from .reach import administrator
 
@@ -68,6 +68,7 @@ def add(
             "this unix socket (docs/hybrid.md).",
         ),
     ] = None,
+    reserved_ports: ReservedPortsOption = False,
     off: Annotated[bool, typer.Option("--off", help="Leave it powered off.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -100,6 +101,7 @@ def add(
             domain=domain if legacy else None,
             powered=not off,
             hybrid=None if hybrid is None else hybrid.absolute(),
+            reserved_ports=reserved_ports,
         )
     if as_json:
         print_json(added)
@@ -110,7 +112,17 @@ def add(
 
 
 @app.command("ls")
-def ls(as_json: JsonOption = False) -> None:
+def ls(
+    as_json: JsonOption = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "-v",
+            "--verbose",
+            help="Also show which are leased, which have reserved ports, and their folders.",
+        ),
+    ] = False,
+) -> None:
     """List the contexts that programs can be in."""
     with administrator() as control:
         contexts = control.contexts()
@@ -123,13 +135,13 @@ def ls(as_json: JsonOption = False) -> None:
         Column("STATE"),
         Column("PROFILE"),
         Column("OWNER"),
-        Column("LEASED"),
         Column("SOCKETS", right=True),
         Column("WAITING", right=True),
         Column("DENIALS", right=True),
-        Column("FOLDER", whole=False),
     ]
-    print_table(columns, map(_row, contexts))
+    if verbose:
+        columns += [Column("LEASED"), Column("RESERVED PORTS"), Column("FOLDER", whole=False)]
+    print_table(columns, (_row(context)[: len(columns)] for context in contexts))
 
 
 def _row(context: dict[str, Any]) -> tuple[object, ...]:
@@ -147,10 +159,11 @@ def _row(context: dict[str, Any]) -> tuple[object, ...]:
         context["state"] + (" FT" if context["ft"] else ""),
         profile + (" unrestricted" if context["unrestricted"] else ""),
         user_name(context["owner"]),
-        "leased" if context["leased"] else "",
         used("sockets"),
         used("pending_connects"),
         sum(context["denials"].values()),
+        "leased" if context["leased"] else "",
+        "granted" if context["reserved_ports"] else "",
         context["folder"],
     )
 

@@ -49,6 +49,14 @@ def _read_peer_rule(text: str) -> Any:
 
 CidArgument = Annotated[int, typer.Argument(parser=read_cid, metavar="CID")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
+ReservedPortsOption = Annotated[
+    bool,
+    typer.Option(
+        "--reserved-ports",
+        help="Let programs of the guest bind ports below 1024 without a privilege, as root of a "
+        "virtual machine does. For guests of vsockd's own user.",
+    ),
+]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Tell of every connection.")]
 
 

@@ -14,7 +14,7 @@ from ..constants import AF_VSOCK, VMADDR_CID_HOST
 from ..control import Control
 from .advice import Failure
 from .execute import become
-from .options import read_cid
+from .options import ReservedPortsOption, read_cid
 from .reach import administrator
 
 #: By the state of a context in which no program has a vSockets socket.
@@ -36,6 +36,7 @@ def run(
     name: Annotated[
         str, typer.Option(metavar="NAME", help="What to call a guest that is made.")
     ] = "",
+    reserved_ports: ReservedPortsOption = False,
 ) -> None:
     """Run any program, unmodified, as part of a context: its AF_VSOCK is the fabric's.
 
@@ -52,8 +53,10 @@ def run(
             "not inherit: close it, or if it is a service manager's (LISTEN_FDS), "
             "let that listen elsewhere"
         )
+    if reserved_ports and cid == VMADDR_CID_HOST:
+        raise typer.BadParameter("--reserved-ports is for guests")
     control = administrator(start=True)
-    context = context_of(control, cid, name)
+    context = context_of(control, cid, name, reserved_ports)
     if context["state"] in _HOW_TO_START:
         state, command = _HOW_TO_START[context["state"]]
         raise Failure(
@@ -93,18 +96,27 @@ def environment(folder: str | Path) -> dict[str, str]:
     }
 
 
-def context_of(control: Control, cid: int | None, name: str) -> dict[str, Any]:
-    """The context to run something in, made if need be; ``leased`` says whether ``control``
-    has a lease of it.
+def context_of(
+    control: Control, cid: int | None, name: str, reserved_ports: bool = False
+) -> dict[str, Any]:
+    """Return the context to run something in, made if need be; ``leased`` says whether
+    ``control`` has a lease of it.
+
+    Raises Failure if it exists without the ``reserved_ports`` that are asked for.
     """
     while True:
         try:
             if cid != VMADDR_CID_HOST:
-                return control.add_context(cid, name, lease=True)
+                return control.add_context(cid, name, lease=True, reserved_ports=reserved_ports)
         except OSError as error:
             if error.errno != errno.EEXIST:
                 raise
         for context in control.contexts():
             if context["cid"] == cid:
+                if reserved_ports and not context["reserved_ports"]:
+                    raise Failure(
+                        f"context {cid} exists, without reserved ports (make it with them: "
+                        f"vsock context add {cid} --reserved-ports)"
+                    )
                 return {**context, "leased": False}
         # It existed, and was removed between the two questions.

@@ -68,6 +68,9 @@ class Flag(IntFlag):
     TRUSTED_STREAM = 2  #: record: the program's stream sockets are trusted (guide page 24)
     TRUSTED_DATAGRAM = 4  #: record: its datagram sockets are
     OK_LINE = 8  #: an offer: who connects waits for a line of hybrid vsock instead of a record
+    #: request: BIND and BIND_DATAGRAM are for a program without CAP_NET_BIND_SERVICE, whatever
+    #: their sender has
+    UNPRIVILEGED = 16
 
 
 _POLLING = int(Flag.POLLING)

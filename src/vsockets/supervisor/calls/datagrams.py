@@ -66,10 +66,10 @@ class Routes:
 
 
 async def claim(
-    call: Call, endpoint: Endpoint, sock: _socket.socket, address: tuple[int, int]
+    call: Call, endpoint: Endpoint, sock: _socket.socket, address: tuple[int, int], flags: int = 0
 ) -> None:
     """Give the socket a local address; wildcards are filled in."""
-    request = Request(Op.BIND_DATAGRAM, 0, *address)
+    request = Request(Op.BIND_DATAGRAM, flags, *address)
     record, _ = await call.supervisor.vsockd.ask(request, sock.fileno())
     endpoint.local = record.local
 

@@ -7,7 +7,7 @@ from contextlib import closing
 from socket import SHUT_RD, SHUT_RDWR
 
 from ...constants import LAST_RESERVED_PORT
-from ...wire import Op, Request
+from ...wire import Flag, Op, Request
 from ..call import Answer, Call, failure
 from ..sockets import UNBOUND, Endpoint, Phase
 from ..vsockd import SEND
@@ -23,18 +23,19 @@ async def bind(call: Call, endpoint: Endpoint) -> Answer:
     if address is None or endpoint.phase is not Phase.NEW or endpoint.local != UNBOUND:
         raise failure(errno.EINVAL)
     cid, port = address
-    if port <= LAST_RESERVED_PORT and not _may_reserve(call):
-        # vsockd asks whether we may; but it is the program that must.
-        raise failure(errno.EACCES)
+    # vsockd asks whether we have the capability; but it is the program that must have it.
+    flags = 0
+    if port <= LAST_RESERVED_PORT and not _is_privileged(call):
+        flags = int(Flag.UNPRIVILEGED)
     with closing(call.duplicate(endpoint)) as sock:
         if endpoint.is_datagram:
-            await datagrams.claim(call, endpoint, sock, (cid, port))
+            await datagrams.claim(call, endpoint, sock, (cid, port), flags)
             return 0
         answer = await call.supervisor.vsockd.ask_on(
             endpoint,
             sock,
             Request(
-                *(Op.BIND, 0, cid, port, 0, 0, 0, *endpoint.buffers),
+                *(Op.BIND, flags, cid, port, 0, 0, 0, *endpoint.buffers),
                 *(endpoint.cookie, endpoint.inode),
             ),
         )
@@ -43,10 +44,10 @@ async def bind(call: Call, endpoint: Endpoint) -> Answer:
     return 0
 
 
-def _may_reserve(call: Call) -> bool:
-    may = call.supervisor.processes.has_capability(call.pid, _CAP_NET_BIND_SERVICE)
+def _is_privileged(call: Call) -> bool:
+    is_so = call.supervisor.processes.has_capability(call.pid, _CAP_NET_BIND_SERVICE)
     call.check()
-    return may
+    return is_so
 
 
 async def listen(call: Call, endpoint: Endpoint) -> Answer:
