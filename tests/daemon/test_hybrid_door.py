@@ -44,7 +44,7 @@ def fabric() -> Iterator[PrivateFabric]:
 
 @pytest.fixture(scope="class")
 def guest(fabric: PrivateFabric, path: Path) -> Attachment:
-    return fabric.guest(7, hybrid=path)
+    return fabric.guest(7, hybrid=path, reserved_ports=True)
 
 
 def dial(path: Path, *pieces: bytes) -> socket.socket:
@@ -238,9 +238,9 @@ class TestFromTheGuest:
         self, fabric: PrivateFabric, guest: Attachment, path: Path
     ) -> None:
         with (
-            unix_service(path, 99),
-            vsockets.create_server((2, 99), context=fabric.host) as server,
-            connect(guest, 99),
+            unix_service(path, 1099),
+            vsockets.create_server((2, 1099), context=fabric.host) as server,
+            connect(guest, 1099),
         ):
             server.accept()[0].close()
 
@@ -375,7 +375,7 @@ class TestLife:
         assert row["denials"] == {"restricted": 1}
 
     def test_it_is_removed_with_the_context(self, fabric: PrivateFabric, path: Path) -> None:
-        guest = fabric.guest(7, hybrid=path)
+        guest = fabric.guest(7, hybrid=path, reserved_ports=True)
         fabric.control.power_off(7)
         assert not path.exists()
         fabric.control.power_on(7)
@@ -420,7 +420,7 @@ class TestLife:
         """flintlock#1226, vfkit#194: a unix socket's path has 107 bytes."""
         deep = path.parent / ("d" * 100) / ("e" * 100)
         deep.mkdir(parents=True)
-        guest = fabric.guest(7, hybrid=deep / ("v" * HYBRID_NAME))
+        guest = fabric.guest(7, hybrid=deep / ("v" * HYBRID_NAME), reserved_ports=True)
         before = os.getcwd()
         os.chdir(deep)
         try:

@@ -13,6 +13,7 @@ import pytest
 
 import vsockets
 from c_compiler import compile_c
+from daemon.users import NOBODY, as_root
 from vsockets.testing import PrivateFabric
 from vsockets.vm.initramfs import COMMAND_LINE
 
@@ -20,7 +21,6 @@ from .conftest import COMMON, Stage
 from .exchanges import MIB, PATIENCE, datagram, dial, exchange, serve
 from .machine import GuestError, Machine
 
-NOBODY = 65_534
 _WAIT = "s = connect(port); s.sendall(b'x'); result = s.recv(1)"
 
 
@@ -141,6 +141,7 @@ def test_more_memory_than_below_four_gib(stage: Stage, fabric_of_machines: Priva
         assert job.result() == 16 * MIB
 
 
+@as_root
 def test_a_restricted_machine(stage: Stage) -> None:
     """It reaches services of the hypervisor, and endpoints that are trusted."""
     with PrivateFabric() as fabric:
@@ -148,8 +149,8 @@ def test_a_restricted_machine(stage: Stage) -> None:
         with stage.machine(fabric, "stable", cid=40) as machine:
             machine.run(COMMON)
             assert works(machine)  # with CAP_NET_ADMIN this process is trusted
-            with vsockets.create_server((0, 976), context=fabric.hypervisor) as server:
-                job = machine.start("result = echo(connect(976, 0))")
+            with vsockets.create_server((0, 9760), context=fabric.hypervisor) as server:
+                job = machine.start("result = echo(connect(9760, 0))")
                 with server.accept()[0] as sock:
                     assert exchange(sock, 1000)
                 assert job.result() == 1000

@@ -258,8 +258,8 @@ class TestStreams:
     def test_services_of_the_hypervisor(
         self, machine: Machine, fabric_of_machines: PrivateFabric
     ) -> None:
-        with vsockets.create_server((0, 976), context=fabric_of_machines.hypervisor) as server:
-            job = machine.start("result = echo(connect(976, 0))")
+        with vsockets.create_server((0, 9760), context=fabric_of_machines.hypervisor) as server:
+            job = machine.start("result = echo(connect(9760, 0))")
             server.settimeout(PATIENCE)
             with server.accept()[0] as sock:
                 assert exchange(sock, 1000)
