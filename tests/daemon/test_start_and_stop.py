@@ -18,9 +18,10 @@ import pytest
 
 import vsockets
 from vsockets.control import Control
+from vsockets.limits import LOG_FILE
 from vsockets.testing import PrivateFabric, wait_until
 
-from .raw_client import assert_serves, has_gone
+from .raw_client import ask_once, assert_serves, connect, has_gone
 
 VSOCKD = [sys.executable, "-m", "vsockets.daemon"]
 PATIENCE = 10.0
@@ -113,6 +114,29 @@ def test_in_the_background_it_serves_when_it_returns(folder: Path) -> None:
         pid = control.status()["pid"]
         assert os.getsid(pid) == pid  # it does not end with our terminal
         assert vsockets.get_local_cid(context=vsockets.attach(folder / "2")) == 2
+        for stream in (1, 2):
+            assert os.readlink(f"/proc/{pid}/fd/{stream}") == str(folder / "vsockd.log")
+        control.stop()
+    wait_until(lambda: has_gone(pid), "vsockd to be gone")
+    assert os.listdir(folder) == []
+
+
+def test_in_the_background_its_log_has_an_end(folder: Path, tmp_path: Path) -> None:
+    """The state folder mostly is memory.  What is logged after the rotation goes to a new file."""
+    (tmp_path / "audit.toml").write_text("[audit]\nrate = 1000000\n")
+    assert run_vsockd(folder, "--background", "--config", str(tmp_path)).returncode == 0
+    with Control(folder) as control:
+        pid = control.status()["pid"]
+        guest = vsockets.Attachment(control.add_context(3)["folder"])
+        control.add_context(4)
+        denials = 0
+        while not (folder / "vsockd.log.1").exists():
+            assert ask_once(guest, connect(4, 5000)).status == errno.EHOSTUNREACH
+            denials += 1
+            assert denials < 2 * LOG_FILE // 100
+        ask_once(guest, connect(4, 5001))
+        assert "to 4:5001: " in (folder / "vsockd.log").read_text()
+        assert LOG_FILE <= (folder / "vsockd.log.1").stat().st_size < LOG_FILE + 1000
         for stream in (1, 2):
             assert os.readlink(f"/proc/{pid}/fd/{stream}") == str(folder / "vsockd.log")
         control.stop()
