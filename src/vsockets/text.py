@@ -16,6 +16,14 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else _escaped(one) for one in text)
 
 
+def word(text: str) -> str:
+    """Return ``text`` as part of a sentence: in quotes, as Python writes it, unless it is one word.
+    So a path cannot go on as the sentence does.
+    """
+    plain = text.isprintable() and not any(one in text for one in " '\"\\")
+    return text if plain else repr(text)
+
+
 def all_printable(value: Any) -> Any:
     """Return ``value``, fit for JSON, with every text in it as :func:`printable` returns it."""
     if isinstance(value, str):

@@ -269,7 +269,7 @@ def left_out_before(line: str) -> int:
 
 def test_the_name_of_a_program_is_on_one_line(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
     """A program's path has what its user likes in it, which forges no line and no colour."""
-    folder = tmp_path / "a\nvsockd: WARNING: denied: forged\x1b[2K\u202e"
+    folder = tmp_path / "a\nvsockd: WARNING: denied: forged\x1b[2K\u202e (7 more were left out)"
     folder.mkdir()
     program = compiled("door_client.c", tmp_path).rename(folder / "x")
     guest, _ = vsock_fabric.guest(3), vsock_fabric.guest(4)
@@ -283,7 +283,7 @@ def test_the_name_of_a_program_is_on_one_line(vsock_fabric: PrivateFabric, tmp_p
         event = events.wait(10)
     assert event["executable"] == os.fspath(program)
     (line,) = [line for line in vsock_fabric.log.splitlines() if "denied" in line]
-    shown = r"a\nvsockd: WARNING: denied: forged\x1b[2K\u202e/x"
+    shown = r"a\nvsockd: WARNING: denied: forged\x1b[2K\u202e (7 more were left out)/x'"
     assert line.isprintable() and line.endswith(f"{shown}")
     assert event["message"].endswith(shown)
 

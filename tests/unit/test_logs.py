@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vsockets.limits import LOG_FILE, LOG_PARTIES, LOG_RATE
 from vsockets.logs import Throttle
-from vsockets.text import printable
+from vsockets.text import printable, word
 
 #: A name with a line of its own, a terminal's escape, and text that runs backwards.
 EVIL = "a\nvsockd: ERROR: forged\x1b[2K\u202e\x85\u2028\x0c\udcff"
@@ -119,6 +119,13 @@ def test_printable(text: str) -> None:
 def test_what_is_escaped() -> None:
     assert printable("plain text, Üñ") == "plain text, Üñ"
     assert printable(EVIL) == (r"a\nvsockd: ERROR: forged\x1b[2K\u202e\x85\u2028\x0c\udcff")
+
+
+def test_words() -> None:
+    assert [word(text) for text in ("/usr/bin/x", "/ü", "?")] == ["/usr/bin/x", "/ü", "?"]
+    assert word("/x (7 more were left out)") == "'/x (7 more were left out)'"
+    assert word("/x' y") == '"/x\' y"'
+    assert word(EVIL) == repr(EVIL) and word(EVIL).isprintable()
 
 
 def test_a_line_stays_a_line() -> None:

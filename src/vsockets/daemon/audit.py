@@ -13,7 +13,7 @@ from typing import Any
 
 from ..fabric import Connection, Context, Credentials, Denied
 from ..logs import Throttle
-from ..text import printable
+from ..text import word
 from ..wire import Op
 from .channel import Channel
 from .events import Events, Topic
@@ -102,7 +102,7 @@ def _in_words(facts: dict[str, Any]) -> str:
     return (
         f"denied: {facts['operation']} {way}: {facts['reason']} [{facts['rule']}, "
         f"{facts['errno']}]; pid {facts['pid']} uid {facts['uid']} "
-        f"{printable(facts['executable'] or '?')}"
+        f"{word(facts['executable'] or '?')}"
         f"{more}"
     )
 
