@@ -21,6 +21,8 @@ from pathlib import Path
 from qemu.qmp import QMPClient, QMPError
 
 from ..control import Control
+from ..limits import LOG_RATE
+from ..logs import Throttle
 from .arguments import Machine, arguments
 from .console import console
 from .following import Following
@@ -32,6 +34,25 @@ _START = 60.0
 _END = 10.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+async def pass_on(process: Process, name: str, tell: Callable[[str], None]) -> None:
+    """Tell what a process writes to standard error, line by line: a guest may be why it does, so
+    only as much as other long-running programs log.
+    """
+    assert process.stderr is not None
+    throttle = Throttle(LOG_RATE)
+    while True:
+        try:
+            line = await process.stderr.readline()
+        except ValueError:  # of a line that is longer than any: its next part
+            continue
+        if not line:
+            return
+        left_out = throttle.admit(name)
+        if left_out is not None:
+            more = f" ({left_out} more were left out)" if left_out else ""
+            tell(f"{name}: {line.decode(errors='replace').strip()}{more}")
 
 
 class Failed(Exception):
@@ -150,7 +171,7 @@ class RunningMachine:
         follows = asyncio.create_task(following.run())
         ends = [asyncio.create_task(process.wait()) for process in (device, qemu)]
         helpers = [
-            asyncio.create_task(self._pass_on(process, name))
+            asyncio.create_task(pass_on(process, name, self._tell))
             for process, name in ((device, "the device"), (qemu, "QEMU"))
         ]
         try:
@@ -170,12 +191,6 @@ class RunningMachine:
             raise Failed(f"the device has ended ({_how(device)}), and the machine with it")
         if qemu.returncode and not self._status:
             raise Failed(f"QEMU has ended ({_how(qemu)})")
-
-    async def _pass_on(self, process: Process, name: str) -> None:
-        """What it complains of."""
-        assert process.stderr is not None
-        async for line in process.stderr:
-            self._tell(f"{name}: {line.decode(errors='replace').strip()}")
 
     # Being told to end
 

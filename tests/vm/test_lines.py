@@ -1,0 +1,45 @@
+"""What QEMU and the device complain of: passed on, as much as a person reads."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from asyncio.subprocess import PIPE
+
+import pytest
+
+pytest.importorskip("qemu.qmp")
+
+from vsockets.limits import LOG_RATE
+from vsockets.vm.machine import pass_on
+
+
+def passed_on(script: str) -> list[str]:
+    lines: list[str] = []
+
+    async def run() -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", f"import sys\n{script}", stderr=PIPE
+        )
+        await pass_on(process, "QEMU", lines.append)
+        assert await process.wait() == 0
+
+    asyncio.run(run())
+    return lines
+
+
+def test_a_guest_that_makes_it_complain_all_the_time() -> None:
+    lines = passed_on("for n in range(5000): print('line', n, file=sys.stderr)")
+    assert lines[0] == "QEMU: line 0"
+    assert LOG_RATE <= len(lines) < 1000
+    left_out = [re.search(r"\((\d+) more were left out\)$", line) for line in lines]
+    assert len(lines) + sum(int(found[1]) for found in left_out if found) <= 5000
+
+
+def test_a_line_without_end() -> None:
+    """Nobody reads it, and it holds nobody up."""
+    lines = passed_on(
+        "sys.stderr.write('x' * 1_000_000); print('', 'end', sep='\\n', file=sys.stderr)"
+    )
+    assert lines[-1] == "QEMU: end"
