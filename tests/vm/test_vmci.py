@@ -7,10 +7,10 @@ import errno
 import pytest
 
 from vsockets.limits import MAX_DATAGRAM
-from vsockets.testing import PrivateFabric
+from vsockets.testing import PrivateFabric, wait_until
 
 from .conftest import COMMON
-from .exchanges import MIB, datagram, dial, exchange, serve
+from .exchanges import MIB, PATIENCE, datagram, dial, exchange, serve
 from .machine import GuestError, Machine
 
 RELOADS = 50
@@ -113,6 +113,44 @@ class TestLife:
             with server.accept()[0] as sock:
                 assert exchange(sock, 1000)
             assert job.result() == 1000
+
+    def test_the_guest_sleeps(self, machine: Machine) -> None:
+        """In S3, from which QEMU wakes it with a reset of its devices."""
+        server, port = serve(machine)
+        with server:
+            before = machine.start(
+                """
+                s = connect(port); s.sendall(b'x')
+                try: result = s.recv(1)
+                except OSError: result = b''
+                """,
+                port=port,
+            )
+            with server.accept()[0] as sock:
+                assert sock.recv(1) == b"x"
+                job = machine.start(
+                    """
+                    with open('/sys/power/mem_sleep', 'w') as f: f.write('deep')
+                    with open('/sys/power/state', 'w') as f: f.write('mem')
+                    """
+                )
+
+                def sleeps() -> bool:
+                    return bool(machine.monitor("query-status")["status"] == "suspended")
+
+                wait_until(sleeps, "the guest to sleep", PATIENCE)
+                machine.monitor("system_wakeup")
+                job.result()
+                assert sock.recv(1) == b""
+            assert before.result() == b""
+            job = machine.start("result = echo(connect(port))", port=port)
+            with server.accept()[0] as sock:
+                assert exchange(sock, 1000)
+            assert job.result() == 1000
+        job = machine.start("result = echo(listener(6004).accept()[0])")
+        with dial(machine, 6004) as sock:
+            assert exchange(sock, 1000)
+        assert job.result() == 1000
 
     def test_the_driver_is_reloaded(self, machine: Machine) -> None:
         server, port = serve(machine)

@@ -111,9 +111,14 @@ class PlayedGuest:
         self.store(Register.DATA_IN_HIGH, 0)
         self.store(Register.DATA_OUT_HIGH, 0)
         self.store(Register.IMR, 7)
+        self.enable_messages()
+        self.store(Register.CONTROL, Control.INT_ENABLE)
+
+    def enable_messages(self) -> list[int]:
+        """Enable MSI-X; the eventfds of its vectors, which are the device's."""
         eventfds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
         self.device.interrupts.set(0x24, Irq.MSIX, 0, 3, eventfds)
-        self.store(Register.CONTROL, Control.INT_ENABLE)
+        return eventfds
 
     # Datagrams
 

@@ -17,9 +17,12 @@ from vsockets.devices.attachment import Offer
 from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.datagrams import Code, Datagram, Event, Handle, Hypercall
 from vsockets.devices.vmci.packets import Kind, Packet, Shutdown, handle_value
+from vsockets.devices.vmci.registers import Register
 from vsockets.limits import AFTER_ATTACH, MAX_DATAGRAM, QUEUE_PAIRS
 from vsockets.testing import wait_until
 from vsockets.testing.played_guest import CID, MEMORY, PAGE, PlayedGuest
+
+_COMMAND, _MASTER, _NO_MASTER = 4, b"\x06\x00", b"\x02\x00"
 
 
 def turn_until(guest: PlayedGuest, so: Callable[[], object]) -> None:
@@ -374,6 +377,45 @@ class TestStreams:
         assert theirs.recv(100) == b"before"
         assert theirs.recv(1) == b""
         assert stream.read() == b""
+
+    @pytest.mark.parametrize("resets", [False, True], ids=["s2idle", "S3"])
+    def test_sleep(self, guest: PlayedGuest, resets: bool) -> None:
+        """Linux restores configuration space and MSI-X, and does nothing else to the device."""
+        guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
+        guest.connect(1234, 4096)
+        theirs = guest.fabric.streams[0]
+        guest.device.write(Region.CONFIG, _COMMAND, _NO_MASTER)
+        assert theirs.recv(1) == b""
+        if resets:  # a QEMU that wakes up
+            guest.device.interrupts.close()
+            guest.device.reset()
+        else:
+            guest.machine.hypervisor.tell_removed(9)  # something that waits
+        eventfds = guest.enable_messages()
+        guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
+        assert os.eventfd_read(eventfds[0])
+        event = guest.receive()[-1]
+        assert event.payload[:4] == struct.pack("<I", Event.QP_RESUMED)
+        stream = guest.connect(1235, 4096)
+        stream.write(b"awake")
+        guest.loop.turn()
+        assert guest.fabric.streams[1].recv(9) == b"awake"
+
+    @pytest.mark.parametrize("how", ["kexec", "reboot after sleep", "reboot"])
+    def test_another_kernel_finds_no_registers_set(self, guest: PlayedGuest, how: str) -> None:
+        guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
+        if how != "reboot":
+            guest.device.write(Region.CONFIG, _COMMAND, _NO_MASTER)
+        guest.device.interrupts.close()
+        if how != "kexec":
+            guest.device.reset()
+        guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
+        guest.enable_messages()
+        assert guest.load(Register.IMR) == guest.load(Register.STATUS) == 0
+        assert not guest.device.wide_pages
+        guest.device.write(Region.CONFIG, _COMMAND, _NO_MASTER)  # what it kept has not come back
+        guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
+        assert guest.load(Register.IMR) == 0
 
     def test_packets_for_nobody(self, guest: PlayedGuest) -> None:
         guest.packet(Packet(Kind.WROTE, 1, 2))

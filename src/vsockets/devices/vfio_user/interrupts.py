@@ -37,6 +37,12 @@ class Interrupts:
         """How many vectors the driver uses; 0: interrupts are off."""
         return len(self._in_use())
 
+    @property
+    def uses_messages(self) -> bool:
+        """Whether the driver has enabled MSI-X or MSI."""
+        kinds = (Irq.MSIX, Irq.MSI)
+        return any(eventfd is not None for kind in kinds for eventfd in self._eventfds[kind])
+
     def fire(self, vector: int) -> None:
         """Interrupt the guest, by the last vector there is if there are fewer."""
         eventfds = self._in_use()

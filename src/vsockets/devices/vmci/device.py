@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from ...limits import GUEST_DATAGRAMS, GUEST_QUEUE
 from ..guest_memory import GuestMemory
@@ -42,6 +43,17 @@ _FOUR_KIB = 12
 _LARGEST_PAGE_SHIFT = 16
 
 
+class _Registers(NamedTuple):
+    """What the driver has set up, and does not set up again after sleep."""
+
+    in_use: Caps
+    page_shift: int
+    mask: int
+    interrupting: bool
+    out_high: int
+    in_high: int
+
+
 class VmciDevice:
     """A VMCI device; ``legacy`` is one as before Linux 5.18, with I/O ports.
 
@@ -54,11 +66,14 @@ class VmciDevice:
         legacy: bool = False,
         on_reset: Callable[[], None] = lambda: None,
         on_unmap: Callable[[int, int], None] = lambda address, size: None,
+        on_wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.memory = GuestMemory()
         self._perform = perform
         self._on_reset = on_reset
         self._on_unmap = on_unmap
+        self._on_wake = on_wake
+        self._asleep: _Registers | None = None
         vectors = 2 if legacy else 3
         self.interrupts = Interrupts({Irq.INTX: 1, Irq.MSI: 1, Irq.MSIX: vectors})
         self.regions: Mapping[Region, int]
@@ -136,8 +151,9 @@ class VmciDevice:
             was_master = self._config.is_master
             self._config.write(offset, data)
             if was_master and not self._config.is_master:
-                # The memory becomes somebody else's, by kexec without another word.
-                self._restart()
+                self._lose_memory()
+            elif self._config.is_master and not was_master:
+                self._regain_memory()
         elif region == self._registers:
             register = offset - self._base
             if len(data) == 4:
@@ -170,6 +186,31 @@ class VmciDevice:
     def _restart(self) -> None:
         self._on_reset()
         self._power_on()
+
+    # The right to access memory (PCI bus master)
+
+    def _lose_memory(self) -> None:
+        """The memory becomes another kernel's, by kexec without another word; or the machine
+        sleeps.  Linux's driver takes no part in that, and expects the registers as they were.
+        """
+        kept = _Registers(
+            *(self._in_use, self._page_shift, self._mask, self._interrupting),
+            *(self._dma.out_high, self._dma.in_high),
+        )
+        self._restart()
+        self._asleep = kept
+
+    def _regain_memory(self) -> None:
+        """A kernel that wakes up has restored the interrupts' messages before this; one that
+        starts enables them later.  Between falling asleep and this there may have been a reset.
+        """
+        kept, self._asleep = self._asleep, None
+        if kept is None or not self.interrupts.uses_messages:
+            return
+        self._in_use, self._page_shift, self._mask, self._interrupting = kept[:4]
+        self._dma.out_high, self._dma.in_high = kept[4:]
+        self._on_wake()
+        self._interrupt(_DATAGRAM)  # also for what came meanwhile
 
     def _load(self, register: int) -> int:
         if register == Register.RESULT_LOW:

@@ -31,6 +31,7 @@ class VmciMachine:
             legacy,
             on_reset=self._reset,
             on_unmap=self.hypervisor.forget_memory,
+            on_wake=self.hypervisor.tell_resumed,
         )
         self.sockets = VmciSockets(loop, self.hypervisor, fabric, older)
         self.hypervisor.device = self.device
