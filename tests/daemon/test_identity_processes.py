@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -110,9 +111,9 @@ def test_a_connection_left_behind_whose_process_id_is_another_roots(
     with orphan, process_with_id(pid) as reborn:
         assert reborn == pid
         assert ask(orphan, bind(700)).status == errno.EACCES
-    # Nor does the log name a program that had nothing to do with it.
+    # Nor does the log name a program that had nothing to do with it, but the one that asked.
     (line,) = [line for line in fabric.log.splitlines() if "reserved-port" in line]
-    assert line.endswith(f"pid {pid} uid 0 ?")
+    assert f"pid {os.getpid()} uid 0 {os.path.realpath(sys.executable)}" in line
 
 
 @contextlib.contextmanager
@@ -135,22 +136,30 @@ def process_with_id(pid: int) -> Iterator[int]:
             os.waitpid(child, 0)
 
 
-def test_a_connection_that_a_privileged_parent_made(fabric: PrivateFabric) -> None:
-    """It is the parent's, in the child's hands too: as long as the parent vouches for it."""
-    with enter(fabric.host) as server, enter(fabric.host) as connection:
+@pytest.mark.parametrize("kind", DOORS)
+def test_a_connection_that_a_privileged_parent_made(fabric: PrivateFabric, kind: int) -> None:
+    """In the hands of a child with fewer rights it has the child's."""
+    with enter(fabric.host) as server, enter(fabric.host, kind) as connection:
         ask(server, bind(5000))
         ask(server, listen())
 
         def use(channel: socket.socket) -> None:
             become_nobody()
-            channel.sendall(bytes([ask(connection, connect(2, 5000)).status]))
+            channel.sendall(bytes([ask(connection, bind(700)).status]))
+            if kind == socket.SOCK_STREAM:
+                channel.sendall(bytes([ask(connection, connect(2, 5000)).status]))
 
         pid, channel = in_another_process(use)
         with channel:
-            assert channel.recv(1) == b"\0"
+            assert channel.recv(1) == bytes([errno.EACCES])
+            if kind == socket.SOCK_STREAM:
+                assert channel.recv(1) == b"\0"
         os.waitpid(pid, 0)
-        announced = Record.decode(server.recv(RECORD_SIZE))
-        assert (announced.pid, announced.uid) == (os.getpid(), 0)
+        (line,) = [line for line in fabric.log.splitlines() if "reserved-port" in line]
+        assert f"pid {pid} uid {NOBODY} " in line
+        if kind == socket.SOCK_STREAM:
+            announced = Record.decode(server.recv(RECORD_SIZE))
+            assert (announced.pid, announced.uid) == (pid, NOBODY)
 
 
 def test_a_socket_that_a_privileged_parent_made(fabric: PrivateFabric) -> None:

@@ -85,6 +85,19 @@ def test_then_the_link_is_as_before(busy: Busy) -> None:
         assert not busy.attachment._unsettled
 
 
+@pytest.mark.parametrize("error", [0, errno.ECONNRESET])
+def test_a_stream_that_is_established_tells_nobody_who_writes(busy: Busy, error: int) -> None:
+    """vsockd is told that, of who connects; so it is still if who was refused connects again."""
+    client, sock = socket.socketpair(AF_UNIX)
+    with client, sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        offer = Offer(sock, PORTS[0], (HOST, 1024), BufferSizes(), polling=False)
+        busy.attachment.settle(offer, size=4096, error=error)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == bool(error)
+        for fd in busy.next()[1]:
+            os.close(fd)
+
+
 def test_nothing_is_kept_for_a_vsockd_that_has_gone(busy: Busy) -> None:
     with busy.settle(PORTS[0], errno.ECONNRESET) as client:
         client.recv(RECORD_SIZE)

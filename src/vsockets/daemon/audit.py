@@ -61,6 +61,7 @@ class Audit:
         left_out = self._throttle.admit(program.party)
         if left_out is None:
             return
+        asker = program.asker
         facts: dict[str, Any] = {
             "context": context.cid,
             "operation": operation,
@@ -69,10 +70,10 @@ class Audit:
             "rule": denied.rule.value,
             "reason": denied.reason,
             "errno": errno.errorcode.get(denied.errno, str(denied.errno)),
-            "pid": program.credentials.pid,
-            "uid": program.credentials.uid,
-            "gid": program.credentials.gid,
-            "executable": program.executable(),
+            "pid": asker.credentials.pid,
+            "uid": asker.credentials.uid,
+            "gid": asker.credentials.gid,
+            "executable": asker.executable(),
             "left_out": left_out,
         }
         message = _in_words(facts)

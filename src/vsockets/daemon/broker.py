@@ -121,6 +121,7 @@ class Broker:
         if channel.endpoint is not None:
             self.fabric.rebind(channel.endpoint)
         if self._may_ask_again(channel):
+            channel.expect_requests(True)  # the device may have ended that
             self._keep(channel)
         else:
             self._drop(channel)
@@ -317,8 +318,9 @@ class Broker:
         fabric, context, sock = self.fabric, channel.context, channel.sock
         if channel.is_kernel:
             bound = channel.endpoint = self._claim(channel, channel.kind, request)
+        asker = channel.asker
         listener = fabric.find_listener(
-            context, channel.kind, request.peer_cid, request.peer_port, channel, bound
+            context, channel.kind, request.peer_cid, request.peer_port, asker, bound
         )
         target: Any = listener.handle  # a Channel or an OfferLink
         if channel.party.is_at_a_limit():
@@ -330,7 +332,7 @@ class Broker:
         if not target.has_room():
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
         connection = fabric.connect(
-            context, listener, bound, request.sizes(), channel.credentials, request.cookie
+            context, listener, bound, request.sizes(), asker.credentials, request.cookie
         )
         if bound is not None and not listener.undecided:
             channel.endpoint = None
@@ -347,6 +349,8 @@ class Broker:
             if request.flags or channel.kind is _SEQPACKET:
                 consume(sock, channel.kind, request.polling)
             accepting = describe_accepting(connection)
+            if not channel.is_kernel:
+                channel.expect_requests(False)
         try:
             target.announce(accepting, channel)
         except OSError as error:
@@ -377,7 +381,8 @@ class Broker:
         with closing(sock):
             reserve.require_free(sock.fileno())
             source = channel.sender = self.datagrams.find_socket(channel.context, sock)
-            wanted = (channel.context, request.peer_cid, request.peer_port, channel)
+            asker = channel.asker
+            wanted = (channel.context, request.peer_cid, request.peer_port, asker)
             destination = self.fabric.find_datagram(*wanted, source)
             if source is None:
                 source = self._adopt(channel, request, sock)
@@ -431,7 +436,8 @@ class Broker:
         self._allowance.make_room(channel.party)
         privileged = not request.flags & _UNPRIVILEGED
         address = request.local_cid, request.local_port
-        arguments = (channel.context, kind, *address, channel, cookie, privileged)
+        asker = channel.asker
+        arguments = (channel.context, kind, *address, asker, cookie, privileged)
         try:
             return self.fabric.bind(*arguments)
         except Refused as refused:

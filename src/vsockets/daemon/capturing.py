@@ -26,7 +26,7 @@ def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socke
     Refused with EACCES (it may not), ENOENT (no such context), ENOTSUP (it has no device) or
     ENOBUFS (the device has too much to do).
     """
-    policy.require_capture(channel.context, channel, fabric.settings)
+    policy.require_capture(channel.context, channel.asker, fabric.settings)
     context = fabric.contexts.require(request.peer_cid)
     if context.kernel is None:
         raise Refused(errno.ENOTSUP, f"context {context.cid} has no device")

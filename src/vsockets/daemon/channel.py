@@ -11,11 +11,13 @@ from collections import deque
 from socket import (
     AF_UNIX,
     CMSG_LEN,
+    CMSG_SPACE,
     MSG_CMSG_CLOEXEC,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
     MSG_PEEK,
     SCM_RIGHTS,
+    SO_PASSCRED,
     SO_SNDBUF,
     SOCK_DGRAM,
     SOL_SOCKET,
@@ -26,17 +28,23 @@ from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not y
 from ..fabric import Context, Credentials, Endpoint, Kind, Party
 from ..limits import MAX_BACKLOG
 from ..wire import PADDING, RECORD_SIZE, REQUEST_SIZE, ProtocolError
-from .credentials import Peer
+from .credentials import UCRED, Author, Deputy, Peer
 from .disposal import dispose
 
 _FD = struct.Struct("i")
+#: Room for the credentials of the process that wrote a request, and for nothing else.
+_AUTHOR = CMSG_LEN(UCRED.size)
+#: And for a descriptor that rides along.
+_AUTHOR_AND_FD = CMSG_SPACE(UCRED.size) + CMSG_LEN(_FD.size)
 # A name of our own: looking a member up in its enum costs as much as a short function.
 _SEQPACKET = Kind.SEQPACKET
 # Plain integers: an enum's | costs as much as a system call.
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
-_TAKE = int(MSG_DONTWAIT)
-_LOOK = int(MSG_DONTWAIT | MSG_PEEK)
+#: How a request is read: from a stream, and from a packet socket.
+TAKE = int(MSG_DONTWAIT)
+LOOK = int(MSG_DONTWAIT | MSG_PEEK)
 _SOCKET, _RIGHTS = int(SOL_SOCKET), int(SCM_RIGHTS)
+_PASSCRED = int(SO_PASSCRED)
 
 
 class Channel(Peer):
@@ -49,6 +57,7 @@ class Channel(Peer):
     silent = False  # it is kept, and nothing was read from it yet
     is_kernel = False  # it speaks for a guest's kernel, which chooses the ports it connects from
     asks_once = False  # after a refusal there is nothing more to be said
+    deputy: Deputy | None = None  # another process wrote the request that was read last
     offer_flags = 0  # of :class:`..wire.Flag`: how a device answers who connects
     lent_to: object = None  # the link (:mod:`.offers`) at whose other end its socket has been
     _capacity = -1  # of the backlog; -1: the socket does not listen
@@ -66,14 +75,28 @@ class Channel(Peer):
 
     def read(self) -> bytes:
         """The next request, no bytes at the end; BlockingIOError."""
-        # A plain recv: descriptors that ride along are dropped by the kernel, unseen.  A
-        # message of a packet socket is only looked at, because reading a part of it would
+        # Descriptors that ride along are dropped by the kernel, unseen: there is no room for them.
+        # A message of a packet socket is only looked at, because reading a part of it would
         # take the whole, and with it what keeps a polling sender waiting.
-        flags = _LOOK if self.kind is _SEQPACKET else _TAKE
+        how = LOOK if self.kind is _SEQPACKET else TAKE
         try:
-            return self.sock.recv(REQUEST_SIZE, flags)
+            data, came, _, _ = self.sock.recvmsg(REQUEST_SIZE, _AUTHOR, how)
         except ConnectionError:
             return b""
+        if came and (author := UCRED.unpack(came[0][2])) != self.credentials:
+            self.deputy = Deputy(self, Author(Credentials(*author)))
+        elif self.deputy is not None:
+            self.deputy = None
+        return data
+
+    @property
+    def asker(self) -> Peer | Deputy:
+        """Whose rights the request that was read last has."""
+        return self.deputy or self
+
+    def expect_requests(self, expected: bool) -> None:
+        """Be told by the kernel who wrote what is read from now on, or, of a stream, no more."""
+        self.sock.setsockopt(_SOCKET, _PASSCRED, expected)
 
     def send(self, record: bytes) -> None:
         """Write an answer.  A program that reads nothing loses its answer, nothing else."""
@@ -155,9 +178,9 @@ def consume(sock: _socket.socket, kind: Kind, polling: bool) -> None:
     """Take what is left of a request off ``sock``; its sender's socket becomes writable."""
     try:
         if kind is Kind.SEQPACKET:  # requests there are peeked at: a message is read whole
-            sock.recv(1, _TAKE)
+            sock.recv(1, TAKE)
         elif polling:  # request and padding were one write: it is all here
-            sock.recv(len(PADDING), _TAKE)
+            sock.recv(len(PADDING), TAKE)
     except (BlockingIOError, ConnectionError):
         pass  # there was no more, it was taken with a descriptor, or the sender has gone
 
@@ -167,7 +190,7 @@ def receive_with_descriptor(sock: _socket.socket) -> int | None:
 
     There is room for one: the kernel drops the rest, unseen.
     """
-    _, ancillary, _, _ = sock.recvmsg(1, CMSG_LEN(_FD.size), MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+    _, ancillary, _, _ = sock.recvmsg(1, _AUTHOR_AND_FD, MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
     return descriptor_in(ancillary)
 
 

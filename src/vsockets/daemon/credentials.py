@@ -22,9 +22,12 @@ _SO_PEERPIDFD = 77
 # Plain values, as every connect needs them: looking a member up in its enum costs as much as a
 # short function, and a named tuple's own __new__ is one, in Python.
 _SOCKET, _PEERCRED = int(SOL_SOCKET), int(SO_PEERCRED)
-_UCRED = struct.Struct("iII")
-_UCRED_SIZE = _UCRED.size
+UCRED = struct.Struct("iII")
+_UCRED_SIZE = UCRED.size
 _new = tuple.__new__
+
+#: The user and group of a request in whose name nobody may act.
+_NOBODY = 0xFFFF_FFFF
 
 #: The largest answer Python asks getsockopt(2) for, in bytes: 256 groups.
 _MOST_GROUPS = 1024
@@ -39,7 +42,7 @@ class _Socket(Protocol):
 
 def peer_credentials(sock: _Socket) -> Credentials:
     """The process that connected ``sock``, as it was when it connected."""
-    return _new(Credentials, _UCRED.unpack(sock.getsockopt(_SOCKET, _PEERCRED, _UCRED_SIZE)))
+    return _new(Credentials, UCRED.unpack(sock.getsockopt(_SOCKET, _PEERCRED, _UCRED_SIZE)))
 
 
 class Peer:
@@ -88,18 +91,18 @@ class Peer:
         """
         if grant.user is not None and grant.user != self.credentials.uid:
             return False
-        if grant.group is not None and grant.group not in self._groups():
+        if grant.group is not None and not self._is_in(grant.group):
             return False
         executable = grant.executable
         return executable is None or self._learn(
             lambda folder: os.path.samefile(f"{folder}/exe", executable)
         )
 
-    def _groups(self) -> list[int]:
+    def _is_in(self, group: int) -> bool:
         groups = array.array("I", [self.credentials.gid])
         with contextlib.suppress(OSError):  # more groups than fit: its first one counts
             groups.frombytes(self.sock.getsockopt(SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS))
-        return groups.tolist()
+        return group in groups
 
     def executable(self) -> str | None:
         """What it runs now; None when it has gone, or vsockd may not know."""
@@ -144,12 +147,80 @@ class Peer:
             return os.pidfd_open(self.credentials.pid)
 
 
+class Author(Peer):
+    """A process that wrote a request on the connection of another one.
+
+    The kernel attaches its process id, user and group to what it writes, and no more: for a process
+    with all rights of root, those that it names.
+    """
+
+    def __init__(self, credentials: Credentials) -> None:
+        self.credentials = credentials
+
+    def _is_in(self, group: int) -> bool:
+        def read(folder: str) -> bool:
+            with open(f"{folder}/status", "rb") as status:
+                return b"%d" % group in _field(status.read(), b"Groups").split()
+
+        return group == self.credentials.gid or self._learn(read)
+
+    def _pidfd(self) -> int:
+        return os.pidfd_open(self.credentials.pid)
+
+
+class Deputy:
+    """A request that one process wrote on the connection of another: a
+    :class:`vsockets.fabric.Program` that has a right only if both have it.
+
+    - Root connects for programs with fewer rights, as the supervisor of ``vsock run`` does, and
+      names the program with each request.  What a program writes itself on such a connection is
+      judged by the rights of the program.
+    - A process with more rights may be brought to write what it does not mean to, by another that
+      gives it a connection as standard output.
+    - A child writes on the connection of its parent.
+    """
+
+    def __init__(self, connected: Peer, author: Author) -> None:
+        self._connected = connected
+        self._author = author
+        user = connected.credentials.uid
+        #: whose grants count; None: they are users who have no right in common
+        self._lesser: Peer | None = None
+        if user == 0:
+            self._lesser = author
+        elif author.credentials.uid in (0, user):
+            self._lesser = connected
+        self.credentials = (
+            Credentials(author.credentials.pid, _NOBODY, _NOBODY)
+            if self._lesser is None
+            else self._lesser.credentials
+        )
+
+    def has_capability(self, capability: int) -> bool:
+        """Return whether both have ``capability`` now, each by its own right."""
+        return self._connected.has_capability(capability) and self._author.has_capability(
+            capability
+        )
+
+    def matches(self, grant: Grant) -> bool:
+        """Return whether ``grant`` is for the one of both that has fewer rights."""
+        return self._lesser is not None and self._lesser.matches(grant)
+
+    def executable(self) -> str | None:
+        """What the process runs now that wrote the request."""
+        return self._author.executable()
+
+
 def _held(status: bytes, ambient: bool) -> int:
     """Return the effective capabilities in a process's ``status``; ``ambient``: those of them
     that are ambient as well.  (The kernel prints both from one set of credentials.)
     """
-    held = int(status.partition(b"\nCapEff:")[2].split(None, 1)[0], 16)
-    return held & int(status.partition(b"\nCapAmb:")[2].split(None, 1)[0], 16) if ambient else held
+    held = int(_field(status, b"CapEff"), 16)
+    return held & int(_field(status, b"CapAmb"), 16) if ambient else held
+
+
+def _field(status: bytes, name: bytes) -> bytes:
+    return status.partition(b"\n" + name + b":")[2].partition(b"\n")[0]
 
 
 def _exited(pidfd: int) -> bool:

@@ -43,6 +43,8 @@ class Doors:
                 with short_path(folder / name) as path:
                     listener.bind(path)
                 os.chmod(folder / name, 0o666)
+                # Connections inherit it: the kernel tells who writes each request.
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 listener.listen(CONTROL_BACKLOG)
             if context.cid == VMADDR_CID_HOST:
                 folder.chmod(0o755)

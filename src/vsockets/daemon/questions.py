@@ -62,7 +62,7 @@ class Questions:
         known = bound.trust if isinstance(bound, Endpoint) else None
         flags = 0
         for kind, flag in _TRUSTED:
-            trust = known or trust_of(channel, kind, self._fabric.settings)
+            trust = known or trust_of(channel.asker, kind, self._fabric.settings)
             if trust.toward(toward):
                 flags |= flag
         return flags

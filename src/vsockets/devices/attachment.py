@@ -36,6 +36,7 @@ from socket import (
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
     SCM_RIGHTS,
+    SO_PASSCRED,
     SOCK_DGRAM,
     SOCK_SEQPACKET,
     SOCK_STREAM,
@@ -246,6 +247,8 @@ class Attachment:
         """
         local, peer = (self.cid, offer.port), offer.peer
         with contextlib.suppress(OSError):  # who connected has gone; the stream says so
+            if not error:  # until now vsockd was to be told who writes on it
+                offer.sock.setsockopt(SOL_SOCKET, SO_PASSCRED, 0)
             offer.sock.send(self._answer(offer, size, error), MSG_DONTWAIT | MSG_NOSIGNAL)
             if offer.polling or offer.sock.type == SOCK_SEQPACKET:  # there, with the request
                 offer.sock.recv(len(PADDING), MSG_DONTWAIT)

@@ -1,0 +1,277 @@
+"""Requests that one process writes on the connection of another: they have the rights of both."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vsockets
+from vsockets.testing import PrivateFabric
+from vsockets.wire import RECORD_SIZE, Flag, Op, Record, Request
+
+from .raw_client import (
+    DOORS,
+    PROMPT,
+    ask,
+    bind,
+    bind_datagram,
+    connect,
+    enter,
+    listen,
+    send_with,
+    unix_datagrams,
+)
+from .test_kernel_link import Device
+from .users import CAP_NET_ADMIN, NOBODY, as_administrator, as_root, has_capability, user
+
+pytestmark = as_root
+both_doors = pytest.mark.parametrize("door", DOORS)
+
+OTHER = NOBODY - 1
+#: A group of nobody's own.
+CREW = 54_321
+PR_SET_DUMPABLE = 4
+LIBC = ctypes.CDLL(None)
+TRUSTED_BY_9 = Request(Op.LOCAL_CID, peer_cid=9)
+CAPTURE = Request(Op.CAPTURE, peer_cid=9, size=100)
+
+
+@contextlib.contextmanager
+def written(
+    sock: socket.socket,
+    request: Request,
+    uid: int = NOBODY,
+    groups: tuple[int, ...] = (),
+    descriptors: tuple[int, ...] = (),
+) -> Iterator[int]:
+    """Have a process of ``uid`` write ``request``, which goes on meanwhile; yields its id."""
+    here, there = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            here.close()
+            os.setgroups(groups)
+            os.setgid(uid)
+            os.setuid(uid)
+            LIBC.prctl(PR_SET_DUMPABLE, 1)  # as if it had been executed by its user
+            send_with(sock, request.encode(), descriptors)
+            there.recv(1)
+        finally:
+            os._exit(0)
+    there.close()
+    with here:
+        try:
+            yield pid
+        finally:
+            here.close()
+            os.waitpid(pid, 0)
+
+
+def ask_as(
+    sock: socket.socket,
+    request: Request,
+    uid: int = NOBODY,
+    groups: tuple[int, ...] = (),
+    descriptors: tuple[int, ...] = (),
+) -> Record:
+    with written(sock, request, uid, groups, descriptors):
+        return Record.decode(sock.recv(RECORD_SIZE))
+
+
+def ask_naming(sock: socket.socket, request: Request, pid: int, uid: int, gid: int) -> Record:
+    """Ask as root may: in the name of another process."""
+    credentials = struct.pack("iII", pid, uid, gid)
+    sock.sendmsg(
+        [request.encode()], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, credentials)]
+    )
+    return Record.decode(sock.recv(RECORD_SIZE))
+
+
+@both_doors
+def test_a_connection_of_roots_gives_no_reserved_port(fabric: PrivateFabric, door: int) -> None:
+    with enter(fabric.host, door) as sock:
+        assert ask_as(sock, bind(700)).status == errno.EACCES
+        assert ask(sock, bind(700)).status == 0
+
+
+def test_nor_to_a_datagram_socket(fabric: PrivateFabric) -> None:
+    with enter(fabric.host, socket.SOCK_SEQPACKET) as sock, unix_datagrams() as datagrams:
+        fds = (datagrams.fileno(),)
+        assert ask_as(sock, bind_datagram(700), descriptors=fds).status == errno.EACCES
+
+
+@both_doors
+def test_after_a_refused_connect(fabric: PrivateFabric, door: int) -> None:
+    """What finding M8 did: vsockd goes on serving who was refused."""
+    with enter(fabric.host, door) as sock:
+        assert ask(sock, connect(2, 5000)).status == errno.ECONNRESET
+        assert ask_as(sock, bind(700)).status == errno.EACCES
+
+
+def test_after_a_guest_has_refused(fabric: PrivateFabric) -> None:
+    device = Device(fabric, fabric.guest(9))
+    with device.link, enter(fabric.host) as sock:
+        sock.send(connect(9, 80).encode())
+        device.refuse()
+        assert Record.decode(sock.recv(RECORD_SIZE)).status == errno.ECONNRESET
+        assert ask_as(sock, bind(700)).status == errno.EACCES
+        # What root writes is root's again, as soon as the socket is vsockd's again.
+        assert ask(sock, bind(700)).status == 0
+
+
+@both_doors
+def test_a_bound_socket_of_roots_gives_no_captures(fabric: PrivateFabric, door: int) -> None:
+    device = Device(fabric, fabric.guest(9))
+    with device.link, enter(fabric.host, door) as sock:
+        assert ask(sock, bind(5000)).status == 0
+        assert ask_as(sock, CAPTURE).status == errno.EACCES
+        assert ask(sock, CAPTURE).status == 0
+
+
+def test_a_connection_of_roots_gives_no_trust(fabric: PrivateFabric) -> None:
+    fabric.guest(9, profile="restricted", owner=OTHER)
+
+    def is_trusted(uid: int, groups: tuple[int, ...] = ()) -> bool:
+        with enter(fabric.host) as sock:
+            return bool(ask_as(sock, TRUSTED_BY_9, uid, groups).flags & Flag.TRUSTED_STREAM)
+
+    assert not is_trusted(NOBODY)
+    assert is_trusted(OTHER)
+    for who in (f"group = {CREW}", f"user = {NOBODY}\ngroup = {CREW}"):
+        (fabric.configuration / "grants.toml").write_text(
+            f"[[grant]]\n{who}\nstream_vsocket_trusted = true\n"
+        )
+        fabric.control.reload()
+        assert is_trusted(NOBODY, (1, CREW))
+        assert not is_trusted(NOBODY, (1,))
+
+
+def test_a_grant_to_an_executable_is_for_the_one_that_wrote(
+    fabric: PrivateFabric, tmp_path: Path
+) -> None:
+    fabric.guest(9, profile="restricted", owner=OTHER)
+    for executable, trusted in (("/proc/self/exe", True), ("/bin/true", False)):
+        (fabric.configuration / "grants.toml").write_text(
+            f'[[grant]]\nuser = {NOBODY}\nexecutable = "{os.path.realpath(executable)}"\n'
+            "stream_vsocket_trusted = true\n"
+        )
+        fabric.control.reload()
+        with enter(fabric.host) as sock:
+            assert bool(ask_as(sock, TRUSTED_BY_9).flags & Flag.TRUSTED_STREAM) == trusted
+
+
+@both_doors
+def test_what_root_writes_on_a_connection_of_a_user_is_the_users(
+    fabric: PrivateFabric, door: int
+) -> None:
+    """A privileged program may be brought to write anything to what it takes for its output."""
+    device = Device(fabric, fabric.guest(9))
+    with device.link, enter(fabric.host) as server:
+        ask(server, bind(5000))
+        ask(server, listen())
+        with user(NOBODY):
+            sock = enter(fabric.host, door)
+        with sock:
+            assert ask(sock, bind(700)).status == errno.EACCES
+        with user(NOBODY):
+            sock = enter(fabric.host, door)
+        with sock:
+            assert ask(sock, CAPTURE).status == errno.EACCES
+        if door == socket.SOCK_STREAM:
+            with user(NOBODY):
+                sock = enter(fabric.host, door)
+            with sock:
+                assert ask(sock, connect(2, 5000)).status == 0
+                assert Record.decode(server.recv(RECORD_SIZE)).uid == NOBODY
+
+
+@pytest.mark.parametrize(("connects", "writes"), [(NOBODY, OTHER), (OTHER, NOBODY)])
+def test_two_users_have_no_right_in_common(
+    fabric: PrivateFabric, connects: int, writes: int
+) -> None:
+    fabric.guest(9, profile="restricted", owner=OTHER)
+    with enter(fabric.host) as server:
+        ask(server, bind(5000))
+        ask(server, listen())
+        with user(connects):
+            sock = enter(fabric.host)
+        with sock:
+            assert not ask_as(sock, TRUSTED_BY_9, writes).flags & Flag.TRUSTED_STREAM
+        with user(connects):
+            sock = enter(fabric.host)
+        with sock, written(sock, connect(2, 5000), writes) as pid:
+            assert Record.decode(sock.recv(RECORD_SIZE)).status == 0
+            announced = Record.decode(server.recv(RECORD_SIZE))
+            assert (announced.pid, announced.uid, announced.gid) == (pid, 2**32 - 1, 2**32 - 1)
+
+
+@as_administrator
+@both_doors
+def test_root_asks_in_the_name_of_a_program(fabric: PrivateFabric, door: int) -> None:
+    fabric.guest(9, profile="restricted", owner=OTHER)
+    with enter(fabric.host) as server, enter(fabric.host, door) as unused:
+        ask(server, bind(5000))
+        ask(server, listen())
+        with written(unused, Request(Op.UPDATE)) as pid:  # a process of nobody's
+            with enter(fabric.host, door) as sock:
+                assert ask_naming(sock, bind(700), pid, NOBODY, NOBODY).status == errno.EACCES
+                if door == socket.SOCK_STREAM:
+                    answer = ask_naming(sock, connect(2, 5000), pid, NOBODY, NOBODY)
+                    assert answer.status == 0
+                    announced = Record.decode(server.recv(RECORD_SIZE))
+                    told = announced.pid, announced.uid, announced.gid
+                    assert told == (pid, NOBODY, NOBODY)
+            with enter(fabric.host, door) as sock:
+                flags = ask_naming(sock, TRUSTED_BY_9, pid, NOBODY, NOBODY).flags
+                assert not flags & Flag.TRUSTED_STREAM
+        # Its own rights it has.
+        with enter(fabric.host, door) as sock:
+            flags = ask_naming(sock, TRUSTED_BY_9, os.getpid(), 0, 0).flags
+            assert bool(flags & Flag.TRUSTED_STREAM) == has_capability(CAP_NET_ADMIN)
+
+
+@both_doors
+def test_streams_carry_no_credentials(fabric: PrivateFabric, door: int) -> None:
+    """Once it is a stream, its two ends are as any: nobody is told who writes."""
+    with enter(fabric.host, door) as server, enter(fabric.host, door) as client:
+        ask(server, bind(5000))
+        ask(server, listen())
+        assert ask(client, connect(2, 5000)).status == 0
+        _, fds, _, _ = socket.recv_fds(server, RECORD_SIZE, 1)
+        with socket.socket(fileno=fds[0]) as accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == 0
+            client.send(b"x")
+            assert accepted.recvmsg(1, 100) == (b"x", [], 0, None)
+
+
+def test_a_library_socket_in_a_childs_hands(fabric: PrivateFabric) -> None:
+    """Servers bind first and then begin their workers: what needs no right goes on."""
+    with vsockets.socket(context=fabric.host) as server:
+        server.bind((2, 700))
+        here, there = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+                server.listen()
+                there.send(b"l")
+                server.settimeout(PROMPT)
+                connection, _ = server.accept()
+                connection.sendall(b"hello")
+            finally:
+                os._exit(0)
+        assert here.recv(1) == b"l"
+        with vsockets.create_connection((2, 700), context=fabric.host) as connection:
+            assert connection.recv(5) == b"hello"
+        os.waitpid(pid, 0)
+        here.close()
+        there.close()
