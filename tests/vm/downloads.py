@@ -45,9 +45,9 @@ def kernel(name: str) -> Kernel:
     return linux
 
 
-def userland() -> Userland:
-    """What runs in a guest: busybox and Python."""
-    return Userland(_STABLE)
+def userland(name: str = "stable") -> Userland:
+    """What runs in a guest: busybox and Python, of ``stable`` (Debian 12) or ``newest`` (13)."""
+    return Userland(_SUITES[name])
 
 
 def rust_back_end() -> Path:
@@ -164,7 +164,8 @@ def main() -> None:
         "Linux, Debian 12's": lambda: kernel("stable"),
         "Linux, Debian 12's backport": lambda: kernel("backports"),
         "Linux, the newest backport": lambda: kernel("newest"),
-        "a guest's programs": userland,
+        "a guest's programs, Debian 12's": userland,
+        "a guest's programs, Debian 13's": lambda: userland("newest"),
         "a guest's pyfuse3": storage_client,
         "vhost-device-vsock": rust_back_end,
         "RabbitMQ": rabbitmq,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vsockets.vm import initramfs
+from vsockets.vm.initramfs import Userland
 from vsockets.vm.kernels import Kernel
 
 from .downloads import userland
@@ -27,9 +28,17 @@ exec {python} -u -S /agent.py </dev/ttyS1 >/dev/ttyS1 2>/dev/console
 """
 
 
-def build(kernel: Kernel, device: str, extra: Mapping[str, bytes] | None = None) -> bytes:
-    """An archive for ``kernel`` and a ``device``, with ``extra`` programs by their paths."""
-    world = userland()
+def build(
+    kernel: Kernel,
+    device: str,
+    extra: Mapping[str, bytes] | None = None,
+    world: Userland | None = None,
+) -> bytes:
+    """An archive for ``kernel`` and a ``device``, with ``extra`` programs by their paths.
+
+    ``world`` is by default Debian 12's.
+    """
+    world = world or userland()
     files = {"agent.py": _AGENT.read_bytes(), **(extra or {})}
     last = _LAST.format(python=world.python)
     return initramfs.build(kernel, world, device, last, files, (*LOOPBACK, *NETWORK, *FUSE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import termios
@@ -12,7 +13,26 @@ from pathlib import Path
 
 import pytest
 
+from vsockets.vm import initramfs
+
 from .conftest import Stage
+
+#: What the guest runs instead: its first process ends, or does while the demo is at work.
+PANICS = {
+    "boot": "PAGES = COMMANDS = ROOT = 0\n",
+    "later": """
+from .real_guest import *
+from .real_guest import _command, _accept
+def crash(sock, peer):
+    with open("/proc/sysrq-trigger", "w") as file: file.write("c")
+_serve_command, served = _command, []
+def once(sock, peer):
+    served.append(peer)
+    (crash if len(served) > 1 else _serve_command)(sock, peer)
+if __name__ == "__main__":
+    _accept(COMMANDS, once)
+""",
+}
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -63,3 +83,25 @@ def test_doors_into_a_guest_without_a_network(stage: Stage, tmp_path: Path) -> N
         os.close(master)
 
 
+@pytest.mark.parametrize("broken", ["boot", "later"])
+def test_a_guest_that_panics(stage: Stage, tmp_path: Path, broken: str) -> None:
+    """The demo ends at once, with what the guest's kernel said last."""
+    stage.parts("stable", "virtio")  # or the test is skipped
+    # What runs in the guest is this package: a copy of it, changed.
+    package = tmp_path / "vsockets"
+    shutil.copytree(initramfs.PACKAGE, package)
+    shutil.copy(package / "vm/guest.py", package / "vm/real_guest.py")
+    (package / "vm/guest.py").write_text(PANICS[broken])
+    command = [sys.executable, "-m", "vsockets.tools", "vm", "demo", "--accel", "tcg"]
+    done = subprocess.run(
+        [*command, "--device", "virtio", "--json"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1
+    assert "vsock: the guest has ended: " in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "Kernel panic - not syncing: " in last
+    assert done.stdout == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import select
 import signal
 import socket
@@ -47,6 +48,12 @@ _BOOT = 120.0
 
 #: How long anything else may take that is waited for, in seconds.
 _PATIENCE = 30.0
+
+#: How long the command may take to end when its guest has, in seconds.
+_FAREWELL = 2.0
+
+#: Lines of a guest's console that are shown when it fails.
+_LINES = 8
 
 _LAST = "exec {python} -S -m vsockets.vm.guest\n"
 
@@ -134,7 +141,9 @@ def _prepare(scratch: Path, device: Device, accel: Accelerator) -> list[str]:
     initrd.write_bytes(archive)
     boot = ["--kernel", str(kernel.image), "--initrd", str(initrd), "--append"]
     boot.append(initramfs.COMMAND_LINE)
-    return ["--qemu", qemu, "--device", device.value, "--accel", accel.value, *boot]
+    # A guest that panics resets its machine, which ends.
+    extra = ["--", "-no-reboot"]
+    return ["--qemu", qemu, "--device", device.value, "--accel", accel.value, *boot, *extra]
 
 
 @contextlib.contextmanager
@@ -184,13 +193,30 @@ def _booted(
 
         def asked() -> str:
             if process.poll() is not None:
-                said = console.read_text(errors="replace").strip().rpartition("\n")[2]
-                raise Failure(f"the guest has ended: {said}")
+                raise Failure(f"the guest has ended: {_last_words(console)}")
             return guest.run("uname", "-r").strip()
 
-        version = keep_trying(asked, _BOOT, _NOT_YET)
-        result = f"Linux {version} in {time.monotonic() - began:.1f} s"
-        yield guest, _Step("boot it", bool(version), result)
+        try:
+            version = keep_trying(asked, _BOOT, _NOT_YET)
+            result = f"Linux {version} in {time.monotonic() - began:.1f} s"
+            yield guest, _Step("boot it", bool(version), result)
+        except OSError as error:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_FAREWELL)
+            what = "has ended" if process.poll() is not None else f"does not answer ({error})"
+            raise Failure(f"the guest {what}: {_last_words(console)}") from None
+
+
+def _last_words(console: Path) -> str:
+    """Return the lines up to a kernel's panic, or the last ones, without what terminals obey."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1bc", "", console.read_text(errors="replace"))
+    lines = ["".join(filter(str.isprintable, line)) for line in text.splitlines()]
+    lines = [line for line in lines if line.strip()]
+    for number, line in enumerate(lines):
+        if "Kernel panic" in line:
+            del lines[number + 1 :]
+            break
+    return "".join(f"\n    {line}" for line in lines[-_LINES:]) or "it said nothing"
 
 
 # What is done with it

@@ -22,10 +22,18 @@ COMMAND_LINE = (
 #: This package needs 3.11, in the guest as here.
 _OLDEST_PYTHON = 11
 
-_FOLDERS = ("bin", "dev", "proc", "sys", "modules", "tmp")
+_FOLDERS = ("dev", "proc", "sys", "modules", "tmp")
 
-#: Parts of packages that no guest here misses.
-_NOT_NEEDED = ("usr/share", "etc", "var", "lib/systemd", "usr/lib/systemd")
+#: Folders of packages that are below /usr in a guest, wherever its distribution has them: Debian
+#: 13 has them there, 12 has some here and some there.
+_MERGED = ("bin", "sbin", "lib", "lib64")
+
+#: The loader: where programs say it is, and where it is.
+_LOADER = "usr/lib64/ld-linux-x86-64.so.2"
+_LIBRARIES = "usr/lib/x86_64-linux-gnu"
+
+#: Parts of packages that no guest here misses; and the loader's link, which is made here.
+_NOT_NEEDED = ("usr/share", "etc", "var", "usr/lib/systemd", "usr/lib64")
 
 _INIT = """\
 #!/bin/busybox sh
@@ -40,6 +48,12 @@ for module in {modules}; do insmod /modules/$module.ko; done
 """
 
 _ALIGNMENT = 4
+
+
+def place(name: str) -> str:
+    """Return where a file called ``name`` in its package is in a guest, without a first slash."""
+    name = name.removeprefix("/")
+    return f"usr/{name}" if name.partition("/")[0] in _MERGED else name
 
 
 class Archive:
@@ -61,7 +75,8 @@ class Archive:
             self._parts.append(part + bytes(-len(part) % _ALIGNMENT))
 
     def add_with_folders(self, name: str, mode: int, data: bytes) -> None:
-        """A file, and the folders it is in."""
+        """Add a file or a link at its :func:`place`, and the folders it is in."""
+        name = place(name)
         for folder in reversed(Path(name).parents[:-1]):
             if folder not in self._folders:
                 self._folders.add(folder)
@@ -97,24 +112,28 @@ class Userland:
         self.modules = f"usr/lib/{found[0]}"  #: where Python finds modules
 
     def put_into(self, archive: Archive) -> None:
-        """All of it that a guest needs."""
-        seen = {*_FOLDERS, "lib64"}
+        """Add all of it that a guest needs."""
         for path in sorted(self.root.rglob("*")):
-            name = str(path.relative_to(self.root))
-            if name.startswith(_NOT_NEEDED) or name in seen:
+            name = place(str(path.relative_to(self.root)))
+            if name.startswith(_NOT_NEEDED) or (path.is_dir() and not path.is_symlink()):
                 continue
             if "gconv" in name or "/test/" in name or name.endswith((".pyc", "libc.so.6.debug")):
                 continue
             if path.is_symlink():
-                archive.add(name, stat.S_IFLNK | 0o777, str(path.readlink()).encode())
-            elif path.is_dir():
-                archive.add(name, stat.S_IFDIR | 0o755)
+                target = str(path.readlink()).encode()
+                archive.add_with_folders(name, stat.S_IFLNK | 0o777, target)
             else:
-                archive.add(name, stat.S_IFREG | 0o755, path.read_bytes())
-        loader = "ld-linux-x86-64.so.2"
-        target = f"/lib/x86_64-linux-gnu/{loader}"
-        archive.add("lib64", stat.S_IFDIR | 0o755)
-        archive.add(f"lib64/{loader}", stat.S_IFLNK | 0o777, target.encode())
+                archive.add_with_folders(name, stat.S_IFREG | 0o755, path.read_bytes())
+        loader = f"/{_LIBRARIES}/{Path(_LOADER).name}".encode()
+        archive.add_with_folders(_LOADER, stat.S_IFLNK | 0o777, loader)
+
+
+def put_folders(archive: Archive) -> None:
+    """Add the folders that no file brings along, and the links to those below /usr."""
+    for folder in _FOLDERS:
+        archive.add(folder, stat.S_IFDIR | 0o755)
+    for link in _MERGED:
+        archive.add(link, stat.S_IFLNK | 0o777, f"usr/{link}".encode())
 
 
 def build(
@@ -131,8 +150,7 @@ def build(
     ones by their paths, all executable; ``modules`` are there and not loaded.
     """
     archive = Archive()
-    for folder in _FOLDERS:
-        archive.add(folder, stat.S_IFDIR | 0o755)
+    put_folders(archive)
     userland.put_into(archive)
     loaded = kernel.modules(*DRIVERS[device])
     if DRIVERS[device][-1] not in loaded:
