@@ -20,6 +20,10 @@ MAX_BACKLOG = 4096
 #: sent can take longer; a signal ends that.
 SLOW_CALL = 0.02
 
+#: Threads that close descriptors which peers have sent.  A close can block for as long as the
+#: sender likes, so another thread begins whenever all are busy.
+DISPOSAL_THREADS = 16
+
 #: How long connect() waits for the other side, in seconds (as Linux does).
 CONNECT_TIMEOUT = 2.0
 

@@ -17,6 +17,9 @@ The rules that keep what the two ends would see of each other:
 
 The pump is told of ready descriptors by a :class:`Poller`: a device's loop is one, and so is the
 forwarder's.
+
+A socket that cannot refuse passed descriptors (:mod:`.passing`) is read by ``recv``: ``splice``
+would close them in this thread.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from time import monotonic
 from typing import Protocol
 
 from .limits import FORWARD_PIPE, FORWARD_SPARE_PIPES, FORWARD_TURN
+from .passing import is_guarded
 
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 _IN, _OUT, _HUNG_UP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP
@@ -88,11 +92,12 @@ def _grow(pipe: int) -> int:
         return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
 
 
-def _copy(tap: Callable[[bytes], None], source: _End, pipe: _Pipe) -> int:
-    """As splice from the source into an empty pipe, but seen."""
-    data = source.sock.recv(min(pipe.size, _COPIED))
+def _copy(direction: _Direction, pipe: _Pipe) -> int:
+    """As splice from the source into an empty pipe, through this process."""
+    data = direction.source.sock.recv(min(pipe.size, _COPIED))
     if data:
-        tap(data)
+        if direction.tap is not None:
+            direction.tap(data)
         os.write(pipe.writer, data)
     return len(data)
 
@@ -114,7 +119,7 @@ class _End:
 class _Direction:
     """Bytes on their way from one end to the other."""
 
-    __slots__ = ("done", "moved", "pending", "pipe", "sink", "source", "tap")
+    __slots__ = ("copied", "done", "moved", "pending", "pipe", "sink", "source", "tap")
 
     def __init__(self, source: _End, sink: _End) -> None:
         self.source = source
@@ -124,6 +129,7 @@ class _Direction:
         self.done = False  #: the source has ended and the sink knows, or the sink takes no more
         self.moved = 0  #: bytes the sink has taken
         self.tap: Callable[[bytes], None] | None = None  #: sees what passes, and b"" for the end
+        self.copied = is_guarded(source.sock)  #: splice would close passed descriptors here
 
 
 class Connection:
@@ -177,6 +183,7 @@ class Pump:
         if tap is not None:
             connection.there.tap = partial(tap, True)
             connection.back.tap = partial(tap, False)
+            connection.there.copied = connection.back.copied = True
         try:
             if said:
                 if tap is not None:
@@ -247,10 +254,10 @@ class Pump:
                     budget -= size
                     if size < _SMALL or budget <= 0:
                         break  # epoll will say so if there is more
-                if direction.tap is None:
-                    size = os.splice(source.fd, pipe.writer, pipe.size, flags=_FLAGS)
+                if direction.copied:
+                    size = _copy(direction, pipe)
                 else:
-                    size = _copy(direction.tap, source, pipe)
+                    size = os.splice(source.fd, pipe.writer, pipe.size, flags=_FLAGS)
                 if not size:
                     self._finish(direction)
                     return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 
 from vsockets.devices.loop import DeviceLoop
 
@@ -40,3 +42,44 @@ def test_a_look_has_an_end() -> None:
     loop.run()
     assert not loop._spinning
     loop.close()
+
+
+_OLDER_KERNEL = """
+import array, contextlib, socket, struct
+from vsockets import passing
+passing.kernel_refuses = lambda: False
+from vsockets.devices.loop import DeviceLoop
+from vsockets.devices.sandbox import enter_sandbox
+
+server = socket.create_server(("127.0.0.1", 0))
+slow = socket.create_connection(server.getsockname())
+peer = server.accept()[0]
+slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+slow.setblocking(False)
+with contextlib.suppress(BlockingIOError):
+    while True:
+        slow.send(bytes(65536))
+ours, theirs = socket.socketpair()
+rights = array.array("i", [slow.fileno()])
+ours.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+slow.close()
+loop = DeviceLoop()
+
+def ready(events):
+    theirs.recv(1)  # the kernel closes what came with it
+    loop.stop()
+
+loop.watch(theirs.fileno(), ready)
+enter_sandbox()
+with loop.unhindered():
+    loop.run()
+peer.shutdown(socket.SHUT_RDWR)
+print("served")
+"""
+
+
+def test_a_passed_descriptor_that_is_slow_to_close_on_older_kernels() -> None:
+    """It lingers for a minute; within a sandbox, where no thread can begin."""
+    command = [sys.executable, "-c", _OLDER_KERNEL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert (done.stdout, done.stderr) == ("served\n", "")

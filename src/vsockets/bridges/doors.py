@@ -10,6 +10,7 @@ import socket as stdlib
 from ..attachment import Place
 from ..limits import MAX_BACKLOG
 from ..locator import Inet, Inherited, Locator, Unix, Vsock, VsockFolder, VsockMux
+from ..passing import close_elsewhere, guard, refuse
 from ..socket import socket
 from ..state_folder import remove_stale, short_path
 from ..wire.hybrid import port_name
@@ -41,7 +42,7 @@ class Door:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
         for sock in self.sockets:
-            sock.close()
+            close_elsewhere(sock)
         self.sockets.clear()
 
     @property
@@ -58,6 +59,8 @@ class Door:
             case Vsock(cid, port, datagram):
                 sock = socket(type=_type(datagram), context=context)
                 self.sockets.append(sock)
+                if datagram:  # vsockd passes a listener the descriptors of its streams
+                    guard(sock)
                 sock.bind((cid, port))
                 if not datagram:
                     sock.listen(MAX_BACKLOG)
@@ -102,7 +105,7 @@ class Door:
             raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
 
     def _open_unix(self, path: str, datagram: bool) -> None:
-        sock = stdlib.socket(stdlib.AF_UNIX, _type(datagram))
+        sock = guard(stdlib.socket(stdlib.AF_UNIX, _type(datagram)))
         self.sockets.append(sock)
         if path.startswith("@"):
             sock.bind("\0" + path[1:])
@@ -139,6 +142,7 @@ def _inherited(name: str) -> stdlib.socket:
             raise OSError(errno.EBADF, f"no descriptor named {name} was passed (LISTEN_FDNAMES)")
         name = str(_FIRST_INHERITED + names.index(name))
     sock = stdlib.socket(fileno=os.dup(int(name)))
+    refuse(sock)
     if sock.type == stdlib.SOCK_STREAM and not sock.getsockopt(
         stdlib.SOL_SOCKET, stdlib.SO_ACCEPTCONN
     ):

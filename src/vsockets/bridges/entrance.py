@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from ..limits import FORWARD_ACCEPTS, FORWARD_LONGEST_PAUSE
 from ..locator import Locator
+from ..passing import guard_accepted
 from .doors import Door
 
 #: How long to leave a listener alone that cannot be accepted from, in seconds.
@@ -84,7 +85,7 @@ class Entrance:
                 self._loop.call_later(_ACCEPT_AGAIN, again)
                 return
             client.setblocking(False)
-            self._enter(client)
+            self._enter(guard_accepted(client))
 
     def _accept_again(self) -> None:
         self._listen(True)

@@ -27,9 +27,9 @@ from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not y
 
 from ..fabric import Context, Credentials, Endpoint, Kind, Party
 from ..limits import MAX_BACKLOG
+from ..passing import dispose
 from ..wire import PADDING, RECORD_SIZE, REQUEST_SIZE, ProtocolError
 from .credentials import UCRED, Author, Deputy, Peer
-from .disposal import dispose
 
 _FD = struct.Struct("i")
 #: Room for the credentials of the process that wrote a request, and for nothing else.

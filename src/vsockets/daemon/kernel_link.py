@@ -31,10 +31,10 @@ from socket import (
 from typing import TYPE_CHECKING
 
 from ..fabric import CAP_NET_BIND_SERVICE, Context, Credentials, Grant, Kernel, Kind, Refused
+from ..passing import dispose
 from ..wire import REQUEST_SIZE, Record, Role
 from .channel import LOOK, TAKE, Channel
 from .datagrams import DatagramSocket
-from .disposal import dispose
 from .host_ports import HostPorts
 from .loop import Loop
 from .offers import OfferLink

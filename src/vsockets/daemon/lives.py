@@ -28,7 +28,7 @@ from pathlib import Path
 from socket import AF_UNIX, MSG_DONTWAIT, SHUT_RDWR, SO_ERROR, SO_TYPE, SOCK_DGRAM, SOL_SOCKET
 
 from ..limits import CUT_AGAIN_AFTER, CUT_AGAIN_AT_MOST
-from .disposal import dispose
+from ..passing import dispose
 from .holders import copied, opened, processes, sockets_of
 from .loop import Loop
 

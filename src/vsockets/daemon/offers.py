@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..fabric import Context
 from ..limits import MAX_BACKLOG
+from ..passing import dispose
 from ..wire import REQUEST_SIZE, Op, ProtocolError, Record, Request
 from .channel import Channel, descriptor_in
 from .datagrams import cookie_of
-from .disposal import dispose
 from .loop import Loop
 
 if TYPE_CHECKING:

@@ -48,6 +48,7 @@ from ..attachment import descriptor_in
 from ..buffers import BufferSizes
 from ..constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..limits import DATAGRAM_PORTS, FABRIC_ANSWER, MAX_DATAGRAM, UNSENT_DATAGRAMS
+from ..passing import refuse
 from ..wire import (
     PADDING,
     RECORD_SIZE,
@@ -172,6 +173,7 @@ class Attachment:
         self._owner = os.getpid(), os.geteuid(), os.getegid()
         self._ports: dict[int, _Port] = {}  # the one longest unused first
         self._catch_all = socket.socket(AF_UNIX, SOCK_DGRAM)
+        refuse(self._catch_all)
         self._catch_all.setblocking(False)
         self._paused: list[socket.socket] = []
         #: what vsockd had no room to be told, with the end of the stream it was offered
@@ -212,6 +214,7 @@ class Attachment:
         """
         self.catch_up()
         ours, theirs = socket.socketpair(AF_UNIX, kind)
+        refuse(ours)
         with theirs:
             try:
                 ours.setblocking(False)
@@ -319,6 +322,7 @@ class Attachment:
                 raise OSError(errno.ENOBUFS, "datagrams of too many ports wait")
             self._close_port(longest_idle)
         sock = socket.socket(AF_UNIX, SOCK_DGRAM)
+        refuse(sock)
         try:
             sock.setblocking(False)
             self._ask(Request(Op.BIND_DATAGRAM, 0, VMADDR_CID_ANY, port), sock)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from ..daemon.loop import READABLE, Loop, Timer
+from ..limits import SLOW_CALL
+from ..passing import kernel_refuses
 
 __all__ = ["READABLE", "DeviceLoop", "Timer"]
 
@@ -24,6 +28,13 @@ class DeviceLoop(Loop):
         self._only = [epoll.fileno()]
         self._poll = self._poll_precisely
         self._spinning: dict[Callable[[], bool], float] = {}
+
+    def unhindered(self) -> AbstractContextManager[None]:
+        """Within this context no descriptor that a peer passes along holds the loop up.
+
+        Only for the main thread.  No thread can close it: a device's sandbox allows none.
+        """
+        return contextlib.nullcontext() if kernel_refuses() else self.hurried(SLOW_CALL)
 
     def watches(self, fd: int) -> bool:
         """Whether ``fd`` is watched."""

@@ -58,9 +58,9 @@ _MACHINES = {
         _numbers(
             "read=0 write=1 close=3 fstat=5 poll=7 lseek=8 munmap=11 brk=12 rt_sigaction=13 "
             "rt_sigprocmask=14 rt_sigreturn=15 readv=19 writev=20 select=23 sched_yield=24 "
-            "mremap=25 madvise=28 dup=32 getpid=39 accept=43 sendto=44 recvfrom=45 sendmsg=46 "
-            "recvmsg=47 shutdown=48 getsockname=51 getpeername=52 setsockopt=54 getsockopt=55 "
-            "exit=60 fcntl=72 gettimeofday=96 sigaltstack=131 gettid=186 futex=202 "
+            "mremap=25 madvise=28 dup=32 setitimer=38 getpid=39 accept=43 sendto=44 recvfrom=45 "
+            "sendmsg=46 recvmsg=47 shutdown=48 getsockname=51 getpeername=52 setsockopt=54 "
+            "getsockopt=55 exit=60 fcntl=72 gettimeofday=96 sigaltstack=131 gettid=186 futex=202 "
             "restart_syscall=219 clock_gettime=228 clock_nanosleep=230 exit_group=231 "
             "epoll_wait=232 epoll_ctl=233 newfstatat=262 pselect6=270 ppoll=271 epoll_pwait=281 "
             "accept4=288 getrandom=318 rseq=334 epoll_pwait2=441"
@@ -80,12 +80,12 @@ _MACHINES = {
         _numbers(
             "epoll_ctl=21 epoll_pwait=22 dup=23 fcntl=25 close=57 lseek=62 read=63 write=64 "
             "readv=65 writev=66 pselect6=72 ppoll=73 newfstatat=79 fstat=80 exit=93 "
-            "exit_group=94 futex=98 clock_gettime=113 clock_nanosleep=115 sched_yield=124 "
-            "restart_syscall=128 sigaltstack=132 rt_sigaction=134 rt_sigprocmask=135 "
-            "rt_sigreturn=139 gettimeofday=169 getpid=172 gettid=178 accept=202 getsockname=204 "
-            "getpeername=205 sendto=206 recvfrom=207 setsockopt=208 getsockopt=209 shutdown=210 "
-            "sendmsg=211 recvmsg=212 brk=214 munmap=215 mremap=216 madvise=233 accept4=242 "
-            "getrandom=278 rseq=293 epoll_pwait2=441"
+            "exit_group=94 futex=98 setitimer=103 clock_gettime=113 clock_nanosleep=115 "
+            "sched_yield=124 restart_syscall=128 sigaltstack=132 rt_sigaction=134 "
+            "rt_sigprocmask=135 rt_sigreturn=139 gettimeofday=169 getpid=172 gettid=178 accept=202 "
+            "getsockname=204 getpeername=205 sendto=206 recvfrom=207 setsockopt=208 "
+            "getsockopt=209 shutdown=210 sendmsg=211 recvmsg=212 brk=214 munmap=215 mremap=216 "
+            "madvise=233 accept4=242 getrandom=278 rseq=293 epoll_pwait2=441"
         ),
         paths=_numbers(
             "unlinkat=35 renameat=38 pipe2=59 splice=76 bind=200 listen=201 connect=203"

@@ -248,7 +248,8 @@ def _serve(
         log.log(logs.NOTICE, "context %d: %s", cid, said)
         with loop.signalled({signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop}):
             print(cid, flush=True)
-            loop.run()
+            with loop.unhindered():
+                loop.run()
         if removal is not None:
             removal.finish()
     sys.stdout.flush()

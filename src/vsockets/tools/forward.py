@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import logs
-from ..constants import VMADDR_PORT_ANY
 from ..limits import FORWARD_CONNECT_TIMEOUT, FORWARD_CONNECTIONS
-from ..locator import Locator
 from ..service_manager import notify_ready
 from .advice import CONNECT, Failure, failure
 from .options import (
@@ -136,9 +134,8 @@ def serve(
 
     def ready(service: Service) -> None:
         for place, where in service.doors.items():
-            if verbose or _is_free_choice(place):
-                scheme = str(place).partition(":")[0]
-                log.log(logs.NOTICE, "listening on %s:%s", scheme, where)
+            scheme = str(place).partition(":")[0]
+            log.log(logs.NOTICE, "listening on %s:%s", scheme, where)
         notify_ready()
 
     try:
@@ -163,7 +160,3 @@ def _load(path: Path) -> list[Settings]:
         return load(path)
     except ConfigurationError as error:
         raise Failure(str(error)) from None
-
-
-def _is_free_choice(place: Locator) -> bool:
-    return getattr(place, "port", None) in (0, VMADDR_PORT_ANY)

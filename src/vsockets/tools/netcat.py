@@ -18,6 +18,7 @@ from ..constants import (
     VMADDR_CID_ANY,
     VMADDR_PORT_ANY,
 )
+from ..passing import guard, guard_accepted
 from ..socket import socket
 from .advice import BIND, CONNECT, Failure, failure
 from .datagrams import DatagramRelay
@@ -184,7 +185,7 @@ def listen(
         return
 
     def accept() -> socket:
-        accepted: socket = sock.accept()[0]
+        accepted: socket = guard_accepted(sock.accept()[0])
         if verbose:
             notice(f"connection from {_describe_peer(accepted)}")
         return accepted
@@ -223,6 +224,8 @@ def _type(datagram: bool, seqpacket: bool, execute: str | None) -> int:
 
 def _bound(kind: int, address: Address) -> socket:
     sock = socket(type=kind, context=own_context())
+    if kind == stdlib.SOCK_DGRAM:  # vsockd passes a listener the descriptors of its streams
+        guard(sock)
     try:
         sock.bind(address)
     except OSError as error:
@@ -233,7 +236,7 @@ def _bound(kind: int, address: Address) -> socket:
 def _connected(
     kind: int, address: Address, source_port: int | None, timeout: float | None
 ) -> socket:
-    sock = socket(type=kind, context=own_context())
+    sock = guard(socket(type=kind, context=own_context()))
     try:
         if source_port is not None:
             sock.bind((VMADDR_CID_ANY, source_port))

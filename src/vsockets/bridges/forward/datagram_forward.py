@@ -18,6 +18,7 @@ from ...attachment import Place, current
 from ...constants import AF_VSOCK, VMADDR_CID_LOCAL
 from ...limits import FORWARD_ACCEPTS, FORWARD_FLOW_PENDING, MAX_DATAGRAM
 from ...locator import Inet, Unix, Vsock
+from ...passing import guard
 from ...socket import socket
 from ...state_folder import connect_to
 from ...wire.vsockmon import Operation
@@ -89,7 +90,8 @@ class Flow:
     async def _connect(self, settings: Settings) -> stdlib.socket:
         match settings.target:
             case Vsock(cid, port):
-                sock: stdlib.socket = socket(type=stdlib.SOCK_DGRAM, context=self._forward.context)
+                place = self._forward.context
+                sock: stdlib.socket = guard(socket(type=stdlib.SOCK_DGRAM, context=place))
                 self._peer = cid, port
             case Inet(host, port):
                 resolver = self._forward.dialer.resolver
@@ -98,7 +100,7 @@ class Flow:
                 with _closed_on_failure(sock):
                     sock.connect(address)
             case Unix(path):
-                sock = stdlib.socket(stdlib.AF_UNIX, stdlib.SOCK_DGRAM)
+                sock = guard(stdlib.socket(stdlib.AF_UNIX, stdlib.SOCK_DGRAM))
                 with _closed_on_failure(sock):
                     sock.bind("")  # a name of the kernel's choice, for answers to come to
                     if path.startswith("@"):

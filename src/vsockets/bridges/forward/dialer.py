@@ -21,6 +21,7 @@ from ...limits import (
     FORWARD_NEXT_ADDRESS,
 )
 from ...locator import Exec, Inet, Locator, Stdio, Unix, Vsock, VsockFolder, VsockMux
+from ...passing import guard
 from ...socket import socket
 from ...state_folder import connect_to
 from ...wire.hybrid import Answer, connect_line, hyperkit_line
@@ -136,7 +137,7 @@ class Dialer:
                 raise OSError(errno.EOPNOTSUPP, f"{locator} is nowhere to connect to")
 
     async def _vsock(self, cid: int, port: int) -> stdlib.socket:
-        sock = socket(context=self._context)
+        sock = guard(socket(context=self._context))
         try:
             return await self._attempt(sock, self._connect(sock, (cid, port)))
         except OSError as error:
@@ -231,7 +232,7 @@ class Dialer:
             raise _error(errno.ETIMEDOUT) from None
 
     async def _unix(self, path: str) -> stdlib.socket:
-        sock = stdlib.socket(stdlib.AF_UNIX, stdlib.SOCK_STREAM)
+        sock = guard(stdlib.socket(stdlib.AF_UNIX, stdlib.SOCK_STREAM))
         return await self._attempt(sock, connect_unix(sock, path))
 
     async def _mux(self, path: str, port: int) -> stdlib.socket:
@@ -270,7 +271,7 @@ class Dialer:
 
         self._loop.add_reader(pidfd, reap)
         ours.setblocking(False)
-        return ours
+        return guard(ours)
 
 
 async def connect_unix(sock: stdlib.socket, path: str) -> None:

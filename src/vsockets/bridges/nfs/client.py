@@ -14,6 +14,7 @@ from ...attachment import Place, current
 from ...constants import VMADDR_CID_LOCAL
 from ...limits import FORWARD_ACCEPTS, MAX_DATAGRAM
 from ...locator import Inet, Locator, Vsock
+from ...passing import guard
 from ...socket import socket
 from . import rpc
 from .retransmission import RoundTrips, Transmission, Window
@@ -63,7 +64,7 @@ class RpcClient:
         match locator:
             case Vsock(cid, port, True):
                 try:
-                    sock = socket(type=stdlib.SOCK_DGRAM, context=context)
+                    sock = guard(socket(type=stdlib.SOCK_DGRAM, context=context))
                 except OSError as error:
                     if error.errno != errno.ENODEV:
                         raise

@@ -15,6 +15,7 @@ from typing import Any
 from ...attachment import Place
 from ...limits import PERF_SAMPLES
 from ...locator import Inet, Locator, Unix, Vsock, VsockMux
+from ...passing import guard
 from ...socket import socket
 from ...state_folder import connect_to
 from ...wire.hybrid import Answer, connect_line
@@ -213,14 +214,14 @@ def connect(locator: Locator, context: Place | None = None) -> stdlib.socket:
     kind = stdlib.SOCK_DGRAM if locator.datagram else stdlib.SOCK_STREAM
     match locator:
         case Vsock(cid, port):
-            sock: stdlib.socket = socket(type=kind, context=context)
+            sock: stdlib.socket = guard(socket(type=kind, context=context))
             _or_close(sock, lambda: sock.connect((cid, port)))
         case Inet(host, port):
             sock = _connect_to_any(stdlib.getaddrinfo(host, port, type=kind))
             if not locator.datagram:
                 sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)
         case Unix(path) | VsockMux(path):
-            sock = stdlib.socket(stdlib.AF_UNIX, kind)
+            sock = guard(stdlib.socket(stdlib.AF_UNIX, kind))
             if locator.datagram:
                 sock.bind("")  # a name of the kernel's choice, for answers to come to
             name = "\0" + path[1:] if path.startswith("@") else path

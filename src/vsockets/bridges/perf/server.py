@@ -11,6 +11,7 @@ from collections import OrderedDict
 from ...attachment import Place
 from ...limits import MAX_DATAGRAM, PERF_RUNS, PERF_STREAMS
 from ...locator import Locator
+from ...passing import guard_accepted
 from ..doors import Door
 from .protocol import (
     REQUEST_SIZE,
@@ -64,7 +65,7 @@ class Server:
                     return
                 time.sleep(0.05)  # out of descriptors, most likely
                 continue
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+            threading.Thread(target=self._serve, args=(guard_accepted(sock),), daemon=True).start()
 
     def _serve(self, sock: stdlib.socket) -> None:
         try:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOCK_NONBLOCK, SOCK_STREAM
 
 from ...limits import HYBRID_ANSWER, HYBRID_LINE, HYBRID_PAUSE
+from ...passing import refuse
 from ...wire.hybrid import Answer, connect_line
 from ..loop import DeviceLoop, Timer
 
@@ -55,6 +56,7 @@ class Dial:
         """Begin; ``done`` may be called before this returns."""
         try:
             sock = self._sock = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
+            refuse(sock)
             sock.connect(self._path)
             if self._port is None:
                 self._finish(sock)

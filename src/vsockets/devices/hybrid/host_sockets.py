@@ -14,6 +14,7 @@ from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM
 
 from ...daemon.accepting import Acceptor
 from ...limits import HYBRID_PORTS, MAX_BACKLOG
+from ...passing import refuse
 from ...state_folder import remove_stale
 from ...wire.hybrid import port_name
 from ..loop import DeviceLoop
@@ -59,6 +60,7 @@ class HostSockets:
         if os.path.lexists(name):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         listener = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
+        refuse(listener)
         try:
             # Under its name it can be connected to from the first moment.
             new = f"{self._name}_new"

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ...limits import HYBRID_CONNECTIONS
+from ...passing import refuse
 from ...splicing import Connection, Pump
 from ..attachment import Attachment, Offer
 from ..loop import DeviceLoop
@@ -50,6 +51,7 @@ class Outward:
 
     def offered(self, offer: Offer) -> None:
         """Somebody wants to connect."""
+        refuse(offer.sock)
         if self.streams >= HYBRID_CONNECTIONS:
             self._refuse(offer, errno.ECONNRESET)
             return

@@ -42,7 +42,8 @@ def main(path: str, user: int) -> None:
     enter_sandbox(user, paths=True)
     # Whoever stops vsockd at a terminal does not mean the streams that stand.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    loop.run()
+    with loop.unhindered():
+        loop.run()
 
 
 if __name__ == "__main__":
