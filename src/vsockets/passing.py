@@ -13,7 +13,6 @@ from __future__ import annotations
 import _socket
 import array
 import contextlib
-import functools
 import os
 import queue
 import socket as stdlib
@@ -112,14 +111,6 @@ def refuse(sock: _socket.socket) -> bool:
     except OSError:  # ENOPROTOOPT: before Linux 6.16
         return False
     return True
-
-
-@functools.cache
-def kernel_refuses() -> bool:
-    """Return whether :func:`refuse` has an effect here."""
-    ours, theirs = stdlib.socketpair()
-    with ours, theirs:
-        return refuse(ours)
 
 
 def guard(sock: Socket) -> Socket:

@@ -18,6 +18,15 @@ PATIENCE = 20.0
 STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 
 
+def kernel_refuses() -> bool:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        return passing.refuse(ours)
+
+
+from_linux_6_16 = pytest.mark.skipif(not kernel_refuses(), reason="takes Linux 6.16")
+
+
 @pytest.fixture
 def old_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """One from before Linux 6.16."""
@@ -46,7 +55,7 @@ def pipe() -> Iterator[tuple[int, int]]:
         os.close(reader)
 
 
-@pytest.mark.skipif(not passing.kernel_refuses(), reason="takes Linux 6.16")
+@from_linux_6_16
 @pytest.mark.parametrize("kind", [STREAM, DGRAM])
 def test_the_kernel_refuses_them(kind: int) -> None:
     ours, theirs = pair(kind)
@@ -58,7 +67,7 @@ def test_the_kernel_refuses_them(kind: int) -> None:
         assert theirs.recv(100) == b"data"
 
 
-@pytest.mark.skipif(not passing.kernel_refuses(), reason="takes Linux 6.16")
+@from_linux_6_16
 def test_what_came_before_a_socket_was_accepted() -> None:
     with pipe() as (reader, writer), socket.socket(socket.AF_UNIX) as listener:
         listener.bind("")

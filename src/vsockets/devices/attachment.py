@@ -249,6 +249,8 @@ class Attachment:
         Then ``offer.sock`` goes back to vsockd, to whom its other end may say more; close it.
         """
         local, peer = (self.cid, offer.port), offer.peer
+        if not error:  # one that is refused is vsockd's again, which takes descriptors
+            refuse(offer.sock)
         with contextlib.suppress(OSError):  # who connected has gone; the stream says so
             if not error:  # until now vsockd was to be told who writes on it
                 offer.sock.setsockopt(SOL_SOCKET, SO_PASSCRED, 0)

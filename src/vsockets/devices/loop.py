@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import select
 import time
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from contextlib import AbstractContextManager
 
 from ..daemon.loop import READABLE, Loop, Timer
 from ..limits import SLOW_CALL
-from ..passing import kernel_refuses
 
 __all__ = ["READABLE", "DeviceLoop", "Timer"]
 
@@ -30,11 +28,12 @@ class DeviceLoop(Loop):
         self._spinning: dict[Callable[[], bool], float] = {}
 
     def unhindered(self) -> AbstractContextManager[None]:
-        """Within this context no descriptor that a peer passes along holds the loop up.
+        """Within this context no descriptor that a peer passes along holds the loop up for long.
 
-        Only for the main thread.  No thread can close it: a device's sandbox allows none.
+        The kernel may not refuse it, and no thread can close it: a device's sandbox allows none.
+        Only for the main thread.
         """
-        return contextlib.nullcontext() if kernel_refuses() else self.hurried(SLOW_CALL)
+        return self.hurried(SLOW_CALL)
 
     def watches(self, fd: int) -> bool:
         """Whether ``fd`` is watched."""

@@ -18,7 +18,7 @@ from ..constants import (
     VMADDR_CID_ANY,
     VMADDR_PORT_ANY,
 )
-from ..passing import guard, guard_accepted
+from ..passing import guard, refuse
 from ..socket import socket
 from .advice import BIND, CONNECT, Failure, failure
 from .datagrams import DatagramRelay
@@ -185,7 +185,7 @@ def listen(
         return
 
     def accept() -> socket:
-        accepted: socket = guard_accepted(sock.accept()[0])
+        accepted: socket = sock.accept()[0]
         if verbose:
             notice(f"connection from {_describe_peer(accepted)}")
         return accepted
@@ -236,7 +236,8 @@ def _bound(kind: int, address: Address) -> socket:
 def _connected(
     kind: int, address: Address, source_port: int | None, timeout: float | None
 ) -> socket:
-    sock = guard(socket(type=kind, context=own_context()))
+    sock = socket(type=kind, context=own_context())
+    refuse(sock)
     try:
         if source_port is not None:
             sock.bind((VMADDR_CID_ANY, source_port))

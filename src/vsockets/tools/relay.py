@@ -16,6 +16,7 @@ import socket as stdlib
 import time
 from collections.abc import Callable
 
+from ..passing import guard_accepted
 from ..socket import socket
 from .advice import Failure
 from .output import notice
@@ -100,7 +101,7 @@ class Relay:
 
     def add(self, sock: socket) -> None:
         """Join a stream that stands; it is closed when it is done."""
-        peer = Peer(sock)
+        peer = Peer(guard_accepted(sock))
         self._peers[sock.fileno()] = peer
         if self._interactive and not self._stdin_open:
             peer.half_close()

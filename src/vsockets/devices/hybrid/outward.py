@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 
 from ...limits import HYBRID_CONNECTIONS
-from ...passing import refuse
 from ...splicing import Connection, Pump
 from ..attachment import Attachment, Offer
 from ..loop import DeviceLoop
@@ -51,7 +50,6 @@ class Outward:
 
     def offered(self, offer: Offer) -> None:
         """Somebody wants to connect."""
-        refuse(offer.sock)
         if self.streams >= HYBRID_CONNECTIONS:
             self._refuse(offer, errno.ECONNRESET)
             return
