@@ -11,6 +11,7 @@ import fcntl
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -29,7 +30,10 @@ Dir::State::status "{root}/status";
 APT::Architecture "amd64";
 APT::Install-Recommends "false";
 APT::Sandbox::User "";
+Dir::Cache::pkgcache "";
+Dir::Cache::srcpkgcache "";
 Acquire::Languages "none";
+Acquire::GzipIndexes "true";
 Acquire::Retries "3";
 Debug::NoLocking "true";
 """
@@ -132,11 +136,12 @@ class Suite:
     def _mirror(self) -> str:
         """Where this machine gets the distribution from."""
         name = self.distribution.name
-        sites = run("apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages")
-        for site in sites.split():
+        # What it would fetch: a container's apt has no lists that it could tell of.
+        plan = run("apt-get", "-o", "Debug::NoLocking=true", "update", "--print-uris")
+        for site in re.findall(r"'(\S+?)/dists/[^/]+/main/binary-amd64/", plan):
             if name in site and "security" not in site:
-                return site
-        raise Unavailable(f"apt knows no mirror of {name.capitalize()}")
+                return str(site)
+        raise Unavailable(f"apt knows no mirror of {name.capitalize()} (see /etc/apt/sources.list)")
 
     def with_dependencies(self, *packages: str) -> list[str]:
         """Their names, and those of everything they need."""

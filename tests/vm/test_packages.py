@@ -1,0 +1,55 @@
+"""Packages, by the apt of this machine with sources of a test's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vsockets.vm import packages
+from vsockets.vm.packages import DEBIAN, Suite, Unavailable
+
+from . import downloads
+
+OTHERS = """\
+deb [trusted=yes] http://127.0.0.1/linux/debian bookworm stable
+deb [trusted=yes] http://127.0.0.1/debian-security bookworm-security main
+"""
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The sources.list of an apt that has never fetched a list, as in a container."""
+    (tmp_path / "etc/apt").mkdir(parents=True)
+    (tmp_path / "var/lib/apt/lists/partial").mkdir(parents=True)
+    (tmp_path / "status").touch()
+    configuration = tmp_path / "apt.conf"
+    configuration.write_text(
+        f'Dir "{tmp_path}";\nDir::State::status "{tmp_path}/status";\nAPT::Architecture "amd64";\n'
+    )
+    monkeypatch.setenv("APT_CONFIG", str(configuration))
+    return tmp_path / "etc/apt/sources.list"
+
+
+def test_the_mirror_of_a_machine_without_package_lists(sources: Path) -> None:
+    sources.write_text(f"{OTHERS}deb [trusted=yes] http://127.0.0.1/mirror/debian trixie main\n")
+    assert Suite(DEBIAN, "trixie")._mirror() == "http://127.0.0.1/mirror/debian"
+
+
+def test_no_mirror(sources: Path) -> None:
+    sources.write_text(OTHERS)
+    with pytest.raises(Unavailable, match="apt knows no mirror of Debian"):
+        Suite(DEBIAN, "trixie")._mirror()
+
+
+def test_package_lists_are_kept_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The four suites of these tests took half a gigabyte."""
+    try:
+        downloads.qemu()
+    except Unavailable as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(packages, "CACHE", tmp_path)
+    suite = Suite(DEBIAN, "bookworm")
+    assert suite.with_dependencies("busybox-static") == ["busybox-static"]
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size < 20 << 20
