@@ -7,6 +7,7 @@ could pass.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,13 @@ def http2_proxy() -> tuple[list[str], list[str]]:
     return nghttpx, tinyproxy
 
 
+def left_out(name: str, error: Unavailable) -> str:
+    """Return a line about what cannot be had here, which is no failure."""
+    missing = re.search(r"([\w.+-]+\.so[\w.]*): cannot open shared object", str(error))
+    why = f"this machine has no {missing[1]}" if missing else str(error)
+    return f"{name}: not used here, and tests that need it are skipped ({why})"
+
+
 def main() -> None:
     """What cannot be had is said, and left to the tests that need it."""
     everything: dict[str, Callable[[], object]] = {
@@ -177,7 +185,7 @@ def main() -> None:
         try:
             fetch()
         except Unavailable as error:
-            print(f"{name}: {error}", flush=True)
+            print(left_out(name, error), flush=True)
         else:
             print(f"{name}: there after {time.monotonic() - began:.1f} s", flush=True)
 

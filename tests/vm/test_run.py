@@ -240,6 +240,15 @@ def test_a_killed_part_ends_the_rest(
     assert not any(map(alive, parts))
 
 
+def test_a_device_that_lost_its_guests_memory(bare: subprocess.Popen[str]) -> None:
+    """What it says of that is passed on, and is not cut off by its end."""
+    (device,) = [pid for pid in descendants(bare.pid) if "--until-eof" in arguments_of(pid)]
+    os.kill(device, signal.SIGBUS)
+    _, said = bare.communicate(timeout=PATIENCE)
+    assert "vsock: the device: vsock device: the guest's memory cannot be accessed" in said
+    assert said.endswith("vsock: the device has ended (status 135), and the machine with it\n")
+
+
 def test_killed_itself_it_leaves_nothing(
     bare: subprocess.Popen[str], fabric_of_machines: PrivateFabric
 ) -> None:

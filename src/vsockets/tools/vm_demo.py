@@ -85,7 +85,7 @@ def demo(
     The guest is made of this machine's own distribution's packages: its kernel, busybox, and
     Python with this program.  A folder is copied in and out, a web page comes from inside, and
     on a terminal there is a shell in the guest at the end.  What is downloaded (with apt, some
-    150 MB) stays in ~/.cache/vsockets; nothing else does.
+    150 MB, 300 MB on disk) stays in ~/.cache/vsockets; nothing else does.
     """
     from ..testing import PrivateFabric
 

@@ -180,6 +180,10 @@ class RunningMachine:
                 follows.result()
                 # QEMU has closed its monitor, and is about to end.
                 await asyncio.wait(ends, timeout=_END, return_when=asyncio.FIRST_COMPLETED)
+            # What a process that has ended said last explains its end.
+            over = [helper for helper, end in zip(helpers, ends, strict=True) if end.done()]
+            if over:
+                await asyncio.wait(over, timeout=_END)
         finally:
             tasks = (follows, *helpers, *ends)
             for task in tasks:
