@@ -6,20 +6,28 @@ PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
 
-.PHONY: demo test bench clean test-downloads test-pytest test-ruff test-mypy
+.PHONY: demo test bench clean test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 demo: .venv/ready
 	$(BIN)/vsock demo
 
 # Each part runs whatever becomes of the others; it fails if one of them does.
 test: .venv/ready
-	@$(MAKE) --keep-going --no-print-directory --jobs=1 test-downloads test-pytest test-ruff test-mypy
+	@$(MAKE) --keep-going --no-print-directory --jobs=1 \
+		test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 test-downloads:
 	PYTHONPATH=tests $(BIN)/python -m vm.downloads
 
 test-pytest:
 	$(BIN)/pytest --numprocesses 2 --dist loadfile  # much of the time a test waits
+
+# Root runs a part of them again: as an ordinary user, and on Debian 13 if mmdebstrap is installed.
+test-ordinary-user:
+	PYTHONPATH=tests $(BIN)/python -m environments.ordinary_user
+
+test-debian-13:
+	PYTHONPATH=tests $(BIN)/python -m environments.debian_13
 
 test-ruff:
 	$(BIN)/ruff check

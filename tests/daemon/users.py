@@ -36,6 +36,11 @@ as_administrator = pytest.mark.skipif(
 )
 
 
+as_network_administrator = pytest.mark.skipif(
+    not has_capability(CAP_NET_ADMIN), reason="needs CAP_NET_ADMIN"
+)
+
+
 @contextlib.contextmanager
 def user(uid: int) -> Iterator[None]:
     """Be this user, without privileges unless it is root: all threads, and so /proc says."""

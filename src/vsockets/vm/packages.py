@@ -123,7 +123,7 @@ class Suite:
         for folder in (lists, archives):
             folder.mkdir(parents=True, exist_ok=True)
         (self._root / "status").touch()
-        where = f"[signed-by={keys}] {self._mirror()}"
+        where = f"[signed-by={keys}] {self.mirror()}"
         sources = [f"deb {where} {name} {self.distribution.components}\n" for name in self._names]
         (self._root / "etc/apt/sources.list").write_text("".join(sources))
         path = self._root / "apt.conf"
@@ -133,8 +133,8 @@ class Suite:
         run("apt-get", "update", APT_CONFIG=str(path))
         return str(path)
 
-    def _mirror(self) -> str:
-        """Where this machine gets the distribution from."""
+    def mirror(self) -> str:
+        """Return where this machine gets the distribution from."""
         name = self.distribution.name
         # What it would fetch: a container's apt has no lists that it could tell of.
         plan = run("apt-get", "-o", "Debug::NoLocking=true", "update", "--print-uris")

@@ -1,0 +1,134 @@
+"""Run a short form of the tests on Debian 13, with its Python 3.13 and its libraries.
+
+The system is a root folder that mmdebstrap makes once, below ``~/.cache/vsockets``, from this
+machine's mirror of Debian.  Python's packages are downloaded here, with this machine's
+configuration of pip, and installed there without a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+from vsockets.vm.packages import DEBIAN, Suite, Unavailable, filled, run
+
+from . import namespace
+
+RELEASE, PYTHON = "trixie", "3.13"
+
+#: What is tested: all that is Python's business, and supervised programs.
+PARTS = (
+    *("tests/unit", "tests/wire", "tests/fabric", "tests/library", "tests/daemon"),
+    *("tests/supervisor", "tests/bridges/nfs/test_service.py"),
+)
+
+#: Debian's packages beside the essential ones.
+PACKAGES = ("python3", "python3-venv", "gcc", "libc6-dev", "socat", "iproute2", "procps")
+
+#: The requirements of pyproject.toml that these parts need.
+REQUIREMENTS = (
+    *("typer", "rich", "h11", "h2", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist"),
+    *("pyte", "prometheus-client"),
+)
+
+#: Where the working tree and Python's packages are, there.
+_TREE, _VENV = Path("/vsockets"), Path("/opt/venv")
+
+#: Makes the working folder the root folder and runs a program in the folder ``$0`` there.  In a
+#: chroot nobody could make a user namespace.
+_ENTER = 'pivot_root . .; umount --lazy .; cd "$0"; exec "$@"'
+
+
+def main() -> int:
+    """Return the exit status: 0 if the tests pass or cannot run here."""
+    if namespace.is_within():
+        return _within(Path(sys.argv[1]), Path(sys.argv[2]))
+    problem = namespace.problem()
+    if not problem and shutil.which("mmdebstrap") is None:
+        problem = "mmdebstrap is missing: apt install mmdebstrap"
+    try:
+        root = None if problem else _root()
+    except Unavailable as error:
+        problem = str(error)
+    if problem or root is None:
+        print(f"Debian 13: skipped: {problem}")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="d13-", dir="/tmp") as scratch:
+        return namespace.enter(__spec__.name, str(root), scratch, *sys.argv[1:])
+
+
+def _root() -> Path:
+    """Return the root folder, made if need be.  Raises Unavailable."""
+    requirements = _requirements()
+    identity = json.dumps([RELEASE, PACKAGES, requirements])
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+    def fill(folder: Path) -> None:
+        print("Debian 13: making its root folder; about two minutes, the first time", flush=True)
+        mirror = Suite(DEBIAN, RELEASE).mirror()
+        command = ("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase")
+        source = f"deb [signed-by={DEBIAN.keys}] {mirror} {RELEASE} main"
+        run(*command, f"--include={','.join(PACKAGES)}", RELEASE, str(folder), source)
+        wheels = folder / "var/wheels"
+        wheels.mkdir()
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+        target = ("--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp")
+        run(*pip, "download", "--quiet", *target, "--dest", str(wheels), *requirements)
+        run("chroot", str(folder), "python3", "-m", "venv", str(_VENV))
+        install = ("install", "--quiet", "--no-index", "--find-links", "/var/wheels")
+        run("chroot", str(folder), str(_VENV / "bin/pip"), *install, *requirements)
+        shutil.rmtree(wheels)
+        (folder / _TREE.relative_to("/")).mkdir()
+
+    return filled(f"debian-13-{digest}", fill)
+
+
+def _requirements() -> list[str]:
+    """Return the lines of pyproject.toml for :data:`REQUIREMENTS`."""
+    with open(namespace.TREE / "pyproject.toml", "rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    lines = {re.split(r"[^\w-]", line)[0]: line for extra in extras.values() for line in extra}
+    return [lines[name] for name in REQUIREMENTS]
+
+
+def _within(root: Path, scratch: Path) -> int:
+    """Set up the namespace and run the tests there."""
+    namespace.bind(root, root)  # so that it can be mounted upon, and read-only as a whole
+    namespace.bind(namespace.TREE, root / _TREE.relative_to("/"), read_only=True)
+    for name in ("proc", "sys", "dev"):
+        namespace.bind(Path("/", name), root / name)
+    for name in ("tmp", "run", "root"):
+        folder = scratch / name
+        folder.mkdir()
+        namespace.bind(folder, root / name)
+    (scratch / "tmp").chmod(0o1777)
+    environment = {
+        "HOME": "/root",
+        "HYPOTHESIS_STORAGE_DIRECTORY": "/root/hypothesis",
+        "LANG": "C.UTF-8",
+        "PATH": namespace.PATH,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_PLUGINS": "vsockets.testing.plugin",  # of a package that is not installed
+        "PYTHONPATH": str(_TREE / "src"),
+        **{name: os.environ[name] for name in ("CI",) if name in os.environ},
+    }
+    parts = sys.argv[3:] or PARTS
+    command = [
+        *("sh", "-ec", _ENTER, str(_TREE), str(_VENV / "bin/python"), "-m", "pytest"),
+        *("-p", "no:cacheprovider", "--numprocesses", namespace.WORKERS, "--dist", "loadfile"),
+        *("-rf", *parts),
+    ]
+    print("\nDebian 13: running", *parts, flush=True)
+    return subprocess.run(command, cwd=root, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
