@@ -33,13 +33,13 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_mirror_of_a_machine_without_package_lists(sources: Path) -> None:
     sources.write_text(f"{OTHERS}deb [trusted=yes] http://127.0.0.1/mirror/debian trixie main\n")
-    assert Suite(DEBIAN, "trixie")._mirror() == "http://127.0.0.1/mirror/debian"
+    assert Suite(DEBIAN, "trixie").mirror() == "http://127.0.0.1/mirror/debian"
 
 
 def test_no_mirror(sources: Path) -> None:
     sources.write_text(OTHERS)
     with pytest.raises(Unavailable, match="apt knows no mirror of Debian"):
-        Suite(DEBIAN, "trixie")._mirror()
+        Suite(DEBIAN, "trixie").mirror()
 
 
 def test_what_cannot_be_had_is_no_failure() -> None:
