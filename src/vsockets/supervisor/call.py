@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .notification import Gone, Notification
 from .process import write_memory
 from .sockets import Endpoint, pack_address, unpack_address
+from .vsockd import Asker
 from .waiting import Wait
 
 if TYPE_CHECKING:
@@ -108,6 +109,15 @@ class Call:
         except BaseException:
             os.close(fd)
             raise
+
+    def asker(self) -> Asker | None:
+        """Return in whose name to ask vsockd; None when the supervisor asks in its own."""
+        return self.supervisor.vsockd.asker(self._credentials)
+
+    def _credentials(self) -> Asker:
+        credentials = self.supervisor.processes.credentials(self.pid)
+        self.check()
+        return credentials
 
     # Addresses
 

@@ -45,6 +45,9 @@ class Processes:
         self._machine = machine
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._pidfds: OrderedDict[int, int] = OrderedDict()
+        #: By thread: the inode of its folder in /proc, which another thread of this number has not,
+        #: and its process.
+        self._process_of: dict[int, tuple[int, int]] = {}
         self._local, self._remote = _Vector(), _Vector()
         self._local_at, self._remote_at = ctypes.byref(self._local), ctypes.byref(self._remote)
         # For the question that is asked most.
@@ -155,7 +158,17 @@ class Processes:
     def _first_thread(pid: int) -> int:
         return int(_status(pid, b"Tgid:")[0])
 
-    # The rest
+    # Rights
+
+    def credentials(self, pid: int) -> tuple[int, int, int]:
+        """Return the process, the effective user and the effective group of a thread."""
+        folder = os.stat(f"/proc/{pid}")  # whose owner is the user also of a closed process
+        known = self._process_of.get(pid)
+        if known is None or known[0] != folder.st_ino:
+            if len(self._process_of) >= _KEPT:
+                self._process_of.clear()
+            known = self._process_of[pid] = folder.st_ino, self._first_thread(pid)
+        return known[1], folder.st_uid, folder.st_gid
 
     @staticmethod
     def has_capability(pid: int, capability: int) -> bool:
@@ -167,6 +180,8 @@ class Processes:
             if os.stat(f"/proc/{pid}/ns/user").st_ino == os.stat("/proc/self/ns/user").st_ino:
                 return bool(int(_status(pid, b"CapEff:")[0], 16) >> capability & 1)
         return False
+
+    # The rest
 
     @staticmethod
     def has_signal(pid: int) -> bool:

@@ -266,7 +266,8 @@ class Supervisor:
             elif not is_control_socket(sock):
                 return None
             endpoint = Endpoint(type_, inode, cookie_of(sock))
-        record, _ = await self.vsockd.ask(Request(Op.QUERY, cookie=endpoint.cookie, inode=inode))
+        request = Request(Op.QUERY, cookie=endpoint.cookie, inode=inode)
+        record, _ = await self.vsockd.ask(None, request)
         self._recover(endpoint, record)
         return endpoint
 

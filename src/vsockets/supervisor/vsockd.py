@@ -9,13 +9,15 @@ import errno
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from enum import Enum, auto
 from socket import (
     AF_UNIX,
     CMSG_LEN,
     MSG_CMSG_CLOEXEC,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
+    SCM_CREDENTIALS,
     SCM_RIGHTS,
     SO_SNDTIMEO,
     SOCK_CLOEXEC,
@@ -37,7 +39,20 @@ _TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
 _TIMEVAL = struct.Struct("=qq")
 #: The shortest SO_SNDTIMEO there is: the kernel rounds it up to one tick.
 _ONE_TICK = _TIMEVAL.pack(0, 1)
+#: The process, user and group in whose name something is asked.
+Asker = tuple[int, int, int]
+_UCRED = struct.Struct("=iII")
+#: A process and a user that there are, and that are not ours.
+_INIT, _NOBODY = 1, 65_534
 _ONE_DESCRIPTOR = CMSG_LEN(array.array("i").itemsize)
+
+
+class Naming(Enum):
+    """Whom a process can name as the writer of what it sends."""
+
+    NOTHING = auto()
+    USERS = auto()
+    PROCESSES = auto()
 
 
 class Vsockd:
@@ -46,6 +61,19 @@ class Vsockd:
     def __init__(self, context: Attachment) -> None:
         self._context = context
         self._full = False  #: its backlog was, when last seen
+        self._naming = _naming()
+
+    def asker(self, credentials: Callable[[], Asker]) -> Asker | None:
+        """Return in whose name to ask for the program with these credentials, or None: in our own.
+
+        Root's supervisor may have programs with fewer rights than its own.  vsockd judges a request
+        by the rights of the process that the kernel says wrote it, and the kernel lets root name
+        another.  In a container whose root has no CAP_SYS_ADMIN, only another user of our process.
+        """
+        if self._naming is Naming.NOTHING:
+            return None
+        process, user, group = credentials()
+        return process if self._naming is Naming.PROCESSES else os.getpid(), user, group
 
     async def enter(
         self, endpoint: Endpoint, sock: _socket.socket, seconds: float = REQUEST_TIMEOUT
@@ -73,16 +101,20 @@ class Vsockd:
                 self._full = False
                 endpoint.entered = True
 
-    async def ask_on(self, endpoint: Endpoint, sock: _socket.socket, request: Request) -> Record:
+    async def ask_on(
+        self, asker: Asker | None, endpoint: Endpoint, sock: _socket.socket, request: Request
+    ) -> Record:
         """One question on the socket's own connection; OSError as vsockd answers.
 
         What the program does with its socket meanwhile can only make the answer get lost.
         """
         await self.enter(endpoint, sock)
-        sock.send(request.encode(), SEND)
+        send(sock, request.encode(), asker)
         return (await receive_record(sock))[0]
 
-    async def ask(self, request: Request, fd: int | None = None) -> tuple[Record, int | None]:
+    async def ask(
+        self, asker: Asker | None, request: Request, fd: int | None = None
+    ) -> tuple[Record, int | None]:
         """One question on a connection of our own, with a descriptor if need be.
 
         Returns the answer and the descriptor that came with it.
@@ -97,10 +129,7 @@ class Vsockd:
                     if error.errno != errno.ENOBUFS:
                         raise
                     await self._wait_for_room(deadline, REQUEST_TIMEOUT)
-            ancillary = []
-            if fd is not None:
-                ancillary = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [fd]))]
-            sock.sendmsg([request.encode()], ancillary, SEND)
+            send(sock, request.encode(), asker, fd)
             return await receive_record(sock)
 
     @staticmethod
@@ -110,6 +139,35 @@ class Vsockd:
         if time.monotonic() >= deadline:
             raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         await pause(KNOCK_AGAIN)
+
+
+def send(
+    sock: _socket.socket, request: bytes, asker: Asker | None, fd: int | None = None
+) -> None:
+    """Send a request in the name of ``asker``, with a descriptor if need be."""
+    ancillary: list[tuple[int, int, bytes | array.array[int]]] = []
+    if asker is not None:
+        ancillary.append((SOL_SOCKET, SCM_CREDENTIALS, _UCRED.pack(*asker)))
+    if fd is not None:
+        ancillary.append((SOL_SOCKET, SCM_RIGHTS, array.array("i", [fd])))
+    sock.sendmsg([request], ancillary, SEND)
+
+
+def _naming() -> Naming:
+    """Find out what the kernel lets this process name."""
+
+    def is_allowed(asker: Asker) -> bool:
+        ours, theirs = _socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
+        with contextlib.closing(ours), contextlib.closing(theirs):
+            try:
+                send(ours, b"", asker)
+            except OSError as error:
+                return error.errno == errno.EINVAL  # a user that this user namespace has not
+        return True
+
+    if is_allowed((_INIT, os.geteuid(), os.getegid())):
+        return Naming.PROCESSES
+    return Naming.USERS if is_allowed((os.getpid(), _NOBODY, _NOBODY)) else Naming.NOTHING
 
 
 def _own_socket(type_: int) -> _socket.socket:

@@ -28,7 +28,7 @@ from ...wire import PADDING, Flag, Record, encode_connect
 from ..call import Answer, Call, failure
 from ..notification import Gone
 from ..sockets import Endpoint, Phase
-from ..vsockd import SEND, take_record
+from ..vsockd import Asker, send, take_record
 from ..waiting import ready
 from . import datagrams
 
@@ -65,7 +65,7 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
         seconds = 0 if polls else endpoint.connect_timeout
         await call.supervisor.vsockd.enter(endpoint, sock, seconds)
         _require_connectable(endpoint)  # another thread may have been quicker
-        _send(endpoint, sock, peer, polls)
+        _send(endpoint, sock, peer, polls, call.asker())
         if polls:
             if not await _wait(endpoint, sock, CONNECT_GRACE):
                 call.answer(-errno.EINPROGRESS)
@@ -104,16 +104,22 @@ async def _wait(endpoint: Endpoint, sock: _socket.socket, seconds: float) -> boo
     return True
 
 
-def _send(endpoint: Endpoint, sock: _socket.socket, peer: tuple[int, int], polls: bool) -> None:
+def _send(
+    endpoint: Endpoint,
+    sock: _socket.socket,
+    peer: tuple[int, int],
+    polls: bool,
+    asker: Asker | None,
+) -> None:
     flags = int(Flag.POLLING) if polls else 0
     request = encode_connect(flags, peer, endpoint.buffers, endpoint.cookie)
     if polls:
         # In this order: a small send buffer would split the request in two.
-        sock.send(request + PADDING, SEND)
+        send(sock, request + PADDING, asker)
         endpoint.send_buffer = sock.getsockopt(SOL_SOCKET, SO_SNDBUF)
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 0)
     else:
-        sock.send(request, SEND)
+        send(sock, request, asker)
     endpoint.phase = Phase.CONNECTING
 
 

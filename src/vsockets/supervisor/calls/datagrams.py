@@ -70,7 +70,7 @@ async def claim(
 ) -> None:
     """Give the socket a local address; wildcards are filled in."""
     request = Request(Op.BIND_DATAGRAM, flags, *address)
-    record, _ = await call.supervisor.vsockd.ask(request, sock.fileno())
+    record, _ = await call.supervisor.vsockd.ask(call.asker(), request, sock.fileno())
     endpoint.local = record.local
 
 
@@ -209,7 +209,7 @@ async def _new_route(
 ) -> _socket.socket:
     request = Request(Op.ROUTE, 0, *UNBOUND, peer_cid=destination[0], peer_port=destination[1])
     with closing(call.duplicate(endpoint)) as sock:
-        record, fd = await call.supervisor.vsockd.ask(request, sock.fileno())
+        record, fd = await call.supervisor.vsockd.ask(call.asker(), request, sock.fileno())
     if fd is None:
         raise failure(errno.EMFILE)
     endpoint.local = record.local

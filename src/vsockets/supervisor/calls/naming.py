@@ -32,6 +32,7 @@ async def bind(call: Call, endpoint: Endpoint) -> Answer:
             await datagrams.claim(call, endpoint, sock, (cid, port), flags)
             return 0
         answer = await call.supervisor.vsockd.ask_on(
+            call.asker(),
             endpoint,
             sock,
             Request(
@@ -62,7 +63,7 @@ async def listen(call: Call, endpoint: Endpoint) -> Answer:
         if endpoint.phase is Phase.LISTENING:
             sock.send(request.encode(), SEND)  # an answer would look like a connection
         else:
-            await call.supervisor.vsockd.ask_on(endpoint, sock, request)
+            await call.supervisor.vsockd.ask_on(None, endpoint, sock, request)
             endpoint.phase = Phase.LISTENING
     return 0
 

@@ -98,7 +98,7 @@ async def _tell(call: Call, endpoint: Endpoint) -> None:
     size, name = endpoint.buffers.size, (endpoint.cookie, endpoint.inode)
     request = Request(Op.RESIZE, 0, 0, 0, 0, 0, 0, size, 0, 0, *name)
     with contextlib.suppress(OSError):  # vsockd has gone; the stream goes on
-        await call.supervisor.vsockd.ask(request)
+        await call.supervisor.vsockd.ask(None, request)
 
 
 def _read_exactly(call: Call, form: struct.Struct) -> tuple[int, ...]:
@@ -173,7 +173,8 @@ async def _of_vsock(call: Call, endpoint: Endpoint, name: int) -> bytes:
         return _INT.pack(endpoint.peer[0])
     if name == SO_VM_SOCKETS_TRUSTED:
         peer_cid = VMADDR_CID_HOST if endpoint.peer is None else endpoint.peer[0]
-        record, _ = await call.supervisor.vsockd.ask(Request(Op.LOCAL_CID, peer_cid=peer_cid))
+        request = Request(Op.LOCAL_CID, peer_cid=peer_cid)
+        record, _ = await call.supervisor.vsockd.ask(call.asker(), request)
         trusted = Flag.TRUSTED_STREAM
         if endpoint.type == SOCK_DGRAM:
             trusted = Flag.TRUSTED_DATAGRAM
@@ -202,7 +203,7 @@ async def ioctl(call: Call) -> Answer:
         # Not let through: it could be the machine's device by then.
         raise failure(errno.ENOTTY)
     if request == IOCTL_LOCAL_CID:
-        record, _ = await call.supervisor.vsockd.ask(Request(Op.LOCAL_CID))
+        record, _ = await call.supervisor.vsockd.ask(None, Request(Op.LOCAL_CID))
         call.write((address, _U32.pack(record.local_cid)))
     elif request == IOCTL_AF_VALUE:
         call.write((address, _INT.pack(AF_VSOCK)))
