@@ -10,13 +10,14 @@ is room behind that.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import deque
 
 import pytest
 
 from vsockets.devices.virtio import device
-from vsockets.devices.virtio.packet import Op, Sequenced, Type
+from vsockets.devices.virtio.packet import HEADER_SIZE, Op, Sequenced, Type
 from vsockets.limits import VIRTIO_BUFFER, VIRTIO_PACKET
 from vsockets.testing.virtio_guest import GuestStream, connect
 from vsockets.testing.waiting import wait_until
@@ -188,3 +189,43 @@ def test_empty_messages(rig: Rig) -> None:
         sock.send(bytes(8))
         wait_until(lambda: guest.has(8), "the one with content")
         guest.read_all()
+
+
+def test_small_packets_in_buffers_of_any_size(rig: Rig) -> None:
+    """Each buffer has what its header says, also where it takes less than a small packet."""
+    guest = rig.guest(refill=False)
+    rig.host.open_ports.add(5000)
+
+    def offer(*sizes: int) -> None:
+        for size in sizes:
+            guest.offer_buffer(guest.memory.allocate(HEADER_SIZE + size), HEADER_SIZE + size)
+        guest.receive.publish()
+
+    def received() -> bytes:
+        rig.call(lambda: None)
+        guest.take()
+        for header, payload in guest.arrived:
+            assert len(payload) == header.length
+        data = b"".join(payload for _, payload in guest.arrived)
+        guest.arrived.clear()
+        return data
+
+    offer(ROOM)
+    stream = connect(guest, 1024, HOST, buf_alloc=VIRTIO_BUFFER)
+    sock = rig.host.accepted[-1]
+    sent = os.urandom(300 * 200)
+    many = 200 * 200
+    sock.sendall(sent[:many])
+    data = b""
+    while len(data) < many:  # a packet for each message
+        offer(200)
+        data += received()
+    sock.sendall(sent[many:])
+    while len(data) < len(sent):
+        offer(ROOM, 10, 0, 128, 1, ROOM, 127, 300)
+        more = received()
+        if not more:  # these are so many packets that it must know what was read
+            stream.received = len(data)
+            stream.say(Op.CREDIT_UPDATE)
+        data += more
+    assert data == sent

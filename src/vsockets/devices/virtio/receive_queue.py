@@ -170,11 +170,7 @@ class ReceiveQueue:
             link.readable = False
             link.host_ends(BOTH if link.gone else _SEND_ENDED)
             return False
-        if small:
-            pieces = range(0, received, VIRTIO_MERGED)
-            used = sum(self._label(link, min(VIRTIO_MERGED, received - at)) for at in pieces)
-        else:
-            used = self._label(link, received)
+        used = self._label_small(link, received) if small else self._label(link, received)
         if received == room:
             link.burst = min(link.burst * 2, _LARGEST_BURST)
             return True
@@ -214,6 +210,19 @@ class ReceiveQueue:
                 payload = parts if header is not None else _after_header(parts)
                 record(self._tap, self._header(link, length, _RW, 0), payload)
         link.send.spend(total, used, room - length)
+        return used
+
+    def _label_small(self, link: Link, received: int) -> int:
+        """As :meth:`_label`, with packets of at most VIRTIO_MERGED bytes."""
+        used = 0
+        while received:
+            room = self._stock[0][3]
+            if not room:
+                self._give_back()
+                continue
+            length = min(room, VIRTIO_MERGED, received)
+            used += self._label(link, length)
+            received -= length
         return used
 
     def _messages(self, link: Link) -> bool:
