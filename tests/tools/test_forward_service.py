@@ -165,8 +165,6 @@ def test_systemd_passes_the_socket(vsock: Vsock, echo: int) -> None:
 
 def test_it_outlives_vsockd(tcp_echo: int) -> None:
     with PrivateFabric() as fabric, Vsock(fabric.folder) as vsock:
-        # Or the forwarder might start another vsockd itself, before we do.
-        vsock.environment.update(fabric.environment(fabric.host))
         running = vsock.start("forward", "vsock::7003", f"tcp:127.0.0.1:{tcp_echo}", "-v")
         running.error_line()
         with vsockets.create_connection((2, 7003), PATIENCE, context=fabric.host) as standing:

@@ -1,4 +1,4 @@
-"""Letting clients in at a door, in an asyncio loop, while there is room for them."""
+"""Listening at a door, in an asyncio loop: to clients of streams, and to datagrams."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import logging
 import socket as stdlib
 from collections.abc import Callable
 
+from ..attachment import Place
 from ..limits import FORWARD_ACCEPTS, FORWARD_LONGEST_PAUSE
-from ..locator import Locator
+from ..locator import Locator, Vsock
 from ..passing import guard_accepted
 from .doors import Door
+from .lifeline import FIRST_LOOK, Revival
 
 #: How long to leave a listener alone that cannot be accepted from, in seconds.
-_ACCEPT_AGAIN = 0.1
+_ACCEPT_AGAIN = FIRST_LOOK
 
 
 class Entrance:
     """Gives every client's socket to ``enter``, as long as ``has_room``; else the backlog waits.
 
-    ``reopen`` makes the door anew when vsockd, which it was a door of, has ended.
+    ``reopen`` makes the door again when vsockd, which it was a door of, has ended.
     """
 
     def __init__(
@@ -103,3 +105,63 @@ class Entrance:
             self._log.warning("%s: listening again", self._where)
             self._listening = False  # whatever was done with the old one
             self._listen(True)
+
+
+class DatagramEntrance:
+    """Calls ``receive`` with each socket of a door that is readable.
+
+    ``reopen`` makes the door again when vsockd has ended that the door, or the target that
+    datagrams go to, belonged to; ``lost`` is called before that.
+    """
+
+    def __init__(
+        self,
+        where: Locator,
+        door: Door,
+        receive: Callable[[stdlib.socket], None],
+        *,
+        reopen: Callable[[], Door],
+        context: Place | None,
+        log: logging.Logger,
+        target: Locator | None = None,
+        lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Raises OSError."""
+        self.door = door
+        self._where = where
+        self._receive = receive
+        self._reopen = reopen
+        self._lost = lost
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+        self._revival: Revival | None = None
+        if isinstance(where, Vsock) or isinstance(target, Vsock):
+            self._revival = Revival(context, self._ended, self._open_again)
+        self._listen()
+
+    def close(self) -> None:
+        """Receive no more."""
+        if self._revival is not None:
+            self._revival.close()
+        self._close_door()
+
+    def _listen(self) -> None:
+        for sock in self.door.sockets:
+            self._loop.add_reader(sock.fileno(), self._receive, sock)
+
+    def _close_door(self) -> None:
+        for sock in self.door.sockets:
+            self._loop.remove_reader(sock.fileno())
+        self.door.close()
+
+    def _ended(self) -> None:
+        self._log.warning("%s: vsockd has ended", self._where)
+        self._lost()
+        if isinstance(self._where, Vsock):
+            self._close_door()
+
+    def _open_again(self) -> None:
+        if isinstance(self._where, Vsock):
+            self.door = self._reopen()
+            self._listen()
+        self._log.warning("%s: listening again", self._where)

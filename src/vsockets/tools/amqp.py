@@ -17,7 +17,7 @@ from ..constants import VMADDR_CID_HOST
 from ..locator import Inet, Locator, Unix, Vsock
 from .advice import Failure
 from .options import LogFormat, LogFormatOption, VerboseOption, parser_of, read_locator
-from .reach import own_context
+from .reach import lasting_context
 
 if TYPE_CHECKING:
     # What is imported in functions below takes longer than the other commands do.
@@ -56,7 +56,7 @@ def guest_proxy(
 
     _expect(listen, "--listen", Inet, Unix)
     _expect(host, "--host", Vsock)
-    context = own_context()
+    context = lasting_context()
     _serve(listen, lambda: GuestProxy(listen, host, context), verbose, log_format)
 
 
@@ -105,7 +105,7 @@ def host_proxy(
     if tls_ca is not None and isinstance(proxy, Unix) and tls_name is None:
         raise typer.BadParameter(f"{proxy} has no name to check: give --tls-name")
     tls = client_context(tls_ca, tls_cert, tls_key) if tls_ca is not None else None
-    context = own_context()
+    context = lasting_context()
     _serve(
         listen,
         lambda: HostProxy(

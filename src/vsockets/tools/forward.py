@@ -11,6 +11,7 @@ import typer
 
 from .. import logs
 from ..limits import FORWARD_CONNECT_TIMEOUT, FORWARD_CONNECTIONS
+from ..locator import Vsock
 from ..service_manager import notify_ready
 from .advice import CONNECT, Failure, failure
 from .options import (
@@ -22,7 +23,7 @@ from .options import (
     VerboseOption,
     parser_of,
 )
-from .reach import own_context
+from .reach import lasting_context
 
 if TYPE_CHECKING:
     # What is imported in functions below takes longer than the other commands do.
@@ -132,6 +133,9 @@ def serve(
 
     logs.begin("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
 
+    ends = (end for settings in forwards for end in (settings.source, settings.target))
+    context = lasting_context(any(isinstance(end, Vsock) for end in ends))
+
     def ready(service: Service) -> None:
         for place, where in service.doors.items():
             scheme = str(place).partition(":")[0]
@@ -143,7 +147,7 @@ def serve(
             forwards,
             drain=drain,
             again=again,
-            context=own_context(),
+            context=context,
             ready=ready,
             recorder=recorder,
         )

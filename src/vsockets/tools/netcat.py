@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..address import parse_port
-from ..attachment import wait_readable
+from ..attachment import Place, wait_readable
 from ..constants import (
     AF_VSOCK,
     SO_VM_SOCKETS_CONNECT_TIMEOUT,
@@ -25,7 +25,7 @@ from .datagrams import DatagramRelay
 from .execute import arguments_of, become_served, serve
 from .options import CidArgument, read_cid
 from .output import notice, user_name
-from .reach import keep_trying, own_context
+from .reach import keep_trying, lasting_context, own_context
 from .relay import Relay
 
 Address = tuple[int, int]
@@ -107,13 +107,11 @@ def connect(
     patience = timeout if wait else 0.0
     _open_standard_descriptors()
     if datagram:
-        own = own_context()
-        sock = _bound(
-            kind, (VMADDR_CID_ANY, VMADDR_PORT_ANY if source_port is None else source_port)
-        )
+        context = lasting_context()
         DatagramRelay(
-            sock,
-            own.cid,
+            lambda address: _bound(kind, address, context),
+            (VMADDR_CID_ANY, VMADDR_PORT_ANY if source_port is None else source_port),
+            context,
             (cid, port),
             read_stdin=not no_stdin,
             idle=timeout,
@@ -165,24 +163,29 @@ def listen(
     kind = _type(datagram, seqpacket, execute)
     command = arguments_of(execute)
     _open_standard_descriptors()
-    sock = _bound(kind, (VMADDR_CID_ANY if cid is None else cid, port))
-    if not datagram:
-        sock.listen()
-    if verbose or port == VMADDR_PORT_ANY:
-        notice(f"listening on {_describe(sock.getsockname())}")
+    address = (VMADDR_CID_ANY if cid is None else cid), port
     if datagram:
+        context = lasting_context()
         relay = DatagramRelay(
-            sock,
-            own_context().cid,
+            lambda address: _bound(kind, address, context),
+            address,
+            context,
             read_stdin=not no_stdin,
             idle=timeout,
             quit_after=quit_after,
             verbose=verbose,
         )
+        if verbose or port == VMADDR_PORT_ANY:
+            notice(f"listening on {_describe(relay.address)}")
         relay.run()
         if not relay.received:
             raise Failure(f"nothing came within {timeout} s")
         return
+
+    sock = _bound(kind, address, own_context())
+    sock.listen()
+    if verbose or port == VMADDR_PORT_ANY:
+        notice(f"listening on {_describe(sock.getsockname())}")
 
     def accept() -> socket:
         accepted: socket = sock.accept()[0]
@@ -222,8 +225,8 @@ def _type(datagram: bool, seqpacket: bool, execute: str | None) -> int:
     return stdlib.SOCK_SEQPACKET if seqpacket else stdlib.SOCK_STREAM
 
 
-def _bound(kind: int, address: Address) -> socket:
-    sock = socket(type=kind, context=own_context())
+def _bound(kind: int, address: Address, context: Place) -> socket:
+    sock = socket(type=kind, context=context)
     if kind == stdlib.SOCK_DGRAM:  # vsockd passes a listener the descriptors of its streams
         guard(sock)
     try:

@@ -15,7 +15,7 @@ from ..constants import VMADDR_CID_HOST
 from ..locator import Inet, Locator, Vsock
 from .advice import Failure
 from .options import LogFormat, LogFormatOption, VerboseOption, parser_of, read_locator
-from .reach import own_context
+from .reach import lasting_context
 
 if TYPE_CHECKING:
     # What is imported in functions below takes longer than the other commands do.
@@ -72,11 +72,12 @@ def serve(
             scheme = str(locator).partition(":")[0]
             log.log(logs.NOTICE, "listening on %s:%s", scheme, door.where)
 
+    context = lasting_context(any(isinstance(locator, Vsock) for locator in listen))
     try:
         places = Places(state or _default_state())
         over_udp = any(isinstance(locator, Inet) for locator in listen)
         service = Service(export, places, UDP_DATA_SIZE if over_udp else DATA_SIZE)
-        asyncio.run(server.serve(service, listen, own_context(), opened))
+        asyncio.run(server.serve(service, listen, context, opened))
         service.close()
         places.close()
     except OSError as error:
@@ -112,7 +113,7 @@ def mount(
     if mount_server is not None:
         _expect(mount_server, "--mount-server")
     logs.begin("vsock: %(message)s", logs.NOTICE, LogFormat.TEXT.value)
-    context = own_context() if isinstance(server, Vsock) else None
+    context = lasting_context() if isinstance(server, Vsock) else None
     try:
         needs.require()
         from ..bridges.nfs.mounting import mount as serve_folder

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import logs
 from ..limits import PERF_MESSAGE, PERF_SECONDS
-from ..locator import Locator, parse_locator
+from ..locator import Locator, Vsock, parse_locator
 from .advice import CONNECT, Failure, failure
-from .options import JsonOption
+from .options import JsonOption, LogFormat
 from .output import notice, print_json
-from .reach import own_context
+from .reach import lasting_context, own_context
 
 if TYPE_CHECKING:
     # What is imported in functions below takes longer than the other commands do.
@@ -88,9 +89,10 @@ def serve(addresses: Addresses = None) -> None:
     """Serve measurements on every ADDRESS, by default vsock::5201 and vsock-dgram::5201."""
     from ..bridges.perf.server import Server
 
+    logs.begin("vsock: %(message)s", logs.NOTICE, LogFormat.TEXT.value)
     wanted = addresses or [_locator("vsock::5201"), _locator("vsock-dgram::5201")]
     try:
-        server = Server(wanted, own_context())
+        server = Server(wanted, lasting_context(any(isinstance(one, Vsock) for one in wanted)))
     except OSError as error:
         raise Failure(f"cannot listen: {error.strerror}") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -47,6 +48,21 @@ def own_context() -> Place:
     if folder.exists():
         require_private(folder)
     return Attachment(folder / str(VMADDR_CID_HOST), on_demand=True)
+
+
+def lasting_context(needed: bool = True) -> Place:
+    """As :func:`own_context`, for a program that goes on for long.
+
+    If vsockd is ``needed`` and may be started, that is done now.  After it has ended it is for
+    others to start it: they know its configuration.
+    """
+    place = own_context()
+    if not isinstance(place, Attachment):
+        return place
+    if needed:
+        with contextlib.suppress(OSError):  # what is tried next says it
+            _ = place.cid
+    return Attachment(place.folder)
 
 
 def administrator(start: bool = False) -> Control:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket as stdlib
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 from ...attachment import Place, current
@@ -22,6 +22,7 @@ from ...passing import guard
 from ...socket import socket
 from ...state_folder import connect_to
 from ...wire.vsockmon import Operation
+from ..entrance import DatagramEntrance
 from .dialer import Dialer
 from .flows import FlowTable
 from .reports import Complaints, describe_source, log
@@ -151,10 +152,11 @@ class DatagramForward:
         door: Door,
         dialer: Dialer,
         context: Place | None,
+        reopen: Callable[[Settings], Door],
         recorder: Recorder | None = None,
     ) -> None:
+        """Raises OSError."""
         self.settings = settings
-        self.door: Door | None = door
         self.dialer = dialer
         self.context = context
         self.recorder = recorder
@@ -163,8 +165,21 @@ class DatagramForward:
         self._flows: FlowTable[Flow] = FlowTable(settings.max_connections, settings.flow_idle)
         self._timer: asyncio.TimerHandle | None = None
         self._finished = asyncio.Event()
-        for sock in door.sockets:
-            self._loop.add_reader(sock.fileno(), self._receive, sock)
+        self._entrance: DatagramEntrance | None = DatagramEntrance(
+            settings.source,
+            door,
+            self._receive,
+            reopen=lambda: reopen(self.settings),
+            context=context,
+            log=log,
+            target=settings.target,
+            lost=self._end_flows,
+        )
+
+    @property
+    def door(self) -> Door | None:
+        """Where clients come to; None when nobody can any more."""
+        return self._entrance.door if self._entrance is not None else None
 
     @property
     def connections(self) -> int:
@@ -177,13 +192,10 @@ class DatagramForward:
 
     def close_door(self) -> None:
         """End everything."""
-        if self.door is not None:
-            for sock in self.door.sockets:
-                self._loop.remove_reader(sock.fileno())
-            self.door.close()
-            self.door = None
-        for flow in self._flows.clear():
-            self._end(flow)
+        if self._entrance is not None:
+            self._entrance.close()
+            self._entrance = None
+        self._end_flows()
         if self._timer is not None:
             self._timer.cancel()
         self._finished.set()
@@ -226,6 +238,10 @@ class DatagramForward:
                     self._end(gone)
                 self._watch()
             flow.send(data)
+
+    def _end_flows(self) -> None:
+        for flow in self._flows.clear():
+            self._end(flow)
 
     def _watch(self) -> None:
         due = self._flows.next_overdue()

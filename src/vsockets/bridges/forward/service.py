@@ -55,24 +55,20 @@ class Service:
         Either all of it or, when it raises OSError, nothing.
         """
         by_source = {settings.source: settings for settings in wanted}
-        doors: dict[Locator, Door | None] = {}
+        started: dict[Locator, Forward] = {}
         try:
             for source, settings in by_source.items():
                 if source not in self._forwards:
-                    nowhere = isinstance(source, Stdio | Exec)
-                    doors[source] = None if nowhere else self._open(settings)
+                    started[source] = self._start(settings)
         except OSError:
-            for door in doors.values():
-                if door is not None:
-                    door.close()
+            for forward in started.values():
+                forward.close()
             raise
         for source in self._forwards.keys() - by_source.keys():
             self._close_door(self._forwards.pop(source))
+        self._forwards |= started
         for source, settings in by_source.items():
-            if source in doors:
-                self._forwards[source] = self._start(settings, doors[source])
-            else:
-                self._forwards[source].settings = settings
+            self._forwards[source].settings = settings
 
     async def finished(self) -> None:
         """Return when every forward has come to its end: never, unless all serve but once.
@@ -117,10 +113,17 @@ class Service:
             raise OSError(0, f"{settings}: one has datagrams, the other a stream")
         return door
 
-    def _start(self, settings: Settings, door: Door | None) -> Forward:
+    def _start(self, settings: Settings) -> Forward:
+        door = None if isinstance(settings.source, Stdio | Exec) else self._open(settings)
         if settings.target.datagram:
             assert door is not None
-            return DatagramForward(settings, door, self._dialer, self._context, self._recorder)
+            try:
+                return DatagramForward(
+                    settings, door, self._dialer, self._context, self._open, self._recorder
+                )
+            except OSError:
+                door.close()
+                raise
         return StreamForward(settings, door, self._pump, self._dialer, self._open, self._recorder)
 
     def _close_door(self, forward: Forward) -> None:

@@ -16,6 +16,7 @@ from ...limits import FORWARD_ACCEPTS, MAX_DATAGRAM
 from ...locator import Inet, Locator, Vsock
 from ...passing import guard
 from ...socket import socket
+from ..lifeline import Revival
 from . import rpc
 from .retransmission import RoundTrips, Transmission, Window
 from .rpc import Auth, Call
@@ -39,14 +40,18 @@ class RpcClient:
     """Calls to one server, in the running asyncio loop."""
 
     def __init__(
-        self, sock: stdlib.socket, server: tuple[Any, ...], own_cid: int | None = None
+        self, sock: stdlib.socket, server: tuple[Any, ...], context: Place | None = None
     ) -> None:
-        """``sock`` is a datagram socket, and ours from now on."""
+        """``sock`` is a datagram socket, and ours from now on; of ``context``, if it is vSockets'.
+
+        Raises OSError.
+        """
         self._sock = sock
         self._server = server
         self._sources = {server}
-        if own_cid is not None and server[0] == VMADDR_CID_LOCAL:
-            self._sources.add((own_cid, server[1]))
+        self._context = context
+        if context is not None and server[0] == VMADDR_CID_LOCAL:
+            self._sources.add((context.cid, server[1]))
         self._loop = asyncio.get_running_loop()
         self._xid = secrets.randbits(32)
         self._waiting: dict[int, _Waiting] = {}
@@ -55,14 +60,17 @@ class RpcClient:
         self._queue: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self.sent_again = 0  #: datagrams
-        sock.setblocking(False)
-        self._loop.add_reader(sock.fileno(), self._receive)
+        self._revival: Revival | None = None
+        if context is not None:
+            self._revival = Revival(context, self._stop, self._bind_again)
+        self._begin()
 
     @classmethod
     def connect(cls, locator: Locator, context: Place | None = None) -> RpcClient:
         """A client of the server at ``locator``, vsock-dgram: or udp:.  Raises OSError."""
         match locator:
             case Vsock(cid, port, True):
+                context = context or current()
                 try:
                     sock = guard(socket(type=stdlib.SOCK_DGRAM, context=context))
                 except OSError as error:
@@ -70,7 +78,11 @@ class RpcClient:
                         raise
                     why = "no vSockets datagrams here: a guest has them by the device vmci alone"
                     raise OSError(error.errno, f"{locator}: {why}") from None
-                return cls(sock, (cid, port), (context or current()).cid)
+                try:
+                    return cls(sock, (cid, port), context)
+                except OSError:
+                    sock.close()
+                    raise
             case Inet(host, port, True):
                 (family, _, _, _, address), *_ = stdlib.getaddrinfo(
                     host, port, type=stdlib.SOCK_DGRAM
@@ -78,15 +90,50 @@ class RpcClient:
                 return cls(stdlib.socket(family, stdlib.SOCK_DGRAM), address)
         raise OSError(errno.EOPNOTSUPP, f"{locator}: expected vsock-dgram: or udp:")
 
+    @property
+    def address(self) -> tuple[Any, ...]:
+        """Where its calls come from."""
+        return self._sock.getsockname()  # type: ignore[no-any-return]
+
     def close(self) -> None:
         """Calls on their way fail."""
-        self._loop.remove_reader(self._sock.fileno())
-        self._sock.close()
+        if self._revival is not None:
+            self._revival.close()
+        self._stop()
         if self._timer is not None:
             self._timer.cancel()
         for waiting in self._waiting.values():
             if not waiting.answer.done():
                 waiting.answer.set_exception(OSError(errno.ESHUTDOWN, "the client was closed"))
+
+    def _begin(self) -> None:
+        self._sock.setblocking(False)
+        self._loop.add_reader(self._sock.fileno(), self._receive)
+
+    def _stop(self) -> None:
+        """Close the socket; calls are sent again when there is another one."""
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+
+    def _bind_again(self) -> None:
+        """vsockd has ended, and there is another one.
+
+        At the same port: the server knows by it which calls it has answered.  Raises OSError.
+        """
+        own = self._sock.getsockname()
+        sock = guard(socket(type=stdlib.SOCK_DGRAM, context=self._context))
+        try:
+            try:
+                sock.bind(own)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+        except OSError:
+            sock.close()
+            raise
+        self._sock = sock
+        self._begin()
 
     async def call(
         self, program: int, version: int, procedure: int, arguments: bytes, credentials: Auth
@@ -128,6 +175,8 @@ class RpcClient:
                 return
 
     def _send(self, waiting: _Waiting) -> None:
+        if self._sock.fileno() < 0:
+            return  # vsockd has ended: later
         try:
             self._sock.sendto(waiting.datagram, self._server)
         except OSError as error:  # nobody there now, or queues are full: later

@@ -12,8 +12,9 @@ from ...attachment import Place
 from ...limits import FORWARD_ACCEPTS, MAX_DATAGRAM
 from ...locator import Locator
 from ...service_manager import notify_ready
-from ..doors import Door
-from .service import Service
+from ..doors import Door, open_door
+from ..entrance import DatagramEntrance
+from .service import Service, log
 
 _BUFFER = max(MAX_DATAGRAM, 65_536)
 
@@ -25,25 +26,40 @@ class Server:
         self, service: Service, locators: Sequence[Locator], context: Place | None = None
     ) -> None:
         """Raises OSError."""
-        self.doors: list[Door] = []
+        self._entrances: list[DatagramEntrance] = []
         self._service = service
-        self._loop = asyncio.get_running_loop()
         try:
             for locator in locators:
-                self.doors.append(Door(locator, context))
+                self._enter(locator, context)
         except OSError:
             self.close()
             raise
-        for door in self.doors:
-            for sock in door.sockets:
-                self._loop.add_reader(sock.fileno(), self._receive, sock)
+
+    @property
+    def doors(self) -> list[Door]:
+        """Where it answers, one for each locator."""
+        return [entrance.door for entrance in self._entrances]
 
     def close(self) -> None:
         """Answer nobody any more."""
-        for door in self.doors:
-            for sock in door.sockets:
-                self._loop.remove_reader(sock.fileno())
+        for entrance in self._entrances:
+            entrance.close()
+
+    def _enter(self, locator: Locator, context: Place | None) -> None:
+        door = open_door(locator, context)
+        try:
+            entrance = DatagramEntrance(
+                locator,
+                door,
+                self._receive,
+                reopen=lambda: open_door(locator, context),
+                context=context,
+                log=log,
+            )
+        except OSError:
             door.close()
+            raise
+        self._entrances.append(entrance)
 
     def _receive(self, sock: stdlib.socket) -> None:
         for _ in range(FORWARD_ACCEPTS):

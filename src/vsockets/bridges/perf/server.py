@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import socket as stdlib
 import threading
 import time
 from collections import OrderedDict
 
 from ...attachment import Place
-from ...limits import MAX_DATAGRAM, PERF_RUNS, PERF_STREAMS
-from ...locator import Locator
+from ...constants import AF_VSOCK
+from ...limits import FORWARD_LONGEST_PAUSE, MAX_DATAGRAM, PERF_RUNS, PERF_STREAMS
+from ...locator import Locator, Vsock
 from ...passing import guard_accepted
 from ..doors import Door
+from ..lifeline import lifeline
 from .protocol import (
     REQUEST_SIZE,
     Header,
@@ -23,6 +27,8 @@ from .protocol import (
     encode_count,
 )
 from .timeouts import set_timeouts
+
+log = logging.getLogger("vsockets.perf")
 
 _BUFFER = max(MAX_DATAGRAM, 65_536)
 
@@ -36,32 +42,79 @@ class Server:
     def __init__(self, locators: list[Locator], context: Place | None = None) -> None:
         """Raises OSError."""
         self.doors: list[Door] = []
+        self._context = context
+        self._closed = threading.Event()
+        self._lines: dict[int, stdlib.socket] = {}
         self._slots = threading.BoundedSemaphore(PERF_STREAMS)
         try:
             for locator in locators:
                 self.doors.append(Door(locator, context))
+            for number, locator in enumerate(locators):
+                self._begin(number, locator)
         except OSError:
             self.close()
             raise
-        for door in self.doors:
-            for sock in door.sockets:
-                sock.setblocking(True)
-                serve = self._datagrams if sock.type == stdlib.SOCK_DGRAM else self._listen
-                threading.Thread(target=serve, args=(sock,), daemon=True).start()
 
     def close(self) -> None:
         """Let nobody in any more."""
+        self._closed.set()
         for door in self.doors:
             door.close()
+        for line in list(self._lines.values()):
+            stdlib.socket.shutdown(line, stdlib.SHUT_RDWR)
+
+    def _begin(self, number: int, locator: Locator) -> None:
+        """Serve a door in threads, each until it is closed or vsockd has ended.  Raises OSError."""
+        sockets = self.doors[number].sockets
+        if isinstance(locator, Vsock) and locator.datagram:
+            line = lifeline(self._context)
+            if line is not None:
+                self._lines[number] = line
+                watch = threading.Thread(target=self._watch, args=(number, *sockets), daemon=True)
+                watch.start()
+        for sock in sockets:
+            sock.setblocking(True)
+
+            def serve(sock: stdlib.socket = sock) -> None:
+                if sock.type == stdlib.SOCK_DGRAM:
+                    self._datagrams(sock)
+                else:
+                    self._listen(sock)
+                self._open_again(number, locator)
+
+            threading.Thread(target=serve, daemon=True).start()
+
+    def _watch(self, number: int, sock: stdlib.socket) -> None:
+        """Wake the thread that receives from ``sock`` when vsockd has ended."""
+        with self._lines[number] as line, contextlib.suppress(OSError):
+            stdlib.socket.recv(line, 1)
+            del self._lines[number]
+            stdlib.socket.shutdown(sock, stdlib.SHUT_RDWR)
+
+    def _open_again(self, number: int, locator: Locator) -> None:
+        """Wait for another vsockd, unless this was closed."""
+        if not self._closed.is_set():
+            log.warning("%s: vsockd has ended", locator)
+        self.doors[number].close()
+        while not self._closed.wait(FORWARD_LONGEST_PAUSE):
+            with contextlib.suppress(OSError):
+                self.doors[number] = Door(locator, self._context)
+                try:
+                    self._begin(number, locator)
+                except OSError:
+                    self.doors[number].close()
+                    raise
+                log.warning("%s: listening again", locator)
+                return
 
     def _listen(self, listener: stdlib.socket) -> None:
         while True:
             self._slots.acquire()
             try:
                 sock, _ = listener.accept()
-            except OSError:
+            except OSError as error:
                 self._slots.release()
-                if listener.fileno() < 0:
+                if listener.fileno() < 0 or error.errno == errno.ENETDOWN:
                     return
                 time.sleep(0.05)  # out of descriptors, most likely
                 continue
@@ -86,6 +139,8 @@ class Server:
                 if sock.fileno() < 0:
                     return
                 continue  # an answer that found nobody
+            if source is None and sock.family == AF_VSOCK:
+                return  # vsockd has ended
             with contextlib.suppress(OSError, ProtocolError, TypeError):
                 header = Header.decode(data)
                 run = source, header.run
