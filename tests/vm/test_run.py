@@ -19,6 +19,7 @@ from qemu.qmp import QMPClient
 
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.vm.following import Following
+from vsockets.vm.initramfs import COMMAND_LINE
 
 from . import downloads, vmware
 from .conftest import COMMON, Stage
@@ -247,6 +248,20 @@ def test_a_device_that_lost_its_guests_memory(bare: subprocess.Popen[str]) -> No
     _, said = bare.communicate(timeout=PATIENCE)
     assert "vsock: the device: vsock device: the guest's memory cannot be accessed" in said
     assert said.endswith("vsock: the device has ended (status 135), and the machine with it\n")
+
+
+def test_a_guest_that_panics(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
+    """It has no file system; the machine ends with its first reset."""
+    linux, _, _ = stage.parts("stable", "virtio")  # or the test is skipped
+    command = [sys.executable, "-m", "vsockets.tools", "--dir", str(fabric_of_machines.folder)]
+    command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu(), "--device", "virtio"]
+    command += ["--kernel", str(linux.image), "--append", COMMAND_LINE, "--", "-no-reboot"]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE * 2
+    )
+    assert done.returncode == 1
+    assert "Kernel panic - not syncing: VFS: Unable to mount root fs" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("vsock: the guest has reset its machine")
 
 
 def test_killed_itself_it_leaves_nothing(

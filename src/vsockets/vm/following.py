@@ -11,7 +11,7 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 from ..control import Control, Events
 from .life_cycle import Act, LifeCycle
 
-_HEARD = ("STOP", "RESUME", "RESET", "MIGRATION")
+_HEARD = ("STOP", "RESUME", "RESET", "MIGRATION", "SHUTDOWN")
 
 
 class Following:
@@ -21,6 +21,7 @@ class Following:
         self, qmp: QMPClient, control: Control, cid: int, tell: Callable[[str], None]
     ) -> None:
         """``tell`` gets lines for people."""
+        self.end = ""  #: why QEMU ends, in its monitor's words
         self._qmp = qmp
         self._control = control
         self._cid = cid
@@ -64,8 +65,11 @@ class Following:
 
     async def _hear_qemu(self, listener: EventListener) -> None:
         async for event in listener:
-            data = event.get("data")
-            status = str(data.get("status", "")) if isinstance(data, dict) else ""
+            found = event.get("data")
+            data = found if isinstance(found, dict) else {}
+            if event["event"] == "SHUTDOWN":
+                self.end = str(data.get("reason", ""))
+            status = str(data.get("status", ""))
             self._do(self._life.qemu_says(str(event["event"]), status))
 
     async def _hear_vsockd(self, events: Events) -> None:

@@ -55,6 +55,13 @@ async def pass_on(process: Process, name: str, tell: Callable[[str], None]) -> N
             tell(f"{name}: {line.decode(errors='replace').strip()}{more}")
 
 
+#: Ends of QEMU that are no power-off of the guest, by the reason that its monitor gives.
+_BROKEN = {
+    "guest-reset": "the guest has reset its machine, which ends with -no-reboot (a panic does so)",
+    "guest-panic": "the guest has panicked",
+}
+
+
 class Failed(Exception):
     """The machine could not be started, or broke; the text says why."""
 
@@ -195,6 +202,8 @@ class RunningMachine:
             raise Failed(f"the device has ended ({_how(device)}), and the machine with it")
         if qemu.returncode and not self._status:
             raise Failed(f"QEMU has ended ({_how(qemu)})")
+        if following.end in _BROKEN:
+            raise Failed(_BROKEN[following.end])
 
     # Being told to end
 
