@@ -113,6 +113,14 @@ class Attachment:
         return bool(flags & (Flag.TRUSTED_DATAGRAM if datagram else Flag.TRUSTED_STREAM))
 
 
+#: What a connect fails with when there is nobody to connect to.
+_NOBODY = frozenset(
+    {
+        *(errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH),
+        *(errno.ENETDOWN, errno.ENODEV, errno.ETIMEDOUT),
+    }
+)
+
 #: Where a socket can be: in a context of the fabric, or in the machine's own kernel.
 Place = Attachment | Kernel
 
@@ -144,6 +152,30 @@ def wait_readable(fd: int, seconds: float | None) -> bool:
     poll = _poll()
     poll.register(fd, _POLLIN)
     return bool(poll.poll(None if seconds is None else min(seconds * 1000, _LONGEST_POLL)))
+
+
+def explain(failure: OSError, place: Place) -> None:
+    """Add a note to the ``failure`` of a connect that says which transport was chosen, if it
+    was chosen automatically and there is nobody at the other end.
+    """
+    if failure.errno not in _NOBODY or os.environ.get("VSOCKETS_TRANSPORT", "auto") != "auto":
+        return
+    if place is not current():  # the program's own choice
+        return
+    if isinstance(place, Kernel):
+        chosen = "the kernel's AF_VSOCK, which has a CID here (the fabric: vsock run, or "
+        chosen += "VSOCKETS_TRANSPORT=fabric)"
+    else:
+        if os.environ.get("VSOCKETS_CONTEXT"):
+            why = "as VSOCKETS_CONTEXT says"
+        elif place.folder == SELF:
+            why = "which is mounted here"
+        else:
+            why = "as the kernel's AF_VSOCK leads nowhere"
+        chosen = f"the fabric, {place.folder}, {why}"
+    note = f"VSOCKETS_TRANSPORT is auto, and this was {chosen}"
+    if note not in getattr(failure, "__notes__", ()):
+        failure.add_note(note)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from .attachment import Place
+from .attachment import Place, current, explain
 from .constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from .functions import create_server
 from .socket import socket
@@ -28,7 +28,11 @@ async def open_connection(
     sock = socket(context=context)
     try:
         sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, (cid, port))
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, (cid, port))
+        except OSError as failure:
+            explain(failure, context or current())
+            raise
         return await asyncio.open_connection(sock=sock, **options)
     except BaseException:
         sock.close()

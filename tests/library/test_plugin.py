@@ -30,6 +30,34 @@ def test_each_has_the_port_to_itself(vsock_fabric, number):
 '''
 
 
+AGENT = """#!{python}
+import socket
+sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+sock.connect((socket.VMADDR_CID_HOST, 5000))
+"""
+
+
+def test_the_readmes_example(tmp_path: Path) -> None:
+    """With an agent that does not know this package: its AF_VSOCK must not be the machine's."""
+    pytest.importorskip("typer", reason="needs the extra cli")
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    start = readme.index("def test_my_agent(")
+    example = readme[start : readme.index("```", start)]
+    (tmp_path / "test_example.py").write_text(f"import vsockets\n\n{example}")
+    agent = tmp_path / "your_agent"
+    agent.write_text(AGENT.format(python=sys.executable))
+    agent.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=60"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
 def test_parallel_tests_have_separate_fabrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import select
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +18,18 @@ from typing import Any
 from ..attachment import Attachment
 from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from ..control import Control
+
+StrPath = str | os.PathLike[str]
+
+_PACKAGE_ROOT = os.fspath(Path(__file__).parents[2])
+
+#: The command ``vsock``, for a Python that may have this package nowhere but here.
+_VSOCK = f"""\
+import sys
+sys.path.append({_PACKAGE_ROOT!r})
+from vsockets.tools import main
+sys.exit(main())
+"""
 
 #: How long vsockd may take to start or to stop, in seconds; it takes a tenth of one.
 _PATIENCE = 20.0
@@ -35,7 +49,7 @@ class PrivateFabric:
             server = vsockets.create_server((2, 5000), context=fabric.host)
             guest = fabric.guest()
             client = vsockets.create_connection((2, 5000), context=guest)
-            subprocess.run(["./agent"], env=fabric.environment(guest))
+            agent = fabric.popen(guest, ["./agent"])  # any program, unmodified
 
     Any number of them can be had at once.  ``folder`` is the state folder, by default one in
     a new temporary folder with a short path; only the latter is removed afterwards.
@@ -60,6 +74,7 @@ class PrivateFabric:
         self._log_level = log_level
         self._log = ""
         self._process: subprocess.Popen[bytes] | None = None
+        self._programs: list[subprocess.Popen[Any]] = []
         self._errors_expected = False
 
     def __enter__(self) -> PrivateFabric:
@@ -78,6 +93,7 @@ class PrivateFabric:
         traceback: TracebackType | None,
     ) -> None:
         try:
+            self._end_programs()
             self.stop()
             if kind is None:
                 self.check()
@@ -115,10 +131,45 @@ class PrivateFabric:
         """
         return Attachment(self.control.add_context(cid, name, owner, **settings)["folder"])
 
+    def popen(
+        self, context: Attachment, arguments: Sequence[StrPath], **options: Any
+    ) -> subprocess.Popen[Any]:
+        """Start any program, unmodified, in ``context``: its AF_VSOCK is the fabric's.
+
+        ``options`` are those of :class:`subprocess.Popen`; ``env`` is the program's environment
+        without what this adds.  The process ends as the program ends, and passes signals on to
+        it.  Whatever still runs when the fabric ends is killed.  Needs the extra ``cli``, as
+        ``vsock run`` does.
+        """
+        options["env"] = self._environment(context, options.get("env"))
+        process = subprocess.Popen(_supervised(context, arguments), **options)
+        self._programs.append(process)
+        return process
+
+    def run(
+        self, context: Attachment, arguments: Sequence[StrPath], **options: Any
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run any program to its end, as :meth:`popen` starts it.
+
+        ``options`` are those of :func:`subprocess.run`.
+        """
+        options["env"] = self._environment(context, options.get("env"))
+        return subprocess.run(_supervised(context, arguments), **options)
+
     def environment(self, attachment: Attachment) -> dict[str, str]:
-        """This process's environment, changed so that a child is in ``attachment``'s context."""
+        """Return this process's environment, changed so that the library in a child is in
+        ``attachment``'s context.
+
+        It is for programs that ``import vsockets``.  In any other program AF_VSOCK would be that
+        of the machine: :meth:`popen` starts those.
+        """
+        return self._environment(attachment)
+
+    def _environment(
+        self, attachment: Attachment, base: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
         return {
-            **os.environ,
+            **(os.environ if base is None else base),
             "VSOCKETS_TRANSPORT": "fabric",
             "VSOCKETS_CONTEXT": os.fspath(attachment.folder),
             "VSOCKETS_DIR": os.fspath(self.folder),
@@ -192,6 +243,14 @@ class PrivateFabric:
         if errors and not self._errors_expected:
             raise FabricFailed(f"vsockd logged {len(errors)} errors:\n{self.log}")
 
+    def _end_programs(self) -> None:
+        for process in self._programs:
+            if process.poll() is None:
+                process.kill()
+            with process:  # closes its pipes and waits
+                pass
+        self._programs.clear()
+
     def _end_process(self, number: signal.Signals) -> int:
         process, self._process = self._process, None
         assert process is not None
@@ -218,6 +277,16 @@ def _environment_of_vsockd() -> dict[str, str]:
     # NOTIFY_SOCKET would tell the manager of whoever runs the tests.
     without = ("VSOCKETS_CONTEXT", "NOTIFY_SOCKET")
     environment = {name: value for name, value in os.environ.items() if name not in without}
-    package_root = os.fspath(Path(__file__).parents[2])
-    search_path = [package_root, *filter(None, [environment.get("PYTHONPATH")])]
+    search_path = filter(None, [_PACKAGE_ROOT, environment.get("PYTHONPATH")])
     return {**environment, "PYTHONPATH": os.pathsep.join(search_path)}
+
+
+def _supervised(context: Attachment, arguments: Sequence[StrPath]) -> list[StrPath]:
+    """Return the command that runs ``arguments`` in ``context``."""
+    if importlib.util.find_spec("typer") is None:
+        raise FabricFailed(
+            "vsock run is missing: pip install '.[cli]' in the clone that vsockets came from"
+        )
+    # Neither the working folder nor PYTHONPATH decides what this imports.
+    vsock = (sys.executable, "-P", "-c", _VSOCK)
+    return [*vsock, "run", "--cid", str(context.cid), "--", *arguments]

@@ -38,9 +38,11 @@ class Failure(Exception):
 def failure(doing: str, error: OSError, meanings: dict[int, str]) -> Failure:
     """The line for ``error``, met while ``doing`` something."""
     code = error.errno or 0
-    if code not in meanings:  # the library's own words, such as how to start vsockd
-        return Failure(f"{doing}: {error.strerror or error}")
-    return Failure(f"{doing}: {meanings[code]} ({os.strerror(code)})")
+    why = error.strerror or str(error)  # the library's own words, such as how to start vsockd
+    if code in meanings:
+        why = f"{meanings[code]} ({os.strerror(code)})"
+    # Notes of the library say which transport was chosen.
+    return Failure("; ".join((f"{doing}: {why}", *getattr(error, "__notes__", ()))))
 
 
 def one_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ from ..constants import (
     VMADDR_CID_ANY,
     VMADDR_PORT_ANY,
 )
+from ..kernel import Kernel
 from ..passing import guard, refuse
 from ..socket import socket
 from .advice import BIND, CONNECT, Failure, failure
@@ -176,7 +177,7 @@ def listen(
             verbose=verbose,
         )
         if verbose or port == VMADDR_PORT_ANY:
-            notice(f"listening on {_describe(relay.address)}")
+            notice(f"listening on {_describe(relay.address)}{_place()}")
         relay.run()
         if not relay.received:
             raise Failure(f"nothing came within {timeout} s")
@@ -185,7 +186,7 @@ def listen(
     sock = _bound(kind, address, own_context())
     sock.listen()
     if verbose or port == VMADDR_PORT_ANY:
-        notice(f"listening on {_describe(sock.getsockname())}")
+        notice(f"listening on {_describe(sock.getsockname())}{_place()}")
 
     def accept() -> socket:
         accepted: socket = sock.accept()[0]
@@ -255,6 +256,11 @@ def _connected(
 
 def _timeval(seconds: float) -> bytes:
     return struct.pack("=qq", int(seconds), int(seconds % 1 * 1e6))
+
+
+def _place() -> str:
+    """Return what tells the kernel's AF_VSOCK from the fabric, in a message."""
+    return ", the kernel's AF_VSOCK" if isinstance(own_context(), Kernel) else ""
 
 
 def _describe(address: Address) -> str:

@@ -18,7 +18,7 @@ from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 from typing import Any
 
 from ...address import check
-from ...attachment import descriptor_in, understand, wait_readable
+from ...attachment import descriptor_in, explain, understand, wait_readable
 from ...buffers import DEFAULT_SIZES, BufferSizes
 from ...constants import VMADDR_CID_ANY
 from ...limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, REQUEST_TIMEOUT
@@ -117,8 +117,12 @@ class StreamSocket(FabricSocket):
         timeout = self.gettimeout()
         flags = 0 if timeout != 0 else _POLLING
         request = encode_connect(flags, peer, self._buffers, self._cookie())
-        if not self._entered:
-            self._enter()
+        try:
+            if not self._entered:
+                self._enter()
+        except OSError as failure:
+            explain(failure, self._context)
+            raise
         if flags:
             self._send_polling(request)
             self._phase = _CONNECTING
@@ -133,7 +137,11 @@ class StreamSocket(FabricSocket):
         except BaseException:
             self._phase = _CONNECTING  # it goes on
             raise
-        self._finish_connecting()
+        try:
+            self._finish_connecting()
+        except OSError as failure:
+            explain(failure, self._context)
+            raise
 
     def connect_ex(self, address: Any) -> int:
         """As :meth:`connect`, but returns the errno instead of raising it."""

@@ -15,6 +15,7 @@ from socket import SOCK_DGRAM, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 from typing import Any, Self
 
 from ...address import check
+from ...attachment import explain
 from ...constants import (
     AF_VSOCK,
     SO_VM_SOCKETS_BUFFER_MAX_SIZE,
@@ -48,7 +49,11 @@ class KernelSocket(socket):
 
     def connect(self, address: Any, /) -> None:
         """Connect to ``(cid, port)``."""
-        _raw.connect(self, check(address))
+        try:
+            _raw.connect(self, check(address))
+        except OSError as failure:
+            explain(failure, self._context)
+            raise
 
     def connect_ex(self, address: Any, /) -> int:
         """As :meth:`connect`, but returns the errno."""
