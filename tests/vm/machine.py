@@ -6,7 +6,6 @@ import ast
 import contextlib
 import io
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -286,7 +285,7 @@ class Machine:
         self.device.wait()
         assert self.device.stdout is not None
         self.device.stdout.close()
-        os.unlink(self._path)
+        wait_until(lambda: not self._path.exists(), "its socket to be removed", PATIENCE)
 
     def plug_again(self) -> None:
         """Pull the virtio device out of the running machine, and plug one in."""
@@ -334,5 +333,3 @@ class Machine:
                 assert self.device.stdout is not None
                 self.device.stdout.close()
                 self.device = None
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._path)
