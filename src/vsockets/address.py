@@ -5,6 +5,8 @@ In Python an address is the tuple ``(cid, port)``, as in the standard library.
 
 from __future__ import annotations
 
+from operator import index
+
 from .constants import VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR, VMADDR_CID_LOCAL
 
 LARGEST = 0xFFFF_FFFF
@@ -22,20 +24,22 @@ CID_NAMES = {
 
 
 def check(address: object) -> tuple[int, int]:
-    """Return ``address`` as ``(cid, port)``.
+    """Return ``address`` as ``(cid, port)``, read as the standard library reads it.
 
-    Raises TypeError when it is not a pair of integers, OverflowError when one of
-    them does not fit 32 bits unsigned (the standard library's choices for ports).
+    CPython parses an AF_VSOCK address with the format "II" (``getsockaddrarg()`` in
+    Modules/socketmodule.c): any object with ``__index__`` is a number, of which the lower 32 bits
+    count.  So -1 is VMADDR_CID_ANY, and VMADDR_PORT_ANY.  Raises TypeError when ``address`` is
+    not a pair of those.
     """
     if not isinstance(address, tuple) or len(address) != 2:
         raise TypeError(f"a vSockets address is a tuple (cid, port), not {address!r}")
     cid, port = address
-    if not isinstance(cid, int) or not isinstance(port, int):
-        raise TypeError(f"CID and port are integers, not {address!r}")
-    if (cid | port) >> 32:  # one of them is negative, or has more than 32 bits
-        name, number = ("port", port) if 0 <= cid <= LARGEST else ("CID", cid)
-        raise OverflowError(f"{name} {number}: expected 0 to {LARGEST}")
-    return cid, port
+    if type(cid) is int and type(port) is int and not (cid | port) >> 32:
+        return cid, port
+    try:
+        return index(cid) & LARGEST, index(port) & LARGEST
+    except TypeError:
+        raise TypeError(f"CID and port are integers, not {address!r}") from None
 
 
 def parse_cid(text: str) -> int:

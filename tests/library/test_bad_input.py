@@ -42,13 +42,63 @@ def test_what_is_no_address(
         sock.bind(ANY)
 
 
-@pytest.mark.parametrize("address", [(1 << 32, 1), (2, 1 << 32), (-1, 1), (2, -1)])
-@pytest.mark.parametrize("call", ADDRESS_CALLS)
-def test_more_than_32_bits(host: vsockets.Attachment, call: str, address: Any) -> None:
-    with vsockets.socket(context=host) as sock:
-        with pytest.raises(OverflowError, match="expected 0 to 4294967295"):
-            ADDRESS_CALLS[call](sock, address)
-        sock.bind(ANY)
+#: Binds each address with each type of socket, sends to it, and connects to it; ``setup`` says
+#: whose sockets these are.
+INTEGERS = """
+import socket
+{setup}
+class Index:
+    def __init__(self, number): self.number = number
+    def __index__(self): return self.number
+ANY = socket.VMADDR_CID_ANY
+BIND = lambda sock, address: sock.bind(address)
+CONNECT = lambda sock, address: sock.connect(address)
+SEND = lambda sock, address: sock.sendto(b"", address)
+def attempt(kind, call, address):
+    with socket.socket(socket.AF_VSOCK, kind) as sock:
+        try:
+            call(sock, address)
+            cid, port = sock.getsockname()
+            return cid, port if port < 10000 else "free"
+        except OSError as error:
+            return error.errno
+        except (TypeError, OverflowError) as error:
+            return type(error).__name__
+numbers = -1, 2**32 + 5000, -2**32 + 5001, 2**64 + 5002, Index(5003), Index(-1), True
+numbers += 5.0, "5", None
+for kind in socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM:
+    for number in numbers:
+        print(attempt(kind, BIND, (ANY, number)))
+        print(attempt(kind, BIND, (number, 6000)))
+        print(attempt(kind, CONNECT, (2, number)))
+        print(attempt(kind, CONNECT, (number, 6000)))
+        if kind == socket.SOCK_DGRAM:
+            print(attempt(kind, SEND, (2, number)))
+            print(attempt(kind, SEND, (number, 6000)))
+"""
+
+
+def test_integers_are_what_cpythons_own_af_vsock_takes(vsock_fabric: PrivateFabric) -> None:
+    """Which a supervised program has, that does not import this package."""
+    pytest.importorskip("typer", reason="needs the extra cli")
+
+    def outcomes(setup: str) -> list[str]:
+        done = vsock_fabric.run(
+            vsock_fabric.guest(reserved_ports=True),
+            [sys.executable, "-c", INTEGERS.format(setup=setup)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout).splitlines()
+
+    theirs = outcomes("")
+    assert outcomes("import vsockets; vsockets.install()") == [
+        line.replace("(3, ", "(4, ") for line in theirs
+    ]
+    assert theirs[:2] == ["(3, 'free')", "(3, 6000)"]  # -1: any
+    assert theirs[4] == "(3, 5000)"  # 2**32 + 5000
+    assert theirs.count("TypeError") == 3 * 4 * 3 + 3 * 2
 
 
 def expect(code: int, call: Any, *arguments: Any) -> None:

@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..address import LARGEST, check
+from ..address import LARGEST
 from ..fabric import (
     Change,
     Context,
@@ -247,10 +247,14 @@ def _cid(arguments: Arguments) -> int:
 
 
 def _address(arguments: Arguments, key: str) -> tuple[int, int]:
-    try:
-        return check(tuple(_optional(arguments, key, list) or ()))
-    except (TypeError, OverflowError) as error:
-        raise BadRequest(f"{key}: expected [CID, port]: {error}") from None
+    address = _optional(arguments, key, list)
+    if (
+        address is None
+        or len(address) != 2
+        or not all(type(number) is int and 0 <= number <= LARGEST for number in address)
+    ):
+        raise BadRequest(f"{key}: expected [CID, port], two numbers from 0 to {LARGEST}")
+    return address[0], address[1]
 
 
 def _hybrid(arguments: Arguments) -> str:

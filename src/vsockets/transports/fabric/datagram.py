@@ -102,7 +102,8 @@ class DatagramSocket(FabricSocket):
         try:
             route = self._routes[address]
         except (KeyError, TypeError):
-            route = self._new_route(address)
+            address = check(address)
+            route = self._routes.get(address) or self._new_route(address)
         if (len(data) if type(data) is bytes else memoryview(data).nbytes) > MAX_DATAGRAM:
             raise error(errno.EMSGSIZE, f"a datagram holds {MAX_DATAGRAM} bytes")
         try:
@@ -210,9 +211,9 @@ class DatagramSocket(FabricSocket):
             raise error(errno.EINVAL, "connect() the socket, or give an address")
         return self._peer
 
-    def _new_route(self, address: Any) -> stdlib.socket:
-        """A route to ``address``, in place of an old one if there is one."""
-        cid, port = check(address)
+    def _new_route(self, address: tuple[int, int]) -> stdlib.socket:
+        """Return a route to ``address``, in place of an old one if there is one."""
+        cid, port = address
         old = self._routes.pop(address, None)
         if old is not None:
             old.close()
