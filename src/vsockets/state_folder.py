@@ -6,19 +6,21 @@
     vsockd.lock     held by the running vsockd; names its process
     vsockd.log      the log of a vsockd that was started on demand; vsockd.log.1: the one before
     control         the administrator's socket
-    CID/stream      a context's control sockets: all a program in it needs,
+    CID/stream      a context's control sockets, its owner's: all a program in it needs,
     CID/seqpacket       so a container becomes a guest by mounting this one folder
     private/        vsockd's own
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import socket
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from . import folders
 
 #: sockaddr_un holds 108 bytes, the last one a NUL.
 _LONGEST_SOCKET_PATH = 107
@@ -29,7 +31,9 @@ CONTROL = "control"
 LOCK = "vsockd.lock"
 LOG = "vsockd.log"
 PRIVATE = "private"
-LIVES = "lives"  # in private/
+# In private/:
+LIVES = "lives"
+TRASH = "trash"
 
 
 def default_folder() -> Path:
@@ -45,15 +49,27 @@ def default_folder() -> Path:
     return Path(f"/tmp/vsock-{os.geteuid()}")
 
 
-def require_private(folder: Path) -> None:
-    """Raise PermissionError unless ``folder`` is ours to trust.
+def require_private(folder: Path, create: bool = False) -> None:
+    """Raise PermissionError unless the state folder ``folder`` is ours or root's, for good.
 
-    Under ``/tmp`` anybody could have made it first, and then be everybody's host.
+    Under ``/tmp`` any user could have made it first, and then be every program's host; and a folder
+    above it that others can change leads elsewhere the next moment.  With ``create`` it is made.
     """
-    found = os.lstat(folder)
+    folder = folder.absolute()
+    try:
+        above = folders.open_folder(folder.parent, private=True, create=0o755 if create else None)
+    except PermissionError as error:
+        raise PermissionError(f"{error.filename}: {error.strerror}: not using {folder}") from None
+    try:
+        if create:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder.name, 0o755 if os.geteuid() == 0 else 0o700, dir_fd=above)
+        found = os.stat(folder.name, dir_fd=above, follow_symlinks=False)
+    finally:
+        os.close(above)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
         raise PermissionError(f"{folder} is not a folder of user {os.geteuid()}: not using it")
-    if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+    if found.st_mode & 0o022:
         raise PermissionError(f"{folder} can be written by others: not using it")
 
 
@@ -90,19 +106,15 @@ def connect_to(connect: Callable[[str], None], path: str) -> None:
 
 
 def remove_stale(path: str | os.PathLike[str]) -> None:
-    """Remove the unix socket at ``path`` if nobody holds it any more.
-
-    Where there is something else bind() says so: EADDRINUSE.
+    """As :func:`.folders.remove_stale`, by a path that other users may change: what is removed is
+    in the folder that was looked into.
     """
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return
-    except FileNotFoundError:
+    parent, name = os.path.split(os.fspath(path))
+    if not parent:
+        folders.remove_stale(name)
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        try:
-            connect_to(probe.connect, os.fspath(path))
-        except ConnectionRefusedError:
-            os.unlink(path)
-        except OSError:
-            pass  # another type, which is alive; or not ours
+    folder = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        folders.remove_stale(name, folder)
+    finally:
+        os.close(folder)

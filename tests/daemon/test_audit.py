@@ -62,6 +62,7 @@ def reserved_port(fabric: PrivateFabric) -> None:
 
 def hypervisor_service(fabric: PrivateFabric) -> None:
     fabric.hypervisor.folder.chmod(0o755)
+    (fabric.hypervisor.folder / "seqpacket").chmod(0o666)
     with unprivileged(fabric):
         ask_once(fabric.hypervisor, bind(5000))
 

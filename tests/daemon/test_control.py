@@ -206,8 +206,8 @@ def test_files_are_as_private_as_they_should_be(vsock_fabric: PrivateFabric) -> 
         "2": 0o755,
         "2/stream": 0o666,
         "2/seqpacket": 0o666,
-        "7": 0o700,
-        "7/stream": 0o666,
+        "7": 0o711,
+        "7/stream": 0o600,
     }
     assert stat.S_IMODE(vsock_fabric.folder.stat().st_mode) & 0o022 == 0
 

@@ -190,8 +190,10 @@ def test_a_service_of_the_hypervisor_is_its_owners(fabric: PrivateFabric) -> Non
 
 
 def test_even_with_the_door_left_open(fabric: PrivateFabric) -> None:
-    """An administrator's mistake with the folder's mode is not enough."""
+    """An administrator's mistake with the files' modes is not enough."""
     fabric.hypervisor.folder.chmod(0o755)
+    for name in ("stream", "seqpacket"):
+        (fabric.hypervisor.folder / name).chmod(0o666)
     with service(fabric.host, STREAM, (2, 5000)) as server, user(NOBODY):
         assert ask_once(fabric.hypervisor, bind(5000)).status == errno.EACCES
         with (

@@ -74,7 +74,7 @@ def test_a_path_that_cannot_be_says_which(vsock: Vsock, tmp_path: Path) -> None:
     running = tmp_path / "running"
     start(vsock, "virtio", running)
     expected = {
-        "/nosuch/x": "/nosuch/x: No such file or directory",
+        "/nosuch/x": "/nosuch: No such file or directory",
         os.fspath(file): f"{file}: there is a file, or a device that runs",
         os.fspath(running): f"{running}: there is a file, or a device that runs",
     }

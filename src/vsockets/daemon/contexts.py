@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,26 @@ from .events import Events, Topic
 from .hybrid_door import HybridDoor
 from .kernel_link import KernelLink
 from .loop import Loop
+from .trash import Trash
+
+log = logging.getLogger(__name__)
 
 
 class RunningContexts:
     """Every context that programs can be in, with its folder below ``folder``."""
 
     def __init__(
-        self, folder: Path, loop: Loop, fabric: Fabric, broker: Broker, audit: Audit, events: Events
+        self,
+        folder: Path,
+        trash: Trash,
+        loop: Loop,
+        fabric: Fabric,
+        broker: Broker,
+        audit: Audit,
+        events: Events,
     ) -> None:
         self._folder = folder
+        self._trash = trash
         self._loop = loop
         self._fabric = fabric
         self._broker = broker
@@ -57,8 +69,14 @@ class RunningContexts:
 
     # Coming and going
 
-    def add(self, wanted: ContextSettings, leased: bool = False) -> Context:
-        """A new guest, or one more lease on it: see :meth:`vsockets.fabric.Contexts.add`."""
+    def add(
+        self, wanted: ContextSettings, leased: bool = False, whatever_happens: bool = False
+    ) -> Context:
+        """A new guest, or one more lease on it: see :meth:`vsockets.fabric.Contexts.add`.
+
+        OSError when its sockets cannot be made.  With ``whatever_happens`` that is logged instead,
+        and the guest is there without them: a guest's owner must not keep vsockd from starting.
+        """
         contexts = self._fabric.contexts
         known = len(contexts)
         owner = os.geteuid() if wanted.owner is None else wanted.owner
@@ -76,12 +94,15 @@ class RunningContexts:
         context.reserved_ports = wanted.reserved_ports
         try:
             if wanted.powered:
-                self._open_doors(context)
+                self._open_doors(context, whatever_happens)
             else:
                 context.state = State.OFF
-        except OSError:
-            contexts.remove(context.cid)
-            raise
+        except OSError as error:
+            if not whatever_happens:
+                contexts.remove(context.cid)
+                raise
+            log.error("context %d stays off: %s", context.cid, error)
+            context.state = State.OFF
         self._publish(context, "added")
         return context
 
@@ -128,7 +149,7 @@ class RunningContexts:
                 else self._fabric.contexts.get(wanted.cid)
             )
             if found is None:
-                self.add(wanted)
+                self.add(wanted, whatever_happens=True)
             else:
                 self.adjust(found, wanted.isolation, wanted.limits)
 
@@ -156,7 +177,7 @@ class RunningContexts:
             self._broker.close_context(context)
         elif change is Change.POWER_ON:
             try:
-                self._open_doors(context)
+                self._open_doors(context, True)
             except OSError:
                 context.state = State.OFF
                 raise
@@ -177,13 +198,17 @@ class RunningContexts:
         self._audit.record_disconnect(connection, asker)
         return [connection] if connection in left else []
 
-    def _open_doors(self, context: Context) -> None:
+    def _open_doors(self, context: Context, without_hybrid: bool = False) -> None:
+        """Make a context's sockets; ``without_hybrid`` rather than not at all."""
         common = self._loop, self._broker, context
-        doors = self._doors[context] = [Doors(*common, self.folder_of(context))]
+        doors = self._doors[context] = [Doors(*common, self.folder_of(context), self._trash)]
         try:
             if context.hybrid:
                 doors.append(HybridDoor(*common, Path(context.hybrid)))
-        except OSError:
+        except OSError as error:
+            if without_hybrid:
+                log.warning("context %d goes without %s", context.cid, error.strerror)
+                return
             self._close_doors(context)
             raise
 

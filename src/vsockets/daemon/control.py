@@ -26,6 +26,7 @@ from ..fabric import (
     Profile,
     Refused,
 )
+from ..folders import file_mode
 from ..limits import CONTROL_REQUEST, EVENTS_UNREAD
 from ..locator import hybrid_problem
 from ..state_folder import short_path
@@ -55,9 +56,8 @@ class ControlSocket:
         self._vsockd = vsockd
         self._path = path
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        with short_path(path) as spelled:
+        with short_path(path) as spelled, file_mode(0o600):
             listener.bind(spelled)
-        path.chmod(0o600)
         listener.listen()
         self._acceptor = Acceptor(loop, listener, "an administrator", self._admit)
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
 import socket
 from functools import partial
 from pathlib import Path
 
 from ..constants import VMADDR_CID_HOST
 from ..fabric import Context, Kind
+from ..folders import file_mode
 from ..limits import CONTROL_BACKLOG
 from ..state_folder import SEQPACKET, STREAM, short_path
 from .accepting import Acceptor
 from .broker import Broker
 from .loop import Loop
+from .trash import Trash
+
+log = logging.getLogger(__name__)
 
 _DOORS = (
     (Kind.STREAM, STREAM, socket.SOCK_STREAM),
@@ -25,14 +29,22 @@ _DOORS = (
 class Doors:
     """The folder of one context and the two sockets in it.
 
-    Who may enter the folder may be a program of the context: mode 0700 and the virtual
-    machine's owner for a guest, the fabric's for the hypervisor's services; the host is
-    everybody's who can enter the state folder.
+    Programs that may connect to the sockets may be programs of the context: those of the virtual
+    machine's owner for a guest, the fabric's for the hypervisor's services, everybody's who can
+    enter the state folder for the host.  The folder is vsockd's own: nobody else can add anything
+    to it, or put another file in a socket's place.
     """
 
-    def __init__(self, loop: Loop, broker: Broker, context: Context, folder: Path) -> None:
+    def __init__(
+        self, loop: Loop, broker: Broker, context: Context, folder: Path, trash: Trash
+    ) -> None:
+        """OSError when it cannot be."""
         self.folder = folder
+        self._trash = trash
         self._doors: list[Acceptor] = []
+        is_host = context.cid == VMADDR_CID_HOST
+        if folder.is_dir():  # what could not be removed before
+            trash.discard(folder)
         folder.mkdir(mode=0o700)
         try:
             for kind, name, sock_type in _DOORS:
@@ -40,16 +52,17 @@ class Doors:
                 admit = partial(broker.admit, context, kind)
                 who = f"a program of context {context.cid}"
                 self._doors.append(Acceptor(loop, listener, who, admit))
-                with short_path(folder / name) as path:
+                with short_path(folder / name) as path, file_mode(0o666 if is_host else 0o600):
                     listener.bind(path)
-                os.chmod(folder / name, 0o666)
                 # Connections inherit it: the kernel tells who writes each request.
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+                if context.is_guest and context.owner != os.geteuid():
+                    os.chown(folder / name, context.owner, -1, follow_symlinks=False)
                 listener.listen(CONTROL_BACKLOG)
-            if context.cid == VMADDR_CID_HOST:
+            if is_host:
                 folder.chmod(0o755)
-            elif context.is_guest and context.owner != os.geteuid():
-                os.chown(folder, context.owner, -1)
+            elif context.is_guest:
+                folder.chmod(0o711)
         except OSError:
             self.close()
             raise
@@ -58,4 +71,19 @@ class Doors:
         """Let nobody in any more, and remove the folder."""
         for door in self._doors:
             door.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder, self._trash)
+
+
+def remove(folder: Path, trash: Trash) -> None:
+    """Remove a context's folder, whatever has become of it."""
+    try:
+        for _, name, _ in _DOORS:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError:
+        try:
+            trash.discard(folder)
+        except OSError as error:
+            log.warning("%s stays: %s", folder, error.strerror)

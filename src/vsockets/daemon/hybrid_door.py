@@ -9,23 +9,26 @@ there is one.  Its program's socket leads to vsockd already, so another process 
 from __future__ import annotations
 
 import _socket
+import contextlib
 import logging
 import os
 import socket
 import stat
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from socket import MSG_DONTWAIT, MSG_PEEK
 
 from .. import logs
 from ..buffers import BufferSizes
 from ..fabric import Context, Credentials, Endpoint, Kind, Trust
+from ..folders import SocketFile, can_others_change
 from ..limits import CONTROL_BACKLOG, HYBRID_LINE
-from ..state_folder import remove_stale, short_path
 from ..wire import Flag, Op, Record, Request
 from ..wire.hybrid import Connect, ok_line, port_name
 from .accepting import Acceptor
+from .acting import acting_as
 from .broker import Broker
 from .channel import Channel
 from .credentials import peer_credentials
@@ -76,7 +79,11 @@ class HybridChannel(Channel):
 
 
 class HybridDoor:
-    """The unix socket ``path`` of a guest, for its owner's programs, and what is beside it."""
+    """The unix socket ``path`` of a guest, for its owner's programs, and what is beside it.
+
+    Where other users than vsockd's can change the folder, as the owner usually can, it is made and
+    removed with the owner's rights alone.
+    """
 
     def __init__(self, loop: Loop, broker: Broker, context: Context, path: Path) -> None:
         """OSError when it cannot be."""
@@ -84,19 +91,25 @@ class HybridDoor:
         self._broker = broker
         self._context = context
         self._host = broker.fabric.contexts.host
-        self._path = path
         self._relay: _Relay | None = None
-        remove_stale(path)
+        try:
+            self._file = SocketFile(path)
+        except OSError as error:
+            at = f": {error.filename}" if error.filename else ""
+            raise OSError(error.errno, f"hybrid: {path}{at}: {error.strerror}") from None
+        self._as_owner = can_others_change(self._file.folder)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            with short_path(path) as spelled:
-                listener.bind(spelled)
+            with self._with_rights():
+                self._file.bind(listener, 0o600)
+            if not self._as_owner and context.owner != os.geteuid():
+                self._file.give(context.owner)
         except OSError as error:
             listener.close()
-            raise OSError(error.errno, f"hybrid: {path}: {error.strerror}") from None
-        path.chmod(0o600)
-        if context.owner != os.geteuid():
-            os.chown(path, context.owner, -1)
+            self._file.remove()
+            self._file.close()
+            whose = f" (for user {context.owner}, its owner)" if self._as_owner else ""
+            raise OSError(error.errno, f"hybrid: {path}: {error.strerror}{whose}") from None
         listener.listen(CONTROL_BACKLOG)
         self._acceptor = Acceptor(loop, listener, f"a program at {path}", self._admit)
         context.beyond = self._find
@@ -105,9 +118,14 @@ class HybridDoor:
         """Let nobody in any more, and remove it."""
         self._context.beyond = None
         self._acceptor.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), self._with_rights():
+            self._file.remove()
+        self._file.close()
         if self._relay is not None:
             self._relay.close()
+
+    def _with_rights(self) -> AbstractContextManager[None]:
+        return acting_as(self._context.owner) if self._as_owner else contextlib.nullcontext()
 
     def _admit(self, fd: int) -> None:
         sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
@@ -120,14 +138,15 @@ class HybridDoor:
         if kind is not Kind.STREAM:
             return None
         try:
-            found = os.lstat(port_name(str(self._path), port))
+            name = port_name(self._file.name, port)
+            found = os.stat(name, dir_fd=self._file.folder, follow_symlinks=False)
         except OSError:
             return None
         # Somebody else's may be there where everybody may make files, and a link leads anywhere.
         if not stat.S_ISSOCK(found.st_mode) or found.st_uid not in (self._context.owner, 0):
             return None
         if self._relay is None or not self._relay.is_open:
-            self._relay = _Relay(self._loop, self._broker, self._path, self._context.owner)
+            self._relay = _Relay(self._loop, self._broker, self._file, self._context.owner)
         user, group = found.st_uid, found.st_gid
         return Endpoint(
             kind,
@@ -145,14 +164,14 @@ class HybridDoor:
 class _Relay(OfferLink):
     """The process that connects there (:mod:`vsockets.devices.hybrid.relay`)."""
 
-    def __init__(self, loop: Loop, broker: Broker, path: Path, user: int) -> None:
+    def __init__(self, loop: Loop, broker: Broker, file: SocketFile, user: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # -P: nothing is loaded from a folder that happens to be the current one.
         command = [sys.executable, "-P", "-m", "vsockets.devices.hybrid.relay"]
-        command += [os.fspath(path), str(user)]
+        command += [file.name, str(file.folder), str(user)]
         try:
             with theirs:
-                process = subprocess.Popen(command, stdin=theirs.fileno())
+                process = subprocess.Popen(command, stdin=theirs.fileno(), pass_fds=[file.folder])
         except OSError:
             ours.close()
             raise

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import resource
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -15,19 +15,22 @@ from typing import Any
 
 from .. import logs
 from ..address import FIRST_GUEST_CID
+from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from ..descriptors import allow_many_descriptors
 from ..fabric import Fabric, Refused
 from ..limits import SLOW_CALL
-from ..state_folder import CONTROL, LIVES, LOCK, LOG, PRIVATE, require_private
+from ..state_folder import CONTROL, LIVES, LOCK, LOG, PRIVATE, TRASH, require_private
 from . import reports
 from .audit import Audit
 from .broker import Broker
 from .configuration import ConfigurationError, load
 from .contexts import RunningContexts
 from .control import ControlSocket
+from .door import remove
 from .events import Events
 from .lives import EarlierLives
 from .loop import Loop
+from .trash import Trash
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +49,13 @@ class Vsockd:
         self._started = time.time()
         self._lock = _lock(self.folder)
         private = self.folder / PRIVATE
-        self._earlier = EarlierLives(private / LIVES)
-        _clean(self.folder)
-        _raise_descriptor_limit()
-        private.mkdir(mode=0o700)
+        with contextlib.suppress(FileExistsError):
+            private.mkdir(mode=0o700)
         os.chdir(private)
+        self._earlier = EarlierLives(private / LIVES)
+        self._trash = Trash(private / TRASH)
+        _clean(self.folder, self._trash)
+        _raise_descriptor_limit()
         self.loop = Loop()
         self.events = Events()
         self.fabric = Fabric(os.geteuid())
@@ -58,7 +63,7 @@ class Vsockd:
         self.broker = Broker(self.loop, self.fabric, audit)
         self._earlier.record(self.broker.datagrams.life)
         self.contexts = RunningContexts(
-            self.folder, self.loop, self.fabric, self.broker, audit, self.events
+            self.folder, self._trash, self.loop, self.fabric, self.broker, audit, self.events
         )
         self.contexts.configure(settings)
         self._control = ControlSocket(self.loop, self, self.folder / CONTROL)
@@ -83,6 +88,7 @@ class Vsockd:
                 self.loop.hurried(SLOW_CALL),
             ):
                 self._earlier.end(self.loop, self.broker.datagrams.life)
+                self._trash.begin()
                 announce_ready()
                 self.loop.run()
         finally:
@@ -90,7 +96,10 @@ class Vsockd:
             self.contexts.close()
             self.broker.datagrams.close()
             os.chdir("/")
-            shutil.rmtree(self.folder / PRIVATE, ignore_errors=True)
+            (self.folder / PRIVATE / LIVES).unlink(missing_ok=True)
+            self._trash.close()
+            with contextlib.suppress(OSError):  # the trash is not empty
+                (self.folder / PRIVATE).rmdir()
             for log_file in (self.folder / LOG, logs.older(self.folder / LOG)):
                 log_file.unlink(missing_ok=True)
             # The lock's file goes while the lock is held: see _lock for the other half.
@@ -131,8 +140,7 @@ def _lock(folder: Path) -> int:
 
     The kernel gives the lock back when the process ends, however it ends.
     """
-    folder.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
-    require_private(folder)
+    require_private(folder, create=True)
     path = folder / LOCK
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -148,16 +156,18 @@ def _lock(folder: Path) -> int:
         os.close(lock)
 
 
-def _clean(folder: Path) -> None:
+def _clean(folder: Path, trash: Trash) -> None:
     """Remove what a vsockd that was killed left behind: nothing but what vsockd makes."""
     (folder / CONTROL).unlink(missing_ok=True)
     logs.older(folder / LOG).unlink(missing_ok=True)
-    shutil.rmtree(folder / PRIVATE, ignore_errors=True)
+    for entry in (folder / PRIVATE).iterdir():
+        if entry.name not in (LIVES, TRASH):
+            entry.unlink()
     for entry in folder.iterdir():
-        if entry.name.isdecimal() and (
-            entry.name in ("0", "2") or int(entry.name) >= FIRST_GUEST_CID
-        ):
-            shutil.rmtree(entry, ignore_errors=True)
+        cid = int(entry.name) if entry.name.isdecimal() else -1
+        is_context = cid in (VMADDR_CID_HYPERVISOR, VMADDR_CID_HOST) or cid >= FIRST_GUEST_CID
+        if is_context and entry.name == str(cid) and entry.is_dir() and not entry.is_symlink():
+            remove(entry, trash)
 
 
 def _raise_descriptor_limit() -> None:

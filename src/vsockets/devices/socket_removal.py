@@ -9,22 +9,23 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from pathlib import Path
+
+from ..folders import SocketFile
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class SocketRemoval:
-    """The removal of the socket at ``path`` when this process ends, in whatever way.
+    """The removal of a socket's ``file`` when this process ends, in whatever way.
 
     To be created before the sandbox is entered, in a process with one thread.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: SocketFile) -> None:
         self._child, theirs = socket.socketpair()
         if os.fork() == 0:
             try:
-                _remove_afterwards(path, theirs.detach())
+                _remove_afterwards(file, theirs.detach())
             finally:
                 os._exit(0)
         theirs.close()
@@ -36,17 +37,13 @@ class SocketRemoval:
         self._child.close()
 
 
-def _remove_afterwards(path: Path, end: int) -> None:
+def _remove_afterwards(file: SocketFile, end: int) -> None:
     # A service manager and a terminal signal every process of the device; this one ends last.
     os.setsid()
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    made = os.lstat(path)
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-    kept = sorted((end, folder))
+    kept = sorted((end, file.folder))
     for first, last in zip([-1, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
         os.closerange(first + 1, last)
     os.read(end, 1)
-    there = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
-    if (there.st_dev, there.st_ino) == (made.st_dev, made.st_ino):  # not another device's by now
-        os.unlink(path.name, dir_fd=folder)
+    file.remove()

@@ -16,9 +16,9 @@ import typer
 
 from .. import logs
 from ..control import Events
+from ..folders import SocketFile, open_folder
 from ..locator import hybrid_problem
 from ..service_manager import notify_ready
-from ..state_folder import remove_stale, short_path
 from .options import LogFormat, LogFormatOption, read_cid
 from .reach import administrator
 
@@ -73,13 +73,15 @@ def vmci(
     from ..devices.vfio_user import Server
     from ..devices.vmci.machine import VmciMachine
 
+    file = SocketFile(path)
+
     def begin(attached: _Attached) -> None:
         loop, fabric, events = attached
         machine = VmciMachine(loop, fabric, fabric.cid, events, legacy=legacy, older=older)
-        Server(loop, _listen(path), machine.device, machine.settle)
+        Server(loop, _listen(file), machine.device, machine.settle)
 
     said = f"the VMCI device waits at {path}"
-    _serve(said, cid, until_eof, sandbox, verbose, log_format, begin, path=path)
+    _serve(said, cid, until_eof, sandbox, verbose, log_format, begin, file=file)
 
 
 @app.command("virtio")
@@ -100,14 +102,16 @@ def virtio(
     from ..devices.vhost_user import Server
     from ..devices.virtio.machine import VirtioMachine
 
+    file = SocketFile(path)
+
     def begin(attached: _Attached) -> None:
         loop, fabric, events = attached
         machine = VirtioMachine(loop, fabric, fabric.cid, events)
-        Server(loop, _listen(path), machine.device)
+        Server(loop, _listen(file), machine.device)
 
     said = f"the virtio-vsock device waits at {path}"
     common = (cid, until_eof, sandbox, verbose, log_format, begin)
-    _serve(said, *common, datagrams=False, seqpacket=True, path=path)
+    _serve(said, *common, datagrams=False, seqpacket=True, file=file)
 
 
 @app.command("hybrid")
@@ -142,19 +146,19 @@ def hybrid(
 
     if problem := hybrid_problem(str(path.absolute())):
         raise typer.BadParameter(problem)
-    folder = path.absolute().parent
+    place = open_folder(path.absolute().parent)
     machines: list[HybridMachine] = []
 
     def begin(attached: _Attached) -> None:
         # In the folder a path is a name, which no length of the path makes too long.
-        os.chdir(folder)
+        os.chdir(place)
         allow_many_descriptors()
         os.umask(0o177)  # who can connect to what is made here is taken for the guest
         machines.append(HybridMachine(*attached, path.name, wait))
 
     try:
         said = f"hybrid vsock at {path}"
-        user = folder.stat().st_uid
+        user = os.fstat(place).st_uid
         _serve(
             said,
             cid,
@@ -178,25 +182,20 @@ class _Attached(NamedTuple):
     events: Events
 
 
-def _listen(path: Path) -> socket.socket:
+def _listen(file: SocketFile) -> socket.socket:
     """Return the socket that the virtual machine's monitor connects to.
 
     Raises: OSError, with the name of the file.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    usual = os.umask(0o177)  # bind() makes the file: only this user may connect
     try:
-        remove_stale(path)
-        with short_path(path) as spelled:
-            listener.bind(spelled)
+        file.bind(listener, 0o600)  # only this user may connect
     except OSError as error:
         listener.close()
         why = error.strerror
         if error.errno == errno.EADDRINUSE:
             why = "there is a file, or a device that runs (expected a path that is free)"
-        raise OSError(error.errno, why, os.fspath(path)) from None
-    finally:
-        os.umask(usual)
+        raise OSError(error.errno, why, os.fspath(file.where)) from None
     listener.listen(1)
     return listener
 
@@ -213,11 +212,11 @@ def _serve(
     seqpacket: bool = False,
     host_ports: bool = False,
     user: int | None = None,
-    path: Path | None = None,
+    file: SocketFile | None = None,
 ) -> None:
     """Attach a device to the context ``cid`` and run it; ``begin`` puts it together.
 
-    ``path`` is where ``begin`` makes a socket, which is removed at the end.
+    ``file`` is that of a socket which ``begin`` makes, and is removed at the end.
     ``datagrams``, ``seqpacket``: what the guest has besides streams.  ``host_ports``: it has a unix
     socket for each port of the host, in a folder of ``user``.
     """
@@ -240,7 +239,7 @@ def _serve(
         if until_eof:
             loop.watch(sys.stdin.fileno(), lambda _: loop.stop() if _has_ended() else None)
         begin(_Attached(loop, Attachment(loop, link, cid, datagrams), events))
-        removal = SocketRemoval(path) if path is not None else None
+        removal = SocketRemoval(file) if file is not None else None
         notify_ready()
         explain_lost_memory()
         if sandbox:

@@ -1,7 +1,8 @@
-"""``python -m vsockets.devices.hybrid.relay PATH USER``: streams to unix sockets beside PATH.
+"""``python -m vsockets.devices.hybrid.relay NAME FOLDER USER``: streams to unix sockets.
 
-vsockd starts it for a guest whose ports are behind PATH, with a link to itself as standard input.
-It is told of streams to ports of the host, and joins each to the unix socket of its port.
+vsockd starts it for a guest whose ports are behind the unix socket NAME in a folder, with that
+folder as the descriptor FOLDER, and a link to itself as standard input.  It is told of streams to
+ports of the host, and joins each to the unix socket of its port, with the rights of USER.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from .dial import Dial, Done
 from .outward import Outward
 
 
-def main(path: str, user: int) -> None:
+def main(name: str, place: int, user: int) -> None:
     """Serve until vsockd has gone and the last stream has ended."""
     logs.begin("vsock relay: %(message)s", logging.WARNING, "text")
-    folder, name = os.path.split(path)
-    os.chdir(folder)
+    os.chdir(place)
+    os.close(place)
     allow_many_descriptors()
     loop = DeviceLoop()
     link = socket.socket(fileno=os.dup(sys.stdin.fileno()))
@@ -47,4 +48,4 @@ def main(path: str, user: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,59 @@
+"""Use files with the rights of a guest's owner, and with no privilege."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import platform
+import struct
+from collections.abc import Iterator
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+#: setgroups(2) of one thread; the C library's waits for all threads, and one of them may be waiting
+#: for a file system.
+_SETGROUPS = {"x86_64": 116, "aarch64": 159}
+
+_NOBODY = 65_534
+_UNCHANGED = ctypes.c_uint32(0xFFFF_FFFF)
+
+
+@contextlib.contextmanager
+def acting_as(user: int) -> Iterator[None]:
+    """Within this context the thread has the rights to files that ``user`` has, without any group.
+
+    PermissionError if vsockd may not take another user's place.
+    """
+    own = os.geteuid()
+    if user == own:
+        yield
+        return
+    groups = os.getgroups()
+    if own or not _act(user, _NOBODY, []):
+        raise PermissionError(errno.EPERM, f"vsockd may not use files as user {user}")
+    try:
+        yield
+    finally:
+        _act(own, os.getegid(), groups)
+
+
+def _act(user: int, group: int, groups: list[int]) -> bool:
+    if user:  # as long as it is allowed
+        _set_groups(groups)
+        _libc.setfsgid(ctypes.c_uint32(group))
+    _libc.setfsuid(ctypes.c_uint32(user))
+    if not user:
+        _libc.setfsgid(ctypes.c_uint32(group))
+        _set_groups(groups)
+    return ctypes.c_uint32(_libc.setfsuid(_UNCHANGED)).value == user
+
+
+def _set_groups(groups: list[int]) -> None:
+    call = _SETGROUPS.get(platform.machine())
+    if call is None:
+        os.setgroups(groups)
+    elif _libc.syscall(call, len(groups), struct.pack(f"{len(groups)}I", *groups)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
