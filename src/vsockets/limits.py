@@ -361,8 +361,10 @@ FORWARD_TURN = 4 << 20
 FORWARD_PROXY_REQUEST = 16_384
 FORWARD_PROXY_SECONDS = 10.0
 
-#: Names that are looked up at the same time, each by a thread; others wait for their turn.
-FORWARD_LOOKUPS = 16
+#: Names that are looked up at the same time, each by a thread; others wait for their turn.  And
+#: those of one guest, so that its name servers, which may be silent, are a matter of its own.
+FORWARD_LOOKUPS = 128
+FORWARD_PARTY_LOOKUPS = 8
 
 #: First and longest pause before a target that is not there yet is tried again, in seconds.
 FORWARD_FIRST_PAUSE, FORWARD_LONGEST_PAUSE = 0.01, 0.5
@@ -389,9 +391,6 @@ FORWARD_FLOW_IDLE = 60.0
 
 #: Datagrams kept while a flow's target is looked up.
 FORWARD_FLOW_PENDING = 16
-
-#: Complaints about clients that one forward logs, a second; the rest are counted.
-FORWARD_LOG_RATE = 20
 
 #: Contexts that have metrics of their own, those with the lowest CIDs: each is some twenty time
 #: series, of which a Prometheus server has room for a few million.

@@ -7,13 +7,14 @@ import contextlib
 import errno
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterator
 from pathlib import Path
 
 import pytest
 
 import vsockets
 from vsockets.bridges.forward.dialer import Dialer, NotAdmitted, interleave
+from vsockets.bridges.forward.resolver import Found
 from vsockets.locator import Inet, Proxy, Unix, Vsock, VsockMux
 from vsockets.testing import PrivateFabric
 
@@ -131,7 +132,7 @@ class Addresses(Dialer):
         self.resolver.resolve = self._find  # type: ignore[method-assign]
         self._hosts = hosts
 
-    async def _find(self, host: str, port: int, kind: int) -> list[tuple[int, tuple[str, int]]]:
+    async def _find(self, host: str, port: int, kind: int, party: Hashable = None) -> list[Found]:
         families = (socket.AF_INET6 if ":" in host else socket.AF_INET for host in self._hosts)
         return [(family, (host, port)) for family, host in zip(families, self._hosts, strict=True)]
 

@@ -35,3 +35,19 @@ def test_the_least_recently_used_goes_first(
         assert len(table) == len(used) <= limit
         expected = min(used.values()) + idle if used else None
         assert table.next_overdue() == expected
+
+
+def test_no_party_takes_the_flows_of_others() -> None:
+    table: FlowTable[tuple[int, int]] = FlowTable(8, 60)
+    for now, source in enumerate([(4, 1), (5, 1), (5, 2)]):
+        assert table.add(source, source, now) == []
+    gone = []
+    for port in range(20):
+        gone += table.add((3, port), (3, port), 10 + port)
+    assert gone == [(3, port) for port in range(15)]
+    assert len(table) == 8
+    assert table.next_overdue() == 60
+    assert table.overdue(61) == [(4, 1), (5, 1)]
+    table.remove((5, 2))
+    assert sorted(table.clear()) == [(3, port) for port in range(15, 20)]
+    assert len(table) == 0 and table.next_overdue() is None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vsockets.bridges.forward.resolver import Resolver
-from vsockets.limits import FORWARD_LOOKUPS
+from vsockets.limits import FORWARD_LOOKUPS, FORWARD_PARTY_LOOKUPS
 
 PATIENCE = 20.0
 
@@ -83,7 +83,7 @@ def test_failures_are_told(server: NameServer) -> None:
 
 def test_a_name_that_is_none_is_an_error_of_the_same_kind() -> None:
     async def main() -> None:
-        with pytest.raises(OSError, match=r"no host's name|not known|No address"):
+        with pytest.raises(OSError, match=r"invalid host name|not known|No address"):
             await Resolver().resolve("a" * 70 + ".x", 80, socket.SOCK_STREAM)
 
     asyncio.run(main())
@@ -96,7 +96,7 @@ def test_a_name_server_that_does_not_answer_holds_up_neither_loop_nor_machine(
         resolver = Resolver()
         before = threading.active_count()
         asking = [
-            asyncio.create_task(resolver.resolve(f"name{number}", 80, socket.SOCK_STREAM))
+            asyncio.create_task(resolver.resolve(f"name{number}", 80, socket.SOCK_STREAM, number))
             for number in range(FORWARD_LOOKUPS * 2)
         ]
         for _ in range(100):  # the loop goes on
@@ -106,5 +106,27 @@ def test_a_name_server_that_does_not_answer_holds_up_neither_loop_nor_machine(
         server.may_answer.set()
         await asyncio.gather(*asking)
         assert len(server.asked) == FORWARD_LOOKUPS * 2
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_each_party_has_its_own_share(server: NameServer) -> None:
+    """One asks for many names whose name servers are silent, also for one that another asks for."""
+
+    async def main() -> None:
+        resolver = Resolver()
+
+        def ask(name: str, party: int) -> asyncio.Task[object]:
+            return asyncio.create_task(resolver.resolve(name, 80, socket.SOCK_STREAM, party))
+
+        asking = [ask(f"name{number}", 3) for number in range(FORWARD_LOOKUPS)]
+        asking.append(ask("name", 3))
+        await asyncio.sleep(0)
+        other = ask("name", 4)
+        while "name" not in server.asked:
+            await asyncio.sleep(0.001)
+        assert len(server.asked) == FORWARD_PARTY_LOOKUPS + 1
+        server.may_answer.set()
+        await asyncio.gather(other, *asking)
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE))

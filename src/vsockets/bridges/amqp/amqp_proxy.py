@@ -13,10 +13,11 @@ import ssl
 from collections.abc import Iterable
 
 from ...locator import Locator
+from ...logs import by
 from ..doors import open_door
 from ..entrance import Entrance
 from ..forward.dialer import Dialer
-from ..forward.reports import Complaints, describe_peer
+from ..forward.reports import Client
 from .frames import PROTOCOL_HEADER, begins_connection
 from .limits import (
     AMQP_CHECK,
@@ -48,7 +49,6 @@ class AmqpProxy:
         """Raises OSError when nobody can be let in there."""
         self._authority = authority
         self._tls = tls
-        self._complaints = Complaints(log)
         self._nodes = Nodes(nodes)
         self._dialer = Dialer()
         self._loop = asyncio.get_running_loop()
@@ -93,7 +93,7 @@ class AmqpProxy:
         self._entrance.look_again()
 
     async def _serve(self, sock: stdlib.socket) -> None:
-        who = describe_peer(sock)
+        client = Client(sock, log)
         try:
             _, link = await self._loop.connect_accepted_socket(
                 lambda: Link(self._requested),
@@ -102,12 +102,12 @@ class AmqpProxy:
                 ssl_handshake_timeout=AMQP_OPEN if self._tls else None,
             )
         except OSError as error:
-            self._complaints.say("%s: %s", who, error.strerror or error)
+            client.log.warning("%s: %s", client.who, error.strerror or error)
             return
-        log.info("%s: connected", who)
+        client.log.info("%s: connected", client.who)
         try:
             why = await asyncio.shield(link.closed)
-            log.info("%s: ended%s", who, f": {why}" if why else "")
+            client.log.info("%s: ended%s", client.who, f": {why}" if why else "")
         finally:
             link.close()
 
@@ -118,7 +118,7 @@ class AmqpProxy:
         if status is None and len(self._sessions) >= AMQP_PROXY_SESSIONS:
             status = 503
         if status is not None:
-            self._complaints.say("a request was answered with status %d", status)
+            log.warning("a request was answered with status %d", status)
             link.answer(tunnel, status)
             return
         task = self._loop.create_task(self._join(link, tunnel, who_asks(headers)))
@@ -133,11 +133,11 @@ class AmqpProxy:
             relay = Relay()
             try:
                 await self._reach(node, relay)
-                log.info("%s: goes to %s", who, node.locator)
+                log.info("%s: goes to %s", who, node.locator, extra=by(who))
                 link.answer(tunnel, 200)
                 tunnel.set_protocol(relay.near)
                 await relay.done
-                log.info("%s: has left %s", who, node.locator)
+                log.info("%s: has left %s", who, node.locator, extra=by(who))
                 return
             except OSError as error:
                 self._found(node, False, error)

@@ -12,7 +12,7 @@ from ...attachment import Place
 from ...locator import Locator
 from ..doors import open_door
 from ..entrance import Entrance
-from ..forward.reports import Complaints, describe_peer
+from ..forward.reports import Client
 from .limits import AMQP_SESSIONS
 from .session import Session, log
 
@@ -22,7 +22,6 @@ class Clients(ABC):
 
     def __init__(self, listen: Locator, context: Place | None) -> None:
         """Raises OSError when nobody can be let in there."""
-        self.complaints = Complaints(log)
         self._loop = asyncio.get_running_loop()
         self._sessions: set[Session] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -36,7 +35,7 @@ class Clients(ABC):
         )
 
     @abstractmethod
-    def session_of(self, client: stdlib.socket) -> AbstractContextManager[Session]:
+    def session_of(self, client: Client) -> AbstractContextManager[Session]:
         """The session of a client that has come.  Raises OSError when it is not let in."""
 
     @abstractmethod
@@ -63,8 +62,8 @@ class Clients(ABC):
         for task in self._tasks:
             task.cancel()
 
-    def _enter(self, client: stdlib.socket) -> None:
-        task = self._loop.create_task(self._serve(client))
+    def _enter(self, sock: stdlib.socket) -> None:
+        task = self._loop.create_task(self._serve(sock, Client(sock, log)))
         self._tasks.add(task)
         task.add_done_callback(self._left)
 
@@ -74,24 +73,23 @@ class Clients(ABC):
             log.error("a session was lost", exc_info=error)
         self._entrance.look_again()
 
-    async def _serve(self, client: stdlib.socket) -> None:
-        who = describe_peer(client)
+    async def _serve(self, sock: stdlib.socket, client: Client) -> None:
         with contextlib.ExitStack() as stack:
             try:
                 session = stack.enter_context(self.session_of(client))
             except OSError as error:
-                self.complaints.say("%s: %s", who, error.strerror or error)
-                client.close()
+                client.log.warning("%s: %s", client.who, error.strerror or error)
+                sock.close()
                 return
             stack.callback(session.abort)
             self._sessions.add(session)
             stack.callback(self._sessions.discard, session)
-            await session.join(client)
+            await session.join(sock)
             try:
                 await self.reach(session)
             except OSError as error:
                 session.interrupt(f"the broker cannot be reached ({error.strerror or error})")
             else:
-                log.info("%s: connected", who)
+                client.log.info("%s: connected", client.who)
             await session.done
-            log.info("%s: ended", who)
+            client.log.info("%s: ended", client.who)

@@ -6,14 +6,13 @@ but the standard library is needed here, as a guest may have nothing else.
 
 from __future__ import annotations
 
-import socket as stdlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...attachment import Place
 from ...locator import Locator
 from ..forward.dialer import Dialer
-from ..forward.reports import describe_peer
+from ..forward.reports import Client
 from .clients import Clients
 from .limits import AMQP_OPEN
 from .session import Session
@@ -28,8 +27,8 @@ class GuestProxy(Clients):
         self._dialer = Dialer(context)
 
     @contextmanager
-    def session_of(self, client: stdlib.socket) -> Iterator[Session]:
-        yield Session(describe_peer(client), self.complaints)
+    def session_of(self, client: Client) -> Iterator[Session]:
+        yield Session(client)
 
     async def reach(self, session: Session) -> None:
         sock = await self._dialer.connect(self._host, timeout=AMQP_OPEN, wait=AMQP_OPEN)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import collections
 import errno
-import socket as stdlib
 import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from ...attachment import Place
 from ...locator import Locator, Vsock
+from ..forward.reports import Client
 from .clients import Clients
 from .guard import Guard
 from .limits import AMQP_GUEST_SESSIONS, AMQP_OPEN
@@ -44,17 +44,19 @@ class HostProxy(Clients):
         self._rules = tuple(rules)
         self._authority = authority
         self._guests: collections.Counter[int] = collections.Counter()
-        self._trunk = Trunk(proxy, self.complaints, tls, tls_name)
+        self._trunk = Trunk(proxy, tls, tls_name)
 
     @contextmanager
-    def session_of(self, client: stdlib.socket) -> Iterator[Session]:
-        cid, port = client.getpeername()
+    def session_of(self, client: Client) -> Iterator[Session]:
+        assert client.peer is not None
+        cid, port = client.peer
+        client.who = f"context {cid}, port {port}"
         if self._guests[cid] >= AMQP_GUEST_SESSIONS:
             raise OSError(errno.EDQUOT, f"it has {AMQP_GUEST_SESSIONS} sessions already")
         self._guests[cid] += 1
         guard = Guard(cid, lambda name: admits(self._rules, cid, name))
         try:
-            yield Session(f"context {cid}, port {port}", self.complaints, guard)
+            yield Session(client, guard)
         finally:
             self._guests[cid] -= 1
             if not self._guests[cid]:

@@ -42,6 +42,7 @@ _BATCH = 256 * 1024
 _FIRST_WINDOW = 65_535  # of a connection (RFC 9113, section 6.9.2)
 _HEADERS = 16_384  # bytes of a request's; it has five short ones
 
+
 class Refusal(OSError):
     """The far end does not open a tunnel."""
 
@@ -49,9 +50,7 @@ class Refusal(OSError):
 class Link(asyncio.Protocol):
     """Either end of the connection; only the server's has ``on_request``."""
 
-    def __init__(
-        self, on_request: Callable[[Link, Tunnel, Headers], None] | None = None
-    ) -> None:
+    def __init__(self, on_request: Callable[[Link, Tunnel, Headers], None] | None = None) -> None:
         self._on_request = on_request
         self._loop = asyncio.get_running_loop()
         configuration = h2.config.H2Configuration(client_side=on_request is None)

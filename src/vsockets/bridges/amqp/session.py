@@ -13,7 +13,7 @@ import logging
 import os
 import socket as stdlib
 
-from ..forward.reports import Complaints
+from ..forward.reports import Client
 from .delivery import Delivery, Parting
 from .frames import FrameError, Reply, connection_close
 from .guard import Guard, Refused
@@ -26,11 +26,10 @@ log = logging.getLogger("vsockets.amqp")
 class Session(Relay):
     """Joined by :meth:`join` with a client, and beside that with a far side."""
 
-    def __init__(self, who: str, complaints: Complaints, guard: Guard | None = None) -> None:
+    def __init__(self, client: Client, guard: Guard | None = None) -> None:
         super().__init__()
         self.guard = guard
-        self._who = who
-        self._complaints = complaints
+        self._client = client
         self._delivery = Delivery()
         self._parting: Parting | None = None
         self._client_ended = False
@@ -90,7 +89,8 @@ class Session(Relay):
                 self._part(str(refused), refused.answer)
                 return
             if self.guard.virtual_host is not None:
-                log.info("%s: is in virtual host %r", self._who, self.guard.virtual_host)
+                name = self.guard.virtual_host
+                self._client.log.info("%s: is in virtual host %r", self._client.who, name)
                 self._end_handshake()
         self.far.write(data)
 
@@ -105,7 +105,7 @@ class Session(Relay):
         """Say the last thing to the client, and wait for it to go."""
         if self._parting is not None:
             return
-        self._complaints.say("%s: %s", self._who, why)
+        self._client.log.warning("%s: %s", self._client.who, why)
         self._parting = Parting()
         self.near.write(answer)
         if self.near.transport is not None and not self.near.lost:
@@ -115,7 +115,8 @@ class Session(Relay):
             self.far.transport.abort()
 
     def _too_slow(self) -> None:
-        self._complaints.say("%s: %s", self._who, os.strerror(errno.ETIMEDOUT))
+        why = os.strerror(errno.ETIMEDOUT)
+        self._client.log.warning("%s: %s", self._client.who, why)
         self.abort()
 
     def _end_handshake(self) -> None:

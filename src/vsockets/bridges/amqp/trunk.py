@@ -9,7 +9,6 @@ import ssl
 
 from ...locator import Inet, Locator
 from ..forward.dialer import Dialer
-from ..forward.reports import Complaints
 from .limits import AMQP_FIRST_PAUSE, AMQP_LONGEST_PAUSE, AMQP_OPEN
 from .link import Link
 from .session import log
@@ -21,12 +20,10 @@ class Trunk:
     def __init__(
         self,
         locator: Locator,
-        complaints: Complaints,
         tls: ssl.SSLContext | None = None,
         tls_name: str | None = None,
     ) -> None:
         self._locator = locator
-        self._complaints = complaints
         self._tls = tls
         self._tls_name = tls_name or (locator.host if isinstance(locator, Inet) else None)
         self._dialer = Dialer()
@@ -63,7 +60,7 @@ class Trunk:
                 self._link.set_result(link)
                 why = await link.closed
                 self._link = self._loop.create_future()
-            self._complaints.say("%s: %s; trying again", self._locator, why)
+            log.warning("%s: %s; trying again", self._locator, why)
             # Not all hosts at the same time.
             await asyncio.sleep(random.uniform(pause / 2, pause))
             pause = min(pause * 2, AMQP_LONGEST_PAUSE)

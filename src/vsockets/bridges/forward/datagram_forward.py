@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket as stdlib
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...attachment import Place, current
@@ -25,7 +25,8 @@ from ...wire.vsockmon import Operation
 from ..entrance import DatagramEntrance
 from .dialer import Dialer
 from .flows import FlowTable
-from .reports import Complaints, describe_source, log
+from .reports import caused_by, describe_source, log, party_of
+from .resolver import Found
 from .rules import admits_peer
 from .settings import Settings
 
@@ -96,10 +97,9 @@ class Flow:
                 self._peer = cid, port
             case Inet(host, port):
                 resolver = self._forward.dialer.resolver
-                (family, address), *_ = await resolver.resolve(host, port, stdlib.SOCK_DGRAM)
-                sock = stdlib.socket(family, stdlib.SOCK_DGRAM)
-                with _closed_on_failure(sock):
-                    sock.connect(address)
+                party = party_of(self.source)
+                found = await resolver.resolve(host, port, stdlib.SOCK_DGRAM, party)
+                sock = _connected_to_any(found)
             case Unix(path):
                 sock = guard(stdlib.socket(stdlib.AF_UNIX, stdlib.SOCK_DGRAM))
                 with _closed_on_failure(sock):
@@ -161,7 +161,6 @@ class DatagramForward:
         self.context = context
         self.recorder = recorder
         self._loop = asyncio.get_running_loop()
-        self._complaints = Complaints()
         self._flows: FlowTable[Flow] = FlowTable(settings.max_connections, settings.flow_idle)
         self._timer: asyncio.TimerHandle | None = None
         self._finished = asyncio.Event()
@@ -209,7 +208,8 @@ class DatagramForward:
     def lost(self, flow: Flow, error: OSError) -> None:
         """The target of ``flow`` could not be reached."""
         self._flows.remove(flow.source)
-        self._complaints.say("%s: %s", self.settings, error.strerror or "no answer in time")
+        why = error.strerror or "no answer in time"
+        log.warning("%s: %s", self.settings, why, extra=caused_by(flow.source))
 
     def is_target(self, source: object, target: tuple[int, int]) -> bool:
         """Whether ``source``, a vSockets address, is ``target``, which may be spelled as local."""
@@ -224,9 +224,9 @@ class DatagramForward:
             except OSError:  # nothing more, or an earlier answer did not arrive
                 return
             if door.family == AF_VSOCK and not admits_peer(self.settings.allow, source):
-                self._complaints.say(
-                    "%s: %s is not allowed", self.settings, describe_source(source)
-                )
+                who = describe_source(source)
+                extra = caused_by(source)
+                log.warning("%s: %s is not allowed", self.settings, who, extra=extra)
                 continue
             now = self._loop.time()
             flow = self._flows.use(source, now)
@@ -259,7 +259,23 @@ class DatagramForward:
         log.info(
             "%s: %s: %d datagrams there, %d back, %d dropped",
             *(self.settings, describe_source(flow.source), flow.there, flow.back, flow.dropped),
+            extra=caused_by(flow.source),
         )
+
+
+def _connected_to_any(found: Sequence[Found]) -> stdlib.socket:
+    """Connect to the first address that there is a route to."""
+    for number, (family, address) in enumerate(found, 1):
+        sock = stdlib.socket(family, stdlib.SOCK_DGRAM)
+        try:
+            sock.connect(address)
+        except OSError:
+            sock.close()
+            if number == len(found):
+                raise
+        else:
+            return sock
+    raise AssertionError("a name without an address")
 
 
 @contextlib.contextmanager

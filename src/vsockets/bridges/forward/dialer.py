@@ -9,7 +9,7 @@ import os
 import random
 import socket as stdlib
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -70,13 +70,15 @@ class Dialer:
         wait: float = 0.0,
         admits: Admits | None = None,
         client: tuple[int, int] | None = None,
+        party: Hashable = None,
     ) -> stdlib.socket:
         """Return a connected, non-blocking stream socket.
 
         One attempt may take ``timeout`` seconds; with a name, one attempt at each of its
         addresses.  A target that is not there yet is tried again for ``wait`` seconds.  So is, for
         ``timeout`` seconds, a vSockets port that refuses and has accepted before: its backlog may
-        be full.  A program gets the ``client`` it serves in its environment.
+        be full.  A program gets the ``client`` it serves in its environment.  ``party`` is the one
+        for which a name is looked up.
 
         Raises OSError, NotAdmitted among them.
         """
@@ -84,7 +86,7 @@ class Dialer:
         pause = FORWARD_FIRST_PAUSE
         while True:
             try:
-                sock = await self._open(locator, timeout, admits, client)
+                sock = await self._open(locator, timeout, admits, client, party)
             except OSError as error:
                 # asyncio's TimeoutError has no errno; the kernel's has.
                 untold = isinstance(error, TimeoutError) and not error.errno
@@ -109,10 +111,11 @@ class Dialer:
         timeout: float,
         admits: Admits | None,
         client: tuple[int, int] | None,
+        party: Hashable,
     ) -> stdlib.socket:
         if isinstance(locator, Inet):
             async with asyncio.timeout(timeout):
-                found = await self._look_up(locator, admits)
+                found = await self._look_up(locator, admits, party)
             return await self._first(found, timeout)
         async with asyncio.timeout(timeout):
             return await self._open_local(locator, client)
@@ -175,9 +178,10 @@ class Dialer:
         if code:
             raise _error(code)
 
-    async def _look_up(self, locator: Inet, admits: Admits | None) -> list[Found]:
+    async def _look_up(self, locator: Inet, admits: Admits | None, party: Hashable) -> list[Found]:
         """Return the addresses to try, in the order to try them (RFC 8305, section 4)."""
-        found = await self.resolver.resolve(locator.host, locator.port, stdlib.SOCK_STREAM)
+        host, port = locator.host, locator.port
+        found = await self.resolver.resolve(host, port, stdlib.SOCK_STREAM, party)
         if admits is not None:
             found = [one for one in found if admits(ipaddress.ip_address(one[1][0]))]
             if not found:

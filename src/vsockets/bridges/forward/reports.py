@@ -1,53 +1,46 @@
-"""What the forwarder says: connections, and what went wrong, no more often than is bearable."""
+"""What bridges say of their clients."""
 
 from __future__ import annotations
 
 import logging
 import socket as stdlib
-import time
-from typing import Any
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
 
 from ...constants import AF_VSOCK
-from ...fabric.meter import Meter
-from ...limits import FORWARD_LOG_RATE
+from ...logs import by
 
 log = logging.getLogger("vsockets.forward")
 
-
-class Complaints:
-    """Warnings that clients can cause: some a second, the rest counted."""
-
-    def __init__(self, log: logging.Logger = log) -> None:
-        self._log = log
-        self._meter = Meter(FORWARD_LOG_RATE)
-        self._left_out = 0
-
-    def say(self, text: str, *arguments: object) -> None:
-        """Log a warning, unless there were too many just now."""
-        if not self._meter.take(time.monotonic()):
-            self._left_out += 1
-            return
-        if self._left_out:
-            self._log.warning("%d complaints were left out", self._left_out)
-            self._left_out = 0
-        self._log.warning(text, *arguments)
+if TYPE_CHECKING:
+    ClientLog = logging.LoggerAdapter[logging.Logger]
 
 
-def peer_of(sock: stdlib.socket) -> tuple[int, int] | None:
-    """The CID and port at the other end; None when it is no vSockets socket."""
-    if sock.family != AF_VSOCK:
-        return None
-    cid, port = sock.getpeername()
-    return cid, port
+class Client:
+    """The other end of an accepted stream: its name, and whose it is."""
+
+    def __init__(self, sock: stdlib.socket, log: logging.Logger = log) -> None:
+        try:
+            name = sock.getpeername()
+        except OSError:
+            name, self.who = None, "a client that has gone"
+        else:
+            self.who = describe_source(name)  #: for people
+        #: CID and port; None when it is no vSockets client
+        self.peer: tuple[int, int] | None = name if sock.family == AF_VSOCK else None
+        self.party = party_of(name)
+        #: for lines that the client causes
+        self.log: ClientLog = logging.LoggerAdapter(log, by(self.party))
 
 
-def describe_peer(sock: stdlib.socket) -> str:
-    """Who is at the other end, for people."""
-    try:
-        name = sock.getpeername()
-    except OSError:
-        return "somebody who has gone"
-    return describe_source(name)
+def party_of(name: Any) -> Hashable:
+    """Return the guest, or the host, that an address of the socket module belongs to."""
+    return name[0] if isinstance(name, tuple) else "this machine"
+
+
+def caused_by(name: Any) -> dict[str, Any]:
+    """Return the ``extra`` of a log line that a client at the address ``name`` has caused."""
+    return by(party_of(name))
 
 
 def describe_source(name: Any) -> str:

@@ -50,6 +50,12 @@ class Settings:
         return FORWARD_FLOW_IDLE if self.idle is None else self.idle
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several guests may come."""
+        cids = {rule.cid for rule in self.allow}
+        return len(cids) != 1 or VMADDR_CID_ANY in cids
+
+    @property
     def once(self) -> bool:
         """Whether there is one connection only, with whose end the forward ends."""
         return isinstance(self.source, Stdio | Exec) or isinstance(self.target, Stdio)

@@ -11,13 +11,14 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ...limits import FORWARD_PROXY_SECONDS
-from ...locator import Exec, Inet, Proxy, Stdio
+from ...locator import Inet, Proxy
 from ..entrance import Entrance
 from .dialer import Dialer, NotAdmitted
 from .front_end import BadRequest, FrontEnd, Refusal
-from .reports import Complaints, describe_peer, log, peer_of
+from .reports import Client, log
 from .rules import HostRules, admits_peer
 from .settings import Settings
+from .shares import Shares
 from .socks5 import Socks5
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class StreamForward:
         self._recorder = recorder
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._complaints = Complaints()
+        self._shares = Shares(settings.max_connections)
         self._finished = asyncio.Event()
         self._entrance: Entrance | None = None
         if door is None:
@@ -92,15 +93,27 @@ class StreamForward:
         for task in self._tasks:
             task.cancel()
 
-    def _enter(self, client: stdlib.socket) -> None:
-        self._start(self._serve(client, self.settings))
-        if self.settings.once:
+    def _enter(self, sock: stdlib.socket) -> None:
+        client, settings = Client(sock), self.settings
+        shares = self._shares if client.peer is not None and settings.is_shared else None
+        if shares is not None:
+            shares.limit = settings.max_connections
+            if not shares.take(client.party):
+                why = "has its share of the connections"
+                client.log.warning("%s: context %s %s", settings, client.party, why)
+                sock.close()
+                return
+        task = self._start(self._serve(sock, client, settings))
+        if shares is not None:
+            task.add_done_callback(lambda _: shares.give_back(client.party))
+        if settings.once:
             self.close_door()
 
-    def _start(self, serving: Coroutine[Any, Any, None]) -> None:
+    def _start(self, serving: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(serving)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -117,43 +130,45 @@ class StreamForward:
         """The source is no door but a stream of its own."""
         settings = self.settings
         try:
-            client = await self._dialer.connect(settings.source, timeout=settings.connect_timeout)
+            sock = await self._dialer.connect(settings.source, timeout=settings.connect_timeout)
         except OSError as error:
             self.failure = error
             return
-        await self._serve(client, settings)
+        client = Client(sock)
+        client.who = ""
+        await self._serve(sock, client, settings)
 
-    async def _serve(self, client: stdlib.socket, settings: Settings) -> None:
+    async def _serve(self, sock: stdlib.socket, client: Client, settings: Settings) -> None:
         """Take one client to its target, and see it through."""
         target: stdlib.socket | None = None
-        who = "" if isinstance(settings.source, Stdio | Exec) else describe_peer(client)
+        who = client.who
         try:
-            peer = peer_of(client)
-            if peer is not None and not admits_peer(settings.allow, peer):
-                self._complaints.say("%s: %s is not allowed", settings, who)
+            if client.peer is not None and not admits_peer(settings.allow, client.peer):
+                client.log.warning("%s: %s is not allowed", settings, who)
                 return
             said = b""
             if isinstance(settings.target, Proxy):
-                target, said = await self._serve_proxy(client, settings, who)
+                target, said = await self._serve_proxy(sock, client, settings)
             else:
                 target = await self._dialer.connect(
                     settings.target,
                     timeout=settings.connect_timeout,
                     wait=settings.wait,
-                    client=peer,
+                    client=client.peer,
+                    party=client.party,
                 )
             if target is None:
                 return
             began = time.monotonic()
-            log.info("%s: %s connected", settings, who)
-            tap = self._recorder.stream(client, target) if self._recorder else None
-            connection = self._pump.join(client, target, said=said, idle=settings.idle, tap=tap)
+            client.log.info("%s: %s connected", settings, who)
+            tap = self._recorder.stream(sock, target) if self._recorder else None
+            connection = self._pump.join(sock, target, said=said, idle=settings.idle, tap=tap)
             try:
                 why = await connection.ended
             finally:
                 connection.close()
             there, back = connection.moved
-            log.info(
+            client.log.info(
                 "%s: %s ended%s: %d bytes there, %d back, %.3f s",
                 *(settings, who, f" ({why.strerror})" if why else "", there, back),
                 time.monotonic() - began,
@@ -162,26 +177,27 @@ class StreamForward:
             if settings.once:
                 self.failure = error
             else:
-                self._complaints.say("%s: %s: %s", settings, who, error.strerror or error)
+                client.log.warning("%s: %s: %s", settings, who, error.strerror or error)
         finally:
-            client.close()
+            sock.close()
             if target is not None:
                 target.close()
 
     async def _serve_proxy(
-        self, client: stdlib.socket, settings: Settings, who: str
+        self, sock: stdlib.socket, client: Client, settings: Settings
     ) -> tuple[stdlib.socket | None, bytes]:
         """The target the client asked for, and what it has said to it; None when refused."""
         front = _front_end(settings.target)
+        who = client.who
         try:
             async with asyncio.timeout(FORWARD_PROXY_SECONDS):
-                host, port = await self._ask(client, front)
+                host, port = await self._ask(sock, front)
         except BadRequest as error:
-            self._complaints.say("%s: %s: %s", settings, who, error)
-            await self._tell(client, error.answer)
+            client.log.warning("%s: %s: %s", settings, who, error)
+            await self._tell(sock, error.answer)
             return None, b""
         except TimeoutError:
-            self._complaints.say("%s: %s sent no request in time", settings, who)
+            client.log.warning("%s: %s sent no request in time", settings, who)
             return None, b""
         rules = HostRules(settings.hosts)
         target: stdlib.socket | None = None
@@ -195,18 +211,18 @@ class StreamForward:
                 timeout=settings.connect_timeout,
                 wait=settings.wait,
                 admits=lambda address: rules.admits_address(name, address, port),
+                party=client.party,
             )
         except OSError as error:
             refusal = _refusal(error)
-            self._complaints.say(
-                "%s: %s to %s:%d: %s", settings, who, host, port, error.strerror or error
-            )
+            why = error.strerror or error
+            client.log.warning("%s: %s to %s:%d: %s", settings, who, host, port, why)
         if refusal is not None or target is None:
-            await self._tell(client, front.refused(refusal or Refusal.UNREACHABLE))
+            await self._tell(sock, front.refused(refusal or Refusal.UNREACHABLE))
             return None, b""
         try:
-            log.info("%s: %s goes to %s:%d", settings, who, host, port)
-            await self._loop.sock_sendall(client, front.granted())
+            client.log.info("%s: %s goes to %s:%d", settings, who, host, port)
+            await self._loop.sock_sendall(sock, front.granted())
         except BaseException:
             target.close()
             raise
