@@ -343,3 +343,33 @@ def test_a_state_folder_whose_way_others_can_change_is_refused(home: Path) -> No
     with pytest.raises(Exception, match=f"{home}: other users can change what is in it"):
         PrivateFabric(home / "fabric").__enter__()
     assert os.listdir(home) == ["vm"]
+
+
+@as_administrator
+def test_a_full_disk(place: Path) -> None:
+    """It is told of as such, takes no port, and passes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, b"nr_inodes=40") == 0
+    try:
+        with PrivateFabric(place / "fabric") as fabric:
+            filled = 0
+            with contextlib.suppress(OSError):
+                while True:
+                    (place / str(filled)).touch()
+                    filled += 1
+            sock = vsockets.socket(type=socket.SOCK_DGRAM, context=fabric.host)
+            with sock:
+                with pytest.raises(OSError, match="No space") as refused:
+                    sock.bind((2, 5000))
+                assert refused.value.errno == errno.ENOSPC
+                with pytest.raises(OSError, match="No space"):
+                    fabric.guest(7)
+                assert [row["cid"] for row in fabric.control.contexts()] == [2]
+                assert fabric.control.sockets() == []
+                assert_serves(fabric)
+                for number in range(filled):
+                    (place / str(number)).unlink()
+                sock.bind((2, 5000))
+                fabric.guest(7)
+    finally:
+        libc.umount2(os.fsencode(place), 2)  # MNT_DETACH

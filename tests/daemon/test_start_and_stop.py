@@ -6,12 +6,13 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ import pytest
 import vsockets
 from vsockets.control import Control
 from vsockets.limits import LOG_FILE
-from vsockets.testing import PrivateFabric, wait_until
+from vsockets.testing import FabricFailed, PrivateFabric, wait_until
 
-from .raw_client import ask_once, assert_serves, connect, has_gone
+from .raw_client import ask_once, assert_serves, connect, has_gone, paused
 
 VSOCKD = [sys.executable, "-m", "vsockets.daemon"]
 PATIENCE = 10.0
@@ -242,6 +243,51 @@ def test_the_administrator_ends_it(folder: Path) -> None:
     with pytest.raises(OSError, match="no vsockd runs in") as refusal:
         Control(folder)
     assert refusal.value.errno == errno.ENODEV
+
+
+def test_a_state_folder_that_is_removed_ends_it(folder: Path) -> None:
+    """Nobody could find it; its lock would be held on nothing."""
+    removed: list[Callable[[], object]] = [
+        lambda: shutil.rmtree(folder),
+        lambda: folder.rename(folder.with_name("moved")),
+        lambda: (folder / "control").unlink(),
+        lambda: (folder / "vsockd.lock").rename(folder / "lock"),
+    ]
+    for remove in removed:
+        with PrivateFabric(folder) as fabric:
+            fabric.expect_errors()
+            guest = fabric.guest(7)
+            with vsockets.create_server((2, 5000), context=fabric.host) as server:
+                client = vsockets.create_connection((2, 5000), context=guest)
+                accepted, _ = server.accept()
+                remove()
+                wait_until(lambda: has_gone(fabric.pid), "vsockd to end", PATIENCE)
+                with client, accepted:  # as after any other end
+                    client.sendall(b"still here")
+                    assert accepted.recv(10) == b"still here"
+            assert f"ending: {folder} was removed or replaced" in fabric.log
+            with pytest.raises(FabricFailed, match="vsockd died with status 1"):
+                fabric.stop()
+        for left in (folder, folder.with_name("moved")):
+            if left.exists():
+                assert set(os.listdir(left)) <= {"lock"}
+                shutil.rmtree(left)
+
+
+def test_a_state_folder_that_is_replaced_is_the_next_ones(folder: Path) -> None:
+    with PrivateFabric(folder) as first:
+        first.expect_errors()
+        first.guest(7)
+        with paused(first.pid):
+            folder.rename(folder.with_name("moved"))
+            second = PrivateFabric(folder)
+            second.start()
+        wait_until(lambda: has_gone(first.pid), "vsockd to end", PATIENCE)
+        second.guest(7)
+        assert_serves(second)
+        second.stop()
+        with pytest.raises(FabricFailed):
+            first.stop()
 
 
 # Crashing

@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run until SIGTERM; returns the exit status: 75 (EX_TEMPFAIL) when another vsockd runs, 78
-    (EX_CONFIG) when the configuration is wrong."""
+    (EX_CONFIG) when the configuration is wrong, 1 when the state folder was removed."""
     arguments = make_parser().parse_args()
     level = logging.getLevelNamesMapping()[arguments.log_level.upper()]
     logs.begin("vsockd: %(levelname)s: %(message)s", level, arguments.log_format)
@@ -67,8 +67,8 @@ def main() -> int:
     # Nothing made so far will ever be garbage, and what requests make has no cycles.
     gc.freeze()
     gc.set_threshold(50_000)
-    vsockd.run(lambda: _announce_ready(arguments.ready_fd))
-    return 0
+    found = vsockd.run(lambda: _announce_ready(arguments.ready_fd))
+    return 0 if found else 1
 
 
 def _detach(log: Path) -> bool:

@@ -35,11 +35,15 @@ log = logging.getLogger(__name__)
 
 
 class RunningContexts:
-    """Every context that programs can be in, with its folder below ``folder``."""
+    """Every context that programs can be in, with its folder below ``folder``.
+
+    ``held`` leads to the same folder, also when it is moved or replaced.
+    """
 
     def __init__(
         self,
         folder: Path,
+        held: Path,
         trash: Trash,
         loop: Loop,
         fabric: Fabric,
@@ -48,6 +52,7 @@ class RunningContexts:
         events: Events,
     ) -> None:
         self._folder = folder
+        self._held = held
         self._trash = trash
         self._loop = loop
         self._fabric = fabric
@@ -201,7 +206,8 @@ class RunningContexts:
     def _open_doors(self, context: Context, without_hybrid: bool = False) -> None:
         """Make a context's sockets; ``without_hybrid`` rather than not at all."""
         common = self._loop, self._broker, context
-        doors = self._doors[context] = [Doors(*common, self.folder_of(context), self._trash)]
+        folder, held = self.folder_of(context), self._held / str(context.cid)
+        doors = self._doors[context] = [Doors(*common, folder, held, self._trash)]
         try:
             if context.hybrid:
                 doors.append(HybridDoor(*common, Path(context.hybrid)))

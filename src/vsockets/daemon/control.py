@@ -54,7 +54,6 @@ class ControlSocket:
     def __init__(self, loop: Loop, vsockd: Vsockd, path: Path) -> None:
         self._loop = loop
         self._vsockd = vsockd
-        self._path = path
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with short_path(path) as spelled, file_mode(0o600):
             listener.bind(spelled)
@@ -64,7 +63,6 @@ class ControlSocket:
     def close(self) -> None:
         """Answer nobody any more."""
         self._acceptor.close()
-        self._path.unlink(missing_ok=True)
 
     def _admit(self, fd: int) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)

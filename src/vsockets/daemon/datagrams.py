@@ -234,9 +234,13 @@ class Datagrams:
         try:
             sock.bind(name)
         except OSError as error:
-            raise Refused(errno.EINVAL, f"the datagram socket cannot be bound: {error}") from None
-        node = os.open(name, os.O_PATH | os.O_CLOEXEC)
-        os.unlink(name)
+            raise _refusal(error) from None
+        try:
+            node = os.open(name, os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            raise _refusal(error) from None
+        finally:
+            os.unlink(name)
         return DatagramSocket(name, node, self._outflow(context))
 
     def _watch_outflow(self, outflow: Outflow) -> None:
@@ -259,6 +263,11 @@ class Datagrams:
         self._unswept += 1
         if self._unswept > len(self._by_cookie) // 2 + 16:
             self.sweep()
+
+
+def _refusal(error: OSError) -> Refused:
+    """EINVAL for a socket that has a name; ENOSPC, EMFILE and others are the host's."""
+    return Refused(error.errno or errno.EINVAL, f"the datagram socket cannot be bound: {error}")
 
 
 def _socket_of(endpoint: Endpoint) -> DatagramSocket:

@@ -36,16 +36,22 @@ class Doors:
     """
 
     def __init__(
-        self, loop: Loop, broker: Broker, context: Context, folder: Path, trash: Trash
+        self,
+        loop: Loop,
+        broker: Broker,
+        context: Context,
+        folder: Path,
+        held: Path,
+        trash: Trash,
     ) -> None:
-        """OSError when it cannot be."""
-        self.folder = folder
+        """OSError when it cannot be.  ``held`` is the way to ``folder`` that nobody can change."""
+        self._held = held
         self._trash = trash
         self._doors: list[Acceptor] = []
         is_host = context.cid == VMADDR_CID_HOST
-        if folder.is_dir():  # what could not be removed before
-            trash.discard(folder)
-        folder.mkdir(mode=0o700)
+        if held.is_dir():  # what could not be removed before
+            trash.discard(held)
+        held.mkdir(mode=0o700)
         try:
             for kind, name, sock_type in _DOORS:
                 listener = socket.socket(socket.AF_UNIX, sock_type | socket.SOCK_NONBLOCK)
@@ -57,12 +63,12 @@ class Doors:
                 # Connections inherit it: the kernel tells who writes each request.
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 if context.is_guest and context.owner != os.geteuid():
-                    os.chown(folder / name, context.owner, -1, follow_symlinks=False)
+                    os.chown(held / name, context.owner, -1, follow_symlinks=False)
                 listener.listen(CONTROL_BACKLOG)
             if is_host:
-                folder.chmod(0o755)
+                held.chmod(0o755)
             elif context.is_guest:
-                folder.chmod(0o711)
+                held.chmod(0o711)
         except OSError:
             self.close()
             raise
@@ -71,7 +77,7 @@ class Doors:
         """Let nobody in any more, and remove the folder."""
         for door in self._doors:
             door.close()
-        remove(self.folder, self._trash)
+        remove(self._held, self._trash)
 
 
 def remove(folder: Path, trash: Trash) -> None:

@@ -64,7 +64,9 @@ class EarlierLives:
 
     def record(self, life: str) -> None:
         """Note that a vsockd of ``life`` binds sockets from now on."""
-        self._file.write_text("\n".join((*self._lives, life)))
+        new = self._file.with_suffix(".new")
+        new.write_text("\n".join((*self._lives, life)))
+        new.replace(self._file)
 
     def end(self, loop: Loop, life: str) -> None:
         """End the sockets of all earlier lives; ``life`` is the present one."""
@@ -76,7 +78,8 @@ class EarlierLives:
         left = end_sockets(_find(self._lives))
         if not left:
             self._lives.clear()
-            self.record(life)
+            with contextlib.suppress(OSError):  # a full disk: the next vsockd looks for them again
+                self.record(life)
         elif tries:
             wait = min(2 * delay, CUT_AGAIN_AT_MOST)
             loop.call_later(delay, lambda: self._try(loop, life, tries - 1, wait))

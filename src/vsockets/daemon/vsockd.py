@@ -28,11 +28,16 @@ from .contexts import RunningContexts
 from .control import ControlSocket
 from .door import remove
 from .events import Events
+from .folder_watch import FolderWatch
 from .lives import EarlierLives
 from .loop import Loop
 from .trash import Trash
 
 log = logging.getLogger(__name__)
+
+
+#: What no program can do without, in the state folder.
+_NEEDED = (CONTROL, LOCK, PRIVATE)
 
 
 class AlreadyRunning(Exception):
@@ -47,14 +52,19 @@ class Vsockd:
         self.folder = folder.absolute()
         self._configuration = configuration.absolute()
         self._started = time.time()
+        self._watch: FolderWatch | None = None
+        self._is_lost = False
         self._lock = _lock(self.folder)
-        private = self.folder / PRIVATE
+        # It leads to the folder that is locked, also when that is moved or replaced.
+        place = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._held = held = Path(f"/proc/self/fd/{place}")
+        private = held / PRIVATE
         with contextlib.suppress(FileExistsError):
             private.mkdir(mode=0o700)
         os.chdir(private)
         self._earlier = EarlierLives(private / LIVES)
         self._trash = Trash(private / TRASH)
-        _clean(self.folder, self._trash)
+        _clean(held, self._trash)
         _raise_descriptor_limit()
         self.loop = Loop()
         self.events = Events()
@@ -63,15 +73,17 @@ class Vsockd:
         self.broker = Broker(self.loop, self.fabric, audit)
         self._earlier.record(self.broker.datagrams.life)
         self.contexts = RunningContexts(
-            self.folder, self._trash, self.loop, self.fabric, self.broker, audit, self.events
+            *(self.folder, held, self._trash, self.loop, self.fabric, self.broker),
+            *(audit, self.events),
         )
         self.contexts.configure(settings)
         self._control = ControlSocket(self.loop, self, self.folder / CONTROL)
 
-    def run(self, announce_ready: Callable[[], None] = lambda: None) -> None:
+    def run(self, announce_ready: Callable[[], None] = lambda: None) -> bool:
         """Serve until SIGTERM, SIGINT or a stop request, then remove every trace.
 
-        ``announce_ready`` is called when all of that is so.
+        ``announce_ready`` is called when all of that is so.  Returns False if vsockd ended because
+        no program could find it any more.
         """
         self.broker.streams.begin()
         os.truncate(self._lock, 0)
@@ -89,22 +101,44 @@ class Vsockd:
             ):
                 self._earlier.end(self.loop, self.broker.datagrams.life)
                 self._trash.begin()
+                self._watch_folder()
                 announce_ready()
                 self.loop.run()
         finally:
+            if self._watch is not None:
+                self._watch.close()
             self._control.close()
+            (self._held / CONTROL).unlink(missing_ok=True)
             self.contexts.close()
             self.broker.datagrams.close()
             os.chdir("/")
-            (self.folder / PRIVATE / LIVES).unlink(missing_ok=True)
+            (self._held / PRIVATE / LIVES).unlink(missing_ok=True)
             self._trash.close()
             with contextlib.suppress(OSError):  # the trash is not empty
-                (self.folder / PRIVATE).rmdir()
-            for log_file in (self.folder / LOG, logs.older(self.folder / LOG)):
+                (self._held / PRIVATE).rmdir()
+            for log_file in (self._held / LOG, logs.older(self._held / LOG)):
                 log_file.unlink(missing_ok=True)
             # The lock's file goes while the lock is held: see _lock for the other half.
-            (self.folder / LOCK).unlink(missing_ok=True)
+            (self._held / LOCK).unlink(missing_ok=True)
             os.close(self._lock)
+        return not self._is_lost
+
+    def _watch_folder(self) -> None:
+        try:
+            self._watch = FolderWatch(self.loop, self._held, _NEEDED, self._end_if_lost)
+        except OSError as error:  # a user may have 128 watches
+            log.warning("a removal of %s will not be noticed: %s", self.folder, error.strerror)
+
+    def _end_if_lost(self) -> None:
+        """End if a program that looks for this vsockd would find none, or start another one."""
+        with contextlib.suppress(OSError):
+            for name in _NEEDED:
+                os.lstat(self.folder / name)
+            if os.path.samestat(os.lstat(self.folder / LOCK), os.fstat(self._lock)):
+                return
+        log.error("ending: %s was removed or replaced, no program can find vsockd", self.folder)
+        self._is_lost = True
+        self.stop()
 
     # What administrators ask for
 

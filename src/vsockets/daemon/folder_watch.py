@@ -1,0 +1,65 @@
+"""Notice that the state folder, or what programs need in it, was removed or replaced."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from .loop import Loop
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# inotify(7)
+_IN_MOVED_FROM, _IN_DELETE, _IN_DELETE_SELF, _IN_MOVE_SELF = 0x40, 0x200, 0x400, 0x800
+_IN_UNMOUNT, _IN_Q_OVERFLOW, _IN_IGNORED, _IN_ONLYDIR = 0x2000, 0x4000, 0x8000, 0x0100_0000
+_OF_A_NAME = _IN_MOVED_FROM | _IN_DELETE
+_OF_THE_FOLDER = _IN_DELETE_SELF | _IN_MOVE_SELF | _IN_UNMOUNT | _IN_Q_OVERFLOW | _IN_IGNORED
+_EVENT = struct.Struct("iIII")
+_MOST = 65_536
+
+
+class FolderWatch:
+    """Calls ``changed`` when ``folder`` was moved or removed, or one of ``names`` in it.
+
+    Raises OSError.
+    """
+
+    def __init__(
+        self, loop: Loop, folder: Path, names: Collection[str], changed: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._names = {os.fsencode(name) for name in names}
+        self._changed = changed
+        self._fd = _checked(_libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
+        mask = _OF_A_NAME | _IN_DELETE_SELF | _IN_MOVE_SELF | _IN_ONLYDIR
+        try:
+            _checked(_libc.inotify_add_watch(self._fd, os.fsencode(folder), mask))
+        except OSError:
+            os.close(self._fd)
+            raise
+        loop.watch(self._fd, self._ready)
+
+    def close(self) -> None:
+        """Watch no more."""
+        self._loop.unwatch(self._fd)
+        os.close(self._fd)
+
+    def _ready(self, events: int) -> None:
+        data = os.read(self._fd, _MOST)
+        while data:
+            _, mask, _, size = _EVENT.unpack_from(data)
+            name = data[_EVENT.size : _EVENT.size + size].rstrip(b"\0")
+            data = data[_EVENT.size + size :]
+            if mask & _OF_THE_FOLDER or name in self._names:
+                self._changed()
+                return
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
