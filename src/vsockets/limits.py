@@ -412,9 +412,17 @@ HTTP_LINGER = 1.0
 HTTP_HEAD = 16_384
 HTTP_BODY = 4096
 
-#: Clients at the same time.  A browser has up to six, of which one stays for as long as the page
-#: is looked at.
-HTTP_CLIENTS = 64
+#: Clients at the same time that the handler does not know, and that it knows.  A browser has up
+#: to six, of which one stays for as long as the page is looked at.
+HTTP_CLIENTS = 128
+HTTP_KNOWN_CLIENTS = 64
+
+#: Connections accepted at a time: so few that a client whose request comes with its connection
+#: is known before HTTP_CLIENTS others have come after it.
+HTTP_ACCEPTS = 16
+
+#: Connections that wait to be accepted.
+HTTP_BACKLOG = 1024
 
 # vsock web.
 

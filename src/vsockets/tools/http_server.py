@@ -2,8 +2,9 @@
 
 One request a connection, which keeps it simple: no pipelining, no state between requests.  A
 client may be hostile: its whole request has a time limit and a size, however it trickles, and so
-has every piece of an answer; there are only so many clients at a time, and who comes
-on top of them is turned away without a word.
+has every piece of an answer.  There are only so many clients at a time, and when another one comes
+the oldest is cut off, so that nobody keeps others out.  Clients that the handler knows, by a
+session, have places of their own.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import http
 import socket
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import h11
 
 from ..limits import (
+    HTTP_ACCEPTS,
     HTTP_ANSWER,
+    HTTP_BACKLOG,
     HTTP_BODY,
     HTTP_CLIENTS,
     HTTP_HEAD,
+    HTTP_KNOWN_CLIENTS,
     HTTP_LINGER,
     HTTP_REQUEST,
 )
@@ -37,6 +41,8 @@ class Request:
     query: Mapping[str, str]
     headers: Mapping[str, str]  #: names in small letters; the last of several with one name
     body: bytes = b""
+    #: for the handler to call when it knows the client: others do not take its place then
+    keep: Callable[[], None] = field(default=lambda: None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,31 +69,36 @@ class HttpServer:
     def __init__(self, listener: socket.socket, handler: Handler) -> None:
         self._listener = listener
         self._handler = handler
-        self._clients = 0
+        # In the order in which they came.
+        self._clients: dict[asyncio.StreamWriter, None] = {}
+        self._known: dict[asyncio.StreamWriter, None] = {}
 
     async def serve(self) -> None:
         """Until it is cancelled."""
-        server = await asyncio.start_server(self._admit, sock=self._listener)
+        server = await asyncio.start_server(
+            self._admit, sock=self._listener, backlog=HTTP_ACCEPTS
+        )
+        self._listener.listen(HTTP_BACKLOG)  # asyncio's word is for both
         try:
             await asyncio.Event().wait()  # serve_forever() would wait for the last client to leave
         finally:
             server.close()
 
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._clients += 1
+        _add(writer, self._clients, HTTP_CLIENTS)
         try:
-            if self._clients <= HTTP_CLIENTS:
-                await self._serve(reader, writer)
+            await self._serve(reader, writer)
         except (OSError, h11.ProtocolError):
             pass  # it has gone, reads nothing, or sent what makes an answer impossible
         finally:
-            self._clients -= 1
+            self._clients.pop(writer, None)
+            self._known.pop(writer, None)
             with contextlib.suppress(OSError):
                 writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HTTP_HEAD)
-        response = await self._answer(connection, reader)
+        response = await self._answer(connection, reader, lambda: self._keep(writer))
         refused = connection.their_state is not h11.DONE
         await _send(connection, writer, response)
         if refused:  # a socket closed with something unread would take the answer with it
@@ -96,15 +107,32 @@ class HttpServer:
                 while await reader.read(HTTP_HEAD):
                     pass
 
-    async def _answer(self, connection: h11.Connection, reader: asyncio.StreamReader) -> Response:
+    def _keep(self, writer: asyncio.StreamWriter) -> None:
+        if self._clients.pop(writer, writer) is None:  # else it has been cut off
+            _add(writer, self._known, HTTP_KNOWN_CLIENTS)
+
+    async def _answer(
+        self, connection: h11.Connection, reader: asyncio.StreamReader, keep: Callable[[], None]
+    ) -> Response:
         try:
             async with asyncio.timeout(HTTP_REQUEST):
-                request = await _receive(connection, reader)
+                request = replace(await _receive(connection, reader), keep=keep)
         except TimeoutError:
             return text(408, f"a request is sent within {HTTP_REQUEST:.0f} s")
         except h11.RemoteProtocolError as error:
             return text(error.error_status_hint, str(error))
         return await self._handler(request)
+
+
+def _add(
+    writer: asyncio.StreamWriter, clients: dict[asyncio.StreamWriter, None], most: int
+) -> None:
+    """Give a client a place, that of the oldest if there is no other."""
+    clients[writer] = None
+    if len(clients) > most:
+        oldest = next(iter(clients))
+        del clients[oldest]
+        oldest.transport.abort()
 
 
 async def _receive(connection: h11.Connection, reader: asyncio.StreamReader) -> Request:

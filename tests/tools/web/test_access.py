@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
+import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import vsockets
-from vsockets.limits import WEB_SESSIONS
-from vsockets.testing import PrivateFabric
+from vsockets.limits import HTTP_CLIENTS, WEB_SESSIONS
+from vsockets.testing import PrivateFabric, wait_until
 
 from ..vsock import PATIENCE, Running, Vsock
 
@@ -41,7 +44,8 @@ class Client:
     def enter(self) -> str:
         """Open the link; the cookie."""
         with self.ask("GET", f"/?token={self.token}") as answer:
-            assert (answer.status, answer.headers["Location"]) == (303, "/")
+            assert answer.status == 200
+            assert b'http-equiv="refresh" content="0; url=/"' in answer.read()
             cookie, *attributes = answer.headers["Set-Cookie"].split("; ")
         assert attributes == ["HttpOnly", "SameSite=Strict", "Path=/"]
         self.token = self.running.error_line().partition("token=")[2]
@@ -82,6 +86,56 @@ def test_sessions_are_limited(client: Client) -> None:
     assert client.status("GET", "/", Cookie=cookies[0]) == 401
     assert client.status("GET", "/", Cookie=cookies[1]) == 200
     assert client.status("GET", "/", Cookie=cookies[-1]) == 200
+
+
+def test_strangers_keep_no_browser_out(client: Client) -> None:
+    """Any user of this machine can connect; clients with a session have places of their own."""
+    cookie = client.enter()
+    host, _, port = client.host.partition(":")
+    with contextlib.ExitStack() as stack, Stream(client, cookie) as stream:
+        messages = iter(stream)
+        assert next(messages)["event"] == "picture"
+        for _ in range(8):
+            for _ in range(HTTP_CLIENTS // 4):
+                silent = stack.enter_context(socket.create_connection((host, int(port))))
+                silent.sendall(b"GET ")
+            assert client.status("GET", "/", Cookie=cookie) == 200
+        assert next(messages)["event"] == "picture"  # and none that it has is cut off
+
+
+def test_a_cookie_takes_no_time(client: Client) -> None:
+    """CVE-2024-7592: http.cookies took a second for each of these."""
+    cookie = client.enter()
+    for quoted in ("\\" * 15_000, "\\101" * 3_700):
+        assert client.status("GET", "/", Cookie=f'a="{quoted}"; {cookie}') == 200
+        assert client.status("GET", "/", Cookie=f'{cookie.partition("=")[0]}="{quoted}"') == 401
+
+
+#: What a desktop has for a browser: it notes what it was asked to open, and can be asked for it.
+BROWSER = """#!/bin/sh
+tr '\\0' ' ' </proc/$$/cmdline >{folder}/arguments
+ls -ld "${{1#file://}}" "$(dirname "${{1#file://}}")" >{folder}/modes
+cp "${{1#file://}}" {folder}/page
+"""
+
+
+def test_the_browsers_command_line_does_not_have_the_link(vsock: Vsock, tmp_path: Path) -> None:
+    browser = tmp_path / "browser"
+    browser.write_text(BROWSER.format(folder=tmp_path))
+    browser.chmod(0o755)
+    vsock.environment["BROWSER"] = f"{browser} %s"
+    client = Client(vsock.start("web", "--open"))
+    page = tmp_path / "page"
+    wait_until(lambda: page.exists() and "</html>" in page.read_text(), "the browser to start")
+    arguments = (tmp_path / "arguments").read_text()
+    assert "file://" in arguments and "token" not in arguments
+    modes = {line[:10] for line in (tmp_path / "modes").read_text().splitlines()}
+    assert modes == {"-rw-------", "drwx------"}
+    assert client.link in page.read_text()
+    file = Path(arguments.split("file://")[1].strip())
+    assert file.exists()
+    client.enter()
+    assert not file.parent.exists()
 
 
 def test_names_that_were_pointed_here(client: Client) -> None:

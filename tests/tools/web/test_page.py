@@ -6,12 +6,13 @@ import contextlib
 import signal
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
 import vsockets
 from vsockets import Attachment
-from vsockets.testing import PrivateFabric
+from vsockets.testing import PrivateFabric, wait_until
 
 from ..vsock import Running, Vsock
 
@@ -46,6 +47,21 @@ def open_page(vsock: Vsock, browser: Browser) -> Running:
     browser.driver.get(running.error_line().removeprefix("open "))
     browser.wait_for_text("#vsockd", "vsockd ")
     return running
+
+
+def test_it_is_opened_by_way_of_a_file(
+    vsock: Vsock, browser: Browser, tmp_path: Path, fabric: PrivateFabric
+) -> None:
+    """Which is another site to the browser, so that a cookie for the same site alone is at risk."""
+    program = tmp_path / "browser"
+    program.write_text(f'#!/bin/sh\ncd {tmp_path}; echo "$1" >new; mv new address\n')
+    program.chmod(0o755)
+    vsock.environment["BROWSER"] = f"{program} %s"
+    vsock.start("web", "--interval", "0.2", "--open")
+    wait_until((tmp_path / "address").exists, "the browser to be started")
+    browser.driver.get((tmp_path / "address").read_text().strip())
+    browser.wait_for_text("#vsockd", "vsockd ")
+    browser.driver.get("about:blank")
 
 
 @pytest.fixture
@@ -213,8 +229,12 @@ def test_vsockd_goes_and_comes_back(alone: Vsock, browser: Browser) -> None:
     browser.wait_for_text("#trouble", "no vsockd runs in")
     browser.wait_for_text("#events", "vsockd has ended")
     browser.check("gone")
+    browser.run("document.body.style.minHeight = '3000px'; window.scrollTo(0, 2000)")
+    top = "return document.querySelector('#trouble').getBoundingClientRect().top"
+    assert browser.run(top) >= 0
     alone("up")
     browser.wait(lambda: not browser.texts("#trouble"), "vsockd to be seen again")
+    browser.wait_for_text("#events", "vsockd is back")
     alone("context", "add", "7")
     browser.wait_for_text("#graph-words", "1 guest")
 
@@ -230,6 +250,8 @@ def test_without_a_link(web: Running, browser: Browser) -> None:
     browser.driver.get(browser.driver.current_url)
     browser.wait_for_text("h1", "This page is closed")
     browser.check("closed")
+    border = "return getComputedStyle(document.querySelector('main')).borderTopWidth"
+    assert browser.run(border) == "1px"
     assert all("401" in error for error in browser.errors())
 
 
@@ -247,6 +269,42 @@ def test_reduced_motion(
     assert browser.run(moving) == "none"
 
 
+#: Pairs of contexts whose boxes overlap.
+OVERLAPS = """
+const boxes = [...document.querySelectorAll('#nodes .node')].map(
+  node => [node.dataset.key, node.querySelector('rect').getBoundingClientRect()]);
+const apart = (one, other) => one.right <= other.left || other.right <= one.left
+  || one.bottom <= other.top || other.bottom <= one.top;
+return boxes.flatMap(([key, box], at) => boxes.slice(at + 1)
+  .filter(([_, other]) => !apart(box, other)).map(([other]) => `${key} ${other}`));
+"""
+
+
+@pytest.mark.parametrize("number", [2, 9, 11, 24, 25, 40, 60, 61, 75, 98])
+def test_boxes_do_not_overlap(
+    web: Running, browser: Browser, fabric: PrivateFabric, number: int
+) -> None:
+    guests = [fabric.guest() for _ in range(number)]
+    try:
+        browser.wait_for_text("#graph-words", f"{number} guests")
+        assert browser.run(OVERLAPS) == []
+    finally:
+        for guest in guests:
+            fabric.control.remove_context(guest.cid)
+
+
+def test_a_long_name_gives_way(web: Running, browser: Browser, fabric: PrivateFabric) -> None:
+    guest = fabric.guest(2503520146, name="a-virtual-machine-with-a-rather-long-name " * 2)
+    try:
+        button = f"#contexts [data-key='{guest.cid}'] td:last-child button"
+        browser.wait(lambda: browser.texts(button), "the guest")
+        wide = "const box = document.querySelector('#contexts').parentElement;"
+        assert browser.run(f"{wide} return box.scrollWidth - box.clientWidth") == 0
+        browser.photograph("long")
+    finally:
+        fabric.control.remove_context(guest.cid)
+
+
 def test_a_hundred_guests_on_a_telephone(
     web: Running, browser: Browser, fabric: PrivateFabric
 ) -> None:
@@ -258,6 +316,10 @@ def test_a_hundred_guests_on_a_telephone(
         width = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         assert browser.run(width) == 0
         browser.photograph("many")
+        assert browser.run(OVERLAPS) == []
+        # What is written in the graph, as high as on a large screen almost.
+        height = "return document.querySelector('#nodes text').getBoundingClientRect().height"
+        assert browser.run(height) > 9
     finally:
         browser.driver.set_window_size(size["width"], size["height"])
         for guest in guests:

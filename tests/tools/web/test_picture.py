@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vsockets.limits import WEB_CONTEXTS, WEB_STREAMS
+from vsockets.tools.holders import Holder
 from vsockets.tools.web.picture import picture
 
 STATUS = {"pid": 1, "folder": "/x", "uptime": 1.0, "streams": 3, "listeners": 1}
@@ -24,7 +25,7 @@ def context(cid: int, streams: int = 0, sockets: int = 0) -> dict[str, Any]:
 def ends(source: int, port: int, target: int) -> list[dict[str, Any]]:
     one = {"context": source, "cid": source, "port": port, "peer": [target, 5000]}
     other = {"context": target, "cid": target, "port": 5000, "peer": [source, port]}
-    facts = {"type": "stream", "state": "established", "pid": 7}
+    facts = {"type": "stream", "state": "established", "pid": 7, "uid": 1, "inode": port}
     queues = {"receive_queue": None, "send_queue": 4}
     return [
         {**one, **facts, **queues, "accepted": False},
@@ -32,10 +33,15 @@ def ends(source: int, port: int, target: int) -> list[dict[str, Any]]:
     ]
 
 
+def find(pid: int, uid: int, inode: int | None) -> Holder:
+    """A child of each process has its sockets."""
+    return Holder(pid + 1, uid, f"with {inode}")
+
+
 def draw(contexts: list[dict[str, Any]], sockets: list[dict[str, Any]]) -> dict[str, Any]:
     names = ("connects", "accepts", "refusals", "denials")
     rates = {row["cid"]: dict.fromkeys(names, 0.5) for row in contexts}
-    return picture(STATUS, {"contexts": contexts}, [{"cid": 3, "ft": True}], sockets, rates)
+    return picture(STATUS, {"contexts": contexts}, [{"cid": 3, "ft": True}], sockets, rates, find)
 
 
 def test_a_stream_is_one_and_a_link_many() -> None:
@@ -46,6 +52,8 @@ def test_a_stream_is_one_and_a_link_many() -> None:
         ([3, 1024], [2, 5000]),
         ([3, 1025], [2, 5000]),
     ]
+    assert seen["streams"][0]["pid"] == 8
+    assert seen["streams"][0]["command"] == "with 1024"
     assert seen["links"] == [
         {"from": 2, "to": 3, "streams": 1},
         {"from": 3, "to": 2, "streams": 2},
@@ -56,7 +64,7 @@ def test_a_stream_is_one_and_a_link_many() -> None:
 
 
 def test_nothing_is_known_of_rates_at_first() -> None:
-    seen = picture(STATUS, {"contexts": [context(2)]}, [], [], {})
+    seen = picture(STATUS, {"contexts": [context(2)]}, [], [], {}, find)
     assert seen["rates"] is None and seen["contexts"][0]["rates"] is None
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
+import tempfile
+import threading
 import webbrowser
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,12 +52,47 @@ def web(
     def prepare(where: str) -> Handler:
         access = Access(where)
 
+        opened = contextlib.ExitStack()  # until the link in it was used
+        ending.callback(opened.close)
+
+        def entered() -> None:
+            opened.close()
+            tell()
+
         def tell() -> None:
             notice(f"open {access.link}")
 
         tell()
         if open_browser:
-            webbrowser.open(access.link)
-        return Site(access, watcher, tell).answer
+            address = opened.enter_context(_page_that_leads_to(access.link))
+            # Some browsers are waited for, and wait for us.
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        return Site(access, watcher, entered).answer
 
-    serve(listen, prepare, watcher.run)
+    with contextlib.ExitStack() as ending:
+        serve(listen, prepare, watcher.run)
+
+
+@contextlib.contextmanager
+def _page_that_leads_to(link: str) -> Iterator[str]:
+    """Yield the address of a file that only its owner can read.
+
+    A browser gets an address as an argument, and everybody sees the arguments of a process.
+    """
+    with tempfile.TemporaryDirectory(prefix="vsock-web-") as folder:
+        file = Path(folder, "open.html")
+        file.touch(0o600)
+        file.write_text(_LEADING.format(link=html.escape(link)))
+        yield file.as_uri()
+
+
+_LEADING = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="referrer" content="no-referrer">
+<meta http-equiv="refresh" content="0; url={link}">
+<link rel="icon" href="data:,">
+<title>vsock web</title>
+<p><a href="{link}">vsock web</a></p>
+</html>
+"""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...limits import WEB_CONTEXTS, WEB_STREAMS
+from ..holders import Holder
 from ..rates import RISING
 
 _Row = Mapping[str, Any]
@@ -18,11 +19,13 @@ def picture(
     contexts: Sequence[_Row],
     sockets: Sequence[_Row],
     rates: Mapping[int, Mapping[str, float]],
+    find: Callable[[int, int, int | None], Holder],
 ) -> dict[str, Any]:
     """From the answers of :class:`vsockets.control.Control` and :class:`..rates.Rates`.
 
     ``contexts`` and ``streams`` are the busiest, in the order of their addresses; ``left_out``
-    says how many there are besides.  ``links`` are the streams counted by the contexts they join,
+    says how many there are besides.  ``find`` looks a socket's process up, as
+    :meth:`..holders.Holders.find`.  ``links`` are the streams counted by the contexts they join,
     among those shown.  A rate is a number a second, or null when it is not known yet.
     """
     facts = {row["cid"]: row for row in contexts}
@@ -32,7 +35,9 @@ def picture(
     shown = sorted(rows[:WEB_CONTEXTS], key=lambda row: row["cid"])
     begun = [row for row in sockets if row["accepted"] is False]
     begun.sort(key=lambda row: (row["context"], row["peer"], row["port"]))
-    streams = [_stream(row) for row in begun[:WEB_STREAMS]]
+    streams = [
+        _stream(row, find(row["pid"], row["uid"], row["inode"])) for row in begun[:WEB_STREAMS]
+    ]
     return {
         "vsockd": {name: status[name] for name in ("pid", "folder", "uptime", "streams")},
         "contexts": [_context(row, facts.get(row["cid"], {}), rates) for row in shown],
@@ -62,7 +67,7 @@ def _context(
     }
 
 
-def _stream(row: _Row) -> dict[str, Any]:
+def _stream(row: _Row, holder: Holder) -> dict[str, Any]:
     return {
         "from": row["context"],
         "to": row["peer"][0],
@@ -70,7 +75,8 @@ def _stream(row: _Row) -> dict[str, Any]:
         "peer": row["peer"],
         "type": row["type"],
         "state": row["state"],
-        "pid": row["pid"],
+        "pid": holder.pid,
+        "command": holder.command,
         "receive_queue": row["receive_queue"],
         "send_queue": row["send_queue"],
     }

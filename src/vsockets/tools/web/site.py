@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 from collections.abc import Callable
 from importlib.resources import files
@@ -21,13 +23,16 @@ _TYPES = {
     "svg": "image/svg+xml",
 }
 
+
+def _policy(default: str) -> tuple[str, str]:
+    rest = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
+    return ("Content-Security-Policy", f"{default}; {rest}")
+
+
+_POLICY = _policy("default-src 'self'")
+
 #: With every answer: nothing from elsewhere, in nobody's frame, kept nowhere.
 _HEADERS = (
-    (
-        "Content-Security-Policy",
-        "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "object-src 'none'",
-    ),
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Opener-Policy", "same-origin"),
@@ -35,19 +40,45 @@ _HEADERS = (
     ("Cache-Control", "no-store"),
 )
 
-#: For who has no session: without script or style, which are for those who have one.
-_CLOSED = """<!doctype html>
+_CLOSED_STYLE = """
+:root { color-scheme: light dark; }
+body { margin: 0; display: grid; place-content: center; min-height: 100vh; padding: 1.25rem;
+  font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; }
+main { max-width: 34rem; padding: 1.4rem 1.6rem; border: 1px solid; border-radius: 12px; }
+h1 { margin: 0 0 .5rem; font-size: 1.35rem; }
+p { margin: 0; }
+"""
+
+#: For who has no session: with a style of its own, as files are for those who have one.
+_CLOSED = f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="color-scheme" content="light dark">
 <meta name="viewport" content="width=device-width">
 <title>vsock web</title>
+<style>{_CLOSED_STYLE}</style>
 <main>
 <h1>This page is closed</h1>
 <p>Open the link that <code>vsock web</code> printed last. Each link works once, in one browser.</p>
 </main>
 </html>
 """
+
+
+#: For who used a link.  Not a redirection: where another page has led to the link, the browser
+#: would not send a SameSite=Strict cookie along.
+_ENTERED = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="refresh" content="0; url=/">
+<link rel="icon" href="/icon.svg">
+<title>vsock web</title>
+<p><a href="/">vsock web</a></p>
+</html>
+"""
+
+
+_DIGEST = base64.b64encode(hashlib.sha256(_CLOSED_STYLE.encode()).digest()).decode()
+_CLOSED_POLICY = _policy(f"default-src 'none'; style-src 'sha256-{_DIGEST}'")
 
 
 class BadAction(Exception):
@@ -73,11 +104,13 @@ class Site:
     async def answer(self, request: Request) -> Response:
         """Whatever is asked for."""
         response = await self._route(request)
+        own = {name for name, _ in response.headers}
+        policy = () if _POLICY[0] in own else (_POLICY,)
         return Response(
             response.status,
             response.content_type,
             response.body,
-            (*_HEADERS, *response.headers),
+            (*policy, *_HEADERS, *response.headers),
         )
 
     async def _route(self, request: Request) -> Response:
@@ -89,9 +122,10 @@ class Site:
             cookie = self._access.enter(request.query["token"])
             if cookie is not None:
                 self._entered()
-                return Response(303, "text/plain", b"", [("Location", "/"), ("Set-Cookie", cookie)])
+                return Response(200, _TYPES["html"], _ENTERED.encode(), [("Set-Cookie", cookie)])
         if not self._access.has_session(request):
-            return Response(401, _TYPES["html"], _CLOSED.encode())
+            return Response(401, _TYPES["html"], _CLOSED.encode(), [_CLOSED_POLICY])
+        request.keep()
         if request.path == "/actions":
             if request.method != "POST":
                 return text(405, "there is POST")

@@ -13,6 +13,7 @@ from typing import Any
 from ...control import Control
 from ...limits import WEB_EVENTS
 from ...text import all_printable
+from ..holders import Holders
 from ..rates import Rates
 from ..reach import administrator
 from ..unix_diag import fill_queues
@@ -104,7 +105,8 @@ class Watcher:
         counts, sockets = control.counts(), control.sockets()
         fill_queues(sockets)
         rates = self._rates.update(counts, time.monotonic())
-        return picture(control.status(), counts, control.contexts(), sockets, rates)
+        find = Holders().find
+        return picture(control.status(), counts, control.contexts(), sockets, rates, find)
 
     def _forget(self) -> None:
         if self._control is not None:
@@ -112,14 +114,17 @@ class Watcher:
         self._control, self._rates = None, Rates()
 
     async def _follow(self) -> None:
+        ended = False
         while True:
             with contextlib.suppress(OSError):
                 control = await asyncio.to_thread(administrator)
                 with control, await asyncio.to_thread(control.events) as events:
+                    if ended:
+                        await self._tell(_about_vsockd("vsockd is back"))
                     async for event in events:
                         await self._tell(event)
-                ended = {"topic": "vsockd", "time": time.time(), "message": "vsockd has ended"}
-                await self._tell(ended)
+                ended = True
+                await self._tell(_about_vsockd("vsockd has ended"))
             await asyncio.sleep(_LOOK_AGAIN)
 
     async def _tell(self, event: dict[str, Any]) -> None:
@@ -127,6 +132,10 @@ class Watcher:
             self._happened += 1
             self._events.append((self._happened, event))
             self._news.notify_all()
+
+
+def _about_vsockd(message: str) -> dict[str, Any]:
+    return {"topic": "vsockd", "time": time.time(), "message": message}
 
 
 def _message(kind: str, data: dict[str, Any], number: int | None = None) -> bytes:

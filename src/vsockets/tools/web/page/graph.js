@@ -48,27 +48,38 @@ function words({ contexts, links }) {
 function arrange(contexts) {
   const guests = contexts.filter((one) => one.guest);
   const small = guests.length > FEW;
-  const size = small ? { w: guests.length > 24 ? 36 : 64, h: 26, small } : { w: 150, h: 54, small };
+  const [w, h] = guests.length > 60 ? [30, 22] : guests.length > 24 ? [36, 26] : small ? [64, 26] : [150, 54];
+  const size = { w, h, small };
   const spots = new Map();
   spots.set(2, { x: WIDTH / 2, y: HEIGHT / 2, w: 150, h: 54, small: false });
   spots.set(0, { x: 95, y: 40, w: 150, h: 54, small: false });
-  const way = rings(guests.length > 60 ? [1, 0.76, 0.52] : guests.length > 24 ? [1, 0.72] : [1]);
-  guests.forEach(({ cid }, at) => {
-    const part = guests.length === 1 ? 0.25 : (at + 0.5) / guests.length;
-    spots.set(cid, { ...way[Math.floor(part * way.length)], ...size });
-  });
+  const sizes = guests.length > 60 ? [1, 0.76, 0.52] : guests.length > 24 ? [1, 0.72] : [1];
+  const places = spread(sizes.map(ring), guests.length);
+  guests.forEach(({ cid }, at) => spots.set(cid, { ...places[at], ...size }));
   return spots;
 }
 
-/** Points on ellipses around the host, about a unit from each other, clockwise from the top. */
-function rings(sizes) {
+/** So many places on the rings, each ring's as far from each other, also the first from the last. */
+function spread(rings, number) {
+  if (number === 1) return [rings[0][Math.floor(rings[0].length / 4)]];
+  const all = rings.reduce((sum, ring) => sum + ring.length, 0);
+  const places = [];
+  let before = 0;
+  for (const ring of rings) {
+    const count = Math.round(((before + ring.length) * number) / all) - places.length;
+    before += ring.length;
+    for (let at = 0; at < count; at++) places.push(ring[Math.floor(((at + 0.5) / count) * ring.length)]);
+  }
+  return places;
+}
+
+/** Points on an ellipse around the host, about a unit from each other, clockwise from the top. */
+function ring(size) {
   const points = [];
   const [wide, high] = [WIDTH / 2 - 90, HEIGHT / 2 - 40];
-  for (const size of sizes) {
-    for (let angle = 0; angle < 2 * Math.PI; ) {
-      points.push({ x: WIDTH / 2 + wide * size * Math.sin(angle), y: HEIGHT / 2 - high * size * Math.cos(angle) });
-      angle += 1 / (size * Math.hypot(wide * Math.cos(angle), high * Math.sin(angle)));
-    }
+  for (let angle = 0; angle < 2 * Math.PI; ) {
+    points.push({ x: WIDTH / 2 + wide * size * Math.sin(angle), y: HEIGHT / 2 - high * size * Math.cos(angle) });
+    angle += 1 / (size * Math.hypot(wide * Math.cos(angle), high * Math.sin(angle)));
   }
   return points;
 }
@@ -99,8 +110,10 @@ function drawNode(group, context, { x, y, w, h, small }, selected, troubled) {
   place(rect, { x: -w / 2, y: -h / 2, width: w, height: h });
   place(name, { y: small ? 5 : -4 });
   place(facts, { y: 15 });
-  say(name, small ? context.cid : shorten(context.name));
-  say(facts, small ? "" : context.state === "running" ? `CID ${context.cid} · ${streams}` : state(context));
+  const digits = String(context.cid);
+  say(name, small ? (digits.length > w / 8 ? `…${digits.slice(-2)}` : digits) : shorten(context.name));
+  const running = digits.length > 6 ? `CID ${digits}` : `CID ${digits} · ${streams}`;
+  say(facts, small ? "" : context.state === "running" ? running : state(context));
 }
 
 const shorten = (name) => (name.length > 17 ? `${name.slice(0, 16)}…` : name);

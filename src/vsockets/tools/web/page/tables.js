@@ -24,6 +24,7 @@ export function showContexts(picture, selected, select) {
     const rates = context.rates ?? {};
     say(cid, context.cid);
     say(name.firstChild, context.name);
+    name.title = context.name; // which may be cut
     name.firstChild.ariaPressed = String(context.cid === selected);
     row.className = context.cid === selected ? "selected" : "";
     say(status, state(context));
@@ -51,7 +52,7 @@ function beginContext(select) {
   const action = make("button", { type: "button" });
   const chart = draw("svg", { viewBox: "0 0 120 24", class: "chart", "aria-hidden": "true" }, draw("polyline"));
   const numbers = Array.from({ length: 7 }, () => cell("number"));
-  const row = make("tr", {}, cell("number"), make("td", {}, name), cell(), ...numbers, make("td", {}, chart), make("td", {}, action));
+  const row = make("tr", {}, cell("number"), make("td", { className: "name" }, name), cell(), ...numbers, make("td", {}, chart), make("td", {}, action));
   name.addEventListener("click", () => select(row.context.cid));
   action.addEventListener("click", () => (row.context.state === "suspended" ? resume : suspend)(row.context));
   return row;
@@ -80,8 +81,9 @@ export function showStreams(picture, selected) {
   const where = (cid, address) => `${address.join(":")} ${names.get(cid) ?? ""}`;
   keep(document.querySelector("#streams tbody"), wanted, (one) => `${one.local}-${one.peer}-${one.from}`, beginStream, (row, stream) => {
     row.stream = stream;
-    const values = [where(stream.from, stream.local), where(stream.to, stream.peer), stream.type, stream.state, stream.receive_queue ?? "–", stream.send_queue ?? "–", stream.pid];
+    const values = [where(stream.from, stream.local), where(stream.to, stream.peer), stream.type, stream.state, stream.receive_queue ?? "–", stream.send_queue ?? "–", `${stream.pid} ${stream.command ?? ""}`.trim()];
     values.forEach((value, at) => say(row.cells[at], value));
+    for (const cell of [row.cells[0], row.cells[1]]) cell.title = cell.textContent;
     row.cells[7].firstChild.ariaLabel = `Disconnect ${stream.local.join(":")} to ${stream.peer.join(":")}`;
   });
   const title = selected === null ? "Streams" : `Streams of context ${selected} ${names.get(selected) ?? ""}`;
