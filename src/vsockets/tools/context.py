@@ -131,12 +131,12 @@ def ls(
         return
     columns = [
         Column("CID", right=True),
-        Column("NAME", whole=False),
+        Column("NAME", least=8),
         Column("STATE"),
-        Column("PROFILE"),
-        Column("OWNER"),
-        Column("SOCKETS", right=True),
-        Column("WAITING", right=True),
+        Column("PROFILE", least=10),
+        Column("OWNER", least=6),
+        Column("SOCKETS", right=True, spare=1),
+        Column("WAITING", right=True, spare=2),
         Column("DENIALS", right=True),
     ]
     if verbose:

@@ -43,15 +43,15 @@ class State(StrEnum):
 
 _COLUMNS = (
     Column("TYPE"),
-    Column("STATE"),
-    Column("RECV-Q", right=True),
-    Column("SEND-Q", right=True),
+    Column("STATE", least=9),
+    Column("RECV-Q", right=True, spare=1),
+    Column("SEND-Q", right=True, spare=2),
     Column("LOCAL"),
     Column("PEER"),
-    Column("CONTEXT", whole=False, from_width=100),
+    Column("CONTEXT", least=8, from_width=100),
     Column("BUFFER", right=True, from_width=100),
-    Column("USER", whole=False),
-    Column("PROCESS", whole=False),
+    Column("USER", least=6, spare=3),
+    Column("PROCESS", least=7),
 )
 
 

@@ -11,9 +11,6 @@ from ..bridges.perf.measures import Result
 from .advice import Failure
 from .output import Column, print_table
 
-#: Characters of the longest bar.
-_BAR = 20
-
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
@@ -61,11 +58,11 @@ def print_report(measurements: Sequence[Measurement]) -> None:
         longest = max(result.value for result in measurement.results.values()) or 1.0
         details = [name for name in measurement.first.details if name != "bytes"]
         columns = [
-            Column("ADDRESS"),
+            Column("ADDRESS", least=10),
             Column(measurement.first.unit.upper(), right=True),
             Column("RATIO", right=True),
-            Column(""),
-            *(Column(name.upper(), right=True) for name in details),
+            Column("", bar=True),
+            *(Column(name.upper(), right=True, spare=at) for at, name in enumerate(details, 1)),
         ]
         print_table(
             columns,
@@ -74,7 +71,7 @@ def print_report(measurements: Sequence[Measurement]) -> None:
                     address,
                     _number(result.value),
                     f"{result.value / (measurement.first.value or 1.0):.2f}",
-                    "█" * max(1, round(_BAR * result.value / longest)),
+                    result.value / longest,
                     *(_number(result.details[name]) for name in details),
                 )
                 for address, result in measurement.results.items()

@@ -28,17 +28,20 @@ _DENIALS = 200
 #: By key: what the contexts are sorted by, largest first but for the CID.
 _ORDERS = {"i": "cid", "s": "streams", **{name[0]: name for name in RISING}}
 
+#: Rates that are left out where there is no room, the last one first.
+_SPARE = {"accepts": 1, "refusals": 2}
+
 _CONTEXTS = (
     Column("CID", right=True),
-    Column("NAME"),
+    Column("NAME", least=8),
     Column("STATE", from_width=80),
     Column("SOCKETS", right=True, from_width=90),
     Column("STREAMS", right=True),
-    *(Column(f"{name.upper()}/S", right=True) for name in RISING),
+    *(Column(f"{name.upper()}/S", right=True, spare=_SPARE.get(name, 0)) for name in RISING),
 )
 _STREAMS = (
-    Column("FROM"),
-    Column("TO"),
+    Column("FROM", least=12),
+    Column("TO", least=12),
     Column("TYPE", from_width=80),
     Column("STREAMS", right=True),
     Column("RECV-Q", right=True),
