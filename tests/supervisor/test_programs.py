@@ -45,6 +45,13 @@ def test_nothing_is_done_twice_in_a_storm_of_signals(vsock: Vsock, compile_c: Co
     assert vsock("run", compile_c("signals.c", "-pthread"), "storm").stdout == "stormy\n"
 
 
+def test_what_a_signal_interrupts_is_done_once_though_it_is_called_again(
+    vsock: Vsock, compile_c: Compile
+) -> None:
+    done = vsock("run", compile_c("signals.c", "-pthread"), "again")
+    assert done.stdout == "interrupted, 0 descriptors left\n"
+
+
 def test_accept_times_out(vsock: Vsock, compile_c: Compile) -> None:
     program = compile_c("signals.c", "-pthread")
     done = vsock("run", program, "timeout")

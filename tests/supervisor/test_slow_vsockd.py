@@ -227,8 +227,10 @@ def is_waiting_in_connect(argument: str) -> bool:
 #: the answer to a call that a signal has just interrupted, and drops it.
 DROPPING = """
 import sys
-from vsockets.supervisor import launch, notification, process, supervisor
+from vsockets.supervisor import launch, machine, notification, process, supervisor
 from vsockets.tools import main
+
+processes = process.Processes(machine.this_machine())
 
 class Dropping(notification.Listener):
     threads = {}
@@ -242,7 +244,7 @@ class Dropping(notification.Listener):
         try:
             super().answer(id_, value)
         except notification.Gone:
-            if not process.Processes.has_signal(self.threads[id_]):
+            if not processes.has_signal(self.threads[id_]):
                 raise  # it has taken the signal, which the real one would have shown, too
 
 launch.Listener = Dropping

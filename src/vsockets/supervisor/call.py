@@ -57,12 +57,15 @@ class Call:
         low = self.arguments[index] & 0xFFFF_FFFF
         return low - (1 << 32) if low & 0x8000_0000 else low
 
-    def is_same_as(self, other: Call) -> bool:
-        """Whether it is the other call made again: the kernel restarts what a signal stopped."""
-        return (self.number, self.instruction, self.arguments) == (
+    def is_same_as(self, other: Call, used: int) -> bool:
+        """Return whether it is the other call made again, by the kernel after a signal, or by a
+        program that was told EINTR.  The registers of no argument, after the ``used`` first, may
+        have changed since.
+        """
+        return (self.number, self.instruction, self.arguments[:used]) == (
             other.number,
             other.instruction,
-            other.arguments,
+            other.arguments[:used],
         )
 
     # Its process

@@ -27,6 +27,10 @@ _STDERR = 2
 #: How long a message to a program's user may take to be written, in seconds.
 _PATIENCE = 2
 
+_READ = os.O_RDONLY | os.O_CLOEXEC
+#: The start of /proc/PID/stat that has the process's state in it, in bytes.
+_STAT_TO_STATE = 64
+
 #: More than the kernel writes to /proc/PID/status, in bytes.
 _LONGEST_STATUS = 16_384
 
@@ -45,6 +49,8 @@ class Processes:
         self._machine = machine
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._pidfds: OrderedDict[int, int] = OrderedDict()
+        #: By thread: its file ``stat`` in /proc, which is asked more often than any other.
+        self._stats: OrderedDict[int, int] = OrderedDict()
         #: By thread: the inode of its folder in /proc, which another thread of this number has not,
         #: and its process.
         self._process_of: dict[int, tuple[int, int]] = {}
@@ -183,13 +189,14 @@ class Processes:
 
     # The rest
 
-    @staticmethod
-    def has_signal(pid: int) -> bool:
+    def has_signal(self, pid: int) -> bool:
         """Whether a signal has woken this thread, which waits in a call, and is not taken yet.
 
         False whenever the kernel will not say.
         """
         with contextlib.suppress(OSError):
+            if self._is_asleep(pid):
+                return False
             for _ in range(2):  # it may have been woken while we looked
                 state, mine, shared, blocked = _status(
                     pid, b"State:", b"SigPnd:", b"ShdPnd:", b"SigBlk:"
@@ -200,6 +207,19 @@ class Processes:
                     return True
             # Another thread of its process is to take the signal.
         return False
+
+    def _is_asleep(self, pid: int) -> bool:
+        """Return whether a thread sleeps, which one that a signal has woken does not."""
+        stat = self._stats.get(pid)
+        if stat is not None:
+            try:
+                return _sleeps(stat)
+            except ProcessLookupError:  # the number is another thread's by now
+                os.close(self._stats.pop(pid))
+        if len(self._stats) >= _KEPT:
+            os.close(self._stats.popitem(last=False)[1])
+        stat = self._stats[pid] = os.open(f"/proc/{pid}/task/{pid}/stat", _READ)
+        return _sleeps(stat)
 
     @contextlib.contextmanager
     def opened(self, pid: int) -> Iterator[int]:
@@ -233,6 +253,12 @@ class Processes:
                     _write_for(user.st_uid, user.st_gid, stderr, f"vsock run: {text}\n")
             finally:
                 os.close(stderr)
+
+
+def _sleeps(stat: int) -> bool:
+    # "PID (NAME) STATE NUMBERS…": the name, which may hold anything, ends within these bytes, and
+    # no parenthesis follows it.
+    return os.pread(stat, _STAT_TO_STATE, 0).rpartition(b")")[2][1:2] == b"S"
 
 
 def write_memory(memory: int, address: int, data: bytes) -> bool:
@@ -279,7 +305,7 @@ def _write_for(uid: int, gid: int, fd: int, text: str) -> None:
 
 def _status(pid: int, *fields: bytes) -> list[bytes]:
     """Fields of the thread's ``status`` in /proc; OSError when it has ended."""
-    fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(f"/proc/{pid}/status", _READ)
     try:
         status = os.read(fd, _LONGEST_STATUS)
     finally:

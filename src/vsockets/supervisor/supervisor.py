@@ -27,7 +27,7 @@ from ..attachment import Attachment
 from ..limits import SIGNAL_LOOK, SIGNAL_PATIENCE
 from ..wire import Op, Record, Request, Role
 from .call import Answer, Call, Serving, SocketHandler
-from .calls import HANDLERS, SOCKET_HANDLERS
+from .calls import ARGUMENTS, HANDLERS, SOCKET_HANDLERS
 from .calls.creating import DEVICE
 from .calls.datagrams import Routes
 from .filter import Window, Windows
@@ -89,6 +89,7 @@ class Supervisor:
         self._on_sockets = {
             getattr(machine, name): serve for name, serve in SOCKET_HANDLERS.items()
         }
+        self._arguments = {getattr(machine, name): count for name, count in ARGUMENTS.items()}
         self._waiting: dict[int, _Task] = {}  # by thread
         self._kept: OrderedDict[int, _Kept] = OrderedDict()  # by thread
         self._told_unsupported: set[int] = set()
@@ -160,16 +161,17 @@ class Supervisor:
 
     def _is_call_again(self, call: Call) -> bool:
         """Whether a signal interrupted this call, and its thread now makes it again."""
+        used = self._arguments[call.number]
         earlier = self._waiting.get(call.pid)
         if earlier is not None:
-            if earlier.call.is_same_as(call):
+            if earlier.call.is_same_as(call, used):
                 earlier.call.id = call.id
                 return True
             del self._waiting[call.pid]
             self.waits.cancel(earlier.key)
             self._resume(earlier, Gone())
         kept = self._kept.pop(call.pid, None)
-        if kept is not None and kept.call.is_same_as(call):
+        if kept is not None and kept.call.is_same_as(call, used):
             self._give(kept._replace(call=call))
             return True
         return False

@@ -3,10 +3,12 @@
  *     signals accept      a signal during accept(), without and with SA_RESTART
  *     signals timeout     SO_RCVTIMEO
  *     signals storm       a signal every three milliseconds; so Go's runtime interrupts itself
+ *     signals again       one each millisecond without SA_RESTART; what fails with EINTR is called again
  *     signals killed      a thread that waits in accept() while the process ends
  */
 #include "vmci_sockets.h"
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -14,6 +16,7 @@
 #include <sys/time.h>
 
 static volatile sig_atomic_t signals;
+static long eintr;
 static struct sockaddr_vm address = {.svm_family = 40};
 
 static void count(int number)
@@ -54,7 +57,10 @@ static void tick(int restart, int interval_ms)
 
 #define MUST(call)                                                                                 \
     do {                                                                                           \
-        if ((call) < 0) {                                                                          \
+        long result;                                                                               \
+        while ((result = (call)) < 0 && errno == EINTR)                                            \
+            eintr++;                                                                               \
+        if (result < 0) {                                                                          \
             printf("round %d: %s: %s\n", number, #call, strerror(errno));                           \
             return;                                                                                \
         }                                                                                          \
@@ -87,6 +93,23 @@ static void round_trip(int number)
     if (there.svm_port != here.svm_port)
         printf("round %d: from %u\n", number, there.svm_port);
     MUST(close(datagrams));
+}
+
+static int descriptors(void)
+{
+    int found = 0;
+    for (int fd = 0; fd < 1024; fd++)
+        found += fcntl(fd, F_GETFD) >= 0;
+    return found;
+}
+
+static void again(int rounds)
+{
+    int before = descriptors();
+    tick(0, 1);
+    for (int number = 0; number < rounds; number++)
+        round_trip(number);
+    printf("%s, %d descriptors left\n", eintr ? "interrupted" : "calm", descriptors() - before);
 }
 
 static void storm(int rounds)
@@ -133,6 +156,8 @@ int main(int argc, char **argv)
         printf("%d %s\n", result, strerror(errno));
     } else if (!strcmp(argv[1], "storm")) {
         storm(300);
+    } else if (!strcmp(argv[1], "again")) {
+        again(300);
     } else {
         pthread_create(&thread, NULL, wait_in_accept, &fd);
         printf("%u\n", address.svm_port);

@@ -1,7 +1,8 @@
 """The intercepted system calls, a module for each family of them.
 
 ``HANDLERS`` are the calls that make descriptors, ``SOCKET_HANDLERS`` those about a socket in
-their first argument; both by the call's name, an attribute of ``Machine``.
+their first argument, ``ARGUMENTS`` how many each has; all by the call's name, an attribute of
+``Machine``.
 """
 
 from __future__ import annotations
@@ -41,4 +42,29 @@ SOCKET_HANDLERS: dict[str, SocketHandler] = {
     "recvfrom": recvfrom,
     "recvmsg": recvmsg,
     "recvmmsg": recvmmsg,
+}
+
+ARGUMENTS = {
+    "socket": 3,
+    "open": 2,
+    "openat": 3,
+    "ioctl": 3,
+    "bind": 3,
+    "listen": 2,
+    "accept": 3,
+    "accept4": 4,
+    "connect": 3,
+    "getsockname": 3,
+    "getpeername": 3,
+    "shutdown": 2,
+    "setsockopt": 5,
+    "getsockopt": 5,
+    "sendto": 6,
+    "sendmsg": 3,
+    "sendmmsg": 4,
+    "write": 3,
+    "writev": 3,
+    "recvfrom": 6,
+    "recvmsg": 3,
+    "recvmmsg": 5,
 }
