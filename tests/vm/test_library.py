@@ -27,6 +27,9 @@ PYTEST = (
     "pytest_timeout",
 )
 
+#: Tests that hold the fabric to a kernel's answers, and of programs that it supervises.
+_OF_THE_FABRIC = ("test_answers.py", "test_unmodified.py")
+
 #: How long all of them may take, in seconds.
 _RUN = 350.0
 
@@ -63,7 +66,7 @@ def files() -> dict[str, bytes]:
         else:
             add(path, path.name)
     for file in TESTS.glob("library/*.py"):
-        if file.name != "test_answers.py":  # it holds the fabric to a kernel's answers
+        if file.name not in _OF_THE_FABRIC:
             add(file, f"library/{file.name}")
     for name in ("__init__.py", "kernel_fabric.py", "remote.py"):
         add(Path(__file__).with_name(name), f"vm/{name}")
