@@ -16,11 +16,11 @@ from .state_folder import LOG
 _PATIENCE = 20.0
 
 
-def start(folder: Path) -> bool:
+def start(folder: Path, on_demand: bool = True) -> bool:
     """Start vsockd in the background; it serves when this returns.
 
     Returns False when there is one in ``folder`` already.  Raises OSError when it cannot
-    start, with what it had to say.
+    start, with what it had to say; ``on_demand`` also where it was started otherwise before.
     """
     # The new vsockd is nobody's guest, and no service that somebody waits for.
     without = ("VSOCKETS_CONTEXT", "NOTIFY_SOCKET")
@@ -29,8 +29,11 @@ def start(folder: Path) -> bool:
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (package_root, os.environ.get("PYTHONPATH")))
     )
+    command = [sys.executable, "-m", "vsockets.daemon", "--background", "--dir", os.fspath(folder)]
+    if on_demand:
+        command.append("--on-demand")
     finished = subprocess.run(
-        [sys.executable, "-m", "vsockets.daemon", "--background", "--dir", os.fspath(folder)],
+        command,
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -4,6 +4,7 @@
 ``/tmp/vsock-UID``) for a user, holds::
 
     vsockd.lock     held by the running vsockd; names its process
+    vsockd.start    how it was started, for the time after a crash
     vsockd.log      the log of a vsockd that was started on demand; vsockd.log.1: the one before
     control         the administrator's socket
     CID/stream      a context's control sockets, its owner's: all a program in it needs,
@@ -31,7 +32,9 @@ CONTROL = "control"
 LOCK = "vsockd.lock"
 LOG = "vsockd.log"
 PRIVATE = "private"
+START = "vsockd.start"
 # In private/:
+ISOLATED = "isolated"
 LIVES = "lives"
 TRASH = "trash"
 

@@ -14,6 +14,7 @@ from ..fabric import Refused
 from ..service_manager import notify_ready
 from ..state_folder import LOG, default_folder
 from .configuration import ConfigurationError, default_configuration_folder
+from .start import How, OtherwiseStarted, Start
 from .vsockd import AlreadyRunning, Vsockd
 
 
@@ -27,14 +28,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--background", action="store_true", help="return when vsockd serves in the background"
     )
     parser.add_argument(
+        "--on-demand",
+        action="store_true",
+        help="do not start where vsockd was started otherwise before and has ended",
+    )
+    parser.add_argument(
         "--ready-fd", type=int, metavar="FD", help="write a line to this descriptor when ready"
     )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="DIR",
-        default=default_configuration_folder(),
-        help="where *.toml files are read from (%(default)s)",
+        help=f"where *.toml files are read from ({default_configuration_folder()})",
     )
     parser.add_argument(
         "--log-format", default="text", choices=logs.FORMATS, help="json: an object a line"
@@ -47,18 +52,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run until SIGTERM; returns the exit status: 75 (EX_TEMPFAIL) when another vsockd runs, 78
-    (EX_CONFIG) when the configuration is wrong, 1 when the state folder was removed."""
+    (EX_CONFIG) when the configuration is wrong, 69 (EX_UNAVAILABLE) when it is to be started in
+    another way, 1 when the state folder was removed."""
     arguments = make_parser().parse_args()
     level = logging.getLevelNamesMapping()[arguments.log_level.upper()]
     logs.begin("vsockd: %(levelname)s: %(message)s", level, arguments.log_format)
     try:
-        vsockd = Vsockd(arguments.dir, arguments.config)
+        vsockd = Vsockd(arguments.dir, _start(arguments))
     except AlreadyRunning as error:
         print(f"vsockd: {error}", file=sys.stderr)
         return os.EX_TEMPFAIL
     except ConfigurationError as error:
         print(f"vsockd: {error}", file=sys.stderr)
         return os.EX_CONFIG
+    except OtherwiseStarted as error:
+        print(f"vsockd: {error}", file=sys.stderr)
+        return os.EX_UNAVAILABLE
     except (OSError, Refused) as error:
         print(f"vsockd: cannot start in {arguments.dir}: {error}", file=sys.stderr)
         return 1
@@ -69,6 +78,17 @@ def main() -> int:
     gc.set_threshold(50_000)
     found = vsockd.run(lambda: _announce_ready(arguments.ready_fd))
     return 0 if found else 1
+
+
+def _start(arguments: argparse.Namespace) -> Start:
+    how = How.COMMAND
+    if arguments.on_demand:
+        how = How.ON_DEMAND
+    elif "NOTIFY_SOCKET" in os.environ:
+        how = How.SERVICE
+    configuration: Path = arguments.config or default_configuration_folder()
+    is_default = arguments.background and arguments.config is None
+    return Start(how, configuration.absolute(), is_default)
 
 
 def _detach(log: Path) -> bool:

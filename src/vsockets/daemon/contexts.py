@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -27,6 +28,7 @@ from .broker import Broker
 from .door import Doors
 from .events import Events, Topic
 from .hybrid_door import HybridDoor
+from .isolated import IsolatedGuests
 from .kernel_link import KernelLink
 from .loop import Loop
 from .trash import Trash
@@ -50,6 +52,7 @@ class RunningContexts:
         broker: Broker,
         audit: Audit,
         events: Events,
+        isolated: IsolatedGuests,
     ) -> None:
         self._folder = folder
         self._held = held
@@ -59,6 +62,8 @@ class RunningContexts:
         self._broker = broker
         self._audit = audit
         self._events = events
+        self._isolated = isolated
+        fabric.contexts.reserved = isolated.before
         self._doors: dict[Context, list[Doors | HybridDoor]] = {}
         self._open_doors(fabric.contexts.hypervisor)
         self._open_doors(fabric.contexts.host)
@@ -75,12 +80,17 @@ class RunningContexts:
     # Coming and going
 
     def add(
-        self, wanted: ContextSettings, leased: bool = False, whatever_happens: bool = False
+        self,
+        wanted: ContextSettings,
+        leased: bool = False,
+        whatever_happens: bool = False,
+        says_profile: bool = True,
     ) -> Context:
         """A new guest, or one more lease on it: see :meth:`vsockets.fabric.Contexts.add`.
 
         OSError when its sockets cannot be made.  With ``whatever_happens`` that is logged instead,
         and the guest is there without them: a guest's owner must not keep vsockd from starting.
+        A guest that was isolated before a crash is isolated unless ``wanted`` ``says_profile``.
         """
         contexts = self._fabric.contexts
         known = len(contexts)
@@ -94,10 +104,15 @@ class RunningContexts:
         if len(contexts) == known:  # one more lease
             return context
         context.isolation = wanted.isolation
+        if not says_profile:
+            context.isolation = self._isolated.isolation(context.cid)
+        else:
+            self._isolated.before.discard(context.cid)
         context.limit(wanted.limits)
         context.hybrid = wanted.hybrid
         context.reserved_ports = wanted.reserved_ports
         try:
+            self._isolated.record(contexts)
             if wanted.powered:
                 self._open_doors(context, whatever_happens)
             else:
@@ -123,6 +138,7 @@ class RunningContexts:
                     f"context {cid} has {streams} open streams: end them, or power it off first",
                 )
         self._fabric.contexts.remove(cid)
+        self._isolated.before.discard(cid)
         self._end(context)
 
     def end_lease(self, context: Context) -> None:
@@ -158,11 +174,11 @@ class RunningContexts:
             else:
                 self.adjust(found, wanted.isolation, wanted.limits)
 
-    @staticmethod
-    def adjust(context: Context, isolation: Isolation, limits: Limits) -> None:
+    def adjust(self, context: Context, isolation: Isolation, limits: Limits) -> None:
         """What holds for everything ``context`` asks from now on."""
         context.isolation = isolation
         context.limit(limits)
+        self._isolated.record(self._fabric.contexts)
         _refresh(context)
 
     # Life
@@ -226,6 +242,8 @@ class RunningContexts:
         self._close_doors(context)
         self._broker.close_context(context)
         self._publish(context, "removed")
+        with contextlib.suppress(OSError):  # what is written down makes none less isolated
+            self._isolated.record(self._fabric.contexts)
 
     def _publish(self, context: Context, change: str, **facts: Any) -> None:
         self._events.publish(

@@ -91,7 +91,7 @@ class Session:
             "stream.disconnect": self._disconnect,
             "reload": lambda _: vsockd.reload(),
             "subscribe": self._subscribe,
-            "stop": lambda _: vsockd.stop(),
+            "stop": lambda _: vsockd.stop_for_good(),
         }
         self._missed = 0
         self._descriptors: list[int] = []  # go with the next answer
@@ -176,7 +176,9 @@ class Session:
             reserved_ports=bool(_optional(arguments, "reserved_ports", bool)),
         )
         lease = bool(_optional(arguments, "lease", bool))
-        context = self._vsockd.contexts.add(wanted, lease)
+        context = self._vsockd.contexts.add(
+            wanted, lease, says_profile=arguments.get("profile") is not None
+        )
         if lease:
             self._leases.append(context)
         return self._row(context)

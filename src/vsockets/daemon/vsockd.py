@@ -19,7 +19,17 @@ from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from ..descriptors import allow_many_descriptors
 from ..fabric import Fabric, Refused
 from ..limits import SLOW_CALL
-from ..state_folder import CONTROL, LIVES, LOCK, LOG, PRIVATE, TRASH, require_private
+from ..state_folder import (
+    CONTROL,
+    ISOLATED,
+    LIVES,
+    LOCK,
+    LOG,
+    PRIVATE,
+    START,
+    TRASH,
+    require_private,
+)
 from . import reports
 from .audit import Audit
 from .broker import Broker
@@ -29,8 +39,10 @@ from .control import ControlSocket
 from .door import remove
 from .events import Events
 from .folder_watch import FolderWatch
+from .isolated import IsolatedGuests
 from .lives import EarlierLives
 from .loop import Loop
+from .start import How, Start
 from .trash import Trash
 
 log = logging.getLogger(__name__)
@@ -47,10 +59,10 @@ class AlreadyRunning(Exception):
 class Vsockd:
     """A running fabric.  It changes the process's current directory."""
 
-    def __init__(self, folder: Path, configuration: Path) -> None:
-        settings = load(configuration)
+    def __init__(self, folder: Path, start: Start) -> None:
+        self._configuration = start.configuration
+        settings = load(self._configuration)
         self.folder = folder.absolute()
-        self._configuration = configuration.absolute()
         self._started = time.time()
         self._watch: FolderWatch | None = None
         self._is_lost = False
@@ -58,6 +70,9 @@ class Vsockd:
         # It leads to the folder that is locked, also when that is moved or replaced.
         place = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._held = held = Path(f"/proc/self/fd/{place}")
+        start.require_admitted(held / START)
+        start.write(held / START)
+        self._is_service = start.how is How.SERVICE
         private = held / PRIVATE
         with contextlib.suppress(FileExistsError):
             private.mkdir(mode=0o700)
@@ -74,7 +89,7 @@ class Vsockd:
         self._earlier.record(self.broker.datagrams.life)
         self.contexts = RunningContexts(
             *(self.folder, held, self._trash, self.loop, self.fabric, self.broker),
-            *(audit, self.events),
+            *(audit, self.events, IsolatedGuests(private / ISOLATED)),
         )
         self.contexts.configure(settings)
         self._control = ControlSocket(self.loop, self, self.folder / CONTROL)
@@ -113,6 +128,9 @@ class Vsockd:
             self.broker.datagrams.close()
             os.chdir("/")
             (self._held / PRIVATE / LIVES).unlink(missing_ok=True)
+            if not self._is_service:
+                (self._held / PRIVATE / ISOLATED).unlink(missing_ok=True)
+                (self._held / START).unlink(missing_ok=True)
             self._trash.close()
             with contextlib.suppress(OSError):  # the trash is not empty
                 (self._held / PRIVATE).rmdir()
@@ -145,6 +163,11 @@ class Vsockd:
     def stop(self) -> None:
         """Shut down, after the answer to whoever asked."""
         self.loop.stop()
+
+    def stop_for_good(self) -> None:
+        """As :meth:`stop`; a service manager is not expected to start it again."""
+        self._is_service = False
+        self.stop()
 
     def reload(self) -> None:
         """Read the configuration again.  ConfigurationError: the old one stays in force."""
@@ -195,7 +218,7 @@ def _clean(folder: Path, trash: Trash) -> None:
     (folder / CONTROL).unlink(missing_ok=True)
     logs.older(folder / LOG).unlink(missing_ok=True)
     for entry in (folder / PRIVATE).iterdir():
-        if entry.name not in (LIVES, TRASH):
+        if entry.name not in (ISOLATED, LIVES, TRASH):
             entry.unlink()
     for entry in folder.iterdir():
         cid = int(entry.name) if entry.name.isdecimal() else -1

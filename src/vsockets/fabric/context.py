@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
@@ -131,6 +131,8 @@ class Contexts:
         #: the context with this CID, if there is one
         self.get = self._by_cid.get
         self._next = FIRST_GUEST_CID
+        #: CIDs that a guest gets only if it asks for them
+        self.reserved: Collection[int] = ()
         self.hypervisor = self._put(Context(VMADDR_CID_HYPERVISOR, "hypervisor", owner))
         self.host = self._put(Context(VMADDR_CID_HOST, "host", owner))
 
@@ -183,7 +185,7 @@ class Contexts:
         return context
 
     def _free_cid(self) -> int:
-        while self._next in self._by_cid:
+        while self._next in self._by_cid or self._next in self.reserved:
             self._next = self._next + 1 if self._next < LAST_GUEST_CID else FIRST_GUEST_CID
         cid = self._next
         self._next = cid + 1 if cid < LAST_GUEST_CID else FIRST_GUEST_CID

@@ -39,7 +39,7 @@ def up(
     folder = default_folder()
     if foreground:
         _be_vsockd(folder, "--log-level", log_level.value, "--log-format", log_format.value)
-    started = launcher.start(folder)
+    started = launcher.start(folder, on_demand=False)
     with administrator(start=True) as control:
         pid = control.status()["pid"]
     print(f"vsockd {'serves' if started else 'is already running in'} {folder} (pid {pid})")
