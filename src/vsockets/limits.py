@@ -45,6 +45,12 @@ SILENT_CLIENT = 10.0
 CUT_AGAIN_AFTER = 0.01
 CUT_AGAIN_AT_MOST = 1.0
 
+#: How soon vsockd looks whether a socket that it reaches by a name has been closed, in seconds, and
+#: then half as often each time, down to the second number.  Whoever asks for its port, or connects
+#: to it, need not wait for that.
+SWEEP_AFTER = 1.0
+SWEEP_AT_THE_LATEST = 60.0
+
 #: How often what guests hold is counted anew for one that has reached a limit, in seconds at
 #: least: counting costs about as much as a hundred requests.
 COUNT_AGAIN = 0.05

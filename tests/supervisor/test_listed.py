@@ -95,6 +95,6 @@ def test_nobody_can_say_that_a_stranger_has_his_socket(vsock: Vsock, fabric: Pri
     ):
         assert claiming.stdout and claiming.stdout.readline() == b"bound\n"
         (row,) = vsock.json("ls", "--context", "host")
-        assert row["inode"] == os.fstat(ours.fileno()).st_ino
+        assert row["inode"] is None  # vsockd believes only what the kernel says of a socket
         assert row["pid"] == row["registered_by"]["pid"] == claiming.pid
         claiming.communicate(timeout=20)

@@ -129,6 +129,7 @@ def test_numbers() -> None:
         "CATCH_ALL": 10,
         "CAPTURE": 11,
         "RESIZE": 12,
+        "BIND_SOCKET": 13,
     }
     assert {flag.name: flag.value for flag in Flag} == {
         "POLLING": 1,
@@ -136,6 +137,7 @@ def test_numbers() -> None:
         "TRUSTED_DATAGRAM": 4,
         "OK_LINE": 8,
         "UNPRIVILEGED": 16,
+        "NAMED": 32,
     }
     assert {role.name: role.value for role in Role} == {
         "BOUND": 1,

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from ..fabric import Party
 from ..limits import COUNT_AGAIN
-from .channel import Channel
+from .listeners import Listener
 
 
 class Allowance:
@@ -19,7 +19,7 @@ class Allowance:
     """
 
     def __init__(
-        self, forget_what_has_gone: Callable[[], None], listeners: Callable[[], Iterable[Channel]]
+        self, forget_what_has_gone: Callable[[], None], listeners: Callable[[], Iterable[Listener]]
     ) -> None:
         self._forget_what_has_gone = forget_what_has_gone
         self._listeners = listeners

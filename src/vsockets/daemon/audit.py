@@ -33,6 +33,7 @@ OPERATIONS = {
     Op.CATCH_ALL: "take a guest's datagrams",
     Op.CAPTURE: "capture",
     Op.RESIZE: "set buffer sizes",
+    Op.BIND_SOCKET: "bind",
 }
 
 

@@ -8,9 +8,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import count
 from socket import (
     AF_UNIX,
     SO_SNDBUF,
+    SOCK_DGRAM,
     SOCK_SEQPACKET,
     SOCK_STREAM,
     SOL_SOCKET,
@@ -21,13 +23,19 @@ from typing import Any
 from .. import logs
 from ..constants import VMADDR_PORT_ANY
 from ..fabric import Context, Denied, Endpoint, Fabric, Kind, Refused
-from ..limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, SILENT_CLIENT
+from ..limits import (
+    DEFAULT_BUFFER_SIZE,
+    LARGEST_SEND_BUFFER,
+    SILENT_CLIENT,
+    SWEEP_AFTER,
+    SWEEP_AT_THE_LATEST,
+)
 from ..wire import Flag, Op, ProtocolError, Record, Request, Role
 from . import reserve
 from .allowance import Allowance
 from .audit import OPERATIONS, Audit
 from .capturing import capture
-from .channel import Channel, consume, take_datagram_socket
+from .channel import Channel, consume, take_socket
 from .credentials import peer_credentials
 from .datagrams import Datagrams
 from .descriptions import (
@@ -37,7 +45,9 @@ from .descriptions import (
     describe_offer,
 )
 from .kernel_link import KernelLink
+from .listeners import AnnouncedListener, Listener, NamedListener
 from .loop import Loop
+from .named import NamedSocket, bind_to_name, cookie_of, probe_of
 from .questions import Questions
 from .streams import Streams
 
@@ -46,6 +56,8 @@ log = logging.getLogger(__name__)
 # Names of our own: looking a member up in its enum costs as much as a short function.
 _STREAM, _SEQPACKET = Kind.STREAM, Kind.SEQPACKET
 _UNPRIVILEGED = int(Flag.UNPRIVILEGED)
+#: Why a listener can be sent no connection again: it was shut down (SHUT_RD), or closed.
+_DEAF = (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED)
 
 
 class Broker:
@@ -62,6 +74,12 @@ class Broker:
         self.streams = Streams(loop, fabric)
         self._questions = Questions(fabric, self.streams, self.datagrams)
         self._channels: dict[Context, set[Channel]] = {}
+        #: those that hold sockets with names, by their secrets
+        self._holders: dict[int, Channel] = {}
+        self._names = count(1)
+        self._sweep_delay: float | None = None  # None: no timer is set
+        for type_ in (SOCK_STREAM, SOCK_DGRAM):  # so that vsockd has as many descriptors always
+            probe_of(int(type_))
         #: silent ones that take the reserve's place, the longest first
         self._brief: dict[Channel, None] = {}
         self._allowance = Allowance(self.refresh, self._listening)
@@ -77,12 +95,14 @@ class Broker:
             Op.CATCH_ALL: self._catch_all,
             Op.CAPTURE: self._capture,
             Op.RESIZE: self._resize,
+            Op.BIND_SOCKET: self._bind_socket,
         }
 
     def refresh(self) -> None:
         """Forget every socket that has gone, as of now."""
         self.streams.reap()
         self.datagrams.sweep()
+        self._sweep_holders()
 
     def count_waiting(self) -> None:
         """Find out which connections have been accepted, as of now: nobody says so."""
@@ -136,9 +156,11 @@ class Broker:
             context.kernel.streams.close()
         self.datagrams.close_context(context)
 
-    def _listening(self) -> Iterator[Channel]:
+    def _listening(self) -> Iterator[Listener]:
         for channels in self._channels.values():
-            yield from (channel for channel in channels if channel.is_listening)
+            for channel in channels:
+                if channel.listener is not None and channel.listener.is_listening:
+                    yield channel.listener
 
     def _await_request(self, channel: Channel) -> None:
         """Keep a channel whose program has connected and said nothing."""
@@ -198,11 +220,36 @@ class Broker:
             kept.remove(channel)
             channel.party.channels -= 1
         self._has_spoken(channel)
+        if channel.listener is not None:
+            channel.listener.close()
+            self._holders.pop(channel.secret, None)
         if channel.endpoint is not None:
-            if channel.is_listening:
-                channel.forget_waiting()
             self.fabric.unbind(channel.endpoint)
         channel.sock.close()
+
+    def _sweep_holders(self) -> None:
+        """Drop the holders of sockets that have been closed: the kernel does not say when."""
+        for channel in list(self._holders.values()):
+            self._drop_if_closed(channel.listener)
+
+    def _drop_if_closed(self, target: object) -> None:
+        if isinstance(target, Listener) and not target.is_open():
+            target.channel.send(Record(errno.EBADF).encode())  # not that vsockd has ended
+            self._drop(target.channel)
+
+    def _sweep_later(self) -> None:
+        if self._sweep_delay is None:
+            self._loop.call_later(SWEEP_AFTER, self._sweep_again)
+        self._sweep_delay = SWEEP_AFTER
+
+    def _sweep_again(self) -> None:
+        assert self._sweep_delay is not None
+        self._sweep_holders()
+        if self._holders:
+            self._loop.call_later(self._sweep_delay, self._sweep_again)
+            self._sweep_delay = min(self._sweep_delay * 2, SWEEP_AT_THE_LATEST)
+        else:
+            self._sweep_delay = None
 
     def _has_spoken(self, channel: Channel) -> None:
         if channel.silent:
@@ -260,7 +307,7 @@ class Broker:
         """Write a denial down."""
         operation = Op(request.op)
         source, destination = (channel.context.cid, VMADDR_PORT_ANY), None
-        if operation in (Op.BIND, Op.BIND_DATAGRAM):
+        if operation in (Op.BIND, Op.BIND_DATAGRAM, Op.BIND_SOCKET):
             source = request.local_cid, request.local_port
         elif (own := channel.endpoint or channel.sender) is not None:
             source = own.address
@@ -285,21 +332,57 @@ class Broker:
             raise Refused(errno.EINVAL, "the socket is bound")
         reserve.require_free(channel.sock.fileno())
         endpoint = self._claim(channel, channel.kind, request, request.cookie)
-        endpoint.handle = channel
         endpoint.sizes = request.sizes()
-        endpoint.inode = request.inode
         channel.endpoint = endpoint
         self._answer(channel, request, describe_endpoint(endpoint))
+        return True
+
+    def _bind_socket(self, channel: Channel, request: Request) -> bool:
+        sock = take_socket(channel, SOCK_STREAM, SOCK_SEQPACKET)
+        with closing(sock):
+            if not request.cookie or self._holders.get(request.cookie, channel) is not channel:
+                raise ProtocolError("a secret that is not one")
+            reserve.require_free(sock.fileno())
+            moved = channel.moved
+            if moved is not None and channel.endpoint is None:  # it comes back from there
+                channel.endpoint, moved.endpoint = moved.endpoint, None
+            endpoint, listener = channel.endpoint, channel.listener
+            if endpoint is None:
+                kind = _STREAM if sock.type == SOCK_STREAM else _SEQPACKET
+                endpoint = self._claim(channel, kind, request)
+                endpoint.sizes = request.sizes()
+            try:
+                name = f"{self.datagrams.life}.stream.{next(self._names)}"
+                named = NamedSocket(name, bind_to_name(sock, name))
+            except BaseException:
+                if channel.endpoint is None:
+                    self.fabric.unbind(endpoint)
+                raise
+            channel.endpoint = endpoint
+            if listener is None:
+                listener = channel.listener = NamedListener(channel, named, sock.type)
+                channel.secret = request.cookie
+                self._holders[channel.secret] = channel
+                self._sweep_later()
+            else:
+                assert isinstance(listener, NamedListener)
+                listener.replace(named, sock.type)
+            endpoint.handle = listener
+            self.fabric.rename(endpoint, cookie_of(sock), os.fstat(sock.fileno()).st_ino)
+        channel.send(describe_endpoint(endpoint))
         return True
 
     def _listen(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is None:
             raise Refused(errno.EINVAL, "the socket is not bound")
-        again = channel.endpoint.listening
-        channel.prepare_backlog(request.backlog)
+        # Where connections are announced the answer would be taken for one.
+        silent = channel.endpoint.listening and isinstance(channel.listener, AnnouncedListener)
+        if channel.listener is None:
+            channel.listener = channel.endpoint.handle = AnnouncedListener(channel)
+        channel.listener.prepare(request.backlog)
         self.fabric.listen(channel.endpoint, request.sizes())
         record = describe_endpoint(channel.endpoint)
-        if again:  # the answer would be taken for a new connection
+        if silent:
             consume(channel.sock, channel.kind, request.polling)
         else:
             self._answer(channel, request, record)
@@ -312,6 +395,8 @@ class Broker:
         return True
 
     def _connect(self, channel: Channel, request: Request) -> bool:
+        if request.inode:
+            self._move(channel, request.inode)
         bound = channel.endpoint
         if bound is not None and bound.listening:
             raise ProtocolError("a listening socket asked to connect")
@@ -322,7 +407,7 @@ class Broker:
         listener = fabric.find_listener(
             context, channel.kind, request.peer_cid, request.peer_port, asker, bound
         )
-        target: Any = listener.handle  # a Channel or an OfferLink
+        target: Any = listener.handle  # a Listener or an OfferLink
         if channel.party.is_at_a_limit():
             self._allowance.require_patience(channel.party, target.count_waiting)
             self._allowance.make_room(channel.party)
@@ -330,6 +415,7 @@ class Broker:
             # Who has had it could have kept it, and would be in the middle of this stream.
             raise Refused(errno.ECONNRESET, "the socket was refused elsewhere: make another")
         if not target.has_room():
+            self._drop_if_closed(target)
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
         connection = fabric.connect(
             context, listener, bound, request.sizes(), asker.credentials, request.cookie
@@ -357,8 +443,9 @@ class Broker:
             reason = f"connection to {listener.address} lost: {error}"
             self._log(logging.WARNING, channel, reason)
             fabric.end(connection.number)
-            if error.errno in (errno.EPIPE, errno.ECONNRESET) and isinstance(target, Channel):
-                self._drop(target)  # it will read no announcement again (SHUT_RD)
+            if error.errno in _DEAF and isinstance(target, Listener):
+                target.channel.send(Record(errno.EBADF).encode())
+                self._drop(target.channel)
             if listener.undecided:
                 self._answer(channel, request, Record(errno.ECONNRESET).encode())
         if channel.is_kernel:
@@ -366,8 +453,20 @@ class Broker:
         self.streams.reap_sometimes()
         return False
 
+    def _move(self, channel: Channel, secret: int) -> None:
+        """Let ``channel`` have the endpoint of a socket with a name: it is the socket's own."""
+        holder = self._holders.get(secret)
+        if holder is not None and holder.moved is channel and channel.endpoint is not None:
+            return  # with an earlier connect, which was refused
+        if holder is None or holder.context is not channel.context or holder.endpoint is None:
+            raise Refused(errno.EINVAL, "the socket is not bound")
+        if holder.endpoint.listening or channel.endpoint is not None:
+            raise ProtocolError("a socket that cannot be connected asked to connect")
+        channel.endpoint, holder.endpoint = holder.endpoint, None
+        holder.moved = channel
+
     def _bind_datagram(self, channel: Channel, request: Request) -> bool:
-        sock = take_datagram_socket(channel)
+        sock = take_socket(channel, SOCK_DGRAM)
         with closing(sock):
             reserve.require_free(sock.fileno())
             if self.datagrams.find_socket(channel.context, sock) is not None:
@@ -377,7 +476,7 @@ class Broker:
         return False
 
     def _route(self, channel: Channel, request: Request) -> bool:
-        sock = take_datagram_socket(channel)
+        sock = take_socket(channel, SOCK_DGRAM)
         with closing(sock):
             reserve.require_free(sock.fileno())
             source = channel.sender = self.datagrams.find_socket(channel.context, sock)
@@ -403,7 +502,7 @@ class Broker:
             raise ProtocolError("a program asked for all datagrams of its context")
         kernel = channel.context.kernel
         assert kernel is not None and isinstance(kernel.streams, KernelLink)
-        sock = take_datagram_socket(channel)
+        sock = take_socket(channel, SOCK_DGRAM)
         with closing(sock):
             datagrams = self.datagrams.catch_all(channel.context, sock)
             kernel.streams.catches(datagrams)
@@ -449,6 +548,8 @@ class Broker:
         holder = ports.get(request.local_port)
         if isinstance(holder, Endpoint) and holder.kind is Kind.DATAGRAM:
             self.datagrams.is_open(holder)
+        elif isinstance(holder, Endpoint):
+            self._drop_if_closed(holder.handle)
         return self.fabric.bind(*arguments)
 
     def _adopt(self, channel: Channel, request: Request, sock: _socket.socket) -> Endpoint:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import _socket
-import array
 import errno
-import fcntl
 import struct
-from collections import deque
 from socket import (
     AF_UNIX,
     CMSG_LEN,
@@ -18,18 +15,17 @@ from socket import (
     MSG_PEEK,
     SCM_RIGHTS,
     SO_PASSCRED,
-    SO_SNDBUF,
-    SOCK_DGRAM,
     SOL_SOCKET,
-    socketpair,
 )
-from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not yet read
+from typing import TYPE_CHECKING
 
-from ..fabric import Context, Credentials, Endpoint, Kind, Party
-from ..limits import MAX_BACKLOG
+from ..fabric import Context, Credentials, Endpoint, Kind
 from ..passing import dispose
-from ..wire import PADDING, RECORD_SIZE, REQUEST_SIZE, ProtocolError
+from ..wire import PADDING, REQUEST_SIZE, ProtocolError
 from .credentials import UCRED, Author, Deputy, Peer
+
+if TYPE_CHECKING:
+    from .listeners import Listener
 
 _FD = struct.Struct("i")
 #: Room for the credentials of the process that wrote a request, and for nothing else.
@@ -60,9 +56,10 @@ class Channel(Peer):
     deputy: Deputy | None = None  # another process wrote the request that was read last
     offer_flags = 0  # of :class:`..wire.Flag`: how a device answers who connects
     lent_to: object = None  # the link (:mod:`.offers`) at whose other end its socket has been
-    _capacity = -1  # of the backlog; -1: the socket does not listen
-    #: of a listening socket: whose connections were announced, and not taken as far as is known
-    _waiting: deque[Party]
+    listener: Listener | None = None  # of a socket that listens, or has been bound to a name
+    secret = 0  # of BIND_SOCKET
+    #: the channel of the socket itself, which its endpoint went to with a CONNECT
+    moved: Channel | None = None
 
     def __init__(
         self, sock: _socket.socket, context: Context, kind: Kind, credentials: Credentials
@@ -114,65 +111,6 @@ class Channel(Peer):
             if error.errno not in (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET):
                 raise
 
-    # A listening socket
-
-    def prepare_backlog(self, backlog: int) -> None:
-        """Get room for ``backlog`` announcements, or for as many as the kernel allows.
-
-        To be called before the first announcement, and again for another backlog.
-        """
-        if not self.is_listening:
-            self._waiting = deque()
-        backlog = min(backlog, MAX_BACKLOG)
-        wanted = (backlog + 2) * ANNOUNCEMENT_COST
-        if self.sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < wanted:
-            self.sock.setsockopt(SOL_SOCKET, SO_SNDBUF, wanted)
-        room = self.sock.getsockopt(SOL_SOCKET, SO_SNDBUF) // ANNOUNCEMENT_COST - 1
-        self._capacity = max(0, min(backlog, room))
-
-    def has_room(self) -> bool:
-        """Whether the program may be sent another connection, within its backlog."""
-        if len(self._waiting) <= self._capacity:
-            return True
-        self.count_waiting()
-        return len(self._waiting) <= self._capacity
-
-    @property
-    def is_listening(self) -> bool:
-        """Whether there can be announcements."""
-        return self._capacity >= 0
-
-    @property
-    def backlog(self) -> tuple[int, int]:
-        """How many connections wait to be accepted, as of now, and how many may."""
-        assert self.is_listening
-        self.count_waiting()
-        return len(self._waiting), self._capacity
-
-    def count_waiting(self) -> None:
-        """Find out which connections the program has taken: the first ones.
-
-        The kernel knows how much of what was announced it has read; it is asked only when the
-        count since the last asking reaches a limit.
-        """
-        left = _unread(self.sock.fileno()) // ANNOUNCEMENT_COST
-        self._take(len(self._waiting) - left)
-
-    def forget_waiting(self) -> None:
-        """Nobody will accept the connections that wait."""
-        self._take(len(self._waiting))
-
-    def _take(self, number: int) -> None:
-        for _ in range(number):
-            self._waiting.popleft().pending -= 1
-
-    def announce(self, record: bytes, source: Channel) -> None:
-        """Tell a listening program of a new connection, and give it the socket."""
-        fd = source.sock.fileno()
-        self.sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
-        self._waiting.append(source.party)
-        source.party.pending += 1
-
 
 def consume(sock: _socket.socket, kind: Kind, polling: bool) -> None:
     """Take what is left of a request off ``sock``; its sender's socket becomes writable."""
@@ -203,36 +141,19 @@ def descriptor_in(ancillary: list[tuple[int, int, bytes]]) -> int | None:
     return None
 
 
-def take_datagram_socket(channel: Channel) -> _socket.socket:
-    """Take the request off the channel, and the datagram socket that rides along."""
+def take_socket(channel: Channel, *types: int) -> _socket.socket:
+    """Take the request off the channel, and the unix socket of one of ``types`` sent along."""
     if channel.kind is not Kind.SEQPACKET:
-        raise ProtocolError("a datagram request on a stream")
+        raise ProtocolError("a request with a descriptor on a stream")
     fd = receive_with_descriptor(channel.sock)
     if fd is None:
-        raise ProtocolError("a datagram request without a descriptor")
+        raise ProtocolError("the descriptor of the request is missing")
     try:
         sock = _socket.socket(fileno=fd)
     except OSError:
         dispose(fd)
-        raise ProtocolError("a datagram request with something that is no socket") from None
-    if (sock.family, sock.type) != (AF_UNIX, SOCK_DGRAM):
+        raise ProtocolError("the descriptor of the request is not a socket") from None
+    if sock.family != AF_UNIX or sock.type not in types:
         dispose(sock.detach())
-        raise ProtocolError(f"a datagram request with a socket of {sock.family=} {sock.type=}")
+        raise ProtocolError(f"the request has a socket of {sock.family=} {sock.type=}")
     return sock
-
-
-def _unread(fd: int) -> int:
-    answer = array.array("i", [0])
-    fcntl.ioctl(fd, TIOCOUTQ, answer)
-    return answer[0]
-
-
-def _announcement_cost() -> int:
-    """What the kernel charges for one announcement, in bytes of send buffer."""
-    ours, theirs = socketpair()
-    with ours, theirs:
-        ours.sendmsg((bytes(RECORD_SIZE),), ((SOL_SOCKET, SCM_RIGHTS, _FD.pack(ours.fileno())),))
-        return _unread(ours.fileno())
-
-
-ANNOUNCEMENT_COST = _announcement_cost()

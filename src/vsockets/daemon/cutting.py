@@ -22,9 +22,9 @@ from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOL_SOCKET
 
 from ..fabric import Connection
 from ..limits import CUT_AGAIN_AFTER, CUT_AGAIN_AT_MOST
-from .datagrams import cookie_of
 from .holders import copied, opened, processes, sockets_of
 from .loop import Loop
+from .named import cookie_of
 from .watch import StreamWatch
 
 log = logging.getLogger(__name__)

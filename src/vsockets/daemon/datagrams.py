@@ -16,11 +16,10 @@ import _socket
 import errno
 import os
 import secrets
-import socket
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count
-from socket import AF_UNIX, SHUT_RD, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
+from socket import AF_UNIX, SHUT_RD, SOCK_DGRAM
 from typing import NamedTuple
 
 from ..fabric import Context, Endpoint, Fabric, Refused, Rule
@@ -28,38 +27,16 @@ from ..limits import DATAGRAM_ROUTES, OUTFLOW_WATCH
 from ..wire import encode_source
 from .lives import end_sockets, is_other_life, socket_name
 from .loop import Loop
+from .named import NamedSocket, bind_to_name, cookie_of
 from .outflow import Outflow, queued_on
-
-_SO_COOKIE = 57
-
-
-def cookie_of(sock: _socket.socket) -> int:
-    """The kernel's number for a socket; never used twice."""
-    return int.from_bytes(sock.getsockopt(SOL_SOCKET, _SO_COOKIE, 8), "little")
 
 
 @dataclass(slots=True, eq=False)
-class DatagramSocket:
+class DatagramSocket(NamedSocket):
     """What vsockd holds of a program's datagram socket: not the socket, only ways to it."""
 
-    name: str  #: what it was bound to, in the folder only vsockd enters
-    node: int  #: an O_PATH descriptor of that name
     outflow: Outflow  #: of its context
     routes: dict[tuple[int, int], _socket.socket] = field(default_factory=dict)
-
-    def connect(self, sock: _socket.socket) -> None:
-        """Connect ``sock`` to the program's socket.  ECONNREFUSED once that is gone."""
-        sock.connect(f"/proc/self/fd/{self.node}")
-
-    def is_open(self) -> bool:
-        """Whether anybody still has the program's socket open."""
-        with socket.socket(AF_UNIX, SOCK_STREAM) as probe:
-            try:
-                self.connect(probe)
-            except OSError as error:
-                # The kernel looks the socket up first and minds the type second.
-                return error.errno == errno.EPROTOTYPE
-        return True
 
     def revoke(self, destination: tuple[int, int]) -> None:
         """Take back the route to ``destination``, if there is one."""
@@ -71,7 +48,7 @@ class DatagramSocket:
         """Take back every route from this socket."""
         for destination in list(self.routes):
             self.revoke(destination)
-        os.close(self.node)
+        NamedSocket.close(self)
 
 
 class Traffic(NamedTuple):
@@ -231,17 +208,7 @@ class Datagrams:
 
     def _name(self, sock: _socket.socket, address: str, context: Context) -> DatagramSocket:
         name = socket_name(self.life, address, next(self._names))
-        try:
-            sock.bind(name)
-        except OSError as error:
-            raise _refusal(error) from None
-        try:
-            node = os.open(name, os.O_PATH | os.O_CLOEXEC)
-        except OSError as error:
-            raise _refusal(error) from None
-        finally:
-            os.unlink(name)
-        return DatagramSocket(name, node, self._outflow(context))
+        return DatagramSocket(name, bind_to_name(sock, name), self._outflow(context))
 
     def _watch_outflow(self, outflow: Outflow) -> None:
         # Routes may be filled after they were given out.
@@ -263,11 +230,6 @@ class Datagrams:
         self._unswept += 1
         if self._unswept > len(self._by_cookie) // 2 + 16:
             self.sweep()
-
-
-def _refusal(error: OSError) -> Refused:
-    """EINVAL for a socket that has a name; ENOSPC, EMFILE and others are the host's."""
-    return Refused(error.errno or errno.EINVAL, f"the datagram socket cannot be bound: {error}")
 
 
 def _socket_of(endpoint: Endpoint) -> DatagramSocket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..fabric import Connection, Endpoint, Kind
 from ..wire import Flag, Record, Role, encode_stream
+from .listeners import NamedListener
 
 # The two kinds that every connect needs are written out: stars cost as much as a short function.
 _CONNECTED = int(Role.CONNECTED)
@@ -19,7 +20,7 @@ def describe_endpoint(endpoint: Endpoint) -> bytes:
         role = Role.LISTENING
     return Record(
         0,
-        0,
+        int(Flag.NAMED) if isinstance(endpoint.handle, NamedListener) else 0,
         *endpoint.address,
         VMADDR_CID_ANY,
         VMADDR_PORT_ANY,

@@ -29,8 +29,8 @@ from ..limits import MAX_BACKLOG
 from ..passing import dispose
 from ..wire import REQUEST_SIZE, Op, ProtocolError, Record, Request
 from .channel import Channel, descriptor_in
-from .datagrams import cookie_of
 from .loop import Loop
+from .named import cookie_of
 
 if TYPE_CHECKING:
     from .broker import Broker

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..fabric import LIMIT_RULES, Connection, Context, Counts, Endpoint, Kind
 from .broker import Broker
-from .channel import Channel
 from .datagrams import Traffic
+from .listeners import Listener
 
 
 def status(broker: Broker) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> dict[str, Any]:
         receive, send = traffic.to[endpoint.address], traffic.of[endpoint.address]
     elif endpoint.listening:
         state = "listening"
-        assert isinstance(endpoint.handle, Channel)
+        assert isinstance(endpoint.handle, Listener)
         receive, send = endpoint.handle.backlog
     return {
         "context": endpoint.context.cid,

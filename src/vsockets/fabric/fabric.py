@@ -96,6 +96,12 @@ class Fabric:
         if endpoint.cookie:
             endpoint.context.cookies.setdefault(endpoint.cookie, endpoint)
 
+    def rename(self, endpoint: Endpoint, cookie: int, inode: int) -> None:
+        """Let another socket be that of ``endpoint``."""
+        _forget(endpoint.context, endpoint.cookie, endpoint)
+        endpoint.cookie, endpoint.inode = cookie, inode
+        endpoint.context.cookies.setdefault(cookie, endpoint)
+
     def listen(self, endpoint: Endpoint, sizes: BufferSizes) -> None:
         """Let ``endpoint`` be connected to."""
         endpoint.listening = True

@@ -7,6 +7,7 @@ the same number.  So what is read is only good if the notification it was read f
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import ctypes
 import errno
@@ -14,6 +15,7 @@ import os
 import signal
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from socket import SHUT_RDWR
 
 from .machine import Machine
 
@@ -163,6 +165,26 @@ class Processes:
     @staticmethod
     def _first_thread(pid: int) -> int:
         return int(_status(pid, b"Tgid:")[0])
+
+    def shut_down(self, inode: int) -> None:
+        """Shut down the socket with this inode, if a process that we may look into has it."""
+        link = f"socket:[{inode}]"
+        for pid in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # it has ended, or may not be looked into
+                for fd in os.listdir(f"/proc/{pid}/fd"):
+                    if self.what_is(int(pid), int(fd)) == link:
+                        with self._copied(int(pid), int(fd)) as sock:
+                            if os.fstat(sock.fileno()).st_ino == inode:
+                                sock.shutdown(SHUT_RDWR)
+                                return
+
+    @contextlib.contextmanager
+    def _copied(self, pid: int, fd: int) -> Iterator[_socket.socket]:
+        sock = _socket.socket(fileno=self.duplicate(pid, fd))
+        try:
+            yield sock
+        finally:
+            sock.close()
 
     # Rights
 

@@ -7,17 +7,21 @@ supervisor holds no descriptor of a socket: its peer would never see the end of 
 
 from __future__ import annotations
 
+import _socket
 import re
 import struct
 from collections import OrderedDict, deque
 from enum import Enum, auto
 from socket import SOCK_DGRAM
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..buffers import BufferSizes
 from ..constants import AF_VSOCK, VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..limits import CONNECT_TIMEOUT, SUPERVISED_SOCKETS
 from ..wire import Record
+
+if TYPE_CHECKING:
+    from .holding import Hold
 
 UNBOUND = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
 
@@ -58,6 +62,8 @@ class Phase(Enum):
     CONNECTED = auto()
     #: A connect that the program did not wait for has failed.  Linux never connects it again.
     FAILED = auto()
+    #: vsockd has ended, or given up the socket's port.
+    LOST = auto()
 
 
 #: No connect has succeeded, and none has failed for good.
@@ -77,15 +83,18 @@ class Endpoint:
 
     __slots__ = (
         "accepted",
+        "arriving",
         "buffers",
         "connect_timeout",
         "cookie",
         "entered",
         "error",
+        "hold",
         "ignored",
         "inode",
         "is_shut",
         "local",
+        "named",
         "peer",
         "phase",
         "received",
@@ -104,6 +113,8 @@ class Endpoint:
         self.buffers = BufferSizes()
         self.connect_timeout = CONNECT_TIMEOUT  #: seconds
         self.entered = False  #: connected to vsockd, or through it
+        self.named = False  #: bound to a name by vsockd, and not connected to it
+        self.hold: Hold | None = None  #: what holds its port, if that is this supervisor's
         self.error = 0  #: SO_ERROR: why a connect failed that nobody waited for
         self.record: Record | None = None  #: what vsockd said of the stream
         self.send_buffer = 0  #: SO_SNDBUF before a polling connect, in bytes
@@ -111,7 +122,9 @@ class Endpoint:
         self.ignored: dict[tuple[int, int], bytes] = {}
         #: Connections taken for a program that was interrupted before it got them.
         self.accepted: deque[tuple[int, Record]] = deque()
-        #: Messages likewise.
+        #: Connections accepted of which vsockd has not said yet whose they are.
+        self.arriving: deque[_socket.socket] = deque()
+        #: Messages received for a program that was interrupted likewise.
         self.received: deque[Received] = deque()
         self.is_shut = False  #: by shutdown(), in any direction
 
@@ -121,7 +134,10 @@ class Endpoint:
         return self.type == SOCK_DGRAM
 
     def settle(self, record: Record) -> None:
-        """Be the established stream that ``record`` describes."""
+        """Be the established stream that ``record`` describes, which has the port."""
+        if self.hold is not None:
+            self.hold.close()
+            self.hold = None
         self.record = record
         self.local = record.local
         self.peer = record.peer

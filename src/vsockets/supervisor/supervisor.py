@@ -7,7 +7,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import select
 import signal
 import time
@@ -25,17 +24,18 @@ from typing import NamedTuple
 
 from ..attachment import Attachment
 from ..limits import SIGNAL_LOOK, SIGNAL_PATIENCE
-from ..wire import Op, Record, Request, Role
+from ..wire import Flag, Op, Record, Request, Role
 from .call import Answer, Call, Serving, SocketHandler
 from .calls import ARGUMENTS, HANDLERS, SOCKET_HANDLERS
 from .calls.creating import DEVICE
 from .calls.datagrams import Routes
 from .filter import Window, Windows
+from .holding import Hold
 from .machine import Machine
 from .notification import Gone, Listener, Notification
 from .process import Processes
 from .sockets import Endpoint, Phase, Sockets, inode_in
-from .vsockd import Vsockd, cookie_of, is_control_socket
+from .vsockd import Asker, Vsockd, cookie_of, may_be_known
 from .waiting import Wait, Waits, pause
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,6 @@ log = logging.getLogger(__name__)
 _KEPT_ANSWERS = 1024
 
 _TYPES = (SOCK_STREAM, SOCK_SEQPACKET, SOCK_DGRAM)
-#: What vsockd calls a datagram socket.
-_DATAGRAM_NAME = re.compile(r"\d+\.\d+\.\d+")
 
 
 class _Task:
@@ -78,6 +76,8 @@ class Supervisor:
         self.windows = windows
         self.processes = Processes(machine)
         self.sockets = Sockets()
+        #: what holds the ports of bound sockets, by inode: not to be forgotten with the sockets
+        self._holds: dict[int, Hold] = {}
         self.vsockd = Vsockd(context)
         self.routes = Routes()
         #: A descriptor of nothing much, see ``calls.packets``.
@@ -209,7 +209,13 @@ class Supervisor:
                 del self._waiting[pid]
             self._resume(task, happened)
 
-        task.key = self.waits.add(wait, resume)
+        try:
+            task.key = self.waits.add(wait, resume)
+        except OSError as error:  # no memory, or no room in the epoll
+            task.coroutine.close()
+            if not task.call.answered:
+                self._finish(task.call, -(error.errno or errno.EIO))
+            return
         if not task.call.answered:  # else the thread is about other things already
             self._waiting[pid] = task
 
@@ -260,31 +266,56 @@ class Supervisor:
             call.check()
             if sock.getsockopt(SOL_SOCKET, SO_DOMAIN) != AF_UNIX:
                 return None
-            type_ = sock.getsockopt(SOL_SOCKET, SO_TYPE)
-            if type_ == SOCK_DGRAM:
-                name = sock.getsockname()
-                if not isinstance(name, str) or not _DATAGRAM_NAME.fullmatch(name):
-                    return None
-            elif not is_control_socket(sock):
+            if not may_be_known(sock):
                 return None
-            endpoint = Endpoint(type_, inode, cookie_of(sock))
+            endpoint = Endpoint(sock.getsockopt(SOL_SOCKET, SO_TYPE), inode, cookie_of(sock))
         request = Request(Op.QUERY, cookie=endpoint.cookie, inode=inode)
         record, _ = await self.vsockd.ask(None, request)
         self._recover(endpoint, record)
         return endpoint
 
-    @staticmethod
-    def _recover(endpoint: Endpoint, record: Record) -> None:
+    def _recover(self, endpoint: Endpoint, record: Record) -> None:
         if record.role == Role.CONNECTED:
             endpoint.settle(record)
         else:
-            endpoint.entered = True
+            endpoint.named = bool(record.flags & Flag.NAMED)
+            endpoint.hold = self._holds.get(endpoint.inode)
+            endpoint.entered = not endpoint.named
             endpoint.local = record.local
             endpoint.phase = Phase.LISTENING if record.role == Role.LISTENING else Phase.BOUND
 
-    def known(self, link: str) -> Endpoint | None:
-        """Return the vSockets socket that /proc calls ``link``, if it is known to be one."""
-        inode = inode_in(link)
+    async def bind(
+        self,
+        asker: Asker | None,
+        endpoint: Endpoint,
+        sock: _socket.socket,
+        address: tuple[int, int],
+        flags: int,
+    ) -> None:
+        """Give a stream or packet socket, copied to ``sock``, a local address.  OSError."""
+        hold = Hold(await self.vsockd.open(), self.waits, self._holds)
+        try:
+            record = await hold.bind(asker, sock, address, endpoint.buffers, flags)
+        except BaseException:
+            hold.close()
+            raise
+        hold.watch(self._lose)
+        endpoint.hold = hold
+        endpoint.named = True
+        endpoint.local = record.local
+        endpoint.phase = Phase.BOUND
+
+    def _lose(self, inode: int, closed: bool) -> None:
+        """End a socket whose port vsockd has given up, unless it is ``closed``."""
+        endpoint = self.known(inode)
+        if endpoint is not None:
+            endpoint.hold = None
+            endpoint.phase = Phase.LOST
+        if not closed:
+            self.processes.shut_down(inode)
+
+    def known(self, inode: int | None) -> Endpoint | None:
+        """Return the vSockets socket with this inode, if it is known to be one."""
         try:
             return None if inode is None else self.sockets.find(inode)
         except KeyError:

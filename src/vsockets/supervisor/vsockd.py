@@ -29,7 +29,7 @@ from socket import (
 from ..attachment import Attachment, descriptor_in, understand
 from ..limits import KNOCK_AGAIN, REQUEST_TIMEOUT
 from ..state_folder import SEQPACKET, STREAM
-from ..wire import RECORD_SIZE, Record, Request
+from ..wire import RECORD_SIZE, Record, Request, is_socket_name
 from .sockets import Endpoint
 from .waiting import pause, ready
 
@@ -89,7 +89,7 @@ class Vsockd:
                 if self._full:  # is it still?  This socket of ours cannot block
                     with contextlib.closing(_own_socket(endpoint.type)) as probe:
                         self._context.enter(probe, endpoint.type)
-                with _hardly_blocking(sock):
+                with hardly_blocking(sock, SO_SNDTIMEO):
                     self._context.enter(sock, endpoint.type)
                     sock.getpeername()  # when interrupted, by SIGCONT, Python believes in success
             except OSError as error:
@@ -119,18 +119,27 @@ class Vsockd:
 
         Returns the answer and the descriptor that came with it.
         """
+        with contextlib.closing(await self.open()) as sock:
+            send(sock, request.encode(), asker, fd)
+            return await receive_record(sock)
+
+    async def open(self) -> _socket.socket:
+        """Return a connection of the supervisor's own."""
         deadline = time.monotonic() + REQUEST_TIMEOUT
-        with contextlib.closing(_own_socket(SOCK_SEQPACKET)) as sock:
+        sock = _own_socket(SOCK_SEQPACKET)
+        try:
             while True:
                 try:
                     self._context.enter(sock, SOCK_SEQPACKET)
-                    break
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
                         raise
                     await self._wait_for_room(deadline, REQUEST_TIMEOUT)
-            send(sock, request.encode(), asker, fd)
-            return await receive_record(sock)
+                else:
+                    return sock
+        except BaseException:
+            sock.close()
+            raise
 
     @staticmethod
     async def _wait_for_room(deadline: float, seconds: float) -> None:
@@ -175,21 +184,21 @@ def _own_socket(type_: int) -> _socket.socket:
 
 
 @contextlib.contextmanager
-def _hardly_blocking(sock: _socket.socket) -> Iterator[None]:
+def hardly_blocking(sock: _socket.socket, option: int) -> Iterator[None]:
     """While a program's socket is used, a call on it blocks for one tick of the kernel at most.
 
-    Not by O_NONBLOCK, which is a flag of the program's own descriptors: one of its threads
-    might change it at the same time.
+    ``option`` is SO_SNDTIMEO for a connect, SO_RCVTIMEO for an accept.  Not by O_NONBLOCK, which
+    is a flag of the program's own descriptors: one of its threads might change it meanwhile.
     """
     if not os.get_blocking(sock.fileno()):
         yield
         return
-    before = sock.getsockopt(SOL_SOCKET, SO_SNDTIMEO, _TIMEVAL.size)
-    sock.setsockopt(SOL_SOCKET, SO_SNDTIMEO, _ONE_TICK)
+    before = sock.getsockopt(SOL_SOCKET, option, _TIMEVAL.size)
+    sock.setsockopt(SOL_SOCKET, option, _ONE_TICK)
     try:
         yield
     finally:
-        sock.setsockopt(SOL_SOCKET, SO_SNDTIMEO, before)
+        sock.setsockopt(SOL_SOCKET, option, before)
 
 
 async def receive_record(
@@ -216,11 +225,16 @@ def cookie_of(sock: _socket.socket) -> int:
     return int.from_bytes(sock.getsockopt(SOL_SOCKET, _SO_COOKIE, 8), "little")
 
 
-def is_control_socket(sock: _socket.socket) -> bool:
-    """Whether a unix socket is, or was before it became a stream, connected to a vsockd."""
+def may_be_known(sock: _socket.socket) -> bool:
+    """Return whether a unix socket has a name by which vsockd may know it.
+
+    Either vsockd has bound it, or it is, or was before it became a stream, connected to a vsockd.
+    """
     for name_of in (sock.getpeername, sock.getsockname):
         with contextlib.suppress(OSError):
             name = name_of()
-            if isinstance(name, str) and os.path.basename(name) in (STREAM, SEQPACKET):
+            if isinstance(name, str) and (
+                is_socket_name(name) or os.path.basename(name) in (STREAM, SEQPACKET)
+            ):
                 return True
     return False

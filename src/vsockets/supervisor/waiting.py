@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator
 from itertools import count
 
 READABLE, WRITABLE = select.EPOLLIN | select.EPOLLRDHUP, select.EPOLLOUT
+HUNG_UP = select.EPOLLRDHUP
 
 _ADD, _REMOVE, _CHANGE = 1, 2, 3
 _ONCE = select.EPOLLONESHOT
@@ -94,11 +95,22 @@ class Waits:
         self._timers: list[tuple[float, int]] = []
         self._next = count(1)
 
-    def watch(self, fd: int, callback: Callable[[int], None]) -> None:
-        """Call ``callback(events)`` whenever ``fd`` is readable or hung up, from now on."""
+    def watch(
+        self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN
+    ) -> int:
+        """Call ``callback(events)`` whenever ``fd`` is readable or hung up, from now on.
+
+        Returns a key for :meth:`unwatch`.
+        """
         key = self._key()
         self._watched[key] = callback
-        self._set(_ADD, fd, select.EPOLLIN, key)
+        self._set(_ADD, fd, events, key)
+        return key
+
+    def unwatch(self, key: int, fd: int) -> None:
+        """Watch ``fd``, which is still open, no longer."""
+        del self._watched[key]
+        self._set(_REMOVE, fd, 0, 0)
 
     def add(self, wait: Wait, resume: Resume) -> int:
         """Call ``resume`` once, with whether it happened.  Returns a key to cancel it with."""

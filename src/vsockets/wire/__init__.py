@@ -13,7 +13,7 @@ from .messages import (
     encode_connect,
     encode_stream,
 )
-from .names import decode_route, decode_source, encode_source
+from .names import decode_route, decode_source, encode_source, is_socket_name
 
 __all__ = [
     "PADDING",
@@ -30,4 +30,5 @@ __all__ = [
     "encode_connect",
     "encode_source",
     "encode_stream",
+    "is_socket_name",
 ]

@@ -59,6 +59,10 @@ class Op(IntEnum):
     CATCH_ALL = 10  #: a device: datagrams to every port nobody has come to the socket sent along
     CAPTURE = 11  #: a socket on which comes what passes the device of the peer CID (vsockmon.py)
     RESIZE = 12  #: the established stream with this cookie and inode has a buffer of this size now
+    #: give the stream or packet socket sent along a port; it is held while this connection lives
+    #: and the socket is open.  Again: another socket takes the place of the first.  The cookie is
+    #: a secret number; a CONNECT that has it as its inode comes from the port.
+    BIND_SOCKET = 13
 
 
 class Flag(IntFlag):
@@ -71,6 +75,9 @@ class Flag(IntFlag):
     #: request: BIND and BIND_DATAGRAM are for a program without CAP_NET_BIND_SERVICE, whatever
     #: their sender has
     UNPRIVILEGED = 16
+    #: record: of a socket that BIND_SOCKET has bound.  If it listens, each connection comes in as a
+    #: unix connection on which a record waits, with the stream's descriptor.
+    NAMED = 32
 
 
 _POLLING = int(Flag.POLLING)
@@ -107,8 +114,7 @@ class Request(NamedTuple):
     minimum: int = 0
     maximum: int = 0
     cookie: int = 0  #: the sender's name for its socket: SO_COOKIE
-    #: The socket's inode number.  QUERY: what is asked about; BIND, from a supervisor: where an
-    #: administrator finds the program that has the socket.
+    #: The socket's inode number.  QUERY: what is asked about.  CONNECT: see BIND_SOCKET.
     inode: int = 0
 
     def encode(self) -> bytes:
@@ -175,15 +181,17 @@ class Record(NamedTuple):
         return self.peer_cid, self.peer_port
 
 
-def encode_connect(flags: int, peer: tuple[int, int], sizes: BufferSizes, cookie: int) -> bytes:
-    """A CONNECT request, encoded.
+def encode_connect(
+    flags: int, peer: tuple[int, int], sizes: BufferSizes, cookie: int, secret: int = 0
+) -> bytes:
+    """A CONNECT request, encoded; ``secret`` is that of BIND_SOCKET.
 
     This and :data:`encode_stream` are what every connect needs; they spare it the tuples.
     """
     cid, port = peer
     size, minimum, maximum = sizes
     return _REQUEST.pack(
-        MAGIC, _CONNECT, flags, 0, 0, cid, port, 0, size, minimum, maximum, cookie, 0
+        MAGIC, _CONNECT, flags, 0, 0, cid, port, 0, size, minimum, maximum, cookie, secret
     )
 
 

@@ -1,4 +1,7 @@
-"""The kernel names of datagram routes: how a receiver learns the true source.
+"""The kernel names of programs' sockets, and of datagram routes: how a receiver learns the source.
+
+A program's socket that vsockd reaches by a name is bound to one that contains the *life* of its
+vsockd, 64 random bits in hexadecimal digits.
 
 A socket that serves many ports learns from it, too, which of them was meant.
 
@@ -21,6 +24,14 @@ _SERIAL = rb"(?:0|[1-9a-f][0-9a-f]{0,15})"
 _NAME = re.compile(
     b":".join((rb"\x00vsock", _NUMBER, _NUMBER, _LIFE, _SERIAL)) + b"(?::" + _NUMBER + b")?"
 )
+
+
+_OWN = re.compile(r"[0-9a-f]{16}\.(?:\d+\.(?:\d+|all)|stream)\.\d+")
+
+
+def is_socket_name(name: str) -> bool:
+    """Return whether a program's socket with this name may have been bound by a vsockd."""
+    return bool(_OWN.fullmatch(name))
 
 
 def encode_source(

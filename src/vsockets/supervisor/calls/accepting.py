@@ -5,6 +5,7 @@ from __future__ import annotations
 import _socket
 import errno
 import os
+import select
 import struct
 from contextlib import closing
 from socket import AF_UNIX, SO_RCVTIMEO, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET
@@ -13,7 +14,7 @@ from ...wire import Record
 from ..call import Answer, Call, failure
 from ..notification import Gone
 from ..sockets import Endpoint, Phase
-from ..vsockd import take_record
+from ..vsockd import hardly_blocking, receive_record, take_record
 from ..waiting import lent
 from .connecting import settle
 
@@ -36,14 +37,13 @@ async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
         raise failure(errno.EINVAL)
     if endpoint.is_datagram:
         raise failure(errno.EOPNOTSUPP)
-    if endpoint.phase is not Phase.LISTENING:
-        raise failure(errno.EINVAL)
     address, size_at = call.arguments[1:3]
     if address:
         call.read(size_at, 4)  # an EFAULT now loses no connection
     while True:
+        _require_listening(endpoint)
         with closing(call.duplicate(endpoint)) as listener:
-            taken = _take(endpoint, listener)
+            taken = await _take(endpoint, listener)
             if taken is not None:
                 break
             if not os.get_blocking(listener.fileno()):
@@ -68,17 +68,56 @@ async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
     return None
 
 
-def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Record] | None:
-    """The next connection: its descriptor and what vsockd said of it; None without one."""
+def _require_listening(endpoint: Endpoint) -> None:
+    if endpoint.phase is Phase.LOST:
+        raise failure(errno.ENETDOWN)
+    if endpoint.phase is not Phase.LISTENING:
+        raise failure(errno.EINVAL)
+
+
+async def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Record] | None:
+    """Return the next connection, its descriptor and vsockd's record of it, if there is one."""
     if endpoint.accepted:
         return endpoint.accepted.popleft()
-    try:
-        record, fd = take_record(listener)
-    except BlockingIOError:
-        return None
+    if not endpoint.named:
+        try:
+            record, fd = take_record(listener)
+        except BlockingIOError:
+            return None
+    else:
+        while True:
+            token = endpoint.arriving.popleft() if endpoint.arriving else _accept_token(listener)
+            if token is None:
+                return None
+            try:
+                record, fd = await receive_record(token)  # which vsockd sends in a moment
+            except Gone:
+                endpoint.arriving.append(token)
+                raise
+            except OSError:  # vsockd has ended
+                token.close()
+            else:
+                token.close()
+                break
     if fd is None:
         raise failure(errno.EMFILE, "the connection was lost for want of a descriptor")
     return fd, record
+
+
+def _accept_token(listener: _socket.socket) -> _socket.socket | None:
+    """Return the next of vsockd's connections to the socket, if there is one."""
+    if os.get_blocking(listener.fileno()):
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        if not poll.poll(0):
+            return None
+    try:
+        # A process that is not supervised may have it, too, and be quicker.
+        with hardly_blocking(listener, SO_RCVTIMEO):
+            fd, _ = listener._accept()  # type: ignore[attr-defined]  # as socket.accept()
+    except (BlockingIOError, ConnectionAbortedError):
+        return None
+    return _socket.socket(AF_UNIX, listener.type, 0, fd)
 
 
 def _timeout(listener: _socket.socket) -> float | None:

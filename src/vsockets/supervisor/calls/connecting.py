@@ -44,6 +44,7 @@ _REFUSED = {
     Phase.CONNECTING: errno.EALREADY,
     Phase.CONNECTED: errno.EISCONN,
     Phase.FAILED: errno.EALREADY,
+    Phase.LOST: errno.ENETDOWN,
 }
 
 
@@ -112,7 +113,8 @@ def _send(
     asker: Asker | None,
 ) -> None:
     flags = int(Flag.POLLING) if polls else 0
-    request = encode_connect(flags, peer, endpoint.buffers, endpoint.cookie)
+    secret = 0 if endpoint.hold is None else endpoint.hold.secret
+    request = encode_connect(flags, peer, endpoint.buffers, endpoint.cookie, secret)
     if polls:
         # In this order: a small send buffer would split the request in two.
         send(sock, request + PADDING, asker)

@@ -31,17 +31,8 @@ async def bind(call: Call, endpoint: Endpoint) -> Answer:
         if endpoint.is_datagram:
             await datagrams.claim(call, endpoint, sock, (cid, port), flags)
             return 0
-        answer = await call.supervisor.vsockd.ask_on(
-            call.asker(),
-            endpoint,
-            sock,
-            Request(
-                *(Op.BIND, flags, cid, port, 0, 0, 0, *endpoint.buffers),
-                *(endpoint.cookie, endpoint.inode),
-            ),
-        )
-    endpoint.local = answer.local
-    endpoint.phase = Phase.BOUND
+        asker = call.asker()
+        await call.supervisor.bind(asker, endpoint, sock, (cid, port), flags)
     return 0
 
 
@@ -55,11 +46,19 @@ async def listen(call: Call, endpoint: Endpoint) -> Answer:
     """Connections are accepted from now on, or the backlog is another one."""
     if endpoint.is_datagram:
         raise failure(errno.EOPNOTSUPP)
+    if endpoint.phase is Phase.LOST:
+        raise failure(errno.ENETDOWN)
     if endpoint.phase not in (Phase.BOUND, Phase.LISTENING):
         raise failure(errno.EINVAL)
     backlog = max(0, call.integer(1))
-    request = Request(Op.LISTEN, 0, 0, 0, 0, 0, backlog, *endpoint.buffers)
     with closing(call.duplicate(endpoint)) as sock:
+        if endpoint.named:
+            sock.listen(backlog)
+            endpoint.phase = Phase.LISTENING
+            if endpoint.hold is not None:
+                await endpoint.hold.listen(backlog, endpoint.buffers)
+            return 0
+        request = Request(Op.LISTEN, 0, 0, 0, 0, 0, backlog, *endpoint.buffers)
         if endpoint.phase is Phase.LISTENING:
             sock.send(request.encode(), SEND)  # an answer would look like a connection
         else:

@@ -32,7 +32,7 @@ from ...limits import CONNECT_TIMEOUT, LONGEST_CONNECT_TIMEOUT
 from ...wire import Flag, Op, Request
 from ..call import Answer, Call, failure
 from ..filter import IOCTL_AF_VALUE, IOCTL_LOCAL_CID, SIOCOUTQ
-from ..sockets import UNCONNECTED, Endpoint, Phase
+from ..sockets import UNCONNECTED, Endpoint, Phase, inode_in
 from ..vsockd import SEND
 from .connecting import finish, limit_queue
 from .creating import is_device
@@ -79,7 +79,9 @@ async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
     elif name in _CHANGE_BUFFERS:
         (value,) = _read_exactly(call, _U64)
         endpoint.buffers = _CHANGE_BUFFERS[name](endpoint.buffers, value)
-        if endpoint.phase is Phase.LISTENING:
+        if endpoint.hold is not None:
+            endpoint.hold.update(endpoint.buffers)
+        elif endpoint.phase is Phase.LISTENING and not endpoint.named:
             with closing(call.duplicate(endpoint)) as sock:
                 sock.send(Request(Op.UPDATE, 0, 0, 0, 0, 0, 0, *endpoint.buffers).encode(), SEND)
         elif endpoint.phase is Phase.CONNECTED:
@@ -186,7 +188,7 @@ async def ioctl(call: Call) -> Answer:
     """The ioctls of ``/dev/vsock``, on a socket of ours too, which needs no device; SIOCOUTQ."""
     request, address = call.integer(1), call.arguments[2]
     link = call.supervisor.processes.what_is(call.pid, call.arguments[0] & 0xFFFF_FFFF)
-    endpoint = call.supervisor.known(link)
+    endpoint = call.supervisor.known(inode_in(link))
     call.check()
     if request == SIOCOUTQ:
         if endpoint is None:

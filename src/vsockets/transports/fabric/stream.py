@@ -48,6 +48,7 @@ class StreamSocket(FabricSocket):
     """A stream or sequenced-packet socket that is not established (yet)."""
 
     _entered = False  # connected to vsockd
+    _named = False  # a listening unix socket, made by a supervisor
     _error = 0  # SO_ERROR: the errno of a connect that failed and was not asked for yet
     _send_buffer = 0  # SO_SNDBUF before a polling connect, in bytes
 
@@ -78,7 +79,9 @@ class StreamSocket(FabricSocket):
         if self._phase not in (_BOUND, _LISTENING):
             raise error(errno.EINVAL, "bind the socket first")
         request = Request(Op.LISTEN, 0, 0, 0, 0, 0, max(0, backlog), *self._buffers)
-        if self._phase is _LISTENING:
+        if self._named and self._phase is _LISTENING:
+            _raw.listen(self, backlog)
+        elif self._phase is _LISTENING:
             _raw.send(self, request.encode())  # an answer would look like a connection
         else:
             self._request(request)
@@ -88,7 +91,10 @@ class StreamSocket(FabricSocket):
         """Wait for a connection: ``(socket, (cid, port) of the peer)``."""
         if self._phase is not _LISTENING:
             raise error(errno.EINVAL, "the socket is not listening")
-        data, came, _, _ = _raw.recvmsg(self, RECORD_SIZE, _ANNOUNCEMENT, _CLOEXEC)
+        if self._named:
+            data, came = self._accept_token()
+        else:
+            data, came, _, _ = _raw.recvmsg(self, RECORD_SIZE, _ANNOUNCEMENT, _CLOEXEC)
         record = understand(data)
         fd = descriptor_in(came)
         if fd is None:
@@ -99,6 +105,16 @@ class StreamSocket(FabricSocket):
         accepted._attachment = self._attachment
         accepted._settle(record)
         return accepted, record[4:6]
+
+    def _accept_token(self) -> Any:
+        """Return what vsockd sends on its next connection to a socket that has a name."""
+        while True:
+            fd, _ = self._accept()  # type: ignore[attr-defined]  # as socket.accept()
+            with stdlib.socket(_UNIX, _raw_type(self), 0, fd) as token:
+                token.settimeout(REQUEST_TIMEOUT)
+                data, came, _, _ = token.recvmsg(RECORD_SIZE, _ANNOUNCEMENT, _CLOEXEC)
+            if data:
+                return data, came
 
     def connect(self, address: Any) -> None:
         """Connect to ``(cid, port)`` (guide page 17).
@@ -339,7 +355,8 @@ class StreamSocket(FabricSocket):
         if record.role == Role.CONNECTED:
             self._settle(record)
         else:
-            self._entered = True
+            self._named = bool(record.flags & Flag.NAMED)
+            self._entered = not self._named
             self._local = record.local
             self._buffers = BufferSizes(*record[-3:])
             self._phase = _LISTENING if record.role == Role.LISTENING else _BOUND
