@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vsockets.extras import how_to_install
 from vsockets.tools.cli import start
 
 from .vsock import PATIENCE, PROGRAM, Vsock
@@ -62,9 +63,8 @@ def test_missing_libraries_are_one_line() -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr == (
-        "vsock: the command line needs typer and rich: pip install 'vsockets[cli]'\n"
-    )
+    line = f"vsock: the command line needs typer and rich: {how_to_install('cli')}\n"
+    assert done.stderr == line
 
 
 def test_option_dir_is_stronger_than_the_environment(alone: Vsock, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_option_dir_is_stronger_than_the_environment(alone: Vsock, tmp_path: Pat
     added = alone("--dir", other, "context", "add", "7").stdout
     try:
         assert added == "7\n"
-        assert "nobody listens" in alone.fails("--dir", other, "connect", "host", "5000")
+        assert "no program listens" in alone.fails("--dir", other, "connect", "host", "5000")
         found = alone("--dir", other, "run", "--cid", "7", "sh", "-c", "echo $VSOCKETS_DIR").stdout
         assert found == f"{other}\n"
     finally:

@@ -26,7 +26,7 @@ def test_answers_go_to_the_last_sender_and_sources_are_shown(
     guest = fabric.guest()
     listener = vsock.start("listen", "5000", "-u", "-v")
     listener.error_line()
-    first = vsock.start("connect", "host", "5000", "-u", "--wait", "-p", "6000")
+    first = vsock.start("connect", "host", "5000", "-u", "--wait", PATIENCE, "-p", "6000")
     first.write(b"1\n")
     assert listener.error_line() == "2 bytes from 2:6000"
     second = vsock.start(
@@ -59,7 +59,7 @@ def test_strangers_are_not_heard(vsock: Vsock, fabric: PrivateFabric) -> None:
 
 def test_wait_for_the_receiver(vsock: Vsock, fabric: PrivateFabric) -> None:
     refusals = fabric.control.status()["refusals"]
-    client = vsock.start("connect", "host", "5002", "-u", "--wait", "-q", "0")
+    client = vsock.start("connect", "host", "5002", "-u", "--wait", PATIENCE, "-q", "0")
     client.write(b"hello\n")
     wait_until(lambda: fabric.control.status()["refusals"] > refusals + 1, "it to try twice")
     listener = vsock.start("listen", "5002", "-u")

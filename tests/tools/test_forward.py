@@ -173,7 +173,7 @@ def test_what_cannot_be_is_said_in_one_line(vsock: Vsock, tmp_path: Path) -> Non
     vsock.fail(
         ("forward", 2, "expected FROM and TO"),
         ("forward tcp::1 http-proxy:", 2, "needs hosts"),
-        ("forward stdio: vsock:host:9", 1, "nobody listens there"),
+        ("forward stdio: vsock:host:9", 1, "no program listens there"),
         (f"forward --config {bad}", 1, "bad.toml:3: forward.to: 'vsock:3': expected CID:PORT"),
     )
 

@@ -144,7 +144,7 @@ def test_a_listener_bound_to_the_local_cid_is_for_its_own_context(vsock: Vsock) 
     line = listener.error_line()
     port = line.removeprefix("listening on 1:")
     guest_fails = vsock("run", *PROGRAM, "connect", "host", port, expect=1)
-    assert "nobody listens there" in guest_fails.stderr
+    assert "no program listens there" in guest_fails.stderr
     listener.end_of_input()
     vsock("connect", "local", port, data=b"here\n")
     assert listener.read_line() == "here"
@@ -152,7 +152,7 @@ def test_a_listener_bound_to_the_local_cid_is_for_its_own_context(vsock: Vsock) 
 
 def test_wait_for_the_listener(vsock: Vsock, fabric: PrivateFabric) -> None:
     refusals = fabric.control.status()["refusals"]
-    client = vsock.start("connect", "host", "5555", "--wait", "-w", PATIENCE)
+    client = vsock.start("connect", "host", "5555", "--wait", PATIENCE, "-w", PATIENCE)
     wait_until(lambda: fabric.control.status()["refusals"] > refusals + 1, "it to try twice")
     listener = vsock.start("listen", "5555")
     listener.end_of_input()
@@ -164,7 +164,7 @@ def test_wait_for_the_listener(vsock: Vsock, fabric: PrivateFabric) -> None:
 def test_every_wait_can_be_limited(vsock: Vsock, fabric: PrivateFabric) -> None:
     with vsockets.create_server((2, 5558), context=fabric.host) as silent:
         vsock.fail(
-            ("connect host 5556 --wait -w 0.1", 1, "nobody listens"),
+            ("connect host 5556 --wait 0.1", 1, "no program listens"),
             ("listen 5557 -w 0.1", 1, "nobody connected within 0.1 s"),
             ("connect host 5558 -w 0.1", 1, "nothing came or went for 0.1 s"),
         )
@@ -224,7 +224,7 @@ def test_standard_input_that_is_closed(vsock: Vsock) -> None:
 def test_errors_say_what_to_do(vsock: Vsock, fabric: PrivateFabric) -> None:
     with vsockets.create_server((2, 5561), context=fabric.host):
         vsock.fail(
-            ("connect host 5560", 1, "connect to 2:5560: nobody listens there"),
+            ("connect host 5560", 1, "connect to 2:5560: no program listens there"),
             ("connect host 5560", 1, "(Connection reset by peer)"),
             ("connect 4000 5000", 1, "connect to 4000:5000: there is no such context"),
             ("listen 5561", 1, "bind to any:5561: the port is taken; vsock ls shows by whom"),

@@ -18,6 +18,7 @@ from typing import Any
 from ..attachment import Attachment
 from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from ..control import Control
+from ..extras import how_to_install
 
 StrPath = str | os.PathLike[str]
 
@@ -284,9 +285,7 @@ def _environment_of_vsockd() -> dict[str, str]:
 def _supervised(context: Attachment, arguments: Sequence[StrPath]) -> list[StrPath]:
     """Return the command that runs ``arguments`` in ``context``."""
     if importlib.util.find_spec("typer") is None:
-        raise FabricFailed(
-            "vsock run is missing: pip install '.[cli]' in the clone that vsockets came from"
-        )
+        raise FabricFailed(f"vsock run is missing: {how_to_install('cli')}")
     # Neither the working folder nor PYTHONPATH decides what this imports.
     vsock = (sys.executable, "-P", "-c", _VSOCK)
     return [*vsock, "run", "--cid", str(context.cid), "--", *arguments]

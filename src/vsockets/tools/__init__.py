@@ -11,8 +11,10 @@ def main() -> int:
         import rich  # noqa: F401 - imported to know now, in one line, that it is missing
         import typer  # noqa: F401
     except ImportError:
+        from ..extras import how_to_install
+
         print(
-            "vsock: the command line needs typer and rich: pip install 'vsockets[cli]'",
+            f"vsock: the command line needs typer and rich: {how_to_install('cli')}",
             file=sys.stderr,
         )
         return 1

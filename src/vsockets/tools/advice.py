@@ -7,7 +7,8 @@ import os
 
 #: What a failed operation on a socket means here, by errno.
 CONNECT = {
-    errno.ECONNRESET: "nobody listens there, or its backlog is full; --wait tries until it works",
+    errno.ECONNRESET: "no program listens there, its backlog is full, or this context may not "
+    "connect to it (vsock events denial); --wait SECONDS tries for so long",
     errno.EHOSTUNREACH: "there is no such context, or this one may not talk to it",
     errno.EADDRINUSE: "the source port is taken; vsock ls shows by whom",
     errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE",
@@ -21,7 +22,8 @@ BIND = {
 }
 SEND = {
     errno.EMSGSIZE: "it is larger than a message may be",
-    errno.ECONNREFUSED: "no datagram socket is bound there; --wait tries until there is one",
+    errno.ECONNREFUSED: "no datagram socket is bound there, or this context may not send to it "
+    "(vsock events denial); --wait SECONDS tries for so long",
     errno.EHOSTUNREACH: "there is no such context, or this one may not talk to it",
     errno.ENETDOWN: "vsockd has ended",
 }

@@ -14,6 +14,7 @@ import typer
 from .. import logs
 from ..bridges.amqp.requests import AUTHORITY
 from ..constants import VMADDR_CID_HOST
+from ..extras import how_to_install
 from ..locator import Inet, Locator, Unix, Vsock
 from .advice import Failure
 from .options import LogFormat, LogFormatOption, VerboseOption, parser_of, read_locator
@@ -179,7 +180,7 @@ def require(*libraries: str) -> None:
     """Raises Failure when one of them is not there, with what to install."""
     for library in libraries:
         if importlib.util.find_spec(library) is None:
-            raise Failure(f"there is no {library} in this Python: pip install 'vsockets[amqp]'")
+            raise Failure(f"{library} is missing: {how_to_install('amqp')}")
 
 
 def _serve(

@@ -87,8 +87,9 @@ def connect(
     seqpacket: Seqpacket = False,
     timeout: Timeout = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Try until somebody listens (at most for -w SECONDS).")
-    ] = False,
+        float,
+        typer.Option(metavar="SECONDS", min=0, help="Try for so long until a program listens."),
+    ] = 0.0,
     source_port: Annotated[
         int | None,
         typer.Option("-p", "--source-port", parser=_read_port, metavar="PORT", help="Ours."),
@@ -105,7 +106,6 @@ def connect(
     """
     kind = _type(datagram, seqpacket, execute)
     command = arguments_of(execute)
-    patience = timeout if wait else 0.0
     _open_standard_descriptors()
     if datagram:
         context = lasting_context()
@@ -117,13 +117,13 @@ def connect(
             read_stdin=not no_stdin,
             idle=timeout,
             quit_after=quit_after,
-            wait=patience,
+            wait=wait,
             verbose=verbose,
         ).run()
         return
     try:
         sock = keep_trying(
-            lambda: _connected(kind, (cid, port), source_port, timeout), patience, _NOT_YET
+            lambda: _connected(kind, (cid, port), source_port, timeout), wait, _NOT_YET
         )
     except OSError as error:
         raise failure(f"connect to {cid}:{port}", error, CONNECT) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bridges.perf.measures import Result
+from ..extras import how_to_install
 from .advice import Failure
 from .output import Column, print_table
 
@@ -88,7 +89,7 @@ def save_plot(measurements: Sequence[Measurement], file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise Failure("--plot needs matplotlib: pip install 'vsockets[plot]'") from None
+        raise Failure(f"--plot needs matplotlib: {how_to_install('plot')}") from None
     figure = Figure(figsize=(8, 1 + 1.3 * len(measurements)), layout="constrained")
     axes = figure.subplots(len(measurements), 1, squeeze=False)[:, 0]
     for axis, measurement in zip(axes, measurements, strict=True):

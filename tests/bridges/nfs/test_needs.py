@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vsockets.bridges.nfs import needs
+from vsockets.extras import how_to_install
 
 
 @pytest.fixture
@@ -21,6 +23,11 @@ def pyfuse3(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_pyfuse3(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyfuse3", None)
+    expected = f"pyfuse3: {how_to_install('nfs')} "
+    monkeypatch.setattr(sys, "base_prefix", "/usr")  # a virtual environment does not see apt's
+    with pytest.raises(OSError, match=re.escape(expected)):
+        needs.require()
+    monkeypatch.setattr(sys, "base_prefix", sys.prefix)
     with pytest.raises(OSError, match="apt install python3-pyfuse3, or pip install"):
         needs.require()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 
 DEVICE = "/dev/fuse"
 
@@ -13,8 +14,12 @@ def require(device: str = DEVICE) -> None:
     try:
         import pyfuse3  # noqa: F401
     except ImportError as error:
-        why = "mounting needs pyfuse3: apt install python3-pyfuse3, or pip install 'vsockets[nfs]'"
-        raise OSError(f"{why} ({error})") from None
+        from ...extras import how_to_install  # here: it is seldom needed
+
+        how = how_to_install("nfs")
+        if sys.prefix == sys.base_prefix:  # a virtual environment does not see Debian's
+            how = f"apt install python3-pyfuse3, or {how}"
+        raise OSError(f"mounting needs pyfuse3: {how} ({error})") from None
     try:
         os.close(os.open(device, os.O_RDWR))
     except PermissionError:

@@ -1,0 +1,52 @@
+"""What to install, from where this package came from: it is in no index."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from vsockets import extras
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        known = tomllib.load(file)["project"]["optional-dependencies"]
+    sources = [path.read_text() for path in (ROOT / "src").rglob("*.py")]
+    sources += [path.read_text() for path in (ROOT / "docs").glob("*.md")]
+    sources.append((ROOT / "README.md").read_text())
+    named = {name for text in sources for name in re.findall(r"how_to_install\(['\"](\w+)", text)}
+    named |= {name for text in sources for name in re.findall(r"pip install '\.\[(\w+)\]'", text)}
+    assert {"cli", "amqp", "nfs", "plot"} <= named <= known.keys()
+    assert not any("'vsockets[" in text for text in sources)  # which is in no index
+
+
+class Distribution:
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def read_text(self, name: str) -> str:
+        assert name == "direct_url.json"
+        return json.dumps({"url": self._url})
+
+
+def test_the_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone = tmp_path / "a clone"
+    clone.mkdir()
+    (clone / "pyproject.toml").touch()
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: Distribution(clone.as_uri()))
+    assert extras.how_to_install("amqp") == f"pip install '{clone}[amqp]'"
+
+
+def test_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "__file__", str(tmp_path / "lib/python3/vsockets/extras.py"))
+    for url in ("https://example.org/vsockets.whl", (tmp_path / "removed").as_uri()):
+        found = Distribution(url)
+        monkeypatch.setattr(importlib.metadata, "distribution", lambda _, found=found: found)
+        assert extras.how_to_install("amqp") == "pip install '.[amqp]' in a clone of vsockets"
