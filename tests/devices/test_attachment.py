@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 from collections.abc import Iterator
-from socket import AF_UNIX, MSG_DONTWAIT, SOCK_SEQPACKET
+from socket import AF_UNIX, MSG_DONTWAIT, SOCK_SEQPACKET, SOCK_STREAM
 
 import pytest
 
+from vsockets import passing
 from vsockets.buffers import BufferSizes
 from vsockets.devices.attachment import Attachment, Offer
 from vsockets.devices.loop import DeviceLoop
@@ -111,3 +113,29 @@ def test_nothing_is_kept_for_a_vsockd_that_has_gone(busy: Busy) -> None:
 
         wait_until(has_heard, "the link to end")
         assert client.recv(1) == b"", "the end that was to go back is closed"
+
+
+@pytest.mark.parametrize("kind", [SOCK_STREAM, SOCK_SEQPACKET])
+def test_the_mark_of_a_records_end_comes_along(kind: int) -> None:
+    """A descriptor stands for MSG_EOR; streams have none, and refuse it where the kernel can."""
+    link, vsockd = socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
+    client, offered = socket.socketpair(AF_UNIX, kind)
+    with contextlib.ExitStack() as stack:
+        loop = DeviceLoop()
+        stack.callback(loop.close)
+        attachment = Attachment(loop, link, CID, datagrams=False)
+        stack.callback(attachment.close)
+        for sock in (vsockd, client, offered, offered_too := offered.dup()):
+            stack.enter_context(sock)
+        offer = Offer(offered, PORTS[0], (HOST, 1024), BufferSizes(), polling=False)
+        client.send(bytes(RECORD_SIZE))  # a packet's client pads its request
+        attachment.settle(offer, size=4096)
+        connected = stack.enter_context(
+            attachment.connect(PORTS[1], (HOST, 1024), BufferSizes(), kind)
+        )
+        *_, (_, fds, _, _) = (socket.recv_fds(vsockd, REQUEST_SIZE, 1) for _ in range(2))
+        program = stack.enter_context(socket.socket(fileno=fds[0]))
+        for sender, receiver in ((client, offered_too), (program, connected)):
+            refuses = kind == SOCK_STREAM and passing.refuse(stack.enter_context(receiver.dup()))
+            with pytest.raises(PermissionError) if refuses else contextlib.nullcontext():
+                socket.send_fds(sender, [b"end"], [vsockd.fileno()])

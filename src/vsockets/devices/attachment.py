@@ -214,7 +214,7 @@ class Attachment:
         """
         self.catch_up()
         ours, theirs = socket.socketpair(AF_UNIX, kind)
-        refuse(ours)
+        _refuse_descriptors(ours)
         with theirs:
             try:
                 ours.setblocking(False)
@@ -250,7 +250,7 @@ class Attachment:
         """
         local, peer = (self.cid, offer.port), offer.peer
         if not error:  # one that is refused is vsockd's again, which takes descriptors
-            refuse(offer.sock)
+            _refuse_descriptors(offer.sock)
         with contextlib.suppress(OSError):  # who connected has gone; the stream says so
             if not error:  # until now vsockd was to be told who writes on it
                 offer.sock.setsockopt(SOL_SOCKET, SO_PASSCRED, 0)
@@ -450,3 +450,11 @@ def _receive(sock: socket.socket, flags: int) -> tuple[Record, int | None]:
         return Record.decode(data), descriptor_in(ancillary)
     except (ConnectionError, ProtocolError):
         return Record(errno.ENETDOWN), None
+
+
+def _refuse_descriptors(sock: socket.socket) -> None:
+    """Have an established connection refuse them, unless one is the mark of a record's end
+    (``devices/virtio/link.py``).
+    """
+    if sock.type != SOCK_SEQPACKET:
+        refuse(sock)
