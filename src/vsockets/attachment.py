@@ -23,10 +23,11 @@ from .state_folder import (
     default_folder,
     is_short,
     require_private,
+    wait_to_connect,
 )
 from .wire import RECORD_SIZE, Flag, Op, ProtocolError, Record, Request
 
-_connect = _socket.socket.connect
+_connect, _set_blocking = _socket.socket.connect, _socket.socket.setblocking
 _poll, _POLLIN = select.poll, select.POLLIN
 _FD = struct.Struct("i")
 #: What poll(2) takes, an ``int`` of milliseconds: 24 days.
@@ -58,9 +59,17 @@ class Attachment:
     def __repr__(self) -> str:
         return f"<attachment to {self.folder}>"
 
-    def enter(self, sock: _socket.socket, kind: int) -> None:
-        """Connect ``sock``, a unix socket of type ``kind``, to the control socket."""
+    def enter(self, sock: _socket.socket, kind: int, seconds: float = 0.0) -> float:
+        """Connect ``sock``, a unix socket of type ``kind``, to the control socket.
+
+        While vsockd's backlog is full this waits, for ``seconds`` at most, and returns what is left
+        of them; OSError ETIMEDOUT, or ENOBUFS when there are none.  ENODEV: no vsockd serves there.
+        """
         door = self._doors[kind]
+        # The kernel's own connect() would wait for ever.
+        blocks = seconds and sock.gettimeout() is None
+        if blocks:
+            _set_blocking(sock, False)
         try:
             if self._are_short:
                 _connect(sock, door)
@@ -76,7 +85,11 @@ class Attachment:
             launcher.start(self.folder.parent)
             connect_to(functools.partial(_connect, sock), door)
         except BlockingIOError:
-            raise OSError(errno.ENOBUFS, f"vsockd at {self.folder} has too much to do") from None
+            return wait_to_connect(sock, door, seconds)
+        finally:
+            if blocks:
+                _set_blocking(sock, True)
+        return seconds
 
     def ask(self, request: Request, fd: int | None = None) -> tuple[Record, int | None]:
         """One question to vsockd on a connection of its own, with a descriptor if need be.
@@ -86,7 +99,9 @@ class Attachment:
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.settimeout(REQUEST_TIMEOUT)
-            self.enter(sock, socket.SOCK_SEQPACKET)
+            left = self.enter(sock, socket.SOCK_SEQPACKET, REQUEST_TIMEOUT)
+            if left < REQUEST_TIMEOUT:
+                sock.settimeout(left)
             ancillary = []
             if fd is not None:
                 ancillary = [(SOL_SOCKET, SCM_RIGHTS, _FD.pack(fd))]

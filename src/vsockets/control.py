@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from .limits import REQUEST_TIMEOUT
-from .state_folder import CONTROL, connect_to, default_folder
+from .state_folder import CONTROL, connect_to, default_folder, wait_to_connect
 
 #: What there are events of.
 TOPICS = ("context", "denial", "disconnect")
@@ -327,8 +327,12 @@ def _connect(folder: Path) -> socket.socket:
     """A connection to the administrator's socket of the vsockd in ``folder``."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(REQUEST_TIMEOUT)
+    path = os.fspath(folder / CONTROL)
     try:
-        connect_to(sock.connect, os.fspath(folder / CONTROL))
+        try:
+            connect_to(sock.connect, path)
+        except BlockingIOError:
+            wait_to_connect(sock, path, REQUEST_TIMEOUT)
     except (FileNotFoundError, ConnectionRefusedError):
         sock.close()
         raise OSError(errno.ENODEV, f"no vsockd runs in {folder} (start it: vsock up)") from None

@@ -14,17 +14,28 @@
 
 from __future__ import annotations
 
+import _socket
 import contextlib
+import errno
+import functools
 import os
 import stat
+import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from socket import SO_SNDTIMEO, SOL_SOCKET
 
 from . import folders
 
 #: sockaddr_un holds 108 bytes, the last one a NUL.
 _LONGEST_SOCKET_PATH = 107
+
+_TIMEVAL = struct.Struct("@ll")
+# As unix sockets have them, whatever the class.
+_connect, _peer_of = _socket.socket.connect, _socket.socket.getpeername
+_set_timeout = _socket.socket.settimeout
 
 STREAM = "stream"
 SEQPACKET = "seqpacket"
@@ -106,6 +117,38 @@ def connect_to(connect: Callable[[str], None], path: str) -> None:
         return
     with short_path(path) as spelled:
         connect(spelled)
+
+
+def wait_to_connect(sock: _socket.socket, path: str, seconds: float) -> float:
+    """Connect ``sock`` to ``path``, where the backlog was full, within ``seconds``.
+
+    Returns what is left of them.  OSError: ETIMEDOUT, or ENOBUFS when there are none.
+    """
+    if seconds <= 0:
+        raise OSError(errno.ENOBUFS, f"vsockd at {path} has too much to do")
+    deadline = time.monotonic() + seconds
+    timeout = sock.gettimeout()
+    before = sock.getsockopt(SOL_SOCKET, SO_SNDTIMEO, _TIMEVAL.size)
+    # The kernel lets those in that wait in it, not those that try again now and then.
+    _set_timeout(sock, None)
+    try:
+        while (left := deadline - time.monotonic()) > 0:
+            sock.setsockopt(
+                SOL_SOCKET, SO_SNDTIMEO, _TIMEVAL.pack(int(left), 1 + int(left % 1 * 1e6))
+            )
+            try:
+                connect_to(functools.partial(_connect, sock), path)
+                _peer_of(sock)  # when interrupted by a signal, Python believes in success
+                return max(1e-6, deadline - time.monotonic())
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:
+                    raise
+    finally:
+        sock.setsockopt(SOL_SOCKET, SO_SNDTIMEO, before)
+        _set_timeout(sock, timeout)
+    raise TimeoutError(errno.ETIMEDOUT, "vsockd does not answer")
 
 
 def remove_stale(path: str | os.PathLike[str]) -> None:

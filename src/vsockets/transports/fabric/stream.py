@@ -131,11 +131,15 @@ class StreamSocket(FabricSocket):
         if peer[0] == VMADDR_CID_ANY:
             raise error(errno.ENODEV, "VMADDR_CID_ANY is not a destination")
         timeout = self.gettimeout()
-        flags = 0 if timeout != 0 else _POLLING
+        flags, patience = 0, self._connect_timeout
+        if timeout == 0:
+            flags, patience = _POLLING, 0.0
+        elif timeout is not None and timeout < patience:
+            patience = timeout
         request = encode_connect(flags, peer, self._buffers, self._cookie())
         try:
             if not self._entered:
-                self._enter()
+                patience = self._enter(patience)
         except OSError as failure:
             explain(failure, self._context)
             raise
@@ -144,9 +148,6 @@ class StreamSocket(FabricSocket):
             self._phase = _CONNECTING
             raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
         _raw.send(self, request)
-        patience = self._connect_timeout
-        if timeout is not None and timeout < patience:
-            patience = timeout
         try:
             if not wait_readable(self.fileno(), patience):
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
@@ -251,17 +252,20 @@ class StreamSocket(FabricSocket):
 
     # How it is done
 
-    def _enter(self) -> None:
+    def _enter(self, patience: float) -> float:
+        """Connect to vsockd; returns what is left of ``patience``, in seconds."""
         place: Any = self._attachment or self._context  # the fabric: it chose this class
-        place.enter(self, _raw_type(self))
+        patience = place.enter(self, _raw_type(self), patience)
         self._entered = True
+        return patience
 
     def _request(self, request: Request) -> Record:
         """One question on the socket's own connection to vsockd."""
+        patience = REQUEST_TIMEOUT
         if not self._entered:
-            self._enter()
+            patience = self._enter(patience)
         _raw.send(self, request.encode())
-        if not wait_readable(self.fileno(), REQUEST_TIMEOUT):
+        if not wait_readable(self.fileno(), patience):
             raise TimeoutError(errno.ETIMEDOUT, "vsockd does not answer")
         return understand(_raw.recv(self, RECORD_SIZE))
 
