@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tools.vsock import PROGRAM, Vsock
+from vsockets.supervisor.machine import this_machine
 
 #: A mount namespace whose /dev has a /dev/vsock, which is /dev/null by another name.
 MACHINE = """
@@ -42,3 +43,46 @@ def test_its_answers_are_the_fabrics(vsock: Vsock, tmp_path: os.PathLike[str]) -
         [*machine, *command], env=vsock.environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["/dev/vsock", "40", "79"]
+
+
+#: All ways to look for it, as programs in C have them.
+LOOK = """
+import ctypes, errno, os, stat, sys
+numbers = dict(pair.split("=") for pair in sys.argv[1:])
+libc = ctypes.CDLL(None, use_errno=True)
+here, path, buffer = -100, b"/dev/vsock", ctypes.create_string_buffer(256)
+def call(name, *arguments):
+    if int(numbers[name]) < 0: return "ok"
+    failed = libc.syscall(ctypes.c_long(int(numbers[name])), *arguments) != 0
+    return errno.errorcode[ctypes.get_errno()] if failed else "ok"
+print(call("stat", path, buffer), call("lstat", path, buffer))
+print(call("statx", here, path, 0, 0x7ff, buffer), call("newfstatat", here, path, None, 0))
+print(call("access", path, 6), call("faccessat", here, path, 6), call("faccessat", here, path, 1))
+print(call("faccessat2", here, path, 6, 0x200), call("faccessat2", here, path, 6, 1))
+found = os.stat("/dev/vsock")
+assert os.lstat("/dev/vsock") == found == os.stat(b"/dev/vsock")
+assert os.path.exists("/dev/vsock") and os.path.samefile("/dev/vsock", "/dev/vsock")
+print(stat.filemode(found.st_mode), os.major(found.st_rdev), found.st_nlink, found.st_uid)
+for other in ("/dev/vsock2", "/dev/vsoc", "/dev/null/vsock"):
+    try: os.stat(other)
+    except OSError as error: print(errno.errorcode[error.errno])
+print(os.stat("/dev/null").st_rdev == os.makedev(1, 3), os.access("/dev/null", os.W_OK))
+"""
+
+
+def test_programs_that_look_for_it_find_it(vsock: Vsock) -> None:
+    machine = this_machine()
+    names = ("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2")
+    numbers = [f"{name}={getattr(machine, name)}" for name in names]
+    done = vsock("run", "--device", sys.executable, "-c", LOOK, *numbers)
+    assert done.stdout.splitlines() == [
+        *("ok ok", "ok EFAULT", "ok ok EACCES", "ok EINVAL"),
+        "crw-rw-rw- 10 1 0",
+        *("ENOENT", "ENOENT", "ENOTDIR"),
+        "True True",
+    ]
+
+
+def test_programs_in_a_shell_find_it(vsock: Vsock) -> None:
+    script = "test -c /dev/vsock && test -w /dev/vsock && stat -c %A,%t /dev/vsock"
+    assert vsock("run", "--device", "sh", "-c", script).stdout == "crw-rw-rw-,a\n"

@@ -162,6 +162,21 @@ def test_nothing_is_opened_for_a_program_that_can_open_it_itself(machine: Machin
         assert not seccomp.may_be_opened(other)
 
 
+def test_looking_at_files_is_let_through_unless_it_is_asked_for(machine: Machine) -> None:
+    here = 0xFFFFFF9C  # AT_FDCWD
+    program = seccomp.assemble(machine, seccomp.rules(machine, WINDOWS, True, looks=True))
+    assert len(program) // 8 <= 4096
+    looks = (machine.newfstatat, machine.statx, machine.faccessat, machine.faccessat2)
+    for number in (*looks, machine.stat, machine.lstat, machine.access):
+        if number >= 0:
+            assert ask(machine, number, here, 1) == ALLOW
+            call = SystemCall(number, (here, 1, 0, 0, 0, 0), machine.architecture)
+            assert run(program, call) == NOTIFY
+    for number in looks:  # relative to an open folder, or of an open file
+        call = SystemCall(number, (5, 1, 0, 0x1000, 0, 0), machine.architecture)
+        assert run(program, call) == ALLOW
+
+
 @pytest.mark.parametrize("limit", [1, 16, 256, 1024, 4096, 1 << 20])
 def test_windows_are_below_the_limit_and_what_select_can_do(limit: int) -> None:
     windows = seccomp.windows_below(limit)

@@ -145,8 +145,10 @@ def may_be_opened(device: str = "/dev/vsock") -> bool:
     return stat.S_ISCHR(mode) and mode & _ANYBODYS == _ANYBODYS
 
 
-def rules(machine: Machine, windows: Windows, opens: bool) -> list[Rule]:
-    """What ``vsock run`` intercepts; with ``opens``, the opening of ``/dev/vsock`` too."""
+def rules(machine: Machine, windows: Windows, opens: bool, looks: bool = False) -> list[Rule]:
+    """What ``vsock run`` intercepts; with ``opens``, the opening of ``/dev/vsock`` too, and with
+    ``looks``, whatever asks whether it is there.
+    """
     m, equal, differs = machine, Test.EQUAL, Test.DIFFERS
     datagram, packet = windows.datagram.holds(), windows.packet.holds()
     vsock = When(0, equal, AF_VSOCK)
@@ -184,6 +186,17 @@ def rules(machine: Machine, windows: Windows, opens: bool) -> list[Rule]:
                 Rule(m.open, NOTIFY, (When(1, *plain_open),)),
             ]
             if opens
+            else []
+        ),
+        *(
+            [
+                *(
+                    Rule(number, NOTIFY, (When(0, equal, _AT_FDCWD),))
+                    for number in (m.newfstatat, m.statx, m.faccessat, m.faccessat2)
+                ),
+                *(Rule(number, NOTIFY) for number in (m.stat, m.lstat, m.access)),
+            ]
+            if looks
             else []
         ),
         # Datagrams: everything that sends, and receiving with the source's address.

@@ -63,12 +63,16 @@ _OUTLIVED = (
 )
 
 
-def launch(become: Callable[[], NoReturn], context: Attachment, lease: int | None) -> NoReturn:
+def launch(
+    become: Callable[[], NoReturn], context: Attachment, lease: int | None, device: bool
+) -> NoReturn:
     """Run what ``become`` turns a process into, supervised, and end as it ends.
 
     ``become`` is called in the program's process, under the filter; its exceptions are raised
     here, in that process.  ``lease`` is a descriptor that is held open as long as any process of
-    the program lives.  Raises OSError in the program's process when there is no supervising it.
+    the program lives.  With ``device`` a program that looks for ``/dev/vsock`` finds it.
+
+    Raises OSError in the program's process when there is no supervising it.
     """
     machine = this_machine()
     _control(_PR_SET_CHILD_SUBREAPER, 1)
@@ -81,7 +85,8 @@ def launch(become: Callable[[], NoReturn], context: Attachment, lease: int | Non
     front.close()
     _control(_PR_SET_CHILD_SUBREAPER, 1)
     windows = windows_below(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    made = rules(machine, windows, opens=not may_be_opened())
+    opens = not may_be_opened()
+    made = rules(machine, windows, opens, looks=opens and device)
     ours, theirs = socket.socketpair()
     program_pid = os.fork()
     if program_pid == 0:

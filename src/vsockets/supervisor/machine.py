@@ -21,6 +21,12 @@ class Machine(NamedTuple):
     writev: int
     open: int
     openat: int
+    stat: int
+    lstat: int
+    newfstatat: int
+    statx: int
+    access: int
+    faccessat: int
     ioctl: int
     socket: int
     socketpair: int
@@ -48,6 +54,7 @@ class Machine(NamedTuple):
     io_uring_register: int = 427
     pidfd_open: int = 434
     pidfd_getfd: int = 438
+    faccessat2: int = 439
 
 
 _MACHINES = {
@@ -57,6 +64,12 @@ _MACHINES = {
         writev=20,
         open=2,
         openat=257,
+        stat=4,
+        lstat=6,
+        newfstatat=262,
+        statx=332,
+        access=21,
+        faccessat=269,
         ioctl=16,
         socket=41,
         socketpair=53,
@@ -85,6 +98,12 @@ _MACHINES = {
         writev=66,
         open=-1,
         openat=56,
+        stat=-1,
+        lstat=-1,
+        newfstatat=79,
+        statx=291,
+        access=-1,
+        faccessat=48,
         ioctl=29,
         socket=198,
         socketpair=199,

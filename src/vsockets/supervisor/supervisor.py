@@ -26,7 +26,7 @@ from ..attachment import Attachment
 from ..limits import SIGNAL_LOOK, SIGNAL_PATIENCE
 from ..wire import Flag, Op, Record, Request, Role
 from .call import Answer, Call, Serving, SocketHandler
-from .calls import ARGUMENTS, HANDLERS, SOCKET_HANDLERS
+from .calls import ARGUMENTS, HANDLERS, PATHS, SOCKET_HANDLERS
 from .calls.creating import DEVICE
 from .calls.datagrams import Routes
 from .filter import Window, Windows
@@ -84,8 +84,7 @@ class Supervisor:
         self.marker = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
         self.waits = Waits(listener.fileno(), self._on_listener)
         self._plain = {getattr(machine, name): serve for name, serve in HANDLERS.items()}
-        #: Which argument of a call that opens is the path.
-        self._paths = {machine.open: 0, machine.openat: 1}
+        self._paths = {getattr(machine, name): argument for name, argument in PATHS.items()}
         self._on_sockets = {
             getattr(machine, name): serve for name, serve in SOCKET_HANDLERS.items()
         }

@@ -1,8 +1,8 @@
 """The intercepted system calls, a module for each family of them.
 
-``HANDLERS`` are the calls that make descriptors, ``SOCKET_HANDLERS`` those about a socket in
-their first argument, ``ARGUMENTS`` how many each has; all by the call's name, an attribute of
-``Machine``.
+``HANDLERS`` are the calls that make descriptors or look at a file, ``SOCKET_HANDLERS`` those about
+a socket in their first argument.  ``ARGUMENTS`` is how many each has, ``PATHS`` which one is the
+path.  All are by the call's name, an attribute of ``Machine``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from .accepting import accept, accept4
 from .connecting import connect
 from .creating import open_, openat, socket
 from .datagrams import sendmmsg, sendmsg, sendto, write, writev
+from .looking import access, faccessat, faccessat2, newfstatat, stat, statx
 from .messages import recvfrom, recvmmsg, recvmsg
 from .naming import bind, getpeername, getsockname, listen, shutdown
 from .options import getsockopt, ioctl, setsockopt
@@ -21,6 +22,25 @@ HANDLERS: dict[str, Handler] = {
     "open": open_,
     "openat": openat,
     "ioctl": ioctl,
+    "stat": stat,
+    "lstat": stat,
+    "newfstatat": newfstatat,
+    "statx": statx,
+    "access": access,
+    "faccessat": faccessat,
+    "faccessat2": faccessat2,
+}
+
+PATHS = {
+    "open": 0,
+    "openat": 1,
+    "stat": 0,
+    "lstat": 0,
+    "newfstatat": 1,
+    "statx": 1,
+    "access": 0,
+    "faccessat": 1,
+    "faccessat2": 1,
 }
 
 SOCKET_HANDLERS: dict[str, SocketHandler] = {
@@ -49,6 +69,13 @@ ARGUMENTS = {
     "open": 2,
     "openat": 3,
     "ioctl": 3,
+    "stat": 2,
+    "lstat": 2,
+    "newfstatat": 4,
+    "statx": 5,
+    "access": 2,
+    "faccessat": 3,
+    "faccessat2": 4,
     "bind": 3,
     "listen": 2,
     "accept": 3,

@@ -1,0 +1,92 @@
+"""stat(), access() and their kin of ``/dev/vsock``: as if it were there, for everybody.
+
+Only with ``vsock run --device``: the filter sees no path, so every call of these kinds is
+intercepted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as modes
+import struct
+
+from ..call import Answer, Call, failure
+
+#: What Linux's device is: one of the "misc" ones, with a number that was free.
+_MAJOR, _MINOR = 10, 121
+_MODE = modes.S_IFCHR | 0o666
+_BASIC_STATS = 0x7FF
+_AT_EMPTY_PATH, _AT_SYMLINK_NOFOLLOW, _AT_EACCESS = 0x1000, 0x100, 0x200
+
+_X86_64 = 0xC000_003E
+#: struct stat: device, inode, links, mode, user, group, the device's number, size, block size,
+#: blocks and three times, of which the kernel has a form of its own for each architecture.
+_STAT_X86_64 = struct.Struct("=QQQIII4xQqqqqQqQqQ24x")
+_STAT_GENERIC = struct.Struct("=QQIIIIQ8xqi4xqqQqQqQ8x")
+#: struct statx: mask, block size, attributes, links, user, group, mode, inode, size, blocks,
+#: attributes' mask; four times; the device's number, and the number of the device it is on.
+_STATX = struct.Struct("=IIQIIIH2xQQQQ" + "qI4x" * 4 + "IIII112x")
+
+
+async def stat(call: Call) -> Answer:
+    """stat() and lstat()."""
+    call.write((call.arguments[1], _stat(call)))
+    return 0
+
+
+async def newfstatat(call: Call) -> Answer:
+    """As stat(), relative to a folder, which does not matter here."""
+    call.write((call.arguments[2], _stat(call)))
+    return 0
+
+
+async def statx(call: Call) -> Answer:
+    """As stat(), with more of it."""
+    folder = os.stat("/dev")
+    seconds, nanoseconds = divmod(folder.st_mtime_ns, 1_000_000_000)
+    times = (seconds, nanoseconds) * 4
+    found = _STATX.pack(
+        *(_BASIC_STATS, folder.st_blksize, 0, 1, 0, 0, _MODE, folder.st_ino, 0, 0, 0),
+        *times,
+        *(_MAJOR, _MINOR, os.major(folder.st_dev), os.minor(folder.st_dev)),
+    )
+    call.write((call.arguments[4], found))
+    return 0
+
+
+async def access(call: Call) -> Answer:
+    """Anybody may read it and write to it."""
+    return _access(call, call.integer(1))
+
+
+async def faccessat(call: Call) -> Answer:
+    """As access(), relative to a folder."""
+    return _access(call, call.integer(2))
+
+
+async def faccessat2(call: Call) -> Answer:
+    """As faccessat(), with flags."""
+    if call.integer(3) & ~(_AT_EMPTY_PATH | _AT_SYMLINK_NOFOLLOW | _AT_EACCESS):
+        raise failure(errno.EINVAL)
+    return _access(call, call.integer(2))
+
+
+def _access(call: Call, mode: int) -> int:
+    call.check()  # the path was this call's
+    if mode & ~(os.R_OK | os.W_OK | os.X_OK):
+        raise failure(errno.EINVAL)
+    if mode & os.X_OK:
+        raise failure(errno.EACCES)
+    return 0
+
+
+def _stat(call: Call) -> bytes:
+    folder = os.stat("/dev")
+    seconds, nanoseconds = divmod(folder.st_mtime_ns, 1_000_000_000)
+    times = (seconds, nanoseconds) * 3
+    place, number = (folder.st_dev, folder.st_ino), os.makedev(_MAJOR, _MINOR)
+    size = 0, folder.st_blksize, 0
+    if call.supervisor.machine.architecture == _X86_64:
+        return _STAT_X86_64.pack(*place, 1, _MODE, 0, 0, number, *size, *times)
+    return _STAT_GENERIC.pack(*place, _MODE, 1, 0, 0, number, *size, *times)
