@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from vsockets.vm import packages
+
 TABLES = Path(__file__).parents[2] / "docs" / "conformance.md"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vsockets"
 
@@ -108,12 +110,13 @@ def _need(*programs: str) -> None:
 
 def _download(folder: Path) -> Path:
     """The package; through apt with lists of its own, so the machine's stay as they are."""
-    site = _run("apt-get", "indextargets", "--format", "$(SITE)").split()
-    if not site:
-        raise Unavailable("apt knows no mirror")
+    try:
+        site = packages.Suite(packages.DEBIAN, RELEASE).mirror()
+    except packages.Unavailable as error:
+        raise Unavailable(str(error)) from None
     for name in ("lists/partial", "archives/partial"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "sources.list").write_text(f"deb {site[0]} {RELEASE} main\n")
+    (folder / "sources.list").write_text(f"deb {site} {RELEASE} main\n")
     (folder / "apt.conf").write_text(
         f'Dir::Etc::SourceList "{folder}/sources.list";\nDir::Etc::SourceParts "-";\n'
         f'Dir::State::Lists "{folder}/lists";\nDir::Cache "{folder}";\n'
