@@ -149,18 +149,3 @@ def wait_to_connect(sock: _socket.socket, path: str, seconds: float) -> float:
         sock.setsockopt(SOL_SOCKET, SO_SNDTIMEO, before)
         _set_timeout(sock, timeout)
     raise TimeoutError(errno.ETIMEDOUT, "vsockd does not answer")
-
-
-def remove_stale(path: str | os.PathLike[str]) -> None:
-    """As :func:`.folders.remove_stale`, by a path that other users may change: what is removed is
-    in the folder that was looked into.
-    """
-    parent, name = os.path.split(os.fspath(path))
-    if not parent:
-        folders.remove_stale(name)
-        return
-    folder = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        folders.remove_stale(name, folder)
-    finally:
-        os.close(folder)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket as stdlib
+from pathlib import Path
 
 from ..attachment import Place
+from ..folders import SocketFile
 from ..limits import MAX_BACKLOG
 from ..locator import Inet, Inherited, Locator, Unix, Vsock, VsockFolder, VsockMux
 from ..passing import close_elsewhere, guard, refuse
 from ..socket import socket
-from ..state_folder import remove_stale, short_path
 from ..wire.hybrid import port_name
 
 #: Where systemd puts the sockets it passes (sd_listen_fds(3)).
@@ -27,7 +27,7 @@ class Door:
     def __init__(self, locator: Locator, context: Place | None = None) -> None:
         """Raises OSError."""
         self.sockets: list[stdlib.socket] = []
-        self._path: str | None = None
+        self._file: SocketFile | None = None
         try:
             self._open(locator, context)
         except BaseException:
@@ -38,9 +38,10 @@ class Door:
 
     def close(self) -> None:
         """Let nobody in any more."""
-        if self._path is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+        if self._file is not None:
+            self._file.remove()
+            self._file.close()
+            self._file = None
         for sock in self.sockets:
             close_elsewhere(sock)
         self.sockets.clear()
@@ -48,6 +49,8 @@ class Door:
     @property
     def where(self) -> str:
         """The first socket's address, with wildcards filled in, as a locator without scheme."""
+        if self._file is not None:
+            return os.fspath(self._file.where)
         name = self.sockets[0].getsockname()
         if isinstance(name, tuple):
             host = f"[{name[0]}]" if ":" in str(name[0]) else name[0]
@@ -110,10 +113,9 @@ class Door:
         if path.startswith("@"):
             sock.bind("\0" + path[1:])
         else:
-            remove_stale(path)
-            with short_path(path) as spelled:
-                sock.bind(spelled)
-            self._path = path
+            # Where others can change what the path leads to, they do not change what is removed.
+            self._file = SocketFile(Path(path))
+            self._file.bind(sock)
         if not datagram:
             sock.listen(MAX_BACKLOG)
 

@@ -13,9 +13,9 @@ from functools import partial
 from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM
 
 from ...daemon.accepting import Acceptor
+from ...folders import remove_stale
 from ...limits import HYBRID_PORTS, MAX_BACKLOG
 from ...passing import refuse
-from ...state_folder import remove_stale
 from ...wire.hybrid import port_name
 from ..loop import DeviceLoop
 
