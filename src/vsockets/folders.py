@@ -128,9 +128,7 @@ class SocketFile:
 
 @contextlib.contextmanager
 def file_mode(mode: int) -> Iterator[None]:
-    """Within this context the sockets that the process binds have this mode, from the first moment
-    on.
-    """
+    """Give sockets that the process binds in this context ``mode``, from the first moment on."""
     usual = os.umask(0o777 & ~mode)
     try:
         yield

@@ -22,9 +22,9 @@ _UNCHANGED = ctypes.c_uint32(0xFFFF_FFFF)
 
 @contextlib.contextmanager
 def acting_as(user: int) -> Iterator[None]:
-    """Within this context the thread has the rights to files that ``user`` has, without any group.
+    """Use files, in this context and this thread, with the rights of ``user`` without any group.
 
-    PermissionError if vsockd may not take another user's place.
+    Raises: PermissionError if vsockd may not take another user's place.
     """
     own = os.geteuid()
     if user == own:

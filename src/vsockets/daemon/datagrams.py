@@ -95,7 +95,10 @@ class Datagrams:
         return endpoint if endpoint is not None and endpoint.context is context else None
 
     def find_socket(self, context: Context, sock: _socket.socket) -> Endpoint | None:
-        """As :meth:`find`; Refused with ENETDOWN for a socket of a vsockd that has ended."""
+        """Return the endpoint of ``sock``, if it has one.
+
+        Refused with ENETDOWN for a socket of a vsockd that has ended.
+        """
         endpoint = self.find(context, cookie_of(sock))
         if endpoint is None and is_other_life(sock.getsockname(), self.life):
             reason = "the datagram socket is of a vsockd that has ended: open another one"

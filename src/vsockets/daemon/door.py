@@ -44,7 +44,10 @@ class Doors:
         held: Path,
         trash: Trash,
     ) -> None:
-        """OSError when it cannot be.  ``held`` is the way to ``folder`` that nobody can change."""
+        """Make them.  ``held`` leads to ``folder``, also when that is moved or replaced.
+
+        OSError when they cannot be made.
+        """
         self._held = held
         self._trash = trash
         self._doors: list[Acceptor] = []
@@ -81,7 +84,7 @@ class Doors:
 
 
 def remove(folder: Path, trash: Trash) -> None:
-    """Remove a context's folder, whatever has become of it."""
+    """Remove a context's folder, whatever is in it."""
     try:
         for _, name, _ in _DOORS:
             (folder / name).unlink(missing_ok=True)

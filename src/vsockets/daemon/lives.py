@@ -146,7 +146,7 @@ def _find(lives: Iterable[str]) -> dict[int, str]:
 
 
 def _tables() -> Iterator[str]:
-    """The kernel's lists of unix sockets, one for each network namespace."""
+    """Yield the kernel's lists of unix sockets, one for each network namespace."""
     yield "/proc/self/net/unix"
     seen = {os.stat("/proc/self/ns/net").st_ino}
     for pid in processes():
@@ -189,7 +189,7 @@ def _end(sock: _socket.socket, name: str, node: int | None) -> None:
 
 @contextlib.contextmanager
 def _node(sock: _socket.socket, name: str, node: int | None) -> Iterator[str]:
-    """A path to ``sock``.  OSError without CAP_NET_ADMIN and a ``node``."""
+    """Yield a path to ``sock``.  OSError without CAP_NET_ADMIN and a ``node``."""
     if node is not None:
         yield f"/proc/self/fd/{node}"
         return

@@ -165,7 +165,7 @@ class Vsockd:
         self.loop.stop()
 
     def stop_for_good(self) -> None:
-        """As :meth:`stop`; a service manager is not expected to start it again."""
+        """Shut down as :meth:`stop`, and expect no service manager to start vsockd again."""
         self._is_service = False
         self.stop()
 
