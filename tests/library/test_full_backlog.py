@@ -117,12 +117,12 @@ def test_a_call_that_waits_is_served_when_there_is_room(
 ) -> None:
     """Also when signals interrupt it, after which Python believes that it is connected."""
     interruptions: list[int] = []
-    waits_in = Path(f"/proc/self/task/{threading.get_native_id()}/wchan")
+    stat = Path(f"/proc/self/task/{threading.get_native_id()}/stat")
     main = threading.get_ident()
 
     def interrupt() -> None:
         for number in range(20):
-            wait_until(lambda: "unix_wait_for_peer" in waits_in.read_text(), "it to wait")
+            wait_until(lambda: ") S " in stat.read_text(), "it to wait")
             signal.pthread_kill(main, signal.SIGUSR1)
             wait_until(partial(is_longer, interruptions, number), "it to be interrupted")
         os.kill(vsock_fabric.pid, signal.SIGCONT)
