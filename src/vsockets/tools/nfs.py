@@ -60,6 +60,7 @@ def serve(
     from ..bridges.nfs.nfs3 import DATA_SIZE, UDP_DATA_SIZE
     from ..bridges.nfs.places import Places
     from ..bridges.nfs.service import Service
+    from ..descriptors import allow_many_descriptors
 
     listen = listen or [Vsock(VMADDR_CID_HOST, PORT, datagram=True)]
     for locator in listen:
@@ -74,12 +75,17 @@ def serve(
 
     context = lasting_context(any(isinstance(locator, Vsock) for locator in listen))
     try:
+        allow_many_descriptors()  # each export keeps some hundred open
         places = Places(state or _default_state())
-        over_udp = any(isinstance(locator, Inet) for locator in listen)
-        service = Service(export, places, UDP_DATA_SIZE if over_udp else DATA_SIZE)
-        asyncio.run(server.serve(service, listen, context, opened))
-        service.close()
-        places.close()
+        try:
+            over_udp = any(isinstance(locator, Inet) for locator in listen)
+            service = Service(export, places, UDP_DATA_SIZE if over_udp else DATA_SIZE)
+            try:
+                asyncio.run(server.serve(service, listen, context, opened))
+            finally:
+                service.close()
+        finally:
+            places.close()
     except OSError as error:
         raise Failure(error.strerror or str(error)) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 from .exports import Identity
@@ -18,7 +19,8 @@ class Failed(Exception):
 
 
 class Caller(NamedTuple):
-    """Whose rights a call has, and in which export."""
+    """Whose rights a call has, in which export, and the guest it is from."""
 
     tree: Tree
     identity: Identity
+    guest: Hashable

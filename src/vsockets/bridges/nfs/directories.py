@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Callable
@@ -12,7 +14,8 @@ from .acting import acting_as
 from .attributes import apply, attributes_of, before
 from .caller import Caller, Failed
 from .handles import Signer
-from .listing import Listings
+from .limits import NFS_ENTRIES, NFS_NAMES
+from .listing import Listings, Name
 from .nfs3 import (
     Change,
     Device,
@@ -60,7 +63,7 @@ class Directories:
         folder = self._folder(caller, handle)
         _check(name)
         with acting_as(caller.identity):
-            found = caller.tree.look_up(folder, name)
+            found = caller.tree.look_up(folder, name, caller.guest)
         return self.signer.handle(found.identifier), attributes_of(found), attributes_of(folder)
 
     def create(self, caller: Caller, target: Target, how: tuple[int, Any]) -> Any:
@@ -75,7 +78,7 @@ class Directories:
                 if mode == How.GUARDED:
                     raise
                 made = False
-            found = caller.tree.look_up(folder, name)
+            found = caller.tree.look_up(folder, name, caller.guest)
             if mark is not None:
                 if not made and (found.state.atime, found.state.mtime) != tuple(
                     (seconds, 0) for seconds in mark
@@ -136,9 +139,9 @@ class Directories:
         here, old = self._place(caller, source)
         there, new = self._place(caller, target)
         with acting_as(caller.identity):
-            found = caller.tree.look_up(here, old)
+            found = caller.tree.look_up(here, old, caller.guest)
             try:
-                replaced = caller.tree.look_up(there, new)
+                replaced = caller.tree.look_up(there, new, caller.guest)
             except FileNotFoundError:
                 replaced = None
             os.rename(old, new, src_dir_fd=here.fd, dst_dir_fd=there.fd)
@@ -146,7 +149,7 @@ class Directories:
             if replaced is not None:
                 caller.tree.gone(there, new, replaced)
             caller.tree.gone(here, old, found)
-            caller.tree.arrived(there, new, found)
+            caller.tree.arrived(there, new, found, caller.guest)
         return self.change(caller, here), self.change(caller, there)
 
     def link(self, caller: Caller, handle: bytes, target: Target) -> Any:
@@ -156,31 +159,40 @@ class Directories:
             raise OSError(errno.EPERM, "a directory")
         with acting_as(caller.identity):
             os.link(found.path, name, dst_dir_fd=folder.fd, follow_symlinks=True)
-        caller.tree.arrived(folder, name, found)
+        caller.tree.arrived(folder, name, found, caller.guest)
         return attributes_of(caller.tree.again(found)), self.change(caller, folder)
 
     def readdir(
         self, caller: Caller, handle: bytes, cookie: int, verifier: bytes, size: int
     ) -> Any:
-        def describe(folder: Found, name: bytes, cookie: int) -> tuple[Entry, int]:
-            found = self._entry(caller, folder, name)
-            ino = found.state.ino if found is not None else cookie
+        def describe(folder: Found, found: Name) -> tuple[Entry, int]:
+            cookie, name, ino = found
+            if not ino:
+                with contextlib.suppress(OSError):  # the parent's place is not known
+                    ino = caller.tree.look_up(folder, name, caller.guest).state.ino
             return Entry(ino, name, cookie), _ENTRY + len(name)
 
-        return self._list(caller, handle, cookie, verifier, size, describe)
+        return self._list(caller, handle, cookie, verifier, size, describe, NFS_NAMES)
 
     def readdirplus(
         self, caller: Caller, handle: bytes, cookie: int, verifier: bytes, _: int, size: int
     ) -> Any:
-        def describe(folder: Found, name: bytes, cookie: int) -> tuple[EntryPlus, int]:
-            found = self._entry(caller, folder, name)
+        def describe(folder: Found, found: Name) -> tuple[EntryPlus, int] | None:
+            cookie, name, ino = found
             more: tuple[Any, Any] = (None, None)
-            if found is not None:
-                more = attributes_of(found), self.signer.handle(found.identifier)
-            ino = found.state.ino if found is not None else cookie
+            try:
+                with acting_as(caller.identity):
+                    file = caller.tree.look_up(folder, name, caller.guest)
+            except FileNotFoundError:  # gone since the names were read
+                return None
+            except OSError:  # of another file system
+                pass
+            else:
+                ino = file.state.ino
+                more = attributes_of(file), self.signer.handle(file.identifier)
             return EntryPlus(ino, name, cookie, *more), _ENTRY_PLUS + len(name)
 
-        return self._list(caller, handle, cookie, verifier, size, describe)
+        return self._list(caller, handle, cookie, verifier, size, describe, NFS_ENTRIES)
 
     def _list(
         self,
@@ -189,33 +201,32 @@ class Directories:
         cookie: int,
         verifier: bytes,
         size: int,
-        describe: Callable[[Found, bytes, int], tuple[Any, int]],
+        describe: Callable[[Found, Name], tuple[Any, int] | None],
+        most: int,
     ) -> Any:
         folder = self._folder(caller, handle)
         if cookie and verifier != self._listings.verifier:
             raise Failed(Status.BAD_COOKIE)
-        entries, position = self._listings.after(folder, cookie, caller.identity)
+        part, position = self._listings.after(caller.guest, folder, cookie, caller.identity)
         left = min(size, self.transfer) - _LISTING
         told: list[Any] = []
-        while position < len(entries):
-            number, name = entries[position]
-            entry, length = describe(folder, name, number)
-            if length > left:
-                break
-            left -= length
-            told.append(entry)
+        for found in itertools.islice(part.names, position, position + most):
+            described = describe(folder, found)
+            if described is not None:
+                entry, length = described
+                if length > left:
+                    if not told:
+                        raise Failed(Status.TOOSMALL)
+                    break
+                left -= length
+                told.append(entry)
             position += 1
-        if not told and position < len(entries):
-            raise Failed(Status.TOOSMALL)
-        done = position == len(entries)
+        done = position == len(part.names) and part.end is None
+        if not told and not done:
+            # All of them are gone.  The client needs a cookie to go on from.
+            cookie, name, ino = part.names[position - 1]
+            told.append(EntryPlus(ino, name, cookie, None, None))
         return attributes_of(folder), self._listings.verifier, tuple(told), done
-
-    def _entry(self, caller: Caller, folder: Found, name: bytes) -> Found | None:
-        try:
-            with acting_as(caller.identity):
-                return caller.tree.look_up(folder, name)
-        except OSError:  # gone meanwhile, or another file system
-            return None
 
     def _folder(self, caller: Caller, handle: bytes) -> Found:
         folder = self.found(caller, handle)
@@ -241,7 +252,7 @@ class Directories:
         folder, name = self._place(caller, target, new=True)
         with acting_as(caller.identity):
             make(folder.fd, name)
-            found = caller.tree.look_up(folder, name)
+            found = caller.tree.look_up(folder, name, caller.guest)
             if new.mode is not None:  # what a directory has from its parent stays
                 new = new._replace(mode=new.mode | found.state.mode & stat.S_ISGID)
             apply(found, new._replace(size=None))
@@ -255,7 +266,7 @@ class Directories:
     def _remove(self, caller: Caller, target: Target, remove: Callable[..., None]) -> Any:
         folder, name = self._place(caller, target)
         with acting_as(caller.identity):
-            found = caller.tree.look_up(folder, name)
+            found = caller.tree.look_up(folder, name, caller.guest)
             remove(name, dir_fd=folder.fd)
         caller.tree.gone(folder, name, found)
         return self.change(caller, folder)

@@ -26,14 +26,39 @@ NFS_QUEUE_FULL = 0.002
 NFS_OPEN = 512
 
 #: Places where a server knows files to be, the last told; about 200 bytes each.  The handle of a
-#: file that is in none of them has become stale.
+#: file that is in none of them has become stale.  When there are too many the guest that has most
+#: loses its oldest.
 NFS_PLACES = 1_000_000
+
+#: Places that are kept in memory while they cannot be written to the disk.
+NFS_UNSAVED = 100_000
+
+#: Bytes on the disk that are kept free for what was answered, for when it is full: the answers of
+#: some thousand calls.
+NFS_RESERVE = 4 << 20
 
 #: How deep a file may lie to be found by its handle.
 NFS_DEPTH = 256
 
-#: Listings of directories that a server remembers.
-NFS_LISTINGS = 16
+#: Names in one part of a listing, which take some 200 bytes each; and in all parts that a server
+#: remembers, and in those of one guest.
+NFS_LISTED = 200_000
+NFS_ALL_LISTED, NFS_GUEST_LISTED = 1_000_000, 250_000
+
+#: Names that are read from a directory before other calls are served: two milliseconds or so.  And
+#: directories with more names that are read at the same time, in all and by one guest.
+NFS_STEP = 500
+NFS_READING, NFS_GUEST_READING = 6, 1
+
+#: Entries of one READDIR, and of one READDIRPLUS, which takes a lookup for each: some milliseconds.
+NFS_NAMES, NFS_ENTRIES = 1024, 64
+
+#: How long calls are answered before the sockets are looked at again, in seconds; datagrams that
+#: are taken from one then, as many as a queue of the kernel usually holds; and calls of one guest
+#: that wait meanwhile: clients have a few on their way.
+NFS_TURN = 0.005
+NFS_DATAGRAMS = 512
+NFS_QUEUE = 64
 
 #: Bytes of a file that a client holds until the server has them on its disk.
 NFS_UNCOMMITTED = 4 << 20

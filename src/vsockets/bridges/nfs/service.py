@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
+from ...logs import by
 from . import mount, nfs3, rpc
 from .caller import Caller, Failed
 from .duplicates import Duplicates
@@ -19,6 +20,7 @@ from .places import Places
 from .procedures import Procedures
 from .rpc import Accepted, AuthSys, Denied, Flavor
 from .tree import Tree
+from .work import Later, Pending
 from .xdr import XdrError
 
 log = logging.getLogger("vsockets.nfs")
@@ -56,6 +58,7 @@ class Service:
         self._places = places
         self._duplicates = Duplicates()
         self._duplicates.restore(places.take_answers())
+        self._pending: set[Hashable] = set()  # calls that are answered later
 
     def close(self) -> None:
         """Let go of all files; the next server will know what was answered."""
@@ -63,8 +66,8 @@ class Service:
         for tree in self._trees:
             tree.close()
 
-    def answer(self, data: bytes, source: tuple[Any, ...]) -> bytes | None:
-        """The answer to a datagram from ``source``; None for what is no call."""
+    def answer(self, data: bytes, source: tuple[Any, ...]) -> bytes | Pending | None:
+        """The answer to a datagram from ``source``; None for what is no call, or is pending."""
         try:
             call, arguments = rpc.decode_call(data)
         except XdrError:
@@ -83,14 +86,30 @@ class Service:
                 return rpc.encode_denied(call.xid, Denied.AUTH_ERROR)
         elif call.credentials.flavor != Flavor.NONE:
             return rpc.encode_denied(call.xid, Denied.AUTH_ERROR)
-        reply = self._perform(call, arguments, guest, caller)
-        procedure = PROCEDURES.get(call.procedure)
-        if call.program == nfs3.PROGRAM and procedure is not None and procedure.changes:
-            self._duplicates.keep(guest, source, call.xid, data, reply)
-        return reply
+        if (source, call.xid) in self._pending:
+            return None
+
+        def answer(error: OSError | None = None) -> bytes | Pending:
+            self._pending.discard((source, call.xid))
+            try:
+                reply = self._perform(call, arguments, guest, caller, error)
+            except Later as later:
+                self._pending.add((source, call.xid))
+                return Pending(later.steps, answer)
+            procedure = PROCEDURES.get(call.procedure)
+            if call.program == nfs3.PROGRAM and procedure is not None and procedure.changes:
+                self._duplicates.keep(guest, source, call.xid, data, reply)
+            return reply
+
+        return answer()
 
     def _perform(
-        self, call: rpc.Call, arguments: bytes, guest: Any, caller: AuthSys | None
+        self,
+        call: rpc.Call,
+        arguments: bytes,
+        guest: Any,
+        caller: AuthSys | None,
+        error: OSError | None,
     ) -> bytes:
         perform = {nfs3.PROGRAM: self._nfs, mount.PROGRAM: self._mount}.get(call.program)
         if perform is None:
@@ -99,16 +118,27 @@ class Service:
             versions = nfs3.VERSION, nfs3.VERSION
             return rpc.encode_accepted(call.xid, Accepted.PROG_MISMATCH, versions=versions)
         try:
-            results = perform(call.procedure, arguments, guest, caller)
+            results = perform(call.procedure, arguments, guest, caller, error)
         except XdrError:
             return rpc.encode_accepted(call.xid, Accepted.GARBAGE_ARGS)
+        except Later:
+            raise
+        except Exception:
+            log.exception("a call has failed: a bug", extra=by(guest))
+            return rpc.encode_accepted(call.xid, Accepted.SYSTEM_ERR)
         if results is None:
             return rpc.encode_accepted(call.xid, Accepted.PROC_UNAVAIL)
         return rpc.encode_accepted(call.xid, Accepted.SUCCESS, results)
 
     def _nfs(
-        self, number: int, arguments: bytes, guest: Any, credentials: AuthSys | None
+        self,
+        number: int,
+        arguments: bytes,
+        guest: Any,
+        credentials: AuthSys | None,
+        error: OSError | None,
     ) -> bytes | None:
+        """Return the results of a procedure; with ``error``, that this has happened before."""
         if number == 0:
             return b""
         procedure = PROCEDURES.get(number)
@@ -119,14 +149,16 @@ class Service:
             decoded = (decoded,)
         status, content = Status.OK, None
         try:
+            if error is not None:
+                raise error
             caller = self._caller(decoded, guest, credentials, procedure.changes)
             content = getattr(self._procedures, procedure.name)(caller, *decoded)
         except Failed as failed:
             status = failed.status
         except ValueError:
             status = Status.BADHANDLE
-        except OSError as error:
-            status = _status_of(error)
+        except OSError as why:
+            status = _status_of(why, guest)
         return nfs3.encode_result(procedure, status, content)
 
     def _caller(
@@ -146,10 +178,15 @@ class Service:
             raise OSError(errno.EACCES, "not exported to this guest")
         if changes and tree.export.read_only:
             raise OSError(errno.EROFS, "exported for reading only")
-        return Caller(tree, tree.export.identity(credentials))
+        return Caller(tree, tree.export.identity(credentials), guest)
 
     def _mount(
-        self, number: int, arguments: bytes, guest: Any, credentials: AuthSys | None
+        self,
+        number: int,
+        arguments: bytes,
+        guest: Any,
+        credentials: AuthSys | None,
+        error: OSError | None,
     ) -> bytes | None:
         if number == mount.MNT:
             return self._grant(mount.path.unpack(arguments), guest)
@@ -171,19 +208,19 @@ class Service:
         for tree in self._trees:
             if os.fsencode(tree.export.path) == path.rstrip(b"/"):
                 if not tree.export.admits(guest):
-                    log.warning("%s: refused to %s", tree.export.path, guest)
+                    log.warning("%s: refused to %s", tree.export.path, guest, extra=by(guest))
                     break
-                log.info("%s: mounted by %s", tree.export.path, guest)
+                log.info("%s: mounted by %s", tree.export.path, guest, extra=by(guest))
                 return mount.grant(self._signer.handle(tree.root))
         # The same for what is not there, so that nobody learns what is.
         return mount.answer.pack((mount.Status.ACCES, None))
 
 
-def _status_of(error: OSError) -> Status:
+def _status_of(error: OSError, guest: Hashable) -> Status:
     if error.errno in _STATUSES:
         return _STATUSES[error.errno]
     try:
         return Status(error.errno or 0) if error.errno else Status.IO
     except ValueError:
-        log.warning("an error that NFS has no word for: %s", error)
+        log.warning("an error that NFS has no word for: %s", error, extra=by(guest))
         return Status.IO

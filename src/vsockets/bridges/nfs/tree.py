@@ -8,6 +8,7 @@ import hashlib
 import os
 import stat
 from collections import OrderedDict
+from collections.abc import Hashable
 from typing import NamedTuple
 
 from .exports import Export
@@ -63,15 +64,15 @@ class Tree:
         """Raises OSError ESTALE when it is not where it was."""
         return self._find(file, NFS_DEPTH)
 
-    def look_up(self, folder: Found, name: bytes) -> Found:
-        """What is called ``name`` in ``folder``.  Raises OSError."""
+    def look_up(self, folder: Found, name: bytes, guest: Hashable) -> Found:
+        """What is called ``name`` in ``folder``, for ``guest``.  Raises OSError."""
         if name == b".":
             return folder
         if name == b"..":
             return self._parent(folder)
         fd = open_beneath(folder.fd, name, _PLACE)
         found = self._keep(fd)
-        self._places.add(found.identifier, folder.identifier, name)
+        self._places.add(found.identifier, folder.identifier, name, guest)
         return found
 
     def gone(self, folder: Found, name: bytes, file: Found) -> None:
@@ -81,9 +82,9 @@ class Tree:
             if state_of(file.fd).nlink == 0:
                 self._forget(file.identifier)
 
-    def arrived(self, folder: Found, name: bytes, file: Found) -> None:
-        """``file`` is now called ``name`` in ``folder``."""
-        self._places.add(file.identifier, folder.identifier, name)
+    def arrived(self, folder: Found, name: bytes, file: Found, guest: Hashable) -> None:
+        """``file`` is now called ``name`` in ``folder``, by ``guest``."""
+        self._places.add(file.identifier, folder.identifier, name, guest)
 
     def again(self, found: Found) -> Found:
         """The same file, as it is by now.  Raises OSError."""
