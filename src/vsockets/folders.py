@@ -127,6 +127,20 @@ class SocketFile:
 
 
 @contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Have ``folder`` as the current directory; for a process of one thread."""
+    before = os.open(".", _FOLDER)
+    try:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.fchdir(before)
+    finally:
+        os.close(before)
+
+
+@contextlib.contextmanager
 def file_mode(mode: int) -> Iterator[None]:
     """Give sockets that the process binds in this context ``mode``, from the first moment on."""
     usual = os.umask(0o777 & ~mode)

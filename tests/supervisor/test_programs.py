@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import sys
 
 import pytest
 
@@ -124,3 +125,30 @@ def test_the_header_in_cplusplus_and_beside_linuxs_own(compile_c: Compile) -> No
 def test_where_the_header_is(vsock: Vsock) -> None:
     folder = vsock("include-dir").stdout.strip()
     assert subprocess.run(["test", "-r", f"{folder}/vmci_sockets.h"], check=False).returncode == 0
+
+
+#: What recvfrom() says of the sender, at both ends of a stream.
+SENDERS = """
+import ctypes, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def sender(sock):
+    address, size = ctypes.create_string_buffer(200), ctypes.c_int(200)
+    data = ctypes.create_string_buffer(10)
+    assert libc.recvfrom(sock.fileno(), data, 10, 0, address, ctypes.byref(size)) == 1
+    return address.raw[2 : size.value].rstrip(b"\\0").decode()
+for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+    with socket.socket(40, kind) as server, socket.socket(40, kind) as client:
+        server.bind((0xFFFFFFFF, 0xFFFFFFFF))
+        server.listen()
+        client.connect((1, server.getsockname()[1]))
+        accepted, _ = server.accept()
+        with accepted:
+            accepted.send(b"x")
+            client.send(b"x")
+            print(repr(sender(client)), repr(sender(accepted)))
+"""
+
+
+def test_the_sender_on_a_stream_is_no_path_of_vsockds(vsock: Vsock) -> None:
+    done = vsock("run", sys.executable, "-c", SENDERS)
+    assert done.stdout.splitlines() == ["'stream' ''", "'seqpacket' ''"]

@@ -222,8 +222,8 @@ class RunningContexts:
     def _open_doors(self, context: Context, without_hybrid: bool = False) -> None:
         """Make a context's sockets; ``without_hybrid`` rather than not at all."""
         common = self._loop, self._broker, context
-        folder, held = self.folder_of(context), self._held / str(context.cid)
-        doors = self._doors[context] = [Doors(*common, folder, held, self._trash)]
+        folder = self._held / str(context.cid)
+        doors = self._doors[context] = [Doors(*common, folder, self._trash)]
         try:
             if context.hybrid:
                 doors.append(HybridDoor(*common, Path(context.hybrid)))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ..constants import VMADDR_CID_HOST
 from ..fabric import Context, Kind
-from ..folders import file_mode
+from ..folders import file_mode, working_in
 from ..limits import CONTROL_BACKLOG
-from ..state_folder import SEQPACKET, STREAM, short_path
+from ..state_folder import SEQPACKET, STREAM
 from .accepting import Acceptor
 from .broker import Broker
 from .loop import Loop
@@ -41,37 +41,37 @@ class Doors:
         broker: Broker,
         context: Context,
         folder: Path,
-        held: Path,
         trash: Trash,
     ) -> None:
-        """Make them.  ``held`` leads to ``folder``, also when that is moved or replaced.
+        """Make them.  ``folder`` leads to theirs, also when that is moved or replaced.
 
         OSError when they cannot be made.
         """
-        self._held = held
+        self._folder = folder
         self._trash = trash
         self._doors: list[Acceptor] = []
         is_host = context.cid == VMADDR_CID_HOST
-        if held.is_dir():  # what could not be removed before
-            trash.discard(held)
-        held.mkdir(mode=0o700)
+        if folder.is_dir():  # what could not be removed before
+            trash.discard(folder)
+        folder.mkdir(mode=0o700)
         try:
             for kind, name, sock_type in _DOORS:
                 listener = socket.socket(socket.AF_UNIX, sock_type | socket.SOCK_NONBLOCK)
                 admit = partial(broker.admit, context, kind)
                 who = f"a program of context {context.cid}"
                 self._doors.append(Acceptor(loop, listener, who, admit))
-                with short_path(folder / name) as path, file_mode(0o666 if is_host else 0o600):
-                    listener.bind(path)
+                # A client can see what its connection was bound to: so that is no path.
+                with working_in(folder), file_mode(0o666 if is_host else 0o600):
+                    listener.bind(name)
                 # Connections inherit it: the kernel tells who writes each request.
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 if context.is_guest and context.owner != os.geteuid():
-                    os.chown(held / name, context.owner, -1, follow_symlinks=False)
+                    os.chown(folder / name, context.owner, -1, follow_symlinks=False)
                 listener.listen(CONTROL_BACKLOG)
             if is_host:
-                held.chmod(0o755)
+                folder.chmod(0o755)
             elif context.is_guest:
-                held.chmod(0o711)
+                folder.chmod(0o711)
         except OSError:
             self.close()
             raise
@@ -80,7 +80,7 @@ class Doors:
         """Let nobody in any more, and remove the folder."""
         for door in self._doors:
             door.close()
-        remove(self._held, self._trash)
+        remove(self._folder, self._trash)
 
 
 def remove(folder: Path, trash: Trash) -> None:
