@@ -23,11 +23,16 @@ class SocketRemoval:
 
     def __init__(self, file: SocketFile) -> None:
         self._child, theirs = socket.socketpair()
-        if os.fork() == 0:
-            try:
-                _remove_afterwards(file, theirs.detach())
-            finally:
-                os._exit(0)
+        # A signal to both must not end the child before it ignores them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            if os.fork() == 0:
+                try:
+                    _remove_afterwards(file, theirs.detach())
+                finally:
+                    os._exit(0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
 
     def finish(self) -> None:
