@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
 
-.PHONY: demo test bench clean test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test bench exhaustion clean test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 demo: .venv/ready
 	$(BIN)/vsock demo
@@ -37,6 +37,10 @@ test-mypy:
 
 bench: .venv/ready
 	$(BIN)/python -m bench
+
+# What one guest's connects take while another one attacks vsockd.
+exhaustion: .venv/ready
+	PYTHONPATH=tests $(BIN)/python -m daemon.exhaustion
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

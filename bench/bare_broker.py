@@ -17,7 +17,7 @@ from socket import AF_UNIX, CMSG_LEN, SCM_RIGHTS, SO_PEERCRED, SOCK_STREAM, SOL_
 from typing import NoReturn
 
 from vsockets.attachment import wait_readable
-from vsockets.daemon.watch import StreamWatch
+from vsockets.daemon.watch import Group
 from vsockets.limits import CONNECT_TIMEOUT
 from vsockets.wire import RECORD_SIZE, REQUEST_SIZE
 
@@ -49,7 +49,7 @@ def connect(sock: socket.socket, path: str) -> None:
 
 def serve(door: socket.socket, service: socket.socket) -> NoReturn:
     """Broker every connection to ``door``."""
-    epoll, watch, numbers = select.epoll(), StreamWatch(), count(1)
+    epoll, watch, numbers = select.epoll(), Group(), count(1)
     epoll.register(door, select.EPOLLIN)
     while True:
         epoll.poll()

@@ -105,7 +105,13 @@ class Attachment:
             ancillary = []
             if fd is not None:
                 ancillary = [(SOL_SOCKET, SCM_RIGHTS, _FD.pack(fd))]
-            sock.sendmsg([request.encode()], ancillary)
+            try:
+                sock.sendmsg([request.encode()], ancillary)
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS:
+                    raise
+                reason = "this user has too many descriptors in flight"
+                raise OSError(errno.ENOBUFS, reason) from None
             data, came, _, _ = sock.recvmsg(
                 RECORD_SIZE, socket.CMSG_LEN(_FD.size), socket.MSG_CMSG_CLOEXEC
             )

@@ -39,21 +39,52 @@ REQUEST_TIMEOUT = 10.0
 #: seconds.  The library's request is in the socket before vsockd looks.
 SILENT_CLIENT = 10.0
 
+#: What is served of one party in a turn of vsockd's loop, besides a new connection at each control
+#: socket: requests, which take some 40 microseconds each, and connections that have ended; and the
+#: parties whose turn it is.  So who has thousands of requests waiting keeps others waiting for less
+#: than a millisecond.
+REQUESTS_A_TURN = 16
+ENDS_A_TURN = 64
+PARTIES_A_TURN = 64
+
+#: Answers of vsockd that wait for one client to read them.  Programs read one before they ask
+#: again; each is memory of the host's kernel.
+UNREAD_ANSWERS = 4
+
+#: How soon vsockd tries again to announce a connection that could not be announced, in seconds.
+ANNOUNCE_AGAIN = 0.02
+
 #: How soon vsockd looks again for a stream that must end and was in no process it could look
 #: into, in seconds: a guest's users expect its end within 100 ms.  Then half as often each
 #: time, down to the second number.
 CUT_AGAIN_AFTER = 0.01
 CUT_AGAIN_AT_MOST = 1.0
 
-#: How soon vsockd looks whether a socket that it reaches by a name has been closed, in seconds, and
-#: then half as often each time, down to the second number.  Whoever asks for its port, or connects
-#: to it, need not wait for that.
+#: How soon vsockd looks whether sockets that it reaches by a name have been closed, in seconds, and
+#: then half as often each time, down to the second number.  Whoever asks for their ports, or
+#: connects to them, need not wait for that.
 SWEEP_AFTER = 1.0
-SWEEP_AT_THE_LATEST = 60.0
+SWEEP_AT_THE_LATEST = 10.0
 
 #: How often what guests hold is counted anew for one that has reached a limit, in seconds at
 #: least: counting costs about as much as a hundred requests.
 COUNT_AGAIN = 0.05
+
+#: Datagram sockets of a party that vsockd looks at for each new one of it, whether they are open:
+#: then those that are not are half as many as the others at most.
+LOOKS_A_BIND = 3
+
+#: Sockets with names that are looked at in one go: some 200 microseconds.
+LOOKS_A_PIECE = 64
+
+#: Streams that are watched together: a look at one costs a look at all of these, some 150
+#: microseconds. Each group is two descriptors; with very many streams groups become larger instead
+#: of more.
+STREAMS_A_GROUP = 128
+STREAM_GROUPS = 512
+
+#: How often a party may have vsockd find out whether one stream has ended, a second.
+LOOKS_A_SECOND = 200
 
 #: How often vsockd looks at how much a guest with many datagram routes has on its way, in
 #: seconds: what a guest sends too much in that time, the host's memory can bear.

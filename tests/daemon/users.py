@@ -54,6 +54,16 @@ def user(uid: int) -> Iterator[None]:
         os.seteuid(before)
 
 
+def as_nobody(*command: str) -> list[str]:
+    """The command, run as a user without privileges if this process is root."""
+    if os.geteuid() != 0:
+        return list(command)
+    # Python may be in a folder that only root enters.
+    kept = "-all,+dac_override,+dac_read_search"
+    caps = ("--inh-caps", kept, "--ambient-caps", kept, "--bounding-set", kept)
+    return ["setpriv", "--reuid", str(NOBODY), "--clear-groups", *caps, *command]
+
+
 def ask_by_program(
     program: Path,
     fabric: PrivateFabric,

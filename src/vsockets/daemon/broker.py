@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from itertools import count
+from itertools import count, islice
 from socket import (
     AF_UNIX,
     SO_SNDBUF,
@@ -16,26 +16,31 @@ from socket import (
     SOCK_SEQPACKET,
     SOCK_STREAM,
     SOL_SOCKET,
+    socketpair,
 )
 from time import monotonic
 from typing import Any
 
 from .. import logs
 from ..constants import VMADDR_PORT_ANY
-from ..fabric import Context, Denied, Endpoint, Fabric, Kind, Refused
+from ..fabric import Connection, Context, Denied, Endpoint, Fabric, Kind, Party, Refused
 from ..limits import (
+    ANNOUNCE_AGAIN,
     DEFAULT_BUFFER_SIZE,
     LARGEST_SEND_BUFFER,
+    LOOKS_A_PIECE,
     SILENT_CLIENT,
     SWEEP_AFTER,
     SWEEP_AT_THE_LATEST,
+    UNREAD_ANSWERS,
 )
 from ..wire import Flag, Op, ProtocolError, Record, Request, Role
 from . import reserve
 from .allowance import Allowance
 from .audit import OPERATIONS, Audit
 from .capturing import capture
-from .channel import Channel, consume, take_socket
+from .channel import Channel, consume, send_descriptor, take_socket
+from .chores import Chores
 from .credentials import peer_credentials
 from .datagrams import Datagrams
 from .descriptions import (
@@ -45,9 +50,16 @@ from .descriptions import (
     describe_offer,
 )
 from .kernel_link import KernelLink
-from .listeners import AnnouncedListener, Listener, NamedListener
+from .listeners import (
+    SHORTAGE,
+    AnnouncedListener,
+    Listener,
+    NamedListener,
+    leaves_answers_unread,
+)
 from .loop import Loop
 from .named import NamedSocket, bind_to_name, cookie_of, probe_of
+from .offers import OfferLink
 from .questions import Questions
 from .streams import Streams
 
@@ -56,8 +68,8 @@ log = logging.getLogger(__name__)
 # Names of our own: looking a member up in its enum costs as much as a short function.
 _STREAM, _SEQPACKET = Kind.STREAM, Kind.SEQPACKET
 _UNPRIVILEGED = int(Flag.UNPRIVILEGED)
-#: Why a listener can be sent no connection again: it was shut down (SHUT_RD), or closed.
-_DEAF = (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED)
+#: Holders of sockets with names that are looked at for a party that is at its limit.
+_HOLDERS = 16
 
 
 class Broker:
@@ -68,21 +80,27 @@ class Broker:
 
     def __init__(self, loop: Loop, fabric: Fabric, audit: Audit) -> None:
         self.fabric = fabric
-        self.datagrams = Datagrams(loop, fabric)
+        self._chores = Chores(loop)
+        self.datagrams = Datagrams(loop, fabric, self._chores)
         self._audit = audit
         self._loop = loop
-        self.streams = Streams(loop, fabric)
+        self.streams = Streams(loop, fabric, self._chores)
         self._questions = Questions(fabric, self.streams, self.datagrams)
         self._channels: dict[Context, set[Channel]] = {}
-        #: those that hold sockets with names, by their secrets
+        #: those that hold sockets with names, by their secrets, the one longest not looked at first
         self._holders: dict[int, Channel] = {}
         self._names = count(1)
         self._sweep_delay: float | None = None  # None: no timer is set
         for type_ in (SOCK_STREAM, SOCK_DGRAM):  # so that vsockd has as many descriptors always
             probe_of(int(type_))
+        #: those that sent no request yet, and when each is given up, the first to be so first
+        self._silent: dict[Channel, float] = {}
+        #: those with connections that could not be announced
+        self._held: dict[Listener, None] = {}
+        self._cannot_send = False  # a descriptor to anybody, when it was last tried
         #: silent ones that take the reserve's place, the longest first
         self._brief: dict[Channel, None] = {}
-        self._allowance = Allowance(self.refresh, self._listening)
+        self._allowance = Allowance(self._forget_some)
         self._operations: dict[int, Callable[[Channel, Request], bool]] = {
             Op.BIND: self._bind,
             Op.LISTEN: self._listen,
@@ -102,11 +120,12 @@ class Broker:
         """Forget every socket that has gone, as of now."""
         self.streams.reap()
         self.datagrams.sweep()
-        self._sweep_holders()
+        self._look_at_holders(len(self._holders))
 
     def count_waiting(self) -> None:
         """Find out which connections have been accepted, as of now: nobody says so."""
-        self._allowance.count_waiting()
+        for listener in self._listening():
+            listener.count_waiting()
 
     # Channels
 
@@ -178,7 +197,9 @@ class Broker:
         channel.silent = True
         channel.party.pending += 1
         self._keep(channel)
-        self._loop.call_later(SILENT_CLIENT, lambda: self._close_if_silent(channel))
+        if not self._silent:
+            self._loop.call_later(SILENT_CLIENT, self._close_silent)
+        self._silent[channel] = monotonic() + SILENT_CLIENT
         if not reserve.may_stay(channel.sock.fileno()):
             # A program that means well says something within microseconds.
             self._brief[channel] = None
@@ -198,6 +219,10 @@ class Broker:
         except BlockingIOError:
             return
         self._has_spoken(channel)
+        channel.requests += 1
+        if channel.requests % UNREAD_ANSWERS == 0 and leaves_answers_unread(channel):
+            self._log(logging.INFO, channel, "it reads no answers")
+            data = b""
         if not (data and self._serve(channel, data)):
             self._drop(channel)
 
@@ -222,20 +247,37 @@ class Broker:
         self._has_spoken(channel)
         if channel.listener is not None:
             channel.listener.close()
+            self._held.pop(channel.listener, None)
             self._holders.pop(channel.secret, None)
         if channel.endpoint is not None:
             self.fabric.unbind(channel.endpoint)
         channel.sock.close()
 
-    def _sweep_holders(self) -> None:
-        """Drop the holders of sockets that have been closed: the kernel does not say when."""
-        for channel in list(self._holders.values()):
+    def _forget_some(self, party: Party | None = None) -> None:
+        """Forget some of what has been closed, and as a chore the rest: of ``party``, or all."""
+        self.streams.reap_some()
+        self._look_at_holders(_HOLDERS)
+        self._chores.start(self, self._sweep_holders())
+        if party is None:
+            self.datagrams.look_through_all()
+        else:
+            self.datagrams.look_some(party)
+
+    def _look_at_holders(self, number: int) -> None:
+        """Drop those of ``number`` holders whose sockets have been closed: nothing tells that."""
+        for secret, channel in list(islice(self._holders.items(), number)):
+            del self._holders[secret]
+            self._holders[secret] = channel
             self._drop_if_closed(channel.listener)
+
+    def _sweep_holders(self) -> Iterator[None]:
+        for _ in range(0, len(self._holders), LOOKS_A_PIECE):
+            self._look_at_holders(LOOKS_A_PIECE)
+            yield
 
     def _drop_if_closed(self, target: object) -> None:
         if isinstance(target, Listener) and not target.is_open():
-            target.channel.send(Record(errno.EBADF).encode())  # not that vsockd has ended
-            self._drop(target.channel)
+            self._drop_deaf(target)
 
     def _sweep_later(self) -> None:
         if self._sweep_delay is None:
@@ -244,7 +286,7 @@ class Broker:
 
     def _sweep_again(self) -> None:
         assert self._sweep_delay is not None
-        self._sweep_holders()
+        self._chores.start(self, self._sweep_holders())
         if self._holders:
             self._loop.call_later(self._sweep_delay, self._sweep_again)
             self._sweep_delay = min(self._sweep_delay * 2, SWEEP_AT_THE_LATEST)
@@ -256,9 +298,15 @@ class Broker:
             channel.silent = False
             channel.party.pending -= 1
             self._brief.pop(channel, None)
+            del self._silent[channel]
 
-    def _close_if_silent(self, channel: Channel) -> None:
-        if channel.silent and channel in self._channels.get(channel.context, ()):
+    def _close_silent(self) -> None:
+        now = monotonic()
+        while self._silent:
+            channel, end = next(iter(self._silent.items()))
+            if end > now:
+                self._loop.call_later(end - now, self._close_silent)
+                return
             pid = channel.credentials.pid
             log.debug("pid %d connected and said nothing", pid, extra=logs.by(channel.party))
             self._drop(channel)
@@ -330,7 +378,7 @@ class Broker:
     def _bind(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is not None:
             raise Refused(errno.EINVAL, "the socket is bound")
-        reserve.require_free(channel.sock.fileno())
+        self._require_free(channel.sock.fileno())
         endpoint = self._claim(channel, channel.kind, request, request.cookie)
         endpoint.sizes = request.sizes()
         channel.endpoint = endpoint
@@ -389,8 +437,9 @@ class Broker:
         return True
 
     def _update(self, channel: Channel, request: Request) -> bool:
-        if channel.endpoint is not None:
-            channel.endpoint.sizes = request.sizes()
+        if channel.endpoint is None:
+            raise ProtocolError("an update of a socket that is not bound")
+        channel.endpoint.sizes = request.sizes()
         consume(channel.sock, channel.kind, request.polling)
         return True
 
@@ -417,37 +466,25 @@ class Broker:
         if not target.has_room():
             self._drop_if_closed(target)
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
+        if self._held:
+            self._require_announcement(channel, target)
         connection = fabric.connect(
             context, listener, bound, request.sizes(), asker.credentials, request.cookie
         )
-        if bound is not None and not listener.undecided:
-            channel.endpoint = None
-        fd = sock.fileno()
-        if connection.size != DEFAULT_BUFFER_SIZE and not listener.undecided:
-            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, LARGEST_SEND_BUFFER))
-        if listener.undecided:
-            self.streams.lend(fd, connection.number)
-            accepting = describe_offer(connection, channel.offer_flags, request.polling)
-        else:
-            self.streams.add(fd, connection.number)
-            # The answer goes first: once the listener has the descriptor it may write.
-            channel.send(describe_connecting(connection))
-            if request.flags or channel.kind is _SEQPACKET:
-                consume(sock, channel.kind, request.polling)
-            accepting = describe_accepting(connection)
-            if not channel.is_kernel:
-                channel.expect_requests(False)
         try:
-            target.announce(accepting, channel)
-        except OSError as error:
-            reason = f"connection to {listener.address} lost: {error}"
-            self._log(logging.WARNING, channel, reason)
-            fabric.end(connection.number)
-            if error.errno in _DEAF and isinstance(target, Listener):
-                target.channel.send(Record(errno.EBADF).encode())
-                self._drop(target.channel)
             if listener.undecided:
-                self._answer(channel, request, Record(errno.ECONNRESET).encode())
+                self.streams.lend(channel, connection)
+            else:
+                connection.watch = self.streams.add(sock.fileno(), connection.number)
+        except OSError as error:  # of memory, or of epoll registrations (epoll(7))
+            fabric.end(connection.number)
+            raise Refused(errno.ENOBUFS, f"the stream cannot be watched: {error}") from None
+        if listener.undecided:
+            self._offer(channel, request, connection, target)
+        else:
+            if bound is not None:
+                channel.endpoint = None
+            self._hand_over(channel, request, connection, target)
         if channel.is_kernel:
             self._questions.welcome(connection)
         self.streams.reap_sometimes()
@@ -465,10 +502,89 @@ class Broker:
         channel.endpoint, holder.endpoint = holder.endpoint, None
         holder.moved = channel
 
+    def _hand_over(
+        self, channel: Channel, request: Request, connection: Connection, target: Listener
+    ) -> None:
+        """Answer a program that has connected, and announce it to the listening one."""
+        sock = channel.sock
+        if connection.size != DEFAULT_BUFFER_SIZE:
+            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, LARGEST_SEND_BUFFER))
+        # The answer goes first: once the listener has the descriptor it may write.
+        channel.send(describe_connecting(connection))
+        if request.flags or channel.kind is _SEQPACKET:
+            consume(sock, channel.kind, request.polling)
+        if not channel.is_kernel:
+            channel.expect_requests(False)
+        record = describe_accepting(connection)
+        try:
+            target.announce(record, sock.fileno(), channel.party)
+        except OSError as error:
+            waits = error.errno in SHORTAGE
+            what = "waits to be announced" if waits else "lost"
+            reason = f"connection to {connection.peer} {what}: {error}"
+            self._log(logging.WARNING, channel, reason)
+            if waits:
+                target.hold(record, sock.fileno(), channel.party)
+                if not self._held:
+                    self._loop.call_later(ANNOUNCE_AGAIN, self._announce_held)
+                self._held[target] = None
+                self._cannot_send |= error.errno != errno.EAGAIN  # that is of this listener
+            else:
+                self.fabric.end(connection.number)
+                self._drop_deaf(target)
+
+    def _drop_deaf(self, target: Listener) -> None:
+        """Drop a listening program that will read no announcement: it has shut that down, or its
+        socket is closed.
+        """
+        target.channel.send(Record(errno.EBADF).encode())  # not that vsockd has ended
+        self._drop(target.channel)
+
+    def _offer(
+        self, channel: Channel, request: Request, connection: Connection, target: OfferLink
+    ) -> None:
+        """Leave it to a device whether a program that connects is let in."""
+        record = describe_offer(connection, channel.offer_flags, request.polling)
+        try:
+            target.announce(record, channel)
+        except OSError as error:
+            reason = f"connection to {connection.peer} lost: {error}"
+            self._log(logging.WARNING, channel, reason)
+            self.fabric.end(connection.number)
+            code = errno.ENOBUFS if error.errno in SHORTAGE else errno.ECONNRESET
+            self._answer(channel, request, Record(code).encode())
+
+    def _announce_held(self) -> None:
+        """Announce connections that could not be announced when they were made."""
+        for target in list(self._held):
+            try:
+                if target.announce_held():
+                    self._held.pop(target, None)
+            except OSError:
+                self._drop_deaf(target)
+        if self._held:
+            self._loop.call_later(ANNOUNCE_AGAIN, self._announce_held)
+
+    def _require_announcement(self, channel: Channel, target: object) -> None:
+        """Refuse a connection that could not be announced, while there are some that were not:
+        then it is not answered, and need not wait.
+        """
+        if self._cannot_send:
+            ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
+            with ours, theirs:
+                try:
+                    send_descriptor(ours, b"\0", channel.sock.fileno())
+                except OSError as error:
+                    raise Refused(errno.ENOBUFS, f"no descriptor can be sent: {error}") from None
+            self._cannot_send = False
+        if target in self._held:
+            raise Refused(errno.ENOBUFS, "others wait to be announced to the same listener")
+
+
     def _bind_datagram(self, channel: Channel, request: Request) -> bool:
         sock = take_socket(channel, SOCK_DGRAM)
         with closing(sock):
-            reserve.require_free(sock.fileno())
+            self._require_free(sock.fileno())
             if self.datagrams.find_socket(channel.context, sock) is not None:
                 raise Refused(errno.EINVAL, "the datagram socket is bound")
             endpoint = self._adopt(channel, request, sock)
@@ -478,7 +594,7 @@ class Broker:
     def _route(self, channel: Channel, request: Request) -> bool:
         sock = take_socket(channel, SOCK_DGRAM)
         with closing(sock):
-            reserve.require_free(sock.fileno())
+            self._require_free(sock.fileno())
             source = channel.sender = self.datagrams.find_socket(channel.context, sock)
             asker = channel.asker
             wanted = (channel.context, request.peer_cid, request.peer_port, asker)
@@ -489,12 +605,14 @@ class Broker:
                 # reach of where the socket is bound now.
                 destination = self.fabric.find_datagram(*wanted, source)
         route = self.datagrams.route(source, destination)
-        channel.send_descriptor(
-            Record(
-                0, 0, *source.address, *destination.address, Role.DATAGRAM, *destination.owner
-            ).encode(),
-            route.fileno(),
+        record = Record(
+            0, 0, *source.address, *destination.address, Role.DATAGRAM, *destination.owner
         )
+        try:
+            channel.send_descriptor(record.encode(), route.sock.fileno())
+        except Refused:
+            route.revoke()
+            raise
         return False
 
     def _catch_all(self, channel: Channel, request: Request) -> bool:
@@ -543,10 +661,12 @@ class Broker:
             if refused.errno != errno.EADDRINUSE:
                 raise
         # Held, as far as is known: ask the kernel whether its holder is still there.
-        self.streams.reap()
         ports = channel.context.datagrams if kind is Kind.DATAGRAM else channel.context.connected
         holder = ports.get(request.local_port)
-        if isinstance(holder, Endpoint) and holder.kind is Kind.DATAGRAM:
+        if isinstance(holder, Connection):
+            if self._allowance.may_look(channel.party):
+                self.streams.reap_one(holder)
+        elif holder is not None and holder.kind is Kind.DATAGRAM:
             self.datagrams.is_open(holder)
         elif isinstance(holder, Endpoint):
             self._drop_if_closed(holder.handle)
@@ -556,7 +676,15 @@ class Broker:
         endpoint = self._claim(channel, Kind.DATAGRAM, request)
         try:
             self.datagrams.adopt(endpoint, sock)
-        except Refused:
+        except BaseException:
             self.fabric.unbind(endpoint)
             raise
         return endpoint
+
+    def _require_free(self, fd: int) -> None:
+        """Refuse to keep a descriptor when few are left, and look for some that are not needed."""
+        try:
+            reserve.require_free(fd)
+        except Refused:
+            self._forget_some()
+            raise

@@ -19,10 +19,11 @@ from socket import (
 )
 from typing import TYPE_CHECKING
 
-from ..fabric import Context, Credentials, Endpoint, Kind
+from ..fabric import Context, Credentials, Endpoint, Kind, Refused
 from ..passing import dispose
 from ..wire import PADDING, REQUEST_SIZE, ProtocolError
 from .credentials import UCRED, Author, Deputy, Peer
+from .watch import Group
 
 if TYPE_CHECKING:
     from .listeners import Listener
@@ -39,6 +40,11 @@ _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 #: How a request is read: from a stream, and from a packet socket.
 TAKE = int(MSG_DONTWAIT)
 LOOK = int(MSG_DONTWAIT | MSG_PEEK)
+
+#: Why a descriptor cannot be sent now, although it can later: its user has too many in flight
+#: already, or memory is short, or the receiver has not read what was sent before.
+SHORTAGE = (errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
+
 _SOCKET, _RIGHTS = int(SOL_SOCKET), int(SCM_RIGHTS)
 _PASSCRED = int(SO_PASSCRED)
 
@@ -51,6 +57,7 @@ class Channel(Peer):
     endpoint: Endpoint | None = None
     sender: Endpoint | None = None  # of the datagram socket that came with its request
     silent = False  # it is kept, and nothing was read from it yet
+    requests = 0  # that were read from it since it has been kept
     is_kernel = False  # it speaks for a guest's kernel, which chooses the ports it connects from
     asks_once = False  # after a refusal there is nothing more to be said
     deputy: Deputy | None = None  # another process wrote the request that was read last
@@ -60,6 +67,7 @@ class Channel(Peer):
     secret = 0  # of BIND_SOCKET
     #: the channel of the socket itself, which its endpoint went to with a CONNECT
     moved: Channel | None = None
+    watch: Group | None = None  # that its socket was registered in when it was lent
 
     def __init__(
         self, sock: _socket.socket, context: Context, kind: Kind, credentials: Credentials
@@ -104,12 +112,21 @@ class Channel(Peer):
                 raise
 
     def send_descriptor(self, record: bytes, fd: int) -> None:
-        """Write an answer with a descriptor; as :meth:`send`."""
+        """Write an answer with a descriptor; as :meth:`send`.
+
+        Refused with ENOBUFS where the descriptor cannot be sent now.
+        """
         try:
-            self.sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
+            send_descriptor(self.sock, record, fd)
         except OSError as error:
+            if error.errno in (errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS):
+                raise Refused(errno.ENOBUFS, f"the answer cannot be sent: {error}") from None
             if error.errno not in (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET):
                 raise
+
+def send_descriptor(sock: _socket.socket, record: bytes, fd: int) -> None:
+    """Send a record with a descriptor.  OSError when there is no room, or no receiver."""
+    sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
 
 
 def consume(sock: _socket.socket, kind: Kind, polling: bool) -> None:

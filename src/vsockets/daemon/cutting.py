@@ -25,7 +25,7 @@ from ..limits import CUT_AGAIN_AFTER, CUT_AGAIN_AT_MOST
 from .holders import copied, opened, processes, sockets_of
 from .loop import Loop
 from .named import cookie_of
-from .watch import StreamWatch
+from .watch import Group
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,8 @@ log = logging.getLogger(__name__)
 class Cutter:
     """The streams that must end and have not yet."""
 
-    def __init__(self, loop: Loop, streams: StreamWatch) -> None:
+    def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._streams = streams
         self._doomed: dict[int, Connection] = {}
         self._delay: float | None = None  # until the next try; None: there is none
 
@@ -61,7 +60,10 @@ class Cutter:
             self._loop.call_later(self._delay, self._try_again)
 
     def _try(self) -> None:
-        present = self._streams.present()
+        groups = {one.watch for one in self._doomed.values() if isinstance(one.watch, Group)}
+        present: dict[int, int] = {}
+        for group in groups:
+            present.update(group.present())
         for number in [number for number in self._doomed if number not in present]:
             del self._doomed[number]
         if not self._doomed:

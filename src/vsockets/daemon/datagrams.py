@@ -8,6 +8,11 @@ each datagram, so the source it sees is the true one, and no datagram passes thr
 
 vsockd keeps a duplicate of every route: shutting it down takes the route away from the
 program, which a port needs before it can be given to somebody else.
+
+The kernel does not tell when a datagram socket is closed, so vsockd looks.  Each new socket pays
+for a look at three others of its party, which keeps those that have been closed to half as many as
+the open ones; a party at its limit, a timer, and a shortage of descriptors have all of them looked
+at, as a chore (:mod:`.chores`).
 """
 
 from __future__ import annotations
@@ -17,38 +22,51 @@ import errno
 import os
 import secrets
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from socket import AF_UNIX, SHUT_RD, SOCK_DGRAM
 from typing import NamedTuple
 
-from ..fabric import Context, Endpoint, Fabric, Refused, Rule
-from ..limits import DATAGRAM_ROUTES, OUTFLOW_WATCH
+from ..fabric import Context, Endpoint, Fabric, Party, Refused, Rule
+from ..limits import (
+    DATAGRAM_ROUTES,
+    LOOKS_A_BIND,
+    LOOKS_A_PIECE,
+    OUTFLOW_WATCH,
+    SWEEP_AFTER,
+    SWEEP_AT_THE_LATEST,
+)
 from ..wire import encode_source
+from .chores import Chores
 from .lives import end_sockets, is_other_life, socket_name
 from .loop import Loop
 from .named import NamedSocket, bind_to_name, cookie_of
-from .outflow import Outflow, queued_on
+from .outflow import Outflow, Route, queued_on
 
 
 @dataclass(slots=True, eq=False)
 class DatagramSocket(NamedSocket):
     """What vsockd holds of a program's datagram socket: not the socket, only ways to it."""
 
-    outflow: Outflow  #: of its context
-    routes: dict[tuple[int, int], _socket.socket] = field(default_factory=dict)
-
-    def revoke(self, destination: tuple[int, int]) -> None:
-        """Take back the route to ``destination``, if there is one."""
-        route = self.routes.pop(destination, None)
-        if route is not None:
-            self.outflow.revoke(route)
+    outflow: Outflow  #: of its party
+    routes: dict[tuple[int, int], Route] = field(default_factory=dict)
 
     def close(self) -> None:
         """Take back every route from this socket."""
-        for destination in list(self.routes):
-            self.revoke(destination)
+        for route in list(self.routes.values()):
+            route.revoke()
         NamedSocket.close(self)
+
+
+@dataclass(slots=True, eq=False)
+class _Share:
+    """What one party has."""
+
+    context: Context
+    outflow: Outflow
+    #: its sockets, the one longest not looked at first
+    sockets: dict[Endpoint, None] = field(default_factory=dict)
 
 
 class Traffic(NamedTuple):
@@ -63,15 +81,18 @@ class Traffic(NamedTuple):
 class Datagrams:
     """All datagram sockets.  The current directory must be the folder only vsockd enters."""
 
-    def __init__(self, loop: Loop, fabric: Fabric) -> None:
+    def __init__(self, loop: Loop, fabric: Fabric, chores: Chores) -> None:
         #: part of the name of each socket bound here
         self.life = f"{secrets.randbits(64):016x}"
         self._loop = loop
         self._fabric = fabric
-        self._outflows: dict[Context, Outflow] = {}
-        self._watching = False
+        self._chores = chores
+        self._shares: dict[Party, _Share] = {}
+        self._inbound: dict[Context, dict[Route, None]] = {}
+        #: whose routes can hold more than it may have on its way
+        self._watched: set[Party] = set()
         self._by_cookie: dict[int, Endpoint] = {}
-        self._unswept = 0
+        self._sweep_delay: float | None = None  # None: no timer is set
         self._names = count(1)
 
     def __len__(self) -> int:
@@ -79,15 +100,21 @@ class Datagrams:
 
     def adopt(self, endpoint: Endpoint, sock: _socket.socket) -> None:
         """Make ``sock`` the socket of ``endpoint``; Refused with EINVAL if it has a name."""
-        self._sweep_sometimes()
-        endpoint.handle = self._name(sock, f"{endpoint.cid}.{endpoint.port}", endpoint.context)
+        assert endpoint.party is not None
+        share = self._share(endpoint.party, endpoint.context)
+        self._look(share, LOOKS_A_BIND)
+        address = f"{endpoint.cid}.{endpoint.port}"
+        endpoint.handle = self._name(sock, address, share.outflow)
         endpoint.cookie = cookie_of(sock)
         endpoint.inode = os.fstat(sock.fileno()).st_ino
         self._by_cookie[endpoint.cookie] = endpoint
+        share.sockets[endpoint] = None
+        self._sweep_later()
 
     def catch_all(self, context: Context, sock: _socket.socket) -> DatagramSocket:
         """Ways to a socket that serves every port of ``context`` that has none of its own."""
-        return self._name(sock, f"{context.cid}.all", context)
+        share = self._share(context.party_of(context.owner), context)
+        return self._name(sock, f"{context.cid}.all", share.outflow)
 
     def find(self, context: Context, cookie: int) -> Endpoint | None:
         """The endpoint of a socket of ``context``, by the kernel's cookie for it."""
@@ -105,74 +132,89 @@ class Datagrams:
             raise Refused(errno.ENETDOWN, reason)
         return endpoint
 
-    def route(self, source: Endpoint, destination: Endpoint) -> _socket.socket:
-        """A socket that sends from ``source`` to ``destination``; ours to keep.
+    def route(self, source: Endpoint, destination: Endpoint) -> Route:
+        """Make a socket that sends from ``source`` to ``destination``.
 
-        Refused with ECONNREFUSED (it has just gone) or ENOBUFS (the guest's limit).
+        Refused with ECONNREFUSED (the destination was closed just now) or ENOBUFS (a limit of the
+        party, or a shortage).
         """
         sender = _socket_of(source)
+        assert source.party is not None
         sender.outflow.require_space()
-        sender.revoke(destination.address)
-        route = _socket.socket(AF_UNIX, SOCK_DGRAM)
+        replaced = sender.routes.get(destination.address)
+        if replaced is not None:
+            replaced.revoke()
+        if source.party.has_all_routes:
+            sender.outflow.give_way()
+            source.party.require_route()
+        sock = _socket.socket(AF_UNIX, SOCK_DGRAM)
         try:
             # At random, because abstract names are everybody's in a network namespace: other
             # fabrics must not meet ours, and nobody may take our names before us.
             port = destination.port if destination.undecided else None
-            route.bind(encode_source(source.address, self.life, secrets.randbits(64), port))
-            route.shutdown(SHUT_RD)  # whoever learns the name sends nothing to it
-            _socket_of(destination).connect(route)
+            sock.bind(encode_source(source.address, self.life, secrets.randbits(64), port))
+            sock.shutdown(SHUT_RD)  # whoever learns the name sends nothing to it
+            _socket_of(destination).connect(sock)
         except OSError as error:
-            route.close()
+            sock.close()
             if error.errno != errno.ECONNREFUSED:
                 raise
             if not destination.undecided:
                 self.release(destination)
             raise Refused(errno.ECONNREFUSED, "the datagram socket has just gone") from None
         if len(sender.routes) >= DATAGRAM_ROUTES:
-            sender.revoke(next(iter(sender.routes)))
-        sender.routes[destination.address] = route
-        sender.outflow.add(route)
-        self._watch_outflow(sender.outflow)
+            next(iter(sender.routes.values())).revoke()
+        inbound = self._inbound.setdefault(destination.context, {})
+        route = Route(sock, sender, destination.address, inbound)
+        self._watch_outflow(source.party)
         return route
 
     def silence(self, context: Context) -> None:
         """Take back every route to and from ``context``: each must be asked for again."""
-        for endpoint in self._by_cookie.values():
-            sender = _socket_of(endpoint)
-            for destination in list(sender.routes):
-                if endpoint.context is context or destination[0] == context.cid:
-                    sender.revoke(destination)
+        for route in list(self._inbound.get(context, ())):
+            route.revoke()
+        for share in self._of(context):
+            share.outflow.revoke_all()
 
     def queued(self, context: Context) -> int:
-        """The bytes that ``context`` has on their way: see :meth:`.Outflow.queued`."""
-        outflow = self._outflows.get(context)
-        return 0 if outflow is None else outflow.queued()
+        """Return the bytes that ``context`` has on their way: see :meth:`.Outflow.queued`."""
+        return sum(share.outflow.queued() for share in self._of(context))
+
+    # Limits
+
+    def look_some(self, party: Party) -> None:
+        """Release some of the sockets and routes that ``party`` has closed; the rest as a chore."""
+        share = self._shares.get(party)
+        if share is not None:
+            share.outflow.settle()
+            self._look(share, LOOKS_A_PIECE)
+            self._chores.start(("datagram sockets", party), self._sweep(share))
+
+    def look_through_all(self) -> None:
+        """As a chore: release all sockets and routes that have been closed."""
+        self._chores.start("datagram sockets", self._sweep_in_pieces())
 
     def traffic(self) -> Traffic:
         """What is on its way, by who sent it and to whom."""
         traffic = Traffic(Counter(), Counter())
         for endpoint in self._by_cookie.values():
             for destination, route in _socket_of(endpoint).routes.items():
-                queued = queued_on(route)
+                queued = queued_on(route.sock)
                 traffic.of[endpoint.address] += queued
                 traffic.to[destination] += queued
         return traffic
-
-    def _outflow(self, context: Context) -> Outflow:
-        """The routes from ``context``."""
-        found = self._outflows.get(context)
-        if found is None:
-            found = self._outflows[context] = Outflow(context)
-        return found
 
     def close_context(self, context: Context) -> None:
         """Release every socket of ``context``, and all that it has on its way."""
         for endpoint in list(context.datagrams.values()):
             self.release(endpoint)
         self.silence(context)
-        outflow = self._outflows.pop(context, None)
-        if outflow is not None:
-            outflow.close()
+        self._inbound.pop(context, None)
+        for party in context.parties():
+            share = self._shares.pop(party, None)
+            if share is not None:
+                share.outflow.close()
+            self._watched.discard(party)
 
     def close(self) -> None:
         """End every socket: vsockd ends, and its routes are not to outlive it."""
@@ -184,12 +226,16 @@ class Datagrams:
             names[endpoint.inode] = found.name
             nodes[endpoint.inode] = found.node
             owners.add(endpoint.owner.pid)
-            for destination in list(found.routes):
-                found.revoke(destination)
+            for route in list(found.routes.values()):
+                route.revoke()
         end_sockets(names, nodes, owners)
 
+    def _sweep_in_pieces(self) -> Iterator[None]:
+        for share in list(self._shares.values()):
+            yield from self._sweep(share)
+
     def is_open(self, endpoint: Endpoint) -> bool:
-        """Whether the program's socket is still there; if not, it is released."""
+        """Return whether the program's socket is open; if not, it is released."""
         if _socket_of(endpoint).is_open():
             return True
         self.release(endpoint)
@@ -197,42 +243,95 @@ class Datagrams:
 
     def release(self, endpoint: Endpoint) -> None:
         """The socket is gone: its port is free, and nothing can be sent from it."""
+        assert endpoint.party is not None
         del self._by_cookie[endpoint.cookie]
+        share = self._shares.get(endpoint.party)
+        if share is not None:
+            del share.sockets[endpoint]
         _socket_of(endpoint).close()
         self._fabric.unbind(endpoint)
 
     def sweep(self) -> None:
         """Release every socket that is gone."""
-        self._unswept = 0
-        for endpoint in list(self._by_cookie.values()):
-            self.is_open(endpoint)
-        for outflow in self._outflows.values():
-            outflow.settle()
+        for _ in self._sweep_in_pieces():
+            pass
 
-    def _name(self, sock: _socket.socket, address: str, context: Context) -> DatagramSocket:
+    def _sweep(self, share: _Share) -> Iterator[None]:
+        """Release every socket and route of one party that is gone, in pieces."""
+        left = len(share.sockets)
+        while left > 0:
+            self._look(share, min(left, LOOKS_A_PIECE))
+            left -= LOOKS_A_PIECE
+            yield
+        yield from share.outflow.look()
+        if not share.sockets and not share.outflow:
+            for party in share.context.parties():
+                if self._shares.get(party) is share:
+                    del self._shares[party]
+
+    def _look(self, share: _Share, number: int) -> None:
+        """Look at ``number`` sockets of a party, those longest not looked at."""
+        for endpoint in list(islice(share.sockets, number)):
+            if self.is_open(endpoint):
+                share.sockets[endpoint] = share.sockets.pop(endpoint)
+
+    def _share(self, party: Party, context: Context) -> _Share:
+        found = self._shares.get(party)
+        if found is None:
+            found = self._shares[party] = _Share(context, Outflow(party, context.is_guest))
+        return found
+
+    def _of(self, context: Context) -> Iterator[_Share]:
+        for party in context.parties():
+            share = self._shares.get(party)
+            if share is not None:
+                yield share
+
+    def _name(self, sock: _socket.socket, address: str, outflow: Outflow) -> DatagramSocket:
         name = socket_name(self.life, address, next(self._names))
-        return DatagramSocket(name, bind_to_name(sock, name), self._outflow(context))
+        return DatagramSocket(name, bind_to_name(sock, name), outflow)
 
-    def _watch_outflow(self, outflow: Outflow) -> None:
+    # Timers
+
+    def _sweep_later(self) -> None:
+        """Look through all sockets some time after the last bind, whether anybody asks or not."""
+        if self._sweep_delay is None:
+            self._loop.call_later(SWEEP_AFTER, self._sweep_all)
+        self._sweep_delay = SWEEP_AFTER
+
+    def _sweep_all(self) -> None:
+        assert self._sweep_delay is not None
+        self.look_through_all()
+        if self._shares:
+            self._loop.call_later(self._sweep_delay, self._sweep_all)
+            self._sweep_delay = min(2 * self._sweep_delay, SWEEP_AT_THE_LATEST)
+        else:
+            self._sweep_delay = None
+
+    def _watch_outflow(self, party: Party) -> None:
         # Routes may be filled after they were given out.
-        if outflow.needs_watching and not self._watching:
-            self._watching = True
-            self._loop.call_later(OUTFLOW_WATCH, self._enforce)
+        if party not in self._watched and self._shares[party].outflow.needs_watching:
+            if not self._watched:
+                self._loop.call_later(OUTFLOW_WATCH, self._enforce_all)
+            self._watched.add(party)
 
-    def _enforce(self) -> None:
-        self._watching = False
-        for context, outflow in self._outflows.items():
-            if outflow.needs_watching:
-                if outflow.enforce():
-                    context.counts.denials[Rule.DATAGRAM_BYTES] += 1
-                self._watch_outflow(outflow)
+    def _enforce_all(self) -> None:
+        for party in list(self._watched):
+            share = self._shares.get(party)
+            if share is None or not share.outflow.needs_watching:
+                self._watched.discard(party)
+            else:
+                self._chores.start(("datagram bytes", party), self._enforce(share))
+        if self._watched:
+            self._loop.call_later(OUTFLOW_WATCH, self._enforce_all)
 
-    def _sweep_sometimes(self) -> None:
-        # The kernel does not say when a datagram socket is closed, so vsockd looks: as often
-        # as the number of sockets has doubled, which makes it a constant cost for each.
-        self._unswept += 1
-        if self._unswept > len(self._by_cookie) // 2 + 16:
-            self.sweep()
+    @staticmethod
+    def _enforce(share: _Share) -> Iterator[None]:
+        """Revoke the routes of a party with too much on its way, in pieces."""
+        yield from share.outflow.look()
+        if share.outflow.exceeds:
+            share.context.counts.denials[Rule.DATAGRAM_BYTES] += 1
+            yield from share.outflow.revoke_loaded()
 
 
 def _socket_of(endpoint: Endpoint) -> DatagramSocket:

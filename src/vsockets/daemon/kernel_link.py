@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 from ..fabric import CAP_NET_BIND_SERVICE, Context, Credentials, Grant, Kernel, Kind, Refused
 from ..passing import dispose
 from ..wire import REQUEST_SIZE, Record, Role
-from .channel import LOOK, TAKE, Channel
+from .channel import LOOK, TAKE, Channel, send_descriptor
 from .datagrams import DatagramSocket
 from .host_ports import HostPorts
 from .loop import Loop
@@ -138,7 +138,7 @@ class KernelLink(OfferLink):
         """Have what passes sent to ``fd`` (:mod:`vsockets.devices.tap`).  OSError when the device
         has too much to do."""
         record = Record(0, 0, self._context.cid, port, role=Role.TAP, size=limit).encode()
-        self.send_descriptor(record, fd)
+        send_descriptor(self._sock, record, fd)
 
     def send_size(self, own: tuple[int, int], peer: tuple[int, int], size: int) -> None:
         """Tell of the buffer that ``peer`` has for what the guest sends from ``own``.  OSError."""

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import _socket
 import array
+import errno
 import fcntl
+import os
 import struct
 from collections import deque
 from socket import (
@@ -32,8 +34,8 @@ from socket import (
 )
 from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not yet read
 
-from ..fabric import Party
-from ..limits import MAX_BACKLOG
+from ..fabric import Party, Refused
+from ..limits import MAX_BACKLOG, UNREAD_ANSWERS
 from ..wire import RECORD_SIZE
 from . import reserve
 from .channel import Channel
@@ -43,6 +45,11 @@ _FD = struct.Struct("i")
 # Plain integers: an enum's | costs as much as a system call.
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _TOKEN_FLAGS = int(SOCK_NONBLOCK | SOCK_CLOEXEC)
+#: Why a connection cannot be announced now, although it can later: its user has too many
+#: descriptors in flight already, or memory is short, or the program has not read what was announced
+#: before.
+SHORTAGE = (errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
+
 _SOCKET, _RIGHTS, _DATAGRAM = int(SOL_SOCKET), int(SCM_RIGHTS), int(SOCK_DGRAM)
 
 
@@ -54,6 +61,9 @@ class Listener:
         self._capacity = -1  # of the backlog; -1: the socket does not listen (yet)
         #: whose connections wait, as far as is known: the first ones may have been accepted
         self._waiting: deque[Party] = deque()
+        self._parties: set[Party] = set()  # that have some among those, or had
+        #: those that could not be announced: the record, the socket's descriptor, whose it is
+        self._held: deque[tuple[bytes, int, Party]] = deque()
 
     @property
     def is_listening(self) -> bool:
@@ -64,7 +74,7 @@ class Listener:
     def backlog(self) -> tuple[int, int]:
         """How many connections wait to be accepted, as of now, and how many may."""
         self.count_waiting()
-        return len(self._waiting), self._capacity
+        return len(self._waiting) + len(self._held), self._capacity
 
     def prepare(self, backlog: int) -> None:
         """Get room for ``backlog`` connections, or for as many as the kernel allows.
@@ -75,18 +85,43 @@ class Listener:
 
     def has_room(self) -> bool:
         """Return whether the program may be sent another connection, within its backlog."""
-        if len(self._waiting) <= self._capacity:
+        if len(self._waiting) <= self._capacity and not self._held:
             return True
         self.count_waiting()
-        return len(self._waiting) <= self._capacity
+        return len(self._waiting) + len(self._held) <= self._capacity
 
     def count_waiting(self) -> None:
         """Find out which connections the program has accepted: the first ones."""
         raise NotImplementedError
 
-    def announce(self, record: bytes, source: Channel) -> None:
-        """Send the program a new connection, and its record.  OSError."""
+    def announce(self, record: bytes, fd: int, party: Party) -> None:
+        """Send the program a new connection of ``party``, and its record.  OSError."""
         raise NotImplementedError
+
+    def hold(self, record: bytes, fd: int, party: Party) -> None:
+        """Keep a connection that cannot be announced now, to be announced later."""
+        self._held.append((record, os.dup(fd), party))
+        party.pending += 1
+
+    def announce_held(self) -> bool:
+        """Announce what :meth:`hold` has kept; return whether it was all.
+
+        OSError if the program will never learn of it.
+        """
+        while self._held:
+            record, fd, party = self._held[0]
+            try:
+                self.announce(record, fd, party)
+            except Refused:  # few descriptors are left
+                return False
+            except OSError as error:
+                if error.errno in SHORTAGE:
+                    return False
+                raise
+            party.pending -= 1  # it was counted already
+            self._held.popleft()
+            os.close(fd)
+        return True
 
     def is_open(self) -> bool:
         """Return whether any process has the socket open, as far as vsockd is not told of it."""
@@ -94,15 +129,26 @@ class Listener:
 
     def close(self) -> None:
         """Forget the connections that wait: they will not be accepted."""
+        for _, fd, party in self._held:
+            os.close(fd)
+            party.pending -= 1
+        self._held.clear()
         self._take(len(self._waiting))
 
-    def _add(self, source: Channel) -> None:
-        self._waiting.append(source.party)
-        source.party.pending += 1
+    def _add(self, party: Party) -> None:
+        self._waiting.append(party)
+        party.pending += 1
+        if party not in self._parties:
+            self._parties.add(party)
+            party.awaited[self] = None
 
     def _take(self, number: int) -> None:
         for _ in range(number):
             self._waiting.popleft().pending -= 1
+        if not self._waiting:
+            for party in self._parties:
+                del party.awaited[self]
+            self._parties.clear()
 
 
 class AnnouncedListener(Listener):
@@ -123,13 +169,12 @@ class AnnouncedListener(Listener):
     def count_waiting(self) -> None:
         # The kernel knows how much of what was announced the program has read; it is asked only
         # when the count since the last asking reaches a limit.
-        left = _unread(self._sock.fileno()) // ANNOUNCEMENT_COST
+        left = unread(self._sock.fileno()) // ANNOUNCEMENT_COST
         self._take(len(self._waiting) - left)
 
-    def announce(self, record: bytes, source: Channel) -> None:
-        fd = source.sock.fileno()
+    def announce(self, record: bytes, fd: int, party: Party) -> None:
         self._sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
-        self._add(source)
+        self._add(party)
 
 
 class NamedListener(Listener):
@@ -142,6 +187,7 @@ class NamedListener(Listener):
         self._type = type_
         self._tokens: deque[_socket.socket] = deque()  # of the connections that wait
         self._next: _socket.socket | None = None  # the next token
+        self._silent: _socket.socket | None = None  # one that is connected, and was sent nothing
 
     def replace(self, sock: NamedSocket, type_: int) -> None:
         """Let another socket of the program take the place of this one."""
@@ -156,35 +202,47 @@ class NamedListener(Listener):
         if not super().has_room() or not self.is_open():
             return False
         if self._next is None:
-            token = _socket.socket(AF_UNIX, self._type | _TOKEN_FLAGS)
-            try:
-                reserve.require_free(token.fileno())
-                token.shutdown(SHUT_RD)  # nothing can be sent to vsockd on it
-            except BaseException:
-                token.close()
-                raise
-            self._next = token
+            self._next = self._new_token()
         return True
 
     def count_waiting(self) -> None:
         # A token stays with vsockd until the program has read what is on it, or closed it.
-        while self._tokens and not _unread(self._tokens[0].fileno()):
+        while self._tokens and not unread(self._tokens[0].fileno()):
             self._tokens.popleft().close()
             self._take(1)
 
-    def announce(self, record: bytes, source: Channel) -> None:
-        token, self._next = self._next, None
-        assert token is not None
+    def announce(self, record: bytes, fd: int, party: Party) -> None:
+        token, self._silent = self._silent, None
+        connected = was_silent = token is not None
+        if token is None:
+            token, self._next = self._next or self._new_token(), None
         try:
-            self._named.connect(token)
-            rights = ((_SOCKET, _RIGHTS, _FD.pack(source.sock.fileno())),)
-            token.sendmsg((record,), rights, _SEND)
+            if not was_silent:
+                self._named.connect(token)
+                connected = True
+            token.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
+        except OSError as error:
+            if connected and error.errno in SHORTAGE:
+                self._silent = token  # the program waits for what will be sent on it
+                raise
+            token.close()
+            if was_silent:  # the program did not wait so long
+                self.announce(record, fd, party)
+                return
+            raise
+        self._tokens.append(token)
+        self._add(party)
+        self.count_waiting()
+
+    def _new_token(self) -> _socket.socket:
+        token = _socket.socket(AF_UNIX, self._type | _TOKEN_FLAGS)
+        try:
+            reserve.require_free(token.fileno())
+            token.shutdown(SHUT_RD)  # nothing can be sent to vsockd on it
         except BaseException:
             token.close()
             raise
-        self._tokens.append(token)
-        self._add(source)
-        self.count_waiting()
+        return token
 
     def is_open(self) -> bool:
         return self._named.is_open(_DATAGRAM)
@@ -198,12 +256,14 @@ class NamedListener(Listener):
         self._named.close()
 
     def _drop_next(self) -> None:
-        if self._next is not None:
-            self._next.close()
-            self._next = None
+        for token in (self._next, self._silent):
+            if token is not None:
+                token.close()
+        self._next = self._silent = None
 
 
-def _unread(fd: int) -> int:
+def unread(fd: int) -> int:
+    """Return how much of what was sent on a socket waits to be read, as the kernel counts."""
     answer = array.array("i", [0])
     fcntl.ioctl(fd, TIOCOUTQ, answer)
     return answer[0]
@@ -214,7 +274,13 @@ def _announcement_cost() -> int:
     ours, theirs = socketpair()
     with ours, theirs:
         ours.sendmsg((bytes(RECORD_SIZE),), ((SOL_SOCKET, SCM_RIGHTS, _FD.pack(ours.fileno())),))
-        return _unread(ours.fileno())
+        return unread(ours.fileno())
 
 
 ANNOUNCEMENT_COST = _announcement_cost()
+
+
+def leaves_answers_unread(channel: Channel) -> bool:
+    """Return whether more answers wait for a program than it would leave unread that means well."""
+    announced = isinstance(channel.listener, AnnouncedListener)
+    return not announced and unread(channel.sock.fileno()) > UNREAD_ANSWERS * ANNOUNCEMENT_COST

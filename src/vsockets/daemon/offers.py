@@ -13,22 +13,14 @@ read by two, and sees the end of a stream whatever happens to its other end.
 from __future__ import annotations
 
 import _socket
-import array
-from socket import (
-    CMSG_LEN,
-    MSG_CMSG_CLOEXEC,
-    MSG_DONTWAIT,
-    MSG_NOSIGNAL,
-    SCM_RIGHTS,
-    SOL_SOCKET,
-)
+from socket import CMSG_LEN, MSG_CMSG_CLOEXEC, MSG_DONTWAIT
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..fabric import Context
 from ..limits import MAX_BACKLOG
 from ..passing import dispose
 from ..wire import REQUEST_SIZE, Op, ProtocolError, Record, Request
-from .channel import Channel, descriptor_in
+from .channel import Channel, descriptor_in, send_descriptor
 from .loop import Loop
 from .named import cookie_of
 
@@ -80,16 +72,11 @@ class OfferLink:
 
     def announce(self, record: bytes, source: Channel) -> None:
         """Offer a stream."""
-        self.send_descriptor(record, source.sock.fileno())
+        send_descriptor(self._sock, record, source.sock.fileno())
         source.lent_to = self
         offer = Record.decode(record)
         self._offers[offer.local_port, *offer.peer] = _Offer(source, cookie_of(source.sock))
         source.party.pending += 1
-
-    def send_descriptor(self, record: bytes, fd: int) -> None:
-        """Send a record with a descriptor.  OSError when there is no room, or nobody."""
-        rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [fd]))]
-        self._sock.sendmsg([record], rights, MSG_DONTWAIT | MSG_NOSIGNAL)
 
     def _ready(self, events: int) -> None:
         try:

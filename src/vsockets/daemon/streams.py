@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ..fabric import Connection, Fabric
+from .channel import Channel
+from .chores import Chores
 from .cutting import Cutter
 from .loop import Loop
-from .watch import StreamWatch
+from .watch import Group, StreamWatch
 
-#: Look for ended streams after so many new ones, and so many seconds after the last.
+#: Ask for ended streams after so many new ones, and so many seconds after the last.
 _REAP_EVERY = 256
 _REAP_AFTER = 1.0
 _REAP_AT_THE_LATEST = 60.0
@@ -18,12 +20,13 @@ _REAP_AT_THE_LATEST = 60.0
 class Streams:
     """Every stream there is, as far as is known.  vsockd holds no descriptor of one."""
 
-    def __init__(self, loop: Loop, fabric: Fabric) -> None:
+    def __init__(self, loop: Loop, fabric: Fabric, chores: Chores) -> None:
         self._loop = loop
         self._fabric = fabric
-        self._watch = StreamWatch()
-        self.add, self.lend = self._watch.add, self._watch.lend
-        self._cutter = Cutter(loop, self._watch)
+        self._chores = chores
+        self._watch = StreamWatch(fabric.end)
+        self.add = self._watch.add
+        self._cutter = Cutter(loop)
         self._unreaped = 0
         self._reap_delay: float | None = None  # None: no timer is set
 
@@ -31,50 +34,70 @@ class Streams:
         """Called once, in the process that goes on."""
         self._watch.open()
 
+    def lend(self, channel: Channel, connection: Connection) -> None:
+        """As :meth:`add`, for the socket of a channel that may come back."""
+        group = self._watch.lend(channel.sock.fileno(), connection.number, channel.watch)
+        connection.watch = channel.watch = group
+
     def find_accepted(self, inode: int) -> Connection | None:
-        """The stream whose accepting end has this inode."""
-        for number, found in self._watch.present().items():
-            if found == inode:
-                return self._fabric.connections.get(number)
-        return None
+        """Return the stream whose accepting end has this inode."""
+        number = self._watch.find(inode)
+        return None if number is None else self._fabric.connections.get(number)
 
     def inodes(self) -> dict[int, int]:
-        """The inode of each stream's accepting end, by the connection's number."""
-        return self._watch.present()
+        """Return the inode of each stream's accepting end, by the connection's number."""
+        return {
+            number: inode
+            for group in self._watch.groups()
+            for number, inode in group.present().items()
+        }
 
     def cut(self, connections: Iterable[Connection]) -> list[Connection]:
         """End streams whoever holds them; returns those that go on (:class:`.Cutter`)."""
         return self._cutter.cut(connections)
 
+    # Forgetting streams that have ended
+
     def reap(self) -> None:
         """Forget every stream that has ended, as of now."""
-        self._reap_hung_up()
-        if self._fabric.connections:
-            present = self._watch.present()
-            for number in [n for n in self._fabric.connections if n not in present]:
-                self._fabric.end(number)
+        self._watch.end_hung_up(max(1, len(self._watch.groups())))
+        for _ in self._look_through():
+            pass
+
+    def reap_one(self, connection: Connection) -> None:
+        """Forget ``connection`` if it has ended."""
+        assert isinstance(connection.watch, Group)
+        for number in connection.watch.hung_up():
+            self._fabric.end(number)
+        if connection.number in self._fabric.connections:
+            self._watch.look(connection.watch)
+
+    def reap_some(self) -> None:
+        """Forget some of the streams that have ended, and as a chore the others."""
+        self._watch.end_hung_up()
+        self._watch.look_at_oldest()
+        self._chores.start(self, self._look_through())
 
     def reap_sometimes(self) -> None:
         """Called for every new stream."""
         self._unreaped += 1
         if self._unreaped >= _REAP_EVERY:
-            self._reap_hung_up()
+            self._unreaped = 0
+            self._watch.end_hung_up()
         if self._reap_delay is None:
-            self._reap_delay = _REAP_AFTER
             self._loop.call_later(_REAP_AFTER, self._reap_later)
-        else:
-            self._reap_delay = _REAP_AFTER
+        self._reap_delay = _REAP_AFTER
 
     def _reap_later(self) -> None:
         assert self._reap_delay is not None
-        self.reap()
+        self.reap_some()
         if self._fabric.connections:
             self._loop.call_later(self._reap_delay, self._reap_later)
             self._reap_delay = min(self._reap_delay * 2, _REAP_AT_THE_LATEST)
         else:
             self._reap_delay = None
 
-    def _reap_hung_up(self) -> None:
-        self._unreaped = 0
-        for number in self._watch.hung_up():
-            self._fabric.end(number)
+    def _look_through(self) -> Iterator[None]:
+        for group in self._watch.groups():
+            self._watch.look(group)
+            yield

@@ -96,6 +96,7 @@ class Connection:
     owner: Credentials  #: the connecting process
     party: Party  #: the connecting side's
     cookie: int = 0
+    watch: object = None  #: what vsockd notices its end by; the fabric never looks inside
 
     @property
     def kind(self) -> Kind:

@@ -1,0 +1,89 @@
+"""Work that can wait, in pieces."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from vsockets.daemon.chores import Chores
+from vsockets.daemon.loop import Loop
+
+
+@pytest.fixture
+def loop() -> Loop:
+    return Loop()
+
+
+def run_all(loop: Loop, chores: Chores) -> None:
+    def look() -> None:
+        if chores._under_way:
+            loop.call_later(0.001, look)
+        else:
+            loop.stop()
+
+    loop._running = True
+    loop.call_later(0.001, look)
+    loop.run()
+
+
+def pieces(name: str, number: int, done: list[str]) -> Iterator[None]:
+    for _ in range(number):
+        done.append(name)
+        yield
+
+
+def test_chores_take_turns(loop: Loop) -> None:
+    chores, done = Chores(loop), list[str]()
+    chores.start("a", pieces("a", 3, done))
+    chores.start("b", pieces("b", 2, done))
+    chores.start("c", pieces("c", 1, done))
+    run_all(loop, chores)
+    assert done == ["a", "b", "c", "a", "b", "a"]
+
+
+def test_a_chore_that_is_under_way_is_not_begun_again(loop: Loop) -> None:
+    chores, done = Chores(loop), list[str]()
+    chores.start("a", pieces("first", 2, done))
+    chores.start("a", pieces("second", 2, done))
+    run_all(loop, chores)
+    chores.start("a", pieces("third", 1, done))
+    run_all(loop, chores)
+    assert done == ["first", "first", "third"]
+
+
+def test_a_chore_that_fails_is_logged_and_the_others_go_on(
+    loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing() -> Iterator[None]:
+        yield
+        raise OverflowError("as a test")
+
+    chores, done = Chores(loop), list[str]()
+    chores.start("failing", failing())
+    chores.start("a", pieces("a", 3, done))
+    run_all(loop, chores)
+    assert done == ["a"] * 3
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR and record.exc_info
+
+
+def test_requests_are_served_between_the_pieces_of_a_chore(loop: Loop) -> None:
+    chores, done = Chores(loop), list[str]()
+    ours, theirs = socket.socketpair()
+
+    def serve(events: int) -> None:
+        ours.recv(1)
+        done.append("request")
+        theirs.send(b"x")
+
+    with ours, theirs:
+        loop.watch(ours.fileno(), serve)
+        chores.start("a", pieces("piece", 10, done))
+        theirs.send(b"x")
+        run_all(loop, chores)
+        loop.unwatch(ours.fileno())
+    between = "".join(one[0] for one in done)
+    assert "pp" not in between

@@ -1,0 +1,328 @@
+"""One guest fills what it can of vsockd: another one's connects succeed meanwhile, and once the
+first has gone vsockd has what it had before.
+
+How long those connects take is printed, and not asserted; ``python -m daemon.exhaustion`` measures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vsockets
+from vsockets import Attachment
+from vsockets.testing import PrivateFabric, wait_until
+from vsockets.wire import Op, Request
+
+from . import exhaustion
+from .exhaustion import Attack, measure, processes, witnessed
+from .raw_client import (
+    adopt,
+    ask,
+    ask_for_route,
+    ask_once,
+    bind,
+    connect,
+    descriptors,
+    enter,
+    listen,
+    unix_datagrams,
+)
+from .users import NOBODY, as_nobody
+
+SEQPACKET, DATAGRAM = socket.SOCK_SEQPACKET, socket.SOCK_DGRAM
+
+#: Seconds for which another guest connects, again and again.
+WHILE = 0.5
+
+#: Longer than the timers after which vsockd looks for what is not needed any more.
+TIMERS = 30.0
+
+
+def row(fabric: PrivateFabric, cid: int) -> dict[str, Any]:
+    return next(row for row in fabric.control.contexts() if row["cid"] == cid)
+
+
+@contextlib.contextmanager
+def given_back(fabric: PrivateFabric) -> Iterator[None]:
+    """Afterwards vsockd has as many descriptors as before, without being asked anything."""
+    before = descriptors(fabric.pid)
+    yield
+    what = f"vsockd to be back at {before} descriptors"
+    wait_until(lambda: descriptors(fabric.pid) <= before, what, TIMERS)
+
+
+ATTACKS: dict[str, tuple[Attack, dict[str, int]]] = {
+    "routes": (partial(exhaustion.routes, sockets=40), {"sockets": 400}),
+    "datagram sockets": (exhaustion.datagram_sockets, {"sockets": 400}),
+    "bind of a held port": (partial(exhaustion.bind_held, streams=300), {}),
+    "query": (partial(exhaustion.query, streams=300), {}),
+    "deaf listener": (exhaustion.deaf_listener, {}),
+    "many channels": (partial(exhaustion.many_channels, number=300), {}),
+    "pending connects": (partial(exhaustion.pending, number=100), {"pending_connects": 124}),
+    "unread answers": (partial(exhaustion.unread_answers, number=300), {}),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_another_guest_connects_meanwhile(vsock_fabric: PrivateFabric, name: str) -> None:
+    attack, limits = ATTACKS[name]
+    with witnessed(vsock_fabric, **limits) as guests:
+        with given_back(vsock_fabric):
+            with processes(*attack(guests)):
+                latency = measure(vsock_fabric, WHILE)
+                print(f"{name}: {latency}")
+            assert not latency.failed
+            assert len(latency.times) > 1
+        for guest in guests:
+            assert ask_once(guest, bind()).status == 0
+
+
+class TestRoutes:
+    """From a datagram socket to each that it sends to there is a descriptor in vsockd."""
+
+    LIMIT = 20
+
+    @pytest.fixture
+    def guest(self, vsock_fabric: PrivateFabric) -> Attachment:
+        return vsock_fabric.guest(3, limits={"sockets": self.LIMIT})
+
+    @pytest.fixture
+    def receivers(self, vsock_fabric: PrivateFabric) -> Iterator[list[vsockets.socket]]:
+        with contextlib.ExitStack() as stack:
+            made = []
+            for port in range(5000, 5050):
+                receiver = vsockets.socket(type=DATAGRAM, context=vsock_fabric.host)
+                made.append(stack.enter_context(receiver))
+                receiver.bind((2, port))
+            yield made
+
+    def test_are_as_many_as_sockets_may_be(
+        self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
+    ) -> None:
+        before = descriptors(vsock_fabric.pid)
+        with contextlib.ExitStack() as stack:
+            for number in range(4):
+                sender = stack.enter_context(unix_datagrams())
+                assert adopt(guest, sender).status == 0
+                for receiver in receivers:
+                    ask_for_route(guest, sender, receiver.getsockname()).close()
+                most = before + number + 1 + self.LIMIT
+                wait_until(lambda: descriptors(vsock_fabric.pid) <= most, f"{most} descriptors")  # noqa: B023
+
+    def test_of_a_user_of_the_host(
+        self, vsock_fabric: PrivateFabric, receivers: list[vsockets.socket]
+    ) -> None:
+        (vsock_fabric.configuration / "limits.toml").write_text("[host.limits]\nsockets = 20\n")
+        vsock_fabric.control.reload()
+        vsock_fabric.folder.parent.chmod(0o755)
+        before = descriptors(vsock_fabric.pid)
+        with unix_datagrams() as sender:
+            if os.geteuid() == 0:
+                os.seteuid(NOBODY)
+            try:
+                if adopt(vsock_fabric.host, sender).status:
+                    pytest.skip("needs to be a user with limits")
+                for receiver in receivers:
+                    ask_for_route(vsock_fabric.host, sender, receiver.getsockname()).close()
+            finally:
+                if os.getuid() == 0:
+                    os.seteuid(0)
+            if os.geteuid() == 0:
+                most = before + self.LIMIT + 1
+                wait_until(lambda: descriptors(vsock_fabric.pid) <= most, f"{most} descriptors")
+
+    def test_give_way_to_others(
+        self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
+    ) -> None:
+        """No program notices: the library asks for a route again that was taken back."""
+        with vsockets.socket(type=DATAGRAM, context=guest) as sender:
+            for receiver in receivers * 2:
+                sender.sendto(b"x", receiver.getsockname())
+                assert receiver.recvfrom(10) == (b"x", sender.getsockname())
+            assert row(vsock_fabric, 3)["denials"] == {}
+
+    def test_with_something_on_its_way_do_not_give_way(
+        self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
+    ) -> None:
+        """Their descriptors measure it, so they count until it has been received."""
+        with unix_datagrams() as sender, contextlib.ExitStack() as stack:
+            assert adopt(guest, sender).status == 0
+            sent = 0
+            with pytest.raises(OSError, match="buffer space"):
+                for receiver in receivers:
+                    way = ask_for_route(guest, sender, receiver.getsockname())
+                    stack.enter_context(way).send(b"x")
+                    sent += 1
+            assert set(row(vsock_fabric, 3)["denials"]) == {"sockets"}
+            assert sent == self.LIMIT
+            for receiver in receivers[:sent]:
+                receiver.recv(10)
+            ask_for_route(guest, sender, receivers[-1].getsockname()).close()
+
+    def test_replaced_with_something_on_its_way_count(
+        self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
+    ) -> None:
+        before = descriptors(vsock_fabric.pid)
+        with unix_datagrams() as sender:
+            assert adopt(guest, sender).status == 0
+            for receiver in receivers:
+                with contextlib.suppress(OSError):  # at the limit
+                    for _ in range(3):
+                        with ask_for_route(guest, sender, receiver.getsockname()) as way:
+                            way.send(b"x")
+            most = before + self.LIMIT + 1
+            wait_until(lambda: descriptors(vsock_fabric.pid) <= most, f"{most} descriptors")
+
+    def test_of_a_program_that_has_ended_are_closed(
+        self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
+    ) -> None:
+        """By a timer: nobody asks vsockd anything."""
+        with given_back(vsock_fabric), contextlib.ExitStack() as stack:
+            for _ in range(5):
+                sender = stack.enter_context(unix_datagrams())
+                assert adopt(guest, sender).status == 0
+                for receiver in receivers:
+                    ask_for_route(guest, sender, receiver.getsockname()).close()
+
+    def test_are_closed_without_a_free_descriptor(
+        self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
+    ) -> None:
+        soft, hard = resource.prlimit(vsock_fabric.pid, resource.RLIMIT_NOFILE)
+        with given_back(vsock_fabric), unix_datagrams() as sender:
+            assert adopt(guest, sender).status == 0
+            for receiver in receivers[:10]:
+                ask_for_route(guest, sender, receiver.getsockname()).close()
+            resource.prlimit(vsock_fabric.pid, resource.RLIMIT_NOFILE, (3, hard))
+        resource.prlimit(vsock_fabric.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class TestDatagramSockets:
+    def test_as_many_as_may_be_are_looked_at_again_when_one_more_is_asked_for(
+        self, vsock_fabric: PrivateFabric
+    ) -> None:
+        """However many there are: some at once, the others by and by."""
+        guest = vsock_fabric.guest(3, limits={"sockets": 300})
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(unix_datagrams()) for _ in range(300)]
+            assert {adopt(guest, sock).status for sock in socks} == {0}
+            for closed in socks[::50]:
+                with unix_datagrams() as one_too_many:
+                    assert adopt(guest, one_too_many).status == errno.ENOBUFS
+                closed.close()
+                more = stack.enter_context(unix_datagrams())
+                wait_until(lambda more=more: adopt(guest, more).status == 0, "room")  # type: ignore[misc]
+
+    def test_that_come_and_go_leave_few(self, vsock_fabric: PrivateFabric) -> None:
+        """Each pays for a look at others, so a limit is met only by those that are open."""
+        guest = vsock_fabric.guest(3, limits={"sockets": 60})
+        with contextlib.ExitStack() as stack:
+            for _ in range(30):
+                assert adopt(guest, stack.enter_context(unix_datagrams())).status == 0
+            for _ in range(1000):
+                with unix_datagrams() as sock:
+                    assert adopt(guest, sock).status == 0
+
+
+class TestStreams:
+    def test_a_port_is_free_when_its_stream_has_ended(self, vsock_fabric: PrivateFabric) -> None:
+        """Also if the accepting side ended first, which vsockd is not told, among many others."""
+        guest = vsock_fabric.guest(3)
+        with (
+            vsockets.create_server((2, 5000), context=vsock_fabric.host) as server,
+            contextlib.ExitStack() as stack,
+        ):
+            for _ in range(300):
+                stack.enter_context(vsockets.create_connection((2, 5000), context=guest))
+                stack.enter_context(server.accept()[0])
+            for _ in range(20):
+                with vsockets.socket(context=guest) as client:
+                    client.bind((3, 7000))
+                    client.connect((2, 5000))
+                    assert ask_once(guest, bind(7000)).status == errno.EADDRINUSE
+                    server.accept()[0].close()
+                    assert client.recv(1) == b""
+
+    def test_their_inodes_are_found(self, vsock_fabric: PrivateFabric) -> None:
+        host = vsock_fabric.host
+        with (
+            vsockets.create_server((2, 5000), context=host) as server,
+            contextlib.ExitStack() as stack,
+        ):
+            for _ in range(300):
+                client = stack.enter_context(vsockets.create_connection((2, 5000), context=host))
+                accepted = stack.enter_context(server.accept()[0])
+                inode = os.fstat(accepted.fileno()).st_ino
+                found = ask_once(host, Request(Op.QUERY, cookie=1, inode=inode))
+                assert (found.local, found.peer) == ((2, 5000), client.getsockname())
+
+
+def test_a_guest_with_many_listeners_may_connect_once_they_have_accepted(
+    vsock_fabric: PrivateFabric,
+) -> None:
+    guest = vsock_fabric.guest(3, limits={"pending_connects": 40})
+    host = vsock_fabric.host
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(vsockets.create_server((2, port), context=host))
+            for port in range(5000, 5040)
+        ]
+        for server in servers:
+            client = vsockets.create_connection(server.getsockname(), context=guest)
+            stack.enter_context(client)
+        assert ask_once(guest, connect(2, 5000), socket.SOCK_STREAM).status == errno.ENOBUFS
+        stack.enter_context(servers[-1].accept()[0])
+
+        def connects() -> bool:
+            return ask_once(guest, connect(2, 5000), socket.SOCK_STREAM).status == 0
+
+        wait_until(connects, "the listener that has accepted to have its turn")
+
+
+def test_listeners_that_are_closed_with_connections_that_wait(vsock_fabric: PrivateFabric) -> None:
+    guest = vsock_fabric.guest(3, limits={"pending_connects": 4})
+    for _ in range(20):
+        with enter(guest) as server, contextlib.ExitStack() as stack:
+            assert ask(server, bind(5000)).status == 0
+            assert ask(server, listen()).status == 0
+            for _ in range(4):
+                assert ask(stack.enter_context(enter(guest)), connect(3, 5000)).status == 0
+        wait_until(lambda: row(vsock_fabric, 3)["usage"]["pending_connects"] == 0, "none to wait")
+
+
+def test_descriptors_in_flight() -> None:
+    """A connect that cannot be announced is refused, or waits; it does not end at once.
+
+    Nobody's else: the kernel counts descriptors in flight for each user, so it is a user's own
+    fabric alone whose connects one of its guests can have refused.
+    """
+    command = as_nobody(sys.executable, "-m", "daemon.in_flight")
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        ["prlimit", "--nofile=2000:2000", *command],
+        env={**os.environ, "PYTHONPATH": os.fspath(tests), "PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        timeout=60,
+        check=True,
+    )
+    seen = json.loads(done.stdout)
+    assert seen["connects"] == [0, *[errno.ENOBUFS] * 19]
+    assert not seen["ended"]
+    assert seen["datagram"] == errno.ENOBUFS
+    assert seen["waiting"] == 1
+    assert seen["received"] == ["early", "answer"]
+    assert seen["afterwards"]
+    assert seen["datagram afterwards"] == 0
+    assert seen["log"] == []

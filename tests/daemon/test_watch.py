@@ -1,0 +1,204 @@
+"""Noticing the ends of streams, whatever it costs the kernel to tell: a group of them at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from vsockets.daemon import watch as module
+from vsockets.daemon.watch import Group, StreamWatch
+from vsockets.limits import STREAMS_A_GROUP
+
+NUMBER = 3 * STREAMS_A_GROUP + 5
+
+
+class Looks:
+    """How often groups were looked at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.number = 0
+        present = Group.present
+
+        def counted(group: Group) -> dict[int, int]:
+            self.number += 1
+            return present(group)
+
+        monkeypatch.setattr(Group, "present", counted)
+
+
+class Stage:
+    """Streams, as vsockd has them watched: their ends are the test's."""
+
+    def __init__(self) -> None:
+        self.ended: list[int] = []
+        self.watch = StreamWatch(self.ended.append)
+        self.watch.open()
+        self.connecting: dict[int, socket.socket] = {}
+        self.accepting: dict[int, socket.socket] = {}
+        self.groups: dict[int, Group] = {}
+
+    def add(self, numbers: range) -> None:
+        for number in numbers:
+            mine, theirs = socket.socketpair()
+            copy = theirs.dup()  # as sent to a listener
+            self.groups[number] = self.watch.add(theirs.fileno(), number)
+            theirs.close()
+            self.connecting[number], self.accepting[number] = mine, copy
+
+    def look_at_all(self) -> list[int]:
+        for group in self.watch.groups():
+            self.watch.look(group)
+        return self.now_ended()
+
+    def now_ended(self) -> list[int]:
+        """Those that have ended since this was asked last."""
+        ended = sorted(self.ended)
+        self.ended.clear()
+        return ended
+
+    def close(self) -> None:
+        for sock in [*self.connecting.values(), *self.accepting.values()]:
+            sock.close()
+        for group in self.watch.groups():
+            group.close()
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    with contextlib.closing(Stage()) as stage:
+        yield stage
+
+
+def test_groups_have_so_many_streams_at_most(stage: Stage) -> None:
+    stage.add(range(NUMBER))
+    assert [len(group.numbers) for group in stage.watch.groups()] == [STREAMS_A_GROUP] * 3 + [5]
+    assert stage.ended == []
+
+
+def test_streams_whose_connecting_side_closes(stage: Stage) -> None:
+    stage.add(range(NUMBER))
+    closed = range(0, NUMBER, 7)
+    for number in closed:
+        stage.connecting[number].close()
+    stage.watch.end_hung_up()
+    assert stage.now_ended() == list(closed)
+    stage.watch.end_hung_up()
+    assert stage.now_ended() == []
+
+
+def test_streams_whose_accepting_side_closes(stage: Stage) -> None:
+    stage.add(range(NUMBER))
+    closed = range(0, NUMBER, 7)
+    for number in closed:
+        stage.accepting[number].close()
+    assert stage.look_at_all() == list(closed)
+    assert stage.look_at_all() == []
+
+
+def test_what_one_stream_costs(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group, however many streams there are."""
+    stage.add(range(NUMBER))
+    looks = Looks(monkeypatch)
+    stage.accepting[7].close()
+    stage.watch.look(stage.groups[7])
+    assert (stage.now_ended(), looks.number) == ([7], 1)
+
+
+def test_a_stream_is_found_by_its_inode(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.add(range(NUMBER))
+    looks = Looks(monkeypatch)
+    for number, sock in stage.accepting.items():
+        assert stage.watch.find(os.fstat(sock.fileno()).st_ino) == number
+    assert stage.watch.find(1) is None
+    # Those of full groups were known; the others became so at the first that was not.
+    assert looks.number == 1
+    stage.add(range(NUMBER, NUMBER + 1))
+    assert stage.watch.find(1) is None
+    assert looks.number == 2
+
+
+def test_a_search_finds_what_has_ended_too(stage: Stage) -> None:
+    stage.add(range(3))
+    stage.accepting[1].close()
+    assert stage.watch.find(1) is None
+    assert stage.now_ended() == [1]
+
+
+def test_short_streams_need_one_group(stage: Stage) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(1000):
+        stage.add(range(number, number + 1))
+        stage.connecting.pop(number).close()
+        stage.accepting.pop(number).close()
+        stage.watch.end_hung_up()
+    assert len(stage.watch.groups()) == 1
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_groups_without_streams_are_closed(stage: Stage) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    stage.add(range(NUMBER))
+    assert len(os.listdir("/proc/self/fd")) == before + 2 * NUMBER + 2 * 3
+    for ends in (stage.connecting, stage.accepting):
+        while ends:
+            ends.popitem()[1].close()
+    assert len(stage.look_at_all()) == NUMBER
+    assert len(os.listdir("/proc/self/fd")) == before
+    # Numbers of descriptors come again.
+    stage.add(range(NUMBER))
+    stage.accepting[7].close()
+    assert stage.look_at_all() == [7]
+
+
+def test_holes_are_filled(stage: Stage) -> None:
+    """Streams that last keep no group from having others."""
+    stage.add(range(NUMBER))
+    for number in range(NUMBER):
+        if number % 8:
+            stage.connecting.pop(number).close()
+            stage.accepting.pop(number).close()
+    stage.look_at_all()
+    groups = len(stage.watch.groups())
+    stage.add(range(NUMBER, 2 * NUMBER - NUMBER // 4))
+    assert len(stage.watch.groups()) == groups
+
+
+def test_with_very_many_streams_groups_are_larger(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STREAM_GROUPS", 2)
+    stage.add(range(NUMBER))
+    assert len(stage.watch.groups()) == 2
+    stage.accepting[7].close()
+    stage.accepting[NUMBER - 1].close()
+    assert stage.look_at_all() == [7, NUMBER - 1]
+
+
+def test_a_socket_that_is_lent_again_is_another_stream(stage: Stage) -> None:
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        group = stage.watch.lend(theirs.fileno(), 1, None)
+        with theirs.dup() as back:  # a refused one comes back as another descriptor
+            stage.add(range(100, 100 + STREAMS_A_GROUP))  # the next group is another one by now
+            assert stage.watch.lend(back.fileno(), 2, group) is group
+            assert stage.look_at_all() == [1]
+            assert set(group.present()) >= {2}
+            mine.close()
+            stage.watch.end_hung_up()
+            assert stage.now_ended() == [2]
+
+
+def test_it_looks_without_a_free_descriptor(stage: Stage) -> None:
+    stage.add(range(NUMBER))
+    stage.accepting[7].close()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        assert stage.look_at_all() == [7]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
