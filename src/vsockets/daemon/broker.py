@@ -62,6 +62,7 @@ from .named import NamedSocket, bind_to_name, cookie_of, probe_of
 from .offers import OfferLink
 from .questions import Questions
 from .streams import Streams
+from .turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Broker:
     def __init__(self, loop: Loop, fabric: Fabric, audit: Audit) -> None:
         self.fabric = fabric
         self._chores = Chores(loop)
+        self._turns = Turns(loop)
         self.datagrams = Datagrams(loop, fabric, self._chores)
         self._audit = audit
         self._loop = loop
@@ -211,7 +213,8 @@ class Broker:
     def _keep(self, channel: Channel) -> None:
         self._channels.setdefault(channel.context, set()).add(channel)
         channel.party.channels += 1
-        self._loop.watch(channel.sock.fileno(), lambda events: self._ready(channel))
+        fd = channel.sock.fileno()
+        self._turns.watch(channel.party, fd, lambda: self._ready(channel))
 
     def _ready(self, channel: Channel) -> None:
         try:
@@ -239,7 +242,7 @@ class Broker:
         return room and reserve.may_stay(channel.sock.fileno())
 
     def _drop(self, channel: Channel) -> None:
-        self._loop.unwatch(channel.sock.fileno())
+        self._turns.unwatch(channel.party, channel.sock.fileno())
         kept = self._channels.get(channel.context)
         if kept is not None and channel in kept:
             kept.remove(channel)

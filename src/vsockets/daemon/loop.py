@@ -26,8 +26,15 @@ READABLE = int(select.EPOLLIN | select.EPOLLRDHUP)
 _IDLE = 1.0
 
 
-def _goes_on(event: tuple[int, int]) -> bool:
-    return not event[1] & (select.EPOLLHUP | select.EPOLLRDHUP)
+#: The same as EPOLLIN to the kernel.  Only :meth:`Loop.watch_first` waits for it, so it tells what
+#: is to come first from the rest.
+_FIRST = int(select.EPOLLRDNORM)
+
+_COMES_FIRST = int(select.EPOLLHUP | select.EPOLLRDHUP) | _FIRST
+
+
+def _comes_later(event: tuple[int, int]) -> bool:
+    return not event[1] & _COMES_FIRST
 
 
 class Timer:
@@ -63,6 +70,10 @@ class Loop:
         """As :meth:`watch`, for ``events`` of epoll(7); hang-ups are always among them."""
         self._epoll.register(fd, events)
         self._callbacks[fd] = callback
+
+    def watch_first(self, fd: int, callback: Callable[[int], None]) -> None:
+        """As :meth:`watch`, before others that are ready at the same time."""
+        self.watch_for(fd, callback, READABLE | _FIRST)
 
     def change(self, fd: int, events: int) -> None:
         """Watch for other events."""
@@ -109,7 +120,7 @@ class Loop:
             if len(ready) > 1:
                 # What has ended comes first: a port given back or a listener closed before a
                 # request was made must not be seen after it.
-                ready.sort(key=_goes_on)
+                ready.sort(key=_comes_later)
             for fd, events in ready:
                 callback = callbacks.get(fd)
                 if callback is None:

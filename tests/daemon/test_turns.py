@@ -1,0 +1,124 @@
+"""What one party has served in a turn of the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from vsockets.daemon.loop import Loop
+from vsockets.daemon.turns import Turns
+from vsockets.fabric import Limits, Party
+from vsockets.limits import ENDS_A_TURN, REQUESTS_A_TURN
+
+from .test_loop import run_once
+
+
+class Clients:
+    """Connections of one party to a :class:`Turns`, each with something to be read."""
+
+    def __init__(self, turns: Turns, name: str, number: int) -> None:
+        self.party = Party(name, Limits())
+        self.served: list[int] = []
+        self.pairs = [socket.socketpair() for _ in range(number)]
+        self._turns = turns
+        for index, (ours, theirs) in enumerate(self.pairs):
+            theirs.send(b"x")
+            turns.watch(self.party, ours.fileno(), partial(self._serve, index))
+
+    def _serve(self, index: int) -> None:
+        self.served.append(index)
+        ours, _ = self.pairs[index]
+        if not ours.recv(1):
+            self._turns.unwatch(self.party, ours.fileno())
+
+    def close(self) -> None:
+        for ours, theirs in self.pairs:
+            self._turns.unwatch(self.party, ours.fileno())
+            ours.close()
+            theirs.close()
+
+
+@pytest.fixture
+def loop() -> Loop:
+    return Loop()
+
+
+@pytest.fixture
+def turns(loop: Loop) -> Turns:
+    return Turns(loop)
+
+
+@contextlib.contextmanager
+def clients(turns: Turns, name: str, number: int) -> Iterator[Clients]:
+    made = Clients(turns, name, number)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_a_party_with_many_requests_has_some_of_them_served_in_a_turn(
+    loop: Loop, turns: Turns
+) -> None:
+    with clients(turns, "many", 100) as many, clients(turns, "one", 1) as one:
+        run_once(loop)
+        assert (len(many.served), len(one.served)) == (REQUESTS_A_TURN, 1)
+        while len(many.served) < 100:
+            run_once(loop)
+        assert sorted(many.served) == list(range(100))
+
+
+def test_what_has_ended_comes_before_every_request(loop: Loop, turns: Turns) -> None:
+    """Of whatever party: a port given back before a request was made is free then."""
+    with clients(turns, "asks", 3) as asks, clients(turns, "ended", 3) as ended:
+        served: list[str] = []
+        for made, name in ((asks, "asks"), (ended, "ended")):
+            for ours, _ in made.pairs:
+                turns.unwatch(made.party, ours.fileno())
+                turns.watch(made.party, ours.fileno(), partial(served.append, name))
+        for _, theirs in ended.pairs:
+            theirs.close()
+        run_once(loop)
+        assert served == ["ended"] * 3 + ["asks"] * 3
+
+
+def test_many_that_have_ended_have_turns_too(loop: Loop, turns: Turns) -> None:
+    number = 2 * ENDS_A_TURN
+    with clients(turns, "many", number) as many:
+        for ours, theirs in many.pairs:
+            ours.recv(1)
+            theirs.close()
+        run_once(loop)
+        assert len(many.served) == ENDS_A_TURN
+        run_once(loop)
+        assert sorted(many.served) == list(range(number))
+
+
+def test_one_that_fails_is_logged(
+    loop: Loop, turns: Turns, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise OverflowError("as a test")
+
+    with clients(turns, "one", 2) as made:
+        ours = made.pairs[0][0]
+        turns.unwatch(made.party, ours.fileno())
+        turns.watch(made.party, ours.fileno(), fail)
+        run_once(loop)
+        assert made.served == [1]
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR and record.exc_info
+
+
+def test_no_descriptor_is_kept_for_parties_that_have_none(loop: Loop, turns: Turns) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(10):
+        with clients(turns, f"party {number}", 1):
+            run_once(loop)
+    assert len(os.listdir("/proc/self/fd")) == before
