@@ -11,7 +11,7 @@ from pamqp import commands, frame
 
 from vsockets.bridges.amqp.frames import PROTOCOL_HEADER
 from vsockets.bridges.amqp.guard import Guard, Refused
-from vsockets.bridges.amqp.limits import AMQP_HANDSHAKE_FRAME
+from vsockets.bridges.amqp.limits import AMQP_HANDSHAKE_FRAME, AMQP_HANDSHAKE_FRAMES
 
 from .strategies import commands_in, cuts, handshake, pieces, short_texts, start_ok, tables
 
@@ -111,3 +111,12 @@ def test_nothing_passes_that_is_no_handshake(said: list[bytes]) -> None:
     assert guard.virtual_host is None
     for one in commands_in(passed.removeprefix(PROTOCOL_HEADER)):
         assert isinstance(one, commands.Connection.Close | commands.Connection.CloseOk)
+
+
+def test_a_handshake_has_a_bounded_number_of_frames() -> None:
+    heartbeat = b"\x08\0\0\0\0\0\0\xce"
+    guard = Guard(CID, lambda name: True)
+    data = PROTOCOL_HEADER + heartbeat * AMQP_HANDSHAKE_FRAMES
+    assert guard.receive(data) == data
+    with pytest.raises(Refused, match="too many frames"):
+        guard.receive(heartbeat)

@@ -8,13 +8,14 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import hpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vsockets.bridges.amqp import link as module
-from vsockets.bridges.amqp.limits import AMQP_UNSENT, AMQP_WINDOW
-from vsockets.bridges.amqp.link import Link, Refusal
+from vsockets.bridges.amqp.limits import AMQP_LINK_FRAMES, AMQP_UNSENT, AMQP_WINDOW
+from vsockets.bridges.amqp.link import Frames, Link, Refusal
 from vsockets.bridges.amqp.requests import Headers, connect_request
 from vsockets.bridges.amqp.tunnel import Tunnel
 
@@ -307,5 +308,80 @@ def test_a_client_that_asks_and_does_not_read(monkeypatch: pytest.MonkeyPatch) -
                 while not link.closed.done():
                     await loop.sock_sendall(other, ping * 1000)
             assert "does not read" in str(await link.closed)
+
+    run(test)
+
+
+def frame(kind: int, payload: bytes = b"", flags: int = 0, stream: int = 0) -> bytes:
+    return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
+
+
+@given(
+    st.lists(st.binary(max_size=40), max_size=20),
+    st.lists(st.integers(1, 60), max_size=20),
+    st.integers(1, 5),
+    st.sampled_from([0, 24]),
+)
+def test_where_frames_end(
+    payloads: list[bytes], pieces: list[int], most: int, preface: int
+) -> None:
+    whole = [frame(6, payload) for payload in payloads]
+    data = bytes(preface) + b"".join(whole)
+    ends = {preface + len(b"".join(whole[:number])) for number in range(len(whole) + 1)}
+    frames, position = Frames(preface), 0
+    for size in [*pieces, len(data)]:
+        piece = data[position : position + size]
+        while piece:
+            end = frames.end(piece, most)
+            taken, piece = piece[:end], piece[end:]
+            if piece:  # more than so many: cut between two
+                assert position + len(taken) in ends
+            inside = {end for end in ends if position < end < position + len(taken)}
+            assert len(inside) <= most
+            position += len(taken)
+    assert position == len(data)
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        frame(6, b"question"),
+        frame(8, b"\0\0\0\1"),  # WINDOW_UPDATE
+        frame(4),
+        frame(0, stream=1),
+    ],
+    ids=["PING", "WINDOW_UPDATE", "SETTINGS", "empty DATA"],
+)
+def test_a_peer_that_talks_much_has_a_turn_at_a_time(flood: bytes) -> None:
+    """Others do something between its frames."""
+
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        one, other = socket.socketpair()
+        other.setblocking(False)
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        with other:
+            _, link = await loop.connect_accepted_socket(
+                lambda: Link(lambda link, tunnel, headers: None), one
+            )
+            counting = asyncio.create_task(count())
+            encoder = hpack.Encoder()
+            opened = encoder.encode([(":method", "CONNECT"), (":authority", "x:1")])
+            said = PREFACE + frame(1, opened, 4, 1) + flood * 3000 + frame(6, b"the last")
+            sending = asyncio.create_task(loop.sock_sendall(other, said))
+            answer = b""
+            while b"the last" not in answer:
+                answer = answer[-100:] + await loop.sock_recv(other, 65_536)
+            await sending
+            counting.cancel()
+            assert turns >= 3000 / AMQP_LINK_FRAMES
+            link.close()
 
     run(test)

@@ -26,7 +26,7 @@ from .frames import (
     connection_method,
     whole_frames,
 )
-from .limits import AMQP_HANDSHAKE_FRAME
+from .limits import AMQP_HANDSHAKE_FRAME, AMQP_HANDSHAKE_FRAMES
 from .tables import names, table_end, with_number
 
 #: The client property that says which guest a connection is of.
@@ -57,6 +57,7 @@ class Guard:
         self._admits = admits
         self._begun = False
         self._held = b""
+        self._frames = 0
 
     def receive(self, data: bytes) -> bytes:
         """What of it the broker may have.  Raises Refused."""
@@ -76,6 +77,9 @@ class Guard:
                 start = len(PROTOCOL_HEADER)
                 passed.append(PROTOCOL_HEADER)
             for frame in whole_frames(data, AMQP_HANDSHAKE_FRAME, start):
+                self._frames += 1
+                if self._frames > AMQP_HANDSHAKE_FRAMES:
+                    raise _refused(Reply.NOT_ALLOWED, "too many frames before connection.open")
                 passed.append(self._look_at(data, frame))
                 start = frame.end
                 if self.virtual_host is not None:

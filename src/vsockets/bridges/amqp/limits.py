@@ -6,6 +6,10 @@
 AMQP_FRAME = 1 << 20
 AMQP_HANDSHAKE_FRAME = 16_384
 
+#: Frames of a client's handshake: it has four, one for each challenge of the broker's, and perhaps
+#: a heartbeat.
+AMQP_HANDSHAKE_FRAMES = 64
+
 #: How long a client's handshake may take, in seconds: what RabbitMQ allows (handshake_timeout).
 AMQP_HANDSHAKE = 10.0
 
@@ -35,6 +39,10 @@ AMQP_LINK_FRAME = 65_536
 #: Bytes that the far end of a link has not read, before it is given up.  Sessions' data is held
 #: back long before; what is left are answers to what it asks.
 AMQP_LINK_UNREAD = 4 << 20
+
+#: HTTP/2 frames of one link that are looked at before it is the others' turn: some milliseconds, of
+#: small ones.  Sessions' data comes in a few large ones.
+AMQP_LINK_FRAMES = 64
 
 #: After how long a silent link is asked whether it is there, and then given up, in seconds.
 AMQP_LINK_SILENCE = 10.0

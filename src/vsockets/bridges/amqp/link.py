@@ -6,6 +6,9 @@ is here.  So a session that nobody reads takes nothing from the others.
 
 *Turns.*  Each tunnel with something to send sends one frame, then it is the next one's turn.
 
+*Frames.*  However much a peer says, a bounded number of its frames is looked at before it is the
+others' turn.
+
 *Silence.*  A peer that said nothing for a while is asked (PING); one that does not answer has
 gone, whatever TCP thinks of it.
 """
@@ -27,6 +30,7 @@ import h2.settings
 
 from .limits import (
     AMQP_LINK_FRAME,
+    AMQP_LINK_FRAMES,
     AMQP_LINK_SILENCE,
     AMQP_LINK_UNREAD,
     AMQP_LINK_WINDOW,
@@ -40,7 +44,38 @@ from .tunnel import Tunnel
 _BATCH = 256 * 1024
 
 _FIRST_WINDOW = 65_535  # of a connection (RFC 9113, section 6.9.2)
+_PREFACE = 24  # bytes that a client says first (RFC 9113, section 3.4)
+_HEAD = 9  # bytes of a frame's head
 _HEADERS = 16_384  # bytes of a request's; it has five short ones
+
+
+class Frames:
+    """Finds where frames end in what is received (RFC 9113, section 4.1)."""
+
+    def __init__(self, skip: int = 0) -> None:
+        self._skip = skip  # bytes to the next frame's head
+        self._head = b""  # of a frame, as much as there is of it
+
+    def end(self, data: bytes, most: int) -> int:
+        """Return how many bytes of ``data`` the next ``most`` frames take, all if there are fewer.
+
+        What comes next is what follows them.
+        """
+        size = len(data)
+        position, self._skip = self._skip, 0
+        for _ in range(most):
+            if position >= size:
+                break
+            head = self._head + data[position : position + _HEAD - len(self._head)]
+            if len(head) < _HEAD:
+                self._head = head
+                return size
+            position += _HEAD - len(self._head) + int.from_bytes(head[:3])
+            self._head = b""
+        if position >= size:
+            self._skip = position - size
+            return size
+        return position
 
 
 class Refusal(OSError):
@@ -64,6 +99,8 @@ class Link(asyncio.Protocol):
         self._uncredited = 0
         self._heard = False
         self._asked = False
+        self._frames = Frames(_PREFACE if on_request is not None else 0)
+        self._held = b""  # what came, and is looked at in the next turns
         self._error: Exception | None = None
         self._probe = self._loop.call_later(AMQP_LINK_SILENCE, self._check)
         self.ready: asyncio.Future[None] = self._loop.create_future()  #: the peer speaks HTTP/2
@@ -179,6 +216,29 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
+        if self._held:  # more of it than one turn's was on its way
+            self._held += data
+        else:
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        """Look at the first frames of what came, and later at the others."""
+        end = self._frames.end(data, AMQP_LINK_FRAMES)
+        self._held = data[end:]
+        if self._held:
+            assert self._transport is not None
+            self._transport.pause_reading()
+            self._loop.call_soon(self._go_on)
+        self._look_at(data[:end])
+
+    def _go_on(self) -> None:
+        if not self.closed.done():
+            data, self._held = self._held, b""
+            self._take(data)
+            if not self._held and self._transport is not None:
+                self._transport.resume_reading()
+
+    def _look_at(self, data: bytes) -> None:
         try:
             events = self._http.receive_data(data)
         except h2.exceptions.ProtocolError as error:
