@@ -313,3 +313,50 @@ def status_of(pid: int, field: str) -> str:
     """A field of a process's status in /proc."""
     rows = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(row.partition(":")[2].strip() for row in rows if row.startswith(f"{field}:"))
+
+
+GIVES_UP = """
+import ctypes, errno, os, signal, socket, struct, sys, threading
+type_, call = sys.argv[1:]
+sock, other = socket.socket(40, int(type_)), socket.socket(40, 1)
+def look():
+    while open(f"/proc/self/task/{os.getpid()}/syscall").read().split()[0] != call:
+        pass
+    other.getsockname()  # the supervisor has seen to bind() by then
+    print("waits", flush=True)
+libc = ctypes.CDLL(None, use_errno=True)
+signal.signal(signal.SIGUSR1, lambda number, frame: None)
+address = struct.pack("=HHIIB3s", 40, 0, 7504, 0xFFFFFFFF, 0, bytes(3))
+print(os.getpid(), flush=True)
+sys.stdin.readline()
+threading.Thread(target=look).start()
+result = libc.bind(sock.fileno(), address, len(address))
+print(result, errno.errorcode[ctypes.get_errno()], sock.getsockname(), flush=True)
+for line in sys.stdin:
+    print(sock.getsockname(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("type_", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_what_vsockd_was_asked_counts_though_the_program_gave_up(
+    vsock: Vsock, fabric: PrivateFabric, type_: int
+) -> None:
+    """The program is told EINTR by bind(), and does something else."""
+    command = sys.executable, "-c", GIVES_UP, int(type_), this_machine().bind
+    running = vsock.start("run", "--cid", "host", *command)
+    pid = int(running.read_line())
+    os.kill(fabric.pid, signal.SIGSTOP)
+    try:
+        running.write(b"\n")
+        assert running.read_line() == "waits"
+        os.kill(pid, signal.SIGUSR1)
+        assert running.read_line() == "-1 EINTR (4294967295, 4294967295)"
+    finally:
+        os.kill(fabric.pid, signal.SIGCONT)
+
+    def is_bound() -> bool:
+        running.write(b"\n")
+        return running.read_line() == "(2, 7504)"
+
+    wait_until(is_bound, "the socket to be bound")
+    running.finish()

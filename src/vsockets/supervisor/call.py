@@ -7,8 +7,8 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from .notification import Gone, Notification
 from .process import write_memory
@@ -18,6 +18,8 @@ from .waiting import Wait
 
 if TYPE_CHECKING:
     from .supervisor import Supervisor
+
+T = TypeVar("T")
 
 _INT = struct.Struct("=i")
 #: The kernel takes no longer addresses (struct sockaddr_storage).
@@ -31,6 +33,28 @@ Answer = int | None
 Serving = Coroutine[Wait, bool, Answer]
 Handler = Callable[["Call"], Serving]
 SocketHandler = Callable[["Call", Endpoint], Serving]
+
+
+class _CarriedThrough(Generic[T]):
+    """See :meth:`Call.carry_through`."""
+
+    def __init__(self, call: Call, asking: Coroutine[Wait, bool, T]) -> None:
+        self._call = call
+        self._asking = asking
+
+    def __await__(self) -> Generator[Wait, bool, T]:
+        happened: bool = None  # type: ignore[assignment]  # which begins a coroutine
+        while True:
+            try:
+                wait = self._asking.send(happened)
+            except StopIteration as stop:
+                return stop.value  # type: ignore[no-any-return]
+            while True:
+                try:
+                    happened = yield wait
+                    break
+                except Gone:
+                    self._call.answered = True
 
 
 def failure(code: int, why: str = "") -> OSError:
@@ -121,6 +145,19 @@ class Call:
         credentials = self.supervisor.processes.credentials(self.pid)
         self.check()
         return credentials
+
+    def carry_through(self, asking: Coroutine[Wait, bool, T]) -> Awaitable[T]:
+        """Await vsockd's answer, also when a signal has interrupted the call and its thread goes on
+        to something else: vsockd does what it was asked, and the supervisor must know.
+
+        Then the call counts as answered.  Nothing ``asking`` awaits may be :func:`.waiting.lent`.
+        """
+        return _CarriedThrough(self, asking)
+
+    def require_waiting(self) -> None:
+        """Raise Gone when the thread goes on to something else (:meth:`carry_through`)."""
+        if self.answered:
+            raise Gone
 
     # Addresses
 

@@ -42,8 +42,8 @@ class Hold:
 
         def hung_up(events: int) -> None:
             try:
-                take_record(self._channel)
-                closed = False
+                while True:  # before the last word there may be answers that nothing waited for
+                    take_record(self._channel)
             except OSError as error:
                 closed = error.errno == errno.EBADF
             self.close()

@@ -70,8 +70,10 @@ async def claim(
 ) -> None:
     """Give the socket a local address; wildcards are filled in."""
     request = Request(Op.BIND_DATAGRAM, flags, *address)
-    record, _ = await call.supervisor.vsockd.ask(call.asker(), request, sock.fileno())
+    vsockd, asker = call.supervisor.vsockd, call.asker()
+    record, _ = await call.carry_through(vsockd.ask(asker, request, sock.fileno()))
     endpoint.local = record.local
+    call.require_waiting()
 
 
 async def connect(call: Call, endpoint: Endpoint) -> Answer:
@@ -209,11 +211,14 @@ async def _new_route(
 ) -> _socket.socket:
     request = Request(Op.ROUTE, 0, *UNBOUND, peer_cid=destination[0], peer_port=destination[1])
     with closing(call.duplicate(endpoint)) as sock:
-        record, fd = await call.supervisor.vsockd.ask(call.asker(), request, sock.fileno())
+        vsockd, asker = call.supervisor.vsockd, call.asker()
+        record, fd = await call.carry_through(vsockd.ask(asker, request, sock.fileno()))
     if fd is None:
         raise failure(errno.EMFILE)
     endpoint.local = record.local
-    return call.supervisor.routes.add(endpoint, destination, fd)
+    route = call.supervisor.routes.add(endpoint, destination, fd)
+    call.require_waiting()
+    return route
 
 
 def _patience(call: Call, endpoint: Endpoint, flags: int) -> float | None:

@@ -32,7 +32,7 @@ async def bind(call: Call, endpoint: Endpoint) -> Answer:
             await datagrams.claim(call, endpoint, sock, (cid, port), flags)
             return 0
         asker = call.asker()
-        await call.supervisor.bind(asker, endpoint, sock, (cid, port), flags)
+        await call.carry_through(call.supervisor.bind(asker, endpoint, sock, (cid, port), flags))
     return 0
 
 
@@ -56,13 +56,14 @@ async def listen(call: Call, endpoint: Endpoint) -> Answer:
             sock.listen(backlog)
             endpoint.phase = Phase.LISTENING
             if endpoint.hold is not None:
-                await endpoint.hold.listen(backlog, endpoint.buffers)
+                await call.carry_through(endpoint.hold.listen(backlog, endpoint.buffers))
             return 0
         request = Request(Op.LISTEN, 0, 0, 0, 0, 0, backlog, *endpoint.buffers)
         if endpoint.phase is Phase.LISTENING:
             sock.send(request.encode(), SEND)  # an answer would look like a connection
         else:
-            await call.supervisor.vsockd.ask_on(None, endpoint, sock, request)
+            vsockd = call.supervisor.vsockd
+            await call.carry_through(vsockd.ask_on(None, endpoint, sock, request))
             endpoint.phase = Phase.LISTENING
     return 0
 
