@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
 from typing import NamedTuple
@@ -11,12 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.supervisor import filter as seccomp
-from vsockets.supervisor.filter import ALLOW, NOTIFY, Rule, Test, When, refuse
+from vsockets.supervisor.filter import (
+    ALLOW,
+    NOTIFY,
+    TRACE,
+    Numbers,
+    Rule,
+    Served,
+    Test,
+    When,
+    refuse,
+)
 from vsockets.supervisor.machine import _MACHINES, Machine
 
 MACHINES = list(_MACHINES.values())
 X86 = _MACHINES["x86_64"]
-WINDOWS = seccomp.windows_below(1024)
 
 numbers = st.integers(0, 500)
 words = st.one_of(
@@ -98,7 +108,7 @@ def machine(request: pytest.FixtureRequest) -> Machine:
 
 
 def ask(machine: Machine, number: int, *arguments: int) -> int:
-    program = seccomp.assemble(machine, seccomp.rules(machine, WINDOWS, True))
+    program = seccomp.assemble(machine, seccomp.rules(machine, True))
     assert len(program) // 8 <= 4096  # BPF_MAXINSNS
     padded = (*arguments, *[0] * (6 - len(arguments)))
     return run(program, SystemCall(number, padded, machine.architecture))
@@ -118,7 +128,7 @@ def test_nor_by_other_doors(machine: Machine) -> None:
     assert ask(machine, 0x4000_0000 + machine.socket, 40, 1) == refuse(38)  # x32
     for request in (0x4008AF60, 0x4004AF61):  # being the hypervisor of the machine's own
         assert ask(machine, machine.ioctl, 5, request) == refuse(1)
-    program = seccomp.assemble(machine, seccomp.rules(machine, WINDOWS, True))
+    program = seccomp.assemble(machine, seccomp.rules(machine, True))
     for number in range(500):  # a 32-bit program's numbers mean something else
         assert run(program, SystemCall(number, architecture=0x40000003)) == NOTIFY
 
@@ -131,14 +141,37 @@ def test_data_calls_are_let_through(machine: Machine) -> None:
         ):
             assert ask(machine, number, fd) == ALLOW
         assert ask(machine, machine.recvfrom, fd, 1, 1, 0, 1 << 40, 1) == ALLOW
-    packet = WINDOWS.packet.first
-    assert ask(machine, machine.sendto, packet, 1, 1, 0) == ALLOW
-    assert ask(machine, machine.sendto, packet, 1, 1, int(socket.MSG_EOR)) == NOTIFY
-    assert ask(machine, machine.write, packet) == ALLOW
-    datagram = WINDOWS.datagram.first
-    assert ask(machine, machine.write, datagram) == NOTIFY
-    assert ask(machine, machine.recvfrom, datagram, 1, 1, 0, 0) == ALLOW
-    assert ask(machine, machine.recvfrom, datagram, 1, 1, 0, 1 << 40) == NOTIFY
+    for fd in (0, 3, 70_000):
+        assert ask(machine, machine.sendto, fd, 1, 1, int(socket.MSG_EOR)) == NOTIFY
+        assert ask(machine, machine.sendmsg, fd, 1, int(socket.MSG_EOR)) == NOTIFY
+
+
+def ask_later(machine: Machine, kind: Served, number: int, *arguments: int) -> int:
+    rules = seccomp.traced_rules(machine, kind, Numbers(8, 16))
+    program = seccomp.assemble(machine, rules, is_first=False)
+    padded = (*arguments, *[0] * (6 - len(arguments)))
+    return run(program, SystemCall(number, padded, machine.architecture))
+
+
+def test_data_calls_are_traced_by_the_numbers_of_descriptors(machine: Machine) -> None:
+    for fd, answer in ((7, ALLOW), (8, TRACE), (15, TRACE), (16, ALLOW), (1 << 32 | 9, TRACE)):
+        for kind in Served:
+            assert ask_later(machine, kind, machine.recvmsg, fd) == answer
+            assert ask_later(machine, kind, machine.dup, fd) == answer
+            assert ask_later(machine, kind, machine.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, 3) == answer
+            assert ask_later(machine, kind, machine.fcntl, fd, fcntl.F_GETFL) == ALLOW
+            assert ask_later(machine, kind, machine.sendto, fd, 1, 1, 0, 1 << 40, 16) == answer
+        for number in (machine.write, machine.sendmsg, machine.sendmmsg, machine.recvmmsg):
+            assert ask_later(machine, Served.DATAGRAM, number, fd) == answer
+            assert ask_later(machine, Served.PACKET, number, fd) == ALLOW
+        arguments = (fd, 1, 1, 0, 0)
+        assert ask_later(machine, Served.DATAGRAM, machine.recvfrom, *arguments) == ALLOW
+        assert ask_later(machine, Served.PACKET, machine.sendto, *arguments) == ALLOW
+        arguments = (fd, 1, 1, 0, 1 << 40)
+        assert ask_later(machine, Served.DATAGRAM, machine.recvfrom, *arguments) == answer
+    other = SystemCall(machine.recvmsg, (8, 0, 0, 0, 0, 0), 0x40000003)
+    rules = seccomp.traced_rules(machine, Served.DATAGRAM, Numbers(8, 9))
+    assert run(seccomp.assemble(machine, rules, is_first=False), other) == ALLOW
 
 
 def test_other_options_and_files_are_let_through(machine: Machine) -> None:
@@ -154,7 +187,7 @@ def test_other_options_and_files_are_let_through(machine: Machine) -> None:
 
 
 def test_nothing_is_opened_for_a_program_that_can_open_it_itself(machine: Machine) -> None:
-    program = seccomp.assemble(machine, seccomp.rules(machine, WINDOWS, opens=False))
+    program = seccomp.assemble(machine, seccomp.rules(machine, opens=False))
     call = SystemCall(machine.openat, (0xFFFFFF9C, 1, 0, 0, 0, 0), machine.architecture)
     assert run(program, call) == ALLOW
     assert seccomp.may_be_opened("/dev/null")
@@ -164,7 +197,7 @@ def test_nothing_is_opened_for_a_program_that_can_open_it_itself(machine: Machin
 
 def test_looking_at_files_is_let_through_unless_it_is_asked_for(machine: Machine) -> None:
     here = 0xFFFFFF9C  # AT_FDCWD
-    program = seccomp.assemble(machine, seccomp.rules(machine, WINDOWS, True, looks=True))
+    program = seccomp.assemble(machine, seccomp.rules(machine, True, looks=True))
     assert len(program) // 8 <= 4096
     looks = (machine.newfstatat, machine.statx, machine.faccessat, machine.faccessat2)
     for number in (*looks, machine.stat, machine.lstat, machine.access):
@@ -175,10 +208,3 @@ def test_looking_at_files_is_let_through_unless_it_is_asked_for(machine: Machine
     for number in looks:  # relative to an open folder, or of an open file
         call = SystemCall(number, (5, 1, 0, 0x1000, 0, 0), machine.architecture)
         assert run(program, call) == ALLOW
-
-
-@pytest.mark.parametrize("limit", [1, 16, 256, 1024, 4096, 1 << 20])
-def test_windows_are_below_the_limit_and_what_select_can_do(limit: int) -> None:
-    windows = seccomp.windows_below(limit)
-    assert 0 <= windows.datagram.first <= windows.datagram.end == windows.packet.first
-    assert windows.packet.end <= min(limit, 1024)

@@ -17,7 +17,9 @@ from .vsockd import Asker
 from .waiting import Wait
 
 if TYPE_CHECKING:
+    from .ptrace import SystemCall
     from .supervisor import Supervisor
+    from .tracing import Tracee
 
 T = TypeVar("T")
 
@@ -191,12 +193,50 @@ class Call:
         self.answered = True
         self.supervisor.listener.answer(self.id, value)
 
-    def answer_with_descriptor(self, fd: int, close_on_exec: bool, number: int | None) -> None:
+    def answer_with_descriptor(self, fd: int, close_on_exec: bool) -> None:
         """Give the process a copy of ``fd``, the call returns it; raises Gone or OSError."""
-        self.supervisor.listener.answer_with_descriptor(self.id, fd, close_on_exec, number)
+        self.supervisor.listener.answer_with_descriptor(self.id, fd, close_on_exec)
         self.answered = True
+
+    def add_descriptor(self, fd: int, close_on_exec: bool) -> int:
+        """Give the process a copy of ``fd``; returns its number there.  Raises Gone or OSError."""
+        return self.supervisor.listener.add_descriptor(self.id, fd, close_on_exec)
 
     def let_through(self) -> None:
         """Let the kernel do it; see :meth:`Listener.let_through`."""
         self.answered = True
         self.supervisor.listener.let_through(self.id)
+
+    def conclude(self, value: int) -> None:
+        """Return ``value``, now or when the thread makes the call again."""
+        self.supervisor.give(self, value)
+
+
+class TracedCall(Call):
+    """A call that a tracer has stopped."""
+
+    __slots__ = ("_call", "thread")
+
+    def __init__(self, supervisor: Supervisor, thread: Tracee, call: SystemCall) -> None:
+        number, architecture, instruction, arguments, _ = call
+        super().__init__(
+            supervisor,
+            Notification(0, thread.number, number, architecture, instruction, arguments),
+        )
+        self.thread = thread
+        self._call = call
+
+    def check(self) -> None:
+        if self.thread.call is not self._call:
+            raise Gone
+
+    def answer(self, value: int) -> None:
+        self.answered = True
+        self.supervisor.tracer.answer(self.thread, value)
+
+    def let_through(self) -> None:
+        self.answered = True
+        self.supervisor.tracer.let_through(self.thread)
+
+    def conclude(self, value: int) -> None:
+        self.answer(value)

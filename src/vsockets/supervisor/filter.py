@@ -8,6 +8,7 @@ through, and the kernel remembers that, so such calls cost nothing (Linux 5.11).
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
@@ -21,6 +22,9 @@ from .machine import FIRST_X32_CALL, Machine
 
 ALLOW = 0x7FFF_0000
 NOTIFY = 0x7FC0_0000
+#: What tells the events of our own filters from those of a program's.
+TRACE_MARK = 0x7653
+TRACE = 0x7FF0_0000 | TRACE_MARK
 _REFUSE = 0x0005_0000
 _SYS_SECCOMP_ENOSYS = 38
 _EPERM = 1
@@ -34,6 +38,9 @@ _VHOST_VSOCK_SET_GUEST_CID, _VHOST_VSOCK_SET_RUNNING = 0x4008_AF60, 0x4004_AF61
 #: Bytes that have not reached the peer yet; for terminals it is TIOCOUTQ.
 SIOCOUTQ = 0x5411
 MSG_ERRQUEUE = 0x2000
+
+#: The commands of fcntl() that copy a descriptor.
+COPYING = (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC)
 
 _ANYBODYS = stat.S_IROTH | stat.S_IWOTH
 _AT_FDCWD = 0xFFFF_FF9C
@@ -99,37 +106,24 @@ class Rule(NamedTuple):
     when: tuple[When, ...] = ()
 
 
-class Window(NamedTuple):
+class Numbers(NamedTuple):
     """Descriptor numbers from ``first`` up to, not including, ``end``."""
 
     first: int
     end: int
 
-    def holds(self, argument: int = 0) -> tuple[When, When]:
-        """The conditions that a call is about a descriptor within."""
+    def holds(self, argument: int = 0) -> tuple[When, ...]:
+        """The conditions that a call is about one of these descriptors."""
+        if self.end == self.first + 1:
+            return (When(argument, Test.EQUAL, self.first),)
         return When(argument, Test.AT_LEAST, self.first), When(argument, Test.BELOW, self.end)
 
 
-class Windows(NamedTuple):
-    """Where datagram and sequenced-packet sockets get their descriptors.
+class Served(Enum):
+    """Sockets whose data calls are served, and so traced by the numbers of their descriptors."""
 
-    The filter cannot know what a descriptor is, only its number.  So sockets whose *data* calls
-    must be looked at get numbers that few programs ever reach, and the data calls of all
-    other sockets, streams above all, are never touched.
-    """
-
-    datagram: Window
-    packet: Window
-
-
-def windows_below(limit: int) -> Windows:
-    """The windows for a program that may have ``limit`` descriptors.
-
-    Below 1024 in any case, which is as far as select(2) goes.
-    """
-    end = min(limit, 1024)
-    size = min(128, end // 8)
-    return Windows(Window(end - 2 * size, end - size), Window(end - size, end))
+    DATAGRAM = "datagram"
+    PACKET = "packet"
 
 
 def may_be_opened(device: str = "/dev/vsock") -> bool:
@@ -145,12 +139,11 @@ def may_be_opened(device: str = "/dev/vsock") -> bool:
     return stat.S_ISCHR(mode) and mode & _ANYBODYS == _ANYBODYS
 
 
-def rules(machine: Machine, windows: Windows, opens: bool, looks: bool = False) -> list[Rule]:
+def rules(machine: Machine, opens: bool, looks: bool = False) -> list[Rule]:
     """What ``vsock run`` intercepts; with ``opens``, the opening of ``/dev/vsock`` too, and with
     ``looks``, whatever asks whether it is there.
     """
     m, equal, differs = machine, Test.EQUAL, Test.DIFFERS
-    datagram, packet = windows.datagram.holds(), windows.packet.holds()
     vsock = When(0, equal, AF_VSOCK)
     asked = [When(2, equal, int(option)) for option in ASKED_OPTIONS]
     end_of_record = Test.HAS_BIT, int(socket.MSG_EOR)
@@ -199,18 +192,9 @@ def rules(machine: Machine, windows: Windows, opens: bool, looks: bool = False) 
             if looks
             else []
         ),
-        # Datagrams: everything that sends, and receiving with the source's address.
-        *(
-            Rule(number, NOTIFY, datagram)
-            for number in (m.sendto, m.sendmsg, m.sendmmsg, m.write, m.writev)
-        ),
-        Rule(m.recvfrom, NOTIFY, (*datagram, When(4, Test.NOT_NULL))),
-        Rule(m.recvmsg, NOTIFY, datagram),
-        Rule(m.recvmmsg, NOTIFY, datagram),
-        # Sequenced packets: ends of records, which a unix socket does not carry.
-        Rule(m.sendto, NOTIFY, (*packet, When(3, *end_of_record))),
-        Rule(m.sendmsg, NOTIFY, (*packet, When(2, *end_of_record))),
-        Rule(m.recvmsg, NOTIFY, packet),
+        # Ends of records, which a unix socket does not carry.
+        Rule(m.sendto, NOTIFY, (When(3, *end_of_record),)),
+        Rule(m.sendmsg, NOTIFY, (When(2, *end_of_record),)),
         # Flags that mean something else to a unix socket.
         Rule(m.recvmsg, NOTIFY, (When(2, Test.HAS_BIT, MSG_ERRQUEUE | urgent),)),
         Rule(m.recvfrom, NOTIFY, (When(3, Test.HAS_BIT, MSG_ERRQUEUE | urgent),)),
@@ -224,19 +208,37 @@ def rules(machine: Machine, windows: Windows, opens: bool, looks: bool = False) 
     return [rule for rule in made if rule.number >= 0]
 
 
-def assemble(machine: Machine, made: Sequence[Rule]) -> bytes:
+def traced_rules(machine: Machine, kind: Served, numbers: Numbers) -> list[Rule]:
+    """What is traced of descriptors with these numbers: data calls that are served, and copies.
+
+    Of datagram sockets, all that sends, and receiving with the source's address.  Of packet
+    sockets, receiving ends of records, and sending with an address, which fails.
+    """
+    m, ours = machine, numbers.holds()
+    calls: list[tuple[int, tuple[When, ...]]] = [(m.recvmsg, ours)]
+    if kind is Served.DATAGRAM:
+        calls += [(number, ours) for number in (m.sendto, m.sendmsg, m.sendmmsg, m.write, m.writev)]
+        calls += [(m.recvmmsg, ours), (m.recvfrom, (*ours, When(4, Test.NOT_NULL)))]
+    else:
+        calls.append((m.sendto, (*ours, When(4, Test.NOT_NULL))))
+    calls += [(number, ours) for number in (m.dup, m.dup2, m.dup3)]
+    calls += [(m.fcntl, (*ours, When(1, Test.EQUAL, command))) for command in COPYING]
+    return [Rule(number, TRACE, when) for number, when in calls if number >= 0]
+
+
+def assemble(machine: Machine, made: Sequence[Rule], is_first: bool = True) -> bytes:
     """The BPF program of ``made``, for ``seccomp(2)``.
 
     A program of another architecture is asked about at every call: its numbers mean something
-    else.  The calls of x32 do not exist.
+    else.  The calls of x32 do not exist.  Both are the business of a process's first filter.
     """
     program = [
         _instruction(_LOAD, _ARCHITECTURE),
         _instruction(_IF_EQUAL, machine.architecture, 1, 0),
-        _instruction(_RETURN, NOTIFY),
+        _instruction(_RETURN, NOTIFY if is_first else ALLOW),
         _instruction(_LOAD, _NUMBER),
         _instruction(_IF_AT_LEAST, FIRST_X32_CALL, 0, 1),
-        _instruction(_RETURN, refuse(_SYS_SECCOMP_ENOSYS)),
+        _instruction(_RETURN, refuse(_SYS_SECCOMP_ENOSYS) if is_first else ALLOW),
     ]
     for rule in made:
         program += _assemble_rule(rule)

@@ -27,14 +27,18 @@ from typing import NoReturn
 
 from ..attachment import Attachment
 from ..descriptors import allow_many_descriptors
-from .filter import assemble, may_be_opened, rules, windows_below
+from .filter import assemble, may_be_opened, rules
 from .machine import this_machine
 from .notification import Listener, install
+from .ptrace import WAIT_FOR_ALL
 from .supervisor import Supervisor
+from .tracing import Tracer
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 _LAST_STANDARD = 2
+#: waitpid()'s options: children that stop or go on, and all tracees.
+_OF_ALL = os.WUNTRACED | os.WCONTINUED | WAIT_FOR_ALL
 
 #: Between front and supervisor: what happened, and a number.
 _NOTE = struct.Struct("=ci")
@@ -84,9 +88,8 @@ def launch(
         _be_front(front, supervisor_pid)
     front.close()
     _control(_PR_SET_CHILD_SUBREAPER, 1)
-    windows = windows_below(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     opens = not may_be_opened()
-    made = rules(machine, windows, opens, looks=opens and device)
+    made = rules(machine, opens, looks=opens and device)
     ours, theirs = socket.socketpair()
     program_pid = os.fork()
     if program_pid == 0:
@@ -103,7 +106,7 @@ def launch(
         become()
     theirs.close()
     _be_supervisor(
-        lambda listener: Supervisor(machine, listener, windows, context),
+        lambda listener: Supervisor(machine, listener, context),
         _Program(program_pid, back),
         ours,
         [fd for fd in (lease,) if fd is not None],
@@ -117,10 +120,11 @@ class _Program:
     """The program's first process, as its parent sees it."""
 
     def __init__(self, pid: int, front: socket.socket) -> None:
-        self._pid = pid
+        self.pid = pid
         self._front: socket.socket | None = front
         self._front_pid = os.getppid()
         self._stopped = False
+        self._tracer: Tracer | None = None
 
     def fileno(self) -> int:
         """The connection to the front."""
@@ -136,16 +140,17 @@ class _Program:
         """Look what became of our children: the program's process, and its orphans."""
         while True:
             try:
-                pid, status = os.waitpid(-1, options | os.WUNTRACED | os.WCONTINUED)
+                pid, status = os.waitpid(-1, options | _OF_ALL)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
-            if pid != self._pid:
+            if self._tracer is not None and self._tracer.handle(pid, status):
+                continue
+            if pid != self.pid:
                 continue
             if os.WIFSTOPPED(status):
-                self._stopped = True
-                self._tell(_STOPPED, 0)
+                self._on_stop(pid)
                 continue
             # It may have ended before we saw that it went on.
             if self._stopped and self._front is not None:
@@ -156,6 +161,16 @@ class _Program:
                 if self._front is not None:
                     self._front.close()
                 self._front = None
+
+    def watch(self, tracer: Tracer) -> None:
+        """Let ``tracer`` have what is reported of its tracees; the program may be one."""
+        self._tracer = tracer
+        tracer.on_group_stop = self._on_stop
+
+    def _on_stop(self, pid: int) -> None:
+        if pid == self.pid:
+            self._stopped = True
+            self._tell(_STOPPED, 0)
 
     def on_front(self, events: int) -> None:
         """The front passes a signal on, or has ended."""
@@ -175,7 +190,7 @@ class _Program:
     def _send(self, number: int) -> None:
         # Not reaped yet, so the number is still its own.
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, number)
+            os.kill(self.pid, number)
 
     def _tell(self, kind: bytes, number: int) -> None:
         if self._front is not None:
@@ -205,6 +220,7 @@ def _be_supervisor(
             program.wait()
             return  # type: ignore[misc]  # by way of finally
         supervisor = make(Listener(descriptors[0]))
+        program.watch(supervisor.tracer)
         allow_many_descriptors()
 
         def on_child(events: int) -> None:
@@ -214,8 +230,12 @@ def _be_supervisor(
 
         supervisor.waits.watch(children, on_child)
         supervisor.waits.watch(program.fileno(), program.on_front)
-        starting.send(b"g")
-        starting.close()
+
+        def begin() -> None:
+            starting.send(b"g")
+            starting.close()
+
+        supervisor.begin(program.pid, begin)
         program.reap()
         supervisor.run()
         program.wait()

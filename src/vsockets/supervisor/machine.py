@@ -17,6 +17,16 @@ class Machine(NamedTuple):
     """Numbers of one architecture; -1 is a call it does not have."""
 
     architecture: int  #: AUDIT_ARCH_*
+    close: int
+    dup: int
+    dup2: int
+    dup3: int
+    fcntl: int
+    mmap: int
+    munmap: int
+    ppoll: int
+    prctl: int
+    tgkill: int
     write: int
     writev: int
     open: int
@@ -60,6 +70,16 @@ class Machine(NamedTuple):
 _MACHINES = {
     "x86_64": Machine(
         architecture=0xC000_003E,
+        close=3,
+        dup=32,
+        dup2=33,
+        dup3=292,
+        fcntl=72,
+        mmap=9,
+        munmap=11,
+        ppoll=271,
+        prctl=157,
+        tgkill=234,
         write=1,
         writev=20,
         open=2,
@@ -94,6 +114,16 @@ _MACHINES = {
     ),
     "aarch64": Machine(
         architecture=0xC000_00B7,
+        close=57,
+        dup=23,
+        dup2=-1,
+        dup3=24,
+        fcntl=25,
+        mmap=222,
+        munmap=215,
+        ppoll=73,
+        prctl=167,
+        tgkill=131,
         write=64,
         writev=66,
         open=-1,

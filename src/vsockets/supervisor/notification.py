@@ -29,7 +29,7 @@ _SET_FLAGS = 0x4008_2104
 _SYNCHRONOUS_WAKE_UP = 1
 
 _CONTINUE = 1
-_ADD_AT, _ADD_AND_ANSWER = 1, 2
+_ADD_AND_ANSWER = 2
 
 _SET_MODE_FILTER = 1
 _NEW_LISTENER = 8
@@ -129,18 +129,19 @@ class Listener:
         """
         self._respond(_RESPONSE.pack(id_, 0, 0, _CONTINUE))
 
-    def answer_with_descriptor(
-        self, id_: int, fd: int, close_on_exec: bool, number: int | None = None
-    ) -> int:
+    def answer_with_descriptor(self, id_: int, fd: int, close_on_exec: bool) -> int:
         """Give the process a copy of ``fd`` and let the call return its number, in one step.
 
-        The number is the lowest free one unless given; then what was there is closed.
-        Raises Gone, or OSError (EMFILE, EBADF: the process may not have more).
+        The number is the lowest free one.  Raises Gone, or OSError EMFILE.
         """
-        flags = _ADD_AND_ANSWER | (0 if number is None else _ADD_AT)
-        request = _ADD_DESCRIPTOR.pack(
-            id_, flags, fd, number or 0, os.O_CLOEXEC if close_on_exec else 0
-        )
+        return self._add(id_, fd, close_on_exec, _ADD_AND_ANSWER)
+
+    def add_descriptor(self, id_: int, fd: int, close_on_exec: bool) -> int:
+        """As :meth:`answer_with_descriptor`, but the call waits on; returns the number."""
+        return self._add(id_, fd, close_on_exec, 0)
+
+    def _add(self, id_: int, fd: int, close_on_exec: bool, flags: int) -> int:
+        request = _ADD_DESCRIPTOR.pack(id_, flags, fd, 0, os.O_CLOEXEC if close_on_exec else 0)
         try:
             added: int = fcntl.ioctl(self._fd, _ADD, bytearray(request))
         except (FileNotFoundError, ProcessLookupError):

@@ -15,6 +15,7 @@ import os
 import signal
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from socket import SHUT_RDWR
 
 from .machine import Machine
@@ -22,6 +23,9 @@ from .machine import Machine
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 #: Processes whose pidfd is kept, so that a call costs one system call less.
 _KEPT = 256
+
+#: In /proc/PID/syscall: number, six arguments, stack, instruction.
+_WORDS_OF_CALL = 9
 
 _NO_FLAGS = ctypes.c_ulong(0)  # goes on the stack: a plain 0 would fill half of its place
 
@@ -108,6 +112,14 @@ class Processes:
         finally:
             os.close(memory)
 
+    @staticmethod
+    def arguments_of(pid: int) -> tuple[int, ...]:
+        """Return the arguments of the system call that a thread waits in; OSError EAGAIN."""
+        words = Path(f"/proc/{pid}/syscall").read_text().split()
+        if len(words) < _WORDS_OF_CALL:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return tuple(int(word, 0) for word in words[1:7])
+
     # Descriptors
 
     @staticmethod
@@ -121,10 +133,14 @@ class Processes:
         except OSError:
             return ""
 
-    @staticmethod
-    def has(pid: int, fd: int) -> bool:
-        """Whether it has a descriptor of this number."""
-        return os.path.lexists(f"/proc/{pid}/fd/{fd}")
+    def numbers_of(self, pid: int, inode: int) -> list[int]:
+        """Return the descriptors of a process that are the socket with this inode."""
+        link = f"socket:[{inode}]"
+        try:
+            numbers = sorted(map(int, os.listdir(f"/proc/{pid}/fd")))
+        except OSError:
+            return []
+        return [number for number in numbers if self.what_is(pid, number) == link]
 
     def duplicate(self, pid: int, fd: int) -> int:
         """A descriptor of ours for what its ``fd`` refers to; OSError EBADF."""
@@ -156,14 +172,15 @@ class Processes:
         if pidfd < 0:  # before Linux 6.9 only for the first thread of a process
             pidfd = self._syscall(self._machine.pidfd_open, pid, 0)
             if pidfd < 0:
-                return os.pidfd_open(self._first_thread(pid)), False
+                return os.pidfd_open(self.first_thread(pid)), False
         if len(self._pidfds) >= _KEPT:
             os.close(self._pidfds.popitem(last=False)[1])
         self._pidfds[pid] = pidfd
         return pidfd, True
 
     @staticmethod
-    def _first_thread(pid: int) -> int:
+    def first_thread(pid: int) -> int:
+        """Return the number of a thread's process, which is that of its first thread."""
         return int(_status(pid, b"Tgid:")[0])
 
     def shut_down(self, inode: int) -> None:
@@ -195,7 +212,7 @@ class Processes:
         if known is None or known[0] != folder.st_ino:
             if len(self._process_of) >= _KEPT:
                 self._process_of.clear()
-            known = self._process_of[pid] = folder.st_ino, self._first_thread(pid)
+            known = self._process_of[pid] = folder.st_ino, self.first_thread(pid)
         return known[1], folder.st_uid, folder.st_gid
 
     @staticmethod
@@ -246,7 +263,7 @@ class Processes:
     @contextlib.contextmanager
     def opened(self, pid: int) -> Iterator[int]:
         """A pidfd of the process that the thread is of; OSError when it has ended."""
-        pidfd = os.pidfd_open(self._first_thread(pid))
+        pidfd = os.pidfd_open(self.first_thread(pid))
         try:
             yield pidfd
         finally:

@@ -12,13 +12,14 @@ import re
 import struct
 from collections import OrderedDict, deque
 from enum import Enum, auto
-from socket import SOCK_DGRAM
+from socket import SOCK_DGRAM, SOCK_SEQPACKET
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..buffers import BufferSizes
 from ..constants import AF_VSOCK, VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..limits import CONNECT_TIMEOUT, SUPERVISED_SOCKETS
 from ..wire import Record
+from .filter import Served
 
 if TYPE_CHECKING:
     from .holding import Hold
@@ -65,6 +66,9 @@ class Phase(Enum):
     #: vsockd has ended, or given up the socket's port.
     LOST = auto()
 
+
+#: Whose data calls are served.
+SERVED = {int(SOCK_DGRAM): Served.DATAGRAM, int(SOCK_SEQPACKET): Served.PACKET}
 
 #: No connect has succeeded, and none has failed for good.
 UNCONNECTED = (Phase.NEW, Phase.BOUND, Phase.LISTENING, Phase.CONNECTING)
@@ -127,6 +131,11 @@ class Endpoint:
         #: Messages received for a program that was interrupted likewise.
         self.received: deque[Received] = deque()
         self.is_shut = False  #: by shutdown(), in any direction
+
+    @property
+    def served(self) -> Served | None:
+        """As what its data calls are served, if they are."""
+        return SERVED.get(self.type)
 
     @property
     def is_datagram(self) -> bool:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import _socket
 import contextlib
 import errno
+import functools
 import logging
 import os
 import select
 import signal
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Coroutine
 from socket import (
     AF_UNIX,
     SO_DOMAIN,
     SO_TYPE,
-    SOCK_DGRAM,
-    SOCK_SEQPACKET,
-    SOCK_STREAM,
     SOL_SOCKET,
 )
 from typing import NamedTuple
@@ -25,16 +24,18 @@ from typing import NamedTuple
 from ..attachment import Attachment
 from ..limits import SIGNAL_LOOK, SIGNAL_PATIENCE
 from ..wire import Flag, Op, Record, Request, Role
-from .call import Answer, Call, Serving, SocketHandler
+from .call import Answer, Call, Serving, SocketHandler, TracedCall
 from .calls import ARGUMENTS, HANDLERS, PATHS, SOCKET_HANDLERS
 from .calls.creating import DEVICE
 from .calls.datagrams import Routes
-from .filter import Window, Windows
+from .filter import Served
 from .holding import Hold
 from .machine import Machine
 from .notification import Gone, Listener, Notification
 from .process import Processes
-from .sockets import Endpoint, Phase, Sockets, inode_in
+from .ptrace import SystemCall
+from .sockets import SERVED, Endpoint, Phase, Sockets, inode_in
+from .tracing import Tracee, Tracer
 from .vsockd import Asker, Vsockd, cookie_of, may_be_known
 from .waiting import Wait, Waits, pause
 
@@ -43,7 +44,9 @@ log = logging.getLogger(__name__)
 #: Answers that a thread was interrupted before it got; it asks again at once or never.
 _KEPT_ANSWERS = 1024
 
-_TYPES = (SOCK_STREAM, SOCK_SEQPACKET, SOCK_DGRAM)
+#: How often a program that has not begun is tried to be prepared, and how soon again, in seconds.
+_TRIES, _A_MOMENT = 1000, 0.001
+
 
 
 class _Task:
@@ -68,12 +71,9 @@ class _Kept(NamedTuple):
 class Supervisor:
     """Answers the intercepted calls of all processes under one filter, in one context."""
 
-    def __init__(
-        self, machine: Machine, listener: Listener, windows: Windows, context: Attachment
-    ) -> None:
+    def __init__(self, machine: Machine, listener: Listener, context: Attachment) -> None:
         self.machine = machine
         self.listener = listener
-        self.windows = windows
         self.processes = Processes(machine)
         self.sockets = Sockets()
         #: what holds the ports of bound sockets, by inode: not to be forgotten with the sockets
@@ -83,6 +83,7 @@ class Supervisor:
         #: A descriptor of nothing much, see ``calls.packets``.
         self.marker = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
         self.waits = Waits(listener.fileno(), self._on_listener)
+        self.tracer = Tracer(machine, self.processes, self._serve_traced, self._is_served)
         self._plain = {getattr(machine, name): serve for name, serve in HANDLERS.items()}
         self._paths = {getattr(machine, name): argument for name, argument in PATHS.items()}
         self._on_sockets = {
@@ -92,12 +93,61 @@ class Supervisor:
         self._waiting: dict[int, _Task] = {}  # by thread
         self._kept: OrderedDict[int, _Kept] = OrderedDict()  # by thread
         self._told_unsupported: set[int] = set()
+        self._told_untraced: set[tuple[int, Served]] = set()
         self._running = True
 
     def run(self) -> None:
         """Serve until no process is left under the filter."""
         while self._running:
             self.waits.poll()
+
+    def begin(self, pid: int, begun: Callable[[], None]) -> None:
+        """Prepare for a program that has not begun: it may have inherited sockets.
+
+        Its thread waits in a system call, and ``begun`` is called when it may go on.
+        """
+        self._run(self._prepare(pid, begun))
+
+    async def _prepare(self, pid: int, begun: Callable[[], None]) -> None:
+        numbers: dict[Served, list[int]] = {}
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            inode = self._inode_of(pid, int(name))
+            if inode is not None:
+                endpoint = None
+                with contextlib.suppress(OSError):
+                    fd = self.processes.duplicate(pid, int(name))
+                    endpoint = await self._identify(fd, inode, _always)
+                self.sockets.add(inode, endpoint)
+                if endpoint is not None and endpoint.served is not None:
+                    numbers.setdefault(endpoint.served, []).append(int(name))
+        for kind, descriptors in numbers.items():
+            await self._cover_inherited(pid, kind, descriptors)
+        begun()
+
+    async def _cover_inherited(self, pid: int, kind: Served, descriptors: list[int]) -> None:
+        try:
+            self.tracer.attach(pid)
+        except OSError:  # the program is told at its first call about one of them
+            return
+        for _ in range(_TRIES):
+            codes: list[int] = []
+            # OSError: it does not wait yet.
+            with contextlib.suppress(OSError):
+                arguments = self.processes.arguments_of(pid)
+                self.tracer.cover(pid, kind, descriptors, arguments, codes.append)
+                while not codes and self.tracer.is_tracing(pid):
+                    await pause(_A_MOMENT)
+            if codes and codes[0] != errno.EINTR:
+                return
+            await pause(_A_MOMENT)
+
+    def _run(self, coroutine: Coroutine[Wait, bool, None], value: bool | None = None) -> None:
+        """Run a coroutine that serves no call."""
+        try:
+            wait = coroutine.send(value)  # type: ignore[arg-type]  # None begins
+        except StopIteration:
+            return
+        self.waits.add(wait, lambda happened: self._run(coroutine, happened))
 
     # Calls
 
@@ -156,7 +206,21 @@ class Supervisor:
         else:
             call = Call(self, notification)
             call.check()  # it was its own process's descriptor
+            if endpoint.served is None or self._is_covered(call, endpoint):
+                self._start(call, serve(call, endpoint))
+
+    def _serve_traced(self, thread: Tracee, stopped: SystemCall) -> None:
+        """Serve a call that the tracer has stopped."""
+        call = TracedCall(self, thread, stopped)
+        serve = self._on_sockets.get(call.number)
+        endpoint = self.known(self._inode_of(call.pid, call.arguments[0]))
+        if serve is None or endpoint is None:  # the number is another file's by now
+            call.let_through()
+        else:
             self._start(call, serve(call, endpoint))
+
+    def _inode_of(self, pid: int, descriptor: int) -> int | None:
+        return inode_in(self.processes.what_is(pid, descriptor & 0xFFFF_FFFF))
 
     def _is_call_again(self, call: Call) -> bool:
         """Whether a signal interrupted this call, and its thread now makes it again."""
@@ -167,8 +231,7 @@ class Supervisor:
                 earlier.call.id = call.id
                 return True
             del self._waiting[call.pid]
-            self.waits.cancel(earlier.key)
-            self._resume(earlier, Gone())
+            self._stop(earlier)
         kept = self._kept.pop(call.pid, None)
         if kept is not None and kept.call.is_same_as(call, used):
             self._give(kept._replace(call=call))
@@ -187,16 +250,16 @@ class Supervisor:
                 wait = task.coroutine.send(value)  # type: ignore[arg-type]  # None begins
         except StopIteration as stop:
             if stop.value is not None and not call.answered:
-                self._finish(call, stop.value)
+                call.conclude(stop.value)
         except Gone:
             pass
         except OSError as error:
             if not call.answered:
-                self._finish(call, -(error.errno or errno.EIO))
+                call.conclude(-(error.errno or errno.EIO))
         except Exception:
             log.exception("call %d of thread %d lost", call.number, call.pid)
             if not call.answered:
-                self._finish(call, -errno.EIO)
+                call.conclude(-errno.EIO)
         else:
             self._suspend(task, wait)
 
@@ -213,13 +276,27 @@ class Supervisor:
         except OSError as error:  # no memory, or no room in the epoll
             task.coroutine.close()
             if not task.call.answered:
-                self._finish(task.call, -(error.errno or errno.EIO))
+                task.call.conclude(-(error.errno or errno.EIO))
             return
-        if not task.call.answered:  # else the thread is about other things already
+        if task.call.answered:  # the thread is about other things already
+            return
+        if isinstance(task.call, TracedCall):
+            self.tracer.sleep(task.call.thread, wait.seconds is None, lambda: self._stop(task))
+        else:
             self._waiting[pid] = task
 
-    def _finish(self, call: Call, value: int) -> None:
-        self._give(_Kept(call, value, time.monotonic() + SIGNAL_PATIENCE))
+    def _stop(self, task: _Task) -> None:
+        """Let a task that waits end: a signal has interrupted its call."""
+        self.waits.cancel(task.key)
+        self._resume(task, Gone())
+
+    def give(self, call: Call, value: int) -> None:
+        """Answer a call that is done, now or when its thread makes it again."""
+        self._give(self._keeping(call, value))
+
+    @staticmethod
+    def _keeping(call: Call, value: int) -> _Kept:
+        return _Kept(call, value, time.monotonic() + SIGNAL_PATIENCE)
 
     def _give(self, answer: _Kept) -> None:
         """Answer a call that is done, and must not be done again if a signal gets in between.
@@ -237,7 +314,10 @@ class Supervisor:
                 pass
         else:
             self.waits.add(pause(SIGNAL_LOOK), lambda _: self._give_again(answer))
-        self._kept[pid] = answer
+        self._keep(answer)
+
+    def _keep(self, answer: _Kept) -> None:
+        self._kept[answer.call.pid] = answer
         if len(self._kept) > _KEPT_ANSWERS:
             self._kept.popitem(last=False)
 
@@ -257,12 +337,18 @@ class Supervisor:
         if endpoint is None:
             call.let_through()
             return None
+        if endpoint.served is not None and not self._is_covered(call, endpoint):
+            return None
         return await serve(call, endpoint)
 
     async def _look_up(self, call: Call, inode: int) -> Endpoint | None:
         fd = self.processes.duplicate(call.pid, call.integer(0))
+        return await self._identify(fd, inode, call.check)
+
+    async def _identify(self, fd: int, inode: int, check: Callable[[], None]) -> Endpoint | None:
+        """Return the vSockets socket that ``fd``, which this closes, is a copy of, if it is one."""
         with contextlib.closing(_socket.socket(fileno=fd)) as sock:
-            call.check()
+            check()
             if sock.getsockopt(SOL_SOCKET, SO_DOMAIN) != AF_UNIX:
                 return None
             if not may_be_known(sock):
@@ -328,26 +414,84 @@ class Supervisor:
         return endpoint
 
     def hand_over(self, call: Call, sock: _socket.socket, type_: int, close_on_exec: bool) -> None:
-        """Give the process ``sock`` as the answer to its call, within the right window."""
-        window = None
-        if type_ == SOCK_DGRAM:
-            window = self.windows.datagram
-        elif type_ == SOCK_SEQPACKET:
-            window = self.windows.packet
-        number = None if window is None else self._free_number(call.pid, window)
-        try:
-            call.answer_with_descriptor(sock.fileno(), close_on_exec, number)
-        except OSError as error:
-            if number is None or error.errno != errno.EBADF:
-                raise
-            # The program may not have such numbers (RLIMIT_NOFILE).
-            call.answer_with_descriptor(sock.fileno(), close_on_exec, None)
+        """Give the process ``sock`` as the answer to its call.
 
-    def _free_number(self, pid: int, window: Window) -> int | None:
-        for number in range(*window):
-            if not self.processes.has(pid, number):
-                return number
-        return None
+        The number is the lowest free one, as POSIX has it.  If data calls on the socket are served
+        the process is traced from now on.  OSError EPERM when a datagram socket's cannot be.
+        """
+        kind = SERVED.get(type_)
+        if kind is None or not self._may_trace(call, kind):
+            call.answer_with_descriptor(sock.fileno(), close_on_exec)
+            return
+        number = call.add_descriptor(sock.fileno(), close_on_exec)
+        if self.tracer.covers(call.pid, kind, number):
+            call.conclude(number)
+        else:
+            self._cover(call, kind, [number], number)
+
+    def _is_covered(self, call: Call, endpoint: Endpoint) -> bool:
+        """Return whether data calls of the process on a socket are traced, as far as may be.
+
+        If not, they will be when its thread makes this call again.
+        """
+        kind, descriptor = endpoint.served, call.arguments[0] & 0xFFFF_FFFF
+        assert kind is not None
+        if self.tracer.covers(call.pid, kind, descriptor) or not self._may_trace(call, kind, False):
+            return True
+        numbers = self.processes.numbers_of(call.pid, endpoint.inode)
+        call.check()
+        self._cover(call, kind, numbers or [descriptor], None)
+        return False
+
+    def _may_trace(self, call: Call, kind: Served, is_new: bool = True) -> bool:
+        """Return whether the process could be attached to the tracer.
+
+        OSError EPERM for a datagram socket that is new: it could not be used.
+        """
+        try:
+            self.tracer.attach(call.pid)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EACCES):
+                raise Gone from None
+            self._tell_untraced(call, kind)
+            if kind is Served.DATAGRAM and is_new:
+                raise
+            return False
+        return True
+
+    def _cover(self, call: Call, kind: Served, numbers: list[int], answer: int | None) -> None:
+        """Have calls on descriptors traced; the call's thread then makes it again, and gets the
+        ``answer``, if there is one.
+        """
+
+        def done(code: int) -> None:
+            value = answer
+            if code:
+                log.warning("process of thread %d: no filter: %s", call.pid, os.strerror(code))
+                if kind is Served.DATAGRAM and answer is not None:
+                    value = -errno.EPERM
+            if value is not None:
+                self._keep(self._keeping(call, value))
+
+        self.tracer.cover(call.pid, kind, numbers, call.arguments, done)
+
+    def _is_served(self, pid: int, descriptor: int) -> bool:
+        endpoint = self.known(self._inode_of(pid, descriptor))
+        return endpoint is not None and endpoint.served is not None
+
+    def _tell_untraced(self, call: Call, kind: Served) -> None:
+        what = "datagram sockets do not work"
+        if kind is Served.PACKET:
+            what = "packet sockets lose MSG_EOR"
+        process = self.processes.first_thread(call.pid)
+        if (process, kind) in self._told_untraced:
+            return
+        self._told_untraced.add((process, kind))
+        name = self.processes.executable(call.pid)
+        text = f"{name} may not be traced (Yama's ptrace_scope, or it has a tracer): {what}"
+        with contextlib.suppress(OSError), self.processes.opened(call.pid) as pidfd:
+            valid = functools.partial(self.listener.is_valid, call.id)
+            self.processes.tell(pidfd, call.pid, text, valid)
 
     # Programs we cannot serve
 
@@ -367,3 +511,7 @@ class Supervisor:
                 self.processes.tell(pidfd, pid, text, waits)
             if waits():  # then it is this process that the number meant
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+def _always() -> None:
+    """Nothing is to be checked: the process waits for us."""

@@ -51,7 +51,7 @@ def _open(call: Call, flags: int) -> Answer:
     device = os.memfd_create(DEVICE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         fcntl.fcntl(device, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW)
-        call.answer_with_descriptor(device, bool(flags & os.O_CLOEXEC), None)
+        call.answer_with_descriptor(device, bool(flags & os.O_CLOEXEC))
     finally:
         os.close(device)
     return None

@@ -12,7 +12,15 @@ import os
 import struct
 from collections import OrderedDict
 from contextlib import closing
-from socket import AF_UNIX, MSG_DONTWAIT, MSG_OOB, SO_SNDTIMEO, SOCK_DGRAM, SOL_SOCKET
+from socket import (
+    AF_UNIX,
+    MSG_DONTWAIT,
+    MSG_OOB,
+    SO_SNDTIMEO,
+    SOCK_DGRAM,
+    SOCK_SEQPACKET,
+    SOL_SOCKET,
+)
 
 from ...limits import MAX_DATAGRAM, SUPERVISED_ROUTES
 from ...wire import Op, Request
@@ -26,7 +34,7 @@ from ..memory import (
     read_message,
     read_vectors,
 )
-from ..sockets import UNBOUND, Endpoint
+from ..sockets import UNBOUND, Endpoint, Phase
 from ..vsockd import SEND
 from ..waiting import WRITABLE, ready
 from . import packets
@@ -99,6 +107,10 @@ async def sendto(call: Call, endpoint: Endpoint) -> Answer:
     flags, address, address_size = call.integer(3), call.arguments[4], call.integer(5)
     _refuse_urgent(flags)
     if not endpoint.is_datagram:
+        if address and endpoint.type == SOCK_SEQPACKET:
+            # Which a unix socket would not mind.
+            connected = endpoint.phase is Phase.CONNECTED
+            raise failure(errno.EISCONN if connected else errno.EOPNOTSUPP)
         return await packets.send(call, endpoint, Message.of(buffer, size), flags)
     destination = endpoint.peer
     if address:

@@ -10,7 +10,7 @@ import array
 import errno
 import os
 from contextlib import closing
-from socket import MSG_DONTWAIT, MSG_NOSIGNAL, SCM_RIGHTS, SOCK_SEQPACKET, SOL_SOCKET
+from socket import MSG_DONTWAIT, MSG_EOR, MSG_NOSIGNAL, SCM_RIGHTS, SOCK_SEQPACKET, SOL_SOCKET
 
 from ..call import Answer, Call, failure
 from ..memory import Message
@@ -22,8 +22,9 @@ _LOOK = 0.25
 
 
 async def send(call: Call, endpoint: Endpoint, message: Message, flags: int) -> Answer:
-    """Send a message that ends a record."""
-    if endpoint.type != SOCK_SEQPACKET or endpoint.phase is not Phase.CONNECTED:
+    """Send a message that may end a record; the kernel can send all others as well."""
+    is_ours = endpoint.type == SOCK_SEQPACKET and endpoint.phase is Phase.CONNECTED
+    if not is_ours or not flags & MSG_EOR:
         call.let_through()
         return None
     if message.size > endpoint.buffers.size:

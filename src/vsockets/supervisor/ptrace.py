@@ -1,0 +1,271 @@
+"""ptrace(2): threads of other processes, stopped and started.
+
+Nothing here knows of sockets.  A thread is *seized*, which does not stop it.  It stops when it is
+interrupted, when a signal is to be delivered, and at the events that the options name.  waitpid()
+reports each stop once, and it ends when the tracer resumes the thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+from .machine import Machine
+
+# linux/ptrace.h
+_CONT, _SYSCALL = 7, 24
+_SETOPTIONS, _GETEVENTMSG = 0x4200, 0x4201
+_GETREGSET, _SETREGSET = 0x4204, 0x4205
+_SEIZE, _INTERRUPT, _LISTEN = 0x4206, 0x4207, 0x4208
+_GETSIGMASK, _SETSIGMASK = 0x420A, 0x420B
+_GET_SYSCALL_INFO = 0x420E
+
+# linux/elf.h: sets of registers.
+_GENERAL, _ARM_SYSTEM_CALL = 1, 0x404
+
+#: Report system call stops as such; processes and threads that are made are traced, too, and are
+#: told of with events, and so are programs executed and the calls that a filter wants traced.  When
+#: the tracer ends, however it does, its tracees are killed.
+_OPTIONS = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 7 | 1 << 20
+
+#: waitpid()'s: threads of all kinds.
+WAIT_FOR_ALL = 0x4000_0000
+
+_EVENT_SHIFT, _SYSTEM_CALL_STOP = 16, signal.SIGTRAP | 0x80
+
+#: struct ptrace_syscall_info: kind, architecture, instruction, stack; then number and arguments,
+#: or the result and whether it is an error.
+_CALL_INFO = struct.Struct("=B3xIQQ7QI4x")
+_MASK = struct.Struct("=Q")
+_ALL_SIGNALS = (1 << 64) - 1
+
+#: What the kernel returns inside for a call that a signal has interrupted and that is made again:
+#: if the signal has no handler, or one with SA_RESTART; always; if it has no handler.
+ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND = 512, 513, 514
+
+
+class Event(IntEnum):
+    """PTRACE_EVENT_*: why a thread has stopped."""
+
+    FORK = 1
+    VFORK = 2
+    CLONE = 3
+    EXEC = 4
+    SECCOMP = 7  #: before a system call, which a filter wants traced
+    STOP = 128  #: it was interrupted, has just been made, or goes on after a group stop
+    GROUP_STOP = 129  #: a signal has stopped its process; PTRACE_EVENT_STOP, too
+    SIGNAL = 130  #: a signal is to be delivered
+    SYSTEM_CALL = 131  #: before or after a system call
+
+
+class Stop(NamedTuple):
+    """A stop of a thread."""
+
+    event: Event
+    signal: int = 0  #: of SIGNAL and GROUP_STOP
+
+
+def read_stop(status: int) -> Stop:
+    """Return the stop that a wait status reports of a seized thread."""
+    number, event = os.WSTOPSIG(status), status >> _EVENT_SHIFT
+    if event == Event.STOP:
+        return Stop(Event.STOP) if number == signal.SIGTRAP else Stop(Event.GROUP_STOP, number)
+    if event:
+        return Stop(Event(event))
+    if number == _SYSTEM_CALL_STOP:
+        return Stop(Event.SYSTEM_CALL)
+    return Stop(Event.SIGNAL, number)
+
+
+class SystemCall(NamedTuple):
+    """A system call that a thread is about to make."""
+
+    number: int
+    architecture: int  #: AUDIT_ARCH_*
+    instruction: int  #: the address behind it
+    arguments: tuple[int, ...]
+    mark: int  #: what the filter has added to its answer (SECCOMP_RET_DATA)
+
+
+class Layout(NamedTuple):
+    """Where registers are among the general ones, each of 64 bits."""
+
+    size: int  #: how many there are
+    arguments: tuple[int, ...]
+    number: int  #: what a program puts the call's number into
+    result: int
+    instruction: int
+    #: On x86-64, of the call's number as the kernel remembers it, -1 if the thread is in none.
+    entered: int | None
+    trap: bytes  #: the instruction that makes a call
+
+
+_LAYOUTS = {
+    # struct user_regs_struct: rdi, rsi, rdx, r10, r8, r9; rax; rip; orig_rax.  "syscall".
+    0xC000_003E: Layout(27, (14, 13, 12, 7, 9, 8), 10, 10, 16, 15, b"\x0f\x05"),
+    # struct user_pt_regs: x0 to x5; x8; x0; pc.  "svc #0".
+    0xC000_00B7: Layout(34, (0, 1, 2, 3, 4, 5), 8, 0, 32, None, b"\x01\x00\x00\xd4"),
+}
+
+
+class Registers:
+    """The general registers of a thread that has stopped, and the system call that it is in."""
+
+    __slots__ = ("_layout", "_values", "entered")
+
+    def __init__(self, layout: Layout, values: list[int], entered: int) -> None:
+        self._layout = layout
+        self._values = values
+        self.entered = entered  #: the number of the call that the thread is in, or -1
+
+    def copy(self) -> Registers:
+        """Return registers that can be changed by themselves."""
+        return Registers(self._layout, self._values.copy(), self.entered)
+
+    @property
+    def values(self) -> list[int]:
+        """All of them, in the kernel's order."""
+        return self._values
+
+    @property
+    def result(self) -> int:
+        """What a call has returned; a negative errno when it has failed."""
+        value = self._values[self._layout.result]
+        return value - (1 << 64) if value >> 63 else value
+
+    @result.setter
+    def result(self, value: int) -> None:
+        self._values[self._layout.result] = value & 0xFFFF_FFFF_FFFF_FFFF
+
+    @property
+    def instruction(self) -> int:
+        """The address of the next instruction."""
+        return self._values[self._layout.instruction]
+
+    def rewind(self) -> None:
+        """Have the thread run the instruction again that has made its call."""
+        self._values[self._layout.instruction] -= len(self._layout.trap)
+        self.entered = -1
+
+    def prepare(self, number: int, arguments: tuple[int, ...]) -> None:
+        """Have the next instruction, which makes a call, make this one."""
+        # On some machines the number is where the result comes to, on others that is an argument.
+        self._values[self._layout.number] = number
+        self.replace(-1, arguments)
+
+    def replace(self, number: int, arguments: tuple[int, ...]) -> None:
+        """Have the kernel do another call than the one that the thread is about to make."""
+        self.entered = number
+        for index, value in zip(self._layout.arguments, arguments, strict=False):
+            self._values[index] = value & 0xFFFF_FFFF_FFFF_FFFF
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class Ptrace:
+    """The requests.  OSError ESRCH when the thread has been killed, or has not stopped."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+        self._ptrace.restype = ctypes.c_long
+        self._ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+        self._layout = _LAYOUTS[machine.architecture]
+        self._registers = struct.Struct(f"={self._layout.size}Q")
+        self._buffer = ctypes.create_string_buffer(self._registers.size)
+        self._vector = _Vector(ctypes.addressof(self._buffer), self._registers.size)
+        self._number = ctypes.c_int()
+        self._number_vector = _Vector(ctypes.addressof(self._number), ctypes.sizeof(ctypes.c_int))
+        self._info = ctypes.create_string_buffer(_CALL_INFO.size)
+
+    @property
+    def trap(self) -> bytes:
+        """The instruction that makes a system call."""
+        return self._layout.trap
+
+    # Beginning, stopping, going on
+
+    def seize(self, thread: int) -> None:
+        """Trace a thread, and all that it makes.  OSError EPERM when that is not allowed."""
+        self._request(_SEIZE, thread, 0, _OPTIONS)
+
+    def interrupt(self, thread: int) -> None:
+        """Have a thread stop: with :attr:`Event.STOP`, unless something else comes first."""
+        self._request(_INTERRUPT, thread)
+
+    def resume(self, thread: int, number: int = 0) -> None:
+        """Let a thread run on, with the signal ``number``, if any."""
+        self._request(_CONT, thread, 0, number)
+
+    def resume_to_call(self, thread: int, number: int = 0) -> None:
+        """As :meth:`resume`, until it begins or ends a system call."""
+        self._request(_SYSCALL, thread, 0, number)
+
+    def listen(self, thread: int) -> None:
+        """Leave a thread in its group stop, and be told when that ends."""
+        self._request(_LISTEN, thread)
+
+    # Looking and changing
+
+    def call_of(self, thread: int) -> SystemCall:
+        """Return the call that a thread, stopped by :attr:`Event.SECCOMP`, is about to make."""
+        self._request(_GET_SYSCALL_INFO, thread, len(self._info), ctypes.addressof(self._info))
+        _, architecture, instruction, _, number, *rest = _CALL_INFO.unpack(self._info)
+        return SystemCall(number, architecture, instruction, tuple(rest[:6]), rest[6])
+
+    def message(self, thread: int) -> int:
+        """Return what the event is about."""
+        value = ctypes.c_ulong()
+        self._request(_GETEVENTMSG, thread, 0, ctypes.addressof(value))
+        return value.value
+
+    def registers(self, thread: int) -> Registers:
+        """Return the registers of a stopped thread."""
+        self._request(_GETREGSET, thread, _GENERAL, ctypes.addressof(self._vector))
+        values = list(self._registers.unpack(self._buffer))
+        if self._layout.entered is not None:
+            low = values[self._layout.entered] & 0xFFFF_FFFF
+            entered = low - (1 << 32) if low >> 31 else low
+        else:
+            self._request(
+                _GETREGSET, thread, _ARM_SYSTEM_CALL, ctypes.addressof(self._number_vector)
+            )
+            entered = self._number.value
+        return Registers(self._layout, values, entered)
+
+    def set_registers(self, thread: int, registers: Registers) -> None:
+        """Change the registers of a stopped thread."""
+        values = registers.values
+        if self._layout.entered is not None:
+            values[self._layout.entered] = registers.entered & 0xFFFF_FFFF_FFFF_FFFF
+        else:
+            self._number.value = registers.entered
+            self._request(
+                _SETREGSET, thread, _ARM_SYSTEM_CALL, ctypes.addressof(self._number_vector)
+            )
+        self._registers.pack_into(self._buffer, 0, *values)
+        self._request(_SETREGSET, thread, _GENERAL, ctypes.addressof(self._vector))
+
+    def block_signals(self, thread: int, mask: int = _ALL_SIGNALS) -> int:
+        """Set the signals that a stopped thread blocks; returns those that it blocked before."""
+        before = ctypes.c_uint64()
+        self._request(_GETSIGMASK, thread, _MASK.size, ctypes.addressof(before))
+        wanted = ctypes.c_uint64(mask)
+        self._request(_SETSIGMASK, thread, _MASK.size, ctypes.addressof(wanted))
+        return before.value
+
+    def _request(self, request: int, thread: int, address: int = 0, data: int = 0) -> None:
+        if self._ptrace(request, thread, address, data) < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+
+def is_gone(error: OSError) -> bool:
+    """Return whether a request has failed because its thread has been killed meanwhile."""
+    return error.errno == errno.ESRCH
