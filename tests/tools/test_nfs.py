@@ -41,6 +41,15 @@ def test_the_server_says_where_it_listens_and_ends_when_told(vsock: Vsock, tmp_p
 
 
 @needs_fuse
+def test_a_mount_says_that_no_server_answers(vsock: Vsock, tmp_path: Path) -> None:
+    running = vsock.start("nfs", "mount", "vsock-dgram:2:9", "/none", tmp_path)
+    assert running.error_line() == (
+        "vsock-dgram:2:9 does not answer yet (Connection refused: is there a server?);"
+        " trying for 120 s"
+    )
+
+
+@needs_fuse
 @pytest.mark.timeout(240)
 def test_the_demo(alone: Vsock) -> None:
     running = alone.start("demo", "nfs", "--json")

@@ -52,6 +52,7 @@ def serve(
     import asyncio  # these take as long to load as all the rest
 
     from ..bridges.doors import Door
+    from ..bridges.running import on_signals
     from .http_server import HttpServer
 
     async def run() -> None:
@@ -59,7 +60,7 @@ def serve(
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(HttpServer(door.sockets[0], handler).serve())]
             tasks += [group.create_task(other()) for other in beside]
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _cancel, tasks)
+            on_signals({signal.SIGTERM: lambda: _cancel(tasks)})
 
     mask = os.umask(0o077)
     try:

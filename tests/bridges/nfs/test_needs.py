@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,8 +43,35 @@ def test_a_kernel_without_fuse(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("pyfuse3")
 def test_who_is_not_root_needs_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(needs, "_has_no_new_privileges", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(OSError, match="apt install fuse3"):
         needs.require("/dev/null")
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     needs.require("/dev/null")
+
+
+_WITHOUT_NEW_PRIVILEGES = """
+import ctypes, os, shutil, sys
+ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, as vsock run by an ordinary user
+os.geteuid = lambda: 1000
+shutil.which = lambda name: "/bin/" + name
+from vsockets.bridges.nfs import needs
+sys.modules["pyfuse3"] = needs
+try:
+    needs.require("/dev/null")
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_the_helper_gains_no_rights_under_vsock_run() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_NEW_PRIVILEGES],
+        env={**os.environ, "VSOCKETS_CONTEXT": "/run/vsock/3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "fusermount3's set-user-ID bit" in done.stdout, done
+    assert "outside of vsock run, with VSOCKETS_CONTEXT=/run/vsock/3" in done.stdout

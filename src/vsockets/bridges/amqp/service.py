@@ -11,7 +11,7 @@ from ...descriptors import allow_many_descriptors
 from ...locator import Locator
 from ...logs import NOTICE
 from ...service_manager import notify_ready
-from ..running import first
+from ..running import first, on_signals
 from .session import log
 
 
@@ -37,14 +37,12 @@ def run(make: Callable[[], Proxy], listen: Locator) -> None:
     allow_many_descriptors()
 
     async def serve() -> None:
-        loop = asyncio.get_running_loop()
         stopped, cut = asyncio.Event(), asyncio.Event()
 
         def stop() -> None:
             (cut if stopped.is_set() else stopped).set()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
+        on_signals({signal.SIGTERM: stop, signal.SIGINT: stop})
         proxy = make()
         try:
             scheme = str(listen).partition(":")[0]

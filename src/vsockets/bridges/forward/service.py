@@ -13,7 +13,7 @@ from ...descriptors import allow_many_descriptors
 from ...locator import Exec, Inherited, Locator, Stdio
 from ..capture.recorder import Recorder
 from ..doors import Door, open_door
-from ..running import first
+from ..running import first, on_signals
 from .datagram_forward import DatagramForward
 from .dialer import Dialer
 from .pump import Pump, PumpSelector
@@ -199,9 +199,7 @@ async def _serve(
 
     if recorder is not None:
         recorder.broken = cannot_record
-    loop.add_signal_handler(signal.SIGHUP, reload)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+    on_signals({signal.SIGHUP: reload, signal.SIGTERM: stop, signal.SIGINT: stop})
     ready(service)
     await first(service.finished(), stopped.wait(), broken)
     if stopped.is_set():

@@ -60,6 +60,7 @@ class RpcClient:
         self._queue: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self.sent_again = 0  #: datagrams
+        self.trouble = ""  #: why the last datagram could not be sent
         self._revival: Revival | None = None
         if context is not None:
             self._revival = Revival(context, self._stop, self._bind_again)
@@ -179,9 +180,11 @@ class RpcClient:
             return  # vsockd has ended: later
         try:
             self._sock.sendto(waiting.datagram, self._server)
+            self.trouble = ""
         except OSError as error:  # nobody there now, or queues are full: later
             if error.errno == errno.EMSGSIZE:
                 raise
+            self.trouble = error.strerror or str(error)
             if error.errno in _FULL:
                 waiting.transmission.unsent(self._loop.time())
 

@@ -13,6 +13,9 @@ NFS_FIRST_WAIT, NFS_SHORTEST_WAIT, NFS_LONGEST_WAIT = 0.5, 0.03, 2.0
 #: any restart takes.
 NFS_PATIENCE = 120.0
 
+#: How long a mount waits before it says that no server answers, in seconds.
+NFS_FIRST_WORD = 3.0
+
 #: Calls of one client on their way at most: as many answers of 64 KiB fit a datagram socket's
 #: buffer as Linux has it by default (net.core.wmem_default).
 NFS_WINDOW = 4

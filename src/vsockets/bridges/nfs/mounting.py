@@ -15,9 +15,11 @@ from ...attachment import Place
 from ...locator import Inet, Locator
 from ...logs import NOTICE
 from ...service_manager import notify_ready
+from ..running import on_signals
 from .calls import NfsClient, credentials, mount_export
 from .client import RpcClient
 from .fuse import Mounted
+from .limits import NFS_FIRST_WORD, NFS_PATIENCE
 from .nfs3 import DATA_SIZE, UDP_DATA_SIZE
 
 log = logging.getLogger("vsockets.nfs")
@@ -54,8 +56,15 @@ async def _serve(
 ) -> None:
     _in_asyncio()
     client = RpcClient.connect(mount_server, context)
+
+    def complain() -> None:
+        why = f" ({client.trouble}: is there a server?)" if client.trouble else ""
+        log.warning("%s does not answer yet%s; trying for %g s", mount_server, why, NFS_PATIENCE)
+
     try:
+        timer = asyncio.get_running_loop().call_later(NFS_FIRST_WORD, complain)
         root = await mount_export(client, os.fsencode(export))
+        timer.cancel()
         if server != mount_server:
             client.close()
             client = RpcClient.connect(server, context)
@@ -71,9 +80,7 @@ async def _serve(
         except RuntimeError as error:  # what fusermount said is on standard error
             raise OSError(f"{folder}: {error}") from None
         try:
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, pyfuse3.terminate)
+            on_signals({signal.SIGTERM: pyfuse3.terminate, signal.SIGINT: pyfuse3.terminate})
             log.log(NOTICE, "mounted on %s", folder)
             notify_ready()
             await pyfuse3.main()

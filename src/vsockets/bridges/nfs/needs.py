@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -27,5 +28,19 @@ def require(device: str = DEVICE) -> None:
     except OSError as error:
         why = f"{device}: {error.strerror}; modprobe fuse, or take a kernel that has FUSE"
         raise OSError(error.errno, why) from None
-    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
-        raise OSError("who is not root needs fusermount3 to mount: apt install fuse3")
+    if os.geteuid() == 0:
+        return
+    if shutil.which("fusermount3") is None:
+        raise OSError("mounting without root needs fusermount3: apt install fuse3")
+    if _has_no_new_privileges():
+        why = "mounting without root needs fusermount3's set-user-ID bit, which has no effect here"
+        how = "leave vsock run, or whatever sets no_new_privs"
+        if context := os.environ.get("VSOCKETS_CONTEXT"):
+            how = f"mount outside of vsock run, with VSOCKETS_CONTEXT={context}"
+        raise OSError(errno.EPERM, f"{why}: {how}")
+
+
+def _has_no_new_privileges() -> bool:
+    """Return whether no program that this process executes gains rights (no_new_privs)."""
+    with open("/proc/self/status") as status:
+        return any(line.split() == ["NoNewPrivs:", "1"] for line in status)

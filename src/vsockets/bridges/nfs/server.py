@@ -16,6 +16,7 @@ from ...locator import Locator
 from ...service_manager import notify_ready
 from ..doors import Door, open_door
 from ..entrance import DatagramEntrance
+from ..running import on_signals
 from .limits import NFS_DATAGRAMS, NFS_QUEUE, NFS_TURN
 from .service import Service, log
 from .work import Pending
@@ -160,10 +161,8 @@ async def serve(
     opened: Callable[[Server], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT; ``opened`` hears when clients can come.  Raises OSError."""
-    loop = asyncio.get_running_loop()
     ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+    on_signals({signal.SIGTERM: ended.set, signal.SIGINT: ended.set})
     server = Server(service, locators, context)
     try:
         opened(server)
