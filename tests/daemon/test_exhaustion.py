@@ -24,7 +24,7 @@ import pytest
 import vsockets
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import Op, Request
+from vsockets.wire import RECORD_SIZE, Op, Record, Request
 
 from . import exhaustion
 from .exhaustion import Attack, measure, processes, witnessed
@@ -38,6 +38,7 @@ from .raw_client import (
     descriptors,
     enter,
     listen,
+    paused,
     unix_datagrams,
 )
 from .users import NOBODY, as_nobody
@@ -300,6 +301,34 @@ def test_listeners_that_are_closed_with_connections_that_wait(vsock_fabric: Priv
             for _ in range(4):
                 assert ask(stack.enter_context(enter(guest)), connect(3, 5000)).status == 0
         wait_until(lambda: row(vsock_fabric, 3)["usage"]["pending_connects"] == 0, "none to wait")
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_port_is_free_once_its_holder_is_closed_among_many(
+    vsock_fabric: PrivateFabric, listens: bool
+) -> None:
+    """Many connections have been closed, each with many requests that nobody waits for."""
+    guest = vsock_fabric.guest(3)
+    many = [enter(guest, SEQPACKET) for _ in range(150)]
+    for sock in many:
+        assert ask(sock, bind()).status == 0
+    holder = enter(guest, SEQPACKET)
+    assert ask(holder, bind(5000)).status == 0
+    if listens:
+        assert ask(holder, listen()).status == 0
+    with paused(vsock_fabric.pid), contextlib.ExitStack() as stack:
+        for sock in many:
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sock.send(bind(5000).encode())
+            sock.close()
+        holder.close()
+        asks = stack.enter_context(enter(guest, SEQPACKET))
+        asks.send(bind(5000).encode())
+        stack.pop_all()
+    with asks:
+        assert Record.decode(asks.recv(RECORD_SIZE)).status == 0
 
 
 def test_descriptors_in_flight() -> None:

@@ -31,10 +31,10 @@ class Clients:
             theirs.send(b"x")
             turns.watch(self.party, ours.fileno(), partial(self._serve, index))
 
-    def _serve(self, index: int) -> None:
+    def _serve(self, index: int, hung_up: bool) -> None:
         self.served.append(index)
         ours, _ = self.pairs[index]
-        if not ours.recv(1):
+        if hung_up or not ours.recv(1):
             self._turns.unwatch(self.party, ours.fileno())
 
     def close(self) -> None:
@@ -42,6 +42,10 @@ class Clients:
             self._turns.unwatch(self.party, ours.fileno())
             ours.close()
             theirs.close()
+
+
+def note_that(served: list[str], name: str, hung_up: bool) -> None:
+    served.append(name)
 
 
 @pytest.fixture
@@ -81,7 +85,8 @@ def test_what_has_ended_comes_before_every_request(loop: Loop, turns: Turns) -> 
         for made, name in ((asks, "asks"), (ended, "ended")):
             for ours, _ in made.pairs:
                 turns.unwatch(made.party, ours.fileno())
-                turns.watch(made.party, ours.fileno(), partial(served.append, name))
+                note = partial(note_that, served, name)
+                turns.watch(made.party, ours.fileno(), note)
         for _, theirs in ended.pairs:
             theirs.close()
         run_once(loop)
@@ -103,7 +108,7 @@ def test_many_that_have_ended_have_turns_too(loop: Loop, turns: Turns) -> None:
 def test_one_that_fails_is_logged(
     loop: Loop, turns: Turns, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail() -> None:
+    def fail(hung_up: bool) -> None:
         raise OverflowError("as a test")
 
     with clients(turns, "one", 2) as made:

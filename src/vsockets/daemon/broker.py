@@ -214,11 +214,12 @@ class Broker:
         self._channels.setdefault(channel.context, set()).add(channel)
         channel.party.channels += 1
         fd = channel.sock.fileno()
-        self._turns.watch(channel.party, fd, lambda: self._ready(channel))
+        self._turns.watch(channel.party, fd, lambda hung_up: self._ready(channel, hung_up))
 
-    def _ready(self, channel: Channel) -> None:
+    def _ready(self, channel: Channel, hung_up: bool) -> None:
         try:
-            data = channel.read()
+            # There may be very many requests of a program that has closed the connection.
+            data = b"" if hung_up else channel.read()
         except BlockingIOError:
             return
         self._has_spoken(channel)
@@ -279,7 +280,9 @@ class Broker:
             yield
 
     def _drop_if_closed(self, target: object) -> None:
-        if isinstance(target, Listener) and not target.is_open():
+        if isinstance(target, Channel) and target.has_hung_up():
+            self._drop(target)
+        elif isinstance(target, Listener) and not target.is_open():
             self._drop_deaf(target)
 
     def _sweep_later(self) -> None:
@@ -383,6 +386,7 @@ class Broker:
             raise Refused(errno.EINVAL, "the socket is bound")
         self._require_free(channel.sock.fileno())
         endpoint = self._claim(channel, channel.kind, request, request.cookie)
+        endpoint.handle = channel
         endpoint.sizes = request.sizes()
         channel.endpoint = endpoint
         self._answer(channel, request, describe_endpoint(endpoint))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _socket
 import errno
+import select
 import struct
 from socket import (
     AF_UNIX,
@@ -102,6 +103,12 @@ class Channel(Peer):
     def expect_requests(self, expected: bool) -> None:
         """Be told by the kernel who wrote what is read from now on, or, of a stream, no more."""
         self.sock.setsockopt(_SOCKET, _PASSCRED, expected)
+
+    def has_hung_up(self) -> bool:
+        """Return whether the program has closed its socket."""
+        poll = select.poll()
+        poll.register(self.sock.fileno(), 0)
+        return bool(poll.poll(0))
 
     def send(self, record: bytes) -> None:
         """Write an answer.  A program that reads nothing loses its answer, nothing else."""

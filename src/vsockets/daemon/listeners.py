@@ -124,8 +124,8 @@ class Listener:
         return True
 
     def is_open(self) -> bool:
-        """Return whether any process has the socket open, as far as vsockd is not told of it."""
-        return True
+        """Return whether any process has the socket open."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Forget the connections that wait: they will not be accepted."""
@@ -171,6 +171,9 @@ class AnnouncedListener(Listener):
         # when the count since the last asking reaches a limit.
         left = unread(self._sock.fileno()) // ANNOUNCEMENT_COST
         self._take(len(self._waiting) - left)
+
+    def is_open(self) -> bool:
+        return not self.channel.has_hung_up()
 
     def announce(self, record: bytes, fd: int, party: Party) -> None:
         self._sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import select
 from collections.abc import Callable
-from select import EPOLLHUP, EPOLLRDHUP
+from select import EPOLLHUP
 
 from ..fabric import Party
 from ..limits import ENDS_A_TURN, PARTIES_A_TURN, REQUESTS_A_TURN
@@ -18,7 +18,7 @@ from .loop import READABLE, Loop
 
 log = logging.getLogger(__name__)
 
-_ENDED = int(EPOLLHUP | EPOLLRDHUP)
+_ENDED = int(EPOLLHUP)
 
 
 class _Queue:
@@ -26,11 +26,13 @@ class _Queue:
 
     def __init__(self) -> None:
         self.epoll = select.epoll()
-        self.callbacks: dict[int, Callable[[], None]] = {}
+        self.callbacks: dict[int, Callable[[bool], None]] = {}
 
 
 class Turns:
-    """Calls back when a descriptor of a client is readable or hung up, in its party's turn."""
+    """Calls back when a descriptor of a client is readable or hung up, in its party's turn: with
+    whether it hung up, so that there is nobody to answer.
+    """
 
     def __init__(self, loop: Loop) -> None:
         self._queues: dict[Party, _Queue] = {}
@@ -38,7 +40,7 @@ class Turns:
         self._epoll = select.epoll()  # of theirs
         loop.watch_first(self._epoll.fileno(), self._serve)
 
-    def watch(self, party: Party, fd: int, callback: Callable[[], None]) -> None:
+    def watch(self, party: Party, fd: int, callback: Callable[[bool], None]) -> None:
         """Call ``callback`` whenever ``fd`` is readable or hung up, and it is the party's turn."""
         queue = self._queues.get(party)
         if queue is None:
@@ -73,18 +75,18 @@ class Turns:
             left = REQUESTS_A_TURN
             for fd, events in queue.epoll.poll(0, ENDS_A_TURN):
                 if events & _ENDED:
-                    _call(queue, fd)
+                    _call(queue, fd, True)
                 elif left:
                     left -= 1
                     requests.append((queue, fd))
         for queue, fd in requests:
-            _call(queue, fd)
+            _call(queue, fd, False)
 
 
-def _call(queue: _Queue, fd: int) -> None:
+def _call(queue: _Queue, fd: int, hung_up: bool) -> None:
     callback = queue.callbacks.get(fd)
     if callback is not None:
         try:
-            callback()
+            callback(hung_up)
         except Exception:
             log.exception("an event was lost")
