@@ -22,8 +22,8 @@ from socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SHUT_RDWR,
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .limits import DISPOSAL_THREADS
+from .pass_rights import SO_PASSRIGHTS, refuse
 
-_SO_PASSRIGHTS = 83
 #: Descriptors of one message at most (SCM_MAX_FD).
 _MOST = 253
 _INT = array.array("i").itemsize
@@ -100,19 +100,6 @@ def close_elsewhere(sock: stdlib.socket) -> None:
 # Receiving
 
 
-def refuse(sock: _socket.socket) -> bool:
-    """Have the kernel refuse descriptors that are sent to ``sock``; False where it cannot.
-
-    What was sent before is in its queue.  Sockets accepted from a unix listener that refuses do,
-    too.  Never for a vSockets listener: vsockd passes it the descriptors of its streams.
-    """
-    try:
-        _socket.socket.setsockopt(sock, SOL_SOCKET, _SO_PASSRIGHTS, 0)
-    except OSError:  # ENOPROTOOPT: before Linux 6.16
-        return False
-    return True
-
-
 def guard(sock: Socket) -> Socket:
     """Make descriptors that are sent to ``sock`` harmless, and return it.
 
@@ -134,7 +121,7 @@ def guard_accepted(sock: Socket) -> Socket:
 
 def _refuses(sock: _socket.socket) -> bool:
     try:
-        return _socket.socket.getsockopt(sock, SOL_SOCKET, _SO_PASSRIGHTS) == 0
+        return _socket.socket.getsockopt(sock, SOL_SOCKET, SO_PASSRIGHTS) == 0
     except OSError:
         return False
 

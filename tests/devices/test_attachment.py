@@ -11,7 +11,7 @@ from socket import AF_UNIX, MSG_DONTWAIT, SOCK_SEQPACKET, SOCK_STREAM
 
 import pytest
 
-from vsockets import passing
+from vsockets import pass_rights
 from vsockets.buffers import BufferSizes
 from vsockets.devices.attachment import Attachment, Offer
 from vsockets.devices.loop import DeviceLoop
@@ -136,6 +136,7 @@ def test_the_mark_of_a_records_end_comes_along(kind: int) -> None:
         *_, (_, fds, _, _) = (socket.recv_fds(vsockd, REQUEST_SIZE, 1) for _ in range(2))
         program = stack.enter_context(socket.socket(fileno=fds[0]))
         for sender, receiver in ((client, offered_too), (program, connected)):
-            refuses = kind == SOCK_STREAM and passing.refuse(stack.enter_context(receiver.dup()))
+            with receiver.dup() as copy:
+                refuses = kind == SOCK_STREAM and pass_rights.refuse(copy)
             with pytest.raises(PermissionError) if refuses else contextlib.nullcontext():
                 socket.send_fds(sender, [b"end"], [vsockd.fileno()])

@@ -13,6 +13,7 @@ import pytest
 
 import vsockets
 from tools.vsock import Vsock
+from vsockets.pass_rights import IS_KNOWN
 from vsockets.testing import PrivateFabric
 
 #: What every program here begins with.
@@ -279,3 +280,18 @@ sys.stdin.readline()
         with pytest.raises(BlockingIOError):
             server.accept()
     running.finish(b"\n")
+
+
+@pytest.mark.skipif(not IS_KNOWN, reason="takes Linux 6.16")
+def test_its_streams_carry_no_descriptors(vsock: Vsock) -> None:
+    program = """
+server = listener(7300)
+client = socket.socket(40, socket.SOCK_STREAM)
+client.connect((2, 7300))
+accepted, _ = server.accept()
+for ours, theirs in ((client, accepted), (accepted, client)):
+    print(attempt(socket.send_fds, ours, [b"x"], [0]))
+    ours.send(b"data")
+    print(theirs.recv(10))
+"""
+    assert run(vsock, program) == ["EPERM", "b'data'"] * 2

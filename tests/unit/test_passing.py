@@ -13,18 +13,13 @@ import pytest
 
 from vsockets import passing
 from vsockets.limits import DISPOSAL_THREADS
+from vsockets.pass_rights import IS_KNOWN
 
 PATIENCE = 20.0
 STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 
 
-def kernel_refuses() -> bool:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        return passing.refuse(ours)
-
-
-from_linux_6_16 = pytest.mark.skipif(not kernel_refuses(), reason="takes Linux 6.16")
+from_linux_6_16 = pytest.mark.skipif(not IS_KNOWN, reason="takes Linux 6.16")
 
 
 @pytest.fixture

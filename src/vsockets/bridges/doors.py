@@ -11,7 +11,8 @@ from ..attachment import Place
 from ..folders import SocketFile
 from ..limits import MAX_BACKLOG
 from ..locator import Inet, Inherited, Locator, Unix, Vsock, VsockFolder, VsockMux
-from ..passing import close_elsewhere, guard, refuse
+from ..pass_rights import refuse
+from ..passing import close_elsewhere, guard
 from ..socket import socket
 from ..wire.hybrid import port_name
 

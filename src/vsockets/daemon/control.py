@@ -29,6 +29,7 @@ from ..fabric import (
 from ..folders import file_mode
 from ..limits import CONTROL_REQUEST, EVENTS_UNREAD
 from ..locator import hybrid_problem
+from ..pass_rights import refuse
 from ..state_folder import short_path
 from . import reports
 from .accepting import Acceptor
@@ -55,6 +56,7 @@ class ControlSocket:
         self._loop = loop
         self._vsockd = vsockd
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        refuse(listener)
         with short_path(path) as spelled, file_mode(0o600):
             listener.bind(spelled)
         listener.listen()

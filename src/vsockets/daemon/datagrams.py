@@ -37,6 +37,7 @@ from ..limits import (
     SWEEP_AFTER,
     SWEEP_AT_THE_LATEST,
 )
+from ..pass_rights import refuse
 from ..wire import encode_source
 from .chores import Chores
 from .lives import end_sockets, is_other_life, socket_name
@@ -288,6 +289,7 @@ class Datagrams:
                 yield share
 
     def _name(self, sock: _socket.socket, address: str, outflow: Outflow) -> DatagramSocket:
+        refuse(sock)
         name = socket_name(self.life, address, next(self._names))
         return DatagramSocket(name, bind_to_name(sock, name), outflow)
 

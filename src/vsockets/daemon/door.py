@@ -12,6 +12,7 @@ from ..constants import VMADDR_CID_HOST
 from ..fabric import Context, Kind
 from ..folders import file_mode, working_in
 from ..limits import CONTROL_BACKLOG
+from ..pass_rights import refuse
 from ..state_folder import SEQPACKET, STREAM
 from .accepting import Acceptor
 from .broker import Broker
@@ -63,8 +64,11 @@ class Doors:
                 # A client can see what its connection was bound to: so that is no path.
                 with working_in(folder), file_mode(0o666 if is_host else 0o600):
                     listener.bind(name)
-                # Connections inherit it: the kernel tells who writes each request.
+                # Connections inherit both: the kernel tells who writes each request, and takes no
+                # descriptors but those that datagram requests and ends of records come with.
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+                if kind is Kind.STREAM:
+                    refuse(listener)
                 if context.is_guest and context.owner != os.geteuid():
                     os.chown(folder / name, context.owner, -1, follow_symlinks=False)
                 listener.listen(CONTROL_BACKLOG)

@@ -25,6 +25,7 @@ from ..buffers import BufferSizes
 from ..fabric import Context, Credentials, Endpoint, Kind, Trust
 from ..folders import SocketFile, can_others_change
 from ..limits import CONTROL_BACKLOG, HYBRID_LINE
+from ..pass_rights import refuse
 from ..wire import Flag, Op, Record, Request
 from ..wire.hybrid import Connect, ok_line, port_name
 from .accepting import Acceptor
@@ -99,6 +100,7 @@ class HybridDoor:
             raise OSError(error.errno, f"hybrid: {path}{at}: {error.strerror}") from None
         self._as_owner = can_others_change(self._file.folder)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        refuse(listener)
         try:
             with self._with_rights():
                 self._file.bind(listener, 0o600)

@@ -31,6 +31,7 @@ from socket import (
 from typing import TYPE_CHECKING
 
 from ..fabric import CAP_NET_BIND_SERVICE, Context, Credentials, Grant, Kernel, Kind, Refused
+from ..pass_rights import refuse
 from ..passing import dispose
 from ..wire import REQUEST_SIZE, Record, Role
 from .channel import LOOK, TAKE, Channel, send_descriptor
@@ -161,6 +162,8 @@ class KernelLink(OfferLink):
         if sock.family != AF_UNIX or kind is None:
             dispose(sock.detach())
             return
+        if kind is Kind.STREAM:
+            refuse(sock)  # what is sent to the program that it will be handed to
         arguments = sock, self._context, kind, self._credentials
         if len(data) < REQUEST_SIZE:
             self._broker.take(KernelChannel(*arguments))

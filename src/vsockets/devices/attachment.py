@@ -48,7 +48,7 @@ from ..attachment import descriptor_in
 from ..buffers import BufferSizes
 from ..constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..limits import DATAGRAM_PORTS, FABRIC_ANSWER, MAX_DATAGRAM, UNSENT_DATAGRAMS
-from ..passing import refuse
+from ..pass_rights import refuse
 from ..wire import (
     PADDING,
     RECORD_SIZE,

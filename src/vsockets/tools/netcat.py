@@ -19,7 +19,8 @@ from ..constants import (
     VMADDR_PORT_ANY,
 )
 from ..kernel import Kernel
-from ..passing import guard, refuse
+from ..pass_rights import refuse
+from ..passing import guard
 from ..socket import socket
 from .advice import BIND, CONNECT, Failure, failure
 from .datagrams import DatagramRelay

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOCK_NONBLOCK, SOCK_STREAM
 
 from ...limits import HYBRID_ANSWER, HYBRID_LINE, HYBRID_PAUSE
-from ...passing import refuse
+from ...pass_rights import refuse
 from ...wire.hybrid import Answer, connect_line
 from ..loop import DeviceLoop, Timer
 

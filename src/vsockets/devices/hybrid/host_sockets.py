@@ -15,7 +15,7 @@ from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM
 from ...daemon.accepting import Acceptor
 from ...folders import remove_stale
 from ...limits import HYBRID_PORTS, MAX_BACKLOG
-from ...passing import refuse
+from ...pass_rights import refuse
 from ...wire.hybrid import port_name
 from ..loop import DeviceLoop
 

@@ -15,7 +15,7 @@ import errno
 import os
 import time
 from contextlib import closing
-from socket import SO_SNDBUF, SOCK_SEQPACKET, SOL_SOCKET
+from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 
 from ...constants import VMADDR_CID_ANY
 from ...limits import (
@@ -24,6 +24,7 @@ from ...limits import (
     FORCED_SEND_BUFFER,
     LARGEST_SEND_BUFFER,
 )
+from ...pass_rights import refuse
 from ...wire import PADDING, Flag, Record, encode_connect
 from ..call import Answer, Call, failure
 from ..notification import Gone
@@ -112,6 +113,8 @@ def _send(
     polls: bool,
     asker: Asker | None,
 ) -> None:
+    if endpoint.type == SOCK_STREAM:
+        refuse(sock)  # a stream carries no descriptors
     flags = int(Flag.POLLING) if polls else 0
     secret = 0 if endpoint.hold is None else endpoint.hold.secret
     request = encode_connect(flags, peer, endpoint.buffers, endpoint.cookie, secret)

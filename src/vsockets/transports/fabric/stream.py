@@ -22,6 +22,7 @@ from ...attachment import descriptor_in, explain, understand, wait_readable
 from ...buffers import DEFAULT_SIZES, BufferSizes
 from ...constants import VMADDR_CID_ANY
 from ...limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, REQUEST_TIMEOUT
+from ...pass_rights import IS_KNOWN, SO_PASSRIGHTS, allow
 from ...socket import BEHAVIOURS, MSG_ERRQUEUE, UNBOUND, Phase, become, error, socket
 from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role, encode_connect
 from .context import FabricSocket
@@ -79,6 +80,7 @@ class StreamSocket(FabricSocket):
         if self._phase not in (_BOUND, _LISTENING):
             raise error(errno.EINVAL, "bind the socket first")
         request = Request(Op.LISTEN, 0, 0, 0, 0, 0, max(0, backlog), *self._buffers)
+        allow(self)  # those of its connections; a connect that failed may have refused them
         if self._named and self._phase is _LISTENING:
             _raw.listen(self, backlog)
         elif self._phase is _LISTENING:
@@ -143,6 +145,9 @@ class StreamSocket(FabricSocket):
         except OSError as failure:
             explain(failure, self._context)
             raise
+        if IS_KNOWN and _raw_type(self) == SOCK_STREAM:
+            # A stream carries no descriptors; vsockd has seen to it at the other end.
+            _raw.setsockopt(self, SOL_SOCKET, SO_PASSRIGHTS, 0)
         if flags:
             self._send_polling(request)
             self._phase = _CONNECTING
