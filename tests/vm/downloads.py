@@ -19,6 +19,7 @@ from vsockets.vm.qemu import unpacked as qemu
 
 __all__ = [
     "Unavailable",
+    "ctypes_library",
     "ganesha",
     "http2_proxy",
     "kernel",
@@ -67,6 +68,15 @@ def tls_libraries() -> dict[str, bytes]:
         _STABLE.unpack(folder, "libssl3")
 
     return _libraries(filled("userland-tls", fill))
+
+
+def ctypes_library() -> dict[str, bytes]:
+    """What Python's ``ctypes`` needs in a guest besides, by its path there."""
+
+    def fill(folder: Path) -> None:
+        _STABLE.unpack(folder, "libffi8")
+
+    return _libraries(filled("userland-ffi", fill))
 
 
 #: pyfuse3, and what it imports; trio, too, which is not used.
@@ -174,6 +184,7 @@ def main() -> None:
         "Linux, the newest backport": lambda: kernel("newest"),
         "a guest's programs, Debian 12's": userland,
         "a guest's programs, Debian 13's": lambda: userland("newest"),
+        "a guest's ctypes": ctypes_library,
         "a guest's pyfuse3": storage_client,
         "vhost-device-vsock": rust_back_end,
         "RabbitMQ": rabbitmq,

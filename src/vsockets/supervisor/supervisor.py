@@ -110,7 +110,10 @@ class Supervisor:
 
     async def _prepare(self, pid: int, begun: Callable[[], None]) -> None:
         numbers: dict[Served, list[int]] = {}
-        for name in os.listdir(f"/proc/{pid}/fd"):
+        names: list[str] = []
+        with contextlib.suppress(OSError):  # before the program is executed it may be closed to us
+            names = os.listdir(f"/proc/{pid}/fd")
+        for name in names:
             inode = self._inode_of(pid, int(name))
             if inode is not None:
                 endpoint = None

@@ -21,6 +21,8 @@ from typing import NamedTuple
 from ..constants import VMADDR_CID_HOST
 from ..functions import create_server
 from ..socket import socket
+from ..supervisor.machine import this_machine
+from ..supervisor.ptrace import Ptrace
 from ..testing import PrivateFabric
 
 #: How long any program that is asked something may take, in seconds.
@@ -101,6 +103,24 @@ print("yes")
             what, "partly", f"the programs' memory is closed: ptrace_scope {scope}", advice
         )
     return Finding(what, "yes", "system calls of any program can be served")
+
+
+def tracing() -> Finding:
+    """Tracing a child: what datagram sockets of supervised programs are served by."""
+    what = "ptrace"
+    try:
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
+            Ptrace(this_machine()).seize(child.pid)
+            child.kill()
+    except (OSError, NotImplementedError) as error:
+        scope = _read("/proc/sys/kernel/yama/ptrace_scope").strip() or "unknown"
+        return Finding(
+            what,
+            "no",
+            f"{error}; ptrace_scope {scope}: vsock run has no datagrams and no MSG_EOR",
+            "sysctl kernel.yama.ptrace_scope=1, and a container that allows ptrace",
+        )
+    return Finding(what, "yes", "datagram sockets of any program can be served")
 
 
 def pidfd() -> Finding:
@@ -222,6 +242,7 @@ CHECKS = (
     fabric,
     python,
     seccomp,
+    tracing,
     pidfd,
     kernel_vsock,
     vhost_vsock,

@@ -1,0 +1,84 @@
+"""Tracing under Yama, which Debian's kernels have: as an ordinary user, in a guest's own fabric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from vsockets.testing import PrivateFabric
+
+from . import downloads
+from .conftest import COMMON, Stage
+from .machine import Machine
+
+pytestmark = pytest.mark.timeout(300)
+
+#: Runs a program under a supervisor, as user 65534, on a fabric of its own.
+_RUN = """
+import subprocess, sys
+supervise = '''
+import os, sys
+from vsockets import Attachment
+from vsockets.supervisor.launch import launch
+from vsockets.testing import PrivateFabric
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+with PrivateFabric() as fabric:
+    context = fabric.guest()
+    if (pid := os.fork()) == 0:
+        def become(): os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+        launch(become, context, None, False)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+'''
+with open("/proc/sys/kernel/yama/ptrace_scope", "w") as file: file.write(str(scope))
+os.chmod("/tmp", 0o1777)
+done = subprocess.run(
+    [sys.executable, "-c", supervise, program],
+    stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100,
+)
+result = done.returncode, done.stdout, done.stderr
+"""
+
+_PROGRAM = """
+import errno, os, socket, subprocess, sys, threading
+ANY = 0xFFFFFFFF, 0xFFFFFFFF
+def datagram():
+    sock = socket.socket(40, socket.SOCK_DGRAM)
+    sock.bind(ANY)
+    return sock
+try: server, sock = datagram(), datagram()
+except OSError as error: print(errno.errorcode[error.errno]), sys.exit()
+def works(sock):
+    sock.sendto(b"works", (1, server.getsockname()[1]))
+    assert server.recvfrom(10) == (b"works", sock.getsockname())
+works(sock)
+thread = threading.Thread(target=works, args=(sock,))
+thread.start()
+thread.join()
+if os.fork() == 0:
+    works(sock)
+    works(datagram())
+    os._exit(0)
+assert os.wait()[1] == 0
+print("works", os.getuid())
+"""
+
+
+@pytest.fixture(scope="module")
+def machine(stage: Stage) -> Iterator[Machine]:
+    with PrivateFabric() as fabric, stage.machine(fabric, "newest", device="virtio") as machine:
+        machine.run(COMMON)
+        machine.put(downloads.ctypes_library())
+        yield machine
+
+
+@pytest.mark.parametrize("scope", [0, 1])
+def test_where_a_process_may_trace_its_children(machine: Machine, scope: int) -> None:
+    assert machine.run(_RUN, 120, program=_PROGRAM, scope=scope) == (0, "works 65534\n", "")
+
+
+def test_where_it_may_not(machine: Machine) -> None:
+    """Nothing of a process can be had then, not even its standard error to say so."""
+    assert machine.run(_RUN, 120, program=_PROGRAM, scope=2) == (0, "EPERM\n", "")
