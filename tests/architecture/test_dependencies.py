@@ -28,8 +28,7 @@ PLAIN = (
 
 #: How virtual machines are described; the rest of ``vsockets.vm`` starts them.
 DESCRIPTIONS = [
-    f"vsockets.vm.{name}"
-    for name in ("vmx", "hardware", "arguments", "libvirt", "life_cycle")
+    f"vsockets.vm.{name}" for name in ("vmx", "hardware", "arguments", "libvirt", "life_cycle")
 ]
 
 

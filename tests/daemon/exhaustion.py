@@ -254,9 +254,7 @@ def flood(socks: list[socket.socket], request: Request, burst: int = 1) -> None:
                 by_number[number].send(data)
 
 
-def bind_held(
-    guests: list[Attachment], streams: int = 3900, connections: int = 100
-) -> list[Work]:
+def bind_held(guests: list[Attachment], streams: int = 3900, connections: int = 100) -> list[Work]:
     """M1: BIND of a port that is held by a stream, pipelined on many connections."""
     guest = guests[0]
 

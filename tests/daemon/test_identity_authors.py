@@ -89,9 +89,7 @@ def ask_as(
 def ask_naming(sock: socket.socket, request: Request, pid: int, uid: int, gid: int) -> Record:
     """Ask as root may: in the name of another process."""
     credentials = struct.pack("iII", pid, uid, gid)
-    sock.sendmsg(
-        [request.encode()], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, credentials)]
-    )
+    sock.sendmsg([request.encode()], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, credentials)])
     return Record.decode(sock.recv(RECORD_SIZE))
 
 

@@ -43,9 +43,7 @@ def compile_c(tmp_path_factory: pytest.TempPathFactory) -> Compile:
         key = path, options, compiler
         if key not in made:
             program = folder / f"{path.stem}-{len(made)}"
-            c_compiler.compile_c(
-                f"-I{INCLUDE}", "-o", program, path, *options, compiler=compiler
-            )
+            c_compiler.compile_c(f"-I{INCLUDE}", "-o", program, path, *options, compiler=compiler)
             made[key] = program
         return made[key]
 

@@ -15,7 +15,9 @@ from vsockets.testing import wait_until
 from .conftest import Compile
 from .test_descriptors import COMMON, run
 
-MORE = COMMON + """
+MORE = (
+    COMMON
+    + """
 import ctypes, signal, time
 server = datagram()
 def waits(pid):
@@ -33,6 +35,7 @@ def receiver():
     wait_for(lambda: waits(pid))
     return pid
 """
+)
 
 
 def test_signals_and_waiting(vsock: Vsock, compile_c: Compile) -> None:
@@ -47,7 +50,9 @@ def test_signals_and_waiting(vsock: Vsock, compile_c: Compile) -> None:
 
 
 def test_a_waiting_process_is_stopped_and_goes_on(vsock: Vsock) -> None:
-    program = MORE[len(COMMON):] + """
+    program = (
+        MORE[len(COMMON) :]
+        + """
 pid = receiver()
 os.kill(pid, signal.SIGSTOP)
 assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
@@ -56,26 +61,33 @@ assert os.waitpid(pid, os.WNOHANG) == (0, 0)
 os.kill(pid, signal.SIGCONT)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
+    )
     assert run(vsock, program) == ["42"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV])
 def test_a_waiting_process_is_killed(vsock: Vsock, number: signal.Signals) -> None:
-    program = MORE[len(COMMON):] + f"""
+    program = (
+        MORE[len(COMMON) :]
+        + f"""
 pid = receiver()
 os.kill(pid, {int(number)})
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 assert works(datagram(), server)
 """
+    )
     assert run(vsock, program) == [str(-number)]
 
 
 def test_the_program_stops_its_front_too(vsock: Vsock) -> None:
-    program = MORE + """
+    program = (
+        MORE
+        + """
 print(os.getpid(), flush=True)
 os.kill(os.getpid(), signal.SIGSTOP)
 print("on again", works(datagram(), server), flush=True)
 """
+    )
     running = vsock.start("run", sys.executable, "-c", program)
     running.read_line()
     front = running.process.pid
@@ -90,9 +102,12 @@ print("on again", works(datagram(), server), flush=True)
 
 
 def test_its_exit_status_and_its_signals(vsock: Vsock) -> None:
-    program = MORE + """
+    program = (
+        MORE
+        + """
 os.kill(os.getpid(), signal.SIGUSR1)
 """
+    )
     done = vsock("run", sys.executable, "-c", program, expect=None)
     assert done.returncode == -signal.SIGUSR1
     done = vsock("run", sys.executable, "-c", MORE + "sys.exit(37)", expect=None)
@@ -100,10 +115,13 @@ os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_it_ends_with_the_supervisor(vsock: Vsock) -> None:
-    program = MORE + """
+    program = (
+        MORE
+        + """
 print(os.getpid(), os.getppid(), flush=True)
 server.recvfrom(10)
 """
+    )
     running = vsock.start("run", sys.executable, "-c", program)
     pid, supervisor = map(int, running.read_line().split())
     os.kill(supervisor, signal.SIGKILL)
@@ -112,7 +130,9 @@ server.recvfrom(10)
 
 
 def test_threads_that_execute_a_program(vsock: Vsock) -> None:
-    program = MORE[len(COMMON):] + """
+    program = (
+        MORE[len(COMMON) :]
+        + """
 def execute():
     os.execv(sys.executable, [sys.executable, "-c", "print('executed')"])
 readers = [threading.Thread(target=server.recvfrom, args=(10,)) for _ in range(5)]
@@ -120,11 +140,14 @@ for thread in readers: thread.start()
 threading.Thread(target=execute).start()
 for thread in readers: thread.join()
 """
+    )
     assert run(vsock, program) == ["executed"]
 
 
 def test_very_many_threads_and_processes(vsock: Vsock) -> None:
-    program = MORE[len(COMMON):] + """
+    program = (
+        MORE[len(COMMON) :]
+        + """
 for _ in range(300):
     thread = threading.Thread(target=int)
     thread.start()
@@ -136,6 +159,7 @@ while True:
     except ChildProcessError: break
 print(works(datagram(), server))
 """
+    )
     assert run(vsock, program) == ["True"]
 
 
@@ -166,7 +190,9 @@ while True:
 
 def test_a_filter_of_its_own_that_traces(vsock: Vsock) -> None:
     """Without a tracer its calls fail with ENOSYS, and so they do with ours."""
-    program = MORE[len(COMMON):] + """
+    program = (
+        MORE[len(COMMON) :]
+        + """
 from vsockets.supervisor.filter import Rule, Test, When, assemble
 from vsockets.supervisor.machine import this_machine
 machine = this_machine()
@@ -181,11 +207,14 @@ for call in (lambda: os.writev(1, [b"x"]), lambda: socket.socketpair()[0].recvms
     except OSError as error: print(errno.errorcode[error.errno])
 print(works(datagram(), server))
 """
+    )
     assert run(vsock, program) == ["ENOSYS", "ENOSYS", "True"]
 
 
 def test_a_filter_of_its_own_that_allows_no_more_of_them(vsock: Vsock) -> None:
-    program = MORE[len(COMMON):] + """
+    program = (
+        MORE[len(COMMON) :]
+        + """
 from vsockets.supervisor.filter import Rule, assemble, refuse
 from vsockets.supervisor.machine import this_machine
 machine = this_machine()
@@ -200,16 +229,20 @@ try:
 except OSError as error: print(errno.errorcode[error.errno])
 print(all(works(sock, server) for sock in made))
 """
+    )
     assert run(vsock, program) == ["EPERM", "True"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone can become somebody else")
 def test_a_process_that_has_become_somebody_else(vsock: Vsock) -> None:
     """It has no privilege, and has not promised never to get any."""
-    program = MORE[len(COMMON):] + """
+    program = (
+        MORE[len(COMMON) :]
+        + """
 os.setgid(65534)
 os.setuid(65534)
 socks = [datagram() for _ in range(40)]
 print(all(works(sock, server) for sock in socks))
 """
+    )
     assert run(vsock, program) == ["True"]

@@ -587,7 +587,6 @@ class Broker:
         if target in self._held:
             raise Refused(errno.ENOBUFS, "others wait to be announced to the same listener")
 
-
     def _bind_datagram(self, channel: Channel, request: Request) -> bool:
         sock = take_socket(channel, SOCK_DGRAM)
         with closing(sock):

@@ -131,6 +131,7 @@ class Channel(Peer):
             if error.errno not in (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET):
                 raise
 
+
 def send_descriptor(sock: _socket.socket, record: bytes, fd: int) -> None:
     """Send a record with a descriptor.  OSError when there is no room, or no receiver."""
     sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)

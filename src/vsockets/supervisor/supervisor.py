@@ -48,7 +48,6 @@ _KEPT_ANSWERS = 1024
 _TRIES, _A_MOMENT = 1000, 0.001
 
 
-
 class _Task:
     """A call being served by a coroutine that waits."""
 

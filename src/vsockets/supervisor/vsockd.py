@@ -150,9 +150,7 @@ class Vsockd:
         await pause(KNOCK_AGAIN)
 
 
-def send(
-    sock: _socket.socket, request: bytes, asker: Asker | None, fd: int | None = None
-) -> None:
+def send(sock: _socket.socket, request: bytes, asker: Asker | None, fd: int | None = None) -> None:
     """Send a request in the name of ``asker``, with a descriptor if need be."""
     ancillary: list[tuple[int, int, bytes | array.array[int]]] = []
     if asker is not None:

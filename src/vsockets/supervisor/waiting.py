@@ -95,9 +95,7 @@ class Waits:
         self._timers: list[tuple[float, int]] = []
         self._next = count(1)
 
-    def watch(
-        self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN
-    ) -> int:
+    def watch(self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN) -> int:
         """Call ``callback(events)`` whenever ``fd`` is readable or hung up, from now on.
 
         Returns a key for :meth:`unwatch`.

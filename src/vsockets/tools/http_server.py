@@ -75,9 +75,7 @@ class HttpServer:
 
     async def serve(self) -> None:
         """Until it is cancelled."""
-        server = await asyncio.start_server(
-            self._admit, sock=self._listener, backlog=HTTP_ACCEPTS
-        )
+        server = await asyncio.start_server(self._admit, sock=self._listener, backlog=HTTP_ACCEPTS)
         self._listener.listen(HTTP_BACKLOG)  # asyncio's word is for both
         try:
             await asyncio.Event().wait()  # serve_forever() would wait for the last client to leave

@@ -84,9 +84,7 @@ def streams(
         )
         ends = []
         for _ in range(number):
-            ends.append(
-                stack.enter_context(vsockets.create_connection((2, 5000), context=guest))
-            )
+            ends.append(stack.enter_context(vsockets.create_connection((2, 5000), context=guest)))
             stack.enter_context(server.accept()[0])
         yield ends
 
@@ -113,10 +111,12 @@ def test_busy(
         row = browser.texts(f"#contexts [data-key='{cid}'] td")
         assert row[:5] == [str(cid), "web", "● running", "3", "3"]
         browser.wait(
-            lambda: ["0", "7"]
-            in browser.run(
-                "return [...document.querySelectorAll('#streams tbody tr')].map("
-                "row => [row.cells[4].textContent, row.cells[5].textContent])"
+            lambda: (
+                ["0", "7"]
+                in browser.run(
+                    "return [...document.querySelectorAll('#streams tbody tr')].map("
+                    "row => [row.cells[4].textContent, row.cells[5].textContent])"
+                )
             ),
             "the bytes that are unread at the far end",
         )

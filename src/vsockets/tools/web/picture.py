@@ -50,9 +50,7 @@ def picture(
     }
 
 
-def _context(
-    row: _Row, facts: _Row, rates: Mapping[int, Mapping[str, float]]
-) -> dict[str, Any]:
+def _context(row: _Row, facts: _Row, rates: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
     return {
         "cid": row["cid"],
         "name": row["name"],
