@@ -33,7 +33,7 @@ def running() -> Iterator[dict[str, int]]:
 
         def vsock(context: Any, *arguments: str) -> str:
             process = subprocess.Popen(
-                [sys.executable, "-m", "vsockets.tools", "amqp", *arguments],
+                [sys.executable, "-m", "vsockets.cli", "amqp", *arguments],
                 env=fabric.environment(context),
                 stderr=subprocess.PIPE,
                 text=True,

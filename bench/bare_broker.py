@@ -17,9 +17,9 @@ from socket import AF_UNIX, CMSG_LEN, SCM_RIGHTS, SO_PEERCRED, SOCK_STREAM, SOL_
 from typing import NoReturn
 
 from vsockets.attachment import wait_readable
-from vsockets.daemon.watch import Group
+from vsockets.daemon.stream_liveness import Group
 from vsockets.limits import CONNECT_TIMEOUT
-from vsockets.wire import RECORD_SIZE, REQUEST_SIZE
+from vsockets.protocol import RECORD_SIZE, REQUEST_SIZE
 
 _REQUEST, _RECORD = bytes(REQUEST_SIZE), bytes(RECORD_SIZE)
 _UCRED_SIZE = 12

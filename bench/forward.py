@@ -43,7 +43,7 @@ class Forwarders:
         if name in SOCAT_BLOCKS:
             block = f"-b{SOCAT_BLOCKS[name]}"
             return ["socat", block, f"UNIX-LISTEN:{come},fork,backlog=4096", f"UNIX-CONNECT:{to}"]
-        return [sys.executable, "-m", "vsockets.tools", "forward", f"unix:{come}", f"unix:{to}"]
+        return [sys.executable, "-m", "vsockets.cli", "forward", f"unix:{come}", f"unix:{to}"]
 
     @contextlib.contextmanager
     def pair(self, name: str) -> Iterator[Pair]:

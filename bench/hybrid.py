@@ -33,7 +33,7 @@ class Stage:
         self._monitor = socket.socket(socket.AF_UNIX)
         self._monitor.bind(str(self._path))
         self._monitor.listen()
-        command = [sys.executable, "-m", "vsockets.tools", "--dir", str(fabric.folder)]
+        command = [sys.executable, "-m", "vsockets.cli", "--dir", str(fabric.folder)]
         command += ["device", "hybrid", "--socket", str(self._path)]
         self._device = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._device.stdout is not None

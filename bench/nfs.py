@@ -20,7 +20,7 @@ from vsockets.testing import PrivateFabric
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from bridges.nfs.ganesha import MOUNT_PORT, PORT, PrivateGanesha
+from nfs.ganesha import MOUNT_PORT, PORT, PrivateGanesha
 from vm import downloads
 
 _BLOCK = bytes(1 << 20)
@@ -67,7 +67,7 @@ def mounted() -> Iterator[dict[str, Path]]:
             assert "mounted on" in said, said
             stack.callback(lambda: subprocess.run(["umount", "-l", folder], check=True))
 
-        nfs = (sys.executable, "-m", "vsockets.tools", "nfs")
+        nfs = (sys.executable, "-m", "vsockets.cli", "nfs")
         server = serve("vsock", "vsock-dgram::2049")
         mount("vsock", (*nfs, "mount", server), fabric.environment(fabric.guest()))
         server = serve("udp", "udp:127.0.0.1:0")

@@ -9,7 +9,7 @@ from pathlib import Path
 from vsockets.testing import PrivateFabric
 
 _ROOT = Path(__file__).parents[1]
-_RUN = (sys.executable, "-m", "vsockets.tools", "run", "--cid", "host", "--")
+_RUN = (sys.executable, "-m", "vsockets.cli", "run", "--cid", "host", "--")
 
 #: A build: forty small compilations, most of whose time is starting programs and opening files.
 _BUILD = "for i in $(seq 40); do gcc -O2 -Iinclude -c -o /dev/null examples/c/stream_server.c; done"

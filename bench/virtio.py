@@ -13,12 +13,12 @@ import socket
 from collections.abc import Callable
 from time import perf_counter
 
+from support.virtio_driver import GUEST_BASE, DriverRing, Memory
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vhost_user import Vring
 from vsockets.devices.virtio.device import RECEIVE, TRANSMIT, VirtioVsock
 from vsockets.devices.virtio.packet import HEADER, HEADER_SIZE, Header, Op
 from vsockets.devices.virtio.ring import F_RING_PACKED
-from vsockets.testing.virtio_driver import GUEST_BASE, DriverRing, Memory
 
 from .vmci import _drain, _fill
 

@@ -11,8 +11,8 @@ import os
 import socket
 from time import perf_counter
 
+from support.vmci_driver import PlayedGuest
 from vsockets.devices.vmci.packets import Kind
-from vsockets.testing.played_guest import PlayedGuest
 
 _QUEUE = 262_144
 _BUFFER = 1 << 20

@@ -14,7 +14,7 @@ import errno
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from vsockets.buffers import BufferSizes, negotiate
+from vsockets.model.buffers import BufferSizes, negotiate
 
 ANY = 2**32 - 1
 HYPERVISOR, LOCAL, HOST = 0, 1, 2

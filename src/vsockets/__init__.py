@@ -4,8 +4,20 @@
 """
 
 from . import transports as _transports  # noqa: F401  # enters the sockets' behaviours
+from .api import (
+    VMCISock_GetAFValue,
+    VMCISock_GetLocalCID,
+    attach,
+    create_connection,
+    create_server,
+    get_local_cid,
+    socketpair,
+)
+from .asyncio import open_connection, start_server
 from .attachment import Attachment
-from .constants import (
+from .install import install
+from .limits import MAX_DATAGRAM
+from .model.constants import (
     AF_VSOCK,
     SO_VM_SOCKETS_BUFFER_MAX_SIZE,
     SO_VM_SOCKETS_BUFFER_MIN_SIZE,
@@ -28,19 +40,7 @@ from .constants import (
     VMADDR_CID_LOCAL,
     VMADDR_PORT_ANY,
 )
-from .functions import (
-    VMCISock_GetAFValue,
-    VMCISock_GetLocalCID,
-    attach,
-    create_connection,
-    create_server,
-    get_local_cid,
-    socketpair,
-)
-from .install import install
-from .limits import MAX_DATAGRAM
 from .socket import PeerCredentials, socket
-from .streams import open_connection, start_server
 
 __all__ = [
     "AF_VSOCK",

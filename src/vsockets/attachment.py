@@ -12,10 +12,11 @@ import struct
 from pathlib import Path
 from socket import SCM_RIGHTS, SOL_SOCKET
 
-from . import kernel
-from .constants import VMADDR_CID_HOST
-from .kernel import Kernel
+from . import kernel_context
+from .kernel_context import Kernel
 from .limits import REQUEST_TIMEOUT
+from .model.constants import VMADDR_CID_HOST
+from .protocol import RECORD_SIZE, Flag, Op, ProtocolError, Record, Request
 from .state_folder import (
     SEQPACKET,
     STREAM,
@@ -25,7 +26,6 @@ from .state_folder import (
     require_private,
     wait_to_connect,
 )
-from .wire import RECORD_SIZE, Flag, Op, ProtocolError, Record, Request
 
 _connect, _set_blocking = _socket.socket.connect, _socket.socket.setblocking
 _poll, _POLLIN = select.poll, select.POLLIN
@@ -221,7 +221,7 @@ def current() -> Place:
         return Attachment(configured)
     if SELF.is_dir():
         return Attachment(SELF)
-    if transport == "auto" and kernel.leads_somewhere():
+    if transport == "auto" and kernel_context.leads_somewhere():
         return Kernel()
     folder = default_folder()
     if folder.exists():

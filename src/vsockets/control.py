@@ -127,7 +127,7 @@ class Control:
         self, cid: int, seqpacket: bool = False, host_ports: bool = False
     ) -> socket.socket:
         """Speak for the kernel of a virtual machine: a link to vsockd
-        (:mod:`vsockets.devices.attachment`).  With ``seqpacket`` it has sockets of that type, too;
+        (:mod:`vsockets.devices.client`).  With ``seqpacket`` it has sockets of that type, too;
         with ``host_ports`` the link tells which ports of the host it can connect to.
         OSError ENOENT, EINVAL, EBUSY (it has a device).
         """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket as stdlib
 from typing import Any
 
-from . import constants
-from .constants import AF_VSOCK
+from .model import constants
+from .model.constants import AF_VSOCK
 from .socket import socket
 
 _original = stdlib.socket

@@ -380,7 +380,7 @@ HYBRID_ANSWER = 10.0
 #: How soon a hybrid-vsock device tries again to reach a guest that is waited for, in seconds.
 HYBRID_PAUSE = 0.05
 
-# The forwarder (vsockets.bridges.forward).
+# The forwarder (vsockets.forward).
 
 #: Bytes of the pipe that one direction of a forwarded stream moves through, and so the most
 #: that is on its way in it.  Measured on this project's machine, splice gains nothing above.
@@ -433,7 +433,7 @@ FORWARD_FLOW_PENDING = 16
 #: series, of which a Prometheus server has room for a few million.
 METRICS_CONTEXTS = 500
 
-# Over HTTP, on this machine (vsockets.tools.http_server).
+# Over HTTP, on this machine (vsockets.cli.http_server).
 
 #: How long a client may take for its whole request, and to read one piece of the answer, in
 #: seconds.
@@ -474,7 +474,7 @@ WEB_EVENTS = 200
 #: Sessions at the same time, one for each link that was opened; the oldest is forgotten.
 WEB_SESSIONS = 16
 
-# Measuring (vsockets.bridges.perf).
+# Measuring (vsockets.perf).
 
 #: Bytes of one write, at most, and seconds that a client may have the server send.
 PERF_MESSAGE = 1 << 20
@@ -502,6 +502,6 @@ CAPTURE_BUFFER = 4 << 20
 #: Captures of one device at the same time: each costs it a system call for each packet.
 CAPTURES = 4
 
-#: Characters that are read of what a command says in a guest (vsockets.vm.visit): a digest, a
-#: version, a complaint.
+#: Characters that are read of what a command says in a guest (vsockets.vm.guest_client): a digest,
+#: a version, a complaint.
 GUEST_SAYS = 65_536

@@ -24,9 +24,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TextIO
 
-from .fabric.meter import Meter
 from .limits import LOG_FILE, LOG_PARTIES, LOG_RATE
-from .text import printable
+from .model.rate_limit import Meter
+from .model.text import printable
 
 #: What is said however little was asked for, and no warning: where somebody listens.
 NOTICE = 25

@@ -18,10 +18,11 @@ import struct
 from socket import SO_DOMAIN, SO_ERROR, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET
 from typing import Any, NamedTuple, Self
 
-from .address import FIRST_GUEST_CID
 from .attachment import Place, current
-from .buffers import DEFAULT_SIZES, BufferSizes
-from .constants import (
+from .limits import CONNECT_TIMEOUT, LONGEST_CONNECT_TIMEOUT
+from .model.address import FIRST_GUEST_CID
+from .model.buffers import DEFAULT_SIZES, BufferSizes
+from .model.constants import (
     AF_VSOCK,
     SO_VM_SOCKETS_BUFFER_MAX_SIZE,
     SO_VM_SOCKETS_BUFFER_MIN_SIZE,
@@ -34,8 +35,7 @@ from .constants import (
     VMADDR_CID_HOST,
     VMADDR_PORT_ANY,
 )
-from .limits import CONNECT_TIMEOUT, LONGEST_CONNECT_TIMEOUT
-from .wire import Record
+from .protocol import Record
 
 UNBOUND = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
 

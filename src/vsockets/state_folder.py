@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from socket import SO_SNDTIMEO, SOL_SOCKET
 
-from . import folders
+from ._linux import folders
 
 #: sockaddr_un holds 108 bytes, the last one a NUL.
 _LONGEST_SOCKET_PATH = 107

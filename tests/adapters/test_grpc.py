@@ -18,7 +18,7 @@ grpc: Any = pytest.importorskip("grpc", reason="needs grpcio")
 
 def forward(environment: dict[str, str], *arguments: object) -> tuple[subprocess.Popen[str], str]:
     """A forwarder, and what it says first."""
-    command = [sys.executable, "-m", "vsockets.tools", "forward", "-v", *map(str, arguments)]
+    command = [sys.executable, "-m", "vsockets.cli", "forward", "-v", *map(str, arguments)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     return process, process.stderr.readline()

@@ -66,7 +66,7 @@ def test_a_message_there_and_back(fabric: PrivateFabric, guest: int, serve: Serv
     port = serve(lambda sock: Broker(sock).serve())
     forward = ("forward", "tcp:127.0.0.1:0", f"vsock:host:{port}")
     with subprocess.Popen(
-        [sys.executable, "-m", "vsockets.tools", *forward], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "vsockets.cli", *forward], stderr=subprocess.PIPE, text=True
     ) as forwarder:
         try:
             assert forwarder.stderr is not None

@@ -21,15 +21,16 @@ MODULES = {
 }
 
 #: What the decisions and the codec may know: plain values, nothing that does anything.
-PLAIN = (
-    *("vsockets.address", "vsockets.buffers", "vsockets.constants", "vsockets.limits"),
-    "vsockets.locator",
-)
+PLAIN = ("vsockets.model", "vsockets.limits")
 
 #: How virtual machines are described; the rest of ``vsockets.vm`` starts them.
 DESCRIPTIONS = [
-    f"vsockets.vm.{name}" for name in ("vmx", "hardware", "arguments", "libvirt", "life_cycle")
+    "vsockets.vmware.vmx",
+    *(f"vsockets.vm.{name}" for name in ("hardware", "qemu_args", "libvirt", "life_cycle")),
 ]
+
+#: Programs between vSockets and the rest of the world.
+PROGRAMS = tuple(f"vsockets.{name}" for name in ("amqp", "capture", "forward", "nfs", "perf"))
 
 
 def imports(module: str) -> Iterator[str]:
@@ -63,7 +64,7 @@ def ours(module: str) -> set[str]:
     return names - {"vsockets"}
 
 
-@pytest.mark.parametrize("package", ["vsockets.fabric", "vsockets.wire"])
+@pytest.mark.parametrize("package", ["vsockets.fabric", "vsockets.protocol"])
 def test_decisions_and_codec_know_only_plain_values(package: str) -> None:
     for module in filter(lambda name: within(name, package), MODULES):
         strange = {name for name in ours(module) if not within(name, package, *PLAIN)}
@@ -71,11 +72,11 @@ def test_decisions_and_codec_know_only_plain_values(package: str) -> None:
 
 
 def test_plain_values_know_only_each_other() -> None:
-    for module in PLAIN:
-        assert ours(module) <= set(PLAIN), module
+    for module in filter(lambda name: within(name, *PLAIN), MODULES):
+        assert all(within(name, *PLAIN) for name in ours(module)), module
 
 
-@pytest.mark.parametrize("package", ["vsockets.fabric", "vsockets.wire"])
+@pytest.mark.parametrize("package", ["vsockets.fabric", "vsockets.protocol"])
 def test_decisions_and_codec_do_no_io(package: str) -> None:
     doers = {"socket", "_socket", "select", "selectors", "asyncio", "threading", "subprocess"}
     doers |= {"time", "pathlib", "signal"}
@@ -86,29 +87,26 @@ def test_decisions_and_codec_do_no_io(package: str) -> None:
 @pytest.mark.parametrize("module", DESCRIPTIONS)
 def test_virtual_machines_are_described_in_plain_values(module: str) -> None:
     # `from . import x` names the package too, which holds descriptions only.
-    plain = {"vsockets.vm", *DESCRIPTIONS, "vsockets.constants", "vsockets.limits"}
-    assert ours(module) <= plain
+    plain = ("vsockets.vmware", *DESCRIPTIONS, *PLAIN)
+    assert all(within(name, *plain) for name in ours(module) - {"vsockets.vm"})
     doers = {"socket", "select", "asyncio", "threading", "subprocess", "time", "signal"}
     assert not doers & set(imports(module))
 
 
 def test_virtual_machines_are_started_without_the_command_line() -> None:
     for module in filter(lambda name: within(name, "vsockets.vm"), MODULES):
-        forbidden = ("vsockets.tools", "vsockets.daemon", "vsockets.devices")
+        forbidden = ("vsockets.cli", "vsockets.daemon", "vsockets.devices")
         assert not {name for name in ours(module) if within(name, *forbidden)}, module
 
 
-def test_only_tools_start_virtual_machines_and_configuration_knows_their_description() -> None:
-    for module in filter(lambda name: not within(name, "vsockets.vm", "vsockets.tools"), MODULES):
-        known = {name for name in ours(module) if within(name, "vsockets.vm")}
-        if module == "vsockets.daemon.configuration":
-            known -= {"vsockets.vm", "vsockets.vm.vmx"}
-        assert not known, module
+def test_only_tools_start_virtual_machines() -> None:
+    for module in filter(lambda name: not within(name, "vsockets.vm", "vsockets.cli"), MODULES):
+        assert not {name for name in ours(module) if within(name, "vsockets.vm")}, module
 
 
 def test_configuration_is_plain_values() -> None:
     configuration = {"vsockets.daemon.configuration", "vsockets.toml.tables", "vsockets.toml.lines"}
-    known = (*PLAIN, "vsockets.fabric", "vsockets.vm", "vsockets.toml", *configuration)
+    known = (*PLAIN, "vsockets.fabric", "vsockets.vmware", "vsockets.toml", *configuration)
     for module in configuration:
         # `from . import x` names the package too, which holds nothing.
         strange = {name for name in ours(module) - {"vsockets.daemon"} if not within(name, *known)}
@@ -116,37 +114,48 @@ def test_configuration_is_plain_values() -> None:
 
 
 def test_vsockd_is_not_its_own_client() -> None:
-    forbidden = ("vsockets.socket", "vsockets.transports", "vsockets.tools", "vsockets.functions")
+    forbidden = ("vsockets.socket", "vsockets.transports", "vsockets.cli", "vsockets.api")
     for module in filter(lambda name: within(name, "vsockets.daemon"), MODULES):
         strange = {name for name in ours(module) if within(name, *forbidden)}
         assert not strange, f"{module} imports {strange}"
 
 
-def test_bridges_are_programs_like_others() -> None:
-    for module in filter(lambda name: within(name, "vsockets.bridges"), MODULES):
+def test_programs_know_neither_vsockd_nor_the_command_line() -> None:
+    for module in filter(lambda name: within(name, *PROGRAMS), MODULES):
         names = ours(module)
-        strange = {name for name in names if within(name, "vsockets.tools", "vsockets.daemon")}
+        strange = {name for name in names if within(name, "vsockets.cli", "vsockets.daemon")}
         assert not strange, f"{module} imports {strange}"
 
 
-@pytest.mark.parametrize("name", ["flows", "front_end", "http_connect", "rules", "socks5"])
+@pytest.mark.parametrize("name", ["flows", "proxy_protocol", "http_connect", "rules", "socks5"])
 def test_the_forwarders_decisions_do_no_io(name: str) -> None:
     doers = {"socket", "select", "selectors", "asyncio", "threading", "subprocess", "os", "time"}
-    assert not doers & set(imports(f"vsockets.bridges.forward.{name}"))
+    assert not doers & set(imports(f"vsockets.forward.{name}"))
 
 
 @pytest.mark.parametrize(
-    "name", ["frames", "tables", "guard", "delivery", "virtual_hosts", "nodes", "requests"]
+    "name",
+    [
+        "frames",
+        "tables",
+        "handshake_inspector",
+        "frame_assembler",
+        "virtual_hosts",
+        "brokers",
+        "connect_request",
+    ],
 )
 def test_the_amqp_proxies_decisions_do_no_io(name: str) -> None:
     doers = {"socket", "select", "selectors", "asyncio", "threading", "subprocess", "os", "time"}
-    assert not (doers | {"h2"}) & set(imports(f"vsockets.bridges.amqp.{name}"))
+    assert not (doers | {"h2"}) & set(imports(f"vsockets.amqp.{name}"))
 
 
-@pytest.mark.parametrize("name", ["xdr", "rpc", "mount", "duplicates", "retransmission"])
+@pytest.mark.parametrize(
+    "name", ["xdr", "rpc", "mount_protocol", "duplicate_request_cache", "retransmission"]
+)
 def test_the_decisions_of_network_storage_do_no_io(name: str) -> None:
     doers = {"socket", "select", "selectors", "asyncio", "threading", "subprocess", "os", "time"}
-    assert not doers & set(imports(f"vsockets.bridges.nfs.{name}"))
+    assert not doers & set(imports(f"vsockets.nfs.{name}"))
 
 
 @pytest.mark.parametrize("protocol", ["vfio_user", "vhost_user"])
@@ -155,11 +164,12 @@ def test_protocols_of_devices_know_nothing_of_what_they_carry(protocol: str) -> 
     known = (
         *PLAIN,
         package,
-        "vsockets.devices.conversation",
+        "vsockets.devices.limits",
+        "vsockets.devices.message_protocol",
         "vsockets.devices.guest_memory",
         "vsockets.devices.loop",
-        "vsockets.devices.serving",
-        "vsockets.daemon.loop",
+        "vsockets.devices.unix_server",
+        "vsockets.eventloop.loop",
         "vsockets.daemon",
         "vsockets.devices",
     )
@@ -169,7 +179,7 @@ def test_protocols_of_devices_know_nothing_of_what_they_carry(protocol: str) -> 
 
 
 def test_only_tools_use_a_command_line_library() -> None:
-    for module in filter(lambda name: not within(name, "vsockets.tools"), MODULES):
+    for module in filter(lambda name: not within(name, "vsockets.cli"), MODULES):
         strange = {name for name in imports(module) if within(name, "typer", "click", "rich")}
         assert not strange, f"{module} imports {strange}"
 
@@ -179,7 +189,7 @@ def test_only_the_plugin_needs_pytest() -> None:
         assert "pytest" not in set(imports(module)), module
 
 
-@pytest.mark.parametrize("module", ["vsockets", "vsockets.bridges.amqp.guest_proxy"])
+@pytest.mark.parametrize("module", ["vsockets", "vsockets.amqp.guest_proxy"])
 def test_what_guests_need_is_the_standard_library_only(module: str) -> None:
     script = f"import sys; before = set(sys.modules); import {module}; "
     script += "print(*(set(sys.modules) - before))"
@@ -190,7 +200,7 @@ def test_what_guests_need_is_the_standard_library_only(module: str) -> None:
     own = {name for name in loaded if within(name, "vsockets")}
     foreign = {name.partition(".")[0] for name in loaded - own} - sys.stdlib_module_names
     assert not foreign
-    others = {"vsockets.daemon", "vsockets.tools", "vsockets.testing"}
+    others = {"vsockets.daemon", "vsockets.cli", "vsockets.testing"}
     others |= {"vsockets.fabric"} if module == "vsockets" else set()
     assert not {name for name in own if within(name, *others)}
 

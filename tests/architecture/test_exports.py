@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 
 import vsockets
-from vsockets import constants
+from vsockets.model import constants
 
 FUNCTIONS = {
     "VMCISock_GetAFValue",

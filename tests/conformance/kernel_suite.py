@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vsockets.vm import packages
+from vsockets.vm import apt
 
 TABLES = Path(__file__).parents[2] / "docs" / "conformance.md"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vsockets"
@@ -111,8 +111,8 @@ def _need(*programs: str) -> None:
 def _download(folder: Path) -> Path:
     """The package; through apt with lists of its own, so the machine's stay as they are."""
     try:
-        site = packages.Suite(packages.DEBIAN, RELEASE).mirror()
-    except packages.Unavailable as error:
+        site = apt.Suite(apt.DEBIAN, RELEASE).mirror()
+    except apt.Unavailable as error:
         raise Unavailable(str(error)) from None
     for name in ("lists/partial", "archives/partial"):
         (folder / name).mkdir(parents=True, exist_ok=True)

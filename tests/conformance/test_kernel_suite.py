@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.vsock import Vsock
+from cli.vsock import Vsock
 from vsockets.testing import PrivateFabric, wait_until
 
 from .kernel_suite import TABLES, Case, Unavailable, free_port, listens, table, vsock_test

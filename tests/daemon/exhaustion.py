@@ -27,8 +27,8 @@ from functools import partial
 
 import vsockets
 from vsockets import Attachment
+from vsockets.protocol import RECORD_SIZE, Op, Request
 from vsockets.testing import PrivateFabric
-from vsockets.wire import RECORD_SIZE, Op, Request
 
 from .raw_client import (
     SIZES,

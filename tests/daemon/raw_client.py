@@ -12,8 +12,8 @@ from pathlib import Path
 
 from c_compiler import compile_c
 from vsockets import VMADDR_CID_ANY, VMADDR_PORT_ANY, Attachment
+from vsockets.protocol import RECORD_SIZE, Op, Record, Request
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import RECORD_SIZE, Op, Record, Request
 
 ANY = VMADDR_PORT_ANY
 

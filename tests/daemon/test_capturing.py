@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from vsockets.attachment import Attachment
-from vsockets.bridges.capture.device_capture import open_capture
+from vsockets.capture.device_capture import open_capture
 from vsockets.limits import CAPTURE_PAYLOAD
+from vsockets.protocol import RECORD_SIZE, Op, Record, Request, Role
 from vsockets.testing import PrivateFabric
-from vsockets.wire import RECORD_SIZE, Op, Record, Request, Role
 
 from .users import NOBODY, as_root, ask_by_program
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from vsockets.daemon.chores import Chores
-from vsockets.daemon.loop import Loop
+from vsockets.daemon.deferred_work import Chores
+from vsockets.eventloop.loop import Loop
 
 
 @pytest.fixture

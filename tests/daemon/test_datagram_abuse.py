@@ -13,8 +13,8 @@ import socket
 import pytest
 
 import vsockets
+from vsockets.protocol import RECORD_SIZE, Record, Request
 from vsockets.testing import PrivateFabric
-from vsockets.wire import RECORD_SIZE, Record, Request
 
 from .raw_client import (
     ANY,

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import pytest
 
+from vsockets.protocol import RECORD_SIZE, Record
 from vsockets.testing import PrivateFabric
-from vsockets.wire import RECORD_SIZE, Record
 
 from .raw_client import (
     ANY,

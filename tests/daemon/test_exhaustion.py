@@ -23,8 +23,8 @@ import pytest
 
 import vsockets
 from vsockets import Attachment
+from vsockets.protocol import RECORD_SIZE, Op, Record, Request
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import RECORD_SIZE, Op, Record, Request
 
 from . import exhaustion
 from .exhaustion import Attack, measure, processes, witnessed

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vsockets.protocol import Flag, Op, Record, Request
 from vsockets.testing import PrivateFabric
-from vsockets.wire import Flag, Op, Record, Request
 
 from .users import NOBODY, as_administrator, as_root, ask_by_program
 

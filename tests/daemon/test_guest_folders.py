@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import vsockets
+from vsockets.protocol import Record
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import Record
 
 from .raw_client import LOCAL_CID, PROMPT, ask_once, assert_serves, compiled
 from .users import NOBODY, as_administrator, as_root, user

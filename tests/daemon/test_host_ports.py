@@ -13,8 +13,8 @@ import pytest
 import vsockets
 from vsockets import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from vsockets.control import Control
+from vsockets.protocol import RECORD_SIZE, Op, Record, Request, Role
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import RECORD_SIZE, Op, Record, Request, Role
 
 from .users import NOBODY, as_root, user
 

@@ -12,8 +12,8 @@ import socket
 import pytest
 
 import vsockets
+from vsockets.protocol import Request
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import Request
 
 from .raw_client import (
     DOORS,

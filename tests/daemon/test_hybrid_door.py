@@ -19,8 +19,8 @@ import pytest
 import vsockets
 from vsockets import AF_VSOCK, Attachment
 from vsockets.limits import HYBRID_LINE, HYBRID_NAME
+from vsockets.protocol import RECORD_SIZE, Flag, Op, Record, Request
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import RECORD_SIZE, Flag, Op, Record, Request
 
 from .users import NOBODY, as_root, user
 

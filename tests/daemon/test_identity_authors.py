@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import vsockets
+from vsockets.protocol import RECORD_SIZE, Flag, Op, Record, Request
 from vsockets.testing import PrivateFabric
-from vsockets.wire import RECORD_SIZE, Flag, Op, Record, Request
 
 from .raw_client import (
     DOORS,

@@ -17,8 +17,8 @@ import pytest
 
 import vsockets
 from vsockets import VMADDR_CID_LOCAL, Attachment
+from vsockets.protocol import RECORD_SIZE, Op, Record, Request, Role, encode_source
 from vsockets.testing import PrivateFabric
-from vsockets.wire import RECORD_SIZE, Op, Record, Request, Role, encode_source
 
 from .raw_client import (
     ANY,

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 import vsockets
+from vsockets.protocol import RECORD_SIZE, Record
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import RECORD_SIZE, Record
 
 from .raw_client import (
     ANY,

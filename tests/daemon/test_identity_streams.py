@@ -14,8 +14,8 @@ import pytest
 
 import vsockets
 from vsockets import VMADDR_CID_LOCAL, Attachment
+from vsockets.protocol import Op, Record, Request, Role
 from vsockets.testing import PrivateFabric
-from vsockets.wire import Op, Record, Request, Role
 
 from .raw_client import (
     DOORS,

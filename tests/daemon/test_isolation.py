@@ -8,8 +8,8 @@ import socket
 import pytest
 
 import vsockets
+from vsockets.protocol import RECORD_SIZE, Op, Record, Request
 from vsockets.testing import PrivateFabric
-from vsockets.wire import RECORD_SIZE, Op, Record, Request
 
 from .raw_client import enter, send_with
 

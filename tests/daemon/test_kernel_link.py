@@ -21,8 +21,8 @@ from vsockets import (
     VMADDR_CID_ANY,
     Attachment,
 )
+from vsockets.protocol import RECORD_SIZE, Flag, Op, Record, Request, Role, decode_route
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import RECORD_SIZE, Flag, Op, Record, Request, Role, decode_route
 
 from .raw_client import assert_serves, descriptors, has_ended
 

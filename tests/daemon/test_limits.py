@@ -15,8 +15,8 @@ import pytest
 
 import vsockets
 from vsockets import Attachment
+from vsockets.protocol import Request
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import Request
 
 from .raw_client import (
     LOCAL_CID,

@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 import pytest
 
-from vsockets.daemon.audit import Audit
+from vsockets.daemon.admin.audit import Audit
+from vsockets.daemon.admin.events import Events
 from vsockets.daemon.broker import Broker
 from vsockets.daemon.channel import Channel
-from vsockets.daemon.events import Events
-from vsockets.daemon.loop import Loop, Timer
+from vsockets.eventloop.loop import Loop, Timer
 from vsockets.fabric import Fabric, Kind
 from vsockets.limits import SILENT_CLIENT
-from vsockets.wire import RECORD_SIZE, Op, Record, Request
+from vsockets.protocol import RECORD_SIZE, Op, Record, Request
 
 KINDS = {Kind.STREAM: socket.SOCK_STREAM, Kind.SEQPACKET: socket.SOCK_SEQPACKET}
 

@@ -13,8 +13,8 @@ import pytest
 
 import vsockets
 from vsockets import Attachment
+from vsockets.protocol import RECORD_SIZE, Flag, Op, Record, Request, Role
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import RECORD_SIZE, Flag, Op, Record, Request, Role
 
 from .raw_client import (
     ANY,

@@ -14,8 +14,8 @@ import socket
 import pytest
 
 from vsockets.limits import UNREAD_ANSWERS
+from vsockets.protocol import PADDING, RECORD_SIZE, REQUEST_SIZE, Flag, Op, Record, Request, Role
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import PADDING, RECORD_SIZE, REQUEST_SIZE, Flag, Op, Record, Request, Role
 
 from .raw_client import (
     ANY,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tools.vsock import PATIENCE, PROGRAM
+from cli.vsock import PATIENCE, PROGRAM
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import pytest
 
 import vsockets
+from vsockets.protocol import RECORD_SIZE
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire import RECORD_SIZE
 
 from .raw_client import (
     DOORS,

@@ -62,7 +62,7 @@ def use(folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 def up(folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    return command("-m", "vsockets.tools", "--dir", folder, "up", **more)
+    return command("-m", "vsockets.cli", "--dir", folder, "up", **more)
 
 
 def profiles(folder: Path) -> dict[int, str]:
@@ -86,7 +86,7 @@ def test_a_program_starts_none_after_one_that_was_started_by_a_command(
         assert refused.returncode == 1
         assert "not started on demand: vsockd was started by a command" in refused.stderr
         assert str(fabric.configuration) in refused.stderr
-        refused = command("-m", "vsockets.tools", "--dir", folder, "run", "true")
+        refused = command("-m", "vsockets.cli", "--dir", folder, "run", "true")
         assert refused.returncode != 0
         assert "not started on demand" in refused.stderr
         with pytest.raises(OSError, match="no vsockd runs"):

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
+from vsockets.protocol import RECORD_SIZE, Flag, Record
 from vsockets.testing import PrivateFabric
-from vsockets.wire import RECORD_SIZE, Flag, Record
 
 from .raw_client import DOORS, LOCAL_CID, PROMPT, ask, ask_once, bind, connect, enter, listen
 from .users import CAP_NET_ADMIN, NOBODY, as_root, has_capability, user

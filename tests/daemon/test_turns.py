@@ -11,8 +11,8 @@ from functools import partial
 
 import pytest
 
-from vsockets.daemon.loop import Loop
-from vsockets.daemon.turns import Turns
+from vsockets.daemon.request_turns import Turns
+from vsockets.eventloop.loop import Loop
 from vsockets.fabric import Limits, Party
 from vsockets.limits import ENDS_A_TURN, REQUESTS_A_TURN
 

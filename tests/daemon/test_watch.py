@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from vsockets.daemon import watch as module
-from vsockets.daemon.watch import Group, StreamWatch
+from vsockets.daemon import stream_liveness as module
+from vsockets.daemon.stream_liveness import Group, StreamWatch
 from vsockets.limits import STREAMS_A_GROUP
 
 NUMBER = 3 * STREAMS_A_GROUP + 5

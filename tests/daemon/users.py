@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vsockets.protocol import Record, Request
 from vsockets.testing import PrivateFabric
-from vsockets.wire import Record, Request
 
 from .raw_client import PROMPT
 

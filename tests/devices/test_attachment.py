@@ -12,11 +12,11 @@ from socket import AF_UNIX, MSG_DONTWAIT, SOCK_SEQPACKET, SOCK_STREAM
 import pytest
 
 from vsockets import pass_rights
-from vsockets.buffers import BufferSizes
-from vsockets.devices.attachment import Attachment, Offer
+from vsockets.devices.client import Attachment, Offer
 from vsockets.devices.loop import DeviceLoop
+from vsockets.model.buffers import BufferSizes
+from vsockets.protocol import RECORD_SIZE, REQUEST_SIZE, Op, Record, Request
 from vsockets.testing import wait_until
-from vsockets.wire import RECORD_SIZE, REQUEST_SIZE, Op, Record, Request
 
 CID, HOST, PORTS = 11, 2, range(5000, 5003)
 FILLING = b"full"

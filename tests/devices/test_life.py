@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 
 import vsockets
-from vsockets.buffers import BufferSizes
 from vsockets.control import Events
-from vsockets.devices.attachment import Attachment, Offer
-from vsockets.devices.life import follow
+from vsockets.devices.client import Attachment, Offer
+from vsockets.devices.lifecycle_events import follow
 from vsockets.devices.loop import DeviceLoop
+from vsockets.model.buffers import BufferSizes
 from vsockets.testing import PrivateFabric, wait_until
 
 CID = 11

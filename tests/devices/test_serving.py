@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.serving import Server
+from vsockets.devices.unix_server import Server
 from vsockets.testing import wait_until
 
 ANSWER = bytes(4 << 20)

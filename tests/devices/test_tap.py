@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridges.capture.dissecting import take_records, tapped
+from capture.dissecting import take_records, tapped
+from vsockets.devices.capture import Tap
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.tap import Tap
 from vsockets.limits import CAPTURE_PAYLOAD, CAPTURES
-from vsockets.wire import ProtocolError
-from vsockets.wire.vsockmon import HEADER_SIZE, Captured, Operation, encode_header
+from vsockets.protocol import ProtocolError
+from vsockets.protocol.vsockmon import HEADER_SIZE, Captured, Operation, encode_header
 
 GUEST, HOST = (3, 1024), (2, 5000)
 

@@ -18,7 +18,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from vsockets.vm.packages import DEBIAN, Suite, Unavailable, filled, run
+from vsockets.vm.apt import DEBIAN, Suite, Unavailable, filled, run
 
 from . import namespace
 
@@ -27,7 +27,7 @@ RELEASE, PYTHON = "trixie", "3.13"
 #: What is tested: all that is Python's business, and supervised programs.
 PARTS = (
     *("tests/unit", "tests/wire", "tests/fabric", "tests/library", "tests/daemon"),
-    *("tests/supervisor", "tests/bridges/nfs/test_service.py"),
+    *("tests/supervisor", "tests/nfs/test_service.py"),
 )
 
 #: Debian's packages beside the essential ones.

@@ -17,14 +17,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vsockets.vm.packages import CACHE
+from vsockets.vm.apt import CACHE
 
 from . import namespace
 
 #: Where what a user may do matters: sockets and ports, vsockd's clients, supervised programs.
 PARTS = (
-    *("tests/daemon", "tests/supervisor", "tests/tools/test_context.py"),
-    *("tests/tools/test_run.py", "tests/tools/test_streams.py"),
+    *("tests/daemon", "tests/supervisor", "tests/cli/test_context.py"),
+    *("tests/cli/test_run.py", "tests/cli/test_streams.py"),
 )
 
 NAME = "tester"

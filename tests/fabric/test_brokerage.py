@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from vsockets.buffers import BufferSizes
 from vsockets.fabric import Context, Endpoint, Fabric, Kind, Refused
+from vsockets.model.buffers import BufferSizes
 
 from .somebody import ME, SERVICE, YOU, Somebody
 

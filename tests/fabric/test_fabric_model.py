@@ -22,7 +22,6 @@ from by_the_guide import (
     Socket,
     World,
 )
-from vsockets.buffers import BufferSizes
 from vsockets.fabric import (
     CAP_NET_ADMIN,
     CAP_NET_BIND_SERVICE,
@@ -40,6 +39,7 @@ from vsockets.fabric import (
     Settings,
 )
 from vsockets.fabric.policy import require_own_guest
+from vsockets.model.buffers import BufferSizes
 
 from .somebody import Somebody
 

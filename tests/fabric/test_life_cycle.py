@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 
-from vsockets.buffers import BufferSizes
 from vsockets.fabric import (
     Change,
     Connection,
@@ -21,6 +20,7 @@ from vsockets.fabric import (
     Rule,
     State,
 )
+from vsockets.model.buffers import BufferSizes
 
 from .somebody import ME
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.buffers import BufferSizes
 from vsockets.fabric import (
     LIMIT_RULES,
     Context,
@@ -23,8 +22,9 @@ from vsockets.fabric import (
     Refused,
     Rule,
 )
-from vsockets.fabric.meter import Meter
 from vsockets.limits import REMEMBERED_USERS
+from vsockets.model.buffers import BufferSizes
+from vsockets.model.rate_limit import Meter
 
 from .somebody import ME, ROOT, YOU, Somebody
 

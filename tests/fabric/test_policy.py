@@ -11,7 +11,6 @@ import itertools
 
 import pytest
 
-from vsockets.buffers import BufferSizes
 from vsockets.fabric import (
     Context,
     Credentials,
@@ -25,6 +24,7 @@ from vsockets.fabric import (
     Rule,
     Settings,
 )
+from vsockets.model.buffers import BufferSizes
 
 from .somebody import ADMIN, ME, ROOT, SERVICE, YOU, Somebody
 

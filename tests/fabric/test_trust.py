@@ -7,7 +7,6 @@ import errno
 
 import pytest
 
-from vsockets.buffers import BufferSizes
 from vsockets.fabric import (
     CAP_NET_ADMIN,
     CAP_NET_BIND_SERVICE,
@@ -23,6 +22,7 @@ from vsockets.fabric import (
     Settings,
     trust_of,
 )
+from vsockets.model.buffers import BufferSizes
 
 from .somebody import ADMIN, ME, YOU, Somebody, granted
 

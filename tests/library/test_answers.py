@@ -22,7 +22,7 @@ import answers
 import vsockets
 from answers import Cell
 from vsockets import AF_VSOCK, VMADDR_CID_ANY, VMADDR_CID_LOCAL, VMADDR_PORT_ANY
-from vsockets.constants import SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD as CONNECT_TIMEOUT
+from vsockets.model.constants import SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD as CONNECT_TIMEOUT
 from vsockets.testing import PrivateFabric
 
 ANY = (VMADDR_CID_ANY, VMADDR_PORT_ANY)

@@ -64,7 +64,7 @@ def test_the_fabric(vsock_fabric: PrivateFabric) -> None:
 
 
 def test_the_command_line(vsock_fabric: PrivateFabric) -> None:
-    vsock = (*UNSET, sys.executable, "-m", "vsockets.tools")
+    vsock = (*UNSET, sys.executable, "-m", "vsockets.cli")
 
     def run(*arguments: str) -> str:
         command = [*vsock, *arguments]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import c_compiler
-from tools.vsock import Vsock
+from cli.vsock import Vsock
+from vsockets.cli.include_dir import INCLUDE
 from vsockets.testing import PrivateFabric
-from vsockets.tools.include_dir import INCLUDE
 
 PROGRAMS = Path(__file__).parent / "programs"
 

@@ -13,7 +13,7 @@ import pytest
 
 import answers
 from answers import Cell
-from tools.vsock import Vsock
+from cli.vsock import Vsock
 from vsockets.testing import PrivateFabric
 
 from .conftest import Compile

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import vsockets
-from tools.vsock import PROGRAM, Vsock
+from cli.vsock import PROGRAM, Vsock
 from vsockets.testing import PrivateFabric
 
 #: What every program here begins with.

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from tools.vsock import PROGRAM, Vsock
-from vsockets.supervisor.machine import this_machine
+from cli.vsock import PROGRAM, Vsock
+from vsockets.supervisor.arch import this_machine
 
 #: A mount namespace whose /dev has a /dev/vsock, which is /dev/null by another name.
 MACHINE = """

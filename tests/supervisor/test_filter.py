@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.supervisor import filter as seccomp
+from vsockets.supervisor.arch import _MACHINES, Machine
 from vsockets.supervisor.filter import (
     ALLOW,
     NOTIFY,
@@ -23,7 +24,6 @@ from vsockets.supervisor.filter import (
     When,
     refuse,
 )
-from vsockets.supervisor.machine import _MACHINES, Machine
 
 MACHINES = list(_MACHINES.values())
 X86 = _MACHINES["x86_64"]

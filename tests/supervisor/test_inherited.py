@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 
-from tools.vsock import Vsock
+from cli.vsock import Vsock
 from vsockets.supervisor.inherited import inherited_sockets
 
 
@@ -37,7 +37,7 @@ def test_what_is_no_socket() -> None:
 def test_vsock_run_refuses_it(vsock: Vsock) -> None:
     script = """
 import socket, sys
-from vsockets.tools import cli, run
+from vsockets.cli import app as cli, run
 run.AF_VSOCK = socket.AF_INET
 sys.exit(cli.start(["run", "--", "echo", "started"]))
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from c_compiler import require_compiler
-from tools.vsock import Vsock
+from cli.vsock import Vsock
 
 from .conftest import PROGRAMS, Compile
 

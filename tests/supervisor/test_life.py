@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.vsock import PATIENCE, PROGRAM, Vsock
+from cli.vsock import PATIENCE, PROGRAM, Vsock
 from vsockets.testing import PrivateFabric, wait_until
 
 WAIT = "read line"

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from cli.vsock import Vsock
 from daemon.users import CAP_SYS_ADMIN, has_capability
-from tools.vsock import Vsock
 from vsockets.testing import PrivateFabric
 
 PROGRAM = """
@@ -73,7 +73,7 @@ def test_every_socket_is_shown_with_who_has_it(vsock: Vsock, user: int | None) -
 
 CLAIM = """
 import socket, sys, vsockets.attachment
-from vsockets.wire import Op, Request
+from vsockets.protocol import Op, Request
 sock = socket.socket(socket.AF_UNIX)
 vsockets.attachment.current().enter(sock, socket.SOCK_STREAM)
 sock.send(Request(Op.BIND, 0, 2, 7602, inode=int(sys.argv[1])).encode())

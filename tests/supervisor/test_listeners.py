@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import vsockets
-from tools.vsock import Vsock
+from cli.vsock import Vsock
 from vsockets.pass_rights import IS_KNOWN
 from vsockets.testing import PrivateFabric
 

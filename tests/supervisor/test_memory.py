@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import vsockets
-from tools.vsock import Vsock
-from vsockets.supervisor.machine import this_machine
+from cli.vsock import Vsock
+from vsockets.supervisor.arch import this_machine
 from vsockets.supervisor.process import Processes, write_memory
 from vsockets.testing import PrivateFabric
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import vsockets
-from tools.vsock import Vsock
+from cli.vsock import Vsock
 from vsockets.testing import PrivateFabric, wait_until
 
 from .conftest import Compile

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import vsockets
+from cli.vsock import Vsock
 from daemon.users import NOBODY, as_administrator
-from tools.vsock import Vsock
 from vsockets.testing import PrivateFabric
 
 from .conftest import Compile
@@ -20,7 +20,7 @@ pytestmark = as_administrator
 #: why it is not.
 SAYS_ITSELF = """
 import os, socket, sys
-from vsockets.wire import Op, RECORD_SIZE, Record, Request
+from vsockets.protocol import Op, RECORD_SIZE, Record, Request
 SIZES = 65536, 128, 262144
 BIND = Request(Op.BIND, 0, 0xFFFFFFFF, 80, 0, 0, 0, *SIZES)
 CAPTURE = Request(Op.CAPTURE, peer_cid=3, size=100)

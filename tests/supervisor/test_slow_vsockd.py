@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import vsockets
-from tools.vsock import Vsock
-from vsockets.supervisor.machine import this_machine
+from cli.vsock import Vsock
+from vsockets.supervisor.arch import this_machine
 from vsockets.testing import PrivateFabric, wait_until
 
 CONNECT = """
@@ -227,8 +227,8 @@ def is_waiting_in_connect(argument: str) -> bool:
 #: the answer to a call that a signal has just interrupted, and drops it.
 DROPPING = """
 import sys
-from vsockets.supervisor import launch, machine, notification, process, supervisor
-from vsockets.tools import main
+from vsockets.supervisor import launch, arch as machine, notification, process, supervisor
+from vsockets.cli import main
 
 processes = process.Processes(machine.this_machine())
 
@@ -285,7 +285,7 @@ exec 9>{tmp_path}/fifo
         wait_until(lambda: said.read_text() == f"{before}True\n", "the other one served", 30)
 
     with vsockets.create_server((2, 7503), context=fabric.host) as server:
-        monkeypatch.setattr("tools.vsock.PROGRAM", (sys.executable, "-c", DROPPING))
+        monkeypatch.setattr("cli.vsock.PROGRAM", (sys.executable, "-c", DROPPING))
         running = vsock.start("run", "sh", "-c", script)
         pid = int(running.read_line())
         wait_until(lambda: said.read_text() == "ready\n", "the other program")

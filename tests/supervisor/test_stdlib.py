@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.vsock import Vsock
+from cli.vsock import Vsock
 
 PROGRAM = Path(__file__).parent / "programs" / "stdlib.py"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import vsockets
-from tools.vsock import Vsock
+from cli.vsock import Vsock
 from vsockets.testing import PrivateFabric, wait_until
 
 GIGABYTE = 1_000_000_000
@@ -121,7 +121,7 @@ def test_ssh_into_a_guest_without_a_network(
     vsock.start(*in_the_guest, "socat", "VSOCK-LISTEN:22,fork", f"EXEC:{script}")
     wait_for_listener(fabric, 22)
     options = {
-        "ProxyCommand": proxy.replace("exec vsock", f"exec {sys.executable} -m vsockets.tools"),
+        "ProxyCommand": proxy.replace("exec vsock", f"exec {sys.executable} -m vsockets.cli"),
         "IdentityFile": tmp_path / "user",
         "UserKnownHostsFile": tmp_path / "known",
         "StrictHostKeyChecking": "accept-new",

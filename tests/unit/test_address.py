@@ -13,7 +13,7 @@ from vsockets import (
     VMADDR_CID_LOCAL,
     VMADDR_PORT_ANY,
 )
-from vsockets.address import check, parse_cid, parse_port
+from vsockets.model.address import check, parse_cid, parse_port
 
 u32 = st.integers(0, 2**32 - 1)
 any_integer = st.integers(-(2**70), 2**70)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.buffers import BufferSizes, negotiate
+from vsockets.model.buffers import BufferSizes, negotiate
 
 sizes = st.integers(0, 2**64 - 1) | st.integers(0, 1 << 20)
 

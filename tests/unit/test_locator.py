@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.locator import (
+from vsockets.model.locator import (
     Exec,
     Inet,
     Inherited,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vsockets.limits import LOG_FILE, LOG_PARTIES, LOG_RATE
 from vsockets.logs import Throttle
-from vsockets.text import printable, word
+from vsockets.model.text import printable, word
 
 #: A name with a line of its own, a terminal's escape, and text that runs backwards.
 EVIL = "a\nvsockd: ERROR: forged\x1b[2K\u202e\x85\u2028\x0c\udcff"

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from vsockets.vm.apt import DEBIAN, Suite, Unavailable, filled, run
 from vsockets.vm.initramfs import Userland
 from vsockets.vm.kernels import Kernel
-from vsockets.vm.packages import DEBIAN, Suite, Unavailable, filled, run
 from vsockets.vm.qemu import unpacked as qemu
 
 __all__ = [

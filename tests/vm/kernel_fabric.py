@@ -15,7 +15,7 @@ import pytest
 
 from vm.remote import Remote
 from vsockets import VMADDR_CID_LOCAL
-from vsockets.kernel import Kernel
+from vsockets.kernel_context import Kernel
 
 
 class Loopback(Kernel):

@@ -37,7 +37,7 @@ class Launched(Machine):
 
     def boot(self) -> None:
         """Start it and wait for the guest."""
-        command = [sys.executable, "-m", "vsockets.tools", "--dir", str(self.fabric.folder)]
+        command = [sys.executable, "-m", "vsockets.cli", "--dir", str(self.fabric.folder)]
         # Never KVM: what a machine that runs tests has under that name need not be one.
         command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu()]
         if self._vmx is None:

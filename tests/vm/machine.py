@@ -22,7 +22,7 @@ from typing import Any
 import vsockets
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.vm import arguments as description
+from vsockets.vm import qemu_args as description
 from vsockets.vm.initramfs import COMMAND_LINE
 from vsockets.vm.kernels import Kernel
 
@@ -140,7 +140,7 @@ class Machine:
 
     def start_device(self) -> None:
         """``vsock device``."""
-        command = [sys.executable, "-m", "vsockets.tools", "--dir", str(self.fabric.folder)]
+        command = [sys.executable, "-m", "vsockets.cli", "--dir", str(self.fabric.folder)]
         command += ["device", self.kind, "--socket", str(self._path), "--verbose"]
         command += self._options
         if self.cid:

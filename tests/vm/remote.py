@@ -17,7 +17,7 @@ from typing import Any
 
 import vsockets
 from vsockets import VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_PORT_ANY
-from vsockets.kernel import Kernel
+from vsockets.kernel_context import Kernel
 from vsockets.socket import BEHAVIOURS
 
 #: How long a call may take, in seconds.

@@ -57,7 +57,7 @@ class HybridMachine(RustMachine):
 
     def attach(self) -> None:
         """Start our device."""
-        command = [sys.executable, "-m", "vsockets.tools", "--dir", str(self.fabric.folder)]
+        command = [sys.executable, "-m", "vsockets.cli", "--dir", str(self.fabric.folder)]
         command += ["device", "hybrid", "--socket", str(self.uds_path), "--verbose"]
         if self.cid:
             command += ["--cid", str(self.cid)]

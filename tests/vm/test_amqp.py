@@ -11,8 +11,8 @@ from pathlib import Path
 import pika
 import pytest
 
-from bridges.amqp.programs.messages import read
-from bridges.amqp.stage import PROGRAMS, Proxies
+from amqp.programs.messages import read
+from amqp.stage import PROGRAMS, Proxies
 from vsockets.testing.rabbitmq import PrivateRabbitMQ
 
 from . import downloads
@@ -51,7 +51,7 @@ def test_a_machine_with_nothing_but_python(machine: Machine, rabbitmq: PrivateRa
             import json, subprocess, sys
             os.system("ip link set lo up")
             environment = {"VSOCKETS_TRANSPORT": "kernel", "PATH": "/bin"}
-            command = [sys.executable, "-m", "vsockets.bridges.amqp", "--host", host]
+            command = [sys.executable, "-m", "vsockets.amqp", "--host", host]
             proxy = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
             ready = proxy.stderr.readline()
             client = [sys.executable, "/tmp/client.zip", "5672", queue, "3", str(count)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.vsock import Vsock
 from conformance.kernel_suite import (
     TABLES,
     Case,
@@ -21,7 +22,6 @@ from conformance.kernel_suite import (
     table,
     vsock_test,
 )
-from tools.vsock import Vsock
 from vsockets.testing import PrivateFabric, wait_until
 
 from .conftest import COMMON, NETWORK_UP, Stage, network_card

@@ -59,7 +59,7 @@ def test_doors_into_a_guest_without_a_network(stage: Stage, tmp_path: Path) -> N
     (source / "empty").touch()
     master, slave = pty.openpty()
     before = termios.tcgetattr(master)
-    command = [sys.executable, "-m", "vsockets.tools", "vm", "demo", "--accel", "tcg"]
+    command = [sys.executable, "-m", "vsockets.cli", "vm", "demo", "--accel", "tcg"]
     command += ["--device", "virtio", "--copy", str(source)]
     environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200"}
     demo = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
@@ -90,9 +90,9 @@ def test_a_guest_that_panics(stage: Stage, tmp_path: Path, broken: str) -> None:
     # What runs in the guest is this package: a copy of it, changed.
     package = tmp_path / "vsockets"
     shutil.copytree(initramfs.PACKAGE, package)
-    shutil.copy(package / "vm/guest.py", package / "vm/real_guest.py")
-    (package / "vm/guest.py").write_text(PANICS[broken])
-    command = [sys.executable, "-m", "vsockets.tools", "vm", "demo", "--accel", "tcg"]
+    shutil.copy(package / "vm/guest_agent.py", package / "vm/real_guest.py")
+    (package / "vm/guest_agent.py").write_text(PANICS[broken])
+    command = [sys.executable, "-m", "vsockets.cli", "vm", "demo", "--accel", "tcg"]
     done = subprocess.run(
         [*command, "--device", "virtio", "--json"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

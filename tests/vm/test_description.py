@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from vsockets.vm import VmxError, parse_vmx
-from vsockets.vm.arguments import Card, Disk, Machine, arguments, device_arguments
 from vsockets.vm.hardware import Hardware, hardware
 from vsockets.vm.libvirt import snippet
+from vsockets.vm.qemu_args import Card, Disk, Machine, arguments, device_arguments
+from vsockets.vmware import VmxError, parse_vmx
 
 VMX = """\
 .encoding = "UTF-8"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bridges.nfs.stage import digests
-from tools.vsock import Running
+from cli.vsock import Running
+from nfs.stage import digests
 from vsockets.testing import wait_until
 
 from . import downloads
@@ -28,7 +28,7 @@ _GUEST = """
 import hashlib, subprocess, sys
 from pathlib import Path
 def client(export):
-    command = [sys.executable, "-m", "vsockets.bridges.nfs", "vsock-dgram:2:2049", export, "/mnt"]
+    command = [sys.executable, "-m", "vsockets.nfs", "vsock-dgram:2:2049", export, "/mnt"]
     environment = {"VSOCKETS_TRANSPORT": "kernel", "PATH": "/bin"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 def load_fuse():  # the newest kernel has it built in

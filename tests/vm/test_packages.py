@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vsockets.vm import packages
-from vsockets.vm.packages import DEBIAN, Suite, Unavailable
+from vsockets.vm import apt
+from vsockets.vm.apt import DEBIAN, Suite, Unavailable
 
 from . import downloads
 
@@ -58,7 +58,7 @@ def test_package_lists_are_kept_compressed(tmp_path: Path, monkeypatch: pytest.M
         downloads.qemu()
     except Unavailable as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(packages, "CACHE", tmp_path)
+    monkeypatch.setattr(apt, "CACHE", tmp_path)
     suite = Suite(DEBIAN, "bookworm")
     assert suite.with_dependencies("busybox-static") == ["busybox-static"]
     size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())

@@ -18,8 +18,8 @@ import pytest
 from qemu.qmp import QMPClient
 
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.vm.following import Following
 from vsockets.vm.initramfs import COMMAND_LINE
+from vsockets.vm.lifecycle_sync import Following
 
 from . import downloads, vmware
 from .conftest import COMMON, Stage
@@ -209,7 +209,7 @@ def descendants(pid: int) -> list[int]:
 def bare(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[subprocess.Popen[str]]:
     """The command, once its machine runs."""
     stage.parts("stable", "virtio")  # or the test is skipped
-    command = [sys.executable, "-m", "vsockets.tools", "--dir", str(fabric_of_machines.folder)]
+    command = [sys.executable, "-m", "vsockets.cli", "--dir", str(fabric_of_machines.folder)]
     command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu(), "--cid", str(BARE)]
     command += ["--memory", "32M", "--device", "virtio"]
     with subprocess.Popen(
@@ -253,7 +253,7 @@ def test_a_device_that_lost_its_guests_memory(bare: subprocess.Popen[str]) -> No
 def test_a_guest_that_panics(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
     """It has no file system; the machine ends with its first reset."""
     linux, _, _ = stage.parts("stable", "virtio")  # or the test is skipped
-    command = [sys.executable, "-m", "vsockets.tools", "--dir", str(fabric_of_machines.folder)]
+    command = [sys.executable, "-m", "vsockets.cli", "--dir", str(fabric_of_machines.folder)]
     command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu(), "--device", "virtio"]
     command += ["--kernel", str(linux.image), "--append", COMMAND_LINE, "--", "-no-reboot"]
     done = subprocess.run(

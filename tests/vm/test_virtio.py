@@ -184,9 +184,9 @@ def test_storage_says_that_it_takes_the_other_device(machine: Machine) -> None:
         machine.run(
             """
             import asyncio
-            from vsockets.bridges.nfs.client import RpcClient
-            from vsockets.kernel import Kernel
-            from vsockets.locator import Vsock
+            from vsockets.nfs.rpc_client import RpcClient
+            from vsockets.kernel_context import Kernel
+            from vsockets.model.locator import Vsock
             async def connect(): RpcClient.connect(Vsock(2, 2049, datagram=True), Kernel())
             asyncio.run(connect())
             """

@@ -16,7 +16,7 @@ import pytest
 
 import vsockets
 from vsockets.testing import PrivateFabric
-from vsockets.vm import guest, visit
+from vsockets.vm import guest_agent, guest_client
 
 PATIENCE = 30.0
 
@@ -29,7 +29,7 @@ def served(request: object) -> Iterator[socket.socket]:
 
     def serve() -> None:
         with theirs:
-            guest._command(theirs, (2, 5000))
+            guest_agent._command(theirs, (2, 5000))
 
     server = threading.Thread(target=serve)
     server.start()
@@ -77,7 +77,7 @@ def copy_out(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[bytes], None]]:
     """Copying out of a guest that sends such bytes."""
-    monkeypatch.setattr(visit, "COMMANDS", 5022)
+    monkeypatch.setattr(guest_client, "COMMANDS", 5022)
     there = vsock_fabric.guest()
     with vsockets.create_server((there.cid, 5022), context=there) as server:
 
@@ -91,7 +91,7 @@ def copy_out(
 
             sender = threading.Thread(target=send)
             sender.start()
-            visitor = visit.Guest(vsock_fabric.host, there.cid)
+            visitor = guest_client.Guest(vsock_fabric.host, there.cid)
             try:
                 visitor.copy_out("/srv", tmp_path / "out", lambda done: None, 1000)
             finally:
@@ -103,7 +103,7 @@ def copy_out(
 def test_copying_out(copy_out: Callable[[bytes], None], tmp_path: Path) -> None:
     copy_out(archive(("./a/b", b"hello"), ("./c", bytes(995))))
     assert (tmp_path / "out/a/b").read_bytes() == b"hello"
-    assert visit.digest(tmp_path / "out") != visit.digest(tmp_path / "out/a")
+    assert guest_client.digest(tmp_path / "out") != guest_client.digest(tmp_path / "out/a")
 
 
 @pytest.mark.parametrize(

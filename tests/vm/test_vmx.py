@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vsockets.limits import VMX_FILE
-from vsockets.vm import Vmx, VmxError, parse_vmx, read_vmx
+from vsockets.vmware import Vmx, VmxError, parse_vmx, read_vmx
 
 SERVER_2 = b"""#!/usr/bin/vmware
 config.version = "8"

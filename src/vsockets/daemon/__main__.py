@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 from .. import logs
+from .._linux.sd_notify import notify_ready
 from ..fabric import Refused
-from ..service_manager import notify_ready
 from ..state_folder import LOG, default_folder
 from .configuration import ConfigurationError, default_configuration_folder
-from .start import How, OtherwiseStarted, Start
+from .start_record import How, OtherwiseStarted, Start
 from .vsockd import AlreadyRunning, Vsockd
 
 

@@ -22,7 +22,7 @@ from time import monotonic
 from typing import Any
 
 from .. import logs
-from ..constants import VMADDR_PORT_ANY
+from ..eventloop.loop import Loop
 from ..fabric import Connection, Context, Denied, Endpoint, Fabric, Kind, Party, Refused
 from ..limits import (
     ANNOUNCE_AGAIN,
@@ -34,22 +34,17 @@ from ..limits import (
     SWEEP_AT_THE_LATEST,
     UNREAD_ANSWERS,
 )
-from ..wire import Flag, Op, ProtocolError, Record, Request, Role
+from ..model.constants import VMADDR_PORT_ANY
+from ..protocol import Flag, Op, ProtocolError, Record, Request, Role
 from . import reserve
-from .allowance import Allowance
-from .audit import OPERATIONS, Audit
-from .capturing import capture
+from .admin.audit import OPERATIONS, Audit
 from .channel import Channel, consume, send_descriptor, take_socket
-from .chores import Chores
 from .credentials import peer_credentials
 from .datagrams import Datagrams
-from .descriptions import (
-    describe_accepting,
-    describe_connecting,
-    describe_endpoint,
-    describe_offer,
-)
-from .kernel_link import KernelLink
+from .deferred_work import Chores
+from .device_capture import capture
+from .device_link import KernelLink
+from .limit_checks import Allowance
 from .listeners import (
     SHORTAGE,
     AnnouncedListener,
@@ -57,12 +52,12 @@ from .listeners import (
     NamedListener,
     leaves_answers_unread,
 )
-from .loop import Loop
-from .named import NamedSocket, bind_to_name, cookie_of, probe_of
-from .offers import OfferLink
-from .questions import Questions
+from .named_sockets import NamedSocket, bind_to_name, cookie_of, probe_of
+from .pending_connects import OfferLink
+from .records import describe_accepting, describe_connecting, describe_endpoint, describe_offer
+from .request_turns import Turns
+from .socket_queries import Questions
 from .streams import Streams
-from .turns import Turns
 
 log = logging.getLogger(__name__)
 

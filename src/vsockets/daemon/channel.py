@@ -20,11 +20,11 @@ from socket import (
 )
 from typing import TYPE_CHECKING
 
+from .._linux.descriptor_passing import dispose
 from ..fabric import Context, Credentials, Endpoint, Kind, Refused
-from ..passing import dispose
-from ..wire import PADDING, REQUEST_SIZE, ProtocolError
+from ..protocol import PADDING, REQUEST_SIZE, ProtocolError
 from .credentials import UCRED, Author, Deputy, Peer
-from .watch import Group
+from .stream_liveness import Group
 
 if TYPE_CHECKING:
     from .listeners import Listener

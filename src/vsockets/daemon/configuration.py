@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..fabric.settings import ContextSettings, Grant, Isolation, Limits, Profile, Settings
 from ..limits import LONGEST_NAME
-from ..locator import hybrid_problem
+from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID
+from ..model.locator import hybrid_problem
 from ..toml.tables import ConfigurationError, Table, kind, read_toml, shown
-from ..vm import Vmx, VmxError, read_vmx
+from ..vmware import Vmx, VmxError, read_vmx
 
 __all__ = ["ConfigurationError", "default_configuration_folder", "load"]
 

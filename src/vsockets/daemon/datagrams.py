@@ -28,6 +28,7 @@ from itertools import count, islice
 from socket import AF_UNIX, SHUT_RD, SOCK_DGRAM
 from typing import NamedTuple
 
+from ..eventloop.loop import Loop
 from ..fabric import Context, Endpoint, Fabric, Party, Refused, Rule
 from ..limits import (
     DATAGRAM_ROUTES,
@@ -38,12 +39,11 @@ from ..limits import (
     SWEEP_AT_THE_LATEST,
 )
 from ..pass_rights import refuse
-from ..wire import encode_source
-from .chores import Chores
-from .lives import end_sockets, is_other_life, socket_name
-from .loop import Loop
-from .named import NamedSocket, bind_to_name, cookie_of
-from .outflow import Outflow, Route, queued_on
+from ..protocol import encode_source
+from .datagram_lives import end_sockets, is_other_life, socket_name
+from .datagram_quota import Outflow, Route, queued_on
+from .deferred_work import Chores
+from .named_sockets import NamedSocket, bind_to_name, cookie_of
 
 
 @dataclass(slots=True, eq=False)

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from .loop import Loop
+from ..eventloop.loop import Loop
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

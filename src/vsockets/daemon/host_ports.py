@@ -10,10 +10,10 @@ import _socket
 from select import EPOLLOUT
 from socket import MSG_DONTWAIT, MSG_NOSIGNAL
 
-from ..constants import VMADDR_CID_HOST
+from ..eventloop.loop import READABLE, Loop
 from ..fabric import Context, Endpoint, Fabric, Kind, Program, Refused
-from ..wire import Record, Role
-from .loop import READABLE, Loop
+from ..model.constants import VMADDR_CID_HOST
+from ..protocol import Record, Role
 
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 

@@ -36,10 +36,10 @@ from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not y
 
 from ..fabric import Party, Refused
 from ..limits import MAX_BACKLOG, UNREAD_ANSWERS
-from ..wire import RECORD_SIZE
+from ..protocol import RECORD_SIZE
 from . import reserve
 from .channel import Channel
-from .named import NamedSocket
+from .named_sockets import NamedSocket
 
 _FD = struct.Struct("i")
 # Plain integers: an enum's | costs as much as a system call.

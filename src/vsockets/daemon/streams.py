@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from ..eventloop.loop import Loop
 from ..fabric import Connection, Fabric
 from .channel import Channel
-from .chores import Chores
-from .cutting import Cutter
-from .loop import Loop
-from .watch import Group, StreamWatch
+from .deferred_work import Chores
+from .disconnect import Cutter
+from .stream_liveness import Group, StreamWatch
 
 #: Ask for ended streams after so many new ones, and so many seconds after the last.
 _REAP_EVERY = 256

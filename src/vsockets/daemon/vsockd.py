@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import logs
-from ..address import FIRST_GUEST_CID
-from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
-from ..descriptors import allow_many_descriptors
+from .._linux.rlimit import allow_many_descriptors
+from ..eventloop.loop import Loop
 from ..fabric import Fabric, Refused
 from ..limits import SLOW_CALL
+from ..model.address import FIRST_GUEST_CID
+from ..model.constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from ..state_folder import (
     CONTROL,
     ISOLATED,
@@ -30,20 +31,19 @@ from ..state_folder import (
     TRASH,
     require_private,
 )
-from . import reports
-from .audit import Audit
+from .admin import reports
+from .admin.audit import Audit
+from .admin.control import ControlSocket
+from .admin.events import Events
 from .broker import Broker
 from .configuration import ConfigurationError, load
-from .contexts import RunningContexts
-from .control import ControlSocket
-from .door import remove
-from .events import Events
+from .context_listeners import remove
+from .context_manager import RunningContexts
+from .datagram_lives import EarlierLives
+from .folder_removal import Trash
 from .folder_watch import FolderWatch
-from .isolated import IsolatedGuests
-from .lives import EarlierLives
-from .loop import Loop
-from .start import How, Start
-from .trash import Trash
+from .isolation_record import IsolatedGuests
+from .start_record import How, Start
 
 log = logging.getLogger(__name__)
 

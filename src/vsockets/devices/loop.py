@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from ..daemon.loop import READABLE, Loop, Timer
+from ..eventloop.loop import READABLE, Loop, Timer
 from ..limits import SLOW_CALL
 
 __all__ = ["READABLE", "DeviceLoop", "Timer"]

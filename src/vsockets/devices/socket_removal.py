@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 
-from ..folders import SocketFile
+from .._linux.folders import SocketFile
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Collection, Iterator
 
-from ..address import FIRST_GUEST_CID, LAST_GUEST_CID
-from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from ..limits import REMEMBERED_USERS
+from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID
+from ..model.constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from .counts import Counts
 from .endpoint import Connection, Endpoint, Kernel, Kind
 from .errors import Refused

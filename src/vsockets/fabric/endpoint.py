@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..buffers import BufferSizes
+from ..model.buffers import BufferSizes
 
 if TYPE_CHECKING:
     from .context import Context

@@ -9,13 +9,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from ..buffers import BufferSizes, negotiate
-from ..constants import (
-    LAST_RESERVED_PORT,
-    VMADDR_CID_ANY,
-    VMADDR_CID_LOCAL,
-    VMADDR_PORT_ANY,
-)
+from ..model.buffers import BufferSizes, negotiate
+from ..model.constants import LAST_RESERVED_PORT, VMADDR_CID_ANY, VMADDR_CID_LOCAL, VMADDR_PORT_ANY
 from . import life_cycle, policy
 from .context import Context, Contexts
 from .counts import Counts

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 from typing import Protocol
 
+from ..model.rate_limit import Meter
 from .errors import Denied, Rule
-from .meter import Meter
 from .settings import Limits
 
 

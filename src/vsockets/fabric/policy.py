@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import errno
 
-from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
+from ..model.constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from .context import Context
 from .endpoint import Credentials, Kind
 from .errors import Denied, Refused, Rule

@@ -6,9 +6,9 @@ import errno
 import random
 from typing import TypeVar
 
-from ..address import LARGEST
-from ..constants import LAST_RESERVED_PORT
 from ..limits import EPHEMERAL_TRIES
+from ..model.address import LARGEST
+from ..model.constants import LAST_RESERVED_PORT
 from .errors import Refused
 
 _FIRST_EPHEMERAL = LAST_RESERVED_PORT + 1

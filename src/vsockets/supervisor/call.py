@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from .notification import Gone, Notification
 from .process import write_memory
+from .scheduler import Wait
 from .sockets import Endpoint, pack_address, unpack_address
-from .vsockd import Asker
-from .waiting import Wait
+from .vsockd_client import Asker
 
 if TYPE_CHECKING:
     from .ptrace import SystemCall

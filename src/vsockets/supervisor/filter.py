@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from ..constants import AF_VSOCK
-from .machine import FIRST_X32_CALL, Machine
+from ..model.constants import AF_VSOCK
+from .arch import FIRST_X32_CALL, Machine
 
 ALLOW = 0x7FFF_0000
 NOTIFY = 0x7FC0_0000

@@ -25,10 +25,10 @@ import struct
 from collections.abc import Callable, Collection
 from typing import NoReturn
 
+from .._linux.rlimit import allow_many_descriptors
 from ..attachment import Attachment
-from ..descriptors import allow_many_descriptors
+from .arch import this_machine
 from .filter import assemble, may_be_opened, rules
-from .machine import this_machine
 from .notification import Listener, install
 from .ptrace import WAIT_FOR_ALL
 from .supervisor import Supervisor

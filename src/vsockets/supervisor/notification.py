@@ -14,7 +14,7 @@ import os
 import struct
 from typing import NamedTuple
 
-from .machine import Machine
+from .arch import Machine
 
 # struct seccomp_notif: id, pid, flags; then struct seccomp_data: number, architecture,
 # instruction pointer, six arguments.

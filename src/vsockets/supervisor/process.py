@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import SHUT_RDWR
 
-from .machine import Machine
+from .arch import Machine
 
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 #: Processes whose pidfd is kept, so that a call costs one system call less.

@@ -15,7 +15,7 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from .machine import Machine
+from .arch import Machine
 
 # linux/ptrace.h
 _CONT, _SYSCALL = 7, 24

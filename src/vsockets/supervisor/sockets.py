@@ -15,14 +15,14 @@ from enum import Enum, auto
 from socket import SOCK_DGRAM, SOCK_SEQPACKET
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..buffers import BufferSizes
-from ..constants import AF_VSOCK, VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..limits import CONNECT_TIMEOUT, SUPERVISED_SOCKETS
-from ..wire import Record
+from ..model.buffers import BufferSizes
+from ..model.constants import AF_VSOCK, VMADDR_CID_ANY, VMADDR_PORT_ANY
+from ..protocol import Record
 from .filter import Served
 
 if TYPE_CHECKING:
-    from .holding import Hold
+    from .port_holders import Hold
 
 UNBOUND = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
 

@@ -23,21 +23,21 @@ from typing import NamedTuple
 
 from ..attachment import Attachment
 from ..limits import SIGNAL_LOOK, SIGNAL_PATIENCE
-from ..wire import Flag, Op, Record, Request, Role
+from ..protocol import Flag, Op, Record, Request, Role
+from .arch import Machine
 from .call import Answer, Call, Serving, SocketHandler, TracedCall
 from .calls import ARGUMENTS, HANDLERS, PATHS, SOCKET_HANDLERS
 from .calls.creating import DEVICE
 from .calls.datagrams import Routes
 from .filter import Served
-from .holding import Hold
-from .machine import Machine
 from .notification import Gone, Listener, Notification
+from .port_holders import Hold
 from .process import Processes
 from .ptrace import SystemCall
+from .scheduler import Wait, Waits, pause
 from .sockets import SERVED, Endpoint, Phase, Sockets, inode_in
 from .tracing import Tracee, Tracer
-from .vsockd import Asker, Vsockd, cookie_of, may_be_known
-from .waiting import Wait, Waits, pause
+from .vsockd_client import Asker, Vsockd, cookie_of, may_be_known
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ import struct
 from collections.abc import Callable, Generator
 from enum import Enum, auto
 
+from .arch import Machine
 from .filter import COPYING, TRACE_MARK, Numbers, Served, assemble, traced_rules
-from .machine import Machine
 from .process import Processes, write_memory
 from .ptrace import (
     ERESTARTNOHAND,

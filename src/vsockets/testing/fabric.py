@@ -16,9 +16,9 @@ from types import TracebackType
 from typing import Any
 
 from ..attachment import Attachment
-from ..constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from ..control import Control
 from ..extras import how_to_install
+from ..model.constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 
 StrPath = str | os.PathLike[str]
 
@@ -28,7 +28,7 @@ _PACKAGE_ROOT = os.fspath(Path(__file__).parents[2])
 _VSOCK = f"""\
 import sys
 sys.path.append({_PACKAGE_ROOT!r})
-from vsockets.tools import main
+from vsockets.cli import main
 sys.exit(main())
 """
 

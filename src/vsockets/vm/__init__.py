@@ -1,5 +1,1 @@
-"""Virtual machines as VMware describes them."""
-
-from .vmx import Vmx, VmxError, parse_vmx, read_vmx
-
-__all__ = ["Vmx", "VmxError", "parse_vmx", "read_vmx"]
+"""Virtual machines: QEMU and its arguments, kernels, guests, their life cycle."""

@@ -9,8 +9,8 @@ import os
 import re
 from dataclasses import dataclass
 
-from .arguments import SATA_PORTS, Card, Disk
-from .vmx import Vmx
+from ..vmware.vmx import Vmx
+from .qemu_args import SATA_PORTS, Card, Disk
 
 #: Memory of a machine whose file does not say, in MiB, and the smallest piece of it: VMware's.
 _MEMORY, _MEMORY_STEP = 32, 4

@@ -6,8 +6,8 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from .apt import Suite, Unavailable, filled
 from .kernels import DRIVERS, Kernel
-from .packages import Suite, Unavailable, filled
 
 #: The library's own files: the guest's tools.
 PACKAGE = Path(__file__).parents[1]

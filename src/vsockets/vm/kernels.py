@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .packages import Suite, Unavailable, filled, run
+from .apt import Suite, Unavailable, filled, run
 
 #: What the guest's driver of each device is called; what they need is found.
 DRIVERS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from .arguments import device_arguments
+from .qemu_args import device_arguments
 
 _NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 

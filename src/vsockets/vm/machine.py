@@ -23,9 +23,9 @@ from qemu.qmp import QMPClient, QMPError
 from ..control import Control
 from ..limits import LOG_RATE
 from ..logs import Throttle
-from .arguments import Machine, arguments
 from .console import console
-from .following import Following
+from .lifecycle_sync import Following
+from .qemu_args import Machine, arguments
 
 #: How long QEMU and the device may take to be there, in seconds; each takes half of one.
 _START = 60.0
@@ -124,7 +124,7 @@ class RunningMachine:
     @contextlib.asynccontextmanager
     async def _device(self, path: Path) -> AsyncIterator[Process]:
         device = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "vsockets.tools", "--dir", os.fspath(self._control.folder)),
+            *(sys.executable, "-m", "vsockets.cli", "--dir", os.fspath(self._control.folder)),
             *("device", self._machine.device, "--cid", str(self._cid)),
             *("--socket", os.fspath(path), "--until-eof"),
             stdin=PIPE,

@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from .arguments import PROGRAM
-from .packages import CACHE, DEBIAN, Suite, Unavailable, filled
+from .apt import CACHE, DEBIAN, Suite, Unavailable, filled
+from .qemu_args import PROGRAM
 
 #: How long QEMU may take to say something about itself, in seconds; it takes a tenth of one.
 _PATIENCE = 20.0

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from vsockets.protocol.hybrid import port_name
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.wire.hybrid import port_name
 
 PATIENCE = 20.0
 
@@ -115,7 +115,7 @@ class HybridDevice:
     def __init__(
         self, fabric: PrivateFabric, path: Path, *options: str, cid: int | None = None
     ) -> None:
-        command = [sys.executable, "-m", "vsockets.tools", "--dir", str(fabric.folder)]
+        command = [sys.executable, "-m", "vsockets.cli", "--dir", str(fabric.folder)]
         command += ["device", "hybrid", "--socket", str(path), "--verbose", *options]
         if cid is not None:
             command += ["--cid", str(cid)]

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.devices.conversation import ProtocolError
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
+from vsockets.devices.message_protocol import ProtocolError
 from vsockets.devices.vfio_user import ConfigSpace, Identity, Interrupts, Irq, Region, Server, pci
 from vsockets.devices.vfio_user.messages import (
     ACCESS,

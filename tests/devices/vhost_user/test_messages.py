@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.devices.conversation import ProtocolError
+from vsockets.devices.message_protocol import ProtocolError
 from vsockets.devices.vhost_user.messages import (
     HEADER,
     Decoder,

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vsockets.devices.conversation import ProtocolError
 from vsockets.devices.guest_memory import GuestMemory
+from vsockets.devices.message_protocol import ProtocolError
 from vsockets.devices.vhost_user import Session, Vring, messages
 from vsockets.devices.vhost_user.messages import (
     F_PROTOCOL_FEATURES,

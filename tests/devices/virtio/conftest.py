@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from support.virtio_guest import FEATURES, PlayedGuest
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vhost_user.server import Server
 from vsockets.devices.virtio.device import VirtioVsock
 from vsockets.devices.virtio.ring import F_RING_PACKED
-from vsockets.testing.virtio_guest import FEATURES, PlayedGuest
 
 CID = 7
 

@@ -17,13 +17,13 @@ import socket
 import sys
 from collections.abc import Callable
 
+from support.packed_driver import PackedDriverRing
+from support.virtio_driver import GUEST_BASE, DriverRing, Memory
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vhost_user import Vring
 from vsockets.devices.virtio.device import RECEIVE, TRANSMIT, VirtioVsock
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
 from vsockets.devices.virtio.ring import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_RING_PACKED
-from vsockets.testing.packed_driver import PackedDriverRing
-from vsockets.testing.virtio_driver import GUEST_BASE, DriverRing, Memory
 
 CID = 3
 SIZE = 64

@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
+from support.packed_driver import PackedDriverRing
+from support.virtio_driver import GUEST_BASE, Memory
+from support.virtio_guest import connect
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.virtio.packed_ring import PackedRing
 from vsockets.devices.virtio.ring import (
@@ -20,9 +23,6 @@ from vsockets.devices.virtio.ring import (
     WRITE,
     RingError,
 )
-from vsockets.testing.packed_driver import PackedDriverRing
-from vsockets.testing.virtio_driver import GUEST_BASE, Memory
-from vsockets.testing.virtio_guest import connect
 
 from .conftest import Rig
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from support.virtio_driver import GUEST_BASE, DriverRing, Memory
+from support.virtio_guest import PlayedGuest, connect
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.virtio.packet import Op
 from vsockets.devices.virtio.ring import (
@@ -21,8 +23,6 @@ from vsockets.devices.virtio.ring import (
     RingError,
 )
 from vsockets.devices.virtio.split_ring import SplitRing
-from vsockets.testing.virtio_driver import GUEST_BASE, DriverRing, Memory
-from vsockets.testing.virtio_guest import PlayedGuest, connect
 
 from .conftest import Rig
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from support.vmci_driver import PlayedFabric
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.virtio.connection import Say, State
-from vsockets.devices.virtio.link import Link
+from vsockets.devices.virtio.host_stream import Link
 from vsockets.devices.virtio.machine import VirtioMachine
 from vsockets.devices.virtio.packet import Type
 from vsockets.limits import VIRTIO_BUFFER, VIRTIO_ENLARGED, VIRTIO_LARGEST_BUFFER
-from vsockets.testing.played_guest import PlayedFabric
 
 PEER = (2, 5000)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from bridges.capture.dissecting import (
+from capture.dissecting import (
     CONNECT,
     CONTROL,
     DISCONNECT,
@@ -16,8 +16,8 @@ from bridges.capture.dissecting import (
     take_records,
     tapped,
 )
+from support.virtio_guest import accept, connect
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op, Sequenced, Type
-from vsockets.testing.virtio_guest import accept, connect
 from vsockets.testing.waiting import wait_until
 
 from .conftest import CID, Rig

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 
+from support.virtio_guest import GuestStream, PlayedGuest, accept, connect
 from vsockets.devices.virtio.packet import (
     F_SEQPACKET,
     TRANSPORT_RESET,
@@ -21,7 +22,6 @@ from vsockets.devices.virtio.packet import (
 )
 from vsockets.devices.virtio.ring import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_VERSION_1
 from vsockets.limits import VIRTIO_BUFFER, WAITING_RESETS
-from vsockets.testing.virtio_guest import GuestStream, PlayedGuest, accept, connect
 from vsockets.testing.waiting import wait_until
 
 from .conftest import CID, Rig

@@ -7,19 +7,19 @@ from collections.abc import Iterator
 
 import pytest
 
+from support.virtio_driver import GUEST_BASE, DriverRing, Memory
+from vsockets.devices.capture import Tap
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.tap import Tap
 from vsockets.devices.vhost_user import Vring
-from vsockets.devices.virtio.intake import Intake
-from vsockets.devices.virtio.link import Link
-from vsockets.devices.virtio.pace import Pace
+from vsockets.devices.virtio.host_stream import Link
+from vsockets.devices.virtio.kick_coalescing import Pace
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
 from vsockets.devices.virtio.split_ring import SplitRing
-from vsockets.devices.virtio.transmit_queue import TransmitQueue
+from vsockets.devices.virtio.tx import TransmitQueue
+from vsockets.devices.virtio.tx_poll import Intake
 from vsockets.limits import UNTOLD_PACKETS
 from vsockets.testing import wait_until
-from vsockets.testing.virtio_driver import GUEST_BASE, DriverRing, Memory
 
 CID = 5
 SIZE = 128

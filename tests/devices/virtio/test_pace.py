@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.devices.virtio.pace import Pace
+from vsockets.devices.virtio.kick_coalescing import Pace
 from vsockets.limits import KICK_DELAY, PACKETS_A_KICK, VIRTIO_BUFFER
 
 PACKET = 4096

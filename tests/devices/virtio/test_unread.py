@@ -16,10 +16,10 @@ from collections import deque
 
 import pytest
 
+from support.virtio_guest import GuestStream, connect
 from vsockets.devices.virtio import device
 from vsockets.devices.virtio.packet import HEADER_SIZE, Op, Sequenced, Type
 from vsockets.limits import VIRTIO_BUFFER, VIRTIO_PACKET
-from vsockets.testing.virtio_guest import GuestStream, connect
 from vsockets.testing.waiting import wait_until
 
 from .conftest import Rig

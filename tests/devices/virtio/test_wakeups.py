@@ -16,17 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.packed_driver import PackedDriverRing
+from support.virtio_driver import GUEST_BASE, DriverRing, Memory
+from vsockets.devices.capture import Tap
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.tap import Tap
-from vsockets.devices.virtio.link import Link
-from vsockets.devices.virtio.pace import Pace
+from vsockets.devices.virtio.host_stream import Link
+from vsockets.devices.virtio.kick_coalescing import Pace
 from vsockets.devices.virtio.packed_ring import PackedRing
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
 from vsockets.devices.virtio.split_ring import SplitRing
-from vsockets.devices.virtio.transmit_queue import TransmitQueue
-from vsockets.testing.packed_driver import PackedDriverRing
-from vsockets.testing.virtio_driver import GUEST_BASE, DriverRing, Memory
+from vsockets.devices.virtio.tx import TransmitQueue
 
 Driver = DriverRing | PackedDriverRing
 Ring = SplitRing | PackedRing

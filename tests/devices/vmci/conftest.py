@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vsockets.testing.played_guest import PlayedGuest
+from support.vmci_driver import PlayedGuest
 
 
 @pytest.fixture

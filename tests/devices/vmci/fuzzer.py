@@ -12,10 +12,10 @@ import struct
 import sys
 from collections.abc import Callable
 
+from support.vmci_driver import CID, MEMORY, PAGE, PlayedGuest
 from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.datagrams import LARGEST, Handle, Hypercall
 from vsockets.devices.vmci.packets import Packet
-from vsockets.testing.played_guest import CID, MEMORY, PAGE, PlayedGuest
 
 #: Numbers at which things go wrong.
 EDGES = [

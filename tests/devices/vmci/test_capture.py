@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bridges.capture.dissecting import (
+from capture.dissecting import (
     CONNECT,
     CONTROL,
     DISCONNECT,
@@ -13,8 +13,8 @@ from bridges.capture.dissecting import (
     needs_tshark,
     tapped,
 )
+from support.vmci_driver import CID, PlayedGuest
 from vsockets.devices.vmci.datagrams import Handle
-from vsockets.testing.played_guest import CID, PlayedGuest
 
 pytestmark = needs_tshark
 

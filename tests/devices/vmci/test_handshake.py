@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.buffers import BufferSizes
 from vsockets.devices.vmci.datagrams import Handle
 from vsockets.devices.vmci.handshake import Accepting, Connecting
 from vsockets.devices.vmci.packets import Kind, Packet, handle_value
+from vsockets.model.buffers import BufferSizes
 
 HANDLE = Handle(3, 0x400)
 SIZES = BufferSizes(65_536, 128, 262_144)

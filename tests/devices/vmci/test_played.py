@@ -12,15 +12,15 @@ from collections.abc import Callable
 
 import pytest
 
-from vsockets.buffers import BufferSizes
-from vsockets.devices.attachment import Offer
+from support.vmci_driver import CID, MEMORY, PAGE, PlayedGuest
+from vsockets.devices.client import Offer
 from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.datagrams import Code, Datagram, Event, Handle, Hypercall
 from vsockets.devices.vmci.packets import Kind, Packet, Shutdown, handle_value
 from vsockets.devices.vmci.registers import Register
 from vsockets.limits import AFTER_ATTACH, MAX_DATAGRAM, QUEUE_PAIRS
+from vsockets.model.buffers import BufferSizes
 from vsockets.testing import wait_until
-from vsockets.testing.played_guest import CID, MEMORY, PAGE, PlayedGuest
 
 _COMMAND, _MASTER, _NO_MASTER = 4, b"\x06\x00", b"\x02\x00"
 

@@ -17,7 +17,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-/* vsockets.wire: a BIND of port 80. */
+/* vsockets.protocol: a BIND of port 80. */
 static struct {
     uint32_t magic;
     uint16_t op, flags;
@@ -48,7 +48,7 @@ static int attempt(void)
         uint32_t magic;
         uint16_t status;
         char rest[58];
-    } answer; /* a record of vsockets.wire */
+    } answer; /* a record of vsockets.protocol */
     int outcome;
     pthread_t thread;
     over = 0;

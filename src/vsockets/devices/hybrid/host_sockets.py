@@ -12,11 +12,11 @@ from collections.abc import Callable
 from functools import partial
 from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM
 
-from ...daemon.accepting import Acceptor
-from ...folders import remove_stale
+from ..._linux.folders import remove_stale
+from ...eventloop.acceptor import Acceptor
 from ...limits import HYBRID_PORTS, MAX_BACKLOG
 from ...pass_rights import refuse
-from ...wire.hybrid import port_name
+from ...protocol.hybrid import port_name
 from ..loop import DeviceLoop
 
 log = logging.getLogger(__name__)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import socket
 
-from ...constants import VMADDR_CID_HOST
 from ...control import Events
-from ..attachment import Attachment
-from ..life import follow
+from ...model.constants import VMADDR_CID_HOST
+from ..client import Attachment
+from ..lifecycle_events import follow
 from ..loop import DeviceLoop
-from .dial import Dial, Done
+from .connector import Dial, Done
 from .host_sockets import HostSockets
-from .outward import Outward
+from .host_to_guest import Outward
 
 log = logging.getLogger(__name__)
 

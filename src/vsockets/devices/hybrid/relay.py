@@ -14,14 +14,14 @@ import socket
 import sys
 
 from ... import logs
-from ...constants import VMADDR_CID_HOST
-from ...descriptors import allow_many_descriptors
-from ...wire.hybrid import port_name
-from ..attachment import Attachment
+from ..._linux.rlimit import allow_many_descriptors
+from ...model.constants import VMADDR_CID_HOST
+from ...protocol.hybrid import port_name
+from ..client import Attachment
 from ..loop import DeviceLoop
 from ..sandbox import enter_sandbox
-from .dial import Dial, Done
-from .outward import Outward
+from .connector import Dial, Done
+from .host_to_guest import Outward
 
 
 def main(name: str, place: int, user: int) -> None:

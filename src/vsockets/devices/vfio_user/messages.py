@@ -14,7 +14,7 @@ from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 from ...limits import DMA_REGIONS, VFIO_DESCRIPTORS, VFIO_TRANSFER
-from ..conversation import ProtocolError
+from ..message_protocol import ProtocolError
 
 HEADER = struct.Struct("<HHIII")  #: id, command, size with the header, flags, errno
 DMA_MAP = struct.Struct("<IIQQQ")  #: argsz, flags, offset in the file, address, size

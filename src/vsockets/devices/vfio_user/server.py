@@ -6,14 +6,14 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 
-from ...daemon.loop import Loop
+from ...eventloop.loop import Loop
 from ...limits import VFIO_DESCRIPTORS, VFIO_REPLY
-from .. import serving
+from .. import unix_server
 from .messages import LARGEST_MESSAGE, Decoder
 from .session import Device, Session
 
 
-class Server(serving.Server):
+class Server(unix_server.Server):
     """Serves ``device`` to whoever connects to ``listener``, which becomes the server's."""
 
     def __init__(

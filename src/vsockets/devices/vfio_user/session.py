@@ -11,8 +11,8 @@ from struct import Struct
 from typing import Protocol
 
 from ...limits import VFIO_TRANSFER
-from ..conversation import ProtocolError
 from ..guest_memory import GuestMemory
+from ..message_protocol import ProtocolError
 from . import messages
 from .interrupts import Interrupts, Irq
 from .messages import Command, Flag, Message

@@ -12,7 +12,7 @@ from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 from ...limits import VHOST_DESCRIPTORS, VHOST_PAYLOAD
-from ..conversation import ProtocolError
+from ..message_protocol import ProtocolError
 
 HEADER = struct.Struct("=III")  #: request, flags, size of the payload
 U64 = struct.Struct("=Q")

@@ -6,14 +6,14 @@ import os
 import socket
 from collections.abc import Iterator
 
-from ...daemon.loop import Loop
+from ...eventloop.loop import Loop
 from ...limits import VHOST_DESCRIPTORS, VHOST_REPLY
-from .. import serving
+from .. import unix_server
 from .messages import Decoder
 from .session import Device, Session
 
 
-class Server(serving.Server):
+class Server(unix_server.Server):
     """Serves ``device`` to whoever connects to ``listener``, which becomes the server's."""
 
     def __init__(self, loop: Loop, listener: socket.socket, device: Device) -> None:

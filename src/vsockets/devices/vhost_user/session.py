@@ -12,8 +12,8 @@ from typing import NamedTuple
 from typing import Protocol as Interface
 
 from ...limits import MEMORY_SLOTS, VHOST_DESCRIPTORS
-from ..conversation import ProtocolError
 from ..guest_memory import GuestMemory
+from ..message_protocol import ProtocolError
 from . import messages
 from .messages import F_PROTOCOL_FEATURES, Flag, Message, Protocol, Request
 from .vring import LARGEST_RING, Vring

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...wire.vsockmon import Operation
-from ..tap import Tap
+from ...protocol.vsockmon import Operation
+from ..capture import Tap
 from .packet import HEADER, Op
 
 _OPERATIONS = {

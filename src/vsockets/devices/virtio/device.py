@@ -22,16 +22,14 @@ from ...limits import (
     VIRTIO_SMALL_BUFFER,
     WAITING_RESETS,
 )
+from ..capture import Tap
 from ..guest_memory import GuestMemory
 from ..loop import DeviceLoop
-from ..tap import Tap
 from ..vhost_user import Vring
 from .connection import Do, State
-from .intake import Intake
-from .link import KINDS, TYPES, Link
+from .host_stream import KINDS, TYPES, Link
 from .packed_ring import PackedRing
 from .packet import CONFIGURATION, F_SEQPACKET, F_STREAM, TRANSPORT_RESET, Header, Op, Type
-from .receive_queue import ReceiveQueue
 from .ring import (
     F_IN_ORDER,
     F_RING_EVENT_IDX,
@@ -41,8 +39,10 @@ from .ring import (
     Ring,
     RingError,
 )
+from .rx import ReceiveQueue
 from .split_ring import SplitRing
-from .transmit_queue import TransmitQueue
+from .tx import TransmitQueue
+from .tx_poll import Intake
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from socket import MSG_DONTWAIT
 
-from ...buffers import BufferSizes
 from ...control import Events
 from ...limits import VIRTIO_ENLARGED, VIRTIO_LARGEST_BUFFER
-from ...wire import RECORD_SIZE, ProtocolError, Record
-from ..attachment import Attachment, Offer
-from ..life import INTERRUPTIONS, follow
+from ...model.buffers import BufferSizes
+from ...protocol import RECORD_SIZE, ProtocolError, Record
+from ..client import Attachment, Offer
+from ..lifecycle_events import INTERRUPTIONS, follow
 from ..loop import DeviceLoop
 from .device import VirtioVsock
 

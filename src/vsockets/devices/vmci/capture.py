@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...wire.vsockmon import Operation
+from ...protocol.vsockmon import Operation
 from .packets import Kind
 
 _OPERATIONS = {

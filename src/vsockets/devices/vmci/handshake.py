@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from ...buffers import BufferSizes
+from ...model.buffers import BufferSizes
 from .datagrams import Handle
 from .packets import Kind, Packet, Protocol, handle_value
 

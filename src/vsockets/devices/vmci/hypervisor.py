@@ -11,12 +11,12 @@ import struct
 from collections.abc import Callable
 from typing import Protocol
 
-from ...constants import VMADDR_CID_HYPERVISOR
 from ...limits import (
     DOORBELLS,
     QUEUE_PAIR_MEMORY,
     QUEUE_PAIRS,
 )
+from ...model.constants import VMADDR_CID_HYPERVISOR
 from ..guest_memory import BadAddress
 from . import packets
 from .datagrams import (

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ...control import Events
-from ..attachment import Attachment
-from ..life import INTERRUPTIONS, follow
+from ..client import Attachment
+from ..lifecycle_events import INTERRUPTIONS, follow
 from ..loop import DeviceLoop
 from .device import VmciDevice
 from .hypervisor import Hypervisor
-from .sockets import VmciSockets
+from .transport import VmciSockets
 
 
 class VmciMachine:

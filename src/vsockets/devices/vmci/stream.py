@@ -32,10 +32,10 @@ from collections.abc import Callable
 from socket import SHUT_RD, SHUT_RDWR, SHUT_WR
 
 from ...limits import ANSWER, LOOK_AGAIN, LOOKS, NEXT_WORD, PUMP_ROUNDS, REMIND
+from ..capture import Tap
 from ..loop import DeviceLoop
-from ..pump import pull, push
-from ..tap import Tap
-from .flow import QueueState, Send, Waiting
+from ..vectored_io import pull, push
+from .flow_control import QueueState, Send, Waiting
 from .packets import Kind, Shutdown
 from .queue_pair import BrokenQueue, QueuePair
 

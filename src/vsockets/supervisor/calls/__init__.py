@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from ..call import Handler, SocketHandler
 from .accepting import accept, accept4
+from .addresses import bind, getpeername, getsockname, listen, shutdown
 from .connecting import connect
 from .creating import open_, openat, socket
 from .datagrams import sendmmsg, sendmsg, sendto, write, writev
-from .looking import access, faccessat, faccessat2, newfstatat, stat, statx
-from .messages import recvfrom, recvmmsg, recvmsg
-from .naming import bind, getpeername, getsockname, listen, shutdown
+from .device_stat import access, faccessat, faccessat2, newfstatat, stat, statx
 from .options import getsockopt, ioctl, setsockopt
+from .receive import recvfrom, recvmmsg, recvmsg
 
 HANDLERS: dict[str, Handler] = {
     "socket": socket,

@@ -10,12 +10,12 @@ import struct
 from contextlib import closing
 from socket import AF_UNIX, SO_RCVTIMEO, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET
 
-from ...wire import Record
+from ...protocol import Record
 from ..call import Answer, Call, failure
 from ..notification import Gone
+from ..scheduler import lent
 from ..sockets import Endpoint, Phase
-from ..vsockd import hardly_blocking, receive_record, take_record
-from ..waiting import lent
+from ..vsockd_client import hardly_blocking, receive_record, take_record
 from .connecting import settle
 
 _TIMEVAL = struct.Struct("=qq")

@@ -17,20 +17,20 @@ import time
 from contextlib import closing
 from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 
-from ...constants import VMADDR_CID_ANY
 from ...limits import (
     CONNECT_GRACE,
     DEFAULT_BUFFER_SIZE,
     FORCED_SEND_BUFFER,
     LARGEST_SEND_BUFFER,
 )
+from ...model.constants import VMADDR_CID_ANY
 from ...pass_rights import refuse
-from ...wire import PADDING, Flag, Record, encode_connect
+from ...protocol import PADDING, Flag, Record, encode_connect
 from ..call import Answer, Call, failure
 from ..notification import Gone
+from ..scheduler import ready
 from ..sockets import Endpoint, Phase
-from ..vsockd import Asker, send, take_record
-from ..waiting import ready
+from ..vsockd_client import Asker, send, take_record
 from . import datagrams
 
 _SO_SNDBUFFORCE = 32

@@ -9,7 +9,7 @@ import os
 import socket as stdlib
 from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_SEQPACKET, SOCK_STREAM
 
-from ...constants import AF_VSOCK
+from ...model.constants import AF_VSOCK
 from ..call import Answer, Call, failure
 
 DEVICE = b"/dev/vsock\0"

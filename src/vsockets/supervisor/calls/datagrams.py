@@ -23,7 +23,7 @@ from socket import (
 )
 
 from ...limits import MAX_DATAGRAM, SUPERVISED_ROUTES
-from ...wire import Op, Request
+from ...protocol import Op, Request
 from ..call import Answer, Call, failure
 from ..memory import (
     ADDRESS_NEEDED,
@@ -34,10 +34,10 @@ from ..memory import (
     read_message,
     read_vectors,
 )
+from ..scheduler import WRITABLE, ready
 from ..sockets import UNBOUND, Endpoint, Phase
-from ..vsockd import SEND
-from ..waiting import WRITABLE, ready
-from . import packets
+from ..vsockd_client import SEND
+from . import seqpacket_eor
 
 _FAMILY = struct.Struct("=H")
 _TIMEVAL = struct.Struct("=qq")
@@ -111,7 +111,7 @@ async def sendto(call: Call, endpoint: Endpoint) -> Answer:
             # Which a unix socket would not mind.
             connected = endpoint.phase is Phase.CONNECTED
             raise failure(errno.EISCONN if connected else errno.EOPNOTSUPP)
-        return await packets.send(call, endpoint, Message.of(buffer, size), flags)
+        return await seqpacket_eor.send(call, endpoint, Message.of(buffer, size), flags)
     destination = endpoint.peer
     if address:
         # As Linux, an invalid address is as good as none.
@@ -146,7 +146,7 @@ async def sendmsg(call: Call, endpoint: Endpoint) -> Answer:
     _refuse_urgent(call.integer(2))
     message = read_message(call, call.arguments[1])
     if not endpoint.is_datagram:
-        return await packets.send(call, endpoint, message, call.integer(2))
+        return await seqpacket_eor.send(call, endpoint, message, call.integer(2))
     return await _send_message(call, endpoint, message, call.integer(2))
 
 

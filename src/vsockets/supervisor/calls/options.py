@@ -15,9 +15,10 @@ from socket import (
     SOL_SOCKET,
 )
 
-from ...address import FIRST_GUEST_CID
-from ...buffers import BufferSizes
-from ...constants import (
+from ...limits import CONNECT_TIMEOUT, LONGEST_CONNECT_TIMEOUT
+from ...model.address import FIRST_GUEST_CID
+from ...model.buffers import BufferSizes
+from ...model.constants import (
     AF_VSOCK,
     SO_VM_SOCKETS_BUFFER_MAX_SIZE,
     SO_VM_SOCKETS_BUFFER_MIN_SIZE,
@@ -28,12 +29,11 @@ from ...constants import (
     SO_VM_SOCKETS_TRUSTED,
     VMADDR_CID_HOST,
 )
-from ...limits import CONNECT_TIMEOUT, LONGEST_CONNECT_TIMEOUT
-from ...wire import Flag, Op, Request
+from ...protocol import Flag, Op, Request
 from ..call import Answer, Call, failure
 from ..filter import IOCTL_AF_VALUE, IOCTL_LOCAL_CID, SIOCOUTQ
 from ..sockets import UNCONNECTED, Endpoint, Phase, inode_in
-from ..vsockd import SEND
+from ..vsockd_client import SEND
 from .connecting import finish, limit_queue
 from .creating import is_device
 

@@ -15,10 +15,10 @@ import socket as stdlib
 from socket import SOCK_DGRAM
 from typing import Any, Self
 
-from ...address import check
 from ...limits import DATAGRAM_ROUTES, MAX_DATAGRAM
+from ...model.address import check
+from ...protocol import Op, Request, decode_source
 from ...socket import BEHAVIOURS, MSG_ERRQUEUE, UNBOUND, error, socket
-from ...wire import Op, Request, decode_source
 from .context import FabricSocket
 
 _raw = _socket.socket

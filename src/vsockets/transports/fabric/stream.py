@@ -17,14 +17,14 @@ import socket as stdlib
 from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 from typing import Any
 
-from ...address import check
 from ...attachment import descriptor_in, explain, understand, wait_readable
-from ...buffers import DEFAULT_SIZES, BufferSizes
-from ...constants import VMADDR_CID_ANY
 from ...limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, REQUEST_TIMEOUT
+from ...model.address import check
+from ...model.buffers import DEFAULT_SIZES, BufferSizes
+from ...model.constants import VMADDR_CID_ANY
 from ...pass_rights import IS_KNOWN, SO_PASSRIGHTS, allow
+from ...protocol import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role, encode_connect
 from ...socket import BEHAVIOURS, MSG_ERRQUEUE, UNBOUND, Phase, become, error, socket
-from ...wire import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role, encode_connect
 from .context import FabricSocket
 
 _POLLING = int(Flag.POLLING)

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from socket import SOCK_DGRAM, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 from typing import Any, Self
 
-from ...address import check
 from ...attachment import explain
-from ...constants import (
+from ...model.address import check
+from ...model.constants import (
     AF_VSOCK,
     SO_VM_SOCKETS_BUFFER_MAX_SIZE,
     SO_VM_SOCKETS_BUFFER_MIN_SIZE,

@@ -1,0 +1,1 @@
+"""Linux primitives that several packages need: system calls, /proc, socket options."""

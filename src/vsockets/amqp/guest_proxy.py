@@ -1,0 +1,35 @@
+"""The guest proxy: in a guest, where stock AMQP clients find their broker.
+
+Each client's connection is a stream to the host proxy, and a session of its own there.  Nothing
+but the standard library is needed here, as a guest may have nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..attachment import Place
+from ..forward.dialer import Dialer
+from ..forward.throttled_log import Client
+from ..model.locator import Locator
+from .client_server import Clients
+from .limits import AMQP_OPEN
+from .session import Session
+
+
+class GuestProxy(Clients):
+    """Takes clients of ``listen`` to the host proxy at ``host``."""
+
+    def __init__(self, listen: Locator, host: Locator, context: Place | None = None) -> None:
+        super().__init__(listen, context)
+        self._host = host
+        self._dialer = Dialer(context)
+
+    @contextmanager
+    def session_of(self, client: Client) -> Iterator[Session]:
+        yield Session(client)
+
+    async def reach(self, session: Session) -> None:
+        sock = await self._dialer.connect(self._host, timeout=AMQP_OPEN, wait=AMQP_OPEN)
+        await self._loop.create_connection(lambda: session.far, sock=sock)

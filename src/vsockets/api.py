@@ -1,0 +1,90 @@
+"""The module-level functions: the guide's helpers and the standard library's."""
+
+from __future__ import annotations
+
+import socket as stdlib
+from os import PathLike
+
+from .attachment import Attachment, Place, current
+from .model.constants import AF_VSOCK, VMADDR_CID_LOCAL, VMADDR_PORT_ANY
+from .socket import socket
+
+
+def attach(folder: str | PathLike[str]) -> Attachment:
+    """The context whose control sockets are in ``folder``, for ``socket(context=…)``.
+
+    Programs need it only to be in several contexts at once; otherwise ``VSOCKETS_CONTEXT`` or
+    ``vsock run`` says which one they are in.
+    """
+    return Attachment(folder)
+
+
+def get_local_cid(*, context: Place | None = None) -> int:
+    """The CID of the context this process is in: 2 on the host."""
+    return (context or current()).cid
+
+
+def VMCISock_GetLocalCID() -> int:  # noqa: N802 - the guide's name
+    """The guide's name for :func:`get_local_cid` (page 11)."""
+    return get_local_cid()
+
+
+def VMCISock_GetAFValue() -> int:  # noqa: N802 - the guide's name
+    """The address family to give to ``socket()`` (guide page 11)."""
+    return AF_VSOCK
+
+
+def create_connection(
+    address: tuple[int, int],
+    timeout: float | None = None,
+    source_address: tuple[int, int] | None = None,
+    *,
+    context: Place | None = None,
+) -> socket:
+    """A stream to ``(cid, port)``, as ``socket.create_connection``; ``timeout`` in seconds."""
+    sock = socket(context=context)
+    try:
+        if timeout is not None:
+            sock.settimeout(timeout)
+        if source_address is not None:
+            sock.bind(source_address)
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def create_server(
+    address: tuple[int, int],
+    *,
+    type: int = stdlib.SOCK_STREAM,
+    backlog: int | None = None,
+    context: Place | None = None,
+) -> socket:
+    """A listening socket on ``(cid, port)``, as ``socket.create_server``."""
+    sock = socket(type=type, context=context)
+    try:
+        sock.bind(address)
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def socketpair(
+    type: int = stdlib.SOCK_STREAM,
+    *,
+    context: Place | None = None,
+) -> tuple[socket, socket]:
+    """Two connected sockets in the process's own context."""
+    with create_server((VMADDR_CID_LOCAL, VMADDR_PORT_ANY), type=type, context=context) as server:
+        one = socket(type=type, context=context)
+        try:
+            one.connect(server.getsockname())
+            other, _ = server.accept()
+        except BaseException:
+            one.close()
+            raise
+    return one, other

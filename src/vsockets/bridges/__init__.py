@@ -1,1 +1,0 @@
-"""Bridges: between vSockets and what else carries streams and datagrams."""

@@ -1,0 +1,156 @@
+"""Carrying datagrams between a socket and standard input and output.
+
+One read of standard input is one datagram: a line from a terminal, up to MAX_DATAGRAM bytes
+from a file.  Datagrams have no end, so it is time, or the user, that ends the conversation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import time
+from collections.abc import Callable
+
+from ..attachment import Place
+from ..eventloop.rebind import lifeline
+from ..limits import FORWARD_LONGEST_PAUSE, MAX_DATAGRAM
+from ..model.constants import VMADDR_CID_LOCAL
+from ..socket import socket
+from .connect import keep_trying
+from .errors import SEND, Failure, failure
+from .output import notice
+from .relay import STDIN, STDOUT, write_all
+
+Address = tuple[int, int]
+
+
+class DatagramRelay:
+    """Standard input and output, and one datagram socket, which ``bind`` makes.
+
+    ``bind`` is called with the address of the last one when vsockd has ended and is there again.
+    ``peer`` is whom to talk with, and nobody else is heard; without one it is whoever sent the
+    last datagram.  ``idle`` and ``quit_after`` are in seconds: how long there may be silence,
+    and how long to go on after the end of standard input.  ``wait`` is how long to try to reach
+    a peer that is not there yet, in seconds, None for ever.
+    """
+
+    def __init__(
+        self,
+        bind: Callable[[Address], socket],
+        address: Address,
+        context: Place,
+        peer: Address | None = None,
+        *,
+        read_stdin: bool = True,
+        idle: float | None = None,
+        quit_after: float | None = None,
+        wait: float | None = 0.0,
+        verbose: bool = False,
+    ) -> None:
+        self._bind = bind
+        self._sock = bind(address)
+        self._context = context
+        self._line = lifeline(context)
+        self._peer = peer
+        self._only = None if peer is None else self._globally(peer)
+        self._stdin_open = read_stdin
+        self._idle = idle
+        self._quit_after = quit_after
+        self._wait = wait
+        self._verbose = verbose
+        self._last_moved = time.monotonic()
+        self._stdin_ended_at: float | None = None
+        self.received = 0  #: datagrams
+
+    @property
+    def address(self) -> Address:
+        """Where the socket is bound."""
+        return self._sock.getsockname()
+
+    def run(self) -> None:
+        """Carry datagrams until the time has passed.  Raises Failure when sending fails."""
+        while (patience := self._patience()) is None or patience > 0:
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            if self._line is not None:
+                poll.register(self._line, select.POLLIN)
+            if self._stdin_open and self._peer is not None:
+                poll.register(STDIN, select.POLLIN)
+            ready = dict(poll.poll(None if patience is None else patience * 1000 + 1))
+            if self._line is not None and self._line.fileno() in ready:
+                self._bind_again()
+                continue
+            if self._sock.fileno() in ready:
+                self._receive()
+            if STDIN in ready:
+                self._read_stdin()
+
+    def _bind_again(self) -> None:
+        """Wait for the next vsockd, as long as there is time."""
+        assert self._line is not None
+        address = self.address
+        notice("vsockd has ended")
+        self._line.close()
+        self._sock.close()
+        while (patience := self._patience()) is None or patience > 0:
+            pause = FORWARD_LONGEST_PAUSE
+            time.sleep(pause if patience is None else min(patience, pause))
+            with contextlib.suppress(OSError, Failure):
+                line = lifeline(self._context)
+                try:
+                    self._sock = self._bind(address)
+                except BaseException:
+                    if line is not None:
+                        line.close()
+                    raise
+                self._line = line
+                notice("listening again on {}:{}".format(*self.address))
+                return
+
+    def _patience(self) -> float | None:
+        deadlines = []
+        if self._idle is not None:
+            deadlines.append(self._last_moved + self._idle)
+        if self._quit_after is not None and self._stdin_ended_at is not None:
+            deadlines.append(self._stdin_ended_at + self._quit_after)
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _receive(self) -> None:
+        try:
+            data, source = self._sock.recvfrom(MAX_DATAGRAM)
+        except ConnectionResetError:
+            return  # vsockd has ended
+        if self._only is not None and self._globally(source) != self._only:
+            return
+        if self._verbose:
+            notice("{} bytes from {}:{}".format(len(data), *source))
+        self.received += 1
+        if self._only is None:
+            self._peer = source
+        self._last_moved = time.monotonic()
+        write_all(STDOUT, data)
+
+    def _read_stdin(self) -> None:
+        data = os.read(STDIN, MAX_DATAGRAM)
+        if not data:
+            self._stdin_open = False
+            self._stdin_ended_at = time.monotonic()
+            return
+        peer = self._peer
+        assert peer is not None
+        try:
+            keep_trying(
+                lambda: self._sock.sendto(data, peer),
+                self._wait,
+                {errno.ECONNREFUSED, errno.EHOSTUNREACH},
+            )
+        except OSError as error:
+            raise failure("send to {}:{}".format(*peer), error, SEND) from None
+        self._last_moved = time.monotonic()
+
+    def _globally(self, address: Address) -> Address:
+        """An address of our own context has two spellings; this is the one others use."""
+        cid, port = address
+        return (self._context.cid if cid == VMADDR_CID_LOCAL else cid), port

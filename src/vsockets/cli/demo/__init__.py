@@ -1,0 +1,1 @@
+"""The demonstrations of ``vsock demo`` and ``vsock vm demo``."""

@@ -1,0 +1,307 @@
+"""``vsock vm demo``: a virtual machine without a network, and the doors into it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from ..connect import keep_trying
+from ..errors import Failure
+from ..options import JsonOption
+from ..output import Column, notice, print_json, print_table
+from ..vm_options import (
+    Accelerator,
+    AccelOption,
+    Device,
+    DeviceOption,
+    accelerators,
+    find_qemu,
+    require_qmp,
+)
+
+if TYPE_CHECKING:
+    from ...testing import PrivateFabric
+    from ...vm.guest_client import Guest
+
+# What it needs is imported where it is used: no other command needs it.
+
+#: Until the guest listens: it has no driver yet, or is busy.
+_NOT_YET = {errno.ECONNRESET, errno.EHOSTUNREACH, errno.ETIMEDOUT}
+
+#: How long the guest may take to boot, in seconds; some five on an idle machine, emulated.
+_BOOT = 120.0
+
+#: How long anything else may take that is waited for, in seconds.
+_PATIENCE = 30.0
+
+#: How long the command may take to end when its guest has, in seconds.
+_FAREWELL = 2.0
+
+#: Lines of a guest's console that are shown when it fails.
+_LINES = 8
+
+_LAST = "exec {python} -S -m vsockets.vm.guest_agent\n"
+
+#: Where the copied folder is in the guest: below what it serves as web pages.
+_THERE = "/srv/copied"
+
+
+#: What is copied unless told otherwise: so many files of so many bytes.
+_FILES, _SIZE = 64, 131_072
+
+
+class _Step(NamedTuple):
+    step: str
+    ok: bool
+    result: str
+
+
+def demo(
+    device: DeviceOption = Device.VMCI,
+    accel: AccelOption = Accelerator.AUTO,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--copy", metavar="DIR", help="What to copy; by default files made for it."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Boot a guest that has no network card, and do in it what one needs a network for.
+
+    The guest is made of this machine's own distribution's packages: its kernel, busybox, and
+    Python with this program.  A folder is copied in and out, a web page comes from inside, and
+    on a terminal there is a shell in the guest at the end.  What is downloaded (with apt, some
+    150 MB, 300 MB on disk) stays in ~/.cache/vsockets; nothing else does.
+    """
+    from ...testing import PrivateFabric
+
+    require_qmp()
+    if folder is not None and not folder.is_dir():
+        raise typer.BadParameter(f"--copy: there is no folder {folder}")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="vsock-demo-") as scratch, PrivateFabric() as fabric:
+        command = _prepare(Path(scratch), device, accel)
+        steps = [_Step("make a guest", True, f"in {time.monotonic() - began:.1f} s")]
+        with _booted(command, fabric, Path(scratch)) as (guest, booted):
+            steps += [booted, _look_around(guest)]
+            steps += _copy(guest, folder, Path(scratch), show=not as_json)
+            with _forwarded(fabric, guest.cid) as url:
+                steps.append(_fetch(url, guest.cid))
+                _report(steps, as_json)
+                if not as_json and sys.stdin.isatty() and sys.stdout.isatty():
+                    notice(f"the guest's page is at {url} until you leave its shell (exit)")
+                    _shell(guest)
+    if not all(step.ok for step in steps):
+        raise typer.Exit(1)
+
+
+def _report(steps: list[_Step], as_json: bool) -> None:
+    if as_json:
+        print_json({"ok": all(s.ok for s in steps), "steps": [s._asdict() for s in steps]})
+        return
+    rows = ((s.step, "ok" if s.ok else "FAILED", s.result) for s in steps)
+    print_table([Column("STEP"), Column(""), Column("RESULT", whole=False)], rows)
+
+
+# Making the guest
+
+
+def _prepare(scratch: Path, device: Device, accel: Accelerator) -> list[str]:
+    """What ``vsock vm run`` is to be given."""
+    from ...vm import apt, initramfs, kernels
+
+    accelerators(accel)  # or it is refused before anything is downloaded
+    notice("QEMU, a kernel, busybox and Python (downloaded the first time)")
+    qemu = find_qemu(device, None, download=True)
+    try:
+        suite = apt.own_suite()
+        kernel, userland = kernels.Kernel(suite), initramfs.Userland(suite)
+        archive = initramfs.build(
+            kernel, userland, device.value, _LAST.format(python=userland.python)
+        )
+    except apt.Unavailable as error:
+        raise Failure(str(error)) from None
+    initrd = scratch / "initrd"
+    initrd.write_bytes(archive)
+    boot = ["--kernel", str(kernel.image), "--initrd", str(initrd), "--append"]
+    boot.append(initramfs.COMMAND_LINE)
+    # A guest that panics resets its machine, which ends.
+    extra = ["--", "-no-reboot"]
+    return ["--qemu", qemu, "--device", device.value, "--accel", accel.value, *boot, *extra]
+
+
+@contextlib.contextmanager
+def _running(
+    fabric: PrivateFabric, *command: str, **streams: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """A ``vsock`` on the demo's fabric; it is ended at the end, whatever it is doing."""
+    program = (sys.executable, "-m", "vsockets.cli", "--dir", os.fspath(fabric.folder))
+    process = subprocess.Popen(
+        [*program, *command],
+        stdin=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for us: we end it
+        **streams,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(_PATIENCE)
+        finally:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def _booted(
+    command: list[str], fabric: PrivateFabric, scratch: Path
+) -> Iterator[tuple[Guest, _Step]]:
+    """The guest, while it runs, once it answers."""
+    from ...vm.guest_client import Guest
+
+    cid = fabric.control.add_context(name="demo")["cid"]
+    console = scratch / "console"
+    with (
+        open(console, "wb") as output,
+        _running(
+            fabric,
+            *("vm", "run", "--cid", str(cid), "--grace", "0", *command),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        guest = Guest(fabric.host, cid)
+        began = time.monotonic()
+
+        def asked() -> str:
+            if process.poll() is not None:
+                raise Failure(f"the guest has ended: {_last_words(console)}")
+            return guest.run("uname", "-r").strip()
+
+        try:
+            version = keep_trying(asked, _BOOT, _NOT_YET)
+            result = f"Linux {version} in {time.monotonic() - began:.1f} s"
+            yield guest, _Step("boot it", bool(version), result)
+        except OSError as error:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_FAREWELL)
+            what = "has ended" if process.poll() is not None else f"does not answer ({error})"
+            raise Failure(f"the guest {what}: {_last_words(console)}") from None
+
+
+def _last_words(console: Path) -> str:
+    """Return the lines up to a kernel's panic, or the last ones, without what terminals obey."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1bc", "", console.read_text(errors="replace"))
+    lines = ["".join(filter(str.isprintable, line)) for line in text.splitlines()]
+    lines = [line for line in lines if line.strip()]
+    for number, line in enumerate(lines):
+        if "Kernel panic" in line:
+            del lines[number + 1 :]
+            break
+    return "".join(f"\n    {line}" for line in lines[-_LINES:]) or "it said nothing"
+
+
+# What is done with it
+
+
+def _look_around(guest: Guest) -> _Step:
+    """A command in it."""
+    interfaces = guest.run("ls", "/sys/class/net").split()
+    others = [name for name in interfaces if name != "lo"]
+    result = f"no network card in it, only {', '.join(interfaces)}"
+    return _Step("run a program in it", not others, result)
+
+
+def _copy(guest: Guest, folder: Path | None, scratch: Path, show: bool) -> Iterator[_Step]:
+    from ...vm.guest_client import digest, files_below
+
+    source = folder or _make_files(scratch / "files")
+    sizes = [path.stat().st_size for path in files_below(source)]
+    amount = f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
+    wanted = digest(source)
+
+    def step(title: str, began: float, found: str) -> _Step:
+        intact = found == wanted
+        digests = f"sha256 {wanted[:12]}… at both ends" if intact else "not the same at both ends"
+        return _Step(title, intact, f"{amount} in {time.monotonic() - began:.1f} s, {digests}")
+
+    began = time.monotonic()
+    with _progress("into the guest", sum(sizes), show) as tell:
+        guest.copy_in(source, _THERE, tell)
+    yield step("copy a folder in", began, guest.digest(_THERE))
+    began = time.monotonic()
+    with _progress("out of the guest", sum(sizes), show) as tell:
+        guest.copy_out(_THERE, scratch / "back", tell, sum(sizes))
+    yield step("copy it out again", began, digest(scratch / "back"))
+
+
+def _make_files(folder: Path) -> Path:
+    for number in range(_FILES):
+        path = folder / f"folder {number % 8}" / f"file {number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.urandom(_SIZE))
+    return folder
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not show, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+@contextlib.contextmanager
+def _forwarded(fabric: PrivateFabric, cid: int) -> Iterator[str]:
+    """Where a browser finds the guest's pages."""
+    from ...vm.guest_agent import PAGES
+
+    ends = ("tcp:127.0.0.1:0", f"vsock:{cid}:{PAGES}")
+    with _running(fabric, "forward", *ends, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        readable, _, _ = select.select([process.stderr], [], [], _PATIENCE)
+        line = process.stderr.readline().strip() if readable else "it said nothing"
+        _, found, address = line.partition("listening on tcp:")
+        if not found:
+            raise Failure(f"vsock forward: {line.removeprefix('vsock: ')}")
+        yield f"http://{address}/"
+
+
+def _fetch(url: str, cid: int) -> _Step:
+    with urllib.request.urlopen(url, timeout=_PATIENCE) as answer:
+        page = answer.read(65_536).decode(errors="replace")
+    ok = f"Context {cid}" in page
+    return _Step("fetch a page from inside", ok, f"{url}: {len(page)} characters, of context {cid}")
+
+
+def _shell(guest: Guest) -> None:
+    """A shell in the guest on our terminal, until it ends."""
+    from ...vm.console import console
+
+    size = os.get_terminal_size()
+    with guest.start("sh", size=size) as sock:
+        sock.settimeout(None)
+        with console(sock, lambda: sock.shutdown(socket.SHUT_RDWR)) as finish:
+            finish()

@@ -1,0 +1,278 @@
+"""The checks of ``vsock doctor``.  Each looks, and tries where that changes nothing.
+
+None opens an AF_VSOCK socket or ``/dev/vsock``: that would load kernel modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import shutil
+import socket as stdlib
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from ..api import create_server
+from ..model.constants import VMADDR_CID_HOST
+from ..socket import socket
+from ..supervisor.arch import this_machine
+from ..supervisor.ptrace import Ptrace
+from ..testing import PrivateFabric
+
+#: How long any program that is asked something may take, in seconds.
+_PATIENCE = 10.0
+
+_SYS_PIDFD_GETFD = 438  # the same on every architecture
+_CLONE_NEWUSER = 0x10000000
+
+
+class Finding(NamedTuple):
+    """One row: what was looked at, whether it is there, and what to install if not."""
+
+    what: str
+    state: str  #: yes, no or partly
+    detail: str
+    install: str = ""
+
+
+def fabric() -> Finding:
+    """A vsockd of our own, a stream and a datagram between a guest and the host."""
+    what = "fabric (vsockd)"
+    try:
+        started = time.perf_counter()
+        with PrivateFabric() as private:
+            up = time.perf_counter() - started
+            guest = private.guest()
+            with (
+                create_server((VMADDR_CID_HOST, 5000), context=private.host) as server,
+                socket(context=guest) as client,
+            ):
+                client.settimeout(_PATIENCE)
+                client.connect((VMADDR_CID_HOST, 5000))
+                accepted, _ = server.accept()
+                with accepted:
+                    accepted.settimeout(_PATIENCE)
+                    client.sendall(b"stream")
+                    stream = accepted.recv(100)
+            with (
+                socket(type=stdlib.SOCK_DGRAM, context=private.host) as receiver,
+                socket(type=stdlib.SOCK_DGRAM, context=guest) as sender,
+            ):
+                receiver.settimeout(_PATIENCE)
+                receiver.bind((VMADDR_CID_HOST, 5000))
+                sender.sendto(b"datagram", (VMADDR_CID_HOST, 5000))
+                datagram, source = receiver.recvfrom(100)
+            if (stream, datagram, source[0]) != (b"stream", b"datagram", guest.cid):
+                return Finding(what, "no", f"got {stream!r}, and {datagram!r} from {source}")
+    except Exception as error:  # whatever it is, it is what the doctor has to tell
+        return Finding(what, "no", f"{error}".strip().rpartition("\n")[2], "see: vsockd --help")
+    return Finding(what, "yes", f"a stream and a datagram passed; vsockd was up in {up:.2f} s")
+
+
+def python() -> Finding:
+    """The interpreter, and what the command line is made with."""
+    compiled = "has" if hasattr(stdlib, "AF_VSOCK") else "lacks"
+    detail = f"{platform.python_version()}, socket {compiled} AF_VSOCK; "
+    return Finding("Python", "yes", detail + f"typer {version('typer')}, rich {version('rich')}")
+
+
+def seccomp() -> Finding:
+    """A filter with a listener, in a child: what ``vsock run`` supervises programs by."""
+    what = "seccomp notification"
+    script = """
+from vsockets.supervisor import filter, arch as machine, notification
+here = machine.this_machine()
+notification.install(here, filter.assemble(here, []))
+print("yes")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    said = _output(sys.executable, "-c", script, env=environment).strip()
+    if said != "yes":
+        why = said.rpartition("\n")[2].rpartition(": ")[2] or "not in this kernel"
+        return Finding(what, "no", why, "Linux 5.14 or later, and a container that allows it")
+    scope = _read("/proc/sys/kernel/yama/ptrace_scope").strip()
+    if scope in ("2", "3") and os.geteuid() != 0:
+        advice = "sysctl kernel.yama.ptrace_scope=1"
+        return Finding(
+            what, "partly", f"the programs' memory is closed: ptrace_scope {scope}", advice
+        )
+    return Finding(what, "yes", "system calls of any program can be served")
+
+
+def tracing() -> Finding:
+    """Tracing a child: what datagram sockets of supervised programs are served by."""
+    what = "ptrace"
+    try:
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
+            Ptrace(this_machine()).seize(child.pid)
+            child.kill()
+    except (OSError, NotImplementedError) as error:
+        scope = _read("/proc/sys/kernel/yama/ptrace_scope").strip() or "unknown"
+        return Finding(
+            what,
+            "no",
+            f"{error}; ptrace_scope {scope}: vsock run has no datagrams and no MSG_EOR",
+            "sysctl kernel.yama.ptrace_scope=1, and a container that allows ptrace",
+        )
+    return Finding(what, "yes", "datagram sockets of any program can be served")
+
+
+def pidfd() -> Finding:
+    """pidfd_getfd(2) on a child: cutting a stream without its owner's help."""
+    what = "pidfd_getfd"
+    try:
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
+            handle = os.pidfd_open(child.pid)
+            libc = ctypes.CDLL(None, use_errno=True)
+            copied = libc.syscall(_SYS_PIDFD_GETFD, handle, 0, 0)
+            reason = os.strerror(ctypes.get_errno())
+            os.close(handle)
+    except OSError as error:
+        return Finding(what, "no", str(error.strerror), "Linux 5.6 or later")
+    if copied >= 0:
+        os.close(copied)
+        return Finding(what, "yes", "streams can be cut without their owner's help")
+    scope = _read("/proc/sys/kernel/yama/ptrace_scope").strip() or "unknown"
+    return Finding(what, "partly", f"pidfd yes, getfd no: {reason}; ptrace_scope {scope}")
+
+
+def kernel_vsock() -> Finding:
+    """The kernel's own AF_VSOCK, by its traces only."""
+    modules = {line.split()[0] for line in _read("/proc/modules").splitlines()}
+    modules |= {path.name for path in Path("/sys/module").glob("*vsock*")}
+    found = sorted(name for name in modules if "vsock" in name)
+    if Path("/dev/vsock").exists():
+        found.append("/dev/vsock")
+    if "vsock" in modules or "/dev/vsock" in found:
+        return Finding("kernel AF_VSOCK", "yes", ", ".join(found))
+    available = Path("/lib/modules", platform.release(), "kernel/net/vmw_vsock").is_dir()
+    if available:
+        return Finding("kernel AF_VSOCK", "partly", "its modules are not loaded", "modprobe vsock")
+    return Finding("kernel AF_VSOCK", "no", "no module, no /dev/vsock", "a kernel with VSOCKETS")
+
+
+def vhost_vsock() -> Finding:
+    """The kernel's device for QEMU's vhost-vsock-pci."""
+    path = "/dev/vhost-vsock"
+    if not os.path.exists(path):
+        return Finding(path, "no", "not there", "modprobe vhost_vsock")
+    return _accessible(path)
+
+
+def kvm() -> Finding:
+    """Virtual machines at full speed."""
+    if not os.path.exists("/dev/kvm"):
+        advice = "a CPU with virtualization, nested if this is a VM"
+        return Finding("KVM", "no", "no /dev/kvm: virtual machines are emulated", advice)
+    return _accessible("/dev/kvm")._replace(what="KVM")
+
+
+def qemu() -> Finding:
+    """A QEMU for each device of ours; too old is not broken."""
+    from ..vm.qemu import NEEDS, NoQemu, find
+
+    found, missing = {}, {}
+    for device in NEEDS:
+        try:
+            found[device] = find(device)
+        except NoQemu as error:
+            missing[device] = str(error)
+    details = [f"{device}: {one.path} {one.number}" for device, one in found.items()]
+    details += [f"{device}: {why.partition(': ')[0]}" for device, why in missing.items()]
+    state = "yes" if not missing else "partly" if found else "no"
+    advice = "; ".join(why.partition(": ")[2] for why in missing.values())
+    return Finding("QEMU", state, "; ".join(details), advice)
+
+
+def virtual_machines() -> Finding:
+    """What vsock vm needs besides QEMU."""
+    from ..vm.apt import Unavailable, own_suite
+
+    missing = {}
+    try:
+        import qemu.qmp  # noqa: F401
+    except ModuleNotFoundError:
+        missing["run needs the Python package qemu.qmp"] = "pip install qemu.qmp"
+    if shutil.which("setpriv") is None:
+        missing["run needs setpriv"] = "util-linux"
+    state = "no" if missing else "yes"
+    try:
+        suite = own_suite()
+        keys = Path(suite.distribution.keys)
+        if not keys.exists():
+            missing[f"demo needs {keys}"] = keys.stem
+    except Unavailable as error:
+        missing[f"demo: {error}"] = "Debian, or Ubuntu"
+    if missing and state == "yes":
+        state = "partly"
+    detail = "; ".join(missing) or "run, and demo with this distribution's packages"
+    return Finding("vsock vm", state, detail, "; ".join(missing.values()))
+
+
+def fuse() -> Finding:
+    """File systems in user space."""
+    if not os.path.exists("/dev/fuse"):
+        return Finding("FUSE", "no", "no /dev/fuse", "modprobe fuse; fuse3")
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        return Finding("FUSE", "partly", "/dev/fuse, but no fusermount3", "fuse3")
+    return _accessible("/dev/fuse")._replace(what="FUSE")
+
+
+def user_namespaces() -> Finding:
+    """unshare(2) in a child: containers without privilege."""
+    script = f"""
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.unshare({_CLONE_NEWUSER}) and os.strerror(ctypes.get_errno()))
+"""
+    said = _output(sys.executable, "-I", "-c", script).strip()
+    if said == "0":
+        return Finding("user namespaces", "yes", "a user can make containers")
+    advice = "sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone"
+    return Finding("user namespaces", "no", said, advice)
+
+
+CHECKS = (
+    fabric,
+    python,
+    seccomp,
+    tracing,
+    pidfd,
+    kernel_vsock,
+    vhost_vsock,
+    kvm,
+    qemu,
+    virtual_machines,
+    fuse,
+    user_namespaces,
+)
+
+
+def _accessible(path: str) -> Finding:
+    if os.access(path, os.R_OK | os.W_OK):
+        return Finding(path, "yes", f"{path} can be opened")
+    owner = Path(path).group() if os.path.exists(path) else ""
+    return Finding(path, "partly", f"{path} is not for this user", f"be in group {owner}")
+
+
+def _read(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(errors="replace")
+    return ""
+
+
+def _output(*command: str, env: dict[str, str] | None = None) -> str:
+    """What a program prints; what went wrong if it does not."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PATIENCE, check=False, env=env
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return done.stdout or done.stderr

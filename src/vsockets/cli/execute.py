@@ -1,0 +1,94 @@
+"""Becoming another program, and running a command for each connection."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+import typer
+
+from ..socket import socket
+from .errors import Failure
+from .output import notice
+
+#: What shells and env(1) exit with.
+NOT_EXECUTABLE, NOT_FOUND = 126, 127
+
+
+def become(program: list[str], environment: Mapping[str, str]) -> NoReturn:
+    """Replace this process by ``program``, looked up on the PATH.
+
+    Raises Failure with the exit status that env(1) has for the case.
+    """
+    # Python ignores these two, and exec would keep that; programs expect the default.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        os.execvpe(program[0], program, environment)
+    except OSError as error:
+        status = NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
+        raise Failure(f"{program[0]}: {error.strerror}", status) from None
+
+
+def arguments_of(command: str | None) -> list[str]:
+    """A command line, split as the shell would; empty when there is none."""
+    if command is None:
+        return []
+    try:
+        arguments = shlex.split(command)
+    except ValueError as error:
+        raise typer.BadParameter(f"--exec {command}: {error}") from None
+    if not arguments:
+        raise typer.BadParameter("--exec: expected a command")
+    if shutil.which(arguments[0]) is None:  # better now than when somebody has connected
+        raise Failure(f"{arguments[0]}: {os.strerror(errno.ENOENT)}", NOT_FOUND)
+    return arguments
+
+
+def environment_for(sock: socket) -> dict[str, str]:
+    """The environment of a command that serves ``sock``: it says who is at the other end."""
+    cid, port = sock.getpeername()
+    return {**os.environ, "VSOCK_PEER_CID": str(cid), "VSOCK_PEER_PORT": str(port)}
+
+
+def become_served(command: list[str], sock: socket) -> NoReturn:
+    """Be ``command``, with ``sock`` for standard input and output."""
+    sock.setblocking(True)
+    os.dup2(sock.fileno(), 0)
+    os.dup2(sock.fileno(), 1)
+    become(command, environment_for(sock))
+
+
+def serve(listener: socket, accept: Callable[[], socket], command: list[str]) -> NoReturn:
+    """Run ``command`` for each connection, all at the same time, for ever."""
+    running: dict[int, subprocess.Popen[bytes]] = {}  # by a descriptor that tells of the end
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    while True:
+        for fd, _ in poll.poll():
+            if fd == listener.fileno():
+                with accept() as sock:
+                    try:
+                        process = subprocess.Popen(
+                            command,
+                            stdin=sock.fileno(),
+                            stdout=sock.fileno(),
+                            env=environment_for(sock),
+                        )
+                    except OSError as error:
+                        notice(f"{command[0]}: {error.strerror}")
+                        continue
+                pidfd = os.pidfd_open(process.pid)
+                running[pidfd] = process
+                poll.register(pidfd, select.POLLIN)
+            else:
+                poll.unregister(fd)
+                os.close(fd)
+                running.pop(fd).wait()

@@ -1,0 +1,145 @@
+"""What commands print: tables that fit the terminal, JSON, and one-line messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..model.text import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: The width of a table nobody looks at: what reads it wants whole lines.
+_UNLIMITED = 10_000
+
+
+#: The longest bar of a table, and the shortest that tells anything, in characters.
+_LONGEST_BAR, _SHORTEST_BAR = 20, 4
+
+#: Between two columns, in characters.
+_GAP = 2
+
+
+class Column(NamedTuple):
+    """How one column of a table is laid out.
+
+    In a narrow terminal columns with ``least`` give way first, then those with ``spare`` are left
+    out, and what is left stays whole: a number that is cut is worse than none.
+    """
+
+    title: str
+    right: bool = False  #: numbers
+    whole: bool = True  #: not broken over lines
+    from_width: int = 0  #: left out of tables that are narrower, in characters
+    least: int = 0  #: cut down to so many characters if need be; 0: not cut
+    spare: int = 0  #: may be left out, those with the largest number first; 0: may not
+    bar: bool = False  #: its values are from 0 to 1, drawn as a bar in the room that is left
+
+
+def complain(text: str) -> None:
+    """Say in one line on standard error what went wrong."""
+    print(f"vsock: {printable(' '.join(text.split()))}", file=sys.stderr, flush=True)
+
+
+notice = complain  # what went right is said in the same way, where standard output is data
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` for programs."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table that fits the terminal, or ``$COLUMNS``.  Cells are text, anybody's: see
+    :func:`vsockets.model.text.printable`.
+    """
+    from rich.console import Console
+
+    fits = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if fits else _UNLIMITED, highlight=False)
+    with console.capture() as capture:
+        console.print(make_table(columns, rows, console.width))
+    for line in capture.get().splitlines():
+        print(line.rstrip())
+
+
+def make_table(columns: Sequence[Column], rows: Iterable[Sequence[object]], width: int) -> Table:
+    """A table for ``rich``, ``width`` characters wide at most; cells as in :func:`print_table`."""
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = list(rows)
+    laid: list[tuple[Column, list[Any], int]] = []
+    for column, *cells in zip(columns, *rows, strict=True):
+        if width < column.from_width:
+            continue
+        if column.bar:
+            laid.append((column._replace(least=_SHORTEST_BAR, spare=99), cells, _LONGEST_BAR))
+            continue
+        texts = [printable(str(cell)) for cell in cells]
+        laid.append((column, texts, max(map(cell_len, [column.title, *texts]))))
+    widths = _fit(laid, width)
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    for (column, _, natural), chosen in zip(laid, widths, strict=True):
+        if chosen:
+            table.add_column(
+                column.title,
+                justify="right" if column.right else "left",
+                no_wrap=column.whole,
+                overflow="ellipsis" if column.whole else "fold",
+                width=chosen if chosen < natural else None,
+            )
+    for number in range(len(rows)):
+        cells = [
+            "█" * max(1, round(chosen * texts[number])) if column.bar else texts[number]
+            for (column, texts, _), chosen in zip(laid, widths, strict=True)
+            if chosen
+        ]
+        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in cells))
+    return table
+
+
+def _fit(laid: Sequence[tuple[Column, list[Any], int]], width: int) -> list[int]:
+    """Return the width of each column, 0 for one that is left out."""
+    widths = [natural for _, _, natural in laid]
+    # What a column needs: prose is broken over lines.
+    needed = [
+        min(natural, column.least or (natural if column.whole else 12))
+        for column, _, natural in laid
+    ]
+
+    def excess(of: Sequence[int]) -> int:
+        return sum(of) + _GAP * (sum(map(bool, of)) - 1) - width
+
+    for at in sorted(range(len(laid)), key=lambda at: -laid[at][0].spare):
+        if laid[at][0].spare and excess(needed) > 0:
+            widths[at] = needed[at] = 0
+    # The widest give way first.
+    while (too_much := excess(widths)) > 0:
+        cuttable = [
+            at for at, (column, _, _) in enumerate(laid) if widths[at] > needed[at] and column.least
+        ]
+        if not cuttable:
+            break
+        widest = max(cuttable, key=lambda at: widths[at])
+        widths[widest] -= min(too_much, max(1, (widths[widest] - needed[widest]) // 2))
+    return widths
+
+
+#: Words that stand for good or bad news, in a table of any command.
+_STYLES = {"yes": "green", "ok": "green", "no": "yellow", "partly": "yellow", "FAILED": "bold red"}
+
+
+def user_name(uid: int) -> str:
+    """The name of a user id, or the number where it has none."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -1,0 +1,177 @@
+"""What there is at which path, and what one must be to have it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+from ...control import Control
+from ..connect import administrator
+from ..http_server import Request, Response, text
+from .access import Access
+from .watcher import Watcher
+
+_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+
+
+def _policy(default: str) -> tuple[str, str]:
+    rest = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
+    return ("Content-Security-Policy", f"{default}; {rest}")
+
+
+_POLICY = _policy("default-src 'self'")
+
+#: With every answer: nothing from elsewhere, in nobody's frame, kept nowhere.
+_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Cache-Control", "no-store"),
+)
+
+_CLOSED_STYLE = """
+:root { color-scheme: light dark; }
+body { margin: 0; display: grid; place-content: center; min-height: 100vh; padding: 1.25rem;
+  font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; }
+main { max-width: 34rem; padding: 1.4rem 1.6rem; border: 1px solid; border-radius: 12px; }
+h1 { margin: 0 0 .5rem; font-size: 1.35rem; }
+p { margin: 0; }
+"""
+
+#: For who has no session: with a style of its own, as files are for those who have one.
+_CLOSED = f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>vsock web</title>
+<style>{_CLOSED_STYLE}</style>
+<main>
+<h1>This page is closed</h1>
+<p>Open the link that <code>vsock web</code> printed last. Each link works once, in one browser.</p>
+</main>
+</html>
+"""
+
+
+#: For who used a link.  Not a redirection: where another page has led to the link, the browser
+#: would not send a SameSite=Strict cookie along.
+_ENTERED = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="refresh" content="0; url=/">
+<link rel="icon" href="/icon.svg">
+<title>vsock web</title>
+<p><a href="/">vsock web</a></p>
+</html>
+"""
+
+
+_DIGEST = base64.b64encode(hashlib.sha256(_CLOSED_STYLE.encode()).digest()).decode()
+_CLOSED_POLICY = _policy(f"default-src 'none'; style-src 'sha256-{_DIGEST}'")
+
+
+class BadAction(Exception):
+    """What was asked for makes no sense; the text says what was expected."""
+
+
+class Site:
+    """Answers requests."""
+
+    def __init__(self, access: Access, watcher: Watcher, entered: Callable[[], None]) -> None:
+        """``entered`` is called when a link was used, and there is another."""
+        self._access = access
+        self._watcher = watcher
+        self._entered = entered
+        self._files = {
+            "/" if file.name == "index.html" else f"/{file.name}": (
+                _TYPES[file.name.rpartition(".")[2]],
+                file.read_bytes(),
+            )
+            for file in files(__package__).joinpath("page").iterdir()
+        }
+
+    async def answer(self, request: Request) -> Response:
+        """Whatever is asked for."""
+        response = await self._route(request)
+        own = {name for name, _ in response.headers}
+        policy = () if _POLICY[0] in own else (_POLICY,)
+        return Response(
+            response.status,
+            response.content_type,
+            response.body,
+            (*policy, *_HEADERS, *response.headers),
+        )
+
+    async def _route(self, request: Request) -> Response:
+        if request.method not in ("GET", "POST"):
+            return text(405, "there are GET and POST")
+        if not self._access.is_for_us(request):
+            return text(403, f"only http://{self._access.host} is served, and its own pages")
+        if request.method == "GET" and request.path == "/" and "token" in request.query:
+            cookie = self._access.enter(request.query["token"])
+            if cookie is not None:
+                self._entered()
+                return Response(200, _TYPES["html"], _ENTERED.encode(), [("Set-Cookie", cookie)])
+        if not self._access.has_session(request):
+            return Response(401, _TYPES["html"], _CLOSED.encode(), [_CLOSED_POLICY])
+        request.keep()
+        if request.path == "/actions":
+            if request.method != "POST":
+                return text(405, "there is POST")
+            return await self._act(request)
+        if request.method != "GET":
+            return text(405, "there is GET")
+        if request.path == "/stream":
+            last = request.headers.get("last-event-id", "")
+            after = int(last) if last.isdecimal() and len(last) < 20 else None
+            return Response(200, "text/event-stream", self._watcher.messages(after))
+        if request.path not in self._files:
+            return text(404, "there is nothing here")
+        return Response(200, *self._files[request.path])
+
+    async def _act(self, request: Request) -> Response:
+        try:
+            action = _read_action(request.body)
+            answer = await asyncio.to_thread(_perform, action)
+        except BadAction as error:
+            return _json(400, {"error": str(error)})
+        except OSError as error:
+            return _json(409, {"error": error.strerror or str(error)})
+        return _json(200, answer)
+
+
+def _perform(action: Callable[[Control], dict[str, Any]]) -> dict[str, Any]:
+    with administrator() as control:
+        return {"streams_left": len(action(control)["streams_left"])}
+
+
+def _read_action(body: bytes) -> Callable[[Control], dict[str, Any]]:
+    """What to ask of vsockd; it looks at the values."""
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadAction("expected JSON") from None
+    match request:
+        case {"action": "suspend", "cid": int(cid)}:
+            return lambda control: control.suspend(cid)
+        case {"action": "resume", "cid": int(cid)}:
+            return lambda control: control.resume(cid)
+        case {"action": "disconnect", "local": [int(), int()], "peer": [int(), int()]}:
+            local, peer = request["local"], request["peer"]
+            return lambda control: control.disconnect(local, peer)
+    raise BadAction("action: expected suspend or resume with cid, or disconnect with local, peer")
+
+
+def _json(status: int, value: dict[str, Any]) -> Response:
+    return Response(status, "application/json", json.dumps(value).encode())

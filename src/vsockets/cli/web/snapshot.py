@@ -1,0 +1,89 @@
+"""What the page shows, as plain values: how contexts and streams are now."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ...limits import WEB_CONTEXTS, WEB_STREAMS
+from ..rates import RISING
+from ..socket_owners import Holder
+
+_Row = Mapping[str, Any]
+
+
+def picture(
+    status: _Row,
+    counts: _Row,
+    contexts: Sequence[_Row],
+    sockets: Sequence[_Row],
+    rates: Mapping[int, Mapping[str, float]],
+    find: Callable[[int, int, int | None], Holder],
+) -> dict[str, Any]:
+    """From the answers of :class:`vsockets.control.Control` and :class:`..rates.Rates`.
+
+    ``contexts`` and ``streams`` are the busiest, in the order of their addresses; ``left_out``
+    says how many there are besides.  ``find`` looks a socket's process up, as
+    :meth:`..holders.Holders.find`.  ``links`` are the streams counted by the contexts they join,
+    among those shown.  A rate is a number a second, or null when it is not known yet.
+    """
+    facts = {row["cid"]: row for row in contexts}
+    # The hypervisor is there, and mostly nobody is in it.
+    rows = [row for row in counts["contexts"] if row["cid"] or row["sockets"]]
+    rows.sort(key=lambda row: (row["cid"] > 2, -row["streams"], row["cid"]))
+    shown = sorted(rows[:WEB_CONTEXTS], key=lambda row: row["cid"])
+    begun = [row for row in sockets if row["accepted"] is False]
+    begun.sort(key=lambda row: (row["context"], row["peer"], row["port"]))
+    streams = [
+        _stream(row, find(row["pid"], row["uid"], row["inode"])) for row in begun[:WEB_STREAMS]
+    ]
+    return {
+        "vsockd": {name: status[name] for name in ("pid", "folder", "uptime", "streams")},
+        "contexts": [_context(row, facts.get(row["cid"], {}), rates) for row in shown],
+        "streams": streams,
+        "links": _links(begun, {row["cid"] for row in shown}),
+        "rates": {name: sum(row[name] for row in rates.values()) for name in RISING}
+        if rates
+        else None,
+        "left_out": {"contexts": len(rows) - len(shown), "streams": len(begun) - len(streams)},
+    }
+
+
+def _context(row: _Row, facts: _Row, rates: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    return {
+        "cid": row["cid"],
+        "name": row["name"],
+        "state": row["state"],
+        "ft": facts.get("ft", False),
+        "profile": facts.get("profile", "default"),
+        "guest": row["cid"] > 2,
+        "sockets": row["sockets"],
+        "streams": row["streams"],
+        "denials": sum(row["denials"].values()),
+        "rates": rates.get(row["cid"]),
+    }
+
+
+def _stream(row: _Row, holder: Holder) -> dict[str, Any]:
+    return {
+        "from": row["context"],
+        "to": row["peer"][0],
+        "local": [row["cid"], row["port"]],
+        "peer": row["peer"],
+        "type": row["type"],
+        "state": row["state"],
+        "pid": holder.pid,
+        "command": holder.command,
+        "receive_queue": row["receive_queue"],
+        "send_queue": row["send_queue"],
+    }
+
+
+def _links(begun: Sequence[_Row], shown: set[int]) -> list[dict[str, int]]:
+    ways = Counter((row["context"], row["peer"][0]) for row in begun)
+    return [
+        {"from": source, "to": target, "streams": number}
+        for (source, target), number in sorted(ways.items())
+        if source in shown and target in shown
+    ]

@@ -1,0 +1,1 @@
+"""Administration of vsockd: control socket, reports, events, audit."""

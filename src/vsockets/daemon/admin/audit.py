@@ -1,0 +1,114 @@
+"""Every denial, written down: who, whom, and the rule.
+
+The peer learns an errno; the administrator learns the rest, here.  A party (a guest, or a user of
+the host) can be denied things as fast as it can ask, so only so many are written each second for
+each; how many were left out is in its next line.  All are counted in ``Context.counts``.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import Any
+
+from ...fabric import Connection, Context, Credentials, Denied
+from ...logs import Throttle
+from ...model.text import word
+from ...protocol import Op
+from ..channel import Channel
+from .events import Events, Topic
+
+log = logging.getLogger("vsockd.audit")
+
+#: What an operation is called.
+OPERATIONS = {
+    Op.BIND: "bind",
+    Op.LISTEN: "listen",
+    Op.CONNECT: "connect",
+    Op.UPDATE: "set buffer sizes",
+    Op.BIND_DATAGRAM: "bind a datagram socket",
+    Op.ROUTE: "send a datagram",
+    Op.QUERY: "query",
+    Op.LOCAL_CID: "ask for the local CID",
+    Op.CATCH_ALL: "take a guest's datagrams",
+    Op.CAPTURE: "capture",
+    Op.RESIZE: "set buffer sizes",
+    Op.BIND_SOCKET: "bind",
+}
+
+
+class Audit:
+    """The log of denials."""
+
+    def __init__(self, events: Events, rate: int) -> None:
+        self._events = events
+        self._throttle = Throttle(rate)
+
+    def limit(self, rate: int) -> None:
+        """Set how many denials are written, a second and party."""
+        self._throttle.rate = rate
+
+    def record(
+        self,
+        context: Context,
+        program: Channel,
+        denied: Denied,
+        operation: str,
+        source: tuple[int, int] | None,
+        destination: tuple[int, int] | None,
+    ) -> None:
+        """Write down that ``program``, in ``context``, was denied ``operation``."""
+        context.counts.denials[denied.rule] += 1
+        left_out = self._throttle.admit(program.party)
+        if left_out is None:
+            return
+        asker = program.asker
+        facts: dict[str, Any] = {
+            "context": context.cid,
+            "operation": operation,
+            "source": source,
+            "destination": destination,
+            "rule": denied.rule.value,
+            "reason": denied.reason,
+            "errno": errno.errorcode.get(denied.errno, str(denied.errno)),
+            "pid": asker.credentials.pid,
+            "uid": asker.credentials.uid,
+            "gid": asker.credentials.gid,
+            "executable": asker.executable(),
+            "left_out": left_out,
+        }
+        message = _in_words(facts)
+        log.warning("%s", message, extra={"facts": facts, "admitted": True})
+        self._events.publish(Topic.DENIAL, **facts, message=message)
+
+    def record_disconnect(self, stream: Connection, asker: Credentials) -> None:
+        """Write down that an administrator has ended ``stream``."""
+        facts: dict[str, Any] = {
+            "source": stream.local,
+            "destination": stream.peer,
+            "pid": asker.pid,
+            "uid": asker.uid,
+            "gid": asker.gid,
+        }
+        message = (
+            f"disconnected: {_address(stream.local)} to {_address(stream.peer)}; "
+            f"asked for by pid {asker.pid} uid {asker.uid}"
+        )
+        log.warning("%s", message, extra={"facts": facts, "admitted": True})
+        self._events.publish(Topic.DISCONNECT, **facts, message=message)
+
+
+def _in_words(facts: dict[str, Any]) -> str:
+    way = " to ".join(_address(facts[side]) for side in ("source", "destination") if facts[side])
+    more = f" ({facts['left_out']} more were left out)" if facts["left_out"] else ""
+    return (
+        f"denied: {facts['operation']} {way}: {facts['reason']} [{facts['rule']}, "
+        f"{facts['errno']}]; pid {facts['pid']} uid {facts['uid']} "
+        f"{word(facts['executable'] or '?')}"
+        f"{more}"
+    )
+
+
+def _address(address: tuple[int, int]) -> str:
+    cid, port = ("any" if number == 0xFFFF_FFFF else number for number in address)
+    return f"{cid}:{port}"

@@ -1,0 +1,264 @@
+"""The contexts of a running fabric: from an administrator's wish to open doors and back."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ..eventloop.loop import Loop
+from ..fabric import (
+    Change,
+    Connection,
+    Context,
+    ContextSettings,
+    Credentials,
+    Fabric,
+    Isolation,
+    Limits,
+    Refused,
+    Settings,
+    State,
+)
+from ..fabric.policy import require_own_guest
+from .admin.audit import Audit
+from .admin.events import Events, Topic
+from .broker import Broker
+from .context_listeners import Doors
+from .device_link import KernelLink
+from .folder_removal import Trash
+from .hybrid_listener import HybridDoor
+from .isolation_record import IsolatedGuests
+
+log = logging.getLogger(__name__)
+
+
+class RunningContexts:
+    """Every context that programs can be in, with its folder below ``folder``.
+
+    ``held`` leads to the same folder, also when it is moved or replaced.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        held: Path,
+        trash: Trash,
+        loop: Loop,
+        fabric: Fabric,
+        broker: Broker,
+        audit: Audit,
+        events: Events,
+        isolated: IsolatedGuests,
+    ) -> None:
+        self._folder = folder
+        self._held = held
+        self._trash = trash
+        self._loop = loop
+        self._fabric = fabric
+        self._broker = broker
+        self._audit = audit
+        self._events = events
+        self._isolated = isolated
+        fabric.contexts.reserved = isolated.before
+        self._doors: dict[Context, list[Doors | HybridDoor]] = {}
+        self._open_doors(fabric.contexts.hypervisor)
+        self._open_doors(fabric.contexts.host)
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        for context in list(self._doors):
+            self._close_doors(context)
+
+    def folder_of(self, context: Context) -> Path:
+        """Where its control sockets are while it is not powered off."""
+        return self._folder / str(context.cid)
+
+    # Coming and going
+
+    def add(
+        self,
+        wanted: ContextSettings,
+        leased: bool = False,
+        whatever_happens: bool = False,
+        says_profile: bool = True,
+    ) -> Context:
+        """A new guest, or one more lease on it: see :meth:`vsockets.fabric.Contexts.add`.
+
+        OSError when its sockets cannot be made.  With ``whatever_happens`` that is logged instead,
+        and the guest is there without them: a guest's owner must not keep vsockd from starting.
+        A guest that was isolated before a crash is isolated unless ``wanted`` ``says_profile``.
+        """
+        contexts = self._fabric.contexts
+        known = len(contexts)
+        owner = os.geteuid() if wanted.owner is None else wanted.owner
+        if wanted.reserved_ports:
+            require_own_guest(owner, contexts.host.owner)
+            present = None if wanted.cid is None else contexts.get(wanted.cid)
+            if present is not None and not present.reserved_ports:
+                raise Refused(errno.EEXIST, f"context {wanted.cid} exists, without reserved ports")
+        context = contexts.add(wanted.cid, wanted.name, owner, leased)
+        if len(contexts) == known:  # one more lease
+            return context
+        context.isolation = wanted.isolation
+        if not says_profile:
+            context.isolation = self._isolated.isolation(context.cid)
+        else:
+            self._isolated.before.discard(context.cid)
+        context.limit(wanted.limits)
+        context.hybrid = wanted.hybrid
+        context.reserved_ports = wanted.reserved_ports
+        try:
+            self._isolated.record(contexts)
+            if wanted.powered:
+                self._open_doors(context, whatever_happens)
+            else:
+                context.state = State.OFF
+        except OSError as error:
+            if not whatever_happens:
+                contexts.remove(context.cid)
+                raise
+            log.error("context %d stays off: %s", context.cid, error)
+            context.state = State.OFF
+        self._publish(context, "added")
+        return context
+
+    def remove(self, cid: int) -> None:
+        """Forget a guest.  Refused with ENOENT, EINVAL or, while it has open streams, EBUSY."""
+        context = self._fabric.contexts.require(cid)
+        if context.is_guest:
+            self._broker.streams.reap()
+            streams = len(self._fabric.connections_of(context))
+            if streams:
+                raise Refused(
+                    errno.EBUSY,
+                    f"context {cid} has {streams} open streams: end them, or power it off first",
+                )
+        self._fabric.contexts.remove(cid)
+        self._isolated.before.discard(cid)
+        self._end(context)
+
+    def end_lease(self, context: Context) -> None:
+        """Whoever leased ``context`` has gone; with the last one it is powered off and goes."""
+        context.leases -= 1
+        if context.leases or self._fabric.contexts.get(context.cid) is not context:
+            return
+        if context.state is not State.OFF:
+            self.change(context, Change.POWER_OFF)
+        self._fabric.departed.add(context.counts)
+        self._fabric.contexts.remove(context.cid)
+        self._end(context)
+
+    def configure(self, settings: Settings) -> None:
+        """Have what ``settings`` say: guests that are not there are added, those that are get
+        their isolation and limits.  Nothing is dropped, and nobody removed.
+        """
+        self._fabric.settings = settings
+        self._audit.limit(settings.audit_rate)
+        configured = {wanted.cid for wanted in settings.contexts}
+        for context in self._fabric.contexts:
+            if context.cid not in configured:
+                context.limit(settings.limits if context.is_guest else settings.host_limits)
+        by_name = {context.name: context for context in self._fabric.contexts}
+        for wanted in settings.contexts:
+            found = (
+                by_name.get(wanted.name)
+                if wanted.cid is None
+                else self._fabric.contexts.get(wanted.cid)
+            )
+            if found is None:
+                self.add(wanted, whatever_happens=True)
+            else:
+                self.adjust(found, wanted.isolation, wanted.limits)
+
+    def adjust(self, context: Context, isolation: Isolation, limits: Limits) -> None:
+        """What holds for everything ``context`` asks from now on."""
+        context.isolation = isolation
+        context.limit(limits)
+        self._isolated.record(self._fabric.contexts)
+        _refresh(context)
+
+    # Life
+
+    def change(self, context: Context, change: Change) -> list[Connection]:
+        """Suspend it, resume it, and so on; returns its streams that could not be cut (yet).
+
+        Refused with EINVAL: see :mod:`vsockets.fabric.life_cycle`.
+        """
+        self._broker.streams.reap()
+        over = self._fabric.change(context, change)
+        left = self._broker.streams.cut(over) if over else []
+        if change is Change.SUSPEND:
+            self._broker.datagrams.silence(context)
+        elif change is Change.POWER_OFF:
+            self._close_doors(context)
+            self._broker.close_context(context)
+        elif change is Change.POWER_ON:
+            try:
+                self._open_doors(context, True)
+            except OSError:
+                context.state = State.OFF
+                raise
+        _refresh(context)
+        self._publish(context, change.value, dropped=len(over))
+        return [one for one in left if context in (one.context, one.peer_context)]
+
+    def disconnect(
+        self, one: tuple[int, int], other: tuple[int, int], asker: Credentials
+    ) -> list[Connection]:
+        """End the stream between two addresses, in either order, on request of ``asker``;
+        returns it if it could not be cut (yet).  Refused with ENOENT.
+        """
+        self._broker.streams.reap()
+        connection = self._fabric.find_connection(one, other)
+        self._fabric.end(connection.number)
+        left = self._broker.streams.cut([connection])
+        self._audit.record_disconnect(connection, asker)
+        return [connection] if connection in left else []
+
+    def _open_doors(self, context: Context, without_hybrid: bool = False) -> None:
+        """Make a context's sockets; ``without_hybrid`` rather than not at all."""
+        common = self._loop, self._broker, context
+        folder = self._held / str(context.cid)
+        doors = self._doors[context] = [Doors(*common, folder, self._trash)]
+        try:
+            if context.hybrid:
+                doors.append(HybridDoor(*common, Path(context.hybrid)))
+        except OSError as error:
+            if without_hybrid:
+                log.warning("context %d goes without %s", context.cid, error.strerror)
+                return
+            self._close_doors(context)
+            raise
+
+    def _close_doors(self, context: Context) -> None:
+        for door in self._doors.pop(context, ()):
+            door.close()
+
+    def _end(self, context: Context) -> None:
+        self._close_doors(context)
+        self._broker.close_context(context)
+        self._publish(context, "removed")
+        with contextlib.suppress(OSError):  # what is written down makes none less isolated
+            self._isolated.record(self._fabric.contexts)
+
+    def _publish(self, context: Context, change: str, **facts: Any) -> None:
+        self._events.publish(
+            Topic.CONTEXT,
+            cid=context.cid,
+            name=context.name,
+            change=change,
+            state=context.state.value,
+            ft=context.fault_tolerant,
+            **facts,
+        )
+
+
+def _refresh(context: Context) -> None:
+    """Tell its device, if it has one, of what it may now."""
+    if context.kernel is not None:
+        assert isinstance(context.kernel.streams, KernelLink)
+        context.kernel.streams.refresh()

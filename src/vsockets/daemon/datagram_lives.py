@@ -1,0 +1,203 @@
+"""End the datagram sockets of a vsockd that has ended, whichever processes hold them.
+
+A route works without vsockd, so it would outlive its vsockd: it would go on to show a source CID
+that belongs to another guest by then, and ignore the policy of the next vsockd.  Therefore the
+names of all sockets contain the *life* of the vsockd that bound them, 64 random bits.  A regular
+stop ends the sockets of its own life.  After a crash the next vsockd in the state folder does so,
+before it serves the first request.
+
+- A route is shut down: its sender gets EPIPE, and asks the next vsockd.
+- A program's own socket is connected to a socket that is then closed, so that nothing can reach
+  it any more, not even over a route whose descriptor was hidden from vsockd.  Its next receive
+  fails with ECONNRESET.  (The kernel reports that error when a peer with unread datagrams
+  disconnects.)
+
+The sockets are found as :mod:`.cutting` finds streams, and with the same rights.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from socket import AF_UNIX, MSG_DONTWAIT, SHUT_RDWR, SO_ERROR, SO_TYPE, SOCK_DGRAM, SOL_SOCKET
+
+from .._linux.descriptor_passing import dispose
+from ..eventloop.loop import Loop
+from ..limits import CUT_AGAIN_AFTER, CUT_AGAIN_AT_MOST
+from .socket_holders import copied, opened, processes, sockets_of
+
+log = logging.getLogger(__name__)
+
+#: ioctl(2): an O_PATH descriptor of the name that a unix socket is bound to (Linux 4.20).
+_SIOCUNIXFILE = 0x89E0
+
+#: Give up the search for sockets in no process after so many tries: about ten seconds.
+_TRIES = 16
+
+#: Remember so many earlier lives whose sockets were not all found.
+_REMEMBERED = 16
+
+#: A name in the current directory, which is the folder that only vsockd enters.
+_GRAVE = "grave"
+
+_LIFE = re.compile(r"[0-9a-f]{16}")
+# The names of a program's own socket, and of a route.
+_OWN = re.compile(r"([0-9a-f]{16})\.\d+\.(?:\d+|all)\.\d+")
+_ROUTE = re.compile(r"\0vsock:\d+:\d+:([0-9a-f]{16}):[0-9a-f]+(?::\d+)?")
+
+
+class EarlierLives:
+    """The vsockds that have crashed in a state folder, recorded in ``file``."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._lives: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            words = file.read_text(errors="replace").split()
+            self._lives = [word for word in words if _LIFE.fullmatch(word)][-_REMEMBERED:]
+
+    def record(self, life: str) -> None:
+        """Note that a vsockd of ``life`` binds sockets from now on."""
+        new = self._file.with_suffix(".new")
+        new.write_text("\n".join((*self._lives, life)))
+        new.replace(self._file)
+
+    def end(self, loop: Loop, life: str) -> None:
+        """End the sockets of all earlier lives; ``life`` is the present one."""
+        self._try(loop, life, _TRIES, CUT_AGAIN_AFTER)
+
+    def _try(self, loop: Loop, life: str, tries: int, delay: float) -> None:
+        if not self._lives:
+            return
+        left = end_sockets(_find(self._lives))
+        if not left:
+            self._lives.clear()
+            with contextlib.suppress(OSError):  # a full disk: the next vsockd looks for them again
+                self.record(life)
+        elif tries:
+            wait = min(2 * delay, CUT_AGAIN_AT_MOST)
+            loop.call_later(delay, lambda: self._try(loop, life, tries - 1, wait))
+        else:
+            log.warning(
+                "%d datagram sockets of a vsockd that has ended may go on: no process that vsockd "
+                "may look into has them",
+                len(left),
+            )
+
+
+def socket_name(life: str, address: str, number: int) -> str:
+    """Return the name to bind a program's socket to, in the folder that only vsockd enters."""
+    return f"{life}.{address}.{number}"
+
+
+def is_other_life(name: object, life: str) -> bool:
+    """Return whether ``name``, of a program's socket, was given by a vsockd of another life."""
+    return isinstance(name, str) and bool(_OWN.fullmatch(name)) and not name.startswith(life)
+
+
+def end_sockets(
+    names: Mapping[int, str], nodes: Mapping[int, int] | None = None, likely: Iterable[int] = ()
+) -> dict[int, str]:
+    """End the datagram sockets with these inodes and names; return those that were not found.
+
+    ``nodes`` has O_PATH descriptors of programs' own sockets, where the caller has them; ``likely``
+    has processes to be searched first.
+    """
+    left = dict(names)
+    for pid in dict.fromkeys((*likely, *processes())):
+        if not left:
+            break
+        with contextlib.suppress(OSError), opened(pid) as pidfd:  # it has ended, or may not be seen
+            for fd, inode in sockets_of(pid):
+                if inode in left:
+                    with copied(pidfd, fd) as sock:
+                        if _name(sock) == left[inode]:  # the descriptor may be another by now
+                            _end(sock, left.pop(inode), (nodes or {}).get(inode))
+                        # What waits in it can hold up the last close for long.
+                        dispose(sock.detach())
+    return left
+
+
+def _find(lives: Iterable[str]) -> dict[int, str]:
+    """Return the names of all sockets of ``lives``, by inode.
+
+    Anybody can bind a socket to a name that looks like one of vsockd's, or even like several lines
+    of the kernel's table; so the names are to be checked.
+    """
+    lives = set(lives)
+    found: dict[int, str] = {}
+    for table in _tables():
+        with contextlib.suppress(OSError), open(table, "rb") as lines:
+            for line in lines:
+                fields = line.split()
+                if len(fields) != 8 or not fields[6].isdigit():
+                    continue
+                name = os.fsdecode(fields[7]).replace("@", "\0", 1)
+                match = _OWN.fullmatch(name) or _ROUTE.fullmatch(name)
+                if match and match[1] in lives:
+                    found[int(fields[6])] = name
+    return found
+
+
+def _tables() -> Iterator[str]:
+    """Yield the kernel's lists of unix sockets, one for each network namespace."""
+    yield "/proc/self/net/unix"
+    seen = {os.stat("/proc/self/ns/net").st_ino}
+    for pid in processes():
+        with contextlib.suppress(OSError):
+            namespace = os.stat(f"/proc/{pid}/ns/net").st_ino
+            if namespace not in seen:
+                seen.add(namespace)
+                yield f"/proc/{pid}/net/unix"
+
+
+def _name(sock: _socket.socket) -> str | None:
+    if sock.getsockopt(SOL_SOCKET, SO_TYPE) != SOCK_DGRAM:
+        return None
+    name = sock.getsockname()
+    return os.fsdecode(name) if isinstance(name, (str, bytes)) else None
+
+
+def _end(sock: _socket.socket, name: str, node: int | None) -> None:
+    with contextlib.suppress(OSError):
+        if name.startswith("\0"):
+            sock.shutdown(SHUT_RDWR)
+            return
+        grave, elsewhere = _socket.socket(AF_UNIX, SOCK_DGRAM), _socket.socket(AF_UNIX, SOCK_DGRAM)
+        try:
+            elsewhere.bind("")
+            grave.bind(_GRAVE)  # not an abstract name: those are each network namespace's own
+            sock.getsockopt(SOL_SOCKET, SO_ERROR)  # one that waits would be that of the next call
+            try:
+                sock.connect(_GRAVE)
+            finally:
+                os.unlink(_GRAVE)
+            sock.send(b"", MSG_DONTWAIT)
+            with _node(sock, name, node) as path:
+                grave.connect(path)
+                grave.connect(elsewhere.getsockname())
+        finally:
+            grave.close()
+            elsewhere.close()
+
+
+@contextlib.contextmanager
+def _node(sock: _socket.socket, name: str, node: int | None) -> Iterator[str]:
+    """Yield a path to ``sock``.  OSError without CAP_NET_ADMIN and a ``node``."""
+    if node is not None:
+        yield f"/proc/self/fd/{node}"
+        return
+    fd = fcntl.ioctl(sock.fileno(), _SIOCUNIXFILE)
+    try:
+        path = f"/proc/self/fd/{fd}"
+        # Another file system could be one in user space, which answers when it likes.
+        if os.readlink(path) == f"{os.getcwd()}/{name} (deleted)":
+            yield path
+    finally:
+        os.close(fd)

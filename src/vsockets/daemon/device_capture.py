@@ -1,0 +1,45 @@
+"""Captures of what passes a virtual machine's device, on request of who may.
+
+vsockd joins the two and is out of it: it makes a pair of sockets, and gives one to the device and
+the other to the program that asked.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import errno
+from socket import AF_UNIX, SO_SNDBUF, SOCK_SEQPACKET, SOL_SOCKET, socketpair
+
+from ..fabric import Fabric, Refused, policy
+from ..limits import CAPTURE_BUFFER, CAPTURE_PAYLOAD
+from ..protocol import Request
+from .channel import Channel
+from .device_link import KernelLink
+
+_SO_SNDBUFFORCE = 32
+
+
+def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socket:
+    """What the program that asked gets: records arrive on it (:mod:`vsockets.protocol.vsockmon`).
+
+    Refused with EACCES (it may not), ENOENT (no such context), ENOTSUP (it has no device) or
+    ENOBUFS (the device has too much to do).
+    """
+    policy.require_capture(channel.context, channel.asker, fabric.settings)
+    context = fabric.contexts.require(request.peer_cid)
+    if context.kernel is None:
+        raise Refused(errno.ENOTSUP, f"context {context.cid} has no device")
+    assert isinstance(context.kernel.streams, KernelLink)
+    theirs, ours = socketpair(AF_UNIX, SOCK_SEQPACKET)
+    with ours:
+        try:
+            ours.setsockopt(SOL_SOCKET, SO_SNDBUF, CAPTURE_BUFFER)
+            with contextlib.suppress(PermissionError):  # above the kernel's limit for users
+                ours.setsockopt(SOL_SOCKET, _SO_SNDBUFFORCE, CAPTURE_BUFFER)
+            limit = min(request.size, CAPTURE_PAYLOAD)
+            context.kernel.streams.send_tap(ours.fileno(), limit, request.peer_port)
+        except OSError:
+            theirs.close()
+            raise Refused(errno.ENOBUFS, "the device has too much to do") from None
+    return theirs

@@ -1,0 +1,130 @@
+"""Ending a stream whoever holds it, without its holder's help.
+
+vsockd holds no descriptor of a stream it brokered.  To end one it looks for a process that
+does (``/proc/PID/fd`` names sockets by inode), takes a copy of the descriptor
+(``pidfd_getfd(2)``) and shuts the socket down in both directions: the kernel tells both ends,
+whatever programs they are in by then, and a stopped or stuck program is no obstacle.
+
+Shutting one end down is enough.  The accepting end is looked for first, because vsockd knows
+its inode (:mod:`.watch`).  While it waits to be accepted it is in no process, and the
+connecting end is found by its cookie in the process that connected.
+
+The kernel allows it to root, and to a user for his own programs unless Yama restricts ptrace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOL_SOCKET
+
+from ..eventloop.loop import Loop
+from ..fabric import Connection
+from ..limits import CUT_AGAIN_AFTER, CUT_AGAIN_AT_MOST
+from .named_sockets import cookie_of
+from .socket_holders import copied, opened, processes, sockets_of
+from .stream_liveness import Group
+
+log = logging.getLogger(__name__)
+
+
+class Cutter:
+    """The streams that must end and have not yet."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._doomed: dict[int, Connection] = {}
+        self._delay: float | None = None  # until the next try; None: there is none
+
+    def cut(self, connections: Iterable[Connection]) -> list[Connection]:
+        """End ``connections``, now; returns those that could not be.
+
+        Those are tried again until they have ended by themselves: one of them may be on its
+        way from one process to another just now.
+        """
+        for connection in connections:
+            self._doomed[connection.number] = connection
+        self._try()
+        if self._doomed and self._delay is None:
+            self._delay = CUT_AGAIN_AFTER
+            self._loop.call_later(self._delay, self._try_again)
+        return list(self._doomed.values())
+
+    def _try_again(self) -> None:
+        assert self._delay is not None
+        self._try()
+        self._delay = min(2 * self._delay, CUT_AGAIN_AT_MOST) if self._doomed else None
+        if self._delay is not None:
+            self._loop.call_later(self._delay, self._try_again)
+
+    def _try(self) -> None:
+        groups = {one.watch for one in self._doomed.values() if isinstance(one.watch, Group)}
+        present: dict[int, int] = {}
+        for group in groups:
+            present.update(group.present())
+        for number in [number for number in self._doomed if number not in present]:
+            del self._doomed[number]
+        if not self._doomed:
+            return
+        by_inode = {present[number]: number for number in self._doomed}
+        refused: set[int] = set()
+        for pid in self._likely_first():
+            try:
+                self._search(pid, by_inode)
+            except PermissionError:
+                refused.add(pid)
+            except OSError:
+                pass  # it has gone, or is no process
+            if not by_inode:
+                return
+        for pid, cookies in self._unaccepted().items():
+            with contextlib.suppress(OSError):
+                self._search_connecting(pid, cookies)
+        if self._doomed:
+            one = next(iter(self._doomed.values()))
+            log.debug(
+                "%d streams, as %s to %s, are in no process, or in one of %s that vsockd may not "
+                "touch",
+                len(self._doomed),
+                one.local,
+                one.peer,
+                sorted(refused),
+            )
+
+    def _likely_first(self) -> Iterator[int]:
+        likely = {connection.listener.owner.pid for connection in self._doomed.values()}
+        likely |= {connection.owner.pid for connection in self._doomed.values()}
+        yield from sorted(likely)
+        yield from (pid for pid in processes() if pid not in likely)
+
+    def _search(self, pid: int, by_inode: dict[int, int]) -> None:
+        """Shut down every accepting end in ``by_inode`` that process ``pid`` has."""
+        with opened(pid) as pidfd:
+            for fd, inode in sockets_of(pid):
+                if inode in by_inode:
+                    with copied(pidfd, fd) as sock:
+                        if os.fstat(sock.fileno()).st_ino == inode:  # the number is still its
+                            sock.shutdown(SHUT_RDWR)
+                            del self._doomed[by_inode.pop(inode)]
+
+    def _unaccepted(self) -> dict[int, dict[int, int]]:
+        """By connecting process: the numbers of the streams left, by their sockets' cookies."""
+        found: dict[int, dict[int, int]] = {}
+        for connection in self._doomed.values():
+            if connection.cookie and connection.owner.pid > 0:
+                found.setdefault(connection.owner.pid, {})[connection.cookie] = connection.number
+        return found
+
+    def _search_connecting(self, pid: int, cookies: dict[int, int]) -> None:
+        """Shut down every connecting end in ``cookies`` that process ``pid`` has."""
+        with opened(pid) as pidfd:
+            for fd, _ in sockets_of(pid):
+                with copied(pidfd, fd) as sock:
+                    number = cookies.pop(cookie_of(sock), None)
+                    if number is not None and sock.getsockopt(SOL_SOCKET, SO_DOMAIN) == AF_UNIX:
+                        sock.shutdown(SHUT_RDWR)
+                        del self._doomed[number]
+                if not cookies:
+                    return

@@ -1,0 +1,87 @@
+"""What programs ask about their sockets, or tell of them, once they are out of vsockd's hands."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+
+from ..fabric import Connection, Context, Endpoint, Fabric, Kind, Refused, trust_of
+from ..protocol import Flag, Request
+from .channel import Channel
+from .datagrams import Datagrams
+from .device_link import KernelLink
+from .records import describe_accepting, describe_connecting, describe_endpoint
+from .streams import Streams
+
+_TRUSTED = ((Kind.STREAM, Flag.TRUSTED_STREAM), (Kind.DATAGRAM, Flag.TRUSTED_DATAGRAM))
+
+
+class Questions:
+    """Answered from what the fabric knows."""
+
+    def __init__(self, fabric: Fabric, streams: Streams, datagrams: Datagrams) -> None:
+        self._fabric = fabric
+        self._streams = streams
+        self._datagrams = datagrams
+
+    def look_up(self, channel: Channel, request: Request) -> bytes:
+        """What the socket with this cookie and inode is.  Refused with ENOTCONN."""
+        context = channel.context
+        accepted = self._accepted(channel, request)
+        if accepted is not None:
+            return describe_accepting(accepted)
+        found = context.cookies.get(request.cookie) or self._datagrams.find(context, request.cookie)
+        if isinstance(found, Connection):
+            return describe_connecting(found)
+        if isinstance(found, Endpoint):
+            return describe_endpoint(found)
+        raise Refused(errno.ENOTCONN, "an unknown socket was asked for")
+
+    def resize(self, channel: Channel, request: Request) -> None:
+        """The stream with this cookie and inode has another buffer: tell the device at its other
+        end, if there is one.
+        """
+        stream = self._accepted(channel, request)
+        if stream is not None:
+            _tell_size(stream.context, stream.local, stream.peer, request.size)
+        else:
+            found = channel.context.cookies.get(request.cookie)
+            if isinstance(found, Connection):
+                _tell_size(found.peer_context, found.peer, found.local, request.size)
+
+    def trust(self, channel: Channel, request: Request) -> int:
+        """Whether sockets of this program are trusted: by the guest asked about, if the program
+        is the host's, else in its own context.
+        """
+        toward = self._fabric.contexts.get(request.peer_cid)
+        if channel.context.is_guest or toward is None or not toward.is_guest:
+            toward = channel.context
+        bound = channel.context.cookies.get(request.cookie) or self._datagrams.find(
+            channel.context, request.cookie
+        )
+        known = bound.trust if isinstance(bound, Endpoint) else None
+        flags = 0
+        for kind, flag in _TRUSTED:
+            trust = known or trust_of(channel.asker, kind, self._fabric.settings)
+            if trust.toward(toward):
+                flags |= flag
+        return flags
+
+    def welcome(self, stream: Connection) -> None:
+        """A guest's kernel has connected: tell its device of a listener with a larger buffer."""
+        size = stream.listener.sizes.size
+        if size > stream.size:
+            _tell_size(stream.context, stream.local, stream.peer, size)
+
+    def _accepted(self, channel: Channel, request: Request) -> Connection | None:
+        # First what the kernel says; a cookie is what some program of the context claimed.
+        found = self._streams.find_accepted(request.inode) if request.inode else None
+        return found if found is not None and found.peer_context is channel.context else None
+
+
+def _tell_size(guest: Context, local: tuple[int, int], peer: tuple[int, int], size: int) -> None:
+    """Tell the device of ``guest``, if it has one, what ``peer`` has room for."""
+    if guest.kernel is not None:
+        assert isinstance(guest.kernel.streams, KernelLink)
+        with contextlib.suppress(OSError):  # it has too much to do
+            guest.kernel.streams.send_size(local, peer, size)

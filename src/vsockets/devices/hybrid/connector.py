@@ -1,0 +1,131 @@
+"""One connect to a unix socket, with hybrid vsock's handshake or without, while others go on."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable
+from socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOCK_NONBLOCK, SOCK_STREAM
+
+from ...limits import HYBRID_ANSWER, HYBRID_LINE, HYBRID_PAUSE
+from ...pass_rights import refuse
+from ...protocol.hybrid import Answer, connect_line
+from ..loop import DeviceLoop, Timer
+
+log = logging.getLogger(__name__)
+
+_LOOK = int(MSG_DONTWAIT | MSG_PEEK)
+_TAKE = int(MSG_DONTWAIT)
+_SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
+
+#: Nobody is there, which time may change.
+_ABSENT = (FileNotFoundError, ConnectionRefusedError)
+
+#: Called with the socket, or with None and an errno.
+Done = Callable[[socket.socket | None, int], None]
+
+
+class Dial:
+    """An attempt, and another one while nobody is there, for ``wait`` seconds.
+
+    ``done`` is called once, unless :meth:`cancel` comes before: with ETIMEDOUT, ECONNRESET (nobody
+    listens), or EHOSTUNREACH (nobody has the socket).
+    """
+
+    def __init__(
+        self, loop: DeviceLoop, path: str, port: int | None, wait: float, done: Done
+    ) -> None:
+        """Without a ``port`` there is no handshake: the socket is the port's own."""
+        self._loop = loop
+        self._path = path
+        self._port = port
+        self._done = done
+        self._sock: socket.socket | None = None
+        self._answer = Answer()
+        self._again: Timer | None = None
+        self._waits = True
+        self._timers = [loop.call_later(wait + HYBRID_ANSWER, self._too_late)]
+        if wait:
+            self._timers.append(loop.call_later(wait, self._wait_no_more))
+        else:
+            self._waits = False
+
+    def start(self) -> None:
+        """Begin; ``done`` may be called before this returns."""
+        try:
+            sock = self._sock = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
+            refuse(sock)
+            sock.connect(self._path)
+            if self._port is None:
+                self._finish(sock)
+                return
+            sock.send(connect_line(self._port), _SEND)
+            self._loop.watch(sock.fileno(), self._answered)
+        except BlockingIOError:  # its backlog is full, and poll() does not tell when it is not
+            self._try_later()
+        except _ABSENT:
+            self._fail(errno.ECONNRESET if self._port is None else errno.EHOSTUNREACH)
+        except ConnectionError:  # it has been closed between the two calls
+            self._fail(errno.ECONNRESET)
+        except OSError as error:
+            log.warning("%s: %s", self._path, error.strerror)
+            self._finish(None, errno.EHOSTUNREACH)
+
+    def cancel(self) -> None:
+        """Nobody wants it any more."""
+        for timer in self._timers:
+            timer.cancel()
+        self._close()
+
+    def _answered(self, events: int) -> None:
+        sock = self._sock
+        assert sock is not None
+        try:
+            # Only the line is taken: what follows it is the guest's.
+            sock.recv(self._answer.take(sock.recv(HYBRID_LINE, _LOOK)), _TAKE)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno == errno.EPROTO:
+                log.warning("%s: %s", self._path, error.strerror)
+            self._fail(errno.ECONNRESET)
+            return
+        if self._answer.port is not None:
+            self._loop.unwatch(sock.fileno())
+            self._finish(sock)
+
+    def _fail(self, code: int) -> None:
+        if self._waits:
+            self._try_later()
+        else:
+            self._finish(None, code)
+
+    def _try_later(self) -> None:
+        self._close()
+        self._answer = Answer()
+        self._again = self._loop.call_later(HYBRID_PAUSE, self.start)
+
+    def _wait_no_more(self) -> None:
+        self._waits = False
+
+    def _too_late(self) -> None:
+        self._finish(None, errno.ETIMEDOUT)
+
+    def _finish(self, sock: socket.socket | None, code: int = 0) -> None:
+        if sock is not None:
+            self._sock = None
+        self.cancel()
+        if code:
+            log.info("%s: port %s: %s", self._path, self._port, os.strerror(code))
+        self._done(sock, code)
+
+    def _close(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
+        if self._sock is not None:
+            self._loop.unwatch(self._sock.fileno())
+            self._sock.close()
+            self._sock = None

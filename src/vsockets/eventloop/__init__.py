@@ -1,0 +1,1 @@
+"""Event loops, acceptors and service life, for vsockd, devices and proxies."""

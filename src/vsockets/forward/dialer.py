@@ -1,0 +1,314 @@
+"""Opening the far side of a forwarded stream, whatever it is: in the end it is a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import os
+import random
+import socket as stdlib
+import subprocess
+from collections.abc import Callable, Hashable, Sequence
+from itertools import chain, zip_longest
+from typing import Any
+
+from .._linux.descriptor_passing import guard
+from ..attachment import Place
+from ..limits import (
+    FORWARD_ADDRESSES,
+    FORWARD_FIRST_PAUSE,
+    FORWARD_LONGEST_PAUSE,
+    FORWARD_NEXT_ADDRESS,
+)
+from ..model.locator import Exec, Inet, Locator, Stdio, Unix, Vsock, VsockFolder, VsockMux
+from ..protocol.hybrid import Answer, connect_line, hyperkit_line
+from ..socket import socket
+from ..state_folder import connect_to
+from .resolver import Found, Resolver
+from .stdio import standard_streams
+
+#: The target is not there yet: what waiting may change.
+NOT_YET = {
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTUNREACH,
+    errno.ENODEV,
+    errno.ENOENT,
+    errno.ETIMEDOUT,
+}
+
+#: The meaning of an errno of a vSockets connect.
+_MEANINGS = {
+    errno.ECONNRESET: "no listener at that port, or its backlog is full",
+    errno.EHOSTUNREACH: "no such context, or no permission to connect to it",
+    errno.EINVAL: "the buffer sizes of the two sides do not meet",
+}
+
+#: Whether an address that a name led to may be connected to.
+Admits = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
+
+
+class NotAdmitted(OSError):
+    """All that the name leads to is refused by the allow list."""
+
+
+class Dialer:
+    """Connects to locators, in the running asyncio loop; ``context`` is where vsock: starts."""
+
+    def __init__(self, context: Place | None = None) -> None:
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+        self._answered: set[Locator] = set()  # vSockets ports that have accepted a connection
+        self.resolver = Resolver()
+
+    async def connect(
+        self,
+        locator: Locator,
+        *,
+        timeout: float,
+        wait: float = 0.0,
+        admits: Admits | None = None,
+        client: tuple[int, int] | None = None,
+        party: Hashable = None,
+    ) -> stdlib.socket:
+        """Return a connected, non-blocking stream socket.
+
+        One attempt may take ``timeout`` seconds; with a name, one attempt at each of its
+        addresses.  A target that is not there yet is tried again for ``wait`` seconds.  So is, for
+        ``timeout`` seconds, a vSockets port that refuses and has accepted before: its backlog may
+        be full.  A program gets the ``client`` it serves in its environment.  ``party`` is the one
+        for which a name is looked up.
+
+        Raises OSError, NotAdmitted among them.
+        """
+        begin = self._loop.time()
+        pause = FORWARD_FIRST_PAUSE
+        while True:
+            try:
+                sock = await self._open(locator, timeout, admits, client, party)
+            except OSError as error:
+                # asyncio's TimeoutError has no errno; the kernel's has.
+                untold = isinstance(error, TimeoutError) and not error.errno
+                why = _error(errno.ETIMEDOUT) if untold else error
+            else:
+                if isinstance(locator, Vsock | VsockMux):  # settings name them, never a client
+                    self._answered.add(locator)
+                return sock
+            patience = wait if why.errno in NOT_YET else 0.0
+            if why.errno == errno.ECONNRESET and locator in self._answered:
+                patience = max(patience, timeout)
+            if self._loop.time() + pause > begin + patience:
+                self._answered.discard(locator)
+                raise why
+            # Clients that came together do not try again together.
+            await asyncio.sleep(random.uniform(pause / 2, pause))
+            pause = min(pause * 2, FORWARD_LONGEST_PAUSE)
+
+    async def _open(
+        self,
+        locator: Locator,
+        timeout: float,
+        admits: Admits | None,
+        client: tuple[int, int] | None,
+        party: Hashable,
+    ) -> stdlib.socket:
+        if isinstance(locator, Inet):
+            async with asyncio.timeout(timeout):
+                found = await self._look_up(locator, admits, party)
+            return await self._first(found, timeout)
+        async with asyncio.timeout(timeout):
+            return await self._open_local(locator, client)
+
+    async def _open_local(self, locator: Locator, client: tuple[int, int] | None) -> stdlib.socket:
+        match locator:
+            case Vsock(cid, port):
+                return await self._vsock(cid, port)
+            case Unix(path):
+                return await self._unix(path)
+            case VsockMux(path, port):
+                return await self._mux(path, port)
+            case VsockFolder("hyperkit", path, cid, port):
+                return await self._hyperkit(path, hyperkit_line(cid, port))
+            case VsockFolder():
+                return await self._unix(locator.socket_path)
+            case Exec(command):
+                return self._execute(command, client)
+            case Stdio():
+                return standard_streams()
+            case _:
+                raise OSError(errno.EOPNOTSUPP, f"{locator} is nowhere to connect to")
+
+    async def _vsock(self, cid: int, port: int) -> stdlib.socket:
+        sock = guard(socket(context=self._context))
+        try:
+            return await self._attempt(sock, self._connect(sock, (cid, port)))
+        except OSError as error:
+            code = error.errno or 0
+            if code not in _MEANINGS:
+                raise
+            raise OSError(code, f"{os.strerror(code)} ({_MEANINGS[code]})") from None
+
+    @staticmethod
+    async def _attempt(sock: stdlib.socket, connecting: Any) -> stdlib.socket:
+        try:
+            sock.setblocking(False)
+            await connecting
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    async def _connect(self, sock: stdlib.socket, address: tuple[Any, ...]) -> None:
+        """Connect a non-blocking socket; the OSError has the words of its errno."""
+        try:
+            sock.connect(address)
+        except BlockingIOError:
+            pass
+        else:
+            return
+        writable = asyncio.Event()
+        fd = sock.fileno()
+        self._loop.add_writer(fd, writable.set)
+        try:
+            await writable.wait()
+        finally:
+            self._loop.remove_writer(fd)
+        code = sock.getsockopt(stdlib.SOL_SOCKET, stdlib.SO_ERROR)
+        if code:
+            raise _error(code)
+
+    async def _look_up(self, locator: Inet, admits: Admits | None, party: Hashable) -> list[Found]:
+        """Return the addresses to try, in the order to try them (RFC 8305, section 4)."""
+        host, port = locator.host, locator.port
+        found = await self.resolver.resolve(host, port, stdlib.SOCK_STREAM, party)
+        if admits is not None:
+            found = [one for one in found if admits(ipaddress.ip_address(one[1][0]))]
+            if not found:
+                raise NotAdmitted(errno.EACCES, f"{locator.host}: no address of it is allowed")
+        return interleave(found)[:FORWARD_ADDRESSES]
+
+    async def _first(self, found: Sequence[Found], timeout: float) -> stdlib.socket:
+        """Connect to the address that answers first (RFC 8305, section 5).
+
+        The next attempt begins when the last one has failed, or was not answered in
+        FORWARD_NEXT_ADDRESS seconds; the ones before it go on.
+        """
+        if len(found) == 1:
+            return await self._tcp(*found[0], timeout)
+        left = list(found)
+        attempts: set[asyncio.Task[stdlib.socket]] = set()
+        why: OSError | None = None
+        try:
+            while left or attempts:
+                if left:
+                    attempt = self._tcp(*left.pop(0), timeout)
+                    attempts.add(self._loop.create_task(attempt))
+                done, attempts = await asyncio.wait(
+                    attempts,
+                    timeout=FORWARD_NEXT_ADDRESS if left else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                for task in done:
+                    error = task.exception()
+                    if error is None:
+                        attempts |= done - {task}
+                        return task.result()
+                    if not isinstance(error, OSError):
+                        raise error
+                    # A target that waiting may change says more than a missing route.
+                    if why is None or error.errno in NOT_YET or why.errno not in NOT_YET:
+                        why = error
+        finally:
+            for task in attempts:
+                task.cancel()
+                task.add_done_callback(_close_unwanted)
+        assert why is not None
+        raise why
+
+    async def _tcp(self, family: int, address: tuple[Any, ...], timeout: float) -> stdlib.socket:
+        sock = stdlib.socket(family, stdlib.SOCK_STREAM)
+        sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._attempt(sock, self._connect(sock, address))
+        except TimeoutError:
+            raise _error(errno.ETIMEDOUT) from None
+
+    async def _unix(self, path: str) -> stdlib.socket:
+        sock = guard(stdlib.socket(stdlib.AF_UNIX, stdlib.SOCK_STREAM))
+        return await self._attempt(sock, connect_unix(sock, path))
+
+    async def _mux(self, path: str, port: int) -> stdlib.socket:
+        sock = await self._unix(path)
+        return await self._attempt(sock, self._ask_for_port(sock, port))
+
+    async def _hyperkit(self, folder: str, line: bytes) -> stdlib.socket:
+        sock = await self._unix(f"{folder}/connect")
+        return await self._attempt(sock, self._loop.sock_sendall(sock, line))
+
+    async def _ask_for_port(self, sock: stdlib.socket, port: int) -> None:
+        await self._loop.sock_sendall(sock, connect_line(port))
+        answer = Answer()
+        while answer.port is None:
+            answer.take(await self._loop.sock_recv(sock, 1))
+
+    def _execute(self, command: tuple[str, ...], client: tuple[int, int] | None) -> stdlib.socket:
+        environment = dict(os.environ)
+        if client is not None:  # as for vsock listen --exec
+            environment["VSOCK_PEER_CID"], environment["VSOCK_PEER_PORT"] = map(str, client)
+        ours, theirs = stdlib.socketpair()
+        try:
+            with theirs:
+                process = subprocess.Popen(
+                    command, stdin=theirs.fileno(), stdout=theirs.fileno(), env=environment
+                )
+        except BaseException:
+            ours.close()
+            raise
+        pidfd = os.pidfd_open(process.pid)
+
+        def reap() -> None:
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
+            process.wait()
+
+        self._loop.add_reader(pidfd, reap)
+        ours.setblocking(False)
+        return guard(ours)
+
+
+async def connect_unix(sock: stdlib.socket, path: str) -> None:
+    """Connect a non-blocking unix socket; ``@`` begins an abstract name.
+
+    A full backlog is EAGAIN there, and poll() does not tell when it no longer is.
+    """
+    pause = FORWARD_FIRST_PAUSE
+    while True:
+        try:
+            if path.startswith("@"):
+                sock.connect("\0" + path[1:])
+            else:
+                connect_to(sock.connect, path)
+            return
+        except BlockingIOError:
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, FORWARD_LONGEST_PAUSE)
+
+
+def interleave(found: Sequence[Found]) -> list[Found]:
+    """Alternate between address families, the first address first (RFC 8305, section 4)."""
+    first = [one for one in found if one[0] == found[0][0]]
+    others = [one for one in found if one[0] != found[0][0]]
+    pairs = chain.from_iterable(zip_longest(first, others))
+    return [one for one in pairs if one is not None]
+
+
+def _close_unwanted(attempt: asyncio.Task[stdlib.socket]) -> None:
+    """Close what an attempt has connected after another one was faster."""
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))

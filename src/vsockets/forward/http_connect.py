@@ -1,0 +1,93 @@
+"""HTTP's CONNECT (RFC 9110, section 9.3.6), the proxy's side; h11 reads the requests."""
+
+from __future__ import annotations
+
+import h11
+
+from ..model.locator import parse_inet_port
+from .proxy_protocol import LONGEST_REQUEST, BadRequest, Refusal
+from .rules import check_host
+
+_STATUS = {
+    Refusal.NOT_ALLOWED: (403, b"Forbidden"),
+    Refusal.UNREACHABLE: (502, b"Bad Gateway"),
+    Refusal.REFUSED: (502, b"Bad Gateway"),
+    Refusal.TIMED_OUT: (504, b"Gateway Timeout"),
+    Refusal.OVERLOADED: (503, b"Service Unavailable"),
+}
+
+
+class HttpConnect:
+    """A client's conversation; see :class:`~.front_end.FrontEnd`."""
+
+    def __init__(self) -> None:
+        self.target: tuple[str, int] | None = None
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=LONGEST_REQUEST)
+
+    @property
+    def rest(self) -> bytes:
+        """What came after the request."""
+        return self._http.trailing_data[0]
+
+    def receive(self, data: bytes) -> bytes:
+        """Take what came; there is nothing to answer yet.  Raises BadRequest."""
+        try:
+            self._http.receive_data(data)
+            event = self._http.next_event()
+        except h11.RemoteProtocolError as error:
+            answer = self._respond(error.error_status_hint, b"Bad Request", b"not HTTP")
+            raise BadRequest(str(error), answer) from None
+        if isinstance(event, h11.ConnectionClosed):
+            raise BadRequest("the end came before the request")
+        if isinstance(event, h11.Request):
+            if event.method != b"CONNECT":
+                answer = self._respond(
+                    405,
+                    b"Method Not Allowed",
+                    b"only CONNECT is served here",
+                    (b"Allow", b"CONNECT"),
+                )
+                raise BadRequest("the method is not CONNECT", answer)
+            try:
+                self.target = _host_and_port(event.target.decode("ascii"))
+            except ValueError as error:
+                answer = self._respond(400, b"Bad Request", b"expected CONNECT HOST:PORT")
+                raise BadRequest(str(error), answer) from None
+            if not isinstance(self._http.next_event(), h11.EndOfMessage):
+                answer = self._respond(400, b"Bad Request", b"a CONNECT has no body")
+                raise BadRequest("a CONNECT with a body", answer)
+        return b""
+
+    def granted(self) -> bytes:
+        """200: from here on it is a stream."""
+        # h11 would frame this as it frames every response; a CONNECT's has no body.
+        response = h11.Response(status_code=200, headers=[], reason=b"Connection established")
+        return self._http.send(response) or b""
+
+    def refused(self, why: Refusal) -> bytes:
+        """The status that says why, and the reason in words."""
+        return self._respond(*_STATUS[why], why.value.encode())
+
+    def _respond(
+        self, status: int, reason: bytes, text: bytes, *headers: tuple[bytes, bytes]
+    ) -> bytes:
+        text += b"\n"
+        described = [
+            (b"Content-Type", b"text/plain"),
+            (b"Content-Length", b"%d" % len(text)),
+            (b"Connection", b"close"),
+            *headers,
+        ]
+        response = h11.Response(status_code=status, headers=described, reason=reason)
+        data = self._http.send(response) or b""
+        data += self._http.send(h11.Data(data=text)) or b""
+        return data + (self._http.send(h11.EndOfMessage()) or b"")
+
+
+def _host_and_port(target: str) -> tuple[str, int]:
+    host, colon, port = target.rpartition(":")
+    if not colon:
+        raise ValueError(f"CONNECT {target!r}: expected HOST:PORT")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    return check_host(host), parse_inet_port(port)

@@ -1,0 +1,106 @@
+"""SOCKS version 5 (RFC 1928), the proxy's side: CONNECT, without authentication.
+
+Who may use the proxy was decided when the client connected: its CID says who it is.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+
+from .proxy_protocol import LONGEST_REQUEST, BadRequest, Refusal
+from .rules import check_host
+
+_VERSION = 5
+_NO_AUTHENTICATION, _NO_ACCEPTABLE_METHOD = 0x00, 0xFF
+_CONNECT = 1
+_IPV4, _NAME, _IPV6 = 1, 3, 4
+_SUCCEEDED = 0
+_GENERAL_FAILURE = 1
+_COMMAND_NOT_SUPPORTED = 7
+_ADDRESS_TYPE_NOT_SUPPORTED = 8
+
+_REPLIES = {
+    Refusal.NOT_ALLOWED: 2,
+    Refusal.UNREACHABLE: 4,
+    Refusal.REFUSED: 5,
+    Refusal.TIMED_OUT: 4,
+    Refusal.OVERLOADED: _GENERAL_FAILURE,
+}
+
+
+class Socks5:
+    """A client's conversation; see :class:`~.front_end.FrontEnd`."""
+
+    def __init__(self) -> None:
+        self.target: tuple[str, int] | None = None
+        self.rest = b""
+        self._greeted = False
+        self._received = b""
+
+    def receive(self, data: bytes) -> bytes:
+        """Take what came; returns what to answer.  Raises BadRequest."""
+        if not data:
+            raise BadRequest("the end came before the request")
+        self._received += data
+        if len(self._received) > LONGEST_REQUEST:
+            raise BadRequest("the request is too long")
+        answer = b""
+        if not self._greeted:
+            answer = self._greeting()
+        if self._greeted:
+            self._request()
+        return answer
+
+    def granted(self) -> bytes:
+        """Reply: succeeded."""
+        return _reply(_SUCCEEDED)
+
+    def refused(self, why: Refusal) -> bytes:
+        """Reply: why not."""
+        return _reply(_REPLIES[why])
+
+    def _greeting(self) -> bytes:
+        data = self._received
+        if data[0] != _VERSION:
+            raise BadRequest(f"SOCKS version {data[0]}, expected {_VERSION}")
+        if len(data) < 2 or len(data) < 2 + data[1]:
+            return b""
+        methods, self._received = data[2 : 2 + data[1]], data[2 + data[1] :]
+        if _NO_AUTHENTICATION not in methods:
+            raise BadRequest(
+                "the client insists on authentication", bytes([_VERSION, _NO_ACCEPTABLE_METHOD])
+            )
+        self._greeted = True
+        return bytes([_VERSION, _NO_AUTHENTICATION])
+
+    def _request(self) -> None:
+        data = self._received
+        if len(data) < 5:  # the first byte of the address is a name's length
+            return
+        version, command, _, kind, first = data[:5]
+        if version != _VERSION:
+            raise BadRequest(f"SOCKS version {version}, expected {_VERSION}")
+        if command != _CONNECT:
+            raise BadRequest(f"command {command}, expected CONNECT", _reply(_COMMAND_NOT_SUPPORTED))
+        sizes = {_IPV4: (4, 4), _IPV6: (4, 16), _NAME: (5, first)}
+        if kind not in sizes:
+            raise BadRequest(f"address type {kind}", _reply(_ADDRESS_TYPE_NOT_SUPPORTED))
+        begin, size = sizes[kind]
+        end = begin + size
+        if len(data) < end + 2:
+            return
+        address = data[begin:end]
+        if kind == _NAME:
+            try:
+                host = check_host(address.decode("ascii"))
+            except ValueError:
+                raise BadRequest("the host's name is none", _reply(_GENERAL_FAILURE)) from None
+        else:
+            host = str(ipaddress.ip_address(address))
+        self.target = host, int.from_bytes(data[end : end + 2], "big")
+        self.rest = data[end + 2 :]
+
+
+def _reply(code: int) -> bytes:
+    # The address we are bound to is nobody's business, and few clients look: all zero.
+    return bytes([_VERSION, code, 0, _IPV4]) + bytes(6)

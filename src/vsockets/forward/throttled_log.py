@@ -1,0 +1,50 @@
+"""What bridges say of their clients."""
+
+from __future__ import annotations
+
+import logging
+import socket as stdlib
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+from ..logs import by
+from ..model.constants import AF_VSOCK
+
+log = logging.getLogger("vsockets.forward")
+
+if TYPE_CHECKING:
+    ClientLog = logging.LoggerAdapter[logging.Logger]
+
+
+class Client:
+    """The other end of an accepted stream: its name, and whose it is."""
+
+    def __init__(self, sock: stdlib.socket, log: logging.Logger = log) -> None:
+        try:
+            name = sock.getpeername()
+        except OSError:
+            name, self.who = None, "a client that has gone"
+        else:
+            self.who = describe_source(name)  #: for people
+        #: CID and port; None when it is no vSockets client
+        self.peer: tuple[int, int] | None = name if sock.family == AF_VSOCK else None
+        self.party = party_of(name)
+        #: for lines that the client causes
+        self.log: ClientLog = logging.LoggerAdapter(log, by(self.party))
+
+
+def party_of(name: Any) -> Hashable:
+    """Return the guest, or the host, that an address of the socket module belongs to."""
+    return name[0] if isinstance(name, tuple) else "this machine"
+
+
+def caused_by(name: Any) -> dict[str, Any]:
+    """Return the ``extra`` of a log line that a client at the address ``name`` has caused."""
+    return by(party_of(name))
+
+
+def describe_source(name: Any) -> str:
+    """An address the socket module gave, for people."""
+    if isinstance(name, tuple):
+        return f"[{name[0]}]:{name[1]}" if ":" in str(name[0]) else f"{name[0]}:{name[1]}"
+    return f"unix {name!r}" if name else "a local process"

@@ -1,0 +1,1 @@
+"""Values without I/O: constants, addresses, buffer sizes, rates."""

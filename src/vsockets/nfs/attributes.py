@@ -1,0 +1,75 @@
+"""Linux's idea of a file, in NFS's words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from .nfs3 import Attributes, Before, Device, Kind, NewAttributes, Time, TimeHow
+from .syscalls import UTIME_NOW, UTIME_OMIT, FileState, set_times
+from .tree import Found
+
+_KINDS = {
+    stat.S_IFREG: Kind.REGULAR,
+    stat.S_IFDIR: Kind.DIRECTORY,
+    stat.S_IFBLK: Kind.BLOCK,
+    stat.S_IFCHR: Kind.CHARACTER,
+    stat.S_IFLNK: Kind.SYMLINK,
+    stat.S_IFSOCK: Kind.SOCKET,
+    stat.S_IFIFO: Kind.FIFO,
+}
+
+
+def time_of(pair: tuple[int, int]) -> Time:
+    """NFS counts seconds from 1970 in 32 bits."""
+    seconds, nanoseconds = pair
+    return Time(min(max(seconds, 0), 0xFFFFFFFF), nanoseconds)
+
+
+def attributes_of(found: Found) -> Attributes:
+    """All there is to know."""
+    state = found.state
+    return Attributes(
+        _KINDS[stat.S_IFMT(state.mode)],
+        stat.S_IMODE(state.mode),
+        *(state.nlink, state.uid, state.gid, state.size, state.blocks * 512),
+        Device(*state.rdev),
+        *(found.identifier.export, state.ino),
+        *(time_of(state.atime), time_of(state.mtime), time_of(state.ctime)),
+    )
+
+
+def before(state: FileState) -> Before:
+    """What a client compares."""
+    return Before(state.size, time_of(state.mtime), time_of(state.ctime))
+
+
+def apply(found: Found, new: NewAttributes) -> None:
+    """Set what ``new`` has.  Raises OSError."""
+    if new.size is not None:
+        os.truncate(found.path, new.size)
+    if 0xFFFFFFFF in (new.uid, new.gid):  # to chown it means to keep what is there
+        raise OSError(errno.EINVAL, "no user or group")
+    if new.uid is not None or new.gid is not None:
+        # -1 keeps; it comes first, as it clears set-user-id.
+        keep = -1
+        os.chown(
+            found.path,
+            keep if new.uid is None else new.uid,
+            keep if new.gid is None else new.gid,
+        )
+    if new.mode is not None and not stat.S_ISLNK(found.state.mode):
+        os.chmod(found.path, stat.S_IMODE(new.mode))
+    times = [_new_time(*chosen) for chosen in (new.atime, new.mtime)]
+    if any(nanoseconds != UTIME_OMIT for _, nanoseconds in times):
+        set_times(found.path, *times)
+
+
+def _new_time(how: int, time: Time | None) -> tuple[int, int]:
+    if how == TimeHow.CLIENT:
+        assert time is not None
+        if time.nanoseconds >= 1_000_000_000:
+            raise OSError(errno.EINVAL, "more than a second of nanoseconds")
+        return time
+    return 0, UTIME_NOW if how == TimeHow.SERVER else UTIME_OMIT

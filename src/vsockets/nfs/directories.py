@@ -1,0 +1,294 @@
+"""The procedures of NFS that work on directories, and how files are found for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Callable
+from typing import Any
+
+from .attributes import apply, attributes_of, before
+from .errors import Caller, Failed
+from .handles import Signer
+from .limits import NFS_ENTRIES, NFS_NAMES
+from .listing import Listings, Name
+from .nfs3 import Change, Device, Entry, EntryPlus, How, Kind, NewAttributes, Status, Target
+from .run_as import acting_as
+from .tree import Found
+
+#: Bytes of a listing's result around its entries, at most; and of an entry beside its name:
+#: numbers, attributes, a handle, and what fills words up.
+_LISTING, _ENTRY, _ENTRY_PLUS = 120, 31, 31 + 88 + 4 + 56
+
+_LONGEST_NAME = 255
+
+_SPECIAL = {
+    Kind.CHARACTER: stat.S_IFCHR,
+    Kind.BLOCK: stat.S_IFBLK,
+    Kind.SOCKET: stat.S_IFSOCK,
+    Kind.FIFO: stat.S_IFIFO,
+}
+
+
+class Directories:
+    """See Procedures."""
+
+    def __init__(self, signer: Signer, listings: Listings, transfer: int) -> None:
+        self.transfer = transfer
+        self.signer = signer
+        self._listings = listings
+
+    def found(self, caller: Caller, handle: bytes) -> Found:
+        """The file.  Raises ValueError for a handle that is none, and OSError."""
+        return caller.tree.find(self.signer.check(handle))
+
+    def change(self, caller: Caller, found: Found) -> Change:
+        """What became of a file that was ``found`` before."""
+        return Change(before(found.state), attributes_of(caller.tree.again(found)))
+
+    def lookup(self, caller: Caller, handle: bytes, name: bytes) -> Any:
+        folder = self._folder(caller, handle)
+        _check(name)
+        with acting_as(caller.identity):
+            found = caller.tree.look_up(folder, name, caller.guest)
+        return self.signer.handle(found.identifier), attributes_of(found), attributes_of(folder)
+
+    def create(self, caller: Caller, target: Target, how: tuple[int, Any]) -> Any:
+        mode, content = how
+        folder, name = self._place(caller, target, new=True)
+        mark = _mark(content) if mode == How.EXCLUSIVE else None
+        with acting_as(caller.identity):
+            try:
+                _make_file(folder.fd, name, mark)
+                made = True
+            except FileExistsError:
+                if mode == How.GUARDED:
+                    raise
+                made = False
+            found = caller.tree.look_up(folder, name, caller.guest)
+            if mark is not None:
+                if not made and (found.state.atime, found.state.mtime) != tuple(
+                    (seconds, 0) for seconds in mark
+                ):
+                    raise OSError(errno.EEXIST, "somebody else's")
+                new = NewAttributes()
+            elif made:
+                new = content
+            elif not stat.S_ISREG(found.state.mode):
+                raise OSError(errno.EEXIST, "not a regular file")
+            else:  # what is there keeps all but its size
+                new = NewAttributes(size=content.size)
+            apply(found, new)
+        return self._made(caller, folder, found)
+
+    def mkdir(self, caller: Caller, target: Target, new: NewAttributes) -> Any:
+        def make(folder: int, name: bytes) -> None:
+            os.mkdir(name, 0o700, dir_fd=folder)
+
+        return self._make(caller, target, new, make)
+
+    def symlink(self, caller: Caller, target: Target, new: NewAttributes, to: bytes) -> Any:
+        if b"\0" in to or not to:
+            raise OSError(errno.EINVAL, "not a path")
+
+        def make(folder: int, name: bytes) -> None:
+            os.symlink(to, name, dir_fd=folder)
+
+        return self._make(caller, target, new._replace(mode=None), make)
+
+    def mknod(self, caller: Caller, target: Target, what: tuple[int, Any]) -> Any:
+        kind, content = what
+        if kind not in _SPECIAL:
+            raise Failed(Status.BADTYPE)
+        new, device = content, Device(0, 0)
+        if kind in (Kind.CHARACTER, Kind.BLOCK):
+            new, device = content
+            if device.major >= 1 << 12 or device.minor >= 1 << 20:
+                raise OSError(errno.EINVAL, "no such device number")
+
+        def make(folder: int, name: bytes) -> None:
+            mode = 0o600 | _SPECIAL[Kind(kind)]
+            os.mknod(name, mode, os.makedev(*device), dir_fd=folder)
+
+        return self._make(caller, target, new, make)
+
+    def remove(self, caller: Caller, handle: bytes, name: bytes) -> Any:
+        return self._remove(caller, Target(handle, name), os.unlink)
+
+    def rmdir(self, caller: Caller, handle: bytes, name: bytes) -> Any:
+        if name == b".":
+            raise OSError(errno.EINVAL, "itself")
+        if name == b"..":
+            raise OSError(errno.ENOTEMPTY, "we are in it")
+        return self._remove(caller, Target(handle, name), os.rmdir)
+
+    def rename(self, caller: Caller, source: Target, target: Target) -> Any:
+        here, old = self._place(caller, source)
+        there, new = self._place(caller, target)
+        with acting_as(caller.identity):
+            found = caller.tree.look_up(here, old, caller.guest)
+            try:
+                replaced = caller.tree.look_up(there, new, caller.guest)
+            except FileNotFoundError:
+                replaced = None
+            os.rename(old, new, src_dir_fd=here.fd, dst_dir_fd=there.fd)
+        if replaced is None or replaced.identifier != found.identifier:
+            if replaced is not None:
+                caller.tree.gone(there, new, replaced)
+            caller.tree.gone(here, old, found)
+            caller.tree.arrived(there, new, found, caller.guest)
+        return self.change(caller, here), self.change(caller, there)
+
+    def link(self, caller: Caller, handle: bytes, target: Target) -> Any:
+        found = self.found(caller, handle)
+        folder, name = self._place(caller, target, new=True)
+        if found.is_folder:
+            raise OSError(errno.EPERM, "a directory")
+        with acting_as(caller.identity):
+            os.link(found.path, name, dst_dir_fd=folder.fd, follow_symlinks=True)
+        caller.tree.arrived(folder, name, found, caller.guest)
+        return attributes_of(caller.tree.again(found)), self.change(caller, folder)
+
+    def readdir(
+        self, caller: Caller, handle: bytes, cookie: int, verifier: bytes, size: int
+    ) -> Any:
+        def describe(folder: Found, found: Name) -> tuple[Entry, int]:
+            cookie, name, ino = found
+            if not ino:
+                with contextlib.suppress(OSError):  # the parent's place is not known
+                    ino = caller.tree.look_up(folder, name, caller.guest).state.ino
+            return Entry(ino, name, cookie), _ENTRY + len(name)
+
+        return self._list(caller, handle, cookie, verifier, size, describe, NFS_NAMES)
+
+    def readdirplus(
+        self, caller: Caller, handle: bytes, cookie: int, verifier: bytes, _: int, size: int
+    ) -> Any:
+        def describe(folder: Found, found: Name) -> tuple[EntryPlus, int] | None:
+            cookie, name, ino = found
+            more: tuple[Any, Any] = (None, None)
+            try:
+                with acting_as(caller.identity):
+                    file = caller.tree.look_up(folder, name, caller.guest)
+            except FileNotFoundError:  # gone since the names were read
+                return None
+            except OSError:  # of another file system
+                pass
+            else:
+                ino = file.state.ino
+                more = attributes_of(file), self.signer.handle(file.identifier)
+            return EntryPlus(ino, name, cookie, *more), _ENTRY_PLUS + len(name)
+
+        return self._list(caller, handle, cookie, verifier, size, describe, NFS_ENTRIES)
+
+    def _list(
+        self,
+        caller: Caller,
+        handle: bytes,
+        cookie: int,
+        verifier: bytes,
+        size: int,
+        describe: Callable[[Found, Name], tuple[Any, int] | None],
+        most: int,
+    ) -> Any:
+        folder = self._folder(caller, handle)
+        if cookie and verifier != self._listings.verifier:
+            raise Failed(Status.BAD_COOKIE)
+        part, position = self._listings.after(caller.guest, folder, cookie, caller.identity)
+        left = min(size, self.transfer) - _LISTING
+        told: list[Any] = []
+        for found in itertools.islice(part.names, position, position + most):
+            described = describe(folder, found)
+            if described is not None:
+                entry, length = described
+                if length > left:
+                    if not told:
+                        raise Failed(Status.TOOSMALL)
+                    break
+                left -= length
+                told.append(entry)
+            position += 1
+        done = position == len(part.names) and part.end is None
+        if not told and not done:
+            # All of them are gone.  The client needs a cookie to go on from.
+            cookie, name, ino = part.names[position - 1]
+            told.append(EntryPlus(ino, name, cookie, None, None))
+        return attributes_of(folder), self._listings.verifier, tuple(told), done
+
+    def _folder(self, caller: Caller, handle: bytes) -> Found:
+        folder = self.found(caller, handle)
+        if not folder.is_folder:
+            raise OSError(errno.ENOTDIR, "not a directory")
+        return folder
+
+    def _place(self, caller: Caller, target: Target, new: bool = False) -> tuple[Found, bytes]:
+        """A directory and a name in it, which is not the directory's own or its parent's."""
+        folder = self._folder(caller, target.directory)
+        _check(target.name)
+        if target.name in (b".", b".."):
+            raise OSError(errno.EEXIST if new else errno.EINVAL, "not a name of a file's own")
+        return folder, target.name
+
+    def _make(
+        self,
+        caller: Caller,
+        target: Target,
+        new: NewAttributes,
+        make: Callable[[int, bytes], None],
+    ) -> Any:
+        folder, name = self._place(caller, target, new=True)
+        with acting_as(caller.identity):
+            make(folder.fd, name)
+            found = caller.tree.look_up(folder, name, caller.guest)
+            if new.mode is not None:  # what a directory has from its parent stays
+                new = new._replace(mode=new.mode | found.state.mode & stat.S_ISGID)
+            apply(found, new._replace(size=None))
+        return self._made(caller, folder, found)
+
+    def _made(self, caller: Caller, folder: Found, found: Found) -> Any:
+        found = caller.tree.again(found)
+        handle = self.signer.handle(found.identifier)
+        return handle, attributes_of(found), self.change(caller, folder)
+
+    def _remove(self, caller: Caller, target: Target, remove: Callable[..., None]) -> Any:
+        folder, name = self._place(caller, target)
+        with acting_as(caller.identity):
+            found = caller.tree.look_up(folder, name, caller.guest)
+            remove(name, dir_fd=folder.fd)
+        caller.tree.gone(folder, name, found)
+        return self.change(caller, folder)
+
+
+def _mark(verifier: bytes) -> tuple[int, int]:
+    """Times, in seconds, that tell whose exclusive CREATE a file came from."""
+    first, second = (int.from_bytes(verifier[i : i + 4]) & 0x7FFFFFFF for i in (0, 4))
+    return first, second
+
+
+def _make_file(folder: int, name: bytes, mark: tuple[int, int] | None) -> None:
+    """A new file, with the times ``mark``; FileExistsError.
+
+    It has its name only once it has its mark: a server that is killed leaves no file that its
+    maker, who asks again, would be refused.
+    """
+    if mark is None:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW
+        os.close(os.open(name, flags, 0o600, dir_fd=folder))
+        return
+    fd = os.open(b".", os.O_TMPFILE | os.O_WRONLY, 0o600, dir_fd=folder)
+    try:
+        os.utime(fd, mark)
+        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder)
+    finally:
+        os.close(fd)
+
+
+def _check(name: bytes) -> None:
+    """Raises OSError for what cannot be a name in a directory."""
+    if len(name) > _LONGEST_NAME:
+        raise OSError(errno.ENAMETOOLONG, "too long")
+    if not name or b"/" in name or b"\0" in name:
+        raise OSError(errno.EACCES, "not a name")

@@ -1,0 +1,99 @@
+"""Mounting an export, and serving the kernel until it is unmounted."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import importlib
+import logging
+import os
+import signal
+
+import pyfuse3
+
+from .._linux.sd_notify import notify_ready
+from ..attachment import Place
+from ..eventloop.tasks import on_signals
+from ..logs import NOTICE
+from ..model.locator import Inet, Locator
+from .fuse import Mounted
+from .limits import NFS_FIRST_WORD, NFS_PATIENCE
+from .nfs3 import DATA_SIZE, UDP_DATA_SIZE
+from .nfs_client import NfsClient, credentials, mount_export
+from .rpc_client import RpcClient
+
+log = logging.getLogger("vsockets.nfs")
+
+
+def mount(
+    server: Locator,
+    export: str,
+    folder: str,
+    context: Place | None = None,
+    mount_server: Locator | None = None,
+    transfer: int = DATA_SIZE,
+) -> None:
+    """Mount, and return when ``folder`` is unmounted, or at SIGTERM or SIGINT.
+
+    ``mount_server`` has the MOUNT protocol if ``server`` does not; ``transfer`` is how many bytes
+    a READ or WRITE has at most.  Raises OSError; :mod:`.needs` is what can be known before.
+    """
+    if not os.path.isdir(folder):
+        raise OSError(errno.ENOENT, f"{folder}: there is no such folder")
+    try:
+        asyncio.run(_serve(server, mount_server or server, export, folder, transfer, context))
+    except OSError as error:
+        raise OSError(error.errno, f"{export}: {error.strerror or error}") from None
+
+
+async def _serve(
+    server: Locator,
+    mount_server: Locator,
+    export: str,
+    folder: str,
+    transfer: int,
+    context: Place | None,
+) -> None:
+    _in_asyncio()
+    client = RpcClient.connect(mount_server, context)
+
+    def complain() -> None:
+        why = f" ({client.trouble}: is there a server?)" if client.trouble else ""
+        log.warning("%s does not answer yet%s; trying for %g s", mount_server, why, NFS_PATIENCE)
+
+    try:
+        timer = asyncio.get_running_loop().call_later(NFS_FIRST_WORD, complain)
+        root = await mount_export(client, os.fsencode(export))
+        timer.cancel()
+        if server != mount_server:
+            client.close()
+            client = RpcClient.connect(server, context)
+        if isinstance(server, Inet):
+            transfer = min(transfer, UDP_DATA_SIZE)
+        nfs = NfsClient(client, transfer)
+        await nfs.agree(credentials(os.geteuid(), os.getegid()), root)
+        options = set(pyfuse3.default_options) | {f"fsname={server}", "subtype=vsock-nfs"}
+        if os.geteuid() == 0:
+            options.add("allow_other")
+        try:
+            pyfuse3.init(Mounted(nfs, root), folder, options)
+        except RuntimeError as error:  # what fusermount said is on standard error
+            raise OSError(f"{folder}: {error}") from None
+        try:
+            on_signals({signal.SIGTERM: pyfuse3.terminate, signal.SIGINT: pyfuse3.terminate})
+            log.log(NOTICE, "mounted on %s", folder)
+            notify_ready()
+            await pyfuse3.main()
+        finally:
+            pyfuse3.close()
+    finally:
+        client.close()
+
+
+def _in_asyncio() -> None:
+    """Have pyfuse3 use asyncio; where that is depends on its version."""
+    try:
+        module = importlib.import_module("pyfuse3.asyncio")
+    except ImportError:  # older than 3.4, as Debian 12's
+        module = importlib.import_module("pyfuse3_asyncio")
+    module.enable()

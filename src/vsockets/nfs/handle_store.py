@@ -1,0 +1,274 @@
+"""Where files are: what a server has to remember to find a file by its handle.
+
+A table in SQLite, so that handles outlive the server.  A file can have several places (links),
+and a place can be out of date: who finds a file there checks it.  Each guest has its own rows, so
+that no guest makes the handles of another one stale.  What cannot be written, as on a full disk,
+is kept in memory until it can.  Another table has what the last server answered, for the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import secrets
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from .duplicate_request_cache import Answer
+from .handles import KEY_SIZE, Identifier
+from .limits import NFS_PLACES, NFS_RESERVE, NFS_UNSAVED
+
+log = logging.getLogger("vsockets.nfs")
+
+#: How soon to try again to write what could not be written, in seconds, and rows at a time.
+_AGAIN, _ROWS = 1.0, 100
+
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS places"
+    " (file BLOB, folder BLOB, name BLOB, guest, PRIMARY KEY (file, folder, name, guest))"
+)
+_INDEX = "CREATE INDEX IF NOT EXISTS places_of_guests ON places (guest)"
+
+_Row = tuple[bytes, bytes, bytes, Hashable]
+
+
+class _Table:
+    """Rows, on a disk or in memory, of ``most`` in all.  Every method raises sqlite3.Error."""
+
+    def __init__(self, connection: sqlite3.Connection, most: int) -> None:
+        self._run = connection.execute
+        self._most = most
+        self._run(_TABLE)
+        self._run(_INDEX)
+        counts = self._run("SELECT guest, count(*) FROM places GROUP BY guest")
+        self._counts: Counter[Hashable] = Counter(dict(counts.fetchall()))
+        self._total = self._counts.total()
+
+    def __len__(self) -> int:
+        return self._total
+
+    def add(self, row: _Row) -> None:
+        if self._run("INSERT OR IGNORE INTO places VALUES (?, ?, ?, ?)", row).rowcount > 0:
+            self._count(row[3], 1)
+        while self._total > self._most:
+            ((guest, held),) = self._counts.most_common(1)
+            oldest = "SELECT rowid FROM places WHERE guest = ? ORDER BY rowid LIMIT ?"
+            some = max(1, min(self._most // 100, held // 2))
+            statement = f"DELETE FROM places WHERE rowid IN ({oldest})"
+            self._count(guest, -self._run(statement, (guest, some)).rowcount)
+
+    def of(self, file: bytes) -> list[tuple[bytes, bytes]]:
+        """Return folders and names, the last told first."""
+        return self._run(
+            "SELECT folder, name FROM places WHERE file = ?"
+            " GROUP BY folder, name ORDER BY max(rowid) DESC",
+            (file,),
+        ).fetchall()
+
+    def remove(self, *columns: Hashable) -> None:
+        """Remove rows by file; by file, folder and name; or by guest as well."""
+        names = ("file", "folder", "name", "guest")[: len(columns)]
+        which = " AND ".join(f"{name} = ?" for name in names)
+        select = f"SELECT guest, count(*) FROM places WHERE {which} GROUP BY guest"
+        removed = self._run(select, columns).fetchall()
+        self._run(f"DELETE FROM places WHERE {which}", columns)
+        for guest, number in removed:
+            self._count(guest, -number)
+
+    def first(self, number: int) -> list[_Row]:
+        return self._run("SELECT * FROM places ORDER BY rowid LIMIT ?", (number,)).fetchall()
+
+    def _count(self, guest: Hashable, change: int) -> None:
+        self._total += change
+        self._counts[guest] += change
+        if not self._counts[guest]:
+            del self._counts[guest]
+
+
+class Places:
+    """The table, in a file that one server has for itself."""
+
+    def __init__(self, path: str | os.PathLike[str], most: int = NFS_PLACES) -> None:
+        """Raises OSError."""
+        self._path = Path(path).absolute()
+        self._reserve = self._path.with_name(f"{self._path.name}-reserve")
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # the key is nobody's business
+            self._connection = sqlite3.connect(path, isolation_level=None, timeout=0)
+            try:
+                self._prepare()
+                self._disk = _Table(self._connection, most)
+            except BaseException:
+                self._connection.close()
+                raise
+        except sqlite3.Error as error:
+            why = f"{error}; each server needs a file of its own (--state), and room on the disk"
+            raise OSError(f"{os.fspath(path)}: {why}") from None
+        self._spare = sqlite3.connect(":memory:", isolation_level=None)
+        self._unsaved = _Table(self._spare, NFS_UNSAVED)
+        self._failing = False
+        self._again = 0.0
+        self._keep_room()
+
+    def _prepare(self) -> None:
+        run = self._connection.execute
+        run("PRAGMA locking_mode = EXCLUSIVE")
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = OFF")  # a lost row makes a handle stale, no more
+        run("CREATE TABLE IF NOT EXISTS key (value BLOB)")
+        if [row[1] for row in run("PRAGMA table_info(places)")] == ["file", "folder", "name"]:
+            # Written before rows had guests.
+            run("BEGIN")
+            run("ALTER TABLE places RENAME TO old_places")
+            run(_TABLE)
+            run("INSERT INTO places SELECT file, folder, name, '' FROM old_places ORDER BY rowid")
+            run("DROP TABLE old_places")
+            run("COMMIT")
+        run(
+            "CREATE TABLE IF NOT EXISTS answers"
+            " (source TEXT, xid INTEGER, digest INTEGER, reply BLOB)"
+        )
+        if run("SELECT value FROM key").fetchone() is None:
+            run("INSERT INTO key VALUES (?)", (secrets.token_bytes(KEY_SIZE),))
+
+    def __len__(self) -> int:
+        return len(self._disk) + len(self._unsaved)
+
+    def close(self) -> None:
+        """Another server may have the file."""
+        while len(self._unsaved) and self._save_some():
+            pass
+        if len(self._unsaved):
+            text = "%s: %d places could not be written: handles of files there become stale"
+            log.warning(text, self._path, len(self._unsaved))
+        self._spare.close()
+        self._connection.close()
+
+    @property
+    def key(self) -> bytes:
+        """What handles are signed with; made with the table."""
+        (value,) = self._connection.execute("SELECT value FROM key").fetchone()
+        assert isinstance(value, bytes)
+        return value
+
+    def of(self, file: Identifier) -> Iterator[tuple[Identifier, bytes]]:
+        """Folders and names in them, where ``file`` may be; the last told first.
+
+        Raises OSError.
+        """
+        packed = file.pack()
+        rows = self._unsaved.of(packed) if len(self._unsaved) else []
+        try:
+            rows += self._disk.of(packed)
+        except sqlite3.Error as error:
+            raise OSError(errno.EIO, f"{self._path}: {error}") from None
+        for folder, name in rows:
+            yield Identifier.unpack(folder), name
+
+    def add(self, file: Identifier, folder: Identifier, name: bytes, guest: Hashable) -> None:
+        """``file`` is there, and ``guest`` knows it."""
+        if len(self._unsaved) and time.monotonic() >= self._again:
+            self._save_some()
+        row = file.pack(), folder.pack(), name, guest
+        try:
+            self._disk.add(row)
+        except sqlite3.Error as error:
+            self._failed(error)
+            self._unsaved.add(row)
+
+    def remove(self, file: Identifier, folder: Identifier, name: bytes) -> None:
+        """``file`` is there no longer."""
+        self._remove(file.pack(), folder.pack(), name)
+
+    def forget(self, file: Identifier) -> None:
+        """``file`` has been removed."""
+        self._remove(file.pack())
+
+    def _remove(self, *columns: bytes) -> None:
+        if len(self._unsaved):
+            self._unsaved.remove(*columns)
+        try:
+            self._disk.remove(*columns)
+        except sqlite3.Error as error:  # it is out of date then, which does no harm
+            self._failed(error)
+
+    def _failed(self, error: sqlite3.Error) -> None:
+        if not self._failing:
+            text = "%s: %s; places are kept in memory until they can be written"
+            log.warning(text, self._path, error)
+        self._failing = True
+        self._again = time.monotonic() + _AGAIN
+
+    def _save_some(self) -> bool:
+        """Write some rows that could not be written before; False if they still cannot."""
+        for row in self._unsaved.first(_ROWS):
+            try:
+                self._disk.add(row)
+            except sqlite3.Error as error:
+                self._failed(error)
+                return False
+            self._unsaved.remove(*row)
+        if self._failing and not len(self._unsaved):
+            self._failing = False
+            log.warning("%s: can be written again", self._path)
+        return True
+
+    # What was answered
+
+    def keep_answers(self, answers: Iterable[Answer]) -> None:
+        """For the next server; on a full disk the last ones of them."""
+        rows = [(json.dumps(answer.source), *answer[1:]) for answer in answers]
+        total = len(rows)
+        while not self._write_answers(rows):
+            if self._reserve.exists():
+                with contextlib.suppress(OSError):
+                    self._reserve.unlink()
+            else:
+                rows = rows[len(rows) // 2 + 1 :]
+                if not rows:
+                    break
+        if len(rows) < total:
+            text = "%s: %d of %d answers could not be kept for the next server"
+            log.warning(text, self._path, total - len(rows), total)
+
+    def _write_answers(self, rows: Sequence[tuple[object, ...]]) -> bool:
+        run = self._connection.execute
+        try:
+            run("BEGIN")
+            run("DELETE FROM answers")
+            self._connection.executemany("INSERT INTO answers VALUES (?, ?, ?, ?)", rows)
+            run("COMMIT")
+        except sqlite3.Error:
+            if self._connection.in_transaction:
+                run("ROLLBACK")
+            return False
+        return True
+
+    def take_answers(self) -> Iterator[Answer]:
+        """What the last server kept; once, as a later one's would be older than what it did."""
+        try:
+            rows = self._connection.execute("SELECT * FROM answers ORDER BY rowid").fetchall()
+            self._connection.execute("DELETE FROM answers")
+        except sqlite3.Error as error:
+            self._failed(error)
+            return
+        for source, *rest in rows:
+            yield Answer(tuple(json.loads(source)), *rest)
+
+    def _keep_room(self) -> None:
+        """Have room for answers on a disk that others fill."""
+        try:
+            fd = os.open(self._reserve, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, NFS_RESERVE)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            log.warning("%s: no room is reserved: %s", self._reserve, error.strerror)

@@ -1,0 +1,222 @@
+"""Listings of directories in an order that no change disturbs.
+
+A name's cookie is a number computed from it, and a listing is in the order of cookies: it goes on
+where it was, whatever came or went in between, and after the server was started again.
+
+A folder may have any number of names, and reading them takes time, so it is done in steps between
+which other calls are served.  A *part* holds a bounded number of names, those with the lowest
+cookies from where it begins; the next part is read when a client gets there.  A guest's listing
+goes on with the part that it has begun, even if the folder has changed since: a name that comes or
+goes meanwhile may be listed or not (POSIX, readdir).
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import sys
+import time
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Hashable, Iterator
+from typing import NamedTuple
+
+from .errors import Failed
+from .exports import Identity
+from .handles import Identifier, Signer
+from .limits import (
+    NFS_ALL_LISTED,
+    NFS_GUEST_LISTED,
+    NFS_GUEST_READING,
+    NFS_LISTED,
+    NFS_READING,
+    NFS_STEP,
+)
+from .nfs3 import Status
+from .run_as import acting_as
+from .tree import Found
+from .work_queue import Later
+
+#: Cookies below are those of the beginning, and of the directory and its parent.
+_FIRST_COOKIE = 3
+
+#: Cookies have 63 bits; names are sorted into buckets by the first ten of them.
+_BUCKET = 53
+
+#: Above all cookies.
+_END = 1 << 64
+
+#: Of names, as os.fsencode() has it.
+_ENCODING = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
+
+#: What a part takes beside its names, as if it were so many.
+_PART = 100
+
+#: How coarse a file's times may be, in seconds: a tick of the kernel, and more.
+_COARSE = 0.1
+
+
+#: An entry of a directory: its cookie, its name, and its inode, 0 for ``.`` and ``..``.  A plain
+#: tuple, which the garbage collector soon leaves alone.
+Name = tuple[int, bytes, int]
+
+
+class Part:
+    """Names of a folder with cookies above ``start`` and below ``end`` (None: all of them)."""
+
+    def __init__(self, start: int, version: object) -> None:
+        self.start = start
+        self.end: int | None = None
+        self.version = version  #: the folder's times when it was begun
+        self.names: list[Name] = []
+        self.is_awaited = False  #: the call that it was read for comes again
+
+    @property
+    def cost(self) -> int:
+        """What it takes, in names."""
+        return _PART + len(self.names)
+
+    def read(self, fd: int, signer: Signer) -> Iterator[None]:
+        """Read the folder ``fd`` in steps.  Raises OSError."""
+        buckets: defaultdict[int, list[Name]] = defaultdict(list)
+        count = 0
+        number, start, end = signer.number, max(self.start, _FIRST_COOKIE - 1), _END
+        with os.scandir(fd) as entries:
+            for position, entry in enumerate(entries, 1):
+                name = entry.name.encode(*_ENCODING)
+                cookie = number(name, b"names")
+                if cookie < _FIRST_COOKIE:
+                    cookie = _FIRST_COOKIE
+                if start < cookie < end:
+                    buckets[cookie >> _BUCKET].append((cookie, name, entry.inode()))
+                    count += 1
+                    while count > NFS_LISTED and len(buckets) > 1:
+                        last = max(buckets)
+                        count -= len(buckets.pop(last))
+                        self.end = end = last << _BUCKET
+                if not position % NFS_STEP:
+                    yield
+        if not self.start:
+            self.names = [(1, b".", 0), (2, b"..", 0)]
+        since = 0
+        for key in sorted(buckets):
+            if since >= NFS_STEP:
+                since = 0
+                yield
+            since += len(buckets[key])
+            self.names += sorted(buckets[key])
+
+    def holds(self, cookie: int) -> bool:
+        """Return whether what comes after ``cookie`` is here."""
+        if cookie < self.start:
+            return False
+        if self.end is None:
+            return True
+        return bool(self.names) and cookie < self.names[-1][0]
+
+
+class Listings:
+    """Parts that guests have asked for, the last ones, each guest's its own."""
+
+    def __init__(self, signer: Signer) -> None:
+        self._signer = signer
+        #: of each guest, and in it the one longest unused first
+        self._parts: dict[Hashable, OrderedDict[_Key, Part]] = {}
+        self._held: Counter[Hashable] = Counter()  # what they take, in names
+        self._reading: Counter[Hashable] = Counter()  # parts that are read in steps
+        #: Says whose cookies they are: they are good for as long as the key is.
+        self.verifier = signer.number(b"", b"cookies").to_bytes(8)
+
+    def after(
+        self, guest: Hashable, folder: Found, cookie: int, identity: Identity
+    ) -> tuple[Part, int]:
+        """Return a part, and the index of the first name in it after ``cookie``.
+
+        Raises Later while it has to be read, Failed (JUKEBOX) for too much of that, OSError.
+        """
+        with acting_as(identity):  # which may read the folder, whoever has read it before
+            fd = os.open(folder.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            version = _version(folder)
+            part = self._find(guest, folder.identifier, cookie, version)
+            if part is None:
+                start = cookie if cookie >= _FIRST_COOKIE else 0
+                steps = self._read(guest, folder.identifier, Part(start, version), fd)
+                fd = -1
+                part = next(steps)
+                if part is None:  # a folder of usual size is read at once
+                    raise Later(steps)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        return part, bisect.bisect_right(part.names, (cookie, b"\xff" * 256))
+
+    def _find(
+        self, guest: Hashable, folder: Identifier, cookie: int, version: object
+    ) -> Part | None:
+        begins = cookie < _FIRST_COOKIE
+        parts = self._parts.get(guest, OrderedDict[_Key, Part]())
+        for key, part in reversed(parts.items()):
+            if key.folder != folder:
+                continue
+            is_new = part.is_awaited or part.version == version
+            if part.start == 0 and is_new if begins else part.holds(cookie):
+                part.is_awaited = False  # the folder may have changed for others
+                parts.move_to_end(key)
+                return part
+        return None
+
+    def _read(
+        self, guest: Hashable, folder: Identifier, part: Part, fd: int
+    ) -> Iterator[Part | None]:
+        """Read a part in steps: None after each, and the part in the end."""
+        reading = 0
+        try:
+            for _ in part.read(fd, self._signer):
+                if not reading:
+                    if (
+                        self._reading[guest] >= NFS_GUEST_READING
+                        or self._reading.total() >= NFS_READING
+                    ):
+                        raise Failed(Status.JUKEBOX)
+                    reading = 1
+                    self._reading[guest] += 1
+                    part.is_awaited = True
+                yield None
+        finally:
+            os.close(fd)
+            self._reading[guest] -= reading
+            if not self._reading[guest]:
+                del self._reading[guest]
+        self._keep(guest, _Key(folder, part.start), part)
+        yield part
+
+    def _keep(self, guest: Hashable, key: _Key, part: Part) -> None:
+        """Remember a part, and forget others for it where there are too many."""
+        parts = self._parts.setdefault(guest, OrderedDict())
+        if key in parts:
+            self._forget(guest, key)
+        parts[key] = part
+        self._held[guest] += part.cost
+        while len(parts) > 1 and self._held[guest] > NFS_GUEST_LISTED:
+            self._forget(guest, next(iter(parts)))
+        while len(self._parts) > 1 and self._held.total() > NFS_ALL_LISTED:
+            most = max((one for one in self._parts if one != guest), key=self._held.__getitem__)
+            self._forget(most, next(iter(self._parts[most])))
+            if not self._parts[most]:
+                del self._parts[most], self._held[most]
+
+    def _forget(self, guest: Hashable, key: _Key) -> None:
+        self._held[guest] -= self._parts[guest].pop(key).cost
+
+
+class _Key(NamedTuple):
+    folder: Identifier
+    start: int
+
+
+def _version(folder: Found) -> object:
+    """Return what changes with the folder's names."""
+    seconds, nanoseconds = folder.state.ctime
+    if time.time() - (seconds + nanoseconds / 1e9) < _COARSE:
+        return object()  # another change could leave the times as they are
+    return folder.state.mtime, folder.state.ctime

@@ -1,0 +1,46 @@
+"""What a machine must have for mounting, and what to do where it is missing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+
+DEVICE = "/dev/fuse"
+
+
+def require(device: str = DEVICE) -> None:
+    """Raises OSError where nothing can be mounted: one line that says what to do."""
+    try:
+        import pyfuse3  # noqa: F401
+    except ImportError as error:
+        from ..extras import how_to_install  # here: it is seldom needed
+
+        how = how_to_install("nfs")
+        if sys.prefix == sys.base_prefix:  # a virtual environment does not see Debian's
+            how = f"apt install python3-pyfuse3, or {how}"
+        raise OSError(f"mounting needs pyfuse3: {how} ({error})") from None
+    try:
+        os.close(os.open(device, os.O_RDWR))
+    except PermissionError:
+        pass  # fusermount3 has it
+    except OSError as error:
+        why = f"{device}: {error.strerror}; modprobe fuse, or take a kernel that has FUSE"
+        raise OSError(error.errno, why) from None
+    if os.geteuid() == 0:
+        return
+    if shutil.which("fusermount3") is None:
+        raise OSError("mounting without root needs fusermount3: apt install fuse3")
+    if _has_no_new_privileges():
+        why = "mounting without root needs fusermount3's set-user-ID bit, which has no effect here"
+        how = "leave vsock run, or whatever sets no_new_privs"
+        if context := os.environ.get("VSOCKETS_CONTEXT"):
+            how = f"mount outside of vsock run, with VSOCKETS_CONTEXT={context}"
+        raise OSError(errno.EPERM, f"{why}: {how}")
+
+
+def _has_no_new_privileges() -> bool:
+    """Return whether no program that this process executes gains rights (no_new_privs)."""
+    with open("/proc/self/status") as status:
+        return any(line.split() == ["NoNewPrivs:", "1"] for line in status)

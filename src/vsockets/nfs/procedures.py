@@ -1,0 +1,171 @@
+"""NFS's procedures, done to an export's files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Any
+
+from .attributes import apply, attributes_of, time_of
+from .directories import Directories
+from .errors import Caller, Failed
+from .handles import Signer
+from .listing import Listings
+from .nfs3 import Access, FsInfo, FsStat, NewAttributes, PathConf, Stable, Status, Time
+from .run_as import acting_as
+from .tree import Found
+
+#: Where files end on any file system we know: what an offset may be.
+_LARGEST = (1 << 63) - 1
+
+#: Properties of FSINFO: links, symbolic links, the same PATHCONF for all files, times can be set.
+_PROPERTIES = 1 | 2 | 8 | 16
+
+
+class Procedures(Directories):
+    """Each method takes a caller and the arguments, and returns the results after OK.
+
+    They raise OSError, Failed and ValueError (a handle that is not ours).
+    """
+
+    def __init__(self, signer: Signer, listings: Listings, verifier: bytes, transfer: int) -> None:
+        super().__init__(signer, listings, transfer)
+        self._verifier = verifier
+
+    def getattr(self, caller: Caller, handle: bytes) -> Any:
+        return attributes_of(self.found(caller, handle))
+
+    def setattr(self, caller: Caller, handle: bytes, new: NewAttributes, guard: Time | None) -> Any:
+        found = self.found(caller, handle)
+        if guard is not None and guard != time_of(found.state.ctime):
+            raise Failed(Status.NOT_SYNC)
+        if new.size is not None:
+            if found.is_folder:
+                raise OSError(errno.EISDIR, "a directory")
+            _truncate(caller, found, new.size)
+        with acting_as(caller.identity):
+            apply(found, new._replace(size=None))
+        return self.change(caller, found)
+
+    def access(self, caller: Caller, handle: bytes, asked: int) -> Any:
+        found = self.found(caller, handle)
+        read, write, execute = Access.READ, Access.MODIFY | Access.EXTEND, Access.EXECUTE
+        if found.is_folder:
+            write, execute = write | Access.DELETE, Access.LOOKUP
+        granted = 0
+        with acting_as(caller.identity):
+            for mode, bits in ((os.R_OK, read), (os.W_OK, write), (os.X_OK, execute)):
+                if asked & bits and os.access(found.path, mode, effective_ids=True):
+                    granted |= asked & bits
+        if caller.tree.export.read_only:
+            granted &= ~(Access.MODIFY | Access.EXTEND | Access.DELETE)
+        return attributes_of(found), granted
+
+    def readlink(self, caller: Caller, handle: bytes) -> Any:
+        found = self.found(caller, handle)
+        if not stat.S_ISLNK(found.state.mode):
+            raise OSError(errno.EINVAL, "not a symbolic link")
+        return attributes_of(found), os.fsencode(os.readlink("", dir_fd=found.fd))
+
+    def read(self, caller: Caller, handle: bytes, offset: int, count: int) -> Any:
+        found = self._regular(caller, handle)
+        count = min(count, self.transfer)
+        data = b""
+        fd = _open(caller, found, os.O_RDONLY)
+        try:
+            if offset <= _LARGEST:
+                data = os.pread(fd, min(count, _LARGEST - offset), offset)
+        finally:
+            os.close(fd)
+        found = caller.tree.again(found)
+        end = offset + len(data) >= found.state.size
+        return attributes_of(found), len(data), end, data
+
+    def write(
+        self, caller: Caller, handle: bytes, offset: int, count: int, stable: int, data: bytes
+    ) -> Any:
+        found = self._regular(caller, handle)
+        if count != len(data) or stable not in list(Stable):
+            raise OSError(errno.EINVAL, "not as many bytes as said, or an unknown stability")
+        if offset + count > _LARGEST:
+            raise OSError(errno.EFBIG, "too far out")
+        fd = _open(caller, found, os.O_WRONLY)
+        try:
+            with acting_as(caller.identity):  # whose write clears set-user-id
+                written = os.pwrite(fd, data, offset)
+            if stable == Stable.FILE_SYNC:
+                os.fsync(fd)
+            elif stable == Stable.DATA_SYNC:
+                os.fdatasync(fd)
+        finally:
+            os.close(fd)
+        return self.change(caller, found), written, stable, self._verifier
+
+    def commit(self, caller: Caller, handle: bytes, offset: int, count: int) -> Any:
+        found = self._regular(caller, handle)
+        fd = os.open(found.path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return self.change(caller, found), self._verifier
+
+    def fsstat(self, caller: Caller, handle: bytes) -> Any:
+        found = self.found(caller, handle)
+        system = os.statvfs(found.path)
+        size = system.f_frsize
+        return FsStat(
+            attributes_of(found),
+            *(system.f_blocks * size, system.f_bfree * size, system.f_bavail * size),
+            *(system.f_files, system.f_ffree, system.f_favail),
+            0,
+        )
+
+    def fsinfo(self, caller: Caller, handle: bytes) -> Any:
+        found = self.found(caller, handle)
+        sizes = self.transfer, self.transfer, 4096
+        return FsInfo(
+            attributes_of(found), *sizes, *sizes, self.transfer, _LARGEST, Time(0, 1), _PROPERTIES
+        )
+
+    def pathconf(self, caller: Caller, handle: bytes) -> Any:
+        found = self.found(caller, handle)
+        most_links = os.pathconf(found.path, "PC_LINK_MAX") if found.is_folder else 127
+        return PathConf(attributes_of(found), most_links, 255, True, True, False, True)
+
+    def _regular(self, caller: Caller, handle: bytes) -> Found:
+        found = self.found(caller, handle)
+        if found.is_folder:
+            raise OSError(errno.EISDIR, "a directory")
+        if not stat.S_ISREG(found.state.mode):  # opening a device or a FIFO does something
+            raise OSError(errno.EINVAL, "not a regular file")
+        return found
+
+
+def _open(caller: Caller, found: Found, flags: int) -> int:
+    """Open what a client may have opened when its mode was another one, as RFC 1813 (4.4) says.
+
+    Whoever may execute a file may read it, as his machine has to.
+    """
+    with acting_as(caller.identity):
+        try:
+            return os.open(found.path, flags)
+        except PermissionError:
+            runs = flags == os.O_RDONLY and os.access(found.path, os.X_OK, effective_ids=True)
+            if not runs and found.state.uid != caller.identity.uid:
+                raise
+    return os.open(found.path, flags)
+
+
+def _truncate(caller: Caller, found: Found, size: int) -> None:
+    """As ``_open``: a file that is open can be truncated whatever its mode is by now."""
+    if size > _LARGEST:
+        raise OSError(errno.EFBIG, "too large")
+    try:
+        with acting_as(caller.identity):
+            os.truncate(found.path, size)
+    except PermissionError:
+        if found.state.uid != caller.identity.uid:
+            raise
+        os.truncate(found.path, size)

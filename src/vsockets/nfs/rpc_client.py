@@ -1,0 +1,236 @@
+"""An RPC client over datagrams: calls are sent again until they are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import secrets
+import socket as stdlib
+from collections import deque
+from typing import Any, NamedTuple
+
+from .._linux.descriptor_passing import guard
+from ..attachment import Place, current
+from ..eventloop.rebind import Revival
+from ..limits import FORWARD_ACCEPTS, MAX_DATAGRAM
+from ..model.constants import VMADDR_CID_LOCAL
+from ..model.locator import Inet, Locator, Vsock
+from ..socket import socket
+from . import rpc
+from .retransmission import RoundTrips, Transmission, Window
+from .rpc import Auth, Call
+from .xdr import XdrError
+
+_BUFFER = max(MAX_DATAGRAM, 65_536)
+
+#: What says that a datagram did not get away as a queue is full.
+_FULL = (errno.ENOBUFS, errno.EAGAIN)
+
+
+class _Waiting(NamedTuple):
+    """A call on its way."""
+
+    datagram: bytes
+    transmission: Transmission
+    answer: asyncio.Future[bytes]
+
+
+class RpcClient:
+    """Calls to one server, in the running asyncio loop."""
+
+    def __init__(
+        self, sock: stdlib.socket, server: tuple[Any, ...], context: Place | None = None
+    ) -> None:
+        """``sock`` is a datagram socket, and ours from now on; of ``context``, if it is vSockets'.
+
+        Raises OSError.
+        """
+        self._sock = sock
+        self._server = server
+        self._sources = {server}
+        self._context = context
+        if context is not None and server[0] == VMADDR_CID_LOCAL:
+            self._sources.add((context.cid, server[1]))
+        self._loop = asyncio.get_running_loop()
+        self._xid = secrets.randbits(32)
+        self._waiting: dict[int, _Waiting] = {}
+        self._round_trips = RoundTrips()
+        self._window = Window()
+        self._queue: deque[asyncio.Future[None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self.sent_again = 0  #: datagrams
+        self.trouble = ""  #: why the last datagram could not be sent
+        self._revival: Revival | None = None
+        if context is not None:
+            self._revival = Revival(context, self._stop, self._bind_again)
+        self._begin()
+
+    @classmethod
+    def connect(cls, locator: Locator, context: Place | None = None) -> RpcClient:
+        """A client of the server at ``locator``, vsock-dgram: or udp:.  Raises OSError."""
+        match locator:
+            case Vsock(cid, port, True):
+                context = context or current()
+                try:
+                    sock = guard(socket(type=stdlib.SOCK_DGRAM, context=context))
+                except OSError as error:
+                    if error.errno != errno.ENODEV:
+                        raise
+                    why = "no vSockets datagrams here: a guest has them by the device vmci alone"
+                    raise OSError(error.errno, f"{locator}: {why}") from None
+                try:
+                    return cls(sock, (cid, port), context)
+                except OSError:
+                    sock.close()
+                    raise
+            case Inet(host, port, True):
+                (family, _, _, _, address), *_ = stdlib.getaddrinfo(
+                    host, port, type=stdlib.SOCK_DGRAM
+                )
+                return cls(stdlib.socket(family, stdlib.SOCK_DGRAM), address)
+        raise OSError(errno.EOPNOTSUPP, f"{locator}: expected vsock-dgram: or udp:")
+
+    @property
+    def address(self) -> tuple[Any, ...]:
+        """Where its calls come from."""
+        return self._sock.getsockname()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Calls on their way fail."""
+        if self._revival is not None:
+            self._revival.close()
+        self._stop()
+        if self._timer is not None:
+            self._timer.cancel()
+        for waiting in self._waiting.values():
+            if not waiting.answer.done():
+                waiting.answer.set_exception(OSError(errno.ESHUTDOWN, "the client was closed"))
+
+    def _begin(self) -> None:
+        self._sock.setblocking(False)
+        self._loop.add_reader(self._sock.fileno(), self._receive)
+
+    def _stop(self) -> None:
+        """Close the socket; calls are sent again when there is another one."""
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+
+    def _bind_again(self) -> None:
+        """vsockd has ended, and there is another one.
+
+        At the same port: the server knows by it which calls it has answered.  Raises OSError.
+        """
+        own = self._sock.getsockname()
+        sock = guard(socket(type=stdlib.SOCK_DGRAM, context=self._context))
+        try:
+            try:
+                sock.bind(own)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+        except OSError:
+            sock.close()
+            raise
+        self._sock = sock
+        self._begin()
+
+    async def call(
+        self, program: int, version: int, procedure: int, arguments: bytes, credentials: Auth
+    ) -> bytes:
+        """The results of a call.
+
+        Raises OSError: ETIMEDOUT when nobody answers, EPROTO for what is no answer, EACCES for
+        one that refuses.
+        """
+        while len(self._waiting) >= self._window.size:
+            turn = self._loop.create_future()
+            self._queue.append(turn)
+            await turn
+        self._xid = self._xid + 1 & 0xFFFFFFFF
+        xid = self._xid
+        call = Call(xid, rpc.VERSION, program, version, procedure, credentials, rpc.NO_AUTH)
+        datagram = rpc.encode_call(call, arguments)
+        transmission = Transmission(self._loop.time(), self._round_trips.wait)
+        waiting = _Waiting(datagram, transmission, self._loop.create_future())
+        self._waiting[xid] = waiting
+        try:
+            self._send(waiting)
+            self._watch(transmission.due)
+            return rpc.decode_reply(await waiting.answer)
+        except rpc.Refused as refused:
+            raise OSError(errno.EACCES, f"the server refuses: {refused}") from None
+        except XdrError as error:
+            raise OSError(errno.EPROTO, f"the server's answer is none: {error}") from None
+        finally:
+            del self._waiting[xid]
+            self._next()
+
+    def _next(self) -> None:
+        """Let who waits for the window look again."""
+        while self._queue:
+            turn = self._queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def _send(self, waiting: _Waiting) -> None:
+        if self._sock.fileno() < 0:
+            return  # vsockd has ended: later
+        try:
+            self._sock.sendto(waiting.datagram, self._server)
+            self.trouble = ""
+        except OSError as error:  # nobody there now, or queues are full: later
+            if error.errno == errno.EMSGSIZE:
+                raise
+            self.trouble = error.strerror or str(error)
+            if error.errno in _FULL:
+                waiting.transmission.unsent(self._loop.time())
+
+    def _receive(self) -> None:
+        for _ in range(FORWARD_ACCEPTS):
+            try:
+                data, source = self._sock.recvfrom(_BUFFER)
+                xid = rpc.reply_to(data)
+            except OSError:  # nothing more, or an earlier datagram did not arrive
+                return
+            except XdrError:
+                continue
+            waiting = self._waiting.get(xid)
+            if waiting is None or source not in self._sources or waiting.answer.done():
+                continue  # answered before, or a stranger's
+            seconds = waiting.transmission.round_trip(self._loop.time())
+            if seconds is not None:
+                self._round_trips.measured(seconds)
+                self._window.answered()
+            waiting.answer.set_result(data)
+
+    def _watch(self, due: float) -> None:
+        """Look at what is due then; a timer that was set for an earlier call sets the next one."""
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._send_again)
+
+    def _send_again(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        late = [
+            waiting
+            for waiting in self._waiting.values()
+            if not waiting.answer.done() and waiting.transmission.due <= now
+        ]
+        if late:
+            self._window.lost()
+        for waiting in late:
+            if waiting.transmission.again(now):
+                self.sent_again += 1
+                self._send(waiting)
+            else:
+                why = os.strerror(errno.ETIMEDOUT)
+                waiting.answer.set_exception(TimeoutError(errno.ETIMEDOUT, why))
+        due = [w.transmission.due for w in self._waiting.values() if not w.answer.done()]
+        if due:
+            self._watch(min(due))

@@ -1,0 +1,172 @@
+"""The server's sockets: datagrams in, datagrams out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket as stdlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+from .._linux.sd_notify import notify_ready
+from ..attachment import Place
+from ..eventloop.asyncio_server import DatagramEntrance
+from ..eventloop.listeners import Door, open_door
+from ..eventloop.tasks import on_signals
+from ..limits import MAX_DATAGRAM
+from ..model.locator import Locator
+from .limits import NFS_DATAGRAMS, NFS_QUEUE, NFS_TURN
+from .service import Service, log
+from .work_queue import Pending
+
+_BUFFER = max(MAX_DATAGRAM, 65_536)
+
+
+class _Call(NamedTuple):
+    """A datagram that came, and what it came by."""
+
+    sock: stdlib.socket
+    data: bytes
+    source: tuple[Any, ...]
+
+
+class _Guest:
+    """The calls of one guest that wait, and those that are pending."""
+
+    def __init__(self) -> None:
+        self.calls: deque[_Call] = deque()
+        self.pending: deque[tuple[_Call, Pending]] = deque()
+
+
+class Server:
+    """Answers at locators in the running asyncio loop, one call after the other.
+
+    Guests take turns.  One that has more calls waiting than clients send loses the newer ones: its
+    clients send them again.
+    """
+
+    def __init__(
+        self, service: Service, locators: Sequence[Locator], context: Place | None = None
+    ) -> None:
+        """Raises OSError."""
+        self._entrances: list[DatagramEntrance] = []
+        self._service = service
+        self._loop = asyncio.get_running_loop()
+        self._guests: OrderedDict[Hashable, _Guest] = OrderedDict()  # in the order of their turns
+        self._turn: asyncio.Handle | None = None
+        try:
+            for locator in locators:
+                self._enter(locator, context)
+        except OSError:
+            self.close()
+            raise
+
+    @property
+    def doors(self) -> list[Door]:
+        """Where it answers, one for each locator."""
+        return [entrance.door for entrance in self._entrances]
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        for entrance in self._entrances:
+            entrance.close()
+        if self._turn is not None:
+            self._turn.cancel()
+        for guest in self._guests.values():
+            guest.pending.clear()
+
+    def _enter(self, locator: Locator, context: Place | None) -> None:
+        door = open_door(locator, context)
+        try:
+            entrance = DatagramEntrance(
+                locator,
+                door,
+                self._receive,
+                reopen=lambda: open_door(locator, context),
+                context=context,
+                log=log,
+            )
+        except OSError:
+            door.close()
+            raise
+        self._entrances.append(entrance)
+
+    def _receive(self, sock: stdlib.socket) -> None:
+        for _ in range(NFS_DATAGRAMS):
+            try:
+                data, source = sock.recvfrom(_BUFFER)
+            except OSError:  # nothing more, or an earlier answer did not arrive
+                break
+            if not isinstance(source, tuple):
+                continue  # a client without an address cannot be answered
+            guest = self._guests.get(source[0])
+            if guest is None:
+                guest = self._guests[source[0]] = _Guest()
+            if len(guest.calls) < NFS_QUEUE:
+                guest.calls.append(_Call(sock, data, source))
+        if self._turn is None:
+            self._serve()
+
+    def _serve(self) -> None:
+        """Answer calls for a while, and take a step of what is pending; guests take turns."""
+        self._turn = None
+        end = self._loop.time() + NFS_TURN
+        stepped = False
+        idle = 0  # guests in a row that had nothing to do
+        while idle < len(self._guests) and self._loop.time() < end:
+            name, guest = self._guests.popitem(last=False)
+            self._guests[name] = guest
+            idle += 1
+            if guest.calls:
+                call = guest.calls.popleft()
+                self._send(guest, call, self._service.answer(call.data, call.source))
+                idle = 0
+            if guest.pending and not stepped:
+                self._step(guest)
+                stepped = True
+                idle = 0
+            if not (guest.calls or guest.pending):
+                del self._guests[name]
+        if self._guests:
+            self._turn = self._loop.call_soon(self._serve)
+
+    def _step(self, guest: _Guest) -> None:
+        call, pending = guest.pending.popleft()
+        error: OSError | None = None
+        try:
+            next(pending.steps)
+        except StopIteration:
+            pass
+        except OSError as why:
+            error = why
+        else:
+            guest.pending.append((call, pending))
+            return
+        self._send(guest, call, pending.finish(error))
+
+    def _send(self, guest: _Guest, call: _Call, reply: bytes | Pending | None) -> None:
+        if isinstance(reply, Pending):
+            guest.pending.append((call, reply))
+        elif reply is not None:
+            with contextlib.suppress(OSError):  # the client asks again
+                call.sock.sendto(reply, call.source)
+
+
+async def serve(
+    service: Service,
+    locators: Sequence[Locator],
+    context: Place | None,
+    opened: Callable[[Server], None],
+) -> None:
+    """Serve until SIGTERM or SIGINT; ``opened`` hears when clients can come.  Raises OSError."""
+    ended = asyncio.Event()
+    on_signals({signal.SIGTERM: ended.set, signal.SIGINT: ended.set})
+    server = Server(service, locators, context)
+    try:
+        opened(server)
+        notify_ready()
+        await ended.wait()
+    finally:
+        server.close()

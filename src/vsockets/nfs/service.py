@@ -1,0 +1,226 @@
+"""A datagram in, a datagram out: RPC, MOUNT and NFS, and what was answered before."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from ..logs import by
+from . import mount_protocol, nfs3, rpc
+from .duplicate_request_cache import Duplicates
+from .errors import Caller, Failed
+from .exports import Export
+from .handle_store import Places
+from .handles import Signer
+from .listing import Listings
+from .nfs3 import PROCEDURES, Status
+from .procedures import Procedures
+from .rpc import Accepted, AuthSys, Denied, Flavor
+from .tree import Tree
+from .work_queue import Later, Pending
+from .xdr import XdrError
+
+log = logging.getLogger("vsockets.nfs")
+
+#: Errors of unix that NFS has a word of its own for, or none.
+_STATUSES = {
+    errno.ENAMETOOLONG: Status.NAMETOOLONG,
+    errno.ENOTEMPTY: Status.NOTEMPTY,
+    errno.EDQUOT: Status.DQUOT,
+    errno.ESTALE: Status.STALE,
+    errno.EOPNOTSUPP: Status.NOTSUPP,
+    errno.ELOOP: Status.INVAL,
+    errno.ETXTBSY: Status.ACCES,
+    errno.EMFILE: Status.JUKEBOX,
+    errno.ENFILE: Status.JUKEBOX,
+    errno.ENOMEM: Status.JUKEBOX,
+    errno.EBUSY: Status.ACCES,
+}
+
+
+class Service:
+    """Serves exports; one for the life of a server."""
+
+    def __init__(
+        self, exports: Sequence[Export], places: Places, transfer: int = nfs3.DATA_SIZE
+    ) -> None:
+        """``transfer`` bounds READ, WRITE and listings, in bytes.  Raises OSError."""
+        self._trees = [Tree(export, places) for export in exports]
+        self._by_number = {tree.number: tree for tree in self._trees}
+        self._signer = Signer(places.key)
+        # New for each life: what was not committed in an earlier one may be lost.
+        verifier = os.urandom(nfs3.VERIFIER_SIZE)
+        listings = Listings(self._signer)
+        self._procedures = Procedures(self._signer, listings, verifier, transfer)
+        self._places = places
+        self._duplicates = Duplicates()
+        self._duplicates.restore(places.take_answers())
+        self._pending: set[Hashable] = set()  # calls that are answered later
+
+    def close(self) -> None:
+        """Let go of all files; the next server will know what was answered."""
+        self._places.keep_answers(self._duplicates)
+        for tree in self._trees:
+            tree.close()
+
+    def answer(self, data: bytes, source: tuple[Any, ...]) -> bytes | Pending | None:
+        """The answer to a datagram from ``source``; None for what is no call, or is pending."""
+        try:
+            call, arguments = rpc.decode_call(data)
+        except XdrError:
+            return None
+        if call.version != rpc.VERSION:
+            return rpc.encode_denied(call.xid, Denied.RPC_MISMATCH)
+        guest = source[0]
+        known = self._duplicates.find(guest, source, call.xid, data)
+        if known is not None:
+            return known
+        caller: AuthSys | None = None
+        if call.credentials.flavor == Flavor.SYS:
+            try:
+                caller = rpc.auth_sys.unpack(call.credentials.body)
+            except XdrError:
+                return rpc.encode_denied(call.xid, Denied.AUTH_ERROR)
+        elif call.credentials.flavor != Flavor.NONE:
+            return rpc.encode_denied(call.xid, Denied.AUTH_ERROR)
+        if (source, call.xid) in self._pending:
+            return None
+
+        def answer(error: OSError | None = None) -> bytes | Pending:
+            self._pending.discard((source, call.xid))
+            try:
+                reply = self._perform(call, arguments, guest, caller, error)
+            except Later as later:
+                self._pending.add((source, call.xid))
+                return Pending(later.steps, answer)
+            procedure = PROCEDURES.get(call.procedure)
+            if call.program == nfs3.PROGRAM and procedure is not None and procedure.changes:
+                self._duplicates.keep(guest, source, call.xid, data, reply)
+            return reply
+
+        return answer()
+
+    def _perform(
+        self,
+        call: rpc.Call,
+        arguments: bytes,
+        guest: Any,
+        caller: AuthSys | None,
+        error: OSError | None,
+    ) -> bytes:
+        perform = {nfs3.PROGRAM: self._nfs, mount_protocol.PROGRAM: self._mount}.get(call.program)
+        if perform is None:
+            return rpc.encode_accepted(call.xid, Accepted.PROG_UNAVAIL)
+        if call.program_version != nfs3.VERSION:  # MOUNT's, too
+            versions = nfs3.VERSION, nfs3.VERSION
+            return rpc.encode_accepted(call.xid, Accepted.PROG_MISMATCH, versions=versions)
+        try:
+            results = perform(call.procedure, arguments, guest, caller, error)
+        except XdrError:
+            return rpc.encode_accepted(call.xid, Accepted.GARBAGE_ARGS)
+        except Later:
+            raise
+        except Exception:
+            log.exception("a call has failed: a bug", extra=by(guest))
+            return rpc.encode_accepted(call.xid, Accepted.SYSTEM_ERR)
+        if results is None:
+            return rpc.encode_accepted(call.xid, Accepted.PROC_UNAVAIL)
+        return rpc.encode_accepted(call.xid, Accepted.SUCCESS, results)
+
+    def _nfs(
+        self,
+        number: int,
+        arguments: bytes,
+        guest: Any,
+        credentials: AuthSys | None,
+        error: OSError | None,
+    ) -> bytes | None:
+        """Return the results of a procedure; with ``error``, that this has happened before."""
+        if number == 0:
+            return b""
+        procedure = PROCEDURES.get(number)
+        if procedure is None:
+            return None
+        decoded = procedure.arguments.unpack(arguments)
+        if not isinstance(decoded, tuple):
+            decoded = (decoded,)
+        status, content = Status.OK, None
+        try:
+            if error is not None:
+                raise error
+            caller = self._caller(decoded, guest, credentials, procedure.changes)
+            content = getattr(self._procedures, procedure.name)(caller, *decoded)
+        except Failed as failed:
+            status = failed.status
+        except ValueError:
+            status = Status.BADHANDLE
+        except OSError as why:
+            status = _status_of(why, guest)
+        return nfs3.encode_result(procedure, status, content)
+
+    def _caller(
+        self, arguments: tuple[Any, ...], guest: Any, credentials: AuthSys | None, changes: bool
+    ) -> Caller:
+        """Whose rights the call has, in the one export that all its handles are of."""
+        handles = [one.directory for one in arguments if isinstance(one, nfs3.Target)]
+        if isinstance(arguments[0], bytes):
+            handles.append(arguments[0])
+        numbers = {self._signer.check(handle).export for handle in handles}
+        if len(numbers) > 1:
+            raise OSError(errno.EXDEV, "two exports")
+        tree = self._by_number.get(numbers.pop())
+        if tree is None:
+            raise OSError(errno.ESTALE, "not exported any more")
+        if not tree.export.admits(guest):
+            raise OSError(errno.EACCES, "not exported to this guest")
+        if changes and tree.export.read_only:
+            raise OSError(errno.EROFS, "exported for reading only")
+        return Caller(tree, tree.export.identity(credentials), guest)
+
+    def _mount(
+        self,
+        number: int,
+        arguments: bytes,
+        guest: Any,
+        credentials: AuthSys | None,
+        error: OSError | None,
+    ) -> bytes | None:
+        if number == mount_protocol.MNT:
+            return self._grant(mount_protocol.path.unpack(arguments), guest)
+        if number == mount_protocol.UMNT:
+            mount_protocol.path.unpack(arguments)
+            return b""
+        if arguments:
+            raise XdrError("arguments where there are none")
+        if number == mount_protocol.DUMP:
+            return mount_protocol.mounts.pack(())
+        if number == mount_protocol.EXPORT:
+            admitting = (tree for tree in self._trees if tree.export.admits(guest))
+            return mount_protocol.offers.pack(
+                tuple(mount_protocol.Offer(os.fsencode(tree.export.path), ()) for tree in admitting)
+            )
+        return b"" if number in (0, mount_protocol.UMNTALL) else None
+
+    def _grant(self, path: bytes, guest: Any) -> bytes:
+        for tree in self._trees:
+            if os.fsencode(tree.export.path) == path.rstrip(b"/"):
+                if not tree.export.admits(guest):
+                    log.warning("%s: refused to %s", tree.export.path, guest, extra=by(guest))
+                    break
+                log.info("%s: mounted by %s", tree.export.path, guest, extra=by(guest))
+                return mount_protocol.grant(self._signer.handle(tree.root))
+        # The same for what is not there, so that nobody learns what is.
+        return mount_protocol.answer.pack((mount_protocol.Status.ACCES, None))
+
+
+def _status_of(error: OSError, guest: Hashable) -> Status:
+    if error.errno in _STATUSES:
+        return _STATUSES[error.errno]
+    try:
+        return Status(error.errno or 0) if error.errno else Status.IO
+    except ValueError:
+        log.warning("an error that NFS has no word for: %s", error, extra=by(guest))
+        return Status.IO

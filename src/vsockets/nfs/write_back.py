@@ -1,0 +1,70 @@
+"""What was written to a file and is not on the server's disk for certain.
+
+WRITE says in which life of the server it was done, and so does COMMIT (RFC 1813, 4.8).  What was
+written in an earlier life than was committed in may be lost, and is written once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+from .limits import NFS_UNCOMMITTED
+from .nfs3 import Stable
+from .nfs_client import NfsClient
+from .rpc import Auth
+
+
+class _Piece(NamedTuple):
+    offset: int
+    data: bytes
+    verifier: bytes
+
+
+class Uncommitted:
+    """Of one file; calls raise OSError, and then keep what they could not write."""
+
+    def __init__(self, nfs: NfsClient, handle: bytes) -> None:
+        self._nfs = nfs
+        self._handle = handle
+        self._pieces: list[_Piece] = []
+        self._size = 0
+        self._order = asyncio.Lock()  # what is written again must not come after what is newer
+
+    async def write(self, who: Auth, offset: int, data: bytes) -> None:
+        """Write ``data``."""
+        async with self._order:
+            size = self._nfs.transfer
+            parts = [(offset + at, data[at : at + size]) for at in range(0, len(data), size)]
+            tasks = [asyncio.ensure_future(self._write(who, *part)) for part in parts]
+            try:
+                self._pieces += await asyncio.gather(*tasks)
+            except OSError:
+                await asyncio.wait(tasks)
+                raise
+            self._size += len(data)
+            if self._size >= NFS_UNCOMMITTED:
+                await self._commit(who)
+
+    async def commit(self, who: Auth) -> None:
+        """When this returns all that was written is on the server's disk."""
+        async with self._order:
+            await self._commit(who)
+
+    async def _commit(self, who: Auth) -> None:
+        while self._pieces:
+            _, verifier = await self._nfs.call(who, "commit", self._handle, 0, 0)
+            kept = 0
+            while kept < len(self._pieces) and self._pieces[kept].verifier == verifier:
+                kept += 1
+            # From the first doubtful one on: later ones may overlap it.
+            for number in range(kept, len(self._pieces)):
+                piece = self._pieces[number]
+                self._pieces[number] = await self._write(who, piece.offset, piece.data)
+            if kept == len(self._pieces):
+                self._pieces.clear()
+                self._size = 0
+
+    async def _write(self, who: Auth, offset: int, data: bytes) -> _Piece:
+        verifier = await self._nfs.write(who, self._handle, offset, data, Stable.UNSTABLE)
+        return _Piece(offset, data, verifier)

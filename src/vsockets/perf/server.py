@@ -1,0 +1,178 @@
+"""The side of a measurement that does as it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket as stdlib
+import threading
+import time
+from collections import OrderedDict
+
+from .._linux.descriptor_passing import guard_accepted
+from ..attachment import Place
+from ..eventloop.listeners import Door
+from ..eventloop.rebind import lifeline
+from ..limits import FORWARD_LONGEST_PAUSE, MAX_DATAGRAM, PERF_RUNS, PERF_STREAMS
+from ..model.constants import AF_VSOCK
+from ..model.locator import Locator, Vsock
+from .protocol import REQUEST_SIZE, Header, Job, Kind, ProtocolError, Request, encode_count
+from .timeouts import set_timeouts
+
+log = logging.getLogger("vsockets.perf")
+
+_BUFFER = max(MAX_DATAGRAM, 65_536)
+
+
+class Server:
+    """Serves measurements on any number of locators until it is closed.
+
+    A thread for each stream, a bounded number of them: clients measure one thing at a time.
+    """
+
+    def __init__(self, locators: list[Locator], context: Place | None = None) -> None:
+        """Raises OSError."""
+        self.doors: list[Door] = []
+        self._context = context
+        self._closed = threading.Event()
+        self._lines: dict[int, stdlib.socket] = {}
+        self._slots = threading.BoundedSemaphore(PERF_STREAMS)
+        try:
+            for locator in locators:
+                self.doors.append(Door(locator, context))
+            for number, locator in enumerate(locators):
+                self._begin(number, locator)
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._closed.set()
+        for door in self.doors:
+            door.close()
+        for line in list(self._lines.values()):
+            stdlib.socket.shutdown(line, stdlib.SHUT_RDWR)
+
+    def _begin(self, number: int, locator: Locator) -> None:
+        """Serve a door in threads, each until it is closed or vsockd has ended.  Raises OSError."""
+        sockets = self.doors[number].sockets
+        if isinstance(locator, Vsock) and locator.datagram:
+            line = lifeline(self._context)
+            if line is not None:
+                self._lines[number] = line
+                watch = threading.Thread(target=self._watch, args=(number, *sockets), daemon=True)
+                watch.start()
+        for sock in sockets:
+            sock.setblocking(True)
+
+            def serve(sock: stdlib.socket = sock) -> None:
+                if sock.type == stdlib.SOCK_DGRAM:
+                    self._datagrams(sock)
+                else:
+                    self._listen(sock)
+                self._open_again(number, locator)
+
+            threading.Thread(target=serve, daemon=True).start()
+
+    def _watch(self, number: int, sock: stdlib.socket) -> None:
+        """Wake the thread that receives from ``sock`` when vsockd has ended."""
+        with self._lines[number] as line, contextlib.suppress(OSError):
+            stdlib.socket.recv(line, 1)
+            del self._lines[number]
+            stdlib.socket.shutdown(sock, stdlib.SHUT_RDWR)
+
+    def _open_again(self, number: int, locator: Locator) -> None:
+        """Wait for another vsockd, unless this was closed."""
+        if not self._closed.is_set():
+            log.warning("%s: vsockd has ended", locator)
+        self.doors[number].close()
+        while not self._closed.wait(FORWARD_LONGEST_PAUSE):
+            with contextlib.suppress(OSError):
+                self.doors[number] = Door(locator, self._context)
+                try:
+                    self._begin(number, locator)
+                except OSError:
+                    self.doors[number].close()
+                    raise
+                log.warning("%s: listening again", locator)
+                return
+
+    def _listen(self, listener: stdlib.socket) -> None:
+        while True:
+            self._slots.acquire()
+            try:
+                sock, _ = listener.accept()
+            except OSError as error:
+                self._slots.release()
+                if listener.fileno() < 0 or error.errno == errno.ENETDOWN:
+                    return
+                time.sleep(0.05)  # out of descriptors, most likely
+                continue
+            threading.Thread(target=self._serve, args=(guard_accepted(sock),), daemon=True).start()
+
+    def _serve(self, sock: stdlib.socket) -> None:
+        try:
+            with sock, contextlib.suppress(OSError, ProtocolError):
+                set_timeouts(sock)
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)
+                do(receive_request(sock), sock)
+        finally:
+            self._slots.release()
+
+    def _datagrams(self, sock: stdlib.socket) -> None:
+        arrived: OrderedDict[tuple[object, int], int] = OrderedDict()
+        while True:
+            try:
+                data, source = sock.recvfrom(_BUFFER)
+            except OSError:
+                if sock.fileno() < 0:
+                    return
+                continue  # an answer that found nobody
+            if source is None and sock.family == AF_VSOCK:
+                return  # vsockd has ended
+            with contextlib.suppress(OSError, ProtocolError, TypeError):
+                header = Header.decode(data)
+                run = source, header.run
+                if header.kind is Kind.DATA:
+                    arrived[run] = arrived.get(run, 0) + 1
+                    if len(arrived) > PERF_RUNS:
+                        arrived.popitem(last=False)
+                elif header.kind is Kind.PING:
+                    sock.sendto(data, source)
+                else:
+                    count = arrived.get(run, 0)
+                    sock.sendto(Header(Kind.REPORT, header.run, count).encode(), source)
+
+
+def receive_request(sock: stdlib.socket) -> Request:
+    """The request a stream begins with.  Raises ProtocolError, OSError."""
+    data = b""
+    while len(data) < REQUEST_SIZE:
+        piece = sock.recv(REQUEST_SIZE - len(data))
+        if not piece:
+            break
+        data += piece
+    return Request.decode(data)
+
+
+def do(request: Request, sock: stdlib.socket) -> None:
+    """Do what the client wants of this stream.  Raises OSError when it goes away."""
+    if request.job is Job.SINK:
+        buffer = bytearray(request.size)
+        count = 0
+        while size := sock.recv_into(buffer):
+            count += size
+        sock.sendall(encode_count(count))
+    elif request.job is Job.SOURCE:
+        data = bytes(request.size)
+        end = time.monotonic() + request.milliseconds / 1000
+        while time.monotonic() < end:
+            sock.sendall(data)
+    elif request.job is Job.ECHO:
+        while data := sock.recv(request.size):
+            sock.sendall(data)
+    else:
+        sock.send(b"!")

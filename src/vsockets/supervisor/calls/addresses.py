@@ -1,0 +1,101 @@
+"""bind(), listen(), getsockname(), getpeername(), shutdown()."""
+
+from __future__ import annotations
+
+import errno
+from contextlib import closing
+from socket import SHUT_RD, SHUT_RDWR
+
+from ...model.constants import LAST_RESERVED_PORT
+from ...protocol import Flag, Op, Request
+from ..call import Answer, Call, failure
+from ..sockets import UNBOUND, Endpoint, Phase
+from ..vsockd_client import SEND
+from . import datagrams
+
+_CAP_NET_BIND_SERVICE = 10
+_BEFORE_A_CONNECT = (Phase.NEW, Phase.BOUND, Phase.LISTENING)
+
+
+async def bind(call: Call, endpoint: Endpoint) -> Answer:
+    """As ``transports.fabric``, which see for the errors."""
+    address = call.read_address(call.arguments[1], call.integer(2))
+    if address is None or endpoint.phase is not Phase.NEW or endpoint.local != UNBOUND:
+        raise failure(errno.EINVAL)
+    cid, port = address
+    # vsockd asks whether we have the capability; but it is the program that must have it.
+    flags = 0
+    if port <= LAST_RESERVED_PORT and not _is_privileged(call):
+        flags = int(Flag.UNPRIVILEGED)
+    with closing(call.duplicate(endpoint)) as sock:
+        if endpoint.is_datagram:
+            await datagrams.claim(call, endpoint, sock, (cid, port), flags)
+            return 0
+        asker = call.asker()
+        await call.carry_through(call.supervisor.bind(asker, endpoint, sock, (cid, port), flags))
+    return 0
+
+
+def _is_privileged(call: Call) -> bool:
+    is_so = call.supervisor.processes.has_capability(call.pid, _CAP_NET_BIND_SERVICE)
+    call.check()
+    return is_so
+
+
+async def listen(call: Call, endpoint: Endpoint) -> Answer:
+    """Connections are accepted from now on, or the backlog is another one."""
+    if endpoint.is_datagram:
+        raise failure(errno.EOPNOTSUPP)
+    if endpoint.phase is Phase.LOST:
+        raise failure(errno.ENETDOWN)
+    if endpoint.phase not in (Phase.BOUND, Phase.LISTENING):
+        raise failure(errno.EINVAL)
+    backlog = max(0, call.integer(1))
+    with closing(call.duplicate(endpoint)) as sock:
+        if endpoint.named:
+            sock.listen(backlog)
+            endpoint.phase = Phase.LISTENING
+            if endpoint.hold is not None:
+                await call.carry_through(endpoint.hold.listen(backlog, endpoint.buffers))
+            return 0
+        request = Request(Op.LISTEN, 0, 0, 0, 0, 0, backlog, *endpoint.buffers)
+        if endpoint.phase is Phase.LISTENING:
+            sock.send(request.encode(), SEND)  # an answer would look like a connection
+        else:
+            vsockd = call.supervisor.vsockd
+            await call.carry_through(vsockd.ask_on(None, endpoint, sock, request))
+            endpoint.phase = Phase.LISTENING
+    return 0
+
+
+async def getsockname(call: Call, endpoint: Endpoint) -> Answer:
+    """The local address; both wildcards while the socket is not bound."""
+    call.write(*call.address(endpoint.local, *call.arguments[1:3]))
+    return 0
+
+
+async def getpeername(call: Call, endpoint: Endpoint) -> Answer:
+    """Return the peer's address; ENOTCONN before a connect and after a shutdown."""
+    if endpoint.peer is None or endpoint.is_shut:
+        raise failure(errno.ENOTCONN)
+    call.write(*call.address(endpoint.peer, *call.arguments[1:3]))
+    return 0
+
+
+async def shutdown(call: Call, endpoint: Endpoint) -> Answer:
+    """Shut the unix socket down as well; ENOTCONN before a connect has begun."""
+    how = call.integer(1)
+    if not SHUT_RD <= how <= SHUT_RDWR:
+        raise failure(errno.EINVAL)
+    if endpoint.phase in _BEFORE_A_CONNECT and endpoint.peer is None and not endpoint.is_shut:
+        raise failure(errno.ENOTCONN)
+    endpoint.is_shut = True
+    if endpoint.is_datagram:
+        endpoint.peer = None
+    elif endpoint.phase is Phase.CONNECTING:
+        with closing(call.duplicate(endpoint)) as sock:
+            sock.shutdown(SHUT_RDWR)  # the answer to the connect is of no interest
+        endpoint.fail(0, True)
+        return 0
+    call.let_through()
+    return None

@@ -1,0 +1,201 @@
+"""recvfrom(), recvmsg() and recvmmsg(): where a program wants to know more than the data.
+
+Datagrams: the kernel's name of the sender becomes a struct sockaddr_vm.  Packets: the end of a
+record is shown, see ``packets``.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import select
+import struct
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from socket import (
+    MSG_CTRUNC,
+    MSG_DONTWAIT,
+    MSG_EOR,
+    MSG_OOB,
+    MSG_PEEK,
+    MSG_TRUNC,
+    SO_RCVTIMEO,
+    SOCK_SEQPACKET,
+    SOL_SOCKET,
+)
+
+from ...limits import MAX_DATAGRAM
+from ...protocol import decode_source
+from ..call import Answer, Call, Piece, failure
+from ..filter import MSG_ERRQUEUE
+from ..memory import MESSAGE_SIZE, MESSAGE_STRIDE, MOST_MESSAGES, Message, read_message
+from ..notification import Gone
+from ..scheduler import Wait, lent
+from ..sockets import UNBOUND, Endpoint, Phase, Received, pack_address
+
+_TIMEVAL = struct.Struct("=qq")
+_U32 = struct.Struct("=I")
+
+#: The flags of receiving that are passed on.  The rest is ours to do.
+_PASSED = int(MSG_PEEK)
+#: Flags by which something else than data is received.
+_OUT_OF_BAND = MSG_ERRQUEUE | int(MSG_OOB)
+
+
+async def recvfrom(call: Call, endpoint: Endpoint) -> Answer:
+    """A datagram with its source."""
+    if call.integer(3) & _OUT_OF_BAND:
+        return _receive_out_of_band(call, endpoint, call.integer(3))
+    if not endpoint.is_datagram:
+        call.let_through()
+        return None
+    buffer, size, flags = call.arguments[1], call.arguments[2], call.integer(3)
+    received = await _receive_datagram(call, endpoint, flags)
+    with _not_lost(endpoint, received, flags):
+        source = call.address(received.source or UNBOUND, *call.arguments[4:6])
+        call.write((buffer, received.data[:size]), *source)
+    return len(received.data) if flags & MSG_TRUNC else min(size, len(received.data))
+
+
+async def recvmsg(call: Call, endpoint: Endpoint) -> Answer:
+    """A datagram with its source, or a packet and whether it ends a record."""
+    flags = call.integer(2)
+    if flags & _OUT_OF_BAND:
+        return _receive_out_of_band(call, endpoint, flags)
+    if endpoint.is_datagram:
+        message = read_message(call, call.arguments[1])
+        received = await _receive_datagram(call, endpoint, flags)
+    elif endpoint.type == SOCK_SEQPACKET and endpoint.phase is Phase.CONNECTED:
+        found = await _receive_end_of_record(call, endpoint, flags)
+        if found is None:
+            call.let_through()
+            return None
+        message, received = read_message(call, call.arguments[1]), found
+    else:
+        call.let_through()
+        return None
+    with _not_lost(endpoint, received, flags):
+        size, pieces = _results(message, received, flags)
+        call.write(*pieces)
+    return size
+
+
+async def recvmmsg(call: Call, endpoint: Endpoint) -> Answer:
+    """Several datagrams; those that are there after the first."""
+    if not endpoint.is_datagram:
+        call.let_through()
+        return None
+    flags = call.integer(3)
+    count = 0
+    for number in range(min(call.arguments[2] & 0xFFFF_FFFF, MOST_MESSAGES)):
+        at = call.arguments[1] + number * MESSAGE_STRIDE
+        message = read_message(call, at)
+        try:
+            received = await _receive_datagram(call, endpoint, flags)
+        except OSError:
+            if count:
+                break
+            raise
+        with _not_lost(endpoint, received, flags):
+            size, pieces = _results(message, received, flags)
+            call.write(*pieces, (at + MESSAGE_SIZE, _U32.pack(size)))
+        count += 1
+        flags |= int(MSG_DONTWAIT)
+    return count
+
+
+@contextmanager
+def _not_lost(endpoint: Endpoint, received: Received, flags: int) -> Iterator[None]:
+    """A call that a signal interrupts now is made again, and gets what it had received."""
+    try:
+        yield
+    except Gone:
+        if not flags & MSG_PEEK:
+            endpoint.received.append(received)
+        raise
+
+
+def _take_again(endpoint: Endpoint, flags: int) -> Received | None:
+    if not endpoint.received:
+        return None
+    return endpoint.received[0] if flags & MSG_PEEK else endpoint.received.popleft()
+
+
+def _receive_out_of_band(call: Call, endpoint: Endpoint, flags: int) -> int:
+    """Answer what a unix socket would answer with data."""
+    if endpoint.is_datagram:
+        raise failure(errno.EOPNOTSUPP)
+    if flags & MSG_ERRQUEUE:  # it is always empty
+        raise failure(errno.EAGAIN)
+    if endpoint.phase is not Phase.CONNECTED:
+        raise failure(errno.ENOTCONN)
+    with closing(call.duplicate(endpoint)) as sock:
+        poll = select.poll()
+        poll.register(sock, 0)
+        try:
+            unread = poll.poll(0) == [] or bool(sock.recv(1, MSG_PEEK | MSG_DONTWAIT))
+        except BlockingIOError:
+            unread = True
+    if unread:
+        raise failure(errno.EOPNOTSUPP)
+    return 0  # the end, as without the flag
+
+
+def _results(message: Message, received: Received, flags: int) -> tuple[int, list[Piece]]:
+    """Return what recvmsg() returns for what was received, and what it writes."""
+    pieces = message.fill(received.data)
+    size = min(message.size, len(received.data))
+    name = b""
+    if received.source is not None and message.name:
+        name = pack_address(received.source)
+        pieces.append((message.name, name[: message.name_size]))
+    shown = received.flags | (MSG_TRUNC if size < len(received.data) else 0)
+    pieces += message.results(len(name), shown)
+    return len(received.data) if flags & MSG_TRUNC else size, pieces
+
+
+async def _receive_datagram(call: Call, endpoint: Endpoint, flags: int) -> Received:
+    if (again := _take_again(endpoint, flags)) is not None:
+        return again
+    while True:
+        with closing(call.duplicate(endpoint)) as sock:
+            try:
+                data, _, _, name = sock.recvmsg(
+                    MAX_DATAGRAM, 0, (flags & _PASSED) | int(MSG_DONTWAIT)
+                )
+            except BlockingIOError:
+                wait = _wait(endpoint, sock, flags)
+            else:
+                return Received(data, 0, decode_source(name))
+        if not await wait:
+            raise failure(errno.EAGAIN)
+
+
+async def _receive_end_of_record(call: Call, endpoint: Endpoint, flags: int) -> Received | None:
+    """The next packet if it ends a record; None when the kernel can receive it as well."""
+    if (again := _take_again(endpoint, flags)) is not None:
+        return again
+    look = int(MSG_PEEK | MSG_DONTWAIT | MSG_TRUNC)
+    while True:
+        with closing(call.duplicate(endpoint)) as sock:
+            try:
+                size, _, shown, _ = sock.recvmsg_into([bytearray(1)], 0, look)
+            except BlockingIOError:
+                wait = _wait(endpoint, sock, flags)
+            else:
+                if not shown & MSG_CTRUNC:
+                    return None
+                # MSG_TRUNC made the size that of the whole packet.
+                data = sock.recvmsg(size, 0, (flags & _PASSED) | int(MSG_DONTWAIT))[0]
+                return Received(data, int(MSG_EOR), None)
+        if not await wait:
+            raise failure(errno.EAGAIN)
+
+
+def _wait(endpoint: Endpoint, sock: _socket.socket, flags: int) -> Wait:
+    """What to await when there is nothing yet; OSError EAGAIN when that is not wanted."""
+    if flags & MSG_DONTWAIT or not os.get_blocking(sock.fileno()):
+        raise failure(errno.EAGAIN)
+    seconds, microseconds = _TIMEVAL.unpack(sock.getsockopt(SOL_SOCKET, SO_RCVTIMEO, _TIMEVAL.size))
+    return lent(sock.detach(), endpoint.inode, float(seconds + microseconds / 1e6) or None)

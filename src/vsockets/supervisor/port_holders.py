@@ -1,0 +1,87 @@
+"""Ports of programs' sockets, each held by a connection of the supervisor to vsockd.
+
+The program's own socket is not connected to vsockd before it is to be a stream.  Meanwhile the
+kernel answers what the program reads from it or writes to it, as for any unix socket that is not
+connected, and nothing of vsockd's protocol can be read (:mod:`vsockets.daemon.listeners`).
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import secrets
+from collections.abc import Callable
+
+from ..model.buffers import BufferSizes
+from ..protocol import Op, Record, Request
+from .scheduler import HUNG_UP, Waits
+from .vsockd_client import SEND, Asker, receive_record, send, take_record
+
+
+class Hold:
+    """The port of one socket, from :meth:`bind` to :meth:`close`."""
+
+    def __init__(self, channel: _socket.socket, waits: Waits, holds: dict[int, Hold]) -> None:
+        """Take ``channel``, a connection to vsockd.  ``holds``: where it is to be found by the
+        socket's inode.
+        """
+        self.secret = secrets.randbits(63) + 1  #: proves to vsockd that a connect is the socket's
+        self.inode = 0
+        self._channel = channel
+        self._waits = waits
+        self._holds = holds
+        # A copy with a number of its own to watch: answers are waited for by the other one.
+        self._watched = os.dup(channel.fileno())
+        self._key = 0
+
+    def watch(self, lost: Callable[[int, bool], None]) -> None:
+        """Call ``lost`` once vsockd has given the port up, with the socket's inode and whether it
+        was because the socket is closed.
+        """
+
+        def hung_up(events: int) -> None:
+            try:
+                while True:  # before the last word there may be answers that nothing waited for
+                    take_record(self._channel)
+            except OSError as error:
+                closed = error.errno == errno.EBADF
+            self.close()
+            lost(self.inode, closed)
+
+        self._key = self._waits.watch(self._watched, hung_up, HUNG_UP)
+
+    async def bind(
+        self,
+        asker: Asker | None,
+        sock: _socket.socket,
+        address: tuple[int, int],
+        sizes: BufferSizes,
+        flags: int,
+    ) -> Record:
+        """Bind ``sock``, or let it take the place of an earlier one.  OSError."""
+        request = Request(Op.BIND_SOCKET, flags, *address, 0, 0, 0, *sizes, self.secret)
+        send(self._channel, request.encode(), asker, sock.fileno())
+        record, _ = await receive_record(self._channel)
+        self._holds.pop(self.inode, None)
+        self.inode = os.fstat(sock.fileno()).st_ino
+        self._holds[self.inode] = self
+        return record
+
+    async def listen(self, backlog: int, sizes: BufferSizes) -> None:
+        """Let the socket be connected to, with at most ``backlog`` connections waiting."""
+        self._channel.send(Request(Op.LISTEN, 0, 0, 0, 0, 0, backlog, *sizes).encode(), SEND)
+        await receive_record(self._channel)
+
+    def update(self, sizes: BufferSizes) -> None:
+        """Let connections have these buffer sizes from now on."""
+        self._channel.send(Request(Op.UPDATE, 0, 0, 0, 0, 0, 0, *sizes).encode(), SEND)
+
+    def close(self) -> None:
+        """Give the port up."""
+        self._holds.pop(self.inode, None)
+        if self._key:
+            self._waits.unwatch(self._key, self._watched)
+            self._key = 0
+        os.close(self._watched)
+        self._channel.close()

@@ -1,0 +1,238 @@
+"""Asking vsockd without waiting for it."""
+
+from __future__ import annotations
+
+import _socket
+import array
+import contextlib
+import errno
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from enum import Enum, auto
+from socket import (
+    AF_UNIX,
+    CMSG_LEN,
+    MSG_CMSG_CLOEXEC,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    SCM_CREDENTIALS,
+    SCM_RIGHTS,
+    SO_SNDTIMEO,
+    SOCK_CLOEXEC,
+    SOCK_NONBLOCK,
+    SOCK_SEQPACKET,
+    SOL_SOCKET,
+)
+
+from ..attachment import Attachment, descriptor_in, understand
+from ..limits import KNOCK_AGAIN, REQUEST_TIMEOUT
+from ..protocol import RECORD_SIZE, Record, Request, is_socket_name
+from ..state_folder import SEQPACKET, STREAM
+from .scheduler import pause, ready
+from .sockets import Endpoint
+
+_SO_COOKIE = 57
+SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
+_TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+_TIMEVAL = struct.Struct("=qq")
+#: The shortest SO_SNDTIMEO there is: the kernel rounds it up to one tick.
+_ONE_TICK = _TIMEVAL.pack(0, 1)
+#: The process, user and group in whose name something is asked.
+Asker = tuple[int, int, int]
+_UCRED = struct.Struct("=iII")
+#: A process and a user that there are, and that are not ours.
+_INIT, _NOBODY = 1, 65_534
+_ONE_DESCRIPTOR = CMSG_LEN(array.array("i").itemsize)
+
+
+class Naming(Enum):
+    """Whom a process can name as the writer of what it sends."""
+
+    NOTHING = auto()
+    USERS = auto()
+    PROCESSES = auto()
+
+
+class Vsockd:
+    """The vsockd of a context."""
+
+    def __init__(self, context: Attachment) -> None:
+        self._context = context
+        self._full = False  #: its backlog was, when last seen
+        self._naming = _naming()
+
+    def asker(self, credentials: Callable[[], Asker]) -> Asker | None:
+        """Return in whose name to ask for the program with these credentials, or None: in our own.
+
+        Root's supervisor may have programs with fewer rights than its own.  vsockd judges a request
+        by the rights of the process that the kernel says wrote it, and the kernel lets root name
+        another.  In a container whose root has no CAP_SYS_ADMIN, only another user of our process.
+        """
+        if self._naming is Naming.NOTHING:
+            return None
+        process, user, group = credentials()
+        return process if self._naming is Naming.PROCESSES else os.getpid(), user, group
+
+    async def enter(
+        self, endpoint: Endpoint, sock: _socket.socket, seconds: float = REQUEST_TIMEOUT
+    ) -> None:
+        """Connect a program's socket to the control socket of its type, once.
+
+        While vsockd's backlog is full this waits; OSError ETIMEDOUT when that takes too long,
+        ENOBUFS when ``seconds`` is 0.
+        """
+        deadline = time.monotonic() + seconds
+        while not endpoint.entered:
+            try:
+                if self._full:  # is it still?  This socket of ours cannot block
+                    with contextlib.closing(_own_socket(endpoint.type)) as probe:
+                        self._context.enter(probe, endpoint.type)
+                with hardly_blocking(sock, SO_SNDTIMEO):
+                    self._context.enter(sock, endpoint.type)
+                    sock.getpeername()  # when interrupted, by SIGCONT, Python believes in success
+            except OSError as error:
+                if error.errno not in (errno.ENOBUFS, errno.ENOTCONN):
+                    raise
+                self._full = True
+                await self._wait_for_room(deadline, seconds)
+            else:
+                self._full = False
+                endpoint.entered = True
+
+    async def ask_on(
+        self, asker: Asker | None, endpoint: Endpoint, sock: _socket.socket, request: Request
+    ) -> Record:
+        """One question on the socket's own connection; OSError as vsockd answers.
+
+        What the program does with its socket meanwhile can only make the answer get lost.
+        """
+        await self.enter(endpoint, sock)
+        send(sock, request.encode(), asker)
+        return (await receive_record(sock))[0]
+
+    async def ask(
+        self, asker: Asker | None, request: Request, fd: int | None = None
+    ) -> tuple[Record, int | None]:
+        """One question on a connection of our own, with a descriptor if need be.
+
+        Returns the answer and the descriptor that came with it.
+        """
+        with contextlib.closing(await self.open()) as sock:
+            send(sock, request.encode(), asker, fd)
+            return await receive_record(sock)
+
+    async def open(self) -> _socket.socket:
+        """Return a connection of the supervisor's own."""
+        deadline = time.monotonic() + REQUEST_TIMEOUT
+        sock = _own_socket(SOCK_SEQPACKET)
+        try:
+            while True:
+                try:
+                    self._context.enter(sock, SOCK_SEQPACKET)
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:
+                        raise
+                    await self._wait_for_room(deadline, REQUEST_TIMEOUT)
+                else:
+                    return sock
+        except BaseException:
+            sock.close()
+            raise
+
+    @staticmethod
+    async def _wait_for_room(deadline: float, seconds: float) -> None:
+        if seconds <= 0:
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        if time.monotonic() >= deadline:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        await pause(KNOCK_AGAIN)
+
+
+def send(sock: _socket.socket, request: bytes, asker: Asker | None, fd: int | None = None) -> None:
+    """Send a request in the name of ``asker``, with a descriptor if need be."""
+    ancillary: list[tuple[int, int, bytes | array.array[int]]] = []
+    if asker is not None:
+        ancillary.append((SOL_SOCKET, SCM_CREDENTIALS, _UCRED.pack(*asker)))
+    if fd is not None:
+        ancillary.append((SOL_SOCKET, SCM_RIGHTS, array.array("i", [fd])))
+    sock.sendmsg([request], ancillary, SEND)
+
+
+def _naming() -> Naming:
+    """Find out what the kernel lets this process name."""
+
+    def is_allowed(asker: Asker) -> bool:
+        ours, theirs = _socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
+        with contextlib.closing(ours), contextlib.closing(theirs):
+            try:
+                send(ours, b"", asker)
+            except OSError as error:
+                return error.errno == errno.EINVAL  # a user that this user namespace has not
+        return True
+
+    if is_allowed((_INIT, os.geteuid(), os.getegid())):
+        return Naming.PROCESSES
+    return Naming.USERS if is_allowed((os.getpid(), _NOBODY, _NOBODY)) else Naming.NOTHING
+
+
+def _own_socket(type_: int) -> _socket.socket:
+    return _socket.socket(AF_UNIX, type_ | SOCK_CLOEXEC | SOCK_NONBLOCK)
+
+
+@contextlib.contextmanager
+def hardly_blocking(sock: _socket.socket, option: int) -> Iterator[None]:
+    """While a program's socket is used, a call on it blocks for one tick of the kernel at most.
+
+    ``option`` is SO_SNDTIMEO for a connect, SO_RCVTIMEO for an accept.  Not by O_NONBLOCK, which
+    is a flag of the program's own descriptors: one of its threads might change it meanwhile.
+    """
+    if not os.get_blocking(sock.fileno()):
+        yield
+        return
+    before = sock.getsockopt(SOL_SOCKET, option, _TIMEVAL.size)
+    sock.setsockopt(SOL_SOCKET, option, _ONE_TICK)
+    try:
+        yield
+    finally:
+        sock.setsockopt(SOL_SOCKET, option, before)
+
+
+async def receive_record(
+    sock: _socket.socket, seconds: float = REQUEST_TIMEOUT
+) -> tuple[Record, int | None]:
+    """vsockd's answer, and the descriptor that came with it; OSError ETIMEDOUT."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return take_record(sock)
+        except BlockingIOError:
+            if not await ready(sock.fileno(), max(0.0, deadline - time.monotonic())):
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+
+
+def take_record(sock: _socket.socket) -> tuple[Record, int | None]:
+    """As :func:`receive_record`; OSError EAGAIN when there is nothing yet."""
+    data, came, _, _ = sock.recvmsg(RECORD_SIZE, _ONE_DESCRIPTOR, _TAKE)
+    return understand(data), descriptor_in(came)
+
+
+def cookie_of(sock: _socket.socket) -> int:
+    """The kernel's number for a socket; never used twice."""
+    return int.from_bytes(sock.getsockopt(SOL_SOCKET, _SO_COOKIE, 8), "little")
+
+
+def may_be_known(sock: _socket.socket) -> bool:
+    """Return whether a unix socket has a name by which vsockd may know it.
+
+    Either vsockd has bound it, or it is, or was before it became a stream, connected to a vsockd.
+    """
+    for name_of in (sock.getpeername, sock.getsockname):
+        with contextlib.suppress(OSError):
+            name = name_of()
+            if isinstance(name, str) and (
+                is_socket_name(name) or os.path.basename(name) in (STREAM, SEQPACKET)
+            ):
+                return True
+    return False

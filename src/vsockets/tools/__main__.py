@@ -1,7 +1,0 @@
-"""``python -m vsockets.tools`` is ``vsock``, where the scripts folder is not on the PATH."""
-
-import sys
-
-from . import main
-
-sys.exit(main())

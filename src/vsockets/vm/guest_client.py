@@ -1,0 +1,121 @@
+"""The host's side of :mod:`.guest`: running programs in a guest, copying into it and out of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import socket as stdlib
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..api import create_connection
+from ..attachment import Place
+from ..limits import GUEST_SAYS
+from .guest_agent import COMMANDS
+
+#: How long a guest may be silent, in seconds.
+_PATIENCE = 60.0
+
+#: What is told of a copy that goes on: bytes so far.
+Progress = Callable[[int], None]
+
+
+class Guest:
+    """A guest that runs :mod:`vsockets.vm.guest_agent`."""
+
+    def __init__(self, host: Place, cid: int) -> None:
+        """``host`` is the context we are in."""
+        self._host = host
+        self.cid = cid
+
+    def start(self, *command: str, size: os.terminal_size | None = None) -> Any:
+        """Run a command; returns the socket that is its standard input, output and error.
+
+        It is on a terminal of ``size`` if that is given.  OSError.
+        """
+        sock = create_connection((self.cid, COMMANDS), _PATIENCE, context=self._host)
+        request: dict[str, object] = {"command": command}
+        if size is not None:
+            request |= {"rows": size.lines, "columns": size.columns}
+        sock.sendall(json.dumps(request).encode() + b"\n")
+        return sock
+
+    def run(self, *command: str) -> str:
+        """What a command prints."""
+        with self.start(*command) as sock:
+            sock.shutdown(stdlib.SHUT_WR)
+            return str(sock.makefile(errors="replace").read(GUEST_SAYS))
+
+    def copy_in(self, source: Path, destination: str, progress: Progress) -> None:
+        """The files below ``source``, to below ``destination`` in the guest."""
+        done = 0
+        script = f"mkdir -p {shlex.quote(destination)} && tar -x -C {shlex.quote(destination)}"
+        with self.start("sh", "-c", script) as sock:
+            with (
+                sock.makefile("wb") as stream,
+                tarfile.open(fileobj=stream, mode="w|") as archive,
+            ):
+                for path in files_below(source):
+                    archive.add(path, str(path.relative_to(source)), recursive=False)
+                    done += path.stat().st_size
+                    progress(done)
+            sock.shutdown(stdlib.SHUT_WR)
+            complaint = sock.makefile(errors="replace").read(GUEST_SAYS)
+        if complaint:
+            raise OSError(f"the guest's tar: {complaint.strip()}")
+
+    def copy_out(self, source: str, destination: Path, progress: Progress, most: int) -> None:
+        """The files below ``source`` in the guest, to below ``destination``.
+
+        Whatever the guest calls them, nothing is written anywhere else.  OSError, also when
+        they are more than ``most`` bytes.
+        """
+        done = 0
+        with self.start("tar", "-c", "-C", source, ".") as sock:
+            sock.shutdown(stdlib.SHUT_WR)
+            with (
+                sock.makefile("rb") as stream,
+                tarfile.open(fileobj=stream, mode="r|") as archive,
+            ):
+                for member in archive:
+                    name = PurePosixPath(member.name)
+                    content = archive.extractfile(member) if member.isreg() else None
+                    if content is None:
+                        continue
+                    if name.is_absolute() or ".." in name.parts:
+                        raise OSError(f"the guest sent a file called {member.name!a}")
+                    done += member.size
+                    if done > most:
+                        raise OSError(f"the guest sent more than {most} bytes")
+                    path = destination / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with open(path, "xb") as file:
+                        shutil.copyfileobj(content, file)
+                    progress(done)
+
+    def digest(self, folder: str) -> str:
+        """:func:`digest` of a folder of the guest."""
+        script = "cd {} && find . -type f -print0 | sort -z | xargs -0 -r sha256sum | sha256sum"
+        return self.run("sh", "-c", script.format(shlex.quote(folder))).partition(" ")[0]
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """The regular files below it."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            yield path
+
+
+def digest(folder: Path) -> str:
+    """The SHA-256 of a list of the SHA-256 of every file below it, as sha256sum(1) makes it."""
+    whole = hashlib.sha256()
+    names = {f"./{path.relative_to(folder)}".encode(): path for path in files_below(folder)}
+    for name in sorted(names):
+        whole.update(hashlib.sha256(names[name].read_bytes()).hexdigest().encode())
+        whole.update(b"  " + name + b"\n")
+    return whole.hexdigest()

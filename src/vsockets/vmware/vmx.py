@@ -1,0 +1,273 @@
+"""VMware's ``.vmx`` files: read, never written.
+
+A file is lines of ``key = "value"``.  The line format is the one of VMware's low-level
+dictionary (open-vm-tools, ``lib/dict``): blanks are spaces and tabs, a key has no blank, ``=``
+or ``#`` (and is ASCII, as all of VMware's are), a value without quotes has no blank or ``#`` and
+may be empty, ``|XX`` in a value is the byte with that hexadecimal number, and ``#`` begins a
+comment.  Keys are the same in any case.
+
+VMware refuses to open a file that has a key twice, even in two spellings and with one value
+(Vagrant's issue 2597 and bosh-lite's issue 61 tell of it), and so do we: which of two
+``vmci0.id`` was meant is nobody's guess to make.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ..limits import VMX_FILE
+from ..model.constants import VMADDR_CID_ANY, VMADDR_CID_HOST
+
+#: The first virtual hardware with a VMCI device that is always there (guide page 23).
+FIRST_VMCI_HARDWARE = 7
+
+#: Characters of a key or a value that an error shows: enough to know it by, on one line.
+LONGEST_SHOWN = 60
+
+_BOM = b"\xef\xbb\xbf"
+_BLANK_LINE = re.compile(rb"[ \t]*(#.*)?", re.DOTALL)
+#: Blanks are matched possessively: a megabyte of them must not be tried in every division.
+_LINE = re.compile(
+    rb"""[ \t]*+ (?P<key>[!"$-<>-~]+)
+         [ \t]*+ =
+         [ \t]*+ (?: "(?P<quoted>[^\0"]*)" | (?P<bare>[^\0 \t\#"][^\0 \t\#]*)? )
+         [ \t]*+ (?:\#.*)?""",
+    re.VERBOSE | re.DOTALL,
+)
+_ESCAPE = re.compile(rb"\|([0-9A-Fa-f]{2})")
+_NUMBER = re.compile(r"-?[0-9]{1,10}")
+_BOOLEANS = {"true": True, "false": False}
+
+_ENCODING = ".encoding"
+
+#: The encodings a host may have, by the name VMware writes, in lower case.  All of them write
+#: ASCII as ASCII.  The East Asian ones are read as what Windows means by these names, which
+#: is more than the standards do.
+_ENCODINGS = {
+    "utf-8": "utf-8",
+    "us-ascii": "ascii",
+    "shift_jis": "cp932",
+    "euc-jp": "euc_jp",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "gb18030": "gb18030",
+    "windows-936": "gb18030",
+    "big5": "cp950",
+    "euc-kr": "cp949",
+    "koi8-r": "koi8_r",
+    **{f"iso-8859-{n}": f"iso8859_{n}" for n in (*range(1, 12), *range(13, 17))},
+    **{f"windows-{n}": f"cp{n}" for n in (874, 932, 949, 950, *range(1250, 1259))},
+}
+
+
+class VmxError(ValueError):
+    """A ``.vmx`` file that cannot be used: ``FILE:LINE: KEY: what was found, what was expected``.
+
+    Line and key are left out where there is none.
+    """
+
+    def __init__(self, file: str, line: int | None, key: str, problem: str) -> None:
+        where = file if line is None else f"{file}:{line}"
+        super().__init__(": ".join(filter(None, [where, key[:LONGEST_SHOWN], problem])))
+
+
+@dataclass(frozen=True)
+class Vmx:
+    """A virtual machine's configuration.
+
+    ``values`` has every key of the file, in lower case, with its value as text; ``lines`` the
+    number of each key's line, from 1.  The properties are what vSockets needs of it, and raise
+    VmxError when what the file says makes no sense.  An empty value is the same as none.
+    """
+
+    name: str  #: what errors call the file
+    values: Mapping[str, str]
+    lines: Mapping[str, int]
+
+    @property
+    def display_name(self) -> str:
+        """``displayName``: what people call it; "" when it has no name."""
+        return self.text("displayName")
+
+    @property
+    def hardware_version(self) -> int:
+        """``virtualHW.version``; 0 when the file does not say."""
+        key = "virtualHW.version"
+        version = self.number(key)
+        if version is None:
+            return 0
+        if version < 1:
+            raise self.mistake(key, "expected a number from 1")
+        return version
+
+    @property
+    def vmci_present(self) -> bool:
+        """``vmci0.present``: whether there is a VMCI device.
+
+        From hardware version 7 on there is one unless the file denies it (guide page 23).
+        """
+        return self.boolean("vmci0.present", self.hardware_version >= FIRST_VMCI_HARDWARE)
+
+    @property
+    def cid(self) -> int | None:
+        """``vmci0.id``: the context ID (guide page 11), or None until it has one.
+
+        VMware writes it as a signed number of 32 bits; the unsigned spelling is the same CID.
+        -1, which is how VMware says elsewhere that nothing was assigned (``pciSlotNumber``),
+        is None.
+        """
+        key = "vmci0.id"
+        number = self.number(key)
+        if number is None or number == -1:
+            return None
+        if not -(1 << 31) <= number < 1 << 32:
+            raise self.mistake(key, "expected a number of 32 bits")
+        cid = number & 0xFFFF_FFFF
+        if not VMADDR_CID_HOST < cid < VMADDR_CID_ANY:
+            raise self.mistake(key, "which is not a guest's CID, expected 3 to 4294967294")
+        return cid
+
+    @property
+    def unrestricted(self) -> bool:
+        """``vmci0.unrestricted``: heard by ESX 4.0 to ESXi 5.0 only (guide page 24)."""
+        return self.boolean("vmci0.unrestricted", False)
+
+    @property
+    def domain(self) -> str:
+        """``vmci0.domain``: heard by ESX 4.0 to ESXi 5.0 only (guide page 24)."""
+        return self.text("vmci0.domain")
+
+    def require_vmci(self) -> None:
+        """Raise VmxError unless the machine has a VMCI device."""
+        if "encryption.data" in self.values:
+            raise self.mistake("encryption.data", "the file is encrypted, expected a plain one")
+        if self.hardware_version < FIRST_VMCI_HARDWARE:
+            raise self.mistake(
+                "virtualHW.version",
+                "expected 7 or later: upgrade the VM's hardware compatibility to 7 or later",
+            )
+        if not self.vmci_present:
+            raise self.mistake("vmci0.present", "expected TRUE: without it there is no VMCI device")
+
+    # Any key, in whatever case
+
+    def text(self, key: str) -> str:
+        """Its value; "" where there is none."""
+        return self.values.get(key.lower(), "")
+
+    def number(self, key: str) -> int | None:
+        """Its value, or None where there is none; VmxError when that is not a number."""
+        text = self.text(key)
+        if not text:
+            return None
+        if not _NUMBER.fullmatch(text):
+            raise self.mistake(key, "expected a decimal number of at most 10 digits")
+        return int(text)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        """Its value; VmxError when that is neither TRUE nor FALSE."""
+        text = self.text(key)
+        if not text:
+            return default
+        if text.lower() not in _BOOLEANS:
+            raise self.mistake(key, "expected TRUE or FALSE")
+        return _BOOLEANS[text.lower()]
+
+    def mistake(self, key: str, problem: str) -> VmxError:
+        """An error about its value, which it shows."""
+        line = self.lines.get(key.lower())
+        found = "missing" if line is None else _shown(self.text(key))
+        return VmxError(self.name, line, key, f"{found}, {problem}")
+
+
+def read_vmx(path: str | os.PathLike[str]) -> Vmx:
+    """Read a ``.vmx`` file.  Raises VmxError, also when there is no such file."""
+    name = os.fspath(path)
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise VmxError(name, None, "", "not a regular file, expected a .vmx file")
+            return parse_vmx(file.read(VMX_FILE + 1), name)
+    except OSError as error:
+        raise VmxError(name, None, "", f"{error.strerror}, expected a .vmx file") from error
+
+
+def parse_vmx(data: bytes, name: str) -> Vmx:
+    """What a ``.vmx`` file says; ``name`` is what errors call it.  Raises VmxError."""
+    if len(data) > VMX_FILE:
+        raise VmxError(name, None, "", f"more than {VMX_FILE} bytes, expected a .vmx file")
+    found: dict[str, tuple[int, bytes]] = {}
+    for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), 1):
+        entry = _parse_line(line.removesuffix(b"\r"), name, number)
+        if entry is None:
+            continue
+        key, value = entry
+        if key.lower() in found:
+            first = found[key.lower()][0]
+            raise VmxError(name, number, key, f"given on line {first} already, expected once")
+        found[key.lower()] = number, value
+    encoding = _encoding(found, name)
+    return Vmx(
+        name,
+        MappingProxyType(
+            {key: _decode(value, encoding, name, n, key) for key, (n, value) in found.items()}
+        ),
+        MappingProxyType({key: number for key, (number, _) in found.items()}),
+    )
+
+
+def _parse_line(line: bytes, name: str, number: int) -> tuple[str, bytes] | None:
+    """The key, and its value's bytes without escapes; None for a line that has neither."""
+    if _BLANK_LINE.fullmatch(line):
+        return None
+    match = _LINE.fullmatch(line)
+    if match is None:
+        found = _shown(line.decode("ascii", "replace"))
+        raise VmxError(name, number, "", f'{found}, expected a line of: key = "value"')
+    # Escapes are undone before decoding: a bar can be half of a Shift_JIS or GBK character,
+    # and is written as |7C there too.
+    value = _ESCAPE.sub(
+        lambda escape: bytes([int(escape[1], 16)]), match["quoted"] or match["bare"] or b""
+    )
+    key = match["key"].decode("ascii")
+    if b"\0" in value:
+        raise VmxError(name, number, key, "a NUL character, expected text")
+    return key, value
+
+
+def _encoding(found: Mapping[str, tuple[int, bytes]], name: str) -> str:
+    line, value = found.get(_ENCODING, (None, b"UTF-8"))
+    wanted = value.decode("ascii", "replace")
+    if wanted.lower() not in _ENCODINGS:
+        raise VmxError(
+            name,
+            line,
+            _ENCODING,
+            f"{_shown(wanted)} is not known, expected UTF-8 or another that VMware writes",
+        )
+    return _ENCODINGS[wanted.lower()]
+
+
+def _decode(value: bytes, encoding: str, name: str, line: int, key: str) -> str:
+    try:
+        return value.decode(encoding)
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start + 1} of the value, {value[error.start]:#04x}, is not text"
+        raise VmxError(
+            name, line, key, f"{found}, expected {encoding}: see the line of {_ENCODING}"
+        ) from error
+
+
+def _shown(text: str) -> str:
+    """What was found, cut to what fits a line and with nothing in it that a terminal obeys."""
+    return ascii(text) if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]!a}..."
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # Without O_NONBLOCK a named pipe would be waited for.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)

@@ -1,0 +1,107 @@
+"""Frames and field tables, beside pamqp's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pamqp import commands, decode, encode, frame
+
+from vsockets.amqp.frames import (
+    CLOSE_OK,
+    Connection,
+    FrameError,
+    Reply,
+    begins_connection,
+    connection_close,
+    connection_method,
+    needed,
+    whole_frames,
+)
+from vsockets.amqp.tables import names, table_end, with_number
+
+from .strategies import commands_in, conversations, tables
+
+
+@given(conversations, st.integers(0, 30))
+def test_frames_are_found_one_after_the_other(parts: list[bytes], missing: int) -> None:
+    data = b"".join(parts)
+    assert [one.end for one in whole_frames(data, 1000)][-1:] == [len(data)][: len(parts)]
+    cut = data[: max(0, len(data) - missing)]
+    found = list(whole_frames(cut, 1000))
+    done = found[-1].end if found else 0
+    assert b"".join(cut[one.start : one.end] for one in found) == cut[:done]
+    assert needed(cut[done:]) == 0 or needed(cut[done:]) > len(cut) - done
+
+
+@given(st.binary(max_size=200))
+def test_anything_else_is_refused_or_waited_for(data: bytes) -> None:
+    try:
+        for one in whole_frames(data, 100):
+            assert 8 <= one.end - one.start <= 108
+            assert data[one.end - 1] == 0xCE
+    except FrameError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"GET / HT", "type 71, expected 1, 2, 3 or 8"),
+        (b"\x01\0\0\0\0\x10\0", "4096 bytes, expected 100 at most"),
+        (b"\x08\0\0\0\0\0\0\xcf", "ends with 0xcf, expected 0xce"),
+    ],
+)
+def test_what_is_wrong_with_a_frame(data: bytes, problem: str) -> None:
+    with pytest.raises(FrameError, match=problem):
+        list(whole_frames(data, 100))
+
+
+def test_methods_of_the_connection_are_told_from_others() -> None:
+    def method(data: bytes) -> int | None:
+        (one,) = whole_frames(data, 1000)
+        return connection_method(data, one)
+
+    assert method(frame.marshal(commands.Connection.Open("/"), 0)) == Connection.OPEN
+    assert method(frame.marshal(commands.Connection.Open("/"), 1)) is None
+    assert method(frame.marshal(commands.Channel.Close(200, "", 0, 0), 0)) is None
+    assert method(b"\x01\0\0\0\0\0\x02\0\x0a\xce") is None
+    assert method(CLOSE_OK) == Connection.CLOSE_OK
+    assert isinstance(commands_in(CLOSE_OK)[0], commands.Connection.CloseOk)
+    assert begins_connection(frame.marshal(commands.Connection.Start(), 0))
+    assert not begins_connection(frame.marshal(commands.Connection.Close(200, "", 0, 0), 0))
+    assert not begins_connection(b"HTTP/1.1 400")
+
+
+@given(st.sampled_from(Reply), st.text(max_size=400), st.sampled_from([0, *Connection]))
+def test_a_close_is_what_clients_read(reply: Reply, text: str, cause: int) -> None:
+    (close,) = commands_in(connection_close(reply, text, cause))
+    assert isinstance(close, commands.Connection.Close)
+    assert (close.reply_code, close.class_id, close.method_id) == (reply, 10 if cause else 0, cause)
+    assert f"{reply.name} - {text}".startswith(close.reply_text)
+    assert len(close.reply_text) >= 60 or close.reply_text.endswith(text)
+
+
+@given(tables, st.integers(0, 2**32 - 1))
+def test_a_table_gets_one_entry_more(table: dict[str, Any], value: int) -> None:
+    table.pop("vsock_cid", None)
+    data = encode.field_table(table)
+    assert table_end(data + b"more") == len(data)
+    assert sorted(names(data)) == sorted(name.encode() for name in table)
+    more = with_number(data, b"vsock_cid", value)
+    assert names(more) == [*names(data), b"vsock_cid"]
+    size, read = decode.field_table(more)
+    assert size == len(more)
+    assert read == {**decode.field_table(data)[1], "vsock_cid": value}
+
+
+@given(st.binary(max_size=60))
+def test_no_table_that_is_cut_off_is_read(data: bytes) -> None:
+    table = len(data).to_bytes(4, "big") + data
+    try:
+        found = names(table)
+    except FrameError:
+        return
+    assert sum(len(name) + 2 for name in found) <= len(data)

@@ -1,0 +1,387 @@
+"""Links and their tunnels, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import hpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vsockets.amqp import h2_connection as module
+from vsockets.amqp.connect_request import Headers, connect_request
+from vsockets.amqp.h2_connection import Frames, Link, Refusal
+from vsockets.amqp.h2_stream import Tunnel
+from vsockets.amqp.limits import AMQP_LINK_FRAMES, AMQP_UNSENT, AMQP_WINDOW
+
+REQUEST = connect_request("rabbitmq:5672", 3)
+MUCH = os.urandom(3 << 20)
+
+#: How long anything may take here, in seconds.
+PATIENCE = 30.0
+
+
+class End(asyncio.Protocol):
+    """One end of a tunnel, which remembers what happened."""
+
+    def __init__(self) -> None:
+        self.received = bytearray()
+        self.ended = asyncio.Event()
+        self.lost: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        self.paused = False
+        self.transport: asyncio.Transport
+        self._progress = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        self._progress.set()
+
+    def eof_received(self) -> bool:
+        self.ended.set()
+        return True
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lost.set_result(error)
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+
+    async def has(self, size: int) -> bytes:
+        """What was received, when it is so much."""
+        while len(self.received) < size:
+            self._progress.clear()
+            await self._progress.wait()
+        return bytes(self.received)
+
+
+class Pair:
+    """Two links that talk to each other; the server's tunnels end in ``served``."""
+
+    def __init__(self, client: Link, served: asyncio.Queue[End], server: Link) -> None:
+        self.client, self.served, self.server = client, served, server
+
+    async def tunnel(self) -> tuple[End, End]:
+        """A new one: its end at the client, and at the server."""
+        end = End()
+        await self.client.open(REQUEST, end)
+        return end, await self.served.get()
+
+
+@contextlib.asynccontextmanager
+async def linked(status: int = 200) -> AsyncIterator[Pair]:
+    loop = asyncio.get_running_loop()
+    served: asyncio.Queue[End] = asyncio.Queue()
+
+    def requested(link: Link, tunnel: Tunnel, headers: Headers) -> None:
+        assert headers[b"vsock-cid"] == b"3"
+        link.answer(tunnel, status)
+        if status == 200:
+            end = End()
+            tunnel.set_protocol(end)
+            served.put_nowait(end)
+
+    one, other = socket.socketpair()
+    _, server = await loop.connect_accepted_socket(lambda: Link(requested), one)
+    _, client = await loop.create_connection(Link, sock=other)
+    await client.ready
+    try:
+        yield Pair(client, served, server)
+    finally:
+        client.close()
+        server.close()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(PATIENCE):
+            await test()
+
+    asyncio.run(limited())
+
+
+def test_bytes_go_both_ways_and_so_does_their_end() -> None:
+    async def test() -> None:
+        async with linked() as pair:
+            ends = [await pair.tunnel() for _ in range(3)]
+            for number, (here, there) in enumerate(ends):
+                here.transport.write(MUCH[number:])
+                there.transport.write(MUCH[: -1 - number])
+                here.transport.write_eof()
+            for number, (here, there) in enumerate(ends):
+                assert await there.has(len(MUCH) - number) == MUCH[number:]
+                await there.ended.wait()
+                assert await here.has(len(MUCH) - 1 - number) == MUCH[: -1 - number]
+                assert not here.lost.done()
+                there.transport.write(b"more")
+                there.transport.write_eof()
+                assert await here.lost is await there.lost is None
+                assert here.received.endswith(b"more")
+            assert pair.client.sessions == pair.server.sessions == 0
+
+    run(test)
+
+
+def test_one_that_does_not_read_stops_nobody_else() -> None:
+    async def test() -> None:
+        async with linked() as pair:
+            slow, to_slow = await pair.tunnel()
+            fast, to_fast = await pair.tunnel()
+            slow.transport.pause_reading()
+            to_slow.transport.write(MUCH)
+            assert to_slow.paused
+            for _ in range(7):  # more than the link's whole window
+                to_fast.transport.write(MUCH)
+                await fast.has(len(MUCH))
+                assert fast.received == MUCH
+                fast.received.clear()
+            assert len(slow.received) <= AMQP_WINDOW
+            assert to_slow.transport.get_write_buffer_size() >= len(MUCH) - AMQP_WINDOW
+            slow.transport.resume_reading()
+            assert await slow.has(len(MUCH)) == MUCH
+            assert not to_slow.paused
+
+    run(test)
+
+
+def test_a_writer_is_told_to_wait() -> None:
+    async def test() -> None:
+        async with linked() as pair:
+            here, there = await pair.tunnel()
+            there.transport.write(bytes(AMQP_UNSENT))
+            assert not there.paused
+            there.transport.write(b"x")
+            assert there.paused
+            await here.has(AMQP_UNSENT + 1)
+            assert not there.paused
+
+    run(test)
+
+
+def test_closing_sends_what_is_left_and_aborting_does_not() -> None:
+    async def test() -> None:
+        async with linked() as pair:
+            here, there = await pair.tunnel()
+            there.transport.write(MUCH)
+            there.transport.close()
+            assert await here.has(len(MUCH)) == MUCH
+            await here.ended.wait()
+            assert await there.lost is None
+            assert isinstance(await here.lost, ConnectionResetError)
+            here, there = await pair.tunnel()
+            there.transport.write(MUCH)
+            there.transport.abort()
+            assert isinstance(await here.lost, ConnectionResetError)
+            assert len(here.received) < len(MUCH)
+
+    run(test)
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_a_refusal(status: int) -> None:
+    async def test() -> None:
+        async with linked(status) as pair:
+            for _ in range(3):
+                with pytest.raises(Refusal, match=str(status)):
+                    await pair.client.open(REQUEST, End())
+            assert pair.client.sessions == pair.server.sessions == 0
+
+    run(test)
+
+
+def test_more_sessions_than_the_far_end_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AMQP_SESSIONS", 2)
+
+    async def test() -> None:
+        async with linked() as pair:
+            first = [await pair.tunnel() for _ in range(2)]
+            with pytest.raises(Refusal, match="no more sessions"):
+                await pair.client.open(REQUEST, End())
+            first[0][0].transport.abort()
+            await first[0][1].lost
+            await pair.tunnel()
+
+    run(test)
+
+
+@pytest.mark.parametrize("politely", [True, False])
+def test_all_tunnels_end_with_their_link(politely: bool) -> None:
+    async def test() -> None:
+        async with linked() as pair:
+            ends = [await pair.tunnel() for _ in range(3)]
+            if politely:
+                pair.server.close()
+            else:
+                pair.server.abort(ConnectionError("broken"))
+            for here, there in ends:
+                assert isinstance(await here.lost, ConnectionError)
+                assert isinstance(await there.lost, OSError)
+            assert isinstance(await pair.client.closed, ConnectionError)
+            with pytest.raises(OSError, match="ended"):
+                await pair.client.open(REQUEST, End())
+
+    run(test)
+
+
+def test_a_silent_peer_is_asked_and_given_up_when_it_does_not_answer() -> None:
+    async def test() -> None:
+        async with linked() as pair:
+            here, _ = await pair.tunnel()
+            for _ in range(3):
+                pair.client._heard = False
+                pair.client._check()  # as its timer does
+                while not pair.client._heard:
+                    await asyncio.sleep(0)
+                pair.client._check()
+                assert not pair.client.closed.done()
+            assert pair.server._transport is not None
+            pair.server._transport.pause_reading()
+            pair.client._heard = False
+            pair.client._check()
+            pair.client._check()
+            assert isinstance(await here.lost, TimeoutError)
+
+    run(test)
+
+
+async def converse(*said: bytes) -> tuple[bytes, Exception | None]:
+    """What a server answers to that, and why it ended if it has."""
+    loop = asyncio.get_running_loop()
+    one, other = socket.socketpair()
+    other.setblocking(False)
+    with other:
+        _, link = await loop.connect_accepted_socket(
+            lambda: Link(lambda link, tunnel, headers: link.answer(tunnel, 503)), one
+        )
+        for data in said:
+            with contextlib.suppress(OSError):
+                await loop.sock_sendall(other, data)
+        with contextlib.suppress(OSError):
+            other.shutdown(socket.SHUT_WR)
+        answer = b""
+        with contextlib.suppress(OSError):
+            while data := await loop.sock_recv(other, 65_536):
+                answer += data
+        return answer, await link.closed
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.binary(max_size=60), max_size=4), st.booleans())
+def test_a_client_that_talks_nonsense_ends_its_own_link_only(
+    said: list[bytes], begun: bool
+) -> None:
+    async def test() -> None:
+        _, why = await converse(*([PREFACE] if begun else []), *said)
+        assert isinstance(why, ConnectionError)
+
+    run(test)
+
+
+def test_a_client_that_asks_and_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AMQP_LINK_UNREAD", 65_536)
+
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        one, other = socket.socketpair()
+        other.setblocking(False)
+        with other:
+            _, link = await loop.connect_accepted_socket(
+                lambda: Link(lambda link, tunnel, headers: None), one
+            )
+            ping = b"\0\0\x08\6\0\0\0\0\0" + b"question"
+            with contextlib.suppress(OSError):
+                await loop.sock_sendall(other, PREFACE)
+                while not link.closed.done():
+                    await loop.sock_sendall(other, ping * 1000)
+            assert "does not read" in str(await link.closed)
+
+    run(test)
+
+
+def frame(kind: int, payload: bytes = b"", flags: int = 0, stream: int = 0) -> bytes:
+    return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
+
+
+@given(
+    st.lists(st.binary(max_size=40), max_size=20),
+    st.lists(st.integers(1, 60), max_size=20),
+    st.integers(1, 5),
+    st.sampled_from([0, 24]),
+)
+def test_where_frames_end(
+    payloads: list[bytes], pieces: list[int], most: int, preface: int
+) -> None:
+    whole = [frame(6, payload) for payload in payloads]
+    data = bytes(preface) + b"".join(whole)
+    ends = {preface + len(b"".join(whole[:number])) for number in range(len(whole) + 1)}
+    frames, position = Frames(preface), 0
+    for size in [*pieces, len(data)]:
+        piece = data[position : position + size]
+        while piece:
+            end = frames.end(piece, most)
+            taken, piece = piece[:end], piece[end:]
+            if piece:  # more than so many: cut between two
+                assert position + len(taken) in ends
+            inside = {end for end in ends if position < end < position + len(taken)}
+            assert len(inside) <= most
+            position += len(taken)
+    assert position == len(data)
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        frame(6, b"question"),
+        frame(8, b"\0\0\0\1"),  # WINDOW_UPDATE
+        frame(4),
+        frame(0, stream=1),
+    ],
+    ids=["PING", "WINDOW_UPDATE", "SETTINGS", "empty DATA"],
+)
+def test_a_peer_that_talks_much_has_a_turn_at_a_time(flood: bytes) -> None:
+    """Others do something between its frames."""
+
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        one, other = socket.socketpair()
+        other.setblocking(False)
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        with other:
+            _, link = await loop.connect_accepted_socket(
+                lambda: Link(lambda link, tunnel, headers: None), one
+            )
+            counting = asyncio.create_task(count())
+            encoder = hpack.Encoder()
+            opened = encoder.encode([(":method", "CONNECT"), (":authority", "x:1")])
+            said = PREFACE + frame(1, opened, 4, 1) + flood * 3000 + frame(6, b"the last")
+            sending = asyncio.create_task(loop.sock_sendall(other, said))
+            answer = b""
+            while b"the last" not in answer:
+                answer = answer[-100:] + await loop.sock_recv(other, 65_536)
+            await sending
+            counting.cancel()
+            assert turns >= 3000 / AMQP_LINK_FRAMES
+            link.close()
+
+    run(test)

@@ -1,0 +1,30 @@
+"""Two transports joined, one of them later."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from vsockets.amqp.relay import Relay
+
+
+def test_what_is_said_before_the_other_side_is_there() -> None:
+    async def test() -> bytes:
+        loop = asyncio.get_running_loop()
+        relay = Relay()
+        (client, near), (far, broker) = socket.socketpair(), socket.socketpair()
+        for sock in (client, near, far, broker):
+            sock.setblocking(False)
+        with client, broker:
+            client.send(b"early")
+            await loop.connect_accepted_socket(lambda: relay.near, near)
+            for _ in range(3):  # turns in which it could be read, and lost
+                await asyncio.sleep(0)
+            await loop.connect_accepted_socket(lambda: relay.far, far)
+            async with asyncio.timeout(30):
+                said = await loop.sock_recv(broker, 100)
+        relay.abort()
+        await relay.done
+        return said
+
+    assert asyncio.run(test()) == b"early"

@@ -1,0 +1,284 @@
+"""How sessions end, and who gets one: proxies in this process, whose far ends are played."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from pamqp import commands, frame
+
+import vsockets
+from vsockets.amqp import guest_proxy, host_proxy, relay, session
+from vsockets.amqp.amqp_proxy import AmqpProxy
+from vsockets.amqp.client_server import Clients
+from vsockets.amqp.frames import CLOSE_OK, PROTOCOL_HEADER
+from vsockets.amqp.guest_proxy import GuestProxy
+from vsockets.amqp.host_proxy import HostProxy
+from vsockets.model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
+from vsockets.model.locator import Unix, Vsock
+from vsockets.testing import PrivateFabric
+
+from .strategies import commands_in
+
+PATIENCE = 30.0
+
+START = frame.marshal(commands.Connection.Start(), 0)
+DELIVER = frame.marshal(commands.Basic.Deliver("c", 1, False, "", "q"), 1)
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+#: What a test has opened.
+opened: list[asyncio.StreamWriter] = []
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(PATIENCE):
+            try:
+                await test()
+            finally:
+                while opened:
+                    with contextlib.suppress(OSError):
+                        writer = opened.pop()
+                        writer.close()
+                        await writer.wait_closed()
+
+    asyncio.run(limited())
+
+
+async def dial(path: Path) -> Streams:
+    reader, writer = await asyncio.open_unix_connection(path)
+    opened.append(writer)
+    return reader, writer
+
+
+async def dial_host(guest: vsockets.Attachment, host: HostProxy) -> Streams:
+    port = int(host.where.rpartition(":")[2])
+    reader, writer = await vsockets.open_connection(2, port, context=guest)
+    opened.append(writer)
+    return reader, writer
+
+
+class Played:
+    """A server whose part a test plays, one connection after the other."""
+
+    def __init__(self) -> None:
+        self.connections: asyncio.Queue[Streams] = asyncio.Queue()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
+        self.connections.put_nowait((reader, writer))
+
+
+@contextlib.asynccontextmanager
+async def in_a_guest(fabric: PrivateFabric, path: Path) -> AsyncIterator[tuple[GuestProxy, Played]]:
+    """A guest proxy; the host proxy is played."""
+    played = Played()
+    server = await vsockets.start_server(played.serve, context=fabric.host)
+    port = server.sockets[0].getsockname()[1]
+    proxy = GuestProxy(Unix(str(path)), Vsock(2, port), fabric.guest())
+    try:
+        yield proxy, played
+    finally:
+        proxy.close()
+        server.close()
+
+
+@contextlib.asynccontextmanager
+async def on_the_host(
+    fabric: PrivateFabric, folder: Path
+) -> AsyncIterator[tuple[HostProxy, Played]]:
+    """A host proxy, and its AMQP proxy's only node, which is played."""
+    played = Played()
+    server = await asyncio.start_unix_server(played.serve, folder / "node")
+    amqp = AmqpProxy(Unix(str(folder / "amqp")), [Unix(str(folder / "node"))])
+    reader, writer = await played.connections.get()  # asks whether it serves
+    assert await reader.readexactly(8) == PROTOCOL_HEADER
+    writer.write(START)
+    host = HostProxy(
+        Vsock(VMADDR_CID_ANY, VMADDR_PORT_ANY), Unix(str(folder / "amqp")), context=fabric.host
+    )
+    try:
+        yield host, played
+    finally:
+        host.close()
+        amqp.close()
+        server.close()
+
+
+async def reply_code(reader: asyncio.StreamReader) -> int:
+    """Of the connection.close that comes next."""
+    head = await reader.readexactly(7)
+    (close,) = commands_in(head + await reader.readexactly(int.from_bytes(head[3:]) + 1))
+    assert isinstance(close, commands.Connection.Close)
+    return close.reply_code or 0
+
+
+def test_a_frame_cut_off_is_not_delivered(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):
+            reader, writer = await dial(tmp_path / "amqp")
+            writer.write(PROTOCOL_HEADER)
+            there, back = await played.connections.get()
+            assert await there.readexactly(8) == PROTOCOL_HEADER
+            back.write(START + DELIVER + DELIVER[:-1])
+            back.close()
+            assert await reader.readexactly(len(START + DELIVER)) == START + DELIVER
+            assert await reply_code(reader) == 320
+            writer.write(b"what was on its way" + CLOSE_OK)
+            assert await reader.read() == b""
+
+    run(test)
+
+
+def test_what_the_broker_says_last_is_the_last(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
+    last = frame.marshal(commands.Connection.Close(403, "no", 0, 0), 0)
+
+    async def test() -> None:
+        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):
+            reader, writer = await dial(tmp_path / "amqp")
+            there, back = await played.connections.get()
+            back.write(last)
+            assert await reader.readexactly(len(last)) == last
+            writer.write(CLOSE_OK)
+            assert await there.readexactly(len(CLOSE_OK)) == CLOSE_OK
+            back.close()
+            assert await reader.read() == b""
+
+    run(test)
+
+
+def test_no_amqp_from_the_far_end(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):
+            reader, _ = await dial(tmp_path / "amqp")
+            _, back = await played.connections.get()
+            back.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            assert await reply_code(reader) == 501
+
+    run(test)
+
+
+def test_nobody_at_the_far_end(
+    vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guest_proxy, "AMQP_OPEN", 0.05)
+
+    async def test() -> None:
+        proxy = GuestProxy(Unix(str(tmp_path / "amqp")), Vsock(2, 9999), vsock_fabric.guest())
+        reader, writer = await dial(tmp_path / "amqp")
+        writer.write(PROTOCOL_HEADER)
+        assert await reply_code(reader) == 320
+        writer.write(CLOSE_OK)
+        assert await reader.read() == b""
+        proxy.close()
+
+    run(test)
+
+
+def test_a_client_that_does_not_agree_is_left(
+    vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "AMQP_CLOSE_OK", 0.05)
+
+    async def test() -> None:
+        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):
+            reader, writer = await dial(tmp_path / "amqp")
+            writer.write(PROTOCOL_HEADER)
+            (await played.connections.get())[1].close()
+            assert await reply_code(reader) == 320
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+
+    run(test)
+
+
+def test_draining_sees_everybody_off(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (proxy, played):
+            reader, writer = await dial(tmp_path / "amqp")
+            there, _ = await played.connections.get()
+            draining = asyncio.ensure_future(proxy.drain())
+            assert await reply_code(reader) == 320
+            assert not draining.done()
+            writer.write(CLOSE_OK)
+            await draining
+            assert await there.read() == b""
+            assert not (tmp_path / "amqp").exists()
+
+    run(test)
+
+
+def test_a_handshake_has_its_time(
+    vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "AMQP_HANDSHAKE", 0.05)
+
+    async def test() -> None:
+        async with on_the_host(vsock_fabric, tmp_path) as (host, _):
+            reader, writer = await dial_host(vsock_fabric.guest(), host)
+            writer.write(PROTOCOL_HEADER)
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+
+    run(test)
+
+
+def test_one_guest_cannot_have_all_sessions(
+    vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_proxy, "AMQP_GUEST_SESSIONS", 2)
+    guest, other = vsock_fabric.guest(), vsock_fabric.guest()
+
+    async def test() -> None:
+        async with on_the_host(vsock_fabric, tmp_path) as (host, played):
+
+            async def greeted(
+                who: vsockets.Attachment,
+            ) -> tuple[asyncio.StreamWriter, asyncio.StreamWriter]:
+                reader, writer = await dial_host(who, host)
+                writer.write(PROTOCOL_HEADER)
+                there, back = await played.connections.get()
+                assert await there.readexactly(8) == PROTOCOL_HEADER
+                back.write(START)
+                assert await reader.readexactly(len(START)) == START
+                return writer, back
+
+            writer, back = await greeted(guest)
+            await greeted(guest)
+            refused, _ = await dial_host(guest, host)
+            with contextlib.suppress(ConnectionError):
+                assert await refused.read() == b""
+            await greeted(other)
+            writer.close()
+            back.close()
+            while host._guests[guest.cid] > 1:
+                await asyncio.sleep(0)
+            await greeted(guest)
+
+    run(test)
+
+
+def test_a_full_proxy_lets_clients_wait(
+    vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Clients.__module__ + ".AMQP_SESSIONS", 1)
+
+    async def test() -> None:
+        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):
+            _, writer = await dial(tmp_path / "amqp")
+            first, back = await played.connections.get()
+            _, waiting = await dial(tmp_path / "amqp")
+            waiting.write(PROTOCOL_HEADER)
+            assert played.connections.empty()
+            writer.close()
+            assert await first.read() == b""
+            back.close()
+            there, _ = await played.connections.get()
+            assert await there.readexactly(8) == PROTOCOL_HEADER
+
+    run(test)

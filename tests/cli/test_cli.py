@@ -1,0 +1,105 @@
+"""What is common to all commands."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vsockets.cli.app import start
+from vsockets.extras import how_to_install
+
+from .vsock import PATIENCE, PROGRAM, Vsock
+
+
+def test_version(alone: Vsock) -> None:
+    assert alone("--version").stdout.startswith("vsock ")
+
+
+def test_without_arguments_it_says_what_there_is(alone: Vsock) -> None:
+    printed = alone().stdout
+    for command in ("up", "down", "status", "context", "run", "connect", "listen", "ls", "demo"):
+        assert command in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("bogus", "bogus"),
+        ("context", "vsock context --help"),
+        ("ls --nothing", "--nothing"),
+        ("ls --listening --state bound", "exclude each other"),
+        ("run", "PROGRAM"),
+        ("connect host no-port", "port 'no-port': expected a number"),
+        ("connect nobody 5000", "CID 'nobody': expected a number"),
+        ("listen 5000 -u --seqpacket", "exclude each other"),
+        ("listen 5000 -u -e cat", "--exec needs a stream"),
+        ("listen 5000 -w -1", "-w"),
+        ("listen 5000 -e '\"'", "No closing quotation"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_with_2(
+    command: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(shlex.split(command)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("vsock: ")
+    assert printed.err.count("\n") == 1
+    assert text in printed.err
+
+
+def test_missing_libraries_are_one_line() -> None:
+    script = "import sys; sys.modules['typer'] = None; import vsockets.cli as t; exit(t.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 1
+    line = f"vsock: the command line needs typer and rich: {how_to_install('cli')}\n"
+    assert done.stderr == line
+
+
+def test_option_dir_is_stronger_than_the_environment(alone: Vsock, tmp_path: Path) -> None:
+    alone.environment["VSOCKETS_CONTEXT"] = "/nowhere"
+    other = tmp_path / "other"
+    assert str(other) in alone.fails("--dir", other, "status")
+    added = alone("--dir", other, "context", "add", "7").stdout
+    try:
+        assert added == "7\n"
+        assert "no program listens" in alone.fails("--dir", other, "connect", "host", "5000")
+        found = alone("--dir", other, "run", "--cid", "7", "sh", "-c", "echo $VSOCKETS_DIR").stdout
+        assert found == f"{other}\n"
+    finally:
+        alone("--dir", other, "down")
+
+
+def test_debugging_shows_where_it_went_wrong(alone: Vsock) -> None:
+    alone.environment["VSOCKETS_DEBUG"] = "1"
+    assert "Traceback" in alone("status", expect=1).stderr
+
+
+def test_nobody_reads_what_is_printed(vsock: Vsock) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(
+        [*PROGRAM, "status"], env=vsock.environment, stdout=writer, stderr=subprocess.PIPE
+    ) as process:
+        os.close(writer)
+        _, error = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, error) == (1, b"")
+
+
+def test_commands_that_print_no_tables_do_not_load_what_prints_them(vsock: Vsock) -> None:
+    vsock.environment["PYTHONPROFILEIMPORTTIME"] = "1"
+    loaded = vsock("connect", "host", "5000", expect=1).stderr
+    assert "vsockets.cli.netcat" in loaded
+    for module in ("rich.console", "rich.table", "vsockets.testing", "vsockets.daemon"):
+        assert module not in loaded

@@ -1,0 +1,75 @@
+"""Which process has a socket: of the family that vsockd knows, and the same one throughout."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from daemon.test_identity_processes import process_with_id
+from daemon.users import as_administrator, as_root
+from vsockets.cli.socket_owners import Holder, Holders
+
+SCRIPT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(15, sys.argv[1].encode(), 0, 0, 0)
+print(flush=True)
+signal.pause()
+"""
+
+
+@contextlib.contextmanager
+def holding(sock: socket.socket, name: str) -> Iterator[int]:
+    """A child that is called ``name`` and has ``sock``."""
+    command = [sys.executable, "-c", SCRIPT, name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[sock.fileno()]) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def sock() -> Iterator[tuple[socket.socket, int]]:
+    """A socket that is open in children alone, and its inode."""
+    with socket.socket() as sock:
+        yield sock, os.fstat(sock.fileno()).st_ino
+
+
+def test_a_child_that_has_it(sock: tuple[socket.socket, int]) -> None:
+    with holding(sock[0], "worker") as pid:
+        sock[0].close()
+        expected = Holder(pid, os.geteuid(), "worker")
+        assert Holders().find(os.getpid(), 7, sock[1]) == expected
+
+
+def test_a_name_that_looks_like_a_row(sock: tuple[socket.socket, int]) -> None:
+    """A program chooses its name, and not its user."""
+    name = "a\x0cUid:\t7 7"
+    with holding(sock[0], name) as pid:
+        sock[0].close()
+        expected = Holder(pid, os.geteuid(), name)
+        assert Holders().find(os.getpid(), 7, sock[1]) == expected
+
+
+@as_root
+@as_administrator
+def test_a_child_whose_number_is_anothers_by_now(sock: tuple[socket.socket, int]) -> None:
+    holders = Holders()
+    with holding(sock[0], "worker") as pid:
+        sock[0].close()
+        assert holders.find(os.getpid(), 7, sock[1]).pid == pid
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        with process_with_id(pid) as reborn:
+            assert reborn == pid
+            found = holders.find(os.getpid(), 7, sock[1])
+    assert (found.pid, found.uid) == (os.getpid(), 7)

@@ -1,0 +1,103 @@
+"""``vsock top``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import vsockets
+from vsockets.cli.rates import Rates
+from vsockets.testing import PrivateFabric
+
+from .terminal import Terminal
+from .vsock import Vsock
+
+
+def counts(cid: int, connects: int, denials: int = 0) -> dict[str, object]:
+    row = {"cid": cid, "connects": connects, "accepts": 0, "refusals": denials}
+    return {"contexts": [{**row, "denials": {"restricted": denials}}]}
+
+
+def test_rates_are_differences_over_time() -> None:
+    rates = Rates()
+    assert rates.update(counts(3, 100, 7), 10.0) == {}
+    assert rates.update(counts(3, 130, 8), 12.0) == {
+        3: {"connects": 15.0, "accepts": 0.0, "refusals": 0.5, "denials": 0.5}
+    }
+
+
+def test_a_context_that_is_new_begins_at_nothing() -> None:
+    rates = Rates()
+    rates.update(counts(3, 100), 10.0)
+    assert rates.update(counts(4, 5), 11.0)[4]["connects"] == 5.0
+    assert rates.update(counts(4, 2), 12.0)[4]["connects"] == 2.0  # another of the same CID
+
+
+def test_contexts_streams_and_denials(vsock: Vsock, fabric: PrivateFabric) -> None:
+    guest, other = fabric.guest(name="web"), fabric.guest(name="db")
+    with (
+        vsockets.create_server((2, 5000), context=fabric.host) as server,
+        Terminal(vsock.environment, "top", "--interval", 0.2) as view,
+    ):
+        view.wait_for(lambda lines: any("DENIALS" in line for line in lines))
+        with (
+            vsockets.create_connection((2, 5000), context=guest) as client,
+            vsockets.create_connection((2, 5000), context=guest),
+            server.accept()[0],
+        ):
+            client.sendall(b"seven..")
+            with pytest.raises(OSError):
+                vsockets.create_connection((other.cid, 5000), context=guest)
+            lines = view.wait_for(lambda lines: any(" guest-to-guest: " in line for line in lines))
+            lines = view.wait_for(
+                lambda lines: (
+                    [f"{guest.cid}", "2:5000", "stream", "2", "0", "7"]
+                    in [line.split() for line in lines]
+                )
+            )
+            assert any(
+                line.split()[:5] == [f"{guest.cid}", "web", "running", "2", "2"] for line in lines
+            ), lines
+            assert "3 contexts, 2 streams" in lines[0]
+            view.press("i")
+            lines = view.wait_for(lambda lines: lines[1].startswith("sorted by cid"))
+            names = [line.split()[1] for line in lines[3:6]]
+            assert names == ["host", "web", "db"]
+            view.press("s")
+            lines = view.wait_for(lambda lines: lines[1].startswith("sorted by streams"))
+            assert lines[5].split()[1] == "db"
+        view.press("q")
+        view.finish()
+
+
+def test_for_programs(vsock: Vsock, fabric: PrivateFabric) -> None:
+    guest = fabric.guest()
+    with vsockets.create_server((2, 5001), context=fabric.host) as server:
+        running = vsock.start("top", "--json", "--interval", 0.1)
+        first = json.loads(running.read_line())
+        assert {row["rates"] for row in first["contexts"]} == {None}
+        with vsockets.create_connection((2, 5001), context=guest), server.accept()[0]:
+            risen = None
+            while not risen:  # until its next lines
+                (row,) = [
+                    row
+                    for row in json.loads(running.read_line())["contexts"]
+                    if row["cid"] == guest.cid
+                ]
+                risen = row["rates"]["connects"]
+            assert row["connects"] == row["streams"] == 1
+
+
+def test_it_is_for_terminals(vsock: Vsock) -> None:
+    assert "for programs there is --json" in vsock.fails("top", status=2)
+
+
+def test_the_end_of_vsockd_is_the_end(alone: Vsock) -> None:
+    alone("up")
+    with Terminal(alone.environment, "top", "--interval", 0.2) as view:
+        view.wait_for(lambda lines: any("DENIALS" in line for line in lines))
+        alone("down")
+        line = view.finish(status=1)
+        assert line.startswith("vsock: ") and line.count("\n") == 1
+        assert "has gone" in line or "has ended" in line

@@ -1,0 +1,171 @@
+"""The proxies' front ends: any cut of a good request is understood, any other is refused."""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsockets.forward.http_connect import HttpConnect
+from vsockets.forward.proxy_protocol import LONGEST_REQUEST, BadRequest, FrontEnd, Refusal
+from vsockets.forward.socks5 import Socks5
+
+FRONT_ENDS = (HttpConnect, Socks5)
+
+
+def feed(front: FrontEnd, data: bytes, cuts: list[int]) -> bytes:
+    """Give ``data`` in pieces until there is a target; what came later is the stream's."""
+    answer = b""
+    places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
+    for begin, end in itertools.pairwise(places):
+        if front.target is not None:
+            return answer
+        answer += front.receive(data[begin:end])
+    return answer
+
+
+cuts = st.lists(st.integers(0, 200), max_size=6)
+names = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?(\.[a-z]{2,8}){0,3}", fullmatch=True)
+ports = st.integers(0, 65535)
+
+
+@given(names, ports, cuts)
+def test_http_connect(name: str, port: int, cuts: list[int]) -> None:
+    front = HttpConnect()
+    head = f"CONNECT {name}:{port} HTTP/1.1\r\nHost: {name}:{port}\r\nUser-Agent: x\r\n\r\n"
+    assert feed(front, head.encode(), cuts) == b""
+    assert front.target == (name, port)
+    assert front.granted().startswith(b"HTTP/1.1 200 ")
+    assert front.rest == b""
+
+
+def test_http_connect_with_the_stream_right_behind() -> None:
+    front = HttpConnect()
+    front.receive(b"CONNECT [::1]:22 HTTP/1.1\r\nHost: x\r\n\r\nSSH-2.0-")
+    assert front.target == ("::1", 22)
+    assert front.granted().endswith(b"\r\n\r\n")
+    assert front.rest == b"SSH-2.0-"
+
+
+@pytest.mark.parametrize("why", Refusal)
+def test_http_refusals_say_why(why: Refusal) -> None:
+    front = HttpConnect()
+    front.receive(b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n")
+    answer = front.refused(why)
+    assert answer[9:12] in (b"403", b"502", b"503", b"504")
+    assert why.value.encode() in answer
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", b"405"),
+        (b"CONNECT a HTTP/1.1\r\nHost: a\r\n\r\n", b"400"),
+        (b"CONNECT a:b HTTP/1.1\r\nHost: a\r\n\r\n", b"400"),
+        (b"CONNECT a:70000 HTTP/1.1\r\nHost: a\r\n\r\n", b"400"),
+        (b"CONNECT a@b:80 HTTP/1.1\r\nHost: a\r\n\r\n", b"400"),
+        (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n", b"400"),
+        (b"CONNECT a:80 HTTP/1.1\r\n\r\n", b"400"),
+        (b"\x05\x01\x00\r\n\r\n", b"400"),
+        (b"C" * (LONGEST_REQUEST + 1), b"431"),
+    ],
+)
+def test_bad_http_requests(request_: bytes, status: bytes) -> None:
+    with pytest.raises(BadRequest) as caught:
+        HttpConnect().receive(request_)
+    assert caught.value.answer.split()[1] == status
+
+
+def socks_request(host: str, port: int) -> bytes:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        described = b"\x03" + bytes([len(host)]) + host.encode()
+    else:
+        described = bytes([{4: 1, 6: 4}[address.version]]) + address.packed
+    return b"\x05\x01\x00" + described + port.to_bytes(2, "big")
+
+
+@given(names | st.ip_addresses().map(str), ports, st.binary(max_size=9), cuts)
+def test_socks(host: str, port: int, behind: bytes, cuts: list[int]) -> None:
+    front = Socks5()
+    greeting = b"\x05\x02\x02\x00"
+    assert feed(front, greeting, cuts) == b"\x05\x00"
+    assert front.receive(socks_request(host, port) + behind) == b""
+    assert front.target == (host, port)
+    assert front.rest == behind
+    assert front.granted() == b"\x05\x00\x00\x01" + bytes(6)
+
+
+def test_a_socks_client_that_does_not_wait() -> None:
+    front = Socks5()
+    assert front.receive(b"\x05\x01\x00" + socks_request("a.b", 80) + b"early") == b"\x05\x00"
+    assert front.target == ("a.b", 80)
+    assert front.rest == b"early"
+
+
+@pytest.mark.parametrize(
+    ("data", "answer"),
+    [
+        (b"\x04\x01\x00\x50\x7f\x00\x00\x01\x00", b""),
+        (b"\x05\x01\x02", b"\x05\xff"),
+        (b"\x05\x01\x00\x05\x02\x00\x01" + bytes(6), b"\x05\x07\x00\x01" + bytes(6)),
+        (b"\x05\x01\x00\x05\x01\x00\x09" + bytes(6), b"\x05\x08\x00\x01" + bytes(6)),
+        (b"\x05\x01\x00\x05\x01\x00\x03\x00\x00\x50", b"\x05\x01\x00\x01" + bytes(6)),
+        (b"\x05\x01\x00\x05\x01\x00\x03\x02\xff\xfe\x00\x50", b"\x05\x01\x00\x01" + bytes(6)),
+        (b"\x05\x01\x00\x04\x01\x00\x03\x02", b""),
+    ],
+)
+def test_bad_socks_requests(data: bytes, answer: bytes) -> None:
+    with pytest.raises(BadRequest) as caught:
+        Socks5().receive(data)
+    assert caught.value.answer == answer
+
+
+@pytest.mark.parametrize("why", Refusal)
+def test_socks_refusals(why: Refusal) -> None:
+    assert Socks5().refused(why)[1] in (1, 2, 4, 5)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@given(pieces=st.lists(st.binary(max_size=300), max_size=8))
+def test_anything_else_is_a_bad_request_or_not_yet_one(
+    front_end: Callable[[], FrontEnd], pieces: list[bytes]
+) -> None:
+    front = front_end()
+    for piece in pieces:
+        if front.target is not None:
+            break
+        try:
+            assert len(front.receive(piece)) <= 2
+        except BadRequest as error:
+            answer = error.answer
+            break
+    else:
+        answer = b""
+    assert len(answer) < 1000
+    if front.target is not None:
+        host, port = front.target
+        assert host
+        assert 0 <= port <= 65535
+        assert front.granted()
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_a_request_that_does_not_end_is_bounded(front_end: Callable[[], FrontEnd]) -> None:
+    front = front_end()
+    piece = {HttpConnect: b"CONNECT a:1 HTTP/1.1\r\nX: ", Socks5: b"\x05\xff"}[front_end]  # type: ignore[index]
+    with pytest.raises(BadRequest):
+        front.receive(piece)
+        for _ in range(LONGEST_REQUEST // 100 + 2):
+            front.receive(b"a" * 100)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_the_end_before_the_request(front_end: Callable[[], FrontEnd]) -> None:
+    with pytest.raises(BadRequest):
+        front_end().receive(b"")

@@ -1,0 +1,96 @@
+"""What a forward may be, on the command line and in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vsockets.forward.configuration import ConfigurationError, load
+from vsockets.forward.rules import HostRule, PeerRule
+from vsockets.forward.settings import Settings
+from vsockets.model.locator import Inet, Proxy, Vsock, parse_locator
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "options", "problem"),
+    [
+        ("tcp::1", "vsock:any:3", {}, "a target needs a CID and a port"),
+        ("tcp::1", "vsock:3:any", {}, "a target needs a CID and a port"),
+        ("tcp::1", "tcp::2", {}, "a target needs a host and a port"),
+        ("tcp::1", "udp:a:2", {}, "one has datagrams, the other a stream"),
+        ("vsock-dgram::1", "exec:cat", {}, "one has datagrams, the other a stream"),
+        ("http-proxy:", "tcp:a:1", {}, "is a target"),
+        ("tcp::1", "fd:3", {}, "is a source"),
+        ("tcp::1", "http-proxy:", {}, "needs hosts"),
+        ("tcp::1", "vsock:3:1", {"allow": (PeerRule(3),)}, "only vSockets clients have a CID"),
+        ("tcp::1", "vsock:3:1", {"hosts": (HostRule("a"),)}, "is for http-proxy: and socks5:"),
+    ],
+)
+def test_what_makes_no_sense(
+    source: str, target: str, options: dict[str, tuple[PeerRule]], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Settings(parse_locator(source), parse_locator(target), **options)  # type: ignore[arg-type]
+
+
+def test_a_file_says_everything(tmp_path: Path) -> None:
+    file = tmp_path / "f.toml"
+    file.write_text(
+        """
+        [[forward]]
+        from = "vsock::3128"
+        to = "http-proxy:"
+        allow = ["3", "4:1-1023"]
+        allow_host = ["*.debian.org:443"]
+        idle = 300
+        connect_timeout = 2.5
+        wait = 1
+        max_connections = 10
+
+        [[forward]]
+        from = "tcp:127.0.0.1:8080"
+        to = "vsock:3:80"
+        """
+    )
+    first, second = load(file)
+    assert first == Settings(
+        parse_locator("vsock::3128"),
+        Proxy("http-proxy"),
+        allow=(PeerRule(3), PeerRule(4, 1, 1023)),
+        hosts=(HostRule("*.debian.org", port=443),),
+        idle=300.0,
+        connect_timeout=2.5,
+        wait=1.0,
+        max_connections=10,
+    )
+    assert second == Settings(Inet("127.0.0.1", 8080), Vsock(3, 80))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", ":1: there is no [[forward]]"),
+        ("[forward]", "expected tables, each headed [[forward]]"),
+        ("[[forward]]", ":1: forward: there is no from"),
+        ('[[forward]]\nfrom = "tcp::1"', "there is no to"),
+        ('[[forward]]\nfrom = 3\nto = "tcp:a:1"', ":2: forward.from: 3 is an integer"),
+        ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a"', ":3: forward.to: 'tcp:a': expected HOST"),
+        ('[[forward]]\nfrom = "tcp::1"\nto = "tcp::2"', "a target needs a host"),
+        ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a:2"\nfro = 1', "did you mean from?"),
+        ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a:2"\nidle = "1"', ":4: forward.idle: "),
+        ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a:2"\nwait = -1', "expected seconds from 0"),
+        ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a:2"\nidle = nan', "expected seconds from 0"),
+        ('[[forward]]\nfrom = "vsock::1"\nto = "tcp:a:2"\nallow = ["x"]', "forward.allow: CID"),
+        ('[[forward]]\nfrom="tcp::1"\nto="tcp:a:1"\n' * 2, "tcp::1 is forwarded at "),
+    ],
+)
+def test_mistakes_in_a_file_are_told_with_their_place(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    file = tmp_path / "f.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigurationError) as caught:
+        load(file)
+    assert problem in str(caught.value)
+    assert str(caught.value).startswith(str(file))

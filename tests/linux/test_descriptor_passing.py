@@ -1,0 +1,157 @@
+"""Descriptors that ride along with data, to receivers that want none: on any kernel."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from vsockets._linux import descriptor_passing
+from vsockets.limits import DISPOSAL_THREADS
+from vsockets.pass_rights import IS_KNOWN
+
+PATIENCE = 20.0
+STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
+
+
+from_linux_6_16 = pytest.mark.skipif(not IS_KNOWN, reason="takes Linux 6.16")
+
+
+@pytest.fixture
+def old_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One from before Linux 6.16."""
+    monkeypatch.setattr(descriptor_passing, "refuse", lambda sock: False)
+    monkeypatch.setattr(descriptor_passing, "_refuses", lambda sock: False)
+
+
+def pair(kind: int = STREAM) -> tuple[socket.socket, socket.socket]:
+    """Two joined sockets, the second of which is guarded."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    theirs.settimeout(PATIENCE)
+    return ours, descriptor_passing.guard(theirs)
+
+
+def send_with(sock: socket.socket, data: bytes, *descriptors: int) -> None:
+    rights = array.array("i", descriptors)
+    sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+
+
+@contextlib.contextmanager
+def pipe() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe()
+    try:
+        yield reader, writer
+    finally:
+        os.close(reader)
+
+
+@from_linux_6_16
+@pytest.mark.parametrize("kind", [STREAM, DGRAM])
+def test_the_kernel_refuses_them(kind: int) -> None:
+    ours, theirs = pair(kind)
+    with ours, theirs:
+        assert not descriptor_passing.is_guarded(theirs)
+        with pytest.raises(PermissionError):
+            send_with(ours, b"x", 0)
+        ours.send(b"data")
+        assert theirs.recv(100) == b"data"
+
+
+@from_linux_6_16
+def test_what_came_before_a_socket_was_accepted() -> None:
+    with pipe() as (reader, writer), socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")
+        listener.listen()
+        with socket.socket(socket.AF_UNIX) as ours:
+            ours.connect(listener.getsockname())
+            send_with(ours, b"early", writer)
+            os.close(writer)
+            theirs = descriptor_passing.guard_accepted(listener.accept()[0])
+            with theirs, pytest.raises(PermissionError):
+                send_with(ours, b"late", 0)
+            assert descriptor_passing.is_guarded(theirs)
+        assert os.read(reader, 1) == b""
+
+
+@pytest.mark.usefixtures("old_kernel")
+class TestOlderKernels:
+    @pytest.mark.parametrize("number", [1, 253])
+    @pytest.mark.parametrize("kind", [STREAM, DGRAM])
+    @pytest.mark.parametrize("how", ["recv", "recvfrom", "recv_into", "close"])
+    def test_they_are_closed(self, kind: int, how: str, number: int) -> None:
+        with pipe() as (reader, writer):
+            ours, theirs = pair(kind)
+            with ours, theirs:
+                assert descriptor_passing.is_guarded(theirs)
+                send_with(ours, b"data", *[writer] * number)
+                os.close(writer)
+                buffer = bytearray(100)
+                if how == "recv":
+                    assert theirs.recv(100) == b"data"
+                elif how == "recvfrom":
+                    assert theirs.recvfrom(100)[0] == b"data"
+                elif how == "recv_into":
+                    assert theirs.recv_into(buffer) == 4
+                    assert buffer[:4] == b"data"
+                else:
+                    theirs.close()
+                # The pipe ends when the last descriptor of its other end is closed.
+                assert os.read(reader, 1) == b""
+
+    def test_a_stream_ends_with_its_close(self) -> None:
+        ours, theirs = pair()
+        with ours:
+            ours.settimeout(PATIENCE)
+            theirs.close()
+            theirs.close()
+            assert ours.recv(1) == b""
+            assert theirs.fileno() == -1
+
+    def test_tcp_has_none(self) -> None:
+        with socket.socket() as sock:
+            assert not descriptor_passing.is_guarded(descriptor_passing.guard(sock))
+
+    def test_slow_ones_hold_up_neither_the_receiver_nor_others(self) -> None:
+        """One that lingers, and some that have one that lingers in a queue of their own."""
+        with contextlib.ExitStack() as stack:
+            for number in range(DISPOSAL_THREADS // 2):
+                slow = stack.enter_context(lingering())
+                if number:
+                    slow = nested(slow)
+                ours, theirs = pair()
+                with ours, theirs:
+                    send_with(ours, b"x", slow.fileno())
+                    slow.close()
+                    assert theirs.recv(1) == b"x"
+            for _ in range(3):
+                with pipe() as (reader, writer):
+                    descriptor_passing.dispose(writer)
+                    assert os.read(reader, 1) == b""
+
+
+@contextlib.contextmanager
+def lingering() -> Iterator[socket.socket]:
+    """A TCP socket whose last close() takes half a minute, or until this context ends."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sock = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+    with peer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock.send(bytes(65_536))
+        yield sock
+
+
+def nested(sock: socket.socket) -> socket.socket:
+    """A socket with a message waiting in it that carries ``sock``."""
+    outer, sender = socket.socketpair(socket.AF_UNIX, DGRAM)
+    with sender, sock:
+        send_with(sender, b"x", sock.fileno())
+    return outer

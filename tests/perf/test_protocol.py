@@ -1,0 +1,73 @@
+"""What client and server say to each other, and what the server does not accept."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsockets.limits import PERF_MESSAGE
+from vsockets.perf.measures import percentiles
+from vsockets.perf.protocol import (
+    HEADER_SIZE,
+    Header,
+    Job,
+    Kind,
+    ProtocolError,
+    Request,
+    decode_count,
+    encode_count,
+)
+
+u64 = st.integers(0, (1 << 64) - 1)
+
+
+@given(st.sampled_from(Job), st.integers(1, PERF_MESSAGE), st.integers(0, 600_000))
+def test_requests(job: Job, size: int, milliseconds: int) -> None:
+    request = Request(job, size, milliseconds)
+    assert Request.decode(request.encode()) == request
+
+
+@given(st.sampled_from(Kind), u64, u64, st.integers(0, 100))
+def test_headers(kind: Kind, run: int, number: int, more: int) -> None:
+    header = Header(kind, run, number)
+    data = header.encode(HEADER_SIZE + more)
+    assert len(data) == HEADER_SIZE + more
+    assert Header.decode(data) == header
+
+
+@given(st.binary(max_size=40) | st.binary(max_size=30).map(lambda rest: b"VSP1" + rest))
+def test_anything_else_is_refused(data: bytes) -> None:
+    for decode in (Request.decode, Header.decode):
+        try:
+            decoded = decode(data)
+        except ProtocolError:
+            continue
+        assert data.startswith(decoded.encode()[:5])
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [Request(Job.SINK, 0), Request(Job.SINK, PERF_MESSAGE + 1), Request(Job.SOURCE, 1, 600_001)],
+)
+def test_too_much_is_refused(request_: Request) -> None:
+    with pytest.raises(ProtocolError):
+        Request.decode(request_.encode())
+
+
+@given(u64)
+def test_counts(count: int) -> None:
+    assert decode_count(encode_count(count)) == count
+
+
+def test_no_count() -> None:
+    with pytest.raises(ProtocolError):
+        decode_count(b"")
+
+
+def test_percentiles_are_the_nearest_rank() -> None:
+    found = percentiles(array("Q", (1000 * number for number in range(100, 0, -1))))
+    assert found == {"min": 1, "p50": 50, "p90": 90, "p99": 99, "p99.9": 100, "max": 100}
+    assert set(percentiles(array("Q", [7000])).values()) == {7.0}

@@ -1,0 +1,90 @@
+"""The handshake of hybrid vsock, both roles: whatever the pieces it arrives in."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsockets.limits import HYBRID_LINE
+from vsockets.protocol.hybrid import Answer, Connect, Line, connect_line, ok_line, port_name
+
+PORTS = st.integers(0, 2**32 - 1)
+ROLES = st.sampled_from([Connect, Answer])
+
+
+def read(line: Line, data: bytes, cuts: list[int]) -> tuple[int | None, int]:
+    """Feed ``data`` in pieces as a socket would: the port or the errno, and how many it took."""
+    taken = 0
+    try:
+        for end in [*sorted(cut % (len(data) + 1) for cut in cuts), len(data)]:
+            if line.port is None and end > taken:
+                taken += line.take(data[taken:end])
+        if line.port is None:
+            line.take(b"")
+    except OSError as error:
+        return error.errno, -1
+    return line.port, taken
+
+
+@given(PORTS, st.binary(max_size=100), st.lists(st.integers(0, 200)))
+def test_what_is_said_is_read_and_no_more(port: int, rest: bytes, cuts: list[int]) -> None:
+    for line, said in ((Connect(), connect_line(port)), (Answer(), ok_line(port))):
+        assert read(line, said + rest, cuts) == (port, len(said))
+
+
+@given(ROLES, st.binary(max_size=60), st.lists(st.integers(0, 60)))
+def test_pieces_make_no_difference(role: type[Line], data: bytes, cuts: list[int]) -> None:
+    assert read(role(), data, cuts) == read(role(), data, [])
+
+
+NEARLY = st.lists(
+    st.sampled_from(
+        [b"CONNECT", b"OK", b" ", b"\n", b"\r", b"0", b"52", b"-1", b"\0", b"4294967296"]
+    ),
+    max_size=12,
+).map(b"".join)
+
+
+@given(ROLES, NEARLY, st.lists(st.integers(0, 60)))
+def test_pieces_make_no_difference_to_what_is_nearly_right(
+    role: type[Line], data: bytes, cuts: list[int]
+) -> None:
+    assert read(role(), data, cuts) == read(role(), data, [])
+
+
+@pytest.mark.parametrize("text", [b"connect 52\n", b"CONNECT 52\r\n", b"CONNECT  52 \n"])
+def test_what_others_tolerate(text: bytes) -> None:
+    assert read(Connect(), text, []) == (52, len(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"\n", b"CONNECT\n", b"CONNECT \n", b"CONNECT x\n", b"CONNECT 1 2\n", b"CONNECT -1\n"),
+        *(b"CONNECT 4294967296\n", b"OK 1\n", b"GET / HTTP/1.1\r\n", b"\0" * HYBRID_LINE),
+        *("CONNECT \u0665\n".encode(), b"CONNECT 52\0\n"),
+    ],
+)
+def test_what_is_no_request(text: bytes) -> None:
+    assert read(Connect(), text, []) == (errno.EPROTO, -1)
+
+
+def test_a_line_that_never_ends_is_cut_off() -> None:
+    line = Connect()
+    for _ in range(HYBRID_LINE - 1):
+        assert line.take(b"1") == 1
+    with pytest.raises(OSError, match="expected CONNECT and a number"):
+        line.take(b"1")
+    longest = connect_line(2**32 - 1)
+    assert len(longest) < HYBRID_LINE
+    spaces = b"CONNECT" + b" " * (HYBRID_LINE - 9) + b"5\n"
+    assert len(spaces) == HYBRID_LINE
+    assert read(Connect(), spaces, []) == (5, HYBRID_LINE)
+    assert read(Connect(), b" " + spaces, []) == (errno.EPROTO, -1)
+
+
+def test_names_of_ports() -> None:
+    assert port_name("/run/v.sock", 52) == "/run/v.sock_52"

@@ -1,0 +1,24 @@
+"""Captured records: the layout of the header, held still.  Messages: tests/devices/test_tap.py."""
+
+from __future__ import annotations
+
+from vsockets.protocol.vsockmon import Operation, Transport, encode_header
+
+
+def test_the_header_is_linuxs() -> None:
+    """``struct af_vsockmon_hdr``: little-endian, 32 bytes."""
+    header = encode_header(Operation.PAYLOAD, (3, 1024), (2, 5000), Transport.VIRTIO, 44)
+    assert header.hex(" ", 4) == (
+        "03000000 00000000 02000000 00000000 00040000 88130000 04000200 2c000000"
+    )
+
+
+def test_numbers() -> None:
+    assert [(op.name, op.value) for op in Operation] == [
+        ("UNKNOWN", 0),
+        ("CONNECT", 1),
+        ("DISCONNECT", 2),
+        ("CONTROL", 3),
+        ("PAYLOAD", 4),
+    ]
+    assert [(one.name, one.value) for one in Transport] == [("NONE", 1), ("VIRTIO", 2)]
