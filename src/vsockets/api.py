@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket as stdlib
 from os import PathLike
 
-from .attachment import Attachment, Place, current
+from .attachment import Attachment, ContextHandle, current
 from .model.constants import AF_VSOCK, VMADDR_CID_LOCAL, VMADDR_PORT_ANY
 from .socket import socket
 
@@ -19,7 +19,7 @@ def attach(folder: str | PathLike[str]) -> Attachment:
     return Attachment(folder)
 
 
-def get_local_cid(*, context: Place | None = None) -> int:
+def get_local_cid(*, context: ContextHandle | None = None) -> int:
     """The CID of the context this process is in: 2 on the host."""
     return (context or current()).cid
 
@@ -39,7 +39,7 @@ def create_connection(
     timeout: float | None = None,
     source_address: tuple[int, int] | None = None,
     *,
-    context: Place | None = None,
+    context: ContextHandle | None = None,
 ) -> socket:
     """A stream to ``(cid, port)``, as ``socket.create_connection``; ``timeout`` in seconds."""
     sock = socket(context=context)
@@ -60,7 +60,7 @@ def create_server(
     *,
     type: int = stdlib.SOCK_STREAM,
     backlog: int | None = None,
-    context: Place | None = None,
+    context: ContextHandle | None = None,
 ) -> socket:
     """A listening socket on ``(cid, port)``, as ``socket.create_server``."""
     sock = socket(type=type, context=context)
@@ -76,7 +76,7 @@ def create_server(
 def socketpair(
     type: int = stdlib.SOCK_STREAM,
     *,
-    context: Place | None = None,
+    context: ContextHandle | None = None,
 ) -> tuple[socket, socket]:
     """Two connected sockets in the process's own context."""
     with create_server((VMADDR_CID_LOCAL, VMADDR_PORT_ANY), type=type, context=context) as server:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from .api import create_server
-from .attachment import Place, current, explain
+from .attachment import ContextHandle, current, explain
 from .model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from .socket import socket
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 async def open_connection(
-    cid: int, port: int, *, context: Place | None = None, **options: Any
+    cid: int, port: int, *, context: ContextHandle | None = None, **options: Any
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to ``(cid, port)``; ``options`` are those of ``asyncio.open_connection``.
 
@@ -45,7 +45,7 @@ async def start_server(
     port: int = VMADDR_PORT_ANY,
     *,
     backlog: int = 100,
-    context: Place | None = None,
+    context: ContextHandle | None = None,
     **options: Any,
 ) -> asyncio.Server:
     """Serve streams on ``(cid, port)``; ``options`` are those of ``asyncio.start_server``."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from socket import SCM_RIGHTS, SOL_SOCKET
 
 from . import kernel_context
-from .kernel_context import Kernel
+from .kernel_context import KernelContext
 from .limits import REQUEST_TIMEOUT
 from .model.constants import VMADDR_CID_HOST
-from .protocol import RECORD_SIZE, Flag, Op, ProtocolError, Record, Request
+from .protocol import RECORD_SIZE, Op, ProtocolError, Record, Request, RequestFlag
 from .state_folder import (
     SEQPACKET,
     STREAM,
@@ -115,7 +115,7 @@ class Attachment:
             data, came, _, _ = sock.recvmsg(
                 RECORD_SIZE, socket.CMSG_LEN(_FD.size), socket.MSG_CMSG_CLOEXEC
             )
-            record = understand(data)
+            record = decode_reply(data)
             return record, descriptor_in(came)
 
     @functools.cached_property
@@ -131,7 +131,9 @@ class Attachment:
         """
         flags = self.ask(Request(Op.LOCAL_CID, peer_cid=peer_cid, cookie=cookie))[0].flags
         datagram = sock_type == socket.SOCK_DGRAM
-        return bool(flags & (Flag.TRUSTED_DATAGRAM if datagram else Flag.TRUSTED_STREAM))
+        return bool(
+            flags & (RequestFlag.TRUSTED_DATAGRAM if datagram else RequestFlag.TRUSTED_STREAM)
+        )
 
 
 #: What a connect fails with when there is nobody to connect to.
@@ -143,10 +145,10 @@ _NOBODY = frozenset(
 )
 
 #: Where a socket can be: in a context of the fabric, or in the machine's own kernel.
-Place = Attachment | Kernel
+ContextHandle = Attachment | KernelContext
 
 
-def understand(data: bytes) -> Record:
+def decode_reply(data: bytes) -> Record:
     """Decode vsockd's answer; raises the OSError it stands for."""
     if not data:
         raise OSError(errno.ENETDOWN, "vsockd has closed the connection")
@@ -175,7 +177,7 @@ def wait_readable(fd: int, seconds: float | None) -> bool:
     return bool(poll.poll(None if seconds is None else min(seconds * 1000, _LONGEST_POLL)))
 
 
-def explain(failure: OSError, place: Place) -> None:
+def explain(failure: OSError, place: ContextHandle) -> None:
     """Add a note to the ``failure`` of a connect that says which transport was chosen, if it
     was chosen automatically and there is nobody at the other end.
     """
@@ -183,7 +185,7 @@ def explain(failure: OSError, place: Place) -> None:
         return
     if place is not current():  # the program's own choice
         return
-    if isinstance(place, Kernel):
+    if isinstance(place, KernelContext):
         chosen = "the kernel's AF_VSOCK, which has a CID here (the fabric: vsock run, or "
         chosen += "VSOCKETS_TRANSPORT=fabric)"
     else:
@@ -200,7 +202,7 @@ def explain(failure: OSError, place: Place) -> None:
 
 
 @functools.cache
-def current() -> Place:
+def current() -> ContextHandle:
     """The context this process belongs to.
 
     ``VSOCKETS_CONTEXT`` if set, else the folder mounted at ``/run/vsock/self``, else the
@@ -215,14 +217,14 @@ def current() -> Place:
             f"VSOCKETS_TRANSPORT={transport}: expected fabric, kernel or auto",
         )
     if transport == "kernel":
-        return Kernel()
+        return KernelContext()
     configured = os.environ.get("VSOCKETS_CONTEXT")
     if configured:
         return Attachment(configured)
     if SELF.is_dir():
         return Attachment(SELF)
-    if transport == "auto" and kernel_context.leads_somewhere():
-        return Kernel()
+    if transport == "auto" and kernel_context.has_transport():
+        return KernelContext()
     folder = default_folder()
     if folder.exists():
         require_private(folder)

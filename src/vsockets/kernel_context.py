@@ -19,7 +19,7 @@ _IOCTL_GET_LOCAL_CID = 0x7B9
 _DEVICE = "/dev/vsock"
 
 
-class Kernel:
+class KernelContext:
     """What :class:`vsockets.Attachment` is for the fabric."""
 
     transport = "kernel"
@@ -60,6 +60,6 @@ def local_cid() -> int | None:
         os.close(device)
 
 
-def leads_somewhere() -> bool:
+def has_transport() -> bool:
     """Whether the kernel's AF_VSOCK reaches anybody but this machine's own processes."""
     return local_cid() not in (None, VMADDR_CID_ANY, VMADDR_CID_LOCAL)

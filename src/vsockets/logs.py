@@ -25,7 +25,7 @@ from time import monotonic
 from typing import Any, TextIO
 
 from .limits import LOG_FILE, LOG_PARTIES, LOG_RATE
-from .model.rate_limit import Meter
+from .model.rate_limit import TokenBucket
 from .model.text import printable
 
 #: What is said however little was asked for, and no warning: where somebody listens.
@@ -65,7 +65,7 @@ class Throttle:
     def __init__(self, rate: int) -> None:
         """``rate``: a second and party; ten times that for all parties."""
         self.rate = rate
-        self._all = Meter(10 * rate)
+        self._all = TokenBucket(10 * rate)
         self._buckets: OrderedDict[Hashable, _Bucket] = OrderedDict()
 
     def admit(self, party: Hashable, rate: int | None = None) -> int | None:
@@ -80,7 +80,7 @@ class Throttle:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(party)
         if self._all.rate != 10 * self.rate:
-            self._all = Meter(10 * self.rate)
+            self._all = TokenBucket(10 * self.rate)
         now = monotonic()
         if not (bucket.meter.take(now) and self._all.take(now)):
             bucket.left_out += 1
@@ -95,7 +95,7 @@ class _Bucket:
     __slots__ = ("left_out", "meter")
 
     def __init__(self, rate: int) -> None:
-        self.meter = Meter(rate)
+        self.meter = TokenBucket(rate)
         self.left_out = 0
 
 
@@ -186,7 +186,7 @@ class _Handler(logging.StreamHandler[TextIO]):
 _handler = _Handler()
 
 
-def begin(words: str, level: int, form: str) -> None:
+def configure(words: str, level: int, form: str) -> None:
     """Log to standard error from ``level`` up; ``form`` is one of FORMATS, and ``words`` how a line
     of text looks (``logging.Formatter``).
     """

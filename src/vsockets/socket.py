@@ -18,7 +18,7 @@ import struct
 from socket import SO_DOMAIN, SO_ERROR, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET
 from typing import Any, NamedTuple, Self
 
-from .attachment import Place, current
+from .attachment import ContextHandle, current
 from .limits import CONNECT_TIMEOUT, LONGEST_CONNECT_TIMEOUT
 from .model.address import FIRST_GUEST_CID
 from .model.buffers import DEFAULT_SIZES, BufferSizes
@@ -86,7 +86,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     """
 
     # No __slots__: what a socket has not been told otherwise is its class's, for nothing.
-    _attachment: Place | None = None
+    _attachment: ContextHandle | None = None
     _raw_family: int = stdlib.AF_UNIX  # what the C part takes it for
     _buffers = DEFAULT_SIZES
     _connect_timeout = CONNECT_TIMEOUT
@@ -105,7 +105,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         proto: int = 0,
         fileno: int | None = None,
         *,
-        context: Place | None = None,
+        context: ContextHandle | None = None,
     ) -> None:
         if family not in _FAMILIES:
             raise error(errno.EAFNOSUPPORT, f"family {family}: expected AF_VSOCK ({AF_VSOCK})")
@@ -114,7 +114,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         if type == -1:
             type = stdlib.SOCK_STREAM if fileno is None else _type_of(fileno)
         place = current() if context is None else context
-        behaviour = BEHAVIOURS[place.transport].get(type & _TYPE_BITS)
+        behaviour = SOCKET_CLASSES[place.transport].get(type & _TYPE_BITS)
         if behaviour is None:
             raise error(
                 errno.ESOCKTNOSUPPORT,
@@ -127,7 +127,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         if self.__class__ is socket:
             self.__class__ = behaviour  # what become() does, for the usual case
         else:
-            become(self, behaviour)
+            switch_class(self, behaviour)
         if fileno is not None:
             self._recover()
 
@@ -251,7 +251,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         return cookie
 
     @property
-    def _context(self) -> Place:
+    def _context(self) -> ContextHandle:
         """The context this socket is in."""
         if self._attachment is None:
             self._attachment = current()
@@ -294,7 +294,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
 
 
 #: The behaviour of a new socket, by transport and type; transports enter theirs.
-BEHAVIOURS: dict[str, dict[int, type[socket]]] = {"fabric": {}, "kernel": {}}
+SOCKET_CLASSES: dict[str, dict[int, type[socket]]] = {"fabric": {}, "kernel": {}}
 
 _KIND_NAMES = {
     int(stdlib.SOCK_STREAM): "stream",
@@ -312,7 +312,7 @@ _CHANGE_BUFFERS = {
 }
 
 
-def become(sock: socket, behaviour: type[socket]) -> None:
+def switch_class(sock: socket, behaviour: type[socket]) -> None:
     """Give ``sock`` another behaviour.  Overrides of a program's own subclass still hold."""
     cls = sock.__class__
     made = _VARIANTS.get((cls, behaviour)) or _make_variant(cls, behaviour)

@@ -107,7 +107,7 @@ class _End:
 
     __slots__ = ("connection", "fd", "mask", "receiving", "sending", "sock")
 
-    def __init__(self, connection: Connection, sock: socket.socket) -> None:
+    def __init__(self, connection: SplicedPair, sock: socket.socket) -> None:
         self.connection = connection
         self.sock = sock
         self.fd = sock.fileno()
@@ -132,10 +132,10 @@ class _Direction:
         self.copied = is_guarded(source.sock)  #: splice would close passed descriptors here
 
 
-class Connection:
-    """Two joined streams, which are the pump's; see :meth:`Pump.start`."""
+class SplicedPair:
+    """Two joined streams, which are the pump's; see :meth:`SplicePump.start`."""
 
-    def __init__(self, pump: Pump, one: socket.socket, other: socket.socket) -> None:
+    def __init__(self, pump: SplicePump, one: socket.socket, other: socket.socket) -> None:
         self.last_moved = monotonic()
         self._pump = pump
         first, second = _End(self, one), _End(self, other)
@@ -158,17 +158,17 @@ class Connection:
         """Called once, when both streams have ended; ``why`` unless they did so by themselves."""
 
 
-class Pump:
+class SplicePump:
     """Serves any number of connections."""
 
     def __init__(self, poller: Poller) -> None:
-        self.connections: set[Connection] = set()
+        self.connections: set[SplicedPair] = set()
         self._poller = poller
         self._pipes: list[_Pipe] = []
 
     def start(
         self,
-        connection: Connection,
+        connection: SplicedPair,
         said: bytes = b"",
         tap: Callable[[bool, bytes], None] | None = None,
     ) -> None:
@@ -206,7 +206,7 @@ class Pump:
             pipe.close()
         self._pipes.clear()
 
-    def end(self, connection: Connection, why: OSError | None = None, reset: bool = False) -> None:
+    def end(self, connection: SplicedPair, why: OSError | None = None, reset: bool = False) -> None:
         """End both streams of ``connection``, with ``reset`` as TCP does that."""
         if connection not in self.connections:
             return

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.amqp.brokers import Node, Nodes
+from vsockets.amqp.brokers import BrokerNode, BrokerNodes
 from vsockets.amqp.connect_request import connect_request, refusal, who_asks
 from vsockets.amqp.virtual_hosts import VirtualHostRule, admits
 from vsockets.model.locator import Inet
@@ -29,10 +29,10 @@ def test_rules_that_make_no_sense(text: str) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=5))
 def test_every_node_is_tried_the_best_first(states: list[tuple[int, bool]]) -> None:
-    nodes = Nodes(Inet("broker", port) for port in range(len(states)))
+    nodes = BrokerNodes(Inet("broker", port) for port in range(len(states)))
     for node, (sessions, healthy) in zip(nodes.all, states, strict=True):
         node.sessions, node.healthy = sessions, healthy
-    tried: list[Node] = []
+    tried: list[BrokerNode] = []
     while (best := nodes.choose(tried)) is not None:
         tried.append(best)
     assert [(not node.healthy, node.sessions) for node in tried] == sorted(
@@ -41,7 +41,7 @@ def test_every_node_is_tried_the_best_first(states: list[tuple[int, bool]]) -> N
 
 
 def test_equal_nodes_have_their_turns() -> None:
-    nodes = Nodes(Inet("broker", port) for port in range(3))
+    nodes = BrokerNodes(Inet("broker", port) for port in range(3))
     assert {nodes.choose() for _ in range(3)} == set(nodes.all)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pamqp import body, commands, frame
 
-from vsockets.amqp.frame_assembler import Delivery, Parting
+from vsockets.amqp.frame_assembler import CloseHandshake, FrameAssembler
 from vsockets.amqp.frames import CLOSE_OK, PROTOCOL_HEADER, FrameError
 from vsockets.amqp.limits import AMQP_FRAME
 
@@ -16,7 +16,7 @@ from .strategies import commands_in, conversations, cuts, pieces
 
 @given(conversations, cuts)
 def test_a_client_has_whole_frames_at_any_time(parts: list[bytes], places: list[int]) -> None:
-    delivery = Delivery()
+    delivery = FrameAssembler()
     sent = got = b""
     data = b"".join(parts)
     for piece in pieces(data, places):
@@ -31,7 +31,7 @@ def test_a_client_has_whole_frames_at_any_time(parts: list[bytes], places: list[
 
 
 def test_a_large_frame_in_small_pieces() -> None:
-    delivery = Delivery()
+    delivery = FrameAssembler()
     data = frame.marshal(body.ContentBody(bytes(200_000)), 1)
     got = [delivery.receive(piece) for piece in pieces(data, list(range(0, len(data), 1000)))]
     assert got[-1] == data
@@ -40,7 +40,7 @@ def test_a_large_frame_in_small_pieces() -> None:
 
 @given(st.sampled_from([commands.Connection.Close(320, "x", 0, 0), commands.Connection.CloseOk()]))
 def test_a_farewell_is_noticed(last: commands.Connection.Close) -> None:
-    delivery = Delivery()
+    delivery = FrameAssembler()
     data = frame.marshal(last, 0)
     assert delivery.receive(data[:5]) == b""
     assert not delivery.farewell
@@ -49,7 +49,7 @@ def test_a_farewell_is_noticed(last: commands.Connection.Close) -> None:
 
 
 def test_a_broker_that_speaks_another_protocol_has_said_all() -> None:
-    delivery = Delivery()
+    delivery = FrameAssembler()
     assert delivery.receive(PROTOCOL_HEADER[:3]) == b""
     assert delivery.receive(PROTOCOL_HEADER[3:]) == PROTOCOL_HEADER
     assert delivery.farewell
@@ -61,12 +61,12 @@ def test_a_broker_that_speaks_another_protocol_has_said_all() -> None:
 )
 def test_what_is_not_amqp_is_refused(data: bytes) -> None:
     with pytest.raises(FrameError):
-        Delivery().receive(data)
+        FrameAssembler().receive(data)
 
 
 @given(st.binary(max_size=100), cuts)
 def test_a_client_that_agrees_is_understood(before: bytes, places: list[int]) -> None:
-    parting = Parting()
+    parting = CloseHandshake()
     answers = [parting.receive(piece) for piece in pieces(before + CLOSE_OK, places)]
     assert answers[-1]
     assert not parting.receive(b"x")

@@ -11,7 +11,7 @@ from pamqp import commands, decode, encode, frame
 
 from vsockets.amqp.frames import (
     CLOSE_OK,
-    Connection,
+    ConnectionMethod,
     FrameError,
     Reply,
     begins_connection,
@@ -64,18 +64,18 @@ def test_methods_of_the_connection_are_told_from_others() -> None:
         (one,) = whole_frames(data, 1000)
         return connection_method(data, one)
 
-    assert method(frame.marshal(commands.Connection.Open("/"), 0)) == Connection.OPEN
+    assert method(frame.marshal(commands.Connection.Open("/"), 0)) == ConnectionMethod.OPEN
     assert method(frame.marshal(commands.Connection.Open("/"), 1)) is None
     assert method(frame.marshal(commands.Channel.Close(200, "", 0, 0), 0)) is None
     assert method(b"\x01\0\0\0\0\0\x02\0\x0a\xce") is None
-    assert method(CLOSE_OK) == Connection.CLOSE_OK
+    assert method(CLOSE_OK) == ConnectionMethod.CLOSE_OK
     assert isinstance(commands_in(CLOSE_OK)[0], commands.Connection.CloseOk)
     assert begins_connection(frame.marshal(commands.Connection.Start(), 0))
     assert not begins_connection(frame.marshal(commands.Connection.Close(200, "", 0, 0), 0))
     assert not begins_connection(b"HTTP/1.1 400")
 
 
-@given(st.sampled_from(Reply), st.text(max_size=400), st.sampled_from([0, *Connection]))
+@given(st.sampled_from(Reply), st.text(max_size=400), st.sampled_from([0, *ConnectionMethod]))
 def test_a_close_is_what_clients_read(reply: Reply, text: str, cause: int) -> None:
     (close,) = commands_in(connection_close(reply, text, cause))
     assert isinstance(close, commands.Connection.Close)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pamqp import commands, frame
 
 from vsockets.amqp.frames import PROTOCOL_HEADER
-from vsockets.amqp.handshake_inspector import Guard, Refused
+from vsockets.amqp.handshake_inspector import HandshakeInspector, HandshakeRefused
 from vsockets.amqp.limits import AMQP_HANDSHAKE_FRAME, AMQP_HANDSHAKE_FRAMES
 
 from .strategies import commands_in, cuts, handshake, pieces, short_texts, start_ok, tables
@@ -20,8 +20,8 @@ CID = 4_000_000_000
 
 def refused(data: bytes, *admitted: str) -> commands.Connection.Close:
     """What the client is told; nothing of what is refused has been passed on."""
-    with pytest.raises(Refused) as caught:
-        Guard(CID, lambda name: name in admitted).receive(data)
+    with pytest.raises(HandshakeRefused) as caught:
+        HandshakeInspector(CID, lambda name: name in admitted).receive(data)
     (close,) = commands_in(caught.value.answer)
     assert isinstance(close, commands.Connection.Close)
     return close
@@ -32,7 +32,7 @@ def test_a_guest_is_marked_and_let_in(
     name: str, properties: dict[str, Any], rest: bytes, places: list[int]
 ) -> None:
     properties.pop("vsock_cid", None)
-    guard = Guard(CID, lambda asked: asked == name)
+    guard = HandshakeInspector(CID, lambda asked: asked == name)
     data = handshake(name, properties)
     passed = b"".join(guard.receive(piece) for piece in pieces(data + rest, places))
     assert guard.virtual_host == name
@@ -51,9 +51,9 @@ def test_a_guest_is_marked_and_let_in(
 
 @given(short_texts, cuts)
 def test_another_virtual_host_is_refused(name: str, places: list[int]) -> None:
-    guard = Guard(CID, lambda asked: False)
+    guard = HandshakeInspector(CID, lambda asked: False)
     passed = b""
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(HandshakeRefused) as caught:
         for piece in pieces(handshake(name, {}), places):
             passed += guard.receive(piece)
     (close,) = commands_in(caught.value.answer)
@@ -94,19 +94,19 @@ def test_what_does_not_belong_in_a_handshake(said: bytes, code: int) -> None:
 
 def test_one_that_speaks_another_protocol_is_told_ours() -> None:
     for said in (b"AMQP\0\1\0\0", b"AMQP\3\1\0\0", b"GET / HTTP/1.1", b"\x16\x03\x01"):
-        with pytest.raises(Refused) as caught:
-            Guard(CID, lambda name: True).receive(said)
+        with pytest.raises(HandshakeRefused) as caught:
+            HandshakeInspector(CID, lambda name: True).receive(said)
         assert caught.value.answer == PROTOCOL_HEADER
 
 
 @given(st.lists(st.binary(max_size=50), max_size=5))
 def test_nothing_passes_that_is_no_handshake(said: list[bytes]) -> None:
-    guard = Guard(CID, lambda name: False)
+    guard = HandshakeInspector(CID, lambda name: False)
     passed = b""
     try:
         for data in [PROTOCOL_HEADER, *said]:
             passed += guard.receive(data)
-    except Refused:
+    except HandshakeRefused:
         pass
     assert guard.virtual_host is None
     for one in commands_in(passed.removeprefix(PROTOCOL_HEADER)):
@@ -115,8 +115,8 @@ def test_nothing_passes_that_is_no_handshake(said: list[bytes]) -> None:
 
 def test_a_handshake_has_a_bounded_number_of_frames() -> None:
     heartbeat = b"\x08\0\0\0\0\0\0\xce"
-    guard = Guard(CID, lambda name: True)
+    guard = HandshakeInspector(CID, lambda name: True)
     data = PROTOCOL_HEADER + heartbeat * AMQP_HANDSHAKE_FRAMES
     assert guard.receive(data) == data
-    with pytest.raises(Refused, match="too many frames"):
+    with pytest.raises(HandshakeRefused, match="too many frames"):
         guard.receive(heartbeat)

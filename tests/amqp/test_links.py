@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from vsockets.amqp import h2_connection as module
 from vsockets.amqp.connect_request import Headers, connect_request
-from vsockets.amqp.h2_connection import Frames, Link, Refusal
-from vsockets.amqp.h2_stream import Tunnel
+from vsockets.amqp.h2_connection import Frames, H2Connection, StreamRefused
+from vsockets.amqp.h2_stream import H2Stream
 from vsockets.amqp.limits import AMQP_LINK_FRAMES, AMQP_UNSENT, AMQP_WINDOW
 
 REQUEST = connect_request("rabbitmq:5672", 3)
@@ -69,7 +69,9 @@ class End(asyncio.Protocol):
 class Pair:
     """Two links that talk to each other; the server's tunnels end in ``served``."""
 
-    def __init__(self, client: Link, served: asyncio.Queue[End], server: Link) -> None:
+    def __init__(
+        self, client: H2Connection, served: asyncio.Queue[End], server: H2Connection
+    ) -> None:
         self.client, self.served, self.server = client, served, server
 
     async def tunnel(self) -> tuple[End, End]:
@@ -84,7 +86,7 @@ async def linked(status: int = 200) -> AsyncIterator[Pair]:
     loop = asyncio.get_running_loop()
     served: asyncio.Queue[End] = asyncio.Queue()
 
-    def requested(link: Link, tunnel: Tunnel, headers: Headers) -> None:
+    def requested(link: H2Connection, tunnel: H2Stream, headers: Headers) -> None:
         assert headers[b"vsock-cid"] == b"3"
         link.answer(tunnel, status)
         if status == 200:
@@ -93,8 +95,8 @@ async def linked(status: int = 200) -> AsyncIterator[Pair]:
             served.put_nowait(end)
 
     one, other = socket.socketpair()
-    _, server = await loop.connect_accepted_socket(lambda: Link(requested), one)
-    _, client = await loop.create_connection(Link, sock=other)
+    _, server = await loop.connect_accepted_socket(lambda: H2Connection(requested), one)
+    _, client = await loop.create_connection(H2Connection, sock=other)
     await client.ready
     try:
         yield Pair(client, served, server)
@@ -193,7 +195,7 @@ def test_a_refusal(status: int) -> None:
     async def test() -> None:
         async with linked(status) as pair:
             for _ in range(3):
-                with pytest.raises(Refusal, match=str(status)):
+                with pytest.raises(StreamRefused, match=str(status)):
                     await pair.client.open(REQUEST, End())
             assert pair.client.sessions == pair.server.sessions == 0
 
@@ -206,7 +208,7 @@ def test_more_sessions_than_the_far_end_takes(monkeypatch: pytest.MonkeyPatch) -
     async def test() -> None:
         async with linked() as pair:
             first = [await pair.tunnel() for _ in range(2)]
-            with pytest.raises(Refusal, match="no more sessions"):
+            with pytest.raises(StreamRefused, match="no more sessions"):
                 await pair.client.open(REQUEST, End())
             first[0][0].transport.abort()
             await first[0][1].lost
@@ -262,7 +264,7 @@ async def converse(*said: bytes) -> tuple[bytes, Exception | None]:
     other.setblocking(False)
     with other:
         _, link = await loop.connect_accepted_socket(
-            lambda: Link(lambda link, tunnel, headers: link.answer(tunnel, 503)), one
+            lambda: H2Connection(lambda link, tunnel, headers: link.answer(tunnel, 503)), one
         )
         for data in said:
             with contextlib.suppress(OSError):
@@ -300,7 +302,7 @@ def test_a_client_that_asks_and_does_not_read(monkeypatch: pytest.MonkeyPatch) -
         other.setblocking(False)
         with other:
             _, link = await loop.connect_accepted_socket(
-                lambda: Link(lambda link, tunnel, headers: None), one
+                lambda: H2Connection(lambda link, tunnel, headers: None), one
             )
             ping = b"\0\0\x08\6\0\0\0\0\0" + b"question"
             with contextlib.suppress(OSError):
@@ -369,7 +371,7 @@ def test_a_peer_that_talks_much_has_a_turn_at_a_time(flood: bytes) -> None:
 
         with other:
             _, link = await loop.connect_accepted_socket(
-                lambda: Link(lambda link, tunnel, headers: None), one
+                lambda: H2Connection(lambda link, tunnel, headers: None), one
             )
             counting = asyncio.create_task(count())
             encoder = hpack.Encoder()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 
-from vsockets.amqp.relay import Relay
+from vsockets.amqp.relay import SessionRelay
 
 
 def test_what_is_said_before_the_other_side_is_there() -> None:
     async def test() -> bytes:
         loop = asyncio.get_running_loop()
-        relay = Relay()
+        relay = SessionRelay()
         (client, near), (far, broker) = socket.socketpair(), socket.socketpair()
         for sock in (client, near, far, broker):
             sock.setblocking(False)

@@ -13,7 +13,7 @@ from pamqp import commands, frame
 import vsockets
 from vsockets.amqp import guest_proxy, host_proxy, relay, session
 from vsockets.amqp.amqp_proxy import AmqpProxy
-from vsockets.amqp.client_server import Clients
+from vsockets.amqp.client_server import ClientServer
 from vsockets.amqp.frames import CLOSE_OK, PROTOCOL_HEADER
 from vsockets.amqp.guest_proxy import GuestProxy
 from vsockets.amqp.host_proxy import HostProxy
@@ -266,7 +266,7 @@ def test_one_guest_cannot_have_all_sessions(
 def test_a_full_proxy_lets_clients_wait(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Clients.__module__ + ".AMQP_SESSIONS", 1)
+    monkeypatch.setattr(ClientServer.__module__ + ".AMQP_SESSIONS", 1)
 
     async def test() -> None:
         async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):

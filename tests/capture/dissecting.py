@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vsockets.capture.pcap import captured_record, file_header
-from vsockets.devices.capture import Tap
+from vsockets.devices.capture import CaptureSink
 from vsockets.model.constants import VMADDR_PORT_ANY
 from vsockets.protocol.vsockmon import Captured
 
@@ -25,7 +25,7 @@ _FIELDS = (
 )
 
 
-def tapped(tap: Tap, limit: int = 65_536, port: int = VMADDR_PORT_ANY) -> socket.socket:
+def tapped(tap: CaptureSink, limit: int = 65_536, port: int = VMADDR_PORT_ANY) -> socket.socket:
     """Have what ``tap`` is told sent to a socket that one can read without waiting."""
     theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)

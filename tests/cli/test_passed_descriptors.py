@@ -20,7 +20,7 @@ import pytest
 import vsockets
 from vsockets.attachment import Attachment
 from vsockets.nfs import mount_protocol, rpc
-from vsockets.perf.protocol import Header, Kind
+from vsockets.perf.protocol import Header, MessageKind
 from vsockets.testing import PrivateFabric
 
 from .forwarding import ask
@@ -34,7 +34,7 @@ NULL = rpc.encode_call(
     ),
     b"",
 )
-PING = Header(Kind.PING, 1).encode()
+PING = Header(MessageKind.PING, 1).encode()
 
 
 @pytest.fixture(params=["this kernel", "older kernels"])

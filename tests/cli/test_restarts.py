@@ -17,7 +17,7 @@ from vsockets.model.locator import parse_locator
 from vsockets.nfs import mount_protocol, rpc
 from vsockets.nfs.nfs_client import mount_export
 from vsockets.nfs.rpc_client import RpcClient
-from vsockets.perf.protocol import Header, Kind
+from vsockets.perf.protocol import Header, MessageKind
 from vsockets.testing import PrivateFabric, wait_until
 
 from .vsock import PATIENCE, Running, Vsock
@@ -28,7 +28,7 @@ NULL = rpc.encode_call(
     ),
     b"",
 )
-PING = Header(Kind.PING, 1).encode()
+PING = Header(MessageKind.PING, 1).encode()
 GUEST = 7
 
 

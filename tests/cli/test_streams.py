@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import vsockets
-from vsockets.cli.errors import BIND, CONNECT, failure
+from vsockets.cli.errors import BIND, CONNECT, cli_error
 from vsockets.testing import PrivateFabric, wait_until
 
 from .vsock import PATIENCE, PROGRAM, Vsock
@@ -243,5 +243,5 @@ def test_no_vsockd(vsock: Vsock) -> None:
 def test_reserved_ports() -> None:
     # Tests may run as root, who may have them.
     refused = OSError(errno.EACCES, "Permission denied")
-    assert "CAP_NET_BIND_SERVICE" in str(failure("bind to any:80", refused, BIND))
-    assert "CAP_NET_BIND_SERVICE" in str(failure("connect to 2:80", refused, CONNECT))
+    assert "CAP_NET_BIND_SERVICE" in str(cli_error("bind to any:80", refused, BIND))
+    assert "CAP_NET_BIND_SERVICE" in str(cli_error("connect to 2:80", refused, CONNECT))

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 import pytest
 
 from vsockets.daemon.deferred_work import Chores
-from vsockets.eventloop.loop import Loop
+from vsockets.eventloop.loop import EventLoop
 
 
 @pytest.fixture
-def loop() -> Loop:
-    return Loop()
+def loop() -> EventLoop:
+    return EventLoop()
 
 
-def run_all(loop: Loop, chores: Chores) -> None:
+def run_all(loop: EventLoop, chores: Chores) -> None:
     def look() -> None:
         if chores._under_way:
             loop.call_later(0.001, look)
@@ -35,7 +35,7 @@ def pieces(name: str, number: int, done: list[str]) -> Iterator[None]:
         yield
 
 
-def test_chores_take_turns(loop: Loop) -> None:
+def test_chores_take_turns(loop: EventLoop) -> None:
     chores, done = Chores(loop), list[str]()
     chores.start("a", pieces("a", 3, done))
     chores.start("b", pieces("b", 2, done))
@@ -44,7 +44,7 @@ def test_chores_take_turns(loop: Loop) -> None:
     assert done == ["a", "b", "c", "a", "b", "a"]
 
 
-def test_a_chore_that_is_under_way_is_not_begun_again(loop: Loop) -> None:
+def test_a_chore_that_is_under_way_is_not_begun_again(loop: EventLoop) -> None:
     chores, done = Chores(loop), list[str]()
     chores.start("a", pieces("first", 2, done))
     chores.start("a", pieces("second", 2, done))
@@ -55,7 +55,7 @@ def test_a_chore_that_is_under_way_is_not_begun_again(loop: Loop) -> None:
 
 
 def test_a_chore_that_fails_is_logged_and_the_others_go_on(
-    loop: Loop, caplog: pytest.LogCaptureFixture
+    loop: EventLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     def failing() -> Iterator[None]:
         yield
@@ -70,7 +70,7 @@ def test_a_chore_that_fails_is_logged_and_the_others_go_on(
     assert record.levelno == logging.ERROR and record.exc_info
 
 
-def test_requests_are_served_between_the_pieces_of_a_chore(loop: Loop) -> None:
+def test_requests_are_served_between_the_pieces_of_a_chore(loop: EventLoop) -> None:
     chores, done = Chores(loop), list[str]()
     ours, theirs = socket.socketpair()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vsockets.protocol import Flag, Op, Record, Request
+from vsockets.protocol import Op, Record, Request, RequestFlag
 from vsockets.testing import PrivateFabric
 
 from .users import NOBODY, as_administrator, as_root, ask_by_program
@@ -28,8 +28,8 @@ def grant(fabric: PrivateFabric, who: str) -> None:
 
 def is_trusted(answer: Record) -> bool:
     assert answer.status == 0
-    assert not answer.flags & Flag.TRUSTED_DATAGRAM
-    return bool(answer.flags & Flag.TRUSTED_STREAM)
+    assert not answer.flags & RequestFlag.TRUSTED_DATAGRAM
+    return bool(answer.flags & RequestFlag.TRUSTED_STREAM)
 
 
 TRUSTED_BY_9 = Request(Op.LOCAL_CID, peer_cid=9)

@@ -19,7 +19,7 @@ import pytest
 import vsockets
 from vsockets import AF_VSOCK, Attachment
 from vsockets.limits import HYBRID_LINE, HYBRID_NAME
-from vsockets.protocol import RECORD_SIZE, Flag, Op, Record, Request
+from vsockets.protocol import RECORD_SIZE, Op, Record, Request, RequestFlag
 from vsockets.testing import PrivateFabric, wait_until
 
 from .users import NOBODY, as_root, user
@@ -206,7 +206,7 @@ class TestToTheGuest:
         with dial(path, b"CONNECT 52\nhello") as tool:
             data, fds, _, _ = socket.recv_fds(link, RECORD_SIZE, 1)
             offer = Record.decode(data)
-            assert offer.flags == Flag.OK_LINE
+            assert offer.flags == RequestFlag.OK_LINE
             assert offer.local == (7, 52)
             with socket.socket(fileno=fds[0]) as stream:
                 stream.sendall(b"OK 1\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import vsockets
-from vsockets.protocol import RECORD_SIZE, Flag, Op, Record, Request
+from vsockets.protocol import RECORD_SIZE, Op, Record, Request, RequestFlag
 from vsockets.testing import PrivateFabric
 
 from .raw_client import (
@@ -139,7 +139,7 @@ def test_a_connection_of_roots_gives_no_trust(fabric: PrivateFabric) -> None:
 
     def is_trusted(uid: int, groups: tuple[int, ...] = ()) -> bool:
         with enter(fabric.host) as sock:
-            return bool(ask_as(sock, TRUSTED_BY_9, uid, groups).flags & Flag.TRUSTED_STREAM)
+            return bool(ask_as(sock, TRUSTED_BY_9, uid, groups).flags & RequestFlag.TRUSTED_STREAM)
 
     assert not is_trusted(NOBODY)
     assert is_trusted(OTHER)
@@ -163,7 +163,7 @@ def test_a_grant_to_an_executable_is_for_the_one_that_wrote(
         )
         fabric.control.reload()
         with enter(fabric.host) as sock:
-            assert bool(ask_as(sock, TRUSTED_BY_9).flags & Flag.TRUSTED_STREAM) == trusted
+            assert bool(ask_as(sock, TRUSTED_BY_9).flags & RequestFlag.TRUSTED_STREAM) == trusted
 
 
 @both_doors
@@ -202,7 +202,7 @@ def test_two_users_have_no_right_in_common(
         with user(connects):
             sock = enter(fabric.host)
         with sock:
-            assert not ask_as(sock, TRUSTED_BY_9, writes).flags & Flag.TRUSTED_STREAM
+            assert not ask_as(sock, TRUSTED_BY_9, writes).flags & RequestFlag.TRUSTED_STREAM
         with user(connects):
             sock = enter(fabric.host)
         with sock, written(sock, connect(2, 5000), writes) as pid:
@@ -229,11 +229,11 @@ def test_root_asks_in_the_name_of_a_program(fabric: PrivateFabric, door: int) ->
                     assert told == (pid, NOBODY, NOBODY)
             with enter(fabric.host, door) as sock:
                 flags = ask_naming(sock, TRUSTED_BY_9, pid, NOBODY, NOBODY).flags
-                assert not flags & Flag.TRUSTED_STREAM
+                assert not flags & RequestFlag.TRUSTED_STREAM
         # Its own rights it has.
         with enter(fabric.host, door) as sock:
             flags = ask_naming(sock, TRUSTED_BY_9, os.getpid(), 0, 0).flags
-            assert bool(flags & Flag.TRUSTED_STREAM) == has_capability(CAP_NET_ADMIN)
+            assert bool(flags & RequestFlag.TRUSTED_STREAM) == has_capability(CAP_NET_ADMIN)
 
 
 @both_doors

@@ -21,7 +21,7 @@ from vsockets import (
     VMADDR_CID_ANY,
     Attachment,
 )
-from vsockets.protocol import RECORD_SIZE, Flag, Op, Record, Request, Role, decode_route
+from vsockets.protocol import RECORD_SIZE, Op, Record, Request, RequestFlag, Role, decode_route
 from vsockets.testing import PrivateFabric, wait_until
 
 from .raw_client import assert_serves, descriptors, has_ended
@@ -65,7 +65,7 @@ class Device:
         """Refuse the next offer, and give its socket back, or the one given instead."""
         offer, stream = self.offer()
         stream.send(Record(errno.ECONNRESET).encode())
-        if offer.flags & Flag.POLLING:
+        if offer.flags & RequestFlag.POLLING:
             stream.recv(3072)
         request = Request(Op.SETTLE, 0, *offer.local, *offer.peer, errno.ECONNRESET)
         socket.send_fds(self.link, [request.encode()], [(given_back or stream).fileno()])
@@ -83,7 +83,7 @@ class Device:
         offer, stream = self.offer()
         record = Record(0, 0, *offer.peer, *offer.local, Role.CONNECTED, 1, 2, 3, *SIZES)
         stream.send(record.encode())
-        if offer.flags & Flag.POLLING:
+        if offer.flags & RequestFlag.POLLING:
             stream.recv(3072)
         self.settle(offer)
         return offer, stream
@@ -191,7 +191,7 @@ def test_a_stream_to_the_guest(private_fabric: PrivateFabric, device: Device) ->
     sock.setblocking(False)
     assert sock.connect_ex((device.cid, 80)) == errno.EINPROGRESS
     offer, stream = device.offer()
-    assert offer.local == (device.cid, 80) and offer.flags & Flag.POLLING
+    assert offer.local == (device.cid, 80) and offer.flags & RequestFlag.POLLING
     assert (offer.size, offer.minimum, offer.maximum) == SIZES
     assert offer.pid == os.getpid()
     stream.send(Record(0, 0, *offer.peer, *offer.local, Role.CONNECTED, 1, 2, 3, *SIZES).encode())

@@ -14,15 +14,15 @@ from vsockets.daemon.admin.audit import Audit
 from vsockets.daemon.admin.events import Events
 from vsockets.daemon.broker import Broker
 from vsockets.daemon.channel import Channel
-from vsockets.eventloop.loop import Loop, Timer
-from vsockets.fabric import Fabric, Kind
+from vsockets.eventloop.loop import EventLoop, Timer
+from vsockets.fabric import EndpointKind, Fabric
 from vsockets.limits import SILENT_CLIENT
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request
 
-KINDS = {Kind.STREAM: socket.SOCK_STREAM, Kind.SEQPACKET: socket.SOCK_SEQPACKET}
+KINDS = {EndpointKind.STREAM: socket.SOCK_STREAM, EndpointKind.SEQPACKET: socket.SOCK_SEQPACKET}
 
 
-def end(loop: Loop) -> Callable[[], None]:
+def end(loop: EventLoop) -> Callable[[], None]:
     """A callback that stops ``loop``, by an event, as everything that stops vsockd does."""
     reader, writer = os.pipe()
 
@@ -35,7 +35,7 @@ def end(loop: Loop) -> Callable[[], None]:
     return lambda: os.close(writer)
 
 
-def run_once(loop: Loop) -> None:
+def run_once(loop: EventLoop) -> None:
     """Serve what is to be served now."""
     loop._running = True  # vsockd's never goes on after it was stopped
     loop.call_later(0.0, end(loop))
@@ -43,13 +43,13 @@ def run_once(loop: Loop) -> None:
 
 
 def test_a_timer_can_stop_it() -> None:
-    loop = Loop()
+    loop = EventLoop()
     loop.call_later(0.0, loop.stop)
     loop.run()
 
 
 def test_timers_run_in_their_order() -> None:
-    loop, calls = Loop(), list[str]()
+    loop, calls = EventLoop(), list[str]()
     loop.call_later(0.002, lambda: calls.append("second"))
     loop.call_later(0.001, lambda: calls.append("first"))
     loop.call_later(0.0, lambda: calls.append("never")).cancel()
@@ -60,7 +60,7 @@ def test_timers_run_in_their_order() -> None:
 
 
 def test_nobody_is_woken_for_a_cancelled_timer() -> None:
-    loop, waits = Loop(), list[float | None]()
+    loop, waits = EventLoop(), list[float | None]()
     poll = loop._poll
 
     def wait(timeout: float | None = None, maxevents: int = -1) -> list[tuple[int, int]]:
@@ -79,7 +79,7 @@ def test_nobody_is_woken_for_a_cancelled_timer() -> None:
 def test_a_callback_that_fails_is_logged_and_not_fatal(
     when: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    loop = Loop()
+    loop = EventLoop()
     one, other = socket.socketpair()
 
     def fail(*_: object) -> None:
@@ -99,7 +99,7 @@ def test_a_callback_that_fails_is_logged_and_not_fatal(
 
 
 def test_what_has_ended_is_seen_before_what_is_new() -> None:
-    loop, seen = Loop(), list[str]()
+    loop, seen = EventLoop(), list[str]()
     pairs = {name: socket.socketpair() for name in ("new", "ended")}
     for name, (mine, _) in pairs.items():
 
@@ -119,14 +119,14 @@ def test_what_has_ended_is_seen_before_what_is_new() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_request_at_which_vsockd_fails_is_served_once(
-    kind: Kind, caplog: pytest.LogCaptureFixture
+    kind: EndpointKind, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its program is let go, or vsockd would come back to that request for ever."""
 
     def fail(channel: Channel, request: Request) -> bool:
         raise OverflowError("as a test")
 
-    loop, fabric = Loop(), Fabric(0)
+    loop, fabric = EventLoop(), Fabric(0)
     broker = Broker(loop, fabric, Audit(Events(), 1))
     broker._operations[Op.BIND] = fail
     program, ours = socket.socketpair(socket.AF_UNIX, KINDS[kind])
@@ -141,7 +141,7 @@ def test_a_request_at_which_vsockd_fails_is_served_once(
             assert program.recv(1) == b""
 
 
-class Clock(Loop):
+class Clock(EventLoop):
     """A loop whose timers are run by the test."""
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class Clock(Loop):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("speaks", [False, True])
 def test_a_program_that_says_nothing_is_let_go(
-    kind: Kind, speaks: bool, monkeypatch: pytest.MonkeyPatch
+    kind: EndpointKind, speaks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = Clock()
     fabric = Fabric(0)

@@ -13,7 +13,7 @@ import pytest
 
 import vsockets
 from vsockets import Attachment
-from vsockets.protocol import RECORD_SIZE, Flag, Op, Record, Request, Role
+from vsockets.protocol import RECORD_SIZE, Op, Record, Request, RequestFlag, Role
 from vsockets.testing import PrivateFabric, wait_until
 
 from .raw_client import (
@@ -91,11 +91,11 @@ def errno_of_connecting(context: Attachment, port: int = 5000) -> int:
 def test_connections_come_in_with_their_records(shared_fabric: PrivateFabric, kind: int) -> None:
     holder = Holder(shared_fabric.host, 5000, kind)
     assert (holder.record.local, holder.record.role) == ((HOST, 5000), Role.BOUND)
-    assert holder.record.flags == Flag.NAMED
+    assert holder.record.flags == RequestFlag.NAMED
     holder.listen()
     query = Request(Op.QUERY, cookie=cookie_of(holder.sock))
     known = ask_once(shared_fabric.host, query)
-    assert (known.role, known.flags) == (Role.LISTENING, Flag.NAMED)
+    assert (known.role, known.flags) == (Role.LISTENING, RequestFlag.NAMED)
     with vsockets.socket(type=kind, context=guest_of(shared_fabric)) as client:
         client.connect((HOST, 5000))
         client.send(b"hello")

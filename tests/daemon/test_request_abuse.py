@@ -14,7 +14,16 @@ import socket
 import pytest
 
 from vsockets.limits import UNREAD_ANSWERS
-from vsockets.protocol import PADDING, RECORD_SIZE, REQUEST_SIZE, Flag, Op, Record, Request, Role
+from vsockets.protocol import (
+    PADDING,
+    RECORD_SIZE,
+    REQUEST_SIZE,
+    Op,
+    Record,
+    Request,
+    RequestFlag,
+    Role,
+)
 from vsockets.testing import PrivateFabric, wait_until
 
 from .raw_client import (
@@ -200,7 +209,7 @@ def test_datagram_request_on_a_stream(shared_fabric: PrivateFabric, request_: Re
 @both_doors
 def test_polling_flag_without_padding(shared_fabric: PrivateFabric, door: int) -> None:
     with enter(shared_fabric.host, door) as sock:
-        request = connect(2, 5000)._replace(flags=Flag.POLLING)
+        request = connect(2, 5000)._replace(flags=RequestFlag.POLLING)
         assert ask(sock, request).status == errno.ECONNRESET
 
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from vsockets.protocol import RECORD_SIZE, Flag, Record
+from vsockets.protocol import RECORD_SIZE, Record, RequestFlag
 from vsockets.testing import PrivateFabric
 
 from .raw_client import DOORS, LOCAL_CID, PROMPT, ask, ask_once, bind, connect, enter, listen
@@ -69,9 +69,9 @@ def test_the_peers_credentials(fabric: PrivateFabric, door: int) -> None:
 def test_trusted(fabric: PrivateFabric) -> None:
     """By CAP_NET_ADMIN, or by being the user that owns the context (guide page 24)."""
     theirs = fabric.guest(8, owner=NOBODY)
-    assert ask_once(fabric.host, LOCAL_CID).flags & Flag.TRUSTED_STREAM
+    assert ask_once(fabric.host, LOCAL_CID).flags & RequestFlag.TRUSTED_STREAM
     privileged = has_capability(CAP_NET_ADMIN)  # root has it, except in most containers
-    assert bool(ask_once(theirs, LOCAL_CID).flags & Flag.TRUSTED_STREAM) == privileged
+    assert bool(ask_once(theirs, LOCAL_CID).flags & RequestFlag.TRUSTED_STREAM) == privileged
     with user(NOBODY):
-        assert not ask_once(fabric.host, LOCAL_CID).flags & Flag.TRUSTED_STREAM
-        assert ask_once(theirs, LOCAL_CID).flags & Flag.TRUSTED_STREAM
+        assert not ask_once(fabric.host, LOCAL_CID).flags & RequestFlag.TRUSTED_STREAM
+        assert ask_once(theirs, LOCAL_CID).flags & RequestFlag.TRUSTED_STREAM

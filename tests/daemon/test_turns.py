@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 
 from vsockets.daemon.request_turns import Turns
-from vsockets.eventloop.loop import Loop
+from vsockets.eventloop.loop import EventLoop
 from vsockets.fabric import Limits, Party
 from vsockets.limits import ENDS_A_TURN, REQUESTS_A_TURN
 
@@ -49,12 +49,12 @@ def note_that(served: list[str], name: str, hung_up: bool) -> None:
 
 
 @pytest.fixture
-def loop() -> Loop:
-    return Loop()
+def loop() -> EventLoop:
+    return EventLoop()
 
 
 @pytest.fixture
-def turns(loop: Loop) -> Turns:
+def turns(loop: EventLoop) -> Turns:
     return Turns(loop)
 
 
@@ -68,7 +68,7 @@ def clients(turns: Turns, name: str, number: int) -> Iterator[Clients]:
 
 
 def test_a_party_with_many_requests_has_some_of_them_served_in_a_turn(
-    loop: Loop, turns: Turns
+    loop: EventLoop, turns: Turns
 ) -> None:
     with clients(turns, "many", 100) as many, clients(turns, "one", 1) as one:
         run_once(loop)
@@ -78,7 +78,7 @@ def test_a_party_with_many_requests_has_some_of_them_served_in_a_turn(
         assert sorted(many.served) == list(range(100))
 
 
-def test_what_has_ended_comes_before_every_request(loop: Loop, turns: Turns) -> None:
+def test_what_has_ended_comes_before_every_request(loop: EventLoop, turns: Turns) -> None:
     """Of whatever party: a port given back before a request was made is free then."""
     with clients(turns, "asks", 3) as asks, clients(turns, "ended", 3) as ended:
         served: list[str] = []
@@ -93,7 +93,7 @@ def test_what_has_ended_comes_before_every_request(loop: Loop, turns: Turns) -> 
         assert served == ["ended"] * 3 + ["asks"] * 3
 
 
-def test_many_that_have_ended_have_turns_too(loop: Loop, turns: Turns) -> None:
+def test_many_that_have_ended_have_turns_too(loop: EventLoop, turns: Turns) -> None:
     number = 2 * ENDS_A_TURN
     with clients(turns, "many", number) as many:
         for ours, theirs in many.pairs:
@@ -106,7 +106,7 @@ def test_many_that_have_ended_have_turns_too(loop: Loop, turns: Turns) -> None:
 
 
 def test_one_that_fails_is_logged(
-    loop: Loop, turns: Turns, caplog: pytest.LogCaptureFixture
+    loop: EventLoop, turns: Turns, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(hung_up: bool) -> None:
         raise OverflowError("as a test")
@@ -121,7 +121,7 @@ def test_one_that_fails_is_logged(
     assert record.levelno == logging.ERROR and record.exc_info
 
 
-def test_no_descriptor_is_kept_for_parties_that_have_none(loop: Loop, turns: Turns) -> None:
+def test_no_descriptor_is_kept_for_parties_that_have_none(loop: EventLoop, turns: Turns) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for number in range(10):
         with clients(turns, f"party {number}", 1):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from vsockets.daemon import stream_liveness as module
-from vsockets.daemon.stream_liveness import Group, StreamWatch
+from vsockets.daemon.stream_liveness import Group, StreamLiveness
 from vsockets.limits import STREAMS_A_GROUP
 
 NUMBER = 3 * STREAMS_A_GROUP + 5
@@ -36,7 +36,7 @@ class Stage:
 
     def __init__(self) -> None:
         self.ended: list[int] = []
-        self.watch = StreamWatch(self.ended.append)
+        self.watch = StreamLiveness(self.ended.append)
         self.watch.open()
         self.connecting: dict[int, socket.socket] = {}
         self.accepting: dict[int, socket.socket] = {}

@@ -12,7 +12,7 @@ from socket import AF_UNIX, MSG_DONTWAIT, SOCK_SEQPACKET, SOCK_STREAM
 import pytest
 
 from vsockets import pass_rights
-from vsockets.devices.client import Attachment, Offer
+from vsockets.devices.client import DeviceClient, Offer
 from vsockets.devices.loop import DeviceLoop
 from vsockets.model.buffers import BufferSizes
 from vsockets.protocol import RECORD_SIZE, REQUEST_SIZE, Op, Record, Request
@@ -29,7 +29,7 @@ class Busy:
         self.loop = DeviceLoop()
         link, self.vsockd = socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
         self.vsockd.settimeout(30)
-        self.attachment = Attachment(self.loop, link, CID, datagrams=False)
+        self.attachment = DeviceClient(self.loop, link, CID, datagrams=False)
         try:
             while True:
                 link.send(FILLING, MSG_DONTWAIT)
@@ -123,7 +123,7 @@ def test_the_mark_of_a_records_end_comes_along(kind: int) -> None:
     with contextlib.ExitStack() as stack:
         loop = DeviceLoop()
         stack.callback(loop.close)
-        attachment = Attachment(loop, link, CID, datagrams=False)
+        attachment = DeviceClient(loop, link, CID, datagrams=False)
         stack.callback(attachment.close)
         for sock in (vsockd, client, offered, offered_too := offered.dup()):
             stack.enter_context(sock)

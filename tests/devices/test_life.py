@@ -10,8 +10,8 @@ import pytest
 
 import vsockets
 from vsockets.control import Events
-from vsockets.devices.client import Attachment, Offer
-from vsockets.devices.lifecycle_events import follow
+from vsockets.devices.client import DeviceClient, Offer
+from vsockets.devices.lifecycle_events import subscribe
 from vsockets.devices.loop import DeviceLoop
 from vsockets.model.buffers import BufferSizes
 from vsockets.testing import PrivateFabric, wait_until
@@ -26,10 +26,10 @@ class Device:
         self.heard: list[str] = []
         self.events = events
         self.loop = DeviceLoop()
-        self.attachment = Attachment(self.loop, fabric.control.attach_device(CID), CID)
+        self.attachment = DeviceClient(self.loop, fabric.control.attach_device(CID), CID)
         self.attachment.offered = self.offered
         self.offers: list[tuple[Offer, list[str]]] = []
-        follow(self.loop, self.attachment, events, lambda cid, change: self.heard.append(change))
+        subscribe(self.loop, self.attachment, events, lambda cid, change: self.heard.append(change))
 
     @property
     def listens(self) -> bool:

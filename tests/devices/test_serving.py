@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.unix_server import Server
+from vsockets.devices.unix_server import UnixServer
 from vsockets.testing import wait_until
 
 ANSWER = bytes(4 << 20)
@@ -38,7 +38,7 @@ def test_who_reads_no_answer_is_given_up(tmp_path: Path) -> None:
     listener.setblocking(False)
     loop = DeviceLoop()
     ended: list[bool] = []
-    server = Server(loop, listener, lambda: Talkative(ended), descriptors=1, patience=0.1)
+    server = UnixServer(loop, listener, lambda: Talkative(ended), descriptors=1, patience=0.1)
 
     def given_up() -> bool:
         loop.turn()

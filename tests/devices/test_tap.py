@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture.dissecting import take_records, tapped
-from vsockets.devices.capture import Tap
+from vsockets.devices.capture import CaptureSink
 from vsockets.devices.loop import DeviceLoop
 from vsockets.limits import CAPTURE_PAYLOAD, CAPTURES
 from vsockets.protocol import ProtocolError
@@ -27,8 +27,8 @@ def loop() -> Iterator[DeviceLoop]:
 
 
 @pytest.fixture
-def tap(loop: DeviceLoop) -> Iterator[Tap]:
-    tap = Tap(loop)
+def tap(loop: DeviceLoop) -> Iterator[CaptureSink]:
+    tap = CaptureSink(loop)
     yield tap
     tap.close()
 
@@ -37,7 +37,7 @@ def payload_of(record: Captured) -> bytes:
     return record.body[HEADER_SIZE:]
 
 
-def test_a_payload_in_parts_is_one_and_cut_where_it_ends(tap: Tap) -> None:
+def test_a_payload_in_parts_is_one_and_cut_where_it_ends(tap: CaptureSink) -> None:
     with tapped(tap) as records:
         parts = [memoryview(b"hel"), memoryview(b"lo, and more")]
         tap.record(Operation.PAYLOAD, GUEST, HOST, parts, 5)
@@ -46,14 +46,14 @@ def test_a_payload_in_parts_is_one_and_cut_where_it_ends(tap: Tap) -> None:
     assert (record.missed, record.length) == (0, HEADER_SIZE + 5)
 
 
-def test_a_length_that_lies(tap: Tap) -> None:
+def test_a_length_that_lies(tap: CaptureSink) -> None:
     with tapped(tap) as records:
         tap.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(b"short")], 0xFFFF_FFFF)
         (record,) = take_records(records)
     assert record.length == len(record.body) == HEADER_SIZE + 5
 
 
-def test_the_limit_is_each_readers_own(tap: Tap) -> None:
+def test_the_limit_is_each_readers_own(tap: CaptureSink) -> None:
     with tapped(tap, limit=2) as little, tapped(tap, limit=0) as none, tapped(tap) as all_of_it:
         tap.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(b"12345")], 5)
         for records, kept in ((little, b"12"), (none, b""), (all_of_it, b"12345")):
@@ -62,7 +62,7 @@ def test_the_limit_is_each_readers_own(tap: Tap) -> None:
             assert record.length == HEADER_SIZE + 5
 
 
-def test_one_port_of_either_side(tap: Tap) -> None:
+def test_one_port_of_either_side(tap: CaptureSink) -> None:
     with tapped(tap, port=5000) as records:
         for there in (HOST, (2, 5001)):
             tap.record(Operation.CONNECT, GUEST, there)
@@ -70,7 +70,7 @@ def test_one_port_of_either_side(tap: Tap) -> None:
         assert len(take_records(records)) == 2
 
 
-def test_a_long_stream_is_cut_into_records(tap: Tap) -> None:
+def test_a_long_stream_is_cut_into_records(tap: CaptureSink) -> None:
     data = bytes(range(256)) * 1000
     with tapped(tap) as records:
         records.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
@@ -84,7 +84,7 @@ def test_a_long_stream_is_cut_into_records(tap: Tap) -> None:
     assert max(len(payload_of(record)) for record in got) == CAPTURE_PAYLOAD
 
 
-def test_who_is_slow_misses_records_and_is_told_how_many(tap: Tap) -> None:
+def test_who_is_slow_misses_records_and_is_told_how_many(tap: CaptureSink) -> None:
     with tapped(tap) as records:
         for _ in range(10_000):  # more than any buffer takes, and nobody waits
             tap.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(bytes(1000))], 1000)
@@ -97,7 +97,7 @@ def test_who_is_slow_misses_records_and_is_told_how_many(tap: Tap) -> None:
         assert missed == [10_000 - len(came), 0]
 
 
-def test_who_has_gone_is_forgotten_and_the_others_go_on(tap: Tap) -> None:
+def test_who_has_gone_is_forgotten_and_the_others_go_on(tap: CaptureSink) -> None:
     gone = tapped(tap)
     with tapped(tap) as stays:
         gone.close()
@@ -109,7 +109,7 @@ def test_who_has_gone_is_forgotten_and_the_others_go_on(tap: Tap) -> None:
     assert not tap.sinks
 
 
-def test_so_many_at_a_time(tap: Tap, loop: DeviceLoop) -> None:
+def test_so_many_at_a_time(tap: CaptureSink, loop: DeviceLoop) -> None:
     readers = [tapped(tap) for _ in range(CAPTURES)]
     with tapped(tap) as refused:
         assert refused.recv(1) == b""
@@ -122,7 +122,7 @@ def test_so_many_at_a_time(tap: Tap, loop: DeviceLoop) -> None:
         reader.close()
 
 
-def test_who_ends_it_learns_what_it_missed_last(tap: Tap, loop: DeviceLoop) -> None:
+def test_who_ends_it_learns_what_it_missed_last(tap: CaptureSink, loop: DeviceLoop) -> None:
     with tapped(tap) as records:
         for _ in range(10_000):
             tap.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(bytes(1000))], 1000)

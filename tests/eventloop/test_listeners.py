@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vsockets.eventloop.listeners import Door, open_door
+from vsockets.eventloop.listeners import Listener, open_listener
 from vsockets.model.locator import parse_locator
 from vsockets.testing import PrivateFabric
 
@@ -27,7 +27,7 @@ def test_a_reserved_port_needs_a_capability(fabric: PrivateFabric, address: str)
     os.seteuid(NOBODY)
     try:
         with pytest.raises(PermissionError) as caught:
-            open_door(parse_locator(address), fabric.host)
+            open_listener(parse_locator(address), fabric.host)
     finally:
         os.seteuid(0)
     assert str(caught.value.strerror) == (
@@ -42,7 +42,7 @@ def test_what_is_removed_is_what_was_made(tmp_path: Path) -> None:
     home.mkdir()
     secret.mkdir()
     (secret / "x.sock").write_text("precious")
-    door = Door(parse_locator(f"unix:{home}/x.sock"))
+    door = Listener(parse_locator(f"unix:{home}/x.sock"))
     assert door.where == f"{home}/x.sock"
     home.rename(tmp_path / "moved")
     home.symlink_to(secret)
@@ -52,7 +52,7 @@ def test_what_is_removed_is_what_was_made(tmp_path: Path) -> None:
 
 
 def test_what_is_in_its_place_is_not_removed(tmp_path: Path) -> None:
-    door = Door(parse_locator(f"unix:{tmp_path}/x.sock"))
+    door = Listener(parse_locator(f"unix:{tmp_path}/x.sock"))
     (tmp_path / "x.sock").unlink()
     (tmp_path / "x.sock").write_text("another's")
     door.close()

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import pytest
 
-from vsockets.fabric import Context, Endpoint, Fabric, Kind, Refused
+from vsockets.fabric import Context, Endpoint, EndpointKind, Fabric, Refused
 from vsockets.model.buffers import BufferSizes
 
 from .somebody import ME, SERVICE, YOU, Somebody
 
 ANY = 2**32 - 1
 LOCAL = 1
-STREAMS = [Kind.STREAM, Kind.SEQPACKET]
+STREAMS = [EndpointKind.STREAM, EndpointKind.SEQPACKET]
 
 
 class House:
@@ -32,7 +32,7 @@ class House:
         port: int = ANY,
         *,
         cid: int = ANY,
-        kind: Kind = Kind.STREAM,
+        kind: EndpointKind = EndpointKind.STREAM,
         privileged: bool = False,
         cookie: int = 0,
     ) -> Endpoint:
@@ -40,7 +40,12 @@ class House:
         return self.fabric.bind(context, kind, cid, port, program, cookie)
 
     def listen(
-        self, context: Context, port: int, *, cid: int = ANY, kind: Kind = Kind.STREAM
+        self,
+        context: Context,
+        port: int,
+        *,
+        cid: int = ANY,
+        kind: EndpointKind = EndpointKind.STREAM,
     ) -> Endpoint:
         endpoint = self.bind(context, port, cid=cid, kind=kind)
         self.fabric.listen(endpoint, BufferSizes())
@@ -91,10 +96,10 @@ class TestBind:
     def test_streams_and_packets_share_ports_and_datagrams_have_their_own(
         self, house: House
     ) -> None:
-        house.bind(house.guest, 5000, kind=Kind.STREAM)
-        refusal(errno.EADDRINUSE, house.bind, house.guest, 5000, kind=Kind.SEQPACKET)
-        house.bind(house.guest, 5000, kind=Kind.DATAGRAM)
-        refusal(errno.EADDRINUSE, house.bind, house.guest, 5000, kind=Kind.DATAGRAM)
+        house.bind(house.guest, 5000, kind=EndpointKind.STREAM)
+        refusal(errno.EADDRINUSE, house.bind, house.guest, 5000, kind=EndpointKind.SEQPACKET)
+        house.bind(house.guest, 5000, kind=EndpointKind.DATAGRAM)
+        refusal(errno.EADDRINUSE, house.bind, house.guest, 5000, kind=EndpointKind.DATAGRAM)
 
     @pytest.mark.parametrize("port", [0, 1, 1023])
     def test_reserved_ports(self, house: House, port: int) -> None:
@@ -109,10 +114,10 @@ class TestBind:
             def has_capability(self, capability: int) -> bool:
                 raise AssertionError("asked for a privilege that is not needed")
 
-        house.fabric.bind(house.guest, Kind.STREAM, ANY, port, Shy())
+        house.fabric.bind(house.guest, EndpointKind.STREAM, ANY, port, Shy())
 
     def test_unbind_frees_the_port(self, house: House) -> None:
-        for kind in Kind:
+        for kind in EndpointKind:
             endpoint = house.bind(house.guest, 5000, kind=kind)
             house.fabric.unbind(endpoint)
             successor = house.bind(house.guest, 5000, kind=kind)
@@ -123,41 +128,50 @@ class TestBind:
 
 class TestFindListener:
     @pytest.mark.parametrize("kind", STREAMS)
-    def test_from_everywhere_it_may_be_reached(self, house: House, kind: Kind) -> None:
+    def test_from_everywhere_it_may_be_reached(self, house: House, kind: EndpointKind) -> None:
         listener = house.listen(house.host, 5000, kind=kind)
         for context in (house.host, house.guest, house.other):
             assert house.fabric.find_listener(context, kind, 2, 5000, ME) is listener
 
     def test_host_to_guest(self, house: House) -> None:
         listener = house.listen(house.guest, 5000)
-        assert house.fabric.find_listener(house.host, Kind.STREAM, 3, 5000, ME) is listener
+        assert house.fabric.find_listener(house.host, EndpointKind.STREAM, 3, 5000, ME) is listener
 
     def test_within_a_guest_by_its_cid_and_by_the_local_one(self, house: House) -> None:
         listener = house.listen(house.guest, 5000)
         for cid in (3, LOCAL):
-            assert house.fabric.find_listener(house.guest, Kind.STREAM, cid, 5000, ME) is listener
+            assert (
+                house.fabric.find_listener(house.guest, EndpointKind.STREAM, cid, 5000, ME)
+                is listener
+            )
 
     def test_another_guest_looks_like_no_guest(self, house: House) -> None:
         house.listen(house.other, 5000)
         find = house.fabric.find_listener
-        refusal(errno.EHOSTUNREACH, find, house.guest, Kind.STREAM, 4, 5000, ME)
-        refusal(errno.EHOSTUNREACH, find, house.guest, Kind.STREAM, 99, 5000, ME)
+        refusal(errno.EHOSTUNREACH, find, house.guest, EndpointKind.STREAM, 4, 5000, ME)
+        refusal(errno.EHOSTUNREACH, find, house.guest, EndpointKind.STREAM, 99, 5000, ME)
         # Nor does it matter whether anybody listens there.
-        refusal(errno.EHOSTUNREACH, find, house.guest, Kind.STREAM, 4, 5001, ME)
+        refusal(errno.EHOSTUNREACH, find, house.guest, EndpointKind.STREAM, 4, 5001, ME)
 
     def test_a_removed_context_is_unknown(self, house: House) -> None:
         house.listen(house.guest, 5000)
         house.fabric.contexts.remove(3)
         refusal(
-            errno.EHOSTUNREACH, house.fabric.find_listener, house.host, Kind.STREAM, 3, 5000, ME
+            errno.EHOSTUNREACH,
+            house.fabric.find_listener,
+            house.host,
+            EndpointKind.STREAM,
+            3,
+            5000,
+            ME,
         )
 
     def test_nobody_there_and_nobody_listening(self, house: House) -> None:
         find = house.fabric.find_listener
-        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 2, 5000, ME)
+        refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 2, 5000, ME)
         house.bind(house.host, 5000)
-        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 2, 5000, ME)
-        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 0, 5000, ME)
+        refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 2, 5000, ME)
+        refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 0, 5000, ME)
 
     def test_a_connections_port_is_no_listener(self, house: House) -> None:
         listener = house.listen(house.host, 5000)
@@ -165,14 +179,14 @@ class TestFindListener:
             house.guest, listener, None, BufferSizes(), ME.credentials
         )
         find = house.fabric.find_listener
-        refusal(errno.ECONNRESET, find, house.host, Kind.STREAM, *connection.local, ME)
+        refusal(errno.ECONNRESET, find, house.host, EndpointKind.STREAM, *connection.local, ME)
 
     def test_another_type_of_socket(self, house: House) -> None:
-        house.listen(house.host, 5000, kind=Kind.SEQPACKET)
+        house.listen(house.host, 5000, kind=EndpointKind.SEQPACKET)
         find = house.fabric.find_listener
-        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 2, 5000, ME)
-        house.bind(house.host, 6000, kind=Kind.DATAGRAM)
-        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 2, 6000, ME)
+        refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 2, 5000, ME)
+        house.bind(house.host, 6000, kind=EndpointKind.DATAGRAM)
+        refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 2, 6000, ME)
 
     @pytest.mark.parametrize(
         ("address", "code"),
@@ -180,14 +194,14 @@ class TestFindListener:
     )
     def test_wildcards(self, house: House, address: tuple[int, int], code: int) -> None:
         house.listen(house.guest, 5000)
-        refusal(code, house.fabric.find_listener, house.guest, Kind.STREAM, *address, ME)
+        refusal(code, house.fabric.find_listener, house.guest, EndpointKind.STREAM, *address, ME)
 
     def test_bound_to_the_local_cid_is_for_the_own_context_only(self, house: House) -> None:
         listener = house.listen(house.guest, 5000, cid=LOCAL)
         find = house.fabric.find_listener
-        refusal(errno.ECONNRESET, find, house.host, Kind.STREAM, 3, 5000, ME)
-        assert find(house.guest, Kind.STREAM, LOCAL, 5000, ME) is listener
-        assert find(house.guest, Kind.STREAM, 3, 5000, ME) is listener
+        refusal(errno.ECONNRESET, find, house.host, EndpointKind.STREAM, 3, 5000, ME)
+        assert find(house.guest, EndpointKind.STREAM, LOCAL, 5000, ME) is listener
+        assert find(house.guest, EndpointKind.STREAM, 3, 5000, ME) is listener
 
 
 class TestBeyond:
@@ -195,25 +209,27 @@ class TestBeyond:
 
     @pytest.fixture
     def beyond(self, house: House) -> Endpoint:
-        endpoint = Endpoint(Kind.STREAM, house.host, 2, 9900, ME.credentials, listening=True)
+        endpoint = Endpoint(
+            EndpointKind.STREAM, house.host, 2, 9900, ME.credentials, listening=True
+        )
         house.guest.beyond = lambda kind, port: endpoint if port == 9900 else None
         return endpoint
 
     def test_for_that_guest_alone(self, house: House, beyond: Endpoint) -> None:
         find = house.fabric.find_listener
-        assert find(house.guest, Kind.STREAM, 2, 9900, YOU) is beyond
-        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 2, 9800, YOU)
-        refusal(errno.ECONNRESET, find, house.other, Kind.STREAM, 2, 9900, YOU)
-        refusal(errno.ECONNRESET, find, house.host, Kind.STREAM, 2, 9900, YOU)
-        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 0, 9900, YOU)
-        refusal(errno.ECONNRESET, find, house.guest, Kind.STREAM, 3, 9900, YOU)
+        assert find(house.guest, EndpointKind.STREAM, 2, 9900, YOU) is beyond
+        refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 2, 9800, YOU)
+        refusal(errno.ECONNRESET, find, house.other, EndpointKind.STREAM, 2, 9900, YOU)
+        refusal(errno.ECONNRESET, find, house.host, EndpointKind.STREAM, 2, 9900, YOU)
+        refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 0, 9900, YOU)
+        refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 3, 9900, YOU)
 
     def test_a_listener_of_the_fabric_comes_first(self, house: House, beyond: Endpoint) -> None:
         listener = house.listen(house.host, 9900)
         find = house.fabric.find_listener
-        assert find(house.guest, Kind.STREAM, 2, 9900, YOU) is listener
+        assert find(house.guest, EndpointKind.STREAM, 2, 9900, YOU) is listener
         house.fabric.unbind(listener)
-        assert find(house.guest, Kind.STREAM, 2, 9900, YOU) is beyond
+        assert find(house.guest, EndpointKind.STREAM, 2, 9900, YOU) is beyond
 
 
 def test_watchers_are_told_of_listeners(house: House) -> None:
@@ -243,7 +259,7 @@ class TestConnect:
             YOU.credentials,
             ME.credentials,
         )
-        assert connection.kind is Kind.STREAM
+        assert connection.kind is EndpointKind.STREAM
         assert house.fabric.connections == {connection.number: connection}
 
     def test_the_connecting_port_is_held_until_the_end(self, house: House) -> None:
@@ -338,7 +354,7 @@ class TestConnect:
 
 class TestFindDatagram:
     def test_found(self, house: House) -> None:
-        endpoint = house.bind(house.host, 5000, kind=Kind.DATAGRAM)
+        endpoint = house.bind(house.host, 5000, kind=EndpointKind.DATAGRAM)
         for context in (house.host, house.guest):
             assert house.fabric.find_datagram(context, 2, 5000, ME) is endpoint
 
@@ -348,7 +364,7 @@ class TestFindDatagram:
         refusal(errno.ECONNREFUSED, house.fabric.find_datagram, house.guest, 0, 5000, ME)
 
     def test_another_guest_looks_like_no_guest(self, house: House) -> None:
-        house.bind(house.other, 5000, kind=Kind.DATAGRAM)
+        house.bind(house.other, 5000, kind=EndpointKind.DATAGRAM)
         for cid in (4, 99):
             refusal(errno.EHOSTUNREACH, house.fabric.find_datagram, house.guest, cid, 5000, ME)
 
@@ -357,18 +373,19 @@ class TestFindDatagram:
         refusal(errno.EINVAL, find, house.guest, 2, ANY, ME)
         refusal(errno.EINVAL, find, house.guest, ANY, ANY, ME)
         refusal(errno.ECONNREFUSED, find, house.guest, ANY, 5000, ME)
-        endpoint = house.bind(house.guest, 5000, kind=Kind.DATAGRAM)
+        endpoint = house.bind(house.guest, 5000, kind=EndpointKind.DATAGRAM)
         assert find(house.guest, ANY, 5000, ME) is endpoint
 
     def test_bound_to_the_local_cid(self, house: House) -> None:
-        endpoint = house.bind(house.guest, 5000, cid=LOCAL, kind=Kind.DATAGRAM)
+        endpoint = house.bind(house.guest, 5000, cid=LOCAL, kind=EndpointKind.DATAGRAM)
         refusal(errno.ECONNREFUSED, house.fabric.find_datagram, house.host, 3, 5000, ME)
         assert house.fabric.find_datagram(house.guest, LOCAL, 5000, ME) is endpoint
 
     def test_from_the_local_cid(self, house: House) -> None:
-        source = house.bind(house.guest, 5001, cid=LOCAL, kind=Kind.DATAGRAM)
+        source = house.bind(house.guest, 5001, cid=LOCAL, kind=EndpointKind.DATAGRAM)
         away, home = (
-            house.bind(context, 5000, kind=Kind.DATAGRAM) for context in (house.host, house.guest)
+            house.bind(context, 5000, kind=EndpointKind.DATAGRAM)
+            for context in (house.host, house.guest)
         )
         find = house.fabric.find_datagram
         assert find(house.guest, 2, 5000, ME) is away

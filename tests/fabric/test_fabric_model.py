@@ -29,10 +29,10 @@ from vsockets.fabric import (
     Context,
     Credentials,
     Endpoint,
+    EndpointKind,
     Fabric,
     Grant,
     Isolation,
-    Kind,
     Limits,
     Profile,
     Refused,
@@ -246,7 +246,7 @@ class FabricModel(RuleBasedStateMachine):
 
         def action() -> None:
             who = somebody(program)
-            made.append(self.fabric.bind(self.context(home), Kind(kind), cid, port, who))
+            made.append(self.fabric.bind(self.context(home), EndpointKind(kind), cid, port, who))
 
         if not self.decide(self.world.may_bind(home, kind, cid, port, program), action):
             return None
@@ -329,7 +329,7 @@ class FabricModel(RuleBasedStateMachine):
         def action() -> None:
             context, who = self.context(home), somebody(program)
             own = None if bound is None else self.real[bound]
-            listener = self.fabric.find_listener(context, Kind(kind), cid, port, who, own)
+            listener = self.fabric.find_listener(context, EndpointKind(kind), cid, port, who, own)
             made.append(self.fabric.connect(context, listener, own, sizes, who.credentials))
 
         if self.decide(expected, action):

@@ -14,8 +14,8 @@ from vsockets.fabric import (
     Context,
     Denied,
     Endpoint,
+    EndpointKind,
     Fabric,
-    Kind,
     Refused,
     Rule,
     State,
@@ -50,23 +50,23 @@ class House:
         self.guest = self.fabric.contexts.add(3, "", 0)
         self.other = self.fabric.contexts.add(4, "", 0)
         self.at = {context: self._listen(context) for context in (self.host, self.guest)}
-        self.datagram = self.fabric.bind(self.guest, Kind.DATAGRAM, 3, 5001, ME)
+        self.datagram = self.fabric.bind(self.guest, EndpointKind.DATAGRAM, 3, 5001, ME)
         self.of_guest = [self._connect(self.guest, self.host), self._connect(self.host, self.guest)]
         self.of_other = [self._connect(self.other, self.host)]
 
     def _listen(self, context: Context) -> Endpoint:
-        endpoint = self.fabric.bind(context, Kind.STREAM, context.cid, 5000, ME)
+        endpoint = self.fabric.bind(context, EndpointKind.STREAM, context.cid, 5000, ME)
         self.fabric.listen(endpoint, BufferSizes())
         return endpoint
 
     def _connect(self, source: Context, destination: Context) -> Connection:
-        listener = self.fabric.find_listener(source, Kind.STREAM, destination.cid, 5000, ME)
+        listener = self.fabric.find_listener(source, EndpointKind.STREAM, destination.cid, 5000, ME)
         return self.fabric.connect(source, listener, None, BufferSizes(), ME.credentials)
 
     def reaches(self, source: Context, destination: Context) -> int:
         """0, or the errno of a connect."""
         try:
-            self.fabric.find_listener(source, Kind.STREAM, destination.cid, 5000, ME)
+            self.fabric.find_listener(source, EndpointKind.STREAM, destination.cid, 5000, ME)
         except Refused as refused:
             return refused.errno
         return 0
@@ -194,7 +194,7 @@ def test_the_rule_is_in_the_audit(house: House) -> None:
         house.fabric.change(house.guest, change)
         for source, destination in ((house.guest, 2), (house.host, 3)):
             with pytest.raises(Denied) as denied:
-                house.fabric.find_listener(source, Kind.STREAM, destination, 5000, ME)
+                house.fabric.find_listener(source, EndpointKind.STREAM, destination, 5000, ME)
             assert denied.value.rule is rule
 
 
@@ -227,7 +227,7 @@ def test_a_guest_that_is_off_cannot_be_told_from_none(house: House) -> None:
     fabric, host = house.fabric, house.host
     finders: list[Callable[[int], object]] = [
         lambda cid: fabric.find_datagram(host, cid, 5000, ME),
-        lambda cid: fabric.find_listener(host, Kind.STREAM, cid, 5000, ME),
+        lambda cid: fabric.find_listener(host, EndpointKind.STREAM, cid, 5000, ME),
     ]
     told = set()
     for cid, find in itertools.product((3, 99), finders):

@@ -14,8 +14,8 @@ from vsockets.fabric import (
     Context,
     Credentials,
     Denied,
+    EndpointKind,
     Fabric,
-    Kind,
     Limits,
     Party,
     Program,
@@ -24,7 +24,7 @@ from vsockets.fabric import (
 )
 from vsockets.limits import REMEMBERED_USERS
 from vsockets.model.buffers import BufferSizes
-from vsockets.model.rate_limit import Meter
+from vsockets.model.rate_limit import TokenBucket
 
 from .somebody import ME, ROOT, YOU, Somebody
 
@@ -51,7 +51,7 @@ def rising(pauses: list[float]) -> list[float]:
 @given(rates, pauses)
 def test_never_more_than_the_rate_after_a_full_second(rate: int, pauses: list[float]) -> None:
     """In every stretch of time: what a second allows at once, and the rate for its length."""
-    meter = Meter(rate)
+    meter = TokenBucket(rate)
     allowed = [moment for moment in rising(pauses) if meter.take(moment)]
     for first, begin in enumerate(allowed):
         for number, end in enumerate(allowed[first:], 1):
@@ -60,7 +60,7 @@ def test_never_more_than_the_rate_after_a_full_second(rate: int, pauses: list[fl
 
 @given(rates, pauses)
 def test_who_keeps_to_the_rate_is_never_refused(rate: int, pauses: list[float]) -> None:
-    meter = Meter(rate)
+    meter = TokenBucket(rate)
     now = NOW
     for pause in pauses:
         assert meter.take(now)
@@ -70,7 +70,7 @@ def test_who_keeps_to_the_rate_is_never_refused(rate: int, pauses: list[float]) 
 @given(rates, pauses)
 def test_a_refusal_costs_nothing(rate: int, pauses: list[float]) -> None:
     """Who asked in vain gets the same afterwards as who did not ask."""
-    eager, patient = Meter(rate), Meter(rate)
+    eager, patient = TokenBucket(rate), TokenBucket(rate)
     for _ in range(rate):
         assert eager.take(NOW) and patient.take(NOW)
     for moment in rising([min(pause, 0.9 / rate / 200) for pause in pauses]):
@@ -81,7 +81,7 @@ def test_a_refusal_costs_nothing(rate: int, pauses: list[float]) -> None:
 
 @given(rates)
 def test_a_quiet_second_allows_as_many_at_once(rate: int) -> None:
-    meter = Meter(rate)
+    meter = TokenBucket(rate)
     for moment in (NOW, NOW + 1.001):
         assert [meter.take(moment) for _ in range(rate + 1)] == [True] * rate + [False]
 
@@ -112,7 +112,7 @@ def test_the_errno_of_every_limit() -> None:
     one = context.party_of(0)
     one.pending = 1
     one.require_pace(NOW)
-    Fabric(0).bind(context, Kind.STREAM, 3, 5000, ME)
+    Fabric(0).bind(context, EndpointKind.STREAM, 3, 5000, ME)
     for require in (one.require_room, one.require_patience, lambda: one.require_pace(NOW)):
         with pytest.raises(Denied) as denied:
             require()
@@ -138,16 +138,16 @@ def test_room() -> None:
     fabric = Fabric(owner=0)
     context = fabric.contexts.add(3, "", 0)
     context.limit(Limits(sockets=3))
-    server = fabric.bind(fabric.contexts.host, Kind.STREAM, 2, 5000, ME)
+    server = fabric.bind(fabric.contexts.host, EndpointKind.STREAM, 2, 5000, ME)
     fabric.listen(server, BufferSizes())
 
-    def bind(kind: Kind) -> None:
+    def bind(kind: EndpointKind) -> None:
         fabric.bind(context, kind, 3, 2**32 - 1, ME)
 
-    bound = fabric.bind(context, Kind.STREAM, 3, 2**32 - 1, ME)
-    bind(Kind.DATAGRAM)
+    bound = fabric.bind(context, EndpointKind.STREAM, 3, 2**32 - 1, ME)
+    bind(EndpointKind.DATAGRAM)
     connection = fabric.connect(context, server, None, BufferSizes(), ME.credentials)
-    for kind in Kind:
+    for kind in EndpointKind:
         with pytest.raises(Denied) as denied:
             bind(kind)
         assert (denied.value.errno, denied.value.rule) == (errno.ENOBUFS, Rule.SOCKETS)
@@ -156,7 +156,7 @@ def test_room() -> None:
     assert (denied.value.errno, denied.value.rule) == (errno.ENOBUFS, Rule.SOCKETS)
     assert context.sockets == 3
     fabric.end(connection.number)
-    bind(Kind.SEQPACKET)
+    bind(EndpointKind.SEQPACKET)
     # A bound socket that connects holds no more than before.
     fabric.connect(context, server, bound, BufferSizes(), ME.credentials)
     assert context.sockets == 3
@@ -165,7 +165,7 @@ def test_room() -> None:
 def test_lower_limits_take_nothing_away() -> None:
     fabric = Fabric(owner=0)
     context = fabric.contexts.add(3, "", 0)
-    endpoints = [fabric.bind(context, Kind.STREAM, 3, 2**32 - 1, ME) for _ in range(5)]
+    endpoints = [fabric.bind(context, EndpointKind.STREAM, 3, 2**32 - 1, ME) for _ in range(5)]
     context.limit(Limits(sockets=2))
     assert context.sockets == 5
     one = context.party_of(ME.credentials.uid)
@@ -184,7 +184,7 @@ def test_administrators_have_no_limits(cid: int, program: Program) -> None:
     one = context.party_of(program.credentials.uid)
     one.pending = 100
     for _ in range(3):
-        fabric.bind(context, Kind.STREAM, cid, 2**32 - 1, program)
+        fabric.bind(context, EndpointKind.STREAM, cid, 2**32 - 1, program)
         one.require_patience()
         one.require_pace(NOW)
 
@@ -194,13 +194,13 @@ def test_each_user_of_the_host_has_limits_of_its_own() -> None:
     fabric = Fabric(owner=0)
     host = fabric.contexts.host
     host.limit(Limits(sockets=2))
-    server = fabric.bind(host, Kind.STREAM, 2, 5000, ROOT)
+    server = fabric.bind(host, EndpointKind.STREAM, 2, 5000, ROOT)
     fabric.listen(server, BufferSizes())
-    bound = fabric.bind(host, Kind.DATAGRAM, 2, 2**32 - 1, ME)
+    bound = fabric.bind(host, EndpointKind.DATAGRAM, 2, 2**32 - 1, ME)
     stream = fabric.connect(host, server, None, BufferSizes(), ME.credentials)
 
     def bind(program: Program) -> Rule | None:
-        return denial(lambda: fabric.bind(host, Kind.STREAM, 2, 2**32 - 1, program))
+        return denial(lambda: fabric.bind(host, EndpointKind.STREAM, 2, 2**32 - 1, program))
 
     assert bind(ME) is Rule.SOCKETS
     assert (
@@ -220,7 +220,7 @@ def test_users_who_have_nothing_are_forgotten_one_day() -> None:
     """One user may have thousands of user ids."""
     fabric = Fabric(owner=0)
     host = fabric.contexts.host
-    endpoint = fabric.bind(host, Kind.STREAM, 2, 2**32 - 1, ME)
+    endpoint = fabric.bind(host, EndpointKind.STREAM, 2, 2**32 - 1, ME)
     mine = host.party_of(ME.credentials.uid)
     for uid in range(10_000, 10_000 + 3 * REMEMBERED_USERS):
         assert host.party_of(uid) is host.party_of(uid)

@@ -16,9 +16,9 @@ from vsockets.fabric import (
     Credentials,
     Denied,
     Endpoint,
+    EndpointKind,
     Fabric,
     Isolation,
-    Kind,
     Profile,
     Refused,
     Rule,
@@ -66,18 +66,20 @@ class House:
         context.isolation = isolation
         return context
 
-    def serve(self, context: Context, kind: Kind, program: Somebody, port: int = PORT) -> Endpoint:
+    def serve(
+        self, context: Context, kind: EndpointKind, program: Somebody, port: int = PORT
+    ) -> Endpoint:
         endpoint = self.fabric.bind(context, kind, context.cid, port, program)
-        if kind is not Kind.DATAGRAM:
+        if kind is not EndpointKind.DATAGRAM:
             self.fabric.listen(endpoint, BufferSizes())
         return endpoint
 
     def reach(
-        self, source: Context, kind: Kind, program: Somebody, cid: int, port: int = PORT
+        self, source: Context, kind: EndpointKind, program: Somebody, cid: int, port: int = PORT
     ) -> Refused | None:
         """Connect, or send, to ``(cid, port)``; None when it is allowed."""
         try:
-            if kind is Kind.DATAGRAM:
+            if kind is EndpointKind.DATAGRAM:
                 self.fabric.find_datagram(source, cid, port, program)
             else:
                 self.fabric.find_listener(source, kind, cid, port, program)
@@ -94,7 +96,7 @@ def rule(refused: Refused | None) -> Rule | None:
     return refused.rule if isinstance(refused, Denied) else None
 
 
-every_kind = pytest.mark.parametrize("kind", Kind)
+every_kind = pytest.mark.parametrize("kind", EndpointKind)
 every_isolation = pytest.mark.parametrize("isolation", ISOLATIONS, ids=str)
 
 
@@ -105,7 +107,7 @@ every_isolation = pytest.mark.parametrize("isolation", ISOLATIONS, ids=str)
 @pytest.mark.parametrize(
     ("here", "there"), list(itertools.product(ISOLATIONS, ISOLATIONS)), ids=str
 )
-def test_between_guests(here: Isolation, there: Isolation, kind: Kind) -> None:
+def test_between_guests(here: Isolation, there: Isolation, kind: EndpointKind) -> None:
     """Only if both live by the rules of ESX 4.0 to 5.0, in one domain, both unrestricted."""
     house = House(here)
     other = house.add(4, there)
@@ -131,7 +133,7 @@ def test_between_guests(here: Isolation, there: Isolation, kind: Kind) -> None:
     ids=str,
 )
 def test_the_rule_between_guests(
-    here: Isolation, there: Isolation, expected: Rule, kind: Kind
+    here: Isolation, there: Isolation, expected: Rule, kind: EndpointKind
 ) -> None:
     for source, destination in ((here, there), (there, here)):
         house = House(source)
@@ -140,7 +142,7 @@ def test_the_rule_between_guests(
 
 
 @every_kind
-def test_no_privilege_of_a_program_joins_guests(kind: Kind) -> None:
+def test_no_privilege_of_a_program_joins_guests(kind: EndpointKind) -> None:
     house = House(RESTRICTED)
     house.serve(house.add(4, RESTRICTED), kind, ADMIN)
     for program in (ADMIN, ROOT, THE_OWNERS):
@@ -149,7 +151,9 @@ def test_no_privilege_of_a_program_joins_guests(kind: Kind) -> None:
 
 @every_kind
 @every_isolation
-def test_a_guest_that_may_not_be_reached_looks_like_none(isolation: Isolation, kind: Kind) -> None:
+def test_a_guest_that_may_not_be_reached_looks_like_none(
+    isolation: Isolation, kind: EndpointKind
+) -> None:
     """Whatever the other guest does: serves there or not, is suspended, in FT mode or off."""
     house = House(isolation)
     house.add(4, DEFAULT)
@@ -166,7 +170,7 @@ def test_a_guest_that_may_not_be_reached_looks_like_none(isolation: Isolation, k
 
 
 @every_kind
-def test_nor_can_a_guest_that_is_suspended_itself_tell(kind: Kind) -> None:
+def test_nor_can_a_guest_that_is_suspended_itself_tell(kind: EndpointKind) -> None:
     house = House(DEFAULT)
     house.serve(house.add(4, DEFAULT), kind, ME)
     house.guest.state = type(house.guest.state).SUSPENDED
@@ -197,7 +201,7 @@ host_table = pytest.mark.parametrize(("isolation", "who"), HOST_TABLE, ids=str)
 
 @every_kind
 @host_table
-def test_from_a_guest_to_the_host(isolation: Isolation, who: str, kind: Kind) -> None:
+def test_from_a_guest_to_the_host(isolation: Isolation, who: str, kind: EndpointKind) -> None:
     house = House(isolation)
     house.serve(house.host, kind, PROGRAMS[who])
     refused = house.reach(house.guest, kind, ME, 2)
@@ -206,12 +210,12 @@ def test_from_a_guest_to_the_host(isolation: Isolation, who: str, kind: Kind) ->
     # What a guest may not reach answers as if nobody were there.
     absent = house.reach(house.guest, kind, ME, 2, PORT + 1)
     assert code(refused) == ("allowed" if expected is None else code(absent))
-    assert code(absent) == ("ECONNREFUSED" if kind is Kind.DATAGRAM else "ECONNRESET")
+    assert code(absent) == ("ECONNREFUSED" if kind is EndpointKind.DATAGRAM else "ECONNRESET")
 
 
 @every_kind
 @host_table
-def test_from_the_host_to_a_guest(isolation: Isolation, who: str, kind: Kind) -> None:
+def test_from_the_host_to_a_guest(isolation: Isolation, who: str, kind: EndpointKind) -> None:
     """The same, whoever starts; but a program of the host may know why."""
     house = House(isolation)
     house.serve(house.guest, kind, ME)
@@ -223,7 +227,7 @@ def test_from_the_host_to_a_guest(isolation: Isolation, who: str, kind: Kind) ->
 
 @every_kind
 @pytest.mark.parametrize("unrestricted", [False, True])
-def test_the_hosts_domains(kind: Kind, unrestricted: bool) -> None:
+def test_the_hosts_domains(kind: EndpointKind, unrestricted: bool) -> None:
     """ "Each host could belong to one or more VMCI domains"."""
     house = House(legacy("lab", unrestricted=unrestricted), frozenset({"office", "lab"}))
     house.serve(house.host, kind, ADMIN)
@@ -238,30 +242,30 @@ def test_the_hosts_domains(kind: Kind, unrestricted: bool) -> None:
 def test_domains_mean_nothing_outside_the_legacy_profile() -> None:
     """As of ESXi 5.1 "these options have no effect"."""
     house = House(Isolation(Profile.DEFAULT, False, "lab"))
-    house.serve(house.host, Kind.STREAM, ME)
-    assert house.reach(house.guest, Kind.STREAM, ME, 2) is None
+    house.serve(house.host, EndpointKind.STREAM, ME)
+    assert house.reach(house.guest, EndpointKind.STREAM, ME, 2) is None
     unrestricted = Isolation(Profile.DEFAULT, True, "lab")
     house = House(unrestricted)
-    house.serve(house.add(4, unrestricted), Kind.STREAM, ME)
-    assert rule(house.reach(house.guest, Kind.STREAM, ME, 4)) is Rule.GUEST_TO_GUEST
+    house.serve(house.add(4, unrestricted), EndpointKind.STREAM, ME)
+    assert rule(house.reach(house.guest, EndpointKind.STREAM, ME, 4)) is Rule.GUEST_TO_GUEST
     house = House(Isolation(Profile.RESTRICTED, True))
-    house.serve(house.host, Kind.STREAM, ME)
-    assert rule(house.reach(house.guest, Kind.STREAM, ME, 2)) is Rule.RESTRICTED
+    house.serve(house.host, EndpointKind.STREAM, ME)
+    assert rule(house.reach(house.guest, EndpointKind.STREAM, ME, 2)) is Rule.RESTRICTED
 
 
 def test_a_guests_own_programs_need_no_privilege_to_meet_trusted_ones() -> None:
     house = House(RESTRICTED)
-    house.serve(house.host, Kind.STREAM, ADMIN)
+    house.serve(house.host, EndpointKind.STREAM, ADMIN)
     for program in (ME, YOU, SERVICE):
-        assert house.reach(house.guest, Kind.STREAM, program, 2) is None
+        assert house.reach(house.guest, EndpointKind.STREAM, program, 2) is None
 
 
 def test_isolation_holds_for_what_is_asked_from_now_on() -> None:
     house = House(DEFAULT)
-    house.serve(house.host, Kind.STREAM, ME)
-    assert house.reach(house.guest, Kind.STREAM, ME, 2) is None
+    house.serve(house.host, EndpointKind.STREAM, ME)
+    assert house.reach(house.guest, EndpointKind.STREAM, ME, 2) is None
     house.guest.isolation = RESTRICTED
-    assert rule(house.reach(house.guest, Kind.STREAM, ME, 2)) is Rule.RESTRICTED
+    assert rule(house.reach(house.guest, EndpointKind.STREAM, ME, 2)) is Rule.RESTRICTED
 
 
 # The hypervisor's services, CID 0
@@ -269,7 +273,9 @@ def test_isolation_holds_for_what_is_asked_from_now_on() -> None:
 
 @every_kind
 @every_isolation
-def test_every_guest_reaches_the_hypervisors_services(isolation: Isolation, kind: Kind) -> None:
+def test_every_guest_reaches_the_hypervisors_services(
+    isolation: Isolation, kind: EndpointKind
+) -> None:
     house = House(isolation)
     house.serve(house.hypervisor, kind, ROOT)
     house.serve(house.guest, kind, ME)
@@ -282,7 +288,7 @@ def test_every_guest_reaches_the_hypervisors_services(isolation: Isolation, kind
 
 @every_kind
 @pytest.mark.parametrize("owner", [0, 1000])
-def test_only_the_fabrics_owner_and_root_are_the_hypervisor(kind: Kind, owner: int) -> None:
+def test_only_the_fabrics_owner_and_root_are_the_hypervisor(kind: EndpointKind, owner: int) -> None:
     fabric = Fabric(owner)
     hypervisor = fabric.contexts.hypervisor
     for number, program in enumerate((ME, YOU, SERVICE, ADMIN, ROOT)):
@@ -296,7 +302,7 @@ def test_only_the_fabrics_owner_and_root_are_the_hypervisor(kind: Kind, owner: i
 
 def test_nobody_else_connects_as_the_hypervisor() -> None:
     house = House(DEFAULT)
-    listener = house.serve(house.guest, Kind.STREAM, ME)
+    listener = house.serve(house.guest, EndpointKind.STREAM, ME)
     with pytest.raises(Denied) as denied:
         house.fabric.connect(house.hypervisor, listener, None, BufferSizes(), YOU.credentials)
     assert (denied.value.errno, denied.value.rule) == (errno.EACCES, Rule.HYPERVISOR_SERVICE)
@@ -308,7 +314,7 @@ def test_nobody_else_connects_as_the_hypervisor() -> None:
 
 @every_kind
 @every_isolation
-def test_processes_of_one_guest_may_talk(isolation: Isolation, kind: Kind) -> None:
+def test_processes_of_one_guest_may_talk(isolation: Isolation, kind: EndpointKind) -> None:
     house = House(isolation)
     house.serve(house.guest, kind, ME)
     for cid in (3, 1):
@@ -316,7 +322,7 @@ def test_processes_of_one_guest_may_talk(isolation: Isolation, kind: Kind) -> No
 
 
 @every_kind
-def test_processes_of_the_host_may_talk(kind: Kind) -> None:
+def test_processes_of_the_host_may_talk(kind: EndpointKind) -> None:
     house = House(RESTRICTED)
     house.serve(house.host, kind, ME)
     for cid in (2, 1):
@@ -328,7 +334,7 @@ def test_processes_of_the_host_may_talk(kind: Kind) -> None:
 
 @every_kind
 @pytest.mark.parametrize("cid", [0, 2, 4, 99])
-def test_nobody_binds_to_anothers_cid(kind: Kind, cid: int) -> None:
+def test_nobody_binds_to_anothers_cid(kind: EndpointKind, cid: int) -> None:
     house = House(DEFAULT)
     house.add(4, DEFAULT)
     with pytest.raises(Denied) as denied:
@@ -338,7 +344,7 @@ def test_nobody_binds_to_anothers_cid(kind: Kind, cid: int) -> None:
 
 @every_kind
 @pytest.mark.parametrize("port", [0, 1023])
-def test_reserved_ports_need_the_capability(kind: Kind, port: int) -> None:
+def test_reserved_ports_need_the_capability(kind: EndpointKind, port: int) -> None:
     house = House(DEFAULT)
     for program in (ME, ADMIN, ROOT):  # root without the capability is nobody special
         with pytest.raises(Denied) as denied:
@@ -348,7 +354,7 @@ def test_reserved_ports_need_the_capability(kind: Kind, port: int) -> None:
 
 
 @every_kind
-def test_reserved_ports_where_they_are_granted(kind: Kind) -> None:
+def test_reserved_ports_where_they_are_granted(kind: EndpointKind) -> None:
     house = House(DEFAULT)
     house.guest.reserved_ports = True
     for port, program in ((0, ME), (1023, ME), (22, ADMIN)):

@@ -13,10 +13,10 @@ from vsockets.fabric import (
     Context,
     Credentials,
     Denied,
+    EndpointKind,
     Fabric,
     Grant,
     Isolation,
-    Kind,
     Profile,
     Rule,
     Settings,
@@ -38,21 +38,21 @@ SHOP = Grant(1000, None, None, False, False, frozenset({"shop", ""}))
 # Whose
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_a_program_with_cap_net_admin_is_trusted_by_every_guest(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", EndpointKind)
+def test_a_program_with_cap_net_admin_is_trusted_by_every_guest(kind: EndpointKind) -> None:
     trust = trust_of(ADMIN, kind, Settings())
     assert trust.toward(MINE)
     assert trust.toward(YOURS)
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_another_capability_is_none(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", EndpointKind)
+def test_another_capability_is_none(kind: EndpointKind) -> None:
     program = Somebody(capabilities={CAP_NET_BIND_SERVICE})
     assert not trust_of(program, kind, Settings()).toward(YOURS)
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_a_program_of_the_virtual_machines_user_is_trusted_by_that_one(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", EndpointKind)
+def test_a_program_of_the_virtual_machines_user_is_trusted_by_that_one(kind: EndpointKind) -> None:
     trust = trust_of(ME, kind, Settings())
     assert trust.toward(MINE)
     assert not trust.toward(YOURS)
@@ -61,58 +61,64 @@ def test_a_program_of_the_virtual_machines_user_is_trusted_by_that_one(kind: Kin
 def test_root_without_the_capability_is_not_trusted() -> None:
     """As in a container: it is the capability that counts, not the user id."""
     root = Somebody(Credentials(1, 0, 0))
-    assert not trust_of(root, Kind.STREAM, Settings()).toward(MINE)
+    assert not trust_of(root, EndpointKind.STREAM, Settings()).toward(MINE)
 
 
 @pytest.mark.parametrize(
     ("grant", "trusted"),
     [
-        (STREAMS, {Kind.STREAM, Kind.SEQPACKET}),
-        (DATAGRAMS, {Kind.DATAGRAM}),
+        (STREAMS, {EndpointKind.STREAM, EndpointKind.SEQPACKET}),
+        (DATAGRAMS, {EndpointKind.DATAGRAM}),
         (LAB, set()),
     ],
 )
-def test_a_grant_is_for_one_type_of_socket(grant: Grant, trusted: set[Kind]) -> None:
+def test_a_grant_is_for_one_type_of_socket(grant: Grant, trusted: set[EndpointKind]) -> None:
     program = granted(grant)
     settings = Settings(grants=(grant,))
-    assert {kind for kind in Kind if trust_of(program, kind, settings).toward(YOURS)} == trusted
+    assert {
+        kind for kind in EndpointKind if trust_of(program, kind, settings).toward(YOURS)
+    } == trusted
 
 
 def test_grants_add_up() -> None:
     settings = Settings(grants=(STREAMS, DATAGRAMS))
     program = granted(STREAMS, DATAGRAMS)
-    assert all(trust_of(program, kind, settings).toward(YOURS) for kind in Kind)
+    assert all(trust_of(program, kind, settings).toward(YOURS) for kind in EndpointKind)
 
 
 def test_a_grant_to_somebody_else_is_none() -> None:
     settings = Settings(grants=(STREAMS,))
-    assert not trust_of(ME, Kind.STREAM, settings).toward(YOURS)
+    assert not trust_of(ME, EndpointKind.STREAM, settings).toward(YOURS)
 
 
 def test_a_grant_that_is_not_configured_any_more_is_none() -> None:
-    assert not trust_of(granted(STREAMS), Kind.STREAM, Settings()).toward(YOURS)
+    assert not trust_of(granted(STREAMS), EndpointKind.STREAM, Settings()).toward(YOURS)
 
 
 # Domains
 
 
 def test_programs_belong_to_the_hosts_domains() -> None:
-    assert trust_of(ME, Kind.STREAM, Settings()).domains == {""}
+    assert trust_of(ME, EndpointKind.STREAM, Settings()).domains == {""}
     settings = Settings(host_domains=frozenset({"", "lab"}))
-    assert trust_of(ME, Kind.STREAM, settings).domains == {"", "lab"}
+    assert trust_of(ME, EndpointKind.STREAM, settings).domains == {"", "lab"}
 
 
 def test_a_grant_with_domains_is_instead_of_the_hosts() -> None:
     settings = Settings(grants=(LAB, SHOP, STREAMS), host_domains=frozenset({"office"}))
-    assert trust_of(granted(LAB), Kind.STREAM, settings).domains == {"lab"}
-    assert trust_of(granted(LAB, SHOP), Kind.STREAM, settings).domains == {"lab", "shop", ""}
-    assert trust_of(granted(STREAMS), Kind.STREAM, settings).domains == {"office"}
+    assert trust_of(granted(LAB), EndpointKind.STREAM, settings).domains == {"lab"}
+    assert trust_of(granted(LAB, SHOP), EndpointKind.STREAM, settings).domains == {
+        "lab",
+        "shop",
+        "",
+    }
+    assert trust_of(granted(STREAMS), EndpointKind.STREAM, settings).domains == {"office"}
 
 
 def test_a_grant_of_no_domain_is_one() -> None:
     outside = dataclasses.replace(LAB, domains=frozenset())
     settings = Settings(grants=(outside,))
-    assert trust_of(granted(outside), Kind.STREAM, settings).domains == frozenset()
+    assert trust_of(granted(outside), EndpointKind.STREAM, settings).domains == frozenset()
 
 
 # From when on
@@ -130,22 +136,22 @@ def test_a_listener_is_trusted_from_its_creation_on(fabric: Fabric) -> None:
     """What its program, or the configuration, becomes later changes nothing."""
     host, guest = fabric.contexts.host, fabric.contexts.require(3)
     fabric.settings = Settings(grants=(STREAMS,))
-    listener = fabric.bind(host, Kind.STREAM, 2, 5000, granted(STREAMS))
+    listener = fabric.bind(host, EndpointKind.STREAM, 2, 5000, granted(STREAMS))
     fabric.listen(listener, BufferSizes())
     fabric.settings = Settings()
-    later = fabric.bind(host, Kind.STREAM, 2, 5001, granted(STREAMS))
+    later = fabric.bind(host, EndpointKind.STREAM, 2, 5001, granted(STREAMS))
     fabric.listen(later, BufferSizes())
-    assert fabric.find_listener(guest, Kind.STREAM, 2, 5000, ME) is listener
+    assert fabric.find_listener(guest, EndpointKind.STREAM, 2, 5000, ME) is listener
     with pytest.raises(Denied) as denied:
-        fabric.find_listener(guest, Kind.STREAM, 2, 5001, ME)
+        fabric.find_listener(guest, EndpointKind.STREAM, 2, 5001, ME)
     assert (denied.value.errno, denied.value.rule) == (errno.ECONNRESET, Rule.RESTRICTED)
 
 
 def test_a_bound_socket_has_its_own_trust_and_an_unbound_one_its_programs(fabric: Fabric) -> None:
     host, guest = fabric.contexts.host, fabric.contexts.require(3)
-    target = fabric.bind(guest, Kind.DATAGRAM, 3, 5000, ME)
-    trusted = fabric.bind(host, Kind.DATAGRAM, 2, 5000, ADMIN)
-    other = fabric.bind(host, Kind.DATAGRAM, 2, 5001, ME)
+    target = fabric.bind(guest, EndpointKind.DATAGRAM, 3, 5000, ME)
+    trusted = fabric.bind(host, EndpointKind.DATAGRAM, 2, 5000, ADMIN)
+    other = fabric.bind(host, EndpointKind.DATAGRAM, 2, 5001, ME)
     find = fabric.find_datagram
     assert find(host, 3, 5000, ME, trusted) is target
     assert find(host, 3, 5000, ADMIN) is target
@@ -163,9 +169,9 @@ def test_only_the_hosts_endpoints_have_trust(fabric: Fabric) -> None:
             raise AssertionError(f"asked for capability {capability}")
 
     guest, hypervisor = fabric.contexts.require(3), fabric.contexts.hypervisor
-    assert fabric.bind(guest, Kind.STREAM, 3, 5000, Shy()).trust is None
+    assert fabric.bind(guest, EndpointKind.STREAM, 3, 5000, Shy()).trust is None
     service = Shy(Credentials(1, 0, 0))
-    assert fabric.bind(hypervisor, Kind.STREAM, 0, 5000, service).trust is None
+    assert fabric.bind(hypervisor, EndpointKind.STREAM, 0, 5000, service).trust is None
 
 
 def test_capabilities_have_linuxs_numbers() -> None:

@@ -11,13 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.forward.http_connect import HttpConnect
-from vsockets.forward.proxy_protocol import LONGEST_REQUEST, BadRequest, FrontEnd, Refusal
+from vsockets.forward.proxy_protocol import (
+    LONGEST_REQUEST,
+    BadRequest,
+    ProxyProtocol,
+    ProxyRefusal,
+)
 from vsockets.forward.socks5 import Socks5
 
 FRONT_ENDS = (HttpConnect, Socks5)
 
 
-def feed(front: FrontEnd, data: bytes, cuts: list[int]) -> bytes:
+def feed(front: ProxyProtocol, data: bytes, cuts: list[int]) -> bytes:
     """Give ``data`` in pieces until there is a target; what came later is the stream's."""
     answer = b""
     places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
@@ -51,8 +56,8 @@ def test_http_connect_with_the_stream_right_behind() -> None:
     assert front.rest == b"SSH-2.0-"
 
 
-@pytest.mark.parametrize("why", Refusal)
-def test_http_refusals_say_why(why: Refusal) -> None:
+@pytest.mark.parametrize("why", ProxyRefusal)
+def test_http_refusals_say_why(why: ProxyRefusal) -> None:
     front = HttpConnect()
     front.receive(b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n")
     answer = front.refused(why)
@@ -126,15 +131,15 @@ def test_bad_socks_requests(data: bytes, answer: bytes) -> None:
     assert caught.value.answer == answer
 
 
-@pytest.mark.parametrize("why", Refusal)
-def test_socks_refusals(why: Refusal) -> None:
+@pytest.mark.parametrize("why", ProxyRefusal)
+def test_socks_refusals(why: ProxyRefusal) -> None:
     assert Socks5().refused(why)[1] in (1, 2, 4, 5)
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @given(pieces=st.lists(st.binary(max_size=300), max_size=8))
 def test_anything_else_is_a_bad_request_or_not_yet_one(
-    front_end: Callable[[], FrontEnd], pieces: list[bytes]
+    front_end: Callable[[], ProxyProtocol], pieces: list[bytes]
 ) -> None:
     front = front_end()
     for piece in pieces:
@@ -156,7 +161,7 @@ def test_anything_else_is_a_bad_request_or_not_yet_one(
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_a_request_that_does_not_end_is_bounded(front_end: Callable[[], FrontEnd]) -> None:
+def test_a_request_that_does_not_end_is_bounded(front_end: Callable[[], ProxyProtocol]) -> None:
     front = front_end()
     piece = {HttpConnect: b"CONNECT a:1 HTTP/1.1\r\nX: ", Socks5: b"\x05\xff"}[front_end]  # type: ignore[index]
     with pytest.raises(BadRequest):
@@ -166,6 +171,6 @@ def test_a_request_that_does_not_end_is_bounded(front_end: Callable[[], FrontEnd
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_the_end_before_the_request(front_end: Callable[[], FrontEnd]) -> None:
+def test_the_end_before_the_request(front_end: Callable[[], ProxyProtocol]) -> None:
     with pytest.raises(BadRequest):
         front_end().receive(b"")

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vsockets.forward.pump import Connection, Pump, PumpSelector
+from vsockets.forward.pump import AsyncioSplicePump, ForwardedConnection, PumpSelector
 
 Sockets = tuple[socket.socket, socket.socket]
 
@@ -49,7 +49,7 @@ class Harness:
 
     async def _main(self, selector: PumpSelector) -> None:
         self.loop = asyncio.get_running_loop()
-        self.pump = Pump(selector)
+        self.pump = AsyncioSplicePump(selector)
         self._stop = asyncio.Event()
         self._ready.set()
         await self._stop.wait()
@@ -62,11 +62,11 @@ class Harness:
 
         return asyncio.run_coroutine_threadsafe(calling(), self.loop).result(PATIENCE)
 
-    def join(self, one: socket.socket, other: socket.socket, **options: Any) -> Connection:
-        connection: Connection = self.do(lambda: self.pump.join(one, other, **options))
+    def join(self, one: socket.socket, other: socket.socket, **options: Any) -> ForwardedConnection:
+        connection: ForwardedConnection = self.do(lambda: self.pump.join(one, other, **options))
         return connection
 
-    def end_of(self, connection: Connection) -> OSError | None:
+    def end_of(self, connection: ForwardedConnection) -> OSError | None:
         why: OSError | None = self.do(lambda: connection.ended)
         return why
 
@@ -84,7 +84,7 @@ def harness() -> Iterator[Harness]:
 
 def joined(
     harness: Harness, left: Callable[[], Sockets], right: Callable[[], Sockets], **options: Any
-) -> tuple[socket.socket, socket.socket, Connection]:
+) -> tuple[socket.socket, socket.socket, ForwardedConnection]:
     """Two sockets that are far from each other, with the pump between them."""
     near, a = left()
     b, far = right()

@@ -12,7 +12,7 @@ from typing import Any, cast
 from vsockets.model.locator import Vsock
 from vsockets.nfs import server
 from vsockets.nfs.exports import Export
-from vsockets.nfs.handle_store import Places
+from vsockets.nfs.handle_store import HandleStore
 from vsockets.nfs.service import Service
 
 export, state, port, seed, percent = sys.argv[1:]
@@ -35,12 +35,12 @@ class LossySocket:
         return self._sock.sendto(data, address)
 
 
-class LossyServer(server.Server):
+class LossyServer(server.NfsServer):
     def _receive(self, sock: stdlib.socket) -> None:
         super()._receive(cast(stdlib.socket, LossySocket(sock)))
 
 
-server.Server = LossyServer  # type: ignore[misc]
-service = Service([Export.parse(export)], Places(Path(state)))
+server.NfsServer = LossyServer  # type: ignore[misc]
+service = Service([Export.parse(export)], HandleStore(Path(state)))
 locators = [Vsock(2, int(port), datagram=True)]
 asyncio.run(server.serve(service, locators, None, lambda _: print("ready", flush=True)))

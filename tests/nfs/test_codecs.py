@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.nfs import nfs3, rpc, xdr
-from vsockets.nfs.duplicate_request_cache import Duplicates
+from vsockets.nfs.duplicate_request_cache import DuplicateRequestCache
 from vsockets.nfs.exports import NOBODY, Export, Identity
 from vsockets.nfs.handles import Identifier, Signer
 from vsockets.nfs.limits import (
@@ -76,10 +76,10 @@ def test_replies() -> None:
     good = rpc.encode_accepted(7, rpc.Accepted.SUCCESS, b"\0\0\0\1")
     assert rpc.reply_to(good) == 7 and rpc.decode_reply(good) == b"\0\0\0\1"
     mismatch = rpc.encode_accepted(7, rpc.Accepted.PROG_MISMATCH, versions=(3, 3))
-    with pytest.raises(rpc.Refused, match=r"PROG_MISMATCH \(3, 3\)"):
+    with pytest.raises(rpc.RpcRefused, match=r"PROG_MISMATCH \(3, 3\)"):
         rpc.decode_reply(mismatch)
     for why in rpc.Denied:
-        with pytest.raises(rpc.Refused, match=why.name):
+        with pytest.raises(rpc.RpcRefused, match=why.name):
             rpc.decode_reply(rpc.encode_denied(7, why))
 
 
@@ -101,7 +101,7 @@ def test_handles_cannot_be_forged() -> None:
 
 
 def test_a_guest_cannot_push_out_anothers_answers() -> None:
-    duplicates = Duplicates(most=2, guests=2)
+    duplicates = DuplicateRequestCache(most=2, guests=2)
     duplicates.keep(3, (3, 1), 1, b"call", b"reply")
     for xid in range(9):
         duplicates.keep(4, (4, 1), xid, b"call", b"other")

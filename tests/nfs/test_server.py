@@ -16,10 +16,10 @@ from vsockets.attachment import Attachment
 from vsockets.model.locator import parse_locator
 from vsockets.nfs import limits, listing, mount_protocol, nfs3, rpc
 from vsockets.nfs.exports import Export
-from vsockets.nfs.handle_store import Places
+from vsockets.nfs.handle_store import HandleStore
 from vsockets.nfs.nfs3 import NUMBERS, PROCEDURES
 from vsockets.nfs.nfs_client import credentials
-from vsockets.nfs.server import Server
+from vsockets.nfs.server import NfsServer
 from vsockets.nfs.service import Service
 from vsockets.nfs.work_queue import Pending
 from vsockets.testing import PrivateFabric
@@ -48,7 +48,7 @@ class Recorded(Service):
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Recorded]:
     (tmp_path / "export").mkdir()
-    places = Places(tmp_path / "state")
+    places = HandleStore(tmp_path / "state")
     service = Recorded([Export.parse(f"{tmp_path / 'export'},no-root-squash")], places)
     service.answered = []
     yield service
@@ -80,15 +80,15 @@ class Client:
         return rpc.decode_reply(await loop.sock_recv(self.sock, 70_000))
 
 
-async def serve(service: Service, fabric: PrivateFabric) -> Server:
-    return Server(service, [parse_locator("vsock-dgram::2049")], fabric.host)
+async def serve(service: Service, fabric: PrivateFabric) -> NfsServer:
+    return NfsServer(service, [parse_locator("vsock-dgram::2049")], fabric.host)
 
 
 def test_a_client_that_sends_more_than_can_be_answered(service: Recorded) -> None:
     """Over UDP, where more fits into the server's queue; clients are told apart by their hosts."""
 
     async def main() -> None:
-        server = Server(service, [parse_locator("udp:127.0.0.1:0")])
+        server = NfsServer(service, [parse_locator("udp:127.0.0.1:0")])
         target = server.doors[0].sockets[0].getsockname()
         call = rpc.Call(1, 2, mount_protocol.PROGRAM, 3, 0, rpc.NO_AUTH, rpc.NO_AUTH)
         with (

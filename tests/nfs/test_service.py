@@ -18,7 +18,7 @@ import pytest
 
 from vsockets.nfs import attributes, handle_store, limits, listing, mount_protocol, nfs3, rpc, xdr
 from vsockets.nfs.exports import Export
-from vsockets.nfs.handle_store import Places
+from vsockets.nfs.handle_store import HandleStore
 from vsockets.nfs.handles import Identifier
 from vsockets.nfs.nfs3 import (
     NUMBERS,
@@ -50,7 +50,7 @@ class Played:
         self.start()
 
     def start(self) -> None:
-        self.places = Places(self._state)
+        self.places = HandleStore(self._state)
         self.service = Service([Export.parse(f"{self.export}{self._options}")], self.places)
 
     def stop(self) -> None:
@@ -402,19 +402,19 @@ def identifier(number: int) -> Identifier:
 
 
 def test_places_are_bounded(tmp_path: Path) -> None:
-    handle_store = Places(tmp_path / "state", most=10)
+    handle_store = HandleStore(tmp_path / "state", most=10)
     for number in range(50):
         handle_store.add(identifier(2 + number), identifier(1), b"name", 3)
         assert len(handle_store) <= 10
     assert list(handle_store.of(identifier(51))) == [(identifier(1), b"name")]
     with pytest.raises(OSError, match="--state"):
-        Places(tmp_path / "state")
+        HandleStore(tmp_path / "state")
     handle_store.close()
 
 
 def test_no_guest_takes_the_places_of_others(tmp_path: Path) -> None:
     """Two know one file; one learns a lot of names after that."""
-    handle_store = Places(tmp_path / "state", most=100)
+    handle_store = HandleStore(tmp_path / "state", most=100)
     for guest in (3, 4):
         handle_store.add(identifier(2), identifier(1), b"both", guest)
     for number in range(20):
@@ -423,7 +423,7 @@ def test_no_guest_takes_the_places_of_others(tmp_path: Path) -> None:
         handle_store.add(identifier(100 + number), identifier(1), b"name", 3)
         assert len(handle_store) <= 100
     handle_store.close()
-    handle_store = Places(tmp_path / "state", most=100)
+    handle_store = HandleStore(tmp_path / "state", most=100)
     assert list(handle_store.of(identifier(2))) == [(identifier(1), b"both")]
     for number in range(20):
         assert list(handle_store.of(identifier(3 + number))) == [(identifier(1), b"name")]
@@ -442,7 +442,7 @@ def test_places_of_an_earlier_version(tmp_path: Path) -> None:
         )
         row = identifier(2).pack(), identifier(1).pack(), b"name"
         old.execute("INSERT INTO places VALUES (?, ?, ?)", row)
-    handle_store = Places(tmp_path / "state")
+    handle_store = HandleStore(tmp_path / "state")
     assert list(handle_store.of(identifier(2))) == [(identifier(1), b"name")]
     assert len(handle_store) == 1
     handle_store.close()
@@ -652,7 +652,7 @@ def test_hostile_datagrams_are_answered_well_or_not_at_all(
         assert rpc.reply_to(reply) == int.from_bytes(datagram[:4])
         try:
             results = rpc.decode_reply(reply)
-        except rpc.Refused:
+        except rpc.RpcRefused:
             continue
         called, _ = rpc.decode_call(bytes(datagram))
         if called.program == nfs3.PROGRAM and called.procedure:

@@ -14,9 +14,9 @@ from vsockets.perf.protocol import (
     HEADER_SIZE,
     Header,
     Job,
-    Kind,
-    ProtocolError,
-    Request,
+    MessageKind,
+    PerfProtocolError,
+    PerfRequest,
     decode_count,
     encode_count,
 )
@@ -26,12 +26,12 @@ u64 = st.integers(0, (1 << 64) - 1)
 
 @given(st.sampled_from(Job), st.integers(1, PERF_MESSAGE), st.integers(0, 600_000))
 def test_requests(job: Job, size: int, milliseconds: int) -> None:
-    request = Request(job, size, milliseconds)
-    assert Request.decode(request.encode()) == request
+    request = PerfRequest(job, size, milliseconds)
+    assert PerfRequest.decode(request.encode()) == request
 
 
-@given(st.sampled_from(Kind), u64, u64, st.integers(0, 100))
-def test_headers(kind: Kind, run: int, number: int, more: int) -> None:
+@given(st.sampled_from(MessageKind), u64, u64, st.integers(0, 100))
+def test_headers(kind: MessageKind, run: int, number: int, more: int) -> None:
     header = Header(kind, run, number)
     data = header.encode(HEADER_SIZE + more)
     assert len(data) == HEADER_SIZE + more
@@ -40,21 +40,25 @@ def test_headers(kind: Kind, run: int, number: int, more: int) -> None:
 
 @given(st.binary(max_size=40) | st.binary(max_size=30).map(lambda rest: b"VSP1" + rest))
 def test_anything_else_is_refused(data: bytes) -> None:
-    for decode in (Request.decode, Header.decode):
+    for decode in (PerfRequest.decode, Header.decode):
         try:
             decoded = decode(data)
-        except ProtocolError:
+        except PerfProtocolError:
             continue
         assert data.startswith(decoded.encode()[:5])
 
 
 @pytest.mark.parametrize(
     "request_",
-    [Request(Job.SINK, 0), Request(Job.SINK, PERF_MESSAGE + 1), Request(Job.SOURCE, 1, 600_001)],
+    [
+        PerfRequest(Job.SINK, 0),
+        PerfRequest(Job.SINK, PERF_MESSAGE + 1),
+        PerfRequest(Job.SOURCE, 1, 600_001),
+    ],
 )
-def test_too_much_is_refused(request_: Request) -> None:
-    with pytest.raises(ProtocolError):
-        Request.decode(request_.encode())
+def test_too_much_is_refused(request_: PerfRequest) -> None:
+    with pytest.raises(PerfProtocolError):
+        PerfRequest.decode(request_.encode())
 
 
 @given(u64)
@@ -63,7 +67,7 @@ def test_counts(count: int) -> None:
 
 
 def test_no_count() -> None:
-    with pytest.raises(ProtocolError):
+    with pytest.raises(PerfProtocolError):
         decode_count(b"")
 
 

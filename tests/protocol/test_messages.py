@@ -14,11 +14,11 @@ from vsockets.protocol import (
     PADDING,
     RECORD_SIZE,
     REQUEST_SIZE,
-    Flag,
     Op,
     ProtocolError,
     Record,
     Request,
+    RequestFlag,
     Role,
     encode_connect,
     encode_stream,
@@ -52,7 +52,7 @@ GOLDEN_REQUEST = bytes.fromhex(
 )
 REQUEST = Request(
     Op.CONNECT,
-    Flag.POLLING,
+    RequestFlag.POLLING,
     3,
     0xFFFF_FFFF,
     2,
@@ -83,7 +83,7 @@ GOLDEN_RECORD = bytes.fromhex(
 )
 RECORD = Record(
     104,
-    Flag.TRUSTED_STREAM,
+    RequestFlag.TRUSTED_STREAM,
     2,
     5000,
     3,
@@ -131,7 +131,7 @@ def test_numbers() -> None:
         "RESIZE": 12,
         "BIND_SOCKET": 13,
     }
-    assert {flag.name: flag.value for flag in Flag} == {
+    assert {flag.name: flag.value for flag in RequestFlag} == {
         "POLLING": 1,
         "TRUSTED_STREAM": 2,
         "TRUSTED_DATAGRAM": 4,

@@ -38,7 +38,7 @@ def test_a_kernel_without_seccomp(vsock: Vsock) -> None:
     script = f"""
 import ctypes, os, struct, sys
 from vsockets.supervisor.filter import Rule, assemble, refuse
-from vsockets.supervisor.arch import this_machine
+from vsockets.supervisor.arch import this_architecture as this_machine
 m = this_machine()
 program = assemble(m, [Rule(m.seccomp, refuse(38))])
 class P(ctypes.Structure): _fields_ = [("n", ctypes.c_ushort), ("p", ctypes.c_char_p)]

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from cli.vsock import PROGRAM, Vsock
-from vsockets.supervisor.arch import this_machine
+from vsockets.supervisor.arch import this_architecture
 
 #: A mount namespace whose /dev has a /dev/vsock, which is /dev/null by another name.
 MACHINE = """
@@ -71,7 +71,7 @@ print(os.stat("/dev/null").st_rdev == os.makedev(1, 3), os.access("/dev/null", o
 
 
 def test_programs_that_look_for_it_find_it(vsock: Vsock) -> None:
-    machine = this_machine()
+    machine = this_architecture()
     names = ("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2")
     numbers = [f"{name}={getattr(machine, name)}" for name in names]
     done = vsock("run", "--device", sys.executable, "-c", LOOK, *numbers)

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.supervisor import filter as seccomp
-from vsockets.supervisor.arch import _MACHINES, Machine
+from vsockets.supervisor.arch import _MACHINES, Architecture
 from vsockets.supervisor.filter import (
     ALLOW,
     NOTIFY,
     TRACE,
+    ArgumentCondition,
     Numbers,
     Rule,
     Served,
-    Test,
     When,
     refuse,
 )
@@ -33,7 +33,7 @@ words = st.one_of(
     st.integers(0, (1 << 64) - 1), st.sampled_from([0, 1, 40, 1 << 32, 40 | 1 << 32, 0xFFFFFFFF])
 )
 conditions = st.builds(
-    When, st.integers(0, 5), st.sampled_from(list(Test)), st.integers(0, (1 << 32) - 1)
+    When, st.integers(0, 5), st.sampled_from(list(ArgumentCondition)), st.integers(0, (1 << 32) - 1)
 )
 rules = st.builds(
     Rule, numbers, st.sampled_from([NOTIFY, refuse(1)]), st.lists(conditions, max_size=4).map(tuple)
@@ -71,13 +71,13 @@ def holds(condition: When, call: SystemCall) -> bool:
     argument = call.arguments[condition.argument]
     low = argument & 0xFFFFFFFF
     return {
-        Test.EQUAL: low == condition.value,
-        Test.DIFFERS: low != condition.value,
-        Test.AT_LEAST: low >= condition.value,
-        Test.BELOW: low < condition.value,
-        Test.HAS_BIT: bool(low & condition.value),
-        Test.LACKS_BITS: not low & condition.value,
-        Test.NOT_NULL: argument != 0,
+        ArgumentCondition.EQUAL: low == condition.value,
+        ArgumentCondition.DIFFERS: low != condition.value,
+        ArgumentCondition.AT_LEAST: low >= condition.value,
+        ArgumentCondition.BELOW: low < condition.value,
+        ArgumentCondition.HAS_BIT: bool(low & condition.value),
+        ArgumentCondition.LACKS_BITS: not low & condition.value,
+        ArgumentCondition.NOT_NULL: argument != 0,
     }[condition.test]
 
 
@@ -102,12 +102,12 @@ def test_the_program_does_what_the_rules_say(
 
 
 @pytest.fixture(params=MACHINES, ids=list(_MACHINES))
-def machine(request: pytest.FixtureRequest) -> Machine:
-    found: Machine = request.param
+def machine(request: pytest.FixtureRequest) -> Architecture:
+    found: Architecture = request.param
     return found
 
 
-def ask(machine: Machine, number: int, *arguments: int) -> int:
+def ask(machine: Architecture, number: int, *arguments: int) -> int:
     program = seccomp.assemble(machine, seccomp.rules(machine, True))
     assert len(program) // 8 <= 4096  # BPF_MAXINSNS
     padded = (*arguments, *[0] * (6 - len(arguments)))
@@ -122,7 +122,7 @@ def test_af_vsock_never_reaches_the_kernel(high: int, kind: int, protocol: int) 
         assert ask(machine, machine.socketpair, 40 | high << 32, kind) == refuse(95)
 
 
-def test_nor_by_other_doors(machine: Machine) -> None:
+def test_nor_by_other_doors(machine: Architecture) -> None:
     for ring in (machine.io_uring_setup, machine.io_uring_enter, machine.io_uring_register):
         assert ask(machine, ring) == refuse(38)
     assert ask(machine, 0x4000_0000 + machine.socket, 40, 1) == refuse(38)  # x32
@@ -133,7 +133,7 @@ def test_nor_by_other_doors(machine: Machine) -> None:
         assert run(program, SystemCall(number, architecture=0x40000003)) == NOTIFY
 
 
-def test_data_calls_are_let_through(machine: Machine) -> None:
+def test_data_calls_are_let_through(machine: Architecture) -> None:
     for fd in (0, 3, 767, 1024, 70_000):
         for number in (
             *(machine.sendto, machine.sendmsg, machine.recvmsg, machine.sendmmsg),
@@ -146,14 +146,14 @@ def test_data_calls_are_let_through(machine: Machine) -> None:
         assert ask(machine, machine.sendmsg, fd, 1, int(socket.MSG_EOR)) == NOTIFY
 
 
-def ask_later(machine: Machine, kind: Served, number: int, *arguments: int) -> int:
+def ask_later(machine: Architecture, kind: Served, number: int, *arguments: int) -> int:
     rules = seccomp.traced_rules(machine, kind, Numbers(8, 16))
     program = seccomp.assemble(machine, rules, is_first=False)
     padded = (*arguments, *[0] * (6 - len(arguments)))
     return run(program, SystemCall(number, padded, machine.architecture))
 
 
-def test_data_calls_are_traced_by_the_numbers_of_descriptors(machine: Machine) -> None:
+def test_data_calls_are_traced_by_the_numbers_of_descriptors(machine: Architecture) -> None:
     for fd, answer in ((7, ALLOW), (8, TRACE), (15, TRACE), (16, ALLOW), (1 << 32 | 9, TRACE)):
         for kind in Served:
             assert ask_later(machine, kind, machine.recvmsg, fd) == answer
@@ -174,7 +174,7 @@ def test_data_calls_are_traced_by_the_numbers_of_descriptors(machine: Machine) -
     assert run(seccomp.assemble(machine, rules, is_first=False), other) == ALLOW
 
 
-def test_other_options_and_files_are_let_through(machine: Machine) -> None:
+def test_other_options_and_files_are_let_through(machine: Architecture) -> None:
     assert ask(machine, machine.setsockopt, 3, socket.SOL_SOCKET, socket.SO_REUSEADDR) == ALLOW
     assert ask(machine, machine.setsockopt, 3, socket.IPPROTO_TCP, socket.TCP_NODELAY) == NOTIFY
     assert ask(machine, machine.getsockopt, 3, socket.SOL_SOCKET, socket.SO_SNDBUF) == ALLOW
@@ -186,7 +186,7 @@ def test_other_options_and_files_are_let_through(machine: Machine) -> None:
     assert ask(machine, machine.openat, 5, 1, 0) == ALLOW
 
 
-def test_nothing_is_opened_for_a_program_that_can_open_it_itself(machine: Machine) -> None:
+def test_nothing_is_opened_for_a_program_that_can_open_it_itself(machine: Architecture) -> None:
     program = seccomp.assemble(machine, seccomp.rules(machine, opens=False))
     call = SystemCall(machine.openat, (0xFFFFFF9C, 1, 0, 0, 0, 0), machine.architecture)
     assert run(program, call) == ALLOW
@@ -195,7 +195,7 @@ def test_nothing_is_opened_for_a_program_that_can_open_it_itself(machine: Machin
         assert not seccomp.may_be_opened(other)
 
 
-def test_looking_at_files_is_let_through_unless_it_is_asked_for(machine: Machine) -> None:
+def test_looking_at_files_is_let_through_unless_it_is_asked_for(machine: Architecture) -> None:
     here = 0xFFFFFF9C  # AT_FDCWD
     program = seccomp.assemble(machine, seccomp.rules(machine, True, looks=True))
     assert len(program) // 8 <= 4096

@@ -9,7 +9,7 @@ import pytest
 
 import vsockets
 from cli.vsock import Vsock
-from vsockets.supervisor.arch import this_machine
+from vsockets.supervisor.arch import this_architecture
 from vsockets.supervisor.process import Processes, write_memory
 from vsockets.testing import PrivateFabric
 
@@ -27,7 +27,7 @@ os.execlp("sh", "sh", "-c", "echo executed; read line")
 
 
 def test_memory_is_that_of_the_program_that_made_the_call() -> None:
-    processes = Processes(this_machine())
+    processes = Processes(this_architecture())
     with subprocess.Popen(
         [sys.executable, "-c", EXECUTES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -79,7 +79,7 @@ thread.join()
 def test_another_socket_of_the_same_number_is_not_taken_for_it(
     vsock: Vsock, fabric: PrivateFabric
 ) -> None:
-    accept4 = this_machine().accept4
+    accept4 = this_architecture().accept4
     running = vsock.start("run", "--cid", "host", sys.executable, "-c", EXCHANGED, accept4)
     port = int(running.read_line())
     with vsockets.create_connection((2, port), context=fabric.host):

@@ -15,7 +15,7 @@ import pytest
 
 import vsockets
 from cli.vsock import Vsock
-from vsockets.supervisor.arch import this_machine
+from vsockets.supervisor.arch import this_architecture
 from vsockets.testing import PrivateFabric, wait_until
 
 CONNECT = """
@@ -210,7 +210,7 @@ exec 9>{tmp_path}/fifo
 
 def is_waiting_in_connect(argument: str) -> bool:
     """Whether a process with this argument is in connect()."""
-    number = this_machine().connect
+    number = this_architecture().connect
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
@@ -342,7 +342,7 @@ def test_what_vsockd_was_asked_counts_though_the_program_gave_up(
     vsock: Vsock, fabric: PrivateFabric, type_: int
 ) -> None:
     """The program is told EINTR by bind(), and does something else."""
-    command = sys.executable, "-c", GIVES_UP, int(type_), this_machine().bind
+    command = sys.executable, "-c", GIVES_UP, int(type_), this_architecture().bind
     running = vsock.start("run", "--cid", "host", *command)
     pid = int(running.read_line())
     os.kill(fabric.pid, signal.SIGSTOP)

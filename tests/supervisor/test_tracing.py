@@ -193,8 +193,8 @@ def test_a_filter_of_its_own_that_traces(vsock: Vsock) -> None:
     program = (
         MORE[len(COMMON) :]
         + """
-from vsockets.supervisor.filter import Rule, Test, When, assemble
-from vsockets.supervisor.arch import this_machine
+from vsockets.supervisor.filter import Rule, ArgumentCondition as Test, When, assemble
+from vsockets.supervisor.arch import this_architecture as this_machine
 machine = this_machine()
 rules = [Rule(machine.writev, 0x7FF0_0000), Rule(machine.recvmsg, 0x7FF0_0007)]
 program = assemble(machine, rules, is_first=False)
@@ -216,7 +216,7 @@ def test_a_filter_of_its_own_that_allows_no_more_of_them(vsock: Vsock) -> None:
         MORE[len(COMMON) :]
         + """
 from vsockets.supervisor.filter import Rule, assemble, refuse
-from vsockets.supervisor.arch import this_machine
+from vsockets.supervisor.arch import this_architecture as this_machine
 machine = this_machine()
 program = assemble(machine, [Rule(machine.seccomp, refuse(1))], is_first=False)
 class P(ctypes.Structure): _fields_ = [("n", ctypes.c_ushort), ("p", ctypes.c_char_p)]

@@ -16,7 +16,7 @@ from socket import SCM_RIGHTS, SOL_SOCKET
 from typing import Protocol
 
 from vsockets.devices.vhost_user import messages
-from vsockets.devices.vhost_user.messages import Request
+from vsockets.devices.vhost_user.messages import RequestType
 from vsockets.devices.virtio.ring import DESCRIPTOR, INDIRECT, NEXT, WRITE, fence
 
 #: Where memory lies for the guest, and for the front end that is played.
@@ -219,12 +219,16 @@ class FrontEnd:
 
     def negotiate(self, features: int, protocol_features: int) -> int:
         """Agree on features; returns those the device offers of them."""
-        (offered,) = messages.U64.unpack(self.ask(Request.GET_FEATURES))
-        (protocol,) = messages.U64.unpack(self.ask(Request.GET_PROTOCOL_FEATURES))
-        self.tell(Request.SET_PROTOCOL_FEATURES, messages.U64.pack(protocol & protocol_features))
-        self.tell(Request.SET_OWNER)
+        (offered,) = messages.U64.unpack(self.ask(RequestType.GET_FEATURES))
+        (protocol,) = messages.U64.unpack(self.ask(RequestType.GET_PROTOCOL_FEATURES))
+        self.tell(
+            RequestType.SET_PROTOCOL_FEATURES, messages.U64.pack(protocol & protocol_features)
+        )
+        self.tell(RequestType.SET_OWNER)
         features &= offered
-        self.tell(Request.SET_FEATURES, messages.U64.pack(features | messages.F_PROTOCOL_FEATURES))
+        self.tell(
+            RequestType.SET_FEATURES, messages.U64.pack(features | messages.F_PROTOCOL_FEATURES)
+        )
         return int(features)
 
     def set_memory(self, memory: Memory) -> None:
@@ -232,15 +236,17 @@ class FrontEnd:
         table = messages.REGIONS.pack(len(memory.regions), 0)
         for region in memory.regions:
             table += messages.REGION.pack(*region)
-        self.tell(Request.SET_MEM_TABLE, table, [memory.fd] * len(memory.regions))
+        self.tell(RequestType.SET_MEM_TABLE, table, [memory.fd] * len(memory.regions))
 
     def set_ring(
         self, index: int, ring: Ring, base: int | None = None, enable: bool = True
     ) -> None:
         """Describe a ring, and have it started, at ``base`` or where the driver is."""
         state = messages.VRING_STATE
-        self.tell(Request.SET_VRING_NUM, state.pack(index, ring.size))
-        self.tell(Request.SET_VRING_BASE, state.pack(index, ring.base if base is None else base))
+        self.tell(RequestType.SET_VRING_NUM, state.pack(index, ring.size))
+        self.tell(
+            RequestType.SET_VRING_BASE, state.pack(index, ring.base if base is None else base)
+        )
         address = messages.VRING_ADDR.pack(
             index,
             0,
@@ -249,17 +255,17 @@ class FrontEnd:
             USER_BASE + ring.available,
             0,
         )
-        self.tell(Request.SET_VRING_ADDR, address)
+        self.tell(RequestType.SET_VRING_ADDR, address)
         number = messages.U64.pack(index)
-        self.tell(Request.SET_VRING_ERR, number, [ring.error])
-        self.tell(Request.SET_VRING_KICK, number, [ring.kick])
-        self.tell(Request.SET_VRING_CALL, number, [ring.call])
+        self.tell(RequestType.SET_VRING_ERR, number, [ring.error])
+        self.tell(RequestType.SET_VRING_KICK, number, [ring.kick])
+        self.tell(RequestType.SET_VRING_CALL, number, [ring.call])
         if enable:
-            self.tell(Request.SET_VRING_ENABLE, state.pack(index, 1))
+            self.tell(RequestType.SET_VRING_ENABLE, state.pack(index, 1))
 
     def stop_ring(self, index: int) -> int:
         """Stop a ring; returns its base."""
-        answer = self.ask(Request.GET_VRING_BASE, messages.VRING_STATE.pack(index, 0))
+        answer = self.ask(RequestType.GET_VRING_BASE, messages.VRING_STATE.pack(index, 0))
         return int(messages.VRING_STATE.unpack(answer)[1])
 
     def close(self) -> None:

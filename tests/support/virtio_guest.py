@@ -86,7 +86,7 @@ class PlayedGuest:
     def configured_cid(self) -> int:
         """The CID as the device's configuration space has it."""
         wanted = messages.CONFIG.pack(0, 8, 0) + bytes(8)
-        answer = self.front_end.ask(messages.Request.GET_CONFIG, wanted)
+        answer = self.front_end.ask(messages.RequestType.GET_CONFIG, wanted)
         return int.from_bytes(answer[messages.CONFIG.size :], "little")
 
     # Buffers for the device

@@ -10,7 +10,7 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 
-from vsockets.devices.capture import Tap
+from vsockets.devices.capture import CaptureSink
 from vsockets.devices.client import Offer
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vfio_user import Irq, Region
@@ -40,7 +40,7 @@ class PlayedFabric:
         self.settled: list[tuple[int, int]] = []
         self.refused: list[socket.socket] = []  #: what vsockd is given back
         self.error = 0
-        self.tap = Tap(loop)
+        self.tap = CaptureSink(loop)
 
     def connect(self, port: int, peer: tuple[int, int], sizes: BufferSizes) -> socket.socket:
         ours, theirs = socket.socketpair()

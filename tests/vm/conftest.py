@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vsockets.testing import PrivateFabric
-from vsockets.vm.kernels import Kernel
+from vsockets.vm.kernels import KernelImage
 
 from . import downloads, image
 from .machine import Machine
@@ -91,7 +91,7 @@ class Stage:
 
     def parts(
         self, kernel: str, device: str, kind: type[Machine] = Machine
-    ) -> tuple[Kernel, Path, Path]:
+    ) -> tuple[KernelImage, Path, Path]:
         """A machine's kernel, its initrd and a folder of its own; it skips the test likewise."""
         try:
             linux = downloads.kernel(kernel)
@@ -108,7 +108,7 @@ class Stage:
         folder.mkdir()
         return linux, initrd, folder
 
-    def _image(self, linux: Kernel, device: str) -> Path:
+    def _image(self, linux: KernelImage, device: str) -> Path:
         name = f"{linux.name}-{device}"
         if name not in self._images:
             path = self._folder / f"initrd-{name}"

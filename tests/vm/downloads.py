@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vsockets.vm.apt import DEBIAN, Suite, Unavailable, filled, run
 from vsockets.vm.initramfs import Userland
-from vsockets.vm.kernels import Kernel
+from vsockets.vm.kernels import KernelImage
 from vsockets.vm.qemu import unpacked as qemu
 
 __all__ = [
@@ -40,9 +40,9 @@ _SUITES = {
 }
 
 
-def kernel(name: str) -> Kernel:
+def kernel(name: str) -> KernelImage:
     """``stable`` (6.1), ``backports`` (of Debian 12: 6.12.95) or ``newest``."""
-    linux = Kernel(_SUITES[name])
+    linux = KernelImage(_SUITES[name])
     linux.name = name
     return linux
 

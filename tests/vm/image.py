@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vsockets.vm import initramfs
 from vsockets.vm.initramfs import Userland
-from vsockets.vm.kernels import Kernel
+from vsockets.vm.kernels import KernelImage
 
 from .downloads import userland
 
@@ -29,7 +29,7 @@ exec {python} -u -S /agent.py </dev/ttyS1 >/dev/ttyS1 2>/dev/console
 
 
 def build(
-    kernel: Kernel,
+    kernel: KernelImage,
     device: str,
     extra: Mapping[str, bytes] | None = None,
     world: Userland | None = None,

@@ -15,18 +15,18 @@ import pytest
 
 from vm.remote import Remote
 from vsockets import VMADDR_CID_LOCAL
-from vsockets.kernel_context import Kernel
+from vsockets.kernel_context import KernelContext
 
 
-class Loopback(Kernel):
+class Loopback(KernelContext):
     """The machine, as it sees itself."""
 
     cid = VMADDR_CID_LOCAL
 
 
 _port = os.environ.get("VSOCKETS_TEST_HOST")
-_host: Kernel = Remote(int(_port)) if _port else Loopback()
-_guest = Kernel() if _port else _host
+_host: KernelContext = Remote(int(_port)) if _port else Loopback()
+_guest = KernelContext() if _port else _host
 
 _FABRIC = "it is about vsockd"
 _DATAGRAMS = "neither virtio nor the loopback has datagrams"
@@ -102,10 +102,10 @@ class KernelFabric:
 
     host = _host
 
-    def guest(self) -> Kernel:
+    def guest(self) -> KernelContext:
         return _guest
 
-    def environment(self, context: Kernel) -> dict[str, str]:
+    def environment(self, context: KernelContext) -> dict[str, str]:
         return {**os.environ}
 
 

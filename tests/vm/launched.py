@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vsockets.testing import PrivateFabric
 from vsockets.vm.initramfs import COMMAND_LINE
-from vsockets.vm.kernels import Kernel
+from vsockets.vm.kernels import KernelImage
 
 from . import downloads
 from .machine import Machine
@@ -20,7 +20,7 @@ class Launched(Machine):
     def __init__(
         self,
         fabric: PrivateFabric,
-        kernel: Kernel,
+        kernel: KernelImage,
         initrd: Path,
         folder: Path,
         *options: str,

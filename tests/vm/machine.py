@@ -24,7 +24,7 @@ from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.vm import qemu_args as description
 from vsockets.vm.initramfs import COMMAND_LINE
-from vsockets.vm.kernels import Kernel
+from vsockets.vm.kernels import KernelImage
 
 from . import downloads
 
@@ -67,7 +67,7 @@ class Machine:
     def __init__(
         self,
         fabric: PrivateFabric,
-        kernel: Kernel,
+        kernel: KernelImage,
         initrd: Path,
         folder: Path,
         *device_options: str,
@@ -154,7 +154,7 @@ class Machine:
 
     def boot(self) -> None:
         """Start QEMU and wait for the guest."""
-        machine = description.Machine(
+        machine = description.MachineOptions(
             self.kind,
             self._memory,
             kernel=str(self._kernel.image),

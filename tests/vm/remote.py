@@ -17,8 +17,8 @@ from typing import Any
 
 import vsockets
 from vsockets import VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_PORT_ANY
-from vsockets.kernel_context import Kernel
-from vsockets.socket import BEHAVIOURS
+from vsockets.kernel_context import KernelContext
+from vsockets.socket import SOCKET_CLASSES
 
 #: How long a call may take, in seconds.
 PATIENCE = 60.0
@@ -75,7 +75,7 @@ class Servant:
         return number
 
 
-class Remote(Kernel):
+class Remote(KernelContext):
     """The host, for a program of the guest; its servant is at ``port``."""
 
     transport = "remote"
@@ -89,7 +89,9 @@ class Remote(Kernel):
         """Have it made on the host; raises what it raises there."""
         file = getattr(self._of_thread, "file", None)
         if file is None:
-            sock = vsockets.create_connection((VMADDR_CID_HOST, self._port), context=Kernel())
+            sock = vsockets.create_connection(
+                (VMADDR_CID_HOST, self._port), context=KernelContext()
+            )
             sock.settimeout(PATIENCE)
             file = self._of_thread.file = sock.makefile("rwb")
         pickle.dump((number, name, arguments), file)
@@ -167,6 +169,6 @@ for _name in (
     *("settimeout", "gettimeout", "setblocking", "peer_credentials"),
 ):
     setattr(RemoteSocket, _name, _elsewhere(_name))
-BEHAVIOURS["remote"] = {
+SOCKET_CLASSES["remote"] = {
     int(kind): RemoteSocket for kind in (SOCK_STREAM, SOCK_SEQPACKET, SOCK_DGRAM)
 }

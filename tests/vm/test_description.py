@@ -12,7 +12,7 @@ import pytest
 
 from vsockets.vm.hardware import Hardware, hardware
 from vsockets.vm.libvirt import snippet
-from vsockets.vm.qemu_args import Card, Disk, Machine, arguments, device_arguments
+from vsockets.vm.qemu_args import Card, Disk, MachineOptions, arguments, device_arguments
 from vsockets.vmware import VmxError, parse_vmx
 
 VMX = """\
@@ -142,20 +142,20 @@ class TestHardware:
 
 class TestArguments:
     def test_memory_is_shared_with_the_device(self) -> None:
-        said = arguments(Machine("vmci", 256), "/run/vm5")
+        said = arguments(MachineOptions("vmci", 256), "/run/vm5")
         assert said[said.index("-m") + 1] == "256M"
         assert "memory-backend-memfd,id=mem,size=256M,share=on" in said
         assert any("memory-backend=mem" in word for word in said)
 
     def test_names_may_have_commas(self) -> None:
-        said = arguments(Machine("virtio", 256, name="a,b"), "/run/a,b")
+        said = arguments(MachineOptions("virtio", 256, name="a,b"), "/run/a,b")
         assert said[said.index("-name") + 1] == "a,,b"
         assert "socket,id=vsock,path=/run/a,,b" in said
 
     def test_disks_in_their_order(self) -> None:
         disks = [("a,b", "virtio"), ("s0", "sata"), ("p0", "pvscsi"), ("s1", "sata")]
         disks += [("p1", "pvscsi"), ("n", "nvme"), ("l", "lsisas1068")]
-        machine = Machine("vmci", 256, disks=tuple(Disk(a, "vmdk", b) for a, b in disks))
+        machine = MachineOptions("vmci", 256, disks=tuple(Disk(a, "vmdk", b) for a, b in disks))
         said = arguments(machine, "/run/vm5")
         options = [word for before, word in pairwise(said) if before == "-device"]
         assert options[1:] == [
@@ -176,8 +176,10 @@ class TestArguments:
         assert files == [path for path, _ in disks]
 
     def test_no_network_unless_there_is_a_card(self) -> None:
-        assert not [word for word in arguments(Machine("vmci", 256), "/s") if "net" in word]
-        said = arguments(Machine("vmci", 256, cards=(Card("e1000", "00:50:56:01:02:03"),)), "/s")
+        assert not [word for word in arguments(MachineOptions("vmci", 256), "/s") if "net" in word]
+        said = arguments(
+            MachineOptions("vmci", 256, cards=(Card("e1000", "00:50:56:01:02:03"),)), "/s"
+        )
         assert said[-4:] == [
             *("-netdev", "user,id=net0"),
             *("-device", "e1000,netdev=net0,mac=00:50:56:01:02:03"),

@@ -19,7 +19,7 @@ from qemu.qmp import QMPClient
 
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.vm.initramfs import COMMAND_LINE
-from vsockets.vm.lifecycle_sync import Following
+from vsockets.vm.lifecycle_sync import LifecycleSync
 
 from . import downloads, vmware
 from .conftest import COMMON, Stage
@@ -323,7 +323,7 @@ def test_snapshots_and_migration(
             async with asyncio.timeout(PATIENCE):
                 await qmp.connect(ours)
                 with qmp.listener(("RESUME",)) as resumes:
-                    following = Following(qmp, control, BARE, told.append)
+                    following = LifecycleSync(qmp, control, BARE, told.append)
                     follows = asyncio.create_task(following.run())
                     await resumes.get()
                     for line in command:

@@ -185,7 +185,7 @@ def test_storage_says_that_it_takes_the_other_device(machine: Machine) -> None:
             """
             import asyncio
             from vsockets.nfs.rpc_client import RpcClient
-            from vsockets.kernel_context import Kernel
+            from vsockets.kernel_context import KernelContext as Kernel
             from vsockets.model.locator import Vsock
             async def connect(): RpcClient.connect(Vsock(2, 2049, datagram=True), Kernel())
             asyncio.run(connect())

@@ -91,7 +91,7 @@ def copy_out(
 
             sender = threading.Thread(target=send)
             sender.start()
-            visitor = guest_client.Guest(vsock_fabric.host, there.cid)
+            visitor = guest_client.GuestClient(vsock_fabric.host, there.cid)
             try:
                 visitor.copy_out("/srv", tmp_path / "out", lambda done: None, 1000)
             finally:

@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--listen", type=parse_locator, default="tcp:127.0.0.1:5672")
     parser.add_argument("--host", type=parse_locator, default="vsock:2:5672")
     arguments = parser.parse_args()
-    logs.begin("vsock: %(message)s", logs.NOTICE, "text")
+    logs.configure("vsock: %(message)s", logs.NOTICE, "text")
     try:
         run(lambda: GuestProxy(arguments.listen, arguments.host, current()), arguments.listen)
     except OSError as error:

@@ -12,17 +12,17 @@ import socket as stdlib
 import ssl
 from collections.abc import Iterable
 
-from ..eventloop.asyncio_server import Entrance
-from ..eventloop.listeners import open_door
+from ..eventloop.asyncio_server import AsyncioAcceptor
+from ..eventloop.listeners import open_listener
 from ..forward.dialer import Dialer
 from ..forward.throttled_log import Client
 from ..logs import by
 from ..model.locator import Locator
-from .brokers import Node, Nodes
+from .brokers import BrokerNode, BrokerNodes
 from .connect_request import AUTHORITY, Headers, refusal, who_asks
 from .frames import PROTOCOL_HEADER, begins_connection
-from .h2_connection import Link
-from .h2_stream import Tunnel
+from .h2_connection import H2Connection
+from .h2_stream import H2Stream
 from .limits import (
     AMQP_CHECK,
     AMQP_CHECK_AGAIN,
@@ -31,7 +31,7 @@ from .limits import (
     AMQP_OPEN,
     AMQP_PROXY_SESSIONS,
 )
-from .relay import Relay
+from .relay import SessionRelay
 from .session import log
 
 
@@ -49,18 +49,18 @@ class AmqpProxy:
         """Raises OSError when nobody can be let in there."""
         self._authority = authority
         self._tls = tls
-        self._nodes = Nodes(nodes)
+        self._nodes = BrokerNodes(nodes)
         self._dialer = Dialer()
         self._loop = asyncio.get_running_loop()
         self._links: set[asyncio.Task[None]] = set()
         self._sessions: set[asyncio.Task[None]] = set()
         self._checks = [self._loop.create_task(self._check(node)) for node in self._nodes.all]
-        self._entrance = Entrance(
+        self._entrance = AsyncioAcceptor(
             listen,
-            open_door(listen, None),
+            open_listener(listen, None),
             self._enter,
             has_room=lambda: len(self._links) < AMQP_LINKS,
-            reopen=lambda: open_door(listen, None),
+            reopen=lambda: open_listener(listen, None),
             log=log,
         )
 
@@ -96,7 +96,7 @@ class AmqpProxy:
         client = Client(sock, log)
         try:
             _, link = await self._loop.connect_accepted_socket(
-                lambda: Link(self._requested),
+                lambda: H2Connection(self._requested),
                 sock,
                 ssl=self._tls,
                 ssl_handshake_timeout=AMQP_OPEN if self._tls else None,
@@ -113,7 +113,7 @@ class AmqpProxy:
 
     # Sessions
 
-    def _requested(self, link: Link, tunnel: Tunnel, headers: Headers) -> None:
+    def _requested(self, link: H2Connection, tunnel: H2Stream, headers: Headers) -> None:
         status = refusal(headers, self._authority)
         if status is None and len(self._sessions) >= AMQP_PROXY_SESSIONS:
             status = 503
@@ -125,12 +125,12 @@ class AmqpProxy:
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
 
-    async def _join(self, link: Link, tunnel: Tunnel, who: str) -> None:
-        tried: list[Node] = []
+    async def _join(self, link: H2Connection, tunnel: H2Stream, who: str) -> None:
+        tried: list[BrokerNode] = []
         while not tunnel.is_closing() and (node := self._nodes.choose(tried)) is not None:
             tried.append(node)
             node.sessions += 1
-            relay = Relay()
+            relay = SessionRelay()
             try:
                 await self._reach(node, relay)
                 log.info("%s: goes to %s", who, node.locator, extra=by(who))
@@ -147,14 +147,14 @@ class AmqpProxy:
         if not tunnel.is_closing():
             link.answer(tunnel, 503)
 
-    async def _reach(self, node: Node, relay: Relay) -> None:
+    async def _reach(self, node: BrokerNode, relay: SessionRelay) -> None:
         sock = await self._dialer.connect(node.locator, timeout=AMQP_NODE_CONNECT)
         await self._loop.create_connection(lambda: relay.far, sock=sock)
         self._found(node, True)
 
-    # Nodes
+    # BrokerNodes
 
-    async def _check(self, node: Node) -> None:
+    async def _check(self, node: BrokerNode) -> None:
         """Ask a node again and again whether it serves."""
         while True:
             try:
@@ -165,7 +165,7 @@ class AmqpProxy:
                 self._found(node, True)
             await asyncio.sleep(AMQP_CHECK if node.healthy else AMQP_CHECK_AGAIN)
 
-    def _found(self, node: Node, healthy: bool, why: OSError | None = None) -> None:
+    def _found(self, node: BrokerNode, healthy: bool, why: OSError | None = None) -> None:
         if node.healthy != healthy:
             node.healthy = healthy
             text = f"does not serve: {why.strerror or why}" if why else "serves again"

@@ -9,7 +9,7 @@ from ..model.locator import Locator
 
 
 @dataclass(eq=False, slots=True)
-class Node:
+class BrokerNode:
     """A broker, and what is known of it."""
 
     locator: Locator
@@ -17,17 +17,17 @@ class Node:
     healthy: bool = True  #: it answered when it was last asked or connected to
 
 
-class Nodes:
+class BrokerNodes:
     """The nodes of a cluster, each as good as any other."""
 
     def __init__(self, locators: Iterable[Locator]) -> None:
-        self.all = [Node(locator) for locator in locators]
+        self.all = [BrokerNode(locator) for locator in locators]
         self._turn = 0
 
-    def choose(self, tried: Collection[Node] = ()) -> Node | None:
+    def choose(self, tried: Collection[BrokerNode] = ()) -> BrokerNode | None:
         """The healthy node with the fewest sessions that was not tried yet.
 
-        Nodes that seem to be down are the last resort, and of equals each has its turn.  None
+        BrokerNodes that seem to be down are the last resort, and of equals each has its turn.  None
         when all were tried.
         """
         self._turn += 1

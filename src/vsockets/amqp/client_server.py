@@ -8,38 +8,38 @@ import socket as stdlib
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 
-from ..attachment import Place
-from ..eventloop.asyncio_server import Entrance
-from ..eventloop.listeners import open_door
+from ..attachment import ContextHandle
+from ..eventloop.asyncio_server import AsyncioAcceptor
+from ..eventloop.listeners import open_listener
 from ..forward.throttled_log import Client
 from ..model.locator import Locator
 from .limits import AMQP_SESSIONS
-from .session import Session, log
+from .session import AmqpSession, log
 
 
-class Clients(ABC):
+class ClientServer(ABC):
     """What a guest proxy and a host proxy have in common; made in a running loop."""
 
-    def __init__(self, listen: Locator, context: Place | None) -> None:
+    def __init__(self, listen: Locator, context: ContextHandle | None) -> None:
         """Raises OSError when nobody can be let in there."""
         self._loop = asyncio.get_running_loop()
-        self._sessions: set[Session] = set()
+        self._sessions: set[AmqpSession] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._entrance = Entrance(
+        self._entrance = AsyncioAcceptor(
             listen,
-            open_door(listen, context),
+            open_listener(listen, context),
             self._enter,
             has_room=lambda: len(self._tasks) < AMQP_SESSIONS,
-            reopen=lambda: open_door(listen, context),
+            reopen=lambda: open_listener(listen, context),
             log=log,
         )
 
     @abstractmethod
-    def session_of(self, client: Client) -> AbstractContextManager[Session]:
+    def session_of(self, client: Client) -> AbstractContextManager[AmqpSession]:
         """The session of a client that has come.  Raises OSError when it is not let in."""
 
     @abstractmethod
-    async def reach(self, session: Session) -> None:
+    async def reach(self, session: AmqpSession) -> None:
         """Give a session its far side.  Raises OSError."""
 
     @property

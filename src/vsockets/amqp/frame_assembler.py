@@ -9,7 +9,7 @@ from __future__ import annotations
 from .frames import (
     CLOSE_OK,
     PROTOCOL_HEADER,
-    Connection,
+    ConnectionMethod,
     FrameError,
     connection_method,
     needed,
@@ -17,10 +17,10 @@ from .frames import (
 )
 from .limits import AMQP_FRAME
 
-_LAST_WORDS = (Connection.CLOSE, Connection.CLOSE_OK)
+_LAST_WORDS = (ConnectionMethod.CLOSE, ConnectionMethod.CLOSE_OK)
 
 
-class Delivery:
+class FrameAssembler:
     """Holds back what is no whole frame yet: AMQP_FRAME bytes at most."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Delivery:
         return data
 
 
-class Parting:
+class CloseHandshake:
     """What a client still says after it was sent connection.close: nothing that counts.
 
     The last of it is connection.close-ok.  It is known by its bytes alone, as where a frame

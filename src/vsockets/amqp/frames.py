@@ -28,7 +28,7 @@ OVERHEAD = _HEAD.size + 1
 _LONGEST_SHORT_STRING = 255
 
 
-class Connection(enum.IntEnum):
+class ConnectionMethod(enum.IntEnum):
     """Methods of class 10, the connection; those of the spec, by their numbers there."""
 
     START = 10
@@ -107,7 +107,7 @@ def begins_connection(data: bytes) -> bool:
     start = _HEAD.size + _METHOD.size
     return len(data) >= start and _METHOD.unpack_from(data, _HEAD.size) == (
         CONNECTION_CLASS,
-        Connection.START,
+        ConnectionMethod.START,
     )
 
 
@@ -128,9 +128,9 @@ def connection_close(reply: Reply, text: str, cause: int = 0) -> bytes:
     said = said.decode(errors="ignore").encode()  # no half character at its end
     about = _METHOD.pack(CONNECTION_CLASS if cause else 0, cause)
     return connection_frame(
-        Connection.CLOSE, b"%b%c%b%b" % (_CODE.pack(reply), len(said), said, about)
+        ConnectionMethod.CLOSE, b"%b%c%b%b" % (_CODE.pack(reply), len(said), said, about)
     )
 
 
 #: What a client answers to connection.close; the last it says.
-CLOSE_OK = connection_frame(Connection.CLOSE_OK, b"")
+CLOSE_OK = connection_frame(ConnectionMethod.CLOSE_OK, b"")

@@ -9,27 +9,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..attachment import Place
+from ..attachment import ContextHandle
 from ..forward.dialer import Dialer
 from ..forward.throttled_log import Client
 from ..model.locator import Locator
-from .client_server import Clients
+from .client_server import ClientServer
 from .limits import AMQP_OPEN
-from .session import Session
+from .session import AmqpSession
 
 
-class GuestProxy(Clients):
+class GuestProxy(ClientServer):
     """Takes clients of ``listen`` to the host proxy at ``host``."""
 
-    def __init__(self, listen: Locator, host: Locator, context: Place | None = None) -> None:
+    def __init__(
+        self, listen: Locator, host: Locator, context: ContextHandle | None = None
+    ) -> None:
         super().__init__(listen, context)
         self._host = host
         self._dialer = Dialer(context)
 
     @contextmanager
-    def session_of(self, client: Client) -> Iterator[Session]:
-        yield Session(client)
+    def session_of(self, client: Client) -> Iterator[AmqpSession]:
+        yield AmqpSession(client)
 
-    async def reach(self, session: Session) -> None:
+    async def reach(self, session: AmqpSession) -> None:
         sock = await self._dialer.connect(self._host, timeout=AMQP_OPEN, wait=AMQP_OPEN)
         await self._loop.create_connection(lambda: session.far, sock=sock)

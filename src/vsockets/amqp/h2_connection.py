@@ -29,7 +29,7 @@ import h2.exceptions
 import h2.settings
 
 from .connect_request import Headers
-from .h2_stream import Tunnel
+from .h2_stream import H2Stream
 from .limits import (
     AMQP_LINK_FRAME,
     AMQP_LINK_FRAMES,
@@ -78,22 +78,24 @@ class Frames:
         return position
 
 
-class Refusal(OSError):
+class StreamRefused(OSError):
     """The far end does not open a tunnel."""
 
 
-class Link(asyncio.Protocol):
+class H2Connection(asyncio.Protocol):
     """Either end of the connection; only the server's has ``on_request``."""
 
-    def __init__(self, on_request: Callable[[Link, Tunnel, Headers], None] | None = None) -> None:
+    def __init__(
+        self, on_request: Callable[[H2Connection, H2Stream, Headers], None] | None = None
+    ) -> None:
         self._on_request = on_request
         self._loop = asyncio.get_running_loop()
         configuration = h2.config.H2Configuration(client_side=on_request is None)
         self._http = h2.connection.H2Connection(configuration)
         self._transport: asyncio.Transport | None = None
-        self._tunnels: dict[int, Tunnel] = {}
+        self._tunnels: dict[int, H2Stream] = {}
         self._opening: dict[int, asyncio.Future[int]] = {}
-        self._working: dict[Tunnel, None] = {}  # those with something to send, in turn
+        self._working: dict[H2Stream, None] = {}  # those with something to send, in turn
         self._scheduled = False
         self._congested = False
         self._uncredited = 0
@@ -111,19 +113,20 @@ class Link(asyncio.Protocol):
         """Tunnels there are."""
         return len(self._tunnels)
 
-    async def open(self, headers: Headers, protocol: asyncio.Protocol) -> Tunnel:
-        """A tunnel for ``protocol``, when the far end has agreed.  Raises OSError, Refusal too."""
+    async def open(self, headers: Headers, protocol: asyncio.Protocol) -> H2Stream:
+        """A tunnel for ``protocol``, when the far end has agreed.  Raises OSError, StreamRefused
+        too."""
         if self.closed.done():
             raise OSError(errno.ECONNABORTED, "the link has ended")
         try:
             number = self._http.get_next_available_stream_id()
             self._http.send_headers(number, list(headers.items()))
         except h2.exceptions.TooManyStreamsError:
-            raise Refusal(errno.EAGAIN, "the far end takes no more sessions") from None
+            raise StreamRefused(errno.EAGAIN, "the far end takes no more sessions") from None
         except h2.exceptions.ProtocolError as error:
             self.abort(ConnectionError(str(error)))  # such as no stream's number that is left
             raise OSError(errno.ECONNABORTED, str(error)) from None
-        tunnel = self._tunnels[number] = Tunnel(self, number)
+        tunnel = self._tunnels[number] = H2Stream(self, number)
         answer = self._opening[number] = self._loop.create_future()
         self._schedule()
         try:
@@ -135,11 +138,11 @@ class Link(asyncio.Protocol):
             self._opening.pop(number, None)
         if not 200 <= status < 300:
             tunnel.abort()
-            raise Refusal(errno.ECONNREFUSED, f"the far end answered with status {status}")
+            raise StreamRefused(errno.ECONNREFUSED, f"the far end answered with status {status}")
         tunnel.set_protocol(protocol)
         return tunnel
 
-    def answer(self, tunnel: Tunnel, status: int) -> None:
+    def answer(self, tunnel: H2Stream, status: int) -> None:
         """The server's answer to a request; all but 200 are its end."""
         with contextlib.suppress(h2.exceptions.ProtocolError):  # the client has gone meanwhile
             headers = [(b":status", b"%d" % status)]
@@ -167,24 +170,24 @@ class Link(asyncio.Protocol):
 
     # The tunnels' interface
 
-    def has_work(self, tunnel: Tunnel) -> None:
+    def has_work(self, tunnel: H2Stream) -> None:
         """It has something to send."""
         self._working[tunnel] = None
         self._schedule()
 
-    def credit(self, tunnel: Tunnel, size: int) -> None:
+    def credit(self, tunnel: H2Stream, size: int) -> None:
         """Let the peer send ``size`` bytes more into it."""
         with contextlib.suppress(h2.exceptions.ProtocolError):  # it has just ended
             self._http.increment_flow_control_window(size, tunnel.number)
             self._schedule()
 
-    def reset(self, tunnel: Tunnel) -> None:
+    def reset(self, tunnel: H2Stream) -> None:
         """Tell the peer that it has ended in disorder."""
         with contextlib.suppress(h2.exceptions.ProtocolError):
             self._http.reset_stream(tunnel.number, h2.errors.ErrorCodes.CONNECT_ERROR)
             self._schedule()
 
-    def forget(self, tunnel: Tunnel) -> None:
+    def forget(self, tunnel: H2Stream) -> None:
         """It has ended."""
         self._tunnels.pop(tunnel.number, None)
         self._working.pop(tunnel, None)
@@ -290,7 +293,7 @@ class Link(asyncio.Protocol):
                 self._answered(number, int(status) if status.isdigit() else 502)
             case h2.events.RequestReceived(stream_id=number):
                 assert self._on_request is not None
-                tunnel = self._tunnels[number] = Tunnel(self, number)
+                tunnel = self._tunnels[number] = H2Stream(self, number)
                 self._on_request(self, tunnel, dict(event.headers or ()))
             case h2.events.RemoteSettingsChanged():
                 if not self.ready.done():
@@ -341,7 +344,7 @@ class Link(asyncio.Protocol):
                 self._write()
         self._write()
 
-    def _send_some(self, tunnel: Tunnel) -> int:
+    def _send_some(self, tunnel: H2Stream) -> int:
         """One frame of a tunnel; how many bytes that were."""
         size = 0
         try:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from .limits import AMQP_UNSENT, AMQP_WINDOW
 
 if TYPE_CHECKING:
-    from .h2_connection import Link
+    from .h2_connection import H2Connection
 
 
-class Tunnel(asyncio.Transport):
+class H2Stream(asyncio.Transport):
     """Made by a :class:`~.link.Link`; until there is a protocol it keeps what comes."""
 
-    def __init__(self, link: Link, number: int) -> None:
+    def __init__(self, link: H2Connection, number: int) -> None:
         super().__init__()
         self.number = number  #: the HTTP/2 stream's
         self.pending = bytearray()  #: what waits to be sent

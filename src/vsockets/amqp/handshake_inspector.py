@@ -16,7 +16,7 @@ from collections.abc import Callable
 from .frames import (
     HEARTBEAT,
     PROTOCOL_HEADER,
-    Connection,
+    ConnectionMethod,
     Frame,
     FrameError,
     Reply,
@@ -33,14 +33,14 @@ from .tables import names, table_end, with_number
 CID_PROPERTY = b"vsock_cid"
 
 _PASSED_ON = (
-    Connection.SECURE_OK,
-    Connection.TUNE_OK,
-    Connection.CLOSE,
-    Connection.CLOSE_OK,
+    ConnectionMethod.SECURE_OK,
+    ConnectionMethod.TUNE_OK,
+    ConnectionMethod.CLOSE,
+    ConnectionMethod.CLOSE_OK,
 )
 
 
-class Refused(Exception):
+class HandshakeRefused(Exception):
     """The guest's connection ends here; ``answer`` is what to tell it."""
 
     def __init__(self, why: str, answer: bytes) -> None:
@@ -48,7 +48,7 @@ class Refused(Exception):
         self.answer = answer
 
 
-class Guard:
+class HandshakeInspector:
     """Reads along with one guest, until ``virtual_host`` is there."""
 
     def __init__(self, cid: int, admits: Callable[[str], bool]) -> None:
@@ -60,7 +60,7 @@ class Guard:
         self._frames = 0
 
     def receive(self, data: bytes) -> bytes:
-        """What of it the broker may have.  Raises Refused."""
+        """What of it the broker may have.  Raises HandshakeRefused."""
         if self.virtual_host is not None:
             return data
         data = self._held + data
@@ -69,7 +69,7 @@ class Guard:
         try:
             if not self._begun:
                 if not PROTOCOL_HEADER.startswith(data[: len(PROTOCOL_HEADER)]):
-                    raise Refused("it does not speak AMQP 0-9-1", PROTOCOL_HEADER)
+                    raise HandshakeRefused("it does not speak AMQP 0-9-1", PROTOCOL_HEADER)
                 if len(data) < len(PROTOCOL_HEADER):
                     self._held = data
                     return b""
@@ -94,9 +94,9 @@ class Guard:
         """What the broker gets for it."""
         whole = data[frame.start : frame.end]
         method = connection_method(data, frame)
-        if method == Connection.START_OK:
+        if method == ConnectionMethod.START_OK:
             return self._marked(arguments(data, frame))
-        if method == Connection.OPEN:
+        if method == ConnectionMethod.OPEN:
             self._open(arguments(data, frame))
             return whole
         if method in _PASSED_ON or whole == _HEARTBEAT:
@@ -109,9 +109,9 @@ class Guard:
         if CID_PROPERTY in names(said[:end]):
             name = CID_PROPERTY.decode()
             why = f"the client property {name} is not the client's to set"
-            raise _refused(Reply.ACCESS_REFUSED, why, Connection.START_OK)
+            raise _refused(Reply.ACCESS_REFUSED, why, ConnectionMethod.START_OK)
         properties = with_number(said[:end], CID_PROPERTY, self.cid)
-        return connection_frame(Connection.START_OK, properties + said[end:])
+        return connection_frame(ConnectionMethod.START_OK, properties + said[end:])
 
     def _open(self, said: bytes) -> None:
         try:
@@ -122,15 +122,15 @@ class Guard:
             virtual_host = name.decode()
         except (IndexError, UnicodeDecodeError):
             why = "expected a virtual host"
-            raise _refused(Reply.SYNTAX_ERROR, why, Connection.OPEN) from None
+            raise _refused(Reply.SYNTAX_ERROR, why, ConnectionMethod.OPEN) from None
         if not self._admits(virtual_host):
             why = f"access to virtual host {virtual_host!r} is refused to context {self.cid}"
-            raise _refused(Reply.NOT_ALLOWED, why, Connection.OPEN)
+            raise _refused(Reply.NOT_ALLOWED, why, ConnectionMethod.OPEN)
         self.virtual_host = virtual_host
 
 
 _HEARTBEAT = b"%c\0\0\0\0\0\0\xce" % HEARTBEAT
 
 
-def _refused(reply: Reply, why: str, cause: int = 0) -> Refused:
-    return Refused(why, connection_close(reply, why, cause))
+def _refused(reply: Reply, why: str, cause: int = 0) -> HandshakeRefused:
+    return HandshakeRefused(why, connection_close(reply, why, cause))

@@ -14,19 +14,19 @@ import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from ..attachment import Place
+from ..attachment import ContextHandle
 from ..forward.throttled_log import Client
 from ..model.locator import Locator, Vsock
-from .client_server import Clients
+from .client_server import ClientServer
 from .connect_request import AUTHORITY, connect_request
-from .handshake_inspector import Guard
+from .handshake_inspector import HandshakeInspector
 from .limits import AMQP_GUEST_SESSIONS, AMQP_OPEN
-from .session import Session
-from .uplink import Trunk
+from .session import AmqpSession
+from .uplink import Uplink
 from .virtual_hosts import VirtualHostRule, admits
 
 
-class HostProxy(Clients):
+class HostProxy(ClientServer):
     """Takes guests from ``listen`` to the AMQP proxy at ``proxy``."""
 
     def __init__(
@@ -38,31 +38,31 @@ class HostProxy(Clients):
         authority: str = AUTHORITY,
         tls: ssl.SSLContext | None = None,
         tls_name: str | None = None,
-        context: Place | None = None,
+        context: ContextHandle | None = None,
     ) -> None:
         super().__init__(listen, context)
         self._rules = tuple(rules)
         self._authority = authority
         self._guests: collections.Counter[int] = collections.Counter()
-        self._trunk = Trunk(proxy, tls, tls_name)
+        self._trunk = Uplink(proxy, tls, tls_name)
 
     @contextmanager
-    def session_of(self, client: Client) -> Iterator[Session]:
+    def session_of(self, client: Client) -> Iterator[AmqpSession]:
         assert client.peer is not None
         cid, port = client.peer
         client.who = f"context {cid}, port {port}"
         if self._guests[cid] >= AMQP_GUEST_SESSIONS:
             raise OSError(errno.EDQUOT, f"it has {AMQP_GUEST_SESSIONS} sessions already")
         self._guests[cid] += 1
-        guard = Guard(cid, lambda name: admits(self._rules, cid, name))
+        guard = HandshakeInspector(cid, lambda name: admits(self._rules, cid, name))
         try:
-            yield Session(client, guard)
+            yield AmqpSession(client, guard)
         finally:
             self._guests[cid] -= 1
             if not self._guests[cid]:
                 del self._guests[cid]
 
-    async def reach(self, session: Session) -> None:
+    async def reach(self, session: AmqpSession) -> None:
         assert session.guard is not None
         try:
             async with asyncio.timeout(AMQP_OPEN):

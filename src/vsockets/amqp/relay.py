@@ -16,7 +16,7 @@ from .limits import AMQP_CLOSE_OK, AMQP_UNSENT
 class Side(asyncio.Protocol):
     """What a relay is on one of its sides."""
 
-    def __init__(self, relay: Relay) -> None:
+    def __init__(self, relay: SessionRelay) -> None:
         self.transport: asyncio.Transport | None = None
         self.other: Side
         self.lost = False
@@ -61,7 +61,7 @@ class Side(asyncio.Protocol):
             self.other.transport.resume_reading()
 
 
-class Relay:
+class SessionRelay:
     """``near`` and ``far`` are protocols for the two transports; ``done`` when both are lost."""
 
     def __init__(self) -> None:

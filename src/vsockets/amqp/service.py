@@ -9,7 +9,7 @@ from typing import Protocol
 
 from .._linux.rlimit import allow_many_descriptors
 from .._linux.sd_notify import notify_ready
-from ..eventloop.tasks import first, on_signals
+from ..eventloop.tasks import on_signals, wait_first
 from ..logs import NOTICE
 from ..model.locator import Locator
 from .session import log
@@ -49,7 +49,7 @@ def run(make: Callable[[], Proxy], listen: Locator) -> None:
             log.log(NOTICE, "listening on %s:%s", scheme, proxy.where)
             notify_ready()
             await stopped.wait()
-            await first(proxy.drain(), cut.wait())
+            await wait_first(proxy.drain(), cut.wait())
         finally:
             proxy.close()
 

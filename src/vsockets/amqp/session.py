@@ -14,24 +14,24 @@ import os
 import socket as stdlib
 
 from ..forward.throttled_log import Client
-from .frame_assembler import Delivery, Parting
+from .frame_assembler import CloseHandshake, FrameAssembler
 from .frames import FrameError, Reply, connection_close
-from .handshake_inspector import Guard, Refused
+from .handshake_inspector import HandshakeInspector, HandshakeRefused
 from .limits import AMQP_HANDSHAKE
-from .relay import Relay, Side
+from .relay import SessionRelay, Side
 
 log = logging.getLogger("vsockets.amqp")
 
 
-class Session(Relay):
+class AmqpSession(SessionRelay):
     """Joined by :meth:`join` with a client, and beside that with a far side."""
 
-    def __init__(self, client: Client, guard: Guard | None = None) -> None:
+    def __init__(self, client: Client, guard: HandshakeInspector | None = None) -> None:
         super().__init__()
         self.guard = guard
         self._client = client
-        self._delivery = Delivery()
-        self._parting: Parting | None = None
+        self._delivery = FrameAssembler()
+        self._parting: CloseHandshake | None = None
         self._client_ended = False
         self._handshake: asyncio.TimerHandle | None = None
         self.done.add_done_callback(lambda _: self._end_handshake())
@@ -44,7 +44,7 @@ class Session(Relay):
         """The way to the broker is there no more: tell the client, and let it go."""
         self._part(text, connection_close(Reply.CONNECTION_FORCED, text))
 
-    # Relay's events
+    # SessionRelay's events
 
     def joined(self, side: Side) -> None:
         super().joined(side)
@@ -85,7 +85,7 @@ class Session(Relay):
         if self.guard is not None and self.guard.virtual_host is None:
             try:
                 data = self.guard.receive(data)
-            except Refused as refused:
+            except HandshakeRefused as refused:
                 self._part(str(refused), refused.answer)
                 return
             if self.guard.virtual_host is not None:
@@ -106,7 +106,7 @@ class Session(Relay):
         if self._parting is not None:
             return
         self._client.log.warning("%s: %s", self._client.who, why)
-        self._parting = Parting()
+        self._parting = CloseHandshake()
         self.near.write(answer)
         if self.near.transport is not None and not self.near.lost:
             self.near.transport.resume_reading()

@@ -9,12 +9,12 @@ import ssl
 
 from ..forward.dialer import Dialer
 from ..model.locator import Inet, Locator
-from .h2_connection import Link
+from .h2_connection import H2Connection
 from .limits import AMQP_FIRST_PAUSE, AMQP_LONGEST_PAUSE, AMQP_OPEN
 from .session import log
 
 
-class Trunk:
+class Uplink:
     """Keeps a link to ``locator``, with TLS if there is a context for it."""
 
     def __init__(
@@ -28,11 +28,11 @@ class Trunk:
         self._tls_name = tls_name or (locator.host if isinstance(locator, Inet) else None)
         self._dialer = Dialer()
         self._loop = asyncio.get_running_loop()
-        self._link: asyncio.Future[Link] = self._loop.create_future()
+        self._link: asyncio.Future[H2Connection] = self._loop.create_future()
         self._keeping = self._loop.create_task(self._keep())
         self._keeping.add_done_callback(self._kept)
 
-    async def link(self) -> Link:
+    async def link(self) -> H2Connection:
         """A link, as soon as there is one."""
         return await asyncio.shield(self._link)
 
@@ -65,12 +65,12 @@ class Trunk:
             await asyncio.sleep(random.uniform(pause / 2, pause))
             pause = min(pause * 2, AMQP_LONGEST_PAUSE)
 
-    async def _connect(self) -> Link:
+    async def _connect(self) -> H2Connection:
         with contextlib.ExitStack() as stack:
             sock = await self._dialer.connect(self._locator, timeout=AMQP_OPEN)
             stack.callback(sock.close)
             _, link = await self._loop.create_connection(
-                Link,
+                H2Connection,
                 sock=sock,
                 ssl=self._tls,
                 server_hostname=self._tls_name if self._tls else None,

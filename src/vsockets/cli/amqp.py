@@ -17,7 +17,7 @@ from ..extras import how_to_install
 from ..model.constants import VMADDR_CID_HOST
 from ..model.locator import Inet, Locator, Unix, Vsock
 from .connect import lasting_context
-from .errors import Failure
+from .errors import CliError
 from .options import LogFormat, LogFormatOption, VerboseOption, parser_of, read_locator
 
 if TYPE_CHECKING:
@@ -177,10 +177,10 @@ def _expect_target(locator: Locator, option: str) -> None:
 
 
 def require(*libraries: str) -> None:
-    """Raises Failure when one of them is not there, with what to install."""
+    """Raises CliError when one of them is not there, with what to install."""
     for library in libraries:
         if importlib.util.find_spec(library) is None:
-            raise Failure(f"{library} is missing: {how_to_install('amqp')}")
+            raise CliError(f"{library} is missing: {how_to_install('amqp')}")
 
 
 def _serve(
@@ -188,8 +188,8 @@ def _serve(
 ) -> None:
     from ..amqp.service import run
 
-    logs.begin("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
+    logs.configure("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
     try:
         run(make, listen)
     except OSError as error:
-        raise Failure(error.strerror or str(error)) from None
+        raise CliError(error.strerror or str(error)) from None

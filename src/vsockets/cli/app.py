@@ -33,7 +33,7 @@ from . import (
     web,
 )
 from .demo import command
-from .errors import Failure, one_line
+from .errors import CliError, one_line
 from .output import complain
 
 app = typer.Typer(
@@ -124,5 +124,5 @@ def start(arguments: list[str]) -> int:
             complain(f"{explain().rstrip('.')} (see: {where} --help)")
             return 2
         complain(one_line(error))
-        return error.status if isinstance(error, Failure) else 1
+        return error.status if isinstance(error, CliError) else 1
     return status if isinstance(status, int) else 0

@@ -16,7 +16,7 @@ from ..model.address import parse_port
 from ..model.constants import VMADDR_PORT_ANY
 from ..model.locator import Vsock
 from .connect import own_context
-from .errors import Failure, failure
+from .errors import CliError, cli_error
 from .forward import serve
 from .options import (
     AllowOption,
@@ -92,11 +92,11 @@ def _capture_device(cid: int, port: int, payload: int, file: Path) -> None:
 
     place = own_context()
     if not isinstance(place, Attachment):
-        raise Failure("devices are the host's: there are none in a virtual machine")
+        raise CliError("devices are the host's: there are none in a virtual machine")
     try:
         records = open_capture(place, cid, payload, port)
     except OSError as error:
-        raise failure(f"capture of context {cid}", error, _CAPTURE) from None
+        raise cli_error(f"capture of context {cid}", error, _CAPTURE) from None
     with records, _open(file) as opened:
         notice(f"capturing what passes the device of context {cid}")
         counts = write_down(records, opened)
@@ -129,5 +129,5 @@ def _open(file: Path) -> BinaryIO:
         # What passes may be secret: nobody else's to read.
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise Failure(f"{file}: {error.strerror}") from None
+        raise CliError(f"{file}: {error.strerror}") from None
     return os.fdopen(fd, "wb")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .. import launcher
-from ..attachment import Attachment, Place, current
+from ..attachment import Attachment, ContextHandle, current
 from ..control import Control
 from ..model.constants import VMADDR_CID_HOST
 from ..state_folder import default_folder, require_private
@@ -37,7 +37,7 @@ def choose(folder: Path) -> None:
     os.environ.pop("VSOCKETS_CONTEXT", None)
 
 
-def own_context() -> Place:
+def own_context() -> ContextHandle:
     """The context this command is in: what a program started the same way would be in.
 
     Raises OSError or PermissionError (somebody else's folder).
@@ -50,7 +50,7 @@ def own_context() -> Place:
     return Attachment(folder / str(VMADDR_CID_HOST), on_demand=True)
 
 
-def lasting_context(needed: bool = True) -> Place:
+def lasting_context(needed: bool = True) -> ContextHandle:
     """As :func:`own_context`, for a program that goes on for long.
 
     If vsockd is ``needed`` and may be started, that is done now.  After it has ended it is for

@@ -13,13 +13,13 @@ import select
 import time
 from collections.abc import Callable
 
-from ..attachment import Place
+from ..attachment import ContextHandle
 from ..eventloop.rebind import lifeline
 from ..limits import FORWARD_LONGEST_PAUSE, MAX_DATAGRAM
 from ..model.constants import VMADDR_CID_LOCAL
 from ..socket import socket
 from .connect import keep_trying
-from .errors import SEND, Failure, failure
+from .errors import SEND, CliError, cli_error
 from .output import notice
 from .relay import STDIN, STDOUT, write_all
 
@@ -40,7 +40,7 @@ class DatagramRelay:
         self,
         bind: Callable[[Address], socket],
         address: Address,
-        context: Place,
+        context: ContextHandle,
         peer: Address | None = None,
         *,
         read_stdin: bool = True,
@@ -70,7 +70,7 @@ class DatagramRelay:
         return self._sock.getsockname()
 
     def run(self) -> None:
-        """Carry datagrams until the time has passed.  Raises Failure when sending fails."""
+        """Carry datagrams until the time has passed.  Raises CliError when sending fails."""
         while (patience := self._patience()) is None or patience > 0:
             poll = select.poll()
             poll.register(self._sock, select.POLLIN)
@@ -97,7 +97,7 @@ class DatagramRelay:
         while (patience := self._patience()) is None or patience > 0:
             pause = FORWARD_LONGEST_PAUSE
             time.sleep(pause if patience is None else min(patience, pause))
-            with contextlib.suppress(OSError, Failure):
+            with contextlib.suppress(OSError, CliError):
                 line = lifeline(self._context)
                 try:
                     self._sock = self._bind(address)
@@ -147,7 +147,7 @@ class DatagramRelay:
                 {errno.ECONNREFUSED, errno.EHOSTUNREACH},
             )
         except OSError as error:
-            raise failure("send to {}:{}".format(*peer), error, SEND) from None
+            raise cli_error("send to {}:{}".format(*peer), error, SEND) from None
         self._last_moved = time.monotonic()
 
     def _globally(self, address: Address) -> Address:

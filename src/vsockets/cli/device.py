@@ -18,12 +18,12 @@ from .. import logs
 from .._linux.folders import SocketFile, open_folder
 from .._linux.sd_notify import notify_ready
 from ..control import Events
-from ..model.locator import hybrid_problem
+from ..model.locator import check_hybrid_path
 from .connect import administrator
 from .options import LogFormat, LogFormatOption, read_cid
 
 if TYPE_CHECKING:
-    from ..devices.client import Attachment
+    from ..devices.client import DeviceClient
     from ..devices.loop import DeviceLoop
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def vmci(
     "path":PATH},"x-no-posted-writes":true}', with memory that is shared.
     """
 
-    from ..devices.vfio_user import Server
+    from ..devices.vfio_user import VfioUserServer
     from ..devices.vmci.machine import VmciMachine
 
     file = SocketFile(path)
@@ -78,7 +78,7 @@ def vmci(
     def begin(attached: _Attached) -> None:
         loop, fabric, events = attached
         machine = VmciMachine(loop, fabric, fabric.cid, events, legacy=legacy, older=older)
-        Server(loop, _listen(file), machine.device, machine.settle)
+        VfioUserServer(loop, _listen(file), machine.device, machine.settle)
 
     said = f"the VMCI device waits at {path}"
     _serve(said, cid, until_eof, sandbox, verbose, log_format, begin, file=file)
@@ -99,7 +99,7 @@ def virtio(
     vhost-user-vsock-pci,chardev=vsock, with memory that is shared.
     """
 
-    from ..devices.vhost_user import Server
+    from ..devices.vhost_user import VhostUserServer
     from ..devices.virtio.machine import VirtioMachine
 
     file = SocketFile(path)
@@ -107,7 +107,7 @@ def virtio(
     def begin(attached: _Attached) -> None:
         loop, fabric, events = attached
         machine = VirtioMachine(loop, fabric, fabric.cid, events)
-        Server(loop, _listen(file), machine.device)
+        VhostUserServer(loop, _listen(file), machine.device)
 
     said = f"the virtio-vsock device waits at {path}"
     common = (cid, until_eof, sandbox, verbose, log_format, begin)
@@ -144,7 +144,7 @@ def hybrid(
     from .._linux.rlimit import allow_many_descriptors
     from ..devices.hybrid import HybridMachine
 
-    if problem := hybrid_problem(str(path.absolute())):
+    if problem := check_hybrid_path(str(path.absolute())):
         raise typer.BadParameter(problem)
     place = open_folder(path.absolute().parent)
     machines: list[HybridMachine] = []
@@ -178,7 +178,7 @@ def hybrid(
 
 class _Attached(NamedTuple):
     loop: DeviceLoop
-    fabric: Attachment
+    fabric: DeviceClient
     events: Events
 
 
@@ -220,13 +220,13 @@ def _serve(
     ``datagrams``, ``seqpacket``: what the guest has besides streams.  ``host_ports``: it has a unix
     socket for each port of the host, in a folder of ``user``.
     """
-    from ..devices.client import Attachment
+    from ..devices.client import DeviceClient
     from ..devices.loop import DeviceLoop
     from ..devices.lost_memory import explain_lost_memory
     from ..devices.sandbox import enter_sandbox
     from ..devices.socket_removal import SocketRemoval
 
-    logs.begin(
+    logs.configure(
         "vsock device: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value
     )
     with administrator(start=True) as control:
@@ -238,7 +238,7 @@ def _serve(
         loop = DeviceLoop()
         if until_eof:
             loop.watch(sys.stdin.fileno(), lambda _: loop.stop() if _has_ended() else None)
-        begin(_Attached(loop, Attachment(loop, link, cid, datagrams), events))
+        begin(_Attached(loop, DeviceClient(loop, link, cid, datagrams), events))
         removal = SocketRemoval(file) if file is not None else None
         notify_ready()
         explain_lost_memory()

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from ..api import create_server
 from ..model.constants import VMADDR_CID_HOST
 from ..socket import socket
-from ..supervisor.arch import this_machine
+from ..supervisor.arch import this_architecture
 from ..supervisor.ptrace import Ptrace
 from ..testing import PrivateFabric
 
@@ -110,7 +110,7 @@ def tracing() -> Finding:
     what = "ptrace"
     try:
         with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
-            Ptrace(this_machine()).seize(child.pid)
+            Ptrace(this_architecture()).seize(child.pid)
             child.kill()
     except (OSError, NotImplementedError) as error:
         scope = _read("/proc/sys/kernel/yama/ptrace_scope").strip() or "unknown"

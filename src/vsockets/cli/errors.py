@@ -29,7 +29,7 @@ SEND = {
 }
 
 
-class Failure(Exception):
+class CliError(Exception):
     """A command cannot go on; the text is the line the user gets, ``status`` the exit status."""
 
     def __init__(self, line: str, status: int = 1) -> None:
@@ -37,19 +37,19 @@ class Failure(Exception):
         self.status = status
 
 
-def failure(doing: str, error: OSError, meanings: dict[int, str]) -> Failure:
+def cli_error(doing: str, error: OSError, meanings: dict[int, str]) -> CliError:
     """The line for ``error``, met while ``doing`` something."""
     code = error.errno or 0
     why = error.strerror or str(error)  # the library's own words, such as how to start vsockd
     if code in meanings:
         why = f"{meanings[code]} ({os.strerror(code)})"
     # Notes of the library say which transport was chosen.
-    return Failure("; ".join((f"{doing}: {why}", *getattr(error, "__notes__", ()))))
+    return CliError("; ".join((f"{doing}: {why}", *getattr(error, "__notes__", ()))))
 
 
 def one_line(error: Exception) -> str:
     """Any exception in one line."""
-    if isinstance(error, Failure):
+    if isinstance(error, CliError):
         return str(error)
     if isinstance(error, TimeoutError) and error.strerror is None:
         return "vsockd does not answer (is its process stopped?)"

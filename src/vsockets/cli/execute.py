@@ -15,17 +15,17 @@ from typing import NoReturn
 import typer
 
 from ..socket import socket
-from .errors import Failure
+from .errors import CliError
 from .output import notice
 
 #: What shells and env(1) exit with.
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
 
-def become(program: list[str], environment: Mapping[str, str]) -> NoReturn:
+def exec_program(program: list[str], environment: Mapping[str, str]) -> NoReturn:
     """Replace this process by ``program``, looked up on the PATH.
 
-    Raises Failure with the exit status that env(1) has for the case.
+    Raises CliError with the exit status that env(1) has for the case.
     """
     # Python ignores these two, and exec would keep that; programs expect the default.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -34,7 +34,7 @@ def become(program: list[str], environment: Mapping[str, str]) -> NoReturn:
         os.execvpe(program[0], program, environment)
     except OSError as error:
         status = NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
-        raise Failure(f"{program[0]}: {error.strerror}", status) from None
+        raise CliError(f"{program[0]}: {error.strerror}", status) from None
 
 
 def arguments_of(command: str | None) -> list[str]:
@@ -48,7 +48,7 @@ def arguments_of(command: str | None) -> list[str]:
     if not arguments:
         raise typer.BadParameter("--exec: expected a command")
     if shutil.which(arguments[0]) is None:  # better now than when somebody has connected
-        raise Failure(f"{arguments[0]}: {os.strerror(errno.ENOENT)}", NOT_FOUND)
+        raise CliError(f"{arguments[0]}: {os.strerror(errno.ENOENT)}", NOT_FOUND)
     return arguments
 
 
@@ -63,7 +63,7 @@ def become_served(command: list[str], sock: socket) -> NoReturn:
     sock.setblocking(True)
     os.dup2(sock.fileno(), 0)
     os.dup2(sock.fileno(), 1)
-    become(command, environment_for(sock))
+    exec_program(command, environment_for(sock))
 
 
 def serve(listener: socket, accept: Callable[[], socket], command: list[str]) -> NoReturn:

@@ -14,7 +14,7 @@ from .._linux.sd_notify import notify_ready
 from ..limits import FORWARD_CONNECT_TIMEOUT, FORWARD_CONNECTIONS
 from ..model.locator import Vsock
 from .connect import lasting_context
-from .errors import CONNECT, Failure, failure
+from .errors import CONNECT, CliError, cli_error
 from .options import (
     AllowOption,
     LogFormat,
@@ -131,7 +131,7 @@ def serve(
     """Do it until a signal comes; on SIGHUP do what ``again`` says from then on."""
     from ..forward.service import run
 
-    logs.begin("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
+    logs.configure("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
 
     ends = (end for settings in forwards for end in (settings.source, settings.target))
     context = lasting_context(any(isinstance(end, Vsock) for end in ends))
@@ -153,8 +153,8 @@ def serve(
         )
     except OSError as error:
         if len(forwards) == 1 and forwards[0].once and error.errno in CONNECT:
-            raise failure(f"connect to {forwards[0].target}", error, CONNECT) from None
-        raise Failure(error.strerror or str(error)) from None
+            raise cli_error(f"connect to {forwards[0].target}", error, CONNECT) from None
+        raise CliError(error.strerror or str(error)) from None
 
 
 def _load(path: Path) -> list[Settings]:
@@ -163,4 +163,4 @@ def _load(path: Path) -> list[Settings]:
     try:
         return load(path)
     except ConfigurationError as error:
-        raise Failure(str(error)) from None
+        raise CliError(str(error)) from None

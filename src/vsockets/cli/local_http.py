@@ -51,7 +51,7 @@ def serve(
     """
     import asyncio  # these take as long to load as all the rest
 
-    from ..eventloop.listeners import Door
+    from ..eventloop.listeners import Listener
     from ..eventloop.tasks import on_signals
     from .http_server import HttpServer
 
@@ -64,7 +64,7 @@ def serve(
 
     mask = os.umask(0o077)
     try:
-        door = Door(where)
+        door = Listener(where)
     finally:
         os.umask(mask)
     try:

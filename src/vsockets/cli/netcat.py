@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from .._linux.descriptor_passing import guard
-from ..attachment import Place, wait_readable
-from ..kernel_context import Kernel
+from ..attachment import ContextHandle, wait_readable
+from ..kernel_context import KernelContext
 from ..model.address import parse_port
 from ..model.constants import (
     AF_VSOCK,
@@ -24,11 +24,11 @@ from ..pass_rights import refuse
 from ..socket import socket
 from .connect import keep_trying, lasting_context, own_context
 from .datagram_relay import DatagramRelay
-from .errors import BIND, CONNECT, Failure, failure
+from .errors import BIND, CONNECT, CliError, cli_error
 from .execute import arguments_of, become_served, serve
 from .options import CidArgument, read_cid
 from .output import notice, user_name
-from .relay import Relay
+from .relay import StreamRelay
 
 Address = tuple[int, int]
 
@@ -127,12 +127,12 @@ def connect(
             lambda: _connected(kind, (cid, port), source_port, timeout), wait, _NOT_YET
         )
     except OSError as error:
-        raise failure(f"connect to {cid}:{port}", error, CONNECT) from None
+        raise cli_error(f"connect to {cid}:{port}", error, CONNECT) from None
     if verbose:
         notice(f"connected to {_describe_peer(sock)} from {_describe(sock.getsockname())}")
     if command:
         become_served(command, sock)
-    relay = Relay(read_stdin=not no_stdin, idle=timeout, quit_after=quit_after)
+    relay = StreamRelay(read_stdin=not no_stdin, idle=timeout, quit_after=quit_after)
     relay.add(sock)
     relay.run()
 
@@ -181,7 +181,7 @@ def listen(
             notice(f"listening on {_describe(relay.address)}{_place()}")
         relay.run()
         if not relay.received:
-            raise Failure(f"nothing came within {timeout} s")
+            raise CliError(f"nothing came within {timeout} s")
         return
 
     sock = _bound(kind, address, own_context())
@@ -198,7 +198,7 @@ def listen(
     if keep and command:
         serve(sock, accept, command)
     elif keep:
-        Relay(
+        StreamRelay(
             read_stdin=not no_stdin,
             idle=timeout,
             quit_after=quit_after,
@@ -207,12 +207,12 @@ def listen(
         ).run()
     else:
         if not wait_readable(sock.fileno(), timeout):
-            raise Failure(f"nobody connected within {timeout:g} s")
+            raise CliError(f"nobody connected within {timeout:g} s")
         accepted = accept()
         sock.close()  # whoever comes now is told that nobody listens
         if command:
             become_served(command, accepted)
-        once = Relay(read_stdin=not no_stdin, idle=timeout, quit_after=quit_after)
+        once = StreamRelay(read_stdin=not no_stdin, idle=timeout, quit_after=quit_after)
         once.add(accepted)
         once.run()
 
@@ -227,14 +227,14 @@ def _type(datagram: bool, seqpacket: bool, execute: str | None) -> int:
     return stdlib.SOCK_SEQPACKET if seqpacket else stdlib.SOCK_STREAM
 
 
-def _bound(kind: int, address: Address, context: Place) -> socket:
+def _bound(kind: int, address: Address, context: ContextHandle) -> socket:
     sock = socket(type=kind, context=context)
     if kind == stdlib.SOCK_DGRAM:  # vsockd passes a listener the descriptors of its streams
         guard(sock)
     try:
         sock.bind(address)
     except OSError as error:
-        raise failure(f"bind to {_describe(address)}", error, BIND) from None
+        raise cli_error(f"bind to {_describe(address)}", error, BIND) from None
     return sock
 
 
@@ -261,7 +261,7 @@ def _timeval(seconds: float) -> bytes:
 
 def _place() -> str:
     """Return what tells the kernel's AF_VSOCK from the fabric, in a message."""
-    return ", the kernel's AF_VSOCK" if isinstance(own_context(), Kernel) else ""
+    return ", the kernel's AF_VSOCK" if isinstance(own_context(), KernelContext) else ""
 
 
 def _describe(address: Address) -> str:

@@ -14,12 +14,12 @@ from .. import logs
 from ..model.constants import VMADDR_CID_HOST
 from ..model.locator import Inet, Locator, Vsock
 from .connect import lasting_context
-from .errors import Failure
+from .errors import CliError
 from .options import LogFormat, LogFormatOption, VerboseOption, parser_of, read_locator
 
 if TYPE_CHECKING:
     # What is imported in functions below takes longer than the other commands do.
-    from ..nfs.server import Server
+    from ..nfs.server import NfsServer
 
 #: NFS's port: of UDP, and so of vSockets.
 PORT = 2049
@@ -58,17 +58,17 @@ def serve(
     """Serve folders by NFS version 3, with the MOUNT protocol on the same port."""
     from .._linux.rlimit import allow_many_descriptors
     from ..nfs import server
-    from ..nfs.handle_store import Places
+    from ..nfs.handle_store import HandleStore
     from ..nfs.nfs3 import DATA_SIZE, UDP_DATA_SIZE
     from ..nfs.service import Service
 
     listen = listen or [Vsock(VMADDR_CID_HOST, PORT, datagram=True)]
     for locator in listen:
         _expect(locator, "--listen")
-    logs.begin("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
+    logs.configure("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
     log = logging.getLogger("vsockets.nfs")
 
-    def opened(server: Server) -> None:
+    def opened(server: NfsServer) -> None:
         for door, locator in zip(server.doors, listen, strict=True):
             scheme = str(locator).partition(":")[0]
             log.log(logs.NOTICE, "listening on %s:%s", scheme, door.where)
@@ -76,7 +76,7 @@ def serve(
     context = lasting_context(any(isinstance(locator, Vsock) for locator in listen))
     try:
         allow_many_descriptors()  # each export keeps some hundred open
-        places = Places(state or _default_state())
+        places = HandleStore(state or _default_state())
         try:
             over_udp = any(isinstance(locator, Inet) for locator in listen)
             service = Service(export, places, UDP_DATA_SIZE if over_udp else DATA_SIZE)
@@ -87,7 +87,7 @@ def serve(
         finally:
             places.close()
     except OSError as error:
-        raise Failure(error.strerror or str(error)) from None
+        raise CliError(error.strerror or str(error)) from None
 
 
 @app.command("mount")
@@ -118,7 +118,7 @@ def mount(
     _expect(server, "SERVER")
     if mount_server is not None:
         _expect(mount_server, "--mount-server")
-    logs.begin("vsock: %(message)s", logs.NOTICE, LogFormat.TEXT.value)
+    logs.configure("vsock: %(message)s", logs.NOTICE, LogFormat.TEXT.value)
     context = lasting_context() if isinstance(server, Vsock) else None
     try:
         preflight.require()
@@ -126,7 +126,7 @@ def mount(
 
         serve_folder(server, export, os.fspath(folder), context, mount_server, transfer_size)
     except OSError as error:
-        raise Failure(error.strerror or str(error)) from None
+        raise CliError(error.strerror or str(error)) from None
 
 
 def _expect(locator: Locator, name: str) -> None:

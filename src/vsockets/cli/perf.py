@@ -19,7 +19,7 @@ from .. import logs
 from ..limits import PERF_MESSAGE, PERF_SECONDS
 from ..model.locator import Locator, Vsock, parse_locator
 from .connect import lasting_context, own_context
-from .errors import CONNECT, Failure, failure
+from .errors import CONNECT, CliError, cli_error
 from .options import JsonOption, LogFormat
 from .output import notice, print_json
 
@@ -87,14 +87,14 @@ Addresses = Annotated[
 @app.command("serve")
 def serve(addresses: Addresses = None) -> None:
     """Serve measurements on every ADDRESS, by default vsock::5201 and vsock-dgram::5201."""
-    from ..perf.server import Server
+    from ..perf.server import PerfServer
 
-    logs.begin("vsock: %(message)s", logs.NOTICE, LogFormat.TEXT.value)
+    logs.configure("vsock: %(message)s", logs.NOTICE, LogFormat.TEXT.value)
     wanted = addresses or [_locator("vsock::5201"), _locator("vsock-dgram::5201")]
     try:
-        server = Server(wanted, lasting_context(any(isinstance(one, Vsock) for one in wanted)))
+        server = PerfServer(wanted, lasting_context(any(isinstance(one, Vsock) for one in wanted)))
     except OSError as error:
-        raise Failure(f"cannot listen: {error.strerror}") from None
+        raise CliError(f"cannot listen: {error.strerror}") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for locator, door in zip(wanted, server.doors, strict=True):
@@ -166,7 +166,7 @@ def _take_turns(
     size: int,
 ) -> Measurement:
     from ..perf.measures import Client
-    from ..perf.protocol import ProtocolError
+    from ..perf.protocol import PerfProtocolError
     from .perf_report import Measurement
 
     context = own_context()
@@ -176,9 +176,9 @@ def _take_turns(
             try:
                 result = measure(Client(locator, context), seconds, size)
             except OSError as error:
-                raise failure(f"measure {locator}", error, _MEANINGS) from None
-            except ProtocolError as error:
-                raise Failure(f"measure {locator}: {error}") from None
+                raise cli_error(f"measure {locator}", error, _MEANINGS) from None
+            except PerfProtocolError as error:
+                raise CliError(f"measure {locator}: {error}") from None
             results[str(locator)].append(result)
     return Measurement(
         size,
@@ -203,7 +203,7 @@ def _served_here() -> Iterator[list[Locator]]:
         try:
             lines = [process.stderr.readline().strip() for _ in _HERE]
             if not lines[-1]:
-                raise Failure(lines[0].removeprefix("vsock: ") or "the server did not start")
+                raise CliError(lines[0].removeprefix("vsock: ") or "the server did not start")
             yield [parse_locator(line.rpartition(" ")[2]) for line in lines]
         finally:
             process.terminate()

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..extras import how_to_install
 from ..perf.measures import Result
-from .errors import Failure
+from .errors import CliError
 from .output import Column, print_table
 
 
@@ -85,11 +85,11 @@ def _number(value: float) -> str:
 
 
 def save_plot(measurements: Sequence[Measurement], file: Path) -> None:
-    """Draw the bars into a file, whose ending says its format.  Raises Failure."""
+    """Draw the bars into a file, whose ending says its format.  Raises CliError."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise Failure(f"--plot needs matplotlib: {how_to_install('plot')}") from None
+        raise CliError(f"--plot needs matplotlib: {how_to_install('plot')}") from None
     figure = Figure(figsize=(8, 1 + 1.3 * len(measurements)), layout="constrained")
     axes = figure.subplots(len(measurements), 1, squeeze=False)[:, 0]
     for axis, measurement in zip(axes, measurements, strict=True):
@@ -104,4 +104,4 @@ def save_plot(measurements: Sequence[Measurement], file: Path) -> None:
     try:
         figure.savefig(file)
     except (OSError, ValueError) as error:  # ValueError: no such format
-        raise Failure(f"{file}: {error}") from None
+        raise CliError(f"{file}: {error}") from None

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from .._linux.descriptor_passing import guard_accepted
 from ..socket import socket
-from .errors import Failure
+from .errors import CliError
 from .output import notice
 
 STDIN, STDOUT = 0, 1
@@ -71,7 +71,7 @@ class Peer:
             self.sock.shutdown(stdlib.SHUT_WR)
 
 
-class Relay:
+class StreamRelay:
     """Standard input and output, and the streams joined to them.
 
     ``idle`` is how long a stream may be silent in both directions, ``quit_after`` how long it
@@ -109,7 +109,7 @@ class Relay:
     def run(self) -> None:
         """Carry data until every stream has ended; with a listener, for ever.
 
-        Raises Failure when data was lost or a stream was silent for too long, BrokenPipeError
+        Raises CliError when data was lost or a stream was silent for too long, BrokenPipeError
         when standard output is closed.
         """
         while self._peers or self._listener is not None:
@@ -217,6 +217,6 @@ class Relay:
             self._poll.unregister(fd)
         peer.sock.close()
         if why and self._listener is None:
-            raise Failure(why)
+            raise CliError(why)
         if why:
             notice(why)

@@ -13,8 +13,8 @@ from ..attachment import Attachment
 from ..control import Control
 from ..model.constants import AF_VSOCK, VMADDR_CID_HOST
 from .connect import administrator
-from .errors import Failure
-from .execute import become
+from .errors import CliError
+from .execute import exec_program
 from .options import ReservedPortsOption, read_cid
 
 #: By the state of a context in which no program has a vSockets socket.
@@ -56,7 +56,7 @@ def run(
     from ..supervisor.launch import launch
 
     for fd in inherited_sockets(AF_VSOCK):
-        raise Failure(
+        raise CliError(
             f"descriptor {fd} is a socket of the machine's own AF_VSOCK, which {program[0]} must "
             "not inherit: close it, or if it is a service manager's (LISTEN_FDS), "
             "let that listen elsewhere"
@@ -67,7 +67,7 @@ def run(
     context = context_of(control, cid, name, reserved_ports)
     if context["state"] in _HOW_TO_START:
         state, command = _HOW_TO_START[context["state"]]
-        raise Failure(
+        raise CliError(
             f"context {cid} is {state}: no program can run in it until "
             f"vsock context {command} {cid}"
         )
@@ -75,13 +75,13 @@ def run(
     folder = context["folder"]
 
     def program_starts() -> NoReturn:
-        become(program, environment(folder))
+        exec_program(program, environment(folder))
 
     lease = control.fileno() if context["leased"] else None
     try:
         launch(program_starts, Attachment(folder), lease, device)
     except OSError as error:
-        raise Failure(f"cannot supervise {program[0]}: {_why(error)}") from None
+        raise CliError(f"cannot supervise {program[0]}: {_why(error)}") from None
 
 
 def _why(error: OSError) -> str:
@@ -110,7 +110,7 @@ def context_of(
     """Return the context to run something in, made if need be; ``leased`` says whether
     ``control`` has a lease of it.
 
-    Raises Failure if it exists without the ``reserved_ports`` that are asked for.
+    Raises CliError if it exists without the ``reserved_ports`` that are asked for.
     """
     while True:
         try:
@@ -122,7 +122,7 @@ def context_of(
         for context in control.contexts():
             if context["cid"] == cid:
                 if reserved_ports and not context["reserved_ports"]:
-                    raise Failure(
+                    raise CliError(
                         f"context {cid} exists, without reserved ports (make it with them: "
                         f"vsock context add {cid} --reserved-ports)"
                     )

@@ -12,11 +12,11 @@ import typer
 from ..limits import LONGEST_NAME
 from ..vm.hardware import hardware
 from ..vm.libvirt import snippet
-from ..vm.qemu_args import PROGRAM, Card, Disk, Machine, arguments
+from ..vm.qemu_args import PROGRAM, Card, Disk, MachineOptions, arguments
 from ..vmware import VmxError, read_vmx
 from .connect import administrator
 from .demo import vm
-from .errors import Failure
+from .errors import CliError
 from .output import notice
 from .run import context_of
 from .vm_options import (
@@ -141,7 +141,7 @@ def _described(
     cpus: int | None,
     network: Network,
     accel: Accelerator,
-) -> tuple[Machine, int | None]:
+) -> tuple[MachineOptions, int | None]:
     """A machine and its CID: what options do not say is as its ``.vmx`` file says."""
     firmware = ""
     cards: tuple[Card, ...] = (Card(),)
@@ -166,7 +166,7 @@ def _described(
             left.append("vmci0.unrestricted, vmci0.domain: see vsock context add --profile legacy")
         for line in left:
             notice(f"{vmx}: not carried over: {line}")
-    machine = Machine(
+    machine = MachineOptions(
         device.value,
         memory or _MEMORY,
         cpus or 1,
@@ -181,16 +181,16 @@ def _described(
 
 
 def _run(
-    machine: Machine, cid: int | None, qemu: str, grace: float, extra: list[str] | None
+    machine: MachineOptions, cid: int | None, qemu: str, grace: float, extra: list[str] | None
 ) -> int:
     import asyncio
 
-    from ..vm.machine import Failed, RunningMachine
+    from ..vm.machine import MachineFailed, RunningMachine
 
     with administrator(start=True) as control:
         context = context_of(control, cid, machine.name)
         if context["state"] == "off":
-            raise Failure(f"context {cid} is powered off: vsock context power-on {cid}")
+            raise CliError(f"context {cid} is powered off: vsock context power-on {cid}")
         notice(f"context {context['cid']}; Ctrl-] powers the machine off")
         running = RunningMachine(
             machine,
@@ -201,5 +201,5 @@ def _run(
         )
         try:
             return asyncio.run(running.run())
-        except Failed as error:
-            raise Failure(str(error)) from None
+        except MachineFailed as error:
+            raise CliError(str(error)) from None

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..vm.qemu_args import FORMATS, Disk
-from .errors import Failure
+from .errors import CliError
 from .options import read_cid
 
 
@@ -126,41 +126,41 @@ VmxOption = Annotated[
 
 
 def require_qmp() -> None:
-    """Raise Failure unless the package that speaks with QEMU's monitor is installed."""
+    """Raise CliError unless the package that speaks with QEMU's monitor is installed."""
     try:
         import qemu.qmp  # noqa: F401
     except ModuleNotFoundError:
         why = "the Python package qemu.qmp is missing (it is not QEMU, which it controls)"
-        raise Failure(f"{why}: pip install qemu.qmp") from None
+        raise CliError(f"{why}: pip install qemu.qmp") from None
 
 
 def find_qemu(device: Device, program: str | None, download: bool) -> str:
-    """The QEMU to use; Failure."""
+    """The QEMU to use; CliError."""
     from ..vm.apt import Unavailable
     from ..vm.qemu import NoQemu, find
 
     try:
         return find(device.value, program, download).path
     except (NoQemu, Unavailable) as error:
-        raise Failure(str(error)) from None
+        raise CliError(str(error)) from None
 
 
 def find_firmware() -> str:
-    """The UEFI firmware to use; Failure."""
+    """The UEFI firmware to use; CliError."""
     from ..vm import qemu
     from ..vm.apt import Unavailable
 
     try:
         return qemu.find_firmware()
     except Unavailable as error:
-        raise Failure(str(error)) from None
+        raise CliError(str(error)) from None
 
 
 def accelerators(accel: Accelerator) -> tuple[str, ...]:
-    """Those that QEMU is to try; Failure."""
+    """Those that QEMU is to try; CliError."""
     usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
     if accel is Accelerator.KVM and not usable:
-        raise Failure("--accel kvm: there is no /dev/kvm for this user; see vsock doctor")
+        raise CliError("--accel kvm: there is no /dev/kvm for this user; see vsock doctor")
     if accel is Accelerator.AUTO:
         return ("kvm", "tcg") if usable else ("tcg",)
     return (accel.value,)

@@ -56,7 +56,7 @@ def main() -> int:
     another way, 1 when the state folder was removed."""
     arguments = make_parser().parse_args()
     level = logging.getLevelNamesMapping()[arguments.log_level.upper()]
-    logs.begin("vsockd: %(levelname)s: %(message)s", level, arguments.log_format)
+    logs.configure("vsockd: %(levelname)s: %(message)s", level, arguments.log_format)
     try:
         vsockd = Vsockd(arguments.dir, _start(arguments))
     except AlreadyRunning as error:

@@ -22,8 +22,8 @@ from time import monotonic
 from typing import Any
 
 from .. import logs
-from ..eventloop.loop import Loop
-from ..fabric import Connection, Context, Denied, Endpoint, Fabric, Kind, Party, Refused
+from ..eventloop.loop import EventLoop
+from ..fabric import Connection, Context, Denied, Endpoint, EndpointKind, Fabric, Party, Refused
 from ..limits import (
     ANNOUNCE_AGAIN,
     DEFAULT_BUFFER_SIZE,
@@ -35,7 +35,7 @@ from ..limits import (
     UNREAD_ANSWERS,
 )
 from ..model.constants import VMADDR_PORT_ANY
-from ..protocol import Flag, Op, ProtocolError, Record, Request, Role
+from ..protocol import Op, ProtocolError, Record, Request, RequestFlag, Role
 from . import reserve
 from .admin.audit import OPERATIONS, Audit
 from .channel import Channel, consume, send_descriptor, take_socket
@@ -43,8 +43,8 @@ from .credentials import peer_credentials
 from .datagrams import Datagrams
 from .deferred_work import Chores
 from .device_capture import capture
-from .device_link import KernelLink
-from .limit_checks import Allowance
+from .device_link import DeviceLink
+from .limit_checks import LimitChecks
 from .listeners import (
     SHORTAGE,
     AnnouncedListener,
@@ -53,17 +53,17 @@ from .listeners import (
     leaves_answers_unread,
 )
 from .named_sockets import NamedSocket, bind_to_name, cookie_of, probe_of
-from .pending_connects import OfferLink
-from .records import describe_accepting, describe_connecting, describe_endpoint, describe_offer
+from .pending_connects import HandoffLink
+from .records import encode_accepting, encode_connecting, encode_endpoint, encode_offer
 from .request_turns import Turns
-from .socket_queries import Questions
+from .socket_queries import SocketQueries
 from .streams import Streams
 
 log = logging.getLogger(__name__)
 
 # Names of our own: looking a member up in its enum costs as much as a short function.
-_STREAM, _SEQPACKET = Kind.STREAM, Kind.SEQPACKET
-_UNPRIVILEGED = int(Flag.UNPRIVILEGED)
+_STREAM, _SEQPACKET = EndpointKind.STREAM, EndpointKind.SEQPACKET
+_UNPRIVILEGED = int(RequestFlag.UNPRIVILEGED)
 #: Holders of sockets with names that are looked at for a party that is at its limit.
 _HOLDERS = 16
 
@@ -74,7 +74,7 @@ class Broker:
     An operation returns whether vsockd goes on holding the channel.
     """
 
-    def __init__(self, loop: Loop, fabric: Fabric, audit: Audit) -> None:
+    def __init__(self, loop: EventLoop, fabric: Fabric, audit: Audit) -> None:
         self.fabric = fabric
         self._chores = Chores(loop)
         self._turns = Turns(loop)
@@ -82,7 +82,7 @@ class Broker:
         self._audit = audit
         self._loop = loop
         self.streams = Streams(loop, fabric, self._chores)
-        self._questions = Questions(fabric, self.streams, self.datagrams)
+        self._questions = SocketQueries(fabric, self.streams, self.datagrams)
         self._channels: dict[Context, set[Channel]] = {}
         #: those that hold sockets with names, by their secrets, the one longest not looked at first
         self._holders: dict[int, Channel] = {}
@@ -97,7 +97,7 @@ class Broker:
         self._cannot_send = False  # a descriptor to anybody, when it was last tried
         #: silent ones that take the reserve's place, the longest first
         self._brief: dict[Channel, None] = {}
-        self._allowance = Allowance(self._forget_some)
+        self._allowance = LimitChecks(self._forget_some)
         self._operations: dict[int, Callable[[Channel, Request], bool]] = {
             Op.BIND: self._bind,
             Op.LISTEN: self._listen,
@@ -126,7 +126,7 @@ class Broker:
 
     # Channels
 
-    def admit(self, context: Context, kind: Kind, fd: int) -> None:
+    def admit(self, context: Context, kind: EndpointKind, fd: int) -> None:
         """Take a connection ``fd`` just accepted on ``context``'s control socket."""
         sock_type = SOCK_STREAM if kind is _STREAM else SOCK_SEQPACKET
         sock = _socket.socket(AF_UNIX, sock_type, 0, fd)
@@ -168,7 +168,7 @@ class Broker:
             self._drop(channel)
         self._channels.pop(context, None)
         if context.kernel is not None:
-            assert isinstance(context.kernel.streams, KernelLink)
+            assert isinstance(context.kernel.streams, DeviceLink)
             context.kernel.streams.close()
         self.datagrams.close_context(context)
 
@@ -384,7 +384,7 @@ class Broker:
         endpoint.handle = channel
         endpoint.sizes = request.sizes()
         channel.endpoint = endpoint
-        self._answer(channel, request, describe_endpoint(endpoint))
+        self._answer(channel, request, encode_endpoint(endpoint))
         return True
 
     def _bind_socket(self, channel: Channel, request: Request) -> bool:
@@ -419,7 +419,7 @@ class Broker:
                 listener.replace(named, sock.type)
             endpoint.handle = listener
             self.fabric.rename(endpoint, cookie_of(sock), os.fstat(sock.fileno()).st_ino)
-        channel.send(describe_endpoint(endpoint))
+        channel.send(encode_endpoint(endpoint))
         return True
 
     def _listen(self, channel: Channel, request: Request) -> bool:
@@ -431,7 +431,7 @@ class Broker:
             channel.listener = channel.endpoint.handle = AnnouncedListener(channel)
         channel.listener.prepare(request.backlog)
         self.fabric.listen(channel.endpoint, request.sizes())
-        record = describe_endpoint(channel.endpoint)
+        record = encode_endpoint(channel.endpoint)
         if silent:
             consume(channel.sock, channel.kind, request.polling)
         else:
@@ -458,7 +458,7 @@ class Broker:
         listener = fabric.find_listener(
             context, channel.kind, request.peer_cid, request.peer_port, asker, bound
         )
-        target: Any = listener.handle  # a Listener or an OfferLink
+        target: Any = listener.handle  # a Listener or an HandoffLink
         if channel.party.is_at_a_limit():
             self._allowance.require_patience(channel.party, target.count_waiting)
             self._allowance.make_room(channel.party)
@@ -512,12 +512,12 @@ class Broker:
         if connection.size != DEFAULT_BUFFER_SIZE:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, LARGEST_SEND_BUFFER))
         # The answer goes first: once the listener has the descriptor it may write.
-        channel.send(describe_connecting(connection))
+        channel.send(encode_connecting(connection))
         if request.flags or channel.kind is _SEQPACKET:
             consume(sock, channel.kind, request.polling)
         if not channel.is_kernel:
             channel.expect_requests(False)
-        record = describe_accepting(connection)
+        record = encode_accepting(connection)
         try:
             target.announce(record, sock.fileno(), channel.party)
         except OSError as error:
@@ -543,10 +543,10 @@ class Broker:
         self._drop(target.channel)
 
     def _offer(
-        self, channel: Channel, request: Request, connection: Connection, target: OfferLink
+        self, channel: Channel, request: Request, connection: Connection, target: HandoffLink
     ) -> None:
         """Leave it to a device whether a program that connects is let in."""
-        record = describe_offer(connection, channel.offer_flags, request.polling)
+        record = encode_offer(connection, channel.offer_flags, request.polling)
         try:
             target.announce(record, channel)
         except OSError as error:
@@ -589,7 +589,7 @@ class Broker:
             if self.datagrams.find_socket(channel.context, sock) is not None:
                 raise Refused(errno.EINVAL, "the datagram socket is bound")
             endpoint = self._adopt(channel, request, sock)
-        channel.send(describe_endpoint(endpoint))
+        channel.send(encode_endpoint(endpoint))
         return False
 
     def _route(self, channel: Channel, request: Request) -> bool:
@@ -620,7 +620,7 @@ class Broker:
         if not channel.is_kernel:
             raise ProtocolError("a program asked for all datagrams of its context")
         kernel = channel.context.kernel
-        assert kernel is not None and isinstance(kernel.streams, KernelLink)
+        assert kernel is not None and isinstance(kernel.streams, DeviceLink)
         sock = take_socket(channel, SOCK_DGRAM)
         with closing(sock):
             datagrams = self.datagrams.catch_all(channel.context, sock)
@@ -650,7 +650,9 @@ class Broker:
 
     # Parts of them
 
-    def _claim(self, channel: Channel, kind: Kind, request: Request, cookie: int = 0) -> Endpoint:
+    def _claim(
+        self, channel: Channel, kind: EndpointKind, request: Request, cookie: int = 0
+    ) -> Endpoint:
         self._allowance.make_room(channel.party)
         privileged = not request.flags & _UNPRIVILEGED
         address = request.local_cid, request.local_port
@@ -662,19 +664,23 @@ class Broker:
             if refused.errno != errno.EADDRINUSE:
                 raise
         # Held, as far as is known: ask the kernel whether its holder is still there.
-        ports = channel.context.datagrams if kind is Kind.DATAGRAM else channel.context.connected
+        ports = (
+            channel.context.datagrams
+            if kind is EndpointKind.DATAGRAM
+            else channel.context.connected
+        )
         holder = ports.get(request.local_port)
         if isinstance(holder, Connection):
             if self._allowance.may_look(channel.party):
                 self.streams.reap_one(holder)
-        elif holder is not None and holder.kind is Kind.DATAGRAM:
+        elif holder is not None and holder.kind is EndpointKind.DATAGRAM:
             self.datagrams.is_open(holder)
         elif isinstance(holder, Endpoint):
             self._drop_if_closed(holder.handle)
         return self.fabric.bind(*arguments)
 
     def _adopt(self, channel: Channel, request: Request, sock: _socket.socket) -> Endpoint:
-        endpoint = self._claim(channel, Kind.DATAGRAM, request)
+        endpoint = self._claim(channel, EndpointKind.DATAGRAM, request)
         try:
             self.datagrams.adopt(endpoint, sock)
         except BaseException:

@@ -21,7 +21,7 @@ from socket import (
 from typing import TYPE_CHECKING
 
 from .._linux.descriptor_passing import dispose
-from ..fabric import Context, Credentials, Endpoint, Kind, Refused
+from ..fabric import Context, Credentials, Endpoint, EndpointKind, Refused
 from ..protocol import PADDING, REQUEST_SIZE, ProtocolError
 from .credentials import UCRED, Author, Deputy, Peer
 from .stream_liveness import Group
@@ -35,7 +35,7 @@ _AUTHOR = CMSG_LEN(UCRED.size)
 #: And for a descriptor that rides along.
 _AUTHOR_AND_FD = CMSG_SPACE(UCRED.size) + CMSG_LEN(_FD.size)
 # A name of our own: looking a member up in its enum costs as much as a short function.
-_SEQPACKET = Kind.SEQPACKET
+_SEQPACKET = EndpointKind.SEQPACKET
 # Plain integers: an enum's | costs as much as a system call.
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 #: How a request is read: from a stream, and from a packet socket.
@@ -71,7 +71,7 @@ class Channel(Peer):
     watch: Group | None = None  # that its socket was registered in when it was lent
 
     def __init__(
-        self, sock: _socket.socket, context: Context, kind: Kind, credentials: Credentials
+        self, sock: _socket.socket, context: Context, kind: EndpointKind, credentials: Credentials
     ) -> None:
         self.sock = sock
         self.context = context
@@ -137,10 +137,10 @@ def send_descriptor(sock: _socket.socket, record: bytes, fd: int) -> None:
     sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
 
 
-def consume(sock: _socket.socket, kind: Kind, polling: bool) -> None:
+def consume(sock: _socket.socket, kind: EndpointKind, polling: bool) -> None:
     """Take what is left of a request off ``sock``; its sender's socket becomes writable."""
     try:
-        if kind is Kind.SEQPACKET:  # requests there are peeked at: a message is read whole
+        if kind is EndpointKind.SEQPACKET:  # requests there are peeked at: a message is read whole
             sock.recv(1, TAKE)
         elif polling:  # request and padding were one write: it is all here
             sock.recv(len(PADDING), TAKE)
@@ -168,7 +168,7 @@ def descriptor_in(ancillary: list[tuple[int, int, bytes]]) -> int | None:
 
 def take_socket(channel: Channel, *types: int) -> _socket.socket:
     """Take the request off the channel, and the unix socket of one of ``types`` sent along."""
-    if channel.kind is not Kind.SEQPACKET:
+    if channel.kind is not EndpointKind.SEQPACKET:
         raise ProtocolError("a request with a descriptor on a stream")
     fd = receive_with_descriptor(channel.sock)
     if fd is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..fabric.settings import ContextSettings, Grant, Isolation, Limits, Profile, Settings
 from ..limits import LONGEST_NAME
 from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID
-from ..model.locator import hybrid_problem
+from ..model.locator import check_hybrid_path
 from ..toml.tables import ConfigurationError, Table, kind, read_toml, shown
 from ..vmware import Vmx, VmxError, read_vmx
 
@@ -149,7 +149,7 @@ def _hybrid(table: Table) -> str:
     path = table.text("hybrid")
     if path is None:
         return ""
-    if problem := hybrid_problem(path):
+    if problem := check_hybrid_path(path):
         raise table.error(problem, "hybrid")
     return path
 

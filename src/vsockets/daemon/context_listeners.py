@@ -10,8 +10,8 @@ from pathlib import Path
 
 from .._linux.folders import file_mode, working_in
 from ..eventloop.acceptor import Acceptor
-from ..eventloop.loop import Loop
-from ..fabric import Context, Kind
+from ..eventloop.loop import EventLoop
+from ..fabric import Context, EndpointKind
 from ..limits import CONTROL_BACKLOG
 from ..model.constants import VMADDR_CID_HOST
 from ..pass_rights import refuse
@@ -22,12 +22,12 @@ from .folder_removal import Trash
 log = logging.getLogger(__name__)
 
 _DOORS = (
-    (Kind.STREAM, STREAM, socket.SOCK_STREAM),
-    (Kind.SEQPACKET, SEQPACKET, socket.SOCK_SEQPACKET),
+    (EndpointKind.STREAM, STREAM, socket.SOCK_STREAM),
+    (EndpointKind.SEQPACKET, SEQPACKET, socket.SOCK_SEQPACKET),
 )
 
 
-class Doors:
+class ContextListeners:
     """The folder of one context and the two sockets in it.
 
     Programs that may connect to the sockets may be programs of the context: those of the virtual
@@ -38,7 +38,7 @@ class Doors:
 
     def __init__(
         self,
-        loop: Loop,
+        loop: EventLoop,
         broker: Broker,
         context: Context,
         folder: Path,
@@ -67,7 +67,7 @@ class Doors:
                 # Connections inherit both: the kernel tells who writes each request, and takes no
                 # descriptors but those that datagram requests and ends of records come with.
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-                if kind is Kind.STREAM:
+                if kind is EndpointKind.STREAM:
                     refuse(listener)
                 if context.is_guest and context.owner != os.geteuid():
                     os.chown(folder / name, context.owner, -1, follow_symlinks=False)

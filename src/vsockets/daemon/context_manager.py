@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..eventloop.loop import Loop
+from ..eventloop.loop import EventLoop
 from ..fabric import (
     Change,
     Connection,
@@ -27,16 +27,16 @@ from ..fabric.policy import require_own_guest
 from .admin.audit import Audit
 from .admin.events import Events, Topic
 from .broker import Broker
-from .context_listeners import Doors
-from .device_link import KernelLink
+from .context_listeners import ContextListeners
+from .device_link import DeviceLink
 from .folder_removal import Trash
-from .hybrid_listener import HybridDoor
+from .hybrid_listener import HybridListener
 from .isolation_record import IsolatedGuests
 
 log = logging.getLogger(__name__)
 
 
-class RunningContexts:
+class ContextManager:
     """Every context that programs can be in, with its folder below ``folder``.
 
     ``held`` leads to the same folder, also when it is moved or replaced.
@@ -47,7 +47,7 @@ class RunningContexts:
         folder: Path,
         held: Path,
         trash: Trash,
-        loop: Loop,
+        loop: EventLoop,
         fabric: Fabric,
         broker: Broker,
         audit: Audit,
@@ -64,7 +64,7 @@ class RunningContexts:
         self._events = events
         self._isolated = isolated
         fabric.contexts.reserved = isolated.before
-        self._doors: dict[Context, list[Doors | HybridDoor]] = {}
+        self._doors: dict[Context, list[ContextListeners | HybridListener]] = {}
         self._open_doors(fabric.contexts.hypervisor)
         self._open_doors(fabric.contexts.host)
 
@@ -223,10 +223,10 @@ class RunningContexts:
         """Make a context's sockets; ``without_hybrid`` rather than not at all."""
         common = self._loop, self._broker, context
         folder = self._held / str(context.cid)
-        doors = self._doors[context] = [Doors(*common, folder, self._trash)]
+        doors = self._doors[context] = [ContextListeners(*common, folder, self._trash)]
         try:
             if context.hybrid:
-                doors.append(HybridDoor(*common, Path(context.hybrid)))
+                doors.append(HybridListener(*common, Path(context.hybrid)))
         except OSError as error:
             if without_hybrid:
                 log.warning("context %d goes without %s", context.cid, error.strerror)
@@ -260,5 +260,5 @@ class RunningContexts:
 def _refresh(context: Context) -> None:
     """Tell its device, if it has one, of what it may now."""
     if context.kernel is not None:
-        assert isinstance(context.kernel.streams, KernelLink)
+        assert isinstance(context.kernel.streams, DeviceLink)
         context.kernel.streams.refresh()

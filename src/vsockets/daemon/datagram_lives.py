@@ -28,7 +28,7 @@ from pathlib import Path
 from socket import AF_UNIX, MSG_DONTWAIT, SHUT_RDWR, SO_ERROR, SO_TYPE, SOCK_DGRAM, SOL_SOCKET
 
 from .._linux.descriptor_passing import dispose
-from ..eventloop.loop import Loop
+from ..eventloop.loop import EventLoop
 from ..limits import CUT_AGAIN_AFTER, CUT_AGAIN_AT_MOST
 from .socket_holders import copied, opened, processes, sockets_of
 
@@ -68,11 +68,11 @@ class EarlierLives:
         new.write_text("\n".join((*self._lives, life)))
         new.replace(self._file)
 
-    def end(self, loop: Loop, life: str) -> None:
+    def end(self, loop: EventLoop, life: str) -> None:
         """End the sockets of all earlier lives; ``life`` is the present one."""
         self._try(loop, life, _TRIES, CUT_AGAIN_AFTER)
 
-    def _try(self, loop: Loop, life: str, tries: int, delay: float) -> None:
+    def _try(self, loop: EventLoop, life: str, tries: int, delay: float) -> None:
         if not self._lives:
             return
         left = end_sockets(_find(self._lives))

@@ -70,7 +70,7 @@ class Route:
             self.sender.outflow.revoke(self)
 
 
-class Outflow:
+class DatagramQuota:
     """The routes of one party."""
 
     def __init__(self, party: Party, limited: bool) -> None:

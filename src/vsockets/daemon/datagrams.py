@@ -28,7 +28,7 @@ from itertools import count, islice
 from socket import AF_UNIX, SHUT_RD, SOCK_DGRAM
 from typing import NamedTuple
 
-from ..eventloop.loop import Loop
+from ..eventloop.loop import EventLoop
 from ..fabric import Context, Endpoint, Fabric, Party, Refused, Rule
 from ..limits import (
     DATAGRAM_ROUTES,
@@ -41,7 +41,7 @@ from ..limits import (
 from ..pass_rights import refuse
 from ..protocol import encode_source
 from .datagram_lives import end_sockets, is_other_life, socket_name
-from .datagram_quota import Outflow, Route, queued_on
+from .datagram_quota import DatagramQuota, Route, queued_on
 from .deferred_work import Chores
 from .named_sockets import NamedSocket, bind_to_name, cookie_of
 
@@ -50,7 +50,7 @@ from .named_sockets import NamedSocket, bind_to_name, cookie_of
 class DatagramSocket(NamedSocket):
     """What vsockd holds of a program's datagram socket: not the socket, only ways to it."""
 
-    outflow: Outflow  #: of its party
+    outflow: DatagramQuota  #: of its party
     routes: dict[tuple[int, int], Route] = field(default_factory=dict)
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class _Share:
     """What one party has."""
 
     context: Context
-    outflow: Outflow
+    outflow: DatagramQuota
     #: its sockets, the one longest not looked at first
     sockets: dict[Endpoint, None] = field(default_factory=dict)
 
@@ -82,7 +82,7 @@ class Traffic(NamedTuple):
 class Datagrams:
     """All datagram sockets.  The current directory must be the folder only vsockd enters."""
 
-    def __init__(self, loop: Loop, fabric: Fabric, chores: Chores) -> None:
+    def __init__(self, loop: EventLoop, fabric: Fabric, chores: Chores) -> None:
         #: part of the name of each socket bound here
         self.life = f"{secrets.randbits(64):016x}"
         self._loop = loop
@@ -279,7 +279,7 @@ class Datagrams:
     def _share(self, party: Party, context: Context) -> _Share:
         found = self._shares.get(party)
         if found is None:
-            found = self._shares[party] = _Share(context, Outflow(party, context.is_guest))
+            found = self._shares[party] = _Share(context, DatagramQuota(party, context.is_guest))
         return found
 
     def _of(self, context: Context) -> Iterator[_Share]:
@@ -288,7 +288,7 @@ class Datagrams:
             if share is not None:
                 yield share
 
-    def _name(self, sock: _socket.socket, address: str, outflow: Outflow) -> DatagramSocket:
+    def _name(self, sock: _socket.socket, address: str, outflow: DatagramQuota) -> DatagramSocket:
         refuse(sock)
         name = socket_name(self.life, address, next(self._names))
         return DatagramSocket(name, bind_to_name(sock, name), outflow)

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Hashable, Iterator
 from time import monotonic
 
-from ..eventloop.loop import Loop
+from ..eventloop.loop import EventLoop
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _PAUSE = 0.001
 class Chores:
     """The chores that have not ended, by what they are for."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         #: the one whose turn is next comes first
         self._under_way: dict[Hashable, Iterator[None]] = {}

@@ -15,7 +15,7 @@ from ..fabric import Fabric, Refused, policy
 from ..limits import CAPTURE_BUFFER, CAPTURE_PAYLOAD
 from ..protocol import Request
 from .channel import Channel
-from .device_link import KernelLink
+from .device_link import DeviceLink
 
 _SO_SNDBUFFORCE = 32
 
@@ -30,7 +30,7 @@ def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socke
     context = fabric.contexts.require(request.peer_cid)
     if context.kernel is None:
         raise Refused(errno.ENOTSUP, f"context {context.cid} has no device")
-    assert isinstance(context.kernel.streams, KernelLink)
+    assert isinstance(context.kernel.streams, DeviceLink)
     theirs, ours = socketpair(AF_UNIX, SOCK_SEQPACKET)
     with ours:
         try:

@@ -31,24 +31,32 @@ from socket import (
 from typing import TYPE_CHECKING
 
 from .._linux.descriptor_passing import dispose
-from ..eventloop.loop import Loop
-from ..fabric import CAP_NET_BIND_SERVICE, Context, Credentials, Grant, Kernel, Kind, Refused
+from ..eventloop.loop import EventLoop
+from ..fabric import (
+    CAP_NET_BIND_SERVICE,
+    Context,
+    Credentials,
+    DevicePorts,
+    EndpointKind,
+    Grant,
+    Refused,
+)
 from ..pass_rights import refuse
 from ..protocol import REQUEST_SIZE, Record, Role
 from .channel import LOOK, TAKE, Channel, send_descriptor
 from .datagrams import DatagramSocket
 from .host_ports import HostPorts
-from .pending_connects import OfferLink
+from .pending_connects import HandoffLink
 
 if TYPE_CHECKING:
     from .broker import Broker
 
 log = logging.getLogger(__name__)
 
-_KINDS = {SOCK_STREAM: Kind.STREAM, SOCK_SEQPACKET: Kind.SEQPACKET}
+_KINDS = {SOCK_STREAM: EndpointKind.STREAM, SOCK_SEQPACKET: EndpointKind.SEQPACKET}
 
 
-class KernelChannel(Channel):
+class DeviceChannel(Channel):
     """A channel that came over a link."""
 
     is_kernel = True
@@ -57,7 +65,9 @@ class KernelChannel(Channel):
     def read(self) -> bytes:
         # Whoever writes on it: the device has no rights by its processes.
         try:
-            return self.sock.recv(REQUEST_SIZE, LOOK if self.kind is Kind.SEQPACKET else TAKE)
+            return self.sock.recv(
+                REQUEST_SIZE, LOOK if self.kind is EndpointKind.SEQPACKET else TAKE
+            )
         except ConnectionError:
             return b""
 
@@ -68,7 +78,7 @@ class KernelChannel(Channel):
         return False
 
 
-class GivenChannel(KernelChannel):
+class HandoffChannel(DeviceChannel):
     """A connection that came with its request, and is told nothing."""
 
     request = b""
@@ -81,12 +91,12 @@ class GivenChannel(KernelChannel):
         """It says by itself whether it goes on."""
 
 
-class KernelLink(OfferLink):
+class DeviceLink(HandoffLink):
     """One device, and its link."""
 
     def __init__(
         self,
-        loop: Loop,
+        loop: EventLoop,
         broker: Broker,
         context: Context,
         link: _socket.socket,
@@ -106,9 +116,9 @@ class KernelLink(OfferLink):
         self._credentials = credentials
         self._datagrams: DatagramSocket | None = None
         self._host_ports: HostPorts | None = None
-        context.kernel = Kernel(credentials, self, None, seqpacket)
+        context.kernel = DevicePorts(credentials, self, None, seqpacket)
         if host_ports:
-            kernel = KernelChannel(link, context, Kind.STREAM, credentials)
+            kernel = DeviceChannel(link, context, EndpointKind.STREAM, credentials)
             self._host_ports = HostPorts(loop, broker.fabric, context, kernel, link)
 
     def close(self) -> None:
@@ -162,12 +172,12 @@ class KernelLink(OfferLink):
         if sock.family != AF_UNIX or kind is None:
             dispose(sock.detach())
             return
-        if kind is Kind.STREAM:
+        if kind is EndpointKind.STREAM:
             refuse(sock)  # what is sent to the program that it will be handed to
         arguments = sock, self._context, kind, self._credentials
         if len(data) < REQUEST_SIZE:
-            self._broker.take(KernelChannel(*arguments))
+            self._broker.take(DeviceChannel(*arguments))
         else:
-            given = GivenChannel(*arguments)
+            given = HandoffChannel(*arguments)
             given.request = data
             self._broker.take(given)

@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterable, Iterator
 from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOL_SOCKET
 
-from ..eventloop.loop import Loop
+from ..eventloop.loop import EventLoop
 from ..fabric import Connection
 from ..limits import CUT_AGAIN_AFTER, CUT_AGAIN_AT_MOST
 from .named_sockets import cookie_of
@@ -30,10 +30,10 @@ from .stream_liveness import Group
 log = logging.getLogger(__name__)
 
 
-class Cutter:
+class Disconnector:
     """The streams that must end and have not yet."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         self._doomed: dict[int, Connection] = {}
         self._delay: float | None = None  # until the next try; None: there is none

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from ..eventloop.loop import Loop
+from ..eventloop.loop import EventLoop
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -28,7 +28,7 @@ class FolderWatch:
     """
 
     def __init__(
-        self, loop: Loop, folder: Path, names: Collection[str], changed: Callable[[], None]
+        self, loop: EventLoop, folder: Path, names: Collection[str], changed: Callable[[], None]
     ) -> None:
         self._loop = loop
         self._names = {os.fsencode(name) for name in names}

@@ -10,8 +10,8 @@ import _socket
 from select import EPOLLOUT
 from socket import MSG_DONTWAIT, MSG_NOSIGNAL
 
-from ..eventloop.loop import READABLE, Loop
-from ..fabric import Context, Endpoint, Fabric, Kind, Program, Refused
+from ..eventloop.loop import READABLE, EventLoop
+from ..fabric import Context, Endpoint, EndpointKind, Fabric, Program, Refused
 from ..model.constants import VMADDR_CID_HOST
 from ..protocol import Record, Role
 
@@ -24,7 +24,12 @@ class HostPorts:
     """
 
     def __init__(
-        self, loop: Loop, fabric: Fabric, guest: Context, program: Program, link: _socket.socket
+        self,
+        loop: EventLoop,
+        fabric: Fabric,
+        guest: Context,
+        program: Program,
+        link: _socket.socket,
     ) -> None:
         """``program``: who the guest's connects come from."""
         self._loop = loop
@@ -78,7 +83,7 @@ class HostPorts:
             self._loop.change(self._link.fileno(), READABLE | (EPOLLOUT if self._waits else 0))
 
     def _is_reached(self, port: int) -> bool:
-        wanted = self._guest, Kind.STREAM, VMADDR_CID_HOST, port, self._program
+        wanted = self._guest, EndpointKind.STREAM, VMADDR_CID_HOST, port, self._program
         try:
             return not self._fabric.find_listener(*wanted).undecided
         except Refused:

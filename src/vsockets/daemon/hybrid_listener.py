@@ -23,17 +23,17 @@ from socket import MSG_DONTWAIT, MSG_PEEK
 from .. import logs
 from .._linux.folders import SocketFile, can_others_change
 from ..eventloop.acceptor import Acceptor
-from ..eventloop.loop import Loop
-from ..fabric import Context, Credentials, Endpoint, Kind, Trust
+from ..eventloop.loop import EventLoop
+from ..fabric import Context, Credentials, Endpoint, EndpointKind, Trust
 from ..limits import CONTROL_BACKLOG, HYBRID_LINE
 from ..model.buffers import BufferSizes
 from ..pass_rights import refuse
-from ..protocol import Flag, Op, Record, Request
+from ..protocol import Op, Record, Request, RequestFlag
 from ..protocol.hybrid import Connect, ok_line, port_name
 from .broker import Broker
 from .channel import Channel
 from .credentials import peer_credentials
-from .pending_connects import OfferLink
+from .pending_connects import HandoffLink
 from .run_as import acting_as
 
 log = logging.getLogger(__name__)
@@ -46,11 +46,11 @@ class HybridChannel(Channel):
     """A program of the host that speaks the handshake instead of the wire protocol."""
 
     asks_once = True
-    offer_flags = int(Flag.OK_LINE)
+    offer_flags = int(RequestFlag.OK_LINE)
 
     def __init__(self, sock: _socket.socket, host: Context, cid: int) -> None:
         """``cid``: whose ports it can ask for."""
-        super().__init__(sock, host, Kind.STREAM, peer_credentials(sock))
+        super().__init__(sock, host, EndpointKind.STREAM, peer_credentials(sock))
         self._cid = cid
         self._line = Connect()
 
@@ -79,14 +79,14 @@ class HybridChannel(Channel):
             super().send(ok_line(answer.local_port))
 
 
-class HybridDoor:
+class HybridListener:
     """The unix socket ``path`` of a guest, for its owner's programs, and what is beside it.
 
     Where other users than vsockd's can change the folder, as the owner usually can, it is made and
     removed with the owner's rights alone.
     """
 
-    def __init__(self, loop: Loop, broker: Broker, context: Context, path: Path) -> None:
+    def __init__(self, loop: EventLoop, broker: Broker, context: Context, path: Path) -> None:
         """OSError when it cannot be."""
         self._loop = loop
         self._broker = broker
@@ -135,9 +135,9 @@ class HybridDoor:
 
     # Where nobody of the fabric listens
 
-    def _find(self, kind: Kind, port: int) -> Endpoint | None:
+    def _find(self, kind: EndpointKind, port: int) -> Endpoint | None:
         """The endpoint that the unix socket of the host's ``port`` is, if there is one."""
-        if kind is not Kind.STREAM:
+        if kind is not EndpointKind.STREAM:
             return None
         try:
             name = port_name(self._file.name, port)
@@ -163,10 +163,10 @@ class HybridDoor:
         )
 
 
-class _Relay(OfferLink):
+class _Relay(HandoffLink):
     """The process that connects there (:mod:`vsockets.devices.hybrid.relay`)."""
 
-    def __init__(self, loop: Loop, broker: Broker, file: SocketFile, user: int) -> None:
+    def __init__(self, loop: EventLoop, broker: Broker, file: SocketFile, user: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # -P: nothing is loaded from a folder that happens to be the current one.
         command = [sys.executable, "-P", "-m", "vsockets.devices.hybrid.relay"]

@@ -9,13 +9,13 @@ from weakref import WeakKeyDictionary
 
 from ..fabric import Party
 from ..limits import COUNT_AGAIN, LOOKS_A_SECOND
-from ..model.rate_limit import Meter
+from ..model.rate_limit import TokenBucket
 
 #: Listeners that are asked in one go which connections were accepted: some 10 microseconds.
 _LISTENERS = 16
 
 
-class Allowance:
+class LimitChecks:
     """Parties' limits, as far as keeping to them needs the kernel's word on what has gone.
 
     Counting costs time, and a party at its limit must not make vsockd spend it again and again: so
@@ -26,7 +26,7 @@ class Allowance:
         """``forget_some``: some of what a party has closed, at once, and the rest as a chore."""
         self._forget_some = forget_some
         self._counted: WeakKeyDictionary[Party, float] = WeakKeyDictionary()
-        self._looks: WeakKeyDictionary[Party, Meter] = WeakKeyDictionary()
+        self._looks: WeakKeyDictionary[Party, TokenBucket] = WeakKeyDictionary()
 
     def make_room(self, party: Party) -> None:
         """Forget what a party with as many sockets as it may have does not hold any more."""
@@ -58,7 +58,7 @@ class Allowance:
             return True
         meter = self._looks.get(party)
         if meter is None:
-            meter = self._looks[party] = Meter(LOOKS_A_SECOND)
+            meter = self._looks[party] = TokenBucket(LOOKS_A_SECOND)
         return meter.take(monotonic())
 
     def _may_count(self, party: Party) -> bool:

@@ -17,7 +17,7 @@ from socket import CMSG_LEN, MSG_CMSG_CLOEXEC, MSG_DONTWAIT
 from typing import TYPE_CHECKING, NamedTuple
 
 from .._linux.descriptor_passing import dispose
-from ..eventloop.loop import Loop
+from ..eventloop.loop import EventLoop
 from ..fabric import Context
 from ..limits import MAX_BACKLOG
 from ..protocol import REQUEST_SIZE, Op, ProtocolError, Record, Request
@@ -28,24 +28,26 @@ if TYPE_CHECKING:
     from .broker import Broker
 
 
-class _Offer(NamedTuple):
+class PendingConnect(NamedTuple):
     """One that waits for an answer."""
 
     channel: Channel  #: who connects; its socket is at the other end of the link
     cookie: int  #: of that socket
 
 
-class OfferLink:
+class HandoffLink:
     """A link, there until its other end is closed.  The target of a connect; see Channel."""
 
-    def __init__(self, loop: Loop, broker: Broker, context: Context, link: _socket.socket) -> None:
+    def __init__(
+        self, loop: EventLoop, broker: Broker, context: Context, link: _socket.socket
+    ) -> None:
         """``context``: whose ports are spoken for."""
         self._loop = loop
         self._broker = broker
         self._context = context
         self._sock = link
         #: by both ports and the peer's context
-        self._offers: dict[tuple[int, int, int], _Offer] = {}
+        self._offers: dict[tuple[int, int, int], PendingConnect] = {}
         link.setblocking(False)
         loop.watch(link.fileno(), self._ready)
 
@@ -75,7 +77,7 @@ class OfferLink:
         send_descriptor(self._sock, record, source.sock.fileno())
         source.lent_to = self
         offer = Record.decode(record)
-        self._offers[offer.local_port, *offer.peer] = _Offer(source, cookie_of(source.sock))
+        self._offers[offer.local_port, *offer.peer] = PendingConnect(source, cookie_of(source.sock))
         source.party.pending += 1
 
     def _ready(self, events: int) -> None:

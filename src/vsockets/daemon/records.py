@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from ..fabric import Connection, Endpoint, Kind
+from ..fabric import Connection, Endpoint, EndpointKind
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
-from ..protocol import Flag, Record, Role, encode_stream
+from ..protocol import Record, RequestFlag, Role, encode_stream
 from .listeners import NamedListener
 
 # The two kinds that every connect needs are written out: stars cost as much as a short function.
 _CONNECTED = int(Role.CONNECTED)
 
 
-def describe_endpoint(endpoint: Endpoint) -> bytes:
+def encode_endpoint(endpoint: Endpoint) -> bytes:
     """A socket that has a port."""
     role = Role.BOUND
-    if endpoint.kind is Kind.DATAGRAM:
+    if endpoint.kind is EndpointKind.DATAGRAM:
         role = Role.DATAGRAM
     elif endpoint.listening:
         role = Role.LISTENING
     return Record(
         0,
-        int(Flag.NAMED) if isinstance(endpoint.handle, NamedListener) else 0,
+        int(RequestFlag.NAMED) if isinstance(endpoint.handle, NamedListener) else 0,
         *endpoint.address,
         VMADDR_CID_ANY,
         VMADDR_PORT_ANY,
@@ -30,7 +30,7 @@ def describe_endpoint(endpoint: Endpoint) -> bytes:
     ).encode()
 
 
-def describe_connecting(stream: Connection) -> bytes:
+def encode_connecting(stream: Connection) -> bytes:
     """A stream as its connecting side sees it."""
     cid, port = stream.local
     peer_cid, peer_port = stream.peer
@@ -41,16 +41,16 @@ def describe_connecting(stream: Connection) -> bytes:
     )
 
 
-def describe_offer(stream: Connection, flags: int, polling: bool) -> bytes:
+def encode_offer(stream: Connection, flags: int, polling: bool) -> bytes:
     """A stream that a guest's kernel has to decide on: the sizes are what is asked for."""
     if polling:
-        flags |= Flag.POLLING
+        flags |= RequestFlag.POLLING
     return Record(
         0, flags, *stream.peer, *stream.local, Role.CONNECTED, *stream.owner, *stream.sizes
     ).encode()
 
 
-def describe_accepting(stream: Connection) -> bytes:
+def encode_accepting(stream: Connection) -> bytes:
     """A stream as its accepting side sees it."""
     cid, port = stream.peer
     peer_cid, peer_port = stream.local

@@ -12,7 +12,7 @@ import select
 from collections.abc import Callable
 from select import EPOLLHUP
 
-from ..eventloop.loop import READABLE, Loop
+from ..eventloop.loop import READABLE, EventLoop
 from ..fabric import Party
 from ..limits import ENDS_A_TURN, PARTIES_A_TURN, REQUESTS_A_TURN
 
@@ -34,7 +34,7 @@ class Turns:
     whether it hung up, so that there is nobody to answer.
     """
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: EventLoop) -> None:
         self._queues: dict[Party, _Queue] = {}
         self._by_number: dict[int, _Queue] = {}  # of its epoll
         self._epoll = select.epoll()  # of theirs

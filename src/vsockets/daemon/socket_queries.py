@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 
-from ..fabric import Connection, Context, Endpoint, Fabric, Kind, Refused, trust_of
-from ..protocol import Flag, Request
+from ..fabric import Connection, Context, Endpoint, EndpointKind, Fabric, Refused, trust_of
+from ..protocol import Request, RequestFlag
 from .channel import Channel
 from .datagrams import Datagrams
-from .device_link import KernelLink
-from .records import describe_accepting, describe_connecting, describe_endpoint
+from .device_link import DeviceLink
+from .records import encode_accepting, encode_connecting, encode_endpoint
 from .streams import Streams
 
-_TRUSTED = ((Kind.STREAM, Flag.TRUSTED_STREAM), (Kind.DATAGRAM, Flag.TRUSTED_DATAGRAM))
+_TRUSTED = (
+    (EndpointKind.STREAM, RequestFlag.TRUSTED_STREAM),
+    (EndpointKind.DATAGRAM, RequestFlag.TRUSTED_DATAGRAM),
+)
 
 
-class Questions:
+class SocketQueries:
     """Answered from what the fabric knows."""
 
     def __init__(self, fabric: Fabric, streams: Streams, datagrams: Datagrams) -> None:
@@ -29,12 +32,12 @@ class Questions:
         context = channel.context
         accepted = self._accepted(channel, request)
         if accepted is not None:
-            return describe_accepting(accepted)
+            return encode_accepting(accepted)
         found = context.cookies.get(request.cookie) or self._datagrams.find(context, request.cookie)
         if isinstance(found, Connection):
-            return describe_connecting(found)
+            return encode_connecting(found)
         if isinstance(found, Endpoint):
-            return describe_endpoint(found)
+            return encode_endpoint(found)
         raise Refused(errno.ENOTCONN, "an unknown socket was asked for")
 
     def resize(self, channel: Channel, request: Request) -> None:
@@ -82,6 +85,6 @@ class Questions:
 def _tell_size(guest: Context, local: tuple[int, int], peer: tuple[int, int], size: int) -> None:
     """Tell the device of ``guest``, if it has one, what ``peer`` has room for."""
     if guest.kernel is not None:
-        assert isinstance(guest.kernel.streams, KernelLink)
+        assert isinstance(guest.kernel.streams, DeviceLink)
         with contextlib.suppress(OSError):  # it has too much to do
             guest.kernel.streams.send_size(local, peer, size)

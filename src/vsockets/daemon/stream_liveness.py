@@ -103,7 +103,7 @@ class Group:
         return {int(number, 16): int(inode, 16) for number, inode in found}
 
 
-class StreamWatch:
+class StreamLiveness:
     """The streams that were brokered.
 
     No call costs more than a look at two groups: each new stream pays for a look at about two

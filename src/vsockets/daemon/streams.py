@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ..eventloop.loop import Loop
+from ..eventloop.loop import EventLoop
 from ..fabric import Connection, Fabric
 from .channel import Channel
 from .deferred_work import Chores
-from .disconnect import Cutter
-from .stream_liveness import Group, StreamWatch
+from .disconnect import Disconnector
+from .stream_liveness import Group, StreamLiveness
 
 #: Ask for ended streams after so many new ones, and so many seconds after the last.
 _REAP_EVERY = 256
@@ -20,13 +20,13 @@ _REAP_AT_THE_LATEST = 60.0
 class Streams:
     """Every stream there is, as far as is known.  vsockd holds no descriptor of one."""
 
-    def __init__(self, loop: Loop, fabric: Fabric, chores: Chores) -> None:
+    def __init__(self, loop: EventLoop, fabric: Fabric, chores: Chores) -> None:
         self._loop = loop
         self._fabric = fabric
         self._chores = chores
-        self._watch = StreamWatch(fabric.end)
+        self._watch = StreamLiveness(fabric.end)
         self.add = self._watch.add
-        self._cutter = Cutter(loop)
+        self._cutter = Disconnector(loop)
         self._unreaped = 0
         self._reap_delay: float | None = None  # None: no timer is set
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import logs
 from .._linux.rlimit import allow_many_descriptors
-from ..eventloop.loop import Loop
+from ..eventloop.loop import EventLoop
 from ..fabric import Fabric, Refused
 from ..limits import SLOW_CALL
 from ..model.address import FIRST_GUEST_CID
@@ -38,7 +38,7 @@ from .admin.events import Events
 from .broker import Broker
 from .configuration import ConfigurationError, load
 from .context_listeners import remove
-from .context_manager import RunningContexts
+from .context_manager import ContextManager
 from .datagram_lives import EarlierLives
 from .folder_removal import Trash
 from .folder_watch import FolderWatch
@@ -81,13 +81,13 @@ class Vsockd:
         self._trash = Trash(private / TRASH)
         _clean(held, self._trash)
         _raise_descriptor_limit()
-        self.loop = Loop()
+        self.loop = EventLoop()
         self.events = Events()
         self.fabric = Fabric(os.geteuid())
         audit = Audit(self.events, settings.audit_rate)
         self.broker = Broker(self.loop, self.fabric, audit)
         self._earlier.record(self.broker.datagrams.life)
-        self.contexts = RunningContexts(
+        self.contexts = ContextManager(
             *(self.folder, held, self._trash, self.loop, self.fabric, self.broker),
             *(audit, self.events, IsolatedGuests(private / ISOLATED)),
         )

@@ -22,7 +22,7 @@ from .loop import DeviceLoop
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 
 
-class _Sink:
+class _Recorder:
     def __init__(self, sock: socket.socket, limit: int, port: int) -> None:
         self.sock = sock
         self.limit = limit
@@ -35,13 +35,13 @@ class _Sink:
         self.missed = 0
 
 
-class Tap:
+class CaptureSink:
     """Where a device says what passes.  It looks at :attr:`sinks` before it does: mostly there
     are none, and then nothing is said.
     """
 
     def __init__(self, loop: DeviceLoop) -> None:
-        self.sinks: tuple[_Sink, ...] = ()
+        self.sinks: tuple[_Recorder, ...] = ()
         self._loop = loop
 
     def add(self, sock: socket.socket, limit: int, port: int) -> None:
@@ -54,7 +54,7 @@ class Tap:
             sock.close()
             return
         sock.setblocking(False)
-        sink = _Sink(sock, limit, port)
+        sink = _Recorder(sock, limit, port)
         self.sinks += (sink,)
         self._loop.watch(sock.fileno(), lambda events: self._heed(sink))
 
@@ -96,7 +96,7 @@ class Tap:
         for sink in self.sinks:
             self._remove(sink)
 
-    def _heed(self, sink: _Sink) -> None:
+    def _heed(self, sink: _Recorder) -> None:
         """Its reader has said something, which is nothing to us, or ends it, or has room again."""
         try:
             if sink.sock.recv(1, MSG_DONTWAIT):
@@ -115,7 +115,7 @@ class Tap:
             pass
         self._remove(sink)
 
-    def _remove(self, sink: _Sink) -> None:
+    def _remove(self, sink: _Recorder) -> None:
         self._loop.unwatch(sink.sock.fileno())
         sink.sock.close()
         self.sinks = tuple(other for other in self.sinks if other is not sink)

@@ -52,16 +52,16 @@ from ..pass_rights import refuse
 from ..protocol import (
     PADDING,
     RECORD_SIZE,
-    Flag,
     Op,
     ProtocolError,
     Record,
     Request,
+    RequestFlag,
     Role,
     decode_route,
 )
 from ..protocol.hybrid import ok_line
-from .capture import Tap
+from .capture import CaptureSink
 from .loop import READABLE, DeviceLoop
 
 _TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
@@ -148,7 +148,7 @@ class _Port:
         self.sock.close()
 
 
-class Attachment:
+class DeviceClient:
     """``link`` becomes the attachment's.  Set the three functions before the loop runs."""
 
     offered: Callable[[Offer], None]
@@ -178,7 +178,7 @@ class Attachment:
         self._paused: list[socket.socket] = []
         #: what vsockd had no room to be told, with the end of the stream it was offered
         self._unsettled: deque[tuple[bytes, socket.socket | None]] = deque()
-        self.tap = Tap(loop)  #: the device says there what passes, if anybody wants to know
+        self.tap = CaptureSink(loop)  #: the device says there what passes, if anybody wants to know
         loop.watch(link.fileno(), self._ready)
         if datagrams:
             self._ask(Request(Op.CATCH_ALL), self._catch_all)
@@ -433,7 +433,7 @@ class Attachment:
             return
         sock.setblocking(False)
         sizes = BufferSizes(record.size, record.minimum, record.maximum)
-        flags = bool(record.flags & Flag.POLLING), bool(record.flags & Flag.OK_LINE)
+        flags = bool(record.flags & RequestFlag.POLLING), bool(record.flags & RequestFlag.OK_LINE)
         self.catch_up()
         self.offered(Offer(sock, record.local_port, record.peer, sizes, *flags))
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..control import Events
-from .client import Attachment
+from .client import DeviceClient
 from .loop import DeviceLoop
 
 #: After these a guest whose device is here is told that its connections are over, all at once.
 INTERRUPTIONS = ("resume", "migrate", "ft-on")
 
 
-def follow(
-    loop: DeviceLoop, fabric: Attachment, events: Events, heed: Callable[[int, str], None]
+def subscribe(
+    loop: DeviceLoop, fabric: DeviceClient, events: Events, heed: Callable[[int, str], None]
 ) -> None:
     """Call ``heed`` with a context's CID and what has changed, as long as vsockd is there.
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from ..eventloop.loop import READABLE, Loop, Timer
+from ..eventloop.loop import READABLE, EventLoop, Timer
 from ..limits import SLOW_CALL
 
 __all__ = ["READABLE", "DeviceLoop", "Timer"]
@@ -16,7 +16,7 @@ __all__ = ["READABLE", "DeviceLoop", "Timer"]
 _SHORT = 0.001
 
 
-class DeviceLoop(Loop):
+class DeviceLoop(EventLoop):
     """Calls ``callback(events)`` when a watched descriptor is ready."""
 
     def __init__(self) -> None:

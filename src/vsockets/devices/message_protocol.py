@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Protocol
 
 
-class ProtocolError(Exception):
+class DeviceProtocolError(Exception):
     """The monitor sent something after which nothing it sends can be relied on."""
 
 
-class Conversation(Protocol):
+class MessageConnection(Protocol):
     """With one monitor."""
 
     @property
@@ -18,7 +18,7 @@ class Conversation(Protocol):
         """Bytes that the next read may take."""
 
     def receive(self, data: bytes, fds: list[int]) -> Iterator[bytes]:
-        """Hear what came; yields the answers.  Takes ``fds``.  ProtocolError, OSError."""
+        """Hear what came; yields the answers.  Takes ``fds``.  DeviceProtocolError, OSError."""
 
     def close(self) -> None:
         """The monitor has gone."""

@@ -33,7 +33,7 @@ _FIONBIO = 0x5421  # what setblocking() is made of
 
 
 @dataclass(frozen=True)
-class _Machine:
+class _Architecture:
     """System call numbers, by ``asm/unistd.h``."""
 
     architecture: int
@@ -52,7 +52,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 _MACHINES = {
-    "x86_64": _Machine(
+    "x86_64": _Architecture(
         0xC000_003E,
         317,
         _numbers(
@@ -74,7 +74,7 @@ _MACHINES = {
         socketpair=53,
         ioctl=16,
     ),
-    "aarch64": _Machine(
+    "aarch64": _Architecture(
         0xC000_00B7,
         277,
         _numbers(
@@ -132,7 +132,7 @@ def _call(result: int) -> None:
         raise OSError(code, f"the sandbox: {os.strerror(code)} (or use --no-sandbox)")
 
 
-def _filter(machine: _Machine, plain: tuple[int, ...]) -> bytes:
+def _filter(machine: _Architecture, plain: tuple[int, ...]) -> bytes:
     def instruction(code: int, constant: int, if_so: int = 0, if_not: int = 0) -> bytes:
         return struct.pack("=HBBI", code, if_so, if_not, constant)
 

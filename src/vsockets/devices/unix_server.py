@@ -9,8 +9,8 @@ import socket
 from collections.abc import Callable
 from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, SCM_RIGHTS, SOL_SOCKET
 
-from ..eventloop.loop import Loop
-from .message_protocol import Conversation, ProtocolError
+from ..eventloop.loop import EventLoop
+from .message_protocol import DeviceProtocolError, MessageConnection
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ _TAKE = int(MSG_CMSG_CLOEXEC | MSG_DONTWAIT)
 _GIVE = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 
 
-class Server:
+class UnixServer:
     """Holds a conversation of ``begin`` with whoever connects to ``listener``, which becomes the
     server's.
 
@@ -28,9 +28,9 @@ class Server:
 
     def __init__(
         self,
-        loop: Loop,
+        loop: EventLoop,
         listener: socket.socket,
-        begin: Callable[[], Conversation],
+        begin: Callable[[], MessageConnection],
         *,
         descriptors: int,
         patience: float,
@@ -87,7 +87,7 @@ class Server:
         except (EOFError, ConnectionError):
             log.info("the virtual machine has gone")
             self._end(client)
-        except (ProtocolError, OSError) as error:
+        except (DeviceProtocolError, OSError) as error:
             log.warning("the virtual machine is given up: %s", error)
             self._end(client)
         self._after_each()

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 
 from .. import logs
-from .loop import Loop
+from .loop import EventLoop
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Acceptor:
     """Calls ``admit`` with the descriptor of each connection to ``listener``, which it owns."""
 
     def __init__(
-        self, loop: Loop, listener: socket.socket, who: str, admit: Callable[[int], None]
+        self, loop: EventLoop, listener: socket.socket, who: str, admit: Callable[[int], None]
     ) -> None:
         self._loop = loop
         self._listener = listener

@@ -9,17 +9,17 @@ import socket as stdlib
 from collections.abc import Callable
 
 from .._linux.descriptor_passing import guard_accepted
-from ..attachment import Place
+from ..attachment import ContextHandle
 from ..limits import FORWARD_ACCEPTS, FORWARD_LONGEST_PAUSE
 from ..model.locator import Locator, Vsock
-from .listeners import Door
+from .listeners import Listener
 from .rebind import FIRST_LOOK, Revival
 
 #: How long to leave a listener alone that cannot be accepted from, in seconds.
 _ACCEPT_AGAIN = FIRST_LOOK
 
 
-class Entrance:
+class AsyncioAcceptor:
     """Gives every client's socket to ``enter``, as long as ``has_room``; else the backlog waits.
 
     ``reopen`` makes the door again when vsockd, which it was a door of, has ended.
@@ -28,14 +28,14 @@ class Entrance:
     def __init__(
         self,
         where: Locator,
-        door: Door,
+        door: Listener,
         enter: Callable[[stdlib.socket], None],
         *,
         has_room: Callable[[], bool],
-        reopen: Callable[[], Door],
+        reopen: Callable[[], Listener],
         log: logging.Logger,
     ) -> None:
-        self.door: Door | None = door
+        self.door: Listener | None = door
         self._where = where
         self._enter = enter
         self._has_room = has_room
@@ -117,11 +117,11 @@ class DatagramEntrance:
     def __init__(
         self,
         where: Locator,
-        door: Door,
+        door: Listener,
         receive: Callable[[stdlib.socket], None],
         *,
-        reopen: Callable[[], Door],
-        context: Place | None,
+        reopen: Callable[[], Listener],
+        context: ContextHandle | None,
         log: logging.Logger,
         target: Locator | None = None,
         lost: Callable[[], None] = lambda: None,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .._linux.descriptor_passing import close_elsewhere, guard
 from .._linux.folders import SocketFile
-from ..attachment import Place
+from ..attachment import ContextHandle
 from ..limits import MAX_BACKLOG
 from ..model.locator import Inet, Inherited, Locator, Unix, Vsock, VsockFolder, VsockMux
 from ..pass_rights import refuse
@@ -22,10 +22,10 @@ _FIRST_INHERITED = 3
 _FIRST_UNPRIVILEGED = 1024
 
 
-class Door:
+class Listener:
     """Open sockets for one locator; ``sockets`` are non-blocking."""
 
-    def __init__(self, locator: Locator, context: Place | None = None) -> None:
+    def __init__(self, locator: Locator, context: ContextHandle | None = None) -> None:
         """Raises OSError."""
         self.sockets: list[stdlib.socket] = []
         self._file: SocketFile | None = None
@@ -58,7 +58,7 @@ class Door:
             return f"{host}:{name[1]}"
         return os.fsdecode(name)
 
-    def _open(self, locator: Locator, context: Place | None) -> None:
+    def _open(self, locator: Locator, context: ContextHandle | None) -> None:
         match locator:
             case Vsock(cid, port, datagram):
                 sock = socket(type=_type(datagram), context=context)
@@ -121,10 +121,10 @@ class Door:
             sock.listen(MAX_BACKLOG)
 
 
-def open_door(locator: Locator, context: Place | None) -> Door:
+def open_listener(locator: Locator, context: ContextHandle | None) -> Listener:
     """A door, or an OSError that says where it was to be."""
     try:
-        return Door(locator, context)
+        return Listener(locator, context)
     except OSError as error:
         why = error.strerror or str(error)
         reserved = isinstance(locator, Vsock | Inet) and locator.port < _FIRST_UNPRIVILEGED

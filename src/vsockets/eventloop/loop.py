@@ -19,15 +19,15 @@ from time import monotonic
 
 log = logging.getLogger(__name__)
 
-#: What :meth:`Loop.watch` waits for, of epoll(7).
+#: What :meth:`EventLoop.watch` waits for, of epoll(7).
 READABLE = int(select.EPOLLIN | select.EPOLLRDHUP)
 
 #: After so long without an event nothing is going on, in seconds.
 _IDLE = 1.0
 
 
-#: The same as EPOLLIN to the kernel.  Only :meth:`Loop.watch_first` waits for it, so it tells what
-#: is to come first from the rest.
+#: The same as EPOLLIN to the kernel.  Only :meth:`EventLoop.watch_first` waits for it, so it tells
+#: what is to come first from the rest.
 _FIRST = int(select.EPOLLRDNORM)
 
 _COMES_FIRST = int(select.EPOLLHUP | select.EPOLLRDHUP) | _FIRST
@@ -50,7 +50,7 @@ class Timer:
         self.callback = None
 
 
-class Loop:
+class EventLoop:
     """Calls ``callback(events)`` when a watched descriptor is ready."""
 
     def __init__(self) -> None:

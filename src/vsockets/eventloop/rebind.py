@@ -11,7 +11,7 @@ import asyncio
 import socket as stdlib
 from collections.abc import Callable
 
-from ..attachment import Attachment, Place, current
+from ..attachment import Attachment, ContextHandle, current
 from ..limits import FORWARD_LONGEST_PAUSE
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..socket import socket
@@ -20,7 +20,7 @@ from ..socket import socket
 FIRST_LOOK = 0.1
 
 
-def lifeline(context: Place | None) -> stdlib.socket | None:
+def lifeline(context: ContextHandle | None) -> stdlib.socket | None:
     """Return a socket that becomes readable when vsockd has ended.
 
     None where there is no vsockd, as in a virtual machine.  Raises OSError.
@@ -44,7 +44,7 @@ class Revival:
     """
 
     def __init__(
-        self, context: Place | None, lost: Callable[[], None], again: Callable[[], None]
+        self, context: ContextHandle | None, lost: Callable[[], None], again: Callable[[], None]
     ) -> None:
         """Raises OSError."""
         self._context = context

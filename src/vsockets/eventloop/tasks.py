@@ -24,7 +24,7 @@ def on_signals(calls: Mapping[signal.Signals, Callable[[], object]]) -> None:
         signal.signal(number, handle)
 
 
-async def first(*awaitables: object) -> None:
+async def wait_first(*awaitables: object) -> None:
     """Return when the first is done, and raise what it raises; the others are called off."""
     tasks = [asyncio.ensure_future(one) for one in awaitables]  # type: ignore[call-overload]
     try:

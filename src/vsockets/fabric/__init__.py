@@ -5,7 +5,7 @@
 
 from .context import Context, Contexts
 from .counts import Counts
-from .endpoint import Connection, Credentials, Endpoint, Kernel, Kind
+from .endpoint import Connection, Credentials, DevicePorts, Endpoint, EndpointKind
 from .errors import LIMIT_RULES, Denied, Refused, Rule
 from .fabric import Fabric
 from .life_cycle import Change, State
@@ -25,12 +25,12 @@ __all__ = [
     "Counts",
     "Credentials",
     "Denied",
+    "DevicePorts",
     "Endpoint",
+    "EndpointKind",
     "Fabric",
     "Grant",
     "Isolation",
-    "Kernel",
-    "Kind",
     "Limits",
     "Party",
     "Profile",

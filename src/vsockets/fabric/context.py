@@ -9,7 +9,7 @@ from ..limits import REMEMBERED_USERS
 from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..model.constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from .counts import Counts
-from .endpoint import Connection, Endpoint, Kernel, Kind
+from .endpoint import Connection, DevicePorts, Endpoint, EndpointKind
 from .errors import Refused
 from .life_cycle import State
 from .party import Party
@@ -72,12 +72,12 @@ class Context:
         #: misnames at most a socket of the liar's own context.
         self.cookies: dict[int, Endpoint | Connection] = {}
         #: of a virtual machine with a device
-        self.kernel: Kernel | None = None
+        self.kernel: DevicePorts | None = None
         #: the unix socket behind which its ports are for tools of hybrid vsock; "": none
         self.hybrid = ""
         #: with it: what the host has for this guest at a port where no program of the fabric
         #: listens
-        self.beyond: Callable[[Kind, int], Endpoint | None] | None = None
+        self.beyond: Callable[[EndpointKind, int], Endpoint | None] | None = None
 
     @property
     def leased(self) -> bool:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .trust import Trust
 
 
-class Kind(Enum):
+class EndpointKind(Enum):
     """The socket types.  The value is how people see them."""
 
     STREAM = "stream"
@@ -34,7 +34,7 @@ class Credentials(NamedTuple):
 class Endpoint:
     """A socket that holds a port: bound, perhaps listening."""
 
-    kind: Kind
+    kind: EndpointKind
     context: Context
     cid: int  #: the context's CID, or VMADDR_CID_LOCAL for one that serves its own context only
     port: int
@@ -56,7 +56,7 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
+class DevicePorts:
     """A guest's kernel, reached through a device: the authority over the guest's ports."""
 
     owner: Credentials  #: the device's process
@@ -64,11 +64,11 @@ class Kernel:
     datagrams: object
     seqpacket: bool = False  #: whether its streams' handle takes sequenced packets, too
 
-    def endpoint(self, context: Context, kind: Kind, port: int) -> Endpoint | None:
+    def endpoint(self, context: Context, kind: EndpointKind, port: int) -> Endpoint | None:
         """Whatever is at ``port``; None when the kernel has no such sockets."""
-        streams = kind is not Kind.DATAGRAM
+        streams = kind is not EndpointKind.DATAGRAM
         handle = self.streams if streams else self.datagrams
-        if handle is None or (kind is Kind.SEQPACKET and not self.seqpacket):
+        if handle is None or (kind is EndpointKind.SEQPACKET and not self.seqpacket):
             return None
         return Endpoint(
             kind,
@@ -99,7 +99,7 @@ class Connection:
     watch: object = None  #: what vsockd notices its end by; the fabric never looks inside
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> EndpointKind:
         """Stream or seqpacket."""
         return self.listener.kind
 

@@ -14,7 +14,7 @@ from ..model.constants import LAST_RESERVED_PORT, VMADDR_CID_ANY, VMADDR_CID_LOC
 from . import life_cycle, policy
 from .context import Context, Contexts
 from .counts import Counts
-from .endpoint import Connection, Credentials, Endpoint, Kind
+from .endpoint import Connection, Credentials, Endpoint, EndpointKind
 from .errors import Denied, Refused, Rule
 from .life_cycle import Change, State
 from .ports import Ports
@@ -46,7 +46,7 @@ class Fabric:
     def bind(
         self,
         context: Context,
-        kind: Kind,
+        kind: EndpointKind,
         cid: int,
         port: int,
         program: Program,
@@ -67,7 +67,7 @@ class Fabric:
         party.require_room()
         own_cid = VMADDR_CID_LOCAL if cid == VMADDR_CID_LOCAL else context.cid
         ports: Ports[Endpoint] | Ports[Endpoint | Connection]
-        ports = context.datagrams if kind is Kind.DATAGRAM else context.connected
+        ports = context.datagrams if kind is EndpointKind.DATAGRAM else context.connected
         if port == VMADDR_PORT_ANY:
             port = ports.ephemeral()
         elif port <= LAST_RESERVED_PORT:
@@ -106,7 +106,7 @@ class Fabric:
 
     def unbind(self, endpoint: Endpoint) -> None:
         """The socket is gone: its port is free."""
-        if endpoint.kind is Kind.DATAGRAM:
+        if endpoint.kind is EndpointKind.DATAGRAM:
             held = endpoint.context.datagrams.release(endpoint.port, endpoint)
         else:
             held = endpoint.context.connected.release(endpoint.port, endpoint)
@@ -122,7 +122,7 @@ class Fabric:
     def find_listener(
         self,
         context: Context,
-        kind: Kind,
+        kind: EndpointKind,
         cid: int,
         port: int,
         program: Program,
@@ -263,7 +263,7 @@ class Fabric:
         destination = self._destination(context, cid, port, False)
         endpoint = destination.datagrams.get(port)
         if endpoint is None and destination.kernel is not None:
-            endpoint = destination.kernel.endpoint(destination, Kind.DATAGRAM, port)
+            endpoint = destination.kernel.endpoint(destination, EndpointKind.DATAGRAM, port)
         if endpoint is None or not _in_scope(context, endpoint):
             raise Refused(errno.ECONNREFUSED, f"no datagram socket on {cid}:{port}")
         if source is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from typing import Protocol
 
-from ..model.rate_limit import Meter
+from ..model.rate_limit import TokenBucket
 from .errors import Denied, Rule
 from .settings import Limits
 
@@ -55,7 +55,7 @@ class Party:
     def limit(self, limits: Limits | None) -> None:
         """Set how much it may have, from now on."""
         self.limits = limits
-        self.meter = None if limits is None else Meter(limits.request_rate)
+        self.meter = None if limits is None else TokenBucket(limits.request_rate)
 
     @property
     def has_something(self) -> bool:

@@ -23,7 +23,7 @@ import errno
 
 from ..model.constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from .context import Context
-from .endpoint import Credentials, Kind
+from .endpoint import Credentials, EndpointKind
 from .errors import Denied, Refused, Rule
 from .life_cycle import State
 from .settings import Profile, Settings
@@ -69,7 +69,7 @@ def _require_neighbours(source: Context, destination: Context) -> None:
     raise Denied(errno.EHOSTUNREACH, rule, reason)
 
 
-def require_trust(guest: Context, trust: Trust, kind: Kind, from_guest: bool) -> None:
+def require_trust(guest: Context, trust: Trust, kind: EndpointKind, from_guest: bool) -> None:
     """Raise Denied unless ``guest`` may talk with the host's endpoint that has ``trust``.
 
     A restricted guest, and one of the legacy profile that is not unrestricted, meets trusted
@@ -85,7 +85,7 @@ def require_trust(guest: Context, trust: Trust, kind: Kind, from_guest: bool) ->
         return
     if not from_guest:
         code = errno.EACCES
-    elif kind is Kind.DATAGRAM:
+    elif kind is EndpointKind.DATAGRAM:
         code = errno.ECONNREFUSED
     else:
         code = errno.ECONNRESET

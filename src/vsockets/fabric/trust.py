@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from .endpoint import Credentials, Kind
+from .endpoint import Credentials, EndpointKind
 from .settings import Grant, Settings
 
 if TYPE_CHECKING:
@@ -51,10 +51,12 @@ class Trust:
         return self.privileged or self.user == context.owner
 
 
-def trust_of(program: Program, kind: Kind, settings: Settings) -> Trust:
+def trust_of(program: Program, kind: EndpointKind, settings: Settings) -> Trust:
     """The trust of an endpoint that ``program`` creates now."""
     grants = [grant for grant in settings.grants if program.matches(grant)]
-    granted = any(grant.datagram if kind is Kind.DATAGRAM else grant.stream for grant in grants)
+    granted = any(
+        grant.datagram if kind is EndpointKind.DATAGRAM else grant.stream for grant in grants
+    )
     domains = [grant.domains for grant in grants if grant.domains is not None]
     return Trust(
         program.credentials.uid,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._linux.descriptor_passing import guard
-from ..attachment import Place, current
+from ..attachment import ContextHandle, current
 from ..eventloop.asyncio_server import DatagramEntrance
 from ..limits import FORWARD_ACCEPTS, FORWARD_FLOW_PENDING, MAX_DATAGRAM
 from ..model.constants import AF_VSOCK, VMADDR_CID_LOCAL
@@ -32,7 +32,7 @@ from .throttled_log import caused_by, describe_source, log, party_of
 
 if TYPE_CHECKING:
     from ..capture.recorder import Recorder
-    from ..eventloop.listeners import Door
+    from ..eventloop.listeners import Listener
 
 #: Bytes that hold any datagram, of vSockets or of UDP.
 _BUFFER = max(MAX_DATAGRAM, 65_536)
@@ -149,10 +149,10 @@ class DatagramForward:
     def __init__(
         self,
         settings: Settings,
-        door: Door,
+        door: Listener,
         dialer: Dialer,
-        context: Place | None,
-        reopen: Callable[[Settings], Door],
+        context: ContextHandle | None,
+        reopen: Callable[[Settings], Listener],
         recorder: Recorder | None = None,
     ) -> None:
         """Raises OSError."""
@@ -176,7 +176,7 @@ class DatagramForward:
         )
 
     @property
-    def door(self) -> Door | None:
+    def door(self) -> Listener | None:
         """Where clients come to; None when nobody can any more."""
         return self._entrance.door if self._entrance is not None else None
 

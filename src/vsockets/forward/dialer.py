@@ -14,7 +14,7 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from .._linux.descriptor_passing import guard
-from ..attachment import Place
+from ..attachment import ContextHandle
 from ..limits import (
     FORWARD_ADDRESSES,
     FORWARD_FIRST_PAUSE,
@@ -56,7 +56,7 @@ class NotAdmitted(OSError):
 class Dialer:
     """Connects to locators, in the running asyncio loop; ``context`` is where vsock: starts."""
 
-    def __init__(self, context: Place | None = None) -> None:
+    def __init__(self, context: ContextHandle | None = None) -> None:
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._answered: set[Locator] = set()  # vSockets ports that have accepted a connection

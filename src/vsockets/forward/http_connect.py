@@ -5,15 +5,15 @@ from __future__ import annotations
 import h11
 
 from ..model.locator import parse_inet_port
-from .proxy_protocol import LONGEST_REQUEST, BadRequest, Refusal
+from .proxy_protocol import LONGEST_REQUEST, BadRequest, ProxyRefusal
 from .rules import check_host
 
 _STATUS = {
-    Refusal.NOT_ALLOWED: (403, b"Forbidden"),
-    Refusal.UNREACHABLE: (502, b"Bad Gateway"),
-    Refusal.REFUSED: (502, b"Bad Gateway"),
-    Refusal.TIMED_OUT: (504, b"Gateway Timeout"),
-    Refusal.OVERLOADED: (503, b"Service Unavailable"),
+    ProxyRefusal.NOT_ALLOWED: (403, b"Forbidden"),
+    ProxyRefusal.UNREACHABLE: (502, b"Bad Gateway"),
+    ProxyRefusal.REFUSED: (502, b"Bad Gateway"),
+    ProxyRefusal.TIMED_OUT: (504, b"Gateway Timeout"),
+    ProxyRefusal.OVERLOADED: (503, b"Service Unavailable"),
 }
 
 
@@ -64,7 +64,7 @@ class HttpConnect:
         response = h11.Response(status_code=200, headers=[], reason=b"Connection established")
         return self._http.send(response) or b""
 
-    def refused(self, why: Refusal) -> bytes:
+    def refused(self, why: ProxyRefusal) -> bytes:
         """The status that says why, and the reason in words."""
         return self._respond(*_STATUS[why], why.value.encode())
 

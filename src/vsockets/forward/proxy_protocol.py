@@ -1,7 +1,7 @@
 """What a proxy's front end is: a conversation that ends with where the client wants to go.
 
-Front ends do no I/O.  Bytes that came are given to :meth:`FrontEnd.receive`, which returns what
-to answer; once ``target`` is there, the caller connects, answers with :meth:`granted` or
+Front ends do no I/O.  Bytes that came are given to :meth:`ProxyProtocol.receive`, which returns
+what to answer; once ``target`` is there, the caller connects, answers with :meth:`granted` or
 :meth:`refused`, and from then on the connection is a stream whose first bytes are ``rest``.
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol
 from ..limits import FORWARD_PROXY_REQUEST
 
 
-class Refusal(enum.Enum):
+class ProxyRefusal(enum.Enum):
     """Why a proxy does not connect its client."""
 
     NOT_ALLOWED = "it is not on the allow list"
@@ -31,7 +31,7 @@ class BadRequest(Exception):
         self.answer = answer
 
 
-class FrontEnd(Protocol):
+class ProxyProtocol(Protocol):
     """One client's conversation."""
 
     @property
@@ -48,7 +48,7 @@ class FrontEnd(Protocol):
     def granted(self) -> bytes:
         """What to tell the client when it is connected."""
 
-    def refused(self, why: Refusal) -> bytes:
+    def refused(self, why: ProxyRefusal) -> bytes:
         """What to tell the client when it is not going to be."""
 
 

@@ -20,10 +20,10 @@ from typing import Any
 from .. import splice
 
 
-class Connection(splice.Connection):
+class ForwardedConnection(splice.SplicedPair):
     """Two joined streams.  ``ended`` resolves to None, or to the OSError that ended it."""
 
-    def __init__(self, pump: Pump, one: socket.socket, other: socket.socket) -> None:
+    def __init__(self, pump: AsyncioSplicePump, one: socket.socket, other: socket.socket) -> None:
         super().__init__(pump, one, other)
         self.ended: asyncio.Future[OSError | None] = pump.loop.create_future()
         self._wake = pump.wake
@@ -102,7 +102,7 @@ class PumpSelector(selectors.BaseSelector):
         self._rest.close()
 
 
-class Pump(splice.Pump):
+class AsyncioSplicePump(splice.SplicePump):
     """Serves any number of connections in an asyncio loop made with ``selector``."""
 
     def __init__(self, selector: PumpSelector) -> None:
@@ -118,19 +118,20 @@ class Pump(splice.Pump):
         said: bytes = b"",
         idle: float | None = None,
         tap: Callable[[bool, bytes], None] | None = None,
-    ) -> Connection:
+    ) -> ForwardedConnection:
         """Join two connected stream sockets, which are the pump's from now on.
 
-        ``said`` and ``tap`` are as :meth:`vsockets.splice.Pump.start` has them.  After ``idle``
+        ``said`` and ``tap`` are as :meth:`vsockets.splice.SplicePump.start` has them.  After
+        ``idle``
         seconds in which nothing moved in either direction the connection is ended with ETIMEDOUT.
         """
-        connection = Connection(self, one, other)
+        connection = ForwardedConnection(self, one, other)
         self.start(connection, said, tap)
         if idle is not None and not connection.ended.done():
             self._watch_idleness(connection, idle)
         return connection
 
-    def _watch_idleness(self, connection: Connection, idle: float) -> None:
+    def _watch_idleness(self, connection: ForwardedConnection, idle: float) -> None:
         def look() -> None:
             if connection.ended.done():
                 return

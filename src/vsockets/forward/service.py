@@ -9,14 +9,14 @@ import socket as stdlib
 from collections.abc import Callable, Iterable
 
 from .._linux.rlimit import allow_many_descriptors
-from ..attachment import Place
+from ..attachment import ContextHandle
 from ..capture.recorder import Recorder
-from ..eventloop.listeners import Door, open_door
-from ..eventloop.tasks import first, on_signals
+from ..eventloop.listeners import Listener, open_listener
+from ..eventloop.tasks import on_signals, wait_first
 from ..model.locator import Exec, Inherited, Locator, Stdio
 from .datagram_forward import DatagramForward
 from .dialer import Dialer
-from .pump import Pump, PumpSelector
+from .pump import AsyncioSplicePump, PumpSelector
 from .settings import Settings
 from .stream_forward import StreamForward
 from .throttled_log import log
@@ -30,12 +30,12 @@ class Service:
     def __init__(
         self,
         selector: PumpSelector,
-        context: Place | None = None,
+        context: ContextHandle | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self._context = context
         self._recorder = recorder
-        self._pump = Pump(selector)
+        self._pump = AsyncioSplicePump(selector)
         self._dialer = Dialer(context)
         self._forwards: dict[Locator, Forward] = {}
         self._leaving: set[Forward] = set()  # doors closed, connections left
@@ -105,8 +105,8 @@ class Service:
             forward.close()
         self._pump.close()
 
-    def _open(self, settings: Settings) -> Door:
-        door = open_door(settings.source, self._context)
+    def _open(self, settings: Settings) -> Listener:
+        door = open_listener(settings.source, self._context)
         datagram = door.sockets[0].type == stdlib.SOCK_DGRAM
         if isinstance(settings.source, Inherited) and datagram != settings.target.datagram:
             door.close()
@@ -139,7 +139,7 @@ def run(
     *,
     drain: float,
     again: Callable[[], list[Settings]] | None = None,
-    context: Place | None = None,
+    context: ContextHandle | None = None,
     ready: Callable[[Service], None] = lambda service: None,
     recorder: Recorder | None = None,
 ) -> None:
@@ -201,6 +201,6 @@ async def _serve(
         recorder.broken = cannot_record
     on_signals({signal.SIGHUP: reload, signal.SIGTERM: stop, signal.SIGINT: stop})
     ready(service)
-    await first(service.finished(), stopped.wait(), broken)
+    await wait_first(service.finished(), stopped.wait(), broken)
     if stopped.is_set():
-        await first(service.drain(drain), cut.wait())
+        await wait_first(service.drain(drain), cut.wait())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 
-from .proxy_protocol import LONGEST_REQUEST, BadRequest, Refusal
+from .proxy_protocol import LONGEST_REQUEST, BadRequest, ProxyRefusal
 from .rules import check_host
 
 _VERSION = 5
@@ -20,11 +20,11 @@ _COMMAND_NOT_SUPPORTED = 7
 _ADDRESS_TYPE_NOT_SUPPORTED = 8
 
 _REPLIES = {
-    Refusal.NOT_ALLOWED: 2,
-    Refusal.UNREACHABLE: 4,
-    Refusal.REFUSED: 5,
-    Refusal.TIMED_OUT: 4,
-    Refusal.OVERLOADED: _GENERAL_FAILURE,
+    ProxyRefusal.NOT_ALLOWED: 2,
+    ProxyRefusal.UNREACHABLE: 4,
+    ProxyRefusal.REFUSED: 5,
+    ProxyRefusal.TIMED_OUT: 4,
+    ProxyRefusal.OVERLOADED: _GENERAL_FAILURE,
 }
 
 
@@ -55,7 +55,7 @@ class Socks5:
         """Reply: succeeded."""
         return _reply(_SUCCEEDED)
 
-    def refused(self, why: Refusal) -> bytes:
+    def refused(self, why: ProxyRefusal) -> bytes:
         """Reply: why not."""
         return _reply(_REPLIES[why])
 

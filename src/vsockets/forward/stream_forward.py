@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from ..eventloop.asyncio_server import Entrance
+from ..eventloop.asyncio_server import AsyncioAcceptor
 from ..limits import FORWARD_PROXY_SECONDS
 from ..model.locator import Inet, Proxy
 from .dialer import Dialer, NotAdmitted
-from .proxy_protocol import BadRequest, FrontEnd, Refusal
+from .proxy_protocol import BadRequest, ProxyProtocol, ProxyRefusal
 from .rules import HostRules, admits_peer
 from .settings import Settings
 from .shares import Shares
@@ -23,8 +23,8 @@ from .throttled_log import Client, log
 
 if TYPE_CHECKING:
     from ..capture.recorder import Recorder
-    from ..eventloop.listeners import Door
-    from .pump import Pump
+    from ..eventloop.listeners import Listener
+    from .pump import AsyncioSplicePump
 
 
 class StreamForward:
@@ -38,10 +38,10 @@ class StreamForward:
     def __init__(
         self,
         settings: Settings,
-        door: Door | None,
-        pump: Pump,
+        door: Listener | None,
+        pump: AsyncioSplicePump,
         dialer: Dialer,
-        reopen: Callable[[Settings], Door],
+        reopen: Callable[[Settings], Listener],
         recorder: Recorder | None = None,
     ) -> None:
         self.settings = settings
@@ -53,11 +53,11 @@ class StreamForward:
         self._tasks: set[asyncio.Task[None]] = set()
         self._shares = Shares(settings.max_connections)
         self._finished = asyncio.Event()
-        self._entrance: Entrance | None = None
+        self._entrance: AsyncioAcceptor | None = None
         if door is None:
             self._start(self._serve_origin())
         else:
-            self._entrance = Entrance(
+            self._entrance = AsyncioAcceptor(
                 settings.source,
                 door,
                 self._enter,
@@ -67,7 +67,7 @@ class StreamForward:
             )
 
     @property
-    def door(self) -> Door | None:
+    def door(self) -> Listener | None:
         """Where clients come to; None when nobody can any more."""
         return self._entrance.door if self._entrance is not None else None
 
@@ -201,7 +201,7 @@ class StreamForward:
             return None, b""
         rules = HostRules(settings.hosts)
         target: stdlib.socket | None = None
-        refusal: Refusal | None = None
+        refusal: ProxyRefusal | None = None
         try:
             if not (_is_address(host) or rules.admits_name(host, port)):
                 raise NotAdmitted(errno.EACCES, f"{host}:{port} is not on the allow list")
@@ -218,7 +218,7 @@ class StreamForward:
             why = error.strerror or error
             client.log.warning("%s: %s to %s:%d: %s", settings, who, host, port, why)
         if refusal is not None or target is None:
-            await self._tell(sock, front.refused(refusal or Refusal.UNREACHABLE))
+            await self._tell(sock, front.refused(refusal or ProxyRefusal.UNREACHABLE))
             return None, b""
         try:
             client.log.info("%s: %s goes to %s:%d", settings, who, host, port)
@@ -228,7 +228,7 @@ class StreamForward:
             raise
         return target, front.rest
 
-    async def _ask(self, client: stdlib.socket, front: FrontEnd) -> tuple[str, int]:
+    async def _ask(self, client: stdlib.socket, front: ProxyProtocol) -> tuple[str, int]:
         while front.target is None:
             answer = front.receive(await self._loop.sock_recv(client, 4096))
             if answer:
@@ -245,7 +245,7 @@ class StreamForward:
                     pass
 
 
-def _front_end(target: object) -> FrontEnd:
+def _front_end(target: object) -> ProxyProtocol:
     assert isinstance(target, Proxy)
     if target.protocol == "socks5":
         return Socks5()
@@ -262,13 +262,13 @@ def _is_address(host: str) -> bool:
     return False
 
 
-def _refusal(error: OSError) -> Refusal:
+def _refusal(error: OSError) -> ProxyRefusal:
     if isinstance(error, NotAdmitted):
-        return Refusal.NOT_ALLOWED
+        return ProxyRefusal.NOT_ALLOWED
     if error.errno == errno.ECONNREFUSED:
-        return Refusal.REFUSED
+        return ProxyRefusal.REFUSED
     if error.errno == errno.ETIMEDOUT:
-        return Refusal.TIMED_OUT
+        return ProxyRefusal.TIMED_OUT
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-        return Refusal.OVERLOADED
-    return Refusal.UNREACHABLE
+        return ProxyRefusal.OVERLOADED
+    return ProxyRefusal.UNREACHABLE

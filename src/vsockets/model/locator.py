@@ -233,7 +233,7 @@ def _path(text: str) -> str:
     return text
 
 
-def hybrid_problem(path: str) -> str:
+def check_hybrid_path(path: str) -> str:
     """What is wrong with ``path`` as a hybrid vsock's, with ports beside it; "": nothing."""
     name = path.rpartition("/")[2]
     if not path.startswith("/") or not name or "\0" in path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Meter:
+class TokenBucket:
     """Allows ``rate`` events a second, and as many at once after a quiet second."""
 
     __slots__ = ("_left", "_seen", "rate")

@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("export")
     parser.add_argument("folder")
     arguments = parser.parse_args()
-    logs.begin("vsock: %(message)s", logs.NOTICE, "text")
+    logs.configure("vsock: %(message)s", logs.NOTICE, "text")
     try:
         preflight.require()
         from . import fuse_mount

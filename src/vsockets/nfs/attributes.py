@@ -6,18 +6,18 @@ import errno
 import os
 import stat
 
-from .nfs3 import Attributes, Before, Device, Kind, NewAttributes, Time, TimeHow
+from .nfs3 import Attributes, Before, Device, FileType, NewAttributes, Time, TimeHow
 from .syscalls import UTIME_NOW, UTIME_OMIT, FileState, set_times
-from .tree import Found
+from .tree import FileRef
 
 _KINDS = {
-    stat.S_IFREG: Kind.REGULAR,
-    stat.S_IFDIR: Kind.DIRECTORY,
-    stat.S_IFBLK: Kind.BLOCK,
-    stat.S_IFCHR: Kind.CHARACTER,
-    stat.S_IFLNK: Kind.SYMLINK,
-    stat.S_IFSOCK: Kind.SOCKET,
-    stat.S_IFIFO: Kind.FIFO,
+    stat.S_IFREG: FileType.REGULAR,
+    stat.S_IFDIR: FileType.DIRECTORY,
+    stat.S_IFBLK: FileType.BLOCK,
+    stat.S_IFCHR: FileType.CHARACTER,
+    stat.S_IFLNK: FileType.SYMLINK,
+    stat.S_IFSOCK: FileType.SOCKET,
+    stat.S_IFIFO: FileType.FIFO,
 }
 
 
@@ -27,7 +27,7 @@ def time_of(pair: tuple[int, int]) -> Time:
     return Time(min(max(seconds, 0), 0xFFFFFFFF), nanoseconds)
 
 
-def attributes_of(found: Found) -> Attributes:
+def attributes_of(found: FileRef) -> Attributes:
     """All there is to know."""
     state = found.state
     return Attributes(
@@ -45,7 +45,7 @@ def before(state: FileState) -> Before:
     return Before(state.size, time_of(state.mtime), time_of(state.ctime))
 
 
-def apply(found: Found, new: NewAttributes) -> None:
+def apply(found: FileRef, new: NewAttributes) -> None:
     """Set what ``new`` has.  Raises OSError."""
     if new.size is not None:
         os.truncate(found.path, new.size)

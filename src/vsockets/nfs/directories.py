@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from .attributes import apply, attributes_of, before
-from .errors import Caller, Failed
+from .errors import Caller, NfsError
 from .handles import Signer
 from .limits import NFS_ENTRIES, NFS_NAMES
 from .listing import Listings, Name
-from .nfs3 import Change, Device, Entry, EntryPlus, How, Kind, NewAttributes, Status, Target
-from .run_as import acting_as
-from .tree import Found
+from .nfs3 import Change, Device, Entry, EntryPlus, FileType, How, NewAttributes, Status, Target
+from .run_as import run_as
+from .tree import FileRef
 
 #: Bytes of a listing's result around its entries, at most; and of an entry beside its name:
 #: numbers, attributes, a handle, and what fills words up.
@@ -26,10 +26,10 @@ _LISTING, _ENTRY, _ENTRY_PLUS = 120, 31, 31 + 88 + 4 + 56
 _LONGEST_NAME = 255
 
 _SPECIAL = {
-    Kind.CHARACTER: stat.S_IFCHR,
-    Kind.BLOCK: stat.S_IFBLK,
-    Kind.SOCKET: stat.S_IFSOCK,
-    Kind.FIFO: stat.S_IFIFO,
+    FileType.CHARACTER: stat.S_IFCHR,
+    FileType.BLOCK: stat.S_IFBLK,
+    FileType.SOCKET: stat.S_IFSOCK,
+    FileType.FIFO: stat.S_IFIFO,
 }
 
 
@@ -41,18 +41,18 @@ class Directories:
         self.signer = signer
         self._listings = listings
 
-    def found(self, caller: Caller, handle: bytes) -> Found:
+    def found(self, caller: Caller, handle: bytes) -> FileRef:
         """The file.  Raises ValueError for a handle that is none, and OSError."""
         return caller.tree.find(self.signer.check(handle))
 
-    def change(self, caller: Caller, found: Found) -> Change:
+    def change(self, caller: Caller, found: FileRef) -> Change:
         """What became of a file that was ``found`` before."""
         return Change(before(found.state), attributes_of(caller.tree.again(found)))
 
     def lookup(self, caller: Caller, handle: bytes, name: bytes) -> Any:
         folder = self._folder(caller, handle)
         _check(name)
-        with acting_as(caller.identity):
+        with run_as(caller.identity):
             found = caller.tree.look_up(folder, name, caller.guest)
         return self.signer.handle(found.identifier), attributes_of(found), attributes_of(folder)
 
@@ -60,7 +60,7 @@ class Directories:
         mode, content = how
         folder, name = self._place(caller, target, new=True)
         mark = _mark(content) if mode == How.EXCLUSIVE else None
-        with acting_as(caller.identity):
+        with run_as(caller.identity):
             try:
                 _make_file(folder.fd, name, mark)
                 made = True
@@ -102,15 +102,15 @@ class Directories:
     def mknod(self, caller: Caller, target: Target, what: tuple[int, Any]) -> Any:
         kind, content = what
         if kind not in _SPECIAL:
-            raise Failed(Status.BADTYPE)
+            raise NfsError(Status.BADTYPE)
         new, device = content, Device(0, 0)
-        if kind in (Kind.CHARACTER, Kind.BLOCK):
+        if kind in (FileType.CHARACTER, FileType.BLOCK):
             new, device = content
             if device.major >= 1 << 12 or device.minor >= 1 << 20:
                 raise OSError(errno.EINVAL, "no such device number")
 
         def make(folder: int, name: bytes) -> None:
-            mode = 0o600 | _SPECIAL[Kind(kind)]
+            mode = 0o600 | _SPECIAL[FileType(kind)]
             os.mknod(name, mode, os.makedev(*device), dir_fd=folder)
 
         return self._make(caller, target, new, make)
@@ -128,7 +128,7 @@ class Directories:
     def rename(self, caller: Caller, source: Target, target: Target) -> Any:
         here, old = self._place(caller, source)
         there, new = self._place(caller, target)
-        with acting_as(caller.identity):
+        with run_as(caller.identity):
             found = caller.tree.look_up(here, old, caller.guest)
             try:
                 replaced = caller.tree.look_up(there, new, caller.guest)
@@ -147,7 +147,7 @@ class Directories:
         folder, name = self._place(caller, target, new=True)
         if found.is_folder:
             raise OSError(errno.EPERM, "a directory")
-        with acting_as(caller.identity):
+        with run_as(caller.identity):
             os.link(found.path, name, dst_dir_fd=folder.fd, follow_symlinks=True)
         caller.tree.arrived(folder, name, found, caller.guest)
         return attributes_of(caller.tree.again(found)), self.change(caller, folder)
@@ -155,7 +155,7 @@ class Directories:
     def readdir(
         self, caller: Caller, handle: bytes, cookie: int, verifier: bytes, size: int
     ) -> Any:
-        def describe(folder: Found, found: Name) -> tuple[Entry, int]:
+        def describe(folder: FileRef, found: Name) -> tuple[Entry, int]:
             cookie, name, ino = found
             if not ino:
                 with contextlib.suppress(OSError):  # the parent's place is not known
@@ -167,11 +167,11 @@ class Directories:
     def readdirplus(
         self, caller: Caller, handle: bytes, cookie: int, verifier: bytes, _: int, size: int
     ) -> Any:
-        def describe(folder: Found, found: Name) -> tuple[EntryPlus, int] | None:
+        def describe(folder: FileRef, found: Name) -> tuple[EntryPlus, int] | None:
             cookie, name, ino = found
             more: tuple[Any, Any] = (None, None)
             try:
-                with acting_as(caller.identity):
+                with run_as(caller.identity):
                     file = caller.tree.look_up(folder, name, caller.guest)
             except FileNotFoundError:  # gone since the names were read
                 return None
@@ -191,12 +191,12 @@ class Directories:
         cookie: int,
         verifier: bytes,
         size: int,
-        describe: Callable[[Found, Name], tuple[Any, int] | None],
+        describe: Callable[[FileRef, Name], tuple[Any, int] | None],
         most: int,
     ) -> Any:
         folder = self._folder(caller, handle)
         if cookie and verifier != self._listings.verifier:
-            raise Failed(Status.BAD_COOKIE)
+            raise NfsError(Status.BAD_COOKIE)
         part, position = self._listings.after(caller.guest, folder, cookie, caller.identity)
         left = min(size, self.transfer) - _LISTING
         told: list[Any] = []
@@ -206,7 +206,7 @@ class Directories:
                 entry, length = described
                 if length > left:
                     if not told:
-                        raise Failed(Status.TOOSMALL)
+                        raise NfsError(Status.TOOSMALL)
                     break
                 left -= length
                 told.append(entry)
@@ -218,13 +218,13 @@ class Directories:
             told.append(EntryPlus(ino, name, cookie, None, None))
         return attributes_of(folder), self._listings.verifier, tuple(told), done
 
-    def _folder(self, caller: Caller, handle: bytes) -> Found:
+    def _folder(self, caller: Caller, handle: bytes) -> FileRef:
         folder = self.found(caller, handle)
         if not folder.is_folder:
             raise OSError(errno.ENOTDIR, "not a directory")
         return folder
 
-    def _place(self, caller: Caller, target: Target, new: bool = False) -> tuple[Found, bytes]:
+    def _place(self, caller: Caller, target: Target, new: bool = False) -> tuple[FileRef, bytes]:
         """A directory and a name in it, which is not the directory's own or its parent's."""
         folder = self._folder(caller, target.directory)
         _check(target.name)
@@ -240,7 +240,7 @@ class Directories:
         make: Callable[[int, bytes], None],
     ) -> Any:
         folder, name = self._place(caller, target, new=True)
-        with acting_as(caller.identity):
+        with run_as(caller.identity):
             make(folder.fd, name)
             found = caller.tree.look_up(folder, name, caller.guest)
             if new.mode is not None:  # what a directory has from its parent stays
@@ -248,14 +248,14 @@ class Directories:
             apply(found, new._replace(size=None))
         return self._made(caller, folder, found)
 
-    def _made(self, caller: Caller, folder: Found, found: Found) -> Any:
+    def _made(self, caller: Caller, folder: FileRef, found: FileRef) -> Any:
         found = caller.tree.again(found)
         handle = self.signer.handle(found.identifier)
         return handle, attributes_of(found), self.change(caller, folder)
 
     def _remove(self, caller: Caller, target: Target, remove: Callable[..., None]) -> Any:
         folder, name = self._place(caller, target)
-        with acting_as(caller.identity):
+        with run_as(caller.identity):
             found = caller.tree.look_up(folder, name, caller.guest)
             remove(name, dir_fd=folder.fd)
         caller.tree.gone(folder, name, found)

@@ -26,7 +26,7 @@ class Answer(NamedTuple):
     reply: bytes
 
 
-class Duplicates:
+class DuplicateRequestCache:
     """Answers by call; each guest's oldest go first when there are too many of his."""
 
     def __init__(self, most: int = NFS_GUEST_DUPLICATES, guests: int = NFS_DUPLICATES) -> None:

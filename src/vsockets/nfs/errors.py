@@ -10,7 +10,7 @@ from .nfs3 import Status
 from .tree import Tree
 
 
-class Failed(Exception):
+class NfsError(Exception):
     """A status that is not one of unix's."""
 
     def __init__(self, status: Status) -> None:

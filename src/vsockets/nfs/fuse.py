@@ -14,8 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 
-from .inode_table import Node, Nodes, content_of, entry_of
-from .nfs3 import VERIFIER_SIZE, Attributes, Device, Kind, NewAttributes, Target, Time, TimeHow
+from .inode_table import Inode, InodeTable, content_of, entry_of
+from .nfs3 import VERIFIER_SIZE, Attributes, Device, FileType, NewAttributes, Target, Time, TimeHow
 from .nfs_client import NfsClient, credentials
 from .rpc import Auth
 
@@ -23,10 +23,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _SPECIAL = {
-    stat.S_IFCHR: Kind.CHARACTER,
-    stat.S_IFBLK: Kind.BLOCK,
-    stat.S_IFSOCK: Kind.SOCKET,
-    stat.S_IFIFO: Kind.FIFO,
+    stat.S_IFCHR: FileType.CHARACTER,
+    stat.S_IFBLK: FileType.BLOCK,
+    stat.S_IFSOCK: FileType.SOCKET,
+    stat.S_IFIFO: FileType.FIFO,
 }
 
 _SET_ID = stat.S_ISUID | stat.S_ISGID
@@ -58,7 +58,7 @@ def _who(context: pyfuse3.RequestContext) -> Auth:
 class _Open:
     """A file or a directory that somebody has open."""
 
-    node: Node
+    node: Inode
     who: Auth
     verifier: bytes = bytes(VERIFIER_SIZE)  #: of a directory's cookies
 
@@ -73,7 +73,7 @@ class Mounted(pyfuse3.Operations):
     def __init__(self, nfs: NfsClient, root: bytes) -> None:
         super().__init__()
         self._nfs = nfs
-        self._nodes = Nodes(nfs, root)
+        self._nodes = InodeTable(nfs, root)
         self._open: dict[int, _Open] = {}
         self._last_open = 0
 
@@ -127,7 +127,7 @@ class Mounted(pyfuse3.Operations):
         if kind is None:
             raise OSError(errno.EINVAL, "no kind of file")
         content: Any = new
-        if kind in (Kind.CHARACTER, Kind.BLOCK):
+        if kind in (FileType.CHARACTER, FileType.BLOCK):
             content = new, Device(os.major(rdev), os.minor(rdev))
         made = await self._nfs.call(who, "mknod", target, (kind, content))
         return await self._made(who, target, made)
@@ -335,13 +335,13 @@ class Mounted(pyfuse3.Operations):
     def _target(self, folder: int, name: bytes) -> Target:
         return Target(self._nodes[folder].handle, bytes(name))
 
-    def _opened(self, node: Node, who: Auth) -> int:
+    def _opened(self, node: Inode, who: Auth) -> int:
         self._last_open += 1
         self._open[self._last_open] = _Open(node, who)
         node.opened += 1
         return self._last_open
 
-    async def _set(self, who: Auth, node: Node, new: NewAttributes) -> Attributes:
+    async def _set(self, who: Auth, node: Inode, new: NewAttributes) -> Attributes:
         if new.size is not None:  # else what is written again could make it longer
             await node.uncommitted.commit(who)
         change = await self._nfs.call(who, "setattr", node.handle, new, None)
@@ -349,7 +349,7 @@ class Mounted(pyfuse3.Operations):
         assert isinstance(attributes, Attributes)
         return attributes
 
-    async def _set_for_another(self, who: Auth, node: Node, new: NewAttributes) -> Attributes:
+    async def _set_for_another(self, who: Auth, node: Inode, new: NewAttributes) -> Attributes:
         """What the kernel, which has looked who owns the file, asks for somebody else's sake."""
         if new == NewAttributes(atime=new.atime, mtime=new.mtime):
             now = TimeHow.SERVER, None  # this, and no other time, sets whoever may write
@@ -394,7 +394,7 @@ class Mounted(pyfuse3.Operations):
             return False  # two links to one file: nothing is replaced
         aside = Target(target.directory, b".nfs" + secrets.token_hex(8).encode())
         attributes = await self._nfs.call(who, "getattr", handle)
-        if attributes.kind == Kind.DIRECTORY:
+        if attributes.kind == FileType.DIRECTORY:
             return False
         await self._nfs.call(who, "rename", target, aside)
         node.aside = aside, who

@@ -12,7 +12,7 @@ import signal
 import pyfuse3
 
 from .._linux.sd_notify import notify_ready
-from ..attachment import Place
+from ..attachment import ContextHandle
 from ..eventloop.tasks import on_signals
 from ..logs import NOTICE
 from ..model.locator import Inet, Locator
@@ -29,7 +29,7 @@ def mount(
     server: Locator,
     export: str,
     folder: str,
-    context: Place | None = None,
+    context: ContextHandle | None = None,
     mount_server: Locator | None = None,
     transfer: int = DATA_SIZE,
 ) -> None:
@@ -52,7 +52,7 @@ async def _serve(
     export: str,
     folder: str,
     transfer: int,
-    context: Place | None,
+    context: ContextHandle | None,
 ) -> None:
     _in_asyncio()
     client = RpcClient.connect(mount_server, context)

@@ -91,7 +91,7 @@ class _Table:
             del self._counts[guest]
 
 
-class Places:
+class HandleStore:
     """The table, in a file that one server has for itself."""
 
     def __init__(self, path: str | os.PathLike[str], most: int = NFS_PLACES) -> None:

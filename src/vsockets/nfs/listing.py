@@ -20,7 +20,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
-from .errors import Failed
+from .errors import NfsError
 from .exports import Identity
 from .handles import Identifier, Signer
 from .limits import (
@@ -32,8 +32,8 @@ from .limits import (
     NFS_STEP,
 )
 from .nfs3 import Status
-from .run_as import acting_as
-from .tree import Found
+from .run_as import run_as
+from .tree import FileRef
 from .work_queue import Later
 
 #: Cookies below are those of the beginning, and of the directory and its parent.
@@ -127,13 +127,13 @@ class Listings:
         self.verifier = signer.number(b"", b"cookies").to_bytes(8)
 
     def after(
-        self, guest: Hashable, folder: Found, cookie: int, identity: Identity
+        self, guest: Hashable, folder: FileRef, cookie: int, identity: Identity
     ) -> tuple[Part, int]:
         """Return a part, and the index of the first name in it after ``cookie``.
 
-        Raises Later while it has to be read, Failed (JUKEBOX) for too much of that, OSError.
+        Raises Later while it has to be read, NfsError (JUKEBOX) for too much of that, OSError.
         """
-        with acting_as(identity):  # which may read the folder, whoever has read it before
+        with run_as(identity):  # which may read the folder, whoever has read it before
             fd = os.open(folder.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             version = _version(folder)
@@ -177,7 +177,7 @@ class Listings:
                         self._reading[guest] >= NFS_GUEST_READING
                         or self._reading.total() >= NFS_READING
                     ):
-                        raise Failed(Status.JUKEBOX)
+                        raise NfsError(Status.JUKEBOX)
                     reading = 1
                     self._reading[guest] += 1
                     part.is_awaited = True
@@ -214,7 +214,7 @@ class _Key(NamedTuple):
     start: int
 
 
-def _version(folder: Found) -> object:
+def _version(folder: FileRef) -> object:
     """Return what changes with the folder's names."""
     seconds, nanoseconds = folder.state.ctime
     if time.time() - (seconds + nanoseconds / 1e9) < _COARSE:

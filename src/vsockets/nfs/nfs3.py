@@ -51,7 +51,7 @@ class Status(IntEnum):
     JUKEBOX = 10008
 
 
-class Kind(IntEnum):
+class FileType(IntEnum):
     """What a file is (ftype3)."""
 
     REGULAR = 1
@@ -262,8 +262,8 @@ _how = xdr.union(
 )
 _special = xdr.union(
     {
-        **dict.fromkeys((Kind.CHARACTER, Kind.BLOCK), _tuple(new_attributes, device)),
-        **dict.fromkeys((Kind.SOCKET, Kind.FIFO), new_attributes),
+        **dict.fromkeys((FileType.CHARACTER, FileType.BLOCK), _tuple(new_attributes, device)),
+        **dict.fromkeys((FileType.SOCKET, FileType.FIFO), new_attributes),
     },
     void,
 )

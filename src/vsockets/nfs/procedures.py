@@ -9,12 +9,12 @@ from typing import Any
 
 from .attributes import apply, attributes_of, time_of
 from .directories import Directories
-from .errors import Caller, Failed
+from .errors import Caller, NfsError
 from .handles import Signer
 from .listing import Listings
 from .nfs3 import Access, FsInfo, FsStat, NewAttributes, PathConf, Stable, Status, Time
-from .run_as import acting_as
-from .tree import Found
+from .run_as import run_as
+from .tree import FileRef
 
 #: Where files end on any file system we know: what an offset may be.
 _LARGEST = (1 << 63) - 1
@@ -26,7 +26,7 @@ _PROPERTIES = 1 | 2 | 8 | 16
 class Procedures(Directories):
     """Each method takes a caller and the arguments, and returns the results after OK.
 
-    They raise OSError, Failed and ValueError (a handle that is not ours).
+    They raise OSError, NfsError and ValueError (a handle that is not ours).
     """
 
     def __init__(self, signer: Signer, listings: Listings, verifier: bytes, transfer: int) -> None:
@@ -39,12 +39,12 @@ class Procedures(Directories):
     def setattr(self, caller: Caller, handle: bytes, new: NewAttributes, guard: Time | None) -> Any:
         found = self.found(caller, handle)
         if guard is not None and guard != time_of(found.state.ctime):
-            raise Failed(Status.NOT_SYNC)
+            raise NfsError(Status.NOT_SYNC)
         if new.size is not None:
             if found.is_folder:
                 raise OSError(errno.EISDIR, "a directory")
             _truncate(caller, found, new.size)
-        with acting_as(caller.identity):
+        with run_as(caller.identity):
             apply(found, new._replace(size=None))
         return self.change(caller, found)
 
@@ -54,7 +54,7 @@ class Procedures(Directories):
         if found.is_folder:
             write, execute = write | Access.DELETE, Access.LOOKUP
         granted = 0
-        with acting_as(caller.identity):
+        with run_as(caller.identity):
             for mode, bits in ((os.R_OK, read), (os.W_OK, write), (os.X_OK, execute)):
                 if asked & bits and os.access(found.path, mode, effective_ids=True):
                     granted |= asked & bits
@@ -92,7 +92,7 @@ class Procedures(Directories):
             raise OSError(errno.EFBIG, "too far out")
         fd = _open(caller, found, os.O_WRONLY)
         try:
-            with acting_as(caller.identity):  # whose write clears set-user-id
+            with run_as(caller.identity):  # whose write clears set-user-id
                 written = os.pwrite(fd, data, offset)
             if stable == Stable.FILE_SYNC:
                 os.fsync(fd)
@@ -134,7 +134,7 @@ class Procedures(Directories):
         most_links = os.pathconf(found.path, "PC_LINK_MAX") if found.is_folder else 127
         return PathConf(attributes_of(found), most_links, 255, True, True, False, True)
 
-    def _regular(self, caller: Caller, handle: bytes) -> Found:
+    def _regular(self, caller: Caller, handle: bytes) -> FileRef:
         found = self.found(caller, handle)
         if found.is_folder:
             raise OSError(errno.EISDIR, "a directory")
@@ -143,12 +143,12 @@ class Procedures(Directories):
         return found
 
 
-def _open(caller: Caller, found: Found, flags: int) -> int:
+def _open(caller: Caller, found: FileRef, flags: int) -> int:
     """Open what a client may have opened when its mode was another one, as RFC 1813 (4.4) says.
 
     Whoever may execute a file may read it, as his machine has to.
     """
-    with acting_as(caller.identity):
+    with run_as(caller.identity):
         try:
             return os.open(found.path, flags)
         except PermissionError:
@@ -158,12 +158,12 @@ def _open(caller: Caller, found: Found, flags: int) -> int:
     return os.open(found.path, flags)
 
 
-def _truncate(caller: Caller, found: Found, size: int) -> None:
+def _truncate(caller: Caller, found: FileRef, size: int) -> None:
     """As ``_open``: a file that is open can be truncated whatever its mode is by now."""
     if size > _LARGEST:
         raise OSError(errno.EFBIG, "too large")
     try:
-        with acting_as(caller.identity):
+        with run_as(caller.identity):
             os.truncate(found.path, size)
     except PermissionError:
         if found.state.uid != caller.identity.uid:

@@ -73,7 +73,7 @@ class Call(NamedTuple):
     verifier: Auth
 
 
-class Refused(Exception):
+class RpcRefused(Exception):
     """The server did not do what was asked; says why."""
 
 
@@ -153,19 +153,19 @@ def reply_to(data: bytes) -> int:
 
 
 def decode_reply(data: bytes) -> bytes:
-    """The results in a reply.  Raises Refused, and XdrError for what is no reply."""
+    """The results in a reply.  Raises RpcRefused, and XdrError for what is no reply."""
     reply_to(data)
     reader = Reader(data)
     reader.take(8)
     answer = xdr.uint.decode(reader)
     if answer == DENIED:
         why, detail = _denied.decode(reader)
-        raise Refused(f"{Denied(why).name} ({detail})")
+        raise RpcRefused(f"{Denied(why).name} ({detail})")
     if answer != ACCEPTED:
         raise XdrError(f"a reply of kind {answer}")
     _auth.decode(reader)
     how, versions = _accepted.decode(reader)
     if how != Accepted.SUCCESS:
         known = Accepted(how).name if how in list(Accepted) else str(how)
-        raise Refused(f"{known} {versions}" if versions else known)
+        raise RpcRefused(f"{known} {versions}" if versions else known)
     return data[reader.position :]

@@ -11,7 +11,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from .._linux.descriptor_passing import guard
-from ..attachment import Place, current
+from ..attachment import ContextHandle, current
 from ..eventloop.rebind import Revival
 from ..limits import FORWARD_ACCEPTS, MAX_DATAGRAM
 from ..model.constants import VMADDR_CID_LOCAL
@@ -40,7 +40,7 @@ class RpcClient:
     """Calls to one server, in the running asyncio loop."""
 
     def __init__(
-        self, sock: stdlib.socket, server: tuple[Any, ...], context: Place | None = None
+        self, sock: stdlib.socket, server: tuple[Any, ...], context: ContextHandle | None = None
     ) -> None:
         """``sock`` is a datagram socket, and ours from now on; of ``context``, if it is vSockets'.
 
@@ -67,7 +67,7 @@ class RpcClient:
         self._begin()
 
     @classmethod
-    def connect(cls, locator: Locator, context: Place | None = None) -> RpcClient:
+    def connect(cls, locator: Locator, context: ContextHandle | None = None) -> RpcClient:
         """A client of the server at ``locator``, vsock-dgram: or udp:.  Raises OSError."""
         match locator:
             case Vsock(cid, port, True):
@@ -159,7 +159,7 @@ class RpcClient:
             self._send(waiting)
             self._watch(transmission.due)
             return rpc.decode_reply(await waiting.answer)
-        except rpc.Refused as refused:
+        except rpc.RpcRefused as refused:
             raise OSError(errno.EACCES, f"the server refuses: {refused}") from None
         except XdrError as error:
             raise OSError(errno.EPROTO, f"the server's answer is none: {error}") from None

@@ -11,7 +11,7 @@ from .exports import Identity
 
 
 @contextlib.contextmanager
-def acting_as(identity: Identity) -> Iterator[None]:
+def run_as(identity: Identity) -> Iterator[None]:
     """Within the block our rights to files are ``identity``'s; without root, our own."""
     if os.geteuid() != 0 or identity == (0, 0, ()):
         yield

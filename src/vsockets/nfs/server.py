@@ -11,9 +11,9 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from .._linux.sd_notify import notify_ready
-from ..attachment import Place
+from ..attachment import ContextHandle
 from ..eventloop.asyncio_server import DatagramEntrance
-from ..eventloop.listeners import Door, open_door
+from ..eventloop.listeners import Listener, open_listener
 from ..eventloop.tasks import on_signals
 from ..limits import MAX_DATAGRAM
 from ..model.locator import Locator
@@ -40,7 +40,7 @@ class _Guest:
         self.pending: deque[tuple[_Call, Pending]] = deque()
 
 
-class Server:
+class NfsServer:
     """Answers at locators in the running asyncio loop, one call after the other.
 
     Guests take turns.  One that has more calls waiting than clients send loses the newer ones: its
@@ -48,7 +48,7 @@ class Server:
     """
 
     def __init__(
-        self, service: Service, locators: Sequence[Locator], context: Place | None = None
+        self, service: Service, locators: Sequence[Locator], context: ContextHandle | None = None
     ) -> None:
         """Raises OSError."""
         self._entrances: list[DatagramEntrance] = []
@@ -64,7 +64,7 @@ class Server:
             raise
 
     @property
-    def doors(self) -> list[Door]:
+    def doors(self) -> list[Listener]:
         """Where it answers, one for each locator."""
         return [entrance.door for entrance in self._entrances]
 
@@ -77,14 +77,14 @@ class Server:
         for guest in self._guests.values():
             guest.pending.clear()
 
-    def _enter(self, locator: Locator, context: Place | None) -> None:
-        door = open_door(locator, context)
+    def _enter(self, locator: Locator, context: ContextHandle | None) -> None:
+        door = open_listener(locator, context)
         try:
             entrance = DatagramEntrance(
                 locator,
                 door,
                 self._receive,
-                reopen=lambda: open_door(locator, context),
+                reopen=lambda: open_listener(locator, context),
                 context=context,
                 log=log,
             )
@@ -157,13 +157,13 @@ class Server:
 async def serve(
     service: Service,
     locators: Sequence[Locator],
-    context: Place | None,
-    opened: Callable[[Server], None],
+    context: ContextHandle | None,
+    opened: Callable[[NfsServer], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT; ``opened`` hears when clients can come.  Raises OSError."""
     ended = asyncio.Event()
     on_signals({signal.SIGTERM: ended.set, signal.SIGINT: ended.set})
-    server = Server(service, locators, context)
+    server = NfsServer(service, locators, context)
     try:
         opened(server)
         notify_ready()

@@ -10,10 +10,10 @@ from typing import Any
 
 from ..logs import by
 from . import mount_protocol, nfs3, rpc
-from .duplicate_request_cache import Duplicates
-from .errors import Caller, Failed
+from .duplicate_request_cache import DuplicateRequestCache
+from .errors import Caller, NfsError
 from .exports import Export
-from .handle_store import Places
+from .handle_store import HandleStore
 from .handles import Signer
 from .listing import Listings
 from .nfs3 import PROCEDURES, Status
@@ -45,7 +45,7 @@ class Service:
     """Serves exports; one for the life of a server."""
 
     def __init__(
-        self, exports: Sequence[Export], places: Places, transfer: int = nfs3.DATA_SIZE
+        self, exports: Sequence[Export], places: HandleStore, transfer: int = nfs3.DATA_SIZE
     ) -> None:
         """``transfer`` bounds READ, WRITE and listings, in bytes.  Raises OSError."""
         self._trees = [Tree(export, places) for export in exports]
@@ -56,7 +56,7 @@ class Service:
         listings = Listings(self._signer)
         self._procedures = Procedures(self._signer, listings, verifier, transfer)
         self._places = places
-        self._duplicates = Duplicates()
+        self._duplicates = DuplicateRequestCache()
         self._duplicates.restore(places.take_answers())
         self._pending: set[Hashable] = set()  # calls that are answered later
 
@@ -153,7 +153,7 @@ class Service:
                 raise error
             caller = self._caller(decoded, guest, credentials, procedure.changes)
             content = getattr(self._procedures, procedure.name)(caller, *decoded)
-        except Failed as failed:
+        except NfsError as failed:
             status = failed.status
         except ValueError:
             status = Status.BADHANDLE

@@ -12,7 +12,7 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 from .exports import Export
-from .handle_store import Places
+from .handle_store import HandleStore
 from .handles import Identifier
 from .limits import NFS_DEPTH, NFS_OPEN
 from .syscalls import FileState, open_beneath, state_of
@@ -23,7 +23,7 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EXDEV, errno.ELOO
 _PLACE = os.O_PATH | os.O_NOFOLLOW
 
 
-class Found(NamedTuple):
+class FileRef(NamedTuple):
     """A file: a descriptor that is its place only (O_PATH), and how it is."""
 
     fd: int
@@ -44,7 +44,7 @@ class Found(NamedTuple):
 class Tree:
     """One export.  Descriptors in what it finds are its own, and good for a call's duration."""
 
-    def __init__(self, export: Export, places: Places) -> None:
+    def __init__(self, export: Export, places: HandleStore) -> None:
         """Raises OSError."""
         self.export = export
         self._places = places
@@ -60,11 +60,11 @@ class Tree:
             os.close(fd)
         self._open.clear()
 
-    def find(self, file: Identifier) -> Found:
+    def find(self, file: Identifier) -> FileRef:
         """Raises OSError ESTALE when it is not where it was."""
         return self._find(file, NFS_DEPTH)
 
-    def look_up(self, folder: Found, name: bytes, guest: Hashable) -> Found:
+    def look_up(self, folder: FileRef, name: bytes, guest: Hashable) -> FileRef:
         """What is called ``name`` in ``folder``, for ``guest``.  Raises OSError."""
         if name == b".":
             return folder
@@ -75,22 +75,22 @@ class Tree:
         self._places.add(found.identifier, folder.identifier, name, guest)
         return found
 
-    def gone(self, folder: Found, name: bytes, file: Found) -> None:
+    def gone(self, folder: FileRef, name: bytes, file: FileRef) -> None:
         """``file`` is no longer called ``name`` in ``folder``."""
         self._places.remove(file.identifier, folder.identifier, name)
         with contextlib.suppress(OSError):
             if state_of(file.fd).nlink == 0:
                 self._forget(file.identifier)
 
-    def arrived(self, folder: Found, name: bytes, file: Found, guest: Hashable) -> None:
+    def arrived(self, folder: FileRef, name: bytes, file: FileRef, guest: Hashable) -> None:
         """``file`` is now called ``name`` in ``folder``, by ``guest``."""
         self._places.add(file.identifier, folder.identifier, name, guest)
 
-    def again(self, found: Found) -> Found:
+    def again(self, found: FileRef) -> FileRef:
         """The same file, as it is by now.  Raises OSError."""
         return found._replace(state=state_of(found.fd))
 
-    def _parent(self, folder: Found) -> Found:
+    def _parent(self, folder: FileRef) -> FileRef:
         if folder.identifier == self.root:
             return folder
         for parent, _ in self._places.of(folder.identifier):
@@ -98,13 +98,13 @@ class Tree:
                 return self.find(parent)
         raise _stale()
 
-    def _find(self, file: Identifier, depth: int) -> Found:
+    def _find(self, file: Identifier, depth: int) -> FileRef:
         if file == self.root:
-            return Found(self._root_fd, file, state_of(self._root_fd))
+            return FileRef(self._root_fd, file, state_of(self._root_fd))
         fd = self._open.get(file)
         if fd is not None:
             self._open.move_to_end(file)
-            found = Found(fd, file, state_of(fd))
+            found = FileRef(fd, file, state_of(fd))
             if found.state.nlink == 0:
                 self._forget(file)
                 raise _stale()
@@ -122,7 +122,7 @@ class Tree:
                 self._places.remove(file, parent, name)
         raise _stale()
 
-    def _keep(self, fd: int) -> Found:
+    def _keep(self, fd: int) -> FileRef:
         try:
             state = state_of(fd)
         except OSError:
@@ -137,7 +137,7 @@ class Tree:
         while len(self._open) > NFS_OPEN:
             _, oldest = self._open.popitem(last=False)
             os.close(oldest)
-        return Found(fd, file, state)
+        return FileRef(fd, file, state)
 
     def _forget(self, file: Identifier) -> None:
         self._places.forget(file)

@@ -21,7 +21,7 @@ class _Piece(NamedTuple):
     verifier: bytes
 
 
-class Uncommitted:
+class WriteBack:
     """Of one file; calls raise OSError, and then keep what they could not write."""
 
     def __init__(self, nfs: NfsClient, handle: bytes) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._linux.descriptor_passing import guard
-from ..attachment import Place
+from ..attachment import ContextHandle
 from ..limits import PERF_SAMPLES
 from ..model.locator import Inet, Locator, Unix, Vsock, VsockMux
 from ..protocol.hybrid import Answer, connect_line
@@ -24,9 +24,9 @@ from .protocol import (
     HEADER_SIZE,
     Header,
     Job,
-    Kind,
-    ProtocolError,
-    Request,
+    MessageKind,
+    PerfProtocolError,
+    PerfRequest,
     decode_count,
 )
 from .timeouts import set_timeouts
@@ -67,10 +67,10 @@ class Client:
     """Measures one locator; times are in seconds and sizes in bytes.
 
     Every measurement raises OSError when the server cannot be reached or stops, and
-    ProtocolError when it is something else.
+    PerfProtocolError when it is something else.
     """
 
-    def __init__(self, locator: Locator, context: Place | None = None) -> None:
+    def __init__(self, locator: Locator, context: ContextHandle | None = None) -> None:
         self.locator = locator
         self._context = context
 
@@ -78,7 +78,7 @@ class Client:
 
     def send(self, seconds: float, size: int) -> Result:
         """Throughput towards the server, until the server has read all of it."""
-        with self._ask(Request(Job.SINK, size)) as sock:
+        with self._ask(PerfRequest(Job.SINK, size)) as sock:
             data = bytes(size)
             begin = time.perf_counter()
             end = begin + seconds
@@ -91,7 +91,7 @@ class Client:
 
     def receive(self, seconds: float, size: int) -> Result:
         """Throughput from the server."""
-        with self._ask(Request(Job.SOURCE, size, int(seconds * 1000))) as sock:
+        with self._ask(PerfRequest(Job.SOURCE, size, int(seconds * 1000))) as sock:
             buffer = bytearray(size)
             count = 0
             begin = time.perf_counter()
@@ -103,7 +103,7 @@ class Client:
     def round_trip(self, seconds: float, size: int) -> Result:
         """A message there and back, one after the other."""
         samples = array("Q")
-        with self._ask(Request(Job.ECHO, size)) as sock:
+        with self._ask(PerfRequest(Job.ECHO, size)) as sock:
             message = bytes(size)
             end = time.perf_counter_ns() + int(seconds * 1e9)
             before = 0
@@ -118,7 +118,7 @@ class Client:
     def connects(self, seconds: float, size: int) -> Result:
         """Connect, be greeted, and close, one after the other."""
         samples = array("Q")
-        request = Request(Job.GREET, size).encode()
+        request = PerfRequest(Job.GREET, size).encode()
         begin = before = time.perf_counter_ns()
         end = begin + int(seconds * 1e9)
         while before < end and len(samples) < PERF_SAMPLES:
@@ -137,7 +137,7 @@ class Client:
         """As many datagrams as can be sent; the figure is what arrived."""
         run = int.from_bytes(os.urandom(8), "big")
         size = max(size, HEADER_SIZE)
-        data = Header(Kind.DATA, run).encode(size)
+        data = Header(MessageKind.DATA, run).encode(size)
         sent = 0
         with connect(self.locator, self._context) as sock:
             begin = time.perf_counter()
@@ -169,7 +169,7 @@ class Client:
             before = 0
             while before < end and len(samples) < PERF_SAMPLES:
                 number += 1
-                data = Header(Kind.PING, run, number).encode(size)
+                data = Header(MessageKind.PING, run, number).encode(size)
                 before = time.perf_counter_ns()
                 sock.send(data)
                 try:
@@ -186,7 +186,7 @@ class Client:
 
     # How it is done
 
-    def _ask(self, request: Request) -> stdlib.socket:
+    def _ask(self, request: PerfRequest) -> stdlib.socket:
         sock = connect(self.locator, self._context)
         sock.sendall(request.encode())
         return sock
@@ -197,7 +197,7 @@ class Client:
         known = -1
         for number in range(_REPORTS):
             try:
-                sock.send(Header(Kind.REPORT, run, number).encode())
+                sock.send(Header(MessageKind.REPORT, run, number).encode())
                 answer = Header.decode(sock.recv(65_536))
             except BlockingIOError:
                 continue
@@ -209,7 +209,7 @@ class Client:
         return known
 
 
-def connect(locator: Locator, context: Place | None = None) -> stdlib.socket:
+def connect(locator: Locator, context: ContextHandle | None = None) -> stdlib.socket:
     """A connected socket, blocking in the kernel and not for ever.  Raises OSError."""
     kind = stdlib.SOCK_DGRAM if locator.datagram else stdlib.SOCK_STREAM
     match locator:
@@ -275,5 +275,5 @@ def _receive(sock: stdlib.socket, size: int) -> bytes:
             break
         data += piece
     if not data:
-        raise ProtocolError("the server has closed the stream")
+        raise PerfProtocolError("the server has closed the stream")
     return data

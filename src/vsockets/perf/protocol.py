@@ -22,7 +22,7 @@ HEADER_SIZE = _HEADER.size
 COUNT_SIZE = _COUNT.size
 
 
-class ProtocolError(ValueError):
+class PerfProtocolError(ValueError):
     """The other side does not speak this protocol, or asks for too much."""
 
 
@@ -36,7 +36,7 @@ class Job(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PerfRequest:
     """The beginning of a stream."""
 
     job: Job
@@ -48,21 +48,21 @@ class Request:
         return _REQUEST.pack(_MAGIC, self.job, self.size, self.milliseconds)
 
     @classmethod
-    def decode(cls, data: bytes) -> Request:
-        """Raises ProtocolError."""
+    def decode(cls, data: bytes) -> PerfRequest:
+        """Raises PerfProtocolError."""
         if len(data) != _REQUEST.size:
-            raise ProtocolError(f"{len(data)} bytes, expected {_REQUEST.size}")
+            raise PerfProtocolError(f"{len(data)} bytes, expected {_REQUEST.size}")
         magic, job, size, milliseconds = _REQUEST.unpack(data)
         if magic != _MAGIC or job not in Job.__members__.values():
-            raise ProtocolError("that is not vsock perf of this version")
+            raise PerfProtocolError("that is not vsock perf of this version")
         if not 0 < size <= PERF_MESSAGE:
-            raise ProtocolError(f"size {size}: expected 1 to {PERF_MESSAGE}")
+            raise PerfProtocolError(f"size {size}: expected 1 to {PERF_MESSAGE}")
         if milliseconds > PERF_SECONDS * 1000:
-            raise ProtocolError(f"{milliseconds} ms: expected at most {PERF_SECONDS:g} s")
+            raise PerfProtocolError(f"{milliseconds} ms: expected at most {PERF_SECONDS:g} s")
         return cls(Job(job), size, milliseconds)
 
 
-class Kind(enum.IntEnum):
+class MessageKind(enum.IntEnum):
     """What a datagram is."""
 
     DATA = 1  #: one of those to be counted
@@ -74,7 +74,7 @@ class Kind(enum.IntEnum):
 class Header:
     """The beginning of a datagram."""
 
-    kind: Kind
+    kind: MessageKind
     run: int  #: which run it belongs to; chosen by the client
     number: int = 0  #: counts the datagrams, or, in an answer to REPORT, says how many arrived
 
@@ -84,13 +84,13 @@ class Header:
 
     @classmethod
     def decode(cls, data: bytes) -> Header:
-        """Raises ProtocolError."""
+        """Raises PerfProtocolError."""
         if len(data) < _HEADER.size:
-            raise ProtocolError(f"{len(data)} bytes, expected {_HEADER.size} at least")
+            raise PerfProtocolError(f"{len(data)} bytes, expected {_HEADER.size} at least")
         magic, kind, run, number = _HEADER.unpack_from(data)
-        if magic != _MAGIC or kind not in Kind.__members__.values():
-            raise ProtocolError("that is not vsock perf of this version")
-        return cls(Kind(kind), run, number)
+        if magic != _MAGIC or kind not in MessageKind.__members__.values():
+            raise PerfProtocolError("that is not vsock perf of this version")
+        return cls(MessageKind(kind), run, number)
 
 
 def encode_count(count: int) -> bytes:
@@ -99,8 +99,8 @@ def encode_count(count: int) -> bytes:
 
 
 def decode_count(data: bytes) -> int:
-    """Raises ProtocolError."""
+    """Raises PerfProtocolError."""
     if len(data) != _COUNT.size:
-        raise ProtocolError("the server ended before it had counted")
+        raise PerfProtocolError("the server ended before it had counted")
     count: int = _COUNT.unpack(data)[0]
     return count

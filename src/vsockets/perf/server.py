@@ -11,13 +11,21 @@ import time
 from collections import OrderedDict
 
 from .._linux.descriptor_passing import guard_accepted
-from ..attachment import Place
-from ..eventloop.listeners import Door
+from ..attachment import ContextHandle
+from ..eventloop.listeners import Listener
 from ..eventloop.rebind import lifeline
 from ..limits import FORWARD_LONGEST_PAUSE, MAX_DATAGRAM, PERF_RUNS, PERF_STREAMS
 from ..model.constants import AF_VSOCK
 from ..model.locator import Locator, Vsock
-from .protocol import REQUEST_SIZE, Header, Job, Kind, ProtocolError, Request, encode_count
+from .protocol import (
+    REQUEST_SIZE,
+    Header,
+    Job,
+    MessageKind,
+    PerfProtocolError,
+    PerfRequest,
+    encode_count,
+)
 from .timeouts import set_timeouts
 
 log = logging.getLogger("vsockets.perf")
@@ -25,22 +33,22 @@ log = logging.getLogger("vsockets.perf")
 _BUFFER = max(MAX_DATAGRAM, 65_536)
 
 
-class Server:
+class PerfServer:
     """Serves measurements on any number of locators until it is closed.
 
     A thread for each stream, a bounded number of them: clients measure one thing at a time.
     """
 
-    def __init__(self, locators: list[Locator], context: Place | None = None) -> None:
+    def __init__(self, locators: list[Locator], context: ContextHandle | None = None) -> None:
         """Raises OSError."""
-        self.doors: list[Door] = []
+        self.doors: list[Listener] = []
         self._context = context
         self._closed = threading.Event()
         self._lines: dict[int, stdlib.socket] = {}
         self._slots = threading.BoundedSemaphore(PERF_STREAMS)
         try:
             for locator in locators:
-                self.doors.append(Door(locator, context))
+                self.doors.append(Listener(locator, context))
             for number, locator in enumerate(locators):
                 self._begin(number, locator)
         except OSError:
@@ -90,7 +98,7 @@ class Server:
         self.doors[number].close()
         while not self._closed.wait(FORWARD_LONGEST_PAUSE):
             with contextlib.suppress(OSError):
-                self.doors[number] = Door(locator, self._context)
+                self.doors[number] = Listener(locator, self._context)
                 try:
                     self._begin(number, locator)
                 except OSError:
@@ -114,7 +122,7 @@ class Server:
 
     def _serve(self, sock: stdlib.socket) -> None:
         try:
-            with sock, contextlib.suppress(OSError, ProtocolError):
+            with sock, contextlib.suppress(OSError, PerfProtocolError):
                 set_timeouts(sock)
                 with contextlib.suppress(OSError):
                     sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)
@@ -133,32 +141,32 @@ class Server:
                 continue  # an answer that found nobody
             if source is None and sock.family == AF_VSOCK:
                 return  # vsockd has ended
-            with contextlib.suppress(OSError, ProtocolError, TypeError):
+            with contextlib.suppress(OSError, PerfProtocolError, TypeError):
                 header = Header.decode(data)
                 run = source, header.run
-                if header.kind is Kind.DATA:
+                if header.kind is MessageKind.DATA:
                     arrived[run] = arrived.get(run, 0) + 1
                     if len(arrived) > PERF_RUNS:
                         arrived.popitem(last=False)
-                elif header.kind is Kind.PING:
+                elif header.kind is MessageKind.PING:
                     sock.sendto(data, source)
                 else:
                     count = arrived.get(run, 0)
-                    sock.sendto(Header(Kind.REPORT, header.run, count).encode(), source)
+                    sock.sendto(Header(MessageKind.REPORT, header.run, count).encode(), source)
 
 
-def receive_request(sock: stdlib.socket) -> Request:
-    """The request a stream begins with.  Raises ProtocolError, OSError."""
+def receive_request(sock: stdlib.socket) -> PerfRequest:
+    """The request a stream begins with.  Raises PerfProtocolError, OSError."""
     data = b""
     while len(data) < REQUEST_SIZE:
         piece = sock.recv(REQUEST_SIZE - len(data))
         if not piece:
             break
         data += piece
-    return Request.decode(data)
+    return PerfRequest.decode(data)
 
 
-def do(request: Request, sock: stdlib.socket) -> None:
+def do(request: PerfRequest, sock: stdlib.socket) -> None:
     """Do what the client wants of this stream.  Raises OSError when it goes away."""
     if request.job is Job.SINK:
         buffer = bytearray(request.size)

@@ -65,7 +65,7 @@ class Op(IntEnum):
     BIND_SOCKET = 13
 
 
-class Flag(IntFlag):
+class RequestFlag(IntFlag):
     """Notes on a request or a record."""
 
     POLLING = 1  #: request: PADDING follows; an offer: it has yet to be taken off
@@ -80,7 +80,7 @@ class Flag(IntFlag):
     NAMED = 32
 
 
-_POLLING = int(Flag.POLLING)
+_POLLING = int(RequestFlag.POLLING)
 # A named tuple's own __new__ and _make are functions in Python; this is what they call.
 _new = tuple.__new__
 

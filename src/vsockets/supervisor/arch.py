@@ -13,7 +13,7 @@ from typing import NamedTuple
 FIRST_X32_CALL = 0x4000_0000
 
 
-class Machine(NamedTuple):
+class Architecture(NamedTuple):
     """Numbers of one architecture; -1 is a call it does not have."""
 
     architecture: int  #: AUDIT_ARCH_*
@@ -68,7 +68,7 @@ class Machine(NamedTuple):
 
 
 _MACHINES = {
-    "x86_64": Machine(
+    "x86_64": Architecture(
         architecture=0xC000_003E,
         close=3,
         dup=32,
@@ -112,7 +112,7 @@ _MACHINES = {
         seccomp=317,
         process_vm_readv=310,
     ),
-    "aarch64": Machine(
+    "aarch64": Architecture(
         architecture=0xC000_00B7,
         close=57,
         dup=23,
@@ -159,7 +159,7 @@ _MACHINES = {
 }
 
 
-def this_machine() -> Machine:
+def this_architecture() -> Architecture:
     """The numbers of the processor this runs on; NotImplementedError when we have none."""
     name = platform.machine()
     if name not in _MACHINES:

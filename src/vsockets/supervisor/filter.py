@@ -18,7 +18,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ..model.constants import AF_VSOCK
-from .arch import FIRST_X32_CALL, Machine
+from .arch import FIRST_X32_CALL, Architecture
 
 ALLOW = 0x7FFF_0000
 NOTIFY = 0x7FC0_0000
@@ -76,7 +76,7 @@ def refuse(errno: int) -> int:
     return _REFUSE | errno
 
 
-class Test(Enum):
+class ArgumentCondition(Enum):
     """A condition on an argument; the kernel's ``int`` arguments are its lower 32 bits."""
 
     __test__ = False  # pytest: not what you think
@@ -94,7 +94,7 @@ class When(NamedTuple):
     """One condition: argument number, test, and what it is compared with."""
 
     argument: int
-    test: Test
+    test: ArgumentCondition
     value: int = 0
 
 
@@ -115,8 +115,10 @@ class Numbers(NamedTuple):
     def holds(self, argument: int = 0) -> tuple[When, ...]:
         """The conditions that a call is about one of these descriptors."""
         if self.end == self.first + 1:
-            return (When(argument, Test.EQUAL, self.first),)
-        return When(argument, Test.AT_LEAST, self.first), When(argument, Test.BELOW, self.end)
+            return (When(argument, ArgumentCondition.EQUAL, self.first),)
+        return When(argument, ArgumentCondition.AT_LEAST, self.first), When(
+            argument, ArgumentCondition.BELOW, self.end
+        )
 
 
 class Served(Enum):
@@ -139,16 +141,16 @@ def may_be_opened(device: str = "/dev/vsock") -> bool:
     return stat.S_ISCHR(mode) and mode & _ANYBODYS == _ANYBODYS
 
 
-def rules(machine: Machine, opens: bool, looks: bool = False) -> list[Rule]:
+def rules(machine: Architecture, opens: bool, looks: bool = False) -> list[Rule]:
     """What ``vsock run`` intercepts; with ``opens``, the opening of ``/dev/vsock`` too, and with
     ``looks``, whatever asks whether it is there.
     """
-    m, equal, differs = machine, Test.EQUAL, Test.DIFFERS
+    m, equal, differs = machine, ArgumentCondition.EQUAL, ArgumentCondition.DIFFERS
     vsock = When(0, equal, AF_VSOCK)
     asked = [When(2, equal, int(option)) for option in ASKED_OPTIONS]
-    end_of_record = Test.HAS_BIT, int(socket.MSG_EOR)
+    end_of_record = ArgumentCondition.HAS_BIT, int(socket.MSG_EOR)
     urgent = int(socket.MSG_OOB)
-    plain_open = Test.LACKS_BITS, _OTHER_OPEN_FLAGS
+    plain_open = ArgumentCondition.LACKS_BITS, _OTHER_OPEN_FLAGS
     made = [
         Rule(m.socket, NOTIFY, (vsock,)),
         Rule(m.socketpair, refuse(_EOPNOTSUPP), (vsock,)),
@@ -196,10 +198,10 @@ def rules(machine: Machine, opens: bool, looks: bool = False) -> list[Rule]:
         Rule(m.sendto, NOTIFY, (When(3, *end_of_record),)),
         Rule(m.sendmsg, NOTIFY, (When(2, *end_of_record),)),
         # Flags that mean something else to a unix socket.
-        Rule(m.recvmsg, NOTIFY, (When(2, Test.HAS_BIT, MSG_ERRQUEUE | urgent),)),
-        Rule(m.recvfrom, NOTIFY, (When(3, Test.HAS_BIT, MSG_ERRQUEUE | urgent),)),
-        Rule(m.sendmsg, NOTIFY, (When(2, Test.HAS_BIT, urgent),)),
-        Rule(m.sendto, NOTIFY, (When(3, Test.HAS_BIT, urgent),)),
+        Rule(m.recvmsg, NOTIFY, (When(2, ArgumentCondition.HAS_BIT, MSG_ERRQUEUE | urgent),)),
+        Rule(m.recvfrom, NOTIFY, (When(3, ArgumentCondition.HAS_BIT, MSG_ERRQUEUE | urgent),)),
+        Rule(m.sendmsg, NOTIFY, (When(2, ArgumentCondition.HAS_BIT, urgent),)),
+        Rule(m.sendto, NOTIFY, (When(3, ArgumentCondition.HAS_BIT, urgent),)),
         # A ring would make sockets, and open files, without a system call.
         Rule(m.io_uring_setup, refuse(_SYS_SECCOMP_ENOSYS)),
         Rule(m.io_uring_enter, refuse(_SYS_SECCOMP_ENOSYS)),
@@ -208,7 +210,7 @@ def rules(machine: Machine, opens: bool, looks: bool = False) -> list[Rule]:
     return [rule for rule in made if rule.number >= 0]
 
 
-def traced_rules(machine: Machine, kind: Served, numbers: Numbers) -> list[Rule]:
+def traced_rules(machine: Architecture, kind: Served, numbers: Numbers) -> list[Rule]:
     """What is traced of descriptors with these numbers: data calls that are served, and copies.
 
     Of datagram sockets, all that sends, and receiving with the source's address.  Of packet
@@ -218,15 +220,15 @@ def traced_rules(machine: Machine, kind: Served, numbers: Numbers) -> list[Rule]
     calls: list[tuple[int, tuple[When, ...]]] = [(m.recvmsg, ours)]
     if kind is Served.DATAGRAM:
         calls += [(number, ours) for number in (m.sendto, m.sendmsg, m.sendmmsg, m.write, m.writev)]
-        calls += [(m.recvmmsg, ours), (m.recvfrom, (*ours, When(4, Test.NOT_NULL)))]
+        calls += [(m.recvmmsg, ours), (m.recvfrom, (*ours, When(4, ArgumentCondition.NOT_NULL)))]
     else:
-        calls.append((m.sendto, (*ours, When(4, Test.NOT_NULL))))
+        calls.append((m.sendto, (*ours, When(4, ArgumentCondition.NOT_NULL))))
     calls += [(number, ours) for number in (m.dup, m.dup2, m.dup3)]
-    calls += [(m.fcntl, (*ours, When(1, Test.EQUAL, command))) for command in COPYING]
+    calls += [(m.fcntl, (*ours, When(1, ArgumentCondition.EQUAL, command))) for command in COPYING]
     return [Rule(number, TRACE, when) for number, when in calls if number >= 0]
 
 
-def assemble(machine: Machine, made: Sequence[Rule], is_first: bool = True) -> bytes:
+def assemble(machine: Architecture, made: Sequence[Rule], is_first: bool = True) -> bytes:
     """The BPF program of ``made``, for ``seccomp(2)``.
 
     A program of another architecture is asked about at every call: its numbers mean something
@@ -267,16 +269,16 @@ def _steps(condition: When) -> Iterator[tuple[int, int, bool, bool]]:
     """(instruction, constant, whether it holds if the comparison does, whether it is the last)."""
     low = _ARGUMENTS + 8 * condition.argument
     code, holds_if = {
-        Test.EQUAL: (_IF_EQUAL, True),
-        Test.DIFFERS: (_IF_EQUAL, False),
-        Test.AT_LEAST: (_IF_AT_LEAST, True),
-        Test.BELOW: (_IF_AT_LEAST, False),
-        Test.HAS_BIT: (_IF_ANY_BIT, True),
-        Test.LACKS_BITS: (_IF_ANY_BIT, False),
-        Test.NOT_NULL: (_IF_EQUAL, False),
+        ArgumentCondition.EQUAL: (_IF_EQUAL, True),
+        ArgumentCondition.DIFFERS: (_IF_EQUAL, False),
+        ArgumentCondition.AT_LEAST: (_IF_AT_LEAST, True),
+        ArgumentCondition.BELOW: (_IF_AT_LEAST, False),
+        ArgumentCondition.HAS_BIT: (_IF_ANY_BIT, True),
+        ArgumentCondition.LACKS_BITS: (_IF_ANY_BIT, False),
+        ArgumentCondition.NOT_NULL: (_IF_EQUAL, False),
     }[condition.test]
     value = condition.value & 0xFFFF_FFFF
-    if condition.test is Test.NOT_NULL:
+    if condition.test is ArgumentCondition.NOT_NULL:
         value = 0
         yield _LOAD, low + 4, True, False
         yield code, 0, False, False

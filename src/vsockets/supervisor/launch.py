@@ -27,7 +27,7 @@ from typing import NoReturn
 
 from .._linux.rlimit import allow_many_descriptors
 from ..attachment import Attachment
-from .arch import this_machine
+from .arch import this_architecture
 from .filter import assemble, may_be_opened, rules
 from .notification import Listener, install
 from .ptrace import WAIT_FOR_ALL
@@ -78,7 +78,7 @@ def launch(
 
     Raises OSError in the program's process when there is no supervising it.
     """
-    machine = this_machine()
+    machine = this_architecture()
     _control(_PR_SET_CHILD_SUBREAPER, 1)
     front, back = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     starter = os.getpid()

@@ -14,7 +14,7 @@ import os
 import struct
 from typing import NamedTuple
 
-from .arch import Machine
+from .arch import Architecture
 
 # struct seccomp_notif: id, pid, flags; then struct seccomp_data: number, architecture,
 # instruction pointer, six arguments.
@@ -55,7 +55,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def install(machine: Machine, program: bytes) -> int:
+def install(machine: Architecture, program: bytes) -> int:
     """Put this process under a filter, for good; returns the listener's descriptor.
 
     Raises OSError: EBUSY when a filter with a listener holds already, EINVAL or ENOSYS when the

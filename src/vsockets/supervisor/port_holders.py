@@ -15,14 +15,16 @@ from collections.abc import Callable
 
 from ..model.buffers import BufferSizes
 from ..protocol import Op, Record, Request
-from .scheduler import HUNG_UP, Waits
+from .scheduler import HUNG_UP, CoroutineScheduler
 from .vsockd_client import SEND, Asker, receive_record, send, take_record
 
 
 class Hold:
     """The port of one socket, from :meth:`bind` to :meth:`close`."""
 
-    def __init__(self, channel: _socket.socket, waits: Waits, holds: dict[int, Hold]) -> None:
+    def __init__(
+        self, channel: _socket.socket, waits: CoroutineScheduler, holds: dict[int, Hold]
+    ) -> None:
         """Take ``channel``, a connection to vsockd.  ``holds``: where it is to be found by the
         socket's inode.
         """

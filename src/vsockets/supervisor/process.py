@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import SHUT_RDWR
 
-from .arch import Machine
+from .arch import Architecture
 
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 #: Processes whose pidfd is kept, so that a call costs one system call less.
@@ -51,7 +51,7 @@ class _Vector(ctypes.Structure):
 class Processes:
     """Access to supervised processes, by the number of any of their threads."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Architecture) -> None:
         self._machine = machine
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._pidfds: OrderedDict[int, int] = OrderedDict()

@@ -15,7 +15,7 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from .arch import Machine
+from .arch import Architecture
 
 # linux/ptrace.h
 _CONT, _SYSCALL = 7, 24
@@ -172,7 +172,7 @@ class _Vector(ctypes.Structure):
 class Ptrace:
     """The requests.  OSError ESRCH when the thread has been killed, or has not stopped."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Architecture) -> None:
         self._ptrace = ctypes.CDLL(None, use_errno=True).ptrace
         self._ptrace.restype = ctypes.c_long
         self._ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)

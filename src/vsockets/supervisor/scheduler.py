@@ -72,7 +72,7 @@ class _EpollEvent(ctypes.Structure):
     _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_uint64))
 
 
-class Waits:
+class CoroutineScheduler:
     """One epoll, and who waits for what on it."""
 
     def __init__(self, listener: int, on_listener: Callable[[int], None]) -> None:
@@ -87,7 +87,8 @@ class Waits:
         self._control = ctypes.CDLL(None, use_errno=True).epoll_ctl
         self._watched: dict[int, Callable[[int], None]] = {}
         self._waiting: dict[int, tuple[int | None, Resume]] = {}
-        # Waits for one socket are a group: the epoll holds one registration for all of them.
+        # CoroutineScheduler for one socket are a group: the epoll holds one registration for all
+        # of them.
         self._groups: dict[int, dict[int, Resume]] = {}
         self._group_of: dict[int, int] = {}  # by the key of a wait
         self._group_for: dict[int, int] = {}  # by a socket's inode

@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 from ..attachment import Attachment
 from ..limits import SIGNAL_LOOK, SIGNAL_PATIENCE
-from ..protocol import Flag, Op, Record, Request, Role
-from .arch import Machine
+from ..protocol import Op, Record, Request, RequestFlag, Role
+from .arch import Architecture
 from .call import Answer, Call, Serving, SocketHandler, TracedCall
 from .calls import ARGUMENTS, HANDLERS, PATHS, SOCKET_HANDLERS
 from .calls.creating import DEVICE
@@ -34,10 +34,10 @@ from .notification import Gone, Listener, Notification
 from .port_holders import Hold
 from .process import Processes
 from .ptrace import SystemCall
-from .scheduler import Wait, Waits, pause
+from .scheduler import CoroutineScheduler, Wait, pause
 from .sockets import SERVED, Endpoint, Phase, Sockets, inode_in
 from .tracing import Tracee, Tracer
-from .vsockd_client import Asker, Vsockd, cookie_of, may_be_known
+from .vsockd_client import Asker, VsockdClient, cookie_of, may_be_known
 
 log = logging.getLogger(__name__)
 
@@ -70,18 +70,18 @@ class _Kept(NamedTuple):
 class Supervisor:
     """Answers the intercepted calls of all processes under one filter, in one context."""
 
-    def __init__(self, machine: Machine, listener: Listener, context: Attachment) -> None:
+    def __init__(self, machine: Architecture, listener: Listener, context: Attachment) -> None:
         self.machine = machine
         self.listener = listener
         self.processes = Processes(machine)
         self.sockets = Sockets()
         #: what holds the ports of bound sockets, by inode: not to be forgotten with the sockets
         self._holds: dict[int, Hold] = {}
-        self.vsockd = Vsockd(context)
+        self.vsockd = VsockdClient(context)
         self.routes = Routes()
         #: A descriptor of nothing much, see ``calls.packets``.
         self.marker = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
-        self.waits = Waits(listener.fileno(), self._on_listener)
+        self.waits = CoroutineScheduler(listener.fileno(), self._on_listener)
         self.tracer = Tracer(machine, self.processes, self._serve_traced, self._is_served)
         self._plain = {getattr(machine, name): serve for name, serve in HANDLERS.items()}
         self._paths = {getattr(machine, name): argument for name, argument in PATHS.items()}
@@ -365,7 +365,7 @@ class Supervisor:
         if record.role == Role.CONNECTED:
             endpoint.settle(record)
         else:
-            endpoint.named = bool(record.flags & Flag.NAMED)
+            endpoint.named = bool(record.flags & RequestFlag.NAMED)
             endpoint.hold = self._holds.get(endpoint.inode)
             endpoint.entered = not endpoint.named
             endpoint.local = record.local

@@ -22,7 +22,7 @@ import struct
 from collections.abc import Callable, Generator
 from enum import Enum, auto
 
-from .arch import Machine
+from .arch import Architecture
 from .filter import COPYING, TRACE_MARK, Numbers, Served, assemble, traced_rules
 from .process import Processes, write_memory
 from .ptrace import (
@@ -110,7 +110,7 @@ class Tracer:
 
     def __init__(
         self,
-        machine: Machine,
+        machine: Architecture,
         processes: Processes,
         serve: Callable[[Tracee, SystemCall], None],
         is_served: Callable[[int, int], bool],

@@ -26,7 +26,7 @@ from socket import (
     SOL_SOCKET,
 )
 
-from ..attachment import Attachment, descriptor_in, understand
+from ..attachment import Attachment, decode_reply, descriptor_in
 from ..limits import KNOCK_AGAIN, REQUEST_TIMEOUT
 from ..protocol import RECORD_SIZE, Record, Request, is_socket_name
 from ..state_folder import SEQPACKET, STREAM
@@ -55,7 +55,7 @@ class Naming(Enum):
     PROCESSES = auto()
 
 
-class Vsockd:
+class VsockdClient:
     """The vsockd of a context."""
 
     def __init__(self, context: Attachment) -> None:
@@ -215,7 +215,7 @@ async def receive_record(
 def take_record(sock: _socket.socket) -> tuple[Record, int | None]:
     """As :func:`receive_record`; OSError EAGAIN when there is nothing yet."""
     data, came, _, _ = sock.recvmsg(RECORD_SIZE, _ONE_DESCRIPTOR, _TAKE)
-    return understand(data), descriptor_in(came)
+    return decode_reply(data), descriptor_in(came)
 
 
 def cookie_of(sock: _socket.socket) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..api import create_connection
-from ..attachment import Place
+from ..attachment import ContextHandle
 from ..limits import GUEST_SAYS
 from .guest_agent import COMMANDS
 
@@ -25,10 +25,10 @@ _PATIENCE = 60.0
 Progress = Callable[[int], None]
 
 
-class Guest:
+class GuestClient:
     """A guest that runs :mod:`vsockets.vm.guest_agent`."""
 
-    def __init__(self, host: Place, cid: int) -> None:
+    def __init__(self, host: ContextHandle, cid: int) -> None:
         """``host`` is the context we are in."""
         self._host = host
         self.cid = cid

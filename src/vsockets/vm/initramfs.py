@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .apt import Suite, Unavailable, filled
-from .kernels import DRIVERS, Kernel
+from .kernels import DRIVERS, KernelImage
 
 #: The library's own files: the guest's tools.
 PACKAGE = Path(__file__).parents[1]
@@ -137,7 +137,7 @@ def put_folders(archive: Archive) -> None:
 
 
 def build(
-    kernel: Kernel,
+    kernel: KernelImage,
     userland: Userland,
     device: str,
     last: str,

@@ -19,7 +19,7 @@ _PARTS = re.compile(r"linux-(image|binary|modules)-\d")
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 
 
-class Kernel:
+class KernelImage:
     """A Linux and its modules, the newest of a suite."""
 
     def __init__(self, suite: Suite) -> None:

@@ -14,7 +14,7 @@ from .life_cycle import Act, LifeCycle
 _HEARD = ("STOP", "RESUME", "RESET", "MIGRATION", "SHUTDOWN")
 
 
-class Following:
+class LifecycleSync:
     """Does what :class:`LifeCycle` decides."""
 
     def __init__(

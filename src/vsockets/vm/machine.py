@@ -24,8 +24,8 @@ from ..control import Control
 from ..limits import LOG_RATE
 from ..logs import Throttle
 from .console import console
-from .lifecycle_sync import Following
-from .qemu_args import Machine, arguments
+from .lifecycle_sync import LifecycleSync
+from .qemu_args import MachineOptions, arguments
 
 #: How long QEMU and the device may take to be there, in seconds; each takes half of one.
 _START = 60.0
@@ -62,7 +62,7 @@ _BROKEN = {
 }
 
 
-class Failed(Exception):
+class MachineFailed(Exception):
     """The machine could not be started, or broke; the text says why."""
 
 
@@ -71,7 +71,7 @@ class RunningMachine:
 
     def __init__(
         self,
-        machine: Machine,
+        machine: MachineOptions,
         qemu: str,
         control: Control,
         cid: int,
@@ -98,7 +98,8 @@ class RunningMachine:
     async def run(self) -> int:
         """Until the guest is off.
 
-        Returns the exit status: 0, or 128 and the number of the signal that ended it.  Failed.
+        Returns the exit status: 0, or 128 and the number of the signal that ended it.
+        MachineFailed.
         """
         self._main = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
@@ -138,7 +139,7 @@ class RunningMachine:
                 ready = await device.stdout.readline()
                 said = (await device.stderr.readline()).decode(errors="replace").strip()
             if not ready:
-                raise Failed(said.removeprefix("vsock: ") or "the device did not start")
+                raise MachineFailed(said.removeprefix("vsock: ") or "the device did not start")
             yield device
 
     @contextlib.asynccontextmanager
@@ -169,12 +170,12 @@ class RunningMachine:
         except QMPError:
             assert qemu.stderr is not None
             said = (await qemu.stderr.read()).decode(errors="replace").strip()
-            raise Failed(f"QEMU: {said or 'it ended at once'}") from None
+            raise MachineFailed(f"QEMU: {said or 'it ended at once'}") from None
 
     async def _live(self, device: Process, qemu: Process) -> None:
         """Until one of the two ends."""
         self._kill = qemu.kill
-        following = Following(self._qmp, self._control, self._cid, self._tell)
+        following = LifecycleSync(self._qmp, self._control, self._cid, self._tell)
         follows = asyncio.create_task(following.run())
         ends = [asyncio.create_task(process.wait()) for process in (device, qemu)]
         helpers = [
@@ -199,11 +200,11 @@ class RunningMachine:
             with contextlib.suppress(QMPError, EOFError, OSError):
                 await self._qmp.disconnect()
         if device.returncode is not None:
-            raise Failed(f"the device has ended ({_how(device)}), and the machine with it")
+            raise MachineFailed(f"the device has ended ({_how(device)}), and the machine with it")
         if qemu.returncode and not self._status:
-            raise Failed(f"QEMU has ended ({_how(qemu)})")
+            raise MachineFailed(f"QEMU has ended ({_how(qemu)})")
         if following.end in _BROKEN:
-            raise Failed(_BROKEN[following.end])
+            raise MachineFailed(_BROKEN[following.end])
 
     # Being told to end
 
@@ -262,7 +263,7 @@ async def _in_time(what: str) -> AsyncIterator[None]:
         async with asyncio.timeout(_START):
             yield
     except TimeoutError:
-        raise Failed(f"{what} did not start within {_START:g} s") from None
+        raise MachineFailed(f"{what} did not start within {_START:g} s") from None
 
 
 def _channel(name: str, fd: int) -> tuple[str, str]:

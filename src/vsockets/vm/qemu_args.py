@@ -49,7 +49,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineOptions:
     """A virtual machine."""
 
     device: str  #: vmci or virtio
@@ -65,7 +65,7 @@ class Machine:
     cards: tuple[Card, ...] = ()
 
 
-def arguments(machine: Machine, device_socket: str) -> list[str]:
+def arguments(machine: MachineOptions, device_socket: str) -> list[str]:
     """Everything but where the console and the monitor are.
 
     ``device_socket`` is where the device's process waits.

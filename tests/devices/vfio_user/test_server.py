@@ -18,8 +18,16 @@ from hypothesis import strategies as st
 
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.message_protocol import ProtocolError
-from vsockets.devices.vfio_user import ConfigSpace, Identity, Interrupts, Irq, Region, Server, pci
+from vsockets.devices.message_protocol import DeviceProtocolError
+from vsockets.devices.vfio_user import (
+    ConfigSpace,
+    Identity,
+    Interrupts,
+    Irq,
+    Region,
+    VfioUserServer,
+    pci,
+)
 from vsockets.devices.vfio_user.messages import (
     ACCESS,
     DMA_MAP,
@@ -107,7 +115,7 @@ def path(device: Remembering, tmp_path: Path) -> Iterator[Path]:
     listener.bind(os.fspath(path))
     listener.listen()
     loop = DeviceLoop()
-    server = Server(loop, listener, device)
+    server = VfioUserServer(loop, listener, device)
     thread = threading.Thread(target=loop.run)
     loop_wakes, ours = socket.socketpair()
     loop.watch(loop_wakes.fileno(), lambda events: loop.stop())
@@ -325,7 +333,7 @@ def test_decoding_does_not_depend_on_how_it_arrives(
 
 @given(st.binary(max_size=200))
 def test_any_bytes_decode_or_are_refused(data: bytes) -> None:
-    with contextlib.suppress(ProtocolError):
+    with contextlib.suppress(DeviceProtocolError):
         list(Decoder().receive(data))
 
 

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.devices.message_protocol import ProtocolError
+from vsockets.devices.message_protocol import DeviceProtocolError
 from vsockets.devices.vhost_user.messages import (
     HEADER,
     Decoder,
     Message,
-    Request,
+    RequestType,
     encode,
     reply,
 )
@@ -46,9 +46,9 @@ def test_messages_come_whole_however_they_are_read(
 
 def test_descriptors_belong_to_the_message_they_came_with() -> None:
     decoder = Decoder()
-    (first,) = read(decoder, encode(Request.SET_OWNER), 99, [])
-    (second,) = read(decoder, encode(Request.ADD_MEM_REG, bytes(40)), 7, [5, 6])
-    (third,) = read(decoder, encode(Request.SET_OWNER), 99, [])
+    (first,) = read(decoder, encode(RequestType.SET_OWNER), 99, [])
+    (second,) = read(decoder, encode(RequestType.ADD_MEM_REG, bytes(40)), 7, [5, 6])
+    (third,) = read(decoder, encode(RequestType.SET_OWNER), 99, [])
     assert (first.fds, second.fds, third.fds) == ((), (5, 6), ())
 
 
@@ -70,7 +70,7 @@ def test_descriptors_of_a_message_cut_short_are_not_lost() -> None:
 )
 def test_what_is_no_request_is_refused(header: bytes) -> None:
     decoder = Decoder()
-    with pytest.raises(ProtocolError):
+    with pytest.raises(DeviceProtocolError):
         decoder.receive(header, [5, 6])
     assert decoder.pending_fds() == [5, 6]
 
@@ -78,7 +78,7 @@ def test_what_is_no_request_is_refused(header: bytes) -> None:
 def test_a_message_has_a_bounded_number_of_descriptors() -> None:
     decoder = Decoder()
     decoder.receive(b"\1", [5] * VHOST_DESCRIPTORS)
-    with pytest.raises(ProtocolError, match="9 descriptors"):
+    with pytest.raises(DeviceProtocolError, match="9 descriptors"):
         decoder.receive(b"\1", [6])
     assert decoder.pending_fds() == [*([5] * VHOST_DESCRIPTORS), 6]
 

@@ -12,14 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vsockets.devices.guest_memory import GuestMemory
-from vsockets.devices.message_protocol import ProtocolError
+from vsockets.devices.message_protocol import DeviceProtocolError
 from vsockets.devices.vhost_user import Session, Vring, messages
 from vsockets.devices.vhost_user.messages import (
     F_PROTOCOL_FEATURES,
     Flag,
     Message,
     Protocol,
-    Request,
+    RequestType,
 )
 
 VERSION_1 = 1 << 32
@@ -81,10 +81,10 @@ class Front:
 
     def negotiate(self) -> None:
         features = int(Protocol.REPLY_ACK | Protocol.CONFIG)
-        message = Message(Request.SET_PROTOCOL_FEATURES, 1, messages.U64.pack(features))
+        message = Message(RequestType.SET_PROTOCOL_FEATURES, 1, messages.U64.pack(features))
         assert self.session.handle(message) is None
         features = VERSION_1 | F_PROTOCOL_FEATURES
-        assert self.order(Request.SET_FEATURES, messages.U64.pack(features)) == 0
+        assert self.order(RequestType.SET_FEATURES, messages.U64.pack(features)) == 0
 
 
 @pytest.fixture
@@ -121,55 +121,57 @@ def table(*regions: bytes) -> bytes:
 
 def set_ring(front: Front, kick: int, index: int = 0) -> None:
     state = messages.VRING_STATE
-    assert front.order(Request.SET_VRING_NUM, state.pack(index, 16)) == 0
-    assert front.order(Request.SET_VRING_BASE, state.pack(index, 7)) == 0
+    assert front.order(RequestType.SET_VRING_NUM, state.pack(index, 16)) == 0
+    assert front.order(RequestType.SET_VRING_BASE, state.pack(index, 7)) == 0
     address = messages.VRING_ADDR.pack(index, 0, USER, USER + 0x2000, USER + 0x1000, 0)
-    assert front.order(Request.SET_VRING_ADDR, address) == 0
-    assert front.order(Request.SET_VRING_KICK, messages.U64.pack(index), kick) == 0
-    assert front.order(Request.SET_VRING_ENABLE, state.pack(index, 1)) == 0
+    assert front.order(RequestType.SET_VRING_ADDR, address) == 0
+    assert front.order(RequestType.SET_VRING_KICK, messages.U64.pack(index), kick) == 0
+    assert front.order(RequestType.SET_VRING_ENABLE, state.pack(index, 1)) == 0
 
 
 def test_features(front: Front) -> None:
-    assert front.number(Request.GET_FEATURES) == VERSION_1 | F_PROTOCOL_FEATURES
+    assert front.number(RequestType.GET_FEATURES) == VERSION_1 | F_PROTOCOL_FEATURES
     assert front.device.used == VERSION_1
-    assert front.number(Request.GET_QUEUE_NUM) == 2
-    assert front.number(Request.GET_MAX_MEM_SLOTS) > 8
-    assert front.order(Request.SET_FEATURES, messages.U64.pack(1 << 5)) == errno.EINVAL
-    assert front.order(Request.SET_PROTOCOL_FEATURES, messages.U64.pack(1 << 63)) == errno.EINVAL
+    assert front.number(RequestType.GET_QUEUE_NUM) == 2
+    assert front.number(RequestType.GET_MAX_MEM_SLOTS) > 8
+    assert front.order(RequestType.SET_FEATURES, messages.U64.pack(1 << 5)) == errno.EINVAL
+    assert (
+        front.order(RequestType.SET_PROTOCOL_FEATURES, messages.U64.pack(1 << 63)) == errno.EINVAL
+    )
 
 
 def test_the_configuration_space(front: Front) -> None:
     config = messages.CONFIG
-    assert front.ask(Request.GET_CONFIG, config.pack(2, 3, 0) + b"...") == (
+    assert front.ask(RequestType.GET_CONFIG, config.pack(2, 3, 0) + b"...") == (
         config.pack(2, 3, 0) + b"345"
     )
-    assert front.ask(Request.GET_CONFIG, config.pack(2, 7, 0) + bytes(7)) == b""
-    assert front.ask(Request.GET_CONFIG, config.pack(0xFFFF_FFFF, 0xFFFF_FFFF, 0)) == b""
-    assert front.ask(Request.GET_CONFIG, b"short") == b""
-    assert front.order(Request.SET_CONFIG, config.pack(0, 1, 0) + b"x") == errno.ENOTSUP
+    assert front.ask(RequestType.GET_CONFIG, config.pack(2, 7, 0) + bytes(7)) == b""
+    assert front.ask(RequestType.GET_CONFIG, config.pack(0xFFFF_FFFF, 0xFFFF_FFFF, 0)) == b""
+    assert front.ask(RequestType.GET_CONFIG, b"short") == b""
+    assert front.order(RequestType.SET_CONFIG, config.pack(0, 1, 0) + b"x") == errno.ENOTSUP
 
 
 def test_a_ring_starts_when_it_is_enabled_and_stops_when_its_base_is_asked_for(
     front: Front, memory: int, kick: int
 ) -> None:
-    assert front.order(Request.SET_MEM_TABLE, table(region()), memory) == 0
+    assert front.order(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
     set_ring(front, kick)
     assert front.device.running == {0: (GUEST, GUEST + 0x1000, GUEST + 0x2000)}
     state = messages.VRING_STATE
-    assert front.order(Request.SET_VRING_BASE, state.pack(0, 0)) == errno.EBUSY
-    assert front.ask(Request.GET_VRING_BASE, state.pack(0, 0)) == state.pack(0, 42)
+    assert front.order(RequestType.SET_VRING_BASE, state.pack(0, 0)) == errno.EBUSY
+    assert front.ask(RequestType.GET_VRING_BASE, state.pack(0, 0)) == state.pack(0, 42)
     assert front.device.running == {}
 
 
 def test_without_protocol_features_a_ring_is_enabled_at_once(memory: int, kick: int) -> None:
     front = Front()
     tell = front.session.handle
-    assert tell(Message(Request.SET_FEATURES, 1, messages.U64.pack(VERSION_1))) is None
-    assert tell(Message(Request.SET_MEM_TABLE, 1, table(region()), (os.dup(memory),))) is None
-    tell(Message(Request.SET_VRING_NUM, 1, messages.VRING_STATE.pack(1, 16)))
+    assert tell(Message(RequestType.SET_FEATURES, 1, messages.U64.pack(VERSION_1))) is None
+    assert tell(Message(RequestType.SET_MEM_TABLE, 1, table(region()), (os.dup(memory),))) is None
+    tell(Message(RequestType.SET_VRING_NUM, 1, messages.VRING_STATE.pack(1, 16)))
     address = messages.VRING_ADDR.pack(1, 0, USER, USER + 0x2000, USER + 0x1000, 0)
-    tell(Message(Request.SET_VRING_ADDR, 1, address))
-    tell(Message(Request.SET_VRING_KICK, 1, messages.U64.pack(1), (os.dup(kick),)))
+    tell(Message(RequestType.SET_VRING_ADDR, 1, address))
+    tell(Message(RequestType.SET_VRING_KICK, 1, messages.U64.pack(1), (os.dup(kick),)))
     assert 1 in front.device.running
     front.session.close()
     assert front.device.resets == 1
@@ -179,24 +181,24 @@ def test_who_asks_for_an_answer_gets_one(memory: int) -> None:
     """QEMU agrees on REPLY_ACK once; to a device that was started again it does not say so, and
     it waits, with its guest."""
     front = Front()
-    assert front.order(Request.SET_MEM_TABLE, table(region()), memory) == 0
-    assert front.order(Request.SET_MEM_TABLE, table(region())) == errno.EINVAL
+    assert front.order(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
+    assert front.order(RequestType.SET_MEM_TABLE, table(region())) == errno.EINVAL
     front.session.close()
 
 
 def test_memory_changes_under_a_running_ring(front: Front, memory: int, kick: int) -> None:
     slot = messages.U64.pack(0)
-    assert front.order(Request.SET_MEM_TABLE, table(region()), memory) == 0
+    assert front.order(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
     set_ring(front, kick)
-    assert front.order(Request.ADD_MEM_REG, slot + region(1), memory) == 0
+    assert front.order(RequestType.ADD_MEM_REG, slot + region(1), memory) == 0
     assert len(front.device.memory) == 2
-    assert front.order(Request.REM_MEM_REG, slot + region(1)) == 0
-    assert front.order(Request.REM_MEM_REG, slot + region(1)) == errno.EINVAL
+    assert front.order(RequestType.REM_MEM_REG, slot + region(1)) == 0
+    assert front.order(RequestType.REM_MEM_REG, slot + region(1)) == errno.EINVAL
     assert 0 in front.device.running
-    assert front.order(Request.SET_MEM_TABLE, table(region(0), region(1)), memory, memory) == 0
+    assert front.order(RequestType.SET_MEM_TABLE, table(region(0), region(1)), memory, memory) == 0
     assert 0 in front.device.running
     # The ring's memory goes away, and so does the ring.
-    assert front.order(Request.SET_MEM_TABLE, table(region(1)), memory) == errno.EINVAL
+    assert front.order(RequestType.SET_MEM_TABLE, table(region(1)), memory) == errno.EINVAL
     assert front.device.running == {}
 
 
@@ -217,26 +219,26 @@ def test_memory_changes_under_a_running_ring(front: Front, memory: int, kick: in
     ],
 )
 def test_tables_that_cannot_be(front: Front, memory: int, payload: bytes, files: int) -> None:
-    assert front.order(Request.SET_MEM_TABLE, payload, *[memory] * files) != 0
+    assert front.order(RequestType.SET_MEM_TABLE, payload, *[memory] * files) != 0
 
 
 def test_memory_that_is_no_file(front: Front, kick: int) -> None:
-    assert front.order(Request.SET_MEM_TABLE, table(region()), kick) == errno.EINVAL
+    assert front.order(RequestType.SET_MEM_TABLE, table(region()), kick) == errno.EINVAL
 
 
 @pytest.mark.parametrize(
     ("request_", "payload", "code"),
     [
-        (Request.SET_VRING_NUM, messages.VRING_STATE.pack(2, 16), errno.EINVAL),
-        (Request.SET_VRING_NUM, messages.VRING_STATE.pack(0, 0), errno.EINVAL),
-        (Request.SET_VRING_NUM, messages.VRING_STATE.pack(0, 65_536), errno.EINVAL),
-        (Request.SET_VRING_NUM, b"", errno.EINVAL),
-        (Request.SET_VRING_KICK, messages.U64.pack(0), errno.EINVAL),
-        (Request.SET_VRING_KICK, messages.U64.pack(0x100), errno.ENOTSUP),
-        (Request.SET_VRING_CALL, messages.U64.pack(200), errno.EINVAL),
-        (Request.SET_VRING_ENABLE, messages.VRING_STATE.pack(77, 1), errno.EINVAL),
+        (RequestType.SET_VRING_NUM, messages.VRING_STATE.pack(2, 16), errno.EINVAL),
+        (RequestType.SET_VRING_NUM, messages.VRING_STATE.pack(0, 0), errno.EINVAL),
+        (RequestType.SET_VRING_NUM, messages.VRING_STATE.pack(0, 65_536), errno.EINVAL),
+        (RequestType.SET_VRING_NUM, b"", errno.EINVAL),
+        (RequestType.SET_VRING_KICK, messages.U64.pack(0), errno.EINVAL),
+        (RequestType.SET_VRING_KICK, messages.U64.pack(0x100), errno.ENOTSUP),
+        (RequestType.SET_VRING_CALL, messages.U64.pack(200), errno.EINVAL),
+        (RequestType.SET_VRING_ENABLE, messages.VRING_STATE.pack(77, 1), errno.EINVAL),
         (9999, b"", errno.ENOTSUP),
-        (Request.ADD_MEM_REG, bytes(40), errno.EINVAL),
+        (RequestType.ADD_MEM_REG, bytes(40), errno.EINVAL),
     ],
 )
 def test_orders_that_cannot_be(front: Front, request_: int, payload: bytes, code: int) -> None:
@@ -244,26 +246,31 @@ def test_orders_that_cannot_be(front: Front, request_: int, payload: bytes, code
 
 
 def test_what_is_wrong_and_cannot_be_answered_ends_it(front: Front) -> None:
-    with pytest.raises(ProtocolError):
+    with pytest.raises(DeviceProtocolError):
         front.session.handle(Message(9999, 1, b""))
-    with pytest.raises(ProtocolError):
-        front.session.handle(Message(Request.GET_VRING_BASE, 1, b""))
+    with pytest.raises(DeviceProtocolError):
+        front.session.handle(Message(RequestType.GET_VRING_BASE, 1, b""))
 
 
 def test_reset_and_status(front: Front, memory: int, kick: int) -> None:
-    assert front.order(Request.SET_MEM_TABLE, table(region()), memory) == 0
+    assert front.order(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
     set_ring(front, kick)
-    assert front.order(Request.SET_STATUS, messages.U64.pack(15)) == 0
-    assert front.number(Request.GET_STATUS) == 15
-    assert front.order(Request.SET_STATUS, messages.U64.pack(0)) == 0
+    assert front.order(RequestType.SET_STATUS, messages.U64.pack(15)) == 0
+    assert front.number(RequestType.GET_STATUS) == 15
+    assert front.order(RequestType.SET_STATUS, messages.U64.pack(0)) == 0
     assert (front.device.running, front.device.resets) == ({}, 0)
-    assert front.order(Request.RESET_DEVICE) == 0
+    assert front.order(RequestType.RESET_DEVICE) == 0
     assert front.device.resets == 1
 
 
 def test_descriptors_nobody_wants_are_closed(front: Front, memory: int) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    for request in (Request.SET_OWNER, Request.SET_VRING_NUM, Request.REM_MEM_REG, 9999):
+    for request in (
+        RequestType.SET_OWNER,
+        RequestType.SET_VRING_NUM,
+        RequestType.REM_MEM_REG,
+        9999,
+    ):
         front.order(request, b"", memory, memory)
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -272,7 +279,9 @@ def test_descriptors_nobody_wants_are_closed(front: Front, memory: int) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.one_of(st.sampled_from([int(r) for r in Request]), st.integers(0, (1 << 32) - 1)),
+            st.one_of(
+                st.sampled_from([int(r) for r in RequestType]), st.integers(0, (1 << 32) - 1)
+            ),
             st.one_of(
                 st.binary(max_size=80),
                 st.builds(messages.VRING_STATE.pack, st.integers(0, 3), st.integers(0, 40_000)),
@@ -293,7 +302,7 @@ def test_any_messages_in_any_order(said: list[tuple[int, bytes, int]]) -> None:
             fds = tuple(os.dup(memory) for _ in range(files))
             try:
                 front.session.handle(Message(request, 1 | Flag.NEED_REPLY, payload, fds))
-            except ProtocolError:
+            except DeviceProtocolError:
                 break
     finally:
         front.session.close()

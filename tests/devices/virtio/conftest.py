@@ -11,7 +11,7 @@ import pytest
 
 from support.virtio_guest import FEATURES, PlayedGuest
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.vhost_user.server import Server
+from vsockets.devices.vhost_user.server import VhostUserServer
 from vsockets.devices.virtio.device import VirtioVsock
 from vsockets.devices.virtio.ring import F_RING_PACKED
 
@@ -70,7 +70,7 @@ class Rig:
         listener.bind(str(self.path))
         listener.listen()
         listener.setblocking(False)
-        self.server = Server(self.loop, listener, self.device)
+        self.server = VhostUserServer(self.loop, listener, self.device)
         self._calls = socket.socketpair()
         self._pending: list[Callable[[], None]] = []
         self.loop.watch(self._calls[0].fileno(), self._called)

@@ -10,8 +10,8 @@ import pytest
 
 from support.vmci_driver import PlayedFabric
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.virtio.connection import Say, State
-from vsockets.devices.virtio.host_stream import Link
+from vsockets.devices.virtio.connection import ConnectionState, PendingTx
+from vsockets.devices.virtio.host_stream import HostStream
 from vsockets.devices.virtio.machine import VirtioMachine
 from vsockets.devices.virtio.packet import Type
 from vsockets.limits import VIRTIO_BUFFER, VIRTIO_ENLARGED, VIRTIO_LARGEST_BUFFER
@@ -26,8 +26,8 @@ class Machine:
         self.fabric = PlayedFabric(DeviceLoop())
         self._machine = VirtioMachine(DeviceLoop(), self.fabric, 3)  # type: ignore[arg-type]
 
-    def connection(self, port: int, state: State = State.OPEN) -> Link:
-        link = Link(state, Type.STREAM, PEER, port, VIRTIO_BUFFER)
+    def connection(self, port: int, state: ConnectionState = ConnectionState.OPEN) -> HostStream:
+        link = HostStream(state, Type.STREAM, PEER, port, VIRTIO_BUFFER)
         self._machine.device.links[*PEER, port] = link
         return link
 
@@ -52,13 +52,13 @@ def test_a_larger_buffer_is_more_credit(machine: Machine) -> None:
     link = machine.connection(700)
     machine.resized(700, 1 << 20)
     assert link.receive.size == 1 << 20
-    assert link.say & Say.CREDIT
+    assert link.say & PendingTx.CREDIT
     assert link.take(1 << 20) and not link.take(1)
 
 
 def test_before_the_guest_knows_that_it_is_connected(machine: Machine) -> None:
     """The host's program is quicker than its answer: that will have the credit."""
-    link = machine.connection(700, State.ASKED)
+    link = machine.connection(700, ConnectionState.ASKED)
     machine.resized(700, 1 << 20)
     assert link.receive.size == 1 << 20 and not link.say
     ours, theirs = socket.socketpair()

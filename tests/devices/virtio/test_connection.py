@@ -7,13 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vsockets.devices.virtio.connection import BOTH, Connection, Do, Say, State
+from vsockets.devices.virtio.connection import BOTH, Action, Connection, ConnectionState, PendingTx
 from vsockets.devices.virtio.packet import Op, Shutdown, Type
 
 SEND, RECEIVE = int(Shutdown.SEND), int(Shutdown.RECEIVE)
 
 
-def connection(state: State) -> Connection:
+def connection(state: ConnectionState) -> Connection:
     made = Connection(state, Type.STREAM, (2, 5000), 1024, 4096)
     made.send.update(4096, 0)
     return made
@@ -27,43 +27,46 @@ def said(link: Connection) -> list[tuple[int, int]]:
 
 
 def opened() -> Connection:
-    link = connection(State.ASKED)
+    link = connection(ConnectionState.ASKED)
     link.host_accepts()
     assert said(link) == [(Op.RESPONSE, 0)]
     return link
 
 
 def test_the_guest_asks_and_the_host_agrees() -> None:
-    assert opened().state is State.OPEN
+    assert opened().state is ConnectionState.OPEN
 
 
 def test_the_guest_asks_and_the_host_refuses() -> None:
-    link = connection(State.ASKED)
+    link = connection(ConnectionState.ASKED)
     link.host_refuses()
     assert said(link) == [(Op.RST, 0)]
     assert link.is_silent
 
 
 def test_the_host_asks_and_the_guest_agrees() -> None:
-    link = connection(State.OFFERED)
+    link = connection(ConnectionState.OFFERED)
     assert said(link) == [(Op.REQUEST, 0)]
-    assert link.hear(Op.RESPONSE, 0) == Do.ACCEPT
-    assert link.state is State.OPEN
+    assert link.hear(Op.RESPONSE, 0) == Action.ACCEPT
+    assert link.state is ConnectionState.OPEN
 
 
 def test_the_host_asks_and_the_guest_refuses() -> None:
-    link = connection(State.OFFERED)
+    link = connection(ConnectionState.OFFERED)
     said(link)
-    assert link.hear(Op.RST, 0) == Do.REFUSE
+    assert link.hear(Op.RST, 0) == Action.REFUSE
     assert link.is_silent
 
 
-@pytest.mark.parametrize("state", [State.ASKED, State.OFFERED, State.OPEN, State.CLOSING])
-def test_a_reset_is_never_answered(state: State) -> None:
+@pytest.mark.parametrize(
+    "state",
+    [ConnectionState.ASKED, ConnectionState.OFFERED, ConnectionState.OPEN, ConnectionState.CLOSING],
+)
+def test_a_reset_is_never_answered(state: ConnectionState) -> None:
     """moby's Cloud Hypervisor #8692: it kills whoever has the ports next."""
     link = connection(state)
     link.hear(Op.RST, 0)
-    assert link.state is State.GONE
+    assert link.state is ConnectionState.GONE
     assert said(link) == []
     link.hear(Op.RST, 0)
     assert said(link) == []
@@ -72,17 +75,17 @@ def test_a_reset_is_never_answered(state: State) -> None:
 def test_half_closes_stay_halves() -> None:
     """cloud-hypervisor#8300, #8372."""
     link = opened()
-    assert link.hear(Op.SHUTDOWN, SEND) == Do.END_WRITING
+    assert link.hear(Op.SHUTDOWN, SEND) == Action.END_WRITING
     link.all_passed_on()
-    assert link.state is State.OPEN and link.may_send
+    assert link.state is ConnectionState.OPEN and link.may_send
     link.host_ends(SEND)
     assert said(link) == [(Op.SHUTDOWN, SEND)]
-    assert link.state is State.OPEN
+    assert link.state is ConnectionState.OPEN
 
 
 def test_the_guest_closes() -> None:
     link = opened()
-    assert link.hear(Op.SHUTDOWN, BOTH) == Do.END_WRITING | Do.END_READING
+    assert link.hear(Op.SHUTDOWN, BOTH) == Action.END_WRITING | Action.END_READING
     assert said(link) == []  # there may be something to be passed on
     link.all_passed_on()
     assert said(link) == [(Op.RST, 0)]
@@ -91,11 +94,11 @@ def test_the_guest_closes() -> None:
 def test_the_host_closes() -> None:
     link = opened()
     link.host_ends(BOTH)
-    assert link.state is State.CLOSING
+    assert link.state is ConnectionState.CLOSING
     assert said(link) == [(Op.SHUTDOWN, BOTH)]
     assert not link.take(10)  # on its way since before
-    assert link.state is State.CLOSING
-    assert link.hear(Op.RST, 0) == Do.CLOSE
+    assert link.state is ConnectionState.CLOSING
+    assert link.hear(Op.RST, 0) == Action.CLOSE
     assert link.is_silent
 
 
@@ -103,7 +106,7 @@ def test_both_close_at_once() -> None:
     link = opened()
     link.host_ends(BOTH)
     said(link)
-    assert link.hear(Op.SHUTDOWN, BOTH) == Do.CLOSE
+    assert link.hear(Op.SHUTDOWN, BOTH) == Action.CLOSE
     assert said(link) == [(Op.RST, 0)]
 
 
@@ -118,13 +121,13 @@ def test_payload_after_its_end_resets() -> None:
     link = opened()
     link.hear(Op.SHUTDOWN, SEND)
     assert not link.take(1)
-    assert link.state is State.GONE
+    assert link.state is ConnectionState.GONE
 
 
 @pytest.mark.parametrize("op", [0, Op.REQUEST, Op.RESPONSE, 8, 65535])
 def test_what_makes_no_sense_resets(op: int) -> None:
     link = opened()
-    assert link.hear(op, 0) == Do.CLOSE
+    assert link.hear(op, 0) == Action.CLOSE
     assert said(link) == [(Op.RST, 0)]
 
 
@@ -150,7 +153,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.link = connection(State.ASKED)
+        self.link = connection(ConnectionState.ASKED)
         self.resets = 0
         self.heard_reset = False
 
@@ -165,7 +168,7 @@ class AnyOrder(RuleBasedStateMachine):
         if self.link.take(length):
             self.link.passed_on(length)
 
-    @precondition(lambda self: self.link.state is State.ASKED)
+    @precondition(lambda self: self.link.state is ConnectionState.ASKED)
     @rule(yes=st.booleans())
     def answer(self, yes: bool) -> None:
         if yes:
@@ -189,10 +192,10 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def resets_once(self) -> None:
-        pending = 1 if self.link.say & Say.RST else 0
+        pending = 1 if self.link.say & PendingTx.RST else 0
         assert self.resets + pending <= 1
-        if self.link.state is State.GONE:
-            assert self.link.say in (0, Say.RST)
+        if self.link.state is ConnectionState.GONE:
+            assert self.link.say in (0, PendingTx.RST)
             assert self.heard_reset or self.resets + pending == 1
         else:
             assert not self.resets and not pending

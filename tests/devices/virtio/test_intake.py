@@ -8,16 +8,16 @@ from collections.abc import Iterator
 import pytest
 
 from support.virtio_driver import GUEST_BASE, DriverRing, Memory
-from vsockets.devices.capture import Tap
+from vsockets.devices.capture import CaptureSink
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vhost_user import Vring
-from vsockets.devices.virtio.host_stream import Link
-from vsockets.devices.virtio.kick_coalescing import Pace
+from vsockets.devices.virtio.host_stream import HostStream
+from vsockets.devices.virtio.kick_coalescing import KickCoalescing
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
 from vsockets.devices.virtio.split_ring import SplitRing
 from vsockets.devices.virtio.tx import TransmitQueue
-from vsockets.devices.virtio.tx_poll import Intake
+from vsockets.devices.virtio.tx_poll import TxPoll
 from vsockets.limits import UNTOLD_PACKETS
 from vsockets.testing import wait_until
 
@@ -25,7 +25,7 @@ CID = 5
 SIZE = 128
 
 
-class Streams(Pace):
+class Streams(KickCoalescing):
     """Of a guest that is known to stream: after some packets there are to be four more."""
 
     def __init__(self, delay: float) -> None:
@@ -42,7 +42,7 @@ class Rig:
     is_overwhelmed = False
 
     def __init__(self) -> None:
-        self.links: dict[tuple[int, int, int], Link] = {}
+        self.links: dict[tuple[int, int, int], HostStream] = {}
         self.count = 0
         self.memory = Memory(1 << 16)
         self.driver = DriverRing(self.memory, SIZE)
@@ -55,17 +55,17 @@ class Rig:
         self.vring.size = SIZE
         self.vring.take("call", os.dup(self.driver.call))
         self.loop = DeviceLoop()
-        self.intake = Intake(
-            self.loop, TransmitQueue(ring, CID, self, Tap(self.loop)), self.vring, self.work
+        self.intake = TxPoll(
+            self.loop, TransmitQueue(ring, CID, self, CaptureSink(self.loop)), self.vring, self.work
         )
         self.place = self.memory.allocate(HEADER_SIZE)
         header = Header(CID, 2, 1000, 1000, op=Op.CREDIT_REQUEST).encode()
         self.memory.view[self.place : self.place + HEADER_SIZE] = header
 
-    def receive(self, header: Header, link: Link | None) -> None:
+    def receive(self, header: Header, link: HostStream | None) -> None:
         self.count += 1
 
-    def touched(self, link: Link) -> None:
+    def touched(self, link: HostStream) -> None:
         raise AssertionError("there are no connections")
 
     def work(self) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.devices.virtio.kick_coalescing import Pace
+from vsockets.devices.virtio.kick_coalescing import KickCoalescing
 from vsockets.limits import KICK_DELAY, PACKETS_A_KICK, VIRTIO_BUFFER
 
 PACKET = 4096
 
 
-def streaming(pace: Pace, interval: float, packets: int = 200, size: int = PACKET) -> float:
+def streaming(
+    pace: KickCoalescing, interval: float, packets: int = 200, size: int = PACKET
+) -> float:
     """A guest that sends a packet each ``interval`` seconds; returns the time after the last."""
     now = 10.0
     while packets > 0:
@@ -23,7 +25,7 @@ def streaming(pace: Pace, interval: float, packets: int = 200, size: int = PACKE
 
 
 def test_a_guest_that_is_answered_kicks_for_each_packet() -> None:
-    pace = Pace()
+    pace = KickCoalescing()
     for number in range(1000):
         pace.took(1, PACKET, number * 1e-5)
         assert pace.packets == 1
@@ -31,32 +33,32 @@ def test_a_guest_that_is_answered_kicks_for_each_packet() -> None:
 
 
 def test_a_guest_that_streams_kicks_once_for_several() -> None:
-    pace = Pace()
+    pace = KickCoalescing()
     streaming(pace, 10e-6)
     assert pace.packets == PACKETS_A_KICK
 
 
 def test_some_credit_is_left_while_the_device_wakes_up() -> None:
-    pace = Pace()
+    pace = KickCoalescing()
     streaming(pace, 10e-6, packets=20, size=65_536)
     assert pace.packets * 65_536 == VIRTIO_BUFFER * 3 // 4
 
 
 def test_packets_that_come_slowly_are_not_waited_for() -> None:
-    pace = Pace()
+    pace = KickCoalescing()
     streaming(pace, KICK_DELAY)
     assert pace.packets == 1
 
 
 def test_fewer_than_expected_make_it_expect_no_more_than_came() -> None:
-    pace = Pace()
+    pace = KickCoalescing()
     now = streaming(pace, 10e-6)
     pace.took(3, 3 * PACKET, now + 100e-6)
     assert pace.packets == 3
 
 
 def test_none_at_all_make_the_next_one_count() -> None:
-    pace = Pace()
+    pace = KickCoalescing()
     now = streaming(pace, 10e-6)
     pace.took(0, 0, now + 100e-6)
     assert pace.packets == 1
@@ -72,7 +74,7 @@ looks = st.lists(
 
 @given(looks)
 def test_nobody_waits_for_longer_than_the_limit(looks: list[tuple[int, int, float] | None]) -> None:
-    pace = Pace()
+    pace = KickCoalescing()
     now = 0.0
     for look in looks:
         if look is None:

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from support.packed_driver import PackedDriverRing
 from support.virtio_driver import GUEST_BASE, DriverRing, Memory
-from vsockets.devices.capture import Tap
+from vsockets.devices.capture import CaptureSink
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.virtio.host_stream import Link
-from vsockets.devices.virtio.kick_coalescing import Pace
+from vsockets.devices.virtio.host_stream import HostStream
+from vsockets.devices.virtio.kick_coalescing import KickCoalescing
 from vsockets.devices.virtio.packed_ring import PackedRing
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
 from vsockets.devices.virtio.split_ring import SplitRing
@@ -36,7 +36,7 @@ SIZE = 4
 PACKETS = 12
 
 #: Nobody captures.
-UNTAPPED = Tap(DeviceLoop())
+UNTAPPED = CaptureSink(DeviceLoop())
 
 #: How many accesses a side makes before the other goes on.
 schedules = st.lists(st.integers(1, 12), max_size=60)
@@ -156,17 +156,17 @@ class Counter:
     is_overwhelmed = False
 
     def __init__(self) -> None:
-        self.links: dict[tuple[int, int, int], Link] = {}
+        self.links: dict[tuple[int, int, int], HostStream] = {}
         self.count = 0
 
-    def receive(self, header: Header, link: Link | None) -> None:
+    def receive(self, header: Header, link: HostStream | None) -> None:
         self.count += 1
 
-    def touched(self, link: Link) -> None:
+    def touched(self, link: HostStream) -> None:
         raise AssertionError("there are no connections")
 
 
-class Expecting(Pace):
+class Expecting(KickCoalescing):
     """So many packets more after some have come."""
 
     def __init__(self, packets: int) -> None:

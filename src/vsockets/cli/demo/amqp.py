@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...attachment import Attachment
 from ...testing.rabbitmq import NoRabbitMQ, PrivateRabbitMQ, programs
 from ..amqp import require
-from ..errors import Failure
+from ..errors import CliError
 from .command import Step, progress
 from .stage import VSOCK, undisturbed
 
@@ -28,12 +28,12 @@ PRIVATE = "private"
 
 
 def play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]:
-    """All of it.  Raises Failure."""
+    """All of it.  Raises CliError."""
     require("h2", "pika")
     try:
         programs()
     except NoRabbitMQ as error:
-        raise Failure(str(error)) from None
+        raise CliError(str(error)) from None
     cluster = PrivateRabbitMQ(2, ("/", PRIVATE))
     with progress("RabbitMQ starts: two nodes", 1, show_progress):
         cluster.__enter__()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...attachment import Attachment
 from ...nfs import preflight
-from ..errors import Failure
+from ..errors import CliError
 from .command import Step, progress
 from .stage import PATIENCE, VSOCK
 
@@ -25,13 +25,13 @@ SIZE = 8 << 20
 
 
 def play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]:
-    """All of it.  Raises Failure."""
+    """All of it.  Raises CliError."""
     try:
         preflight.require()
     except OSError as error:
-        raise Failure(error.strerror or str(error)) from None
+        raise CliError(error.strerror or str(error)) from None
     if shutil.which("fusermount3") is None:
-        raise Failure("unmounting needs fusermount3: apt install fuse3")
+        raise CliError("unmounting needs fusermount3: apt install fuse3")
     with tempfile.TemporaryDirectory(prefix="vsock-nfs-") as scratch:
         demo = _Demo(stage, Path(scratch))
         try:
@@ -107,7 +107,7 @@ class _Demo:
         deadline = time.monotonic() + PATIENCE
         while not os.path.ismount(folder):
             if time.monotonic() > deadline:
-                raise Failure(f"guest {guest.cid} did not mount within {PATIENCE:g} s")
+                raise CliError(f"guest {guest.cid} did not mount within {PATIENCE:g} s")
             time.sleep(0.05)
         return folder
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...attachment import Attachment
 from ...testing import PrivateFabric
-from ..errors import Failure
+from ..errors import CliError
 
 _PROGRAMS = Path(__file__).with_name("programs.py")
 
@@ -84,7 +84,7 @@ class Program:
     def hear(self) -> dict[str, Any]:
         """What it says next.
 
-        Raises Failure when that is not what it should be, or a service it may need has failed.
+        Raises CliError when that is not what it should be, or a service it may need has failed.
         """
         line = self._read_line()
         try:
@@ -126,7 +126,7 @@ class Program:
             patience = max(0.0, deadline - time.monotonic())
             readable, _, _ = select.select([fd, *others], [], [], patience)
             if not readable:
-                raise Failure(f"the program {self.name} said nothing for {PATIENCE:g} s")
+                raise CliError(f"the program {self.name} said nothing for {PATIENCE:g} s")
             if fd not in readable:
                 raise others[readable[0]]._failure()
             data = os.read(fd, 65_536)
@@ -136,13 +136,13 @@ class Program:
         line, _, self._received = self._received.partition(b"\n")
         return line
 
-    def _failure(self) -> Failure:
+    def _failure(self) -> CliError:
         """What its traceback ends with."""
         self.end()
         assert self._process.stdout is not None
         said = (self._received + self._process.stdout.read()).decode(errors="replace")
         last_line = said.strip().rpartition("\n")[2]
-        return Failure(f"the program {self.name} failed: {last_line}")
+        return CliError(f"the program {self.name} failed: {last_line}")
 
 
 class Stage:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from ..connect import keep_trying
-from ..errors import Failure
+from ..errors import CliError
 from ..options import JsonOption
 from ..output import Column, notice, print_json, print_table
 from ..vm_options import (
@@ -36,7 +36,7 @@ from ..vm_options import (
 
 if TYPE_CHECKING:
     from ...testing import PrivateFabric
-    from ...vm.guest_client import Guest
+    from ...vm.guest_client import GuestClient
 
 # What it needs is imported where it is used: no other command needs it.
 
@@ -131,12 +131,12 @@ def _prepare(scratch: Path, device: Device, accel: Accelerator) -> list[str]:
     qemu = find_qemu(device, None, download=True)
     try:
         suite = apt.own_suite()
-        kernel, userland = kernels.Kernel(suite), initramfs.Userland(suite)
+        kernel, userland = kernels.KernelImage(suite), initramfs.Userland(suite)
         archive = initramfs.build(
             kernel, userland, device.value, _LAST.format(python=userland.python)
         )
     except apt.Unavailable as error:
-        raise Failure(str(error)) from None
+        raise CliError(str(error)) from None
     initrd = scratch / "initrd"
     initrd.write_bytes(archive)
     boot = ["--kernel", str(kernel.image), "--initrd", str(initrd), "--append"]
@@ -173,9 +173,9 @@ def _running(
 @contextlib.contextmanager
 def _booted(
     command: list[str], fabric: PrivateFabric, scratch: Path
-) -> Iterator[tuple[Guest, _Step]]:
+) -> Iterator[tuple[GuestClient, _Step]]:
     """The guest, while it runs, once it answers."""
-    from ...vm.guest_client import Guest
+    from ...vm.guest_client import GuestClient
 
     cid = fabric.control.add_context(name="demo")["cid"]
     console = scratch / "console"
@@ -188,12 +188,12 @@ def _booted(
             stderr=subprocess.STDOUT,
         ) as process,
     ):
-        guest = Guest(fabric.host, cid)
+        guest = GuestClient(fabric.host, cid)
         began = time.monotonic()
 
         def asked() -> str:
             if process.poll() is not None:
-                raise Failure(f"the guest has ended: {_last_words(console)}")
+                raise CliError(f"the guest has ended: {_last_words(console)}")
             return guest.run("uname", "-r").strip()
 
         try:
@@ -204,7 +204,7 @@ def _booted(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_FAREWELL)
             what = "has ended" if process.poll() is not None else f"does not answer ({error})"
-            raise Failure(f"the guest {what}: {_last_words(console)}") from None
+            raise CliError(f"the guest {what}: {_last_words(console)}") from None
 
 
 def _last_words(console: Path) -> str:
@@ -222,7 +222,7 @@ def _last_words(console: Path) -> str:
 # What is done with it
 
 
-def _look_around(guest: Guest) -> _Step:
+def _look_around(guest: GuestClient) -> _Step:
     """A command in it."""
     interfaces = guest.run("ls", "/sys/class/net").split()
     others = [name for name in interfaces if name != "lo"]
@@ -230,7 +230,7 @@ def _look_around(guest: Guest) -> _Step:
     return _Step("run a program in it", not others, result)
 
 
-def _copy(guest: Guest, folder: Path | None, scratch: Path, show: bool) -> Iterator[_Step]:
+def _copy(guest: GuestClient, folder: Path | None, scratch: Path, show: bool) -> Iterator[_Step]:
     from ...vm.guest_client import digest, files_below
 
     source = folder or _make_files(scratch / "files")
@@ -285,7 +285,7 @@ def _forwarded(fabric: PrivateFabric, cid: int) -> Iterator[str]:
         line = process.stderr.readline().strip() if readable else "it said nothing"
         _, found, address = line.partition("listening on tcp:")
         if not found:
-            raise Failure(f"vsock forward: {line.removeprefix('vsock: ')}")
+            raise CliError(f"vsock forward: {line.removeprefix('vsock: ')}")
         yield f"http://{address}/"
 
 
@@ -296,7 +296,7 @@ def _fetch(url: str, cid: int) -> _Step:
     return _Step("fetch a page from inside", ok, f"{url}: {len(page)} characters, of context {cid}")
 
 
-def _shell(guest: Guest) -> None:
+def _shell(guest: GuestClient) -> None:
     """A shell in the guest on our terminal, until it ends."""
     from ...vm.console import console
 

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..._linux.folders import file_mode
 from ...eventloop.acceptor import Acceptor
-from ...eventloop.loop import Loop
+from ...eventloop.loop import EventLoop
 from ...fabric import Change, Context, ContextSettings, Isolation, Limits, Profile, Refused
 from ...limits import CONTROL_REQUEST, EVENTS_UNREAD
 from ...model.address import LARGEST
-from ...model.locator import hybrid_problem
+from ...model.locator import check_hybrid_path
 from ...pass_rights import refuse
 from ...state_folder import short_path
 from ..configuration import ConfigurationError
 from ..credentials import peer_credentials
-from ..device_link import KernelLink
+from ..device_link import DeviceLink
 from . import reports
 from .events import Topic
 
@@ -44,7 +44,7 @@ class BadRequest(Exception):
 class ControlSocket:
     """Listens at ``path``; every connection may ask any number of questions."""
 
-    def __init__(self, loop: Loop, vsockd: Vsockd, path: Path) -> None:
+    def __init__(self, loop: EventLoop, vsockd: Vsockd, path: Path) -> None:
         self._loop = loop
         self._vsockd = vsockd
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -61,13 +61,13 @@ class ControlSocket:
     def _admit(self, fd: int) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
         sock.setblocking(False)
-        Session(self._loop, self._vsockd, sock)
+        ControlSession(self._loop, self._vsockd, sock)
 
 
-class Session:
+class ControlSession:
     """One administrator's connection, and the leases that end with it."""
 
-    def __init__(self, loop: Loop, vsockd: Vsockd, sock: socket.socket) -> None:
+    def __init__(self, loop: EventLoop, vsockd: Vsockd, sock: socket.socket) -> None:
         self._loop = loop
         self._vsockd = vsockd
         self._sock = sock
@@ -195,7 +195,7 @@ class Session:
             seqpacket = bool(_optional(arguments, "seqpacket", bool))
             owner = peer_credentials(self._sock)
             host_ports = bool(_optional(arguments, "host_ports", bool))
-            KernelLink(self._loop, vsockd.broker, context, ours, owner, seqpacket, host_ports)
+            DeviceLink(self._loop, vsockd.broker, context, ours, owner, seqpacket, host_ports)
         except (Refused, BadRequest):
             ours.close()
             theirs.close()
@@ -253,7 +253,7 @@ def _address(arguments: Arguments, key: str) -> tuple[int, int]:
 
 def _hybrid(arguments: Arguments) -> str:
     path: str = _optional(arguments, "hybrid", str) or ""
-    problem = hybrid_problem(path) if path else ""
+    problem = check_hybrid_path(path) if path else ""
     if problem:
         raise BadRequest(f"hybrid: {problem}")
     return path

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...fabric import LIMIT_RULES, Connection, Context, Counts, Endpoint, Kind
+from ...fabric import LIMIT_RULES, Connection, Context, Counts, Endpoint, EndpointKind
 from ..broker import Broker
 from ..datagrams import Traffic
 from ..listeners import Listener
@@ -133,7 +133,7 @@ def socket_rows(broker: Broker) -> list[dict[str, Any]]:
 def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> dict[str, Any]:
     state = "bound"
     receive = send = 0
-    if endpoint.kind is Kind.DATAGRAM:
+    if endpoint.kind is EndpointKind.DATAGRAM:
         state = "unconnected"
         receive, send = traffic.to[endpoint.address], traffic.of[endpoint.address]
     elif endpoint.listening:

@@ -27,7 +27,7 @@ _ABSENT = (FileNotFoundError, ConnectionRefusedError)
 Done = Callable[[socket.socket | None, int], None]
 
 
-class Dial:
+class Connector:
     """An attempt, and another one while nobody is there, for ``wait`` seconds.
 
     ``done`` is called once, unless :meth:`cancel` comes before: with ETIMEDOUT, ECONNRESET (nobody

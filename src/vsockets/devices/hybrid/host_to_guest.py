@@ -12,16 +12,16 @@ from collections.abc import Callable
 from functools import partial
 
 from ...limits import HYBRID_CONNECTIONS
-from ...splice import Connection, Pump
-from ..client import Attachment, Offer
+from ...splice import SplicedPair, SplicePump
+from ..client import DeviceClient, Offer
 from ..loop import DeviceLoop
-from .connector import Dial, Done
+from .connector import Connector, Done
 
 #: epoll(7) tells of hang-ups whether asked or not.
 _HANG_UP = 0
 
 
-class _Stream(Connection):
+class _Stream(SplicedPair):
     """A joined pair, which tells when it has ended."""
 
     ended: Callable[[], None]
@@ -30,17 +30,17 @@ class _Stream(Connection):
         self.ended()
 
 
-class Outward:
+class HostToGuest:
     """All of them; ``dial`` makes an attempt to reach a port."""
 
     def __init__(
-        self, loop: DeviceLoop, fabric: Attachment, dial: Callable[[int, Done], Dial]
+        self, loop: DeviceLoop, fabric: DeviceClient, dial: Callable[[int, Done], Connector]
     ) -> None:
         self._loop = loop
         self._fabric = fabric
         self._dial = dial
-        self._pump = Pump(loop)
-        self._attempts: dict[Offer, Dial] = {}
+        self._pump = SplicePump(loop)
+        self._attempts: dict[Offer, Connector] = {}
         self._idle: Callable[[], None] | None = None
 
     @property

@@ -7,12 +7,12 @@ import socket
 
 from ...control import Events
 from ...model.constants import VMADDR_CID_HOST
-from ..client import Attachment
-from ..lifecycle_events import follow
+from ..client import DeviceClient
+from ..lifecycle_events import subscribe
 from ..loop import DeviceLoop
-from .connector import Dial, Done
+from .connector import Connector, Done
 from .host_sockets import HostSockets
-from .host_to_guest import Outward
+from .host_to_guest import HostToGuest
 
 log = logging.getLogger(__name__)
 
@@ -24,27 +24,27 @@ class HybridMachine:
     """``name`` is the monitor's socket, in the current directory, which stays as it is."""
 
     def __init__(
-        self, loop: DeviceLoop, fabric: Attachment, events: Events, name: str, wait: float
+        self, loop: DeviceLoop, fabric: DeviceClient, events: Events, name: str, wait: float
     ) -> None:
         """``wait``: how long a connect to the guest is tried again, in seconds."""
         self._loop = loop
         self._fabric = fabric
         self._name = name
         self._wait = wait
-        self._outward = Outward(loop, fabric, self._dial)
+        self._outward = HostToGuest(loop, fabric, self._dial)
         self._sockets = HostSockets(loop, name, self._arrived)
         fabric.offered = self._outward.offered
         fabric.listening = self._sockets.change
         fabric.lost = self._lost
-        follow(loop, fabric, events, self._heed)
+        subscribe(loop, fabric, events, self._heed)
 
     def close(self) -> None:
         """Leave nothing behind."""
         self._outward.drop()
         self._sockets.close()
 
-    def _dial(self, port: int, done: Done) -> Dial:
-        return Dial(self._loop, self._name, port, self._wait, done)
+    def _dial(self, port: int, done: Done) -> Connector:
+        return Connector(self._loop, self._name, port, self._wait, done)
 
     def _arrived(self, port: int, fd: int) -> None:
         """The guest has connected to ``port``: whether it may, and to whom, is vsockd's to say."""

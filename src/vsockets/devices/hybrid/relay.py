@@ -17,27 +17,27 @@ from ... import logs
 from ..._linux.rlimit import allow_many_descriptors
 from ...model.constants import VMADDR_CID_HOST
 from ...protocol.hybrid import port_name
-from ..client import Attachment
+from ..client import DeviceClient
 from ..loop import DeviceLoop
 from ..sandbox import enter_sandbox
-from .connector import Dial, Done
-from .host_to_guest import Outward
+from .connector import Connector, Done
+from .host_to_guest import HostToGuest
 
 
 def main(name: str, place: int, user: int) -> None:
     """Serve until vsockd has gone and the last stream has ended."""
-    logs.begin("vsock relay: %(message)s", logging.WARNING, "text")
+    logs.configure("vsock relay: %(message)s", logging.WARNING, "text")
     os.chdir(place)
     os.close(place)
     allow_many_descriptors()
     loop = DeviceLoop()
     link = socket.socket(fileno=os.dup(sys.stdin.fileno()))
-    fabric = Attachment(loop, link, VMADDR_CID_HOST, datagrams=False)
+    fabric = DeviceClient(loop, link, VMADDR_CID_HOST, datagrams=False)
 
-    def dial(port: int, done: Done) -> Dial:
-        return Dial(loop, port_name(name, port), None, 0.0, done)
+    def dial(port: int, done: Done) -> Connector:
+        return Connector(loop, port_name(name, port), None, 0.0, done)
 
-    outward = Outward(loop, fabric, dial)
+    outward = HostToGuest(loop, fabric, dial)
     fabric.offered = outward.offered
     fabric.lost = lambda: outward.finish(loop.stop)
     enter_sandbox(user, paths=True)

@@ -5,7 +5,16 @@ The server's side of it, for any PCI device.  Nothing here knows which one is se
 
 from .interrupts import Interrupts, Irq
 from .pci import ConfigSpace, Identity
-from .server import Server
+from .server import VfioUserServer
 from .session import Device, Region, Session
 
-__all__ = ["ConfigSpace", "Device", "Identity", "Interrupts", "Irq", "Region", "Server", "Session"]
+__all__ = [
+    "ConfigSpace",
+    "Device",
+    "Identity",
+    "Interrupts",
+    "Irq",
+    "Region",
+    "Session",
+    "VfioUserServer",
+]

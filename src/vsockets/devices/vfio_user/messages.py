@@ -14,7 +14,7 @@ from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 from ...limits import DMA_REGIONS, VFIO_DESCRIPTORS, VFIO_TRANSFER
-from ..message_protocol import ProtocolError
+from ..message_protocol import DeviceProtocolError
 
 HEADER = struct.Struct("<HHIII")  #: id, command, size with the header, flags, errno
 DMA_MAP = struct.Struct("<IIQQQ")  #: argsz, flags, offset in the file, address, size
@@ -93,7 +93,7 @@ class Decoder:
     def receive(self, data: bytes, fds: Sequence[int] = ()) -> Iterator[Message]:
         """Yield the messages that are complete now.  Takes ``fds``.
 
-        Raises: ProtocolError; :meth:`pending_fds` returns the descriptors then.
+        Raises: DeviceProtocolError; :meth:`pending_fds` returns the descriptors then.
         """
         self._unclaimed = fds
         data = self._data + data if self._data else data
@@ -102,9 +102,9 @@ class Decoder:
         while len(data) - at >= HEADER.size:
             number, command, size, flags, _ = HEADER.unpack_from(data, at)
             if not HEADER.size <= size <= LARGEST_MESSAGE:
-                raise ProtocolError(f"a message of {size} bytes")
+                raise DeviceProtocolError(f"a message of {size} bytes")
             if flags & _NO_REQUEST:
-                raise ProtocolError("a reply to what was never asked")
+                raise DeviceProtocolError("a reply to what was never asked")
             if len(data) - at < size:
                 break
             messages.append((number, command, flags, data[at + HEADER.size : at + size], at))
@@ -115,7 +115,7 @@ class Decoder:
             self._fds[where] = [*self._fds.get(where, ()), *fds]
             self._unclaimed = ()
             if len(self._fds[where]) > VFIO_DESCRIPTORS:
-                raise ProtocolError(f"a message with {len(self._fds[where])} descriptors")
+                raise DeviceProtocolError(f"a message with {len(self._fds[where])} descriptors")
         for number, command, flags, payload, began in messages:
             yield Message(number, command, flags, payload, self._fds.pop(began, ()))
         # What is left waits at the front now.

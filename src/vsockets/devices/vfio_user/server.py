@@ -6,19 +6,19 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 
-from ...eventloop.loop import Loop
+from ...eventloop.loop import EventLoop
 from ...limits import VFIO_DESCRIPTORS, VFIO_REPLY
 from .. import unix_server
 from .messages import LARGEST_MESSAGE, Decoder
 from .session import Device, Session
 
 
-class Server(unix_server.Server):
+class VfioUserServer(unix_server.UnixServer):
     """Serves ``device`` to whoever connects to ``listener``, which becomes the server's."""
 
     def __init__(
         self,
-        loop: Loop,
+        loop: EventLoop,
         listener: socket.socket,
         device: Device,
         after_each: Callable[[], None] = lambda: None,

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ...limits import VFIO_TRANSFER
 from ..guest_memory import GuestMemory
-from ..message_protocol import ProtocolError
+from ..message_protocol import DeviceProtocolError
 from . import messages
 from .interrupts import Interrupts, Irq
 from .messages import Command, Flag, Message
@@ -81,7 +81,7 @@ class Session:
     def handle(self, message: Message) -> bytes | None:
         """Do what ``message`` asks; returns the answer, None if none is wanted.
 
-        ProtocolError when the client must not go on.
+        DeviceProtocolError when the client must not go on.
         """
         try:
             if message.fds and message.command not in (Command.DMA_MAP, Command.DEVICE_SET_IRQS):
@@ -109,13 +109,13 @@ class Session:
             return self._read(message.payload)
         if command == Command.VERSION:
             if self._negotiated:
-                raise ProtocolError("a second version")
+                raise DeviceProtocolError("a second version")
             answer = messages.encode_version(message.payload)
             self._negotiated = True
             return answer
         if not self._negotiated:
             _close(message)
-            raise ProtocolError(f"command {command} before the version")
+            raise DeviceProtocolError(f"command {command} before the version")
         other = self._others.get(command)  # type: ignore[call-overload]
         if other is None:
             raise OSError(errno.ENOTSUP, "an unknown command")

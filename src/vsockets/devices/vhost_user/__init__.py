@@ -3,8 +3,8 @@
 It knows rings and memory, and nothing of what the device does with them.
 """
 
-from .server import Server
+from .server import VhostUserServer
 from .session import Device, Session
 from .vring import Vring
 
-__all__ = ["Device", "Server", "Session", "Vring"]
+__all__ = ["Device", "Session", "VhostUserServer", "Vring"]

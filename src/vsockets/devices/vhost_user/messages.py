@@ -12,7 +12,7 @@ from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 from ...limits import VHOST_DESCRIPTORS, VHOST_PAYLOAD
-from ..message_protocol import ProtocolError
+from ..message_protocol import DeviceProtocolError
 
 HEADER = struct.Struct("=III")  #: request, flags, size of the payload
 U64 = struct.Struct("=Q")
@@ -30,7 +30,7 @@ RING_BITS = 0xFF
 NO_DESCRIPTOR = 0x100
 
 
-class Request(IntEnum):
+class RequestType(IntEnum):
     """What a front end asks for."""
 
     GET_FEATURES = 1
@@ -104,11 +104,11 @@ class Decoder:
     def receive(self, data: bytes, fds: Sequence[int] = ()) -> Message | None:
         """Return the message if it is complete now.  Takes ``fds``.
 
-        Raises: ProtocolError; :meth:`pending_fds` returns the descriptors then.
+        Raises: DeviceProtocolError; :meth:`pending_fds` returns the descriptors then.
         """
         self._fds += fds
         if len(self._fds) > VHOST_DESCRIPTORS:
-            raise ProtocolError(f"a message with {len(self._fds)} descriptors")
+            raise DeviceProtocolError(f"a message with {len(self._fds)} descriptors")
         self._data += data
         self.wanted -= len(data)
         if self.wanted:
@@ -116,11 +116,11 @@ class Decoder:
         request, flags, size = HEADER.unpack_from(self._data)
         if len(self._data) == HEADER.size:
             if flags & _VERSION_BITS != _VERSION:
-                raise ProtocolError(f"a message of version {flags & _VERSION_BITS}")
+                raise DeviceProtocolError(f"a message of version {flags & _VERSION_BITS}")
             if flags & Flag.REPLY:
-                raise ProtocolError("a reply to what was never asked")
+                raise DeviceProtocolError("a reply to what was never asked")
             if size > VHOST_PAYLOAD:
-                raise ProtocolError(f"a message of {size} bytes")
+                raise DeviceProtocolError(f"a message of {size} bytes")
             if size:
                 self.wanted = size
                 return None

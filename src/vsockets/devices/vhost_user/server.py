@@ -6,17 +6,17 @@ import os
 import socket
 from collections.abc import Iterator
 
-from ...eventloop.loop import Loop
+from ...eventloop.loop import EventLoop
 from ...limits import VHOST_DESCRIPTORS, VHOST_REPLY
 from .. import unix_server
 from .messages import Decoder
 from .session import Device, Session
 
 
-class Server(unix_server.Server):
+class VhostUserServer(unix_server.UnixServer):
     """Serves ``device`` to whoever connects to ``listener``, which becomes the server's."""
 
-    def __init__(self, loop: Loop, listener: socket.socket, device: Device) -> None:
+    def __init__(self, loop: EventLoop, listener: socket.socket, device: Device) -> None:
         super().__init__(
             loop,
             listener,

@@ -13,9 +13,9 @@ from typing import Protocol as Interface
 
 from ...limits import MEMORY_SLOTS, VHOST_DESCRIPTORS
 from ..guest_memory import GuestMemory
-from ..message_protocol import ProtocolError
+from ..message_protocol import DeviceProtocolError
 from . import messages
-from .messages import F_PROTOCOL_FEATURES, Flag, Message, Protocol, Request
+from .messages import F_PROTOCOL_FEATURES, Flag, Message, Protocol, RequestType
 from .vring import LARGEST_RING, Vring
 
 log = logging.getLogger(__name__)
@@ -75,38 +75,38 @@ class Session:
         self._features = 0
         self._status = 0
         answers: dict[int, Callable[[bytes], bytes]] = {
-            Request.GET_FEATURES: self._get_features,
-            Request.GET_PROTOCOL_FEATURES: self._get_protocol_features,
-            Request.GET_QUEUE_NUM: self._get_queue_num,
-            Request.GET_VRING_BASE: self._get_vring_base,
-            Request.GET_CONFIG: self._get_config,
-            Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
-            Request.GET_STATUS: self._get_status,
+            RequestType.GET_FEATURES: self._get_features,
+            RequestType.GET_PROTOCOL_FEATURES: self._get_protocol_features,
+            RequestType.GET_QUEUE_NUM: self._get_queue_num,
+            RequestType.GET_VRING_BASE: self._get_vring_base,
+            RequestType.GET_CONFIG: self._get_config,
+            RequestType.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
+            RequestType.GET_STATUS: self._get_status,
         }
         orders: dict[int, Callable[[bytes, list[int]], None]] = {
-            Request.SET_FEATURES: self._set_features,
-            Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
-            Request.SET_OWNER: self._nothing,
-            Request.RESET_OWNER: self._nothing,  # the specification: best ignored
-            Request.SET_MEM_TABLE: self._set_mem_table,
-            Request.ADD_MEM_REG: self._add_mem_reg,
-            Request.REM_MEM_REG: self._rem_mem_reg,
-            Request.SET_VRING_NUM: self._set_vring_num,
-            Request.SET_VRING_ADDR: self._set_vring_addr,
-            Request.SET_VRING_BASE: self._set_vring_base,
-            Request.SET_VRING_KICK: self._set_vring_kick,
-            Request.SET_VRING_CALL: self._set_vring_call,
-            Request.SET_VRING_ERR: self._set_vring_err,
-            Request.SET_VRING_ENABLE: self._set_vring_enable,
-            Request.RESET_DEVICE: self._reset_device,
-            Request.SET_STATUS: self._set_status,
+            RequestType.SET_FEATURES: self._set_features,
+            RequestType.SET_PROTOCOL_FEATURES: self._set_protocol_features,
+            RequestType.SET_OWNER: self._nothing,
+            RequestType.RESET_OWNER: self._nothing,  # the specification: best ignored
+            RequestType.SET_MEM_TABLE: self._set_mem_table,
+            RequestType.ADD_MEM_REG: self._add_mem_reg,
+            RequestType.REM_MEM_REG: self._rem_mem_reg,
+            RequestType.SET_VRING_NUM: self._set_vring_num,
+            RequestType.SET_VRING_ADDR: self._set_vring_addr,
+            RequestType.SET_VRING_BASE: self._set_vring_base,
+            RequestType.SET_VRING_KICK: self._set_vring_kick,
+            RequestType.SET_VRING_CALL: self._set_vring_call,
+            RequestType.SET_VRING_ERR: self._set_vring_err,
+            RequestType.SET_VRING_ENABLE: self._set_vring_enable,
+            RequestType.RESET_DEVICE: self._reset_device,
+            RequestType.SET_STATUS: self._set_status,
         }
         self._answers, self._orders = answers, orders
 
     def handle(self, message: Message) -> bytes | None:
         """Do what ``message`` asks; returns the answer, None if none is wanted.
 
-        ProtocolError when the front end must not go on.
+        DeviceProtocolError when the front end must not go on.
         """
         fds = list(message.fds)
         try:
@@ -124,7 +124,7 @@ class Session:
             except OSError as error:
                 log.warning("vhost-user: request %d: %s", message.request, error)
                 if not acknowledged:
-                    raise ProtocolError(f"request {message.request}: {error}") from None
+                    raise DeviceProtocolError(f"request {message.request}: {error}") from None
                 return messages.reply(message, messages.U64.pack(error.errno or errno.EIO))
             return messages.reply(message, messages.U64.pack(0)) if acknowledged else None
         finally:
@@ -277,7 +277,7 @@ class Session:
             index, _ = _unpack(messages.VRING_STATE, payload)
             vring = self._vring(index)
         except OSError as error:
-            raise ProtocolError(f"request {Request.GET_VRING_BASE}: {error}") from None
+            raise DeviceProtocolError(f"request {RequestType.GET_VRING_BASE}: {error}") from None
         self._stop(index)
         vring.take("kick", None)
         return messages.VRING_STATE.pack(index, vring.base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...protocol.vsockmon import Operation
-from ..capture import Tap
+from ..capture import CaptureSink
 from .packet import HEADER, Op
 
 _OPERATIONS = {
@@ -19,7 +19,7 @@ _OPERATIONS = {
 }
 
 
-def record(tap: Tap, header: bytes, payload: Sequence[memoryview] = ()) -> None:
+def record(tap: CaptureSink, header: bytes, payload: Sequence[memoryview] = ()) -> None:
     """A packet, to the guest or from it.  It is not to be believed: its payload may be shorter."""
     source_cid, cid, source_port, port, length, _, op, *_ = HEADER.unpack(header)
     operation = _OPERATIONS.get(op, Operation.UNKNOWN)

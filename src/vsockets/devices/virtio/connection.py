@@ -30,7 +30,7 @@ BOTH = int(Shutdown.RECEIVE | Shutdown.SEND)
 _RECEIVE, _SEND = int(Shutdown.RECEIVE), int(Shutdown.SEND)
 
 
-class State(Enum):
+class ConnectionState(Enum):
     """Where in its life a connection is; the table above."""
 
     ASKED = auto()
@@ -40,7 +40,7 @@ class State(Enum):
     GONE = auto()
 
 
-class Say(IntFlag):
+class PendingTx(IntFlag):
     """What waits to be said to the guest, the first one first."""
 
     REQUEST = 1
@@ -51,7 +51,7 @@ class Say(IntFlag):
     RST = 32
 
 
-class Do(IntFlag):
+class Action(IntFlag):
     """What is to be done on the host's side."""
 
     NOTHING = 0
@@ -62,17 +62,17 @@ class Do(IntFlag):
     CLOSE = 16  #: at once
 
 
-_CREDIT, _CREDIT_REQUEST = int(Say.CREDIT), int(Say.CREDIT_REQUEST)
+_CREDIT, _CREDIT_REQUEST = int(PendingTx.CREDIT), int(PendingTx.CREDIT_REQUEST)
 # Names of our own: looking a member up in its enum costs as much as a short function.
-_OPEN, _CLOSING, _GONE = State.OPEN, State.CLOSING, State.GONE
+_OPEN, _CLOSING, _GONE = ConnectionState.OPEN, ConnectionState.CLOSING, ConnectionState.GONE
 
 _ORDER = (
-    (int(Say.REQUEST), int(Op.REQUEST)),
-    (int(Say.RESPONSE), int(Op.RESPONSE)),
-    (int(Say.CREDIT), int(Op.CREDIT_UPDATE)),
-    (int(Say.CREDIT_REQUEST), int(Op.CREDIT_REQUEST)),
-    (int(Say.SHUTDOWN), int(Op.SHUTDOWN)),
-    (int(Say.RST), int(Op.RST)),
+    (int(PendingTx.REQUEST), int(Op.REQUEST)),
+    (int(PendingTx.RESPONSE), int(Op.RESPONSE)),
+    (int(PendingTx.CREDIT), int(Op.CREDIT_UPDATE)),
+    (int(PendingTx.CREDIT_REQUEST), int(Op.CREDIT_REQUEST)),
+    (int(PendingTx.SHUTDOWN), int(Op.SHUTDOWN)),
+    (int(PendingTx.RST), int(Op.RST)),
 )
 
 
@@ -92,7 +92,7 @@ class Connection:
     )
 
     def __init__(
-        self, state: State, type_: Type, peer: tuple[int, int], guest_port: int, size: int
+        self, state: ConnectionState, type_: Type, peer: tuple[int, int], guest_port: int, size: int
     ) -> None:
         self.state = state
         self.type = int(type_)
@@ -102,15 +102,15 @@ class Connection:
         self.receive = ReceiveCredit(size)
         self.guest_ended = 0  #: of Shutdown: what the guest has said
         self.host_ended = 0  #: what the host's side is done with
-        self.say = int(Say.REQUEST) if state is State.OFFERED else 0
+        self.say = int(PendingTx.REQUEST) if state is ConnectionState.OFFERED else 0
 
     # The host's side
 
     def host_accepts(self) -> None:
         """What the guest asked for was granted."""
-        assert self.state is State.ASKED
+        assert self.state is ConnectionState.ASKED
         self.state = _OPEN
-        self.say = int(Say.RESPONSE)
+        self.say = int(PendingTx.RESPONSE)
 
     def host_refuses(self) -> None:
         """It was not, or nobody listens: the guest's connect fails at once."""
@@ -122,7 +122,7 @@ class Connection:
         if self.state is not _OPEN or ended == self.host_ended:
             return
         self.host_ended = ended
-        self.say |= Say.SHUTDOWN
+        self.say |= PendingTx.SHUTDOWN
         if ended == BOTH:
             self.state = _CLOSING
 
@@ -145,7 +145,7 @@ class Connection:
         """End it at once, and say so."""
         if self.state is not _GONE:
             self.state = _GONE
-            self.say = int(Say.RST)
+            self.say = int(PendingTx.RST)
 
     def forget(self) -> None:
         """It has ended, and there is nobody to be told."""
@@ -167,42 +167,42 @@ class Connection:
             self.reset()
         return False
 
-    def hear(self, op: int, flags: int) -> Do:
+    def hear(self, op: int, flags: int) -> Action:
         """Any other packet of the guest; returns what to do for it."""
         if op == Op.CREDIT_UPDATE:
-            return Do.NOTHING  # the credit is in every header
+            return Action.NOTHING  # the credit is in every header
         if op == Op.CREDIT_REQUEST:
             self.tell_credit()
-            return Do.NOTHING
+            return Action.NOTHING
         if op == Op.RST:
             return self._guest_resets()
         if op == Op.SHUTDOWN and self.state in (_OPEN, _CLOSING):
             return self._guest_ends(flags & BOTH)
-        if op == Op.RESPONSE and self.state is State.OFFERED:
+        if op == Op.RESPONSE and self.state is ConnectionState.OFFERED:
             self.state = _OPEN
-            return Do.ACCEPT
-        offered = self.state is State.OFFERED
+            return Action.ACCEPT
+        offered = self.state is ConnectionState.OFFERED
         self.reset()
-        return Do.REFUSE if offered else Do.CLOSE
+        return Action.REFUSE if offered else Action.CLOSE
 
-    def _guest_resets(self) -> Do:
-        offered = self.state is State.OFFERED
+    def _guest_resets(self) -> Action:
+        offered = self.state is ConnectionState.OFFERED
         self.forget()
-        return Do.REFUSE if offered else Do.CLOSE
+        return Action.REFUSE if offered else Action.CLOSE
 
-    def _guest_ends(self, flags: int) -> Do:
+    def _guest_ends(self, flags: int) -> Action:
         fresh = flags & ~self.guest_ended
         self.guest_ended |= flags
         if self.state is _CLOSING:
             if self.guest_ended == BOTH:
                 self.reset()
-                return Do.CLOSE
-            return Do.NOTHING
-        do = Do.NOTHING
+                return Action.CLOSE
+            return Action.NOTHING
+        do = Action.NOTHING
         if fresh & _SEND:
-            do |= Do.END_WRITING
+            do |= Action.END_WRITING
         if fresh & _RECEIVE:
-            do |= Do.END_READING
+            do |= Action.END_READING
         return do
 
     def all_passed_on(self) -> None:

@@ -22,12 +22,12 @@ from ...limits import (
     VIRTIO_SMALL_BUFFER,
     WAITING_RESETS,
 )
-from ..capture import Tap
+from ..capture import CaptureSink
 from ..guest_memory import GuestMemory
 from ..loop import DeviceLoop
 from ..vhost_user import Vring
-from .connection import Do, State
-from .host_stream import KINDS, TYPES, Link
+from .connection import Action, ConnectionState
+from .host_stream import KINDS, TYPES, HostStream
 from .packed_ring import PackedRing
 from .packet import CONFIGURATION, F_SEQPACKET, F_STREAM, TRANSPORT_RESET, Header, Op, Type
 from .ring import (
@@ -42,14 +42,14 @@ from .ring import (
 from .rx import ReceiveQueue
 from .split_ring import SplitRing
 from .tx import TransmitQueue
-from .tx_poll import Intake
+from .tx_poll import TxPoll
 
 log = logging.getLogger(__name__)
 
 RECEIVE, TRANSMIT, EVENT = range(3)
 
 # Names of our own: looking a member up in its enum costs as much as a short function.
-_OPEN, _CLOSING, _GONE_STATE = State.OPEN, State.CLOSING, State.GONE
+_OPEN, _CLOSING, _GONE_STATE = ConnectionState.OPEN, ConnectionState.CLOSING, ConnectionState.GONE
 #: An eventfd that nobody reads: each time something is added to it is news.
 _EACH_KICK = select.EPOLLIN | select.EPOLLET
 _READING = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
@@ -85,20 +85,20 @@ class VirtioVsock:
     def __init__(self, loop: DeviceLoop, cid: int, fabric: Fabric) -> None:
         self.cid = cid
         self.memory = GuestMemory()
-        self.links: dict[tuple[int, int, int], Link] = {}
+        self.links: dict[tuple[int, int, int], HostStream] = {}
         self._loop = loop
         self._fabric = fabric
-        self.tap = Tap(loop)
+        self.tap = CaptureSink(loop)
         self._in_use = 0
         self._vrings: dict[int, Vring] = {}
         self._bases: dict[int, int] = {}  # where a ring was when it was last stopped
         self._receive: ReceiveQueue | None = None
-        self._transmit: Intake | None = None
+        self._transmit: TxPoll | None = None
         self._events: Ring | None = None
-        self._turns: deque[Link] = deque()  # those with something for the guest
+        self._turns: deque[HostStream] = deque()  # those with something for the guest
         self._resets: deque[bytes] = deque()  # for nobody's connection
-        self._answers: dict[Link, Callable[[int], None]] = {}
-        self._attempts: dict[Link, Callable[[], None]] = {}
+        self._answers: dict[HostStream, Callable[[int], None]] = {}
+        self._attempts: dict[HostStream, Callable[[], None]] = {}
         self._busy = False
         self._marker = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
         self._again = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -139,7 +139,7 @@ class VirtioVsock:
             self._receive = ReceiveQueue(ring, self.cid, self.tap)
         elif index == TRANSMIT:
             queue = TransmitQueue(ring, self.cid, self, self.tap)
-            self._transmit = Intake(self._loop, queue, vring, self.work)
+            self._transmit = TxPoll(self._loop, queue, vring, self.work)
         else:
             self._events = ring
         # What was offered before anybody looked is announced by no kick.
@@ -191,11 +191,13 @@ class VirtioVsock:
             answer(errno.EHOSTUNREACH if self._receive is None else errno.ECONNRESET)
             sock.close()
             return
-        link = Link(State.OFFERED, TYPES[int(sock.type)], peer, port, self._credit())
+        link = HostStream(
+            ConnectionState.OFFERED, TYPES[int(sock.type)], peer, port, self._credit()
+        )
         link.sock = sock
         self.links[key] = link
         self._answers[link] = answer
-        self._loop.call_later(GUEST_ANSWER, partial(self._give_up, link, State.OFFERED))
+        self._loop.call_later(GUEST_ANSWER, partial(self._give_up, link, ConnectionState.OFFERED))
         self.touched(link)
         self._turn()
 
@@ -227,7 +229,7 @@ class VirtioVsock:
         """
         self._turn(self._transmit)
 
-    def _turn(self, transmit: Intake | None = None) -> None:
+    def _turn(self, transmit: TxPoll | None = None) -> None:
         """Give the guest what there is; before that take what it sent, from ``transmit``."""
         if self._busy:  # what is asked for within a turn is part of it
             return
@@ -267,15 +269,17 @@ class VirtioVsock:
                 link.asks_again = True
                 self._loop.call_later(CREDIT_AGAIN, partial(self._ask_again, link))
             self.touched(link)
-            if link.state is State.CLOSING:
-                self._loop.call_later(GUEST_FAREWELL, partial(self._give_up, link, State.CLOSING))
+            if link.state is ConnectionState.CLOSING:
+                self._loop.call_later(
+                    GUEST_FAREWELL, partial(self._give_up, link, ConnectionState.CLOSING)
+                )
         if queue.publish():
             self._vrings[RECEIVE].call()
         queue.prepare()
         if not budget or (overwhelmed and not self.is_overwhelmed):
             self._work_again()
 
-    def _ask_again(self, link: Link) -> None:
+    def _ask_again(self, link: HostStream) -> None:
         """Linux says when packets are read; other guests need not before half of them is."""
         link.asks_again = False
         if link.state is _OPEN and link.send.is_full:
@@ -312,7 +316,7 @@ class VirtioVsock:
 
     # Packets of the guest, as TransmitQueue's receiver
 
-    def receive(self, header: Header, link: Link | None) -> None:
+    def receive(self, header: Header, link: HostStream | None) -> None:
         """As :class:`.transmit_queue.Receiver` says."""
         if link is None or link.type != header.type or header.src_cid != self.cid:
             if header.op == Op.REQUEST and link is None and header.src_cid == self.cid:
@@ -320,7 +324,10 @@ class VirtioVsock:
             elif header.op != Op.RST:
                 self._refuse(header)
             return
-        if header.op == Op.REQUEST and link.state in (State.CLOSING, State.GONE):
+        if header.op == Op.REQUEST and link.state in (
+            ConnectionState.CLOSING,
+            ConnectionState.GONE,
+        ):
             # The guest has forgotten the old connection; so do we, as its RST would hit the new.
             link.forget()
             self._end(link)
@@ -332,7 +339,7 @@ class VirtioVsock:
             self._do(link, do)
         self.touched(link)
 
-    def touched(self, link: Link) -> None:
+    def touched(self, link: HostStream) -> None:
         """As :class:`.transmit_queue.Receiver` says."""
         state = link.state
         if state is not _OPEN and (state is _GONE_STATE or state is _CLOSING):
@@ -356,7 +363,9 @@ class VirtioVsock:
             self._refuse(header)
             return
         peer = (header.dst_cid, header.dst_port)
-        link = Link(State.ASKED, Type(header.type), peer, header.src_port, self._credit())
+        link = HostStream(
+            ConnectionState.ASKED, Type(header.type), peer, header.src_port, self._credit()
+        )
         link.send.update(header.buf_alloc, header.fwd_cnt)
         self.links[(*peer, header.src_port)] = link
         self._attempts[link] = lambda: None
@@ -365,9 +374,9 @@ class VirtioVsock:
         )
         if link in self._attempts:
             self._attempts[link] = give_up
-            self._loop.call_later(GUEST_ANSWER, partial(self._give_up, link, State.ASKED))
+            self._loop.call_later(GUEST_ANSWER, partial(self._give_up, link, ConnectionState.ASKED))
 
-    def _connected(self, link: Link, sock: socket.socket | None) -> None:
+    def _connected(self, link: HostStream, sock: socket.socket | None) -> None:
         self._attempts.pop(link, None)
         if sock is None:
             link.host_refuses()
@@ -377,7 +386,7 @@ class VirtioVsock:
         self.touched(link)
         self._turn()
 
-    def _join(self, link: Link, sock: socket.socket) -> None:
+    def _join(self, link: HostStream, sock: socket.socket) -> None:
         link.join(sock, self._marker)
         link.watched = True
         self._loop.watch_for(sock.fileno(), partial(self._ready, link), _READING)
@@ -390,22 +399,22 @@ class VirtioVsock:
         )  # fmt: skip
         self._resets.append(answer.encode())
 
-    def _do(self, link: Link, do: Do) -> None:
-        if do & Do.ACCEPT:
+    def _do(self, link: HostStream, do: Action) -> None:
+        if do & Action.ACCEPT:
             answer = self._answers.pop(link)
             assert link.sock is not None
             self._join(link, link.sock)
             answer(0)
-        if do & Do.REFUSE:
+        if do & Action.REFUSE:
             self._answers.pop(link)(errno.ECONNRESET)
-        if do & Do.END_READING:
+        if do & Action.END_READING:
             link.end_reading()
-        if do & Do.END_WRITING or do & Do.END_READING:
+        if do & Action.END_WRITING or do & Action.END_READING:
             link.settle()
 
     # Sockets of the host
 
-    def _ready(self, link: Link, events: int) -> None:
+    def _ready(self, link: HostStream, events: int) -> None:
         if events & _READABLE:
             link.readable = True
             if events & _HUNG_UP:
@@ -419,14 +428,14 @@ class VirtioVsock:
 
     # Ends
 
-    def _give_up(self, link: Link, state: State) -> None:
+    def _give_up(self, link: HostStream, state: ConnectionState) -> None:
         """It has been in this state for too long."""
         if link.state is state and self.links.get((*link.peer, link.guest_port)) is link:
             link.reset()
             self.touched(link)
             self._turn()
 
-    def _end(self, link: Link) -> None:
+    def _end(self, link: HostStream) -> None:
         """Close the host's side."""
         give_up = self._attempts.pop(link, None)
         if give_up is not None:
@@ -439,7 +448,7 @@ class VirtioVsock:
                 self._loop.unwatch(link.sock.fileno())
             link.close()
 
-    def _remove(self, link: Link) -> None:
+    def _remove(self, link: HostStream) -> None:
         key = (*link.peer, link.guest_port)
         if self.links.get(key) is link:
             del self.links[key]

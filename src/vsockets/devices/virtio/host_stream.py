@@ -25,7 +25,7 @@ from socket import (
 
 from ...limits import WAITING_MESSAGES
 from ..vectored_io import push
-from .connection import Connection, State
+from .connection import Connection, ConnectionState
 from .packet import Sequenced, Shutdown, Type
 
 #: Socket types of the host for the guest's, and back.
@@ -39,7 +39,7 @@ _END_OF_MESSAGE, _END_OF_RECORD = int(Sequenced.END_OF_MESSAGE), int(Sequenced.E
 _SEQPACKET = int(Type.SEQPACKET)
 
 
-class Link(Connection):
+class HostStream(Connection):
     """A connection and its socket, once there is one."""
 
     __slots__ = (
@@ -63,7 +63,7 @@ class Link(Connection):
     )
 
     def __init__(
-        self, state: State, type_: Type, peer: tuple[int, int], guest_port: int, size: int
+        self, state: ConnectionState, type_: Type, peer: tuple[int, int], guest_port: int, size: int
     ) -> None:
         super().__init__(state, type_, peer, guest_port, size)
         self.sock: socket.socket | None = None

@@ -20,7 +20,7 @@ _SHARE = VIRTIO_BUFFER * 3 // 4
 _PATIENCE = 2
 
 
-class Pace:
+class KickCoalescing:
     """What the next kick is asked for, from what the last ones brought.
 
     ``packets`` is how many must be there; if several, the device looks after ``delay`` seconds

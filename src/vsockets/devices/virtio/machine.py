@@ -12,8 +12,8 @@ from ...control import Events
 from ...limits import VIRTIO_ENLARGED, VIRTIO_LARGEST_BUFFER
 from ...model.buffers import BufferSizes
 from ...protocol import RECORD_SIZE, ProtocolError, Record
-from ..client import Attachment, Offer
-from ..lifecycle_events import INTERRUPTIONS, follow
+from ..client import DeviceClient, Offer
+from ..lifecycle_events import INTERRUPTIONS, subscribe
 from ..loop import DeviceLoop
 from .device import VirtioVsock
 
@@ -26,7 +26,7 @@ class VirtioMachine:
     """The device of the guest ``cid``, to be served by vhost-user."""
 
     def __init__(
-        self, loop: DeviceLoop, fabric: Attachment, cid: int, events: Events | None = None
+        self, loop: DeviceLoop, fabric: DeviceClient, cid: int, events: Events | None = None
     ) -> None:
         self._loop = loop
         self._fabric = fabric
@@ -37,7 +37,7 @@ class VirtioMachine:
         fabric.resized = self._resized
         fabric.lost = lambda: log.warning("vsockd has gone: no new connections")
         if events is not None:
-            follow(loop, fabric, events, self._heed)
+            subscribe(loop, fabric, events, self._heed)
 
     def connect(
         self,

@@ -14,12 +14,12 @@ from itertools import islice
 from socket import MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
 
 from ...limits import VECTORS, VIRTIO_MERGED
-from ..capture import Tap
+from ..capture import CaptureSink
 from ..vectored_io import pull
 from .capture import record
 from .connection import BOTH
 from .credit import MANY
-from .host_stream import Link
+from .host_stream import HostStream
 from .packet import HEADER, HEADER_SIZE, Op, Sequenced, Shutdown, Type
 from .ring import Chain, Ring, RingError, total
 
@@ -60,7 +60,7 @@ def _understand(chain: Chain) -> _Buffer:
 class ReceiveQueue:
     """Sends packets to the guest ``cid``."""
 
-    def __init__(self, ring: Ring, cid: int, tap: Tap) -> None:
+    def __init__(self, ring: Ring, cid: int, tap: CaptureSink) -> None:
         self._ring = ring
         self._cid = cid
         self._tap = tap
@@ -96,7 +96,7 @@ class ReceiveQueue:
         if self._tap.sinks:
             record(self._tap, header)
 
-    def send(self, link: Link) -> bool:
+    def send(self, link: HostStream) -> bool:
         """Send what there is from ``link``, for a turn; returns whether payload was among it."""
         while link.say:
             if not self._restock(1):
@@ -114,7 +114,7 @@ class ReceiveQueue:
             return link.readable and self._stream(link)
         return self._messages(link)
 
-    def _header(self, link: Link, length: int, op: int, flags: int) -> bytes:
+    def _header(self, link: HostStream, length: int, op: int, flags: int) -> bytes:
         receive = link.receive
         return HEADER.pack(
             link.peer[0], self._cid, link.peer[1], link.guest_port,
@@ -133,7 +133,7 @@ class ReceiveQueue:
 
     # Payload
 
-    def _stream(self, link: Link) -> bool:
+    def _stream(self, link: HostStream) -> bool:
         credit = link.send.available()
         sock = link.sock
         if sock is None or not credit or not self._restock(link.burst):
@@ -179,7 +179,7 @@ class ReceiveQueue:
         link.readable = link.hung_up
         return True
 
-    def _packet_size(self, link: Link) -> int:
+    def _packet_size(self, link: HostStream) -> int:
         """As :meth:`.credit.SendCredit.packet_size`; asks the guest what it has read."""
         send = link.send
         most = send.packet_size(self._stock[0][3] or 1)
@@ -187,7 +187,7 @@ class ReceiveQueue:
             link.ask_for_credit()
         return most
 
-    def _label(self, link: Link, received: int) -> int:
+    def _label(self, link: HostStream, received: int) -> int:
         """Write the headers of payload that is in the first buffers; returns how many."""
         stock, push = self._stock, self._ring.push
         cid, port = link.peer
@@ -212,7 +212,7 @@ class ReceiveQueue:
         link.send.spend(total, used, room - length)
         return used
 
-    def _label_small(self, link: Link, received: int) -> int:
+    def _label_small(self, link: HostStream, received: int) -> int:
         """As :meth:`_label`, with packets of at most VIRTIO_MERGED bytes."""
         used = 0
         while received:
@@ -225,7 +225,7 @@ class ReceiveQueue:
             received -= length
         return used
 
-    def _messages(self, link: Link) -> bool:
+    def _messages(self, link: HostStream) -> bool:
         sent = False
         for _ in range(_LARGEST_BURST):
             if not self._restock(1) or (not link.incoming and not self._take_message(link)):
@@ -238,7 +238,7 @@ class ReceiveQueue:
                 break
         return sent
 
-    def _take_message(self, link: Link) -> bool:
+    def _take_message(self, link: HostStream) -> bool:
         """Read the next message for which there is credit into ``link.incoming``."""
         sock = link.sock
         if sock is None or not link.readable:
@@ -272,7 +272,7 @@ class ReceiveQueue:
         link.incoming = memoryview(data)
         return True
 
-    def _fragment(self, link: Link) -> None:
+    def _fragment(self, link: HostStream) -> None:
         """Put as much of a message as fits into the first buffer."""
         note, place, parts, room = self._stock[0]
         if not room and link.incoming:

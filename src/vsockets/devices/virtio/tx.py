@@ -10,10 +10,10 @@ from time import monotonic
 from typing import Protocol
 
 from ...limits import PACKETS_A_TURN, VECTORS
-from ..capture import Tap
+from ..capture import CaptureSink
 from .capture import record
-from .host_stream import Link
-from .kick_coalescing import Pace
+from .host_stream import HostStream
+from .kick_coalescing import KickCoalescing
 from .packet import HEADER, HEADER_SIZE, Header, Op, Type
 from .ring import Ring, RingError, total
 
@@ -26,23 +26,23 @@ class Receiver(Protocol):
     """Where packets go."""
 
     #: by the peer's CID and port and the guest's port
-    links: dict[tuple[int, int, int], Link]
+    links: dict[tuple[int, int, int], HostStream]
 
     @property
     def is_overwhelmed(self) -> bool:
         """Whether no more packets are to be looked at now."""
 
-    def receive(self, header: Header, link: Link | None) -> None:
+    def receive(self, header: Header, link: HostStream | None) -> None:
         """A packet without payload for anybody; its credit was taken note of."""
 
-    def touched(self, link: Link) -> None:
+    def touched(self, link: HostStream) -> None:
         """What the guest may be sent, or is to be told, has changed."""
 
 
 class TransmitQueue:
     """Takes packets of the guest ``cid``."""
 
-    def __init__(self, ring: Ring, cid: int, receiver: Receiver, tap: Tap) -> None:
+    def __init__(self, ring: Ring, cid: int, receiver: Receiver, tap: CaptureSink) -> None:
         self.packets = 0  #: taken in the last turn
         self._ring = ring
         self._cid = cid
@@ -55,7 +55,7 @@ class TransmitQueue:
         self._ring.publish()
         return self._ring.base
 
-    def run(self, pace: Pace) -> tuple[bool, bool]:
+    def run(self, pace: KickCoalescing) -> tuple[bool, bool]:
         """Take packets, for a turn.
 
         Returns whether there are more, and whether the guest wants to be told.  If there are
@@ -64,7 +64,7 @@ class TransmitQueue:
         receiver, pop = self._receiver, self._ring.pop
         links = receiver.links
         notes: list[int] = []
-        run: Link | None = None  # whose payload was collected and not yet handed on
+        run: HostStream | None = None  # whose payload was collected and not yet handed on
         views: list[memoryview] = []
         length = 0
         taken = 0  # bytes of payload

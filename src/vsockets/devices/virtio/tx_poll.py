@@ -7,17 +7,17 @@ from collections.abc import Callable
 from ...limits import UNTOLD_DELAY, UNTOLD_PACKETS
 from ..loop import DeviceLoop, Timer
 from ..vhost_user import Vring
-from .kick_coalescing import Pace
+from .kick_coalescing import KickCoalescing
 from .tx import TransmitQueue
 
 
-class Intake:
+class TxPoll:
     """Runs ``queue``; ``work`` is called when it is time to look without a kick."""
 
     def __init__(
         self, loop: DeviceLoop, queue: TransmitQueue, vring: Vring, work: Callable[[], None]
     ) -> None:
-        self.pace = Pace()
+        self.pace = KickCoalescing()
         self._loop = loop
         self._queue = queue
         self._vring = vring

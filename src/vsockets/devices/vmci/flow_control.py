@@ -44,7 +44,7 @@ class QueueState:
         """A packet about flow.  ``can_read``, ``can_write``: whether the guest can, now."""
 
 
-class Waiting:
+class QueueNotifications:
     """The older one."""
 
     def __init__(self, send: Send) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ...control import Events
-from ..client import Attachment
-from ..lifecycle_events import INTERRUPTIONS, follow
+from ..client import DeviceClient
+from ..lifecycle_events import INTERRUPTIONS, subscribe
 from ..loop import DeviceLoop
 from .device import VmciDevice
 from .hypervisor import Hypervisor
@@ -17,7 +17,7 @@ class VmciMachine:
     def __init__(
         self,
         loop: DeviceLoop,
-        fabric: Attachment,
+        fabric: DeviceClient,
         cid: int,
         events: Events | None = None,
         legacy: bool = False,
@@ -37,7 +37,7 @@ class VmciMachine:
         self.hypervisor.device = self.device
         self.hypervisor.sockets = self.sockets
         if events is not None:
-            follow(loop, fabric, events, self._heed)
+            subscribe(loop, fabric, events, self._heed)
 
     def settle(self) -> None:
         """Called after each thing the virtual machine did."""

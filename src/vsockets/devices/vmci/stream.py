@@ -32,10 +32,10 @@ from collections.abc import Callable
 from socket import SHUT_RD, SHUT_RDWR, SHUT_WR
 
 from ...limits import ANSWER, LOOK_AGAIN, LOOKS, NEXT_WORD, PUMP_ROUNDS, REMIND
-from ..capture import Tap
+from ..capture import CaptureSink
 from ..loop import DeviceLoop
 from ..vectored_io import pull, push
-from .flow_control import QueueState, Send, Waiting
+from .flow_control import QueueNotifications, QueueState, Send
 from .packets import Kind, Shutdown
 from .queue_pair import BrokenQueue, QueuePair
 
@@ -67,7 +67,7 @@ class Stream:
         older: bool,
         hung_up: Callable[[], None],
         finished: Callable[[], None],
-        tap: Tap,
+        tap: CaptureSink,
         guest: tuple[int, int],
         peer: tuple[int, int],
     ) -> None:
@@ -76,7 +76,9 @@ class Stream:
         self.queue_pair: QueuePair | None = queue_pair
         self._in, self._out = queue_pair.inbound, queue_pair.outbound
         self._send = send
-        self._flow: QueueState | Waiting = Waiting(send) if older else QueueState(send)
+        self._flow: QueueState | QueueNotifications = (
+            QueueNotifications(send) if older else QueueState(send)
+        )
         self._may_look = not older
         self._hung_up, self._finished = hung_up, finished
         self._tap, self._guest, self._peer = tap, guest, peer

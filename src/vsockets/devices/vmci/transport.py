@@ -23,7 +23,7 @@ from ...model.buffers import BufferSizes
 from ...model.constants import VMADDR_CID_HYPERVISOR
 from ...protocol import RECORD_SIZE, ProtocolError, Record
 from ...protocol.vsockmon import Operation
-from ..client import Attachment, Offer
+from ..client import DeviceClient, Offer
 from ..loop import DeviceLoop, Timer
 from . import packets
 from .attach_ordering import AfterAttach
@@ -92,7 +92,7 @@ class VmciSockets:
         self,
         loop: DeviceLoop,
         hypervisor: Hypervisor,
-        fabric: Attachment,
+        fabric: DeviceClient,
         older: bool = False,
     ) -> None:
         """With ``older`` the first version of the handshake is used, also by the guest."""

@@ -7,7 +7,7 @@ from contextlib import closing
 from socket import SHUT_RD, SHUT_RDWR
 
 from ...model.constants import LAST_RESERVED_PORT
-from ...protocol import Flag, Op, Request
+from ...protocol import Op, Request, RequestFlag
 from ..call import Answer, Call, failure
 from ..sockets import UNBOUND, Endpoint, Phase
 from ..vsockd_client import SEND
@@ -26,7 +26,7 @@ async def bind(call: Call, endpoint: Endpoint) -> Answer:
     # vsockd asks whether we have the capability; but it is the program that must have it.
     flags = 0
     if port <= LAST_RESERVED_PORT and not _is_privileged(call):
-        flags = int(Flag.UNPRIVILEGED)
+        flags = int(RequestFlag.UNPRIVILEGED)
     with closing(call.duplicate(endpoint)) as sock:
         if endpoint.is_datagram:
             await datagrams.claim(call, endpoint, sock, (cid, port), flags)

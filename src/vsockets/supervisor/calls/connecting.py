@@ -25,7 +25,7 @@ from ...limits import (
 )
 from ...model.constants import VMADDR_CID_ANY
 from ...pass_rights import refuse
-from ...protocol import PADDING, Flag, Record, encode_connect
+from ...protocol import PADDING, Record, RequestFlag, encode_connect
 from ..call import Answer, Call, failure
 from ..notification import Gone
 from ..scheduler import ready
@@ -115,7 +115,7 @@ def _send(
 ) -> None:
     if endpoint.type == SOCK_STREAM:
         refuse(sock)  # a stream carries no descriptors
-    flags = int(Flag.POLLING) if polls else 0
+    flags = int(RequestFlag.POLLING) if polls else 0
     secret = 0 if endpoint.hold is None else endpoint.hold.secret
     request = encode_connect(flags, peer, endpoint.buffers, endpoint.cookie, secret)
     if polls:

@@ -29,7 +29,7 @@ from ...model.constants import (
     SO_VM_SOCKETS_TRUSTED,
     VMADDR_CID_HOST,
 )
-from ...protocol import Flag, Op, Request
+from ...protocol import Op, Request, RequestFlag
 from ..call import Answer, Call, failure
 from ..filter import IOCTL_AF_VALUE, IOCTL_LOCAL_CID, SIOCOUTQ
 from ..sockets import UNCONNECTED, Endpoint, Phase, inode_in
@@ -177,9 +177,9 @@ async def _of_vsock(call: Call, endpoint: Endpoint, name: int) -> bytes:
         peer_cid = VMADDR_CID_HOST if endpoint.peer is None else endpoint.peer[0]
         request = Request(Op.LOCAL_CID, peer_cid=peer_cid)
         record, _ = await call.supervisor.vsockd.ask(call.asker(), request)
-        trusted = Flag.TRUSTED_STREAM
+        trusted = RequestFlag.TRUSTED_STREAM
         if endpoint.type == SOCK_DGRAM:
-            trusted = Flag.TRUSTED_DATAGRAM
+            trusted = RequestFlag.TRUSTED_DATAGRAM
         return _INT.pack(bool(record.flags & trusted))
     raise failure(errno.EOPNOTSUPP if endpoint.is_datagram else errno.ENOPROTOOPT)
 

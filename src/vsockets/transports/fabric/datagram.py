@@ -18,7 +18,7 @@ from typing import Any, Self
 from ...limits import DATAGRAM_ROUTES, MAX_DATAGRAM
 from ...model.address import check
 from ...protocol import Op, Request, decode_source
-from ...socket import BEHAVIOURS, MSG_ERRQUEUE, UNBOUND, error, socket
+from ...socket import MSG_ERRQUEUE, SOCKET_CLASSES, UNBOUND, error, socket
 from .context import FabricSocket
 
 _raw = _socket.socket
@@ -254,4 +254,4 @@ def _refuse_error_queue(flags: int) -> None:
         raise error(errno.EOPNOTSUPP, "datagram sockets have no error queue")
 
 
-BEHAVIOURS["fabric"][SOCK_DGRAM] = DatagramSocket
+SOCKET_CLASSES["fabric"][SOCK_DGRAM] = DatagramSocket

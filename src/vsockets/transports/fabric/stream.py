@@ -17,17 +17,26 @@ import socket as stdlib
 from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 from typing import Any
 
-from ...attachment import descriptor_in, explain, understand, wait_readable
+from ...attachment import decode_reply, descriptor_in, explain, wait_readable
 from ...limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, REQUEST_TIMEOUT
 from ...model.address import check
 from ...model.buffers import DEFAULT_SIZES, BufferSizes
 from ...model.constants import VMADDR_CID_ANY
 from ...pass_rights import IS_KNOWN, SO_PASSRIGHTS, allow
-from ...protocol import PADDING, RECORD_SIZE, Flag, Op, Record, Request, Role, encode_connect
-from ...socket import BEHAVIOURS, MSG_ERRQUEUE, UNBOUND, Phase, become, error, socket
+from ...protocol import (
+    PADDING,
+    RECORD_SIZE,
+    Op,
+    Record,
+    Request,
+    RequestFlag,
+    Role,
+    encode_connect,
+)
+from ...socket import MSG_ERRQUEUE, SOCKET_CLASSES, UNBOUND, Phase, error, socket, switch_class
 from .context import FabricSocket
 
-_POLLING = int(Flag.POLLING)
+_POLLING = int(RequestFlag.POLLING)
 # Names of our own: looking a member up in its enum costs as much as a short function.
 _NEW, _BOUND, _LISTENING = Phase.NEW, Phase.BOUND, Phase.LISTENING
 _CONNECTING, _CONNECTED = Phase.CONNECTING, Phase.CONNECTED
@@ -97,7 +106,7 @@ class StreamSocket(FabricSocket):
             data, came = self._accept_token()
         else:
             data, came, _, _ = _raw.recvmsg(self, RECORD_SIZE, _ANNOUNCEMENT, _CLOEXEC)
-        record = understand(data)
+        record = decode_reply(data)
         fd = descriptor_in(came)
         if fd is None:
             raise error(errno.EMFILE, "the connection was lost for want of a descriptor")
@@ -272,7 +281,7 @@ class StreamSocket(FabricSocket):
         _raw.send(self, request.encode())
         if not wait_readable(self.fileno(), patience):
             raise TimeoutError(errno.ETIMEDOUT, "vsockd does not answer")
-        return understand(_raw.recv(self, RECORD_SIZE))
+        return decode_reply(_raw.recv(self, RECORD_SIZE))
 
     def _refuse_to_connect(self) -> None:
         if self._phase is _LISTENING:
@@ -306,7 +315,7 @@ class StreamSocket(FabricSocket):
             _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, polled // 2)
             self._send_buffer = 0
         try:
-            record = understand(_raw.recv(self, RECORD_SIZE, _DONTWAIT))
+            record = decode_reply(_raw.recv(self, RECORD_SIZE, _DONTWAIT))
         except OSError:
             if polled:
                 self._phase = _FAILED
@@ -324,7 +333,7 @@ class StreamSocket(FabricSocket):
         if cls is StreamSocket:
             self.__class__ = EstablishedSocket  # what become() does, for the usual case
         elif cls is not EstablishedSocket:
-            become(self, EstablishedSocket)
+            switch_class(self, EstablishedSocket)
 
     def _settle_sizes(self, record: Record) -> None:
         if record.size != DEFAULT_BUFFER_SIZE:
@@ -359,12 +368,12 @@ class StreamSocket(FabricSocket):
         except OSError:
             with contextlib.suppress(OSError):
                 _raw.getpeername(self)  # joined to something vsockd does not know (any more)
-                become(self, EstablishedSocket)
+                switch_class(self, EstablishedSocket)
             return
         if record.role == Role.CONNECTED:
             self._settle(record)
         else:
-            self._named = bool(record.flags & Flag.NAMED)
+            self._named = bool(record.flags & RequestFlag.NAMED)
             self._entered = not self._named
             self._local = record.local
             self._buffers = BufferSizes(*record[-3:])
@@ -444,5 +453,5 @@ def _refuse_out_of_band(flags: int) -> None:
     _refuse_urgent(flags)
 
 
-BEHAVIOURS["fabric"][SOCK_STREAM] = StreamSocket
-BEHAVIOURS["fabric"][SOCK_SEQPACKET] = StreamSocket
+SOCKET_CLASSES["fabric"][SOCK_STREAM] = StreamSocket
+SOCKET_CLASSES["fabric"][SOCK_SEQPACKET] = StreamSocket

@@ -22,7 +22,7 @@ from ...model.constants import (
     SO_VM_SOCKETS_BUFFER_MIN_SIZE,
     SO_VM_SOCKETS_BUFFER_SIZE,
 )
-from ...socket import BEHAVIOURS, TIMEOUTS, PeerCredentials, as_u64, error, socket
+from ...socket import SOCKET_CLASSES, TIMEOUTS, PeerCredentials, as_u64, error, socket
 
 _raw = _socket.socket
 _BUFFERS = (
@@ -131,4 +131,4 @@ class KernelSocket(socket):
 
 
 for _type in (SOCK_STREAM, SOCK_SEQPACKET, SOCK_DGRAM):
-    BEHAVIOURS["kernel"][_type] = KernelSocket
+    SOCKET_CLASSES["kernel"][_type] = KernelSocket
