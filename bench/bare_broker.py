@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from vsockets.attachment import wait_readable
 from vsockets.daemon.stream_liveness import Group
-from vsockets.limits import CONNECT_TIMEOUT
+from vsockets.limits import CONNECT_TIMEOUT_SECONDS
 from vsockets.protocol import RECORD_SIZE, REQUEST_SIZE
 
 _REQUEST, _RECORD = bytes(REQUEST_SIZE), bytes(RECORD_SIZE)
@@ -43,7 +43,7 @@ def connect(sock: socket.socket, path: str) -> None:
     sock.getsockopt(SOL_SOCKET, _SO_COOKIE, _COOKIE_SIZE)
     sock.connect(path)
     sock.send(_REQUEST)
-    wait_readable(sock.fileno(), CONNECT_TIMEOUT)
+    wait_readable(sock.fileno(), CONNECT_TIMEOUT_SECONDS)
     sock.recv(RECORD_SIZE)
 
 

@@ -14,7 +14,7 @@ from socket import SCM_RIGHTS, SOL_SOCKET
 
 from . import kernel_context
 from .kernel_context import KernelContext
-from .limits import REQUEST_TIMEOUT
+from .limits import VSOCKD_REPLY_TIMEOUT_SECONDS
 from .model.constants import VMADDR_CID_HOST
 from .protocol import RECORD_SIZE, Op, ProtocolError, Record, Request, RequestFlag
 from .state_folder import (
@@ -98,9 +98,9 @@ class Attachment:
         errno vsockd answered.
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-            sock.settimeout(REQUEST_TIMEOUT)
-            left = self.enter(sock, socket.SOCK_SEQPACKET, REQUEST_TIMEOUT)
-            if left < REQUEST_TIMEOUT:
+            sock.settimeout(VSOCKD_REPLY_TIMEOUT_SECONDS)
+            left = self.enter(sock, socket.SOCK_SEQPACKET, VSOCKD_REPLY_TIMEOUT_SECONDS)
+            if left < VSOCKD_REPLY_TIMEOUT_SECONDS:
                 sock.settimeout(left)
             ancillary = []
             if fd is not None:

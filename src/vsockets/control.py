@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .limits import REQUEST_TIMEOUT
+from .limits import VSOCKD_REPLY_TIMEOUT_SECONDS
 from .state_folder import CONTROL, connect_to, default_folder, wait_to_connect
 
 #: What there are events of.
@@ -231,7 +231,7 @@ class Events:
         try:
             request = {"op": "subscribe", "topics": list(topics)}
             self._sock.sendall(json.dumps(request).encode() + b"\n")
-            answer = self._next_line(REQUEST_TIMEOUT) or {}
+            answer = self._next_line(VSOCKD_REPLY_TIMEOUT_SECONDS) or {}
             if "error" in answer:
                 raise OSError(answer["errno"], answer["error"])
         except BaseException:
@@ -326,13 +326,13 @@ class Events:
 def _connect(folder: Path) -> socket.socket:
     """A connection to the administrator's socket of the vsockd in ``folder``."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(REQUEST_TIMEOUT)
+    sock.settimeout(VSOCKD_REPLY_TIMEOUT_SECONDS)
     path = os.fspath(folder / CONTROL)
     try:
         try:
             connect_to(sock.connect, path)
         except BlockingIOError:
-            wait_to_connect(sock, path, REQUEST_TIMEOUT)
+            wait_to_connect(sock, path, VSOCKD_REPLY_TIMEOUT_SECONDS)
     except (FileNotFoundError, ConnectionRefusedError):
         sock.close()
         raise OSError(errno.ENODEV, f"no vsockd runs in {folder} (start it: vsock up)") from None

@@ -24,7 +24,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TextIO
 
-from .limits import LOG_FILE, LOG_PARTIES, LOG_RATE
+from .limits import LOG_FILE_MAX_BYTES, LOG_LINES_PER_SECOND, LOG_PARTIES_MAX
 from .model.rate_limit import TokenBucket
 from .model.text import printable
 
@@ -76,7 +76,7 @@ class Throttle:
         bucket = self._buckets.get(party)
         if bucket is None or bucket.meter.rate != rate:
             bucket = self._buckets[party] = _Bucket(rate)
-            if len(self._buckets) > LOG_PARTIES:
+            if len(self._buckets) > LOG_PARTIES_MAX:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(party)
         if self._all.rate != 10 * self.rate:
@@ -104,7 +104,7 @@ class _Limit(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._throttle = Throttle(LOG_RATE)
+        self._throttle = Throttle(LOG_LINES_PER_SECOND)
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno == NOTICE or getattr(record, "admitted", False):
@@ -166,7 +166,7 @@ class _Handler(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         super().emit(record)
-        if self._file is not None and os.fstat(2).st_size >= LOG_FILE:
+        if self._file is not None and os.fstat(2).st_size >= LOG_FILE_MAX_BYTES:
             try:
                 os.replace(self._file, older(self._file))
                 self.write_to(self._file)
@@ -200,7 +200,8 @@ def configure(words: str, level: int, form: str) -> None:
 
 
 def write_to(path: Path) -> None:
-    """Have ``path`` for standard output and error instead, and no more than twice LOG_FILE bytes of
+    """Have ``path`` for standard output and error instead, and no more than twice
+    LOG_FILE_MAX_BYTES bytes of
     logs: when it is that long it becomes :func:`older`, and is begun again.
     """
     _handler.write_to(path)

@@ -19,7 +19,7 @@ from socket import SO_DOMAIN, SO_ERROR, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK
 from typing import Any, NamedTuple, Self
 
 from .attachment import ContextHandle, current
-from .limits import CONNECT_TIMEOUT, LONGEST_CONNECT_TIMEOUT
+from .limits import CONNECT_TIMEOUT_MAX_SECONDS, CONNECT_TIMEOUT_SECONDS
 from .model.address import FIRST_GUEST_CID
 from .model.buffers import DEFAULT_SIZES, BufferSizes
 from .model.constants import (
@@ -89,7 +89,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     _attachment: ContextHandle | None = None
     _raw_family: int = stdlib.AF_UNIX  # what the C part takes it for
     _buffers = DEFAULT_SIZES
-    _connect_timeout = CONNECT_TIMEOUT
+    _connect_timeout = CONNECT_TIMEOUT_SECONDS
     _ignored: dict[tuple[int, int], Any] | None = None
     _is_shut = False  # by shutdown(), in any direction
     _local = UNBOUND
@@ -366,9 +366,9 @@ def _seconds(value: Any) -> float:
     if isinstance(value, int) or len(bytes(value)) != _TIMEVAL.size:
         raise error(errno.EINVAL, "the connect timeout is a struct timeval of 16 bytes")
     seconds, microseconds = _TIMEVAL.unpack(bytes(value))
-    if not 0 <= seconds <= LONGEST_CONNECT_TIMEOUT or microseconds >= 1_000_000:
+    if not 0 <= seconds <= CONNECT_TIMEOUT_MAX_SECONDS or microseconds >= 1_000_000:
         raise error(errno.ERANGE, f"connect timeout of {seconds} s and {microseconds} us")
     if microseconds < 0:  # Linux takes it for a large unsigned number
-        return float(LONGEST_CONNECT_TIMEOUT)
+        return float(CONNECT_TIMEOUT_MAX_SECONDS)
     # Linux: no time at all means the default.
-    return float(seconds + microseconds / 1e6) or CONNECT_TIMEOUT
+    return float(seconds + microseconds / 1e6) or CONNECT_TIMEOUT_SECONDS

@@ -37,7 +37,7 @@ from time import monotonic
 from typing import Protocol
 
 from ._linux.descriptor_passing import is_guarded
-from .limits import FORWARD_PIPE, FORWARD_SPARE_PIPES, FORWARD_TURN
+from .limits import SPLICE_PIPE_BYTES, SPLICE_SPARE_PIPES_MAX, SPLICE_TURN_MAX_BYTES
 
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 _IN, _OUT, _HUNG_UP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP
@@ -87,7 +87,7 @@ class _Pipe:
 
 def _grow(pipe: int) -> int:
     try:
-        return fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, FORWARD_PIPE)
+        return fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, SPLICE_PIPE_BYTES)
     except PermissionError:  # this user has a lot of pipes already (pipe-user-pages-soft)
         return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
 
@@ -242,7 +242,7 @@ class SplicePump:
             self.end(source.connection, error, reset=True)
             return
         size = pending = direction.pending
-        budget = FORWARD_TURN
+        budget = SPLICE_TURN_MAX_BYTES
         try:
             while True:
                 if pending:
@@ -335,7 +335,7 @@ class SplicePump:
         pipe, direction.pipe = direction.pipe, None
         if pipe is None:
             return
-        if direction.pending or len(self._pipes) >= FORWARD_SPARE_PIPES:
+        if direction.pending or len(self._pipes) >= SPLICE_SPARE_PIPES_MAX:
             pipe.close()
         else:
             self._pipes.append(pipe)

@@ -9,7 +9,7 @@ from pamqp import body, commands, frame
 
 from vsockets.amqp.frame_assembler import CloseHandshake, FrameAssembler
 from vsockets.amqp.frames import CLOSE_OK, PROTOCOL_HEADER, FrameError
-from vsockets.amqp.limits import AMQP_FRAME
+from vsockets.amqp.limits import AMQP_FRAME_MAX_BYTES
 
 from .strategies import commands_in, conversations, cuts, pieces
 
@@ -57,7 +57,7 @@ def test_a_broker_that_speaks_another_protocol_has_said_all() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"HTTP/1.1 200", b"AMQP\0\1\0\0", b"\x03\0\1" + (AMQP_FRAME + 1).to_bytes(4, "big")],
+    [b"HTTP/1.1 200", b"AMQP\0\1\0\0", b"\x03\0\1" + (AMQP_FRAME_MAX_BYTES + 1).to_bytes(4, "big")],
 )
 def test_what_is_not_amqp_is_refused(data: bytes) -> None:
     with pytest.raises(FrameError):

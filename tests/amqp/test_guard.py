@@ -11,7 +11,7 @@ from pamqp import commands, frame
 
 from vsockets.amqp.frames import PROTOCOL_HEADER
 from vsockets.amqp.handshake_inspector import HandshakeInspector, HandshakeRefused
-from vsockets.amqp.limits import AMQP_HANDSHAKE_FRAME, AMQP_HANDSHAKE_FRAMES
+from vsockets.amqp.limits import AMQP_HANDSHAKE_FRAME_MAX_BYTES, AMQP_HANDSHAKE_FRAMES_MAX
 
 from .strategies import commands_in, cuts, handshake, pieces, short_texts, start_ok, tables
 
@@ -79,7 +79,7 @@ def test_a_guest_cannot_say_who_it_is() -> None:
         (b"\x08\0\1\0\0\0\0\xce", 503),
         (b"\x02\0\0\0\0\0\0\xce", 503),
         (b"\x09\0\0\0\0\0\0\xce", 501),
-        (b"\x01\0\0" + (AMQP_HANDSHAKE_FRAME + 1).to_bytes(4, "big"), 501),
+        (b"\x01\0\0" + (AMQP_HANDSHAKE_FRAME_MAX_BYTES + 1).to_bytes(4, "big"), 501),
         (b"\x01\0\0\0\0\0\x06\0\x0a\0\x0b\0\0\xce", 501),  # half a table
         (b"\x01\0\0\0\0\0\x0e\0\x0a\0\x0b\0\0\0\x06\x01aQ\0\0\0\xce", 501),  # a type of nobody's
         (b"\x01\0\0\0\0\0\x04\0\x0a\0\x28\xce", 502),  # no virtual host
@@ -116,7 +116,7 @@ def test_nothing_passes_that_is_no_handshake(said: list[bytes]) -> None:
 def test_a_handshake_has_a_bounded_number_of_frames() -> None:
     heartbeat = b"\x08\0\0\0\0\0\0\xce"
     guard = HandshakeInspector(CID, lambda name: True)
-    data = PROTOCOL_HEADER + heartbeat * AMQP_HANDSHAKE_FRAMES
+    data = PROTOCOL_HEADER + heartbeat * AMQP_HANDSHAKE_FRAMES_MAX
     assert guard.receive(data) == data
     with pytest.raises(HandshakeRefused, match="too many frames"):
         guard.receive(heartbeat)

@@ -17,7 +17,11 @@ from vsockets.amqp import h2_connection as module
 from vsockets.amqp.connect_request import Headers, connect_request
 from vsockets.amqp.h2_connection import Frames, H2Connection, StreamRefused
 from vsockets.amqp.h2_stream import H2Stream
-from vsockets.amqp.limits import AMQP_LINK_FRAMES, AMQP_UNSENT, AMQP_WINDOW
+from vsockets.amqp.limits import (
+    AMQP_SESSION_UNSENT_MAX_BYTES,
+    AMQP_SESSION_WINDOW_BYTES,
+    AMQP_UPLINK_FRAMES_PER_TURN_MAX,
+)
 
 REQUEST = connect_request("rabbitmq:5672", 3)
 MUCH = os.urandom(3 << 20)
@@ -148,8 +152,10 @@ def test_one_that_does_not_read_stops_nobody_else() -> None:
                 await fast.has(len(MUCH))
                 assert fast.received == MUCH
                 fast.received.clear()
-            assert len(slow.received) <= AMQP_WINDOW
-            assert to_slow.transport.get_write_buffer_size() >= len(MUCH) - AMQP_WINDOW
+            assert len(slow.received) <= AMQP_SESSION_WINDOW_BYTES
+            assert (
+                to_slow.transport.get_write_buffer_size() >= len(MUCH) - AMQP_SESSION_WINDOW_BYTES
+            )
             slow.transport.resume_reading()
             assert await slow.has(len(MUCH)) == MUCH
             assert not to_slow.paused
@@ -161,11 +167,11 @@ def test_a_writer_is_told_to_wait() -> None:
     async def test() -> None:
         async with linked() as pair:
             here, there = await pair.tunnel()
-            there.transport.write(bytes(AMQP_UNSENT))
+            there.transport.write(bytes(AMQP_SESSION_UNSENT_MAX_BYTES))
             assert not there.paused
             there.transport.write(b"x")
             assert there.paused
-            await here.has(AMQP_UNSENT + 1)
+            await here.has(AMQP_SESSION_UNSENT_MAX_BYTES + 1)
             assert not there.paused
 
     run(test)
@@ -203,7 +209,7 @@ def test_a_refusal(status: int) -> None:
 
 
 def test_more_sessions_than_the_far_end_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "AMQP_SESSIONS", 2)
+    monkeypatch.setattr(module, "AMQP_SESSIONS_MAX", 2)
 
     async def test() -> None:
         async with linked() as pair:
@@ -294,7 +300,7 @@ def test_a_client_that_talks_nonsense_ends_its_own_link_only(
 
 
 def test_a_client_that_asks_and_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "AMQP_LINK_UNREAD", 65_536)
+    monkeypatch.setattr(module, "AMQP_UPLINK_UNREAD_MAX_BYTES", 65_536)
 
     async def test() -> None:
         loop = asyncio.get_running_loop()
@@ -383,7 +389,7 @@ def test_a_peer_that_talks_much_has_a_turn_at_a_time(flood: bytes) -> None:
                 answer = answer[-100:] + await loop.sock_recv(other, 65_536)
             await sending
             counting.cancel()
-            assert turns >= 3000 / AMQP_LINK_FRAMES
+            assert turns >= 3000 / AMQP_UPLINK_FRAMES_PER_TURN_MAX
             link.close()
 
     run(test)

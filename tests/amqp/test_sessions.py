@@ -166,7 +166,7 @@ def test_no_amqp_from_the_far_end(vsock_fabric: PrivateFabric, tmp_path: Path) -
 def test_nobody_at_the_far_end(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guest_proxy, "AMQP_OPEN", 0.05)
+    monkeypatch.setattr(guest_proxy, "AMQP_OPEN_TIMEOUT_SECONDS", 0.05)
 
     async def test() -> None:
         proxy = GuestProxy(Unix(str(tmp_path / "amqp")), Vsock(2, 9999), vsock_fabric.guest())
@@ -183,7 +183,7 @@ def test_nobody_at_the_far_end(
 def test_a_client_that_does_not_agree_is_left(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "AMQP_CLOSE_OK", 0.05)
+    monkeypatch.setattr(relay, "AMQP_CLOSE_TIMEOUT_SECONDS", 0.05)
 
     async def test() -> None:
         async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):
@@ -216,7 +216,7 @@ def test_draining_sees_everybody_off(vsock_fabric: PrivateFabric, tmp_path: Path
 def test_a_handshake_has_its_time(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "AMQP_HANDSHAKE", 0.05)
+    monkeypatch.setattr(session, "AMQP_HANDSHAKE_TIMEOUT_SECONDS", 0.05)
 
     async def test() -> None:
         async with on_the_host(vsock_fabric, tmp_path) as (host, _):
@@ -231,7 +231,7 @@ def test_a_handshake_has_its_time(
 def test_one_guest_cannot_have_all_sessions(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_proxy, "AMQP_GUEST_SESSIONS", 2)
+    monkeypatch.setattr(host_proxy, "AMQP_GUEST_SESSIONS_MAX", 2)
     guest, other = vsock_fabric.guest(), vsock_fabric.guest()
 
     async def test() -> None:
@@ -266,7 +266,7 @@ def test_one_guest_cannot_have_all_sessions(
 def test_a_full_proxy_lets_clients_wait(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ClientServer.__module__ + ".AMQP_SESSIONS", 1)
+    monkeypatch.setattr(ClientServer.__module__ + ".AMQP_SESSIONS_MAX", 1)
 
     async def test() -> None:
         async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):

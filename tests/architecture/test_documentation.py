@@ -11,7 +11,7 @@ import pytest
 
 import vsockets
 from vsockets.fabric import Limits, Rule
-from vsockets.limits import AUDIT_RATE
+from vsockets.fabric.limits import AUDIT_LINES_PER_SECOND
 from vsockets.testing import PrivateFabric
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def test_every_rule_is_named() -> None:
 def test_the_limits_and_their_defaults() -> None:
     told = {name: int(default) for name, default in rows("Limits").items()}
     assert told == dataclasses.asdict(Limits())
-    assert f"at most {AUDIT_RATE} lines a second" in CHAPTERS["The audit"]
+    assert f"at most {AUDIT_LINES_PER_SECOND} lines a second" in CHAPTERS["The audit"]
 
 
 def test_the_fields_of_a_denial(vsock_fabric: PrivateFabric) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vsockets.cli import http_server
 from vsockets.cli.http_server import HttpServer, Request, Response, _receive
-from vsockets.limits import HTTP_BODY, HTTP_CLIENTS, HTTP_HEAD
+from vsockets.cli.limits import HTTP_BODY_MAX_BYTES, HTTP_CLIENTS_MAX, HTTP_HEAD_MAX_BYTES
 
 PATIENCE = 30.0
 
@@ -88,11 +88,12 @@ def test_an_answer_in_pieces() -> None:
         (b"\0\1\2\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n\r\n", 400),  # no Host
         (b"GET / HTTP/1.1\r\nHost: here\r\nContent-Length: many\r\n\r\n", 400),
-        (b"GET /" + b"a" * HTTP_HEAD, 431),
-        (b"GET / HTTP/1.1\r\nHost: here\r\n" + b"A: b\r\n" * HTTP_HEAD, 431),
+        (b"GET /" + b"a" * HTTP_HEAD_MAX_BYTES, 431),
+        (b"GET / HTTP/1.1\r\nHost: here\r\n" + b"A: b\r\n" * HTTP_HEAD_MAX_BYTES, 431),
         (
-            b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % (HTTP_BODY + 1)
-            + b"a" * (HTTP_BODY + 1),
+            b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n"
+            % (HTTP_BODY_MAX_BYTES + 1)
+            + b"a" * (HTTP_BODY_MAX_BYTES + 1),
             413,
         ),
     ],
@@ -128,14 +129,14 @@ def test_whatever_is_sent_is_a_request_or_refused(pieces: list[bytes]) -> None:
             request = await _receive(h11.Connection(h11.SERVER), reader)
         except (h11.RemoteProtocolError, ConnectionResetError):
             return
-        assert "?" not in request.path and len(request.body) <= HTTP_BODY
+        assert "?" not in request.path and len(request.body) <= HTTP_BODY_MAX_BYTES
 
     asyncio.run(receive())
 
 
 def test_who_trickles_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte now and then is no reason to wait longer for the rest; others do not wait at all."""
-    monkeypatch.setattr(http_server, "HTTP_REQUEST", 1.0)
+    monkeypatch.setattr(http_server, "HTTP_REQUEST_TIMEOUT_SECONDS", 1.0)
 
     async def test(connect: Connect) -> None:
         reader, writer = await connect()
@@ -156,7 +157,7 @@ def test_who_trickles_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "HTTP_ANSWER", 0.2)
+    monkeypatch.setattr(http_server, "HTTP_WRITE_TIMEOUT_SECONDS", 0.2)
     ended = []
 
     async def endless() -> AsyncIterator[bytes]:
@@ -179,7 +180,7 @@ def test_who_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_several_at_once_and_a_limit() -> None:
     async def test(connect: Connect) -> None:
-        silent = [await connect() for _ in range(HTTP_CLIENTS)]
+        silent = [await connect() for _ in range(HTTP_CLIENTS_MAX)]
         assert (await ask(connect, GET)).startswith(b"HTTP/1.1 200 ")
         reader, writer = silent.pop(0)  # the oldest, in whose place the last one was
         with contextlib.suppress(ConnectionError):

@@ -17,9 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import vsockets
 from vsockets.attachment import Attachment
+from vsockets.cli.limits import METRICS_CONTEXTS_MAX
 from vsockets.cli.prometheus import exposition
 from vsockets.control import Control
-from vsockets.limits import METRICS_CONTEXTS
 from vsockets.testing import PrivateFabric
 
 from .vsock import PATIENCE, Vsock
@@ -63,10 +63,10 @@ def test_leased_contexts_are_one_also_when_they_have_ended() -> None:
 
 
 def test_contexts_with_metrics_of_their_own_are_limited() -> None:
-    rows = [row(cid) for cid in range(3, METRICS_CONTEXTS + 10)]
+    rows = [row(cid) for cid in range(3, METRICS_CONTEXTS_MAX + 10)]
     samples = read(exposition(STATUS, {"contexts": rows, "departed": DEPARTED}))
     streams = [key for key in samples if key[0] == "vsock_streams"]
-    assert len(streams) == METRICS_CONTEXTS + 1
+    assert len(streams) == METRICS_CONTEXTS_MAX + 1
     assert samples["vsock_contexts_left_out",] == 7
 
 

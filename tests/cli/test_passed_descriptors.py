@@ -43,7 +43,9 @@ def vsock(fabric: PrivateFabric, tmp_path: Path, request: pytest.FixtureRequest)
     modules = tmp_path / "modules"
     modules.mkdir()
     lines = ["import vsockets.amqp.limits as amqp, vsockets._linux.descriptor_passing as passing"]
-    lines += ["amqp.AMQP_OPEN = amqp.AMQP_CLOSE_OK = 0.5"]  # there is no broker to wait for
+    lines += [
+        "amqp.AMQP_OPEN_TIMEOUT_SECONDS = amqp.AMQP_CLOSE_TIMEOUT_SECONDS = 0.5"
+    ]  # there is no broker to wait for
     if request.param == "older kernels":
         lines += ["passing.refuse = passing._refuses = lambda sock: False"]
     (modules / "sitecustomize.py").write_text("\n".join(lines))

@@ -11,7 +11,7 @@ import pytest
 
 from vsockets.attachment import Attachment
 from vsockets.capture.device_capture import open_capture
-from vsockets.limits import CAPTURE_PAYLOAD
+from vsockets.limits import CAPTURE_PAYLOAD_MAX_BYTES
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request, Role
 from vsockets.testing import PrivateFabric
 
@@ -57,7 +57,7 @@ def test_no_limit_above_ours(fabric: PrivateFabric, link: socket.socket) -> None
     with open_capture(fabric.host, CID, limit=1 << 40):
         record, device_end = told(link)
         device_end.close()
-    assert record.size == CAPTURE_PAYLOAD
+    assert record.size == CAPTURE_PAYLOAD_MAX_BYTES
 
 
 def test_there_must_be_a_device(fabric: PrivateFabric) -> None:

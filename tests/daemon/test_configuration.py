@@ -25,7 +25,7 @@ from vsockets.fabric.settings import (
     Profile,
     Settings,
 )
-from vsockets.limits import CONFIGURATION_FILE
+from vsockets.limits import CONFIGURATION_FILE_MAX_BYTES
 from vsockets.testing import PrivateFabric
 
 VMX = """\
@@ -479,8 +479,10 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_large_and_deep_files(tmp_path: Path) -> None:
-    assert loaded(tmp_path, "#" * CONFIGURATION_FILE) == Settings()
-    assert mistake(tmp_path, "#" * CONFIGURATION_FILE + "#").startswith("web.toml: more than ")
+    assert loaded(tmp_path, "#" * CONFIGURATION_FILE_MAX_BYTES) == Settings()
+    assert mistake(tmp_path, "#" * CONFIGURATION_FILE_MAX_BYTES + "#").startswith(
+        "web.toml: more than "
+    )
     assert mistake(tmp_path, "a = " + "[" * 5000).startswith("web.toml: not TOML: ")
     assert mistake(tmp_path, f"a = {'9' * 5000}").startswith("web.toml: not TOML: Exceeds")
 

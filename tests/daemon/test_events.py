@@ -69,7 +69,7 @@ def test_a_subscriber_that_does_not_read_is_told_how_much_it_missed(
     control = shared_fabric.control
     many = 2000
     with control.events("context") as idle, control.events("context") as attentive:
-        for _ in range(many):  # more than EVENTS_UNREAD holds
+        for _ in range(many):  # more than EVENTS_UNREAD_MAX_BYTES holds
             control.migrate(MACHINE)
             assert attentive.wait(PROMPT)["missed"] == 0
         heard = 0

@@ -18,7 +18,7 @@ import pytest
 
 import vsockets
 from vsockets import AF_VSOCK, Attachment
-from vsockets.limits import HYBRID_LINE, HYBRID_NAME
+from vsockets.limits import HYBRID_LINE_MAX_BYTES, HYBRID_PATH_MAX_BYTES
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request, RequestFlag
 from vsockets.testing import PrivateFabric, wait_until
 
@@ -141,7 +141,7 @@ class TestToTheGuest:
         [
             *(b"\n", b"CONNECT\n", b"CONNECT x\n", b"CONNECT 4294967296\n", b"OK 52\n"),
             *(b"GET / HTTP/1.1\r\nHost: x\r\n", b"CONNECT 4294967295\n", b"\0" * 100),
-            b"1" * HYBRID_LINE,
+            b"1" * HYBRID_LINE_MAX_BYTES,
         ],
     )
     def test_what_is_no_handshake_is_cut_off(
@@ -154,7 +154,7 @@ class TestToTheGuest:
         self, fabric: PrivateFabric, guest: Attachment, path: Path
     ) -> None:
         with dial(path) as tool, pytest.raises((BrokenPipeError, ConnectionResetError)):
-            for _ in range(HYBRID_LINE):
+            for _ in range(HYBRID_LINE_MAX_BYTES):
                 tool.sendall(b"C")
             assert answer(tool) == b""
             tool.sendall(b"C")
@@ -412,7 +412,8 @@ class TestLife:
         fabric.guest(7, hybrid=path)
 
     @pytest.mark.parametrize(
-        "wrong", ["v.sock", "/", "/run/", "/tmp/" + "x" * (HYBRID_NAME + 1), "/a\0b", "/none/v"]
+        "wrong",
+        ["v.sock", "/", "/run/", "/tmp/" + "x" * (HYBRID_PATH_MAX_BYTES + 1), "/a\0b", "/none/v"],
     )
     def test_paths_that_are_none(self, fabric: PrivateFabric, wrong: str) -> None:
         with pytest.raises(OSError, match="hybrid: "):
@@ -423,11 +424,11 @@ class TestLife:
         """flintlock#1226, vfkit#194: a unix socket's path has 107 bytes."""
         deep = path.parent / ("d" * 100) / ("e" * 100)
         deep.mkdir(parents=True)
-        guest = fabric.guest(7, hybrid=deep / ("v" * HYBRID_NAME), reserved_ports=True)
+        guest = fabric.guest(7, hybrid=deep / ("v" * HYBRID_PATH_MAX_BYTES), reserved_ports=True)
         before = os.getcwd()
         os.chdir(deep)
         try:
-            name = Path("v" * HYBRID_NAME)
+            name = Path("v" * HYBRID_PATH_MAX_BYTES)
             with (
                 unix_service(name, 99) as service,
                 connect(guest, 99),

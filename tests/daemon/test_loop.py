@@ -14,9 +14,9 @@ from vsockets.daemon.admin.audit import Audit
 from vsockets.daemon.admin.events import Events
 from vsockets.daemon.broker import Broker
 from vsockets.daemon.channel import Channel
+from vsockets.daemon.limits import DAEMON_SILENT_CLIENT_SECONDS
 from vsockets.eventloop.loop import EventLoop, Timer
 from vsockets.fabric import EndpointKind, Fabric
-from vsockets.limits import SILENT_CLIENT
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request
 
 KINDS = {EndpointKind.STREAM: socket.SOCK_STREAM, EndpointKind.SEQPACKET: socket.SOCK_SEQPACKET}
@@ -165,7 +165,7 @@ def test_a_program_that_says_nothing_is_let_go(
     with program:
         broker.admit(fabric.contexts.host, kind, ours.detach())
         ((seconds, close_silent),) = loop.pending
-        assert seconds == SILENT_CLIENT
+        assert seconds == DAEMON_SILENT_CLIENT_SECONDS
         if speaks:
             program.send(Request(Op.BIND, 0, 2, 5000).encode())
             run_once(loop)

@@ -13,7 +13,7 @@ import socket
 
 import pytest
 
-from vsockets.limits import UNREAD_ANSWERS
+from vsockets.daemon.limits import DAEMON_UNREAD_REPLIES_MAX
 from vsockets.protocol import (
     PADDING,
     RECORD_SIZE,
@@ -146,7 +146,7 @@ def test_an_answer_that_is_not_read(shared_fabric: PrivateFabric, door: int) -> 
         with contextlib.suppress(ConnectionResetError):
             while sock.recv(RECORD_SIZE):
                 answers += 1
-        assert answers <= 2 * UNREAD_ANSWERS
+        assert answers <= 2 * DAEMON_UNREAD_REPLIES_MAX
     assert_serves(shared_fabric)
 
 

@@ -20,7 +20,7 @@ import pytest
 
 import vsockets
 from vsockets.control import Control
-from vsockets.limits import LOG_FILE
+from vsockets.limits import LOG_FILE_MAX_BYTES
 from vsockets.testing import FabricFailed, PrivateFabric, wait_until
 
 from .raw_client import ask_once, assert_serves, connect, has_gone, paused
@@ -135,10 +135,14 @@ def test_in_the_background_its_log_has_an_end(folder: Path, tmp_path: Path) -> N
         while not (folder / "vsockd.log.1").exists():
             assert ask_once(guest, connect(4, 5000)).status == errno.EHOSTUNREACH
             denials += 1
-            assert denials < 2 * LOG_FILE // 100
+            assert denials < 2 * LOG_FILE_MAX_BYTES // 100
         ask_once(guest, connect(4, 5001))
         assert "to 4:5001: " in (folder / "vsockd.log").read_text()
-        assert LOG_FILE <= (folder / "vsockd.log.1").stat().st_size < LOG_FILE + 1000
+        assert (
+            LOG_FILE_MAX_BYTES
+            <= (folder / "vsockd.log.1").stat().st_size
+            < LOG_FILE_MAX_BYTES + 1000
+        )
         for stream in (1, 2):
             assert os.readlink(f"/proc/{pid}/fd/{stream}") == str(folder / "vsockd.log")
         control.stop()

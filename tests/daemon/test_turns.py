@@ -11,10 +11,10 @@ from functools import partial
 
 import pytest
 
+from vsockets.daemon.limits import DAEMON_ENDS_PER_TURN_MAX, DAEMON_REQUESTS_PER_TURN_MAX
 from vsockets.daemon.request_turns import Turns
 from vsockets.eventloop.loop import EventLoop
 from vsockets.fabric import Limits, Party
-from vsockets.limits import ENDS_A_TURN, REQUESTS_A_TURN
 
 from .test_loop import run_once
 
@@ -72,7 +72,7 @@ def test_a_party_with_many_requests_has_some_of_them_served_in_a_turn(
 ) -> None:
     with clients(turns, "many", 100) as many, clients(turns, "one", 1) as one:
         run_once(loop)
-        assert (len(many.served), len(one.served)) == (REQUESTS_A_TURN, 1)
+        assert (len(many.served), len(one.served)) == (DAEMON_REQUESTS_PER_TURN_MAX, 1)
         while len(many.served) < 100:
             run_once(loop)
         assert sorted(many.served) == list(range(100))
@@ -94,13 +94,13 @@ def test_what_has_ended_comes_before_every_request(loop: EventLoop, turns: Turns
 
 
 def test_many_that_have_ended_have_turns_too(loop: EventLoop, turns: Turns) -> None:
-    number = 2 * ENDS_A_TURN
+    number = 2 * DAEMON_ENDS_PER_TURN_MAX
     with clients(turns, "many", number) as many:
         for ours, theirs in many.pairs:
             ours.recv(1)
             theirs.close()
         run_once(loop)
-        assert len(many.served) == ENDS_A_TURN
+        assert len(many.served) == DAEMON_ENDS_PER_TURN_MAX
         run_once(loop)
         assert sorted(many.served) == list(range(number))
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from vsockets.daemon import stream_liveness as module
+from vsockets.daemon.limits import DAEMON_STREAMS_PER_GROUP
 from vsockets.daemon.stream_liveness import Group, StreamLiveness
-from vsockets.limits import STREAMS_A_GROUP
 
-NUMBER = 3 * STREAMS_A_GROUP + 5
+NUMBER = 3 * DAEMON_STREAMS_PER_GROUP + 5
 
 
 class Looks:
@@ -76,7 +76,9 @@ def stage() -> Iterator[Stage]:
 
 def test_groups_have_so_many_streams_at_most(stage: Stage) -> None:
     stage.add(range(NUMBER))
-    assert [len(group.numbers) for group in stage.watch.groups()] == [STREAMS_A_GROUP] * 3 + [5]
+    assert [len(group.numbers) for group in stage.watch.groups()] == [
+        DAEMON_STREAMS_PER_GROUP
+    ] * 3 + [5]
     assert stage.ended == []
 
 
@@ -171,7 +173,7 @@ def test_holes_are_filled(stage: Stage) -> None:
 def test_with_very_many_streams_groups_are_larger(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "STREAM_GROUPS", 2)
+    monkeypatch.setattr(module, "DAEMON_STREAM_GROUPS_MAX", 2)
     stage.add(range(NUMBER))
     assert len(stage.watch.groups()) == 2
     stage.accepting[7].close()
@@ -184,7 +186,9 @@ def test_a_socket_that_is_lent_again_is_another_stream(stage: Stage) -> None:
     with mine, theirs:
         group = stage.watch.lend(theirs.fileno(), 1, None)
         with theirs.dup() as back:  # a refused one comes back as another descriptor
-            stage.add(range(100, 100 + STREAMS_A_GROUP))  # the next group is another one by now
+            stage.add(
+                range(100, 100 + DAEMON_STREAMS_PER_GROUP)
+            )  # the next group is another one by now
             assert stage.watch.lend(back.fileno(), 2, group) is group
             assert stage.look_at_all() == [1]
             assert set(group.present()) >= {2}

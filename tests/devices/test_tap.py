@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from capture.dissecting import take_records, tapped
 from vsockets.devices.capture import CaptureSink
+from vsockets.devices.limits import DEVICE_CAPTURES_MAX
 from vsockets.devices.loop import DeviceLoop
-from vsockets.limits import CAPTURE_PAYLOAD, CAPTURES
+from vsockets.limits import CAPTURE_PAYLOAD_MAX_BYTES
 from vsockets.protocol import ProtocolError
 from vsockets.protocol.vsockmon import HEADER_SIZE, Captured, Operation, encode_header
 
@@ -81,7 +82,7 @@ def test_a_long_stream_is_cut_into_records(tap: CaptureSink) -> None:
             tap.stream(GUEST, HOST, [part, memoryview(b"not sent")], len(part))
             got += take_records(records)
     assert b"".join(map(payload_of, got)) == data
-    assert max(len(payload_of(record)) for record in got) == CAPTURE_PAYLOAD
+    assert max(len(payload_of(record)) for record in got) == CAPTURE_PAYLOAD_MAX_BYTES
 
 
 def test_who_is_slow_misses_records_and_is_told_how_many(tap: CaptureSink) -> None:
@@ -110,7 +111,7 @@ def test_who_has_gone_is_forgotten_and_the_others_go_on(tap: CaptureSink) -> Non
 
 
 def test_so_many_at_a_time(tap: CaptureSink, loop: DeviceLoop) -> None:
-    readers = [tapped(tap) for _ in range(CAPTURES)]
+    readers = [tapped(tap) for _ in range(DEVICE_CAPTURES_MAX)]
     with tapped(tap) as refused:
         assert refused.recv(1) == b""
     readers.pop().close()

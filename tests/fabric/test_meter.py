@@ -22,7 +22,7 @@ from vsockets.fabric import (
     Refused,
     Rule,
 )
-from vsockets.limits import REMEMBERED_USERS
+from vsockets.fabric.limits import HOST_USERS_REMEMBERED_MAX
 from vsockets.model.buffers import BufferSizes
 from vsockets.model.rate_limit import TokenBucket
 
@@ -222,9 +222,9 @@ def test_users_who_have_nothing_are_forgotten_one_day() -> None:
     host = fabric.contexts.host
     endpoint = fabric.bind(host, EndpointKind.STREAM, 2, 2**32 - 1, ME)
     mine = host.party_of(ME.credentials.uid)
-    for uid in range(10_000, 10_000 + 3 * REMEMBERED_USERS):
+    for uid in range(10_000, 10_000 + 3 * HOST_USERS_REMEMBERED_MAX):
         assert host.party_of(uid) is host.party_of(uid)
-    assert len(host._users) <= REMEMBERED_USERS
+    assert len(host._users) <= HOST_USERS_REMEMBERED_MAX
     assert host.party_of(ME.credentials.uid) is mine
     fabric.unbind(endpoint)
     assert not mine.has_something

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from vsockets.forward.limits import FORWARD_LOOKUPS_MAX, FORWARD_PARTY_LOOKUPS_MAX
 from vsockets.forward.resolver import Resolver
-from vsockets.limits import FORWARD_LOOKUPS, FORWARD_PARTY_LOOKUPS
 
 PATIENCE = 20.0
 
@@ -97,15 +97,15 @@ def test_a_name_server_that_does_not_answer_holds_up_neither_loop_nor_machine(
         before = threading.active_count()
         asking = [
             asyncio.create_task(resolver.resolve(f"name{number}", 80, socket.SOCK_STREAM, number))
-            for number in range(FORWARD_LOOKUPS * 2)
+            for number in range(FORWARD_LOOKUPS_MAX * 2)
         ]
         for _ in range(100):  # the loop goes on
             await asyncio.sleep(0)
-        assert threading.active_count() <= before + FORWARD_LOOKUPS
-        assert len(server.asked) <= FORWARD_LOOKUPS
+        assert threading.active_count() <= before + FORWARD_LOOKUPS_MAX
+        assert len(server.asked) <= FORWARD_LOOKUPS_MAX
         server.may_answer.set()
         await asyncio.gather(*asking)
-        assert len(server.asked) == FORWARD_LOOKUPS * 2
+        assert len(server.asked) == FORWARD_LOOKUPS_MAX * 2
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
@@ -119,13 +119,13 @@ def test_each_party_has_its_own_share(server: NameServer) -> None:
         def ask(name: str, party: int) -> asyncio.Task[object]:
             return asyncio.create_task(resolver.resolve(name, 80, socket.SOCK_STREAM, party))
 
-        asking = [ask(f"name{number}", 3) for number in range(FORWARD_LOOKUPS)]
+        asking = [ask(f"name{number}", 3) for number in range(FORWARD_LOOKUPS_MAX)]
         asking.append(ask("name", 3))
         await asyncio.sleep(0)
         other = ask("name", 4)
         while "name" not in server.asked:
             await asyncio.sleep(0.001)
-        assert len(server.asked) == FORWARD_PARTY_LOOKUPS + 1
+        assert len(server.asked) == FORWARD_PARTY_LOOKUPS_MAX + 1
         server.may_answer.set()
         await asyncio.gather(other, *asking)
 

@@ -22,7 +22,7 @@ import answers
 import vsockets
 from answers import Cell
 from vsockets import AF_VSOCK, VMADDR_CID_ANY, VMADDR_CID_LOCAL, VMADDR_PORT_ANY
-from vsockets.model.constants import SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD as CONNECT_TIMEOUT
+from vsockets.model.constants import SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD as CONNECT_TIMEOUT_SECONDS
 from vsockets.testing import PrivateFabric
 
 ANY = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
@@ -131,7 +131,7 @@ def option(level: int, name: int) -> Action:
 
 def timeout(*fields: int) -> Action:
     value = struct.pack("=qq", *fields)
-    return lambda s: s.sock.setsockopt(AF_VSOCK, CONNECT_TIMEOUT, value)
+    return lambda s: s.sock.setsockopt(AF_VSOCK, CONNECT_TIMEOUT_SECONDS, value)
 
 
 #: By the names that the program gives the calls.

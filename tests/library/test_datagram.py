@@ -12,7 +12,7 @@ import pytest
 
 import vsockets
 from vsockets import MAX_DATAGRAM, VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_CID_LOCAL
-from vsockets.limits import DATAGRAM_ROUTES
+from vsockets.limits import DATAGRAM_ROUTES_MAX
 from vsockets.testing import PrivateFabric
 
 from .conftest import ANY, running
@@ -206,7 +206,7 @@ def test_shutdown(server: vsockets.socket, client: vsockets.socket) -> None:
 def test_more_peers_than_routes_are_kept(
     vsock_fabric: PrivateFabric, host: vsockets.Attachment, guest: vsockets.Attachment
 ) -> None:
-    count = DATAGRAM_ROUTES + 20
+    count = DATAGRAM_ROUTES_MAX + 20
     with datagram(host, ANY) as server:
         before = len(os.listdir("/proc/self/fd"))
         clients = [datagram(guest) for _ in range(count)]
@@ -219,7 +219,7 @@ def test_more_peers_than_routes_are_kept(
             server.sendto(b"again", client.getsockname())
             assert client.recv(20) == b"again"
         kept = len(os.listdir("/proc/self/fd")) - before - 2 * count
-        assert kept <= DATAGRAM_ROUTES
+        assert kept <= DATAGRAM_ROUTES_MAX
         for client in clients:
             client.close()
     assert vsock_fabric.control.status()["datagram_sockets"] == 0

@@ -60,7 +60,7 @@ def full(fabric: PrivateFabric) -> Iterator[None]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("attachment", "control", "transports.fabric.stream"):
-        monkeypatch.setattr(f"vsockets.{module}.REQUEST_TIMEOUT", SHORT)
+        monkeypatch.setattr(f"vsockets.{module}.VSOCKD_REPLY_TIMEOUT_SECONDS", SHORT)
 
 
 def connect(sock: vsockets.socket) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from vsockets._linux import descriptor_passing
-from vsockets.limits import DISPOSAL_THREADS
+from vsockets.limits import DESCRIPTOR_CLOSE_THREADS_MAX
 from vsockets.pass_rights import IS_KNOWN
 
 PATIENCE = 20.0
@@ -119,7 +119,7 @@ class TestOlderKernels:
     def test_slow_ones_hold_up_neither_the_receiver_nor_others(self) -> None:
         """One that lingers, and some that have one that lingers in a queue of their own."""
         with contextlib.ExitStack() as stack:
-            for number in range(DISPOSAL_THREADS // 2):
+            for number in range(DESCRIPTOR_CLOSE_THREADS_MAX // 2):
                 slow = stack.enter_context(lingering())
                 if number:
                     slow = nested(slow)

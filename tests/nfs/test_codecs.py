@@ -13,11 +13,11 @@ from vsockets.nfs.duplicate_request_cache import DuplicateRequestCache
 from vsockets.nfs.exports import NOBODY, Export, Identity
 from vsockets.nfs.handles import Identifier, Signer
 from vsockets.nfs.limits import (
-    NFS_LONGEST_WAIT,
-    NFS_PATIENCE,
-    NFS_QUEUE_FULL,
-    NFS_SHORTEST_WAIT,
-    NFS_WINDOW,
+    NFS_CALL_TIMEOUT_SECONDS,
+    NFS_CALLS_IN_FLIGHT_MAX,
+    NFS_QUEUE_FULL_RETRY_SECONDS,
+    NFS_RETRY_MAX_SECONDS,
+    NFS_RETRY_MIN_SECONDS,
 )
 from vsockets.nfs.retransmission import RoundTrips, Transmission, Window
 from vsockets.nfs.rpc import Auth, AuthSys, Call
@@ -117,7 +117,7 @@ def test_a_call_is_sent_again_ever_later_until_nobody_is_there() -> None:
     while sent.again(sent.due):
         waits.append(sent.due - now)
         now = sent.due
-    assert max(waits[1:]) <= NFS_LONGEST_WAIT * 2 and sent.due >= NFS_PATIENCE
+    assert max(waits[1:]) <= NFS_RETRY_MAX_SECONDS * 2 and sent.due >= NFS_CALL_TIMEOUT_SECONDS
     assert sent.round_trip(now) is None  # which try was answered nobody knows
 
 
@@ -125,7 +125,7 @@ def test_a_call_that_did_not_get_away_waits_for_a_queue_only() -> None:
     sent = Transmission(0.0, 0.5)
     for now in (0.0, 0.1, 0.2):
         sent.unsent(now)
-        assert sent.due == now + NFS_QUEUE_FULL
+        assert sent.due == now + NFS_QUEUE_FULL_RETRY_SECONDS
         assert sent.again(sent.due)
     assert sent.due - 0.202 == pytest.approx(0.5)  # as the first time
     assert sent.round_trip(0.302) == pytest.approx(0.1)
@@ -136,9 +136,9 @@ def test_waits_stay_within_their_limits(seconds: list[float]) -> None:
     trips, window = RoundTrips(), Window()
     for measured in seconds:
         trips.measured(measured)
-        assert NFS_SHORTEST_WAIT <= trips.wait <= NFS_LONGEST_WAIT
+        assert NFS_RETRY_MIN_SECONDS <= trips.wait <= NFS_RETRY_MAX_SECONDS
         window.answered() if measured < 5 else window.lost()
-        assert 1 <= window.size <= NFS_WINDOW
+        assert 1 <= window.size <= NFS_CALLS_IN_FLIGHT_MAX
 
 
 def test_exports_as_people_write_them(tmp_path: Any) -> None:

@@ -97,16 +97,16 @@ def test_a_client_that_sends_more_than_can_be_answered(service: Recorded) -> Non
         ):
             greedy.bind(("127.0.0.1", 0))
             other.bind(("127.0.0.2", 0))
-            for _ in range(2 * limits.NFS_QUEUE):
+            for _ in range(2 * limits.NFS_GUEST_WAITING_CALLS_MAX):
                 greedy.sendto(rpc.encode_call(call, b""), target)
             other.sendto(rpc.encode_call(call, b""), target)
             other.setblocking(False)
             await asyncio.get_running_loop().sock_recv(other, 70_000)
-            while len(service.answered) < limits.NFS_QUEUE + 1:
+            while len(service.answered) < limits.NFS_GUEST_WAITING_CALLS_MAX + 1:
                 await asyncio.sleep(0)
         server.close()
         assert service.answered[:2] == ["127.0.0.1", "127.0.0.2"]
-        assert len(service.answered) == limits.NFS_QUEUE + 1
+        assert len(service.answered) == limits.NFS_GUEST_WAITING_CALLS_MAX + 1
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
@@ -114,7 +114,7 @@ def test_a_client_that_sends_more_than_can_be_answered(service: Recorded) -> Non
 def test_a_guest_that_lists_a_large_folder(
     service: Recorded, fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "NFS_STEP", 1)
+    monkeypatch.setattr(listing, "NFS_NAMES_PER_STEP_MAX", 1)
     for number in range(500):
         (tmp_path / "export" / str(number)).touch()
 

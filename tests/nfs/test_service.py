@@ -202,12 +202,12 @@ def test_setattr_minds_its_guard(guest: Played) -> None:
     assert (change.before.size, change.after.size) == (5, 2)
 
 
-@pytest.mark.parametrize("names_at_once", [limits.NFS_LISTED, 40])
+@pytest.mark.parametrize("names_at_once", [limits.NFS_LISTING_PART_NAMES_MAX, 40])
 @pytest.mark.parametrize("plus", [False, True])
 def test_a_listing_goes_on_whatever_changes(
     guest: Played, plus: bool, names_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "NFS_LISTED", names_at_once)
+    monkeypatch.setattr(listing, "NFS_LISTING_PART_NAMES_MAX", names_at_once)
     root = guest.root()
     assert root is not None
     names = {f"file-{number}".encode() for number in range(300)}
@@ -244,7 +244,7 @@ def status_of(reply: object) -> int:
 
 def test_a_large_folder_is_read_in_steps(guest: Played, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others are served between them, and each guest reads so many folders at a time."""
-    monkeypatch.setattr(listing, "NFS_STEP", 10)
+    monkeypatch.setattr(listing, "NFS_NAMES_PER_STEP_MAX", 10)
     folders = []
     root = guest.root()
     assert root is not None
@@ -265,7 +265,7 @@ def test_a_large_folder_is_read_in_steps(guest: Played, monkeypatch: pytest.Monk
     assert status_of(pending.finish(None)) == Status.OK
     others = [guest.service.answer(readdir(guest, folders[1]), (cid, 700)) for cid in range(10)]
     started = [one for one in others if isinstance(one, Pending)]
-    assert len(started) == limits.NFS_READING
+    assert len(started) == limits.NFS_LARGE_LISTINGS_MAX
     assert {status_of(one) for one in others if one not in started} == {Status.JUKEBOX}
     others.clear()
     started.clear()  # as if the server had ended
@@ -286,7 +286,7 @@ def test_a_listing_that_begins_is_of_now(guest: Played) -> None:
 def test_reading_a_folder_fails_in_the_middle(
     guest: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "NFS_STEP", 10)
+    monkeypatch.setattr(listing, "NFS_NAMES_PER_STEP_MAX", 10)
     root = guest.root()
     assert root is not None
     for number in range(30):
@@ -315,12 +315,12 @@ def test_names_that_are_gone_are_not_listed(guest: Played) -> None:
         seen += len(entries)
         cookie = entries[-1].cookie if entries else cookie
         calls += 1
-    assert seen < calls <= 1000 / limits.NFS_ENTRIES + 1
+    assert seen < calls <= 1000 / limits.NFS_READDIRPLUS_ENTRIES_MAX + 1
 
 
 def test_listings_are_bounded(guest: Played, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "NFS_GUEST_LISTED", 1000)
-    monkeypatch.setattr(listing, "NFS_ALL_LISTED", 2000)
+    monkeypatch.setattr(listing, "NFS_GUEST_LISTED_NAMES_MAX", 1000)
+    monkeypatch.setattr(listing, "NFS_LISTED_NAMES_MAX", 2000)
     root = guest.root()
     assert root is not None
     folders = []

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.limits import PERF_MESSAGE
+from vsockets.perf.limits import PERF_MESSAGE_MAX_BYTES
 from vsockets.perf.measures import percentiles
 from vsockets.perf.protocol import (
     HEADER_SIZE,
@@ -24,7 +24,7 @@ from vsockets.perf.protocol import (
 u64 = st.integers(0, (1 << 64) - 1)
 
 
-@given(st.sampled_from(Job), st.integers(1, PERF_MESSAGE), st.integers(0, 600_000))
+@given(st.sampled_from(Job), st.integers(1, PERF_MESSAGE_MAX_BYTES), st.integers(0, 600_000))
 def test_requests(job: Job, size: int, milliseconds: int) -> None:
     request = PerfRequest(job, size, milliseconds)
     assert PerfRequest.decode(request.encode()) == request
@@ -52,7 +52,7 @@ def test_anything_else_is_refused(data: bytes) -> None:
     "request_",
     [
         PerfRequest(Job.SINK, 0),
-        PerfRequest(Job.SINK, PERF_MESSAGE + 1),
+        PerfRequest(Job.SINK, PERF_MESSAGE_MAX_BYTES + 1),
         PerfRequest(Job.SOURCE, 1, 600_001),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.limits import HYBRID_LINE
+from vsockets.limits import HYBRID_LINE_MAX_BYTES
 from vsockets.protocol.hybrid import Answer, Connect, Line, connect_line, ok_line, port_name
 
 PORTS = st.integers(0, 2**32 - 1)
@@ -64,7 +64,7 @@ def test_what_others_tolerate(text: bytes) -> None:
     "text",
     [
         *(b"\n", b"CONNECT\n", b"CONNECT \n", b"CONNECT x\n", b"CONNECT 1 2\n", b"CONNECT -1\n"),
-        *(b"CONNECT 4294967296\n", b"OK 1\n", b"GET / HTTP/1.1\r\n", b"\0" * HYBRID_LINE),
+        *(b"CONNECT 4294967296\n", b"OK 1\n", b"GET / HTTP/1.1\r\n", b"\0" * HYBRID_LINE_MAX_BYTES),
         *("CONNECT \u0665\n".encode(), b"CONNECT 52\0\n"),
     ],
 )
@@ -74,15 +74,15 @@ def test_what_is_no_request(text: bytes) -> None:
 
 def test_a_line_that_never_ends_is_cut_off() -> None:
     line = Connect()
-    for _ in range(HYBRID_LINE - 1):
+    for _ in range(HYBRID_LINE_MAX_BYTES - 1):
         assert line.take(b"1") == 1
     with pytest.raises(OSError, match="expected CONNECT and a number"):
         line.take(b"1")
     longest = connect_line(2**32 - 1)
-    assert len(longest) < HYBRID_LINE
-    spaces = b"CONNECT" + b" " * (HYBRID_LINE - 9) + b"5\n"
-    assert len(spaces) == HYBRID_LINE
-    assert read(Connect(), spaces, []) == (5, HYBRID_LINE)
+    assert len(longest) < HYBRID_LINE_MAX_BYTES
+    spaces = b"CONNECT" + b" " * (HYBRID_LINE_MAX_BYTES - 9) + b"5\n"
+    assert len(spaces) == HYBRID_LINE_MAX_BYTES
+    assert read(Connect(), spaces, []) == (5, HYBRID_LINE_MAX_BYTES)
     assert read(Connect(), b" " + spaces, []) == (errno.EPROTO, -1)
 
 

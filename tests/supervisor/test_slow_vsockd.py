@@ -248,7 +248,7 @@ class Dropping(notification.Listener):
                 raise  # it has taken the signal, which the real one would have shown, too
 
 launch.Listener = Dropping
-supervisor.SIGNAL_PATIENCE = 60.0  # the test takes as long as it takes
+supervisor.SUPERVISOR_SIGNAL_WAIT_SECONDS = 60.0  # the test takes as long as it takes
 sys.exit(main())
 """
 INTERRUPTED = """

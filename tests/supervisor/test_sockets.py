@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.limits import SUPERVISED_SOCKETS
+from vsockets.supervisor.limits import SUPERVISOR_SOCKETS_MAX
 from vsockets.supervisor.sockets import (
     SOCKADDR_SIZE,
     Endpoint,
@@ -71,7 +71,7 @@ def test_what_only_we_know_is_forgotten_last() -> None:
     sockets = Sockets()
     new = Endpoint(SOCK_STREAM, 1, 1)
     sockets.add(1, new)
-    for inode in range(2, SUPERVISED_SOCKETS + 3):
+    for inode in range(2, SUPERVISOR_SOCKETS_MAX + 3):
         connected = Endpoint(SOCK_STREAM, inode, inode)
         connected.phase = Phase.CONNECTED
         sockets.add(inode, connected)
@@ -82,13 +82,13 @@ def test_what_only_we_know_is_forgotten_last() -> None:
 
 def test_but_even_that_is_bounded() -> None:
     sockets = Sockets()
-    for inode in range(SUPERVISED_SOCKETS + 100):
+    for inode in range(SUPERVISOR_SOCKETS_MAX + 100):
         sockets.add(inode, Endpoint(SOCK_DGRAM, inode, inode))
     known = 0
-    for inode in range(SUPERVISED_SOCKETS + 100):
+    for inode in range(SUPERVISOR_SOCKETS_MAX + 100):
         try:
             sockets.find(inode)
         except KeyError:
             continue
         known += 1
-    assert known == SUPERVISED_SOCKETS
+    assert known == SUPERVISOR_SOCKETS_MAX

@@ -12,7 +12,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.limits import LOG_FILE, LOG_PARTIES, LOG_RATE
+from vsockets.limits import LOG_FILE_MAX_BYTES, LOG_LINES_PER_SECOND, LOG_PARTIES_MAX
 from vsockets.logs import Throttle
 from vsockets.model.text import printable, word
 
@@ -46,7 +46,7 @@ def test_a_party_is_limited_and_others_are_not() -> None:
     )
     lines = text.splitlines()
     of_one = [line for line in lines if "of one" in line]
-    assert LOG_RATE <= len(of_one) < 500
+    assert LOG_LINES_PER_SECOND <= len(of_one) < 500
     assert lines[-1] == "prog: WARNING: of another"
 
 
@@ -70,7 +70,7 @@ def test_lines_without_a_party_are_limited_where_they_are_logged() -> None:
         "    log.warning('here')\n    log.info('there')\n    log.error('x')\n"
     )
     for line in ("here", "there", "x"):
-        assert LOG_RATE <= text.count(f": {line}\n") < 500
+        assert LOG_LINES_PER_SECOND <= text.count(f": {line}\n") < 500
 
 
 def test_a_line_that_is_the_same_each_time_and_tracebacks() -> None:
@@ -91,9 +91,9 @@ def test_notices_are_not_limited() -> None:
 def test_all_parties_together_are_limited() -> None:
     """One user may have thousands of user ids."""
     throttle = Throttle(5)
-    admitted = [throttle.admit(party) for party in range(10 * LOG_PARTIES)]
+    admitted = [throttle.admit(party) for party in range(10 * LOG_PARTIES_MAX)]
     assert 50 <= len(admitted) - admitted.count(None) < 5000
-    assert len(throttle._buckets) == LOG_PARTIES
+    assert len(throttle._buckets) == LOG_PARTIES_MAX
 
 
 def test_what_was_left_out_is_told_once() -> None:
@@ -181,14 +181,14 @@ def test_a_file_is_begun_again(tmp_path: Path) -> None:
     path = tmp_path / "log"
     logged(
         f"logs.write_to(Path({str(path)!r}))\n"
-        f"for n in range(3 * {LOG_FILE} // 1000):\n"
+        f"for n in range(3 * {LOG_FILE_MAX_BYTES} // 1000):\n"
         "    log.log(logs.NOTICE, '%06d %s', n, 1000 * 'x')\n"
     )
     sizes = [found.stat().st_size for found in sorted(tmp_path.iterdir())]
     assert sorted(os.listdir(tmp_path)) == ["log", "log.1"]
-    assert all(0 < size < LOG_FILE + 2000 for size in sizes)
+    assert all(0 < size < LOG_FILE_MAX_BYTES + 2000 for size in sizes)
     last = path.read_text().splitlines()[-1]
-    assert f"{3 * LOG_FILE // 1000 - 1:06d}" in last
+    assert f"{3 * LOG_FILE_MAX_BYTES // 1000 - 1:06d}" in last
 
 
 def test_a_file_whose_folder_has_been_removed(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_file_whose_folder_has_been_removed(tmp_path: Path) -> None:
         f"logs.write_to(Path({str(path)!r}))\n"
         "import os, shutil\n"
         f"shutil.rmtree({str(path.parent)!r})\n"
-        f"for n in range(3 * {LOG_FILE} // 1000):\n"
+        f"for n in range(3 * {LOG_FILE_MAX_BYTES} // 1000):\n"
         "    log.log(logs.NOTICE, '%06d %s', n, 1000 * 'x')\n"
-        f"assert os.fstat(2).st_size < {LOG_FILE} + 2000\n"
+        f"assert os.fstat(2).st_size < {LOG_FILE_MAX_BYTES} + 2000\n"
     )

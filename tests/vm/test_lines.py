@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("qemu.qmp")
 
-from vsockets.limits import LOG_RATE
+from vsockets.limits import LOG_LINES_PER_SECOND
 from vsockets.vm.machine import pass_on
 
 
@@ -32,7 +32,7 @@ def passed_on(script: str) -> list[str]:
 def test_a_guest_that_makes_it_complain_all_the_time() -> None:
     lines = passed_on("for n in range(5000): print('line', n, file=sys.stderr)")
     assert lines[0] == "QEMU: line 0"
-    assert LOG_RATE <= len(lines) < 1000
+    assert LOG_LINES_PER_SECOND <= len(lines) < 1000
     left_out = [re.search(r"\((\d+) more were left out\)$", line) for line in lines]
     assert len(lines) + sum(int(found[1]) for found in left_out if found) <= 5000
 

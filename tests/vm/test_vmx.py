@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vsockets.limits import VMX_FILE
+from vsockets.limits import VMX_FILE_MAX_BYTES
 from vsockets.vmware import Vmx, VmxError, parse_vmx, read_vmx
 
 SERVER_2 = b"""#!/usr/bin/vmware
@@ -275,7 +275,7 @@ def test_nul_does_not_hide_the_rest_of_a_value() -> None:
 
 
 def test_a_large_file_is_none() -> None:
-    most = b"#" * VMX_FILE
+    most = b"#" * VMX_FILE_MAX_BYTES
     assert not parse_vmx(most, "a.vmx").values
     with pytest.raises(VmxError, match=r"^a.vmx: more than 1048576 bytes"):
         parse_vmx(most + b"#", "a.vmx")
@@ -292,7 +292,7 @@ def test_a_long_key_or_value_is_cut_in_errors() -> None:
 
 def test_a_megabyte_of_blanks_is_quick_to_refuse() -> None:
     with pytest.raises(VmxError):
-        parse_vmx(b"a =" + b" " * (VMX_FILE - 4) + b"\0", "a.vmx")
+        parse_vmx(b"a =" + b" " * (VMX_FILE_MAX_BYTES - 4) + b"\0", "a.vmx")
 
 
 def test_reading(tmp_path: Path) -> None:

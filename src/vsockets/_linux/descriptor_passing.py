@@ -21,7 +21,7 @@ import threading
 from socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SHUT_RDWR, SOL_SOCKET
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..limits import DISPOSAL_THREADS
+from ..limits import DESCRIPTOR_CLOSE_THREADS_MAX
 from ..pass_rights import SO_PASSRIGHTS, refuse
 
 #: Descriptors of one message at most (SCM_MAX_FD).
@@ -54,7 +54,7 @@ class _Disposal:
 
     def _have_one_ready(self) -> None:
         with self._lock:
-            if self._ready or self._threads >= DISPOSAL_THREADS:
+            if self._ready or self._threads >= DESCRIPTOR_CLOSE_THREADS_MAX:
                 return
             self._threads += 1
             self._ready += 1

@@ -24,12 +24,12 @@ from .frames import PROTOCOL_HEADER, begins_connection
 from .h2_connection import H2Connection
 from .h2_stream import H2Stream
 from .limits import (
-    AMQP_CHECK,
-    AMQP_CHECK_AGAIN,
-    AMQP_LINKS,
-    AMQP_NODE_CONNECT,
-    AMQP_OPEN,
-    AMQP_PROXY_SESSIONS,
+    AMQP_NODE_CHECK_SECONDS,
+    AMQP_NODE_CONNECT_TIMEOUT_SECONDS,
+    AMQP_NODE_RECHECK_SECONDS,
+    AMQP_OPEN_TIMEOUT_SECONDS,
+    AMQP_PROXY_SESSIONS_MAX,
+    AMQP_UPLINKS_MAX,
 )
 from .relay import SessionRelay
 from .session import log
@@ -59,7 +59,7 @@ class AmqpProxy:
             listen,
             open_listener(listen, None),
             self._enter,
-            has_room=lambda: len(self._links) < AMQP_LINKS,
+            has_room=lambda: len(self._links) < AMQP_UPLINKS_MAX,
             reopen=lambda: open_listener(listen, None),
             log=log,
         )
@@ -99,7 +99,7 @@ class AmqpProxy:
                 lambda: H2Connection(self._requested),
                 sock,
                 ssl=self._tls,
-                ssl_handshake_timeout=AMQP_OPEN if self._tls else None,
+                ssl_handshake_timeout=AMQP_OPEN_TIMEOUT_SECONDS if self._tls else None,
             )
         except OSError as error:
             client.log.warning("%s: %s", client.who, error.strerror or error)
@@ -115,7 +115,7 @@ class AmqpProxy:
 
     def _requested(self, link: H2Connection, tunnel: H2Stream, headers: Headers) -> None:
         status = refusal(headers, self._authority)
-        if status is None and len(self._sessions) >= AMQP_PROXY_SESSIONS:
+        if status is None and len(self._sessions) >= AMQP_PROXY_SESSIONS_MAX:
             status = 503
         if status is not None:
             log.warning("a request was answered with status %d", status)
@@ -148,7 +148,7 @@ class AmqpProxy:
             link.answer(tunnel, 503)
 
     async def _reach(self, node: BrokerNode, relay: SessionRelay) -> None:
-        sock = await self._dialer.connect(node.locator, timeout=AMQP_NODE_CONNECT)
+        sock = await self._dialer.connect(node.locator, timeout=AMQP_NODE_CONNECT_TIMEOUT_SECONDS)
         await self._loop.create_connection(lambda: relay.far, sock=sock)
         self._found(node, True)
 
@@ -163,7 +163,9 @@ class AmqpProxy:
                 self._found(node, False, error)
             else:
                 self._found(node, True)
-            await asyncio.sleep(AMQP_CHECK if node.healthy else AMQP_CHECK_AGAIN)
+            await asyncio.sleep(
+                AMQP_NODE_CHECK_SECONDS if node.healthy else AMQP_NODE_RECHECK_SECONDS
+            )
 
     def _found(self, node: BrokerNode, healthy: bool, why: OSError | None = None) -> None:
         if node.healthy != healthy:
@@ -175,10 +177,10 @@ class AmqpProxy:
 async def ask(dialer: Dialer, node: Locator) -> None:
     """Return when a node has begun a connection as brokers do; raises OSError."""
     loop = asyncio.get_running_loop()
-    sock = await dialer.connect(node, timeout=AMQP_NODE_CONNECT)
+    sock = await dialer.connect(node, timeout=AMQP_NODE_CONNECT_TIMEOUT_SECONDS)
     with sock:
         try:
-            async with asyncio.timeout(AMQP_NODE_CONNECT):
+            async with asyncio.timeout(AMQP_NODE_CONNECT_TIMEOUT_SECONDS):
                 await loop.sock_sendall(sock, PROTOCOL_HEADER)
                 answer = await loop.sock_recv(sock, 4096)
         except TimeoutError:

@@ -13,7 +13,7 @@ from ..eventloop.asyncio_server import AsyncioAcceptor
 from ..eventloop.listeners import open_listener
 from ..forward.throttled_log import Client
 from ..model.locator import Locator
-from .limits import AMQP_SESSIONS
+from .limits import AMQP_SESSIONS_MAX
 from .session import AmqpSession, log
 
 
@@ -29,7 +29,7 @@ class ClientServer(ABC):
             listen,
             open_listener(listen, context),
             self._enter,
-            has_room=lambda: len(self._tasks) < AMQP_SESSIONS,
+            has_room=lambda: len(self._tasks) < AMQP_SESSIONS_MAX,
             reopen=lambda: open_listener(listen, context),
             log=log,
         )

@@ -15,13 +15,13 @@ from .frames import (
     needed,
     whole_frames,
 )
-from .limits import AMQP_FRAME
+from .limits import AMQP_FRAME_MAX_BYTES
 
 _LAST_WORDS = (ConnectionMethod.CLOSE, ConnectionMethod.CLOSE_OK)
 
 
 class FrameAssembler:
-    """Holds back what is no whole frame yet: AMQP_FRAME bytes at most."""
+    """Holds back what is no whole frame yet: AMQP_FRAME_MAX_BYTES bytes at most."""
 
     def __init__(self) -> None:
         self.farewell = False  #: the broker has closed the connection as AMQP does that
@@ -42,7 +42,7 @@ class FrameAssembler:
                 return self._refusal(data)
             self._begun = bool(data)
         done = 0
-        for frame in whole_frames(data, AMQP_FRAME):
+        for frame in whole_frames(data, AMQP_FRAME_MAX_BYTES):
             done = frame.end
             if connection_method(data, frame) in _LAST_WORDS:
                 self.farewell = True

@@ -14,7 +14,7 @@ from ..forward.dialer import Dialer
 from ..forward.throttled_log import Client
 from ..model.locator import Locator
 from .client_server import ClientServer
-from .limits import AMQP_OPEN
+from .limits import AMQP_OPEN_TIMEOUT_SECONDS
 from .session import AmqpSession
 
 
@@ -33,5 +33,7 @@ class GuestProxy(ClientServer):
         yield AmqpSession(client)
 
     async def reach(self, session: AmqpSession) -> None:
-        sock = await self._dialer.connect(self._host, timeout=AMQP_OPEN, wait=AMQP_OPEN)
+        sock = await self._dialer.connect(
+            self._host, timeout=AMQP_OPEN_TIMEOUT_SECONDS, wait=AMQP_OPEN_TIMEOUT_SECONDS
+        )
         await self._loop.create_connection(lambda: session.far, sock=sock)

@@ -31,13 +31,13 @@ import h2.settings
 from .connect_request import Headers
 from .h2_stream import H2Stream
 from .limits import (
-    AMQP_LINK_FRAME,
-    AMQP_LINK_FRAMES,
-    AMQP_LINK_SILENCE,
-    AMQP_LINK_UNREAD,
-    AMQP_LINK_WINDOW,
-    AMQP_SESSIONS,
-    AMQP_WINDOW,
+    AMQP_SESSION_WINDOW_BYTES,
+    AMQP_SESSIONS_MAX,
+    AMQP_UPLINK_FRAME_MAX_BYTES,
+    AMQP_UPLINK_FRAMES_PER_TURN_MAX,
+    AMQP_UPLINK_SILENCE_SECONDS,
+    AMQP_UPLINK_UNREAD_MAX_BYTES,
+    AMQP_UPLINK_WINDOW_BYTES,
 )
 
 #: What is made ready before it is written, in bytes.
@@ -104,7 +104,7 @@ class H2Connection(asyncio.Protocol):
         self._frames = Frames(_PREFACE if on_request is not None else 0)
         self._held = b""  # what came, and is looked at in the next turns
         self._error: Exception | None = None
-        self._probe = self._loop.call_later(AMQP_LINK_SILENCE, self._check)
+        self._probe = self._loop.call_later(AMQP_UPLINK_SILENCE_SECONDS, self._check)
         self.ready: asyncio.Future[None] = self._loop.create_future()  #: the peer speaks HTTP/2
         self.closed: asyncio.Future[Exception | None] = self._loop.create_future()
 
@@ -208,13 +208,13 @@ class H2Connection(asyncio.Protocol):
         http.update_settings(
             {
                 codes.ENABLE_PUSH: 0,
-                codes.INITIAL_WINDOW_SIZE: AMQP_WINDOW,
-                codes.MAX_FRAME_SIZE: AMQP_LINK_FRAME,
-                codes.MAX_CONCURRENT_STREAMS: AMQP_SESSIONS,
+                codes.INITIAL_WINDOW_SIZE: AMQP_SESSION_WINDOW_BYTES,
+                codes.MAX_FRAME_SIZE: AMQP_UPLINK_FRAME_MAX_BYTES,
+                codes.MAX_CONCURRENT_STREAMS: AMQP_SESSIONS_MAX,
                 codes.MAX_HEADER_LIST_SIZE: _HEADERS,
             }
         )
-        http.increment_flow_control_window(AMQP_LINK_WINDOW - _FIRST_WINDOW)
+        http.increment_flow_control_window(AMQP_UPLINK_WINDOW_BYTES - _FIRST_WINDOW)
         self._write()
 
     def data_received(self, data: bytes) -> None:
@@ -226,7 +226,7 @@ class H2Connection(asyncio.Protocol):
 
     def _take(self, data: bytes) -> None:
         """Look at the first frames of what came, and later at the others."""
-        end = self._frames.end(data, AMQP_LINK_FRAMES)
+        end = self._frames.end(data, AMQP_UPLINK_FRAMES_PER_TURN_MAX)
         self._held = data[end:]
         if self._held:
             assert self._transport is not None
@@ -250,7 +250,7 @@ class H2Connection(asyncio.Protocol):
             return
         for event in events:
             self._handle(event)
-        if self._uncredited >= AMQP_LINK_WINDOW // 4:
+        if self._uncredited >= AMQP_UPLINK_WINDOW_BYTES // 4:
             with contextlib.suppress(h2.exceptions.ProtocolError):
                 self._http.increment_flow_control_window(self._uncredited)
             self._uncredited = 0
@@ -367,7 +367,7 @@ class H2Connection(asyncio.Protocol):
         if self._transport is None or not data:
             return
         self._transport.write(data)
-        if self._transport.get_write_buffer_size() > AMQP_LINK_UNREAD:
+        if self._transport.get_write_buffer_size() > AMQP_UPLINK_UNREAD_MAX_BYTES:
             self.abort(ConnectionError("the peer asks, and does not read the answers"))
 
     # The end
@@ -383,7 +383,7 @@ class H2Connection(asyncio.Protocol):
             self._http.ping(b"answer?!")
             self._write()
         self._heard = False
-        self._probe = self._loop.call_later(AMQP_LINK_SILENCE, self._check)
+        self._probe = self._loop.call_later(AMQP_UPLINK_SILENCE_SECONDS, self._check)
 
     def _end(self, error: Exception | None) -> None:
         if self.closed.done():

@@ -2,7 +2,7 @@
 
 It is to its protocol what a TCP connection would be: bytes in order both ways, half-close, and
 back-pressure of its own.  ``pause_reading()`` keeps the window of this one stream shut; what it
-allowed before still comes, AMQP_WINDOW bytes at most.
+allowed before still comes, AMQP_SESSION_WINDOW_BYTES bytes at most.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from .limits import AMQP_UNSENT, AMQP_WINDOW
+from .limits import AMQP_SESSION_UNSENT_MAX_BYTES, AMQP_SESSION_WINDOW_BYTES
 
 if TYPE_CHECKING:
     from .h2_connection import H2Connection
@@ -65,7 +65,7 @@ class H2Stream(asyncio.Transport):
         return len(self.pending)
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        self._most_unsent = AMQP_UNSENT if high is None else high
+        self._most_unsent = AMQP_SESSION_UNSENT_MAX_BYTES if high is None else high
         self._resume_at = self._most_unsent // 4 if low is None else low
 
     def can_write_eof(self) -> bool:
@@ -150,6 +150,6 @@ class H2Stream(asyncio.Transport):
     def _credit(self) -> None:
         """Let the peer send as much again, when that is worth a frame."""
         wanted = self._reading and self._protocol is not None and not self.ended_there
-        if wanted and not self._gone and self._uncredited >= AMQP_WINDOW // 2:
+        if wanted and not self._gone and self._uncredited >= AMQP_SESSION_WINDOW_BYTES // 2:
             self._link.credit(self, self._uncredited)
             self._uncredited = 0

@@ -26,7 +26,7 @@ from .frames import (
     connection_method,
     whole_frames,
 )
-from .limits import AMQP_HANDSHAKE_FRAME, AMQP_HANDSHAKE_FRAMES
+from .limits import AMQP_HANDSHAKE_FRAME_MAX_BYTES, AMQP_HANDSHAKE_FRAMES_MAX
 from .tables import names, table_end, with_number
 
 #: The client property that says which guest a connection is of.
@@ -76,9 +76,9 @@ class HandshakeInspector:
                 self._begun = True
                 start = len(PROTOCOL_HEADER)
                 passed.append(PROTOCOL_HEADER)
-            for frame in whole_frames(data, AMQP_HANDSHAKE_FRAME, start):
+            for frame in whole_frames(data, AMQP_HANDSHAKE_FRAME_MAX_BYTES, start):
                 self._frames += 1
-                if self._frames > AMQP_HANDSHAKE_FRAMES:
+                if self._frames > AMQP_HANDSHAKE_FRAMES_MAX:
                     raise _refused(Reply.NOT_ALLOWED, "too many frames before connection.open")
                 passed.append(self._look_at(data, frame))
                 start = frame.end

@@ -20,7 +20,7 @@ from ..model.locator import Locator, Vsock
 from .client_server import ClientServer
 from .connect_request import AUTHORITY, connect_request
 from .handshake_inspector import HandshakeInspector
-from .limits import AMQP_GUEST_SESSIONS, AMQP_OPEN
+from .limits import AMQP_GUEST_SESSIONS_MAX, AMQP_OPEN_TIMEOUT_SECONDS
 from .session import AmqpSession
 from .uplink import Uplink
 from .virtual_hosts import VirtualHostRule, admits
@@ -51,8 +51,8 @@ class HostProxy(ClientServer):
         assert client.peer is not None
         cid, port = client.peer
         client.who = f"context {cid}, port {port}"
-        if self._guests[cid] >= AMQP_GUEST_SESSIONS:
-            raise OSError(errno.EDQUOT, f"it has {AMQP_GUEST_SESSIONS} sessions already")
+        if self._guests[cid] >= AMQP_GUEST_SESSIONS_MAX:
+            raise OSError(errno.EDQUOT, f"it has {AMQP_GUEST_SESSIONS_MAX} sessions already")
         self._guests[cid] += 1
         guard = HandshakeInspector(cid, lambda name: admits(self._rules, cid, name))
         try:
@@ -65,7 +65,7 @@ class HostProxy(ClientServer):
     async def reach(self, session: AmqpSession) -> None:
         assert session.guard is not None
         try:
-            async with asyncio.timeout(AMQP_OPEN):
+            async with asyncio.timeout(AMQP_OPEN_TIMEOUT_SECONDS):
                 link = await self._trunk.link()
                 headers = connect_request(self._authority, session.guard.cid)
                 await link.open(headers, session.far)

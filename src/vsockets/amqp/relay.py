@@ -2,7 +2,7 @@
 
 *Back-pressure.*  While one side's buffer is full nothing is read from the other.
 *Half-close.*  The end of one direction is passed on; the other direction goes on, but for no
-longer than AMQP_CLOSE_OK seconds: nobody who speaks AMQP closes one direction alone.
+longer than AMQP_CLOSE_TIMEOUT_SECONDS seconds: nobody who speaks AMQP closes one direction alone.
 *Lost.*  When one side is gone the other is closed, once it has what it should have.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 
-from .limits import AMQP_CLOSE_OK, AMQP_UNSENT
+from .limits import AMQP_CLOSE_TIMEOUT_SECONDS, AMQP_SESSION_UNSENT_MAX_BYTES
 
 
 class Side(asyncio.Protocol):
@@ -38,7 +38,7 @@ class Side(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        transport.set_write_buffer_limits(AMQP_UNSENT)
+        transport.set_write_buffer_limits(AMQP_SESSION_UNSENT_MAX_BYTES)
         self._relay.joined(self)
 
     def data_received(self, data: bytes) -> None:
@@ -118,4 +118,4 @@ class SessionRelay:
     def limit(self) -> None:
         """From now on it is only a matter of time."""
         if self._limit is None:
-            self._limit = self._loop.call_later(AMQP_CLOSE_OK, self.abort)
+            self._limit = self._loop.call_later(AMQP_CLOSE_TIMEOUT_SECONDS, self.abort)

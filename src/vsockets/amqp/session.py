@@ -17,7 +17,7 @@ from ..forward.throttled_log import Client
 from .frame_assembler import CloseHandshake, FrameAssembler
 from .frames import FrameError, Reply, connection_close
 from .handshake_inspector import HandshakeInspector, HandshakeRefused
-from .limits import AMQP_HANDSHAKE
+from .limits import AMQP_HANDSHAKE_TIMEOUT_SECONDS
 from .relay import SessionRelay, Side
 
 log = logging.getLogger("vsockets.amqp")
@@ -49,7 +49,7 @@ class AmqpSession(SessionRelay):
     def joined(self, side: Side) -> None:
         super().joined(side)
         if side is self.far and self.guard is not None:
-            self._handshake = self._loop.call_later(AMQP_HANDSHAKE, self._too_slow)
+            self._handshake = self._loop.call_later(AMQP_HANDSHAKE_TIMEOUT_SECONDS, self._too_slow)
 
     def received(self, side: Side, data: bytes) -> None:
         if side is self.near:

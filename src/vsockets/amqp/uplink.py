@@ -10,7 +10,11 @@ import ssl
 from ..forward.dialer import Dialer
 from ..model.locator import Inet, Locator
 from .h2_connection import H2Connection
-from .limits import AMQP_FIRST_PAUSE, AMQP_LONGEST_PAUSE, AMQP_OPEN
+from .limits import (
+    AMQP_OPEN_TIMEOUT_SECONDS,
+    AMQP_RETRY_FIRST_PAUSE_SECONDS,
+    AMQP_RETRY_LONGEST_PAUSE_SECONDS,
+)
 from .session import log
 
 
@@ -47,7 +51,7 @@ class Uplink:
             log.error("%s: given up", self._locator, exc_info=error)
 
     async def _keep(self) -> None:
-        pause = AMQP_FIRST_PAUSE
+        pause = AMQP_RETRY_FIRST_PAUSE_SECONDS
         while True:
             why: object
             try:
@@ -56,25 +60,25 @@ class Uplink:
                 why = error.strerror or error
             else:
                 log.info("%s: connected", self._locator)
-                pause = AMQP_FIRST_PAUSE
+                pause = AMQP_RETRY_FIRST_PAUSE_SECONDS
                 self._link.set_result(link)
                 why = await link.closed
                 self._link = self._loop.create_future()
             log.warning("%s: %s; trying again", self._locator, why)
             # Not all hosts at the same time.
             await asyncio.sleep(random.uniform(pause / 2, pause))
-            pause = min(pause * 2, AMQP_LONGEST_PAUSE)
+            pause = min(pause * 2, AMQP_RETRY_LONGEST_PAUSE_SECONDS)
 
     async def _connect(self) -> H2Connection:
         with contextlib.ExitStack() as stack:
-            sock = await self._dialer.connect(self._locator, timeout=AMQP_OPEN)
+            sock = await self._dialer.connect(self._locator, timeout=AMQP_OPEN_TIMEOUT_SECONDS)
             stack.callback(sock.close)
             _, link = await self._loop.create_connection(
                 H2Connection,
                 sock=sock,
                 ssl=self._tls,
                 server_hostname=self._tls_name if self._tls else None,
-                ssl_handshake_timeout=AMQP_OPEN if self._tls else None,
+                ssl_handshake_timeout=AMQP_OPEN_TIMEOUT_SECONDS if self._tls else None,
             )
             stack.pop_all()
         # A link gives itself up when there is nobody who speaks HTTP/2.

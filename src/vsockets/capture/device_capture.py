@@ -10,18 +10,18 @@ import socket
 from typing import BinaryIO
 
 from ..attachment import Attachment
-from ..limits import CAPTURE_PAYLOAD
+from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
 from ..model.constants import VMADDR_PORT_ANY
 from ..protocol import Op, Request
 from ..protocol.vsockmon import Captured
 from .pcap import captured_record, file_header
 
 #: Room for the largest message: the payload and some headers.
-_MESSAGE = CAPTURE_PAYLOAD + 4096
+_MESSAGE = CAPTURE_PAYLOAD_MAX_BYTES + 4096
 
 
 def open_capture(
-    host: Attachment, cid: int, limit: int = CAPTURE_PAYLOAD, port: int = VMADDR_PORT_ANY
+    host: Attachment, cid: int, limit: int = CAPTURE_PAYLOAD_MAX_BYTES, port: int = VMADDR_PORT_ANY
 ) -> socket.socket:
     """A socket on which comes, a :class:`.Captured` a message, what passes the device of ``cid``.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 
-from ..limits import CAPTURE_PAYLOAD
+from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
 from ..protocol.vsockmon import HEADER_SIZE, Address, Captured, Operation, encode_header
 
 #: Number of the link type in tcpdump.org's list.
@@ -26,7 +26,7 @@ _LONGEST_TRANSPORT_HEADER = 44
 
 def file_header() -> bytes:
     """What a file begins with."""
-    longest = HEADER_SIZE + _LONGEST_TRANSPORT_HEADER + CAPTURE_PAYLOAD
+    longest = HEADER_SIZE + _LONGEST_TRANSPORT_HEADER + CAPTURE_PAYLOAD_MAX_BYTES
     return _FILE_HEADER.pack(_MAGIC_NANOSECONDS, *_VERSION, 0, 0, longest, LINKTYPE_VSOCK)
 
 
@@ -36,7 +36,7 @@ def record(
     source: Address,
     destination: Address,
     payload: bytes = b"",
-    limit: int = CAPTURE_PAYLOAD,
+    limit: int = CAPTURE_PAYLOAD_MAX_BYTES,
 ) -> bytes:
     """One record, of ``nanoseconds`` since 1970; ``limit`` bytes of the payload are kept."""
     header = encode_header(operation, source, destination)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO
 
-from ..limits import CAPTURE_PAYLOAD
+from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
 from ..model.constants import AF_VSOCK
 from ..protocol.vsockmon import Address, Operation
 from .pcap import file_header, record
@@ -28,7 +28,7 @@ class Recorder:
 
     broken: Callable[[OSError], None]
 
-    def __init__(self, file: BinaryIO, limit: int = CAPTURE_PAYLOAD) -> None:
+    def __init__(self, file: BinaryIO, limit: int = CAPTURE_PAYLOAD_MAX_BYTES) -> None:
         """Raises OSError."""
         self._file: BinaryIO | None = file
         self._limit = limit

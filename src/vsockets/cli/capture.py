@@ -11,7 +11,7 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 from ..attachment import Attachment
-from ..limits import CAPTURE_PAYLOAD
+from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
 from ..model.address import parse_port
 from ..model.constants import VMADDR_PORT_ANY
 from ..model.locator import Vsock
@@ -60,10 +60,10 @@ def capture(
             "--payload",
             metavar="BYTES",
             min=0,
-            max=CAPTURE_PAYLOAD,
+            max=CAPTURE_PAYLOAD_MAX_BYTES,
             help="Keep so much of what is in one record; 0 keeps addresses and times only.",
         ),
-    ] = CAPTURE_PAYLOAD,
+    ] = CAPTURE_PAYLOAD_MAX_BYTES,
     allow: AllowOption = None,
     verbose: VerboseOption = False,
 ) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ..attachment import ContextHandle
 from ..eventloop.rebind import lifeline
-from ..limits import FORWARD_LONGEST_PAUSE, MAX_DATAGRAM
+from ..limits import MAX_DATAGRAM, RETRY_LONGEST_PAUSE_SECONDS
 from ..model.constants import VMADDR_CID_LOCAL
 from ..socket import socket
 from .connect import keep_trying
@@ -95,7 +95,7 @@ class DatagramRelay:
         self._line.close()
         self._sock.close()
         while (patience := self._patience()) is None or patience > 0:
-            pause = FORWARD_LONGEST_PAUSE
+            pause = RETRY_LONGEST_PAUSE_SECONDS
             time.sleep(pause if patience is None else min(patience, pause))
             with contextlib.suppress(OSError, CliError):
                 line = lifeline(self._context)

@@ -11,7 +11,7 @@ import typer
 
 from .. import logs
 from .._linux.sd_notify import notify_ready
-from ..limits import FORWARD_CONNECT_TIMEOUT, FORWARD_CONNECTIONS
+from ..forward.limits import FORWARD_CONNECT_TIMEOUT_SECONDS, FORWARD_CONNECTIONS_MAX
 from ..model.locator import Vsock
 from .connect import lasting_context
 from .errors import CONNECT, CliError, cli_error
@@ -66,14 +66,14 @@ def forward(
     ] = None,
     connect_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.0, help="For one attempt to reach TO.")
-    ] = FORWARD_CONNECT_TIMEOUT,
+    ] = FORWARD_CONNECT_TIMEOUT_SECONDS,
     wait: Annotated[
         float,
         typer.Option(metavar="SECONDS", min=0.0, help="Try so long when TO is not there yet."),
     ] = 0.0,
     max_connections: Annotated[
         int, typer.Option(metavar="N", min=1, help="At the same time; later ones wait.")
-    ] = FORWARD_CONNECTIONS,
+    ] = FORWARD_CONNECTIONS_MAX,
     drain: Annotated[
         float,
         typer.Option(

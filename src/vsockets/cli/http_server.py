@@ -19,16 +19,16 @@ from dataclasses import dataclass, field, replace
 
 import h11
 
-from ..limits import (
-    HTTP_ACCEPTS,
-    HTTP_ANSWER,
-    HTTP_BACKLOG,
-    HTTP_BODY,
-    HTTP_CLIENTS,
-    HTTP_HEAD,
-    HTTP_KNOWN_CLIENTS,
-    HTTP_LINGER,
-    HTTP_REQUEST,
+from .limits import (
+    HTTP_ACCEPTS_PER_TURN_MAX,
+    HTTP_BACKLOG_MAX,
+    HTTP_BODY_MAX_BYTES,
+    HTTP_CLIENTS_MAX,
+    HTTP_HEAD_MAX_BYTES,
+    HTTP_LINGER_SECONDS,
+    HTTP_REQUEST_TIMEOUT_SECONDS,
+    HTTP_SESSION_CLIENTS_MAX,
+    HTTP_WRITE_TIMEOUT_SECONDS,
 )
 
 
@@ -75,15 +75,17 @@ class HttpServer:
 
     async def serve(self) -> None:
         """Until it is cancelled."""
-        server = await asyncio.start_server(self._admit, sock=self._listener, backlog=HTTP_ACCEPTS)
-        self._listener.listen(HTTP_BACKLOG)  # asyncio's word is for both
+        server = await asyncio.start_server(
+            self._admit, sock=self._listener, backlog=HTTP_ACCEPTS_PER_TURN_MAX
+        )
+        self._listener.listen(HTTP_BACKLOG_MAX)  # asyncio's word is for both
         try:
             await asyncio.Event().wait()  # serve_forever() would wait for the last client to leave
         finally:
             server.close()
 
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        _add(writer, self._clients, HTTP_CLIENTS)
+        _add(writer, self._clients, HTTP_CLIENTS_MAX)
         try:
             await self._serve(reader, writer)
         except (OSError, h11.ProtocolError):
@@ -95,28 +97,28 @@ class HttpServer:
                 writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HTTP_HEAD)
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HTTP_HEAD_MAX_BYTES)
         response = await self._answer(connection, reader, lambda: self._keep(writer))
         refused = connection.their_state is not h11.DONE
         await _send(connection, writer, response)
         if refused:  # a socket closed with something unread would take the answer with it
             writer.write_eof()
-            async with asyncio.timeout(HTTP_LINGER):
-                while await reader.read(HTTP_HEAD):
+            async with asyncio.timeout(HTTP_LINGER_SECONDS):
+                while await reader.read(HTTP_HEAD_MAX_BYTES):
                     pass
 
     def _keep(self, writer: asyncio.StreamWriter) -> None:
         if self._clients.pop(writer, writer) is None:  # else it has been cut off
-            _add(writer, self._known, HTTP_KNOWN_CLIENTS)
+            _add(writer, self._known, HTTP_SESSION_CLIENTS_MAX)
 
     async def _answer(
         self, connection: h11.Connection, reader: asyncio.StreamReader, keep: Callable[[], None]
     ) -> Response:
         try:
-            async with asyncio.timeout(HTTP_REQUEST):
+            async with asyncio.timeout(HTTP_REQUEST_TIMEOUT_SECONDS):
                 request = replace(await _receive(connection, reader), keep=keep)
         except TimeoutError:
-            return text(408, f"a request is sent within {HTTP_REQUEST:.0f} s")
+            return text(408, f"a request is sent within {HTTP_REQUEST_TIMEOUT_SECONDS:.0f} s")
         except h11.RemoteProtocolError as error:
             return text(error.error_status_hint, str(error))
         return await self._handler(request)
@@ -139,13 +141,15 @@ async def _receive(connection: h11.Connection, reader: asyncio.StreamReader) -> 
     while True:
         match connection.next_event():
             case h11.NEED_DATA:
-                connection.receive_data(await reader.read(HTTP_HEAD))
+                connection.receive_data(await reader.read(HTTP_HEAD_MAX_BYTES))
             case h11.Request() as head:
                 pass
             case h11.Data(data=data):
                 body += data
-                if len(body) > HTTP_BODY:
-                    raise h11.RemoteProtocolError(f"a body has {HTTP_BODY} bytes at most", 413)
+                if len(body) > HTTP_BODY_MAX_BYTES:
+                    raise h11.RemoteProtocolError(
+                        f"a body has {HTTP_BODY_MAX_BYTES} bytes at most", 413
+                    )
             case h11.EndOfMessage() if head is not None:
                 return _request(head, body)
             case _:  # the end, before there was a request
@@ -185,5 +189,5 @@ async def _send(
 async def _write(writer: asyncio.StreamWriter, data: bytes | None) -> None:
     """OSError (a TimeoutError is one) when the client has gone or does not read."""
     writer.write(data or b"")
-    async with asyncio.timeout(HTTP_ANSWER):
+    async with asyncio.timeout(HTTP_WRITE_TIMEOUT_SECONDS):
         await writer.drain()

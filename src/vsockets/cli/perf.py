@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import logs
-from ..limits import PERF_MESSAGE, PERF_SECONDS
 from ..model.locator import Locator, Vsock, parse_locator
+from ..perf.limits import PERF_MESSAGE_MAX_BYTES, PERF_RUN_MAX_SECONDS
 from .connect import lasting_context, own_context
 from .errors import CONNECT, CliError, cli_error
 from .options import JsonOption, LogFormat
@@ -111,7 +111,9 @@ def run(
     test: Annotated[list[Test] | None, typer.Option(help="Only this; can be repeated.")] = None,
     seconds: Annotated[
         float,
-        typer.Option("--time", metavar="SECONDS", min=0.01, max=PERF_SECONDS, help="Of each one."),
+        typer.Option(
+            "--time", metavar="SECONDS", min=0.01, max=PERF_RUN_MAX_SECONDS, help="Of each one."
+        ),
     ] = 1.0,
     rounds: Annotated[
         int, typer.Option(metavar="N", min=1, help="The addresses take turns; the median counts.")
@@ -119,7 +121,7 @@ def run(
     size: Annotated[
         int,
         typer.Option(
-            metavar="BYTES", min=1, max=PERF_MESSAGE, help="Of one write, for throughput."
+            metavar="BYTES", min=1, max=PERF_MESSAGE_MAX_BYTES, help="Of one write, for throughput."
         ),
     ] = 65_536,
     message: Annotated[

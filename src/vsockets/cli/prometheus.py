@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ..limits import METRICS_CONTEXTS
 from ..model.text import printable
+from .limits import METRICS_CONTEXTS_MAX
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -38,15 +38,16 @@ def exposition(status: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
 
     No guest can make time series by coming and going: contexts that last as long as a lease are
     one together, ``context="leased"``, which counts also those that have ended; of the others the
-    first METRICS_CONTEXTS have metrics of their own, and ``vsock_contexts_left_out`` says how many
-    have not.
+    first METRICS_CONTEXTS_MAX have metrics of their own, and ``vsock_contexts_left_out`` says how
+    many have not.
     """
     lines: list[str] = []
     for key, name, kind, text in _OF_VSOCKD:
         lines += _family(name, kind, text, [({}, status[key])])
     lasting = [row for row in counts["contexts"] if not row["leased"]]
     shown = [
-        ({"context": row["cid"], "name": row["name"]}, row) for row in lasting[:METRICS_CONTEXTS]
+        ({"context": row["cid"], "name": row["name"]}, row)
+        for row in lasting[:METRICS_CONTEXTS_MAX]
     ]
     leased = [row for row in counts["contexts"] if row["leased"]]
     shown.append(({"context": "leased", "name": ""}, _together([*leased, counts["departed"]])))
@@ -58,7 +59,7 @@ def exposition(status: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
         for rule, number in row["denials"].items()
     ]
     lines += _family("vsock_denials_total", "counter", "What a rule was against.", denials)
-    left_out = len(lasting) - len(lasting[:METRICS_CONTEXTS])
+    left_out = len(lasting) - len(lasting[:METRICS_CONTEXTS_MAX])
     text = "Contexts without metrics of their own."
     lines += _family("vsock_contexts_left_out", "gauge", text, [({}, left_out)])
     return "".join(f"{line}\n" for line in lines)

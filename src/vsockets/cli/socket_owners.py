@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..limits import SEARCHED_PROCESSES
+from .limits import SOCKET_OWNERS_PROCESSES_MAX
 
 
 class Holder(NamedTuple):
@@ -69,7 +69,7 @@ def _holders_in_family(pid: int) -> dict[int, _Process]:
             process = _Process(member, _started(member))
             for inode in _sockets(member):
                 found.setdefault(inode, process)
-        if len(family) < SEARCHED_PROCESSES:
+        if len(family) < SOCKET_OWNERS_PROCESSES_MAX:
             family += _children(member)
     return found
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..limits import LONGEST_NAME
+from ..limits import NAME_MAX_CHARACTERS
 from ..vm.hardware import hardware
 from ..vm.libvirt import snippet
 from ..vm.qemu_args import PROGRAM, Card, Disk, MachineOptions, arguments
@@ -151,7 +151,7 @@ def _described(
             if device is Device.VMCI:
                 described.require_vmci()
             found = hardware(described, os.path.dirname(os.path.abspath(vmx)))
-            name = name or described.display_name[:LONGEST_NAME]
+            name = name or described.display_name[:NAME_MAX_CHARACTERS]
             cid = described.cid if cid is None else cid
             isolation = described.unrestricted or described.domain
         except VmxError as error:

@@ -24,16 +24,7 @@ from typing import Any
 from .. import logs
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection, Context, Denied, Endpoint, EndpointKind, Fabric, Party, Refused
-from ..limits import (
-    ANNOUNCE_AGAIN,
-    DEFAULT_BUFFER_SIZE,
-    LARGEST_SEND_BUFFER,
-    LOOKS_A_PIECE,
-    SILENT_CLIENT,
-    SWEEP_AFTER,
-    SWEEP_AT_THE_LATEST,
-    UNREAD_ANSWERS,
-)
+from ..limits import SEND_BUFFER_MAX_BYTES, STREAM_BUFFER_DEFAULT_BYTES
 from ..model.constants import VMADDR_PORT_ANY
 from ..protocol import Op, ProtocolError, Record, Request, RequestFlag, Role
 from . import reserve
@@ -45,6 +36,14 @@ from .deferred_work import Chores
 from .device_capture import capture
 from .device_link import DeviceLink
 from .limit_checks import LimitChecks
+from .limits import (
+    DAEMON_ANNOUNCE_RETRY_SECONDS,
+    DAEMON_PROBES_PER_STEP,
+    DAEMON_SILENT_CLIENT_SECONDS,
+    DAEMON_SWEEP_FIRST_SECONDS,
+    DAEMON_SWEEP_LONGEST_SECONDS,
+    DAEMON_UNREAD_REPLIES_MAX,
+)
 from .listeners import (
     SHORTAGE,
     AnnouncedListener,
@@ -195,8 +194,8 @@ class Broker:
         channel.party.pending += 1
         self._keep(channel)
         if not self._silent:
-            self._loop.call_later(SILENT_CLIENT, self._close_silent)
-        self._silent[channel] = monotonic() + SILENT_CLIENT
+            self._loop.call_later(DAEMON_SILENT_CLIENT_SECONDS, self._close_silent)
+        self._silent[channel] = monotonic() + DAEMON_SILENT_CLIENT_SECONDS
         if not reserve.may_stay(channel.sock.fileno()):
             # A program that means well says something within microseconds.
             self._brief[channel] = None
@@ -219,7 +218,7 @@ class Broker:
             return
         self._has_spoken(channel)
         channel.requests += 1
-        if channel.requests % UNREAD_ANSWERS == 0 and leaves_answers_unread(channel):
+        if channel.requests % DAEMON_UNREAD_REPLIES_MAX == 0 and leaves_answers_unread(channel):
             self._log(logging.INFO, channel, "it reads no answers")
             data = b""
         if not (data and self._serve(channel, data)):
@@ -270,8 +269,8 @@ class Broker:
             self._drop_if_closed(channel.listener)
 
     def _sweep_holders(self) -> Iterator[None]:
-        for _ in range(0, len(self._holders), LOOKS_A_PIECE):
-            self._look_at_holders(LOOKS_A_PIECE)
+        for _ in range(0, len(self._holders), DAEMON_PROBES_PER_STEP):
+            self._look_at_holders(DAEMON_PROBES_PER_STEP)
             yield
 
     def _drop_if_closed(self, target: object) -> None:
@@ -282,15 +281,15 @@ class Broker:
 
     def _sweep_later(self) -> None:
         if self._sweep_delay is None:
-            self._loop.call_later(SWEEP_AFTER, self._sweep_again)
-        self._sweep_delay = SWEEP_AFTER
+            self._loop.call_later(DAEMON_SWEEP_FIRST_SECONDS, self._sweep_again)
+        self._sweep_delay = DAEMON_SWEEP_FIRST_SECONDS
 
     def _sweep_again(self) -> None:
         assert self._sweep_delay is not None
         self._chores.start(self, self._sweep_holders())
         if self._holders:
             self._loop.call_later(self._sweep_delay, self._sweep_again)
-            self._sweep_delay = min(self._sweep_delay * 2, SWEEP_AT_THE_LATEST)
+            self._sweep_delay = min(self._sweep_delay * 2, DAEMON_SWEEP_LONGEST_SECONDS)
         else:
             self._sweep_delay = None
 
@@ -509,8 +508,8 @@ class Broker:
     ) -> None:
         """Answer a program that has connected, and announce it to the listening one."""
         sock = channel.sock
-        if connection.size != DEFAULT_BUFFER_SIZE:
-            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, LARGEST_SEND_BUFFER))
+        if connection.size != STREAM_BUFFER_DEFAULT_BYTES:
+            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, SEND_BUFFER_MAX_BYTES))
         # The answer goes first: once the listener has the descriptor it may write.
         channel.send(encode_connecting(connection))
         if request.flags or channel.kind is _SEQPACKET:
@@ -528,7 +527,7 @@ class Broker:
             if waits:
                 target.hold(record, sock.fileno(), channel.party)
                 if not self._held:
-                    self._loop.call_later(ANNOUNCE_AGAIN, self._announce_held)
+                    self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._announce_held)
                 self._held[target] = None
                 self._cannot_send |= error.errno != errno.EAGAIN  # that is of this listener
             else:
@@ -565,7 +564,7 @@ class Broker:
             except OSError:
                 self._drop_deaf(target)
         if self._held:
-            self._loop.call_later(ANNOUNCE_AGAIN, self._announce_held)
+            self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._announce_held)
 
     def _require_announcement(self, channel: Channel, target: object) -> None:
         """Refuse a connection that could not be announced, while there are some that were not:

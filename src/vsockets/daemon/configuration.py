@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from ..fabric.settings import ContextSettings, Grant, Isolation, Limits, Profile, Settings
-from ..limits import LONGEST_NAME
+from ..limits import NAME_MAX_CHARACTERS
 from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..model.locator import check_hybrid_path
 from ..toml.tables import ConfigurationError, Table, kind, read_toml, shown
@@ -207,10 +207,10 @@ def _source(table: Table, key: str) -> str:
 
 
 def _require_name(table: Table, key: str, name: str, *inner: int) -> None:
-    if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable():
+    if not 1 <= len(name) <= NAME_MAX_CHARACTERS or not name.isprintable():
         source = _source(table, key)
         what = "" if source == key else f"{key} "
-        problem = f"{what}{shown(name)}, expected 1 to {LONGEST_NAME} printable characters"
+        problem = f"{what}{shown(name)}, expected 1 to {NAME_MAX_CHARACTERS} printable characters"
         raise table.error(problem, source, *inner)
 
 

@@ -12,12 +12,12 @@ from .._linux.folders import file_mode, working_in
 from ..eventloop.acceptor import Acceptor
 from ..eventloop.loop import EventLoop
 from ..fabric import Context, EndpointKind
-from ..limits import CONTROL_BACKLOG
 from ..model.constants import VMADDR_CID_HOST
 from ..pass_rights import refuse
 from ..state_folder import SEQPACKET, STREAM
 from .broker import Broker
 from .folder_removal import Trash
+from .limits import CONTROL_BACKLOG_MAX
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class ContextListeners:
                     refuse(listener)
                 if context.is_guest and context.owner != os.geteuid():
                     os.chown(folder / name, context.owner, -1, follow_symlinks=False)
-                listener.listen(CONTROL_BACKLOG)
+                listener.listen(CONTROL_BACKLOG_MAX)
             if is_host:
                 folder.chmod(0o755)
             elif context.is_guest:

@@ -29,7 +29,7 @@ from socket import AF_UNIX, MSG_DONTWAIT, SHUT_RDWR, SO_ERROR, SO_TYPE, SOCK_DGR
 
 from .._linux.descriptor_passing import dispose
 from ..eventloop.loop import EventLoop
-from ..limits import CUT_AGAIN_AFTER, CUT_AGAIN_AT_MOST
+from .limits import DISCONNECT_LONGEST_RETRY_SECONDS, DISCONNECT_RETRY_SECONDS
 from .socket_holders import copied, opened, processes, sockets_of
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class EarlierLives:
 
     def end(self, loop: EventLoop, life: str) -> None:
         """End the sockets of all earlier lives; ``life`` is the present one."""
-        self._try(loop, life, _TRIES, CUT_AGAIN_AFTER)
+        self._try(loop, life, _TRIES, DISCONNECT_RETRY_SECONDS)
 
     def _try(self, loop: EventLoop, life: str, tries: int, delay: float) -> None:
         if not self._lives:
@@ -81,7 +81,7 @@ class EarlierLives:
             with contextlib.suppress(OSError):  # a full disk: the next vsockd looks for them again
                 self.record(life)
         elif tries:
-            wait = min(2 * delay, CUT_AGAIN_AT_MOST)
+            wait = min(2 * delay, DISCONNECT_LONGEST_RETRY_SECONDS)
             loop.call_later(delay, lambda: self._try(loop, life, tries - 1, wait))
         else:
             log.warning(

@@ -30,19 +30,19 @@ from typing import NamedTuple
 
 from ..eventloop.loop import EventLoop
 from ..fabric import Context, Endpoint, Fabric, Party, Refused, Rule
-from ..limits import (
-    DATAGRAM_ROUTES,
-    LOOKS_A_BIND,
-    LOOKS_A_PIECE,
-    OUTFLOW_WATCH,
-    SWEEP_AFTER,
-    SWEEP_AT_THE_LATEST,
-)
+from ..limits import DATAGRAM_ROUTES_MAX
 from ..pass_rights import refuse
 from ..protocol import encode_source
 from .datagram_lives import end_sockets, is_other_life, socket_name
 from .datagram_quota import DatagramQuota, Route, queued_on
 from .deferred_work import Chores
+from .limits import (
+    DAEMON_PROBES_PER_BIND,
+    DAEMON_PROBES_PER_STEP,
+    DAEMON_SWEEP_FIRST_SECONDS,
+    DAEMON_SWEEP_LONGEST_SECONDS,
+    DATAGRAM_QUOTA_CHECK_SECONDS,
+)
 from .named_sockets import NamedSocket, bind_to_name, cookie_of
 
 
@@ -103,7 +103,7 @@ class Datagrams:
         """Make ``sock`` the socket of ``endpoint``; Refused with EINVAL if it has a name."""
         assert endpoint.party is not None
         share = self._share(endpoint.party, endpoint.context)
-        self._look(share, LOOKS_A_BIND)
+        self._look(share, DAEMON_PROBES_PER_BIND)
         address = f"{endpoint.cid}.{endpoint.port}"
         endpoint.handle = self._name(sock, address, share.outflow)
         endpoint.cookie = cookie_of(sock)
@@ -163,7 +163,7 @@ class Datagrams:
             if not destination.undecided:
                 self.release(destination)
             raise Refused(errno.ECONNREFUSED, "the datagram socket has just gone") from None
-        if len(sender.routes) >= DATAGRAM_ROUTES:
+        if len(sender.routes) >= DATAGRAM_ROUTES_MAX:
             next(iter(sender.routes.values())).revoke()
         inbound = self._inbound.setdefault(destination.context, {})
         route = Route(sock, sender, destination.address, inbound)
@@ -188,7 +188,7 @@ class Datagrams:
         share = self._shares.get(party)
         if share is not None:
             share.outflow.settle()
-            self._look(share, LOOKS_A_PIECE)
+            self._look(share, DAEMON_PROBES_PER_STEP)
             self._chores.start(("datagram sockets", party), self._sweep(share))
 
     def look_through_all(self) -> None:
@@ -261,8 +261,8 @@ class Datagrams:
         """Release every socket and route of one party that is gone, in pieces."""
         left = len(share.sockets)
         while left > 0:
-            self._look(share, min(left, LOOKS_A_PIECE))
-            left -= LOOKS_A_PIECE
+            self._look(share, min(left, DAEMON_PROBES_PER_STEP))
+            left -= DAEMON_PROBES_PER_STEP
             yield
         yield from share.outflow.look()
         if not share.sockets and not share.outflow:
@@ -298,15 +298,15 @@ class Datagrams:
     def _sweep_later(self) -> None:
         """Look through all sockets some time after the last bind, whether anybody asks or not."""
         if self._sweep_delay is None:
-            self._loop.call_later(SWEEP_AFTER, self._sweep_all)
-        self._sweep_delay = SWEEP_AFTER
+            self._loop.call_later(DAEMON_SWEEP_FIRST_SECONDS, self._sweep_all)
+        self._sweep_delay = DAEMON_SWEEP_FIRST_SECONDS
 
     def _sweep_all(self) -> None:
         assert self._sweep_delay is not None
         self.look_through_all()
         if self._shares:
             self._loop.call_later(self._sweep_delay, self._sweep_all)
-            self._sweep_delay = min(2 * self._sweep_delay, SWEEP_AT_THE_LATEST)
+            self._sweep_delay = min(2 * self._sweep_delay, DAEMON_SWEEP_LONGEST_SECONDS)
         else:
             self._sweep_delay = None
 
@@ -314,7 +314,7 @@ class Datagrams:
         # Routes may be filled after they were given out.
         if party not in self._watched and self._shares[party].outflow.needs_watching:
             if not self._watched:
-                self._loop.call_later(OUTFLOW_WATCH, self._enforce_all)
+                self._loop.call_later(DATAGRAM_QUOTA_CHECK_SECONDS, self._enforce_all)
             self._watched.add(party)
 
     def _enforce_all(self) -> None:
@@ -325,7 +325,7 @@ class Datagrams:
             else:
                 self._chores.start(("datagram bytes", party), self._enforce(share))
         if self._watched:
-            self._loop.call_later(OUTFLOW_WATCH, self._enforce_all)
+            self._loop.call_later(DATAGRAM_QUOTA_CHECK_SECONDS, self._enforce_all)
 
     @staticmethod
     def _enforce(share: _Share) -> Iterator[None]:

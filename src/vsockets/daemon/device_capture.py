@@ -12,10 +12,11 @@ import errno
 from socket import AF_UNIX, SO_SNDBUF, SOCK_SEQPACKET, SOL_SOCKET, socketpair
 
 from ..fabric import Fabric, Refused, policy
-from ..limits import CAPTURE_BUFFER, CAPTURE_PAYLOAD
+from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
 from ..protocol import Request
 from .channel import Channel
 from .device_link import DeviceLink
+from .limits import CAPTURE_BUFFER_MAX_BYTES
 
 _SO_SNDBUFFORCE = 32
 
@@ -34,10 +35,10 @@ def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socke
     theirs, ours = socketpair(AF_UNIX, SOCK_SEQPACKET)
     with ours:
         try:
-            ours.setsockopt(SOL_SOCKET, SO_SNDBUF, CAPTURE_BUFFER)
+            ours.setsockopt(SOL_SOCKET, SO_SNDBUF, CAPTURE_BUFFER_MAX_BYTES)
             with contextlib.suppress(PermissionError):  # above the kernel's limit for users
-                ours.setsockopt(SOL_SOCKET, _SO_SNDBUFFORCE, CAPTURE_BUFFER)
-            limit = min(request.size, CAPTURE_PAYLOAD)
+                ours.setsockopt(SOL_SOCKET, _SO_SNDBUFFORCE, CAPTURE_BUFFER_MAX_BYTES)
+            limit = min(request.size, CAPTURE_PAYLOAD_MAX_BYTES)
             context.kernel.streams.send_tap(ours.fileno(), limit, request.peer_port)
         except OSError:
             theirs.close()

@@ -22,7 +22,7 @@ from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOL_SOCKET
 
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection
-from ..limits import CUT_AGAIN_AFTER, CUT_AGAIN_AT_MOST
+from .limits import DISCONNECT_LONGEST_RETRY_SECONDS, DISCONNECT_RETRY_SECONDS
 from .named_sockets import cookie_of
 from .socket_holders import copied, opened, processes, sockets_of
 from .stream_liveness import Group
@@ -48,14 +48,16 @@ class Disconnector:
             self._doomed[connection.number] = connection
         self._try()
         if self._doomed and self._delay is None:
-            self._delay = CUT_AGAIN_AFTER
+            self._delay = DISCONNECT_RETRY_SECONDS
             self._loop.call_later(self._delay, self._try_again)
         return list(self._doomed.values())
 
     def _try_again(self) -> None:
         assert self._delay is not None
         self._try()
-        self._delay = min(2 * self._delay, CUT_AGAIN_AT_MOST) if self._doomed else None
+        self._delay = (
+            min(2 * self._delay, DISCONNECT_LONGEST_RETRY_SECONDS) if self._doomed else None
+        )
         if self._delay is not None:
             self._loop.call_later(self._delay, self._try_again)
 

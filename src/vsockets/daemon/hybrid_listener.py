@@ -25,7 +25,7 @@ from .._linux.folders import SocketFile, can_others_change
 from ..eventloop.acceptor import Acceptor
 from ..eventloop.loop import EventLoop
 from ..fabric import Context, Credentials, Endpoint, EndpointKind, Trust
-from ..limits import CONTROL_BACKLOG, HYBRID_LINE
+from ..limits import HYBRID_LINE_MAX_BYTES
 from ..model.buffers import BufferSizes
 from ..pass_rights import refuse
 from ..protocol import Op, Record, Request, RequestFlag
@@ -33,6 +33,7 @@ from ..protocol.hybrid import Connect, ok_line, port_name
 from .broker import Broker
 from .channel import Channel
 from .credentials import peer_credentials
+from .limits import CONTROL_BACKLOG_MAX
 from .pending_connects import HandoffLink
 from .run_as import acting_as
 
@@ -62,7 +63,7 @@ class HybridChannel(Channel):
         try:
             # Only the line is taken: what follows it is for the guest.
             while line.port is None:
-                sock.recv(line.take(sock.recv(HYBRID_LINE, _LOOK)), _TAKE)
+                sock.recv(line.take(sock.recv(HYBRID_LINE_MAX_BYTES, _LOOK)), _TAKE)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -112,7 +113,7 @@ class HybridListener:
             self._file.close()
             whose = f" (for user {context.owner}, its owner)" if self._as_owner else ""
             raise OSError(error.errno, f"hybrid: {path}: {error.strerror}{whose}") from None
-        listener.listen(CONTROL_BACKLOG)
+        listener.listen(CONTROL_BACKLOG_MAX)
         self._acceptor = Acceptor(loop, listener, f"a program at {path}", self._admit)
         context.beyond = self._find
 

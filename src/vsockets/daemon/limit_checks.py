@@ -8,8 +8,8 @@ from time import monotonic
 from weakref import WeakKeyDictionary
 
 from ..fabric import Party
-from ..limits import COUNT_AGAIN, LOOKS_A_SECOND
 from ..model.rate_limit import TokenBucket
+from .limits import DAEMON_PROBES_PER_SECOND, LIMIT_RECOUNT_SECONDS
 
 #: Listeners that are asked in one go which connections were accepted: some 10 microseconds.
 _LISTENERS = 16
@@ -58,7 +58,7 @@ class LimitChecks:
             return True
         meter = self._looks.get(party)
         if meter is None:
-            meter = self._looks[party] = TokenBucket(LOOKS_A_SECOND)
+            meter = self._looks[party] = TokenBucket(DAEMON_PROBES_PER_SECOND)
         return meter.take(monotonic())
 
     def _may_count(self, party: Party) -> bool:
@@ -66,7 +66,7 @@ class LimitChecks:
         clock of its own, so that one at its limit does not keep the others waiting.
         """
         now = monotonic()
-        if now - self._counted.get(party, -COUNT_AGAIN) < COUNT_AGAIN:
+        if now - self._counted.get(party, -LIMIT_RECOUNT_SECONDS) < LIMIT_RECOUNT_SECONDS:
             return False
         self._counted[party] = now
         return True

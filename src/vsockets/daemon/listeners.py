@@ -35,10 +35,11 @@ from socket import (
 from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not yet read
 
 from ..fabric import Party, Refused
-from ..limits import MAX_BACKLOG, UNREAD_ANSWERS
+from ..limits import LISTEN_BACKLOG_MAX
 from ..protocol import RECORD_SIZE
 from . import reserve
 from .channel import Channel
+from .limits import DAEMON_UNREAD_REPLIES_MAX
 from .named_sockets import NamedSocket
 
 _FD = struct.Struct("i")
@@ -159,7 +160,7 @@ class AnnouncedListener(Listener):
         self._sock = channel.sock
 
     def prepare(self, backlog: int) -> None:
-        backlog = min(backlog, MAX_BACKLOG)
+        backlog = min(backlog, LISTEN_BACKLOG_MAX)
         wanted = (backlog + 2) * ANNOUNCEMENT_COST
         if self._sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < wanted:
             self._sock.setsockopt(SOL_SOCKET, SO_SNDBUF, wanted)
@@ -199,7 +200,7 @@ class NamedListener(Listener):
         self._drop_next()
 
     def prepare(self, backlog: int) -> None:
-        self._capacity = min(backlog, MAX_BACKLOG)
+        self._capacity = min(backlog, LISTEN_BACKLOG_MAX)
 
     def has_room(self) -> bool:
         if not super().has_room() or not self.is_open():
@@ -286,4 +287,7 @@ ANNOUNCEMENT_COST = _announcement_cost()
 def leaves_answers_unread(channel: Channel) -> bool:
     """Return whether more answers wait for a program than it would leave unread that means well."""
     announced = isinstance(channel.listener, AnnouncedListener)
-    return not announced and unread(channel.sock.fileno()) > UNREAD_ANSWERS * ANNOUNCEMENT_COST
+    return (
+        not announced
+        and unread(channel.sock.fileno()) > DAEMON_UNREAD_REPLIES_MAX * ANNOUNCEMENT_COST
+    )

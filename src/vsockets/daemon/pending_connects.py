@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .._linux.descriptor_passing import dispose
 from ..eventloop.loop import EventLoop
 from ..fabric import Context
-from ..limits import MAX_BACKLOG
+from ..limits import LISTEN_BACKLOG_MAX
 from ..protocol import REQUEST_SIZE, Op, ProtocolError, Record, Request
 from .channel import Channel, descriptor_in, send_descriptor
 from .named_sockets import cookie_of
@@ -67,7 +67,7 @@ class HandoffLink:
 
     def has_room(self) -> bool:
         """Whether another offer can be made."""
-        return len(self._offers) < MAX_BACKLOG
+        return len(self._offers) < LISTEN_BACKLOG_MAX
 
     def count_waiting(self) -> None:
         """It is told by itself."""

@@ -14,7 +14,11 @@ from select import EPOLLHUP
 
 from ..eventloop.loop import READABLE, EventLoop
 from ..fabric import Party
-from ..limits import ENDS_A_TURN, PARTIES_A_TURN, REQUESTS_A_TURN
+from .limits import (
+    DAEMON_ENDS_PER_TURN_MAX,
+    DAEMON_PARTIES_PER_TURN_MAX,
+    DAEMON_REQUESTS_PER_TURN_MAX,
+)
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +72,12 @@ class Turns:
         In this order, as in the loop: a port given back before a request was made is free then.
         """
         requests: list[tuple[_Queue, int]] = []
-        for number, _ in self._epoll.poll(0, PARTIES_A_TURN):
+        for number, _ in self._epoll.poll(0, DAEMON_PARTIES_PER_TURN_MAX):
             queue = self._by_number.get(number)
             if queue is None:
                 continue  # the end of another party's was the end of its last
-            left = REQUESTS_A_TURN
-            for fd, events in queue.epoll.poll(0, ENDS_A_TURN):
+            left = DAEMON_REQUESTS_PER_TURN_MAX
+            for fd, events in queue.epoll.poll(0, DAEMON_ENDS_PER_TURN_MAX):
                 if events & _ENDED:
                     _call(queue, fd, True)
                 elif left:

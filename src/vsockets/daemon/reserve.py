@@ -13,7 +13,7 @@ import resource
 
 from .. import logs
 from ..fabric import Refused
-from ..limits import DESCRIPTOR_RESERVE
+from .limits import DAEMON_DESCRIPTOR_RESERVE
 
 log = logging.getLogger(__name__)
 
@@ -40,4 +40,4 @@ def most_brief() -> int:
 def _sizes() -> tuple[int, int]:
     """Return how many descriptors the process may have, and how many of them are the reserve."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return limit, min(DESCRIPTOR_RESERVE, limit // 4)
+    return limit, min(DAEMON_DESCRIPTOR_RESERVE, limit // 4)

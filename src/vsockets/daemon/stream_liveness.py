@@ -25,7 +25,7 @@ import re
 import select
 from collections.abc import Callable
 
-from ..limits import STREAM_GROUPS, STREAMS_A_GROUP
+from .limits import DAEMON_STREAM_GROUPS_MAX, DAEMON_STREAMS_PER_GROUP
 
 _EPOLL_CTL_ADD, _EPOLL_CTL_MOD = 1, 3
 _ENTRY = re.compile(rb"data:\s*([0-9a-f]+)\s+pos:\s*\d+\s+ino:([0-9a-f]+)")
@@ -91,7 +91,7 @@ class Group:
 
     def hung_up(self) -> list[int]:
         """Return the streams whose connecting side has closed since the last call."""
-        return [number for number, _ in self._epoll.poll(0, 4 * STREAMS_A_GROUP)]
+        return [number for number, _ in self._epoll.poll(0, 4 * DAEMON_STREAMS_PER_GROUP)]
 
     def present(self) -> dict[int, int]:
         """Return the streams whose accepting side is open, and its inode."""
@@ -177,13 +177,15 @@ class StreamLiveness:
             return self._current
         if self._with_room:
             return self._use(self._with_room.popitem()[0])
-        if len(self._groups) < STREAM_GROUPS:
+        if len(self._groups) < DAEMON_STREAM_GROUPS_MAX:
             return self._use(self._new_group())
         return self._use(next(iter(self._groups.values())))
 
     def _use(self, group: Group) -> Group:
         self._current = group
-        self._room = self._seen = max(STREAMS_A_GROUP // 2, STREAMS_A_GROUP - group.load)
+        self._room = self._seen = max(
+            DAEMON_STREAMS_PER_GROUP // 2, DAEMON_STREAMS_PER_GROUP - group.load
+        )
         return group
 
     def _new_group(self) -> Group:
@@ -226,7 +228,7 @@ class StreamLiveness:
         self._with_room.pop(group, None)
         if group is self._current:
             self._seen = self._room
-        elif group.load <= STREAMS_A_GROUP // 2 and group is not self._filled:
+        elif group.load <= DAEMON_STREAMS_PER_GROUP // 2 and group is not self._filled:
             if self._current is None:
                 self._use(group)
             elif found:

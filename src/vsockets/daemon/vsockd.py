@@ -17,7 +17,6 @@ from .. import logs
 from .._linux.rlimit import allow_many_descriptors
 from ..eventloop.loop import EventLoop
 from ..fabric import Fabric, Refused
-from ..limits import SLOW_CALL
 from ..model.address import FIRST_GUEST_CID
 from ..model.constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from ..state_folder import (
@@ -43,6 +42,7 @@ from .datagram_lives import EarlierLives
 from .folder_removal import Trash
 from .folder_watch import FolderWatch
 from .isolation_record import IsolatedGuests
+from .limits import DAEMON_SLOW_CALL_SECONDS
 from .start_record import How, Start
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class Vsockd:
                         signal.SIGHUP: self._reload_by_signal,
                     }
                 ),
-                self.loop.hurried(SLOW_CALL),
+                self.loop.hurried(DAEMON_SLOW_CALL_SECONDS),
             ):
                 self._earlier.end(self.loop, self.broker.datagrams.life)
                 self._trash.begin()

@@ -14,9 +14,10 @@ import time
 from collections.abc import Sequence
 from socket import MSG_DONTWAIT, MSG_NOSIGNAL
 
-from ..limits import CAPTURE_PAYLOAD, CAPTURES
+from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
 from ..model.constants import VMADDR_PORT_ANY
 from ..protocol.vsockmon import Address, Captured, Operation, Transport, encode_header
+from .limits import DEVICE_CAPTURES_MAX
 from .loop import DeviceLoop
 
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -50,7 +51,7 @@ class CaptureSink:
 
         Who shuts down its sending side gets how many it missed last, and then the end.
         """
-        if len(self.sinks) >= CAPTURES:
+        if len(self.sinks) >= DEVICE_CAPTURES_MAX:
             sock.close()
             return
         sock.setblocking(False)
@@ -87,8 +88,8 @@ class CaptureSink:
     ) -> None:
         """The first ``length`` bytes of ``payload``, in as many records as they need."""
         data = memoryview(_first(payload, length))
-        for begin in range(0, length, CAPTURE_PAYLOAD):
-            part = data[begin : begin + CAPTURE_PAYLOAD]
+        for begin in range(0, length, CAPTURE_PAYLOAD_MAX_BYTES):
+            part = data[begin : begin + CAPTURE_PAYLOAD_MAX_BYTES]
             self.record(Operation.PAYLOAD, source, destination, (part,), len(part))
 
     def close(self) -> None:

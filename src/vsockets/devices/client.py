@@ -45,7 +45,7 @@ from socket import (
 from typing import NamedTuple
 
 from ..attachment import descriptor_in
-from ..limits import DATAGRAM_PORTS, FABRIC_ANSWER, MAX_DATAGRAM, UNSENT_DATAGRAMS
+from ..limits import MAX_DATAGRAM
 from ..model.buffers import BufferSizes
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..pass_rights import refuse
@@ -62,6 +62,11 @@ from ..protocol import (
 )
 from ..protocol.hybrid import ok_line
 from .capture import CaptureSink
+from .limits import (
+    DEVICE_DATAGRAM_PORTS_MAX,
+    DEVICE_UNSENT_DATAGRAM_MAX_BYTES,
+    DEVICE_VSOCKD_REPLY_TIMEOUT_SECONDS,
+)
 from .loop import READABLE, DeviceLoop
 
 _TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
@@ -103,7 +108,7 @@ class _Route:
             except BlockingIOError:
                 self._loop.watch_for(self._sock.fileno(), self._flush, EPOLLOUT)
         # An empty datagram takes memory, too.
-        if self._bytes + len(payload) + _OVERHEAD > UNSENT_DATAGRAMS:
+        if self._bytes + len(payload) + _OVERHEAD > DEVICE_UNSENT_DATAGRAM_MAX_BYTES:
             raise OSError(errno.ENOBUFS, "the receiver's queue is full")
         self._waiting.append(payload)
         self._bytes += len(payload) + _OVERHEAD
@@ -240,7 +245,7 @@ class DeviceClient:
             if error.errno != errno.ENOBUFS:
                 raise
             # It takes a tenth of a millisecond for each, and never waits for us.
-            select.select((), (self._link,), (), FABRIC_ANSWER)
+            select.select((), (self._link,), (), DEVICE_VSOCKD_REPLY_TIMEOUT_SECONDS)
             self._tell(request, sock)
 
     def settle(self, offer: Offer, size: int = 0, error: int = 0) -> None:
@@ -317,7 +322,7 @@ class DeviceClient:
         self._new_route(found, destination).send(payload)
 
     def _bind(self, port: int) -> _Port:
-        if len(self._ports) >= DATAGRAM_PORTS:
+        if len(self._ports) >= DEVICE_DATAGRAM_PORTS_MAX:
             idle = (number for number, found in self._ports.items() if found.is_idle)
             longest_idle = next(idle, None)
             if longest_idle is None:
@@ -342,7 +347,7 @@ class DeviceClient:
             raise OSError(errno.EMFILE, "no descriptor for a route")
         sock = socket.socket(AF_UNIX, SOCK_DGRAM, 0, fd)
         route = port.routes[destination] = _Route(self._loop, sock)
-        if len(port.routes) > DATAGRAM_PORTS:
+        if len(port.routes) > DEVICE_DATAGRAM_PORTS_MAX:
             port.routes.pop(next(iter(port.routes))).close()
         return route
 
@@ -401,7 +406,7 @@ class DeviceClient:
                 rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [sock.fileno()]))]
                 ours.sendmsg([request.encode()], rights)
                 self._tell(b"", theirs)
-            ours.settimeout(FABRIC_ANSWER)
+            ours.settimeout(DEVICE_VSOCKD_REPLY_TIMEOUT_SECONDS)
             try:
                 record, fd = _receive(ours, MSG_CMSG_CLOEXEC)
             except TimeoutError:

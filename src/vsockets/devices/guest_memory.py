@@ -17,7 +17,7 @@ import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
-from ..limits import DMA_REGIONS, VECTORS
+from .limits import DMA_REGIONS_MAX, IO_VECTORS_MAX
 
 #: Guest physical addresses have 64 bits.
 _ADDRESSES = 1 << 64
@@ -61,8 +61,8 @@ class GuestMemory:
         after = self._regions[place] if place < len(self._regions) else None
         if (before and before.end > address) or (after and after.start < address + size):
             raise OSError(errno.EEXIST, f"the region at {address:#x} overlaps another")
-        if len(self._regions) >= DMA_REGIONS:
-            raise OSError(errno.ENOSPC, f"more than {DMA_REGIONS} regions")
+        if len(self._regions) >= DMA_REGIONS_MAX:
+            raise OSError(errno.ENOSPC, f"more than {DMA_REGIONS_MAX} regions")
         view = None
         if fd is not None:
             # Memory beyond the file's end would be a deadly signal on access.
@@ -139,8 +139,8 @@ class ScatterList:
         """
         first = bisect_right(self._starts, start) - 1
         last = bisect_left(self._starts, start + length)
-        if last - first > VECTORS:
-            last = first + VECTORS
+        if last - first > IO_VECTORS_MAX:
+            last = first + IO_VECTORS_MAX
             length = self._starts[last] - start
         views = self._views[first:last]
         # The last one first: it may be the first one, too.

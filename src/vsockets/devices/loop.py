@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from ..daemon.limits import DAEMON_SLOW_CALL_SECONDS
 from ..eventloop.loop import READABLE, EventLoop, Timer
-from ..limits import SLOW_CALL
 
 __all__ = ["READABLE", "DeviceLoop", "Timer"]
 
@@ -33,7 +33,7 @@ class DeviceLoop(EventLoop):
         The kernel may not refuse it, and no thread can close it: a device's sandbox allows none.
         Only for the main thread.
         """
-        return self.hurried(SLOW_CALL)
+        return self.hurried(DAEMON_SLOW_CALL_SECONDS)
 
     def watches(self, fd: int) -> bool:
         """Whether ``fd`` is watched."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from .._linux.descriptor_passing import guard_accepted
 from ..attachment import ContextHandle
-from ..limits import FORWARD_ACCEPTS, FORWARD_LONGEST_PAUSE
+from ..limits import ACCEPTS_PER_TURN_MAX, RETRY_LONGEST_PAUSE_SECONDS
 from ..model.locator import Locator, Vsock
 from .listeners import Listener
 from .rebind import FIRST_LOOK, Revival
@@ -68,7 +68,7 @@ class AsyncioAcceptor:
                 self._loop.remove_reader(sock.fileno())
 
     def _accept(self, listener: stdlib.socket) -> None:
-        for _ in range(FORWARD_ACCEPTS):
+        for _ in range(ACCEPTS_PER_TURN_MAX):
             if self.door is None:
                 return  # the last client was the last
             if not self._has_room():
@@ -100,7 +100,7 @@ class AsyncioAcceptor:
         try:
             self.door = self._reopen()
         except OSError:
-            self._loop.call_later(FORWARD_LONGEST_PAUSE, self._open_again)
+            self._loop.call_later(RETRY_LONGEST_PAUSE_SECONDS, self._open_again)
         else:
             self._log.warning("%s: listening again", self._where)
             self._listening = False  # whatever was done with the old one

@@ -10,7 +10,7 @@ from pathlib import Path
 from .._linux.descriptor_passing import close_elsewhere, guard
 from .._linux.folders import SocketFile
 from ..attachment import ContextHandle
-from ..limits import MAX_BACKLOG
+from ..limits import LISTEN_BACKLOG_MAX
 from ..model.locator import Inet, Inherited, Locator, Unix, Vsock, VsockFolder, VsockMux
 from ..pass_rights import refuse
 from ..protocol.hybrid import port_name
@@ -67,7 +67,7 @@ class Listener:
                     guard(sock)
                 sock.bind((cid, port))
                 if not datagram:
-                    sock.listen(MAX_BACKLOG)
+                    sock.listen(LISTEN_BACKLOG_MAX)
             case Inet(host, port, datagram):
                 self._open_inet(host, port, datagram)
             case Unix(path, datagram):
@@ -102,7 +102,7 @@ class Listener:
             sock.bind(address)
             if not datagram:
                 sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)  # inherited by accept
-                sock.listen(MAX_BACKLOG)
+                sock.listen(LISTEN_BACKLOG_MAX)
             if not host:
                 return
         if not self.sockets:
@@ -118,7 +118,7 @@ class Listener:
             self._file = SocketFile(Path(path))
             self._file.bind(sock)
         if not datagram:
-            sock.listen(MAX_BACKLOG)
+            sock.listen(LISTEN_BACKLOG_MAX)
 
 
 def open_listener(locator: Locator, context: ContextHandle | None) -> Listener:

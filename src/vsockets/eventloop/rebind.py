@@ -12,7 +12,7 @@ import socket as stdlib
 from collections.abc import Callable
 
 from ..attachment import Attachment, ContextHandle, current
-from ..limits import FORWARD_LONGEST_PAUSE
+from ..limits import RETRY_LONGEST_PAUSE_SECONDS
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..socket import socket
 
@@ -83,7 +83,7 @@ class Revival:
             self._again()
         except OSError:
             self._drop()
-            self._timer = self._loop.call_later(FORWARD_LONGEST_PAUSE, self._look)
+            self._timer = self._loop.call_later(RETRY_LONGEST_PAUSE_SECONDS, self._look)
         else:
             self._timer = None
             self._watch()

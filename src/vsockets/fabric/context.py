@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Collection, Iterator
 
-from ..limits import REMEMBERED_USERS
 from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..model.constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
 from .counts import Counts
 from .endpoint import Connection, DevicePorts, Endpoint, EndpointKind
 from .errors import Refused
 from .life_cycle import State
+from .limits import HOST_USERS_REMEMBERED_MAX
 from .party import Party
 from .ports import Ports
 from .settings import Isolation, Limits
@@ -60,7 +60,7 @@ class Context:
         self._guest = Party(f"context {cid}", self.limits) if self.is_guest else None
         #: of the host, by user id
         self._users: dict[int, Party] = {}
-        self._many_users = REMEMBERED_USERS
+        self._many_users = HOST_USERS_REMEMBERED_MAX
         self.counts = Counts()
         #: how many hold a lease on it: it ends with the last.  0: it ends when it is removed
         self.leases = int(leased)
@@ -104,7 +104,7 @@ class Context:
             party = Party(f"user {uid} of the host", self.limits if limited else None)
             if len(self._users) >= self._many_users:
                 self._users = {uid: one for uid, one in self._users.items() if one.has_something}
-                self._many_users = max(REMEMBERED_USERS, 2 * len(self._users))
+                self._many_users = max(HOST_USERS_REMEMBERED_MAX, 2 * len(self._users))
             self._users[uid] = party
         return party
 

@@ -6,10 +6,10 @@ import errno
 import random
 from typing import TypeVar
 
-from ..limits import EPHEMERAL_TRIES
 from ..model.address import LARGEST
 from ..model.constants import LAST_RESERVED_PORT
 from .errors import Refused
+from .limits import EPHEMERAL_PORT_TRIES_MAX
 
 _FIRST_EPHEMERAL = LAST_RESERVED_PORT + 1
 _LAST_EPHEMERAL = LARGEST - 1  # the last one is VMADDR_PORT_ANY
@@ -48,11 +48,11 @@ class Ports(dict[int, Holder]):
 
     def seek(self) -> int:
         """As :meth:`ephemeral`, which then gives the same port."""
-        for _ in range(EPHEMERAL_TRIES):
+        for _ in range(EPHEMERAL_PORT_TRIES_MAX):
             if self._next not in self:
                 return self._next
             self._next = _after(self._next)
-        raise Refused(errno.EADDRNOTAVAIL, f"{EPHEMERAL_TRIES} ports in a row are held")
+        raise Refused(errno.EADDRNOTAVAIL, f"{EPHEMERAL_PORT_TRIES_MAX} ports in a row are held")
 
     def release(self, port: int, holder: Holder) -> bool:
         """Give a port back; returns whether ``holder`` still held it."""

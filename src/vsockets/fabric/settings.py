@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from ..limits import (
-    AUDIT_RATE,
-    MAX_DATAGRAM_BYTES,
-    MAX_PENDING_CONNECTS,
-    MAX_REQUEST_RATE,
-    MAX_SOCKETS,
+from .limits import (
+    AUDIT_LINES_PER_SECOND,
+    GUEST_DATAGRAM_MAX_BYTES,
+    GUEST_PENDING_CONNECTS_MAX,
+    GUEST_REQUESTS_PER_SECOND,
+    GUEST_SOCKETS_MAX,
 )
 
 
@@ -38,10 +38,10 @@ class Limits:
     reasons.
     """
 
-    sockets: int = MAX_SOCKETS  #: at the same time
-    pending_connects: int = MAX_PENDING_CONNECTS  #: asked for and not yet accepted
-    request_rate: int = MAX_REQUEST_RATE  #: requests to vsockd, a second
-    datagram_bytes: int = MAX_DATAGRAM_BYTES  #: sent and not yet received; guests alone
+    sockets: int = GUEST_SOCKETS_MAX  #: at the same time
+    pending_connects: int = GUEST_PENDING_CONNECTS_MAX  #: asked for and not yet accepted
+    request_rate: int = GUEST_REQUESTS_PER_SECOND  #: requests to vsockd, a second
+    datagram_bytes: int = GUEST_DATAGRAM_MAX_BYTES  #: sent and not yet received; guests alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,4 +102,4 @@ class Settings:
     host_domains: frozenset[str] = frozenset({""})
     limits: Limits = Limits()  #: of guests that are not configured
     host_limits: Limits = Limits()  #: of each user of the host who is no administrator
-    audit_rate: int = AUDIT_RATE  #: denials logged a second, for each context
+    audit_rate: int = AUDIT_LINES_PER_SECOND  #: denials logged a second, for each context

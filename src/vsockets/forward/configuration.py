@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..limits import FORWARD_CONNECTIONS
 from ..model.locator import parse_locator
 from ..toml.tables import ConfigurationError, Table, kind, read_toml, shown
+from .limits import FORWARD_CONNECTIONS_MAX
 from .rules import HostRule, PeerRule
 from .settings import Settings
 
@@ -55,7 +55,7 @@ def _settings(table: Table) -> Settings:
         "idle": _seconds(table, "idle"),
         "connect_timeout": _seconds(table, "connect_timeout"),
         "wait": _seconds(table, "wait"),
-        "max_connections": table.integer("max_connections", 1, FORWARD_CONNECTIONS * 16),
+        "max_connections": table.integer("max_connections", 1, FORWARD_CONNECTIONS_MAX * 16),
     }
     present = {name: value for name, value in given.items() if value is not None}
     try:

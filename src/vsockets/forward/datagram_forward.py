@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .._linux.descriptor_passing import guard
 from ..attachment import ContextHandle, current
 from ..eventloop.asyncio_server import DatagramEntrance
-from ..limits import FORWARD_ACCEPTS, FORWARD_FLOW_PENDING, MAX_DATAGRAM
+from ..limits import ACCEPTS_PER_TURN_MAX, MAX_DATAGRAM
 from ..model.constants import AF_VSOCK, VMADDR_CID_LOCAL
 from ..model.locator import Inet, Unix, Vsock
 from ..protocol.vsockmon import Operation
@@ -25,6 +25,7 @@ from ..socket import socket
 from ..state_folder import connect_to
 from .dialer import Dialer
 from .flows import FlowTable
+from .limits import FORWARD_FLOW_PENDING_MAX
 from .resolver import Found
 from .rules import admits_peer
 from .settings import Settings
@@ -55,7 +56,7 @@ class Flow:
     def send(self, data: bytes) -> None:
         """Towards the target."""
         if self._sock is None:
-            if len(self._pending) < FORWARD_FLOW_PENDING:
+            if len(self._pending) < FORWARD_FLOW_PENDING_MAX:
                 self._pending.append(data)
             else:
                 self.dropped += 1
@@ -125,7 +126,7 @@ class Flow:
         self._forward.recorder.record(Operation.PAYLOAD, *(ends if there else ends[::-1]), data)
 
     def _answer(self, sock: stdlib.socket) -> None:
-        for _ in range(FORWARD_ACCEPTS):
+        for _ in range(ACCEPTS_PER_TURN_MAX):
             try:
                 data, source = sock.recvfrom(_BUFFER)
             except OSError:  # nothing more, or an earlier datagram did not arrive
@@ -218,7 +219,7 @@ class DatagramForward:
         return source in (target, (own, port))
 
     def _receive(self, door: stdlib.socket) -> None:
-        for _ in range(FORWARD_ACCEPTS):
+        for _ in range(ACCEPTS_PER_TURN_MAX):
             try:
                 data, source = door.recvfrom(_BUFFER)
             except OSError:  # nothing more, or an earlier answer did not arrive

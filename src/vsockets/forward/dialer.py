@@ -15,16 +15,12 @@ from typing import Any
 
 from .._linux.descriptor_passing import guard
 from ..attachment import ContextHandle
-from ..limits import (
-    FORWARD_ADDRESSES,
-    FORWARD_FIRST_PAUSE,
-    FORWARD_LONGEST_PAUSE,
-    FORWARD_NEXT_ADDRESS,
-)
+from ..limits import RETRY_FIRST_PAUSE_SECONDS, RETRY_LONGEST_PAUSE_SECONDS
 from ..model.locator import Exec, Inet, Locator, Stdio, Unix, Vsock, VsockFolder, VsockMux
 from ..protocol.hybrid import Answer, connect_line, hyperkit_line
 from ..socket import socket
 from ..state_folder import connect_to
+from .limits import FORWARD_ADDRESSES_MAX, FORWARD_NEXT_ADDRESS_SECONDS
 from .resolver import Found, Resolver
 from .stdio import standard_streams
 
@@ -83,7 +79,7 @@ class Dialer:
         Raises OSError, NotAdmitted among them.
         """
         begin = self._loop.time()
-        pause = FORWARD_FIRST_PAUSE
+        pause = RETRY_FIRST_PAUSE_SECONDS
         while True:
             try:
                 sock = await self._open(locator, timeout, admits, client, party)
@@ -103,7 +99,7 @@ class Dialer:
                 raise why
             # Clients that came together do not try again together.
             await asyncio.sleep(random.uniform(pause / 2, pause))
-            pause = min(pause * 2, FORWARD_LONGEST_PAUSE)
+            pause = min(pause * 2, RETRY_LONGEST_PAUSE_SECONDS)
 
     async def _open(
         self,
@@ -186,13 +182,13 @@ class Dialer:
             found = [one for one in found if admits(ipaddress.ip_address(one[1][0]))]
             if not found:
                 raise NotAdmitted(errno.EACCES, f"{locator.host}: no address of it is allowed")
-        return interleave(found)[:FORWARD_ADDRESSES]
+        return interleave(found)[:FORWARD_ADDRESSES_MAX]
 
     async def _first(self, found: Sequence[Found], timeout: float) -> stdlib.socket:
         """Connect to the address that answers first (RFC 8305, section 5).
 
         The next attempt begins when the last one has failed, or was not answered in
-        FORWARD_NEXT_ADDRESS seconds; the ones before it go on.
+        FORWARD_NEXT_ADDRESS_SECONDS seconds; the ones before it go on.
         """
         if len(found) == 1:
             return await self._tcp(*found[0], timeout)
@@ -206,7 +202,7 @@ class Dialer:
                     attempts.add(self._loop.create_task(attempt))
                 done, attempts = await asyncio.wait(
                     attempts,
-                    timeout=FORWARD_NEXT_ADDRESS if left else None,
+                    timeout=FORWARD_NEXT_ADDRESS_SECONDS if left else None,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 for task in done:
@@ -283,7 +279,7 @@ async def connect_unix(sock: stdlib.socket, path: str) -> None:
 
     A full backlog is EAGAIN there, and poll() does not tell when it no longer is.
     """
-    pause = FORWARD_FIRST_PAUSE
+    pause = RETRY_FIRST_PAUSE_SECONDS
     while True:
         try:
             if path.startswith("@"):
@@ -293,7 +289,7 @@ async def connect_unix(sock: stdlib.socket, path: str) -> None:
             return
         except BlockingIOError:
             await asyncio.sleep(pause)
-            pause = min(pause * 2, FORWARD_LONGEST_PAUSE)
+            pause = min(pause * 2, RETRY_LONGEST_PAUSE_SECONDS)
 
 
 def interleave(found: Sequence[Found]) -> list[Found]:

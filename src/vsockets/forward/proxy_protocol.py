@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from typing import Protocol
 
-from ..limits import FORWARD_PROXY_REQUEST
+from .limits import FORWARD_PROXY_REQUEST_MAX_BYTES
 
 
 class ProxyRefusal(enum.Enum):
@@ -53,4 +53,4 @@ class ProxyProtocol(Protocol):
 
 
 #: The most a request may take, in bytes; who sends more is not asking for a connection.
-LONGEST_REQUEST = FORWARD_PROXY_REQUEST
+LONGEST_REQUEST = FORWARD_PROXY_REQUEST_MAX_BYTES

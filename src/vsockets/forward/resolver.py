@@ -17,7 +17,7 @@ from collections.abc import Hashable
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..limits import FORWARD_LOOKUPS, FORWARD_PARTY_LOOKUPS
+from .limits import FORWARD_LOOKUPS_MAX, FORWARD_PARTY_LOOKUPS_MAX
 
 #: Family and address, as connect() takes it.
 Found = tuple[int, tuple[Any, ...]]
@@ -28,7 +28,7 @@ class Resolver:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._threads = asyncio.Semaphore(FORWARD_LOOKUPS)
+        self._threads = asyncio.Semaphore(FORWARD_LOOKUPS_MAX)
         #: threads of each party that looks names up now
         self._shares: WeakValueDictionary[Hashable, asyncio.Semaphore] = WeakValueDictionary()
         self._lookups: dict[Hashable, asyncio.Task[list[Found]]] = {}
@@ -52,7 +52,7 @@ class Resolver:
     async def _look_up(self, host: str, port: int, kind: int, party: Hashable) -> list[Found]:
         share = self._shares.get(party)
         if share is None:
-            share = self._shares[party] = asyncio.Semaphore(FORWARD_PARTY_LOOKUPS)
+            share = self._shares[party] = asyncio.Semaphore(FORWARD_PARTY_LOOKUPS_MAX)
         async with share, self._threads:
             answer: asyncio.Future[list[Found]] = self._loop.create_future()
 

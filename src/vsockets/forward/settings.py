@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..limits import FORWARD_CONNECT_TIMEOUT, FORWARD_CONNECTIONS, FORWARD_FLOW_IDLE
 from ..model.constants import VMADDR_CID_ANY
 from ..model.locator import Exec, Inet, Inherited, Locator, Proxy, Stdio, Vsock
+from .limits import (
+    FORWARD_CONNECT_TIMEOUT_SECONDS,
+    FORWARD_CONNECTIONS_MAX,
+    FORWARD_FLOW_IDLE_SECONDS,
+)
 from .rules import HostRule, PeerRule
 
 
@@ -19,9 +23,9 @@ class Settings:
     allow: tuple[PeerRule, ...] = ()  #: vSockets clients that may connect; empty: all
     hosts: tuple[HostRule, ...] = ()  #: where a proxy's clients may go
     idle: float | None = None  #: a connection, or flow of datagrams, ends when silent for so long
-    connect_timeout: float = FORWARD_CONNECT_TIMEOUT  #: of one attempt to reach the target
+    connect_timeout: float = FORWARD_CONNECT_TIMEOUT_SECONDS  #: of one attempt to reach the target
     wait: float = 0.0  #: how long to try to reach a target that is not there yet
-    max_connections: int = FORWARD_CONNECTIONS  #: at the same time; also of flows
+    max_connections: int = FORWARD_CONNECTIONS_MAX  #: at the same time; also of flows
 
     def __post_init__(self) -> None:
         """Raises ValueError for what makes no sense."""
@@ -47,7 +51,7 @@ class Settings:
     @property
     def flow_idle(self) -> float:
         """After how long a silent flow of datagrams is forgotten."""
-        return FORWARD_FLOW_IDLE if self.idle is None else self.idle
+        return FORWARD_FLOW_IDLE_SECONDS if self.idle is None else self.idle
 
     @property
     def is_shared(self) -> bool:

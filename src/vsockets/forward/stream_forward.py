@@ -11,9 +11,9 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ..eventloop.asyncio_server import AsyncioAcceptor
-from ..limits import FORWARD_PROXY_SECONDS
 from ..model.locator import Inet, Proxy
 from .dialer import Dialer, NotAdmitted
+from .limits import FORWARD_PROXY_TIMEOUT_SECONDS
 from .proxy_protocol import BadRequest, ProxyProtocol, ProxyRefusal
 from .rules import HostRules, admits_peer
 from .settings import Settings
@@ -190,7 +190,7 @@ class StreamForward:
         front = _front_end(settings.target)
         who = client.who
         try:
-            async with asyncio.timeout(FORWARD_PROXY_SECONDS):
+            async with asyncio.timeout(FORWARD_PROXY_TIMEOUT_SECONDS):
                 host, port = await self._ask(sock, front)
         except BadRequest as error:
             client.log.warning("%s: %s: %s", settings, who, error)
@@ -238,7 +238,7 @@ class StreamForward:
     async def _tell(self, client: stdlib.socket, answer: bytes) -> None:
         """Send a refusal so that it arrives: closing with bytes unread would throw it away."""
         with contextlib.suppress(OSError):
-            async with asyncio.timeout(FORWARD_PROXY_SECONDS):
+            async with asyncio.timeout(FORWARD_PROXY_TIMEOUT_SECONDS):
                 await self._loop.sock_sendall(client, answer)
                 client.shutdown(stdlib.SHUT_WR)
                 while await self._loop.sock_recv(client, 65_536):

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..limits import DEFAULT_BUFFER_MAX_SIZE, DEFAULT_BUFFER_MIN_SIZE, DEFAULT_BUFFER_SIZE
+from ..limits import STREAM_BUFFER_DEFAULT_BYTES, STREAM_BUFFER_MAX_BYTES, STREAM_BUFFER_MIN_BYTES
 
 
 class BufferSizes(NamedTuple):
     """What one side asks for, in bytes; immutable, so a change is a new value."""
 
-    size: int = DEFAULT_BUFFER_SIZE
-    minimum: int = DEFAULT_BUFFER_MIN_SIZE
-    maximum: int = DEFAULT_BUFFER_MAX_SIZE
+    size: int = STREAM_BUFFER_DEFAULT_BYTES
+    minimum: int = STREAM_BUFFER_MIN_BYTES
+    maximum: int = STREAM_BUFFER_MAX_BYTES
 
     def with_size(self, size: int) -> BufferSizes:
         """Ask for ``size``, clamped to the limits as Linux does: too large, then too small."""

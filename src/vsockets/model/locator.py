@@ -28,7 +28,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..limits import HYBRID_NAME
+from ..limits import HYBRID_PATH_MAX_BYTES
 from .address import parse_cid, parse_port
 from .constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 
@@ -238,8 +238,10 @@ def check_hybrid_path(path: str) -> str:
     name = path.rpartition("/")[2]
     if not path.startswith("/") or not name or "\0" in path:
         return f"expected the absolute path of a unix socket, not {path!r}"
-    if len(os.fsencode(name)) > HYBRID_NAME:
-        return f"the socket's name may have {HYBRID_NAME} bytes, its folders any: {name!r}"
+    if len(os.fsencode(name)) > HYBRID_PATH_MAX_BYTES:
+        return (
+            f"the socket's name may have {HYBRID_PATH_MAX_BYTES} bytes, its folders any: {name!r}"
+        )
     return ""
 
 

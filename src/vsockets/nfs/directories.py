@@ -13,7 +13,7 @@ from typing import Any
 from .attributes import apply, attributes_of, before
 from .errors import Caller, NfsError
 from .handles import Signer
-from .limits import NFS_ENTRIES, NFS_NAMES
+from .limits import NFS_READDIR_ENTRIES_MAX, NFS_READDIRPLUS_ENTRIES_MAX
 from .listing import Listings, Name
 from .nfs3 import Change, Device, Entry, EntryPlus, FileType, How, NewAttributes, Status, Target
 from .run_as import run_as
@@ -162,7 +162,7 @@ class Directories:
                     ino = caller.tree.look_up(folder, name, caller.guest).state.ino
             return Entry(ino, name, cookie), _ENTRY + len(name)
 
-        return self._list(caller, handle, cookie, verifier, size, describe, NFS_NAMES)
+        return self._list(caller, handle, cookie, verifier, size, describe, NFS_READDIR_ENTRIES_MAX)
 
     def readdirplus(
         self, caller: Caller, handle: bytes, cookie: int, verifier: bytes, _: int, size: int
@@ -182,7 +182,9 @@ class Directories:
                 more = attributes_of(file), self.signer.handle(file.identifier)
             return EntryPlus(ino, name, cookie, *more), _ENTRY_PLUS + len(name)
 
-        return self._list(caller, handle, cookie, verifier, size, describe, NFS_ENTRIES)
+        return self._list(
+            caller, handle, cookie, verifier, size, describe, NFS_READDIRPLUS_ENTRIES_MAX
+        )
 
     def _list(
         self,

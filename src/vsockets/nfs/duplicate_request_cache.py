@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from .limits import NFS_DUPLICATES, NFS_GUEST_DUPLICATES
+from .limits import NFS_CACHED_GUESTS_MAX, NFS_GUEST_CACHED_REPLIES_MAX
 
 #: Bytes of a call that tell it from others with its number, as Linux's server has them.
 _ENOUGH = 256
@@ -29,7 +29,9 @@ class Answer(NamedTuple):
 class DuplicateRequestCache:
     """Answers by call; each guest's oldest go first when there are too many of his."""
 
-    def __init__(self, most: int = NFS_GUEST_DUPLICATES, guests: int = NFS_DUPLICATES) -> None:
+    def __init__(
+        self, most: int = NFS_GUEST_CACHED_REPLIES_MAX, guests: int = NFS_CACHED_GUESTS_MAX
+    ) -> None:
         self._most, self._guests = most, guests
         self._answers: OrderedDict[Hashable, OrderedDict[tuple[tuple[Any, ...], int, int], bytes]]
         self._answers = OrderedDict()

@@ -17,7 +17,7 @@ from ..eventloop.tasks import on_signals
 from ..logs import NOTICE
 from ..model.locator import Inet, Locator
 from .fuse import Mounted
-from .limits import NFS_FIRST_WORD, NFS_PATIENCE
+from .limits import NFS_CALL_TIMEOUT_SECONDS, NFS_FIRST_WORD
 from .nfs3 import DATA_SIZE, UDP_DATA_SIZE
 from .nfs_client import NfsClient, credentials, mount_export
 from .rpc_client import RpcClient
@@ -59,7 +59,9 @@ async def _serve(
 
     def complain() -> None:
         why = f" ({client.trouble}: is there a server?)" if client.trouble else ""
-        log.warning("%s does not answer yet%s; trying for %g s", mount_server, why, NFS_PATIENCE)
+        log.warning(
+            "%s does not answer yet%s; trying for %g s", mount_server, why, NFS_CALL_TIMEOUT_SECONDS
+        )
 
     try:
         timer = asyncio.get_running_loop().call_later(NFS_FIRST_WORD, complain)

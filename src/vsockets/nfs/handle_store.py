@@ -22,7 +22,7 @@ from pathlib import Path
 
 from .duplicate_request_cache import Answer
 from .handles import KEY_SIZE, Identifier
-from .limits import NFS_PLACES, NFS_RESERVE, NFS_UNSAVED
+from .limits import NFS_DISK_RESERVE_BYTES, NFS_HANDLES_MAX, NFS_UNSAVED_HANDLES_MAX
 
 log = logging.getLogger("vsockets.nfs")
 
@@ -94,7 +94,7 @@ class _Table:
 class HandleStore:
     """The table, in a file that one server has for itself."""
 
-    def __init__(self, path: str | os.PathLike[str], most: int = NFS_PLACES) -> None:
+    def __init__(self, path: str | os.PathLike[str], most: int = NFS_HANDLES_MAX) -> None:
         """Raises OSError."""
         self._path = Path(path).absolute()
         self._reserve = self._path.with_name(f"{self._path.name}-reserve")
@@ -112,7 +112,7 @@ class HandleStore:
             why = f"{error}; each server needs a file of its own (--state), and room on the disk"
             raise OSError(f"{os.fspath(path)}: {why}") from None
         self._spare = sqlite3.connect(":memory:", isolation_level=None)
-        self._unsaved = _Table(self._spare, NFS_UNSAVED)
+        self._unsaved = _Table(self._spare, NFS_UNSAVED_HANDLES_MAX)
         self._failing = False
         self._again = 0.0
         self._keep_room()
@@ -267,7 +267,7 @@ class HandleStore:
         try:
             fd = os.open(self._reserve, os.O_RDWR | os.O_CREAT, 0o600)
             try:
-                os.posix_fallocate(fd, 0, NFS_RESERVE)
+                os.posix_fallocate(fd, 0, NFS_DISK_RESERVE_BYTES)
             finally:
                 os.close(fd)
         except OSError as error:

@@ -24,12 +24,12 @@ from .errors import NfsError
 from .exports import Identity
 from .handles import Identifier, Signer
 from .limits import (
-    NFS_ALL_LISTED,
-    NFS_GUEST_LISTED,
-    NFS_GUEST_READING,
-    NFS_LISTED,
-    NFS_READING,
-    NFS_STEP,
+    NFS_GUEST_LARGE_LISTINGS_MAX,
+    NFS_GUEST_LISTED_NAMES_MAX,
+    NFS_LARGE_LISTINGS_MAX,
+    NFS_LISTED_NAMES_MAX,
+    NFS_LISTING_PART_NAMES_MAX,
+    NFS_NAMES_PER_STEP_MAX,
 )
 from .nfs3 import Status
 from .run_as import run_as
@@ -89,17 +89,17 @@ class Part:
                 if start < cookie < end:
                     buckets[cookie >> _BUCKET].append((cookie, name, entry.inode()))
                     count += 1
-                    while count > NFS_LISTED and len(buckets) > 1:
+                    while count > NFS_LISTING_PART_NAMES_MAX and len(buckets) > 1:
                         last = max(buckets)
                         count -= len(buckets.pop(last))
                         self.end = end = last << _BUCKET
-                if not position % NFS_STEP:
+                if not position % NFS_NAMES_PER_STEP_MAX:
                     yield
         if not self.start:
             self.names = [(1, b".", 0), (2, b"..", 0)]
         since = 0
         for key in sorted(buckets):
-            if since >= NFS_STEP:
+            if since >= NFS_NAMES_PER_STEP_MAX:
                 since = 0
                 yield
             since += len(buckets[key])
@@ -174,8 +174,8 @@ class Listings:
             for _ in part.read(fd, self._signer):
                 if not reading:
                     if (
-                        self._reading[guest] >= NFS_GUEST_READING
-                        or self._reading.total() >= NFS_READING
+                        self._reading[guest] >= NFS_GUEST_LARGE_LISTINGS_MAX
+                        or self._reading.total() >= NFS_LARGE_LISTINGS_MAX
                     ):
                         raise NfsError(Status.JUKEBOX)
                     reading = 1
@@ -197,9 +197,9 @@ class Listings:
             self._forget(guest, key)
         parts[key] = part
         self._held[guest] += part.cost
-        while len(parts) > 1 and self._held[guest] > NFS_GUEST_LISTED:
+        while len(parts) > 1 and self._held[guest] > NFS_GUEST_LISTED_NAMES_MAX:
             self._forget(guest, next(iter(parts)))
-        while len(self._parts) > 1 and self._held.total() > NFS_ALL_LISTED:
+        while len(self._parts) > 1 and self._held.total() > NFS_LISTED_NAMES_MAX:
             most = max((one for one in self._parts if one != guest), key=self._held.__getitem__)
             self._forget(most, next(iter(self._parts[most])))
             if not self._parts[most]:

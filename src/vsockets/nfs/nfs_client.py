@@ -11,7 +11,7 @@ import secrets
 from typing import Any
 
 from . import mount_protocol, nfs3, rpc
-from .limits import NFS_FIRST_WAIT, NFS_PATIENCE
+from .limits import NFS_CALL_TIMEOUT_SECONDS, NFS_RETRY_FIRST_SECONDS
 from .nfs3 import NUMBERS, PROCEDURES, Stable, Status
 from .rpc import Auth, AuthSys, Flavor
 from .rpc_client import RpcClient
@@ -69,9 +69,9 @@ class NfsClient:
         procedure = PROCEDURES[NUMBERS[name]]
         packed = procedure.arguments.pack(arguments[0] if len(arguments) == 1 else arguments)
         status, content = await self._call(procedure, NUMBERS[name], packed, who)
-        pauses = NFS_PATIENCE / NFS_FIRST_WAIT
+        pauses = NFS_CALL_TIMEOUT_SECONDS / NFS_RETRY_FIRST_SECONDS
         while status == Status.JUKEBOX and pauses > 0:  # it wants to be asked anew, in a while
-            await asyncio.sleep(NFS_FIRST_WAIT)
+            await asyncio.sleep(NFS_RETRY_FIRST_SECONDS)
             status, content = await self._call(procedure, NUMBERS[name], packed, who)
             pauses -= 1
         if status != Status.OK:

@@ -6,12 +6,12 @@ No clock of its own: times are seconds of whatever clock the caller has.
 from __future__ import annotations
 
 from .limits import (
-    NFS_FIRST_WAIT,
-    NFS_LONGEST_WAIT,
-    NFS_PATIENCE,
-    NFS_QUEUE_FULL,
-    NFS_SHORTEST_WAIT,
-    NFS_WINDOW,
+    NFS_CALL_TIMEOUT_SECONDS,
+    NFS_CALLS_IN_FLIGHT_MAX,
+    NFS_QUEUE_FULL_RETRY_SECONDS,
+    NFS_RETRY_FIRST_SECONDS,
+    NFS_RETRY_MAX_SECONDS,
+    NFS_RETRY_MIN_SECONDS,
 )
 
 
@@ -19,7 +19,7 @@ class RoundTrips:
     """How long answers take; ``wait`` is how long to wait for one, in seconds."""
 
     def __init__(self) -> None:
-        self.wait = NFS_FIRST_WAIT
+        self.wait = NFS_RETRY_FIRST_SECONDS
         self._mean: float | None = None
         self._deviation = 0.0
 
@@ -31,13 +31,13 @@ class RoundTrips:
             self._deviation = 0.75 * self._deviation + 0.25 * abs(self._mean - seconds)
             self._mean = 0.875 * self._mean + 0.125 * seconds
         wait = self._mean + 4 * self._deviation
-        self.wait = min(max(wait, NFS_SHORTEST_WAIT), NFS_LONGEST_WAIT)
+        self.wait = min(max(wait, NFS_RETRY_MIN_SECONDS), NFS_RETRY_MAX_SECONDS)
 
 
 class Window:
     """How many calls may be on their way: one more for each round without loss, half after one."""
 
-    def __init__(self, most: int = NFS_WINDOW) -> None:
+    def __init__(self, most: int = NFS_CALLS_IN_FLIGHT_MAX) -> None:
         self._most = most
         self._size = most / 2
 
@@ -66,17 +66,17 @@ class Transmission:
 
     def again(self, now: float) -> bool:
         """It is due: whether to send it again.  If not, nobody is there."""
-        if now - self._began >= NFS_PATIENCE:
+        if now - self._began >= NFS_CALL_TIMEOUT_SECONDS:
             return False
         self.tries += 1
         self._sent = now
-        self.due = now + min(self._wait * 2 ** (self.tries - 1), NFS_LONGEST_WAIT)
+        self.due = now + min(self._wait * 2 ** (self.tries - 1), NFS_RETRY_MAX_SECONDS)
         return True
 
     def unsent(self, now: float) -> None:
         """That try did not get away, as a queue here is full."""
         self.tries -= 1
-        self.due = now + NFS_QUEUE_FULL
+        self.due = now + NFS_QUEUE_FULL_RETRY_SECONDS
 
     def round_trip(self, now: float) -> float | None:
         """Seconds the answer took; None if it could be that of any of several tries."""

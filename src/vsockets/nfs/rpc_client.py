@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from .._linux.descriptor_passing import guard
 from ..attachment import ContextHandle, current
 from ..eventloop.rebind import Revival
-from ..limits import FORWARD_ACCEPTS, MAX_DATAGRAM
+from ..limits import ACCEPTS_PER_TURN_MAX, MAX_DATAGRAM
 from ..model.constants import VMADDR_CID_LOCAL
 from ..model.locator import Inet, Locator, Vsock
 from ..socket import socket
@@ -189,7 +189,7 @@ class RpcClient:
                 waiting.transmission.unsent(self._loop.time())
 
     def _receive(self) -> None:
-        for _ in range(FORWARD_ACCEPTS):
+        for _ in range(ACCEPTS_PER_TURN_MAX):
             try:
                 data, source = self._sock.recvfrom(_BUFFER)
                 xid = rpc.reply_to(data)

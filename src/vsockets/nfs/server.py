@@ -17,7 +17,7 @@ from ..eventloop.listeners import Listener, open_listener
 from ..eventloop.tasks import on_signals
 from ..limits import MAX_DATAGRAM
 from ..model.locator import Locator
-from .limits import NFS_DATAGRAMS, NFS_QUEUE, NFS_TURN
+from .limits import NFS_DATAGRAMS_PER_TURN_MAX, NFS_GUEST_WAITING_CALLS_MAX, NFS_TURN_MAX_SECONDS
 from .service import Service, log
 from .work_queue import Pending
 
@@ -94,7 +94,7 @@ class NfsServer:
         self._entrances.append(entrance)
 
     def _receive(self, sock: stdlib.socket) -> None:
-        for _ in range(NFS_DATAGRAMS):
+        for _ in range(NFS_DATAGRAMS_PER_TURN_MAX):
             try:
                 data, source = sock.recvfrom(_BUFFER)
             except OSError:  # nothing more, or an earlier answer did not arrive
@@ -104,7 +104,7 @@ class NfsServer:
             guest = self._guests.get(source[0])
             if guest is None:
                 guest = self._guests[source[0]] = _Guest()
-            if len(guest.calls) < NFS_QUEUE:
+            if len(guest.calls) < NFS_GUEST_WAITING_CALLS_MAX:
                 guest.calls.append(_Call(sock, data, source))
         if self._turn is None:
             self._serve()
@@ -112,7 +112,7 @@ class NfsServer:
     def _serve(self) -> None:
         """Answer calls for a while, and take a step of what is pending; guests take turns."""
         self._turn = None
-        end = self._loop.time() + NFS_TURN
+        end = self._loop.time() + NFS_TURN_MAX_SECONDS
         stepped = False
         idle = 0  # guests in a row that had nothing to do
         while idle < len(self._guests) and self._loop.time() < end:

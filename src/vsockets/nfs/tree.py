@@ -14,7 +14,7 @@ from typing import NamedTuple
 from .exports import Export
 from .handle_store import HandleStore
 from .handles import Identifier
-from .limits import NFS_DEPTH, NFS_OPEN
+from .limits import NFS_DIRECTORY_DEPTH_MAX, NFS_OPEN_FILES_MAX
 from .syscalls import FileState, open_beneath, state_of
 
 #: What says that a file is not where it was.
@@ -62,7 +62,7 @@ class Tree:
 
     def find(self, file: Identifier) -> FileRef:
         """Raises OSError ESTALE when it is not where it was."""
-        return self._find(file, NFS_DEPTH)
+        return self._find(file, NFS_DIRECTORY_DEPTH_MAX)
 
     def look_up(self, folder: FileRef, name: bytes, guest: Hashable) -> FileRef:
         """What is called ``name`` in ``folder``, for ``guest``.  Raises OSError."""
@@ -134,7 +134,7 @@ class Tree:
             fd = self._open[file]
         self._open[file] = fd
         self._open.move_to_end(file)
-        while len(self._open) > NFS_OPEN:
+        while len(self._open) > NFS_OPEN_FILES_MAX:
             _, oldest = self._open.popitem(last=False)
             os.close(oldest)
         return FileRef(fd, file, state)

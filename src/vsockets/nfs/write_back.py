@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import NamedTuple
 
-from .limits import NFS_UNCOMMITTED
+from .limits import NFS_UNCOMMITTED_MAX_BYTES
 from .nfs3 import Stable
 from .nfs_client import NfsClient
 from .rpc import Auth
@@ -43,7 +43,7 @@ class WriteBack:
                 await asyncio.wait(tasks)
                 raise
             self._size += len(data)
-            if self._size >= NFS_UNCOMMITTED:
+            if self._size >= NFS_UNCOMMITTED_MAX_BYTES:
                 await self._commit(who)
 
     async def commit(self, who: Auth) -> None:

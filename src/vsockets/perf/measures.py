@@ -14,11 +14,11 @@ from typing import Any
 
 from .._linux.descriptor_passing import guard
 from ..attachment import ContextHandle
-from ..limits import PERF_SAMPLES
 from ..model.locator import Inet, Locator, Unix, Vsock, VsockMux
 from ..protocol.hybrid import Answer, connect_line
 from ..socket import socket
 from ..state_folder import connect_to
+from .limits import PERF_SAMPLES_MAX
 from .protocol import (
     COUNT_SIZE,
     HEADER_SIZE,
@@ -107,7 +107,7 @@ class Client:
             message = bytes(size)
             end = time.perf_counter_ns() + int(seconds * 1e9)
             before = 0
-            while before < end and len(samples) < PERF_SAMPLES:
+            while before < end and len(samples) < PERF_SAMPLES_MAX:
                 before = time.perf_counter_ns()
                 sock.send(message)
                 _receive(sock, size)
@@ -121,7 +121,7 @@ class Client:
         request = PerfRequest(Job.GREET, size).encode()
         begin = before = time.perf_counter_ns()
         end = begin + int(seconds * 1e9)
-        while before < end and len(samples) < PERF_SAMPLES:
+        while before < end and len(samples) < PERF_SAMPLES_MAX:
             before = time.perf_counter_ns()
             with connect(self.locator, self._context) as sock:
                 sock.send(request)
@@ -167,7 +167,7 @@ class Client:
             set_timeouts(sock, receive=_ANSWER)
             end = time.perf_counter_ns() + int(seconds * 1e9)
             before = 0
-            while before < end and len(samples) < PERF_SAMPLES:
+            while before < end and len(samples) < PERF_SAMPLES_MAX:
                 number += 1
                 data = Header(MessageKind.PING, run, number).encode(size)
                 before = time.perf_counter_ns()

@@ -10,7 +10,7 @@ import enum
 import struct
 from dataclasses import dataclass
 
-from ..limits import PERF_MESSAGE, PERF_SECONDS
+from .limits import PERF_MESSAGE_MAX_BYTES, PERF_RUN_MAX_SECONDS
 
 _MAGIC = b"VSP1"
 _REQUEST = struct.Struct("!4sBxxxII")
@@ -55,10 +55,12 @@ class PerfRequest:
         magic, job, size, milliseconds = _REQUEST.unpack(data)
         if magic != _MAGIC or job not in Job.__members__.values():
             raise PerfProtocolError("that is not vsock perf of this version")
-        if not 0 < size <= PERF_MESSAGE:
-            raise PerfProtocolError(f"size {size}: expected 1 to {PERF_MESSAGE}")
-        if milliseconds > PERF_SECONDS * 1000:
-            raise PerfProtocolError(f"{milliseconds} ms: expected at most {PERF_SECONDS:g} s")
+        if not 0 < size <= PERF_MESSAGE_MAX_BYTES:
+            raise PerfProtocolError(f"size {size}: expected 1 to {PERF_MESSAGE_MAX_BYTES}")
+        if milliseconds > PERF_RUN_MAX_SECONDS * 1000:
+            raise PerfProtocolError(
+                f"{milliseconds} ms: expected at most {PERF_RUN_MAX_SECONDS:g} s"
+            )
         return cls(Job(job), size, milliseconds)
 
 

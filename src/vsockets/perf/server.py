@@ -14,9 +14,10 @@ from .._linux.descriptor_passing import guard_accepted
 from ..attachment import ContextHandle
 from ..eventloop.listeners import Listener
 from ..eventloop.rebind import lifeline
-from ..limits import FORWARD_LONGEST_PAUSE, MAX_DATAGRAM, PERF_RUNS, PERF_STREAMS
+from ..limits import MAX_DATAGRAM, RETRY_LONGEST_PAUSE_SECONDS
 from ..model.constants import AF_VSOCK
 from ..model.locator import Locator, Vsock
+from .limits import PERF_RUNS_MAX, PERF_STREAMS_MAX
 from .protocol import (
     REQUEST_SIZE,
     Header,
@@ -45,7 +46,7 @@ class PerfServer:
         self._context = context
         self._closed = threading.Event()
         self._lines: dict[int, stdlib.socket] = {}
-        self._slots = threading.BoundedSemaphore(PERF_STREAMS)
+        self._slots = threading.BoundedSemaphore(PERF_STREAMS_MAX)
         try:
             for locator in locators:
                 self.doors.append(Listener(locator, context))
@@ -96,7 +97,7 @@ class PerfServer:
         if not self._closed.is_set():
             log.warning("%s: vsockd has ended", locator)
         self.doors[number].close()
-        while not self._closed.wait(FORWARD_LONGEST_PAUSE):
+        while not self._closed.wait(RETRY_LONGEST_PAUSE_SECONDS):
             with contextlib.suppress(OSError):
                 self.doors[number] = Listener(locator, self._context)
                 try:
@@ -146,7 +147,7 @@ class PerfServer:
                 run = source, header.run
                 if header.kind is MessageKind.DATA:
                     arrived[run] = arrived.get(run, 0) + 1
-                    if len(arrived) > PERF_RUNS:
+                    if len(arrived) > PERF_RUNS_MAX:
                         arrived.popitem(last=False)
                 elif header.kind is MessageKind.PING:
                     sock.sendto(data, source)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import socket
 import struct
 
-from ..limits import PERF_SILENCE
+from .limits import PERF_SILENCE_SECONDS
 
 
 def set_timeouts(
-    sock: socket.socket, receive: float = PERF_SILENCE, send: float = PERF_SILENCE
+    sock: socket.socket, receive: float = PERF_SILENCE_SECONDS, send: float = PERF_SILENCE_SECONDS
 ) -> None:
     """Make ``sock`` blocking; calls that take longer raise BlockingIOError.  In seconds."""
     sock.settimeout(None)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 
-from ..limits import HYBRID_LINE
+from ..limits import HYBRID_LINE_MAX_BYTES
 from ..model.address import LARGEST
 
 
@@ -57,12 +57,12 @@ class Line:
         if not data:
             raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         before = len(self._line)
-        self._line += data[: HYBRID_LINE - before]
+        self._line += data[: HYBRID_LINE_MAX_BYTES - before]
         end = self._line.find(b"\n") + 1
         if end:
             self._line = self._line[:end]
             self._parse()
-        elif len(self._line) == HYBRID_LINE:
+        elif len(self._line) == HYBRID_LINE_MAX_BYTES:
             self._fail()
         return len(self._line) - before
 

@@ -15,11 +15,12 @@ from enum import Enum, auto
 from socket import SOCK_DGRAM, SOCK_SEQPACKET
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..limits import CONNECT_TIMEOUT, SUPERVISED_SOCKETS
+from ..limits import CONNECT_TIMEOUT_SECONDS
 from ..model.buffers import BufferSizes
 from ..model.constants import AF_VSOCK, VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..protocol import Record
 from .filter import Served
+from .limits import SUPERVISOR_SOCKETS_MAX
 
 if TYPE_CHECKING:
     from .port_holders import Hold
@@ -115,7 +116,7 @@ class Endpoint:
         self.local = UNBOUND
         self.peer: tuple[int, int] | None = None
         self.buffers = BufferSizes()
-        self.connect_timeout = CONNECT_TIMEOUT  #: seconds
+        self.connect_timeout = CONNECT_TIMEOUT_SECONDS  #: seconds
         self.entered = False  #: connected to vsockd, or through it
         self.named = False  #: bound to a name by vsockd, and not connected to it
         self.hold: Hold | None = None  #: what holds its port, if that is this supervisor's
@@ -181,7 +182,7 @@ class Sockets:
     def add(self, inode: int, endpoint: Endpoint | None) -> None:
         """Remember a socket; None says that it is none of ours."""
         self._known[inode] = endpoint
-        if len(self._known) > SUPERVISED_SOCKETS:
+        if len(self._known) > SUPERVISOR_SOCKETS_MAX:
             self._forget_one()
 
     def find(self, inode: int) -> Endpoint | None:

@@ -22,7 +22,6 @@ from socket import (
 from typing import NamedTuple
 
 from ..attachment import Attachment
-from ..limits import SIGNAL_LOOK, SIGNAL_PATIENCE
 from ..protocol import Op, Record, Request, RequestFlag, Role
 from .arch import Architecture
 from .call import Answer, Call, Serving, SocketHandler, TracedCall
@@ -30,6 +29,7 @@ from .calls import ARGUMENTS, HANDLERS, PATHS, SOCKET_HANDLERS
 from .calls.creating import DEVICE
 from .calls.datagrams import Routes
 from .filter import Served
+from .limits import SUPERVISOR_SIGNAL_POLL_SECONDS, SUPERVISOR_SIGNAL_WAIT_SECONDS
 from .notification import Gone, Listener, Notification
 from .port_holders import Hold
 from .process import Processes
@@ -298,7 +298,7 @@ class Supervisor:
 
     @staticmethod
     def _keeping(call: Call, value: int) -> _Kept:
-        return _Kept(call, value, time.monotonic() + SIGNAL_PATIENCE)
+        return _Kept(call, value, time.monotonic() + SUPERVISOR_SIGNAL_WAIT_SECONDS)
 
     def _give(self, answer: _Kept) -> None:
         """Answer a call that is done, and must not be done again if a signal gets in between.
@@ -315,7 +315,9 @@ class Supervisor:
             except Gone:
                 pass
         else:
-            self.waits.add(pause(SIGNAL_LOOK), lambda _: self._give_again(answer))
+            self.waits.add(
+                pause(SUPERVISOR_SIGNAL_POLL_SECONDS), lambda _: self._give_again(answer)
+            )
         self._keep(answer)
 
     def _keep(self, answer: _Kept) -> None:

@@ -27,9 +27,10 @@ from socket import (
 )
 
 from ..attachment import Attachment, decode_reply, descriptor_in
-from ..limits import KNOCK_AGAIN, REQUEST_TIMEOUT
+from ..limits import VSOCKD_REPLY_TIMEOUT_SECONDS
 from ..protocol import RECORD_SIZE, Record, Request, is_socket_name
 from ..state_folder import SEQPACKET, STREAM
+from .limits import SUPERVISOR_RECONNECT_SECONDS
 from .scheduler import pause, ready
 from .sockets import Endpoint
 
@@ -76,7 +77,10 @@ class VsockdClient:
         return process if self._naming is Naming.PROCESSES else os.getpid(), user, group
 
     async def enter(
-        self, endpoint: Endpoint, sock: _socket.socket, seconds: float = REQUEST_TIMEOUT
+        self,
+        endpoint: Endpoint,
+        sock: _socket.socket,
+        seconds: float = VSOCKD_REPLY_TIMEOUT_SECONDS,
     ) -> None:
         """Connect a program's socket to the control socket of its type, once.
 
@@ -125,7 +129,7 @@ class VsockdClient:
 
     async def open(self) -> _socket.socket:
         """Return a connection of the supervisor's own."""
-        deadline = time.monotonic() + REQUEST_TIMEOUT
+        deadline = time.monotonic() + VSOCKD_REPLY_TIMEOUT_SECONDS
         sock = _own_socket(SOCK_SEQPACKET)
         try:
             while True:
@@ -134,7 +138,7 @@ class VsockdClient:
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
                         raise
-                    await self._wait_for_room(deadline, REQUEST_TIMEOUT)
+                    await self._wait_for_room(deadline, VSOCKD_REPLY_TIMEOUT_SECONDS)
                 else:
                     return sock
         except BaseException:
@@ -147,7 +151,7 @@ class VsockdClient:
             raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
         if time.monotonic() >= deadline:
             raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        await pause(KNOCK_AGAIN)
+        await pause(SUPERVISOR_RECONNECT_SECONDS)
 
 
 def send(sock: _socket.socket, request: bytes, asker: Asker | None, fd: int | None = None) -> None:
@@ -200,7 +204,7 @@ def hardly_blocking(sock: _socket.socket, option: int) -> Iterator[None]:
 
 
 async def receive_record(
-    sock: _socket.socket, seconds: float = REQUEST_TIMEOUT
+    sock: _socket.socket, seconds: float = VSOCKD_REPLY_TIMEOUT_SECONDS
 ) -> tuple[Record, int | None]:
     """vsockd's answer, and the descriptor that came with it; OSError ETIMEDOUT."""
     deadline = time.monotonic() + seconds

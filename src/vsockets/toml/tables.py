@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..limits import CONFIGURATION_FILE
+from ..limits import CONFIGURATION_FILE_MAX_BYTES
 from . import lines as toml_lines
 
 #: "A 64-bit signed integer" is what TOML promises; Python reads more.
@@ -146,13 +146,13 @@ def _read(path: Path) -> str:
         if not path.is_file():  # a named pipe would be waited for
             raise ConfigurationError(name, None, "", "not a regular file, expected a TOML file")
         with open(path, "rb") as file:
-            data = file.read(CONFIGURATION_FILE + 1)
+            data = file.read(CONFIGURATION_FILE_MAX_BYTES + 1)
     except OSError as error:
         raise ConfigurationError(
             name, None, "", f"{error.strerror}, expected a TOML file"
         ) from error
-    if len(data) > CONFIGURATION_FILE:
-        problem = f"more than {CONFIGURATION_FILE} bytes, expected a TOML file"
+    if len(data) > CONFIGURATION_FILE_MAX_BYTES:
+        problem = f"more than {CONFIGURATION_FILE_MAX_BYTES} bytes, expected a TOML file"
         raise ConfigurationError(name, None, "", problem)
     try:
         return data.decode()

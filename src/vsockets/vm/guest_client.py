@@ -15,8 +15,8 @@ from typing import Any
 
 from ..api import create_connection
 from ..attachment import ContextHandle
-from ..limits import GUEST_SAYS
 from .guest_agent import COMMANDS
+from .limits import GUEST_OUTPUT_MAX_CHARACTERS
 
 #: How long a guest may be silent, in seconds.
 _PATIENCE = 60.0
@@ -49,7 +49,7 @@ class GuestClient:
         """What a command prints."""
         with self.start(*command) as sock:
             sock.shutdown(stdlib.SHUT_WR)
-            return str(sock.makefile(errors="replace").read(GUEST_SAYS))
+            return str(sock.makefile(errors="replace").read(GUEST_OUTPUT_MAX_CHARACTERS))
 
     def copy_in(self, source: Path, destination: str, progress: Progress) -> None:
         """The files below ``source``, to below ``destination`` in the guest."""
@@ -65,7 +65,7 @@ class GuestClient:
                     done += path.stat().st_size
                     progress(done)
             sock.shutdown(stdlib.SHUT_WR)
-            complaint = sock.makefile(errors="replace").read(GUEST_SAYS)
+            complaint = sock.makefile(errors="replace").read(GUEST_OUTPUT_MAX_CHARACTERS)
         if complaint:
             raise OSError(f"the guest's tar: {complaint.strip()}")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from qemu.qmp import QMPClient, QMPError
 
 from ..control import Control
-from ..limits import LOG_RATE
+from ..limits import LOG_LINES_PER_SECOND
 from ..logs import Throttle
 from .console import console
 from .lifecycle_sync import LifecycleSync
@@ -41,7 +41,7 @@ async def pass_on(process: Process, name: str, tell: Callable[[str], None]) -> N
     only as much as other long-running programs log.
     """
     assert process.stderr is not None
-    throttle = Throttle(LOG_RATE)
+    throttle = Throttle(LOG_LINES_PER_SECOND)
     while True:
         try:
             line = await process.stderr.readline()

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ..limits import VMX_FILE
+from ..limits import VMX_FILE_MAX_BYTES
 from ..model.constants import VMADDR_CID_ANY, VMADDR_CID_HOST
 
 #: The first virtual hardware with a VMCI device that is always there (guide page 23).
@@ -192,15 +192,17 @@ def read_vmx(path: str | os.PathLike[str]) -> Vmx:
         with open(path, "rb", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise VmxError(name, None, "", "not a regular file, expected a .vmx file")
-            return parse_vmx(file.read(VMX_FILE + 1), name)
+            return parse_vmx(file.read(VMX_FILE_MAX_BYTES + 1), name)
     except OSError as error:
         raise VmxError(name, None, "", f"{error.strerror}, expected a .vmx file") from error
 
 
 def parse_vmx(data: bytes, name: str) -> Vmx:
     """What a ``.vmx`` file says; ``name`` is what errors call it.  Raises VmxError."""
-    if len(data) > VMX_FILE:
-        raise VmxError(name, None, "", f"more than {VMX_FILE} bytes, expected a .vmx file")
+    if len(data) > VMX_FILE_MAX_BYTES:
+        raise VmxError(
+            name, None, "", f"more than {VMX_FILE_MAX_BYTES} bytes, expected a .vmx file"
+        )
     found: dict[str, tuple[int, bytes]] = {}
     for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), 1):
         entry = _parse_line(line.removesuffix(b"\r"), name, number)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import vsockets
-from vsockets.limits import HTTP_CLIENTS, WEB_SESSIONS
+from vsockets.cli.limits import HTTP_CLIENTS_MAX, WEB_SESSIONS_MAX
 from vsockets.testing import PrivateFabric, wait_until
 
 from ..vsock import PATIENCE, Running, Vsock
@@ -82,7 +82,7 @@ def test_a_link_works_once(client: Client) -> None:
 
 
 def test_sessions_are_limited(client: Client) -> None:
-    cookies = [client.enter() for _ in range(WEB_SESSIONS + 1)]
+    cookies = [client.enter() for _ in range(WEB_SESSIONS_MAX + 1)]
     assert client.status("GET", "/", Cookie=cookies[0]) == 401
     assert client.status("GET", "/", Cookie=cookies[1]) == 200
     assert client.status("GET", "/", Cookie=cookies[-1]) == 200
@@ -96,7 +96,7 @@ def test_strangers_keep_no_browser_out(client: Client) -> None:
         messages = iter(stream)
         assert next(messages)["event"] == "picture"
         for _ in range(8):
-            for _ in range(HTTP_CLIENTS // 4):
+            for _ in range(HTTP_CLIENTS_MAX // 4):
                 silent = stack.enter_context(socket.create_connection((host, int(port))))
                 silent.sendall(b"GET ")
             assert client.status("GET", "/", Cookie=cookie) == 200

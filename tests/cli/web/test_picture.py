@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vsockets.cli.limits import WEB_CONTEXTS_MAX, WEB_STREAMS_MAX
 from vsockets.cli.socket_owners import Holder
 from vsockets.cli.web.snapshot import picture
-from vsockets.limits import WEB_CONTEXTS, WEB_STREAMS
 
 STATUS = {"pid": 1, "folder": "/x", "uptime": 1.0, "streams": 3, "listeners": 1}
 
@@ -76,12 +76,12 @@ def test_the_hypervisor_is_shown_when_somebody_is_in_it() -> None:
 
 
 def test_the_busiest_are_shown_and_the_rest_counted() -> None:
-    quiet = [context(cid) for cid in range(3, WEB_CONTEXTS + 50)]
+    quiet = [context(cid) for cid in range(3, WEB_CONTEXTS_MAX + 50)]
     busy = context(900, streams=1)
-    sockets = [row for port in range(WEB_STREAMS + 5) for row in ends(900, 2000 + port, 2)]
-    sockets += ends(WEB_CONTEXTS + 49, 2000, 2)  # of one that is not shown
+    sockets = [row for port in range(WEB_STREAMS_MAX + 5) for row in ends(900, 2000 + port, 2)]
+    sockets += ends(WEB_CONTEXTS_MAX + 49, 2000, 2)  # of one that is not shown
     seen = draw([context(2), *quiet, busy], sockets)
     cids = [row["cid"] for row in seen["contexts"]]
-    assert len(cids) == WEB_CONTEXTS and cids[0] == 2 and cids[-1] == 900
-    assert seen["left_out"] == {"contexts": len(quiet) + 2 - WEB_CONTEXTS, "streams": 6}
-    assert seen["links"] == [{"from": 900, "to": 2, "streams": WEB_STREAMS + 5}]
+    assert len(cids) == WEB_CONTEXTS_MAX and cids[0] == 2 and cids[-1] == 900
+    assert seen["left_out"] == {"contexts": len(quiet) + 2 - WEB_CONTEXTS_MAX, "streams": 6}
+    assert seen["links"] == [{"from": 900, "to": 2, "streams": WEB_STREAMS_MAX + 5}]

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.devices.guest_memory import GuestMemory
+from vsockets.devices.limits import VFIO_USER_DESCRIPTORS_MAX
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.message_protocol import DeviceProtocolError
 from vsockets.devices.vfio_user import (
@@ -38,7 +39,6 @@ from vsockets.devices.vfio_user.messages import (
     Decoder,
     Message,
 )
-from vsockets.limits import VFIO_DESCRIPTORS
 from vsockets.testing import wait_until
 
 PAGE = 4096
@@ -300,7 +300,9 @@ def test_descriptors_of_a_refused_message_are_closed(path: Path, messages: list[
     for _ in range(3):
         client = Client(path)
         for message in messages:
-            socket.send_fds(client.sock, [message], [client.sock.fileno()] * VFIO_DESCRIPTORS)
+            socket.send_fds(
+                client.sock, [message], [client.sock.fileno()] * VFIO_USER_DESCRIPTORS_MAX
+            )
         client.sock.shutdown(socket.SHUT_WR)
         with contextlib.suppress(ConnectionResetError):
             while client.sock.recv(4096):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vsockets.devices.limits import VHOST_USER_DESCRIPTORS_MAX
 from vsockets.devices.message_protocol import DeviceProtocolError
 from vsockets.devices.vhost_user.messages import (
     HEADER,
@@ -15,7 +16,6 @@ from vsockets.devices.vhost_user.messages import (
     encode,
     reply,
 )
-from vsockets.limits import VHOST_DESCRIPTORS
 
 
 def read(decoder: Decoder, data: bytes, step: int, fds: list[int]) -> list[Message]:
@@ -77,10 +77,10 @@ def test_what_is_no_request_is_refused(header: bytes) -> None:
 
 def test_a_message_has_a_bounded_number_of_descriptors() -> None:
     decoder = Decoder()
-    decoder.receive(b"\1", [5] * VHOST_DESCRIPTORS)
+    decoder.receive(b"\1", [5] * VHOST_USER_DESCRIPTORS_MAX)
     with pytest.raises(DeviceProtocolError, match="9 descriptors"):
         decoder.receive(b"\1", [6])
-    assert decoder.pending_fds() == [*([5] * VHOST_DESCRIPTORS), 6]
+    assert decoder.pending_fds() == [*([5] * VHOST_USER_DESCRIPTORS_MAX), 6]
 
 
 def test_a_reply_says_so() -> None:

@@ -12,9 +12,13 @@ from support.vmci_driver import PlayedFabric
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.virtio.connection import ConnectionState, PendingTx
 from vsockets.devices.virtio.host_stream import HostStream
+from vsockets.devices.virtio.limits import (
+    VIRTIO_BUFFER_BYTES,
+    VIRTIO_ENLARGED_BUFFER_MAX_BYTES,
+    VIRTIO_ENLARGED_BUFFERS_MAX,
+)
 from vsockets.devices.virtio.machine import VirtioMachine
 from vsockets.devices.virtio.packet import Type
-from vsockets.limits import VIRTIO_BUFFER, VIRTIO_ENLARGED, VIRTIO_LARGEST_BUFFER
 
 PEER = (2, 5000)
 
@@ -27,7 +31,7 @@ class Machine:
         self._machine = VirtioMachine(DeviceLoop(), self.fabric, 3)  # type: ignore[arg-type]
 
     def connection(self, port: int, state: ConnectionState = ConnectionState.OPEN) -> HostStream:
-        link = HostStream(state, Type.STREAM, PEER, port, VIRTIO_BUFFER)
+        link = HostStream(state, Type.STREAM, PEER, port, VIRTIO_BUFFER_BYTES)
         self._machine.device.links[*PEER, port] = link
         return link
 
@@ -74,19 +78,19 @@ def test_before_the_guest_knows_that_it_is_connected(machine: Machine) -> None:
 def test_what_was_promised_is_kept(machine: Machine) -> None:
     link = machine.connection(700)
     machine.resized(700, 4096)
-    assert link.receive.size == VIRTIO_BUFFER and not link.say
+    assert link.receive.size == VIRTIO_BUFFER_BYTES and not link.say
 
 
 def test_there_is_a_limit(machine: Machine) -> None:
     link = machine.connection(700)
     machine.resized(700, 1 << 40)
-    assert link.receive.size == VIRTIO_LARGEST_BUFFER
+    assert link.receive.size == VIRTIO_ENLARGED_BUFFER_MAX_BYTES
 
 
 def test_a_guest_with_many_connections_gets_no_more(machine: Machine) -> None:
-    links = [machine.connection(port) for port in range(VIRTIO_ENLARGED + 1)]
+    links = [machine.connection(port) for port in range(VIRTIO_ENLARGED_BUFFERS_MAX + 1)]
     machine.resized(0, 1 << 20)
-    assert links[0].receive.size == VIRTIO_BUFFER
+    assert links[0].receive.size == VIRTIO_BUFFER_BYTES
 
 
 def test_a_connection_that_is_no_more(machine: Machine) -> None:

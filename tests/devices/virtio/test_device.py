@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from support.virtio_guest import GuestStream, PlayedGuest, accept, connect
+from vsockets.devices.virtio.limits import VIRTIO_BUFFER_BYTES, VIRTIO_WAITING_RESETS_MAX
 from vsockets.devices.virtio.packet import (
     F_SEQPACKET,
     TRANSPORT_RESET,
@@ -21,7 +22,6 @@ from vsockets.devices.virtio.packet import (
     Type,
 )
 from vsockets.devices.virtio.ring import F_RING_EVENT_IDX, F_RING_INDIRECT_DESC, F_VERSION_1
-from vsockets.limits import VIRTIO_BUFFER, WAITING_RESETS
 from vsockets.testing.waiting import wait_until
 
 from .conftest import CID, Rig
@@ -198,7 +198,7 @@ def test_a_slow_reader_of_the_host_stops_the_guest_and_nobody_else(rig: Rig) -> 
     assert len(receive_all(slow_sock, sent)) == sent
     header = slow.hear()
     assert header.op == Op.CREDIT_UPDATE
-    assert slow.credit > VIRTIO_BUFFER // 4
+    assert slow.credit > VIRTIO_BUFFER_BYTES // 4
 
 
 def test_a_guest_that_limits_itself_is_told_in_time(rig: Rig) -> None:
@@ -236,7 +236,7 @@ def test_credit_is_told_when_it_is_asked_for(rig: Rig) -> None:
     assert sock.recv(9) == b"1234"
     stream.say(Op.CREDIT_REQUEST)
     assert stream.hear().op == Op.CREDIT_UPDATE
-    assert (stream.forwarded, stream.alloc) == (4, VIRTIO_BUFFER)
+    assert (stream.forwarded, stream.alloc) == (4, VIRTIO_BUFFER_BYTES)
 
 
 @pytest.mark.parametrize("forwarded", [1, 1000, 0x8000_0000])
@@ -289,7 +289,7 @@ def test_the_guest_closes(rig: Rig) -> None:
 
 def test_what_the_guest_sent_before_it_closed_waits_for_a_slow_reader(rig: Rig) -> None:
     stream, sock = opened(rig)
-    data = os.urandom(VIRTIO_BUFFER)
+    data = os.urandom(VIRTIO_BUFFER_BYTES)
     stream.send(data)
     stream.say(Op.SHUTDOWN, BOTH)
     assert receive_all(sock, len(data)) == data
@@ -359,20 +359,20 @@ def test_a_guest_that_resets_an_attempt(rig: Rig) -> None:
 
 def test_a_flood_of_requests_waits_when_the_guest_takes_no_answers(rig: Rig) -> None:
     guest = rig.guest(refill=False)
-    for number in range(3 * WAITING_RESETS):
+    for number in range(3 * VIRTIO_WAITING_RESETS_MAX):
         guest.send(guest.header(Op.REQUEST, number + 1, HOST), publish=True)
-        if number == WAITING_RESETS - 1:
+        if number == VIRTIO_WAITING_RESETS_MAX - 1:
             break
     more = 100
     for number in range(more):
         guest.transmit.collect()
-        guest.send(guest.header(Op.REQUEST, WAITING_RESETS + number + 1, HOST))
+        guest.send(guest.header(Op.REQUEST, VIRTIO_WAITING_RESETS_MAX + number + 1, HOST))
         if not guest.transmit.has_room(2):
             break
-    assert len(rig.device._resets) + len(rig.device.links) <= 2 * WAITING_RESETS
+    assert len(rig.device._resets) + len(rig.device.links) <= 2 * VIRTIO_WAITING_RESETS_MAX
     guest.refills = True
     guest.refill()
-    for _ in range(WAITING_RESETS):
+    for _ in range(VIRTIO_WAITING_RESETS_MAX):
         assert guest.next_packet()[0].op == Op.RST
 
 
@@ -428,7 +428,7 @@ def test_a_message_as_large_as_the_buffer_always_gets_through(rig: Rig) -> None:
     rig.host.open_ports.add(5000)
     stream = connect(rig.guest(), 1024, HOST, type=Type.SEQPACKET)
     (sock,) = rig.host.accepted
-    for size in (1, VIRTIO_BUFFER, 100, VIRTIO_BUFFER):
+    for size in (1, VIRTIO_BUFFER_BYTES, 100, VIRTIO_BUFFER_BYTES):
         stream.send(bytes(size), flags=int(Sequenced.END_OF_MESSAGE))
         assert len(sock.recv(1 << 20)) == size
 

@@ -14,11 +14,11 @@ from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vhost_user import Vring
 from vsockets.devices.virtio.host_stream import HostStream
 from vsockets.devices.virtio.kick_coalescing import KickCoalescing
+from vsockets.devices.virtio.limits import VIRTIO_USED_BATCH_PACKETS
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
 from vsockets.devices.virtio.split_ring import SplitRing
 from vsockets.devices.virtio.tx import TransmitQueue
 from vsockets.devices.virtio.tx_poll import TxPoll
-from vsockets.limits import UNTOLD_PACKETS
 from vsockets.testing import wait_until
 
 CID = 5
@@ -139,7 +139,7 @@ def test_the_guest_is_told_of_some_packets_late(rig: Rig) -> None:
 
 
 def test_the_guest_is_told_of_many_packets_at_once(rig: Rig) -> None:
-    for _ in range(UNTOLD_PACKETS):
+    for _ in range(VIRTIO_USED_BATCH_PACKETS):
         rig.send()
         rig.work()
     assert rig.was_called()

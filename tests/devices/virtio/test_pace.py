@@ -6,7 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.devices.virtio.kick_coalescing import KickCoalescing
-from vsockets.limits import KICK_DELAY, PACKETS_A_KICK, VIRTIO_BUFFER
+from vsockets.devices.virtio.limits import (
+    VIRTIO_BUFFER_BYTES,
+    VIRTIO_KICK_DELAY_SECONDS,
+    VIRTIO_PACKETS_PER_KICK_MAX,
+)
 
 PACKET = 4096
 
@@ -35,18 +39,18 @@ def test_a_guest_that_is_answered_kicks_for_each_packet() -> None:
 def test_a_guest_that_streams_kicks_once_for_several() -> None:
     pace = KickCoalescing()
     streaming(pace, 10e-6)
-    assert pace.packets == PACKETS_A_KICK
+    assert pace.packets == VIRTIO_PACKETS_PER_KICK_MAX
 
 
 def test_some_credit_is_left_while_the_device_wakes_up() -> None:
     pace = KickCoalescing()
     streaming(pace, 10e-6, packets=20, size=65_536)
-    assert pace.packets * 65_536 == VIRTIO_BUFFER * 3 // 4
+    assert pace.packets * 65_536 == VIRTIO_BUFFER_BYTES * 3 // 4
 
 
 def test_packets_that_come_slowly_are_not_waited_for() -> None:
     pace = KickCoalescing()
-    streaming(pace, KICK_DELAY)
+    streaming(pace, VIRTIO_KICK_DELAY_SECONDS)
     assert pace.packets == 1
 
 
@@ -84,5 +88,5 @@ def test_nobody_waits_for_longer_than_the_limit(looks: list[tuple[int, int, floa
             packets, length, pause = look
             now += pause
             pace.took(packets, length if packets else 0, now)
-            assert 1 <= pace.packets <= PACKETS_A_KICK
-            assert pace.packets == 1 or 0 < pace.delay <= KICK_DELAY
+            assert 1 <= pace.packets <= VIRTIO_PACKETS_PER_KICK_MAX
+            assert pace.packets == 1 or 0 < pace.delay <= VIRTIO_KICK_DELAY_SECONDS

@@ -18,8 +18,8 @@ import pytest
 
 from support.virtio_guest import GuestStream, connect
 from vsockets.devices.virtio import device
+from vsockets.devices.virtio.limits import VIRTIO_BUFFER_BYTES, VIRTIO_PACKET_OVERHEAD_BYTES
 from vsockets.devices.virtio.packet import HEADER_SIZE, Op, Sequenced, Type
-from vsockets.limits import VIRTIO_BUFFER, VIRTIO_PACKET
 from vsockets.testing.waiting import wait_until
 
 from .conftest import Rig
@@ -85,7 +85,7 @@ class LinuxSocket:
 
 
 def opened(
-    rig: Rig, kind: int, overhead: int, buffer: int = VIRTIO_BUFFER
+    rig: Rig, kind: int, overhead: int, buffer: int = VIRTIO_BUFFER_BYTES
 ) -> tuple[LinuxSocket, socket.socket]:
     rig.host.open_ports.add(5000)
     stream = connect(rig.guest(), 1024, HOST, type=KINDS[socket.SocketKind(kind)], buf_alloc=buffer)
@@ -117,7 +117,7 @@ def send(rig: Rig, guest: LinuxSocket, sock: socket.socket, size: int, count: in
 @pytest.mark.parametrize("size", SIZES)
 def test_a_stream_has_all_its_credit_in_packets_of_any_size(rig: Rig, size: int) -> None:
     guest, sock = opened(rig, socket.SOCK_STREAM, LARGE)
-    count = min(VIRTIO_BUFFER // size, 1000)
+    count = min(VIRTIO_BUFFER_BYTES // size, 1000)
     send(rig, guest, sock, size, count)
     wait_until(lambda: guest.has(size * count), "all of it to arrive")
 
@@ -125,10 +125,10 @@ def test_a_stream_has_all_its_credit_in_packets_of_any_size(rig: Rig, size: int)
 @pytest.mark.parametrize("size", SIZES)
 def test_messages_wait_for_their_reader(rig: Rig, size: int) -> None:
     guest, sock = opened(rig, socket.SOCK_SEQPACKET, LARGE)
-    count = min(VIRTIO_BUFFER // size, 600)
+    count = min(VIRTIO_BUFFER_BYTES // size, 600)
     received = send(rig, guest, sock, size, count)
-    if size < VIRTIO_PACKET // 2:
-        assert guest.most == VIRTIO_BUFFER // VIRTIO_PACKET
+    if size < VIRTIO_PACKET_OVERHEAD_BYTES // 2:
+        assert guest.most == VIRTIO_BUFFER_BYTES // VIRTIO_PACKET_OVERHEAD_BYTES
 
     def all_has_come() -> bool:
         nonlocal received
@@ -171,9 +171,9 @@ def test_a_guest_that_reads_is_sent_packets_as_they_come(rig: Rig) -> None:
 def test_a_guest_that_says_nothing_of_itself_is_asked_again(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "CREDIT_AGAIN", 0.01)
+    monkeypatch.setattr(device, "VIRTIO_CREDIT_RETRY_SECONDS", 0.01)
     guest, sock = opened(rig, socket.SOCK_SEQPACKET, LARGE)
-    count = VIRTIO_BUFFER // VIRTIO_PACKET
+    count = VIRTIO_BUFFER_BYTES // VIRTIO_PACKET_OVERHEAD_BYTES
     send(rig, guest, sock, 8, count + 5)
     assert guest.unread == 8 * count
     guest.read_all(told=False)
@@ -211,7 +211,7 @@ def test_small_packets_in_buffers_of_any_size(rig: Rig) -> None:
         return data
 
     offer(ROOM)
-    stream = connect(guest, 1024, HOST, buf_alloc=VIRTIO_BUFFER)
+    stream = connect(guest, 1024, HOST, buf_alloc=VIRTIO_BUFFER_BYTES)
     sock = rig.host.accepted[-1]
     sent = os.urandom(300 * 200)
     many = 200 * 200

@@ -16,9 +16,10 @@ from support.vmci_driver import CID, MEMORY, PAGE, PlayedGuest
 from vsockets.devices.client import Offer
 from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.datagrams import Code, Datagram, Event, Handle, Hypercall
+from vsockets.devices.vmci.limits import VMCI_ATTACH_HOLD_SECONDS, VMCI_QUEUE_PAIRS_MAX
 from vsockets.devices.vmci.packets import Kind, Packet, Shutdown, handle_value
 from vsockets.devices.vmci.registers import Register
-from vsockets.limits import AFTER_ATTACH, MAX_DATAGRAM, QUEUE_PAIRS
+from vsockets.limits import MAX_DATAGRAM
 from vsockets.model.buffers import BufferSizes
 from vsockets.testing import wait_until
 
@@ -96,7 +97,10 @@ class TestHypercalls:
         assert guest.call(Hypercall.QUEUEPAIR_ALLOC, payload) == code
 
     def test_no_more_queue_pairs_than_allowed(self, guest: PlayedGuest) -> None:
-        codes = [guest.alloc(Handle(CID, n), 128, [64, 65, 66, 67]) for n in range(QUEUE_PAIRS + 1)]
+        codes = [
+            guest.alloc(Handle(CID, n), 128, [64, 65, 66, 67])
+            for n in range(VMCI_QUEUE_PAIRS_MAX + 1)
+        ]
         assert codes[-2:] == [Code.QUEUEPAIR_CREATED, Code.NO_RESOURCES]
         assert guest.alloc(Handle(CID, 0), 128, [64, 65, 66, 67]) == Code.ALREADY_EXISTS
         assert guest.detach(Handle(CID, 0)) == guest.detach(Handle(9, 9)) == Code.SUCCESS
@@ -274,7 +278,7 @@ class TestStreams:
         guest.loop.turn()
         guest.detach(stream.handle)
         passed: list[bool] = []
-        guest.loop.call_later(2 * AFTER_ATTACH, lambda: passed.append(True))
+        guest.loop.call_later(2 * VMCI_ATTACH_HOLD_SECONDS, lambda: passed.append(True))
         turn_until(guest, lambda: passed)
         assert guest.packets() == []
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hmac
 import secrets
 
-from ...limits import WEB_SESSIONS
 from ..http_server import Request
+from ..limits import WEB_SESSIONS_MAX
 
 #: Bytes of a token: nobody guesses one.
 _TOKEN = 32
@@ -46,7 +46,7 @@ class Access:
             return None
         self._link = secrets.token_urlsafe(_TOKEN)
         session = secrets.token_urlsafe(_TOKEN)
-        self._sessions = [*self._sessions[1 - WEB_SESSIONS :], session]
+        self._sessions = [*self._sessions[1 - WEB_SESSIONS_MAX :], session]
         return f"{self._cookie}={session}; HttpOnly; SameSite=Strict; Path=/"
 
     def is_for_us(self, request: Request) -> bool:

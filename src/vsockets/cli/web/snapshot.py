@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...limits import WEB_CONTEXTS, WEB_STREAMS
+from ..limits import WEB_CONTEXTS_MAX, WEB_STREAMS_MAX
 from ..rates import RISING
 from ..socket_owners import Holder
 
@@ -32,11 +32,11 @@ def picture(
     # The hypervisor is there, and mostly nobody is in it.
     rows = [row for row in counts["contexts"] if row["cid"] or row["sockets"]]
     rows.sort(key=lambda row: (row["cid"] > 2, -row["streams"], row["cid"]))
-    shown = sorted(rows[:WEB_CONTEXTS], key=lambda row: row["cid"])
+    shown = sorted(rows[:WEB_CONTEXTS_MAX], key=lambda row: row["cid"])
     begun = [row for row in sockets if row["accepted"] is False]
     begun.sort(key=lambda row: (row["context"], row["peer"], row["port"]))
     streams = [
-        _stream(row, find(row["pid"], row["uid"], row["inode"])) for row in begun[:WEB_STREAMS]
+        _stream(row, find(row["pid"], row["uid"], row["inode"])) for row in begun[:WEB_STREAMS_MAX]
     ]
     return {
         "vsockd": {name: status[name] for name in ("pid", "folder", "uptime", "streams")},

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from ...control import Control
-from ...limits import WEB_EVENTS
 from ...model.text import all_printable
 from ..connect import administrator
+from ..limits import WEB_EVENTS_MAX
 from ..rates import Rates
 from ..socket_owners import Holders
 from ..unix_diag import fill_queues
@@ -34,7 +34,7 @@ class Watcher:
         self._news = asyncio.Condition()
         self._number = 0  #: of pictures
         self._picture: dict[str, Any] = {}
-        self._events: deque[tuple[int, dict[str, Any]]] = deque(maxlen=WEB_EVENTS)
+        self._events: deque[tuple[int, dict[str, Any]]] = deque(maxlen=WEB_EVENTS_MAX)
         self._happened = 0  #: events so far
         self._watchers = 0
         self._wanted = asyncio.Event()  #: set while there are watchers

@@ -20,7 +20,6 @@ from ..._linux.folders import file_mode
 from ...eventloop.acceptor import Acceptor
 from ...eventloop.loop import EventLoop
 from ...fabric import Change, Context, ContextSettings, Isolation, Limits, Profile, Refused
-from ...limits import CONTROL_REQUEST, EVENTS_UNREAD
 from ...model.address import LARGEST
 from ...model.locator import check_hybrid_path
 from ...pass_rights import refuse
@@ -28,6 +27,7 @@ from ...state_folder import short_path
 from ..configuration import ConfigurationError
 from ..credentials import peer_credentials
 from ..device_link import DeviceLink
+from ..limits import CONTROL_REQUEST_MAX_BYTES, EVENTS_UNREAD_MAX_BYTES
 from . import reports
 from .events import Topic
 
@@ -93,11 +93,11 @@ class ControlSession:
 
     def _ready(self, events: int) -> None:
         try:
-            data = self._sock.recv(CONTROL_REQUEST)
+            data = self._sock.recv(CONTROL_REQUEST_MAX_BYTES)
         except (BlockingIOError, ConnectionError):
             data = b""
         self._received += data
-        if not data or len(self._received) > CONTROL_REQUEST:
+        if not data or len(self._received) > CONTROL_REQUEST_MAX_BYTES:
             self._close()
             return
         *lines, self._received = self._received.split(b"\n")
@@ -216,7 +216,7 @@ class ControlSession:
         if not isinstance(topics, list) or not topics:
             raise BadRequest(f"topics: expected a list of {_names(Topic)}, not {topics!r}")
         wanted = [_choice({"topics": topic}, "topics", Topic) for topic in topics]
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, EVENTS_UNREAD)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, EVENTS_UNREAD_MAX_BYTES)
         self._vsockd.events.subscribe(self._tell, wanted)
 
     def _tell(self, event: Mapping[str, Any]) -> None:

@@ -9,10 +9,11 @@ import socket
 from collections.abc import Callable
 from socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOCK_NONBLOCK, SOCK_STREAM
 
-from ...limits import HYBRID_ANSWER, HYBRID_LINE, HYBRID_PAUSE
+from ...limits import HYBRID_LINE_MAX_BYTES
 from ...pass_rights import refuse
 from ...protocol.hybrid import Answer, connect_line
 from ..loop import DeviceLoop, Timer
+from .limits import HYBRID_CONNECT_TIMEOUT_SECONDS, HYBRID_RETRY_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Connector:
         self._answer = Answer()
         self._again: Timer | None = None
         self._waits = True
-        self._timers = [loop.call_later(wait + HYBRID_ANSWER, self._too_late)]
+        self._timers = [loop.call_later(wait + HYBRID_CONNECT_TIMEOUT_SECONDS, self._too_late)]
         if wait:
             self._timers.append(loop.call_later(wait, self._wait_no_more))
         else:
@@ -84,7 +85,7 @@ class Connector:
         assert sock is not None
         try:
             # Only the line is taken: what follows it is the guest's.
-            sock.recv(self._answer.take(sock.recv(HYBRID_LINE, _LOOK)), _TAKE)
+            sock.recv(self._answer.take(sock.recv(HYBRID_LINE_MAX_BYTES, _LOOK)), _TAKE)
         except BlockingIOError:
             return
         except OSError as error:
@@ -105,7 +106,7 @@ class Connector:
     def _try_later(self) -> None:
         self._close()
         self._answer = Answer()
-        self._again = self._loop.call_later(HYBRID_PAUSE, self.start)
+        self._again = self._loop.call_later(HYBRID_RETRY_SECONDS, self.start)
 
     def _wait_no_more(self) -> None:
         self._waits = False

@@ -14,10 +14,11 @@ from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM
 
 from ..._linux.folders import remove_stale
 from ...eventloop.acceptor import Acceptor
-from ...limits import HYBRID_PORTS, MAX_BACKLOG
+from ...limits import LISTEN_BACKLOG_MAX
 from ...pass_rights import refuse
 from ...protocol.hybrid import port_name
 from ..loop import DeviceLoop
+from .limits import HYBRID_PORTS_MAX
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,10 @@ class HostSockets:
         """There is somebody at ``port`` of the host, or no longer."""
         if not there:
             self._close(port)
-        elif len(self._acceptors) >= HYBRID_PORTS:
-            log.warning("port %d: the guest cannot reach more than %d ports", port, HYBRID_PORTS)
+        elif len(self._acceptors) >= HYBRID_PORTS_MAX:
+            log.warning(
+                "port %d: the guest cannot reach more than %d ports", port, HYBRID_PORTS_MAX
+            )
         elif port not in self._acceptors:
             try:
                 self._open(port)
@@ -65,7 +68,7 @@ class HostSockets:
             # Under its name it can be connected to from the first moment.
             new = f"{self._name}_new"
             listener.bind(new)
-            listener.listen(MAX_BACKLOG)
+            listener.listen(LISTEN_BACKLOG_MAX)
             os.rename(new, name)
         except OSError:
             listener.close()

@@ -11,11 +11,11 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
-from ...limits import HYBRID_CONNECTIONS
 from ...splice import SplicedPair, SplicePump
 from ..client import DeviceClient, Offer
 from ..loop import DeviceLoop
 from .connector import Connector, Done
+from .limits import HYBRID_CONNECTIONS_MAX
 
 #: epoll(7) tells of hang-ups whether asked or not.
 _HANG_UP = 0
@@ -50,7 +50,7 @@ class HostToGuest:
 
     def offered(self, offer: Offer) -> None:
         """Somebody wants to connect."""
-        if self.streams >= HYBRID_CONNECTIONS:
+        if self.streams >= HYBRID_CONNECTIONS_MAX:
             self._refuse(offer, errno.ECONNRESET)
             return
         dial = self._attempts[offer] = self._dial(offer.port, partial(self._decided, offer))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-from ...limits import DMA_REGIONS, VFIO_DESCRIPTORS, VFIO_TRANSFER
+from ..limits import DMA_REGIONS_MAX, VFIO_USER_DESCRIPTORS_MAX, VFIO_USER_TRANSFER_MAX_BYTES
 from ..message_protocol import DeviceProtocolError
 
 HEADER = struct.Struct("<HHIII")  #: id, command, size with the header, flags, errno
@@ -27,7 +27,7 @@ ACCESS = struct.Struct("<QII")  #: offset, region, count
 _VERSION = struct.Struct("<HH")
 
 #: The longest message there is reason for: a write of as much as one may transfer.
-LARGEST_MESSAGE = HEADER.size + ACCESS.size + VFIO_TRANSFER
+LARGEST_MESSAGE = HEADER.size + ACCESS.size + VFIO_USER_TRANSFER_MAX_BYTES
 
 
 class Command(IntEnum):
@@ -114,7 +114,7 @@ class Decoder:
             where = at if self._data else messages[-1][4]
             self._fds[where] = [*self._fds.get(where, ()), *fds]
             self._unclaimed = ()
-            if len(self._fds[where]) > VFIO_DESCRIPTORS:
+            if len(self._fds[where]) > VFIO_USER_DESCRIPTORS_MAX:
                 raise DeviceProtocolError(f"a message with {len(self._fds[where])} descriptors")
         for number, command, flags, payload, began in messages:
             yield Message(number, command, flags, payload, self._fds.pop(began, ()))
@@ -153,9 +153,9 @@ def encode_version(payload: bytes) -> bytes:
         if not isinstance(wanted, dict):
             raise OSError(errno.EINVAL, "the capabilities are no JSON object")
     capabilities = {
-        "max_msg_fds": VFIO_DESCRIPTORS,
-        "max_data_xfer_size": VFIO_TRANSFER,
-        "max_dma_maps": DMA_REGIONS,
+        "max_msg_fds": VFIO_USER_DESCRIPTORS_MAX,
+        "max_data_xfer_size": VFIO_USER_TRANSFER_MAX_BYTES,
+        "max_dma_maps": DMA_REGIONS_MAX,
         "pgsizes": 4096,
     }
     return _VERSION.pack(0, 0) + json.dumps({"capabilities": capabilities}).encode() + b"\0"

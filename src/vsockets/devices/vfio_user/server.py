@@ -7,8 +7,8 @@ import socket
 from collections.abc import Callable, Iterator
 
 from ...eventloop.loop import EventLoop
-from ...limits import VFIO_DESCRIPTORS, VFIO_REPLY
 from .. import unix_server
+from ..limits import VFIO_USER_DESCRIPTORS_MAX, VFIO_USER_REPLY_TIMEOUT_SECONDS
 from .messages import LARGEST_MESSAGE, Decoder
 from .session import Device, Session
 
@@ -27,8 +27,8 @@ class VfioUserServer(unix_server.UnixServer):
             loop,
             listener,
             lambda: _Conversation(device),
-            descriptors=VFIO_DESCRIPTORS,
-            patience=VFIO_REPLY,
+            descriptors=VFIO_USER_DESCRIPTORS_MAX,
+            patience=VFIO_USER_REPLY_TIMEOUT_SECONDS,
             after_each=after_each,
         )
 

@@ -10,8 +10,8 @@ from enum import IntEnum
 from struct import Struct
 from typing import Protocol
 
-from ...limits import VFIO_TRANSFER
 from ..guest_memory import GuestMemory
+from ..limits import VFIO_USER_TRANSFER_MAX_BYTES
 from ..message_protocol import DeviceProtocolError
 from . import messages
 from .interrupts import Interrupts, Irq
@@ -143,7 +143,7 @@ class Session:
 
     def _require_range(self, region: int, offset: int, count: int) -> None:
         size = self._device.regions.get(region, 0)  # type: ignore[call-overload]
-        if not 0 < count <= VFIO_TRANSFER or offset + count > size:
+        if not 0 < count <= VFIO_USER_TRANSFER_MAX_BYTES or offset + count > size:
             raise OSError(errno.EINVAL, f"{count} bytes at {offset:#x} of region {region}")
 
     # Set-up

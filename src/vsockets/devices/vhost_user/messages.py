@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-from ...limits import VHOST_DESCRIPTORS, VHOST_PAYLOAD
+from ..limits import VHOST_USER_DESCRIPTORS_MAX, VHOST_USER_PAYLOAD_MAX_BYTES
 from ..message_protocol import DeviceProtocolError
 
 HEADER = struct.Struct("=III")  #: request, flags, size of the payload
@@ -107,7 +107,7 @@ class Decoder:
         Raises: DeviceProtocolError; :meth:`pending_fds` returns the descriptors then.
         """
         self._fds += fds
-        if len(self._fds) > VHOST_DESCRIPTORS:
+        if len(self._fds) > VHOST_USER_DESCRIPTORS_MAX:
             raise DeviceProtocolError(f"a message with {len(self._fds)} descriptors")
         self._data += data
         self.wanted -= len(data)
@@ -119,7 +119,7 @@ class Decoder:
                 raise DeviceProtocolError(f"a message of version {flags & _VERSION_BITS}")
             if flags & Flag.REPLY:
                 raise DeviceProtocolError("a reply to what was never asked")
-            if size > VHOST_PAYLOAD:
+            if size > VHOST_USER_PAYLOAD_MAX_BYTES:
                 raise DeviceProtocolError(f"a message of {size} bytes")
             if size:
                 self.wanted = size

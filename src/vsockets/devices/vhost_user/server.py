@@ -7,8 +7,8 @@ import socket
 from collections.abc import Iterator
 
 from ...eventloop.loop import EventLoop
-from ...limits import VHOST_DESCRIPTORS, VHOST_REPLY
 from .. import unix_server
+from ..limits import VHOST_USER_DESCRIPTORS_MAX, VHOST_USER_REPLY_TIMEOUT_SECONDS
 from .messages import Decoder
 from .session import Device, Session
 
@@ -21,8 +21,8 @@ class VhostUserServer(unix_server.UnixServer):
             loop,
             listener,
             lambda: _Conversation(device),
-            descriptors=VHOST_DESCRIPTORS,
-            patience=VHOST_REPLY,
+            descriptors=VHOST_USER_DESCRIPTORS_MAX,
+            patience=VHOST_USER_REPLY_TIMEOUT_SECONDS,
         )
 
 

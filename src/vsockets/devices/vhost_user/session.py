@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 from typing import Protocol as Interface
 
-from ...limits import MEMORY_SLOTS, VHOST_DESCRIPTORS
 from ..guest_memory import GuestMemory
+from ..limits import VHOST_USER_DESCRIPTORS_MAX, VHOST_USER_MEMORY_SLOTS_MAX
 from ..message_protocol import DeviceProtocolError
 from . import messages
 from .messages import F_PROTOCOL_FEATURES, Flag, Message, Protocol, RequestType
@@ -196,7 +196,7 @@ class Session:
             raise OSError(errno.EINVAL, "no table")
         number, _ = messages.REGIONS.unpack_from(payload)
         table = payload[messages.REGIONS.size :]
-        if number > VHOST_DESCRIPTORS or len(table) < number * messages.REGION.size:
+        if number > VHOST_USER_DESCRIPTORS_MAX or len(table) < number * messages.REGION.size:
             raise OSError(errno.EINVAL, f"a table of {number} regions")
         if len(fds) != number:
             raise OSError(errno.EINVAL, f"{len(fds)} descriptors for {number} regions")
@@ -207,14 +207,14 @@ class Session:
                 self._map(messages.REGION.unpack_from(table, place * messages.REGION.size), fd)
 
     def _get_max_mem_slots(self, payload: bytes) -> bytes:
-        return messages.U64.pack(MEMORY_SLOTS)
+        return messages.U64.pack(VHOST_USER_MEMORY_SLOTS_MAX)
 
     def _add_mem_reg(self, payload: bytes, fds: list[int]) -> None:
         fields = _unpack_region(payload)
         if len(fds) != 1:
             raise OSError(errno.EINVAL, f"{len(fds)} descriptors for a region")
-        if len(self._regions) >= MEMORY_SLOTS:
-            raise OSError(errno.ENOSPC, f"more than {MEMORY_SLOTS} regions")
+        if len(self._regions) >= VHOST_USER_MEMORY_SLOTS_MAX:
+            raise OSError(errno.ENOSPC, f"more than {VHOST_USER_MEMORY_SLOTS_MAX} regions")
         self._map(fields, fds[0])
 
     def _rem_mem_reg(self, payload: bytes, fds: list[int]) -> None:

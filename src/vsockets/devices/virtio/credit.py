@@ -15,16 +15,16 @@ from __future__ import annotations
 
 from collections import deque
 
-from ...limits import VIRTIO_MERGED, VIRTIO_PACKET
+from .limits import VIRTIO_MERGED_PACKET_MAX_BYTES, VIRTIO_PACKET_OVERHEAD_BYTES
 
 _MODULUS_BITS = 0xFFFF_FFFF
 _HALF = 1 << 31
 
 #: Packets are counted in runs of a sixteenth of what fits.
-_RUNS = 16 * VIRTIO_PACKET
+_RUNS = 16 * VIRTIO_PACKET_OVERHEAD_BYTES
 
 #: Unread packets are many when so many times that is the guest's buffer: half of what fits.
-MANY = 2 * VIRTIO_PACKET
+MANY = 2 * VIRTIO_PACKET_OVERHEAD_BYTES
 
 
 def distance(later: int, earlier: int) -> int:
@@ -35,12 +35,13 @@ def distance(later: int, earlier: int) -> int:
 class SendCredit:
     """The bytes and packets that may be sent to the guest.
 
-    A guest may count a packet that its program has not read as VIRTIO_PACKET bytes more than its
+    A guest may count a packet that its program has not read as VIRTIO_PACKET_OVERHEAD_BYTES bytes
+    more than its
     payload, and resets the connection when these are more than its buffer, although the
     specification has bytes of payload alone.  So unread packets are counted here, too:
 
         one whose last byte the guest has not passed on (``fwd_cnt``) is unread
-        a small one may be part of the one before it (:data:`VIRTIO_MERGED`)
+        a small one may be part of the one before it (:data:`VIRTIO_MERGED_PACKET_MAX_BYTES`)
 
     A stream never has to wait for a reader because of its packets: when there are many, the rest
     of its credit is spent in small ones, which the guest merges.
@@ -83,7 +84,12 @@ class SendCredit:
         sent = self._sent = self._sent + length & _MODULUS_BITS
         # An empty packet has been read for certain when a byte after it has.
         self._end = sent if length else sent + 1 & _MODULUS_BITS
-        if length <= VIRTIO_MERGED and length < self._room and packets == 1 and self.packets:
+        if (
+            length <= VIRTIO_MERGED_PACKET_MAX_BYTES
+            and length < self._room
+            and packets == 1
+            and self.packets
+        ):
             self._room -= length
             if not self._run:
                 self._runs[-1] = (self._end, self._runs[-1][1])
@@ -97,7 +103,7 @@ class SendCredit:
 
     def packet_size(self, room: int) -> int:
         """Return how many bytes each of a stream's next packets may have, if the guest's buffers
-        take ``room``: these, VIRTIO_MERGED, or 0 when it must wait for the guest.
+        take ``room``: these, VIRTIO_MERGED_PACKET_MAX_BYTES, or 0 when it must wait for the guest.
 
         To be called when the guest has :data:`MANY` unread packets.
         """
@@ -107,12 +113,16 @@ class SendCredit:
             self._full = self._fwd
             return 0
         # Packets that the rest of the credit takes, merged by the guest; and one that is not full.
-        rest = self.available() // max(room - VIRTIO_MERGED, 1) + 2
-        return VIRTIO_MERGED if self.packets and self.packets + rest >= limit else room
+        rest = self.available() // max(room - VIRTIO_MERGED_PACKET_MAX_BYTES, 1) + 2
+        return (
+            VIRTIO_MERGED_PACKET_MAX_BYTES
+            if self.packets and self.packets + rest >= limit
+            else room
+        )
 
     def takes_message(self, packets: int) -> bool:
         """Return whether a message of ``packets`` may be sent; if not, it must wait."""
-        if (self.packets + packets) * VIRTIO_PACKET <= self.buffer:
+        if (self.packets + packets) * VIRTIO_PACKET_OVERHEAD_BYTES <= self.buffer:
             return True
         self._retire()
         # A message is sent whole: the guest reads nothing of it before.
@@ -150,7 +160,7 @@ class SendCredit:
     @property
     def _limit(self) -> int:
         """Unread packets the guest can hold: one in any case, else nothing could be sent."""
-        return self.buffer // VIRTIO_PACKET or 1
+        return self.buffer // VIRTIO_PACKET_OVERHEAD_BYTES or 1
 
     def _retire(self) -> None:
         """Count no packets that the guest has read."""

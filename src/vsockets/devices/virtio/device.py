@@ -12,22 +12,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from ...limits import (
-    CREDIT_AGAIN,
-    GUEST_ANSWER,
-    GUEST_FAREWELL,
-    VIRTIO_BUFFER,
-    VIRTIO_CONNECTIONS,
-    VIRTIO_LARGE_BUFFERS,
-    VIRTIO_SMALL_BUFFER,
-    WAITING_RESETS,
-)
 from ..capture import CaptureSink
 from ..guest_memory import GuestMemory
 from ..loop import DeviceLoop
 from ..vhost_user import Vring
 from .connection import Action, ConnectionState
 from .host_stream import KINDS, TYPES, HostStream
+from .limits import (
+    VIRTIO_BUFFER_BYTES,
+    VIRTIO_CLOSE_TIMEOUT_SECONDS,
+    VIRTIO_CONNECT_TIMEOUT_SECONDS,
+    VIRTIO_CONNECTIONS_MAX,
+    VIRTIO_CREDIT_RETRY_SECONDS,
+    VIRTIO_LARGE_BUFFERS_MAX,
+    VIRTIO_SMALL_BUFFER_BYTES,
+    VIRTIO_WAITING_RESETS_MAX,
+)
 from .packed_ring import PackedRing
 from .packet import CONFIGURATION, F_SEQPACKET, F_STREAM, TRANSPORT_RESET, Header, Op, Type
 from .ring import (
@@ -187,7 +187,7 @@ class VirtioVsock:
         with the errno for who connects; then ``sock`` is the connection, or is closed.
         """
         key = (*peer, port)
-        if self._receive is None or key in self.links or len(self.links) >= VIRTIO_CONNECTIONS:
+        if self._receive is None or key in self.links or len(self.links) >= VIRTIO_CONNECTIONS_MAX:
             answer(errno.EHOSTUNREACH if self._receive is None else errno.ECONNRESET)
             sock.close()
             return
@@ -197,7 +197,9 @@ class VirtioVsock:
         link.sock = sock
         self.links[key] = link
         self._answers[link] = answer
-        self._loop.call_later(GUEST_ANSWER, partial(self._give_up, link, ConnectionState.OFFERED))
+        self._loop.call_later(
+            VIRTIO_CONNECT_TIMEOUT_SECONDS, partial(self._give_up, link, ConnectionState.OFFERED)
+        )
         self.touched(link)
         self._turn()
 
@@ -217,7 +219,7 @@ class VirtioVsock:
     @property
     def is_overwhelmed(self) -> bool:
         """Whether the guest's packets wait until it has taken some of ours."""
-        return len(self._resets) >= WAITING_RESETS
+        return len(self._resets) >= VIRTIO_WAITING_RESETS_MAX
 
     def _work_again(self) -> None:
         """Another turn, after everybody else's."""
@@ -267,11 +269,12 @@ class VirtioVsock:
                 self._vrings[RECEIVE].call()
             if link.say and link.send.is_full and not link.asks_again:
                 link.asks_again = True
-                self._loop.call_later(CREDIT_AGAIN, partial(self._ask_again, link))
+                self._loop.call_later(VIRTIO_CREDIT_RETRY_SECONDS, partial(self._ask_again, link))
             self.touched(link)
             if link.state is ConnectionState.CLOSING:
                 self._loop.call_later(
-                    GUEST_FAREWELL, partial(self._give_up, link, ConnectionState.CLOSING)
+                    VIRTIO_CLOSE_TIMEOUT_SECONDS,
+                    partial(self._give_up, link, ConnectionState.CLOSING),
                 )
         if queue.publish():
             self._vrings[RECEIVE].call()
@@ -359,7 +362,7 @@ class VirtioVsock:
 
     def _request(self, header: Header) -> None:
         kind = KINDS.get(header.type)  # type: ignore[call-overload]
-        if kind is None or len(self.links) >= VIRTIO_CONNECTIONS or header.dst_cid >> 32:
+        if kind is None or len(self.links) >= VIRTIO_CONNECTIONS_MAX or header.dst_cid >> 32:
             self._refuse(header)
             return
         peer = (header.dst_cid, header.dst_port)
@@ -374,7 +377,9 @@ class VirtioVsock:
         )
         if link in self._attempts:
             self._attempts[link] = give_up
-            self._loop.call_later(GUEST_ANSWER, partial(self._give_up, link, ConnectionState.ASKED))
+            self._loop.call_later(
+                VIRTIO_CONNECT_TIMEOUT_SECONDS, partial(self._give_up, link, ConnectionState.ASKED)
+            )
 
     def _connected(self, link: HostStream, sock: socket.socket | None) -> None:
         self._attempts.pop(link, None)
@@ -463,5 +468,5 @@ class VirtioVsock:
         self._resets.clear()
 
     def _credit(self) -> int:
-        full = len(self.links) < VIRTIO_LARGE_BUFFERS
-        return VIRTIO_BUFFER if full else VIRTIO_SMALL_BUFFER
+        full = len(self.links) < VIRTIO_LARGE_BUFFERS_MAX
+        return VIRTIO_BUFFER_BYTES if full else VIRTIO_SMALL_BUFFER_BYTES

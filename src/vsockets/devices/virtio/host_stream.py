@@ -23,9 +23,9 @@ from socket import (
     SOL_SOCKET,
 )
 
-from ...limits import WAITING_MESSAGES
 from ..vectored_io import push
 from .connection import Connection, ConnectionState
+from .limits import VIRTIO_WAITING_MESSAGES_MAX
 from .packet import Sequenced, Shutdown, Type
 
 #: Socket types of the host for the guest's, and back.
@@ -151,7 +151,7 @@ class HostStream(Connection):
         for part in parts:
             self._message += part
         if flags & _END_OF_MESSAGE:
-            if len(self._lengths) >= WAITING_MESSAGES:
+            if len(self._lengths) >= VIRTIO_WAITING_MESSAGES_MAX:
                 self.reset()
                 return
             self._lengths.append((len(self._message), flags & _END_OF_RECORD))

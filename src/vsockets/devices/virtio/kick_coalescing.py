@@ -11,10 +11,10 @@ come in time, and falls to what there was when they did not.
 
 from __future__ import annotations
 
-from ...limits import KICK_DELAY, PACKETS_A_KICK, VIRTIO_BUFFER
+from .limits import VIRTIO_BUFFER_BYTES, VIRTIO_KICK_DELAY_SECONDS, VIRTIO_PACKETS_PER_KICK_MAX
 
 #: Of the guest's credit, so much may come at a time: then there is some left to go on with.
-_SHARE = VIRTIO_BUFFER * 3 // 4
+_SHARE = VIRTIO_BUFFER_BYTES * 3 // 4
 
 #: A look without a kick comes after so many times what the packets should have taken.
 _PATIENCE = 2
@@ -43,10 +43,16 @@ class KickCoalescing:
         interval = max(now - self._looked, 1e-6) / max(packets, 1)
         self._looked = now
         self._streamed += length
-        if self._streamed <= VIRTIO_BUFFER or not length:
+        if self._streamed <= VIRTIO_BUFFER_BYTES or not length:
             self.packets = 1
             return
-        wanted = min(2 * packets if packets >= self.packets else packets, PACKETS_A_KICK)
-        wanted = min(wanted, _SHARE * packets // length, int(KICK_DELAY / interval / _PATIENCE))
+        wanted = min(
+            2 * packets if packets >= self.packets else packets, VIRTIO_PACKETS_PER_KICK_MAX
+        )
+        wanted = min(
+            wanted,
+            _SHARE * packets // length,
+            int(VIRTIO_KICK_DELAY_SECONDS / interval / _PATIENCE),
+        )
         self.packets = max(wanted, 1)
         self.delay = self.packets * interval * _PATIENCE

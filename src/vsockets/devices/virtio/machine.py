@@ -9,13 +9,13 @@ from functools import partial
 from socket import MSG_DONTWAIT
 
 from ...control import Events
-from ...limits import VIRTIO_ENLARGED, VIRTIO_LARGEST_BUFFER
 from ...model.buffers import BufferSizes
 from ...protocol import RECORD_SIZE, ProtocolError, Record
 from ..client import DeviceClient, Offer
 from ..lifecycle_events import INTERRUPTIONS, subscribe
 from ..loop import DeviceLoop
 from .device import VirtioVsock
+from .limits import VIRTIO_ENLARGED_BUFFER_MAX_BYTES, VIRTIO_ENLARGED_BUFFERS_MAX
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ class VirtioMachine:
 
     def _resized(self, port: int, peer: tuple[int, int], size: int) -> None:
         link = self.device.links.get((*peer, port))
-        if link is not None and len(self.device.links) <= VIRTIO_ENLARGED:
-            link.enlarge(min(size, VIRTIO_LARGEST_BUFFER))
+        if link is not None and len(self.device.links) <= VIRTIO_ENLARGED_BUFFERS_MAX:
+            link.enlarge(min(size, VIRTIO_ENLARGED_BUFFER_MAX_BYTES))
             self.device.touched(link)
             self.device.work()
 

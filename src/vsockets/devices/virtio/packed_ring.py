@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import struct
 
-from ...limits import DESCRIPTOR_CHAIN
 from ..guest_memory import BadAddress, GuestMemory
+from .limits import VIRTIO_CHAIN_DESCRIPTORS_MAX
 from .ring import DESCRIPTOR, INDIRECT, NEXT, WRITE, Chain, RingError, fence, table, view
 
 _AVAILABLE, _USED = 1 << 7, 1 << 15  # of a descriptor's flags
@@ -110,7 +110,7 @@ class PackedRing:
                 self._add(address, length, flags, readable, writable)
                 if not flags & NEXT:
                     break
-                if count == self._size or count >= DESCRIPTOR_CHAIN:
+                if count == self._size or count >= VIRTIO_CHAIN_DESCRIPTORS_MAX:
                     raise RingError("an endless chain of descriptors")
                 index = index + 1 if index + 1 < self._size else 0
                 flags = self._words[index * 8 + 7]

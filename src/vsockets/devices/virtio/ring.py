@@ -7,8 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
-from ...limits import DESCRIPTOR_CHAIN
 from ..guest_memory import BadAddress, GuestMemory
+from .limits import VIRTIO_CHAIN_DESCRIPTORS_MAX
 
 # Feature bits every virtio device may offer (virtio 1.3, chapter 6).
 F_RING_INDIRECT_DESC = 1 << 28
@@ -80,7 +80,11 @@ def view(memory: GuestMemory, address: int, size: int, alignment: int) -> memory
 
 def table(memory: GuestMemory, address: int, length: int) -> memoryview:
     """An indirect descriptor table."""
-    if not length or length % DESCRIPTOR.size or length > DESCRIPTOR_CHAIN * DESCRIPTOR.size:
+    if (
+        not length
+        or length % DESCRIPTOR.size
+        or length > VIRTIO_CHAIN_DESCRIPTORS_MAX * DESCRIPTOR.size
+    ):
         raise RingError(f"an indirect table of {length} bytes")
     try:
         return memory.view(address, length)

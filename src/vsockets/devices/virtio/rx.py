@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from socket import MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
 
-from ...limits import VECTORS, VIRTIO_MERGED
 from ..capture import CaptureSink
+from ..limits import IO_VECTORS_MAX
 from ..vectored_io import pull
 from .capture import record
 from .connection import BOTH
 from .credit import MANY
 from .host_stream import HostStream
+from .limits import VIRTIO_MERGED_PACKET_MAX_BYTES
 from .packet import HEADER, HEADER_SIZE, Op, Sequenced, Shutdown, Type
 from .ring import Chain, Ring, RingError, total
 
@@ -144,13 +145,13 @@ class ReceiveQueue:
             most = self._packet_size(link)
             if not most:
                 return False
-            small = most == VIRTIO_MERGED
+            small = most == VIRTIO_MERGED_PACKET_MAX_BYTES
             if small:
                 buffers = _cut(buffers, most)
         views: list[memoryview] = []
         room = 0
         for _, header, parts, size in buffers:
-            if len(views) + len(parts) > VECTORS:
+            if len(views) + len(parts) > IO_VECTORS_MAX:
                 break
             views += parts if header is not None else _after_header(parts)
             room += size
@@ -213,14 +214,14 @@ class ReceiveQueue:
         return used
 
     def _label_small(self, link: HostStream, received: int) -> int:
-        """As :meth:`_label`, with packets of at most VIRTIO_MERGED bytes."""
+        """As :meth:`_label`, with packets of at most VIRTIO_MERGED_PACKET_MAX_BYTES bytes."""
         used = 0
         while received:
             room = self._stock[0][3]
             if not room:
                 self._give_back()
                 continue
-            length = min(room, VIRTIO_MERGED, received)
+            length = min(room, VIRTIO_MERGED_PACKET_MAX_BYTES, received)
             used += self._label(link, length)
             received -= length
         return used

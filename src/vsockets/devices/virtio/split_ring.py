@@ -6,8 +6,8 @@ is read once, into a value of our own, checked, and then used.
 
 from __future__ import annotations
 
-from ...limits import DESCRIPTOR_CHAIN
 from ..guest_memory import BadAddress, GuestMemory
+from .limits import VIRTIO_CHAIN_DESCRIPTORS_MAX
 from .ring import DESCRIPTOR, INDIRECT, NEXT, WRITE, Chain, RingError, fence, table, view
 
 _MASK = 0xFFFF
@@ -94,7 +94,7 @@ class SplitRing:
                 if not flags & NEXT:
                     break
                 left -= 1
-                if not left or len(readable) + len(writable) >= DESCRIPTOR_CHAIN:
+                if not left or len(readable) + len(writable) >= VIRTIO_CHAIN_DESCRIPTORS_MAX:
                     raise RingError("an endless chain of descriptors")
                 if following >= limit:
                     raise RingError(f"descriptor {following} of {limit}")

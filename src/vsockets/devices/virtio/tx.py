@@ -9,11 +9,12 @@ from __future__ import annotations
 from time import monotonic
 from typing import Protocol
 
-from ...limits import PACKETS_A_TURN, VECTORS
 from ..capture import CaptureSink
+from ..limits import IO_VECTORS_MAX
 from .capture import record
 from .host_stream import HostStream
 from .kick_coalescing import KickCoalescing
+from .limits import VIRTIO_PACKETS_PER_TURN_MAX
 from .packet import HEADER, HEADER_SIZE, Header, Op, Type
 from .ring import Ring, RingError, total
 
@@ -71,7 +72,7 @@ class TransmitQueue:
         paced = False
         more = True
         cid, tap = self._cid, self._tap
-        turn = 0 if receiver.is_overwhelmed else PACKETS_A_TURN
+        turn = 0 if receiver.is_overwhelmed else VIRTIO_PACKETS_PER_TURN_MAX
         while turn:
             turn -= 1
             chain = pop()
@@ -111,7 +112,7 @@ class TransmitQueue:
                         if type_ != _STREAM:
                             link.pass_on_fragment(parts, size, flags)
                         elif size:
-                            if link is not run or len(views) + len(parts) > VECTORS:
+                            if link is not run or len(views) + len(parts) > IO_VECTORS_MAX:
                                 if run is not None:
                                     run.pass_on(views, length)
                                     receiver.touched(run)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ...limits import UNTOLD_DELAY, UNTOLD_PACKETS
 from ..loop import DeviceLoop, Timer
 from ..vhost_user import Vring
 from .kick_coalescing import KickCoalescing
+from .limits import VIRTIO_USED_BATCH_PACKETS, VIRTIO_USED_BATCH_SECONDS
 from .tx import TransmitQueue
 
 
@@ -25,7 +25,7 @@ class TxPoll:
         self._looking: Timer | None = None
         self._calling: Timer | None = None
         self._untold = 0  # packets taken since the guest was told
-        self._most_untold = min(UNTOLD_PACKETS, vring.size // 2)
+        self._most_untold = min(VIRTIO_USED_BATCH_PACKETS, vring.size // 2)
         self._owes_call = False  # the guest wants to be told of them
 
     def run(self) -> bool:
@@ -38,7 +38,7 @@ class TxPoll:
             if self._untold >= self._most_untold:
                 self._call()
             elif self._calling is None:
-                self._calling = self._loop.call_later(UNTOLD_DELAY, self._call)
+                self._calling = self._loop.call_later(VIRTIO_USED_BATCH_SECONDS, self._call)
         if self._looking is not None:
             self._looking.cancel()
             self._looking = None

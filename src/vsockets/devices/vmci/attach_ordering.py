@@ -3,14 +3,14 @@
 Linux's driver takes a packet for a socket that is just in use by a work item of its own, and work
 items overtake each other.  A socket that is still connecting and sees a WROTE or a SHUTDOWN gives
 up with EPROTO.  So what follows our ATTACH waits until the guest has said something on the stream,
-or for :data:`AFTER_ATTACH`.
+or for :data:`VMCI_ATTACH_HOLD_SECONDS`.
 """
 
 from __future__ import annotations
 
-from ...limits import AFTER_ATTACH
 from ..loop import DeviceLoop
 from .flow_control import Send
+from .limits import VMCI_ATTACH_HOLD_SECONDS
 from .packets import Kind
 
 
@@ -21,7 +21,7 @@ class AfterAttach:
         self._pass_on = send
         #: each once: a second WROTE says no more than the first
         self._held: dict[tuple[Kind, int, int], None] | None = {}
-        loop.call_later(AFTER_ATTACH, self.release)
+        loop.call_later(VMCI_ATTACH_HOLD_SECONDS, self.release)
 
     def send(self, kind: Kind, value: int, offset: int) -> None:
         """Send it now, or when the time has come."""

@@ -12,20 +12,20 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from ...limits import GUEST_DATAGRAMS, GUEST_QUEUE
 from ..guest_memory import GuestMemory
 from ..vfio_user import ConfigSpace, Identity, Interrupts, Irq, Region, pci
 from .byte_ports import BytePorts
 from .datagrams import Code, Datagram
 from .dma import DmaBuffers
+from .limits import VMCI_DATAGRAM_QUEUE_MAX, VMCI_DATAGRAM_QUEUE_MAX_BYTES
 from .registers import (
     IO_BAR,
+    IO_VECTORS_MAX,
     MMIO_BAR,
     MMIO_REGISTERS,
     MSIX_PENDING,
     MSIX_TABLE,
     OLD_MSIX_BAR,
-    VECTORS,
     Caps,
     Cause,
     Control,
@@ -35,7 +35,7 @@ from .registers import (
 log = logging.getLogger(__name__)
 
 # Plain integers: an enum's & costs as much as a system call.
-_VECTORS = {int(cause): vector for cause, vector in VECTORS.items()}
+_VECTORS = {int(cause): vector for cause, vector in IO_VECTORS_MAX.items()}
 _DATAGRAM, _DMA_DATAGRAM = int(Cause.DATAGRAM), int(Cause.DMA_DATAGRAM)
 
 _IDENTITY = Identity(0x15AD, 0x0740, 0x15AD, 0x0740, 0x088000, 0x10)
@@ -110,12 +110,12 @@ class VmciDevice:
     @property
     def has_room(self) -> bool:
         """Whether the guest may be sent more datagrams of programs."""
-        return self._waiting_bytes < GUEST_QUEUE
+        return self._waiting_bytes < VMCI_DATAGRAM_QUEUE_MAX_BYTES
 
     @property
     def is_overwhelmed(self) -> bool:
         """Whether so much waits for the guest that it may ask for nothing more."""
-        return len(self._waiting) >= GUEST_DATAGRAMS
+        return len(self._waiting) >= VMCI_DATAGRAM_QUEUE_MAX
 
     def deliver(self, datagram: bytes) -> None:
         """Send the guest a datagram, encoded.

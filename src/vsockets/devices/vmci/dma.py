@@ -12,9 +12,9 @@ import struct
 from collections import deque
 from collections.abc import Callable
 
-from ...limits import SCATTER_ELEMENTS
 from ..guest_memory import BadAddress, GuestMemory, ScatterList
 from .datagrams import HEADER, LARGEST, TERMINATOR, Code
+from .limits import VMCI_SCATTER_ELEMENTS_MAX
 
 _BUFFER = struct.Struct("<IIIIq")
 _RESULT_AT = 16
@@ -77,7 +77,7 @@ class DmaBuffers:
 
     def _room(self, header: bytes, elements_at: int) -> ScatterList:
         _, operation, count, _, _ = _BUFFER.unpack(header)
-        if operation != _SCATTERED or not 0 < count <= SCATTER_ELEMENTS:
+        if operation != _SCATTERED or not 0 < count <= VMCI_SCATTER_ELEMENTS_MAX:
             raise BadAddress(f"a buffer of {count} elements")
         elements = bytes(self._memory.view(elements_at, count * _ELEMENT.size))
         left = LARGEST

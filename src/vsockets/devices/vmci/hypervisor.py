@@ -11,11 +11,6 @@ import struct
 from collections.abc import Callable
 from typing import Protocol
 
-from ...limits import (
-    DOORBELLS,
-    QUEUE_PAIR_MEMORY,
-    QUEUE_PAIRS,
-)
 from ...model.constants import VMADDR_CID_HYPERVISOR
 from ..guest_memory import BadAddress
 from . import packets
@@ -30,6 +25,7 @@ from .datagrams import (
     queue_pair_event,
 )
 from .device import VmciDevice
+from .limits import VMCI_DOORBELLS_MAX, VMCI_QUEUE_PAIR_MAX_BYTES, VMCI_QUEUE_PAIRS_MAX
 from .packets import Packet
 from .queue_pair import QueuePair, pages_of
 
@@ -179,7 +175,7 @@ class Hypervisor:
         if len(payload) < _LINK.size:
             return Code.INVALID_ARGS
         context, resource, index = _LINK.unpack_from(payload)
-        if index >= self.device.page_size or len(self._doorbells) >= DOORBELLS:
+        if index >= self.device.page_size or len(self._doorbells) >= VMCI_DOORBELLS_MAX:
             return Code.INVALID_ARGS
         handle = Handle(context, resource)
         if handle in self._doorbells:
@@ -214,7 +210,7 @@ class Hypervisor:
         handle = Handle(context, resource)
         if flags & ~_ALL_FLAGS or not produce or not consume:
             return Code.INVALID_ARGS
-        if max(produce, consume) > QUEUE_PAIR_MEMORY:
+        if max(produce, consume) > VMCI_QUEUE_PAIR_MAX_BYTES:
             return Code.NO_RESOURCES
         size = self.device.page_size
         if count != pages_of(produce, consume, size):
@@ -224,8 +220,8 @@ class Hypervisor:
             return Code.INVALID_ARGS
         if handle in self._queue_pairs:
             return Code.ALREADY_EXISTS
-        full = len(self._queue_pairs) >= QUEUE_PAIRS
-        if full or self._queue_pair_memory + count * size > QUEUE_PAIR_MEMORY:
+        full = len(self._queue_pairs) >= VMCI_QUEUE_PAIRS_MAX
+        if full or self._queue_pair_memory + count * size > VMCI_QUEUE_PAIR_MAX_BYTES:
             return Code.NO_RESOURCES
         attaching = bool(flags & _ATTACH_ONLY)
         # One that is created is of the guest's context; one attached to is ours, and offered.

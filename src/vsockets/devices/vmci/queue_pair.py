@@ -16,8 +16,8 @@ import struct
 import threading
 from collections.abc import Sequence
 
-from ...limits import VECTORS
 from ..guest_memory import BadAddress, GuestMemory, ScatterList
+from ..limits import IO_VECTORS_MAX
 from .datagrams import Handle
 
 _TAIL, _HEAD = 1, 2  #: 64-bit words of a header; word 0 is the handle
@@ -198,4 +198,4 @@ def _window(data: ScatterList, size: int, start: int, length: int) -> Sequence[m
     if sum(map(len, first)) < size - start:  # as many buffers as a system call takes
         return first
     second = data.window(0, length - (size - start))
-    return [*first, *second][:VECTORS]
+    return [*first, *second][:IO_VECTORS_MAX]

@@ -40,7 +40,7 @@ class Cause(IntEnum):
     DMA_DATAGRAM = 4  #: a datagram read is complete
 
 
-VECTORS = {Cause.DATAGRAM: 0, Cause.NOTIFICATION: 1, Cause.DMA_DATAGRAM: 2}
+IO_VECTORS_MAX = {Cause.DATAGRAM: 0, Cause.NOTIFICATION: 1, Cause.DMA_DATAGRAM: 2}
 
 
 class Caps(IntFlag):

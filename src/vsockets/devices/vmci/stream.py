@@ -3,7 +3,8 @@
 Guest to host, the guest says WROTE when its queue stops being empty.  A guest that writes little
 and often would say so each time, which costs it and us more than the data.  So while data keeps
 coming, the last byte is taken and not given back: the queue never looks empty, nothing is said,
-and we look at it by ourselves every :data:`LOOK_AGAIN`, or without a pause for as long as an
+and we look at it by ourselves every :data:`VMCI_QUEUE_POLL_SECONDS`, or without a pause for as
+long as an
 answer may take.  Once nothing came for some looks the byte is given back, and the queue looked at
 once more, so no wake-up is lost.
 
@@ -31,11 +32,18 @@ import socket
 from collections.abc import Callable
 from socket import SHUT_RD, SHUT_RDWR, SHUT_WR
 
-from ...limits import ANSWER, LOOK_AGAIN, LOOKS, NEXT_WORD, PUMP_ROUNDS, REMIND
 from ..capture import CaptureSink
 from ..loop import DeviceLoop
 from ..vectored_io import pull, push
 from .flow_control import QueueNotifications, QueueState, Send
+from .limits import (
+    VMCI_IDLE_QUEUE_POLLS_MAX,
+    VMCI_NEXT_WRITE_POLL_SECONDS,
+    VMCI_PUMP_ROUNDS_PER_TURN,
+    VMCI_QUEUE_POLL_SECONDS,
+    VMCI_REMINDER_SECONDS,
+    VMCI_REPLY_POLL_SECONDS,
+)
 from .packets import Kind, Shutdown
 from .queue_pair import BrokenQueue, QueuePair
 
@@ -181,7 +189,7 @@ class Stream:
             self._flow.read(inbound.publish(), inbound.position)
             return
         moved = False
-        for _ in range(PUMP_ROUNDS):
+        for _ in range(VMCI_PUMP_ROUNDS_PER_TURN):
             ready = inbound.ready()
             if not ready:
                 break
@@ -235,9 +243,9 @@ class Stream:
 
     def _keep_looking(self, moved: bool) -> None:
         if not self._looks:
-            self._loop.call_later(LOOK_AGAIN, self._look)
+            self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._look)
         if moved or not self._looks:
-            self._looks = LOOKS
+            self._looks = VMCI_IDLE_QUEUE_POLLS_MAX
 
     def _look(self) -> None:
         if not self._looks or self.queue_pair is None or not self._writing:
@@ -257,7 +265,7 @@ class Stream:
             self.abort()
             return
         if self._looks:
-            self._loop.call_later(LOOK_AGAIN, self._look)
+            self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._look)
 
     def _answered(self) -> bool:
         """Whether looking for the guest's answer is over."""
@@ -268,7 +276,7 @@ class Stream:
                 return False
             self._pump_in()
             # The program's next word is as near: a sleep and a wake-up would take as long.
-            self._loop.spin(_never, NEXT_WORD)
+            self._loop.spin(_never, VMCI_NEXT_WRITE_POLL_SECONDS)
         except BrokenQueue:
             self.abort()
         return True
@@ -277,7 +285,7 @@ class Stream:
 
     def _pump_out(self, events: int = 0) -> None:
         outbound = self._out
-        for _ in range(PUMP_ROUNDS):
+        for _ in range(VMCI_PUMP_ROUNDS_PER_TURN):
             free = outbound.free() - self._spared
             if free <= 0:
                 self._want(self._interest & ~_IN, events & _HUP)
@@ -295,17 +303,17 @@ class Stream:
             self._flow.wrote(was_empty, outbound.position)
             if not was_empty and self._unread is None:
                 self._unread = outbound.consumed
-                self._loop.call_later(REMIND, self._remind)
+                self._loop.call_later(VMCI_REMINDER_SECONDS, self._remind)
             if self._looks:
-                self._looks = LOOKS
-                self._loop.spin(self._answered, ANSWER)
+                self._looks = VMCI_IDLE_QUEUE_POLLS_MAX
+                self._loop.spin(self._answered, VMCI_REPLY_POLL_SECONDS)
 
     def _wait_for_room(self) -> None:
         if not self._spared:
             self._flow.blocked()
         elif not self._looks_for_room:
-            self._looks_for_room, self._had_read = LOOKS, self._out.consumed
-            self._loop.call_later(LOOK_AGAIN, self._look_for_room)
+            self._looks_for_room, self._had_read = VMCI_IDLE_QUEUE_POLLS_MAX, self._out.consumed
+            self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._look_for_room)
 
     def _look_for_room(self) -> None:
         looks, self._looks_for_room = self._looks_for_room, 0
@@ -316,7 +324,7 @@ class Stream:
                 self._resume_reading()
             elif looks > 1:
                 self._looks_for_room = looks - 1
-                self._loop.call_later(LOOK_AGAIN, self._look_for_room)
+                self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._look_for_room)
             else:
                 # Enough: what fills the queue lets the guest say READ.
                 self._spared = 0

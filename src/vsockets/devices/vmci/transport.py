@@ -9,16 +9,7 @@ import socket
 from itertools import count
 from socket import SO_SNDBUF, SOL_SOCKET
 
-from ...limits import (
-    DEFAULT_BUFFER_MAX_SIZE,
-    DEFAULT_BUFFER_SIZE,
-    FABRIC_PROMPT,
-    HANDSHAKE,
-    LARGEST_SEND_BUFFER,
-    PENDING_STREAMS,
-    QUEUE_PAIR_MEMORY,
-    UNSENT_BYTES,
-)
+from ...limits import SEND_BUFFER_MAX_BYTES, STREAM_BUFFER_DEFAULT_BYTES, STREAM_BUFFER_MAX_BYTES
 from ...model.buffers import BufferSizes
 from ...model.constants import VMADDR_CID_HYPERVISOR
 from ...protocol import RECORD_SIZE, ProtocolError, Record
@@ -31,6 +22,13 @@ from .capture import operation_of
 from .datagrams import HEADER, Code, Datagram, Handle
 from .handshake import Accepting, Connecting, Step
 from .hypervisor import Hypervisor
+from .limits import (
+    VMCI_CONNECT_WAIT_SECONDS,
+    VMCI_HANDSHAKE_TIMEOUT_SECONDS,
+    VMCI_PENDING_STREAMS_MAX,
+    VMCI_QUEUE_PAIR_MAX_BYTES,
+    VMCI_UNSENT_MAX_BYTES,
+)
 from .packets import Kind, Packet
 from .queue_pair import QueuePair
 from .stream import Stream
@@ -38,7 +36,7 @@ from .stream import Stream
 log = logging.getLogger(__name__)
 
 #: What a guest that connects leaves open: it will itself see whether the answer suits it.
-_SMALLEST, _LARGEST = 1, QUEUE_PAIR_MEMORY
+_SMALLEST, _LARGEST = 1, VMCI_QUEUE_PAIR_MAX_BYTES
 
 _CODES = {
     errno.EHOSTUNREACH: Code.INVALID_RESOURCE,
@@ -75,9 +73,9 @@ def _proposal(offer: Offer) -> BufferSizes:
     """What the guest is asked for.  Where nobody chose a size it is the largest by default, as
     Linux's own: with 64 KiB a guest sleeps, and is woken, four times as often.
     """
-    if offer.sizes.size != DEFAULT_BUFFER_SIZE:
+    if offer.sizes.size != STREAM_BUFFER_DEFAULT_BYTES:
         return offer.sizes
-    return offer.sizes.with_size(DEFAULT_BUFFER_MAX_SIZE)
+    return offer.sizes.with_size(STREAM_BUFFER_MAX_BYTES)
 
 
 def _as_told(offer: Offer, size: int) -> int:
@@ -163,7 +161,7 @@ class VmciSockets:
                 self._record(Operation.DISCONNECT, connection.key, from_guest=True)
             if stream.left:
                 self._unsent.add(stream)
-            if sum(one.left for one in self._unsent) > UNSENT_BYTES:
+            if sum(one.left for one in self._unsent) > VMCI_UNSENT_MAX_BYTES:
                 stream.abort()
 
     def _deliver(self, source: tuple[int, int], port: int, payload: bytes) -> bool:
@@ -179,7 +177,7 @@ class VmciSockets:
     def _accept(self, key: _Key, packet: Packet) -> int:
         handshake = Accepting(packet, self._find)
         port, *peer = key
-        if not handshake.possible or self._pending() >= PENDING_STREAMS:
+        if not handshake.possible or self._pending() >= VMCI_PENDING_STREAMS_MAX:
             self._send(key, Kind.RST)
             return _DONE
         sizes = BufferSizes(handshake.wanted, _SMALLEST, _LARGEST)
@@ -192,7 +190,7 @@ class VmciSockets:
         # Most answers are there at once, and then the guest's connect() can say why it failed.
         poll = select.poll()
         poll.register(sock, select.POLLIN)
-        if poll.poll(1000 * FABRIC_PROMPT):
+        if poll.poll(1000 * VMCI_CONNECT_WAIT_SECONDS):
             record = self._read_answer(sock)
             if record.status:
                 sock.close()
@@ -232,7 +230,7 @@ class VmciSockets:
     def connect_to_guest(self, offer: Offer) -> None:
         """Somebody connects to a port of the guest."""
         key = offer.port, *offer.peer
-        if key in self._connections or self._pending() >= PENDING_STREAMS:
+        if key in self._connections or self._pending() >= VMCI_PENDING_STREAMS_MAX:
             self._fabric.settle(offer, error=errno.ECONNRESET)
             return
         handle = Handle(offer.peer[0], next(self._names) & 0xFFFF_FFFF)
@@ -257,7 +255,9 @@ class VmciSockets:
     def _wait(self, connection: _Connection) -> None:
         if connection.timer is not None:
             connection.timer.cancel()
-        connection.timer = self._loop.call_later(HANDSHAKE, lambda: self._timed_out(connection))
+        connection.timer = self._loop.call_later(
+            VMCI_HANDSHAKE_TIMEOUT_SECONDS, lambda: self._timed_out(connection)
+        )
 
     def _timed_out(self, connection: _Connection) -> None:
         self._send(connection.key, Kind.RST)
@@ -288,8 +288,8 @@ class VmciSockets:
         self._stop_waiting(connection)
         connection.handshake = None
         self._by_handle[handle] = connection
-        if size != DEFAULT_BUFFER_SIZE:
-            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(size, LARGEST_SEND_BUFFER))
+        if size != STREAM_BUFFER_DEFAULT_BYTES:
+            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(size, SEND_BUFFER_MAX_BYTES))
         if connection.offer is not None:
             self._fabric.settle(connection.offer, size=_as_told(connection.offer, size))
 
@@ -309,7 +309,10 @@ class VmciSockets:
             if connection.offer is not None or stream.was_used:
                 self._hypervisor.tell_detached(queue_pair)
             else:
-                self._loop.call_later(HANDSHAKE, lambda: self._hypervisor.tell_detached(queue_pair))
+                self._loop.call_later(
+                    VMCI_HANDSHAKE_TIMEOUT_SECONDS,
+                    lambda: self._hypervisor.tell_detached(queue_pair),
+                )
 
         stream = connection.stream = Stream(
             self._loop,

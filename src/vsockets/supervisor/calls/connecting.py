@@ -17,16 +17,12 @@ import time
 from contextlib import closing
 from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 
-from ...limits import (
-    CONNECT_GRACE,
-    DEFAULT_BUFFER_SIZE,
-    FORCED_SEND_BUFFER,
-    LARGEST_SEND_BUFFER,
-)
+from ...limits import SEND_BUFFER_MAX_BYTES, STREAM_BUFFER_DEFAULT_BYTES
 from ...model.constants import VMADDR_CID_ANY
 from ...pass_rights import refuse
 from ...protocol import PADDING, Record, RequestFlag, encode_connect
 from ..call import Answer, Call, failure
+from ..limits import SUPERVISOR_CONNECT_GRACE_SECONDS, SUPERVISOR_FORCED_SEND_BUFFER_MAX_BYTES
 from ..notification import Gone
 from ..scheduler import ready
 from ..sockets import Endpoint, Phase
@@ -69,7 +65,7 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
         _require_connectable(endpoint)  # another thread may have been quicker
         _send(endpoint, sock, peer, polls, call.asker())
         if polls:
-            if not await _wait(endpoint, sock, CONNECT_GRACE):
+            if not await _wait(endpoint, sock, SUPERVISOR_CONNECT_GRACE_SECONDS):
                 call.answer(-errno.EINPROGRESS)
                 await _wait(endpoint, sock, deadline - time.monotonic())
         else:
@@ -156,17 +152,17 @@ def settle(endpoint: Endpoint, sock: _socket.socket, record: Record) -> None:
     """Make ``sock`` the stream that ``record`` describes."""
     endpoint.settle(record)
     # A default nobody chose should slow no stream down.
-    if endpoint.type == SOCK_SEQPACKET or record.size != DEFAULT_BUFFER_SIZE:
+    if endpoint.type == SOCK_SEQPACKET or record.size != STREAM_BUFFER_DEFAULT_BYTES:
         limit_queue(endpoint, sock)
 
 
 def limit_queue(endpoint: Endpoint, sock: _socket.socket) -> None:
     """Let no more than the buffer's size be on its way, and no larger packet be sent."""
-    size = min(endpoint.buffers.size, LARGEST_SEND_BUFFER)
+    size = min(endpoint.buffers.size, SEND_BUFFER_MAX_BYTES)
     overhead = _PACKET_OVERHEAD if endpoint.type == SOCK_SEQPACKET else 0
     # The kernel doubles what it is given.
     half = (size + overhead + 1) // 2
     sock.setsockopt(SOL_SOCKET, SO_SNDBUF, half)
-    if sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < size <= FORCED_SEND_BUFFER:
+    if sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < size <= SUPERVISOR_FORCED_SEND_BUFFER_MAX_BYTES:
         with contextlib.suppress(PermissionError):  # above net.core.wmem_max
             sock.setsockopt(SOL_SOCKET, _SO_SNDBUFFORCE, half)

@@ -22,9 +22,10 @@ from socket import (
     SOL_SOCKET,
 )
 
-from ...limits import MAX_DATAGRAM, SUPERVISED_ROUTES
+from ...limits import MAX_DATAGRAM
 from ...protocol import Op, Request
 from ..call import Answer, Call, failure
+from ..limits import SUPERVISOR_ROUTES_MAX
 from ..memory import (
     ADDRESS_NEEDED,
     MESSAGE_SIZE,
@@ -67,7 +68,7 @@ class Routes:
         old = self._routes.pop(key, None)
         if old is not None:
             old.close()
-        elif len(self._routes) >= SUPERVISED_ROUTES:
+        elif len(self._routes) >= SUPERVISOR_ROUTES_MAX:
             self._routes.popitem(last=False)[1].close()
         self._routes[key] = route = _socket.socket(AF_UNIX, SOCK_DGRAM, 0, fd)
         return route

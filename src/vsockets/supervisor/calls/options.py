@@ -15,7 +15,7 @@ from socket import (
     SOL_SOCKET,
 )
 
-from ...limits import CONNECT_TIMEOUT, LONGEST_CONNECT_TIMEOUT
+from ...limits import CONNECT_TIMEOUT_MAX_SECONDS, CONNECT_TIMEOUT_SECONDS
 from ...model.address import FIRST_GUEST_CID
 from ...model.buffers import BufferSizes
 from ...model.constants import (
@@ -111,12 +111,12 @@ def _read_exactly(call: Call, form: struct.Struct) -> tuple[int, ...]:
 
 def _seconds(value: tuple[int, ...]) -> float:
     seconds, microseconds = value
-    if not 0 <= seconds <= LONGEST_CONNECT_TIMEOUT or microseconds >= 1_000_000:
+    if not 0 <= seconds <= CONNECT_TIMEOUT_MAX_SECONDS or microseconds >= 1_000_000:
         raise failure(errno.ERANGE)
     if microseconds < 0:  # Linux takes it for a large unsigned number
-        return float(LONGEST_CONNECT_TIMEOUT)
+        return float(CONNECT_TIMEOUT_MAX_SECONDS)
     # Linux: no time at all means the default.
-    return float(seconds + microseconds / 1e6) or CONNECT_TIMEOUT
+    return float(seconds + microseconds / 1e6) or CONNECT_TIMEOUT_SECONDS
 
 
 def _ignore(endpoint: Endpoint, option: tuple[int, int], value: bytes) -> None:

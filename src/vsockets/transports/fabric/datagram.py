@@ -15,7 +15,7 @@ import socket as stdlib
 from socket import SOCK_DGRAM
 from typing import Any, Self
 
-from ...limits import DATAGRAM_ROUTES, MAX_DATAGRAM
+from ...limits import DATAGRAM_ROUTES_MAX, MAX_DATAGRAM
 from ...model.address import check
 from ...protocol import Op, Request, decode_source
 from ...socket import MSG_ERRQUEUE, SOCKET_CLASSES, UNBOUND, error, socket
@@ -226,7 +226,7 @@ class DatagramSocket(FabricSocket):
         self._local = record.local
         if address == self._peer:
             self._record = record
-        if len(self._routes) >= DATAGRAM_ROUTES:
+        if len(self._routes) >= DATAGRAM_ROUTES_MAX:
             self._routes.pop(next(iter(self._routes))).close()
         if not self._routes:
             self._routes = {}
@@ -242,7 +242,7 @@ class DatagramSocket(FabricSocket):
         source = self._sources.get(name)
         if source is None:
             source = decode_source(name)
-            if not self._sources or len(self._sources) >= DATAGRAM_ROUTES:
+            if not self._sources or len(self._sources) >= DATAGRAM_ROUTES_MAX:
                 self._sources = {}
             if source is not None:
                 self._sources[name] = source

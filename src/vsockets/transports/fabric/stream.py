@@ -18,7 +18,11 @@ from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 from typing import Any
 
 from ...attachment import decode_reply, descriptor_in, explain, wait_readable
-from ...limits import DEFAULT_BUFFER_SIZE, LARGEST_SEND_BUFFER, REQUEST_TIMEOUT
+from ...limits import (
+    SEND_BUFFER_MAX_BYTES,
+    STREAM_BUFFER_DEFAULT_BYTES,
+    VSOCKD_REPLY_TIMEOUT_SECONDS,
+)
 from ...model.address import check
 from ...model.buffers import DEFAULT_SIZES, BufferSizes
 from ...model.constants import VMADDR_CID_ANY
@@ -122,7 +126,7 @@ class StreamSocket(FabricSocket):
         while True:
             fd, _ = self._accept()  # type: ignore[attr-defined]  # as socket.accept()
             with stdlib.socket(_UNIX, _raw_type(self), 0, fd) as token:
-                token.settimeout(REQUEST_TIMEOUT)
+                token.settimeout(VSOCKD_REPLY_TIMEOUT_SECONDS)
                 data, came, _, _ = token.recvmsg(RECORD_SIZE, _ANNOUNCEMENT, _CLOEXEC)
             if data:
                 return data, came
@@ -275,7 +279,7 @@ class StreamSocket(FabricSocket):
 
     def _request(self, request: Request) -> Record:
         """One question on the socket's own connection to vsockd."""
-        patience = REQUEST_TIMEOUT
+        patience = VSOCKD_REPLY_TIMEOUT_SECONDS
         if not self._entered:
             patience = self._enter(patience)
         _raw.send(self, request.encode())
@@ -336,8 +340,8 @@ class StreamSocket(FabricSocket):
             switch_class(self, EstablishedSocket)
 
     def _settle_sizes(self, record: Record) -> None:
-        if record.size != DEFAULT_BUFFER_SIZE:
-            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, min(record.size, LARGEST_SEND_BUFFER))
+        if record.size != STREAM_BUFFER_DEFAULT_BYTES:
+            _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, min(record.size, SEND_BUFFER_MAX_BYTES))
         self._buffers = BufferSizes(*record[10:])
 
     def _pending_error(self) -> int:
