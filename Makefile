@@ -31,6 +31,7 @@ test-debian-13:
 
 test-ruff:
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
 
 test-mypy:
 	$(BIN)/mypy

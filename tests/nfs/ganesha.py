@@ -17,7 +17,7 @@ PORT, MOUNT_PORT = 2049, 2048
 _START = 60.0
 
 #: Where its configuration is, as people are told to write it.
-_DOCUMENT = Path(__file__).parents[3] / "docs" / "nfs.md"
+_DOCUMENT = Path(__file__).parents[2] / "docs" / "nfs.md"
 
 #: What becomes the portmapper, and keeps the namespaces: its port and the path of its socket are
 #: fixed, and it becomes a user of Debian's.  Copies of other tests' mounts would keep them alive.

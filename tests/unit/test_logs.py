@@ -24,7 +24,7 @@ def logged(script: str, form: str = "text", environment: dict[str, str] | None =
     """What a program logs that does ``script``."""
     head = (
         "import logging, sys\nfrom pathlib import Path\nfrom vsockets import logs\n"
-        f"logs.begin('prog: %(levelname)s: %(message)s', logging.INFO, {form!r})\n"
+        f"logs.configure('prog: %(levelname)s: %(message)s', logging.INFO, {form!r})\n"
         f"log, evil = logging.getLogger('x'), {EVIL!r}\n"
     )
     done = subprocess.run(
@@ -160,7 +160,7 @@ def test_the_journal(tmp_path: Path) -> None:
             [
                 *(sys.executable, "-c"),
                 "import logging\nfrom vsockets import logs\n"
-                "logs.begin('%(message)s', logging.INFO, 'text')\n"
+                "logs.configure('%(message)s', logging.INFO, 'text')\n"
                 "try: raise OSError('a\\n<0>panic\\x0b<0>panic')\n"
                 "except OSError: logging.exception('b\\n<0>panic')\n",
             ],
