@@ -37,9 +37,9 @@ def test_what_is_no_socket() -> None:
 def test_vsock_run_refuses_it(vsock: Vsock) -> None:
     script = """
 import socket, sys
-from vsockets.cli import app as cli, run
+from vsockets.cli import app, run
 run.AF_VSOCK = socket.AF_INET
-sys.exit(cli.start(["run", "--", "echo", "started"]))
+sys.exit(app.start(["run", "--", "echo", "started"]))
 """
     with socket.create_server(("127.0.0.1", 0)) as server:
         fd = server.fileno()

@@ -227,10 +227,10 @@ def is_waiting_in_connect(argument: str) -> bool:
 #: the answer to a call that a signal has just interrupted, and drops it.
 DROPPING = """
 import sys
-from vsockets.supervisor import launch, arch as machine, notification, process, supervisor
+from vsockets.supervisor import arch, launch, notification, process, supervisor
 from vsockets.cli import main
 
-processes = process.Processes(machine.this_machine())
+processes = process.Processes(arch.this_architecture())
 
 class Dropping(notification.Listener):
     threads = {}
