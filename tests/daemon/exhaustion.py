@@ -426,19 +426,25 @@ def lingering_socket() -> tuple[socket.socket, socket.socket]:
     return sock, peer
 
 
-def slow_to_close(guests: list[Attachment]) -> list[Work]:
-    """Descriptors that are no datagram sockets, behind one whose close lasts."""
+def slow_to_close(guests: list[Attachment], number: int = 50) -> list[Work]:
+    """Descriptors that are no datagram sockets, behind ``number`` whose close lasts."""
 
     def work(guest: Attachment, begin: Callable[[], None]) -> None:
-        slow, peer = lingering_socket()
+        kept: list[socket.socket] = []
+        slow = []
+        for _ in range(number):
+            lingers, peer = lingering_socket()
+            ours, theirs = socket.socketpair()
+            send_with(ours, b"x", [lingers.fileno()])  # where SO_LINGER cannot be taken back
+            lingers.close()
+            kept.append(peer)
+            slow.append(theirs)
         begin()
-        for fd in (slow.detach(),):
-            with insist(guest, SEQPACKET) as sock:
+        while kept:
+            with insist(guest, SEQPACKET) as sock, contextlib.suppress(OSError):
+                fd = slow.pop().detach() if slow else os.dup(0)
                 send_with(sock, bind_datagram().encode(), [fd])
                 os.close(fd)
-        while peer:
-            with insist(guest, SEQPACKET) as sock, contextlib.suppress(OSError):
-                send_with(sock, bind_datagram().encode(), [0])
                 sock.recv(RECORD_SIZE)
 
     return [partial(work, guests[0])]

@@ -23,22 +23,26 @@ import pytest
 
 import vsockets
 from vsockets import Attachment
+from vsockets.daemon.limits import DAEMON_UNWANTED_DESCRIPTORS_MAX
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request
 from vsockets.testing import PrivateFabric, wait_until
 
 from . import exhaustion
-from .exhaustion import Attack, measure, processes, witnessed
+from .exhaustion import Attack, lingering_socket, measure, processes, witnessed
 from .raw_client import (
     adopt,
     ask,
     ask_for_route,
     ask_once,
     bind,
+    bind_datagram,
     connect,
     descriptors,
     enter,
+    has_ended,
     listen,
     paused,
+    send_with,
     unix_datagrams,
 )
 from .users import NOBODY, as_nobody
@@ -208,6 +212,37 @@ class TestRoutes:
                 ask_for_route(guest, sender, receiver.getsockname()).close()
             resource.prlimit(vsock_fabric.pid, resource.RLIMIT_NOFILE, (3, hard))
         resource.prlimit(vsock_fabric.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_descriptors_that_are_slow_to_close(vsock_fabric: PrivateFabric) -> None:
+    """One party has so many of them in vsockd at most, whatever it sends."""
+    guest, other = vsock_fabric.guest(3), vsock_fabric.guest(4)
+    request = bind_datagram().encode()
+    before = descriptors(vsock_fabric.pid)
+    with contextlib.ExitStack() as stack:
+        asked = []
+        with paused(vsock_fabric.pid):  # it is to close them last
+            for _ in range(DAEMON_UNWANTED_DESCRIPTORS_MAX):
+                lingers, peer = lingering_socket()
+                ours, theirs = socket.socketpair()
+                asked.append(stack.enter_context(enter(guest, SEQPACKET)))
+                stack.enter_context(peer)
+                with lingers, ours, theirs:
+                    send_with(ours, b"x", [lingers.fileno()])
+                    send_with(asked[-1], request, [theirs.fileno()])
+        assert all(map(has_ended, asked))
+        for _ in range(100):
+            with enter(guest, SEQPACKET) as sock:
+                send_with(sock, request, [0])
+                assert Record.decode(sock.recv(RECORD_SIZE)).status == errno.ENOBUFS
+        most = before + DAEMON_UNWANTED_DESCRIPTORS_MAX + 1  # an epoll
+        wait_until(lambda: descriptors(vsock_fabric.pid) <= most, f"{most} descriptors")
+        # Others are not concerned.
+        with unix_datagrams() as datagrams:
+            assert adopt(other, datagrams).status == 0
+    wait_until(lambda: descriptors(vsock_fabric.pid) <= before, f"{before} descriptors", TIMERS)
+    with unix_datagrams() as datagrams:
+        assert adopt(guest, datagrams).status == 0
 
 
 class TestDatagramSockets:

@@ -18,6 +18,7 @@ import queue
 import socket as stdlib
 import struct
 import threading
+from collections.abc import Callable
 from socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SHUT_RDWR, SOL_SOCKET
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,12 +44,12 @@ class _Disposal:
     """Threads that close descriptors: one more than are held up, so that one is ready."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[int, Callable[[], None]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = self._ready = 0
 
-    def put(self, fd: int) -> None:
-        self._queue.put(fd)
+    def put(self, fd: int, closed: Callable[[], None]) -> None:
+        self._queue.put((fd, closed))
         if not self._threads:
             self._have_one_ready()
 
@@ -62,7 +63,7 @@ class _Disposal:
 
     def _close_all(self) -> None:
         while True:
-            fd = self._queue.get()
+            fd, closed = self._queue.get()
             with self._lock:
                 self._ready -= 1
             self._have_one_ready()
@@ -70,6 +71,7 @@ class _Disposal:
                 _hasten(fd)
             with contextlib.suppress(OSError):
                 os.close(fd)
+            closed()
             with self._lock:
                 self._ready += 1
 
@@ -86,9 +88,9 @@ def _hasten(fd: int) -> None:
 _disposal = _Disposal()
 
 
-def dispose(fd: int) -> None:
-    """Close ``fd`` soon, in another thread."""
-    _disposal.put(fd)
+def dispose(fd: int, closed: Callable[[], None] = lambda: None) -> None:
+    """Close ``fd`` soon, in another thread, which calls ``closed`` then."""
+    _disposal.put(fd, closed)
 
 
 def close_elsewhere(sock: stdlib.socket) -> None:

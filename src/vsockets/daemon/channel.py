@@ -6,6 +6,8 @@ import _socket
 import errno
 import select
 import struct
+from collections import deque
+from functools import partial
 from socket import (
     AF_UNIX,
     CMSG_LEN,
@@ -21,9 +23,10 @@ from socket import (
 from typing import TYPE_CHECKING
 
 from .._linux.descriptor_passing import dispose
-from ..fabric import Context, Credentials, Endpoint, EndpointKind, Refused
+from ..fabric import Context, Credentials, Endpoint, EndpointKind, Party, Refused
 from ..protocol import PADDING, REQUEST_SIZE, ProtocolError
 from .credentials import UCRED, Author, Deputy, Peer
+from .limits import DAEMON_UNWANTED_DESCRIPTORS_MAX
 from .stream_liveness import Group
 
 if TYPE_CHECKING:
@@ -148,6 +151,23 @@ def consume(sock: _socket.socket, kind: EndpointKind, polling: bool) -> None:
         pass  # there was no more, it was taken with a descriptor, or the sender has gone
 
 
+#: Of each party's unwanted descriptors that threads have closed, since that was counted.
+_closed: deque[Party] = deque()
+
+
+def give_up(fd: int, party: Party) -> None:
+    """Have a descriptor closed that ``party`` sent and should not have."""
+    party.unwanted += 1
+    dispose(fd, partial(_closed.append, party))
+
+
+def has_many_unwanted(party: Party) -> bool:
+    """Return whether so many of a party's descriptors wait to be closed that none may be added."""
+    while _closed:
+        _closed.popleft().unwanted -= 1
+    return party.unwanted >= DAEMON_UNWANTED_DESCRIPTORS_MAX
+
+
 def receive_with_descriptor(sock: _socket.socket) -> int | None:
     """Take a message off a packet socket; returns the descriptor that came with it, if any.
 
@@ -170,15 +190,17 @@ def take_socket(channel: Channel, *types: int) -> _socket.socket:
     """Take the request off the channel, and the unix socket of one of ``types`` sent along."""
     if channel.kind is not EndpointKind.SEQPACKET:
         raise ProtocolError("a request with a descriptor on a stream")
+    if has_many_unwanted(channel.party):  # the kernel closes this one, where it is quicker
+        raise Refused(errno.ENOBUFS, f"{channel.party.name} sends wrong descriptors")
     fd = receive_with_descriptor(channel.sock)
     if fd is None:
         raise ProtocolError("the descriptor of the request is missing")
     try:
         sock = _socket.socket(fileno=fd)
     except OSError:
-        dispose(fd)
+        give_up(fd, channel.party)
         raise ProtocolError("the descriptor of the request is not a socket") from None
     if sock.family != AF_UNIX or sock.type not in types:
-        dispose(sock.detach())
+        give_up(sock.detach(), channel.party)
         raise ProtocolError(f"the request has a socket of {sock.family=} {sock.type=}")
     return sock

@@ -30,7 +30,6 @@ from socket import (
 )
 from typing import TYPE_CHECKING
 
-from .._linux.descriptor_passing import dispose
 from ..eventloop.loop import EventLoop
 from ..fabric import (
     CAP_NET_BIND_SERVICE,
@@ -166,11 +165,11 @@ class DeviceLink(HandoffLink):
         try:
             sock = _socket.socket(fileno=fd)
         except OSError:
-            dispose(fd)
+            self._give_up(fd)
             return
         kind = _KINDS.get(SocketKind(sock.type))
         if sock.family != AF_UNIX or kind is None:
-            dispose(sock.detach())
+            self._give_up(sock.detach())
             return
         if kind is EndpointKind.STREAM:
             refuse(sock)  # what is sent to the program that it will be handed to

@@ -2,7 +2,11 @@
 
 #: How long one system call may hold vsockd up, in seconds.  Only closing what somebody else
 #: sent can take longer; a signal ends that.
-DAEMON_SLOW_CALL_SECONDS = 0.02
+DAEMON_SLOW_CALL_SECONDS = 0.005
+
+#: Descriptors of one party that wait to be closed, because they were sent to vsockd and should not
+#: have been: each takes as long to close as its sender likes.
+DAEMON_UNWANTED_DESCRIPTORS_MAX = 16
 
 #: How long vsockd lets a client hold a connection on which it says nothing, in
 #: seconds.  The library's request is in the socket before vsockd looks.

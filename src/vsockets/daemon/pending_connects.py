@@ -13,19 +13,21 @@ read by two, and sees the end of a stream whatever happens to its other end.
 from __future__ import annotations
 
 import _socket
+import logging
 from socket import CMSG_LEN, MSG_CMSG_CLOEXEC, MSG_DONTWAIT
 from typing import TYPE_CHECKING, NamedTuple
 
-from .._linux.descriptor_passing import dispose
 from ..eventloop.loop import EventLoop
-from ..fabric import Context
+from ..fabric import Context, Party
 from ..limits import LISTEN_BACKLOG_MAX
 from ..protocol import REQUEST_SIZE, Op, ProtocolError, Record, Request
-from .channel import Channel, descriptor_in, send_descriptor
+from .channel import Channel, descriptor_in, give_up, has_many_unwanted, send_descriptor
 from .named_sockets import cookie_of
 
 if TYPE_CHECKING:
     from .broker import Broker
+
+log = logging.getLogger(__name__)
 
 
 class PendingConnect(NamedTuple):
@@ -46,6 +48,7 @@ class HandoffLink:
         self._broker = broker
         self._context = context
         self._sock = link
+        self._sender = Party(f"the device of context {context.cid}", None)
         #: by both ports and the peer's context
         self._offers: dict[tuple[int, int, int], PendingConnect] = {}
         link.setblocking(False)
@@ -100,7 +103,14 @@ class HandoffLink:
 
     def _admit(self, fd: int, data: bytes) -> None:
         """A descriptor came with ``data``."""
-        dispose(fd)
+        self._give_up(fd)
+
+    def _give_up(self, fd: int) -> None:
+        """Close a descriptor that should not have been sent, or the link when there are many."""
+        give_up(fd, self._sender)
+        if has_many_unwanted(self._sender):
+            log.warning("%s sends wrong descriptors: its link is closed", self._sender.name)
+            self.close()
 
     def _settle(self, request: Request, fd: int | None) -> None:
         peer = request.peer_cid, request.peer_port
@@ -117,7 +127,7 @@ class HandoffLink:
             offer.channel.sock = _socket.socket(fileno=fd)
             self._broker.resume(offer.channel)
         else:
-            dispose(fd)
+            self._give_up(fd)
 
 
 def _settlement(data: bytes) -> Request | None:

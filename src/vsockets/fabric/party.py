@@ -34,6 +34,7 @@ class Party:
         "pending",
         "routes",
         "sockets",
+        "unwanted",
     )
 
     def __init__(self, name: str, limits: Limits | None) -> None:
@@ -50,6 +51,7 @@ class Party:
         #: never looks inside
         self.awaited: dict[Awaited, None] = {}
         self.channels = 0  #: connections to vsockd that vsockd keeps
+        self.unwanted = 0  #: descriptors that it sent, and that are to be closed
         self.limit(limits)
 
     def limit(self, limits: Limits | None) -> None:
