@@ -6,10 +6,13 @@ does (``/proc/PID/fd`` names sockets by inode), takes a copy of the descriptor
 whatever programs they are in by then, and a stopped or stuck program is no obstacle.
 
 Shutting one end down is enough.  The accepting end is looked for first, because vsockd knows
-its inode (:mod:`.watch`).  While it waits to be accepted it is in no process, and the
+its inode (:mod:`.stream_liveness`).  While it waits to be accepted it is in no process, and the
 connecting end is found by its cookie in the process that connected.
 
 The kernel allows it to root, and to a user for his own programs unless Yama restricts ptrace.
+
+Processes have as many descriptors as they like, and there are as many processes.  So the search is
+given up after some time and goes on as a chore (:mod:`.deferred_work`).
 """
 
 from __future__ import annotations
@@ -19,24 +22,37 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOL_SOCKET
+from time import monotonic
 
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection
-from .limits import DISCONNECT_LONGEST_RETRY_SECONDS, DISCONNECT_RETRY_SECONDS
+from .deferred_work import Chores
+from .limits import (
+    DISCONNECT_AT_ONCE_SECONDS,
+    DISCONNECT_LONGEST_RETRY_SECONDS,
+    DISCONNECT_RETRY_SECONDS,
+)
 from .named_sockets import cookie_of
 from .socket_holders import copied, opened, processes, sockets_of
 from .stream_liveness import Group
 
 log = logging.getLogger(__name__)
 
+#: Descriptors that are looked at in one piece: some 200 microseconds.  A process takes as long to
+#: open as so many.
+_DESCRIPTORS = 64
+_PROCESS = 8
+
 
 class Disconnector:
     """The streams that must end and have not yet."""
 
-    def __init__(self, loop: EventLoop) -> None:
+    def __init__(self, loop: EventLoop, chores: Chores) -> None:
         self._loop = loop
+        self._chores = chores
         self._doomed: dict[int, Connection] = {}
         self._delay: float | None = None  # until the next try; None: there is none
+        self._looked = 0  # at so many descriptors since the last piece
 
     def cut(self, connections: Iterable[Connection]) -> list[Connection]:
         """End ``connections``, now; returns those that could not be.
@@ -46,7 +62,12 @@ class Disconnector:
         """
         for connection in connections:
             self._doomed[connection.number] = connection
-        self._try()
+        end = monotonic() + DISCONNECT_AT_ONCE_SECONDS
+        search = self._try()
+        for _ in search:
+            if monotonic() > end:
+                self._chores.start(self, search)
+                break
         if self._doomed and self._delay is None:
             self._delay = DISCONNECT_RETRY_SECONDS
             self._loop.call_later(self._delay, self._try_again)
@@ -54,14 +75,15 @@ class Disconnector:
 
     def _try_again(self) -> None:
         assert self._delay is not None
-        self._try()
+        self._chores.start(self, self._try())
         self._delay = (
             min(2 * self._delay, DISCONNECT_LONGEST_RETRY_SECONDS) if self._doomed else None
         )
         if self._delay is not None:
             self._loop.call_later(self._delay, self._try_again)
 
-    def _try(self) -> None:
+    def _try(self) -> Iterator[None]:
+        """Search all processes, in pieces."""
         groups = {one.watch for one in self._doomed.values() if isinstance(one.watch, Group)}
         present: dict[int, int] = {}
         for group in groups:
@@ -74,7 +96,7 @@ class Disconnector:
         refused: set[int] = set()
         for pid in self._likely_first():
             try:
-                self._search(pid, by_inode)
+                yield from self._search(pid, by_inode)
             except PermissionError:
                 refused.add(pid)
             except OSError:
@@ -83,7 +105,7 @@ class Disconnector:
                 return
         for pid, cookies in self._unaccepted().items():
             with contextlib.suppress(OSError):
-                self._search_connecting(pid, cookies)
+                yield from self._search_connecting(pid, cookies)
         if self._doomed:
             one = next(iter(self._doomed.values()))
             log.debug(
@@ -101,15 +123,24 @@ class Disconnector:
         yield from sorted(likely)
         yield from (pid for pid in processes() if pid not in likely)
 
-    def _search(self, pid: int, by_inode: dict[int, int]) -> None:
+    def _search(self, pid: int, by_inode: dict[int, int]) -> Iterator[None]:
         """Shut down every accepting end in ``by_inode`` that process ``pid`` has."""
         with opened(pid) as pidfd:
+            looked = _PROCESS
             for fd, inode in sockets_of(pid):
                 if inode in by_inode:
                     with copied(pidfd, fd) as sock:
                         if os.fstat(sock.fileno()).st_ino == inode:  # the number is still its
                             sock.shutdown(SHUT_RDWR)
-                            del self._doomed[by_inode.pop(inode)]
+                            self._doomed.pop(by_inode.pop(inode), None)
+                looked += 1
+                if looked >= _DESCRIPTORS:
+                    looked = 0
+                    yield
+            self._looked += looked
+        if self._looked >= _DESCRIPTORS:
+            self._looked = 0
+            yield
 
     def _unaccepted(self) -> dict[int, dict[int, int]]:
         """By connecting process: the numbers of the streams left, by their sockets' cookies."""
@@ -119,14 +150,17 @@ class Disconnector:
                 found.setdefault(connection.owner.pid, {})[connection.cookie] = connection.number
         return found
 
-    def _search_connecting(self, pid: int, cookies: dict[int, int]) -> None:
+    def _search_connecting(self, pid: int, cookies: dict[int, int]) -> Iterator[None]:
         """Shut down every connecting end in ``cookies`` that process ``pid`` has."""
         with opened(pid) as pidfd:
-            for fd, _ in sockets_of(pid):
-                with copied(pidfd, fd) as sock:
-                    number = cookies.pop(cookie_of(sock), None)
-                    if number is not None and sock.getsockopt(SOL_SOCKET, SO_DOMAIN) == AF_UNIX:
-                        sock.shutdown(SHUT_RDWR)
-                        del self._doomed[number]
+            for number, (fd, inode) in enumerate(sockets_of(pid), 1):
+                if inode:
+                    with copied(pidfd, fd) as sock:
+                        found = cookies.pop(cookie_of(sock), None)
+                        if found is not None and sock.getsockopt(SOL_SOCKET, SO_DOMAIN) == AF_UNIX:
+                            sock.shutdown(SHUT_RDWR)
+                            self._doomed.pop(found, None)
                 if not cookies:
                     return
+                if number % _DESCRIPTORS == 0:
+                    yield

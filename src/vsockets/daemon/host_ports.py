@@ -59,9 +59,8 @@ class HostPorts:
         self.tell()
 
     def _changed(self, endpoint: Endpoint) -> None:
-        if endpoint.context is self._fabric.contexts.host:
-            self._doubtful[endpoint.port] = None
-            self.tell()
+        self._doubtful[endpoint.port] = None
+        self.tell()
 
     def tell(self) -> None:
         """Tell what there is room for now, and be called again when there is more."""

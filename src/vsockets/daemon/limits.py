@@ -33,6 +33,11 @@ DAEMON_ANNOUNCE_RETRY_SECONDS = 0.02
 DISCONNECT_RETRY_SECONDS = 0.01
 DISCONNECT_LONGEST_RETRY_SECONDS = 1.0
 
+#: How long vsockd looks for streams that must end before it serves others in between, in seconds.
+#: It takes a few milliseconds for a hundred of them, unless there are very many processes and
+#: descriptors.
+DISCONNECT_AT_ONCE_SECONDS = 0.1
+
 #: How soon vsockd looks whether sockets that it reaches by a name have been closed, in seconds, and
 #: then half as often each time, down to the second number.  Whoever asks for their ports, or
 #: connects to them, need not wait for that.

@@ -25,15 +25,15 @@ def opened(pid: int) -> Iterator[int]:
 
 
 def sockets_of(pid: int) -> Iterator[tuple[int, int]]:
-    """Yield the descriptors of process ``pid`` that are sockets, and their inodes."""
+    """Yield the descriptors of process ``pid`` and their inodes; 0 for one that is no socket."""
     folder = f"/proc/{pid}/fd/"
     for entry in os.listdir(folder):
         try:
             name = os.readlink(folder + entry)
         except FileNotFoundError:
             continue  # it has been closed since
-        if name.startswith("socket:["):
-            yield int(entry), int(name[len("socket:[") : -1])
+        is_socket = name.startswith("socket:[")
+        yield int(entry), int(name[len("socket:[") : -1]) if is_socket else 0
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ class Streams:
         self._chores = chores
         self._watch = StreamLiveness(fabric.end)
         self.add = self._watch.add
-        self._cutter = Disconnector(loop)
+        self._cutter = Disconnector(loop, chores)
         self._unreaped = 0
         self._reap_delay: float | None = None  # None: no timer is set
 
@@ -53,7 +53,7 @@ class Streams:
         }
 
     def cut(self, connections: Iterable[Connection]) -> list[Connection]:
-        """End streams whoever holds them; returns those that go on (:class:`.Cutter`)."""
+        """End streams whoever holds them; returns those that go on (:class:`.Disconnector`)."""
         return self._cutter.cut(connections)
 
     # Forgetting streams that have ended

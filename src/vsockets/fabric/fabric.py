@@ -35,7 +35,7 @@ class Fabric:
         self.contexts = Contexts(owner)
         self.settings = Settings()
         self.connections: dict[int, Connection] = {}
-        #: told of each endpoint that begins to listen, and that does no longer
+        #: told of each endpoint of the host that begins to listen, and that does no longer
         self.watchers: list[Callable[[Endpoint], None]] = []
         #: what leased contexts did that have ended
         self.departed = Counts()
@@ -101,8 +101,12 @@ class Fabric:
         """Let ``endpoint`` be connected to."""
         endpoint.listening = True
         endpoint.sizes = sizes
-        for tell in self.watchers:
-            tell(endpoint)
+        self._tell_watchers(endpoint)
+
+    def _tell_watchers(self, endpoint: Endpoint) -> None:
+        if endpoint.context is self.contexts.host:
+            for tell in self.watchers:
+                tell(endpoint)
 
     def unbind(self, endpoint: Endpoint) -> None:
         """The socket is gone: its port is free."""
@@ -114,8 +118,7 @@ class Fabric:
             endpoint.party.sockets -= 1
         _forget(endpoint.context, endpoint.cookie, endpoint)
         if endpoint.listening:
-            for tell in self.watchers:
-                tell(endpoint)
+            self._tell_watchers(endpoint)
 
     # Connecting
 

@@ -1,0 +1,60 @@
+"""The search for the streams that must end, among as many descriptors as programs like to have."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+
+from vsockets.daemon.deferred_work import Chores
+from vsockets.daemon.disconnect import Disconnector
+from vsockets.daemon.stream_liveness import Group
+from vsockets.eventloop.loop import EventLoop
+from vsockets.fabric import Connection, Credentials, Endpoint, EndpointKind, Fabric
+from vsockets.model.buffers import BufferSizes
+
+from .raw_client import send_with
+
+ME = Credentials(os.getpid(), os.getuid(), os.getgid())
+
+
+def stream(fabric: Fabric, accepted: socket.socket) -> Connection:
+    """A stream between two sockets of this process, as vsockd knows it."""
+    host = fabric.contexts.host
+    listener = Endpoint(EndpointKind.STREAM, host, host.cid, 5000, ME, listening=True)
+    connection = fabric.connect(host, listener, None, BufferSizes(), ME)
+    group = Group()
+    group.add(accepted.fileno(), connection.number)
+    connection.watch = group
+    return connection
+
+
+def test_it_goes_on_in_pieces() -> None:
+    """A stream that is hidden (its descriptor is in a message) has all descriptors looked at."""
+    disconnector = Disconnector(loop := EventLoop(), Chores(loop))
+    mine, accepted = socket.socketpair()
+    hiding, hidden = socket.socketpair()
+    with contextlib.ExitStack() as stack:
+        for sock in (mine, accepted, hiding, hidden):
+            stack.enter_context(sock)
+        connection = stream(Fabric(0), accepted)
+        send_with(hiding, b"x", [accepted.fileno()])
+        accepted.close()
+        for _ in range(640):
+            stack.callback(os.close, os.dup(mine.fileno()))
+        disconnector._doomed[connection.number] = connection
+        assert len(list(disconnector._try())) >= 10
+        # Once it is in a process again it is found, and its search is over.
+        _, (fd,), _, _ = socket.recv_fds(hidden, 1, 1)
+        stack.callback(os.close, fd)
+        list(disconnector._try())
+        assert not disconnector._doomed
+        assert mine.recv(1) == b""
+
+
+def test_a_stream_is_cut_at_once() -> None:
+    disconnector = Disconnector(loop := EventLoop(), Chores(loop))
+    mine, accepted = socket.socketpair()
+    with mine, accepted:
+        assert disconnector.cut([stream(Fabric(0), accepted)]) == []
+        assert mine.recv(1) == b""
