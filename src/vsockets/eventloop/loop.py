@@ -61,6 +61,7 @@ class EventLoop:
         self._sequence = count()
         self._running = True
         self._hurry = 0.0
+        self._wakeup = -1  # readable after a signal
 
     def watch(self, fd: int, callback: Callable[[int], None]) -> None:
         """Call ``callback`` whenever ``fd`` is readable or hung up."""
@@ -113,8 +114,10 @@ class EventLoop:
             if hurried:
                 wait = _IDLE if wait is None else min(wait, _IDLE)
             ready = poll(wait)
-            if hurried != bool(ready) and self._hurry:
-                hurried = bool(ready)
+            # The timer's own signal is no work.
+            is_busy = len(ready) > 1 or (bool(ready) and ready[0][0] != self._wakeup)
+            if hurried != is_busy and self._hurry:
+                hurried = is_busy
                 interval = self._hurry if hurried else 0
                 signal.setitimer(signal.ITIMER_REAL, interval, interval)
             if len(ready) > 1:
@@ -132,25 +135,31 @@ class EventLoop:
 
     @contextlib.contextmanager
     def signalled(self, calls: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[None]:
-        """Within this context a signal makes the loop call its function."""
+        """Call a function for each of these signals while this context lasts.
+
+        Only for the main thread.  Python runs its own handlers between two of its instructions,
+        so a signal just before the loop waits would be handled after the wait.  The descriptor
+        that Python writes to at once (:func:`signal.set_wakeup_fd`) ends the wait.
+        """
         reader, writer = socket.socketpair()
         reader.setblocking(False)
         writer.setblocking(False)
 
-        def note(number: int, frame: object) -> None:
-            with contextlib.suppress(BlockingIOError):  # waiting for events goes on after a signal
-                writer.send(bytes([number]))
+        def dispatch(events: int) -> None:
+            for number in reader.recv(4096):
+                if call := calls.get(signal.Signals(number)):
+                    call()
 
-        def heed(events: int) -> None:
-            for number in reader.recv(64):
-                calls[signal.Signals(number)]()
-
-        old_handlers = {number: signal.signal(number, note) for number in calls}
-        self.watch(reader.fileno(), heed)
+        old_handlers = {number: signal.signal(number, _ignore) for number in calls}
+        old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self._wakeup = reader.fileno()
+        self.watch(self._wakeup, dispatch)
         try:
             yield
         finally:
-            self.unwatch(reader.fileno())
+            self.unwatch(self._wakeup)
+            self._wakeup = -1
+            signal.set_wakeup_fd(old_wakeup)
             for number, handler in old_handlers.items():
                 signal.signal(number, handler)
             reader.close()
