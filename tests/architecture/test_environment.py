@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import c_compiler
 import traces
+from environments import debian_13, namespace, ordinary_user
 
 TESTS = Path(traces.__file__).parent
 
@@ -96,3 +98,9 @@ def test_signals_that_a_shell_ignores_reach_the_tests_programs(tmp_path: Path) -
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
+@pytest.mark.parametrize("environment", [debian_13, ordinary_user])
+def test_the_parts_of_other_environments_exist(environment: ModuleType) -> None:
+    for part in environment.PARTS:
+        assert (namespace.TREE / part).exists(), part

@@ -26,7 +26,8 @@ RELEASE, PYTHON = "trixie", "3.13"
 
 #: What is tested: all that is Python's business, and supervised programs.
 PARTS = (
-    *("tests/unit", "tests/wire", "tests/fabric", "tests/library", "tests/daemon"),
+    *("tests/unit", "tests/linux", "tests/protocol", "tests/eventloop", "tests/fabric"),
+    *("tests/library", "tests/daemon"),
     *("tests/supervisor", "tests/nfs/test_service.py"),
 )
 

@@ -27,8 +27,9 @@ PYTEST = (
     "pytest_timeout",
 )
 
-#: Tests that hold the fabric to a kernel's answers, and of programs that it supervises.
-_OF_THE_FABRIC = ("test_answers.py", "test_unmodified.py")
+#: Tests that hold the fabric to a kernel's answers, of programs that it supervises, and of calls
+#: that vsockd does not answer.
+_OF_THE_FABRIC = ("test_answers.py", "test_full_backlog.py", "test_unmodified.py")
 
 #: How long all of them may take, in seconds.
 _RUN = 350.0
