@@ -1,9 +1,9 @@
-"""A device's process, shut in before any guest can speak to it.
+"""Sandbox of a device process, entered before any guest can connect.
 
-A guest that found a way to have its device run something should find nothing to do with it:
-no other user's rights, no file to open, no program to run, no network, no new executable memory.
-What is left is what was open before, and unix sockets between what is open.  A device of hybrid
-vsock needs more: to connect and bind unix sockets by their paths, and to remove those.
+A guest that manages to execute code in its device's process finds nothing to use there: no
+credentials of another user, no file to open, no program to execute, no network, no new executable
+memory.  The process keeps the descriptors that it has, and can make unix sockets.  The device of
+hybrid vsock also needs to connect, bind and remove unix sockets by path.
 """
 
 from __future__ import annotations
@@ -17,29 +17,26 @@ import sys
 from dataclasses import dataclass
 from socket import AF_UNIX
 
+from .._linux import bpf
+
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_SET_MODE_FILTER = 1
 _NOBODY = 65_534
 _CAPABILITIES_VERSION = 0x2008_0522  # capset(2): version 3, whose sets are six 32-bit words
-
-# Instructions of classic BPF, and where struct seccomp_data has what.
-_LOAD, _IF_EQUAL, _IF_ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
-_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
-_ALLOW, _KILL = 0x7FFF_0000, 0x8000_0000
-_REFUSE = 0x0005_0000 | errno.EPERM
+_REFUSE = bpf.refuse(errno.EPERM)
 
 _PROT_EXEC = 4
-_FIONBIO = 0x5421  # what setblocking() is made of
+_FIONBIO = 0x5421  # socket.setblocking() calls it
 
 
 @dataclass(frozen=True)
 class _Architecture:
-    """System call numbers, by ``asm/unistd.h``."""
+    """System call numbers of an architecture (``asm/unistd.h``)."""
 
     architecture: int
     seccomp: int
-    plain: tuple[int, ...]  #: allowed whatever their arguments
-    paths: tuple[int, ...]  #: and these to a device that has unix sockets with paths
+    plain: tuple[int, ...]  #: allowed with any arguments
+    paths: tuple[int, ...]  #: also allowed to a device that has unix sockets with paths
     mmap: int
     mprotect: int
     socket: int
@@ -100,16 +97,18 @@ _MACHINES = {
 
 
 def enter_sandbox(user: int | None = None, paths: bool = False) -> None:
-    """Give up what the device does not need, for good.
+    """Drop, permanently, the privileges and system calls that the device does not need.
 
-    Root becomes ``user``, by default nobody.  With ``paths`` it may use unix sockets by their
-    paths; then ``user`` may be root, without any capability.  OSError when the kernel will not
-    have it, or on a machine whose system calls are not known here.
+    Root changes to ``user`` (default: nobody).  ``paths`` allows unix sockets with paths; ``user``
+    may then be root, without capabilities.
+
+    Raises OSError when the kernel refuses, or when the system call numbers of this architecture
+    are not in the table.
     """
     machine = _MACHINES.get(platform.machine())
     if machine is None:
         raise OSError(errno.ENOSYS, f"no sandbox for {platform.machine()}: use --no-sandbox")
-    import traceback  # noqa: F401  # what an error's report needs cannot be loaded later
+    import traceback  # noqa: F401  # error reports need it, and no file can be opened later
 
     if os.geteuid() == 0:
         other = user if user is not None and (user or paths) else _NOBODY
@@ -117,50 +116,54 @@ def enter_sandbox(user: int | None = None, paths: bool = False) -> None:
         os.setresgid(other, other, other)
         os.setresuid(other, other, other)
     libc = ctypes.CDLL(None, use_errno=True)
-    _call(libc.capset(struct.pack("Ii", _CAPABILITIES_VERSION, 0), bytes(24)))
-    _call(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    filter = _filter(machine, machine.plain + machine.paths if paths else machine.plain)
+    _check(libc.capset(struct.pack("Ii", _CAPABILITIES_VERSION, 0), bytes(24)))
+    _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    filter = _assemble(machine, machine.plain + machine.paths if paths else machine.plain)
     instructions = ctypes.create_string_buffer(filter, len(filter))
-    program = struct.pack("@HP", len(filter) // 8, ctypes.addressof(instructions))
-    _call(libc.syscall(machine.seccomp, _SECCOMP_SET_MODE_FILTER, 0, program))
+    program = bpf.SOCK_FPROG.pack(
+        len(filter) // bpf.INSTRUCTION_SIZE, ctypes.addressof(instructions)
+    )
+    _check(libc.syscall(machine.seccomp, _SECCOMP_SET_MODE_FILTER, 0, program))
     sys.stderr.flush()
 
 
-def _call(result: int) -> None:
+def _check(result: int) -> None:
     if result != 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"the sandbox: {os.strerror(code)} (or use --no-sandbox)")
+        raise OSError(code, f"cannot enter the sandbox: {os.strerror(code)} (or use --no-sandbox)")
 
 
-def _filter(machine: _Architecture, plain: tuple[int, ...]) -> bytes:
-    def instruction(code: int, constant: int, if_so: int = 0, if_not: int = 0) -> bytes:
-        return struct.pack("=HBBI", code, if_so, if_not, constant)
-
-    def unless(number: int, argument: int, test: int, constant: int, refuse_if: bool) -> bytes:
-        """For the call ``number``, look at one of its arguments, and decide."""
-        yes, no = (1, 0) if refuse_if else (0, 1)
+def _assemble(machine: _Architecture, plain: tuple[int, ...]) -> bytes:
+    def check_argument(
+        number: int, argument: int, test: int, constant: int, refuse_if: bool
+    ) -> bytes:
+        """Assemble the rule of the call ``number``, which depends on one of its arguments."""
+        jumps = (1, 0) if refuse_if else (0, 1)
         return (
-            instruction(_IF_EQUAL, number, 0, 4)
-            + instruction(_LOAD, _ARGUMENTS + 8 * argument)
-            + instruction(test, constant, yes, no)
-            + instruction(_RETURN, _ALLOW)
-            + instruction(_RETURN, _REFUSE)
+            bpf.instruction(bpf.IF_EQUAL, number, 0, 4)
+            + bpf.instruction(bpf.LOAD, bpf.ARGUMENTS + 8 * argument)
+            + bpf.instruction(test, constant, *jumps)
+            + bpf.instruction(bpf.RETURN, bpf.ALLOW)
+            + bpf.instruction(bpf.RETURN, _REFUSE)
         )
 
     parts = [
-        instruction(_LOAD, _ARCHITECTURE),
-        instruction(_IF_EQUAL, machine.architecture, 1, 0),
-        instruction(_RETURN, _KILL),
-        instruction(_LOAD, _NUMBER),
+        bpf.instruction(bpf.LOAD, bpf.ARCHITECTURE),
+        bpf.instruction(bpf.IF_EQUAL, machine.architecture, 1, 0),
+        bpf.instruction(bpf.RETURN, bpf.KILL_PROCESS),
+        bpf.instruction(bpf.LOAD, bpf.NUMBER),
     ]
     for number in plain:
-        parts.append(instruction(_IF_EQUAL, number, 0, 1) + instruction(_RETURN, _ALLOW))
+        parts += [
+            bpf.instruction(bpf.IF_EQUAL, number, 0, 1),
+            bpf.instruction(bpf.RETURN, bpf.ALLOW),
+        ]
     parts += [
-        unless(machine.mmap, 2, _IF_ANY_BIT, _PROT_EXEC, True),
-        unless(machine.mprotect, 2, _IF_ANY_BIT, _PROT_EXEC, True),
-        unless(machine.socket, 0, _IF_EQUAL, AF_UNIX, False),
-        unless(machine.socketpair, 0, _IF_EQUAL, AF_UNIX, False),
-        unless(machine.ioctl, 1, _IF_EQUAL, _FIONBIO, False),
-        instruction(_RETURN, _REFUSE),
+        check_argument(machine.mmap, 2, bpf.IF_ANY_BIT, _PROT_EXEC, True),
+        check_argument(machine.mprotect, 2, bpf.IF_ANY_BIT, _PROT_EXEC, True),
+        check_argument(machine.socket, 0, bpf.IF_EQUAL, AF_UNIX, False),
+        check_argument(machine.socketpair, 0, bpf.IF_EQUAL, AF_UNIX, False),
+        check_argument(machine.ioctl, 1, bpf.IF_EQUAL, _FIONBIO, False),
+        bpf.instruction(bpf.RETURN, _REFUSE),
     ]
     return b"".join(parts)
