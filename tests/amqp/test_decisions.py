@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.amqp.brokers import BrokerNode, BrokerNodes
-from vsockets.amqp.connect_request import connect_request, refusal, who_asks
+from vsockets.amqp.connect_request import connect_request, refusal, requester
 from vsockets.amqp.virtual_hosts import VirtualHostRule, admits
 from vsockets.model.locator import Inet
 
@@ -23,7 +23,7 @@ def test_virtual_hosts() -> None:
 
 @pytest.mark.parametrize("text", ["3", "3=", "=x", "3=a,,b", "x=y", "-1=a", "3=" + "é" * 128])
 def test_rules_that_make_no_sense(text: str) -> None:
-    with pytest.raises(ValueError, match=r"expected|at most"):
+    with pytest.raises(ValueError, match="expected"):
         VirtualHostRule.parse(text)
 
 
@@ -48,7 +48,7 @@ def test_equal_nodes_have_their_turns() -> None:
 def test_requests() -> None:
     asked = connect_request("rabbitmq:5672", 7)
     assert refusal(asked, "rabbitmq:5672") is None
-    assert who_asks(asked) == "context 7"
+    assert requester(asked) == "context 7"
     assert refusal(asked, "other:5672") == 403
     assert refusal({**asked, b":method": b"GET"}, "rabbitmq:5672") == 405
-    assert who_asks({b"vsock-cid": b"\xc2\xb2"}) == "a client that names no guest"
+    assert requester({b"vsock-cid": b"\xc2\xb2"}) == "a client without a CID header"

@@ -27,7 +27,7 @@ def test_a_client_has_whole_frames_at_any_time(parts: list[bytes], places: list[
         assert sent.startswith(got)
         assert not any(len(got) < sum(map(len, parts[:n])) <= len(sent) for n in range(len(parts)))
     assert got == data
-    assert not delivery.farewell
+    assert not delivery.broker_closed
 
 
 def test_a_large_frame_in_small_pieces() -> None:
@@ -43,16 +43,16 @@ def test_a_farewell_is_noticed(last: commands.Connection.Close) -> None:
     delivery = FrameAssembler()
     data = frame.marshal(last, 0)
     assert delivery.receive(data[:5]) == b""
-    assert not delivery.farewell
+    assert not delivery.broker_closed
     assert delivery.receive(data[5:]) == data
-    assert delivery.farewell
+    assert delivery.broker_closed
 
 
 def test_a_broker_that_speaks_another_protocol_has_said_all() -> None:
     delivery = FrameAssembler()
     assert delivery.receive(PROTOCOL_HEADER[:3]) == b""
     assert delivery.receive(PROTOCOL_HEADER[3:]) == PROTOCOL_HEADER
-    assert delivery.farewell
+    assert delivery.broker_closed
 
 
 @pytest.mark.parametrize(

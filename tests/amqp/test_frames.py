@@ -49,9 +49,9 @@ def test_anything_else_is_refused_or_waited_for(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (b"GET / HT", "type 71, expected 1, 2, 3 or 8"),
-        (b"\x01\0\0\0\0\x10\0", "4096 bytes, expected 100 at most"),
-        (b"\x08\0\0\0\0\0\0\xcf", "ends with 0xcf, expected 0xce"),
+        (b"GET / HT", r"type 71 \(expected 1, 2, 3 or 8\)"),
+        (b"\x01\0\0\0\0\x10\0", r"4096 bytes \(expected 100 at most\)"),
+        (b"\x08\0\0\0\0\0\0\xcf", r"end octet 0xcf \(expected 0xce\)"),
     ],
 )
 def test_what_is_wrong_with_a_frame(data: bytes, problem: str) -> None:

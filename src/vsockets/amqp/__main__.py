@@ -1,4 +1,4 @@
-"""``python -m vsockets.amqp``: the guest proxy where there is nothing but Python."""
+"""``python -m vsockets.amqp``: the guest proxy for guests with only the standard library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .service import run
 
 
 def main() -> int:
-    """What ``vsock amqp guest-proxy`` does, without the libraries of the command line."""
+    """Run the guest proxy like ``vsock amqp guest-proxy``, without the command line's libraries."""
     parser = argparse.ArgumentParser(prog="vsockets.amqp", description=__doc__)
     parser.add_argument("--listen", type=parse_locator, default="tcp:127.0.0.1:5672")
     parser.add_argument("--host", type=parse_locator, default="vsock:2:5672")

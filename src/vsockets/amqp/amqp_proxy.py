@@ -1,7 +1,7 @@
-"""The AMQP proxy: splits the sessions of a host's one connection into connections to brokers.
+"""The AMQP proxy: connects each session of a host proxy's connection to a broker.
 
-It is an HTTP/2 proxy for one service: what CONNECT asks for is its name, and which node of the
-cluster serves it is decided here.
+It is an HTTP/2 proxy for one service.  The authority of a CONNECT request is the service's name;
+the proxy chooses the node of the cluster that serves the session.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..forward.throttled_log import Client
 from ..logs import by
 from ..model.locator import Locator
 from .brokers import BrokerNode, BrokerNodes
-from .connect_request import AUTHORITY, Headers, refusal, who_asks
+from .connect_request import AUTHORITY, Headers, refusal, requester
 from .frames import PROTOCOL_HEADER, begins_connection
 from .h2_connection import H2Connection
 from .h2_stream import H2Stream
@@ -36,7 +36,10 @@ from .session import log
 
 
 class AmqpProxy:
-    """Takes the sessions that come to ``listen`` to nodes of a cluster; made in a running loop."""
+    """A server at ``listen`` that connects sessions to the nodes of a cluster.
+
+    The constructor needs a running asyncio loop.
+    """
 
     def __init__(
         self,
@@ -46,57 +49,60 @@ class AmqpProxy:
         authority: str = AUTHORITY,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Raises OSError when nobody can be let in there."""
+        """Listen, and begin to check the nodes.
+
+        Raises OSError when the proxy cannot listen on ``listen``.
+        """
         self._authority = authority
         self._tls = tls
         self._nodes = BrokerNodes(nodes)
         self._dialer = Dialer()
         self._loop = asyncio.get_running_loop()
-        self._links: set[asyncio.Task[None]] = set()
+        self._connections: set[asyncio.Task[None]] = set()
         self._sessions: set[asyncio.Task[None]] = set()
         self._checks = [self._loop.create_task(self._check(node)) for node in self._nodes.all]
         self._entrance = AsyncioAcceptor(
             listen,
             open_listener(listen, None),
-            self._enter,
-            has_room=lambda: len(self._links) < AMQP_UPLINKS_MAX,
+            self._admit,
+            has_room=lambda: len(self._connections) < AMQP_UPLINKS_MAX,
             reopen=lambda: open_listener(listen, None),
             log=log,
         )
 
     @property
     def where(self) -> str:
-        """Where hosts come to."""
+        """Return the address that host proxies connect to."""
         assert self._entrance.door is not None
         return self._entrance.door.where
 
     async def drain(self) -> None:
-        """Hosts see their clients off when their link ends: there is nothing to wait for."""
+        """Return at once: host proxies close their clients' sessions when the connection ends."""
 
     def close(self) -> None:
-        """End everything now."""
+        """Close the listener and abort every connection and session."""
         self._entrance.close()
-        for task in [*self._checks, *self._sessions, *self._links]:
+        for task in [*self._checks, *self._sessions, *self._connections]:
             task.cancel()
 
-    # Links
+    # Connections from host proxies
 
-    def _enter(self, sock: stdlib.socket) -> None:
+    def _admit(self, sock: stdlib.socket) -> None:
         task = self._loop.create_task(self._serve(sock))
-        self._links.add(task)
-        task.add_done_callback(self._left)
+        self._connections.add(task)
+        task.add_done_callback(self._on_connection_done)
 
-    def _left(self, task: asyncio.Task[None]) -> None:
-        self._links.discard(task)
+    def _on_connection_done(self, task: asyncio.Task[None]) -> None:
+        self._connections.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a link was lost", exc_info=error)
+            log.error("internal error: a host proxy's connection was dropped", exc_info=error)
         self._entrance.look_again()
 
     async def _serve(self, sock: stdlib.socket) -> None:
         client = Client(sock, log)
         try:
-            _, link = await self._loop.connect_accepted_socket(
-                lambda: H2Connection(self._requested),
+            _, connection = await self._loop.connect_accepted_socket(
+                lambda: H2Connection(self._on_request),
                 sock,
                 ssl=self._tls,
                 ssl_handshake_timeout=AMQP_OPEN_TIMEOUT_SECONDS if self._tls else None,
@@ -106,76 +112,79 @@ class AmqpProxy:
             return
         client.log.info("%s: connected", client.who)
         try:
-            why = await asyncio.shield(link.closed)
+            why = await asyncio.shield(connection.closed)
             client.log.info("%s: ended%s", client.who, f": {why}" if why else "")
         finally:
-            link.close()
+            connection.close()
 
     # Sessions
 
-    def _requested(self, link: H2Connection, tunnel: H2Stream, headers: Headers) -> None:
+    def _on_request(self, connection: H2Connection, stream: H2Stream, headers: Headers) -> None:
         status = refusal(headers, self._authority)
         if status is None and len(self._sessions) >= AMQP_PROXY_SESSIONS_MAX:
             status = 503
         if status is not None:
-            log.warning("a request was answered with status %d", status)
-            link.answer(tunnel, status)
+            log.warning("refused a session: status %d", status)
+            connection.answer(stream, status)
             return
-        task = self._loop.create_task(self._join(link, tunnel, who_asks(headers)))
+        task = self._loop.create_task(self._join(connection, stream, requester(headers)))
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
 
-    async def _join(self, link: H2Connection, tunnel: H2Stream, who: str) -> None:
+    async def _join(self, connection: H2Connection, stream: H2Stream, who: str) -> None:
         tried: list[BrokerNode] = []
-        while not tunnel.is_closing() and (node := self._nodes.choose(tried)) is not None:
+        while not stream.is_closing() and (node := self._nodes.choose(tried)) is not None:
             tried.append(node)
             node.sessions += 1
             relay = SessionRelay()
             try:
-                await self._reach(node, relay)
-                log.info("%s: goes to %s", who, node.locator, extra=by(who))
-                link.answer(tunnel, 200)
-                tunnel.set_protocol(relay.near)
+                await self._connect_node(node, relay)
+                log.info("%s: connected to %s", who, node.locator, extra=by(who))
+                connection.answer(stream, 200)
+                stream.set_protocol(relay.near)
                 await relay.done
-                log.info("%s: has left %s", who, node.locator, extra=by(who))
+                log.info("%s: disconnected from %s", who, node.locator, extra=by(who))
                 return
             except OSError as error:
-                self._found(node, False, error)
+                self._set_health(node, False, error)
             finally:
                 relay.abort()
                 node.sessions -= 1
-        if not tunnel.is_closing():
-            link.answer(tunnel, 503)
+        if not stream.is_closing():
+            connection.answer(stream, 503)
 
-    async def _reach(self, node: BrokerNode, relay: SessionRelay) -> None:
+    async def _connect_node(self, node: BrokerNode, relay: SessionRelay) -> None:
         sock = await self._dialer.connect(node.locator, timeout=AMQP_NODE_CONNECT_TIMEOUT_SECONDS)
         await self._loop.create_connection(lambda: relay.far, sock=sock)
-        self._found(node, True)
+        self._set_health(node, True)
 
-    # BrokerNodes
+    # Nodes
 
     async def _check(self, node: BrokerNode) -> None:
-        """Ask a node again and again whether it serves."""
+        """Check the health of a node periodically."""
         while True:
             try:
-                await ask(self._dialer, node.locator)
+                await check_node(self._dialer, node.locator)
             except OSError as error:
-                self._found(node, False, error)
+                self._set_health(node, False, error)
             else:
-                self._found(node, True)
+                self._set_health(node, True)
             await asyncio.sleep(
                 AMQP_NODE_CHECK_SECONDS if node.healthy else AMQP_NODE_RECHECK_SECONDS
             )
 
-    def _found(self, node: BrokerNode, healthy: bool, why: OSError | None = None) -> None:
+    def _set_health(self, node: BrokerNode, healthy: bool, why: OSError | None = None) -> None:
         if node.healthy != healthy:
             node.healthy = healthy
-            text = f"does not serve: {why.strerror or why}" if why else "serves again"
+            text = f"node is down: {why.strerror or why}" if why else "node is up again"
             log.warning("%s: %s", node.locator, text)
 
 
-async def ask(dialer: Dialer, node: Locator) -> None:
-    """Return when a node has begun a connection as brokers do; raises OSError."""
+async def check_node(dialer: Dialer, node: Locator) -> None:
+    """Check that a node answers an AMQP protocol header with connection.start.
+
+    Raises OSError.
+    """
     loop = asyncio.get_running_loop()
     sock = await dialer.connect(node, timeout=AMQP_NODE_CONNECT_TIMEOUT_SECONDS)
     with sock:
@@ -184,6 +193,6 @@ async def ask(dialer: Dialer, node: Locator) -> None:
                 await loop.sock_sendall(sock, PROTOCOL_HEADER)
                 answer = await loop.sock_recv(sock, 4096)
         except TimeoutError:
-            raise OSError(errno.ETIMEDOUT, "it accepts, and says nothing") from None
+            raise OSError(errno.ETIMEDOUT, "connected, but received no AMQP frame") from None
     if not begins_connection(answer):
-        raise OSError(errno.EPROTO, "it does not speak AMQP 0-9-1")
+        raise OSError(errno.EPROTO, "the node does not speak AMQP 0-9-1")

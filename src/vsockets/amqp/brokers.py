@@ -1,4 +1,4 @@
-"""Which node of a cluster gets the next session.  Decisions only."""
+"""Choice of the cluster node for a session.  Performs no I/O."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from ..model.locator import Locator
 
 @dataclass(eq=False, slots=True)
 class BrokerNode:
-    """A broker, and what is known of it."""
+    """A broker and its state."""
 
     locator: Locator
-    sessions: int = 0  #: that it has from us
-    healthy: bool = True  #: it answered when it was last asked or connected to
+    sessions: int = 0  #: sessions that this proxy has open to the node
+    healthy: bool = True  #: whether the last health check or connect succeeded
 
 
 class BrokerNodes:
-    """The nodes of a cluster, each as good as any other."""
+    """The interchangeable nodes of a cluster."""
 
     def __init__(self, locators: Iterable[Locator]) -> None:
         self.all = [BrokerNode(locator) for locator in locators]
         self._turn = 0
 
     def choose(self, tried: Collection[BrokerNode] = ()) -> BrokerNode | None:
-        """The healthy node with the fewest sessions that was not tried yet.
+        """Return the healthy node with the fewest sessions that is not in ``tried``.
 
-        BrokerNodes that seem to be down are the last resort, and of equals each has its turn.  None
-        when all were tried.
+        Nodes that seem to be down are the last resort; equal nodes take turns.  Returns None
+        when all nodes were tried.
         """
         self._turn += 1
         order = self.all[self._turn % len(self.all) :] + self.all[: self._turn % len(self.all)]

@@ -1,4 +1,4 @@
-"""A proxy's clients: let in at a door, a session each, and seen off with a connection.close."""
+"""The server part of the guest and host proxies: one session for each accepted client."""
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ from .session import AmqpSession, log
 
 
 class ClientServer(ABC):
-    """What a guest proxy and a host proxy have in common; made in a running loop."""
+    """The base of the guest proxy and the host proxy.
+
+    The constructor needs a running asyncio loop.
+    """
 
     def __init__(self, listen: Locator, context: ContextHandle | None) -> None:
-        """Raises OSError when nobody can be let in there."""
+        """Listen on ``listen``, in ``context`` if it is a vSockets address.
+
+        Raises OSError when that is impossible.
+        """
         self._loop = asyncio.get_running_loop()
         self._sessions: set[AmqpSession] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._entrance = AsyncioAcceptor(
             listen,
             open_listener(listen, context),
-            self._enter,
+            self._admit,
             has_room=lambda: len(self._tasks) < AMQP_SESSIONS_MAX,
             reopen=lambda: open_listener(listen, context),
             log=log,
@@ -36,41 +42,47 @@ class ClientServer(ABC):
 
     @abstractmethod
     def session_of(self, client: Client) -> AbstractContextManager[AmqpSession]:
-        """The session of a client that has come.  Raises OSError when it is not let in."""
+        """Return a context manager that holds the session of a new client.
+
+        Raises OSError when the client exceeds a limit.
+        """
 
     @abstractmethod
     async def reach(self, session: AmqpSession) -> None:
-        """Give a session its far side.  Raises OSError."""
+        """Connect the far side of a session.
+
+        Raises OSError.
+        """
 
     @property
     def where(self) -> str:
-        """Where clients come to."""
+        """Return the address that clients connect to."""
         assert self._entrance.door is not None
         return self._entrance.door.where
 
     async def drain(self) -> None:
-        """Let nobody in any more, and see off those who are there."""
+        """Stop accepting, and close each client's session with connection.close."""
         self._entrance.close()
         for session in list(self._sessions):
-            session.interrupt("the proxy is shut down")
+            session.interrupt("the proxy is shutting down")
         if self._tasks:
             await asyncio.wait(list(self._tasks))
 
     def close(self) -> None:
-        """End everything now."""
+        """Stop accepting and abort all sessions."""
         self._entrance.close()
         for task in self._tasks:
             task.cancel()
 
-    def _enter(self, sock: stdlib.socket) -> None:
+    def _admit(self, sock: stdlib.socket) -> None:
         task = self._loop.create_task(self._serve(sock, Client(sock, log)))
         self._tasks.add(task)
-        task.add_done_callback(self._left)
+        task.add_done_callback(self._on_session_done)
 
-    def _left(self, task: asyncio.Task[None]) -> None:
+    def _on_session_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a session was lost", exc_info=error)
+            log.error("internal error: a session was dropped", exc_info=error)
         self._entrance.look_again()
 
     async def _serve(self, sock: stdlib.socket, client: Client) -> None:

@@ -1,7 +1,7 @@
-"""What a broker says to its client, passed on frame by whole frame.
+"""Forwarding of a broker's bytes to its client in whole frames.
 
-So the client's connection can end between two frames at any time, with a connection.close that
-the client understands, whatever the broker's end was cut off in.
+A client that has only whole frames can be sent a valid connection.close at any time, even when
+the broker's connection ended in the middle of a frame.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ _LAST_WORDS = (ConnectionMethod.CLOSE, ConnectionMethod.CLOSE_OK)
 
 
 class FrameAssembler:
-    """Holds back what is no whole frame yet: AMQP_FRAME_MAX_BYTES bytes at most."""
+    """A buffer for the incomplete last frame: AMQP_FRAME_MAX_BYTES bytes at most."""
 
     def __init__(self) -> None:
-        self.farewell = False  #: the broker has closed the connection as AMQP does that
+        self.broker_closed = False  #: the broker has sent close, close-ok or a refusal
         self._begun = False
         self._held = bytearray()
-        self._needed = 0  #: bytes that must be there before it is worth looking again
+        self._needed = 0  #: size of the held frame, in bytes; 0 while its header is incomplete
 
     def receive(self, data: bytes) -> bytes:
-        """What of it the client may have now.  Raises FrameError."""
+        """Add bytes from the broker; return the whole frames, to be forwarded to the client.
+
+        Raises FrameError.
+        """
         if self._held:
             self._held += data
             if len(self._held) < self._needed:
@@ -38,14 +41,14 @@ class FrameAssembler:
             data = bytes(self._held)
             self._held.clear()
         if not self._begun:
-            if data[:1] == PROTOCOL_HEADER[:1]:  # the broker speaks only this, and will hang up
+            if data[:1] == PROTOCOL_HEADER[:1]:  # the broker refuses the client's version
                 return self._refusal(data)
             self._begun = bool(data)
         done = 0
         for frame in whole_frames(data, AMQP_FRAME_MAX_BYTES):
             done = frame.end
             if connection_method(data, frame) in _LAST_WORDS:
-                self.farewell = True
+                self.broker_closed = True
         if done == len(data):
             return data
         self._held += data[done:]
@@ -57,23 +60,22 @@ class FrameAssembler:
             self._held += data
             return b""
         if data != PROTOCOL_HEADER:
-            raise FrameError(f"{data[:8]!r}, expected {PROTOCOL_HEADER!r} and nothing more")
-        self.farewell = True
+            raise FrameError(f"{data[:8]!r} (expected exactly {PROTOCOL_HEADER!r})")
+        self.broker_closed = True
         return data
 
 
 class CloseHandshake:
-    """What a client still says after it was sent connection.close: nothing that counts.
+    """The wait for a client's connection.close-ok; everything before it is discarded.
 
-    The last of it is connection.close-ok.  It is known by its bytes alone, as where a frame
-    begins is not known here; should a message's bytes look the same, the end comes a little
-    earlier.
+    Frame boundaries are unknown here, so close-ok is recognized by its bytes alone.  A message
+    that contains the same bytes only ends the connection a little earlier.
     """
 
     def __init__(self) -> None:
         self._last = b""
 
     def receive(self, data: bytes) -> bool:
-        """Whether the client has agreed."""
+        """Add bytes from the client; return whether they end with connection.close-ok."""
         self._last = (self._last + data[-len(CLOSE_OK) :])[-len(CLOSE_OK) :]
         return self._last == CLOSE_OK

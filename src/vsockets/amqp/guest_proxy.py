@@ -1,7 +1,7 @@
-"""The guest proxy: in a guest, where stock AMQP clients find their broker.
+"""The guest proxy: runs in a guest, and is the broker that stock AMQP clients connect to.
 
-Each client's connection is a stream to the host proxy, and a session of its own there.  Nothing
-but the standard library is needed here, as a guest may have nothing else.
+Each client's connection becomes one stream to the host proxy, and one session there.  This module
+imports the standard library only, because a guest may have nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .session import AmqpSession
 
 
 class GuestProxy(ClientServer):
-    """Takes clients of ``listen`` to the host proxy at ``host``."""
+    """A proxy that connects each client of ``listen`` to the host proxy at ``host``."""
 
     def __init__(
         self, listen: Locator, host: Locator, context: ContextHandle | None = None
@@ -30,9 +30,11 @@ class GuestProxy(ClientServer):
 
     @contextmanager
     def session_of(self, client: Client) -> Iterator[AmqpSession]:
+        """Yield a session without inspection: the host proxy inspects it."""
         yield AmqpSession(client)
 
     async def reach(self, session: AmqpSession) -> None:
+        """Connect the far side to the host proxy."""
         sock = await self._dialer.connect(
             self._host, timeout=AMQP_OPEN_TIMEOUT_SECONDS, wait=AMQP_OPEN_TIMEOUT_SECONDS
         )

@@ -1,16 +1,16 @@
-"""One TCP connection that carries tunnels: HTTP/2, of which ``h2`` knows the rules.
+"""One HTTP/2 connection that carries sessions as streams; ``h2`` implements the protocol.
 
-*Flow control.*  A stream's window is opened by whoever reads that stream (:mod:`.tunnel`); the
-connection's is opened again as soon as anything came, because the streams' windows bound what
-is here.  So a session that nobody reads takes nothing from the others.
+*Flow control.*  The reader of a stream opens that stream's window (:mod:`.h2_stream`).  The
+connection's window is opened as soon as bytes arrive, because the streams' windows already bound
+the bytes buffered here.  A session that is not read therefore takes nothing from the others.
 
-*Turns.*  Each tunnel with something to send sends one frame, then it is the next one's turn.
+*Turns.*  Streams with pending bytes send one frame each, in rotation.
 
-*Frames.*  However much a peer says, a bounded number of its frames is looked at before it is the
-others' turn.
+*Frames.*  A bounded number of the peer's frames is handled in one turn of the loop, so that a
+flood does not delay other connections.
 
-*Silence.*  A peer that said nothing for a while is asked (PING); one that does not answer has
-gone, whatever TCP thinks of it.
+*Silence.*  A peer that has been silent is probed with PING, and the connection is aborted if the
+probe is not answered, even while TCP still keeps the connection.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ from .limits import (
     AMQP_UPLINK_WINDOW_BYTES,
 )
 
-#: What is made ready before it is written, in bytes.
+#: Bytes of stream data collected for one write to the transport.
 _BATCH = 256 * 1024
 
 _FIRST_WINDOW = 65_535  # of a connection (RFC 9113, section 6.9.2)
-_PREFACE = 24  # bytes that a client says first (RFC 9113, section 3.4)
-_HEAD = 9  # bytes of a frame's head
-_HEADERS = 16_384  # bytes of a request's; it has five short ones
+_PREFACE = 24  # bytes of a client's preface (RFC 9113, section 3.4)
+_HEAD = 9  # bytes of a frame's header
+_HEADERS = 16_384  # bytes of a request's header list, which has five short entries
 
 
-class Frames:
-    """Finds where frames end in what is received (RFC 9113, section 4.1)."""
+class FrameCounter:
+    """A scanner for frame boundaries in received bytes (RFC 9113, section 4.1)."""
 
     def __init__(self, skip: int = 0) -> None:
-        self._skip = skip  # bytes to the next frame's head
-        self._head = b""  # of a frame, as much as there is of it
+        self._skip = skip  # bytes before the next frame's header
+        self._head = b""  # the incomplete header of the next frame
 
     def end(self, data: bytes, most: int) -> int:
-        """Return how many bytes of ``data`` the next ``most`` frames take, all if there are fewer.
+        """Return the size in bytes of the next ``most`` frames; len(data) if there are fewer.
 
-        What comes next is what follows them.
+        The next call expects the bytes that follow them.
         """
         size = len(data)
         position, self._skip = self._skip, 0
@@ -79,11 +79,15 @@ class Frames:
 
 
 class StreamRefused(OSError):
-    """The far end does not open a tunnel."""
+    """The peer has refused to open a stream."""
 
 
 class H2Connection(asyncio.Protocol):
-    """Either end of the connection; only the server's has ``on_request``."""
+    """The protocol object of either end of the connection.
+
+    The server passes ``on_request``, which is called with the connection, the new stream and the
+    request's headers.
+    """
 
     def __init__(
         self, on_request: Callable[[H2Connection, H2Stream, Headers], None] | None = None
@@ -93,67 +97,69 @@ class H2Connection(asyncio.Protocol):
         configuration = h2.config.H2Configuration(client_side=on_request is None)
         self._http = h2.connection.H2Connection(configuration)
         self._transport: asyncio.Transport | None = None
-        self._tunnels: dict[int, H2Stream] = {}
+        self._streams: dict[int, H2Stream] = {}
         self._opening: dict[int, asyncio.Future[int]] = {}
-        self._working: dict[H2Stream, None] = {}  # those with something to send, in turn
+        self._queued: dict[H2Stream, None] = {}  # streams with pending bytes, in sending order
         self._scheduled = False
         self._congested = False
         self._uncredited = 0
-        self._heard = False
-        self._asked = False
-        self._frames = Frames(_PREFACE if on_request is not None else 0)
-        self._held = b""  # what came, and is looked at in the next turns
-        self._error: Exception | None = None
-        self._probe = self._loop.call_later(AMQP_UPLINK_SILENCE_SECONDS, self._check)
-        self.ready: asyncio.Future[None] = self._loop.create_future()  #: the peer speaks HTTP/2
+        self._active = False
+        self._probing = False
+        self._frames = FrameCounter(_PREFACE if on_request is not None else 0)
+        self._held = b""  # received bytes left for later turns
+        self._silence_timer = self._loop.call_later(AMQP_UPLINK_SILENCE_SECONDS, self._check_peer)
+        #: done once the peer has sent SETTINGS
+        self.ready: asyncio.Future[None] = self._loop.create_future()
         self.closed: asyncio.Future[Exception | None] = self._loop.create_future()
 
     @property
     def sessions(self) -> int:
-        """Tunnels there are."""
-        return len(self._tunnels)
+        """Return the number of open streams."""
+        return len(self._streams)
 
     async def open(self, headers: Headers, protocol: asyncio.Protocol) -> H2Stream:
-        """A tunnel for ``protocol``, when the far end has agreed.  Raises OSError, StreamRefused
-        too."""
+        """Open a stream for ``protocol``, and return it once the peer has accepted the request.
+
+        Raises StreamRefused when the peer refuses, OSError when the connection is lost.
+        """
         if self.closed.done():
-            raise OSError(errno.ECONNABORTED, "the link has ended")
+            raise OSError(errno.ECONNABORTED, "the HTTP/2 connection has ended")
         try:
             number = self._http.get_next_available_stream_id()
             self._http.send_headers(number, list(headers.items()))
         except h2.exceptions.TooManyStreamsError:
-            raise StreamRefused(errno.EAGAIN, "the far end takes no more sessions") from None
+            raise StreamRefused(errno.EAGAIN, "the peer accepts no further sessions") from None
         except h2.exceptions.ProtocolError as error:
-            self.abort(ConnectionError(str(error)))  # such as no stream's number that is left
+            self.abort(ConnectionError(str(error)))  # for example: stream identifiers are exhausted
             raise OSError(errno.ECONNABORTED, str(error)) from None
-        tunnel = self._tunnels[number] = H2Stream(self, number)
+        stream = self._streams[number] = H2Stream(self, number)
         answer = self._opening[number] = self._loop.create_future()
         self._schedule()
         try:
             status = await answer
         except BaseException:
-            tunnel.abort()
+            stream.abort()
             raise
         finally:
             self._opening.pop(number, None)
         if not 200 <= status < 300:
-            tunnel.abort()
-            raise StreamRefused(errno.ECONNREFUSED, f"the far end answered with status {status}")
-        tunnel.set_protocol(protocol)
-        return tunnel
+            stream.abort()
+            raise StreamRefused(errno.ECONNREFUSED, f"the peer refused: status {status}")
+        stream.set_protocol(protocol)
+        return stream
 
-    def answer(self, tunnel: H2Stream, status: int) -> None:
-        """The server's answer to a request; all but 200 are its end."""
-        with contextlib.suppress(h2.exceptions.ProtocolError):  # the client has gone meanwhile
+    def answer(self, stream: H2Stream, status: int) -> None:
+        """Answer a request (server only); a ``status`` other than 200 closes the stream."""
+        with contextlib.suppress(h2.exceptions.ProtocolError):  # the client has closed the stream
             headers = [(b":status", b"%d" % status)]
-            self._http.send_headers(tunnel.number, headers, end_stream=status != 200)
+            self._http.send_headers(stream.number, headers, end_stream=status != 200)
             self._schedule()
         if status != 200:
-            tunnel.finishing = tunnel.ended_here = True
-            tunnel.close()
+            stream.finishing = stream.end_sent = True
+            stream.close()
 
     def close(self) -> None:
-        """Say goodbye, and end all tunnels."""
+        """Send GOAWAY and close all streams."""
         if not self.closed.done():
             with contextlib.suppress(h2.exceptions.ProtocolError):
                 self._http.close_connection()
@@ -163,38 +169,39 @@ class H2Connection(asyncio.Protocol):
             self._end(None)
 
     def abort(self, error: Exception) -> None:
-        """End all tunnels at once, because of ``error``."""
+        """Abort the connection and all streams because of ``error``."""
         if self._transport is not None:
             self._transport.abort()
         self._end(error)
 
-    # The tunnels' interface
+    # The streams' interface
 
-    def has_work(self, tunnel: H2Stream) -> None:
-        """It has something to send."""
-        self._working[tunnel] = None
+    def queue(self, stream: H2Stream) -> None:
+        """Add ``stream`` to the streams with pending bytes."""
+        self._queued[stream] = None
         self._schedule()
 
-    def credit(self, tunnel: H2Stream, size: int) -> None:
-        """Let the peer send ``size`` bytes more into it."""
-        with contextlib.suppress(h2.exceptions.ProtocolError):  # it has just ended
-            self._http.increment_flow_control_window(size, tunnel.number)
+    def credit(self, stream: H2Stream, size: int) -> None:
+        """Open the window of ``stream`` by ``size`` bytes."""
+        with contextlib.suppress(h2.exceptions.ProtocolError):  # the stream has just ended
+            self._http.increment_flow_control_window(size, stream.number)
             self._schedule()
 
-    def reset(self, tunnel: H2Stream) -> None:
-        """Tell the peer that it has ended in disorder."""
+    def reset(self, stream: H2Stream) -> None:
+        """Send RST_STREAM for ``stream``."""
         with contextlib.suppress(h2.exceptions.ProtocolError):
-            self._http.reset_stream(tunnel.number, h2.errors.ErrorCodes.CONNECT_ERROR)
+            self._http.reset_stream(stream.number, h2.errors.ErrorCodes.CONNECT_ERROR)
             self._schedule()
 
-    def forget(self, tunnel: H2Stream) -> None:
-        """It has ended."""
-        self._tunnels.pop(tunnel.number, None)
-        self._working.pop(tunnel, None)
+    def forget(self, stream: H2Stream) -> None:
+        """Remove ``stream``, which has ended."""
+        self._streams.pop(stream.number, None)
+        self._queued.pop(stream, None)
 
     # asyncio's interface
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the preface and the settings."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         transport.set_write_buffer_limits(_BATCH)
@@ -218,35 +225,35 @@ class H2Connection(asyncio.Protocol):
         self._write()
 
     def data_received(self, data: bytes) -> None:
-        self._heard = True
-        if self._held:  # more of it than one turn's was on its way
+        """Handle the first frames of ``data`` now and the rest in later turns."""
+        self._active = True
+        if self._held:
             self._held += data
         else:
-            self._take(data)
+            self._handle_some(data)
 
-    def _take(self, data: bytes) -> None:
-        """Look at the first frames of what came, and later at the others."""
+    def _handle_some(self, data: bytes) -> None:
         end = self._frames.end(data, AMQP_UPLINK_FRAMES_PER_TURN_MAX)
         self._held = data[end:]
         if self._held:
             assert self._transport is not None
             self._transport.pause_reading()
-            self._loop.call_soon(self._go_on)
-        self._look_at(data[:end])
+            self._loop.call_soon(self._handle_held)
+        self._handle_bytes(data[:end])
 
-    def _go_on(self) -> None:
+    def _handle_held(self) -> None:
         if not self.closed.done():
             data, self._held = self._held, b""
-            self._take(data)
+            self._handle_some(data)
             if not self._held and self._transport is not None:
                 self._transport.resume_reading()
 
-    def _look_at(self, data: bytes) -> None:
+    def _handle_bytes(self, data: bytes) -> None:
         try:
             events = self._http.receive_data(data)
         except h2.exceptions.ProtocolError as error:
-            self._write()  # why
-            self.abort(ConnectionError(f"the peer breaks HTTP/2's rules: {error}"))
+            self._write()  # the GOAWAY frame with the reason
+            self.abort(ConnectionError(f"HTTP/2 protocol error of the peer: {error}"))
             return
         for event in events:
             self._handle(event)
@@ -257,15 +264,19 @@ class H2Connection(asyncio.Protocol):
         self._schedule()
 
     def eof_received(self) -> bool:
+        """Close the connection: HTTP/2 has no half-close."""
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Close all streams."""
         self._end(error or ConnectionError("the peer has closed the connection"))
 
     def pause_writing(self) -> None:
+        """Stop sending stream data while the transport's buffer is full."""
         self._congested = True
 
     def resume_writing(self) -> None:
+        """Send stream data again."""
         self._congested = False
         self._schedule()
 
@@ -276,34 +287,34 @@ class H2Connection(asyncio.Protocol):
             case h2.events.DataReceived(stream_id=number):
                 size = event.flow_controlled_length
                 self._uncredited += size
-                if (tunnel := self._tunnels.get(number)) is not None:
-                    tunnel.received(event.data, size)
+                if (stream := self._streams.get(number)) is not None:
+                    stream.on_data(event.data, size)
             case h2.events.WindowUpdated(stream_id=number):
                 self._window_opened(number)
             case h2.events.StreamEnded(stream_id=number):
-                if (tunnel := self._tunnels.get(number)) is not None:
-                    tunnel.end_received()
+                if (stream := self._streams.get(number)) is not None:
+                    stream.on_end()
             case h2.events.StreamReset(stream_id=number):
                 why = ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
                 self._answered(number, why)
-                if (tunnel := self._tunnels.get(number)) is not None:
-                    tunnel.lost(why)
+                if (stream := self._streams.get(number)) is not None:
+                    stream.lose(why)
             case h2.events.ResponseReceived(stream_id=number):
                 status = dict(event.headers or ()).get(b":status", b"")
                 self._answered(number, int(status) if status.isdigit() else 502)
             case h2.events.RequestReceived(stream_id=number):
                 assert self._on_request is not None
-                tunnel = self._tunnels[number] = H2Stream(self, number)
-                self._on_request(self, tunnel, dict(event.headers or ()))
+                stream = self._streams[number] = H2Stream(self, number)
+                self._on_request(self, stream, dict(event.headers or ()))
             case h2.events.RemoteSettingsChanged():
                 if not self.ready.done():
                     self.ready.set_result(None)
                 self._window_opened(0)
             case h2.events.ConnectionTerminated():
-                self.abort(ConnectionError("the peer has said goodbye"))
+                self.abort(ConnectionError("the peer sent GOAWAY"))
 
     def _answered(self, number: int, answer: int | OSError) -> None:
-        """The far end has said whether it opens a tunnel."""
+        """Complete a pending :meth:`open` with a status or an error."""
         waiting = self._opening.get(number)
         if waiting is None or waiting.done():
             return
@@ -313,18 +324,18 @@ class H2Connection(asyncio.Protocol):
             waiting.set_exception(answer)
 
     def _window_opened(self, number: int) -> None:
-        """There is room in a stream's window, or with 0 in all."""
+        """Queue the stream whose window was opened; with 0, all streams."""
         if number:
-            tunnel = self._tunnels.get(number)
-            if tunnel is not None and tunnel.pending:
-                self._working[tunnel] = None
+            stream = self._streams.get(number)
+            if stream is not None and stream.pending:
+                self._queued[stream] = None
         else:
-            self._working.update((t, None) for t in self._tunnels.values() if t.pending)
+            self._queued.update((one, None) for one in self._streams.values() if one.pending)
 
     # Sending
 
     def _schedule(self) -> None:
-        """Send soon what there is; what comes within one turn of the loop goes together."""
+        """Send in the next turn of the loop, so that one turn's data is written together."""
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._send)
@@ -332,34 +343,34 @@ class H2Connection(asyncio.Protocol):
     def _send(self) -> None:
         self._scheduled = False
         ready = 0
-        while self._working and not self._congested and not self.closed.done():
-            tunnel = next(iter(self._working))
-            del self._working[tunnel]
-            sent = self._send_some(tunnel)
-            if sent and tunnel.pending:
-                self._working[tunnel] = None
+        while self._queued and not self._congested and not self.closed.done():
+            stream = next(iter(self._queued))
+            del self._queued[stream]
+            sent = self._send_some(stream)
+            if sent and stream.pending:
+                self._queued[stream] = None
             ready += sent
             if ready >= _BATCH:
                 ready = 0
                 self._write()
         self._write()
 
-    def _send_some(self, tunnel: H2Stream) -> int:
-        """One frame of a tunnel; how many bytes that were."""
+    def _send_some(self, stream: H2Stream) -> int:
+        """Send one frame of ``stream``; return the number of bytes sent."""
         size = 0
         try:
-            if tunnel.pending:
-                room = self._http.local_flow_control_window(tunnel.number)
-                data = tunnel.take(max(0, min(room, self._http.max_outbound_frame_size)))
+            if stream.pending:
+                room = self._http.local_flow_control_window(stream.number)
+                data = stream.take(max(0, min(room, self._http.max_outbound_frame_size)))
                 if not data:
-                    return 0  # until the window opens
-                self._http.send_data(tunnel.number, data)
+                    return 0  # the window is closed
+                self._http.send_data(stream.number, data)
                 size = len(data)
-            if tunnel.finishing and not tunnel.pending and not tunnel.ended_here:
-                self._http.end_stream(tunnel.number)
-                tunnel.has_ended()
+            if stream.finishing and not stream.pending and not stream.end_sent:
+                self._http.end_stream(stream.number)
+                stream.on_end_sent()
         except h2.exceptions.ProtocolError:
-            pass  # it has just ended, and will hear so
+            pass  # the stream has just ended; an event reports it
         return size
 
     def _write(self) -> None:
@@ -368,30 +379,31 @@ class H2Connection(asyncio.Protocol):
             return
         self._transport.write(data)
         if self._transport.get_write_buffer_size() > AMQP_UPLINK_UNREAD_MAX_BYTES:
-            self.abort(ConnectionError("the peer asks, and does not read the answers"))
+            self.abort(ConnectionError("the peer does not read the answers to its requests"))
 
     # The end
 
-    def _check(self) -> None:
-        if self._heard and self.ready.done():
-            self._asked = False
-        elif self._asked or not self.ready.done():
+    def _check_peer(self) -> None:
+        if self._active and self.ready.done():
+            self._probing = False
+        elif self._probing or not self.ready.done():
             self.abort(TimeoutError(errno.ETIMEDOUT, "the peer does not answer"))
             return
         else:
-            self._asked = True
+            self._probing = True
             self._http.ping(b"answer?!")
             self._write()
-        self._heard = False
-        self._probe = self._loop.call_later(AMQP_UPLINK_SILENCE_SECONDS, self._check)
+        self._active = False
+        self._silence_timer = self._loop.call_later(AMQP_UPLINK_SILENCE_SECONDS, self._check_peer)
 
     def _end(self, error: Exception | None) -> None:
         if self.closed.done():
             return
-        self._probe.cancel()
+        self._silence_timer.cancel()
         self.closed.set_result(error)
-        why = error or OSError(errno.ECONNABORTED, "the link was closed")
+        why = error or OSError(errno.ECONNABORTED, "the HTTP/2 connection was closed")
+        text = f"the HTTP/2 connection has ended: {why}"
         for number in list(self._opening):
-            self._answered(number, OSError(errno.ECONNABORTED, f"the link has ended: {why}"))
-        for tunnel in list(self._tunnels.values()):
-            tunnel.lost(why)
+            self._answered(number, OSError(errno.ECONNABORTED, text))
+        for stream in list(self._streams.values()):
+            stream.lose(why)

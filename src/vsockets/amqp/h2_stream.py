@@ -1,8 +1,8 @@
-"""One stream of an HTTP/2 connection, opened with CONNECT (RFC 9113, section 8.5), as a transport.
+"""An asyncio transport over one HTTP/2 stream that CONNECT has opened (RFC 9113, section 8.5).
 
-It is to its protocol what a TCP connection would be: bytes in order both ways, half-close, and
-back-pressure of its own.  ``pause_reading()`` keeps the window of this one stream shut; what it
-allowed before still comes, AMQP_SESSION_WINDOW_BYTES bytes at most.
+Its protocol sees the same as on a TCP connection: bytes in order both ways, half-close, and
+separate back-pressure.  ``pause_reading()`` keeps the window of this one stream closed; bytes that
+the window permitted before still arrive, AMQP_SESSION_WINDOW_BYTES at most.
 """
 
 from __future__ import annotations
@@ -17,91 +17,103 @@ if TYPE_CHECKING:
 
 
 class H2Stream(asyncio.Transport):
-    """Made by a :class:`~.link.Link`; until there is a protocol it keeps what comes."""
+    """A stream of an :class:`H2Connection`, which creates it.
 
-    def __init__(self, link: H2Connection, number: int) -> None:
+    Until it has a protocol it buffers the bytes that arrive.
+    """
+
+    def __init__(self, connection: H2Connection, number: int) -> None:
         super().__init__()
-        self.number = number  #: the HTTP/2 stream's
-        self.pending = bytearray()  #: what waits to be sent
-        self.finishing = False  #: nothing comes after what is pending
-        self.ended_here = self.ended_there = False  #: END_STREAM was sent, was received
-        self._link = link
+        self.number = number  #: the HTTP/2 stream identifier
+        self.pending = bytearray()  #: bytes to be sent
+        self.finishing = False  #: END_STREAM follows the pending bytes
+        self.end_sent = self.end_received = False  #: END_STREAM was sent, was received
+        self._connection = connection
         self._loop = asyncio.get_running_loop()
         self._protocol: asyncio.Protocol | None = None
         self._early = bytearray()
         self._protocol_paused = False
         self._reading = True
         self._uncredited = 0
-        self._closing = self._gone = False
+        self._closing = self._lost = False
         self._error: Exception | None = None
         self.set_write_buffer_limits()
 
     # asyncio's interface
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Attach the protocol, and deliver what has arrived before."""
         assert isinstance(protocol, asyncio.Protocol)
         self._protocol = protocol
         protocol.connection_made(self)
         early, self._early = bytes(self._early), bytearray()
         if early:
             protocol.data_received(early)
-        if self.ended_there:
+        if self.end_received:
             protocol.eof_received()
-        if self._gone:
+        if self._lost:
             self._loop.call_soon(protocol.connection_lost, self._error)
         else:
             self._credit()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self.finishing or self._gone:
+        """Queue bytes; pause the protocol's writing above the buffer limit."""
+        if self.finishing or self._lost:
             return
         self.pending += data
-        self._link.has_work(self)
-        if len(self.pending) > self._most_unsent and not self._protocol_paused and self._protocol:
+        self._connection.queue(self)
+        if len(self.pending) > self._unsent_max and not self._protocol_paused and self._protocol:
             self._protocol_paused = True
             self._protocol.pause_writing()
 
     def get_write_buffer_size(self) -> int:
+        """Return the number of bytes to be sent."""
         return len(self.pending)
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        self._most_unsent = AMQP_SESSION_UNSENT_MAX_BYTES if high is None else high
-        self._resume_at = self._most_unsent // 4 if low is None else low
+        """Set the buffered bytes above which writing pauses, and below which it resumes."""
+        self._unsent_max = AMQP_SESSION_UNSENT_MAX_BYTES if high is None else high
+        self._resume_at = self._unsent_max // 4 if low is None else low
 
     def can_write_eof(self) -> bool:
+        """Return True: streams have half-close."""
         return True
 
     def write_eof(self) -> None:
-        if not (self.finishing or self._gone):
+        """Send END_STREAM after the pending bytes."""
+        if not (self.finishing or self._lost):
             self.finishing = True
-            self._link.has_work(self)
+            self._connection.queue(self)
 
     def pause_reading(self) -> None:
+        """Keep this stream's window closed."""
         self._reading = False
 
     def resume_reading(self) -> None:
+        """Open this stream's window again."""
         self._reading = True
         self._credit()
 
     def is_closing(self) -> bool:
-        return self._closing or self._gone
+        """Return whether the stream is closed or closing."""
+        return self._closing or self._lost
 
     def close(self) -> None:
-        """Send what is pending, and be done with both directions."""
+        """Send the pending bytes, then close both directions."""
         self._closing = True
         self.write_eof()
-        self._settle()
+        self._finish_if_ended()
 
     def abort(self) -> None:
-        """Be done now; the peer is told that it did not end well."""
-        if not self._gone:
-            self._link.reset(self)
-            self.lost(None)
+        """Close both directions at once, and send RST_STREAM to the peer."""
+        if not self._lost:
+            self._connection.reset(self)
+            self.lose(None)
 
-    # The link's interface
+    # The connection's interface
 
     def take(self, size: int) -> bytes:
-        """At most so many bytes of what is pending."""
+        """Remove and return at most ``size`` of the pending bytes."""
         data = bytes(memoryview(self.pending)[:size])
         del self.pending[:size]
         if self._protocol_paused and len(self.pending) <= self._resume_at and self._protocol:
@@ -109,13 +121,13 @@ class H2Stream(asyncio.Transport):
             self._protocol.resume_writing()
         return data
 
-    def has_ended(self) -> None:
-        """END_STREAM was sent."""
-        self.ended_here = True
-        self._settle()
+    def on_end_sent(self) -> None:
+        """Record that END_STREAM was sent."""
+        self.end_sent = True
+        self._finish_if_ended()
 
-    def received(self, data: bytes, size: int) -> None:
-        """``data`` came, which took ``size`` bytes of the window."""
+    def on_data(self, data: bytes, size: int) -> None:
+        """Deliver received bytes, which took ``size`` bytes of the window."""
         self._uncredited += size
         if self._protocol is None:
             self._early += data
@@ -123,33 +135,33 @@ class H2Stream(asyncio.Transport):
             self._protocol.data_received(data)
         self._credit()
 
-    def end_received(self) -> None:
-        """END_STREAM came."""
-        self.ended_there = True
+    def on_end(self) -> None:
+        """Handle a received END_STREAM."""
+        self.end_received = True
         if self._protocol is not None and not self._closing:
             self._protocol.eof_received()
-        self._settle()
+        self._finish_if_ended()
 
-    def lost(self, error: Exception | None) -> None:
-        """The stream is no more."""
-        if self._gone:
+    def lose(self, error: Exception | None) -> None:
+        """Remove the stream from the connection, and report the loss to the protocol."""
+        if self._lost:
             return
-        self._gone = True
+        self._lost = True
         self._error = error
         self.pending.clear()
-        self._link.forget(self)
+        self._connection.forget(self)
         if self._protocol is not None:
             self._loop.call_soon(self._protocol.connection_lost, error)
 
-    def _settle(self) -> None:
-        if self.ended_here and self.ended_there:
-            self.lost(None)
-        elif self.ended_here and self._closing:
+    def _finish_if_ended(self) -> None:
+        if self.end_sent and self.end_received:
+            self.lose(None)
+        elif self.end_sent and self._closing:
             self.abort()
 
     def _credit(self) -> None:
-        """Let the peer send as much again, when that is worth a frame."""
-        wanted = self._reading and self._protocol is not None and not self.ended_there
-        if wanted and not self._gone and self._uncredited >= AMQP_SESSION_WINDOW_BYTES // 2:
-            self._link.credit(self, self._uncredited)
+        """Acknowledge received bytes, once they are half a window."""
+        wanted = self._reading and self._protocol is not None and not self.end_received
+        if wanted and not self._lost and self._uncredited >= AMQP_SESSION_WINDOW_BYTES // 2:
+            self._connection.credit(self, self._uncredited)
             self._uncredited = 0

@@ -1,12 +1,12 @@
-"""What a guest may say to the broker until it is in a virtual host that it may use.
+"""Inspection of a guest's AMQP handshake, up to the choice of a permitted virtual host.
 
-The handshake of AMQP 0-9-1 (section 2.2.4), as the client says it::
+The client's side of the handshake of AMQP 0-9-1 (section 2.2.4)::
 
     protocol header, start-ok, [secure-ok …], tune-ok, open
 
-Every frame of it is read here before the broker has it.  To start-ok, whose client properties
-the broker shows to its operators, the guest's CID is added, which the guest cannot say itself.
-``open`` names the virtual host; it can be said once, so what follows is not looked at.
+Each frame is checked before it is forwarded to the broker.  The guest's CID is added to the client
+properties in start-ok, which the broker shows to its operators; a guest cannot set it itself.
+``open`` names the virtual host.  It can be sent only once, so the bytes after it are not inspected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .frames import (
 from .limits import AMQP_HANDSHAKE_FRAME_MAX_BYTES, AMQP_HANDSHAKE_FRAMES_MAX
 from .tables import names, table_end, with_number
 
-#: The client property that says which guest a connection is of.
+#: The client property with the CID of the guest that owns a connection.
 CID_PROPERTY = b"vsock_cid"
 
 _PASSED_ON = (
@@ -41,7 +41,7 @@ _PASSED_ON = (
 
 
 class HandshakeRefused(Exception):
-    """The guest's connection ends here; ``answer`` is what to tell it."""
+    """The handshake is refused; ``answer`` is to be sent to the guest before closing."""
 
     def __init__(self, why: str, answer: bytes) -> None:
         super().__init__(why)
@@ -49,10 +49,10 @@ class HandshakeRefused(Exception):
 
 
 class HandshakeInspector:
-    """Reads along with one guest, until ``virtual_host`` is there."""
+    """The inspector of one guest's handshake, which is complete once ``virtual_host`` is set."""
 
     def __init__(self, cid: int, admits: Callable[[str], bool]) -> None:
-        self.virtual_host: str | None = None  #: where the guest is
+        self.virtual_host: str | None = None  #: the virtual host that the guest has opened
         self.cid = cid
         self._admits = admits
         self._begun = False
@@ -60,7 +60,10 @@ class HandshakeInspector:
         self._frames = 0
 
     def receive(self, data: bytes) -> bytes:
-        """What of it the broker may have.  Raises HandshakeRefused."""
+        """Add bytes from the guest; return the bytes to forward to the broker.
+
+        Raises HandshakeRefused.
+        """
         if self.virtual_host is not None:
             return data
         data = self._held + data
@@ -69,7 +72,8 @@ class HandshakeInspector:
         try:
             if not self._begun:
                 if not PROTOCOL_HEADER.startswith(data[: len(PROTOCOL_HEADER)]):
-                    raise HandshakeRefused("it does not speak AMQP 0-9-1", PROTOCOL_HEADER)
+                    why = "the client does not speak AMQP 0-9-1"
+                    raise HandshakeRefused(why, PROTOCOL_HEADER)
                 if len(data) < len(PROTOCOL_HEADER):
                     self._held = data
                     return b""
@@ -80,7 +84,7 @@ class HandshakeInspector:
                 self._frames += 1
                 if self._frames > AMQP_HANDSHAKE_FRAMES_MAX:
                     raise _refused(Reply.NOT_ALLOWED, "too many frames before connection.open")
-                passed.append(self._look_at(data, frame))
+                passed.append(self._check(data, frame))
                 start = frame.end
                 if self.virtual_host is not None:
                     self._held = b""
@@ -90,38 +94,38 @@ class HandshakeInspector:
         self._held = data[start:]
         return b"".join(passed)
 
-    def _look_at(self, data: bytes, frame: Frame) -> bytes:
-        """What the broker gets for it."""
+    def _check(self, data: bytes, frame: Frame) -> bytes:
+        """Check a frame; return the bytes to forward instead."""
         whole = data[frame.start : frame.end]
         method = connection_method(data, frame)
         if method == ConnectionMethod.START_OK:
-            return self._marked(arguments(data, frame))
+            return self._with_cid(arguments(data, frame))
         if method == ConnectionMethod.OPEN:
             self._open(arguments(data, frame))
             return whole
         if method in _PASSED_ON or whole == _HEARTBEAT:
             return whole
-        raise _refused(Reply.COMMAND_INVALID, "expected the connection to be opened first")
+        raise _refused(Reply.COMMAND_INVALID, "frame before connection.open")
 
-    def _marked(self, said: bytes) -> bytes:
-        """start-ok, with the guest's CID among the client's properties."""
-        end = table_end(said)
-        if CID_PROPERTY in names(said[:end]):
+    def _with_cid(self, fields: bytes) -> bytes:
+        """Return start-ok with the guest's CID added to the client properties."""
+        end = table_end(fields)
+        if CID_PROPERTY in names(fields[:end]):
             name = CID_PROPERTY.decode()
-            why = f"the client property {name} is not the client's to set"
+            why = f"client property {name}: reserved for the host proxy"
             raise _refused(Reply.ACCESS_REFUSED, why, ConnectionMethod.START_OK)
-        properties = with_number(said[:end], CID_PROPERTY, self.cid)
-        return connection_frame(ConnectionMethod.START_OK, properties + said[end:])
+        properties = with_number(fields[:end], CID_PROPERTY, self.cid)
+        return connection_frame(ConnectionMethod.START_OK, properties + fields[end:])
 
-    def _open(self, said: bytes) -> None:
+    def _open(self, fields: bytes) -> None:
         try:
-            name = said[1 : 1 + said[0]]
-            # Two fields follow that mean nothing any more: a short string, and a bit.
-            if len(name) != said[0] or len(said) != said[0] + said[1 + said[0]] + 3:
+            name = fields[1 : 1 + fields[0]]
+            # Two reserved fields follow: a short string and a bit.
+            if len(name) != fields[0] or len(fields) != fields[0] + fields[1 + fields[0]] + 3:
                 raise IndexError
             virtual_host = name.decode()
         except (IndexError, UnicodeDecodeError):
-            why = "expected a virtual host"
+            why = "invalid arguments of connection.open (expected a virtual host)"
             raise _refused(Reply.SYNTAX_ERROR, why, ConnectionMethod.OPEN) from None
         if not self._admits(virtual_host):
             why = f"access to virtual host {virtual_host!r} is refused to context {self.cid}"

@@ -1,8 +1,8 @@
-"""The host proxy: every guest's sessions, over one TCP connection, to the AMQP proxy.
+"""The host proxy: carries the sessions of all guests over one TCP connection to the AMQP proxy.
 
-A guest is known by its CID, which it cannot forge: the proxy tells it to the far end in a header
-of the request, and to the broker in the client's properties, and it decides what virtual hosts
-the guest may use.
+A guest is identified by its CID, which it cannot forge.  The host proxy sends the CID to the AMQP
+proxy in a request header and to the broker in the client properties, and uses it to decide which
+virtual hosts the guest may open.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .virtual_hosts import VirtualHostRule, admits
 
 
 class HostProxy(ClientServer):
-    """Takes guests from ``listen`` to the AMQP proxy at ``proxy``."""
+    """A proxy that connects each guest's client at ``listen`` to the AMQP proxy at ``proxy``."""
 
     def __init__(
         self,
@@ -44,38 +44,43 @@ class HostProxy(ClientServer):
         self._rules = tuple(rules)
         self._authority = authority
         self._guests: collections.Counter[int] = collections.Counter()
-        self._trunk = Uplink(proxy, tls, tls_name)
+        self._uplink = Uplink(proxy, tls, tls_name)
 
     @contextmanager
     def session_of(self, client: Client) -> Iterator[AmqpSession]:
+        """Yield an inspected session, counted against its guest's limit."""
         assert client.peer is not None
         cid, port = client.peer
         client.who = f"context {cid}, port {port}"
         if self._guests[cid] >= AMQP_GUEST_SESSIONS_MAX:
-            raise OSError(errno.EDQUOT, f"it has {AMQP_GUEST_SESSIONS_MAX} sessions already")
+            why = f"too many sessions (expected at most {AMQP_GUEST_SESSIONS_MAX} for a guest)"
+            raise OSError(errno.EDQUOT, why)
         self._guests[cid] += 1
-        guard = HandshakeInspector(cid, lambda name: admits(self._rules, cid, name))
+        inspector = HandshakeInspector(cid, lambda name: admits(self._rules, cid, name))
         try:
-            yield AmqpSession(client, guard)
+            yield AmqpSession(client, inspector)
         finally:
             self._guests[cid] -= 1
             if not self._guests[cid]:
                 del self._guests[cid]
 
     async def reach(self, session: AmqpSession) -> None:
-        assert session.guard is not None
+        """Connect the far side to a stream of the HTTP/2 connection."""
+        assert session.inspector is not None
         try:
             async with asyncio.timeout(AMQP_OPEN_TIMEOUT_SECONDS):
-                link = await self._trunk.link()
-                headers = connect_request(self._authority, session.guard.cid)
-                await link.open(headers, session.far)
+                connection = await self._uplink.connection()
+                headers = connect_request(self._authority, session.inspector.cid)
+                await connection.open(headers, session.far)
         except TimeoutError:
             raise OSError(errno.ETIMEDOUT, "the AMQP proxy did not answer in time") from None
 
     async def drain(self) -> None:
+        """Close each session with connection.close, then the HTTP/2 connection."""
         await super().drain()
-        self._trunk.close()
+        self._uplink.close()
 
     def close(self) -> None:
+        """Abort all sessions, and close the HTTP/2 connection."""
         super().close()
-        self._trunk.close()
+        self._uplink.close()

@@ -1,9 +1,10 @@
-"""Two transports joined: what comes from one goes to the other, and so do its ends.
+"""A relay between two asyncio transports that passes on bytes and ends of stream.
 
-*Back-pressure.*  While one side's buffer is full nothing is read from the other.
-*Half-close.*  The end of one direction is passed on; the other direction goes on, but for no
-longer than AMQP_CLOSE_TIMEOUT_SECONDS seconds: nobody who speaks AMQP closes one direction alone.
-*Lost.*  When one side is gone the other is closed, once it has what it should have.
+*Back-pressure.*  While the write buffer of one side is full, nothing is read from the other side.
+*Half-close.*  The end of one direction is passed on.  The other direction stays open for at most
+AMQP_CLOSE_TIMEOUT_SECONDS seconds: AMQP clients and brokers do not close one direction alone.
+*Connection loss.*  When the peer of one side is lost, the other side is closed after its pending
+bytes are written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .limits import AMQP_CLOSE_TIMEOUT_SECONDS, AMQP_SESSION_UNSENT_MAX_BYTES
 
 
 class Side(asyncio.Protocol):
-    """What a relay is on one of its sides."""
+    """The protocol object of one of a relay's two transports."""
 
     def __init__(self, relay: SessionRelay) -> None:
         self.transport: asyncio.Transport | None = None
@@ -23,58 +24,67 @@ class Side(asyncio.Protocol):
         self._relay = relay
 
     def write(self, data: bytes) -> None:
-        """To the peer of this side, if it is there still."""
+        """Send ``data`` to this side's peer; discard it if the transport is closed."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
 
     def close(self) -> None:
-        """Be done with the peer, as soon as it has what was written."""
+        """Close the transport after its pending bytes, and limit the life of the other side."""
         if self.transport is not None and not self.lost:
             self.transport.close()
-            self._relay.limit()
+            self._relay.start_close_timer()
 
     # asyncio's interface
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Register the transport with the relay."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         transport.set_write_buffer_limits(AMQP_SESSION_UNSENT_MAX_BYTES)
         self._relay.joined(self)
 
     def data_received(self, data: bytes) -> None:
+        """Pass bytes of the peer to the relay."""
         self._relay.received(self, data)
 
     def eof_received(self) -> bool:
+        """Pass the peer's end of stream to the relay; keep the other direction open."""
         self._relay.ended(self)
-        return True  # the other direction goes on
+        return True
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Report the loss of the transport to the relay."""
         self.lost = True
         self._relay.lost(self, error)
 
     def pause_writing(self) -> None:
+        """Stop reading from the other side while this side's write buffer is full."""
         if self.other.transport is not None:
             self.other.transport.pause_reading()
 
     def resume_writing(self) -> None:
+        """Read from the other side again."""
         if self.other.transport is not None:
             self.other.transport.resume_reading()
 
 
 class SessionRelay:
-    """``near`` and ``far`` are protocols for the two transports; ``done`` when both are lost."""
+    """A relay between the transports of ``near`` and ``far``, its two protocol objects.
+
+    ``done`` resolves when both transports are lost.
+    """
 
     def __init__(self) -> None:
         self.near, self.far = Side(self), Side(self)
         self.near.other, self.far.other = self.far, self.near
         self._loop = asyncio.get_running_loop()
-        self._limit: asyncio.TimerHandle | None = None
+        self._close_timer: asyncio.TimerHandle | None = None
         self.done: asyncio.Future[None] = self._loop.create_future()
 
     def joined(self, side: Side) -> None:
-        """``side`` has its transport, from which nothing is read before the other has one."""
+        """Start reading from both transports once both exist; ``side`` has just got its own."""
         if side.other.transport is None:
-            # Not now: asyncio of 3.11.2 (Debian 12) begins to read after connection_made() even so.
+            # Later, because asyncio of 3.11.2 (Debian 12) starts to read after connection_made().
             self._loop.call_soon(self._hold, side)
         else:
             side.other.transport.resume_reading()
@@ -84,38 +94,38 @@ class SessionRelay:
             side.transport.pause_reading()
 
     def received(self, side: Side, data: bytes) -> None:
-        """``data`` came from the peer of ``side``."""
+        """Forward ``data``, received from the peer of ``side``."""
         side.other.write(data)
 
     def ended(self, side: Side) -> None:
-        """The peer of ``side`` says no more."""
+        """Pass on the end of stream that the peer of ``side`` has sent."""
         other = side.other
         if other.transport is not None and not other.transport.is_closing():
             other.transport.write_eof()
-            self.limit()
+            self.start_close_timer()
         else:
             side.close()
 
-    def gone(self, side: Side, error: Exception | None) -> None:
-        """The peer of ``side`` is there no more."""
+    def peer_lost(self, side: Side, error: Exception | None) -> None:
+        """Close the other side because the peer of ``side`` is lost."""
         side.other.close()
 
     def lost(self, side: Side, error: Exception | None) -> None:
-        """asyncio's connection_lost."""
-        self.gone(side, error)
+        """Handle ``connection_lost`` of ``side``."""
+        self.peer_lost(side, error)
         if all(one.lost or one.transport is None for one in (self.near, self.far)):
-            if self._limit is not None:
-                self._limit.cancel()
+            if self._close_timer is not None:
+                self._close_timer.cancel()
             if not self.done.done():
                 self.done.set_result(None)
 
     def abort(self) -> None:
-        """End both sides now."""
+        """Abort both transports."""
         for side in (self.near, self.far):
             if side.transport is not None and not side.lost:
                 side.transport.abort()
 
-    def limit(self) -> None:
-        """From now on it is only a matter of time."""
-        if self._limit is None:
-            self._limit = self._loop.call_later(AMQP_CLOSE_TIMEOUT_SECONDS, self.abort)
+    def start_close_timer(self) -> None:
+        """Abort the relay after AMQP_CLOSE_TIMEOUT_SECONDS, unless both sides close earlier."""
+        if self._close_timer is None:
+            self._close_timer = self._loop.call_later(AMQP_CLOSE_TIMEOUT_SECONDS, self.abort)

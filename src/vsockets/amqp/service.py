@@ -1,4 +1,4 @@
-"""Running one of the proxies until it is told to stop."""
+"""The process of one AMQP proxy: start it, and drain it on SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from .session import log
 
 
 class Proxy(Protocol):
-    """Any of the three."""
+    """The interface of a guest proxy, host proxy or AMQP proxy."""
 
     @property
     def where(self) -> str:
-        """Where clients come to."""
+        """Return the address that clients connect to."""
 
     async def drain(self) -> None:
-        """See off who is there."""
+        """Stop accepting, and close the sessions in an orderly way."""
 
     def close(self) -> None:
-        """End everything now."""
+        """Abort all sessions."""
 
 
 def run(make: Callable[[], Proxy], listen: Locator) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends it without ceremony.
+    """Serve until SIGTERM or SIGINT, then drain; a second signal aborts the drain.
 
-    ``make`` is called in the loop, for a proxy at ``listen``.  Raises OSError.
+    ``make`` creates the proxy, in the running loop; ``listen`` is its address, for the log.
+    Raises OSError.
     """
     allow_many_descriptors()
 

@@ -1,8 +1,8 @@
-"""One client's AMQP connection on its way to the broker, in a guest proxy and in a host proxy.
+"""One client's AMQP connection through a guest proxy or a host proxy.
 
-The near side is the client, the far side leads to the broker.  Whatever ends the far side, the
-client's connection ends as AMQP wants it: with connection.close, between two frames.  So a
-client knows that what was not acknowledged by then is not going to be.
+The near side is the client; the far side leads to the broker.  Whenever the far side ends, the
+proxy closes the client's connection as AMQP requires: with connection.close, between two frames.
+The client then knows that unconfirmed messages will not be confirmed.
 """
 
 from __future__ import annotations
@@ -24,101 +24,108 @@ log = logging.getLogger("vsockets.amqp")
 
 
 class AmqpSession(SessionRelay):
-    """Joined by :meth:`join` with a client, and beside that with a far side."""
+    """The session of one client; ``inspector`` checks its handshake (host proxy only).
 
-    def __init__(self, client: Client, guard: HandshakeInspector | None = None) -> None:
+    :meth:`join` connects the near side; the proxy connects ``far`` itself.
+    """
+
+    def __init__(self, client: Client, inspector: HandshakeInspector | None = None) -> None:
         super().__init__()
-        self.guard = guard
+        self.inspector = inspector
         self._client = client
-        self._delivery = FrameAssembler()
-        self._parting: CloseHandshake | None = None
+        self._assembler = FrameAssembler()
+        self._close_handshake: CloseHandshake | None = None
         self._client_ended = False
-        self._handshake: asyncio.TimerHandle | None = None
-        self.done.add_done_callback(lambda _: self._end_handshake())
+        self._handshake_timer: asyncio.TimerHandle | None = None
+        self.done.add_done_callback(lambda _: self._stop_handshake_timer())
 
     async def join(self, client: stdlib.socket) -> None:
-        """Begin to serve a client; its end of the session is ours from now on."""
+        """Attach the near side to ``client``, a connected socket that the session now owns."""
         await self._loop.connect_accepted_socket(lambda: self.near, client)
 
-    def interrupt(self, text: str) -> None:
-        """The way to the broker is there no more: tell the client, and let it go."""
-        self._part(text, connection_close(Reply.CONNECTION_FORCED, text))
+    def interrupt(self, reason: str) -> None:
+        """Close the client's connection (CONNECTION_FORCED): the broker is unreachable."""
+        self._close(reason, connection_close(Reply.CONNECTION_FORCED, reason))
 
     # SessionRelay's events
 
     def joined(self, side: Side) -> None:
+        """Start the handshake timer once the far side is connected."""
         super().joined(side)
-        if side is self.far and self.guard is not None:
-            self._handshake = self._loop.call_later(AMQP_HANDSHAKE_TIMEOUT_SECONDS, self._too_slow)
+        if side is self.far and self.inspector is not None:
+            self._handshake_timer = self._loop.call_later(
+                AMQP_HANDSHAKE_TIMEOUT_SECONDS, self._handshake_timed_out
+            )
 
     def received(self, side: Side, data: bytes) -> None:
+        """Forward bytes: inspected from the client, in whole frames from the broker."""
         if side is self.near:
             self._from_client(data)
-        elif self._parting is None:
+        elif self._close_handshake is None:
             try:
-                self.near.write(self._delivery.receive(data))
+                self.near.write(self._assembler.receive(data))
             except FrameError as error:
-                text = f"the broker sent {error}"
-                self._part(text, connection_close(Reply.FRAME_ERROR, text))
+                reason = f"the broker sent {error}"
+                self._close(reason, connection_close(Reply.FRAME_ERROR, reason))
 
     def ended(self, side: Side) -> None:
+        """Handle the end of stream of ``side``."""
         if side is self.far:
             self._far_ended(None)
         else:
             self._client_ended = True
             super().ended(side)
 
-    def gone(self, side: Side, error: Exception | None) -> None:
+    def peer_lost(self, side: Side, error: Exception | None) -> None:
+        """Handle the loss of the peer of ``side``."""
         if side is self.far:
             self._far_ended(error)
         else:
             self._client_ended = True
-            super().gone(side, error)
-
-    # What comes of them
+            super().peer_lost(side, error)
 
     def _from_client(self, data: bytes) -> None:
-        if self._parting is not None:
-            if self._parting.receive(data):
+        if self._close_handshake is not None:
+            if self._close_handshake.receive(data):
                 self.near.close()
             return
-        if self.guard is not None and self.guard.virtual_host is None:
+        if self.inspector is not None and self.inspector.virtual_host is None:
             try:
-                data = self.guard.receive(data)
+                data = self.inspector.receive(data)
             except HandshakeRefused as refused:
-                self._part(str(refused), refused.answer)
+                self._close(str(refused), refused.answer)
                 return
-            if self.guard.virtual_host is not None:
-                name = self.guard.virtual_host
-                self._client.log.info("%s: is in virtual host %r", self._client.who, name)
-                self._end_handshake()
+            if self.inspector.virtual_host is not None:
+                name = self.inspector.virtual_host
+                self._client.log.info("%s: opened virtual host %r", self._client.who, name)
+                self._stop_handshake_timer()
         self.far.write(data)
 
     def _far_ended(self, error: Exception | None) -> None:
-        if self._client_ended or self._delivery.farewell:
+        if self._client_ended or self._assembler.broker_closed:
             self.near.close()
-        elif self._parting is None and not self.near.lost:
+        elif self._close_handshake is None and not self.near.lost:
             why = f" ({error})" if error is not None else ""
             self.interrupt(f"the connection to the broker has ended{why}")
 
-    def _part(self, why: str, answer: bytes) -> None:
-        """Say the last thing to the client, and wait for it to go."""
-        if self._parting is not None:
+    def _close(self, reason: str, answer: bytes) -> None:
+        """Send ``answer`` to the client and wait for its close-ok; abort the far side."""
+        if self._close_handshake is not None:
             return
-        self._client.log.warning("%s: %s", self._client.who, why)
-        self._parting = CloseHandshake()
+        self._client.log.warning("%s: %s", self._client.who, reason)
+        self._close_handshake = CloseHandshake()
         self.near.write(answer)
         if self.near.transport is not None and not self.near.lost:
             self.near.transport.resume_reading()
-            self.limit()
+            self.start_close_timer()
         if self.far.transport is not None and not self.far.lost:
             self.far.transport.abort()
 
-    def _too_slow(self) -> None:
-        why = os.strerror(errno.ETIMEDOUT)
-        self._client.log.warning("%s: %s", self._client.who, why)
+    def _handshake_timed_out(self) -> None:
+        reason = os.strerror(errno.ETIMEDOUT)
+        self._client.log.warning("%s: AMQP handshake: %s", self._client.who, reason)
         self.abort()
 
-    def _end_handshake(self) -> None:
-        if self._handshake is not None:
-            self._handshake.cancel()
+    def _stop_handshake_timer(self) -> None:
+        if self._handshake_timer is not None:
+            self._handshake_timer.cancel()

@@ -1,6 +1,6 @@
-"""Field tables (AMQP 0-9-1, section 4.2.5.5): finding the names in one, and adding an entry.
+"""Field tables (AMQP 0-9-1, section 4.2.5.5): list the names, and add an entry.
 
-The types are those of RabbitMQ, which differ from the specification's in some letters.
+The type letters are RabbitMQ's, some of which differ from the specification's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from .frames import FrameError
 _LONG = struct.Struct(">I")
 _SIGNED = struct.Struct(">q")
 
-#: Bytes of a value by its type; what is not here begins with its length in four bytes.
+#: Size in bytes of a value by its type; values of the types in _WITH_LENGTH begin with their
+#: length in four bytes.
 _SIZES = {
     **dict.fromkeys(b"V", 0),
     **dict.fromkeys(b"tbB", 1),
@@ -25,26 +26,29 @@ _WITH_LENGTH = b"SAFx"
 
 
 def table_end(data: bytes) -> int:
-    """One past the table that ``data`` begins with.  Raises FrameError when it is cut off."""
+    """Return the offset past the table at the start of ``data``.
+
+    Raises FrameError when the table is incomplete.
+    """
     if len(data) < _LONG.size:
         raise FrameError("a table without its length")
     end: int = _LONG.size + _LONG.unpack_from(data)[0]
     if end > len(data):
-        raise FrameError("a table that is longer than its frame")
+        raise FrameError("a table longer than its frame")
     return end
 
 
 def names(table: bytes) -> list[bytes]:
-    """The names in a table, which begins with its length.  Raises FrameError.
+    """Return the names in a table, which begins with its length; values are skipped.
 
-    Values are stepped over, not looked into.
+    Raises FrameError.
     """
     found = []
     place, end = _LONG.size, len(table)
     while place < end:
         name_end = place + 1 + table[place]
         if name_end >= end:
-            raise FrameError("a table with a name that is cut off")
+            raise FrameError("a table with a truncated name")
         found.append(table[place + 1 : name_end])
         kind = table[name_end]
         place = name_end + 1
@@ -53,13 +57,13 @@ def names(table: bytes) -> list[bytes]:
         elif kind in _WITH_LENGTH and place + _LONG.size <= end:
             place += _LONG.size + _LONG.unpack_from(table, place)[0]
         else:
-            raise FrameError(f"a table with a value of type {bytes([kind])!r}")
+            raise FrameError(f"a table with a value of unknown type {bytes([kind])!r}")
     if place != end:
-        raise FrameError("a table with a value that is cut off")
+        raise FrameError("a table with a truncated value")
     return found
 
 
 def with_number(table: bytes, name: bytes, value: int) -> bytes:
-    """The table with one more entry."""
+    """Return the table with a 64-bit integer entry appended."""
     entry = b"%c%bl%b" % (len(name), name, _SIGNED.pack(value))
     return _LONG.pack(len(table) - _LONG.size + len(entry)) + table[_LONG.size :] + entry

@@ -1,4 +1,4 @@
-"""TLS for the link: HTTP/2 by ALPN, and certificates at both ends."""
+"""TLS contexts for the connection between host proxy and AMQP proxy, with ALPN "h2"."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ _PROTOCOL = "h2"
 def client_context(
     authority: Path, certificate: Path | None = None, key: Path | None = None
 ) -> ssl.SSLContext:
-    """For the host proxy: the far end must be one that ``authority`` (PEM) vouches for.
+    """Return the host proxy's context; the server's certificate must be signed by ``authority``.
 
-    ``certificate`` is our own, with its ``key`` unless that is in the same file.  Raises OSError.
+    ``certificate`` (PEM) is the host proxy's own; ``key`` is omitted if it is in the same file.
+    Raises OSError.
     """
     context = ssl.create_default_context(cafile=authority)
     context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9113, section 9.2
@@ -26,7 +27,11 @@ def client_context(
 def server_context(
     certificate: Path, key: Path | None = None, authority: Path | None = None
 ) -> ssl.SSLContext:
-    """For the AMQP proxy: with ``authority`` only clients that it vouches for.  Raises OSError."""
+    """Return the AMQP proxy's context.
+
+    With ``authority``, clients need a certificate that it has signed.  All files are PEM.
+    Raises OSError.
+    """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)

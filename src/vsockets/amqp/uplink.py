@@ -1,4 +1,4 @@
-"""The host proxy's one TCP connection to the AMQP proxy, made again whenever it breaks."""
+"""The host proxy's TCP connection to the AMQP proxy, reconnected whenever it is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .session import log
 
 
 class Uplink:
-    """Keeps a link to ``locator``, with TLS if there is a context for it."""
+    """A permanent HTTP/2 connection to ``locator``, with TLS if ``tls`` is given."""
 
     def __init__(
         self,
@@ -32,40 +32,40 @@ class Uplink:
         self._tls_name = tls_name or (locator.host if isinstance(locator, Inet) else None)
         self._dialer = Dialer()
         self._loop = asyncio.get_running_loop()
-        self._link: asyncio.Future[H2Connection] = self._loop.create_future()
-        self._keeping = self._loop.create_task(self._keep())
-        self._keeping.add_done_callback(self._kept)
+        self._connection: asyncio.Future[H2Connection] = self._loop.create_future()
+        self._task = self._loop.create_task(self._stay_connected())
+        self._task.add_done_callback(self._on_task_done)
 
-    async def link(self) -> H2Connection:
-        """A link, as soon as there is one."""
-        return await asyncio.shield(self._link)
+    async def connection(self) -> H2Connection:
+        """Return the current connection; wait until it is established."""
+        return await asyncio.shield(self._connection)
 
     def close(self) -> None:
-        """Say goodbye, and keep it no longer."""
-        self._keeping.cancel()
-        if self._link.done():
-            self._link.result().close()
+        """Close the connection and do not reconnect."""
+        self._task.cancel()
+        if self._connection.done():
+            self._connection.result().close()
 
-    def _kept(self, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s: given up", self._locator, exc_info=error)
+            log.error("%s: internal error: not reconnecting", self._locator, exc_info=error)
 
-    async def _keep(self) -> None:
+    async def _stay_connected(self) -> None:
         pause = AMQP_RETRY_FIRST_PAUSE_SECONDS
         while True:
             why: object
             try:
-                link = await self._connect()
+                connection = await self._connect()
             except OSError as error:
                 why = error.strerror or error
             else:
                 log.info("%s: connected", self._locator)
                 pause = AMQP_RETRY_FIRST_PAUSE_SECONDS
-                self._link.set_result(link)
-                why = await link.closed
-                self._link = self._loop.create_future()
-            log.warning("%s: %s; trying again", self._locator, why)
-            # Not all hosts at the same time.
+                self._connection.set_result(connection)
+                why = await connection.closed
+                self._connection = self._loop.create_future()
+            log.warning("%s: %s; reconnecting", self._locator, why)
+            # The jitter keeps hosts from reconnecting at the same time.
             await asyncio.sleep(random.uniform(pause / 2, pause))
             pause = min(pause * 2, AMQP_RETRY_LONGEST_PAUSE_SECONDS)
 
@@ -73,7 +73,7 @@ class Uplink:
         with contextlib.ExitStack() as stack:
             sock = await self._dialer.connect(self._locator, timeout=AMQP_OPEN_TIMEOUT_SECONDS)
             stack.callback(sock.close)
-            _, link = await self._loop.create_connection(
+            _, connection = await self._loop.create_connection(
                 H2Connection,
                 sock=sock,
                 ssl=self._tls,
@@ -81,8 +81,10 @@ class Uplink:
                 ssl_handshake_timeout=AMQP_OPEN_TIMEOUT_SECONDS if self._tls else None,
             )
             stack.pop_all()
-        # A link gives itself up when there is nobody who speaks HTTP/2.
-        await asyncio.wait((link.ready, link.closed), return_when=asyncio.FIRST_COMPLETED)
-        if link.closed.done():
-            raise OSError(0, str(link.closed.result()))
-        return link
+        # A connection closes itself when the peer does not speak HTTP/2.
+        await asyncio.wait(
+            (connection.ready, connection.closed), return_when=asyncio.FIRST_COMPLETED
+        )
+        if connection.closed.done():
+            raise OSError(0, str(connection.closed.result()))
+        return connection

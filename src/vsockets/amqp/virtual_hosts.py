@@ -1,4 +1,4 @@
-"""Which guests may use which virtual hosts of the broker.  Decisions only."""
+"""Rules for the virtual hosts of the broker that each guest may use.  Performs no I/O."""
 
 from __future__ import annotations
 
@@ -8,36 +8,39 @@ from dataclasses import dataclass
 from ..model.address import parse_cid
 from ..model.constants import VMADDR_CID_ANY
 
-#: What stands for every virtual host in a rule.
+#: The name that stands for every virtual host in a rule.
 ALL = "*"
 
-_LONGEST = 255  # bytes: a short string of AMQP's
+_LONGEST = 255  # bytes of an AMQP short string
 
 
 @dataclass(frozen=True, slots=True)
 class VirtualHostRule:
-    """``CID=VHOST,…``: virtual hosts that the guest may use; ``any`` means every guest."""
+    """A rule ``CID=VHOST,…``: the virtual hosts that a guest (``any``: every guest) may use."""
 
     cid: int
     names: frozenset[str]
 
     @classmethod
     def parse(cls, text: str) -> VirtualHostRule:
-        """Raises ValueError."""
+        """Parse a rule of the command line.
+
+        Raises ValueError.
+        """
         cid, equals, names = text.partition("=")
         found = frozenset(names.split(","))
         if not equals or "" in found:
             raise ValueError(f"{text!r}: expected CID=VHOST or CID=VHOST,VHOST or CID=*")
         if any(len(name.encode()) > _LONGEST for name in found):
-            raise ValueError(f"{text!r}: a virtual host's name has {_LONGEST} bytes at most")
+            raise ValueError(f"{text!r}: expected virtual hosts of at most {_LONGEST} bytes")
         return cls(parse_cid(cid), found)
 
     def admits(self, cid: int, name: str) -> bool:
-        """Whether the rule says that guest ``cid`` may use the virtual host ``name``."""
+        """Return whether the rule permits guest ``cid`` to use the virtual host ``name``."""
         return self.cid in (cid, VMADDR_CID_ANY) and bool(self.names & {name, ALL})
 
 
 def admits(rules: Iterable[VirtualHostRule], cid: int, name: str) -> bool:
-    """Whether guest ``cid`` may use the virtual host ``name``; without rules everybody may."""
+    """Return whether guest ``cid`` may use the virtual host ``name``; True without rules."""
     rules = tuple(rules)
     return not rules or any(rule.admits(cid, name) for rule in rules)
