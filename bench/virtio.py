@@ -57,7 +57,7 @@ class _Guest:
         self.refill()
         self.send(Op.REQUEST)
         self.publish()
-        (self.link,) = self.device.links.values()
+        (self.connection,) = self.device.connections.values()
 
     def connect(
         self,
@@ -81,7 +81,7 @@ class _Guest:
     def publish(self) -> None:
         transmit = self.rings[TRANSMIT]
         transmit.publish()
-        self.device.work()
+        self.device.poll()
         transmit.collect()
 
     def refill(self) -> int:
@@ -123,7 +123,7 @@ def throughput(total: int, to_guest: bool) -> float:
                 told = moved
                 guest.send(Op.CREDIT_UPDATE, 0, moved & 0xFFFF_FFFF)
                 guest.publish()
-        elif guest.link.has_waiting:
+        elif guest.connection.has_backlog:
             guest.loop.turn()
             guest.refill()
         else:

@@ -58,7 +58,7 @@ def throughput(total: int, to_guest: bool) -> float:
                 stream.tell(Kind.READ)
             else:
                 guest.loop.turn()
-            if guest.device.is_overwhelmed:
+            if guest.device.backpressured:
                 guest.receive()
         else:
             head = theirs[2]
@@ -67,7 +67,7 @@ def throughput(total: int, to_guest: bool) -> float:
             ours[1] = (head - 1) % _QUEUE
             stream.tell(Kind.WROTE)
             guest.loop.turn()
-            if guest.device.is_overwhelmed:
+            if guest.device.backpressured:
                 guest.receive()
     seconds = perf_counter() - began
     guest.detach(stream.handle)

@@ -46,8 +46,8 @@ def talk(fabric: PrivateFabric, guest: PlayedGuest, port: int, data: bytes) -> N
                 sock.sendall(part)
                 assert stream.receive(len(part)) == part
         while stream.ended != Shutdown.SEND | Shutdown.RECEIVE:
-            stream.hear()
-        stream.say(Op.RST)
+            stream.receive_packet()
+        stream.send_packet(Op.RST)
 
 
 @needs_tshark

@@ -16,7 +16,7 @@ def test_a_look_is_repeated_between_events_until_it_is_over() -> None:
     loop.watch(ours.fileno(), lambda events: heard.append(ours.recv(100)))
     looks = 0
 
-    def look() -> bool:
+    def poll_once() -> bool:
         nonlocal looks
         looks += 1
         if looks == 5:
@@ -25,7 +25,7 @@ def test_a_look_is_repeated_between_events_until_it_is_over() -> None:
             loop.stop()
         return bool(heard)
 
-    loop.spin(look, 60)
+    loop.spin(poll_once, 60)
     loop.run()
     assert heard == [b"x"] and looks >= 6
     seen = looks

@@ -1,4 +1,4 @@
-"""Captured records: the layout of the header, held still.  Messages: tests/devices/test_tap.py."""
+"""Layout of captured records.  Messages: tests/devices/test_capture.py."""
 
 from __future__ import annotations
 

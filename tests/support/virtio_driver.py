@@ -130,10 +130,10 @@ class DriverRing:
                 flags = (WRITE if writable else 0) | (0 if last else NEXT)
                 following = 0 if last else chain[number + 1]
                 self.write_descriptor(chain[number], GUEST_BASE + offset, length, flags, following)
-        self.offer(head)
+        self.make_available(head)
         return head
 
-    def offer(self, head: int) -> None:
+    def make_available(self, head: int) -> None:
         """Put a number into the available ring."""
         self._available[2 + self.next % self.size] = head & _MASK
         self.next = self.next + 1 & _MASK

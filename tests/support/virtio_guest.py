@@ -245,14 +245,14 @@ class GuestStream:
         at = 0
         while at < len(data):
             while not self.credit:
-                self.hear()
+                self.receive_packet()
             part = data[at : at + min(step, self.credit)]
             last = flags if at + len(part) == len(data) else 0
             self.guest.send(self.packet(Op.RW, len(part), last), part)
             self.sent += len(part)
             at += len(part)
 
-    def hear(self) -> Header:
+    def receive_packet(self) -> Header:
         """Wait for the next packet and take note of it."""
         header, payload = self.guest.next_packet()
         assert (header.dst_port, header.src_cid, header.src_port) == (self.local, *self.peer)
@@ -265,10 +265,10 @@ class GuestStream:
         elif header.op == Op.RST:
             self.is_reset = True
         elif header.op == Op.CREDIT_REQUEST:
-            self.say(Op.CREDIT_UPDATE)
+            self.send_packet(Op.CREDIT_UPDATE)
         return header
 
-    def say(self, op: int, flags: int = 0) -> None:
+    def send_packet(self, op: int, flags: int = 0) -> None:
         """Send a packet without payload."""
         self.guest.send(self.packet(op, 0, flags))
 
@@ -276,11 +276,11 @@ class GuestStream:
         """Exactly ``size`` bytes; credit is given as they come."""
         told = self.received
         while len(self.data) < size:
-            self.hear()
+            self.receive_packet()
             assert not self.is_reset, "the connection was reset"
             if self.received - told > self.buf_alloc // 2:
                 told = self.received
-                self.say(Op.CREDIT_UPDATE)
+                self.send_packet(Op.CREDIT_UPDATE)
         data = bytes(self.data[:size])
         del self.data[:size]
         return data
@@ -325,5 +325,5 @@ def accept(guest: PlayedGuest, buf_alloc: int = 1 << 20) -> GuestStream:
         buf_alloc,
         header.type,
     )
-    stream.say(Op.RESPONSE)
+    stream.send_packet(Op.RESPONSE)
     return stream

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 from vsockets.devices.capture import CaptureSink
-from vsockets.devices.client import Offer
+from vsockets.devices.client import ConnectRequest
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vfio_user import Irq, Region
 from vsockets.devices.vmci.datagrams import HEADER, LARGEST, Code, Datagram, Handle, Hypercall
@@ -32,7 +32,7 @@ _OUT, _IN, _IN_DATA, _QUEUES = 0, 0x20_000, 0x21_000, 0x40_000
 class PlayedFabric:
     """Stands where vsockd is: accepts every stream and keeps every datagram."""
 
-    resized: Callable[[int, tuple[int, int], int], None]  #: set by the device
+    on_resized: Callable[[int, tuple[int, int], int], None]  #: set by the device
 
     def __init__(self, loop: DeviceLoop) -> None:
         self.streams: list[socket.socket] = []
@@ -40,7 +40,7 @@ class PlayedFabric:
         self.settled: list[tuple[int, int]] = []
         self.refused: list[socket.socket] = []  #: what vsockd is given back
         self.error = 0
-        self.tap = CaptureSink(loop)
+        self.capture = CaptureSink(loop)
 
     def connect(self, port: int, peer: tuple[int, int], sizes: BufferSizes) -> socket.socket:
         ours, theirs = socket.socketpair()
@@ -53,7 +53,7 @@ class PlayedFabric:
         self.streams.append(theirs)
         return ours
 
-    def settle(self, offer: Offer, size: int = 0, error: int = 0) -> None:
+    def settle(self, offer: ConnectRequest, size: int = 0, error: int = 0) -> None:
         self.settled.append((size, error))
         if error:
             self.refused.append(offer.sock.dup())
@@ -64,7 +64,7 @@ class PlayedFabric:
         self.datagrams.append((port, destination, payload))
         del self.datagrams[:-100]
 
-    def resume(self) -> None:
+    def resume_datagrams(self) -> None:
         pass
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class PlayedFabric:
             stream.close()
         self.streams.clear()
         self.refused.clear()
-        self.tap.close()
+        self.capture.close()
 
 
 class PlayedGuest:

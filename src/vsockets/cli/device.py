@@ -77,7 +77,9 @@ def vmci(
 
     def begin(attached: _Attached) -> None:
         loop, fabric, events = attached
-        machine = VmciMachine(loop, fabric, fabric.cid, events, legacy=legacy, older=older)
+        machine = VmciMachine(
+            loop, fabric, fabric.cid, events, pio_device=legacy, protocol_v1=older
+        )
         VfioUserServer(loop, _listen(file), machine.device, machine.settle)
 
     said = f"the VMCI device waits at {path}"

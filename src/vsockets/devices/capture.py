@@ -42,7 +42,7 @@ class CaptureSink:
     """
 
     def __init__(self, loop: DeviceLoop) -> None:
-        self.sinks: tuple[_Recorder, ...] = ()
+        self.recorders: tuple[_Recorder, ...] = ()
         self._loop = loop
 
     def add(self, sock: socket.socket, limit: int, port: int) -> None:
@@ -51,13 +51,13 @@ class CaptureSink:
 
         Who shuts down its sending side gets how many it missed last, and then the end.
         """
-        if len(self.sinks) >= DEVICE_CAPTURES_MAX:
+        if len(self.recorders) >= DEVICE_CAPTURES_MAX:
             sock.close()
             return
         sock.setblocking(False)
-        sink = _Recorder(sock, limit, port)
-        self.sinks += (sink,)
-        self._loop.watch(sock.fileno(), lambda events: self._heed(sink))
+        recorder = _Recorder(sock, limit, port)
+        self.recorders += (recorder,)
+        self._loop.watch(sock.fileno(), lambda events: self._on_readable(recorder))
 
     def record(
         self,
@@ -72,16 +72,18 @@ class CaptureSink:
         whose = Transport.VIRTIO if transport else Transport.NONE
         header = encode_header(operation, source, destination, whose, len(transport)) + transport
         length = min(length, sum(map(len, payload)))  # what a guest says may not be so
-        for sink in self.sinks:
-            if sink.port not in (VMADDR_PORT_ANY, source[1], destination[1]):
+        for recorder in self.recorders:
+            if recorder.port not in (VMADDR_PORT_ANY, source[1], destination[1]):
                 continue
             try:
-                sink.send(len(header) + length, header + _first(payload, min(length, sink.limit)))
+                recorder.send(
+                    len(header) + length, header + _first(payload, min(length, recorder.limit))
+                )
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.ENOBUFS, errno.EMSGSIZE):
-                    sink.missed = min(sink.missed + 1, 0xFFFF_FFFF)
+                    recorder.missed = min(recorder.missed + 1, 0xFFFF_FFFF)
                 else:
-                    self._remove(sink)
+                    self._remove(recorder)
 
     def stream(
         self, source: Address, destination: Address, payload: Sequence[memoryview], length: int
@@ -94,32 +96,32 @@ class CaptureSink:
 
     def close(self) -> None:
         """There is no more to come."""
-        for sink in self.sinks:
-            self._remove(sink)
+        for recorder in self.recorders:
+            self._remove(recorder)
 
-    def _heed(self, sink: _Recorder) -> None:
+    def _on_readable(self, recorder: _Recorder) -> None:
         """Its reader has said something, which is nothing to us, or ends it, or has room again."""
         try:
-            if sink.sock.recv(1, MSG_DONTWAIT):
+            if recorder.sock.recv(1, MSG_DONTWAIT):
                 return
         except BlockingIOError:
             return
         except OSError:
             pass  # it has gone, which sending says again
         try:
-            sink.send(0, b"")
+            recorder.send(0, b"")
         except BlockingIOError:
             # The last word waits for room; the end that was heard is heard again then.
-            self._loop.change(sink.sock.fileno(), select.EPOLLOUT)
+            self._loop.change(recorder.sock.fileno(), select.EPOLLOUT)
             return
         except OSError:
             pass
-        self._remove(sink)
+        self._remove(recorder)
 
-    def _remove(self, sink: _Recorder) -> None:
-        self._loop.unwatch(sink.sock.fileno())
-        sink.sock.close()
-        self.sinks = tuple(other for other in self.sinks if other is not sink)
+    def _remove(self, recorder: _Recorder) -> None:
+        self._loop.unwatch(recorder.sock.fileno())
+        recorder.sock.close()
+        self.recorders = tuple(other for other in self.recorders if other is not recorder)
 
 
 def _first(parts: Sequence[memoryview], length: int) -> bytes:

@@ -69,17 +69,17 @@ from .limits import (
 )
 from .loop import READABLE, DeviceLoop
 
-_TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+_RECEIVE_FLAGS = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
 _ONE_DESCRIPTOR = CMSG_LEN(array.array("i").itemsize)
 
 #: What a datagram takes besides its payload, in bytes, about.
-_OVERHEAD = 64
+_DATAGRAM_OVERHEAD_BYTES = 64
 
 #: What a route says when it is no longer one.
-_GONE = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
+_ROUTE_CLOSED = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
 
 
-class Offer(NamedTuple):
+class ConnectRequest(NamedTuple):
     """A stream that somebody wants to have with the guest."""
 
     sock: socket.socket
@@ -108,10 +108,10 @@ class _Route:
             except BlockingIOError:
                 self._loop.watch_for(self._sock.fileno(), self._flush, EPOLLOUT)
         # An empty datagram takes memory, too.
-        if self._bytes + len(payload) + _OVERHEAD > DEVICE_UNSENT_DATAGRAM_MAX_BYTES:
+        if self._bytes + len(payload) + _DATAGRAM_OVERHEAD_BYTES > DEVICE_UNSENT_DATAGRAM_MAX_BYTES:
             raise OSError(errno.ENOBUFS, "the receiver's queue is full")
         self._waiting.append(payload)
-        self._bytes += len(payload) + _OVERHEAD
+        self._bytes += len(payload) + _DATAGRAM_OVERHEAD_BYTES
 
     @property
     def is_idle(self) -> bool:
@@ -122,7 +122,7 @@ class _Route:
         try:
             while self._waiting:
                 self._sock.send(self._waiting[0], MSG_DONTWAIT)
-                self._bytes -= len(self._waiting.popleft()) + _OVERHEAD
+                self._bytes -= len(self._waiting.popleft()) + _DATAGRAM_OVERHEAD_BYTES
         except BlockingIOError:
             return
         except OSError:
@@ -156,12 +156,12 @@ class _Port:
 class DeviceClient:
     """``link`` becomes the attachment's.  Set the three functions before the loop runs."""
 
-    offered: Callable[[Offer], None]
+    on_connect: Callable[[ConnectRequest], None]
     #: a datagram: its source, the guest's port, the payload; whether there is room for more
-    received: Callable[[tuple[int, int], int, bytes], bool]
-    lost: Callable[[], None]
+    on_datagram: Callable[[tuple[int, int], int, bytes], bool]
+    on_lost: Callable[[], None]
     #: whether the guest can connect to this port of the host, for who has asked to be told
-    listening: Callable[[int, bool], None]
+    on_listening: Callable[[int, bool], None]
 
     def __init__(
         self, loop: DeviceLoop, link: socket.socket, cid: int, datagrams: bool = True
@@ -169,9 +169,9 @@ class DeviceClient:
         """Without ``datagrams`` the guest has none, and who sends it one is refused."""
         self.cid = cid
         #: who is connected to this port of the guest's has a buffer of another size, in bytes
-        self.resized: Callable[[int, tuple[int, int], int], None] = lambda port, peer, size: None
+        self.on_resized: Callable[[int, tuple[int, int], int], None] = lambda port, peer, size: None
         #: hear first what has become of the context: what is new is not to share its end
-        self.catch_up: Callable[[], None] = lambda: None
+        self.drain_events: Callable[[], None] = lambda: None
         self._loop = loop
         self._link = link
         self._link.setblocking(False)
@@ -183,10 +183,12 @@ class DeviceClient:
         self._paused: list[socket.socket] = []
         #: what vsockd had no room to be told, with the end of the stream it was offered
         self._unsettled: deque[tuple[bytes, socket.socket | None]] = deque()
-        self.tap = CaptureSink(loop)  #: the device says there what passes, if anybody wants to know
-        loop.watch(link.fileno(), self._ready)
+        self.capture = CaptureSink(
+            loop
+        )  #: the device says there what passes, if anybody wants to know
+        loop.watch(link.fileno(), self._on_link_ready)
         if datagrams:
-            self._ask(Request(Op.CATCH_ALL), self._catch_all)
+            self._request(Request(Op.CATCH_ALL), self._catch_all)
             self._watch_datagrams(self._catch_all)
 
     @property
@@ -204,7 +206,7 @@ class DeviceClient:
                     sock.close()
             self._unsettled.clear()
             self._close_datagrams(self._catch_all)
-            self.tap.close()
+            self.capture.close()
             while self._ports:
                 self._close_port(next(iter(self._ports)))
 
@@ -217,7 +219,7 @@ class DeviceClient:
 
         The first that can be read from it is a record: vsockd's answer.
         """
-        self.catch_up()
+        self.drain_events()
         ours, theirs = socket.socketpair(AF_UNIX, kind)
         _refuse_descriptors(ours)
         with theirs:
@@ -225,13 +227,13 @@ class DeviceClient:
                 ours.setblocking(False)
                 request = Request(Op.CONNECT, 0, VMADDR_CID_ANY, port, *peer, 0, *sizes)
                 ours.send(request.encode())
-                self._tell(b"", theirs)
+                self._send_to_vsockd(b"", theirs)
             except OSError:
                 ours.close()
                 raise
         return ours
 
-    def hand_over(self, sock: socket.socket, peer: tuple[int, int]) -> None:
+    def hand_off(self, sock: socket.socket, peer: tuple[int, int]) -> None:
         """Connect ``sock``, whose other end is the guest, to ``peer``; it is vsockd's then.
 
         The guest's port is vsockd's choice.  OSError when vsockd has gone, or has no time.
@@ -240,62 +242,62 @@ class DeviceClient:
             Op.CONNECT, 0, VMADDR_CID_ANY, VMADDR_PORT_ANY, *peer, 0, *BufferSizes()
         ).encode()
         try:
-            self._tell(request, sock)
+            self._send_to_vsockd(request, sock)
         except OSError as error:
             if error.errno != errno.ENOBUFS:
                 raise
             # It takes a tenth of a millisecond for each, and never waits for us.
             select.select((), (self._link,), (), DEVICE_VSOCKD_REPLY_TIMEOUT_SECONDS)
-            self._tell(request, sock)
+            self._send_to_vsockd(request, sock)
 
-    def settle(self, offer: Offer, size: int = 0, error: int = 0) -> None:
+    def settle(self, request: ConnectRequest, size: int = 0, error: int = 0) -> None:
         """Answer an offer: the stream is established with ``size``, or there is none.
 
         Then ``offer.sock`` goes back to vsockd, to whom its other end may say more; close it.
         """
-        local, peer = (self.cid, offer.port), offer.peer
+        local, peer = (self.cid, request.port), request.peer
         if not error:  # one that is refused is vsockd's again, which takes descriptors
-            _refuse_descriptors(offer.sock)
+            _refuse_descriptors(request.sock)
         with contextlib.suppress(OSError):  # who connected has gone; the stream says so
             if not error:  # until now vsockd was to be told who writes on it
-                offer.sock.setsockopt(SOL_SOCKET, SO_PASSCRED, 0)
-            offer.sock.send(self._answer(offer, size, error), MSG_DONTWAIT | MSG_NOSIGNAL)
-            if offer.polling or offer.sock.type == SOCK_SEQPACKET:  # there, with the request
-                offer.sock.recv(len(PADDING), MSG_DONTWAIT)
-        request = Request(Op.SETTLE, 0, *local, *peer, error, size).encode()
+                request.sock.setsockopt(SOL_SOCKET, SO_PASSCRED, 0)
+            request.sock.send(self._reply(request, size, error), MSG_DONTWAIT | MSG_NOSIGNAL)
+            if request.polling or request.sock.type == SOCK_SEQPACKET:  # there, with the request
+                request.sock.recv(len(PADDING), MSG_DONTWAIT)
+        message = Request(Op.SETTLE, 0, *local, *peer, error, size).encode()
         with contextlib.suppress(OSError):  # vsockd has gone; the link says so
-            self._settle(request, offer.sock if error else None)
+            self._send_or_queue(message, request.sock if error else None)
 
-    def _settle(self, request: bytes, sock: socket.socket | None) -> None:
+    def _send_or_queue(self, message: bytes, sock: socket.socket | None) -> None:
         """As soon as there is room for it.  vsockd makes no more offers than it remembers, so
         no more of these wait."""
         if not self._unsettled:
             try:
-                self._tell(request, sock)
+                self._send_to_vsockd(message, sock)
                 return
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
             self._loop.change(self._link.fileno(), READABLE | EPOLLOUT)
-        self._unsettled.append((request, None if sock is None else sock.dup()))
+        self._unsettled.append((message, None if sock is None else sock.dup()))
 
-    def _settle_rest(self) -> None:
+    def _flush_unsettled(self) -> None:
         with contextlib.suppress(OSError):  # there is no more room, or vsockd has gone
             while self._unsettled:
-                request, sock = self._unsettled[0]
-                self._tell(request, sock)
+                message, sock = self._unsettled[0]
+                self._send_to_vsockd(message, sock)
                 self._unsettled.popleft()
                 if sock is not None:
                     sock.close()
             self._loop.change(self._link.fileno(), READABLE)
 
-    def _answer(self, offer: Offer, size: int, error: int) -> bytes:
-        if offer.ok_line:
-            return b"" if error else ok_line(offer.peer[1])
+    def _reply(self, request: ConnectRequest, size: int, error: int) -> bytes:
+        if request.ok_line:
+            return b"" if error else ok_line(request.peer[1])
         if error:
             return Record(error).encode()
-        minimum, maximum = offer.sizes.minimum, offer.sizes.maximum
-        own, peer = (self.cid, offer.port), offer.peer
+        minimum, maximum = request.sizes.minimum, request.sizes.maximum
+        own, peer = (self.cid, request.port), request.peer
         return Record(
             0, 0, *peer, *own, Role.CONNECTED, *self._owner, size, minimum, maximum
         ).encode()
@@ -317,7 +319,7 @@ class DeviceClient:
             try:
                 route.send(payload)
                 return
-            except _GONE:
+            except _ROUTE_CLOSED:
                 found.routes.pop(destination).close()
         self._new_route(found, destination).send(payload)
 
@@ -332,7 +334,7 @@ class DeviceClient:
         refuse(sock)
         try:
             sock.setblocking(False)
-            self._ask(Request(Op.BIND_DATAGRAM, 0, VMADDR_CID_ANY, port), sock)
+            self._request(Request(Op.BIND_DATAGRAM, 0, VMADDR_CID_ANY, port), sock)
         except OSError:
             sock.close()
             raise
@@ -342,7 +344,7 @@ class DeviceClient:
     def _new_route(self, port: _Port, destination: tuple[int, int]) -> _Route:
         cid, number = destination
         request = Request(Op.ROUTE, 0, VMADDR_CID_ANY, VMADDR_CID_ANY, cid, number)
-        fd = self._ask(request, port.sock)
+        fd = self._request(request, port.sock)
         if fd is None:
             raise OSError(errno.EMFILE, "no descriptor for a route")
         sock = socket.socket(AF_UNIX, SOCK_DGRAM, 0, fd)
@@ -375,18 +377,18 @@ class DeviceClient:
             return
         if port is None:  # it came to a port's own socket
             port = next((n for n, found in self._ports.items() if found.sock is sock), None)
-        if port is not None and not self.received(source, port, payload):
+        if port is not None and not self.on_datagram(source, port, payload):
             self._loop.unwatch(sock.fileno())
             self._paused.append(sock)
 
-    def resume(self) -> None:
+    def resume_datagrams(self) -> None:
         """There is room for datagrams again."""
         while self._paused:
             self._watch_datagrams(self._paused.pop())
 
     # The link
 
-    def _tell(self, message: bytes, sock: socket.socket | None = None) -> None:
+    def _send_to_vsockd(self, message: bytes, sock: socket.socket | None = None) -> None:
         if not self.is_open:
             raise OSError(errno.ENETDOWN, "vsockd has gone")
         rights = []
@@ -398,14 +400,14 @@ class DeviceClient:
         except BlockingIOError:
             raise OSError(errno.ENOBUFS, "vsockd has too much to do") from None
 
-    def _ask(self, request: Request, sock: socket.socket) -> int | None:
+    def _request(self, request: Request, sock: socket.socket) -> int | None:
         """Ask about ``sock``; returns the descriptor that came with the answer.  OSError."""
         ours, theirs = socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
         with ours:
             with theirs:
                 rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [sock.fileno()]))]
                 ours.sendmsg([request.encode()], rights)
-                self._tell(b"", theirs)
+                self._send_to_vsockd(b"", theirs)
             ours.settimeout(DEVICE_VSOCKD_REPLY_TIMEOUT_SECONDS)
             try:
                 record, fd = _receive(ours, MSG_CMSG_CLOEXEC)
@@ -415,37 +417,37 @@ class DeviceClient:
             raise OSError(record.status, os.strerror(record.status))
         return fd
 
-    def _ready(self, events: int) -> None:
+    def _on_link_ready(self, events: int) -> None:
         if events & EPOLLOUT:
-            self._settle_rest()
+            self._flush_unsettled()
         try:
-            record, fd = _receive(self._link, _TAKE)
+            record, fd = _receive(self._link, _RECEIVE_FLAGS)
         except BlockingIOError:
             return
         if fd is None:
             if record.status:
-                self._end()
+                self._disconnect()
             elif record.role == Role.BUFFER:
-                self.resized(record.local_port, record.peer, record.size)
+                self.on_resized(record.local_port, record.peer, record.size)
             elif record.role in (Role.LISTENING, Role.GONE):
-                self.listening(record.local_port, record.role == Role.LISTENING)
+                self.on_listening(record.local_port, record.role == Role.LISTENING)
             else:
-                self._end()
+                self._disconnect()
             return
         sock = socket.socket(fileno=fd)
         if record.role == Role.TAP:
-            self.tap.add(sock, record.size, record.local_port)
+            self.capture.add(sock, record.size, record.local_port)
             return
         sock.setblocking(False)
         sizes = BufferSizes(record.size, record.minimum, record.maximum)
         flags = bool(record.flags & RequestFlag.POLLING), bool(record.flags & RequestFlag.OK_LINE)
-        self.catch_up()
-        self.offered(Offer(sock, record.local_port, record.peer, sizes, *flags))
+        self.drain_events()
+        self.on_connect(ConnectRequest(sock, record.local_port, record.peer, sizes, *flags))
 
-    def _end(self) -> None:
+    def _disconnect(self) -> None:
         if self.is_open:
             self.close()
-            self.lost()
+            self.on_lost()
 
 
 def _receive(sock: socket.socket, flags: int) -> tuple[Record, int | None]:

@@ -43,7 +43,7 @@ class GuestMemory:
     def __init__(self) -> None:
         self._regions: list[_Region] = []
         self._starts: list[int] = []
-        self._look_elsewhere()
+        self._deselect_region()
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -56,9 +56,9 @@ class GuestMemory:
         """
         if size <= 0 or address < 0 or address + size > _ADDRESSES:
             raise OSError(errno.EINVAL, f"a region of {size} bytes at {address:#x}")
-        place = bisect_left(self._starts, address)
-        before = self._regions[place - 1] if place else None
-        after = self._regions[place] if place < len(self._regions) else None
+        index = bisect_left(self._starts, address)
+        before = self._regions[index - 1] if index else None
+        after = self._regions[index] if index < len(self._regions) else None
         if (before and before.end > address) or (after and after.start < address + size):
             raise OSError(errno.EEXIST, f"the region at {address:#x} overlaps another")
         if len(self._regions) >= DMA_REGIONS_MAX:
@@ -74,48 +74,48 @@ class GuestMemory:
             except ValueError as error:  # the file has become shorter since
                 raise OSError(errno.EINVAL, str(error)) from None
             view = memoryview(mapping)
-        self._regions.insert(place, _Region(address, size, view, writable))
-        self._starts.insert(place, address)
+        self._regions.insert(index, _Region(address, size, view, writable))
+        self._starts.insert(index, address)
 
     def unmap(self, address: int, size: int) -> None:
         """Remove the region that is exactly this; OSError EINVAL when there is none.
 
         The memory stays ours as long as somebody has a view of it.
         """
-        place = bisect_left(self._starts, address)
-        if place == len(self._regions) or self._regions[place].end != address + size:
+        index = bisect_left(self._starts, address)
+        if index == len(self._regions) or self._regions[index].end != address + size:
             raise OSError(errno.EINVAL, f"no region of {size} bytes at {address:#x}")
-        if self._starts[place] != address:
+        if self._starts[index] != address:
             raise OSError(errno.EINVAL, f"no region at {address:#x}")
-        del self._regions[place], self._starts[place]
-        self._look_elsewhere()
+        del self._regions[index], self._starts[index]
+        self._deselect_region()
 
     def clear(self) -> None:
         """Remove every region."""
         self._regions.clear()
         self._starts.clear()
-        self._look_elsewhere()
+        self._deselect_region()
 
     def view(self, address: int, size: int) -> memoryview:
         """The ``size`` bytes at ``address``, to read and write.  BadAddress."""
         start = address - self._start
         if not 0 <= start <= start + size <= self._size:
-            self._look_at(address, size)
+            self._select_region(address, size)
             start = address - self._start
         return self._view[start : start + size]
 
-    def _look_at(self, address: int, size: int) -> None:
+    def _select_region(self, address: int, size: int) -> None:
         """Take the region in which this is for the one where the next view is, as it mostly is."""
-        place = bisect_right(self._starts, address) - 1
-        if place >= 0 and size >= 0:
-            region = self._regions[place]
+        index = bisect_right(self._starts, address) - 1
+        if index >= 0 and size >= 0:
+            region = self._regions[index]
             if address + size <= region.end and region.view is not None and region.writable:
                 self._start, self._size = region.start, len(region.view)
                 self._view = region.view
                 return
         raise BadAddress(f"{size} bytes at {address:#x}")
 
-    def _look_elsewhere(self) -> None:
+    def _deselect_region(self) -> None:
         self._start, self._size = -1, 0
         self._view = memoryview(b"")
 

@@ -13,7 +13,7 @@ INTERRUPTIONS = ("resume", "migrate", "ft-on")
 
 
 def subscribe(
-    loop: DeviceLoop, fabric: DeviceClient, events: Events, heed: Callable[[int, str], None]
+    loop: DeviceLoop, fabric: DeviceClient, events: Events, on_event: Callable[[int, str], None]
 ) -> None:
     """Call ``heed`` with a context's CID and what has changed, as long as vsockd is there.
 
@@ -21,7 +21,7 @@ def subscribe(
     interruption is of the streams there were, and not of one that came after it.
     """
 
-    def catch_up() -> None:
+    def drain() -> None:
         if not loop.watches(events.fileno()):
             return
         happened = events.take()
@@ -29,7 +29,7 @@ def subscribe(
             loop.unwatch(events.fileno())
             return
         for event in happened:
-            heed(event["cid"], event["change"])
+            on_event(event["cid"], event["change"])
 
-    loop.watch(events.fileno(), lambda readiness: catch_up())
-    fabric.catch_up = catch_up
+    loop.watch(events.fileno(), lambda readiness: drain())
+    fabric.drain_events = drain

@@ -39,9 +39,9 @@ class DeviceLoop(EventLoop):
         """Whether ``fd`` is watched."""
         return fd in self._callbacks
 
-    def spin(self, look: Callable[[], bool], seconds: float) -> None:
+    def spin(self, poll_once: Callable[[], bool], seconds: float) -> None:
         """Call ``look`` again and again between events, until it returns True or for so long."""
-        self._spinning[look] = time.monotonic() + seconds
+        self._spinning[poll_once] = time.monotonic() + seconds
 
     def turn(self) -> None:
         """Serve what is ready now, and the timers that are due."""
@@ -54,9 +54,9 @@ class DeviceLoop(EventLoop):
 
     def _spin(self) -> None:
         now = time.monotonic()
-        for look, until in list(self._spinning.items()):
-            if look() or now > until:
-                del self._spinning[look]
+        for poll_once, until in list(self._spinning.items()):
+            if poll_once() or now > until:
+                del self._spinning[poll_once]
 
     def _poll_precisely(
         self, timeout: float | None = None, maxevents: int = -1

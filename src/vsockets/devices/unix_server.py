@@ -14,8 +14,8 @@ from .message_protocol import DeviceProtocolError, MessageConnection
 
 log = logging.getLogger(__name__)
 
-_TAKE = int(MSG_CMSG_CLOEXEC | MSG_DONTWAIT)
-_GIVE = int(MSG_DONTWAIT | MSG_NOSIGNAL)
+_RECEIVE_FLAGS = int(MSG_CMSG_CLOEXEC | MSG_DONTWAIT)
+_SEND_FLAGS = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 
 
 class UnixServer:
@@ -30,25 +30,25 @@ class UnixServer:
         self,
         loop: EventLoop,
         listener: socket.socket,
-        begin: Callable[[], MessageConnection],
+        open_connection: Callable[[], MessageConnection],
         *,
         descriptors: int,
-        patience: float,
-        after_each: Callable[[], None] = lambda: None,
+        reply_timeout: float,
+        after_message: Callable[[], None] = lambda: None,
     ) -> None:
         self._loop = loop
         self._listener = listener
-        self._begin = begin
+        self._open_connection = open_connection
         self._room = CMSG_SPACE(descriptors * array.array("i").itemsize)
-        self._patience = patience
-        self._after_each = after_each
+        self._reply_timeout = reply_timeout
+        self._after_message = after_message
         self._client: socket.socket | None = None
         self._watch()
 
     def close(self) -> None:
         """Serve nobody any more."""
         if self._client is not None:
-            self._end(self._client)
+            self._disconnect(self._client)
         self._loop.unwatch(self._listener.fileno())
         self._listener.close()
 
@@ -65,16 +65,18 @@ class UnixServer:
         self._loop.unwatch(self._listener.fileno())
         client.setblocking(True)
         self._client = client
-        self._conversation = self._begin()
-        self._loop.watch(client.fileno(), lambda events: self._ready(client))
+        self._connection = self._open_connection()
+        self._loop.watch(client.fileno(), lambda events: self._on_ready(client))
         log.info("a virtual machine has connected")
 
-    def _ready(self, client: socket.socket) -> None:
-        talk = self._conversation
+    def _on_ready(self, client: socket.socket) -> None:
+        connection = self._connection
         fds: list[int] = []
         try:
             try:
-                data, ancillary, _, _ = client.recvmsg(talk.wanted, self._room, _TAKE)
+                data, ancillary, _, _ = client.recvmsg(
+                    connection.wanted, self._room, _RECEIVE_FLAGS
+                )
             except BlockingIOError:
                 return
             for level, kind, carried in ancillary:
@@ -82,28 +84,28 @@ class UnixServer:
                     fds += array.array("i", carried[: len(carried) // 4 * 4])
             if not data:
                 raise EOFError
-            for answer in talk.receive(data, fds):
-                self._send(client, answer)
+            for reply in connection.receive(data, fds):
+                self._send(client, reply)
         except (EOFError, ConnectionError):
             log.info("the virtual machine has gone")
-            self._end(client)
+            self._disconnect(client)
         except (DeviceProtocolError, OSError) as error:
             log.warning("the virtual machine is given up: %s", error)
-            self._end(client)
-        self._after_each()
+            self._disconnect(client)
+        self._after_message()
 
-    def _send(self, client: socket.socket, answer: bytes) -> None:
+    def _send(self, client: socket.socket, reply: bytes) -> None:
         """All of ``answer``.  TimeoutError."""
-        while answer:
+        while reply:
             try:
-                answer = answer[client.send(answer, _GIVE) :]
+                reply = reply[client.send(reply, _SEND_FLAGS) :]
             except BlockingIOError:
-                if not select.select((), (client,), (), self._patience)[1]:
+                if not select.select((), (client,), (), self._reply_timeout)[1]:
                     raise TimeoutError("it reads no answer") from None
 
-    def _end(self, client: socket.socket) -> None:
+    def _disconnect(self, client: socket.socket) -> None:
         self._loop.unwatch(client.fileno())
         client.close()
         self._client = None
-        self._conversation.close()
+        self._connection.close()
         self._watch()

@@ -72,7 +72,7 @@ class Remembering:
         self.resets += 1
         self.config.reset()
 
-    def forget_memory(self, address: int, size: int) -> None:
+    def release_memory(self, address: int, size: int) -> None:
         self.forgotten.append((address, size))
 
 
@@ -220,19 +220,19 @@ def test_memory(client: Client, device: Remembering) -> None:
 
 def test_interrupts(client: Client, device: Remembering) -> None:
     eventfds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
-    device.interrupts.fire(0)  # nobody is there
+    device.interrupts.trigger(0)  # nobody is there
     assert (
         client.ask(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, 0x24, 2, 0, 3), tuple(eventfds))
         == b""
     )
-    device.interrupts.fire(2)
+    device.interrupts.trigger(2)
     assert [_count(eventfd) for eventfd in eventfds] == [0, 0, 1]
     assert client.ask(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, 0x21, 2, 0, 0)) == b""
-    device.interrupts.fire(2)
+    device.interrupts.trigger(2)
     assert (
         client.ask(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, 0x24, 2, 0, 1), (eventfds[0],)) == b""
     )
-    device.interrupts.fire(2)  # one for all
+    device.interrupts.trigger(2)  # one for all
     assert [_count(eventfd) for eventfd in eventfds] == [1, 0, 0]
     for fields in [(0x24, 2, 3, 1), (0x24, 2, 2**32 - 1, 2), (0x24, 9, 0, 1), (0x22, 2, 0, 1)]:
         given = (eventfds[0],)

@@ -103,7 +103,9 @@ class Rig:
         self._guests.append(guest)
         return guest
 
-    def offer(self, port: int, kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, list[int]]:
+    def connect_to_guest(
+        self, port: int, kind: int = socket.SOCK_STREAM
+    ) -> tuple[socket.socket, list[int]]:
         """A program of the host connects to the guest: its socket, and the answer to come."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
         theirs.settimeout(10)
@@ -115,7 +117,7 @@ class Rig:
                 self.host.refused.append(ours.dup())
             answers.append(error)
 
-        self.call(lambda: self.device.offer(ours, (2, 9000 + port), port, answer))
+        self.call(lambda: self.device.connect_to_guest(ours, (2, 9000 + port), port, answer))
         return theirs, answers
 
     def close(self) -> None:
@@ -123,7 +125,7 @@ class Rig:
             guest.close()
         self.call(self.server.close)
         self.call(self.device.close)
-        self.call(self.device.tap.close)
+        self.call(self.device.capture.close)
         self.call(self.loop.stop)
         self._thread.join(10)
         for sock in self._calls:

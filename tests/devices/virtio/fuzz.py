@@ -141,11 +141,11 @@ class Session:
             ring.publish()
         for _ in range(3):
             self.host.act()
-        self.device.work()
+        self.device.poll()
         self.loop.turn()
-        for link in list(self.device.links.values()):
-            if link.sock is not None and self.random.random() < 0.3:
-                self.device._ready(link, self.random.choice((1, 4, 5, 0x2001, 0x2015)))
+        for connection in list(self.device.connections.values()):
+            if connection.sock is not None and self.random.random() < 0.3:
+                self.device._on_ready(connection, self.random.choice((1, 4, 5, 0x2001, 0x2015)))
 
     def packet(self) -> None:
         """One packet, likely or not."""
@@ -183,7 +183,7 @@ class Session:
         ring, random_ = self.random.choice(self.rings), self.random
         match random_.randrange(4):
             case 0 if isinstance(ring, DriverRing):
-                ring.offer(random_.randrange(1 << 16))
+                ring.make_available(random_.randrange(1 << 16))
             case 1 if isinstance(ring, DriverRing):
                 ring.next = ring.next + random_.randrange(200) & 0xFFFF
             case 2:

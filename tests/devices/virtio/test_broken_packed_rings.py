@@ -158,7 +158,7 @@ def test_round_and_round(size: int) -> None:
         chain = ring.pop()
         assert chain is not None
         assert [len(part) for part in chain[2]] == [1 + part for part in range(parts)]
-        assert ring.pop() is None and not ring.want_kick()
+        assert ring.pop() is None and not ring.enable_notification()
         ring.push(chain[0], number)
         told += ring.publish()
         assert driver.collect() == [(id, number)]

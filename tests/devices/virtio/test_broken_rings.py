@@ -50,8 +50,8 @@ class Bench:
     def descriptor(self, index: int, length: int, flags: int, following: int = 0) -> None:
         self.driver.write_descriptor(index, GUEST_BASE + self.place, length, flags, following)
 
-    def offer(self, head: int) -> None:
-        self.driver.offer(head)
+    def make_available(self, head: int) -> None:
+        self.driver.make_available(head)
         self.driver.publish()
 
 
@@ -130,7 +130,7 @@ BROKEN = {
 def test_a_broken_chain(name: str) -> None:
     bench = Bench()
     BROKEN[name](bench)
-    bench.offer(0)
+    bench.make_available(0)
     with pytest.raises(RingError):
         bench.ring.pop()
 
@@ -138,7 +138,7 @@ def test_a_broken_chain(name: str) -> None:
 @pytest.mark.parametrize("head", [SIZE, 0xFFFF])
 def test_a_head_outside_the_table(head: int) -> None:
     bench = Bench()
-    bench.offer(head)
+    bench.make_available(head)
     with pytest.raises(RingError):
         bench.ring.pop()
 
@@ -156,7 +156,7 @@ def test_a_chain_that_changes_after_it_was_read() -> None:
     """What was checked is what is used (CVE-2025-22224)."""
     bench = Bench()
     bench.descriptor(0, 10, 0)
-    bench.offer(0)
+    bench.make_available(0)
     chain = bench.ring.pop()
     assert chain is not None
     four_gigabytes(bench)
@@ -167,7 +167,7 @@ def test_parts_of_no_length_are_nothing() -> None:
     bench = Bench()
     bench.descriptor(0, 0, NEXT, 1)
     bench.descriptor(1, 5, 0)
-    bench.offer(0)
+    bench.make_available(0)
     chain = bench.ring.pop()
     assert chain is not None and [len(part) for part in chain[1]] == [5]
 
@@ -236,7 +236,7 @@ def breaks(rig: Rig, guest: PlayedGuest, index: int, spoil: Callable[[Any], None
 def test_a_broken_transmit_queue(rig: Rig) -> None:
     def spoil(ring: DriverRing) -> None:
         ring.write_descriptor(0, 0x10, 10, 0, 0)
-        ring.offer(0)
+        ring.make_available(0)
         ring.publish()
 
     breaks(rig, rig.guest(features=F_VERSION_1), 1, spoil)
@@ -266,7 +266,7 @@ def test_a_packet_without_a_whole_header(rig: Rig, length: int) -> None:
 
     def spoil(ring: DriverRing) -> None:
         ring.write_descriptor(0, GUEST_BASE + 4096, length, 0, 0)
-        ring.offer(0)
+        ring.make_available(0)
         ring.publish()
 
     breaks(rig, guest, 1, spoil)

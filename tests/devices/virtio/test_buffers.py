@@ -11,7 +11,7 @@ import pytest
 from support.vmci_driver import PlayedFabric
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.virtio.connection import ConnectionState, PendingTx
-from vsockets.devices.virtio.host_stream import HostStream
+from vsockets.devices.virtio.host_stream import VirtioConnection
 from vsockets.devices.virtio.limits import (
     VIRTIO_BUFFER_BYTES,
     VIRTIO_ENLARGED_BUFFER_MAX_BYTES,
@@ -30,17 +30,19 @@ class Machine:
         self.fabric = PlayedFabric(DeviceLoop())
         self._machine = VirtioMachine(DeviceLoop(), self.fabric, 3)  # type: ignore[arg-type]
 
-    def connection(self, port: int, state: ConnectionState = ConnectionState.OPEN) -> HostStream:
-        link = HostStream(state, Type.STREAM, PEER, port, VIRTIO_BUFFER_BYTES)
-        self._machine.device.links[*PEER, port] = link
-        return link
+    def connection(
+        self, port: int, state: ConnectionState = ConnectionState.ESTABLISHED
+    ) -> VirtioConnection:
+        connection = VirtioConnection(state, Type.STREAM, PEER, port, VIRTIO_BUFFER_BYTES)
+        self._machine.device.connections[*PEER, port] = connection
+        return connection
 
     def resized(self, port: int, size: int) -> None:
         """vsockd tells of the program at the other end."""
-        self.fabric.resized(port, PEER, size)
+        self.fabric.on_resized(port, PEER, size)
 
     def close(self) -> None:
-        self._machine.device.links.clear()
+        self._machine.device.connections.clear()
         self._machine.device.close()
         self.fabric.close()
 
@@ -53,44 +55,44 @@ def machine() -> Iterator[Machine]:
 
 
 def test_a_larger_buffer_is_more_credit(machine: Machine) -> None:
-    link = machine.connection(700)
+    connection = machine.connection(700)
     machine.resized(700, 1 << 20)
-    assert link.receive.size == 1 << 20
-    assert link.say & PendingTx.CREDIT
-    assert link.take(1 << 20) and not link.take(1)
+    assert connection.receive.size == 1 << 20
+    assert connection.pending_tx & PendingTx.CREDIT
+    assert connection.on_payload(1 << 20) and not connection.on_payload(1)
 
 
 def test_before_the_guest_knows_that_it_is_connected(machine: Machine) -> None:
     """The host's program is quicker than its answer: that will have the credit."""
-    link = machine.connection(700, ConnectionState.ASKED)
+    connection = machine.connection(700, ConnectionState.PEER_INIT)
     machine.resized(700, 1 << 20)
-    assert link.receive.size == 1 << 20 and not link.say
+    assert connection.receive.size == 1 << 20 and not connection.pending_tx
     ours, theirs = socket.socketpair()
     with ours, theirs:
         before = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        link.host_accepts()
+        connection.accept()
         marker = os.open(os.devnull, os.O_PATH)
-        link.join(ours, marker)
+        connection.attach(ours, marker)
         os.close(marker)
         assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) > before
 
 
 def test_what_was_promised_is_kept(machine: Machine) -> None:
-    link = machine.connection(700)
+    connection = machine.connection(700)
     machine.resized(700, 4096)
-    assert link.receive.size == VIRTIO_BUFFER_BYTES and not link.say
+    assert connection.receive.size == VIRTIO_BUFFER_BYTES and not connection.pending_tx
 
 
 def test_there_is_a_limit(machine: Machine) -> None:
-    link = machine.connection(700)
+    connection = machine.connection(700)
     machine.resized(700, 1 << 40)
-    assert link.receive.size == VIRTIO_ENLARGED_BUFFER_MAX_BYTES
+    assert connection.receive.size == VIRTIO_ENLARGED_BUFFER_MAX_BYTES
 
 
 def test_a_guest_with_many_connections_gets_no_more(machine: Machine) -> None:
-    links = [machine.connection(port) for port in range(VIRTIO_ENLARGED_BUFFERS_MAX + 1)]
+    connections = [machine.connection(port) for port in range(VIRTIO_ENLARGED_BUFFERS_MAX + 1)]
     machine.resized(0, 1 << 20)
-    assert links[0].receive.size == VIRTIO_BUFFER_BYTES
+    assert connections[0].receive.size == VIRTIO_BUFFER_BYTES
 
 
 def test_a_connection_that_is_no_more(machine: Machine) -> None:

@@ -29,7 +29,7 @@ BARE = 32 + HEADER_SIZE
 
 def begin(rig: Rig, limit: int = 65_536) -> socket.socket:
     taps: list[socket.socket] = []
-    rig.call(lambda: taps.append(tapped(rig.device.tap, limit)))
+    rig.call(lambda: taps.append(tapped(rig.device.capture, limit)))
     return taps[0]
 
 
@@ -45,9 +45,9 @@ def test_a_stream(rig: Rig, tmp_path: Path) -> None:
         assert sock.recv(100) == b"question"
         sock.send(b"answer")
         assert stream.receive(6) == b"answer"
-        stream.say(Op.CREDIT_REQUEST)
-        assert stream.hear().op == Op.CREDIT_UPDATE
-        stream.say(Op.RST)
+        stream.send_packet(Op.CREDIT_REQUEST)
+        assert stream.receive_packet().op == Op.CREDIT_UPDATE
+        stream.send_packet(Op.RST)
         assert sock.recv(1) == b""
         rows = dissect_records(records, file)
     there, back = (f"{CID}:1024", "2:5000"), ("2:5000", f"{CID}:1024")
@@ -80,7 +80,7 @@ def test_much_data_in_buffers_of_one_part(rig: Rig, tmp_path: Path) -> None:
     """Header and payload in one descriptor, and a limit for the payload."""
     guest = rig.guest(split=False)
     with begin(rig, limit=4) as records:
-        sock, _ = rig.offer(7000)
+        sock, _ = rig.connect_to_guest(7000)
         stream = accept(guest)
         sock.sendall(b"abcdef" * 2000)
         stream.receive(12_000)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vsockets.devices.virtio.credit import MANY, ReceiveCredit, SendCredit, distance
+from vsockets.devices.virtio.credit import (
+    HALF_FULL_PACKET_BYTES,
+    ReceiveCredit,
+    SendCredit,
+    distance,
+)
 
 U32 = st.integers(0, 0xFFFF_FFFF)
 
@@ -81,14 +86,14 @@ def test_no_wake_up_is_lost(size: int, own: int, steps: list[tuple[int, bool]]) 
         if not length:
             # Blocked.  Everything is passed on in the end; then it must be due.
             credit.forward(credit.held)
-            assert credit.is_due(own)
+            assert credit.update_is_due(own)
         else:
             assert credit.receive(length)
             sent += length
             if at_once:
                 credit.forward(credit.held)
-        if credit.is_due(own):
-            credit.tell()
+        if credit.update_is_due(own):
+            credit.announce()
             known = sent - credit.held
 
 
@@ -138,7 +143,11 @@ def test_a_streams_unread_packets_are_never_too_many(
     def send() -> None:
         nonlocal waiting
         while waiting and credit.available():
-            most = credit.packet_size(room) if credit.packets * MANY >= buffer else room
+            most = (
+                credit.packet_size(room)
+                if credit.packets * HALF_FULL_PACKET_BYTES >= buffer
+                else room
+            )
             assert most or buffer < 20_000
             length = min(waiting, credit.available(), most)
             if not length:
@@ -178,10 +187,10 @@ def test_a_message_waits_for_its_reader(
     def send() -> None:
         while waiting and credit.available() >= waiting[0]:
             parts = range(0, max(waiting[0], 1), 4096)
-            if not credit.takes_message(len(parts)):
+            if not credit.admits_message(len(parts)):
                 return
             size = waiting.pop(0)
-            if size or credit.takes_empty_message():
+            if size or credit.admits_empty_message():
                 for at in parts:
                     credit.spend(min(4096, size - at))
                     guest.take(min(4096, size - at), merges=False)

@@ -66,12 +66,12 @@ def test_a_port_where_nobody_listens_is_refused_at_once(rig: Rig) -> None:
     guest = rig.guest()
     with pytest.raises(ConnectionResetError):
         connect(guest, 1024, HOST)
-    wait_until(lambda: not rig.device.links, "the connection to be forgotten")
+    wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
 
 
 def test_the_host_connects(rig: Rig) -> None:
     guest = rig.guest()
-    sock, answers = rig.offer(700)
+    sock, answers = rig.connect_to_guest(700)
     stream = accept(guest)
     assert (stream.local, stream.peer) == (700, (2, 9700))
     wait_until(lambda: answers == [0], "the host to be told")
@@ -81,16 +81,16 @@ def test_the_host_connects(rig: Rig) -> None:
 
 def test_the_host_connects_to_a_port_where_nobody_listens(rig: Rig) -> None:
     guest = rig.guest()
-    sock, answers = rig.offer(700)
+    sock, answers = rig.connect_to_guest(700)
     header, _ = guest.next_packet()
     guest.send(guest.header(Op.RST, header.dst_port, (header.src_cid, header.src_port)))
     wait_until(lambda: answers == [errno.ECONNRESET], "the host to be told")
-    wait_until(lambda: not rig.device.links, "the connection to be forgotten")
+    wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
     _is_as_it_was(sock, rig)
 
 
 def test_a_host_that_connects_before_the_guest_is_there_is_told(rig: Rig) -> None:
-    sock, answers = rig.offer(700)
+    sock, answers = rig.connect_to_guest(700)
     assert answers == [errno.EHOSTUNREACH]
     _is_as_it_was(sock, rig)
 
@@ -167,12 +167,12 @@ def test_receive_buffers_of_any_size(rig: Rig, size: int) -> None:
 def test_a_guest_with_little_room_is_sent_no_more_than_fits(rig: Rig) -> None:
     stream, sock = opened(rig, buf_alloc=1000)
     sock.send(b"x" * 5000)
-    header = stream.hear()
+    header = stream.receive_packet()
     assert header.length == 1000
     with pytest.raises(TimeoutError):
         stream.guest.next_packet(0.1)
-    stream.say(Op.CREDIT_UPDATE)
-    assert stream.hear().length == 1000
+    stream.send_packet(Op.CREDIT_UPDATE)
+    assert stream.receive_packet().length == 1000
     assert stream.receive(2000) == b"x" * 2000
 
 
@@ -196,7 +196,7 @@ def test_a_slow_reader_of_the_host_stops_the_guest_and_nobody_else(rig: Rig) -> 
     other.send(b"I go on")
     assert rig.host.accepted[-1].recv(10) == b"I go on"
     assert len(receive_all(slow_sock, sent)) == sent
-    header = slow.hear()
+    header = slow.receive_packet()
     assert header.op == Op.CREDIT_UPDATE
     assert slow.credit > VIRTIO_BUFFER_BYTES // 4
 
@@ -206,7 +206,7 @@ def test_a_guest_that_limits_itself_is_told_in_time(rig: Rig) -> None:
     stream, sock = opened(rig, buf_alloc=1024)
     stream.send(bytes(1024))
     assert receive_all(sock, 1024) == bytes(1024)
-    assert stream.hear().op == Op.CREDIT_UPDATE
+    assert stream.receive_packet().op == Op.CREDIT_UPDATE
     assert stream.forwarded == 1024
 
 
@@ -226,16 +226,16 @@ def test_payload_beyond_the_credit_resets(rig: Rig) -> None:
     for _ in range(40):  # the host reads nothing; its socket takes some hundred KiB at most
         guest.send(stream.packet(Op.RW, 65_536), bytes(65_536))
     while not stream.is_reset:
-        stream.hear()
-    wait_until(lambda: not rig.device.links, "the connection to be forgotten")
+        stream.receive_packet()
+    wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
 
 
 def test_credit_is_told_when_it_is_asked_for(rig: Rig) -> None:
     stream, sock = opened(rig)
     stream.send(b"1234")
     assert sock.recv(9) == b"1234"
-    stream.say(Op.CREDIT_REQUEST)
-    assert stream.hear().op == Op.CREDIT_UPDATE
+    stream.send_packet(Op.CREDIT_REQUEST)
+    assert stream.receive_packet().op == Op.CREDIT_UPDATE
     assert (stream.forwarded, stream.alloc) == (4, VIRTIO_BUFFER_BYTES)
 
 
@@ -246,7 +246,7 @@ def test_a_count_that_lies_gives_no_credit(rig: Rig, forwarded: int) -> None:
     guest = stream.guest
     guest.send(guest.header(Op.CREDIT_UPDATE, stream.local, HOST, buf_alloc=100, fwd_cnt=forwarded))
     guest.send(stream.packet(Op.CREDIT_REQUEST)._replace(fwd_cnt=forwarded, buf_alloc=100))
-    stream.hear()
+    stream.receive_packet()
     sock.send(bytes(5000))
     with pytest.raises(TimeoutError):
         guest.next_packet(0.1)
@@ -258,7 +258,7 @@ def test_a_count_that_lies_gives_no_credit(rig: Rig, forwarded: int) -> None:
 def test_the_guest_ends_its_direction_only(rig: Rig) -> None:
     stream, sock = opened(rig)
     stream.send(b"last words")
-    stream.say(Op.SHUTDOWN, SEND)
+    stream.send_packet(Op.SHUTDOWN, SEND)
     assert receive_all(sock, 10) == b"last words"
     assert sock.recv(1) == b""
     sock.send(b"an answer")
@@ -271,7 +271,7 @@ def test_the_host_ends_its_direction_only(rig: Rig) -> None:
     sock.shutdown(socket.SHUT_WR)
     assert stream.receive(10) == b"last words"
     while not stream.ended:
-        stream.hear()
+        stream.receive_packet()
     assert stream.ended == SEND
     stream.send(b"an answer")
     assert sock.recv(99) == b"an answer"
@@ -280,21 +280,21 @@ def test_the_host_ends_its_direction_only(rig: Rig) -> None:
 def test_the_guest_closes(rig: Rig) -> None:
     stream, sock = opened(rig)
     stream.send(b"last words")
-    stream.say(Op.SHUTDOWN, BOTH)
-    assert stream.hear().op == Op.RST
+    stream.send_packet(Op.SHUTDOWN, BOTH)
+    assert stream.receive_packet().op == Op.RST
     assert receive_all(sock, 10) == b"last words"
     assert sock.recv(1) == b""
-    wait_until(lambda: not rig.device.links, "the connection to be forgotten")
+    wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
 
 
 def test_what_the_guest_sent_before_it_closed_waits_for_a_slow_reader(rig: Rig) -> None:
     stream, sock = opened(rig)
     data = os.urandom(VIRTIO_BUFFER_BYTES)
     stream.send(data)
-    stream.say(Op.SHUTDOWN, BOTH)
+    stream.send_packet(Op.SHUTDOWN, BOTH)
     assert receive_all(sock, len(data)) == data
     while not stream.is_reset:
-        stream.hear()
+        stream.receive_packet()
 
 
 def test_the_host_closes(rig: Rig) -> None:
@@ -303,18 +303,18 @@ def test_the_host_closes(rig: Rig) -> None:
     sock.close()
     assert stream.receive(10) == b"last words"
     while stream.ended != BOTH:
-        stream.hear()
-    stream.say(Op.RST)
-    wait_until(lambda: not rig.device.links, "the connection to be forgotten")
+        stream.receive_packet()
+    stream.send_packet(Op.RST)
+    wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
 
 
 def test_a_reset_of_the_guest_reaches_the_host_and_is_not_answered(rig: Rig) -> None:
     stream, sock = opened(rig)
-    stream.say(Op.RST)
+    stream.send_packet(Op.RST)
     assert sock.recv(1) == b""
     with pytest.raises(TimeoutError):
         stream.guest.next_packet(0.1)
-    stream.say(Op.RST)
+    stream.send_packet(Op.RST)
     with pytest.raises(TimeoutError):
         stream.guest.next_packet(0.1)
 
@@ -344,7 +344,7 @@ def test_ports_can_be_used_again_at_once(rig: Rig) -> None:
         assert sock.recv(1) == b"x"
         sock.close()
         while stream.ended != BOTH:
-            stream.hear()
+            stream.receive_packet()
 
 
 def test_a_guest_that_resets_an_attempt(rig: Rig) -> None:
@@ -354,7 +354,7 @@ def test_a_guest_that_resets_an_attempt(rig: Rig) -> None:
     wait_until(lambda: bool(rig.host.held), "the attempt")
     guest.send(guest.header(Op.RST, 77, HOST))
     wait_until(lambda: rig.host.given_up == 1, "the attempt to be given up")
-    wait_until(lambda: not rig.device.links, "the connection to be forgotten")
+    wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
 
 
 def test_a_flood_of_requests_waits_when_the_guest_takes_no_answers(rig: Rig) -> None:
@@ -369,7 +369,7 @@ def test_a_flood_of_requests_waits_when_the_guest_takes_no_answers(rig: Rig) -> 
         guest.send(guest.header(Op.REQUEST, VIRTIO_WAITING_RESETS_MAX + number + 1, HOST))
         if not guest.transmit.has_room(2):
             break
-    assert len(rig.device._resets) + len(rig.device.links) <= 2 * VIRTIO_WAITING_RESETS_MAX
+    assert len(rig.device._resets) + len(rig.device.connections) <= 2 * VIRTIO_WAITING_RESETS_MAX
     guest.refills = True
     guest.refill()
     for _ in range(VIRTIO_WAITING_RESETS_MAX):
@@ -395,7 +395,7 @@ def test_messages_keep_their_boundaries(rig: Rig) -> None:
     for size in sizes:
         message = bytearray()
         while True:
-            header = stream.hear()
+            header = stream.receive_packet()
             message += stream.data
             stream.data.clear()
             if header.op == Op.RW and header.flags & Sequenced.END_OF_MESSAGE:
@@ -403,7 +403,7 @@ def test_messages_keep_their_boundaries(rig: Rig) -> None:
         assert message == bytes([size % 251]) * size
     sock.close()
     while stream.ended != BOTH:
-        stream.hear()
+        stream.receive_packet()
 
 
 def test_ends_of_records(rig: Rig) -> None:
@@ -420,7 +420,7 @@ def test_ends_of_records(rig: Rig) -> None:
         socket.send_fds(sock, [b"to the guest"], [marker.fileno()])
     sock.send(b"and on")
     for end in (Sequenced.END_OF_RECORD, 0):
-        assert stream.hear().flags == Sequenced.END_OF_MESSAGE | end
+        assert stream.receive_packet().flags == Sequenced.END_OF_MESSAGE | end
 
 
 def test_a_message_as_large_as_the_buffer_always_gets_through(rig: Rig) -> None:
@@ -439,7 +439,7 @@ def test_an_empty_message_is_not_an_end(rig: Rig) -> None:
     (sock,) = rig.host.accepted
     sock.send(b"")
     sock.send(b"x")
-    header = stream.hear()
+    header = stream.receive_packet()
     assert (header.op, header.length, header.flags) == (Op.RW, 0, Sequenced.END_OF_MESSAGE)
     assert stream.receive(1) == b"x"
 
@@ -448,12 +448,12 @@ def test_a_message_the_guest_can_never_take_resets(rig: Rig) -> None:
     rig.host.open_ports.add(5000)
     stream = connect(rig.guest(), 1024, HOST, type=Type.SEQPACKET, buf_alloc=1000)
     rig.host.accepted[0].send(bytes(1001))
-    assert stream.hear().op == Op.RST
+    assert stream.receive_packet().op == Op.RST
 
 
 def test_the_host_connects_with_sequenced_packets(rig: Rig) -> None:
     guest = rig.guest()
-    sock, answers = rig.offer(700, socket.SOCK_SEQPACKET)
+    sock, answers = rig.connect_to_guest(700, socket.SOCK_SEQPACKET)
     stream = accept(guest)
     assert stream.type == Type.SEQPACKET
     wait_until(lambda: answers == [0], "the host to be told")
@@ -481,10 +481,10 @@ def test_sequenced_packets_are_offered(rig: Rig) -> None:
 
 def test_suspension_drops_connections_by_an_event(rig: Rig) -> None:
     stream, sock = opened(rig)
-    rig.call(rig.device.drop_connections)
+    rig.call(rig.device.reset_connections)
     assert stream.guest.next_event() == TRANSPORT_RESET
     assert sock.recv(1) == b""
-    wait_until(lambda: not rig.device.links, "the connection to be forgotten")
+    wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
     opened(rig, stream.guest)
 
 
@@ -492,9 +492,9 @@ def test_suspension_without_an_event_queue_resets(rig: Rig) -> None:
     """QEMU keeps the event queue to itself."""
     stream, sock = opened(rig)
     stream.guest.front_end.stop_ring(2)
-    rig.call(rig.device.drop_connections)
+    rig.call(rig.device.reset_connections)
     assert sock.recv(1) == b""
-    assert stream.hear().op == Op.RST
+    assert stream.receive_packet().op == Op.RST
 
 
 def test_a_paused_guest_keeps_its_connections(rig: Rig) -> None:
@@ -528,7 +528,7 @@ def test_a_machine_that_goes_and_comes_again(rig: Rig) -> None:
     stream, sock = opened(rig)
     stream.guest.front_end.close()
     assert sock.recv(1) == b""
-    wait_until(lambda: not rig.device.links, "the connection to be forgotten")
+    wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
     stream, sock = opened(rig)
     stream.send(b"again")
     assert sock.recv(9) == b"again"

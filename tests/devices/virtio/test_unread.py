@@ -28,7 +28,7 @@ HOST = (2, 5000)
 ROOM = 4096  # of the played guest's buffers
 GOOD_COPY_LEN = 128
 END = int(Sequenced.END_OF_MESSAGE)
-KINDS = {socket.SOCK_STREAM: Type.STREAM, socket.SOCK_SEQPACKET: Type.SEQPACKET}
+SOCKET_TYPES = {socket.SOCK_STREAM: Type.STREAM, socket.SOCK_SEQPACKET: Type.SEQPACKET}
 SIZES = [1, 8, 100, 129, 200, 400, 1000, 4096, 65_536]
 #: SKB_TRUESIZE(0), as Debian has it, and with CONFIG_MAX_SKB_FRAGS=45.
 USUAL, LARGE = 576, 1024
@@ -59,7 +59,7 @@ class LinuxSocket:
         while guest.arrived or guest.take():
             header, payload = guest.arrived.popleft()
             if header.op == Op.CREDIT_REQUEST:
-                self._stream.say(Op.CREDIT_UPDATE)
+                self._stream.send_packet(Op.CREDIT_UPDATE)
             if header.op != Op.RW:
                 assert header.op != Op.RST
                 continue
@@ -80,7 +80,7 @@ class LinuxSocket:
         self._queue.clear()
         self._stream.received += size
         if told and size:
-            self._stream.say(Op.CREDIT_UPDATE)
+            self._stream.send_packet(Op.CREDIT_UPDATE)
         return size
 
 
@@ -88,7 +88,9 @@ def opened(
     rig: Rig, kind: int, overhead: int, buffer: int = VIRTIO_BUFFER_BYTES
 ) -> tuple[LinuxSocket, socket.socket]:
     rig.host.open_ports.add(5000)
-    stream = connect(rig.guest(), 1024, HOST, type=KINDS[socket.SocketKind(kind)], buf_alloc=buffer)
+    stream = connect(
+        rig.guest(), 1024, HOST, type=SOCKET_TYPES[socket.SocketKind(kind)], buf_alloc=buffer
+    )
     sock = rig.host.accepted[-1]
     sock.setblocking(False)
     return LinuxSocket(stream, overhead), sock
@@ -139,7 +141,7 @@ def test_messages_wait_for_their_reader(rig: Rig, size: int) -> None:
     wait_until(all_has_come, "all of it to arrive")
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(SOCKET_TYPES))
 @pytest.mark.parametrize("buffer", [600, 1024, 1500, 2048, 5000, 10_000, 65_536])
 def test_small_buffers(rig: Rig, kind: int, buffer: int) -> None:
     """Linux tells its credit at each read of a socket with less than 64 KiB."""
@@ -196,7 +198,7 @@ def test_small_packets_in_buffers_of_any_size(rig: Rig) -> None:
     guest = rig.guest(refill=False)
     rig.host.open_ports.add(5000)
 
-    def offer(*sizes: int) -> None:
+    def offer_buffers(*sizes: int) -> None:
         for size in sizes:
             guest.offer_buffer(guest.memory.allocate(HEADER_SIZE + size), HEADER_SIZE + size)
         guest.receive.publish()
@@ -210,7 +212,7 @@ def test_small_packets_in_buffers_of_any_size(rig: Rig) -> None:
         guest.arrived.clear()
         return data
 
-    offer(ROOM)
+    offer_buffers(ROOM)
     stream = connect(guest, 1024, HOST, buf_alloc=VIRTIO_BUFFER_BYTES)
     sock = rig.host.accepted[-1]
     sent = os.urandom(300 * 200)
@@ -218,14 +220,14 @@ def test_small_packets_in_buffers_of_any_size(rig: Rig) -> None:
     sock.sendall(sent[:many])
     data = b""
     while len(data) < many:  # a packet for each message
-        offer(200)
+        offer_buffers(200)
         data += received()
     sock.sendall(sent[many:])
     while len(data) < len(sent):
-        offer(ROOM, 10, 0, 128, 1, ROOM, 127, 300)
+        offer_buffers(ROOM, 10, 0, 128, 1, ROOM, 127, 300)
         more = received()
         if not more:  # these are so many packets that it must know what was read
             stream.received = len(data)
-            stream.say(Op.CREDIT_UPDATE)
+            stream.send_packet(Op.CREDIT_UPDATE)
         data += more
     assert data == sent

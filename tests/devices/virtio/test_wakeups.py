@@ -21,7 +21,7 @@ from support.virtio_driver import GUEST_BASE, DriverRing, Memory
 from vsockets.devices.capture import CaptureSink
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.virtio.host_stream import HostStream
+from vsockets.devices.virtio.host_stream import VirtioConnection
 from vsockets.devices.virtio.kick_coalescing import KickCoalescing
 from vsockets.devices.virtio.packed_ring import PackedRing
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
@@ -153,16 +153,16 @@ class Watched:
 class Counter:
     """Counts packets, as the device behind a transmit queue."""
 
-    is_overwhelmed = False
+    backpressured = False
 
     def __init__(self) -> None:
-        self.links: dict[tuple[int, int, int], HostStream] = {}
+        self.connections: dict[tuple[int, int, int], VirtioConnection] = {}
         self.count = 0
 
-    def receive(self, header: Header, link: HostStream | None) -> None:
+    def receive(self, header: Header, connection: VirtioConnection | None) -> None:
         self.count += 1
 
-    def touched(self, link: HostStream) -> None:
+    def mark_dirty(self, connection: VirtioConnection) -> None:
         raise AssertionError("there are no connections")
 
 
@@ -173,7 +173,7 @@ class Expecting(KickCoalescing):
         super().__init__()
         self._then = packets
 
-    def took(self, packets: int, length: int, now: float) -> None:
+    def on_packets(self, packets: int, length: int, now: float) -> None:
         self.packets = self._then if packets else 1
 
 
@@ -183,7 +183,7 @@ def play(stage: Stage, ring: Ring, driver: Driver, memory: Memory, expected: int
     Where the device waits for several packets, it goes on looking: its timer is always due.
     """
     counter = Counter()
-    queue, pace = TransmitQueue(ring, CID, counter, UNTAPPED), Expecting(expected)
+    queue, coalescing = TransmitQueue(ring, CID, counter, UNTAPPED), Expecting(expected)
     place = memory.allocate(HEADER_SIZE)
     header = Header(CID, 2, 1000, 1000, op=Op.CREDIT_REQUEST).encode()
     memory.view[place : place + HEADER_SIZE] = header
@@ -208,7 +208,7 @@ def play(stage: Stage, ring: Ring, driver: Driver, memory: Memory, expected: int
             stage.sleep(driver.kick)
             more = True
             while more:
-                more, call = queue.run(pace)
+                more, call = queue.run(coalescing)
                 if call:
                     os.eventfd_write(driver.call, 1)
                 if expected > 1 and queue.packets:

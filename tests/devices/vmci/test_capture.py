@@ -22,7 +22,7 @@ THERE, BACK = (f"{CID}:1234", "2:5000"), ("2:5000", f"{CID}:1234")
 
 
 def test_a_stream(guest: PlayedGuest, tmp_path: Path) -> None:
-    with tapped(guest.fabric.tap) as records:
+    with tapped(guest.fabric.capture) as records:
         stream = guest.connect(1234, 65_536)
         (theirs,) = guest.fabric.streams
         stream.write(b"question")
@@ -55,7 +55,7 @@ def test_what_is_left_when_the_guest_closes(guest: PlayedGuest, tmp_path: Path) 
     stream = guest.connect(1234, 65_536)
     while stream.write(bytes(65_535)):  # until the program's buffer and the queue are full
         guest.loop.turn()
-    with tapped(guest.fabric.tap) as records:
+    with tapped(guest.fabric.capture) as records:
         guest.detach(stream.handle)
         rows = dissect_records(records, tmp_path / "rest.pcap")
     assert rows[-1][0] == DISCONNECT
@@ -63,10 +63,10 @@ def test_what_is_left_when_the_guest_closes(guest: PlayedGuest, tmp_path: Path) 
 
 
 def test_datagrams(guest: PlayedGuest, tmp_path: Path) -> None:
-    with tapped(guest.fabric.tap) as records:
+    with tapped(guest.fabric.capture) as records:
         guest.send(Handle(2, 700), b"there", Handle(CID, 800))
         guest.send(Handle(2, 700), b"", Handle(CID, 800))
-        guest.machine.sockets._deliver((2, 700), 800, b"and back")
+        guest.machine.sockets._on_datagram((2, 700), 800, b"and back")
         rows = dissect_records(records, tmp_path / "datagrams.pcap")
     there, back = (f"{CID}:800", "2:700"), ("2:700", f"{CID}:800")
     assert rows == [

@@ -23,7 +23,7 @@ def test_a_hostile_guest_does_no_harm(seed: int, caplog: pytest.LogCaptureFixtur
     hypervisor = fuzzer.guest.machine.hypervisor
     sockets = fuzzer.guest.machine.sockets
     assert not hypervisor._queue_pairs and not hypervisor._queue_pair_memory
-    assert not sockets._connections and not sockets._by_handle and not sockets._offered
+    assert not sockets._connections and not sockets._by_handle and not sockets._expected_sizes
     fuzzer.guest.loop.close()
     del fuzzer, hypervisor, sockets
     assert len(os.listdir("/proc/self/fd")) <= before + 1

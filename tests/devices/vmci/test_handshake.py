@@ -25,13 +25,15 @@ def found(handle: Handle, size: int) -> bool:
     return handle == HANDLE
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_the_guest_connects(older: bool) -> None:
-    request = packet(Kind.REQUEST, 4096) if older else packet(Kind.REQUEST2, 4096, 3)
+@pytest.mark.parametrize("protocol_v1", [False, True])
+def test_the_guest_connects(protocol_v1: bool) -> None:
+    request = packet(Kind.REQUEST, 4096) if protocol_v1 else packet(Kind.REQUEST2, 4096, 3)
     accepting = Accepting(request, found)
-    assert accepting.possible and accepting.older is older
+    assert accepting.possible and accepting.protocol_v1 is protocol_v1
     step = accepting.accepted(5000)
-    assert step.packets == [(Kind.NEGOTIATE, 5000, 0) if older else (Kind.NEGOTIATE2, 5000, 1)]
+    assert step.packets == [
+        (Kind.NEGOTIATE, 5000, 0) if protocol_v1 else (Kind.NEGOTIATE2, 5000, 1)
+    ]
     step = accepting.receive(packet(Kind.OFFER, handle_value(HANDLE)))
     assert step.handle == HANDLE
     assert step.packets == [(Kind.ATTACH, handle_value(HANDLE), 0)]

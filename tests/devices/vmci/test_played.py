@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from support.vmci_driver import CID, MEMORY, PAGE, PlayedGuest
-from vsockets.devices.client import Offer
+from vsockets.devices.client import ConnectRequest
 from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.datagrams import Code, Datagram, Event, Handle, Hypercall
 from vsockets.devices.vmci.limits import VMCI_ATTACH_HOLD_SECONDS, VMCI_QUEUE_PAIRS_MAX
@@ -114,10 +114,10 @@ class TestDatagrams:
         """On its way while a write is done that is waited for; after one that is not."""
         was_filled: list[bool] = []
 
-        def fire(vector: int) -> None:
+        def trigger(vector: int) -> None:
             was_filled.append(guest.buffer_is_filled)
 
-        monkeypatch.setattr(guest.device.interrupts, "fire", fire)
+        monkeypatch.setattr(guest.device.interrupts, "trigger", trigger)
         guest.offer_buffer(posted=False)
         assert was_filled == [False] and guest.buffer_is_filled
         guest.offer_buffer(posted=True)
@@ -128,12 +128,12 @@ class TestDatagrams:
             payload = os.urandom(size)
             assert guest.send(Handle(2, 700), payload, Handle(CID, 800)) == 24 + size
             assert guest.fabric.datagrams.pop() == (800, (2, 700), payload)
-            guest.machine.sockets._deliver((2, 700), 800, payload)
+            guest.machine.sockets._on_datagram((2, 700), 800, payload)
             (one,) = guest.receive()
             assert one == Datagram(Handle(CID, 800), Handle(2, 700), payload)
 
     def test_what_waits_is_bounded(self, guest: PlayedGuest) -> None:
-        deliver = guest.machine.sockets._deliver
+        deliver = guest.machine.sockets._on_datagram
         assert deliver((2, 1), 2, bytes(MAX_DATAGRAM))
         assert not deliver((2, 1), 2, bytes(MAX_DATAGRAM))
         assert [len(one.payload) for one in guest.receive()] == [MAX_DATAGRAM] * 2
@@ -352,7 +352,7 @@ class TestStreams:
         stream = guest.connect(1234, 4096)
         theirs = guest.fabric.streams[0]
         guest.device.memory.unmap(0, MEMORY)
-        guest.device.forget_memory(0, MEMORY)
+        guest.device.release_memory(0, MEMORY)
         stream.tell(Kind.WROTE)
         assert theirs.recv(1) == b""
 
@@ -394,7 +394,7 @@ class TestStreams:
             guest.device.interrupts.close()
             guest.device.reset()
         else:
-            guest.machine.hypervisor.tell_removed(9)  # something that waits
+            guest.machine.hypervisor.notify_removed(9)  # something that waits
         eventfds = guest.enable_messages()
         guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
         assert os.eventfd_read(eventfds[0])
@@ -429,7 +429,7 @@ class TestStreams:
 
     def test_somebody_connects(self, guest: PlayedGuest) -> None:
         ours, theirs = _pair()
-        offer = Offer(ours, 80, (2, 5000), BufferSizes(4096, 128, 262_144), False)
+        offer = ConnectRequest(ours, 80, (2, 5000), BufferSizes(4096, 128, 262_144), False)
         guest.machine.sockets.connect_to_guest(offer)
         (request,) = guest.packets()
         assert request.kind == Kind.REQUEST2 and request.value == 4096
@@ -448,7 +448,9 @@ class TestStreams:
     def test_who_connects_has_chosen_no_size(self, guest: PlayedGuest) -> None:
         """The queue is as large as a guest's own; the program sees the default it had."""
         ours, theirs = _pair()
-        guest.machine.sockets.connect_to_guest(Offer(ours, 80, (2, 5000), BufferSizes(), False))
+        guest.machine.sockets.connect_to_guest(
+            ConnectRequest(ours, 80, (2, 5000), BufferSizes(), False)
+        )
         (request,) = guest.packets()
         assert request.value == 262_144
         guest.packet(Packet(Kind.NEGOTIATE2, 80, 5000, 262_144, 0, 1))
@@ -461,7 +463,7 @@ class TestStreams:
     def test_who_connects_has_chosen_a_limit(self, guest: PlayedGuest) -> None:
         ours, theirs = _pair()
         sizes = BufferSizes().with_maximum(100_000)
-        guest.machine.sockets.connect_to_guest(Offer(ours, 80, (2, 5000), sizes, False))
+        guest.machine.sockets.connect_to_guest(ConnectRequest(ours, 80, (2, 5000), sizes, False))
         assert [packet.value for packet in guest.packets()] == [100_000]
         theirs.close()
 
@@ -469,7 +471,7 @@ class TestStreams:
         """Who connects can go on talking to vsockd, and the device has no part in it."""
         ours, theirs = _pair()
         sizes = BufferSizes(4096, 128, 262_144)
-        guest.machine.sockets.connect_to_guest(Offer(ours, 80, (2, 5000), sizes, False))
+        guest.machine.sockets.connect_to_guest(ConnectRequest(ours, 80, (2, 5000), sizes, False))
         guest.packet(Packet(Kind.RST, 80, 5000))
         assert guest.fabric.settled == [(0, errno.ECONNRESET)]
         (refused,) = guest.fabric.refused
@@ -482,7 +484,7 @@ class TestStreams:
     def test_nobody_answers_in_the_guest(self, guest: PlayedGuest) -> None:
         ours, theirs = _pair()
         sizes = BufferSizes(4096, 128, 262_144)
-        guest.machine.sockets.connect_to_guest(Offer(ours, 80, (2, 5000), sizes, False))
+        guest.machine.sockets.connect_to_guest(ConnectRequest(ours, 80, (2, 5000), sizes, False))
         turn_until(guest, lambda: guest.fabric.settled)
         assert guest.fabric.settled == [(0, errno.ETIMEDOUT)]
         assert [one.kind for one in guest.packets()] == [Kind.REQUEST2, Kind.RST]

@@ -17,9 +17,9 @@ from .limits import HYBRID_CONNECT_TIMEOUT_SECONDS, HYBRID_RETRY_SECONDS
 
 log = logging.getLogger(__name__)
 
-_LOOK = int(MSG_DONTWAIT | MSG_PEEK)
-_TAKE = int(MSG_DONTWAIT)
-_SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
+_PEEK_FLAGS = int(MSG_DONTWAIT | MSG_PEEK)
+_RECEIVE_FLAGS = int(MSG_DONTWAIT)
+_SEND_FLAGS = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 
 #: Nobody is there, which time may change.
 _ABSENT = (FileNotFoundError, ConnectionRefusedError)
@@ -44,14 +44,14 @@ class Connector:
         self._port = port
         self._done = done
         self._sock: socket.socket | None = None
-        self._answer = Answer()
-        self._again: Timer | None = None
-        self._waits = True
-        self._timers = [loop.call_later(wait + HYBRID_CONNECT_TIMEOUT_SECONDS, self._too_late)]
+        self._reply = Answer()
+        self._retry_timer: Timer | None = None
+        self._retrying = True
+        self._timers = [loop.call_later(wait + HYBRID_CONNECT_TIMEOUT_SECONDS, self._time_out)]
         if wait:
-            self._timers.append(loop.call_later(wait, self._wait_no_more))
+            self._timers.append(loop.call_later(wait, self._stop_retrying))
         else:
-            self._waits = False
+            self._retrying = False
 
     def start(self) -> None:
         """Begin; ``done`` may be called before this returns."""
@@ -62,10 +62,10 @@ class Connector:
             if self._port is None:
                 self._finish(sock)
                 return
-            sock.send(connect_line(self._port), _SEND)
-            self._loop.watch(sock.fileno(), self._answered)
+            sock.send(connect_line(self._port), _SEND_FLAGS)
+            self._loop.watch(sock.fileno(), self._on_reply)
         except BlockingIOError:  # its backlog is full, and poll() does not tell when it is not
-            self._try_later()
+            self._schedule_retry()
         except _ABSENT:
             self._fail(errno.ECONNRESET if self._port is None else errno.EHOSTUNREACH)
         except ConnectionError:  # it has been closed between the two calls
@@ -80,12 +80,14 @@ class Connector:
             timer.cancel()
         self._close()
 
-    def _answered(self, events: int) -> None:
+    def _on_reply(self, events: int) -> None:
         sock = self._sock
         assert sock is not None
         try:
             # Only the line is taken: what follows it is the guest's.
-            sock.recv(self._answer.take(sock.recv(HYBRID_LINE_MAX_BYTES, _LOOK)), _TAKE)
+            sock.recv(
+                self._reply.take(sock.recv(HYBRID_LINE_MAX_BYTES, _PEEK_FLAGS)), _RECEIVE_FLAGS
+            )
         except BlockingIOError:
             return
         except OSError as error:
@@ -93,25 +95,25 @@ class Connector:
                 log.warning("%s: %s", self._path, error.strerror)
             self._fail(errno.ECONNRESET)
             return
-        if self._answer.port is not None:
+        if self._reply.port is not None:
             self._loop.unwatch(sock.fileno())
             self._finish(sock)
 
     def _fail(self, code: int) -> None:
-        if self._waits:
-            self._try_later()
+        if self._retrying:
+            self._schedule_retry()
         else:
             self._finish(None, code)
 
-    def _try_later(self) -> None:
+    def _schedule_retry(self) -> None:
         self._close()
-        self._answer = Answer()
-        self._again = self._loop.call_later(HYBRID_RETRY_SECONDS, self.start)
+        self._reply = Answer()
+        self._retry_timer = self._loop.call_later(HYBRID_RETRY_SECONDS, self.start)
 
-    def _wait_no_more(self) -> None:
-        self._waits = False
+    def _stop_retrying(self) -> None:
+        self._retrying = False
 
-    def _too_late(self) -> None:
+    def _time_out(self) -> None:
         self._finish(None, errno.ETIMEDOUT)
 
     def _finish(self, sock: socket.socket | None, code: int = 0) -> None:
@@ -123,9 +125,9 @@ class Connector:
         self._done(sock, code)
 
     def _close(self) -> None:
-        if self._again is not None:
-            self._again.cancel()
-            self._again = None
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+            self._retry_timer = None
         if self._sock is not None:
             self._loop.unwatch(self._sock.fileno())
             self._sock.close()

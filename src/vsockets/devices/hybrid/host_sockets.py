@@ -30,16 +30,18 @@ class HostSockets:
     port and a connected descriptor, which is its own.
     """
 
-    def __init__(self, loop: DeviceLoop, name: str, arrived: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, loop: DeviceLoop, name: str, on_connection: Callable[[int, int], None]
+    ) -> None:
         self._loop = loop
         self._name = name
-        self._arrived = arrived
+        self._on_connection = on_connection
         self._acceptors: dict[int, Acceptor] = {}
-        self._remove_old_ones()
+        self._remove_stale_sockets()
 
-    def change(self, port: int, there: bool) -> None:
+    def set_listening(self, port: int, listening: bool) -> None:
         """There is somebody at ``port`` of the host, or no longer."""
-        if not there:
+        if not listening:
             self._close(port)
         elif len(self._acceptors) >= HYBRID_PORTS_MAX:
             log.warning(
@@ -73,8 +75,8 @@ class HostSockets:
         except OSError:
             listener.close()
             raise
-        arrived = partial(self._arrived, port)
-        self._acceptors[port] = Acceptor(self._loop, listener, f"{name}: the guest", arrived)
+        on_connection = partial(self._on_connection, port)
+        self._acceptors[port] = Acceptor(self._loop, listener, f"{name}: the guest", on_connection)
 
     def _close(self, port: int) -> None:
         acceptor = self._acceptors.pop(port, None)
@@ -83,7 +85,7 @@ class HostSockets:
             with contextlib.suppress(OSError):
                 os.unlink(port_name(self._name, port))
 
-    def _remove_old_ones(self) -> None:
+    def _remove_stale_sockets(self) -> None:
         """What a device that was killed has left behind."""
         ours = re.compile(re.escape(self._name) + r"_(\d+|new)")
         for name in filter(ours.fullmatch, os.listdir()):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ...splice import SplicedPair, SplicePump
-from ..client import DeviceClient, Offer
+from ..client import ConnectRequest, DeviceClient
 from ..loop import DeviceLoop
 from .connector import Connector, Done
 from .limits import HYBRID_CONNECTIONS_MAX
@@ -24,71 +24,76 @@ _HANG_UP = 0
 class _Stream(SplicedPair):
     """A joined pair, which tells when it has ended."""
 
-    ended: Callable[[], None]
+    on_end: Callable[[], None]
 
     def finished(self, why: OSError | None) -> None:
-        self.ended()
+        self.on_end()
 
 
 class HostToGuest:
     """All of them; ``dial`` makes an attempt to reach a port."""
 
     def __init__(
-        self, loop: DeviceLoop, fabric: DeviceClient, dial: Callable[[int, Done], Connector]
+        self,
+        loop: DeviceLoop,
+        fabric: DeviceClient,
+        make_connector: Callable[[int, Done], Connector],
     ) -> None:
         self._loop = loop
         self._fabric = fabric
-        self._dial = dial
+        self._make_connector = make_connector
         self._pump = SplicePump(loop)
-        self._attempts: dict[Offer, Connector] = {}
+        self._attempts: dict[ConnectRequest, Connector] = {}
         self._idle: Callable[[], None] | None = None
 
     @property
-    def streams(self) -> int:
+    def stream_count(self) -> int:
         """How many there are, those included that nobody has accepted yet."""
         return len(self._attempts) + len(self._pump.connections)
 
-    def offered(self, offer: Offer) -> None:
+    def on_connect(self, request: ConnectRequest) -> None:
         """Somebody wants to connect."""
-        if self.streams >= HYBRID_CONNECTIONS_MAX:
-            self._refuse(offer, errno.ECONNRESET)
+        if self.stream_count >= HYBRID_CONNECTIONS_MAX:
+            self._refuse(request, errno.ECONNRESET)
             return
-        dial = self._attempts[offer] = self._dial(offer.port, partial(self._decided, offer))
+        make_connector = self._attempts[request] = self._make_connector(
+            request.port, partial(self._complete, request)
+        )
         # Should who connects not want it any more.
-        self._loop.watch_for(offer.sock.fileno(), lambda events: self._give_up(offer), _HANG_UP)
-        dial.start()
+        self._loop.watch_for(request.sock.fileno(), lambda events: self._cancel(request), _HANG_UP)
+        make_connector.start()
 
-    def drop(self) -> None:
+    def close(self) -> None:
         """End all of them."""
-        for offer in list(self._attempts):
-            self._give_up(offer)
+        for request in list(self._attempts):
+            self._cancel(request)
         self._pump.close()
 
-    def finish(self, idle: Callable[[], None]) -> None:
+    def close_when_idle(self, idle: Callable[[], None]) -> None:
         """Call ``idle`` when there are none any more."""
         self._idle = idle
-        self._look_whether_idle()
+        self._check_idle()
 
-    def _give_up(self, offer: Offer) -> None:
-        self._attempts[offer].cancel()
-        self._decided(offer, None, errno.ECONNRESET)
+    def _cancel(self, request: ConnectRequest) -> None:
+        self._attempts[request].cancel()
+        self._complete(request, None, errno.ECONNRESET)
 
-    def _decided(self, offer: Offer, sock: socket.socket | None, code: int) -> None:
-        del self._attempts[offer]
-        self._loop.unwatch(offer.sock.fileno())
+    def _complete(self, request: ConnectRequest, sock: socket.socket | None, code: int) -> None:
+        del self._attempts[request]
+        self._loop.unwatch(request.sock.fileno())
         if sock is None:
-            self._refuse(offer, code)
+            self._refuse(request, code)
         else:
-            self._fabric.settle(offer, offer.sizes.size)
-            stream = _Stream(self._pump, offer.sock, sock)
-            stream.ended = self._look_whether_idle
+            self._fabric.settle(request, request.sizes.size)
+            stream = _Stream(self._pump, request.sock, sock)
+            stream.on_end = self._check_idle
             self._pump.start(stream)
 
-    def _refuse(self, offer: Offer, code: int) -> None:
-        self._fabric.settle(offer, error=code)
-        offer.sock.close()
-        self._look_whether_idle()
+    def _refuse(self, request: ConnectRequest, code: int) -> None:
+        self._fabric.settle(request, error=code)
+        request.sock.close()
+        self._check_idle()
 
-    def _look_whether_idle(self) -> None:
-        if self._idle is not None and not self.streams:
+    def _check_idle(self) -> None:
+        if self._idle is not None and not self.stream_count:
             self._idle()

@@ -31,35 +31,35 @@ class HybridMachine:
         self._fabric = fabric
         self._name = name
         self._wait = wait
-        self._outward = HostToGuest(loop, fabric, self._dial)
-        self._sockets = HostSockets(loop, name, self._arrived)
-        fabric.offered = self._outward.offered
-        fabric.listening = self._sockets.change
-        fabric.lost = self._lost
-        subscribe(loop, fabric, events, self._heed)
+        self._host_to_guest = HostToGuest(loop, fabric, self._make_connector)
+        self._sockets = HostSockets(loop, name, self._on_connection)
+        fabric.on_connect = self._host_to_guest.on_connect
+        fabric.on_listening = self._sockets.set_listening
+        fabric.on_lost = self._on_lost
+        subscribe(loop, fabric, events, self._on_event)
 
     def close(self) -> None:
         """Leave nothing behind."""
-        self._outward.drop()
+        self._host_to_guest.close()
         self._sockets.close()
 
-    def _dial(self, port: int, done: Done) -> Connector:
+    def _make_connector(self, port: int, done: Done) -> Connector:
         return Connector(self._loop, self._name, port, self._wait, done)
 
-    def _arrived(self, port: int, fd: int) -> None:
+    def _on_connection(self, port: int, fd: int) -> None:
         """The guest has connected to ``port``: whether it may, and to whom, is vsockd's to say."""
         with socket.socket(fileno=fd) as sock:
             try:
-                self._fabric.hand_over(sock, (VMADDR_CID_HOST, port))
+                self._fabric.hand_off(sock, (VMADDR_CID_HOST, port))
             except OSError as error:
                 log.warning("the guest's connect to port %d is lost: %s", port, error)
 
-    def _lost(self) -> None:
+    def _on_lost(self) -> None:
         """vsockd has gone, or the context: the streams there are may come to their end."""
         log.warning("no new connections: vsockd has gone, or the context")
         self._sockets.close()
-        self._outward.finish(self._loop.stop)
+        self._host_to_guest.close_when_idle(self._loop.stop)
 
-    def _heed(self, cid: int, change: str) -> None:
-        if cid == self._fabric.cid and change in _INTERRUPTIONS:
-            self._outward.drop()
+    def _on_event(self, cid: int, set_listening: str) -> None:
+        if cid == self._fabric.cid and set_listening in _INTERRUPTIONS:
+            self._host_to_guest.close()

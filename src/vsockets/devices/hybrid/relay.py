@@ -34,12 +34,12 @@ def main(name: str, place: int, user: int) -> None:
     link = socket.socket(fileno=os.dup(sys.stdin.fileno()))
     fabric = DeviceClient(loop, link, VMADDR_CID_HOST, datagrams=False)
 
-    def dial(port: int, done: Done) -> Connector:
+    def make_connector(port: int, done: Done) -> Connector:
         return Connector(loop, port_name(name, port), None, 0.0, done)
 
-    outward = HostToGuest(loop, fabric, dial)
-    fabric.offered = outward.offered
-    fabric.lost = lambda: outward.finish(loop.stop)
+    host_to_guest = HostToGuest(loop, fabric, make_connector)
+    fabric.on_connect = host_to_guest.on_connect
+    fabric.on_lost = lambda: host_to_guest.close_when_idle(loop.stop)
     enter_sandbox(user, paths=True)
     # Whoever stops vsockd at a terminal does not mean the streams that stand.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

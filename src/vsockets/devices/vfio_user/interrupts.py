@@ -38,12 +38,12 @@ class Interrupts:
         return len(self._in_use())
 
     @property
-    def uses_messages(self) -> bool:
+    def message_signalled(self) -> bool:
         """Whether the driver has enabled MSI-X or MSI."""
         kinds = (Irq.MSIX, Irq.MSI)
         return any(eventfd is not None for kind in kinds for eventfd in self._eventfds[kind])
 
-    def fire(self, vector: int) -> None:
+    def trigger(self, vector: int) -> None:
         """Interrupt the guest, by the last vector there is if there are fewer."""
         eventfds = self._in_use()
         if eventfds:
@@ -63,13 +63,13 @@ class Interrupts:
             eventfds = self._eventfds[kind]
             if flags == IrqFlag.DATA_NONE | IrqFlag.TRIGGER and count == 0:
                 for number in range(len(eventfds)):
-                    self._put(eventfds, number, None)
+                    self._replace(eventfds, number, None)
             elif flags == IrqFlag.DATA_EVENTFD | IrqFlag.TRIGGER:
                 if len(fds) not in (0, count):
                     raise OSError(errno.EINVAL, f"{len(fds)} eventfds for {count} interrupts")
                 taken = True
                 for number in range(count):
-                    self._put(eventfds, start + number, fds[number] if fds else None)
+                    self._replace(eventfds, start + number, fds[number] if fds else None)
             elif not flags & (IrqFlag.MASK | IrqFlag.UNMASK):
                 raise OSError(errno.EINVAL, f"SET_IRQS with flags {flags:#x}")
             # Masking is done by the client, who has the guest's side of the eventfd.
@@ -82,7 +82,7 @@ class Interrupts:
         """Signal nobody any more."""
         for eventfds in self._eventfds.values():
             for number in range(len(eventfds)):
-                self._put(eventfds, number, None)
+                self._replace(eventfds, number, None)
 
     def _in_use(self) -> list[int | None]:
         for kind in (Irq.MSIX, Irq.MSI, Irq.INTX):
@@ -95,7 +95,7 @@ class Interrupts:
         return []
 
     @staticmethod
-    def _put(eventfds: list[int | None], number: int, eventfd: int | None) -> None:
+    def _replace(eventfds: list[int | None], number: int, eventfd: int | None) -> None:
         old = eventfds[number]
         eventfds[number] = eventfd
         if old is not None:

@@ -63,7 +63,7 @@ class ConfigSpace:
         self._space = space
 
     @property
-    def is_master(self) -> bool:
+    def bus_master(self) -> bool:
         """Whether the guest lets the device access memory."""
         return bool(self._space[_COMMAND] & _BUS_MASTER)
 

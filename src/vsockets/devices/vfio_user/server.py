@@ -21,19 +21,19 @@ class VfioUserServer(unix_server.UnixServer):
         loop: EventLoop,
         listener: socket.socket,
         device: Device,
-        after_each: Callable[[], None] = lambda: None,
+        after_message: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(
             loop,
             listener,
-            lambda: _Conversation(device),
+            lambda: _Connection(device),
             descriptors=VFIO_USER_DESCRIPTORS_MAX,
-            patience=VFIO_USER_REPLY_TIMEOUT_SECONDS,
-            after_each=after_each,
+            reply_timeout=VFIO_USER_REPLY_TIMEOUT_SECONDS,
+            after_message=after_message,
         )
 
 
-class _Conversation:
+class _Connection:
     wanted = LARGEST_MESSAGE
 
     def __init__(self, device: Device) -> None:
@@ -42,9 +42,9 @@ class _Conversation:
 
     def receive(self, data: bytes, fds: list[int]) -> Iterator[bytes]:
         for message in self._decoder.receive(data, fds):
-            answer = self._session.handle(message)
-            if answer is not None:
-                yield answer
+            reply = self._session.handle(message)
+            if reply is not None:
+                yield reply
 
     def close(self) -> None:
         for fd in self._decoder.pending_fds():

@@ -58,7 +58,7 @@ class Device(Protocol):
     def reset(self) -> None:
         """As after power-on."""
 
-    def forget_memory(self, address: int, size: int) -> None:
+    def release_memory(self, address: int, size: int) -> None:
         """This memory goes away now: nothing of it may be touched after this returns."""
 
 
@@ -127,7 +127,7 @@ class Session:
         if len(payload) != messages.ACCESS.size:
             raise OSError(errno.EINVAL, f"a read request of {len(payload)} bytes")
         offset, region, count = messages.ACCESS.unpack(payload)
-        self._require_range(region, offset, count)
+        self._check_range(region, offset, count)
         return payload + self._device.read(region, offset, count)
 
     def _write(self, payload: bytes, posted: bool) -> bytes:
@@ -137,11 +137,11 @@ class Session:
         data = payload[messages.ACCESS.size :]
         if len(data) != count:
             raise OSError(errno.EINVAL, f"a write of {count} bytes with {len(data)}")
-        self._require_range(region, offset, count)
+        self._check_range(region, offset, count)
         self._device.write(region, offset, data, posted)
         return payload[: messages.ACCESS.size]
 
-    def _require_range(self, region: int, offset: int, count: int) -> None:
+    def _check_range(self, region: int, offset: int, count: int) -> None:
         size = self._device.regions.get(region, 0)  # type: ignore[call-overload]
         if not 0 < count <= VFIO_USER_TRANSFER_MAX_BYTES or offset + count > size:
             raise OSError(errno.EINVAL, f"{count} bytes at {offset:#x} of region {region}")
@@ -165,7 +165,7 @@ class Session:
         if flags:
             raise OSError(errno.ENOTSUP, f"unmapping with flags {flags:#x}")
         self._device.memory.unmap(address, size)
-        self._device.forget_memory(address, size)
+        self._device.release_memory(address, size)
         return message.payload
 
     def _device_info(self, message: Message) -> bytes:

@@ -20,13 +20,13 @@ class VhostUserServer(unix_server.UnixServer):
         super().__init__(
             loop,
             listener,
-            lambda: _Conversation(device),
+            lambda: _Connection(device),
             descriptors=VHOST_USER_DESCRIPTORS_MAX,
-            patience=VHOST_USER_REPLY_TIMEOUT_SECONDS,
+            reply_timeout=VHOST_USER_REPLY_TIMEOUT_SECONDS,
         )
 
 
-class _Conversation:
+class _Connection:
     def __init__(self, device: Device) -> None:
         self._session = Session(device)
         self._decoder = Decoder()
@@ -38,9 +38,9 @@ class _Conversation:
     def receive(self, data: bytes, fds: list[int]) -> Iterator[bytes]:
         message = self._decoder.receive(data, fds)
         if message is not None:
-            answer = self._session.handle(message)
-            if answer is not None:
-                yield answer
+            reply = self._session.handle(message)
+            if reply is not None:
+                yield reply
 
     def close(self) -> None:
         for fd in self._decoder.pending_fds():

@@ -19,10 +19,10 @@ _OPERATIONS = {
 }
 
 
-def record(tap: CaptureSink, header: bytes, payload: Sequence[memoryview] = ()) -> None:
+def record(capture: CaptureSink, header: bytes, payload: Sequence[memoryview] = ()) -> None:
     """A packet, to the guest or from it.  It is not to be believed: its payload may be shorter."""
     source_cid, cid, source_port, port, length, _, op, *_ = HEADER.unpack(header)
     operation = _OPERATIONS.get(op, Operation.UNKNOWN)
     if operation is not Operation.PAYLOAD:
         length = 0
-    tap.record(operation, (source_cid, source_port), (cid, port), payload, length, header)
+    capture.record(operation, (source_cid, source_port), (cid, port), payload, length, header)

@@ -33,11 +33,11 @@ _RECEIVE, _SEND = int(Shutdown.RECEIVE), int(Shutdown.SEND)
 class ConnectionState(Enum):
     """Where in its life a connection is; the table above."""
 
-    ASKED = auto()
-    OFFERED = auto()
-    OPEN = auto()
+    PEER_INIT = auto()
+    LOCAL_INIT = auto()
+    ESTABLISHED = auto()
     CLOSING = auto()
-    GONE = auto()
+    CLOSED = auto()
 
 
 class PendingTx(IntFlag):
@@ -57,14 +57,18 @@ class Action(IntFlag):
     NOTHING = 0
     ACCEPT = 1  #: tell who connects that the connection stands
     REFUSE = 2  #: tell who connects that nobody listens
-    END_WRITING = 4  #: the guest sends no more: pass on what there is, then the end
-    END_READING = 8  #: the guest receives no more
+    SHUTDOWN_WRITE = 4  #: the guest sends no more: pass on what there is, then the end
+    SHUTDOWN_READ = 8  #: the guest receives no more
     CLOSE = 16  #: at once
 
 
 _CREDIT, _CREDIT_REQUEST = int(PendingTx.CREDIT), int(PendingTx.CREDIT_REQUEST)
 # Names of our own: looking a member up in its enum costs as much as a short function.
-_OPEN, _CLOSING, _GONE = ConnectionState.OPEN, ConnectionState.CLOSING, ConnectionState.GONE
+_ESTABLISHED, _CLOSING, _CLOSED = (
+    ConnectionState.ESTABLISHED,
+    ConnectionState.CLOSING,
+    ConnectionState.CLOSED,
+)
 
 _ORDER = (
     (int(PendingTx.REQUEST), int(Op.REQUEST)),
@@ -80,12 +84,12 @@ class Connection:
     """Between the guest's port ``guest_port`` and ``peer``; ``size`` bytes are held for it."""
 
     __slots__ = (
-        "guest_ended",
         "guest_port",
-        "host_ended",
+        "guest_shutdown",
+        "host_shutdown",
         "peer",
+        "pending_tx",
         "receive",
-        "say",
         "send",
         "state",
         "type",
@@ -100,134 +104,134 @@ class Connection:
         self.guest_port = guest_port
         self.send = SendCredit()
         self.receive = ReceiveCredit(size)
-        self.guest_ended = 0  #: of Shutdown: what the guest has said
-        self.host_ended = 0  #: what the host's side is done with
-        self.say = int(PendingTx.REQUEST) if state is ConnectionState.OFFERED else 0
+        self.guest_shutdown = 0  #: of Shutdown: what the guest has said
+        self.host_shutdown = 0  #: what the host's side is done with
+        self.pending_tx = int(PendingTx.REQUEST) if state is ConnectionState.LOCAL_INIT else 0
 
     # The host's side
 
-    def host_accepts(self) -> None:
+    def accept(self) -> None:
         """What the guest asked for was granted."""
-        assert self.state is ConnectionState.ASKED
-        self.state = _OPEN
-        self.say = int(PendingTx.RESPONSE)
+        assert self.state is ConnectionState.PEER_INIT
+        self.state = _ESTABLISHED
+        self.pending_tx = int(PendingTx.RESPONSE)
 
-    def host_refuses(self) -> None:
+    def refuse(self) -> None:
         """It was not, or nobody listens: the guest's connect fails at once."""
         self.reset()
 
-    def host_ends(self, flags: int) -> None:
+    def shut_down(self, flags: int) -> None:
         """The host will not do any more what ``flags`` (Shutdown) say."""
-        ended = self.host_ended | flags
-        if self.state is not _OPEN or ended == self.host_ended:
+        ended = self.host_shutdown | flags
+        if self.state is not _ESTABLISHED or ended == self.host_shutdown:
             return
-        self.host_ended = ended
-        self.say |= PendingTx.SHUTDOWN
+        self.host_shutdown = ended
+        self.pending_tx |= PendingTx.SHUTDOWN
         if ended == BOTH:
             self.state = _CLOSING
 
-    def passed_on(self, length: int) -> None:
+    def on_forwarded(self, length: int) -> None:
         """The host has taken ``length`` bytes of what the guest sent."""
         self.receive.forward(length)
-        if self.receive.is_due(self.send.buffer):
-            self.tell_credit()
+        if self.receive.update_is_due(self.send.buffer):
+            self.queue_credit_update()
 
-    def tell_credit(self) -> None:
+    def queue_credit_update(self) -> None:
         """The guest should know now how much it may send."""
-        if self.state is _OPEN:
-            self.say |= _CREDIT
+        if self.state is _ESTABLISHED:
+            self.pending_tx |= _CREDIT
 
-    def ask_for_credit(self) -> None:
+    def queue_credit_request(self) -> None:
         """The guest should tell what it has passed on."""
-        self.say |= _CREDIT_REQUEST
+        self.pending_tx |= _CREDIT_REQUEST
 
     def reset(self) -> None:
         """End it at once, and say so."""
-        if self.state is not _GONE:
-            self.state = _GONE
-            self.say = int(PendingTx.RST)
+        if self.state is not _CLOSED:
+            self.state = _CLOSED
+            self.pending_tx = int(PendingTx.RST)
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """It has ended, and there is nobody to be told."""
-        self.state = _GONE
-        self.say = 0
+        self.state = _CLOSED
+        self.pending_tx = 0
 
     # The guest's side
 
-    def take(self, length: int) -> bool:
+    def on_payload(self, length: int) -> bool:
         """RW of ``length`` bytes; returns whether they are to be passed on.
 
         A guest that sends what it has no credit for, or before or after its time, is reset.
         """
-        if self.state is _OPEN and not self.guest_ended & _SEND:
+        if self.state is _ESTABLISHED and not self.guest_shutdown & _SEND:
             if self.receive.receive(length):
-                return not self.host_ended & _RECEIVE
+                return not self.host_shutdown & _RECEIVE
             self.reset()
         elif self.state is not _CLOSING:  # there it may be on its way since before
             self.reset()
         return False
 
-    def hear(self, op: int, flags: int) -> Action:
+    def on_packet(self, op: int, flags: int) -> Action:
         """Any other packet of the guest; returns what to do for it."""
         if op == Op.CREDIT_UPDATE:
             return Action.NOTHING  # the credit is in every header
         if op == Op.CREDIT_REQUEST:
-            self.tell_credit()
+            self.queue_credit_update()
             return Action.NOTHING
         if op == Op.RST:
-            return self._guest_resets()
-        if op == Op.SHUTDOWN and self.state in (_OPEN, _CLOSING):
-            return self._guest_ends(flags & BOTH)
-        if op == Op.RESPONSE and self.state is ConnectionState.OFFERED:
-            self.state = _OPEN
+            return self._on_reset()
+        if op == Op.SHUTDOWN and self.state in (_ESTABLISHED, _CLOSING):
+            return self._on_shutdown(flags & BOTH)
+        if op == Op.RESPONSE and self.state is ConnectionState.LOCAL_INIT:
+            self.state = _ESTABLISHED
             return Action.ACCEPT
-        offered = self.state is ConnectionState.OFFERED
+        was_pending = self.state is ConnectionState.LOCAL_INIT
         self.reset()
-        return Action.REFUSE if offered else Action.CLOSE
+        return Action.REFUSE if was_pending else Action.CLOSE
 
-    def _guest_resets(self) -> Action:
-        offered = self.state is ConnectionState.OFFERED
-        self.forget()
-        return Action.REFUSE if offered else Action.CLOSE
+    def _on_reset(self) -> Action:
+        was_pending = self.state is ConnectionState.LOCAL_INIT
+        self.discard()
+        return Action.REFUSE if was_pending else Action.CLOSE
 
-    def _guest_ends(self, flags: int) -> Action:
-        fresh = flags & ~self.guest_ended
-        self.guest_ended |= flags
+    def _on_shutdown(self, flags: int) -> Action:
+        fresh = flags & ~self.guest_shutdown
+        self.guest_shutdown |= flags
         if self.state is _CLOSING:
-            if self.guest_ended == BOTH:
+            if self.guest_shutdown == BOTH:
                 self.reset()
                 return Action.CLOSE
             return Action.NOTHING
-        do = Action.NOTHING
+        action = Action.NOTHING
         if fresh & _SEND:
-            do |= Action.END_WRITING
+            action |= Action.SHUTDOWN_WRITE
         if fresh & _RECEIVE:
-            do |= Action.END_READING
-        return do
+            action |= Action.SHUTDOWN_READ
+        return action
 
-    def all_passed_on(self) -> None:
+    def on_all_forwarded(self) -> None:
         """Nothing of what the guest sent is left here."""
-        if self.guest_ended == BOTH and self.state is _OPEN:
+        if self.guest_shutdown == BOTH and self.state is _ESTABLISHED:
             self.reset()
 
     # Packets to the guest
 
     def next_packet(self) -> tuple[int, int] | None:
         """The operation and flags of what is to be said next, if anything is."""
-        say = self.say
-        if say:
+        pending = self.pending_tx
+        if pending:
             for bit, op in _ORDER:
-                if say & bit:
-                    self.say = say & ~bit
-                    return op, self.host_ended if op == Op.SHUTDOWN else 0
+                if pending & bit:
+                    self.pending_tx = pending & ~bit
+                    return op, self.host_shutdown if op == Op.SHUTDOWN else 0
         return None
 
     @property
-    def may_send(self) -> bool:
+    def can_send(self) -> bool:
         """Whether the guest takes payload, as far as credit allows."""
-        return self.state is _OPEN and not self.guest_ended & _RECEIVE
+        return self.state is _ESTABLISHED and not self.guest_shutdown & _RECEIVE
 
     @property
-    def is_silent(self) -> bool:
+    def is_finished(self) -> bool:
         """GONE, and the guest knows."""
-        return self.state is _GONE and not self.say
+        return self.state is _CLOSED and not self.pending_tx

@@ -24,7 +24,7 @@ _HALF = 1 << 31
 _RUNS = 16 * VIRTIO_PACKET_OVERHEAD_BYTES
 
 #: Unread packets are many when so many times that is the guest's buffer: half of what fits.
-MANY = 2 * VIRTIO_PACKET_OVERHEAD_BYTES
+HALF_FULL_PACKET_BYTES = 2 * VIRTIO_PACKET_OVERHEAD_BYTES
 
 
 def distance(later: int, earlier: int) -> int:
@@ -48,7 +48,7 @@ class SendCredit:
     """
 
     __slots__ = (
-        *("_asked", "_end", "_full", "_fwd", "_room", "_run", "_runs", "_sent"),
+        *("_requested", "_end", "_full", "_fwd", "_room", "_run", "_runs", "_sent"),
         *("buffer", "packets"),
     )
 
@@ -60,7 +60,7 @@ class SendCredit:
         self._runs: deque[tuple[int, int]] = deque()  # its count when it has read so many packets
         self._run = 0  # packets after those
         self._room = 0  # bytes that the guest can merge into its last packet
-        self._full = self._asked = -1  # its count when it was full, and when it was asked
+        self._full = self._requested = -1  # its count when it was full, and when it was asked
 
     def update(self, buf_alloc: int, fwd_cnt: int) -> None:
         """Take what the guest says of its buffer, in any of its packets."""
@@ -80,7 +80,7 @@ class SendCredit:
         next packet into it.
         """
         if self._fwd == self._end:
-            self._all_read()
+            self._discard_all()
         sent = self._sent = self._sent + length & _MODULUS_BITS
         # An empty packet has been read for certain when a byte after it has.
         self._end = sent if length else sent + 1 & _MODULUS_BITS
@@ -107,7 +107,7 @@ class SendCredit:
 
         To be called when the guest has :data:`MANY` unread packets.
         """
-        self._retire()
+        self._discard_read()
         limit = self._limit
         if self.packets >= limit:
             self._full = self._fwd
@@ -120,23 +120,23 @@ class SendCredit:
             else room
         )
 
-    def takes_message(self, packets: int) -> bool:
+    def admits_message(self, packets: int) -> bool:
         """Return whether a message of ``packets`` may be sent; if not, it must wait."""
         if (self.packets + packets) * VIRTIO_PACKET_OVERHEAD_BYTES <= self.buffer:
             return True
-        self._retire()
+        self._discard_read()
         # A message is sent whole: the guest reads nothing of it before.
         if self.packets and self.packets + packets > self._limit:
             self._full = self._fwd
             return False
         return True
 
-    def takes_empty_message(self) -> bool:
+    def admits_empty_message(self) -> bool:
         """Return whether a message without content may be sent.
 
         The guest never says that it was read, so room is kept for those of which it does.
         """
-        self._retire()
+        self._discard_read()
         return self.packets < self._limit // 2
 
     @property
@@ -144,17 +144,17 @@ class SendCredit:
         """Whether a packet waits until the guest has read others."""
         return self._full == self._fwd
 
-    def look_again(self) -> None:
+    def retry(self) -> None:
         """Have it found out anew whether it is full."""
         self._full = -1
 
-    def is_to_be_asked(self) -> bool:
+    def take_request_due(self) -> bool:
         """Return whether the guest was not asked for its credit since it passed something on;
         it is taken as asked now.
         """
-        if self._asked == self._fwd:
+        if self._requested == self._fwd:
             return False
-        self._asked = self._fwd
+        self._requested = self._fwd
         return True
 
     @property
@@ -162,15 +162,15 @@ class SendCredit:
         """Unread packets the guest can hold: one in any case, else nothing could be sent."""
         return self.buffer // VIRTIO_PACKET_OVERHEAD_BYTES or 1
 
-    def _retire(self) -> None:
+    def _discard_read(self) -> None:
         """Count no packets that the guest has read."""
         if self._fwd == self._end:
-            self._all_read()
+            self._discard_all()
         runs = self._runs
         while runs and self._fwd - runs[0][0] & _MODULUS_BITS < _HALF:
             self.packets -= runs.popleft()[1]
 
-    def _all_read(self) -> None:
+    def _discard_all(self) -> None:
         self.packets = self._run = 0
         if self._runs:
             self._runs.clear()
@@ -179,11 +179,11 @@ class SendCredit:
 class ReceiveCredit:
     """What the guest may send: a buffer of ``size`` bytes."""
 
-    __slots__ = ("_forwarded", "_received", "_told", "size")
+    __slots__ = ("_announced", "_forwarded", "_received", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._received = self._forwarded = self._told = 0
+        self._received = self._forwarded = self._announced = 0
 
     @property
     def held(self) -> int:
@@ -201,17 +201,17 @@ class ReceiveCredit:
         """``length`` bytes of those held were passed on."""
         self._forwarded = self._forwarded + length & _MODULUS_BITS
 
-    def tell(self) -> int:
+    def announce(self) -> int:
         """The count for a packet that is about to be sent."""
-        self._told = self._forwarded
+        self._announced = self._forwarded
         return self._forwarded
 
     @property
-    def untold(self) -> int:
+    def unannounced(self) -> int:
         """Bytes passed on that the guest does not know of."""
-        return distance(self._forwarded, self._told)
+        return distance(self._forwarded, self._announced)
 
-    def is_due(self, guest_buffer: int) -> bool:
+    def update_is_due(self, guest_buffer: int) -> bool:
         """Whether the guest should be told, though nothing else is to be sent.
 
         It must be before the guest believes that there is no room.  Linux 7.3 never has more
@@ -220,4 +220,4 @@ class ReceiveCredit:
         it is free, or will be without a word: enough to go on with while we wake up.
         """
         size = guest_buffer if guest_buffer < self.size else self.size
-        return (self._forwarded - self._told & _MODULUS_BITS) * 2 >= size
+        return (self._forwarded - self._announced & _MODULUS_BITS) * 2 >= size

@@ -17,7 +17,7 @@ from ..guest_memory import GuestMemory
 from ..loop import DeviceLoop
 from ..vhost_user import Vring
 from .connection import Action, ConnectionState
-from .host_stream import KINDS, TYPES, HostStream
+from .host_stream import SOCKET_TYPES, VSOCK_TYPES, VirtioConnection
 from .limits import (
     VIRTIO_BUFFER_BYTES,
     VIRTIO_CLOSE_TIMEOUT_SECONDS,
@@ -49,14 +49,18 @@ log = logging.getLogger(__name__)
 RECEIVE, TRANSMIT, EVENT = range(3)
 
 # Names of our own: looking a member up in its enum costs as much as a short function.
-_OPEN, _CLOSING, _GONE_STATE = ConnectionState.OPEN, ConnectionState.CLOSING, ConnectionState.GONE
+_ESTABLISHED, _CLOSING, _CLOSED = (
+    ConnectionState.ESTABLISHED,
+    ConnectionState.CLOSING,
+    ConnectionState.CLOSED,
+)
 #: An eventfd that nobody reads: each time something is added to it is news.
 _EACH_KICK = select.EPOLLIN | select.EPOLLET
 _READING = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _WRITING = _READING | select.EPOLLOUT
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
-_HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
-_GONE = select.EPOLLHUP | select.EPOLLERR
+_READ_CLOSED = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_PEER_CLOSED = select.EPOLLHUP | select.EPOLLERR
 
 
 class Fabric(Protocol):
@@ -85,30 +89,32 @@ class VirtioVsock:
     def __init__(self, loop: DeviceLoop, cid: int, fabric: Fabric) -> None:
         self.cid = cid
         self.memory = GuestMemory()
-        self.links: dict[tuple[int, int, int], HostStream] = {}
+        self.connections: dict[tuple[int, int, int], VirtioConnection] = {}
         self._loop = loop
         self._fabric = fabric
-        self.tap = CaptureSink(loop)
+        self.capture = CaptureSink(loop)
         self._in_use = 0
         self._vrings: dict[int, Vring] = {}
         self._bases: dict[int, int] = {}  # where a ring was when it was last stopped
         self._receive: ReceiveQueue | None = None
         self._transmit: TxPoll | None = None
         self._events: Ring | None = None
-        self._turns: deque[HostStream] = deque()  # those with something for the guest
+        self._ready_connections: deque[VirtioConnection] = (
+            deque()
+        )  # those with something for the guest
         self._resets: deque[bytes] = deque()  # for nobody's connection
-        self._answers: dict[HostStream, Callable[[int], None]] = {}
-        self._attempts: dict[HostStream, Callable[[], None]] = {}
+        self._replies: dict[VirtioConnection, Callable[[int], None]] = {}
+        self._attempts: dict[VirtioConnection, Callable[[], None]] = {}
         self._busy = False
         self._marker = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
-        self._again = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        loop.watch_for(self._again, self.work, _EACH_KICK)
+        self._poll_event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        loop.watch_for(self._poll_event, self.poll, _EACH_KICK)
 
     def close(self) -> None:
         """Let go of everything; the rings have been stopped."""
-        self._forget_connections()
-        self._loop.unwatch(self._again)
-        os.close(self._again)
+        self._discard_connections()
+        self._loop.unwatch(self._poll_event)
+        os.close(self._poll_event)
         os.close(self._marker)
 
     # vhost-user
@@ -125,7 +131,7 @@ class VirtioVsock:
         """As :class:`.session.Device` says."""
         if self._bases.pop(index, vring.base) != vring.base:
             log.info("the guest has started anew")
-            self._forget_connections()
+            self._discard_connections()
         kind = PackedRing if self._in_use & F_RING_PACKED else SplitRing
         event_index = bool(self._in_use & F_RING_EVENT_IDX)
         try:
@@ -134,16 +140,16 @@ class VirtioVsock:
             raise OSError(errno.EINVAL, f"ring {index}: {error}") from None
         self._vrings[index] = vring
         assert vring.kick is not None
-        self._loop.watch_for(vring.kick, self.work, _EACH_KICK)
+        self._loop.watch_for(vring.kick, self.poll, _EACH_KICK)
         if index == RECEIVE:
-            self._receive = ReceiveQueue(ring, self.cid, self.tap)
+            self._receive = ReceiveQueue(ring, self.cid, self.capture)
         elif index == TRANSMIT:
-            queue = TransmitQueue(ring, self.cid, self, self.tap)
-            self._transmit = TxPoll(self._loop, queue, vring, self.work)
+            queue = TransmitQueue(ring, self.cid, self, self.capture)
+            self._transmit = TxPoll(self._loop, queue, vring, self.poll)
         else:
             self._events = ring
         # What was offered before anybody looked is announced by no kick.
-        self._work_again()
+        self._schedule_poll()
 
     def stop_ring(self, index: int) -> int:
         """As :class:`.session.Device` says."""
@@ -169,17 +175,17 @@ class VirtioVsock:
 
     def reset(self) -> None:
         """As :class:`.session.Device` says."""
-        self._forget_connections()
+        self._discard_connections()
         self._bases.clear()
 
     # The host
 
-    def offer(
+    def connect_to_guest(
         self,
         sock: socket.socket,
         peer: tuple[int, int],
         port: int,
-        answer: Callable[[int], None],
+        reply: Callable[[int], None],
     ) -> None:
         """Connect ``sock``, whose far end is ``peer``, to the guest's ``port``.
 
@@ -187,51 +193,56 @@ class VirtioVsock:
         with the errno for who connects; then ``sock`` is the connection, or is closed.
         """
         key = (*peer, port)
-        if self._receive is None or key in self.links or len(self.links) >= VIRTIO_CONNECTIONS_MAX:
-            answer(errno.EHOSTUNREACH if self._receive is None else errno.ECONNRESET)
+        if (
+            self._receive is None
+            or key in self.connections
+            or len(self.connections) >= VIRTIO_CONNECTIONS_MAX
+        ):
+            reply(errno.EHOSTUNREACH if self._receive is None else errno.ECONNRESET)
             sock.close()
             return
-        link = HostStream(
-            ConnectionState.OFFERED, TYPES[int(sock.type)], peer, port, self._credit()
+        connection = VirtioConnection(
+            ConnectionState.LOCAL_INIT, VSOCK_TYPES[int(sock.type)], peer, port, self._buffer_size()
         )
-        link.sock = sock
-        self.links[key] = link
-        self._answers[link] = answer
+        connection.sock = sock
+        self.connections[key] = connection
+        self._replies[connection] = reply
         self._loop.call_later(
-            VIRTIO_CONNECT_TIMEOUT_SECONDS, partial(self._give_up, link, ConnectionState.OFFERED)
+            VIRTIO_CONNECT_TIMEOUT_SECONDS,
+            partial(self._time_out, connection, ConnectionState.LOCAL_INIT),
         )
-        self.touched(link)
-        self._turn()
+        self.mark_dirty(connection)
+        self._process()
 
-    def drop_connections(self) -> None:
+    def reset_connections(self) -> None:
         """What happened to the machine, no connection outlives: suspension, migration."""
-        if self._events is not None and self._announce_reset():
-            self._forget_connections()
+        if self._events is not None and self._send_transport_reset():
+            self._discard_connections()
             return
-        for link in list(self.links.values()):
-            link.reset()
-            self._end(link)
-            self.touched(link)
-        self._turn()
+        for connection in list(self.connections.values()):
+            connection.reset()
+            self._close_host_side(connection)
+            self.mark_dirty(connection)
+        self._process()
 
     # Queues
 
     @property
-    def is_overwhelmed(self) -> bool:
+    def backpressured(self) -> bool:
         """Whether the guest's packets wait until it has taken some of ours."""
         return len(self._resets) >= VIRTIO_WAITING_RESETS_MAX
 
-    def _work_again(self) -> None:
+    def _schedule_poll(self) -> None:
         """Another turn, after everybody else's."""
-        os.eventfd_write(self._again, 1)
+        os.eventfd_write(self._poll_event, 1)
 
-    def work(self, events: int = 0) -> None:
+    def poll(self, events: int = 0) -> None:
         """Take what the guest sent, and give it what there is, both for a turn; for ``events``
         of an eventfd, or without one.
         """
-        self._turn(self._transmit)
+        self._process(self._transmit)
 
-    def _turn(self, transmit: TxPoll | None = None) -> None:
+    def _process(self, transmit: TxPoll | None = None) -> None:
         """Give the guest what there is; before that take what it sent, from ``transmit``."""
         if self._busy:  # what is asked for within a turn is part of it
             return
@@ -239,66 +250,68 @@ class VirtioVsock:
         try:
             if transmit is not None:
                 index = TRANSMIT
-                if transmit.run() and not self.is_overwhelmed:
-                    self._work_again()
-            if self._turns or self._resets:
+                if transmit.run() and not self.backpressured:
+                    self._schedule_poll()
+            if self._ready_connections or self._resets:
                 index = RECEIVE
-                self._give()
+                self._send_pending()
         except RingError as error:
-            self._break(index, error)
+            self._disable_ring(index, error)
         finally:
             self._busy = False
 
-    def _give(self) -> None:
+    def _send_pending(self) -> None:
         """Send the guest what there is, as long as it has buffers."""
-        queue, turns = self._receive, self._turns
+        queue, ready = self._receive, self._ready_connections
         if queue is None:
             return
-        overwhelmed = self.is_overwhelmed
-        budget = 2 * len(turns) + len(self._resets) + 1
-        while (turns or self._resets) and budget and queue.has_buffers():
+        overwhelmed = self.backpressured
+        budget = 2 * len(ready) + len(self._resets) + 1
+        while (ready or self._resets) and budget and queue.has_buffers():
             budget -= 1
             if self._resets:
                 queue.send_raw(self._resets.popleft())
                 continue
-            link = turns.popleft()
-            link.queued = False
-            if queue.send(link) and self._transmit is not None:
-                self._transmit.pace.answered()
+            connection = ready.popleft()
+            connection.queued = False
+            if queue.send(connection) and self._transmit is not None:
+                self._transmit.coalescing.on_reply()
             if queue.publish():  # the guest works on these while we fetch more
                 self._vrings[RECEIVE].call()
-            if link.say and link.send.is_full and not link.asks_again:
-                link.asks_again = True
-                self._loop.call_later(VIRTIO_CREDIT_RETRY_SECONDS, partial(self._ask_again, link))
-            self.touched(link)
-            if link.state is ConnectionState.CLOSING:
+            if connection.pending_tx and connection.send.is_full and not connection.credit_retry:
+                connection.credit_retry = True
+                self._loop.call_later(
+                    VIRTIO_CREDIT_RETRY_SECONDS, partial(self._retry_credit, connection)
+                )
+            self.mark_dirty(connection)
+            if connection.state is ConnectionState.CLOSING:
                 self._loop.call_later(
                     VIRTIO_CLOSE_TIMEOUT_SECONDS,
-                    partial(self._give_up, link, ConnectionState.CLOSING),
+                    partial(self._time_out, connection, ConnectionState.CLOSING),
                 )
         if queue.publish():
             self._vrings[RECEIVE].call()
-        queue.prepare()
-        if not budget or (overwhelmed and not self.is_overwhelmed):
-            self._work_again()
+        queue.prefetch()
+        if not budget or (overwhelmed and not self.backpressured):
+            self._schedule_poll()
 
-    def _ask_again(self, link: HostStream) -> None:
+    def _retry_credit(self, connection: VirtioConnection) -> None:
         """Linux says when packets are read; other guests need not before half of them is."""
-        link.asks_again = False
-        if link.state is _OPEN and link.send.is_full:
-            link.send.look_again()
-            self.touched(link)
-            self._turn()
+        connection.credit_retry = False
+        if connection.state is _ESTABLISHED and connection.send.is_full:
+            connection.send.retry()
+            self.mark_dirty(connection)
+            self._process()
 
-    def _break(self, index: int, error: RingError) -> None:
+    def _disable_ring(self, index: int, error: RingError) -> None:
         """The driver has broken a ring.  It harms itself, and nobody else."""
         log.warning("context %d: ring %d is given up: %s", self.cid, index, error)
         vring = self._vrings[index]
         self.stop_ring(index)
         vring.report_error()
-        self._forget_connections()
+        self._discard_connections()
 
-    def _announce_reset(self) -> bool:
+    def _send_transport_reset(self) -> bool:
         """Tell the guest that all connections are gone; False when it does not listen."""
         ring, vring = self._events, self._vrings[EVENT]
         assert ring is not None
@@ -306,167 +319,171 @@ class VirtioVsock:
             chain = ring.pop()
             if chain is None:
                 return False
-            note, _, parts = chain
+            head, _, parts = chain
             if not parts or len(parts[0]) < len(TRANSPORT_RESET):
                 raise RingError("a buffer of the event queue that takes no event")
             parts[0][: len(TRANSPORT_RESET)] = TRANSPORT_RESET
-            ring.push(note, len(TRANSPORT_RESET))
+            ring.push(head, len(TRANSPORT_RESET))
             if ring.publish():
                 vring.call()
         except RingError as error:
-            self._break(EVENT, error)
+            self._disable_ring(EVENT, error)
         return True
 
     # Packets of the guest, as TransmitQueue's receiver
 
-    def receive(self, header: Header, link: HostStream | None) -> None:
+    def receive(self, header: Header, connection: VirtioConnection | None) -> None:
         """As :class:`.transmit_queue.Receiver` says."""
-        if link is None or link.type != header.type or header.src_cid != self.cid:
-            if header.op == Op.REQUEST and link is None and header.src_cid == self.cid:
+        if connection is None or connection.type != header.type or header.src_cid != self.cid:
+            if header.op == Op.REQUEST and connection is None and header.src_cid == self.cid:
                 self._request(header)
             elif header.op != Op.RST:
                 self._refuse(header)
             return
-        if header.op == Op.REQUEST and link.state in (
+        if header.op == Op.REQUEST and connection.state in (
             ConnectionState.CLOSING,
-            ConnectionState.GONE,
+            ConnectionState.CLOSED,
         ):
             # The guest has forgotten the old connection; so do we, as its RST would hit the new.
-            link.forget()
-            self._end(link)
-            self._remove(link)
+            connection.discard()
+            self._close_host_side(connection)
+            self._remove(connection)
             self._request(header)
             return
-        do = link.hear(header.op, header.flags)
-        if do:
-            self._do(link, do)
-        self.touched(link)
+        action = connection.on_packet(header.op, header.flags)
+        if action:
+            self._perform(connection, action)
+        self.mark_dirty(connection)
 
-    def touched(self, link: HostStream) -> None:
+    def mark_dirty(self, connection: VirtioConnection) -> None:
         """As :class:`.transmit_queue.Receiver` says."""
-        state = link.state
-        if state is not _OPEN and (state is _GONE_STATE or state is _CLOSING):
-            self._end(link)
-            if link.is_silent:
-                self._remove(link)
+        state = connection.state
+        if state is not _ESTABLISHED and (state is _CLOSED or state is _CLOSING):
+            self._close_host_side(connection)
+            if connection.is_finished:
+                self._remove(connection)
                 return
-        elif link.has_waiting != link.watches_room:
+        elif connection.has_backlog != connection.watches_writable:
             # A socket nearly always has room: that is news only if something waits for it.
-            link.watches_room = link.has_waiting
-            assert link.sock is not None
-            events = _WRITING if link.watches_room else _READING
-            self._loop.change(link.sock.fileno(), events)
-        if not link.queued and link.has_something:
-            link.queued = True
-            self._turns.append(link)
+            connection.watches_writable = connection.has_backlog
+            assert connection.sock is not None
+            events = _WRITING if connection.watches_writable else _READING
+            self._loop.change(connection.sock.fileno(), events)
+        if not connection.queued and connection.has_output:
+            connection.queued = True
+            self._ready_connections.append(connection)
 
     def _request(self, header: Header) -> None:
-        kind = KINDS.get(header.type)  # type: ignore[call-overload]
-        if kind is None or len(self.links) >= VIRTIO_CONNECTIONS_MAX or header.dst_cid >> 32:
+        kind = SOCKET_TYPES.get(header.type)  # type: ignore[call-overload]
+        if kind is None or len(self.connections) >= VIRTIO_CONNECTIONS_MAX or header.dst_cid >> 32:
             self._refuse(header)
             return
         peer = (header.dst_cid, header.dst_port)
-        link = HostStream(
-            ConnectionState.ASKED, Type(header.type), peer, header.src_port, self._credit()
+        connection = VirtioConnection(
+            ConnectionState.PEER_INIT, Type(header.type), peer, header.src_port, self._buffer_size()
         )
-        link.send.update(header.buf_alloc, header.fwd_cnt)
-        self.links[(*peer, header.src_port)] = link
-        self._attempts[link] = lambda: None
-        give_up = self._fabric.connect(
-            int(kind), header.src_port, peer, partial(self._connected, link)
+        connection.send.update(header.buf_alloc, header.fwd_cnt)
+        self.connections[(*peer, header.src_port)] = connection
+        self._attempts[connection] = lambda: None
+        cancel = self._fabric.connect(
+            int(kind), header.src_port, peer, partial(self._connected, connection)
         )
-        if link in self._attempts:
-            self._attempts[link] = give_up
+        if connection in self._attempts:
+            self._attempts[connection] = cancel
             self._loop.call_later(
-                VIRTIO_CONNECT_TIMEOUT_SECONDS, partial(self._give_up, link, ConnectionState.ASKED)
+                VIRTIO_CONNECT_TIMEOUT_SECONDS,
+                partial(self._time_out, connection, ConnectionState.PEER_INIT),
             )
 
-    def _connected(self, link: HostStream, sock: socket.socket | None) -> None:
-        self._attempts.pop(link, None)
+    def _connected(self, connection: VirtioConnection, sock: socket.socket | None) -> None:
+        self._attempts.pop(connection, None)
         if sock is None:
-            link.host_refuses()
+            connection.refuse()
         else:
-            link.host_accepts()
-            self._join(link, sock)
-        self.touched(link)
-        self._turn()
+            connection.accept()
+            self._attach(connection, sock)
+        self.mark_dirty(connection)
+        self._process()
 
-    def _join(self, link: HostStream, sock: socket.socket) -> None:
-        link.join(sock, self._marker)
-        link.watched = True
-        self._loop.watch_for(sock.fileno(), partial(self._ready, link), _READING)
+    def _attach(self, connection: VirtioConnection, sock: socket.socket) -> None:
+        connection.attach(sock, self._marker)
+        connection.watched = True
+        self._loop.watch_for(sock.fileno(), partial(self._on_ready, connection), _READING)
 
     def _refuse(self, header: Header) -> None:
         """An RST, in answer to something that is no RST and has no connection."""
-        answer = Header(
+        reply = Header(
             header.dst_cid, header.src_cid, header.dst_port, header.src_port,
             type=header.type, op=Op.RST,
         )  # fmt: skip
-        self._resets.append(answer.encode())
+        self._resets.append(reply.encode())
 
-    def _do(self, link: HostStream, do: Action) -> None:
-        if do & Action.ACCEPT:
-            answer = self._answers.pop(link)
-            assert link.sock is not None
-            self._join(link, link.sock)
-            answer(0)
-        if do & Action.REFUSE:
-            self._answers.pop(link)(errno.ECONNRESET)
-        if do & Action.END_READING:
-            link.end_reading()
-        if do & Action.END_WRITING or do & Action.END_READING:
-            link.settle()
+    def _perform(self, connection: VirtioConnection, action: Action) -> None:
+        if action & Action.ACCEPT:
+            reply = self._replies.pop(connection)
+            assert connection.sock is not None
+            self._attach(connection, connection.sock)
+            reply(0)
+        if action & Action.REFUSE:
+            self._replies.pop(connection)(errno.ECONNRESET)
+        if action & Action.SHUTDOWN_READ:
+            connection.shut_down_reading()
+        if action & Action.SHUTDOWN_WRITE or action & Action.SHUTDOWN_READ:
+            connection.finish_if_drained()
 
     # Sockets of the host
 
-    def _ready(self, link: HostStream, events: int) -> None:
+    def _on_ready(self, connection: VirtioConnection, events: int) -> None:
         if events & _READABLE:
-            link.readable = True
-            if events & _HUNG_UP:
-                link.hung_up = True
-                if events & _GONE:
-                    link.gone = True
-        if events & select.EPOLLOUT and link.has_waiting:
-            link.flush()
-        self.touched(link)
-        self._turn()
+            connection.readable = True
+            if events & _READ_CLOSED:
+                connection.read_closed = True
+                if events & _PEER_CLOSED:
+                    connection.peer_closed = True
+        if events & select.EPOLLOUT and connection.has_backlog:
+            connection.flush()
+        self.mark_dirty(connection)
+        self._process()
 
     # Ends
 
-    def _give_up(self, link: HostStream, state: ConnectionState) -> None:
+    def _time_out(self, connection: VirtioConnection, state: ConnectionState) -> None:
         """It has been in this state for too long."""
-        if link.state is state and self.links.get((*link.peer, link.guest_port)) is link:
-            link.reset()
-            self.touched(link)
-            self._turn()
+        if (
+            connection.state is state
+            and self.connections.get((*connection.peer, connection.guest_port)) is connection
+        ):
+            connection.reset()
+            self.mark_dirty(connection)
+            self._process()
 
-    def _end(self, link: HostStream) -> None:
+    def _close_host_side(self, connection: VirtioConnection) -> None:
         """Close the host's side."""
-        give_up = self._attempts.pop(link, None)
-        if give_up is not None:
-            give_up()
-        answer = self._answers.pop(link, None)
-        if answer is not None:
-            answer(errno.ECONNRESET)
-        if link.sock is not None:
-            if link.watched:
-                self._loop.unwatch(link.sock.fileno())
-            link.close()
+        cancel = self._attempts.pop(connection, None)
+        if cancel is not None:
+            cancel()
+        reply = self._replies.pop(connection, None)
+        if reply is not None:
+            reply(errno.ECONNRESET)
+        if connection.sock is not None:
+            if connection.watched:
+                self._loop.unwatch(connection.sock.fileno())
+            connection.close()
 
-    def _remove(self, link: HostStream) -> None:
-        key = (*link.peer, link.guest_port)
-        if self.links.get(key) is link:
-            del self.links[key]
+    def _remove(self, connection: VirtioConnection) -> None:
+        key = (*connection.peer, connection.guest_port)
+        if self.connections.get(key) is connection:
+            del self.connections[key]
 
-    def _forget_connections(self) -> None:
+    def _discard_connections(self) -> None:
         """They are no more, and the guest knows."""
-        for link in list(self.links.values()):
-            link.forget()
-            self._end(link)
-        self.links.clear()
-        self._turns.clear()
+        for connection in list(self.connections.values()):
+            connection.discard()
+            self._close_host_side(connection)
+        self.connections.clear()
+        self._ready_connections.clear()
         self._resets.clear()
 
-    def _credit(self) -> int:
-        full = len(self.links) < VIRTIO_LARGE_BUFFERS_MAX
+    def _buffer_size(self) -> int:
+        full = len(self.connections) < VIRTIO_LARGE_BUFFERS_MAX
         return VIRTIO_BUFFER_BYTES if full else VIRTIO_SMALL_BUFFER_BYTES

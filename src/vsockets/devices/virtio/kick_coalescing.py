@@ -14,10 +14,10 @@ from __future__ import annotations
 from .limits import VIRTIO_BUFFER_BYTES, VIRTIO_KICK_DELAY_SECONDS, VIRTIO_PACKETS_PER_KICK_MAX
 
 #: Of the guest's credit, so much may come at a time: then there is some left to go on with.
-_SHARE = VIRTIO_BUFFER_BYTES * 3 // 4
+_BATCH_BYTES_MAX = VIRTIO_BUFFER_BYTES * 3 // 4
 
 #: A look without a kick comes after so many times what the packets should have taken.
-_PATIENCE = 2
+_DELAY_FACTOR = 2
 
 
 class KickCoalescing:
@@ -30,20 +30,20 @@ class KickCoalescing:
     def __init__(self) -> None:
         self.packets = 1
         self.delay = 0.0
-        self._streamed = 0  # bytes since the guest was sent payload
-        self._looked = 0.0
+        self._bytes_since_reply = 0  # bytes since the guest was sent payload
+        self._last_poll = 0.0
 
-    def answered(self) -> None:
+    def on_reply(self) -> None:
         """The guest was sent payload."""
-        self._streamed = 0
+        self._bytes_since_reply = 0
         self.packets = 1
 
-    def took(self, packets: int, length: int, now: float) -> None:
+    def on_packets(self, packets: int, length: int, now: float) -> None:
         """A look at time ``now`` found ``packets`` with ``length`` bytes of payload."""
-        interval = max(now - self._looked, 1e-6) / max(packets, 1)
-        self._looked = now
-        self._streamed += length
-        if self._streamed <= VIRTIO_BUFFER_BYTES or not length:
+        interval = max(now - self._last_poll, 1e-6) / max(packets, 1)
+        self._last_poll = now
+        self._bytes_since_reply += length
+        if self._bytes_since_reply <= VIRTIO_BUFFER_BYTES or not length:
             self.packets = 1
             return
         wanted = min(
@@ -51,8 +51,8 @@ class KickCoalescing:
         )
         wanted = min(
             wanted,
-            _SHARE * packets // length,
-            int(VIRTIO_KICK_DELAY_SECONDS / interval / _PATIENCE),
+            _BATCH_BYTES_MAX * packets // length,
+            int(VIRTIO_KICK_DELAY_SECONDS / interval / _DELAY_FACTOR),
         )
         self.packets = max(wanted, 1)
-        self.delay = self.packets * interval * _PATIENCE
+        self.delay = self.packets * interval * _DELAY_FACTOR

@@ -11,7 +11,7 @@ from socket import MSG_DONTWAIT
 from ...control import Events
 from ...model.buffers import BufferSizes
 from ...protocol import RECORD_SIZE, ProtocolError, Record
-from ..client import DeviceClient, Offer
+from ..client import ConnectRequest, DeviceClient
 from ..lifecycle_events import INTERRUPTIONS, subscribe
 from ..loop import DeviceLoop
 from .device import VirtioVsock
@@ -19,7 +19,7 @@ from .limits import VIRTIO_ENLARGED_BUFFER_MAX_BYTES, VIRTIO_ENLARGED_BUFFERS_MA
 
 log = logging.getLogger(__name__)
 
-_TAKE = int(MSG_DONTWAIT)
+_RECEIVE_FLAGS = int(MSG_DONTWAIT)
 
 
 class VirtioMachine:
@@ -32,12 +32,12 @@ class VirtioMachine:
         self._fabric = fabric
         self._cid = cid
         self.device = VirtioVsock(loop, cid, self)
-        self.device.tap = fabric.tap
-        fabric.offered = self._offered
-        fabric.resized = self._resized
-        fabric.lost = lambda: log.warning("vsockd has gone: no new connections")
+        self.device.capture = fabric.capture
+        fabric.on_connect = self._on_connect
+        fabric.on_resized = self._on_resized
+        fabric.on_lost = lambda: log.warning("vsockd has gone: no new connections")
         if events is not None:
-            subscribe(loop, fabric, events, self._heed)
+            subscribe(loop, fabric, events, self._on_event)
 
     def connect(
         self,
@@ -53,12 +53,12 @@ class VirtioMachine:
             log.info("no connection to %s: %s", peer, error)
             done(None)
             return lambda: None
-        self._loop.watch(sock.fileno(), lambda events: self._answered(sock, done))
-        return partial(self._give_up, sock)
+        self._loop.watch(sock.fileno(), lambda events: self._on_reply(sock, done))
+        return partial(self._cancel, sock)
 
-    def _answered(self, sock: socket.socket, done: Callable[[socket.socket | None], None]) -> None:
+    def _on_reply(self, sock: socket.socket, done: Callable[[socket.socket | None], None]) -> None:
         try:
-            record = Record.decode(sock.recv(RECORD_SIZE, _TAKE))
+            record = Record.decode(sock.recv(RECORD_SIZE, _RECEIVE_FLAGS))
         except BlockingIOError:
             return
         except (OSError, ProtocolError):
@@ -70,24 +70,26 @@ class VirtioMachine:
             sock.close()
         done(sock if agreed else None)
 
-    def _give_up(self, sock: socket.socket) -> None:
+    def _cancel(self, sock: socket.socket) -> None:
         if sock.fileno() >= 0:
             self._loop.unwatch(sock.fileno())
             sock.close()
 
-    def _offered(self, offer: Offer) -> None:
-        def answer(error: int) -> None:
-            self._fabric.settle(offer, offer.sizes.size, error)
+    def _on_connect(self, connect_to_guest: ConnectRequest) -> None:
+        def reply(error: int) -> None:
+            self._fabric.settle(connect_to_guest, connect_to_guest.sizes.size, error)
 
-        self.device.offer(offer.sock, offer.peer, offer.port, answer)
+        self.device.connect_to_guest(
+            connect_to_guest.sock, connect_to_guest.peer, connect_to_guest.port, reply
+        )
 
-    def _resized(self, port: int, peer: tuple[int, int], size: int) -> None:
-        link = self.device.links.get((*peer, port))
-        if link is not None and len(self.device.links) <= VIRTIO_ENLARGED_BUFFERS_MAX:
-            link.enlarge(min(size, VIRTIO_ENLARGED_BUFFER_MAX_BYTES))
-            self.device.touched(link)
-            self.device.work()
+    def _on_resized(self, port: int, peer: tuple[int, int], size: int) -> None:
+        connection = self.device.connections.get((*peer, port))
+        if connection is not None and len(self.device.connections) <= VIRTIO_ENLARGED_BUFFERS_MAX:
+            connection.enlarge_buffer(min(size, VIRTIO_ENLARGED_BUFFER_MAX_BYTES))
+            self.device.mark_dirty(connection)
+            self.device.poll()
 
-    def _heed(self, cid: int, change: str) -> None:
+    def _on_event(self, cid: int, change: str) -> None:
         if cid == self._cid and change in INTERRUPTIONS:
-            self.device.drop_connections()
+            self.device.reset_connections()

@@ -15,7 +15,17 @@ import struct
 
 from ..guest_memory import BadAddress, GuestMemory
 from .limits import VIRTIO_CHAIN_DESCRIPTORS_MAX
-from .ring import DESCRIPTOR, INDIRECT, NEXT, WRITE, Chain, RingError, fence, table, view
+from .ring import (
+    DESCRIPTOR,
+    INDIRECT,
+    NEXT,
+    WRITE,
+    Chain,
+    RingError,
+    fence,
+    indirect_table,
+    ring_view,
+)
 
 _AVAILABLE, _USED = 1 << 7, 1 << 15  # of a descriptor's flags
 _STATE = _AVAILABLE | _USED
@@ -52,12 +62,12 @@ class PackedRing:
         self._view = memory.view
         self._memory = memory
         self._size = size
-        self._descriptors = view(memory, descriptors, DESCRIPTOR.size * size, 16)
+        self._descriptors = ring_view(memory, descriptors, DESCRIPTOR.size * size, 16)
         # Each is read and written whole, at its own alignment, in the machine's byte order.
         self._lengths = self._descriptors.cast("I")
         self._words = self._descriptors.cast("H")
-        self._driver = view(memory, driver, 4, 4).cast("I")
-        self._device = view(memory, device, 4, 4).cast("I")
+        self._driver = ring_view(memory, driver, 4, 4).cast("I")
+        self._device = ring_view(memory, device, 4, 4).cast("I")
         self._event_index = event_index
         # Positions count on and on; the first lap's wrap counter is 1, the next one's is 0.
         used = base >> 16
@@ -67,14 +77,14 @@ class PackedRing:
         self._pushed = self._published = self._next
         self._device[0] = _ALWAYS
 
-    def _place(self, position: int) -> tuple[int, int]:
+    def _locate(self, position: int) -> tuple[int, int]:
         """The index of a position, and its lap's wrap counter."""
         lap, index = divmod(position, self._size)
         return index, not lap & 1
 
     def _is_available(self) -> int | None:
         """The flags of the next descriptor if it is available."""
-        index, wrap = self._place(self._next)
+        index, wrap = self._locate(self._next)
         flags: int = self._words[index * 8 + 7]
         if flags & _STATE == (_AVAILABLE if wrap else _USED):
             return flags
@@ -83,7 +93,7 @@ class PackedRing:
     @property
     def base(self) -> int:
         """The next available entry, twice: all before it were used, too."""
-        index, wrap = self._place(self._pushed)
+        index, wrap = self._locate(self._pushed)
         half = index | (_WRAP if wrap else 0)
         return half | half << 16
 
@@ -104,7 +114,9 @@ class PackedRing:
                 if flags & INDIRECT:
                     if count > 1 or flags & NEXT:
                         raise RingError("an indirect table within a chain")
-                    for part in _INDIRECT.iter_unpack(table(self._memory, address, length)):
+                    for part in _INDIRECT.iter_unpack(
+                        indirect_table(self._memory, address, length)
+                    ):
                         self._add(part[0], part[1], part[3], readable, writable)
                     break
                 self._add(address, length, flags, readable, writable)
@@ -140,14 +152,14 @@ class PackedRing:
         """As :meth:`.ring.Ring.rewind`."""
         self._next = self._pushed
 
-    def push(self, note: int, length: int) -> None:
+    def push(self, head: int, length: int) -> None:
         """As :meth:`.ring.Ring.push`; the driver may see it at once."""
-        index, wrap = self._place(self._pushed)
+        index, wrap = self._locate(self._pushed)
         self._lengths[index * 4 + 2] = length
-        self._words[index * 8 + 6] = note & (1 << _ID_BITS) - 1
+        self._words[index * 8 + 6] = head & (1 << _ID_BITS) - 1
         # The flags last: they hand it over.
         self._words[index * 8 + 7] = (_STATE if wrap else 0) | (WRITE if length else 0)
-        self._pushed += note >> _ID_BITS
+        self._pushed += head >> _ID_BITS
 
     def publish(self) -> bool:
         """As :meth:`.ring.Ring.publish`."""
@@ -166,11 +178,11 @@ class PackedRing:
             lap -= 1
         return old <= lap * self._size + (wanted & _WRAP - 1) < new
 
-    def want_kick(self, chains: int = 1) -> bool:
+    def enable_notification(self, chains: int = 1) -> bool:
         """As :meth:`.ring.Ring.want_kick`, as if a chain was one descriptor."""
         if self._event_index:
             ahead = min(chains, self._size >> 1 or 1) - 1
-            index, wrap = self._place(self._next + ahead)
+            index, wrap = self._locate(self._next + ahead)
             self._device[0] = index | (_WRAP if wrap else 0) | _AT << 16
             fence()
         return self._is_available() is not None

@@ -42,13 +42,13 @@ class Ring(Protocol):
     def rewind(self) -> None:
         """What was popped and not pushed will be popped again."""
 
-    def push(self, note: int, length: int) -> None:
+    def push(self, head: int, length: int) -> None:
         """Give back a chain, with ``length`` bytes written; in the order they were popped."""
 
     def publish(self) -> bool:
         """Let the driver see what was pushed; returns whether it wants to be told."""
 
-    def want_kick(self, chains: int = 1) -> bool:
+    def enable_notification(self, chains: int = 1) -> bool:
         """Ask for a kick when there are so many more chains; returns whether there is one already.
 
         It may come earlier.
@@ -68,7 +68,7 @@ def fence() -> None:
         pass
 
 
-def view(memory: GuestMemory, address: int, size: int, alignment: int) -> memoryview:
+def ring_view(memory: GuestMemory, address: int, size: int, alignment: int) -> memoryview:
     """A part of a ring.  RingError when it is not in memory, or not aligned."""
     if address % alignment:
         raise RingError(f"a part of the ring at {address:#x}: not a multiple of {alignment}")
@@ -78,7 +78,7 @@ def view(memory: GuestMemory, address: int, size: int, alignment: int) -> memory
         raise RingError(f"a part of the ring is not in memory: {error}") from None
 
 
-def table(memory: GuestMemory, address: int, length: int) -> memoryview:
+def indirect_table(memory: GuestMemory, address: int, length: int) -> memoryview:
     """An indirect descriptor table."""
     if (
         not length
@@ -92,6 +92,6 @@ def table(memory: GuestMemory, address: int, length: int) -> memoryview:
         raise RingError(f"an indirect table is not in memory: {error}") from None
 
 
-def total(parts: Sequence[memoryview]) -> int:
+def total_length(parts: Sequence[memoryview]) -> int:
     """Bytes of all parts."""
     return sum(map(len, parts))

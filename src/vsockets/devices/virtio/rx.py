@@ -18,18 +18,18 @@ from ..limits import IO_VECTORS_MAX
 from ..vectored_io import pull
 from .capture import record
 from .connection import BOTH
-from .credit import MANY
-from .host_stream import HostStream
+from .credit import HALF_FULL_PACKET_BYTES
+from .host_stream import VirtioConnection
 from .limits import VIRTIO_MERGED_PACKET_MAX_BYTES
 from .packet import HEADER, HEADER_SIZE, Op, Sequenced, Shutdown, Type
-from .ring import Chain, Ring, RingError, total
+from .ring import Chain, Ring, RingError, total_length
 
 _pack_header = HEADER.pack_into
 _RW, _STREAM = int(Op.RW), int(Type.STREAM)
-_SEND_ENDED = int(Shutdown.SEND)
+_SHUT_SEND = int(Shutdown.SEND)
 _END_OF_MESSAGE, _END_OF_RECORD = int(Sequenced.END_OF_MESSAGE), int(Sequenced.END_OF_RECORD)
-_LOOK = int(MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT)
-_TAKE = int(MSG_DONTWAIT)
+_PEEK_FLAGS = int(MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT)
+_RECEIVE_FLAGS = int(MSG_DONTWAIT)
 
 #: Buffers of the guest that one connection fills in one turn.
 _SMALLEST_BURST, _LARGEST_BURST = 2, 16
@@ -40,8 +40,8 @@ _SMALLEST_BURST, _LARGEST_BURST = 2, 16
 _Buffer = tuple[int, memoryview | None, list[memoryview], int]
 
 
-def _understand(chain: Chain) -> _Buffer:
-    note, readable, parts = chain
+def _parse(chain: Chain) -> _Buffer:
+    head, readable, parts = chain
     if readable or not parts:
         raise RingError("a buffer of the receive queue that is not to be written")
     first = parts[0]
@@ -51,26 +51,26 @@ def _understand(chain: Chain) -> _Buffer:
     elif size > HEADER_SIZE:
         parts[0] = first[HEADER_SIZE:]
     else:
-        room = total(parts) - HEADER_SIZE
+        room = total_length(parts) - HEADER_SIZE
         if room < 0:
             raise RingError("a buffer of the receive queue that takes no header")
-        return note, None, parts, room
-    return note, first, parts, len(parts[0]) if len(parts) == 1 else total(parts)
+        return head, None, parts, room
+    return head, first, parts, len(parts[0]) if len(parts) == 1 else total_length(parts)
 
 
 class ReceiveQueue:
     """Sends packets to the guest ``cid``."""
 
-    def __init__(self, ring: Ring, cid: int, tap: CaptureSink) -> None:
+    def __init__(self, ring: Ring, cid: int, capture: CaptureSink) -> None:
         self._ring = ring
         self._cid = cid
-        self._tap = tap
-        self._stock: deque[_Buffer] = deque()  # popped and not used yet
+        self._capture = capture
+        self._buffers: deque[_Buffer] = deque()  # popped and not used yet
 
     def stop(self) -> int:
         """Let go of the guest's memory; returns where to go on."""
         self._ring.rewind()
-        self._stock.clear()
+        self._buffers.clear()
         self._ring.publish()
         return self._ring.base
 
@@ -78,235 +78,239 @@ class ReceiveQueue:
         """Let the guest see its packets; returns whether it wants to be told."""
         return self._ring.publish()
 
-    def prepare(self) -> None:
+    def prefetch(self) -> None:
         """Understand the buffers of the next packets while nobody waits for them."""
-        self._restock(_SMALLEST_BURST)
+        self._fetch(_SMALLEST_BURST)
 
     def has_buffers(self) -> bool:
         """Whether there is a buffer; if not, a kick will come with the next one."""
-        return bool(self._restock(1) or (self._ring.want_kick() and self._restock(1)))
+        return bool(self._fetch(1) or (self._ring.enable_notification() and self._fetch(1)))
 
     def send_raw(self, header: bytes) -> None:
         """Send a packet without payload.  There is a buffer."""
-        note, place, parts, _ = self._stock.popleft()
-        if place is not None:
-            place[:HEADER_SIZE] = header
+        head, position, parts, _ = self._buffers.popleft()
+        if position is not None:
+            position[:HEADER_SIZE] = header
         else:
             _scatter(header, parts)
-        self._ring.push(note, HEADER_SIZE)
-        if self._tap.sinks:
-            record(self._tap, header)
+        self._ring.push(head, HEADER_SIZE)
+        if self._capture.recorders:
+            record(self._capture, header)
 
-    def send(self, link: HostStream) -> bool:
+    def send(self, connection: VirtioConnection) -> bool:
         """Send what there is from ``link``, for a turn; returns whether payload was among it."""
-        while link.say:
-            if not self._restock(1):
+        while connection.pending_tx:
+            if not self._fetch(1):
                 return False
-            packet = link.next_packet()
+            packet = connection.next_packet()
             assert packet is not None
             op, flags = packet
-            self.send_raw(self._header(link, 0, op, flags))
-        if not link.may_send:
-            if link.readable and link.gone:
-                link.readable = False
-                link.host_ends(BOTH)
+            self.send_raw(self._header(connection, 0, op, flags))
+        if not connection.can_send:
+            if connection.readable and connection.peer_closed:
+                connection.readable = False
+                connection.shut_down(BOTH)
             return False
-        if link.type == _STREAM:
-            return link.readable and self._stream(link)
-        return self._messages(link)
+        if connection.type == _STREAM:
+            return connection.readable and self._send_stream(connection)
+        return self._send_messages(connection)
 
-    def _header(self, link: HostStream, length: int, op: int, flags: int) -> bytes:
-        receive = link.receive
+    def _header(self, connection: VirtioConnection, length: int, op: int, flags: int) -> bytes:
+        receive = connection.receive
         return HEADER.pack(
-            link.peer[0], self._cid, link.peer[1], link.guest_port,
-            length, link.type, op, flags, receive.size, receive.tell(),
+            connection.peer[0], self._cid, connection.peer[1], connection.guest_port,
+            length, connection.type, op, flags, receive.size, receive.announce(),
         )  # fmt: skip
 
-    def _restock(self, wanted: int) -> int:
+    def _fetch(self, wanted: int) -> int:
         """Have ``wanted`` buffers if the guest has offered so many; returns how many."""
-        stock, pop = self._stock, self._ring.pop
-        while len(stock) < wanted:
+        buffers, pop = self._buffers, self._ring.pop
+        while len(buffers) < wanted:
             chain = pop()
             if chain is None:
                 break
-            stock.append(_understand(chain))
-        return len(stock)
+            buffers.append(_parse(chain))
+        return len(buffers)
 
     # Payload
 
-    def _stream(self, link: HostStream) -> bool:
-        credit = link.send.available()
-        sock = link.sock
-        if sock is None or not credit or not self._restock(link.burst):
+    def _send_stream(self, connection: VirtioConnection) -> bool:
+        credit = connection.send.available()
+        sock = connection.sock
+        if sock is None or not credit or not self._fetch(connection.burst):
             return False
-        buffers: Iterable[_Buffer] = islice(self._stock, link.burst)
+        buffers: Iterable[_Buffer] = islice(self._buffers, connection.burst)
         small = False
-        if link.send.packets * MANY >= link.send.buffer:
-            most = self._packet_size(link)
+        if connection.send.packets * HALF_FULL_PACKET_BYTES >= connection.send.buffer:
+            most = self._packet_size(connection)
             if not most:
                 return False
             small = most == VIRTIO_MERGED_PACKET_MAX_BYTES
             if small:
-                buffers = _cut(buffers, most)
+                buffers = _cap_buffers(buffers, most)
         views: list[memoryview] = []
         room = 0
         for _, header, parts, size in buffers:
             if len(views) + len(parts) > IO_VECTORS_MAX:
                 break
-            views += parts if header is not None else _after_header(parts)
+            views += parts if header is not None else _skip_header(parts)
             room += size
             if room >= credit:
                 break
         if room > credit:
-            _shorten(views, room - credit)
+            _trim(views, room - credit)
             room = credit
         if not room:  # buffers for headers alone
-            self._give_back()
+            self._return_unused()
             return False
         received = pull(sock, views)
         if received is None:
-            link.readable = False
+            connection.readable = False
             return False
         if received == 0:
-            link.readable = False
-            link.host_ends(BOTH if link.gone else _SEND_ENDED)
+            connection.readable = False
+            connection.shut_down(BOTH if connection.peer_closed else _SHUT_SEND)
             return False
-        used = self._label_small(link, received) if small else self._label(link, received)
+        used = (
+            self._write_merged_headers(connection, received)
+            if small
+            else self._write_headers(connection, received)
+        )
         if received == room:
-            link.burst = min(link.burst * 2, _LARGEST_BURST)
+            connection.burst = min(connection.burst * 2, _LARGEST_BURST)
             return True
-        link.burst = max(_SMALLEST_BURST, used)
+        connection.burst = max(_SMALLEST_BURST, used)
         # Less than there was room for: it is empty.  Only an end would not be announced again.
-        link.readable = link.hung_up
+        connection.readable = connection.read_closed
         return True
 
-    def _packet_size(self, link: HostStream) -> int:
+    def _packet_size(self, connection: VirtioConnection) -> int:
         """As :meth:`.credit.SendCredit.packet_size`; asks the guest what it has read."""
-        send = link.send
-        most = send.packet_size(self._stock[0][3] or 1)
-        if send.is_to_be_asked() or send.is_full:
-            link.ask_for_credit()
+        send = connection.send
+        most = send.packet_size(self._buffers[0][3] or 1)
+        if send.take_request_due() or send.is_full:
+            connection.queue_credit_request()
         return most
 
-    def _label(self, link: HostStream, received: int) -> int:
+    def _write_headers(self, connection: VirtioConnection, received: int) -> int:
         """Write the headers of payload that is in the first buffers; returns how many."""
-        stock, push = self._stock, self._ring.push
-        cid, port = link.peer
-        size, told = link.receive.size, link.receive.tell()
-        total, used, room = received, 0, 0
+        buffers, push = self._buffers, self._ring.push
+        cid, port = connection.peer
+        size, announced = connection.receive.size, connection.receive.announce()
+        total_length, used, room = received, 0, 0
         while received > 0:
-            note, header, parts, room = stock.popleft()
+            head, header, parts, room = buffers.popleft()
             length = room if room < received else received
             received -= length
             used += 1
             if header is None:
-                _scatter(self._header(link, length, _RW, 0), parts)
+                _scatter(self._header(connection, length, _RW, 0), parts)
             else:
                 _pack_header(
-                    header, 0, cid, self._cid, port, link.guest_port,
-                    length, _STREAM, _RW, 0, size, told,
+                    header, 0, cid, self._cid, port, connection.guest_port,
+                    length, _STREAM, _RW, 0, size, announced,
                 )  # fmt: skip
-            push(note, HEADER_SIZE + length)
-            if self._tap.sinks:
-                payload = parts if header is not None else _after_header(parts)
-                record(self._tap, self._header(link, length, _RW, 0), payload)
-        link.send.spend(total, used, room - length)
+            push(head, HEADER_SIZE + length)
+            if self._capture.recorders:
+                payload = parts if header is not None else _skip_header(parts)
+                record(self._capture, self._header(connection, length, _RW, 0), payload)
+        connection.send.spend(total_length, used, room - length)
         return used
 
-    def _label_small(self, link: HostStream, received: int) -> int:
+    def _write_merged_headers(self, connection: VirtioConnection, received: int) -> int:
         """As :meth:`_label`, with packets of at most VIRTIO_MERGED_PACKET_MAX_BYTES bytes."""
         used = 0
         while received:
-            room = self._stock[0][3]
+            room = self._buffers[0][3]
             if not room:
-                self._give_back()
+                self._return_unused()
                 continue
             length = min(room, VIRTIO_MERGED_PACKET_MAX_BYTES, received)
-            used += self._label(link, length)
+            used += self._write_headers(connection, length)
             received -= length
         return used
 
-    def _messages(self, link: HostStream) -> bool:
+    def _send_messages(self, connection: VirtioConnection) -> bool:
         sent = False
         for _ in range(_LARGEST_BURST):
-            if not self._restock(1) or (not link.incoming and not self._take_message(link)):
+            if not self._fetch(1) or (not connection.unsent and not self._read_message(connection)):
                 break
-            self._fragment(link)
+            self._send_fragment(connection)
             sent = True
-            while link.incoming and self._restock(1):
-                self._fragment(link)
-            if link.incoming:
+            while connection.unsent and self._fetch(1):
+                self._send_fragment(connection)
+            if connection.unsent:
                 break
         return sent
 
-    def _take_message(self, link: HostStream) -> bool:
+    def _read_message(self, connection: VirtioConnection) -> bool:
         """Read the next message for which there is credit into ``link.incoming``."""
-        sock = link.sock
-        if sock is None or not link.readable:
+        sock = connection.sock
+        if sock is None or not connection.readable:
             return False
         try:
-            size = sock.recv_into(bytearray(1), 0, _LOOK)
-            if size > link.send.buffer:
-                link.reset()  # the guest could never take it
+            size = sock.recv_into(bytearray(1), 0, _PEEK_FLAGS)
+            if size > connection.send.buffer:
+                connection.reset()  # the guest could never take it
                 return False
-            if size > link.send.available():
-                link.needed = size
+            if size > connection.send.available():
+                connection.credit_needed = size
                 return False
-            link.needed = 1
-            room = self._stock[0][3] or 1
-            if not link.send.takes_message(-(-size // room) or 1):
-                link.ask_for_credit()
+            connection.credit_needed = 1
+            room = self._buffers[0][3] or 1
+            if not connection.send.admits_message(-(-size // room) or 1):
+                connection.queue_credit_request()
                 return False
-            data, _, shown, _ = sock.recvmsg(max(size, 1), 0, _TAKE)
-            link.ends_record = bool(shown & MSG_CTRUNC)  # it came with a marker
+            data, _, message_flags, _ = sock.recvmsg(max(size, 1), 0, _RECEIVE_FLAGS)
+            connection.ends_record = bool(message_flags & MSG_CTRUNC)  # it came with a marker
         except BlockingIOError:
-            link.readable = False
+            connection.readable = False
             return False
         except ConnectionError:
             data = b""
-        if not data and _has_ended(sock):  # not just a message without content
-            link.readable = False
-            link.host_ends(BOTH if link.gone else _SEND_ENDED)
+        if not data and _is_at_eof(sock):  # not just a message without content
+            connection.readable = False
+            connection.shut_down(BOTH if connection.peer_closed else _SHUT_SEND)
             return False
-        if not data and not link.send.takes_empty_message():
+        if not data and not connection.send.admits_empty_message():
             return False  # Linux's own sockets send none at all
-        link.incoming = memoryview(data)
+        connection.unsent = memoryview(data)
         return True
 
-    def _fragment(self, link: HostStream) -> None:
+    def _send_fragment(self, connection: VirtioConnection) -> None:
         """Put as much of a message as fits into the first buffer."""
-        note, place, parts, room = self._stock[0]
-        if not room and link.incoming:
-            self._give_back()
+        head, position, parts, room = self._buffers[0]
+        if not room and connection.unsent:
+            self._return_unused()
             return
-        part = link.incoming[:room]
-        link.incoming = link.incoming[room:]
+        part = connection.unsent[:room]
+        connection.unsent = connection.unsent[room:]
         flags = 0
-        if not link.incoming:
-            flags = _END_OF_MESSAGE | (_END_OF_RECORD if link.ends_record else 0)
-        header = self._header(link, len(part), _RW, flags)
-        if place is not None:
-            place[:HEADER_SIZE] = header
+        if not connection.unsent:
+            flags = _END_OF_MESSAGE | (_END_OF_RECORD if connection.ends_record else 0)
+        header = self._header(connection, len(part), _RW, flags)
+        if position is not None:
+            position[:HEADER_SIZE] = header
             _scatter(part, parts)
         else:
             _scatter(header + part, parts)
-        self._stock.popleft()
-        link.send.spend(len(part))
-        self._ring.push(note, HEADER_SIZE + len(part))
-        if self._tap.sinks:
-            record(self._tap, header, (part,))
+        self._buffers.popleft()
+        connection.send.spend(len(part))
+        self._ring.push(head, HEADER_SIZE + len(part))
+        if self._capture.recorders:
+            record(self._capture, header, (part,))
 
-    def _give_back(self) -> None:
-        self._ring.push(self._stock.popleft()[0], 0)
+    def _return_unused(self) -> None:
+        self._ring.push(self._buffers.popleft()[0], 0)
 
 
-def _has_ended(sock: socket.socket) -> bool:
+def _is_at_eof(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     return bool(poll.poll(0))
 
 
-def _shorten(views: list[memoryview], excess: int) -> None:
+def _trim(views: list[memoryview], excess: int) -> None:
     """Take ``excess`` bytes off the end."""
     while excess >= len(views[-1]):
         excess -= len(views.pop())
@@ -316,11 +320,11 @@ def _shorten(views: list[memoryview], excess: int) -> None:
         views[-1] = views[-1][:-excess]
 
 
-def _cut(buffers: Iterable[_Buffer], size: int) -> Iterator[_Buffer]:
+def _cap_buffers(buffers: Iterable[_Buffer], size: int) -> Iterator[_Buffer]:
     """Yield buffers as if they took ``size`` bytes, where they take more."""
-    for note, header, parts, room in buffers:
+    for head, header, parts, room in buffers:
         if room > size:
-            parts = parts if header is not None else _after_header(parts)
+            parts = parts if header is not None else _skip_header(parts)
             cut: list[memoryview] = []
             left = size
             for part in parts:
@@ -328,12 +332,12 @@ def _cut(buffers: Iterable[_Buffer], size: int) -> Iterator[_Buffer]:
                 left -= len(cut[-1])
                 if not left:
                     break
-            yield note, memoryview(b""), cut, size
+            yield head, memoryview(b""), cut, size
         else:
-            yield note, header, parts, room
+            yield head, header, parts, room
 
 
-def _after_header(parts: list[memoryview]) -> list[memoryview]:
+def _skip_header(parts: list[memoryview]) -> list[memoryview]:
     left = HEADER_SIZE
     rest = []
     for part in parts:

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from ..guest_memory import BadAddress, GuestMemory
 from .limits import VIRTIO_CHAIN_DESCRIPTORS_MAX
-from .ring import DESCRIPTOR, INDIRECT, NEXT, WRITE, Chain, RingError, fence, table, view
+from .ring import (
+    DESCRIPTOR,
+    INDIRECT,
+    NEXT,
+    WRITE,
+    Chain,
+    RingError,
+    fence,
+    indirect_table,
+    ring_view,
+)
 
 _MASK = 0xFFFF
 _NO_INTERRUPT = 1  # of the available ring's flags
@@ -39,16 +49,16 @@ class SplitRing:
         self._view = memory.view
         self._memory = memory
         self._size = size
-        self._descriptors = view(memory, descriptors, DESCRIPTOR.size * size, 16)
+        self._descriptors = ring_view(memory, descriptors, DESCRIPTOR.size * size, 16)
         # Words of 16 bits at their own alignment: each is read and written whole.  A view of
         # the machine's byte order, which must be virtio's: tests run where it is.
-        self._available = view(memory, available, 6 + 2 * size, 2).cast("H")
-        whole = view(memory, used, 6 + 8 * size, 4)
+        self._available = ring_view(memory, available, 6 + 2 * size, 2).cast("H")
+        whole = ring_view(memory, used, 6 + 8 * size, 4)
         self._used = whole.cast("H")
         self._elements = whole[4 : 4 + 8 * size].cast("Q")
         self._event_index = event_index
         self._next = base & _MASK  # the first available entry not popped yet
-        self._seen = self._next  # the driver's index, as of the last look
+        self._available_index = self._next  # the driver's index, as of the last look
         self._pushed = self._published = self._next
         if not event_index:
             self._used[_FLAGS] = 0
@@ -60,15 +70,17 @@ class SplitRing:
 
     def pop(self) -> Chain | None:
         """As :meth:`.ring.Ring.pop`."""
-        place = self._next
-        if place == self._seen:
-            seen = self._available[_INDEX]
-            if place == seen:
+        position = self._next
+        if position == self._available_index:
+            available_index = self._available[_INDEX]
+            if position == available_index:
                 return None
-            if (seen - place) & _MASK > self._size:
-                raise RingError(f"the index of available entries is {seen}, after {place}")
-            self._seen = seen
-        head = self._available[_RING + (place & self._size - 1)]
+            if (available_index - position) & _MASK > self._size:
+                raise RingError(
+                    f"the index of available entries is {available_index}, after {position}"
+                )
+            self._available_index = available_index
+        head = self._available[_RING + (position & self._size - 1)]
         if head >= self._size:
             raise RingError(f"descriptor {head} of {self._size}")
         readable: list[memoryview] = []
@@ -80,7 +92,7 @@ class SplitRing:
                 if flags & INDIRECT:
                     if descriptors is not self._descriptors or flags & NEXT:
                         raise RingError("an indirect table within a chain")
-                    descriptors = table(self._memory, address, length)
+                    descriptors = indirect_table(self._memory, address, length)
                     limit = len(descriptors) >> 4
                     left, index = limit, 0
                     continue
@@ -101,16 +113,16 @@ class SplitRing:
                 index = following
         except BadAddress as error:
             raise RingError(f"a buffer is not in memory: {error}") from None
-        self._next = place + 1 & _MASK
+        self._next = position + 1 & _MASK
         return head, readable, writable
 
     def rewind(self) -> None:
         """As :meth:`.ring.Ring.rewind`."""
-        self._next = self._seen = self._pushed
+        self._next = self._available_index = self._pushed
 
-    def push(self, note: int, length: int) -> None:
+    def push(self, head: int, length: int) -> None:
         """As :meth:`.ring.Ring.push`."""
-        self._elements[self._pushed & self._size - 1] = note | length << 32
+        self._elements[self._pushed & self._size - 1] = head | length << 32
         self._pushed = self._pushed + 1 & _MASK
 
     def publish(self) -> bool:
@@ -126,7 +138,7 @@ class SplitRing:
             return (new - wanted - 1) & _MASK < (new - old) & _MASK
         return not self._available[_FLAGS] & _NO_INTERRUPT
 
-    def want_kick(self, chains: int = 1) -> bool:
+    def enable_notification(self, chains: int = 1) -> bool:
         """As :meth:`.ring.Ring.want_kick`."""
         if self._event_index:
             ahead = min(chains, self._size >> 1 or 1) - 1

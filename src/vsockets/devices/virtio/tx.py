@@ -12,11 +12,11 @@ from typing import Protocol
 from ..capture import CaptureSink
 from ..limits import IO_VECTORS_MAX
 from .capture import record
-from .host_stream import HostStream
+from .host_stream import VirtioConnection
 from .kick_coalescing import KickCoalescing
 from .limits import VIRTIO_PACKETS_PER_TURN_MAX
 from .packet import HEADER, HEADER_SIZE, Header, Op, Type
-from .ring import Ring, RingError, total
+from .ring import Ring, RingError, total_length
 
 _unpack_header = HEADER.unpack_from
 _RW = int(Op.RW)
@@ -27,28 +27,28 @@ class Receiver(Protocol):
     """Where packets go."""
 
     #: by the peer's CID and port and the guest's port
-    links: dict[tuple[int, int, int], HostStream]
+    connections: dict[tuple[int, int, int], VirtioConnection]
 
     @property
-    def is_overwhelmed(self) -> bool:
+    def backpressured(self) -> bool:
         """Whether no more packets are to be looked at now."""
 
-    def receive(self, header: Header, link: HostStream | None) -> None:
+    def receive(self, header: Header, connection: VirtioConnection | None) -> None:
         """A packet without payload for anybody; its credit was taken note of."""
 
-    def touched(self, link: HostStream) -> None:
+    def mark_dirty(self, connection: VirtioConnection) -> None:
         """What the guest may be sent, or is to be told, has changed."""
 
 
 class TransmitQueue:
     """Takes packets of the guest ``cid``."""
 
-    def __init__(self, ring: Ring, cid: int, receiver: Receiver, tap: CaptureSink) -> None:
+    def __init__(self, ring: Ring, cid: int, receiver: Receiver, capture: CaptureSink) -> None:
         self.packets = 0  #: taken in the last turn
         self._ring = ring
         self._cid = cid
         self._receiver = receiver
-        self._tap = tap
+        self._capture = capture
 
     def stop(self) -> int:
         """Let go of the guest's memory; returns where to go on."""
@@ -56,91 +56,94 @@ class TransmitQueue:
         self._ring.publish()
         return self._ring.base
 
-    def run(self, pace: KickCoalescing) -> tuple[bool, bool]:
+    def run(self, coalescing: KickCoalescing) -> tuple[bool, bool]:
         """Take packets, for a turn.
 
         Returns whether there are more, and whether the guest wants to be told.  If there are
         no more, a kick will come with as many as ``pace`` asks for, by what came now.
         """
         receiver, pop = self._receiver, self._ring.pop
-        links = receiver.links
-        notes: list[int] = []
-        run: HostStream | None = None  # whose payload was collected and not yet handed on
+        connections = receiver.connections
+        heads: list[int] = []
+        batched: VirtioConnection | None = None  # whose payload was collected and not yet handed on
         views: list[memoryview] = []
         length = 0
-        taken = 0  # bytes of payload
-        paced = False
+        payload_bytes = 0  # bytes of payload
+        counted = False
         more = True
-        cid, tap = self._cid, self._tap
-        turn = 0 if receiver.is_overwhelmed else VIRTIO_PACKETS_PER_TURN_MAX
+        cid, capture = self._cid, self._capture
+        turn = 0 if receiver.backpressured else VIRTIO_PACKETS_PER_TURN_MAX
         while turn:
             turn -= 1
             chain = pop()
             if chain is None:
-                if run is not None and pace.packets == 1:  # an answer may be waited for
-                    run.pass_on(views, length)
-                    receiver.touched(run)
-                    run, views, length = None, [], 0
-                if not paced:  # those that come just now are not counted
-                    pace.took(len(notes), taken, monotonic())
-                    paced = True
-                if self._ring.want_kick(pace.packets):
+                if batched is not None and coalescing.packets == 1:  # an answer may be waited for
+                    batched.forward(views, length)
+                    receiver.mark_dirty(batched)
+                    batched, views, length = None, [], 0
+                if not counted:  # those that come just now are not counted
+                    coalescing.on_packets(len(heads), payload_bytes, monotonic())
+                    counted = True
+                if self._ring.enable_notification(coalescing.packets):
                     continue
                 more = False
                 break
-            note, parts, writable = chain
+            head, parts, writable = chain
             if writable:
                 raise RingError("a buffer of the transmit queue that is not to be read")
-            notes.append(note)
+            heads.append(head)
             # As Linux has it, without a call: the header apart from the payload.
             if len(parts) == 2 and len(parts[0]) == HEADER_SIZE:
                 fields = _unpack_header(parts[0])
                 del parts[0]
             else:
-                fields = _take_header(parts)
-            if tap.sinks:
-                record(tap, HEADER.pack(*fields), parts)
+                fields = _pop_header(parts)
+            if capture.recorders:
+                record(capture, HEADER.pack(*fields), parts)
             src_cid, dst_cid, src_port, dst_port, size, type_, op, flags, alloc, fwd = fields
-            link = links.get((dst_cid, dst_port, src_port))
-            if link is not None and link.type == type_ and src_cid == cid:
-                link.send.update(alloc, fwd)
+            connection = connections.get((dst_cid, dst_port, src_port))
+            if connection is not None and connection.type == type_ and src_cid == cid:
+                connection.send.update(alloc, fwd)
                 if op == _RW:
-                    taken += size
-                    if (len(parts) != 1 or len(parts[0]) != size) and not _limit(parts, size):
-                        link.reset()
-                    elif link.take(size):
+                    payload_bytes += size
+                    if (len(parts) != 1 or len(parts[0]) != size) and not _truncate(parts, size):
+                        connection.reset()
+                    elif connection.on_payload(size):
                         if type_ != _STREAM:
-                            link.pass_on_fragment(parts, size, flags)
+                            connection.forward_fragment(parts, size, flags)
                         elif size:
-                            if link is not run or len(views) + len(parts) > IO_VECTORS_MAX:
-                                if run is not None:
-                                    run.pass_on(views, length)
-                                    receiver.touched(run)
-                                run, views, length = link, parts, size
+                            if (
+                                connection is not batched
+                                or len(views) + len(parts) > IO_VECTORS_MAX
+                            ):
+                                if batched is not None:
+                                    batched.forward(views, length)
+                                    receiver.mark_dirty(batched)
+                                batched, views, length = connection, parts, size
                             else:
                                 views += parts
                                 length += size
                             continue
-                    receiver.touched(link)
+                    receiver.mark_dirty(connection)
                     continue
-            if run is not None:  # first what came first
-                run.pass_on(views, length)
-                receiver.touched(run)
-                run, views, length = None, [], 0
-            receiver.receive(Header(*fields), link)
-            if receiver.is_overwhelmed:
+            if batched is not None:  # first what came first
+                batched.forward(views, length)
+                receiver.mark_dirty(batched)
+                batched, views, length = None, [], 0
+            receiver.receive(Header(*fields), connection)
+            if receiver.backpressured:
                 break
-        if run is not None:
-            run.pass_on(views, length)
-            receiver.touched(run)
+        if batched is not None:
+            batched.forward(views, length)
+            receiver.mark_dirty(batched)
         push = self._ring.push
-        for note in notes:
-            push(note, 0)
-        self.packets = len(notes)
+        for head in heads:
+            push(head, 0)
+        self.packets = len(heads)
         return more, self._ring.publish()
 
 
-def _take_header(parts: list[memoryview]) -> tuple[int, ...]:
+def _pop_header(parts: list[memoryview]) -> tuple[int, ...]:
     """Read the header, once, and take it off ``parts``."""
     if not parts:
         raise RingError("a packet without a header")
@@ -164,9 +167,9 @@ def _take_header(parts: list[memoryview]) -> tuple[int, ...]:
     return _unpack_header(data)
 
 
-def _limit(parts: list[memoryview], size: int) -> bool:
+def _truncate(parts: list[memoryview], size: int) -> bool:
     """Make ``parts`` ``size`` bytes long; False when they are shorter."""
-    there = len(parts[0]) if len(parts) == 1 else total(parts)
+    there = len(parts[0]) if len(parts) == 1 else total_length(parts)
     while there > size:
         excess = there - size
         last = parts.pop()

@@ -15,49 +15,49 @@ class TxPoll:
     """Runs ``queue``; ``work`` is called when it is time to look without a kick."""
 
     def __init__(
-        self, loop: DeviceLoop, queue: TransmitQueue, vring: Vring, work: Callable[[], None]
+        self, loop: DeviceLoop, queue: TransmitQueue, vring: Vring, poll: Callable[[], None]
     ) -> None:
-        self.pace = KickCoalescing()
+        self.coalescing = KickCoalescing()
         self._loop = loop
         self._queue = queue
         self._vring = vring
-        self._work = work
-        self._looking: Timer | None = None
-        self._calling: Timer | None = None
-        self._untold = 0  # packets taken since the guest was told
-        self._most_untold = min(VIRTIO_USED_BATCH_PACKETS, vring.size // 2)
-        self._owes_call = False  # the guest wants to be told of them
+        self._poll = poll
+        self._poll_timer: Timer | None = None
+        self._notify_timer: Timer | None = None
+        self._unnotified = 0  # packets taken since the guest was told
+        self._notify_batch = min(VIRTIO_USED_BATCH_PACKETS, vring.size // 2)
+        self._notify_due = False  # the guest wants to be told of them
 
     def run(self) -> bool:
         """Take packets, for a turn; returns whether there are more."""
         queue = self._queue
-        more, call = queue.run(self.pace)
-        self._untold += queue.packets
-        if call or self._owes_call:
-            self._owes_call = True
-            if self._untold >= self._most_untold:
-                self._call()
-            elif self._calling is None:
-                self._calling = self._loop.call_later(VIRTIO_USED_BATCH_SECONDS, self._call)
-        if self._looking is not None:
-            self._looking.cancel()
-            self._looking = None
-        if not more and self.pace.packets > 1:
-            self._looking = self._loop.call_later(self.pace.delay, self._work)
+        more, call = queue.run(self.coalescing)
+        self._unnotified += queue.packets
+        if call or self._notify_due:
+            self._notify_due = True
+            if self._unnotified >= self._notify_batch:
+                self._notify()
+            elif self._notify_timer is None:
+                self._notify_timer = self._loop.call_later(VIRTIO_USED_BATCH_SECONDS, self._notify)
+        if self._poll_timer is not None:
+            self._poll_timer.cancel()
+            self._poll_timer = None
+        if not more and self.coalescing.packets > 1:
+            self._poll_timer = self._loop.call_later(self.coalescing.delay, self._poll)
         return more
 
     def stop(self) -> int:
         """Let go of the guest's memory; returns where to go on."""
-        if self._looking is not None:
-            self._looking.cancel()
-        if self._owes_call:
-            self._call()
+        if self._poll_timer is not None:
+            self._poll_timer.cancel()
+        if self._notify_due:
+            self._notify()
         return self._queue.stop()
 
-    def _call(self) -> None:
-        if self._calling is not None:
-            self._calling.cancel()
-            self._calling = None
-        self._owes_call = False
-        self._untold = 0
+    def _notify(self) -> None:
+        if self._notify_timer is not None:
+            self._notify_timer.cancel()
+            self._notify_timer = None
+        self._notify_due = False
+        self._unnotified = 0
         self._vring.call()

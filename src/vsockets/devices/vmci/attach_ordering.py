@@ -14,11 +14,11 @@ from .limits import VMCI_ATTACH_HOLD_SECONDS
 from .packets import Kind
 
 
-class AfterAttach:
+class AttachOrdering:
     """Passes packets on to ``send``, in order, once the guest may see them."""
 
     def __init__(self, loop: DeviceLoop, send: Send) -> None:
-        self._pass_on = send
+        self._send = send
         #: each once: a second WROTE says no more than the first
         self._held: dict[tuple[Kind, int, int], None] | None = {}
         loop.call_later(VMCI_ATTACH_HOLD_SECONDS, self.release)
@@ -26,7 +26,7 @@ class AfterAttach:
     def send(self, kind: Kind, value: int, offset: int) -> None:
         """Send it now, or when the time has come."""
         if self._held is None:
-            self._pass_on(kind, value, offset)
+            self._send(kind, value, offset)
         else:
             self._held[kind, value, offset] = None
 
@@ -35,8 +35,8 @@ class AfterAttach:
         if self._held is not None:
             held, self._held = self._held, None
             for packet in held:
-                self._pass_on(*packet)
+                self._send(*packet)
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """The stream is none any more: what was held is for nobody."""
         self._held = None

@@ -22,19 +22,19 @@ _FILLER = TERMINATOR[:1]  # every byte of a terminator but the size is this
 class BytePorts:
     """Both ports."""
 
-    def __init__(self, run: Callable[[bytes], int], take: Callable[[], bytes | None]) -> None:
-        self._run = run
+    def __init__(self, submit: Callable[[bytes], int], take: Callable[[], bytes | None]) -> None:
+        self._submit = submit
         self._take = take
         self.reset()
 
     def reset(self) -> None:
         """Nothing was begun."""
         self._sent = bytearray()
-        self._begin()
+        self._start_read()
         self._rest = b""  # of the datagram that is being read
         self._given = 0  # bytes of it that were read
 
-    def _begin(self) -> None:
+    def _start_read(self) -> None:
         self._size = self._left = _PAGE  # of the read the driver makes, and what is left of it
         self._ended = False  # there was nothing more; the driver stops after this read
 
@@ -47,13 +47,13 @@ class BytePorts:
             size = HEADER.size + HEADER.unpack_from(self._sent)[4]
             if size > LARGEST:
                 self._sent.clear()
-                self._run(b"")
+                self._submit(b"")
                 return
             if len(self._sent) < size:
                 return
             datagram = bytes(self._sent[:size])
             del self._sent[:size]
-            self._run(datagram)
+            self._submit(datagram)
 
     # To the guest
 
@@ -61,15 +61,15 @@ class BytePorts:
         """The next ``count`` bytes."""
         parts = []
         while count:
-            part = self._next(min(count, self._left))
+            part = self._read_part(min(count, self._left))
             parts.append(part)
             count -= len(part)
             self._left -= len(part)
             if not self._left:
-                self._read_again()
+                self._next_read()
         return b"".join(parts)
 
-    def _next(self, count: int) -> bytes:
+    def _read_part(self, count: int) -> bytes:
         if not self._rest and not self._ended and self._left >= HEADER.size:
             datagram = self._take()
             if datagram is None:
@@ -83,9 +83,9 @@ class BytePorts:
         self._given += len(part)
         return part
 
-    def _read_again(self) -> None:
+    def _next_read(self) -> None:
         if self._ended:
-            self._begin()
+            self._start_read()
         elif self._rest:
             self._size = LARGEST
             self._left = LARGEST - self._given

@@ -63,7 +63,7 @@ class VmciDevice:
     def __init__(
         self,
         perform: Callable[[Datagram], int],
-        legacy: bool = False,
+        pio_device: bool = False,
         on_reset: Callable[[], None] = lambda: None,
         on_unmap: Callable[[int, int], None] = lambda address, size: None,
         on_wake: Callable[[], None] = lambda: None,
@@ -73,11 +73,11 @@ class VmciDevice:
         self._on_reset = on_reset
         self._on_unmap = on_unmap
         self._on_wake = on_wake
-        self._asleep: _Registers | None = None
-        vectors = 2 if legacy else 3
+        self._saved_registers: _Registers | None = None
+        vectors = 2 if pio_device else 3
         self.interrupts = Interrupts({Irq.INTX: 1, Irq.MSI: 1, Irq.MSIX: vectors})
         self.regions: Mapping[Region, int]
-        if legacy:
+        if pio_device:
             self.regions = {Region.BAR0: IO_BAR, Region.BAR1: OLD_MSIX_BAR}
             self._base, self._registers = 0, Region.BAR0
             self._caps = Caps.DATAGRAM | Caps.NOTIFICATIONS | Caps.PPN64
@@ -87,12 +87,12 @@ class VmciDevice:
             self._caps = Caps.DATAGRAM | Caps.NOTIFICATIONS | Caps.PPN64 | Caps.DMA_DATAGRAM
         self.regions = {**self.regions, Region.CONFIG: pci.SIZE}
         capabilities = [pci.msix(vectors, 1, MSIX_TABLE, MSIX_PENDING), pci.msi()]
-        self._config = ConfigSpace(_IDENTITY, capabilities, io_bars=[0] if legacy else [])
+        self._config = ConfigSpace(_IDENTITY, capabilities, io_bars=[0] if pio_device else [])
         #: for the guest, encoded; control packets and events, and datagrams of programs
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._dma = DmaBuffers(self.memory)
-        self._ports = BytePorts(self._run, self._take)
+        self._ports = BytePorts(self._run, self._pop_datagram)
         self._power_on()
 
     # What the hypervisor does
@@ -113,7 +113,7 @@ class VmciDevice:
         return self._waiting_bytes < VMCI_DATAGRAM_QUEUE_MAX_BYTES
 
     @property
-    def is_overwhelmed(self) -> bool:
+    def backpressured(self) -> bool:
         """Whether so much waits for the guest that it may ask for nothing more."""
         return len(self._waiting) >= VMCI_DATAGRAM_QUEUE_MAX
 
@@ -148,12 +148,12 @@ class VmciDevice:
     def write(self, region: int, offset: int, data: bytes, posted: bool = False) -> None:
         """As :class:`vsockets.devices.vfio_user.Device` says."""
         if region == Region.CONFIG:
-            was_master = self._config.is_master
+            was_master = self._config.bus_master
             self._config.write(offset, data)
-            if was_master and not self._config.is_master:
-                self._lose_memory()
-            elif self._config.is_master and not was_master:
-                self._regain_memory()
+            if was_master and not self._config.bus_master:
+                self._on_bus_master_off()
+            elif self._config.bus_master and not was_master:
+                self._on_bus_master_on()
         elif region == self._registers:
             register = offset - self._base
             if len(data) == 4:
@@ -166,7 +166,7 @@ class VmciDevice:
         self._config.reset()
         self._restart()
 
-    def forget_memory(self, address: int, size: int) -> None:
+    def release_memory(self, address: int, size: int) -> None:
         """As :class:`vsockets.devices.vfio_user.Device` says."""
         self._on_unmap(address, size)
 
@@ -189,7 +189,7 @@ class VmciDevice:
 
     # The right to access memory (PCI bus master)
 
-    def _lose_memory(self) -> None:
+    def _on_bus_master_off(self) -> None:
         """The memory becomes another kernel's, by kexec without another word; or the machine
         sleeps.  Linux's driver takes no part in that, and expects the registers as they were.
         """
@@ -198,14 +198,14 @@ class VmciDevice:
             *(self._dma.out_high, self._dma.in_high),
         )
         self._restart()
-        self._asleep = kept
+        self._saved_registers = kept
 
-    def _regain_memory(self) -> None:
+    def _on_bus_master_on(self) -> None:
         """A kernel that wakes up has restored the interrupts' messages before this; one that
         starts enables them later.  Between falling asleep and this there may have been a reset.
         """
-        kept, self._asleep = self._asleep, None
-        if kept is None or not self.interrupts.uses_messages:
+        kept, self._saved_registers = self._saved_registers, None
+        if kept is None or not self.interrupts.message_signalled:
             return
         self._in_use, self._page_shift, self._mask, self._interrupting = kept[:4]
         self._dma.out_high, self._dma.in_high = kept[4:]
@@ -230,9 +230,9 @@ class VmciDevice:
 
     def _store(self, register: int, value: int, posted: bool) -> None:
         if register == Register.DATA_OUT_LOW:
-            self._dma.take_in(value, self._run)
+            self._dma.submit(value, self._run)
         elif register == Register.DATA_IN_LOW:
-            self._hand_out(value, posted)
+            self._deliver_dma(value, posted)
             if self._waiting:
                 self._interrupt(_DATAGRAM)
         elif register == Register.DATA_OUT_HIGH:
@@ -261,7 +261,7 @@ class VmciDevice:
     def _interrupt(self, cause: int) -> None:
         self._cause |= cause
         if self._interrupting and self._mask & cause:
-            self.interrupts.fire(_VECTORS[cause])
+            self.interrupts.trigger(_VECTORS[cause])
 
     # Datagrams
 
@@ -270,18 +270,18 @@ class VmciDevice:
         self._result = Code.INVALID_ARGS if datagram is None else self._perform(datagram)
         return self._result
 
-    def _hand_out(self, low: int, posted: bool) -> None:
+    def _deliver_dma(self, low: int, posted: bool) -> None:
         if not posted:
             # The driver looks when its write is done, and that is not before we return.  Until the
             # interrupt has found its way through the monitor so have we: 15 % of a round trip.
             self._interrupt(_DMA_DATAGRAM)
-        if self._dma.hand_out(low, self._waiting, self._took) and posted:
+        if self._dma.deliver(low, self._waiting, self._on_delivered) and posted:
             self._interrupt(_DMA_DATAGRAM)
 
-    def _took(self, size: int) -> None:
+    def _on_delivered(self, size: int) -> None:
         self._waiting_bytes -= size
 
-    def _take(self) -> bytes | None:
+    def _pop_datagram(self) -> bytes | None:
         """The next datagram for the byte port."""
         if not self._waiting:
             return None

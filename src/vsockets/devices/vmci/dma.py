@@ -34,7 +34,7 @@ class DmaBuffers:
         """The upper halves of the addresses are unknown."""
         self.out_high = self.in_high = 0
 
-    def take_in(self, low: int, run: Callable[[bytes], int]) -> None:
+    def submit(self, low: int, run: Callable[[bytes], int]) -> None:
         """The guest sends the datagram in the buffer at ``low``: have it ``run``."""
         try:
             header = self._memory.view(self.out_high | low, _BUFFER.size)
@@ -50,7 +50,7 @@ class DmaBuffers:
         header[_RESULT_AT:] = result.to_bytes(8, "little", signed=True)
         header[:4].cast("I")[0] = 0  # last, and at once: the guest looks at it all the time
 
-    def hand_out(self, low: int, waiting: deque[bytes], took: Callable[[int], None]) -> bool:
+    def deliver(self, low: int, waiting: deque[bytes], on_delivered: Callable[[int], None]) -> bool:
         """Put what is ``waiting`` into the buffer at ``low``, as far as whole datagrams fit.
 
         Calls ``took`` with the size of each.  Returns whether the guest waits for a word.
@@ -67,7 +67,7 @@ class DmaBuffers:
             if at + padded > room.size:
                 break
             _put(room, at, waiting.popleft())
-            took(size)
+            on_delivered(size)
             at += padded
         if at + len(TERMINATOR) <= room.size:
             _put(room, at, TERMINATOR)

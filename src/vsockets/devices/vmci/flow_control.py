@@ -24,20 +24,20 @@ class QueueState:
     def __init__(self, send: Send) -> None:
         self._send = send
 
-    def wrote(self, was_empty: bool, position: int) -> None:
+    def on_produced(self, was_empty: bool, position: int) -> None:
         """We have produced."""
         if was_empty:
             self._send(Kind.WROTE, 0, 0)
 
-    def read(self, was_full: bool, position: int) -> None:
+    def on_consumed(self, was_full: bool, position: int) -> None:
         """We have consumed, and said so."""
         if was_full:
             self._send(Kind.READ, 0, 0)
 
-    def starving(self) -> None:
+    def on_empty(self) -> None:
         """There is nothing to read."""
 
-    def blocked(self) -> None:
+    def on_full(self) -> None:
         """There is no room to write."""
 
     def receive(self, kind: int, can_read: bool, can_write: bool) -> None:
@@ -50,44 +50,44 @@ class QueueNotifications:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._reader_waits = self._writer_waits = False
-        self._said_starving = self._said_blocked = False
+        self._data_requested = self._room_requested = False
         # How often each queue was gone through: a position is a generation and an offset.
         self._read_to = self._wrote_to = (0, 0)
 
-    def wrote(self, was_empty: bool, position: int) -> None:
+    def on_produced(self, was_empty: bool, position: int) -> None:
         """We have produced, up to ``position`` in the queue."""
         self._wrote_to = _advance(self._wrote_to, position)
         if self._reader_waits:
             self._reader_waits = False
             self._send(Kind.WROTE, 0, 0)
 
-    def read(self, was_full: bool, position: int) -> None:
+    def on_consumed(self, was_full: bool, position: int) -> None:
         """We have consumed, up to ``position`` in the queue."""
         self._read_to = _advance(self._read_to, position)
         if self._writer_waits:
             self._writer_waits = False
             self._send(Kind.READ, 0, 0)
 
-    def starving(self) -> None:
+    def on_empty(self) -> None:
         """There is nothing to read."""
-        if not self._said_starving:
-            self._said_starving = True
+        if not self._data_requested:
+            self._data_requested = True
             generation, offset = self._read_to
             self._send(Kind.WAITING_READ, generation, offset + 1)
 
-    def blocked(self) -> None:
+    def on_full(self) -> None:
         """There is no room to write."""
-        if not self._said_blocked:
-            self._said_blocked = True
+        if not self._room_requested:
+            self._room_requested = True
             generation, offset = self._wrote_to
             self._send(Kind.WAITING_WRITE, generation, offset + 2)
 
     def receive(self, kind: int, can_read: bool, can_write: bool) -> None:
         """A packet about flow.  ``can_read``, ``can_write``: whether the guest can, now."""
         if kind == Kind.WROTE:
-            self._said_starving = False
+            self._data_requested = False
         elif kind == Kind.READ:
-            self._said_blocked = False
+            self._room_requested = False
         elif kind == Kind.WAITING_READ:
             self._reader_waits = not can_read
             if can_read:

@@ -74,11 +74,11 @@ class Accepting:
     def __init__(self, request: Packet, find: FindQueuePair) -> None:
         self.state = State.ASKING
         self.wanted = request.value  #: the size the guest proposes, in bytes
-        self.older = request.kind == Kind.REQUEST
+        self.protocol_v1 = request.kind == Kind.REQUEST
         self.size = 0
         self._protocol = request.protocol & Protocol.QUEUE_STATE
         self._find = find
-        self._possible = self.wanted > 0 and (self.older or self._protocol)
+        self._possible = self.wanted > 0 and (self.protocol_v1 or self._protocol)
 
     @property
     def possible(self) -> bool:
@@ -88,7 +88,7 @@ class Accepting:
     def accepted(self, size: int) -> Step:
         """The fabric has connected the stream, with this size."""
         self.state, self.size = State.NEGOTIATED, size
-        kind = Kind.NEGOTIATE if self.older else Kind.NEGOTIATE2
+        kind = Kind.NEGOTIATE if self.protocol_v1 else Kind.NEGOTIATE2
         return Step().send(kind, size, self._protocol)
 
     def refused(self, error: int) -> Step:
@@ -111,11 +111,11 @@ class Connecting:
     """Somebody connects to the guest; ``handle`` is what the queue pair will be called."""
 
     def __init__(
-        self, sizes: BufferSizes, handle: Handle, find: FindQueuePair, older: bool = False
+        self, sizes: BufferSizes, handle: Handle, find: FindQueuePair, protocol_v1: bool = False
     ) -> None:
         self.state = State.REQUESTED
         self.handle = handle
-        self.older = older
+        self.protocol_v1 = protocol_v1
         self.size = 0
         self._sizes = sizes
         self._find = find
@@ -123,7 +123,7 @@ class Connecting:
 
     def begin(self) -> Step:
         """The first packet."""
-        if self.older:
+        if self.protocol_v1:
             return Step().send(Kind.REQUEST, self._sizes.size)
         return Step().send(Kind.REQUEST2, self._sizes.size, Protocol.QUEUE_STATE)
 
@@ -131,10 +131,10 @@ class Connecting:
         """A packet of the guest."""
         kind = packet.kind
         if self.state is State.REQUESTED:
-            if kind == (Kind.NEGOTIATE if self.older else Kind.NEGOTIATE2):
+            if kind == (Kind.NEGOTIATE if self.protocol_v1 else Kind.NEGOTIATE2):
                 return self._negotiated(packet)
-            if kind == Kind.INVALID and not self.older:
-                self.older = self._fell_back = True
+            if kind == Kind.INVALID and not self.protocol_v1:
+                self.protocol_v1 = self._fell_back = True
                 return self.begin()
             if kind == Kind.RST and self._fell_back:
                 # Who answers INVALID may send a RST after it: it is for the first request.
@@ -152,7 +152,7 @@ class Connecting:
 
     def _negotiated(self, packet: Packet) -> Step:
         size = packet.value
-        known = self.older or packet.protocol == Protocol.QUEUE_STATE
+        known = self.protocol_v1 or packet.protocol == Protocol.QUEUE_STATE
         if not known or not self._sizes.minimum <= size <= self._sizes.maximum or not size:
             self.state = State.OVER
             return _fail(errno.EINVAL)

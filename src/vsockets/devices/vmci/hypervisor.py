@@ -27,7 +27,7 @@ from .datagrams import (
 from .device import VmciDevice
 from .limits import VMCI_DOORBELLS_MAX, VMCI_QUEUE_PAIR_MAX_BYTES, VMCI_QUEUE_PAIRS_MAX
 from .packets import Packet
-from .queue_pair import QueuePair, pages_of
+from .queue_pair import QueuePair, page_count
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Sockets(Protocol):
     def expects(self, handle: Handle, sizes: tuple[int, int]) -> bool:
         """Whether the guest may attach to a queue pair of ours that has this handle."""
 
-    def detached(self, queue_pair: QueuePair) -> None:
+    def on_detach(self, queue_pair: QueuePair) -> None:
         """The guest takes the queue pair's memory back when this returns."""
 
 
@@ -68,12 +68,12 @@ class Hypervisor:
         self._bitmap: memoryview | None = None
         self._doorbells: dict[Handle, int] = {}
         self._hypercalls: dict[int, Callable[[bytes], int]] = {
-            Hypercall.RESOURCES_QUERY: self._query,
+            Hypercall.RESOURCES_QUERY: self._query_resources,
             Hypercall.GET_CONTEXT_ID: lambda _: self.cid,
             Hypercall.SET_NOTIFY_BITMAP: self._set_bitmap,
-            Hypercall.DOORBELL_LINK: self._link,
-            Hypercall.DOORBELL_UNLINK: self._unlink,
-            Hypercall.DOORBELL_NOTIFY: self._ring,
+            Hypercall.DOORBELL_LINK: self._link_doorbell,
+            Hypercall.DOORBELL_UNLINK: self._unlink_doorbell,
+            Hypercall.DOORBELL_NOTIFY: self._notify_doorbell,
             Hypercall.EVENT_SUBSCRIBE: self._subscribe,
             Hypercall.EVENT_UNSUBSCRIBE: self._subscribe,
             Hypercall.QUEUEPAIR_ALLOC: self._alloc,
@@ -96,7 +96,7 @@ class Hypervisor:
             packet = Packet.decode(payload)
             if packet is None:
                 return Code.INVALID_ARGS
-            if self.device.is_overwhelmed:
+            if self.device.backpressured:
                 return Code.NO_RESOURCES
             result = self.sockets.receive(destination.context, packet)
         else:
@@ -109,40 +109,40 @@ class Hypervisor:
         """The guest's queue pair with this handle."""
         return self._queue_pairs.get(handle)
 
-    def tell_detached(self, queue_pair: QueuePair) -> None:
+    def notify_detached(self, queue_pair: QueuePair) -> None:
         """The other end has gone; the guest may still read what is in its pages."""
         handle = queue_pair.handle
         if self._queue_pairs.get(handle) is queue_pair:
             event = queue_pair_event(self.cid, Event.QP_PEER_DETACH, handle, queue_pair.peer)
             self.device.deliver(event)
 
-    def tell_resumed(self) -> None:
+    def notify_resumed(self) -> None:
         """No stream has outlived what happened to the virtual machine."""
         self.device.deliver(context_event(self.cid, Event.QP_RESUMED, self.cid))
 
-    def tell_removed(self, cid: int) -> None:
+    def notify_removed(self, cid: int) -> None:
         """The context ``cid`` is no more."""
         self.device.deliver(context_event(self.cid, Event.CTX_REMOVED, cid))
 
     def reset(self) -> None:
         """The guest starts anew; its memory is intact yet."""
         for queue_pair in list(self._queue_pairs.values()):
-            self.sockets.detached(queue_pair)
+            self.sockets.on_detach(queue_pair)
         self._queue_pairs.clear()
         self._queue_pair_memory = 0
         self._bitmap = None
         self._doorbells.clear()
 
-    def forget_memory(self, address: int, size: int) -> None:
+    def release_memory(self, address: int, size: int) -> None:
         """This memory goes away, and with it what was in it."""
         for queue_pair in list(self._queue_pairs.values()):
-            if queue_pair.touches(address, size):
+            if queue_pair.overlaps(address, size):
                 self._release(queue_pair)
         self._bitmap = None
 
     # Hypercalls
 
-    def _query(self, payload: bytes) -> int:
+    def _query_resources(self, payload: bytes) -> int:
         if len(payload) < _HANDLE.size:
             return Code.INVALID_ARGS
         count, _ = _HANDLE.unpack_from(payload)
@@ -171,7 +171,7 @@ class Hypervisor:
             return Code.INVALID_ARGS
         return Code.SUCCESS
 
-    def _link(self, payload: bytes) -> int:
+    def _link_doorbell(self, payload: bytes) -> int:
         if len(payload) < _LINK.size:
             return Code.INVALID_ARGS
         context, resource, index = _LINK.unpack_from(payload)
@@ -183,13 +183,13 @@ class Hypervisor:
         self._doorbells[handle] = index
         return Code.SUCCESS
 
-    def _unlink(self, payload: bytes) -> int:
+    def _unlink_doorbell(self, payload: bytes) -> int:
         if len(payload) < _HANDLE.size:
             return Code.INVALID_ARGS
         handle = Handle(*_HANDLE.unpack_from(payload))
         return Code.NOT_FOUND if self._doorbells.pop(handle, None) is None else Code.SUCCESS
 
-    def _ring(self, payload: bytes) -> int:
+    def _notify_doorbell(self, payload: bytes) -> int:
         # A guest's doorbells are rung by the guest itself; vSockets do without them.
         if len(payload) < _HANDLE.size:
             return Code.INVALID_ARGS
@@ -213,7 +213,7 @@ class Hypervisor:
         if max(produce, consume) > VMCI_QUEUE_PAIR_MAX_BYTES:
             return Code.NO_RESOURCES
         size = self.device.page_size
-        if count != pages_of(produce, consume, size):
+        if count != page_count(produce, consume, size):
             return Code.INVALID_ARGS
         width = 8 if self.device.wide_pages else 4
         if len(payload) - _ALLOC.size != count * width:
@@ -250,6 +250,6 @@ class Hypervisor:
         return Code.SUCCESS
 
     def _release(self, queue_pair: QueuePair) -> None:
-        self.sockets.detached(queue_pair)
+        self.sockets.on_detach(queue_pair)
         del self._queue_pairs[queue_pair.handle]
         self._queue_pair_memory -= queue_pair.pages * self.device.page_size

@@ -8,7 +8,7 @@ from ..lifecycle_events import INTERRUPTIONS, subscribe
 from ..loop import DeviceLoop
 from .device import VmciDevice
 from .hypervisor import Hypervisor
-from .transport import VmciSockets
+from .transport import VmciTransport
 
 
 class VmciMachine:
@@ -20,20 +20,20 @@ class VmciMachine:
         fabric: DeviceClient,
         cid: int,
         events: Events | None = None,
-        legacy: bool = False,
-        older: bool = False,
+        pio_device: bool = False,
+        protocol_v1: bool = False,
     ) -> None:
         """``legacy``: the device as before Linux 5.18; ``older``: the first stream protocol."""
         self._fabric = fabric
         self.hypervisor = Hypervisor(cid)
         self.device = VmciDevice(
             self.hypervisor.perform,
-            legacy,
+            pio_device,
             on_reset=self._reset,
-            on_unmap=self.hypervisor.forget_memory,
-            on_wake=self.hypervisor.tell_resumed,
+            on_unmap=self.hypervisor.release_memory,
+            on_wake=self.hypervisor.notify_resumed,
         )
-        self.sockets = VmciSockets(loop, self.hypervisor, fabric, older)
+        self.sockets = VmciTransport(loop, self.hypervisor, fabric, protocol_v1)
         self.hypervisor.device = self.device
         self.hypervisor.sockets = self.sockets
         if events is not None:
@@ -42,7 +42,7 @@ class VmciMachine:
     def settle(self) -> None:
         """Called after each thing the virtual machine did."""
         if self.device.has_room:
-            self._fabric.resume()
+            self._fabric.resume_datagrams()
 
     def _reset(self) -> None:
         self.hypervisor.reset()
@@ -51,6 +51,6 @@ class VmciMachine:
     def _heed(self, cid: int, change: str) -> None:
         if cid == self.hypervisor.cid:
             if change in INTERRUPTIONS:
-                self.hypervisor.tell_resumed()
+                self.hypervisor.notify_resumed()
         elif change in ("removed", "power-off"):
-            self.hypervisor.tell_removed(cid)
+            self.hypervisor.notify_removed(cid)

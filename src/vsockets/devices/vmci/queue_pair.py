@@ -160,12 +160,12 @@ class QueuePair:
         self.outbound = Outbound(consumed, consume_size, theirs, ours)
         self._spans = _spans(pages, page_size)
 
-    def touches(self, address: int, size: int) -> bool:
+    def overlaps(self, address: int, size: int) -> bool:
         """Whether any of its pages is in this range."""
         return any(start < address + size and address < end for start, end in self._spans)
 
 
-def pages_of(produce_size: int, consume_size: int, page_size: int) -> int:
+def page_count(produce_size: int, consume_size: int, page_size: int) -> int:
     """How many pages a queue pair of these sizes has, both headers included."""
     return -(-produce_size // page_size) + -(-consume_size // page_size) + 2
 

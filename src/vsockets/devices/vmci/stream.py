@@ -72,10 +72,10 @@ class Stream:
         sock: socket.socket,
         queue_pair: QueuePair,
         send: Send,
-        older: bool,
+        protocol_v1: bool,
         hung_up: Callable[[], None],
         finished: Callable[[], None],
-        tap: CaptureSink,
+        capture: CaptureSink,
         guest: tuple[int, int],
         peer: tuple[int, int],
     ) -> None:
@@ -85,29 +85,29 @@ class Stream:
         self._in, self._out = queue_pair.inbound, queue_pair.outbound
         self._send = send
         self._flow: QueueState | QueueNotifications = (
-            QueueNotifications(send) if older else QueueState(send)
+            QueueNotifications(send) if protocol_v1 else QueueState(send)
         )
-        self._may_look = not older
+        self._may_poll = not protocol_v1
         self._hung_up, self._finished = hung_up, finished
-        self._tap, self._guest, self._peer = tap, guest, peer
+        self._capture, self._guest, self._peer = capture, guest, peer
         self._reading = self._writing = True  # from the socket, to it
-        self._guest_is_done = False  # the guest sends nothing more
-        self._told_end = False
+        self._guest_finished = False  # the guest sends nothing more
+        self._end_sent = False
         self.was_used = False  #: whether the guest has said anything
         self._rest = memoryview(b"")  # of a queue pair that was detached
         self._wrotes = 0
-        self._looks = 0  # left; 0: it is not looked at
-        self._spared = int(self._may_look)  # bytes of the guest's room that are left unused
-        self._looks_for_room = 0  # left; 0: there is room, or READ will come
-        self._had_read = 0  # where the guest was at the first of them
+        self._polls_left = 0  # left; 0: it is not looked at
+        self._reserved = int(self._may_poll)  # bytes of the guest's room that are left unused
+        self._room_polls_left = 0  # left; 0: there is room, or READ will come
+        self._consumed_before = 0  # where the guest was at the first of them
         self._interest = _IN
-        self._again_later = False
+        self._yielded = False
         self._unread: int | None = None  # where the guest was when we wrote and told it nothing
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Let bytes flow."""
-        self._loop.watch_for(self._sock.fileno(), self._ready, self._interest)
-        self._flow.starving()
+        self._loop.watch_for(self._sock.fileno(), self._on_ready, self._interest)
+        self._flow.on_empty()
 
     # Events
 
@@ -123,7 +123,7 @@ class Stream:
                 self._pump_in()
             elif kind == Kind.READ:
                 self._flow.receive(kind, False, False)
-                self._spared = int(self._may_look)
+                self._reserved = int(self._may_poll)
                 self._resume_reading()
             elif kind in (Kind.WAITING_READ, Kind.WAITING_WRITE):
                 room = self._in.ready() < self._in.size - 1
@@ -131,23 +131,23 @@ class Stream:
                 if not room:
                     self._pump_in()
             elif kind == Kind.SHUTDOWN:
-                self._guest_shuts_down(value)
+                self._on_guest_shutdown(value)
             elif kind == Kind.RST:
-                self._told_end = True
-                self._guest_shuts_down(Shutdown.SEND | Shutdown.RECEIVE)
+                self._end_sent = True
+                self._on_guest_shutdown(Shutdown.SEND | Shutdown.RECEIVE)
         except BrokenQueue:
             self.abort()
 
-    def detached(self) -> None:
+    def on_detach(self) -> None:
         """The guest takes its pages back when this returns."""
         if self.queue_pair is None:
             return
-        self._looks = 0
+        self._polls_left = 0
         with contextlib.suppress(BrokenQueue):
-            self._take_rest()
+            self._copy_rest()
         self.queue_pair = None
         self._reading = False
-        self._told_end = True
+        self._end_sent = True
         self._flush_rest()
 
     def abort(self) -> None:
@@ -159,11 +159,11 @@ class Stream:
         self._close()
 
     @property
-    def left(self) -> int:
+    def held_bytes(self) -> int:
         """Bytes that are held for a socket which does not take them."""
         return len(self._rest)
 
-    def _ready(self, events: int) -> None:
+    def _on_ready(self, events: int) -> None:
         try:
             if self.queue_pair is None:
                 if events & (_HUP | _OUT):
@@ -186,7 +186,7 @@ class Stream:
         if not self._writing:
             # Nobody will read it; the guest must not wait for room.
             inbound.consume(inbound.ready())
-            self._flow.read(inbound.publish(), inbound.position)
+            self._flow.on_consumed(inbound.publish(), inbound.position)
             return
         moved = False
         for _ in range(VMCI_PUMP_ROUNDS_PER_TURN):
@@ -196,80 +196,80 @@ class Stream:
             try:
                 sent = push(self._sock, window := inbound.window(ready))
             except OSError:
-                self._socket_takes_nothing()
+                self._on_socket_closed()
                 return
             if not sent:
-                self._flow.read(inbound.publish(), inbound.position)
-                self._want(self._interest | _OUT)
+                self._flow.on_consumed(inbound.publish(), inbound.position)
+                self._set_interest(self._interest | _OUT)
                 return
             moved = True
-            if self._tap.sinks:
-                self._tap.stream(self._guest, self._peer, window, sent)
+            if self._capture.recorders:
+                self._capture.stream(self._guest, self._peer, window, sent)
             inbound.consume(sent)
-            self._flow.read(inbound.publish(self._withhold()), inbound.position)
+            self._flow.on_consumed(inbound.publish(self._withheld()), inbound.position)
         else:
-            self._again()
+            self._yield()
         if self._interest & _OUT:
-            self._want(self._interest & ~_OUT)
-        if self._looks or self._is_flowing():
-            self._keep_looking(moved)
+            self._set_interest(self._interest & ~_OUT)
+        if self._polls_left or self._is_flowing():
+            self._schedule_poll(moved)
         elif not ready:
-            self._is_drained()
+            self._on_drained()
 
-    def _is_drained(self) -> None:
-        if self._guest_is_done and self._writing:
+    def _on_drained(self) -> None:
+        if self._guest_finished and self._writing:
             self._writing = False
             with contextlib.suppress(OSError):
                 self._sock.shutdown(SHUT_WR)
-        elif not self._guest_is_done:
-            self._flow.starving()
+        elif not self._guest_finished:
+            self._flow.on_empty()
 
-    def _socket_takes_nothing(self) -> None:
+    def _on_socket_closed(self) -> None:
         """The program has closed, or stopped receiving."""
         self._writing = False
-        self._looks = 0
+        self._polls_left = 0
         self._in.consume(self._in.ready())
-        self._flow.read(self._in.publish(), self._in.position)
-        if not self._told_end:
+        self._flow.on_consumed(self._in.publish(), self._in.position)
+        if not self._end_sent:
             self._send(Kind.SHUTDOWN, Shutdown.RECEIVE, 0)
 
     # Looking by ourselves
 
-    def _withhold(self) -> int:
-        return 1 if self._looks or self._is_flowing() else 0
+    def _withheld(self) -> int:
+        return 1 if self._polls_left or self._is_flowing() else 0
 
     def _is_flowing(self) -> bool:
-        return self._may_look and self._wrotes >= _FLOWING and not self._guest_is_done
+        return self._may_poll and self._wrotes >= _FLOWING and not self._guest_finished
 
-    def _keep_looking(self, moved: bool) -> None:
-        if not self._looks:
-            self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._look)
-        if moved or not self._looks:
-            self._looks = VMCI_IDLE_QUEUE_POLLS_MAX
+    def _schedule_poll(self, moved: bool) -> None:
+        if not self._polls_left:
+            self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._poll)
+        if moved or not self._polls_left:
+            self._polls_left = VMCI_IDLE_QUEUE_POLLS_MAX
 
-    def _look(self) -> None:
-        if not self._looks or self.queue_pair is None or not self._writing:
-            self._looks = 0
+    def _poll(self) -> None:
+        if not self._polls_left or self.queue_pair is None or not self._writing:
+            self._polls_left = 0
             return
         try:
-            if self._looks == 1 or self._guest_is_done:
+            if self._polls_left == 1 or self._guest_finished:
                 # Enough: give the byte back.  What came just now said no WROTE.
-                self._looks = self._wrotes = 0
-                self._flow.read(self._in.publish(), self._in.position)
+                self._polls_left = self._wrotes = 0
+                self._flow.on_consumed(self._in.publish(), self._in.position)
                 self._pump_in()
                 return
-            self._looks -= 1
+            self._polls_left -= 1
             if self._in.ready() and not self._interest & _OUT:
                 self._pump_in()
         except BrokenQueue:
             self.abort()
             return
-        if self._looks:
-            self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._look)
+        if self._polls_left:
+            self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._poll)
 
-    def _answered(self) -> bool:
+    def _poll_for_reply(self) -> bool:
         """Whether looking for the guest's answer is over."""
-        if not self._looks or self.queue_pair is None or not self._writing:
+        if not self._polls_left or self.queue_pair is None or not self._writing:
             return True
         try:
             if not self._in.ready():
@@ -286,9 +286,9 @@ class Stream:
     def _pump_out(self, events: int = 0) -> None:
         outbound = self._out
         for _ in range(VMCI_PUMP_ROUNDS_PER_TURN):
-            free = outbound.free() - self._spared
+            free = outbound.free() - self._reserved
             if free <= 0:
-                self._want(self._interest & ~_IN, events & _HUP)
+                self._set_interest(self._interest & ~_IN, events & _HUP)
                 self._wait_for_room()
                 return
             received = pull(self._sock, window := outbound.window(free))
@@ -297,37 +297,40 @@ class Stream:
             if not received:
                 self._end_of_file()
                 return
-            if self._tap.sinks:
-                self._tap.stream(self._peer, self._guest, window, received)
+            if self._capture.recorders:
+                self._capture.stream(self._peer, self._guest, window, received)
             was_empty = outbound.produce(received)
-            self._flow.wrote(was_empty, outbound.position)
+            self._flow.on_produced(was_empty, outbound.position)
             if not was_empty and self._unread is None:
                 self._unread = outbound.consumed
                 self._loop.call_later(VMCI_REMINDER_SECONDS, self._remind)
-            if self._looks:
-                self._looks = VMCI_IDLE_QUEUE_POLLS_MAX
-                self._loop.spin(self._answered, VMCI_REPLY_POLL_SECONDS)
+            if self._polls_left:
+                self._polls_left = VMCI_IDLE_QUEUE_POLLS_MAX
+                self._loop.spin(self._poll_for_reply, VMCI_REPLY_POLL_SECONDS)
 
     def _wait_for_room(self) -> None:
-        if not self._spared:
-            self._flow.blocked()
-        elif not self._looks_for_room:
-            self._looks_for_room, self._had_read = VMCI_IDLE_QUEUE_POLLS_MAX, self._out.consumed
-            self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._look_for_room)
+        if not self._reserved:
+            self._flow.on_full()
+        elif not self._room_polls_left:
+            self._room_polls_left, self._consumed_before = (
+                VMCI_IDLE_QUEUE_POLLS_MAX,
+                self._out.consumed,
+            )
+            self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._poll_for_room)
 
-    def _look_for_room(self) -> None:
-        looks, self._looks_for_room = self._looks_for_room, 0
+    def _poll_for_room(self) -> None:
+        polls_left, self._room_polls_left = self._room_polls_left, 0
         if not self._reading or self.queue_pair is None:
             return
         try:
-            if self._out.consumed != self._had_read:
+            if self._out.consumed != self._consumed_before:
                 self._resume_reading()
-            elif looks > 1:
-                self._looks_for_room = looks - 1
-                self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._look_for_room)
+            elif polls_left > 1:
+                self._room_polls_left = polls_left - 1
+                self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._poll_for_room)
             else:
                 # Enough: what fills the queue lets the guest say READ.
-                self._spared = 0
+                self._reserved = 0
                 self._resume_reading()
         except BrokenQueue:
             self.abort()
@@ -335,56 +338,56 @@ class Stream:
     def _remind(self) -> None:
         """A guest that has read nothing since may wait for more than one byte (SO_RCVLOWAT)."""
         unread, self._unread = self._unread, None
-        if self.queue_pair is None or self._told_end:
+        if self.queue_pair is None or self._end_sent:
             return
         try:
             if self._out.consumed == unread and not self._out.is_empty:
-                self._flow.wrote(True, self._out.position)
+                self._flow.on_produced(True, self._out.position)
         except BrokenQueue:
             self.abort()
 
     def _resume_reading(self) -> None:
         if self._reading:
-            self._want(self._interest | _IN)
+            self._set_interest(self._interest | _IN)
             self._pump_out()
 
     def _end_of_file(self) -> None:
         self._reading = False
-        self._want(self._interest & ~_IN)
+        self._set_interest(self._interest & ~_IN)
         poll = select.poll()
         poll.register(self._sock, 0)
         if poll.poll(0):
             self._hang_up()
-        elif not self._told_end:
+        elif not self._end_sent:
             self._send(Kind.SHUTDOWN, Shutdown.SEND, 0)
 
     def _hang_up(self) -> None:
         """The program has closed; the guest learns it, and goes on reading what it has."""
         self._reading = self._writing = False
-        self._looks = 0
+        self._polls_left = 0
         self._loop.unwatch(self._sock.fileno())
         self._interest = 0
         if self.queue_pair is None:
             self._close()
-        elif not self._told_end:
-            self._told_end = True
+        elif not self._end_sent:
+            self._end_sent = True
             self._send(Kind.SHUTDOWN, Shutdown.SEND | Shutdown.RECEIVE, 0)
             self._hung_up()
 
     # The guest's end of it
 
-    def _guest_shuts_down(self, mode: int) -> None:
+    def _on_guest_shutdown(self, mode: int) -> None:
         if mode & Shutdown.RECEIVE and self._reading:
             self._reading = False
-            self._want(self._interest & ~_IN)
+            self._set_interest(self._interest & ~_IN)
             with contextlib.suppress(OSError):
                 self._sock.shutdown(SHUT_RD)
-        if mode & Shutdown.SEND and not self._guest_is_done:
-            self._guest_is_done = True
-            self._looks = 0
+        if mode & Shutdown.SEND and not self._guest_finished:
+            self._guest_finished = True
+            self._polls_left = 0
             self._pump_in()
 
-    def _take_rest(self) -> None:
+    def _copy_rest(self) -> None:
         if not self._writing:
             return
         parts: list[bytes] = []
@@ -395,8 +398,8 @@ class Stream:
             if sum(len(part) for part in parts) >= self._in.size:
                 break  # it writes while we read
         self._rest = memoryview(b"".join(parts))
-        if self._tap.sinks:
-            self._tap.stream(self._guest, self._peer, (self._rest,), len(self._rest))
+        if self._capture.recorders:
+            self._capture.stream(self._guest, self._peer, (self._rest,), len(self._rest))
 
     def _flush_rest(self) -> None:
         while self._rest:
@@ -405,7 +408,7 @@ class Stream:
             except OSError:
                 break
             if not sent:
-                self._want(_OUT)
+                self._set_interest(_OUT)
                 return
             self._rest = self._rest[sent:]
         self._close()
@@ -420,7 +423,7 @@ class Stream:
 
     # The loop
 
-    def _want(self, interest: int, hung_up: int = 0) -> None:
+    def _set_interest(self, interest: int, hung_up: int = 0) -> None:
         if hung_up:  # it would be reported again and again
             self._loop.unwatch(self._sock.fileno())
             self._interest = 0
@@ -428,17 +431,17 @@ class Stream:
             if self._interest or self._loop.watches(self._sock.fileno()):
                 self._loop.change(self._sock.fileno(), interest)
             else:
-                self._loop.watch_for(self._sock.fileno(), self._ready, interest)
+                self._loop.watch_for(self._sock.fileno(), self._on_ready, interest)
             self._interest = interest
 
-    def _again(self) -> None:
+    def _yield(self) -> None:
         """Others first; then go on with what the guest sends."""
-        if not self._again_later:
-            self._again_later = True
-            self._loop.call_later(0, self._go_on)
+        if not self._yielded:
+            self._yielded = True
+            self._loop.call_later(0, self._continue)
 
-    def _go_on(self) -> None:
-        self._again_later = False
+    def _continue(self) -> None:
+        self._yielded = False
         if self.queue_pair is None or self._sock.fileno() < 0:
             return
         try:

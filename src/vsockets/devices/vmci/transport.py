@@ -14,10 +14,10 @@ from ...model.buffers import BufferSizes
 from ...model.constants import VMADDR_CID_HYPERVISOR
 from ...protocol import RECORD_SIZE, ProtocolError, Record
 from ...protocol.vsockmon import Operation
-from ..client import DeviceClient, Offer
+from ..client import ConnectRequest, DeviceClient
 from ..loop import DeviceLoop, Timer
 from . import packets
-from .attach_ordering import AfterAttach
+from .attach_ordering import AttachOrdering
 from .capture import operation_of
 from .datagrams import HEADER, Code, Datagram, Handle
 from .handshake import Accepting, Connecting, Step
@@ -36,7 +36,7 @@ from .stream import Stream
 log = logging.getLogger(__name__)
 
 #: What a guest that connects leaves open: it will itself see whether the answer suits it.
-_SMALLEST, _LARGEST = 1, VMCI_QUEUE_PAIR_MAX_BYTES
+_SIZE_MIN, _SIZE_MAX = 1, VMCI_QUEUE_PAIR_MAX_BYTES
 
 _CODES = {
     errno.EHOSTUNREACH: Code.INVALID_RESOURCE,
@@ -61,29 +61,29 @@ class _Connection:
     handshake: Accepting | Connecting | None
     stream: Stream | None = None
     timer: Timer | None = None
-    offer: Offer | None = None  # of one that somebody made to the guest
-    after_attach: AfterAttach | None = None  # of one that the guest made
+    request: ConnectRequest | None = None  # of one that somebody made to the guest
+    attach_ordering: AttachOrdering | None = None  # of one that the guest made
 
     def __init__(self, key: _Key, sock: socket.socket) -> None:
         self.key = key
         self.sock = sock
 
 
-def _proposal(offer: Offer) -> BufferSizes:
+def _proposed_sizes(request: ConnectRequest) -> BufferSizes:
     """What the guest is asked for.  Where nobody chose a size it is the largest by default, as
     Linux's own: with 64 KiB a guest sleeps, and is woken, four times as often.
     """
-    if offer.sizes.size != STREAM_BUFFER_DEFAULT_BYTES:
-        return offer.sizes
-    return offer.sizes.with_size(STREAM_BUFFER_MAX_BYTES)
+    if request.sizes.size != STREAM_BUFFER_DEFAULT_BYTES:
+        return request.sizes
+    return request.sizes.with_size(STREAM_BUFFER_MAX_BYTES)
 
 
-def _as_told(offer: Offer, size: int) -> int:
+def _reported_size(request: ConnectRequest, size: int) -> int:
     """What the program hears of it: the default it has is the default it keeps."""
-    return offer.sizes.size if size == _proposal(offer).size else size
+    return request.sizes.size if size == _proposed_sizes(request).size else size
 
 
-class VmciSockets:
+class VmciTransport:
     """vSockets of the guest that ``hypervisor`` serves."""
 
     def __init__(
@@ -91,53 +91,53 @@ class VmciSockets:
         loop: DeviceLoop,
         hypervisor: Hypervisor,
         fabric: DeviceClient,
-        older: bool = False,
+        protocol_v1: bool = False,
     ) -> None:
         """With ``older`` the first version of the handshake is used, also by the guest."""
         self._loop = loop
         self._hypervisor = hypervisor
         self._fabric = fabric
-        self._older = older
-        self._tap = fabric.tap
+        self._protocol_v1 = protocol_v1
+        self._capture = fabric.capture
         self._connections: dict[_Key, _Connection] = {}
         self._by_handle: dict[Handle, _Connection] = {}
-        self._offered: dict[Handle, int] = {}  # and the size agreed on
-        self._names = count(1)
+        self._expected_sizes: dict[Handle, int] = {}  # and the size agreed on
+        self._resources = count(1)
         self._unsent: set[Stream] = set()
-        fabric.offered = self.connect_to_guest
-        fabric.received = self._deliver
-        fabric.lost = self.end_all
+        fabric.on_connect = self.connect_to_guest
+        fabric.on_datagram = self._on_datagram
+        fabric.on_lost = self.close_all
 
     # What the guest sends
 
     def receive(self, peer: int, packet: Packet) -> int:
         """As :class:`.hypervisor.Sockets` says."""
         key = packet.source_port, peer, packet.destination_port
-        if self._tap.sinks:
+        if self._capture.recorders:
             self._record(operation_of(packet.kind), key, from_guest=True)
         connection = self._connections.get(key)
         if packet.kind in _REQUESTS:
-            if self._older and packet.kind == Kind.REQUEST2:
+            if self._protocol_v1 and packet.kind == Kind.REQUEST2:
                 self._send(key, Kind.INVALID)
                 return _DONE
             if connection is not None:
-                self._is_over(connection)
+                self._on_guest_closed(connection)
             return self._accept(key, packet)
         if connection is None:
             if packet.kind not in (Kind.RST, Kind.INVALID):
                 self._send(key, Kind.RST)
         elif connection.stream is not None:
-            if connection.after_attach is not None:
-                connection.after_attach.release()
+            if connection.attach_ordering is not None:
+                connection.attach_ordering.release()
             connection.stream.receive(packet.kind, packet.value)
         else:
             assert connection.handshake is not None
-            self._follow(connection, connection.handshake.receive(packet))
+            self._apply(connection, connection.handshake.receive(packet))
         return _DONE
 
     def send_datagram(self, port: int, destination: tuple[int, int], payload: bytes) -> int:
         """As :class:`.hypervisor.Sockets` says."""
-        if self._tap.sinks:
+        if self._capture.recorders:
             self._record_datagram((self._hypervisor.cid, port), destination, payload)
         try:
             self._fabric.send(port, destination, payload)
@@ -147,26 +147,26 @@ class VmciSockets:
 
     def expects(self, handle: Handle, sizes: tuple[int, int]) -> bool:
         """As :class:`.hypervisor.Sockets` says."""
-        size = self._offered.get(handle)
+        size = self._expected_sizes.get(handle)
         return size is not None and sizes == (size, size)
 
-    def detached(self, queue_pair: QueuePair) -> None:
+    def on_detach(self, queue_pair: QueuePair) -> None:
         """As :class:`.hypervisor.Sockets` says."""
         connection = self._by_handle.pop(queue_pair.handle, None)
         if connection is not None and connection.stream is not None:
             stream = connection.stream
             self._forget(connection)
-            stream.detached()
-            if self._tap.sinks:
+            stream.on_detach()
+            if self._capture.recorders:
                 self._record(Operation.DISCONNECT, connection.key, from_guest=True)
-            if stream.left:
+            if stream.held_bytes:
                 self._unsent.add(stream)
-            if sum(one.left for one in self._unsent) > VMCI_UNSENT_MAX_BYTES:
+            if sum(one.held_bytes for one in self._unsent) > VMCI_UNSENT_MAX_BYTES:
                 stream.abort()
 
-    def _deliver(self, source: tuple[int, int], port: int, payload: bytes) -> bool:
+    def _on_datagram(self, source: tuple[int, int], port: int, payload: bytes) -> bool:
         """A datagram for the guest; returns whether there is room for another."""
-        if self._tap.sinks:
+        if self._capture.recorders:
             self._record_datagram(source, (self._hypervisor.cid, port), payload)
         datagram = Datagram(Handle(self._hypervisor.cid, port), Handle(*source), payload)
         self._hypervisor.device.deliver(datagram.encode())
@@ -180,7 +180,7 @@ class VmciSockets:
         if not handshake.possible or self._pending() >= VMCI_PENDING_STREAMS_MAX:
             self._send(key, Kind.RST)
             return _DONE
-        sizes = BufferSizes(handshake.wanted, _SMALLEST, _LARGEST)
+        sizes = BufferSizes(handshake.wanted, _SIZE_MIN, _SIZE_MAX)
         try:
             sock = self._fabric.connect(port, (peer[0], peer[1]), sizes)
         except OSError as error:
@@ -191,15 +191,15 @@ class VmciSockets:
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         if poll.poll(1000 * VMCI_CONNECT_WAIT_SECONDS):
-            record = self._read_answer(sock)
+            record = self._read_reply(sock)
             if record.status:
                 sock.close()
                 return self._refuse(key, record.status)
-            self._begin(connection)
-            self._follow(connection, handshake.accepted(record.size))
+            self._register(connection)
+            self._apply(connection, handshake.accepted(record.size))
         else:
-            self._begin(connection)
-            self._loop.watch(sock.fileno(), lambda events: self._answered(connection))
+            self._register(connection)
+            self._loop.watch(sock.fileno(), lambda events: self._on_reply(connection))
         return _DONE
 
     def _refuse(self, key: _Key, error: int) -> int:
@@ -208,18 +208,18 @@ class VmciSockets:
             return _DONE
         return _CODES.get(error, Code.UNAVAILABLE)
 
-    def _answered(self, connection: _Connection) -> None:
+    def _on_reply(self, connection: _Connection) -> None:
         """The fabric's answer has come, later than usual."""
         self._loop.unwatch(connection.sock.fileno())
         assert isinstance(connection.handshake, Accepting)
-        record = self._read_answer(connection.sock)
+        record = self._read_reply(connection.sock)
         if record.status:
-            self._follow(connection, connection.handshake.refused(record.status))
+            self._apply(connection, connection.handshake.refused(record.status))
         else:
-            self._follow(connection, connection.handshake.accepted(record.size))
+            self._apply(connection, connection.handshake.accepted(record.size))
 
     @staticmethod
-    def _read_answer(sock: socket.socket) -> Record:
+    def _read_reply(sock: socket.socket) -> Record:
         try:
             return Record.decode(sock.recv(RECORD_SIZE))
         except (OSError, ProtocolError):
@@ -227,32 +227,36 @@ class VmciSockets:
 
     # Streams to the guest
 
-    def connect_to_guest(self, offer: Offer) -> None:
+    def connect_to_guest(self, request: ConnectRequest) -> None:
         """Somebody connects to a port of the guest."""
-        key = offer.port, *offer.peer
+        key = request.port, *request.peer
         if key in self._connections or self._pending() >= VMCI_PENDING_STREAMS_MAX:
-            self._fabric.settle(offer, error=errno.ECONNRESET)
+            self._fabric.settle(request, error=errno.ECONNRESET)
             return
-        handle = Handle(offer.peer[0], next(self._names) & 0xFFFF_FFFF)
-        connection = _Connection(key, offer.sock)
-        connection.offer = offer
-        connection.handshake = Connecting(_proposal(offer), handle, self._find, self._older)
-        self._begin(connection)
+        handle = Handle(request.peer[0], next(self._resources) & 0xFFFF_FFFF)
+        connection = _Connection(key, request.sock)
+        connection.request = request
+        connection.handshake = Connecting(
+            _proposed_sizes(request), handle, self._find, self._protocol_v1
+        )
+        self._register(connection)
         # Who gives up hangs up.  Nothing but its padding can come before it is answered.
-        self._loop.watch_for(offer.sock.fileno(), lambda events: self._gave_up(connection), 0)
-        self._follow(connection, connection.handshake.begin())
+        self._loop.watch_for(
+            request.sock.fileno(), lambda events: self._on_client_closed(connection), 0
+        )
+        self._apply(connection, connection.handshake.begin())
 
-    def _gave_up(self, connection: _Connection) -> None:
+    def _on_client_closed(self, connection: _Connection) -> None:
         self._send(connection.key, Kind.RST)
         self._fail(connection, errno.ECONNRESET)
 
     # Both
 
-    def _begin(self, connection: _Connection) -> None:
+    def _register(self, connection: _Connection) -> None:
         self._connections[connection.key] = connection
-        self._wait(connection)
+        self._restart_timer(connection)
 
-    def _wait(self, connection: _Connection) -> None:
+    def _restart_timer(self, connection: _Connection) -> None:
         if connection.timer is not None:
             connection.timer.cancel()
         connection.timer = self._loop.call_later(
@@ -263,12 +267,12 @@ class VmciSockets:
         self._send(connection.key, Kind.RST)
         self._fail(connection, errno.ETIMEDOUT)
 
-    def _follow(self, connection: _Connection, step: Step) -> None:
+    def _apply(self, connection: _Connection, step: Step) -> None:
         """Do what the handshake says."""
         handshake = connection.handshake
         assert handshake is not None
         if isinstance(handshake, Connecting) and handshake.size:
-            self._offered[handshake.handle] = handshake.size
+            self._expected_sizes[handshake.handle] = handshake.size
         if step.error:
             for kind, value, protocol in step.packets:
                 self._send(connection.key, kind, value, protocol=protocol)
@@ -277,28 +281,30 @@ class VmciSockets:
         for kind, value, protocol in step.packets:
             self._send(connection.key, kind, value, protocol=protocol)
         if step.handle is None:
-            self._wait(connection)
+            self._restart_timer(connection)
         else:
-            self._establish(connection, step.handle, handshake.size, handshake.older)
+            self._establish(connection, step.handle, handshake.size, handshake.protocol_v1)
 
-    def _establish(self, connection: _Connection, handle: Handle, size: int, older: bool) -> None:
+    def _establish(
+        self, connection: _Connection, handle: Handle, size: int, protocol_v1: bool
+    ) -> None:
         key, sock = connection.key, connection.sock
         queue_pair = self._hypervisor.queue_pair(handle)
         assert queue_pair is not None  # the handshake has found it
-        self._stop_waiting(connection)
+        self._stop_timer(connection)
         connection.handshake = None
         self._by_handle[handle] = connection
         if size != STREAM_BUFFER_DEFAULT_BYTES:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(size, SEND_BUFFER_MAX_BYTES))
-        if connection.offer is not None:
-            self._fabric.settle(connection.offer, size=_as_told(connection.offer, size))
+        if connection.request is not None:
+            self._fabric.settle(connection.request, size=_reported_size(connection.request, size))
 
         def send(kind: Kind, value: int, offset: int) -> None:
             self._send(key, kind, value, offset)
 
-        if connection.offer is None:
-            connection.after_attach = AfterAttach(self._loop, send)
-            send = connection.after_attach.send
+        if connection.request is None:
+            connection.attach_ordering = AttachOrdering(self._loop, send)
+            send = connection.attach_ordering.send
 
         def finished() -> None:
             self._unsent.discard(stream)
@@ -306,12 +312,12 @@ class VmciSockets:
         def hung_up() -> None:
             # The event overtakes packets: a guest that has not yet seen our ATTACH takes it for
             # a reset.  Once it has said something it has; or it has given up.
-            if connection.offer is not None or stream.was_used:
-                self._hypervisor.tell_detached(queue_pair)
+            if connection.request is not None or stream.was_used:
+                self._hypervisor.notify_detached(queue_pair)
             else:
                 self._loop.call_later(
                     VMCI_HANDSHAKE_TIMEOUT_SECONDS,
-                    lambda: self._hypervisor.tell_detached(queue_pair),
+                    lambda: self._hypervisor.notify_detached(queue_pair),
                 )
 
         stream = connection.stream = Stream(
@@ -319,29 +325,29 @@ class VmciSockets:
             sock,
             queue_pair,
             send,
-            older,
+            protocol_v1,
             hung_up=hung_up,
             finished=finished,
-            tap=self._tap,
+            capture=self._capture,
             guest=(self._hypervisor.cid, key[0]),
             peer=key[1:],
         )
-        stream.begin()
+        stream.start()
 
     def _fail(self, connection: _Connection, error: int) -> None:
-        self._stop_waiting(connection)
+        self._stop_timer(connection)
         self._forget(connection)
-        if connection.offer is not None:
-            self._fabric.settle(connection.offer, error=error)
+        if connection.request is not None:
+            self._fabric.settle(connection.request, error=error)
         connection.sock.close()
 
-    def _stop_waiting(self, connection: _Connection) -> None:
+    def _stop_timer(self, connection: _Connection) -> None:
         if connection.timer is not None:
             connection.timer.cancel()
             connection.timer = None
         self._loop.unwatch(connection.sock.fileno())
         if isinstance(connection.handshake, Connecting):
-            self._offered.pop(connection.handshake.handle, None)
+            self._expected_sizes.pop(connection.handshake.handle, None)
 
     def _drop(self, connection: _Connection) -> None:
         """The guest does not know this stream any more."""
@@ -351,7 +357,7 @@ class VmciSockets:
             self._forget(connection)
             connection.stream.abort()
 
-    def _is_over(self, connection: _Connection) -> None:
+    def _on_guest_closed(self, connection: _Connection) -> None:
         """The guest's kernel has closed this stream, and will detach its queue pair in its time."""
         if connection.stream is None:
             self._fail(connection, errno.ECONNRESET)
@@ -360,12 +366,12 @@ class VmciSockets:
             connection.stream.receive(Kind.RST, 0)
 
     def _forget(self, connection: _Connection) -> None:
-        if connection.after_attach is not None:
-            connection.after_attach.forget()
+        if connection.attach_ordering is not None:
+            connection.attach_ordering.discard()
         if self._connections.get(connection.key) is connection:
             del self._connections[connection.key]
 
-    def end_all(self) -> None:
+    def close_all(self) -> None:
         """The fabric has gone: every stream ends."""
         for connection in list(self._connections.values()):
             if connection.stream is None:
@@ -392,7 +398,7 @@ class VmciSockets:
         self, key: _Key, kind: Kind, value: int = 0, offset: int = 0, protocol: int = 0
     ) -> None:
         port, peer, peer_port = key
-        if self._tap.sinks:
+        if self._capture.recorders:
             self._record(operation_of(kind), key, from_guest=False)
         packet = Packet(kind, peer_port, port, value, offset, protocol)
         resource = packets.RESOURCE
@@ -406,10 +412,10 @@ class VmciSockets:
         """Tell who captures of something that is no payload."""
         guest, peer = (self._hypervisor.cid, key[0]), key[1:]
         ends = (guest, peer) if from_guest else (peer, guest)
-        self._tap.record(operation, *ends)
+        self._capture.record(operation, *ends)
 
     def _record_datagram(
         self, source: tuple[int, int], destination: tuple[int, int], payload: bytes
     ) -> None:
         view = (memoryview(payload),)
-        self._tap.record(Operation.PAYLOAD, source, destination, view, len(payload))
+        self._capture.record(Operation.PAYLOAD, source, destination, view, len(payload))

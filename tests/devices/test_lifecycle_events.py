@@ -10,7 +10,7 @@ import pytest
 
 import vsockets
 from vsockets.control import Events
-from vsockets.devices.client import DeviceClient, Offer
+from vsockets.devices.client import ConnectRequest, DeviceClient
 from vsockets.devices.lifecycle_events import subscribe
 from vsockets.devices.loop import DeviceLoop
 from vsockets.model.buffers import BufferSizes
@@ -27,15 +27,15 @@ class Device:
         self.events = events
         self.loop = DeviceLoop()
         self.attachment = DeviceClient(self.loop, fabric.control.attach_device(CID), CID)
-        self.attachment.offered = self.offered
-        self.offers: list[tuple[Offer, list[str]]] = []
+        self.attachment.on_connect = self.offered
+        self.offers: list[tuple[ConnectRequest, list[str]]] = []
         subscribe(self.loop, self.attachment, events, lambda cid, change: self.heard.append(change))
 
     @property
     def listens(self) -> bool:
         return self.loop.watches(self.events.fileno())
 
-    def offered(self, offer: Offer) -> None:
+    def offered(self, offer: ConnectRequest) -> None:
         self.offers.append((offer, list(self.heard)))
 
 
@@ -68,7 +68,9 @@ def test_before_the_guest_is_connected_to(fabric: PrivateFabric, device: Device)
         client.connect_ex((CID, 5000))
 
         def offered() -> bool:
-            device.attachment._ready(0)  # the link alone: epoll may give it before the events
+            device.attachment._on_link_ready(
+                0
+            )  # the link alone: epoll may give it before the events
             return bool(device.offers)
 
         wait_until(offered, "the offer")
@@ -79,12 +81,12 @@ def test_before_the_guest_is_connected_to(fabric: PrivateFabric, device: Device)
 
 
 def test_when_nothing_has_happened(device: Device) -> None:
-    device.attachment.catch_up()  # and does not wait for it
+    device.attachment.drain_events()  # and does not wait for it
     assert device.heard == []
 
 
 def test_after_vsockd(device: Device, fabric: PrivateFabric) -> None:
     fabric.stop()
-    wait_until(lambda: device.attachment.catch_up() or not device.listens, "the end of events")
-    device.attachment.catch_up()
+    wait_until(lambda: device.attachment.drain_events() or not device.listens, "the end of events")
+    device.attachment.drain_events()
     assert device.heard == []

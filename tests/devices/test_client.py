@@ -12,7 +12,7 @@ from socket import AF_UNIX, MSG_DONTWAIT, SOCK_SEQPACKET, SOCK_STREAM
 import pytest
 
 from vsockets import pass_rights
-from vsockets.devices.client import DeviceClient, Offer
+from vsockets.devices.client import ConnectRequest, DeviceClient
 from vsockets.devices.loop import DeviceLoop
 from vsockets.model.buffers import BufferSizes
 from vsockets.protocol import RECORD_SIZE, REQUEST_SIZE, Op, Record, Request
@@ -41,7 +41,7 @@ class Busy:
         client, sock = socket.socketpair(AF_UNIX)
         client.settimeout(30)
         with sock:
-            offer = Offer(sock, port, (HOST, 1024), BufferSizes(), polling=False)
+            offer = ConnectRequest(sock, port, (HOST, 1024), BufferSizes(), polling=False)
             self.attachment.settle(offer, size=4096, error=error)
         return client
 
@@ -93,7 +93,7 @@ def test_a_stream_that_is_established_tells_nobody_who_writes(busy: Busy, error:
     client, sock = socket.socketpair(AF_UNIX)
     with client, sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        offer = Offer(sock, PORTS[0], (HOST, 1024), BufferSizes(), polling=False)
+        offer = ConnectRequest(sock, PORTS[0], (HOST, 1024), BufferSizes(), polling=False)
         busy.attachment.settle(offer, size=4096, error=error)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == bool(error)
         for fd in busy.next()[1]:
@@ -104,7 +104,7 @@ def test_nothing_is_kept_for_a_vsockd_that_has_gone(busy: Busy) -> None:
     with busy.settle(PORTS[0], errno.ECONNRESET) as client:
         client.recv(RECORD_SIZE)
         lost: list[bool] = []
-        busy.attachment.lost = lambda: lost.append(True)
+        busy.attachment.on_lost = lambda: lost.append(True)
         busy.vsockd.close()
 
         def has_heard() -> bool:
@@ -127,7 +127,7 @@ def test_the_mark_of_a_records_end_comes_along(kind: int) -> None:
         stack.callback(attachment.close)
         for sock in (vsockd, client, offered, offered_too := offered.dup()):
             stack.enter_context(sock)
-        offer = Offer(offered, PORTS[0], (HOST, 1024), BufferSizes(), polling=False)
+        offer = ConnectRequest(offered, PORTS[0], (HOST, 1024), BufferSizes(), polling=False)
         client.send(bytes(RECORD_SIZE))  # a packet's client pads its request
         attachment.settle(offer, size=4096)
         connected = stack.enter_context(

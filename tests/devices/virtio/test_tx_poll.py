@@ -12,7 +12,7 @@ from vsockets.devices.capture import CaptureSink
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vhost_user import Vring
-from vsockets.devices.virtio.host_stream import HostStream
+from vsockets.devices.virtio.host_stream import VirtioConnection
 from vsockets.devices.virtio.kick_coalescing import KickCoalescing
 from vsockets.devices.virtio.limits import VIRTIO_USED_BATCH_PACKETS
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
@@ -32,17 +32,17 @@ class Streams(KickCoalescing):
         super().__init__()
         self._then = delay
 
-    def took(self, packets: int, length: int, now: float) -> None:
+    def on_packets(self, packets: int, length: int, now: float) -> None:
         self.packets, self.delay = (4, self._then) if packets else (1, 0.0)
 
 
 class Rig:
     """A queue at work, and its driver; what comes is counted."""
 
-    is_overwhelmed = False
+    backpressured = False
 
     def __init__(self) -> None:
-        self.links: dict[tuple[int, int, int], HostStream] = {}
+        self.connections: dict[tuple[int, int, int], VirtioConnection] = {}
         self.count = 0
         self.memory = Memory(1 << 16)
         self.driver = DriverRing(self.memory, SIZE)
@@ -62,10 +62,10 @@ class Rig:
         header = Header(CID, 2, 1000, 1000, op=Op.CREDIT_REQUEST).encode()
         self.memory.view[self.place : self.place + HEADER_SIZE] = header
 
-    def receive(self, header: Header, link: HostStream | None) -> None:
+    def receive(self, header: Header, connection: VirtioConnection | None) -> None:
         self.count += 1
 
-    def touched(self, link: HostStream) -> None:
+    def mark_dirty(self, connection: VirtioConnection) -> None:
         raise AssertionError("there are no connections")
 
     def work(self) -> None:
@@ -103,7 +103,7 @@ def rig() -> Iterator[Rig]:
 
 
 def test_packets_that_come_without_a_kick_are_looked_for(rig: Rig) -> None:
-    rig.intake.pace = Streams(0.001)
+    rig.intake.coalescing = Streams(0.001)
     rig.send()
     rig.work()
     assert not rig.send()
@@ -117,14 +117,14 @@ def test_packets_that_come_without_a_kick_are_looked_for(rig: Rig) -> None:
 
 
 def test_as_many_as_expected_kick(rig: Rig) -> None:
-    rig.intake.pace = Streams(10.0)
+    rig.intake.coalescing = Streams(10.0)
     rig.send()
     rig.work()
     assert [rig.send() for _ in range(4)] == [False, False, False, True]
 
 
 def test_a_look_that_finds_nothing_asks_for_a_kick_by_the_next(rig: Rig) -> None:
-    rig.intake.pace = Streams(0.001)
+    rig.intake.coalescing = Streams(0.001)
     rig.send()
     rig.work()
     rig.work()

@@ -38,7 +38,7 @@ def test_who_reads_no_answer_is_given_up(tmp_path: Path) -> None:
     listener.setblocking(False)
     loop = DeviceLoop()
     ended: list[bool] = []
-    server = UnixServer(loop, listener, lambda: Talkative(ended), descriptors=1, patience=0.1)
+    server = UnixServer(loop, listener, lambda: Talkative(ended), descriptors=1, reply_timeout=0.1)
 
     def given_up() -> bool:
         loop.turn()

@@ -16,56 +16,56 @@ PACKET = 4096
 
 
 def streaming(
-    pace: KickCoalescing, interval: float, packets: int = 200, size: int = PACKET
+    coalescing: KickCoalescing, interval: float, packets: int = 200, size: int = PACKET
 ) -> float:
     """A guest that sends a packet each ``interval`` seconds; returns the time after the last."""
     now = 10.0
     while packets > 0:
-        taken = pace.packets
+        taken = coalescing.packets
         now += taken * interval
-        pace.took(taken, taken * size, now)
+        coalescing.on_packets(taken, taken * size, now)
         packets -= taken
     return now
 
 
 def test_a_guest_that_is_answered_kicks_for_each_packet() -> None:
-    pace = KickCoalescing()
+    coalescing = KickCoalescing()
     for number in range(1000):
-        pace.took(1, PACKET, number * 1e-5)
-        assert pace.packets == 1
-        pace.answered()
+        coalescing.on_packets(1, PACKET, number * 1e-5)
+        assert coalescing.packets == 1
+        coalescing.on_reply()
 
 
 def test_a_guest_that_streams_kicks_once_for_several() -> None:
-    pace = KickCoalescing()
-    streaming(pace, 10e-6)
-    assert pace.packets == VIRTIO_PACKETS_PER_KICK_MAX
+    coalescing = KickCoalescing()
+    streaming(coalescing, 10e-6)
+    assert coalescing.packets == VIRTIO_PACKETS_PER_KICK_MAX
 
 
 def test_some_credit_is_left_while_the_device_wakes_up() -> None:
-    pace = KickCoalescing()
-    streaming(pace, 10e-6, packets=20, size=65_536)
-    assert pace.packets * 65_536 == VIRTIO_BUFFER_BYTES * 3 // 4
+    coalescing = KickCoalescing()
+    streaming(coalescing, 10e-6, packets=20, size=65_536)
+    assert coalescing.packets * 65_536 == VIRTIO_BUFFER_BYTES * 3 // 4
 
 
 def test_packets_that_come_slowly_are_not_waited_for() -> None:
-    pace = KickCoalescing()
-    streaming(pace, VIRTIO_KICK_DELAY_SECONDS)
-    assert pace.packets == 1
+    coalescing = KickCoalescing()
+    streaming(coalescing, VIRTIO_KICK_DELAY_SECONDS)
+    assert coalescing.packets == 1
 
 
 def test_fewer_than_expected_make_it_expect_no_more_than_came() -> None:
-    pace = KickCoalescing()
-    now = streaming(pace, 10e-6)
-    pace.took(3, 3 * PACKET, now + 100e-6)
-    assert pace.packets == 3
+    coalescing = KickCoalescing()
+    now = streaming(coalescing, 10e-6)
+    coalescing.on_packets(3, 3 * PACKET, now + 100e-6)
+    assert coalescing.packets == 3
 
 
 def test_none_at_all_make_the_next_one_count() -> None:
-    pace = KickCoalescing()
-    now = streaming(pace, 10e-6)
-    pace.took(0, 0, now + 100e-6)
-    assert pace.packets == 1
+    coalescing = KickCoalescing()
+    now = streaming(coalescing, 10e-6)
+    coalescing.on_packets(0, 0, now + 100e-6)
+    assert coalescing.packets == 1
 
 
 looks = st.lists(
@@ -78,15 +78,15 @@ looks = st.lists(
 
 @given(looks)
 def test_nobody_waits_for_longer_than_the_limit(looks: list[tuple[int, int, float] | None]) -> None:
-    pace = KickCoalescing()
+    coalescing = KickCoalescing()
     now = 0.0
     for look in looks:
         if look is None:
-            pace.answered()
-            assert pace.packets == 1
+            coalescing.on_reply()
+            assert coalescing.packets == 1
         else:
             packets, length, pause = look
             now += pause
-            pace.took(packets, length if packets else 0, now)
-            assert 1 <= pace.packets <= VIRTIO_PACKETS_PER_KICK_MAX
-            assert pace.packets == 1 or 0 < pace.delay <= VIRTIO_KICK_DELAY_SECONDS
+            coalescing.on_packets(packets, length if packets else 0, now)
+            assert 1 <= coalescing.packets <= VIRTIO_PACKETS_PER_KICK_MAX
+            assert coalescing.packets == 1 or 0 < coalescing.delay <= VIRTIO_KICK_DELAY_SECONDS

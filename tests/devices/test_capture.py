@@ -28,117 +28,121 @@ def loop() -> Iterator[DeviceLoop]:
 
 
 @pytest.fixture
-def tap(loop: DeviceLoop) -> Iterator[CaptureSink]:
-    tap = CaptureSink(loop)
-    yield tap
-    tap.close()
+def capture(loop: DeviceLoop) -> Iterator[CaptureSink]:
+    capture = CaptureSink(loop)
+    yield capture
+    capture.close()
 
 
 def payload_of(record: Captured) -> bytes:
     return record.body[HEADER_SIZE:]
 
 
-def test_a_payload_in_parts_is_one_and_cut_where_it_ends(tap: CaptureSink) -> None:
-    with tapped(tap) as records:
+def test_a_payload_in_parts_is_one_and_cut_where_it_ends(capture: CaptureSink) -> None:
+    with tapped(capture) as records:
         parts = [memoryview(b"hel"), memoryview(b"lo, and more")]
-        tap.record(Operation.PAYLOAD, GUEST, HOST, parts, 5)
+        capture.record(Operation.PAYLOAD, GUEST, HOST, parts, 5)
         (record,) = take_records(records)
     assert record.body == encode_header(Operation.PAYLOAD, GUEST, HOST) + b"hello"
     assert (record.missed, record.length) == (0, HEADER_SIZE + 5)
 
 
-def test_a_length_that_lies(tap: CaptureSink) -> None:
-    with tapped(tap) as records:
-        tap.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(b"short")], 0xFFFF_FFFF)
+def test_a_length_that_lies(capture: CaptureSink) -> None:
+    with tapped(capture) as records:
+        capture.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(b"short")], 0xFFFF_FFFF)
         (record,) = take_records(records)
     assert record.length == len(record.body) == HEADER_SIZE + 5
 
 
-def test_the_limit_is_each_readers_own(tap: CaptureSink) -> None:
-    with tapped(tap, limit=2) as little, tapped(tap, limit=0) as none, tapped(tap) as all_of_it:
-        tap.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(b"12345")], 5)
+def test_the_limit_is_each_readers_own(capture: CaptureSink) -> None:
+    with (
+        tapped(capture, limit=2) as little,
+        tapped(capture, limit=0) as none,
+        tapped(capture) as all_of_it,
+    ):
+        capture.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(b"12345")], 5)
         for records, kept in ((little, b"12"), (none, b""), (all_of_it, b"12345")):
             (record,) = take_records(records)
             assert payload_of(record) == kept
             assert record.length == HEADER_SIZE + 5
 
 
-def test_one_port_of_either_side(tap: CaptureSink) -> None:
-    with tapped(tap, port=5000) as records:
+def test_one_port_of_either_side(capture: CaptureSink) -> None:
+    with tapped(capture, port=5000) as records:
         for there in (HOST, (2, 5001)):
-            tap.record(Operation.CONNECT, GUEST, there)
-            tap.record(Operation.CONTROL, there, GUEST)
+            capture.record(Operation.CONNECT, GUEST, there)
+            capture.record(Operation.CONTROL, there, GUEST)
         assert len(take_records(records)) == 2
 
 
-def test_a_long_stream_is_cut_into_records(tap: CaptureSink) -> None:
+def test_a_long_stream_is_cut_into_records(capture: CaptureSink) -> None:
     data = bytes(range(256)) * 1000
-    with tapped(tap) as records:
+    with tapped(capture) as records:
         records.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         got = []
         view = memoryview(data)
         for begin in range(0, len(data), 100_000):
             part = view[begin : begin + 100_000]
-            tap.stream(GUEST, HOST, [part, memoryview(b"not sent")], len(part))
+            capture.stream(GUEST, HOST, [part, memoryview(b"not sent")], len(part))
             got += take_records(records)
     assert b"".join(map(payload_of, got)) == data
     assert max(len(payload_of(record)) for record in got) == CAPTURE_PAYLOAD_MAX_BYTES
 
 
-def test_who_is_slow_misses_records_and_is_told_how_many(tap: CaptureSink) -> None:
-    with tapped(tap) as records:
+def test_who_is_slow_misses_records_and_is_told_how_many(capture: CaptureSink) -> None:
+    with tapped(capture) as records:
         for _ in range(10_000):  # more than any buffer takes, and nobody waits
-            tap.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(bytes(1000))], 1000)
+            capture.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(bytes(1000))], 1000)
         came = take_records(records)
         assert 0 < len(came) < 10_000
         assert not any(record.missed for record in came)
-        tap.record(Operation.CONTROL, GUEST, HOST)
-        tap.record(Operation.CONTROL, GUEST, HOST)
+        capture.record(Operation.CONTROL, GUEST, HOST)
+        capture.record(Operation.CONTROL, GUEST, HOST)
         missed = [record.missed for record in take_records(records)]
         assert missed == [10_000 - len(came), 0]
 
 
-def test_who_has_gone_is_forgotten_and_the_others_go_on(tap: CaptureSink) -> None:
-    gone = tapped(tap)
-    with tapped(tap) as stays:
+def test_who_has_gone_is_forgotten_and_the_others_go_on(capture: CaptureSink) -> None:
+    gone = tapped(capture)
+    with tapped(capture) as stays:
         gone.close()
         for _ in range(2):
-            tap.record(Operation.CONTROL, GUEST, HOST)
+            capture.record(Operation.CONTROL, GUEST, HOST)
         assert len(take_records(stays)) == 2
-        assert len(tap.sinks) == 1
-    tap.record(Operation.CONTROL, GUEST, HOST)
-    assert not tap.sinks
+        assert len(capture.recorders) == 1
+    capture.record(Operation.CONTROL, GUEST, HOST)
+    assert not capture.recorders
 
 
-def test_so_many_at_a_time(tap: CaptureSink, loop: DeviceLoop) -> None:
-    readers = [tapped(tap) for _ in range(DEVICE_CAPTURES_MAX)]
-    with tapped(tap) as refused:
+def test_so_many_at_a_time(capture: CaptureSink, loop: DeviceLoop) -> None:
+    readers = [tapped(capture) for _ in range(DEVICE_CAPTURES_MAX)]
+    with tapped(capture) as refused:
         assert refused.recv(1) == b""
     readers.pop().close()
     loop.turn()
-    with tapped(tap) as another:  # takes the place of who has gone, though nothing has passed
-        tap.record(Operation.CONTROL, GUEST, HOST)
+    with tapped(capture) as another:  # takes the place of who has gone, though nothing has passed
+        capture.record(Operation.CONTROL, GUEST, HOST)
         assert len(take_records(another)) == 1
     for reader in readers:
         reader.close()
 
 
-def test_who_ends_it_learns_what_it_missed_last(tap: CaptureSink, loop: DeviceLoop) -> None:
-    with tapped(tap) as records:
+def test_who_ends_it_learns_what_it_missed_last(capture: CaptureSink, loop: DeviceLoop) -> None:
+    with tapped(capture) as records:
         for _ in range(10_000):
-            tap.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(bytes(1000))], 1000)
+            capture.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(bytes(1000))], 1000)
         records.send(b"this means nothing")
         loop.turn()
         records.shutdown(socket.SHUT_WR)
         loop.turn()  # there is no room for a last word yet
-        assert len(tap.sinks) == 1
+        assert len(capture.recorders) == 1
         came = take_records(records)
         loop.turn()
         (last,) = take_records(records)
         assert last.body == b""
         assert last.missed == 10_000 - len(came)
         assert records.recv(1) == b""
-        assert not tap.sinks
+        assert not capture.recorders
 
 
 u32 = st.integers(0, 2**32 - 1)
