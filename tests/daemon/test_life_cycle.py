@@ -374,10 +374,10 @@ def test_again_and_again(shared_fabric: PrivateFabric, guest: Machine) -> None:
 def test_what_cannot_be(shared_fabric: PrivateFabric, guest: Machine) -> None:
     control = shared_fabric.control
     refusals: dict[str, Callable[[], object]] = {
-        "context 5 is running: resume cannot be": lambda: control.resume(MACHINE),
-        "context 5 is running: power-on cannot be": lambda: control.power_on(MACHINE),
+        "cannot resume context 5: it is running": lambda: control.resume(MACHINE),
+        "cannot power-on context 5: it is running": lambda: control.power_on(MACHINE),
         "context 5 is not in FT mode already": lambda: control.fault_tolerance(MACHINE, False),
-        "context 2 is the host": lambda: control.suspend(2),
+        "cannot suspend context 2: it is the host": lambda: control.suspend(2),
     }
     for text, change in refusals.items():
         with pytest.raises(OSError, match=text) as refusal:

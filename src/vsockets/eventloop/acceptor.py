@@ -1,4 +1,4 @@
-"""Accepting connections, also when there is no descriptor left for another."""
+"""Accept connections, and pause while no descriptor is free."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .loop import EventLoop
 
 log = logging.getLogger(__name__)
 
-#: How long to look away when there is nothing to accept with, in seconds.
+#: Seconds to stop accepting while resources are exhausted.
 _PAUSE = 0.05
 
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 class Acceptor:
-    """Calls ``admit`` with the descriptor of each connection to ``listener``, which it owns."""
+    """Calls ``admit`` with each connection's descriptor.  Takes ownership of ``listener``."""
 
     def __init__(
         self, loop: EventLoop, listener: socket.socket, who: str, admit: Callable[[int], None]
@@ -27,13 +27,13 @@ class Acceptor:
         self._loop = loop
         self._listener = listener
         self._who = who
-        # The C method, which typeshed leaves out: no object for what lasts microseconds here.
+        # The C method, which typeshed leaves out: avoids an object that lives for microseconds.
         self._accept = listener._accept  # type: ignore[attr-defined]
         self._admit = admit
         self._watch()
 
     def close(self) -> None:
-        """Accept nobody any more."""
+        """Stop accepting and close the listener."""
         self._loop.unwatch(self._listener.fileno())
         self._listener.close()
 
@@ -45,7 +45,7 @@ class Acceptor:
         try:
             fd, _ = self._accept()
         except BlockingIOError:
-            return  # it has gone again
+            return  # the client has closed the connection already
         except OSError as error:
             if error.errno not in _OUT_OF_RESOURCES:
                 raise

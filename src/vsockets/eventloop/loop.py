@@ -1,8 +1,7 @@
 """The event loop: one thread, one epoll, a heap of timers.
 
-Written out rather than taken from asyncio because a connection costs vsockd about a dozen
-system calls, and a framework's bookkeeping would be half the price of each (docs/design.md
-has the figures).
+Written for this purpose rather than taken from asyncio: a connection costs vsockd about a dozen
+system calls, and a framework's bookkeeping would cost half as much as each of them.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from time import monotonic
 
 log = logging.getLogger(__name__)
 
-#: What :meth:`EventLoop.watch` waits for, of epoll(7).
+#: The epoll(7) events that :meth:`EventLoop.watch` waits for.
 READABLE = int(select.EPOLLIN | select.EPOLLRDHUP)
 
-#: After so long without an event nothing is going on, in seconds.
+#: Seconds without an event after which the loop counts as idle.
 _IDLE = 1.0
 
 
-#: The same as EPOLLIN to the kernel.  Only :meth:`EventLoop.watch_first` waits for it, so it tells
-#: what is to come first from the rest.
+#: Same as EPOLLIN to the kernel.  Only :meth:`EventLoop.watch_first` sets it, so the bit marks
+#: descriptors to be served before others.
 _FIRST = int(select.EPOLLRDNORM)
 
 _COMES_FIRST = int(select.EPOLLHUP | select.EPOLLRDHUP) | _FIRST
@@ -38,7 +37,7 @@ def _comes_later(event: tuple[int, int]) -> bool:
 
 
 class Timer:
-    """A call to be made later; :meth:`cancel` takes it back."""
+    """A scheduled call; :meth:`cancel` prevents it."""
 
     __slots__ = ("callback",)
 
@@ -46,7 +45,7 @@ class Timer:
         self.callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
-        """Do not make the call.  Harmless after it was made."""
+        """Prevent the call.  Does nothing if the call was already made."""
         self.callback = None
 
 
@@ -68,16 +67,16 @@ class EventLoop:
         self.watch_for(fd, callback, READABLE)
 
     def watch_for(self, fd: int, callback: Callable[[int], None], events: int) -> None:
-        """As :meth:`watch`, for ``events`` of epoll(7); hang-ups are always among them."""
+        """Call ``callback`` for the given epoll(7) ``events``; hang-ups are always included."""
         self._epoll.register(fd, events)
         self._callbacks[fd] = callback
 
     def watch_first(self, fd: int, callback: Callable[[int], None]) -> None:
-        """As :meth:`watch`, before others that are ready at the same time."""
+        """Call ``callback`` as :meth:`watch` does, before others that are ready simultaneously."""
         self.watch_for(fd, callback, READABLE | _FIRST)
 
     def change(self, fd: int, events: int) -> None:
-        """Watch for other events."""
+        """Change the epoll(7) events that ``fd`` is watched for."""
         self._epoll.modify(fd, events)
 
     def unwatch(self, fd: int) -> None:
@@ -92,17 +91,17 @@ class EventLoop:
         return timer
 
     def stop(self) -> None:
-        """Leave :meth:`run` after the current batch of events."""
+        """Return from :meth:`run` after the current batch of events."""
         self._running = False
 
     def run(self) -> None:
-        """Serve events until :meth:`stop`.  A callback that fails is logged, not fatal."""
+        """Serve events until :meth:`stop`.  An exception in a callback is logged, not fatal."""
         poll, callbacks, timers = self._poll, self._callbacks, self._timers
         hurried = False
         while self._running:
             wait = None
             while timers:
-                if timers[0][2].callback is None:  # nobody is woken for what was cancelled
+                if timers[0][2].callback is None:  # cancelled timers wake nothing
                     heapq.heappop(timers)
                     continue
                 wait = timers[0][0] - monotonic()
@@ -114,15 +113,15 @@ class EventLoop:
             if hurried:
                 wait = _IDLE if wait is None else min(wait, _IDLE)
             ready = poll(wait)
-            # The timer's own signal is no work.
+            # SIGALRM of `hurried` is not work: it must not keep the loop busy.
             is_busy = len(ready) > 1 or (bool(ready) and ready[0][0] != self._wakeup)
             if hurried != is_busy and self._hurry:
                 hurried = is_busy
                 interval = self._hurry if hurried else 0
                 signal.setitimer(signal.ITIMER_REAL, interval, interval)
             if len(ready) > 1:
-                # What has ended comes first: a port given back or a listener closed before a
-                # request was made must not be seen after it.
+                # Hang-ups before requests: a port released or a listener closed before a request
+                # was made must not be in use when the request is served.
                 ready.sort(key=_comes_later)
             for fd, events in ready:
                 callback = callbacks.get(fd)
@@ -131,15 +130,15 @@ class EventLoop:
                 try:
                     callback(events)
                 except Exception:
-                    log.exception("an event was lost")
+                    log.exception("callback failed: an event was lost")
 
     @contextlib.contextmanager
     def signalled(self, calls: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[None]:
-        """Call a function for each of these signals while this context lasts.
+        """Call the given function for each of these signals within this context.
 
-        Only for the main thread.  Python runs its own handlers between two of its instructions,
-        so a signal just before the loop waits would be handled after the wait.  The descriptor
-        that Python writes to at once (:func:`signal.set_wakeup_fd`) ends the wait.
+        Main thread only.  Python runs its own handlers between two bytecode instructions, so a
+        signal that arrives just before the loop waits would be handled after the wait.  The
+        descriptor that Python writes to immediately (:func:`signal.set_wakeup_fd`) ends the wait.
         """
         reader, writer = socket.socketpair()
         reader.setblocking(False)
@@ -167,12 +166,12 @@ class EventLoop:
 
     @contextlib.contextmanager
     def hurried(self, seconds: float) -> Iterator[None]:
-        """Within this context no system call holds the loop up for longer than ``seconds``.
+        """Interrupt system calls that block the loop for longer than ``seconds``.
 
-        The kernel lets a close sleep: for a TCP socket that lingers, for one.  And a close may
-        be part of any call that throws away a message with descriptors in it.  Whoever sent
-        them decides how long.  But a signal ends such a sleep, so while the loop has something
-        to do, one comes at this interval.
+        The kernel lets a close sleep, for example that of a TCP socket with SO_LINGER, and a close
+        may be part of any call that discards a message with descriptors.  The sender of the
+        descriptors decides how long.  A signal ends such a sleep, so while the loop is busy, one
+        is raised at this interval.
         """
         old_handler = signal.signal(signal.SIGALRM, _ignore)
         self._hurry = seconds
@@ -193,9 +192,9 @@ class EventLoop:
                 try:
                     callback()
                 except Exception:
-                    log.exception("a timer's call failed")
+                    log.exception("timer callback failed")
         return None
 
 
 def _ignore(number: int, frame: object) -> None:
-    """Interrupt a system call, and nothing else."""
+    """Do nothing: the signal only interrupts a system call."""

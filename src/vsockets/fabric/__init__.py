@@ -1,6 +1,6 @@
-"""The hypervisor's decisions, with no socket, clock or process in them.
+"""The hypervisor's decisions as pure computation, without sockets, clocks or processes.
 
-``Fabric`` is told what happened and answers what to do; vsockd does it.
+vsockd reports each request and event to ``Fabric`` and carries out what ``Fabric`` returns.
 """
 
 from .context import Context, Contexts

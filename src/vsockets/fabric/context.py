@@ -1,4 +1,4 @@
-"""Contexts: the virtual machines, and the host, as the fabric sees them."""
+"""Contexts: the guests, the host and the hypervisor, as the fabric knows them."""
 
 from __future__ import annotations
 
@@ -47,55 +47,55 @@ class Context:
     def __init__(self, cid: int, name: str, owner: int, leased: bool = False) -> None:
         self.cid = cid
         self.name = name
-        self.owner = owner  #: the user id that owns the virtual machine
-        #: whether this is a virtual machine, rather than the host or its hypervisor
+        self.owner = owner  #: user id of the virtual machine's owner
+        #: True for a virtual machine, False for the host and the hypervisor
         self.is_guest = cid >= FIRST_GUEST_CID
         self.isolation = Isolation()
-        #: whether its programs may bind ports below 1024 without a capability
+        #: True if programs of this context may bind ports below 1024 without a capability
         self.reserved_ports = False
         self.state = State.RUNNING
         self.fault_tolerant = False
-        #: of the guest, or of each user of the host
+        #: limits of the guest, or of each user of the host
         self.limits = Limits()
         self._guest = Party(f"context {cid}", self.limits) if self.is_guest else None
-        #: of the host, by user id
+        #: parties of the host, by user id
         self._users: dict[int, Party] = {}
         self._many_users = HOST_USERS_REMEMBERED_MAX
         self.counts = Counts()
-        #: how many hold a lease on it: it ends with the last.  0: it ends when it is removed
+        #: number of leases: the context is removed with the last one. 0: removed on request only
         self.leases = int(leased)
-        #: stream and seqpacket ports: bound endpoints, and the ports of connecting sockets
+        #: stream and seqpacket ports: bound endpoints, and local ports of connected sockets
         self.connected: Ports[Endpoint | Connection] = Ports()
         self.datagrams: Ports[Endpoint] = Ports()
-        #: sockets by the kernel's number for them, to know one that came as a bare descriptor.
-        #: It is the program's own word, and the first to claim one keeps it: a lie hides or
-        #: misnames at most a socket of the liar's own context.
+        #: Sockets by SO_COOKIE, to identify one that arrives as a bare descriptor.  Programs
+        #: claim the value themselves, and the first claim wins: a false claim hides or misnames
+        #: at most a socket of the claiming program's own context.
         self.cookies: dict[int, Endpoint | Connection] = {}
-        #: of a virtual machine with a device
+        #: ports served by the guest's device; None without one
         self.kernel: DevicePorts | None = None
-        #: the unix socket behind which its ports are for tools of hybrid vsock; "": none
+        #: path of the unix socket that offers the guest's ports as hybrid vsock; "" without one
         self.hybrid = ""
-        #: with it: what the host has for this guest at a port where no program of the fabric
-        #: listens
+        #: hybrid vsock: returns the host's endpoint for this guest at a port on which no program
+        #: of the fabric listens
         self.beyond: Callable[[EndpointKind, int], Endpoint | None] | None = None
 
     @property
     def leased(self) -> bool:
-        """Whether it ends with its last lease."""
+        """True if the context is removed with its last lease."""
         return self.leases > 0
 
     @property
     def sockets(self) -> int:
-        """How many ports its sockets hold."""
+        """Number of ports that its sockets hold."""
         return len(self.connected) + len(self.datagrams)
 
     @property
     def pending(self) -> int:
-        """How many connections wait, of all its parties: see :class:`.Party`."""
+        """Number of pending connections of all its parties: see :class:`.Party`."""
         return sum(party.pending for party in self.parties())
 
     def party_of(self, uid: int) -> Party:
-        """Return whom the fabric counts a program of user ``uid`` in this context as."""
+        """Return the party that a program of user ``uid`` in this context is counted as."""
         if self._guest is not None:
             return self._guest
         party = self._users.get(uid)
@@ -109,14 +109,14 @@ class Context:
         return party
 
     def limit(self, limits: Limits) -> None:
-        """Set how much the guest, or each user of the host, may have of vsockd."""
+        """Set the limits of the guest, or of each user of the host."""
         self.limits = limits
         for party in self.parties():
             if party.limits is not None:
                 party.limit(limits)
 
     def parties(self) -> list[Party]:
-        """Return the guest, or the users of the host that are remembered."""
+        """Return the guest, or the users of the host that are remembered, as parties."""
         return list(self._users.values()) if self._guest is None else [self._guest]
 
     def __repr__(self) -> str:
@@ -124,14 +124,14 @@ class Context:
 
 
 class Contexts:
-    """The contexts there are, running or not.  CIDs are unique, and leased without a race."""
+    """All contexts, whether powered on or off.  CIDs are unique."""
 
     def __init__(self, owner: int) -> None:
         self._by_cid: dict[int, Context] = {}
-        #: the context with this CID, if there is one
+        #: returns the context with a CID, or None
         self.get = self._by_cid.get
         self._next = FIRST_GUEST_CID
-        #: CIDs that a guest gets only if it asks for them
+        #: CIDs that are assigned only on explicit request
         self.reserved: Collection[int] = ()
         self.hypervisor = self._put(Context(VMADDR_CID_HYPERVISOR, "hypervisor", owner))
         self.host = self._put(Context(VMADDR_CID_HOST, "host", owner))
@@ -143,17 +143,18 @@ class Contexts:
         return iter(self._by_cid.values())
 
     def add(self, cid: int | None, name: str, owner: int, leased: bool = False) -> Context:
-        """A new guest, running.  Without a CID it gets a free one: the next not used lately.
+        """Add a running guest, or one more lease on a leased guest.
 
-        A lease on a guest that lives by leases already is one more lease on it.  Refused with
-        EINVAL (not a guest's CID) or EEXIST (in use).
+        Without ``cid``, assign the next free CID after the last one assigned.
+
+        Raises Refused with EINVAL for a CID outside the guests' range and EEXIST for one in use.
         """
         if cid is None:
             cid = self._free_cid()
         elif not FIRST_GUEST_CID <= cid <= LAST_GUEST_CID:
             raise Refused(
                 errno.EINVAL,
-                f"CID {cid} is not a guest's: expected {FIRST_GUEST_CID} to {LAST_GUEST_CID}",
+                f"CID {cid} is not a guest's (expected {FIRST_GUEST_CID} to {LAST_GUEST_CID})",
             )
         elif cid in self._by_cid:
             context = self._by_cid[cid]
@@ -164,14 +165,20 @@ class Contexts:
         return self._put(Context(cid, name or f"guest-{cid}", owner, leased))
 
     def require(self, cid: int) -> Context:
-        """The context with this CID.  Refused with ENOENT."""
+        """Return the context with this CID.
+
+        Raises Refused with ENOENT when it does not exist.
+        """
         context = self._by_cid.get(cid)
         if context is None:
             raise Refused(errno.ENOENT, f"no context {cid}")
         return context
 
     def remove(self, cid: int) -> Context:
-        """Forget a guest.  Refused with ENOENT or, for the host, EINVAL."""
+        """Remove a guest.
+
+        Raises Refused with ENOENT when it does not exist and EINVAL for the host or hypervisor.
+        """
         context = self.require(cid)
         if not context.is_guest:
             raise Refused(

@@ -1,4 +1,4 @@
-"""How much of what has happened in a context, since it was added."""
+"""Counters of what has happened in a context since it was added."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from .errors import Rule
 
 
 class Counts:
-    """What a context's programs did.  Everything only rises."""
+    """Counters of one context's activity.  They only increase."""
 
     __slots__ = ("accepts", "connects", "denials", "refusals")
 
     def __init__(self) -> None:
-        self.connects = 0  #: streams its programs began, and have got
-        self.accepts = 0  #: streams that were begun to it
-        self.refusals = 0  #: requests answered with an errno, denials among them
-        #: how often which rule was applied to its programs
+        self.connects = 0  #: streams established by its programs
+        self.accepts = 0  #: streams established to its listeners
+        self.refusals = 0  #: requests answered with an errno, including denials
+        #: denials of its programs' requests, by rule
         self.denials: Counter[Rule] = Counter()
 
     def add(self, other: Counts) -> None:
-        """Take over what somebody else did."""
+        """Add the counts of ``other`` to these."""
         self.connects += other.connects
         self.accepts += other.accepts
         self.refusals += other.refusals

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class EndpointKind(Enum):
-    """The socket types.  The value is how people see them."""
+    """A socket type.  The value is its name in reports and options."""
 
     STREAM = "stream"
     SEQPACKET = "seqpacket"
@@ -23,7 +23,7 @@ class EndpointKind(Enum):
 
 
 class Credentials(NamedTuple):
-    """Who a process is, as the kernel says it."""
+    """A process's identity, as the kernel reports it."""
 
     pid: int
     uid: int
@@ -32,40 +32,40 @@ class Credentials(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Endpoint:
-    """A socket that holds a port: bound, perhaps listening."""
+    """A socket that holds a port: bound, and possibly listening."""
 
     kind: EndpointKind
     context: Context
-    cid: int  #: the context's CID, or VMADDR_CID_LOCAL for one that serves its own context only
+    cid: int  #: the context's CID, or VMADDR_CID_LOCAL for one reachable from its own context only
     port: int
     owner: Credentials
-    trust: Trust | None = None  #: of an endpoint of the host
+    trust: Trust | None = None  #: set for the host's endpoints only
     cookie: int = 0
-    inode: int = 0  #: the socket's, as its program says, or 0: for people to find who has it now
-    handle: object = None  #: what vsockd reaches the socket by; the fabric never looks inside
+    inode: int = 0  #: the socket's inode as its program reported it, to show its holders; 0 unknown
+    handle: object = None  #: vsockd's object for the socket, opaque to the fabric
     listening: bool = False
-    #: not known here: the guest's kernel decides, when it is asked
+    #: True if the device or hybrid relay behind the port decides whether a listener exists
     undecided: bool = False
     sizes: BufferSizes = field(default_factory=BufferSizes)
-    party: Party | None = None  #: whose port it is; None when it holds none
+    party: Party | None = None  #: the party that holds the port; None if it holds none
 
     @property
     def address(self) -> tuple[int, int]:
-        """``(cid, port)`` as getsockname() shows it."""
+        """``(cid, port)`` as returned by getsockname()."""
         return self.cid, self.port
 
 
 @dataclass(frozen=True, slots=True)
 class DevicePorts:
-    """A guest's kernel, reached through a device: the authority over the guest's ports."""
+    """The ports that a guest's device serves; the guest's kernel decides about each of them."""
 
     owner: Credentials  #: the device's process
-    streams: object  #: the handles of its endpoints
-    datagrams: object
-    seqpacket: bool = False  #: whether its streams' handle takes sequenced packets, too
+    streams: object  #: handle of its stream endpoints
+    datagrams: object  #: handle of its datagram endpoints
+    seqpacket: bool = False  #: True if ``streams`` accepts sequenced packet sockets, too
 
     def endpoint(self, context: Context, kind: EndpointKind, port: int) -> Endpoint | None:
-        """Whatever is at ``port``; None when the kernel has no such sockets."""
+        """Return a pending endpoint for ``port``; None if the guest lacks this socket type."""
         streams = kind is not EndpointKind.DATAGRAM
         handle = self.streams if streams else self.datagrams
         if handle is None or (kind is EndpointKind.SEQPACKET and not self.seqpacket):
@@ -84,23 +84,23 @@ class DevicePorts:
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """An established stream.  vsockd knows of it, and is not in it."""
+    """An established stream.  vsockd knows of it, and none of its bytes pass through vsockd."""
 
     number: int
     context: Context  #: the connecting side's
-    listener: Endpoint  #: the accepting side's; it may have been closed since
+    listener: Endpoint  #: the accepting side's, which may have been closed since
     local: tuple[int, int]  #: the connecting side's address
     peer: tuple[int, int]  #: the accepting side's address
     size: int  #: the buffer size both sides agreed on, in bytes
-    sizes: BufferSizes  #: what the connecting side had asked for
+    sizes: BufferSizes  #: the connecting side's requested buffer sizes
     owner: Credentials  #: the connecting process
     party: Party  #: the connecting side's
     cookie: int = 0
-    watch: object = None  #: what vsockd notices its end by; the fabric never looks inside
+    watch: object = None  #: vsockd's registration that detects the stream's end; opaque here
 
     @property
     def kind(self) -> EndpointKind:
-        """Stream or seqpacket."""
+        """Socket type: stream or seqpacket."""
         return self.listener.kind
 
     @property

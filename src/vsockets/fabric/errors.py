@@ -1,4 +1,4 @@
-"""How the fabric says no."""
+"""Exceptions for refused requests, and the rules behind denials."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from enum import Enum
 
 
 class Refused(Exception):
-    """A request cannot be granted: the program gets ``errno``, the log also gets ``reason``.
+    """A refused request: the program gets ``errno``, the log gets ``reason`` as well.
 
-    The peer never learns the reason: an errno that tells "forbidden" from "absent" would tell
-    a guest what exists beside it.
+    The peer never receives the reason: an errno that separates "forbidden" from "absent" would
+    disclose to a guest what exists beside it.
     """
 
     def __init__(self, errno: int, reason: str) -> None:
@@ -20,18 +20,18 @@ class Refused(Exception):
 
 
 class Rule(Enum):
-    """What a denial rests on.  The value is its name in the audit log."""
+    """The rule that a denial is based on.  The value is its name in the audit log."""
 
-    AUTHENTIC_SOURCE = "authentic-source"  #: the source may not be spoofed
+    AUTHENTIC_SOURCE = "authentic-source"  #: source addresses cannot be spoofed
     RESERVED_PORT = "reserved-port"  #: ports below 1024 need CAP_NET_BIND_SERVICE
-    HYPERVISOR_SERVICE = "hypervisor-service"  #: CID 0 is for the fabric's owner
-    GUEST_TO_GUEST = "guest-to-guest"  #: only host to guest
-    RESTRICTED = "restricted"  #: isolated: hypervisor services and trusted endpoints only
-    DOMAIN = "domain"  #: ESX 4.0 to 5.0: another ``vmci0.domain``
-    SUSPENDED = "suspended"  #: the virtual machine does not run
+    HYPERVISOR_SERVICE = "hypervisor-service"  #: CID 0 is reserved for the fabric's owner
+    GUEST_TO_GUEST = "guest-to-guest"  #: guests communicate with the host only
+    RESTRICTED = "restricted"  #: isolated guest: hypervisor services and trusted endpoints only
+    DOMAIN = "domain"  #: ESX 4.0 to 5.0: different ``vmci0.domain``
+    SUSPENDED = "suspended"  #: the virtual machine is suspended
     FAULT_TOLERANCE = "fault-tolerance"  #: no new connections in FT mode
-    CAPTURE = "capture"  #: what passes is its owner's to see
-    SOCKETS = "sockets"  #: a guest's limits, by their names in the configuration
+    CAPTURE = "capture"  #: capturing at a device needs a grant or the fabric's owner
+    SOCKETS = "sockets"  #: this and the next three: limits, named as in the configuration
     PENDING_CONNECTS = "pending_connects"
     REQUEST_RATE = "request_rate"
     DATAGRAM_BYTES = "datagram_bytes"
@@ -41,7 +41,7 @@ LIMIT_RULES = (Rule.SOCKETS, Rule.PENDING_CONNECTS, Rule.REQUEST_RATE, Rule.DATA
 
 
 class Denied(Refused):
-    """Refused because somebody may not, rather than because something is not there."""
+    """A request refused by a policy or limit, rather than because its target does not exist."""
 
     def __init__(self, errno: int, rule: Rule, reason: str) -> None:
         super().__init__(errno, reason)

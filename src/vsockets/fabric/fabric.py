@@ -1,7 +1,7 @@
-"""Brokerage: binding, listening, connecting, and the addresses of datagrams.
+"""The fabric's operations: bind, listen, connect, and the routing of datagrams.
 
-Every operation costs the same whatever the number of contexts, listeners and connections:
-all look-ups are by key.
+Each operation takes constant time in the number of contexts, listeners and connections: all
+look-ups are by key.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from .ports import Ports
 from .settings import Profile, Settings
 from .trust import Program, trust_of
 
-#: Connections are numbered from 1 to this, and over again: an epoll can report 31 bits.
+#: Connections are numbered from 1 to this and then from 1 again: an epoll entry reports 31 bits.
 LAST_CONNECTION = 2**31 - 1
 
-# Names of our own: looking a member up in its enum costs as much as a short function.
+# Module aliases of enum members: hot path.
 _OFF, _DEFAULT = State.OFF, Profile.DEFAULT
 
 
 class Fabric:
-    """All contexts, the endpoints in them and the connections between them."""
+    """All contexts, their endpoints, and the connections between them."""
 
     def __init__(self, owner: int) -> None:
         self.contexts = Contexts(owner)
         self.settings = Settings()
         self.connections: dict[int, Connection] = {}
-        #: told of each endpoint of the host that begins to listen, and that does no longer
+        #: called with each endpoint of the host that starts or stops listening
         self.watchers: list[Callable[[Endpoint], None]] = []
-        #: what leased contexts did that have ended
+        #: counts of leased contexts that have been removed
         self.departed = Counts()
         self._number = 0
 
@@ -53,11 +53,12 @@ class Fabric:
         cookie: int = 0,
         privileged: bool = True,
     ) -> Endpoint:
-        """Give a socket an address; wildcards are filled in.
+        """Bind a socket; wildcards in the address are filled in.
 
-        Without ``privileged`` the capabilities of ``program`` do not count.  Refused with
-        EADDRNOTAVAIL (another context's CID), EACCES (a reserved port, or CID 0, without
-        privilege), ENOBUFS (the party's limit) or EADDRINUSE.
+        Without ``privileged``, capabilities of ``program`` are ignored.
+
+        Raises Refused with EADDRNOTAVAIL (another context's CID), EACCES (a reserved port, or
+        CID 0, without privilege), ENOBUFS (the party's limit) or EADDRINUSE.
         """
         if cid not in (VMADDR_CID_ANY, VMADDR_CID_LOCAL, context.cid):
             reason = f"CID {cid} is not context {context.cid}'s"
@@ -84,7 +85,7 @@ class Fabric:
         return endpoint
 
     def rebind(self, endpoint: Endpoint) -> None:
-        """Give a stream socket the port back that its connection has just set free."""
+        """Return the port to a stream socket whose connection has just released it."""
         assert endpoint.party is not None
         endpoint.context.connected.claim(endpoint.port, endpoint)
         endpoint.party.sockets += 1
@@ -92,13 +93,13 @@ class Fabric:
             endpoint.context.cookies.setdefault(endpoint.cookie, endpoint)
 
     def rename(self, endpoint: Endpoint, cookie: int, inode: int) -> None:
-        """Let another socket be that of ``endpoint``."""
+        """Make another socket, with this cookie and inode, the socket of ``endpoint``."""
         _forget(endpoint.context, endpoint.cookie, endpoint)
         endpoint.cookie, endpoint.inode = cookie, inode
         endpoint.context.cookies.setdefault(cookie, endpoint)
 
     def listen(self, endpoint: Endpoint, sizes: BufferSizes) -> None:
-        """Let ``endpoint`` be connected to."""
+        """Set ``endpoint`` listening, with its buffer sizes."""
         endpoint.listening = True
         endpoint.sizes = sizes
         self._tell_watchers(endpoint)
@@ -109,7 +110,7 @@ class Fabric:
                 tell(endpoint)
 
     def unbind(self, endpoint: Endpoint) -> None:
-        """The socket is gone: its port is free."""
+        """Release the port of a socket that was closed."""
         if endpoint.kind is EndpointKind.DATAGRAM:
             held = endpoint.context.datagrams.release(endpoint.port, endpoint)
         else:
@@ -131,13 +132,14 @@ class Fabric:
         program: Program,
         bound: Endpoint | None = None,
     ) -> Endpoint:
-        """The endpoint that a socket of ``program``, in ``context``, reaches at ``(cid, port)``.
+        """Return the endpoint that a socket of ``program``, in ``context``, reaches at an address.
 
-        ``bound`` is the socket's endpoint, if it has one yet.  Refused with EHOSTUNREACH (no
-        such context, or none that may be reached), EADDRNOTAVAIL (no port for the socket),
-        ECONNRESET (nobody listens there, or for another socket type), EACCES (an isolated guest;
-        the program is not trusted), ENETDOWN (the context's own state forbids it) or ENODEV
-        (VMADDR_CID_ANY).
+        ``bound`` is the socket's endpoint, if it has one yet.
+
+        Raises Refused with EHOSTUNREACH (the context does not exist, or may not be reached),
+        EADDRNOTAVAIL (no free port for the socket), ECONNRESET (no listener, or one of another
+        socket type), EACCES (an isolated guest that the program is not trusted for), ENETDOWN
+        (forbidden in the source context's state) or ENODEV (VMADDR_CID_ANY).
         """
         destination = self._destination(context, cid, port, True)
         if bound is None:
@@ -149,7 +151,7 @@ class Fabric:
         if endpoint is None and destination is self.contexts.host and context.beyond is not None:
             endpoint = context.beyond(kind, port)
         if endpoint is None:
-            raise Refused(errno.ECONNRESET, f"nobody listens on {cid}:{port}")
+            raise Refused(errno.ECONNRESET, f"no listener on {cid}:{port}")
         if endpoint.kind is not kind:
             raise Refused(errno.ECONNRESET, f"{cid}:{port} is a {endpoint.kind.value} socket")
         if context is not destination:
@@ -167,10 +169,10 @@ class Fabric:
         owner: Credentials,
         cookie: int = 0,
     ) -> Connection:
-        """Join a socket of ``context`` with ``listener``; an unbound one gets a port.
+        """Connect a socket of ``context`` with ``listener``; assign a port to an unbound socket.
 
-        Refused with EINVAL when the two sides' buffer sizes leave no size for both, with
-        ENOBUFS at the party's limit, with EACCES for CID 0 without privilege.
+        Raises Refused with EINVAL (the sides' buffer sizes have no size in common), ENOBUFS (the
+        party's limit) or EACCES (CID 0 without privilege).
         """
         size = sizes.size if listener.undecided else negotiate(sizes, listener.sizes)
         if size is None:
@@ -204,10 +206,10 @@ class Fabric:
         return connection
 
     def settle(self, guest: Context, port: int, peer: tuple[int, int], size: int) -> bool:
-        """A guest's kernel has decided on a connection from ``peer`` to its ``port``.
+        """Complete a pending connection from ``peer`` to ``port`` of a guest.
 
-        ``size`` is what it agreed on; 0: there is no connection.  Returns whether anybody still
-        waited for that.
+        ``size`` is the negotiated buffer size in bytes; 0 refuses the connection.  Return whether
+        the connection was pending.
         """
         context = self.contexts.get(peer[0])
         connection = context.connected.get(peer[1]) if context is not None else None
@@ -226,7 +228,7 @@ class Fabric:
         return True
 
     def end(self, number: int) -> None:
-        """A connection is over; its port is free.  Harmless when it was ended before."""
+        """Remove a connection and release its port.  Does nothing if it was already removed."""
         connection = self.connections.pop(number, None)
         if connection is not None:
             context, port, cookie = connection.context, connection.local[1], connection.cookie
@@ -237,16 +239,17 @@ class Fabric:
                 del context.cookies[cookie]
 
     def find_connection(self, one: tuple[int, int], other: tuple[int, int]) -> Connection:
-        """The connection between these two addresses, in either order.  Refused with ENOENT."""
+        """Return the connection between two addresses, in either order.
+
+        Raises Refused with ENOENT when it does not exist.
+        """
         for local, peer in ((one, other), (other, one)):
-            # Who is bound to the local CID has peers in its own context alone.
+            # A socket bound to the local CID has peers in its own context only.
             context = self.contexts.get(peer[0] if local[0] == VMADDR_CID_LOCAL else local[0])
             holder = context.connected.get(local[1]) if context is not None else None
             if isinstance(holder, Connection) and (holder.local, holder.peer) == (local, peer):
                 return holder
-        raise Refused(
-            errno.ENOENT, "there is no stream between {}:{} and {}:{}".format(*one, *other)
-        )
+        raise Refused(errno.ENOENT, "no stream between {}:{} and {}:{}".format(*one, *other))
 
     # Datagrams
 
@@ -258,10 +261,12 @@ class Fabric:
         program: Program,
         source: Endpoint | None = None,
     ) -> Endpoint:
-        """The datagram endpoint that ``program``, in ``context``, reaches at ``(cid, port)``.
+        """Return the datagram endpoint that ``program``, in ``context``, reaches at an address.
 
-        ``source`` is the endpoint it sends from, if it has one yet.  As :meth:`find_listener`;
-        nobody there is ECONNREFUSED, a source bound to the local CID stays in its context.
+        ``source`` is the sending socket's endpoint, if it has one yet.
+
+        Raises Refused as :meth:`find_listener`, except ECONNREFUSED for a port without a socket;
+        a source bound to the local CID reaches its own context only.
         """
         destination = self._destination(context, cid, port, False)
         endpoint = destination.datagrams.get(port)
@@ -278,8 +283,8 @@ class Fabric:
     # Both
 
     def _destination(self, context: Context, cid: int, port: int, connecting: bool) -> Context:
-        # As Linux: a stream to VMADDR_CID_ANY has no transport; a datagram to it stays at home.
-        # Nobody can listen on VMADDR_PORT_ANY, and no datagram can be sent there.
+        # As Linux: a stream to VMADDR_CID_ANY has no transport, and a datagram to it stays in its
+        # context.  No socket can listen on VMADDR_PORT_ANY, and no datagram can be sent there.
         if connecting and cid == VMADDR_CID_ANY:
             raise Refused(errno.ENODEV, "VMADDR_CID_ANY is not a destination")
         if not connecting and port == VMADDR_PORT_ANY:
@@ -295,7 +300,7 @@ class Fabric:
     def _require_trust(
         self, context: Context, endpoint: Endpoint, program: Program, own: Endpoint | None
     ) -> None:
-        """Raise Denied when one side is an isolated guest and the other not for its like."""
+        """Raise Denied when an isolated guest and an endpoint not trusted for it would connect."""
         host = self.contexts.host
         if endpoint.context is host and context.isolation.profile is not _DEFAULT:
             assert endpoint.trust is not None
@@ -305,13 +310,14 @@ class Fabric:
             trust = trust or trust_of(program, endpoint.kind, self.settings)
             policy.require_trust(endpoint.context, trust, endpoint.kind, False)
 
-    # The life of virtual machines
+    # Life cycle of virtual machines
 
     def change(self, context: Context, change: Change) -> list[Connection]:
-        """What ``change`` does to ``context``; returns the connections that are over with it.
+        """Apply ``change`` to ``context``; return the connections that it ends.
 
-        After power-off the caller unbinds its endpoints.  Refused with EINVAL: see
-        :mod:`.life_cycle`.
+        After power-off the caller unbinds the context's endpoints.
+
+        Raises Refused with EINVAL when the change is not allowed: see :mod:`.life_cycle`.
         """
         life_cycle.apply(context, change)
         if change not in life_cycle.DROPS_CONNECTIONS:
@@ -322,7 +328,7 @@ class Fabric:
         return over
 
     def connections_of(self, context: Context) -> list[Connection]:
-        """The connections with an end, or both, in ``context``."""
+        """Return the connections with one or both ends in ``context``."""
         return [
             connection
             for connection in self.connections.values()
@@ -336,15 +342,17 @@ def _forget(context: Context, cookie: int, what: Endpoint | Connection) -> None:
 
 
 def _in_scope(context: Context, endpoint: Endpoint) -> bool:
-    """Whether ``endpoint`` has to do with ``context``: one bound to VMADDR_CID_LOCAL has to do
-    with its own only.
+    """Return whether ``endpoint`` is reachable from ``context``: one bound to VMADDR_CID_LOCAL is
+    reachable from its own context only.
     """
     return endpoint.cid != VMADDR_CID_LOCAL or endpoint.context is context
 
 
 def _require_scope(destination: Context, source: Endpoint) -> None:
-    """Refuse to let a socket bound to VMADDR_CID_LOCAL out of its context: elsewhere its
-    address would be taken for one there.
+    """Raise Refused when a socket bound to VMADDR_CID_LOCAL would reach another context, where its
+    address would be taken for a local one of that context.
     """
     if not _in_scope(destination, source):
-        raise Refused(errno.EHOSTUNREACH, "a socket bound to the local CID stays in its context")
+        raise Refused(
+            errno.EHOSTUNREACH, "a socket bound to the local CID reaches its own context only"
+        )

@@ -1,4 +1,4 @@
-"""What happens to a virtual machine, and to its vSockets (guide page 7).
+"""State changes of a virtual machine, and their effect on its vSockets (guide page 7).
 
 "VMware vSockets lose connection after suspend and resume of a virtual machine", they "do not
 survive live migration", and "are dropped when a virtual machine is put into fault tolerance
@@ -8,17 +8,17 @@ mode, and no new vSockets connections can be established while a virtual machine
     =========  ==========================================================================
     change     from            to          connections  what else
     =========  ==========================================================================
-    suspend    running         suspended   dropped      nothing gets in or out
+    suspend    running         suspended   dropped      blocks all traffic
     resume     suspended       running
     migrate    running         running     dropped
     reset      not off         the same    dropped
     ft on      running         running     dropped      no new connections
     ft off     running         running                  connections again
-    power-off  not off         off         dropped      every endpoint and FT mode are gone
+    power-off  not off         off         dropped      removes every endpoint, ends FT mode
     power-on   off             running
     =========  ==========================================================================
 
-Bound and listening sockets outlive everything but power-off, as those in a guest's memory do.
+Bound and listening sockets outlive every change but power-off, as sockets in guest memory do.
 Datagrams need no connection: FT mode lets them pass.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
-    """What a virtual machine does."""
+    """The run state of a virtual machine."""
 
     RUNNING = "running"
     SUSPENDED = "suspended"
@@ -43,7 +43,7 @@ class State(Enum):
 
 
 class Change(Enum):
-    """What an administrator, or a hypervisor, has it do."""
+    """A change of state that an administrator or hypervisor requests."""
 
     SUSPEND = "suspend"
     RESUME = "resume"
@@ -55,7 +55,7 @@ class Change(Enum):
     POWER_ON = "power-on"
 
 
-#: The changes that end every established connection of the context.
+#: The changes that end every established connection of a context.
 DROPS_CONNECTIONS = frozenset(
     {Change.SUSPEND, Change.MIGRATE, Change.RESET, Change.FT_ON, Change.POWER_OFF}
 )
@@ -75,18 +75,22 @@ _TRANSITIONS = {
 
 
 def apply(context: Context, change: Change) -> None:
-    """Put ``context`` into the state after ``change``.
+    """Apply ``change`` to the state of ``context``.
 
-    Refused with EINVAL: the host's context has no such life, or it cannot be done to a machine
-    in its state.
+    Raises Refused with EINVAL for the host or hypervisor, and for a change that is not allowed in
+    the guest's state.
     """
     if not context.is_guest:
-        raise Refused(errno.EINVAL, f"context {context.cid} is the {context.name}: only guests can")
+        raise Refused(
+            errno.EINVAL,
+            f"cannot {change.value} context {context.cid}: it is the {context.name} "
+            "(expected a guest)",
+        )
     after = _TRANSITIONS.get((context.state, change))
     if after is None:
         raise Refused(
             errno.EINVAL,
-            f"context {context.cid} is {context.state.value}: {change.value} cannot be",
+            f"cannot {change.value} context {context.cid}: it is {context.state.value}",
         )
     if change in (Change.FT_ON, Change.FT_OFF):
         if context.fault_tolerant is (change is Change.FT_ON):

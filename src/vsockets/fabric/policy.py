@@ -1,20 +1,20 @@
-"""Who may talk to whom: the guide's chapter 5, "Security of the VMCI Device".
+"""Access policy: the guide's chapter 5, "Security of the VMCI Device".
 
-Four questions decide, each a function here, and two more that the guide does not ask:
+Four checks come from the guide, the last two are additions; each is a function here:
 
-1. :func:`require_path`: may these two contexts have to do with each other, in their state?
-2. :func:`require_trust`: may this guest and this program of the host, if the guest is isolated?
+1. :func:`require_path`: may these two contexts communicate, in their present states?
+2. :func:`require_trust`: may this isolated guest and this program of the host communicate?
 3. :func:`require_service`: may this program be a service of the hypervisor?
-4. :func:`require_reserved_port`: may this program have a port below 1024?
-5. :func:`require_capture`: may this program see what passes a virtual machine's device?
+4. :func:`require_reserved_port`: may this program bind a port below 1024?
+5. :func:`require_capture`: may this program capture traffic at a virtual machine's device?
 6. :func:`require_own_guest`: may this guest's programs have reserved ports without a privilege?
 
-Processes of one context may talk with each other whatever its profile (guide page 8,
-"interprocess communications on a guest"), and every guest with the hypervisor's services ("This
-allows use of VMware Tools without any problems even for an isolated virtual machine").
+Processes of one context may communicate whatever its profile (guide page 8, "interprocess
+communications on a guest"), and every guest may use the hypervisor's services ("This allows use
+of VMware Tools without any problems even for an isolated virtual machine").
 
-What a guest may not reach answers as if it were not there, so that it cannot find out who else
-is on the host.  A program of the host may know, and gets EACCES.
+To a guest, a forbidden destination answers like an absent one, so that the guest cannot discover
+what else runs on the host.  A program of the host may know, and gets EACCES.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .life_cycle import State
 from .settings import Profile, Settings
 from .trust import CAP_NET_BIND_SERVICE, Program, Trust
 
-# A name of our own: looking a member up in its enum costs as much as a short function.
+# Module alias of an enum member: hot path.
 _RUNNING = State.RUNNING
 
 
 def require_path(source: Context, destination: Context, connecting: bool) -> None:
-    """Raise Denied unless ``source`` may reach ``destination``, now.
+    """Raise Denied unless ``source`` may reach ``destination`` in their present states.
 
-    ``connecting`` tells a new connection from a datagram.
+    ``connecting`` is True for a new connection, False for a datagram.
     """
     if source is not destination and source.is_guest and destination.is_guest:
         _require_neighbours(source, destination)
@@ -52,7 +52,7 @@ def require_path(source: Context, destination: Context, connecting: bool) -> Non
 
 
 def _require_neighbours(source: Context, destination: Context) -> None:
-    """Between guests: the rules of ESX 4.0 to 5.0, if both live by them, else never.
+    """Raise Denied unless the rules of ESX 4.0 to 5.0 apply to both guests and allow it.
 
     "A virtual machine could communicate with [...] other virtual machines with
     vmci0.unrestricted set TRUE", "only with [...] other virtual machines in the same domain".
@@ -70,17 +70,17 @@ def _require_neighbours(source: Context, destination: Context) -> None:
 
 
 def require_trust(guest: Context, trust: Trust, kind: EndpointKind, from_guest: bool) -> None:
-    """Raise Denied unless ``guest`` may talk with the host's endpoint that has ``trust``.
+    """Raise Denied unless ``guest`` may communicate with a host endpoint that has ``trust``.
 
-    A restricted guest, and one of the legacy profile that is not unrestricted, meets trusted
-    endpoints only, whoever starts; one of the legacy profile meets only those in its domain.
+    A restricted guest, and a legacy guest that is not unrestricted, may communicate with trusted
+    endpoints only, whichever side connects; a legacy guest only with those in its domain.
     """
     isolation = guest.isolation
     legacy = isolation.profile is Profile.LEGACY
     if legacy and isolation.domain not in trust.domains:
         rule, reason = Rule.DOMAIN, f"the host's endpoint is not in domain {isolation.domain!r}"
     elif not (legacy and isolation.unrestricted) and not trust.toward(guest):
-        rule, reason = Rule.RESTRICTED, f"context {guest.cid} is for trusted endpoints only"
+        rule, reason = Rule.RESTRICTED, f"context {guest.cid} is limited to trusted endpoints"
     else:
         return
     if not from_guest:
@@ -96,53 +96,53 @@ def require_service(context: Context, program: Credentials) -> None:
     """Raise Denied unless ``program`` may have endpoints in ``context``.
 
     "The VMCI facility implicitly authenticates any hypervisor service as being part of the
-    trusted code base": so those are the fabric's owner's, and root's, alone.
+    trusted code base": therefore only the fabric's owner and root may provide such services.
     """
     if context.cid == VMADDR_CID_HYPERVISOR and program.uid not in (context.owner, 0):
         raise Denied(
             errno.EACCES,
             Rule.HYPERVISOR_SERVICE,
-            f"services of the hypervisor belong to user {context.owner}",
+            f"services of the hypervisor are reserved for user {context.owner}",
         )
 
 
 def require_reserved_port(context: Context, program: Program, port: int, privileged: bool) -> None:
-    """Raise Denied unless ``program`` may bind ``port``, one below 1024, in ``context``.
+    """Raise Denied unless ``program`` may bind ``port``, which is below 1024, in ``context``.
 
     "A process must have capability CAP_NET_BIND_SERVICE so it can bind to a port within the
     reserved < 1024 port range"; in a guest with ``reserved_ports`` every program may.  Without
-    ``privileged`` the program asks by way of another one, whose capabilities do not count.
+    ``privileged``, the request was forwarded by a process whose own capabilities do not count.
     """
     if context.reserved_ports or (privileged and program.has_capability(CAP_NET_BIND_SERVICE)):
         return
-    reason = f"port {port} is reserved: CAP_NET_BIND_SERVICE is needed"
+    reason = f"port {port} is reserved (expected CAP_NET_BIND_SERVICE)"
     raise Denied(errno.EACCES, Rule.RESERVED_PORT, reason)
 
 
 def require_own_guest(guest_owner: int, fabric_owner: int) -> None:
-    """Refuse ``reserved_ports`` to a guest of another user than the fabric's owner.
+    """Raise Refused when ``reserved_ports`` is requested for a guest of another user.
 
-    A port below 1024 tells peers that a privileged program of the guest serves there.  The
-    fabric's owner may say so of his own guest, and of no other user's.
+    A port below 1024 assures peers that a privileged program of the guest provides the service.
+    The fabric's owner may give that assurance for his own guests only.
     """
     if guest_owner != fabric_owner:
         raise Refused(
             errno.EPERM,
-            f"reserved ports: the guest belongs to user {guest_owner}, "
-            f"expected the fabric's owner, user {fabric_owner}",
+            f"reserved ports: the guest belongs to user {guest_owner} "
+            f"(expected the fabric's owner, user {fabric_owner})",
         )
 
 
 def require_capture(asker: Context, program: Program, settings: Settings) -> None:
-    """Raise Denied unless ``program``, in the context ``asker``, may see what passes a device.
+    """Raise Denied unless ``program``, in the context ``asker``, may capture at a device.
 
-    What guests say, and what is said to them, may be anybody's secret on the host: so it is for
-    the fabric's owner and root, and for programs of the host that the configuration names.
+    Traffic of guests may contain any host user's secrets, so only the fabric's owner, root, and
+    host programs with a grant in the configuration may capture it.
     """
     if asker.cid == VMADDR_CID_HOST:
         if program.credentials.uid in (asker.owner, 0):
             return
         if any(grant.capture and program.matches(grant) for grant in settings.grants):
             return
-    reason = "to capture what passes a device needs a grant, or to be the fabric's owner"
+    reason = "capturing at a device is reserved for the fabric's owner and programs with a grant"
     raise Denied(errno.EACCES, Rule.CAPTURE, reason)

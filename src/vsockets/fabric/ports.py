@@ -1,4 +1,4 @@
-"""Who holds which port of a context."""
+"""The ports of a context and their holders."""
 
 from __future__ import annotations
 
@@ -12,50 +12,58 @@ from .errors import Refused
 from .limits import EPHEMERAL_PORT_TRIES_MAX
 
 _FIRST_EPHEMERAL = LAST_RESERVED_PORT + 1
-_LAST_EPHEMERAL = LARGEST - 1  # the last one is VMADDR_PORT_ANY
+_LAST_EPHEMERAL = LARGEST - 1  # LARGEST is VMADDR_PORT_ANY
 
 Holder = TypeVar("Holder")
 
 
 class Ports(dict[int, Holder]):
-    """A context's ports of one namespace, by their numbers, and who holds them.
+    """Holders of a context's ports in one namespace, by port number.
 
     Streams and sequenced packets share a namespace, datagrams have their own, as in Linux.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # Upwards from a random start through four billion ports: a port that was just given
-        # back is the last to be given out again, so a late packet or a slow peer of the old
-        # holder does not meet the new one.
+        # Upwards from a random start through four billion ports: a released port is the last to
+        # be assigned again, so a late packet or a slow peer of the old holder does not reach the
+        # new one.
         self._next = random.randint(_FIRST_EPHEMERAL, _LAST_EPHEMERAL)
 
     def claim(self, port: int, holder: Holder) -> None:
-        """Take a port by its number.  Refused with EADDRINUSE when it is held."""
+        """Assign ``port`` to ``holder``.
+
+        Raises Refused with EADDRINUSE when it is held.
+        """
         if port in self:
-            raise Refused(errno.EADDRINUSE, f"port {port} is held")
+            raise Refused(errno.EADDRINUSE, f"port {port} is in use")
         self[port] = holder
 
     def ephemeral(self) -> int:
-        """A free port from the range that needs no privilege.  It is not yet taken.
+        """Return a free port of the range that needs no privilege, without assigning it.
 
-        Refused with EADDRNOTAVAIL, as by Linux, when several in a row are held; then the next
-        attempt looks behind those.
+        Raises Refused with EADDRNOTAVAIL, as Linux does, when several consecutive ports are held;
+        the next call continues after those.
         """
         port = self.seek()
         self._next = _after(port)
         return port
 
     def seek(self) -> int:
-        """As :meth:`ephemeral`, which then gives the same port."""
+        """Return the port that :meth:`ephemeral` returns next.
+
+        Raises Refused as :meth:`ephemeral`.
+        """
         for _ in range(EPHEMERAL_PORT_TRIES_MAX):
             if self._next not in self:
                 return self._next
             self._next = _after(self._next)
-        raise Refused(errno.EADDRNOTAVAIL, f"{EPHEMERAL_PORT_TRIES_MAX} ports in a row are held")
+        raise Refused(
+            errno.EADDRNOTAVAIL, f"{EPHEMERAL_PORT_TRIES_MAX} consecutive ports are in use"
+        )
 
     def release(self, port: int, holder: Holder) -> bool:
-        """Give a port back; returns whether ``holder`` still held it."""
+        """Release a port; return whether ``holder`` still held it."""
         if self.get(port) is not holder:
             return False
         del self[port]

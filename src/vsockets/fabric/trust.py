@@ -1,12 +1,12 @@
 """Trusted vSockets (guide page 24).
 
 "The vSockets API permits some host applications to create trusted vSockets, which may be used
-for communication with isolated guest virtual machines."  Who may, in the guide's order: on
-Linux a process with CAP_NET_ADMIN; on ESXi one with the privilege ``stream_vsocket_trusted`` or
+for communication with isolated guest virtual machines."  In the guide's order these are: on Linux
+a process with CAP_NET_ADMIN; on ESXi one with the privilege ``stream_vsocket_trusted`` or
 ``dgram_vsocket_trusted``, which here is granted in the configuration; on Workstation 8 one with
 the user id of the virtual machine.
 
-An endpoint is trusted, or not, from its creation on, whatever becomes of the process.
+The trust of an endpoint is fixed when it is created, whatever happens to the process later.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ CAP_NET_ADMIN = 12
 
 
 class Program(Protocol):
-    """Who asks.  The kernel is asked about it only as far as a decision needs."""
+    """The client of a request.  The kernel is asked for its rights only as a decision needs."""
 
     @property
     def credentials(self) -> Credentials:
-        """Process, user and group."""
+        """Process, user and group id."""
 
     def has_capability(self, capability: int) -> bool:
-        """Whether it has a capability of ``capabilities(7)``, by its number."""
+        """Return whether it has a capability of ``capabilities(7)``, by number."""
 
     def matches(self, grant: Grant) -> bool:
-        """Whether it is who the grant is for."""
+        """Return whether the grant applies to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """What a program's endpoint of one kind has from its program."""
+    """The trust of a program's endpoint of one socket type."""
 
     user: int
     privileged: bool  #: by capability or by grant: trusted for every guest
     domains: frozenset[str]  #: legacy profile: the domains the program belongs to
 
     def toward(self, context: Context) -> bool:
-        """Whether the endpoint is a trusted one for the virtual machine ``context``."""
+        """Return whether the endpoint is trusted for the virtual machine ``context``."""
         return self.privileged or self.user == context.owner
 
 
 def trust_of(program: Program, kind: EndpointKind, settings: Settings) -> Trust:
-    """The trust of an endpoint that ``program`` creates now."""
+    """Return the trust of an endpoint that ``program`` creates now."""
     grants = [grant for grant in settings.grants if program.matches(grant)]
     granted = any(
         grant.datagram if kind is EndpointKind.DATAGRAM else grant.stream for grant in grants

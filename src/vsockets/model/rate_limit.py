@@ -1,10 +1,10 @@
-"""How often somebody may."""
+"""A token-bucket rate limiter."""
 
 from __future__ import annotations
 
 
 class TokenBucket:
-    """Allows ``rate`` events a second, and as many at once after a quiet second."""
+    """Allows ``rate`` events per second, and bursts of ``rate`` after a quiet second."""
 
     __slots__ = ("_left", "_seen", "rate")
 
@@ -14,7 +14,7 @@ class TokenBucket:
         self._seen = 0.0
 
     def take(self, now: float) -> bool:
-        """Whether one more event is allowed at ``now``, in seconds of a clock that only rises."""
+        """Take a token at ``now``, in seconds of a monotonic clock; return whether one was left."""
         left = self._left + (now - self._seen) * self.rate
         self._seen = now
         if left > self.rate:
