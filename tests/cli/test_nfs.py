@@ -26,7 +26,7 @@ def test_bad_command_lines(vsock: Vsock) -> None:
     vsock.fail(
         ("nfs serve", 2, "--export"),
         ("nfs serve --export relative", 2, "expected an absolute path"),
-        ("nfs serve --export /none/such", 2, "there is no such folder"),
+        ("nfs serve --export /none/such", 2, "directory not found"),
         ("nfs serve --export /,fast", 2, "expected ro, rw, cid=CID"),
         ("nfs serve --export / --listen vsock::1", 2, "expected vsock-dgram: or udp:"),
     )

@@ -35,7 +35,7 @@ def test_no_pyfuse3(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("pyfuse3")
 def test_a_kernel_without_fuse(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="modprobe fuse, or take a kernel") as none:
+    with pytest.raises(OSError, match="modprobe fuse, or use a kernel") as none:
         preflight.require(str(tmp_path / "fuse"))
     assert none.value.errno == errno.ENOENT
 

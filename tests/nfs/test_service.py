@@ -483,8 +483,8 @@ def test_a_full_disk_of_the_state_file(guest: Played, caplog: pytest.LogCaptureF
         guest.ok("getattr", handle)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2, lines
-    assert "database or disk is full; places are kept in memory" in lines[0]
-    assert "can be written again" in lines[1]
+    assert "database or disk is full; locations are kept in memory" in lines[0]
+    assert "writable again" in lines[1]
 
 
 def test_what_was_answered_is_kept_on_a_full_disk_as_far_as_it_goes(
@@ -502,7 +502,9 @@ def test_what_was_answered_is_kept_on_a_full_disk_as_far_as_it_goes(
     replies = [guest.answer(call) for call in calls]
     with FullDisk(guest):
         guest.stop()
-    assert any("answers could not be kept" in record.getMessage() for record in caplog.records)
+    assert any(
+        "cached replies could not be saved" in record.getMessage() for record in caplog.records
+    )
     guest.start()
     assert guest.answer(calls[-1]) == replies[-1]
     assert guest.answer(calls[0]) != replies[0]

@@ -1,4 +1,4 @@
-"""``python -m vsockets.nfs``: a guest's client where there is only Python and pyfuse3."""
+"""The NFS client as ``python -m vsockets.nfs``, for a guest that has only Python and pyfuse3."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import preflight
 
 
 def main() -> int:
-    """What ``vsock nfs mount`` does, without the libraries of the command line."""
+    """Run ``vsock nfs mount`` without the libraries of the command line."""
     parser = argparse.ArgumentParser(prog="vsockets.nfs", description=__doc__)
     parser.add_argument("server", type=parse_locator)
     parser.add_argument("export")

@@ -1,4 +1,4 @@
-"""Linux's idea of a file, in NFS's words."""
+"""Conversion between Linux file attributes and those of NFS."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _KINDS = {
 
 
 def time_of(pair: tuple[int, int]) -> Time:
-    """NFS counts seconds from 1970 in 32 bits."""
+    """Return an NFS time: seconds from 1970 in 32 unsigned bits, clamped."""
     seconds, nanoseconds = pair
     return Time(min(max(seconds, 0), 0xFFFFFFFF), nanoseconds)
 
 
 def attributes_of(found: FileRef) -> Attributes:
-    """All there is to know."""
+    """Return the attributes of a file (fattr3)."""
     state = found.state
     return Attributes(
         _KINDS[stat.S_IFMT(state.mode)],
@@ -41,18 +41,21 @@ def attributes_of(found: FileRef) -> Attributes:
 
 
 def before(state: FileState) -> Before:
-    """What a client compares."""
+    """Return the attributes for a weak cache consistency check (wcc_attr, RFC 1813 2.6)."""
     return Before(state.size, time_of(state.mtime), time_of(state.ctime))
 
 
 def apply(found: FileRef, new: NewAttributes) -> None:
-    """Set what ``new`` has.  Raises OSError."""
+    """Set the attributes that ``new`` contains.
+
+    Raises OSError.
+    """
     if new.size is not None:
         os.truncate(found.path, new.size)
-    if 0xFFFFFFFF in (new.uid, new.gid):  # to chown it means to keep what is there
-        raise OSError(errno.EINVAL, "no user or group")
+    if 0xFFFFFFFF in (new.uid, new.gid):  # chown(2) takes this value as "unchanged"
+        raise OSError(errno.EINVAL, "invalid user or group")
     if new.uid is not None or new.gid is not None:
-        # -1 keeps; it comes first, as it clears set-user-id.
+        # -1 leaves it unchanged.  chown precedes chmod because it clears set-user-ID.
         keep = -1
         os.chown(
             found.path,
@@ -70,6 +73,6 @@ def _new_time(how: int, time: Time | None) -> tuple[int, int]:
     if how == TimeHow.CLIENT:
         assert time is not None
         if time.nanoseconds >= 1_000_000_000:
-            raise OSError(errno.EINVAL, "more than a second of nanoseconds")
+            raise OSError(errno.EINVAL, "invalid nanoseconds")
         return time
     return 0, UTIME_NOW if how == TimeHow.SERVER else UTIME_OMIT

@@ -1,4 +1,4 @@
-"""The procedures of NFS that work on directories, and how files are found for all of them."""
+"""The NFS procedures on directories, and the lookup of files for all procedures."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .nfs3 import Change, Device, Entry, EntryPlus, FileType, How, NewAttributes
 from .run_as import run_as
 from .tree import FileRef
 
-#: Bytes of a listing's result around its entries, at most; and of an entry beside its name:
-#: numbers, attributes, a handle, and what fills words up.
+#: Maximum size of a listing's result without its entries; and of an entry without its name:
+#: numbers, attributes, a handle, and padding.  In bytes.
 _LISTING, _ENTRY, _ENTRY_PLUS = 120, 31, 31 + 88 + 4 + 56
 
 _LONGEST_NAME = 255
@@ -42,14 +42,18 @@ class Directories:
         self._listings = listings
 
     def found(self, caller: Caller, handle: bytes) -> FileRef:
-        """The file.  Raises ValueError for a handle that is none, and OSError."""
+        """Return the file of a handle.
+
+        Raises ValueError for an invalid handle, and OSError.
+        """
         return caller.tree.find(self.signer.check(handle))
 
     def change(self, caller: Caller, found: FileRef) -> Change:
-        """What became of a file that was ``found`` before."""
+        """Return the attributes of a file before and after the call, which began with ``found``."""
         return Change(before(found.state), attributes_of(caller.tree.again(found)))
 
     def lookup(self, caller: Caller, handle: bytes, name: bytes) -> Any:
+        """Look up a name (LOOKUP)."""
         folder = self._folder(caller, handle)
         _check(name)
         with run_as(caller.identity):
@@ -57,6 +61,7 @@ class Directories:
         return self.signer.handle(found.identifier), attributes_of(found), attributes_of(folder)
 
     def create(self, caller: Caller, target: Target, how: tuple[int, Any]) -> Any:
+        """Create a file (CREATE)."""
         mode, content = how
         folder, name = self._place(caller, target, new=True)
         mark = _mark(content) if mode == How.EXCLUSIVE else None
@@ -73,26 +78,29 @@ class Directories:
                 if not made and (found.state.atime, found.state.mtime) != tuple(
                     (seconds, 0) for seconds in mark
                 ):
-                    raise OSError(errno.EEXIST, "somebody else's")
+                    raise OSError(errno.EEXIST, "created by another call")
                 new = NewAttributes()
             elif made:
                 new = content
             elif not stat.S_ISREG(found.state.mode):
                 raise OSError(errno.EEXIST, "not a regular file")
-            else:  # what is there keeps all but its size
+            else:  # an existing file keeps everything but its size
                 new = NewAttributes(size=content.size)
             apply(found, new)
         return self._made(caller, folder, found)
 
     def mkdir(self, caller: Caller, target: Target, new: NewAttributes) -> Any:
+        """Create a directory (MKDIR)."""
+
         def make(folder: int, name: bytes) -> None:
             os.mkdir(name, 0o700, dir_fd=folder)
 
         return self._make(caller, target, new, make)
 
     def symlink(self, caller: Caller, target: Target, new: NewAttributes, to: bytes) -> Any:
+        """Create a symbolic link (SYMLINK)."""
         if b"\0" in to or not to:
-            raise OSError(errno.EINVAL, "not a path")
+            raise OSError(errno.EINVAL, "invalid path")
 
         def make(folder: int, name: bytes) -> None:
             os.symlink(to, name, dir_fd=folder)
@@ -100,6 +108,7 @@ class Directories:
         return self._make(caller, target, new._replace(mode=None), make)
 
     def mknod(self, caller: Caller, target: Target, what: tuple[int, Any]) -> Any:
+        """Create a device, socket or FIFO (MKNOD)."""
         kind, content = what
         if kind not in _SPECIAL:
             raise NfsError(Status.BADTYPE)
@@ -107,7 +116,7 @@ class Directories:
         if kind in (FileType.CHARACTER, FileType.BLOCK):
             new, device = content
             if device.major >= 1 << 12 or device.minor >= 1 << 20:
-                raise OSError(errno.EINVAL, "no such device number")
+                raise OSError(errno.EINVAL, "invalid device number")
 
         def make(folder: int, name: bytes) -> None:
             mode = 0o600 | _SPECIAL[FileType(kind)]
@@ -116,16 +125,19 @@ class Directories:
         return self._make(caller, target, new, make)
 
     def remove(self, caller: Caller, handle: bytes, name: bytes) -> Any:
+        """Remove a file (REMOVE)."""
         return self._remove(caller, Target(handle, name), os.unlink)
 
     def rmdir(self, caller: Caller, handle: bytes, name: bytes) -> Any:
+        """Remove a directory (RMDIR)."""
         if name == b".":
-            raise OSError(errno.EINVAL, "itself")
+            raise OSError(errno.EINVAL, "cannot remove .")
         if name == b"..":
-            raise OSError(errno.ENOTEMPTY, "we are in it")
+            raise OSError(errno.ENOTEMPTY, "cannot remove ..")
         return self._remove(caller, Target(handle, name), os.rmdir)
 
     def rename(self, caller: Caller, source: Target, target: Target) -> Any:
+        """Rename a file or directory (RENAME)."""
         here, old = self._place(caller, source)
         there, new = self._place(caller, target)
         with run_as(caller.identity):
@@ -143,6 +155,7 @@ class Directories:
         return self.change(caller, here), self.change(caller, there)
 
     def link(self, caller: Caller, handle: bytes, target: Target) -> Any:
+        """Create a hard link (LINK)."""
         found = self.found(caller, handle)
         folder, name = self._place(caller, target, new=True)
         if found.is_folder:
@@ -155,10 +168,12 @@ class Directories:
     def readdir(
         self, caller: Caller, handle: bytes, cookie: int, verifier: bytes, size: int
     ) -> Any:
+        """List names (READDIR)."""
+
         def describe(folder: FileRef, found: Name) -> tuple[Entry, int]:
             cookie, name, ino = found
             if not ino:
-                with contextlib.suppress(OSError):  # the parent's place is not known
+                with contextlib.suppress(OSError):  # the parent's location is unknown
                     ino = caller.tree.look_up(folder, name, caller.guest).state.ino
             return Entry(ino, name, cookie), _ENTRY + len(name)
 
@@ -167,15 +182,17 @@ class Directories:
     def readdirplus(
         self, caller: Caller, handle: bytes, cookie: int, verifier: bytes, _: int, size: int
     ) -> Any:
+        """List names with attributes and handles (READDIRPLUS)."""
+
         def describe(folder: FileRef, found: Name) -> tuple[EntryPlus, int] | None:
             cookie, name, ino = found
             more: tuple[Any, Any] = (None, None)
             try:
                 with run_as(caller.identity):
                     file = caller.tree.look_up(folder, name, caller.guest)
-            except FileNotFoundError:  # gone since the names were read
+            except FileNotFoundError:  # removed since the names were read
                 return None
-            except OSError:  # of another file system
+            except OSError:  # on another file system
                 pass
             else:
                 ino = file.state.ino
@@ -215,7 +232,7 @@ class Directories:
             position += 1
         done = position == len(part.names) and part.end is None
         if not told and not done:
-            # All of them are gone.  The client needs a cookie to go on from.
+            # All these names were removed.  The client needs a cookie to continue from.
             cookie, name, ino = part.names[position - 1]
             told.append(EntryPlus(ino, name, cookie, None, None))
         return attributes_of(folder), self._listings.verifier, tuple(told), done
@@ -227,11 +244,14 @@ class Directories:
         return folder
 
     def _place(self, caller: Caller, target: Target, new: bool = False) -> tuple[FileRef, bytes]:
-        """A directory and a name in it, which is not the directory's own or its parent's."""
+        """Return a directory and a name in it other than ``.`` and ``..``.
+
+        Raises OSError, and ValueError for an invalid handle.
+        """
         folder = self._folder(caller, target.directory)
         _check(target.name)
         if target.name in (b".", b".."):
-            raise OSError(errno.EEXIST if new else errno.EINVAL, "not a name of a file's own")
+            raise OSError(errno.EEXIST if new else errno.EINVAL, "invalid name: . or ..")
         return folder, target.name
 
     def _make(
@@ -245,7 +265,7 @@ class Directories:
         with run_as(caller.identity):
             make(folder.fd, name)
             found = caller.tree.look_up(folder, name, caller.guest)
-            if new.mode is not None:  # what a directory has from its parent stays
+            if new.mode is not None:  # set-group-ID, inherited from the parent, stays
                 new = new._replace(mode=new.mode | found.state.mode & stat.S_ISGID)
             apply(found, new._replace(size=None))
         return self._made(caller, folder, found)
@@ -265,16 +285,16 @@ class Directories:
 
 
 def _mark(verifier: bytes) -> tuple[int, int]:
-    """Times, in seconds, that tell whose exclusive CREATE a file came from."""
+    """Return times in seconds that record the verifier of an exclusive CREATE."""
     first, second = (int.from_bytes(verifier[i : i + 4]) & 0x7FFFFFFF for i in (0, 4))
     return first, second
 
 
 def _make_file(folder: int, name: bytes, mark: tuple[int, int] | None) -> None:
-    """A new file, with the times ``mark``; FileExistsError.
+    """Create a file with the times ``mark``.
 
-    It has its name only once it has its mark: a server that is killed leaves no file that its
-    maker, who asks again, would be refused.
+    The file gets its name only after its times: a server that is killed leaves no file that a
+    retransmission of the call would find without its verifier.  Raises FileExistsError.
     """
     if mark is None:
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW
@@ -289,8 +309,8 @@ def _make_file(folder: int, name: bytes, mark: tuple[int, int] | None) -> None:
 
 
 def _check(name: bytes) -> None:
-    """Raises OSError for what cannot be a name in a directory."""
+    """Raise OSError for an invalid name in a directory."""
     if len(name) > _LONGEST_NAME:
-        raise OSError(errno.ENAMETOOLONG, "too long")
+        raise OSError(errno.ENAMETOOLONG, "name too long")
     if not name or b"/" in name or b"\0" in name:
-        raise OSError(errno.EACCES, "not a name")
+        raise OSError(errno.EACCES, "invalid name")

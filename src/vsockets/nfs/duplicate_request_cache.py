@@ -1,7 +1,7 @@
-"""The duplicate-request cache: what is asked again is answered again, and not done again.
+"""Duplicate request cache: a retransmitted call gets its first reply again and is not repeated.
 
-Juszczak's remedy (USENIX 1989) for calls that must not be done twice, over a transport that
-loses answers.  Who asks is told apart by his vSockets address, which vsockd vouches for.
+Juszczak's remedy (USENIX 1989) for non-idempotent calls over a transport that loses replies.
+Callers are told apart by their vSockets address, which vsockd guarantees.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from .limits import NFS_CACHED_GUESTS_MAX, NFS_GUEST_CACHED_REPLIES_MAX
 
-#: Bytes of a call that tell it from others with its number, as Linux's server has them.
+#: Leading bytes of a call that identify it among calls with its xid, as in Linux's server.
 _ENOUGH = 256
 
 
 class Answer(NamedTuple):
-    """What a call was answered: the caller's address, the call's number and digest, the reply."""
+    """A cached reply with the key of its call: source address, xid and digest."""
 
     source: tuple[Any, ...]
     xid: int
@@ -27,7 +27,7 @@ class Answer(NamedTuple):
 
 
 class DuplicateRequestCache:
-    """Answers by call; each guest's oldest go first when there are too many of his."""
+    """Replies by call.  Above the limit of a guest, its oldest reply is dropped."""
 
     def __init__(
         self, most: int = NFS_GUEST_CACHED_REPLIES_MAX, guests: int = NFS_CACHED_GUESTS_MAX
@@ -40,24 +40,24 @@ class DuplicateRequestCache:
         return sum(len(answers) for answers in self._answers.values())
 
     def find(self, guest: Hashable, source: tuple[Any, ...], xid: int, call: bytes) -> bytes | None:
-        """The answer that this very call got before."""
+        """Return the reply that this call got before, or None."""
         answers = self._answers.get(guest)
         return answers.get((source, xid, _digest(call))) if answers else None
 
     def keep(
         self, guest: Hashable, source: tuple[Any, ...], xid: int, call: bytes, reply: bytes
     ) -> None:
-        """Remember an answer."""
+        """Cache a reply."""
         self._enter(guest, source, xid, _digest(call), reply)
 
     def __iter__(self) -> Iterator[Answer]:
-        """All answers, each guest's oldest first."""
+        """Iterate over all replies, oldest first for each guest."""
         for answers in self._answers.values():
             for (source, xid, digest), reply in answers.items():
                 yield Answer(source, xid, digest, reply)
 
     def restore(self, answers: Iterable[Answer]) -> None:
-        """Remember what an earlier life of the server did."""
+        """Cache the replies that an earlier server process saved."""
         for answer in answers:
             self._enter(answer.source[0], *answer)
 
@@ -74,5 +74,5 @@ class DuplicateRequestCache:
 
 
 def _digest(call: bytes) -> int:
-    """Of what is asked, without most of the data: a WRITE has its place in the file there."""
+    """Return the digest of a call's first bytes; they include the offset of a WRITE."""
     return zlib.crc32(call[:_ENOUGH], len(call))

@@ -1,4 +1,4 @@
-"""Whose call it is, and how one fails in NFS's own ways."""
+"""The caller of an NFS call, and the errors that have no errno value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .tree import Tree
 
 
 class NfsError(Exception):
-    """A status that is not one of unix's."""
+    """A failed call whose NFS status has no counterpart in errno."""
 
     def __init__(self, status: Status) -> None:
         super().__init__(status)
@@ -19,7 +19,7 @@ class NfsError(Exception):
 
 
 class Caller(NamedTuple):
-    """Whose rights a call has, in which export, and the guest it is from."""
+    """The rights, the export and the guest of one call."""
 
     tree: Tree
     identity: Identity

@@ -1,4 +1,4 @@
-"""What is served to whom."""
+"""Exported directories and the contexts that may mount them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import NamedTuple
 from ..model.address import parse_cid
 from .rpc import AuthSys
 
-#: Who nobody is, as everywhere.
-NOBODY = 65_534
+#: The uid and gid without rights that replace root's (Linux's default anonuid).
+ANONYMOUS_ID = 65_534
 
 
 def _known(number: int) -> int:
-    """-1 is no user and no group, and would mean "the same as before"."""
-    return NOBODY if number == 0xFFFFFFFF else number
+    """Return ``number``, or the anonymous one for -1, which means "unchanged" to chown(2)."""
+    return ANONYMOUS_ID if number == 0xFFFFFFFF else number
 
 
 class Identity(NamedTuple):
-    """Whose rights a call has."""
+    """The user and groups whose rights a call has."""
 
     uid: int
     gid: int
@@ -28,7 +28,7 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A folder; ``cids`` are the contexts that may have it, None for all."""
+    """An exported directory; ``cids`` are the contexts that may mount it (None: all)."""
 
     path: str
     read_only: bool = False
@@ -37,12 +37,15 @@ class Export:
 
     @classmethod
     def parse(cls, text: str) -> Export:
-        """Read ``DIR[,ro][,cid=3:4][,no-root-squash]``.  Raises ValueError."""
+        """Parse ``DIR[,ro][,cid=3:4][,no-root-squash]``.
+
+        Raises ValueError.
+        """
         path, *options = text.split(",")
         if not os.path.isabs(path):
             raise ValueError(f"{path!r}: expected an absolute path")
         if not os.path.isdir(path):
-            raise ValueError(f"{path!r}: there is no such folder")
+            raise ValueError(f"{path!r}: directory not found")
         read_only, cids, root_squash = False, None, True
         for option in options:
             if option in ("ro", "rw"):
@@ -56,19 +59,19 @@ class Export:
         return cls(os.path.realpath(path), read_only, cids, root_squash)
 
     def admits(self, cid: int) -> bool:
-        """Whether context ``cid`` may have it."""
+        """Return whether context ``cid`` may mount the export."""
         return self.cids is None or cid in self.cids
 
     def identity(self, caller: AuthSys | None) -> Identity:
-        """Whose rights ``caller`` has here; without credentials, nobody's."""
+        """Return the identity of ``caller`` in this export; without credentials, the anonymous."""
         if caller is None:
-            return Identity(NOBODY, NOBODY)
+            return Identity(ANONYMOUS_ID, ANONYMOUS_ID)
         uid, gid, groups = (
             _known(caller.uid),
             _known(caller.gid),
             tuple(map(_known, caller.groups)),
         )
         if self.root_squash:
-            uid, gid = uid or NOBODY, gid or NOBODY
-            groups = tuple(group or NOBODY for group in groups)
+            uid, gid = uid or ANONYMOUS_ID, gid or ANONYMOUS_ID
+            groups = tuple(group or ANONYMOUS_ID for group in groups)
         return Identity(uid, gid, groups)

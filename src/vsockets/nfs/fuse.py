@@ -1,4 +1,4 @@
-"""A server's export as a folder of this machine: FUSE's operations, by NFS calls."""
+"""An export as a directory of this machine: FUSE operations performed by NFS calls."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 def _told(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """``method``, whose OSErrors the kernel is told."""
+    """Decorate ``method`` so that its OSErrors are reported to the kernel."""
 
     @functools.wraps(method)
     async def tell(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -46,25 +46,25 @@ def _told(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, 
 
 
 def _who(context: pyfuse3.RequestContext) -> Auth:
-    """The process that a request is for."""
+    """Return the credentials of the process that sent a request."""
     groups: set[int] = set()
     if context.uid != 0:
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             groups = pyfuse3.get_sup_groups(context.pid)
     return credentials(context.uid, context.gid, tuple(sorted(groups - {context.gid})))
 
 
 @dataclass(slots=True)
 class _Open:
-    """A file or a directory that somebody has open."""
+    """An open file or directory, with the credentials of the process that opened it."""
 
     node: Inode
     who: Auth
-    verifier: bytes = bytes(VERIFIER_SIZE)  #: of a directory's cookies
+    verifier: bytes = bytes(VERIFIER_SIZE)  #: the verifier of a directory's cookies
 
 
 class Mounted(pyfuse3.Operations):
-    """pyfuse3 says what each method is for."""
+    """The operations of a mounted export, as pyfuse3 defines them."""
 
     supports_dot_lookup = False
     enable_acl = False
@@ -83,10 +83,12 @@ class Mounted(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
+        """Look up a name."""
         handle, attributes, _ = await self._look_up(_who(ctx), self._target(parent_inode, name))
         return await self._entry(_who(ctx), handle, attributes)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Drop lookup counts of inodes that the kernel forgets."""
         for number, times in inode_list:
             self._nodes.forget(number, times)
 
@@ -94,6 +96,7 @@ class Mounted(pyfuse3.Operations):
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
+        """Create a directory."""
         new = NewAttributes(mode=stat.S_IMODE(mode))
         target, who = self._target(parent_inode, name), _who(ctx)
         return await self._made(who, target, await self._nfs.call(who, "mkdir", target, new))
@@ -106,6 +109,7 @@ class Mounted(pyfuse3.Operations):
         target: bytes,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
+        """Create a symbolic link."""
         place, who = self._target(parent_inode, name), _who(ctx)
         made = await self._nfs.call(who, "symlink", place, NewAttributes(), bytes(target))
         return await self._made(who, place, made)
@@ -119,13 +123,14 @@ class Mounted(pyfuse3.Operations):
         rdev: int,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
+        """Create a file, device, socket or FIFO."""
         target, who = self._target(parent_inode, name), _who(ctx)
         new = NewAttributes(mode=stat.S_IMODE(mode))
         if stat.S_ISREG(mode):
             return await self._made(who, target, await self._nfs.create(who, target, new, True))
         kind = _SPECIAL.get(stat.S_IFMT(mode))
         if kind is None:
-            raise OSError(errno.EINVAL, "no kind of file")
+            raise OSError(errno.EINVAL, "unsupported file type")
         content: Any = new
         if kind in (FileType.CHARACTER, FileType.BLOCK):
             content = new, Device(os.major(rdev), os.minor(rdev))
@@ -134,12 +139,14 @@ class Mounted(pyfuse3.Operations):
 
     @_told
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """Remove a file; if it is open here, rename it until it is closed."""
         target, who = self._target(parent_inode, name), _who(ctx)
         if not await self._set_aside(who, target):
             await self._nfs.call(who, "remove", *target)
 
     @_told
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """Remove a directory."""
         await self._nfs.call(_who(ctx), "rmdir", *self._target(parent_inode, name))
 
     @_told
@@ -152,8 +159,9 @@ class Mounted(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
+        """Rename a file or directory; keep a replaced file until it is closed here."""
         if flags:
-            raise OSError(errno.EINVAL, "NFS renames plainly only")
+            raise OSError(errno.EINVAL, "NFS does not support flags of rename")
         old, new = (
             self._target(parent_inode_old, name_old),
             self._target(parent_inode_new, name_new),
@@ -171,6 +179,7 @@ class Mounted(pyfuse3.Operations):
         new_name: bytes,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
+        """Create a hard link."""
         node, who = self._nodes[inode], _who(ctx)
         target = self._target(new_parent_inode, new_name)
         attributes, _ = await self._nfs.call(who, "link", node.handle, target)
@@ -180,6 +189,7 @@ class Mounted(pyfuse3.Operations):
 
     @_told
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """Return attributes."""
         node = self._nodes[inode]
         return entry_of(node, await self._nfs.call(_who(ctx), "getattr", node.handle))
 
@@ -192,6 +202,7 @@ class Mounted(pyfuse3.Operations):
         fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
+        """Set attributes."""
         node, who = self._nodes[inode], _who(ctx)
         new = NewAttributes(
             mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
@@ -212,11 +223,13 @@ class Mounted(pyfuse3.Operations):
 
     @_told
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        """Return the target of a symbolic link."""
         _, path = await self._nfs.call(_who(ctx), "readlink", self._nodes[inode].handle)
         return bytes(path)
 
     @_told
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """Return the capacity of the server's file system."""
         root = self._nodes[pyfuse3.ROOT_INODE].handle
         told = await self._nfs.call(_who(ctx), "fsstat", root)
         data = pyfuse3.StatvfsData()
@@ -230,13 +243,14 @@ class Mounted(pyfuse3.Operations):
 
     @_told
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """Open a file; invalidate the kernel's cache if the file has changed since."""
         node, who = self._nodes[inode], _who(ctx)
         if flags & os.O_TRUNC:
             attributes = await self._set(who, node, NewAttributes(size=0))
         else:
             attributes = await self._nfs.call(who, "getattr", node.handle)
         same = content_of(attributes) == node.told
-        if not same:  # what the kernel holds of it may be older than what others have closed
+        if not same:  # the kernel's cache may predate another client's close
             pyfuse3.invalidate_inode(inode, attr_only=True)
         return pyfuse3.FileInfo(fh=self._opened(node, who), keep_cache=same)
 
@@ -249,6 +263,7 @@ class Mounted(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        """Create and open a file."""
         target, who = self._target(parent_inode, name), _who(ctx)
         new = NewAttributes(mode=stat.S_IMODE(mode), size=0 if flags & os.O_TRUNC else None)
         made = await self._nfs.create(who, target, new, bool(flags & os.O_EXCL))
@@ -257,6 +272,7 @@ class Mounted(pyfuse3.Operations):
 
     @_told
     async def read(self, fh: int, off: int, size: int) -> bytes:
+        """Read from an open file."""
         opened = self._open[fh]
         data = bytearray()
         while len(data) < size:
@@ -270,26 +286,30 @@ class Mounted(pyfuse3.Operations):
 
     @_told
     async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Write to an open file; the data may remain uncommitted until ``flush``."""
         opened = self._open[fh]
         await opened.node.uncommitted.write(opened.who, off, bytes(buf))
         return len(buf)
 
     @_told
     async def flush(self, fh: int) -> None:
+        """Commit written data when a descriptor is closed."""
         opened = self._open[fh]
         await opened.node.uncommitted.commit(opened.who)
 
     @_told
     async def fsync(self, fh: int, datasync: bool) -> None:
+        """Commit written data."""
         opened = self._open[fh]
         await opened.node.uncommitted.commit(opened.who)
 
     @_told
     async def release(self, fh: int) -> None:
+        """Close a file; remove it if it was unlinked while open."""
         opened = self._open.pop(fh)
         node = opened.node
         try:
-            await node.uncommitted.commit(opened.who)  # what a mapping wrote since flush
+            await node.uncommitted.commit(opened.who)  # written by a memory mapping since flush
         finally:
             node.opened -= 1
             if not node.opened and node.aside is not None:
@@ -299,10 +319,12 @@ class Mounted(pyfuse3.Operations):
     # Directories
 
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        """Open a directory."""
         return self._opened(self._nodes[inode], _who(ctx))
 
     @_told
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """List entries from the cookie ``start_id``."""
         opened = self._open[fh]
         cookie, end, room = start_id, False, self._nfs.transfer
         while not end:
@@ -319,7 +341,7 @@ class Mounted(pyfuse3.Operations):
                     target = Target(opened.node.handle, name)
                     try:
                         handle, attributes, _ = await self._look_up(opened.who, target)
-                    except OSError:  # gone meanwhile
+                    except OSError:  # removed meanwhile
                         continue
                 entry = await self._entry(opened.who, handle, attributes)
                 if not pyfuse3.readdir_reply(token, name, entry, cookie):
@@ -327,10 +349,11 @@ class Mounted(pyfuse3.Operations):
                     return
 
     async def releasedir(self, fh: int) -> None:
+        """Close a directory."""
         self._open.pop(fh).node.opened -= 1
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        """A server has done what it answered."""
+        """Return at once: the server has completed what it replied to."""
 
     def _target(self, folder: int, name: bytes) -> Target:
         return Target(self._nodes[folder].handle, bytes(name))
@@ -342,7 +365,7 @@ class Mounted(pyfuse3.Operations):
         return self._last_open
 
     async def _set(self, who: Auth, node: Inode, new: NewAttributes) -> Attributes:
-        if new.size is not None:  # else what is written again could make it longer
+        if new.size is not None:  # otherwise a repeated write could extend the file again
             await node.uncommitted.commit(who)
         change = await self._nfs.call(who, "setattr", node.handle, new, None)
         attributes = change.after or await self._nfs.call(who, "getattr", node.handle)
@@ -350,16 +373,19 @@ class Mounted(pyfuse3.Operations):
         return attributes
 
     async def _set_for_another(self, who: Auth, node: Inode, new: NewAttributes) -> Attributes:
-        """What the kernel, which has looked who owns the file, asks for somebody else's sake."""
+        """Set attributes that the kernel sets after its own permission check.
+
+        The caller is not the owner, so the server refuses the plain SETATTR.
+        """
         if new == NewAttributes(atime=new.atime, mtime=new.mtime):
-            now = TimeHow.SERVER, None  # this, and no other time, sets whoever may write
+            now = TimeHow.SERVER, None  # any user with write permission may set the current time
             return await self._set(who, node, NewAttributes(atime=now, mtime=now))
         attributes: Attributes = await self._nfs.call(who, "getattr", node.handle)
         if new.mode is None or new != NewAttributes(mode=new.mode):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         if (attributes.mode ^ new.mode) & ~_SET_ID or new.mode & ~attributes.mode:
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-        # Somebody else is about to write, and a server clears these with that.
+        # The kernel clears set-user-ID before a write by another user; the server does so itself.
         return attributes._replace(mode=new.mode)
 
     async def _look_up(self, who: Auth, target: Target) -> Any:
@@ -374,13 +400,16 @@ class Mounted(pyfuse3.Operations):
     async def _entry(
         self, who: Auth, handle: bytes, attributes: Attributes | None
     ) -> pyfuse3.EntryAttributes:
-        """Of a file that the kernel gets to know by this."""
+        """Return the entry of a file, and count a lookup by the kernel."""
         if attributes is None:
             attributes = await self._nfs.call(who, "getattr", handle)
         return entry_of(self._nodes.meet(handle), attributes)
 
     async def _set_aside(self, who: Auth, target: Target, unless: Target | None = None) -> bool:
-        """Give what is to be removed but open here another name, as NFS knows no open files."""
+        """Rename a file that is open here instead of removing it, as NFS has no open files.
+
+        Returns whether the file was renamed (a silly rename); the last close removes it.
+        """
         if not self._open:
             return False
         try:
@@ -391,7 +420,7 @@ class Mounted(pyfuse3.Operations):
         if node is None or not node.opened or node.aside is not None:
             return False
         if unless is not None and (await self._look_up(who, unless))[0] == handle:
-            return False  # two links to one file: nothing is replaced
+            return False  # both names are links to one file: rename replaces nothing
         aside = Target(target.directory, b".nfs" + secrets.token_hex(8).encode())
         attributes = await self._nfs.call(who, "getattr", handle)
         if attributes.kind == FileType.DIRECTORY:

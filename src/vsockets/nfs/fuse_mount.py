@@ -1,4 +1,4 @@
-"""Mounting an export, and serving the kernel until it is unmounted."""
+"""Mount an export and serve the kernel's FUSE requests until it is unmounted."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def mount(
     mount_server: Locator | None = None,
     transfer: int = DATA_SIZE,
 ) -> None:
-    """Mount, and return when ``folder`` is unmounted, or at SIGTERM or SIGINT.
+    """Mount an export on ``folder``; return when it is unmounted, or at SIGTERM or SIGINT.
 
-    ``mount_server`` has the MOUNT protocol if ``server`` does not; ``transfer`` is how many bytes
-    a READ or WRITE has at most.  Raises OSError; :mod:`.needs` is what can be known before.
+    ``mount_server`` serves the MOUNT protocol if ``server`` does not.  ``transfer`` is the maximum
+    size of a READ or WRITE in bytes.  Raises OSError; :mod:`.preflight` checks the requirements.
     """
     if not os.path.isdir(folder):
-        raise OSError(errno.ENOENT, f"{folder}: there is no such folder")
+        raise OSError(errno.ENOENT, f"{folder}: directory not found")
     try:
         asyncio.run(_serve(server, mount_server or server, export, folder, transfer, context))
     except OSError as error:
@@ -79,7 +79,7 @@ async def _serve(
             options.add("allow_other")
         try:
             pyfuse3.init(Mounted(nfs, root), folder, options)
-        except RuntimeError as error:  # what fusermount said is on standard error
+        except RuntimeError as error:  # fusermount has printed its error on standard error
             raise OSError(f"{folder}: {error}") from None
         try:
             on_signals({signal.SIGTERM: pyfuse3.terminate, signal.SIGINT: pyfuse3.terminate})
@@ -93,9 +93,9 @@ async def _serve(
 
 
 def _in_asyncio() -> None:
-    """Have pyfuse3 use asyncio; where that is depends on its version."""
+    """Switch pyfuse3 to asyncio; the module depends on its version."""
     try:
         module = importlib.import_module("pyfuse3.asyncio")
-    except ImportError:  # older than 3.4, as Debian 12's
+    except ImportError:  # before 3.4, as in Debian 12
         module = importlib.import_module("pyfuse3_asyncio")
     module.enable()

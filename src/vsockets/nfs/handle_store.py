@@ -1,9 +1,10 @@
-"""Where files are: what a server has to remember to find a file by its handle.
+"""The locations of files: the server's persistent state for finding a file by its handle.
 
-A table in SQLite, so that handles outlive the server.  A file can have several places (links),
-and a place can be out of date: who finds a file there checks it.  Each guest has its own rows, so
-that no guest makes the handles of another one stale.  What cannot be written, as on a full disk,
-is kept in memory until it can.  Another table has what the last server answered, for the next one.
+An SQLite table, so that handles stay valid across restarts.  A file can have several locations
+(links), and a location can be outdated: the caller checks the file found there.  Each guest has its
+own rows, so that a guest cannot evict another's handles.  Rows that cannot be written, as on a full
+disk, are kept in memory until they can.  A second table contains the cached replies of the last
+server process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .limits import NFS_DISK_RESERVE_BYTES, NFS_HANDLES_MAX, NFS_UNSAVED_HANDLES
 
 log = logging.getLogger("vsockets.nfs")
 
-#: How soon to try again to write what could not be written, in seconds, and rows at a time.
+#: Seconds until writing is retried after an error, and rows written at a time.
 _AGAIN, _ROWS = 1.0, 100
 
 _TABLE = (
@@ -39,7 +40,7 @@ _Row = tuple[bytes, bytes, bytes, Hashable]
 
 
 class _Table:
-    """Rows, on a disk or in memory, of ``most`` in all.  Every method raises sqlite3.Error."""
+    """Locations on disk or in memory, at most ``most``.  Every method raises sqlite3.Error."""
 
     def __init__(self, connection: sqlite3.Connection, most: int) -> None:
         self._run = connection.execute
@@ -64,7 +65,7 @@ class _Table:
             self._count(guest, -self._run(statement, (guest, some)).rowcount)
 
     def of(self, file: bytes) -> list[tuple[bytes, bytes]]:
-        """Return folders and names, the last told first."""
+        """Return directories and names, the newest first."""
         return self._run(
             "SELECT folder, name FROM places WHERE file = ?"
             " GROUP BY folder, name ORDER BY max(rowid) DESC",
@@ -72,7 +73,7 @@ class _Table:
         ).fetchall()
 
     def remove(self, *columns: Hashable) -> None:
-        """Remove rows by file; by file, folder and name; or by guest as well."""
+        """Delete rows by file; by file, directory and name; or by guest as well."""
         names = ("file", "folder", "name", "guest")[: len(columns)]
         which = " AND ".join(f"{name} = ?" for name in names)
         select = f"SELECT guest, count(*) FROM places WHERE {which} GROUP BY guest"
@@ -92,15 +93,15 @@ class _Table:
 
 
 class HandleStore:
-    """The table, in a file that one server has for itself."""
+    """The locations and cached replies, in a file that one server uses exclusively."""
 
     def __init__(self, path: str | os.PathLike[str], most: int = NFS_HANDLES_MAX) -> None:
-        """Raises OSError."""
+        """Open or create the state file.  Raises OSError."""
         self._path = Path(path).absolute()
         self._reserve = self._path.with_name(f"{self._path.name}-reserve")
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # the key is nobody's business
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it contains a secret key
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=0)
             try:
                 self._prepare()
@@ -109,7 +110,7 @@ class HandleStore:
                 self._connection.close()
                 raise
         except sqlite3.Error as error:
-            why = f"{error}; each server needs a file of its own (--state), and room on the disk"
+            why = f"{error}; each server needs its own file (--state), and free space on the disk"
             raise OSError(f"{os.fspath(path)}: {why}") from None
         self._spare = sqlite3.connect(":memory:", isolation_level=None)
         self._unsaved = _Table(self._spare, NFS_UNSAVED_HANDLES_MAX)
@@ -121,10 +122,10 @@ class HandleStore:
         run = self._connection.execute
         run("PRAGMA locking_mode = EXCLUSIVE")
         run("PRAGMA journal_mode = WAL")
-        run("PRAGMA synchronous = OFF")  # a lost row makes a handle stale, no more
+        run("PRAGMA synchronous = OFF")  # a lost row only makes a handle stale
         run("CREATE TABLE IF NOT EXISTS key (value BLOB)")
         if [row[1] for row in run("PRAGMA table_info(places)")] == ["file", "folder", "name"]:
-            # Written before rows had guests.
+            # A file from before rows had guests.
             run("BEGIN")
             run("ALTER TABLE places RENAME TO old_places")
             run(_TABLE)
@@ -142,24 +143,24 @@ class HandleStore:
         return len(self._disk) + len(self._unsaved)
 
     def close(self) -> None:
-        """Another server may have the file."""
+        """Write the remaining rows and release the file for another server."""
         while len(self._unsaved) and self._save_some():
             pass
         if len(self._unsaved):
-            text = "%s: %d places could not be written: handles of files there become stale"
+            text = "%s: %d locations could not be saved: handles of files there become stale"
             log.warning(text, self._path, len(self._unsaved))
         self._spare.close()
         self._connection.close()
 
     @property
     def key(self) -> bytes:
-        """What handles are signed with; made with the table."""
+        """The key that signs handles, created with the file."""
         (value,) = self._connection.execute("SELECT value FROM key").fetchone()
         assert isinstance(value, bytes)
         return value
 
     def of(self, file: Identifier) -> Iterator[tuple[Identifier, bytes]]:
-        """Folders and names in them, where ``file`` may be; the last told first.
+        """Yield directories, and names in them, where ``file`` may be; the newest first.
 
         Raises OSError.
         """
@@ -173,7 +174,7 @@ class HandleStore:
             yield Identifier.unpack(folder), name
 
     def add(self, file: Identifier, folder: Identifier, name: bytes, guest: Hashable) -> None:
-        """``file`` is there, and ``guest`` knows it."""
+        """Record that ``guest`` knows ``file`` as ``name`` in ``folder``."""
         if len(self._unsaved) and time.monotonic() >= self._again:
             self._save_some()
         row = file.pack(), folder.pack(), name, guest
@@ -184,11 +185,11 @@ class HandleStore:
             self._unsaved.add(row)
 
     def remove(self, file: Identifier, folder: Identifier, name: bytes) -> None:
-        """``file`` is there no longer."""
+        """Record that ``file`` is not ``name`` in ``folder``."""
         self._remove(file.pack(), folder.pack(), name)
 
     def forget(self, file: Identifier) -> None:
-        """``file`` has been removed."""
+        """Delete all locations of ``file``, which has been removed."""
         self._remove(file.pack())
 
     def _remove(self, *columns: bytes) -> None:
@@ -196,18 +197,18 @@ class HandleStore:
             self._unsaved.remove(*columns)
         try:
             self._disk.remove(*columns)
-        except sqlite3.Error as error:  # it is out of date then, which does no harm
+        except sqlite3.Error as error:  # an outdated location is harmless
             self._failed(error)
 
     def _failed(self, error: sqlite3.Error) -> None:
         if not self._failing:
-            text = "%s: %s; places are kept in memory until they can be written"
+            text = "%s: %s; locations are kept in memory until they can be written"
             log.warning(text, self._path, error)
         self._failing = True
         self._again = time.monotonic() + _AGAIN
 
     def _save_some(self) -> bool:
-        """Write some rows that could not be written before; False if they still cannot."""
+        """Write some rows that could not be written before; return False if they still cannot."""
         for row in self._unsaved.first(_ROWS):
             try:
                 self._disk.add(row)
@@ -217,13 +218,13 @@ class HandleStore:
             self._unsaved.remove(*row)
         if self._failing and not len(self._unsaved):
             self._failing = False
-            log.warning("%s: can be written again", self._path)
+            log.warning("%s: writable again", self._path)
         return True
 
-    # What was answered
+    # Cached replies
 
     def keep_answers(self, answers: Iterable[Answer]) -> None:
-        """For the next server; on a full disk the last ones of them."""
+        """Save cached replies for the next server process; on a full disk, the last that fit."""
         rows = [(json.dumps(answer.source), *answer[1:]) for answer in answers]
         total = len(rows)
         while not self._write_answers(rows):
@@ -235,7 +236,7 @@ class HandleStore:
                 if not rows:
                     break
         if len(rows) < total:
-            text = "%s: %d of %d answers could not be kept for the next server"
+            text = "%s: %d of %d cached replies could not be saved for the next server"
             log.warning(text, self._path, total - len(rows), total)
 
     def _write_answers(self, rows: Sequence[tuple[object, ...]]) -> bool:
@@ -252,7 +253,11 @@ class HandleStore:
         return True
 
     def take_answers(self) -> Iterator[Answer]:
-        """What the last server kept; once, as a later one's would be older than what it did."""
+        """Yield the cached replies of the last server process, and delete them.
+
+        They are read once: after a crash they would be older than the calls of the server that
+        crashed.
+        """
         try:
             rows = self._connection.execute("SELECT * FROM answers ORDER BY rowid").fetchall()
             self._connection.execute("DELETE FROM answers")
@@ -263,7 +268,7 @@ class HandleStore:
             yield Answer(tuple(json.loads(source)), *rest)
 
     def _keep_room(self) -> None:
-        """Have room for answers on a disk that others fill."""
+        """Reserve disk space for the cached replies."""
         try:
             fd = os.open(self._reserve, os.O_RDWR | os.O_CREAT, 0o600)
             try:
@@ -271,4 +276,4 @@ class HandleStore:
             finally:
                 os.close(fd)
         except OSError as error:
-            log.warning("%s: no room is reserved: %s", self._reserve, error.strerror)
+            log.warning("%s: cannot reserve disk space: %s", self._reserve, error.strerror)

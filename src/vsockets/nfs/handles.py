@@ -1,7 +1,8 @@
-"""File handles: signed, so that a guest can only show what it was given.
+"""File handles, signed so that a guest cannot forge one.
 
-A handle names an export, a file's inode and its time of birth, which tells it from a later file
-with that inode.  It holds as long as the file is there, whatever it is called.
+A handle contains an export, the inode of a file and its birth time, which distinguishes the file
+from a later one with the same inode.  It is valid
+while the file exists, also under another name.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ KEY_SIZE = 32
 
 
 class Identifier(NamedTuple):
-    """A file: ``export`` is the export's number, ``born`` and ``born_ns`` its time of birth."""
+    """A file's identity: the number of its export, its inode, and its birth time."""
 
     export: int
     ino: int
@@ -26,35 +27,38 @@ class Identifier(NamedTuple):
     born_ns: int
 
     def pack(self) -> bytes:
-        """As bytes, which sort like nothing in particular."""
+        """Encode as bytes.  The encoding does not preserve order."""
         return _LAYOUT.pack(*self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Identifier:
-        """The reverse of ``pack``."""
+        """Decode the result of ``pack``."""
         return cls(*_LAYOUT.unpack(data))
 
 
 class Signer:
-    """Makes handles and checks them, with a key that only the server has."""
+    """Creation and verification of handles, with a key known only to the server."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
 
     def handle(self, identifier: Identifier) -> bytes:
-        """Of a file."""
+        """Return the handle of a file."""
         packed = identifier.pack()
         return packed + self._tag(packed)
 
     def check(self, handle: bytes) -> Identifier:
-        """The reverse.  Raises ValueError for a handle that we did not make."""
+        """Return the file that a handle identifies.
+
+        Raises ValueError if the signature is invalid.
+        """
         packed, tag = handle[: _LAYOUT.size], handle[_LAYOUT.size :]
         if len(handle) != SIZE or not hmac.compare_digest(tag, self._tag(packed)):
-            raise ValueError("not a handle of ours")
+            raise ValueError("invalid handle")
         return Identifier.unpack(packed)
 
     def number(self, what: bytes, context: bytes) -> int:
-        """63 bits that depend on ``what``, and that nobody else can foresee."""
+        """Return a 63-bit number derived from ``what``, unpredictable without the key."""
         tag = hashlib.blake2b(what, digest_size=8, key=self._key, person=context).digest()
         return int.from_bytes(tag) >> 1
 

@@ -1,4 +1,4 @@
-"""The files that the kernel knows of: a number of ours for each handle of the server's."""
+"""The files known to the kernel: an inode number for each of the server's handles."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .nfs_client import NfsClient
 from .rpc import Auth
 from .write_back import WriteBack
 
-#: For how long the kernel may believe what we said, in seconds.  Other guests see what is
-#: written when they open the file (close-to-open, as NFS clients have it).
+#: Seconds for which the kernel may cache attributes and names.  Other guests see what was written
+#: when they open the file (close-to-open consistency, as NFS clients provide).
 _BELIEF = 1.0
 
 _MODES = {
@@ -31,21 +31,21 @@ _MODES = {
 
 @dataclass(slots=True)
 class Inode:
-    """A file; ``opened`` counts who has it open here."""
+    """A file known to the kernel; ``opened`` counts its open descriptors."""
 
     number: int
     handle: bytes
     uncommitted: WriteBack
     lookups: int = 0
     opened: int = 0
-    #: Where a file is that was removed while it is open, and who removed it.
+    #: The name of a file that was removed while open (silly rename), and the remover's credentials.
     aside: tuple[nfs3.Target, Auth] | None = field(default=None)
-    #: What the kernel was last told of its content: size, and times of the last changes.
+    #: The size, mtime and ctime last reported to the kernel, which tell whether its cache is valid.
     told: tuple[int, nfs3.Time, nfs3.Time] | None = field(default=None)
 
 
 class InodeTable:
-    """All of them; the kernel says when it forgets one."""
+    """The inodes known to the kernel, until it forgets them."""
 
     def __init__(self, nfs: NfsClient, root: bytes) -> None:
         self._nfs = nfs
@@ -55,14 +55,15 @@ class InodeTable:
         self._by_handle = {root: node}
 
     def __getitem__(self, number: int) -> Inode:
+        """Return the inode with a number.  Raises KeyError."""
         return self._by_number[number]
 
     def known(self, handle: bytes) -> Inode | None:
-        """The node, if the kernel knows it."""
+        """Return the inode of a handle, if the kernel knows it."""
         return self._by_handle.get(handle)
 
     def meet(self, handle: bytes) -> Inode:
-        """The node, which the kernel gets to know once more."""
+        """Return the inode of a handle and count one more lookup of the kernel."""
         node = self._by_handle.get(handle)
         if node is None:
             self._last += 1
@@ -72,7 +73,7 @@ class InodeTable:
         return node
 
     def forget(self, number: int, times: int) -> None:
-        """The kernel has forgotten it ``times`` times."""
+        """Drop ``times`` lookups of the kernel, and the inode with the last one."""
         node = self._by_number.get(number)
         if node is None or number == pyfuse3.ROOT_INODE:
             return
@@ -82,12 +83,12 @@ class InodeTable:
 
 
 def content_of(attributes: Attributes) -> tuple[int, nfs3.Time, nfs3.Time]:
-    """What changes when a file's content does."""
+    """Return the attributes that change whenever the content of a file does."""
     return attributes.size, attributes.mtime, attributes.ctime
 
 
 def entry_of(node: Inode, attributes: Attributes) -> pyfuse3.EntryAttributes:
-    """What the kernel wants to know of a file, and now does."""
+    """Return the kernel's view of a file, and record what is reported to it."""
     node.told = content_of(attributes)
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = node.number

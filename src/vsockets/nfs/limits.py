@@ -1,67 +1,64 @@
-"""Every limit of network storage, each with its reason."""
+"""Limits of the NFS server and client, each with its reason."""
 
-#: Answers kept for one guest, for when it asks again: more than it has calls on their way, by
-#: far.  And guests they are kept for; each answer takes some hundred bytes, as reads are not kept.
+#: Replies cached for one guest, for retransmitted calls: many more than it has calls in flight.
+#: And guests with cached replies; a reply takes some hundred bytes, as those of READ are not
+#: cached.
 NFS_GUEST_CACHED_REPLIES_MAX, NFS_CACHED_GUESTS_MAX = 1024, 1024
 
-#: How long a client waits for the first answer, for any at least and at most, in seconds.  The
-#: least is some sixty times what an answer takes: a busy processor's turn, and what each loss
-#: costs.  The most is short: a server that was started again is there at once.
+#: Retransmission timeout in seconds: the first one, the minimum and the maximum.  The minimum is
+#: about sixty times a usual round trip: a time slice of a busy processor, and the cost of each
+#: loss.  The maximum is short so that a restarted server is found at once.
 NFS_RETRY_FIRST_SECONDS, NFS_RETRY_MIN_SECONDS, NFS_RETRY_MAX_SECONDS = 0.5, 0.03, 2.0
 
-#: How long a client sends one call again before the file is in error, in seconds: longer than
-#: any restart takes.
+#: Seconds of retransmission before a call fails: longer than any restart of the server takes.
 NFS_CALL_TIMEOUT_SECONDS = 120.0
 
-#: How long a mount waits before it says that no server answers, in seconds.
+#: Seconds after which a mount reports that no server answers, and goes on trying.
 NFS_FIRST_WORD = 3.0
 
-#: Calls of one client on their way at most: as many answers of 64 KiB fit a datagram socket's
-#: buffer as Linux has it by default (net.core.wmem_default).
+#: Calls of one client in flight: as many replies of 64 KiB as fit a datagram socket's buffer of
+#: Linux's default size (net.core.wmem_default).
 NFS_CALLS_IN_FLIGHT_MAX = 4
 
-#: How soon a call is sent again that found a queue on this machine full, in seconds: some of those
-#: before it have been served by then.
+#: Seconds until a call is sent again that found a local queue full: part of the queue has been
+#: served by then.
 NFS_QUEUE_FULL_RETRY_SECONDS = 0.002
 
-#: Files that a server holds a descriptor of, the last used ones: half of what processes may have
-#: by default.
+#: Least recently used files a server keeps open: half of the default descriptor limit of a process.
 NFS_OPEN_FILES_MAX = 512
 
-#: Places where a server knows files to be, the last told; about 200 bytes each.  The handle of a
-#: file that is in none of them has become stale.  When there are too many the guest that has most
-#: loses its oldest.
+#: File locations that a server records, the newest ones; about 200 bytes each.  A handle of a file
+#: at none of them is stale.  Above the limit, the guest with the most locations loses its oldest.
 NFS_HANDLES_MAX = 1_000_000
 
-#: Places that are kept in memory while they cannot be written to the disk.
+#: File locations kept in memory while they cannot be written to disk.
 NFS_UNSAVED_HANDLES_MAX = 100_000
 
-#: Bytes on the disk that are kept free for what was answered, for when it is full: the answers of
-#: some thousand calls.
+#: Bytes reserved on the disk for saving cached replies when it is full: about a thousand replies.
 NFS_DISK_RESERVE_BYTES = 4 << 20
 
-#: How deep a file may lie to be found by its handle.
+#: Maximum depth of a file below its export, for finding it by its handle.
 NFS_DIRECTORY_DEPTH_MAX = 256
 
-#: Names in one part of a listing, which take some 200 bytes each; and in all parts that a server
-#: remembers, and in those of one guest.
+#: Names in one part of a listing, about 200 bytes each; names in all cached parts, and in those of
+#: one guest.
 NFS_LISTING_PART_NAMES_MAX = 200_000
 NFS_LISTED_NAMES_MAX, NFS_GUEST_LISTED_NAMES_MAX = 1_000_000, 250_000
 
-#: Names that are read from a directory before other calls are served: two milliseconds or so.  And
-#: directories with more names that are read at the same time, in all and by one guest.
+#: Names read from a directory before other calls are served: about two milliseconds.  And larger
+#: directories being read at the same time, in all and by one guest.
 NFS_NAMES_PER_STEP_MAX = 500
 NFS_LARGE_LISTINGS_MAX, NFS_GUEST_LARGE_LISTINGS_MAX = 6, 1
 
-#: Entries of one READDIR, and of one READDIRPLUS, which takes a lookup for each: some milliseconds.
+#: Entries of one READDIR, and of one READDIRPLUS, which needs a lookup for each: some milliseconds.
 NFS_READDIR_ENTRIES_MAX, NFS_READDIRPLUS_ENTRIES_MAX = 1024, 64
 
-#: How long calls are answered before the sockets are looked at again, in seconds; datagrams that
-#: are taken from one then, as many as a queue of the kernel usually holds; and calls of one guest
-#: that wait meanwhile: clients have a few on their way.
+#: Seconds of answering calls before the sockets are polled again; datagrams received from one
+#: socket then, as many as its kernel queue usually holds; and queued calls of one guest: clients
+#: have a few in flight.
 NFS_TURN_MAX_SECONDS = 0.005
 NFS_DATAGRAMS_PER_TURN_MAX = 512
 NFS_GUEST_WAITING_CALLS_MAX = 64
 
-#: Bytes of a file that a client holds until the server has them on its disk.
+#: Bytes written to a file that a client keeps until the server has committed them.
 NFS_UNCOMMITTED_MAX_BYTES = 4 << 20

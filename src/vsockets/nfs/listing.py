@@ -1,13 +1,14 @@
-"""Listings of directories in an order that no change disturbs.
+"""Directory listings in an order that changes to the directory do not disturb.
 
-A name's cookie is a number computed from it, and a listing is in the order of cookies: it goes on
-where it was, whatever came or went in between, and after the server was started again.
+The cookie of a name is a keyed hash of it, and a listing is sorted by cookie.  It therefore
+continues at the right position after any names are added or removed, and after a restart of the
+server.
 
-A folder may have any number of names, and reading them takes time, so it is done in steps between
+A directory may contain any number of names and takes time to read, so it is read in steps between
 which other calls are served.  A *part* holds a bounded number of names, those with the lowest
-cookies from where it begins; the next part is read when a client gets there.  A guest's listing
-goes on with the part that it has begun, even if the folder has changed since: a name that comes or
-goes meanwhile may be listed or not (POSIX, readdir).
+cookies from its start; the next part is read when a client reaches it.  The listing of a guest
+continues with the part it began, even if the directory has changed since: a name that is added or
+removed meanwhile may be listed or not (POSIX, readdir).
 """
 
 from __future__ import annotations
@@ -36,47 +37,50 @@ from .run_as import run_as
 from .tree import FileRef
 from .work_queue import Later
 
-#: Cookies below are those of the beginning, and of the directory and its parent.
+#: Smaller cookies denote the beginning, the directory itself (``.``) and its parent (``..``).
 _FIRST_COOKIE = 3
 
-#: Cookies have 63 bits; names are sorted into buckets by the first ten of them.
+#: Right shift of a 63-bit cookie that leaves its first ten bits: the bucket for sorting.
 _BUCKET = 53
 
-#: Above all cookies.
+#: Greater than any cookie.
 _END = 1 << 64
 
-#: Of names, as os.fsencode() has it.
+#: The encoding of names, as in os.fsencode().
 _ENCODING = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 
-#: What a part takes beside its names, as if it were so many.
+#: The cost of a part beside its names, in names.
 _PART = 100
 
-#: How coarse a file's times may be, in seconds: a tick of the kernel, and more.
+#: The coarsest resolution of file times, in seconds: more than a kernel tick.
 _COARSE = 0.1
 
 
-#: An entry of a directory: its cookie, its name, and its inode, 0 for ``.`` and ``..``.  A plain
-#: tuple, which the garbage collector soon leaves alone.
+#: A directory entry: cookie, name, and inode (0 for ``.`` and ``..``).  A plain tuple, which the
+#: garbage collector soon stops tracking.
 Name = tuple[int, bytes, int]
 
 
 class Part:
-    """Names of a folder with cookies above ``start`` and below ``end`` (None: all of them)."""
+    """The names of a directory with cookies above ``start`` and below ``end`` (None: all)."""
 
     def __init__(self, start: int, version: object) -> None:
         self.start = start
         self.end: int | None = None
-        self.version = version  #: the folder's times when it was begun
+        self.version = version  #: the directory's times when reading began
         self.names: list[Name] = []
-        self.is_awaited = False  #: the call that it was read for comes again
+        self.is_awaited = False  #: the call that it was read for has not been repeated yet
 
     @property
     def cost(self) -> int:
-        """What it takes, in names."""
+        """The memory cost, in names."""
         return _PART + len(self.names)
 
     def read(self, fd: int, signer: Signer) -> Iterator[None]:
-        """Read the folder ``fd`` in steps.  Raises OSError."""
+        """Read the directory ``fd`` in steps.
+
+        Raises OSError.
+        """
         buckets: defaultdict[int, list[Name]] = defaultdict(list)
         count = 0
         number, start, end = signer.number, max(self.start, _FIRST_COOKIE - 1), _END
@@ -106,7 +110,7 @@ class Part:
             self.names += sorted(buckets[key])
 
     def holds(self, cookie: int) -> bool:
-        """Return whether what comes after ``cookie`` is here."""
+        """Return whether the names after ``cookie`` are in this part."""
         if cookie < self.start:
             return False
         if self.end is None:
@@ -115,15 +119,15 @@ class Part:
 
 
 class Listings:
-    """Parts that guests have asked for, the last ones, each guest's its own."""
+    """The most recently used parts of each guest."""
 
     def __init__(self, signer: Signer) -> None:
         self._signer = signer
-        #: of each guest, and in it the one longest unused first
+        #: by guest, the least recently used part first
         self._parts: dict[Hashable, OrderedDict[_Key, Part]] = {}
-        self._held: Counter[Hashable] = Counter()  # what they take, in names
-        self._reading: Counter[Hashable] = Counter()  # parts that are read in steps
-        #: Says whose cookies they are: they are good for as long as the key is.
+        self._held: Counter[Hashable] = Counter()  # cost of the parts, in names
+        self._reading: Counter[Hashable] = Counter()  # parts being read in steps
+        #: Changes with the key: cookies of another key are invalid.
         self.verifier = signer.number(b"", b"cookies").to_bytes(8)
 
     def after(
@@ -131,9 +135,10 @@ class Listings:
     ) -> tuple[Part, int]:
         """Return a part, and the index of the first name in it after ``cookie``.
 
-        Raises Later while it has to be read, NfsError (JUKEBOX) for too much of that, OSError.
+        Raises Later while the part is being read, NfsError (JUKEBOX) for too many reads at once,
+        and OSError.
         """
-        with run_as(identity):  # which may read the folder, whoever has read it before
+        with run_as(identity):  # the caller must have read permission, even if the part is cached
             fd = os.open(folder.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             version = _version(folder)
@@ -143,7 +148,7 @@ class Listings:
                 steps = self._read(guest, folder.identifier, Part(start, version), fd)
                 fd = -1
                 part = next(steps)
-                if part is None:  # a folder of usual size is read at once
+                if part is None:  # a directory of usual size is read in one step
                     raise Later(steps)
         finally:
             if fd >= 0:
@@ -160,7 +165,7 @@ class Listings:
                 continue
             is_new = part.is_awaited or part.version == version
             if part.start == 0 and is_new if begins else part.holds(cookie):
-                part.is_awaited = False  # the folder may have changed for others
+                part.is_awaited = False  # the directory may have changed for other calls
                 parts.move_to_end(key)
                 return part
         return None
@@ -168,7 +173,7 @@ class Listings:
     def _read(
         self, guest: Hashable, folder: Identifier, part: Part, fd: int
     ) -> Iterator[Part | None]:
-        """Read a part in steps: None after each, and the part in the end."""
+        """Read a part in steps: yield None after each, and the part at the end."""
         reading = 0
         try:
             for _ in part.read(fd, self._signer):
@@ -191,7 +196,7 @@ class Listings:
         yield part
 
     def _keep(self, guest: Hashable, key: _Key, part: Part) -> None:
-        """Remember a part, and forget others for it where there are too many."""
+        """Cache a part, and evict others above the limits."""
         parts = self._parts.setdefault(guest, OrderedDict())
         if key in parts:
             self._forget(guest, key)
@@ -215,8 +220,8 @@ class _Key(NamedTuple):
 
 
 def _version(folder: FileRef) -> object:
-    """Return what changes with the folder's names."""
+    """Return a value that changes with the directory's names."""
     seconds, nanoseconds = folder.state.ctime
     if time.time() - (seconds + nanoseconds / 1e9) < _COARSE:
-        return object()  # another change could leave the times as they are
+        return object()  # another change could leave the times unchanged
     return folder.state.mtime, folder.state.ctime

@@ -1,4 +1,4 @@
-"""The MOUNT protocol, version 3, of RFC 1813: how a client gets its first handle."""
+"""The MOUNT protocol, version 3 (RFC 1813 appendix I), which returns the first handle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAME_SIZE, _MOST_EXPORTS, _MOST_GROUPS = 255, 1024, 1024
 
 
 class Status(IntEnum):
-    """What became of MNT (mountstat3)."""
+    """The outcome of MNT (mountstat3)."""
 
     OK = 0
     PERM = 1
@@ -23,7 +23,7 @@ class Status(IntEnum):
 
 
 class Offer(NamedTuple):
-    """An export, and who may have it, as text."""
+    """An exported directory and the clients that may mount it, as text (exportnode)."""
 
     path: bytes
     groups: tuple[bytes, ...]
@@ -39,12 +39,12 @@ _mounted: xdr.Codec[tuple[Any, ...]] = xdr.structure(lambda *values: values, _gr
 path = _path
 answer = xdr.union({Status.OK: _granted}, xdr.void)
 offers = xdr.chain(xdr.structure(Offer, _path, xdr.chain(_group, _MOST_GROUPS)), _MOST_EXPORTS)
-#: Who has mounted what: an old server's memory, which says nothing that could be relied on.
+#: The clients that have mounted exports: always empty, as a server cannot know when they unmount.
 mounts = xdr.chain(_mounted, _MOST_EXPORTS)
 
 MNT, DUMP, UMNT, UMNTALL, EXPORT = 1, 2, 3, 4, 5
 
 
 def grant(handle: bytes) -> bytes:
-    """MNT's answer: a handle, and what credentials are of use with it."""
+    """Return the result of MNT: a handle, and the accepted credential flavors."""
     return answer.pack((Status.OK, (handle, (rpc.Flavor.SYS, rpc.Flavor.NONE))))

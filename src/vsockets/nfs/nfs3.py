@@ -1,4 +1,4 @@
-"""NFS version 3, RFC 1813: its types, and its procedures as a table."""
+"""NFS version 3 (RFC 1813): its types, and a table of its procedures."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from .xdr import Codec, structure, uint
 
 PROGRAM, VERSION = 100003, 3
 
-#: Bytes of a handle, a name's and a path's bound, of one READ or WRITE, and of a verifier.
+#: Maximum size of a handle, a name, a path, the data of one READ or WRITE, and a verifier, in
+#: bytes.
 HANDLE_SIZE, NAME_SIZE, PATH_SIZE, DATA_SIZE, VERIFIER_SIZE = 64, 4096, 4096, 65_536, 8
-#: Bytes of one READ or WRITE where the datagram is one of UDP's, of which 64 KiB do not fit.
+#: Maximum data of one READ or WRITE over UDP, whose datagrams are smaller than 64 KiB plus headers.
 UDP_DATA_SIZE = 32_768
 #: Entries of one directory listing: more do not fit a datagram.
 _ENTRIES = 4096
 
 
 class Status(IntEnum):
-    """What became of a call (nfsstat3)."""
+    """The outcome of a call (nfsstat3)."""
 
     OK = 0
     PERM = 1
@@ -52,7 +53,7 @@ class Status(IntEnum):
 
 
 class FileType(IntEnum):
-    """What a file is (ftype3)."""
+    """The type of a file (ftype3)."""
 
     REGULAR = 1
     DIRECTORY = 2
@@ -64,7 +65,7 @@ class FileType(IntEnum):
 
 
 class Stable(IntEnum):
-    """How much of a WRITE is on the disk when it is answered (stable_how)."""
+    """The data and metadata that a WRITE has put on disk before its reply (stable_how)."""
 
     UNSTABLE = 0
     DATA_SYNC = 1
@@ -72,7 +73,7 @@ class Stable(IntEnum):
 
 
 class How(IntEnum):
-    """What CREATE does about a file that is there (createmode3)."""
+    """The treatment of an existing file by CREATE (createmode3)."""
 
     UNCHECKED = 0
     GUARDED = 1
@@ -80,7 +81,7 @@ class How(IntEnum):
 
 
 class TimeHow(IntEnum):
-    """Where a new time comes from (time_how)."""
+    """The source of a new time in SETATTR (time_how)."""
 
     KEEP = 0
     SERVER = 1
@@ -88,7 +89,7 @@ class TimeHow(IntEnum):
 
 
 class Access(IntEnum):
-    """What ACCESS asks about, a bit each."""
+    """A permission that ACCESS queries, as a bit."""
 
     READ = 1
     LOOKUP = 2
@@ -109,7 +110,7 @@ class Device(NamedTuple):  # noqa: D101
 
 
 class Attributes(NamedTuple):
-    """Of a file (fattr3)."""
+    """The attributes of a file (fattr3)."""
 
     kind: int
     mode: int
@@ -127,7 +128,7 @@ class Attributes(NamedTuple):
 
 
 class Before(NamedTuple):
-    """What a client may compare with what it knows (wcc_attr)."""
+    """Attributes before an operation, which a client compares with its cache (wcc_attr)."""
 
     size: int
     mtime: Time
@@ -135,14 +136,14 @@ class Before(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Before and after (wcc_data)."""
+    """Attributes before and after an operation (wcc_data)."""
 
     before: Before | None = None
     after: Attributes | None = None
 
 
 class NewAttributes(NamedTuple):
-    """What SETATTR and friends set (sattr3); times are a TimeHow and, from CLIENT, a Time."""
+    """Attributes to set (sattr3); a time is a TimeHow and, with CLIENT, a Time."""
 
     mode: int | None = None
     uid: int | None = None
@@ -209,17 +210,18 @@ class PathConf(NamedTuple):  # noqa: D101
 
 
 class Procedure(NamedTuple):
-    """One procedure: its arguments, and its results after OK and after any other status.
+    """One procedure: codecs of its arguments, and of its results after OK and after an error.
 
-    Arguments and results are tuples in the order of RFC 1813; a single one stands alone.
+    Arguments and results are tuples in the order of RFC 1813; a single one is not wrapped in a
+    tuple.
     """
 
     name: str
     arguments: Codec[Any]
     ok: Codec[Any]
     failed: Codec[Any]
-    nothing: Any  #: what stands in ``failed`` for "I do not say"
-    changes: bool = False  #: not to be done twice, and not at all in a read-only export
+    nothing: Any  #: the value of ``failed`` that reports no attributes
+    changes: bool = False  #: not idempotent; refused in a read-only export
 
 
 def _tuple(*members: Codec[Any]) -> Codec[tuple[Any, ...]]:
@@ -241,11 +243,11 @@ def _numbers(of: Attributes) -> tuple[int, ...]:
 
 hyper, boolean, void = xdr.hyper, xdr.boolean, xdr.void
 handle, verifier = xdr.opaque(HANDLE_SIZE), xdr.fixed(VERIFIER_SIZE)
-# Bounds of names are the server's business: it says NAMETOOLONG.
+# The bounds of names are checked by the server, which replies NAMETOOLONG.
 name, path, data = xdr.opaque(NAME_SIZE), xdr.opaque(PATH_SIZE), xdr.opaque(DATA_SIZE)
 time = xdr.numbers("II", Time, tuple)
 device = structure(Device, uint, uint)
-# Every answer has them.
+# One operation for all numbers: every reply has attributes.
 attributes = xdr.numbers("5I 2Q 2I 2Q 6I", _attributes, _numbers)
 before = structure(Before, hyper, time, time)
 maybe_attributes, maybe_handle = xdr.optional(attributes), xdr.optional(handle)
@@ -284,7 +286,7 @@ def _changes(label: str, arguments: Codec[Any], ok: Codec[Any]) -> Procedure:
     return Procedure(label, arguments, ok, change, _UNKNOWN, True)
 
 
-#: By number.  NULL has no status, and is the server's and the client's own business.
+#: By number.  NULL has no status; server and client handle it themselves.
 PROCEDURES: dict[int, Procedure] = {
     1: Procedure("getattr", handle, attributes, void, None),
     2: _changes("setattr", _tuple(handle, new_attributes, xdr.optional(time)), change),
@@ -330,7 +332,7 @@ NUMBERS = {procedure.name: number for number, procedure in PROCEDURES.items()}
 
 
 def encode_result(procedure: Procedure, status: Status, content: Any) -> bytes:
-    """The results of a call; ``content`` counts after OK only."""
+    """Return the results of a call; ``content`` is used only if ``status`` is OK."""
     out = bytearray()
     uint.encode(status, out)
     if status is Status.OK:
@@ -341,7 +343,10 @@ def encode_result(procedure: Procedure, status: Status, content: Any) -> bytes:
 
 
 def decode_result(procedure: Procedure, data: bytes) -> tuple[int, Any]:
-    """A status, and what comes with it.  Raises XdrError."""
+    """Return the status and the results of a call.
+
+    Raises XdrError.
+    """
     reader = xdr.Reader(data)
     status = uint.decode(reader)
     codec = procedure.ok if status == Status.OK else procedure.failed
@@ -349,7 +354,7 @@ def decode_result(procedure: Procedure, data: bytes) -> tuple[int, Any]:
 
 
 def error_of(status: int) -> OSError:
-    """What a status is in unix."""
+    """Return the OSError that corresponds to an NFS status."""
     import errno
     import os
 
@@ -364,6 +369,6 @@ def error_of(status: int) -> OSError:
         Status.TOOSMALL: errno.EINVAL,
     }
     code = table.get(status) if status in list(Status) else errno.EIO  # type: ignore[call-overload]
-    if code is None:  # most are unix's own numbers, the others say that the server is at a loss
+    if code is None:  # below NAMETOOLONG they are errno values; the rest are server errors
         code = status if status < Status.NAMETOOLONG else errno.EIO
     return OSError(code, os.strerror(code))

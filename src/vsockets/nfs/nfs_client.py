@@ -1,4 +1,4 @@
-"""NFS and MOUNT as an asyncio client's calls."""
+"""The NFS and MOUNT calls of an asyncio client."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from .xdr import XdrError
 
 @functools.lru_cache(maxsize=64)
 def credentials(uid: int, gid: int, groups: tuple[int, ...] = ()) -> Auth:
-    """What a unix process shows."""
+    """Return AUTH_SYS credentials for a unix user."""
     machine = platform.node().encode()[:255]
     shown = AuthSys(0, machine, uid, gid, groups[: rpc.MOST_GROUPS])
     return Auth(Flavor.SYS, rpc.auth_sys.pack(shown))
 
 
 async def mount_export(client: RpcClient, path: bytes) -> bytes:
-    """The handle of an export's root.  Raises OSError."""
+    """Return the handle of an export's root directory.
+
+    Raises OSError.
+    """
     arguments = mount_protocol.path.pack(path)
     own = credentials(os.geteuid(), os.getegid())
     data = await client.call(
@@ -45,18 +48,18 @@ async def mount_export(client: RpcClient, path: bytes) -> bytes:
 
 
 class NfsClient:
-    """One server's NFS.  Every call raises OSError."""
+    """The NFS procedures of one server.  Every method raises OSError."""
 
     def __init__(self, client: RpcClient, transfer: int = nfs3.DATA_SIZE) -> None:
-        """``transfer`` is how many bytes a READ or WRITE has at most."""
+        """Use ``client`` for calls; a READ or WRITE has at most ``transfer`` bytes."""
         self._client = client
         self.transfer = transfer
 
     async def agree(self, who: Auth, root: bytes) -> None:
-        """Ask how much the server takes at a time.
+        """Limit the transfer size to what the server's FSINFO allows.
 
-        One that would take more than any datagram holds does not know that datagrams are on
-        the way, nor of which kind: a stock server, whose own are UDP's.
+        A server that allows more than a datagram can hold does not know that its transport is
+        datagrams: it is a stock server, reached over UDP, so the limit is UDP's.
         """
         info = await self.call(who, "fsinfo", root)
         most = min(info.read_most, info.write_most)
@@ -65,12 +68,12 @@ class NfsClient:
         self.transfer = max(512, min(self.transfer, most))
 
     async def call(self, who: Auth, name: str, *arguments: Any) -> Any:
-        """The results of a procedure; a single argument or result stands alone."""
+        """Call a procedure and return its results; a single one is not wrapped in a tuple."""
         procedure = PROCEDURES[NUMBERS[name]]
         packed = procedure.arguments.pack(arguments[0] if len(arguments) == 1 else arguments)
         status, content = await self._call(procedure, NUMBERS[name], packed, who)
         pauses = NFS_CALL_TIMEOUT_SECONDS / NFS_RETRY_FIRST_SECONDS
-        while status == Status.JUKEBOX and pauses > 0:  # it wants to be asked anew, in a while
+        while status == Status.JUKEBOX and pauses > 0:  # the server asks the client to retry later
             await asyncio.sleep(NFS_RETRY_FIRST_SECONDS)
             status, content = await self._call(procedure, NUMBERS[name], packed, who)
             pauses -= 1
@@ -90,19 +93,22 @@ class NfsClient:
     async def create(
         self, who: Auth, target: nfs3.Target, new: nfs3.NewAttributes, exclusive: bool
     ) -> Any:
-        """CREATE; ``exclusive`` fails for a file that is there, but not for our own earlier try."""
+        """Create a file (CREATE).
+
+        ``exclusive`` fails if the file exists, unless an earlier attempt of this call created it.
+        """
         if not exclusive:
             return await self.call(who, "create", target, (nfs3.How.UNCHECKED, new))
         verifier = secrets.token_bytes(nfs3.VERIFIER_SIZE)
         handle, _, change = await self.call(who, "create", target, (nfs3.How.EXCLUSIVE, verifier))
-        now = (nfs3.TimeHow.SERVER, None)  # the verifier is in them
+        now = (nfs3.TimeHow.SERVER, None)  # EXCLUSIVE stores the verifier in the file's times
         change = await self.call(who, "setattr", handle, new._replace(atime=now, mtime=now), None)
         return handle, change.after, nfs3.Change()
 
     async def write(
         self, who: Auth, handle: bytes, offset: int, data: bytes, stable: Stable
     ) -> bytes:
-        """Write all of ``data``, in one piece if the server does; returns its verifier."""
+        """Write all of ``data``, in one WRITE if possible, and return the write verifier."""
         done, lives = 0, set[bytes]()
         while done < len(data):
             part = data[done:]
@@ -110,13 +116,13 @@ class NfsClient:
                 who, "write", handle, offset + done, len(part), stable, part
             )
             if not 0 < count <= len(part):
-                raise _broken(XdrError(f"{count} bytes of {len(part)} were written"))
+                raise _broken(XdrError(f"{count} bytes written (expected 1 to {len(part)})"))
             done += count
             lives.add(verifier)
-            if len(lives) > 1:  # what was written before the server's restart may be lost
+            if len(lives) > 1:  # the server restarted: earlier unstable writes may be lost
                 done, lives = 0, set()
         return lives.pop()
 
 
 def _broken(error: XdrError) -> OSError:
-    return OSError(errno.EPROTO, f"the server's answer is none: {error}")
+    return OSError(errno.EPROTO, f"malformed reply from the server: {error}")

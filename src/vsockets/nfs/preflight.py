@@ -1,4 +1,4 @@
-"""What a machine must have for mounting, and what to do where it is missing."""
+"""Check that this machine can mount an export, before an attempt to."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ DEVICE = "/dev/fuse"
 
 
 def require(device: str = DEVICE) -> None:
-    """Raises OSError where nothing can be mounted: one line that says what to do."""
+    """Check that an export can be mounted.
+
+    Raises OSError with one line that says what is missing and how to install it.
+    """
     try:
         import pyfuse3  # noqa: F401
     except ImportError as error:
-        from ..extras import how_to_install  # here: it is seldom needed
+        from ..extras import how_to_install  # imported here: seldom needed
 
         how = how_to_install("nfs")
-        if sys.prefix == sys.base_prefix:  # a virtual environment does not see Debian's
+        if sys.prefix == sys.base_prefix:  # a virtual environment does not see Debian's packages
             how = f"apt install python3-pyfuse3, or {how}"
         raise OSError(f"mounting needs pyfuse3: {how} ({error})") from None
     try:
         os.close(os.open(device, os.O_RDWR))
     except PermissionError:
-        pass  # fusermount3 has it
+        pass  # the set-user-ID program fusermount3 has the permission
     except OSError as error:
-        why = f"{device}: {error.strerror}; modprobe fuse, or take a kernel that has FUSE"
+        why = f"{device}: {error.strerror}; modprobe fuse, or use a kernel with FUSE"
         raise OSError(error.errno, why) from None
     if os.geteuid() == 0:
         return
@@ -34,13 +37,13 @@ def require(device: str = DEVICE) -> None:
         raise OSError("mounting without root needs fusermount3: apt install fuse3")
     if _has_no_new_privileges():
         why = "mounting without root needs fusermount3's set-user-ID bit, which has no effect here"
-        how = "leave vsock run, or whatever sets no_new_privs"
+        how = "leave vsock run, or the program that set no_new_privs"
         if context := os.environ.get("VSOCKETS_CONTEXT"):
             how = f"mount outside of vsock run, with VSOCKETS_CONTEXT={context}"
         raise OSError(errno.EPERM, f"{why}: {how}")
 
 
 def _has_no_new_privileges() -> bool:
-    """Return whether no program that this process executes gains rights (no_new_privs)."""
+    """Return whether no_new_privs is set: executed programs then gain no rights."""
     with open("/proc/self/status") as status:
         return any(line.split() == ["NoNewPrivs:", "1"] for line in status)

@@ -1,4 +1,4 @@
-"""NFS's procedures, done to an export's files."""
+"""The NFS procedures, performed on the files of an export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .nfs3 import Access, FsInfo, FsStat, NewAttributes, PathConf, Stable, Statu
 from .run_as import run_as
 from .tree import FileRef
 
-#: Where files end on any file system we know: what an offset may be.
+#: The largest offset on any file system known here.
 _LARGEST = (1 << 63) - 1
 
 #: Properties of FSINFO: links, symbolic links, the same PATHCONF for all files, times can be set.
@@ -24,9 +24,9 @@ _PROPERTIES = 1 | 2 | 8 | 16
 
 
 class Procedures(Directories):
-    """Each method takes a caller and the arguments, and returns the results after OK.
+    """The NFS procedures: each takes a caller and the arguments, and returns the results after OK.
 
-    They raise OSError, NfsError and ValueError (a handle that is not ours).
+    All raise OSError, NfsError, and ValueError for an invalid handle.
     """
 
     def __init__(self, signer: Signer, listings: Listings, verifier: bytes, transfer: int) -> None:
@@ -34,21 +34,24 @@ class Procedures(Directories):
         self._verifier = verifier
 
     def getattr(self, caller: Caller, handle: bytes) -> Any:
+        """Return attributes (GETATTR)."""
         return attributes_of(self.found(caller, handle))
 
     def setattr(self, caller: Caller, handle: bytes, new: NewAttributes, guard: Time | None) -> Any:
+        """Set attributes (SETATTR)."""
         found = self.found(caller, handle)
         if guard is not None and guard != time_of(found.state.ctime):
             raise NfsError(Status.NOT_SYNC)
         if new.size is not None:
             if found.is_folder:
-                raise OSError(errno.EISDIR, "a directory")
+                raise OSError(errno.EISDIR, "is a directory")
             _truncate(caller, found, new.size)
         with run_as(caller.identity):
             apply(found, new._replace(size=None))
         return self.change(caller, found)
 
     def access(self, caller: Caller, handle: bytes, asked: int) -> Any:
+        """Check permissions (ACCESS)."""
         found = self.found(caller, handle)
         read, write, execute = Access.READ, Access.MODIFY | Access.EXTEND, Access.EXECUTE
         if found.is_folder:
@@ -63,12 +66,14 @@ class Procedures(Directories):
         return attributes_of(found), granted
 
     def readlink(self, caller: Caller, handle: bytes) -> Any:
+        """Return the target of a symbolic link (READLINK)."""
         found = self.found(caller, handle)
         if not stat.S_ISLNK(found.state.mode):
             raise OSError(errno.EINVAL, "not a symbolic link")
         return attributes_of(found), os.fsencode(os.readlink("", dir_fd=found.fd))
 
     def read(self, caller: Caller, handle: bytes, offset: int, count: int) -> Any:
+        """Read from a file (READ)."""
         found = self._regular(caller, handle)
         count = min(count, self.transfer)
         data = b""
@@ -85,14 +90,15 @@ class Procedures(Directories):
     def write(
         self, caller: Caller, handle: bytes, offset: int, count: int, stable: int, data: bytes
     ) -> Any:
+        """Write to a file (WRITE)."""
         found = self._regular(caller, handle)
         if count != len(data) or stable not in list(Stable):
-            raise OSError(errno.EINVAL, "not as many bytes as said, or an unknown stability")
+            raise OSError(errno.EINVAL, "invalid count or stability")
         if offset + count > _LARGEST:
-            raise OSError(errno.EFBIG, "too far out")
+            raise OSError(errno.EFBIG, "offset too large")
         fd = _open(caller, found, os.O_WRONLY)
         try:
-            with run_as(caller.identity):  # whose write clears set-user-id
+            with run_as(caller.identity):  # the write of an ordinary user clears set-user-ID
                 written = os.pwrite(fd, data, offset)
             if stable == Stable.FILE_SYNC:
                 os.fsync(fd)
@@ -103,6 +109,7 @@ class Procedures(Directories):
         return self.change(caller, found), written, stable, self._verifier
 
     def commit(self, caller: Caller, handle: bytes, offset: int, count: int) -> Any:
+        """Put written data on disk (COMMIT)."""
         found = self._regular(caller, handle)
         fd = os.open(found.path, os.O_RDONLY)
         try:
@@ -112,6 +119,7 @@ class Procedures(Directories):
         return self.change(caller, found), self._verifier
 
     def fsstat(self, caller: Caller, handle: bytes) -> Any:
+        """Return the capacity of the file system (FSSTAT)."""
         found = self.found(caller, handle)
         system = os.statvfs(found.path)
         size = system.f_frsize
@@ -123,6 +131,7 @@ class Procedures(Directories):
         )
 
     def fsinfo(self, caller: Caller, handle: bytes) -> Any:
+        """Return static properties of the server (FSINFO)."""
         found = self.found(caller, handle)
         sizes = self.transfer, self.transfer, 4096
         return FsInfo(
@@ -130,6 +139,7 @@ class Procedures(Directories):
         )
 
     def pathconf(self, caller: Caller, handle: bytes) -> Any:
+        """Return the POSIX limits of the file system (PATHCONF)."""
         found = self.found(caller, handle)
         most_links = os.pathconf(found.path, "PC_LINK_MAX") if found.is_folder else 127
         return PathConf(attributes_of(found), most_links, 255, True, True, False, True)
@@ -137,16 +147,17 @@ class Procedures(Directories):
     def _regular(self, caller: Caller, handle: bytes) -> FileRef:
         found = self.found(caller, handle)
         if found.is_folder:
-            raise OSError(errno.EISDIR, "a directory")
-        if not stat.S_ISREG(found.state.mode):  # opening a device or a FIFO does something
+            raise OSError(errno.EISDIR, "is a directory")
+        if not stat.S_ISREG(found.state.mode):  # opening a device or a FIFO has side effects
             raise OSError(errno.EINVAL, "not a regular file")
         return found
 
 
 def _open(caller: Caller, found: FileRef, flags: int) -> int:
-    """Open what a client may have opened when its mode was another one, as RFC 1813 (4.4) says.
+    """Open a file that the client may have opened when its mode allowed it (RFC 1813 4.4).
 
-    Whoever may execute a file may read it, as his machine has to.
+    The owner has access with any mode, and execute permission implies reading: the client's
+    kernel has to read a program to execute it.
     """
     with run_as(caller.identity):
         try:
@@ -159,9 +170,9 @@ def _open(caller: Caller, found: FileRef, flags: int) -> int:
 
 
 def _truncate(caller: Caller, found: FileRef, size: int) -> None:
-    """As ``_open``: a file that is open can be truncated whatever its mode is by now."""
+    """Truncate a file that the client may have open, regardless of its mode; see ``_open``."""
     if size > _LARGEST:
-        raise OSError(errno.EFBIG, "too large")
+        raise OSError(errno.EFBIG, "size too large")
     try:
         with run_as(caller.identity):
             os.truncate(found.path, size)

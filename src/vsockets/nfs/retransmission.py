@@ -1,6 +1,6 @@
-"""When a call is sent again, and how many are on their way: RFC 6298's timers, AIMD's window.
+"""Retransmission timeouts (RFC 6298) and the window of calls in flight (AIMD).
 
-No clock of its own: times are seconds of whatever clock the caller has.
+The caller supplies the time, in seconds of a clock of its choice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .limits import (
 
 
 class RoundTrips:
-    """How long answers take; ``wait`` is how long to wait for one, in seconds."""
+    """An estimator of round-trip times; ``wait`` is the retransmission timeout in seconds."""
 
     def __init__(self) -> None:
         self.wait = NFS_RETRY_FIRST_SECONDS
@@ -24,7 +24,7 @@ class RoundTrips:
         self._deviation = 0.0
 
     def measured(self, seconds: float) -> None:
-        """A call that was sent once was answered after ``seconds`` (Karn: only such count)."""
+        """Add the round-trip time of a call that was sent once (Karn excludes the others)."""
         if self._mean is None:
             self._mean, self._deviation = seconds, seconds / 2
         else:
@@ -35,7 +35,7 @@ class RoundTrips:
 
 
 class Window:
-    """How many calls may be on their way: one more for each round without loss, half after one."""
+    """The limit of calls in flight: one more per round without loss, half after a loss."""
 
     def __init__(self, most: int = NFS_CALLS_IN_FLIGHT_MAX) -> None:
         self._most = most
@@ -43,20 +43,20 @@ class Window:
 
     @property
     def size(self) -> int:
-        """Calls; at least one."""
+        """Return the window in calls, at least one."""
         return int(self._size)
 
     def answered(self) -> None:
-        """An answer came in time."""
+        """Enlarge the window after a reply in time."""
         self._size = min(self._most, self._size + 1 / self._size)
 
     def lost(self) -> None:
-        """One did not."""
+        """Halve the window after a loss."""
         self._size = max(1.0, self._size / 2)
 
 
 class Transmission:
-    """One call on its way: when to send it again, and when to give up."""
+    """The schedule of one call: when to retransmit it, and when to give up."""
 
     def __init__(self, now: float, wait: float) -> None:
         self.tries = 1
@@ -65,7 +65,10 @@ class Transmission:
         self._wait = wait
 
     def again(self, now: float) -> bool:
-        """It is due: whether to send it again.  If not, nobody is there."""
+        """Schedule the next timeout and return whether to retransmit.
+
+        Returns False if the call has timed out for good.
+        """
         if now - self._began >= NFS_CALL_TIMEOUT_SECONDS:
             return False
         self.tries += 1
@@ -74,10 +77,10 @@ class Transmission:
         return True
 
     def unsent(self, now: float) -> None:
-        """That try did not get away, as a queue here is full."""
+        """Revert an attempt that was not sent because a local queue is full."""
         self.tries -= 1
         self.due = now + NFS_QUEUE_FULL_RETRY_SECONDS
 
     def round_trip(self, now: float) -> float | None:
-        """Seconds the answer took; None if it could be that of any of several tries."""
+        """Return the round-trip time in seconds; None if a retransmission makes it ambiguous."""
         return now - self._sent if self.tries == 1 else None

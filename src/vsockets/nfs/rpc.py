@@ -1,4 +1,4 @@
-"""ONC RPC version 2, RFC 5531: calls, replies, and who says he is calling."""
+"""ONC RPC version 2 (RFC 5531): calls, replies and credentials."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .xdr import Reader, XdrError
 VERSION = 2
 CALL, REPLY = 0, 1
 ACCEPTED, DENIED = 0, 1
-#: Bytes of credentials and verifiers; bytes of a machine's name; groups beside one's own.
+#: Maximum size of credentials and verifiers and of a machine name, in bytes; supplementary groups.
 _AUTH_SIZE, _MACHINE_NAME, MOST_GROUPS = 400, 255, 16
 
 
 class Flavor(IntEnum):
-    """How a caller says who he is."""
+    """The kind of a caller's credentials (auth_flavor)."""
 
     NONE = 0
     SYS = 1
 
 
 class Accepted(IntEnum):
-    """What became of a call that was understood."""
+    """The outcome of an accepted call (accept_stat)."""
 
     SUCCESS = 0
     PROG_UNAVAIL = 1
@@ -34,25 +34,25 @@ class Accepted(IntEnum):
 
 
 class Denied(IntEnum):
-    """Why a call was not listened to."""
+    """The reason for rejecting a call (reject_stat)."""
 
     RPC_MISMATCH = 0
     AUTH_ERROR = 1
 
 
-#: Credentials that are not what their flavor says (auth_stat).
+#: Credentials that do not match their flavor (auth_stat).
 AUTH_BADCRED = 1
 
 
 class Auth(NamedTuple):
-    """Credentials or a verifier, undecoded."""
+    """Encoded credentials or an encoded verifier (opaque_auth)."""
 
     flavor: int
     body: bytes
 
 
 class AuthSys(NamedTuple):
-    """A unix process, by its own account."""
+    """A unix user and groups as claimed by the client (authsys_parms)."""
 
     stamp: int
     machine: bytes
@@ -62,7 +62,7 @@ class AuthSys(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call without its arguments."""
+    """The header of a call, without its arguments."""
 
     xid: int
     version: int
@@ -74,7 +74,7 @@ class Call(NamedTuple):
 
 
 class RpcRefused(Exception):
-    """The server did not do what was asked; says why."""
+    """The server rejected the call; the message is the reason."""
 
 
 _auth = xdr.structure(Auth, xdr.uint, xdr.opaque(_AUTH_SIZE))
@@ -90,7 +90,7 @@ _denied = xdr.union({Denied.RPC_MISMATCH: _version_range, Denied.AUTH_ERROR: xdr
 
 
 def encode_call(call: Call, arguments: bytes) -> bytes:
-    """The datagram that a call is."""
+    """Return a call as one datagram."""
     out = bytearray()
     numbers = call.xid, CALL, call.version, call.program, call.program_version, call.procedure
     for number in numbers:
@@ -101,9 +101,9 @@ def encode_call(call: Call, arguments: bytes) -> bytes:
 
 
 def decode_call(data: bytes) -> tuple[Call, bytes]:
-    """A call and its arguments.  Raises XdrError for what is none.
+    """Return a call and its arguments.
 
-    Of a call in another version of RPC only ``xid`` and ``version`` are read.
+    Of a call in another version of RPC, only ``xid`` and ``version`` are decoded.  Raises XdrError.
     """
     reader = Reader(data)
     xid = xdr.uint.decode(reader)
@@ -124,7 +124,7 @@ def encode_accepted(
     results: bytes = b"",
     versions: tuple[int, int] | None = None,
 ) -> bytes:
-    """The reply to a call that was understood; ``versions`` are those of PROG_MISMATCH."""
+    """Return the reply to an accepted call; PROG_MISMATCH reports the ``versions`` supported."""
     out = bytearray()
     for number in (xid, REPLY, ACCEPTED):
         xdr.uint.encode(number, out)
@@ -134,7 +134,7 @@ def encode_accepted(
 
 
 def encode_denied(xid: int, why: Denied) -> bytes:
-    """The reply to a call in another version of RPC, or with senseless credentials."""
+    """Return the reply to a call in another version of RPC, or with invalid credentials."""
     out = bytearray()
     for number in (xid, REPLY, DENIED):
         xdr.uint.encode(number, out)
@@ -144,7 +144,10 @@ def encode_denied(xid: int, why: Denied) -> bytes:
 
 
 def reply_to(data: bytes) -> int:
-    """The ``xid`` of a reply.  Raises XdrError for what is none."""
+    """Return the ``xid`` of a reply.
+
+    Raises XdrError if ``data`` is not a reply.
+    """
     reader = Reader(data)
     xid = xdr.uint.decode(reader)
     if xdr.uint.decode(reader) != REPLY:
@@ -153,7 +156,10 @@ def reply_to(data: bytes) -> int:
 
 
 def decode_reply(data: bytes) -> bytes:
-    """The results in a reply.  Raises RpcRefused, and XdrError for what is no reply."""
+    """Return the results in a reply.
+
+    Raises RpcRefused if the server rejected the call, and XdrError for a malformed reply.
+    """
     reply_to(data)
     reader = Reader(data)
     reader.take(8)
@@ -162,7 +168,7 @@ def decode_reply(data: bytes) -> bytes:
         why, detail = _denied.decode(reader)
         raise RpcRefused(f"{Denied(why).name} ({detail})")
     if answer != ACCEPTED:
-        raise XdrError(f"a reply of kind {answer}")
+        raise XdrError(f"invalid reply status {answer}")
     _auth.decode(reader)
     how, versions = _accepted.decode(reader)
     if how != Accepted.SUCCESS:

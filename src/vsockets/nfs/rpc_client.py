@@ -1,4 +1,4 @@
-"""An RPC client over datagrams: calls are sent again until they are answered."""
+"""An RPC client over datagrams that retransmits calls until they are answered."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .xdr import XdrError
 
 _BUFFER = max(MAX_DATAGRAM, 65_536)
 
-#: What says that a datagram did not get away as a queue is full.
+#: Errors of a send that found a queue full.
 _FULL = (errno.ENOBUFS, errno.EAGAIN)
 
 
 class _Waiting(NamedTuple):
-    """A call on its way."""
+    """A call in flight."""
 
     datagram: bytes
     transmission: Transmission
@@ -42,7 +42,8 @@ class RpcClient:
     def __init__(
         self, sock: stdlib.socket, server: tuple[Any, ...], context: ContextHandle | None = None
     ) -> None:
-        """``sock`` is a datagram socket, and ours from now on; of ``context``, if it is vSockets'.
+        """Take ownership of the datagram socket ``sock``; ``context`` is its context if it is
+        vSockets'.
 
         Raises OSError.
         """
@@ -59,8 +60,8 @@ class RpcClient:
         self._window = Window()
         self._queue: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
-        self.sent_again = 0  #: datagrams
-        self.trouble = ""  #: why the last datagram could not be sent
+        self.sent_again = 0  #: number of retransmitted datagrams
+        self.trouble = ""  #: the error of the last failed send; empty after a success
         self._revival: Revival | None = None
         if context is not None:
             self._revival = Revival(context, self._stop, self._bind_again)
@@ -68,7 +69,10 @@ class RpcClient:
 
     @classmethod
     def connect(cls, locator: Locator, context: ContextHandle | None = None) -> RpcClient:
-        """A client of the server at ``locator``, vsock-dgram: or udp:.  Raises OSError."""
+        """Return a client of the server at ``locator``, vsock-dgram: or udp:.
+
+        Raises OSError.
+        """
         match locator:
             case Vsock(cid, port, True):
                 context = context or current()
@@ -77,7 +81,7 @@ class RpcClient:
                 except OSError as error:
                     if error.errno != errno.ENODEV:
                         raise
-                    why = "no vSockets datagrams here: a guest has them by the device vmci alone"
+                    why = "no vSockets datagrams here: guests have them only with the vmci device"
                     raise OSError(error.errno, f"{locator}: {why}") from None
                 try:
                     return cls(sock, (cid, port), context)
@@ -93,11 +97,11 @@ class RpcClient:
 
     @property
     def address(self) -> tuple[Any, ...]:
-        """Where its calls come from."""
+        """The source address of the calls."""
         return self._sock.getsockname()  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Calls on their way fail."""
+        """Close the socket; calls in flight fail with ESHUTDOWN."""
         if self._revival is not None:
             self._revival.close()
         self._stop()
@@ -105,22 +109,23 @@ class RpcClient:
             self._timer.cancel()
         for waiting in self._waiting.values():
             if not waiting.answer.done():
-                waiting.answer.set_exception(OSError(errno.ESHUTDOWN, "the client was closed"))
+                waiting.answer.set_exception(OSError(errno.ESHUTDOWN, "client closed"))
 
     def _begin(self) -> None:
         self._sock.setblocking(False)
         self._loop.add_reader(self._sock.fileno(), self._receive)
 
     def _stop(self) -> None:
-        """Close the socket; calls are sent again when there is another one."""
+        """Close the socket.  Calls in flight are sent again once it is bound again."""
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
 
     def _bind_again(self) -> None:
-        """vsockd has ended, and there is another one.
+        """Open the socket again after a restart of vsockd.
 
-        At the same port: the server knows by it which calls it has answered.  Raises OSError.
+        It is bound to the same port, by which the server recognises retransmitted calls.  Raises
+        OSError.
         """
         own = self._sock.getsockname()
         sock = guard(socket(type=stdlib.SOCK_DGRAM, context=self._context))
@@ -139,10 +144,10 @@ class RpcClient:
     async def call(
         self, program: int, version: int, procedure: int, arguments: bytes, credentials: Auth
     ) -> bytes:
-        """The results of a call.
+        """Return the results of a call.
 
-        Raises OSError: ETIMEDOUT when nobody answers, EPROTO for what is no answer, EACCES for
-        one that refuses.
+        Raises OSError: ETIMEDOUT without a reply, EPROTO for a malformed reply, EACCES if the
+        server rejects the call.
         """
         while len(self._waiting) >= self._window.size:
             turn = self._loop.create_future()
@@ -160,15 +165,15 @@ class RpcClient:
             self._watch(transmission.due)
             return rpc.decode_reply(await waiting.answer)
         except rpc.RpcRefused as refused:
-            raise OSError(errno.EACCES, f"the server refuses: {refused}") from None
+            raise OSError(errno.EACCES, f"call rejected by the server: {refused}") from None
         except XdrError as error:
-            raise OSError(errno.EPROTO, f"the server's answer is none: {error}") from None
+            raise OSError(errno.EPROTO, f"malformed reply from the server: {error}") from None
         finally:
             del self._waiting[xid]
             self._next()
 
     def _next(self) -> None:
-        """Let who waits for the window look again."""
+        """Wake the first caller that waits for room in the window."""
         while self._queue:
             turn = self._queue.popleft()
             if not turn.done():
@@ -177,11 +182,11 @@ class RpcClient:
 
     def _send(self, waiting: _Waiting) -> None:
         if self._sock.fileno() < 0:
-            return  # vsockd has ended: later
+            return  # vsockd has ended: retransmitted after its restart
         try:
             self._sock.sendto(waiting.datagram, self._server)
             self.trouble = ""
-        except OSError as error:  # nobody there now, or queues are full: later
+        except OSError as error:  # no server now, or queues are full: retransmitted later
             if error.errno == errno.EMSGSIZE:
                 raise
             self.trouble = error.strerror or str(error)
@@ -193,13 +198,13 @@ class RpcClient:
             try:
                 data, source = self._sock.recvfrom(_BUFFER)
                 xid = rpc.reply_to(data)
-            except OSError:  # nothing more, or an earlier datagram did not arrive
+            except OSError:  # queue empty, or an error of an earlier datagram
                 return
             except XdrError:
                 continue
             waiting = self._waiting.get(xid)
             if waiting is None or source not in self._sources or waiting.answer.done():
-                continue  # answered before, or a stranger's
+                continue  # duplicate reply, or from another source
             seconds = waiting.transmission.round_trip(self._loop.time())
             if seconds is not None:
                 self._round_trips.measured(seconds)
@@ -207,7 +212,7 @@ class RpcClient:
             waiting.answer.set_result(data)
 
     def _watch(self, due: float) -> None:
-        """Look at what is due then; a timer that was set for an earlier call sets the next one."""
+        """Check timeouts at ``due``; an earlier timer stays, as it sets the next one."""
         if self._timer is not None:
             if self._timer.when() <= due:
                 return

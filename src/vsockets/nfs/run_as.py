@@ -1,4 +1,4 @@
-"""Doing what a call asks with its caller's rights, where we are root and have the choice."""
+"""Perform file operations with the caller's uid and gid (root only)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from .exports import Identity
 
 @contextlib.contextmanager
 def run_as(identity: Identity) -> Iterator[None]:
-    """Within the block our rights to files are ``identity``'s; without root, our own."""
+    """Run the block with the file system rights of ``identity``.
+
+    If this process is not root, the block runs with the rights of this process.
+    """
     if os.geteuid() != 0 or identity == (0, 0, ()):
         yield
         return

@@ -1,4 +1,4 @@
-"""The server's sockets: datagrams in, datagrams out."""
+"""The server's sockets: receive calls, answer them in turns, send the replies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BUFFER = max(MAX_DATAGRAM, 65_536)
 
 
 class _Call(NamedTuple):
-    """A datagram that came, and what it came by."""
+    """A datagram, with its source and the socket that received it."""
 
     sock: stdlib.socket
     data: bytes
@@ -33,7 +33,7 @@ class _Call(NamedTuple):
 
 
 class _Guest:
-    """The calls of one guest that wait, and those that are pending."""
+    """The queued and the pending calls of one guest."""
 
     def __init__(self) -> None:
         self.calls: deque[_Call] = deque()
@@ -41,16 +41,16 @@ class _Guest:
 
 
 class NfsServer:
-    """Answers at locators in the running asyncio loop, one call after the other.
+    """Answers calls at locators in the running asyncio loop, one at a time.
 
-    Guests take turns.  One that has more calls waiting than clients send loses the newer ones: its
-    clients send them again.
+    Guests take turns.  A guest with more queued calls than clients usually send loses the newer
+    ones; its clients retransmit them.
     """
 
     def __init__(
         self, service: Service, locators: Sequence[Locator], context: ContextHandle | None = None
     ) -> None:
-        """Raises OSError."""
+        """Open a listener for each locator.  Raises OSError."""
         self._entrances: list[DatagramEntrance] = []
         self._service = service
         self._loop = asyncio.get_running_loop()
@@ -65,11 +65,11 @@ class NfsServer:
 
     @property
     def doors(self) -> list[Listener]:
-        """Where it answers, one for each locator."""
+        """The listeners, one for each locator."""
         return [entrance.door for entrance in self._entrances]
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Close the listeners and drop all calls."""
         for entrance in self._entrances:
             entrance.close()
         if self._turn is not None:
@@ -97,7 +97,7 @@ class NfsServer:
         for _ in range(NFS_DATAGRAMS_PER_TURN_MAX):
             try:
                 data, source = sock.recvfrom(_BUFFER)
-            except OSError:  # nothing more, or an earlier answer did not arrive
+            except OSError:  # queue empty, or an error of an earlier reply
                 break
             if not isinstance(source, tuple):
                 continue  # a client without an address cannot be answered
@@ -110,11 +110,11 @@ class NfsServer:
             self._serve()
 
     def _serve(self) -> None:
-        """Answer calls for a while, and take a step of what is pending; guests take turns."""
+        """Answer calls for a bounded time, and advance one pending call; guests take turns."""
         self._turn = None
         end = self._loop.time() + NFS_TURN_MAX_SECONDS
         stepped = False
-        idle = 0  # guests in a row that had nothing to do
+        idle = 0  # consecutive guests without work
         while idle < len(self._guests) and self._loop.time() < end:
             name, guest = self._guests.popitem(last=False)
             self._guests[name] = guest
@@ -150,7 +150,7 @@ class NfsServer:
         if isinstance(reply, Pending):
             guest.pending.append((call, reply))
         elif reply is not None:
-            with contextlib.suppress(OSError):  # the client asks again
+            with contextlib.suppress(OSError):  # the client retransmits
                 call.sock.sendto(reply, call.source)
 
 
@@ -160,7 +160,10 @@ async def serve(
     context: ContextHandle | None,
     opened: Callable[[NfsServer], None],
 ) -> None:
-    """Serve until SIGTERM or SIGINT; ``opened`` hears when clients can come.  Raises OSError."""
+    """Serve until SIGTERM or SIGINT; call ``opened`` once clients can connect.
+
+    Raises OSError.
+    """
     ended = asyncio.Event()
     on_signals({signal.SIGTERM: ended.set, signal.SIGINT: ended.set})
     server = NfsServer(service, locators, context)

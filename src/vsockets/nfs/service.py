@@ -1,4 +1,4 @@
-"""A datagram in, a datagram out: RPC, MOUNT and NFS, and what was answered before."""
+"""The RPC service: decode a call, perform it, encode the reply; independent of sockets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .xdr import XdrError
 
 log = logging.getLogger("vsockets.nfs")
 
-#: Errors of unix that NFS has a word of its own for, or none.
+#: errno values whose NFS status has another number, or that NFS lacks.
 _STATUSES = {
     errno.ENAMETOOLONG: Status.NAMETOOLONG,
     errno.ENOTEMPTY: Status.NOTEMPTY,
@@ -42,32 +42,38 @@ _STATUSES = {
 
 
 class Service:
-    """Serves exports; one for the life of a server."""
+    """The exports of one server process."""
 
     def __init__(
         self, exports: Sequence[Export], places: HandleStore, transfer: int = nfs3.DATA_SIZE
     ) -> None:
-        """``transfer`` bounds READ, WRITE and listings, in bytes.  Raises OSError."""
+        """Serve ``exports``; ``transfer`` limits READ, WRITE and listings, in bytes.
+
+        Raises OSError.
+        """
         self._trees = [Tree(export, places) for export in exports]
         self._by_number = {tree.number: tree for tree in self._trees}
         self._signer = Signer(places.key)
-        # New for each life: what was not committed in an earlier one may be lost.
+        # The write verifier is new in each server process: earlier unstable writes may be lost.
         verifier = os.urandom(nfs3.VERIFIER_SIZE)
         listings = Listings(self._signer)
         self._procedures = Procedures(self._signer, listings, verifier, transfer)
         self._places = places
         self._duplicates = DuplicateRequestCache()
         self._duplicates.restore(places.take_answers())
-        self._pending: set[Hashable] = set()  # calls that are answered later
+        self._pending: set[Hashable] = set()  # (source, xid) of calls in progress
 
     def close(self) -> None:
-        """Let go of all files; the next server will know what was answered."""
+        """Close all files and save the cached replies for the next server process."""
         self._places.keep_answers(self._duplicates)
         for tree in self._trees:
             tree.close()
 
     def answer(self, data: bytes, source: tuple[Any, ...]) -> bytes | Pending | None:
-        """The answer to a datagram from ``source``; None for what is no call, or is pending."""
+        """Return the reply to a datagram from ``source``, or the pending call.
+
+        Returns None for a malformed call, and for a retransmission of a pending one.
+        """
         try:
             call, arguments = rpc.decode_call(data)
         except XdrError:
@@ -114,7 +120,7 @@ class Service:
         perform = {nfs3.PROGRAM: self._nfs, mount_protocol.PROGRAM: self._mount}.get(call.program)
         if perform is None:
             return rpc.encode_accepted(call.xid, Accepted.PROG_UNAVAIL)
-        if call.program_version != nfs3.VERSION:  # MOUNT's, too
+        if call.program_version != nfs3.VERSION:  # the version of MOUNT is 3 as well
             versions = nfs3.VERSION, nfs3.VERSION
             return rpc.encode_accepted(call.xid, Accepted.PROG_MISMATCH, versions=versions)
         try:
@@ -124,7 +130,7 @@ class Service:
         except Later:
             raise
         except Exception:
-            log.exception("a call has failed: a bug", extra=by(guest))
+            log.exception("internal error in a call", extra=by(guest))
             return rpc.encode_accepted(call.xid, Accepted.SYSTEM_ERR)
         if results is None:
             return rpc.encode_accepted(call.xid, Accepted.PROC_UNAVAIL)
@@ -138,7 +144,7 @@ class Service:
         credentials: AuthSys | None,
         error: OSError | None,
     ) -> bytes | None:
-        """Return the results of a procedure; with ``error``, that this has happened before."""
+        """Return encoded results; ``error`` is that of the steps of a pending call."""
         if number == 0:
             return b""
         procedure = PROCEDURES.get(number)
@@ -164,20 +170,23 @@ class Service:
     def _caller(
         self, arguments: tuple[Any, ...], guest: Any, credentials: AuthSys | None, changes: bool
     ) -> Caller:
-        """Whose rights the call has, in the one export that all its handles are of."""
+        """Return the caller's rights in the one export that all the call's handles belong to.
+
+        Raises OSError, and ValueError for an invalid handle.
+        """
         handles = [one.directory for one in arguments if isinstance(one, nfs3.Target)]
         if isinstance(arguments[0], bytes):
             handles.append(arguments[0])
         numbers = {self._signer.check(handle).export for handle in handles}
         if len(numbers) > 1:
-            raise OSError(errno.EXDEV, "two exports")
+            raise OSError(errno.EXDEV, "handles of two exports")
         tree = self._by_number.get(numbers.pop())
         if tree is None:
-            raise OSError(errno.ESTALE, "not exported any more")
+            raise OSError(errno.ESTALE, "the directory is not exported")
         if not tree.export.admits(guest):
             raise OSError(errno.EACCES, "not exported to this guest")
         if changes and tree.export.read_only:
-            raise OSError(errno.EROFS, "exported for reading only")
+            raise OSError(errno.EROFS, "the export is read-only")
         return Caller(tree, tree.export.identity(credentials), guest)
 
     def _mount(
@@ -194,7 +203,7 @@ class Service:
             mount_protocol.path.unpack(arguments)
             return b""
         if arguments:
-            raise XdrError("arguments where there are none")
+            raise XdrError("unexpected arguments")
         if number == mount_protocol.DUMP:
             return mount_protocol.mounts.pack(())
         if number == mount_protocol.EXPORT:
@@ -212,7 +221,7 @@ class Service:
                     break
                 log.info("%s: mounted by %s", tree.export.path, guest, extra=by(guest))
                 return mount_protocol.grant(self._signer.handle(tree.root))
-        # The same for what is not there, so that nobody learns what is.
+        # The same status for a missing directory: clients cannot probe for existing ones.
         return mount_protocol.answer.pack((mount_protocol.Status.ACCES, None))
 
 
@@ -222,5 +231,5 @@ def _status_of(error: OSError, guest: Hashable) -> Status:
     try:
         return Status(error.errno or 0) if error.errno else Status.IO
     except ValueError:
-        log.warning("an error that NFS has no word for: %s", error, extra=by(guest))
+        log.warning("an error without an NFS status: %s", error, extra=by(guest))
         return Status.IO

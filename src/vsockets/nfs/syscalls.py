@@ -1,4 +1,4 @@
-"""Linux's calls that Python does not have: openat2, statx, utimensat in full, setfsuid."""
+"""System calls that Python lacks: openat2, statx, setfsuid, the whole of utimensat."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-_SYS_OPENAT2 = 437  # on all machines
+_SYS_OPENAT2 = 437  # the same on every architecture
 _RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 1, 2, 4, 8
 _BENEATH = _RESOLVE_NO_XDEV | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
 _OPEN_HOW = struct.Struct("QQQ")
 
 _AT_EMPTY_PATH = 0x1000
-_STATX_ALL = 0xFFF  # with the time of birth
+_STATX_ALL = 0xFFF  # including the birth time
 _STATX_SIZE = 256
 #: linux/stat.h: nlink, uid, gid, mode; ino, size, blocks; four times; two device numbers.
 _STATX = struct.Struct("=16xIIIHxxQQQ8x" + "qI4x" * 4 + "IIII")
@@ -25,7 +25,10 @@ UTIME_NOW, UTIME_OMIT = 0x3FFFFFFF, 0x3FFFFFFE
 
 
 class FileState(NamedTuple):
-    """What statx tells; times are (seconds, nanoseconds), ``born`` is (0, 0) if it is unknown."""
+    """The result of statx.
+
+    Times are (seconds, nanoseconds); ``born`` is (0, 0) if the file system has no birth time.
+    """
 
     nlink: int
     uid: int
@@ -43,7 +46,10 @@ class FileState(NamedTuple):
 
 
 def open_beneath(folder: int, path: bytes, flags: int, mode: int = 0) -> int:
-    """Open ``path``, which does not leave ``folder`` by any way.  Raises OSError."""
+    """Open ``path`` below ``folder``; neither ``..`` nor a symbolic link leads out of it.
+
+    Raises OSError.
+    """
     how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, mode, _BENEATH)
     fd = _libc.syscall(_SYS_OPENAT2, folder, ctypes.c_char_p(path), how, len(how))
     if fd < 0:
@@ -52,7 +58,10 @@ def open_beneath(folder: int, path: bytes, flags: int, mode: int = 0) -> int:
 
 
 def state_of(fd: int) -> FileState:
-    """Of an open file, which may be open as a place only (O_PATH).  Raises OSError."""
+    """Return the state of an open file, also of an O_PATH descriptor.
+
+    Raises OSError.
+    """
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
     if _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_ALL, buffer) < 0:
         _fail()
@@ -62,18 +71,24 @@ def state_of(fd: int) -> FileState:
 
 
 def set_times(path: str, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
-    """Set a file's times, each (seconds, nanoseconds or UTIME_…).  Raises OSError."""
+    """Set a file's times, each (seconds, nanoseconds or UTIME_…).
+
+    Raises OSError.
+    """
     times = struct.pack("qqqq", *atime, *mtime)
-    if _libc.utimensat(-100, path.encode(), times, 0) < 0:  # AT_FDCWD, which does not matter
+    if _libc.utimensat(-100, path.encode(), times, 0) < 0:  # AT_FDCWD, unused: the path is absolute
         _fail()
 
 
 def act_with(uid: int, gid: int, groups: tuple[int, ...]) -> None:
-    """Have another's rights to files; the process's own are (0, 0).  Only for root.
+    """Take the file system rights of a user; (0, 0) restores those of this process.
 
-    Leaving uid 0 takes the capabilities along that go beyond permissions (capabilities(7)).
+    Root only.  Leaving uid 0 also drops the capabilities that override permissions
+    (capabilities(7)).
+
+    Raises OSError.
     """
-    if uid:  # while we still may
+    if uid:  # before CAP_SETGID and CAP_SETUID are dropped
         _act_as_groups(gid, groups)
         _libc.setfsuid(ctypes.c_uint32(uid))
     else:

@@ -1,4 +1,4 @@
-"""An export's files, found by what identifies them; nothing outside the export is ever opened."""
+"""The files of an export, found by handle; nothing outside the export is opened."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .handles import Identifier
 from .limits import NFS_DIRECTORY_DEPTH_MAX, NFS_OPEN_FILES_MAX
 from .syscalls import FileState, open_beneath, state_of
 
-#: What says that a file is not where it was.
+#: Errors that mean that a file is not at a recorded location.
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EXDEV, errno.ELOOP)
 
 _PLACE = os.O_PATH | os.O_NOFOLLOW
 
 
 class FileRef(NamedTuple):
-    """A file: a descriptor that is its place only (O_PATH), and how it is."""
+    """A file: an O_PATH descriptor, its identity and its state."""
 
     fd: int
     identifier: Identifier
@@ -32,20 +32,20 @@ class FileRef(NamedTuple):
 
     @property
     def path(self) -> str:
-        """A path of the file itself, also of a symbolic link."""
+        """A path that refers to this file itself, also if it is a symbolic link."""
         return f"/proc/self/fd/{self.fd}"
 
     @property
     def is_folder(self) -> bool:
-        """Whether names can be looked up in it."""
+        """Return whether this is a directory."""
         return stat.S_ISDIR(self.state.mode)
 
 
 class Tree:
-    """One export.  Descriptors in what it finds are its own, and good for a call's duration."""
+    """One export.  It owns the descriptors in its results, which are valid for one call."""
 
     def __init__(self, export: Export, places: HandleStore) -> None:
-        """Raises OSError."""
+        """Open the export's directory.  Raises OSError."""
         self.export = export
         self._places = places
         digest = hashlib.blake2b(os.fsencode(export.path), digest_size=8).digest()
@@ -55,17 +55,23 @@ class Tree:
         self.root = self._identify(state_of(self._root_fd))
 
     def close(self) -> None:
-        """Let go of all files."""
+        """Close all files."""
         for fd in (*self._open.values(), self._root_fd):
             os.close(fd)
         self._open.clear()
 
     def find(self, file: Identifier) -> FileRef:
-        """Raises OSError ESTALE when it is not where it was."""
+        """Return the file with an identity.
+
+        Raises OSError (ESTALE) if it is at none of its recorded locations.
+        """
         return self._find(file, NFS_DIRECTORY_DEPTH_MAX)
 
     def look_up(self, folder: FileRef, name: bytes, guest: Hashable) -> FileRef:
-        """What is called ``name`` in ``folder``, for ``guest``.  Raises OSError."""
+        """Return the file ``name`` in ``folder`` and record its location for ``guest``.
+
+        Raises OSError.
+        """
         if name == b".":
             return folder
         if name == b"..":
@@ -76,18 +82,21 @@ class Tree:
         return found
 
     def gone(self, folder: FileRef, name: bytes, file: FileRef) -> None:
-        """``file`` is no longer called ``name`` in ``folder``."""
+        """Record that ``file`` no longer has the name ``name`` in ``folder``."""
         self._places.remove(file.identifier, folder.identifier, name)
         with contextlib.suppress(OSError):
             if state_of(file.fd).nlink == 0:
                 self._forget(file.identifier)
 
     def arrived(self, folder: FileRef, name: bytes, file: FileRef, guest: Hashable) -> None:
-        """``file`` is now called ``name`` in ``folder``, by ``guest``."""
+        """Record that ``guest`` gave ``file`` the name ``name`` in ``folder``."""
         self._places.add(file.identifier, folder.identifier, name, guest)
 
     def again(self, found: FileRef) -> FileRef:
-        """The same file, as it is by now.  Raises OSError."""
+        """Return the same file with its present state.
+
+        Raises OSError.
+        """
         return found._replace(state=state_of(found.fd))
 
     def _parent(self, folder: FileRef) -> FileRef:

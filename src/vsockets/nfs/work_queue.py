@@ -1,4 +1,4 @@
-"""Calls that take long, and are answered after others."""
+"""Calls that take long: other calls are answered between their steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Later(Exception):
-    """A call has to be done again when ``steps`` are through."""
+    """The call must be repeated when all ``steps`` are done."""
 
     def __init__(self, steps: Iterator[object]) -> None:
         super().__init__("not yet")
@@ -15,7 +15,7 @@ class Later(Exception):
 
 
 class Pending(NamedTuple):
-    """A call whose answer ``finish`` returns when ``steps`` are through, or have failed."""
+    """An unfinished call: ``finish`` returns the reply when ``steps`` are done or have failed."""
 
     steps: Iterator[object]
     finish: Callable[[OSError | None], bytes | Pending | None]

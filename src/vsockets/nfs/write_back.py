@@ -1,7 +1,7 @@
-"""What was written to a file and is not on the server's disk for certain.
+"""Written data that may not be on the server's disk yet.
 
-WRITE says in which life of the server it was done, and so does COMMIT (RFC 1813, 4.8).  What was
-written in an earlier life than was committed in may be lost, and is written once more.
+The replies to WRITE and COMMIT contain the write verifier of the server process (RFC 1813 4.8).
+Data whose verifier differs from that of the COMMIT may be lost, and is written again.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ class _Piece(NamedTuple):
 
 
 class WriteBack:
-    """Of one file; calls raise OSError, and then keep what they could not write."""
+    """The uncommitted writes of one file; after an OSError they are kept."""
 
     def __init__(self, nfs: NfsClient, handle: bytes) -> None:
         self._nfs = nfs
         self._handle = handle
         self._pieces: list[_Piece] = []
         self._size = 0
-        self._order = asyncio.Lock()  # what is written again must not come after what is newer
+        self._order = asyncio.Lock()  # data written again must not overwrite newer data
 
     async def write(self, who: Auth, offset: int, data: bytes) -> None:
-        """Write ``data``."""
+        """Write ``data``; commit if too much is uncommitted.
+
+        Raises OSError.
+        """
         async with self._order:
             size = self._nfs.transfer
             parts = [(offset + at, data[at : at + size]) for at in range(0, len(data), size)]
@@ -47,7 +50,10 @@ class WriteBack:
                 await self._commit(who)
 
     async def commit(self, who: Auth) -> None:
-        """When this returns all that was written is on the server's disk."""
+        """Return when all written data is on the server's disk.
+
+        Raises OSError.
+        """
         async with self._order:
             await self._commit(who)
 
@@ -57,7 +63,7 @@ class WriteBack:
             kept = 0
             while kept < len(self._pieces) and self._pieces[kept].verifier == verifier:
                 kept += 1
-            # From the first doubtful one on: later ones may overlap it.
+            # From the first mismatch on: later pieces may overlap it.
             for number in range(kept, len(self._pieces)):
                 piece = self._pieces[number]
                 self._pieces[number] = await self._write(who, piece.offset, piece.data)

@@ -1,7 +1,7 @@
-"""XDR, RFC 4506: codecs that are built from smaller ones.
+"""XDR (RFC 4506): codecs composed of smaller codecs.
 
-Every length is checked against its type's bound and against what is there before anything is
-made of it.  Strings are bytes: file names have no encoding.
+Every length is checked against the bound of its type and against the remaining data before anything
+is allocated for it.  Strings are bytes: file names have no encoding.
 """
 
 from __future__ import annotations
@@ -14,51 +14,71 @@ T = TypeVar("T")
 
 
 class XdrError(ValueError):
-    """Not what the type says: too short, too long, or a value it does not have."""
+    """Data that does not match its type: too short, too long, or with an invalid value."""
 
 
 class Reader:
-    """Bytes, and how far they were read."""
+    """A buffer and the position of the next byte to read."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.position = 0
 
     def take(self, size: int) -> bytes:
-        """The next ``size`` bytes."""
+        """Consume and return the next ``size`` bytes.
+
+        Raises XdrError if fewer remain.
+        """
         begin = self.skip(size)
         return self.data[begin : self.position]
 
     def skip(self, size: int) -> int:
-        """Go past ``size`` bytes; returns where they begin."""
+        """Consume ``size`` bytes and return their position.
+
+        Raises XdrError if fewer remain.
+        """
         begin, end = self.position, self.position + size
         if end > len(self.data):
-            raise XdrError(f"{size} bytes wanted, {len(self.data) - begin} are left")
+            raise XdrError(f"{size} bytes expected, {len(self.data) - begin} remain")
         self.position = end
         return begin
 
 
 class Codec(Generic[T]):
-    """A type of XDR's.  ``decode`` raises XdrError; ``encode`` what its caller got wrong."""
+    """The codec of one XDR type."""
 
     def encode(self, value: T, out: bytearray) -> None:
+        """Append ``value`` to ``out``.
+
+        Raises XdrError for a value that is outside the type's bounds.
+        """
         raise NotImplementedError
 
     def decode(self, reader: Reader) -> T:
+        """Consume and return one value.
+
+        Raises XdrError.
+        """
         raise NotImplementedError
 
     def pack(self, value: T) -> bytes:
-        """``value`` alone."""
+        """Return ``value`` as bytes.
+
+        Raises XdrError for a value that is outside the type's bounds.
+        """
         out = bytearray()
         self.encode(value, out)
         return bytes(out)
 
     def unpack(self, data: bytes) -> T:
-        """What ``data`` is, all of it.  Raises XdrError."""
+        """Decode ``data``, all of which must be one value.
+
+        Raises XdrError.
+        """
         reader = Reader(data)
         value = self.decode(reader)
         if reader.position != len(data):
-            raise XdrError(f"{len(data) - reader.position} bytes too many")
+            raise XdrError(f"{len(data) - reader.position} excess bytes")
         return value
 
 
@@ -79,7 +99,7 @@ class _Number(Codec[int]):
 
 
 class _Numbers(Codec[T]):
-    """A structure of numbers alone, all of them at once."""
+    """A structure that contains only numbers, packed in one operation."""
 
     def __init__(
         self, code: str, make: Callable[..., T], split: Callable[[T], Iterable[int]]
@@ -105,7 +125,7 @@ class _Boolean(Codec[bool]):
     def decode(self, reader: Reader) -> bool:
         number = uint.decode(reader)
         if number > 1:
-            raise XdrError(f"{number} is neither true nor false")
+            raise XdrError(f"invalid boolean {number} (expected 0 or 1)")
         return number == 1
 
 
@@ -123,14 +143,14 @@ class _Fixed(Codec[bytes]):
 
     def encode(self, value: bytes, out: bytearray) -> None:
         if len(value) != self._size:
-            raise XdrError(f"{len(value)} bytes, not {self._size}")
+            raise XdrError(f"{len(value)} bytes (expected {self._size})")
         out += value
         out += bytes(-self._size % 4)
 
     def decode(self, reader: Reader) -> bytes:
         value = reader.take(self._size)
         if any(reader.take(-self._size % 4)):
-            raise XdrError("what fills a word up is not zero")
+            raise XdrError("padding is not zero")
         return value
 
 
@@ -140,7 +160,7 @@ class _Opaque(Codec[bytes]):
 
     def encode(self, value: bytes, out: bytearray) -> None:
         if len(value) > self._most:
-            raise XdrError(f"{len(value)} bytes, of {self._most} at most")
+            raise XdrError(f"{len(value)} bytes (expected at most {self._most})")
         uint.encode(len(value), out)
         out += value
         out += bytes(-len(value) % 4)
@@ -148,10 +168,10 @@ class _Opaque(Codec[bytes]):
     def decode(self, reader: Reader) -> bytes:
         size = uint.decode(reader)
         if size > self._most:
-            raise XdrError(f"{size} bytes, of {self._most} at most")
+            raise XdrError(f"{size} bytes (expected at most {self._most})")
         value = reader.take(size)
         if any(reader.take(-size % 4)):
-            raise XdrError("what fills a word up is not zero")
+            raise XdrError("padding is not zero")
         return value
 
 
@@ -161,7 +181,7 @@ class _Array(Codec[tuple[T, ...]]):
 
     def encode(self, value: tuple[T, ...], out: bytearray) -> None:
         if len(value) > self._most:
-            raise XdrError(f"{len(value)} elements, of {self._most} at most")
+            raise XdrError(f"{len(value)} elements (expected at most {self._most})")
         uint.encode(len(value), out)
         for one in value:
             self._element.encode(one, out)
@@ -169,7 +189,7 @@ class _Array(Codec[tuple[T, ...]]):
     def decode(self, reader: Reader) -> tuple[T, ...]:
         count = uint.decode(reader)
         if count > self._most:
-            raise XdrError(f"{count} elements, of {self._most} at most")
+            raise XdrError(f"{count} elements (expected at most {self._most})")
         return tuple(self._element.decode(reader) for _ in range(count))
 
 
@@ -225,7 +245,7 @@ class _Union(Codec[tuple[int, Any]]):
     def _arm(self, tag: int) -> Codec[Any]:
         arm = self._arms.get(tag, self._other)
         if arm is None:
-            raise XdrError(f"there is no case {tag}")
+            raise XdrError(f"invalid union discriminant {tag}")
         return arm
 
     def encode(self, value: tuple[int, Any], out: bytearray) -> None:
@@ -246,42 +266,48 @@ void = _Void()
 
 
 def fixed(size: int) -> Codec[bytes]:
-    """``size`` bytes."""
+    """Return the codec of ``size`` bytes of opaque data."""
     return _Fixed(size)
 
 
 def opaque(most: int) -> Codec[bytes]:
-    """Bytes, ``most`` at most; strings are the same."""
+    """Return the codec of opaque data or a string of at most ``most`` bytes."""
     return _Opaque(most)
 
 
 def array(element: Codec[T], most: int) -> Codec[tuple[T, ...]]:
-    """A counted sequence."""
+    """Return the codec of an array with a length prefix."""
     return _Array(element, most)
 
 
 def chain(element: Codec[T], most: int) -> Codec[tuple[T, ...]]:
-    """A linked list: each element is announced, and the end, too."""
+    """Return the codec of a linked list: a boolean before each element, and one at the end."""
     return _Chain(element, most)
 
 
 def optional(content: Codec[T]) -> Codec[T | None]:
-    """One, or none."""
+    """Return the codec of a value that may be absent (None)."""
     return _Optional(content)
 
 
 def structure(make: Callable[..., T], *members: Codec[Any]) -> Codec[T]:
-    """A NamedTuple, by its members' types."""
+    """Return the codec of a NamedTuple, from those of its members."""
     return _Structure(make, members)
 
 
 def numbers(code: str, make: Callable[..., T], split: Callable[[T], Iterable[int]]) -> Codec[T]:
-    """A structure of numbers alone, I and Q; ``make`` takes them all, and ``split`` gives them."""
+    """Return the codec of a structure of numbers only; ``code`` has their struct codes (I and Q).
+
+    ``make`` builds the structure from all the numbers; ``split`` returns them.
+    """
     return _Numbers(code, make, split)
 
 
 def union(
     arms: Mapping[int, Codec[Any]], other: Codec[Any] | None = None
 ) -> Codec[tuple[int, Any]]:
-    """A number, and what it says comes after it; ``other`` after numbers not in ``arms``."""
+    """Return the codec of a discriminated union, decoded as (discriminant, content).
+
+    ``other`` is the codec for discriminants that are not in ``arms``; without it, they are invalid.
+    """
     return _Union(arms, other)
