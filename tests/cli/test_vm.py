@@ -61,7 +61,7 @@ class TestWhichQemu:
     def test_an_aborted_question_is_not_a_no(self, vsock: Vsock, qemu: Path, device: str) -> None:
         qemu.write_text(ABORTING)
         said = vsock.fails("vm", "run", "--accel", "tcg", "--qemu", qemu, "--device", device)
-        assert "does not work: asked for" in said
+        assert "does not work: its help on" in said
         assert said.endswith("a module of another QEMU (killed by signal 6 (Aborted))")
         assert "built without" not in said
 
@@ -84,7 +84,7 @@ class TestWhichQemu:
 
     def test_there_is_none(self, vsock: Vsock) -> None:
         said = vsock.fails("vm", "run", "--qemu", "/nowhere/qemu")
-        assert said == "there is no program /nowhere/qemu"
+        assert said == "program not found: /nowhere/qemu"
 
 
 def test_mistakes(vsock: Vsock, tmp_path: Path) -> None:

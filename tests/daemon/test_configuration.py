@@ -422,10 +422,10 @@ def test_one_virtual_machine_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("vmx", "said"),
     [
-        ("?", "web.vmx:1: '?', expected a line of: key = \"value\""),
+        ("?", "web.vmx:1: '?', expected a line of the form: key = \"value\""),
         ('virtualHW.version = "6"', "web.vmx:1: virtualHW.version: '6', expected 7 or later: "),
         (VMX + 'vmci0.ID = "3"', "web.vmx:8: vmci0.ID: given on line 5 already, expected once"),
-        (VMX.replace("-1791447150", "2"), "web.vmx:5: vmci0.id: '2', which is not a guest's CID"),
+        (VMX.replace("-1791447150", "2"), "web.vmx:5: vmci0.id: '2', not a guest's CID"),
         (VMX.replace("TRUE", "1"), "web.vmx:4: vmci0.present: '1', expected TRUE or FALSE"),
         (VMX.replace("y web", "y|0Aweb"), "name 'legacy\\nweb', expected 1 to 80 printable"),
         (VMX.replace("lab", "l|09b"), "domain 'l\\tb', expected 1 to 80 printable"),

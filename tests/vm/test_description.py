@@ -112,7 +112,7 @@ class TestHardware:
             ('memSize = "6"', "memSize: '6', expected MiB"),
             ('numvcpus = "0"', "numvcpus: '0', expected a number from 1"),
             ('firmware = "coreboot"', "firmware: 'coreboot', expected bios or efi"),
-            ('nvme0:0.fileName = "no.vmdk"', "'no.vmdk', there is no file"),
+            ('nvme0:0.fileName = "no.vmdk"', "'no.vmdk', file "),
             ('nvme0:0.fileName = "x.vhd"', "'x.vhd', expected the name of a .vmdk file"),
             ("", "nvme0:0.fileName: missing, expected the name of a .vmdk file"),
         ],
@@ -135,9 +135,7 @@ class TestHardware:
     def test_a_card_that_qemu_has_not(self, read: Read) -> None:
         found = read('ethernet0.present = "TRUE"')
         assert found.cards == (Card("e1000"),)
-        assert found.left == (
-            "ethernet0.virtualDev: flexible: QEMU has none, an e1000 is in its place",
-        )
+        assert found.left == ("ethernet0.virtualDev: flexible: not in QEMU, replaced by an e1000",)
 
 
 class TestArguments:

@@ -38,7 +38,7 @@ def test_the_mirror_of_a_machine_without_package_lists(sources: Path) -> None:
 
 def test_no_mirror(sources: Path) -> None:
     sources.write_text(OTHERS)
-    with pytest.raises(Unavailable, match="apt knows no mirror of Debian"):
+    with pytest.raises(Unavailable, match="apt has no mirror of Debian"):
         Suite(DEBIAN, "trixie").mirror()
 
 

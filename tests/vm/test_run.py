@@ -235,9 +235,7 @@ def test_a_killed_part_ends_the_rest(
     os.kill(device, signal.SIGKILL)
     _, said = bare.communicate(timeout=PATIENCE)
     assert bare.returncode == 1
-    assert said.endswith(
-        "vsock: the device has ended (killed by signal 9), and the machine with it\n"
-    )
+    assert said.endswith("vsock: the device has ended (killed by signal 9), and QEMU with it\n")
     assert not any(map(alive, parts))
 
 
@@ -247,7 +245,7 @@ def test_a_device_that_lost_its_guests_memory(bare: subprocess.Popen[str]) -> No
     os.kill(device, signal.SIGBUS)
     _, said = bare.communicate(timeout=PATIENCE)
     assert "vsock: the device: vsock device: the guest's memory cannot be accessed" in said
-    assert said.endswith("vsock: the device has ended (status 135), and the machine with it\n")
+    assert said.endswith("vsock: the device has ended (status 135), and QEMU with it\n")
 
 
 def test_a_guest_that_panics(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
@@ -261,7 +259,7 @@ def test_a_guest_that_panics(stage: Stage, fabric_of_machines: PrivateFabric) ->
     )
     assert done.returncode == 1
     assert "Kernel panic - not syncing: VFS: Unable to mount root fs" in done.stdout
-    assert done.stderr.splitlines()[-1].startswith("vsock: the guest has reset its machine")
+    assert done.stderr.splitlines()[-1].startswith("vsock: the guest reset its machine")
 
 
 def test_killed_itself_it_leaves_nothing(

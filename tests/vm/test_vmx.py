@@ -154,7 +154,7 @@ def test_signed_and_unsigned_are_one_cid(cid: int) -> None:
 def test_cids_that_are_no_guests(text: str) -> None:
     with pytest.raises(
         VmxError,
-        match=rf"^a.vmx:1: vmci0.id: '{text}', which is not a guest's CID, expected 3 to \d+$",
+        match=rf"^a.vmx:1: vmci0.id: '{text}', not a guest's CID, expected 3 to \d+$",
     ):
         _ = vmx(f'vmci0.id = "{text}"').cid
 
@@ -263,7 +263,7 @@ def test_a_bar_that_escapes_nothing_is_a_bar(text: str) -> None:
 )
 def test_lines_that_are_none(text: str) -> None:
     with pytest.raises(
-        VmxError, match=r'^a.vmx:2: .*, expected a line of: key = "value"$'
+        VmxError, match=r'^a.vmx:2: .*, expected a line of the form: key = "value"$'
     ) as error:
         vmx(f"#!/usr/bin/vmware\n{text}\n")
     assert str(error.value).isprintable()

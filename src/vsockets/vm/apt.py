@@ -1,8 +1,8 @@
-"""Packages of Debian or Ubuntu, unpacked beside the system and never installed.
+"""Packages of Debian or Ubuntu, unpacked beside the system without being installed.
 
-Each suite has an apt configuration of its own below the cache, so apt checks signatures and
-checksums as it always does, needs no privilege, and the machine's own lists stay as they are.
-The mirror is the machine's.
+Each suite has its own apt configuration below the cache: apt checks signatures and checksums as
+always, needs no privilege, and leaves the machine's package lists unchanged.  The mirror is the
+machine's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 CACHE = Path.home() / ".cache/vsockets/machines"
 
-#: How long a download may take, in seconds.
+#: Timeout of a download in seconds.
 _PATIENCE = 600
 
 _CONFIGURATION = """\
@@ -40,16 +40,16 @@ Debug::NoLocking "true";
 
 
 class Unavailable(Exception):
-    """It could not be had; the text says why, and what to do if there is something."""
+    """A package or file could not be obtained; the message says why and what to install."""
 
 
 class Distribution(NamedTuple):
-    """What packages are called where."""
+    """A distribution's names for what is downloaded from it."""
 
     name: str  #: as in /etc/os-release, and in the addresses of mirrors
-    keys: str  #: what its package indexes are signed with
+    keys: str  #: the keyring that verifies its package indexes
     components: str
-    kernel: str  #: the package that needs the newest kernel for virtual machines
+    kernel: str  #: the package that depends on the newest kernel for virtual machines
 
 
 DEBIAN = Distribution(
@@ -62,7 +62,10 @@ UBUNTU = Distribution(
 
 
 def run(*command: str, folder: Path | None = None, **environment: str) -> str:
-    """What a program prints; Unavailable when it fails."""
+    """Run a program and return its output.
+
+    Raises Unavailable if it fails.
+    """
     try:
         done = subprocess.run(
             command,
@@ -82,7 +85,7 @@ def run(*command: str, folder: Path | None = None, **environment: str) -> str:
 
 @contextmanager
 def _locked(name: str) -> Iterator[None]:
-    """Within this context nobody else fills the folder ``name``."""
+    """Hold the lock on the cached directory ``name``: only one process fills it."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / f".{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -90,7 +93,7 @@ def _locked(name: str) -> Iterator[None]:
 
 
 def filled(name: str, fill: Callable[[Path], None]) -> Path:
-    """The folder ``name`` of the cache, filled by ``fill`` the first time."""
+    """Return the cached directory ``name``, after ``fill`` has filled it if it is missing."""
     folder = CACHE / name
     with _locked(name):
         if not folder.exists():
@@ -103,7 +106,7 @@ def filled(name: str, fill: Callable[[Path], None]) -> Path:
 
 
 class Suite:
-    """Packages of one suite of a distribution, with those it builds on."""
+    """The packages of a suite and of the suites it builds on."""
 
     def __init__(self, distribution: Distribution, *names: str) -> None:
         self.distribution = distribution
@@ -115,7 +118,7 @@ class Suite:
     def _configuration(self) -> str:
         keys = self.distribution.keys
         if not Path(keys).exists():
-            raise Unavailable(f"no {keys}: apt install {Path(keys).stem}")
+            raise Unavailable(f"keyring {keys} not found: apt install {Path(keys).stem}")
         lists = self._root / "var/lib/apt/lists/partial"
         archives = self._root / "var/cache/apt/archives/partial"
         for part in ("preferences.d", "apt.conf.d"):
@@ -127,30 +130,39 @@ class Suite:
         sources = [f"deb {where} {name} {self.distribution.components}\n" for name in self._names]
         (self._root / "etc/apt/sources.list").write_text("".join(sources))
         path = self._root / "apt.conf"
-        # Of the machine's configuration one setting counts here: a mirror may be a frozen one.
+        # One setting of the machine's configuration applies: its mirror may be a frozen snapshot.
         setting = run("apt-config", "dump", "Acquire::Check-Valid-Until")
         path.write_text(_CONFIGURATION.format(root=self._root) + setting)
         run("apt-get", "update", APT_CONFIG=str(path))
         return str(path)
 
     def mirror(self) -> str:
-        """Return where this machine gets the distribution from."""
+        """Return the machine's mirror of the distribution.
+
+        Raises Unavailable.
+        """
         name = self.distribution.name
-        # What it would fetch: a container's apt has no lists that it could tell of.
+        # From the URIs that an update would fetch: in a container, apt has no lists.
         plan = run("apt-get", "-o", "Debug::NoLocking=true", "update", "--print-uris")
         for site in re.findall(r"'(\S+?)/dists/[^/]+/main/binary-amd64/", plan):
             if name in site and "security" not in site:
                 return str(site)
-        raise Unavailable(f"apt knows no mirror of {name.capitalize()} (see /etc/apt/sources.list)")
+        raise Unavailable(f"apt has no mirror of {name.capitalize()} (see /etc/apt/sources.list)")
 
     def with_dependencies(self, *packages: str) -> list[str]:
-        """Their names, and those of everything they need."""
+        """Return the names of packages and of all their dependencies.
+
+        Raises Unavailable.
+        """
         command = ("apt-get", "-y", "-t", self.name, "--simulate", "install", *packages)
         plan = run(*command, APT_CONFIG=self._configuration)
         return [line.split()[1] for line in plan.splitlines() if line.startswith("Inst ")]
 
     def unpack(self, folder: Path, *packages: str) -> None:
-        """Their files, into ``folder``."""
+        """Download packages and unpack their files into ``folder``.
+
+        Raises Unavailable.
+        """
         downloads = folder / ".downloads"
         downloads.mkdir()
         command = ("apt-get", "-t", self.name, "download", *packages)
@@ -161,10 +173,14 @@ class Suite:
 
 
 def own_suite() -> Suite:
-    """Of the distribution that this machine has."""
+    """Return the suite of this machine's distribution.
+
+    Raises Unavailable.
+    """
     here = platform.freedesktop_os_release()
     name, suite = here.get("ID", ""), here.get("VERSION_CODENAME", "")
     for distribution in (DEBIAN, UBUNTU):
         if name == distribution.name and suite:
             return Suite(distribution, suite)
-    raise Unavailable(f"this machine has {name or 'something'} {suite}, expected Debian or Ubuntu")
+    found = f"{name or 'unknown'} {suite}"
+    raise Unavailable(f"unsupported system: {found} (expected Debian or Ubuntu)")

@@ -1,4 +1,4 @@
-"""A guest's serial console on our terminal, or on whatever standard input and output are."""
+"""A guest's serial console on the terminal, or on redirected standard input and output."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from collections.abc import Callable, Iterator
 
 STDIN, STDOUT = 0, 1
 
-#: Ctrl-], as in telnet and virsh: for us, not for the guest.
+#: Ctrl-], as in telnet and virsh; not sent to the guest.
 ESCAPE = b"\x1d"
 
-#: How long what the guest said last may take to be shown, in seconds.
+#: Seconds for showing the guest's last output.
 _FAREWELL = 5.0
 
 
 @contextlib.contextmanager
 def console(sock: socket.socket, escape: Callable[[], object]) -> Iterator[Callable[[], None]]:
-    """Show what comes from ``sock`` and send it what is typed, while the context lasts.
+    """Connect ``sock`` with standard input and output while the context lasts.
 
-    On a terminal all keys are the guest's but Ctrl-], at which ``escape`` is called, in a
-    thread.  Afterwards the terminal is as it was, and all that came was shown.  What the
-    context gives waits for the end of what comes.
+    On a terminal, all keys are sent to the guest except Ctrl-], which calls ``escape`` in a thread.
+    On exit, remaining output is shown and the terminal is restored.  The yielded function waits for
+    the end of the guest's output.
     """
     terminal = os.isatty(STDIN)
-    # Threads: a terminal that is stopped holds up nothing but the console.
+    # Threads, so that a stopped terminal blocks only the console.
     shows = threading.Thread(target=_show, args=(sock,), daemon=True)
     types = threading.Thread(target=_type, args=(sock, escape if terminal else None), daemon=True)
     with _raw() if terminal else contextlib.nullcontext():
@@ -41,7 +41,7 @@ def console(sock: socket.socket, escape: Callable[[], object]) -> Iterator[Calla
 
 @contextlib.contextmanager
 def _raw() -> Iterator[None]:
-    """Keys come one by one and uninterpreted; what is written is laid out in lines as ever."""
+    """Have the terminal pass on each key uninterpreted; output is processed as usual."""
     before = termios.tcgetattr(STDIN)
     mode = termios.tcgetattr(STDIN)
     mode[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON)
@@ -54,7 +54,7 @@ def _raw() -> Iterator[None]:
 
 
 def _show(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # nobody reads our output any more
+    with contextlib.suppress(OSError):  # standard output is closed
         while data := sock.recv(65_536):
             view = memoryview(data)
             while view:
@@ -62,7 +62,7 @@ def _show(sock: socket.socket) -> None:
 
 
 def _type(sock: socket.socket, escape: Callable[[], object] | None) -> None:
-    with contextlib.suppress(OSError):  # the guest has gone
+    with contextlib.suppress(OSError):  # the guest has ended
         while data := os.read(STDIN, 4096):
             if escape is not None:
                 for _ in range(data.count(ESCAPE)):

@@ -1,9 +1,9 @@
-"""What a guest without a network offers its host over vSockets: programs, and web pages.
+"""Services that a guest without a network offers its host over vSockets: commands and web pages.
 
-Run in the guest, as ``python3 -m vsockets.vm.guest_agent``; :mod:`.visit` is the host's side.  On
-COMMANDS a host's program says in one line of JSON which ``command`` to run, and on a terminal of
-how many ``rows`` and ``columns`` if on one; from then on the stream is the command's standard
-input and output.  On PAGES there is a web server of the files below ROOT.
+Run in the guest as ``python3 -m vsockets.vm.guest_agent``; :mod:`.guest_client` is the client.  On
+port COMMANDS, the client sends one line of JSON with a ``command``, and with ``rows`` and
+``columns`` for a command on a terminal; after that line the stream is the command's standard input
+and output.  On port PAGES, a web server serves the files below ROOT.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..model.constants import VMADDR_CID_ANY, VMADDR_CID_HOST
 COMMANDS, PAGES = 22, 80
 ROOT = "/srv"
 
-#: Seconds in which a host's program says what it wants, and bytes it takes at most.
+#: Timeout in seconds for receiving a request, and its maximum size in bytes.
 _PATIENCE = 10.0
 _REQUEST = 65_536
 
@@ -43,7 +43,7 @@ Its kernel: {kernel}.</p>
 
 
 def main() -> None:
-    """Serve for ever."""
+    """Serve until the guest ends."""
     os.makedirs(ROOT, exist_ok=True)
     interfaces = sorted(os.listdir("/sys/class/net"))
     page = _PAGE.format(
@@ -65,13 +65,13 @@ def _accept(port: int, serve: Callable[[Any, tuple[int, int]], None]) -> None:
 
 
 def _serve(serve: Callable[[Any, tuple[int, int]], None], sock: Any, peer: tuple[int, int]) -> None:
-    with sock, contextlib.suppress(OSError):  # the host has gone
+    with sock, contextlib.suppress(OSError):  # the host has closed the connection
         serve(sock, peer)
 
 
 class _Pages(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format: str, *values: Any) -> None:
-        """The console is for other things."""
+        """Discard log messages: the console belongs to the guest's program."""
 
 
 def _pages(sock: Any, peer: tuple[int, int]) -> None:
@@ -89,7 +89,7 @@ def _command(sock: Any, peer: tuple[int, int]) -> None:
 
 
 def _line(sock: Any) -> bytes:
-    """Up to its newline and no further: the rest is the command's."""
+    """Return the bytes up to the newline, and read no further: the rest is the command's input."""
     line = b""
     while len(line) < _REQUEST:
         there = sock.recv(4096, stdlib.MSG_PEEK)
@@ -116,7 +116,7 @@ def _on_terminal(sock: Any, command: list[str], size: tuple[int, int]) -> None:
                 view = memoryview(data)
                 while view:
                     view = view[os.write(pairs[fd], view) :]
-    os.close(terminal)  # ends what still runs on it
+    os.close(terminal)  # hangs up the programs that still run on it
     os.waitpid(pid, 0)
 
 

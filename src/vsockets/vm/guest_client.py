@@ -1,4 +1,4 @@
-"""The host's side of :mod:`.guest`: running programs in a guest, copying into it and out of it."""
+"""Client of :mod:`.guest_agent`: run programs in a guest, copy files into it and out of it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..attachment import ContextHandle
 from .guest_agent import COMMANDS
 from .limits import GUEST_OUTPUT_MAX_CHARACTERS
 
-#: How long a guest may be silent, in seconds.
+#: Timeout of a guest's reply in seconds.
 _PATIENCE = 60.0
 
-#: What is told of a copy that goes on: bytes so far.
+#: Callback for the progress of a copy: bytes so far.
 Progress = Callable[[int], None]
 
 
@@ -29,14 +29,14 @@ class GuestClient:
     """A guest that runs :mod:`vsockets.vm.guest_agent`."""
 
     def __init__(self, host: ContextHandle, cid: int) -> None:
-        """``host`` is the context we are in."""
+        """Address the guest ``cid`` from the host context ``host``."""
         self._host = host
         self.cid = cid
 
     def start(self, *command: str, size: os.terminal_size | None = None) -> Any:
-        """Run a command; returns the socket that is its standard input, output and error.
+        """Run a command; return the socket that is its standard input, output and error.
 
-        It is on a terminal of ``size`` if that is given.  OSError.
+        With ``size``, the command runs on a terminal of that size.  Raises OSError.
         """
         sock = create_connection((self.cid, COMMANDS), _PATIENCE, context=self._host)
         request: dict[str, object] = {"command": command}
@@ -46,13 +46,19 @@ class GuestClient:
         return sock
 
     def run(self, *command: str) -> str:
-        """What a command prints."""
+        """Run a command and return its output.
+
+        Raises OSError.
+        """
         with self.start(*command) as sock:
             sock.shutdown(stdlib.SHUT_WR)
             return str(sock.makefile(errors="replace").read(GUEST_OUTPUT_MAX_CHARACTERS))
 
     def copy_in(self, source: Path, destination: str, progress: Progress) -> None:
-        """The files below ``source``, to below ``destination`` in the guest."""
+        """Copy the files below ``source`` to below ``destination`` in the guest.
+
+        Raises OSError.
+        """
         done = 0
         script = f"mkdir -p {shlex.quote(destination)} && tar -x -C {shlex.quote(destination)}"
         with self.start("sh", "-c", script) as sock:
@@ -70,10 +76,10 @@ class GuestClient:
             raise OSError(f"the guest's tar: {complaint.strip()}")
 
     def copy_out(self, source: str, destination: Path, progress: Progress, most: int) -> None:
-        """The files below ``source`` in the guest, to below ``destination``.
+        """Copy the files below ``source`` in the guest to below ``destination``.
 
-        Whatever the guest calls them, nothing is written anywhere else.  OSError, also when
-        they are more than ``most`` bytes.
+        Nothing is written elsewhere: names that lead out are refused.  Raises OSError, also if the
+        files have more than ``most`` bytes.
         """
         done = 0
         with self.start("tar", "-c", "-C", source, ".") as sock:
@@ -88,7 +94,7 @@ class GuestClient:
                     if content is None:
                         continue
                     if name.is_absolute() or ".." in name.parts:
-                        raise OSError(f"the guest sent a file called {member.name!a}")
+                        raise OSError(f"invalid file name from the guest: {member.name!a}")
                     done += member.size
                     if done > most:
                         raise OSError(f"the guest sent more than {most} bytes")
@@ -99,20 +105,23 @@ class GuestClient:
                     progress(done)
 
     def digest(self, folder: str) -> str:
-        """:func:`digest` of a folder of the guest."""
+        """Return the digest of a directory in the guest, as :func:`digest` does of one here.
+
+        Raises OSError.
+        """
         script = "cd {} && find . -type f -print0 | sort -z | xargs -0 -r sha256sum | sha256sum"
         return self.run("sh", "-c", script.format(shlex.quote(folder))).partition(" ")[0]
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """The regular files below it."""
+    """Yield the regular files below ``folder``, sorted."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink():
             yield path
 
 
 def digest(folder: Path) -> str:
-    """The SHA-256 of a list of the SHA-256 of every file below it, as sha256sum(1) makes it."""
+    """Return the SHA-256 of the list of all files' SHA-256 below ``folder``, as of sha256sum(1)."""
     whole = hashlib.sha256()
     names = {f"./{path.relative_to(folder)}".encode(): path for path in files_below(folder)}
     for name in sorted(names):

@@ -1,6 +1,6 @@
-"""What of a VMware machine's hardware QEMU can have, and what it cannot.
+"""Translation of a VMware machine's hardware to QEMU's.
 
-Whatever is not carried over is listed, in the words of the ``.vmx`` file; nothing is guessed.
+Hardware that QEMU cannot provide is listed by its key in the ``.vmx`` file; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from dataclasses import dataclass
 from ..vmware.vmx import Vmx
 from .qemu_args import SATA_PORTS, Card, Disk
 
-#: Memory of a machine whose file does not say, in MiB, and the smallest piece of it: VMware's.
+#: VMware's default memory in MiB, and the unit that its size must be a multiple of.
 _MEMORY, _MEMORY_STEP = 32, 4
 
-#: VMware's controllers that QEMU has, too, by ``scsiN.virtualDev``.
+#: VMware's SCSI controllers that QEMU emulates, by ``scsiN.virtualDev``.
 _SAME_SCSI = {"pvscsi": "pvscsi", "lsisas1068": "lsisas1068"}
 
-#: VMware's network cards that QEMU has, too, by ``ethernetN.virtualDev``.
+#: VMware's network cards that QEMU emulates, by ``ethernetN.virtualDev``.
 _SAME_CARDS = {"e1000": "e1000", "e1000e": "e1000e", "vmxnet3": "vmxnet3"}
 
 _PLACE = re.compile(r"((scsi|sata|ide|nvme)(\d)):(\d{1,2})\.present")
 _CARD = re.compile(r"(ethernet\d{1,2})\.present")
 _PRESENT = re.compile(r"([a-z_]+\d*)(:\d+)?\.present")
 
-#: Present in every machine, and in every one of QEMU's; or the controllers of what is listed.
+#: Not reported: present in every QEMU machine, or controllers of devices that are reported.
 _PLATFORM = re.compile(r"(pcibridge|hpet|vmci|scsi|sata|ide|nvme|ethernet|ehci|usb_xhci)\d*")
 
-#: What changes how a machine boots or goes on, and has nothing like it here.
+#: Keys that change how a machine boots or resumes and that have no effect here.
 _OTHERS = {
-    "checkpoint.vmstate": "the machine was suspended: its memory is lost, it boots afresh",
+    "checkpoint.vmstate": "the machine was suspended: its memory is lost and it boots",
     "uefi.secureboot.enabled": "secure boot is off",
     "bios.bootorder": "disks are tried in the order of their controllers",
     "bios.hddorder": "disks are tried in the order of their controllers",
-    "nvram": "the firmware begins with its defaults",
+    "nvram": "the firmware starts with its defaults",
     "cpuid.corespersocket": "each processor is a socket",
-    "uuid.bios": "the machine has another serial number and UUID",
+    "uuid.bios": "the machine gets another serial number and UUID",
 }
 
 _IMAGES = ("", "disk", "scsi-harddisk", "ata-harddisk")
@@ -44,18 +44,21 @@ _IMAGES = ("", "disk", "scsi-harddisk", "ata-harddisk")
 
 @dataclass(frozen=True)
 class Hardware:
-    """What is carried over."""
+    """The hardware of a machine that QEMU can provide."""
 
     memory: int  #: MiB
     cpus: int
     disks: tuple[Disk, ...]
-    cards: tuple[Card, ...]  #: those it has; whether it gets them is not said here
+    cards: tuple[Card, ...]  #: the machine's cards, which it gets only if networking is enabled
     efi: bool
-    left: tuple[str, ...]  #: what is not, a line for each, beginning with its key
+    left: tuple[str, ...]  #: a line for each part that is not carried over, beginning with its key
 
 
 def hardware(vmx: Vmx, folder: str) -> Hardware:
-    """What ``vmx`` says, whose disks' names are relative to ``folder``.  VmxError."""
+    """Translate ``vmx``; the names of its disks are relative to ``folder``.
+
+    Raises VmxError.
+    """
     left: list[str] = []
     memory, cpus, efi = _memory(vmx), _cpus(vmx), _efi(vmx)
     disks, cards = tuple(_disks(vmx, folder, left)), tuple(_cards(vmx, left))
@@ -86,7 +89,7 @@ def _efi(vmx: Vmx) -> bool:
 
 def _disks(vmx: Vmx, folder: str, left: list[str]) -> list[Disk]:
     places = [found for key in vmx.values if (found := _PLACE.fullmatch(key))]
-    # A disk's number is one on its controller: "scsi0:10" comes after "scsi0:2".
+    # Numbers are compared as numbers: "scsi0:10" follows "scsi0:2".
     order = ("scsi", "sata", "ide", "nvme")
     places.sort(key=lambda found: (order.index(found[2]), int(found[3]), int(found[4])))
     disks: list[Disk] = []
@@ -100,7 +103,7 @@ def _disks(vmx: Vmx, folder: str, left: list[str]) -> list[Disk]:
             continue
         mode = vmx.text(f"{place}.mode").lower()
         if mode not in ("", "persistent", "independent-persistent"):
-            left.append(f"{place}.mode: {mode}: what the guest writes is kept")
+            left.append(f"{place}.mode: {mode}: the guest's writes are kept")
         disks.append(Disk(_image(vmx, f"{place}.fileName", folder), "vmdk", _bus(vmx, found, left)))
     if sum(disk.bus == "sata" for disk in disks) > SATA_PORTS:
         raise vmx.mistake("sata0.present", f"more than {SATA_PORTS} disks for the SATA controller")
@@ -108,7 +111,7 @@ def _disks(vmx: Vmx, folder: str, left: list[str]) -> list[Disk]:
 
 
 def _bus(vmx: Vmx, found: re.Match[str], left: list[str]) -> str:
-    """Where a disk is attached, which is its own kind of controller if QEMU has it."""
+    """Return the controller of a disk: the one it has in VMware, or SATA if QEMU lacks that one."""
     if found[2] in ("sata", "nvme"):
         return found[2]
     key = f"{found[1]}.virtualDev"
@@ -116,7 +119,7 @@ def _bus(vmx: Vmx, found: re.Match[str], left: list[str]) -> str:
     if found[2] == "scsi" and model in _SAME_SCSI:
         return _SAME_SCSI[model]
     what = f"{key}: {model}" if found[2] == "scsi" else f"{found[1]}: IDE"
-    line = f"{what}: QEMU has no such controller here, its disks are on SATA (AHCI)"
+    line = f"{what}: not in QEMU here, its disks are on SATA (AHCI)"
     if line not in left:
         left.append(line)
     return "sata"
@@ -128,9 +131,9 @@ def _image(vmx: Vmx, key: str, folder: str) -> str:
         raise vmx.mistake(key, "expected the name of a .vmdk file")
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
-        raise vmx.mistake(key, f"there is no file {path}")
+        raise vmx.mistake(key, f"file {path} not found")
     if os.path.exists(f"{path}.lck"):
-        raise vmx.mistake(key, f"VMware has it locked ({path}.lck): power the machine off there")
+        raise vmx.mistake(key, f"locked by VMware ({path}.lck): power the machine off there")
     return path
 
 
@@ -142,7 +145,7 @@ def _cards(vmx: Vmx, left: list[str]) -> list[Card]:
             continue
         model = vmx.text(f"{found[1]}.virtualDev").lower() or "flexible"
         if model not in _SAME_CARDS:
-            left.append(f"{found[1]}.virtualDev: {model}: QEMU has none, an e1000 is in its place")
+            left.append(f"{found[1]}.virtualDev: {model}: not in QEMU, replaced by an e1000")
         address = vmx.text(f"{found[1]}.address") or vmx.text(f"{found[1]}.generatedAddress")
         if not re.fullmatch(r"([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}|", address):
             raise vmx.mistake(f"{found[1]}.address", "expected six bytes like 00:50:56:01:02:03")
@@ -155,5 +158,5 @@ def _others(vmx: Vmx) -> list[str]:
     for key in vmx.values:
         found = _PRESENT.fullmatch(key)
         if found and not _PLATFORM.fullmatch(found[1]) and vmx.boolean(key, False):
-            lines.append(f"{found[1]}{found[2] or ''}: the guest has none here")
+            lines.append(f"{found[1]}{found[2] or ''}: not available to the guest here")
     return lines

@@ -1,4 +1,4 @@
-"""A guest's first and only file system: a cpio archive that its kernel unpacks."""
+"""A guest's only file system: a cpio archive that its kernel unpacks."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from pathlib import Path
 from .apt import Suite, Unavailable, filled
 from .kernels import DRIVERS, KernelImage
 
-#: The library's own files: the guest's tools.
+#: This package, which is the guest's software.
 PACKAGE = Path(__file__).parents[1]
 
-#: What its kernel is told: where the console is, to reset on a panic, and what makes it quick
-#: under emulation.
+#: Kernel parameters: the console, a reset on panic, and settings that make emulation faster.
 COMMAND_LINE = (
     "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable no_timer_check mitigations=off "
     "random.trust_cpu=on"
 )
 
-#: This package needs 3.11, in the guest as here.
+#: The oldest Python 3 that this package supports, in the guest as on the host.
 _OLDEST_PYTHON = 11
 
 _FOLDERS = ("dev", "proc", "sys", "modules", "tmp")
 
-#: Folders of packages that are below /usr in a guest, wherever its distribution has them: Debian
-#: 13 has them there, 12 has some here and some there.
+#: Directories that are below /usr in the guest, wherever its packages have them: Debian 13 has them
+#: there, Debian 12 has some files here and some there.
 _MERGED = ("bin", "sbin", "lib", "lib64")
 
-#: The loader: where programs say it is, and where it is.
+#: The dynamic loader: the path that programs contain, and the directory it is in.
 _LOADER = "usr/lib64/ld-linux-x86-64.so.2"
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
 
-#: Parts of packages that no guest here misses; and the loader's link, which is made here.
+#: Parts of packages that no guest here needs; and the loader's link, which is created here.
 _NOT_NEEDED = ("usr/share", "etc", "var", "usr/lib/systemd", "usr/lib64")
 
 _INIT = """\
@@ -51,13 +50,13 @@ _ALIGNMENT = 4
 
 
 def place(name: str) -> str:
-    """Return where a file called ``name`` in its package is in a guest, without a first slash."""
+    """Return the path in the guest of a package's file ``name``, without a leading slash."""
     name = name.removeprefix("/")
     return f"usr/{name}" if name.partition("/")[0] in _MERGED else name
 
 
 class Archive:
-    """The "newc" format of cpio(5)."""
+    """A cpio(5) archive in the "newc" format."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -65,7 +64,7 @@ class Archive:
         self._folders: set[Path] = set()
 
     def add(self, name: str, mode: int, data: bytes = b"") -> None:
-        """A file, a folder, or a symbolic link (``data`` is where to), by its ``mode``."""
+        """Add a file, a directory or a symbolic link to ``data``, according to ``mode``."""
         self._inode += 1
         encoded = name.encode() + b"\0"
         links = 1
@@ -75,7 +74,7 @@ class Archive:
             self._parts.append(part + bytes(-len(part) % _ALIGNMENT))
 
     def add_with_folders(self, name: str, mode: int, data: bytes) -> None:
-        """Add a file or a link at its :func:`place`, and the folders it is in."""
+        """Add a file or a link at its :func:`place`, and its parent directories."""
         name = place(name)
         for folder in reversed(Path(name).parents[:-1]):
             if folder not in self._folders:
@@ -84,16 +83,16 @@ class Archive:
         self.add(name, mode, data)
 
     def finish(self) -> bytes:
-        """The archive."""
+        """Return the archive."""
         self.add("TRAILER!!!", 0)
         return b"".join(self._parts)
 
 
 class Userland:
-    """What runs in a guest: busybox and Python, a suite's."""
+    """The programs of a guest: busybox and Python of a suite."""
 
     def __init__(self, suite: Suite) -> None:
-        """Downloads it the first time; Unavailable."""
+        """Download the packages unless they are cached.  Raises Unavailable."""
 
         def fill(folder: Path) -> None:
             needed = suite.with_dependencies("python3-minimal")
@@ -109,10 +108,10 @@ class Userland:
             what = found[0] if found else "no Python"
             raise Unavailable(f"{suite.name} has {what}, expected 3.{_OLDEST_PYTHON} or newer")
         self.python = f"/usr/bin/{found[0]}"
-        self.modules = f"usr/lib/{found[0]}"  #: where Python finds modules
+        self.modules = f"usr/lib/{found[0]}"  #: Python's module directory
 
     def put_into(self, archive: Archive) -> None:
-        """Add all of it that a guest needs."""
+        """Add all files that a guest needs."""
         for path in sorted(self.root.rglob("*")):
             name = place(str(path.relative_to(self.root)))
             if name.startswith(_NOT_NEEDED) or (path.is_dir() and not path.is_symlink()):
@@ -129,7 +128,7 @@ class Userland:
 
 
 def put_folders(archive: Archive) -> None:
-    """Add the folders that no file brings along, and the links to those below /usr."""
+    """Add empty directories, and the links to those below /usr."""
     for folder in _FOLDERS:
         archive.add(folder, stat.S_IFDIR | 0o755)
     for link in _MERGED:
@@ -144,10 +143,10 @@ def build(
     files: Mapping[str, bytes] | None = None,
     modules: tuple[str, ...] = (),
 ) -> bytes:
-    """An archive for ``kernel``, for a guest that has ``device``.
+    """Return an archive for a guest with ``kernel`` and ``device``.
 
-    ``last`` is what its first process does in the end, lines for the shell; ``files`` are further
-    ones by their paths, all executable; ``modules`` are there and not loaded.
+    ``last`` are the shell commands with which the first process ends; ``files`` are further
+    executable files by path; ``modules`` are included and not loaded.  Raises Unavailable.
     """
     archive = Archive()
     put_folders(archive)

@@ -1,4 +1,4 @@
-"""A distribution's kernel: its image, and its modules in the order they are loaded."""
+"""Kernels of a distribution: the image, and modules in the order they are loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .apt import Suite, Unavailable, filled, run
 
-#: What the guest's driver of each device is called; what they need is found.
+#: The guest's driver modules for each device; their dependencies are found.
 DRIVERS = {
     "vmci": ("vmw_vsock_vmci_transport",),
     "virtio": ("virtio_pci", "vmw_vsock_virtio_transport"),
@@ -20,10 +20,10 @@ _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 
 
 class KernelImage:
-    """A Linux and its modules, the newest of a suite."""
+    """The newest Linux kernel of a suite, and its modules."""
 
     def __init__(self, suite: Suite) -> None:
-        """Downloads it the first time; Unavailable."""
+        """Download the kernel unless it is cached.  Raises Unavailable."""
 
         def fill(folder: Path) -> None:
             needed = suite.with_dependencies(suite.distribution.kernel)
@@ -37,7 +37,7 @@ class KernelImage:
         self.image = images[0]
 
     def modules(self, *names: str) -> dict[str, bytes]:
-        """The contents of modules, each after those it needs; without those that are built in."""
+        """Return the contents of modules, each after its dependencies, without built-in ones."""
         found: dict[str, bytes] = {}
         for name in names:
             for needed, data in self._with_needed(name):
@@ -54,7 +54,7 @@ class KernelImage:
         yield name, data
 
     def _read(self, name: str) -> bytes | None:
-        # In file names "-" and "_" are the same.
+        # In the names of module files, "-" and "_" are equivalent.
         for path in self.folder.rglob(f"{name.replace('_', '[-_]')}.ko*"):
             if path.suffix == ".xz":
                 return lzma.decompress(path.read_bytes())

@@ -1,4 +1,4 @@
-"""A virtual machine's device for libvirt: what is added to a domain's XML."""
+"""The libvirt configuration of a virtual machine's vSockets device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 
 
 def snippet(device: str, path: str) -> str:
-    """XML that gives a domain the vSockets device whose process waits at ``path``.
+    """Return XML that gives a domain the vSockets device whose process listens at ``path``.
 
-    libvirt has no element for these devices, so QEMU is told by its own arguments, which
-    needs the namespace at the domain's element.  The memory is shared, as the device needs.
+    libvirt has no element for these devices, so the XML passes QEMU arguments, which needs the
+    namespace at the domain element.  It also shares the memory with the device.
     """
     ElementTree.register_namespace("qemu", _NAMESPACE)
     domain = ElementTree.Element("domain", {"type": "kvm"})

@@ -1,28 +1,28 @@
-"""A virtual machine's life and its context's, each following the other.  No I/O.
+"""Synchronisation of a virtual machine's life cycle with its context's.  No I/O.
 
-QEMU tells what its guest does (STOP, RESUME, RESET, MIGRATION), vsockd what became of the context
-(suspend, resume, power-off, removed).  What happens on one side is done to the other:
+QEMU reports what its guest does (STOP, RESUME, RESET, MIGRATION), vsockd reports changes of the
+context (suspend, resume, power-off, removed).  A change on one side is applied to the other:
 
     =================================  ==================================
-    QEMU says                          the context's
+    Event of QEMU                      Applied to the context
     =================================  ==================================
     STOP                               suspend
-    STOP while it migrates             migrate
+    STOP during a migration            migrate
     RESUME                             resume
     RESET                              reset
     =================================  ==================================
 
     =================================  ==================================
-    vsockd says                        QEMU's
+    Event of vsockd                    Applied to QEMU
     =================================  ==================================
     suspend                            stop
     resume                             cont
     power-off, removed                 quit
     =================================  ==================================
 
-Each thing that is done so is told of, too, by the side it was done to; that must not be done to
-the first side again.  So what was asked for and not yet told of is remembered, in order, and the
-next such event is taken for its echo.
+The side to which a change is applied reports it as well; this echo must not be applied to the first
+side again.  Requests whose event is outstanding are therefore remembered, in order, and the next
+matching event is taken as the echo.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from itertools import count
 
 
 class Act(Enum):
-    """Something to do: to the context, or to QEMU."""
+    """A request to the context or to QEMU."""
 
     SUSPEND = "suspend"
     RESUME = "resume"
@@ -45,11 +45,11 @@ class Act(Enum):
 
     @property
     def is_qemus(self) -> bool:
-        """Whether it is a command of QEMU's monitor."""
+        """Return whether this is a command of QEMU's monitor."""
         return self in (Act.STOP, Act.CONT, Act.QUIT)
 
 
-#: By whether it runs then.
+#: The request that makes a side run (True) or stop (False).
 _CONTEXT = {True: Act.RESUME, False: Act.SUSPEND}
 _QEMU = {True: Act.CONT, False: Act.STOP}
 
@@ -57,31 +57,32 @@ _MIGRATING = ("setup", "active", "postcopy-active", "pre-switchover", "device")
 
 
 class _Side:
-    """What is known of one of the two."""
+    """The known state of one side and its outstanding requests."""
 
     def __init__(self, runs: bool) -> None:
         self._runs = runs
-        self._asked: deque[tuple[int, bool]] = deque()  #: not yet told of, each with a number
+        self._asked: deque[tuple[int, bool]] = deque()  #: requests without an event so far
         self._numbers = count()
         self._done = count()
 
     @property
     def will_run(self) -> bool:
-        """Whether it runs once all was done that it was asked for."""
+        """Return whether the side runs once all requests are carried out."""
         return self._asked[-1][1] if self._asked else self._runs
 
     def ask(self, runs: bool) -> None:
+        """Record a request to run or to stop."""
         self._asked.append((next(self._numbers), runs))
 
     def answer(self, runs: bool, done: bool) -> None:
-        """It did, or did not do, the next of what it was asked for."""
+        """Record whether the next request was carried out."""
         one = next(self._done), runs
-        # What somebody else did may have been taken for its echo.
+        # The event of another change may have been taken as its echo.
         if not done and one in self._asked:
             self._asked.remove(one)
 
     def tell(self, runs: bool) -> bool:
-        """It does or does not run now; whether that was its own doing."""
+        """Record the state that an event reports; return whether it is not an echo of a request."""
         self._runs = runs
         if self._asked and self._asked[0][1] is runs:
             self._asked.popleft()
@@ -90,20 +91,20 @@ class _Side:
 
 
 class LifeCycle:
-    """Both sides.  Each method returns what is to be done about what it is told."""
+    """The state of both sides.  Each event method returns the requests that it causes."""
 
     def __init__(self, context_runs: bool) -> None:
-        """QEMU was started with its guest not running yet."""
+        """Begin with a guest that does not run yet."""
         self._context = _Side(context_runs)
         self._qemu = _Side(False)
         self._migrating = False
 
     def begin(self) -> list[Act]:
-        """Once both can be asked: the guest runs if its context does."""
+        """Return the first requests: the guest runs if its context does."""
         return self._have_qemu(self._context.will_run)
 
     def qemu_says(self, event: str, status: str = "") -> list[Act]:
-        """An event of its monitor; ``status`` is that of MIGRATION."""
+        """Return the requests after an event of QEMU; ``status`` is that of MIGRATION."""
         match event:
             case "MIGRATION":
                 self._migrating = status in _MIGRATING
@@ -120,7 +121,7 @@ class LifeCycle:
         return []
 
     def vsockd_says(self, change: str) -> list[Act]:
-        """A change of the context."""
+        """Return the requests after a change of the context."""
         match change:
             case "suspend" | "resume":
                 runs = change == "resume"
@@ -131,9 +132,9 @@ class LifeCycle:
         return []
 
     def did(self, act: Act, done: bool) -> None:
-        """It was done, or could not be done, so that nothing will be told of it.
+        """Record that a request was carried out, or that it failed and causes no event.
 
-        To be called for each, in the order in which they were returned.
+        Call this for each request, in the order in which they were returned.
         """
         for side, acts in ((self._context, _CONTEXT), (self._qemu, _QEMU)):
             for runs, known in acts.items():

@@ -1,4 +1,4 @@
-"""A QEMU and its guest's context, each following what becomes of the other."""
+"""Keeps QEMU and its guest's context in the same state."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _HEARD = ("STOP", "RESUME", "RESET", "MIGRATION", "SHUTDOWN")
 
 
 class LifecycleSync:
-    """Does what :class:`LifeCycle` decides."""
+    """The I/O of :class:`LifeCycle`: receives events and carries out requests."""
 
     def __init__(
         self, qmp: QMPClient, control: Control, cid: int, tell: Callable[[str], None]
     ) -> None:
-        """``tell`` gets lines for people."""
-        self.end = ""  #: why QEMU ends, in its monitor's words
+        """Synchronise context ``cid``; ``tell`` receives lines for the user."""
+        self.end = ""  #: the reason that QEMU's monitor gave for its end
         self._qmp = qmp
         self._control = control
         self._cid = cid
@@ -29,7 +29,7 @@ class LifecycleSync:
         self._acts: asyncio.Queue[Act] = asyncio.Queue()
 
     async def run(self) -> None:
-        """Start the guest, unless its context is suspended; then follow until cancelled.
+        """Start the guest, unless its context is suspended; then synchronise until cancelled.
 
         Returns when vsockd or QEMU has ended.
         """
@@ -40,7 +40,7 @@ class LifecycleSync:
             (context,) = [one for one in self._control.contexts() if one["cid"] == self._cid]
             runs = context["state"] == "running"
             if not runs:
-                self._tell(f"context {self._cid} is suspended, and the machine waits for it")
+                self._tell(f"context {self._cid} is suspended: the guest waits for its resume")
             self._life = LifeCycle(runs)
             await self._qmp.execute(
                 "migrate-set-capabilities",
@@ -77,9 +77,9 @@ class LifecycleSync:
             if event["cid"] == self._cid:
                 acts = self._life.vsockd_says(event["change"])
                 if Act.QUIT in acts:
-                    self._tell("its context was powered off, and so is the machine")
+                    self._tell("the context was powered off: ending the machine")
                 self._do(acts)
-        self._tell("vsockd has ended: the guest goes on, and reaches nobody")
+        self._tell("vsockd has ended: the guest keeps running without vSockets")
         await asyncio.Event().wait()
 
     async def _act(self) -> None:
@@ -96,8 +96,8 @@ class LifecycleSync:
                 self._tell(f"QEMU: {act.value}: {error}")
                 done = False
             except OSError:
-                # Somebody else was quicker, and the event of that is the one we wait for; or
-                # vsockd has gone.
+                # The context is in this state already, and the event of that change is what is
+                # awaited; or vsockd has ended.
                 pass
             except QMPError:  # QEMU has ended
                 return

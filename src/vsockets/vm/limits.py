@@ -1,5 +1,5 @@
 """Limits of the virtual machine tools, each with its reason."""
 
-#: Characters that are read of what a command says in a guest (vsockets.vm.guest_client): a digest,
-#: a version, a complaint.
+#: Characters read of the output of a command in a guest (vsockets.vm.guest_client): enough for a
+#: digest, a version or an error message.
 GUEST_OUTPUT_MAX_CHARACTERS = 65_536

@@ -1,8 +1,8 @@
-"""A virtual machine while it runs: its device's process, its QEMU, and what joins them.
+"""A running virtual machine: its device process, its QEMU, and the connections between them.
 
-Nothing of it is left when this process ends, in whatever way: the device ends when its standard
-input does, the kernel ends QEMU with its parent, and the sockets between them have no names, but
-for the device's, which is removed as soon as QEMU has connected.
+All parts end with this process, however it ends: the device at the end of its standard input, QEMU
+because the kernel kills it with its parent.  The sockets between them have no names, except the
+device's, which is removed as soon as QEMU has connected.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from .console import console
 from .lifecycle_sync import LifecycleSync
 from .qemu_args import MachineOptions, arguments
 
-#: How long QEMU and the device may take to be there, in seconds; each takes half of one.
+#: Timeout for the start of QEMU and of the device, in seconds; each takes half a second.
 _START = 60.0
 
-#: How long a process may take to end that was told to, in seconds.
+#: Timeout in seconds for a process to end after SIGTERM.
 _END = 10.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 async def pass_on(process: Process, name: str, tell: Callable[[str], None]) -> None:
-    """Tell what a process writes to standard error, line by line: a guest may be why it does, so
-    only as much as other long-running programs log.
+    """Report the lines that a process writes to standard error.
+
+    A guest may cause them, so they are limited in rate like the log of other long-running programs.
     """
     assert process.stderr is not None
     throttle = Throttle(LOG_LINES_PER_SECOND)
     while True:
         try:
             line = await process.stderr.readline()
-        except ValueError:  # of a line that is longer than any: its next part
+        except ValueError:  # a line longer than the buffer; its rest follows
             continue
         if not line:
             return
@@ -55,19 +56,19 @@ async def pass_on(process: Process, name: str, tell: Callable[[str], None]) -> N
             tell(f"{name}: {line.decode(errors='replace').strip()}{more}")
 
 
-#: Ends of QEMU that are no power-off of the guest, by the reason that its monitor gives.
+#: Ends of QEMU that are not a power-off of the guest, by the reason in its monitor's event.
 _BROKEN = {
-    "guest-reset": "the guest has reset its machine, which ends with -no-reboot (a panic does so)",
+    "guest-reset": "the guest reset its machine, which ends it (-no-reboot; a panic resets, too)",
     "guest-panic": "the guest has panicked",
 }
 
 
 class MachineFailed(Exception):
-    """The machine could not be started, or broke; the text says why."""
+    """The machine could not be started, or has failed; the message says why."""
 
 
 class RunningMachine:
-    """One virtual machine, from its start to its end."""
+    """A virtual machine from its start to its end."""
 
     def __init__(
         self,
@@ -80,8 +81,10 @@ class RunningMachine:
         grace: float = 10.0,
         tell: Callable[[str], None],
     ) -> None:
-        """``qemu`` is the program, ``extra`` further arguments for it; ``grace`` is how many
-        seconds the guest has to power off when it is asked to; ``tell`` gets lines for people.
+        """Prepare to run ``machine`` with the QEMU program ``qemu`` and the arguments ``extra``.
+
+        ``grace`` is the time in seconds that the guest has to power off when asked to; ``tell``
+        receives lines for the user.
         """
         self._machine = machine
         self._program = qemu
@@ -96,9 +99,9 @@ class RunningMachine:
         self._powering_down: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
-        """Until the guest is off.
+        """Run the machine until the guest is off.
 
-        Returns the exit status: 0, or 128 and the number of the signal that ended it.
+        Returns the exit status: 0, or 128 plus the number of the signal that ended it.  Raises
         MachineFailed.
         """
         self._main = asyncio.current_task()
@@ -108,7 +111,7 @@ class RunningMachine:
             async with contextlib.AsyncExitStack() as stack:
                 stack.enter_context(self._signals())
                 stack.enter_context(ours)
-                # The console is left when QEMU has ended, and with it the last of its output.
+                # Left after QEMU has ended, when the last of its output has arrived.
                 stack.enter_context(console(ours, self._escape))
                 with _short_folder() as folder, theirs:
                     device = await stack.enter_async_context(self._device(folder / "device"))
@@ -120,7 +123,7 @@ class RunningMachine:
                 raise
         return self._status
 
-    # Its processes
+    # Processes
 
     @contextlib.asynccontextmanager
     async def _device(self, path: Path) -> AsyncIterator[Process]:
@@ -131,7 +134,7 @@ class RunningMachine:
             stdin=PIPE,
             stdout=PIPE,
             stderr=PIPE,
-            start_new_session=True,  # Ctrl-C is for us
+            start_new_session=True,  # Ctrl-C is handled by this process
         )
         async with _ended(device):
             assert device.stdout is not None and device.stderr is not None
@@ -148,7 +151,7 @@ class RunningMachine:
         ends = {"console": console_end, "monitor": monitor_end}
         with monitor_end:
             qemu = await asyncio.create_subprocess_exec(
-                # The kernel ends it when we are killed.
+                # The kernel kills QEMU when this process dies.
                 *("setpriv", "--pdeathsig", "KILL", "--", self._program, "-S"),
                 *arguments(self._machine, os.fspath(path)),
                 *(word for name in ends for word in _channel(name, ends[name].fileno())),
@@ -170,10 +173,13 @@ class RunningMachine:
         except QMPError:
             assert qemu.stderr is not None
             said = (await qemu.stderr.read()).decode(errors="replace").strip()
-            raise MachineFailed(f"QEMU: {said or 'it ended at once'}") from None
+            raise MachineFailed(f"QEMU: {said or 'ended without a message'}") from None
 
     async def _live(self, device: Process, qemu: Process) -> None:
-        """Until one of the two ends."""
+        """Wait until the device or QEMU ends.
+
+        Raises MachineFailed unless the guest has powered off.
+        """
         self._kill = qemu.kill
         following = LifecycleSync(self._qmp, self._control, self._cid, self._tell)
         follows = asyncio.create_task(following.run())
@@ -186,9 +192,9 @@ class RunningMachine:
             await asyncio.wait([*ends, follows], return_when=asyncio.FIRST_COMPLETED)
             if follows.done():
                 follows.result()
-                # QEMU has closed its monitor, and is about to end.
+                # QEMU has closed its monitor and is about to end.
                 await asyncio.wait(ends, timeout=_END, return_when=asyncio.FIRST_COMPLETED)
-            # What a process that has ended said last explains its end.
+            # The last lines of a process that has ended explain its end.
             over = [helper for helper, end in zip(helpers, ends, strict=True) if end.done()]
             if over:
                 await asyncio.wait(over, timeout=_END)
@@ -200,13 +206,13 @@ class RunningMachine:
             with contextlib.suppress(QMPError, EOFError, OSError):
                 await self._qmp.disconnect()
         if device.returncode is not None:
-            raise MachineFailed(f"the device has ended ({_how(device)}), and the machine with it")
+            raise MachineFailed(f"the device has ended ({_how(device)}), and QEMU with it")
         if qemu.returncode and not self._status:
             raise MachineFailed(f"QEMU has ended ({_how(qemu)})")
         if following.end in _BROKEN:
             raise MachineFailed(_BROKEN[following.end])
 
-    # Being told to end
+    # Requests to end
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -222,7 +228,7 @@ class RunningMachine:
         self._loop.call_soon_threadsafe(self._end, 0)
 
     def _end(self, status: int) -> None:
-        """Have the guest power off; the second time, or when it takes too long, cut its power."""
+        """Ask the guest to power off; the second time, or after the grace period, kill QEMU."""
         self._status = self._status or status
         if self._kill is None:
             assert self._main is not None
@@ -233,7 +239,7 @@ class RunningMachine:
             self._kill()
 
     async def _power_down(self, kill: Callable[[], None]) -> None:
-        self._tell(f"powering off (at once: again; else in {self._grace:g} s at most)")
+        self._tell(f"powering off (repeat to end at once; limit: {self._grace:g} s)")
         with contextlib.suppress(QMPError):
             await self._qmp.execute("system_powerdown")
             await asyncio.sleep(self._grace)
@@ -242,7 +248,7 @@ class RunningMachine:
 
 @contextlib.asynccontextmanager
 async def _ended(process: Process) -> AsyncIterator[None]:
-    """Within this context it may run; afterwards it does not."""
+    """Run the block, then end the process if it still runs."""
     try:
         yield
     finally:
@@ -258,7 +264,10 @@ async def _ended(process: Process) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def _in_time(what: str) -> AsyncIterator[None]:
-    """Within this context something starts."""
+    """Run the block with the timeout for a start.
+
+    Raises MachineFailed.
+    """
     try:
         async with asyncio.timeout(_START):
             yield
@@ -277,6 +286,6 @@ def _how(process: Process) -> str:
 
 @contextlib.contextmanager
 def _short_folder() -> Iterator[Path]:
-    """A temporary folder whose path leaves room for a unix socket's name."""
+    """Create a temporary directory with a path that is short enough for a unix socket in it."""
     with tempfile.TemporaryDirectory(prefix="vsock-vm-", dir="/tmp") as folder:
         yield Path(folder)

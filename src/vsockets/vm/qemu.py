@@ -1,4 +1,4 @@
-"""A QEMU that can do a device: on this machine, or unpacked beside it."""
+"""A QEMU that supports a device: the machine's own, or one unpacked beside it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import NamedTuple
 from .apt import CACHE, DEBIAN, Suite, Unavailable, filled
 from .qemu_args import PROGRAM
 
-#: How long QEMU may take to say something about itself, in seconds; it takes a tenth of one.
+#: Timeout for QEMU's version or help, in seconds; it takes a tenth of one.
 _PATIENCE = 20.0
 
-#: The newest that Debian has for its stable release.
+#: The newest QEMU for Debian's stable release.
 _BACKPORTS = Suite(DEBIAN, "trixie", "trixie-backports")
 _UNPACKED = "qemu-trixie-backports"
 
-#: Its own loader and libraries: this machine's may be older.
+#: QEMU with its own loader and libraries: this machine's may be older.
 _START = """\
 #!/bin/sh
 root=$(dirname "$0")
@@ -30,10 +30,10 @@ exec "$root/usr/lib64/ld-linux-x86-64.so.2" \
 
 
 class Need(NamedTuple):
-    """What a device of ours needs."""
+    """A device's requirements of QEMU."""
 
-    driver: str  #: QEMU's name for its side
-    since: tuple[int, int]  #: the version that brought it
+    driver: str  #: QEMU's name of its side of the device
+    since: tuple[int, int]  #: the first version that has it
 
 
 NEEDS = {
@@ -43,30 +43,33 @@ NEEDS = {
 
 
 class NoQemu(Exception):
-    """There is none; the text says what to install."""
+    """No suitable QEMU was found; the message says what to install."""
 
 
 class TooOld(NoQemu):
-    """There is one, from before the device."""
+    """QEMU is older than the device."""
 
 
 class Broken(NoQemu):
-    """There is one, and it does not work."""
+    """QEMU does not work."""
 
 
 class Qemu(NamedTuple):
-    """A program, and its version."""
+    """A QEMU program and its version."""
 
     path: str
     version: tuple[int, int]
 
     @property
     def number(self) -> str:
-        """Its version, for people."""
+        """The version as text."""
         return ".".join(map(str, self.version))
 
     def require(self, device: str) -> None:
-        """Raise TooOld or Broken unless it can do ``device``."""
+        """Check that QEMU supports ``device``.
+
+        Raises TooOld or Broken.
+        """
         need = NEEDS[device]
         since = ".".join(map(str, need.since))
         if self.version < need.since:
@@ -74,48 +77,52 @@ class Qemu(NamedTuple):
                 f"{self.path} is QEMU {self.number}, too old for the {device} device "
                 f"({need.driver} came with {since}): {advice(device)}"
             )
-        # Asked for all drivers, QEMU loads every module it finds, also another QEMU's, and aborts.
+        # Not a list of all drivers: for that, QEMU loads every module, also another QEMU's, and
+        # aborts.
         said = _said(self.path, "-device", f"{need.driver},help")
         if f"{need.driver} options:" in said:
             return
         what = f"{self.path}, QEMU {self.number}"
         if f"'{need.driver}' not found" in said:
             raise Broken(f"{what}, was built without {need.driver}: {advice(device)}")
-        raise Broken(f"{what}, does not work: asked for {need.driver} it said: {_last_line(said)}")
+        raise Broken(f"{what}, does not work: its help on {need.driver} is: {_last_line(said)}")
 
 
 def advice(device: str) -> str:
-    """What to do for a QEMU that can do ``device``."""
+    """Return instructions for getting a QEMU that supports ``device``."""
     if device == "virtio":
         return "apt install qemu-system-x86"
     return (
         "apt install -t trixie-backports qemu-system-x86 on Debian 13, qemu-system-x86 on Ubuntu "
-        "25.10 or later; or --download, which unpacks one below ~/.cache and installs nothing; "
+        "25.10 or later; or --download, which unpacks one below ~/.cache without installing it; "
         "or --device virtio"
     )
 
 
 def examine(path: str) -> Qemu:
-    """What QEMU a program is; Broken."""
+    """Return the version of a QEMU program.
+
+    Raises Broken.
+    """
     said = _said(path, "--version")
     found = re.search(r"version (\d+)\.(\d+)", said)
     if found is None:
-        raise Broken(f"{path} does not work: asked for its version it said: {_last_line(said)}")
+        raise Broken(f"{path} does not work: its version is: {_last_line(said)}")
     return Qemu(path, (int(found[1]), int(found[2])))
 
 
 def find(device: str, program: str | None = None, download: bool = False) -> Qemu:
-    """A QEMU that can do ``device``; NoQemu, Unavailable.
+    """Return a QEMU that supports ``device``.
 
-    It is ``program`` if given; else the one on the PATH; else the one that was unpacked, which
-    with ``download`` is done now.
+    It is ``program`` if given; else the one on the PATH; else the unpacked one, which ``download``
+    unpacks if it is missing.  Raises NoQemu and Unavailable.
     """
     path = shutil.which(program or PROGRAM)
     if path is None and program is not None:
-        raise NoQemu(f"there is no program {program}")
+        raise NoQemu(f"program not found: {program}")
     try:
         if path is None:
-            raise NoQemu(f"there is no {PROGRAM}: {advice(device)}")
+            raise NoQemu(f"{PROGRAM} not found: {advice(device)}")
         found = examine(path)
         found.require(device)
         return found
@@ -128,7 +135,10 @@ def find(device: str, program: str | None = None, download: bool = False) -> Qem
 
 
 def unpacked() -> str:
-    """A QEMU that knows every device, unpacked with its own libraries and firmware."""
+    """Return a QEMU that supports every device, unpacked with its libraries and firmware.
+
+    Raises Unavailable.
+    """
 
     def fill(folder: Path) -> None:
         wanted = ("libc6", "qemu-system-x86", "qemu-system-common", "qemu-system-data", "ovmf")
@@ -141,16 +151,19 @@ def unpacked() -> str:
 
 
 def find_firmware() -> str:
-    """A UEFI firmware; Unavailable."""
+    """Return the path of a UEFI firmware.
+
+    Raises Unavailable.
+    """
     for root in (Path("/"), CACHE / _UNPACKED):
         path = root / "usr/share/ovmf/OVMF.fd"
         if path.exists():
             return str(path)
-    raise Unavailable("the machine has UEFI firmware, and here is none: apt install ovmf")
+    raise Unavailable("UEFI firmware not found: apt install ovmf")
 
 
 def _said(*command: str) -> str:
-    """Return what a program printed, and at its end the signal that killed it, if one did."""
+    """Return a program's output, followed by the signal if one killed it."""
     try:
         done = subprocess.run(
             command,
@@ -165,7 +178,7 @@ def _said(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     code = done.returncode
-    # A shell, or the loader's script, reports a signal as 128 and its number.
+    # A shell, or the loader's script, reports a signal as 128 plus its number.
     killed = -code if code < 0 else code - 128
     if killed <= 0 or killed > signal.NSIG:
         return done.stdout

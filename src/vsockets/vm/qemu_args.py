@@ -1,4 +1,4 @@
-"""What QEMU is told, from a description of the virtual machine."""
+"""QEMU's arguments for a virtual machine."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 PROGRAM = "qemu-system-x86_64"
 
-#: What the device's process answers within, in milliseconds, or QEMU gives it up.
+#: Timeout of the device's replies to QEMU, in milliseconds; QEMU then gives the device up.
 _ANSWER = 60_000
 
-#: Where a disk can be attached: the controller that comes with it, and the disk's own device.
-#: "sata" is q35's own controller; "nvme" and "virtio" are a controller for each disk.
+#: The buses for disks: the controller to add, and the disk's own device.  "sata" is q35's built-in
+#: controller; "nvme" and "virtio" have one controller per disk.
 _CONTROLLERS = {
     "virtio": (None, "virtio-blk-pci"),
     "nvme": (None, "nvme"),
@@ -22,18 +22,18 @@ _CONTROLLERS = {
 }
 BUSES = tuple(_CONTROLLERS)
 
-#: Disks on q35's own controller, and on one of SCSI.
+#: Disks on q35's built-in controller.
 SATA_PORTS = 6
 
 FORMATS = ("qcow2", "raw", "vmdk")
 
-#: The virtio device, in a slot that it can be plugged out of.
+#: The virtio device, in a slot that supports hot unplugging.
 VIRTIO = {"driver": "vhost-user-vsock-pci", "id": "dev", "chardev": "vsock", "bus": "slot0"}
 
 
 @dataclass(frozen=True)
 class Disk:
-    """An image file, and the controller it is on."""
+    """A disk image file and its controller."""
 
     path: str
     format: str  #: one of FORMATS
@@ -42,46 +42,46 @@ class Disk:
 
 @dataclass(frozen=True)
 class Card:
-    """A network card, behind which QEMU translates addresses."""
+    """A network card on QEMU's user-mode network (NAT)."""
 
     model: str = "virtio-net-pci"
-    address: str = ""  #: its MAC address; QEMU chooses one by default
+    address: str = ""  #: its MAC address; empty: chosen by QEMU
 
 
 @dataclass(frozen=True)
 class MachineOptions:
-    """A virtual machine."""
+    """The description of a virtual machine."""
 
     device: str  #: vmci or virtio
     memory: int  #: MiB
     cpus: int = 1
     name: str = ""
-    accelerators: tuple[str, ...] = ("tcg",)  #: the first that works
+    accelerators: tuple[str, ...] = ("tcg",)  #: in order of preference
     kernel: str = ""
     initrd: str = ""
     append: str = ""  #: the kernel's command line
-    firmware: str = ""  #: a file; else QEMU's BIOS
+    firmware: str = ""  #: path of a UEFI firmware; empty: QEMU's BIOS
     disks: tuple[Disk, ...] = ()
     cards: tuple[Card, ...] = ()
 
 
 def arguments(machine: MachineOptions, device_socket: str) -> list[str]:
-    """Everything but where the console and the monitor are.
+    """Return all arguments except those of the console and the monitor.
 
-    ``device_socket`` is where the device's process waits.
+    ``device_socket`` is the path at which the device's process listens.
     """
     said = ["-nodefaults", "-no-user-config", "-display", "none"]
     if machine.name:
         said += ["-name", _quoted(machine.name)]
     for accelerator in machine.accelerators:
         said += ["-accel", accelerator]
-    # Where there can be one processor only, QEMU 11.1 emulates LOCK without a lock: the guest's
-    # barriers are none towards the device's process, and a wake-up may be lost.
+    # With one possible processor, QEMU 11.1 emulates LOCK without a lock: the guest's barriers then
+    # do not order its accesses for the device's process, and a wake-up may be lost.
     processors = f"{machine.cpus},maxcpus={max(machine.cpus, 2)}"
     said += ["-cpu", "max", "-smp", processors, "-m", f"{machine.memory}M"]
-    # The device's process works in the guest's memory, so that is shared.
+    # Shared, because the device's process accesses the guest's memory.
     said += ["-object", f"memory-backend-memfd,id=mem,size={machine.memory}M,share=on"]
-    # Without graphics the BIOS and boot loaders speak on the console.
+    # Without graphics, the BIOS and boot loaders use the console.
     said += ["-machine", "q35,memory-backend=mem,graphics=off"]
     if machine.firmware:
         said += ["-bios", machine.firmware]
@@ -99,7 +99,7 @@ def arguments(machine: MachineOptions, device_socket: str) -> list[str]:
 
 
 def device_arguments(device: str, path: str) -> list[str]:
-    """QEMU's side of a vSockets device, whose process waits at ``path``."""
+    """Return the arguments of a vSockets device whose process listens at ``path``."""
     if device == "virtio":
         return [
             *("-chardev", f"socket,id={VIRTIO['chardev']},path={_quoted(path)}"),
@@ -140,5 +140,5 @@ def _disks(disks: tuple[Disk, ...]) -> Iterator[str]:
 
 
 def _quoted(value: str) -> str:
-    """For QEMU's lists of options, where a comma ends a value."""
+    """Quote a value in one of QEMU's lists of options, where a comma separates values."""
     return value.replace(",", ",,")

@@ -1,14 +1,14 @@
-"""VMware's ``.vmx`` files: read, never written.
+"""A reader of VMware's ``.vmx`` files.
 
-A file is lines of ``key = "value"``.  The line format is the one of VMware's low-level
-dictionary (open-vm-tools, ``lib/dict``): blanks are spaces and tabs, a key has no blank, ``=``
-or ``#`` (and is ASCII, as all of VMware's are), a value without quotes has no blank or ``#`` and
-may be empty, ``|XX`` in a value is the byte with that hexadecimal number, and ``#`` begins a
-comment.  Keys are the same in any case.
+A file consists of lines ``key = "value"``.  The line format is that of VMware's low-level
+dictionary (open-vm-tools, ``lib/dict``): blanks are spaces and tabs; a key contains no blank, ``=``
+or ``#`` (and is ASCII, as all of VMware's are); a value without quotes contains no blank or ``#``
+and may be empty; ``|XX`` in a value is the byte with that hexadecimal number; ``#`` begins a
+comment.  Keys are case-insensitive.
 
-VMware refuses to open a file that has a key twice, even in two spellings and with one value
-(Vagrant's issue 2597 and bosh-lite's issue 61 tell of it), and so do we: which of two
-``vmci0.id`` was meant is nobody's guess to make.
+A file that contains a key twice is refused, even if the values are the same or the spellings differ
+in case: VMware refuses it as well (Vagrant issue 2597, bosh-lite issue 61), and which of two
+``vmci0.id`` is meant cannot be known.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from types import MappingProxyType
 from ..limits import VMX_FILE_MAX_BYTES
 from ..model.constants import VMADDR_CID_ANY, VMADDR_CID_HOST
 
-#: The first virtual hardware with a VMCI device that is always there (guide page 23).
+#: The first virtual hardware version in which a VMCI device is always present (guide page 23).
 FIRST_VMCI_HARDWARE = 7
 
-#: Characters of a key or a value that an error shows: enough to know it by, on one line.
+#: Characters of a key or a value shown in an error: enough to recognise it, on one line.
 LONGEST_SHOWN = 60
 
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINE = re.compile(rb"[ \t]*(#.*)?", re.DOTALL)
-#: Blanks are matched possessively: a megabyte of them must not be tried in every division.
+#: Possessive quantifiers for blanks: a megabyte of them must not be matched in every division.
 _LINE = re.compile(
     rb"""[ \t]*+ (?P<key>[!"$-<>-~]+)
          [ \t]*+ =
@@ -45,9 +45,8 @@ _BOOLEANS = {"true": True, "false": False}
 
 _ENCODING = ".encoding"
 
-#: The encodings a host may have, by the name VMware writes, in lower case.  All of them write
-#: ASCII as ASCII.  The East Asian ones are read as what Windows means by these names, which
-#: is more than the standards do.
+#: The encodings that VMware writes, in lower case.  All encode ASCII as ASCII.  For the East Asian
+#: ones, Windows' supersets of the standards are used.
 _ENCODINGS = {
     "utf-8": "utf-8",
     "us-ascii": "ascii",
@@ -66,9 +65,9 @@ _ENCODINGS = {
 
 
 class VmxError(ValueError):
-    """A ``.vmx`` file that cannot be used: ``FILE:LINE: KEY: what was found, what was expected``.
+    """An unusable ``.vmx`` file: ``FILE:LINE: KEY: value found, what was expected``.
 
-    Line and key are left out where there is none.
+    Line and key are left out if the error concerns the whole file.
     """
 
     def __init__(self, file: str, line: int | None, key: str, problem: str) -> None:
@@ -80,23 +79,23 @@ class VmxError(ValueError):
 class Vmx:
     """A virtual machine's configuration.
 
-    ``values`` has every key of the file, in lower case, with its value as text; ``lines`` the
-    number of each key's line, from 1.  The properties are what vSockets needs of it, and raise
-    VmxError when what the file says makes no sense.  An empty value is the same as none.
+    ``values`` has every key of the file in lower case, with its value as text; ``lines`` has the
+    line number of each key, from 1.  The properties are those that vSockets needs; they raise
+    VmxError for an invalid value.  An empty value counts as missing.
     """
 
-    name: str  #: what errors call the file
+    name: str  #: the file's name in errors
     values: Mapping[str, str]
     lines: Mapping[str, int]
 
     @property
     def display_name(self) -> str:
-        """``displayName``: what people call it; "" when it has no name."""
+        """``displayName``, the name that users see; "" if it is missing."""
         return self.text("displayName")
 
     @property
     def hardware_version(self) -> int:
-        """``virtualHW.version``; 0 when the file does not say."""
+        """``virtualHW.version``; 0 if it is missing."""
         key = "virtualHW.version"
         version = self.number(key)
         if version is None:
@@ -107,19 +106,18 @@ class Vmx:
 
     @property
     def vmci_present(self) -> bool:
-        """``vmci0.present``: whether there is a VMCI device.
+        """``vmci0.present``: whether the machine has a VMCI device.
 
-        From hardware version 7 on there is one unless the file denies it (guide page 23).
+        From hardware version 7 the default is TRUE (guide page 23).
         """
         return self.boolean("vmci0.present", self.hardware_version >= FIRST_VMCI_HARDWARE)
 
     @property
     def cid(self) -> int | None:
-        """``vmci0.id``: the context ID (guide page 11), or None until it has one.
+        """``vmci0.id``: the context ID (guide page 11), or None if none is assigned.
 
-        VMware writes it as a signed number of 32 bits; the unsigned spelling is the same CID.
-        -1, which is how VMware says elsewhere that nothing was assigned (``pciSlotNumber``),
-        is None.
+        VMware writes it as a signed 32-bit number; the unsigned spelling is the same CID.  -1 is
+        None: in other keys (``pciSlotNumber``) VMware writes it for "not assigned".
         """
         key = "vmci0.id"
         number = self.number(key)
@@ -129,21 +127,24 @@ class Vmx:
             raise self.mistake(key, "expected a number of 32 bits")
         cid = number & 0xFFFF_FFFF
         if not VMADDR_CID_HOST < cid < VMADDR_CID_ANY:
-            raise self.mistake(key, "which is not a guest's CID, expected 3 to 4294967294")
+            raise self.mistake(key, "not a guest's CID, expected 3 to 4294967294")
         return cid
 
     @property
     def unrestricted(self) -> bool:
-        """``vmci0.unrestricted``: heard by ESX 4.0 to ESXi 5.0 only (guide page 24)."""
+        """``vmci0.unrestricted``, which only ESX 4.0 to ESXi 5.0 use (guide page 24)."""
         return self.boolean("vmci0.unrestricted", False)
 
     @property
     def domain(self) -> str:
-        """``vmci0.domain``: heard by ESX 4.0 to ESXi 5.0 only (guide page 24)."""
+        """``vmci0.domain``, which only ESX 4.0 to ESXi 5.0 use (guide page 24)."""
         return self.text("vmci0.domain")
 
     def require_vmci(self) -> None:
-        """Raise VmxError unless the machine has a VMCI device."""
+        """Check that the machine has a VMCI device.
+
+        Raises VmxError.
+        """
         if "encryption.data" in self.values:
             raise self.mistake("encryption.data", "the file is encrypted, expected a plain one")
         if self.hardware_version < FIRST_VMCI_HARDWARE:
@@ -154,14 +155,17 @@ class Vmx:
         if not self.vmci_present:
             raise self.mistake("vmci0.present", "expected TRUE: without it there is no VMCI device")
 
-    # Any key, in whatever case
+    # Any key, case-insensitively
 
     def text(self, key: str) -> str:
-        """Its value; "" where there is none."""
+        """Return the value of a key, or "" if it is missing."""
         return self.values.get(key.lower(), "")
 
     def number(self, key: str) -> int | None:
-        """Its value, or None where there is none; VmxError when that is not a number."""
+        """Return the value of a key as a number, or None if it is missing.
+
+        Raises VmxError if it is not a number.
+        """
         text = self.text(key)
         if not text:
             return None
@@ -170,7 +174,10 @@ class Vmx:
         return int(text)
 
     def boolean(self, key: str, default: bool) -> bool:
-        """Its value; VmxError when that is neither TRUE nor FALSE."""
+        """Return the value of a key as a boolean.
+
+        Raises VmxError if it is neither TRUE nor FALSE.
+        """
         text = self.text(key)
         if not text:
             return default
@@ -179,14 +186,17 @@ class Vmx:
         return _BOOLEANS[text.lower()]
 
     def mistake(self, key: str, problem: str) -> VmxError:
-        """An error about its value, which it shows."""
+        """Return an error about the value of a key, which its message contains."""
         line = self.lines.get(key.lower())
         found = "missing" if line is None else _shown(self.text(key))
         return VmxError(self.name, line, key, f"{found}, {problem}")
 
 
 def read_vmx(path: str | os.PathLike[str]) -> Vmx:
-    """Read a ``.vmx`` file.  Raises VmxError, also when there is no such file."""
+    """Read a ``.vmx`` file.
+
+    Raises VmxError, also if the file is missing.
+    """
     name = os.fspath(path)
     try:
         with open(path, "rb", opener=_open_at_once) as file:
@@ -198,7 +208,10 @@ def read_vmx(path: str | os.PathLike[str]) -> Vmx:
 
 
 def parse_vmx(data: bytes, name: str) -> Vmx:
-    """What a ``.vmx`` file says; ``name`` is what errors call it.  Raises VmxError."""
+    """Parse a ``.vmx`` file; ``name`` is its name in errors.
+
+    Raises VmxError.
+    """
     if len(data) > VMX_FILE_MAX_BYTES:
         raise VmxError(
             name, None, "", f"more than {VMX_FILE_MAX_BYTES} bytes, expected a .vmx file"
@@ -224,14 +237,17 @@ def parse_vmx(data: bytes, name: str) -> Vmx:
 
 
 def _parse_line(line: bytes, name: str, number: int) -> tuple[str, bytes] | None:
-    """The key, and its value's bytes without escapes; None for a line that has neither."""
+    """Return the key and the value's bytes without escapes, or None for a blank line.
+
+    Raises VmxError.
+    """
     if _BLANK_LINE.fullmatch(line):
         return None
     match = _LINE.fullmatch(line)
     if match is None:
         found = _shown(line.decode("ascii", "replace"))
-        raise VmxError(name, number, "", f'{found}, expected a line of: key = "value"')
-    # Escapes are undone before decoding: a bar can be half of a Shift_JIS or GBK character,
+        raise VmxError(name, number, "", f'{found}, expected a line of the form: key = "value"')
+    # Escapes are decoded before the encoding: a bar can be half of a Shift_JIS or GBK character,
     # and is written as |7C there too.
     value = _ESCAPE.sub(
         lambda escape: bytes([int(escape[1], 16)]), match["quoted"] or match["bare"] or b""
@@ -250,7 +266,7 @@ def _encoding(found: Mapping[str, tuple[int, bytes]], name: str) -> str:
             name,
             line,
             _ENCODING,
-            f"{_shown(wanted)} is not known, expected UTF-8 or another that VMware writes",
+            f"unknown encoding {_shown(wanted)}, expected UTF-8 or another that VMware writes",
         )
     return _ENCODINGS[wanted.lower()]
 
@@ -266,10 +282,10 @@ def _decode(value: bytes, encoding: str, name: str, line: int, key: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """What was found, cut to what fits a line and with nothing in it that a terminal obeys."""
+    """Return a value for an error: one line, shortened, with control characters escaped."""
     return ascii(text) if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]!a}..."
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    # Without O_NONBLOCK a named pipe would be waited for.
+    # Without O_NONBLOCK, opening a named pipe would block.
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
