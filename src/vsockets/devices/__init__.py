@@ -1,4 +1,5 @@
-"""What a virtual machine sees: emulated devices, one process for each machine.
+"""Emulated devices of virtual machines, one process for each machine.
 
-Shared by all of them: the guest's memory, and moving bytes between its pages and a socket.
+The modules here are shared by all devices: guest memory, the event loop, the client of vsockd,
+capture.
 """

@@ -1,8 +1,8 @@
-"""What passes a device, for whoever captures it.
+"""Records of the packets that pass a device.
 
-Who wants it sends the device a socket of packets (through vsockd, which has asked the policy), and
-gets a message for each record.  One that does not read them fast enough misses some, and is told
-how many: it never holds the device up.
+A capturing program passes a packet socket to the device, through vsockd, which has checked the
+policy, and receives one message for each record.  A program that reads too slowly misses records
+and is told how many; it never blocks the device.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ class _Recorder:
         self.missed = 0
 
     def send(self, length: int, body: bytes) -> None:
-        """Raises OSError: BlockingIOError when there is no room."""
+        """Send a record.
+
+        Raises BlockingIOError when the socket has no room, another OSError when it is closed.
+        """
         self.sock.send(Captured(time.time_ns(), self.missed, length, body).encode(), _SEND)
         self.missed = 0
 
 
 class CaptureSink:
-    """Where a device says what passes.  It looks at :attr:`sinks` before it does: mostly there
-    are none, and then nothing is said.
+    """The captures of a device.
+
+    The device tests :attr:`recorders` before it makes a record: mostly there are none.
     """
 
     def __init__(self, loop: DeviceLoop) -> None:
@@ -46,10 +50,11 @@ class CaptureSink:
         self._loop = loop
 
     def add(self, sock: socket.socket, limit: int, port: int) -> None:
-        """Send records to ``sock`` from now on, of a payload ``limit`` bytes at most; of one port
-        alone unless that is VMADDR_PORT_ANY.  One too many is hung up on.
+        """Send records to ``sock``, with at most ``limit`` bytes of each payload.
 
-        Who shuts down its sending side gets how many it missed last, and then the end.
+        ``port`` selects the records of one port, VMADDR_PORT_ANY all.  A capture beyond the limit
+        of a device is closed.  When the program shuts down its sending side, it receives the
+        number of the last missed records and then end of file.
         """
         if len(self.recorders) >= DEVICE_CAPTURES_MAX:
             sock.close()
@@ -68,10 +73,13 @@ class CaptureSink:
         length: int = 0,
         transport: bytes = b"",
     ) -> None:
-        """One record, with ``length`` bytes of ``payload``; ``transport`` is virtio's header."""
+        """Send a record with ``length`` bytes of ``payload``; ``transport`` is the virtio
+        header.
+        """
         whose = Transport.VIRTIO if transport else Transport.NONE
         header = encode_header(operation, source, destination, whose, len(transport)) + transport
-        length = min(length, sum(map(len, payload)))  # what a guest says may not be so
+        # the length in the guest's header may be wrong
+        length = min(length, sum(map(len, payload)))
         for recorder in self.recorders:
             if recorder.port not in (VMADDR_PORT_ANY, source[1], destination[1]):
                 continue
@@ -88,30 +96,30 @@ class CaptureSink:
     def stream(
         self, source: Address, destination: Address, payload: Sequence[memoryview], length: int
     ) -> None:
-        """The first ``length`` bytes of ``payload``, in as many records as they need."""
+        """Send the first ``length`` bytes of ``payload``, in as many records as they need."""
         data = memoryview(_first(payload, length))
         for begin in range(0, length, CAPTURE_PAYLOAD_MAX_BYTES):
             part = data[begin : begin + CAPTURE_PAYLOAD_MAX_BYTES]
             self.record(Operation.PAYLOAD, source, destination, (part,), len(part))
 
     def close(self) -> None:
-        """There is no more to come."""
+        """End all captures."""
         for recorder in self.recorders:
             self._remove(recorder)
 
     def _on_readable(self, recorder: _Recorder) -> None:
-        """Its reader has said something, which is nothing to us, or ends it, or has room again."""
+        """Handle readiness of a capture's socket: data to ignore, end of file, or room."""
         try:
             if recorder.sock.recv(1, MSG_DONTWAIT):
                 return
         except BlockingIOError:
             return
         except OSError:
-            pass  # it has gone, which sending says again
+            pass  # closed, which the send below detects, too
         try:
             recorder.send(0, b"")
         except BlockingIOError:
-            # The last word waits for room; the end that was heard is heard again then.
+            # The final record waits for room; the end of file is then reported again.
             self._loop.change(recorder.sock.fileno(), select.EPOLLOUT)
             return
         except OSError:
@@ -125,7 +133,7 @@ class CaptureSink:
 
 
 def _first(parts: Sequence[memoryview], length: int) -> bytes:
-    """The first ``length`` bytes of ``parts``, or all."""
+    """Return the first ``length`` bytes of ``parts``, or all."""
     pieces = []
     for part in parts:
         if length <= 0:

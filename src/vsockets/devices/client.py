@@ -1,21 +1,21 @@
-"""A device's attachment to vsockd: its guest becomes a context of the fabric.
+"""Client of vsockd for a device: its guest becomes a context of the fabric.
 
-The device has one socket to vsockd, its *link*, got from the administrator's socket.  Over it
-go messages of these kinds:
+The device has one socket to vsockd, its *link*, which it gets from the administrator's socket.
+The link carries these messages:
 
-- New channels go: one end of a socket pair, on which the device says what any program says on
-  a connection to its context's control socket.  CONNECT has the guest's port in it; BIND_DATAGRAM
-  and ROUTE serve the ports the guest sends datagrams from, CATCH_ALL has those to all others.
-- A record tells that a program's buffer has another size now.
-- A tap comes (:mod:`.tap`): a record, and a socket to send what passes to.
-- An offer comes: a record, and the accepted end of a stream whose other end waits for an
-  answer.  The device asks its guest, writes the answer to that end, and tells vsockd (SETTLE);
-  with a refusal the end goes back.
-- A stream of the guest's goes, as it stands, with the CONNECT that it is: vsockd hands it on to
-  whoever listens, and nothing is answered.  Records without a descriptor tell which ports of the
-  host somebody listens at.  Both are for devices that have a unix socket for each stream already.
+- To vsockd, a new channel: one end of a socket pair, on which the device sends the requests that a
+  program sends to its context's control socket.  CONNECT names the guest's port; BIND_DATAGRAM and
+  ROUTE serve the ports from which the guest sends datagrams, CATCH_ALL receives for all others.
+- From vsockd, a record: the buffer of a connected program has changed its size.
+- From vsockd, a capture (:mod:`.capture`): a record, and a socket to send records to.
+- From vsockd, a connect request: a record, and the accepted end of a stream whose client waits for
+  a reply.  The device asks its guest, writes the reply to that end, and reports the outcome to
+  vsockd (SETTLE); if the guest refuses, it also returns the end to vsockd.
+- To vsockd, an established stream of the guest with its CONNECT: vsockd hands the stream off to the
+  listener, without a reply.  From vsockd, records without a descriptor: the host's ports that have
+  a listener.  Both are for devices that have a unix socket for each stream.
 
-Nothing here knows what kind of device it is.
+This module is independent of the kind of device.
 """
 
 from __future__ import annotations
@@ -72,26 +72,26 @@ from .loop import READABLE, DeviceLoop
 _RECEIVE_FLAGS = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
 _ONE_DESCRIPTOR = CMSG_LEN(array.array("i").itemsize)
 
-#: What a datagram takes besides its payload, in bytes, about.
+#: Memory of a queued datagram beside its payload, in bytes, approximately.
 _DATAGRAM_OVERHEAD_BYTES = 64
 
-#: What a route says when it is no longer one.
+#: Errors of a route whose receiver has closed.
 _ROUTE_CLOSED = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
 
 
 class ConnectRequest(NamedTuple):
-    """A stream that somebody wants to have with the guest."""
+    """A connect to the guest that waits for the guest's answer."""
 
     sock: socket.socket
-    port: int  #: the guest's
-    peer: tuple[int, int]  #: who connects
-    sizes: BufferSizes  #: what the peer asks for
-    polling: bool  #: padding must be taken off ``sock``, last of all
-    ok_line: bool = False  #: who connects waits for a line of hybrid vsock, not for a record
+    port: int  #: the guest's port
+    peer: tuple[int, int]  #: the client's CID and port
+    sizes: BufferSizes  #: buffer sizes that the client requests
+    polling: bool  #: padding must be received from ``sock`` after the reply
+    ok_line: bool = False  #: the client expects the OK line of hybrid vsock instead of a record
 
 
 class _Route:
-    """A way to one receiver, and what waits until it has room."""
+    """A socket to one receiver of datagrams, and the datagrams that wait for room in it."""
 
     def __init__(self, loop: DeviceLoop, sock: socket.socket) -> None:
         self._loop = loop
@@ -100,7 +100,10 @@ class _Route:
         self._bytes = 0
 
     def send(self, payload: bytes) -> None:
-        """OSError: ENOBUFS when too much waits already, ECONNREFUSED and so on."""
+        """Send or queue a datagram.
+
+        Raises OSError: ENOBUFS when the queue is full, ECONNREFUSED and others from the socket.
+        """
         if not self._waiting:
             try:
                 self._sock.send(payload, MSG_DONTWAIT)
@@ -115,7 +118,7 @@ class _Route:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits."""
+        """Whether no datagram is queued."""
         return not self._waiting
 
     def _flush(self, events: int) -> None:
@@ -126,7 +129,7 @@ class _Route:
         except BlockingIOError:
             return
         except OSError:
-            self._waiting.clear()  # the receiver has gone
+            self._waiting.clear()  # the receiver has closed
             self._bytes = 0
         self._loop.unwatch(self._sock.fileno())
 
@@ -136,7 +139,7 @@ class _Route:
 
 
 class _Port:
-    """A datagram socket for a port of the guest, and where it can send to."""
+    """A datagram socket bound to a port of the guest, with a route for each destination."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -144,7 +147,7 @@ class _Port:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits."""
+        """Whether no datagram is queued."""
         return all(route.is_idle for route in self.routes.values())
 
     def close(self) -> None:
@@ -154,38 +157,43 @@ class _Port:
 
 
 class DeviceClient:
-    """``link`` becomes the attachment's.  Set the three functions before the loop runs."""
+    """Connection of a device to vsockd; takes ownership of ``link``.
+
+    Set the callbacks before the loop runs.
+    """
 
     on_connect: Callable[[ConnectRequest], None]
-    #: a datagram: its source, the guest's port, the payload; whether there is room for more
+    #: receive a datagram from a source for the guest's port; return whether there is room for
+    #: another
     on_datagram: Callable[[tuple[int, int], int, bytes], bool]
     on_lost: Callable[[], None]
-    #: whether the guest can connect to this port of the host, for who has asked to be told
+    #: report whether a port of the host has a listener; only for devices that requested these
+    #: reports
     on_listening: Callable[[int, bool], None]
 
     def __init__(
         self, loop: DeviceLoop, link: socket.socket, cid: int, datagrams: bool = True
     ) -> None:
-        """Without ``datagrams`` the guest has none, and who sends it one is refused."""
+        """Attach the context ``cid``; without ``datagrams`` every datagram to it is refused."""
         self.cid = cid
-        #: who is connected to this port of the guest's has a buffer of another size, in bytes
+        #: apply the new buffer size, in bytes, of the peer that is connected to this port of the
+        #: guest
         self.on_resized: Callable[[int, tuple[int, int], int], None] = lambda port, peer, size: None
-        #: hear first what has become of the context: what is new is not to share its end
+        #: handle pending life-cycle events, so that an interruption never resets a newer stream
         self.drain_events: Callable[[], None] = lambda: None
         self._loop = loop
         self._link = link
         self._link.setblocking(False)
         self._owner = os.getpid(), os.geteuid(), os.getegid()
-        self._ports: dict[int, _Port] = {}  # the one longest unused first
+        self._ports: dict[int, _Port] = {}  # least recently used first
         self._catch_all = socket.socket(AF_UNIX, SOCK_DGRAM)
         refuse(self._catch_all)
         self._catch_all.setblocking(False)
         self._paused: list[socket.socket] = []
-        #: what vsockd had no room to be told, with the end of the stream it was offered
+        #: outcomes for which vsockd's socket had no room, each with the stream's end if it was
+        #: refused
         self._unsettled: deque[tuple[bytes, socket.socket | None]] = deque()
-        self.capture = CaptureSink(
-            loop
-        )  #: the device says there what passes, if anybody wants to know
+        self.capture = CaptureSink(loop)  #: records of what passes the device, while a capture runs
         loop.watch(link.fileno(), self._on_link_ready)
         if datagrams:
             self._request(Request(Op.CATCH_ALL), self._catch_all)
@@ -193,11 +201,11 @@ class DeviceClient:
 
     @property
     def is_open(self) -> bool:
-        """Whether vsockd is there."""
+        """Whether the link is open."""
         return self._link.fileno() >= 0
 
     def close(self) -> None:
-        """Leave the fabric."""
+        """Detach from the fabric and close all sockets."""
         if self.is_open:
             self._loop.unwatch(self._link.fileno())
             self._link.close()
@@ -215,9 +223,11 @@ class DeviceClient:
     def connect(
         self, port: int, peer: tuple[int, int], sizes: BufferSizes, kind: int = SOCK_STREAM
     ) -> socket.socket:
-        """A connection of type ``kind`` from the guest's ``port``.  OSError when vsockd has gone.
+        """Connect from the guest's ``port`` to ``peer``, with a socket of type ``kind``.
 
-        The first that can be read from it is a record: vsockd's answer.
+        The first message on the returned socket is a record: vsockd's reply.
+
+        Raises OSError when the link is closed.
         """
         self.drain_events()
         ours, theirs = socket.socketpair(AF_UNIX, kind)
@@ -234,9 +244,11 @@ class DeviceClient:
         return ours
 
     def hand_off(self, sock: socket.socket, peer: tuple[int, int]) -> None:
-        """Connect ``sock``, whose other end is the guest, to ``peer``; it is vsockd's then.
+        """Hand ``sock``, whose other end is the guest, off to the listener at ``peer``.
 
-        The guest's port is vsockd's choice.  OSError when vsockd has gone, or has no time.
+        vsockd chooses the guest's port.
+
+        Raises OSError when the link is closed, or vsockd does not read it in time.
         """
         request = Request(
             Op.CONNECT, 0, VMADDR_CID_ANY, VMADDR_PORT_ANY, *peer, 0, *BufferSizes()
@@ -246,31 +258,35 @@ class DeviceClient:
         except OSError as error:
             if error.errno != errno.ENOBUFS:
                 raise
-            # It takes a tenth of a millisecond for each, and never waits for us.
+            # vsockd reads a message in a tenth of a millisecond, and never waits for a device.
             select.select((), (self._link,), (), DEVICE_VSOCKD_REPLY_TIMEOUT_SECONDS)
             self._send_to_vsockd(request, sock)
 
     def settle(self, request: ConnectRequest, size: int = 0, error: int = 0) -> None:
-        """Answer an offer: the stream is established with ``size``, or there is none.
+        """Reply to a connect request: established with ``size``, or refused with ``error``.
 
-        Then ``offer.sock`` goes back to vsockd, to whom its other end may say more; close it.
+        A refused ``request.sock`` is returned to vsockd, because the client may use it again.  The
+        caller closes its copy.
         """
         local, peer = (self.cid, request.port), request.peer
-        if not error:  # one that is refused is vsockd's again, which takes descriptors
+        if not error:  # a refused socket returns to vsockd, which receives descriptors
             _refuse_descriptors(request.sock)
-        with contextlib.suppress(OSError):  # who connected has gone; the stream says so
-            if not error:  # until now vsockd was to be told who writes on it
+        with contextlib.suppress(OSError):  # the client has closed
+            if not error:  # vsockd needed the sender's credentials until now
                 request.sock.setsockopt(SOL_SOCKET, SO_PASSCRED, 0)
             request.sock.send(self._reply(request, size, error), MSG_DONTWAIT | MSG_NOSIGNAL)
-            if request.polling or request.sock.type == SOCK_SEQPACKET:  # there, with the request
+            # padding came with the request
+            if request.polling or request.sock.type == SOCK_SEQPACKET:
                 request.sock.recv(len(PADDING), MSG_DONTWAIT)
         message = Request(Op.SETTLE, 0, *local, *peer, error, size).encode()
-        with contextlib.suppress(OSError):  # vsockd has gone; the link says so
+        with contextlib.suppress(OSError):  # the link is closed; its callback reports that
             self._send_or_queue(message, request.sock if error else None)
 
     def _send_or_queue(self, message: bytes, sock: socket.socket | None) -> None:
-        """As soon as there is room for it.  vsockd makes no more offers than it remembers, so
-        no more of these wait."""
+        """Send ``message``, or queue it until the link has room.
+
+        vsockd limits the pending connect requests, and so the length of this queue.
+        """
         if not self._unsettled:
             try:
                 self._send_to_vsockd(message, sock)
@@ -282,7 +298,7 @@ class DeviceClient:
         self._unsettled.append((message, None if sock is None else sock.dup()))
 
     def _flush_unsettled(self) -> None:
-        with contextlib.suppress(OSError):  # there is no more room, or vsockd has gone
+        with contextlib.suppress(OSError):  # the link is full or closed
             while self._unsettled:
                 message, sock = self._unsettled[0]
                 self._send_to_vsockd(message, sock)
@@ -305,15 +321,15 @@ class DeviceClient:
     # Datagrams
 
     def send(self, port: int, destination: tuple[int, int], payload: bytes) -> None:
-        """Send from the guest's ``port``.
+        """Send a datagram from the guest's ``port``.
 
-        OSError: ECONNREFUSED, EHOSTUNREACH and so on from vsockd; ENOBUFS: the receiver's queue
-        is full; ENETDOWN: vsockd has gone.
+        Raises OSError: ECONNREFUSED, EHOSTUNREACH and others from vsockd; ENOBUFS when the
+        receiver's queue is full; ENETDOWN when the link is closed.
         """
         found = self._ports.pop(port, None)
         if found is None:
             found = self._bind(port)
-        self._ports[port] = found  # the one last used, now
+        self._ports[port] = found  # now the most recently used
         route = found.routes.get(destination)
         if route is not None:
             try:
@@ -328,7 +344,7 @@ class DeviceClient:
             idle = (number for number, found in self._ports.items() if found.is_idle)
             longest_idle = next(idle, None)
             if longest_idle is None:
-                raise OSError(errno.ENOBUFS, "datagrams of too many ports wait")
+                raise OSError(errno.ENOBUFS, "too many ports have queued datagrams")
             self._close_port(longest_idle)
         sock = socket.socket(AF_UNIX, SOCK_DGRAM)
         refuse(sock)
@@ -346,7 +362,7 @@ class DeviceClient:
         request = Request(Op.ROUTE, 0, VMADDR_CID_ANY, VMADDR_CID_ANY, cid, number)
         fd = self._request(request, port.sock)
         if fd is None:
-            raise OSError(errno.EMFILE, "no descriptor for a route")
+            raise OSError(errno.EMFILE, "the reply to ROUTE has no descriptor")
         sock = socket.socket(AF_UNIX, SOCK_DGRAM, 0, fd)
         route = port.routes[destination] = _Route(self._loop, sock)
         if len(port.routes) > DEVICE_DATAGRAM_PORTS_MAX:
@@ -375,14 +391,14 @@ class DeviceClient:
         source, port = decode_route(name)
         if source is None:
             return
-        if port is None:  # it came to a port's own socket
+        if port is None:  # received by the socket of a port
             port = next((n for n, found in self._ports.items() if found.sock is sock), None)
         if port is not None and not self.on_datagram(source, port, payload):
             self._loop.unwatch(sock.fileno())
             self._paused.append(sock)
 
     def resume_datagrams(self) -> None:
-        """There is room for datagrams again."""
+        """Receive datagrams again after :attr:`on_datagram` reported no room."""
         while self._paused:
             self._watch_datagrams(self._paused.pop())
 
@@ -390,18 +406,21 @@ class DeviceClient:
 
     def _send_to_vsockd(self, message: bytes, sock: socket.socket | None = None) -> None:
         if not self.is_open:
-            raise OSError(errno.ENETDOWN, "vsockd has gone")
+            raise OSError(errno.ENETDOWN, "the link to vsockd is closed")
         rights = []
         if sock is not None:
             rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [sock.fileno()]))]
         try:
-            # Not empty: that would be the end of the link.
+            # An empty message would be the end of the link.
             self._link.sendmsg([message or b"\0"], rights, MSG_DONTWAIT | MSG_NOSIGNAL)
         except BlockingIOError:
-            raise OSError(errno.ENOBUFS, "vsockd has too much to do") from None
+            raise OSError(errno.ENOBUFS, "vsockd does not read the link") from None
 
     def _request(self, request: Request, sock: socket.socket) -> int | None:
-        """Ask about ``sock``; returns the descriptor that came with the answer.  OSError."""
+        """Send a request about ``sock``; return the descriptor that came with the reply.
+
+        Raises OSError with the error in the reply, or ENETDOWN without a reply.
+        """
         ours, theirs = socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
         with ours:
             with theirs:
@@ -412,7 +431,7 @@ class DeviceClient:
             try:
                 record, fd = _receive(ours, MSG_CMSG_CLOEXEC)
             except TimeoutError:
-                raise OSError(errno.ENETDOWN, "vsockd does not answer") from None
+                raise OSError(errno.ENETDOWN, "no reply from vsockd") from None
         if record.status:
             raise OSError(record.status, os.strerror(record.status))
         return fd
@@ -451,7 +470,9 @@ class DeviceClient:
 
 
 def _receive(sock: socket.socket, flags: int) -> tuple[Record, int | None]:
-    """A record and the descriptor that came with it; one that says ENETDOWN at the end."""
+    """Receive a record and its descriptor; return a record with ENETDOWN at the end of the
+    stream.
+    """
     try:
         data, ancillary, _, _ = sock.recvmsg(RECORD_SIZE, _ONE_DESCRIPTOR, flags)
         return Record.decode(data), descriptor_in(ancillary)
@@ -460,8 +481,10 @@ def _receive(sock: socket.socket, flags: int) -> tuple[Record, int | None]:
 
 
 def _refuse_descriptors(sock: socket.socket) -> None:
-    """Have an established connection refuse them, unless one is the mark of a record's end
-    (``devices/virtio/host_stream.py``).
+    """Make an established stream refuse descriptors.
+
+    A sequenced-packet stream needs them: a descriptor marks the end of a record
+    (``devices/virtio/connection.py``).
     """
     if sock.type != SOCK_SEQPACKET:
         refuse(sock)

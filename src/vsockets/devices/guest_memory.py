@@ -1,12 +1,12 @@
-"""The guest's memory, as far as a device was given it.
+"""Guest memory that a device may access.
 
-Every address and length here was written by the guest, which is hostile.  All of them pass
-:meth:`GuestMemory.view`: the whole range lies in one region that is mapped now, or it is
-:class:`BadAddress`.  Python's integers do not overflow, and a memoryview is never longer than
-what was checked.
+The guest, which is hostile, wrote every address and length that arrives here.  Each passes
+:meth:`GuestMemory.view`: the whole range lies in one mapped region, or :class:`BadAddress` is
+raised.  Python's integers do not overflow, and a memoryview is never longer than the checked
+range.
 
-The memory goes on changing while it is looked at.  So what is read from it is read once, into
-a value of our own, then checked, then used.
+The memory changes while it is read.  So each value is read once into a Python object, then
+checked, then used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ADDRESSES = 1 << 64
 
 
 class BadAddress(Exception):
-    """The guest named memory that it does not have, or not for that."""
+    """The guest gave an address range that is not mapped or not writable."""
 
 
 class _Region:
@@ -38,7 +38,7 @@ class _Region:
 
 
 class GuestMemory:
-    """Regions of guest physical addresses, none overlapping another."""
+    """Map of guest physical addresses to regions that do not overlap."""
 
     def __init__(self) -> None:
         self._regions: list[_Region] = []
@@ -49,13 +49,15 @@ class GuestMemory:
         return len(self._regions)
 
     def map(self, address: int, size: int, writable: bool, fd: int | None, offset: int) -> None:
-        """Add ``size`` bytes at ``address``: those of the file ``fd`` from ``offset`` on.
+        """Map ``size`` bytes of the file ``fd``, from ``offset`` on, at ``address``.
 
-        Without a file the region is known and cannot be accessed.  ``fd`` stays the caller's.
-        OSError: EINVAL (no such range, or the file is shorter), EEXIST (it overlaps), ENOSPC.
+        Without a file the region is reserved and cannot be accessed.  The caller keeps ``fd``.
+
+        Raises OSError: EINVAL for an invalid range or a file that is too short, EEXIST when the
+        region overlaps another, ENOSPC for too many regions.
         """
         if size <= 0 or address < 0 or address + size > _ADDRESSES:
-            raise OSError(errno.EINVAL, f"a region of {size} bytes at {address:#x}")
+            raise OSError(errno.EINVAL, f"invalid region of {size} bytes at {address:#x}")
         index = bisect_left(self._starts, address)
         before = self._regions[index - 1] if index else None
         after = self._regions[index] if index < len(self._regions) else None
@@ -65,22 +67,24 @@ class GuestMemory:
             raise OSError(errno.ENOSPC, f"more than {DMA_REGIONS_MAX} regions")
         view = None
         if fd is not None:
-            # Memory beyond the file's end would be a deadly signal on access.
+            # Access beyond the end of the file would raise SIGBUS.
             if offset + size > os.fstat(fd).st_size:
                 raise OSError(errno.EINVAL, "the region is longer than its file")
             access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
             try:
                 mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, access, offset=offset)
-            except ValueError as error:  # the file has become shorter since
+            except ValueError as error:  # the file was truncated meanwhile
                 raise OSError(errno.EINVAL, str(error)) from None
             view = memoryview(mapping)
         self._regions.insert(index, _Region(address, size, view, writable))
         self._starts.insert(index, address)
 
     def unmap(self, address: int, size: int) -> None:
-        """Remove the region that is exactly this; OSError EINVAL when there is none.
+        """Unmap the region that is exactly this range.
 
-        The memory stays ours as long as somebody has a view of it.
+        The mapping exists as long as a view of it.
+
+        Raises OSError EINVAL when no region is exactly this range.
         """
         index = bisect_left(self._starts, address)
         if index == len(self._regions) or self._regions[index].end != address + size:
@@ -91,13 +95,16 @@ class GuestMemory:
         self._deselect_region()
 
     def clear(self) -> None:
-        """Remove every region."""
+        """Remove all regions."""
         self._regions.clear()
         self._starts.clear()
         self._deselect_region()
 
     def view(self, address: int, size: int) -> memoryview:
-        """The ``size`` bytes at ``address``, to read and write.  BadAddress."""
+        """Return a writable view of ``size`` bytes at ``address``.
+
+        Raises BadAddress when the range does not lie in one writable region.
+        """
         start = address - self._start
         if not 0 <= start <= start + size <= self._size:
             self._select_region(address, size)
@@ -105,7 +112,9 @@ class GuestMemory:
         return self._view[start : start + size]
 
     def _select_region(self, address: int, size: int) -> None:
-        """Take the region in which this is for the one where the next view is, as it mostly is."""
+        """Select the region of this range for :meth:`view`; the next range is mostly in the same
+        region.
+        """
         index = bisect_right(self._starts, address) - 1
         if index >= 0 and size >= 0:
             region = self._regions[index]
@@ -121,7 +130,7 @@ class GuestMemory:
 
 
 class ScatterList:
-    """Bytes that lie scattered over guest memory, as if they lay in a row."""
+    """Sequence of memory views, addressed as one range of bytes."""
 
     def __init__(self, views: Iterable[memoryview]) -> None:
         self._views = list(views)
@@ -133,9 +142,10 @@ class ScatterList:
         self.size = size
 
     def window(self, start: int, length: int) -> Sequence[memoryview]:
-        """The ``length`` bytes from ``start`` on, or as many of them as one system call takes.
+        """Return views of ``length`` bytes from ``start`` on, or of as many as one system call
+        takes.
 
-        The caller keeps ``0 <= start``, ``0 < length`` and ``start + length <= size``.
+        The caller ensures ``0 <= start``, ``0 < length`` and ``start + length <= size``.
         """
         first = bisect_right(self._starts, start) - 1
         last = bisect_left(self._starts, start + length)
@@ -143,7 +153,7 @@ class ScatterList:
             last = first + IO_VECTORS_MAX
             length = self._starts[last] - start
         views = self._views[first:last]
-        # The last one first: it may be the first one, too.
+        # Trim the last view first: it may be the first one, too.
         views[-1] = views[-1][: start + length - self._starts[last - 1]]
         if self._starts[first] != start:
             views[0] = views[0][start - self._starts[first] :]

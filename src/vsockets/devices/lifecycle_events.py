@@ -1,4 +1,4 @@
-"""What becomes of contexts, as far as a device is to do something about it."""
+"""Subscription of a device to life-cycle events of contexts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from ..control import Events
 from .client import DeviceClient
 from .loop import DeviceLoop
 
-#: After these a guest whose device is here is told that its connections are over, all at once.
+#: Changes after which the guest's connections are reset, all at once.
 INTERRUPTIONS = ("resume", "migrate", "ft-on")
 
 
 def subscribe(
     loop: DeviceLoop, fabric: DeviceClient, events: Events, on_event: Callable[[int, str], None]
 ) -> None:
-    """Call ``heed`` with a context's CID and what has changed, as long as vsockd is there.
+    """Call ``on_event`` with a context's CID and its change, until vsockd closes ``events``.
 
-    What vsockd has said by then is heard before ``fabric`` makes or is offered a stream: an
-    interruption is of the streams there were, and not of one that came after it.
+    Pending events are handled before ``fabric`` creates a stream, so that an interruption never
+    resets a stream opened after it.
     """
 
     def drain() -> None:

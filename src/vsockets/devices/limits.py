@@ -1,43 +1,43 @@
 """Limits that all device processes share, each with its reason."""
 
-#: Bytes of a vhost-user message's payload: a table of eight regions has 264, a configuration
-#: space at most 268.
+#: Bytes of a vhost-user message's payload: a table of eight regions has 264, a configuration space
+#: at most 268.
 VHOST_USER_PAYLOAD_MAX_BYTES = 4096
 
-#: Descriptors that come with one message: one for each of eight regions.
+#: Descriptors of one message: one for each of eight regions.
 VHOST_USER_DESCRIPTORS_MAX = 8
 
-#: How long a virtual machine's monitor may take to read an answer, in seconds: it waits for it.
+#: Time for a virtual machine's monitor to read a reply, in seconds: it waits for the reply.
 VHOST_USER_REPLY_TIMEOUT_SECONDS = 5.0
 
-#: Regions of memory a monitor may give a device one by one (ADD_MEM_REG).  QEMU asks, and
-#: plugs no more memory than that; libvhost-user says 509 as well, the kernel's vhost 64.
+#: Regions of memory that a monitor may add one by one (ADD_MEM_REG). QEMU requests this number and
+#: plugs no more; libvhost-user has 509 as well, the kernel's vhost 64.
 VHOST_USER_MEMORY_SLOTS_MAX = 509
 
-#: Regions of memory a virtual machine's monitor may give a device.  QEMU gives some tens; each
-#: is a mapping and a descriptor.
+#: Regions of memory of one virtual machine.  QEMU maps some tens; each is a mapping and a
+#: descriptor.
 DMA_REGIONS_MAX = 1024
 
-#: Buffers one system call takes (UIO_MAXIOV).
+#: Buffers of one system call (UIO_MAXIOV).
 IO_VECTORS_MAX = 1024
 
-#: Descriptors and bytes of one vfio-user message: a device has a few interrupts, and registers
-#: of four bytes.
+#: Descriptors and bytes of one vfio-user message: a device has a few interrupts, and registers of
+#: four bytes.
 VFIO_USER_DESCRIPTORS_MAX = 8
 VFIO_USER_TRANSFER_MAX_BYTES = 4096
 
-#: How long a virtual machine's monitor may take to read an answer, in seconds: it waits for it.
+#: Time for a virtual machine's monitor to read a reply, in seconds: it waits for the reply.
 VFIO_USER_REPLY_TIMEOUT_SECONDS = 5.0
 
-#: Sockets that send datagrams for a guest's ports: the one longest unused makes room.
+#: Sockets that send datagrams for a guest's ports: the least recently used one is closed first.
 DEVICE_DATAGRAM_PORTS_MAX = 256
 
-#: How long a device waits for vsockd, in seconds, while the guest's processor stands still.
-#: vsockd answers in a tenth of a millisecond.
+#: Time that a device waits for vsockd, in seconds, while the guest's processor is stopped.  vsockd
+#: replies in a tenth of a millisecond.
 DEVICE_VSOCKD_REPLY_TIMEOUT_SECONDS = 0.5
 
 #: Bytes of a guest's datagrams that wait for one receiver (VMCI_MAX_DATAGRAM_QUEUE_SIZE).
 DEVICE_UNSENT_DATAGRAM_MAX_BYTES = 2 * 17 * 4096
 
-#: Captures of one device at the same time: each costs it a system call for each packet.
+#: Concurrent captures of one device: each costs the device a system call for each packet.
 DEVICE_CAPTURES_MAX = 4

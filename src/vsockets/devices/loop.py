@@ -1,4 +1,4 @@
-"""A device's event loop: vsockd's, with waits below a millisecond."""
+"""Event loop of a device: vsockd's, with timeouts below a millisecond."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..eventloop.loop import READABLE, EventLoop, Timer
 
 __all__ = ["READABLE", "DeviceLoop", "Timer"]
 
-#: epoll(7) as Python has it counts milliseconds, and rounds up; what is shorter waits by select(2).
+#: Python's epoll counts milliseconds and rounds up; select(2) waits for shorter timeouts.
 _SHORT = 0.001
 
 
 class DeviceLoop(EventLoop):
-    """Calls ``callback(events)`` when a watched descriptor is ready."""
+    """Event loop that can also poll a condition between events without sleeping."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,23 +28,23 @@ class DeviceLoop(EventLoop):
         self._spinning: dict[Callable[[], bool], float] = {}
 
     def unhindered(self) -> AbstractContextManager[None]:
-        """Within this context no descriptor that a peer passes along holds the loop up for long.
+        """Interrupt close(2) of passed descriptors that takes long, while this context is active.
 
-        The kernel may not refuse it, and no thread can close it: a device's sandbox allows none.
-        Only for the main thread.
+        On older kernels a socket cannot refuse descriptors, and a device's sandbox allows no
+        thread to close them in.  Only for the main thread.
         """
         return self.hurried(DAEMON_SLOW_CALL_SECONDS)
 
     def watches(self, fd: int) -> bool:
-        """Whether ``fd`` is watched."""
+        """Return whether ``fd`` is watched."""
         return fd in self._callbacks
 
     def spin(self, poll_once: Callable[[], bool], seconds: float) -> None:
-        """Call ``look`` again and again between events, until it returns True or for so long."""
+        """Call ``poll_once`` between events until it returns True or ``seconds`` have passed."""
         self._spinning[poll_once] = time.monotonic() + seconds
 
     def turn(self) -> None:
-        """Serve what is ready now, and the timers that are due."""
+        """Run due timers and the callbacks of ready descriptors, without waiting."""
         self._run_timers()
         self._spin()
         for fd, events in self._epoll.poll(0):
@@ -71,5 +71,5 @@ class DeviceLoop(EventLoop):
         return self._wait(timeout, maxevents)
 
     def close(self) -> None:
-        """Watch nothing any more."""
+        """Close the loop."""
         self._epoll.close()

@@ -1,8 +1,8 @@
-"""The end of a device whose guest's memory has been taken away.
+"""Exit of a device whose guest memory has been taken away.
 
-A monitor can truncate the file that it shared as its guest's memory.  The next access is a bus
-error then, at any line that reads or writes guest memory.  Python's own signal handlers run after
-the instruction that was interrupted, and this one never ends; so the handler is one of C's.
+A monitor can truncate the file that backs its guest's memory.  The next access to guest memory
+then raises SIGBUS, in any line of the device.  A signal handler of Python runs only after the
+interrupted instruction, which never ends; so the handler is a C function.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TEXT = (
 )
 _STDERR = 2
 
-#: As a program in a shell that was killed by the signal.
+#: Exit status, as a shell reports a program that was killed by the signal.
 STATUS = 128 + signal.SIGBUS
 
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -33,9 +33,9 @@ _HANDLER = _Handler(_end)
 
 
 def explain_lost_memory() -> None:
-    """End this process with one line on standard error at the first bus error.
+    """Exit with one line on standard error at the first bus error.
 
-    To be called before :func:`.sandbox.enter_sandbox`, which refuses executable memory.
+    Call it before :func:`.sandbox.enter_sandbox`, which refuses executable memory.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = (ctypes.c_int, _Handler)

@@ -1,4 +1,4 @@
-"""What a protocol between a virtual machine's monitor and a device is to its server."""
+"""Interface of the protocols between a virtual machine's monitor and a device."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from typing import Protocol
 
 
 class DeviceProtocolError(Exception):
-    """The monitor sent something after which nothing it sends can be relied on."""
+    """The monitor sent a message after which the connection cannot continue."""
 
 
 class MessageConnection(Protocol):
-    """With one monitor."""
+    """The device's side of a connection to one monitor."""
 
     @property
     def wanted(self) -> int:
-        """Bytes that the next read may take."""
+        """Maximum size of the next read, in bytes."""
 
     def receive(self, data: bytes, fds: list[int]) -> Iterator[bytes]:
-        """Hear what came; yields the answers.  Takes ``fds``.  DeviceProtocolError, OSError."""
+        """Handle received data and yield the replies; takes ownership of ``fds``.
+
+        Raises DeviceProtocolError or OSError.
+        """
 
     def close(self) -> None:
-        """The monitor has gone."""
+        """Release the device after the monitor has disconnected."""

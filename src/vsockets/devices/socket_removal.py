@@ -1,7 +1,7 @@
 """Removal of a device's socket once its process has ended.
 
-The device cannot remove the socket itself: by then it has given up its user and every system call
-on paths (:mod:`.sandbox`).  So a child of it, which does nothing else, waits for its end.
+The device cannot remove the socket itself: its sandbox (:mod:`.sandbox`) has dropped the user and
+every system call on paths.  A child process, which does nothing else, waits for the device's end.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class SocketRemoval:
-    """The removal of a socket's ``file`` when this process ends, in whatever way.
+    """Removal of a socket's ``file`` when this process ends in any way.
 
-    To be created before the sandbox is entered, in a process with one thread.
+    Create it before :func:`.sandbox.enter_sandbox`, in a process with one thread.
     """
 
     def __init__(self, file: SocketFile) -> None:
         self._child, theirs = socket.socketpair()
-        # A signal to both must not end the child before it ignores them.
+        # A signal to both must not end the child before it ignores signals.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             if os.fork() == 0:
@@ -36,7 +36,7 @@ class SocketRemoval:
         theirs.close()
 
     def finish(self) -> None:
-        """Remove the socket now, and wait until that is done."""
+        """Remove the socket now, and wait until it is removed."""
         self._child.shutdown(socket.SHUT_WR)
         self._child.recv(1)
         self._child.close()

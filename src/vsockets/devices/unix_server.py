@@ -1,4 +1,4 @@
-"""The socket a virtual machine's monitor connects to: one at a time, any number in turn."""
+"""Server of a unix socket to which a virtual machine's monitor connects, one at a time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SEND_FLAGS = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 
 
 class UnixServer:
-    """Holds a conversation of ``begin`` with whoever connects to ``listener``, which becomes the
-    server's.
+    """Server for one client at a time; takes ownership of ``listener``.
 
-    A message has ``descriptors`` at most; an answer is to be read within ``patience`` seconds, as
-    a monitor waits for it.  ``after_each`` is called after each thing that came.
+    ``open_connection`` makes the protocol's state for a client.  A message has at most
+    ``descriptors`` descriptors.  A client that does not read a reply within ``reply_timeout``
+    seconds is disconnected.  ``after_message`` is called after each read.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class UnixServer:
         self._watch()
 
     def close(self) -> None:
-        """Serve nobody any more."""
+        """Disconnect the client and close the listener."""
         if self._client is not None:
             self._disconnect(self._client)
         self._loop.unwatch(self._listener.fileno())
@@ -60,14 +60,14 @@ class UnixServer:
             client, _ = self._listener.accept()
         except BlockingIOError:
             return
-        # The next one waits in the backlog: a machine that is started again while its old
-        # process still ends.
+        # The next client waits in the backlog: a machine that is restarted while its old process
+        # ends.
         self._loop.unwatch(self._listener.fileno())
         client.setblocking(True)
         self._client = client
         self._connection = self._open_connection()
         self._loop.watch(client.fileno(), lambda events: self._on_ready(client))
-        log.info("a virtual machine has connected")
+        log.info("virtual machine connected")
 
     def _on_ready(self, client: socket.socket) -> None:
         connection = self._connection
@@ -87,21 +87,26 @@ class UnixServer:
             for reply in connection.receive(data, fds):
                 self._send(client, reply)
         except (EOFError, ConnectionError):
-            log.info("the virtual machine has gone")
+            log.info("virtual machine disconnected")
             self._disconnect(client)
         except (DeviceProtocolError, OSError) as error:
-            log.warning("the virtual machine is given up: %s", error)
+            log.warning("virtual machine disconnected: %s", error)
             self._disconnect(client)
         self._after_message()
 
     def _send(self, client: socket.socket, reply: bytes) -> None:
-        """All of ``answer``.  TimeoutError."""
+        """Send all of ``reply``.
+
+        Raises TimeoutError when the client does not read.
+        """
         while reply:
             try:
                 reply = reply[client.send(reply, _SEND_FLAGS) :]
             except BlockingIOError:
                 if not select.select((), (client,), (), self._reply_timeout)[1]:
-                    raise TimeoutError("it reads no answer") from None
+                    raise TimeoutError(
+                        "the virtual machine's monitor does not read the reply"
+                    ) from None
 
     def _disconnect(self, client: socket.socket) -> None:
         self._loop.unwatch(client.fileno())

@@ -1,4 +1,4 @@
-"""Moving bytes between guest memory and a socket: one system call, no copy of our own."""
+"""Transfer of bytes between guest memory and a socket: one system call, no copy in Python."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _TAKE = int(MSG_DONTWAIT)
 
 
 def push(sock: socket.socket, views: Sequence[memoryview]) -> int:
-    """Send what fits of ``views``; returns the bytes sent, 0 when there is no room now.
+    """Send ``views`` as far as the socket has room; return the bytes sent, possibly 0.
 
-    ConnectionError when nobody reads there any more.
+    Raises ConnectionError when the peer has closed.
     """
     try:
         return sock.sendmsg(views, (), _SEND)
@@ -23,10 +23,10 @@ def push(sock: socket.socket, views: Sequence[memoryview]) -> int:
 
 
 def pull(sock: socket.socket, views: Sequence[memoryview]) -> int | None:
-    """Fill ``views`` from ``sock``; returns the bytes received, 0 at the end, None for nothing
-    now.
+    """Fill ``views`` from ``sock``; return the bytes received, 0 at end of file, None without
+    data.
 
-    A connection that was reset has ended.
+    A reset connection counts as end of file.
     """
     try:
         return sock.recvmsg_into(views, 0, _TAKE)[0]

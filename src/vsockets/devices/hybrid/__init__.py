@@ -1,9 +1,10 @@
-"""Hybrid vsock: virtual machines whose vsock is a unix socket of the host.
+"""Hybrid vsock: virtual machines whose vsock device is a unix socket of the host.
 
-The monitor (Firecracker, Cloud Hypervisor, vhost-device-vsock) has the device and speaks with the
-guest's kernel; here is its host side.  Streams to the guest are led through the monitor's socket
-after a handshake (:mod:`.outward`, :mod:`.dial`); streams from the guest come to sockets of ours,
-one for each port (:mod:`.host_sockets`), and are handed to who listens without a byte being moved.
+The monitor (Firecracker, Cloud Hypervisor, vhost-device-vsock) implements the device towards the
+guest's kernel; this package is its host side.  Streams to the guest are spliced to the monitor's
+socket after a handshake (:mod:`.host_to_guest`, :mod:`.connector`).  Streams from the guest arrive
+at one unix socket for each port (:mod:`.host_sockets`), and are handed off to the listener without
+moving a byte.
 """
 
 from .machine import HybridMachine

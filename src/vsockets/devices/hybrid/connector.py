@@ -1,4 +1,4 @@
-"""One connect to a unix socket, with hybrid vsock's handshake or without, while others go on."""
+"""Asynchronous connect to a unix socket, with or without hybrid vsock's handshake."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _PEEK_FLAGS = int(MSG_DONTWAIT | MSG_PEEK)
 _RECEIVE_FLAGS = int(MSG_DONTWAIT)
 _SEND_FLAGS = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 
-#: Nobody is there, which time may change.
+#: The socket has no listener, which may change.
 _ABSENT = (FileNotFoundError, ConnectionRefusedError)
 
-#: Called with the socket, or with None and an errno.
+#: Callback for the connected socket, or None and an errno.
 Done = Callable[[socket.socket | None, int], None]
 
 
 class Connector:
-    """An attempt, and another one while nobody is there, for ``wait`` seconds.
+    """Connection attempt that is retried while the port has no listener, for ``wait`` seconds.
 
-    ``done`` is called once, unless :meth:`cancel` comes before: with ETIMEDOUT, ECONNRESET (nobody
-    listens), or EHOSTUNREACH (nobody has the socket).
+    ``done`` is called once, unless :meth:`cancel` is called first: with the socket, or with
+    ETIMEDOUT, ECONNRESET (the port has no listener) or EHOSTUNREACH (the unix socket has none).
     """
 
     def __init__(
         self, loop: DeviceLoop, path: str, port: int | None, wait: float, done: Done
     ) -> None:
-        """Without a ``port`` there is no handshake: the socket is the port's own."""
+        """Prepare a connect to ``path``; without a ``port`` the socket needs no handshake."""
         self._loop = loop
         self._path = path
         self._port = port
@@ -54,7 +54,7 @@ class Connector:
             self._retrying = False
 
     def start(self) -> None:
-        """Begin; ``done`` may be called before this returns."""
+        """Start the attempt; ``done`` may be called before this returns."""
         try:
             sock = self._sock = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
             refuse(sock)
@@ -64,18 +64,18 @@ class Connector:
                 return
             sock.send(connect_line(self._port), _SEND_FLAGS)
             self._loop.watch(sock.fileno(), self._on_reply)
-        except BlockingIOError:  # its backlog is full, and poll() does not tell when it is not
+        except BlockingIOError:  # the backlog is full, and poll() does not report when it has room
             self._schedule_retry()
         except _ABSENT:
             self._fail(errno.ECONNRESET if self._port is None else errno.EHOSTUNREACH)
-        except ConnectionError:  # it has been closed between the two calls
+        except ConnectionError:  # closed between connect and send
             self._fail(errno.ECONNRESET)
         except OSError as error:
             log.warning("%s: %s", self._path, error.strerror)
             self._finish(None, errno.EHOSTUNREACH)
 
     def cancel(self) -> None:
-        """Nobody wants it any more."""
+        """Abandon the attempt without calling ``done``."""
         for timer in self._timers:
             timer.cancel()
         self._close()
@@ -84,7 +84,7 @@ class Connector:
         sock = self._sock
         assert sock is not None
         try:
-            # Only the line is taken: what follows it is the guest's.
+            # Receive the line only: the bytes after it are the guest's.
             sock.recv(
                 self._reply.take(sock.recv(HYBRID_LINE_MAX_BYTES, _PEEK_FLAGS)), _RECEIVE_FLAGS
             )

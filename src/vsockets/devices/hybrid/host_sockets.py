@@ -1,4 +1,4 @@
-"""The unix sockets a guest comes to when it connects to ports of the host."""
+"""Unix sockets through which a guest connects to ports of the host."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 
 class HostSockets:
-    """One for each port that the guest can connect to now.
+    """The unix sockets of all ports that the guest can connect to.
 
-    ``name`` is the monitor's socket, in the current directory.  ``arrived`` is called with a
-    port and a connected descriptor, which is its own.
+    ``name`` is the monitor's socket in the current directory.  ``on_connection`` is called with a
+    port and the descriptor of a connection, of which it takes ownership.
     """
 
     def __init__(
@@ -40,22 +40,24 @@ class HostSockets:
         self._remove_stale_sockets()
 
     def set_listening(self, port: int, listening: bool) -> None:
-        """There is somebody at ``port`` of the host, or no longer."""
+        """Open or close the socket of ``port`` when it gains or loses its listener."""
         if not listening:
             self._close(port)
         elif len(self._acceptors) >= HYBRID_PORTS_MAX:
             log.warning(
-                "port %d: the guest cannot reach more than %d ports", port, HYBRID_PORTS_MAX
+                "port %d: not reachable from the guest: limit of %d ports", port, HYBRID_PORTS_MAX
             )
         elif port not in self._acceptors:
             try:
                 self._open(port)
             except OSError as error:
                 name = port_name(self._name, port)
-                log.warning("port %d: not there for the guest: %s: %s", port, name, error.strerror)
+                log.warning(
+                    "port %d: not reachable from the guest: %s: %s", port, name, error.strerror
+                )
 
     def close(self) -> None:
-        """Let the guest in no more."""
+        """Close and remove all sockets."""
         for port in list(self._acceptors):
             self._close(port)
 
@@ -67,7 +69,7 @@ class HostSockets:
         listener = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
         refuse(listener)
         try:
-            # Under its name it can be connected to from the first moment.
+            # Rename after listen(): a client that finds the name can connect.
             new = f"{self._name}_new"
             listener.bind(new)
             listener.listen(LISTEN_BACKLOG_MAX)
@@ -86,7 +88,7 @@ class HostSockets:
                 os.unlink(port_name(self._name, port))
 
     def _remove_stale_sockets(self) -> None:
-        """What a device that was killed has left behind."""
+        """Remove the sockets of a device that was killed."""
         ours = re.compile(re.escape(self._name) + r"_(\d+|new)")
         for name in filter(ours.fullmatch, os.listdir()):
             remove_stale(name)

@@ -1,7 +1,7 @@
-"""Streams from programs of the fabric to somebody behind a unix socket of the host.
+"""Streams from programs of the fabric to a listener behind a unix socket of the host.
 
-A program has connected to vsockd, whose end of that came here.  Its other end is what the program
-has, and cannot be exchanged; so the two sockets are joined by a pump, inside the kernel.
+vsockd passes its end of the program's stream to the device.  The program's socket cannot be
+replaced, so the kernel splices the two sockets together.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..loop import DeviceLoop
 from .connector import Connector, Done
 from .limits import HYBRID_CONNECTIONS_MAX
 
-#: epoll(7) tells of hang-ups whether asked or not.
+#: epoll(7) reports hang-ups always.
 _HANG_UP = 0
 
 
 class _Stream(SplicedPair):
-    """A joined pair, which tells when it has ended."""
+    """A spliced pair of sockets that reports its end."""
 
     on_end: Callable[[], None]
 
@@ -31,7 +31,9 @@ class _Stream(SplicedPair):
 
 
 class HostToGuest:
-    """All of them; ``dial`` makes an attempt to reach a port."""
+    """All host-to-guest streams of a device; ``make_connector`` prepares one connect to a guest
+    port.
+    """
 
     def __init__(
         self,
@@ -48,29 +50,29 @@ class HostToGuest:
 
     @property
     def stream_count(self) -> int:
-        """How many there are, those included that nobody has accepted yet."""
+        """Number of streams, including pending ones."""
         return len(self._attempts) + len(self._pump.connections)
 
     def on_connect(self, request: ConnectRequest) -> None:
-        """Somebody wants to connect."""
+        """Start a connect to the guest for a client."""
         if self.stream_count >= HYBRID_CONNECTIONS_MAX:
             self._refuse(request, errno.ECONNRESET)
             return
         make_connector = self._attempts[request] = self._make_connector(
             request.port, partial(self._complete, request)
         )
-        # Should who connects not want it any more.
+        # The client may close while the connect is pending.
         self._loop.watch_for(request.sock.fileno(), lambda events: self._cancel(request), _HANG_UP)
         make_connector.start()
 
     def close(self) -> None:
-        """End all of them."""
+        """Close all streams and abandon pending connects."""
         for request in list(self._attempts):
             self._cancel(request)
         self._pump.close()
 
     def close_when_idle(self, idle: Callable[[], None]) -> None:
-        """Call ``idle`` when there are none any more."""
+        """Call ``idle`` when the last stream has ended."""
         self._idle = idle
         self._check_idle()
 

@@ -1,4 +1,4 @@
-"""One virtual machine with hybrid vsock, put together: both directions, and its life."""
+"""Hybrid vsock of one virtual machine: both directions, and life-cycle events."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from .host_to_guest import HostToGuest
 
 log = logging.getLogger(__name__)
 
-#: With these its streams are over.
+#: Changes that end all streams.
 _INTERRUPTIONS = ("suspend", "migrate", "ft-on", "power-off")
 
 
 class HybridMachine:
-    """``name`` is the monitor's socket, in the current directory, which stays as it is."""
+    """Host side of one virtual machine; ``name`` is the monitor's socket in the current
+    directory.
+    """
 
     def __init__(
         self, loop: DeviceLoop, fabric: DeviceClient, events: Events, name: str, wait: float
     ) -> None:
-        """``wait``: how long a connect to the guest is tried again, in seconds."""
+        """Serve the guest; ``wait`` is the time in seconds for which connects to it are retried."""
         self._loop = loop
         self._fabric = fabric
         self._name = name
@@ -39,7 +41,7 @@ class HybridMachine:
         subscribe(loop, fabric, events, self._on_event)
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Close all streams and remove all sockets."""
         self._host_to_guest.close()
         self._sockets.close()
 
@@ -47,16 +49,20 @@ class HybridMachine:
         return Connector(self._loop, self._name, port, self._wait, done)
 
     def _on_connection(self, port: int, fd: int) -> None:
-        """The guest has connected to ``port``: whether it may, and to whom, is vsockd's to say."""
+        """Hand a connection of the guest off to vsockd, which applies the policy and finds the
+        listener.
+        """
         with socket.socket(fileno=fd) as sock:
             try:
                 self._fabric.hand_off(sock, (VMADDR_CID_HOST, port))
             except OSError as error:
-                log.warning("the guest's connect to port %d is lost: %s", port, error)
+                log.warning("connection of the guest to port %d lost: %s", port, error)
 
     def _on_lost(self) -> None:
-        """vsockd has gone, or the context: the streams there are may come to their end."""
-        log.warning("no new connections: vsockd has gone, or the context")
+        """Stop new connections after the link has closed; existing streams continue to their
+        end.
+        """
+        log.warning("no new connections: vsockd has closed the link")
         self._sockets.close()
         self._host_to_guest.close_when_idle(self._loop.stop)
 

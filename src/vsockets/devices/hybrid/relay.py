@@ -1,8 +1,9 @@
-"""``python -m vsockets.devices.hybrid.relay NAME FOLDER USER``: streams to unix sockets.
+"""``python -m vsockets.devices.hybrid.relay NAME FOLDER USER``: a relay of streams to unix
+sockets.
 
-vsockd starts it for a guest whose ports are behind the unix socket NAME in a folder, with that
-folder as the descriptor FOLDER, and a link to itself as standard input.  It is told of streams to
-ports of the host, and joins each to the unix socket of its port, with the rights of USER.
+vsockd starts it for a guest whose ports are unix sockets named after NAME in a folder.  FOLDER is
+a descriptor of that folder, standard input the link to vsockd.  The relay receives streams to
+ports of the host and splices each to the unix socket of its port, with the credentials of USER.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .host_to_guest import HostToGuest
 
 
 def main(name: str, place: int, user: int) -> None:
-    """Serve until vsockd has gone and the last stream has ended."""
+    """Serve until vsockd has closed the link and the last stream has ended."""
     logs.configure("vsock relay: %(message)s", logging.WARNING, "text")
     os.chdir(place)
     os.close(place)
@@ -41,7 +42,7 @@ def main(name: str, place: int, user: int) -> None:
     fabric.on_connect = host_to_guest.on_connect
     fabric.on_lost = lambda: host_to_guest.close_when_idle(loop.stop)
     enter_sandbox(user, paths=True)
-    # Whoever stops vsockd at a terminal does not mean the streams that stand.
+    # An interrupt from a terminal ends vsockd, not the established streams.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with loop.unhindered():
         loop.run()

@@ -1,6 +1,6 @@
-"""The vfio-user protocol: a device that lives in another process than its virtual machine.
+"""The vfio-user protocol: a PCI device in another process than its virtual machine.
 
-The server's side of it, for any PCI device.  Nothing here knows which one is served.
+This is the server's side, independent of the device.
 """
 
 from .interrupts import Interrupts, Irq

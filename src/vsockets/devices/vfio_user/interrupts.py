@@ -1,4 +1,4 @@
-"""A device's interrupts: eventfds that the client gave, or none."""
+"""Interrupts of a device, signalled through eventfds from the client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ONE = (1).to_bytes(8, "little")
 
 
 class Irq(IntEnum):
-    """Kinds of interrupt, by their index in ``linux/vfio.h``."""
+    """Kind of interrupt; values are indices of ``linux/vfio.h``."""
 
     INTX = 0
     MSI = 1
@@ -24,7 +24,7 @@ class Irq(IntEnum):
 
 
 class Interrupts:
-    """The vectors of each kind, ``counts`` many, and where they are signalled."""
+    """The eventfds of ``counts`` interrupt vectors of each kind."""
 
     def __init__(self, counts: Mapping[Irq, int]) -> None:
         self.counts = {kind: counts.get(kind, 0) for kind in Irq}
@@ -34,7 +34,7 @@ class Interrupts:
 
     @property
     def vectors(self) -> int:
-        """How many vectors the driver uses; 0: interrupts are off."""
+        """Number of vectors that the driver uses; 0 while interrupts are off."""
         return len(self._in_use())
 
     @property
@@ -44,22 +44,27 @@ class Interrupts:
         return any(eventfd is not None for kind in kinds for eventfd in self._eventfds[kind])
 
     def trigger(self, vector: int) -> None:
-        """Interrupt the guest, by the last vector there is if there are fewer."""
+        """Signal ``vector``, or the last vector in use if the driver uses fewer."""
         eventfds = self._in_use()
         if eventfds:
             eventfd = eventfds[min(vector, len(eventfds) - 1)]
             if eventfd is not None:
-                # Full: 2**64 interrupts that nobody has taken.
+                # The counter is full: 2**64 interrupts that the client has not read.
                 with contextlib.suppress(BlockingIOError):
                     os.write(eventfd, _ONE)
 
     def set(self, flags: int, index: int, start: int, count: int, fds: Sequence[int]) -> None:
-        """What SET_IRQS says.  Takes ``fds``, also when it raises OSError EINVAL."""
+        """Apply SET_IRQS; takes ownership of ``fds`` also when it raises.
+
+        Raises OSError EINVAL.
+        """
         taken = False
         try:
             kind = Irq(index) if index in Irq.__members__.values() else None
             if kind is None or start + count > self.counts[kind]:
-                raise OSError(errno.EINVAL, f"interrupts {start} to {start + count} of {index}")
+                raise OSError(
+                    errno.EINVAL, f"invalid interrupts {start} to {start + count} of {index}"
+                )
             eventfds = self._eventfds[kind]
             if flags == IrqFlag.DATA_NONE | IrqFlag.TRIGGER and count == 0:
                 for number in range(len(eventfds)):
@@ -71,15 +76,15 @@ class Interrupts:
                 for number in range(count):
                     self._replace(eventfds, start + number, fds[number] if fds else None)
             elif not flags & (IrqFlag.MASK | IrqFlag.UNMASK):
-                raise OSError(errno.EINVAL, f"SET_IRQS with flags {flags:#x}")
-            # Masking is done by the client, who has the guest's side of the eventfd.
+                raise OSError(errno.EINVAL, f"SET_IRQS with unsupported flags {flags:#x}")
+            # The client masks interrupts at its side of the eventfd.
         finally:
             if not taken:
                 for fd in fds:
                     os.close(fd)
 
     def close(self) -> None:
-        """Signal nobody any more."""
+        """Close all eventfds."""
         for eventfds in self._eventfds.values():
             for number in range(len(eventfds)):
                 self._replace(eventfds, number, None)

@@ -1,7 +1,8 @@
-"""The vfio-user protocol's messages: a codec, and no I/O.
+"""Codec of the vfio-user protocol's messages.
 
 From QEMU's ``docs/interop/vfio-user.rst`` and Linux's ``linux/vfio.h``.  All fields are
-little-endian.  A message is a header of 16 bytes and a payload; descriptors ride along.
+little-endian.  A message is a header of 16 bytes and a payload; descriptors come as ancillary
+data.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ SET_IRQS = struct.Struct("<IIIII")  #: argsz, flags, index, start, count
 ACCESS = struct.Struct("<QII")  #: offset, region, count
 _VERSION = struct.Struct("<HH")
 
-#: The longest message there is reason for: a write of as much as one may transfer.
+#: The longest valid message: a write of as much as one message may transfer.
 LARGEST_MESSAGE = HEADER.size + ACCESS.size + VFIO_USER_TRANSFER_MAX_BYTES
 
 
 class Command(IntEnum):
-    """What a message asks for."""
+    """Command of a message."""
 
     VERSION = 1
     DMA_MAP = 2
@@ -46,7 +47,7 @@ class Command(IntEnum):
 
 
 class Flag(IntFlag):
-    """Of a header."""
+    """Flags of a header."""
 
     REPLY = 1
     NO_REPLY = 0x10
@@ -54,7 +55,7 @@ class Flag(IntFlag):
 
 
 class IrqFlag(IntFlag):
-    """Of SET_IRQS: what comes along, and what to do with it."""
+    """Flags of SET_IRQS: the kind of data, and the action."""
 
     DATA_NONE = 1
     DATA_BOOL = 2
@@ -69,31 +70,31 @@ _NO_REQUEST = int(Flag.REPLY | Flag.ERROR) | 0xF
 
 
 class Message(NamedTuple):
-    """One request."""
+    """A request."""
 
     number: int
     command: int
     flags: int
     payload: bytes
-    fds: Sequence[int] = ()  #: whoever gets the message closes them
+    fds: Sequence[int] = ()  #: owned by the receiver of the message
 
 
 class Decoder:
-    """Takes what arrives apart into messages.
+    """Decoder of a stream of messages.
 
-    Descriptors given to :meth:`receive` belong to the last message that begins in the same
-    data: the kernel ends a read where the data that carried descriptors ends.
+    Descriptors given to :meth:`receive` belong to the last message that begins in the same data:
+    the kernel ends a read where the data that carried descriptors ends.
     """
 
     def __init__(self) -> None:
         self._data = b""
-        self._fds: dict[int, Sequence[int]] = {}  # by where their message begins
-        self._unclaimed: Sequence[int] = ()  # of data that has not been taken apart yet
+        self._fds: dict[int, Sequence[int]] = {}  # by the offset of their message
+        self._unclaimed: Sequence[int] = ()  # of data that has not been decoded yet
 
     def receive(self, data: bytes, fds: Sequence[int] = ()) -> Iterator[Message]:
-        """Yield the messages that are complete now.  Takes ``fds``.
+        """Yield the complete messages; takes ownership of ``fds``.
 
-        Raises: DeviceProtocolError; :meth:`pending_fds` returns the descriptors then.
+        Raises DeviceProtocolError; :meth:`pending_fds` then returns the descriptors.
         """
         self._unclaimed = fds
         data = self._data + data if self._data else data
@@ -102,9 +103,9 @@ class Decoder:
         while len(data) - at >= HEADER.size:
             number, command, size, flags, _ = HEADER.unpack_from(data, at)
             if not HEADER.size <= size <= LARGEST_MESSAGE:
-                raise DeviceProtocolError(f"a message of {size} bytes")
+                raise DeviceProtocolError(f"message of invalid size: {size} bytes")
             if flags & _NO_REQUEST:
-                raise DeviceProtocolError("a reply to what was never asked")
+                raise DeviceProtocolError("reply without a request")
             if len(data) - at < size:
                 break
             messages.append((number, command, flags, data[at + HEADER.size : at + size], at))
@@ -115,10 +116,12 @@ class Decoder:
             self._fds[where] = [*self._fds.get(where, ()), *fds]
             self._unclaimed = ()
             if len(self._fds[where]) > VFIO_USER_DESCRIPTORS_MAX:
-                raise DeviceProtocolError(f"a message with {len(self._fds[where])} descriptors")
+                raise DeviceProtocolError(
+                    f"message with too many descriptors: {len(self._fds[where])}"
+                )
         for number, command, flags, payload, began in messages:
             yield Message(number, command, flags, payload, self._fds.pop(began, ()))
-        # What is left waits at the front now.
+        # The incomplete message is at offset 0 now.
         self._fds = {where - at: waiting for where, waiting in self._fds.items()}
 
     def pending_fds(self) -> list[int]:
@@ -127,31 +130,34 @@ class Decoder:
 
 
 def reply(message: Message, payload: bytes = b"") -> bytes:
-    """The answer to ``message``."""
+    """Encode the reply to ``message``."""
     size = HEADER.size + len(payload)
     return HEADER.pack(message.number, message.command, size, 1, 0) + payload
 
 
 def refusal(message: Message, code: int) -> bytes:
-    """The answer that ``message`` failed with an errno."""
+    """Encode the reply that ``message`` failed with an errno."""
     flags = Flag.REPLY | Flag.ERROR
     return HEADER.pack(message.number, message.command, HEADER.size, flags, code)
 
 
 def encode_version(payload: bytes) -> bytes:
-    """The answer to the client's version, whose payload is given.  OSError EINVAL."""
+    """Encode the reply to VERSION with the client's ``payload``.
+
+    Raises OSError EINVAL for an unsupported version or malformed capabilities.
+    """
     if len(payload) < _VERSION.size:
-        raise OSError(errno.EINVAL, "no version")
+        raise OSError(errno.EINVAL, "VERSION without a version")
     major, _ = _VERSION.unpack_from(payload)
     if major != 0:
-        raise OSError(errno.EINVAL, f"version {major}: this is version 0")
+        raise OSError(errno.EINVAL, f"unsupported version {major} (expected 0)")
     if len(payload) > _VERSION.size:
         try:
             wanted = json.loads(payload[_VERSION.size :].rstrip(b"\0"))
         except (ValueError, RecursionError):
-            raise OSError(errno.EINVAL, "the capabilities are no JSON") from None
+            raise OSError(errno.EINVAL, "the capabilities are not JSON") from None
         if not isinstance(wanted, dict):
-            raise OSError(errno.EINVAL, "the capabilities are no JSON object")
+            raise OSError(errno.EINVAL, "the capabilities are not a JSON object")
     capabilities = {
         "max_msg_fds": VFIO_USER_DESCRIPTORS_MAX,
         "max_data_xfer_size": VFIO_USER_TRANSFER_MAX_BYTES,

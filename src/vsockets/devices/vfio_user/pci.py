@@ -1,4 +1,4 @@
-"""PCI configuration space: what a device says of itself before any driver is loaded."""
+"""PCI configuration space of a device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FIRST_CAPABILITY = 0x40
 
 
 class Identity(NamedTuple):
-    """Who the device is."""
+    """Identification registers of a device."""
 
     vendor: int
     device: int
@@ -27,20 +27,20 @@ class Identity(NamedTuple):
 
 
 def msix(vectors: int, bar: int, table: int, pending: int) -> bytes:
-    """The MSI-X capability; ``table`` and ``pending`` are offsets in ``bar``."""
+    """Encode the MSI-X capability; ``table`` and ``pending`` are offsets in ``bar``."""
     return struct.pack("<BBHII", 0x11, 0, vectors - 1, table | bar, pending | bar)
 
 
 def msi() -> bytes:
-    """The MSI capability, for one message of a 64-bit address."""
+    """Encode the MSI capability, for one message with a 64-bit address."""
     return struct.pack("<BBHQHH", 0x05, 0, 0x0080, 0, 0, 0)
 
 
 class ConfigSpace:
-    """The 256 bytes, writable as far as the client does not keep them itself.
+    """The 256 bytes of configuration space.
 
-    A vfio client emulates BARs, MSI and MSI-X for its guest, so what is written is stored and
-    has no effect here.
+    A vfio client emulates BARs, MSI and MSI-X for its guest, so writes to them are stored and have
+    no effect here.
     """
 
     def __init__(
@@ -64,17 +64,17 @@ class ConfigSpace:
 
     @property
     def bus_master(self) -> bool:
-        """Whether the guest lets the device access memory."""
+        """Whether the guest allows the device to access memory (bus master)."""
         return bool(self._space[_COMMAND] & _BUS_MASTER)
 
     def read(self, offset: int, count: int) -> bytes:
-        """``offset + count`` is within the space."""
+        """Return ``count`` bytes; the caller has checked the range."""
         return bytes(self._space[offset : offset + count])
 
     def write(self, offset: int, data: bytes) -> None:
-        """As :meth:`read`."""
+        """Store ``data``; the caller has checked the range."""
         self._space[offset : offset + len(data)] = data
 
     def reset(self) -> None:
-        """As it was before anybody wrote."""
+        """Restore the initial contents."""
         self._space[:] = self._initial

@@ -1,4 +1,4 @@
-"""The socket a vfio-user client connects to."""
+"""Server of vfio-user clients on a unix socket."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .session import Device, Session
 
 
 class VfioUserServer(unix_server.UnixServer):
-    """Serves ``device`` to whoever connects to ``listener``, which becomes the server's."""
+    """Server of ``device``; takes ownership of ``listener``."""
 
     def __init__(
         self,

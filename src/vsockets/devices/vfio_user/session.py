@@ -1,4 +1,4 @@
-"""One client's requests, answered: what vfio-user says of a device, without any socket."""
+"""Requests of one vfio-user client, handled without a socket."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NO_REPLY = int(Flag.NO_REPLY)
 
 
 class Region(IntEnum):
-    """A PCI device's regions, by their index in ``linux/vfio.h``."""
+    """Region of a PCI device; values are indices of ``linux/vfio.h``."""
 
     BAR0 = 0
     BAR1 = 1
@@ -38,32 +38,33 @@ class Region(IntEnum):
 
 
 class Device(Protocol):
-    """What a device must do to be served.
+    """Interface of a device that a :class:`Session` serves.
 
-    Offsets and counts were checked against the regions' sizes.
+    The session has checked offsets and counts against the regions' sizes.
     """
 
-    regions: Mapping[Region, int]  #: sizes in bytes of those there are
+    regions: Mapping[Region, int]  #: sizes of the existing regions, in bytes
     interrupts: Interrupts
     memory: GuestMemory
 
     def read(self, region: int, offset: int, count: int) -> bytes:
-        """What is there: ``count`` bytes."""
+        """Return ``count`` bytes from ``offset`` of ``region``."""
 
     def write(self, region: int, offset: int, data: bytes, posted: bool) -> None:
-        """The guest, or the client, writes ``data`` there, and goes on when this returns; or at
-        once, if it is ``posted``.
+        """Write ``data`` at ``offset`` of ``region``.
+
+        The guest continues when this returns, or at once if the write is ``posted``.
         """
 
     def reset(self) -> None:
-        """As after power-on."""
+        """Reset to the state after power-on."""
 
     def release_memory(self, address: int, size: int) -> None:
-        """This memory goes away now: nothing of it may be touched after this returns."""
+        """Stop all access to this range of memory, which the client unmaps when this returns."""
 
 
 class Session:
-    """Everything one client asks of a device, from its version on."""
+    """State of one client's connection to a device."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -79,9 +80,9 @@ class Session:
         }
 
     def handle(self, message: Message) -> bytes | None:
-        """Do what ``message`` asks; returns the answer, None if none is wanted.
+        """Handle ``message``; return the reply, or None if the client expects none.
 
-        DeviceProtocolError when the client must not go on.
+        Raises DeviceProtocolError when the connection cannot continue.
         """
         try:
             if message.fds and message.command not in (Command.DMA_MAP, Command.DEVICE_SET_IRQS):
@@ -96,7 +97,7 @@ class Session:
         return messages.reply(message, payload)
 
     def close(self) -> None:
-        """The client has gone, and its guest with it."""
+        """Reset the device after the client has disconnected: its guest has ended."""
         self._device.reset()
         self._device.interrupts.close()
         self._device.memory.clear()
@@ -109,34 +110,34 @@ class Session:
             return self._read(message.payload)
         if command == Command.VERSION:
             if self._negotiated:
-                raise DeviceProtocolError("a second version")
+                raise DeviceProtocolError("VERSION was already negotiated")
             answer = messages.encode_version(message.payload)
             self._negotiated = True
             return answer
         if not self._negotiated:
             _close(message)
-            raise DeviceProtocolError(f"command {command} before the version")
+            raise DeviceProtocolError(f"command {command} before VERSION")
         other = self._others.get(command)  # type: ignore[call-overload]
         if other is None:
-            raise OSError(errno.ENOTSUP, "an unknown command")
+            raise OSError(errno.ENOTSUP, "unknown command")
         return other(message)  # type: ignore[no-any-return]
 
     # Access
 
     def _read(self, payload: bytes) -> bytes:
         if len(payload) != messages.ACCESS.size:
-            raise OSError(errno.EINVAL, f"a read request of {len(payload)} bytes")
+            raise OSError(errno.EINVAL, f"read request of invalid size: {len(payload)} bytes")
         offset, region, count = messages.ACCESS.unpack(payload)
         self._check_range(region, offset, count)
         return payload + self._device.read(region, offset, count)
 
     def _write(self, payload: bytes, posted: bool) -> bytes:
         if len(payload) < messages.ACCESS.size:
-            raise OSError(errno.EINVAL, f"a write request of {len(payload)} bytes")
+            raise OSError(errno.EINVAL, f"write request of invalid size: {len(payload)} bytes")
         offset, region, count = messages.ACCESS.unpack_from(payload)
         data = payload[messages.ACCESS.size :]
         if len(data) != count:
-            raise OSError(errno.EINVAL, f"a write of {count} bytes with {len(data)}")
+            raise OSError(errno.EINVAL, f"write of {count} bytes with {len(data)} bytes of data")
         self._check_range(region, offset, count)
         self._device.write(region, offset, data, posted)
         return payload[: messages.ACCESS.size]
@@ -144,7 +145,9 @@ class Session:
     def _check_range(self, region: int, offset: int, count: int) -> None:
         size = self._device.regions.get(region, 0)  # type: ignore[call-overload]
         if not 0 < count <= VFIO_USER_TRANSFER_MAX_BYTES or offset + count > size:
-            raise OSError(errno.EINVAL, f"{count} bytes at {offset:#x} of region {region}")
+            raise OSError(
+                errno.EINVAL, f"invalid access: {count} bytes at {offset:#x} of region {region}"
+            )
 
     # Set-up
 
@@ -153,17 +156,17 @@ class Session:
             fields = _unpack(messages.DMA_MAP, message)
             _, flags, offset, address, size = fields
             if len(message.fds) > 1:
-                raise OSError(errno.EINVAL, "a region of several files")
+                raise OSError(errno.EINVAL, "DMA_MAP with several files")
             fd = message.fds[0] if message.fds else None
             self._device.memory.map(address, size, bool(flags & 2), fd, offset)
         finally:
-            _close(message)  # the mapping has a copy
+            _close(message)  # the mapping has its own reference
         return b""
 
     def _unmap(self, message: Message) -> bytes:
         _, flags, address, size = _unpack(messages.DMA_UNMAP, message)
         if flags:
-            raise OSError(errno.ENOTSUP, f"unmapping with flags {flags:#x}")
+            raise OSError(errno.ENOTSUP, f"DMA_UNMAP with unsupported flags {flags:#x}")
         self._device.memory.unmap(address, size)
         self._device.release_memory(address, size)
         return message.payload
@@ -192,11 +195,11 @@ class Session:
         if index >= len(counts):
             raise OSError(errno.EINVAL, f"no interrupt {index}")
         kind, count = counts[index]
-        # As Linux answers for a device without PCIe's errors. QEMU warns of an answer of zero.
+        # As Linux replies for a device without PCIe errors.  QEMU warns on a reply of zero.
         if kind is Irq.ERR and not count:
             raise OSError(errno.EINVAL, "no interrupt for errors")
-        # An eventfd can be given; INTx can be masked and masks itself; a vector's number of
-        # MSI-X and MSI is not changed while in use.
+        # Bit 0: eventfds are supported.  INTx can be masked (1) and masks itself (2); the number
+        # of MSI-X and MSI vectors cannot change while in use (3).
         flags = 1 if not count else 7 if kind == 0 else 9
         return messages.IRQ_INFO.pack(messages.IRQ_INFO.size, flags, index, count)
 
@@ -217,7 +220,7 @@ class Session:
 
 def _unpack(form: Struct, message: Message) -> tuple[int, ...]:
     if len(message.payload) < form.size:
-        raise OSError(errno.EINVAL, f"a payload of {len(message.payload)} bytes")
+        raise OSError(errno.EINVAL, f"payload of invalid size: {len(message.payload)} bytes")
     return form.unpack_from(message.payload)
 
 

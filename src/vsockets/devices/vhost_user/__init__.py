@@ -1,6 +1,6 @@
-"""The vhost-user protocol, back-end side: virtqueues of a device that is another process.
+"""The vhost-user protocol, back-end side: virtqueues of a device in another process.
 
-It knows rings and memory, and nothing of what the device does with them.
+This package handles rings and memory, independent of the device.
 """
 
 from .server import VhostUserServer

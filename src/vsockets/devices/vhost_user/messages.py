@@ -1,7 +1,7 @@
-"""The vhost-user protocol's messages: a codec, and no I/O.
+"""Codec of the vhost-user protocol's messages.
 
-From QEMU's ``docs/interop/vhost-user.rst``.  All fields have the machine's byte order.  A
-message is a header of 12 bytes and a payload; descriptors ride along with its first byte.
+From QEMU's ``docs/interop/vhost-user.rst``.  All fields have the machine's byte order.  A message
+is a header of 12 bytes and a payload; descriptors come with its first byte.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ REGION = struct.Struct("=QQQQ")  #: guest address, size, user address, offset in
 REGIONS = struct.Struct("=II")  #: number, padding; REGIONs follow
 CONFIG = struct.Struct("=III")  #: offset, size, flags; ``size`` bytes follow
 
-#: Of a header's flags: the version, and what it must be.
+#: In a header's flags: the mask and the required value of the version.
 _VERSION_BITS, _VERSION = 3, 1
 
-#: Of the payload of SET_VRING_KICK, CALL and ERR: the ring, and that no descriptor came.
+#: In the payload of SET_VRING_KICK, CALL and ERR: the ring's index, and that no descriptor came.
 RING_BITS = 0xFF
 NO_DESCRIPTOR = 0x100
 
 
 class RequestType(IntEnum):
-    """What a front end asks for."""
+    """Request of a front end."""
 
     GET_FEATURES = 1
     SET_FEATURES = 2
@@ -60,14 +60,14 @@ class RequestType(IntEnum):
 
 
 class Flag(IntFlag):
-    """Of a header."""
+    """Flags of a header."""
 
     REPLY = 4
     NEED_REPLY = 8
 
 
 class Protocol(IntFlag):
-    """Protocol features."""
+    """Protocol features of vhost-user."""
 
     MQ = 1 << 0
     REPLY_ACK = 1 << 3
@@ -77,38 +77,38 @@ class Protocol(IntFlag):
     STATUS = 1 << 16
 
 
-#: The virtio feature bit that says there are protocol features.
+#: The virtio feature bit that announces protocol features.
 F_PROTOCOL_FEATURES = 1 << 30
 
 
 class Message(NamedTuple):
-    """One request."""
+    """A request."""
 
     request: int
     flags: int
     payload: bytes
-    fds: Sequence[int] = ()  #: whoever gets the message closes them
+    fds: Sequence[int] = ()  #: owned by the receiver of the message
 
 
 class Decoder:
-    """Puts messages together from what is read, ``wanted`` bytes at most at a time.
+    """Decoder of messages from reads of at most ``wanted`` bytes.
 
-    So no read goes beyond a message, and descriptors that come with one are its own.
+    No read extends beyond a message, so that the descriptors of a read belong to its message.
     """
 
     def __init__(self) -> None:
         self._data = b""
         self._fds: list[int] = []
-        self.wanted = HEADER.size  #: bytes that the next read may take
+        self.wanted = HEADER.size  #: maximum size of the next read, in bytes
 
     def receive(self, data: bytes, fds: Sequence[int] = ()) -> Message | None:
-        """Return the message if it is complete now.  Takes ``fds``.
+        """Return the message if it is complete; takes ownership of ``fds``.
 
-        Raises: DeviceProtocolError; :meth:`pending_fds` returns the descriptors then.
+        Raises DeviceProtocolError; :meth:`pending_fds` then returns the descriptors.
         """
         self._fds += fds
         if len(self._fds) > VHOST_USER_DESCRIPTORS_MAX:
-            raise DeviceProtocolError(f"a message with {len(self._fds)} descriptors")
+            raise DeviceProtocolError(f"message with too many descriptors: {len(self._fds)}")
         self._data += data
         self.wanted -= len(data)
         if self.wanted:
@@ -116,11 +116,11 @@ class Decoder:
         request, flags, size = HEADER.unpack_from(self._data)
         if len(self._data) == HEADER.size:
             if flags & _VERSION_BITS != _VERSION:
-                raise DeviceProtocolError(f"a message of version {flags & _VERSION_BITS}")
+                raise DeviceProtocolError(f"message of unsupported version {flags & _VERSION_BITS}")
             if flags & Flag.REPLY:
-                raise DeviceProtocolError("a reply to what was never asked")
+                raise DeviceProtocolError("reply without a request")
             if size > VHOST_USER_PAYLOAD_MAX_BYTES:
-                raise DeviceProtocolError(f"a message of {size} bytes")
+                raise DeviceProtocolError(f"message of invalid size: {size} bytes")
             if size:
                 self.wanted = size
                 return None
@@ -134,10 +134,10 @@ class Decoder:
 
 
 def reply(message: Message, payload: bytes) -> bytes:
-    """The answer to ``message``."""
+    """Encode the reply to ``message``."""
     return encode(message.request, payload, int(Flag.REPLY))
 
 
 def encode(request: int, payload: bytes = b"", flags: int = 0) -> bytes:
-    """A message's bytes."""
+    """Encode a message."""
     return HEADER.pack(request, _VERSION | flags, len(payload)) + payload

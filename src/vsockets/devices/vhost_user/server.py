@@ -1,4 +1,4 @@
-"""The socket a vhost-user front end connects to."""
+"""Server of vhost-user front ends on a unix socket."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .session import Device, Session
 
 
 class VhostUserServer(unix_server.UnixServer):
-    """Serves ``device`` to whoever connects to ``listener``, which becomes the server's."""
+    """Server of ``device``; takes ownership of ``listener``."""
 
     def __init__(self, loop: EventLoop, listener: socket.socket, device: Device) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""One front end's requests, answered: what vhost-user says of a device, without any socket."""
+"""Requests of one vhost-user front end, handled without a socket."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .vring import LARGEST_RING, Vring
 
 log = logging.getLogger(__name__)
 
-#: What is offered.  Buffers are used in the order they came and none is held back, so a
-#: front end that comes again finds in the rings themselves where to go on (no INFLIGHT_SHMFD).
+#: Offered protocol features.  The device uses buffers in order and holds none back, so a front end
+#: that reconnects finds the position in the rings themselves (no INFLIGHT_SHMFD).
 PROTOCOL_FEATURES = int(
     Protocol.MQ
     | Protocol.REPLY_ACK
@@ -33,29 +33,29 @@ PROTOCOL_FEATURES = int(
 
 
 class Device(Interface):
-    """What a device must do to be served."""
+    """Interface of a device that a :class:`Session` serves."""
 
-    features: int  #: the virtio features it offers
-    queues: int  #: how many rings it can use
+    features: int  #: the offered virtio features
+    queues: int  #: number of rings
     memory: GuestMemory
 
     def configuration(self) -> bytes:
-        """The device's configuration space."""
+        """Return the device's configuration space."""
 
     def set_features(self, features: int) -> None:
-        """These of the offered features are used from now on."""
+        """Set the features that the driver uses from now on."""
 
     def start_ring(self, index: int, vring: Vring, addresses: tuple[int, int, int]) -> None:
-        """Begin to use a ring, whose three parts have these guest addresses.
+        """Start a ring at the guest ``addresses`` of descriptors, available and used part.
 
-        OSError EINVAL when it cannot be used.
+        Raises OSError EINVAL when the ring is invalid.
         """
 
     def stop_ring(self, index: int) -> int:
-        """Use it no more, nor anything in memory that it named; returns where to go on."""
+        """Stop a ring and all access to memory that its buffers named; return its base."""
 
     def reset(self) -> None:
-        """As after power-on.  All rings have been stopped."""
+        """Reset to the state after power-on; all rings have been stopped."""
 
 
 class _Region(NamedTuple):
@@ -66,7 +66,7 @@ class _Region(NamedTuple):
 
 
 class Session:
-    """Everything one front end asks of a device."""
+    """State of one front end's connection to a device."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -74,7 +74,7 @@ class Session:
         self._regions: list[_Region] = []
         self._features = 0
         self._status = 0
-        answers: dict[int, Callable[[bytes], bytes]] = {
+        queries: dict[int, Callable[[bytes], bytes]] = {
             RequestType.GET_FEATURES: self._get_features,
             RequestType.GET_PROTOCOL_FEATURES: self._get_protocol_features,
             RequestType.GET_QUEUE_NUM: self._get_queue_num,
@@ -83,11 +83,11 @@ class Session:
             RequestType.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
             RequestType.GET_STATUS: self._get_status,
         }
-        orders: dict[int, Callable[[bytes, list[int]], None]] = {
+        handlers: dict[int, Callable[[bytes, list[int]], None]] = {
             RequestType.SET_FEATURES: self._set_features,
             RequestType.SET_PROTOCOL_FEATURES: self._set_protocol_features,
-            RequestType.SET_OWNER: self._nothing,
-            RequestType.RESET_OWNER: self._nothing,  # the specification: best ignored
+            RequestType.SET_OWNER: self._ignore,
+            RequestType.RESET_OWNER: self._ignore,  # the specification recommends to ignore it
             RequestType.SET_MEM_TABLE: self._set_mem_table,
             RequestType.ADD_MEM_REG: self._add_mem_reg,
             RequestType.REM_MEM_REG: self._rem_mem_reg,
@@ -101,26 +101,26 @@ class Session:
             RequestType.RESET_DEVICE: self._reset_device,
             RequestType.SET_STATUS: self._set_status,
         }
-        self._answers, self._orders = answers, orders
+        self._queries, self._handlers = queries, handlers
 
     def handle(self, message: Message) -> bytes | None:
-        """Do what ``message`` asks; returns the answer, None if none is wanted.
+        """Handle ``message``; return the reply, or None if the front end expects none.
 
-        DeviceProtocolError when the front end must not go on.
+        Raises DeviceProtocolError when the connection cannot continue.
         """
         fds = list(message.fds)
         try:
-            answer = self._answers.get(message.request)
-            if answer is not None:
-                return messages.reply(message, answer(message.payload))
-            order = self._orders.get(message.request)
-            # Who asks waits, whether or not it said in this session that it would ask so
-            # (REPLY_ACK): one that comes again, after we were started anew, says it no more.
+            query = self._queries.get(message.request)
+            if query is not None:
+                return messages.reply(message, query(message.payload))
+            handler = self._handlers.get(message.request)
+            # A front end that sets NEED_REPLY waits, whether or not it negotiated REPLY_ACK in
+            # this session: one that reconnects to a restarted device does not negotiate again.
             acknowledged = message.flags & Flag.NEED_REPLY
             try:
-                if order is None:
-                    raise OSError(errno.ENOTSUP, "an unknown request")
-                order(message.payload, fds)
+                if handler is None:
+                    raise OSError(errno.ENOTSUP, "unknown request")
+                handler(message.payload, fds)
             except OSError as error:
                 log.warning("vhost-user: request %d: %s", message.request, error)
                 if not acknowledged:
@@ -128,11 +128,11 @@ class Session:
                 return messages.reply(message, messages.U64.pack(error.errno or errno.EIO))
             return messages.reply(message, messages.U64.pack(0)) if acknowledged else None
         finally:
-            for fd in fds:  # an order takes out what it keeps
+            for fd in fds:  # handlers remove the descriptors that they keep
                 os.close(fd)
 
     def close(self) -> None:
-        """The front end has gone, and its guest with it."""
+        """Reset the device after the front end has disconnected: its guest has ended."""
         self._stop_all()
         self._device.reset()
         for vring in self._rings:
@@ -146,9 +146,9 @@ class Session:
 
     def _set_features(self, payload: bytes, fds: list[int]) -> None:
         (features,) = _unpack(messages.U64, payload)
-        strange = features & ~(self._device.features | F_PROTOCOL_FEATURES)
-        if strange:
-            raise OSError(errno.EINVAL, f"features {strange:#x} were not offered")
+        unknown = features & ~(self._device.features | F_PROTOCOL_FEATURES)
+        if unknown:
+            raise OSError(errno.EINVAL, f"features {unknown:#x} were not offered")
         self._features = features
         self._device.set_features(features & ~F_PROTOCOL_FEATURES)
 
@@ -165,7 +165,7 @@ class Session:
 
     def _get_config(self, payload: bytes) -> bytes:
         if len(payload) < messages.CONFIG.size:
-            return b""  # an error, as the specification wants it said
+            return b""  # the specification's reply for an error
         offset, size, flags = messages.CONFIG.unpack_from(payload)
         space = self._device.configuration()
         if offset + size > len(space):
@@ -178,11 +178,11 @@ class Session:
     def _set_status(self, payload: bytes, fds: list[int]) -> None:
         (self._status,) = _unpack(messages.U64, payload)
         if not self._status:
-            # QEMU says this also when it only pauses: whether the guest was reset, the rings
-            # tell when they are started again.
+            # QEMU also resets the status when it pauses: the bases of restarted rings show whether
+            # the guest was reset.
             self._stop_all()
 
-    def _nothing(self, payload: bytes, fds: list[int]) -> None:
+    def _ignore(self, payload: bytes, fds: list[int]) -> None:
         pass
 
     def _reset_device(self, payload: bytes, fds: list[int]) -> None:
@@ -193,11 +193,11 @@ class Session:
 
     def _set_mem_table(self, payload: bytes, fds: list[int]) -> None:
         if len(payload) < messages.REGIONS.size:
-            raise OSError(errno.EINVAL, "no table")
+            raise OSError(errno.EINVAL, "SET_MEM_TABLE without a table")
         number, _ = messages.REGIONS.unpack_from(payload)
         table = payload[messages.REGIONS.size :]
         if number > VHOST_USER_DESCRIPTORS_MAX or len(table) < number * messages.REGION.size:
-            raise OSError(errno.EINVAL, f"a table of {number} regions")
+            raise OSError(errno.EINVAL, f"invalid table of {number} regions")
         if len(fds) != number:
             raise OSError(errno.EINVAL, f"{len(fds)} descriptors for {number} regions")
         with _Pause(self):
@@ -230,7 +230,7 @@ class Session:
     def _map(self, fields: tuple[int, ...], fd: int) -> None:
         region = _Region(*fields)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "memory that is not a file")
+            raise OSError(errno.EINVAL, "memory region whose descriptor is not a regular file")
         self._device.memory.map(region.guest, region.size, True, fd, region.offset)
         self._regions.append(region)
 
@@ -238,13 +238,15 @@ class Session:
         for region in self._regions:
             if region.user <= user < region.user + region.size:
                 return region.guest + user - region.user
-        raise OSError(errno.EINVAL, f"no memory at the user address {user:#x}")
+        raise OSError(errno.EINVAL, f"no region contains the user address {user:#x}")
 
     # Rings
 
     def _vring(self, index: int) -> Vring:
         if index >= len(self._rings):
-            raise OSError(errno.EINVAL, f"ring {index} of {len(self._rings)}")
+            raise OSError(
+                errno.EINVAL, f"invalid ring {index} (expected less than {len(self._rings)})"
+            )
         return self._rings[index]
 
     def _stopped(self, index: int) -> Vring:
@@ -256,13 +258,13 @@ class Session:
     def _set_vring_num(self, payload: bytes, fds: list[int]) -> None:
         index, number = _unpack(messages.VRING_STATE, payload)
         if not 0 < number <= LARGEST_RING:
-            raise OSError(errno.EINVAL, f"a ring of {number} entries")
+            raise OSError(errno.EINVAL, f"invalid ring size {number}")
         self._stopped(index).size = number
 
     def _set_vring_addr(self, payload: bytes, fds: list[int]) -> None:
         index, _, descriptors, used, available, _ = _unpack(messages.VRING_ADDR, payload)
         vring = self._vring(index)
-        if vring.running:  # the front end may say it again, to begin or to end a log
+        if vring.running:  # the front end may repeat it to start or stop dirty logging
             if (vring.descriptors, vring.used, vring.available) != (descriptors, used, available):
                 raise OSError(errno.EBUSY, f"ring {index} is running")
             return
@@ -286,13 +288,16 @@ class Session:
         index = self._take_descriptor("kick", payload, fds)
         vring = self._rings[index]
         if vring.kick is None:
-            raise OSError(errno.ENOTSUP, f"ring {index} is to be polled")
+            raise OSError(
+                errno.ENOTSUP, f"ring {index} without a kick descriptor: polling is not supported"
+            )
         if not self._features & F_PROTOCOL_FEATURES:
             vring.enabled = True
         self._start(index)
 
     def _set_vring_call(self, payload: bytes, fds: list[int]) -> None:
-        self._rings[self._take_descriptor("call", payload, fds)].call()  # what it has missed
+        # notify of buffers used before
+        self._rings[self._take_descriptor("call", payload, fds)].call()
 
     def _set_vring_err(self, payload: bytes, fds: list[int]) -> None:
         self._take_descriptor("error", payload, fds)
@@ -343,7 +348,7 @@ class Session:
 
 
 class _Pause:
-    """While memory changes no ring is used: what was known of it is found anew afterwards."""
+    """Context that stops all running rings while memory changes, and restarts them afterwards."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -363,7 +368,7 @@ class _Pause:
 
 def _unpack(form: struct.Struct, payload: bytes) -> tuple[int, ...]:
     if len(payload) != form.size:
-        raise OSError(errno.EINVAL, f"a payload of {len(payload)} bytes, expected {form.size}")
+        raise OSError(errno.EINVAL, f"payload of {len(payload)} bytes (expected {form.size})")
     return form.unpack(payload)
 
 

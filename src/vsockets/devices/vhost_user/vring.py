@@ -1,4 +1,4 @@
-"""A ring as the front end describes it: where it lies, and how its two sides wake each other."""
+"""Settings of a ring: its memory and its eventfds."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ log = logging.getLogger(__name__)
 
 _ONE = (1).to_bytes(8, "little")
 
-#: The largest ring virtio knows (virtio 1.3, 2.7).
+#: The largest ring (virtio 1.3, 2.7).
 LARGEST_RING = 32768
 
 
 class Vring:
-    """One ring's settings.  The descriptors are its own."""
+    """Settings of one ring, which owns its eventfds."""
 
     def __init__(self) -> None:
-        self.size = 0  #: entries
-        self.base = 0  #: where to go on: an index, of a packed ring two with their wrap counters
-        # User addresses, as long as it is stopped.
+        self.size = 0  #: number of entries
+        #: position at which to resume: an index; of a packed ring two, with their wrap counters
+        self.base = 0
+        # User addresses, which may change while the ring is stopped.
         self.descriptors = 0
         self.available = 0
         self.used = 0
@@ -29,11 +30,11 @@ class Vring:
 
     @property
     def kick(self) -> int | None:
-        """The eventfd by which the guest's driver says that there are new buffers."""
+        """The eventfd by which the driver announces new buffers."""
         return self._fds.get("kick")
 
     def take(self, purpose: str, fd: int | None) -> None:
-        """Use ``fd`` for ``purpose``: ``kick``, ``call`` or ``error``; None for no descriptor."""
+        """Replace the eventfd for ``purpose``: ``kick``, ``call`` or ``error``; None closes it."""
         old = self._fds.pop(purpose, None)
         if old is not None:
             os.close(old)
@@ -41,15 +42,15 @@ class Vring:
             self._fds[purpose] = fd
 
     def call(self) -> None:
-        """Tell the guest's driver that buffers were used."""
+        """Notify the driver of used buffers."""
         self._signal("call")
 
     def report_error(self) -> None:
-        """Tell the front end that the ring makes no sense."""
+        """Report to the front end that the ring is invalid."""
         self._signal("error")
 
     def close(self) -> None:
-        """Close every descriptor."""
+        """Close all eventfds."""
         for purpose in list(self._fds):
             self.take(purpose, None)
 
@@ -58,5 +59,6 @@ class Vring:
         if fd is not None:
             try:
                 os.write(fd, _ONE)
-            except OSError as error:  # 2**64 calls that nobody has taken, or it is no eventfd
-                log.info("a %s was lost: %s", purpose, error)
+            # the counter is full (2**64 unread notifications), or not an eventfd
+            except OSError as error:
+                log.info("%s notification lost: %s", purpose, error)
