@@ -235,9 +235,10 @@ def contain(arguments: argparse.Namespace) -> NoReturn:
             os.kill(parent, os.WTERMSIG(status))
         os._exit(os.waitstatus_to_exitcode(status))
     check(libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "prctl")
+    # Before /tmp is another one, in which this file's folder may be.
+    profile = None if arguments.profile == "unconfined" else load_profile(arguments.profile)
     arrange_files(arguments.keep, arguments.read_only)
     capabilities = () if arguments.capabilities == "none" else DEFAULT_CAPABILITIES
-    profile = None if arguments.profile == "unconfined" else load_profile(arguments.profile)
     if arguments.no_new_privileges:
         check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     elif profile is not None:  # while we may

@@ -57,17 +57,17 @@ def test_a_machine_with_nothing_but_python(machine: Machine, rabbitmq: PrivateRa
             client = [sys.executable, "/tmp/client.zip", "5672", queue, "3", str(count)]
             done = subprocess.run(client, capture_output=True, text=True)
             proxy.terminate()
-            result = ready, done.stdout, done.stderr, proxy.wait(30)
+            result = ready, done.stdout, done.stderr, proxy.wait(30), proxy.stderr.read()
             """,
             PATIENCE,
             host=host,
             queue=QUEUE,
             count=COUNT,
         )
-    ready, said, errors, status = told
+    ready, said, errors, status, log = told
     assert ready == "vsock: listening on tcp:127.0.0.1:5672\n"
     assert not errors
-    assert status == 0
+    assert status == 0, log
     # A machine that is emulated on a busy one may not reach the host in time, and tries again.
     again = set(json.loads(said.splitlines()[-1])["again"])
     parameters = pika.ConnectionParameters("127.0.0.1", rabbitmq.ports[1])

@@ -98,11 +98,12 @@ class Userland:
             needed = suite.with_dependencies("python3-minimal")
             minimal = [name for name in needed if name.startswith(("python3.", "libpython3."))]
             library = [name.replace("-minimal", "-stdlib") for name in minimal]
-            libraries = ("libc6", "libexpat1", "zlib1g")
+            # glibc loads libgcc_s when a thread exits, and aborts the program if it is missing.
+            libraries = ("libc6", "libgcc-s1", "libexpat1", "zlib1g")
             wanted = dict.fromkeys([*minimal, *filter(lambda n: n.startswith("lib"), library)])
             suite.unpack(folder, "busybox-static", *wanted, *libraries)
 
-        self.root = filled(f"userland-{suite.name}", fill)
+        self.root = filled(f"userland-gcc-{suite.name}", fill)
         found = [path.name for path in self.root.glob("usr/bin/python3.*")]
         if not found or int(found[0].removeprefix("python3.")) < _OLDEST_PYTHON:
             what = found[0] if found else "no Python"
