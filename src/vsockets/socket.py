@@ -59,6 +59,8 @@ class Phase(enum.Enum):
     CONNECTED = enum.auto()
     #: A connect of a non-blocking socket has failed.  Linux never connects such a socket again.
     FAILED = enum.auto()
+    #: Of a supervised program's socket alone: vsockd has ended, or has released the socket's port.
+    LOST = enum.auto()
 
 
 class PeerCredentials(NamedTuple):

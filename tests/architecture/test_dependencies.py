@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,31 @@ def test_decisions_and_codec_know_only_plain_values(package: str) -> None:
 def test_plain_values_know_only_each_other() -> None:
     for module in filter(lambda name: within(name, *PLAIN), MODULES):
         assert all(within(name, *PLAIN) for name in ours(module)), module
+
+
+@pytest.mark.parametrize("package", ["vsockets.supervisor"])
+def test_modules_of_a_package_import_each_other_one_way(package: str) -> None:
+    """Imports for type checking count too: they show that two modules are one."""
+    modules = [name for name in MODULES if within(name, package)]
+    graph = {
+        # `from . import x` names the package too, which is above the module itself.
+        module: {name for name in ours(module) if within(name, package)}
+        - {name for name in modules if within(module, name)}
+        for module in modules
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(error.args[1]))
+
+
+def test_handlers_of_system_calls_do_not_know_what_intercepts_them() -> None:
+    mechanisms = [f"vsockets.supervisor.{name}" for name in ("notification", "tracing", "ptrace")]
+    mechanisms += ["vsockets.supervisor.supervisor", "vsockets.supervisor.launch"]
+    handlers = ("vsockets.supervisor.calls", "vsockets.supervisor.call")
+    for module in filter(lambda name: within(name, *handlers), MODULES):
+        strange = {name for name in ours(module) if within(name, *mechanisms)}
+        assert not strange, f"{module} imports {strange}"
 
 
 @pytest.mark.parametrize("package", ["vsockets.fabric", "vsockets.protocol"])

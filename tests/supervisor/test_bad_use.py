@@ -143,7 +143,7 @@ def thirty_two(compile_c: Compile) -> Path:
 
 def test_a_32_bit_program(vsock: Vsock, thirty_two: Path) -> None:
     done = vsock("run", thirty_two, expect=-signal.SIGKILL)
-    line = f"vsock run: '{thirty_two}': 32-bit programs are not supported, it is killed\n"
+    line = f"vsock run: '{thirty_two}': 32-bit programs are not supported; killed\n"
     assert done.stderr == line
 
 
@@ -197,8 +197,7 @@ def test_a_programs_path_is_told_on_one_line(vsock: Vsock, thirty_two: Path) -> 
         shutil.copy(thirty_two, program)
         done = vsock("run", program, expect=-signal.SIGKILL)
     assert done.stderr == (
-        f"vsock run: '{folder}/x\\n\\x1b[2J\\udcff': 32-bit programs are not supported, "
-        "it is killed\n"
+        f"vsock run: '{folder}/x\\n\\x1b[2J\\udcff': 32-bit programs are not supported; killed\n"
     )
 
 

@@ -227,7 +227,7 @@ def is_waiting_in_connect(argument: str) -> bool:
 #: the answer to a call that a signal has just interrupted, and drops it.
 DROPPING = """
 import sys
-from vsockets.supervisor import arch, launch, notification, process, supervisor
+from vsockets.supervisor import arch, notification, process
 from vsockets.cli import main
 
 processes = process.Processes(arch.this_architecture())
@@ -243,12 +243,12 @@ class Dropping(notification.Listener):
     def answer(self, id_, value):
         try:
             super().answer(id_, value)
-        except notification.Gone:
+        except notification.CallInterrupted:
             if not processes.has_signal(self.threads[id_]):
                 raise  # it has taken the signal, which the real one would have shown, too
 
-launch.Listener = Dropping
-supervisor.SUPERVISOR_SIGNAL_WAIT_SECONDS = 60.0  # the test takes as long as it takes
+notification.Listener = Dropping
+notification.SUPERVISOR_SIGNAL_WAIT_SECONDS = 60.0  # the test takes as long as it takes
 sys.exit(main())
 """
 INTERRUPTED = """

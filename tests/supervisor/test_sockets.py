@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vsockets.socket import Phase
 from vsockets.supervisor.limits import SUPERVISOR_SOCKETS_MAX
 from vsockets.supervisor.sockets import (
     SOCKADDR_SIZE,
     Endpoint,
-    Phase,
     Sockets,
     inode_in,
     pack_address,

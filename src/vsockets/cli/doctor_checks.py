@@ -87,7 +87,7 @@ def seccomp() -> Finding:
     what = "seccomp notification"
     script = """
 from vsockets.supervisor import filter, arch as machine, notification
-here = machine.this_machine()
+here = machine.this_architecture()
 notification.install(here, filter.assemble(here, []))
 print("yes")
 """

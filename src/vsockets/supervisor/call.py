@@ -5,28 +5,26 @@ from __future__ import annotations
 import _socket
 import errno
 import os
-import socket
 import struct
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import TYPE_CHECKING, Generic, TypeVar
+from socket import SOCK_CLOEXEC, SOCK_NONBLOCK
+from typing import Generic, TypeVar
 
-from .notification import Gone, Notification
+from .filter import Served
+from .interception import CallInterrupted, InterceptedCall
 from .process import write_memory
 from .scheduler import Wait
-from .sockets import Endpoint, pack_address, unpack_address
+from .services import Services
+from .sockets import SERVED, Endpoint, pack_address, unpack_address
 from .vsockd_client import Asker
-
-if TYPE_CHECKING:
-    from .ptrace import SystemCall
-    from .supervisor import Supervisor
-    from .tracing import Tracee
 
 T = TypeVar("T")
 
 _INT = struct.Struct("=i")
 #: The kernel takes no longer addresses (struct sockaddr_storage).
 _LONGEST_ADDRESS = 128
-_AF_UNIX = int(socket.AF_UNIX)
+_AF_UNIX = int(_socket.AF_UNIX)
+_TYPE_FLAGS = int(SOCK_NONBLOCK | SOCK_CLOEXEC)
 
 #: Bytes to be written at an address of a process.
 Piece = tuple[int, bytes]
@@ -46,17 +44,21 @@ class _CarriedThrough(Generic[T]):
 
     def __await__(self) -> Generator[Wait, bool, T]:
         happened: bool = None  # type: ignore[assignment]  # which begins a coroutine
-        while True:
-            try:
-                wait = self._asking.send(happened)
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
+        self._call.is_carried = True
+        try:
             while True:
                 try:
-                    happened = yield wait
-                    break
-                except Gone:
-                    self._call.answered = True
+                    wait = self._asking.send(happened)
+                except StopIteration as stop:
+                    return stop.value  # type: ignore[no-any-return]
+                while True:
+                    try:
+                        happened = yield wait
+                        break
+                    except CallInterrupted:
+                        self._call.answered = True
+        finally:
+            self._call.is_carried = False
 
 
 def failure(code: int, why: str = "") -> OSError:
@@ -67,43 +69,34 @@ def failure(code: int, why: str = "") -> OSError:
 class Call:
     """A system call that waits, of the thread ``pid``."""
 
-    __slots__ = ("answered", "arguments", "id", "instruction", "number", "pid", "supervisor")
+    __slots__ = ("answered", "arguments", "intercepted", "is_carried", "pid", "services")
 
-    def __init__(self, supervisor: Supervisor, notification: Notification) -> None:
-        self.supervisor = supervisor
-        self.id = notification.id
-        self.pid = notification.pid
-        self.number = notification.number
-        self.instruction = notification.instruction
-        self.arguments = notification.arguments
+    def __init__(self, services: Services, intercepted: InterceptedCall) -> None:
+        self.services = services
+        self.intercepted = intercepted
+        self.pid = intercepted.pid
+        self.arguments = intercepted.arguments
         self.answered = False
+        self.is_carried = False  #: awaits vsockd in :meth:`carry_through`
 
     def integer(self, index: int) -> int:
-        """An argument of type ``int``."""
+        """Return an argument of type ``int``."""
         low = self.arguments[index] & 0xFFFF_FFFF
         return low - (1 << 32) if low & 0x8000_0000 else low
-
-    def is_same_as(self, other: Call, used: int) -> bool:
-        """Return whether it is the other call made again, by the kernel after a signal, or by a
-        program that was told EINTR.  The registers of no argument, after the ``used`` first, may
-        have changed since.
-        """
-        return (self.number, self.instruction, self.arguments[:used]) == (
-            other.number,
-            other.instruction,
-            other.arguments[:used],
-        )
 
     # Its process
 
     def check(self) -> None:
-        """Raises Gone unless what was read since the call came was read of its process."""
-        if not self.supervisor.listener.is_valid(self.id):
-            raise Gone
+        """Raise CallInterrupted unless the call still waits.
+
+        Whatever was read before of the process with its number was then read of the caller.
+        """
+        if not self.services.interceptor.is_waiting(self.intercepted):
+            raise CallInterrupted
 
     def read(self, address: int, size: int) -> bytes:
         """Its process's memory; OSError EFAULT."""
-        data = self.supervisor.processes.read(self.pid, address, size)
+        data = self.services.processes.read(self.pid, address, size)
         self.check()
         return data
 
@@ -117,19 +110,19 @@ class Call:
         if not pieces:
             return
         try:
-            with self.supervisor.processes.opened_memory(self.pid) as memory:
+            with self.services.processes.opened_memory(self.pid) as memory:
                 self.check()
                 for address, data in pieces:
                     if data and not write_memory(memory, address, data):
-                        raise Gone
+                        raise CallInterrupted
         except (FileNotFoundError, ProcessLookupError):  # its thread has ended
-            raise Gone from None
+            raise CallInterrupted from None
 
     def duplicate(self, endpoint: Endpoint) -> _socket.socket:
         """Return a copy of the socket that the first argument names; OSError EBADF when the
         number is another's by now.  Close it soon, see ``sockets``.
         """
-        fd = self.supervisor.processes.duplicate(self.pid, self.integer(0))
+        fd = self.services.interceptor.duplicate(self.pid, self.integer(0))
         try:
             self.check()
             if os.fstat(fd).st_ino != endpoint.inode:
@@ -141,10 +134,10 @@ class Call:
 
     def asker(self) -> Asker | None:
         """Return in whose name to ask vsockd; None when the supervisor asks in its own."""
-        return self.supervisor.vsockd.asker(self._credentials)
+        return self.services.vsockd.asker(self._credentials)
 
     def _credentials(self) -> Asker:
-        credentials = self.supervisor.processes.credentials(self.pid)
+        credentials = self.services.processes.credentials(self.pid)
         self.check()
         return credentials
 
@@ -157,9 +150,9 @@ class Call:
         return _CarriedThrough(self, asking)
 
     def require_waiting(self) -> None:
-        """Raise Gone when the thread goes on to something else (:meth:`carry_through`)."""
+        """Raise CallInterrupted if the thread has gone on (:meth:`carry_through`)."""
         if self.answered:
-            raise Gone
+            raise CallInterrupted
 
     # Addresses
 
@@ -189,54 +182,50 @@ class Call:
     # Its answer
 
     def answer(self, value: int) -> None:
-        """Return ``value``, or fail with a negative errno; raises Gone."""
+        """Return ``value``, or fail with a negative errno.  Raises CallInterrupted."""
         self.answered = True
-        self.supervisor.listener.answer(self.id, value)
+        self.services.interceptor.answer(self.intercepted, value)
+
+    def conclude(self, value: int) -> None:
+        """Return ``value``, now or when the thread repeats the call."""
+        self.answered = True
+        self.services.interceptor.conclude(self.intercepted, value)
+
+    def create_socket(self, type_: int) -> None:
+        """Give the process a new vSockets socket; ``type_`` is as for socket().
+
+        Raises CallInterrupted or OSError.
+        """
+        plain = type_ & ~_TYPE_FLAGS
+        sockets = self.services.sockets
+
+        def created(inode: int, cookie: int) -> None:
+            sockets.add(inode, Endpoint(plain, inode, cookie))
+
+        data_calls = SERVED.get(plain)
+        self.services.interceptor.create_socket(self.intercepted, type_, data_calls, created)
+        self.answered = True
+
+    def answer_with_socket(self, sock: _socket.socket, endpoint: Endpoint, flags: int) -> None:
+        """Give the process a copy of ``sock``; ``flags`` are accept4()'s.
+
+        Raises CallInterrupted or OSError.
+        """
+        self._answer_with(sock.fileno(), bool(flags & SOCK_CLOEXEC), endpoint.served)
 
     def answer_with_descriptor(self, fd: int, close_on_exec: bool) -> None:
-        """Give the process a copy of ``fd``, the call returns it; raises Gone or OSError."""
-        self.supervisor.listener.answer_with_descriptor(self.id, fd, close_on_exec)
-        self.answered = True
+        """Give the process a copy of ``fd``, and return its number.
 
-    def add_descriptor(self, fd: int, close_on_exec: bool) -> int:
-        """Give the process a copy of ``fd``; returns its number there.  Raises Gone or OSError."""
-        return self.supervisor.listener.add_descriptor(self.id, fd, close_on_exec)
+        Raises CallInterrupted or OSError.
+        """
+        self._answer_with(fd, close_on_exec, None)
+
+    def _answer_with(self, fd: int, close_on_exec: bool, data_calls: Served | None) -> None:
+        interceptor = self.services.interceptor
+        interceptor.answer_with_descriptor(self.intercepted, fd, close_on_exec, data_calls)
+        self.answered = True
 
     def let_through(self) -> None:
-        """Let the kernel do it; see :meth:`Listener.let_through`."""
+        """Let the kernel perform the call.  Raises CallInterrupted."""
         self.answered = True
-        self.supervisor.listener.let_through(self.id)
-
-    def conclude(self, value: int) -> None:
-        """Return ``value``, now or when the thread makes the call again."""
-        self.supervisor.give(self, value)
-
-
-class TracedCall(Call):
-    """A call that a tracer has stopped."""
-
-    __slots__ = ("_call", "thread")
-
-    def __init__(self, supervisor: Supervisor, thread: Tracee, call: SystemCall) -> None:
-        number, architecture, instruction, arguments, _ = call
-        super().__init__(
-            supervisor,
-            Notification(0, thread.number, number, architecture, instruction, arguments),
-        )
-        self.thread = thread
-        self._call = call
-
-    def check(self) -> None:
-        if self.thread.call is not self._call:
-            raise Gone
-
-    def answer(self, value: int) -> None:
-        self.answered = True
-        self.supervisor.tracer.answer(self.thread, value)
-
-    def let_through(self) -> None:
-        self.answered = True
-        self.supervisor.tracer.let_through(self.thread)
-
-    def conclude(self, value: int) -> None:
-        self.answer(value)
+        self.services.interceptor.let_through(self.intercepted)

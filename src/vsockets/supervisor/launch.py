@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import resource
 import select
@@ -28,11 +29,11 @@ from typing import NoReturn
 from .._linux.rlimit import allow_many_descriptors
 from ..attachment import Attachment
 from .arch import this_architecture
-from .filter import assemble, may_be_opened, rules
-from .notification import Listener, install
+from .filter import may_be_opened, rules
+from .interception import Interceptor
+from .notification import NotificationMechanism
 from .ptrace import WAIT_FOR_ALL
 from .supervisor import Supervisor
-from .tracing import Tracer
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -42,6 +43,8 @@ _OF_ALL = os.WUNTRACED | os.WCONTINUED | WAIT_FOR_ALL
 
 #: Between front and supervisor: what happened, and a number.
 _NOTE = struct.Struct("=ci")
+#: From the program's process to the supervisor, and back: whether it can begin.
+_INSTALLED, _ERRNO = b"i", struct.Struct("=i")
 _STOPPED, _ENDED, _SIGNAL, _CONTINUED = b"S", b"E", b"K", b"C"
 
 #: Signals that end or inform a program, or stop it; the rest are the front's own business.
@@ -79,6 +82,7 @@ def launch(
     Raises OSError in the program's process when there is no supervising it.
     """
     machine = this_architecture()
+    mechanism = NotificationMechanism()
     _control(_PR_SET_CHILD_SUBREAPER, 1)
     front, back = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     starter = os.getpid()
@@ -96,18 +100,24 @@ def launch(
         back.close()
         ours.close()
         _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        listener = install(machine, assemble(machine, made))
-        socket.send_fds(theirs, [b"l"], [listener])
-        os.close(listener)
-        theirs.recv(1)  # the front has left our process group
+        descriptors = mechanism.install(machine, made)
+        socket.send_fds(theirs, [_INSTALLED], descriptors)
+        for fd in descriptors:
+            os.close(fd)
+        (code,) = _ERRNO.unpack(theirs.recv(_ERRNO.size))
         theirs.close()
+        if code:
+            raise OSError(code, os.strerror(code))
         if os.environ.get("LISTEN_PID") == str(starter):
             os.environ["LISTEN_PID"] = str(os.getpid())
         become()
     theirs.close()
+    program = _Program(program_pid, back)
     _be_supervisor(
-        lambda listener: Supervisor(machine, listener, context),
-        _Program(program_pid, back),
+        lambda descriptors: Supervisor(
+            machine, mechanism, descriptors, context, program.on_group_stop
+        ),
+        program,
         ours,
         [fd for fd in (lease,) if fd is not None],
     )
@@ -124,7 +134,7 @@ class _Program:
         self._front: socket.socket | None = front
         self._front_pid = os.getppid()
         self._stopped = False
-        self._tracer: Tracer | None = None
+        self._interceptor: Interceptor | None = None
 
     def fileno(self) -> int:
         """The connection to the front."""
@@ -145,12 +155,12 @@ class _Program:
                 return
             if pid == 0:
                 return
-            if self._tracer is not None and self._tracer.handle(pid, status):
+            if self._interceptor is not None and self._interceptor.on_wait_status(pid, status):
                 continue
             if pid != self.pid:
                 continue
             if os.WIFSTOPPED(status):
-                self._on_stop(pid)
+                self.on_group_stop(pid)
                 continue
             # It may have ended before we saw that it went on.
             if self._stopped and self._front is not None:
@@ -162,12 +172,12 @@ class _Program:
                     self._front.close()
                 self._front = None
 
-    def watch(self, tracer: Tracer) -> None:
-        """Let ``tracer`` have what is reported of its tracees; the program may be one."""
-        self._tracer = tracer
-        tracer.on_group_stop = self._on_stop
+    def watch(self, interceptor: Interceptor) -> None:
+        """Pass on what waitpid() reports to ``interceptor``, which may trace the program."""
+        self._interceptor = interceptor
 
-    def _on_stop(self, pid: int) -> None:
+    def on_group_stop(self, pid: int) -> None:
+        """Tell the front that a process is stopped, if it is the program's first."""
         if pid == self.pid:
             self._stopped = True
             self._tell(_STOPPED, 0)
@@ -199,7 +209,7 @@ class _Program:
 
 
 def _be_supervisor(
-    make: Callable[[Listener], Supervisor],
+    make: Callable[[list[int]], Supervisor],
     program: _Program,
     starting: socket.socket,
     kept: Collection[int],
@@ -212,15 +222,15 @@ def _be_supervisor(
             os.setpgid(0, 0)
         children = _blocked_as_descriptor(signal.SIGCHLD)
         program._tell(_CONTINUED, 0)  # our group is there to move into
-        _, descriptors, _, _ = socket.recv_fds(starting, 1, 1)
+        installed, descriptors, _, _ = socket.recv_fds(starting, 1, 1)
         fds = {program.fileno(), starting.fileno(), children, *kept}
         _close_all_but(fds | set(descriptors))
         os.chdir("/")
-        if not descriptors:  # no filter; the program's process says why
+        if not installed:  # the program's process raises why
             program.wait()
             return  # type: ignore[misc]  # by way of finally
-        supervisor = make(Listener(descriptors[0]))
-        program.watch(supervisor.tracer)
+        supervisor = make(descriptors)
+        program.watch(supervisor.interceptor)
         allow_many_descriptors()
 
         def on_child(events: int) -> None:
@@ -228,11 +238,11 @@ def _be_supervisor(
                 os.read(children, _SIGNAL_INFO)
             program.reap()
 
-        supervisor.waits.watch(children, on_child)
-        supervisor.waits.watch(program.fileno(), program.on_front)
+        supervisor.scheduler.watch(children, on_child)
+        supervisor.scheduler.watch(program.fileno(), program.on_front)
 
-        def begin() -> None:
-            starting.send(b"g")
+        def begin(error: OSError | None) -> None:
+            starting.send(_ERRNO.pack((error.errno or errno.EIO) if error else 0))
             starting.close()
 
         supervisor.begin(program.pid, begin)

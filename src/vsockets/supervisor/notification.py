@@ -1,20 +1,36 @@
-"""seccomp's user notification: system calls that wait for somebody else's answer.
+"""Interception by seccomp's user notification, ``seccomp_unotify(2)``.
 
-``seccomp_unotify(2)`` has the whole of it.  One descriptor tells of the calls of every process
-under the filter, and takes the answers.
+One descriptor, the *listener*, reports the calls of every process under the filter, and takes the
+answers.  A filter cannot tell data calls on our sockets from those on others: they are intercepted
+by the tracer (:mod:`.tracing`), in the processes that have such sockets.
 """
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import ctypes
 import errno
 import fcntl
+import logging
 import os
+import select
 import struct
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from socket import AF_UNIX, SOCK_CLOEXEC
 from typing import NamedTuple
 
 from .arch import Architecture
+from .filter import Rule, Served, assemble
+from .interception import CallInterrupted, InterceptedCall, Interruption, Surroundings
+from .limits import SUPERVISOR_SIGNAL_POLL_SECONDS, SUPERVISOR_SIGNAL_WAIT_SECONDS
+from .scheduler import pause
+from .tracing import TracedCall, Tracer
+from .vsockd_client import cookie_of
+
+log = logging.getLogger(__name__)
 
 # struct seccomp_notif: id, pid, flags; then struct seccomp_data: number, architecture,
 # instruction pointer, six arguments.
@@ -35,20 +51,11 @@ _SET_MODE_FILTER = 1
 _NEW_LISTENER = 8
 _PR_SET_NO_NEW_PRIVS = 38
 
-
-class Notification(NamedTuple):
-    """One system call that waits."""
-
-    id: int
-    pid: int  #: of the thread, as this process's pid namespace knows it; 0 if it does not
-    number: int
-    architecture: int
-    instruction: int  #: where in the program the call is
-    arguments: tuple[int, ...]
-
-
-class Gone(Exception):
-    """The call does not wait any more: a signal interrupted it, or its process has ended."""
+#: Answers kept for threads that were interrupted before they had them: such a thread repeats the
+#: call at once or never.
+_KEPT_ANSWERS = 1024
+#: Attempts to intercept data calls before the first program begins, and seconds between two.
+_ATTEMPTS, _ATTEMPT_SECONDS = 1000, 0.001
 
 
 class _Program(ctypes.Structure):
@@ -56,10 +63,10 @@ class _Program(ctypes.Structure):
 
 
 def install(machine: Architecture, program: bytes) -> int:
-    """Put this process under a filter, for good; returns the listener's descriptor.
+    """Put this process under a filter, irrevocably; return the listener's descriptor.
 
-    Raises OSError: EBUSY when a filter with a listener holds already, EINVAL or ENOSYS when the
-    kernel cannot do it.
+    Raises OSError: EBUSY if a filter with a listener is installed already, EINVAL or ENOSYS if the
+    kernel does not support it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     length = len(program) // 8
@@ -69,7 +76,7 @@ def install(machine: Architecture, program: bytes) -> int:
         result: int = libc.syscall(machine.seccomp, _SET_MODE_FILTER, _NEW_LISTENER, argument)
         return result
 
-    # Who has no privilege must first promise never to get any.
+    # Without privileges, a process must first promise never to gain any.
     listener = attempt()
     if listener < 0 and ctypes.get_errno() == errno.EACCES:
         libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -81,35 +88,36 @@ def install(machine: Architecture, program: bytes) -> int:
 
 
 class Listener:
-    """The supervisor's end.  Owns the descriptor."""
+    """The supervisor's end of a filter.  Owns the descriptor."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._buffer = bytearray(_NOTIFICATION.size)
         self._empty = bytes(_NOTIFICATION.size)
-        with contextlib.suppress(OSError):  # Linux 6.6: hand the processor over, and get it back
+        with contextlib.suppress(OSError):  # Linux 6.6: wake the other side on this processor
             fcntl.ioctl(fd, _SET_FLAGS, _SYNCHRONOUS_WAKE_UP)
 
     def fileno(self) -> int:
-        """The descriptor: readable when a call waits, hung up when no process is left."""
+        """Return the descriptor: readable when a call waits, hung up when no process is left."""
         return self._fd
 
-    def receive(self) -> Notification:
-        """The next call; Gone when it was interrupted in the meantime.  Blocks without one."""
-        self._buffer[:] = self._empty  # the kernel insists
+    def receive(self) -> InterceptedCall:
+        """Return the next call; blocks until one comes.
+
+        Raises CallInterrupted if it was interrupted since the listener was readable.
+        """
+        self._buffer[:] = self._empty  # the kernel requires zeros
         try:
             fcntl.ioctl(self._fd, _RECEIVE, self._buffer)
         except FileNotFoundError:
-            raise Gone from None
+            raise CallInterrupted from None
         id_, pid, _, number, architecture, instruction, *arguments = _NOTIFICATION.unpack(
             self._buffer
         )
-        return Notification(id_, pid, number, architecture, instruction, tuple(arguments))
+        return InterceptedCall(id_, pid, number, architecture, instruction, tuple(arguments))
 
     def is_valid(self, id_: int) -> bool:
-        """Whether the call still waits.  True after a look at its process means that it was
-        that process which was looked at.
-        """
+        """Return whether a call still waits."""
         try:
             fcntl.ioctl(self._fd, _IS_VALID, _ID.pack(id_))
         except FileNotFoundError:
@@ -117,27 +125,26 @@ class Listener:
         return True
 
     def answer(self, id_: int, value: int) -> None:
-        """Let the call return ``value``, or fail when it is a negative errno.  Raises Gone."""
+        """Let a call return ``value``, or fail if it is a negative errno.
+
+        Raises CallInterrupted.
+        """
         response = (id_, 0, value, 0) if value < 0 else (id_, value, 0, 0)
         self._respond(_RESPONSE.pack(*response))
 
     def let_through(self, id_: int) -> None:
-        """Let the kernel perform the call.
-
-        Its arguments in memory may have changed since they were looked at; never do this to a
-        call that must not happen.  Raises Gone.
-        """
+        """Let the kernel perform a call.  Raises CallInterrupted."""
         self._respond(_RESPONSE.pack(id_, 0, 0, _CONTINUE))
 
     def answer_with_descriptor(self, id_: int, fd: int, close_on_exec: bool) -> int:
-        """Give the process a copy of ``fd`` and let the call return its number, in one step.
+        """Give the process a copy of ``fd`` and let the call return its number, atomically.
 
-        The number is the lowest free one.  Raises Gone, or OSError EMFILE.
+        Raises CallInterrupted; OSError EMFILE.
         """
         return self._add(id_, fd, close_on_exec, _ADD_AND_ANSWER)
 
     def add_descriptor(self, id_: int, fd: int, close_on_exec: bool) -> int:
-        """As :meth:`answer_with_descriptor`, but the call waits on; returns the number."""
+        """Give the process a copy of ``fd`` and return its number; the call still waits."""
         return self._add(id_, fd, close_on_exec, 0)
 
     def _add(self, id_: int, fd: int, close_on_exec: bool, flags: int) -> int:
@@ -145,16 +152,301 @@ class Listener:
         try:
             added: int = fcntl.ioctl(self._fd, _ADD, bytearray(request))
         except (FileNotFoundError, ProcessLookupError):
-            # ESRCH: a signal interrupted the call just while the descriptor was being added.
-            raise Gone from None
+            # ESRCH: a signal interrupted the call while the descriptor was being added.
+            raise CallInterrupted from None
         return added
 
     def _respond(self, response: bytes) -> None:
         try:
             fcntl.ioctl(self._fd, _SEND, bytearray(response))
         except FileNotFoundError:
-            raise Gone from None
+            raise CallInterrupted from None
 
     def close(self) -> None:
-        """Every intercepted call fails with ENOSYS from now on."""
+        """Release the listener: from then on every intercepted call fails with ENOSYS."""
         os.close(self._fd)
+
+
+class _KeptAnswer(NamedTuple):
+    """An answer that its thread may not have received: for when it repeats the call."""
+
+    call: InterceptedCall
+    value: int
+    deadline: float  #: ``time.monotonic`` when it is given, whatever signals are pending
+
+
+class _Suspended(NamedTuple):
+    """A call whose handler waits."""
+
+    call: InterceptedCall
+    interrupted: Callable[[], None]
+
+
+class NotificationInterceptor:
+    """The interceptor of :mod:`.interception` by a listener, and a tracer for data calls."""
+
+    def __init__(self, listener: Listener, surroundings: Surroundings) -> None:
+        self._listener = listener
+        self._processes = surroundings.processes
+        self._scheduler = surroundings.scheduler
+        self._argument_counts = surroundings.argument_counts
+        self._deliver = surroundings.deliver
+        self._tracer = Tracer(
+            surroundings.architecture,
+            surroundings.processes,
+            surroundings.deliver,
+            surroundings.serves_data,
+            surroundings.on_group_stop,
+        )
+        self._suspended: dict[int, _Suspended] = {}  # by thread
+        self._kept: OrderedDict[int, _KeptAnswer] = OrderedDict()  # by thread
+        self._reported_untraced: set[tuple[int, Served]] = set()  # with the process
+        #: Whether processes are left under the filter.
+        self.is_running = True
+        self._scheduler.watch_directly(listener.fileno(), self._on_listener)
+
+    # Calls
+
+    def _on_listener(self, events: int) -> None:
+        if events & select.POLLIN:
+            try:
+                call = self._listener.receive()
+            except (CallInterrupted, InterruptedError):
+                return
+            if (self._suspended or self._kept) and self._is_repeated(call):
+                return
+            self._deliver(call)
+        elif events & (select.POLLHUP | select.POLLERR):
+            self.is_running = False
+
+    def _is_repeated(self, call: InterceptedCall) -> bool:
+        """Return whether a thread repeats a call that is being served, or has its answer."""
+        used = self._argument_counts.get(call.number)
+        if used is None:  # of another architecture
+            return False
+        suspended = self._suspended.get(call.pid)
+        if suspended is not None:
+            if suspended.call.is_repeated_by(call, used):
+                suspended.call.id = call.id
+                return True
+            del self._suspended[call.pid]
+            suspended.interrupted()
+        kept = self._kept.pop(call.pid, None)
+        if kept is not None and kept.call.is_repeated_by(call, used):
+            self._give(kept._replace(call=call))
+            return True
+        return False
+
+    def is_waiting(self, call: InterceptedCall) -> bool:
+        if isinstance(call, TracedCall):
+            return self._tracer.is_waiting(call)
+        return self._listener.is_valid(call.id)
+
+    def answer(self, call: InterceptedCall, value: int) -> None:
+        if isinstance(call, TracedCall):
+            self._tracer.answer(call.thread, value)
+        else:
+            self._listener.answer(call.id, value)
+
+    def let_through(self, call: InterceptedCall) -> None:
+        if isinstance(call, TracedCall):
+            self._tracer.let_through(call.thread)
+        else:
+            self._listener.let_through(call.id)
+
+    def suspend(
+        self,
+        call: InterceptedCall,
+        interruption: Interruption,
+        interrupted: Callable[[], None],
+    ) -> None:
+        if isinstance(call, TracedCall):
+            restarts = interruption is Interruption.RESTART
+            self._tracer.sleep(call.thread, restarts, interrupted)
+        else:
+            # The kernel interrupts and restarts the call itself.
+            self._suspended[call.pid] = _Suspended(call, interrupted)
+
+    def resume(self, call: InterceptedCall, run: Callable[[], None]) -> bool:
+        suspended = self._suspended.get(call.pid)
+        if suspended is not None and suspended.call is call:
+            del self._suspended[call.pid]
+        return True
+
+    # Answers that must not be lost
+
+    def conclude(self, call: InterceptedCall, value: int) -> None:
+        if isinstance(call, TracedCall):
+            self._tracer.answer(call.thread, value)
+        else:
+            self._give(self._keeping(call, value))
+
+    @staticmethod
+    def _keeping(call: InterceptedCall, value: int) -> _KeptAnswer:
+        return _KeptAnswer(call, value, time.monotonic() + SUPERVISOR_SIGNAL_WAIT_SECONDS)
+
+    def _give(self, answer: _KeptAnswer) -> None:
+        """Answer a call, once its thread has taken its signals.
+
+        The kernel accepts an answer also after a signal has woken the thread, and drops it then:
+        the thread repeats the call although the supervisor was told that it has the answer.
+        """
+        call = answer.call
+        if not self._processes.has_signal(call.pid) or time.monotonic() >= answer.deadline:
+            try:
+                self._listener.answer(call.id, answer.value)
+                return
+            except CallInterrupted:
+                pass
+        else:
+            self._scheduler.add(
+                pause(SUPERVISOR_SIGNAL_POLL_SECONDS), lambda _: self._give_again(answer)
+            )
+        self._keep(answer)
+
+    def _keep(self, answer: _KeptAnswer) -> None:
+        self._kept[answer.call.pid] = answer
+        if len(self._kept) > _KEPT_ANSWERS:
+            self._kept.popitem(last=False)
+
+    def _give_again(self, answer: _KeptAnswer) -> None:
+        if self._kept.get(answer.call.pid) is answer:  # else the thread has repeated the call
+            del self._kept[answer.call.pid]
+            self._give(answer)
+
+    # Descriptors
+
+    def duplicate(self, pid: int, fd: int) -> int:
+        return self._processes.duplicate(pid, fd)
+
+    def shut_down(self, inode: int) -> None:
+        self._processes.shut_down(inode)
+
+    def create_socket(
+        self,
+        call: InterceptedCall,
+        type_: int,
+        data_calls: Served | None,
+        created: Callable[[int, int], None],
+    ) -> None:
+        with contextlib.closing(_socket.socket(AF_UNIX, type_ | SOCK_CLOEXEC)) as sock:
+            created(os.fstat(sock.fileno()).st_ino, cookie_of(sock))
+            close_on_exec = bool(type_ & SOCK_CLOEXEC)
+            self.answer_with_descriptor(call, sock.fileno(), close_on_exec, data_calls)
+
+    def answer_with_descriptor(
+        self, call: InterceptedCall, fd: int, close_on_exec: bool, data_calls: Served | None
+    ) -> None:
+        if data_calls is None or not self._may_trace(call, data_calls, is_new=True):
+            self._listener.answer_with_descriptor(call.id, fd, close_on_exec)
+            return
+        number = self._listener.add_descriptor(call.id, fd, close_on_exec)
+        if self._tracer.covers(call.pid, data_calls, number):
+            self.conclude(call, number)
+        else:
+            self._cover(call, data_calls, [number], number)
+
+    # Data calls
+
+    def intercepts_data(self, call: InterceptedCall, data_calls: Served, inode: int) -> bool:
+        descriptor = call.arguments[0] & 0xFFFF_FFFF
+        if isinstance(call, TracedCall) or self._tracer.covers(call.pid, data_calls, descriptor):
+            return True
+        if not self._may_trace(call, data_calls, is_new=False):
+            return True
+        numbers = self._processes.numbers_of(call.pid, inode)
+        if not self.is_waiting(call):
+            raise CallInterrupted
+        self._cover(call, data_calls, numbers or [descriptor], None)
+        return False
+
+    def _may_trace(self, call: InterceptedCall, data_calls: Served, is_new: bool) -> bool:
+        """Return whether the process is traced from now on.
+
+        Raises CallInterrupted; OSError EPERM for a datagram socket that is new: it would be
+        useless.
+        """
+        try:
+            self._tracer.attach(call.pid)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EACCES):
+                raise CallInterrupted from None
+            self._report_untraced(call, data_calls)
+            if data_calls is Served.DATAGRAM and is_new:
+                raise
+            return False
+        return True
+
+    def _cover(
+        self, call: InterceptedCall, data_calls: Served, numbers: list[int], answer: int | None
+    ) -> None:
+        """Have data calls on descriptors traced.
+
+        The thread repeats its call afterwards, and gets ``answer`` unless that is None.
+        """
+
+        def done(code: int) -> None:
+            value = answer
+            if code:
+                log.warning(
+                    "process of thread %d: cannot install a filter: %s", call.pid, os.strerror(code)
+                )
+                if data_calls is Served.DATAGRAM and answer is not None:
+                    value = -errno.EPERM
+            if value is not None:
+                self._keep(self._keeping(call, value))
+
+        self._tracer.cover(call.pid, data_calls, numbers, call.arguments, done)
+
+    def _report_untraced(self, call: InterceptedCall, data_calls: Served) -> None:
+        effect = "datagram sockets do not work"
+        if data_calls is Served.PACKET:
+            effect = "packet sockets lose MSG_EOR"
+        key = self._processes.first_thread(call.pid), data_calls
+        if key in self._reported_untraced:
+            return
+        self._reported_untraced.add(key)
+        name = self._processes.executable(call.pid)
+        text = f"{name} may not be traced (Yama's ptrace_scope, or it has a tracer): {effect}"
+        with contextlib.suppress(OSError):  # it has ended, or has no standard error
+            self._processes.report(
+                call.pid, text, self.duplicate, lambda: self._listener.is_valid(call.id)
+            )
+
+    # The programs
+
+    def begin(self, pid: int) -> None:
+        """Do nothing: a filter needs no attaching."""
+
+    async def intercept_inherited(self, pid: int, data_calls: Served, numbers: list[int]) -> None:
+        try:
+            self._tracer.attach(pid)
+        except OSError:  # reported at the program's first call about one of the sockets
+            return
+        for _ in range(_ATTEMPTS):
+            codes: list[int] = []
+            # OSError: it does not wait yet.
+            with contextlib.suppress(OSError):
+                arguments = self._processes.arguments_of(pid)
+                self._tracer.cover(pid, data_calls, numbers, arguments, codes.append)
+                while not codes and self._tracer.is_tracing(pid):
+                    await pause(_ATTEMPT_SECONDS)
+            if codes and codes[0] != errno.EINTR:
+                return
+            await pause(_ATTEMPT_SECONDS)
+
+    def on_wait_status(self, pid: int, status: int) -> bool:
+        return self._tracer.on_wait_status(pid, status)
+
+
+class NotificationMechanism:
+    """Interception by notification, on both sides of the fork."""
+
+    def install(self, architecture: Architecture, rules: Sequence[Rule]) -> list[int]:
+        return [install(architecture, assemble(architecture, rules))]
+
+    def intercept(
+        self, descriptors: Sequence[int], surroundings: Surroundings
+    ) -> NotificationInterceptor:
+        (listener,) = descriptors
+        return NotificationInterceptor(Listener(listener), surroundings)

@@ -16,23 +16,27 @@ from collections.abc import Callable
 from ..model.buffers import BufferSizes
 from ..protocol import Op, Record, Request
 from .scheduler import HUNG_UP, CoroutineScheduler
-from .vsockd_client import SEND, Asker, receive_record, send, take_record
+from .vsockd_client import SEND, Asker, VsockdClient, receive_record, send, take_record
 
 
-class Hold:
-    """The port of one socket, from :meth:`bind` to :meth:`close`."""
+class PortHolder:
+    """A connection to vsockd that holds a socket's port, from :meth:`bind` to :meth:`close`."""
 
     def __init__(
-        self, channel: _socket.socket, waits: CoroutineScheduler, holds: dict[int, Hold]
+        self,
+        channel: _socket.socket,
+        scheduler: CoroutineScheduler,
+        by_inode: dict[int, PortHolder],
     ) -> None:
-        """Take ``channel``, a connection to vsockd.  ``holds``: where it is to be found by the
-        socket's inode.
+        """Take ownership of ``channel``, a connection to vsockd.
+
+        The holder enters and removes itself in ``by_inode``, by its socket's inode.
         """
         self.secret = secrets.randbits(63) + 1  #: proves to vsockd that a connect is the socket's
         self.inode = 0
         self._channel = channel
-        self._waits = waits
-        self._holds = holds
+        self._scheduler = scheduler
+        self._by_inode = by_inode
         # A copy with a number of its own to watch: answers are waited for by the other one.
         self._watched = os.dup(channel.fileno())
         self._key = 0
@@ -51,7 +55,7 @@ class Hold:
             self.close()
             lost(self.inode, closed)
 
-        self._key = self._waits.watch(self._watched, hung_up, HUNG_UP)
+        self._key = self._scheduler.watch(self._watched, hung_up, HUNG_UP)
 
     async def bind(
         self,
@@ -65,9 +69,9 @@ class Hold:
         request = Request(Op.BIND_SOCKET, flags, *address, 0, 0, 0, *sizes, self.secret)
         send(self._channel, request.encode(), asker, sock.fileno())
         record, _ = await receive_record(self._channel)
-        self._holds.pop(self.inode, None)
+        self._by_inode.pop(self.inode, None)
         self.inode = os.fstat(sock.fileno()).st_ino
-        self._holds[self.inode] = self
+        self._by_inode[self.inode] = self
         return record
 
     async def listen(self, backlog: int, sizes: BufferSizes) -> None:
@@ -81,9 +85,47 @@ class Hold:
 
     def close(self) -> None:
         """Give the port up."""
-        self._holds.pop(self.inode, None)
+        self._by_inode.pop(self.inode, None)
         if self._key:
-            self._waits.unwatch(self._key, self._watched)
+            self._scheduler.unwatch(self._key, self._watched)
             self._key = 0
         os.close(self._watched)
         self._channel.close()
+
+
+class PortHolders:
+    """The holders of a supervisor.  They outlive what it remembers of the sockets."""
+
+    def __init__(
+        self,
+        vsockd: VsockdClient,
+        scheduler: CoroutineScheduler,
+        lost: Callable[[int, bool], None],
+    ) -> None:
+        """Start without holders; for ``lost`` see :meth:`PortHolder.watch`."""
+        self._vsockd = vsockd
+        self._scheduler = scheduler
+        self._lost = lost
+        self._by_inode: dict[int, PortHolder] = {}
+
+    def find(self, inode: int) -> PortHolder | None:
+        """Return the holder of a socket's port, or None if this supervisor has none."""
+        return self._by_inode.get(inode)
+
+    async def bind(
+        self,
+        asker: Asker | None,
+        sock: _socket.socket,
+        address: tuple[int, int],
+        sizes: BufferSizes,
+        flags: int,
+    ) -> tuple[PortHolder, Record]:
+        """Bind ``sock``, a copy of a program's stream or packet socket.  Raises OSError."""
+        holder = PortHolder(await self._vsockd.open(), self._scheduler, self._by_inode)
+        try:
+            record = await holder.bind(asker, sock, address, sizes, flags)
+        except BaseException:
+            holder.close()
+            raise
+        holder.watch(self._lost)
+        return holder, record

@@ -277,21 +277,26 @@ class Processes:
         except OSError:
             return "a program"
 
-    def tell(self, pidfd: int, pid: int, text: str, is_valid: Callable[[], bool]) -> None:
-        """Write a line on the process's standard error, if it has one that it may write to.
+    @staticmethod
+    def report(
+        pid: int,
+        text: str,
+        duplicate: Callable[[int, int], int],
+        is_valid: Callable[[], bool],
+    ) -> None:
+        """Write a line to the process's standard error, if the process may write to it.
 
-        The descriptor is copied, which keeps its access mode.  Opening ``/proc/PID/fd/2`` would
-        check the rights of the supervisor instead.  ``is_valid`` is asked after the last look at
-        the process.
+        A copy of the descriptor keeps its access mode; opening ``/proc/PID/fd/2`` would check the
+        rights of the supervisor instead.  ``is_valid`` returns whether the process is still the
+        one that the number meant.  Raises OSError.
         """
         user = os.stat(f"/proc/{pid}")  # its effective user and group
-        stderr = self._get(pidfd, _STDERR)
-        if stderr >= 0:
-            try:
-                if is_valid():
-                    _write_for(user.st_uid, user.st_gid, stderr, f"vsock run: {text}\n")
-            finally:
-                os.close(stderr)
+        stderr = duplicate(pid, _STDERR)
+        try:
+            if is_valid():
+                _write_for(user.st_uid, user.st_gid, stderr, f"vsock run: {text}\n")
+        finally:
+            os.close(stderr)
 
 
 def _sleeps(stat: int) -> bool:

@@ -65,6 +65,10 @@ def pause(seconds: float) -> Wait:
 Resume = Callable[[bool], None]
 
 
+def _ignore(events: int) -> None:
+    """Stand in for the callback of a descriptor that is not watched."""
+
+
 class _EpollEvent(ctypes.Structure):
     # The kernel packs it on x86-64 only, for its 32-bit programs' sake.
     if platform.machine() in ("x86_64", "AMD64"):
@@ -73,14 +77,12 @@ class _EpollEvent(ctypes.Structure):
 
 
 class CoroutineScheduler:
-    """One epoll, and who waits for what on it."""
+    """One epoll, and the coroutines and callbacks that wait for its events."""
 
-    def __init__(self, listener: int, on_listener: Callable[[int], None]) -> None:
-        # The listener has a place of its own: through an epoll its caller would not hand the
-        # processor over (SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP), which is worth the most here.
+    def __init__(self) -> None:
         self._poll = select.poll()
-        self._listener, self._on_listener = listener, on_listener
-        self._poll.register(listener, select.POLLIN)
+        self._direct = -1
+        self._on_direct: Callable[[int], None] = _ignore
         self._epoll = select.epoll()
         self._poll.register(self._epoll.fileno(), select.POLLIN)
         # The standard library's epoll_ctl reports descriptors; here they are closed and reused.
@@ -95,6 +97,15 @@ class CoroutineScheduler:
         self._inode_of: dict[int, int] = {}  # by the key of a group
         self._timers: list[tuple[float, int]] = []
         self._next = count(1)
+
+    def watch_directly(self, fd: int, callback: Callable[[int], None]) -> None:
+        """Call ``callback(events)`` whenever one descriptor, the busiest, is readable or hung up.
+
+        It is polled beside the epoll: through an epoll, the caller of a notified system call would
+        not hand over its processor (SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP), which saves most.
+        """
+        self._direct, self._on_direct = fd, callback
+        self._poll.register(fd, select.POLLIN)
 
     def watch(self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN) -> int:
         """Call ``callback(events)`` whenever ``fd`` is readable or hung up, from now on.
@@ -143,8 +154,8 @@ class CoroutineScheduler:
     def poll(self) -> None:
         """Wait for what happens next, and tell whom it concerns."""
         for fd, events in self._poll.poll(self._until_next_timer() if self._timers else None):
-            if fd == self._listener:
-                self._on_listener(events)
+            if fd == self._direct:
+                self._on_direct(events)
             else:
                 self._poll_others()
         if not self._timers:

@@ -8,24 +8,22 @@ supervisor holds no descriptor of a socket: its peer would never see the end of 
 from __future__ import annotations
 
 import _socket
+import os
 import re
 import struct
 from collections import OrderedDict, deque
-from enum import Enum, auto
-from socket import SOCK_DGRAM, SOCK_SEQPACKET
-from typing import TYPE_CHECKING, NamedTuple
+from socket import AF_UNIX, SOCK_DGRAM, SOCK_SEQPACKET
+from typing import NamedTuple
 
 from ..limits import CONNECT_TIMEOUT_SECONDS
 from ..model.buffers import BufferSizes
-from ..model.constants import AF_VSOCK, VMADDR_CID_ANY, VMADDR_PORT_ANY
+from ..model.constants import AF_VSOCK
 from ..protocol import Record
+from ..socket import UNBOUND, Phase
 from .filter import Served
-from .limits import SUPERVISOR_SOCKETS_MAX
-
-if TYPE_CHECKING:
-    from .port_holders import Hold
-
-UNBOUND = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
+from .limits import SUPERVISOR_ROUTES_MAX, SUPERVISOR_SOCKETS_MAX
+from .port_holders import PortHolder
+from .vsockd_client import cookie_of
 
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 #: struct sockaddr_vm: family, reserved, port, CID, flags, padding (linux/vm_sockets.h).
@@ -54,20 +52,6 @@ def unpack_address(data: bytes) -> tuple[int, int] | None:
     return cid, port
 
 
-class Phase(Enum):
-    """Where in its life a socket is."""
-
-    NEW = auto()
-    BOUND = auto()
-    LISTENING = auto()
-    CONNECTING = auto()
-    CONNECTED = auto()
-    #: A connect that the program did not wait for has failed.  Linux never connects it again.
-    FAILED = auto()
-    #: vsockd has ended, or given up the socket's port.
-    LOST = auto()
-
-
 #: Whose data calls are served.
 SERVED = {int(SOCK_DGRAM): Served.DATAGRAM, int(SOCK_SEQPACKET): Served.PACKET}
 
@@ -94,7 +78,7 @@ class Endpoint:
         "cookie",
         "entered",
         "error",
-        "hold",
+        "holder",
         "ignored",
         "inode",
         "is_shut",
@@ -119,7 +103,7 @@ class Endpoint:
         self.connect_timeout = CONNECT_TIMEOUT_SECONDS  #: seconds
         self.entered = False  #: connected to vsockd, or through it
         self.named = False  #: bound to a name by vsockd, and not connected to it
-        self.hold: Hold | None = None  #: what holds its port, if that is this supervisor's
+        self.holder: PortHolder | None = None  #: of its port, if it is this supervisor's
         self.error = 0  #: SO_ERROR: why a connect failed that nobody waited for
         self.record: Record | None = None  #: what vsockd said of the stream
         self.send_buffer = 0  #: SO_SNDBUF before a polling connect, in bytes
@@ -145,9 +129,9 @@ class Endpoint:
 
     def settle(self, record: Record) -> None:
         """Be the established stream that ``record`` describes, which has the port."""
-        if self.hold is not None:
-            self.hold.close()
-            self.hold = None
+        if self.holder is not None:
+            self.holder.close()
+            self.holder = None
         self.record = record
         self.local = record.local
         self.peer = record.peer
@@ -185,8 +169,25 @@ class Sockets:
         if len(self._known) > SUPERVISOR_SOCKETS_MAX:
             self._forget_one()
 
+    def adopt(self, sock: _socket.socket, type_: int) -> Endpoint:
+        """Remember a new socket that a program is about to get."""
+        inode = os.fstat(sock.fileno()).st_ino
+        endpoint = Endpoint(type_, inode, cookie_of(sock))
+        self.add(inode, endpoint)
+        return endpoint
+
+    def known(self, inode: int | None) -> Endpoint | None:
+        """Return the vSockets socket with this inode, or None if it is not known to be one."""
+        try:
+            return None if inode is None else self.find(inode)
+        except KeyError:
+            return None
+
     def find(self, inode: int) -> Endpoint | None:
-        """Raises KeyError for one nothing is known of."""
+        """Return the vSockets socket with this inode, or None for any other file.
+
+        Raises KeyError if it has not been seen yet.
+        """
         self._known.move_to_end(inode)
         return self._known[inode]
 
@@ -202,6 +203,32 @@ class Sockets:
                 return
             self._known[inode] = endpoint
         self._known.popitem(last=False)
+
+
+class Routes:
+    """Sockets that send datagrams from a program's socket to a destination: the last ones used."""
+
+    def __init__(self) -> None:
+        self._routes: OrderedDict[tuple[int, tuple[int, int]], _socket.socket] = OrderedDict()
+
+    def find(self, source: Endpoint, destination: tuple[int, int]) -> _socket.socket | None:
+        """Return the route, or None if it is not kept."""
+        key = source.cookie, destination
+        route = self._routes.get(key)
+        if route is not None:
+            self._routes.move_to_end(key)
+        return route
+
+    def add(self, source: Endpoint, destination: tuple[int, int], fd: int) -> _socket.socket:
+        """Keep a route, which replaces an earlier one."""
+        key = source.cookie, destination
+        old = self._routes.pop(key, None)
+        if old is not None:
+            old.close()
+        elif len(self._routes) >= SUPERVISOR_ROUTES_MAX:
+            self._routes.popitem(last=False)[1].close()
+        self._routes[key] = route = _socket.socket(AF_UNIX, SOCK_DGRAM, 0, fd)
+        return route
 
 
 def inode_in(link: str) -> int | None:

@@ -24,6 +24,7 @@ from enum import Enum, auto
 
 from .arch import Architecture
 from .filter import COPYING, TRACE_MARK, Numbers, Served, assemble, traced_rules
+from .interception import InterceptedCall
 from .process import Processes, write_memory
 from .ptrace import (
     ERESTARTNOHAND,
@@ -66,6 +67,17 @@ class _Then(Enum):
 _Script = Generator[_Then, Stop, None]
 
 
+class TracedCall(InterceptedCall):
+    """A call that a thread has stopped before."""
+
+    __slots__ = ("thread",)
+
+    def __init__(self, thread: Tracee, call: SystemCall) -> None:
+        number, architecture, instruction, arguments, _ = call
+        super().__init__(0, thread.number, number, architecture, instruction, arguments)
+        self.thread = thread
+
+
 class Tracee:
     """A thread that is traced."""
 
@@ -77,7 +89,7 @@ class Tracee:
         self.then = _Then.RUN  #: the script's last
         self.held: list[int] = []  #: signals that came while the script was at work
         #: the call that it has stopped before, or sleeps for
-        self.call: SystemCall | None = None
+        self.call: TracedCall | None = None
         self.asleep: Registers | None = None  #: what it had before it was put to sleep
         self.answer: int | None = None  #: to be given when it wakes
         self.again = False  #: to make the call again when it wakes
@@ -112,25 +124,28 @@ class Tracer:
         self,
         machine: Architecture,
         processes: Processes,
-        serve: Callable[[Tracee, SystemCall], None],
-        is_served: Callable[[int, int], bool],
+        deliver: Callable[[TracedCall], None],
+        serves_data: Callable[[int, int], bool],
+        on_group_stop: Callable[[int], None],
     ) -> None:
-        """``serve`` is called with a thread that has stopped before a call: it is to call
-        :meth:`answer`, :meth:`let_through` or :meth:`sleep`.  ``is_served(thread, descriptor)``:
-        whether it is a socket whose calls are served.
+        """Start without tracees.
+
+        ``deliver`` gets each call that a thread has stopped before: it is to call :meth:`answer`,
+        :meth:`let_through` or :meth:`sleep`.  ``serves_data(thread, descriptor)`` returns whether
+        the descriptor is a socket whose data calls are served.  ``on_group_stop`` gets the number
+        of each thread that stops with its process.
         """
         self._machine = machine
         self._processes = processes
-        self._serve = serve
-        self._is_served = is_served
+        self._deliver = deliver
+        self._serves_data = serves_data
         self._ptrace = Ptrace(machine)
         self._syscall = ctypes.CDLL(None).syscall
         self._threads: dict[int, Tracee] = {}
         self._by_process: dict[int, _Process] = {}
         #: of processes that have been made and have not stopped yet: what their parents have
         self._inherited: dict[int, dict[Served, list[Numbers]]] = {}
-        #: Called with the number of a process's first thread when the process is stopped.
-        self.on_group_stop: Callable[[int], None] = lambda number: None
+        self._on_group_stop = on_group_stop
 
     # What is traced
 
@@ -182,6 +197,11 @@ class Tracer:
 
     # Answers to calls
 
+    @staticmethod
+    def is_waiting(call: TracedCall) -> bool:
+        """Return whether a call still waits for its answer."""
+        return call.thread.call is call
+
     def answer(self, thread: Tracee, value: int) -> None:
         """Let the call that a thread has stopped before return ``value``, without being done."""
         if thread.asleep is not None:
@@ -225,8 +245,8 @@ class Tracer:
 
     # What waitpid() reports
 
-    def handle(self, number: int, status: int) -> bool:
-        """Take what waitpid() reports of a thread; False if it is not about tracing alone."""
+    def on_wait_status(self, number: int, status: int) -> bool:
+        """Take what waitpid() reports; return False if it does not concern tracing alone."""
         if not os.WIFSTOPPED(status):
             if not os.WIFCONTINUED(status):
                 self._forget(number)
@@ -243,7 +263,7 @@ class Tracer:
     def _on_stop(self, thread: Tracee, stop: Stop) -> None:
         number = thread.number
         if stop.event is Event.GROUP_STOP:
-            self.on_group_stop(number)
+            self._on_group_stop(number)
             self._ptrace.listen(number)
         elif thread.script is not None:
             self._on_stop_in_script(thread, stop)
@@ -279,8 +299,8 @@ class Tracer:
         if self._copies(call):
             self._begin(thread, self._follow_copy(thread, call))
             return
-        thread.call = call
-        self._serve(thread, call)
+        thread.call = traced = TracedCall(thread, call)
+        self._deliver(traced)
 
     def _copies(self, call: SystemCall) -> bool:
         machine = self._machine
@@ -385,7 +405,7 @@ class Tracer:
         machine = self._machine
         source = call.arguments[0] & 0xFFFF_FFFF
         kind = thread.process.kind_of(source)
-        if kind is None or not self._is_served(thread.number, source):
+        if kind is None or not self._serves_data(thread.number, source):
             return
         if call.number in (machine.dup2, machine.dup3):
             # Before: it is another thread's as soon as it is there.

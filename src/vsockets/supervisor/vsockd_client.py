@@ -32,7 +32,6 @@ from ..protocol import RECORD_SIZE, Record, Request, is_socket_name
 from ..state_folder import SEQPACKET, STREAM
 from .limits import SUPERVISOR_RECONNECT_SECONDS
 from .scheduler import pause, ready
-from .sockets import Endpoint
 
 _SO_COOKIE = 57
 SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -76,45 +75,25 @@ class VsockdClient:
         process, user, group = credentials()
         return process if self._naming is Naming.PROCESSES else os.getpid(), user, group
 
-    async def enter(
-        self,
-        endpoint: Endpoint,
-        sock: _socket.socket,
-        seconds: float = VSOCKD_REPLY_TIMEOUT_SECONDS,
-    ) -> None:
-        """Connect a program's socket to the control socket of its type, once.
+    def enter(self, sock: _socket.socket, type_: int) -> bool:
+        """Connect a program's socket to the control socket of its type, if vsockd has room.
 
-        While vsockd's backlog is full this waits; OSError ETIMEDOUT when that takes too long,
-        ENOBUFS when ``seconds`` is 0.
+        Returns False while vsockd's backlog is full.  Raises OSError.
         """
-        deadline = time.monotonic() + seconds
-        while not endpoint.entered:
-            try:
-                if self._full:  # is it still?  This socket of ours cannot block
-                    with contextlib.closing(_own_socket(endpoint.type)) as probe:
-                        self._context.enter(probe, endpoint.type)
-                with hardly_blocking(sock, SO_SNDTIMEO):
-                    self._context.enter(sock, endpoint.type)
-                    sock.getpeername()  # when interrupted, by SIGCONT, Python believes in success
-            except OSError as error:
-                if error.errno not in (errno.ENOBUFS, errno.ENOTCONN):
-                    raise
-                self._full = True
-                await self._wait_for_room(deadline, seconds)
-            else:
-                self._full = False
-                endpoint.entered = True
-
-    async def ask_on(
-        self, asker: Asker | None, endpoint: Endpoint, sock: _socket.socket, request: Request
-    ) -> Record:
-        """One question on the socket's own connection; OSError as vsockd answers.
-
-        What the program does with its socket meanwhile can only make the answer get lost.
-        """
-        await self.enter(endpoint, sock)
-        send(sock, request.encode(), asker)
-        return (await receive_record(sock))[0]
+        try:
+            if self._full:  # ask with a socket that cannot block
+                with contextlib.closing(_own_socket(type_)) as probe:
+                    self._context.enter(probe, type_)
+            with hardly_blocking(sock, SO_SNDTIMEO):
+                self._context.enter(sock, type_)
+                sock.getpeername()  # Python takes a connect that SIGCONT interrupted for a success
+        except OSError as error:
+            if error.errno not in (errno.ENOBUFS, errno.ENOTCONN):
+                raise
+            self._full = True
+        else:
+            self._full = False
+        return not self._full
 
     async def ask(
         self, asker: Asker | None, request: Request, fd: int | None = None
@@ -138,7 +117,7 @@ class VsockdClient:
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
                         raise
-                    await self._wait_for_room(deadline, VSOCKD_REPLY_TIMEOUT_SECONDS)
+                    await self.wait_for_room(deadline, VSOCKD_REPLY_TIMEOUT_SECONDS)
                 else:
                     return sock
         except BaseException:
@@ -146,7 +125,12 @@ class VsockdClient:
             raise
 
     @staticmethod
-    async def _wait_for_room(deadline: float, seconds: float) -> None:
+    async def wait_for_room(deadline: float, seconds: float) -> None:
+        """Wait until another attempt to connect is due.
+
+        Raises OSError ETIMEDOUT past the ``deadline``, ENOBUFS if ``seconds`` is 0: the caller
+        does not wait.
+        """
         if seconds <= 0:
             raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
         if time.monotonic() >= deadline:

@@ -11,10 +11,11 @@ from contextlib import closing
 from socket import AF_UNIX, SO_RCVTIMEO, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET
 
 from ...protocol import Record
+from ...socket import Phase
 from ..call import Answer, Call, failure
-from ..notification import Gone
+from ..interception import CallInterrupted
 from ..scheduler import lent
-from ..sockets import Endpoint, Phase
+from ..sockets import Endpoint
 from ..vsockd_client import hardly_blocking, receive_record, take_record
 from .connecting import settle
 
@@ -55,14 +56,14 @@ async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
     fd, record = taken
     sock = _socket.socket(AF_UNIX, endpoint.type, 0, fd)
     with closing(sock):
-        supervisor = call.supervisor
-        settle(supervisor.adopt(sock, endpoint.type), sock, record)
+        accepted = call.services.sockets.adopt(sock, endpoint.type)
+        settle(accepted, sock, record)
         os.set_blocking(fd, not flags & SOCK_NONBLOCK)
         try:
             # Before the descriptor: afterwards the program may use the memory for something else.
             call.write(*call.address(record.peer, address, size_at))
-            supervisor.hand_over(call, sock, endpoint.type, bool(flags & SOCK_CLOEXEC))
-        except Gone:
+            call.answer_with_socket(sock, accepted, flags)
+        except CallInterrupted:
             endpoint.accepted.append((sock.detach(), record))
             raise
     return None
@@ -91,7 +92,7 @@ async def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Reco
                 return None
             try:
                 record, fd = await receive_record(token)  # which vsockd sends in a moment
-            except Gone:
+            except CallInterrupted:
                 endpoint.arriving.append(token)
                 raise
             except OSError:  # vsockd has ended

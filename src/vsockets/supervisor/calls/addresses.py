@@ -8,10 +8,12 @@ from socket import SHUT_RD, SHUT_RDWR
 
 from ...model.constants import LAST_RESERVED_PORT
 from ...protocol import Op, Request, RequestFlag
+from ...socket import UNBOUND, Phase
 from ..call import Answer, Call, failure
-from ..sockets import UNBOUND, Endpoint, Phase
+from ..sockets import Endpoint
 from ..vsockd_client import SEND
 from . import datagrams
+from .connecting import request_on_socket
 
 _CAP_NET_BIND_SERVICE = 10
 _BEFORE_A_CONNECT = (Phase.NEW, Phase.BOUND, Phase.LISTENING)
@@ -31,13 +33,16 @@ async def bind(call: Call, endpoint: Endpoint) -> Answer:
         if endpoint.is_datagram:
             await datagrams.claim(call, endpoint, sock, (cid, port), flags)
             return 0
-        asker = call.asker()
-        await call.carry_through(call.supervisor.bind(asker, endpoint, sock, (cid, port), flags))
+        bound = call.services.ports.bind(call.asker(), sock, (cid, port), endpoint.buffers, flags)
+        endpoint.holder, record = await call.carry_through(bound)
+        endpoint.named = True
+        endpoint.local = record.local
+        endpoint.phase = Phase.BOUND
     return 0
 
 
 def _is_privileged(call: Call) -> bool:
-    is_so = call.supervisor.processes.has_capability(call.pid, _CAP_NET_BIND_SERVICE)
+    is_so = call.services.processes.has_capability(call.pid, _CAP_NET_BIND_SERVICE)
     call.check()
     return is_so
 
@@ -55,15 +60,14 @@ async def listen(call: Call, endpoint: Endpoint) -> Answer:
         if endpoint.named:
             sock.listen(backlog)
             endpoint.phase = Phase.LISTENING
-            if endpoint.hold is not None:
-                await call.carry_through(endpoint.hold.listen(backlog, endpoint.buffers))
+            if endpoint.holder is not None:
+                await call.carry_through(endpoint.holder.listen(backlog, endpoint.buffers))
             return 0
         request = Request(Op.LISTEN, 0, 0, 0, 0, 0, backlog, *endpoint.buffers)
         if endpoint.phase is Phase.LISTENING:
             sock.send(request.encode(), SEND)  # an answer would look like a connection
         else:
-            vsockd = call.supervisor.vsockd
-            await call.carry_through(vsockd.ask_on(None, endpoint, sock, request))
+            await call.carry_through(request_on_socket(call, endpoint, sock, request))
             endpoint.phase = Phase.LISTENING
     return 0
 

@@ -17,16 +17,21 @@ import time
 from contextlib import closing
 from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 
-from ...limits import SEND_BUFFER_MAX_BYTES, STREAM_BUFFER_DEFAULT_BYTES
+from ...limits import (
+    SEND_BUFFER_MAX_BYTES,
+    STREAM_BUFFER_DEFAULT_BYTES,
+    VSOCKD_REPLY_TIMEOUT_SECONDS,
+)
 from ...model.constants import VMADDR_CID_ANY
 from ...pass_rights import refuse
-from ...protocol import PADDING, Record, RequestFlag, encode_connect
+from ...protocol import PADDING, Record, Request, RequestFlag, encode_connect
+from ...socket import Phase
 from ..call import Answer, Call, failure
+from ..interception import CallInterrupted
 from ..limits import SUPERVISOR_CONNECT_GRACE_SECONDS, SUPERVISOR_FORCED_SEND_BUFFER_MAX_BYTES
-from ..notification import Gone
 from ..scheduler import ready
-from ..sockets import Endpoint, Phase
-from ..vsockd_client import Asker, send, take_record
+from ..sockets import Endpoint
+from ..vsockd_client import Asker, receive_record, send, take_record
 from . import datagrams
 
 _SO_SNDBUFFORCE = 32
@@ -61,7 +66,7 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
         deadline = time.monotonic() + endpoint.connect_timeout
         # A program that does not want to wait could not see that nothing has begun yet.
         seconds = 0 if polls else endpoint.connect_timeout
-        await call.supervisor.vsockd.enter(endpoint, sock, seconds)
+        await _enter(call, endpoint, sock, seconds)
         _require_connectable(endpoint)  # another thread may have been quicker
         _send(endpoint, sock, peer, polls, call.asker())
         if polls:
@@ -71,7 +76,7 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
         else:
             try:
                 await _wait(endpoint, sock, endpoint.connect_timeout)
-            except Gone:  # a signal came; as with TCP, connecting goes on
+            except CallInterrupted:  # a signal came; as with TCP, connecting goes on
                 call.answered = True
                 await _wait(endpoint, sock, deadline - time.monotonic())
         if endpoint.phase is Phase.CONNECTING:
@@ -83,6 +88,32 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
     if code:
         endpoint.fail(0, False)
     return -code
+
+
+async def request_on_socket(
+    call: Call, endpoint: Endpoint, sock: _socket.socket, request: Request
+) -> Record:
+    """Send a request on the socket's own connection, and return the reply.  Raises OSError.
+
+    What the program does with its socket meanwhile can only lose the reply.
+    """
+    await _enter(call, endpoint, sock, VSOCKD_REPLY_TIMEOUT_SECONDS)
+    send(sock, request.encode(), None)
+    return (await receive_record(sock))[0]
+
+
+async def _enter(call: Call, endpoint: Endpoint, sock: _socket.socket, seconds: float) -> None:
+    """Connect a program's socket to vsockd, once, and wait while vsockd's backlog is full.
+
+    Raises OSError ETIMEDOUT after ``seconds``, ENOBUFS at once if they are 0.
+    """
+    vsockd = call.services.vsockd
+    deadline = time.monotonic() + seconds
+    while not endpoint.entered:
+        if vsockd.enter(sock, endpoint.type):
+            endpoint.entered = True
+        else:
+            await vsockd.wait_for_room(deadline, seconds)
 
 
 def _require_connectable(endpoint: Endpoint) -> None:
@@ -112,7 +143,7 @@ def _send(
     if endpoint.type == SOCK_STREAM:
         refuse(sock)  # a stream carries no descriptors
     flags = int(RequestFlag.POLLING) if polls else 0
-    secret = 0 if endpoint.hold is None else endpoint.hold.secret
+    secret = 0 if endpoint.holder is None else endpoint.holder.secret
     request = encode_connect(flags, peer, endpoint.buffers, endpoint.cookie, secret)
     if polls:
         # In this order: a small send buffer would split the request in two.

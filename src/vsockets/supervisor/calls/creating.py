@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
-import socket as stdlib
-from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_SEQPACKET, SOCK_STREAM
+from socket import SOCK_CLOEXEC, SOCK_DGRAM, SOCK_NONBLOCK, SOCK_SEQPACKET, SOCK_STREAM
 
 from ...model.constants import AF_VSOCK
 from ..call import Answer, Call, failure
@@ -28,10 +26,7 @@ async def socket(call: Call) -> Answer:
         raise failure(errno.EPROTONOSUPPORT)
     if type_ not in _TYPES:
         raise failure(errno.ESOCKTNOSUPPORT)
-    sock = stdlib.socket(AF_UNIX, type_ | (asked & SOCK_NONBLOCK) | SOCK_CLOEXEC)
-    with contextlib.closing(sock):
-        call.supervisor.adopt(sock, type_)
-        call.supervisor.hand_over(call, sock, type_, bool(asked & SOCK_CLOEXEC))
+    call.create_socket(asked)
     return None
 
 

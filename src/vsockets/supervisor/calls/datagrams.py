@@ -10,22 +10,19 @@ import _socket
 import errno
 import os
 import struct
-from collections import OrderedDict
 from contextlib import closing
 from socket import (
-    AF_UNIX,
     MSG_DONTWAIT,
     MSG_OOB,
     SO_SNDTIMEO,
-    SOCK_DGRAM,
     SOCK_SEQPACKET,
     SOL_SOCKET,
 )
 
 from ...limits import MAX_DATAGRAM
 from ...protocol import Op, Request
+from ...socket import UNBOUND, Phase
 from ..call import Answer, Call, failure
-from ..limits import SUPERVISOR_ROUTES_MAX
 from ..memory import (
     ADDRESS_NEEDED,
     MESSAGE_SIZE,
@@ -36,7 +33,7 @@ from ..memory import (
     read_vectors,
 )
 from ..scheduler import WRITABLE, ready
-from ..sockets import UNBOUND, Endpoint, Phase
+from ..sockets import Endpoint
 from ..vsockd_client import SEND
 from . import seqpacket_eor
 
@@ -48,38 +45,12 @@ _U32 = struct.Struct("=I")
 _GONE = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
 
 
-class Routes:
-    """Sockets that send from one of the programs' to a destination, those used last."""
-
-    def __init__(self) -> None:
-        self._routes: OrderedDict[tuple[int, tuple[int, int]], _socket.socket] = OrderedDict()
-
-    def find(self, source: Endpoint, destination: tuple[int, int]) -> _socket.socket | None:
-        """The route, if there is one."""
-        key = source.cookie, destination
-        route = self._routes.get(key)
-        if route is not None:
-            self._routes.move_to_end(key)
-        return route
-
-    def add(self, source: Endpoint, destination: tuple[int, int], fd: int) -> _socket.socket:
-        """Keep a route, in place of an old one if there is one."""
-        key = source.cookie, destination
-        old = self._routes.pop(key, None)
-        if old is not None:
-            old.close()
-        elif len(self._routes) >= SUPERVISOR_ROUTES_MAX:
-            self._routes.popitem(last=False)[1].close()
-        self._routes[key] = route = _socket.socket(AF_UNIX, SOCK_DGRAM, 0, fd)
-        return route
-
-
 async def claim(
     call: Call, endpoint: Endpoint, sock: _socket.socket, address: tuple[int, int], flags: int = 0
 ) -> None:
     """Give the socket a local address; wildcards are filled in."""
     request = Request(Op.BIND_DATAGRAM, flags, *address)
-    vsockd, asker = call.supervisor.vsockd, call.asker()
+    vsockd, asker = call.services.vsockd, call.asker()
     record, _ = await call.carry_through(vsockd.ask(asker, request, sock.fileno()))
     endpoint.local = record.local
     call.require_waiting()
@@ -197,7 +168,7 @@ async def _send(
 ) -> int:
     if destination is None:
         raise failure(ADDRESS_NEEDED)
-    routes = call.supervisor.routes
+    routes = call.services.routes
     route = routes.find(endpoint, destination)
     fresh = route is None
     if route is None:
@@ -224,12 +195,12 @@ async def _new_route(
 ) -> _socket.socket:
     request = Request(Op.ROUTE, 0, *UNBOUND, peer_cid=destination[0], peer_port=destination[1])
     with closing(call.duplicate(endpoint)) as sock:
-        vsockd, asker = call.supervisor.vsockd, call.asker()
+        vsockd, asker = call.services.vsockd, call.asker()
         record, fd = await call.carry_through(vsockd.ask(asker, request, sock.fileno()))
     if fd is None:
         raise failure(errno.EMFILE)
     endpoint.local = record.local
-    route = call.supervisor.routes.add(endpoint, destination, fd)
+    route = call.services.routes.add(endpoint, destination, fd)
     call.require_waiting()
     return route
 

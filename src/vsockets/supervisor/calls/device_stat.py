@@ -87,6 +87,6 @@ def _stat(call: Call) -> bytes:
     times = (seconds, nanoseconds) * 3
     place, number = (folder.st_dev, folder.st_ino), os.makedev(_MAJOR, _MINOR)
     size = 0, folder.st_blksize, 0
-    if call.supervisor.machine.architecture == _X86_64:
+    if call.services.architecture.architecture == _X86_64:
         return _STAT_X86_64.pack(*place, 1, _MODE, 0, 0, number, *size, *times)
     return _STAT_GENERIC.pack(*place, _MODE, 1, 0, 0, number, *size, *times)

@@ -30,9 +30,10 @@ from ...model.constants import (
     VMADDR_CID_HOST,
 )
 from ...protocol import Op, Request, RequestFlag
+from ...socket import Phase
 from ..call import Answer, Call, failure
 from ..filter import IOCTL_AF_VALUE, IOCTL_LOCAL_CID, SIOCOUTQ
-from ..sockets import UNCONNECTED, Endpoint, Phase, inode_in
+from ..sockets import UNCONNECTED, Endpoint, inode_in
 from ..vsockd_client import SEND
 from .connecting import finish, limit_queue
 from .creating import is_device
@@ -79,8 +80,8 @@ async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
     elif name in _CHANGE_BUFFERS:
         (value,) = _read_exactly(call, _U64)
         endpoint.buffers = _CHANGE_BUFFERS[name](endpoint.buffers, value)
-        if endpoint.hold is not None:
-            endpoint.hold.update(endpoint.buffers)
+        if endpoint.holder is not None:
+            endpoint.holder.update(endpoint.buffers)
         elif endpoint.phase is Phase.LISTENING and not endpoint.named:
             with closing(call.duplicate(endpoint)) as sock:
                 sock.send(Request(Op.UPDATE, 0, 0, 0, 0, 0, 0, *endpoint.buffers).encode(), SEND)
@@ -100,7 +101,7 @@ async def _tell(call: Call, endpoint: Endpoint) -> None:
     size, name = endpoint.buffers.size, (endpoint.cookie, endpoint.inode)
     request = Request(Op.RESIZE, 0, 0, 0, 0, 0, 0, size, 0, 0, *name)
     with contextlib.suppress(OSError):  # vsockd has gone; the stream goes on
-        await call.supervisor.vsockd.ask(None, request)
+        await call.services.vsockd.ask(None, request)
 
 
 def _read_exactly(call: Call, form: struct.Struct) -> tuple[int, ...]:
@@ -176,7 +177,7 @@ async def _of_vsock(call: Call, endpoint: Endpoint, name: int) -> bytes:
     if name == SO_VM_SOCKETS_TRUSTED:
         peer_cid = VMADDR_CID_HOST if endpoint.peer is None else endpoint.peer[0]
         request = Request(Op.LOCAL_CID, peer_cid=peer_cid)
-        record, _ = await call.supervisor.vsockd.ask(call.asker(), request)
+        record, _ = await call.services.vsockd.ask(call.asker(), request)
         trusted = RequestFlag.TRUSTED_STREAM
         if endpoint.type == SOCK_DGRAM:
             trusted = RequestFlag.TRUSTED_DATAGRAM
@@ -187,8 +188,8 @@ async def _of_vsock(call: Call, endpoint: Endpoint, name: int) -> bytes:
 async def ioctl(call: Call) -> Answer:
     """The ioctls of ``/dev/vsock``, on a socket of ours too, which needs no device; SIOCOUTQ."""
     request, address = call.integer(1), call.arguments[2]
-    link = call.supervisor.processes.what_is(call.pid, call.arguments[0] & 0xFFFF_FFFF)
-    endpoint = call.supervisor.known(inode_in(link))
+    link = call.services.processes.what_is(call.pid, call.arguments[0] & 0xFFFF_FFFF)
+    endpoint = call.services.sockets.known(inode_in(link))
     call.check()
     if request == SIOCOUTQ:
         if endpoint is None:
@@ -205,7 +206,7 @@ async def ioctl(call: Call) -> Answer:
         # Not let through: it could be the machine's device by then.
         raise failure(errno.ENOTTY)
     if request == IOCTL_LOCAL_CID:
-        record, _ = await call.supervisor.vsockd.ask(None, Request(Op.LOCAL_CID))
+        record, _ = await call.services.vsockd.ask(None, Request(Op.LOCAL_CID))
         call.write((address, _U32.pack(record.local_cid)))
     elif request == IOCTL_AF_VALUE:
         call.write((address, _INT.pack(AF_VSOCK)))

@@ -27,12 +27,13 @@ from socket import (
 
 from ...limits import MAX_DATAGRAM
 from ...protocol import decode_source
+from ...socket import UNBOUND, Phase
 from ..call import Answer, Call, Piece, failure
 from ..filter import MSG_ERRQUEUE
+from ..interception import CallInterrupted
 from ..memory import MESSAGE_SIZE, MESSAGE_STRIDE, MOST_MESSAGES, Message, read_message
-from ..notification import Gone
 from ..scheduler import Wait, lent
-from ..sockets import UNBOUND, Endpoint, Phase, Received, pack_address
+from ..sockets import Endpoint, Received, pack_address
 
 _TIMEVAL = struct.Struct("=qq")
 _U32 = struct.Struct("=I")
@@ -110,7 +111,7 @@ def _not_lost(endpoint: Endpoint, received: Received, flags: int) -> Iterator[No
     """A call that a signal interrupts now is made again, and gets what it had received."""
     try:
         yield
-    except Gone:
+    except CallInterrupted:
         if not flags & MSG_PEEK:
             endpoint.received.append(received)
         raise

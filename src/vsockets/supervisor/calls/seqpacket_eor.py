@@ -12,10 +12,11 @@ import os
 from contextlib import closing
 from socket import MSG_DONTWAIT, MSG_EOR, MSG_NOSIGNAL, SCM_RIGHTS, SOCK_SEQPACKET, SOL_SOCKET
 
+from ...socket import Phase
 from ..call import Answer, Call, failure
 from ..memory import Message
 from ..scheduler import WRITABLE, ready
-from ..sockets import Endpoint, Phase
+from ..sockets import Endpoint
 
 #: How often it is looked whether a call that waits for room still waits, in seconds.
 _LOOK = 0.25
@@ -30,7 +31,7 @@ async def send(call: Call, endpoint: Endpoint, message: Message, flags: int) -> 
     if message.size > endpoint.buffers.size:
         raise failure(errno.EMSGSIZE)
     data = message.read(call)
-    marker = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [call.supervisor.marker]))]
+    marker = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [call.services.marker]))]
     with closing(call.duplicate(endpoint)) as sock:
         waits = not flags & MSG_DONTWAIT and os.get_blocking(sock.fileno())
         while True:

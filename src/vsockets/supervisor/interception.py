@@ -1,0 +1,206 @@
+"""The interface between a mechanism that intercepts system calls and the handlers of the calls.
+
+An *interceptor* holds a thread at a system call and delivers the call to the supervisor, whose
+handler then answers it through the same interceptor.  Handlers do not know which one that is.
+
+Methods do not wait, unless they are coroutines: between two ``await`` a handler relies on no other
+handler running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum, auto
+from typing import NamedTuple, Protocol
+
+from .arch import Architecture
+from .filter import Rule, Served
+from .process import Processes
+from .scheduler import CoroutineScheduler
+
+
+class CallInterrupted(Exception):
+    """The call no longer waits: a signal interrupted it, or its process has ended."""
+
+
+class Interruption(Enum):
+    """The effect of a signal on a call that waits."""
+
+    RESTART = auto()  #: fails with EINTR, unless the signal's handler has SA_RESTART
+    FAIL = auto()  #: fails with EINTR
+    DEFER = auto()  #: none until the call is answered, if the mechanism can defer signals
+
+
+class InterceptedCall:
+    """One system call that waits for its answer."""
+
+    __slots__ = ("architecture", "arguments", "id", "instruction", "number", "pid")
+
+    def __init__(
+        self,
+        id_: int,
+        pid: int,
+        number: int,
+        architecture: int,
+        instruction: int,
+        arguments: tuple[int, ...],
+    ) -> None:
+        #: The interceptor's own; changes when the thread repeats the call.
+        self.id = id_
+        #: The thread, in the supervisor's pid namespace; 0 if it has no number there.
+        self.pid = pid
+        self.number = number
+        self.architecture = architecture  #: AUDIT_ARCH_*
+        self.instruction = instruction  #: the address behind the instruction that made the call
+        self.arguments = arguments
+
+    def is_repeated_by(self, later: InterceptedCall, used: int) -> bool:
+        """Return whether ``later`` is this call made again: by the kernel after a signal, or by a
+        program that got EINTR.
+
+        Only the first ``used`` arguments are compared: the program may have changed the registers
+        of the others.
+        """
+        return (self.architecture, self.number, self.instruction, self.arguments[:used]) == (
+            later.architecture,
+            later.number,
+            later.instruction,
+            later.arguments[:used],
+        )
+
+
+class Surroundings(NamedTuple):
+    """The parts of a supervisor that an interceptor works with."""
+
+    architecture: Architecture
+    processes: Processes
+    scheduler: CoroutineScheduler
+    argument_counts: Mapping[int, int]  #: of each intercepted call, by its number
+    #: Serves a call.
+    deliver: Callable[[InterceptedCall], None]
+    #: Returns whether data calls on a thread's descriptor are served.
+    serves_data: Callable[[int, int], bool]
+    #: Called with each traced thread that a signal has stopped with its process.
+    on_group_stop: Callable[[int], None]
+
+
+class Interceptor(Protocol):
+    """A mechanism that holds programs at system calls, and passes on the answers."""
+
+    # One call
+
+    def is_waiting(self, call: InterceptedCall) -> bool:
+        """Return whether a call still waits.
+
+        Then whatever was read of the process with this number was read of the caller.
+        """
+
+    def answer(self, call: InterceptedCall, value: int) -> None:
+        """Let a call return ``value``, or fail if ``value`` is a negative errno.
+
+        Raises CallInterrupted.
+        """
+
+    def conclude(self, call: InterceptedCall, value: int) -> None:
+        """Answer a call that has taken effect: a signal must not cause it to be served twice.
+
+        If the thread is interrupted before it has ``value``, it gets it by repeating the call.
+        """
+
+    def let_through(self, call: InterceptedCall) -> None:
+        """Let the kernel perform a call.  Raises CallInterrupted.
+
+        What its arguments point to may have changed since it was checked: a call that must not
+        happen is never let through.
+        """
+
+    def create_socket(
+        self,
+        call: InterceptedCall,
+        type_: int,
+        data_calls: Served | None,
+        created: Callable[[int, int], None],
+    ) -> None:
+        """Give the process a new unix socket, and let the call return its number.
+
+        ``type_`` may include SOCK_NONBLOCK and SOCK_CLOEXEC.  ``created`` is called with the
+        socket's inode and cookie before the program can use it.  The rest is as in
+        :meth:`answer_with_descriptor`.
+        """
+
+    def answer_with_descriptor(
+        self, call: InterceptedCall, fd: int, close_on_exec: bool, data_calls: Served | None
+    ) -> None:
+        """Give the process a copy of ``fd``, and let the call return its number.
+
+        The number is the lowest free one, as POSIX requires.  With ``data_calls``, data calls on
+        it are intercepted before the program can make one.
+
+        Raises CallInterrupted; OSError EMFILE; OSError EPERM if ``data_calls`` are those of a
+        datagram socket, which is useless without, and cannot be intercepted.
+        """
+
+    def intercepts_data(self, call: InterceptedCall, data_calls: Served, inode: int) -> bool:
+        """Return whether data calls on the socket in the first argument are intercepted.
+
+        If False, their interception has begun, and the thread repeats the call afterwards.
+        True also if they cannot be intercepted.  Raises CallInterrupted.
+        """
+
+    def duplicate(self, pid: int, fd: int) -> int:
+        """Return a copy of a thread's descriptor.
+
+        The thread waits in a call; check afterwards that it still does.  Raises OSError EBADF;
+        CallInterrupted.
+        """
+
+    def suspend(
+        self,
+        call: InterceptedCall,
+        interruption: Interruption,
+        interrupted: Callable[[], None],
+    ) -> None:
+        """Let a thread wait while its call's handler does.
+
+        ``interrupted`` is called once if a signal ends the call before :meth:`resume`.
+        """
+
+    def resume(self, call: InterceptedCall, run: Callable[[], None]) -> bool:
+        """End :meth:`suspend`; return whether the call's handler may run now.
+
+        If False, ``run`` is called when it may, or ``interrupted`` of :meth:`suspend`.
+        """
+
+    # The programs
+
+    def begin(self, pid: int) -> None:
+        """Attach to the first process, which has its filter and waits in a system call.
+
+        Raises OSError: the program cannot be started.
+        """
+
+    async def intercept_inherited(self, pid: int, data_calls: Served, numbers: list[int]) -> None:
+        """Intercept data calls on sockets that the first process has inherited."""
+
+    def on_wait_status(self, pid: int, status: int) -> bool:
+        """Take what waitpid() reports; return False if it does not concern interception alone."""
+
+    def shut_down(self, inode: int) -> None:
+        """Shut down the socket with this inode in whichever process has it, if possible."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether processes are left that can make intercepted calls."""
+
+
+class Mechanism(Protocol):
+    """A kind of interceptor, with one half for each side of the fork."""
+
+    def install(self, architecture: Architecture, rules: Sequence[Rule]) -> list[int]:
+        """Put this process under a filter with ``rules``, irrevocably.
+
+        Returns the descriptors that the supervisor needs.  Raises OSError.
+        """
+
+    def intercept(self, descriptors: Sequence[int], surroundings: Surroundings) -> Interceptor:
+        """Return the supervisor's half, which owns the ``descriptors``."""
