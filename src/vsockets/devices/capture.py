@@ -73,8 +73,9 @@ class CaptureSink:
         length: int = 0,
         transport: bytes = b"",
     ) -> None:
-        """Send a record with ``length`` bytes of ``payload``; ``transport`` is the virtio
-        header.
+        """Send a record with ``length`` bytes of ``payload``.
+
+        ``transport`` is the packet's virtio header, if it has one.
         """
         whose = Transport.VIRTIO if transport else Transport.NONE
         header = encode_header(operation, source, destination, whose, len(transport)) + transport

@@ -470,9 +470,7 @@ class DeviceClient:
 
 
 def _receive(sock: socket.socket, flags: int) -> tuple[Record, int | None]:
-    """Receive a record and its descriptor; return a record with ENETDOWN at the end of the
-    stream.
-    """
+    """Receive a record and its descriptor; at end of file, return a record with ENETDOWN."""
     try:
         data, ancillary, _, _ = sock.recvmsg(RECORD_SIZE, _ONE_DESCRIPTOR, flags)
         return Record.decode(data), descriptor_in(ancillary)

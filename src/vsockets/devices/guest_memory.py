@@ -112,9 +112,7 @@ class GuestMemory:
         return self._view[start : start + size]
 
     def _select_region(self, address: int, size: int) -> None:
-        """Select the region of this range for :meth:`view`; the next range is mostly in the same
-        region.
-        """
+        """Select the region of this range for :meth:`view`: the next range is mostly in it, too."""
         index = bisect_right(self._starts, address) - 1
         if index >= 0 and size >= 0:
             region = self._regions[index]
@@ -142,8 +140,7 @@ class ScatterList:
         self.size = size
 
     def window(self, start: int, length: int) -> Sequence[memoryview]:
-        """Return views of ``length`` bytes from ``start`` on, or of as many as one system call
-        takes.
+        """Return views of ``length`` bytes from ``start`` on, as many as one system call takes.
 
         The caller ensures ``0 <= start``, ``0 < length`` and ``start + length <= size``.
         """

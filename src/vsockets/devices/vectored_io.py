@@ -23,10 +23,9 @@ def push(sock: socket.socket, views: Sequence[memoryview]) -> int:
 
 
 def pull(sock: socket.socket, views: Sequence[memoryview]) -> int | None:
-    """Fill ``views`` from ``sock``; return the bytes received, 0 at end of file, None without
-    data.
+    """Fill ``views`` from ``sock``; return the bytes received, or None without data.
 
-    A reset connection counts as end of file.
+    The result is 0 at end of file.  A reset connection counts as end of file.
     """
     try:
         return sock.recvmsg_into(views, 0, _TAKE)[0]

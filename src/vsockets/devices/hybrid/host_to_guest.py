@@ -31,8 +31,9 @@ class _Stream(SplicedPair):
 
 
 class HostToGuest:
-    """All host-to-guest streams of a device; ``make_connector`` prepares one connect to a guest
-    port.
+    """The host-to-guest streams of a device.
+
+    ``make_connector`` prepares one connect to a guest port.
     """
 
     def __init__(

@@ -21,8 +21,9 @@ _INTERRUPTIONS = ("suspend", "migrate", "ft-on", "power-off")
 
 
 class HybridMachine:
-    """Host side of one virtual machine; ``name`` is the monitor's socket in the current
-    directory.
+    """Host side of one virtual machine.
+
+    ``name`` is the monitor's socket, in the current directory.
     """
 
     def __init__(
@@ -49,9 +50,7 @@ class HybridMachine:
         return Connector(self._loop, self._name, port, self._wait, done)
 
     def _on_connection(self, port: int, fd: int) -> None:
-        """Hand a connection of the guest off to vsockd, which applies the policy and finds the
-        listener.
-        """
+        """Hand a connection of the guest off to vsockd, which finds the listener."""
         with socket.socket(fileno=fd) as sock:
             try:
                 self._fabric.hand_off(sock, (VMADDR_CID_HOST, port))
@@ -59,9 +58,7 @@ class HybridMachine:
                 log.warning("connection of the guest to port %d lost: %s", port, error)
 
     def _on_lost(self) -> None:
-        """Stop new connections after the link has closed; existing streams continue to their
-        end.
-        """
+        """Stop new connections after the link has closed; existing streams continue."""
         log.warning("no new connections: vsockd has closed the link")
         self._sockets.close()
         self._host_to_guest.close_when_idle(self._loop.stop)

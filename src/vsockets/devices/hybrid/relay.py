@@ -1,5 +1,4 @@
-"""``python -m vsockets.devices.hybrid.relay NAME FOLDER USER``: a relay of streams to unix
-sockets.
+"""Relay of streams to unix sockets: ``python -m vsockets.devices.hybrid.relay NAME FOLDER USER``.
 
 vsockd starts it for a guest whose ports are unix sockets named after NAME in a folder.  FOLDER is
 a descriptor of that folder, standard input the link to vsockd.  The relay receives streams to

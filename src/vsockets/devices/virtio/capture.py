@@ -1,4 +1,4 @@
-"""What the device's packets are in a capture, as Linux's vsockmon has them."""
+"""Capture records of virtio-vsock packets, as Linux's vsockmon makes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OPERATIONS = {
 
 
 def record(capture: CaptureSink, header: bytes, payload: Sequence[memoryview] = ()) -> None:
-    """A packet, to the guest or from it.  It is not to be believed: its payload may be shorter."""
+    """Record a packet to or from the guest, whose payload may be shorter than the header claims."""
     source_cid, cid, source_port, port, length, _, op, *_ = HEADER.unpack(header)
     operation = _OPERATIONS.get(op, Operation.UNKNOWN)
     if operation is not Operation.PAYLOAD:

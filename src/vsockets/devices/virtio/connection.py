@@ -1,22 +1,28 @@
-"""One connection's state machine, without any I/O.
+"""Connections of the virtio-vsock device: state machine, credit and socket of each.
 
-Two peers talk through it: the guest, in packets, and a socket of the host.
+A connection links the guest, which exchanges packets (virtio 1.3, 5.10.6), and a host socket.
 
-    state      begins with                                ends with
-    ASKED      the guest's REQUEST                        the host's answer: RESPONSE or RST
-    OFFERED    a connect of the host: REQUEST             the guest's RESPONSE or RST, or too late
-    OPEN       either's agreement                         see below
-    CLOSING    the host has ended both directions:        the guest's RST, or a while later ours
-               SHUTDOWN of both
-    GONE       RST, sent or received
+    state        entered with                          left with
+    PEER_INIT    the guest's REQUEST                   the fabric's reply: RESPONSE or RST
+    LOCAL_INIT   a connect from the host: REQUEST      the guest's RESPONSE or RST, or a timeout
+    ESTABLISHED  RESPONSE, in either direction         see below
+    CLOSING      the host's SHUTDOWN of both           the guest's RST; after a timeout the
+                 directions                            device's RST
+    CLOSED       RST, sent or received
 
-Each direction of an OPEN connection ends by itself.  Who will send no more says SHUTDOWN with
-SEND, who will receive no more says it with RECEIVE.  Once the guest has said both, and what it
-sent is passed on, RST is the answer that ends it all.  An RST is never answered by another: the
-two ports may belong to somebody else by then.
+A header names both ends by CID and port, and carries its sender's credit (:mod:`.credit`).  RW
+carries payload; CREDIT_UPDATE and CREDIT_REQUEST exchange credit alone.
 
-What is to be said to the guest waits in :attr:`Connection.say` until there is a buffer for it,
-each thing once; so a guest that offers no buffers cannot make it grow.
+Each direction of an ESTABLISHED connection ends separately.  SHUTDOWN with SEND announces that its
+sender sends nothing more, with RECEIVE that it receives nothing more.  Once the guest has announced
+both, and its payload is forwarded, the device sends RST, which ends the connection.  An RST is
+never answered with an RST: another connection may use the two ports by then.
+
+Packets for the guest wait in ``pending_tx`` until the guest has a buffer for them.  Each operation
+waits at most once, so a guest that provides no buffers cannot make the device's memory grow.
+
+Payload goes from guest memory to the socket without a copy.  Only what the socket does not accept
+is copied to a buffer, whose size the guest's credit bounds.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ _RECEIVE, _SEND = int(Shutdown.RECEIVE), int(Shutdown.SEND)
 
 
 class ConnectionState(Enum):
-    """Where in its life a connection is; the table above."""
+    """State of a connection; see the table above."""
 
     PEER_INIT = auto()
     LOCAL_INIT = auto()
@@ -41,7 +47,7 @@ class ConnectionState(Enum):
 
 
 class PendingTx(IntFlag):
-    """What waits to be said to the guest, the first one first."""
+    """Packets that wait for the guest, in the order in which they are sent."""
 
     REQUEST = 1
     RESPONSE = 2
@@ -52,18 +58,17 @@ class PendingTx(IntFlag):
 
 
 class Action(IntFlag):
-    """What is to be done on the host's side."""
+    """Actions of the host's side."""
 
     NOTHING = 0
-    ACCEPT = 1  #: tell who connects that the connection stands
-    REFUSE = 2  #: tell who connects that nobody listens
-    SHUTDOWN_WRITE = 4  #: the guest sends no more: pass on what there is, then the end
-    SHUTDOWN_READ = 8  #: the guest receives no more
-    CLOSE = 16  #: at once
+    ACCEPT = 1  #: report to the client that the connection is established
+    REFUSE = 2  #: report to the client that the connect was refused
+    SHUTDOWN_WRITE = 4  #: the guest sends nothing more: forward the rest, then end of file
+    SHUTDOWN_READ = 8  #: the guest receives nothing more
+    CLOSE = 16  #: close the socket at once
 
 
 _CREDIT, _CREDIT_REQUEST = int(PendingTx.CREDIT), int(PendingTx.CREDIT_REQUEST)
-# Names of our own: looking a member up in its enum costs as much as a short function.
 _ESTABLISHED, _CLOSING, _CLOSED = (
     ConnectionState.ESTABLISHED,
     ConnectionState.CLOSING,
@@ -81,7 +86,9 @@ _ORDER = (
 
 
 class Connection:
-    """Between the guest's port ``guest_port`` and ``peer``; ``size`` bytes are held for it."""
+    """Connection of the guest's port ``guest_port`` with ``peer``; its buffer has ``size``
+    bytes.
+    """
 
     __slots__ = (
         "guest_port",
@@ -104,24 +111,24 @@ class Connection:
         self.guest_port = guest_port
         self.send = SendCredit()
         self.receive = ReceiveCredit(size)
-        self.guest_shutdown = 0  #: of Shutdown: what the guest has said
-        self.host_shutdown = 0  #: what the host's side is done with
+        self.guest_shutdown = 0  #: directions that the guest has shut down (Shutdown)
+        self.host_shutdown = 0  #: directions that the host has shut down (Shutdown)
         self.pending_tx = int(PendingTx.REQUEST) if state is ConnectionState.LOCAL_INIT else 0
 
     # The host's side
 
     def accept(self) -> None:
-        """What the guest asked for was granted."""
+        """Establish a connection that the guest requested."""
         assert self.state is ConnectionState.PEER_INIT
         self.state = _ESTABLISHED
         self.pending_tx = int(PendingTx.RESPONSE)
 
     def refuse(self) -> None:
-        """It was not, or nobody listens: the guest's connect fails at once."""
+        """Refuse a connection that the guest requested; the guest's connect fails at once."""
         self.reset()
 
     def shut_down(self, flags: int) -> None:
-        """The host will not do any more what ``flags`` (Shutdown) say."""
+        """Shut down the directions ``flags`` (Shutdown) on behalf of the host."""
         ended = self.host_shutdown | flags
         if self.state is not _ESTABLISHED or ended == self.host_shutdown:
             return
@@ -131,50 +138,51 @@ class Connection:
             self.state = _CLOSING
 
     def on_forwarded(self, length: int) -> None:
-        """The host has taken ``length`` bytes of what the guest sent."""
+        """Account for ``length`` bytes that were forwarded to the host."""
         self.receive.forward(length)
         if self.receive.update_is_due(self.send.buffer):
             self.queue_credit_update()
 
     def queue_credit_update(self) -> None:
-        """The guest should know now how much it may send."""
+        """Queue a CREDIT_UPDATE."""
         if self.state is _ESTABLISHED:
             self.pending_tx |= _CREDIT
 
     def queue_credit_request(self) -> None:
-        """The guest should tell what it has passed on."""
+        """Queue a CREDIT_REQUEST."""
         self.pending_tx |= _CREDIT_REQUEST
 
     def reset(self) -> None:
-        """End it at once, and say so."""
+        """Close the connection at once and queue RST."""
         if self.state is not _CLOSED:
             self.state = _CLOSED
             self.pending_tx = int(PendingTx.RST)
 
     def discard(self) -> None:
-        """It has ended, and there is nobody to be told."""
+        """Close the connection without sending anything."""
         self.state = _CLOSED
         self.pending_tx = 0
 
     # The guest's side
 
     def on_payload(self, length: int) -> bool:
-        """RW of ``length`` bytes; returns whether they are to be passed on.
+        """Handle RW with ``length`` bytes; return whether to forward them.
 
-        A guest that sends what it has no credit for, or before or after its time, is reset.
+        A guest that sends without credit, or before or after its sending direction is open, is
+        reset.
         """
         if self.state is _ESTABLISHED and not self.guest_shutdown & _SEND:
             if self.receive.receive(length):
                 return not self.host_shutdown & _RECEIVE
             self.reset()
-        elif self.state is not _CLOSING:  # there it may be on its way since before
+        elif self.state is not _CLOSING:  # a packet sent before the guest's SHUTDOWN is valid
             self.reset()
         return False
 
     def on_packet(self, op: int, flags: int) -> Action:
-        """Any other packet of the guest; returns what to do for it."""
+        """Handle a packet of the guest other than RW; return the actions it requires."""
         if op == Op.CREDIT_UPDATE:
-            return Action.NOTHING  # the credit is in every header
+            return Action.NOTHING  # every header carries the credit
         if op == Op.CREDIT_REQUEST:
             self.queue_credit_update()
             return Action.NOTHING
@@ -210,14 +218,14 @@ class Connection:
         return action
 
     def on_all_forwarded(self) -> None:
-        """Nothing of what the guest sent is left here."""
+        """End the connection if the guest has shut it down; all its payload was forwarded."""
         if self.guest_shutdown == BOTH and self.state is _ESTABLISHED:
             self.reset()
 
     # Packets to the guest
 
     def next_packet(self) -> tuple[int, int] | None:
-        """The operation and flags of what is to be said next, if anything is."""
+        """Return operation and flags of the next packet without payload, or None."""
         pending = self.pending_tx
         if pending:
             for bit, op in _ORDER:
@@ -228,10 +236,10 @@ class Connection:
 
     @property
     def can_send(self) -> bool:
-        """Whether the guest takes payload, as far as credit allows."""
+        """Whether payload may be sent to the guest, apart from credit."""
         return self.state is _ESTABLISHED and not self.guest_shutdown & _RECEIVE
 
     @property
     def is_finished(self) -> bool:
-        """GONE, and the guest knows."""
+        """Whether the connection is CLOSED and nothing remains to be sent."""
         return self.state is _CLOSED and not self.pending_tx

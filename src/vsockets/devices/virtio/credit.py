@@ -1,14 +1,14 @@
 """Flow control by credit (virtio 1.3, 5.10.6.3).
 
-Both sides count bytes, modulo 2**32.  A sender counts what it sent (``tx_cnt``) and is told, in
-every packet, how large the receiver's buffer is (``buf_alloc``) and how much the receiver has
-passed on (``fwd_cnt``).  It may send what fits:
+Both sides count bytes, modulo 2**32.  A sender counts the bytes it sent (``tx_cnt``).  Every packet
+of the receiver announces its buffer size (``buf_alloc``) and its count of forwarded bytes
+(``fwd_cnt``).  The sender may send
 
     buf_alloc - (tx_cnt - fwd_cnt)
 
-The inner difference is what is on its way.  It is taken modulo 2**32, so a counter may wrap; and
-a receiver that lies (its count runs ahead, or backwards) has a huge amount on its way, so no
-credit at all, never too much.
+bytes.  The inner difference is the number of bytes in flight.  It is taken modulo 2**32, so that
+counters may wrap; and a receiver whose count runs ahead or backwards appears to have a huge number
+of bytes in flight, so that it gets no credit, never too much.
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ from .limits import VIRTIO_MERGED_PACKET_MAX_BYTES, VIRTIO_PACKET_OVERHEAD_BYTES
 _MODULUS_BITS = 0xFFFF_FFFF
 _HALF = 1 << 31
 
-#: Packets are counted in runs of a sixteenth of what fits.
+#: Packets are counted in runs of a sixteenth of the guest's limit.
 _RUNS = 16 * VIRTIO_PACKET_OVERHEAD_BYTES
 
-#: Unread packets are many when so many times that is the guest's buffer: half of what fits.
+#: Unread packets times this are at least the guest's buffer when half of its limit is reached.
 HALF_FULL_PACKET_BYTES = 2 * VIRTIO_PACKET_OVERHEAD_BYTES
 
 
 def distance(later: int, earlier: int) -> int:
-    """How far a counter came, from ``earlier`` to ``later``: 0 to 2**32 - 1."""
+    """Return the distance of a counter from ``earlier`` to ``later``: 0 to 2**32 - 1."""
     return later - earlier & _MODULUS_BITS
 
 
 class SendCredit:
-    """The bytes and packets that may be sent to the guest.
+    """Bytes and packets that may be sent to the guest.
 
-    A guest may count a packet that its program has not read as VIRTIO_PACKET_OVERHEAD_BYTES bytes
-    more than its
-    payload, and resets the connection when these are more than its buffer, although the
-    specification has bytes of payload alone.  So unread packets are counted here, too:
+    A guest may count each packet that its program has not read as VIRTIO_PACKET_OVERHEAD_BYTES
+    bytes beside the payload, and resets the connection when the sum exceeds its buffer, although
+    the specification counts payload only.  So unread packets are counted here, too:
 
-        one whose last byte the guest has not passed on (``fwd_cnt``) is unread
-        a small one may be part of the one before it (:data:`VIRTIO_MERGED_PACKET_MAX_BYTES`)
+        a packet is unread until the guest has forwarded its last byte (``fwd_cnt``)
+        a small one may be merged into the one before (:data:`VIRTIO_MERGED_PACKET_MAX_BYTES`)
 
-    A stream never has to wait for a reader because of its packets: when there are many, the rest
-    of its credit is spent in small ones, which the guest merges.
+    The number of packets never blocks a stream: when many are unread, the rest of the credit is
+    spent in small packets, which the guest merges.
     """
 
     __slots__ = (
@@ -53,30 +52,33 @@ class SendCredit:
     )
 
     def __init__(self) -> None:
-        self.buffer = 0  #: the guest's, in bytes
-        self.packets = 0  #: that may be unread; some that were read are counted for a while
+        self.buffer = 0  #: the guest's buffer size, in bytes
+        #: packets that may be unread; some that were read remain counted for a while
+        self.packets = 0
         self._sent = self._fwd = 0
-        self._end = 0  # the guest's count when it has read everything
-        self._runs: deque[tuple[int, int]] = deque()  # its count when it has read so many packets
-        self._run = 0  # packets after those
+        self._end = 0  # the guest's count once it has read everything
+        # (the guest's count once it has read a run, number of packets in the run)
+        self._runs: deque[tuple[int, int]] = deque()
+        self._run = 0  # packets after the last run
         self._room = 0  # bytes that the guest can merge into its last packet
-        self._full = self._requested = -1  # its count when it was full, and when it was asked
+        # the guest's count when it was full, and when a CREDIT_REQUEST was sent
+        self._full = self._requested = -1
 
     def update(self, buf_alloc: int, fwd_cnt: int) -> None:
-        """Take what the guest says of its buffer, in any of its packets."""
+        """Store the guest's buffer size and count, which every packet of the guest carries."""
         self.buffer = buf_alloc
         self._fwd = fwd_cnt
 
     def available(self) -> int:
-        """Return the bytes that may be sent now."""
-        # distance() without the call, here and below: it is asked for every packet.
+        """Return the number of bytes that may be sent now."""
+        # distance() inlined here and below: this runs for every packet.
         free = self.buffer - (self._sent - self._fwd & _MODULUS_BITS)
         return free if free > 0 and self._fwd != self._full else 0
 
     def spend(self, length: int, packets: int = 1, room: int = 0) -> None:
-        """``length`` bytes were sent, at most :meth:`available`, in ``packets``.
+        """Account for ``length`` sent bytes, at most :meth:`available`, in ``packets`` packets.
 
-        ``room`` is what is left of the guest's buffer for the last one, if the guest may merge the
+        ``room`` is the free part of the last packet's guest buffer, if the guest may merge the
         next packet into it.
         """
         if self._fwd == self._end:
@@ -102,17 +104,18 @@ class SendCredit:
             self._run = 0
 
     def packet_size(self, room: int) -> int:
-        """Return how many bytes each of a stream's next packets may have, if the guest's buffers
-        take ``room``: these, VIRTIO_MERGED_PACKET_MAX_BYTES, or 0 when it must wait for the guest.
+        """Return the maximum payload of a stream's next packets.
 
-        To be called when the guest has :data:`MANY` unread packets.
+        ``room`` is the payload that a guest buffer takes.  The result is ``room``, or
+        VIRTIO_MERGED_PACKET_MAX_BYTES when many packets are unread, or 0 when the guest must read
+        first.  Call it when half of the guest's limit is reached (:data:`HALF_FULL_PACKET_BYTES`).
         """
         self._discard_read()
         limit = self._limit
         if self.packets >= limit:
             self._full = self._fwd
             return 0
-        # Packets that the rest of the credit takes, merged by the guest; and one that is not full.
+        # Packets for the rest of the credit, merged by the guest, and one that is partly filled.
         rest = self.available() // max(room - VIRTIO_MERGED_PACKET_MAX_BYTES, 1) + 2
         return (
             VIRTIO_MERGED_PACKET_MAX_BYTES
@@ -121,11 +124,11 @@ class SendCredit:
         )
 
     def admits_message(self, packets: int) -> bool:
-        """Return whether a message of ``packets`` may be sent; if not, it must wait."""
+        """Return whether a message of ``packets`` packets may be sent now."""
         if (self.packets + packets) * VIRTIO_PACKET_OVERHEAD_BYTES <= self.buffer:
             return True
         self._discard_read()
-        # A message is sent whole: the guest reads nothing of it before.
+        # A message is sent whole: the guest reads no part of it before the end.
         if self.packets and self.packets + packets > self._limit:
             self._full = self._fwd
             return False
@@ -134,7 +137,8 @@ class SendCredit:
     def admits_empty_message(self) -> bool:
         """Return whether a message without content may be sent.
 
-        The guest never says that it was read, so room is kept for those of which it does.
+        The guest never reports that it was read, so room is kept for messages whose reading it
+        reports.
         """
         self._discard_read()
         return self.packets < self._limit // 2
@@ -145,13 +149,11 @@ class SendCredit:
         return self._full == self._fwd
 
     def retry(self) -> None:
-        """Have it found out anew whether it is full."""
+        """Check again at the next packet whether the guest is full."""
         self._full = -1
 
     def take_request_due(self) -> bool:
-        """Return whether the guest was not asked for its credit since it passed something on;
-        it is taken as asked now.
-        """
+        """Return whether a CREDIT_REQUEST is due: one for each count that the guest announces."""
         if self._requested == self._fwd:
             return False
         self._requested = self._fwd
@@ -159,11 +161,11 @@ class SendCredit:
 
     @property
     def _limit(self) -> int:
-        """Unread packets the guest can hold: one in any case, else nothing could be sent."""
+        """Unread packets that the guest can hold: at least one, else nothing could be sent."""
         return self.buffer // VIRTIO_PACKET_OVERHEAD_BYTES or 1
 
     def _discard_read(self) -> None:
-        """Count no packets that the guest has read."""
+        """Drop the packets that the guest has read from the count."""
         if self._fwd == self._end:
             self._discard_all()
         runs = self._runs
@@ -177,7 +179,7 @@ class SendCredit:
 
 
 class ReceiveCredit:
-    """What the guest may send: a buffer of ``size`` bytes."""
+    """Bytes that the guest may send, into a buffer of ``size`` bytes."""
 
     __slots__ = ("_announced", "_forwarded", "_received", "size")
 
@@ -187,37 +189,37 @@ class ReceiveCredit:
 
     @property
     def held(self) -> int:
-        """Bytes received and not passed on."""
+        """Bytes received and not yet forwarded."""
         return distance(self._received, self._forwarded)
 
     def receive(self, length: int) -> bool:
-        """``length`` bytes came; False when the guest had no credit for them."""
+        """Account for ``length`` received bytes; return False without credit for them."""
         if length > self.size - (self._received - self._forwarded & _MODULUS_BITS):
             return False
         self._received = self._received + length & _MODULUS_BITS
         return True
 
     def forward(self, length: int) -> None:
-        """``length`` bytes of those held were passed on."""
+        """Account for ``length`` forwarded bytes."""
         self._forwarded = self._forwarded + length & _MODULUS_BITS
 
     def announce(self) -> int:
-        """The count for a packet that is about to be sent."""
+        """Return the count of forwarded bytes for a packet that is sent now."""
         self._announced = self._forwarded
         return self._forwarded
 
     @property
     def unannounced(self) -> int:
-        """Bytes passed on that the guest does not know of."""
+        """Forwarded bytes that were not yet announced to the guest."""
         return distance(self._forwarded, self._announced)
 
     def update_is_due(self, guest_buffer: int) -> bool:
-        """Whether the guest should be told, though nothing else is to be sent.
+        """Return whether to send a CREDIT_UPDATE.
 
-        It must be before the guest believes that there is no room.  Linux 7.3 never has more
-        on its way than fits ``guest_buffer``, a buffer of its own size.  Until half of
-        the smaller one was passed on since the guest was told, it knows of the other half that
-        it is free, or will be without a word: enough to go on with while we wake up.
+        The guest must know of free room before it considers the buffer full.  Linux 7.3 never has
+        more bytes in flight than ``guest_buffer``, its own buffer size.  Until half of the smaller
+        buffer was forwarded since the last announcement, the guest knows that the other half is
+        free or will be: enough to continue while the device wakes up.
         """
         size = guest_buffer if guest_buffer < self.size else self.size
         return (self._forwarded - self._announced & _MODULUS_BITS) * 2 >= size

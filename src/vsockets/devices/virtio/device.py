@@ -1,4 +1,4 @@
-"""The virtio-vsock device: its queues, its connections, and the host's sockets behind them."""
+"""The virtio-vsock device: its queues, its connections, and their sockets on the host."""
 
 from __future__ import annotations
 
@@ -48,13 +48,12 @@ log = logging.getLogger(__name__)
 
 RECEIVE, TRANSMIT, EVENT = range(3)
 
-# Names of our own: looking a member up in its enum costs as much as a short function.
 _ESTABLISHED, _CLOSING, _CLOSED = (
     ConnectionState.ESTABLISHED,
     ConnectionState.CLOSING,
     ConnectionState.CLOSED,
 )
-#: An eventfd that nobody reads: each time something is added to it is news.
+#: An eventfd that is never read: edge-triggered, each write is reported.
 _EACH_KICK = select.EPOLLIN | select.EPOLLET
 _READING = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _WRITING = _READING | select.EPOLLOUT
@@ -64,7 +63,7 @@ _PEER_CLOSED = select.EPOLLHUP | select.EPOLLERR
 
 
 class Fabric(Protocol):
-    """Where the guest's connects go."""
+    """Destination of the guest's connects."""
 
     def connect(
         self,
@@ -75,12 +74,12 @@ class Fabric(Protocol):
     ) -> Callable[[], None]:
         """Connect from the guest's ``port``; ``done`` gets the established socket, or None.
 
-        Returns what gives the attempt up; ``done`` is not called then.
+        Return a function that abandons the attempt; ``done`` is not called then.
         """
 
 
 class VirtioVsock:
-    """The device of the guest ``cid``, as :class:`vsockets.devices.vhost_user.session.Device`."""
+    """The virtio-vsock device of the guest ``cid``; see :class:`.vhost_user.session.Device`."""
 
     features = F_STREAM | F_SEQPACKET | F_VERSION_1 | F_IN_ORDER
     features |= F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_RING_PACKED
@@ -95,14 +94,13 @@ class VirtioVsock:
         self.capture = CaptureSink(loop)
         self._in_use = 0
         self._vrings: dict[int, Vring] = {}
-        self._bases: dict[int, int] = {}  # where a ring was when it was last stopped
+        self._bases: dict[int, int] = {}  # positions of stopped rings
         self._receive: ReceiveQueue | None = None
         self._transmit: TxPoll | None = None
         self._events: Ring | None = None
-        self._ready_connections: deque[VirtioConnection] = (
-            deque()
-        )  # those with something for the guest
-        self._resets: deque[bytes] = deque()  # for nobody's connection
+        #: with packets for the guest, in the order of their turns
+        self._ready_connections: deque[VirtioConnection] = deque()
+        self._resets: deque[bytes] = deque()  # encoded RSTs without a connection
         self._replies: dict[VirtioConnection, Callable[[int], None]] = {}
         self._attempts: dict[VirtioConnection, Callable[[], None]] = {}
         self._busy = False
@@ -111,7 +109,7 @@ class VirtioVsock:
         loop.watch_for(self._poll_event, self.poll, _EACH_KICK)
 
     def close(self) -> None:
-        """Let go of everything; the rings have been stopped."""
+        """Release all resources; the rings have been stopped."""
         self._discard_connections()
         self._loop.unwatch(self._poll_event)
         os.close(self._poll_event)
@@ -120,17 +118,17 @@ class VirtioVsock:
     # vhost-user
 
     def configuration(self) -> bytes:
-        """The guest's CID."""
+        """Return the configuration space: the guest's CID."""
         return CONFIGURATION.pack(self.cid)
 
     def set_features(self, features: int) -> None:
-        """As :class:`.session.Device` says."""
+        """Implement :class:`.session.Device`."""
         self._in_use = features
 
     def start_ring(self, index: int, vring: Vring, addresses: tuple[int, int, int]) -> None:
-        """As :class:`.session.Device` says."""
+        """Implement :class:`.session.Device`."""
         if self._bases.pop(index, vring.base) != vring.base:
-            log.info("the guest has started anew")
+            log.info("the guest has restarted")
             self._discard_connections()
         kind = PackedRing if self._in_use & F_RING_PACKED else SplitRing
         event_index = bool(self._in_use & F_RING_EVENT_IDX)
@@ -148,13 +146,13 @@ class VirtioVsock:
             self._transmit = TxPoll(self._loop, queue, vring, self.poll)
         else:
             self._events = ring
-        # What was offered before anybody looked is announced by no kick.
+        # Buffers that the driver added before the device watched are announced by no kick.
         self._schedule_poll()
 
     def stop_ring(self, index: int) -> int:
-        """As :class:`.session.Device` says."""
+        """Implement :class:`.session.Device`."""
         vring = self._vrings.pop(index, None)
-        if vring is None:  # it was given up
+        if vring is None:  # it was disabled
             return self._bases[index]
         assert vring.kick is not None
         self._loop.unwatch(vring.kick)
@@ -174,7 +172,7 @@ class VirtioVsock:
         return base
 
     def reset(self) -> None:
-        """As :class:`.session.Device` says."""
+        """Implement :class:`.session.Device`."""
         self._discard_connections()
         self._bases.clear()
 
@@ -187,10 +185,10 @@ class VirtioVsock:
         port: int,
         reply: Callable[[int], None],
     ) -> None:
-        """Connect ``sock``, whose far end is ``peer``, to the guest's ``port``.
+        """Connect ``sock`` to the guest's ``port``; take ownership of ``sock``.
 
-        ``sock`` becomes the device's.  ``answer`` is called with 0 when the guest accepts, else
-        with the errno for who connects; then ``sock`` is the connection, or is closed.
+        ``peer`` is the CID and port of the other end.  ``reply`` is called with 0 when the guest
+        accepts, else with the client's errno; then ``sock`` is the connection, or is closed.
         """
         key = (*peer, port)
         if (
@@ -215,7 +213,7 @@ class VirtioVsock:
         self._process()
 
     def reset_connections(self) -> None:
-        """What happened to the machine, no connection outlives: suspension, migration."""
+        """Reset all connections after an event that none survives: suspension, migration."""
         if self._events is not None and self._send_transport_reset():
             self._discard_connections()
             return
@@ -229,22 +227,20 @@ class VirtioVsock:
 
     @property
     def backpressured(self) -> bool:
-        """Whether the guest's packets wait until it has taken some of ours."""
+        """Whether the guest's packets must wait until the guest has received some."""
         return len(self._resets) >= VIRTIO_WAITING_RESETS_MAX
 
     def _schedule_poll(self) -> None:
-        """Another turn, after everybody else's."""
+        """Schedule another turn after other ready descriptors."""
         os.eventfd_write(self._poll_event, 1)
 
     def poll(self, events: int = 0) -> None:
-        """Take what the guest sent, and give it what there is, both for a turn; for ``events``
-        of an eventfd, or without one.
-        """
+        """Receive from the guest and send to it for one turn, with or without a kick."""
         self._process(self._transmit)
 
     def _process(self, transmit: TxPoll | None = None) -> None:
-        """Give the guest what there is; before that take what it sent, from ``transmit``."""
-        if self._busy:  # what is asked for within a turn is part of it
+        """Receive packets from ``transmit``, if given, then send pending packets."""
+        if self._busy:  # a request within a turn is part of it
             return
         self._busy = True
         try:
@@ -261,7 +257,7 @@ class VirtioVsock:
             self._busy = False
 
     def _send_pending(self) -> None:
-        """Send the guest what there is, as long as it has buffers."""
+        """Send pending packets as long as the guest has buffers."""
         queue, ready = self._receive, self._ready_connections
         if queue is None:
             return
@@ -276,7 +272,7 @@ class VirtioVsock:
             connection.queued = False
             if queue.send(connection) and self._transmit is not None:
                 self._transmit.coalescing.on_reply()
-            if queue.publish():  # the guest works on these while we fetch more
+            if queue.publish():  # the guest handles these while the device fetches more
                 self._vrings[RECEIVE].call()
             if connection.pending_tx and connection.send.is_full and not connection.credit_retry:
                 connection.credit_retry = True
@@ -296,7 +292,10 @@ class VirtioVsock:
             self._schedule_poll()
 
     def _retry_credit(self, connection: VirtioConnection) -> None:
-        """Linux says when packets are read; other guests need not before half of them is."""
+        """Request credit again after a while.
+
+        Linux reports when packets are read; other guests may wait until half of them are.
+        """
         connection.credit_retry = False
         if connection.state is _ESTABLISHED and connection.send.is_full:
             connection.send.retry()
@@ -304,15 +303,15 @@ class VirtioVsock:
             self._process()
 
     def _disable_ring(self, index: int, error: RingError) -> None:
-        """The driver has broken a ring.  It harms itself, and nobody else."""
-        log.warning("context %d: ring %d is given up: %s", self.cid, index, error)
+        """Disable a ring after an error of the driver, which harms only its own guest."""
+        log.warning("context %d: ring %d disabled: %s", self.cid, index, error)
         vring = self._vrings[index]
         self.stop_ring(index)
         vring.report_error()
         self._discard_connections()
 
     def _send_transport_reset(self) -> bool:
-        """Tell the guest that all connections are gone; False when it does not listen."""
+        """Send TRANSPORT_RESET; return False when the guest provides no event buffer."""
         ring, vring = self._events, self._vrings[EVENT]
         assert ring is not None
         try:
@@ -321,7 +320,7 @@ class VirtioVsock:
                 return False
             head, _, parts = chain
             if not parts or len(parts[0]) < len(TRANSPORT_RESET):
-                raise RingError("a buffer of the event queue that takes no event")
+                raise RingError("buffer in the event queue without room for an event")
             parts[0][: len(TRANSPORT_RESET)] = TRANSPORT_RESET
             ring.push(head, len(TRANSPORT_RESET))
             if ring.publish():
@@ -333,7 +332,7 @@ class VirtioVsock:
     # Packets of the guest, as TransmitQueue's receiver
 
     def receive(self, header: Header, connection: VirtioConnection | None) -> None:
-        """As :class:`.transmit_queue.Receiver` says."""
+        """Implement :class:`.tx.Receiver`."""
         if connection is None or connection.type != header.type or header.src_cid != self.cid:
             if header.op == Op.REQUEST and connection is None and header.src_cid == self.cid:
                 self._request(header)
@@ -344,7 +343,8 @@ class VirtioVsock:
             ConnectionState.CLOSING,
             ConnectionState.CLOSED,
         ):
-            # The guest has forgotten the old connection; so do we, as its RST would hit the new.
+            # The guest has dropped the old connection; drop it, too, as its RST would hit the new
+            # one.
             connection.discard()
             self._close_host_side(connection)
             self._remove(connection)
@@ -356,7 +356,7 @@ class VirtioVsock:
         self.mark_dirty(connection)
 
     def mark_dirty(self, connection: VirtioConnection) -> None:
-        """As :class:`.transmit_queue.Receiver` says."""
+        """Implement :class:`.tx.Receiver`."""
         state = connection.state
         if state is not _ESTABLISHED and (state is _CLOSED or state is _CLOSING):
             self._close_host_side(connection)
@@ -364,7 +364,7 @@ class VirtioVsock:
                 self._remove(connection)
                 return
         elif connection.has_backlog != connection.watches_writable:
-            # A socket nearly always has room: that is news only if something waits for it.
+            # Watch for room only while payload waits: a socket nearly always has room.
             connection.watches_writable = connection.has_backlog
             assert connection.sock is not None
             events = _WRITING if connection.watches_writable else _READING
@@ -411,7 +411,7 @@ class VirtioVsock:
         self._loop.watch_for(sock.fileno(), partial(self._on_ready, connection), _READING)
 
     def _refuse(self, header: Header) -> None:
-        """An RST, in answer to something that is no RST and has no connection."""
+        """Queue RST as the reply to a packet that is not RST and has no connection."""
         reply = Header(
             header.dst_cid, header.src_cid, header.dst_port, header.src_port,
             type=header.type, op=Op.RST,
@@ -448,7 +448,7 @@ class VirtioVsock:
     # Ends
 
     def _time_out(self, connection: VirtioConnection, state: ConnectionState) -> None:
-        """It has been in this state for too long."""
+        """Reset a connection that is still in ``state`` after its timeout."""
         if (
             connection.state is state
             and self.connections.get((*connection.peer, connection.guest_port)) is connection
@@ -458,7 +458,7 @@ class VirtioVsock:
             self._process()
 
     def _close_host_side(self, connection: VirtioConnection) -> None:
-        """Close the host's side."""
+        """Close the host's side of a connection."""
         cancel = self._attempts.pop(connection, None)
         if cancel is not None:
             cancel()
@@ -476,7 +476,7 @@ class VirtioVsock:
             del self.connections[key]
 
     def _discard_connections(self) -> None:
-        """They are no more, and the guest knows."""
+        """Drop all connections without sending anything: the guest has dropped them, too."""
         for connection in list(self.connections.values()):
             connection.discard()
             self._close_host_side(connection)

@@ -1,7 +1,7 @@
-"""A connection with the host's socket it ends in: payload of the guest, passed on to it.
+"""A connection with its host socket: forwarding of the guest's payload.
 
-Payload goes straight from the guest's memory to the socket.  Only what the socket does not take
-is kept, in a buffer that the guest's credit bounds.
+Payload goes from guest memory to the socket without a copy.  Only what the socket does not accept
+is copied to a buffer, whose size the guest's credit bounds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .connection import Connection, ConnectionState
 from .limits import VIRTIO_WAITING_MESSAGES_MAX
 from .packet import Sequenced, Shutdown, Type
 
-#: Socket types of the host for the guest's, and back.
+#: The host's socket types for virtio's types, and the reverse.
 SOCKET_TYPES = {Type.STREAM: SOCK_STREAM, Type.SEQPACKET: SOCK_SEQPACKET}
 VSOCK_TYPES = {int(kind): type_ for type_, kind in SOCKET_TYPES.items()}
 
@@ -40,7 +40,7 @@ _SEQPACKET = int(Type.SEQPACKET)
 
 
 class VirtioConnection(Connection):
-    """A connection and its socket, once there is one."""
+    """A connection and its socket, once it has one."""
 
     __slots__ = (
         "_backlog",
@@ -67,39 +67,41 @@ class VirtioConnection(Connection):
     ) -> None:
         super().__init__(state, type_, peer, guest_port, size)
         self.sock: socket.socket | None = None
-        self.readable = False  #: the socket may have something for the guest
-        self.read_closed = False  #: and nothing will come after it
-        self.peer_closed = False  #: nor will anything sent there be read
-        self.queued = False  #: it waits for its turn
-        self.watched = False  #: whether the loop watches the socket
-        self.watches_writable = False  #: and for room, too
-        self.burst = 2  #: buffers of the guest it is given in one turn
-        self.unsent = memoryview(b"")  #: what is left of a message for the guest
-        self.ends_record = False  #: with the end of that message
-        self.credit_retry = False  #: a while later, for the guest's credit
-        self.credit_needed = 1  #: credit without which nothing can be sent, in bytes
-        self._backlog = bytearray()  # what the socket had no room for
-        self._message = bytearray()  # of type SEQPACKET: a message that has not ended
-        # Of the messages that wait: how long each is, and whether it ends a record.
+        self.readable = False  #: the socket may have data for the guest
+        self.read_closed = False  #: the peer has shut down its sending direction
+        self.peer_closed = False  #: the peer has closed the socket
+        self.queued = False  #: waits in the device's queue of ready connections
+        self.watched = False  #: the loop watches the socket
+        self.watches_writable = False  #: the loop watches the socket for room, too
+        self.burst = 2  #: guest buffers that it may fill in one turn
+        self.unsent = memoryview(b"")  #: unsent rest of a message for the guest
+        self.ends_record = False  #: the end of that message also ends a record
+        self.credit_retry = False  #: a retry for the guest's credit is scheduled
+        self.credit_needed = 1  #: bytes of credit without which nothing can be sent
+        self._backlog = bytearray()  # payload for which the socket had no room
+        self._message = bytearray()  # SEQPACKET: a message whose end has not arrived
+        # SEQPACKET: length of each waiting message, and whether it ends a record.
         self._message_lengths: deque[tuple[int, int]] = deque()
         self._marker: list[tuple[int, int, bytes]] = []
         self._write_shut = False
 
     def attach(self, sock: socket.socket, marker: int) -> None:
-        """``sock`` is the host's end; it becomes the link's.
+        """Attach the host's socket and take ownership of it.
 
-        A unix socket carries no MSG_EOR: a message that ends a record goes with a descriptor,
-        ``marker`` (``supervisor/calls/seqpacket_eor.py`` has the other side).
+        A unix socket carries no MSG_EOR: a message that ends a record is sent with the descriptor
+        ``marker`` (``supervisor/calls/seqpacket_eor.py`` receives it).
         """
         self.sock = sock
         self._marker = [(SOL_SOCKET, SCM_RIGHTS, _FD.pack(marker))]
         self.readable = True
-        # Room for all the credit, so that what the guest sends need not be kept here; and a
-        # sequenced packet goes in one piece or not at all.
+        # Room for all of the guest's credit, so that nothing need be kept here; a sequenced packet
+        # is accepted whole or not at all.
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, self.receive.size)
 
     def enlarge_buffer(self, size: int) -> None:
-        """The host's end has room for ``size`` bytes; what the guest was promised it keeps."""
+        """Raise the buffer to ``size`` bytes; a smaller size is ignored, as credit cannot
+        shrink.
+        """
         if size > self.receive.size:
             self.receive.size = size
             if self.sock is not None:
@@ -107,7 +109,7 @@ class VirtioConnection(Connection):
             self.queue_credit_update()
 
     def close(self) -> None:
-        """Close the socket, and drop what was to go there."""
+        """Close the socket and discard data for it."""
         if self.sock is not None:
             self.sock.close()
             self.sock = None
@@ -119,7 +121,7 @@ class VirtioConnection(Connection):
 
     @property
     def has_output(self) -> bool:
-        """Whether there is, or may be, something for the guest, and it may be sent now."""
+        """Whether the guest can be sent something now."""
         if self.pending_tx:
             return True
         if not self.readable:
@@ -131,9 +133,9 @@ class VirtioConnection(Connection):
     # To the host
 
     def forward(self, parts: Sequence[memoryview], length: int) -> None:
-        """A stream's next ``length`` bytes, which :meth:`take` has granted."""
+        """Forward ``length`` bytes of a stream, which :meth:`on_payload` has accepted."""
         sock, sent = self.sock, 0
-        if sock is None:  # reset, by something the guest sent along
+        if sock is None:  # reset because of an earlier packet of this turn
             return
         if not self._backlog:
             try:
@@ -147,7 +149,7 @@ class VirtioConnection(Connection):
             self.on_forwarded(sent)
 
     def forward_fragment(self, parts: Sequence[memoryview], length: int, flags: int) -> None:
-        """A part of a message, which :meth:`take` has granted."""
+        """Forward a fragment of a message, which :meth:`on_payload` has accepted."""
         for part in parts:
             self._message += part
         if flags & _END_OF_MESSAGE:
@@ -161,18 +163,21 @@ class VirtioConnection(Connection):
         self._grant_message_credit()
 
     def _grant_message_credit(self) -> None:
-        """A message that has not ended holds its credit.  For the rest of it the guest needs all
-        other credit there is, however little of it was passed on."""
+        """Announce all free credit while a message is incomplete.
+
+        Its fragments hold credit until its end arrives, for which the guest needs all other
+        credit, however little of it was forwarded since the last announcement.
+        """
         if self._message and self.receive.unannounced:
             self.queue_credit_update()
 
     @property
     def has_backlog(self) -> bool:
-        """Whether the socket must be writable for something to go on."""
+        """Whether payload waits for room in the socket."""
         return bool(self._backlog or self._message_lengths)
 
     def flush(self) -> None:
-        """Pass on what waits, as far as there is room now."""
+        """Forward waiting payload as far as the socket has room."""
         sock, backlog = self.sock, self._backlog
         if sock is None:
             return
@@ -193,19 +198,19 @@ class VirtioConnection(Connection):
             return
         except ConnectionError:
             self._on_socket_closed(len(backlog))
-        except OSError:  # EMSGSIZE: the kernel's limit is lower than what we have promised
+        except OSError:  # EMSGSIZE: the kernel's limit is below the announced credit
             self.reset()
             return
         self.finish_if_drained()
 
     def finish_if_drained(self) -> None:
-        """After a change: end what has nothing more to pass on."""
+        """Shut down the socket once the guest's last payload was forwarded."""
         if self.guest_shutdown & _SHUT_SEND and not self._backlog and not self._message_lengths:
             self._shut_down_writing()
             self.on_all_forwarded()
 
     def shut_down_reading(self) -> None:
-        """The guest receives no more: who writes to it is told."""
+        """Shut down reading from the socket; writes of the peer fail."""
         if self.sock is not None:
             self.unsent = memoryview(b"")
             _shutdown(self.sock, SHUT_RD)
@@ -224,7 +229,7 @@ class VirtioConnection(Connection):
                 sent = 0
 
     def _on_socket_closed(self, length: int) -> None:
-        # Nobody reads there any more.
+        # The peer has closed the socket.
         self._backlog.clear()
         self._message_lengths.clear()
         self.shut_down(_SHUT_RECEIVE)
@@ -232,5 +237,5 @@ class VirtioConnection(Connection):
 
 
 def _shutdown(sock: socket.socket, how: int) -> None:
-    with contextlib.suppress(OSError):  # it has hung up, which is as good
+    with contextlib.suppress(OSError):  # the peer has closed, which has the same effect
         sock.shutdown(how)

@@ -1,45 +1,45 @@
-"""How many packets of a streaming guest are taken at a time.
+"""Coalescing of kicks from a streaming guest.
 
-A kick, the wake-up and the look at the ring cost more than passing on a packet.  A guest that
-streams can do without a kick for each: it is asked for one only when there are some packets
-more, and the device looks after them by itself in case no more come.
+A kick, the device's wake-up and reading the ring's index cost more than forwarding a packet.  A
+streaming guest need not kick for each packet: the device requests a kick only after some packets,
+and polls the ring by itself in case no further packets arrive.
 
-A guest streams when it has sent more than its credit without being answered: who waits for
-answers is never made to wait longer.  How many packets are taken at a time grows as long as they
-come in time, and falls to what there was when they did not.
+A guest streams when it has sent more than its credit without receiving payload, so that a guest
+that waits for replies is never delayed.  The number of packets per kick grows while they arrive in
+time, and falls to the number that did arrive otherwise.
 """
 
 from __future__ import annotations
 
 from .limits import VIRTIO_BUFFER_BYTES, VIRTIO_KICK_DELAY_SECONDS, VIRTIO_PACKETS_PER_KICK_MAX
 
-#: Of the guest's credit, so much may come at a time: then there is some left to go on with.
+#: Share of the guest's credit that one batch may use; the guest continues with the rest.
 _BATCH_BYTES_MAX = VIRTIO_BUFFER_BYTES * 3 // 4
 
-#: A look without a kick comes after so many times what the packets should have taken.
+#: Delay of the device's own poll, in multiples of the expected arrival time of a batch.
 _DELAY_FACTOR = 2
 
 
 class KickCoalescing:
-    """What the next kick is asked for, from what the last ones brought.
+    """Number of packets to announce with the next kick, from the recent arrival rate.
 
-    ``packets`` is how many must be there; if several, the device looks after ``delay`` seconds
-    without a kick.
+    ``packets`` is that number; if it is above 1, the device polls the ring after ``delay``
+    seconds.
     """
 
     def __init__(self) -> None:
         self.packets = 1
         self.delay = 0.0
-        self._bytes_since_reply = 0  # bytes since the guest was sent payload
+        self._bytes_since_reply = 0  # bytes since payload was last sent to the guest
         self._last_poll = 0.0
 
     def on_reply(self) -> None:
-        """The guest was sent payload."""
+        """Stop coalescing: payload was sent to the guest."""
         self._bytes_since_reply = 0
         self.packets = 1
 
     def on_packets(self, packets: int, length: int, now: float) -> None:
-        """A look at time ``now`` found ``packets`` with ``length`` bytes of payload."""
+        """Account for a poll at time ``now``: ``packets`` with ``length`` bytes of payload."""
         interval = max(now - self._last_poll, 1e-6) / max(packets, 1)
         self._last_poll = now
         self._bytes_since_reply += length

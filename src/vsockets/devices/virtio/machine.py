@@ -1,4 +1,4 @@
-"""One virtual machine's virtio-vsock, put together: the device, its fabric, and its life."""
+"""The virtio-vsock device of one virtual machine, connected to the fabric."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RECEIVE_FLAGS = int(MSG_DONTWAIT)
 
 
 class VirtioMachine:
-    """The device of the guest ``cid``, to be served by vhost-user."""
+    """Device of the guest ``cid``, to be served by vhost-user."""
 
     def __init__(
         self, loop: DeviceLoop, fabric: DeviceClient, cid: int, events: Events | None = None
@@ -35,7 +35,7 @@ class VirtioMachine:
         self.device.capture = fabric.capture
         fabric.on_connect = self._on_connect
         fabric.on_resized = self._on_resized
-        fabric.on_lost = lambda: log.warning("vsockd has gone: no new connections")
+        fabric.on_lost = lambda: log.warning("no new connections: vsockd has closed the link")
         if events is not None:
             subscribe(loop, fabric, events, self._on_event)
 
@@ -46,11 +46,11 @@ class VirtioMachine:
         peer: tuple[int, int],
         done: Callable[[socket.socket | None], None],
     ) -> Callable[[], None]:
-        """As :class:`.device.Fabric` says."""
+        """Implement :class:`.device.Fabric`."""
         try:
             sock = self._fabric.connect(port, peer, BufferSizes(), kind)
         except OSError as error:
-            log.info("no connection to %s: %s", peer, error)
+            log.info("connect to %s failed: %s", peer, error)
             done(None)
             return lambda: None
         self._loop.watch(sock.fileno(), lambda events: self._on_reply(sock, done))

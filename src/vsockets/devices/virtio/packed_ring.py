@@ -1,12 +1,12 @@
-"""The packed virtqueue (virtio 1.3, 2.8), from the device's side.
+"""The packed virtqueue (virtio 1.3, 2.8), device side.
 
-One table of descriptors, which driver and device go round in the same direction.  Each lap
-begins with another value of a bit, the wrap counter; two flags of a descriptor tell, by that
-value, whether it is available or used.  A used one is written over the first of its chain, and
-the next is written where the next chain begins: here, too, in the order they came.
+Driver and device walk through one table of descriptors in the same direction.  Each lap begins
+with the other value of a bit, the wrap counter; two flags of a descriptor show, by that value,
+whether it is available or used.  A used descriptor overwrites the first of its chain, and the next
+one is written where the next chain begins; this device uses chains in the order of their arrival.
 
-As in the split ring everything is the driver's, who may write it at any time.  Each flag,
-length and address is read once, into a value of our own, checked, and then used.
+As in the split ring, the driver can write every part at any time.  Each flag, length and address
+is read once into a Python integer, checked, and then used.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .ring import (
     ring_view,
 )
 
-_AVAILABLE, _USED = 1 << 7, 1 << 15  # of a descriptor's flags
+_AVAILABLE, _USED = 1 << 7, 1 << 15  # in the flags of a descriptor
 _STATE = _AVAILABLE | _USED
 
-# Of an event suppression structure: its flags are in the upper half, and say whether the other
-# side wants to be woken always, never, or by the descriptor of the lower half.
+# In an event suppression structure: the upper half selects whether the other side is notified
+# always, never, or at the descriptor in the lower half.
 _ALWAYS, _NEVER, _AT = 0, 1, 2
-_WRAP = 1 << 15  # of that half
+_WRAP = 1 << 15  # in the lower half
 
 _DESCRIPTOR = struct.Struct("<QIH")  # address, length, id; the flags were read before
 _read_descriptor = _DESCRIPTOR.unpack_from
@@ -43,11 +43,13 @@ _ID_BITS = 16
 
 
 class PackedRing:
-    """``size`` entries; ``addresses`` of the descriptors, the driver's and the device's event
-    suppression.  ``base`` is as vhost-user says it: where chains come from, and 16 bits further
-    up where they were used, each with the wrap counter.
+    """Packed ring of ``size`` entries.
 
-    RingError when that cannot be a ring.
+    ``addresses`` are those of the descriptors, the driver's and the device's event suppression.
+    ``base`` has vhost-user's form: the position of the next available chain, and 16 bits higher
+    that of the next used chain, each with the wrap counter.
+
+    Raises RingError when base or addresses are invalid.
     """
 
     def __init__(
@@ -63,27 +65,28 @@ class PackedRing:
         self._memory = memory
         self._size = size
         self._descriptors = ring_view(memory, descriptors, DESCRIPTOR.size * size, 16)
-        # Each is read and written whole, at its own alignment, in the machine's byte order.
+        # Aligned words, which are read and written whole, in the machine's byte order.
         self._lengths = self._descriptors.cast("I")
         self._words = self._descriptors.cast("H")
         self._driver = ring_view(memory, driver, 4, 4).cast("I")
         self._device = ring_view(memory, device, 4, 4).cast("I")
         self._event_index = event_index
-        # Positions count on and on; the first lap's wrap counter is 1, the next one's is 0.
+        # Positions increase without wrapping; the wrap counter of the first lap is 1, of the next
+        # 0.
         used = base >> 16
         if used & ~_WRAP >= size:
-            raise RingError(f"entry {used & ~_WRAP} of a ring of {size}")
+            raise RingError(f"invalid base {used & ~_WRAP} (expected less than {size})")
         self._next = (used & ~_WRAP) + (0 if used & _WRAP else size)
         self._pushed = self._published = self._next
         self._device[0] = _ALWAYS
 
     def _locate(self, position: int) -> tuple[int, int]:
-        """The index of a position, and its lap's wrap counter."""
+        """Return the index of a position, and the wrap counter of its lap."""
         lap, index = divmod(position, self._size)
         return index, not lap & 1
 
     def _is_available(self) -> int | None:
-        """The flags of the next descriptor if it is available."""
+        """Return the flags of the next descriptor if it is available."""
         index, wrap = self._locate(self._next)
         flags: int = self._words[index * 8 + 7]
         if flags & _STATE == (_AVAILABLE if wrap else _USED):
@@ -92,13 +95,16 @@ class PackedRing:
 
     @property
     def base(self) -> int:
-        """The next available entry, twice: all before it were used, too."""
+        """The position of the next entry to use, twice; all earlier entries were used."""
         index, wrap = self._locate(self._pushed)
         half = index | (_WRAP if wrap else 0)
         return half | half << 16
 
     def pop(self) -> Chain | None:
-        """As :meth:`.ring.Ring.pop`; the note is the buffer's id, and the chain's length."""
+        """Return the next available chain, or None.
+
+        Its head combines the buffer's id and the number of descriptors in the chain.
+        """
         found = self._is_available()
         if found is None:
             return None
@@ -113,7 +119,7 @@ class PackedRing:
                 count += 1
                 if flags & INDIRECT:
                     if count > 1 or flags & NEXT:
-                        raise RingError("an indirect table within a chain")
+                        raise RingError("indirect table within a chain")
                     for part in _INDIRECT.iter_unpack(
                         indirect_table(self._memory, address, length)
                     ):
@@ -123,11 +129,11 @@ class PackedRing:
                 if not flags & NEXT:
                     break
                 if count == self._size or count >= VIRTIO_CHAIN_DESCRIPTORS_MAX:
-                    raise RingError("an endless chain of descriptors")
+                    raise RingError("endless chain of descriptors")
                 index = index + 1 if index + 1 < self._size else 0
                 flags = self._words[index * 8 + 7]
         except BadAddress as error:
-            raise RingError(f"a buffer is not in memory: {error}") from None
+            raise RingError(f"buffer is not mapped: {error}") from None
         self._next += count
         return buffer | count << _ID_BITS, readable, writable
 
@@ -144,25 +150,25 @@ class PackedRing:
         if flags & WRITE:
             writable.append(self._view(address, length))
         elif writable:
-            raise RingError("a part to be read after one to be written")
+            raise RingError("readable descriptor after a writable one")
         else:
             readable.append(self._view(address, length))
 
     def rewind(self) -> None:
-        """As :meth:`.ring.Ring.rewind`."""
+        """Return to the first chain that was not pushed."""
         self._next = self._pushed
 
     def push(self, head: int, length: int) -> None:
-        """As :meth:`.ring.Ring.push`; the driver may see it at once."""
+        """Mark a chain as used, at once visible to the driver."""
         index, wrap = self._locate(self._pushed)
         self._lengths[index * 4 + 2] = length
         self._words[index * 8 + 6] = head & (1 << _ID_BITS) - 1
-        # The flags last: they hand it over.
+        # The flags last: they pass the descriptor to the driver.
         self._words[index * 8 + 7] = (_STATE if wrap else 0) | (WRITE if length else 0)
         self._pushed += head >> _ID_BITS
 
     def publish(self) -> bool:
-        """As :meth:`.ring.Ring.publish`."""
+        """Complete pushed chains; return whether the driver expects a notification."""
         old, new = self._published, self._pushed
         if old == new:
             return False
@@ -171,15 +177,15 @@ class PackedRing:
         wanted: int = self._driver[0]
         if wanted >> 16 != _AT:
             return wanted >> 16 != _NEVER
-        # The descriptor it waits for is in this lap or in the one before.  (Or it is in the next
-        # one, and is taken for one long ago: then it is woken once too often at most.)
+        # The awaited descriptor is in this lap or the one before.  (If it is in the next lap, it
+        # is taken for an old one, which causes one superfluous notification at most.)
         lap = new // self._size
         if bool(wanted & _WRAP) is bool(lap & 1):
             lap -= 1
         return old <= lap * self._size + (wanted & _WRAP - 1) < new
 
     def enable_notification(self, chains: int = 1) -> bool:
-        """As :meth:`.ring.Ring.want_kick`, as if a chain was one descriptor."""
+        """Request a kick after ``chains`` descriptors; return whether a chain is available now."""
         if self._event_index:
             ahead = min(chains, self._size >> 1 or 1) - 1
             index, wrap = self._locate(self._next + ahead)

@@ -1,4 +1,4 @@
-"""The packets of virtio-vsock (virtio 1.3, 5.10.6): the header, which is all there is to it."""
+"""Header of virtio-vsock packets (virtio 1.3, 5.10.6)."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import struct
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-#: source and destination CID, source and destination port, length of the payload, type,
-#: operation, flags, the sender's buffer and how much of what it received it has passed on.
+#: Source and destination CID, source and destination port, payload length, type, operation, flags,
+#: the sender's buffer size and its count of forwarded bytes.
 HEADER = struct.Struct("<QQIIIHHIII")
 HEADER_SIZE = HEADER.size
 
 #: The device's configuration space: the guest's CID.
 CONFIGURATION = struct.Struct("<Q")
 
-# Features of the device.
+# Feature bits of the device.
 F_STREAM = 1 << 0
 F_SEQPACKET = 1 << 1
-F_NO_IMPLIED_STREAM = 1 << 2
 
-#: What the event queue carries: every connection is gone, and the CID may be another.
+
+#: Event of the event queue: all connections are reset, and the CID may have changed.
 TRANSPORT_RESET = struct.pack("<I", 0)
 
 
 class Type(IntEnum):
-    """Of a connection."""
+    """Type of a connection."""
 
     STREAM = 1
     SEQPACKET = 2
 
 
 class Op(IntEnum):
-    """What a packet is for."""
+    """Operation of a packet."""
 
     REQUEST = 1
     RESPONSE = 2
@@ -43,7 +43,7 @@ class Op(IntEnum):
 
 
 class Shutdown(IntFlag):
-    """Flags of SHUTDOWN: what its sender will not do any more."""
+    """Flags of SHUTDOWN: the directions that its sender closes."""
 
     RECEIVE = 1
     SEND = 2
@@ -57,7 +57,7 @@ class Sequenced(IntFlag):
 
 
 class Header(NamedTuple):
-    """One header."""
+    """Header of a packet."""
 
     src_cid: int
     dst_cid: int
@@ -67,9 +67,9 @@ class Header(NamedTuple):
     type: int = Type.STREAM
     op: int = 0
     flags: int = 0
-    buf_alloc: int = 0  #: bytes the sender can hold
-    fwd_cnt: int = 0  #: bytes it has passed on so far, modulo 2**32
+    buf_alloc: int = 0  #: the sender's buffer size, in bytes
+    fwd_cnt: int = 0  #: bytes that the sender has forwarded, modulo 2**32
 
     def encode(self) -> bytes:
-        """The header's HEADER_SIZE bytes."""
+        """Encode the header."""
         return HEADER.pack(*self)

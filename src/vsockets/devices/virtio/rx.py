@@ -1,7 +1,7 @@
-"""The guest's receive queue: packets to the guest, into the buffers it has offered.
+"""The guest's receive queue: send packets in the buffers that the guest provides.
 
-A stream's bytes go from the host's socket straight into as many of the guest's buffers as it
-has credit for, by one system call; then each buffer gets its header.
+One system call moves a stream's bytes from the host's socket into as many of the guest's buffers
+as its credit allows; then each buffer gets its header.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _END_OF_MESSAGE, _END_OF_RECORD = int(Sequenced.END_OF_MESSAGE), int(Sequenced.E
 _PEEK_FLAGS = int(MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT)
 _RECEIVE_FLAGS = int(MSG_DONTWAIT)
 
-#: Buffers of the guest that one connection fills in one turn.
+#: Guest buffers that one connection fills in one turn.
 _SMALLEST_BURST, _LARGEST_BURST = 2, 16
 
 
-#: One chain of the guest's, understood: the ring's note of it, the header (None when it is in
-#: several parts, and then at the front of them), the other parts, and the bytes they take.
+#: A parsed chain: its head, the header (None when it spans several parts, which then come first),
+#: the other parts, and their size in bytes.
 _Buffer = tuple[int, memoryview | None, list[memoryview], int]
 
 
 def _parse(chain: Chain) -> _Buffer:
     head, readable, parts = chain
     if readable or not parts:
-        raise RingError("a buffer of the receive queue that is not to be written")
+        raise RingError("readable or empty buffer in the receive queue")
     first = parts[0]
     size = len(first)
     if size == HEADER_SIZE:
@@ -53,13 +53,13 @@ def _parse(chain: Chain) -> _Buffer:
     else:
         room = total_length(parts) - HEADER_SIZE
         if room < 0:
-            raise RingError("a buffer of the receive queue that takes no header")
+            raise RingError("buffer in the receive queue without room for a header")
         return head, None, parts, room
     return head, first, parts, len(parts[0]) if len(parts) == 1 else total_length(parts)
 
 
 class ReceiveQueue:
-    """Sends packets to the guest ``cid``."""
+    """Sender of packets to the guest ``cid``."""
 
     def __init__(self, ring: Ring, cid: int, capture: CaptureSink) -> None:
         self._ring = ring
@@ -68,26 +68,26 @@ class ReceiveQueue:
         self._buffers: deque[_Buffer] = deque()  # popped and not used yet
 
     def stop(self) -> int:
-        """Let go of the guest's memory; returns where to go on."""
+        """Release guest memory; return the ring's base."""
         self._ring.rewind()
         self._buffers.clear()
         self._ring.publish()
         return self._ring.base
 
     def publish(self) -> bool:
-        """Let the guest see its packets; returns whether it wants to be told."""
+        """Make sent packets visible; return whether the guest expects a notification."""
         return self._ring.publish()
 
     def prefetch(self) -> None:
-        """Understand the buffers of the next packets while nobody waits for them."""
+        """Parse the buffers of the next packets in advance."""
         self._fetch(_SMALLEST_BURST)
 
     def has_buffers(self) -> bool:
-        """Whether there is a buffer; if not, a kick will come with the next one."""
+        """Return whether a buffer is available; if not, request a kick for the next one."""
         return bool(self._fetch(1) or (self._ring.enable_notification() and self._fetch(1)))
 
     def send_raw(self, header: bytes) -> None:
-        """Send a packet without payload.  There is a buffer."""
+        """Send a packet without payload; a buffer is available."""
         head, position, parts, _ = self._buffers.popleft()
         if position is not None:
             position[:HEADER_SIZE] = header
@@ -98,7 +98,7 @@ class ReceiveQueue:
             record(self._capture, header)
 
     def send(self, connection: VirtioConnection) -> bool:
-        """Send what there is from ``link``, for a turn; returns whether payload was among it."""
+        """Send packets of ``connection`` for one turn; return whether they included payload."""
         while connection.pending_tx:
             if not self._fetch(1):
                 return False
@@ -123,7 +123,7 @@ class ReceiveQueue:
         )  # fmt: skip
 
     def _fetch(self, wanted: int) -> int:
-        """Have ``wanted`` buffers if the guest has offered so many; returns how many."""
+        """Fetch up to ``wanted`` buffers; return the number available."""
         buffers, pop = self._buffers, self._ring.pop
         while len(buffers) < wanted:
             chain = pop()
@@ -160,7 +160,7 @@ class ReceiveQueue:
         if room > credit:
             _trim(views, room - credit)
             room = credit
-        if not room:  # buffers for headers alone
+        if not room:  # buffers with room for headers only
             self._return_unused()
             return False
         received = pull(sock, views)
@@ -180,12 +180,12 @@ class ReceiveQueue:
             connection.burst = min(connection.burst * 2, _LARGEST_BURST)
             return True
         connection.burst = max(_SMALLEST_BURST, used)
-        # Less than there was room for: it is empty.  Only an end would not be announced again.
+        # Less than the room: the socket is empty.  Only end of file would not be reported again.
         connection.readable = connection.read_closed
         return True
 
     def _packet_size(self, connection: VirtioConnection) -> int:
-        """As :meth:`.credit.SendCredit.packet_size`; asks the guest what it has read."""
+        """Return the maximum payload of a packet; queue a CREDIT_REQUEST if the guest is full."""
         send = connection.send
         most = send.packet_size(self._buffers[0][3] or 1)
         if send.take_request_due() or send.is_full:
@@ -193,7 +193,7 @@ class ReceiveQueue:
         return most
 
     def _write_headers(self, connection: VirtioConnection, received: int) -> int:
-        """Write the headers of payload that is in the first buffers; returns how many."""
+        """Write the headers of payload in the first buffers; return the number of buffers."""
         buffers, push = self._buffers, self._ring.push
         cid, port = connection.peer
         size, announced = connection.receive.size, connection.receive.announce()
@@ -218,7 +218,7 @@ class ReceiveQueue:
         return used
 
     def _write_merged_headers(self, connection: VirtioConnection, received: int) -> int:
-        """As :meth:`_label`, with packets of at most VIRTIO_MERGED_PACKET_MAX_BYTES bytes."""
+        """Write headers of packets with at most VIRTIO_MERGED_PACKET_MAX_BYTES bytes."""
         used = 0
         while received:
             room = self._buffers[0][3]
@@ -244,14 +244,14 @@ class ReceiveQueue:
         return sent
 
     def _read_message(self, connection: VirtioConnection) -> bool:
-        """Read the next message for which there is credit into ``link.incoming``."""
+        """Read the next message for which there is credit into ``connection.unsent``."""
         sock = connection.sock
         if sock is None or not connection.readable:
             return False
         try:
             size = sock.recv_into(bytearray(1), 0, _PEEK_FLAGS)
             if size > connection.send.buffer:
-                connection.reset()  # the guest could never take it
+                connection.reset()  # the guest could never receive it
                 return False
             if size > connection.send.available():
                 connection.credit_needed = size
@@ -262,23 +262,24 @@ class ReceiveQueue:
                 connection.queue_credit_request()
                 return False
             data, _, message_flags, _ = sock.recvmsg(max(size, 1), 0, _RECEIVE_FLAGS)
-            connection.ends_record = bool(message_flags & MSG_CTRUNC)  # it came with a marker
+            # it came with a marker (see attach())
+            connection.ends_record = bool(message_flags & MSG_CTRUNC)
         except BlockingIOError:
             connection.readable = False
             return False
         except ConnectionError:
             data = b""
-        if not data and _is_at_eof(sock):  # not just a message without content
+        if not data and _is_at_eof(sock):  # else a message without content
             connection.readable = False
             connection.shut_down(BOTH if connection.peer_closed else _SHUT_SEND)
             return False
         if not data and not connection.send.admits_empty_message():
-            return False  # Linux's own sockets send none at all
+            return False  # Linux's own sockets send no empty messages
         connection.unsent = memoryview(data)
         return True
 
     def _send_fragment(self, connection: VirtioConnection) -> None:
-        """Put as much of a message as fits into the first buffer."""
+        """Send as much of a message as fits in the first buffer."""
         head, position, parts, room = self._buffers[0]
         if not room and connection.unsent:
             self._return_unused()
@@ -311,7 +312,7 @@ def _is_at_eof(sock: socket.socket) -> bool:
 
 
 def _trim(views: list[memoryview], excess: int) -> None:
-    """Take ``excess`` bytes off the end."""
+    """Remove ``excess`` bytes from the end."""
     while excess >= len(views[-1]):
         excess -= len(views.pop())
         if not views:
@@ -321,7 +322,7 @@ def _trim(views: list[memoryview], excess: int) -> None:
 
 
 def _cap_buffers(buffers: Iterable[_Buffer], size: int) -> Iterator[_Buffer]:
-    """Yield buffers as if they took ``size`` bytes, where they take more."""
+    """Yield the buffers, with at most ``size`` bytes of each."""
     for head, header, parts, room in buffers:
         if room > size:
             parts = parts if header is not None else _skip_header(parts)

@@ -1,7 +1,6 @@
-"""The guest's transmit queue: packets from the guest, understood and handed on.
+"""The guest's transmit queue: receive packets and forward their payload.
 
-Packets of one stream that come one after another are handed on together, so that many of them
-go by one system call.
+Consecutive packets of one stream are forwarded together, with one system call.
 """
 
 from __future__ import annotations
@@ -24,51 +23,53 @@ _STREAM = int(Type.STREAM)
 
 
 class Receiver(Protocol):
-    """Where packets go."""
+    """Interface of the device for received packets."""
 
     #: by the peer's CID and port and the guest's port
     connections: dict[tuple[int, int, int], VirtioConnection]
 
     @property
     def backpressured(self) -> bool:
-        """Whether no more packets are to be looked at now."""
+        """Whether the guest's packets must wait until the guest has received some."""
 
     def receive(self, header: Header, connection: VirtioConnection | None) -> None:
-        """A packet without payload for anybody; its credit was taken note of."""
+        """Handle a packet without payload; its credit was stored already."""
 
     def mark_dirty(self, connection: VirtioConnection) -> None:
-        """What the guest may be sent, or is to be told, has changed."""
+        """Reconsider a connection: what can be sent to the guest may have changed."""
 
 
 class TransmitQueue:
-    """Takes packets of the guest ``cid``."""
+    """Receiver of packets from the guest ``cid``."""
 
     def __init__(self, ring: Ring, cid: int, receiver: Receiver, capture: CaptureSink) -> None:
-        self.packets = 0  #: taken in the last turn
+        self.packets = 0  #: received in the last turn
         self._ring = ring
         self._cid = cid
         self._receiver = receiver
         self._capture = capture
 
     def stop(self) -> int:
-        """Let go of the guest's memory; returns where to go on."""
+        """Release guest memory; return the ring's base."""
         self._ring.rewind()
         self._ring.publish()
         return self._ring.base
 
     def run(self, coalescing: KickCoalescing) -> tuple[bool, bool]:
-        """Take packets, for a turn.
+        """Receive packets for one turn.
 
-        Returns whether there are more, and whether the guest wants to be told.  If there are
-        no more, a kick will come with as many as ``pace`` asks for, by what came now.
+        Return whether more packets are available, and whether the guest expects a used-buffer
+        notification.  When the queue is empty, a kick is requested after as many packets as
+        ``coalescing`` decides from the packets of this turn.
         """
         receiver, pop = self._receiver, self._ring.pop
         connections = receiver.connections
         heads: list[int] = []
-        batched: VirtioConnection | None = None  # whose payload was collected and not yet handed on
+        # connection of the payload that was collected and not yet forwarded
+        batched: VirtioConnection | None = None
         views: list[memoryview] = []
         length = 0
-        payload_bytes = 0  # bytes of payload
+        payload_bytes = 0  # bytes
         counted = False
         more = True
         cid, capture = self._cid, self._capture
@@ -77,11 +78,12 @@ class TransmitQueue:
             turn -= 1
             chain = pop()
             if chain is None:
-                if batched is not None and coalescing.packets == 1:  # an answer may be waited for
+                # the guest may wait for a reply
+                if batched is not None and coalescing.packets == 1:
                     batched.forward(views, length)
                     receiver.mark_dirty(batched)
                     batched, views, length = None, [], 0
-                if not counted:  # those that come just now are not counted
+                if not counted:  # packets that arrive from now on are not counted
                     coalescing.on_packets(len(heads), payload_bytes, monotonic())
                     counted = True
                 if self._ring.enable_notification(coalescing.packets):
@@ -90,9 +92,9 @@ class TransmitQueue:
                 break
             head, parts, writable = chain
             if writable:
-                raise RingError("a buffer of the transmit queue that is not to be read")
+                raise RingError("writable buffer in the transmit queue")
             heads.append(head)
-            # As Linux has it, without a call: the header apart from the payload.
+            # Linux's layout, handled without a call: the header separate from the payload.
             if len(parts) == 2 and len(parts[0]) == HEADER_SIZE:
                 fields = _unpack_header(parts[0])
                 del parts[0]
@@ -126,7 +128,7 @@ class TransmitQueue:
                             continue
                     receiver.mark_dirty(connection)
                     continue
-            if batched is not None:  # first what came first
+            if batched is not None:  # in order of arrival
                 batched.forward(views, length)
                 receiver.mark_dirty(batched)
                 batched, views, length = None, [], 0
@@ -144,9 +146,9 @@ class TransmitQueue:
 
 
 def _pop_header(parts: list[memoryview]) -> tuple[int, ...]:
-    """Read the header, once, and take it off ``parts``."""
+    """Read the header, once, and remove it from ``parts``."""
     if not parts:
-        raise RingError("a packet without a header")
+        raise RingError("packet without a header")
     first = parts[0]
     if len(first) >= HEADER_SIZE:
         fields = _unpack_header(first)
@@ -163,12 +165,12 @@ def _pop_header(parts: list[memoryview]) -> tuple[int, ...]:
         if len(part) > missing:
             parts.insert(0, part[missing:])
     if len(data) < HEADER_SIZE:
-        raise RingError(f"a packet of {len(data)} bytes")
+        raise RingError(f"packet of {len(data)} bytes (expected a header of {HEADER_SIZE})")
     return _unpack_header(data)
 
 
 def _truncate(parts: list[memoryview], size: int) -> bool:
-    """Make ``parts`` ``size`` bytes long; False when they are shorter."""
+    """Truncate ``parts`` to ``size`` bytes; return False when they are shorter."""
     there = len(parts[0]) if len(parts) == 1 else total_length(parts)
     while there > size:
         excess = there - size

@@ -1,4 +1,4 @@
-"""The guest's transmit queue at work: when it is looked at, and when the guest is told of it."""
+"""Scheduling of the transmit queue: when to poll it, and when to notify the guest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tx import TransmitQueue
 
 
 class TxPoll:
-    """Runs ``queue``; ``work`` is called when it is time to look without a kick."""
+    """Scheduler of ``queue``; ``poll`` is called when the queue is due without a kick."""
 
     def __init__(
         self, loop: DeviceLoop, queue: TransmitQueue, vring: Vring, poll: Callable[[], None]
@@ -24,12 +24,12 @@ class TxPoll:
         self._poll = poll
         self._poll_timer: Timer | None = None
         self._notify_timer: Timer | None = None
-        self._unnotified = 0  # packets taken since the guest was told
+        self._unnotified = 0  # packets received since the last used-buffer notification
         self._notify_batch = min(VIRTIO_USED_BATCH_PACKETS, vring.size // 2)
-        self._notify_due = False  # the guest wants to be told of them
+        self._notify_due = False  # the guest expects a notification
 
     def run(self) -> bool:
-        """Take packets, for a turn; returns whether there are more."""
+        """Receive packets for one turn; return whether more are available."""
         queue = self._queue
         more, call = queue.run(self.coalescing)
         self._unnotified += queue.packets
@@ -47,7 +47,7 @@ class TxPoll:
         return more
 
     def stop(self) -> int:
-        """Let go of the guest's memory; returns where to go on."""
+        """Release guest memory; return the ring's base."""
         if self._poll_timer is not None:
             self._poll_timer.cancel()
         if self._notify_due:
