@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from vsockets.vm import apt
 
-TABLES = Path(__file__).parents[2] / "docs" / "conformance.md"
+TABLES = Path(__file__).parents[2] / "docs/internals/conformance.md"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vsockets"
 
 #: A case that is unsteady is held to nothing.
@@ -44,7 +44,7 @@ PATIENCE = 300
 
 
 class Case(NamedTuple):
-    """A row of a table of docs/conformance.md."""
+    """A row of a table of docs/internals/conformance.md."""
 
     id: int
     name: str

@@ -1,4 +1,4 @@
-"""The Linux kernel's ``vsock_test``, against what docs/conformance.md says of it."""
+"""The Linux kernel's ``vsock_test``, against docs/internals/conformance.md."""
 
 from __future__ import annotations
 

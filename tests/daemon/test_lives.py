@@ -40,7 +40,7 @@ def crash_twice(fabric: PrivateFabric) -> None:
 
 
 ends = pytest.mark.parametrize("end", [restart, crash, crash_twice])
-#: Without the capability a crashed vsockd's receivers get no error (docs/design.md).
+#: Without the capability a crashed vsockd's receivers get no error (docs/internals/design.md).
 ends_with_an_error = pytest.mark.parametrize(
     "end",
     [restart, *(pytest.param(end, marks=as_network_administrator) for end in (crash, crash_twice))],

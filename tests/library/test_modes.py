@@ -167,7 +167,7 @@ def test_readiness_by_select_poll_epoll_and_selectors(pair: Pair) -> None:
     another = vsockets.socket(type=pair.server.type, context=pair.client._attachment)
     with another:
         another.connect(pair.server.getsockname())
-        # The connecting side is told first: docs/design.md says why.
+        # The connecting side is told first: docs/internals/design.md says why.
         wait_until(lambda: ready(pair.server) == [True] * 4, "the listener to be ready")
         pair.server.accept()[0].close()
         assert ready(pair.server) == [False] * 4

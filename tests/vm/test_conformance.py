@@ -1,4 +1,4 @@
-"""The Linux kernel's ``vsock_test`` between a guest and the host, against docs/conformance.md.
+"""The Linux kernel's ``vsock_test`` in guest and host, against docs/internals/conformance.md.
 
 The guest's side is a stock kernel's AF_VSOCK over each of our devices, the host's runs under
 ``vsock run``.  Both sides speak to each other by TCP, too; the guest has a network card for that.

@@ -3,7 +3,7 @@
 vsockd's answer comes in on the very socket that the program has.  It is taken off before the
 call returns, also when the program does not want to wait: vsockd answers in a tenth of a
 millisecond.  Only if it does not, the program is told EINPROGRESS before the answer is there;
-the socket then polls as not writable until vsockd has answered (see docs/design.md), and
+the socket then polls as not writable until vsockd has answered (see docs/internals/design.md), and
 the answer is taken off at once, or at the program's next call about the socket.
 """
 
