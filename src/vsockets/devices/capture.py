@@ -42,7 +42,7 @@ class _Recorder:
 class CaptureSink:
     """The captures of a device.
 
-    The device tests :attr:`recorders` before it makes a record: mostly there are none.
+    The device tests :attr:`recorders` before it makes a record: mostly no capture runs.
     """
 
     def __init__(self, loop: DeviceLoop) -> None:

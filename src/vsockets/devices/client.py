@@ -118,7 +118,7 @@ class _Route:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no datagram is queued."""
+        """True if no datagram is queued."""
         return not self._waiting
 
     def _flush(self, events: int) -> None:
@@ -147,7 +147,7 @@ class _Port:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no datagram is queued."""
+        """True if no datagram is queued."""
         return all(route.is_idle for route in self.routes.values())
 
     def close(self) -> None:
@@ -201,7 +201,7 @@ class DeviceClient:
 
     @property
     def is_open(self) -> bool:
-        """Whether the link is open."""
+        """True if the link is open."""
         return self._link.fileno() >= 0
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ VHOST_USER_DESCRIPTORS_MAX = 8
 VHOST_USER_REPLY_TIMEOUT_SECONDS = 5.0
 
 #: Regions of memory that a monitor may add one by one (ADD_MEM_REG). QEMU requests this number and
-#: plugs no more; libvhost-user has 509 as well, the kernel's vhost 64.
+#: never exceeds it; libvhost-user has 509 as well, the kernel's vhost 64.
 VHOST_USER_MEMORY_SLOTS_MAX = 509
 
 #: Regions of memory of one virtual machine.  QEMU maps some tens; each is a mapping and a

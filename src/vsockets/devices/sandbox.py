@@ -99,7 +99,7 @@ _MACHINES = {
 def enter_sandbox(user: int | None = None, paths: bool = False) -> None:
     """Drop, permanently, the privileges and system calls that the device does not need.
 
-    Root changes to ``user`` (default: nobody).  ``paths`` allows unix sockets with paths; ``user``
+    Root changes to ``user`` (default: 65534).  ``paths`` allows unix sockets with paths; ``user``
     may then be root, without capabilities.
 
     Raises OSError when the kernel refuses, or when the system call numbers of this architecture

@@ -39,7 +39,7 @@ class Interrupts:
 
     @property
     def message_signalled(self) -> bool:
-        """Whether the driver has enabled MSI-X or MSI."""
+        """True if the driver has enabled MSI-X or MSI."""
         kinds = (Irq.MSIX, Irq.MSI)
         return any(eventfd is not None for kind in kinds for eventfd in self._eventfds[kind])
 

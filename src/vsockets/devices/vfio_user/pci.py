@@ -64,7 +64,7 @@ class ConfigSpace:
 
     @property
     def bus_master(self) -> bool:
-        """Whether the guest allows the device to access memory (bus master)."""
+        """True if the guest allows the device to access memory (bus master)."""
         return bool(self._space[_COMMAND] & _BUS_MASTER)
 
     def read(self, offset: int, count: int) -> bytes:

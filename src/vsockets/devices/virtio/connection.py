@@ -86,9 +86,7 @@ _ORDER = (
 
 
 class Connection:
-    """Connection of the guest's port ``guest_port`` with ``peer``; its buffer has ``size``
-    bytes.
-    """
+    """Connection of the guest's ``guest_port`` with ``peer``; its buffer has ``size`` bytes."""
 
     __slots__ = (
         "guest_port",
@@ -236,10 +234,10 @@ class Connection:
 
     @property
     def can_send(self) -> bool:
-        """Whether payload may be sent to the guest, apart from credit."""
+        """True if payload may be sent to the guest, apart from credit."""
         return self.state is _ESTABLISHED and not self.guest_shutdown & _RECEIVE
 
     @property
     def is_finished(self) -> bool:
-        """Whether the connection is CLOSED and nothing remains to be sent."""
+        """True if the connection is CLOSED and nothing remains to be sent."""
         return self.state is _CLOSED and not self.pending_tx

@@ -145,7 +145,7 @@ class SendCredit:
 
     @property
     def is_full(self) -> bool:
-        """Whether a packet waits until the guest has read others."""
+        """True if a packet waits until the guest has read others."""
         return self._full == self._fwd
 
     def retry(self) -> None:

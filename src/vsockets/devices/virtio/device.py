@@ -227,7 +227,7 @@ class VirtioVsock:
 
     @property
     def backpressured(self) -> bool:
-        """Whether the guest's packets must wait until the guest has received some."""
+        """True if the guest's packets must wait until the guest has received some."""
         return len(self._resets) >= VIRTIO_WAITING_RESETS_MAX
 
     def _schedule_poll(self) -> None:

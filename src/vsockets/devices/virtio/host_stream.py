@@ -99,9 +99,7 @@ class VirtioConnection(Connection):
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, self.receive.size)
 
     def enlarge_buffer(self, size: int) -> None:
-        """Raise the buffer to ``size`` bytes; a smaller size is ignored, as credit cannot
-        shrink.
-        """
+        """Raise the buffer to ``size`` bytes; credit never shrinks."""
         if size > self.receive.size:
             self.receive.size = size
             if self.sock is not None:
@@ -121,7 +119,7 @@ class VirtioConnection(Connection):
 
     @property
     def has_output(self) -> bool:
-        """Whether the guest can be sent something now."""
+        """True if the guest can be sent something now."""
         if self.pending_tx:
             return True
         if not self.readable:
@@ -173,7 +171,7 @@ class VirtioConnection(Connection):
 
     @property
     def has_backlog(self) -> bool:
-        """Whether payload waits for room in the socket."""
+        """True if payload waits for room in the socket."""
         return bool(self._backlog or self._message_lengths)
 
     def flush(self) -> None:

@@ -30,7 +30,7 @@ class Receiver(Protocol):
 
     @property
     def backpressured(self) -> bool:
-        """Whether the guest's packets must wait until the guest has received some."""
+        """True if the guest's packets must wait until the guest has received some."""
 
     def receive(self, header: Header, connection: VirtioConnection | None) -> None:
         """Handle a packet without payload; its credit was stored already."""

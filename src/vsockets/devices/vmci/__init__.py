@@ -1,7 +1,7 @@
-"""VMware's VMCI device (PCI 15ad:0740): what the guide's vSockets were made for.
+"""VMware's VMCI device (PCI 15ad:0740), the transport of VMware's guide to vSockets.
 
-From the bottom up: :mod:`.registers` and :mod:`.datagrams` (numbers and layouts),
-:mod:`.device` (registers, interrupts, datagrams in and out), :mod:`.hypervisor` (what the
-guest's datagrams ask), :mod:`.queue_pair` (memory shared with the guest), :mod:`.packets`,
-:mod:`.handshake` and :mod:`.stream` (vSockets over it).  docs/vmci.md draws the sequences.
+From bottom to top: :mod:`.datagrams` (layouts and numbers), :mod:`.device` (registers, interrupts,
+datagrams to and from the guest), :mod:`.hypervisor` (hypercalls), :mod:`.queue_pair` (memory
+shared with the guest), and vSockets on these: :mod:`.packets`, :mod:`.handshake`, :mod:`.stream`
+and :mod:`.transport`.  docs/vmci.md shows the sequences.
 """

@@ -1,12 +1,12 @@
-"""Datagrams through two I/O ports, a byte at a time: drivers before Linux 5.18.
+"""Datagrams through two I/O ports, one byte at a time: drivers before Linux 5.18.
 
-Sending is simple: when the bytes of a datagram are complete, it is run.
+To send, the driver writes the bytes of a datagram; the device submits it when it is complete.
 
-Receiving, the driver reads into a buffer of its own and looks at it afterwards: one page
-first; if a datagram in it is cut off, what is left of the largest size, with the cut one moved
-to the front.  Where no datagram begins it looks for one at the next page of the buffer, and
-stops after the last.  A datagram that came in the middle of that would be torn.  So the reads
-are followed here as the driver makes them, and filled up once there was nothing to give.
+To receive, the driver fills a buffer and then parses it: first one page; if a datagram in it is
+cut off, the rest of the largest size, after moving the cut datagram to the front.  Where no
+datagram begins, it continues at the next page of the buffer, and stops after the last.  A datagram
+that starts in the middle of a read would be torn.  So this module follows the driver's reads, and
+pads each with terminators once the queue was empty.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Callable
 from .datagrams import HEADER, LARGEST, TERMINATOR
 
 _PAGE = 4096
-_FILLER = TERMINATOR[:1]  # every byte of a terminator but the size is this
+_FILLER = TERMINATOR[:1]  # every byte of a terminator but the size
 
 
 class BytePorts:
-    """Both ports."""
+    """State of both ports."""
 
     def __init__(self, submit: Callable[[bytes], int], take: Callable[[], bytes | None]) -> None:
         self._submit = submit
@@ -28,20 +28,21 @@ class BytePorts:
         self.reset()
 
     def reset(self) -> None:
-        """Nothing was begun."""
+        """Discard partial datagrams of both directions."""
         self._sent = bytearray()
         self._start_read()
-        self._rest = b""  # of the datagram that is being read
+        self._rest = b""  # unread rest of the current datagram
         self._given = 0  # bytes of it that were read
 
     def _start_read(self) -> None:
-        self._size = self._left = _PAGE  # of the read the driver makes, and what is left of it
-        self._ended = False  # there was nothing more; the driver stops after this read
+        # size of the driver's current read, and its remaining bytes
+        self._size = self._left = _PAGE
+        self._ended = False  # the queue was empty; the driver stops after this read
 
     # From the guest
 
     def write(self, data: bytes) -> None:
-        """Bytes of a datagram."""
+        """Append bytes of a datagram; submit it when complete."""
         self._sent += data
         while len(self._sent) >= HEADER.size:
             size = HEADER.size + HEADER.unpack_from(self._sent)[4]
@@ -58,7 +59,7 @@ class BytePorts:
     # To the guest
 
     def read(self, count: int) -> bytes:
-        """The next ``count`` bytes."""
+        """Return the next ``count`` bytes for the driver."""
         parts = []
         while count:
             part = self._read_part(min(count, self._left))

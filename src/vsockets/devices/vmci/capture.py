@@ -1,4 +1,4 @@
-"""What the guest's control packets are in a capture: VMCI has no header that dissectors know."""
+"""Capture records of control packets: VMCI has no header that dissectors know."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ _OPERATIONS = {
 
 
 def operation_of(kind: int) -> Operation:
-    """What ``kind`` says; all that is not in the table belongs to the handshake."""
+    """Return the operation of ``kind``; kinds outside the table belong to the handshake."""
     return _OPERATIONS.get(kind, Operation.CONNECT)  # type: ignore[call-overload,no-any-return]

@@ -1,4 +1,4 @@
-"""VMCI datagrams: how a guest speaks to its hypervisor, and both to everybody."""
+"""VMCI datagrams: messages between guests, hypervisor and host."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-#: The header: destination and source (context, resource), and the bytes that follow.
+#: The header: destination and source (context, resource), and the number of bytes that follow.
 HEADER = struct.Struct("<IIIIQ")
 
-#: The largest datagram with its header.
+#: The largest datagram, header included.
 LARGEST = 17 * 4096
 
 INVALID_ID = 0xFFFF_FFFF
 
-#: What stands where no datagram is: one whose destination is no resource.
+#: Marker of the end of datagrams in a buffer: a datagram whose destination is no resource.
 TERMINATOR = HEADER.pack(INVALID_ID, INVALID_ID, INVALID_ID, INVALID_ID, 0)
 
-#: The resource of a guest that events go to.
+#: The resource of a guest that receives events.
 EVENT_HANDLER = 0
 
 _EVENT = struct.Struct("<II")
@@ -25,7 +25,7 @@ _HANDLE_AND_PEER = struct.Struct("<IIII")
 
 
 class Hypercall(IntEnum):
-    """Resources of the hypervisor, context 0."""
+    """Hypercall: a resource of the hypervisor, context 0."""
 
     RESOURCES_QUERY = 0
     GET_CONTEXT_ID = 1
@@ -39,13 +39,12 @@ class Hypercall(IntEnum):
     QUEUEPAIR_DETACH = 11
 
 
-#: Resources of context 0 below this are the hypervisor's own; the highest hypercalls are not
-#: in use any more.
+#: The last resource of context 0 that is reserved for hypercalls; the highest are obsolete.
 LAST_HYPERCALL = 13
 
 
 class Code(IntEnum):
-    """What a datagram is answered with; what is not negative is success."""
+    """Result of a datagram; negative values are errors."""
 
     SUCCESS = 0
     QUEUEPAIR_CREATED = 4
@@ -66,7 +65,7 @@ class Code(IntEnum):
 
 
 class Event(IntEnum):
-    """What the hypervisor tells a guest of its own accord."""
+    """Event that the hypervisor reports to a guest."""
 
     CTX_ID_UPDATE = 0
     CTX_REMOVED = 1
@@ -76,26 +75,26 @@ class Event(IntEnum):
 
 
 class Handle(NamedTuple):
-    """A resource of a context."""
+    """Address of a resource of a context."""
 
     context: int
     resource: int
 
 
 class Datagram(NamedTuple):
-    """One datagram."""
+    """A datagram."""
 
     destination: Handle
     source: Handle
     payload: bytes
 
     def encode(self) -> bytes:
-        """Header and payload."""
+        """Encode header and payload."""
         return HEADER.pack(*self.destination, *self.source, len(self.payload)) + self.payload
 
     @classmethod
     def decode(cls, data: bytes) -> Datagram | None:
-        """The datagram that ``data`` begins with; None when it is not all there."""
+        """Decode the datagram at the start of ``data``; return None if it is incomplete."""
         if len(data) < HEADER.size:
             return None
         context, resource, own_context, own_resource, size = HEADER.unpack_from(data)
@@ -111,10 +110,10 @@ def _event(cid: int, event: Event, payload: bytes) -> bytes:
 
 
 def context_event(cid: int, event: Event, about: int) -> bytes:
-    """An event about the context ``about``, for the guest ``cid``; encoded."""
+    """Encode an event about the context ``about`` for the guest ``cid``."""
     return _event(cid, event, _EVENT.pack(about, 0))
 
 
 def queue_pair_event(cid: int, event: Event, handle: Handle, peer: int) -> bytes:
-    """An event about a queue pair and the context at its other end; encoded."""
+    """Encode an event about a queue pair and the context at its other end."""
     return _event(cid, event, _HANDLE_AND_PEER.pack(*handle, peer, 0))

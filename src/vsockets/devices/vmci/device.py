@@ -1,8 +1,8 @@
-"""The PCI device: registers, interrupts, and datagrams in and out of the guest's memory.
+"""The VMCI PCI device: registers, interrupts, and datagrams to and from guest memory.
 
-Two ways to carry datagrams, by what the driver knows.  Since Linux 5.18 it gives the addresses
-of two buffers, one for each direction (:mod:`.dma`); before, it moves byte by byte through two
-I/O ports (:mod:`.byte_ports`).
+Drivers carry datagrams in one of two ways.  Since Linux 5.18 the driver provides the addresses of
+two buffers, one for each direction (:mod:`.dma`); before, it moves single bytes through two I/O
+ports (:mod:`.byte_ports`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _LARGEST_PAGE_SHIFT = 16
 
 
 class _Registers(NamedTuple):
-    """What the driver has set up, and does not set up again after sleep."""
+    """Settings that the driver does not restore after sleep."""
 
     in_use: Caps
     page_shift: int
@@ -55,7 +55,7 @@ class _Registers(NamedTuple):
 
 
 class VmciDevice:
-    """A VMCI device; ``legacy`` is one as before Linux 5.18, with I/O ports.
+    """The VMCI device; ``pio_device`` selects the device of drivers before Linux 5.18.
 
     ``perform`` is called with each datagram from the guest and returns its result.
     """
@@ -88,7 +88,7 @@ class VmciDevice:
         self.regions = {**self.regions, Region.CONFIG: pci.SIZE}
         capabilities = [pci.msix(vectors, 1, MSIX_TABLE, MSIX_PENDING), pci.msi()]
         self._config = ConfigSpace(_IDENTITY, capabilities, io_bars=[0] if pio_device else [])
-        #: for the guest, encoded; control packets and events, and datagrams of programs
+        #: encoded datagrams for the guest: control packets, events, and datagrams of programs
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._dma = DmaBuffers(self.memory)
@@ -99,28 +99,28 @@ class VmciDevice:
 
     @property
     def page_size(self) -> int:
-        """The guest's, in bytes."""
+        """The guest's page size, in bytes."""
         return 1 << self._page_shift
 
     @property
     def wide_pages(self) -> bool:
-        """Whether page numbers have 64 bits rather than 32."""
+        """True if page numbers have 64 bits rather than 32."""
         return bool(self._in_use & Caps.PPN64)
 
     @property
     def has_room(self) -> bool:
-        """Whether the guest may be sent more datagrams of programs."""
+        """True if more datagrams of programs may be delivered."""
         return self._waiting_bytes < VMCI_DATAGRAM_QUEUE_MAX_BYTES
 
     @property
     def backpressured(self) -> bool:
-        """Whether so much waits for the guest that it may ask for nothing more."""
+        """True if the guest must receive datagrams before its control packets are accepted."""
         return len(self._waiting) >= VMCI_DATAGRAM_QUEUE_MAX
 
     def deliver(self, datagram: bytes) -> None:
-        """Send the guest a datagram, encoded.
+        """Queue an encoded datagram for the guest.
 
-        It is queued without limit; whoever sends what can be many looks at :attr:`has_room`.
+        The queue has no limit here; callers that may send many check :attr:`has_room`.
         """
         self._waiting.append(datagram)
         self._waiting_bytes += len(datagram)
@@ -128,13 +128,13 @@ class VmciDevice:
             self._interrupt(_DATAGRAM)
 
     def notify(self) -> None:
-        """The notification bitmap has changed."""
+        """Interrupt the guest after a change of the notification bitmap."""
         self._interrupt(Cause.NOTIFICATION)
 
     # What the client does
 
     def read(self, region: int, offset: int, count: int) -> bytes:
-        """As :class:`vsockets.devices.vfio_user.Device` says."""
+        """Implement :class:`vsockets.devices.vfio_user.Device`."""
         if region == Region.CONFIG:
             return self._config.read(offset, count)
         if region == self._registers:
@@ -146,7 +146,7 @@ class VmciDevice:
         return bytes(count)
 
     def write(self, region: int, offset: int, data: bytes, posted: bool = False) -> None:
-        """As :class:`vsockets.devices.vfio_user.Device` says."""
+        """Implement :class:`vsockets.devices.vfio_user.Device`."""
         if region == Region.CONFIG:
             was_master = self._config.bus_master
             self._config.write(offset, data)
@@ -162,12 +162,12 @@ class VmciDevice:
                 self._ports.write(data)
 
     def reset(self) -> None:
-        """As :class:`vsockets.devices.vfio_user.Device` says."""
+        """Implement :class:`vsockets.devices.vfio_user.Device`."""
         self._config.reset()
         self._restart()
 
     def release_memory(self, address: int, size: int) -> None:
-        """As :class:`vsockets.devices.vfio_user.Device` says."""
+        """Implement :class:`vsockets.devices.vfio_user.Device`."""
         self._on_unmap(address, size)
 
     # Registers
@@ -190,8 +190,10 @@ class VmciDevice:
     # The right to access memory (PCI bus master)
 
     def _on_bus_master_off(self) -> None:
-        """The memory becomes another kernel's, by kexec without another word; or the machine
-        sleeps.  Linux's driver takes no part in that, and expects the registers as they were.
+        """Save the registers and reset: the guest loses its right to access memory.
+
+        Either the machine sleeps, during which Linux's driver expects the registers to persist, or
+        kexec passes the memory to another kernel without notice.
         """
         kept = _Registers(
             *(self._in_use, self._page_shift, self._mask, self._interrupting),
@@ -201,8 +203,10 @@ class VmciDevice:
         self._saved_registers = kept
 
     def _on_bus_master_on(self) -> None:
-        """A kernel that wakes up has restored the interrupts' messages before this; one that
-        starts enables them later.  Between falling asleep and this there may have been a reset.
+        """Restore the saved registers if the guest has woken up.
+
+        A kernel that wakes up has restored message-signalled interrupts before this; one that
+        starts enables them later.  The device may have been reset since the registers were saved.
         """
         kept, self._saved_registers = self._saved_registers, None
         if kept is None or not self.interrupts.message_signalled:
@@ -210,7 +214,7 @@ class VmciDevice:
         self._in_use, self._page_shift, self._mask, self._interrupting = kept[:4]
         self._dma.out_high, self._dma.in_high = kept[4:]
         self._on_wake()
-        self._interrupt(_DATAGRAM)  # also for what came meanwhile
+        self._interrupt(_DATAGRAM)  # also for datagrams that arrived meanwhile
 
     def _load(self, register: int) -> int:
         if register == Register.RESULT_LOW:
@@ -272,8 +276,8 @@ class VmciDevice:
 
     def _deliver_dma(self, low: int, posted: bool) -> None:
         if not posted:
-            # The driver looks when its write is done, and that is not before we return.  Until the
-            # interrupt has found its way through the monitor so have we: 15 % of a round trip.
+            # The driver reads the buffer when its write completes, after this returns.  Until the
+            # interrupt has passed through the monitor, the buffer is filled: 15 % of a round trip.
             self._interrupt(_DMA_DATAGRAM)
         if self._dma.deliver(low, self._waiting, self._on_delivered) and posted:
             self._interrupt(_DMA_DATAGRAM)
@@ -282,7 +286,7 @@ class VmciDevice:
         self._waiting_bytes -= size
 
     def _pop_datagram(self) -> bytes | None:
-        """The next datagram for the byte port."""
+        """Return the next datagram for the byte port, or None."""
         if not self._waiting:
             return None
         datagram = self._waiting.popleft()

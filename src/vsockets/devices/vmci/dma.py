@@ -1,8 +1,8 @@
-"""Datagrams through two buffers in the guest's memory.
+"""Datagrams through two buffers in guest memory.
 
-Each buffer begins with a header: busy, operation, size, unused, and a 64-bit result.  The
-guest writes the buffer's address to a register.  Sending, it waits with interrupts off until
-busy is 0; receiving, until busy is 1 and the interrupt for that comes.
+Each buffer begins with a header: busy, operation, size, unused, and a 64-bit result.  The guest
+writes the address of a buffer to a register.  To send, it waits with interrupts off until busy is
+0; to receive, until busy is 1, which an interrupt announces.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _INLINE, _SCATTERED = 0, 1
 
 
 class DmaBuffers:
-    """The two buffers, by what the guest wrote last of their addresses."""
+    """The two buffers, at the addresses that the guest wrote last."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self.reset()
 
     def reset(self) -> None:
-        """The upper halves of the addresses are unknown."""
+        """Clear the upper halves of the addresses."""
         self.out_high = self.in_high = 0
 
     def submit(self, low: int, run: Callable[[bytes], int]) -> None:
-        """The guest sends the datagram in the buffer at ``low``: have it ``run``."""
+        """Submit the datagram in the buffer at ``low`` to ``run``, and store its result."""
         try:
             header = self._memory.view(self.out_high | low, _BUFFER.size)
         except BadAddress:
@@ -48,12 +48,12 @@ class DmaBuffers:
                 data = bytes(self._memory.view((self.out_high | low) + _BUFFER.size, size))
         result = run(data)
         header[_RESULT_AT:] = result.to_bytes(8, "little", signed=True)
-        header[:4].cast("I")[0] = 0  # last, and at once: the guest looks at it all the time
+        header[:4].cast("I")[0] = 0  # last, and in one store: the guest polls it
 
     def deliver(self, low: int, waiting: deque[bytes], on_delivered: Callable[[int], None]) -> bool:
-        """Put what is ``waiting`` into the buffer at ``low``, as far as whole datagrams fit.
+        """Deliver ``waiting`` datagrams to the buffer at ``low``, as many as fit whole.
 
-        Calls ``took`` with the size of each.  Returns whether the guest waits for a word.
+        ``on_delivered`` is called with the size of each.  Return whether to interrupt the guest.
         """
         try:
             header = self._memory.view(self.in_high | low, _BUFFER.size)
@@ -78,7 +78,7 @@ class DmaBuffers:
     def _room(self, header: bytes, elements_at: int) -> ScatterList:
         _, operation, count, _, _ = _BUFFER.unpack(header)
         if operation != _SCATTERED or not 0 < count <= VMCI_SCATTER_ELEMENTS_MAX:
-            raise BadAddress(f"a buffer of {count} elements")
+            raise BadAddress(f"buffer with an invalid number of elements: {count}")
         elements = bytes(self._memory.view(elements_at, count * _ELEMENT.size))
         left = LARGEST
         views = []

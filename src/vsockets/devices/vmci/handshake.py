@@ -1,4 +1,4 @@
-"""How two sides agree on a stream: control packets in, control packets out, no I/O.
+"""Handshake of a stream: control packets in, control packets out, no I/O.
 
 The guest connects::
 
@@ -9,8 +9,8 @@ The guest connects::
     OFFER handle              →
                               ←   ATTACH handle                  both are connected
 
-Somebody connects to the guest: the same with the sides changed, but that the guest still
-brings the memory, when it attaches to the queue pair that we only give a name::
+A client connects to the guest: the same with exchanged sides, except that the guest still provides
+the memory, when it attaches to the queue pair that the device only names::
 
                               ←   REQUEST2 size, protocols
     NEGOTIATE2 size, protocol →                                  or RST
@@ -18,8 +18,8 @@ brings the memory, when it attaches to the queue pair that we only give a name::
     attaches with its pages
     ATTACH handle             →                                  both are connected
 
-Version 1 has REQUEST and NEGOTIATE in their place, and the older flow control.  Who does not
-know a packet answers INVALID; REQUEST2 is then followed by REQUEST.
+Version 1 has REQUEST and NEGOTIATE instead, and its own flow control.  A side that does not know a
+packet replies INVALID; REQUEST2 is then followed by REQUEST.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from .packets import Kind, Packet, Protocol, handle_value
 
 @dataclass(slots=True)
 class Step:
-    """What one event leads to."""
+    """Result of an event: packets to send, and the outcome of the handshake."""
 
-    #: to send: kind, value, protocol
+    #: packets to send: kind, value, protocol
     packets: list[tuple[Kind, int, int]] = field(default_factory=list)
-    handle: Handle | None = None  #: the stream is established, with this queue pair
-    error: int = 0  #: it has failed, with this errno
+    handle: Handle | None = None  #: the stream is established with this queue pair
+    error: int = 0  #: the handshake has failed with this errno
 
     def send(self, kind: Kind, value: int = 0, protocol: int = 0) -> Step:
-        """This step, with one more packet."""
+        """Add a packet and return this step."""
         self.packets.append((kind, value, protocol))
         return self
 
@@ -55,25 +55,25 @@ def _fail(error: int, tell: bool = True) -> Step:
 
 
 class State(Enum):
-    """Where a handshake is.  What it waits for stands beside."""
+    """State of a handshake, named after its last packet; the comments name the expected event."""
 
-    ASKING = auto()  #: the fabric's answer
+    ASKING = auto()  #: the fabric's reply
     REQUESTED = auto()  #: NEGOTIATE or NEGOTIATE2
     NEGOTIATED = auto()  #: OFFER
     OFFERED = auto()  #: ATTACH
     OVER = auto()
 
 
-#: Whether a queue pair with this handle and these sizes is there, and nobody's yet.
+#: Whether an unused queue pair with this handle and these sizes exists.
 FindQueuePair = Callable[[Handle, int], bool]
 
 
 class Accepting:
-    """The guest connects; its first packet is ``request``."""
+    """Handshake of a connecting guest; ``request`` is its first packet."""
 
     def __init__(self, request: Packet, find: FindQueuePair) -> None:
         self.state = State.ASKING
-        self.wanted = request.value  #: the size the guest proposes, in bytes
+        self.wanted = request.value  #: the size that the guest proposes, in bytes
         self.protocol_v1 = request.kind == Kind.REQUEST
         self.size = 0
         self._protocol = request.protocol & Protocol.QUEUE_STATE
@@ -82,22 +82,22 @@ class Accepting:
 
     @property
     def possible(self) -> bool:
-        """Whether there is anything to ask the fabric for."""
+        """True if the request is valid."""
         return bool(self._possible)
 
     def accepted(self, size: int) -> Step:
-        """The fabric has connected the stream, with this size."""
+        """Accept the guest's request with ``size``: the fabric has connected the stream."""
         self.state, self.size = State.NEGOTIATED, size
         kind = Kind.NEGOTIATE if self.protocol_v1 else Kind.NEGOTIATE2
         return Step().send(kind, size, self._protocol)
 
     def refused(self, error: int) -> Step:
-        """It has not."""
+        """Refuse the guest's request: the fabric has refused it with ``error``."""
         self.state = State.OVER
         return _fail(error)
 
     def receive(self, packet: Packet) -> Step:
-        """A packet of the guest."""
+        """Handle a packet of the guest."""
         waits = self.state is State.NEGOTIATED
         self.state = State.OVER
         if packet.kind == Kind.RST:
@@ -108,7 +108,7 @@ class Accepting:
 
 
 class Connecting:
-    """Somebody connects to the guest; ``handle`` is what the queue pair will be called."""
+    """Handshake of a connect to the guest; ``handle`` names the queue pair."""
 
     def __init__(
         self, sizes: BufferSizes, handle: Handle, find: FindQueuePair, protocol_v1: bool = False
@@ -122,13 +122,13 @@ class Connecting:
         self._fell_back = False
 
     def begin(self) -> Step:
-        """The first packet."""
+        """Send the first packet."""
         if self.protocol_v1:
             return Step().send(Kind.REQUEST, self._sizes.size)
         return Step().send(Kind.REQUEST2, self._sizes.size, Protocol.QUEUE_STATE)
 
     def receive(self, packet: Packet) -> Step:
-        """A packet of the guest."""
+        """Handle a packet of the guest."""
         kind = packet.kind
         if self.state is State.REQUESTED:
             if kind == (Kind.NEGOTIATE if self.protocol_v1 else Kind.NEGOTIATE2):
@@ -137,7 +137,7 @@ class Connecting:
                 self.protocol_v1 = self._fell_back = True
                 return self.begin()
             if kind == Kind.RST and self._fell_back:
-                # Who answers INVALID may send a RST after it: it is for the first request.
+                # INVALID may be followed by an RST for the first request.
                 self._fell_back = False
                 return Step()
         elif self.state is State.OFFERED and self._is_attached(packet):

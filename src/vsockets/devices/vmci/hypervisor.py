@@ -1,7 +1,7 @@
-"""What the hypervisor does for one guest: its hypercalls, and where its datagrams go.
+"""Hypercalls of one guest, and routing of its datagrams.
 
-The guest is hostile.  What it can make us hold is counted against :mod:`vsockets.limits`, and
-its context is the one the device was attached to, whatever its datagrams say.
+The guest is hostile.  Its use of the device's memory is limited (:mod:`.limits`).  Its context is
+the one to which the device was attached; context numbers in its datagrams are not trusted.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ _MOST_QUERIED = 31
 
 
 class Sockets(Protocol):
-    """vSockets, as the hypervisor sees them."""
+    """Interface of vSockets to the hypervisor."""
 
     def receive(self, peer: int, packet: Packet) -> int:
-        """A control packet for a socket of the context ``peer``; returns a code."""
+        """Handle a control packet for a socket of the context ``peer``; return a code."""
 
     def send_datagram(self, port: int, destination: tuple[int, int], payload: bytes) -> int:
-        """A datagram from the guest's ``port``; returns a code, or the bytes sent."""
+        """Send a datagram from the guest's ``port``; return a code, or the number of bytes sent."""
 
     def expects(self, handle: Handle, sizes: tuple[int, int]) -> bool:
-        """Whether the guest may attach to a queue pair of ours that has this handle."""
+        """Return whether the guest may attach to the device's queue pair ``handle``."""
 
     def on_detach(self, queue_pair: QueuePair) -> None:
-        """The guest takes the queue pair's memory back when this returns."""
+        """Release a queue pair, whose memory returns to the guest when this returns."""
 
 
 class Hypervisor:
-    """Serves the guest of context ``cid``; ``device`` and ``sockets`` are set before use."""
+    """Hypervisor of the guest ``cid``; set ``device`` and ``sockets`` before use."""
 
     device: VmciDevice
     sockets: Sockets
@@ -81,7 +81,7 @@ class Hypervisor:
         }
 
     def perform(self, datagram: Datagram) -> int:
-        """Do what a datagram of the guest asks; returns its result."""
+        """Perform a datagram of the guest; return its result."""
         destination, source, payload = datagram
         if destination.context == VMADDR_CID_HYPERVISOR:
             hypercall = self._hypercalls.get(destination.resource)
@@ -106,26 +106,26 @@ class Hypervisor:
     # What happens to the guest
 
     def queue_pair(self, handle: Handle) -> QueuePair | None:
-        """The guest's queue pair with this handle."""
+        """Return the guest's queue pair with this handle, or None."""
         return self._queue_pairs.get(handle)
 
     def notify_detached(self, queue_pair: QueuePair) -> None:
-        """The other end has gone; the guest may still read what is in its pages."""
+        """Report to the guest that the peer has detached; its pages remain readable."""
         handle = queue_pair.handle
         if self._queue_pairs.get(handle) is queue_pair:
             event = queue_pair_event(self.cid, Event.QP_PEER_DETACH, handle, queue_pair.peer)
             self.device.deliver(event)
 
     def notify_resumed(self) -> None:
-        """No stream has outlived what happened to the virtual machine."""
+        """Report to the guest that no stream survived a suspension or migration."""
         self.device.deliver(context_event(self.cid, Event.QP_RESUMED, self.cid))
 
     def notify_removed(self, cid: int) -> None:
-        """The context ``cid`` is no more."""
+        """Report to the guest that the context ``cid`` was removed."""
         self.device.deliver(context_event(self.cid, Event.CTX_REMOVED, cid))
 
     def reset(self) -> None:
-        """The guest starts anew; its memory is intact yet."""
+        """Release all state of the guest, which restarts; its memory is still mapped."""
         for queue_pair in list(self._queue_pairs.values()):
             self.sockets.on_detach(queue_pair)
         self._queue_pairs.clear()
@@ -134,7 +134,7 @@ class Hypervisor:
         self._doorbells.clear()
 
     def release_memory(self, address: int, size: int) -> None:
-        """This memory goes away, and with it what was in it."""
+        """Release all queue pairs in this range of memory, which is unmapped afterwards."""
         for queue_pair in list(self._queue_pairs.values()):
             if queue_pair.overlaps(address, size):
                 self._release(queue_pair)
@@ -153,7 +153,7 @@ class Hypervisor:
 
     @staticmethod
     def _subscribe(payload: bytes) -> int:
-        # Every guest gets every event that concerns it.
+        # Every guest gets all events that concern it.
         if len(payload) < _HANDLE.size:
             return Code.INVALID_ARGS
         event, _ = _HANDLE.unpack_from(payload)
@@ -190,7 +190,7 @@ class Hypervisor:
         return Code.NOT_FOUND if self._doorbells.pop(handle, None) is None else Code.SUCCESS
 
     def _notify_doorbell(self, payload: bytes) -> int:
-        # A guest's doorbells are rung by the guest itself; vSockets do without them.
+        # Only the guest itself notifies its doorbells; vSockets do not use them.
         if len(payload) < _HANDLE.size:
             return Code.INVALID_ARGS
         index = self._doorbells.get(Handle(*_HANDLE.unpack_from(payload)))
@@ -224,7 +224,8 @@ class Hypervisor:
         if full or self._queue_pair_memory + count * size > VMCI_QUEUE_PAIR_MAX_BYTES:
             return Code.NO_RESOURCES
         attaching = bool(flags & _ATTACH_ONLY)
-        # One that is created is of the guest's context; one attached to is ours, and offered.
+        # A guest creates queue pairs in its own context; it attaches to those of the device that
+        # were offered.
         if attaching != self.sockets.expects(handle, (produce, consume)):
             return Code.NOT_FOUND if attaching else Code.NO_ACCESS
         form = f"<{count}{'Q' if width == 8 else 'I'}"
@@ -234,7 +235,7 @@ class Hypervisor:
         try:
             queue_pair = QueuePair(self.device.memory, handle, peer, produce, consume, pages, size)
         except BadAddress as error:
-            log.info("a queue pair with pages that are none: %s", error)
+            log.info("queue pair with invalid page addresses: %s", error)
             return Code.INVALID_ARGS
         self._queue_pairs[handle] = queue_pair
         self._queue_pair_memory += count * size
@@ -246,7 +247,7 @@ class Hypervisor:
         queue_pair = self._queue_pairs.get(Handle(*_HANDLE.unpack_from(payload)))
         if queue_pair is not None:
             self._release(queue_pair)
-        # Also when it is not known: else the guest would keep the pages for ever.
+        # Unknown handles succeed, too: else the guest would never reuse the pages.
         return Code.SUCCESS
 
     def _release(self, queue_pair: QueuePair) -> None:

@@ -1,4 +1,4 @@
-"""One virtual machine's VMCI, put together: device, hypervisor, sockets, and its life."""
+"""The VMCI of one virtual machine: device, hypervisor, sockets, and life-cycle events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .transport import VmciTransport
 
 
 class VmciMachine:
-    """The device of the guest ``cid``, to be served by vfio-user."""
+    """VMCI device of the guest ``cid``, to be served by vfio-user."""
 
     def __init__(
         self,
@@ -23,7 +23,11 @@ class VmciMachine:
         pio_device: bool = False,
         protocol_v1: bool = False,
     ) -> None:
-        """``legacy``: the device as before Linux 5.18; ``older``: the first stream protocol."""
+        """Connect the parts.
+
+        ``pio_device`` selects the device of drivers before Linux 5.18, ``protocol_v1`` the first
+        version of the stream protocol.
+        """
         self._fabric = fabric
         self.hypervisor = Hypervisor(cid)
         self.device = VmciDevice(
@@ -40,7 +44,7 @@ class VmciMachine:
             subscribe(loop, fabric, events, self._heed)
 
     def settle(self) -> None:
-        """Called after each thing the virtual machine did."""
+        """Receive datagrams again if the guest has room; called after each message."""
         if self.device.has_room:
             self._fabric.resume_datagrams()
 

@@ -1,4 +1,4 @@
-"""vSockets' control packets over VMCI: 32 bytes, the payload of a datagram.
+"""Control packets of vSockets over VMCI: 32 bytes, the payload of a datagram.
 
 From Linux's ``net/vmw_vsock/vmci_transport.h``.
 """
@@ -16,55 +16,55 @@ SIZE = _PACKET.size
 
 VERSION = 1
 
-#: The resource control packets come from and go to; the hypervisor's (context 0) is another.
+#: The resource that sends and receives control packets; the hypervisor (context 0) has another.
 RESOURCE = 1
 HYPERVISOR_RESOURCE = 15
 
 
 class Kind(IntEnum):
-    """What a packet says."""
+    """Kind of a control packet."""
 
-    INVALID = 0  #: what you sent is not known here
-    REQUEST = 1  #: a connection, please; of this size
-    NEGOTIATE = 2  #: yes; of this size
-    OFFER = 3  #: here is the queue pair
-    ATTACH = 4  #: and this side has attached to it
+    INVALID = 0  #: unknown packet received
+    REQUEST = 1  #: connect, with this size
+    NEGOTIATE = 2  #: accept, with this size
+    OFFER = 3  #: handle of the created queue pair
+    ATTACH = 4  #: this side has attached to the queue pair
     WROTE = 5
     READ = 6
     RST = 7
     SHUTDOWN = 8
-    WAITING_WRITE = 9  #: the older flow control: tell me when you have read
-    WAITING_READ = 10  #: tell me when you have written
-    REQUEST2 = 11  #: as REQUEST, with the flow controls one can do
-    NEGOTIATE2 = 12  #: as NEGOTIATE, with the one that was chosen
+    WAITING_WRITE = 9  #: version 1: notify after reading
+    WAITING_READ = 10  #: version 1: notify after writing
+    REQUEST2 = 11  #: REQUEST with the supported flow controls
+    NEGOTIATE2 = 12  #: NEGOTIATE with the selected flow control
 
 
 class Protocol(IntFlag):
     """Flow controls."""
 
     INVALID = 0
-    QUEUE_STATE = 1  #: tell the other side when the queue stops being empty, or full
+    QUEUE_STATE = 1  #: notify when the queue stops being empty or full
 
 
 class Shutdown(IntFlag):
-    """Of SHUTDOWN: what the sender will not do any more."""
+    """Mode of SHUTDOWN: the directions that the sender closes."""
 
     RECEIVE = 1
     SEND = 2
 
 
 class Packet(NamedTuple):
-    """One control packet."""
+    """A control packet."""
 
     kind: int
     source_port: int
     destination_port: int
-    value: int = 0  #: a size, a handle, a mode, or a generation
+    value: int = 0  #: a size, handle, mode or generation
     offset: int = 0  #: of WAITING_READ and WAITING_WRITE
     protocol: int = 0  #: of REQUEST2 and NEGOTIATE2
 
     def encode(self) -> bytes:
-        """The packet's bytes."""
+        """Encode the packet."""
         return _PACKET.pack(
             VERSION,
             self.kind,
@@ -78,7 +78,7 @@ class Packet(NamedTuple):
 
     @classmethod
     def decode(cls, payload: bytes) -> Packet | None:
-        """What a datagram's payload says; None when it is no control packet."""
+        """Decode a datagram's payload; return None if it is not a control packet."""
         if len(payload) < SIZE:
             return None
         version, kind, protocol, source, destination, _, value, offset = _PACKET.unpack_from(
@@ -90,10 +90,10 @@ class Packet(NamedTuple):
 
     @property
     def handle(self) -> Handle:
-        """Of OFFER and ATTACH: the queue pair."""
+        """The queue pair of OFFER and ATTACH."""
         return Handle(self.value & 0xFFFF_FFFF, self.value >> 32)
 
 
 def handle_value(handle: Handle) -> int:
-    """A handle as a packet carries it."""
+    """Encode a handle as a packet's value."""
     return handle.context | handle.resource << 32

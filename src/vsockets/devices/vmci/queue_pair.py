@@ -1,12 +1,12 @@
-"""Queue pairs: two rings in the guest's pages, one for each direction.
+"""Queue pairs: two rings in guest pages, one for each direction.
 
-The guest lists the pages: a header and the data of what it produces, then the same for what it
-consumes.  Each side's two indices, the tail of what it produces and the head of what it
-consumes, are in the header of *its own* produce queue; so ours are in the guest's consume
-header.  Indices run from 0 to size - 1; equal ones mean empty, so a ring holds size - 1 bytes.
+The guest lists the pages: a header and the data of its produce queue, then the same for its
+consume queue.  Each side's two indices, the tail of its produce queue and the head of its consume
+queue, are in the header of *its own* produce queue; the device's are thus in the guest's consume
+header.  Indices run from 0 to size - 1; equal indices mean empty, so a ring holds size - 1 bytes.
 
-The guest can write anything anywhere here at any time.  Our own indices are therefore kept
-here, and only copied there; the guest's are read once for each decision, as one aligned
+The guest can write any part at any time.  So the device keeps its own indices outside of guest
+memory and only copies them there; the guest's are read once for each decision, as one aligned
 64-bit load, and must be less than the size.
 """
 
@@ -23,16 +23,16 @@ from .datagrams import Handle
 _TAIL, _HEAD = 1, 2  #: 64-bit words of a header; word 0 is the handle
 _HEADER_BYTES = 24
 
-#: An acquire and release orders our store of an index before our load of the guest's.
+#: Acquire and release order the device's store of an index before its load of the guest's.
 _fence = threading.Lock()
 
 
 class BrokenQueue(Exception):
-    """The guest's index is none."""
+    """The guest wrote a queue index that is out of range."""
 
 
 class Inbound:
-    """What the guest produces and we consume."""
+    """The guest's produce queue, which the device consumes."""
 
     def __init__(self, data: ScatterList, size: int, theirs: memoryview, ours: memoryview) -> None:
         self._data = data
@@ -42,26 +42,29 @@ class Inbound:
         self._published = 0
 
     def ready(self) -> int:
-        """How many bytes there are to consume.  BrokenQueue."""
+        """Return the number of bytes to consume.
+
+        Raises BrokenQueue.
+        """
         tail: int = self._theirs[_TAIL]
         if tail >= self.size:
-            raise BrokenQueue(f"tail {tail} of {self.size}")
+            raise BrokenQueue(f"invalid tail {tail} (expected less than {self.size})")
         ready = tail - self._head
         return ready if ready >= 0 else ready + self.size
 
     def window(self, length: int) -> Sequence[memoryview]:
-        """The next ``length`` bytes, or fewer; ``0 < length <= ready()``."""
+        """Return views of the next ``length`` bytes, or fewer; ``0 < length <= ready()``."""
         return _window(self._data, self.size, self._head, length)
 
     def consume(self, count: int) -> None:
-        """Have done with ``count`` bytes; the guest learns it from :meth:`publish`."""
+        """Advance by ``count`` bytes, without publishing it to the guest."""
         head = self._head + count
         self._head = head if head < self.size else head - self.size
 
     def publish(self, all_but: int = 0) -> bool:
-        """Tell the guest what was consumed, but for the last ``all_but`` bytes.
+        """Publish the position to the guest, less the last ``all_but`` bytes.
 
-        Returns whether the queue was full before, so that the guest may wait for room.
+        Return whether the queue was full before, so that the guest may wait for room.
         """
         head = (self._head - all_but) % self.size
         freed = (head - self._published) % self.size
@@ -74,12 +77,12 @@ class Inbound:
 
     @property
     def position(self) -> int:
-        """Where in the queue we are."""
+        """The device's position in the queue."""
         return self._head
 
 
 class Outbound:
-    """What we produce and the guest consumes."""
+    """The guest's consume queue, which the device produces."""
 
     def __init__(self, data: ScatterList, size: int, theirs: memoryview, ours: memoryview) -> None:
         self._data = data
@@ -88,32 +91,44 @@ class Outbound:
         self._tail = 0
 
     def free(self) -> int:
-        """How many bytes there is room for.  BrokenQueue."""
+        """Return the number of bytes for which there is room.
+
+        Raises BrokenQueue.
+        """
         free = self._head() - self._tail - 1
         return free if free >= 0 else free + self.size
 
     @property
     def position(self) -> int:
-        """Where in the queue we are."""
+        """The device's position in the queue."""
         return self._tail
 
     @property
     def consumed(self) -> int:
-        """Where in the queue the guest is.  BrokenQueue."""
+        """The guest's position in the queue.
+
+        Raises BrokenQueue.
+        """
         return self._head()
 
     @property
     def is_empty(self) -> bool:
-        """Whether the guest has consumed everything.  BrokenQueue."""
+        """True if the guest has consumed everything.
+
+        Raises BrokenQueue.
+        """
         return self._head() == self._tail
 
     def window(self, length: int) -> Sequence[memoryview]:
-        """Where the next ``length`` bytes go, or fewer; ``0 < length <= free()``."""
+        """Return views for the next ``length`` bytes, or fewer; ``0 < length <= free()``."""
         return _window(self._data, self.size, self._tail, length)
 
     def produce(self, count: int) -> bool:
-        """``count`` bytes are there.  Returns whether the queue was empty before, so that the
-        guest may wait for data.  BrokenQueue.
+        """Publish ``count`` bytes to the guest.
+
+        Return whether the queue was empty before, so that the guest may wait for data.
+
+        Raises BrokenQueue.
         """
         tail = self._tail + count
         self._tail = tail if tail < self.size else tail - self.size
@@ -125,12 +140,12 @@ class Outbound:
     def _head(self) -> int:
         head: int = self._theirs[_HEAD]
         if head >= self.size:
-            raise BrokenQueue(f"head {head} of {self.size}")
+            raise BrokenQueue(f"invalid head {head} (expected less than {self.size})")
         return head
 
 
 class QueuePair:
-    """Both directions, and the guest's pages they are made of."""
+    """Queues of both directions, in guest pages."""
 
     def __init__(
         self,
@@ -142,11 +157,14 @@ class QueuePair:
         pages: Sequence[int],
         page_size: int,
     ) -> None:
-        """BadAddress when a page is not the guest's.  There are as many ``pages``, by their
-        addresses, as :func:`pages_of` says.
+        """Map and initialize the queues.
+
+        ``pages`` has the addresses of :func:`page_count` pages.
+
+        Raises BadAddress when a page is not mapped.
         """
         self.handle = handle
-        self.peer = peer  #: the context at the other end, as the guest says
+        self.peer = peer  #: the context at the other end, as the guest claims
         self.sizes = produce_size, consume_size
         self.pages = -(-produce_size // page_size) + -(-consume_size // page_size) + 2
         second = -(-produce_size // page_size) + 1
@@ -161,17 +179,17 @@ class QueuePair:
         self._spans = _spans(pages, page_size)
 
     def overlaps(self, address: int, size: int) -> bool:
-        """Whether any of its pages is in this range."""
+        """Return whether any page is in this range."""
         return any(start < address + size and address < end for start, end in self._spans)
 
 
 def page_count(produce_size: int, consume_size: int, page_size: int) -> int:
-    """How many pages a queue pair of these sizes has, both headers included."""
+    """Return the number of pages of a queue pair of these sizes, both headers included."""
     return -(-produce_size // page_size) + -(-consume_size // page_size) + 2
 
 
 def _spans(pages: Sequence[int], page_size: int) -> list[tuple[int, int]]:
-    """Runs of pages that follow each other: address and end."""
+    """Return runs of adjacent pages as start and end addresses."""
     spans: list[tuple[int, int]] = []
     for page in pages:
         if spans and spans[-1][1] == page:
@@ -186,7 +204,7 @@ def _runs(memory: GuestMemory, pages: Sequence[int], page_size: int) -> ScatterL
     for start, end in _spans(pages, page_size):
         try:
             views.append(memory.view(start, end - start))
-        except BadAddress:  # as one; perhaps the run crosses from one region to the next
+        except BadAddress:  # the run may cross from one region to the next
             views += [memory.view(page, page_size) for page in range(start, end, page_size)]
     return ScatterList(views)
 
@@ -195,7 +213,7 @@ def _window(data: ScatterList, size: int, start: int, length: int) -> Sequence[m
     if start + length <= size:
         return data.window(start, length)
     first = data.window(start, size - start)
-    if sum(map(len, first)) < size - start:  # as many buffers as a system call takes
+    if sum(map(len, first)) < size - start:  # as many buffers as one system call takes
         return first
     second = data.window(0, length - (size - start))
     return [*first, *second][:IO_VECTORS_MAX]

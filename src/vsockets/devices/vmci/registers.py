@@ -1,4 +1,4 @@
-"""The device's registers, by Linux's ``linux/vmw_vmci_defs.h``."""
+"""Registers of the device, from Linux's ``linux/vmw_vmci_defs.h``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from enum import IntEnum, IntFlag
 
 
 class Register(IntEnum):
-    """Offsets.  Those from 0x24 on came with DMA datagrams (Linux 5.18)."""
+    """Offset of a register; those from 0x24 on came with DMA datagrams (Linux 5.18)."""
 
     STATUS = 0x00
     CONTROL = 0x04
     ICR = 0x08  #: interrupt cause; reading clears it
-    IMR = 0x0C  #: interrupt mask: the causes that are wanted
+    IMR = 0x0C  #: interrupt mask: the enabled causes
     DATA_OUT = 0x10  #: a byte port
     DATA_IN = 0x14  #: a byte port
     CAPS = 0x18
@@ -25,7 +25,7 @@ class Register(IntEnum):
 
 
 class Control(IntFlag):
-    """Written to CONTROL."""
+    """Bits of CONTROL, which is write-only."""
 
     RESET = 1
     INT_ENABLE = 2
@@ -33,7 +33,7 @@ class Control(IntFlag):
 
 
 class Cause(IntEnum):
-    """Of an interrupt; its vector is the bit's number, shared vectors read ICR."""
+    """Cause of an interrupt; its vector is the bit's number, shared vectors read ICR."""
 
     DATAGRAM = 1
     NOTIFICATION = 2
@@ -44,7 +44,7 @@ IO_VECTORS_MAX = {Cause.DATAGRAM: 0, Cause.NOTIFICATION: 1, Cause.DMA_DATAGRAM: 
 
 
 class Caps(IntFlag):
-    """What the device can do; the driver writes back what it uses."""
+    """Capabilities of the device; the driver writes back those it uses."""
 
     DATAGRAM = 4
     NOTIFICATIONS = 8
@@ -52,12 +52,12 @@ class Caps(IntFlag):
     DMA_DATAGRAM = 0x20
 
 
-#: BAR1 of this size is how the driver knows a device with DMA datagrams.
+#: Size of BAR1, by which the driver recognizes a device with DMA datagrams.
 MMIO_BAR = 0x40000
-#: Where in it the registers are; the MSI-X table is at its start.
+#: Offset of the registers in BAR1; the MSI-X table is at its start.
 MMIO_REGISTERS = 0x20000
 MSIX_TABLE, MSIX_PENDING = 0, 0x1000
 
-#: The older device: registers in I/O ports, nothing but MSI-X in BAR1.
+#: The device with byte ports: registers in I/O ports, only MSI-X in BAR1.
 IO_BAR = 64
 OLD_MSIX_BAR = 0x2000

@@ -1,26 +1,26 @@
-"""An established stream: bytes between a queue pair and a socket, and how it ends.
+"""Established stream: transfer between a queue pair and a socket, and its end.
 
-Guest to host, the guest says WROTE when its queue stops being empty.  A guest that writes little
-and often would say so each time, which costs it and us more than the data.  So while data keeps
-coming, the last byte is taken and not given back: the queue never looks empty, nothing is said,
-and we look at it by ourselves every :data:`VMCI_QUEUE_POLL_SECONDS`, or without a pause for as
-long as an
-answer may take.  Once nothing came for some looks the byte is given back, and the queue looked at
-once more, so no wake-up is lost.
+Guest to host, the guest sends WROTE when its queue stops being empty.  A guest with small, frequent
+writes would send it each time, which costs both sides more than the data.  So while data keeps
+coming, the device consumes the last byte but does not publish that: the queue never looks empty,
+the guest sends no WROTE, and the device polls the queue every :data:`VMCI_QUEUE_POLL_SECONDS`, or
+without pause while a reply is expected.  After some polls without data it publishes the byte and
+polls once more, so that no wake-up is lost.
 
-Host to guest it is the same with the room: a byte of it is left unused, so the queue never looks
-full, the guest does not say READ, and we look by ourselves.  If it has read nothing for some looks
-the last byte is filled, and READ waited for.
+Host to guest, the device does the same with the room: it leaves a byte unused, so that the queue
+never looks full, the guest sends no READ, and the device polls.  If the guest has read nothing for
+some polls, the device fills the last byte and waits for READ.
 
-How streams end, by who begins:
+How streams end, by the side that begins:
 
 ====================  ====================================================================
-guest shuts down      SHUTDOWN comes; what is in the queue is sent first, then the socket shut
-guest closes          nothing comes but, later, the queue pair's detaching: what is in it is
-                      copied before the guest gets its pages back, and sent in our own time
-program shuts down    end of file on the socket: SHUTDOWN goes, after all the data
-program closes        SHUTDOWN for both directions goes, and the event that the peer has
-                      detached; the guest reads what is left and detaches
+guest shuts down      SHUTDOWN arrives; the device sends the data in the queue, then shuts
+                      the socket down
+guest closes          only the queue pair is detached, later: the device copies its data
+                      before the guest gets its pages back, and sends the copy afterwards
+program shuts down    end of file on the socket: the device sends SHUTDOWN after all data
+program closes        the device sends SHUTDOWN for both directions and the event that the
+                      peer has detached; the guest reads the rest and detaches
 ====================  ====================================================================
 """
 
@@ -50,7 +50,7 @@ from .queue_pair import BrokenQueue, QueuePair
 _IN, _OUT = select.EPOLLIN | select.EPOLLRDHUP, select.EPOLLOUT
 _HUP = select.EPOLLHUP | select.EPOLLERR
 
-#: So many WROTE in a row are a flow that is worth looking at.
+#: WROTE in succession from which on the device polls.
 _FLOWING = 3
 
 
@@ -59,11 +59,10 @@ def _never() -> bool:
 
 
 class Stream:
-    """One of them.  ``sock`` becomes the stream's.
+    """One VMCI stream; takes ownership of ``sock``.
 
-    ``finished`` is called when the socket is closed, ``hung_up`` when the program has closed,
-    ``broken`` when the guest's indices are none.  ``tap`` is told what passes between ``guest`` and
-    ``peer``.
+    ``finished`` is called when the socket is closed, ``hung_up`` when the program has closed.
+    ``capture`` records the payload between ``guest`` and ``peer``.
     """
 
     def __init__(
@@ -90,29 +89,29 @@ class Stream:
         self._may_poll = not protocol_v1
         self._hung_up, self._finished = hung_up, finished
         self._capture, self._guest, self._peer = capture, guest, peer
-        self._reading = self._writing = True  # from the socket, to it
+        self._reading = self._writing = True  # reading from the socket, writing to it
         self._guest_finished = False  # the guest sends nothing more
         self._end_sent = False
-        self.was_used = False  #: whether the guest has said anything
-        self._rest = memoryview(b"")  # of a queue pair that was detached
+        self.was_used = False  #: whether the guest has sent a packet
+        self._rest = memoryview(b"")  # copied from a detached queue pair
         self._wrotes = 0
-        self._polls_left = 0  # left; 0: it is not looked at
+        self._polls_left = 0  # 0: the guest's queue is not polled
         self._reserved = int(self._may_poll)  # bytes of the guest's room that are left unused
-        self._room_polls_left = 0  # left; 0: there is room, or READ will come
-        self._consumed_before = 0  # where the guest was at the first of them
+        self._room_polls_left = 0  # 0: there is room, or READ will come
+        self._consumed_before = 0  # the guest's position at the first of these polls
         self._interest = _IN
         self._yielded = False
-        self._unread: int | None = None  # where the guest was when we wrote and told it nothing
+        self._unread: int | None = None  # the guest's position when data was written without WROTE
 
     def start(self) -> None:
-        """Let bytes flow."""
+        """Start the transfer."""
         self._loop.watch_for(self._sock.fileno(), self._on_ready, self._interest)
         self._flow.on_empty()
 
     # Events
 
     def receive(self, kind: int, value: int) -> None:
-        """A packet of the guest."""
+        """Handle a packet of the guest."""
         if self.queue_pair is None:
             return
         self.was_used = True
@@ -139,7 +138,7 @@ class Stream:
             self.abort()
 
     def on_detach(self) -> None:
-        """The guest takes its pages back when this returns."""
+        """Copy the guest's data: its pages return to it when this returns."""
         if self.queue_pair is None:
             return
         self._polls_left = 0
@@ -151,7 +150,7 @@ class Stream:
         self._flush_rest()
 
     def abort(self) -> None:
-        """End it at once, for both sides."""
+        """Abort the stream at once, for both sides."""
         self._rest = memoryview(b"")
         with contextlib.suppress(OSError):
             self._sock.shutdown(SHUT_RDWR)
@@ -160,7 +159,7 @@ class Stream:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that are held for a socket which does not take them."""
+        """Bytes that are held for a socket without room."""
         return len(self._rest)
 
     def _on_ready(self, events: int) -> None:
@@ -184,7 +183,7 @@ class Stream:
     def _pump_in(self) -> None:
         inbound = self._in
         if not self._writing:
-            # Nobody will read it; the guest must not wait for room.
+            # The program reads nothing; the guest must not wait for room.
             inbound.consume(inbound.ready())
             self._flow.on_consumed(inbound.publish(), inbound.position)
             return
@@ -225,7 +224,7 @@ class Stream:
             self._flow.on_empty()
 
     def _on_socket_closed(self) -> None:
-        """The program has closed, or stopped receiving."""
+        """Discard the guest's data: the program has closed or shut down receiving."""
         self._writing = False
         self._polls_left = 0
         self._in.consume(self._in.ready())
@@ -233,7 +232,7 @@ class Stream:
         if not self._end_sent:
             self._send(Kind.SHUTDOWN, Shutdown.RECEIVE, 0)
 
-    # Looking by ourselves
+    # Polling
 
     def _withheld(self) -> int:
         return 1 if self._polls_left or self._is_flowing() else 0
@@ -253,7 +252,7 @@ class Stream:
             return
         try:
             if self._polls_left == 1 or self._guest_finished:
-                # Enough: give the byte back.  What came just now said no WROTE.
+                # Stop polling and publish the byte.  Data since the last poll came without WROTE.
                 self._polls_left = self._wrotes = 0
                 self._flow.on_consumed(self._in.publish(), self._in.position)
                 self._pump_in()
@@ -268,14 +267,14 @@ class Stream:
             self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._poll)
 
     def _poll_for_reply(self) -> bool:
-        """Whether looking for the guest's answer is over."""
+        """Poll for the guest's reply; return whether polling has ended."""
         if not self._polls_left or self.queue_pair is None or not self._writing:
             return True
         try:
             if not self._in.ready():
                 return False
             self._pump_in()
-            # The program's next word is as near: a sleep and a wake-up would take as long.
+            # The program's next write is as near: a sleep and a wake-up would take as long.
             self._loop.spin(_never, VMCI_NEXT_WRITE_POLL_SECONDS)
         except BrokenQueue:
             self.abort()
@@ -329,14 +328,14 @@ class Stream:
                 self._room_polls_left = polls_left - 1
                 self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._poll_for_room)
             else:
-                # Enough: what fills the queue lets the guest say READ.
+                # Stop polling: once the queue is full, the guest sends READ.
                 self._reserved = 0
                 self._resume_reading()
         except BrokenQueue:
             self.abort()
 
     def _remind(self) -> None:
-        """A guest that has read nothing since may wait for more than one byte (SO_RCVLOWAT)."""
+        """Notify a guest again that has read nothing: it may wait for more bytes (SO_RCVLOWAT)."""
         unread, self._unread = self._unread, None
         if self.queue_pair is None or self._end_sent:
             return
@@ -362,7 +361,7 @@ class Stream:
             self._send(Kind.SHUTDOWN, Shutdown.SEND, 0)
 
     def _hang_up(self) -> None:
-        """The program has closed; the guest learns it, and goes on reading what it has."""
+        """Report to the guest that the program has closed; it can still read the rest."""
         self._reading = self._writing = False
         self._polls_left = 0
         self._loop.unwatch(self._sock.fileno())
@@ -374,7 +373,7 @@ class Stream:
             self._send(Kind.SHUTDOWN, Shutdown.SEND | Shutdown.RECEIVE, 0)
             self._hung_up()
 
-    # The guest's end of it
+    # The guest's end
 
     def _on_guest_shutdown(self, mode: int) -> None:
         if mode & Shutdown.RECEIVE and self._reading:
@@ -396,7 +395,7 @@ class Stream:
             parts += map(bytes, views)
             self._in.consume(sum(len(view) for view in views))
             if sum(len(part) for part in parts) >= self._in.size:
-                break  # it writes while we read
+                break  # the guest still writes
         self._rest = memoryview(b"".join(parts))
         if self._capture.recorders:
             self._capture.stream(self._guest, self._peer, (self._rest,), len(self._rest))
@@ -424,7 +423,7 @@ class Stream:
     # The loop
 
     def _set_interest(self, interest: int, hung_up: int = 0) -> None:
-        if hung_up:  # it would be reported again and again
+        if hung_up:  # a hang-up would be reported again and again
             self._loop.unwatch(self._sock.fileno())
             self._interest = 0
         elif interest != self._interest and self._sock.fileno() >= 0:
@@ -435,7 +434,7 @@ class Stream:
             self._interest = interest
 
     def _yield(self) -> None:
-        """Others first; then go on with what the guest sends."""
+        """Serve other streams, then continue with the guest's data."""
         if not self._yielded:
             self._yielded = True
             self._loop.call_later(0, self._continue)

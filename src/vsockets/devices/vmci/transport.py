@@ -1,4 +1,4 @@
-"""The guest's sockets and those of the fabric, joined: every stream and datagram of one guest."""
+"""Transport of one guest's vSockets: all its streams and datagrams."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .stream import Stream
 
 log = logging.getLogger(__name__)
 
-#: What a guest that connects leaves open: it will itself see whether the answer suits it.
+#: Sizes that a connecting guest accepts: it checks the reply by itself.
 _SIZE_MIN, _SIZE_MAX = 1, VMCI_QUEUE_PAIR_MAX_BYTES
 
 _CODES = {
@@ -48,7 +48,7 @@ _CODES = {
     errno.EADDRINUSE: Code.ALREADY_EXISTS,
 }
 
-#: A stream, as its packets name it: the guest's port, the peer's context and port.
+#: Key of a stream in packets: the guest's port, the peer's context and port.
 _Key = tuple[int, int, int]
 
 _DONE = HEADER.size + packets.SIZE
@@ -61,8 +61,8 @@ class _Connection:
     handshake: Accepting | Connecting | None
     stream: Stream | None = None
     timer: Timer | None = None
-    request: ConnectRequest | None = None  # of one that somebody made to the guest
-    attach_ordering: AttachOrdering | None = None  # of one that the guest made
+    request: ConnectRequest | None = None  # of a stream to the guest
+    attach_ordering: AttachOrdering | None = None  # of a stream from the guest
 
     def __init__(self, key: _Key, sock: socket.socket) -> None:
         self.key = key
@@ -70,8 +70,10 @@ class _Connection:
 
 
 def _proposed_sizes(request: ConnectRequest) -> BufferSizes:
-    """What the guest is asked for.  Where nobody chose a size it is the largest by default, as
-    Linux's own: with 64 KiB a guest sleeps, and is woken, four times as often.
+    """Return the sizes to propose to the guest.
+
+    If no size was chosen, it is the largest default, Linux's own: with 64 KiB a guest sleeps, and
+    is woken, four times as often.
     """
     if request.sizes.size != STREAM_BUFFER_DEFAULT_BYTES:
         return request.sizes
@@ -79,7 +81,7 @@ def _proposed_sizes(request: ConnectRequest) -> BufferSizes:
 
 
 def _reported_size(request: ConnectRequest, size: int) -> int:
-    """What the program hears of it: the default it has is the default it keeps."""
+    """Return the size to report to the program: a default size remains the default."""
     return request.sizes.size if size == _proposed_sizes(request).size else size
 
 
@@ -93,7 +95,7 @@ class VmciTransport:
         fabric: DeviceClient,
         protocol_v1: bool = False,
     ) -> None:
-        """With ``older`` the first version of the handshake is used, also by the guest."""
+        """Attach to ``fabric``; ``protocol_v1`` selects version 1 of the handshake."""
         self._loop = loop
         self._hypervisor = hypervisor
         self._fabric = fabric
@@ -101,7 +103,7 @@ class VmciTransport:
         self._capture = fabric.capture
         self._connections: dict[_Key, _Connection] = {}
         self._by_handle: dict[Handle, _Connection] = {}
-        self._expected_sizes: dict[Handle, int] = {}  # and the size agreed on
+        self._expected_sizes: dict[Handle, int] = {}  # and the negotiated size
         self._resources = count(1)
         self._unsent: set[Stream] = set()
         fabric.on_connect = self.connect_to_guest
@@ -111,7 +113,7 @@ class VmciTransport:
     # What the guest sends
 
     def receive(self, peer: int, packet: Packet) -> int:
-        """As :class:`.hypervisor.Sockets` says."""
+        """Implement :class:`.hypervisor.Sockets`."""
         key = packet.source_port, peer, packet.destination_port
         if self._capture.recorders:
             self._record(operation_of(packet.kind), key, from_guest=True)
@@ -136,7 +138,7 @@ class VmciTransport:
         return _DONE
 
     def send_datagram(self, port: int, destination: tuple[int, int], payload: bytes) -> int:
-        """As :class:`.hypervisor.Sockets` says."""
+        """Implement :class:`.hypervisor.Sockets`."""
         if self._capture.recorders:
             self._record_datagram((self._hypervisor.cid, port), destination, payload)
         try:
@@ -146,12 +148,12 @@ class VmciTransport:
         return HEADER.size + len(payload)
 
     def expects(self, handle: Handle, sizes: tuple[int, int]) -> bool:
-        """As :class:`.hypervisor.Sockets` says."""
+        """Implement :class:`.hypervisor.Sockets`."""
         size = self._expected_sizes.get(handle)
         return size is not None and sizes == (size, size)
 
     def on_detach(self, queue_pair: QueuePair) -> None:
-        """As :class:`.hypervisor.Sockets` says."""
+        """Implement :class:`.hypervisor.Sockets`."""
         connection = self._by_handle.pop(queue_pair.handle, None)
         if connection is not None and connection.stream is not None:
             stream = connection.stream
@@ -165,7 +167,7 @@ class VmciTransport:
                 stream.abort()
 
     def _on_datagram(self, source: tuple[int, int], port: int, payload: bytes) -> bool:
-        """A datagram for the guest; returns whether there is room for another."""
+        """Deliver a datagram to the guest; return whether there is room for another."""
         if self._capture.recorders:
             self._record_datagram(source, (self._hypervisor.cid, port), payload)
         datagram = Datagram(Handle(self._hypervisor.cid, port), Handle(*source), payload)
@@ -187,7 +189,7 @@ class VmciTransport:
             return self._refuse(key, error.errno or errno.EIO)
         connection = _Connection(key, sock)
         connection.handshake = handshake
-        # Most answers are there at once, and then the guest's connect() can say why it failed.
+        # Most replies arrive at once, and then the guest's connect() gets the actual error.
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         if poll.poll(1000 * VMCI_CONNECT_WAIT_SECONDS):
@@ -209,7 +211,7 @@ class VmciTransport:
         return _CODES.get(error, Code.UNAVAILABLE)
 
     def _on_reply(self, connection: _Connection) -> None:
-        """The fabric's answer has come, later than usual."""
+        """Continue the handshake after a late reply of the fabric."""
         self._loop.unwatch(connection.sock.fileno())
         assert isinstance(connection.handshake, Accepting)
         record = self._read_reply(connection.sock)
@@ -228,7 +230,7 @@ class VmciTransport:
     # Streams to the guest
 
     def connect_to_guest(self, request: ConnectRequest) -> None:
-        """Somebody connects to a port of the guest."""
+        """Start the handshake of a client's connect to the guest."""
         key = request.port, *request.peer
         if key in self._connections or self._pending() >= VMCI_PENDING_STREAMS_MAX:
             self._fabric.settle(request, error=errno.ECONNRESET)
@@ -240,7 +242,7 @@ class VmciTransport:
             _proposed_sizes(request), handle, self._find, self._protocol_v1
         )
         self._register(connection)
-        # Who gives up hangs up.  Nothing but its padding can come before it is answered.
+        # A client that gives up closes the socket.  Only its padding can arrive before the reply.
         self._loop.watch_for(
             request.sock.fileno(), lambda events: self._on_client_closed(connection), 0
         )
@@ -268,7 +270,7 @@ class VmciTransport:
         self._fail(connection, errno.ETIMEDOUT)
 
     def _apply(self, connection: _Connection, step: Step) -> None:
-        """Do what the handshake says."""
+        """Carry out a step of the handshake."""
         handshake = connection.handshake
         assert handshake is not None
         if isinstance(handshake, Connecting) and handshake.size:
@@ -290,7 +292,7 @@ class VmciTransport:
     ) -> None:
         key, sock = connection.key, connection.sock
         queue_pair = self._hypervisor.queue_pair(handle)
-        assert queue_pair is not None  # the handshake has found it
+        assert queue_pair is not None  # the handshake has checked that it exists
         self._stop_timer(connection)
         connection.handshake = None
         self._by_handle[handle] = connection
@@ -310,8 +312,9 @@ class VmciTransport:
             self._unsent.discard(stream)
 
         def hung_up() -> None:
-            # The event overtakes packets: a guest that has not yet seen our ATTACH takes it for
-            # a reset.  Once it has said something it has; or it has given up.
+            # The event overtakes packets: a guest that has not handled the device's ATTACH treats
+            # it as a reset.  A packet from the guest shows that it has, a timeout that it has
+            # given up.
             if connection.request is not None or stream.was_used:
                 self._hypervisor.notify_detached(queue_pair)
             else:
@@ -350,7 +353,7 @@ class VmciTransport:
             self._expected_sizes.pop(connection.handshake.handle, None)
 
     def _drop(self, connection: _Connection) -> None:
-        """The guest does not know this stream any more."""
+        """Close a stream that the guest has dropped."""
         if connection.stream is None:
             self._fail(connection, errno.ECONNRESET)
         else:
@@ -358,7 +361,7 @@ class VmciTransport:
             connection.stream.abort()
 
     def _on_guest_closed(self, connection: _Connection) -> None:
-        """The guest's kernel has closed this stream, and will detach its queue pair in its time."""
+        """End a stream that the guest's kernel has closed; it detaches the queue pair later."""
         if connection.stream is None:
             self._fail(connection, errno.ECONNRESET)
         else:
@@ -372,14 +375,14 @@ class VmciTransport:
             del self._connections[connection.key]
 
     def close_all(self) -> None:
-        """The fabric has gone: every stream ends."""
+        """Close every stream after vsockd has closed the link."""
         for connection in list(self._connections.values()):
             if connection.stream is None:
                 self._send(connection.key, Kind.RST)
             self._drop(connection)
 
     def reset(self) -> None:
-        """The guest starts anew.  Its streams' queue pairs were detached before."""
+        """Close every stream: the guest restarts, and its queue pairs were detached."""
         for connection in list(self._connections.values()):
             self._drop(connection)
 
@@ -409,7 +412,7 @@ class VmciTransport:
         self._hypervisor.device.deliver(datagram.encode())
 
     def _record(self, operation: Operation, key: _Key, from_guest: bool) -> None:
-        """Tell who captures of something that is no payload."""
+        """Record a packet without payload."""
         guest, peer = (self._hypervisor.cid, key[0]), key[1:]
         ends = (guest, peer) if from_guest else (peer, guest)
         self._capture.record(operation, *ends)
