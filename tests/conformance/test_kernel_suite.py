@@ -74,7 +74,7 @@ def test_the_readme_counts_as_the_table_does() -> None:
         "one does not pass"
     )
     assert number["fail"] == 1
-    assert said in " ".join((TABLES.parents[1] / "README.md").read_text().split())
+    assert said in " ".join((TABLES.parents[2] / "README.md").read_text().split())
 
 
 @pytest.mark.parametrize("client", [str(GUEST), "host"])
