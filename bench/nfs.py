@@ -76,7 +76,7 @@ def mounted() -> Iterator[dict[str, Path]]:
             private = PrivateGanesha(downloads.ganesha(), top, export("ganesha"))
             ganesha = stack.enter_context(private)
             servers = f"udp:127.0.0.1:{PORT}", f"--mount-server=udp:127.0.0.1:{MOUNT_PORT}"
-            mount("ganesha", ganesha.within(*nfs, "mount", *servers), here)
+            mount("ganesha", ganesha.in_namespace(*nfs, "mount", *servers), here)
         yield folders
 
 

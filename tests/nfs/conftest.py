@@ -1,4 +1,4 @@
-"""Network storage with a server that a test starts as it wants."""
+"""Fixtures for tests that mount exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Debian's nfs-ganesha, modified by nothing, in a network with the portmapper it wants."""
+"""Debian's unmodified nfs-ganesha, in a network namespace with a portmapper."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pathlib import Path
 
 from vsockets.testing import wait_until
 
-#: Its ports in that network, as docs/nfs.md has them; MOUNT is on another one than NFS.
+#: Ganesha's ports in that namespace, as in docs/nfs.md; MOUNT has its own port.
 PORT, MOUNT_PORT = 2049, 2048
 
-#: How long it may take to start, in seconds: it takes one.
-_START = 60.0
+#: Timeout of a start in seconds: it takes one.
+_START_TIMEOUT = 60.0
 
-#: Where its configuration is, as people are told to write it.
+#: The document with ganesha's configuration, which the tests use.
 _DOCUMENT = Path(__file__).parents[2] / "docs" / "nfs.md"
 
-#: What becomes the portmapper, and keeps the namespaces: its port and the path of its socket are
-#: fixed, and it becomes a user of Debian's.  Copies of other tests' mounts would keep them alive.
+#: Script of the process that becomes the portmapper and keeps the namespaces alive.  The
+#: portmapper's port and socket path are fixed, and it switches to a user of Debian's.  Copies of
+#: other tests' mounts are unmounted: they would keep those mounts alive.
 _PORTMAPPER = """\
 set -e
 ip link set lo up
@@ -32,9 +33,9 @@ exec {root}/sbin/rpcbind -f
 
 
 class PrivateGanesha:
-    """A server of ``export`` that nobody else reaches, as a context manager.
+    """A private server of ``export``, as a context manager.
 
-    ``root`` is where it is unpacked; it writes below ``folder``.
+    ``root`` is the directory of the unpacked packages; the server writes below ``folder``.
     """
 
     def __init__(self, root: Path, folder: Path, export: Path) -> None:
@@ -58,12 +59,12 @@ class PrivateGanesha:
         while self._processes:
             self.kill()
 
-    def within(self, *command: str) -> tuple[str, ...]:
-        """``command``, to be run where ganesha's ports are at 127.0.0.1."""
+    def in_namespace(self, *command: str) -> tuple[str, ...]:
+        """Return ``command`` run in the namespace, where ganesha's ports are at 127.0.0.1."""
         return ("nsenter", f"--net=/proc/{self._processes[0].pid}/ns/net", *command)
 
     def start(self) -> None:
-        """Start it, for the first time or after :meth:`kill`; returns when it serves."""
+        """Start the server, also after :meth:`kill`; return when it serves."""
         self._log.unlink(missing_ok=True)
         configuration = self._folder / "ganesha.conf"
         configuration.write_text(self._configuration())
@@ -74,10 +75,12 @@ class PrivateGanesha:
             *("-f", str(configuration), "-L", str(self._log)),
             *("-p", str(self._folder / "ganesha.pid")),
         )
-        wait_until(lambda: self._says("NFS SERVER INITIALIZED"), "ganesha to serve", _START)
+        wait_until(
+            lambda: self._has_logged("NFS SERVER INITIALIZED"), "ganesha to serve", _START_TIMEOUT
+        )
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """Kill the server, as a power cut would."""
         process = self._processes.pop()
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -103,12 +106,12 @@ class PrivateGanesha:
         process = Path(f"/proc/{self._processes[0].pid}")
 
         def serves() -> bool:
-            self._lives()
-            # Until the script has become rpcbind what is in /run may be the machine's own.
-            mine = (process / "comm").read_text() == "rpcbind\n"
-            return mine and (process / "root/run/rpcbind.sock").exists()
+            self._check_alive()
+            # Before the script becomes rpcbind, /run may be the machine's own.
+            replaced = (process / "comm").read_text() == "rpcbind\n"
+            return replaced and (process / "root/run/rpcbind.sock").exists()
 
-        wait_until(serves, "rpcbind to serve", _START)
+        wait_until(serves, "rpcbind to serve", _START_TIMEOUT)
 
     def _run(self, *command: str) -> None:
         with open(self._folder / "ganesha.out", "ab") as out:
@@ -122,13 +125,13 @@ class PrivateGanesha:
                 )
             )
 
-    def _says(self, words: str) -> bool:
-        self._lives()
+    def _has_logged(self, words: str) -> bool:
+        self._check_alive()
         return self._log.exists() and words in self._log.read_text(errors="replace")
 
-    def _lives(self) -> bool:
+    def _check_alive(self) -> bool:
         if self._processes[-1].poll() is None:
             return True
         said = (self._folder / "ganesha.out").read_text(errors="replace")
         log = self._log.read_text(errors="replace") if self._log.exists() else ""
-        raise RuntimeError(f"it has ended:\n{said[-2000:]}\n{log[-2000:]}")
+        raise RuntimeError(f"ganesha has ended:\n{said[-2000:]}\n{log[-2000:]}")

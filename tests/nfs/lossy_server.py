@@ -1,4 +1,7 @@
-"""A server whose socket loses datagrams in both directions: EXPORT STATE PORT SEED PERCENT."""
+"""A server whose socket loses datagrams in both directions.
+
+Arguments: EXPORT STATE PORT SEED PERCENT.
+"""
 
 from __future__ import annotations
 

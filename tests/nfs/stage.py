@@ -1,4 +1,4 @@
-"""What tests need that mount: a server, guests that mount, and what is in a folder."""
+"""Helpers for tests that mount: a server, mounts in guests, and digests of directories."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ NEEDS_MOUNTING = [
     pytest.mark.timeout(240),
     pytest.mark.skipif(
         os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK),
-        reason="mounting takes root and /dev/fuse",
+        reason="mounting needs root and /dev/fuse",
     ),
     pytest.mark.skipif(
         importlib.util.find_spec("pyfuse3") is None or shutil.which("fusermount3") is None,
-        reason="there is no pyfuse3 or no fusermount3",
+        reason="pyfuse3 or fusermount3 is not installed",
     ),
 ]
 
@@ -35,7 +35,7 @@ PATIENCE = 60.0
 
 
 class Program:
-    """A program that says a line when it serves."""
+    """A program that prints a line when it is ready."""
 
     def __init__(self, command: tuple[str, ...], environment: dict[str, str]) -> None:
         self.process = subprocess.Popen(
@@ -54,7 +54,7 @@ class Program:
 
 
 class Storage:
-    """A server on the host, and guests that mount what it exports."""
+    """A server on the host, and its mounts in guests."""
 
     def __init__(self, fabric: PrivateFabric, folder: Path) -> None:
         self.export = folder / "export"
@@ -101,7 +101,7 @@ class Storage:
 
     def close(self) -> None:
         for program, folder in self._mounted:
-            # A lazy one first: what a failed test left open must not hold us up.
+            # Lazily, so that files left open by a failed test do not block this.
             subprocess.run(["umount", "-l", folder], capture_output=True, check=False)
             program.end()
         if self._server is not None:
@@ -113,7 +113,7 @@ class Storage:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of every file below ``folder``, and where links point to."""
+    """Return the SHA-256 of every file below ``folder``, and the targets of links, by path."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

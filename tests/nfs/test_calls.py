@@ -1,4 +1,4 @@
-"""What a client makes of a server's answers; the server is a socket that a test answers on."""
+"""The client's handling of replies, sent by a server of the test."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vsockets.nfs.nfs3 import PROCEDURES, FsInfo, Status, Time
 from vsockets.nfs.nfs_client import NfsClient, credentials
 from vsockets.nfs.rpc_client import RpcClient
 
-WHO = credentials(0, 0)
+AUTH = credentials(0, 0)
 
 
-class Answering(asyncio.DatagramProtocol):
-    """A server; ``answers`` are what calls get, one after the other."""
+class ScriptedServer(asyncio.DatagramProtocol):
+    """A server that replies to calls with ``replies``, in order."""
 
-    def __init__(self, *answers: tuple[Status, Any]) -> None:
-        self._answers = iter(answers)
+    def __init__(self, *replies: tuple[Status, Any]) -> None:
+        self._replies = iter(replies)
         self.xids: list[int] = []
 
     def connection_made(self, transport: Any) -> None:
@@ -31,13 +31,13 @@ class Answering(asyncio.DatagramProtocol):
     def datagram_received(self, data: bytes, source: Any) -> None:
         call, _ = rpc.decode_call(data)
         self.xids.append(call.xid)
-        results = nfs3.encode_result(PROCEDURES[call.procedure], *next(self._answers))
-        reply = rpc.encode_accepted(call.xid, rpc.Accepted.SUCCESS, results)
+        results = nfs3.encode_result(PROCEDURES[call.procedure], *next(self._replies))
+        reply = rpc.encode_accepted(call.xid, rpc.AcceptStat.SUCCESS, results)
         self._transport.sendto(reply, source)
 
 
-def asking(server: Answering, ask: Callable[[NfsClient], Any]) -> Any:
-    """What ``ask`` returns that is given a client of ``server``."""
+def call_server(server: ScriptedServer, ask: Callable[[NfsClient], Any]) -> Any:
+    """Call ``ask`` with a client of ``server`` and return its result."""
 
     async def run() -> Any:
         loop = asyncio.get_running_loop()
@@ -56,23 +56,23 @@ def asking(server: Answering, ask: Callable[[NfsClient], Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("offered", "agreed"),
+    ("offered", "negotiated"),
     [(8192, 8192), (65_536, 65_536), (1 << 20, nfs3.UDP_DATA_SIZE), (100, 512)],
 )
-def test_transfers_fit_the_server_and_the_way(offered: int, agreed: int) -> None:
+def test_transfer_size_fits_server_and_transport(offered: int, negotiated: int) -> None:
     sizes = offered, offered, 512
     info = FsInfo(None, *sizes, *sizes, 4096, 1 << 40, Time(0, 1), 0)
 
-    async def agree(nfs: NfsClient) -> int:
-        await nfs.agree(WHO, b"root")
+    async def negotiate(nfs: NfsClient) -> int:
+        await nfs.negotiate(AUTH, b"root")
         return nfs.transfer
 
-    assert asking(Answering((Status.OK, info)), agree) == agreed
+    assert call_server(ScriptedServer((Status.OK, info)), negotiate) == negotiated
 
 
-def test_a_server_that_is_busy_is_asked_anew() -> None:
-    server = Answering((Status.JUKEBOX, None), (Status.OK, (None, b"target")))
-    result = asking(server, lambda nfs: nfs.call(WHO, "readlink", b"link"))
+def test_busy_server_gets_a_new_call() -> None:
+    server = ScriptedServer((Status.JUKEBOX, None), (Status.OK, (None, b"target")))
+    result = call_server(server, lambda nfs: nfs.call(AUTH, "readlink", b"link"))
     assert result == (None, b"target")
     first, second = server.xids
-    assert first != second  # else it would be the answer to the first that is given again
+    assert first != second  # with the same xid, the server would repeat its first reply

@@ -1,4 +1,4 @@
-"""A stock NFS server, modified by nothing, behind ``vsock forward``: the same client mounts it."""
+"""An unmodified stock NFS server behind ``vsock forward``, mounted by our client."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ pytestmark = NEEDS_MOUNTING
 @pytest.fixture
 def ganesha(tmp_path: Path) -> Iterator[PrivateGanesha]:
     if subprocess.run(["unshare", "--net", "--mount", "true"], check=False).returncode:
-        pytest.skip("no network namespace may be made here")
+        pytest.skip("network namespaces are not permitted here")
     if shutil.which("ip") is None:
-        pytest.skip("there is no ip: apt install iproute2")
+        pytest.skip("ip not found: apt install iproute2")
     try:
         root = downloads.ganesha()
     except downloads.Unavailable as error:
         if os.environ.get("VSOCKETS_REQUIRE_VM"):
             raise
-        pytest.skip(f"no nfs-ganesha: {error}")
+        pytest.skip(f"nfs-ganesha is not available: {error}")
     export = tmp_path / "export"
     export.mkdir()
     with PrivateGanesha(root, tmp_path, export) as server:
         yield server
 
 
-def test_a_stock_server_behind_a_forward(ganesha: PrivateGanesha, tmp_path: Path) -> None:
+def test_stock_server_behind_a_forward(ganesha: PrivateGanesha, tmp_path: Path) -> None:
     export, top, original = (tmp_path / name for name in ("export", "mounted", "original"))
     top.mkdir()
     shutil.copytree(
@@ -50,7 +50,7 @@ def test_a_stock_server_behind_a_forward(ganesha: PrivateGanesha, tmp_path: Path
         try:
             for port in (PORT, MOUNT_PORT):
                 ends = f"vsock-dgram::{port}", f"udp:127.0.0.1:{port}"
-                forward = ganesha.within(*VSOCK, "forward", "-v", *ends)
+                forward = ganesha.in_namespace(*VSOCK, "forward", "-v", *ends)
                 programs.append(Program(forward, fabric.environment(fabric.host)))
                 assert "listening" in programs[-1].line, programs[-1].line
             mount = (*NFS, "mount", f"vsock-dgram:2:{PORT}", str(export), str(top))
@@ -70,7 +70,8 @@ def test_a_stock_server_behind_a_forward(ganesha: PrivateGanesha, tmp_path: Path
                 (top / str(number)).touch()
             assert len(os.listdir(top)) == 303
 
-            # A process of its own: what we start must not flush our files to a server that is dead.
+            # A separate process: a child of this one would flush its copies of open files to the
+            # dead server.
             writer = subprocess.Popen(
                 ["dd", f"of={top / 'file'}", "bs=64k", "iflag=fullblock", "status=none"],
                 stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""A part of the Linux kernel's source, added to git and checked out, all of it on a mount."""
+"""A part of the Linux kernel's source in git, with repository and work tree on a mount."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .stage import NEEDS_MOUNTING, Storage, digests
 
 pytestmark = [
     *NEEDS_MOUNTING,
-    pytest.mark.skipif(shutil.which("git") is None, reason="there is no git"),
+    pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed"),
 ]
 
 
 class Repository:
-    """git in a folder, with no configuration but this."""
+    """git in a directory, without other configuration."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -43,13 +43,13 @@ class Repository:
         return done.stdout + done.stderr
 
 
-def test_git_on_a_mount(storage: tuple[PrivateFabric, Storage]) -> None:
-    """Without loss at first; then the server dies, and its successor loses datagrams."""
+def test_git_works_on_a_mount(storage: tuple[PrivateFabric, Storage]) -> None:
+    """The server first runs without loss, then is killed; its successor loses datagrams."""
     fabric, nfs = storage
     try:
         source = kernel_suite.source()
     except kernel_suite.Unavailable as error:
-        pytest.skip(f"no kernel source: {error}")
+        pytest.skip(f"kernel source is not available: {error}")
     nfs.serve()
     work = nfs.mount(fabric.guest()) / "linux"
     work.mkdir()
@@ -58,7 +58,7 @@ def test_git_on_a_mount(storage: tuple[PrivateFabric, Storage]) -> None:
         ["sh", "-c", copy, source, *kernel_suite.TREE], cwd=work, check=True, timeout=200
     )
     git = Repository(work)
-    git("add", "--all", "--force")  # its own .gitignore leaves some out
+    git("add", "--all", "--force")  # the kernel's .gitignore excludes some of them
     git("commit", "--quiet", "--message=a tree")
 
     nfs.kill_server()

@@ -1,4 +1,4 @@
-"""A host's folder in guests, over vSockets datagrams, as programs see it."""
+"""Mounted exports in guests, used by programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .stage import NEEDS_MOUNTING, PATIENCE, Storage, digests
 pytestmark = NEEDS_MOUNTING
 
 
-def test_three_guests_and_their_rights(storage: tuple[PrivateFabric, Storage]) -> None:
+def test_guests_mount_with_their_permissions(storage: tuple[PrivateFabric, Storage]) -> None:
     fabric, nfs = storage
     writer, reader, stranger = (fabric.guest() for _ in range(3))
     nfs.export.joinpath("greeting").write_text("from the host")
@@ -30,10 +30,10 @@ def test_three_guests_and_their_rights(storage: tuple[PrivateFabric, Storage]) -
     assert "Permission denied" in nfs.refused(stranger)
 
 
-def test_what_one_guest_has_closed_another_sees_when_it_opens(
+def test_open_sees_what_another_guest_has_closed(
     storage: tuple[PrivateFabric, Storage],
 ) -> None:
-    """By open and read alone: most programs ask for the size first, which would renew it."""
+    """Uses open and read only: a query of the size would refresh the cache."""
     fabric, nfs = storage
     nfs.serve()
     writer, reader = (nfs.mount(fabric.guest()) / "file" for _ in range(2))
@@ -44,7 +44,7 @@ def test_what_one_guest_has_closed_another_sees_when_it_opens(
         os.close(file)
 
 
-def test_unix_semantics(storage: tuple[PrivateFabric, Storage]) -> None:
+def test_unix_file_semantics(storage: tuple[PrivateFabric, Storage]) -> None:
     fabric, nfs = storage
     nfs.serve()
     top = nfs.mount(fabric.guest())
@@ -55,11 +55,11 @@ def test_unix_semantics(storage: tuple[PrivateFabric, Storage]) -> None:
         file.seek(0)
         assert file.read() == "held" and os.fstat(file.fileno()).st_nlink == 0
         assert not (top / "open").exists()
-    assert not os.listdir(top)  # what it was called meanwhile is gone, too
+    assert not os.listdir(top)  # the silly-renamed file is removed as well
     (top / "old").write_text("old")
     with open(top / "new", "w") as file:
         os.rename(top / "old", top / "new")
-        file.write("nobody's")
+        file.write("replaced")
     assert (top / "new").read_text() == "old" and os.listdir(top) == ["new"]
     os.link(top / "new", top / "link")
     assert os.stat(top / "link").st_nlink == 2
@@ -69,9 +69,9 @@ def test_unix_semantics(storage: tuple[PrivateFabric, Storage]) -> None:
     assert os.stat(top / "fifo").st_mode & 0o7777 == 0o640
     os.chown(top / "new", 1234, 2345)
     os.utime(top / "new", ns=(1_000_000_001, 2_000_000_003))
-    told = os.stat(top / "new")
-    assert (told.st_uid, told.st_gid) == (1234, 2345)
-    assert (told.st_atime_ns, told.st_mtime_ns) == (1_000_000_001, 2_000_000_003)
+    status = os.stat(top / "new")
+    assert (status.st_uid, status.st_gid) == (1234, 2345)
+    assert (status.st_atime_ns, status.st_mtime_ns) == (1_000_000_001, 2_000_000_003)
     os.truncate(top / "new", 1)
     assert (top / "new").read_text() == "o"
     os.mkdir(top / "full")
@@ -88,10 +88,10 @@ def test_unix_semantics(storage: tuple[PrivateFabric, Storage]) -> None:
     assert os.statvfs(top).f_namemax == 255
 
 
-def test_a_tree_survives_loss_and_the_servers_death(
+def test_copy_survives_loss_and_death_of_the_server(
     storage: tuple[PrivateFabric, Storage], tmp_path: Path
 ) -> None:
-    """A copy, while one datagram in twenty is lost and the server is killed."""
+    """A copy runs while one datagram in twenty is lost and the server is killed."""
     fabric, nfs = storage
     nfs.serve_with_loss(seed=1, percent=5)
     top = nfs.mount(fabric.guest())
@@ -102,7 +102,7 @@ def test_a_tree_survives_loss_and_the_servers_death(
     (original / "large").write_bytes(os.urandom(3 << 20))
     copying = subprocess.Popen(["cp", "-r", original, top / "copy"])
     deadline = time.monotonic() + PATIENCE
-    while not list(nfs.export.glob("copy/*.py")):  # in the middle of it
+    while not list(nfs.export.glob("copy/*.py")):  # in the middle of the copy
         assert time.monotonic() < deadline and copying.poll() is None
         time.sleep(0.01)
     nfs.kill_server()
@@ -113,42 +113,42 @@ def test_a_tree_survives_loss_and_the_servers_death(
     assert digests(top / "copy") == expected
 
 
-def test_what_the_kernel_asks_for_who_does_not_own_a_file(
+def test_attribute_changes_by_a_user_who_is_not_owner(
     storage: tuple[PrivateFabric, Storage],
 ) -> None:
-    """Writing clears set-user-id, and whoever may write may set the times to now; no more."""
+    """Writing clears set-user-ID; a user with write permission may set the current time only."""
     fabric, nfs = storage
     nfs.serve()
     top = nfs.mount(fabric.guest())
 
-    def nobody(script: str) -> int:
+    def unprivileged(script: str) -> int:
         command = ["sh", "-c", script]
         ran = subprocess.run(command, cwd=top, user=65534, capture_output=True, check=False)
         return ran.returncode
 
     (top / "file").touch()
     os.chmod(top / "file", 0o6777)
-    assert nobody("echo written >>file") == 0
+    assert unprivileged("echo written >>file") == 0
     assert os.stat(nfs.export / "file").st_mode & 0o7777 == 0o777
     assert (nfs.export / "file").read_text() == "written\n"
     os.utime(top / "file", (1, 1))
-    assert nobody("touch -d @5 file") != 0 and nobody("chmod 700 file") != 0
+    assert unprivileged("touch -d @5 file") != 0 and unprivileged("chmod 700 file") != 0
     assert os.stat(nfs.export / "file").st_mtime == 1
-    assert nobody("touch file") == 0
+    assert unprivileged("touch file") == 0
     assert os.stat(nfs.export / "file").st_mtime > 5
     os.chmod(top / "file", 0o755)
-    assert nobody("touch file") != 0
+    assert unprivileged("touch file") != 0
 
 
-@pytest.mark.skipif(shutil.which("fio") is None, reason="there is no fio")
-def test_fio_finds_no_corrupt_byte(storage: tuple[PrivateFabric, Storage], tmp_path: Path) -> None:
+@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+def test_fio_verifies_all_data(storage: tuple[PrivateFabric, Storage], tmp_path: Path) -> None:
     fabric, nfs = storage
     nfs.serve_with_loss(seed=3, percent=5)
     top = nfs.mount(fabric.guest())
     command = ["fio", "--name=verify", f"--directory={top}", "--rw=randwrite", "--size=4m"]
     command += ["--bs=4k-64k", "--verify=sha256", "--numjobs=2", "--ioengine=psync"]
     command += ["--fsync_on_close=1", "--end_fsync=1", "--randseed=9"]
-    # fio leaves the state of its verification in its working folder.
+    # fio writes its verification state to the working directory.
     ran = subprocess.run(
         command, capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path
     )

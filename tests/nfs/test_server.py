@@ -1,4 +1,4 @@
-"""The server's sockets: guests take turns, whatever one of them sends."""
+"""The server's sockets and the turns of guests."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def fabric() -> Iterator[PrivateFabric]:
         yield fabric
 
 
-class Recorded(Service):
-    """Notes which guests were answered, in order."""
+class RecordingService(Service):
+    """A service that records the guests of its replies in order."""
 
     answered: list[Any]
 
@@ -46,18 +46,20 @@ class Recorded(Service):
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Recorded]:
+def service(tmp_path: Path) -> Iterator[RecordingService]:
     (tmp_path / "export").mkdir()
-    places = HandleStore(tmp_path / "state")
-    service = Recorded([Export.parse(f"{tmp_path / 'export'},no-root-squash")], places)
+    handle_store = HandleStore(tmp_path / "state")
+    service = RecordingService(
+        [Export.parse(f"{tmp_path / 'export'},no-root-squash")], handle_store
+    )
     service.answered = []
     yield service
     service.close()
-    places.close()
+    handle_store.close()
 
 
 class Client:
-    """A guest that sends without waiting."""
+    """A guest that sends without waiting for replies."""
 
     def __init__(self, guest: Attachment) -> None:
         self.cid = guest.cid
@@ -84,12 +86,12 @@ async def serve(service: Service, fabric: PrivateFabric) -> NfsServer:
     return NfsServer(service, [parse_locator("vsock-dgram::2049")], fabric.host)
 
 
-def test_a_client_that_sends_more_than_can_be_answered(service: Recorded) -> None:
-    """Over UDP, where more fits into the server's queue; clients are told apart by their hosts."""
+def test_client_that_floods_the_server_delays_no_other(service: RecordingService) -> None:
+    """Over UDP, which fits more calls into the server's queue; clients differ by host address."""
 
     async def main() -> None:
         server = NfsServer(service, [parse_locator("udp:127.0.0.1:0")])
-        target = server.doors[0].sockets[0].getsockname()
+        target = server.listeners[0].sockets[0].getsockname()
         call = rpc.Call(1, 2, mount_protocol.PROGRAM, 3, 0, rpc.NO_AUTH, rpc.NO_AUTH)
         with (
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as greedy,
@@ -111,8 +113,11 @@ def test_a_client_that_sends_more_than_can_be_answered(service: Recorded) -> Non
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
 
-def test_a_guest_that_lists_a_large_folder(
-    service: Recorded, fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_listing_of_a_large_directory_delays_no_other_guest(
+    service: RecordingService,
+    fabric: PrivateFabric,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(listing, "NFS_NAMES_PER_STEP_MAX", 1)
     for number in range(500):
@@ -124,11 +129,11 @@ def test_a_guest_that_lists_a_large_folder(
         with lister.sock, other.sock:
             packed = mount_protocol.path.pack(os.fsencode(tmp_path / "export"))
             lister.send(mount_protocol.PROGRAM, mount_protocol.MNT, packed)
-            root = mount_protocol.answer.unpack(await lister.receive())[1][0]
+            root = mount_protocol.mount_result.unpack(await lister.receive())[1][0]
             procedure = PROCEDURES[NUMBERS["readdir"]]
             packed = procedure.arguments.pack((root, 0, bytes(8), 65_000))
             lister.send(nfs3.PROGRAM, NUMBERS["readdir"], packed)
-            for _ in range(100):  # all of them before the listing is through
+            for _ in range(100):  # all of them are answered before the listing is complete
                 other.send(mount_protocol.PROGRAM, 0, b"")
                 await other.receive()
             with pytest.raises(BlockingIOError):

@@ -1,4 +1,4 @@
-"""The server's datagrams, with no socket: what it does for honest guests, and for others."""
+"""The service without sockets, called by well-behaved and by hostile guests."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from vsockets.nfs.nfs3 import (
     NUMBERS,
     PROCEDURES,
     Access,
-    How,
+    CreateMode,
     NewAttributes,
-    Stable,
+    StableHow,
     Status,
     Target,
 )
@@ -38,7 +38,7 @@ from vsockets.nfs.work_queue import Pending
 GUEST = (3, 700)
 
 
-class Played:
+class DirectGuest:
     """A guest that calls the service directly."""
 
     def __init__(self, folder: Path, options: str = ",no-root-squash") -> None:
@@ -50,12 +50,12 @@ class Played:
         self.start()
 
     def start(self) -> None:
-        self.places = HandleStore(self._state)
-        self.service = Service([Export.parse(f"{self.export}{self._options}")], self.places)
+        self.handle_store = HandleStore(self._state)
+        self.service = Service([Export.parse(f"{self.export}{self._options}")], self.handle_store)
 
     def stop(self) -> None:
         self.service.close()
-        self.places.close()
+        self.handle_store.close()
 
     def restart(self) -> None:
         self.stop()
@@ -67,13 +67,13 @@ class Played:
         return rpc.encode_call(Call(self.xid, 2, program, 3, number, own, rpc.NO_AUTH), packed)
 
     def answer(self, datagram: bytes, source: tuple[int, int] = GUEST) -> bytes | None:
-        """What it is answered in the end."""
+        """Return the final reply to a call."""
         reply = self.service.answer(datagram, source)
         while isinstance(reply, Pending):
             error: OSError | None = None
             try:
                 for _ in reply.steps:
-                    assert self.service.answer(datagram, source) is None  # asked again
+                    assert self.service.answer(datagram, source) is None  # a retransmission
             except OSError as why:
                 error = why
             reply = reply.finish(error)
@@ -85,7 +85,7 @@ class Played:
             self.datagram(mount_protocol.PROGRAM, mount_protocol.MNT, packed), source
         )
         assert reply is not None
-        status, granted = mount_protocol.answer.unpack(rpc.decode_reply(reply))
+        status, granted = mount_protocol.mount_result.unpack(rpc.decode_reply(reply))
         return granted[0] if status == 0 else None
 
     def ask(self, name: str, *arguments: Any, source: tuple[int, int] = GUEST) -> tuple[int, Any]:
@@ -103,22 +103,22 @@ class Played:
 
     def make(self, folder: bytes, name: bytes, data: bytes = b"") -> bytes:
         handle, _, _ = self.ok(
-            "create", Target(folder, name), (How.GUARDED, NewAttributes(mode=0o644))
+            "create", Target(folder, name), (CreateMode.GUARDED, NewAttributes(mode=0o644))
         )
         if data:
-            self.ok("write", handle, 0, len(data), Stable.FILE_SYNC, data)
+            self.ok("write", handle, 0, len(data), StableHow.FILE_SYNC, data)
         assert isinstance(handle, bytes)
         return handle
 
 
 @pytest.fixture
-def guest(tmp_path: Path) -> Iterator[Played]:
-    played = Played(tmp_path)
-    yield played
-    played.stop()
+def guest(tmp_path: Path) -> Iterator[DirectGuest]:
+    guest = DirectGuest(tmp_path)
+    yield guest
+    guest.stop()
 
 
-def test_handles_survive_restarts_and_renames(guest: Played) -> None:
+def test_handles_survive_restarts_and_renames(guest: DirectGuest) -> None:
     root = guest.root()
     assert root is not None
     folder, _, _ = guest.ok("mkdir", Target(root, b"a"), NewAttributes(mode=0o755))
@@ -129,24 +129,24 @@ def test_handles_survive_restarts_and_renames(guest: Played) -> None:
     assert guest.ok("read", file, 0, 100)[3] == b"content"
     guest.ok("remove", folder, b"file")
     guest.restart()
-    assert guest.ok("read", file, 0, 100)[3] == b"content"  # by its other name
+    assert guest.ok("read", file, 0, 100)[3] == b"content"  # by its second name
     guest.ok("remove", root, b"other")
     assert guest.ask("read", file, 0, 100)[0] == Status.STALE
     (guest.export / "b" / "file").write_text("another file, perhaps with the inode")
     assert guest.ask("read", file, 0, 100)[0] == Status.STALE
 
 
-def test_what_was_not_committed_may_be_lost_with_a_life(guest: Played) -> None:
+def test_write_verifier_changes_with_a_restart(guest: DirectGuest) -> None:
     root = guest.root()
     assert root is not None
     file = guest.make(root, b"file")
-    _, _, _, verifier = guest.ok("write", file, 0, 3, Stable.UNSTABLE, b"abc")
+    _, _, _, verifier = guest.ok("write", file, 0, 3, StableHow.UNSTABLE, b"abc")
     assert guest.ok("commit", file, 0, 0)[1] == verifier
     guest.restart()
     assert guest.ok("commit", file, 0, 0)[1] != verifier
 
 
-def test_what_is_asked_again_is_not_done_again(guest: Played) -> None:
+def test_retransmitted_call_is_not_repeated(guest: DirectGuest) -> None:
     root = guest.root()
     assert root is not None
     guest.make(root, b"file")
@@ -155,24 +155,24 @@ def test_what_is_asked_again_is_not_done_again(guest: Played) -> None:
     first = guest.answer(datagram, GUEST)
     assert first == guest.answer(datagram, GUEST) and first is not None
     assert xdr.uint.decode(xdr.Reader(rpc.decode_reply(first))) == Status.OK
-    other = guest.answer(datagram, (4, 700))  # whose call it is not
+    other = guest.answer(datagram, (4, 700))  # another guest's call
     assert other is not None
     assert xdr.uint.decode(xdr.Reader(rpc.decode_reply(other))) == Status.NOENT
 
 
-def test_exclusive_create_knows_its_own_maker(guest: Played) -> None:
+def test_exclusive_create_recognises_its_retransmission(guest: DirectGuest) -> None:
     root = guest.root()
     assert root is not None
     target = Target(root, b"file")
-    handle, *_ = guest.ok("create", target, (How.EXCLUSIVE, b"12345678"))
-    guest.restart()  # which has forgotten all answers
-    assert guest.ok("create", target, (How.EXCLUSIVE, b"12345678"))[0] == handle
-    assert guest.ask("create", target, (How.EXCLUSIVE, b"87654321"))[0] == Status.EXIST
-    assert guest.ask("create", target, (How.GUARDED, NewAttributes()))[0] == Status.EXIST
+    handle, *_ = guest.ok("create", target, (CreateMode.EXCLUSIVE, b"12345678"))
+    guest.restart()  # also in a later server process
+    assert guest.ok("create", target, (CreateMode.EXCLUSIVE, b"12345678"))[0] == handle
+    assert guest.ask("create", target, (CreateMode.EXCLUSIVE, b"87654321"))[0] == Status.EXIST
+    assert guest.ask("create", target, (CreateMode.GUARDED, NewAttributes()))[0] == Status.EXIST
 
 
-def test_a_server_killed_within_an_exclusive_create_leaves_nothing(
-    guest: Played, monkeypatch: pytest.MonkeyPatch
+def test_server_killed_in_an_exclusive_create_leaves_no_file(
+    guest: DirectGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class KilledError(BaseException):
         pass
@@ -185,13 +185,13 @@ def test_a_server_killed_within_an_exclusive_create_leaves_nothing(
     target = Target(root, b"file")
     with monkeypatch.context() as patched, pytest.raises(KilledError):
         for module, name in ((os, "utime"), (attributes, "set_times")):
-            patched.setattr(module, name, die)  # wherever a file is marked
-        guest.ask("create", target, (How.EXCLUSIVE, b"12345678"))
+            patched.setattr(module, name, die)  # wherever the verifier is stored
+        guest.ask("create", target, (CreateMode.EXCLUSIVE, b"12345678"))
     guest.restart()
-    guest.ok("create", target, (How.EXCLUSIVE, b"12345678"))
+    guest.ok("create", target, (CreateMode.EXCLUSIVE, b"12345678"))
 
 
-def test_setattr_minds_its_guard(guest: Played) -> None:
+def test_setattr_checks_its_guard(guest: DirectGuest) -> None:
     root = guest.root()
     assert root is not None
     file = guest.make(root, b"file", b"12345")
@@ -204,8 +204,8 @@ def test_setattr_minds_its_guard(guest: Played) -> None:
 
 @pytest.mark.parametrize("names_at_once", [limits.NFS_LISTING_PART_NAMES_MAX, 40])
 @pytest.mark.parametrize("plus", [False, True])
-def test_a_listing_goes_on_whatever_changes(
-    guest: Played, plus: bool, names_at_once: int, monkeypatch: pytest.MonkeyPatch
+def test_listing_continues_when_the_directory_changes(
+    guest: DirectGuest, plus: bool, names_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listing, "NFS_LISTING_PART_NAMES_MAX", names_at_once)
     root = guest.root()
@@ -221,10 +221,10 @@ def test_a_listing_goes_on_whatever_changes(
         _, verifier, entries, end = guest.ok(procedure, root, cookie, verifier, *sizes)
         seen += [entry.name for entry in entries]
         cookie = entries[-1].cookie if entries else cookie
-        gone = next(iter(names - set(seen)), None)
-        if gone is not None:
-            guest.ok("remove", root, gone)
-            names.discard(gone)
+        removed = next(iter(names - set(seen)), None)
+        if removed is not None:
+            guest.ok("remove", root, removed)
+            names.discard(removed)
             guest.restart()
     assert names <= set(seen) and len(names) < 300
     assert len(seen) == len(set(seen))
@@ -232,7 +232,7 @@ def test_a_listing_goes_on_whatever_changes(
     assert guest.ask("readdir", root, 0, bytes(8), 10)[0] == Status.TOOSMALL
 
 
-def readdir(guest: Played, folder: bytes) -> bytes:
+def readdir(guest: DirectGuest, folder: bytes) -> bytes:
     packed = PROCEDURES[NUMBERS["readdir"]].arguments.pack((folder, 0, bytes(8), 4096))
     return guest.datagram(nfs3.PROGRAM, NUMBERS["readdir"], packed)
 
@@ -242,8 +242,10 @@ def status_of(reply: object) -> int:
     return nfs3.decode_result(PROCEDURES[NUMBERS["readdir"]], rpc.decode_reply(reply))[0]
 
 
-def test_a_large_folder_is_read_in_steps(guest: Played, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others are served between them, and each guest reads so many folders at a time."""
+def test_large_directory_is_read_in_steps(
+    guest: DirectGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other guests are served between the steps; concurrent listings are limited for each guest."""
     monkeypatch.setattr(listing, "NFS_NAMES_PER_STEP_MAX", 10)
     folders = []
     root = guest.root()
@@ -259,7 +261,7 @@ def test_a_large_folder_is_read_in_steps(guest: Played, monkeypatch: pytest.Monk
     steps = 0
     for _ in pending.steps:
         steps += 1
-        (guest.export / "a" / f"more-{steps}").touch()  # it is never the same again
+        (guest.export / "a" / f"more-{steps}").touch()  # the directory changes during each step
         assert guest.ask("getattr", root, source=(4, 700))[0] == Status.OK
     assert steps >= 30
     assert status_of(pending.finish(None)) == Status.OK
@@ -268,13 +270,13 @@ def test_a_large_folder_is_read_in_steps(guest: Played, monkeypatch: pytest.Monk
     assert len(started) == limits.NFS_LARGE_LISTINGS_MAX
     assert {status_of(one) for one in others if one not in started} == {Status.JUKEBOX}
     others.clear()
-    started.clear()  # as if the server had ended
+    started.clear()  # as at the server's end
     gc.collect()
     assert guest.ask("readdir", folders[1], 0, bytes(8), 4096)[0] == Status.OK
 
 
-def test_a_listing_that_begins_is_of_now(guest: Played) -> None:
-    """Also when the folder's times are what they were, as they are coarse."""
+def test_new_listing_is_up_to_date(guest: DirectGuest) -> None:
+    """Also if the directory's coarse times have not changed."""
     root = guest.root()
     assert root is not None
     for number in range(100):
@@ -283,8 +285,8 @@ def test_a_listing_that_begins_is_of_now(guest: Played) -> None:
         assert len(entries) == number + 3
 
 
-def test_reading_a_folder_fails_in_the_middle(
-    guest: Played, monkeypatch: pytest.MonkeyPatch
+def test_error_while_reading_a_large_directory(
+    guest: DirectGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listing, "NFS_NAMES_PER_STEP_MAX", 10)
     root = guest.root()
@@ -298,13 +300,13 @@ def test_reading_a_folder_fails_in_the_middle(
     assert guest.ask("readdir", root, 0, bytes(8), 4096)[0] == Status.OK
 
 
-def test_names_that_are_gone_are_not_listed(guest: Played) -> None:
-    """After the listing has begun, as by rm -r: the server may have read them before."""
+def test_removed_names_are_not_listed(guest: DirectGuest) -> None:
+    """Names removed during the listing, as by rm -r: the server may have read them before."""
     root = guest.root()
     assert root is not None
     for number in range(1000):
         (guest.export / str(number)).touch()
-    time.sleep(0.2)  # else the folder has just changed
+    time.sleep(0.2)  # otherwise the directory counts as changed just now
     _, verifier, first, _ = guest.ok("readdirplus", root, 0, bytes(8), 512, 4096)
     for path in guest.export.iterdir():
         path.unlink()
@@ -318,7 +320,7 @@ def test_names_that_are_gone_are_not_listed(guest: Played) -> None:
     assert seen < calls <= 1000 / limits.NFS_READDIRPLUS_ENTRIES_MAX + 1
 
 
-def test_listings_are_bounded(guest: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_listings_are_bounded(guest: DirectGuest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "NFS_GUEST_LISTED_NAMES_MAX", 1000)
     monkeypatch.setattr(listing, "NFS_LISTED_NAMES_MAX", 2000)
     root = guest.root()
@@ -331,14 +333,14 @@ def test_listings_are_bounded(guest: Played, monkeypatch: pytest.MonkeyPatch) ->
     for cid in range(3, 8):
         for folder in folders:
             assert guest.ask("readdir", folder, 0, bytes(8), 4096, source=(cid, 1))[0] == 0
-            assert listings._held[cid] <= 1000
-            assert listings._held.total() <= 2000
-    assert listings._held == {
+            assert listings._costs[cid] <= 1000
+            assert listings._costs.total() <= 2000
+    assert listings._costs == {
         guest: sum(part.cost for part in parts.values()) for guest, parts in listings._parts.items()
     }
 
 
-def test_nothing_outside_the_export_is_reached(guest: Played, tmp_path: Path) -> None:
+def test_files_outside_the_export_are_unreachable(guest: DirectGuest, tmp_path: Path) -> None:
     root = guest.root()
     assert root is not None
     (tmp_path / "secret").write_text("secret")
@@ -352,8 +354,10 @@ def test_nothing_outside_the_export_is_reached(guest: Played, tmp_path: Path) ->
     assert guest.ask("lookup", up, b"secret")[0] == Status.NOTDIR
     assert guest.ask("read", absolute, 0, 10)[0] == Status.INVAL
     assert guest.ok("readlink", absolute)[1] == os.fsencode(tmp_path / "secret")
-    assert guest.ask("create", Target(root, b".."), (How.UNCHECKED, NewAttributes()))[0] == 17
-    # A folder that became a link since its handle was given.
+    assert (
+        guest.ask("create", Target(root, b".."), (CreateMode.UNCHECKED, NewAttributes()))[0] == 17
+    )
+    # A directory that was replaced by a link since its handle was issued.
     folder, _, _ = guest.ok("mkdir", Target(root, b"folder"), NewAttributes(mode=0o755))
     (guest.export / "folder").rmdir()
     (guest.export / "folder").symlink_to(tmp_path)
@@ -361,8 +365,8 @@ def test_nothing_outside_the_export_is_reached(guest: Played, tmp_path: Path) ->
     assert guest.ask("lookup", folder, b"secret")[0] == Status.STALE
 
 
-def test_who_may_do_what(tmp_path: Path) -> None:
-    guest = Played(tmp_path, ",ro,cid=3")
+def test_read_only_export_for_one_context(tmp_path: Path) -> None:
+    guest = DirectGuest(tmp_path, ",ro,cid=3")
     root = guest.root()
     assert root is not None
     (guest.export / "file").write_text("content")
@@ -372,20 +376,20 @@ def test_who_may_do_what(tmp_path: Path) -> None:
     assert guest.ask("remove", root, b"file")[0] == Status.ROFS
     everything = sum(Access)
     assert not guest.ok("access", file, everything)[1] & (Access.MODIFY | Access.EXTEND)
-    # Another guest that has learnt a handle.
+    # Another guest that has obtained a handle.
     assert guest.root(source=(4, 700)) is None
     assert guest.ask("read", file, 0, 10, source=(4, 700))[0] == Status.ACCES
     guest.stop()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as others")
-def test_root_is_nobody_unless_it_is_trusted(tmp_path: Path) -> None:
-    guest = Played(tmp_path, "")
+def test_root_squash_maps_root_to_the_anonymous_user(tmp_path: Path) -> None:
+    guest = DirectGuest(tmp_path, "")
     root = guest.root()
     assert root is not None
-    assert guest.ask("create", Target(root, b"a"), (How.GUARDED, NewAttributes()))[0] == 13
+    assert guest.ask("create", Target(root, b"a"), (CreateMode.GUARDED, NewAttributes()))[0] == 13
     guest.export.chmod(0o777)
-    handle, *_ = guest.ok("create", Target(root, b"a"), (How.GUARDED, NewAttributes()))
+    handle, *_ = guest.ok("create", Target(root, b"a"), (CreateMode.GUARDED, NewAttributes()))
     attributes = guest.ok("getattr", handle)
     assert (attributes.uid, attributes.gid) == (65_534, 65_534)
     (guest.export / "private").write_text("host's")
@@ -401,19 +405,19 @@ def identifier(number: int) -> Identifier:
     return Identifier(1, number, 0, 0)
 
 
-def test_places_are_bounded(tmp_path: Path) -> None:
+def test_recorded_locations_are_bounded(tmp_path: Path) -> None:
     handle_store = HandleStore(tmp_path / "state", most=10)
     for number in range(50):
         handle_store.add(identifier(2 + number), identifier(1), b"name", 3)
         assert len(handle_store) <= 10
-    assert list(handle_store.of(identifier(51))) == [(identifier(1), b"name")]
+    assert list(handle_store.locations(identifier(51))) == [(identifier(1), b"name")]
     with pytest.raises(OSError, match="--state"):
         HandleStore(tmp_path / "state")
     handle_store.close()
 
 
-def test_no_guest_takes_the_places_of_others(tmp_path: Path) -> None:
-    """Two know one file; one learns a lot of names after that."""
+def test_guest_cannot_evict_locations_of_another_guest(tmp_path: Path) -> None:
+    """Two guests know a file, and one of them then looks up many names."""
     handle_store = HandleStore(tmp_path / "state", most=100)
     for guest in (3, 4):
         handle_store.add(identifier(2), identifier(1), b"both", guest)
@@ -424,17 +428,17 @@ def test_no_guest_takes_the_places_of_others(tmp_path: Path) -> None:
         assert len(handle_store) <= 100
     handle_store.close()
     handle_store = HandleStore(tmp_path / "state", most=100)
-    assert list(handle_store.of(identifier(2))) == [(identifier(1), b"both")]
+    assert list(handle_store.locations(identifier(2))) == [(identifier(1), b"both")]
     for number in range(20):
-        assert list(handle_store.of(identifier(3 + number))) == [(identifier(1), b"name")]
+        assert list(handle_store.locations(identifier(3 + number))) == [(identifier(1), b"name")]
     assert len(handle_store) <= 100
     handle_store.remove(identifier(2), identifier(1), b"both")
-    assert not list(handle_store.of(identifier(2)))
+    assert not list(handle_store.locations(identifier(2)))
     handle_store.close()
 
 
-def test_places_of_an_earlier_version(tmp_path: Path) -> None:
-    """Rows had no guest."""
+def test_state_file_of_an_earlier_version(tmp_path: Path) -> None:
+    """Rows without a guest."""
     with contextlib.closing(sqlite3.connect(tmp_path / "state", isolation_level=None)) as old:
         old.execute(
             "CREATE TABLE places"
@@ -443,28 +447,28 @@ def test_places_of_an_earlier_version(tmp_path: Path) -> None:
         row = identifier(2).pack(), identifier(1).pack(), b"name"
         old.execute("INSERT INTO places VALUES (?, ?, ?)", row)
     handle_store = HandleStore(tmp_path / "state")
-    assert list(handle_store.of(identifier(2))) == [(identifier(1), b"name")]
+    assert list(handle_store.locations(identifier(2))) == [(identifier(1), b"name")]
     assert len(handle_store) == 1
     handle_store.close()
 
 
 class FullDisk:
-    """The disk of the state file is full, for a while."""
+    """A full disk of the state file, while the context lasts."""
 
-    def __init__(self, guest: Played) -> None:
-        self._run = guest.places._connection.execute
+    def __init__(self, guest: DirectGuest) -> None:
+        self._run = guest.handle_store._connection.execute
 
     def __enter__(self) -> None:
         (pages,) = self._run("PRAGMA page_count").fetchone()
         self._run(f"PRAGMA max_page_count = {pages}")
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed
+        with contextlib.suppress(sqlite3.ProgrammingError):  # the store is closed
             self._run("PRAGMA max_page_count = 1000000000")
 
 
-def test_a_full_disk_of_the_state_file(guest: Played, caplog: pytest.LogCaptureFixture) -> None:
-    """New names are found, handles hold, and hold after the restart if there is room by then."""
+def test_full_disk_of_the_state_file(guest: DirectGuest, caplog: pytest.LogCaptureFixture) -> None:
+    """New names are found and handles stay valid, also after a restart once there is space."""
     root = guest.root()
     assert root is not None
     names = [b"file-%d" % number for number in range(2000)]
@@ -472,7 +476,7 @@ def test_a_full_disk_of_the_state_file(guest: Played, caplog: pytest.LogCaptureF
         (guest.export / os.fsdecode(name)).touch()
     with FullDisk(guest):
         handles = [guest.ok("lookup", root, name)[0] for name in names]
-        for handle in handles:  # more than there are descriptors kept
+        for handle in handles:  # more files than the server keeps open
             guest.ok("getattr", handle)
         guest.ok("remove", root, names.pop())
         assert guest.ask("getattr", handles.pop())[0] == Status.STALE
@@ -487,8 +491,8 @@ def test_a_full_disk_of_the_state_file(guest: Played, caplog: pytest.LogCaptureF
     assert "writable again" in lines[1]
 
 
-def test_what_was_answered_is_kept_on_a_full_disk_as_far_as_it_goes(
-    guest: Played, caplog: pytest.LogCaptureFixture
+def test_last_replies_are_saved_on_a_full_disk(
+    guest: DirectGuest, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = guest.root()
     assert root is not None
@@ -518,14 +522,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=16m", "vsockets-test", folder], capture_output=True
     )
     if mounted.returncode:
-        pytest.skip("nothing can be mounted here")
+        pytest.skip("mounting is not permitted here")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_guest_fills_the_disk_of_exports_and_state(small_disk: Path) -> None:
-    """Others go on, and what was answered is kept: there is room for it alone."""
-    guest = Played(small_disk)
+def test_guest_that_fills_the_disk_of_exports_and_state(small_disk: Path) -> None:
+    """Other guests are served, and cached replies are saved: space is reserved for them."""
+    guest = DirectGuest(small_disk)
     root = guest.root()
     assert root is not None
     for number in range(600):
@@ -554,21 +558,21 @@ def test_a_guest_fills_the_disk_of_exports_and_state(small_disk: Path) -> None:
     guest.stop()
 
 
-def test_a_broken_state_file_is_an_error_of_each_call(guest: Played) -> None:
+def test_broken_state_file_fails_only_the_calls_that_need_it(guest: DirectGuest) -> None:
     root = guest.root()
     assert root is not None
     (guest.export / "folder").mkdir()
     folder, _, _ = guest.ok("lookup", root, b"folder")
     guest.restart()
-    guest.places._connection.execute("DROP TABLE places")
+    guest.handle_store._connection.execute("DROP TABLE places")
     assert guest.ask("getattr", folder)[0] == Status.IO
     guest.ok("getattr", root)
     guest.ok("lookup", root, b"folder")
-    guest.places._connection.execute(handle_store._TABLE)
+    guest.handle_store._connection.execute(handle_store._TABLE)
 
 
-def test_what_was_answered_is_known_to_the_next_server(guest: Played) -> None:
-    """A guest whose answer was lost asks again after the restart; the next life forgets."""
+def test_next_server_repeats_saved_replies(guest: DirectGuest) -> None:
+    """A retransmission after a restart gets the saved reply; after a later crash it does not."""
     root = guest.root()
     assert root is not None
     procedure = PROCEDURES[NUMBERS["mkdir"]]
@@ -577,18 +581,18 @@ def test_what_was_answered_is_known_to_the_next_server(guest: Played) -> None:
     reply = guest.answer(call, GUEST)
     guest.restart()
     assert guest.answer(call, GUEST) == reply
-    assert guest.answer(call, (GUEST[0], GUEST[1] + 1)) != reply  # another program's
+    assert guest.answer(call, (GUEST[0], GUEST[1] + 1)) != reply  # another program's call
 
-    # A server that is killed keeps nothing, and what an earlier one kept is too old by then.
-    guest.places.close()
+    # A killed server saves no replies; those of the server before it are outdated.
+    guest.handle_store.close()
     guest.start()
-    again = guest.answer(call, GUEST)
-    assert again is not None
-    assert nfs3.decode_result(procedure, rpc.decode_reply(again))[0] == Status.EXIST
+    retried = guest.answer(call, GUEST)
+    assert retried is not None
+    assert nfs3.decode_result(procedure, rpc.decode_reply(retried))[0] == Status.EXIST
 
 
-def test_a_bug_is_answered(
-    guest: Played, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_internal_error_gets_a_reply(
+    guest: DirectGuest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = guest.root()
     assert root is not None
@@ -598,14 +602,14 @@ def test_a_bug_is_answered(
 
     monkeypatch.setattr(type(guest.service._procedures), "getattr", fail)
     datagram = guest.datagram(nfs3.PROGRAM, NUMBERS["getattr"], nfs3.handle.pack(root))
-    assert guest.answer(datagram) == rpc.encode_accepted(guest.xid, rpc.Accepted.SYSTEM_ERR)
+    assert guest.answer(datagram) == rpc.encode_accepted(guest.xid, rpc.AcceptStat.SYSTEM_ERR)
     assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
-def test_hostile_datagrams_are_answered_well_or_not_at_all(
-    guest: Played, caplog: pytest.LogCaptureFixture
+def test_malformed_datagrams_get_a_valid_reply_or_none(
+    guest: DirectGuest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Mutations of good calls: never an exception, always a reply to that call or silence."""
+    """Mutated calls never raise an exception; each gets a reply with its xid, or none."""
     chance = random.Random(9)
     root = guest.root()
     assert root is not None
@@ -619,7 +623,7 @@ def test_hostile_datagrams_are_answered_well_or_not_at_all(
         "readlink": (file,),
         "read": (file, 0, 100),
         "write": (file, 4, 4, 0, b"data"),
-        "create": (Target(folder, b"x"), (How.UNCHECKED, NewAttributes(mode=0o644))),
+        "create": (Target(folder, b"x"), (CreateMode.UNCHECKED, NewAttributes(mode=0o644))),
         "mkdir": (Target(folder, b"y"), NewAttributes(mode=0o755)),
         "symlink": (Target(folder, b"z"), NewAttributes(), b"target"),
         "mknod": (Target(folder, b"p"), (7, NewAttributes())),
@@ -648,13 +652,13 @@ def test_hostile_datagrams_are_answered_well_or_not_at_all(
             del datagram[chance.randrange(len(datagram)) :]
         reply = guest.answer(bytes(datagram), GUEST)
         if reply is None:
-            with pytest.raises(xdr.XdrError):  # what is no call gets no answer
+            with pytest.raises(xdr.XdrError):  # a malformed call gets no reply
                 rpc.decode_call(bytes(datagram))
             continue
-        assert rpc.reply_to(reply) == int.from_bytes(datagram[:4])
+        assert rpc.reply_xid(reply) == int.from_bytes(datagram[:4])
         try:
             results = rpc.decode_reply(reply)
-        except rpc.RpcRefused:
+        except rpc.RpcRejected:
             continue
         called, _ = rpc.decode_call(bytes(datagram))
         if called.program == nfs3.PROGRAM and called.procedure:

@@ -245,7 +245,7 @@ def test_what_is_written_at_random_is_read(guest: Machine, host: Host) -> None:
 
 
 @pytest.mark.parametrize("machine", ["stable"], indirect=True)
-def test_a_kernel_without_fuse(guest: Machine, host: Host) -> None:
+def test_kernel_without_fuse(guest: Machine, host: Host) -> None:
     assert not guest.run('result = os.system("rmmod fuse")')
     try:
         said = guest.run("result = client('/none').communicate()[1]", PATIENCE)

@@ -69,7 +69,7 @@ def serve(
     log = logging.getLogger("vsockets.nfs")
 
     def opened(server: NfsServer) -> None:
-        for door, locator in zip(server.doors, listen, strict=True):
+        for door, locator in zip(server.listeners, listen, strict=True):
             scheme = str(locator).partition(":")[0]
             log.log(logs.NOTICE, "listening on %s:%s", scheme, door.where)
 
@@ -121,7 +121,7 @@ def mount(
     logs.configure("vsock: %(message)s", logs.NOTICE, LogFormat.TEXT.value)
     context = lasting_context() if isinstance(server, Vsock) else None
     try:
-        preflight.require()
+        preflight.check()
         from ..nfs.fuse_mount import mount as serve_folder
 
         serve_folder(server, export, os.fspath(folder), context, mount_server, transfer_size)

@@ -20,7 +20,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logs.configure("vsock: %(message)s", logs.NOTICE, "text")
     try:
-        preflight.require()
+        preflight.check()
         from . import fuse_mount
 
         fuse_mount.mount(arguments.server, arguments.export, arguments.folder)

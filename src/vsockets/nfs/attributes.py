@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 
-from .nfs3 import Attributes, Before, Device, FileType, NewAttributes, Time, TimeHow
+from .nfs3 import Attributes, Device, FileType, NewAttributes, Time, TimeHow, WccAttributes
 from .syscalls import UTIME_NOW, UTIME_OMIT, FileState, set_times
 from .tree import FileRef
 
@@ -40,12 +40,12 @@ def attributes_of(found: FileRef) -> Attributes:
     )
 
 
-def before(state: FileState) -> Before:
+def wcc_attributes(state: FileState) -> WccAttributes:
     """Return the attributes for a weak cache consistency check (wcc_attr, RFC 1813 2.6)."""
-    return Before(state.size, time_of(state.mtime), time_of(state.ctime))
+    return WccAttributes(state.size, time_of(state.mtime), time_of(state.ctime))
 
 
-def apply(found: FileRef, new: NewAttributes) -> None:
+def set_attributes(found: FileRef, new: NewAttributes) -> None:
     """Set the attributes that ``new`` contains.
 
     Raises OSError.

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from .limits import NFS_CACHED_GUESTS_MAX, NFS_GUEST_CACHED_REPLIES_MAX
 
 #: Leading bytes of a call that identify it among calls with its xid, as in Linux's server.
-_ENOUGH = 256
+_DIGEST_BYTES = 256
 
 
-class Answer(NamedTuple):
+class CachedReply(NamedTuple):
     """A cached reply with the key of its call: source address, xid and digest."""
 
     source: tuple[Any, ...]
@@ -30,49 +30,51 @@ class DuplicateRequestCache:
     """Replies by call.  Above the limit of a guest, its oldest reply is dropped."""
 
     def __init__(
-        self, most: int = NFS_GUEST_CACHED_REPLIES_MAX, guests: int = NFS_CACHED_GUESTS_MAX
+        self,
+        replies_max: int = NFS_GUEST_CACHED_REPLIES_MAX,
+        guests_max: int = NFS_CACHED_GUESTS_MAX,
     ) -> None:
-        self._most, self._guests = most, guests
-        self._answers: OrderedDict[Hashable, OrderedDict[tuple[tuple[Any, ...], int, int], bytes]]
-        self._answers = OrderedDict()
+        self._replies_max, self._guests_max = replies_max, guests_max
+        self._replies: OrderedDict[Hashable, OrderedDict[tuple[tuple[Any, ...], int, int], bytes]]
+        self._replies = OrderedDict()
 
     def __len__(self) -> int:
-        return sum(len(answers) for answers in self._answers.values())
+        return sum(len(replies) for replies in self._replies.values())
 
     def find(self, guest: Hashable, source: tuple[Any, ...], xid: int, call: bytes) -> bytes | None:
         """Return the reply that this call got before, or None."""
-        answers = self._answers.get(guest)
-        return answers.get((source, xid, _digest(call))) if answers else None
+        replies = self._replies.get(guest)
+        return replies.get((source, xid, _digest(call))) if replies else None
 
-    def keep(
+    def add(
         self, guest: Hashable, source: tuple[Any, ...], xid: int, call: bytes, reply: bytes
     ) -> None:
         """Cache a reply."""
-        self._enter(guest, source, xid, _digest(call), reply)
+        self._insert(guest, source, xid, _digest(call), reply)
 
-    def __iter__(self) -> Iterator[Answer]:
+    def __iter__(self) -> Iterator[CachedReply]:
         """Iterate over all replies, oldest first for each guest."""
-        for answers in self._answers.values():
-            for (source, xid, digest), reply in answers.items():
-                yield Answer(source, xid, digest, reply)
+        for replies in self._replies.values():
+            for (source, xid, digest), reply in replies.items():
+                yield CachedReply(source, xid, digest, reply)
 
-    def restore(self, answers: Iterable[Answer]) -> None:
+    def restore(self, replies: Iterable[CachedReply]) -> None:
         """Cache the replies that an earlier server process saved."""
-        for answer in answers:
-            self._enter(answer.source[0], *answer)
+        for reply in replies:
+            self._insert(reply.source[0], *reply)
 
-    def _enter(
+    def _insert(
         self, guest: Hashable, source: tuple[Any, ...], xid: int, digest: int, reply: bytes
     ) -> None:
-        answers = self._answers.setdefault(guest, OrderedDict())
-        self._answers.move_to_end(guest)
-        answers[source, xid, digest] = reply
-        if len(answers) > self._most:
-            answers.popitem(last=False)
-        if len(self._answers) > self._guests:
-            self._answers.popitem(last=False)
+        replies = self._replies.setdefault(guest, OrderedDict())
+        self._replies.move_to_end(guest)
+        replies[source, xid, digest] = reply
+        if len(replies) > self._replies_max:
+            replies.popitem(last=False)
+        if len(self._replies) > self._guests_max:
+            self._replies.popitem(last=False)
 
 
 def _digest(call: bytes) -> int:
     """Return the digest of a call's first bytes; they include the offset of a WRITE."""
-    return zlib.crc32(call[:_ENOUGH], len(call))
+    return zlib.crc32(call[:_DIGEST_BYTES], len(call))

@@ -13,7 +13,7 @@ from .rpc import AuthSys
 ANONYMOUS_ID = 65_534
 
 
-def _known(number: int) -> int:
+def _valid_id(number: int) -> int:
     """Return ``number``, or the anonymous one for -1, which means "unchanged" to chown(2)."""
     return ANONYMOUS_ID if number == 0xFFFFFFFF else number
 
@@ -67,9 +67,9 @@ class Export:
         if caller is None:
             return Identity(ANONYMOUS_ID, ANONYMOUS_ID)
         uid, gid, groups = (
-            _known(caller.uid),
-            _known(caller.gid),
-            tuple(map(_known, caller.groups)),
+            _valid_id(caller.uid),
+            _valid_id(caller.gid),
+            tuple(map(_valid_id, caller.groups)),
         )
         if self.root_squash:
             uid, gid = uid or ANONYMOUS_ID, gid or ANONYMOUS_ID

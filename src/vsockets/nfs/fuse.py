@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 
-from .inode_table import Inode, InodeTable, content_of, entry_of
+from .inode_table import Inode, InodeTable, content_version, entry_of
 from .nfs3 import VERIFIER_SIZE, Attributes, Device, FileType, NewAttributes, Target, Time, TimeHow
 from .nfs_client import NfsClient, credentials
 from .rpc import Auth
@@ -32,20 +32,20 @@ _SPECIAL = {
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
-def _told(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+def _reports_errors(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """Decorate ``method`` so that its OSErrors are reported to the kernel."""
 
     @functools.wraps(method)
-    async def tell(*args: P.args, **kwargs: P.kwargs) -> T:
+    async def report(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await method(*args, **kwargs)
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
 
-    return tell
+    return report
 
 
-def _who(context: pyfuse3.RequestContext) -> Auth:
+def _credentials(context: pyfuse3.RequestContext) -> Auth:
     """Return the credentials of the process that sent a request."""
     groups: set[int] = set()
     if context.uid != 0:
@@ -55,15 +55,15 @@ def _who(context: pyfuse3.RequestContext) -> Auth:
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenFile:
     """An open file or directory, with the credentials of the process that opened it."""
 
     node: Inode
-    who: Auth
+    auth: Auth
     verifier: bytes = bytes(VERIFIER_SIZE)  #: the verifier of a directory's cookies
 
 
-class Mounted(pyfuse3.Operations):
+class NfsOperations(pyfuse3.Operations):
     """The operations of a mounted export, as pyfuse3 defines them."""
 
     supports_dot_lookup = False
@@ -74,34 +74,36 @@ class Mounted(pyfuse3.Operations):
         super().__init__()
         self._nfs = nfs
         self._nodes = InodeTable(nfs, root)
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, _OpenFile] = {}
         self._last_open = 0
 
     # Names
 
-    @_told
+    @_reports_errors
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Look up a name."""
-        handle, attributes, _ = await self._look_up(_who(ctx), self._target(parent_inode, name))
-        return await self._entry(_who(ctx), handle, attributes)
+        handle, attributes, _ = await self._look_up(
+            _credentials(ctx), self._target(parent_inode, name)
+        )
+        return await self._entry(_credentials(ctx), handle, attributes)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Drop lookup counts of inodes that the kernel forgets."""
         for number, times in inode_list:
             self._nodes.forget(number, times)
 
-    @_told
+    @_reports_errors
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Create a directory."""
         new = NewAttributes(mode=stat.S_IMODE(mode))
-        target, who = self._target(parent_inode, name), _who(ctx)
-        return await self._made(who, target, await self._nfs.call(who, "mkdir", target, new))
+        target, auth = self._target(parent_inode, name), _credentials(ctx)
+        return await self._made(auth, target, await self._nfs.call(auth, "mkdir", target, new))
 
-    @_told
+    @_reports_errors
     async def symlink(
         self,
         parent_inode: int,
@@ -110,11 +112,11 @@ class Mounted(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         """Create a symbolic link."""
-        place, who = self._target(parent_inode, name), _who(ctx)
-        made = await self._nfs.call(who, "symlink", place, NewAttributes(), bytes(target))
-        return await self._made(who, place, made)
+        place, auth = self._target(parent_inode, name), _credentials(ctx)
+        made = await self._nfs.call(auth, "symlink", place, NewAttributes(), bytes(target))
+        return await self._made(auth, place, made)
 
-    @_told
+    @_reports_errors
     async def mknod(
         self,
         parent_inode: int,
@@ -124,32 +126,32 @@ class Mounted(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         """Create a file, device, socket or FIFO."""
-        target, who = self._target(parent_inode, name), _who(ctx)
+        target, auth = self._target(parent_inode, name), _credentials(ctx)
         new = NewAttributes(mode=stat.S_IMODE(mode))
         if stat.S_ISREG(mode):
-            return await self._made(who, target, await self._nfs.create(who, target, new, True))
+            return await self._made(auth, target, await self._nfs.create(auth, target, new, True))
         kind = _SPECIAL.get(stat.S_IFMT(mode))
         if kind is None:
             raise OSError(errno.EINVAL, "unsupported file type")
         content: Any = new
         if kind in (FileType.CHARACTER, FileType.BLOCK):
             content = new, Device(os.major(rdev), os.minor(rdev))
-        made = await self._nfs.call(who, "mknod", target, (kind, content))
-        return await self._made(who, target, made)
+        made = await self._nfs.call(auth, "mknod", target, (kind, content))
+        return await self._made(auth, target, made)
 
-    @_told
+    @_reports_errors
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         """Remove a file; if it is open here, rename it until it is closed."""
-        target, who = self._target(parent_inode, name), _who(ctx)
-        if not await self._set_aside(who, target):
-            await self._nfs.call(who, "remove", *target)
+        target, auth = self._target(parent_inode, name), _credentials(ctx)
+        if not await self._silly_rename(auth, target):
+            await self._nfs.call(auth, "remove", *target)
 
-    @_told
+    @_reports_errors
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         """Remove a directory."""
-        await self._nfs.call(_who(ctx), "rmdir", *self._target(parent_inode, name))
+        await self._nfs.call(_credentials(ctx), "rmdir", *self._target(parent_inode, name))
 
-    @_told
+    @_reports_errors
     async def rename(
         self,
         parent_inode_old: int,
@@ -166,12 +168,12 @@ class Mounted(pyfuse3.Operations):
             self._target(parent_inode_old, name_old),
             self._target(parent_inode_new, name_new),
         )
-        who = _who(ctx)
+        auth = _credentials(ctx)
         if old != new:
-            await self._set_aside(who, new, unless=old)
-        await self._nfs.call(who, "rename", old, new)
+            await self._silly_rename(auth, new, unless=old)
+        await self._nfs.call(auth, "rename", old, new)
 
-    @_told
+    @_reports_errors
     async def link(
         self,
         inode: int,
@@ -180,20 +182,20 @@ class Mounted(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         """Create a hard link."""
-        node, who = self._nodes[inode], _who(ctx)
+        node, auth = self._nodes[inode], _credentials(ctx)
         target = self._target(new_parent_inode, new_name)
-        attributes, _ = await self._nfs.call(who, "link", node.handle, target)
-        return await self._entry(who, node.handle, attributes)
+        attributes, _ = await self._nfs.call(auth, "link", node.handle, target)
+        return await self._entry(auth, node.handle, attributes)
 
     # Attributes
 
-    @_told
+    @_reports_errors
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """Return attributes."""
         node = self._nodes[inode]
-        return entry_of(node, await self._nfs.call(_who(ctx), "getattr", node.handle))
+        return entry_of(node, await self._nfs.call(_credentials(ctx), "getattr", node.handle))
 
-    @_told
+    @_reports_errors
     async def setattr(
         self,
         inode: int,
@@ -203,7 +205,7 @@ class Mounted(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         """Set attributes."""
-        node, who = self._nodes[inode], _who(ctx)
+        node, auth = self._nodes[inode], _credentials(ctx)
         new = NewAttributes(
             mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
@@ -213,48 +215,52 @@ class Mounted(pyfuse3.Operations):
             mtime=_time(fields.update_mtime, attr.st_mtime_ns),
         )
         if fh is not None:
-            who = self._open[fh].who
+            auth = self._open[fh].auth
         try:
-            return entry_of(node, await self._set(who, node, new))
+            return entry_of(node, await self._set(auth, node, new))
         except PermissionError:
             if ctx.uid == 0:
                 raise
-            return entry_of(node, await self._set_for_another(who, node, new))
+            return entry_of(node, await self._set_for_non_owner(auth, node, new))
 
-    @_told
+    @_reports_errors
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         """Return the target of a symbolic link."""
-        _, path = await self._nfs.call(_who(ctx), "readlink", self._nodes[inode].handle)
+        _, path = await self._nfs.call(_credentials(ctx), "readlink", self._nodes[inode].handle)
         return bytes(path)
 
-    @_told
+    @_reports_errors
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """Return the capacity of the server's file system."""
         root = self._nodes[pyfuse3.ROOT_INODE].handle
-        told = await self._nfs.call(_who(ctx), "fsstat", root)
+        capacity = await self._nfs.call(_credentials(ctx), "fsstat", root)
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = block = 4096
-        data.f_blocks, data.f_bfree = told.total // block, told.free // block
-        data.f_bavail, data.f_files = told.available // block, told.files
-        data.f_ffree, data.f_favail, data.f_namemax = told.files_free, told.files_available, 255
+        data.f_blocks, data.f_bfree = capacity.total // block, capacity.free // block
+        data.f_bavail, data.f_files = capacity.available // block, capacity.files
+        data.f_ffree, data.f_favail, data.f_namemax = (
+            capacity.files_free,
+            capacity.files_available,
+            255,
+        )
         return data
 
     # Open files
 
-    @_told
+    @_reports_errors
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open a file; invalidate the kernel's cache if the file has changed since."""
-        node, who = self._nodes[inode], _who(ctx)
+        node, auth = self._nodes[inode], _credentials(ctx)
         if flags & os.O_TRUNC:
-            attributes = await self._set(who, node, NewAttributes(size=0))
+            attributes = await self._set(auth, node, NewAttributes(size=0))
         else:
-            attributes = await self._nfs.call(who, "getattr", node.handle)
-        same = content_of(attributes) == node.told
+            attributes = await self._nfs.call(auth, "getattr", node.handle)
+        same = content_version(attributes) == node.reported
         if not same:  # the kernel's cache may predate another client's close
             pyfuse3.invalidate_inode(inode, attr_only=True)
-        return pyfuse3.FileInfo(fh=self._opened(node, who), keep_cache=same)
+        return pyfuse3.FileInfo(fh=self._opened(node, auth), keep_cache=same)
 
-    @_told
+    @_reports_errors
     async def create(
         self,
         parent_inode: int,
@@ -264,13 +270,13 @@ class Mounted(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """Create and open a file."""
-        target, who = self._target(parent_inode, name), _who(ctx)
+        target, auth = self._target(parent_inode, name), _credentials(ctx)
         new = NewAttributes(mode=stat.S_IMODE(mode), size=0 if flags & os.O_TRUNC else None)
-        made = await self._nfs.create(who, target, new, bool(flags & os.O_EXCL))
-        entry = await self._made(who, target, made)
-        return pyfuse3.FileInfo(fh=self._opened(self._nodes[entry.st_ino], who)), entry
+        made = await self._nfs.create(auth, target, new, bool(flags & os.O_EXCL))
+        entry = await self._made(auth, target, made)
+        return pyfuse3.FileInfo(fh=self._opened(self._nodes[entry.st_ino], auth)), entry
 
-    @_told
+    @_reports_errors
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read from an open file."""
         opened = self._open[fh]
@@ -278,51 +284,51 @@ class Mounted(pyfuse3.Operations):
         while len(data) < size:
             count = min(self._nfs.transfer, size - len(data))
             arguments = opened.node.handle, off + len(data), count
-            _, _, end, part = await self._nfs.call(opened.who, "read", *arguments)
+            _, _, end, part = await self._nfs.call(opened.auth, "read", *arguments)
             data += part[:count]
             if end or not part:
                 break
         return bytes(data)
 
-    @_told
+    @_reports_errors
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write to an open file; the data may remain uncommitted until ``flush``."""
         opened = self._open[fh]
-        await opened.node.uncommitted.write(opened.who, off, bytes(buf))
+        await opened.node.write_back.write(opened.auth, off, bytes(buf))
         return len(buf)
 
-    @_told
+    @_reports_errors
     async def flush(self, fh: int) -> None:
         """Commit written data when a descriptor is closed."""
         opened = self._open[fh]
-        await opened.node.uncommitted.commit(opened.who)
+        await opened.node.write_back.commit(opened.auth)
 
-    @_told
+    @_reports_errors
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Commit written data."""
         opened = self._open[fh]
-        await opened.node.uncommitted.commit(opened.who)
+        await opened.node.write_back.commit(opened.auth)
 
-    @_told
+    @_reports_errors
     async def release(self, fh: int) -> None:
         """Close a file; remove it if it was unlinked while open."""
         opened = self._open.pop(fh)
         node = opened.node
         try:
-            await node.uncommitted.commit(opened.who)  # written by a memory mapping since flush
+            await node.write_back.commit(opened.auth)  # written by a memory mapping since flush
         finally:
             node.opened -= 1
-            if not node.opened and node.aside is not None:
-                (target, who), node.aside = node.aside, None
-                await self._nfs.call(who, "remove", *target)
+            if not node.opened and node.silly_name is not None:
+                (target, auth), node.silly_name = node.silly_name, None
+                await self._nfs.call(auth, "remove", *target)
 
     # Directories
 
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         """Open a directory."""
-        return self._opened(self._nodes[inode], _who(ctx))
+        return self._opened(self._nodes[inode], _credentials(ctx))
 
-    @_told
+    @_reports_errors
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List entries from the cookie ``start_id``."""
         opened = self._open[fh]
@@ -330,7 +336,7 @@ class Mounted(pyfuse3.Operations):
         while not end:
             arguments = opened.node.handle, cookie, opened.verifier, room // 8, room
             _, opened.verifier, entries, end = await self._nfs.call(
-                opened.who, "readdirplus", *arguments
+                opened.auth, "readdirplus", *arguments
             )
             end = end or not entries
             for _, name, next_cookie, attributes, handle in entries:
@@ -340,10 +346,10 @@ class Mounted(pyfuse3.Operations):
                 if handle is None or attributes is None:
                     target = Target(opened.node.handle, name)
                     try:
-                        handle, attributes, _ = await self._look_up(opened.who, target)
+                        handle, attributes, _ = await self._look_up(opened.auth, target)
                     except OSError:  # removed meanwhile
                         continue
-                entry = await self._entry(opened.who, handle, attributes)
+                entry = await self._entry(opened.auth, handle, attributes)
                 if not pyfuse3.readdir_reply(token, name, entry, cookie):
                     self._nodes.forget(entry.st_ino, 1)
                     return
@@ -358,29 +364,29 @@ class Mounted(pyfuse3.Operations):
     def _target(self, folder: int, name: bytes) -> Target:
         return Target(self._nodes[folder].handle, bytes(name))
 
-    def _opened(self, node: Inode, who: Auth) -> int:
+    def _opened(self, node: Inode, auth: Auth) -> int:
         self._last_open += 1
-        self._open[self._last_open] = _Open(node, who)
+        self._open[self._last_open] = _OpenFile(node, auth)
         node.opened += 1
         return self._last_open
 
-    async def _set(self, who: Auth, node: Inode, new: NewAttributes) -> Attributes:
+    async def _set(self, auth: Auth, node: Inode, new: NewAttributes) -> Attributes:
         if new.size is not None:  # otherwise a repeated write could extend the file again
-            await node.uncommitted.commit(who)
-        change = await self._nfs.call(who, "setattr", node.handle, new, None)
-        attributes = change.after or await self._nfs.call(who, "getattr", node.handle)
+            await node.write_back.commit(auth)
+        change = await self._nfs.call(auth, "setattr", node.handle, new, None)
+        attributes = change.after or await self._nfs.call(auth, "getattr", node.handle)
         assert isinstance(attributes, Attributes)
         return attributes
 
-    async def _set_for_another(self, who: Auth, node: Inode, new: NewAttributes) -> Attributes:
+    async def _set_for_non_owner(self, auth: Auth, node: Inode, new: NewAttributes) -> Attributes:
         """Set attributes that the kernel sets after its own permission check.
 
         The caller is not the owner, so the server refuses the plain SETATTR.
         """
         if new == NewAttributes(atime=new.atime, mtime=new.mtime):
             now = TimeHow.SERVER, None  # any user with write permission may set the current time
-            return await self._set(who, node, NewAttributes(atime=now, mtime=now))
-        attributes: Attributes = await self._nfs.call(who, "getattr", node.handle)
+            return await self._set(auth, node, NewAttributes(atime=now, mtime=now))
+        attributes: Attributes = await self._nfs.call(auth, "getattr", node.handle)
         if new.mode is None or new != NewAttributes(mode=new.mode):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         if (attributes.mode ^ new.mode) & ~_SET_ID or new.mode & ~attributes.mode:
@@ -388,24 +394,24 @@ class Mounted(pyfuse3.Operations):
         # The kernel clears set-user-ID before a write by another user; the server does so itself.
         return attributes._replace(mode=new.mode)
 
-    async def _look_up(self, who: Auth, target: Target) -> Any:
-        return await self._nfs.call(who, "lookup", *target)
+    async def _look_up(self, auth: Auth, target: Target) -> Any:
+        return await self._nfs.call(auth, "lookup", *target)
 
-    async def _made(self, who: Auth, target: Target, made: Any) -> pyfuse3.EntryAttributes:
+    async def _made(self, auth: Auth, target: Target, made: Any) -> pyfuse3.EntryAttributes:
         handle, attributes, _ = made
         if handle is None:
-            handle, attributes, _ = await self._look_up(who, target)
-        return await self._entry(who, handle, attributes)
+            handle, attributes, _ = await self._look_up(auth, target)
+        return await self._entry(auth, handle, attributes)
 
     async def _entry(
-        self, who: Auth, handle: bytes, attributes: Attributes | None
+        self, auth: Auth, handle: bytes, attributes: Attributes | None
     ) -> pyfuse3.EntryAttributes:
         """Return the entry of a file, and count a lookup by the kernel."""
         if attributes is None:
-            attributes = await self._nfs.call(who, "getattr", handle)
-        return entry_of(self._nodes.meet(handle), attributes)
+            attributes = await self._nfs.call(auth, "getattr", handle)
+        return entry_of(self._nodes.acquire(handle), attributes)
 
-    async def _set_aside(self, who: Auth, target: Target, unless: Target | None = None) -> bool:
+    async def _silly_rename(self, auth: Auth, target: Target, unless: Target | None = None) -> bool:
         """Rename a file that is open here instead of removing it, as NFS has no open files.
 
         Returns whether the file was renamed (a silly rename); the last close removes it.
@@ -413,20 +419,20 @@ class Mounted(pyfuse3.Operations):
         if not self._open:
             return False
         try:
-            handle, _, _ = await self._look_up(who, target)
+            handle, _, _ = await self._look_up(auth, target)
         except OSError:
             return False
-        node = self._nodes.known(handle)
-        if node is None or not node.opened or node.aside is not None:
+        node = self._nodes.get(handle)
+        if node is None or not node.opened or node.silly_name is not None:
             return False
-        if unless is not None and (await self._look_up(who, unless))[0] == handle:
+        if unless is not None and (await self._look_up(auth, unless))[0] == handle:
             return False  # both names are links to one file: rename replaces nothing
-        aside = Target(target.directory, b".nfs" + secrets.token_hex(8).encode())
-        attributes = await self._nfs.call(who, "getattr", handle)
+        silly_name = Target(target.directory, b".nfs" + secrets.token_hex(8).encode())
+        attributes = await self._nfs.call(auth, "getattr", handle)
         if attributes.kind == FileType.DIRECTORY:
             return False
-        await self._nfs.call(who, "rename", target, aside)
-        node.aside = aside, who
+        await self._nfs.call(auth, "rename", target, silly_name)
+        node.silly_name = silly_name, auth
         return True
 
 

@@ -16,8 +16,8 @@ from ..attachment import ContextHandle
 from ..eventloop.tasks import on_signals
 from ..logs import NOTICE
 from ..model.locator import Inet, Locator
-from .fuse import Mounted
-from .limits import NFS_CALL_TIMEOUT_SECONDS, NFS_FIRST_WORD
+from .fuse import NfsOperations
+from .limits import NFS_CALL_TIMEOUT_SECONDS, NFS_NO_REPLY_WARNING_SECONDS
 from .nfs3 import DATA_SIZE, UDP_DATA_SIZE
 from .nfs_client import NfsClient, credentials, mount_export
 from .rpc_client import RpcClient
@@ -54,17 +54,17 @@ async def _serve(
     transfer: int,
     context: ContextHandle | None,
 ) -> None:
-    _in_asyncio()
+    _enable_asyncio()
     client = RpcClient.connect(mount_server, context)
 
-    def complain() -> None:
-        why = f" ({client.trouble}: is there a server?)" if client.trouble else ""
+    def warn() -> None:
+        why = f" ({client.send_error}: is there a server?)" if client.send_error else ""
         log.warning(
             "%s does not answer yet%s; trying for %g s", mount_server, why, NFS_CALL_TIMEOUT_SECONDS
         )
 
     try:
-        timer = asyncio.get_running_loop().call_later(NFS_FIRST_WORD, complain)
+        timer = asyncio.get_running_loop().call_later(NFS_NO_REPLY_WARNING_SECONDS, warn)
         root = await mount_export(client, os.fsencode(export))
         timer.cancel()
         if server != mount_server:
@@ -73,12 +73,12 @@ async def _serve(
         if isinstance(server, Inet):
             transfer = min(transfer, UDP_DATA_SIZE)
         nfs = NfsClient(client, transfer)
-        await nfs.agree(credentials(os.geteuid(), os.getegid()), root)
+        await nfs.negotiate(credentials(os.geteuid(), os.getegid()), root)
         options = set(pyfuse3.default_options) | {f"fsname={server}", "subtype=vsock-nfs"}
         if os.geteuid() == 0:
             options.add("allow_other")
         try:
-            pyfuse3.init(Mounted(nfs, root), folder, options)
+            pyfuse3.init(NfsOperations(nfs, root), folder, options)
         except RuntimeError as error:  # fusermount has printed its error on standard error
             raise OSError(f"{folder}: {error}") from None
         try:
@@ -92,7 +92,7 @@ async def _serve(
         client.close()
 
 
-def _in_asyncio() -> None:
+def _enable_asyncio() -> None:
     """Switch pyfuse3 to asyncio; the module depends on its version."""
     try:
         module = importlib.import_module("pyfuse3.asyncio")

@@ -21,14 +21,14 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from .duplicate_request_cache import Answer
+from .duplicate_request_cache import CachedReply
 from .handles import KEY_SIZE, Identifier
 from .limits import NFS_DISK_RESERVE_BYTES, NFS_HANDLES_MAX, NFS_UNSAVED_HANDLES_MAX
 
 log = logging.getLogger("vsockets.nfs")
 
 #: Seconds until writing is retried after an error, and rows written at a time.
-_AGAIN, _ROWS = 1.0, 100
+_RETRY_SECONDS, _ROWS_PER_RETRY = 1.0, 100
 
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS places"
@@ -44,7 +44,7 @@ class _Table:
 
     def __init__(self, connection: sqlite3.Connection, most: int) -> None:
         self._run = connection.execute
-        self._most = most
+        self._rows_max = most
         self._run(_TABLE)
         self._run(_INDEX)
         counts = self._run("SELECT guest, count(*) FROM places GROUP BY guest")
@@ -57,14 +57,14 @@ class _Table:
     def add(self, row: _Row) -> None:
         if self._run("INSERT OR IGNORE INTO places VALUES (?, ?, ?, ?)", row).rowcount > 0:
             self._count(row[3], 1)
-        while self._total > self._most:
+        while self._total > self._rows_max:
             ((guest, held),) = self._counts.most_common(1)
             oldest = "SELECT rowid FROM places WHERE guest = ? ORDER BY rowid LIMIT ?"
-            some = max(1, min(self._most // 100, held // 2))
+            some = max(1, min(self._rows_max // 100, held // 2))
             statement = f"DELETE FROM places WHERE rowid IN ({oldest})"
             self._count(guest, -self._run(statement, (guest, some)).rowcount)
 
-    def of(self, file: bytes) -> list[tuple[bytes, bytes]]:
+    def locations(self, file: bytes) -> list[tuple[bytes, bytes]]:
         """Return directories and names, the newest first."""
         return self._run(
             "SELECT folder, name FROM places WHERE file = ?"
@@ -82,7 +82,7 @@ class _Table:
         for guest, number in removed:
             self._count(guest, -number)
 
-    def first(self, number: int) -> list[_Row]:
+    def oldest(self, number: int) -> list[_Row]:
         return self._run("SELECT * FROM places ORDER BY rowid LIMIT ?", (number,)).fetchall()
 
     def _count(self, guest: Hashable, change: int) -> None:
@@ -112,11 +112,11 @@ class HandleStore:
         except sqlite3.Error as error:
             why = f"{error}; each server needs its own file (--state), and free space on the disk"
             raise OSError(f"{os.fspath(path)}: {why}") from None
-        self._spare = sqlite3.connect(":memory:", isolation_level=None)
-        self._unsaved = _Table(self._spare, NFS_UNSAVED_HANDLES_MAX)
+        self._memory = sqlite3.connect(":memory:", isolation_level=None)
+        self._unsaved = _Table(self._memory, NFS_UNSAVED_HANDLES_MAX)
         self._failing = False
-        self._again = 0.0
-        self._keep_room()
+        self._retry_at = 0.0
+        self._reserve_space()
 
     def _prepare(self) -> None:
         run = self._connection.execute
@@ -149,7 +149,7 @@ class HandleStore:
         if len(self._unsaved):
             text = "%s: %d locations could not be saved: handles of files there become stale"
             log.warning(text, self._path, len(self._unsaved))
-        self._spare.close()
+        self._memory.close()
         self._connection.close()
 
     @property
@@ -159,15 +159,15 @@ class HandleStore:
         assert isinstance(value, bytes)
         return value
 
-    def of(self, file: Identifier) -> Iterator[tuple[Identifier, bytes]]:
+    def locations(self, file: Identifier) -> Iterator[tuple[Identifier, bytes]]:
         """Yield directories, and names in them, where ``file`` may be; the newest first.
 
         Raises OSError.
         """
         packed = file.pack()
-        rows = self._unsaved.of(packed) if len(self._unsaved) else []
+        rows = self._unsaved.locations(packed) if len(self._unsaved) else []
         try:
-            rows += self._disk.of(packed)
+            rows += self._disk.locations(packed)
         except sqlite3.Error as error:
             raise OSError(errno.EIO, f"{self._path}: {error}") from None
         for folder, name in rows:
@@ -175,13 +175,13 @@ class HandleStore:
 
     def add(self, file: Identifier, folder: Identifier, name: bytes, guest: Hashable) -> None:
         """Record that ``guest`` knows ``file`` as ``name`` in ``folder``."""
-        if len(self._unsaved) and time.monotonic() >= self._again:
+        if len(self._unsaved) and time.monotonic() >= self._retry_at:
             self._save_some()
         row = file.pack(), folder.pack(), name, guest
         try:
             self._disk.add(row)
         except sqlite3.Error as error:
-            self._failed(error)
+            self._note_failure(error)
             self._unsaved.add(row)
 
     def remove(self, file: Identifier, folder: Identifier, name: bytes) -> None:
@@ -198,22 +198,22 @@ class HandleStore:
         try:
             self._disk.remove(*columns)
         except sqlite3.Error as error:  # an outdated location is harmless
-            self._failed(error)
+            self._note_failure(error)
 
-    def _failed(self, error: sqlite3.Error) -> None:
+    def _note_failure(self, error: sqlite3.Error) -> None:
         if not self._failing:
             text = "%s: %s; locations are kept in memory until they can be written"
             log.warning(text, self._path, error)
         self._failing = True
-        self._again = time.monotonic() + _AGAIN
+        self._retry_at = time.monotonic() + _RETRY_SECONDS
 
     def _save_some(self) -> bool:
         """Write some rows that could not be written before; return False if they still cannot."""
-        for row in self._unsaved.first(_ROWS):
+        for row in self._unsaved.oldest(_ROWS_PER_RETRY):
             try:
                 self._disk.add(row)
             except sqlite3.Error as error:
-                self._failed(error)
+                self._note_failure(error)
                 return False
             self._unsaved.remove(*row)
         if self._failing and not len(self._unsaved):
@@ -223,11 +223,11 @@ class HandleStore:
 
     # Cached replies
 
-    def keep_answers(self, answers: Iterable[Answer]) -> None:
+    def save_replies(self, replies: Iterable[CachedReply]) -> None:
         """Save cached replies for the next server process; on a full disk, the last that fit."""
-        rows = [(json.dumps(answer.source), *answer[1:]) for answer in answers]
+        rows = [(json.dumps(reply.source), *reply[1:]) for reply in replies]
         total = len(rows)
-        while not self._write_answers(rows):
+        while not self._write_replies(rows):
             if self._reserve.exists():
                 with contextlib.suppress(OSError):
                     self._reserve.unlink()
@@ -239,7 +239,7 @@ class HandleStore:
             text = "%s: %d of %d cached replies could not be saved for the next server"
             log.warning(text, self._path, total - len(rows), total)
 
-    def _write_answers(self, rows: Sequence[tuple[object, ...]]) -> bool:
+    def _write_replies(self, rows: Sequence[tuple[object, ...]]) -> bool:
         run = self._connection.execute
         try:
             run("BEGIN")
@@ -252,7 +252,7 @@ class HandleStore:
             return False
         return True
 
-    def take_answers(self) -> Iterator[Answer]:
+    def load_replies(self) -> Iterator[CachedReply]:
         """Yield the cached replies of the last server process, and delete them.
 
         They are read once: after a crash they would be older than the calls of the server that
@@ -262,12 +262,12 @@ class HandleStore:
             rows = self._connection.execute("SELECT * FROM answers ORDER BY rowid").fetchall()
             self._connection.execute("DELETE FROM answers")
         except sqlite3.Error as error:
-            self._failed(error)
+            self._note_failure(error)
             return
         for source, *rest in rows:
-            yield Answer(tuple(json.loads(source)), *rest)
+            yield CachedReply(tuple(json.loads(source)), *rest)
 
-    def _keep_room(self) -> None:
+    def _reserve_space(self) -> None:
         """Reserve disk space for the cached replies."""
         try:
             fd = os.open(self._reserve, os.O_RDWR | os.O_CREAT, 0o600)

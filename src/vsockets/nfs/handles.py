@@ -23,8 +23,8 @@ class Identifier(NamedTuple):
 
     export: int
     ino: int
-    born: int
-    born_ns: int
+    btime: int
+    btime_ns: int
 
     def pack(self) -> bytes:
         """Encode as bytes.  The encoding does not preserve order."""
@@ -42,12 +42,12 @@ class Signer:
     def __init__(self, key: bytes) -> None:
         self._key = key
 
-    def handle(self, identifier: Identifier) -> bytes:
+    def sign(self, identifier: Identifier) -> bytes:
         """Return the handle of a file."""
         packed = identifier.pack()
         return packed + self._tag(packed)
 
-    def check(self, handle: bytes) -> Identifier:
+    def verify(self, handle: bytes) -> Identifier:
         """Return the file that a handle identifies.
 
         Raises ValueError if the signature is invalid.
@@ -57,7 +57,7 @@ class Signer:
             raise ValueError("invalid handle")
         return Identifier.unpack(packed)
 
-    def number(self, what: bytes, context: bytes) -> int:
+    def keyed_number(self, what: bytes, context: bytes) -> int:
         """Return a 63-bit number derived from ``what``, unpredictable without the key."""
         tag = hashlib.blake2b(what, digest_size=8, key=self._key, person=context).digest()
         return int.from_bytes(tag) >> 1

@@ -16,7 +16,7 @@ from .write_back import WriteBack
 
 #: Seconds for which the kernel may cache attributes and names.  Other guests see what was written
 #: when they open the file (close-to-open consistency, as NFS clients provide).
-_BELIEF = 1.0
+_CACHE_SECONDS = 1.0
 
 _MODES = {
     FileType.REGULAR: stat.S_IFREG,
@@ -35,13 +35,13 @@ class Inode:
 
     number: int
     handle: bytes
-    uncommitted: WriteBack
+    write_back: WriteBack
     lookups: int = 0
     opened: int = 0
     #: The name of a file that was removed while open (silly rename), and the remover's credentials.
-    aside: tuple[nfs3.Target, Auth] | None = field(default=None)
-    #: The size, mtime and ctime last reported to the kernel, which tell whether its cache is valid.
-    told: tuple[int, nfs3.Time, nfs3.Time] | None = field(default=None)
+    silly_name: tuple[nfs3.Target, Auth] | None = field(default=None)
+    #: The size, mtime and ctime last reported to the kernel, for checking its cache.
+    reported: tuple[int, nfs3.Time, nfs3.Time] | None = field(default=None)
 
 
 class InodeTable:
@@ -58,11 +58,11 @@ class InodeTable:
         """Return the inode with a number.  Raises KeyError."""
         return self._by_number[number]
 
-    def known(self, handle: bytes) -> Inode | None:
+    def get(self, handle: bytes) -> Inode | None:
         """Return the inode of a handle, if the kernel knows it."""
         return self._by_handle.get(handle)
 
-    def meet(self, handle: bytes) -> Inode:
+    def acquire(self, handle: bytes) -> Inode:
         """Return the inode of a handle and count one more lookup of the kernel."""
         node = self._by_handle.get(handle)
         if node is None:
@@ -82,21 +82,21 @@ class InodeTable:
             del self._by_number[number], self._by_handle[node.handle]
 
 
-def content_of(attributes: Attributes) -> tuple[int, nfs3.Time, nfs3.Time]:
+def content_version(attributes: Attributes) -> tuple[int, nfs3.Time, nfs3.Time]:
     """Return the attributes that change whenever the content of a file does."""
     return attributes.size, attributes.mtime, attributes.ctime
 
 
 def entry_of(node: Inode, attributes: Attributes) -> pyfuse3.EntryAttributes:
     """Return the kernel's view of a file, and record what is reported to it."""
-    node.told = content_of(attributes)
+    node.reported = content_version(attributes)
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = node.number
     entry.generation = 0
-    entry.entry_timeout = entry.attr_timeout = _BELIEF
+    entry.entry_timeout = entry.attr_timeout = _CACHE_SECONDS
     kind = _MODES.get(FileType(attributes.kind), 0)
     entry.st_mode = kind | attributes.mode & 0o7777
-    entry.st_nlink = attributes.nlink - (node.aside is not None)
+    entry.st_nlink = attributes.nlink - (node.silly_name is not None)
     entry.st_uid, entry.st_gid = attributes.uid, attributes.gid
     entry.st_size = attributes.size
     entry.st_rdev = os.makedev(*attributes.rdev)

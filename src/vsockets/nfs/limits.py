@@ -14,7 +14,7 @@ NFS_RETRY_FIRST_SECONDS, NFS_RETRY_MIN_SECONDS, NFS_RETRY_MAX_SECONDS = 0.5, 0.0
 NFS_CALL_TIMEOUT_SECONDS = 120.0
 
 #: Seconds after which a mount reports that no server answers, and goes on trying.
-NFS_FIRST_WORD = 3.0
+NFS_NO_REPLY_WARNING_SECONDS = 3.0
 
 #: Calls of one client in flight: as many replies of 64 KiB as fit a datagram socket's buffer of
 #: Linux's default size (net.core.wmem_default).

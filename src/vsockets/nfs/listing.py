@@ -5,7 +5,7 @@ continues at the right position after any names are added or removed, and after 
 server.
 
 A directory may contain any number of names and takes time to read, so it is read in steps between
-which other calls are served.  A *part* holds a bounded number of names, those with the lowest
+which other calls are served.  A *part* contains a bounded number of names, those with the lowest
 cookies from its start; the next part is read when a client reaches it.  The listing of a guest
 continues with the part it began, even if the directory has changed since: a name that is added or
 removed meanwhile may be listed or not (POSIX, readdir).
@@ -35,7 +35,7 @@ from .limits import (
 from .nfs3 import Status
 from .run_as import run_as
 from .tree import FileRef
-from .work_queue import Later
+from .work_queue import NotReady
 
 #: Smaller cookies denote the beginning, the directory itself (``.``) and its parent (``..``).
 _FIRST_COOKIE = 3
@@ -44,16 +44,16 @@ _FIRST_COOKIE = 3
 _BUCKET = 53
 
 #: Greater than any cookie.
-_END = 1 << 64
+_COOKIES_END = 1 << 64
 
 #: The encoding of names, as in os.fsencode().
 _ENCODING = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 
 #: The cost of a part beside its names, in names.
-_PART = 100
+_PART_COST = 100
 
 #: The coarsest resolution of file times, in seconds: more than a kernel tick.
-_COARSE = 0.1
+_TIME_RESOLUTION_SECONDS = 0.1
 
 
 #: A directory entry: cookie, name, and inode (0 for ``.`` and ``..``).  A plain tuple, which the
@@ -74,7 +74,7 @@ class Part:
     @property
     def cost(self) -> int:
         """The memory cost, in names."""
-        return _PART + len(self.names)
+        return _PART_COST + len(self.names)
 
     def read(self, fd: int, signer: Signer) -> Iterator[None]:
         """Read the directory ``fd`` in steps.
@@ -83,11 +83,15 @@ class Part:
         """
         buckets: defaultdict[int, list[Name]] = defaultdict(list)
         count = 0
-        number, start, end = signer.number, max(self.start, _FIRST_COOKIE - 1), _END
+        keyed_number, start, end = (
+            signer.keyed_number,
+            max(self.start, _FIRST_COOKIE - 1),
+            _COOKIES_END,
+        )
         with os.scandir(fd) as entries:
             for position, entry in enumerate(entries, 1):
                 name = entry.name.encode(*_ENCODING)
-                cookie = number(name, b"names")
+                cookie = keyed_number(name, b"names")
                 if cookie < _FIRST_COOKIE:
                     cookie = _FIRST_COOKIE
                 if start < cookie < end:
@@ -109,7 +113,7 @@ class Part:
             since += len(buckets[key])
             self.names += sorted(buckets[key])
 
-    def holds(self, cookie: int) -> bool:
+    def contains(self, cookie: int) -> bool:
         """Return whether the names after ``cookie`` are in this part."""
         if cookie < self.start:
             return False
@@ -118,24 +122,24 @@ class Part:
         return bool(self.names) and cookie < self.names[-1][0]
 
 
-class Listings:
+class ListingCache:
     """The most recently used parts of each guest."""
 
     def __init__(self, signer: Signer) -> None:
         self._signer = signer
         #: by guest, the least recently used part first
         self._parts: dict[Hashable, OrderedDict[_Key, Part]] = {}
-        self._held: Counter[Hashable] = Counter()  # cost of the parts, in names
+        self._costs: Counter[Hashable] = Counter()  # cost of the parts, in names
         self._reading: Counter[Hashable] = Counter()  # parts being read in steps
         #: Changes with the key: cookies of another key are invalid.
-        self.verifier = signer.number(b"", b"cookies").to_bytes(8)
+        self.verifier = signer.keyed_number(b"", b"cookies").to_bytes(8)
 
     def after(
         self, guest: Hashable, folder: FileRef, cookie: int, identity: Identity
     ) -> tuple[Part, int]:
         """Return a part, and the index of the first name in it after ``cookie``.
 
-        Raises Later while the part is being read, NfsError (JUKEBOX) for too many reads at once,
+        Raises NotReady while the part is being read, NfsError (JUKEBOX) for too many reads at once,
         and OSError.
         """
         with run_as(identity):  # the caller must have read permission, even if the part is cached
@@ -149,7 +153,7 @@ class Listings:
                 fd = -1
                 part = next(steps)
                 if part is None:  # a directory of usual size is read in one step
-                    raise Later(steps)
+                    raise NotReady(steps)
         finally:
             if fd >= 0:
                 os.close(fd)
@@ -164,7 +168,7 @@ class Listings:
             if key.folder != folder:
                 continue
             is_new = part.is_awaited or part.version == version
-            if part.start == 0 and is_new if begins else part.holds(cookie):
+            if part.start == 0 and is_new if begins else part.contains(cookie):
                 part.is_awaited = False  # the directory may have changed for other calls
                 parts.move_to_end(key)
                 return part
@@ -199,19 +203,19 @@ class Listings:
         """Cache a part, and evict others above the limits."""
         parts = self._parts.setdefault(guest, OrderedDict())
         if key in parts:
-            self._forget(guest, key)
+            self._evict(guest, key)
         parts[key] = part
-        self._held[guest] += part.cost
-        while len(parts) > 1 and self._held[guest] > NFS_GUEST_LISTED_NAMES_MAX:
-            self._forget(guest, next(iter(parts)))
-        while len(self._parts) > 1 and self._held.total() > NFS_LISTED_NAMES_MAX:
-            most = max((one for one in self._parts if one != guest), key=self._held.__getitem__)
-            self._forget(most, next(iter(self._parts[most])))
+        self._costs[guest] += part.cost
+        while len(parts) > 1 and self._costs[guest] > NFS_GUEST_LISTED_NAMES_MAX:
+            self._evict(guest, next(iter(parts)))
+        while len(self._parts) > 1 and self._costs.total() > NFS_LISTED_NAMES_MAX:
+            most = max((one for one in self._parts if one != guest), key=self._costs.__getitem__)
+            self._evict(most, next(iter(self._parts[most])))
             if not self._parts[most]:
-                del self._parts[most], self._held[most]
+                del self._parts[most], self._costs[most]
 
-    def _forget(self, guest: Hashable, key: _Key) -> None:
-        self._held[guest] -= self._parts[guest].pop(key).cost
+    def _evict(self, guest: Hashable, key: _Key) -> None:
+        self._costs[guest] -= self._parts[guest].pop(key).cost
 
 
 class _Key(NamedTuple):
@@ -222,6 +226,6 @@ class _Key(NamedTuple):
 def _version(folder: FileRef) -> object:
     """Return a value that changes with the directory's names."""
     seconds, nanoseconds = folder.state.ctime
-    if time.time() - (seconds + nanoseconds / 1e9) < _COARSE:
+    if time.time() - (seconds + nanoseconds / 1e9) < _TIME_RESOLUTION_SECONDS:
         return object()  # another change could leave the times unchanged
     return folder.state.mtime, folder.state.ctime

@@ -9,7 +9,7 @@ from . import rpc, xdr
 from .nfs3 import HANDLE_SIZE, PATH_SIZE
 
 PROGRAM, VERSION = 100005, 3
-_NAME_SIZE, _MOST_EXPORTS, _MOST_GROUPS = 255, 1024, 1024
+_NAME_SIZE, _EXPORTS_MAX, _GROUPS_MAX = 255, 1024, 1024
 
 
 class Status(IntEnum):
@@ -22,7 +22,7 @@ class Status(IntEnum):
     NAMETOOLONG = 63
 
 
-class Offer(NamedTuple):
+class ExportNode(NamedTuple):
     """An exported directory and the clients that may mount it, as text (exportnode)."""
 
     path: bytes
@@ -37,14 +37,16 @@ _granted: xdr.Codec[tuple[Any, ...]] = xdr.structure(
 _mounted: xdr.Codec[tuple[Any, ...]] = xdr.structure(lambda *values: values, _group, _path)
 
 path = _path
-answer = xdr.union({Status.OK: _granted}, xdr.void)
-offers = xdr.chain(xdr.structure(Offer, _path, xdr.chain(_group, _MOST_GROUPS)), _MOST_EXPORTS)
+mount_result = xdr.union({Status.OK: _granted}, xdr.void)
+export_list = xdr.chain(
+    xdr.structure(ExportNode, _path, xdr.chain(_group, _GROUPS_MAX)), _EXPORTS_MAX
+)
 #: The clients that have mounted exports: always empty, as a server cannot know when they unmount.
-mounts = xdr.chain(_mounted, _MOST_EXPORTS)
+mount_list = xdr.chain(_mounted, _EXPORTS_MAX)
 
 MNT, DUMP, UMNT, UMNTALL, EXPORT = 1, 2, 3, 4, 5
 
 
-def grant(handle: bytes) -> bytes:
+def encode_granted(handle: bytes) -> bytes:
     """Return the result of MNT: a handle, and the accepted credential flavors."""
-    return answer.pack((Status.OK, (handle, (rpc.Flavor.SYS, rpc.Flavor.NONE))))
+    return mount_result.pack((Status.OK, (handle, (rpc.Flavor.SYS, rpc.Flavor.NONE))))

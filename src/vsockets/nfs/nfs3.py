@@ -64,7 +64,7 @@ class FileType(IntEnum):
     FIFO = 7
 
 
-class Stable(IntEnum):
+class StableHow(IntEnum):
     """The data and metadata that a WRITE has put on disk before its reply (stable_how)."""
 
     UNSTABLE = 0
@@ -72,7 +72,7 @@ class Stable(IntEnum):
     FILE_SYNC = 2
 
 
-class How(IntEnum):
+class CreateMode(IntEnum):
     """The treatment of an existing file by CREATE (createmode3)."""
 
     UNCHECKED = 0
@@ -127,7 +127,7 @@ class Attributes(NamedTuple):
     ctime: Time
 
 
-class Before(NamedTuple):
+class WccAttributes(NamedTuple):
     """Attributes before an operation, which a client compares with its cache (wcc_attr)."""
 
     size: int
@@ -135,10 +135,10 @@ class Before(NamedTuple):
     ctime: Time
 
 
-class Change(NamedTuple):
+class WccData(NamedTuple):
     """Attributes before and after an operation (wcc_data)."""
 
-    before: Before | None = None
+    before: WccAttributes | None = None
     after: Attributes | None = None
 
 
@@ -187,22 +187,22 @@ class FsStat(NamedTuple):  # noqa: D101
 
 class FsInfo(NamedTuple):  # noqa: D101
     attributes: Attributes | None
-    read_most: int
+    read_max: int
     read_preferred: int
     read_multiple: int
-    write_most: int
+    write_max: int
     write_preferred: int
     write_multiple: int
     directory_preferred: int
-    largest_file: int
-    time_step: Time
+    file_size_max: int
+    time_delta: Time
     properties: int
 
 
 class PathConf(NamedTuple):  # noqa: D101
     attributes: Attributes | None
-    most_links: int
-    longest_name: int
+    link_max: int
+    name_max: int
     no_truncation: bool
     chown_restricted: bool
     case_insensitive: bool
@@ -220,8 +220,8 @@ class Procedure(NamedTuple):
     arguments: Codec[Any]
     ok: Codec[Any]
     failed: Codec[Any]
-    nothing: Any  #: the value of ``failed`` that reports no attributes
-    changes: bool = False  #: not idempotent; refused in a read-only export
+    no_attributes: Any  #: the value of ``failed`` that reports no attributes
+    modifies: bool = False  #: not idempotent; refused in a read-only export
 
 
 def _tuple(*members: Codec[Any]) -> Codec[tuple[Any, ...]]:
@@ -249,9 +249,9 @@ time = xdr.numbers("II", Time, tuple)
 device = structure(Device, uint, uint)
 # One operation for all numbers: every reply has attributes.
 attributes = xdr.numbers("5I 2Q 2I 2Q 6I", _attributes, _numbers)
-before = structure(Before, hyper, time, time)
+wcc_attributes = structure(WccAttributes, hyper, time, time)
 maybe_attributes, maybe_handle = xdr.optional(attributes), xdr.optional(handle)
-change = structure(Change, xdr.optional(before), maybe_attributes)
+wcc_data = structure(WccData, xdr.optional(wcc_attributes), maybe_attributes)
 _maybe_uint = xdr.optional(uint)
 _new_time = xdr.union({TimeHow.KEEP: void, TimeHow.SERVER: void, TimeHow.CLIENT: time})
 new_attributes = structure(
@@ -259,8 +259,12 @@ new_attributes = structure(
     *(_maybe_uint, _maybe_uint, _maybe_uint, xdr.optional(hyper), _new_time, _new_time),
 )
 target = structure(Target, handle, name)
-_how = xdr.union(
-    {How.UNCHECKED: new_attributes, How.GUARDED: new_attributes, How.EXCLUSIVE: verifier}
+_create_how = xdr.union(
+    {
+        CreateMode.UNCHECKED: new_attributes,
+        CreateMode.GUARDED: new_attributes,
+        CreateMode.EXCLUSIVE: verifier,
+    }
 )
 _special = xdr.union(
     {
@@ -269,64 +273,64 @@ _special = xdr.union(
     },
     void,
 )
-_made = _tuple(maybe_handle, maybe_attributes, change)
+_made = _tuple(maybe_handle, maybe_attributes, wcc_data)
 _entry = structure(Entry, hyper, name, hyper)
 _entry_plus = structure(EntryPlus, hyper, name, hyper, maybe_attributes, maybe_handle)
 _stat = structure(FsStat, maybe_attributes, *[hyper] * 6, uint)
 _info = structure(FsInfo, maybe_attributes, *[uint] * 7, hyper, time, uint)
 _conf = structure(PathConf, maybe_attributes, uint, uint, *[boolean] * 4)
-_UNKNOWN = Change()
+_UNKNOWN = WccData()
 
 
-def _reads(label: str, arguments: Codec[Any], ok: Codec[Any]) -> Procedure:
+def _reading(label: str, arguments: Codec[Any], ok: Codec[Any]) -> Procedure:
     return Procedure(label, arguments, ok, maybe_attributes, None)
 
 
-def _changes(label: str, arguments: Codec[Any], ok: Codec[Any]) -> Procedure:
-    return Procedure(label, arguments, ok, change, _UNKNOWN, True)
+def _modifying(label: str, arguments: Codec[Any], ok: Codec[Any]) -> Procedure:
+    return Procedure(label, arguments, ok, wcc_data, _UNKNOWN, True)
 
 
 #: By number.  NULL has no status; server and client handle it themselves.
 PROCEDURES: dict[int, Procedure] = {
     1: Procedure("getattr", handle, attributes, void, None),
-    2: _changes("setattr", _tuple(handle, new_attributes, xdr.optional(time)), change),
-    3: _reads("lookup", target, _tuple(handle, maybe_attributes, maybe_attributes)),
-    4: _reads("access", _tuple(handle, uint), _tuple(maybe_attributes, uint)),
-    5: _reads("readlink", handle, _tuple(maybe_attributes, path)),
-    6: _reads(
+    2: _modifying("setattr", _tuple(handle, new_attributes, xdr.optional(time)), wcc_data),
+    3: _reading("lookup", target, _tuple(handle, maybe_attributes, maybe_attributes)),
+    4: _reading("access", _tuple(handle, uint), _tuple(maybe_attributes, uint)),
+    5: _reading("readlink", handle, _tuple(maybe_attributes, path)),
+    6: _reading(
         *("read", _tuple(handle, hyper, uint)),
         _tuple(maybe_attributes, uint, boolean, data),
     ),
-    7: _changes(
+    7: _modifying(
         *("write", _tuple(handle, hyper, uint, uint, data)),
-        _tuple(change, uint, uint, verifier),
+        _tuple(wcc_data, uint, uint, verifier),
     ),
-    8: _changes("create", _tuple(target, _how), _made),
-    9: _changes("mkdir", _tuple(target, new_attributes), _made),
-    10: _changes("symlink", _tuple(target, new_attributes, path), _made),
-    11: _changes("mknod", _tuple(target, _special), _made),
-    12: _changes("remove", target, change),
-    13: _changes("rmdir", target, change),
+    8: _modifying("create", _tuple(target, _create_how), _made),
+    9: _modifying("mkdir", _tuple(target, new_attributes), _made),
+    10: _modifying("symlink", _tuple(target, new_attributes, path), _made),
+    11: _modifying("mknod", _tuple(target, _special), _made),
+    12: _modifying("remove", target, wcc_data),
+    13: _modifying("rmdir", target, wcc_data),
     14: Procedure(
-        *("rename", _tuple(target, target), _tuple(change, change)),
-        *(_tuple(change, change), (_UNKNOWN, _UNKNOWN), True),
+        *("rename", _tuple(target, target), _tuple(wcc_data, wcc_data)),
+        *(_tuple(wcc_data, wcc_data), (_UNKNOWN, _UNKNOWN), True),
     ),
     15: Procedure(
-        *("link", _tuple(handle, target), _tuple(maybe_attributes, change)),
-        *(_tuple(maybe_attributes, change), (None, _UNKNOWN), True),
+        *("link", _tuple(handle, target), _tuple(maybe_attributes, wcc_data)),
+        *(_tuple(maybe_attributes, wcc_data), (None, _UNKNOWN), True),
     ),
-    16: _reads(
+    16: _reading(
         *("readdir", _tuple(handle, hyper, verifier, uint)),
         _tuple(maybe_attributes, verifier, xdr.chain(_entry, _ENTRIES), boolean),
     ),
-    17: _reads(
+    17: _reading(
         *("readdirplus", _tuple(handle, hyper, verifier, uint, uint)),
         _tuple(maybe_attributes, verifier, xdr.chain(_entry_plus, _ENTRIES), boolean),
     ),
-    18: _reads("fsstat", handle, _stat),
-    19: _reads("fsinfo", handle, _info),
-    20: _reads("pathconf", handle, _conf),
-    21: _changes("commit", _tuple(handle, hyper, uint), _tuple(change, verifier)),
+    18: _reading("fsstat", handle, _stat),
+    19: _reading("fsinfo", handle, _info),
+    20: _reading("pathconf", handle, _conf),
+    21: _modifying("commit", _tuple(handle, hyper, uint), _tuple(wcc_data, verifier)),
 }
 NUMBERS = {procedure.name: number for number, procedure in PROCEDURES.items()}
 
@@ -338,7 +342,7 @@ def encode_result(procedure: Procedure, status: Status, content: Any) -> bytes:
     if status is Status.OK:
         procedure.ok.encode(content, out)
     else:
-        procedure.failed.encode(procedure.nothing, out)
+        procedure.failed.encode(procedure.no_attributes, out)
     return bytes(out)
 
 
@@ -353,7 +357,7 @@ def decode_result(procedure: Procedure, data: bytes) -> tuple[int, Any]:
     return status, codec.decode(reader)
 
 
-def error_of(status: int) -> OSError:
+def status_error(status: int) -> OSError:
     """Return the OSError that corresponds to an NFS status."""
     import errno
     import os

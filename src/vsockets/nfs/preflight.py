@@ -10,7 +10,7 @@ import sys
 DEVICE = "/dev/fuse"
 
 
-def require(device: str = DEVICE) -> None:
+def check(device: str = DEVICE) -> None:
     """Check that an export can be mounted.
 
     Raises OSError with one line that says what is missing and how to install it.

@@ -7,17 +7,17 @@ import os
 import stat
 from typing import Any
 
-from .attributes import apply, attributes_of, time_of
+from .attributes import attributes_of, set_attributes, time_of
 from .directories import Directories
 from .errors import Caller, NfsError
 from .handles import Signer
-from .listing import Listings
-from .nfs3 import Access, FsInfo, FsStat, NewAttributes, PathConf, Stable, Status, Time
+from .listing import ListingCache
+from .nfs3 import Access, FsInfo, FsStat, NewAttributes, PathConf, StableHow, Status, Time
 from .run_as import run_as
 from .tree import FileRef
 
 #: The largest offset on any file system known here.
-_LARGEST = (1 << 63) - 1
+_OFFSET_MAX = (1 << 63) - 1
 
 #: Properties of FSINFO: links, symbolic links, the same PATHCONF for all files, times can be set.
 _PROPERTIES = 1 | 2 | 8 | 16
@@ -29,32 +29,34 @@ class Procedures(Directories):
     All raise OSError, NfsError, and ValueError for an invalid handle.
     """
 
-    def __init__(self, signer: Signer, listings: Listings, verifier: bytes, transfer: int) -> None:
+    def __init__(
+        self, signer: Signer, listings: ListingCache, verifier: bytes, transfer: int
+    ) -> None:
         super().__init__(signer, listings, transfer)
         self._verifier = verifier
 
     def getattr(self, caller: Caller, handle: bytes) -> Any:
         """Return attributes (GETATTR)."""
-        return attributes_of(self.found(caller, handle))
+        return attributes_of(self.find(caller, handle))
 
     def setattr(self, caller: Caller, handle: bytes, new: NewAttributes, guard: Time | None) -> Any:
         """Set attributes (SETATTR)."""
-        found = self.found(caller, handle)
+        found = self.find(caller, handle)
         if guard is not None and guard != time_of(found.state.ctime):
             raise NfsError(Status.NOT_SYNC)
         if new.size is not None:
-            if found.is_folder:
+            if found.is_directory:
                 raise OSError(errno.EISDIR, "is a directory")
             _truncate(caller, found, new.size)
         with run_as(caller.identity):
-            apply(found, new._replace(size=None))
-        return self.change(caller, found)
+            set_attributes(found, new._replace(size=None))
+        return self.wcc_data(caller, found)
 
     def access(self, caller: Caller, handle: bytes, asked: int) -> Any:
         """Check permissions (ACCESS)."""
-        found = self.found(caller, handle)
+        found = self.find(caller, handle)
         read, write, execute = Access.READ, Access.MODIFY | Access.EXTEND, Access.EXECUTE
-        if found.is_folder:
+        if found.is_directory:
             write, execute = write | Access.DELETE, Access.LOOKUP
         granted = 0
         with run_as(caller.identity):
@@ -67,7 +69,7 @@ class Procedures(Directories):
 
     def readlink(self, caller: Caller, handle: bytes) -> Any:
         """Return the target of a symbolic link (READLINK)."""
-        found = self.found(caller, handle)
+        found = self.find(caller, handle)
         if not stat.S_ISLNK(found.state.mode):
             raise OSError(errno.EINVAL, "not a symbolic link")
         return attributes_of(found), os.fsencode(os.readlink("", dir_fd=found.fd))
@@ -79,11 +81,11 @@ class Procedures(Directories):
         data = b""
         fd = _open(caller, found, os.O_RDONLY)
         try:
-            if offset <= _LARGEST:
-                data = os.pread(fd, min(count, _LARGEST - offset), offset)
+            if offset <= _OFFSET_MAX:
+                data = os.pread(fd, min(count, _OFFSET_MAX - offset), offset)
         finally:
             os.close(fd)
-        found = caller.tree.again(found)
+        found = caller.tree.refresh(found)
         end = offset + len(data) >= found.state.size
         return attributes_of(found), len(data), end, data
 
@@ -92,21 +94,21 @@ class Procedures(Directories):
     ) -> Any:
         """Write to a file (WRITE)."""
         found = self._regular(caller, handle)
-        if count != len(data) or stable not in list(Stable):
+        if count != len(data) or stable not in list(StableHow):
             raise OSError(errno.EINVAL, "invalid count or stability")
-        if offset + count > _LARGEST:
+        if offset + count > _OFFSET_MAX:
             raise OSError(errno.EFBIG, "offset too large")
         fd = _open(caller, found, os.O_WRONLY)
         try:
             with run_as(caller.identity):  # the write of an ordinary user clears set-user-ID
                 written = os.pwrite(fd, data, offset)
-            if stable == Stable.FILE_SYNC:
+            if stable == StableHow.FILE_SYNC:
                 os.fsync(fd)
-            elif stable == Stable.DATA_SYNC:
+            elif stable == StableHow.DATA_SYNC:
                 os.fdatasync(fd)
         finally:
             os.close(fd)
-        return self.change(caller, found), written, stable, self._verifier
+        return self.wcc_data(caller, found), written, stable, self._verifier
 
     def commit(self, caller: Caller, handle: bytes, offset: int, count: int) -> Any:
         """Put written data on disk (COMMIT)."""
@@ -116,11 +118,11 @@ class Procedures(Directories):
             os.fsync(fd)
         finally:
             os.close(fd)
-        return self.change(caller, found), self._verifier
+        return self.wcc_data(caller, found), self._verifier
 
     def fsstat(self, caller: Caller, handle: bytes) -> Any:
         """Return the capacity of the file system (FSSTAT)."""
-        found = self.found(caller, handle)
+        found = self.find(caller, handle)
         system = os.statvfs(found.path)
         size = system.f_frsize
         return FsStat(
@@ -132,21 +134,27 @@ class Procedures(Directories):
 
     def fsinfo(self, caller: Caller, handle: bytes) -> Any:
         """Return static properties of the server (FSINFO)."""
-        found = self.found(caller, handle)
+        found = self.find(caller, handle)
         sizes = self.transfer, self.transfer, 4096
         return FsInfo(
-            attributes_of(found), *sizes, *sizes, self.transfer, _LARGEST, Time(0, 1), _PROPERTIES
+            attributes_of(found),
+            *sizes,
+            *sizes,
+            self.transfer,
+            _OFFSET_MAX,
+            Time(0, 1),
+            _PROPERTIES,
         )
 
     def pathconf(self, caller: Caller, handle: bytes) -> Any:
         """Return the POSIX limits of the file system (PATHCONF)."""
-        found = self.found(caller, handle)
-        most_links = os.pathconf(found.path, "PC_LINK_MAX") if found.is_folder else 127
-        return PathConf(attributes_of(found), most_links, 255, True, True, False, True)
+        found = self.find(caller, handle)
+        link_max = os.pathconf(found.path, "PC_LINK_MAX") if found.is_directory else 127
+        return PathConf(attributes_of(found), link_max, 255, True, True, False, True)
 
     def _regular(self, caller: Caller, handle: bytes) -> FileRef:
-        found = self.found(caller, handle)
-        if found.is_folder:
+        found = self.find(caller, handle)
+        if found.is_directory:
             raise OSError(errno.EISDIR, "is a directory")
         if not stat.S_ISREG(found.state.mode):  # opening a device or a FIFO has side effects
             raise OSError(errno.EINVAL, "not a regular file")
@@ -171,7 +179,7 @@ def _open(caller: Caller, found: FileRef, flags: int) -> int:
 
 def _truncate(caller: Caller, found: FileRef, size: int) -> None:
     """Truncate a file that the client may have open, regardless of its mode; see ``_open``."""
-    if size > _LARGEST:
+    if size > _OFFSET_MAX:
         raise OSError(errno.EFBIG, "size too large")
     try:
         with run_as(caller.identity):

@@ -12,7 +12,7 @@ VERSION = 2
 CALL, REPLY = 0, 1
 ACCEPTED, DENIED = 0, 1
 #: Maximum size of credentials and verifiers and of a machine name, in bytes; supplementary groups.
-_AUTH_SIZE, _MACHINE_NAME, MOST_GROUPS = 400, 255, 16
+_AUTH_SIZE, _MACHINE_NAME, GROUPS_MAX = 400, 255, 16
 
 
 class Flavor(IntEnum):
@@ -22,7 +22,7 @@ class Flavor(IntEnum):
     SYS = 1
 
 
-class Accepted(IntEnum):
+class AcceptStat(IntEnum):
     """The outcome of an accepted call (accept_stat)."""
 
     SUCCESS = 0
@@ -33,7 +33,7 @@ class Accepted(IntEnum):
     SYSTEM_ERR = 5
 
 
-class Denied(IntEnum):
+class RejectStat(IntEnum):
     """The reason for rejecting a call (reject_stat)."""
 
     RPC_MISMATCH = 0
@@ -73,7 +73,7 @@ class Call(NamedTuple):
     verifier: Auth
 
 
-class RpcRefused(Exception):
+class RpcRejected(Exception):
     """The server rejected the call; the message is the reason."""
 
 
@@ -82,11 +82,11 @@ NO_AUTH = Auth(Flavor.NONE, b"")
 auth_sys = xdr.structure(
     AuthSys,
     *(xdr.uint, xdr.opaque(_MACHINE_NAME), xdr.uint, xdr.uint),
-    xdr.array(xdr.uint, MOST_GROUPS),
+    xdr.array(xdr.uint, GROUPS_MAX),
 )
 _version_range = xdr.structure(lambda *ends: ends, xdr.uint, xdr.uint)
-_accepted = xdr.union({Accepted.PROG_MISMATCH: _version_range}, xdr.void)
-_denied = xdr.union({Denied.RPC_MISMATCH: _version_range, Denied.AUTH_ERROR: xdr.uint})
+_accepted = xdr.union({AcceptStat.PROG_MISMATCH: _version_range}, xdr.void)
+_denied = xdr.union({RejectStat.RPC_MISMATCH: _version_range, RejectStat.AUTH_ERROR: xdr.uint})
 
 
 def encode_call(call: Call, arguments: bytes) -> bytes:
@@ -120,7 +120,7 @@ def decode_call(data: bytes) -> tuple[Call, bytes]:
 
 def encode_accepted(
     xid: int,
-    how: Accepted,
+    how: AcceptStat,
     results: bytes = b"",
     versions: tuple[int, int] | None = None,
 ) -> bytes:
@@ -133,17 +133,17 @@ def encode_accepted(
     return bytes(out) + results
 
 
-def encode_denied(xid: int, why: Denied) -> bytes:
+def encode_rejected(xid: int, why: RejectStat) -> bytes:
     """Return the reply to a call in another version of RPC, or with invalid credentials."""
     out = bytearray()
     for number in (xid, REPLY, DENIED):
         xdr.uint.encode(number, out)
-    detail = (VERSION, VERSION) if why is Denied.RPC_MISMATCH else AUTH_BADCRED
+    detail = (VERSION, VERSION) if why is RejectStat.RPC_MISMATCH else AUTH_BADCRED
     _denied.encode((why, detail), out)
     return bytes(out)
 
 
-def reply_to(data: bytes) -> int:
+def reply_xid(data: bytes) -> int:
     """Return the ``xid`` of a reply.
 
     Raises XdrError if ``data`` is not a reply.
@@ -158,20 +158,20 @@ def reply_to(data: bytes) -> int:
 def decode_reply(data: bytes) -> bytes:
     """Return the results in a reply.
 
-    Raises RpcRefused if the server rejected the call, and XdrError for a malformed reply.
+    Raises RpcRejected if the server rejected the call, and XdrError for a malformed reply.
     """
-    reply_to(data)
+    reply_xid(data)
     reader = Reader(data)
     reader.take(8)
     answer = xdr.uint.decode(reader)
     if answer == DENIED:
         why, detail = _denied.decode(reader)
-        raise RpcRefused(f"{Denied(why).name} ({detail})")
+        raise RpcRejected(f"{RejectStat(why).name} ({detail})")
     if answer != ACCEPTED:
         raise XdrError(f"invalid reply status {answer}")
     _auth.decode(reader)
     how, versions = _accepted.decode(reader)
-    if how != Accepted.SUCCESS:
-        known = Accepted(how).name if how in list(Accepted) else str(how)
-        raise RpcRefused(f"{known} {versions}" if versions else known)
+    if how != AcceptStat.SUCCESS:
+        known = AcceptStat(how).name if how in list(AcceptStat) else str(how)
+        raise RpcRejected(f"{known} {versions}" if versions else known)
     return data[reader.position :]

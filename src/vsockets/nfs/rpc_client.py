@@ -18,22 +18,22 @@ from ..model.constants import VMADDR_CID_LOCAL
 from ..model.locator import Inet, Locator, Vsock
 from ..socket import socket
 from . import rpc
-from .retransmission import RoundTrips, Transmission, Window
+from .retransmission import RoundTripEstimator, Transmission, Window
 from .rpc import Auth, Call
 from .xdr import XdrError
 
 _BUFFER = max(MAX_DATAGRAM, 65_536)
 
 #: Errors of a send that found a queue full.
-_FULL = (errno.ENOBUFS, errno.EAGAIN)
+_QUEUE_FULL_ERRORS = (errno.ENOBUFS, errno.EAGAIN)
 
 
-class _Waiting(NamedTuple):
+class _PendingCall(NamedTuple):
     """A call in flight."""
 
     datagram: bytes
     transmission: Transmission
-    answer: asyncio.Future[bytes]
+    reply: asyncio.Future[bytes]
 
 
 class RpcClient:
@@ -55,17 +55,17 @@ class RpcClient:
             self._sources.add((context.cid, server[1]))
         self._loop = asyncio.get_running_loop()
         self._xid = secrets.randbits(32)
-        self._waiting: dict[int, _Waiting] = {}
-        self._round_trips = RoundTrips()
+        self._pending: dict[int, _PendingCall] = {}
+        self._round_trips = RoundTripEstimator()
         self._window = Window()
         self._queue: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
-        self.sent_again = 0  #: number of retransmitted datagrams
-        self.trouble = ""  #: the error of the last failed send; empty after a success
+        self.retransmissions = 0  #: number of retransmitted datagrams
+        self.send_error = ""  #: the error of the last failed send; empty after a success
         self._revival: Revival | None = None
         if context is not None:
-            self._revival = Revival(context, self._stop, self._bind_again)
-        self._begin()
+            self._revival = Revival(context, self._close_socket, self._reopen)
+        self._start_receiving()
 
     @classmethod
     def connect(cls, locator: Locator, context: ContextHandle | None = None) -> RpcClient:
@@ -104,24 +104,24 @@ class RpcClient:
         """Close the socket; calls in flight fail with ESHUTDOWN."""
         if self._revival is not None:
             self._revival.close()
-        self._stop()
+        self._close_socket()
         if self._timer is not None:
             self._timer.cancel()
-        for waiting in self._waiting.values():
-            if not waiting.answer.done():
-                waiting.answer.set_exception(OSError(errno.ESHUTDOWN, "client closed"))
+        for pending in self._pending.values():
+            if not pending.reply.done():
+                pending.reply.set_exception(OSError(errno.ESHUTDOWN, "client closed"))
 
-    def _begin(self) -> None:
+    def _start_receiving(self) -> None:
         self._sock.setblocking(False)
         self._loop.add_reader(self._sock.fileno(), self._receive)
 
-    def _stop(self) -> None:
+    def _close_socket(self) -> None:
         """Close the socket.  Calls in flight are sent again once it is bound again."""
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
 
-    def _bind_again(self) -> None:
+    def _reopen(self) -> None:
         """Open the socket again after a restart of vsockd.
 
         It is bound to the same port, by which the server recognises retransmitted calls.  Raises
@@ -139,7 +139,7 @@ class RpcClient:
             sock.close()
             raise
         self._sock = sock
-        self._begin()
+        self._start_receiving()
 
     async def call(
         self, program: int, version: int, procedure: int, arguments: bytes, credentials: Auth
@@ -149,7 +149,7 @@ class RpcClient:
         Raises OSError: ETIMEDOUT without a reply, EPROTO for a malformed reply, EACCES if the
         server rejects the call.
         """
-        while len(self._waiting) >= self._window.size:
+        while len(self._pending) >= self._window.size:
             turn = self._loop.create_future()
             self._queue.append(turn)
             await turn
@@ -157,22 +157,22 @@ class RpcClient:
         xid = self._xid
         call = Call(xid, rpc.VERSION, program, version, procedure, credentials, rpc.NO_AUTH)
         datagram = rpc.encode_call(call, arguments)
-        transmission = Transmission(self._loop.time(), self._round_trips.wait)
-        waiting = _Waiting(datagram, transmission, self._loop.create_future())
-        self._waiting[xid] = waiting
+        transmission = Transmission(self._loop.time(), self._round_trips.timeout)
+        pending = _PendingCall(datagram, transmission, self._loop.create_future())
+        self._pending[xid] = pending
         try:
-            self._send(waiting)
-            self._watch(transmission.due)
-            return rpc.decode_reply(await waiting.answer)
-        except rpc.RpcRefused as refused:
+            self._send(pending)
+            self._set_timer(transmission.due)
+            return rpc.decode_reply(await pending.reply)
+        except rpc.RpcRejected as refused:
             raise OSError(errno.EACCES, f"call rejected by the server: {refused}") from None
         except XdrError as error:
             raise OSError(errno.EPROTO, f"malformed reply from the server: {error}") from None
         finally:
-            del self._waiting[xid]
-            self._next()
+            del self._pending[xid]
+            self._wake_next()
 
-    def _next(self) -> None:
+    def _wake_next(self) -> None:
         """Wake the first caller that waits for room in the window."""
         while self._queue:
             turn = self._queue.popleft()
@@ -180,62 +180,62 @@ class RpcClient:
                 turn.set_result(None)
                 return
 
-    def _send(self, waiting: _Waiting) -> None:
+    def _send(self, pending: _PendingCall) -> None:
         if self._sock.fileno() < 0:
             return  # vsockd has ended: retransmitted after its restart
         try:
-            self._sock.sendto(waiting.datagram, self._server)
-            self.trouble = ""
+            self._sock.sendto(pending.datagram, self._server)
+            self.send_error = ""
         except OSError as error:  # no server now, or queues are full: retransmitted later
             if error.errno == errno.EMSGSIZE:
                 raise
-            self.trouble = error.strerror or str(error)
-            if error.errno in _FULL:
-                waiting.transmission.unsent(self._loop.time())
+            self.send_error = error.strerror or str(error)
+            if error.errno in _QUEUE_FULL_ERRORS:
+                pending.transmission.revert_attempt(self._loop.time())
 
     def _receive(self) -> None:
         for _ in range(ACCEPTS_PER_TURN_MAX):
             try:
                 data, source = self._sock.recvfrom(_BUFFER)
-                xid = rpc.reply_to(data)
+                xid = rpc.reply_xid(data)
             except OSError:  # queue empty, or an error of an earlier datagram
                 return
             except XdrError:
                 continue
-            waiting = self._waiting.get(xid)
-            if waiting is None or source not in self._sources or waiting.answer.done():
+            pending = self._pending.get(xid)
+            if pending is None or source not in self._sources or pending.reply.done():
                 continue  # duplicate reply, or from another source
-            seconds = waiting.transmission.round_trip(self._loop.time())
+            seconds = pending.transmission.round_trip(self._loop.time())
             if seconds is not None:
-                self._round_trips.measured(seconds)
-                self._window.answered()
-            waiting.answer.set_result(data)
+                self._round_trips.add_sample(seconds)
+                self._window.on_reply()
+            pending.reply.set_result(data)
 
-    def _watch(self, due: float) -> None:
+    def _set_timer(self, due: float) -> None:
         """Check timeouts at ``due``; an earlier timer stays, as it sets the next one."""
         if self._timer is not None:
             if self._timer.when() <= due:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_at(due, self._send_again)
+        self._timer = self._loop.call_at(due, self._retransmit)
 
-    def _send_again(self) -> None:
+    def _retransmit(self) -> None:
         self._timer = None
         now = self._loop.time()
-        late = [
-            waiting
-            for waiting in self._waiting.values()
-            if not waiting.answer.done() and waiting.transmission.due <= now
+        overdue = [
+            pending
+            for pending in self._pending.values()
+            if not pending.reply.done() and pending.transmission.due <= now
         ]
-        if late:
-            self._window.lost()
-        for waiting in late:
-            if waiting.transmission.again(now):
-                self.sent_again += 1
-                self._send(waiting)
+        if overdue:
+            self._window.on_loss()
+        for pending in overdue:
+            if pending.transmission.retry(now):
+                self.retransmissions += 1
+                self._send(pending)
             else:
                 why = os.strerror(errno.ETIMEDOUT)
-                waiting.answer.set_exception(TimeoutError(errno.ETIMEDOUT, why))
-        due = [w.transmission.due for w in self._waiting.values() if not w.answer.done()]
+                pending.reply.set_exception(TimeoutError(errno.ETIMEDOUT, why))
+        due = [w.transmission.due for w in self._pending.values() if not w.reply.done()]
         if due:
-            self._watch(min(due))
+            self._set_timer(min(due))

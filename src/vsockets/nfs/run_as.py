@@ -21,7 +21,7 @@ def run_as(identity: Identity) -> Iterator[None]:
         return
     own = tuple(os.getgroups())
     try:
-        syscalls.act_with(*identity)
+        syscalls.set_file_rights(*identity)
         yield
     finally:
-        syscalls.act_with(0, os.getegid(), own)
+        syscalls.set_file_rights(0, os.getegid(), own)

@@ -51,47 +51,47 @@ class NfsServer:
         self, service: Service, locators: Sequence[Locator], context: ContextHandle | None = None
     ) -> None:
         """Open a listener for each locator.  Raises OSError."""
-        self._entrances: list[DatagramEntrance] = []
+        self._acceptors: list[DatagramEntrance] = []
         self._service = service
         self._loop = asyncio.get_running_loop()
         self._guests: OrderedDict[Hashable, _Guest] = OrderedDict()  # in the order of their turns
         self._turn: asyncio.Handle | None = None
         try:
             for locator in locators:
-                self._enter(locator, context)
+                self._listen(locator, context)
         except OSError:
             self.close()
             raise
 
     @property
-    def doors(self) -> list[Listener]:
+    def listeners(self) -> list[Listener]:
         """The listeners, one for each locator."""
-        return [entrance.door for entrance in self._entrances]
+        return [acceptor.door for acceptor in self._acceptors]
 
     def close(self) -> None:
         """Close the listeners and drop all calls."""
-        for entrance in self._entrances:
-            entrance.close()
+        for acceptor in self._acceptors:
+            acceptor.close()
         if self._turn is not None:
             self._turn.cancel()
         for guest in self._guests.values():
             guest.pending.clear()
 
-    def _enter(self, locator: Locator, context: ContextHandle | None) -> None:
-        door = open_listener(locator, context)
+    def _listen(self, locator: Locator, context: ContextHandle | None) -> None:
+        listener = open_listener(locator, context)
         try:
-            entrance = DatagramEntrance(
+            acceptor = DatagramEntrance(
                 locator,
-                door,
+                listener,
                 self._receive,
                 reopen=lambda: open_listener(locator, context),
                 context=context,
                 log=log,
             )
         except OSError:
-            door.close()
+            listener.close()
             raise
-        self._entrances.append(entrance)
+        self._acceptors.append(acceptor)
 
     def _receive(self, sock: stdlib.socket) -> None:
         for _ in range(NFS_DATAGRAMS_PER_TURN_MAX):
@@ -107,9 +107,9 @@ class NfsServer:
             if len(guest.calls) < NFS_GUEST_WAITING_CALLS_MAX:
                 guest.calls.append(_Call(sock, data, source))
         if self._turn is None:
-            self._serve()
+            self._take_turn()
 
-    def _serve(self) -> None:
+    def _take_turn(self) -> None:
         """Answer calls for a bounded time, and advance one pending call; guests take turns."""
         self._turn = None
         end = self._loop.time() + NFS_TURN_MAX_SECONDS
@@ -130,7 +130,7 @@ class NfsServer:
             if not (guest.calls or guest.pending):
                 del self._guests[name]
         if self._guests:
-            self._turn = self._loop.call_soon(self._serve)
+            self._turn = self._loop.call_soon(self._take_turn)
 
     def _step(self, guest: _Guest) -> None:
         call, pending = guest.pending.popleft()
@@ -158,9 +158,9 @@ async def serve(
     service: Service,
     locators: Sequence[Locator],
     context: ContextHandle | None,
-    opened: Callable[[NfsServer], None],
+    on_ready: Callable[[NfsServer], None],
 ) -> None:
-    """Serve until SIGTERM or SIGINT; call ``opened`` once clients can connect.
+    """Serve until SIGTERM or SIGINT; call ``on_ready`` once clients can connect.
 
     Raises OSError.
     """
@@ -168,7 +168,7 @@ async def serve(
     on_signals({signal.SIGTERM: ended.set, signal.SIGINT: ended.set})
     server = NfsServer(service, locators, context)
     try:
-        opened(server)
+        on_ready(server)
         notify_ready()
         await ended.wait()
     finally:

@@ -15,12 +15,12 @@ from .errors import Caller, NfsError
 from .exports import Export
 from .handle_store import HandleStore
 from .handles import Signer
-from .listing import Listings
+from .listing import ListingCache
 from .nfs3 import PROCEDURES, Status
 from .procedures import Procedures
-from .rpc import Accepted, AuthSys, Denied, Flavor
+from .rpc import AcceptStat, AuthSys, Flavor, RejectStat
 from .tree import Tree
-from .work_queue import Later, Pending
+from .work_queue import NotReady, Pending
 from .xdr import XdrError
 
 log = logging.getLogger("vsockets.nfs")
@@ -45,27 +45,27 @@ class Service:
     """The exports of one server process."""
 
     def __init__(
-        self, exports: Sequence[Export], places: HandleStore, transfer: int = nfs3.DATA_SIZE
+        self, exports: Sequence[Export], handle_store: HandleStore, transfer: int = nfs3.DATA_SIZE
     ) -> None:
         """Serve ``exports``; ``transfer`` limits READ, WRITE and listings, in bytes.
 
         Raises OSError.
         """
-        self._trees = [Tree(export, places) for export in exports]
+        self._trees = [Tree(export, handle_store) for export in exports]
         self._by_number = {tree.number: tree for tree in self._trees}
-        self._signer = Signer(places.key)
+        self._signer = Signer(handle_store.key)
         # The write verifier is new in each server process: earlier unstable writes may be lost.
         verifier = os.urandom(nfs3.VERIFIER_SIZE)
-        listings = Listings(self._signer)
+        listings = ListingCache(self._signer)
         self._procedures = Procedures(self._signer, listings, verifier, transfer)
-        self._places = places
+        self._handle_store = handle_store
         self._duplicates = DuplicateRequestCache()
-        self._duplicates.restore(places.take_answers())
+        self._duplicates.restore(handle_store.load_replies())
         self._pending: set[Hashable] = set()  # (source, xid) of calls in progress
 
     def close(self) -> None:
         """Close all files and save the cached replies for the next server process."""
-        self._places.keep_answers(self._duplicates)
+        self._handle_store.save_replies(self._duplicates)
         for tree in self._trees:
             tree.close()
 
@@ -79,7 +79,7 @@ class Service:
         except XdrError:
             return None
         if call.version != rpc.VERSION:
-            return rpc.encode_denied(call.xid, Denied.RPC_MISMATCH)
+            return rpc.encode_rejected(call.xid, RejectStat.RPC_MISMATCH)
         guest = source[0]
         known = self._duplicates.find(guest, source, call.xid, data)
         if known is not None:
@@ -89,9 +89,9 @@ class Service:
             try:
                 caller = rpc.auth_sys.unpack(call.credentials.body)
             except XdrError:
-                return rpc.encode_denied(call.xid, Denied.AUTH_ERROR)
+                return rpc.encode_rejected(call.xid, RejectStat.AUTH_ERROR)
         elif call.credentials.flavor != Flavor.NONE:
-            return rpc.encode_denied(call.xid, Denied.AUTH_ERROR)
+            return rpc.encode_rejected(call.xid, RejectStat.AUTH_ERROR)
         if (source, call.xid) in self._pending:
             return None
 
@@ -99,12 +99,12 @@ class Service:
             self._pending.discard((source, call.xid))
             try:
                 reply = self._perform(call, arguments, guest, caller, error)
-            except Later as later:
+            except NotReady as not_ready:
                 self._pending.add((source, call.xid))
-                return Pending(later.steps, answer)
+                return Pending(not_ready.steps, answer)
             procedure = PROCEDURES.get(call.procedure)
-            if call.program == nfs3.PROGRAM and procedure is not None and procedure.changes:
-                self._duplicates.keep(guest, source, call.xid, data, reply)
+            if call.program == nfs3.PROGRAM and procedure is not None and procedure.modifies:
+                self._duplicates.add(guest, source, call.xid, data, reply)
             return reply
 
         return answer()
@@ -119,22 +119,22 @@ class Service:
     ) -> bytes:
         perform = {nfs3.PROGRAM: self._nfs, mount_protocol.PROGRAM: self._mount}.get(call.program)
         if perform is None:
-            return rpc.encode_accepted(call.xid, Accepted.PROG_UNAVAIL)
+            return rpc.encode_accepted(call.xid, AcceptStat.PROG_UNAVAIL)
         if call.program_version != nfs3.VERSION:  # the version of MOUNT is 3 as well
             versions = nfs3.VERSION, nfs3.VERSION
-            return rpc.encode_accepted(call.xid, Accepted.PROG_MISMATCH, versions=versions)
+            return rpc.encode_accepted(call.xid, AcceptStat.PROG_MISMATCH, versions=versions)
         try:
             results = perform(call.procedure, arguments, guest, caller, error)
         except XdrError:
-            return rpc.encode_accepted(call.xid, Accepted.GARBAGE_ARGS)
-        except Later:
+            return rpc.encode_accepted(call.xid, AcceptStat.GARBAGE_ARGS)
+        except NotReady:
             raise
         except Exception:
             log.exception("internal error in a call", extra=by(guest))
-            return rpc.encode_accepted(call.xid, Accepted.SYSTEM_ERR)
+            return rpc.encode_accepted(call.xid, AcceptStat.SYSTEM_ERR)
         if results is None:
-            return rpc.encode_accepted(call.xid, Accepted.PROC_UNAVAIL)
-        return rpc.encode_accepted(call.xid, Accepted.SUCCESS, results)
+            return rpc.encode_accepted(call.xid, AcceptStat.PROC_UNAVAIL)
+        return rpc.encode_accepted(call.xid, AcceptStat.SUCCESS, results)
 
     def _nfs(
         self,
@@ -157,7 +157,7 @@ class Service:
         try:
             if error is not None:
                 raise error
-            caller = self._caller(decoded, guest, credentials, procedure.changes)
+            caller = self._caller(decoded, guest, credentials, procedure.modifies)
             content = getattr(self._procedures, procedure.name)(caller, *decoded)
         except NfsError as failed:
             status = failed.status
@@ -168,7 +168,7 @@ class Service:
         return nfs3.encode_result(procedure, status, content)
 
     def _caller(
-        self, arguments: tuple[Any, ...], guest: Any, credentials: AuthSys | None, changes: bool
+        self, arguments: tuple[Any, ...], guest: Any, credentials: AuthSys | None, modifies: bool
     ) -> Caller:
         """Return the caller's rights in the one export that all the call's handles belong to.
 
@@ -177,7 +177,7 @@ class Service:
         handles = [one.directory for one in arguments if isinstance(one, nfs3.Target)]
         if isinstance(arguments[0], bytes):
             handles.append(arguments[0])
-        numbers = {self._signer.check(handle).export for handle in handles}
+        numbers = {self._signer.verify(handle).export for handle in handles}
         if len(numbers) > 1:
             raise OSError(errno.EXDEV, "handles of two exports")
         tree = self._by_number.get(numbers.pop())
@@ -185,7 +185,7 @@ class Service:
             raise OSError(errno.ESTALE, "the directory is not exported")
         if not tree.export.admits(guest):
             raise OSError(errno.EACCES, "not exported to this guest")
-        if changes and tree.export.read_only:
+        if modifies and tree.export.read_only:
             raise OSError(errno.EROFS, "the export is read-only")
         return Caller(tree, tree.export.identity(credentials), guest)
 
@@ -198,31 +198,34 @@ class Service:
         error: OSError | None,
     ) -> bytes | None:
         if number == mount_protocol.MNT:
-            return self._grant(mount_protocol.path.unpack(arguments), guest)
+            return self._mount_export(mount_protocol.path.unpack(arguments), guest)
         if number == mount_protocol.UMNT:
             mount_protocol.path.unpack(arguments)
             return b""
         if arguments:
             raise XdrError("unexpected arguments")
         if number == mount_protocol.DUMP:
-            return mount_protocol.mounts.pack(())
+            return mount_protocol.mount_list.pack(())
         if number == mount_protocol.EXPORT:
             admitting = (tree for tree in self._trees if tree.export.admits(guest))
-            return mount_protocol.offers.pack(
-                tuple(mount_protocol.Offer(os.fsencode(tree.export.path), ()) for tree in admitting)
+            return mount_protocol.export_list.pack(
+                tuple(
+                    mount_protocol.ExportNode(os.fsencode(tree.export.path), ())
+                    for tree in admitting
+                )
             )
         return b"" if number in (0, mount_protocol.UMNTALL) else None
 
-    def _grant(self, path: bytes, guest: Any) -> bytes:
+    def _mount_export(self, path: bytes, guest: Any) -> bytes:
         for tree in self._trees:
             if os.fsencode(tree.export.path) == path.rstrip(b"/"):
                 if not tree.export.admits(guest):
                     log.warning("%s: refused to %s", tree.export.path, guest, extra=by(guest))
                     break
                 log.info("%s: mounted by %s", tree.export.path, guest, extra=by(guest))
-                return mount_protocol.grant(self._signer.handle(tree.root))
+                return mount_protocol.encode_granted(self._signer.sign(tree.root))
         # The same status for a missing directory: clients cannot probe for existing ones.
-        return mount_protocol.answer.pack((mount_protocol.Status.ACCES, None))
+        return mount_protocol.mount_result.pack((mount_protocol.Status.ACCES, None))
 
 
 def _status_of(error: OSError, guest: Hashable) -> Status:

@@ -27,7 +27,7 @@ UTIME_NOW, UTIME_OMIT = 0x3FFFFFFF, 0x3FFFFFFE
 class FileState(NamedTuple):
     """The result of statx.
 
-    Times are (seconds, nanoseconds); ``born`` is (0, 0) if the file system has no birth time.
+    Times are (seconds, nanoseconds); ``btime`` is (0, 0) if the file system has no birth time.
     """
 
     nlink: int
@@ -38,7 +38,7 @@ class FileState(NamedTuple):
     size: int
     blocks: int
     atime: tuple[int, int]
-    born: tuple[int, int]
+    btime: tuple[int, int]
     ctime: tuple[int, int]
     mtime: tuple[int, int]
     rdev: tuple[int, int]
@@ -57,7 +57,7 @@ def open_beneath(folder: int, path: bytes, flags: int, mode: int = 0) -> int:
     return int(fd)
 
 
-def state_of(fd: int) -> FileState:
+def file_state(fd: int) -> FileState:
     """Return the state of an open file, also of an O_PATH descriptor.
 
     Raises OSError.
@@ -80,7 +80,7 @@ def set_times(path: str, atime: tuple[int, int], mtime: tuple[int, int]) -> None
         _fail()
 
 
-def act_with(uid: int, gid: int, groups: tuple[int, ...]) -> None:
+def set_file_rights(uid: int, gid: int, groups: tuple[int, ...]) -> None:
     """Take the file system rights of a user; (0, 0) restores those of this process.
 
     Root only.  Leaving uid 0 also drops the capabilities that override permissions
@@ -89,16 +89,16 @@ def act_with(uid: int, gid: int, groups: tuple[int, ...]) -> None:
     Raises OSError.
     """
     if uid:  # before CAP_SETGID and CAP_SETUID are dropped
-        _act_as_groups(gid, groups)
+        _set_groups(gid, groups)
         _libc.setfsuid(ctypes.c_uint32(uid))
     else:
         _libc.setfsuid(0)
-        _act_as_groups(gid, groups)
+        _set_groups(gid, groups)
     if _libc.setfsuid(ctypes.c_uint32(0xFFFFFFFF)) & 0xFFFFFFFF != uid:
         raise OSError(errno.EPERM, f"cannot act as user {uid}")
 
 
-def _act_as_groups(gid: int, groups: tuple[int, ...]) -> None:
+def _set_groups(gid: int, groups: tuple[int, ...]) -> None:
     os.setgroups(groups)
     _libc.setfsgid(ctypes.c_uint32(gid))
 

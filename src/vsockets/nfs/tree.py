@@ -15,12 +15,12 @@ from .exports import Export
 from .handle_store import HandleStore
 from .handles import Identifier
 from .limits import NFS_DIRECTORY_DEPTH_MAX, NFS_OPEN_FILES_MAX
-from .syscalls import FileState, open_beneath, state_of
+from .syscalls import FileState, file_state, open_beneath
 
 #: Errors that mean that a file is not at a recorded location.
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EXDEV, errno.ELOOP)
+_MOVED_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EXDEV, errno.ELOOP)
 
-_PLACE = os.O_PATH | os.O_NOFOLLOW
+_REFERENCE = os.O_PATH | os.O_NOFOLLOW
 
 
 class FileRef(NamedTuple):
@@ -36,7 +36,7 @@ class FileRef(NamedTuple):
         return f"/proc/self/fd/{self.fd}"
 
     @property
-    def is_folder(self) -> bool:
+    def is_directory(self) -> bool:
         """Return whether this is a directory."""
         return stat.S_ISDIR(self.state.mode)
 
@@ -44,15 +44,15 @@ class FileRef(NamedTuple):
 class Tree:
     """One export.  It owns the descriptors in its results, which are valid for one call."""
 
-    def __init__(self, export: Export, places: HandleStore) -> None:
+    def __init__(self, export: Export, handle_store: HandleStore) -> None:
         """Open the export's directory.  Raises OSError."""
         self.export = export
-        self._places = places
+        self._handle_store = handle_store
         digest = hashlib.blake2b(os.fsencode(export.path), digest_size=8).digest()
         self.number = int.from_bytes(digest)
         self._root_fd = os.open(export.path, os.O_PATH | os.O_DIRECTORY)
         self._open: OrderedDict[Identifier, int] = OrderedDict()
-        self.root = self._identify(state_of(self._root_fd))
+        self.root = self._identify(file_state(self._root_fd))
 
     def close(self) -> None:
         """Close all files."""
@@ -76,64 +76,64 @@ class Tree:
             return folder
         if name == b"..":
             return self._parent(folder)
-        fd = open_beneath(folder.fd, name, _PLACE)
-        found = self._keep(fd)
-        self._places.add(found.identifier, folder.identifier, name, guest)
+        fd = open_beneath(folder.fd, name, _REFERENCE)
+        found = self._cache(fd)
+        self._handle_store.add(found.identifier, folder.identifier, name, guest)
         return found
 
-    def gone(self, folder: FileRef, name: bytes, file: FileRef) -> None:
+    def record_removal(self, folder: FileRef, name: bytes, file: FileRef) -> None:
         """Record that ``file`` no longer has the name ``name`` in ``folder``."""
-        self._places.remove(file.identifier, folder.identifier, name)
+        self._handle_store.remove(file.identifier, folder.identifier, name)
         with contextlib.suppress(OSError):
-            if state_of(file.fd).nlink == 0:
+            if file_state(file.fd).nlink == 0:
                 self._forget(file.identifier)
 
-    def arrived(self, folder: FileRef, name: bytes, file: FileRef, guest: Hashable) -> None:
+    def record_name(self, folder: FileRef, name: bytes, file: FileRef, guest: Hashable) -> None:
         """Record that ``guest`` gave ``file`` the name ``name`` in ``folder``."""
-        self._places.add(file.identifier, folder.identifier, name, guest)
+        self._handle_store.add(file.identifier, folder.identifier, name, guest)
 
-    def again(self, found: FileRef) -> FileRef:
+    def refresh(self, found: FileRef) -> FileRef:
         """Return the same file with its present state.
 
         Raises OSError.
         """
-        return found._replace(state=state_of(found.fd))
+        return found._replace(state=file_state(found.fd))
 
     def _parent(self, folder: FileRef) -> FileRef:
         if folder.identifier == self.root:
             return folder
-        for parent, _ in self._places.of(folder.identifier):
+        for parent, _ in self._handle_store.locations(folder.identifier):
             with contextlib.suppress(OSError):
                 return self.find(parent)
         raise _stale()
 
     def _find(self, file: Identifier, depth: int) -> FileRef:
         if file == self.root:
-            return FileRef(self._root_fd, file, state_of(self._root_fd))
+            return FileRef(self._root_fd, file, file_state(self._root_fd))
         fd = self._open.get(file)
         if fd is not None:
             self._open.move_to_end(file)
-            found = FileRef(fd, file, state_of(fd))
+            found = FileRef(fd, file, file_state(fd))
             if found.state.nlink == 0:
                 self._forget(file)
                 raise _stale()
             return found
         if depth:
-            for parent, name in self._places.of(file):
+            for parent, name in self._handle_store.locations(file):
                 try:
                     folder = self._find(parent, depth - 1)
-                    found = self._keep(open_beneath(folder.fd, name, _PLACE))
+                    found = self._cache(open_beneath(folder.fd, name, _REFERENCE))
                     if found.identifier == file:
                         return found
                 except OSError as error:
-                    if error.errno not in _NOT_THERE:
+                    if error.errno not in _MOVED_ERRORS:
                         raise
-                self._places.remove(file, parent, name)
+                self._handle_store.remove(file, parent, name)
         raise _stale()
 
-    def _keep(self, fd: int) -> FileRef:
+    def _cache(self, fd: int) -> FileRef:
         try:
-            state = state_of(fd)
+            state = file_state(fd)
         except OSError:
             os.close(fd)
             raise
@@ -149,13 +149,13 @@ class Tree:
         return FileRef(fd, file, state)
 
     def _forget(self, file: Identifier) -> None:
-        self._places.forget(file)
+        self._handle_store.forget(file)
         fd = self._open.pop(file, None)
         if fd is not None:
             os.close(fd)
 
     def _identify(self, state: FileState) -> Identifier:
-        return Identifier(self.number, state.ino, *state.born)
+        return Identifier(self.number, state.ino, *state.btime)
 
 
 def _stale() -> OSError:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 
-class Later(Exception):
+class NotReady(Exception):
     """The call must be repeated when all ``steps`` are done."""
 
     def __init__(self, steps: Iterator[object]) -> None:

@@ -10,7 +10,7 @@ import asyncio
 from typing import NamedTuple
 
 from .limits import NFS_UNCOMMITTED_MAX_BYTES
-from .nfs3 import Stable
+from .nfs3 import StableHow
 from .nfs_client import NfsClient
 from .rpc import Auth
 
@@ -29,17 +29,17 @@ class WriteBack:
         self._handle = handle
         self._pieces: list[_Piece] = []
         self._size = 0
-        self._order = asyncio.Lock()  # data written again must not overwrite newer data
+        self._lock = asyncio.Lock()  # data written again must not overwrite newer data
 
-    async def write(self, who: Auth, offset: int, data: bytes) -> None:
+    async def write(self, auth: Auth, offset: int, data: bytes) -> None:
         """Write ``data``; commit if too much is uncommitted.
 
         Raises OSError.
         """
-        async with self._order:
+        async with self._lock:
             size = self._nfs.transfer
             parts = [(offset + at, data[at : at + size]) for at in range(0, len(data), size)]
-            tasks = [asyncio.ensure_future(self._write(who, *part)) for part in parts]
+            tasks = [asyncio.ensure_future(self._write(auth, *part)) for part in parts]
             try:
                 self._pieces += await asyncio.gather(*tasks)
             except OSError:
@@ -47,30 +47,30 @@ class WriteBack:
                 raise
             self._size += len(data)
             if self._size >= NFS_UNCOMMITTED_MAX_BYTES:
-                await self._commit(who)
+                await self._commit(auth)
 
-    async def commit(self, who: Auth) -> None:
+    async def commit(self, auth: Auth) -> None:
         """Return when all written data is on the server's disk.
 
         Raises OSError.
         """
-        async with self._order:
-            await self._commit(who)
+        async with self._lock:
+            await self._commit(auth)
 
-    async def _commit(self, who: Auth) -> None:
+    async def _commit(self, auth: Auth) -> None:
         while self._pieces:
-            _, verifier = await self._nfs.call(who, "commit", self._handle, 0, 0)
+            _, verifier = await self._nfs.call(auth, "commit", self._handle, 0, 0)
             kept = 0
             while kept < len(self._pieces) and self._pieces[kept].verifier == verifier:
                 kept += 1
             # From the first mismatch on: later pieces may overlap it.
             for number in range(kept, len(self._pieces)):
                 piece = self._pieces[number]
-                self._pieces[number] = await self._write(who, piece.offset, piece.data)
+                self._pieces[number] = await self._write(auth, piece.offset, piece.data)
             if kept == len(self._pieces):
                 self._pieces.clear()
                 self._size = 0
 
-    async def _write(self, who: Auth, offset: int, data: bytes) -> _Piece:
-        verifier = await self._nfs.write(who, self._handle, offset, data, Stable.UNSTABLE)
+    async def _write(self, auth: Auth, offset: int, data: bytes) -> _Piece:
+        verifier = await self._nfs.write(auth, self._handle, offset, data, StableHow.UNSTABLE)
         return _Piece(offset, data, verifier)

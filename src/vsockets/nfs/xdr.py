@@ -155,20 +155,20 @@ class _Fixed(Codec[bytes]):
 
 
 class _Opaque(Codec[bytes]):
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
 
     def encode(self, value: bytes, out: bytearray) -> None:
-        if len(value) > self._most:
-            raise XdrError(f"{len(value)} bytes (expected at most {self._most})")
+        if len(value) > self._limit:
+            raise XdrError(f"{len(value)} bytes (expected at most {self._limit})")
         uint.encode(len(value), out)
         out += value
         out += bytes(-len(value) % 4)
 
     def decode(self, reader: Reader) -> bytes:
         size = uint.decode(reader)
-        if size > self._most:
-            raise XdrError(f"{size} bytes (expected at most {self._most})")
+        if size > self._limit:
+            raise XdrError(f"{size} bytes (expected at most {self._limit})")
         value = reader.take(size)
         if any(reader.take(-size % 4)):
             raise XdrError("padding is not zero")
@@ -176,26 +176,26 @@ class _Opaque(Codec[bytes]):
 
 
 class _Array(Codec[tuple[T, ...]]):
-    def __init__(self, element: Codec[T], most: int) -> None:
-        self._element, self._most = element, most
+    def __init__(self, element: Codec[T], limit: int) -> None:
+        self._element, self._limit = element, limit
 
     def encode(self, value: tuple[T, ...], out: bytearray) -> None:
-        if len(value) > self._most:
-            raise XdrError(f"{len(value)} elements (expected at most {self._most})")
+        if len(value) > self._limit:
+            raise XdrError(f"{len(value)} elements (expected at most {self._limit})")
         uint.encode(len(value), out)
         for one in value:
             self._element.encode(one, out)
 
     def decode(self, reader: Reader) -> tuple[T, ...]:
         count = uint.decode(reader)
-        if count > self._most:
-            raise XdrError(f"{count} elements (expected at most {self._most})")
+        if count > self._limit:
+            raise XdrError(f"{count} elements (expected at most {self._limit})")
         return tuple(self._element.decode(reader) for _ in range(count))
 
 
 class _Chain(Codec[tuple[T, ...]]):
-    def __init__(self, element: Codec[T], most: int) -> None:
-        self._element, self._most = element, most
+    def __init__(self, element: Codec[T], limit: int) -> None:
+        self._element, self._limit = element, limit
 
     def encode(self, value: tuple[T, ...], out: bytearray) -> None:
         for one in value:
@@ -206,8 +206,8 @@ class _Chain(Codec[tuple[T, ...]]):
     def decode(self, reader: Reader) -> tuple[T, ...]:
         found: list[T] = []
         while boolean.decode(reader):
-            if len(found) == self._most:
-                raise XdrError(f"more than {self._most} elements")
+            if len(found) == self._limit:
+                raise XdrError(f"more than {self._limit} elements")
             found.append(self._element.decode(reader))
         return tuple(found)
 
@@ -270,19 +270,19 @@ def fixed(size: int) -> Codec[bytes]:
     return _Fixed(size)
 
 
-def opaque(most: int) -> Codec[bytes]:
-    """Return the codec of opaque data or a string of at most ``most`` bytes."""
-    return _Opaque(most)
+def opaque(limit: int) -> Codec[bytes]:
+    """Return the codec of opaque data or a string of at most ``limit`` bytes."""
+    return _Opaque(limit)
 
 
-def array(element: Codec[T], most: int) -> Codec[tuple[T, ...]]:
+def array(element: Codec[T], limit: int) -> Codec[tuple[T, ...]]:
     """Return the codec of an array with a length prefix."""
-    return _Array(element, most)
+    return _Array(element, limit)
 
 
-def chain(element: Codec[T], most: int) -> Codec[tuple[T, ...]]:
+def chain(element: Codec[T], limit: int) -> Codec[tuple[T, ...]]:
     """Return the codec of a linked list: a boolean before each element, and one at the end."""
-    return _Chain(element, most)
+    return _Chain(element, limit)
 
 
 def optional(content: Codec[T]) -> Codec[T | None]:

@@ -27,7 +27,7 @@ SIZE = 8 << 20
 def play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]:
     """All of it.  Raises CliError."""
     try:
-        preflight.require()
+        preflight.check()
     except OSError as error:
         raise CliError(error.strerror or str(error)) from None
     if shutil.which("fusermount3") is None:
