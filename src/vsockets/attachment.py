@@ -16,7 +16,7 @@ from . import kernel_context
 from .kernel_context import KernelContext
 from .limits import VSOCKD_REPLY_TIMEOUT_SECONDS
 from .model.constants import VMADDR_CID_HOST
-from .protocol import RECORD_SIZE, Op, ProtocolError, Record, Request, RequestFlag
+from .protocol import RECORD_SIZE, Record, client
 from .state_folder import (
     SEQPACKET,
     STREAM,
@@ -91,7 +91,7 @@ class Attachment:
                 _set_blocking(sock, True)
         return seconds
 
-    def ask(self, request: Request, fd: int | None = None) -> tuple[Record, int | None]:
+    def ask(self, request: bytes, fd: int | None = None) -> tuple[Record, int | None]:
         """One question to vsockd on a connection of its own, with a descriptor if need be.
 
         Returns the answer and the descriptor that came with it.  Raises OSError with the
@@ -106,7 +106,7 @@ class Attachment:
             if fd is not None:
                 ancillary = [(SOL_SOCKET, SCM_RIGHTS, _FD.pack(fd))]
             try:
-                sock.sendmsg([request.encode()], ancillary)
+                sock.sendmsg([request], ancillary)
             except OSError as error:
                 if error.errno != errno.ETOOMANYREFS:
                     raise
@@ -115,13 +115,12 @@ class Attachment:
             data, came, _, _ = sock.recvmsg(
                 RECORD_SIZE, socket.CMSG_LEN(_FD.size), socket.MSG_CMSG_CLOEXEC
             )
-            record = decode_reply(data)
-            return record, descriptor_in(came)
+            return client.decode_reply(data), descriptor_in(came)
 
     @functools.cached_property
     def cid(self) -> int:
         """The context's CID."""
-        return self.ask(Request(Op.LOCAL_CID))[0].local_cid
+        return self.ask(client.local_cid())[0].local_cid
 
     def is_trusted(self, sock_type: int, peer_cid: int = VMADDR_CID_HOST, cookie: int = 0) -> bool:
         """Whether this process's sockets of a type are trusted ones (guide page 24).
@@ -129,11 +128,8 @@ class Attachment:
         A program of the host may be trusted by one guest, ``peer_cid``, and not by another.  A
         socket that is bound, known by its ``cookie``, is what it was when it was bound.
         """
-        flags = self.ask(Request(Op.LOCAL_CID, peer_cid=peer_cid, cookie=cookie))[0].flags
-        datagram = sock_type == socket.SOCK_DGRAM
-        return bool(
-            flags & (RequestFlag.TRUSTED_DATAGRAM if datagram else RequestFlag.TRUSTED_STREAM)
-        )
+        record, _ = self.ask(client.local_cid(peer_cid, cookie=cookie))
+        return record.is_trusted(datagram=sock_type == socket.SOCK_DGRAM)
 
 
 #: What a connect fails with when there is nobody to connect to.
@@ -146,19 +142,6 @@ _NOBODY = frozenset(
 
 #: Where a socket can be: in a context of the fabric, or in the machine's own kernel.
 ContextHandle = Attachment | KernelContext
-
-
-def decode_reply(data: bytes) -> Record:
-    """Decode vsockd's answer; raises the OSError it stands for."""
-    if not data:
-        raise OSError(errno.ENETDOWN, "vsockd has closed the connection")
-    try:
-        record = Record.decode(data)
-    except ProtocolError as error:
-        raise OSError(errno.EPROTO, f"vsockd and this library do not match: {error}") from None
-    if record.status:
-        raise OSError(record.status, os.strerror(record.status))
-    return record
 
 
 def descriptor_in(ancillary: list[tuple[int, int, bytes]]) -> int | None:

@@ -20,7 +20,6 @@ from vsockets.protocol import (
     Request,
     RequestFlag,
     Role,
-    encode_connect,
     encode_stream,
 )
 
@@ -170,17 +169,8 @@ def test_record_survives_the_wire(record: Record) -> None:
     assert Record.decode(data) == record
 
 
-@given(u16, u32, u32, u64, u64, u64, u64)
-def test_the_short_way_to_a_request(
-    flags: int, cid: int, port: int, size: int, minimum: int, maximum: int, cookie: int
-) -> None:
-    sizes = BufferSizes(size, minimum, maximum)
-    request = Request(Op.CONNECT, flags, 0, 0, cid, port, 0, *sizes, cookie)
-    assert encode_connect(flags, (cid, port), sizes, cookie) == request.encode()
-
-
 @given(st.tuples(u32, u32), st.tuples(u32, u32), st.tuples(u32, u32, u32), u64, u64, u64)
-def test_the_short_way_to_a_record(
+def test_encode_stream_equals_an_encoded_record(
     local: tuple[int, int],
     peer: tuple[int, int],
     credentials: tuple[int, int, int],

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from ..attachment import Attachment
 from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
 from ..model.constants import VMADDR_PORT_ANY
-from ..protocol import Op, Request
+from ..protocol import client
 from ..protocol.vsockmon import Captured
 from .pcap import captured_record, file_header
 
@@ -28,10 +28,8 @@ def open_capture(
     ``limit`` bytes of a payload come, of one ``port`` alone unless it is VMADDR_PORT_ANY.
     OSError: EACCES (it is not for this program), ENOENT, ENOTSUP (no device), ENOBUFS.
     """
-    _, fd = host.ask(Request(Op.CAPTURE, peer_cid=cid, peer_port=port, size=limit))
-    if fd is None:
-        raise OSError("no descriptor came")
-    return socket.socket(fileno=fd)
+    _, fd = host.ask(client.capture(cid, port=port, limit=limit))
+    return socket.socket(fileno=client.require_descriptor(fd))
 
 
 class Counts:

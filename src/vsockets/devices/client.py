@@ -46,20 +46,10 @@ from typing import NamedTuple
 
 from ..attachment import descriptor_in
 from ..limits import MAX_DATAGRAM
-from ..model.buffers import BufferSizes
+from ..model.buffers import DEFAULT_SIZES, BufferSizes
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..pass_rights import refuse
-from ..protocol import (
-    PADDING,
-    RECORD_SIZE,
-    Op,
-    ProtocolError,
-    Record,
-    Request,
-    RequestFlag,
-    Role,
-    decode_route,
-)
+from ..protocol import PADDING, RECORD_SIZE, Record, Role, client, decode_route
 from ..protocol.hybrid import ok_line
 from .capture import CaptureSink
 from .limits import (
@@ -196,7 +186,7 @@ class DeviceClient:
         self.capture = CaptureSink(loop)  #: records of what passes the device, while a capture runs
         loop.watch(link.fileno(), self._on_link_ready)
         if datagrams:
-            self._request(Request(Op.CATCH_ALL), self._catch_all)
+            self._request(client.catch_all(), self._catch_all)
             self._watch_datagrams(self._catch_all)
 
     @property
@@ -235,8 +225,7 @@ class DeviceClient:
         with theirs:
             try:
                 ours.setblocking(False)
-                request = Request(Op.CONNECT, 0, VMADDR_CID_ANY, port, *peer, 0, *sizes)
-                ours.send(request.encode())
+                ours.send(client.connect_from_guest(port, peer, sizes))
                 self._send_to_vsockd(b"", theirs)
             except OSError:
                 ours.close()
@@ -250,9 +239,7 @@ class DeviceClient:
 
         Raises OSError when the link is closed, or vsockd does not read it in time.
         """
-        request = Request(
-            Op.CONNECT, 0, VMADDR_CID_ANY, VMADDR_PORT_ANY, *peer, 0, *BufferSizes()
-        ).encode()
+        request = client.connect_from_guest(VMADDR_PORT_ANY, peer, DEFAULT_SIZES)
         try:
             self._send_to_vsockd(request, sock)
         except OSError as error:
@@ -278,7 +265,7 @@ class DeviceClient:
             # padding came with the request
             if request.polling or request.sock.type == SOCK_SEQPACKET:
                 request.sock.recv(len(PADDING), MSG_DONTWAIT)
-        message = Request(Op.SETTLE, 0, *local, *peer, error, size).encode()
+        message = client.settle(local, peer, size=size, error=error)
         with contextlib.suppress(OSError):  # the link is closed; its callback reports that
             self._send_or_queue(message, request.sock if error else None)
 
@@ -350,7 +337,7 @@ class DeviceClient:
         refuse(sock)
         try:
             sock.setblocking(False)
-            self._request(Request(Op.BIND_DATAGRAM, 0, VMADDR_CID_ANY, port), sock)
+            self._request(client.bind_datagram((VMADDR_CID_ANY, port)), sock)
         except OSError:
             sock.close()
             raise
@@ -358,11 +345,7 @@ class DeviceClient:
         return _Port(sock)
 
     def _new_route(self, port: _Port, destination: tuple[int, int]) -> _Route:
-        cid, number = destination
-        request = Request(Op.ROUTE, 0, VMADDR_CID_ANY, VMADDR_CID_ANY, cid, number)
-        fd = self._request(request, port.sock)
-        if fd is None:
-            raise OSError(errno.EMFILE, "the reply to ROUTE has no descriptor")
+        fd = client.require_descriptor(self._request(client.route(destination), port.sock))
         sock = socket.socket(AF_UNIX, SOCK_DGRAM, 0, fd)
         route = port.routes[destination] = _Route(self._loop, sock)
         if len(port.routes) > DEVICE_DATAGRAM_PORTS_MAX:
@@ -416,7 +399,7 @@ class DeviceClient:
         except BlockingIOError:
             raise OSError(errno.ENOBUFS, "vsockd does not read the link") from None
 
-    def _request(self, request: Request, sock: socket.socket) -> int | None:
+    def _request(self, request: bytes, sock: socket.socket) -> int | None:
         """Send a request about ``sock``; return the descriptor that came with the reply.
 
         Raises OSError with the error in the reply, or ENETDOWN without a reply.
@@ -425,43 +408,52 @@ class DeviceClient:
         with ours:
             with theirs:
                 rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [sock.fileno()]))]
-                ours.sendmsg([request.encode()], rights)
+                ours.sendmsg([request], rights)
                 self._send_to_vsockd(b"", theirs)
             ours.settimeout(DEVICE_VSOCKD_REPLY_TIMEOUT_SECONDS)
             try:
-                record, fd = _receive(ours, MSG_CMSG_CLOEXEC)
+                data, fd = _receive(ours, MSG_CMSG_CLOEXEC)
             except TimeoutError:
                 raise OSError(errno.ENETDOWN, "no reply from vsockd") from None
-        if record.status:
-            raise OSError(record.status, os.strerror(record.status))
+        client.decode_reply(data)
         return fd
 
     def _on_link_ready(self, events: int) -> None:
         if events & EPOLLOUT:
             self._flush_unsettled()
         try:
-            record, fd = _receive(self._link, _RECEIVE_FLAGS)
+            data, fd = _receive(self._link, _RECEIVE_FLAGS)
         except BlockingIOError:
             return
         if fd is None:
-            if record.status:
-                self._disconnect()
-            elif record.role == Role.BUFFER:
-                self.on_resized(record.local_port, record.peer, record.size)
-            elif record.role in (Role.LISTENING, Role.GONE):
-                self.on_listening(record.local_port, record.role == Role.LISTENING)
-            else:
-                self._disconnect()
+            self._on_notification(data)
+        else:
+            self._on_handoff(data, socket.socket(fileno=fd))
+
+    def _on_notification(self, data: bytes) -> None:
+        try:
+            message = client.decode_notification(data)
+        except OSError:
+            self._disconnect()
             return
-        sock = socket.socket(fileno=fd)
-        if record.role == Role.TAP:
-            self.capture.add(sock, record.size, record.local_port)
+        if isinstance(message, client.BufferResized):
+            self.on_resized(*message)
+        else:
+            self.on_listening(*message)
+
+    def _on_handoff(self, data: bytes, sock: socket.socket) -> None:
+        try:
+            message = client.decode_handoff(data)
+        except OSError:
+            sock.close()
+            self._disconnect()
+            return
+        if isinstance(message, client.CaptureStart):
+            self.capture.add(sock, message.limit, message.port)
             return
         sock.setblocking(False)
-        sizes = BufferSizes(record.size, record.minimum, record.maximum)
-        flags = bool(record.flags & RequestFlag.POLLING), bool(record.flags & RequestFlag.OK_LINE)
         self.drain_events()
-        self.on_connect(ConnectRequest(sock, record.local_port, record.peer, sizes, *flags))
+        self.on_connect(ConnectRequest(sock, *message))
 
     def _disconnect(self) -> None:
         if self.is_open:
@@ -469,13 +461,13 @@ class DeviceClient:
             self.on_lost()
 
 
-def _receive(sock: socket.socket, flags: int) -> tuple[Record, int | None]:
-    """Receive a record and its descriptor; at end of file, return a record with ENETDOWN."""
+def _receive(sock: socket.socket, flags: int) -> tuple[bytes, int | None]:
+    """Return a message and the descriptor received with it; an empty message at the end."""
     try:
         data, ancillary, _, _ = sock.recvmsg(RECORD_SIZE, _ONE_DESCRIPTOR, flags)
-        return Record.decode(data), descriptor_in(ancillary)
-    except (ConnectionError, ProtocolError):
-        return Record(errno.ENETDOWN), None
+    except ConnectionError:
+        return b"", None
+    return data, descriptor_in(ancillary)
 
 
 def _refuse_descriptors(sock: socket.socket) -> None:

@@ -10,7 +10,6 @@ from .messages import (
     Request,
     RequestFlag,
     Role,
-    encode_connect,
     encode_stream,
 )
 from .names import decode_route, decode_source, encode_source, is_socket_name
@@ -27,7 +26,6 @@ __all__ = [
     "Role",
     "decode_route",
     "decode_source",
-    "encode_connect",
     "encode_source",
     "encode_stream",
     "is_socket_name",

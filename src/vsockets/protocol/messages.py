@@ -23,9 +23,10 @@ from ..model.buffers import BufferSizes
 #: "vsk" and the protocol's version.
 MAGIC = int.from_bytes(b"vsk\x01", "big")
 
-_REQUEST = struct.Struct("=IHHIIIIQQQQQQ")
+#: A request's fields, in the order of :class:`Request`, after MAGIC.
+REQUEST_LAYOUT = struct.Struct("=IHHIIIIQQQQQQ")
 _RECORD = struct.Struct("=IHHIIIIIIIIQQQ")
-REQUEST_SIZE = _REQUEST.size
+REQUEST_SIZE = REQUEST_LAYOUT.size
 RECORD_SIZE = _RECORD.size
 # What comes after MAGIC.
 _START = struct.pack("=I", MAGIC)
@@ -80,7 +81,10 @@ class RequestFlag(IntFlag):
     NAMED = 32
 
 
-_POLLING = int(RequestFlag.POLLING)
+# Module aliases of enum members: looking a member up in its enum is slow.
+_POLLING, _NAMED = int(RequestFlag.POLLING), int(RequestFlag.NAMED)
+_TRUSTED_STREAM = int(RequestFlag.TRUSTED_STREAM)
+_TRUSTED_DATAGRAM = int(RequestFlag.TRUSTED_DATAGRAM)
 # A named tuple's own __new__ and _make are functions in Python; this is what they call.
 _new = tuple.__new__
 
@@ -95,9 +99,6 @@ class Role(IntEnum):
     GONE = 5  #: to a device: it can no longer
     TAP = 6  #: to a device: send what passes to the socket sent along, ``size`` bytes of each
     BUFFER = 7  #: to a device: the peer of its guest's local port has room for ``size`` bytes now
-
-
-_CONNECT = int(Op.CONNECT)
 
 
 class Request(NamedTuple):
@@ -119,7 +120,7 @@ class Request(NamedTuple):
 
     def encode(self) -> bytes:
         """The request's REQUEST_SIZE bytes."""
-        return _REQUEST.pack(MAGIC, *self)
+        return REQUEST_LAYOUT.pack(MAGIC, *self)
 
     @classmethod
     def decode(cls, data: bytes) -> Request:
@@ -180,19 +181,19 @@ class Record(NamedTuple):
         """The other side's address."""
         return self.peer_cid, self.peer_port
 
+    @property
+    def sizes(self) -> BufferSizes:
+        """The three buffer sizes together."""
+        return _new(BufferSizes, self[10:13])
 
-def encode_connect(
-    flags: int, peer: tuple[int, int], sizes: BufferSizes, cookie: int, secret: int = 0
-) -> bytes:
-    """A CONNECT request, encoded; ``secret`` is that of BIND_SOCKET.
+    @property
+    def is_named(self) -> bool:
+        """Whether the socket was bound by BIND_SOCKET."""
+        return self.flags & _NAMED != 0
 
-    This and :data:`encode_stream` are what every connect needs; they spare it the tuples.
-    """
-    cid, port = peer
-    size, minimum, maximum = sizes
-    return _REQUEST.pack(
-        MAGIC, _CONNECT, flags, 0, 0, cid, port, 0, size, minimum, maximum, cookie, secret
-    )
+    def is_trusted(self, datagram: bool) -> bool:
+        """Return whether the program's sockets, of datagrams or of streams, are trusted."""
+        return self.flags & (_TRUSTED_DATAGRAM if datagram else _TRUSTED_STREAM) != 0
 
 
 #: The record of an established stream, encoded.  Its arguments are a record's fields, from

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable
 
 from ..model.buffers import BufferSizes
-from ..protocol import Op, Record, Request
+from ..protocol import Record, client
 from .scheduler import HUNG_UP, CoroutineScheduler
 from .vsockd_client import SEND, Asker, VsockdClient, receive_record, send, take_record
 
@@ -63,11 +63,13 @@ class PortHolder:
         sock: _socket.socket,
         address: tuple[int, int],
         sizes: BufferSizes,
-        flags: int,
+        unprivileged: bool,
     ) -> Record:
         """Bind ``sock``, or let it take the place of an earlier one.  OSError."""
-        request = Request(Op.BIND_SOCKET, flags, *address, 0, 0, 0, *sizes, self.secret)
-        send(self._channel, request.encode(), asker, sock.fileno())
+        request = client.bind_socket(
+            address, sizes=sizes, secret=self.secret, unprivileged=unprivileged
+        )
+        send(self._channel, request, asker, sock.fileno())
         record, _ = await receive_record(self._channel)
         self._by_inode.pop(self.inode, None)
         self.inode = os.fstat(sock.fileno()).st_ino
@@ -76,12 +78,12 @@ class PortHolder:
 
     async def listen(self, backlog: int, sizes: BufferSizes) -> None:
         """Let the socket be connected to, with at most ``backlog`` connections waiting."""
-        self._channel.send(Request(Op.LISTEN, 0, 0, 0, 0, 0, backlog, *sizes).encode(), SEND)
+        self._channel.send(client.listen(backlog, sizes), SEND)
         await receive_record(self._channel)
 
     def update(self, sizes: BufferSizes) -> None:
         """Let connections have these buffer sizes from now on."""
-        self._channel.send(Request(Op.UPDATE, 0, 0, 0, 0, 0, 0, *sizes).encode(), SEND)
+        self._channel.send(client.update(sizes), SEND)
 
     def close(self) -> None:
         """Give the port up."""
@@ -118,12 +120,12 @@ class PortHolders:
         sock: _socket.socket,
         address: tuple[int, int],
         sizes: BufferSizes,
-        flags: int,
+        unprivileged: bool,
     ) -> tuple[PortHolder, Record]:
         """Bind ``sock``, a copy of a program's stream or packet socket.  Raises OSError."""
         holder = PortHolder(await self._vsockd.open(), self._scheduler, self._by_inode)
         try:
-            record = await holder.bind(asker, sock, address, sizes, flags)
+            record = await holder.bind(asker, sock, address, sizes, unprivileged)
         except BaseException:
             holder.close()
             raise

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from socket import AF_UNIX, SO_DOMAIN, SO_TYPE, SOL_SOCKET
 
 from ..attachment import Attachment
-from ..protocol import Op, Record, Request, RequestFlag, Role
+from ..protocol import Record, Role, client
 from ..socket import Phase
 from .arch import Architecture
 from .call import Answer, Call, Serving, SocketHandler
@@ -281,7 +281,7 @@ class Supervisor:
             if not may_be_known(sock):
                 return None
             endpoint = Endpoint(sock.getsockopt(SOL_SOCKET, SO_TYPE), inode, cookie_of(sock))
-        request = Request(Op.QUERY, cookie=endpoint.cookie, inode=inode)
+        request = client.query(cookie=endpoint.cookie, inode=inode)
         record, _ = await self._vsockd.ask(None, request)
         self._recover(endpoint, record)
         return endpoint
@@ -290,7 +290,7 @@ class Supervisor:
         if record.role == Role.CONNECTED:
             endpoint.settle(record)
         else:
-            endpoint.named = bool(record.flags & RequestFlag.NAMED)
+            endpoint.named = record.is_named
             endpoint.holder = self._ports.find(endpoint.inode)
             endpoint.entered = not endpoint.named
             endpoint.local = record.local

@@ -26,9 +26,10 @@ from socket import (
     SOL_SOCKET,
 )
 
-from ..attachment import Attachment, decode_reply, descriptor_in
+from ..attachment import Attachment, descriptor_in
 from ..limits import VSOCKD_REPLY_TIMEOUT_SECONDS
-from ..protocol import RECORD_SIZE, Record, Request, is_socket_name
+from ..protocol import RECORD_SIZE, Record, is_socket_name
+from ..protocol.client import decode_reply
 from ..state_folder import SEQPACKET, STREAM
 from .limits import SUPERVISOR_RECONNECT_SECONDS
 from .scheduler import pause, ready
@@ -96,14 +97,14 @@ class VsockdClient:
         return not self._full
 
     async def ask(
-        self, asker: Asker | None, request: Request, fd: int | None = None
+        self, asker: Asker | None, request: bytes, fd: int | None = None
     ) -> tuple[Record, int | None]:
         """One question on a connection of our own, with a descriptor if need be.
 
         Returns the answer and the descriptor that came with it.
         """
         with contextlib.closing(await self.open()) as sock:
-            send(sock, request.encode(), asker, fd)
+            send(sock, request, asker, fd)
             return await receive_record(sock)
 
     async def open(self) -> _socket.socket:

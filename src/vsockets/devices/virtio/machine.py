@@ -10,7 +10,8 @@ from socket import MSG_DONTWAIT
 
 from ...control import Events
 from ...model.buffers import BufferSizes
-from ...protocol import RECORD_SIZE, ProtocolError, Record
+from ...protocol import RECORD_SIZE
+from ...protocol.client import decode_reply
 from ..client import ConnectRequest, DeviceClient
 from ..lifecycle_events import INTERRUPTIONS, subscribe
 from ..loop import DeviceLoop
@@ -58,17 +59,19 @@ class VirtioMachine:
 
     def _on_reply(self, sock: socket.socket, done: Callable[[socket.socket | None], None]) -> None:
         try:
-            record = Record.decode(sock.recv(RECORD_SIZE, _RECEIVE_FLAGS))
+            data = sock.recv(RECORD_SIZE, _RECEIVE_FLAGS)
         except BlockingIOError:
             return
-        except (OSError, ProtocolError):
-            agreed = False
-        else:
-            agreed = not record.status
+        except OSError:
+            data = b""
         self._loop.unwatch(sock.fileno())
-        if not agreed:
+        try:
+            decode_reply(data)
+        except OSError:
             sock.close()
-        done(sock if agreed else None)
+            done(None)
+        else:
+            done(sock)
 
     def _cancel(self, sock: socket.socket) -> None:
         if sock.fileno() >= 0:

@@ -12,7 +12,8 @@ from socket import SO_SNDBUF, SOL_SOCKET
 from ...limits import SEND_BUFFER_MAX_BYTES, STREAM_BUFFER_DEFAULT_BYTES, STREAM_BUFFER_MAX_BYTES
 from ...model.buffers import BufferSizes
 from ...model.constants import VMADDR_CID_HYPERVISOR
-from ...protocol import RECORD_SIZE, ProtocolError, Record
+from ...protocol import RECORD_SIZE
+from ...protocol.client import decode_reply
 from ...protocol.vsockmon import Operation
 from ..client import ConnectRequest, DeviceClient
 from ..loop import DeviceLoop, Timer
@@ -185,20 +186,20 @@ class VmciTransport:
         sizes = BufferSizes(handshake.wanted, _SIZE_MIN, _SIZE_MAX)
         try:
             sock = self._fabric.connect(port, (peer[0], peer[1]), sizes)
-        except OSError as error:
-            return self._refuse(key, error.errno or errno.EIO)
+        except OSError as failure:
+            return self._refuse(key, failure.errno or errno.EIO)
         connection = _Connection(key, sock)
         connection.handshake = handshake
         # Most replies arrive at once, and then the guest's connect() gets the actual error.
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         if poll.poll(1000 * VMCI_CONNECT_WAIT_SECONDS):
-            record = self._read_reply(sock)
-            if record.status:
+            size, error = self._read_reply(sock)
+            if error:
                 sock.close()
-                return self._refuse(key, record.status)
+                return self._refuse(key, error)
             self._register(connection)
-            self._apply(connection, handshake.accepted(record.size))
+            self._apply(connection, handshake.accepted(size))
         else:
             self._register(connection)
             self._loop.watch(sock.fileno(), lambda events: self._on_reply(connection))
@@ -214,18 +215,25 @@ class VmciTransport:
         """Continue the handshake after a late reply of the fabric."""
         self._loop.unwatch(connection.sock.fileno())
         assert isinstance(connection.handshake, Accepting)
-        record = self._read_reply(connection.sock)
-        if record.status:
-            self._apply(connection, connection.handshake.refused(record.status))
+        size, error = self._read_reply(connection.sock)
+        if error:
+            self._apply(connection, connection.handshake.refused(error))
         else:
-            self._apply(connection, connection.handshake.accepted(record.size))
+            self._apply(connection, connection.handshake.accepted(size))
 
     @staticmethod
-    def _read_reply(sock: socket.socket) -> Record:
+    def _read_reply(sock: socket.socket) -> tuple[int, int]:
+        """Return the agreed buffer size and 0, or 0 and the errno of the refusal."""
         try:
-            return Record.decode(sock.recv(RECORD_SIZE))
-        except (OSError, ProtocolError):
-            return Record(errno.ECONNRESET)
+            data = sock.recv(RECORD_SIZE)
+        except OSError:
+            data = b""
+        if not data:  # vsockd ended before it replied
+            return 0, errno.ECONNRESET
+        try:
+            return decode_reply(data).size, 0
+        except OSError as error:
+            return 0, error.errno or errno.EIO
 
     # Streams to the guest
 

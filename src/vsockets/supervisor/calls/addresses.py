@@ -7,7 +7,7 @@ from contextlib import closing
 from socket import SHUT_RD, SHUT_RDWR
 
 from ...model.constants import LAST_RESERVED_PORT
-from ...protocol import Op, Request, RequestFlag
+from ...protocol import client
 from ...socket import UNBOUND, Phase
 from ..call import Answer, Call, failure
 from ..sockets import Endpoint
@@ -24,16 +24,15 @@ async def bind(call: Call, endpoint: Endpoint) -> Answer:
     address = call.read_address(call.arguments[1], call.integer(2))
     if address is None or endpoint.phase is not Phase.NEW or endpoint.local != UNBOUND:
         raise failure(errno.EINVAL)
-    cid, port = address
     # vsockd asks whether we have the capability; but it is the program that must have it.
-    flags = 0
-    if port <= LAST_RESERVED_PORT and not _is_privileged(call):
-        flags = int(RequestFlag.UNPRIVILEGED)
+    unprivileged = address[1] <= LAST_RESERVED_PORT and not _is_privileged(call)
     with closing(call.duplicate(endpoint)) as sock:
         if endpoint.is_datagram:
-            await datagrams.claim(call, endpoint, sock, (cid, port), flags)
+            await datagrams.claim(call, endpoint, sock, address, unprivileged)
             return 0
-        bound = call.services.ports.bind(call.asker(), sock, (cid, port), endpoint.buffers, flags)
+        bound = call.services.ports.bind(
+            call.asker(), sock, address, endpoint.buffers, unprivileged
+        )
         endpoint.holder, record = await call.carry_through(bound)
         endpoint.named = True
         endpoint.local = record.local
@@ -63,9 +62,9 @@ async def listen(call: Call, endpoint: Endpoint) -> Answer:
             if endpoint.holder is not None:
                 await call.carry_through(endpoint.holder.listen(backlog, endpoint.buffers))
             return 0
-        request = Request(Op.LISTEN, 0, 0, 0, 0, 0, backlog, *endpoint.buffers)
+        request = client.listen(backlog, endpoint.buffers)
         if endpoint.phase is Phase.LISTENING:
-            sock.send(request.encode(), SEND)  # an answer would look like a connection
+            sock.send(request, SEND)  # an answer would look like a connection
         else:
             await call.carry_through(request_on_socket(call, endpoint, sock, request))
             endpoint.phase = Phase.LISTENING

@@ -24,7 +24,7 @@ from ...limits import (
 )
 from ...model.constants import VMADDR_CID_ANY
 from ...pass_rights import refuse
-from ...protocol import PADDING, Record, Request, RequestFlag, encode_connect
+from ...protocol import Record, client
 from ...socket import Phase
 from ..call import Answer, Call, failure
 from ..interception import CallInterrupted
@@ -91,14 +91,14 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
 
 
 async def request_on_socket(
-    call: Call, endpoint: Endpoint, sock: _socket.socket, request: Request
+    call: Call, endpoint: Endpoint, sock: _socket.socket, request: bytes
 ) -> Record:
     """Send a request on the socket's own connection, and return the reply.  Raises OSError.
 
     What the program does with its socket meanwhile can only lose the reply.
     """
     await _enter(call, endpoint, sock, VSOCKD_REPLY_TIMEOUT_SECONDS)
-    send(sock, request.encode(), None)
+    send(sock, request, None)
     return (await receive_record(sock))[0]
 
 
@@ -142,16 +142,14 @@ def _send(
 ) -> None:
     if endpoint.type == SOCK_STREAM:
         refuse(sock)  # a stream carries no descriptors
-    flags = int(RequestFlag.POLLING) if polls else 0
     secret = 0 if endpoint.holder is None else endpoint.holder.secret
-    request = encode_connect(flags, peer, endpoint.buffers, endpoint.cookie, secret)
+    sizes, cookie = endpoint.buffers, endpoint.cookie
+    request = client.connect(peer, sizes=sizes, cookie=cookie, polling=polls, secret=secret)
+    send(sock, request, asker)
     if polls:
-        # In this order: a small send buffer would split the request in two.
-        send(sock, request + PADDING, asker)
+        # After the request, which a small send buffer would split in two.
         endpoint.send_buffer = sock.getsockopt(SOL_SOCKET, SO_SNDBUF)
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 0)
-    else:
-        send(sock, request, asker)
     endpoint.phase = Phase.CONNECTING
 
 

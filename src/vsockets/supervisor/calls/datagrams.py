@@ -20,7 +20,7 @@ from socket import (
 )
 
 from ...limits import MAX_DATAGRAM
-from ...protocol import Op, Request
+from ...protocol import client
 from ...socket import UNBOUND, Phase
 from ..call import Answer, Call, failure
 from ..memory import (
@@ -46,10 +46,14 @@ _GONE = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
 
 
 async def claim(
-    call: Call, endpoint: Endpoint, sock: _socket.socket, address: tuple[int, int], flags: int = 0
+    call: Call,
+    endpoint: Endpoint,
+    sock: _socket.socket,
+    address: tuple[int, int],
+    unprivileged: bool = False,
 ) -> None:
     """Give the socket a local address; wildcards are filled in."""
-    request = Request(Op.BIND_DATAGRAM, flags, *address)
+    request = client.bind_datagram(address, unprivileged=unprivileged)
     vsockd, asker = call.services.vsockd, call.asker()
     record, _ = await call.carry_through(vsockd.ask(asker, request, sock.fileno()))
     endpoint.local = record.local
@@ -193,14 +197,12 @@ async def _send(
 async def _new_route(
     call: Call, endpoint: Endpoint, destination: tuple[int, int]
 ) -> _socket.socket:
-    request = Request(Op.ROUTE, 0, *UNBOUND, peer_cid=destination[0], peer_port=destination[1])
+    request = client.route(destination)
     with closing(call.duplicate(endpoint)) as sock:
         vsockd, asker = call.services.vsockd, call.asker()
         record, fd = await call.carry_through(vsockd.ask(asker, request, sock.fileno()))
-    if fd is None:
-        raise failure(errno.EMFILE)
     endpoint.local = record.local
-    route = call.services.routes.add(endpoint, destination, fd)
+    route = call.services.routes.add(endpoint, destination, client.require_descriptor(fd))
     call.require_waiting()
     return route
 

@@ -11,7 +11,6 @@ from socket import (
     SO_DOMAIN,
     SO_ERROR,
     SO_PEERCRED,
-    SOCK_DGRAM,
     SOL_SOCKET,
 )
 
@@ -29,7 +28,7 @@ from ...model.constants import (
     SO_VM_SOCKETS_TRUSTED,
     VMADDR_CID_HOST,
 )
-from ...protocol import Op, Request, RequestFlag
+from ...protocol import client
 from ...socket import Phase
 from ..call import Answer, Call, failure
 from ..filter import IOCTL_AF_VALUE, IOCTL_LOCAL_CID, SIOCOUTQ
@@ -84,7 +83,7 @@ async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
             endpoint.holder.update(endpoint.buffers)
         elif endpoint.phase is Phase.LISTENING and not endpoint.named:
             with closing(call.duplicate(endpoint)) as sock:
-                sock.send(Request(Op.UPDATE, 0, 0, 0, 0, 0, 0, *endpoint.buffers).encode(), SEND)
+                sock.send(client.update(endpoint.buffers), SEND)
         elif endpoint.phase is Phase.CONNECTED:
             # As Linux; the guide's "consistent until the connection is closed" is for those
             # who set it when they should.
@@ -98,8 +97,8 @@ async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
 
 async def _tell(call: Call, endpoint: Endpoint) -> None:
     """A device at the stream's other end gives its guest credit for the buffer."""
-    size, name = endpoint.buffers.size, (endpoint.cookie, endpoint.inode)
-    request = Request(Op.RESIZE, 0, 0, 0, 0, 0, 0, size, 0, 0, *name)
+    size = endpoint.buffers.size
+    request = client.resize(size, cookie=endpoint.cookie, inode=endpoint.inode)
     with contextlib.suppress(OSError):  # vsockd has gone; the stream goes on
         await call.services.vsockd.ask(None, request)
 
@@ -176,12 +175,9 @@ async def _of_vsock(call: Call, endpoint: Endpoint, name: int) -> bytes:
         return _INT.pack(endpoint.peer[0])
     if name == SO_VM_SOCKETS_TRUSTED:
         peer_cid = VMADDR_CID_HOST if endpoint.peer is None else endpoint.peer[0]
-        request = Request(Op.LOCAL_CID, peer_cid=peer_cid)
+        request = client.local_cid(peer_cid)
         record, _ = await call.services.vsockd.ask(call.asker(), request)
-        trusted = RequestFlag.TRUSTED_STREAM
-        if endpoint.type == SOCK_DGRAM:
-            trusted = RequestFlag.TRUSTED_DATAGRAM
-        return _INT.pack(bool(record.flags & trusted))
+        return _INT.pack(record.is_trusted(datagram=endpoint.is_datagram))
     raise failure(errno.EOPNOTSUPP if endpoint.is_datagram else errno.ENOPROTOOPT)
 
 
@@ -206,7 +202,7 @@ async def ioctl(call: Call) -> Answer:
         # Not let through: it could be the machine's device by then.
         raise failure(errno.ENOTTY)
     if request == IOCTL_LOCAL_CID:
-        record, _ = await call.services.vsockd.ask(None, Request(Op.LOCAL_CID))
+        record, _ = await call.services.vsockd.ask(None, client.local_cid())
         call.write((address, _U32.pack(record.local_cid)))
     elif request == IOCTL_AF_VALUE:
         call.write((address, _INT.pack(AF_VSOCK)))

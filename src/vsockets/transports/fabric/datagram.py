@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from ...limits import DATAGRAM_ROUTES_MAX, MAX_DATAGRAM
 from ...model.address import check
-from ...protocol import Op, Request, decode_source
+from ...protocol import client, decode_source
 from ...socket import MSG_ERRQUEUE, SOCKET_CLASSES, UNBOUND, error, socket
 from .context import FabricSocket
 
@@ -45,10 +45,10 @@ class DatagramSocket(FabricSocket):
         OSError: EADDRINUSE, EADDRNOTAVAIL (another context's CID), EACCES (a port below 1024
         without CAP_NET_BIND_SERVICE), EINVAL (bound already).
         """
-        cid, port = check(address)
+        address = check(address)
         if self._local != UNBOUND:
             raise error(errno.EINVAL, "the socket is bound")
-        record, _ = self._fabric.ask(Request(Op.BIND_DATAGRAM, 0, cid, port), self.fileno())
+        record, _ = self._fabric.ask(client.bind_datagram(address), self.fileno())
         self._local = record.local
 
     def connect(self, address: Any) -> None:
@@ -202,7 +202,7 @@ class DatagramSocket(FabricSocket):
 
     def _recover(self) -> None:
         with contextlib.suppress(OSError):
-            self._local = self._fabric.ask(Request(Op.QUERY, cookie=self._cookie()))[0].local
+            self._local = self._fabric.ask(client.query(cookie=self._cookie()))[0].local
 
     def _default_address(self, flags: int) -> tuple[int, int]:
         if self._peer is None:
@@ -213,15 +213,11 @@ class DatagramSocket(FabricSocket):
 
     def _new_route(self, address: tuple[int, int]) -> stdlib.socket:
         """Return a route to ``address``, in place of an old one if there is one."""
-        cid, port = address
         old = self._routes.pop(address, None)
         if old is not None:
             old.close()
-        request = Request(Op.ROUTE, 0, *UNBOUND, peer_cid=cid, peer_port=port)
-        record, fd = self._fabric.ask(request, self.fileno())
-        if fd is None:
-            raise error(errno.EMFILE, "no descriptor for a route")
-        route = stdlib.socket(stdlib.AF_UNIX, SOCK_DGRAM, 0, fd)
+        record, fd = self._fabric.ask(client.route(address), self.fileno())
+        route = stdlib.socket(stdlib.AF_UNIX, SOCK_DGRAM, 0, client.require_descriptor(fd))
         route.settimeout(self.gettimeout())
         self._local = record.local
         if address == self._peer:

@@ -17,30 +17,21 @@ import socket as stdlib
 from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 from typing import Any
 
-from ...attachment import decode_reply, descriptor_in, explain, wait_readable
+from ...attachment import descriptor_in, explain, wait_readable
 from ...limits import (
     SEND_BUFFER_MAX_BYTES,
     STREAM_BUFFER_DEFAULT_BYTES,
     VSOCKD_REPLY_TIMEOUT_SECONDS,
 )
 from ...model.address import check
-from ...model.buffers import DEFAULT_SIZES, BufferSizes
+from ...model.buffers import DEFAULT_SIZES
 from ...model.constants import VMADDR_CID_ANY
 from ...pass_rights import IS_KNOWN, SO_PASSRIGHTS, allow
-from ...protocol import (
-    PADDING,
-    RECORD_SIZE,
-    Op,
-    Record,
-    Request,
-    RequestFlag,
-    Role,
-    encode_connect,
-)
+from ...protocol import RECORD_SIZE, Record, Role, client
+from ...protocol.client import decode_reply
 from ...socket import MSG_ERRQUEUE, SOCKET_CLASSES, UNBOUND, Phase, error, socket, switch_class
 from .context import FabricSocket
 
-_POLLING = int(RequestFlag.POLLING)
 # Names of our own: looking a member up in its enum costs as much as a short function.
 _NEW, _BOUND, _LISTENING = Phase.NEW, Phase.BOUND, Phase.LISTENING
 _CONNECTING, _CONNECTED = Phase.CONNECTING, Phase.CONNECTED
@@ -74,13 +65,11 @@ class StreamSocket(FabricSocket):
         OSError: EADDRINUSE, EADDRNOTAVAIL (another context's CID), EACCES (a port below 1024
         without CAP_NET_BIND_SERVICE), EINVAL (bound already).
         """
-        cid, port = check(address)
+        address = check(address)
         if self._phase is not _NEW:
             raise error(errno.EINVAL, "the socket is bound")
-        answer = self._request(
-            Request(Op.BIND, 0, cid, port, 0, 0, 0, *self._buffers, self._cookie())
-        )
-        self._local = answer.local
+        request = client.bind(address, sizes=self._buffers, cookie=self._cookie())
+        self._local = self._request(request).local
         self._phase = _BOUND
 
     def listen(self, backlog: int | None = None, /) -> None:
@@ -92,12 +81,12 @@ class StreamSocket(FabricSocket):
             backlog = min(stdlib.SOMAXCONN, 128)
         if self._phase not in (_BOUND, _LISTENING):
             raise error(errno.EINVAL, "bind the socket first")
-        request = Request(Op.LISTEN, 0, 0, 0, 0, 0, max(0, backlog), *self._buffers)
+        request = client.listen(max(0, backlog), self._buffers)
         allow(self)  # those of its connections; a connect that failed may have refused them
         if self._named and self._phase is _LISTENING:
             _raw.listen(self, backlog)
         elif self._phase is _LISTENING:
-            _raw.send(self, request.encode())  # an answer would look like a connection
+            _raw.send(self, request)  # an answer would look like a connection
         else:
             self._request(request)
             self._phase = _LISTENING
@@ -111,9 +100,7 @@ class StreamSocket(FabricSocket):
         else:
             data, came, _, _ = _raw.recvmsg(self, RECORD_SIZE, _ANNOUNCEMENT, _CLOEXEC)
         record = decode_reply(data)
-        fd = descriptor_in(came)
-        if fd is None:
-            raise error(errno.EMFILE, "the connection was lost for want of a descriptor")
+        fd = client.require_descriptor(descriptor_in(came))
         cls = EstablishedSocket if self.__class__ is StreamSocket else self.__class__
         accepted = cls.__new__(cls)
         stdlib.socket.__init__(accepted, _UNIX, _raw_type(self), 0, fd)
@@ -146,12 +133,10 @@ class StreamSocket(FabricSocket):
         if peer[0] == VMADDR_CID_ANY:
             raise error(errno.ENODEV, "VMADDR_CID_ANY is not a destination")
         timeout = self.gettimeout()
-        flags, patience = 0, self._connect_timeout
-        if timeout == 0:
-            flags, patience = _POLLING, 0.0
-        elif timeout is not None and timeout < patience:
+        polling, patience = timeout == 0, self._connect_timeout
+        if timeout is not None and timeout < patience:
             patience = timeout
-        request = encode_connect(flags, peer, self._buffers, self._cookie())
+        request = client.connect(peer, sizes=self._buffers, cookie=self._cookie(), polling=polling)
         try:
             if not self._entered:
                 patience = self._enter(patience)
@@ -161,7 +146,7 @@ class StreamSocket(FabricSocket):
         if IS_KNOWN and _raw_type(self) == SOCK_STREAM:
             # A stream carries no descriptors; vsockd has seen to it at the other end.
             _raw.setsockopt(self, SOL_SOCKET, SO_PASSRIGHTS, 0)
-        if flags:
+        if polling:
             self._send_polling(request)
             self._phase = _CONNECTING
             raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
@@ -277,12 +262,12 @@ class StreamSocket(FabricSocket):
         self._entered = True
         return patience
 
-    def _request(self, request: Request) -> Record:
+    def _request(self, request: bytes) -> Record:
         """One question on the socket's own connection to vsockd."""
         patience = VSOCKD_REPLY_TIMEOUT_SECONDS
         if not self._entered:
             patience = self._enter(patience)
-        _raw.send(self, request.encode())
+        _raw.send(self, request)
         if not wait_readable(self.fileno(), patience):
             raise TimeoutError(errno.ETIMEDOUT, "vsockd does not answer")
         return decode_reply(_raw.recv(self, RECORD_SIZE))
@@ -307,7 +292,7 @@ class StreamSocket(FabricSocket):
         In this order: a small send buffer would split the request in two, and vsockd could
         read the first part alone.
         """
-        _raw.send(self, request + PADDING)
+        _raw.send(self, request)
         self._send_buffer = _raw.getsockopt(self, SOL_SOCKET, SO_SNDBUF)
         _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, 0)
 
@@ -342,7 +327,7 @@ class StreamSocket(FabricSocket):
     def _settle_sizes(self, record: Record) -> None:
         if record.size != STREAM_BUFFER_DEFAULT_BYTES:
             _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, min(record.size, SEND_BUFFER_MAX_BYTES))
-        self._buffers = BufferSizes(*record[10:])
+        self._buffers = record.sizes
 
     def _pending_error(self) -> int:
         if self._phase is _CONNECTING:
@@ -359,14 +344,15 @@ class StreamSocket(FabricSocket):
 
     def _buffers_changed(self) -> None:
         if self._phase is _LISTENING:
-            _raw.send(self, Request(Op.UPDATE, 0, 0, 0, 0, 0, 0, *self._buffers).encode())
+            _raw.send(self, client.update(self._buffers))
         elif self._phase is _CONNECTED:
-            name = self._cookie(), os.fstat(self.fileno()).st_ino
+            inode = os.fstat(self.fileno()).st_ino
+            request = client.resize(self._buffers.size, cookie=self._cookie(), inode=inode)
             with contextlib.suppress(OSError):  # vsockd has gone; the stream goes on
-                self._fabric.ask(Request(Op.RESIZE, 0, 0, 0, 0, 0, 0, *self._buffers, *name))
+                self._fabric.ask(request)
 
     def _recover(self) -> None:
-        request = Request(Op.QUERY, cookie=self._cookie(), inode=os.fstat(self.fileno()).st_ino)
+        request = client.query(cookie=self._cookie(), inode=os.fstat(self.fileno()).st_ino)
         try:
             record, _ = self._fabric.ask(request)
         except OSError:
@@ -377,10 +363,10 @@ class StreamSocket(FabricSocket):
         if record.role == Role.CONNECTED:
             self._settle(record)
         else:
-            self._named = bool(record.flags & RequestFlag.NAMED)
+            self._named = record.is_named
             self._entered = not self._named
             self._local = record.local
-            self._buffers = BufferSizes(*record[-3:])
+            self._buffers = record.sizes
             self._phase = _LISTENING if record.role == Role.LISTENING else _BOUND
 
 
