@@ -2,7 +2,7 @@
 
 Drivers carry datagrams in one of two ways.  Since Linux 5.18 the driver provides the addresses of
 two buffers, one for each direction (:mod:`.dma`); before, it moves single bytes through two I/O
-ports (:mod:`.byte_ports`).
+ports (:class:`BytePorts`).  Numbers of registers are those of Linux's ``linux/vmw_vmci_defs.h``.
 """
 
 from __future__ import annotations
@@ -10,32 +10,166 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
+from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 from ..guest_memory import GuestMemory
 from ..vfio_user import ConfigSpace, Identity, Interrupts, Irq, Region, pci
-from .byte_ports import BytePorts
-from .datagrams import Code, Datagram
+from .datagrams import HEADER, LARGEST, TERMINATOR, Code, Datagram
 from .dma import DmaBuffers
 from .limits import VMCI_DATAGRAM_QUEUE_MAX, VMCI_DATAGRAM_QUEUE_MAX_BYTES
-from .registers import (
-    IO_BAR,
-    IO_VECTORS_MAX,
-    MMIO_BAR,
-    MMIO_REGISTERS,
-    MSIX_PENDING,
-    MSIX_TABLE,
-    OLD_MSIX_BAR,
-    Caps,
-    Cause,
-    Control,
-    Register,
-)
+
+
+class Register(IntEnum):
+    """Offset of a register; those from 0x24 on came with DMA datagrams (Linux 5.18)."""
+
+    STATUS = 0x00
+    CONTROL = 0x04
+    ICR = 0x08  #: interrupt cause; reading clears it
+    IMR = 0x0C  #: interrupt mask: the enabled causes
+    DATA_OUT = 0x10  #: a byte port
+    DATA_IN = 0x14  #: a byte port
+    CAPS = 0x18
+    RESULT_LOW = 0x1C
+    RESULT_HIGH = 0x20
+    DATA_OUT_LOW = 0x24
+    DATA_OUT_HIGH = 0x28
+    DATA_IN_LOW = 0x2C
+    DATA_IN_HIGH = 0x30
+    GUEST_PAGE_SHIFT = 0x34
+
+
+class Control(IntFlag):
+    """Bits of CONTROL, which is write-only."""
+
+    RESET = 1
+    INT_ENABLE = 2
+    INT_DISABLE = 4
+
+
+class Cause(IntEnum):
+    """Cause of an interrupt; its vector is the bit's number, shared vectors read ICR."""
+
+    DATAGRAM = 1
+    NOTIFICATION = 2
+    DMA_DATAGRAM = 4  #: a datagram read is complete
+
+
+CAUSE_VECTORS = {Cause.DATAGRAM: 0, Cause.NOTIFICATION: 1, Cause.DMA_DATAGRAM: 2}
+
+
+class Caps(IntFlag):
+    """Capabilities of the device; the driver writes back those it uses."""
+
+    DATAGRAM = 4
+    NOTIFICATIONS = 8
+    PPN64 = 0x10
+    DMA_DATAGRAM = 0x20
+
+
+#: Size of BAR1, by which the driver recognizes a device with DMA datagrams.
+MMIO_BAR = 0x40000
+#: Offset of the registers in BAR1; the MSI-X table is at its start.
+MMIO_REGISTERS = 0x20000
+MSIX_TABLE, MSIX_PENDING = 0, 0x1000
+
+#: The device with byte ports: registers in I/O ports, only MSI-X in BAR1.
+IO_BAR = 64
+OLD_MSIX_BAR = 0x2000
+
+
+_PAGE = 4096
+_FILLER = TERMINATOR[:1]  # every byte of a terminator but the size
+
+
+class BytePorts:
+    """Datagrams through two I/O ports, one byte at a time: drivers before Linux 5.18.
+
+    To send, the driver writes the bytes of a datagram; the device submits it when it is complete.
+
+    To receive, the driver fills a buffer and then parses it: first one page; if a datagram in it
+    is cut off, the rest of the largest size, after moving the cut datagram to the front.  Where no
+    datagram begins, it continues at the next page of the buffer, and stops after the last.  A
+    datagram that starts in the middle of a read would be torn.  So this class follows the driver's
+    reads, and pads each with terminators once the queue was empty.
+    """
+
+    def __init__(self, submit: Callable[[bytes], int], take: Callable[[], bytes | None]) -> None:
+        self._submit = submit
+        self._take = take
+        self.reset()
+
+    def reset(self) -> None:
+        """Discard partial datagrams of both directions."""
+        self._sent = bytearray()
+        self._start_read()
+        self._rest = b""  # unread rest of the current datagram
+        self._given = 0  # bytes of it that were read
+
+    def _start_read(self) -> None:
+        # size of the driver's current read, and its remaining bytes
+        self._size = self._left = _PAGE
+        self._ended = False  # the queue was empty; the driver stops after this read
+
+    # From the guest
+
+    def write(self, data: bytes) -> None:
+        """Append bytes of a datagram; submit it when complete."""
+        self._sent += data
+        while len(self._sent) >= HEADER.size:
+            size = HEADER.size + HEADER.unpack_from(self._sent)[4]
+            if size > LARGEST:
+                self._sent.clear()
+                self._submit(b"")
+                return
+            if len(self._sent) < size:
+                return
+            datagram = bytes(self._sent[:size])
+            del self._sent[:size]
+            self._submit(datagram)
+
+    # To the guest
+
+    def read(self, count: int) -> bytes:
+        """Return the next ``count`` bytes for the driver."""
+        parts = []
+        while count:
+            part = self._read_part(min(count, self._left))
+            parts.append(part)
+            count -= len(part)
+            self._left -= len(part)
+            if not self._left:
+                self._next_read()
+        return b"".join(parts)
+
+    def _read_part(self, count: int) -> bytes:
+        if not self._rest and not self._ended and self._left >= HEADER.size:
+            datagram = self._take()
+            if datagram is None:
+                self._ended = True
+            else:
+                self._rest = datagram + bytes(-len(datagram) % 8)
+                self._given = 0
+        if not self._rest:
+            return _FILLER * count
+        part, self._rest = self._rest[:count], self._rest[count:]
+        self._given += len(part)
+        return part
+
+    def _next_read(self) -> None:
+        if self._ended:
+            self._start_read()
+        elif self._rest:
+            self._size = LARGEST
+            self._left = LARGEST - self._given
+        else:
+            self._left = self._size
+
 
 log = logging.getLogger(__name__)
 
 # Plain integers: an enum's & costs as much as a system call.
-_VECTORS = {int(cause): vector for cause, vector in IO_VECTORS_MAX.items()}
+_VECTORS = {int(cause): vector for cause, vector in CAUSE_VECTORS.items()}
 _DATAGRAM, _DMA_DATAGRAM = int(Cause.DATAGRAM), int(Cause.DMA_DATAGRAM)
 
 _IDENTITY = Identity(0x15AD, 0x0740, 0x15AD, 0x0740, 0x088000, 0x10)

@@ -6,12 +6,16 @@ With *queue state* the side that ends such a state notifies: WROTE after writing
 READ after reading from a full one.  Both sides see the queue, so neither needs to ask.
 
 In version 1 of the protocol a side asks (WAITING_READ, WAITING_WRITE) and is notified once.
+
+Notifications must not overtake the device's ATTACH: see :class:`AttachOrdering`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..loop import DeviceLoop
+from .limits import VMCI_ATTACH_HOLD_SECONDS
 from .packets import Kind
 
 #: Sends a packet: its kind, and two numbers.
@@ -101,3 +105,37 @@ class QueueNotifications:
 def _advance(at: tuple[int, int], position: int) -> tuple[int, int]:
     generation, offset = at
     return generation + (position < offset), position
+
+
+class AttachOrdering:
+    """Queue of packets to ``send``, in order, until the guest has handled the ATTACH.
+
+    Linux's driver handles packets of a socket that is in use in separate work items, which can
+    overtake each other.  A socket that is still connecting fails with EPROTO when it sees a WROTE
+    or SHUTDOWN. So packets after the device's ATTACH wait until the guest has sent a packet on the
+    stream, or for :data:`VMCI_ATTACH_HOLD_SECONDS`.
+    """
+
+    def __init__(self, loop: DeviceLoop, send: Send) -> None:
+        self._send = send
+        #: each once: a second WROTE adds nothing to the first
+        self._held: dict[tuple[Kind, int, int], None] | None = {}
+        loop.call_later(VMCI_ATTACH_HOLD_SECONDS, self.release)
+
+    def send(self, kind: Kind, value: int, offset: int) -> None:
+        """Send a packet, now or after the ATTACH was handled."""
+        if self._held is None:
+            self._send(kind, value, offset)
+        else:
+            self._held[kind, value, offset] = None
+
+    def release(self) -> None:
+        """Send the queued packets: the guest has handled the ATTACH."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            for packet in held:
+                self._send(*packet)
+
+    def discard(self) -> None:
+        """Discard the queued packets: the stream has ended."""
+        self._held = None

@@ -9,6 +9,7 @@ import struct
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
+from ...protocol.vsockmon import Operation
 from .datagrams import Handle
 
 _PACKET = struct.Struct("<BBHIIIQQ")
@@ -97,3 +98,18 @@ class Packet(NamedTuple):
 def handle_value(handle: Handle) -> int:
     """Encode a handle as a packet's value."""
     return handle.context | handle.resource << 32
+
+
+_OPERATIONS = {
+    **dict.fromkeys(
+        (Kind.WROTE, Kind.READ, Kind.WAITING_READ, Kind.WAITING_WRITE), Operation.CONTROL
+    ),
+    **dict.fromkeys((Kind.SHUTDOWN, Kind.RST, Kind.INVALID), Operation.DISCONNECT),
+}
+
+
+def operation_of(kind: int) -> Operation:
+    """Return the operation of ``kind`` in a capture; kinds outside the table are the
+    handshake's.
+    """
+    return _OPERATIONS.get(kind, Operation.CONNECT)  # type: ignore[call-overload,no-any-return]

@@ -18,9 +18,8 @@ from ...protocol.vsockmon import Operation
 from ..client import ConnectRequest, DeviceClient
 from ..loop import DeviceLoop, Timer
 from . import packets
-from .attach_ordering import AttachOrdering
-from .capture import operation_of
 from .datagrams import HEADER, Code, Datagram, Handle
+from .flow_control import AttachOrdering
 from .handshake import Accepting, Connecting, Step
 from .hypervisor import Hypervisor
 from .limits import (
@@ -30,7 +29,7 @@ from .limits import (
     VMCI_QUEUE_PAIR_MAX_BYTES,
     VMCI_UNSENT_MAX_BYTES,
 )
-from .packets import Kind, Packet
+from .packets import Kind, Packet, operation_of
 from .queue_pair import QueuePair
 from .stream import Stream
 
