@@ -1,25 +1,24 @@
-"""Moving bytes between pairs of streams, inside the kernel.
+"""Transfer of bytes between pairs of streams, inside the kernel.
 
-Each direction of a connection is ``splice`` from one socket into a pipe and from the pipe into
-the other socket, so no byte is copied into this process.  A direction owns a pipe only while it
-has bytes in it: ten thousand silent connections need none.
+Each direction of a connection is a ``splice`` from one socket into a pipe and a second one from
+the pipe into the other socket, so that no byte is copied into this process.  A direction has a
+pipe only while the pipe holds bytes: ten thousand idle connections need none.
 
-The rules that keep what the two ends would see of each other:
+Rules that preserve what the two ends would see of each other:
 
-- *Back-pressure.*  While a pipe has bytes in it nothing is read from its source.
+- *Back-pressure.*  While a pipe holds bytes, nothing is read from its source.
 - *Half-close.*  The end of one direction is passed on with ``shutdown(SHUT_WR)``; the other
-  direction goes on.
-- *Nobody reads any more.*  A sink that takes no more is answered by ``shutdown(SHUT_RD)`` on the
-  source, which a unix or vSockets sender notices.
-- *Reset.*  What TCP calls a reset is passed on as one to a TCP socket.  A unix or vSockets
-  stream says "reset" when its owner closed it with bytes unread; what it had sent before still
-  counts, so that is passed on as an end.
+  direction stays open.
+- *Closed sink.*  When the sink accepts no further bytes, the source gets ``shutdown(SHUT_RD)``,
+  which a unix or vSockets sender notices.
+- *Reset.*  A reset of a TCP stream is passed on to a TCP socket as a reset.  A unix or vSockets
+  stream reports "reset" when its owner closed it with bytes unread; the bytes that it had sent
+  before are valid, so this is passed on as an end of stream.
 
-The pump is told of ready descriptors by a :class:`Poller`: a device's loop is one, and so is the
-forwarder's.
+The pump gets events from a :class:`Poller`, which is the device's or the forwarder's loop.
 
-A socket that cannot refuse passed descriptors (:mod:`.passing`) is read by ``recv``: ``splice``
-would close them in this thread.
+A socket that cannot refuse passed descriptors (:mod:`._linux.descriptor_passing`) is read with
+``recv``: ``splice`` would close passed descriptors in this thread.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ from .limits import SPLICE_PIPE_BYTES, SPLICE_SPARE_PIPES_MAX, SPLICE_TURN_MAX_B
 
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 _IN, _OUT, _HUNG_UP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP
-#: Nothing is wanted.  Edge-triggered, because the kernel tells of hang-ups whether wanted or not,
-#: and once is enough.
+#: No events.  Edge-triggered, because the kernel reports hang-ups in any case, and one report is
+#: enough.
 _NOTHING = select.EPOLLET
 _WRITABLE = _OUT | _HUNG_UP | select.EPOLLERR
 _READABLE = _IN | _HUNG_UP | select.EPOLLERR
-#: Who sends less at a time than this, in bytes, is not likely to have sent more already.
+#: After a transfer of fewer bytes than this, the sender has probably not sent more yet.
 _SMALL = 4096
 
 _DISCARD = _COPIED = 65_536  #: bytes at a time
@@ -57,16 +56,16 @@ _TCP = (socket.AF_INET, socket.AF_INET6)
 
 
 class Poller(Protocol):
-    """Tells of descriptors that are ready: as epoll(7) does, whose events these are."""
+    """The interface of an event loop with the events of epoll(7)."""
 
     def watch_for(self, fd: int, callback: Callable[[int], None], events: int) -> None:
-        """Call ``callback(events)`` whenever ``fd`` is ready for one of ``events``, or hung up."""
+        """Call ``callback(events)`` whenever ``fd`` is ready for one of ``events`` or hung up."""
 
     def change(self, fd: int, events: int) -> None:
-        """Watch for other events."""
+        """Replace the events that ``fd`` is watched for."""
 
     def unwatch(self, fd: int) -> None:
-        """Stop watching; ``fd`` is closed next.  Harmless when it was not watched."""
+        """Stop watching ``fd``, which is closed next.  Does nothing if it is not watched."""
 
 
 class _Pipe:
@@ -88,16 +87,16 @@ class _Pipe:
 def _grow(pipe: int) -> int:
     try:
         return fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, SPLICE_PIPE_BYTES)
-    except PermissionError:  # this user has a lot of pipes already (pipe-user-pages-soft)
+    except PermissionError:  # the user's limit is reached (pipe-user-pages-soft)
         return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
 
 
 def _copy(direction: _Direction, pipe: _Pipe) -> int:
-    """As splice from the source into an empty pipe, through this process."""
+    """Copy from the source into an empty pipe through this process, instead of ``splice``."""
     data = direction.source.sock.recv(min(pipe.size, _COPIED))
     if data:
-        if direction.tap is not None:
-            direction.tap(data)
+        if direction.capture is not None:
+            direction.capture(data)
         os.write(pipe.writer, data)
     return len(data)
 
@@ -112,54 +111,55 @@ class _End:
         self.sock = sock
         self.fd = sock.fileno()
         self.mask = _IN
-        self.receiving: _Direction  # the direction that reads from it
-        self.sending: _Direction  # the direction that writes to it
+        self.receiving: _Direction  # the direction that reads from this end
+        self.sending: _Direction  # the direction that writes to this end
 
 
 class _Direction:
-    """Bytes on their way from one end to the other."""
+    """The transfer from one end to the other."""
 
-    __slots__ = ("copied", "done", "moved", "pending", "pipe", "sink", "source", "tap")
+    __slots__ = ("capture", "copied", "done", "moved", "pending", "pipe", "sink", "source")
 
     def __init__(self, source: _End, sink: _End) -> None:
         self.source = source
         self.sink = sink
         self.pipe: _Pipe | None = None
         self.pending = 0  #: bytes in the pipe
-        self.done = False  #: the source has ended and the sink knows, or the sink takes no more
-        self.moved = 0  #: bytes the sink has taken
-        self.tap: Callable[[bytes], None] | None = None  #: sees what passes, and b"" for the end
-        self.copied = is_guarded(source.sock)  #: splice would close passed descriptors here
+        self.done = False  #: the end of stream was passed on, or the sink is closed
+        self.moved = 0  #: bytes that the sink has accepted
+        #: called with the bytes, and with b"" for the end
+        self.capture: Callable[[bytes], None] | None = None
+        self.copied = is_guarded(source.sock)  #: by recv instead of splice
 
 
 class SplicedPair:
-    """Two joined streams, which are the pump's; see :meth:`SplicePump.start`."""
+    """Two joined streams, owned by the pump; see :meth:`SplicePump.start`."""
 
     def __init__(self, pump: SplicePump, one: socket.socket, other: socket.socket) -> None:
         self.last_moved = monotonic()
         self._pump = pump
         first, second = _End(self, one), _End(self, other)
         self.ends = (first, second)
-        self.there = _Direction(first, second)
-        self.back = _Direction(second, first)
-        first.receiving = second.sending = self.there
-        first.sending = second.receiving = self.back
+        self.forward = _Direction(first, second)
+        self.reverse = _Direction(second, first)
+        first.receiving = second.sending = self.forward
+        first.sending = second.receiving = self.reverse
 
     @property
     def moved(self) -> tuple[int, int]:
-        """Bytes that the second socket has taken, and bytes that the first has."""
-        return self.there.moved, self.back.moved
+        """Return the bytes that the second socket has accepted, and those that the first has."""
+        return self.forward.moved, self.reverse.moved
 
     def close(self) -> None:
-        """End both streams.  Harmless when they have ended."""
+        """Close both streams.  Does nothing if they have ended."""
         self._pump.end(self)
 
     def finished(self, why: OSError | None) -> None:
-        """Called once, when both streams have ended; ``why`` unless they did so by themselves."""
+        """Handle the end of both streams, called once; ``why`` is None after an orderly end."""
 
 
 class SplicePump:
-    """Serves any number of connections."""
+    """A pump for any number of connections, driven by ``poller``."""
 
     def __init__(self, poller: Poller) -> None:
         self.connections: set[SplicedPair] = set()
@@ -169,27 +169,29 @@ class SplicePump:
     def start(
         self,
         connection: SplicedPair,
-        said: bytes = b"",
-        tap: Callable[[bool, bytes], None] | None = None,
+        early: bytes = b"",
+        capture: Callable[[bool, bytes], None] | None = None,
     ) -> None:
         """Join the two stream sockets of ``connection``.
 
-        ``said`` is what was read from the first already and is for the other: at most 64 KiB.
+        ``early`` are bytes already read from the first socket and meant for the second: at most
+        64 KiB.
 
-        With ``tap`` the bytes are copied through this process, and shown to it: whether they go
-        from the first to the other, and no bytes for the end of that direction.
+        ``capture`` is called with the bytes of both directions, and with b"" at the end of each;
+        its first argument is True for the direction from the first socket to the second.  The
+        bytes are then copied through this process.
         """
         self.connections.add(connection)
-        if tap is not None:
-            connection.there.tap = partial(tap, True)
-            connection.back.tap = partial(tap, False)
-            connection.there.copied = connection.back.copied = True
+        if capture is not None:
+            connection.forward.capture = partial(capture, True)
+            connection.reverse.capture = partial(capture, False)
+            connection.forward.copied = connection.reverse.copied = True
         try:
-            if said:
-                if tap is not None:
-                    tap(True, said)
-                pipe = self._take_pipe(connection.there)
-                connection.there.pending = os.write(pipe.writer, said)
+            if early:
+                if capture is not None:
+                    capture(True, early)
+                pipe = self._take_pipe(connection.forward)
+                connection.forward.pending = os.write(pipe.writer, early)
             for end in connection.ends:
                 end.sock.setblocking(False)
                 self._poller.watch_for(end.fd, partial(self._ready, end), end.mask)
@@ -199,7 +201,7 @@ class SplicePump:
             self.end(connection, error)
 
     def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         for connection in list(self.connections):
             self.end(connection)
         for pipe in self._pipes:
@@ -207,11 +209,11 @@ class SplicePump:
         self._pipes.clear()
 
     def end(self, connection: SplicedPair, why: OSError | None = None, reset: bool = False) -> None:
-        """End both streams of ``connection``, with ``reset`` as TCP does that."""
+        """Close both streams of ``connection``; with ``reset``, TCP sockets are reset."""
         if connection not in self.connections:
             return
         self.connections.remove(connection)
-        for direction in (connection.there, connection.back):
+        for direction in (connection.forward, connection.reverse):
             if not direction.done:
                 self._close_direction(direction)
         for end in connection.ends:
@@ -231,14 +233,14 @@ class SplicePump:
         if events & _READABLE and not (receiving.pending or receiving.done):
             self._move(receiving)
         if events & _HUNG_UP and not sending.done:
-            self._no_more(sending)
+            self._stop_source(sending)
 
     def _move(self, direction: _Direction) -> None:
-        """Move what can be moved now, within one turn's share."""
+        """Transfer the available bytes, at most SPLICE_TURN_MAX_BYTES."""
         source, sink = direction.source, direction.sink
         try:
             pipe = direction.pipe or self._take_pipe(direction)
-        except OSError as error:  # no descriptor for one
+        except OSError as error:  # no descriptors for a pipe
             self.end(source.connection, error, reset=True)
             return
         size = pending = direction.pending
@@ -253,7 +255,7 @@ class SplicePump:
                         continue
                     budget -= size
                     if size < _SMALL or budget <= 0:
-                        break  # epoll will say so if there is more
+                        break  # epoll reports further bytes
                 if direction.copied:
                     size = _copy(direction, pipe)
                 else:
@@ -269,8 +271,8 @@ class SplicePump:
             return
         source.connection.last_moved = monotonic()
         if not pending:
-            self._give_pipe_back(direction)
-        # Either the sink is waited for, or the source.
+            self._release_pipe(direction)
+        # Wait for either the sink or the source.
         if bool(pending) != bool(sink.mask & _OUT):
             self._watch(source)
             self._watch(sink)
@@ -278,26 +280,26 @@ class SplicePump:
     def _failed(self, direction: _Direction, error: OSError) -> None:
         writing = direction.pending > 0
         if writing and error.errno == errno.EPIPE:
-            self._no_more(direction)
+            self._stop_source(direction)
         elif writing or direction.source.sock.family in _TCP:
             self.end(direction.source.connection, error, reset=True)
         else:
             self._finish(direction)
             if not direction.source.sending.done:
-                self._no_more(direction.source.sending)
+                self._stop_source(direction.source.sending)
 
     def _finish(self, direction: _Direction) -> None:
-        """The source has ended, and the sink has it all: tell it."""
-        with contextlib.suppress(OSError):  # it may have gone
+        """Pass on the end of stream to the sink, which has accepted all bytes."""
+        with contextlib.suppress(OSError):  # it may be closed
             direction.sink.sock.shutdown(socket.SHUT_WR)
         self._end_direction(direction)
 
-    def _no_more(self, direction: _Direction) -> None:
-        """The sink takes no more: what is on its way is lost, and the source is told."""
+    def _stop_source(self, direction: _Direction) -> None:
+        """Discard the bytes in transfer because the sink is closed, and stop the source."""
         sock = direction.source.sock
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RD)
-            # A sender that polls for room does not wake up before there is some.
+            # A sender that polls for room is woken only once there is some.
             while sock.family not in _TCP and sock.recv(_DISCARD):
                 pass
         self._end_direction(direction)
@@ -305,7 +307,7 @@ class SplicePump:
     def _end_direction(self, direction: _Direction) -> None:
         self._close_direction(direction)
         connection = direction.source.connection
-        if connection.there.done and connection.back.done:
+        if connection.forward.done and connection.reverse.done:
             self.end(connection)
         else:
             self._watch(direction.source)
@@ -313,12 +315,12 @@ class SplicePump:
 
     def _close_direction(self, direction: _Direction) -> None:
         direction.done = True
-        self._give_pipe_back(direction)
-        if direction.tap is not None:
-            direction.tap(b"")
+        self._release_pipe(direction)
+        if direction.capture is not None:
+            direction.capture(b"")
 
     def _watch(self, end: _End) -> None:
-        """Ask for what is wanted of ``end`` now."""
+        """Update the epoll mask of ``end``."""
         reading = not (end.receiving.pending or end.receiving.done)
         mask = (_IN if reading else 0) | (_OUT if end.sending.pending else 0) or _NOTHING
         if end.mask != mask:
@@ -331,7 +333,7 @@ class SplicePump:
         direction.pipe = self._pipes.pop() if self._pipes else _Pipe()
         return direction.pipe
 
-    def _give_pipe_back(self, direction: _Direction) -> None:
+    def _release_pipe(self, direction: _Direction) -> None:
         pipe, direction.pipe = direction.pipe, None
         if pipe is None:
             return

@@ -31,7 +31,7 @@ def test_tcp_to_vsock(vsock: Vsock, echo: int) -> None:
         sender.join()
     assert received == data
     text = end(running)
-    assert re.search(rf"127.0.0.1:\d+ ended: {1 << 20} bytes there, {1 << 20} back", text)
+    assert re.search(rf"127.0.0.1:\d+ ended: {1 << 20} bytes sent, {1 << 20} received", text)
 
 
 def test_from_a_guest_to_tcp(vsock: Vsock, fabric: PrivateFabric, tcp_echo: int) -> None:
@@ -172,7 +172,7 @@ def test_what_cannot_be_is_said_in_one_line(vsock: Vsock, tmp_path: Path) -> Non
     bad.write_text('[[forward]]\nfrom = "tcp::0"\nto = "vsock:3"\n')
     vsock.fail(
         ("forward", 2, "expected FROM and TO"),
-        ("forward tcp::1 http-proxy:", 2, "needs hosts"),
+        ("forward tcp::1 http-proxy:", 2, "no hosts allowed"),
         ("forward stdio: vsock:host:9", 1, "no program listens there"),
         (f"forward --config {bad}", 1, "bad.toml:3: forward.to: 'vsock:3': expected CID:PORT"),
     )

@@ -41,7 +41,7 @@ def test_udp_to_vsock_keeps_boundaries_and_clients_apart(
         assert one.recv(100) == b"to one"
         assert other.recv(100) == b"to other"
         text = end(running)
-        assert text.count("3 datagrams there, 1 back, 0 dropped") == 2
+        assert text.count("3 datagrams sent, 1 received, 0 dropped") == 2
 
 
 def test_vsock_datagrams_to_udp_and_unix(
@@ -90,5 +90,5 @@ def test_flows_end_when_idle_and_when_there_are_too_many(
             client.sendto(b"x", ("127.0.0.1", port))
             service.recvfrom(10)
         for _ in range(3):  # one for the third client, two in silence
-            assert "1 datagrams there, 0 back" in running.error_line()
+            assert "1 datagrams sent, 0 received" in running.error_line()
         end(running)

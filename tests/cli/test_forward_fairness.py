@@ -46,7 +46,7 @@ def test_connections(vsock: Vsock, fabric: PrivateFabric, tcp_echo: int) -> None
             assert sock.recv(1) == (b"x" if number < 4 else b"")
         assert ask(connect(other, port)) == b"question"
         line = running.error_line()
-        assert line.endswith(f"context {greedy.cid} has its share of the connections")
+        assert line.endswith(f"context {greedy.cid}: its share of the connections is in use")
     end(running)
 
 

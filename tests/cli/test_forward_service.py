@@ -65,7 +65,7 @@ def test_sigterm_lets_connections_end(vsock: Vsock, echo: int) -> None:
         assert client.recv(100) == b"before"
         running.process.send_signal(signal.SIGTERM)
         wait_until(lambda: _refuses(port), "the door to close", PATIENCE)
-        assert running.error_line().startswith("connections that may end within 30 s: ")
+        assert running.error_line().startswith("draining for 30 s: connections left: ")
         client.sendall(b"after")
         assert client.recv(100) == b"after"
         assert running.process.poll() is None
@@ -81,7 +81,7 @@ def test_a_second_signal_cuts_them(vsock: Vsock, echo: int) -> None:
         wait_until(lambda: _refuses(port), "the door to close", PATIENCE)
         running.process.send_signal(signal.SIGTERM)
         assert read_all(client) == b""
-    assert "connections cut: " in running.finish()[1]
+    assert "connections closed: " in running.finish()[1]
 
 
 def _refuses(port: int) -> bool:
@@ -127,7 +127,7 @@ def test_a_file_of_forwards_is_read_again(
         assert standing.recv(1) == b"1"
         assert "connected" in running.error_line()
         write((two, "exec:sh -c 'cat > /dev/null; echo new'"), (three, f"tcp:127.0.0.1:{tcp_echo}"))
-        assert reload() == "read again"
+        assert reload() == "reloaded"
         standing.sendall(b"2")  # its forward is gone, and it is not
         assert standing.recv(1) == b"2"
         assert not (tmp_path / "one").exists()
@@ -136,7 +136,7 @@ def test_a_file_of_forwards_is_read_again(
     for _ in range(5):  # what -v has to say of these
         running.error_line()
     write((two, "tcp:nowhere"))
-    assert re.match(r"nothing was changed: .*:3: forward.to: 'tcp:nowhere'", reload())
+    assert re.match(r"not reloaded: .*:3: forward.to: 'tcp:nowhere'", reload())
     assert ask(connect("two")) == b"new\n"
     end(running)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vsockets.eventloop.listeners import Listener, open_listener
+from vsockets.eventloop.asyncio_server import Listener, open_listener
 from vsockets.model.locator import parse_locator
 from vsockets.testing import PrivateFabric
 

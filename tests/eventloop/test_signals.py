@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from vsockets.eventloop.loop import EventLoop
-from vsockets.eventloop.tasks import on_signals
+from vsockets.eventloop.service import on_signals
 
 #: In seconds: a loop that misses the signal waits so long, and the test takes as long.
 _TOO_LATE = 5.0

@@ -172,7 +172,7 @@ def test_a_slow_reader_holds_the_sender_up_and_loses_nothing(harness: Harness) -
 
 
 def test_said_comes_first(harness: Harness) -> None:
-    near, far, _ = joined(harness, unix, tcp, said=b"said before, ")
+    near, far, _ = joined(harness, unix, tcp, early=b"said before, ")
     with near, far:
         near.sendall(b"and after")
         near.shutdown(socket.SHUT_WR)
@@ -279,7 +279,11 @@ def test_without_descriptors_only_that_connection_ends(
 def test_a_tap_sees_what_passes_and_the_ends(harness: Harness) -> None:
     seen: list[tuple[bool, bytes]] = []
     near, far, connection = joined(
-        harness, unix, unix, said=b"before", tap=lambda there, data: seen.append((there, data))
+        harness,
+        unix,
+        unix,
+        early=b"before",
+        capture=lambda *one: seen.append(one),
     )
     with near, far:
         assert far.recv(100) == b"before"

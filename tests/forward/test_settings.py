@@ -15,16 +15,21 @@ from vsockets.model.locator import Inet, Proxy, Vsock, parse_locator
 @pytest.mark.parametrize(
     ("source", "target", "options", "problem"),
     [
-        ("tcp::1", "vsock:any:3", {}, "a target needs a CID and a port"),
-        ("tcp::1", "vsock:3:any", {}, "a target needs a CID and a port"),
-        ("tcp::1", "tcp::2", {}, "a target needs a host and a port"),
-        ("tcp::1", "udp:a:2", {}, "one has datagrams, the other a stream"),
-        ("vsock-dgram::1", "exec:cat", {}, "one has datagrams, the other a stream"),
-        ("http-proxy:", "tcp:a:1", {}, "is a target"),
-        ("tcp::1", "fd:3", {}, "is a source"),
-        ("tcp::1", "http-proxy:", {}, "needs hosts"),
-        ("tcp::1", "vsock:3:1", {"allow": (PeerRule(3),)}, "only vSockets clients have a CID"),
-        ("tcp::1", "vsock:3:1", {"hosts": (HostRule("a"),)}, "is for http-proxy: and socks5:"),
+        ("tcp::1", "vsock:any:3", {}, "expected a target with a CID and a port"),
+        ("tcp::1", "vsock:3:any", {}, "expected a target with a CID and a port"),
+        ("tcp::1", "tcp::2", {}, "expected a target with a host and a port"),
+        ("tcp::1", "udp:a:2", {}, "cannot join datagrams and a stream"),
+        ("vsock-dgram::1", "exec:cat", {}, "cannot join datagrams and a stream"),
+        ("http-proxy:", "tcp:a:1", {}, "a target .expected"),
+        ("tcp::1", "fd:3", {}, "a source .expected"),
+        ("tcp::1", "http-proxy:", {}, "no hosts allowed"),
+        ("tcp::1", "vsock:3:1", {"allow": (PeerRule(3),)}, "allowed CIDs apply to vSockets"),
+        (
+            "tcp::1",
+            "vsock:3:1",
+            {"hosts": (HostRule("a"),)},
+            "apply to http-proxy: and socks5:",
+        ),
     ],
 )
 def test_what_makes_no_sense(
@@ -70,19 +75,19 @@ def test_a_file_says_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", ":1: there is no [[forward]]"),
+        ("", ":1: missing [[forward]]"),
         ("[forward]", "expected tables, each headed [[forward]]"),
-        ("[[forward]]", ":1: forward: there is no from"),
-        ('[[forward]]\nfrom = "tcp::1"', "there is no to"),
+        ("[[forward]]", ":1: forward: missing from"),
+        ('[[forward]]\nfrom = "tcp::1"', "missing to"),
         ('[[forward]]\nfrom = 3\nto = "tcp:a:1"', ":2: forward.from: 3 is an integer"),
         ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a"', ":3: forward.to: 'tcp:a': expected HOST"),
-        ('[[forward]]\nfrom = "tcp::1"\nto = "tcp::2"', "a target needs a host"),
+        ('[[forward]]\nfrom = "tcp::1"\nto = "tcp::2"', "expected a target with a host"),
         ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a:2"\nfro = 1', "did you mean from?"),
         ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a:2"\nidle = "1"', ":4: forward.idle: "),
         ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a:2"\nwait = -1', "expected seconds from 0"),
         ('[[forward]]\nfrom = "tcp::1"\nto = "tcp:a:2"\nidle = nan', "expected seconds from 0"),
         ('[[forward]]\nfrom = "vsock::1"\nto = "tcp:a:2"\nallow = ["x"]', "forward.allow: CID"),
-        ('[[forward]]\nfrom="tcp::1"\nto="tcp:a:1"\n' * 2, "tcp::1 is forwarded at "),
+        ('[[forward]]\nfrom="tcp::1"\nto="tcp:a:1"\n' * 2, "tcp::1 is already forwarded at "),
     ],
 )
 def test_mistakes_in_a_file_are_told_with_their_place(

@@ -12,10 +12,9 @@ import socket as stdlib
 import ssl
 from collections.abc import Iterable
 
-from ..eventloop.asyncio_server import AsyncioAcceptor
-from ..eventloop.listeners import open_listener
+from ..eventloop.asyncio_server import AsyncioAcceptor, open_listener
+from ..forward.client import Client
 from ..forward.dialer import Dialer
-from ..forward.throttled_log import Client
 from ..logs import by
 from ..model.locator import Locator
 from .brokers import BrokerNode, BrokerNodes
@@ -61,7 +60,7 @@ class AmqpProxy:
         self._connections: set[asyncio.Task[None]] = set()
         self._sessions: set[asyncio.Task[None]] = set()
         self._checks = [self._loop.create_task(self._check(node)) for node in self._nodes.all]
-        self._entrance = AsyncioAcceptor(
+        self._acceptor = AsyncioAcceptor(
             listen,
             open_listener(listen, None),
             self._admit,
@@ -73,15 +72,15 @@ class AmqpProxy:
     @property
     def where(self) -> str:
         """Return the address that host proxies connect to."""
-        assert self._entrance.door is not None
-        return self._entrance.door.where
+        assert self._acceptor.listener is not None
+        return self._acceptor.listener.where
 
     async def drain(self) -> None:
         """Return at once: host proxies close their clients' sessions when the connection ends."""
 
     def close(self) -> None:
         """Close the listener and abort every connection and session."""
-        self._entrance.close()
+        self._acceptor.close()
         for task in [*self._checks, *self._sessions, *self._connections]:
             task.cancel()
 
@@ -96,7 +95,7 @@ class AmqpProxy:
         self._connections.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("internal error: a host proxy's connection was dropped", exc_info=error)
-        self._entrance.look_again()
+        self._acceptor.recheck_room()
 
     async def _serve(self, sock: stdlib.socket) -> None:
         client = Client(sock, log)

@@ -9,9 +9,8 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 
 from ..attachment import ContextHandle
-from ..eventloop.asyncio_server import AsyncioAcceptor
-from ..eventloop.listeners import open_listener
-from ..forward.throttled_log import Client
+from ..eventloop.asyncio_server import AsyncioAcceptor, open_listener
+from ..forward.client import Client
 from ..model.locator import Locator
 from .limits import AMQP_SESSIONS_MAX
 from .session import AmqpSession, log
@@ -31,7 +30,7 @@ class ClientServer(ABC):
         self._loop = asyncio.get_running_loop()
         self._sessions: set[AmqpSession] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._entrance = AsyncioAcceptor(
+        self._acceptor = AsyncioAcceptor(
             listen,
             open_listener(listen, context),
             self._admit,
@@ -57,12 +56,12 @@ class ClientServer(ABC):
     @property
     def where(self) -> str:
         """Return the address that clients connect to."""
-        assert self._entrance.door is not None
-        return self._entrance.door.where
+        assert self._acceptor.listener is not None
+        return self._acceptor.listener.where
 
     async def drain(self) -> None:
         """Stop accepting, and close each client's session with connection.close."""
-        self._entrance.close()
+        self._acceptor.close()
         for session in list(self._sessions):
             session.interrupt("the proxy is shutting down")
         if self._tasks:
@@ -70,7 +69,7 @@ class ClientServer(ABC):
 
     def close(self) -> None:
         """Stop accepting and abort all sessions."""
-        self._entrance.close()
+        self._acceptor.close()
         for task in self._tasks:
             task.cancel()
 
@@ -83,7 +82,7 @@ class ClientServer(ABC):
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("internal error: a session was dropped", exc_info=error)
-        self._entrance.look_again()
+        self._acceptor.recheck_room()
 
     async def _serve(self, sock: stdlib.socket, client: Client) -> None:
         with contextlib.ExitStack() as stack:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..attachment import ContextHandle
+from ..forward.client import Client
 from ..forward.dialer import Dialer
-from ..forward.throttled_log import Client
 from ..model.locator import Locator
 from .client_server import ClientServer
 from .limits import AMQP_OPEN_TIMEOUT_SECONDS

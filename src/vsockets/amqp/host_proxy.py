@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from ..attachment import ContextHandle
-from ..forward.throttled_log import Client
+from ..forward.client import Client
 from ..model.locator import Locator, Vsock
 from .client_server import ClientServer
 from .connect_request import AUTHORITY, connect_request

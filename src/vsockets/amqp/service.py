@@ -1,15 +1,13 @@
-"""The process of one AMQP proxy: start it, and drain it on SIGTERM or SIGINT."""
+"""The process of one AMQP proxy."""
 
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Callable
 from typing import Protocol
 
 from .._linux.rlimit import allow_many_descriptors
-from .._linux.sd_notify import notify_ready
-from ..eventloop.tasks import on_signals, wait_first
+from ..eventloop.service import run_service
 from ..logs import NOTICE
 from ..model.locator import Locator
 from .session import log
@@ -38,19 +36,14 @@ def run(make: Callable[[], Proxy], listen: Locator) -> None:
     allow_many_descriptors()
 
     async def serve() -> None:
-        stopped, cut = asyncio.Event(), asyncio.Event()
-
-        def stop() -> None:
-            (cut if stopped.is_set() else stopped).set()
-
-        on_signals({signal.SIGTERM: stop, signal.SIGINT: stop})
         proxy = make()
-        try:
+
+        def ready() -> None:
             scheme = str(listen).partition(":")[0]
             log.log(NOTICE, "listening on %s:%s", scheme, proxy.where)
-            notify_ready()
-            await stopped.wait()
-            await wait_first(proxy.drain(), cut.wait())
+
+        try:
+            await run_service(ready, drain=proxy.drain)
         finally:
             proxy.close()
 

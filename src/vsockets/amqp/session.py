@@ -13,7 +13,7 @@ import logging
 import os
 import socket as stdlib
 
-from ..forward.throttled_log import Client
+from ..forward.client import Client
 from .frame_assembler import CloseHandshake, FrameAssembler
 from .frames import FrameError, Reply, connection_close
 from .handshake_inspector import HandshakeInspector, HandshakeRefused

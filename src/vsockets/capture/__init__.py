@@ -1,1 +1,1 @@
-"""Recording what passes a forwarder, or a device, for Wireshark and its kin."""
+"""Capture files of the traffic of a forwarder or a device, for Wireshark and similar tools."""

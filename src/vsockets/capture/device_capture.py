@@ -1,6 +1,6 @@
-"""Writing down what passes a virtual machine's device, which goes on whoever reads along.
+"""Capture of the traffic of a virtual machine's device, which a slow reader does not slow down.
 
-A reader that is slow misses records, and is told how many.
+A reader that is too slow misses records and learns how many.
 """
 
 from __future__ import annotations
@@ -16,34 +16,37 @@ from ..protocol import client
 from ..protocol.vsockmon import Captured
 from .pcap import captured_record, file_header
 
-#: Room for the largest message: the payload and some headers.
+#: Size in bytes of the largest message: payload and headers.
 _MESSAGE = CAPTURE_PAYLOAD_MAX_BYTES + 4096
 
 
 def open_capture(
     host: Attachment, cid: int, limit: int = CAPTURE_PAYLOAD_MAX_BYTES, port: int = VMADDR_PORT_ANY
 ) -> socket.socket:
-    """A socket on which comes, a :class:`.Captured` a message, what passes the device of ``cid``.
+    """Return a socket that receives the traffic of the device of context ``cid``.
 
-    ``limit`` bytes of a payload come, of one ``port`` alone unless it is VMADDR_PORT_ANY.
-    OSError: EACCES (it is not for this program), ENOENT, ENOTSUP (no device), ENOBUFS.
+    Each message is one :class:`.Captured`.  ``limit`` is the number of bytes kept of a payload;
+    ``port`` restricts the capture to one port unless it is VMADDR_PORT_ANY.
+
+    Raises OSError: EACCES (not permitted), ENOENT (no such context), ENOTSUP (the context has no
+    device), ENOBUFS.
     """
     _, fd = host.ask(client.capture(cid, port=port, limit=limit))
     return socket.socket(fileno=client.require_descriptor(fd))
 
 
 class Counts:
-    """What was written, and what was not."""
+    """The numbers of records written and missed."""
 
     records = 0
     missed = 0
 
 
-def write_down(records: socket.socket, file: BinaryIO) -> Counts:
-    """Write a capture file until the device ends, or SIGINT or SIGTERM comes.
+def write_capture(records: socket.socket, file: BinaryIO) -> Counts:
+    """Write a capture file until the device ends, or SIGINT or SIGTERM arrives.
 
-    Then what is on its way is written, too; a second signal, and that is left.  OSError when the
-    file takes no more, or nobody reads it any more.
+    After the signal, records already captured are still written; a second signal interrupts that
+    (KeyboardInterrupt).  Raises OSError when the file cannot be written.
     """
     counts = Counts()
     file.write(file_header())

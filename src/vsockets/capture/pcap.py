@@ -1,8 +1,8 @@
-"""The pcap file format with vSockets in it.
+"""The pcap file format with vSockets records.
 
-A file is one file header and any number of records (``pcap-savefile(5)``; the magic number is that
-of nanoseconds).  What is in a record says the link type: LINKTYPE_VSOCK, which is what Linux's
-``vsockmon`` device delivers (:mod:`vsockets.protocol.vsockmon`).
+A file is a file header and any number of records (``pcap-savefile(5)``; the magic number is that
+of nanosecond timestamps).  The link type is LINKTYPE_VSOCK: records have the format of Linux's
+``vsockmon`` device (:mod:`vsockets.protocol.vsockmon`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import struct
 from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
 from ..protocol.vsockmon import HEADER_SIZE, Address, Captured, Operation, encode_header
 
-#: Number of the link type in tcpdump.org's list.
+#: The link type's number in tcpdump.org's list.
 LINKTYPE_VSOCK = 271
 
 _MAGIC_NANOSECONDS = 0xA1B23C4D
@@ -20,12 +20,12 @@ _VERSION = (2, 4)
 _FILE_HEADER = struct.Struct("<IHHiIII")
 _RECORD_HEADER = struct.Struct("<IIII")
 
-#: The header of virtio-vsock's packets, the longest of a transport.
+#: Bytes of a virtio-vsock packet header, the longest header of a transport.
 _LONGEST_TRANSPORT_HEADER = 44
 
 
 def file_header() -> bytes:
-    """What a file begins with."""
+    """Return the file header."""
     longest = HEADER_SIZE + _LONGEST_TRANSPORT_HEADER + CAPTURE_PAYLOAD_MAX_BYTES
     return _FILE_HEADER.pack(_MAGIC_NANOSECONDS, *_VERSION, 0, 0, longest, LINKTYPE_VSOCK)
 
@@ -38,14 +38,14 @@ def record(
     payload: bytes = b"",
     limit: int = CAPTURE_PAYLOAD_MAX_BYTES,
 ) -> bytes:
-    """One record, of ``nanoseconds`` since 1970; ``limit`` bytes of the payload are kept."""
+    """Return a record at ``nanoseconds`` since 1970 with at most ``limit`` bytes of payload."""
     header = encode_header(operation, source, destination)
     whole = len(header) + len(payload)
     return captured_record(Captured(nanoseconds, 0, whole, header + payload[:limit]))
 
 
 def captured_record(captured: Captured) -> bytes:
-    """One record that was made elsewhere."""
+    """Return the record of a captured packet."""
     seconds, rest = divmod(captured.nanoseconds, 1_000_000_000)
     header = _RECORD_HEADER.pack(seconds, rest, len(captured.body), captured.length)
     return header + captured.body

@@ -1,7 +1,7 @@
-"""Writing down what the forwarder carries, as it carries it.
+"""Recording of the forwarder's traffic.
 
-Records are written at once, in the forwarder's own thread: whoever reads along and is slow slows
-the traffic down, and misses nothing.
+Records are written at once, in the forwarder's thread: a slow reader slows the traffic down and
+misses nothing.
 """
 
 from __future__ import annotations
@@ -16,29 +16,32 @@ from ..model.constants import AF_VSOCK
 from ..protocol.vsockmon import Address, Operation
 from .pcap import file_header, record
 
-#: Called with whether it goes from client to target, and the bytes; none for the end.
-Tap = Callable[[bool, bytes], None]
+#: Called with True for the direction from client to target, and the bytes; b"" for the end.
+Capture = Callable[[bool, bytes], None]
 
 
 class Recorder:
-    """Records to ``file``, of each payload ``limit`` bytes at most.
+    """A writer of records to ``file``, with at most ``limit`` bytes of each payload.
 
-    ``broken`` is called once when the file takes no more; nothing is recorded from then on.
+    ``failed`` is called once, when the file cannot be written; recording stops then.
     """
 
-    broken: Callable[[OSError], None]
+    failed: Callable[[OSError], None]
 
     def __init__(self, file: BinaryIO, limit: int = CAPTURE_PAYLOAD_MAX_BYTES) -> None:
-        """Raises OSError."""
+        """Write the file header.
+
+        Raises OSError.
+        """
         self._file: BinaryIO | None = file
         self._limit = limit
         file.write(file_header())
         file.flush()
 
-    def stream(self, client: stdlib.socket, target: stdlib.socket) -> Tap | None:
-        """A tap for a connection that has come about; None when neither side is vSockets.
+    def stream(self, client: stdlib.socket, target: stdlib.socket) -> Capture | None:
+        """Return the capture function of a new connection; None if neither side is vSockets.
 
-        Addresses are those of the client's side when that is vSockets, else the target's.
+        Records have the addresses of the client's side if that is vSockets, else the target's.
         """
         if client.family == AF_VSOCK:
             source, destination = client.getpeername(), client.getsockname()
@@ -48,16 +51,16 @@ class Recorder:
             return None
         self.record(Operation.CONNECT, source, destination)
 
-        def tap(there: bool, data: bytes) -> None:
-            ends = (source, destination) if there else (destination, source)
+        def capture(to_target: bool, data: bytes) -> None:
+            ends = (source, destination) if to_target else (destination, source)
             self.record(Operation.PAYLOAD if data else Operation.DISCONNECT, *ends, data)
 
-        return tap
+        return capture
 
     def record(
         self, operation: Operation, source: Address, destination: Address, data: bytes = b""
     ) -> None:
-        """Write one record."""
+        """Write a record with the present time."""
         self._write(record(time.time_ns(), operation, source, destination, data, self._limit))
 
     def _write(self, data: bytes) -> None:
@@ -66,6 +69,6 @@ class Recorder:
         try:
             self._file.write(data)
             self._file.flush()
-        except OSError as error:  # the disk is full, or nobody reads any more
+        except OSError as error:  # the disk is full, or the reader has closed the pipe
             self._file = None
-            self.broken(error)
+            self.failed(error)

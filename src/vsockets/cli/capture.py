@@ -88,7 +88,7 @@ def capture(
 
 
 def _capture_device(cid: int, port: int, payload: int, file: Path) -> None:
-    from ..capture.device_capture import open_capture, write_down
+    from ..capture.device_capture import open_capture, write_capture
 
     place = own_context()
     if not isinstance(place, Attachment):
@@ -99,7 +99,7 @@ def _capture_device(cid: int, port: int, payload: int, file: Path) -> None:
         raise cli_error(f"capture of context {cid}", error, _CAPTURE) from None
     with records, _open(file) as opened:
         notice(f"capturing what passes the device of context {cid}")
-        counts = write_down(records, opened)
+        counts = write_capture(records, opened)
     missed = f", {counts.missed} were missed" if counts.missed else ""
     notice(f"{counts.records} records{missed}")
 

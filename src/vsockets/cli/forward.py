@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import logs
-from .._linux.sd_notify import notify_ready
 from ..forward.limits import FORWARD_CONNECT_TIMEOUT_SECONDS, FORWARD_CONNECTIONS_MAX
 from ..model.locator import Vsock
 from .connect import lasting_context
@@ -137,10 +136,9 @@ def serve(
     context = lasting_context(any(isinstance(end, Vsock) for end in ends))
 
     def ready(service: Service) -> None:
-        for place, where in service.doors.items():
+        for place, where in service.addresses.items():
             scheme = str(place).partition(":")[0]
             log.log(logs.NOTICE, "listening on %s:%s", scheme, where)
-        notify_ready()
 
     try:
         run(

@@ -51,8 +51,8 @@ def serve(
     """
     import asyncio  # these take as long to load as all the rest
 
-    from ..eventloop.listeners import Listener
-    from ..eventloop.tasks import on_signals
+    from ..eventloop.asyncio_server import Listener
+    from ..eventloop.service import on_signals
     from .http_server import HttpServer
 
     async def run() -> None:

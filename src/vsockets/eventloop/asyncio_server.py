@@ -1,123 +1,272 @@
-"""Listening at a door, in an asyncio loop: to clients of streams, and to datagrams."""
+"""Listening sockets and bound datagram sockets, and their service in an asyncio loop."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import logging
+import os
 import socket as stdlib
 from collections.abc import Callable
+from pathlib import Path
 
-from .._linux.descriptor_passing import guard_accepted
+from .._linux.descriptor_passing import close_elsewhere, guard, guard_accepted
+from .._linux.folders import SocketFile
 from ..attachment import ContextHandle
-from ..limits import ACCEPTS_PER_TURN_MAX, RETRY_LONGEST_PAUSE_SECONDS
-from ..model.locator import Locator, Vsock
-from .listeners import Listener
-from .rebind import FIRST_LOOK, Revival
+from ..limits import ACCEPTS_PER_TURN_MAX, LISTEN_BACKLOG_MAX, RETRY_LONGEST_PAUSE_SECONDS
+from ..model.locator import Inet, Inherited, Locator, Unix, Vsock, VsockFolder, VsockMux
+from ..pass_rights import refuse
+from ..protocol.hybrid import port_name
+from ..socket import socket
+from .rebind import REBIND_FIRST_PAUSE_SECONDS, Rebinder
 
-#: How long to leave a listener alone that cannot be accepted from, in seconds.
-_ACCEPT_AGAIN = FIRST_LOOK
+#: The first descriptor that systemd passes (sd_listen_fds(3)).
+_FIRST_INHERITED = 3
+
+_FIRST_UNPRIVILEGED = 1024
+
+#: Pause in seconds after an accept() that failed, for want of descriptors for example.
+_ACCEPT_PAUSE_SECONDS = REBIND_FIRST_PAUSE_SECONDS
+
+
+class Listener:
+    """The open sockets of one locator; ``sockets`` are non-blocking."""
+
+    def __init__(self, locator: Locator, context: ContextHandle | None = None) -> None:
+        """Open the sockets, in ``context`` if ``locator`` is a vSockets address.
+
+        Raises OSError.
+        """
+        self.sockets: list[stdlib.socket] = []
+        self._file: SocketFile | None = None
+        try:
+            self._open(locator, context)
+        except BaseException:
+            self.close()
+            raise
+        for sock in self.sockets:
+            sock.setblocking(False)
+
+    def close(self) -> None:
+        """Close the sockets and remove the file of a unix socket."""
+        if self._file is not None:
+            self._file.remove()
+            self._file.close()
+            self._file = None
+        for sock in self.sockets:
+            close_elsewhere(sock)
+        self.sockets.clear()
+
+    @property
+    def where(self) -> str:
+        """Return the first socket's address without scheme, with wildcards resolved."""
+        if self._file is not None:
+            return os.fspath(self._file.where)
+        name = self.sockets[0].getsockname()
+        if isinstance(name, tuple):
+            host = f"[{name[0]}]" if ":" in str(name[0]) else name[0]
+            return f"{host}:{name[1]}"
+        return os.fsdecode(name)
+
+    def _open(self, locator: Locator, context: ContextHandle | None) -> None:
+        match locator:
+            case Vsock(cid, port, datagram):
+                sock = socket(type=_type(datagram), context=context)
+                self.sockets.append(sock)
+                if datagram:  # vsockd passes a listener the descriptors of its streams
+                    guard(sock)
+                sock.bind((cid, port))
+                if not datagram:
+                    sock.listen(LISTEN_BACKLOG_MAX)
+            case Inet(host, port, datagram):
+                self._open_inet(host, port, datagram)
+            case Unix(path, datagram):
+                self._open_unix(path, datagram)
+            case VsockMux(path, port):
+                # Guest to host in hybrid vsock: the device connects here for the guest.
+                self._open_unix(port_name(path, port), False)
+            case VsockFolder():
+                self._open_unix(locator.socket_path, False)
+            case Inherited(name):
+                self.sockets.append(_inherited(name))
+            case _:
+                raise OSError(errno.EOPNOTSUPP, f"{locator}: unsupported as a listening address")
+
+    def _open_inet(self, host: str, port: int, datagram: bool) -> None:
+        found = stdlib.getaddrinfo(
+            host or None, port, type=_type(datagram), flags=stdlib.AI_PASSIVE
+        )
+        if not host:  # one socket for both families, if the machine has both
+            found.sort(key=lambda entry: entry[0] != stdlib.AF_INET6)
+        for family, _, _, _, address in found:
+            try:
+                sock = stdlib.socket(family, _type(datagram))
+            except OSError:
+                continue  # this kernel has no IPv6
+            self.sockets.append(sock)
+            sock.setsockopt(stdlib.SOL_SOCKET, stdlib.SO_REUSEADDR, int(not datagram))
+            if family == stdlib.AF_INET6:
+                sock.setsockopt(stdlib.IPPROTO_IPV6, stdlib.IPV6_V6ONLY, int(bool(host)))
+            if port == 0 and len(self.sockets) > 1:
+                address = (address[0], self.sockets[0].getsockname()[1], *address[2:])
+            sock.bind(address)
+            if not datagram:
+                sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)  # inherited by accept
+                sock.listen(LISTEN_BACKLOG_MAX)
+            if not host:
+                return
+        if not self.sockets:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+    def _open_unix(self, path: str, datagram: bool) -> None:
+        sock = guard(stdlib.socket(stdlib.AF_UNIX, _type(datagram)))
+        self.sockets.append(sock)
+        if path.startswith("@"):
+            sock.bind("\0" + path[1:])
+        else:
+            # SocketFile: users who can change what the path leads to cannot redirect the removal.
+            self._file = SocketFile(Path(path))
+            self._file.bind(sock)
+        if not datagram:
+            sock.listen(LISTEN_BACKLOG_MAX)
+
+
+def open_listener(locator: Locator, context: ContextHandle | None) -> Listener:
+    """Return the open sockets of ``locator``.
+
+    Raises OSError, whose text names the locator.
+    """
+    try:
+        return Listener(locator, context)
+    except OSError as error:
+        why = error.strerror or str(error)
+        reserved = isinstance(locator, Vsock | Inet) and locator.port < _FIRST_UNPRIVILEGED
+        if error.errno == errno.EACCES and reserved:
+            why = f"{why} (ports below 1024 need CAP_NET_BIND_SERVICE)"
+        raise OSError(error.errno, f"cannot listen on {locator}: {why}") from None
+
+
+def _type(datagram: bool) -> int:
+    return stdlib.SOCK_DGRAM if datagram else stdlib.SOCK_STREAM
+
+
+def _inherited(name: str) -> stdlib.socket:
+    """Return the inherited socket with that number, or that name in LISTEN_FDNAMES."""
+    if not name.isdecimal():
+        names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+        if os.environ.get("LISTEN_PID") != str(os.getpid()) or name not in names:
+            raise OSError(errno.EBADF, f"no descriptor named {name} was passed (LISTEN_FDNAMES)")
+        name = str(_FIRST_INHERITED + names.index(name))
+    sock = stdlib.socket(fileno=os.dup(int(name)))
+    refuse(sock)
+    if sock.type == stdlib.SOCK_STREAM and not sock.getsockopt(
+        stdlib.SOL_SOCKET, stdlib.SO_ACCEPTCONN
+    ):
+        sock.close()
+        raise OSError(errno.EINVAL, f"descriptor {name}: not a listening socket")
+    return sock
 
 
 class AsyncioAcceptor:
-    """Gives every client's socket to ``enter``, as long as ``has_room``; else the backlog waits.
+    """The accept loop of a listener.
 
-    ``reopen`` makes the door again when vsockd, which it was a door of, has ended.
+    ``admit`` gets each accepted socket while ``has_room`` returns True; otherwise clients wait in
+    the backlog.  ``reopen`` makes the listener again after vsockd, to which it belonged, has ended.
     """
 
     def __init__(
         self,
         where: Locator,
-        door: Listener,
-        enter: Callable[[stdlib.socket], None],
+        listener: Listener,
+        admit: Callable[[stdlib.socket], None],
         *,
         has_room: Callable[[], bool],
         reopen: Callable[[], Listener],
         log: logging.Logger,
     ) -> None:
-        self.door: Listener | None = door
+        self.listener: Listener | None = listener  #: None once closed
         self._where = where
-        self._enter = enter
+        self._admit = admit
         self._has_room = has_room
         self._reopen = reopen
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._listening = False
-        self._listen(True)
+        self._accepting = False
+        self._set_accepting(True)
 
     def close(self) -> None:
-        """Let nobody in any more."""
-        self._listen(False)
-        if self.door is not None:
-            self.door.close()
-            self.door = None
+        """Close the listener; accepted sockets stay open."""
+        self._set_accepting(False)
+        if self.listener is not None:
+            self.listener.close()
+            self.listener = None
 
-    def look_again(self) -> None:
-        """Somebody has left: there may be room."""
+    def recheck_room(self) -> None:
+        """Accept again if there is room; to be called when a client has left."""
         if self._has_room():
-            self._listen(True)
+            self._set_accepting(True)
 
-    def _listen(self, wanted: bool) -> None:
-        if self.door is None or wanted == self._listening:
+    def _set_accepting(self, wanted: bool) -> None:
+        if self.listener is None or wanted == self._accepting:
             return
-        self._listening = wanted
-        for sock in self.door.sockets:
+        self._accepting = wanted
+        for sock in self.listener.sockets:
             if wanted:
                 self._loop.add_reader(sock.fileno(), self._accept, sock)
             else:
                 self._loop.remove_reader(sock.fileno())
 
-    def _accept(self, listener: stdlib.socket) -> None:
+    def _accept(self, listening: stdlib.socket) -> None:
         for _ in range(ACCEPTS_PER_TURN_MAX):
-            if self.door is None:
-                return  # the last client was the last
+            if self.listener is None:
+                return  # the last client's admission has closed it
             if not self._has_room():
-                self._listen(False)  # the backlog makes clients wait
+                self._set_accepting(False)  # the backlog makes clients wait
                 return
             try:
-                client, _ = listener.accept()
+                client, _ = listening.accept()
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno in (errno.ECONNABORTED, errno.ECONNRESET):
-                    continue  # that client has gone already
+                    continue  # the client has closed the connection already
                 self._log.warning("%s: cannot accept: %s", self._where, error.strerror)
-                self._listen(False)
+                self._set_accepting(False)
                 again = self._open_again if error.errno == errno.ENETDOWN else self._accept_again
-                self._loop.call_later(_ACCEPT_AGAIN, again)
+                self._loop.call_later(_ACCEPT_PAUSE_SECONDS, again)
                 return
             client.setblocking(False)
-            self._enter(guard_accepted(client))
+            self._admit(guard_accepted(client))
 
     def _accept_again(self) -> None:
-        self._listen(True)
+        self._set_accepting(True)
 
     def _open_again(self) -> None:
-        """The door is one of a vsockd that has ended; there may be another by now."""
-        if self.door is None:
+        """Replace the listener, once another vsockd serves."""
+        if self.listener is None:
             return
-        self.door.close()
+        self.listener.close()
         try:
-            self.door = self._reopen()
+            self.listener = self._reopen()
         except OSError:
             self._loop.call_later(RETRY_LONGEST_PAUSE_SECONDS, self._open_again)
         else:
             self._log.warning("%s: listening again", self._where)
-            self._listening = False  # whatever was done with the old one
-            self._listen(True)
+            self._accepting = False
+            self._set_accepting(True)
 
 
-class DatagramEntrance:
-    """Calls ``receive`` with each socket of a door that is readable.
+class DatagramReceiver:
+    """The readable sockets of a datagram listener, each passed to ``receive``.
 
-    ``reopen`` makes the door again when vsockd has ended that the door, or the target that
-    datagrams go to, belonged to; ``lost`` is called before that.
+    ``reopen`` makes the listener again after the vsockd has ended to which the listener, or the
+    vSockets address ``target``, belonged; ``lost`` is called before that.
     """
 
     def __init__(
         self,
         where: Locator,
-        door: Listener,
+        listener: Listener,
         receive: Callable[[stdlib.socket], None],
         *,
         reopen: Callable[[], Listener],
@@ -126,42 +275,45 @@ class DatagramEntrance:
         target: Locator | None = None,
         lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises OSError."""
-        self.door = door
+        """Start to receive.
+
+        Raises OSError when vsockd cannot be reached.
+        """
+        self.listener = listener
         self._where = where
         self._receive = receive
         self._reopen = reopen
         self._lost = lost
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._revival: Revival | None = None
+        self._rebinder: Rebinder | None = None
         if isinstance(where, Vsock) or isinstance(target, Vsock):
-            self._revival = Revival(context, self._ended, self._open_again)
+            self._rebinder = Rebinder(context, self._on_vsockd_ended, self._open_again)
         self._listen()
 
     def close(self) -> None:
-        """Receive no more."""
-        if self._revival is not None:
-            self._revival.close()
-        self._close_door()
+        """Close the listener."""
+        if self._rebinder is not None:
+            self._rebinder.close()
+        self._close_listener()
 
     def _listen(self) -> None:
-        for sock in self.door.sockets:
+        for sock in self.listener.sockets:
             self._loop.add_reader(sock.fileno(), self._receive, sock)
 
-    def _close_door(self) -> None:
-        for sock in self.door.sockets:
+    def _close_listener(self) -> None:
+        for sock in self.listener.sockets:
             self._loop.remove_reader(sock.fileno())
-        self.door.close()
+        self.listener.close()
 
-    def _ended(self) -> None:
+    def _on_vsockd_ended(self) -> None:
         self._log.warning("%s: vsockd has ended", self._where)
         self._lost()
         if isinstance(self._where, Vsock):
-            self._close_door()
+            self._close_listener()
 
     def _open_again(self) -> None:
         if isinstance(self._where, Vsock):
-            self.door = self._reopen()
+            self.listener = self._reopen()
             self._listen()
         self._log.warning("%s: listening again", self._where)

@@ -1,8 +1,9 @@
-"""Noticing that vsockd has ended, and binding again when there is another one.
+"""Detection of vsockd's end, and binding again once another vsockd serves.
 
-A listening stream notices by itself (ENETDOWN).  A datagram socket does not: the next vsockd knows
-nothing of it, so nothing reaches it any more.  Its holder therefore keeps a *lifeline* as well, a
-bound stream socket that does nothing, because its connection to vsockd ends with vsockd.
+A listening stream reports vsockd's end itself (ENETDOWN).  A datagram socket does not: the next
+vsockd does not know it, so it silently receives nothing.  Its owner therefore also keeps a
+*lifeline*, a bound stream socket without a purpose of its own, whose connection to vsockd ends
+together with vsockd.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from ..limits import RETRY_LONGEST_PAUSE_SECONDS
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..socket import socket
 
-#: How long to wait for the next vsockd at first, in seconds.
-FIRST_LOOK = 0.1
+#: Pause in seconds before the first attempt to bind again.
+REBIND_FIRST_PAUSE_SECONDS = 0.1
 
 
 def lifeline(context: ContextHandle | None) -> stdlib.socket | None:
-    """Return a socket that becomes readable when vsockd has ended.
+    """Return a socket that becomes readable when vsockd ends.
 
-    None where there is no vsockd, as in a virtual machine.  Raises OSError.
+    Returns None without a vsockd, as in a virtual machine.  Raises OSError.
     """
-    place = current() if context is None else context
-    if not isinstance(place, Attachment):
+    handle = current() if context is None else context
+    if not isinstance(handle, Attachment):
         return None
-    sock = socket(context=place)
+    sock = socket(context=handle)
     try:
         sock.bind((VMADDR_CID_ANY, VMADDR_PORT_ANY))
     except BaseException:
@@ -37,33 +38,37 @@ def lifeline(context: ContextHandle | None) -> stdlib.socket | None:
     return sock
 
 
-class Revival:
-    """Calls ``lost`` when vsockd has ended and ``again`` when there is one, in an asyncio loop.
+class Rebinder:
+    """A watch on vsockd in an asyncio loop.
 
-    ``again`` is called until it raises no OSError.  Made while there is a vsockd.
+    Calls ``lost`` when vsockd has ended, then ``bind`` once another one serves, repeatedly until
+    ``bind`` raises no OSError.
     """
 
     def __init__(
-        self, context: ContextHandle | None, lost: Callable[[], None], again: Callable[[], None]
+        self, context: ContextHandle | None, lost: Callable[[], None], bind: Callable[[], None]
     ) -> None:
-        """Raises OSError."""
+        """Start to watch the present vsockd.
+
+        Raises OSError when it cannot be reached.
+        """
         self._context = context
         self._lost = lost
-        self._again = again
+        self._bind = bind
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._line = lifeline(context)
         self._watch()
 
     def close(self) -> None:
-        """Notice no more."""
+        """Stop watching."""
         self._drop()
         if self._timer is not None:
             self._timer.cancel()
 
     def _watch(self) -> None:
         if self._line is not None:
-            self._loop.add_reader(self._line.fileno(), self._ended)
+            self._loop.add_reader(self._line.fileno(), self._on_end)
 
     def _drop(self) -> None:
         if self._line is not None:
@@ -71,19 +76,19 @@ class Revival:
             self._line.close()
             self._line = None
 
-    def _ended(self) -> None:
+    def _on_end(self) -> None:
         self._drop()
         self._lost()
-        self._timer = self._loop.call_later(FIRST_LOOK, self._look)
+        self._timer = self._loop.call_later(REBIND_FIRST_PAUSE_SECONDS, self._try_bind)
 
-    def _look(self) -> None:
+    def _try_bind(self) -> None:
         try:
-            # First, or what is bound next could be lost unnoticed.
+            # The lifeline comes first: vsockd's end after it is noticed.
             self._line = lifeline(self._context)
-            self._again()
+            self._bind()
         except OSError:
             self._drop()
-            self._timer = self._loop.call_later(RETRY_LONGEST_PAUSE_SECONDS, self._look)
+            self._timer = self._loop.call_later(RETRY_LONGEST_PAUSE_SECONDS, self._try_bind)
         else:
             self._timer = None
             self._watch()

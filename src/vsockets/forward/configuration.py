@@ -1,4 +1,4 @@
-"""Forwards written down in a TOML file; ``docs/forward.md`` has the schema."""
+"""Settings of forwards from a TOML file; ``docs/forward.md`` has the schema."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ _KEYS = (
 
 
 def load(path: Path) -> list[Settings]:
-    """The forwards in the file, at least one.  Raises ConfigurationError for the first mistake."""
+    """Return the settings of the file's forwards, at least one.
+
+    Raises ConfigurationError for the first mistake.
+    """
     root = read_toml(path)
     root.require_known("forward")
     tables = root.tables("forward")
     if not tables:
-        raise root.error("there is no [[forward]], expected one at least")
+        raise root.error("missing [[forward]] (expected at least one)")
     found: dict[Any, Table] = {}
     forwards = []
     for table in tables:
         settings = _settings(table)
         if settings.source in found:
             place = found[settings.source].place("from")
-            raise table.error(f"{settings.source} is forwarded at {place} already", "from")
+            raise table.error(f"{settings.source} is already forwarded at {place}", "from")
         found[settings.source] = table
         forwards.append(settings)
     return forwards
@@ -47,7 +50,7 @@ def _settings(table: Table) -> Settings:
     for key in ("from", "to"):
         text = table.text(key)
         if text is None:
-            raise table.error(f"there is no {key}, expected an address")
+            raise table.error(f"missing {key} (expected an address)")
         locators.append(_read(table, parse_locator, text, key))
     given: dict[str, Any] = {
         "allow": _list(table, "allow", PeerRule.parse),
@@ -83,7 +86,7 @@ def _seconds(table: Table, key: str) -> float | None:
     if value is None:
         return None
     if type(value) not in (int, float):
-        raise table.error(f"{kind(value)}, expected seconds", key)
+        raise table.error(f"{kind(value)} (expected seconds)", key)
     if not 0 <= value < float("inf"):
-        raise table.error(f"{shown(value)} is out of range, expected seconds from 0", key)
+        raise table.error(f"{shown(value)} is out of range (expected seconds from 0)", key)
     return float(value)

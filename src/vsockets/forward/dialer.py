@@ -1,4 +1,4 @@
-"""Opening the far side of a forwarded stream, whatever it is: in the end it is a socket."""
+"""Connections to the target of a forward, of any kind of address."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import errno
 import ipaddress
 import os
-import random
 import socket as stdlib
 import subprocess
 from collections.abc import Callable, Hashable, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 from .._linux.descriptor_passing import guard
 from ..attachment import ContextHandle
-from ..limits import RETRY_FIRST_PAUSE_SECONDS, RETRY_LONGEST_PAUSE_SECONDS
+from ..eventloop.retry import Backoff
 from ..model.locator import Exec, Inet, Locator, Stdio, Unix, Vsock, VsockFolder, VsockMux
 from ..protocol.hybrid import Answer, connect_line, hyperkit_line
 from ..socket import socket
@@ -24,7 +23,7 @@ from .limits import FORWARD_ADDRESSES_MAX, FORWARD_NEXT_ADDRESS_SECONDS
 from .resolver import Found, Resolver
 from .stdio import standard_streams
 
-#: The target is not there yet: what waiting may change.
+#: Errors of a target that is not reachable yet, which a later attempt may not meet.
 NOT_YET = {
     errno.ECONNREFUSED,
     errno.ECONNRESET,
@@ -34,28 +33,31 @@ NOT_YET = {
     errno.ETIMEDOUT,
 }
 
-#: The meaning of an errno of a vSockets connect.
+#: Explanations of the errno of a vSockets connect.
 _MEANINGS = {
     errno.ECONNRESET: "no listener at that port, or its backlog is full",
-    errno.EHOSTUNREACH: "no such context, or no permission to connect to it",
-    errno.EINVAL: "the buffer sizes of the two sides do not meet",
+    errno.EHOSTUNREACH: "no such context, or connecting to it is not permitted",
+    errno.EINVAL: "the buffer sizes of the two sides are incompatible",
 }
 
-#: Whether an address that a name led to may be connected to.
+#: A predicate of the addresses that a name may resolve to.
 Admits = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
 
 
 class NotAdmitted(OSError):
-    """All that the name leads to is refused by the allow list."""
+    """The allow list admits none of the name's addresses."""
 
 
 class Dialer:
-    """Connects to locators, in the running asyncio loop; ``context`` is where vsock: starts."""
+    """A connector for locators in the running asyncio loop.
+
+    vSockets connections start in ``context``.
+    """
 
     def __init__(self, context: ContextHandle | None = None) -> None:
         self._context = context
         self._loop = asyncio.get_running_loop()
-        self._answered: set[Locator] = set()  # vSockets ports that have accepted a connection
+        self._accepted_before: set[Locator] = set()  # vSockets ports
         self.resolver = Resolver()
 
     async def connect(
@@ -70,36 +72,35 @@ class Dialer:
     ) -> stdlib.socket:
         """Return a connected, non-blocking stream socket.
 
-        One attempt may take ``timeout`` seconds; with a name, one attempt at each of its
-        addresses.  A target that is not there yet is tried again for ``wait`` seconds.  So is, for
-        ``timeout`` seconds, a vSockets port that refuses and has accepted before: its backlog may
-        be full.  A program gets the ``client`` it serves in its environment.  ``party`` is the one
-        for which a name is looked up.
+        An attempt takes at most ``timeout`` seconds, for each address of a host name.  Attempts
+        are repeated for ``wait`` seconds while the target is not reachable, and for ``timeout``
+        seconds while a vSockets port refuses that has accepted before: its backlog may be full.
+        ``admits`` filters the addresses of a host name, which is looked up on behalf of ``party``.
+        A program finds ``client``, the CID and port that it serves, in its environment.
 
-        Raises OSError, NotAdmitted among them.
+        Raises OSError; NotAdmitted when ``admits`` rejects all addresses.
         """
-        begin = self._loop.time()
-        pause = RETRY_FIRST_PAUSE_SECONDS
+        backoff = Backoff(jitter=True)
         while True:
             try:
                 sock = await self._open(locator, timeout, admits, client, party)
             except OSError as error:
                 # asyncio's TimeoutError has no errno; the kernel's has.
-                untold = isinstance(error, TimeoutError) and not error.errno
-                why = _error(errno.ETIMEDOUT) if untold else error
+                by_asyncio = isinstance(error, TimeoutError) and not error.errno
+                why = _error(errno.ETIMEDOUT) if by_asyncio else error
             else:
-                if isinstance(locator, Vsock | VsockMux):  # settings name them, never a client
-                    self._answered.add(locator)
+                if isinstance(locator, Vsock | VsockMux):
+                    # Bounded: such locators come from settings, never from a client.
+                    self._accepted_before.add(locator)
                 return sock
             patience = wait if why.errno in NOT_YET else 0.0
-            if why.errno == errno.ECONNRESET and locator in self._answered:
+            if why.errno == errno.ECONNRESET and locator in self._accepted_before:
                 patience = max(patience, timeout)
-            if self._loop.time() + pause > begin + patience:
-                self._answered.discard(locator)
+            pause = backoff.next_pause(patience)
+            if pause is None:
+                self._accepted_before.discard(locator)
                 raise why
-            # Clients that came together do not try again together.
-            await asyncio.sleep(random.uniform(pause / 2, pause))
-            pause = min(pause * 2, RETRY_LONGEST_PAUSE_SECONDS)
+            await asyncio.sleep(pause)
 
     async def _open(
         self,
@@ -133,7 +134,7 @@ class Dialer:
             case Stdio():
                 return standard_streams()
             case _:
-                raise OSError(errno.EOPNOTSUPP, f"{locator} is nowhere to connect to")
+                raise OSError(errno.EOPNOTSUPP, f"{locator}: unsupported as a target")
 
     async def _vsock(self, cid: int, port: int) -> stdlib.socket:
         sock = guard(socket(context=self._context))
@@ -156,7 +157,7 @@ class Dialer:
         return sock
 
     async def _connect(self, sock: stdlib.socket, address: tuple[Any, ...]) -> None:
-        """Connect a non-blocking socket; the OSError has the words of its errno."""
+        """Connect a non-blocking socket; an OSError has the text of its errno."""
         try:
             sock.connect(address)
         except BlockingIOError:
@@ -181,14 +182,14 @@ class Dialer:
         if admits is not None:
             found = [one for one in found if admits(ipaddress.ip_address(one[1][0]))]
             if not found:
-                raise NotAdmitted(errno.EACCES, f"{locator.host}: no address of it is allowed")
+                raise NotAdmitted(errno.EACCES, f"{locator.host}: none of its addresses is allowed")
         return interleave(found)[:FORWARD_ADDRESSES_MAX]
 
     async def _first(self, found: Sequence[Found], timeout: float) -> stdlib.socket:
         """Connect to the address that answers first (RFC 8305, section 5).
 
-        The next attempt begins when the last one has failed, or was not answered in
-        FORWARD_NEXT_ADDRESS_SECONDS seconds; the ones before it go on.
+        The next attempt begins when the previous one has failed, or has had no answer for
+        FORWARD_NEXT_ADDRESS_SECONDS seconds; earlier attempts continue.
         """
         if len(found) == 1:
             return await self._tcp(*found[0], timeout)
@@ -212,7 +213,7 @@ class Dialer:
                         return task.result()
                     if not isinstance(error, OSError):
                         raise error
-                    # A target that waiting may change says more than a missing route.
+                    # A target's refusal is more informative than a missing route.
                     if why is None or error.errno in NOT_YET or why.errno not in NOT_YET:
                         why = error
         finally:
@@ -237,13 +238,13 @@ class Dialer:
 
     async def _mux(self, path: str, port: int) -> stdlib.socket:
         sock = await self._unix(path)
-        return await self._attempt(sock, self._ask_for_port(sock, port))
+        return await self._attempt(sock, self._request_port(sock, port))
 
     async def _hyperkit(self, folder: str, line: bytes) -> stdlib.socket:
         sock = await self._unix(f"{folder}/connect")
         return await self._attempt(sock, self._loop.sock_sendall(sock, line))
 
-    async def _ask_for_port(self, sock: stdlib.socket, port: int) -> None:
+    async def _request_port(self, sock: stdlib.socket, port: int) -> None:
         await self._loop.sock_sendall(sock, connect_line(port))
         answer = Answer()
         while answer.port is None:
@@ -251,7 +252,7 @@ class Dialer:
 
     def _execute(self, command: tuple[str, ...], client: tuple[int, int] | None) -> stdlib.socket:
         environment = dict(os.environ)
-        if client is not None:  # as for vsock listen --exec
+        if client is not None:  # the same variables as vsock listen --exec
             environment["VSOCK_PEER_CID"], environment["VSOCK_PEER_PORT"] = map(str, client)
         ours, theirs = stdlib.socketpair()
         try:
@@ -275,11 +276,11 @@ class Dialer:
 
 
 async def connect_unix(sock: stdlib.socket, path: str) -> None:
-    """Connect a non-blocking unix socket; ``@`` begins an abstract name.
+    """Connect a non-blocking unix socket; a path that begins with ``@`` is an abstract name.
 
-    A full backlog is EAGAIN there, and poll() does not tell when it no longer is.
+    Retries while the backlog is full (EAGAIN), because poll() does not report room in it.
     """
-    pause = RETRY_FIRST_PAUSE_SECONDS
+    backoff = Backoff()
     while True:
         try:
             if path.startswith("@"):
@@ -288,8 +289,7 @@ async def connect_unix(sock: stdlib.socket, path: str) -> None:
                 connect_to(sock.connect, path)
             return
         except BlockingIOError:
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, RETRY_LONGEST_PAUSE_SECONDS)
+            await asyncio.sleep(backoff.next_pause() or 0)
 
 
 def interleave(found: Sequence[Found]) -> list[Found]:
@@ -301,7 +301,7 @@ def interleave(found: Sequence[Found]) -> list[Found]:
 
 
 def _close_unwanted(attempt: asyncio.Task[stdlib.socket]) -> None:
-    """Close what an attempt has connected after another one was faster."""
+    """Close the socket of an attempt that was slower than another one."""
     if not attempt.cancelled() and attempt.exception() is None:
         attempt.result().close()
 

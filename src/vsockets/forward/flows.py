@@ -1,6 +1,6 @@
-"""Flows of datagrams: who sent from where, so that answers find the way back.
+"""The table of datagram flows, by the address of the client that each belongs to.
 
-Only the bookkeeping; least recently used first, so both limits are met without a search.
+Flows are kept in least-recently-used order, so that neither limit needs a search.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-from .throttled_log import party_of
+from .client import party_of
 
 Flow = TypeVar("Flow")
 
@@ -17,8 +17,9 @@ Flow = TypeVar("Flow")
 class FlowTable(Generic[Flow]):
     """At most ``limit`` flows, each forgotten after ``idle`` seconds of silence.
 
-    When there are too many the party that has most loses one, the one silent for longest: so no
-    party takes those of others.  Times are of a clock that only rises.
+    When the table is full, the party with the most flows loses the one that was silent for the
+    longest time, so that no party displaces the flows of others.  Times are in seconds of a
+    monotonic clock.
     """
 
     def __init__(self, limit: int, idle: float) -> None:
@@ -38,7 +39,7 @@ class FlowTable(Generic[Flow]):
         return flows
 
     def use(self, source: Hashable, now: float) -> Flow | None:
-        """The flow from ``source``, which something moved on at ``now``."""
+        """Return the flow of ``source``, marked as used at ``now``; None if it has none."""
         flows = self._parties.get(party_of(source))
         entry = flows.get(source) if flows is not None else None
         if flows is None or entry is None:
@@ -48,17 +49,17 @@ class FlowTable(Generic[Flow]):
         return entry[0]
 
     def add(self, source: Hashable, flow: Flow, now: float) -> list[Flow]:
-        """Enter a new flow; returns those that had to go for it."""
-        gone = []
+        """Add a flow; return the flows that were removed to make room."""
+        removed = []
         while self._count >= self.limit:
             party = max(self._parties, key=lambda party: len(self._parties[party]))
-            gone.append(self._remove_first(party))
+            removed.append(self._remove_first(party))
         self._parties.setdefault(party_of(source), OrderedDict())[source] = flow, now
         self._count += 1
-        return gone
+        return removed
 
     def remove(self, source: Hashable) -> None:
-        """Forget a flow."""
+        """Remove the flow of ``source``, if it has one."""
         party = party_of(source)
         flows = self._parties.get(party)
         if flows is not None and flows.pop(source, None) is not None:
@@ -67,15 +68,15 @@ class FlowTable(Generic[Flow]):
                 del self._parties[party]
 
     def overdue(self, now: float) -> list[Flow]:
-        """Remove and return the flows that were silent for too long."""
-        gone = []
+        """Remove and return the flows that have been silent for ``idle`` seconds."""
+        removed = []
         for party in list(self._parties):
             while (used := self._oldest(party)) is not None and now - used >= self.idle:
-                gone.append(self._remove_first(party))
-        return gone
+                removed.append(self._remove_first(party))
+        return removed
 
     def next_overdue(self) -> float | None:
-        """When the next flow is due, if there is one."""
+        """Return the time at which the next flow is overdue; None without flows."""
         times = (used for party in self._parties if (used := self._oldest(party)) is not None)
         oldest = min(times, default=None)
         return None if oldest is None else oldest + self.idle

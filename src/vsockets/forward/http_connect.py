@@ -1,4 +1,4 @@
-"""HTTP's CONNECT (RFC 9110, section 9.3.6), the proxy's side; h11 reads the requests."""
+"""The proxy's side of HTTP's CONNECT (RFC 9110, section 9.3.6); h11 parses the requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STATUS = {
 
 
 class HttpConnect:
-    """A client's conversation; see :class:`~.front_end.FrontEnd`."""
+    """The CONNECT request of one client; implements :class:`~.proxy_protocol.ProxyProtocol`."""
 
     def __init__(self) -> None:
         self.target: tuple[str, int] | None = None
@@ -26,11 +26,14 @@ class HttpConnect:
 
     @property
     def rest(self) -> bytes:
-        """What came after the request."""
+        """Return the received bytes that follow the request."""
         return self._http.trailing_data[0]
 
     def receive(self, data: bytes) -> bytes:
-        """Take what came; there is nothing to answer yet.  Raises BadRequest."""
+        """Add received bytes; return b"", because no answer precedes the connection.
+
+        Raises BadRequest.
+        """
         try:
             self._http.receive_data(data)
             event = self._http.next_event()
@@ -38,34 +41,34 @@ class HttpConnect:
             answer = self._respond(error.error_status_hint, b"Bad Request", b"not HTTP")
             raise BadRequest(str(error), answer) from None
         if isinstance(event, h11.ConnectionClosed):
-            raise BadRequest("the end came before the request")
+            raise BadRequest("end of stream before the request")
         if isinstance(event, h11.Request):
             if event.method != b"CONNECT":
                 answer = self._respond(
                     405,
                     b"Method Not Allowed",
-                    b"only CONNECT is served here",
+                    b"expected CONNECT",
                     (b"Allow", b"CONNECT"),
                 )
-                raise BadRequest("the method is not CONNECT", answer)
+                raise BadRequest("unsupported method (expected CONNECT)", answer)
             try:
                 self.target = _host_and_port(event.target.decode("ascii"))
             except ValueError as error:
                 answer = self._respond(400, b"Bad Request", b"expected CONNECT HOST:PORT")
                 raise BadRequest(str(error), answer) from None
             if not isinstance(self._http.next_event(), h11.EndOfMessage):
-                answer = self._respond(400, b"Bad Request", b"a CONNECT has no body")
-                raise BadRequest("a CONNECT with a body", answer)
+                answer = self._respond(400, b"Bad Request", b"CONNECT with a body")
+                raise BadRequest("CONNECT with a body", answer)
         return b""
 
     def granted(self) -> bytes:
-        """200: from here on it is a stream."""
-        # h11 would frame this as it frames every response; a CONNECT's has no body.
+        """Return a response with status 200, after which the connection is a stream."""
+        # Only the head is sent: a successful response to CONNECT has no body.
         response = h11.Response(status_code=200, headers=[], reason=b"Connection established")
         return self._http.send(response) or b""
 
     def refused(self, why: ProxyRefusal) -> bytes:
-        """The status that says why, and the reason in words."""
+        """Return a response with the status for ``why`` and its text."""
         return self._respond(*_STATUS[why], why.value.encode())
 
     def _respond(

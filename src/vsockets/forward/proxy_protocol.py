@@ -1,8 +1,8 @@
-"""What a proxy's front end is: a conversation that ends with where the client wants to go.
+"""The interface of the proxy protocols, which receive a client's request without I/O.
 
-Front ends do no I/O.  Bytes that came are given to :meth:`ProxyProtocol.receive`, which returns
-what to answer; once ``target`` is there, the caller connects, answers with :meth:`granted` or
-:meth:`refused`, and from then on the connection is a stream whose first bytes are ``rest``.
+The caller passes received bytes to :meth:`ProxyProtocol.receive` and sends the bytes that it
+returns.  Once ``target`` is set, the caller connects and sends the bytes of :meth:`granted` or
+:meth:`refused`.  After :meth:`granted` the connection is a stream that begins with ``rest``.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from .limits import FORWARD_PROXY_REQUEST_MAX_BYTES
 
 
 class ProxyRefusal(enum.Enum):
-    """Why a proxy does not connect its client."""
+    """The reason for a refused request."""
 
-    NOT_ALLOWED = "it is not on the allow list"
-    UNREACHABLE = "it cannot be reached"
-    REFUSED = "it refused the connection"
-    TIMED_OUT = "it did not answer in time"
-    OVERLOADED = "the proxy has too much to do"
+    NOT_ALLOWED = "the destination is not on the allow list"
+    UNREACHABLE = "the destination is unreachable"
+    REFUSED = "the destination refused the connection"
+    TIMED_OUT = "the destination did not answer in time"
+    OVERLOADED = "the proxy is overloaded"
 
 
 class BadRequest(Exception):
-    """The client does not speak the protocol; ``answer`` is what to tell it before closing."""
+    """The request is invalid; ``answer`` is to be sent to the client before closing."""
 
     def __init__(self, problem: str, answer: bytes = b"") -> None:
         super().__init__(problem)
@@ -32,25 +32,28 @@ class BadRequest(Exception):
 
 
 class ProxyProtocol(Protocol):
-    """One client's conversation."""
+    """The request of one client."""
 
     @property
     def target(self) -> tuple[str, int] | None:
-        """Host and port, once the client has said."""
+        """Return the requested host and port; None until the request is complete."""
 
     @property
     def rest(self) -> bytes:
-        """What came after the request."""
+        """Return the received bytes that follow the request."""
 
     def receive(self, data: bytes) -> bytes:
-        """Take what came, empty for the end; returns what to answer.  Raises BadRequest."""
+        """Add received bytes, empty at the end of stream; return the bytes to send.
+
+        Raises BadRequest.
+        """
 
     def granted(self) -> bytes:
-        """What to tell the client when it is connected."""
+        """Return the answer to a client that is connected to its target."""
 
     def refused(self, why: ProxyRefusal) -> bytes:
-        """What to tell the client when it is not going to be."""
+        """Return the answer to a client whose request is refused."""
 
 
-#: The most a request may take, in bytes; who sends more is not asking for a connection.
+#: Longest request in bytes.
 LONGEST_REQUEST = FORWARD_PROXY_REQUEST_MAX_BYTES

@@ -1,9 +1,9 @@
-"""The pump in asyncio.
+"""The splice pump in an asyncio loop.
 
-asyncio does what comes before, connects and handshakes, where a coroutine is worth its price.  A
-round trip through its event handling costs as much as the moving itself, though, so established
-connections have an epoll of their own, in which asyncio's is one member: see
-:class:`PumpSelector`.  asyncio is woken only when something happens that is its own.
+asyncio handles connects and handshakes, where coroutines are worth their cost.  For established
+connections, its event handling would cost as much as the transfer itself.  They are therefore
+served from a separate epoll instance, which contains asyncio's as one member
+(:class:`PumpSelector`); asyncio runs only for its own events.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .. import splice
 
 
 class ForwardedConnection(splice.SplicedPair):
-    """Two joined streams.  ``ended`` resolves to None, or to the OSError that ended it."""
+    """Two joined streams.  ``ended`` resolves to None, or to the OSError that ended them."""
 
     def __init__(self, pump: AsyncioSplicePump, one: socket.socket, other: socket.socket) -> None:
         super().__init__(pump, one, other)
@@ -29,23 +29,24 @@ class ForwardedConnection(splice.SplicedPair):
         self._wake = pump.wake
 
     def finished(self, why: OSError | None) -> None:
-        if not self.ended.done():  # whoever waited for it was cancelled
+        """Resolve ``ended``."""
+        if not self.ended.done():  # it is done if the waiting task was cancelled
             self.ended.set_result(why)
             self._wake()
 
 
 class PumpSelector(selectors.BaseSelector):
-    """asyncio's selector, which serves a pump's connections while it waits."""
+    """A selector for asyncio that serves a pump's connections while it waits."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
-        self._awaited = False  # asyncio has something to do because of a connection
+        self._awaited = False  # a connection's end is to be handled by asyncio
         self._rest = selectors.EpollSelector()
         self._epoll.register(self._rest.fileno(), select.EPOLLIN)
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait for what is asyncio's own.  What is the pump's is served and not returned."""
+        """Wait for asyncio's events and return them; serve the pump's meanwhile."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             if self._serve(self._epoll.poll(timeout)):
@@ -56,54 +57,62 @@ class PumpSelector(selectors.BaseSelector):
                     return []
 
     def wake(self) -> None:
-        """Have asyncio look at what it has to do, after the events that are being served."""
+        """End :meth:`select` after the present batch, so that asyncio handles its callbacks."""
         self._awaited = True
 
     def _serve(self, ready: list[tuple[int, int]]) -> bool:
-        """Serve events; whether asyncio has something to do now."""
+        """Serve a batch of events; return whether asyncio is to run."""
         callbacks = self._callbacks
         for fd, events in ready:
             callback = callbacks.get(fd)
-            if callback is None:  # asyncio's, or of a connection that has just ended
+            if callback is None:  # an event of asyncio, or of a connection that has just ended
                 self._awaited = True
             else:
                 callback(events)
         awaited, self._awaited = self._awaited, False
         return awaited
 
-    # As the pump's poller
+    # The pump's poller
 
     def watch_for(self, fd: int, callback: Callable[[int], None], events: int) -> None:
+        """Call ``callback(events)`` whenever ``fd`` is ready for ``events``."""
         self._callbacks[fd] = callback
         self._epoll.register(fd, events)
 
     def change(self, fd: int, events: int) -> None:
+        """Replace the events that ``fd`` is watched for."""
         self._epoll.modify(fd, events)
 
     def unwatch(self, fd: int) -> None:
-        self._callbacks.pop(fd, None)  # closing takes it out of the epoll
+        """Stop watching ``fd``, which is closed next."""
+        self._callbacks.pop(fd, None)  # close() removes it from the epoll instance
 
-    # As asyncio's selector
+    # asyncio's selector
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        """Register a file for asyncio."""
         return self._rest.register(fileobj, events, data)
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        """Remove a file of asyncio."""
         return self._rest.unregister(fileobj)
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        """Change the events of a file of asyncio."""
         return self._rest.modify(fileobj, events, data)
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        """Return the files of asyncio."""
         return self._rest.get_map()
 
     def close(self) -> None:
+        """Close both epoll instances."""
         self._epoll.close()
         self._rest.close()
 
 
 class AsyncioSplicePump(splice.SplicePump):
-    """Serves any number of connections in an asyncio loop made with ``selector``."""
+    """A splice pump in an asyncio loop that was made with ``selector``."""
 
     def __init__(self, selector: PumpSelector) -> None:
         super().__init__(selector)
@@ -115,31 +124,30 @@ class AsyncioSplicePump(splice.SplicePump):
         one: socket.socket,
         other: socket.socket,
         *,
-        said: bytes = b"",
+        early: bytes = b"",
         idle: float | None = None,
-        tap: Callable[[bool, bytes], None] | None = None,
+        capture: Callable[[bool, bytes], None] | None = None,
     ) -> ForwardedConnection:
-        """Join two connected stream sockets, which are the pump's from now on.
+        """Join two connected stream sockets, which the pump now owns.
 
-        ``said`` and ``tap`` are as :meth:`vsockets.splice.SplicePump.start` has them.  After
-        ``idle``
-        seconds in which nothing moved in either direction the connection is ended with ETIMEDOUT.
+        ``early`` and ``capture`` are those of :meth:`vsockets.splice.SplicePump.start`.  After
+        ``idle`` seconds without a byte in either direction the connection ends with ETIMEDOUT.
         """
         connection = ForwardedConnection(self, one, other)
-        self.start(connection, said, tap)
+        self.start(connection, early, capture)
         if idle is not None and not connection.ended.done():
             self._watch_idleness(connection, idle)
         return connection
 
     def _watch_idleness(self, connection: ForwardedConnection, idle: float) -> None:
-        def look() -> None:
+        def check() -> None:
             if connection.ended.done():
                 return
             left = connection.last_moved + idle - time.monotonic()
             if left > 0:
-                timer[0] = self.loop.call_later(left, look)
+                timer[0] = self.loop.call_later(left, check)
             else:
-                self.end(connection, OSError(errno.ETIMEDOUT, f"nothing moved for {idle:g} s"))
+                self.end(connection, OSError(errno.ETIMEDOUT, f"idle for {idle:g} s"))
 
-        timer = [self.loop.call_later(idle, look)]
+        timer = [self.loop.call_later(idle, check)]
         connection.ended.add_done_callback(lambda _: timer[0].cancel())

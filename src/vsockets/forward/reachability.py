@@ -1,8 +1,7 @@
-"""Public addresses, by IANA's special-purpose registries (RFC 6890) and embedded IPv4 addresses.
+"""Classification of public addresses by IANA's special-purpose registries (RFC 6890).
 
-The tables are written out here, because those of :mod:`ipaddress` differ between versions of
-Python, and know nothing of translators: an IPv6 address whose packets end at an IPv4 address is
-as public as that one.
+The tables are written out because those of :mod:`ipaddress` differ between versions of Python and
+ignore translators: an IPv6 address that embeds an IPv4 address is public only if that one is.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 Address = IPv4Address | IPv6Address
 
-#: IPv4 networks that are not the Internet's.
+#: IPv4 networks that are not part of the public Internet.
 _SPECIAL_4 = tuple(
     map(
         IPv4Network,
@@ -20,9 +19,9 @@ _SPECIAL_4 = tuple(
             "10.0.0.0/8",  # private use (RFC 1918)
             "100.64.0.0/10",  # shared between a provider and its customers (RFC 6598)
             "127.0.0.0/8",  # loopback (RFC 1122)
-            "169.254.0.0/16",  # link-local (RFC 3927), clouds' metadata among it
+            "169.254.0.0/16",  # link-local (RFC 3927), including clouds' metadata services
             "172.16.0.0/12",  # private use
-            "192.0.0.0/24",  # protocol assignments (RFC 6890), local anycast among them
+            "192.0.0.0/24",  # protocol assignments (RFC 6890), including local anycast
             "192.0.2.0/24",  # documentation (RFC 5737)
             "192.88.99.0/24",  # 6to4 relays, deprecated (RFC 7526)
             "192.168.0.0/16",  # private use
@@ -35,16 +34,16 @@ _SPECIAL_4 = tuple(
     )
 )
 
-#: All that is assigned as global unicast (RFC 4291); ``fec0::/10`` and IPv4-compatible addresses,
+#: All assigned global unicast addresses (RFC 4291); ``fec0::/10`` and IPv4-compatible addresses,
 #: for example, are outside.
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
 
-#: IPv6 networks within it that are not the Internet's.
+#: IPv6 networks within it that are not part of the public Internet.
 _SPECIAL_6 = tuple(
     map(
         IPv6Network,
         (
-            "2001::/23",  # protocol assignments (RFC 2928), Teredo (RFC 4380) among them
+            "2001::/23",  # protocol assignments (RFC 2928), including Teredo (RFC 4380)
             "2001:db8::/32",  # documentation (RFC 3849)
             "3fff::/20",  # documentation (RFC 9637)
         ),
@@ -59,7 +58,7 @@ _ISATAP = (0x0000_5EFE, 0x0200_5EFE)
 
 
 def is_public(address: Address) -> bool:
-    """Return whether ``address`` is one of the Internet's, and any IPv4 address within it."""
+    """Return whether ``address``, and any IPv4 address embedded in it, is public."""
     if isinstance(address, IPv4Address):
         return not any(address in network for network in _SPECIAL_4)
     number = int(address)

@@ -1,6 +1,6 @@
-"""Allow lists: which contexts may connect, and where a proxy's clients may go.
+"""Allow lists of a forward: the contexts that may connect, and the hosts a proxy may reach.
 
-Decisions only; a list with nothing in it allows every context, and no host.
+An empty list allows every context, and no host.  Performs no I/O.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LONGEST_HOST = 253  # RFC 1035: 255 bytes on the wire
 
 @dataclass(frozen=True, slots=True)
 class PeerRule:
-    """``CID``, ``CID:PORT`` or ``CID:FIRST-LAST``: source addresses that may connect."""
+    """A rule ``CID``, ``CID:PORT`` or ``CID:FIRST-LAST``: source addresses that may connect."""
 
     cid: int
     first: int = 0
@@ -31,7 +31,10 @@ class PeerRule:
 
     @classmethod
     def parse(cls, text: str) -> PeerRule:
-        """Raises ValueError."""
+        """Parse a rule of the command line.
+
+        Raises ValueError.
+        """
         cid, colon, ports = text.partition(":")
         if not colon:
             return cls(parse_cid(cid))
@@ -42,19 +45,19 @@ class PeerRule:
         return rule
 
     def admits(self, cid: int, port: int) -> bool:
-        """Whether the peer at ``cid:port`` is meant."""
+        """Return whether the rule covers the peer ``cid:port``."""
         return self.cid in (cid, VMADDR_CID_ANY) and self.first <= port <= self.last
 
 
 def admits_peer(rules: Iterable[PeerRule], peer: tuple[int, int]) -> bool:
-    """Whether ``peer`` may connect; without rules everybody may."""
+    """Return whether ``peer`` may connect; True without rules."""
     rules = tuple(rules)
     return not rules or any(rule.admits(*peer) for rule in rules)
 
 
 @dataclass(frozen=True, slots=True)
 class HostRule:
-    """``HOST``, ``HOST:PORT``: where a proxy's clients may go.
+    """A rule ``HOST`` or ``HOST:PORT``: a destination that a proxy's clients may connect to.
 
     HOST is a name, a pattern of a name (``*.example.org``), an address or a network
     (``10.0.0.0/8``, ``[fd00::]/8`` or ``[::1]``).  A pattern reaches public addresses only
@@ -68,7 +71,10 @@ class HostRule:
 
     @classmethod
     def parse(cls, text: str) -> HostRule:
-        """Raises ValueError."""
+        """Parse a rule of the command line.
+
+        Raises ValueError.
+        """
         match = re.fullmatch(r"(\[[^\]]*\](?:/\d+)?|[^:\[\]]+)(?::(\d+|\*))?", text)
         if match is None:
             raise ValueError(f"{text!r}: expected HOST or HOST:PORT, an IPv6 address in brackets")
@@ -78,19 +84,22 @@ class HostRule:
             return cls(network=ipaddress.ip_network(re.sub(r"[][]", "", host)), port=port)
         except ValueError:
             if not _PATTERN.fullmatch(host):
-                raise ValueError(f"{text!r}: expected a host's name, address or network") from None
+                raise ValueError(f"{text!r}: expected a host name, address or network") from None
         return cls(name=host.lower(), port=port)
 
-    def _meets(self, port: int) -> bool:
+    def _covers(self, port: int) -> bool:
         return self.port in (None, port)
 
     def admits_name(self, name: str, port: int) -> bool:
-        """Whether ``name`` may be looked up for ``port``."""
-        return self._meets(port) and bool(self.name) and fnmatchcase(name, self.name)
+        """Return whether ``name`` may be looked up for ``port``."""
+        return self._covers(port) and bool(self.name) and fnmatchcase(name, self.name)
 
     def admits_address(self, name: str, address: Address, port: int) -> bool:
-        """Whether ``address``, to which ``name`` led, may be connected to; "" is no name."""
-        if not self._meets(port):
+        """Return whether the client may connect to ``address``.
+
+        ``name`` is the host name that resolved to it; "" if the client gave an address.
+        """
+        if not self._covers(port):
             return False
         if self.network is not None:
             return address in self.network
@@ -106,25 +115,28 @@ class HostRules:
         self._rules = tuple(rules)
 
     def admits_name(self, name: str, port: int) -> bool:
-        """Whether ``name`` may be looked up; what it leads to is asked about next.
+        """Return whether ``name`` may be looked up; its addresses are checked separately.
 
-        Only a name that some rule speaks of: a lookup alone tells its name server something.
+        A name needs a matching rule, because even a lookup discloses something to its name server.
         """
         name = name.lower().rstrip(".")
         return any(rule.admits_name(name, port) for rule in self._rules)
 
     def admits_address(self, name: str, address: Address, port: int) -> bool:
-        """Whether ``address`` may be connected to; ``name`` is what the client asked for."""
+        """Return whether the client may connect to ``address``, which ``name`` resolved to."""
         name = name.lower().rstrip(".")
         address = getattr(address, "ipv4_mapped", None) or address
         return any(rule.admits_address(name, address, port) for rule in self._rules)
 
 
 def check_host(text: str) -> str:
-    """``text`` if it can be a host's name or an address.  Raises ValueError."""
+    """Return ``text``, a host name, or an address in its usual form.
+
+    Raises ValueError for anything else.
+    """
     try:
         return str(ipaddress.ip_address(text))
     except ValueError:
         if len(text) > _LONGEST_HOST or not _HOST.fullmatch(text):
-            raise ValueError("expected a host's name or address") from None
+            raise ValueError("expected a host name or an address") from None
     return text

@@ -1,31 +1,30 @@
-"""Any number of forwards in one process: started, changed, and brought to an orderly end."""
+"""A process with any number of forwards: start, change and drain them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket as stdlib
 from collections.abc import Callable, Iterable
 
 from .._linux.rlimit import allow_many_descriptors
 from ..attachment import ContextHandle
 from ..capture.recorder import Recorder
-from ..eventloop.listeners import Listener, open_listener
-from ..eventloop.tasks import on_signals, wait_first
+from ..eventloop.asyncio_server import Listener, open_listener
+from ..eventloop.service import run_service, wait_first
 from ..model.locator import Exec, Inherited, Locator, Stdio
+from .client import log
 from .datagram_forward import DatagramForward
 from .dialer import Dialer
 from .pump import AsyncioSplicePump, PumpSelector
 from .settings import Settings
 from .stream_forward import StreamForward
-from .throttled_log import log
 
 Forward = StreamForward | DatagramForward
 
 
 class Service:
-    """Forwards, by where their clients come to; made in a running loop by :func:`run`."""
+    """The forwards of a process, by their source.  :func:`run` makes it in a running loop."""
 
     def __init__(
         self,
@@ -38,21 +37,21 @@ class Service:
         self._pump = AsyncioSplicePump(selector)
         self._dialer = Dialer(context)
         self._forwards: dict[Locator, Forward] = {}
-        self._leaving: set[Forward] = set()  # doors closed, connections left
+        self._draining: set[Forward] = set()  # without a listener, with connections
 
     @property
-    def doors(self) -> dict[Locator, str]:
-        """Where each forward listens, wildcards filled in."""
+    def addresses(self) -> dict[Locator, str]:
+        """Return the address that each forward listens on, with wildcards resolved."""
         return {
-            source: forward.door.where
+            source: forward.listener.where
             for source, forward in self._forwards.items()
-            if forward.door is not None and forward.door.sockets
+            if forward.listener is not None and forward.listener.sockets
         }
 
     def apply(self, wanted: Iterable[Settings]) -> None:
-        """Do what ``wanted`` says from now on; connections that stand are not touched.
+        """Replace the forwards by ``wanted``; established connections are kept.
 
-        Either all of it or, when it raises OSError, nothing.
+        Raises OSError, with nothing changed, when a new forward cannot listen.
         """
         by_source = {settings.source: settings for settings in wanted}
         started: dict[Locator, Forward] = {}
@@ -65,15 +64,15 @@ class Service:
                 forward.close()
             raise
         for source in self._forwards.keys() - by_source.keys():
-            self._close_door(self._forwards.pop(source))
+            self._stop_listening(self._forwards.pop(source))
         self._forwards |= started
         for source, settings in by_source.items():
             self._forwards[source].settings = settings
 
     async def finished(self) -> None:
-        """Return when every forward has come to its end: never, unless all serve but once.
+        """Return when every forward has ended, which only forwards of one connection do.
 
-        Raises the OSError for which the last one did not serve.
+        Raises the OSError that the last forward failed with.
         """
         while self._forwards:
             source, forward = next(iter(self._forwards.items()))
@@ -86,52 +85,54 @@ class Service:
                     log.error("%s: %s", forward.settings, forward.failure.strerror)
 
     async def drain(self, seconds: float) -> None:
-        """Close the doors, and wait for the connections to end by themselves, but not longer."""
+        """Stop listening, and wait at most ``seconds`` for the connections to end."""
         for source in list(self._forwards):
-            self._close_door(self._forwards.pop(source))
-        left = sum(forward.connections for forward in self._leaving)
+            self._stop_listening(self._forwards.pop(source))
+        left = sum(forward.connections for forward in self._draining)
         if left:
-            log.warning("connections that may end within %g s: %d", seconds, left)
+            log.warning("draining for %g s: connections left: %d", seconds, left)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                for forward in list(self._leaving):
+                for forward in list(self._draining):
                     await forward.finished()
 
     def close(self) -> None:
-        """End everything now."""
-        for forward in [*self._forwards.values(), *self._leaving]:
+        """Close all forwards and their connections."""
+        for forward in [*self._forwards.values(), *self._draining]:
             if forward.connections:
-                log.warning("%s: connections cut: %d", forward.settings, forward.connections)
+                log.warning("%s: connections closed: %d", forward.settings, forward.connections)
             forward.close()
         self._pump.close()
 
     def _open(self, settings: Settings) -> Listener:
-        door = open_listener(settings.source, self._context)
-        datagram = door.sockets[0].type == stdlib.SOCK_DGRAM
+        listener = open_listener(settings.source, self._context)
+        datagram = listener.sockets[0].type == stdlib.SOCK_DGRAM
         if isinstance(settings.source, Inherited) and datagram != settings.target.datagram:
-            door.close()
-            raise OSError(0, f"{settings}: one has datagrams, the other a stream")
-        return door
+            listener.close()
+            raise OSError(0, f"{settings}: cannot join datagrams and a stream")
+        return listener
 
     def _start(self, settings: Settings) -> Forward:
-        door = None if isinstance(settings.source, Stdio | Exec) else self._open(settings)
+        listener = None if isinstance(settings.source, Stdio | Exec) else self._open(settings)
         if settings.target.datagram:
-            assert door is not None
+            assert listener is not None
             try:
                 return DatagramForward(
-                    settings, door, self._dialer, self._context, self._open, self._recorder
+                    settings, listener, self._dialer, self._context, self._open, self._recorder
                 )
             except OSError:
-                door.close()
+                listener.close()
                 raise
-        return StreamForward(settings, door, self._pump, self._dialer, self._open, self._recorder)
+        return StreamForward(
+            settings, listener, self._pump, self._dialer, self._open, self._recorder
+        )
 
-    def _close_door(self, forward: Forward) -> None:
-        forward.close_door()
+    def _stop_listening(self, forward: Forward) -> None:
+        forward.stop_listening()
         if forward.connections:
-            self._leaving.add(forward)
+            self._draining.add(forward)
             waiting = asyncio.ensure_future(forward.finished())
-            waiting.add_done_callback(lambda _: self._leaving.discard(forward))
+            waiting.add_done_callback(lambda _: self._draining.discard(forward))
 
 
 def run(
@@ -143,13 +144,13 @@ def run(
     ready: Callable[[Service], None] = lambda service: None,
     recorder: Recorder | None = None,
 ) -> None:
-    """Serve ``forwards`` until SIGTERM or SIGINT; on SIGHUP what ``again`` says from then on.
+    """Serve ``forwards`` until SIGTERM or SIGINT; at SIGHUP apply what ``again`` returns.
 
-    After the first signal the doors are closed and connections have ``drain`` seconds to end;
-    the second one ends them.  ``ready`` is called when everybody listens.  With ``recorder``
-    what passes is recorded, until it cannot be: then everything ends, with its OSError.
+    The first signal closes the listeners and leaves connections ``drain`` seconds to end; a second
+    signal closes them.  ``ready`` is called when all forwards listen.  With ``recorder`` the
+    traffic is recorded; when recording fails, the service ends with its OSError.
 
-    Raises OSError when that cannot be.
+    Raises OSError when a forward cannot listen.
     """
     allow_many_descriptors()
     selector = PumpSelector()
@@ -174,33 +175,30 @@ async def _serve(
     recorder: Recorder | None,
 ) -> None:
     loop = asyncio.get_running_loop()
-    stopped, cut = asyncio.Event(), asyncio.Event()
-    broken: asyncio.Future[None] = loop.create_future()
-
-    def stop() -> None:
-        (cut if stopped.is_set() else stopped).set()
+    failed: asyncio.Future[None] = loop.create_future()
 
     def reload() -> None:
         try:
             service.apply(again())
         except (OSError, ValueError) as error:
             text = error.strerror if isinstance(error, OSError) else None
-            log.error("nothing was changed: %s", text or error)
+            log.error("not reloaded: %s", text or error)
         else:
-            log.info("read again")
+            log.info("reloaded")
 
     def fail(error: OSError) -> None:
-        if not broken.done():
-            broken.set_exception(error)
+        if not failed.done():
+            failed.set_exception(error)
 
-    def cannot_record(error: OSError) -> None:
-        # The pump calls this from outside of the loop's callbacks, which are to be woken up.
+    def on_recorder_failed(error: OSError) -> None:
+        # The pump calls this outside of asyncio's callbacks: the loop has to be woken.
         loop.call_soon_threadsafe(fail, error)
 
     if recorder is not None:
-        recorder.broken = cannot_record
-    on_signals({signal.SIGHUP: reload, signal.SIGTERM: stop, signal.SIGINT: stop})
-    ready(service)
-    await wait_first(service.finished(), stopped.wait(), broken)
-    if stopped.is_set():
-        await wait_first(service.drain(drain), cut.wait())
+        recorder.failed = on_recorder_failed
+    await run_service(
+        lambda: ready(service),
+        wait_first(service.finished(), failed),
+        drain=lambda: service.drain(drain),
+        reload=reload,
+    )

@@ -1,4 +1,4 @@
-"""Dividing a number of places among parties that come and go.  Decisions only."""
+"""Division of a limited number of places among parties that come and go."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Hashable
 
 
 class Shares:
-    """Places that parties hold, of ``limit``, which may be changed.
+    """The places held by parties, out of ``limit``, which may be changed.
 
-    A party may take a place while it holds fewer than are free.  So one party alone gets half of
-    them, several get as many as each other in the long run, and a party that has none finds a
-    free one, unless there are more greedy ones than the limit has binary digits.
+    A party may take a place while it holds fewer places than are free.  A single party therefore
+    gets half of them, several parties get equal numbers in the long run, and a new party finds a
+    free place, unless there are more greedy parties than the limit has binary digits.
     """
 
     def __init__(self, limit: int) -> None:
@@ -20,7 +20,7 @@ class Shares:
         self._taken = 0
 
     def take(self, party: Hashable) -> bool:
-        """Take a place for ``party``, and return True, if it may have one more."""
+        """Take a place for ``party``; return False if it may not have another one."""
         if self._held[party] >= self.limit - self._taken:
             return False
         self._held[party] += 1
@@ -28,7 +28,7 @@ class Shares:
         return True
 
     def give_back(self, party: Hashable) -> None:
-        """Free a place of ``party``."""
+        """Free one place of ``party``."""
         self._taken -= 1
         self._held[party] -= 1
         if not self._held[party]:

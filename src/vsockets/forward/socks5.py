@@ -1,6 +1,6 @@
-"""SOCKS version 5 (RFC 1928), the proxy's side: CONNECT, without authentication.
+"""The proxy's side of SOCKS version 5 (RFC 1928): CONNECT, without authentication.
 
-Who may use the proxy was decided when the client connected: its CID says who it is.
+Clients are authorized by their CID when they connect.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REPLIES = {
 
 
 class Socks5:
-    """A client's conversation; see :class:`~.front_end.FrontEnd`."""
+    """The SOCKS5 request of one client; implements :class:`~.proxy_protocol.ProxyProtocol`."""
 
     def __init__(self) -> None:
         self.target: tuple[str, int] | None = None
@@ -38,12 +38,15 @@ class Socks5:
         self._received = b""
 
     def receive(self, data: bytes) -> bytes:
-        """Take what came; returns what to answer.  Raises BadRequest."""
+        """Add received bytes; return the bytes to send.
+
+        Raises BadRequest.
+        """
         if not data:
-            raise BadRequest("the end came before the request")
+            raise BadRequest("end of stream before the request")
         self._received += data
         if len(self._received) > LONGEST_REQUEST:
-            raise BadRequest("the request is too long")
+            raise BadRequest(f"request too long (expected at most {LONGEST_REQUEST} bytes)")
         answer = b""
         if not self._greeted:
             answer = self._greeting()
@@ -52,39 +55,39 @@ class Socks5:
         return answer
 
     def granted(self) -> bytes:
-        """Reply: succeeded."""
+        """Return the reply "succeeded"."""
         return _reply(_SUCCEEDED)
 
     def refused(self, why: ProxyRefusal) -> bytes:
-        """Reply: why not."""
+        """Return the reply with the code for ``why``."""
         return _reply(_REPLIES[why])
 
     def _greeting(self) -> bytes:
         data = self._received
         if data[0] != _VERSION:
-            raise BadRequest(f"SOCKS version {data[0]}, expected {_VERSION}")
+            raise BadRequest(f"SOCKS version {data[0]} (expected {_VERSION})")
         if len(data) < 2 or len(data) < 2 + data[1]:
             return b""
         methods, self._received = data[2 : 2 + data[1]], data[2 + data[1] :]
         if _NO_AUTHENTICATION not in methods:
-            raise BadRequest(
-                "the client insists on authentication", bytes([_VERSION, _NO_ACCEPTABLE_METHOD])
-            )
+            why = "the client requires authentication"
+            raise BadRequest(why, bytes([_VERSION, _NO_ACCEPTABLE_METHOD]))
         self._greeted = True
         return bytes([_VERSION, _NO_AUTHENTICATION])
 
     def _request(self) -> None:
         data = self._received
-        if len(data) < 5:  # the first byte of the address is a name's length
+        if len(data) < 5:  # the fifth byte is the length of a name
             return
         version, command, _, kind, first = data[:5]
         if version != _VERSION:
-            raise BadRequest(f"SOCKS version {version}, expected {_VERSION}")
+            raise BadRequest(f"SOCKS version {version} (expected {_VERSION})")
         if command != _CONNECT:
-            raise BadRequest(f"command {command}, expected CONNECT", _reply(_COMMAND_NOT_SUPPORTED))
+            why = f"command {command} (expected CONNECT)"
+            raise BadRequest(why, _reply(_COMMAND_NOT_SUPPORTED))
         sizes = {_IPV4: (4, 4), _IPV6: (4, 16), _NAME: (5, first)}
         if kind not in sizes:
-            raise BadRequest(f"address type {kind}", _reply(_ADDRESS_TYPE_NOT_SUPPORTED))
+            raise BadRequest(f"invalid address type {kind}", _reply(_ADDRESS_TYPE_NOT_SUPPORTED))
         begin, size = sizes[kind]
         end = begin + size
         if len(data) < end + 2:
@@ -94,7 +97,7 @@ class Socks5:
             try:
                 host = check_host(address.decode("ascii"))
             except ValueError:
-                raise BadRequest("the host's name is none", _reply(_GENERAL_FAILURE)) from None
+                raise BadRequest("invalid host name", _reply(_GENERAL_FAILURE)) from None
         else:
             host = str(ipaddress.ip_address(address))
         self.target = host, int.from_bytes(data[end : end + 2], "big")
@@ -102,5 +105,5 @@ class Socks5:
 
 
 def _reply(code: int) -> bytes:
-    # The address we are bound to is nobody's business, and few clients look: all zero.
+    # The bound address is all zero: it would disclose the host's, and few clients read it.
     return bytes([_VERSION, code, 0, _IPV4]) + bytes(6)

@@ -1,7 +1,7 @@
-"""Our own standard input and output as one stream socket.
+"""The process's standard input and output as one stream socket.
 
-They may be files and terminals, which epoll will not have or which must not be made non-blocking,
-as others share them.  So two threads copy between them and a socket.
+They may be files, which epoll rejects, or terminals, which must stay blocking because other
+processes share them.  Two threads therefore copy between them and a socket.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ _CHUNK = 65_536
 
 
 def standard_streams() -> socket.socket:
-    """A non-blocking socket joined to standard input and output."""
+    """Return a non-blocking socket that is joined to standard input and output."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    # A read from a terminal cannot be called off, so that thread must not hold up the end; but
-    # the end comes after all has been written.
+    # A daemon thread, because a read from a terminal cannot be cancelled when the program ends.
     threading.Thread(target=_copy_input, args=(theirs,), daemon=True).start()
+    # Not a daemon thread: the program ends after all output is written.
     threading.Thread(target=_copy_output, args=(theirs,)).start()
     return ours
 
 
 def _copy_input(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # the stream takes no more, or there is no input
+    with contextlib.suppress(OSError):  # the stream is closed, or standard input is
         while data := os.read(0, _CHUNK):
             sock.sendall(data)
     with contextlib.suppress(OSError):
@@ -39,6 +39,6 @@ def _copy_output(sock: socket.socket) -> None:
             view = memoryview(data)
             while view:
                 view = view[os.write(1, view) :]
-    except OSError:  # nobody reads any more
+    except OSError:  # the reader of standard output has closed it
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RD)

@@ -1,4 +1,4 @@
-"""One forward of streams: accept, decide, connect, and hand both over to the pump."""
+"""A forward of streams: accept a client, authorize it, connect the target, join the two."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..eventloop.asyncio_server import AsyncioAcceptor
 from ..model.locator import Inet, Proxy
+from .client import Client, log
 from .dialer import Dialer, NotAdmitted
 from .limits import FORWARD_PROXY_TIMEOUT_SECONDS
 from .proxy_protocol import BadRequest, ProxyProtocol, ProxyRefusal
@@ -19,33 +20,32 @@ from .rules import HostRules, admits_peer
 from .settings import Settings
 from .shares import Shares
 from .socks5 import Socks5
-from .throttled_log import Client, log
 
 if TYPE_CHECKING:
     from ..capture.recorder import Recorder
-    from ..eventloop.listeners import Listener
+    from ..eventloop.asyncio_server import Listener
     from .pump import AsyncioSplicePump
 
 
 class StreamForward:
-    """Serves one forward in the running asyncio loop.
+    """A running forward of streams in the running asyncio loop.
 
-    ``settings`` may be replaced at any time; the connections that stand keep what they had.
-    ``door`` is None when the source is no place to come to; ``reopen`` makes it anew when
-    vsockd, which it was a door of, has ended.
+    ``settings`` may be replaced at any time; established connections keep their settings.
+    ``listener`` is None when the source is a single stream (standard input or a program).
+    ``reopen`` makes a vSockets listener again after vsockd has ended.
     """
 
     def __init__(
         self,
         settings: Settings,
-        door: Listener | None,
+        listener: Listener | None,
         pump: AsyncioSplicePump,
         dialer: Dialer,
         reopen: Callable[[Settings], Listener],
         recorder: Recorder | None = None,
     ) -> None:
         self.settings = settings
-        self.failure: OSError | None = None  #: why the only connection did not come about
+        self.failure: OSError | None = None  #: why the forward's only connection failed
         self._pump = pump
         self._dialer = dialer
         self._recorder = recorder
@@ -53,61 +53,61 @@ class StreamForward:
         self._tasks: set[asyncio.Task[None]] = set()
         self._shares = Shares(settings.max_connections)
         self._finished = asyncio.Event()
-        self._entrance: AsyncioAcceptor | None = None
-        if door is None:
+        self._acceptor: AsyncioAcceptor | None = None
+        if listener is None:
             self._start(self._serve_origin())
         else:
-            self._entrance = AsyncioAcceptor(
+            self._acceptor = AsyncioAcceptor(
                 settings.source,
-                door,
-                self._enter,
+                listener,
+                self._admit,
                 has_room=lambda: self.connections < self.settings.max_connections,
                 reopen=lambda: reopen(self.settings),
                 log=log,
             )
 
     @property
-    def door(self) -> Listener | None:
-        """Where clients come to; None when nobody can any more."""
-        return self._entrance.door if self._entrance is not None else None
+    def listener(self) -> Listener | None:
+        """Return the open listener; None once the forward does not listen."""
+        return self._acceptor.listener if self._acceptor is not None else None
 
     @property
     def connections(self) -> int:
-        """How many there are, those included that are not joined yet."""
+        """Return the number of connections, including those not joined yet."""
         return len(self._tasks)
 
     async def finished(self) -> None:
-        """Return when the door is closed and the last connection has ended."""
+        """Return when the listener is closed and the last connection has ended."""
         await self._finished.wait()
 
-    def close_door(self) -> None:
-        """Let nobody in any more; the connections that stand go on."""
-        if self._entrance is not None:
-            self._entrance.close()
+    def stop_listening(self) -> None:
+        """Close the listener; established connections stay."""
+        if self._acceptor is not None:
+            self._acceptor.close()
         if not self._tasks:
             self._finished.set()
 
     def close(self) -> None:
-        """End everything."""
-        self.close_door()
+        """Close the listener and all connections."""
+        self.stop_listening()
         for task in self._tasks:
             task.cancel()
 
-    def _enter(self, sock: stdlib.socket) -> None:
+    def _admit(self, sock: stdlib.socket) -> None:
         client, settings = Client(sock), self.settings
         shares = self._shares if client.peer is not None and settings.is_shared else None
         if shares is not None:
             shares.limit = settings.max_connections
             if not shares.take(client.party):
-                why = "has its share of the connections"
-                client.log.warning("%s: context %s %s", settings, client.party, why)
+                why = "its share of the connections is in use"
+                client.log.warning("%s: context %s: %s", settings, client.party, why)
                 sock.close()
                 return
         task = self._start(self._serve(sock, client, settings))
         if shares is not None:
             task.add_done_callback(lambda _: shares.give_back(client.party))
         if settings.once:
-            self.close_door()
+            self.stop_listening()
 
     def _start(self, serving: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(serving)
@@ -118,16 +118,16 @@ class StreamForward:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s: a connection was lost", self.settings, exc_info=error)
-        if self.door is not None and self._entrance is not None:
-            self._entrance.look_again()
+            log.error("%s: internal error: a connection was dropped", self.settings, exc_info=error)
+        if self.listener is not None and self._acceptor is not None:
+            self._acceptor.recheck_room()
         elif not self._tasks:
             self._finished.set()
 
     # Serving
 
     async def _serve_origin(self) -> None:
-        """The source is no door but a stream of its own."""
+        """Open the source, which is a single stream, and serve it."""
         settings = self.settings
         try:
             sock = await self._dialer.connect(settings.source, timeout=settings.connect_timeout)
@@ -139,16 +139,16 @@ class StreamForward:
         await self._serve(sock, client, settings)
 
     async def _serve(self, sock: stdlib.socket, client: Client, settings: Settings) -> None:
-        """Take one client to its target, and see it through."""
+        """Connect a client to its target, and wait for the end of the connection."""
         target: stdlib.socket | None = None
         who = client.who
         try:
             if client.peer is not None and not admits_peer(settings.allow, client.peer):
                 client.log.warning("%s: %s is not allowed", settings, who)
                 return
-            said = b""
+            early = b""
             if isinstance(settings.target, Proxy):
-                target, said = await self._serve_proxy(sock, client, settings)
+                target, early = await self._serve_proxy(sock, client, settings)
             else:
                 target = await self._dialer.connect(
                     settings.target,
@@ -161,16 +161,18 @@ class StreamForward:
                 return
             began = time.monotonic()
             client.log.info("%s: %s connected", settings, who)
-            tap = self._recorder.stream(sock, target) if self._recorder else None
-            connection = self._pump.join(sock, target, said=said, idle=settings.idle, tap=tap)
+            capture = self._recorder.stream(sock, target) if self._recorder else None
+            connection = self._pump.join(
+                sock, target, early=early, idle=settings.idle, capture=capture
+            )
             try:
                 why = await connection.ended
             finally:
                 connection.close()
-            there, back = connection.moved
+            sent, received = connection.moved
             client.log.info(
-                "%s: %s ended%s: %d bytes there, %d back, %.3f s",
-                *(settings, who, f" ({why.strerror})" if why else "", there, back),
+                "%s: %s ended%s: %d bytes sent, %d received, %.3f s",
+                *(settings, who, f" ({why.strerror})" if why else "", sent, received),
                 time.monotonic() - began,
             )
         except OSError as error:
@@ -186,15 +188,19 @@ class StreamForward:
     async def _serve_proxy(
         self, sock: stdlib.socket, client: Client, settings: Settings
     ) -> tuple[stdlib.socket | None, bytes]:
-        """The target the client asked for, and what it has said to it; None when refused."""
-        front = _front_end(settings.target)
+        """Receive the client's request and connect its target.
+
+        Returns the connected target, None if the request is refused, and the bytes for the target
+        that the client has sent with its request.
+        """
+        request = _proxy_protocol(settings.target)
         who = client.who
         try:
             async with asyncio.timeout(FORWARD_PROXY_TIMEOUT_SECONDS):
-                host, port = await self._ask(sock, front)
+                host, port = await self._receive_request(sock, request)
         except BadRequest as error:
             client.log.warning("%s: %s: %s", settings, who, error)
-            await self._tell(sock, error.answer)
+            await self._send_refusal(sock, error.answer)
             return None, b""
         except TimeoutError:
             client.log.warning("%s: %s sent no request in time", settings, who)
@@ -218,25 +224,27 @@ class StreamForward:
             why = error.strerror or error
             client.log.warning("%s: %s to %s:%d: %s", settings, who, host, port, why)
         if refusal is not None or target is None:
-            await self._tell(sock, front.refused(refusal or ProxyRefusal.UNREACHABLE))
+            await self._send_refusal(sock, request.refused(refusal or ProxyRefusal.UNREACHABLE))
             return None, b""
         try:
-            client.log.info("%s: %s goes to %s:%d", settings, who, host, port)
-            await self._loop.sock_sendall(sock, front.granted())
+            client.log.info("%s: %s connected to %s:%d", settings, who, host, port)
+            await self._loop.sock_sendall(sock, request.granted())
         except BaseException:
             target.close()
             raise
-        return target, front.rest
+        return target, request.rest
 
-    async def _ask(self, client: stdlib.socket, front: ProxyProtocol) -> tuple[str, int]:
-        while front.target is None:
-            answer = front.receive(await self._loop.sock_recv(client, 4096))
+    async def _receive_request(
+        self, client: stdlib.socket, request: ProxyProtocol
+    ) -> tuple[str, int]:
+        while request.target is None:
+            answer = request.receive(await self._loop.sock_recv(client, 4096))
             if answer:
                 await self._loop.sock_sendall(client, answer)
-        return front.target
+        return request.target
 
-    async def _tell(self, client: stdlib.socket, answer: bytes) -> None:
-        """Send a refusal so that it arrives: closing with bytes unread would throw it away."""
+    async def _send_refusal(self, client: stdlib.socket, answer: bytes) -> None:
+        """Send a refusal, then read to the end: closing with unread bytes would discard it."""
         with contextlib.suppress(OSError):
             async with asyncio.timeout(FORWARD_PROXY_TIMEOUT_SECONDS):
                 await self._loop.sock_sendall(client, answer)
@@ -245,11 +253,11 @@ class StreamForward:
                     pass
 
 
-def _front_end(target: object) -> ProxyProtocol:
+def _proxy_protocol(target: object) -> ProxyProtocol:
     assert isinstance(target, Proxy)
     if target.protocol == "socks5":
         return Socks5()
-    from .http_connect import HttpConnect  # here, because it needs h11
+    from .http_connect import HttpConnect  # here, because it needs h11, which slows the start
 
     return HttpConnect()
 

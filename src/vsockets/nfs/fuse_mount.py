@@ -13,7 +13,7 @@ import pyfuse3
 
 from .._linux.sd_notify import notify_ready
 from ..attachment import ContextHandle
-from ..eventloop.tasks import on_signals
+from ..eventloop.service import on_signals
 from ..logs import NOTICE
 from ..model.locator import Inet, Locator
 from .fuse import NfsOperations

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .._linux.descriptor_passing import guard
 from ..attachment import ContextHandle, current
-from ..eventloop.rebind import Revival
+from ..eventloop.rebind import Rebinder
 from ..limits import ACCEPTS_PER_TURN_MAX, MAX_DATAGRAM
 from ..model.constants import VMADDR_CID_LOCAL
 from ..model.locator import Inet, Locator, Vsock
@@ -62,9 +62,9 @@ class RpcClient:
         self._timer: asyncio.TimerHandle | None = None
         self.retransmissions = 0  #: number of retransmitted datagrams
         self.send_error = ""  #: the error of the last failed send; empty after a success
-        self._revival: Revival | None = None
+        self._rebinder: Rebinder | None = None
         if context is not None:
-            self._revival = Revival(context, self._close_socket, self._reopen)
+            self._rebinder = Rebinder(context, self._close_socket, self._reopen)
         self._start_receiving()
 
     @classmethod
@@ -102,8 +102,8 @@ class RpcClient:
 
     def close(self) -> None:
         """Close the socket; calls in flight fail with ESHUTDOWN."""
-        if self._revival is not None:
-            self._revival.close()
+        if self._rebinder is not None:
+            self._rebinder.close()
         self._close_socket()
         if self._timer is not None:
             self._timer.cancel()

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket as stdlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
-from .._linux.sd_notify import notify_ready
 from ..attachment import ContextHandle
-from ..eventloop.asyncio_server import DatagramEntrance
-from ..eventloop.listeners import Listener, open_listener
-from ..eventloop.tasks import on_signals
+from ..eventloop.asyncio_server import DatagramReceiver, Listener, open_listener
+from ..eventloop.service import run_service
 from ..limits import MAX_DATAGRAM
 from ..model.locator import Locator
 from .limits import NFS_DATAGRAMS_PER_TURN_MAX, NFS_GUEST_WAITING_CALLS_MAX, NFS_TURN_MAX_SECONDS
@@ -51,7 +48,7 @@ class NfsServer:
         self, service: Service, locators: Sequence[Locator], context: ContextHandle | None = None
     ) -> None:
         """Open a listener for each locator.  Raises OSError."""
-        self._acceptors: list[DatagramEntrance] = []
+        self._receivers: list[DatagramReceiver] = []
         self._service = service
         self._loop = asyncio.get_running_loop()
         self._guests: OrderedDict[Hashable, _Guest] = OrderedDict()  # in the order of their turns
@@ -66,12 +63,12 @@ class NfsServer:
     @property
     def listeners(self) -> list[Listener]:
         """The listeners, one for each locator."""
-        return [acceptor.door for acceptor in self._acceptors]
+        return [receiver.listener for receiver in self._receivers]
 
     def close(self) -> None:
         """Close the listeners and drop all calls."""
-        for acceptor in self._acceptors:
-            acceptor.close()
+        for receiver in self._receivers:
+            receiver.close()
         if self._turn is not None:
             self._turn.cancel()
         for guest in self._guests.values():
@@ -80,7 +77,7 @@ class NfsServer:
     def _listen(self, locator: Locator, context: ContextHandle | None) -> None:
         listener = open_listener(locator, context)
         try:
-            acceptor = DatagramEntrance(
+            receiver = DatagramReceiver(
                 locator,
                 listener,
                 self._receive,
@@ -91,7 +88,7 @@ class NfsServer:
         except OSError:
             listener.close()
             raise
-        self._acceptors.append(acceptor)
+        self._receivers.append(receiver)
 
     def _receive(self, sock: stdlib.socket) -> None:
         for _ in range(NFS_DATAGRAMS_PER_TURN_MAX):
@@ -164,12 +161,8 @@ async def serve(
 
     Raises OSError.
     """
-    ended = asyncio.Event()
-    on_signals({signal.SIGTERM: ended.set, signal.SIGINT: ended.set})
     server = NfsServer(service, locators, context)
     try:
-        on_ready(server)
-        notify_ready()
-        await ended.wait()
+        await run_service(lambda: on_ready(server))
     finally:
         server.close()

@@ -12,7 +12,7 @@ from collections import OrderedDict
 
 from .._linux.descriptor_passing import guard_accepted
 from ..attachment import ContextHandle
-from ..eventloop.listeners import Listener
+from ..eventloop.asyncio_server import Listener
 from ..eventloop.rebind import lifeline
 from ..limits import MAX_DATAGRAM, RETRY_LONGEST_PAUSE_SECONDS
 from ..model.constants import AF_VSOCK

@@ -8,7 +8,7 @@ import sys
 _PROGRAM = """
 import asyncio, os, signal
 from asyncio.selector_events import BaseSelectorEventLoop
-from vsockets.eventloop.tasks import on_signals
+from vsockets.eventloop.service import on_signals
 
 close = BaseSelectorEventLoop._close_self_pipe
 

@@ -1,4 +1,4 @@
-"""What bridges say of their clients."""
+"""The clients of forwarders and proxies, as their log lines and limits identify them."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
 
 
 class Client:
-    """The other end of an accepted stream: its name, and whose it is."""
+    """The peer of an accepted stream: its name, its party and its log."""
 
     def __init__(self, sock: stdlib.socket, log: logging.Logger = log) -> None:
         try:
             name = sock.getpeername()
         except OSError:
-            name, self.who = None, "a client that has gone"
+            name, self.who = None, "a client that has disconnected"
         else:
-            self.who = describe_source(name)  #: for people
-        #: CID and port; None when it is no vSockets client
+            self.who = describe_source(name)  #: the name in log lines
+        #: CID and port; None unless it is a vSockets client
         self.peer: tuple[int, int] | None = name if sock.family == AF_VSOCK else None
         self.party = party_of(name)
-        #: for lines that the client causes
+        #: for lines that the client causes, which are limited for each party
         self.log: ClientLog = logging.LoggerAdapter(log, by(self.party))
 
 
 def party_of(name: Any) -> Hashable:
-    """Return the guest, or the host, that an address of the socket module belongs to."""
+    """Return the guest, or the host, that owns a socket address of the socket module."""
     return name[0] if isinstance(name, tuple) else "this machine"
 
 
 def caused_by(name: Any) -> dict[str, Any]:
-    """Return the ``extra`` of a log line that a client at the address ``name`` has caused."""
+    """Return the ``extra`` of a log line that a client with the address ``name`` has caused."""
     return by(party_of(name))
 
 
 def describe_source(name: Any) -> str:
-    """An address the socket module gave, for people."""
+    """Return a socket address of the socket module as text for log lines."""
     if isinstance(name, tuple):
         return f"[{name[0]}]:{name[1]}" if ":" in str(name[0]) else f"{name[0]}:{name[1]}"
     return f"unix {name!r}" if name else "a local process"
