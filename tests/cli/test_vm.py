@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vsockets.vm.qemu import NEEDS, examine
+from vsockets.vm.qemu import REQUIREMENTS, probe
 
 from .vsock import Vsock
 
@@ -72,8 +72,8 @@ class TestWhichQemu:
                 'echo "a module of another QEMU" >&2; kill -ABRT $$', 'echo "${2%,help} options:"'
             )
         )
-        for device in NEEDS:
-            examine(str(qemu)).require(device)
+        for device in REQUIREMENTS:
+            probe(str(qemu)).require(device)
 
     def test_broken_is_not_too_old(self, vsock: Vsock, qemu: Path) -> None:
         qemu.write_text(BROKEN)

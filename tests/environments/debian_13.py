@@ -18,7 +18,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from vsockets.vm.apt import DEBIAN, Suite, Unavailable, filled, run
+from vsockets.vm.apt import DEBIAN, Suite, Unavailable, cached, run
 
 from . import namespace
 
@@ -89,7 +89,7 @@ def _root() -> Path:
         shutil.rmtree(wheels)
         (folder / _TREE.relative_to("/")).mkdir()
 
-    return filled(f"debian-13-{digest}", fill)
+    return cached(f"debian-13-{digest}", fill)
 
 
 def _requirements() -> list[str]:

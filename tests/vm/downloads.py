@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vsockets.vm.apt import DEBIAN, Suite, Unavailable, filled, run
+from vsockets.vm.apt import DEBIAN, Suite, Unavailable, cached, run
 from vsockets.vm.initramfs import Userland
 from vsockets.vm.kernels import KernelImage
 from vsockets.vm.qemu import unpacked as qemu
@@ -58,7 +58,7 @@ def rust_back_end() -> Path:
     def fill(folder: Path) -> None:
         _TESTING.unpack(folder, *_TESTING.with_dependencies("vhost-device-vsock", "libc6"))
 
-    return filled("vhost-device-vsock", fill)
+    return cached("vhost-device-vsock", fill)
 
 
 def tls_libraries() -> dict[str, bytes]:
@@ -67,7 +67,7 @@ def tls_libraries() -> dict[str, bytes]:
     def fill(folder: Path) -> None:
         _STABLE.unpack(folder, "libssl3")
 
-    return _libraries(filled("userland-tls", fill))
+    return _libraries(cached("userland-tls", fill))
 
 
 def ctypes_library() -> dict[str, bytes]:
@@ -76,7 +76,7 @@ def ctypes_library() -> dict[str, bytes]:
     def fill(folder: Path) -> None:
         _STABLE.unpack(folder, "libffi8")
 
-    return _libraries(filled("userland-ffi", fill))
+    return _libraries(cached("userland-ffi", fill))
 
 
 #: pyfuse3, and what it imports; trio, too, which is not used.
@@ -93,7 +93,7 @@ def storage_client() -> dict[str, bytes]:
     def fill(folder: Path) -> None:
         _STABLE.unpack(folder, *_PYFUSE)
 
-    root = filled("userland-nfs", fill)
+    root = cached("userland-nfs", fill)
     paths = root.glob("usr/lib/python3/**/*.[ps][yo]")
     code = {f"/{path.relative_to(root)}": path for path in paths if "tests" not in path.parts}
     modules = {name: path.read_bytes() for name, path in code.items()}
@@ -130,7 +130,7 @@ def rabbitmq() -> str:
         script.write_text(_ERL)
         script.chmod(0o755)
 
-    root = filled("rabbitmq", fill)
+    root = cached("rabbitmq", fill)
     places = root / "bin", root / "usr/lib/rabbitmq/bin", root / "usr/bin"
     path = os.pathsep.join(map(str, places))
     # It is built for Debian 12, and finds most of its libraries in the machine.
@@ -145,7 +145,7 @@ def ganesha() -> Path:
         libraries = ("libntirpc4.3", "liburcu8", "libnfsidmap1", "libwbclient0", "libtirpc3")
         _STABLE.unpack(folder, "nfs-ganesha", "nfs-ganesha-vfs", "rpcbind", "libwrap0", *libraries)
 
-    root = filled("ganesha", fill)
+    root = cached("ganesha", fill)
     libraries = f"{root}/usr/lib/x86_64-linux-gnu:{root}/usr/lib/ganesha"
     # It is built for Debian 12, and finds most of its libraries in the machine.
     run(str(root / "usr/bin/ganesha.nfsd"), "-v", LD_LIBRARY_PATH=libraries)
@@ -159,7 +159,7 @@ def http2_proxy() -> tuple[list[str], list[str]]:
         libraries = ("libnghttp2-14", "libev4", "libjemalloc2", "libc-ares2")
         _STABLE.unpack(folder, "nghttp2-proxy", "tinyproxy-bin", *libraries)
 
-    root = filled("nghttpx", fill)
+    root = cached("nghttpx", fill)
     libraries = f"LD_LIBRARY_PATH={root / 'usr/lib/x86_64-linux-gnu'}"
     nghttpx = ["env", libraries, str(root / "usr/sbin/nghttpx")]
     tinyproxy = [str(root / "usr/bin/tinyproxy"), "-d"]

@@ -22,7 +22,7 @@ from typing import Any
 import vsockets
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.vm import qemu_args as description
+from vsockets.vm import qemu_args
 from vsockets.vm.initramfs import COMMAND_LINE
 from vsockets.vm.kernels import KernelImage
 
@@ -154,7 +154,7 @@ class Machine:
 
     def boot(self) -> None:
         """Start QEMU and wait for the guest."""
-        machine = description.MachineOptions(
+        machine = qemu_args.MachineOptions(
             self.kind,
             self._memory,
             kernel=str(self._kernel.image),
@@ -163,7 +163,7 @@ class Machine:
         )
         command = [
             downloads.qemu(),
-            *description.arguments(machine, str(self._path)),
+            *qemu_args.machine_arguments(machine, str(self._path)),
             *("-serial", f"file:{self._folder / 'console'}"),
             *self._doors(),
             *self._arguments,
@@ -307,7 +307,7 @@ class Machine:
         address = {"type": "unix", "data": {"path": str(self._path)}}
         socket = {"type": "socket", "data": {"addr": address, "server": False}}
         self.monitor("chardev-add", id="vsock", backend=socket)
-        self.monitor("device_add", **description.VIRTIO)
+        self.monitor("device_add", **qemu_args.VIRTIO_DEVICE)
 
     def wait_for_boot(self) -> None:
         """After a reboot."""

@@ -19,18 +19,18 @@ from .conftest import Stage
 
 #: What the guest runs instead: its first process ends, or does while the demo is at work.
 PANICS = {
-    "boot": "PAGES = COMMANDS = ROOT = 0\n",
+    "boot": "PAGE_PORT = COMMAND_PORT = ROOT = 0\n",
     "later": """
 from .real_guest import *
 from .real_guest import _command, _accept
 def crash(sock, peer):
     with open("/proc/sysrq-trigger", "w") as file: file.write("c")
-_serve_command, served = _command, []
+_serve_one, served = _serve_command, []
 def once(sock, peer):
     served.append(peer)
-    (crash if len(served) > 1 else _serve_command)(sock, peer)
+    (crash if len(served) > 1 else _serve_one)(sock, peer)
 if __name__ == "__main__":
-    _accept(COMMANDS, once)
+    _accept(COMMAND_PORT, once)
 """,
 }
 

@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from vsockets.vm.hardware import Hardware, hardware
-from vsockets.vm.libvirt import snippet
-from vsockets.vm.qemu_args import Card, Disk, MachineOptions, arguments, device_arguments
+from vsockets.vm.hardware import Hardware, translate
+from vsockets.vm.libvirt import domain_xml
+from vsockets.vm.qemu_args import Card, Disk, MachineOptions, device_arguments, machine_arguments
 from vsockets.vmware import VmxError, parse_vmx
 
 VMX = """\
@@ -64,7 +64,7 @@ def read(tmp_path: Path) -> Read:
         (tmp_path / f"{name}.vmdk").touch()
 
     def read(text: str) -> Hardware:
-        return hardware(parse_vmx(text.encode(), "web.vmx"), str(tmp_path))
+        return translate(parse_vmx(text.encode(), "web.vmx"), str(tmp_path))
 
     return read
 
@@ -80,7 +80,7 @@ class TestHardware:
             Disk(f"{tmp_path}/old.vmdk", "vmdk", "sata"),
         )
         assert found.cards == (Card("vmxnet3", "00:0c:29:01:02:03"),)
-        assert [line.partition(": ")[0] for line in found.left] == [
+        assert [line.partition(": ")[0] for line in found.omitted] == [
             "scsi0:2.mode",
             "sata0:1",
             "ide1",
@@ -99,7 +99,7 @@ class TestHardware:
         )
         found = read(f'scsi0.virtualDev = "{model}"\n{disks}')
         assert [disk.bus for disk in found.disks] == ["sata", "sata"]
-        (line,) = found.left
+        (line,) = found.omitted
         assert line.startswith(f"scsi0.virtualDev: {model or 'lsilogic'}: ")
 
     def test_efi(self, read: Read) -> None:
@@ -135,18 +135,20 @@ class TestHardware:
     def test_a_card_that_qemu_has_not(self, read: Read) -> None:
         found = read('ethernet0.present = "TRUE"')
         assert found.cards == (Card("e1000"),)
-        assert found.left == ("ethernet0.virtualDev: flexible: not in QEMU, replaced by an e1000",)
+        assert found.omitted == (
+            "ethernet0.virtualDev: flexible: not in QEMU, replaced by an e1000",
+        )
 
 
 class TestArguments:
     def test_memory_is_shared_with_the_device(self) -> None:
-        said = arguments(MachineOptions("vmci", 256), "/run/vm5")
+        said = machine_arguments(MachineOptions("vmci", 256), "/run/vm5")
         assert said[said.index("-m") + 1] == "256M"
         assert "memory-backend-memfd,id=mem,size=256M,share=on" in said
         assert any("memory-backend=mem" in word for word in said)
 
     def test_names_may_have_commas(self) -> None:
-        said = arguments(MachineOptions("virtio", 256, name="a,b"), "/run/a,b")
+        said = machine_arguments(MachineOptions("virtio", 256, name="a,b"), "/run/a,b")
         assert said[said.index("-name") + 1] == "a,,b"
         assert "socket,id=vsock,path=/run/a,,b" in said
 
@@ -154,7 +156,7 @@ class TestArguments:
         disks = [("a,b", "virtio"), ("s0", "sata"), ("p0", "pvscsi"), ("s1", "sata")]
         disks += [("p1", "pvscsi"), ("n", "nvme"), ("l", "lsisas1068")]
         machine = MachineOptions("vmci", 256, disks=tuple(Disk(a, "vmdk", b) for a, b in disks))
-        said = arguments(machine, "/run/vm5")
+        said = machine_arguments(machine, "/run/vm5")
         options = [word for before, word in pairwise(said) if before == "-device"]
         assert options[1:] == [
             '{"driver": "virtio-blk-pci", "drive": "disk0", "bootindex": 0}',
@@ -174,8 +176,10 @@ class TestArguments:
         assert files == [path for path, _ in disks]
 
     def test_no_network_unless_there_is_a_card(self) -> None:
-        assert not [word for word in arguments(MachineOptions("vmci", 256), "/s") if "net" in word]
-        said = arguments(
+        assert not [
+            word for word in machine_arguments(MachineOptions("vmci", 256), "/s") if "net" in word
+        ]
+        said = machine_arguments(
             MachineOptions("vmci", 256, cards=(Card("e1000", "00:50:56:01:02:03"),)), "/s"
         )
         assert said[-4:] == [
@@ -186,7 +190,7 @@ class TestArguments:
 
 @pytest.mark.parametrize("device", ["vmci", "virtio"])
 def test_libvirts_snippet(device: str) -> None:
-    domain = ElementTree.fromstring(snippet(device, "/run/a&b"))
+    domain = ElementTree.fromstring(domain_xml(device, "/run/a&b"))
     access = domain.find("memoryBacking/access")
     assert access is not None
     assert access.get("mode") == "shared"

@@ -8,75 +8,75 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vsockets.vm.life_cycle import Act, LifeCycle
+from vsockets.vm.life_cycle import Action, LifeCycle
 
 
 def begun(context_runs: bool = True) -> LifeCycle:
     """A machine that runs, or waits for its context."""
     life = LifeCycle(context_runs)
-    assert life.begin() == ([Act.CONT] if context_runs else [])
+    assert life.start() == ([Action.CONT] if context_runs else [])
     if context_runs:
-        assert life.qemu_says("RESUME") == []
+        assert life.on_qemu_event("RESUME") == []
     return life
 
 
 def test_the_context_follows() -> None:
     life = begun()
-    assert life.qemu_says("STOP") == [Act.SUSPEND]
-    assert life.vsockd_says("suspend") == []
-    assert life.qemu_says("RESUME") == [Act.RESUME]
-    assert life.vsockd_says("resume") == []
+    assert life.on_qemu_event("STOP") == [Action.SUSPEND]
+    assert life.on_context_event("suspend") == []
+    assert life.on_qemu_event("RESUME") == [Action.RESUME]
+    assert life.on_context_event("resume") == []
 
 
 def test_the_machine_follows() -> None:
     life = begun()
-    assert life.vsockd_says("suspend") == [Act.STOP]
-    assert life.qemu_says("STOP") == []
-    assert life.vsockd_says("resume") == [Act.CONT]
-    assert life.qemu_says("RESUME") == []
+    assert life.on_context_event("suspend") == [Action.STOP]
+    assert life.on_qemu_event("STOP") == []
+    assert life.on_context_event("resume") == [Action.CONT]
+    assert life.on_qemu_event("RESUME") == []
 
 
 def test_a_machine_whose_context_is_suspended_waits() -> None:
-    assert begun(context_runs=False).vsockd_says("resume") == [Act.CONT]
+    assert begun(context_runs=False).on_context_event("resume") == [Action.CONT]
 
 
 def test_a_reset() -> None:
     life = begun()
-    assert life.qemu_says("RESET") == [Act.RESET]
-    assert life.vsockd_says("reset") == []
+    assert life.on_qemu_event("RESET") == [Action.RESET]
+    assert life.on_context_event("reset") == []
 
 
 @pytest.mark.parametrize("end", ["completed", "failed", "cancelled"])
 def test_a_migration_drops_connections_and_does_not_suspend(end: str) -> None:
     life = begun()
     for status in ("setup", "active"):
-        assert life.qemu_says("MIGRATION", status) == []
-    assert life.qemu_says("STOP") == [Act.MIGRATE]
-    assert life.vsockd_says("migrate") == []
-    assert life.qemu_says("MIGRATION", end) == []
+        assert life.on_qemu_event("MIGRATION", status) == []
+    assert life.on_qemu_event("STOP") == [Action.MIGRATE]
+    assert life.on_context_event("migrate") == []
+    assert life.on_qemu_event("MIGRATION", end) == []
     if end != "completed":
-        assert life.qemu_says("RESUME") == []
-        assert life.qemu_says("STOP") == [Act.SUSPEND]
+        assert life.on_qemu_event("RESUME") == []
+        assert life.on_qemu_event("STOP") == [Action.SUSPEND]
 
 
 @pytest.mark.parametrize("change", ["power-off", "removed"])
 def test_what_ends_the_context_ends_the_machine(change: str) -> None:
-    assert begun().vsockd_says(change) == [Act.QUIT]
+    assert begun().on_context_event(change) == [Action.QUIT]
 
 
 def test_what_means_nothing() -> None:
     life = begun()
     for change in ("ft-on", "ft-off", "power-on", "added"):
-        assert life.vsockd_says(change) == []
-    assert life.qemu_says("SHUTDOWN") == []
+        assert life.on_context_event(change) == []
+    assert life.on_qemu_event("SHUTDOWN") == []
 
 
 def test_what_qemu_refuses_is_not_waited_for() -> None:
     life = begun()
-    assert life.vsockd_says("suspend") == [Act.STOP]
-    life.did(Act.CONT, True)  # that of the beginning
-    life.did(Act.STOP, False)
-    assert life.vsockd_says("resume") == []  # it runs still
+    assert life.on_context_event("suspend") == [Action.STOP]
+    life.completed(Action.CONT, True)  # that of the beginning
+    life.completed(Action.STOP, False)
+    assert life.on_context_event("resume") == []  # it runs still
 
 
 class World:
@@ -86,7 +86,7 @@ class World:
         self.life = LifeCycle(True)
         self.runs = {"qemu": False, "context": True}
         self.told: dict[str, deque[bool]] = {"qemu": deque(), "context": deque()}
-        self.acts = deque(self.life.begin())
+        self.acts = deque(self.life.start())
         self.done = 0
 
     def change(self, side: str, runs: bool) -> bool:
@@ -101,18 +101,18 @@ class World:
         if self.told[side]:
             runs = self.told[side].popleft()
             if side == "qemu":
-                self.acts += self.life.qemu_says("RESUME" if runs else "STOP")
+                self.acts += self.life.on_qemu_event("RESUME" if runs else "STOP")
             else:
-                self.acts += self.life.vsockd_says("resume" if runs else "suspend")
+                self.acts += self.life.on_context_event("resume" if runs else "suspend")
 
     def act(self) -> None:
         if self.acts:
             self.done += 1
             act = self.acts.popleft()
-            side = "qemu" if act.is_qemus else "context"
+            side = "qemu" if act.is_for_qemu else "context"
             # What it does already is done without an event; somebody else's has told of it.
-            self.change(side, act in (Act.CONT, Act.RESUME))
-            self.life.did(act, True)
+            self.change(side, act in (Action.CONT, Action.RESUME))
+            self.life.completed(act, True)
 
 
 STEPS = ["act", "tell qemu", "tell context"]

@@ -66,8 +66,8 @@ def test_everything_is_where_programs_look_for_it(
     userland = Userland.__new__(Userland)
     userland.root = packages
     archive = Archive()
-    initramfs.put_folders(archive)
-    userland.put_into(archive)
+    initramfs.add_directories(archive)
+    userland.add_to(archive)
     archive.add_with_folders("/lib/x86_64-linux-gnu/more.so", stat.S_IFREG | 0o755, b"more")
     guest.mkdir()
     unpack(archive.finish(), guest)

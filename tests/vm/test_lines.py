@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("qemu.qmp")
 
 from vsockets.limits import LOG_LINES_PER_SECOND
-from vsockets.vm.machine import pass_on
+from vsockets.vm.machine import forward_stderr
 
 
 def passed_on(script: str) -> list[str]:
@@ -22,7 +22,7 @@ def passed_on(script: str) -> list[str]:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", f"import sys\n{script}", stderr=PIPE
         )
-        await pass_on(process, "QEMU", lines.append)
+        await forward_stderr(process, "QEMU", lines.append)
         assert await process.wait() == 0
 
     asyncio.run(run())

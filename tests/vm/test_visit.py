@@ -29,7 +29,7 @@ def served(request: object) -> Iterator[socket.socket]:
 
     def serve() -> None:
         with theirs:
-            guest_agent._command(theirs, (2, 5000))
+            guest_agent._serve_command(theirs, (2, 5000))
 
     server = threading.Thread(target=serve)
     server.start()
@@ -77,7 +77,7 @@ def copy_out(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[bytes], None]]:
     """Copying out of a guest that sends such bytes."""
-    monkeypatch.setattr(guest_client, "COMMANDS", 5022)
+    monkeypatch.setattr(guest_client, "COMMAND_PORT", 5022)
     there = vsock_fabric.guest()
     with vsockets.create_server((there.cid, 5022), context=there) as server:
 

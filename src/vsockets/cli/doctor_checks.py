@@ -175,15 +175,15 @@ def kvm() -> Finding:
 
 def qemu() -> Finding:
     """A QEMU for each device of ours; too old is not broken."""
-    from ..vm.qemu import NEEDS, NoQemu, find
+    from ..vm.qemu import REQUIREMENTS, QemuNotFound, find
 
     found, missing = {}, {}
-    for device in NEEDS:
+    for device in REQUIREMENTS:
         try:
             found[device] = find(device)
-        except NoQemu as error:
+        except QemuNotFound as error:
             missing[device] = str(error)
-    details = [f"{device}: {one.path} {one.number}" for device, one in found.items()]
+    details = [f"{device}: {one.path} {one.version_text}" for device, one in found.items()]
     details += [f"{device}: {why.partition(': ')[0]}" for device, why in missing.items()]
     state = "yes" if not missing else "partly" if found else "no"
     advice = "; ".join(why.partition(": ")[2] for why in missing.values())
@@ -192,7 +192,7 @@ def qemu() -> Finding:
 
 def virtual_machines() -> Finding:
     """What vsock vm needs besides QEMU."""
-    from ..vm.apt import Unavailable, own_suite
+    from ..vm.apt import Unavailable, system_suite
 
     missing = {}
     try:
@@ -203,7 +203,7 @@ def virtual_machines() -> Finding:
         missing["run needs setpriv"] = "util-linux"
     state = "no" if missing else "yes"
     try:
-        suite = own_suite()
+        suite = system_suite()
         keys = Path(suite.distribution.keys)
         if not keys.exists():
             missing[f"demo needs {keys}"] = keys.stem

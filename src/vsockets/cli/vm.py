@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from ..limits import NAME_MAX_CHARACTERS
-from ..vm.hardware import hardware
-from ..vm.libvirt import snippet
-from ..vm.qemu_args import PROGRAM, Card, Disk, MachineOptions, arguments
+from ..vm.hardware import translate
+from ..vm.libvirt import domain_xml
+from ..vm.qemu_args import PROGRAM, Card, Disk, MachineOptions, machine_arguments
 from ..vmware import VmxError, read_vmx
 from .connect import administrator
 from .demo import vm
@@ -117,10 +117,10 @@ def args(
     command += [] if cid is None else ["--cid", str(cid)]
     if libvirt:
         notice(f"start the device first: {shlex.join(command)}")
-        print(snippet(device.value, where))
+        print(domain_xml(device.value, where))
         return
     print(shlex.join(command), "&")
-    print(shlex.join([PROGRAM, *arguments(machine, where), "-serial", "mon:stdio"]))
+    print(shlex.join([PROGRAM, *machine_arguments(machine, where), "-serial", "mon:stdio"]))
 
 
 app.command("demo")(vm.demo)
@@ -150,7 +150,7 @@ def _described(
             described = read_vmx(vmx)
             if device is Device.VMCI:
                 described.require_vmci()
-            found = hardware(described, os.path.dirname(os.path.abspath(vmx)))
+            found = translate(described, os.path.dirname(os.path.abspath(vmx)))
             name = name or described.display_name[:NAME_MAX_CHARACTERS]
             cid = described.cid if cid is None else cid
             isolation = described.unrestricted or described.domain
@@ -159,7 +159,7 @@ def _described(
         memory, cpus = memory or found.memory, cpus or found.cpus
         disks, cards = (*found.disks, *disks), found.cards
         firmware = find_firmware() if found.efi else ""
-        left = list(found.left)
+        left = list(found.omitted)
         if network is Network.NONE:
             left += [f"ethernet: a {card.model}; --network user gives it one" for card in cards]
         if isolation:
@@ -197,7 +197,7 @@ def _run(
             *(qemu, control, context["cid"]),
             extra=tuple(extra or ()),
             grace=grace,
-            tell=notice,
+            report=notice,
         )
         try:
             return asyncio.run(running.run())

@@ -137,11 +137,11 @@ def require_qmp() -> None:
 def find_qemu(device: Device, program: str | None, download: bool) -> str:
     """The QEMU to use; CliError."""
     from ..vm.apt import Unavailable
-    from ..vm.qemu import NoQemu, find
+    from ..vm.qemu import QemuNotFound, find
 
     try:
         return find(device.value, program, download).path
-    except (NoQemu, Unavailable) as error:
+    except (QemuNotFound, Unavailable) as error:
         raise CliError(str(error)) from None
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 CACHE = Path.home() / ".cache/vsockets/machines"
 
 #: Timeout of a download in seconds.
-_PATIENCE = 600
+_DOWNLOAD_SECONDS = 600
 
 _CONFIGURATION = """\
 Dir "{root}";
@@ -74,7 +74,7 @@ def run(*command: str, folder: Path | None = None, **environment: str) -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_PATIENCE,
+            timeout=_DOWNLOAD_SECONDS,
         )
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]}: {error}") from None
@@ -92,8 +92,8 @@ def _locked(name: str) -> Iterator[None]:
         yield
 
 
-def filled(name: str, fill: Callable[[Path], None]) -> Path:
-    """Return the cached directory ``name``, after ``fill`` has filled it if it is missing."""
+def cached(name: str, fill: Callable[[Path], None]) -> Path:
+    """Return the cached directory ``name``, filled by ``fill`` if it is missing."""
     folder = CACHE / name
     with _locked(name):
         if not folder.exists():
@@ -172,7 +172,7 @@ class Suite:
         shutil.rmtree(downloads)
 
 
-def own_suite() -> Suite:
+def system_suite() -> Suite:
     """Return the suite of this machine's distribution.
 
     Raises Unavailable.

@@ -15,7 +15,7 @@ STDIN, STDOUT = 0, 1
 ESCAPE = b"\x1d"
 
 #: Seconds for showing the guest's last output.
-_FAREWELL = 5.0
+_LAST_OUTPUT_SECONDS = 5.0
 
 
 @contextlib.contextmanager
@@ -28,15 +28,17 @@ def console(sock: socket.socket, escape: Callable[[], object]) -> Iterator[Calla
     """
     terminal = os.isatty(STDIN)
     # Threads, so that a stopped terminal blocks only the console.
-    shows = threading.Thread(target=_show, args=(sock,), daemon=True)
-    types = threading.Thread(target=_type, args=(sock, escape if terminal else None), daemon=True)
+    output = threading.Thread(target=_copy_output, args=(sock,), daemon=True)
+    keyboard = threading.Thread(
+        target=_copy_input, args=(sock, escape if terminal else None), daemon=True
+    )
     with _raw() if terminal else contextlib.nullcontext():
-        shows.start()
-        types.start()
+        output.start()
+        keyboard.start()
         try:
-            yield shows.join
+            yield output.join
         finally:
-            shows.join(_FAREWELL)
+            output.join(_LAST_OUTPUT_SECONDS)
 
 
 @contextlib.contextmanager
@@ -53,7 +55,7 @@ def _raw() -> Iterator[None]:
         termios.tcsetattr(STDIN, termios.TCSADRAIN, before)
 
 
-def _show(sock: socket.socket) -> None:
+def _copy_output(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # standard output is closed
         while data := sock.recv(65_536):
             view = memoryview(data)
@@ -61,7 +63,7 @@ def _show(sock: socket.socket) -> None:
                 view = view[os.write(STDOUT, view) :]
 
 
-def _type(sock: socket.socket, escape: Callable[[], object] | None) -> None:
+def _copy_input(sock: socket.socket, escape: Callable[[], object] | None) -> None:
     with contextlib.suppress(OSError):  # the guest has ended
         while data := os.read(STDIN, 4096):
             if escape is not None:

@@ -1,9 +1,9 @@
 """Services that a guest without a network offers its host over vSockets: commands and web pages.
 
 Run in the guest as ``python3 -m vsockets.vm.guest_agent``; :mod:`.guest_client` is the client.  On
-port COMMANDS, the client sends one line of JSON with a ``command``, and with ``rows`` and
+port COMMAND_PORT, the client sends one line of JSON with a ``command``, and with ``rows`` and
 ``columns`` for a command on a terminal; after that line the stream is the command's standard input
-and output.  On port PAGES, a web server serves the files below ROOT.
+and output.  On port PAGE_PORT, a web server serves the files below ROOT.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any
 from ..api import create_server, get_local_cid
 from ..model.constants import VMADDR_CID_ANY, VMADDR_CID_HOST
 
-COMMANDS, PAGES = 22, 80
+COMMAND_PORT, PAGE_PORT = 22, 80
 ROOT = "/srv"
 
 #: Timeout in seconds for receiving a request, and its maximum size in bytes.
-_PATIENCE = 10.0
-_REQUEST = 65_536
+_REQUEST_SECONDS = 10.0
+_REQUEST_MAX_BYTES = 65_536
 
 _PAGE = """\
 <!doctype html>
@@ -50,8 +50,8 @@ def main() -> None:
         cid=get_local_cid(), interfaces=", ".join(interfaces), kernel=os.uname().release
     )
     Path(ROOT, "index.html").write_text(page)
-    threading.Thread(target=_accept, args=(PAGES, _pages), daemon=True).start()
-    _accept(COMMANDS, _command)
+    threading.Thread(target=_accept, args=(PAGE_PORT, _serve_pages), daemon=True).start()
+    _accept(COMMAND_PORT, _serve_command)
 
 
 def _accept(port: int, serve: Callable[[Any, tuple[int, int]], None]) -> None:
@@ -74,13 +74,13 @@ class _Pages(http.server.SimpleHTTPRequestHandler):
         """Discard log messages: the console belongs to the guest's program."""
 
 
-def _pages(sock: Any, peer: tuple[int, int]) -> None:
+def _serve_pages(sock: Any, peer: tuple[int, int]) -> None:
     functools.partial(_Pages, directory=ROOT)(sock, peer, None)  # type: ignore[arg-type]
 
 
-def _command(sock: Any, peer: tuple[int, int]) -> None:
-    sock.settimeout(_PATIENCE)
-    request = json.loads(_line(sock))
+def _serve_command(sock: Any, peer: tuple[int, int]) -> None:
+    sock.settimeout(_REQUEST_SECONDS)
+    request = json.loads(_read_line(sock))
     sock.settimeout(None)
     if "rows" in request:
         _on_terminal(sock, request["command"], (request["rows"], request["columns"]))
@@ -88,14 +88,14 @@ def _command(sock: Any, peer: tuple[int, int]) -> None:
         subprocess.run(request["command"], stdin=sock, stdout=sock, stderr=sock, check=False)
 
 
-def _line(sock: Any) -> bytes:
+def _read_line(sock: Any) -> bytes:
     """Return the bytes up to the newline, and read no further: the rest is the command's input."""
     line = b""
-    while len(line) < _REQUEST:
-        there = sock.recv(4096, stdlib.MSG_PEEK)
-        end = there.find(b"\n") + 1
-        line += sock.recv(end or len(there))
-        if end or not there:
+    while len(line) < _REQUEST_MAX_BYTES:
+        peeked = sock.recv(4096, stdlib.MSG_PEEK)
+        end = peeked.find(b"\n") + 1
+        line += sock.recv(end or len(peeked))
+        if end or not peeked:
             break
     return line
 

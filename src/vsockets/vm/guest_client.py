@@ -15,11 +15,11 @@ from typing import Any
 
 from ..api import create_connection
 from ..attachment import ContextHandle
-from .guest_agent import COMMANDS
+from .guest_agent import COMMAND_PORT
 from .limits import GUEST_OUTPUT_MAX_CHARACTERS
 
 #: Timeout of a guest's reply in seconds.
-_PATIENCE = 60.0
+_REPLY_SECONDS = 60.0
 
 #: Callback for the progress of a copy: bytes so far.
 Progress = Callable[[int], None]
@@ -38,7 +38,7 @@ class GuestClient:
 
         With ``size``, the command runs on a terminal of that size.  Raises OSError.
         """
-        sock = create_connection((self.cid, COMMANDS), _PATIENCE, context=self._host)
+        sock = create_connection((self.cid, COMMAND_PORT), _REPLY_SECONDS, context=self._host)
         request: dict[str, object] = {"command": command}
         if size is not None:
             request |= {"rows": size.lines, "columns": size.columns}
@@ -71,15 +71,15 @@ class GuestClient:
                     done += path.stat().st_size
                     progress(done)
             sock.shutdown(stdlib.SHUT_WR)
-            complaint = sock.makefile(errors="replace").read(GUEST_OUTPUT_MAX_CHARACTERS)
-        if complaint:
-            raise OSError(f"the guest's tar: {complaint.strip()}")
+            errors = sock.makefile(errors="replace").read(GUEST_OUTPUT_MAX_CHARACTERS)
+        if errors:
+            raise OSError(f"the guest's tar: {errors.strip()}")
 
-    def copy_out(self, source: str, destination: Path, progress: Progress, most: int) -> None:
+    def copy_out(self, source: str, destination: Path, progress: Progress, limit: int) -> None:
         """Copy the files below ``source`` in the guest to below ``destination``.
 
         Nothing is written elsewhere: names that lead out are refused.  Raises OSError, also if the
-        files have more than ``most`` bytes.
+        files have more than ``limit`` bytes.
         """
         done = 0
         with self.start("tar", "-c", "-C", source, ".") as sock:
@@ -96,8 +96,8 @@ class GuestClient:
                     if name.is_absolute() or ".." in name.parts:
                         raise OSError(f"invalid file name from the guest: {member.name!a}")
                     done += member.size
-                    if done > most:
-                        raise OSError(f"the guest sent more than {most} bytes")
+                    if done > limit:
+                        raise OSError(f"the guest sent more than {limit} bytes")
                     path = destination / name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with open(path, "xb") as file:

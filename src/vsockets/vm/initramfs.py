@@ -6,7 +6,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from .apt import Suite, Unavailable, filled
+from .apt import Suite, Unavailable, cached
 from .kernels import DRIVERS, KernelImage
 
 #: This package, which is the guest's software.
@@ -49,7 +49,7 @@ for module in {modules}; do insmod /modules/$module.ko; done
 _ALIGNMENT = 4
 
 
-def place(name: str) -> str:
+def guest_path(name: str) -> str:
     """Return the path in the guest of a package's file ``name``, without a leading slash."""
     name = name.removeprefix("/")
     return f"usr/{name}" if name.partition("/")[0] in _MERGED else name
@@ -74,8 +74,8 @@ class Archive:
             self._parts.append(part + bytes(-len(part) % _ALIGNMENT))
 
     def add_with_folders(self, name: str, mode: int, data: bytes) -> None:
-        """Add a file or a link at its :func:`place`, and its parent directories."""
-        name = place(name)
+        """Add a file or a link at its :func:`guest_path`, and its parent directories."""
+        name = guest_path(name)
         for folder in reversed(Path(name).parents[:-1]):
             if folder not in self._folders:
                 self._folders.add(folder)
@@ -103,7 +103,7 @@ class Userland:
             wanted = dict.fromkeys([*minimal, *filter(lambda n: n.startswith("lib"), library)])
             suite.unpack(folder, "busybox-static", *wanted, *libraries)
 
-        self.root = filled(f"userland-gcc-{suite.name}", fill)
+        self.root = cached(f"userland-gcc-{suite.name}", fill)
         found = [path.name for path in self.root.glob("usr/bin/python3.*")]
         if not found or int(found[0].removeprefix("python3.")) < _OLDEST_PYTHON:
             what = found[0] if found else "no Python"
@@ -111,10 +111,10 @@ class Userland:
         self.python = f"/usr/bin/{found[0]}"
         self.modules = f"usr/lib/{found[0]}"  #: Python's module directory
 
-    def put_into(self, archive: Archive) -> None:
+    def add_to(self, archive: Archive) -> None:
         """Add all files that a guest needs."""
         for path in sorted(self.root.rglob("*")):
-            name = place(str(path.relative_to(self.root)))
+            name = guest_path(str(path.relative_to(self.root)))
             if name.startswith(_NOT_NEEDED) or (path.is_dir() and not path.is_symlink()):
                 continue
             if "gconv" in name or "/test/" in name or name.endswith((".pyc", "libc.so.6.debug")):
@@ -128,7 +128,7 @@ class Userland:
         archive.add_with_folders(_LOADER, stat.S_IFLNK | 0o777, loader)
 
 
-def put_folders(archive: Archive) -> None:
+def add_directories(archive: Archive) -> None:
     """Add empty directories, and the links to those below /usr."""
     for folder in _FOLDERS:
         archive.add(folder, stat.S_IFDIR | 0o755)
@@ -140,18 +140,18 @@ def build(
     kernel: KernelImage,
     userland: Userland,
     device: str,
-    last: str,
+    final_commands: str,
     files: Mapping[str, bytes] | None = None,
     modules: tuple[str, ...] = (),
 ) -> bytes:
     """Return an archive for a guest with ``kernel`` and ``device``.
 
-    ``last`` are the shell commands with which the first process ends; ``files`` are further
+    ``final_commands`` are the last shell commands of the first process; ``files`` are further
     executable files by path; ``modules`` are included and not loaded.  Raises Unavailable.
     """
     archive = Archive()
-    put_folders(archive)
-    userland.put_into(archive)
+    add_directories(archive)
+    userland.add_to(archive)
     loaded = kernel.modules(*DRIVERS[device])
     if DRIVERS[device][-1] not in loaded:
         raise Unavailable(f"the kernel of {kernel.name} has no {DRIVERS[device][-1]}")
@@ -162,6 +162,6 @@ def build(
         archive.add_with_folders(name, stat.S_IFREG | 0o644, path.read_bytes())
     for name, data in (files or {}).items():
         archive.add_with_folders(name, stat.S_IFREG | 0o755, data)
-    init = _INIT.format(modules=" ".join(loaded)) + last
+    init = _INIT.format(modules=" ".join(loaded)) + final_commands
     archive.add("init", stat.S_IFREG | 0o755, init.encode())
     return archive.finish()

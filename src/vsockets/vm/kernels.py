@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .apt import Suite, Unavailable, filled, run
+from .apt import Suite, Unavailable, cached, run
 
 #: The guest's driver modules for each device; their dependencies are found.
 DRIVERS = {
@@ -30,7 +30,7 @@ class KernelImage:
             suite.unpack(folder, *filter(_PARTS.match, needed))
 
         self.name = suite.name
-        self.folder = filled(f"linux-{suite.name}", fill)
+        self.folder = cached(f"linux-{suite.name}", fill)
         images = [path for path in sorted(self.folder.rglob("vmlinuz*")) if path.is_file()]
         if not images:
             raise Unavailable(f"{suite.distribution.kernel} of {suite.name} has no kernel in it")
@@ -40,17 +40,17 @@ class KernelImage:
         """Return the contents of modules, each after its dependencies, without built-in ones."""
         found: dict[str, bytes] = {}
         for name in names:
-            for needed, data in self._with_needed(name):
+            for needed, data in self._with_dependencies(name):
                 found.setdefault(needed, data)
         return found
 
-    def _with_needed(self, name: str) -> Iterator[tuple[str, bytes]]:
+    def _with_dependencies(self, name: str) -> Iterator[tuple[str, bytes]]:
         data = self._read(name)
         if data is None:
             return
         depends = _DEPENDS.search(data)
         for needed in depends[1].decode().split(",") if depends else ():
-            yield from self._with_needed(needed)
+            yield from self._with_dependencies(needed)
         yield name, data
 
     def _read(self, name: str) -> bytes | None:

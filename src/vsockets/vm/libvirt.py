@@ -9,7 +9,7 @@ from .qemu_args import device_arguments
 _NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 
 
-def snippet(device: str, path: str) -> str:
+def domain_xml(device: str, path: str) -> str:
     """Return XML that gives a domain the vSockets device whose process listens at ``path``.
 
     libvirt has no element for these devices, so the XML passes QEMU arguments, which needs the

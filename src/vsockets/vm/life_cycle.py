@@ -32,7 +32,7 @@ from enum import Enum
 from itertools import count
 
 
-class Act(Enum):
+class Action(Enum):
     """A request to the context or to QEMU."""
 
     SUSPEND = "suspend"
@@ -44,14 +44,14 @@ class Act(Enum):
     QUIT = "quit"
 
     @property
-    def is_qemus(self) -> bool:
+    def is_for_qemu(self) -> bool:
         """Return whether this is a command of QEMU's monitor."""
-        return self in (Act.STOP, Act.CONT, Act.QUIT)
+        return self in (Action.STOP, Action.CONT, Action.QUIT)
 
 
 #: The request that makes a side run (True) or stop (False).
-_CONTEXT = {True: Act.RESUME, False: Act.SUSPEND}
-_QEMU = {True: Act.CONT, False: Act.STOP}
+_CONTEXT = {True: Action.RESUME, False: Action.SUSPEND}
+_QEMU = {True: Action.CONT, False: Action.STOP}
 
 _MIGRATING = ("setup", "active", "postcopy-active", "pre-switchover", "device")
 
@@ -61,31 +61,31 @@ class _Side:
 
     def __init__(self, runs: bool) -> None:
         self._runs = runs
-        self._asked: deque[tuple[int, bool]] = deque()  #: requests without an event so far
+        self._outstanding: deque[tuple[int, bool]] = deque()  #: requests without an event so far
         self._numbers = count()
         self._done = count()
 
     @property
     def will_run(self) -> bool:
         """Return whether the side runs once all requests are carried out."""
-        return self._asked[-1][1] if self._asked else self._runs
+        return self._outstanding[-1][1] if self._outstanding else self._runs
 
-    def ask(self, runs: bool) -> None:
+    def request(self, runs: bool) -> None:
         """Record a request to run or to stop."""
-        self._asked.append((next(self._numbers), runs))
+        self._outstanding.append((next(self._numbers), runs))
 
-    def answer(self, runs: bool, done: bool) -> None:
+    def complete(self, runs: bool, done: bool) -> None:
         """Record whether the next request was carried out."""
-        one = next(self._done), runs
+        request = next(self._done), runs
         # The event of another change may have been taken as its echo.
-        if not done and one in self._asked:
-            self._asked.remove(one)
+        if not done and request in self._outstanding:
+            self._outstanding.remove(request)
 
-    def tell(self, runs: bool) -> bool:
+    def on_event(self, runs: bool) -> bool:
         """Record the state that an event reports; return whether it is not an echo of a request."""
         self._runs = runs
-        if self._asked and self._asked[0][1] is runs:
-            self._asked.popleft()
+        if self._outstanding and self._outstanding[0][1] is runs:
+            self._outstanding.popleft()
             return False
         return True
 
@@ -99,50 +99,50 @@ class LifeCycle:
         self._qemu = _Side(False)
         self._migrating = False
 
-    def begin(self) -> list[Act]:
+    def start(self) -> list[Action]:
         """Return the first requests: the guest runs if its context does."""
-        return self._have_qemu(self._context.will_run)
+        return self._request_qemu(self._context.will_run)
 
-    def qemu_says(self, event: str, status: str = "") -> list[Act]:
+    def on_qemu_event(self, event: str, status: str = "") -> list[Action]:
         """Return the requests after an event of QEMU; ``status`` is that of MIGRATION."""
         match event:
             case "MIGRATION":
                 self._migrating = status in _MIGRATING
             case "RESET":
-                return [Act.RESET]
+                return [Action.RESET]
             case "STOP" if self._migrating:
-                self._qemu.tell(False)
-                return [Act.MIGRATE]
+                self._qemu.on_event(False)
+                return [Action.MIGRATE]
             case "STOP" | "RESUME":
                 runs = event == "RESUME"
-                if self._qemu.tell(runs) and self._context.will_run is not runs:
-                    self._context.ask(runs)
+                if self._qemu.on_event(runs) and self._context.will_run is not runs:
+                    self._context.request(runs)
                     return [_CONTEXT[runs]]
         return []
 
-    def vsockd_says(self, change: str) -> list[Act]:
+    def on_context_event(self, change: str) -> list[Action]:
         """Return the requests after a change of the context."""
         match change:
             case "suspend" | "resume":
                 runs = change == "resume"
-                if self._context.tell(runs):
-                    return self._have_qemu(runs)
+                if self._context.on_event(runs):
+                    return self._request_qemu(runs)
             case "power-off" | "removed":
-                return [Act.QUIT]
+                return [Action.QUIT]
         return []
 
-    def did(self, act: Act, done: bool) -> None:
+    def completed(self, action: Action, done: bool) -> None:
         """Record that a request was carried out, or that it failed and causes no event.
 
         Call this for each request, in the order in which they were returned.
         """
-        for side, acts in ((self._context, _CONTEXT), (self._qemu, _QEMU)):
-            for runs, known in acts.items():
-                if act is known:
-                    side.answer(runs, done)
+        for side, actions in ((self._context, _CONTEXT), (self._qemu, _QEMU)):
+            for runs, known in actions.items():
+                if action is known:
+                    side.complete(runs, done)
 
-    def _have_qemu(self, runs: bool) -> list[Act]:
+    def _request_qemu(self, runs: bool) -> list[Action]:
         if self._qemu.will_run is runs:
             return []
-        self._qemu.ask(runs)
+        self._qemu.request(runs)
         return [_QEMU[runs]]

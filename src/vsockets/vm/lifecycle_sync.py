@@ -9,24 +9,24 @@ from collections.abc import Callable, Iterable
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from ..control import Control, Events
-from .life_cycle import Act, LifeCycle
+from .life_cycle import Action, LifeCycle
 
-_HEARD = ("STOP", "RESUME", "RESET", "MIGRATION", "SHUTDOWN")
+_EVENTS = ("STOP", "RESUME", "RESET", "MIGRATION", "SHUTDOWN")
 
 
 class LifecycleSync:
     """The I/O of :class:`LifeCycle`: receives events and carries out requests."""
 
     def __init__(
-        self, qmp: QMPClient, control: Control, cid: int, tell: Callable[[str], None]
+        self, qmp: QMPClient, control: Control, cid: int, report: Callable[[str], None]
     ) -> None:
-        """Synchronise context ``cid``; ``tell`` receives lines for the user."""
-        self.end = ""  #: the reason that QEMU's monitor gave for its end
+        """Synchronise context ``cid``; ``report`` receives lines for the user."""
+        self.end_reason = ""  #: the reason that QEMU's monitor gave for its end
         self._qmp = qmp
         self._control = control
         self._cid = cid
-        self._tell = tell
-        self._acts: asyncio.Queue[Act] = asyncio.Queue()
+        self._report = report
+        self._actions: asyncio.Queue[Action] = asyncio.Queue()
 
     async def run(self) -> None:
         """Start the guest, unless its context is suspended; then synchronise until cancelled.
@@ -35,21 +35,25 @@ class LifecycleSync:
         """
         with (
             self._control.events("context") as events,
-            self._qmp.listener(_HEARD) as listener,
+            self._qmp.listener(_EVENTS) as listener,
         ):
             (context,) = [one for one in self._control.contexts() if one["cid"] == self._cid]
             runs = context["state"] == "running"
             if not runs:
-                self._tell(f"context {self._cid} is suspended: the guest waits for its resume")
+                self._report(f"context {self._cid} is suspended: the guest waits for its resume")
             self._life = LifeCycle(runs)
             await self._qmp.execute(
                 "migrate-set-capabilities",
                 {"capabilities": [{"capability": "events", "state": True}]},
             )
-            self._do(self._life.begin())
+            self._enqueue(self._life.start())
             tasks = [
                 asyncio.create_task(task)
-                for task in (self._hear_qemu(listener), self._hear_vsockd(events), self._act())
+                for task in (
+                    self._receive_qemu_events(listener),
+                    self._receive_context_events(events),
+                    self._carry_out(),
+                )
             ]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -59,41 +63,41 @@ class LifecycleSync:
                     with contextlib.suppress(asyncio.CancelledError):
                         await task
 
-    def _do(self, acts: Iterable[Act]) -> None:
-        for act in acts:
-            self._acts.put_nowait(act)
+    def _enqueue(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            self._actions.put_nowait(action)
 
-    async def _hear_qemu(self, listener: EventListener) -> None:
+    async def _receive_qemu_events(self, listener: EventListener) -> None:
         async for event in listener:
             found = event.get("data")
             data = found if isinstance(found, dict) else {}
             if event["event"] == "SHUTDOWN":
-                self.end = str(data.get("reason", ""))
+                self.end_reason = str(data.get("reason", ""))
             status = str(data.get("status", ""))
-            self._do(self._life.qemu_says(str(event["event"]), status))
+            self._enqueue(self._life.on_qemu_event(str(event["event"]), status))
 
-    async def _hear_vsockd(self, events: Events) -> None:
+    async def _receive_context_events(self, events: Events) -> None:
         async for event in events:
             if event["cid"] == self._cid:
-                acts = self._life.vsockd_says(event["change"])
-                if Act.QUIT in acts:
-                    self._tell("the context was powered off: ending the machine")
-                self._do(acts)
-        self._tell("vsockd has ended: the guest keeps running without vSockets")
+                actions = self._life.on_context_event(event["change"])
+                if Action.QUIT in actions:
+                    self._report("the context was powered off: ending the machine")
+                self._enqueue(actions)
+        self._report("vsockd has ended: the guest keeps running without vSockets")
         await asyncio.Event().wait()
 
-    async def _act(self) -> None:
+    async def _carry_out(self) -> None:
         while True:
-            act = await self._acts.get()
+            action = await self._actions.get()
             done = True
             try:
-                if act.is_qemus:
-                    await self._qmp.execute(act.value)
+                if action.is_for_qemu:
+                    await self._qmp.execute(action.value)
                 else:
-                    change = getattr(self._control, act.value)
+                    change = getattr(self._control, action.value)
                     await asyncio.to_thread(change, self._cid)
             except ExecuteError as error:
-                self._tell(f"QEMU: {act.value}: {error}")
+                self._report(f"QEMU: {action.value}: {error}")
                 done = False
             except OSError:
                 # The context is in this state already, and the event of that change is what is
@@ -101,4 +105,4 @@ class LifecycleSync:
                 pass
             except QMPError:  # QEMU has ended
                 return
-            self._life.did(act, done)
+            self._life.completed(action, done)

@@ -25,18 +25,18 @@ from ..limits import LOG_LINES_PER_SECOND
 from ..logs import Throttle
 from .console import console
 from .lifecycle_sync import LifecycleSync
-from .qemu_args import MachineOptions, arguments
+from .qemu_args import MachineOptions, machine_arguments
 
 #: Timeout for the start of QEMU and of the device, in seconds; each takes half a second.
-_START = 60.0
+_START_SECONDS = 60.0
 
 #: Timeout in seconds for a process to end after SIGTERM.
-_END = 10.0
+_STOP_SECONDS = 10.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-async def pass_on(process: Process, name: str, tell: Callable[[str], None]) -> None:
+async def forward_stderr(process: Process, name: str, report: Callable[[str], None]) -> None:
     """Report the lines that a process writes to standard error.
 
     A guest may cause them, so they are limited in rate like the log of other long-running programs.
@@ -53,11 +53,11 @@ async def pass_on(process: Process, name: str, tell: Callable[[str], None]) -> N
         left_out = throttle.admit(name)
         if left_out is not None:
             more = f" ({left_out} more were left out)" if left_out else ""
-            tell(f"{name}: {line.decode(errors='replace').strip()}{more}")
+            report(f"{name}: {line.decode(errors='replace').strip()}{more}")
 
 
 #: Ends of QEMU that are not a power-off of the guest, by the reason in its monitor's event.
-_BROKEN = {
+_FAILURES = {
     "guest-reset": "the guest reset its machine, which ends it (-no-reboot; a panic resets, too)",
     "guest-panic": "the guest has panicked",
 }
@@ -79,11 +79,11 @@ class RunningMachine:
         *,
         extra: tuple[str, ...] = (),
         grace: float = 10.0,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         """Prepare to run ``machine`` with the QEMU program ``qemu`` and the arguments ``extra``.
 
-        ``grace`` is the time in seconds that the guest has to power off when asked to; ``tell``
+        ``grace`` is the time in seconds that the guest has to power off when asked to; ``report``
         receives lines for the user.
         """
         self._machine = machine
@@ -92,7 +92,7 @@ class RunningMachine:
         self._cid = cid
         self._extra = extra
         self._grace = grace
-        self._tell = tell
+        self._report = report
         self._qmp = QMPClient(str(cid))
         self._status = 0
         self._kill: Callable[[], None] | None = None
@@ -117,7 +117,7 @@ class RunningMachine:
                     device = await stack.enter_async_context(self._device(folder / "device"))
                     qemu = await stack.enter_async_context(self._qemu(folder / "device", theirs))
                     await self._connect(qemu)
-                await self._live(device, qemu)
+                await self._supervise(device, qemu)
         except asyncio.CancelledError:
             if not self._status:
                 raise
@@ -136,9 +136,9 @@ class RunningMachine:
             stderr=PIPE,
             start_new_session=True,  # Ctrl-C is handled by this process
         )
-        async with _ended(device):
+        async with _terminated(device):
             assert device.stdout is not None and device.stderr is not None
-            async with _in_time("the device"):
+            async with _start_timeout("the device"):
                 ready = await device.stdout.readline()
                 said = (await device.stderr.readline()).decode(errors="replace").strip()
             if not ready:
@@ -153,7 +153,7 @@ class RunningMachine:
             qemu = await asyncio.create_subprocess_exec(
                 # The kernel kills QEMU when this process dies.
                 *("setpriv", "--pdeathsig", "KILL", "--", self._program, "-S"),
-                *arguments(self._machine, os.fspath(path)),
+                *machine_arguments(self._machine, os.fspath(path)),
                 *(word for name in ends for word in _channel(name, ends[name].fileno())),
                 *("-serial", "chardev:console", "-qmp", "chardev:monitor"),
                 *self._extra,
@@ -163,54 +163,54 @@ class RunningMachine:
                 pass_fds=[end.fileno() for end in ends.values()],
                 start_new_session=True,
             )
-        async with _ended(qemu):
+        async with _terminated(qemu):
             yield qemu
 
     async def _connect(self, qemu: Process) -> None:
         try:
-            async with _in_time("QEMU"):
+            async with _start_timeout("QEMU"):
                 await self._qmp.connect(self._monitor)
         except QMPError:
             assert qemu.stderr is not None
             said = (await qemu.stderr.read()).decode(errors="replace").strip()
             raise MachineFailed(f"QEMU: {said or 'ended without a message'}") from None
 
-    async def _live(self, device: Process, qemu: Process) -> None:
+    async def _supervise(self, device: Process, qemu: Process) -> None:
         """Wait until the device or QEMU ends.
 
         Raises MachineFailed unless the guest has powered off.
         """
         self._kill = qemu.kill
-        following = LifecycleSync(self._qmp, self._control, self._cid, self._tell)
-        follows = asyncio.create_task(following.run())
+        sync = LifecycleSync(self._qmp, self._control, self._cid, self._report)
+        syncing = asyncio.create_task(sync.run())
         ends = [asyncio.create_task(process.wait()) for process in (device, qemu)]
         helpers = [
-            asyncio.create_task(pass_on(process, name, self._tell))
+            asyncio.create_task(forward_stderr(process, name, self._report))
             for process, name in ((device, "the device"), (qemu, "QEMU"))
         ]
         try:
-            await asyncio.wait([*ends, follows], return_when=asyncio.FIRST_COMPLETED)
-            if follows.done():
-                follows.result()
+            await asyncio.wait([*ends, syncing], return_when=asyncio.FIRST_COMPLETED)
+            if syncing.done():
+                syncing.result()
                 # QEMU has closed its monitor and is about to end.
-                await asyncio.wait(ends, timeout=_END, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(ends, timeout=_STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             # The last lines of a process that has ended explain its end.
             over = [helper for helper, end in zip(helpers, ends, strict=True) if end.done()]
             if over:
-                await asyncio.wait(over, timeout=_END)
+                await asyncio.wait(over, timeout=_STOP_SECONDS)
         finally:
-            tasks = (follows, *helpers, *ends)
+            tasks = (syncing, *helpers, *ends)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             with contextlib.suppress(QMPError, EOFError, OSError):
                 await self._qmp.disconnect()
         if device.returncode is not None:
-            raise MachineFailed(f"the device has ended ({_how(device)}), and QEMU with it")
+            raise MachineFailed(f"the device has ended ({_exit_text(device)}), and QEMU with it")
         if qemu.returncode and not self._status:
-            raise MachineFailed(f"QEMU has ended ({_how(qemu)})")
-        if following.end in _BROKEN:
-            raise MachineFailed(_BROKEN[following.end])
+            raise MachineFailed(f"QEMU has ended ({_exit_text(qemu)})")
+        if sync.end_reason in _FAILURES:
+            raise MachineFailed(_FAILURES[sync.end_reason])
 
     # Requests to end
 
@@ -239,7 +239,7 @@ class RunningMachine:
             self._kill()
 
     async def _power_down(self, kill: Callable[[], None]) -> None:
-        self._tell(f"powering off (repeat to end at once; limit: {self._grace:g} s)")
+        self._report(f"powering off (repeat to end at once; limit: {self._grace:g} s)")
         with contextlib.suppress(QMPError):
             await self._qmp.execute("system_powerdown")
             await asyncio.sleep(self._grace)
@@ -247,7 +247,7 @@ class RunningMachine:
 
 
 @contextlib.asynccontextmanager
-async def _ended(process: Process) -> AsyncIterator[None]:
+async def _terminated(process: Process) -> AsyncIterator[None]:
     """Run the block, then end the process if it still runs."""
     try:
         yield
@@ -255,7 +255,7 @@ async def _ended(process: Process) -> AsyncIterator[None]:
         if process.returncode is None:
             process.terminate()
             try:
-                async with asyncio.timeout(_END):
+                async with asyncio.timeout(_STOP_SECONDS):
                     await process.wait()
             except TimeoutError:
                 process.kill()
@@ -263,23 +263,23 @@ async def _ended(process: Process) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _in_time(what: str) -> AsyncIterator[None]:
+async def _start_timeout(what: str) -> AsyncIterator[None]:
     """Run the block with the timeout for a start.
 
     Raises MachineFailed.
     """
     try:
-        async with asyncio.timeout(_START):
+        async with asyncio.timeout(_START_SECONDS):
             yield
     except TimeoutError:
-        raise MachineFailed(f"{what} did not start within {_START:g} s") from None
+        raise MachineFailed(f"{what} did not start within {_START_SECONDS:g} s") from None
 
 
 def _channel(name: str, fd: int) -> tuple[str, str]:
     return "-chardev", f"socket,id={name},fd={fd}"
 
 
-def _how(process: Process) -> str:
+def _exit_text(process: Process) -> str:
     code = process.returncode or 0
     return f"status {code}" if code >= 0 else f"killed by signal {-code}"
 

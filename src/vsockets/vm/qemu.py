@@ -9,11 +9,11 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from .apt import CACHE, DEBIAN, Suite, Unavailable, filled
+from .apt import CACHE, DEBIAN, Suite, Unavailable, cached
 from .qemu_args import PROGRAM
 
 #: Timeout for QEMU's version or help, in seconds; it takes a tenth of one.
-_PATIENCE = 20.0
+_PROBE_SECONDS = 20.0
 
 #: The newest QEMU for Debian's stable release.
 _BACKPORTS = Suite(DEBIAN, "trixie", "trixie-backports")
@@ -29,28 +29,28 @@ exec "$root/usr/lib64/ld-linux-x86-64.so.2" \
 """
 
 
-class Need(NamedTuple):
+class Requirement(NamedTuple):
     """A device's requirements of QEMU."""
 
     driver: str  #: QEMU's name of its side of the device
     since: tuple[int, int]  #: the first version that has it
 
 
-NEEDS = {
-    "vmci": Need("vfio-user-pci", (10, 1)),
-    "virtio": Need("vhost-user-vsock-pci", (5, 1)),
+REQUIREMENTS = {
+    "vmci": Requirement("vfio-user-pci", (10, 1)),
+    "virtio": Requirement("vhost-user-vsock-pci", (5, 1)),
 }
 
 
-class NoQemu(Exception):
+class QemuNotFound(Exception):
     """No suitable QEMU was found; the message says what to install."""
 
 
-class TooOld(NoQemu):
+class QemuTooOld(QemuNotFound):
     """QEMU is older than the device."""
 
 
-class Broken(NoQemu):
+class QemuBroken(QemuNotFound):
     """QEMU does not work."""
 
 
@@ -61,34 +61,34 @@ class Qemu(NamedTuple):
     version: tuple[int, int]
 
     @property
-    def number(self) -> str:
+    def version_text(self) -> str:
         """The version as text."""
         return ".".join(map(str, self.version))
 
     def require(self, device: str) -> None:
         """Check that QEMU supports ``device``.
 
-        Raises TooOld or Broken.
+        Raises QemuTooOld or QemuBroken.
         """
-        need = NEEDS[device]
-        since = ".".join(map(str, need.since))
-        if self.version < need.since:
-            raise TooOld(
-                f"{self.path} is QEMU {self.number}, too old for the {device} device "
-                f"({need.driver} came with {since}): {advice(device)}"
+        driver, required = REQUIREMENTS[device]
+        if self.version < required:
+            since = ".".join(map(str, required))
+            raise QemuTooOld(
+                f"{self.path} is QEMU {self.version_text}, too old for the {device} device "
+                f"({driver} came with {since}): {install_hint(device)}"
             )
         # Not a list of all drivers: for that, QEMU loads every module, also another QEMU's, and
         # aborts.
-        said = _said(self.path, "-device", f"{need.driver},help")
-        if f"{need.driver} options:" in said:
+        output = _output(self.path, "-device", f"{driver},help")
+        if f"{driver} options:" in output:
             return
-        what = f"{self.path}, QEMU {self.number}"
-        if f"'{need.driver}' not found" in said:
-            raise Broken(f"{what}, was built without {need.driver}: {advice(device)}")
-        raise Broken(f"{what}, does not work: its help on {need.driver} is: {_last_line(said)}")
+        what = f"{self.path}, QEMU {self.version_text}"
+        if f"'{driver}' not found" in output:
+            raise QemuBroken(f"{what}, was built without {driver}: {install_hint(device)}")
+        raise QemuBroken(f"{what}, does not work: its help on {driver} is: {_last_line(output)}")
 
 
-def advice(device: str) -> str:
+def install_hint(device: str) -> str:
     """Return instructions for getting a QEMU that supports ``device``."""
     if device == "virtio":
         return "apt install qemu-system-x86"
@@ -99,15 +99,15 @@ def advice(device: str) -> str:
     )
 
 
-def examine(path: str) -> Qemu:
+def probe(path: str) -> Qemu:
     """Return the version of a QEMU program.
 
-    Raises Broken.
+    Raises QemuBroken.
     """
-    said = _said(path, "--version")
-    found = re.search(r"version (\d+)\.(\d+)", said)
+    output = _output(path, "--version")
+    found = re.search(r"version (\d+)\.(\d+)", output)
     if found is None:
-        raise Broken(f"{path} does not work: its version is: {_last_line(said)}")
+        raise QemuBroken(f"{path} does not work: its version is: {_last_line(output)}")
     return Qemu(path, (int(found[1]), int(found[2])))
 
 
@@ -115,21 +115,21 @@ def find(device: str, program: str | None = None, download: bool = False) -> Qem
     """Return a QEMU that supports ``device``.
 
     It is ``program`` if given; else the one on the PATH; else the unpacked one, which ``download``
-    unpacks if it is missing.  Raises NoQemu and Unavailable.
+    unpacks if it is missing.  Raises QemuNotFound and Unavailable.
     """
     path = shutil.which(program or PROGRAM)
     if path is None and program is not None:
-        raise NoQemu(f"program not found: {program}")
+        raise QemuNotFound(f"program not found: {program}")
     try:
         if path is None:
-            raise NoQemu(f"{PROGRAM} not found: {advice(device)}")
-        found = examine(path)
+            raise QemuNotFound(f"{PROGRAM} not found: {install_hint(device)}")
+        found = probe(path)
         found.require(device)
         return found
-    except NoQemu:
+    except QemuNotFound:
         if program is not None or not (download or (CACHE / _UNPACKED).exists()):
             raise
-    found = examine(unpacked())
+    found = probe(unpacked())
     found.require(device)
     return found
 
@@ -147,7 +147,7 @@ def unpacked() -> str:
         program.write_text(_START.format(program=PROGRAM))
         program.chmod(0o755)
 
-    return str(filled(_UNPACKED, fill) / PROGRAM)
+    return str(cached(_UNPACKED, fill) / PROGRAM)
 
 
 def find_firmware() -> str:
@@ -162,7 +162,7 @@ def find_firmware() -> str:
     raise Unavailable("UEFI firmware not found: apt install ovmf")
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     """Return a program's output, followed by the signal if one killed it."""
     try:
         done = subprocess.run(
@@ -172,7 +172,7 @@ def _said(*command: str) -> str:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            timeout=_PATIENCE,
+            timeout=_PROBE_SECONDS,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -182,10 +182,10 @@ def _said(*command: str) -> str:
     killed = -code if code < 0 else code - 128
     if killed <= 0 or killed > signal.NSIG:
         return done.stdout
-    said = done.stdout.strip()
+    output = done.stdout.strip()
     how = f"killed by signal {killed} ({signal.strsignal(killed)})"
-    return f"{said} ({how})" if said else how
+    return f"{output} ({how})" if output else how
 
 
-def _last_line(said: str) -> str:
-    return said.strip().rpartition("\n")[2] or "nothing"
+def _last_line(output: str) -> str:
+    return output.strip().rpartition("\n")[2] or "nothing"

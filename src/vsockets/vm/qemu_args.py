@@ -9,7 +9,7 @@ from dataclasses import dataclass
 PROGRAM = "qemu-system-x86_64"
 
 #: Timeout of the device's replies to QEMU, in milliseconds; QEMU then gives the device up.
-_ANSWER = 60_000
+_REPLY_TIMEOUT_MS = 60_000
 
 #: The buses for disks: the controller to add, and the disk's own device.  "sata" is q35's built-in
 #: controller; "nvme" and "virtio" have one controller per disk.
@@ -28,7 +28,7 @@ SATA_PORTS = 6
 FORMATS = ("qcow2", "raw", "vmdk")
 
 #: The virtio device, in a slot that supports hot unplugging.
-VIRTIO = {"driver": "vhost-user-vsock-pci", "id": "dev", "chardev": "vsock", "bus": "slot0"}
+VIRTIO_DEVICE = {"driver": "vhost-user-vsock-pci", "id": "dev", "chardev": "vsock", "bus": "slot0"}
 
 
 @dataclass(frozen=True)
@@ -65,52 +65,52 @@ class MachineOptions:
     cards: tuple[Card, ...] = ()
 
 
-def arguments(machine: MachineOptions, device_socket: str) -> list[str]:
+def machine_arguments(machine: MachineOptions, device_socket: str) -> list[str]:
     """Return all arguments except those of the console and the monitor.
 
     ``device_socket`` is the path at which the device's process listens.
     """
-    said = ["-nodefaults", "-no-user-config", "-display", "none"]
+    args = ["-nodefaults", "-no-user-config", "-display", "none"]
     if machine.name:
-        said += ["-name", _quoted(machine.name)]
+        args += ["-name", _quoted(machine.name)]
     for accelerator in machine.accelerators:
-        said += ["-accel", accelerator]
+        args += ["-accel", accelerator]
     # With one possible processor, QEMU 11.1 emulates LOCK without a lock: the guest's barriers then
     # do not order its accesses for the device's process, and a wake-up may be lost.
     processors = f"{machine.cpus},maxcpus={max(machine.cpus, 2)}"
-    said += ["-cpu", "max", "-smp", processors, "-m", f"{machine.memory}M"]
+    args += ["-cpu", "max", "-smp", processors, "-m", f"{machine.memory}M"]
     # Shared, because the device's process accesses the guest's memory.
-    said += ["-object", f"memory-backend-memfd,id=mem,size={machine.memory}M,share=on"]
+    args += ["-object", f"memory-backend-memfd,id=mem,size={machine.memory}M,share=on"]
     # Without graphics, the BIOS and boot loaders use the console.
-    said += ["-machine", "q35,memory-backend=mem,graphics=off"]
+    args += ["-machine", "q35,memory-backend=mem,graphics=off"]
     if machine.firmware:
-        said += ["-bios", machine.firmware]
+        args += ["-bios", machine.firmware]
     for option in ("kernel", "initrd", "append"):
         value = getattr(machine, option)
         if value:
-            said += [f"-{option}", value]
-    said += device_arguments(machine.device, device_socket)
-    said += _disks(machine.disks)
+            args += [f"-{option}", value]
+    args += device_arguments(machine.device, device_socket)
+    args += _disks(machine.disks)
     for number, card in enumerate(machine.cards):
-        said += ["-netdev", f"user,id=net{number}"]
+        args += ["-netdev", f"user,id=net{number}"]
         address = f",mac={card.address}" if card.address else ""
-        said += ["-device", f"{card.model},netdev=net{number}{address}"]
-    return said
+        args += ["-device", f"{card.model},netdev=net{number}{address}"]
+    return args
 
 
 def device_arguments(device: str, path: str) -> list[str]:
     """Return the arguments of a vSockets device whose process listens at ``path``."""
     if device == "virtio":
         return [
-            *("-chardev", f"socket,id={VIRTIO['chardev']},path={_quoted(path)}"),
-            *("-device", f"pcie-root-port,id={VIRTIO['bus']},slot=1"),
-            *("-device", json.dumps(VIRTIO)),
+            *("-chardev", f"socket,id={VIRTIO_DEVICE['chardev']},path={_quoted(path)}"),
+            *("-device", f"pcie-root-port,id={VIRTIO_DEVICE['bus']},slot=1"),
+            *("-device", json.dumps(VIRTIO_DEVICE)),
         ]
     vfio = {
         "driver": "vfio-user-pci",
         "socket": {"type": "unix", "path": path},
         "x-no-posted-writes": True,
-        "x-msg-timeout": _ANSWER,
+        "x-msg-timeout": _REPLY_TIMEOUT_MS,
         "rombar": 0,
     }
     return ["-device", json.dumps(vfio)]
@@ -128,12 +128,12 @@ def _disks(disks: tuple[Disk, ...]) -> Iterator[str]:
         )
         if controller and disk.bus not in controllers:
             yield from ("-device", f"{controller},id={disk.bus}")
-        place = controllers[disk.bus] = controllers.get(disk.bus, -1) + 1
+        index = controllers[disk.bus] = controllers.get(disk.bus, -1) + 1
         options: dict[str, object] = {"driver": device, "drive": node, "bootindex": number}
         if disk.bus == "sata":
-            options["bus"] = f"ide.{place}"
+            options["bus"] = f"ide.{index}"
         elif controller:
-            options |= {"bus": f"{disk.bus}.0", "scsi-id": place}
+            options |= {"bus": f"{disk.bus}.0", "scsi-id": index}
         elif disk.bus == "nvme":
             options["serial"] = node
         yield from ("-device", json.dumps(options))

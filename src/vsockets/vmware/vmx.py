@@ -101,7 +101,7 @@ class Vmx:
         if version is None:
             return 0
         if version < 1:
-            raise self.mistake(key, "expected a number from 1")
+            raise self.error(key, "expected a number from 1")
         return version
 
     @property
@@ -124,10 +124,10 @@ class Vmx:
         if number is None or number == -1:
             return None
         if not -(1 << 31) <= number < 1 << 32:
-            raise self.mistake(key, "expected a number of 32 bits")
+            raise self.error(key, "expected a number of 32 bits")
         cid = number & 0xFFFF_FFFF
         if not VMADDR_CID_HOST < cid < VMADDR_CID_ANY:
-            raise self.mistake(key, "not a guest's CID, expected 3 to 4294967294")
+            raise self.error(key, "not a guest's CID, expected 3 to 4294967294")
         return cid
 
     @property
@@ -146,14 +146,14 @@ class Vmx:
         Raises VmxError.
         """
         if "encryption.data" in self.values:
-            raise self.mistake("encryption.data", "the file is encrypted, expected a plain one")
+            raise self.error("encryption.data", "the file is encrypted, expected a plain one")
         if self.hardware_version < FIRST_VMCI_HARDWARE:
-            raise self.mistake(
+            raise self.error(
                 "virtualHW.version",
                 "expected 7 or later: upgrade the VM's hardware compatibility to 7 or later",
             )
         if not self.vmci_present:
-            raise self.mistake("vmci0.present", "expected TRUE: without it there is no VMCI device")
+            raise self.error("vmci0.present", "expected TRUE: without it there is no VMCI device")
 
     # Any key, case-insensitively
 
@@ -170,7 +170,7 @@ class Vmx:
         if not text:
             return None
         if not _NUMBER.fullmatch(text):
-            raise self.mistake(key, "expected a decimal number of at most 10 digits")
+            raise self.error(key, "expected a decimal number of at most 10 digits")
         return int(text)
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -182,13 +182,13 @@ class Vmx:
         if not text:
             return default
         if text.lower() not in _BOOLEANS:
-            raise self.mistake(key, "expected TRUE or FALSE")
+            raise self.error(key, "expected TRUE or FALSE")
         return _BOOLEANS[text.lower()]
 
-    def mistake(self, key: str, problem: str) -> VmxError:
+    def error(self, key: str, problem: str) -> VmxError:
         """Return an error about the value of a key, which its message contains."""
         line = self.lines.get(key.lower())
-        found = "missing" if line is None else _shown(self.text(key))
+        found = "missing" if line is None else _quoted(self.text(key))
         return VmxError(self.name, line, key, f"{found}, {problem}")
 
 
@@ -199,7 +199,7 @@ def read_vmx(path: str | os.PathLike[str]) -> Vmx:
     """
     name = os.fspath(path)
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=_open_nonblocking) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise VmxError(name, None, "", "not a regular file, expected a .vmx file")
             return parse_vmx(file.read(VMX_FILE_MAX_BYTES + 1), name)
@@ -245,7 +245,7 @@ def _parse_line(line: bytes, name: str, number: int) -> tuple[str, bytes] | None
         return None
     match = _LINE.fullmatch(line)
     if match is None:
-        found = _shown(line.decode("ascii", "replace"))
+        found = _quoted(line.decode("ascii", "replace"))
         raise VmxError(name, number, "", f'{found}, expected a line of the form: key = "value"')
     # Escapes are decoded before the encoding: a bar can be half of a Shift_JIS or GBK character,
     # and is written as |7C there too.
@@ -266,7 +266,7 @@ def _encoding(found: Mapping[str, tuple[int, bytes]], name: str) -> str:
             name,
             line,
             _ENCODING,
-            f"unknown encoding {_shown(wanted)}, expected UTF-8 or another that VMware writes",
+            f"unknown encoding {_quoted(wanted)}, expected UTF-8 or another that VMware writes",
         )
     return _ENCODINGS[wanted.lower()]
 
@@ -281,11 +281,11 @@ def _decode(value: bytes, encoding: str, name: str, line: int, key: str) -> str:
         ) from error
 
 
-def _shown(text: str) -> str:
+def _quoted(text: str) -> str:
     """Return a value for an error: one line, shortened, with control characters escaped."""
     return ascii(text) if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]!a}..."
 
 
-def _open_at_once(path: str, flags: int) -> int:
+def _open_nonblocking(path: str, flags: int) -> int:
     # Without O_NONBLOCK, opening a named pipe would block.
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)

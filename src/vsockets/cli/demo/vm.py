@@ -130,7 +130,7 @@ def _prepare(scratch: Path, device: Device, accel: Accelerator) -> list[str]:
     notice("QEMU, a kernel, busybox and Python (downloaded the first time)")
     qemu = find_qemu(device, None, download=True)
     try:
-        suite = apt.own_suite()
+        suite = apt.system_suite()
         kernel, userland = kernels.KernelImage(suite), initramfs.Userland(suite)
         archive = initramfs.build(
             kernel, userland, device.value, _LAST.format(python=userland.python)
@@ -276,9 +276,9 @@ def _progress(title: str, total: int, show: bool) -> Iterator[Callable[[int], No
 @contextlib.contextmanager
 def _forwarded(fabric: PrivateFabric, cid: int) -> Iterator[str]:
     """Where a browser finds the guest's pages."""
-    from ...vm.guest_agent import PAGES
+    from ...vm.guest_agent import PAGE_PORT
 
-    ends = ("tcp:127.0.0.1:0", f"vsock:{cid}:{PAGES}")
+    ends = ("tcp:127.0.0.1:0", f"vsock:{cid}:{PAGE_PORT}")
     with _running(fabric, "forward", *ends, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         readable, _, _ = select.select([process.stderr], [], [], _PATIENCE)
