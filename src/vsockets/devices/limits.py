@@ -41,3 +41,7 @@ DEVICE_UNSENT_DATAGRAM_MAX_BYTES = 2 * 17 * 4096
 
 #: Concurrent captures of one device: each costs the device a system call for each packet.
 DEVICE_CAPTURES_MAX = 4
+
+#: Longest system call of a device, in seconds: only closing a descriptor that a peer passed takes
+#: longer, and a signal interrupts it.
+DEVICE_SLOW_CALL_SECONDS = 0.005

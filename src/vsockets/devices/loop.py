@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from ..daemon.limits import DAEMON_SLOW_CALL_SECONDS
 from ..eventloop.loop import READABLE, EventLoop, Timer
+from .limits import DEVICE_SLOW_CALL_SECONDS
 
 __all__ = ["READABLE", "DeviceLoop", "Timer"]
 
@@ -33,7 +33,7 @@ class DeviceLoop(EventLoop):
         On older kernels a socket cannot refuse descriptors, and a device's sandbox allows no
         thread to close them in.  Only for the main thread.
         """
-        return self.hurried(DAEMON_SLOW_CALL_SECONDS)
+        return self.hurried(DEVICE_SLOW_CALL_SECONDS)
 
     def watches(self, fd: int) -> bool:
         """Return whether ``fd`` is watched."""

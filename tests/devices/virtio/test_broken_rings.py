@@ -21,8 +21,8 @@ from vsockets.devices.virtio.ring import (
     NEXT,
     WRITE,
     RingError,
+    SplitRing,
 )
-from vsockets.devices.virtio.split_ring import SplitRing
 
 from .conftest import Rig
 

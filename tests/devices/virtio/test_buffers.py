@@ -10,8 +10,7 @@ import pytest
 
 from support.vmci_driver import PlayedFabric
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.virtio.connection import ConnectionState, PendingTx
-from vsockets.devices.virtio.host_stream import VirtioConnection
+from vsockets.devices.virtio.connection import ConnectionState, PendingTx, VirtioConnection
 from vsockets.devices.virtio.limits import (
     VIRTIO_BUFFER_BYTES,
     VIRTIO_ENLARGED_BUFFER_MAX_BYTES,

@@ -7,26 +7,32 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vsockets.devices.virtio.connection import BOTH, Action, Connection, ConnectionState, PendingTx
+from vsockets.devices.virtio.connection import (
+    BOTH,
+    Action,
+    ConnectionState,
+    PendingTx,
+    VirtioConnection,
+)
 from vsockets.devices.virtio.packet import Op, Shutdown, Type
 
 SEND, RECEIVE = int(Shutdown.SEND), int(Shutdown.RECEIVE)
 
 
-def make(state: ConnectionState) -> Connection:
-    made = Connection(state, Type.STREAM, (2, 5000), 1024, 4096)
+def make(state: ConnectionState) -> VirtioConnection:
+    made = VirtioConnection(state, Type.STREAM, (2, 5000), 1024, 4096)
     made.send.update(4096, 0)
     return made
 
 
-def packets_of(connection: Connection) -> list[tuple[int, int]]:
+def packets_of(connection: VirtioConnection) -> list[tuple[int, int]]:
     packets = []
     while (packet := connection.next_packet()) is not None:
         packets.append(packet)
     return packets
 
 
-def opened() -> Connection:
+def opened() -> VirtioConnection:
     connection = make(ConnectionState.PEER_INIT)
     connection.accept()
     assert packets_of(connection) == [(Op.RESPONSE, 0)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.devices.virtio.kick_coalescing import KickCoalescing
 from vsockets.devices.virtio.limits import (
     VIRTIO_BUFFER_BYTES,
     VIRTIO_KICK_DELAY_SECONDS,
     VIRTIO_PACKETS_PER_KICK_MAX,
 )
+from vsockets.devices.virtio.tx import KickCoalescing
 
 PACKET = 4096
 

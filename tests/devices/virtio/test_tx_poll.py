@@ -12,13 +12,11 @@ from vsockets.devices.capture import CaptureSink
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vhost_user import Vring
-from vsockets.devices.virtio.host_stream import VirtioConnection
-from vsockets.devices.virtio.kick_coalescing import KickCoalescing
+from vsockets.devices.virtio.connection import VirtioConnection
 from vsockets.devices.virtio.limits import VIRTIO_USED_BATCH_PACKETS
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
-from vsockets.devices.virtio.split_ring import SplitRing
-from vsockets.devices.virtio.tx import TransmitQueue
-from vsockets.devices.virtio.tx_poll import TxPoll
+from vsockets.devices.virtio.ring import SplitRing
+from vsockets.devices.virtio.tx import KickCoalescing, TransmitQueue, TxPoll
 from vsockets.testing import wait_until
 
 CID = 5

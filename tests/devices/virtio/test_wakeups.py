@@ -21,12 +21,11 @@ from support.virtio_driver import GUEST_BASE, DriverRing, Memory
 from vsockets.devices.capture import CaptureSink
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.virtio.host_stream import VirtioConnection
-from vsockets.devices.virtio.kick_coalescing import KickCoalescing
+from vsockets.devices.virtio.connection import VirtioConnection
 from vsockets.devices.virtio.packed_ring import PackedRing
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
-from vsockets.devices.virtio.split_ring import SplitRing
-from vsockets.devices.virtio.tx import TransmitQueue
+from vsockets.devices.virtio.ring import SplitRing
+from vsockets.devices.virtio.tx import KickCoalescing, TransmitQueue
 
 Driver = DriverRing | PackedDriverRing
 Ring = SplitRing | PackedRing

@@ -16,8 +16,7 @@ from ..capture import CaptureSink
 from ..guest_memory import GuestMemory
 from ..loop import DeviceLoop
 from ..vhost_user import Vring
-from .connection import Action, ConnectionState
-from .host_stream import SOCKET_TYPES, VSOCK_TYPES, VirtioConnection
+from .connection import SOCKET_TYPES, VSOCK_TYPES, Action, ConnectionState, VirtioConnection
 from .limits import (
     VIRTIO_BUFFER_BYTES,
     VIRTIO_CLOSE_TIMEOUT_SECONDS,
@@ -38,11 +37,10 @@ from .ring import (
     F_VERSION_1,
     Ring,
     RingError,
+    SplitRing,
 )
 from .rx import ReceiveQueue
-from .split_ring import SplitRing
-from .tx import TransmitQueue
-from .tx_poll import TxPoll
+from .tx import TransmitQueue, TxPoll
 
 log = logging.getLogger(__name__)
 

@@ -1,10 +1,14 @@
-"""Header of virtio-vsock packets (virtio 1.3, 5.10.6)."""
+"""Header of virtio-vsock packets (virtio 1.3, 5.10.6), and their capture records."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
+
+from ...protocol.vsockmon import Operation
+from ..capture import CaptureSink
 
 #: Source and destination CID, source and destination port, payload length, type, operation, flags,
 #: the sender's buffer size and its count of forwarded bytes.
@@ -73,3 +77,23 @@ class Header(NamedTuple):
     def encode(self) -> bytes:
         """Encode the header."""
         return HEADER.pack(*self)
+
+
+_OPERATIONS = {
+    Op.REQUEST: Operation.CONNECT,
+    Op.RESPONSE: Operation.CONNECT,
+    Op.RST: Operation.DISCONNECT,
+    Op.SHUTDOWN: Operation.DISCONNECT,
+    Op.RW: Operation.PAYLOAD,
+    Op.CREDIT_UPDATE: Operation.CONTROL,
+    Op.CREDIT_REQUEST: Operation.CONTROL,
+}
+
+
+def record(capture: CaptureSink, header: bytes, payload: Sequence[memoryview] = ()) -> None:
+    """Record a packet to or from the guest, whose payload may be shorter than the header claims."""
+    source_cid, cid, source_port, port, length, _, op, *_ = HEADER.unpack(header)
+    operation = _OPERATIONS.get(op, Operation.UNKNOWN)
+    if operation is not Operation.PAYLOAD:
+        length = 0
+    capture.record(operation, (source_cid, source_port), (cid, port), payload, length, header)

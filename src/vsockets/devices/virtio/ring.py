@@ -1,4 +1,8 @@
-"""Interface and common parts of split and packed virtqueues."""
+"""Virtqueues, device side: the interface of both kinds, and the split virtqueue (virtio 1.3, 2.7).
+
+The driver can write every part of a ring at any time.  Each index, length and address is read once
+into a Python integer, checked, and then used.  :mod:`.packed_ring` is the other kind.
+"""
 
 from __future__ import annotations
 
@@ -106,3 +110,127 @@ def indirect_table(memory: GuestMemory, address: int, length: int) -> memoryview
 def total_length(parts: Sequence[memoryview]) -> int:
     """Return the number of bytes in all parts."""
     return sum(map(len, parts))
+
+
+_MASK = 0xFFFF
+_NO_INTERRUPT = 1  # in the flags of the available ring
+_read_descriptor = DESCRIPTOR.unpack_from
+
+# Positions of 16-bit words in both rings.
+_FLAGS, _INDEX, _RING = 0, 1, 2
+
+
+class SplitRing:
+    """Split ring of ``size`` entries at ``addresses``: descriptor table, available and used ring.
+
+    Raises RingError when size or addresses are invalid.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        addresses: tuple[int, int, int],
+        base: int,
+        event_index: bool,
+    ) -> None:
+        if size & size - 1:
+            raise RingError(f"invalid split ring size {size} (expected a power of two)")
+        descriptors, available, used = addresses
+        self._view = memory.view
+        self._memory = memory
+        self._size = size
+        self._descriptors = ring_view(memory, descriptors, DESCRIPTOR.size * size, 16)
+        # Aligned 16-bit words, which are read and written whole, in the machine's byte order;
+        # virtio's order is the same on all supported machines.
+        self._available = ring_view(memory, available, 6 + 2 * size, 2).cast("H")
+        whole = ring_view(memory, used, 6 + 8 * size, 4)
+        self._used = whole.cast("H")
+        self._elements = whole[4 : 4 + 8 * size].cast("Q")
+        self._event_index = event_index
+        self._next = base & _MASK  # the first entry that was not popped
+        self._available_index = self._next  # the driver's index, as last read
+        self._pushed = self._published = self._next
+        if not event_index:
+            self._used[_FLAGS] = 0
+
+    @property
+    def base(self) -> int:
+        """The index of the next entry to use; all earlier entries were used."""
+        return self._pushed
+
+    def pop(self) -> Chain | None:
+        """Return the next available chain, or None; see :class:`Ring`."""
+        position = self._next
+        if position == self._available_index:
+            available_index = self._available[_INDEX]
+            if position == available_index:
+                return None
+            if (available_index - position) & _MASK > self._size:
+                raise RingError(f"available index jumps from {position} to {available_index}")
+            self._available_index = available_index
+        head = self._available[_RING + (position & self._size - 1)]
+        if head >= self._size:
+            raise RingError(f"invalid descriptor {head} (expected less than {self._size})")
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        descriptors, limit, index, left = self._descriptors, self._size, head, self._size
+        try:
+            while True:
+                address, length, flags, following = _read_descriptor(descriptors, index << 4)
+                if flags & INDIRECT:
+                    if descriptors is not self._descriptors or flags & NEXT:
+                        raise RingError("indirect table within a chain")
+                    descriptors = indirect_table(self._memory, address, length)
+                    limit = len(descriptors) >> 4
+                    left, index = limit, 0
+                    continue
+                if length:
+                    if flags & WRITE:
+                        writable.append(self._view(address, length))
+                    elif writable:
+                        raise RingError("readable descriptor after a writable one")
+                    else:
+                        readable.append(self._view(address, length))
+                if not flags & NEXT:
+                    break
+                left -= 1
+                if not left or len(readable) + len(writable) >= VIRTIO_CHAIN_DESCRIPTORS_MAX:
+                    raise RingError("endless chain of descriptors")
+                if following >= limit:
+                    raise RingError(f"invalid descriptor {following} (expected less than {limit})")
+                index = following
+        except BadAddress as error:
+            raise RingError(f"buffer is not mapped: {error}") from None
+        self._next = position + 1 & _MASK
+        return head, readable, writable
+
+    def rewind(self) -> None:
+        """Return to the first chain that was not pushed."""
+        self._next = self._available_index = self._pushed
+
+    def push(self, head: int, length: int) -> None:
+        """Mark a chain as used; see :class:`Ring`."""
+        self._elements[self._pushed & self._size - 1] = head | length << 32
+        self._pushed = self._pushed + 1 & _MASK
+
+    def publish(self) -> bool:
+        """Make pushed chains visible; return whether the driver expects a notification."""
+        old, new = self._published, self._pushed
+        if old == new:
+            return False
+        self._used[_INDEX] = new
+        self._published = new
+        fence()
+        if self._event_index:
+            wanted = self._available[_RING + self._size]
+            return (new - wanted - 1) & _MASK < (new - old) & _MASK
+        return not self._available[_FLAGS] & _NO_INTERRUPT
+
+    def enable_notification(self, chains: int = 1) -> bool:
+        """Request a kick after ``chains`` chains; return whether one is available now."""
+        if self._event_index:
+            ahead = min(chains, self._size >> 1 or 1) - 1
+            self._used[_RING + 4 * self._size] = self._next + ahead & _MASK
+            fence()
+        return self._available[_INDEX] != self._next

@@ -16,12 +16,10 @@ from socket import MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
 from ..capture import CaptureSink
 from ..limits import IO_VECTORS_MAX
 from ..vectored_io import pull
-from .capture import record
-from .connection import BOTH
+from .connection import BOTH, VirtioConnection
 from .credit import HALF_FULL_PACKET_BYTES
-from .host_stream import VirtioConnection
 from .limits import VIRTIO_MERGED_PACKET_MAX_BYTES
-from .packet import HEADER, HEADER_SIZE, Op, Sequenced, Shutdown, Type
+from .packet import HEADER, HEADER_SIZE, Op, Sequenced, Shutdown, Type, record
 from .ring import Chain, Ring, RingError, total_length
 
 _pack_header = HEADER.pack_into

@@ -1,21 +1,84 @@
 """The guest's transmit queue: receive packets and forward their payload.
 
-Consecutive packets of one stream are forwarded together, with one system call.
+:class:`TransmitQueue` forwards consecutive packets of one stream together, with one system call.
+:class:`TxPoll` decides when to poll the queue and when to notify the guest, with
+:class:`KickCoalescing`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import monotonic
 from typing import Protocol
 
 from ..capture import CaptureSink
 from ..limits import IO_VECTORS_MAX
-from .capture import record
-from .host_stream import VirtioConnection
-from .kick_coalescing import KickCoalescing
-from .limits import VIRTIO_PACKETS_PER_TURN_MAX
-from .packet import HEADER, HEADER_SIZE, Header, Op, Type
+from ..loop import DeviceLoop, Timer
+from ..vhost_user import Vring
+from .connection import VirtioConnection
+from .limits import (
+    VIRTIO_BUFFER_BYTES,
+    VIRTIO_KICK_DELAY_SECONDS,
+    VIRTIO_PACKETS_PER_KICK_MAX,
+    VIRTIO_PACKETS_PER_TURN_MAX,
+    VIRTIO_USED_BATCH_PACKETS,
+    VIRTIO_USED_BATCH_SECONDS,
+)
+from .packet import HEADER, HEADER_SIZE, Header, Op, Type, record
 from .ring import Ring, RingError, total_length
+
+#: Share of the guest's credit that one batch may use; the guest continues with the rest.
+_BATCH_BYTES_MAX = VIRTIO_BUFFER_BYTES * 3 // 4
+
+#: Delay of the device's own poll, in multiples of the expected arrival time of a batch.
+_DELAY_FACTOR = 2
+
+
+class KickCoalescing:
+    """Coalescing of kicks from a streaming guest.
+
+    ``packets`` is the number of packets to announce with the next kick, from the recent arrival
+    rate; if it is above 1, the device polls the ring after ``delay`` seconds.
+
+    A kick, the device's wake-up and reading the ring's index cost more than forwarding a packet.
+    A streaming guest need not kick for each packet: the device requests a kick only after some
+    packets, and polls the ring by itself in case no further packets arrive.
+
+    A guest streams when it has sent more than its credit without receiving payload, so that a
+    guest that waits for replies is never delayed.  The number of packets per kick grows while they
+    arrive in time, and falls to the number that did arrive otherwise.
+    """
+
+    def __init__(self) -> None:
+        self.packets = 1
+        self.delay = 0.0
+        self._bytes_since_reply = 0  # bytes since payload was last sent to the guest
+        self._last_poll = 0.0
+
+    def on_reply(self) -> None:
+        """Stop coalescing: payload was sent to the guest."""
+        self._bytes_since_reply = 0
+        self.packets = 1
+
+    def on_packets(self, packets: int, length: int, now: float) -> None:
+        """Account for a poll at time ``now``: ``packets`` with ``length`` bytes of payload."""
+        interval = max(now - self._last_poll, 1e-6) / max(packets, 1)
+        self._last_poll = now
+        self._bytes_since_reply += length
+        if self._bytes_since_reply <= VIRTIO_BUFFER_BYTES or not length:
+            self.packets = 1
+            return
+        wanted = min(
+            2 * packets if packets >= self.packets else packets, VIRTIO_PACKETS_PER_KICK_MAX
+        )
+        wanted = min(
+            wanted,
+            _BATCH_BYTES_MAX * packets // length,
+            int(VIRTIO_KICK_DELAY_SECONDS / interval / _DELAY_FACTOR),
+        )
+        self.packets = max(wanted, 1)
+        self.delay = self.packets * interval * _DELAY_FACTOR
+
 
 _unpack_header = HEADER.unpack_from
 _RW = int(Op.RW)
@@ -180,3 +243,55 @@ def _truncate(parts: list[memoryview], size: int) -> bool:
             return True
         there -= len(last)
     return there == size
+
+
+class TxPoll:
+    """Scheduler of ``queue``; ``poll`` is called when the queue is due without a kick."""
+
+    def __init__(
+        self, loop: DeviceLoop, queue: TransmitQueue, vring: Vring, poll: Callable[[], None]
+    ) -> None:
+        self.coalescing = KickCoalescing()
+        self._loop = loop
+        self._queue = queue
+        self._vring = vring
+        self._poll = poll
+        self._poll_timer: Timer | None = None
+        self._notify_timer: Timer | None = None
+        self._unnotified = 0  # packets received since the last used-buffer notification
+        self._notify_batch = min(VIRTIO_USED_BATCH_PACKETS, vring.size // 2)
+        self._notify_due = False  # the guest expects a notification
+
+    def run(self) -> bool:
+        """Receive packets for one turn; return whether more are available."""
+        queue = self._queue
+        more, call = queue.run(self.coalescing)
+        self._unnotified += queue.packets
+        if call or self._notify_due:
+            self._notify_due = True
+            if self._unnotified >= self._notify_batch:
+                self._notify()
+            elif self._notify_timer is None:
+                self._notify_timer = self._loop.call_later(VIRTIO_USED_BATCH_SECONDS, self._notify)
+        if self._poll_timer is not None:
+            self._poll_timer.cancel()
+            self._poll_timer = None
+        if not more and self.coalescing.packets > 1:
+            self._poll_timer = self._loop.call_later(self.coalescing.delay, self._poll)
+        return more
+
+    def stop(self) -> int:
+        """Release guest memory; return the ring's base."""
+        if self._poll_timer is not None:
+            self._poll_timer.cancel()
+        if self._notify_due:
+            self._notify()
+        return self._queue.stop()
+
+    def _notify(self) -> None:
+        if self._notify_timer is not None:
+            self._notify_timer.cancel()
+            self._notify_timer = None
+        self._notify_due = False
+        self._unnotified = 0
+        self._vring.call()
