@@ -37,7 +37,8 @@ def test_a_kernel_without_seccomp(vsock: Vsock) -> None:
     # As containers have it: a filter that says there is no such call.
     script = f"""
 import ctypes, os, struct, sys
-from vsockets.supervisor.filter import Rule, assemble, refuse
+from vsockets._linux.bpf import refuse
+from vsockets.supervisor.filter import Rule, assemble
 from vsockets.supervisor.arch import this_architecture as this_machine
 m = this_machine()
 program = assemble(m, [Rule(m.seccomp, refuse(38))])

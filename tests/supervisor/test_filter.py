@@ -11,22 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vsockets._linux import bpf
+from vsockets._linux.bpf import ALLOW, NOTIFY, refuse
 from vsockets.supervisor import filter as seccomp
-from vsockets.supervisor.arch import _MACHINES, Architecture
+from vsockets.supervisor.arch import ARCHITECTURES, Architecture
 from vsockets.supervisor.filter import (
-    ALLOW,
-    NOTIFY,
-    TRACE,
+    TRACE_MARK,
     ArgumentCondition,
     Numbers,
     Rule,
     Served,
     When,
-    refuse,
 )
 
-MACHINES = list(_MACHINES.values())
-X86 = _MACHINES["x86_64"]
+MACHINES = list(ARCHITECTURES.values())
+X86 = ARCHITECTURES["x86_64"]
+TRACE = bpf.TRACE | TRACE_MARK
 
 numbers = st.integers(0, 500)
 words = st.one_of(
@@ -101,7 +101,7 @@ def test_the_program_does_what_the_rules_say(
     assert run(seccomp.assemble(X86, made), call) == decide(made, call)
 
 
-@pytest.fixture(params=MACHINES, ids=list(_MACHINES))
+@pytest.fixture(params=MACHINES, ids=list(ARCHITECTURES))
 def machine(request: pytest.FixtureRequest) -> Architecture:
     found: Architecture = request.param
     return found

@@ -215,7 +215,8 @@ def test_a_filter_of_its_own_that_allows_no_more_of_them(vsock: Vsock) -> None:
     program = (
         MORE[len(COMMON) :]
         + """
-from vsockets.supervisor.filter import Rule, assemble, refuse
+from vsockets._linux.bpf import refuse
+from vsockets.supervisor.filter import Rule, assemble
 from vsockets.supervisor.arch import this_architecture as this_machine
 machine = this_machine()
 program = assemble(machine, [Rule(machine.seccomp, refuse(1))], is_first=False)

@@ -1,4 +1,4 @@
-"""What differs from one kind of processor to the next: system call numbers.
+"""System call numbers of each supported processor architecture.
 
 Sources: ``arch/x86/entry/syscalls/syscall_64.tbl`` and ``include/uapi/asm-generic/unistd.h``
 of Linux, ``linux/audit.h``.
@@ -9,12 +9,12 @@ from __future__ import annotations
 import platform
 from typing import NamedTuple
 
-#: The calls of x32, a second numbering of x86-64's, start here.
+#: The first system call of x32, a second numbering on x86-64.
 FIRST_X32_CALL = 0x4000_0000
 
 
 class Architecture(NamedTuple):
-    """Numbers of one architecture; -1 is a call it does not have."""
+    """System call numbers of one architecture; -1 for a call that it lacks."""
 
     architecture: int  #: AUDIT_ARCH_*
     close: int
@@ -67,7 +67,7 @@ class Architecture(NamedTuple):
     faccessat2: int = 439
 
 
-_MACHINES = {
+ARCHITECTURES = {
     "x86_64": Architecture(
         architecture=0xC000_003E,
         close=3,
@@ -160,10 +160,10 @@ _MACHINES = {
 
 
 def this_architecture() -> Architecture:
-    """The numbers of the processor this runs on; NotImplementedError when we have none."""
+    """Return the numbers of this machine's processor.  Raises NotImplementedError."""
     name = platform.machine()
-    if name not in _MACHINES:
+    if name not in ARCHITECTURES:
         raise NotImplementedError(
-            f"no system call numbers for {name} (have {', '.join(_MACHINES)})"
+            f"unsupported processor: {name} (expected one of {', '.join(ARCHITECTURES)})"
         )
-    return _MACHINES[name]
+    return ARCHITECTURES[name]
