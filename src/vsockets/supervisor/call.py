@@ -1,4 +1,4 @@
-"""One intercepted system call: its arguments, its process's memory, its answer."""
+"""A handler's view of an intercepted system call: arguments, memory of the caller, answer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .vsockd_client import Asker
 T = TypeVar("T")
 
 _INT = struct.Struct("=i")
-#: The kernel takes no longer addresses (struct sockaddr_storage).
+#: The longest address that the kernel accepts, in bytes (struct sockaddr_storage).
 _LONGEST_ADDRESS = 128
 _AF_UNIX = int(_socket.AF_UNIX)
 _TYPE_FLAGS = int(SOCK_NONBLOCK | SOCK_CLOEXEC)
 
-#: Bytes to be written at an address of a process.
+#: An address in a process, and the bytes to write there.
 Piece = tuple[int, bytes]
-#: What a call returns, not negative; None when it has its answer already.
+#: The result of a call, not negative; None if the call has been answered already.
 Answer = int | None
 Serving = Coroutine[Wait, bool, Answer]
 Handler = Callable[["Call"], Serving]
@@ -36,14 +36,14 @@ SocketHandler = Callable[["Call", Endpoint], Serving]
 
 
 class _CarriedThrough(Generic[T]):
-    """See :meth:`Call.carry_through`."""
+    """The awaitable of :meth:`Call.carry_through`."""
 
     def __init__(self, call: Call, asking: Coroutine[Wait, bool, T]) -> None:
         self._call = call
         self._asking = asking
 
     def __await__(self) -> Generator[Wait, bool, T]:
-        happened: bool = None  # type: ignore[assignment]  # which begins a coroutine
+        happened: bool = None  # type: ignore[assignment]  # starts the coroutine
         self._call.is_carried = True
         try:
             while True:
@@ -62,12 +62,12 @@ class _CarriedThrough(Generic[T]):
 
 
 def failure(code: int, why: str = "") -> OSError:
-    """An OSError to be raised by a handler; the program gets its errno."""
+    """Return an OSError for a handler to raise; the program gets its errno."""
     return OSError(code, why or os.strerror(code))
 
 
 class Call:
-    """A system call that waits, of the thread ``pid``."""
+    """A system call, of the thread ``pid``, that waits for its answer."""
 
     __slots__ = ("answered", "arguments", "intercepted", "is_carried", "pid", "services")
 
@@ -77,35 +77,38 @@ class Call:
         self.pid = intercepted.pid
         self.arguments = intercepted.arguments
         self.answered = False
-        self.is_carried = False  #: awaits vsockd in :meth:`carry_through`
+        self.is_carried = False  #: whether the handler awaits :meth:`carry_through`
 
     def integer(self, index: int) -> int:
         """Return an argument of type ``int``."""
         low = self.arguments[index] & 0xFFFF_FFFF
         return low - (1 << 32) if low & 0x8000_0000 else low
 
-    # Its process
+    # The caller's process
 
     def check(self) -> None:
         """Raise CallInterrupted unless the call still waits.
 
-        Whatever was read before of the process with its number was then read of the caller.
+        If it does, all that was read before from the process with this number came from the
+        caller, and not from another process that got its number.
         """
         if not self.services.interceptor.is_waiting(self.intercepted):
             raise CallInterrupted
 
     def read(self, address: int, size: int) -> bytes:
-        """Its process's memory; OSError EFAULT."""
+        """Return ``size`` bytes of the caller's memory.  Raises OSError EFAULT; CallInterrupted."""
         data = self.services.processes.read(self.pid, address, size)
         self.check()
         return data
 
     def write(self, *pieces: Piece) -> None:
-        """Write into its process's memory, all that the call writes at once; OSError EFAULT.
+        """Write everything that the call writes to the process's memory, at once.
 
-        The memory is opened first, and the call still waits afterwards: so what is written, however
-        late, is written to the memory of the program that made the call, and not to that of one
-        that another thread executes meanwhile.
+        The memory is opened before the call is found to wait still.  So the bytes, however late,
+        reach the memory of the program that made the call, even if another thread executes
+        another program meanwhile.
+
+        Raises OSError EFAULT; CallInterrupted.
         """
         if not pieces:
             return
@@ -119,8 +122,10 @@ class Call:
             raise CallInterrupted from None
 
     def duplicate(self, endpoint: Endpoint) -> _socket.socket:
-        """Return a copy of the socket that the first argument names; OSError EBADF when the
-        number is another's by now.  Close it soon, see ``sockets``.
+        """Return a copy of the socket that the first argument names.
+
+        Close the copy soon: while it is open, the socket's peer does not see its end.  Raises
+        OSError EBADF if the descriptor is no longer this socket; CallInterrupted.
         """
         fd = self.services.interceptor.duplicate(self.pid, self.integer(0))
         try:
@@ -133,7 +138,7 @@ class Call:
             raise
 
     def asker(self) -> Asker | None:
-        """Return in whose name to ask vsockd; None when the supervisor asks in its own."""
+        """Return the credentials to send requests to vsockd with; None for the supervisor's own."""
         return self.services.vsockd.asker(self._credentials)
 
     def _credentials(self) -> Asker:
@@ -142,32 +147,35 @@ class Call:
         return credentials
 
     def carry_through(self, asking: Coroutine[Wait, bool, T]) -> Awaitable[T]:
-        """Await vsockd's answer, also when a signal has interrupted the call and its thread goes on
-        to something else: vsockd does what it was asked, and the supervisor must know.
+        """Return an awaitable that completes a request to vsockd even if a signal ends the call.
 
-        Then the call counts as answered.  Nothing ``asking`` awaits may be :func:`.waiting.lent`.
+        vsockd carries out the request in any case, and the supervisor has to record the result.
+        After such a signal the call counts as answered.  ``asking`` must not await
+        :func:`.scheduler.lent`, whose descriptor is closed by then.
         """
         return _CarriedThrough(self, asking)
 
     def require_waiting(self) -> None:
-        """Raise CallInterrupted if the thread has gone on (:meth:`carry_through`)."""
+        """Raise CallInterrupted if a signal has ended the call during :meth:`carry_through`."""
         if self.answered:
             raise CallInterrupted
 
     # Addresses
 
     def read_address(self, address: int, size: int) -> tuple[int, int] | None:
-        """Return the ``(cid, port)`` of a struct sockaddr_vm, None if it is invalid.
+        """Return the ``(cid, port)`` of a struct sockaddr_vm, or None if it is invalid.
 
-        OSError EINVAL or EFAULT when the kernel would not even read it.
+        Raises OSError EINVAL or EFAULT where the kernel would not read it either.
         """
         if not 0 <= size <= _LONGEST_ADDRESS:
             raise failure(errno.EINVAL)
         return unpack_address(self.read(address, size))
 
     def sized(self, data: bytes, address: int, size_at: int, cut: bool = False) -> list[Piece]:
-        """Return what to write for an address or an option: at ``size_at`` is how many bytes there
-        is room for, and then how many there were (with ``cut``, how many were written).
+        """Return the pieces to write for an address or an option's value.
+
+        The int at ``size_at`` is the size of the program's buffer, and becomes the size of
+        ``data``; with ``cut``, the number of bytes written.
         """
         (room,) = _INT.unpack(self.read(size_at, _INT.size))
         if room < 0:
@@ -176,10 +184,10 @@ class Call:
         return [(address, data[:room]), (size_at, _INT.pack(size))]
 
     def address(self, found: tuple[int, int], address: int, size_at: int) -> list[Piece]:
-        """Return what to write for a struct sockaddr_vm; nothing when the program wants none."""
+        """Return the pieces to write for a struct sockaddr_vm; none if ``address`` is null."""
         return self.sized(pack_address(found), address, size_at) if address else []
 
-    # Its answer
+    # Answers
 
     def answer(self, value: int) -> None:
         """Return ``value``, or fail with a negative errno.  Raises CallInterrupted."""

@@ -1,4 +1,4 @@
-"""What a program would inherit and a filter cannot take away: sockets made before it."""
+"""Sockets that a program would inherit: a filter has no effect on those made before it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import suppress
 
 
 def inherited_sockets(family: int) -> list[int]:
-    """The descriptors of this process that ``exec`` keeps and that are sockets of ``family``."""
+    """Return the inheritable descriptors of this process that are sockets of ``family``."""
     found = []
     for fd in sorted(map(int, os.listdir("/proc/self/fd"))):
-        # OSError: it was the listing's own descriptor, or it is no socket.
+        # OSError: it is not a socket, or was the listing's own descriptor.
         with suppress(OSError):
             if os.get_inheritable(fd) and _family_of(fd) == family:
                 found.append(fd)
@@ -19,7 +19,7 @@ def inherited_sockets(family: int) -> list[int]:
 
 
 def _family_of(fd: int) -> int:
-    # The kernel is asked: the family an object is made with is what Python believes.
+    # Asks the kernel: a Python object has whatever family it was constructed with.
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
     try:
         return sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)

@@ -1,28 +1,27 @@
 """Limits of the supervisor of ``vsock run``, each with its reason."""
 
-#: Sockets of supervised programs, theirs and ours, that a supervisor remembers.
-#: vsockd can be asked about a forgotten one; each takes half a kilobyte.
+#: Sockets, vSockets or not, whose state a supervisor keeps, half a kilobyte each.  The state of a
+#: dropped one is recovered from vsockd.
 SUPERVISOR_SOCKETS_MAX = 65_536
 
-#: How long a non-blocking connect() of a supervised program may take before the
-#: program is told that it is in progress, in seconds.  vsockd answers in a tenth
-#: of a millisecond; this is for when the machine is busy.  A program that is told
-#: at once needs no second call, and hears at once that it has no port.
+#: Seconds until a non-blocking connect() of a supervised program fails with EINPROGRESS before
+#: vsockd has replied.  A reply takes a tenth of a millisecond, more on a busy machine.  With the
+#: reply, the program gets errors such as EADDRNOTAVAIL from connect() itself.
 SUPERVISOR_CONNECT_GRACE_SECONDS = 0.25
 
-#: How often a supervisor looks whether a thread it has an answer for has taken its signals, and
-#: how long it waits for that, in seconds.  A thread takes them at once, unless it gets no
-#: processor, or they come faster than it can take them.
+#: Seconds between two checks whether a thread, before it gets an answer, has handled its pending
+#: signals, and seconds until it gets the answer in any case.  A thread handles them at once, unless
+#: it gets no processor, or signals arrive faster than it can handle them.
 SUPERVISOR_SIGNAL_POLL_SECONDS, SUPERVISOR_SIGNAL_WAIT_SECONDS = 0.001, 1.0
 
-#: How soon a supervisor tries again to reach a vsockd whose backlog is full, in seconds: only
-#: a stopped one lets 4096 connections wait.
+#: Seconds between two attempts to connect to a vsockd whose backlog is full: only a stopped vsockd
+#: leaves 4096 connections pending.
 SUPERVISOR_RECONNECT_SECONDS = 0.05
 
-#: Datagram routes of supervised programs that a supervisor keeps: each is a descriptor
-#: of its process, of which a user may have 1024 by default.
+#: Datagram routes that a supervisor keeps for its programs: each is a descriptor of its process,
+#: which may have 1024 by default.
 SUPERVISOR_ROUTES_MAX = 512
 
-#: A send buffer above net.core.wmem_max, in bytes, up to which a privileged supervisor
-#: does what its program asks for; the kernel's own AF_VSOCK has no limit at all.
+#: The largest send buffer above net.core.wmem_max, in bytes, that a privileged supervisor sets for
+#: its program; the kernel's own AF_VSOCK has no limit at all.
 SUPERVISOR_FORCED_SEND_BUFFER_MAX_BYTES = 4 << 20

@@ -1,6 +1,6 @@
 """Buffers and messages in a program's memory: struct iovec and struct msghdr.
 
-Each is read once; what it says is checked before it is used.
+Each is read once, and checked before it is used: the program may change it at any time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .call import Call, Piece, failure
 
-#: What send() without a destination fails with, as Linux's AF_VSOCK does.
+#: The error of send() without a destination, as of Linux's AF_VSOCK.
 ADDRESS_NEEDED = errno.EINVAL
 
 _VECTOR = struct.Struct("=QQ")
@@ -19,14 +19,17 @@ _MOST_VECTORS = 1024  # UIO_MAXIOV
 #: struct msghdr of 64-bit Linux: name, its size, vectors, their number, control, its size, flags.
 _MESSAGE = struct.Struct("=QI4xQQQQi4x")
 _NAME_SIZE_AT, _CONTROL_SIZE_AT, _FLAGS_AT = 8, 40, 48
-#: Its size, and how far apart those of a struct mmsghdr array are, in bytes.
+#: The size of struct msghdr, and that of struct mmsghdr, in bytes.
 MESSAGE_SIZE, MESSAGE_STRIDE = _MESSAGE.size, 64
 MOST_MESSAGES = 1024  # UIO_MAXIOV
 _LONGEST = 0x7FFF_F000  # MAX_RW_COUNT
 
 
 def read_vectors(call: Call, address: int, count: int) -> list[tuple[int, int]]:
-    """An array of struct iovec: (address, size) of each; OSError EMSGSIZE, EINVAL or EFAULT."""
+    """Read an array of struct iovec, and return the address and size of each.
+
+    Raises OSError EMSGSIZE, EINVAL or EFAULT.
+    """
     if count > _MOST_VECTORS:
         raise failure(errno.EMSGSIZE)
     vectors = list(_VECTOR.iter_unpack(call.read(address, count * _VECTOR.size))) if count else []
@@ -36,29 +39,29 @@ def read_vectors(call: Call, address: int, count: int) -> list[tuple[int, int]]:
 
 
 class Message(NamedTuple):
-    """A struct msghdr, and the buffers it speaks of."""
+    """A struct msghdr, and the buffers that it refers to."""
 
-    at: int  #: where it is
+    at: int  #: its own address
     name: int
     name_size: int
     vectors: list[tuple[int, int]]
 
     @classmethod
     def of(cls, buffer: int, size: int) -> Message:
-        """What a call with one buffer sends."""
+        """Return the message of a call with one buffer."""
         return cls(0, 0, 0, [(buffer, size)])
 
     @property
     def size(self) -> int:
-        """The bytes there is room for."""
+        """Return the size of all buffers, in bytes."""
         return sum(size for _, size in self.vectors)
 
     def read(self, call: Call) -> bytes:
-        """What the buffers hold."""
+        """Return the contents of the buffers."""
         return b"".join(call.read(address, size) for address, size in self.vectors)
 
     def fill(self, data: bytes) -> list[Piece]:
-        """Return what to write: as much of ``data`` as there is room for in the buffers."""
+        """Return the pieces that write ``data`` to the buffers, cut to their size."""
         pieces: list[Piece] = []
         done = 0
         for address, size in self.vectors:
@@ -69,7 +72,7 @@ class Message(NamedTuple):
         return pieces
 
     def results(self, name_size: int, flags: int) -> list[Piece]:
-        """Return what recvmsg() writes besides: the source's size, no control data, and flags."""
+        """Return the pieces that recvmsg() writes to the struct itself, without control data."""
         return [
             (self.at + _NAME_SIZE_AT, struct.pack("=I", name_size)),
             (self.at + _CONTROL_SIZE_AT, struct.pack("=Q", 0)),
@@ -78,6 +81,6 @@ class Message(NamedTuple):
 
 
 def read_message(call: Call, address: int) -> Message:
-    """The struct msghdr at ``address``."""
+    """Read the struct msghdr at ``address``.  Raises OSError; CallInterrupted."""
     name, name_size, vectors, count, _, _, _ = _MESSAGE.unpack(call.read(address, _MESSAGE.size))
     return Message(address, name, name_size, read_vectors(call, vectors, count))

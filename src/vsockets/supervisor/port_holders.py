@@ -1,8 +1,8 @@
 """Ports of programs' sockets, each held by a connection of the supervisor to vsockd.
 
-The program's own socket is not connected to vsockd before it is to be a stream.  Meanwhile the
-kernel answers what the program reads from it or writes to it, as for any unix socket that is not
-connected, and nothing of vsockd's protocol can be read (:mod:`vsockets.daemon.listeners`).
+A program's own socket is not connected to vsockd before it becomes a stream.  So the kernel fails
+the program's reads and writes as on any unconnected unix socket, and none of vsockd's protocol
+reaches the program (:mod:`vsockets.daemon.listeners`).
 """
 
 from __future__ import annotations
@@ -37,18 +37,20 @@ class PortHolder:
         self._channel = channel
         self._scheduler = scheduler
         self._by_inode = by_inode
-        # A copy with a number of its own to watch: answers are waited for by the other one.
+        # A copy to watch: the epoll allows one registration for each, and replies are awaited on
+        # the original.
         self._watched = os.dup(channel.fileno())
         self._key = 0
 
     def watch(self, lost: Callable[[int, bool], None]) -> None:
-        """Call ``lost`` once vsockd has given the port up, with the socket's inode and whether it
-        was because the socket is closed.
+        """Call ``lost`` when vsockd releases the port.
+
+        It gets the socket's inode, and whether the reason is that the socket was closed.
         """
 
         def hung_up(events: int) -> None:
             try:
-                while True:  # before the last word there may be answers that nothing waited for
+                while True:  # the reason comes last, after replies that were not awaited
                     take_record(self._channel)
             except OSError as error:
                 closed = error.errno == errno.EBADF
@@ -65,7 +67,7 @@ class PortHolder:
         sizes: BufferSizes,
         unprivileged: bool,
     ) -> Record:
-        """Bind ``sock``, or let it take the place of an earlier one.  OSError."""
+        """Bind ``sock``, which may replace an earlier socket.  Raises OSError."""
         request = client.bind_socket(
             address, sizes=sizes, secret=self.secret, unprivileged=unprivileged
         )
@@ -77,16 +79,16 @@ class PortHolder:
         return record
 
     async def listen(self, backlog: int, sizes: BufferSizes) -> None:
-        """Let the socket be connected to, with at most ``backlog`` connections waiting."""
+        """Accept connections to the socket, up to ``backlog`` of them pending.  Raises OSError."""
         self._channel.send(client.listen(backlog, sizes), SEND)
         await receive_record(self._channel)
 
     def update(self, sizes: BufferSizes) -> None:
-        """Let connections have these buffer sizes from now on."""
+        """Set the buffer sizes of future connections.  Raises OSError."""
         self._channel.send(client.update(sizes), SEND)
 
     def close(self) -> None:
-        """Give the port up."""
+        """Release the port."""
         self._by_inode.pop(self.inode, None)
         if self._key:
             self._scheduler.unwatch(self._key, self._watched)
@@ -96,7 +98,7 @@ class PortHolder:
 
 
 class PortHolders:
-    """The holders of a supervisor.  They outlive what it remembers of the sockets."""
+    """All port holders of a supervisor.  They outlive entries of :class:`.sockets.Sockets`."""
 
     def __init__(
         self,

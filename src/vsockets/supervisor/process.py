@@ -1,8 +1,8 @@
-"""A supervised process: its memory, its descriptors, its privileges.
+"""Access to supervised processes: memory, descriptors, credentials, signals.
 
-Everything here is about a process that can change under our hands, or make way for another with
-the same number.  So what is read is only good if the notification it was read for is valid
-*afterwards* (``Listener.is_valid``).
+A process can change at any time, or end and leave its number to another.  What is read here is
+therefore only valid if the call that it was read for still waits *afterwards*
+(:meth:`.interception.Interceptor.is_waiting`).
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from socket import SHUT_RDWR
 from .arch import Architecture
 
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
-#: Processes whose pidfd is kept, so that a call costs one system call less.
+#: The number of threads whose descriptors (pidfd, stat) are kept, to save a system call each time.
 _KEPT = 256
 
-#: In /proc/PID/syscall: number, six arguments, stack, instruction.
+#: Words in /proc/PID/syscall: number, six arguments, stack pointer, instruction pointer.
 _WORDS_OF_CALL = 9
 
-_NO_FLAGS = ctypes.c_ulong(0)  # goes on the stack: a plain 0 would fill half of its place
+_NO_FLAGS = ctypes.c_ulong(0)  # passed on the stack, where a plain 0 would set only 32 bits
 
 _STDERR = 2
-#: How long a message to a program's user may take to be written, in seconds.
+#: Seconds that writing a message to a program's user may take.
 _PATIENCE = 2
 
 _READ = os.O_RDONLY | os.O_CLOEXEC
-#: The start of /proc/PID/stat that has the process's state in it, in bytes.
+#: Bytes at the start of /proc/PID/stat that include the state.
 _STAT_TO_STATE = 64
 
-#: More than the kernel writes to /proc/PID/status, in bytes.
+#: An upper bound of the size of /proc/PID/status, in bytes.
 _LONGEST_STATUS = 16_384
 
-#: The longest text that can be asked for at a glance, in bytes.
+#: The longest text for :meth:`Processes.begins_with`, in bytes.
 _GLANCE = 16
 
 
@@ -49,34 +49,34 @@ class _Vector(ctypes.Structure):
 
 
 class Processes:
-    """Access to supervised processes, by the number of any of their threads."""
+    """Access to supervised processes, each by the number of any of its threads."""
 
     def __init__(self, machine: Architecture) -> None:
         self._machine = machine
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._pidfds: OrderedDict[int, int] = OrderedDict()
-        #: By thread: its file ``stat`` in /proc, which is asked more often than any other.
+        #: By thread: its open file ``stat`` in /proc, which is read more often than any other.
         self._stats: OrderedDict[int, int] = OrderedDict()
-        #: By thread: the inode of its folder in /proc, which another thread of this number has not,
-        #: and its process.
+        #: By thread: the inode of its folder in /proc, which differs for a later thread with the
+        #: same number, and its process.
         self._process_of: dict[int, tuple[int, int]] = {}
         self._local, self._remote = _Vector(), _Vector()
         self._local_at, self._remote_at = ctypes.byref(self._local), ctypes.byref(self._remote)
-        # For the question that is asked most.
+        # For begins_with(), which is called most.
         self._glance = ctypes.create_string_buffer(_GLANCE)
         self._glance_at = ctypes.byref(_Vector(ctypes.addressof(self._glance), _GLANCE))
 
     # Memory
 
     def read(self, pid: int, address: int, size: int) -> bytes:
-        """``size`` bytes of its memory, read once; OSError EFAULT when they are not all there."""
+        """Return ``size`` bytes of memory, read once.  Raises OSError EFAULT if any is missing."""
         data = self.read_some(pid, address, size)
         if len(data) != size:
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
         return data
 
     def read_some(self, pid: int, address: int, size: int) -> bytes:
-        """Up to ``size`` bytes of its memory, fewer at the end of what it has."""
+        """Return up to ``size`` bytes of memory, fewer where the mapping ends.  Raises OSError."""
         if size == 0:
             return b""
         buffer = ctypes.create_string_buffer(size)
@@ -91,7 +91,7 @@ class Processes:
         return ctypes.string_at(buffer, count)
 
     def begins_with(self, pid: int, address: int, text: bytes) -> bool:
-        """Whether a few bytes of its memory are ``text``; False when they cannot be read."""
+        """Return whether memory at ``address`` is readable and begins with ``text``."""
         size = len(text)
         assert size <= _GLANCE
         self._remote.base, self._remote.length = address, size
@@ -103,8 +103,10 @@ class Processes:
     @staticmethod
     @contextlib.contextmanager
     def opened_memory(pid: int) -> Iterator[int]:
-        """A descriptor of the memory that the process has now, also after it has executed
-        another program and has a new one; OSError.
+        """Open the memory that the process has now, for writing, and close it afterwards.
+
+        The descriptor still refers to that memory after the process has executed another program.
+        Raises OSError.
         """
         memory = os.open(f"/proc/{pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -114,7 +116,10 @@ class Processes:
 
     @staticmethod
     def arguments_of(pid: int) -> tuple[int, ...]:
-        """Return the arguments of the system call that a thread waits in; OSError EAGAIN."""
+        """Return the arguments of the system call that a thread waits in.
+
+        Raises OSError EAGAIN if it does not wait in one.
+        """
         words = Path(f"/proc/{pid}/syscall").read_text().split()
         if len(words) < _WORDS_OF_CALL:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -124,9 +129,9 @@ class Processes:
 
     @staticmethod
     def what_is(pid: int, fd: int) -> str:
-        """What a descriptor refers to, as /proc says: ``socket:[inode]`` for a socket.
+        """Return the target of a descriptor's link in /proc: ``socket:[inode]`` for a socket.
 
-        Empty when there is no such descriptor, or the kernel will not say.
+        Empty if the descriptor is not open, or the kernel denies access.
         """
         try:
             return os.readlink(f"/proc/{pid}/fd/{fd}")
@@ -143,11 +148,11 @@ class Processes:
         return [number for number in numbers if self.what_is(pid, number) == link]
 
     def duplicate(self, pid: int, fd: int) -> int:
-        """A descriptor of ours for what its ``fd`` refers to; OSError EBADF."""
+        """Return a copy, in this process, of a thread's descriptor.  Raises OSError EBADF."""
         pidfd, kept = self._pidfd(pid)
         copy = self._get(pidfd, fd)
         if copy < 0 and kept and ctypes.get_errno() == errno.ESRCH:
-            # The number is another process's by now.
+            # The number belongs to a later process.
             self._pidfds.pop(pid)
             os.close(pidfd)
             pidfd, kept = self._pidfd(pid)
@@ -164,12 +169,12 @@ class Processes:
         return copy
 
     def _pidfd(self, pid: int) -> tuple[int, bool]:
-        """A pidfd, and whether it is kept."""
+        """Return a pidfd, and whether it is kept; otherwise the caller closes it."""
         kept = self._pidfds.get(pid)
         if kept is not None:
             return kept, True
         pidfd: int = self._syscall(self._machine.pidfd_open, pid, _PIDFD_THREAD)
-        if pidfd < 0:  # before Linux 6.9 only for the first thread of a process
+        if pidfd < 0:  # before Linux 6.9, only the first thread of a process can have one
             pidfd = self._syscall(self._machine.pidfd_open, pid, 0)
             if pidfd < 0:
                 return os.pidfd_open(self.first_thread(pid)), False
@@ -180,14 +185,17 @@ class Processes:
 
     @staticmethod
     def first_thread(pid: int) -> int:
-        """Return the number of a thread's process, which is that of its first thread."""
+        """Return the number of a thread's process, which is that of its first thread.
+
+        Raises OSError.
+        """
         return int(_status(pid, b"Tgid:")[0])
 
     def shut_down(self, inode: int) -> None:
-        """Shut down the socket with this inode, if a process that we may look into has it."""
+        """Shut down the socket with this inode, if a process that /proc gives access to has it."""
         link = f"socket:[{inode}]"
         for pid in filter(str.isdecimal, os.listdir("/proc")):
-            with contextlib.suppress(OSError):  # it has ended, or may not be looked into
+            with contextlib.suppress(OSError):  # it has ended, or access is denied
                 for fd in os.listdir(f"/proc/{pid}/fd"):
                     if self.what_is(int(pid), int(fd)) == link:
                         with self._copied(int(pid), int(fd)) as sock:
@@ -203,11 +211,11 @@ class Processes:
         finally:
             sock.close()
 
-    # Rights
+    # Credentials
 
     def credentials(self, pid: int) -> tuple[int, int, int]:
-        """Return the process, the effective user and the effective group of a thread."""
-        folder = os.stat(f"/proc/{pid}")  # whose owner is the user also of a closed process
+        """Return a thread's process, effective user and effective group.  Raises OSError."""
+        folder = os.stat(f"/proc/{pid}")  # has the effective user
         known = self._process_of.get(pid)
         if known is None or known[0] != folder.st_ino:
             if len(self._process_of) >= _KEPT:
@@ -217,26 +225,26 @@ class Processes:
 
     @staticmethod
     def has_capability(pid: int, capability: int) -> bool:
-        """Whether it has ``capability`` in our own user namespace.
+        """Return whether a thread has ``capability`` in the supervisor's user namespace.
 
-        False whenever the kernel will not say.
+        False if the kernel denies access.
         """
         with contextlib.suppress(OSError):
             if os.stat(f"/proc/{pid}/ns/user").st_ino == os.stat("/proc/self/ns/user").st_ino:
                 return bool(int(_status(pid, b"CapEff:")[0], 16) >> capability & 1)
         return False
 
-    # The rest
+    # Signals and messages
 
     def has_signal(self, pid: int) -> bool:
-        """Whether a signal has woken this thread, which waits in a call, and is not taken yet.
+        """Return whether a signal has woken a thread, waiting in a call, and is still pending.
 
-        False whenever the kernel will not say.
+        False if the kernel denies access.
         """
         with contextlib.suppress(OSError):
             if self._is_asleep(pid):
                 return False
-            for _ in range(2):  # it may have been woken while we looked
+            for _ in range(2):  # it may be woken between two reads
                 state, mine, shared, blocked = _status(
                     pid, b"State:", b"SigPnd:", b"ShdPnd:", b"SigBlk:"
                 )
@@ -244,16 +252,16 @@ class Processes:
                     return False
                 if state != b"S":
                     return True
-            # Another thread of its process is to take the signal.
+            # Another thread of the process takes the signal.
         return False
 
     def _is_asleep(self, pid: int) -> bool:
-        """Return whether a thread sleeps, which one that a signal has woken does not."""
+        """Return whether a thread sleeps; a signal that has woken it ends that."""
         stat = self._stats.get(pid)
         if stat is not None:
             try:
                 return _sleeps(stat)
-            except ProcessLookupError:  # the number is another thread's by now
+            except ProcessLookupError:  # the number belongs to a later thread
                 os.close(self._stats.pop(pid))
         if len(self._stats) >= _KEPT:
             os.close(self._stats.popitem(last=False)[1])
@@ -262,7 +270,7 @@ class Processes:
 
     @contextlib.contextmanager
     def opened(self, pid: int) -> Iterator[int]:
-        """A pidfd of the process that the thread is of; OSError when it has ended."""
+        """Open a pidfd of a thread's process, and close it afterwards.  Raises OSError."""
         pidfd = os.pidfd_open(self.first_thread(pid))
         try:
             yield pidfd
@@ -271,7 +279,7 @@ class Processes:
 
     @staticmethod
     def executable(pid: int) -> str:
-        """Return what the process runs, quoted as in Python: a path may hold any character."""
+        """Return the path of a process's program, quoted as it may hold any character."""
         try:
             return repr(os.readlink(f"/proc/{pid}/exe"))
         except OSError:
@@ -306,15 +314,15 @@ def _sleeps(stat: int) -> bool:
 
 
 def write_memory(memory: int, address: int, data: bytes) -> bool:
-    """Write into the memory of a process; OSError EFAULT unless all of it could be written.
+    """Write to the memory of a process; return False if that has been released.
 
-    Returns False when the memory is that of no process any more.
+    Raises OSError EFAULT unless all of ``data`` could be written.
     """
     if not data:
         return True
     try:
         count = os.pwrite(memory, data, address)
-    except OverflowError:  # not an address of a process
+    except OverflowError:  # beyond the addresses of a process
         count = -1
     except OSError as error:
         if error.errno != errno.EIO:
@@ -326,9 +334,9 @@ def write_memory(memory: int, address: int, data: bytes) -> bool:
 
 
 def _write_for(uid: int, gid: int, fd: int, text: str) -> None:
-    """Write to a descriptor of another process with no more rights than that has.
+    """Write to a copy of another process's descriptor, with the credentials of that process.
 
-    A child does it, because the write may block: a pipe that is not read, a stopped terminal.
+    A child process writes, because that may block: on a pipe without reader, a stopped terminal.
     """
     if os.fork():
         return  # ``launch`` reaps all children
@@ -348,7 +356,7 @@ def _write_for(uid: int, gid: int, fd: int, text: str) -> None:
 
 
 def _status(pid: int, *fields: bytes) -> list[bytes]:
-    """Fields of the thread's ``status`` in /proc; OSError when it has ended."""
+    """Return fields of a thread's ``status`` in /proc.  Raises OSError if it has ended."""
     fd = os.open(f"/proc/{pid}/status", _READ)
     try:
         status = os.read(fd, _LONGEST_STATUS)

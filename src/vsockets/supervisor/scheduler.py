@@ -1,6 +1,6 @@
-"""Coroutines that wait for descriptors: how one thread serves calls that take their time.
+"""The scheduler of coroutines that wait for descriptors or time.
 
-A handler awaits :func:`ready`, :func:`lent` or :func:`pause`; the loop goes on with other calls
+A handler awaits :func:`ready`, :func:`lent` or :func:`pause`; the thread serves other calls
 meanwhile.
 """
 
@@ -20,14 +20,14 @@ HUNG_UP = select.EPOLLRDHUP
 
 _ADD, _REMOVE, _CHANGE = 1, 2, 3
 _ONCE = select.EPOLLONESHOT
-#: Keys are what the standard library takes for a descriptor: positive integers of 32 bits.
+#: Keys take the place of descriptors in the standard library's epoll: positive 32-bit integers.
 _LARGEST_KEY = 0x7FFF_FFFF
-#: What poll(2) takes, an ``int`` of milliseconds.
+#: The longest timeout of poll(2), an ``int`` of milliseconds.
 _LONGEST_POLL = 0x7FFF_FFFF
 
 
 class Wait:
-    """What a coroutine waits for; awaiting it gives whether that happened, within the time."""
+    """An event or time to wait for; awaiting it returns whether the event came in time."""
 
     __slots__ = ("events", "fd", "seconds", "socket")
 
@@ -44,21 +44,21 @@ class Wait:
 
 
 def ready(fd: int, seconds: float | None, events: int = READABLE) -> Wait:
-    """Wait for ``fd``, which must stay open meanwhile."""
+    """Return a wait for ``fd``, which must stay open meanwhile."""
     return Wait(fd, events, seconds, None)
 
 
 def lent(fd: int, inode: int, seconds: float | None) -> Wait:
-    """Wait until the socket ``inode`` is readable, of which ``fd`` is a copy.
+    """Return a wait until the socket ``inode`` is readable, of which ``fd`` is a copy.
 
-    The copy is given away: it is closed when the wait begins, so that a program that closes its
-    own closes the socket.
+    The scheduler owns the copy, and closes it when the wait begins: if the program then closes its
+    own descriptor, the socket is closed.
     """
     return Wait(fd, READABLE, seconds, inode)
 
 
 def pause(seconds: float) -> Wait:
-    """Wait for nothing but time."""
+    """Return a wait for ``seconds`` to pass."""
     return Wait(None, 0, seconds, None)
 
 
@@ -66,11 +66,11 @@ Resume = Callable[[bool], None]
 
 
 def _ignore(events: int) -> None:
-    """Stand in for the callback of a descriptor that is not watched."""
+    """Do nothing: no descriptor is watched directly."""
 
 
 class _EpollEvent(ctypes.Structure):
-    # The kernel packs it on x86-64 only, for its 32-bit programs' sake.
+    # The kernel packs struct epoll_event on x86-64 alone.
     if platform.machine() in ("x86_64", "AMD64"):
         _pack_ = 1
     _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_uint64))
@@ -85,12 +85,12 @@ class CoroutineScheduler:
         self._on_direct: Callable[[int], None] = _ignore
         self._epoll = select.epoll()
         self._poll.register(self._epoll.fileno(), select.POLLIN)
-        # The standard library's epoll_ctl reports descriptors; here they are closed and reused.
+        # The standard library's epoll reports descriptors, which are closed and reused here; keys
+        # are not.
         self._control = ctypes.CDLL(None, use_errno=True).epoll_ctl
         self._watched: dict[int, Callable[[int], None]] = {}
         self._waiting: dict[int, tuple[int | None, Resume]] = {}
-        # CoroutineScheduler for one socket are a group: the epoll holds one registration for all
-        # of them.
+        # Waits for one socket are a group, with one registration in the epoll.
         self._groups: dict[int, dict[int, Resume]] = {}
         self._group_of: dict[int, int] = {}  # by the key of a wait
         self._group_for: dict[int, int] = {}  # by a socket's inode
@@ -108,9 +108,9 @@ class CoroutineScheduler:
         self._poll.register(fd, select.POLLIN)
 
     def watch(self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN) -> int:
-        """Call ``callback(events)`` whenever ``fd`` is readable or hung up, from now on.
+        """Call ``callback(events)`` whenever ``fd`` is readable or hung up.
 
-        Returns a key for :meth:`unwatch`.
+        Returns a key for :meth:`unwatch`.  Raises OSError.
         """
         key = self._key()
         self._watched[key] = callback
@@ -118,12 +118,15 @@ class CoroutineScheduler:
         return key
 
     def unwatch(self, key: int, fd: int) -> None:
-        """Watch ``fd``, which is still open, no longer."""
+        """Stop watching ``fd``, which is still open."""
         del self._watched[key]
         self._set(_REMOVE, fd, 0, 0)
 
     def add(self, wait: Wait, resume: Resume) -> int:
-        """Call ``resume`` once, with whether it happened.  Returns a key to cancel it with."""
+        """Call ``resume`` once, with whether the event of ``wait`` came in time.
+
+        Returns a key for :meth:`cancel`.  Raises OSError.
+        """
         key = self._key()
         if wait.fd is None:
             self._waiting[key] = None, resume
@@ -148,11 +151,11 @@ class CoroutineScheduler:
         return key
 
     def cancel(self, key: int) -> None:
-        """Nobody is waiting any more."""
+        """Drop a wait, unless it has ended already."""
         self._take(key)
 
     def poll(self) -> None:
-        """Wait for what happens next, and tell whom it concerns."""
+        """Wait for the next events, and run the callbacks and coroutines that wait for them."""
         for fd, events in self._poll.poll(self._until_next_timer() if self._timers else None):
             if fd == self._direct:
                 self._on_direct(events)
@@ -178,7 +181,7 @@ class CoroutineScheduler:
                 taken(True)
 
     def _until_next_timer(self) -> float | None:
-        """Return milliseconds, as poll() takes them."""
+        """Return the milliseconds until the next timer expires, or None without one."""
         while self._timers and not self._is_waiting(self._timers[0][1]):
             heapq.heappop(self._timers)
         if not self._timers:
@@ -199,7 +202,7 @@ class CoroutineScheduler:
             return None
         resume = self._groups[group].pop(key)
         if not self._groups[group]:
-            # What is left of it in the epoll is spent, and goes when the socket does.
+            # The registration left in the epoll is spent, and removed with the socket.
             del self._groups[group], self._group_for[self._inode_of.pop(group)]
         return resume
 

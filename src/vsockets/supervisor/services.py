@@ -13,7 +13,7 @@ from .vsockd_client import VsockdClient
 
 
 class Services(NamedTuple):
-    """What a handler of system calls works with, made once for each supervisor."""
+    """Parts of a supervisor, for the handlers of system calls; made once."""
 
     architecture: Architecture
     interceptor: Interceptor

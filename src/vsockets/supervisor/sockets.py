@@ -1,8 +1,8 @@
-"""What the supervisor knows of the sockets of its programs.
+"""The state of programs' sockets.
 
-A socket is known by its inode's number, which ``/proc`` shows for every descriptor, so copies
-made by dup, fork, exec or SCM_RIGHTS are one socket here as they are to the kernel.  The
-supervisor holds no descriptor of a socket: its peer would never see the end of it.
+A socket is identified by its inode, which ``/proc`` shows for every descriptor: copies made by
+dup, fork, exec or SCM_RIGHTS are one socket, as they are to the kernel.  The supervisor keeps no
+descriptor of a socket: otherwise its peer would never see its end.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _SOCKET = re.compile(r"socket:\[(\d+)\]")
 #: struct sockaddr_vm: family, reserved, port, CID, flags, padding (linux/vm_sockets.h).
 _SOCKADDR_VM = struct.Struct("=HHIIB3s")
 SOCKADDR_SIZE = _SOCKADDR_VM.size
-#: The only flag of svm_flags; it routes between nested machines and changes nothing here.
+#: The only flag of svm_flags; it routes between nested machines and has no effect here.
 _FLAG_TO_HOST = 1
 
 
 def pack_address(address: tuple[int, int]) -> bytes:
-    """``(cid, port)`` as struct sockaddr_vm."""
+    """Encode ``(cid, port)`` as struct sockaddr_vm."""
     return _SOCKADDR_VM.pack(AF_VSOCK, 0, address[1], address[0], 0, b"\0\0\0")
 
 
 def unpack_address(data: bytes) -> tuple[int, int] | None:
-    """Return the ``(cid, port)`` of a struct sockaddr_vm, or None where Linux takes it for invalid.
+    """Return the ``(cid, port)`` of a struct sockaddr_vm, or None if it is invalid.
 
-    As in ``vsock_addr_validate``: it is long enough, of the family, and has no flag but
-    VMADDR_FLAG_TO_HOST.  What follows it is ignored, and so are the reserved fields.
+    It is valid, as in Linux's ``vsock_addr_validate``, if it is long enough, of family AF_VSOCK and
+    without flags other than VMADDR_FLAG_TO_HOST.  Reserved fields and further bytes are ignored.
     """
     if len(data) < SOCKADDR_SIZE:
         return None
@@ -52,15 +52,15 @@ def unpack_address(data: bytes) -> tuple[int, int] | None:
     return cid, port
 
 
-#: Whose data calls are served.
+#: The socket types whose data calls are served.
 SERVED = {int(SOCK_DGRAM): Served.DATAGRAM, int(SOCK_SEQPACKET): Served.PACKET}
 
-#: No connect has succeeded, and none has failed for good.
+#: Phases before a connect has succeeded or finally failed.
 UNCONNECTED = (Phase.NEW, Phase.BOUND, Phase.LISTENING, Phase.CONNECTING)
 
 
 class Received(NamedTuple):
-    """A message taken off a socket, whole."""
+    """A whole message received from a socket."""
 
     data: bytes
     flags: int  #: of struct msghdr
@@ -101,34 +101,34 @@ class Endpoint:
         self.peer: tuple[int, int] | None = None
         self.buffers = BufferSizes()
         self.connect_timeout = CONNECT_TIMEOUT_SECONDS  #: seconds
-        self.entered = False  #: connected to vsockd, or through it
-        self.named = False  #: bound to a name by vsockd, and not connected to it
+        self.entered = False  #: connected to vsockd, or by vsockd to its peer
+        self.named = False  #: bound to a name by vsockd, instead of connected to it
         self.holder: PortHolder | None = None  #: of its port, if it is this supervisor's
-        self.error = 0  #: SO_ERROR: why a connect failed that nobody waited for
-        self.record: Record | None = None  #: what vsockd said of the stream
-        self.send_buffer = 0  #: SO_SNDBUF before a polling connect, in bytes
-        #: Options of other families: accepted, and shown again.
+        self.error = 0  #: SO_ERROR, after a connect that the program did not wait for
+        self.record: Record | None = None  #: vsockd's record of the stream
+        self.send_buffer = 0  #: SO_SNDBUF before a non-blocking connect, in bytes
+        #: Options of other families, by level and name: accepted without effect.
         self.ignored: dict[tuple[int, int], bytes] = {}
-        #: Connections taken for a program that was interrupted before it got them.
+        #: Connections accepted for a program that was interrupted before it got them.
         self.accepted: deque[tuple[int, Record]] = deque()
-        #: Connections accepted of which vsockd has not said yet whose they are.
+        #: vsockd's accepted connections that have not delivered their stream yet.
         self.arriving: deque[_socket.socket] = deque()
-        #: Messages received for a program that was interrupted likewise.
+        #: Messages received for a program that was interrupted before it got them.
         self.received: deque[Received] = deque()
-        self.is_shut = False  #: by shutdown(), in any direction
+        self.is_shut = False  #: whether shutdown() was called, for any direction
 
     @property
     def served(self) -> Served | None:
-        """As what its data calls are served, if they are."""
+        """Return the class of its data calls if they are served, or None."""
         return SERVED.get(self.type)
 
     @property
     def is_datagram(self) -> bool:
-        """Whether it has no connections."""
+        """Return whether it is a datagram socket."""
         return self.type == SOCK_DGRAM
 
     def settle(self, record: Record) -> None:
-        """Be the established stream that ``record`` describes, which has the port."""
+        """Become the established stream of ``record``, which holds the port from then on."""
         if self.holder is not None:
             self.holder.close()
             self.holder = None
@@ -140,10 +140,10 @@ class Endpoint:
         self.entered = True
 
     def fail(self, code: int, polled: bool) -> None:
-        """Note that a connect has failed with ``code``.
+        """Record that a connect has failed with ``code``.
 
-        As in Linux, the socket can be connected again if the program waited for the failure;
-        ``polled`` says that it did not.
+        As in Linux, the socket can be connected again, unless the program ``polled`` for the result
+        instead of waiting in connect().
         """
         self.error = code
         if polled:
@@ -153,24 +153,23 @@ class Endpoint:
 
 
 class Sockets:
-    """The sockets, ours and others, that programs have asked about lately.
+    """The sockets, vSockets or not, of the programs' latest calls.
 
-    The kernel does not say when a socket is gone, so what has not been asked about for longest
-    is forgotten when there are too many.  vsockd knows a forgotten one still, unless nothing
-    was ever done with it.
+    The kernel does not report the end of a socket, so the least recently used ones are dropped
+    beyond a limit.  A dropped socket is recovered from vsockd if it was ever bound or connected.
     """
 
     def __init__(self) -> None:
         self._known: OrderedDict[int, Endpoint | None] = OrderedDict()
 
     def add(self, inode: int, endpoint: Endpoint | None) -> None:
-        """Remember a socket; None says that it is none of ours."""
+        """Add a socket; ``endpoint`` is None if it is not a vSockets socket."""
         self._known[inode] = endpoint
         if len(self._known) > SUPERVISOR_SOCKETS_MAX:
             self._forget_one()
 
     def adopt(self, sock: _socket.socket, type_: int) -> Endpoint:
-        """Remember a new socket that a program is about to get."""
+        """Add a new vSockets socket that a program is about to get."""
         inode = os.fstat(sock.fileno()).st_ino
         endpoint = Endpoint(type_, inode, cookie_of(sock))
         self.add(inode, endpoint)
@@ -192,11 +191,11 @@ class Sockets:
         return self._known[inode]
 
     def forget(self, inode: int) -> None:
-        """The number is another socket's by now."""
+        """Remove a socket whose inode now belongs to another."""
         self._known.pop(inode, None)
 
     def _forget_one(self) -> None:
-        # Those whose state only we know get a second turn, and a third: they are few.
+        # Sockets whose state vsockd does not have are kept longer: they are few.
         for _ in range(64):
             inode, endpoint = self._known.popitem(last=False)
             if endpoint is None or endpoint.phase is Phase.CONNECTED:
@@ -232,6 +231,6 @@ class Routes:
 
 
 def inode_in(link: str) -> int | None:
-    """The inode of the socket that /proc shows as ``socket:[inode]``; None for anything else."""
+    """Return the inode in a link ``socket:[inode]`` of /proc; None for any other link."""
     match = _SOCKET.fullmatch(link)
     return int(match[1]) if match else None

@@ -1,4 +1,4 @@
-"""Asking vsockd without waiting for it."""
+"""Requests to vsockd that do not block the supervisor."""
 
 from __future__ import annotations
 
@@ -38,38 +38,38 @@ _SO_COOKIE = 57
 SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
 _TIMEVAL = struct.Struct("=qq")
-#: The shortest SO_SNDTIMEO there is: the kernel rounds it up to one tick.
+#: The shortest possible SO_SNDTIMEO: the kernel rounds it up to one tick.
 _ONE_TICK = _TIMEVAL.pack(0, 1)
-#: The process, user and group in whose name something is asked.
+#: Credentials to send a request with: process, user and group.
 Asker = tuple[int, int, int]
 _UCRED = struct.Struct("=iII")
-#: A process and a user that there are, and that are not ours.
+#: A process and a user that exist and are not the supervisor's.
 _INIT, _NOBODY = 1, 65_534
 _ONE_DESCRIPTOR = CMSG_LEN(array.array("i").itemsize)
 
 
 class Naming(Enum):
-    """Whom a process can name as the writer of what it sends."""
+    """The SCM_CREDENTIALS that the kernel lets this process send."""
 
-    NOTHING = auto()
-    USERS = auto()
-    PROCESSES = auto()
+    NOTHING = auto()  #: its own alone
+    USERS = auto()  #: any user and group, with its own process
+    PROCESSES = auto()  #: any process, user and group
 
 
 class VsockdClient:
-    """The vsockd of a context."""
+    """A client of a context's vsockd."""
 
     def __init__(self, context: Attachment) -> None:
         self._context = context
-        self._full = False  #: its backlog was, when last seen
+        self._full = False  #: whether vsockd's backlog was full at the last attempt
         self._naming = _naming()
 
     def asker(self, credentials: Callable[[], Asker]) -> Asker | None:
-        """Return in whose name to ask for the program with these credentials, or None: in our own.
+        """Return the credentials to send a program's request with, or None for the supervisor's.
 
-        Root's supervisor may have programs with fewer rights than its own.  vsockd judges a request
-        by the rights of the process that the kernel says wrote it, and the kernel lets root name
-        another.  In a container whose root has no CAP_SYS_ADMIN, only another user of our process.
+        vsockd judges a request by the rights of the process that, by the kernel, wrote it.  The
+        supervisor of root may have programs with fewer rights than its own, and may name them as
+        the writer; in a container whose root lacks CAP_SYS_ADMIN, only their user.
         """
         if self._naming is Naming.NOTHING:
             return None
@@ -99,16 +99,16 @@ class VsockdClient:
     async def ask(
         self, asker: Asker | None, request: bytes, fd: int | None = None
     ) -> tuple[Record, int | None]:
-        """One question on a connection of our own, with a descriptor if need be.
+        """Send a request, with a descriptor if ``fd`` is given, on a connection of its own.
 
-        Returns the answer and the descriptor that came with it.
+        Returns the reply, and the descriptor received with it.  Raises OSError.
         """
         with contextlib.closing(await self.open()) as sock:
             send(sock, request, asker, fd)
             return await receive_record(sock)
 
     async def open(self) -> _socket.socket:
-        """Return a connection of the supervisor's own."""
+        """Return a new connection to vsockd.  Raises OSError."""
         deadline = time.monotonic() + VSOCKD_REPLY_TIMEOUT_SECONDS
         sock = _own_socket(SOCK_SEQPACKET)
         try:
@@ -140,7 +140,7 @@ class VsockdClient:
 
 
 def send(sock: _socket.socket, request: bytes, asker: Asker | None, fd: int | None = None) -> None:
-    """Send a request in the name of ``asker``, with a descriptor if need be."""
+    """Send a request with the credentials ``asker`` and the descriptor ``fd``, if given."""
     ancillary: list[tuple[int, int, bytes | array.array[int]]] = []
     if asker is not None:
         ancillary.append((SOL_SOCKET, SCM_CREDENTIALS, _UCRED.pack(*asker)))
@@ -150,7 +150,7 @@ def send(sock: _socket.socket, request: bytes, asker: Asker | None, fd: int | No
 
 
 def _naming() -> Naming:
-    """Find out what the kernel lets this process name."""
+    """Return the credentials that the kernel lets this process send."""
 
     def is_allowed(asker: Asker) -> bool:
         ours, theirs = _socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
@@ -158,7 +158,7 @@ def _naming() -> Naming:
             try:
                 send(ours, b"", asker)
             except OSError as error:
-                return error.errno == errno.EINVAL  # a user that this user namespace has not
+                return error.errno == errno.EINVAL  # this user namespace lacks the user
         return True
 
     if is_allowed((_INIT, os.geteuid(), os.getegid())):
@@ -172,10 +172,10 @@ def _own_socket(type_: int) -> _socket.socket:
 
 @contextlib.contextmanager
 def hardly_blocking(sock: _socket.socket, option: int) -> Iterator[None]:
-    """While a program's socket is used, a call on it blocks for one tick of the kernel at most.
+    """Limit the blocking of a call on a program's socket to one tick of the kernel.
 
-    ``option`` is SO_SNDTIMEO for a connect, SO_RCVTIMEO for an accept.  Not by O_NONBLOCK, which
-    is a flag of the program's own descriptors: one of its threads might change it meanwhile.
+    ``option`` is SO_SNDTIMEO for a connect, SO_RCVTIMEO for an accept.  O_NONBLOCK would not do:
+    the program shares it, and one of its threads might change it meanwhile.
     """
     if not os.get_blocking(sock.fileno()):
         yield
@@ -191,7 +191,7 @@ def hardly_blocking(sock: _socket.socket, option: int) -> Iterator[None]:
 async def receive_record(
     sock: _socket.socket, seconds: float = VSOCKD_REPLY_TIMEOUT_SECONDS
 ) -> tuple[Record, int | None]:
-    """vsockd's answer, and the descriptor that came with it; OSError ETIMEDOUT."""
+    """Return vsockd's reply, and the descriptor received with it.  Raises OSError."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -202,20 +202,20 @@ async def receive_record(
 
 
 def take_record(sock: _socket.socket) -> tuple[Record, int | None]:
-    """As :func:`receive_record`; OSError EAGAIN when there is nothing yet."""
+    """Return what :func:`receive_record` does, at once.  Raises OSError EAGAIN without a reply."""
     data, came, _, _ = sock.recvmsg(RECORD_SIZE, _ONE_DESCRIPTOR, _TAKE)
     return decode_reply(data), descriptor_in(came)
 
 
 def cookie_of(sock: _socket.socket) -> int:
-    """The kernel's number for a socket; never used twice."""
+    """Return the kernel's number of a socket, which is never used again."""
     return int.from_bytes(sock.getsockopt(SOL_SOCKET, _SO_COOKIE, 8), "little")
 
 
 def may_be_known(sock: _socket.socket) -> bool:
-    """Return whether a unix socket has a name by which vsockd may know it.
+    """Return whether a unix socket has a name that shows that vsockd may know it.
 
-    Either vsockd has bound it, or it is, or was before it became a stream, connected to a vsockd.
+    Either vsockd has bound it, or it is connected to a vsockd, or was until it became a stream.
     """
     for name_of in (sock.getpeername, sock.getsockname):
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""The intercepted system calls, a module for each family of them.
+"""Handlers of the intercepted system calls, a module for each family of them.
 
-``HANDLERS`` are the calls that make descriptors or look at a file, ``SOCKET_HANDLERS`` those about
-a socket in their first argument.  ``ARGUMENTS`` is how many each has, ``PATHS`` which one is the
-path.  All are by the call's name, an attribute of ``Machine``.
+``HANDLERS`` are those of calls that create descriptors or take a path, ``SOCKET_HANDLERS`` those of
+calls with a socket as their first argument.  ``ARGUMENTS`` are the numbers of arguments, ``PATHS``
+the indexes of the path.  All are keyed by the call's name, an attribute of ``Architecture``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""accept() and accept4(): vsockd has announced a connection, the program gets it."""
+"""accept() and accept4(): vsockd announces a connection, and the program gets its stream."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _FLAGS = int(SOCK_CLOEXEC | SOCK_NONBLOCK)
 
 
 async def accept(call: Call, endpoint: Endpoint) -> Answer:
-    """accept4() without flags."""
+    """Serve accept(): accept4() without flags."""
     return await _accept(call, endpoint, 0)
 
 
 async def accept4(call: Call, endpoint: Endpoint) -> Answer:
-    """Wait for a connection, unless the socket is non-blocking."""
+    """Serve accept4(): wait for a connection, unless the socket is non-blocking."""
     return await _accept(call, endpoint, call.integer(3))
 
 
@@ -40,7 +40,7 @@ async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
         raise failure(errno.EOPNOTSUPP)
     address, size_at = call.arguments[1:3]
     if address:
-        call.read(size_at, 4)  # an EFAULT now loses no connection
+        call.read(size_at, 4)  # fail with EFAULT before a connection is taken
     while True:
         _require_listening(endpoint)
         with closing(call.duplicate(endpoint)) as listener:
@@ -60,7 +60,7 @@ async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
         settle(accepted, sock, record)
         os.set_blocking(fd, not flags & SOCK_NONBLOCK)
         try:
-            # Before the descriptor: afterwards the program may use the memory for something else.
+            # Before the descriptor: with it, another thread may use the memory for something else.
             call.write(*call.address(record.peer, address, size_at))
             call.answer_with_socket(sock, accepted, flags)
         except CallInterrupted:
@@ -77,7 +77,10 @@ def _require_listening(endpoint: Endpoint) -> None:
 
 
 async def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Record] | None:
-    """Return the next connection, its descriptor and vsockd's record of it, if there is one."""
+    """Return the descriptor and the record of the next connection, or None.
+
+    Raises OSError; CallInterrupted.
+    """
     if endpoint.accepted:
         return endpoint.accepted.popleft()
     if not endpoint.named:
@@ -91,29 +94,29 @@ async def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Reco
             if token is None:
                 return None
             try:
-                record, fd = await receive_record(token)  # which vsockd sends in a moment
+                record, fd = await receive_record(token)  # vsockd sends it at once
             except CallInterrupted:
                 endpoint.arriving.append(token)
                 raise
-            except OSError:  # vsockd has ended
+            except OSError:  # vsockd has ended: try the next
                 token.close()
             else:
                 token.close()
                 break
     if fd is None:
-        raise failure(errno.EMFILE, "the connection was lost for want of a descriptor")
+        raise failure(errno.EMFILE, "connection lost: the supervisor has no free descriptor")
     return fd, record
 
 
 def _accept_token(listener: _socket.socket) -> _socket.socket | None:
-    """Return the next of vsockd's connections to the socket, if there is one."""
+    """Return the next of vsockd's connections to the socket, or None."""
     if os.get_blocking(listener.fileno()):
         poll = select.poll()
         poll.register(listener, select.POLLIN)
         if not poll.poll(0):
             return None
     try:
-        # A process that is not supervised may have it, too, and be quicker.
+        # A process outside supervision may share the listener, and accept first.
         with hardly_blocking(listener, SO_RCVTIMEO):
             fd, _ = listener._accept()  # type: ignore[attr-defined]  # as socket.accept()
     except (BlockingIOError, ConnectionAbortedError):
@@ -122,7 +125,7 @@ def _accept_token(listener: _socket.socket) -> _socket.socket | None:
 
 
 def _timeout(listener: _socket.socket) -> float | None:
-    """SO_RCVTIMEO in seconds; None for no limit."""
+    """Return SO_RCVTIMEO in seconds, or None for no limit."""
     seconds, microseconds = _TIMEVAL.unpack(
         listener.getsockopt(SOL_SOCKET, SO_RCVTIMEO, _TIMEVAL.size)
     )

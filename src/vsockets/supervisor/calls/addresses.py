@@ -20,11 +20,11 @@ _BEFORE_A_CONNECT = (Phase.NEW, Phase.BOUND, Phase.LISTENING)
 
 
 async def bind(call: Call, endpoint: Endpoint) -> Answer:
-    """As ``transports.fabric``, which see for the errors."""
+    """Serve bind(): the errors are those of ``transports.fabric``."""
     address = call.read_address(call.arguments[1], call.integer(2))
     if address is None or endpoint.phase is not Phase.NEW or endpoint.local != UNBOUND:
         raise failure(errno.EINVAL)
-    # vsockd asks whether we have the capability; but it is the program that must have it.
+    # vsockd checks the capability of the supervisor, but the program must have it.
     unprivileged = address[1] <= LAST_RESERVED_PORT and not _is_privileged(call)
     with closing(call.duplicate(endpoint)) as sock:
         if endpoint.is_datagram:
@@ -47,7 +47,7 @@ def _is_privileged(call: Call) -> bool:
 
 
 async def listen(call: Call, endpoint: Endpoint) -> Answer:
-    """Connections are accepted from now on, or the backlog is another one."""
+    """Serve listen(): accept connections, or change the backlog."""
     if endpoint.is_datagram:
         raise failure(errno.EOPNOTSUPP)
     if endpoint.phase is Phase.LOST:
@@ -64,7 +64,7 @@ async def listen(call: Call, endpoint: Endpoint) -> Answer:
             return 0
         request = client.listen(backlog, endpoint.buffers)
         if endpoint.phase is Phase.LISTENING:
-            sock.send(request, SEND)  # an answer would look like a connection
+            sock.send(request, SEND)  # a reply would look like a connection
         else:
             await call.carry_through(request_on_socket(call, endpoint, sock, request))
             endpoint.phase = Phase.LISTENING
@@ -72,13 +72,13 @@ async def listen(call: Call, endpoint: Endpoint) -> Answer:
 
 
 async def getsockname(call: Call, endpoint: Endpoint) -> Answer:
-    """The local address; both wildcards while the socket is not bound."""
+    """Serve getsockname(): both wildcards while the socket is not bound."""
     call.write(*call.address(endpoint.local, *call.arguments[1:3]))
     return 0
 
 
 async def getpeername(call: Call, endpoint: Endpoint) -> Answer:
-    """Return the peer's address; ENOTCONN before a connect and after a shutdown."""
+    """Serve getpeername(): ENOTCONN before a connect and after a shutdown."""
     if endpoint.peer is None or endpoint.is_shut:
         raise failure(errno.ENOTCONN)
     call.write(*call.address(endpoint.peer, *call.arguments[1:3]))
@@ -86,7 +86,7 @@ async def getpeername(call: Call, endpoint: Endpoint) -> Answer:
 
 
 async def shutdown(call: Call, endpoint: Endpoint) -> Answer:
-    """Shut the unix socket down as well; ENOTCONN before a connect has begun."""
+    """Serve shutdown(): shut down the unix socket; ENOTCONN before a connect has begun."""
     how = call.integer(1)
     if not SHUT_RD <= how <= SHUT_RDWR:
         raise failure(errno.EINVAL)
@@ -97,7 +97,7 @@ async def shutdown(call: Call, endpoint: Endpoint) -> Answer:
         endpoint.peer = None
     elif endpoint.phase is Phase.CONNECTING:
         with closing(call.duplicate(endpoint)) as sock:
-            sock.shutdown(SHUT_RDWR)  # the answer to the connect is of no interest
+            sock.shutdown(SHUT_RDWR)  # vsockd's reply no longer matters
         endpoint.fail(0, True)
         return 0
     call.let_through()

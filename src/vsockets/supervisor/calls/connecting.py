@@ -1,10 +1,10 @@
 """connect(): a program's unix socket becomes one end of a stream.
 
-vsockd's answer comes in on the very socket that the program has.  It is taken off before the
-call returns, also when the program does not want to wait: vsockd answers in a tenth of a
-millisecond.  Only if it does not, the program is told EINPROGRESS before the answer is there;
-the socket then polls as not writable until vsockd has answered (see docs/internals/design.md), and
-the answer is taken off at once, or at the program's next call about the socket.
+vsockd replies on the program's own socket.  The supervisor receives the reply before the call
+returns, even if the program does not wait: vsockd replies in a tenth of a millisecond.  Only if it
+does not, the program gets EINPROGRESS before the reply.  Until then the socket polls as not
+writable (docs/internals/design.md), and the supervisor receives the reply as soon as it is there,
+at the latest at the program's next call on the socket.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from ..vsockd_client import Asker, receive_record, send, take_record
 from . import datagrams
 
 _SO_SNDBUFFORCE = 32
-#: What the kernel adds to each message of a packet socket, in bytes: a message larger than the
-#: send buffer less this is refused (EMSGSIZE).
+#: Bytes that the kernel adds to each message of a packet socket: a message larger than the send
+#: buffer less this fails (EMSGSIZE).
 _PACKET_OVERHEAD = 32
 
 
-#: Why a socket in one of these cannot be connected.
+#: The errors of connect() in phases in which a socket cannot be connected.
 _REFUSED = {
     Phase.LISTENING: errno.EINVAL,
     Phase.CONNECTING: errno.EALREADY,
@@ -51,7 +51,7 @@ _REFUSED = {
 
 
 async def connect(call: Call, endpoint: Endpoint) -> Answer:
-    """Connect to ``(cid, port)``; the errors are those of ``transports.fabric``."""
+    """Serve connect(): the errors are those of ``transports.fabric``."""
     if endpoint.is_datagram:
         return await datagrams.connect(call, endpoint)
     peer = call.read_address(call.arguments[1], call.integer(2))
@@ -64,10 +64,10 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
             raise failure(errno.ENODEV)
         polls = not os.get_blocking(sock.fileno())
         deadline = time.monotonic() + endpoint.connect_timeout
-        # A program that does not want to wait could not see that nothing has begun yet.
+        # A program that does not wait cannot be told that connecting has not begun: fail instead.
         seconds = 0 if polls else endpoint.connect_timeout
         await _enter(call, endpoint, sock, seconds)
-        _require_connectable(endpoint)  # another thread may have been quicker
+        _require_connectable(endpoint)  # another thread may have come first
         _send(endpoint, sock, peer, polls, call.asker())
         if polls:
             if not await _wait(endpoint, sock, SUPERVISOR_CONNECT_GRACE_SECONDS):
@@ -76,13 +76,13 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
         else:
             try:
                 await _wait(endpoint, sock, endpoint.connect_timeout)
-            except CallInterrupted:  # a signal came; as with TCP, connecting goes on
+            except CallInterrupted:  # as with TCP, connecting goes on after EINTR
                 call.answered = True
                 await _wait(endpoint, sock, deadline - time.monotonic())
         if endpoint.phase is Phase.CONNECTING:
             endpoint.fail(errno.ETIMEDOUT, polls)
     if polls and endpoint.error != errno.EADDRNOTAVAIL:
-        # Known, but told the way programs that do not wait are told of what the peer decides.
+        # The peer's decision is known already, but a non-blocking connect reports it by SO_ERROR.
         return -errno.EINPROGRESS
     code, endpoint.error = endpoint.error, 0
     if code:
@@ -124,7 +124,7 @@ def _require_connectable(endpoint: Endpoint) -> None:
 
 
 async def _wait(endpoint: Endpoint, sock: _socket.socket, seconds: float) -> bool:
-    """Whether it is decided by then."""
+    """Wait for vsockd's reply; return whether it came within ``seconds``."""
     deadline = time.monotonic() + seconds
     while endpoint.phase is Phase.CONNECTING:
         if not await ready(sock.fileno(), max(0.0, deadline - time.monotonic())):
@@ -147,14 +147,14 @@ def _send(
     request = client.connect(peer, sizes=sizes, cookie=cookie, polling=polls, secret=secret)
     send(sock, request, asker)
     if polls:
-        # After the request, which a small send buffer would split in two.
+        # After the request: a small send buffer would split it in two.
         endpoint.send_buffer = sock.getsockopt(SOL_SOCKET, SO_SNDBUF)
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 0)
     endpoint.phase = Phase.CONNECTING
 
 
 def finish(endpoint: Endpoint, sock: _socket.socket) -> None:
-    """Take vsockd's answer to a connect off ``sock``, a copy of the endpoint's, if it is there."""
+    """Receive vsockd's reply to a connect, if it is there, on ``sock``, a copy of the socket."""
     if endpoint.phase is not Phase.CONNECTING:
         return
     try:
@@ -172,7 +172,7 @@ def finish(endpoint: Endpoint, sock: _socket.socket) -> None:
 
 def _restore_send_buffer(endpoint: Endpoint, sock: _socket.socket) -> None:
     if endpoint.send_buffer:
-        # The kernel doubles what it is given, to have room for its own headers.
+        # The kernel doubles the value, to have room for its own headers.
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, endpoint.send_buffer // 2)
         endpoint.send_buffer = 0
 
@@ -180,16 +180,16 @@ def _restore_send_buffer(endpoint: Endpoint, sock: _socket.socket) -> None:
 def settle(endpoint: Endpoint, sock: _socket.socket, record: Record) -> None:
     """Make ``sock`` the stream that ``record`` describes."""
     endpoint.settle(record)
-    # A default nobody chose should slow no stream down.
+    # A default that the program did not choose should not slow a stream down.
     if endpoint.type == SOCK_SEQPACKET or record.size != STREAM_BUFFER_DEFAULT_BYTES:
         limit_queue(endpoint, sock)
 
 
 def limit_queue(endpoint: Endpoint, sock: _socket.socket) -> None:
-    """Let no more than the buffer's size be on its way, and no larger packet be sent."""
+    """Limit unread bytes, and the size of a packet, to the size of the buffer."""
     size = min(endpoint.buffers.size, SEND_BUFFER_MAX_BYTES)
     overhead = _PACKET_OVERHEAD if endpoint.type == SOCK_SEQPACKET else 0
-    # The kernel doubles what it is given.
+    # The kernel doubles the value.
     half = (size + overhead + 1) // 2
     sock.setsockopt(SOL_SOCKET, SO_SNDBUF, half)
     if sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < size <= SUPERVISOR_FORCED_SEND_BUFFER_MAX_BYTES:

@@ -1,4 +1,4 @@
-"""socket(), and opening ``/dev/vsock``."""
+"""socket(), and open() of ``/dev/vsock``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...model.constants import AF_VSOCK
 from ..call import Answer, Call, failure
 
 DEVICE = b"/dev/vsock\0"
-#: What a descriptor of our ``/dev/vsock`` is called in /proc.
+#: The name, in /proc, of the file that stands for ``/dev/vsock``.
 DEVICE_NAME = "vsock-device"
 
 _TYPE_BITS = ~int(SOCK_NONBLOCK | SOCK_CLOEXEC)
@@ -19,7 +19,7 @@ _TYPES = (int(SOCK_STREAM), int(SOCK_SEQPACKET), int(SOCK_DGRAM))
 
 
 async def socket(call: Call) -> Answer:
-    """socket(AF_VSOCK, …): the filter lets no other family come here."""
+    """Serve socket(AF_VSOCK, …); the filter intercepts no other family."""
     asked, protocol = call.integer(1), call.integer(2)
     type_ = asked & _TYPE_BITS
     if protocol not in (0, AF_VSOCK):
@@ -31,17 +31,17 @@ async def socket(call: Call) -> Answer:
 
 
 async def open_(call: Call) -> Answer:
-    """open() of ``/dev/vsock``."""
+    """Serve open() of ``/dev/vsock``."""
     return _open(call, call.integer(1))
 
 
 async def openat(call: Call) -> Answer:
-    """openat() of ``/dev/vsock``."""
+    """Serve openat() of ``/dev/vsock``."""
     return _open(call, call.integer(2))
 
 
 def _open(call: Call, flags: int) -> Answer:
-    # The path was looked at before; whatever it is by now, this is what the program gets.
+    # The path was read once, by the dispatcher: a change since has no effect.
     call.check()
     device = os.memfd_create(DEVICE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -53,5 +53,5 @@ def _open(call: Call, flags: int) -> Answer:
 
 
 def is_device(link: str) -> bool:
-    """Whether /proc's name of a descriptor is that of a ``/dev/vsock``, ours or the machine's."""
+    """Return whether a link of /proc is that of ``/dev/vsock``, the stand-in or the device."""
     return link.startswith(f"/memfd:{DEVICE_NAME}") or link == DEVICE[:-1].decode()

@@ -1,7 +1,7 @@
-"""Datagram sockets: claiming an address, and everything that sends.
+"""Datagram sockets: binding an address, and all calls that send.
 
-The program's own socket only receives.  What it sends goes by *routes*, as in
-``transports.fabric.datagram``; the supervisor keeps them and makes the copy that takes.
+The program's own socket only receives.  Datagrams are sent by *routes*, as in
+``transports.fabric.datagram``, which the supervisor keeps: it copies the data from the program.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FAMILY = struct.Struct("=H")
 _TIMEVAL = struct.Struct("=qq")
 _U32 = struct.Struct("=I")
 
-#: What a route says when it is no longer one: the receiver has gone, or vsockd took it back.
+#: The errors of a route whose receiver has ended, or that vsockd has revoked.
 _GONE = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
 
 
@@ -52,7 +52,7 @@ async def claim(
     address: tuple[int, int],
     unprivileged: bool = False,
 ) -> None:
-    """Give the socket a local address; wildcards are filled in."""
+    """Bind the socket; vsockd replaces wildcards.  Raises OSError; CallInterrupted."""
     request = client.bind_datagram(address, unprivileged=unprivileged)
     vsockd, asker = call.services.vsockd, call.asker()
     record, _ = await call.carry_through(vsockd.ask(asker, request, sock.fileno()))
@@ -61,7 +61,7 @@ async def claim(
 
 
 async def connect(call: Call, endpoint: Endpoint) -> Answer:
-    """Set where send() goes from now on; AF_UNSPEC takes it back."""
+    """Serve connect(): set the destination of send(), or remove it with AF_UNSPEC."""
     address, size = call.arguments[1], call.integer(2)
     if size >= _FAMILY.size and _FAMILY.unpack(call.read(address, _FAMILY.size))[0] == 0:
         endpoint.peer = None
@@ -78,26 +78,26 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
 
 
 async def sendto(call: Call, endpoint: Endpoint) -> Answer:
-    """One datagram; or the end of a record on a packet socket."""
+    """Serve sendto() on a datagram socket, and with MSG_EOR on a packet socket."""
     buffer, size = call.arguments[1:3]
     flags, address, address_size = call.integer(3), call.arguments[4], call.integer(5)
     _refuse_urgent(flags)
     if not endpoint.is_datagram:
         if address and endpoint.type == SOCK_SEQPACKET:
-            # Which a unix socket would not mind.
+            # A unix socket would ignore the address.
             connected = endpoint.phase is Phase.CONNECTED
             raise failure(errno.EISCONN if connected else errno.EOPNOTSUPP)
         return await seqpacket_eor.send(call, endpoint, Message.of(buffer, size), flags)
     destination = endpoint.peer
     if address:
-        # As Linux, an invalid address is as good as none.
+        # As in Linux, an invalid address counts as null.
         destination = call.read_address(address, address_size) or destination
     _check_size(size)
     return await _send(call, endpoint, call.read(buffer, size), flags, destination)
 
 
 async def write(call: Call, endpoint: Endpoint) -> Answer:
-    """As send() without flags."""
+    """Serve write(): send() without flags."""
     if not endpoint.is_datagram:
         call.let_through()
         return None
@@ -107,7 +107,7 @@ async def write(call: Call, endpoint: Endpoint) -> Answer:
 
 
 async def writev(call: Call, endpoint: Endpoint) -> Answer:
-    """As write(), from several buffers."""
+    """Serve writev(): write() from several buffers."""
     if not endpoint.is_datagram:
         call.let_through()
         return None
@@ -118,7 +118,7 @@ async def writev(call: Call, endpoint: Endpoint) -> Answer:
 
 
 async def sendmsg(call: Call, endpoint: Endpoint) -> Answer:
-    """One datagram; ancillary data does not cross contexts."""
+    """Serve sendmsg(); ancillary data does not cross contexts."""
     _refuse_urgent(call.integer(2))
     message = read_message(call, call.arguments[1])
     if not endpoint.is_datagram:
@@ -127,7 +127,7 @@ async def sendmsg(call: Call, endpoint: Endpoint) -> Answer:
 
 
 async def sendmmsg(call: Call, endpoint: Endpoint) -> Answer:
-    """Several datagrams; the number of those sent, unless the first one fails."""
+    """Serve sendmmsg(): return the number of datagrams sent, unless the first one fails."""
     if not endpoint.is_datagram:
         call.let_through()
         return None
@@ -154,13 +154,13 @@ async def _send_message(call: Call, endpoint: Endpoint, message: Message, flags:
 
 
 def _refuse_urgent(flags: int) -> None:
-    if flags & MSG_OOB:  # which unix sockets have
+    if flags & MSG_OOB:  # supported by unix sockets, not by vSockets
         raise failure(errno.EOPNOTSUPP)
 
 
 def _check_size(size: int) -> None:
     if size > MAX_DATAGRAM:
-        raise failure(errno.EMSGSIZE, f"a datagram holds {MAX_DATAGRAM} bytes")
+        raise failure(errno.EMSGSIZE, f"datagram too long: {size} bytes (maximum {MAX_DATAGRAM})")
 
 
 async def _send(
@@ -189,7 +189,7 @@ async def _send(
         except _GONE:
             if fresh:
                 raise failure(errno.ECONNREFUSED) from None
-            # Somebody else has the address by now.
+            # Another socket may have the address now.
             fresh = True
             route = await _new_route(call, endpoint, destination)
 
@@ -208,9 +208,10 @@ async def _new_route(
 
 
 def _patience(call: Call, endpoint: Endpoint, flags: int) -> float | None:
-    """How long to wait for room at the receiver; OSError ENOBUFS when not at all.
+    """Return how many seconds to wait for room at the receiver, or None for no limit.
 
-    Not EAGAIN: the program's own socket cannot tell it when there is room there.
+    Raises OSError ENOBUFS if the call does not wait.  EAGAIN would be wrong: polling the program's
+    own socket does not show when the receiver has room.
     """
     with closing(call.duplicate(endpoint)) as sock:
         if flags & MSG_DONTWAIT or not os.get_blocking(sock.fileno()):

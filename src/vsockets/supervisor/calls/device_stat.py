@@ -1,7 +1,7 @@
-"""stat(), access() and their kin of ``/dev/vsock``: as if it were there, for everybody.
+"""stat(), access() and related calls on ``/dev/vsock``: it exists, with mode 0666.
 
-Only with ``vsock run --device``: the filter sees no path, so every call of these kinds is
-intercepted.
+Served with ``vsock run --device`` alone: a filter does not see paths, so that all such calls on any
+file are intercepted.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ import struct
 
 from ..call import Answer, Call, failure
 
-#: What Linux's device is: one of the "misc" ones, with a number that was free.
+#: Linux's device: major number "misc", and a minor number that was free.
 _MAJOR, _MINOR = 10, 121
 _MODE = modes.S_IFCHR | 0o666
 _BASIC_STATS = 0x7FF
 _AT_EMPTY_PATH, _AT_SYMLINK_NOFOLLOW, _AT_EACCESS = 0x1000, 0x100, 0x200
 
 _X86_64 = 0xC000_003E
-#: struct stat: device, inode, links, mode, user, group, the device's number, size, block size,
-#: blocks and three times, of which the kernel has a form of its own for each architecture.
+#: struct stat, whose layout differs by architecture: device, inode, links, mode, user, group, the
+#: device's own number, size, block size, blocks and three times.
 _STAT_X86_64 = struct.Struct("=QQQIII4xQqqqqQqQqQ24x")
 _STAT_GENERIC = struct.Struct("=QQIIIIQ8xqi4xqqQqQqQ8x")
 #: struct statx: mask, block size, attributes, links, user, group, mode, inode, size, blocks,
-#: attributes' mask; four times; the device's number, and the number of the device it is on.
+#: attributes' mask; four times; the device's own number, and that of the device it is on.
 _STATX = struct.Struct("=IIQIIIH2xQQQQ" + "qI4x" * 4 + "IIII112x")
 
 
 async def stat(call: Call) -> Answer:
-    """stat() and lstat()."""
+    """Serve stat() and lstat()."""
     call.write((call.arguments[1], _stat(call)))
     return 0
 
 
 async def newfstatat(call: Call) -> Answer:
-    """As stat(), relative to a folder, which does not matter here."""
+    """Serve newfstatat(): the path is absolute, so the folder does not matter."""
     call.write((call.arguments[2], _stat(call)))
     return 0
 
 
 async def statx(call: Call) -> Answer:
-    """As stat(), with more of it."""
+    """Serve statx()."""
     folder = os.stat("/dev")
     seconds, nanoseconds = divmod(folder.st_mtime_ns, 1_000_000_000)
     times = (seconds, nanoseconds) * 4
@@ -56,24 +56,24 @@ async def statx(call: Call) -> Answer:
 
 
 async def access(call: Call) -> Answer:
-    """Anybody may read it and write to it."""
+    """Serve access(): all may read and write, and none execute."""
     return _access(call, call.integer(1))
 
 
 async def faccessat(call: Call) -> Answer:
-    """As access(), relative to a folder."""
+    """Serve faccessat(): access() relative to a folder."""
     return _access(call, call.integer(2))
 
 
 async def faccessat2(call: Call) -> Answer:
-    """As faccessat(), with flags."""
+    """Serve faccessat2(): faccessat() with flags."""
     if call.integer(3) & ~(_AT_EMPTY_PATH | _AT_SYMLINK_NOFOLLOW | _AT_EACCESS):
         raise failure(errno.EINVAL)
     return _access(call, call.integer(2))
 
 
 def _access(call: Call, mode: int) -> int:
-    call.check()  # the path was this call's
+    call.check()  # the path was the caller's
     if mode & ~(os.R_OK | os.W_OK | os.X_OK):
         raise failure(errno.EINVAL)
     if mode & os.X_OK:

@@ -51,15 +51,15 @@ _CHANGE_BUFFERS = {
     SO_VM_SOCKETS_BUFFER_MIN_SIZE: BufferSizes.with_minimum,
     SO_VM_SOCKETS_BUFFER_MAX_SIZE: BufferSizes.with_maximum,
 }
-#: The longest value of an ignored option that is kept, in bytes, and how many are.
+#: Bytes kept of the value of an ignored option, and the number of such options kept.
 _LONGEST_IGNORED, _MOST_IGNORED = 64, 64
 
-#: What VMCISock_Version() shows: 2.0 as VMware's drivers do, major number in the upper half.
+#: The result of VMCISock_Version(): 2.0 as of VMware's drivers, major number in the upper half.
 _PROTOCOL_VERSION = 2 << 16
 
 
 async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
-    """Set a vSockets option; those of other families are accepted and ignored."""
+    """Serve setsockopt(): options of other families are accepted without effect."""
     level, name, address, size = (
         call.integer(1),
         call.integer(2),
@@ -85,8 +85,8 @@ async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
             with closing(call.duplicate(endpoint)) as sock:
                 sock.send(client.update(endpoint.buffers), SEND)
         elif endpoint.phase is Phase.CONNECTED:
-            # As Linux; the guide's "consistent until the connection is closed" is for those
-            # who set it when they should.
+            # As in Linux.  The guide's "consistent until the connection is closed" holds for
+            # programs that set it before they connect.
             with closing(call.duplicate(endpoint)) as sock:
                 limit_queue(endpoint, sock)
             await _tell(call, endpoint)
@@ -96,10 +96,10 @@ async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
 
 
 async def _tell(call: Call, endpoint: Endpoint) -> None:
-    """A device at the stream's other end gives its guest credit for the buffer."""
+    """Report the new buffer size: a device at the stream's other end grants it as credit."""
     size = endpoint.buffers.size
     request = client.resize(size, cookie=endpoint.cookie, inode=endpoint.inode)
-    with contextlib.suppress(OSError):  # vsockd has gone; the stream goes on
+    with contextlib.suppress(OSError):  # vsockd has ended; the stream continues
         await call.services.vsockd.ask(None, request)
 
 
@@ -113,9 +113,9 @@ def _seconds(value: tuple[int, ...]) -> float:
     seconds, microseconds = value
     if not 0 <= seconds <= CONNECT_TIMEOUT_MAX_SECONDS or microseconds >= 1_000_000:
         raise failure(errno.ERANGE)
-    if microseconds < 0:  # Linux takes it for a large unsigned number
+    if microseconds < 0:  # a large unsigned number in Linux
         return float(CONNECT_TIMEOUT_MAX_SECONDS)
-    # Linux: no time at all means the default.
+    # As in Linux, zero means the default.
     return float(seconds + microseconds / 1e6) or CONNECT_TIMEOUT_SECONDS
 
 
@@ -125,7 +125,7 @@ def _ignore(endpoint: Endpoint, option: tuple[int, int], value: bytes) -> None:
 
 
 async def getsockopt(call: Call, endpoint: Endpoint) -> Answer:
-    """What AF_VSOCK would answer; the kernel answers the rest."""
+    """Serve getsockopt() where AF_VSOCK and unix sockets differ."""
     level, name, address, size_at = call.integer(1), call.integer(2), *call.arguments[3:5]
     if level == SOL_SOCKET:
         value = _of_the_socket(call, endpoint, name)
@@ -182,7 +182,7 @@ async def _of_vsock(call: Call, endpoint: Endpoint, name: int) -> bytes:
 
 
 async def ioctl(call: Call) -> Answer:
-    """The ioctls of ``/dev/vsock``, on a socket of ours too, which needs no device; SIOCOUTQ."""
+    """Serve SIOCOUTQ, and the ioctls of ``/dev/vsock``, also on a vSockets socket."""
     request, address = call.integer(1), call.arguments[2]
     link = call.services.processes.what_is(call.pid, call.arguments[0] & 0xFFFF_FFFF)
     endpoint = call.services.sockets.known(inode_in(link))
@@ -193,13 +193,13 @@ async def ioctl(call: Call) -> Answer:
             return None
         if endpoint.is_datagram or endpoint.phase in UNCONNECTED:
             raise failure(errno.EOPNOTSUPP)
-        # What was sent is with the peer already; the kernel would count what it has not read.
+        # All that was sent has reached the peer; the kernel would count what it has not read.
         call.write((address, _INT.pack(0)))
         return 0
     if not link:
         raise failure(errno.EBADF)
     if endpoint is None and not is_device(link):
-        # Not let through: it could be the machine's device by then.
+        # Not let through: the descriptor could be the machine's device by then.
         raise failure(errno.ENOTTY)
     if request == IOCTL_LOCAL_CID:
         record, _ = await call.services.vsockd.ask(None, client.local_cid())

@@ -1,7 +1,7 @@
-"""recvfrom(), recvmsg() and recvmmsg(): where a program wants to know more than the data.
+"""recvfrom(), recvmsg() and recvmmsg(), which return more than data.
 
-Datagrams: the kernel's name of the sender becomes a struct sockaddr_vm.  Packets: the end of a
-record is shown, see ``packets``.
+For datagrams, the sender's unix name becomes a struct sockaddr_vm.  For packets, the end of a
+record is shown by MSG_EOR (:mod:`.seqpacket_eor`).
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from ..sockets import Endpoint, Received, pack_address
 _TIMEVAL = struct.Struct("=qq")
 _U32 = struct.Struct("=I")
 
-#: The flags of receiving that are passed on.  The rest is ours to do.
+#: Flags that are passed to the kernel; the supervisor implements the others.
 _PASSED = int(MSG_PEEK)
-#: Flags by which something else than data is received.
+#: Flags that receive something other than data.
 _OUT_OF_BAND = MSG_ERRQUEUE | int(MSG_OOB)
 
 
 async def recvfrom(call: Call, endpoint: Endpoint) -> Answer:
-    """A datagram with its source."""
+    """Serve recvfrom(): receive a datagram with its source."""
     if call.integer(3) & _OUT_OF_BAND:
         return _receive_out_of_band(call, endpoint, call.integer(3))
     if not endpoint.is_datagram:
@@ -60,7 +60,7 @@ async def recvfrom(call: Call, endpoint: Endpoint) -> Answer:
 
 
 async def recvmsg(call: Call, endpoint: Endpoint) -> Answer:
-    """A datagram with its source, or a packet and whether it ends a record."""
+    """Serve recvmsg(): a datagram with its source, or a packet that may end a record."""
     flags = call.integer(2)
     if flags & _OUT_OF_BAND:
         return _receive_out_of_band(call, endpoint, flags)
@@ -83,7 +83,7 @@ async def recvmsg(call: Call, endpoint: Endpoint) -> Answer:
 
 
 async def recvmmsg(call: Call, endpoint: Endpoint) -> Answer:
-    """Several datagrams; those that are there after the first."""
+    """Serve recvmmsg(): wait for the first datagram only."""
     if not endpoint.is_datagram:
         call.let_through()
         return None
@@ -108,7 +108,7 @@ async def recvmmsg(call: Call, endpoint: Endpoint) -> Answer:
 
 @contextmanager
 def _not_lost(endpoint: Endpoint, received: Received, flags: int) -> Iterator[None]:
-    """A call that a signal interrupts now is made again, and gets what it had received."""
+    """Keep a received message for the next call if a signal interrupts this one."""
     try:
         yield
     except CallInterrupted:
@@ -124,7 +124,7 @@ def _take_again(endpoint: Endpoint, flags: int) -> Received | None:
 
 
 def _receive_out_of_band(call: Call, endpoint: Endpoint, flags: int) -> int:
-    """Answer what a unix socket would answer with data."""
+    """Return the result of a call with flags that a unix socket would answer with data."""
     if endpoint.is_datagram:
         raise failure(errno.EOPNOTSUPP)
     if flags & MSG_ERRQUEUE:  # it is always empty
@@ -140,11 +140,11 @@ def _receive_out_of_band(call: Call, endpoint: Endpoint, flags: int) -> int:
             unread = True
     if unread:
         raise failure(errno.EOPNOTSUPP)
-    return 0  # the end, as without the flag
+    return 0  # end of the stream, as without the flag
 
 
 def _results(message: Message, received: Received, flags: int) -> tuple[int, list[Piece]]:
-    """Return what recvmsg() returns for what was received, and what it writes."""
+    """Return the result of recvmsg() for a received message, and the pieces that it writes."""
     pieces = message.fill(received.data)
     size = min(message.size, len(received.data))
     name = b""
@@ -174,7 +174,7 @@ async def _receive_datagram(call: Call, endpoint: Endpoint, flags: int) -> Recei
 
 
 async def _receive_end_of_record(call: Call, endpoint: Endpoint, flags: int) -> Received | None:
-    """The next packet if it ends a record; None when the kernel can receive it as well."""
+    """Receive the next packet if it ends a record; return None if the kernel can receive it."""
     if (again := _take_again(endpoint, flags)) is not None:
         return again
     look = int(MSG_PEEK | MSG_DONTWAIT | MSG_TRUNC)
@@ -187,7 +187,7 @@ async def _receive_end_of_record(call: Call, endpoint: Endpoint, flags: int) -> 
             else:
                 if not shown & MSG_CTRUNC:
                     return None
-                # MSG_TRUNC made the size that of the whole packet.
+                # With MSG_TRUNC, the size is that of the whole packet.
                 data = sock.recvmsg(size, 0, (flags & _PASSED) | int(MSG_DONTWAIT))[0]
                 return Received(data, int(MSG_EOR), None)
         if not await wait:
@@ -195,7 +195,7 @@ async def _receive_end_of_record(call: Call, endpoint: Endpoint, flags: int) -> 
 
 
 def _wait(endpoint: Endpoint, sock: _socket.socket, flags: int) -> Wait:
-    """What to await when there is nothing yet; OSError EAGAIN when that is not wanted."""
+    """Return the wait for a message.  Raises OSError EAGAIN if the call is non-blocking."""
     if flags & MSG_DONTWAIT or not os.get_blocking(sock.fileno()):
         raise failure(errno.EAGAIN)
     seconds, microseconds = _TIMEVAL.unpack(sock.getsockopt(SOL_SOCKET, SO_RCVTIMEO, _TIMEVAL.size))

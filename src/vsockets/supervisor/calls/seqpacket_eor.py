@@ -1,7 +1,7 @@
-"""Ends of records on sequenced-packet sockets: MSG_EOR, which unix sockets do not carry.
+"""Ends of records (MSG_EOR) on sequenced-packet sockets: unix sockets do not carry them.
 
-A message that ends a record is sent with a descriptor riding along, which AF_VSOCK cannot carry
-otherwise.  The receiver is not given it: that a message had one is told by MSG_CTRUNC.
+A message that ends a record is sent together with a descriptor, the *marker*; AF_VSOCK carries no
+descriptors otherwise.  The receiver does not get it: MSG_CTRUNC shows that a message had one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..memory import Message
 from ..scheduler import WRITABLE, ready
 from ..sockets import Endpoint
 
-#: How often it is looked whether a call that waits for room still waits, in seconds.
+#: Seconds between two checks whether a call that waits for room still waits.
 _LOOK = 0.25
 
 
 async def send(call: Call, endpoint: Endpoint, message: Message, flags: int) -> Answer:
-    """Send a message that may end a record; the kernel can send all others as well."""
+    """Send a message that ends a record; let the kernel send any other."""
     is_ours = endpoint.type == SOCK_SEQPACKET and endpoint.phase is Phase.CONNECTED
     if not is_ours or not flags & MSG_EOR:
         call.let_through()
@@ -41,7 +41,7 @@ async def send(call: Call, endpoint: Endpoint, message: Message, flags: int) -> 
                 if not waits:
                     raise
             except BrokenPipeError:
-                # The kernel raises SIGPIPE where it is due: nothing will be sent now either.
+                # Nothing can be sent any longer; the kernel raises SIGPIPE where due.
                 call.let_through()
                 return None
             await ready(sock.fileno(), _LOOK, WRITABLE)
