@@ -1,15 +1,15 @@
-"""Starting a supervised program so that it behaves as if nobody supervised it.
+"""The start of a supervised program: signals and exit status are as without supervision.
 
 Three processes::
 
-    front         the process the user started: ends as the program ends, passes signals on
+    front         the process that the user started: relays signals, ends as the program ends
       supervisor  answers the intercepted calls until the last process under the filter has ended
-        program   the user's, in front's place in the terminal's process group
+        program   the user's program, in the front's place in the terminal's process group
 
-The supervisor is an ancestor of all it supervises, and made to stay so (child subreaper),
-because that is whose memory it may read where Yama is strict (``ptrace_scope`` 1, Ubuntu's
-default).  The front leaves the program's process group: what the terminal or a shell sends to
-the group reaches the program once, and whatever reaches the front was meant for it alone.
+The supervisor is an ancestor of all that it supervises, and remains so (child subreaper): where
+Yama is strict (``ptrace_scope`` 1, Ubuntu's default) it may read the memory of descendants alone.
+The front leaves the program's process group: a signal that the terminal or a shell sends to the
+group reaches the program once, and a signal that reaches the front was sent to the front alone.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from .supervisor import Supervisor
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 _LAST_STANDARD = 2
-#: waitpid()'s options: children that stop or go on, and all tracees.
+#: Options of waitpid(): children that stop or continue, and all tracees.
 _OF_ALL = os.WUNTRACED | os.WCONTINUED | WAIT_FOR_ALL
 
-#: Between front and supervisor: what happened, and a number.
+#: A message between front and supervisor: its kind, and a signal or wait status.
 _NOTE = struct.Struct("=ci")
 #: From the program's process to the supervisor, and back: whether it can begin.
 _INSTALLED, _ERRNO = b"i", struct.Struct("=i")
 _STOPPED, _ENDED, _SIGNAL, _CONTINUED = b"S", b"E", b"K", b"C"
 
-#: Signals that end or inform a program, or stop it; the rest are the front's own business.
+#: Signals that the front relays to the program; the others concern the front itself.
 _PASSED_ON = frozenset(signal.valid_signals()) - {
     signal.SIGKILL,
     signal.SIGSTOP,
@@ -73,13 +73,13 @@ _OUTLIVED = (
 def launch(
     become: Callable[[], NoReturn], context: Attachment, lease: int | None, device: bool
 ) -> NoReturn:
-    """Run what ``become`` turns a process into, supervised, and end as it ends.
+    """Run a program, supervised, and end with its exit status or signal.
 
-    ``become`` is called in the program's process, under the filter; its exceptions are raised
-    here, in that process.  ``lease`` is a descriptor that is held open as long as any process of
-    the program lives.  With ``device`` a program that looks for ``/dev/vsock`` finds it.
+    ``become`` executes the program: it is called in the program's process, under the filter, and
+    its exceptions are raised there.  ``lease`` is a descriptor to hold open until the last process
+    of the program has ended.  With ``device``, stat() and access() find ``/dev/vsock``.
 
-    Raises OSError in the program's process when there is no supervising it.
+    Raises OSError in the program's process if it cannot be supervised.
     """
     machine = this_architecture()
     mechanism = NotificationMechanism()
@@ -127,7 +127,7 @@ def launch(
 
 
 class _Program:
-    """The program's first process, as its parent sees it."""
+    """The program's first process, seen from the supervisor, its parent."""
 
     def __init__(self, pid: int, front: socket.socket) -> None:
         self.pid = pid
@@ -137,17 +137,20 @@ class _Program:
         self._interceptor: Interceptor | None = None
 
     def fileno(self) -> int:
-        """The connection to the front."""
+        """Return the connection to the front."""
         assert self._front is not None
         return self._front.fileno()
 
     def wait(self) -> None:
-        """Return when it has ended and the front knows.  A process leaves its filter first."""
+        """Wait until the process has ended, and the front has its status.
+
+        A process leaves its filter before it is reported to have ended.
+        """
         while self._front is not None:
             self.reap(0)
 
     def reap(self, options: int = os.WNOHANG) -> None:
-        """Look what became of our children: the program's process, and its orphans."""
+        """Reap children that have ended or stopped: the program's first process, and orphans."""
         while True:
             try:
                 pid, status = os.waitpid(-1, options | _OF_ALL)
@@ -162,7 +165,7 @@ class _Program:
             if os.WIFSTOPPED(status):
                 self.on_group_stop(pid)
                 continue
-            # It may have ended before we saw that it went on.
+            # It may have ended before it was seen to continue.
             if self._stopped and self._front is not None:
                 os.kill(self._front_pid, signal.SIGCONT)
             self._stopped = False
@@ -183,11 +186,11 @@ class _Program:
             self._tell(_STOPPED, 0)
 
     def on_front(self, events: int) -> None:
-        """The front passes a signal on, or has ended."""
+        """Handle a message of the front, or its end."""
         if self._front is None:
             return
         note = _heard(self._front)
-        if not note:  # killed: so the program is killed
+        if not note:  # the front was killed: kill the program
             self._front = None
             self._send(signal.SIGKILL)
             return
@@ -198,7 +201,7 @@ class _Program:
             self._send(signal.SIGCONT)
 
     def _send(self, number: int) -> None:
-        # Not reaped yet, so the number is still its own.
+        # Not reaped yet, so that the number is still its own.
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
@@ -218,10 +221,10 @@ def _be_supervisor(
     try:
         for number in _OUTLIVED:
             signal.signal(number, signal.SIG_IGN)
-        with contextlib.suppress(OSError):  # a group of our own, for the front too
+        with contextlib.suppress(OSError):  # a new group, for the front too
             os.setpgid(0, 0)
         children = _blocked_as_descriptor(signal.SIGCHLD)
-        program._tell(_CONTINUED, 0)  # our group is there to move into
+        program._tell(_CONTINUED, 0)  # the new group exists
         installed, descriptors, _, _ = socket.recv_fds(starting, 1, 1)
         fds = {program.fileno(), starting.fileno(), children, *kept}
         _close_all_but(fds | set(descriptors))
@@ -278,7 +281,7 @@ def _be_front(channel: socket.socket, supervisor: int) -> NoReturn:
         note = _heard(channel)
         if not note:
             _end_all_children()
-            _end_as(signal.SIGKILL)  # which the kernel sent the program, or we did
+            _end_as(signal.SIGKILL)  # the program was killed, by the kernel or just now
         kind, status = _NOTE.unpack(note)
         if kind == _ENDED:
             _end_as(status)
@@ -287,16 +290,16 @@ def _be_front(channel: socket.socket, supervisor: int) -> NoReturn:
             with contextlib.suppress(OSError):
                 channel.send(_NOTE.pack(_CONTINUED, 0))
         elif kind == _CONTINUED:
-            # Unless we lead the session; then what is sent to the group arrives twice.
+            # Fails for a session leader, which then gets signals to the group twice.
             with contextlib.suppress(OSError):
                 os.setpgid(0, supervisor)
 
 
 def _end_as(status: int) -> NoReturn:
-    """End as the process with this wait status has."""
+    """End this process with the exit status or the signal of a wait status."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # one image of it is enough
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the program has dumped core already
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
@@ -306,7 +309,7 @@ def _end_as(status: int) -> NoReturn:
 
 
 def _end_all_children() -> None:
-    """The supervisor has died: what it supervised is ours now, and must not go on."""
+    """Kill the processes that a dead supervisor has left: they are this process's children now."""
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as children:
             pids = [int(pid) for pid in children.read().split()]
@@ -319,22 +322,22 @@ def _end_all_children() -> None:
             return
 
 
-# Both
+# Common to both
 
 
 def _heard(channel: socket.socket) -> bytes:
-    """The next note, or nothing when the other side has ended."""
+    """Return the next message, or nothing if the other side has ended."""
     try:
         return channel.recv(_NOTE.size)
-    except ConnectionResetError:  # with a note of ours unread; what it had said is still to come
+    except ConnectionResetError:  # it ended with a message unread; its own last one follows
         return channel.recv(_NOTE.size)
 
 
 def _close_all_but(kept: Collection[int]) -> None:
-    """Hold nothing open that the program would otherwise be the last to close.
+    """Close all descriptors except ``kept``: the program must be the last to hold its files.
 
-    Standard input, output and error stay taken: by nothing, so that nothing can be written
-    where it does not belong.
+    Standard input, output and error become ``/dev/null``, so that no file opened later gets one of
+    their numbers.
     """
     first = 0
     for fd in [*sorted(kept), os.sysconf("SC_OPEN_MAX")]:
@@ -346,10 +349,10 @@ def _close_all_but(kept: Collection[int]) -> None:
 
 
 def _blocked_as_descriptor(number: int) -> int:
-    """A descriptor that is readable when the signal has come, which interrupts nothing any more.
+    """Block a signal, and return a descriptor that is readable when it is pending.
 
-    Interrupted while it adds a descriptor to a program, the kernel lets the program's call
-    return 0: ``socket()`` would give standard input.
+    It must not interrupt the supervisor while that adds a descriptor to a program: the kernel would
+    let the program's call return 0, so that ``socket()`` would return standard input.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [number])
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,8 +1,8 @@
-"""ptrace(2): threads of other processes, stopped and started.
+"""ptrace(2): requests that stop, inspect and resume threads of other processes.
 
-Nothing here knows of sockets.  A thread is *seized*, which does not stop it.  It stops when it is
-interrupted, when a signal is to be delivered, and at the events that the options name.  waitpid()
-reports each stop once, and it ends when the tracer resumes the thread.
+A thread is *seized*, which does not stop it.  It stops when it is interrupted, before a signal is
+delivered, and at the events selected by the options.  waitpid() reports each stop once; the stop
+ends when the tracer resumes the thread.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ _GET_SYSCALL_INFO = 0x420E
 # linux/elf.h: sets of registers.
 _GENERAL, _ARM_SYSTEM_CALL = 1, 0x404
 
-#: Report system call stops as such; processes and threads that are made are traced, too, and are
-#: told of with events, and so are programs executed and the calls that a filter wants traced.  When
-#: the tracer ends, however it does, its tracees are killed.
+#: Mark system call stops; trace new processes and threads, and report them as events, as well as
+#: programs executed and calls that a filter traces; kill the tracees when the tracer ends.
 _OPTIONS = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 7 | 1 << 20
 
-#: waitpid()'s: threads of all kinds.
+#: The option of waitpid() for threads of all kinds (__WALL).
 WAIT_FOR_ALL = 0x4000_0000
 
 _EVENT_SHIFT, _SYSTEM_CALL_STOP = 16, signal.SIGTRAP | 0x80
@@ -44,22 +43,22 @@ _CALL_INFO = struct.Struct("=B3xIQQ7QI4x")
 _MASK = struct.Struct("=Q")
 _ALL_SIGNALS = (1 << 64) - 1
 
-#: What the kernel returns inside for a call that a signal has interrupted and that is made again:
-#: if the signal has no handler, or one with SA_RESTART; always; if it has no handler.
+#: The kernel's internal results of calls that a signal has interrupted and that are restarted: if
+#: the signal has no handler, or one with SA_RESTART; always; if it has no handler.
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND = 512, 513, 514
 
 
 class Event(IntEnum):
-    """PTRACE_EVENT_*: why a thread has stopped."""
+    """The reason of a stop: PTRACE_EVENT_* up to STOP, and further values of this module."""
 
     FORK = 1
     VFORK = 2
     CLONE = 3
     EXEC = 4
-    SECCOMP = 7  #: before a system call, which a filter wants traced
-    STOP = 128  #: it was interrupted, has just been made, or goes on after a group stop
-    GROUP_STOP = 129  #: a signal has stopped its process; PTRACE_EVENT_STOP, too
-    SIGNAL = 130  #: a signal is to be delivered
+    SECCOMP = 7  #: before a system call that a filter traces
+    STOP = 128  #: it was interrupted, is new, or continues after a group stop
+    GROUP_STOP = 129  #: a signal has stopped its process; PTRACE_EVENT_STOP as well
+    SIGNAL = 130  #: before a signal is delivered
     SYSTEM_CALL = 131  #: before or after a system call
 
 
@@ -87,20 +86,20 @@ class SystemCall(NamedTuple):
 
     number: int
     architecture: int  #: AUDIT_ARCH_*
-    instruction: int  #: the address behind it
+    instruction: int  #: the address behind the instruction
     arguments: tuple[int, ...]
-    mark: int  #: what the filter has added to its answer (SECCOMP_RET_DATA)
+    mark: int  #: the data in the filter's action (SECCOMP_RET_DATA)
 
 
 class Layout(NamedTuple):
-    """Where registers are among the general ones, each of 64 bits."""
+    """Indexes of registers in the kernel's set of general registers, each of 64 bits."""
 
-    size: int  #: how many there are
+    size: int  #: the number of registers
     arguments: tuple[int, ...]
-    number: int  #: what a program puts the call's number into
+    number: int  #: holds the call's number
     result: int
     instruction: int
-    #: On x86-64, of the call's number as the kernel remembers it, -1 if the thread is in none.
+    #: On x86-64, the kernel's copy of the call's number, -1 outside a call.
     entered: int | None
     trap: bytes  #: the instruction that makes a call
 
@@ -114,7 +113,7 @@ _LAYOUTS = {
 
 
 class Registers:
-    """The general registers of a thread that has stopped, and the system call that it is in."""
+    """The general registers of a stopped thread, and the number of its system call."""
 
     __slots__ = ("_layout", "_values", "entered")
 
@@ -124,17 +123,17 @@ class Registers:
         self.entered = entered  #: the number of the call that the thread is in, or -1
 
     def copy(self) -> Registers:
-        """Return registers that can be changed by themselves."""
+        """Return an independent copy."""
         return Registers(self._layout, self._values.copy(), self.entered)
 
     @property
     def values(self) -> list[int]:
-        """All of them, in the kernel's order."""
+        """All registers, in the kernel's order."""
         return self._values
 
     @property
     def result(self) -> int:
-        """What a call has returned; a negative errno when it has failed."""
+        """The result of the call; a negative errno if it failed."""
         value = self._values[self._layout.result]
         return value - (1 << 64) if value >> 63 else value
 
@@ -148,18 +147,18 @@ class Registers:
         return self._values[self._layout.instruction]
 
     def rewind(self) -> None:
-        """Have the thread run the instruction again that has made its call."""
+        """Move back to the instruction that made the call, to execute it again."""
         self._values[self._layout.instruction] -= len(self._layout.trap)
         self.entered = -1
 
     def prepare(self, number: int, arguments: tuple[int, ...]) -> None:
-        """Have the next instruction, which makes a call, make this one."""
-        # On some machines the number is where the result comes to, on others that is an argument.
+        """Set the call that the next instruction makes."""
+        # The number shares its register with the result on x86-64, an argument does on arm64.
         self._values[self._layout.number] = number
         self.replace(-1, arguments)
 
     def replace(self, number: int, arguments: tuple[int, ...]) -> None:
-        """Have the kernel do another call than the one that the thread is about to make."""
+        """Replace the call that the thread is about to make."""
         self.entered = number
         for index, value in zip(self._layout.arguments, arguments, strict=False):
             self._values[index] = value & 0xFFFF_FFFF_FFFF_FFFF
@@ -170,7 +169,10 @@ class _Vector(ctypes.Structure):
 
 
 class Ptrace:
-    """The requests.  OSError ESRCH when the thread has been killed, or has not stopped."""
+    """The ptrace requests.
+
+    All raise OSError ESRCH if the thread has been killed, or is not stopped where it has to be.
+    """
 
     def __init__(self, machine: Architecture) -> None:
         self._ptrace = ctypes.CDLL(None, use_errno=True).ptrace
@@ -189,29 +191,29 @@ class Ptrace:
         """The instruction that makes a system call."""
         return self._layout.trap
 
-    # Beginning, stopping, going on
+    # Attaching, stopping, resuming
 
     def seize(self, thread: int) -> None:
-        """Trace a thread, and all that it makes.  OSError EPERM when that is not allowed."""
+        """Trace a thread, and all that it creates.  Raises OSError EPERM."""
         self._request(_SEIZE, thread, 0, _OPTIONS)
 
     def interrupt(self, thread: int) -> None:
-        """Have a thread stop: with :attr:`Event.STOP`, unless something else comes first."""
+        """Stop a thread, with :attr:`Event.STOP` unless another event comes first."""
         self._request(_INTERRUPT, thread)
 
     def resume(self, thread: int, number: int = 0) -> None:
-        """Let a thread run on, with the signal ``number``, if any."""
+        """Resume a thread, and deliver the signal ``number`` unless it is 0."""
         self._request(_CONT, thread, 0, number)
 
     def resume_to_call(self, thread: int, number: int = 0) -> None:
-        """As :meth:`resume`, until it begins or ends a system call."""
+        """Resume a thread until it enters or leaves a system call."""
         self._request(_SYSCALL, thread, 0, number)
 
     def listen(self, thread: int) -> None:
-        """Leave a thread in its group stop, and be told when that ends."""
+        """Leave a thread in its group stop; the end of the stop is reported."""
         self._request(_LISTEN, thread)
 
-    # Looking and changing
+    # Inspecting and changing
 
     def call_of(self, thread: int) -> SystemCall:
         """Return the call that a thread, stopped by :attr:`Event.SECCOMP`, is about to make."""
@@ -220,7 +222,7 @@ class Ptrace:
         return SystemCall(number, architecture, instruction, tuple(rest[:6]), rest[6])
 
     def message(self, thread: int) -> int:
-        """Return what the event is about."""
+        """Return the message of an event, such as the number of a new thread."""
         value = ctypes.c_ulong()
         self._request(_GETEVENTMSG, thread, 0, ctypes.addressof(value))
         return value.value
