@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.limits import HYBRID_LINE_MAX_BYTES
-from vsockets.protocol.hybrid import Answer, Connect, Line, connect_line, ok_line, port_name
+from vsockets.protocol.hybrid import ClientHandshake, Connect, Line, ok_line, port_name
 
 PORTS = st.integers(0, 2**32 - 1)
-ROLES = st.sampled_from([Connect, Answer])
+ROLES = st.sampled_from([Connect, partial(ClientHandshake, 1)])
 
 
 def read(line: Line, data: bytes, cuts: list[int]) -> tuple[int | None, int]:
@@ -31,12 +33,15 @@ def read(line: Line, data: bytes, cuts: list[int]) -> tuple[int | None, int]:
 
 @given(PORTS, st.binary(max_size=100), st.lists(st.integers(0, 200)))
 def test_what_is_said_is_read_and_no_more(port: int, rest: bytes, cuts: list[int]) -> None:
-    for line, said in ((Connect(), connect_line(port)), (Answer(), ok_line(port))):
+    for line, said in (
+        (Connect(), ClientHandshake(port).request),
+        (ClientHandshake(port), ok_line(port)),
+    ):
         assert read(line, said + rest, cuts) == (port, len(said))
 
 
 @given(ROLES, st.binary(max_size=60), st.lists(st.integers(0, 60)))
-def test_pieces_make_no_difference(role: type[Line], data: bytes, cuts: list[int]) -> None:
+def test_pieces_make_no_difference(role: Callable[[], Line], data: bytes, cuts: list[int]) -> None:
     assert read(role(), data, cuts) == read(role(), data, [])
 
 
@@ -50,7 +55,7 @@ NEARLY = st.lists(
 
 @given(ROLES, NEARLY, st.lists(st.integers(0, 60)))
 def test_pieces_make_no_difference_to_what_is_nearly_right(
-    role: type[Line], data: bytes, cuts: list[int]
+    role: Callable[[], Line], data: bytes, cuts: list[int]
 ) -> None:
     assert read(role(), data, cuts) == read(role(), data, [])
 
@@ -78,7 +83,7 @@ def test_a_line_that_never_ends_is_cut_off() -> None:
         assert line.take(b"1") == 1
     with pytest.raises(OSError, match="expected CONNECT and a number"):
         line.take(b"1")
-    longest = connect_line(2**32 - 1)
+    longest = ClientHandshake(2**32 - 1).request
     assert len(longest) < HYBRID_LINE_MAX_BYTES
     spaces = b"CONNECT" + b" " * (HYBRID_LINE_MAX_BYTES - 9) + b"5\n"
     assert len(spaces) == HYBRID_LINE_MAX_BYTES

@@ -97,7 +97,7 @@ def serve(addresses: Addresses = None) -> None:
         raise CliError(f"cannot listen: {error.strerror}") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for locator, door in zip(wanted, server.doors, strict=True):
+        for locator, door in zip(wanted, server.listeners, strict=True):
             notice(f"listening on {str(locator).partition(':')[0]}:{door.where}")
         while True:
             signal.pause()

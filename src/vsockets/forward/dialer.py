@@ -16,7 +16,7 @@ from .._linux.descriptor_passing import guard
 from ..attachment import ContextHandle
 from ..eventloop.retry import Backoff
 from ..model.locator import Exec, Inet, Locator, Stdio, Unix, Vsock, VsockFolder, VsockMux
-from ..protocol.hybrid import Answer, connect_line, hyperkit_line
+from ..protocol.hybrid import ClientHandshake, hyperkit_line
 from ..socket import socket
 from ..state_folder import connect_to
 from .limits import FORWARD_ADDRESSES_MAX, FORWARD_NEXT_ADDRESS_SECONDS
@@ -245,10 +245,10 @@ class Dialer:
         return await self._attempt(sock, self._loop.sock_sendall(sock, line))
 
     async def _request_port(self, sock: stdlib.socket, port: int) -> None:
-        await self._loop.sock_sendall(sock, connect_line(port))
-        answer = Answer()
-        while answer.port is None:
-            answer.take(await self._loop.sock_recv(sock, 1))
+        handshake = ClientHandshake(port)
+        await self._loop.sock_sendall(sock, handshake.request)
+        while handshake.port is None:
+            handshake.take(await self._loop.sock_recv(sock, 1))
 
     def _execute(self, command: tuple[str, ...], client: tuple[int, int] | None) -> stdlib.socket:
         environment = dict(os.environ)

@@ -1,1 +1,1 @@
-"""Measuring what streams and datagrams do, over vSockets and beside it."""
+"""Measurement of streams and datagrams, over vSockets and other sockets beside it."""

@@ -1,4 +1,4 @@
-"""The measurements, each against one server, and what comes out of them."""
+"""The measurements of ``vsock perf run``, each against one server, and their results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from .._linux.descriptor_passing import guard
 from ..attachment import ContextHandle
 from ..model.locator import Inet, Locator, Unix, Vsock, VsockMux
-from ..protocol.hybrid import Answer, connect_line
+from ..protocol.hybrid import ClientHandshake
 from ..socket import socket
 from ..state_folder import connect_to
 from .limits import PERF_SAMPLES_MAX
@@ -28,18 +28,17 @@ from .protocol import (
     PerfProtocolError,
     PerfRequest,
     decode_count,
+    set_timeouts,
 )
-from .timeouts import set_timeouts
 
-#: How long to wait for the server's answer to a datagram before it counts as lost, in seconds,
-#: and how often to ask what arrived.
-_ANSWER = 0.5
+#: Seconds after which an unanswered datagram counts as lost, and number of REPORT attempts.
+_ANSWER_SECONDS = 0.5
 _REPORTS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One measurement: a figure, and more about it."""
+    """The result of one measurement: its main figure and details."""
 
     name: str
     value: float
@@ -48,15 +47,15 @@ class Result:
     details: dict[str, float] = field(default_factory=dict)
 
 
-#: What is told of a series of times: the name and the share that took no longer.
+#: Reported percentiles: the name, and the share of samples that are not above the value.
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 
 
 def percentiles(samples: array[int]) -> dict[str, float]:
-    """Of nanoseconds, in microseconds; with the least and the most.  At least one sample."""
+    """Return percentiles, minimum and maximum in microseconds of at least one sample (ns)."""
     ordered = sorted(samples)
     shares = {"min": 0.0, **PERCENTILES, "max": 1.0}
-    # The least value that at least that share of all do not exceed.
+    # The least value that at least this share of the samples do not exceed.
     return {
         name: ordered[max(0, math.ceil(share * len(ordered)) - 1)] / 1000
         for name, share in shares.items()
@@ -64,10 +63,10 @@ def percentiles(samples: array[int]) -> dict[str, float]:
 
 
 class Client:
-    """Measures one locator; times are in seconds and sizes in bytes.
+    """A client for measurements against the server at ``locator``.
 
-    Every measurement raises OSError when the server cannot be reached or stops, and
-    PerfProtocolError when it is something else.
+    Times are in seconds and sizes in bytes.  Every measurement raises OSError when the server
+    cannot be reached or stops, and PerfProtocolError when the peer is not such a server.
     """
 
     def __init__(self, locator: Locator, context: ContextHandle | None = None) -> None:
@@ -77,8 +76,8 @@ class Client:
     # Streams
 
     def send(self, seconds: float, size: int) -> Result:
-        """Throughput towards the server, until the server has read all of it."""
-        with self._ask(PerfRequest(Job.SINK, size)) as sock:
+        """Measure the throughput to the server, up to its count of received bytes."""
+        with self._request(PerfRequest(Job.SINK, size)) as sock:
             data = bytes(size)
             begin = time.perf_counter()
             end = begin + seconds
@@ -90,8 +89,8 @@ class Client:
         return Result("send", count / took / 1e6, "MB/s", details={"bytes": count})
 
     def receive(self, seconds: float, size: int) -> Result:
-        """Throughput from the server."""
-        with self._ask(PerfRequest(Job.SOURCE, size, int(seconds * 1000))) as sock:
+        """Measure the throughput from the server."""
+        with self._request(PerfRequest(Job.SOURCE, size, int(seconds * 1000))) as sock:
             buffer = bytearray(size)
             count = 0
             begin = time.perf_counter()
@@ -101,9 +100,9 @@ class Client:
         return Result("receive", count / took / 1e6, "MB/s", details={"bytes": count})
 
     def round_trip(self, seconds: float, size: int) -> Result:
-        """A message there and back, one after the other."""
+        """Measure the round-trip time of a message on a stream."""
         samples = array("Q")
-        with self._ask(PerfRequest(Job.ECHO, size)) as sock:
+        with self._request(PerfRequest(Job.ECHO, size)) as sock:
             message = bytes(size)
             end = time.perf_counter_ns() + int(seconds * 1e9)
             before = 0
@@ -116,7 +115,7 @@ class Client:
         return Result("round trip", details["p50"], "us", False, details)
 
     def connects(self, seconds: float, size: int) -> Result:
-        """Connect, be greeted, and close, one after the other."""
+        """Measure the rate of connections that are opened, greeted and closed in sequence."""
         samples = array("Q")
         request = PerfRequest(Job.GREET, size).encode()
         begin = before = time.perf_counter_ns()
@@ -134,7 +133,7 @@ class Client:
     # Datagrams
 
     def datagrams(self, seconds: float, size: int) -> Result:
-        """As many datagrams as can be sent; the figure is what arrived."""
+        """Send datagrams at full speed; the figure is the rate of received datagrams."""
         run = int.from_bytes(os.urandom(8), "big")
         size = max(size, HEADER_SIZE)
         data = Header(MessageKind.DATA, run).encode(size)
@@ -151,20 +150,20 @@ class Client:
                     continue
                 sent += 1
             took = time.perf_counter() - begin
-            arrived = self._report(sock, run)
+            arrived = self._received_count(sock, run)
         lost = max(0, sent - arrived)
         details = {"sent": sent, "lost": lost, "lost %": 100 * lost / max(1, sent)}
         details["MB/s"] = arrived * size / took / 1e6
         return Result("datagrams", arrived / took, "/s", details=details)
 
     def datagram_round_trip(self, seconds: float, size: int) -> Result:
-        """A datagram there and back, one after the other; lost ones are not in the times."""
+        """Measure the round-trip time of datagrams; lost ones are counted, not timed."""
         run = int.from_bytes(os.urandom(8), "big")
         size = max(size, HEADER_SIZE)
         samples = array("Q")
         lost = number = 0
         with connect(self.locator, self._context) as sock:
-            set_timeouts(sock, receive=_ANSWER)
+            set_timeouts(sock, receive=_ANSWER_SECONDS)
             end = time.perf_counter_ns() + int(seconds * 1e9)
             before = 0
             while before < end and len(samples) < PERF_SAMPLES_MAX:
@@ -174,26 +173,27 @@ class Client:
                 sock.send(data)
                 try:
                     while sock.recv(size) != data:
-                        pass  # a late one
+                        pass  # a late answer to an earlier datagram
                 except BlockingIOError:
                     lost += 1
                     continue
                 samples.append(time.perf_counter_ns() - before)
         if not samples:
-            raise OSError(errno.ETIMEDOUT, "the server answers no datagram")
+            raise OSError(errno.ETIMEDOUT, "no datagram was answered")
         details = percentiles(samples) | {"lost": lost}
         return Result("datagram round trip", details["p50"], "us", False, details)
 
-    # How it is done
-
-    def _ask(self, request: PerfRequest) -> stdlib.socket:
+    def _request(self, request: PerfRequest) -> stdlib.socket:
         sock = connect(self.locator, self._context)
         sock.sendall(request.encode())
         return sock
 
-    def _report(self, sock: stdlib.socket, run: int) -> int:
-        """How many datagrams arrived; the server has read them when the answer no longer grows."""
-        set_timeouts(sock, receive=_ANSWER)
+    def _received_count(self, sock: stdlib.socket, run: int) -> int:
+        """Return the number of datagrams that the server has received.
+
+        The server has read all of them once two answers are equal.
+        """
+        set_timeouts(sock, receive=_ANSWER_SECONDS)
         known = -1
         for number in range(_REPORTS):
             try:
@@ -205,12 +205,15 @@ class Client:
                 return known
             known = answer.number
         if known < 0:
-            raise OSError(errno.ETIMEDOUT, "the server does not say what arrived")
+            raise OSError(errno.ETIMEDOUT, "the server does not answer REPORT")
         return known
 
 
 def connect(locator: Locator, context: ContextHandle | None = None) -> stdlib.socket:
-    """A connected socket, blocking in the kernel and not for ever.  Raises OSError."""
+    """Return a connected, blocking socket with kernel timeouts.
+
+    Raises OSError.
+    """
     kind = stdlib.SOCK_DGRAM if locator.datagram else stdlib.SOCK_STREAM
     match locator:
         case Vsock(cid, port):
@@ -223,7 +226,7 @@ def connect(locator: Locator, context: ContextHandle | None = None) -> stdlib.so
         case Unix(path) | VsockMux(path):
             sock = guard(stdlib.socket(stdlib.AF_UNIX, kind))
             if locator.datagram:
-                sock.bind("")  # a name of the kernel's choice, for answers to come to
+                sock.bind("")  # a name that the kernel chooses, for the answers
             name = "\0" + path[1:] if path.startswith("@") else path
             _or_close(sock, lambda: connect_to(sock.connect, name))
             if isinstance(locator, VsockMux):
@@ -237,7 +240,7 @@ def connect(locator: Locator, context: ContextHandle | None = None) -> stdlib.so
 
 
 def _connect_to_any(found: Sequence[Any]) -> stdlib.socket:
-    """Connect to the first address that answers."""
+    """Return a socket connected to the first address that answers."""
     for number, (family, kind, _, _, address) in enumerate(found, 1):
         sock = stdlib.socket(family, kind)
         try:
@@ -261,10 +264,10 @@ def _or_close(sock: stdlib.socket, call: Callable[[], object]) -> None:
 
 def _choose_port(sock: stdlib.socket, port: int) -> None:
     set_timeouts(sock)
-    sock.sendall(connect_line(port))
-    answer = Answer()
-    while answer.port is None:
-        answer.take(sock.recv(1))
+    handshake = ClientHandshake(port)
+    sock.sendall(handshake.request)
+    while handshake.port is None:
+        handshake.take(sock.recv(1))
 
 
 def _receive(sock: stdlib.socket, size: int) -> bytes:

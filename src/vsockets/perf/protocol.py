@@ -1,16 +1,17 @@
-"""What ``vsock perf run`` tells ``vsock perf serve``.
+"""The protocol between ``vsock perf run`` and ``vsock perf serve``.
 
-A stream begins with one request, which says what the server is to do with it.  Each datagram
-begins with a header that says what it is, and which run it belongs to.  Numbers are big-endian.
+A stream begins with a request, which names the job of the server.  Each datagram begins with a
+header, which gives its kind and the run that it belongs to.  Numbers are big-endian.
 """
 
 from __future__ import annotations
 
 import enum
+import socket
 import struct
 from dataclasses import dataclass
 
-from .limits import PERF_MESSAGE_MAX_BYTES, PERF_RUN_MAX_SECONDS
+from .limits import PERF_MESSAGE_MAX_BYTES, PERF_RUN_MAX_SECONDS, PERF_SILENCE_SECONDS
 
 _MAGIC = b"VSP1"
 _REQUEST = struct.Struct("!4sBxxxII")
@@ -23,86 +24,109 @@ COUNT_SIZE = _COUNT.size
 
 
 class PerfProtocolError(ValueError):
-    """The other side does not speak this protocol, or asks for too much."""
+    """The peer does not speak this protocol, or exceeds a limit."""
 
 
 class Job(enum.IntEnum):
-    """What a stream's server does."""
+    """The server's job on a stream."""
 
-    SINK = 1  #: read to the end, then tell how many bytes that were
-    SOURCE = 2  #: send for some time, then close
-    ECHO = 3  #: send back what comes
+    SINK = 1  #: read to the end of stream, then send the number of bytes
+    SOURCE = 2  #: send for the requested time, then close
+    ECHO = 3  #: send received bytes back
     GREET = 4  #: send one byte, then close
 
 
 @dataclass(frozen=True, slots=True)
 class PerfRequest:
-    """The beginning of a stream."""
+    """The request at the beginning of a stream."""
 
     job: Job
     size: int = 0  #: bytes of one write
-    milliseconds: int = 0  #: how long a SOURCE sends
+    milliseconds: int = 0  #: duration of a SOURCE
 
     def encode(self) -> bytes:
-        """As it is sent."""
+        """Return the request's bytes."""
         return _REQUEST.pack(_MAGIC, self.job, self.size, self.milliseconds)
 
     @classmethod
     def decode(cls, data: bytes) -> PerfRequest:
-        """Raises PerfProtocolError."""
+        """Parse the bytes of a request.
+
+        Raises PerfProtocolError.
+        """
         if len(data) != _REQUEST.size:
-            raise PerfProtocolError(f"{len(data)} bytes, expected {_REQUEST.size}")
+            raise PerfProtocolError(f"{len(data)} bytes (expected {_REQUEST.size})")
         magic, job, size, milliseconds = _REQUEST.unpack(data)
         if magic != _MAGIC or job not in Job.__members__.values():
-            raise PerfProtocolError("that is not vsock perf of this version")
+            raise PerfProtocolError("the peer is not vsock perf of this version")
         if not 0 < size <= PERF_MESSAGE_MAX_BYTES:
-            raise PerfProtocolError(f"size {size}: expected 1 to {PERF_MESSAGE_MAX_BYTES}")
+            raise PerfProtocolError(f"size {size} (expected 1 to {PERF_MESSAGE_MAX_BYTES})")
         if milliseconds > PERF_RUN_MAX_SECONDS * 1000:
             raise PerfProtocolError(
-                f"{milliseconds} ms: expected at most {PERF_RUN_MAX_SECONDS:g} s"
+                f"{milliseconds} ms (expected at most {PERF_RUN_MAX_SECONDS:g} s)"
             )
         return cls(Job(job), size, milliseconds)
 
 
 class MessageKind(enum.IntEnum):
-    """What a datagram is."""
+    """The kind of a datagram."""
 
-    DATA = 1  #: one of those to be counted
+    DATA = 1  #: to be counted
     PING = 2  #: to be sent back
-    REPORT = 3  #: to be answered with the number of DATA that arrived
+    REPORT = 3  #: to be answered with the number of DATA received
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The beginning of a datagram."""
+    """The header at the beginning of a datagram."""
 
     kind: MessageKind
-    run: int  #: which run it belongs to; chosen by the client
-    number: int = 0  #: counts the datagrams, or, in an answer to REPORT, says how many arrived
+    run: int  #: the run that the datagram belongs to; chosen by the client
+    number: int = 0  #: sequence number; in an answer to REPORT, the number of DATA received
 
     def encode(self, size: int = HEADER_SIZE) -> bytes:
-        """A datagram of ``size`` bytes."""
+        """Return a datagram of ``size`` bytes."""
         return _HEADER.pack(_MAGIC, self.kind, self.run, self.number).ljust(size, b"\0")
 
     @classmethod
     def decode(cls, data: bytes) -> Header:
-        """Raises PerfProtocolError."""
+        """Parse the header of a datagram.
+
+        Raises PerfProtocolError.
+        """
         if len(data) < _HEADER.size:
-            raise PerfProtocolError(f"{len(data)} bytes, expected {_HEADER.size} at least")
+            raise PerfProtocolError(f"{len(data)} bytes (expected at least {_HEADER.size})")
         magic, kind, run, number = _HEADER.unpack_from(data)
         if magic != _MAGIC or kind not in MessageKind.__members__.values():
-            raise PerfProtocolError("that is not vsock perf of this version")
+            raise PerfProtocolError("the peer is not vsock perf of this version")
         return cls(MessageKind(kind), run, number)
 
 
 def encode_count(count: int) -> bytes:
-    """What a SINK says at the end."""
+    """Return the answer of a SINK."""
     return _COUNT.pack(count)
 
 
 def decode_count(data: bytes) -> int:
-    """Raises PerfProtocolError."""
+    """Parse the answer of a SINK.
+
+    Raises PerfProtocolError.
+    """
     if len(data) != _COUNT.size:
-        raise PerfProtocolError("the server ended before it had counted")
+        raise PerfProtocolError("the server closed the stream before its count")
     count: int = _COUNT.unpack(data)[0]
     return count
+
+
+def set_timeouts(
+    sock: socket.socket, receive: float = PERF_SILENCE_SECONDS, send: float = PERF_SILENCE_SECONDS
+) -> None:
+    """Make ``sock`` blocking; calls that take longer, in seconds, raise BlockingIOError.
+
+    These are timeouts of the kernel.  Python's own would add a poll() to every call, which the
+    measurements would include.
+    """
+    sock.settimeout(None)
+    for option, seconds in ((socket.SO_RCVTIMEO, receive), (socket.SO_SNDTIMEO, send)):
+        timeval = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, option, timeval)

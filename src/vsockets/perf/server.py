@@ -1,4 +1,4 @@
-"""The side of a measurement that does as it is told."""
+"""The server of measurements."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .protocol import (
     PerfProtocolError,
     PerfRequest,
     encode_count,
+    set_timeouts,
 )
-from .timeouts import set_timeouts
 
 log = logging.getLogger("vsockets.perf")
 
@@ -35,38 +35,44 @@ _BUFFER = max(MAX_DATAGRAM, 65_536)
 
 
 class PerfServer:
-    """Serves measurements on any number of locators until it is closed.
+    """A server of measurements on any number of locators.
 
-    A thread for each stream, a bounded number of them: clients measure one thing at a time.
+    Each stream has a thread, from a bounded number: a client runs one measurement at a time.
     """
 
     def __init__(self, locators: list[Locator], context: ContextHandle | None = None) -> None:
-        """Raises OSError."""
-        self.doors: list[Listener] = []
+        """Listen on all ``locators``.
+
+        Raises OSError.
+        """
+        self.listeners: list[Listener] = []
         self._context = context
         self._closed = threading.Event()
         self._lines: dict[int, stdlib.socket] = {}
         self._slots = threading.BoundedSemaphore(PERF_STREAMS_MAX)
         try:
             for locator in locators:
-                self.doors.append(Listener(locator, context))
+                self.listeners.append(Listener(locator, context))
             for number, locator in enumerate(locators):
-                self._begin(number, locator)
+                self._start(number, locator)
         except OSError:
             self.close()
             raise
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Close all listeners."""
         self._closed.set()
-        for door in self.doors:
-            door.close()
+        for listener in self.listeners:
+            listener.close()
         for line in list(self._lines.values()):
             stdlib.socket.shutdown(line, stdlib.SHUT_RDWR)
 
-    def _begin(self, number: int, locator: Locator) -> None:
-        """Serve a door in threads, each until it is closed or vsockd has ended.  Raises OSError."""
-        sockets = self.doors[number].sockets
+    def _start(self, number: int, locator: Locator) -> None:
+        """Serve a listener in threads, until it is closed or vsockd has ended.
+
+        Raises OSError when vsockd cannot be reached.
+        """
+        sockets = self.listeners[number].sockets
         if isinstance(locator, Vsock) and locator.datagram:
             line = lifeline(self._context)
             if line is not None:
@@ -86,24 +92,24 @@ class PerfServer:
             threading.Thread(target=serve, daemon=True).start()
 
     def _watch(self, number: int, sock: stdlib.socket) -> None:
-        """Wake the thread that receives from ``sock`` when vsockd has ended."""
+        """Wake the thread that receives from ``sock`` once vsockd has ended."""
         with self._lines[number] as line, contextlib.suppress(OSError):
             stdlib.socket.recv(line, 1)
             del self._lines[number]
             stdlib.socket.shutdown(sock, stdlib.SHUT_RDWR)
 
     def _open_again(self, number: int, locator: Locator) -> None:
-        """Wait for another vsockd, unless this was closed."""
+        """Listen again once another vsockd serves, unless the server is closed."""
         if not self._closed.is_set():
             log.warning("%s: vsockd has ended", locator)
-        self.doors[number].close()
+        self.listeners[number].close()
         while not self._closed.wait(RETRY_LONGEST_PAUSE_SECONDS):
             with contextlib.suppress(OSError):
-                self.doors[number] = Listener(locator, self._context)
+                self.listeners[number] = Listener(locator, self._context)
                 try:
-                    self._begin(number, locator)
+                    self._start(number, locator)
                 except OSError:
-                    self.doors[number].close()
+                    self.listeners[number].close()
                     raise
                 log.warning("%s: listening again", locator)
                 return
@@ -117,7 +123,7 @@ class PerfServer:
                 self._slots.release()
                 if listener.fileno() < 0 or error.errno == errno.ENETDOWN:
                     return
-                time.sleep(0.05)  # out of descriptors, most likely
+                time.sleep(0.05)  # probably out of descriptors
                 continue
             threading.Thread(target=self._serve, args=(guard_accepted(sock),), daemon=True).start()
 
@@ -127,7 +133,7 @@ class PerfServer:
                 set_timeouts(sock)
                 with contextlib.suppress(OSError):
                     sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)
-                do(receive_request(sock), sock)
+                perform(receive_request(sock), sock)
         finally:
             self._slots.release()
 
@@ -139,7 +145,7 @@ class PerfServer:
             except OSError:
                 if sock.fileno() < 0:
                     return
-                continue  # an answer that found nobody
+                continue  # an answer was refused
             if source is None and sock.family == AF_VSOCK:
                 return  # vsockd has ended
             with contextlib.suppress(OSError, PerfProtocolError, TypeError):
@@ -157,7 +163,10 @@ class PerfServer:
 
 
 def receive_request(sock: stdlib.socket) -> PerfRequest:
-    """The request a stream begins with.  Raises PerfProtocolError, OSError."""
+    """Read the request of a stream.
+
+    Raises PerfProtocolError, OSError.
+    """
     data = b""
     while len(data) < REQUEST_SIZE:
         piece = sock.recv(REQUEST_SIZE - len(data))
@@ -167,8 +176,11 @@ def receive_request(sock: stdlib.socket) -> PerfRequest:
     return PerfRequest.decode(data)
 
 
-def do(request: PerfRequest, sock: stdlib.socket) -> None:
-    """Do what the client wants of this stream.  Raises OSError when it goes away."""
+def perform(request: PerfRequest, sock: stdlib.socket) -> None:
+    """Perform the requested job on a stream.
+
+    Raises OSError when the client closes the stream early.
+    """
     if request.job is Job.SINK:
         buffer = bytearray(request.size)
         count = 0

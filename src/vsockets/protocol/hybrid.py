@@ -19,11 +19,6 @@ from ..limits import HYBRID_LINE_MAX_BYTES
 from ..model.address import LARGEST
 
 
-def connect_line(port: int) -> bytes:
-    """What the host says."""
-    return b"CONNECT %d\n" % port
-
-
 def ok_line(port: int) -> bytes:
     """What it is answered: the number is a port for this connection at the host's side."""
     return b"OK %d\n" % port
@@ -86,7 +81,15 @@ class Connect(Line):
     word = b"CONNECT"
 
 
-class Answer(Line):
-    """The device's answer, as the host reads it.  ECONNRESET: nobody listens at that port."""
+class ClientHandshake(Line):
+    """The host's side of a connection to a guest's port.
+
+    The caller sends ``request``, then passes received bytes to :meth:`take` until ``port`` is set.
+    ECONNRESET means that the guest's port has no listener.
+    """
 
     word = b"OK"
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self.request = b"CONNECT %d\n" % port

@@ -11,7 +11,7 @@ from socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOCK_NONBLOCK,
 
 from ...limits import HYBRID_LINE_MAX_BYTES
 from ...pass_rights import refuse
-from ...protocol.hybrid import Answer, connect_line
+from ...protocol.hybrid import ClientHandshake
 from ..loop import DeviceLoop, Timer
 from .limits import HYBRID_CONNECT_TIMEOUT_SECONDS, HYBRID_RETRY_SECONDS
 
@@ -44,7 +44,7 @@ class Connector:
         self._port = port
         self._done = done
         self._sock: socket.socket | None = None
-        self._reply = Answer()
+        self._handshake: ClientHandshake | None = None
         self._retry_timer: Timer | None = None
         self._retrying = True
         self._timers = [loop.call_later(wait + HYBRID_CONNECT_TIMEOUT_SECONDS, self._time_out)]
@@ -62,7 +62,8 @@ class Connector:
             if self._port is None:
                 self._finish(sock)
                 return
-            sock.send(connect_line(self._port), _SEND_FLAGS)
+            self._handshake = ClientHandshake(self._port)
+            sock.send(self._handshake.request, _SEND_FLAGS)
             self._loop.watch(sock.fileno(), self._on_reply)
         except BlockingIOError:  # the backlog is full, and poll() does not report when it has room
             self._schedule_retry()
@@ -81,13 +82,13 @@ class Connector:
         self._close()
 
     def _on_reply(self, events: int) -> None:
-        sock = self._sock
+        sock, handshake = self._sock, self._handshake
         assert sock is not None
+        assert handshake is not None
         try:
             # Receive the line only: the bytes after it are the guest's.
-            sock.recv(
-                self._reply.take(sock.recv(HYBRID_LINE_MAX_BYTES, _PEEK_FLAGS)), _RECEIVE_FLAGS
-            )
+            size = handshake.take(sock.recv(HYBRID_LINE_MAX_BYTES, _PEEK_FLAGS))
+            sock.recv(size, _RECEIVE_FLAGS)
         except BlockingIOError:
             return
         except OSError as error:
@@ -95,7 +96,7 @@ class Connector:
                 log.warning("%s: %s", self._path, error.strerror)
             self._fail(errno.ECONNRESET)
             return
-        if self._reply.port is not None:
+        if handshake.port is not None:
             self._loop.unwatch(sock.fileno())
             self._finish(sock)
 
@@ -107,7 +108,6 @@ class Connector:
 
     def _schedule_retry(self) -> None:
         self._close()
-        self._reply = Answer()
         self._retry_timer = self._loop.call_later(HYBRID_RETRY_SECONDS, self.start)
 
     def _stop_retrying(self) -> None:
