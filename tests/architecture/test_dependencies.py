@@ -191,17 +191,20 @@ def test_protocols_of_devices_know_nothing_of_what_they_carry(protocol: str) -> 
         *PLAIN,
         package,
         "vsockets.devices.limits",
-        "vsockets.devices.message_protocol",
+        "vsockets.devices.unix_server",
         "vsockets.devices.guest_memory",
         "vsockets.devices.loop",
-        "vsockets.devices.unix_server",
         "vsockets.eventloop.loop",
-        "vsockets.daemon",
         "vsockets.devices",
     )
     for module in filter(lambda name: within(name, package), MODULES):
         strange = {name for name in ours(module) if name not in known and not within(name, package)}
         assert not strange, f"{module} imports {strange}"
+
+
+def test_devices_do_not_import_vsockd() -> None:
+    for module in filter(lambda name: within(name, "vsockets.devices"), MODULES):
+        assert not {name for name in ours(module) if within(name, "vsockets.daemon")}, module
 
 
 def test_only_tools_use_a_command_line_library() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.virtio_guest import played_guest
-from vsockets.devices.lost_memory import STATUS
+from vsockets.devices.guest_memory import STATUS
 from vsockets.testing import wait_until
 
 from .vsock import PATIENCE, Running, Vsock

@@ -223,10 +223,9 @@ def _serve(
     socket for each port of the host, in a folder of ``user``.
     """
     from ..devices.client import DeviceClient
+    from ..devices.guest_memory import explain_lost_memory
     from ..devices.loop import DeviceLoop
-    from ..devices.lost_memory import explain_lost_memory
-    from ..devices.sandbox import enter_sandbox
-    from ..devices.socket_removal import SocketRemoval
+    from ..devices.sandbox import SocketRemoval, enter_sandbox
 
     logs.configure(
         "vsock device: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value

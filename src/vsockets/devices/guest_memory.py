@@ -1,21 +1,28 @@
-"""Guest memory that a device may access.
+"""Guest memory that a device may access, and transfer between it and sockets.
 
 The guest, which is hostile, wrote every address and length that arrives here.  Each passes
 :meth:`GuestMemory.view`: the whole range lies in one mapped region, or :class:`BadAddress` is
-raised.  Python's integers do not overflow, and a memoryview is never longer than the checked
-range.
+raised.  Python's integers do not overflow, and a memoryview is never longer than the checked range.
 
-The memory changes while it is read.  So each value is read once into a Python object, then
-checked, then used.
+The memory changes while it is read.  So each value is read once into a Python object, then checked,
+then used.
+
+A monitor can truncate the file that backs its guest's memory.  The next access to guest memory then
+raises SIGBUS, in any line of the device.  A signal handler of Python runs only after the
+interrupted instruction, which never ends; so the handler is a C function.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
+import signal
+import socket
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from socket import MSG_DONTWAIT, MSG_NOSIGNAL
 
 from .limits import DMA_REGIONS_MAX, IO_VECTORS_MAX
 
@@ -155,3 +162,64 @@ class ScatterList:
         if self._starts[first] != start:
             views[0] = views[0][start - self._starts[first] :]
         return views
+
+
+# Plain integers: an enum's | costs as much as a system call.
+_SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
+_TAKE = int(MSG_DONTWAIT)
+
+
+def push(sock: socket.socket, views: Sequence[memoryview]) -> int:
+    """Send ``views`` as far as the socket has room; return the bytes sent, possibly 0.
+
+    Raises ConnectionError when the peer has closed.
+    """
+    try:
+        return sock.sendmsg(views, (), _SEND)
+    except BlockingIOError:
+        return 0
+
+
+def pull(sock: socket.socket, views: Sequence[memoryview]) -> int | None:
+    """Fill ``views`` from ``sock``; return the bytes received, or None without data.
+
+    The result is 0 at end of file.  A reset connection counts as end of file.
+    """
+    try:
+        return sock.recvmsg_into(views, 0, _TAKE)[0]
+    except BlockingIOError:
+        return None
+    except ConnectionError:
+        return 0
+
+
+_TEXT = (
+    b"vsock device: the guest's memory cannot be accessed (SIGBUS): the virtual machine's monitor"
+    b" has truncated its file; the device ends\n"
+)
+_STDERR = 2
+
+#: Exit status, as a shell reports a program that was killed by the signal.
+STATUS = 128 + signal.SIGBUS
+
+_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
+def _end(number: int) -> None:
+    # The interrupted access copies bytes and changes no object, so Python can run.
+    os.write(_STDERR, _TEXT)
+    os._exit(STATUS)
+
+
+_HANDLER = _Handler(_end)
+
+
+def explain_lost_memory() -> None:
+    """Exit with one line on standard error at the first bus error.
+
+    Call it before :func:`.sandbox.enter_sandbox`, which refuses executable memory.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, _Handler)
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal(signal.SIGBUS, _HANDLER)

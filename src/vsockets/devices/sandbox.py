@@ -4,6 +4,9 @@ A guest that manages to execute code in its device's process finds nothing to us
 credentials of another user, no file to open, no program to execute, no network, no new executable
 memory.  The process keeps the descriptors that it has, and can make unix sockets.  The device of
 hybrid vsock also needs to connect, bind and remove unix sockets by path.
+
+A sandboxed device cannot remove its own socket, as it has no system calls on paths.  A child
+process, which does nothing else, waits for the device's end and removes it.
 """
 
 from __future__ import annotations
@@ -12,12 +15,15 @@ import ctypes
 import errno
 import os
 import platform
+import signal
+import socket
 import struct
 import sys
 from dataclasses import dataclass
 from socket import AF_UNIX
 
 from .._linux import bpf
+from .._linux.folders import SocketFile
 
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_SET_MODE_FILTER = 1
@@ -167,3 +173,45 @@ def _assemble(machine: _Architecture, plain: tuple[int, ...]) -> bytes:
         bpf.instruction(bpf.RETURN, _REFUSE),
     ]
     return b"".join(parts)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class SocketRemoval:
+    """Removal of a socket's ``file`` when this process ends in any way.
+
+    Create it before :func:`.sandbox.enter_sandbox`, in a process with one thread.
+    """
+
+    def __init__(self, file: SocketFile) -> None:
+        self._child, theirs = socket.socketpair()
+        # A signal to both must not end the child before it ignores signals.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            if os.fork() == 0:
+                try:
+                    _remove_afterwards(file, theirs.detach())
+                finally:
+                    os._exit(0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+
+    def finish(self) -> None:
+        """Remove the socket now, and wait until it is removed."""
+        self._child.shutdown(socket.SHUT_WR)
+        self._child.recv(1)
+        self._child.close()
+
+
+def _remove_afterwards(file: SocketFile, end: int) -> None:
+    # A service manager and a terminal signal every process of the device; this one ends last.
+    os.setsid()
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    kept = sorted((end, file.folder))
+    for first, last in zip([-1, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
+        os.closerange(first + 1, last)
+    os.read(end, 1)
+    file.remove()

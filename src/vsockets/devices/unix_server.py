@@ -1,4 +1,7 @@
-"""Server of a unix socket to which a virtual machine's monitor connects, one at a time."""
+"""Server of a unix socket to which a virtual machine's monitor connects, one at a time.
+
+:class:`MessageConnection` is the interface of the protocols that it serves.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,33 @@ import array
 import logging
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, SCM_RIGHTS, SOL_SOCKET
+from typing import Protocol
 
 from ..eventloop.loop import EventLoop
-from .message_protocol import DeviceProtocolError, MessageConnection
+
+
+class DeviceProtocolError(Exception):
+    """The monitor sent a message after which the connection cannot continue."""
+
+
+class MessageConnection(Protocol):
+    """The device's side of a connection to one monitor."""
+
+    @property
+    def wanted(self) -> int:
+        """Maximum size of the next read, in bytes."""
+
+    def receive(self, data: bytes, fds: list[int]) -> Iterator[bytes]:
+        """Handle received data and yield the replies; takes ownership of ``fds``.
+
+        Raises DeviceProtocolError or OSError.
+        """
+
+    def close(self) -> None:
+        """Release the device after the monitor has disconnected."""
+
 
 log = logging.getLogger(__name__)
 

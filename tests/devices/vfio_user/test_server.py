@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.limits import VFIO_USER_DESCRIPTORS_MAX
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.message_protocol import DeviceProtocolError
+from vsockets.devices.unix_server import DeviceProtocolError
 from vsockets.devices.vfio_user import (
     ConfigSpace,
     Identity,

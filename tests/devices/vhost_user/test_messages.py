@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.devices.limits import VHOST_USER_DESCRIPTORS_MAX
-from vsockets.devices.message_protocol import DeviceProtocolError
+from vsockets.devices.unix_server import DeviceProtocolError
 from vsockets.devices.vhost_user.messages import (
     HEADER,
     Decoder,

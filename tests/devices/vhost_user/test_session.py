@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vsockets.devices.guest_memory import GuestMemory
-from vsockets.devices.message_protocol import DeviceProtocolError
+from vsockets.devices.unix_server import DeviceProtocolError
 from vsockets.devices.vhost_user import Session, Vring, messages
 from vsockets.devices.vhost_user.messages import (
     F_PROTOCOL_FEATURES,

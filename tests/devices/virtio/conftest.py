@@ -11,7 +11,7 @@ import pytest
 
 from support.virtio_guest import FEATURES, PlayedGuest
 from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.vhost_user.server import VhostUserServer
+from vsockets.devices.vhost_user.session import VhostUserServer
 from vsockets.devices.virtio.device import VirtioVsock
 from vsockets.devices.virtio.ring import F_RING_PACKED
 

@@ -2,9 +2,8 @@
 
 The monitor (Firecracker, Cloud Hypervisor, vhost-device-vsock) implements the device towards the
 guest's kernel; this package is its host side.  Streams to the guest are spliced to the monitor's
-socket after a handshake (:mod:`.host_to_guest`, :mod:`.connector`).  Streams from the guest arrive
-at one unix socket for each port (:mod:`.host_sockets`), and are handed off to the listener without
-moving a byte.
+socket after a handshake (:mod:`.host_to_guest`).  Streams from the guest arrive at one unix socket
+for each port (:mod:`.machine`), and are handed off to the listener without moving a byte.
 """
 
 from .machine import HybridMachine

@@ -1,21 +1,146 @@
 """Streams from programs of the fabric to a listener behind a unix socket of the host.
 
-vsockd passes its end of the program's stream to the device.  The program's socket cannot be
-replaced, so the kernel splices the two sockets together.
+vsockd passes its end of the program's stream to the device.  A :class:`Connector` connects to the
+unix socket, with or without hybrid vsock's handshake.  The program's socket cannot be replaced, so
+the kernel splices the two sockets together.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import socket
 from collections.abc import Callable
 from functools import partial
+from socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOCK_NONBLOCK, SOCK_STREAM
 
+from ...limits import HYBRID_LINE_MAX_BYTES
+from ...pass_rights import refuse
+from ...protocol.hybrid import ClientHandshake
 from ...splice import SplicedPair, SplicePump
 from ..client import ConnectRequest, DeviceClient
-from ..loop import DeviceLoop
-from .connector import Connector, Done
-from .limits import HYBRID_CONNECTIONS_MAX
+from ..loop import DeviceLoop, Timer
+from .limits import HYBRID_CONNECT_TIMEOUT_SECONDS, HYBRID_CONNECTIONS_MAX, HYBRID_RETRY_SECONDS
+
+log = logging.getLogger(__name__)
+
+_PEEK_FLAGS = int(MSG_DONTWAIT | MSG_PEEK)
+_RECEIVE_FLAGS = int(MSG_DONTWAIT)
+_SEND_FLAGS = int(MSG_DONTWAIT | MSG_NOSIGNAL)
+
+#: The socket has no listener, which may change.
+_ABSENT = (FileNotFoundError, ConnectionRefusedError)
+
+#: Callback for the connected socket, or None and an errno.
+Done = Callable[[socket.socket | None, int], None]
+
+
+class Connector:
+    """Connection attempt that is retried while the port has no listener, for ``wait`` seconds.
+
+    ``done`` is called once, unless :meth:`cancel` is called first: with the socket, or with
+    ETIMEDOUT, ECONNRESET (the port has no listener) or EHOSTUNREACH (the unix socket has none).
+    """
+
+    def __init__(
+        self, loop: DeviceLoop, path: str, port: int | None, wait: float, done: Done
+    ) -> None:
+        """Prepare a connect to ``path``; without a ``port`` the socket needs no handshake."""
+        self._loop = loop
+        self._path = path
+        self._port = port
+        self._done = done
+        self._sock: socket.socket | None = None
+        self._handshake: ClientHandshake | None = None
+        self._retry_timer: Timer | None = None
+        self._retrying = True
+        self._timers = [loop.call_later(wait + HYBRID_CONNECT_TIMEOUT_SECONDS, self._time_out)]
+        if wait:
+            self._timers.append(loop.call_later(wait, self._stop_retrying))
+        else:
+            self._retrying = False
+
+    def start(self) -> None:
+        """Start the attempt; ``done`` may be called before this returns."""
+        try:
+            sock = self._sock = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
+            refuse(sock)
+            sock.connect(self._path)
+            if self._port is None:
+                self._finish(sock)
+                return
+            self._handshake = ClientHandshake(self._port)
+            sock.send(self._handshake.request, _SEND_FLAGS)
+            self._loop.watch(sock.fileno(), self._on_reply)
+        except BlockingIOError:  # the backlog is full, and poll() does not report when it has room
+            self._schedule_retry()
+        except _ABSENT:
+            self._fail(errno.ECONNRESET if self._port is None else errno.EHOSTUNREACH)
+        except ConnectionError:  # closed between connect and send
+            self._fail(errno.ECONNRESET)
+        except OSError as error:
+            log.warning("%s: %s", self._path, error.strerror)
+            self._finish(None, errno.EHOSTUNREACH)
+
+    def cancel(self) -> None:
+        """Abandon the attempt without calling ``done``."""
+        for timer in self._timers:
+            timer.cancel()
+        self._close()
+
+    def _on_reply(self, events: int) -> None:
+        sock, handshake = self._sock, self._handshake
+        assert sock is not None
+        assert handshake is not None
+        try:
+            # Receive the line only: the bytes after it are the guest's.
+            size = handshake.take(sock.recv(HYBRID_LINE_MAX_BYTES, _PEEK_FLAGS))
+            sock.recv(size, _RECEIVE_FLAGS)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno == errno.EPROTO:
+                log.warning("%s: %s", self._path, error.strerror)
+            self._fail(errno.ECONNRESET)
+            return
+        if handshake.port is not None:
+            self._loop.unwatch(sock.fileno())
+            self._finish(sock)
+
+    def _fail(self, code: int) -> None:
+        if self._retrying:
+            self._schedule_retry()
+        else:
+            self._finish(None, code)
+
+    def _schedule_retry(self) -> None:
+        self._close()
+        self._retry_timer = self._loop.call_later(HYBRID_RETRY_SECONDS, self.start)
+
+    def _stop_retrying(self) -> None:
+        self._retrying = False
+
+    def _time_out(self) -> None:
+        self._finish(None, errno.ETIMEDOUT)
+
+    def _finish(self, sock: socket.socket | None, code: int = 0) -> None:
+        if sock is not None:
+            self._sock = None
+        self.cancel()
+        if code:
+            log.info("%s: port %s: %s", self._path, self._port, os.strerror(code))
+        self._done(sock, code)
+
+    def _close(self) -> None:
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+            self._retry_timer = None
+        if self._sock is not None:
+            self._loop.unwatch(self._sock.fileno())
+            self._sock.close()
+            self._sock = None
+
 
 #: epoll(7) reports hang-ups always.
 _HANG_UP = 0

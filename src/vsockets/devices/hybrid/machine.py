@@ -1,20 +1,107 @@
-"""Hybrid vsock of one virtual machine: both directions, and life-cycle events."""
+"""Hybrid vsock of one virtual machine: both directions, and life-cycle events.
+
+Streams from the guest arrive at unix sockets, one for each port of the host
+(:class:`HostSockets`); streams to the guest: :mod:`.host_to_guest`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import os
+import re
 import socket
+from collections.abc import Callable
+from functools import partial
+from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM
 
+from ..._linux.folders import remove_stale
 from ...control import Events
+from ...eventloop.acceptor import Acceptor
+from ...limits import LISTEN_BACKLOG_MAX
 from ...model.constants import VMADDR_CID_HOST
+from ...pass_rights import refuse
+from ...protocol.hybrid import port_name
 from ..client import DeviceClient
 from ..lifecycle_events import subscribe
 from ..loop import DeviceLoop
-from .connector import Connector, Done
-from .host_sockets import HostSockets
-from .host_to_guest import HostToGuest
+from .host_to_guest import Connector, Done, HostToGuest
+from .limits import HYBRID_PORTS_MAX
 
 log = logging.getLogger(__name__)
+
+
+class HostSockets:
+    """The unix sockets of all ports that the guest can connect to.
+
+    ``name`` is the monitor's socket in the current directory.  ``on_connection`` is called with a
+    port and the descriptor of a connection, of which it takes ownership.
+    """
+
+    def __init__(
+        self, loop: DeviceLoop, name: str, on_connection: Callable[[int, int], None]
+    ) -> None:
+        self._loop = loop
+        self._name = name
+        self._on_connection = on_connection
+        self._acceptors: dict[int, Acceptor] = {}
+        self._remove_stale_sockets()
+
+    def set_listening(self, port: int, listening: bool) -> None:
+        """Open or close the socket of ``port`` when it gains or loses its listener."""
+        if not listening:
+            self._close(port)
+        elif len(self._acceptors) >= HYBRID_PORTS_MAX:
+            log.warning(
+                "port %d: not reachable from the guest: limit of %d ports", port, HYBRID_PORTS_MAX
+            )
+        elif port not in self._acceptors:
+            try:
+                self._open(port)
+            except OSError as error:
+                name = port_name(self._name, port)
+                log.warning(
+                    "port %d: not reachable from the guest: %s: %s", port, name, error.strerror
+                )
+
+    def close(self) -> None:
+        """Close and remove all sockets."""
+        for port in list(self._acceptors):
+            self._close(port)
+
+    def _open(self, port: int) -> None:
+        name = port_name(self._name, port)
+        remove_stale(name)
+        if os.path.lexists(name):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        listener = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
+        refuse(listener)
+        try:
+            # Rename after listen(): a client that finds the name can connect.
+            new = f"{self._name}_new"
+            listener.bind(new)
+            listener.listen(LISTEN_BACKLOG_MAX)
+            os.rename(new, name)
+        except OSError:
+            listener.close()
+            raise
+        on_connection = partial(self._on_connection, port)
+        self._acceptors[port] = Acceptor(self._loop, listener, f"{name}: the guest", on_connection)
+
+    def _close(self, port: int) -> None:
+        acceptor = self._acceptors.pop(port, None)
+        if acceptor is not None:
+            acceptor.close()
+            with contextlib.suppress(OSError):
+                os.unlink(port_name(self._name, port))
+
+    def _remove_stale_sockets(self) -> None:
+        """Remove the sockets of a device that was killed."""
+        ours = re.compile(re.escape(self._name) + r"_(\d+|new)")
+        for name in filter(ours.fullmatch, os.listdir()):
+            remove_stale(name)
+
 
 #: Changes that end all streams.
 _INTERRUPTIONS = ("suspend", "migrate", "ft-on", "power-off")

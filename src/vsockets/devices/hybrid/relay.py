@@ -20,8 +20,7 @@ from ...protocol.hybrid import port_name
 from ..client import DeviceClient
 from ..loop import DeviceLoop
 from ..sandbox import enter_sandbox
-from .connector import Connector, Done
-from .host_to_guest import HostToGuest
+from .host_to_guest import Connector, Done, HostToGuest
 
 
 def main(name: str, place: int, user: int) -> None:

@@ -3,10 +3,8 @@
 This is the server's side, independent of the device.
 """
 
-from .interrupts import Interrupts, Irq
-from .pci import ConfigSpace, Identity
-from .server import VfioUserServer
-from .session import Device, Region, Session
+from .pci import ConfigSpace, Identity, Interrupts, Irq
+from .session import Device, Region, Session, VfioUserServer
 
 __all__ = [
     "ConfigSpace",

@@ -15,7 +15,7 @@ from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 from ..limits import DMA_REGIONS_MAX, VFIO_USER_DESCRIPTORS_MAX, VFIO_USER_TRANSFER_MAX_BYTES
-from ..message_protocol import DeviceProtocolError
+from ..unix_server import DeviceProtocolError
 
 HEADER = struct.Struct("<HHIII")  #: id, command, size with the header, flags, errno
 DMA_MAP = struct.Struct("<IIQQQ")  #: argsz, flags, offset in the file, address, size

@@ -1,10 +1,16 @@
-"""PCI configuration space of a device."""
+"""PCI configuration space and interrupts of a device."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from typing import NamedTuple
+
+from .messages import IrqFlag
 
 SIZE = 256  #: bytes of configuration space
 
@@ -78,3 +84,100 @@ class ConfigSpace:
     def reset(self) -> None:
         """Restore the initial contents."""
         self._space[:] = self._initial
+
+
+_ONE = (1).to_bytes(8, "little")
+
+
+class Irq(IntEnum):
+    """Kind of interrupt; values are indices of ``linux/vfio.h``."""
+
+    INTX = 0
+    MSI = 1
+    MSIX = 2
+    ERR = 3
+    REQ = 4
+
+
+class Interrupts:
+    """The eventfds of ``counts`` interrupt vectors of each kind."""
+
+    def __init__(self, counts: Mapping[Irq, int]) -> None:
+        self.counts = {kind: counts.get(kind, 0) for kind in Irq}
+        self._eventfds: dict[Irq, list[int | None]] = {
+            kind: [None] * count for kind, count in self.counts.items()
+        }
+
+    @property
+    def vectors(self) -> int:
+        """Number of vectors that the driver uses; 0 while interrupts are off."""
+        return len(self._in_use())
+
+    @property
+    def message_signalled(self) -> bool:
+        """True if the driver has enabled MSI-X or MSI."""
+        kinds = (Irq.MSIX, Irq.MSI)
+        return any(eventfd is not None for kind in kinds for eventfd in self._eventfds[kind])
+
+    def trigger(self, vector: int) -> None:
+        """Signal ``vector``, or the last vector in use if the driver uses fewer."""
+        eventfds = self._in_use()
+        if eventfds:
+            eventfd = eventfds[min(vector, len(eventfds) - 1)]
+            if eventfd is not None:
+                # The counter is full: 2**64 interrupts that the client has not read.
+                with contextlib.suppress(BlockingIOError):
+                    os.write(eventfd, _ONE)
+
+    def set(self, flags: int, index: int, start: int, count: int, fds: Sequence[int]) -> None:
+        """Apply SET_IRQS; takes ownership of ``fds`` also when it raises.
+
+        Raises OSError EINVAL.
+        """
+        taken = False
+        try:
+            kind = Irq(index) if index in Irq.__members__.values() else None
+            if kind is None or start + count > self.counts[kind]:
+                raise OSError(
+                    errno.EINVAL, f"invalid interrupts {start} to {start + count} of {index}"
+                )
+            eventfds = self._eventfds[kind]
+            if flags == IrqFlag.DATA_NONE | IrqFlag.TRIGGER and count == 0:
+                for number in range(len(eventfds)):
+                    self._replace(eventfds, number, None)
+            elif flags == IrqFlag.DATA_EVENTFD | IrqFlag.TRIGGER:
+                if len(fds) not in (0, count):
+                    raise OSError(errno.EINVAL, f"{len(fds)} eventfds for {count} interrupts")
+                taken = True
+                for number in range(count):
+                    self._replace(eventfds, start + number, fds[number] if fds else None)
+            elif not flags & (IrqFlag.MASK | IrqFlag.UNMASK):
+                raise OSError(errno.EINVAL, f"SET_IRQS with unsupported flags {flags:#x}")
+            # The client masks interrupts at its side of the eventfd.
+        finally:
+            if not taken:
+                for fd in fds:
+                    os.close(fd)
+
+    def close(self) -> None:
+        """Close all eventfds."""
+        for eventfds in self._eventfds.values():
+            for number in range(len(eventfds)):
+                self._replace(eventfds, number, None)
+
+    def _in_use(self) -> list[int | None]:
+        for kind in (Irq.MSIX, Irq.MSI, Irq.INTX):
+            eventfds = self._eventfds[kind]
+            number = len(eventfds)
+            while number and eventfds[number - 1] is None:
+                number -= 1
+            if number:
+                return eventfds[:number]
+        return []
+
+    @staticmethod
+    def _replace(eventfds: list[int | None], number: int, eventfd: int | None) -> None:
+        old = eventfds[number]
+        eventfds[number] = eventfd
+        if old is not None:
+            os.close(old)

@@ -1,21 +1,28 @@
-"""Requests of one vfio-user client, handled without a socket."""
+"""Server of one vfio-user client: its requests, and the device that serves them."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
 from struct import Struct
 from typing import Protocol
 
+from ...eventloop.loop import EventLoop
+from .. import unix_server
 from ..guest_memory import GuestMemory
-from ..limits import VFIO_USER_TRANSFER_MAX_BYTES
-from ..message_protocol import DeviceProtocolError
+from ..limits import (
+    VFIO_USER_DESCRIPTORS_MAX,
+    VFIO_USER_REPLY_TIMEOUT_SECONDS,
+    VFIO_USER_TRANSFER_MAX_BYTES,
+)
+from ..unix_server import DeviceProtocolError
 from . import messages
-from .interrupts import Interrupts, Irq
-from .messages import Command, Flag, Message
+from .messages import LARGEST_MESSAGE, Command, Decoder, Flag, Message
+from .pci import Interrupts, Irq
 
 log = logging.getLogger(__name__)
 
@@ -227,3 +234,42 @@ def _unpack(form: Struct, message: Message) -> tuple[int, ...]:
 def _close(message: Message) -> None:
     for fd in message.fds:
         os.close(fd)
+
+
+class VfioUserServer(unix_server.UnixServer):
+    """Server of ``device``; takes ownership of ``listener``."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        listener: socket.socket,
+        device: Device,
+        after_message: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(
+            loop,
+            listener,
+            lambda: _Connection(device),
+            descriptors=VFIO_USER_DESCRIPTORS_MAX,
+            reply_timeout=VFIO_USER_REPLY_TIMEOUT_SECONDS,
+            after_message=after_message,
+        )
+
+
+class _Connection:
+    wanted = LARGEST_MESSAGE
+
+    def __init__(self, device: Device) -> None:
+        self._session = Session(device)
+        self._decoder = Decoder()
+
+    def receive(self, data: bytes, fds: list[int]) -> Iterator[bytes]:
+        for message in self._decoder.receive(data, fds):
+            reply = self._session.handle(message)
+            if reply is not None:
+                yield reply
+
+    def close(self) -> None:
+        for fd in self._decoder.pending_fds():
+            os.close(fd)
+        self._session.close()

@@ -3,8 +3,6 @@
 This package handles rings and memory, independent of the device.
 """
 
-from .server import VhostUserServer
-from .session import Device, Session
-from .vring import Vring
+from .session import Device, Session, VhostUserServer, Vring
 
 __all__ = ["Device", "Session", "VhostUserServer", "Vring"]

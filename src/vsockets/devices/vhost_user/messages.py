@@ -12,7 +12,7 @@ from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 from ..limits import VHOST_USER_DESCRIPTORS_MAX, VHOST_USER_PAYLOAD_MAX_BYTES
-from ..message_protocol import DeviceProtocolError
+from ..unix_server import DeviceProtocolError
 
 HEADER = struct.Struct("=III")  #: request, flags, size of the payload
 U64 = struct.Struct("=Q")

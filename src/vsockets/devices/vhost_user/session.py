@@ -1,24 +1,87 @@
-"""Requests of one vhost-user front end, handled without a socket."""
+"""Server of one vhost-user front end: its requests, and the rings that it sets up."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+import socket
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from typing import Protocol as Interface
 
+from ...eventloop.loop import EventLoop
+from .. import unix_server
 from ..guest_memory import GuestMemory
-from ..limits import VHOST_USER_DESCRIPTORS_MAX, VHOST_USER_MEMORY_SLOTS_MAX
-from ..message_protocol import DeviceProtocolError
+from ..limits import (
+    VHOST_USER_DESCRIPTORS_MAX,
+    VHOST_USER_MEMORY_SLOTS_MAX,
+    VHOST_USER_REPLY_TIMEOUT_SECONDS,
+)
+from ..unix_server import DeviceProtocolError
 from . import messages
-from .messages import F_PROTOCOL_FEATURES, Flag, Message, Protocol, RequestType
-from .vring import LARGEST_RING, Vring
+from .messages import F_PROTOCOL_FEATURES, Decoder, Flag, Message, Protocol, RequestType
 
 log = logging.getLogger(__name__)
+
+_ONE = (1).to_bytes(8, "little")
+
+#: The largest ring (virtio 1.3, 2.7).
+LARGEST_RING = 32768
+
+
+class Vring:
+    """Settings of one ring, which owns its eventfds."""
+
+    def __init__(self) -> None:
+        self.size = 0  #: number of entries
+        #: position at which to resume: an index; of a packed ring two, with their wrap counters
+        self.base = 0
+        # User addresses, which may change while the ring is stopped.
+        self.descriptors = 0
+        self.available = 0
+        self.used = 0
+        self.enabled = False
+        self.running = False
+        self._fds: dict[str, int] = {}
+
+    @property
+    def kick(self) -> int | None:
+        """The eventfd by which the driver announces new buffers."""
+        return self._fds.get("kick")
+
+    def take(self, purpose: str, fd: int | None) -> None:
+        """Replace the eventfd for ``purpose``: ``kick``, ``call`` or ``error``; None closes it."""
+        old = self._fds.pop(purpose, None)
+        if old is not None:
+            os.close(old)
+        if fd is not None:
+            self._fds[purpose] = fd
+
+    def call(self) -> None:
+        """Notify the driver of used buffers."""
+        self._signal("call")
+
+    def report_error(self) -> None:
+        """Report to the front end that the ring is invalid."""
+        self._signal("error")
+
+    def close(self) -> None:
+        """Close all eventfds."""
+        for purpose in list(self._fds):
+            self.take(purpose, None)
+
+    def _signal(self, purpose: str) -> None:
+        fd = self._fds.get(purpose)
+        if fd is not None:
+            try:
+                os.write(fd, _ONE)
+            # the counter is full (2**64 unread notifications), or not an eventfd
+            except OSError as error:
+                log.info("%s notification lost: %s", purpose, error)
+
 
 #: Offered protocol features.  The device uses buffers in order and holds none back, so a front end
 #: that reconnects finds the position in the rings themselves (no INFLIGHT_SHMFD).
@@ -375,3 +438,38 @@ def _unpack(form: struct.Struct, payload: bytes) -> tuple[int, ...]:
 def _unpack_region(payload: bytes) -> tuple[int, ...]:
     padding = messages.U64.size
     return _unpack(messages.REGION, payload[padding:])
+
+
+class VhostUserServer(unix_server.UnixServer):
+    """Server of ``device``; takes ownership of ``listener``."""
+
+    def __init__(self, loop: EventLoop, listener: socket.socket, device: Device) -> None:
+        super().__init__(
+            loop,
+            listener,
+            lambda: _Connection(device),
+            descriptors=VHOST_USER_DESCRIPTORS_MAX,
+            reply_timeout=VHOST_USER_REPLY_TIMEOUT_SECONDS,
+        )
+
+
+class _Connection:
+    def __init__(self, device: Device) -> None:
+        self._session = Session(device)
+        self._decoder = Decoder()
+
+    @property
+    def wanted(self) -> int:
+        return self._decoder.wanted
+
+    def receive(self, data: bytes, fds: list[int]) -> Iterator[bytes]:
+        message = self._decoder.receive(data, fds)
+        if message is not None:
+            reply = self._session.handle(message)
+            if reply is not None:
+                yield reply
+
+    def close(self) -> None:
+        for fd in self._decoder.pending_fds():
+            os.close(fd)
+        self._session.close()

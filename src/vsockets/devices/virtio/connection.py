@@ -45,7 +45,7 @@ from socket import (
     SOL_SOCKET,
 )
 
-from ..vectored_io import push
+from ..guest_memory import push
 from .credit import ReceiveCredit, SendCredit
 from .limits import VIRTIO_WAITING_MESSAGES_MAX
 from .packet import Op, Sequenced, Shutdown, Type

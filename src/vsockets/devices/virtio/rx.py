@@ -14,8 +14,8 @@ from itertools import islice
 from socket import MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
 
 from ..capture import CaptureSink
+from ..guest_memory import pull
 from ..limits import IO_VECTORS_MAX
-from ..vectored_io import pull
 from .connection import BOTH, VirtioConnection
 from .credit import HALF_FULL_PACKET_BYTES
 from .limits import VIRTIO_MERGED_PACKET_MAX_BYTES

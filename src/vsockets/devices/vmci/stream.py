@@ -33,8 +33,8 @@ from collections.abc import Callable
 from socket import SHUT_RD, SHUT_RDWR, SHUT_WR
 
 from ..capture import CaptureSink
+from ..guest_memory import pull, push
 from ..loop import DeviceLoop
-from ..vectored_io import pull, push
 from .flow_control import QueueNotifications, QueueState, Send
 from .limits import (
     VMCI_IDLE_QUEUE_POLLS_MAX,
