@@ -307,10 +307,10 @@ VALUES = [
     ),
     ("[[context]]\ncid=3\nowner=-1", 3, "context.owner", "-1 is out of range, expected 0 to"),
     ("[[grant]]\ndomains=[]\ngroup=4294967295", 3, "grant.group", "4294967295 is out of range"),
-    ("[[context]]\ncid=3\nowner='alise '", 3, "context.owner", "there is no user 'alise '"),
-    ('[[context]]\ncid=3\nowner="a\\u0000"', 3, "context.owner", "there is no user 'a\\x00'"),
-    ("[[grant]]\ndomains=[]\nuser='no one'", 3, "grant.user", "there is no user 'no one'"),
-    ("[[grant]]\ndomains=[]\ngroup='no one'", 3, "grant.group", "there is no group 'no one'"),
+    ("[[context]]\ncid=3\nowner='alise '", 3, "context.owner", "no user 'alise '"),
+    ('[[context]]\ncid=3\nowner="a\\u0000"', 3, "context.owner", "no user 'a\\x00'"),
+    ("[[grant]]\ndomains=[]\nuser='no one'", 3, "grant.user", "no user 'no one'"),
+    ("[[grant]]\ndomains=[]\ngroup='no one'", 3, "grant.group", "no group 'no one'"),
     (
         "[[context]]\ncid=3\nprofile='esx'",
         3,
@@ -350,13 +350,13 @@ VALUES = [
     ('[[context]]\nvmx="\\u0000"', 2, "context.vmx", "'\\x00', expected the path of a .vmx file"),
 ]
 COMBINATIONS = [
-    ("[[context]]\npower='on'", 1, "context", "neither CID nor name, expected at least one of"),
+    ("[[context]]\npower='on'", 1, "context", "missing CID and name, expected at least one of"),
     *(
         (
             f"[[context]]\ncid=3\n{profile}\n{key}={value}",
             4,
             f"context.{key}",
-            f'no meaning with the profile {name}, expected profile = "legacy"',
+            f'not used by the profile {name}, expected profile = "legacy"',
         )
         for profile, name in (("profile='restricted'", "restricted"), ("", "default"))
         for key, value in (("unrestricted", "false"), ("domain", "'lab'"))
@@ -372,23 +372,23 @@ COMBINATIONS = [
             f"[[grant]]\n{what}\n\nexecutable='/opt/backupd'",
             4,
             "grant.executable",
-            "any user can execute it, expected user, group or both beside it (user = 'NAME')",
+            "any user can execute it, expected user, group or both too (user = 'NAME')",
         )
         for what in ("stream_vsocket_trusted=true", "domains=['lab']", "capture=true")
     ),
     ("[[grant]]\nuser=0", 1, "grant", "grants nothing, expected at least one of stream_vsocket"),
-    ("[[context]]\nname='host'", 2, "context.name", "name 'host' is that of the host, expected"),
+    ("[[context]]\nname='host'", 2, "context.name", "name 'host' is used by the host, expected"),
     (
         "[[context]]\ncid=3\n[[context]]\nname='a'\n\ncid=3",
         6,
         "context.cid",
-        "cid 3 is that of the context at web.toml:2, expected another",
+        "cid 3 is used by the context at web.toml:2, expected another",
     ),
     (
         "[[context]]\nname='a'\n[[context]]\nname='a'",
         4,
         "context.name",
-        "name 'a' is that of the context at web.toml:2, expected another",
+        "name 'a' is used by the context at web.toml:2, expected another",
     ),
 ]
 
@@ -402,7 +402,7 @@ def test_mistakes(tmp_path: Path, text: str, line: int, key: str, problem: str) 
 def test_one_cid_in_two_files(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("\n[[context]]\ncid = 3")
     assert mistake(tmp_path, "[[context]]\ncid = 3") == (
-        "web.toml:2: context.cid: cid 3 is that of the context at a.toml:3, expected another"
+        "web.toml:2: context.cid: cid 3 is used by the context at a.toml:3, expected another"
     )
 
 
@@ -410,11 +410,11 @@ def test_one_virtual_machine_twice(tmp_path: Path) -> None:
     (tmp_path / "web.vmx").write_text(VMX)
     (tmp_path / "a.toml").write_text("[[context]]\nvmx = 'web.vmx'")
     assert mistake(tmp_path, "[[context]]\nname='b'\nvmx = 'web.vmx'") == (
-        f"web.toml:3: context.vmx: cid {VMX_CID} is that of the context at a.toml:2, "
+        f"web.toml:3: context.vmx: cid {VMX_CID} is used by the context at a.toml:2, "
         "expected another"
     )
     assert mistake(tmp_path, "[[context]]\ncid=7\nvmx = 'web.vmx'") == (
-        "web.toml:3: context.vmx: name 'legacy web' is that of the context at a.toml:2, "
+        "web.toml:3: context.vmx: name 'legacy web' is used by the context at a.toml:2, "
         "expected another"
     )
 
@@ -441,7 +441,7 @@ def test_mistakes_of_a_vmx_file(tmp_path: Path, vmx: str, said: str) -> None:
 def test_a_vmx_file_that_names_nothing(tmp_path: Path) -> None:
     (tmp_path / "web.vmx").write_text('virtualHW.version = "7"')
     assert mistake(tmp_path, "\n[[context]]\nvmx = 'web.vmx'").startswith(
-        "web.toml:2: context: neither CID nor name"
+        "web.toml:2: context: missing CID and name"
     )
     assert mistake(tmp_path, "[[context]]\nvmx = 'no.vmx'").startswith(
         "web.toml:2: context.vmx: no.vmx: No such file or directory"

@@ -105,7 +105,7 @@ def test_it_is_written_down(shared_fabric: PrivateFabric, guest: Machine) -> Non
         event = events.wait(PROMPT)
     assert (event["source"], event["destination"]) == (list(local), list(peer))
     assert (event["pid"], event["uid"]) == (os.getpid(), os.geteuid())
-    words = "disconnected: {}:{} to {}:{}; asked for by pid {}"
+    words = "disconnected: {}:{} to {}:{}; requested by pid {}"
     assert words.format(*local, *peer, os.getpid()) in shared_fabric.log
 
 

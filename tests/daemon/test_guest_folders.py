@@ -179,7 +179,7 @@ def test_a_name_that_is_taken_costs_one_guest_its_start(vsock_fabric: PrivateFab
     vsock_fabric.start()
     states = {row["cid"]: row["state"] for row in vsock_fabric.control.contexts()}
     assert states == {2: "running", 7: "off", 8: "running"}
-    assert "context 7 stays off: " in vsock_fabric.log
+    assert "context 7 stays powered off: " in vsock_fabric.log
     taken.unlink()
     vsock_fabric.control.power_on(7)
     assert is_served(vsock_fabric)
@@ -290,7 +290,7 @@ def test_what_the_owner_puts_there_keeps_no_vsockd_from_starting(
         fabric.control.power_off(7)
         fabric.control.power_on(7)
         assert is_served(fabric)
-        assert f"context 7 goes without hybrid: {path}: " in fabric.log
+        assert f"context 7 has no hybrid socket: hybrid: {path}: " in fabric.log
         assert os.path.lexists(path)
         fabric.stop()
         (os.rmdir if kind == "folder" else os.unlink)(path)

@@ -81,9 +81,9 @@ def test_it_does_not_start_with_a_mistake(tmp_path: Path, text: str, told: str) 
 
 
 def by_signal(fabric: PrivateFabric) -> None:
-    done = fabric.log.count("read again")
+    done = fabric.log.count("was reloaded")
     os.kill(fabric.pid, signal.SIGHUP)
-    wait_until(lambda: fabric.log.count("read again") > done, "the signal to be heeded")
+    wait_until(lambda: fabric.log.count("was reloaded") > done, "the signal to be heeded")
 
 
 def by_request(fabric: PrivateFabric) -> None:
@@ -132,7 +132,7 @@ def test_a_mistake_leaves_the_old_configuration_in_force(
     # By a signal there is nobody to tell but the log.
     vsock_fabric.expect_errors()
     os.kill(vsock_fabric.pid, signal.SIGHUP)
-    told = f"vsockd: ERROR: the configuration stays as it was: {configured}:14: grant:"
+    told = f"vsockd: ERROR: cannot reload, the configuration is unchanged: {configured}:14: grant:"
     wait_until(lambda: told in vsock_fabric.log, "the log to say so")
     assert vsock_fabric.control.contexts() == before
     # Without the mistake it is read.

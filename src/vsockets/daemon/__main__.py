@@ -19,30 +19,30 @@ from .vsockd import AlreadyRunning, Vsockd
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What may be on the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="vsockd", description=__doc__)
     parser.add_argument(
-        "--dir", type=Path, default=default_folder(), help="the state folder (%(default)s)"
+        "--dir", type=Path, default=default_folder(), help="state folder (default: %(default)s)"
     )
     parser.add_argument(
-        "--background", action="store_true", help="return when vsockd serves in the background"
+        "--background", action="store_true", help="run in the background; return when ready"
     )
     parser.add_argument(
         "--on-demand",
         action="store_true",
-        help="do not start where vsockd was started otherwise before and has ended",
+        help="refuse to start where the last vsockd was not started on demand and has ended",
     )
     parser.add_argument(
-        "--ready-fd", type=int, metavar="FD", help="write a line to this descriptor when ready"
+        "--ready-fd", type=int, metavar="FD", help="descriptor to write a line to when ready"
     )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="DIR",
-        help=f"where *.toml files are read from ({default_configuration_folder()})",
+        help=f"folder of the *.toml files (default: {default_configuration_folder()})",
     )
     parser.add_argument(
-        "--log-format", default="text", choices=logs.FORMATS, help="json: an object a line"
+        "--log-format", default="text", choices=logs.FORMATS, help="json: one object per line"
     )
     parser.add_argument(
         "--log-level", default="warning", choices=["debug", "info", "warning", "error"]
@@ -51,9 +51,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run until SIGTERM; returns the exit status: 75 (EX_TEMPFAIL) when another vsockd runs, 78
-    (EX_CONFIG) when the configuration is wrong, 69 (EX_UNAVAILABLE) when it is to be started in
-    another way, 1 when the state folder was removed."""
+    """Run vsockd until SIGTERM; return the exit status.
+
+    75 (EX_TEMPFAIL): another vsockd runs in the state folder.  78 (EX_CONFIG): the configuration
+    is invalid.  69 (EX_UNAVAILABLE): this vsockd must be started in another way.  1: the state
+    folder was removed, or vsockd cannot start in it.
+    """
     arguments = make_parser().parse_args()
     level = logging.getLevelNamesMapping()[arguments.log_level.upper()]
     logs.configure("vsockd: %(levelname)s: %(message)s", level, arguments.log_format)
@@ -72,8 +75,8 @@ def main() -> int:
         print(f"vsockd: cannot start in {arguments.dir}: {error}", file=sys.stderr)
         return 1
     if arguments.background and not _detach(vsockd.folder / LOG):
-        return 0  # in the program's own process; vsockd goes on in another
-    # Nothing made so far will ever be garbage, and what requests make has no cycles.
+        return 0  # the calling program's process; vsockd continues in its child
+    # Objects made so far live as long as vsockd, and requests create no reference cycles.
     gc.freeze()
     gc.set_threshold(50_000)
     found = vsockd.run(lambda: _announce_ready(arguments.ready_fd))
@@ -92,9 +95,9 @@ def _start(arguments: argparse.Namespace) -> Start:
 
 
 def _detach(log: Path) -> bool:
-    """Go on in a process of our own, with ``log`` for standard output and error.
+    """Continue in a child process, with ``log`` as standard output and error.
 
-    Returns True in the new process, False in the old one.
+    Return True in the child, False in the parent.
     """
     if os.fork():
         return False

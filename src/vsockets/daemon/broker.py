@@ -1,4 +1,4 @@
-"""Serving requests: the fabric decides, this moves the descriptors."""
+"""Serve clients' requests: the fabric decides, the broker moves the descriptors."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ from .streams import Streams
 
 log = logging.getLogger(__name__)
 
-# Names of our own: looking a member up in its enum costs as much as a short function.
+# Module aliases of enum members: hot path.
 _STREAM, _SEQPACKET = EndpointKind.STREAM, EndpointKind.SEQPACKET
 _UNPRIVILEGED = int(RequestFlag.UNPRIVILEGED)
-#: Holders of sockets with names that are looked at for a party that is at its limit.
+#: Owners of named sockets to probe at once for a party that is at its limit.
 _HOLDERS = 16
 
 
 class Broker:
-    """Every request of every program, a method for each operation.
+    """The requests of all clients, with one method for each operation.
 
-    An operation returns whether vsockd goes on holding the channel.
+    An operation returns whether vsockd keeps the channel open.
     """
 
     def __init__(self, loop: EventLoop, fabric: Fabric, audit: Audit) -> None:
@@ -83,18 +83,18 @@ class Broker:
         self.streams = Streams(loop, fabric, self._chores)
         self._questions = SocketQueries(fabric, self.streams, self.datagrams)
         self._channels: dict[Context, set[Channel]] = {}
-        #: those that hold sockets with names, by their secrets, the one longest not looked at first
+        #: channels that hold named sockets, by secret; the one probed longest ago comes first
         self._holders: dict[int, Channel] = {}
         self._names = count(1)
         self._sweep_delay: float | None = None  # None: no timer is set
-        for type_ in (SOCK_STREAM, SOCK_DGRAM):  # so that vsockd has as many descriptors always
+        for type_ in (SOCK_STREAM, SOCK_DGRAM):  # now, so that vsockd's descriptor count is fixed
             probe_of(int(type_))
-        #: those that sent no request yet, and when each is given up, the first to be so first
+        #: channels without a request yet, and the time each is closed, in order of that time
         self._silent: dict[Channel, float] = {}
-        #: those with connections that could not be announced
+        #: listeners with connections that could not be announced yet
         self._held: dict[Listener, None] = {}
-        self._cannot_send = False  # a descriptor to anybody, when it was last tried
-        #: silent ones that take the reserve's place, the longest first
+        self._cannot_send = False  # True if the last descriptor could not be sent to any process
+        #: channels without a request that use up the reserve, the oldest first
         self._brief: dict[Channel, None] = {}
         self._allowance = LimitChecks(self._forget_some)
         self._operations: dict[int, Callable[[Channel, Request], bool]] = {
@@ -113,31 +113,31 @@ class Broker:
         }
 
     def refresh(self) -> None:
-        """Forget every socket that has gone, as of now."""
+        """Release every socket that is closed by now."""
         self.streams.reap()
         self.datagrams.sweep()
         self._look_at_holders(len(self._holders))
 
     def count_waiting(self) -> None:
-        """Find out which connections have been accepted, as of now: nobody says so."""
+        """Recount accepted connections of all listeners: clients do not report accepts."""
         for listener in self._listening():
             listener.count_waiting()
 
     # Channels
 
     def admit(self, context: Context, kind: EndpointKind, fd: int) -> None:
-        """Take a connection ``fd`` just accepted on ``context``'s control socket."""
+        """Admit connection ``fd``, just accepted on a control socket of ``context``."""
         sock_type = SOCK_STREAM if kind is _STREAM else SOCK_SEQPACKET
         sock = _socket.socket(AF_UNIX, sock_type, 0, fd)
         self.take(Channel(sock, context, kind, peer_credentials(sock)))
 
     def take(self, channel: Channel) -> None:
-        """Serve what is said on a new channel."""
+        """Serve the first request on a new channel, or keep the channel until it arrives."""
         try:
             data = channel.read()
         except BlockingIOError:
-            # A program connects and then writes, and may have been interrupted in between, by
-            # us.  Letting it run is cheaper than coming back to it.
+            # A client connects and then writes, and may have been preempted by vsockd in between.
+            # Yielding the processor to it is cheaper than another round through the event loop.
             os.sched_yield()
             try:
                 data = channel.read()
@@ -152,17 +152,17 @@ class Broker:
             self._drop(channel)
 
     def resume(self, channel: Channel) -> None:
-        """Go on serving one that a device has refused; see :mod:`.offers`."""
+        """Continue with a channel whose connection a device refused; see :mod:`.device_link`."""
         if channel.endpoint is not None:
             self.fabric.rebind(channel.endpoint)
         if self._may_ask_again(channel):
-            channel.expect_requests(True)  # the device may have ended that
+            channel.expect_requests(True)  # the device may have cleared SO_PASSCRED
             self._keep(channel)
         else:
             self._drop(channel)
 
     def close_context(self, context: Context) -> None:
-        """Let go of everything in a context that is no more; its streams have been cut."""
+        """Release everything in a closed context, whose streams have been disconnected."""
         for channel in list(self._channels.get(context, ())):
             self._drop(channel)
         self._channels.pop(context, None)
@@ -178,7 +178,7 @@ class Broker:
                     yield channel.listener
 
     def _await_request(self, channel: Channel) -> None:
-        """Keep a channel whose program has connected and said nothing."""
+        """Keep a channel whose client has connected and sent no request yet."""
         try:
             self._allowance.require_patience(channel.party)
         except Denied as denied:
@@ -197,7 +197,7 @@ class Broker:
             self._loop.call_later(DAEMON_SILENT_CLIENT_SECONDS, self._close_silent)
         self._silent[channel] = monotonic() + DAEMON_SILENT_CLIENT_SECONDS
         if not reserve.may_stay(channel.sock.fileno()):
-            # A program that means well says something within microseconds.
+            # A well-behaved client sends its request within microseconds.
             self._brief[channel] = None
             if len(self._brief) > reserve.most_brief():
                 longest = next(iter(self._brief))
@@ -212,21 +212,22 @@ class Broker:
 
     def _ready(self, channel: Channel, hung_up: bool) -> None:
         try:
-            # There may be very many requests of a program that has closed the connection.
+            # A client that has closed its connection may have left very many requests unread.
             data = b"" if hung_up else channel.read()
         except BlockingIOError:
             return
         self._has_spoken(channel)
         channel.requests += 1
         if channel.requests % DAEMON_UNREAD_REPLIES_MAX == 0 and leaves_answers_unread(channel):
-            self._log(logging.INFO, channel, "it reads no answers")
+            self._log(logging.INFO, channel, "closed: the client does not read its replies")
             data = b""
         if not (data and self._serve(channel, data)):
             self._drop(channel)
 
     def _may_ask_again(self, channel: Channel) -> bool:
-        """After a refusal the program may try again on the same socket, and one that is bound
-        stays so; unless it has very many that are not.
+        """Return whether to keep a channel after a refusal, for another request.
+
+        A bound socket stays bound; of unbound ones a party may keep a limited number.
         """
         if channel.asks_once:
             return False
@@ -252,7 +253,7 @@ class Broker:
         channel.sock.close()
 
     def _forget_some(self, party: Party | None = None) -> None:
-        """Forget some of what has been closed, and as a chore the rest: of ``party``, or all."""
+        """Release some of what ``party`` (or all parties) closed now, the rest as deferred work."""
         self.streams.reap_some()
         self._look_at_holders(_HOLDERS)
         self._chores.start(self, self._sweep_holders())
@@ -262,7 +263,7 @@ class Broker:
             self.datagrams.look_some(party)
 
     def _look_at_holders(self, number: int) -> None:
-        """Drop those of ``number`` holders whose sockets have been closed: nothing tells that."""
+        """Probe ``number`` named sockets; drop the channels of those that are closed."""
         for secret, channel in list(islice(self._holders.items(), number)):
             del self._holders[secret]
             self._holders[secret] = channel
@@ -308,7 +309,7 @@ class Broker:
                 self._loop.call_later(end - now, self._close_silent)
                 return
             pid = channel.credentials.pid
-            log.debug("pid %d connected and said nothing", pid, extra=logs.by(channel.party))
+            log.debug("pid %d connected and sent no request", pid, extra=logs.by(channel.party))
             self._drop(channel)
 
     # Requests
@@ -335,24 +336,24 @@ class Broker:
         except ProtocolError as error:
             self._log(logging.INFO, channel, error)
             return False
-        except OSError as error:  # the kernel's no to something the fabric allowed
+        except OSError as error:  # the kernel refused what the fabric allowed
             self._log(logging.ERROR, channel, error)
             channel.send(Record(error.errno or errno.EIO).encode())
             return False
-        except Exception as error:  # a mistake of ours; the program is not served again and again
+        except Exception as error:  # a bug in vsockd; closing prevents an endless retry
             self._log(logging.ERROR, channel, "request lost", error)
             return False
 
     @staticmethod
     def _log(level: int, channel: Channel, what: object, error: Exception | None = None) -> None:
-        """Log what became of a request, with a traceback of ``error``."""
+        """Log the outcome of a request, with a traceback of ``error``."""
         if log.isEnabledFor(level):
             cid, pid = channel.context.cid, channel.credentials.pid
             extra = logs.by(channel.party)
             log.log(level, "context %d pid %d: %s", cid, pid, what, exc_info=error, extra=extra)
 
     def _record(self, channel: Channel, request: Request, denied: Denied) -> None:
-        """Write a denial down."""
+        """Write a denial to the audit log."""
         operation = Op(request.op)
         source, destination = (channel.context.cid, VMADDR_PORT_ANY), None
         if operation in (Op.BIND, Op.BIND_DATAGRAM, Op.BIND_SOCKET):
@@ -377,7 +378,7 @@ class Broker:
 
     def _bind(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is not None:
-            raise Refused(errno.EINVAL, "the socket is bound")
+            raise Refused(errno.EINVAL, "the socket is already bound")
         self._require_free(channel.sock.fileno())
         endpoint = self._claim(channel, channel.kind, request, request.cookie)
         endpoint.handle = channel
@@ -390,10 +391,10 @@ class Broker:
         sock = take_socket(channel, SOCK_STREAM, SOCK_SEQPACKET)
         with closing(sock):
             if not request.cookie or self._holders.get(request.cookie, channel) is not channel:
-                raise ProtocolError("a secret that is not one")
+                raise ProtocolError("invalid secret of a named socket")
             reserve.require_free(sock.fileno())
             moved = channel.moved
-            if moved is not None and channel.endpoint is None:  # it comes back from there
+            if moved is not None and channel.endpoint is None:  # a CONNECT took it and was refused
                 channel.endpoint, moved.endpoint = moved.endpoint, None
             endpoint, listener = channel.endpoint, channel.listener
             if endpoint is None:
@@ -424,7 +425,7 @@ class Broker:
     def _listen(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is None:
             raise Refused(errno.EINVAL, "the socket is not bound")
-        # Where connections are announced the answer would be taken for one.
+        # A listening socket receives announcements, and would take the reply for one.
         silent = channel.endpoint.listening and isinstance(channel.listener, AnnouncedListener)
         if channel.listener is None:
             channel.listener = channel.endpoint.handle = AnnouncedListener(channel)
@@ -439,7 +440,7 @@ class Broker:
 
     def _update(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is None:
-            raise ProtocolError("an update of a socket that is not bound")
+            raise ProtocolError("UPDATE of a socket that is not bound")
         channel.endpoint.sizes = request.sizes()
         consume(channel.sock, channel.kind, request.polling)
         return True
@@ -449,7 +450,7 @@ class Broker:
             self._move(channel, request.inode)
         bound = channel.endpoint
         if bound is not None and bound.listening:
-            raise ProtocolError("a listening socket asked to connect")
+            raise ProtocolError("CONNECT of a listening socket")
         fabric, context, sock = self.fabric, channel.context, channel.sock
         if channel.is_kernel:
             bound = channel.endpoint = self._claim(channel, channel.kind, request)
@@ -457,13 +458,15 @@ class Broker:
         listener = fabric.find_listener(
             context, channel.kind, request.peer_cid, request.peer_port, asker, bound
         )
-        target: Any = listener.handle  # a Listener or an HandoffLink
+        target: Any = listener.handle  # a Listener or a HandoffLink
         if channel.party.is_at_a_limit():
             self._allowance.require_patience(channel.party, target.count_waiting)
             self._allowance.make_room(channel.party)
         if channel.lent_to not in (None, target):
-            # Who has had it could have kept it, and would be in the middle of this stream.
-            raise Refused(errno.ECONNRESET, "the socket was refused elsewhere: make another")
+            # That device may still hold a duplicate, and could read and write this stream.
+            raise Refused(
+                errno.ECONNRESET, "this socket was refused by another device: open a new one"
+            )
         if not target.has_room():
             self._drop_if_closed(target)
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
@@ -477,9 +480,9 @@ class Broker:
                 self.streams.lend(channel, connection)
             else:
                 connection.watch = self.streams.add(sock.fileno(), connection.number)
-        except OSError as error:  # of memory, or of epoll registrations (epoll(7))
+        except OSError as error:  # out of memory, or of epoll registrations (epoll(7))
             fabric.end(connection.number)
-            raise Refused(errno.ENOBUFS, f"the stream cannot be watched: {error}") from None
+            raise Refused(errno.ENOBUFS, f"cannot watch the stream: {error}") from None
         if listener.undecided:
             self._offer(channel, request, connection, target)
         else:
@@ -492,25 +495,25 @@ class Broker:
         return False
 
     def _move(self, channel: Channel, secret: int) -> None:
-        """Let ``channel`` have the endpoint of a socket with a name: it is the socket's own."""
+        """Move the endpoint of a named socket to ``channel``, a connection of the same socket."""
         holder = self._holders.get(secret)
         if holder is not None and holder.moved is channel and channel.endpoint is not None:
-            return  # with an earlier connect, which was refused
+            return  # an earlier CONNECT, which was refused, has moved it
         if holder is None or holder.context is not channel.context or holder.endpoint is None:
             raise Refused(errno.EINVAL, "the socket is not bound")
         if holder.endpoint.listening or channel.endpoint is not None:
-            raise ProtocolError("a socket that cannot be connected asked to connect")
+            raise ProtocolError("CONNECT of a socket that is listening or bound elsewhere")
         channel.endpoint, holder.endpoint = holder.endpoint, None
         holder.moved = channel
 
     def _hand_over(
         self, channel: Channel, request: Request, connection: Connection, target: Listener
     ) -> None:
-        """Answer a program that has connected, and announce it to the listening one."""
+        """Complete a client's connect, and announce the connection to the listening program."""
         sock = channel.sock
         if connection.size != STREAM_BUFFER_DEFAULT_BYTES:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, SEND_BUFFER_MAX_BYTES))
-        # The answer goes first: once the listener has the descriptor it may write.
+        # The reply goes first: once the listening program has the descriptor, it may write.
         channel.send(encode_connecting(connection))
         if request.flags or channel.kind is _SEQPACKET:
             consume(sock, channel.kind, request.polling)
@@ -521,7 +524,7 @@ class Broker:
             target.announce(record, sock.fileno(), channel.party)
         except OSError as error:
             waits = error.errno in SHORTAGE
-            what = "waits to be announced" if waits else "lost"
+            what = "is waiting to be announced" if waits else "is lost"
             reason = f"connection to {connection.peer} {what}: {error}"
             self._log(logging.WARNING, channel, reason)
             if waits:
@@ -529,27 +532,27 @@ class Broker:
                 if not self._held:
                     self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._announce_held)
                 self._held[target] = None
-                self._cannot_send |= error.errno != errno.EAGAIN  # that is of this listener
+                self._cannot_send |= error.errno != errno.EAGAIN  # EAGAIN concerns this one only
             else:
                 self.fabric.end(connection.number)
                 self._drop_deaf(target)
 
     def _drop_deaf(self, target: Listener) -> None:
-        """Drop a listening program that will read no announcement: it has shut that down, or its
-        socket is closed.
+        """Drop a listener whose program cannot receive announcements: it shut down reading, or
+        closed the socket.
         """
-        target.channel.send(Record(errno.EBADF).encode())  # not that vsockd has ended
+        target.channel.send(Record(errno.EBADF).encode())  # the client must not reconnect
         self._drop(target.channel)
 
     def _offer(
         self, channel: Channel, request: Request, connection: Connection, target: HandoffLink
     ) -> None:
-        """Leave it to a device whether a program that connects is let in."""
+        """Hand a connection off to a device, which accepts or refuses it."""
         record = encode_offer(connection, channel.offer_flags, request.polling)
         try:
             target.announce(record, channel)
         except OSError as error:
-            reason = f"connection to {connection.peer} lost: {error}"
+            reason = f"connection to {connection.peer} is lost: {error}"
             self._log(logging.WARNING, channel, reason)
             self.fabric.end(connection.number)
             code = errno.ENOBUFS if error.errno in SHORTAGE else errno.ECONNRESET
@@ -567,8 +570,9 @@ class Broker:
             self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._announce_held)
 
     def _require_announcement(self, channel: Channel, target: object) -> None:
-        """Refuse a connection that could not be announced, while there are some that were not:
-        then it is not answered, and need not wait.
+        """Raise Refused for a connection that could not be announced, while others wait to be.
+
+        The client then gets an errno at once, instead of an established stream that waits.
         """
         if self._cannot_send:
             ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
@@ -576,17 +580,17 @@ class Broker:
                 try:
                     send_descriptor(ours, b"\0", channel.sock.fileno())
                 except OSError as error:
-                    raise Refused(errno.ENOBUFS, f"no descriptor can be sent: {error}") from None
+                    raise Refused(errno.ENOBUFS, f"cannot send a descriptor: {error}") from None
             self._cannot_send = False
         if target in self._held:
-            raise Refused(errno.ENOBUFS, "others wait to be announced to the same listener")
+            raise Refused(errno.ENOBUFS, "connections to this listener wait to be announced")
 
     def _bind_datagram(self, channel: Channel, request: Request) -> bool:
         sock = take_socket(channel, SOCK_DGRAM)
         with closing(sock):
             self._require_free(sock.fileno())
             if self.datagrams.find_socket(channel.context, sock) is not None:
-                raise Refused(errno.EINVAL, "the datagram socket is bound")
+                raise Refused(errno.EINVAL, "the datagram socket is already bound")
             endpoint = self._adopt(channel, request, sock)
         channel.send(encode_endpoint(endpoint))
         return False
@@ -601,8 +605,8 @@ class Broker:
             destination = self.fabric.find_datagram(*wanted, source)
             if source is None:
                 source = self._adopt(channel, request, sock)
-                # Again: the destination may have been found gone since, or may be out of the
-                # reach of where the socket is bound now.
+                # Once more: binding may have found the destination closed, or the source may now
+                # be bound to an address that cannot reach it.
                 destination = self.fabric.find_datagram(*wanted, source)
         route = self.datagrams.route(source, destination)
         record = Record(
@@ -617,7 +621,7 @@ class Broker:
 
     def _catch_all(self, channel: Channel, request: Request) -> bool:
         if not channel.is_kernel:
-            raise ProtocolError("a program asked for all datagrams of its context")
+            raise ProtocolError("CATCH_ALL from a client that is not a device")
         kernel = channel.context.kernel
         assert kernel is not None and isinstance(kernel.streams, DeviceLink)
         sock = take_socket(channel, SOCK_DGRAM)
@@ -647,7 +651,7 @@ class Broker:
         self._answer(channel, request, record.encode())
         return False
 
-    # Parts of them
+    # Helpers of the operations
 
     def _claim(
         self, channel: Channel, kind: EndpointKind, request: Request, cookie: int = 0
@@ -662,7 +666,7 @@ class Broker:
         except Refused as refused:
             if refused.errno != errno.EADDRINUSE:
                 raise
-        # Held, as far as is known: ask the kernel whether its holder is still there.
+        # The port seems to be held: probe whether its holder's socket is still open.
         ports = (
             channel.context.datagrams
             if kind is EndpointKind.DATAGRAM
@@ -688,7 +692,7 @@ class Broker:
         return endpoint
 
     def _require_free(self, fd: int) -> None:
-        """Refuse to keep a descriptor when few are left, and look for some that are not needed."""
+        """Raise Refused when few descriptors are left, and release some that are not needed."""
         try:
             reserve.require_free(fd)
         except Refused:

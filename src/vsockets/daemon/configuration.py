@@ -1,8 +1,8 @@
 """vsockd's configuration: the ``*.toml`` files of one folder, read into Settings.
 
-``docs/configuration.md`` has the schema.  Files are read in the order of their names; what a
-later one says of the host, the limits or the audit log overrides an earlier one, and all their
-contexts and grants count.
+``docs/configuration.md`` has the schema.  Files are read in the order of their names.  For the
+host, the limits and the audit log, a later file overrides an earlier one; contexts and grants of
+all files are combined.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ..vmware import Vmx, VmxError, read_vmx
 
 __all__ = ["ConfigurationError", "default_configuration_folder", "load"]
 
-#: The largest user or group id; the next, (uid_t)-1, means "no change" to chown(2).
+#: The largest user or group id; the next one, (uid_t)-1, means "no change" to chown(2).
 LARGEST_ID = (1 << 32) - 2
 
 _LIMITS = tuple(field.name for field in fields(Limits))
-#: Unread datagrams are memory of the kernel's, which a user of the host can have by other sockets.
+#: Unread datagrams use kernel memory, which a user of the host can also take by other sockets.
 _HOST_LIMITS = tuple(name for name in _LIMITS if name != "datagram_bytes")
 _PROFILES = tuple(profile.value for profile in Profile)
 _LEGACY_ONLY = ("unrestricted", "domain")
 
 
 def default_configuration_folder() -> Path:
-    """The folder this vsockd is configured by unless told otherwise.  It need not exist."""
+    """Return the configuration folder used without an explicit one.  It need not exist."""
     configured = os.environ.get("VSOCKETS_CONFIG")
     if configured:
         return Path(configured)
@@ -45,9 +45,9 @@ def default_configuration_folder() -> Path:
 
 
 def load(folder: Path) -> Settings:
-    """What the files in ``folder`` say; without a folder, the defaults.
+    """Return the settings in the files of ``folder``; defaults if the folder is missing.
 
-    Raises ConfigurationError for the first mistake.
+    Raises ConfigurationError for the first error.
     """
     roots = [read_toml(path) for path in _files(folder)]
     for root in roots:
@@ -66,7 +66,7 @@ def load(folder: Path) -> Settings:
 
 def _files(folder: Path) -> list[Path]:
     try:
-        # Names with a leading dot are editors' locks and copies.
+        # Names with a leading dot are lock files and backups of editors.
         names = sorted(name for name in os.listdir(folder) if name.endswith(".toml"))
     except FileNotFoundError:
         return []
@@ -77,7 +77,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _override(settings: Settings, root: Table) -> Settings:
-    """``settings`` with what one file says of the host, the limits and the audit log."""
+    """Return ``settings`` with the host, limits and audit tables of one file applied."""
     host, audit = root.table("host"), root.table("audit")
     host.require_known("domains", "limits")
     audit.require_known("rate")
@@ -112,7 +112,7 @@ def _contexts(tables: list[Table], limits: Limits) -> tuple[ContextSettings, ...
                 continue
             source = _source(table, key)
             if identity in taken:
-                problem = f"{key} {shown(value)} is that of {taken[identity]}, expected another"
+                problem = f"{key} {shown(value)} is used by {taken[identity]}, expected another"
                 raise table.error(problem, source)
             taken[identity] = f"the context at {table.place(source)}"
     return tuple(contexts)
@@ -131,7 +131,7 @@ def _context(table: Table, limits: Limits) -> ContextSettings:
             name = vmx.display_name or None if name is None else name
             isolation = _with_options(isolation, vmx, table)
     if cid is None and name is None:
-        raise table.error("neither CID nor name, expected at least one of cid, name")
+        raise table.error("missing CID and name, expected at least one of cid, name")
     if name is not None:
         _require_name(table, "name", name)
     return ContextSettings(
@@ -159,7 +159,7 @@ def _isolation(table: Table) -> Isolation:
     unrestricted, domain = table.boolean("unrestricted"), table.text("domain")
     for key in _LEGACY_ONLY:
         if key in table.values and profile is not Profile.LEGACY:
-            problem = f'no meaning with the profile {profile.value}, expected profile = "legacy"'
+            problem = f'not used by the profile {profile.value}, expected profile = "legacy"'
             raise table.error(problem, key)
     if domain:
         _require_name(table, "domain", domain)
@@ -167,7 +167,7 @@ def _isolation(table: Table) -> Isolation:
 
 
 def _vmx(table: Table) -> Vmx:
-    """The virtual machine a context describes, which must have a VMCI device."""
+    """Return the virtual machine that a context refers to, which must have a VMCI device."""
     text = table.text("vmx")
     if not text or "\0" in text:
         raise table.error(f"{shown(text or '')}, expected the path of a .vmx file", "vmx")
@@ -178,7 +178,7 @@ def _vmx(table: Table) -> Vmx:
 
 @contextmanager
 def _named_by(table: Table) -> Iterator[None]:
-    """What is wrong in a .vmx file is wrong with the context that names it."""
+    """Report an error of a .vmx file at the context that refers to it."""
     try:
         yield
     except VmxError as error:
@@ -186,9 +186,9 @@ def _named_by(table: Table) -> Iterator[None]:
 
 
 def _with_options(isolation: Isolation, vmx: Vmx, table: Table) -> Isolation:
-    """``isolation`` with what the .vmx file says and the table does not.
+    """Return ``isolation`` with the options of the .vmx file that the table does not set.
 
-    ESXi 5.1 and later ignore both options (guide page 24), and so do all but the legacy profile.
+    ESXi 5.1 and later ignore both options (guide page 24), as do all profiles but legacy.
     """
     if isolation.profile is not Profile.LEGACY:
         return isolation
@@ -202,7 +202,7 @@ def _with_options(isolation: Isolation, vmx: Vmx, table: Table) -> Isolation:
 
 
 def _source(table: Table, key: str) -> str:
-    """Where a context's ``key`` comes from: from itself, or from the .vmx file."""
+    """Return the key in the table that a context's ``key`` comes from: itself, or ``vmx``."""
     return key if key in table.values else "vmx"
 
 
@@ -231,8 +231,8 @@ def _grant(table: Table) -> Grant:
     if not any(key in table.values for key in who):
         if "executable" not in table.values:
             raise table.error("matches every program, expected user, group or both")
-        # Whatever a user may execute, he can have executed with any connection in its hands.
-        problem = "any user can execute it, expected user, group or both beside it (user = 'NAME')"
+        # A user can run any program that the user may execute, with any connection.
+        problem = "any user can execute it, expected user, group or both too (user = 'NAME')"
         raise table.error(problem, "executable")
     return Grant(
         user=_id(table, "user", "user", lambda name: pwd.getpwnam(name).pw_uid),
@@ -246,7 +246,7 @@ def _grant(table: Table) -> Grant:
 
 
 def _id(table: Table, key: str, what: str, look_up: Callable[[str], int]) -> int | None:
-    """A user or group, by its name or its number; a number need not be anybody's."""
+    """Return a user or group id, given by name or number; a number need not exist."""
     value = table.values.get(key)
     if value is None:
         return None
@@ -256,13 +256,13 @@ def _id(table: Table, key: str, what: str, look_up: Callable[[str], int]) -> int
         raise table.error(f"{kind(value)}, expected the name or number of a {what}", key)
     try:
         return look_up(value)
-    except (KeyError, ValueError) as error:  # ValueError: it cannot be a name (a NUL)
-        problem = f"there is no {what} {shown(value)}, expected the name or number of one"
+    except (KeyError, ValueError) as error:  # ValueError: not a valid name (a NUL)
+        problem = f"no {what} {shown(value)}, expected the name or number of one"
         raise table.error(problem, key) from error
 
 
 def _executable(table: Table) -> str | None:
-    """A program's path, as the kernel will tell it: one through a link would never match."""
+    """Return a program's path, which must be real: the kernel reports no links."""
     path = table.text("executable")
     if path is None:
         return None

@@ -1,4 +1,4 @@
-"""A context's control sockets: where its programs come in."""
+"""A context's control sockets, which its programs connect to."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _DOORS = (
 
 
 class ContextListeners:
-    """The folder of one context and the two sockets in it.
+    """The folder of one context and the two control sockets in it.
 
-    Programs that may connect to the sockets may be programs of the context: those of the virtual
-    machine's owner for a guest, the fabric's for the hypervisor's services, everybody's who can
-    enter the state folder for the host.  The folder is vsockd's own: nobody else can add anything
-    to it, or put another file in a socket's place.
+    Permission to connect to the sockets makes a process a program of the context: for a guest,
+    processes of the virtual machine's owner; for the hypervisor, those of the fabric's owner; for
+    the host, every process that can enter the state folder.  The folder belongs to vsockd: no
+    other user can add files to it, or replace a socket.
     """
 
     def __init__(
@@ -44,15 +44,18 @@ class ContextListeners:
         folder: Path,
         trash: Trash,
     ) -> None:
-        """Make them.  ``folder`` leads to theirs, also when that is moved or replaced.
+        """Create the folder and the sockets.
 
-        OSError when they cannot be made.
+        ``folder`` is a path through a descriptor, valid also after the state folder was moved or
+        replaced.
+
+        Raises OSError when they cannot be created.
         """
         self._folder = folder
         self._trash = trash
         self._doors: list[Acceptor] = []
         is_host = context.cid == VMADDR_CID_HOST
-        if folder.is_dir():  # what could not be removed before
+        if folder.is_dir():  # an earlier context's, which could not be removed
             trash.discard(folder)
         folder.mkdir(mode=0o700)
         try:
@@ -61,11 +64,11 @@ class ContextListeners:
                 admit = partial(broker.admit, context, kind)
                 who = f"a program of context {context.cid}"
                 self._doors.append(Acceptor(loop, listener, who, admit))
-                # A client can see what its connection was bound to: so that is no path.
+                # Clients see the bound name in getpeername(): the name alone discloses no path.
                 with working_in(folder), file_mode(0o666 if is_host else 0o600):
                     listener.bind(name)
-                # Connections inherit both: the kernel tells who writes each request, and takes no
-                # descriptors but those that datagram requests and ends of records come with.
+                # Connections inherit both options: the kernel attaches each writer's credentials,
+                # and descriptors are refused except where datagram requests and records have them.
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 if kind is EndpointKind.STREAM:
                     refuse(listener)
@@ -81,14 +84,14 @@ class ContextListeners:
             raise
 
     def close(self) -> None:
-        """Let nobody in any more, and remove the folder."""
+        """Close the sockets and remove the folder."""
         for door in self._doors:
             door.close()
         remove(self._folder, self._trash)
 
 
 def remove(folder: Path, trash: Trash) -> None:
-    """Remove a context's folder, whatever is in it."""
+    """Remove a context's folder and everything in it."""
     try:
         for _, name, _ in _DOORS:
             (folder / name).unlink(missing_ok=True)
@@ -99,4 +102,4 @@ def remove(folder: Path, trash: Trash) -> None:
         try:
             trash.discard(folder)
         except OSError as error:
-            log.warning("%s stays: %s", folder, error.strerror)
+            log.warning("cannot remove %s: %s", folder, error.strerror)

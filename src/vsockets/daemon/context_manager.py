@@ -1,4 +1,4 @@
-"""The contexts of a running fabric: from an administrator's wish to open doors and back."""
+"""Create, configure and remove contexts at run time, including their listening sockets."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ log = logging.getLogger(__name__)
 
 
 class ContextManager:
-    """Every context that programs can be in, with its folder below ``folder``.
+    """All contexts of the fabric, each with its folder below ``folder``.
 
-    ``held`` leads to the same folder, also when it is moved or replaced.
+    ``held`` is a path to the same folder that stays valid when it is moved or replaced.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class ContextManager:
         self._open_doors(fabric.contexts.host)
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Close all listening sockets."""
         for context in list(self._doors):
             self._close_doors(context)
 
     def folder_of(self, context: Context) -> Path:
-        """Where its control sockets are while it is not powered off."""
+        """Return the folder of a context's control sockets, which exists unless powered off."""
         return self._folder / str(context.cid)
 
-    # Coming and going
+    # Adding and removing
 
     def add(
         self,
@@ -86,11 +86,14 @@ class ContextManager:
         whatever_happens: bool = False,
         says_profile: bool = True,
     ) -> Context:
-        """A new guest, or one more lease on it: see :meth:`vsockets.fabric.Contexts.add`.
+        """Add a guest, or one more lease on it: see :meth:`vsockets.fabric.Contexts.add`.
 
-        OSError when its sockets cannot be made.  With ``whatever_happens`` that is logged instead,
-        and the guest is there without them: a guest's owner must not keep vsockd from starting.
-        A guest that was isolated before a crash is isolated unless ``wanted`` ``says_profile``.
+        With ``whatever_happens``, a guest whose sockets cannot be created is added powered off,
+        and the error is logged: a guest's owner must not be able to keep vsockd from starting.
+        Unless ``says_profile``, a guest that was isolated before a crash of vsockd is isolated
+        again.
+
+        Raises OSError when its sockets cannot be created.
         """
         contexts = self._fabric.contexts
         known = len(contexts)
@@ -121,13 +124,16 @@ class ContextManager:
             if not whatever_happens:
                 contexts.remove(context.cid)
                 raise
-            log.error("context %d stays off: %s", context.cid, error)
+            log.error("context %d stays powered off: %s", context.cid, error)
             context.state = State.OFF
         self._publish(context, "added")
         return context
 
     def remove(self, cid: int) -> None:
-        """Forget a guest.  Refused with ENOENT, EINVAL or, while it has open streams, EBUSY."""
+        """Remove a guest.
+
+        Raises Refused with ENOENT, EINVAL or, while the guest has open streams, EBUSY.
+        """
         context = self._fabric.contexts.require(cid)
         if context.is_guest:
             self._broker.streams.reap()
@@ -142,7 +148,7 @@ class ContextManager:
         self._end(context)
 
     def end_lease(self, context: Context) -> None:
-        """Whoever leased ``context`` has gone; with the last one it is powered off and goes."""
+        """End one lease on ``context``; after the last one, power it off and remove it."""
         context.leases -= 1
         if context.leases or self._fabric.contexts.get(context.cid) is not context:
             return
@@ -153,8 +159,8 @@ class ContextManager:
         self._end(context)
 
     def configure(self, settings: Settings) -> None:
-        """Have what ``settings`` say: guests that are not there are added, those that are get
-        their isolation and limits.  Nothing is dropped, and nobody removed.
+        """Apply ``settings``: add guests that are missing, and set isolation and limits of those
+        that exist.  No connection is dropped, and no guest removed.
         """
         self._fabric.settings = settings
         self._audit.limit(settings.audit_rate)
@@ -175,18 +181,18 @@ class ContextManager:
                 self.adjust(found, wanted.isolation, wanted.limits)
 
     def adjust(self, context: Context, isolation: Isolation, limits: Limits) -> None:
-        """What holds for everything ``context`` asks from now on."""
+        """Set the isolation and limits of ``context`` for requests from now on."""
         context.isolation = isolation
         context.limit(limits)
         self._isolated.record(self._fabric.contexts)
         _refresh(context)
 
-    # Life
+    # Life cycle
 
     def change(self, context: Context, change: Change) -> list[Connection]:
-        """Suspend it, resume it, and so on; returns its streams that could not be cut (yet).
+        """Apply ``change`` to a guest; return its streams that could not be disconnected yet.
 
-        Refused with EINVAL: see :mod:`vsockets.fabric.life_cycle`.
+        Raises Refused with EINVAL: see :mod:`vsockets.fabric.life_cycle`.
         """
         self._broker.streams.reap()
         over = self._fabric.change(context, change)
@@ -209,8 +215,10 @@ class ContextManager:
     def disconnect(
         self, one: tuple[int, int], other: tuple[int, int], asker: Credentials
     ) -> list[Connection]:
-        """End the stream between two addresses, in either order, on request of ``asker``;
-        returns it if it could not be cut (yet).  Refused with ENOENT.
+        """Disconnect the stream between two addresses, in either order, at the request of
+        ``asker``; return it if it could not be disconnected yet.
+
+        Raises Refused with ENOENT when there is no such stream.
         """
         self._broker.streams.reap()
         connection = self._fabric.find_connection(one, other)
@@ -220,7 +228,7 @@ class ContextManager:
         return [connection] if connection in left else []
 
     def _open_doors(self, context: Context, without_hybrid: bool = False) -> None:
-        """Make a context's sockets; ``without_hybrid`` rather than not at all."""
+        """Create a context's sockets; with ``without_hybrid``, a failing hybrid one is left out."""
         common = self._loop, self._broker, context
         folder = self._held / str(context.cid)
         doors = self._doors[context] = [ContextListeners(*common, folder, self._trash)]
@@ -229,7 +237,7 @@ class ContextManager:
                 doors.append(HybridListener(*common, Path(context.hybrid)))
         except OSError as error:
             if without_hybrid:
-                log.warning("context %d goes without %s", context.cid, error.strerror)
+                log.warning("context %d has no hybrid socket: %s", context.cid, error.strerror)
                 return
             self._close_doors(context)
             raise
@@ -242,7 +250,7 @@ class ContextManager:
         self._close_doors(context)
         self._broker.close_context(context)
         self._publish(context, "removed")
-        with contextlib.suppress(OSError):  # what is written down makes none less isolated
+        with contextlib.suppress(OSError):  # the old record makes no guest less isolated
             self._isolated.record(self._fabric.contexts)
 
     def _publish(self, context: Context, change: str, **facts: Any) -> None:
@@ -258,7 +266,7 @@ class ContextManager:
 
 
 def _refresh(context: Context) -> None:
-    """Tell its device, if it has one, of what it may now."""
+    """Report a context's new rights to its device, if it has one."""
     if context.kernel is not None:
         assert isinstance(context.kernel.streams, DeviceLink)
         context.kernel.streams.refresh()

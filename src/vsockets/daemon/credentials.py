@@ -1,4 +1,4 @@
-"""Who is at the other end of a unix socket, asked of the kernel."""
+"""The identity of a unix socket's peer, as the kernel reports it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import Protocol, overload
 
 from ..fabric import Credentials, Grant
 
-#: getsockopt(2): the supplementary groups of the process that connected (Linux 4.13), and a
+#: getsockopt(2): supplementary groups of the process that connected (Linux 4.13), and a
 #: pidfd of it (Linux 6.5).
 _SO_PEERGROUPS = 59
 _SO_PEERPIDFD = 77
 
-# Plain values, as every connect needs them: looking a member up in its enum costs as much as a
-# short function, and a named tuple's own __new__ is one, in Python.
+# Module aliases, for every connect: looking a member up in its enum, and a named tuple's __new__,
+# which is Python code, each cost as much as a short function.
 _SOCKET, _PEERCRED = int(SOL_SOCKET), int(SO_PEERCRED)
 UCRED = struct.Struct("iII")
 _UCRED_SIZE = UCRED.size
 _new = tuple.__new__
 
-#: The user and group of a request in whose name nobody may act.
+#: User and group id of a request that has no rights of any user.
 _NOBODY = 0xFFFF_FFFF
 
-#: The largest answer Python asks getsockopt(2) for, in bytes: 256 groups.
+#: The largest reply that Python accepts from getsockopt(2), in bytes: 256 groups.
 _MOST_GROUPS = 1024
 
 
@@ -41,29 +41,29 @@ class _Socket(Protocol):
 
 
 def peer_credentials(sock: _Socket) -> Credentials:
-    """The process that connected ``sock``, as it was when it connected."""
+    """Return the identity of the process that connected ``sock``, at the time of connect."""
     return _new(Credentials, UCRED.unpack(sock.getsockopt(_SOCKET, _PEERCRED, _UCRED_SIZE)))
 
 
 class Peer:
     """The process that connected ``sock``: a :class:`vsockets.fabric.Program`.
 
-    User and groups are those of the moment it connected.  The rest is read from ``/proc`` when a
-    decision needs it.  The process runs meanwhile, and may be hostile: it can end, make a user
+    User and groups are those at the time of connect.  Everything else is read from ``/proc`` when a
+    decision needs it.  The process runs meanwhile, and may be hostile: it can exit, create a user
     namespace, or execute a program with more rights, between any two system calls of vsockd.  So
-    an answer counts only if it holds whatever happens in between:
+    an answer counts only if no event in between can make it wrong:
 
     - a pidfd of the peer, alive *after* the reading, proves that the process id was not reused;
     - its user namespace is read *after* its capabilities: a process that has left vsockd's
       namespace cannot return;
     - capabilities of a user other than root count only when they are ambient.  The kernel shows
       both sets from one moment, and clears the ambient one in a process that executes a
-      set-user-ID program, or one with file capabilities, or that makes a user namespace;
+      set-user-ID program, or one with file capabilities, or that creates a user namespace;
     - the owner of its files in ``/proc``, which is not its user after such an execution, is read
       before and after.
 
-    Whatever the kernel does not tell counts as no: a process that has ended, or one in a pid
-    namespace that vsockd cannot see, has no privilege.
+    Anything the kernel does not report counts as a missing right: a process that has exited, or is
+    in a pid namespace that vsockd cannot see, has no privilege.
     """
 
     def __init__(self, sock: _Socket, credentials: Credentials) -> None:
@@ -73,8 +73,8 @@ class Peer:
     def has_capability(self, capability: int) -> bool:
         """Return whether the process has ``capability`` now, by its own right.
 
-        It must have it in vsockd's user namespace: root of a namespace that a user made for
-        himself does not count.
+        The capability must be in vsockd's user namespace: being root of a namespace that the user
+        created does not count.
         """
 
         def read(folder: str) -> bool:
@@ -86,8 +86,10 @@ class Peer:
         return self._learn(read)
 
     def matches(self, grant: Grant) -> bool:
-        """Return whether ``grant`` is for this process.  An executable is known by its inode, so
-        another file of that name in another mount namespace is another executable.
+        """Return whether ``grant`` applies to this process.
+
+        An executable is identified by inode: a file with the same name in another mount namespace
+        is a different executable.
         """
         if grant.user is not None and grant.user != self.credentials.uid:
             return False
@@ -100,12 +102,12 @@ class Peer:
 
     def _is_in(self, group: int) -> bool:
         groups = array.array("I", [self.credentials.gid])
-        with contextlib.suppress(OSError):  # more groups than fit: its first one counts
+        with contextlib.suppress(OSError):  # more groups than fit: only the primary one counts
             groups.frombytes(self.sock.getsockopt(SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS))
         return group in groups
 
     def executable(self) -> str | None:
-        """What it runs now; None when it has gone, or vsockd may not know."""
+        """Return the path of its executable; None if it has exited or vsockd may not read it."""
         try:
             with self._folder() as folder:
                 path = os.readlink(f"{folder}/exe")
@@ -114,8 +116,8 @@ class Peer:
         return path
 
     def _learn(self, read: Callable[[str], bool]) -> bool:
-        """Return what ``read`` finds in the process's folder of ``/proc``; False unless the
-        process had no more rights than its user before and after.
+        """Return what ``read`` finds in the process's ``/proc`` folder; False unless the process
+        had only the rights of its user both before and after.
         """
         try:
             with self._folder() as folder:
@@ -128,30 +130,33 @@ class Peer:
 
     @contextlib.contextmanager
     def _folder(self) -> Iterator[str]:
-        """The process's folder of ``/proc``.  OSError unless it was there all the while."""
+        """Yield the process's ``/proc`` folder.
+
+        Raises OSError unless the process existed all the time.
+        """
         pid = self.credentials.pid
         if pid <= 0:
-            raise ProcessLookupError(errno.ESRCH, "in no pid namespace that vsockd can see")
+            raise ProcessLookupError(errno.ESRCH, "the process is in no visible pid namespace")
         pidfd = self._pidfd()
         try:
             yield f"/proc/{pid}"
             if _exited(pidfd):
-                raise ProcessLookupError(errno.ESRCH, "it has gone")
+                raise ProcessLookupError(errno.ESRCH, "the process has exited")
         finally:
             os.close(pidfd)
 
     def _pidfd(self) -> int:
         try:
             return self.sock.getsockopt(SOL_SOCKET, _SO_PEERPIDFD)
-        except OSError:  # before Linux 6.5 the number is all there is
+        except OSError:  # before Linux 6.5 only the process id is available
             return os.pidfd_open(self.credentials.pid)
 
 
 class Author(Peer):
-    """A process that wrote a request on the connection of another one.
+    """A process that wrote a request on another process's connection.
 
-    The kernel attaches its process id, user and group to what it writes, and no more: for a process
-    with all rights of root, those that it names.
+    The kernel attaches process, user and group id to what it writes, and nothing else.  A process
+    with all capabilities of root may choose those ids.
     """
 
     def __init__(self, credentials: Credentials) -> None:
@@ -169,22 +174,22 @@ class Author(Peer):
 
 
 class Deputy:
-    """A request that one process wrote on the connection of another: a
-    :class:`vsockets.fabric.Program` that has a right only if both have it.
+    """The rights of a request that one process wrote on another's connection: a
+    :class:`vsockets.fabric.Program` that has a right only if both processes have it.
 
-    - Root connects for programs with fewer rights, as the supervisor of ``vsock run`` does, and
-      names the program with each request.  What a program writes itself on such a connection is
-      judged by the rights of the program.
-    - A process with more rights may be brought to write what it does not mean to, by another that
-      gives it a connection as standard output.
-    - A child writes on the connection of its parent.
+    - Root connects on behalf of programs with fewer rights, as the supervisor of ``vsock run``
+      does, and names the program with each request.  Requests that a program writes itself on such
+      a connection have the rights of the program.
+    - A process with more rights can be tricked into writing to a connection that another process
+      gives it as standard output.
+    - A child writes on its parent's connection.
     """
 
     def __init__(self, connected: Peer, author: Author) -> None:
         self._connected = connected
         self._author = author
         user = connected.credentials.uid
-        #: whose grants count; None: they are users who have no right in common
+        #: the process whose grants count; None if their users have no right in common
         self._lesser: Peer | None = None
         if user == 0:
             self._lesser = author
@@ -203,17 +208,17 @@ class Deputy:
         )
 
     def matches(self, grant: Grant) -> bool:
-        """Return whether ``grant`` is for the one of both that has fewer rights."""
+        """Return whether ``grant`` applies to the process with fewer rights."""
         return self._lesser is not None and self._lesser.matches(grant)
 
     def executable(self) -> str | None:
-        """What the process runs now that wrote the request."""
+        """Return the path of the executable of the process that wrote the request."""
         return self._author.executable()
 
 
 def _held(status: bytes, ambient: bool) -> int:
-    """Return the effective capabilities in a process's ``status``; ``ambient``: those of them
-    that are ambient as well.  (The kernel prints both from one set of credentials.)
+    """Return the effective capabilities in ``status`` of a process; with ``ambient``, those that
+    are also ambient.  (The kernel prints both from one set of credentials.)
     """
     held = int(_field(status, b"CapEff"), 16)
     return held & int(_field(status, b"CapAmb"), 16) if ambient else held

@@ -1,18 +1,18 @@
-"""End the datagram sockets of a vsockd that has ended, whichever processes hold them.
+"""End the datagram sockets of a vsockd that has ended, in whichever processes they are open.
 
-A route works without vsockd, so it would outlive its vsockd: it would go on to show a source CID
-that belongs to another guest by then, and ignore the policy of the next vsockd.  Therefore the
-names of all sockets contain the *life* of the vsockd that bound them, 64 random bits.  A regular
-stop ends the sockets of its own life.  After a crash the next vsockd in the state folder does so,
-before it serves the first request.
+A route works without vsockd and would outlive it: it would continue to show a source CID that by
+then belongs to another guest, and ignore the policy of the next vsockd.  Therefore the names of all
+sockets contain the *life* of the vsockd that bound them, 64 random bits.  A regular stop ends the
+sockets of its own life.  After a crash the next vsockd in the state folder does so, before it
+serves the first request.
 
-- A route is shut down: its sender gets EPIPE, and asks the next vsockd.
-- A program's own socket is connected to a socket that is then closed, so that nothing can reach
-  it any more, not even over a route whose descriptor was hidden from vsockd.  Its next receive
+- A route is shut down: its sender gets EPIPE, and requests a route from the next vsockd.
+- A program's own socket is connected to a socket that is then closed, so that no datagram can reach
+  it any longer, not even over a route whose descriptor was hidden from vsockd.  Its next receive
   fails with ECONNRESET.  (The kernel reports that error when a peer with unread datagrams
   disconnects.)
 
-The sockets are found as :mod:`.cutting` finds streams, and with the same rights.
+The sockets are found as :mod:`.disconnect` finds streams, and with the same rights.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from .socket_holders import copied, opened, processes, sockets_of
 
 log = logging.getLogger(__name__)
 
-#: ioctl(2): an O_PATH descriptor of the name that a unix socket is bound to (Linux 4.20).
+#: ioctl(2): open an O_PATH descriptor of the name that a unix socket is bound to (Linux 4.20).
 _SIOCUNIXFILE = 0x89E0
 
-#: Give up the search for sockets in no process after so many tries: about ten seconds.
+#: Searches for sockets that are open in no accessible process: about ten seconds in total.
 _TRIES = 16
 
-#: Remember so many earlier lives whose sockets were not all found.
+#: Earlier lives to record whose sockets were not all found.
 _REMEMBERED = 16
 
-#: A name in the current directory, which is the folder that only vsockd enters.
+#: A name in the current directory, which only vsockd can enter.
 _GRAVE = "grave"
 
 _LIFE = re.compile(r"[0-9a-f]{16}")
-# The names of a program's own socket, and of a route.
+# Names of a program's own socket, and of a route.
 _OWN = re.compile(r"([0-9a-f]{16})\.\d+\.(?:\d+|all)\.\d+")
 _ROUTE = re.compile(r"\0vsock:\d+:\d+:([0-9a-f]{16}):[0-9a-f]+(?::\d+)?")
 
 
 class EarlierLives:
-    """The vsockds that have crashed in a state folder, recorded in ``file``."""
+    """The lives of the vsockds that have crashed in a state folder, recorded in ``file``."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -63,13 +63,13 @@ class EarlierLives:
             self._lives = [word for word in words if _LIFE.fullmatch(word)][-_REMEMBERED:]
 
     def record(self, life: str) -> None:
-        """Note that a vsockd of ``life`` binds sockets from now on."""
+        """Record that a vsockd of ``life`` binds sockets from now on."""
         new = self._file.with_suffix(".new")
         new.write_text("\n".join((*self._lives, life)))
         new.replace(self._file)
 
     def end(self, loop: EventLoop, life: str) -> None:
-        """End the sockets of all earlier lives; ``life`` is the present one."""
+        """End the sockets of all earlier lives; ``life`` is the current one."""
         self._try(loop, life, _TRIES, DISCONNECT_RETRY_SECONDS)
 
     def _try(self, loop: EventLoop, life: str, tries: int, delay: float) -> None:
@@ -78,26 +78,26 @@ class EarlierLives:
         left = end_sockets(_find(self._lives))
         if not left:
             self._lives.clear()
-            with contextlib.suppress(OSError):  # a full disk: the next vsockd looks for them again
+            with contextlib.suppress(OSError):  # a full disk: the next vsockd searches again
                 self.record(life)
         elif tries:
             wait = min(2 * delay, DISCONNECT_LONGEST_RETRY_SECONDS)
             loop.call_later(delay, lambda: self._try(loop, life, tries - 1, wait))
         else:
             log.warning(
-                "%d datagram sockets of a vsockd that has ended may go on: no process that vsockd "
-                "may look into has them",
+                "%d datagram sockets of a vsockd that has ended may still work: vsockd may not "
+                "look into the processes that have them open",
                 len(left),
             )
 
 
 def socket_name(life: str, address: str, number: int) -> str:
-    """Return the name to bind a program's socket to, in the folder that only vsockd enters."""
+    """Return the name to bind a program's socket to, in the folder that only vsockd can enter."""
     return f"{life}.{address}.{number}"
 
 
 def is_other_life(name: object, life: str) -> bool:
-    """Return whether ``name``, of a program's socket, was given by a vsockd of another life."""
+    """Return whether ``name``, of a program's socket, was chosen by a vsockd of another life."""
     return isinstance(name, str) and bool(_OWN.fullmatch(name)) and not name.startswith(life)
 
 
@@ -107,19 +107,19 @@ def end_sockets(
     """End the datagram sockets with these inodes and names; return those that were not found.
 
     ``nodes`` has O_PATH descriptors of programs' own sockets, where the caller has them; ``likely``
-    has processes to be searched first.
+    has processes to search first.
     """
     left = dict(names)
     for pid in dict.fromkeys((*likely, *processes())):
         if not left:
             break
-        with contextlib.suppress(OSError), opened(pid) as pidfd:  # it has ended, or may not be seen
+        with contextlib.suppress(OSError), opened(pid) as pidfd:  # exited, or not accessible
             for fd, inode in sockets_of(pid):
                 if inode in left:
                     with copied(pidfd, fd) as sock:
-                        if _name(sock) == left[inode]:  # the descriptor may be another by now
+                        if _name(sock) == left[inode]:  # the number may name another socket by now
                             _end(sock, left.pop(inode), (nodes or {}).get(inode))
-                        # What waits in it can hold up the last close for long.
+                        # Descriptors in its unread datagrams can delay the last close.
                         dispose(sock.detach())
     return left
 
@@ -127,8 +127,8 @@ def end_sockets(
 def _find(lives: Iterable[str]) -> dict[int, str]:
     """Return the names of all sockets of ``lives``, by inode.
 
-    Anybody can bind a socket to a name that looks like one of vsockd's, or even like several lines
-    of the kernel's table; so the names are to be checked.
+    Any process can bind a socket to a name that looks like one of vsockd's, or even like several
+    lines of the kernel's table, so the caller must verify the names.
     """
     lives = set(lives)
     found: dict[int, str] = {}
@@ -146,7 +146,7 @@ def _find(lives: Iterable[str]) -> dict[int, str]:
 
 
 def _tables() -> Iterator[str]:
-    """Yield the kernel's lists of unix sockets, one for each network namespace."""
+    """Yield the kernel's tables of unix sockets, one per network namespace."""
     yield "/proc/self/net/unix"
     seen = {os.stat("/proc/self/ns/net").st_ino}
     for pid in processes():
@@ -172,8 +172,8 @@ def _end(sock: _socket.socket, name: str, node: int | None) -> None:
         grave, elsewhere = _socket.socket(AF_UNIX, SOCK_DGRAM), _socket.socket(AF_UNIX, SOCK_DGRAM)
         try:
             elsewhere.bind("")
-            grave.bind(_GRAVE)  # not an abstract name: those are each network namespace's own
-            sock.getsockopt(SOL_SOCKET, SO_ERROR)  # one that waits would be that of the next call
+            grave.bind(_GRAVE)  # not an abstract name, which is local to a network namespace
+            sock.getsockopt(SOL_SOCKET, SO_ERROR)  # clear: the next call would fail with it
             try:
                 sock.connect(_GRAVE)
             finally:
@@ -189,14 +189,17 @@ def _end(sock: _socket.socket, name: str, node: int | None) -> None:
 
 @contextlib.contextmanager
 def _node(sock: _socket.socket, name: str, node: int | None) -> Iterator[str]:
-    """Yield a path to ``sock``.  OSError without CAP_NET_ADMIN and a ``node``."""
+    """Yield a path to ``sock``.
+
+    Raises OSError without ``node`` if vsockd lacks CAP_NET_ADMIN.
+    """
     if node is not None:
         yield f"/proc/self/fd/{node}"
         return
     fd = fcntl.ioctl(sock.fileno(), _SIOCUNIXFILE)
     try:
         path = f"/proc/self/fd/{fd}"
-        # Another file system could be one in user space, which answers when it likes.
+        # A path elsewhere may be on a file system in user space, which can block for long.
         if os.readlink(path) == f"{os.getcwd()}/{name} (deleted)":
             yield path
     finally:

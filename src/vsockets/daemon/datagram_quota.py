@@ -1,9 +1,9 @@
-"""The routes of a party: descriptors of vsockd, and the datagrams that are on their way on them.
+"""The routes of a party: descriptors of vsockd, and the unread datagrams sent over them.
 
-vsockd is not on the way of a datagram, but it has a duplicate of every route (:mod:`.datagrams`)
-and the kernel tells how much was sent on it and not yet received: memory of the host's kernel,
-which a guest may fill.  What it told last is kept with each route, and the sum with all of them, so
-a new route costs the same however many there are.
+vsockd is not on the path of a datagram, but it has a duplicate of every route (:mod:`.datagrams`),
+and the kernel reports how many bytes sent over it are unread.  They are memory of the host's
+kernel, which a guest may fill.  The last reported value is kept with each route, and their sum with
+the party, so the cost of a new route does not depend on their number.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from ..fabric import Denied, Party, Rule
 if TYPE_CHECKING:
     from .datagrams import DatagramSocket
 
-#: Routes that are looked at in one go: some 50 microseconds; and for each new one.
+#: Routes to measure in one step (some 50 microseconds); and for each new route, of the youngest and
+#: of the oldest ones.
 _LOOKS = 64
 _YOUNGEST = 4
 _OLDEST = 8
 
 
 def _most_on_a_route() -> int:
-    """Return the bytes one socket can have on their way, as the kernel counts: twice wmem_max."""
+    """Return the most unread bytes a socket can have, as the kernel accounts: twice wmem_max."""
     try:
         return 2 * int(Path("/proc/sys/net/core/wmem_max").read_text())
     except (OSError, ValueError):
@@ -53,43 +54,43 @@ class Route:
         destination: tuple[int, int],
         inbound: dict[Route, None],
     ) -> None:
-        """``inbound``: all routes to the destination's context; this one becomes one of them."""
+        """Add the route to ``inbound``, the routes to the destination's context."""
         self.sock = sock
         self.sender = sender
         self.destination = destination
         self.inbound = inbound
-        self.queued = 0  #: bytes on their way when it was last looked at
+        self.queued = 0  #: unread bytes at the last measurement
         inbound[self] = None
         sender.routes[destination] = self
         sender.outflow.add(self)
 
     def revoke(self) -> None:
-        """Let nothing be sent on it again, by any process.  Harmless the second time."""
+        """Prevent any process from sending over the route.  Does nothing the second time."""
         if self.inbound.pop(self, self) is None:
             del self.sender.routes[self.destination]
             self.sender.outflow.revoke(self)
 
 
 class DatagramQuota:
-    """The routes of one party."""
+    """The routes of one party and their unread bytes."""
 
     def __init__(self, party: Party, limited: bool) -> None:
-        """``limited``: the party is a guest, whose datagrams on their way are limited."""
+        """Limit unread bytes if ``limited`` is True: the party is a guest."""
         self._party = party
         self._limited = limited
         self._routes: dict[Route, None] = {}  # the oldest first
-        #: revoked, with something on its way yet
+        #: revoked routes with unread bytes
         self._draining: set[Route] = set()
-        #: those that had something on its way when they were last looked at, the longest ago first
+        #: routes with unread bytes at the last measurement, the one measured longest ago first
         self._loaded: dict[Route, None] = {}
-        self._queued = 0  # the sum of theirs
+        self._queued = 0  # sum of the last measured values
 
     def __bool__(self) -> bool:
         return bool(self._routes or self._draining)
 
     @property
     def needs_watching(self) -> bool:
-        """Whether its routes together can hold more than the party may have on its way."""
+        """True if the routes together can hold more unread bytes than the party's limit."""
         return self._limited and self._party.routes * _MOST_ON_A_ROUTE > self._most
 
     @property
@@ -98,17 +99,17 @@ class DatagramQuota:
         return self._party.limits.datagram_bytes
 
     def require_space(self) -> None:
-        """Raise Denied when as much is on its way as may be."""
+        """Raise Denied when the party has reached its limit of unread bytes."""
         if not self.needs_watching:
             return
-        # A program that fills one after the other has filled the youngest just now; for the rest
-        # see :meth:`look`.
+        # A program that fills one route after the other has just filled the youngest ones; for
+        # the others see :meth:`look`.
         for route in list(islice(reversed(self._routes), _YOUNGEST)):
             self._look(route)
         if self._queued > self._most:
             self.settle()
         if self._queued > self._most:
-            reason = f"{self._queued} bytes of datagrams of {self._party.name} wait"
+            reason = f"{self._party.name} has {self._queued} bytes of unread datagrams"
             raise Denied(errno.ENOBUFS, Rule.DATAGRAM_BYTES, reason)
 
     def add(self, route: Route) -> None:
@@ -117,7 +118,7 @@ class DatagramQuota:
         self._party.routes += 1
 
     def revoke(self, route: Route) -> None:
-        """Shut ``route`` down; it is counted until nothing is on its way."""
+        """Shut ``route`` down; it is counted until its datagrams are read."""
         route.sock.shutdown(SHUT_RDWR)
         del self._routes[route]
         self._draining.add(route)
@@ -132,35 +133,35 @@ class DatagramQuota:
             route.revoke()
 
     def give_way(self) -> None:
-        """Close a route, one of the oldest, so that there can be another one.
+        """Close one of the oldest routes, to make space for another one.
 
-        Its program asks for it again when it needs it.  One with something on its way is not
-        closed: it is needed to know when that has been received.
+        Its program requests it again when needed.  A route with unread bytes is not closed: only
+        its duplicate tells when they have been read.
         """
         self.settle()
         for route in list(islice(self._routes, _OLDEST)):
             if not self._party.has_all_routes:
                 return
             if self._limited and queued_on(route.sock):
-                self._routes[route] = self._routes.pop(route)  # the youngest
+                self._routes[route] = self._routes.pop(route)  # move it to the youngest
             else:
                 route.revoke()
 
     def queued(self) -> int:
-        """Return the bytes on their way, as the kernel counts: more than the datagrams have."""
+        """Return the unread bytes, as the kernel accounts them: more than the payload."""
         for _ in self.look():
             pass
         return self._queued
 
     def look(self) -> Iterator[None]:
-        """Find out what is on its way on each route, in pieces."""
+        """Measure every route, in steps."""
         for number, route in enumerate([*self._routes, *self._draining]):
             self._look(route)
             if number % _LOOKS == _LOOKS - 1:
                 yield
 
     def revoke_loaded(self) -> Iterator[None]:
-        """Revoke every route with something on its way, in pieces."""
+        """Revoke every route with unread bytes, in steps."""
         for number, route in enumerate(list(self._loaded)):
             route.revoke()
             if number % _LOOKS == _LOOKS - 1:
@@ -168,23 +169,23 @@ class DatagramQuota:
 
     @property
     def exceeds(self) -> bool:
-        """Whether more is on its way than may be, as far as is known."""
+        """True if the last measured values exceed the party's limit."""
         return self._limited and self._queued > self._most
 
     def settle(self) -> None:
-        """Find out what of that has been received, as far as that is done in one go."""
+        """Measure some of the routes with unread bytes: some of those may have been read."""
         for route in list(islice(self._loaded, _LOOKS)):
             self._look(route)
 
     def close(self) -> None:
-        """Revoke and close all; the party is no more."""
+        """Revoke and close all routes of a party that is removed."""
         self.revoke_all()
         for route in list(self._draining):
             self._close(route)
 
     def _look(self, route: Route) -> None:
         if route.sock.fileno() < 0:
-            return  # it was closed since the piece before
+            return  # it was closed since the previous step
         queued = queued_on(route.sock)
         self._queued += queued - route.queued
         route.queued = queued
@@ -204,7 +205,7 @@ class DatagramQuota:
 
 
 def queued_on(sock: _socket.socket) -> int:
-    """Return the bytes on their way on one route."""
+    """Return the unread bytes sent over one route."""
     answer = array.array("i", [0])
     fcntl.ioctl(sock.fileno(), TIOCOUTQ, answer)
     return answer[0]

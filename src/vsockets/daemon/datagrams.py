@@ -1,18 +1,18 @@
-"""Datagram sockets: whose they are, and the routes between them.
+"""Datagram sockets: their addresses, and the routes between them.
 
-A program's datagram socket is bound here to a name in a folder only vsockd enters, and the
-name is unlinked.  From then on nobody but vsockd can connect anything to that socket.  To
-send, a program gets a *route*: a socket vsockd made, bound to a name that spells the sender's
-address, and connected to the destination.  The receiver reads that name from the kernel with
-each datagram, so the source it sees is the true one, and no datagram passes through vsockd.
+A program's datagram socket is bound to a name in a folder that only vsockd can enter, and the name
+is unlinked.  From then on only vsockd can connect to that socket.  To send, a program gets a
+*route*: a socket that vsockd created, bound to a name that contains the sender's address, and
+connected to the destination.  The receiver gets that name from the kernel with each datagram, so
+the source address cannot be forged, and no datagram passes through vsockd.
 
-vsockd keeps a duplicate of every route: shutting it down takes the route away from the
-program, which a port needs before it can be given to somebody else.
+vsockd keeps a duplicate of every route: by shutting it down, vsockd revokes the route, which is
+required before the sender's port can be assigned to another socket.
 
-The kernel does not tell when a datagram socket is closed, so vsockd looks.  Each new socket pays
-for a look at three others of its party, which keeps those that have been closed to half as many as
-the open ones; a party at its limit, a timer, and a shortage of descriptors have all of them looked
-at, as a chore (:mod:`.chores`).
+The kernel does not report when a datagram socket is closed, so vsockd probes.  Each new socket
+causes probes of three others of its party, which keeps the closed ones to half the number of open
+ones.  A party at its limit, a timer, and a shortage of descriptors cause probes of all of them, as
+deferred work (:mod:`.deferred_work`).
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from .named_sockets import NamedSocket, bind_to_name, cookie_of
 
 @dataclass(slots=True, eq=False)
 class DatagramSocket(NamedSocket):
-    """What vsockd holds of a program's datagram socket: not the socket, only ways to it."""
+    """A program's datagram socket: not the socket itself, only paths to it."""
 
     outflow: DatagramQuota  #: of its party
     routes: dict[tuple[int, int], Route] = field(default_factory=dict)
 
     def close(self) -> None:
-        """Take back every route from this socket."""
+        """Revoke every route from this socket, and close the path to it."""
         for route in list(self.routes.values()):
             route.revoke()
         NamedSocket.close(self)
@@ -62,35 +62,35 @@ class DatagramSocket(NamedSocket):
 
 @dataclass(slots=True, eq=False)
 class _Share:
-    """What one party has."""
+    """The datagram sockets and routes of one party."""
 
     context: Context
     outflow: DatagramQuota
-    #: its sockets, the one longest not looked at first
+    #: its sockets, the one probed longest ago first
     sockets: dict[Endpoint, None] = field(default_factory=dict)
 
 
 class Traffic(NamedTuple):
-    """Bytes of datagrams that were sent and not yet received, as the kernel counts: some more
-    than the datagrams have.  By address.
+    """Bytes of unread datagrams by address, as the kernel accounts them: slightly more than the
+    payload.
     """
 
-    of: Counter[tuple[int, int]]  #: the sender
-    to: Counter[tuple[int, int]]  #: the receiver
+    of: Counter[tuple[int, int]]  #: by sender
+    to: Counter[tuple[int, int]]  #: by receiver
 
 
 class Datagrams:
-    """All datagram sockets.  The current directory must be the folder only vsockd enters."""
+    """All datagram sockets.  The current directory must be the folder only vsockd can enter."""
 
     def __init__(self, loop: EventLoop, fabric: Fabric, chores: Chores) -> None:
-        #: part of the name of each socket bound here
+        #: part of the name of each socket bound by this vsockd
         self.life = f"{secrets.randbits(64):016x}"
         self._loop = loop
         self._fabric = fabric
         self._chores = chores
         self._shares: dict[Party, _Share] = {}
         self._inbound: dict[Context, dict[Route, None]] = {}
-        #: whose routes can hold more than it may have on its way
+        #: parties whose routes can hold more unread bytes than their limit
         self._watched: set[Party] = set()
         self._by_cookie: dict[int, Endpoint] = {}
         self._sweep_delay: float | None = None  # None: no timer is set
@@ -100,7 +100,10 @@ class Datagrams:
         return len(self._by_cookie)
 
     def adopt(self, endpoint: Endpoint, sock: _socket.socket) -> None:
-        """Make ``sock`` the socket of ``endpoint``; Refused with EINVAL if it has a name."""
+        """Make ``sock`` the socket of ``endpoint``.
+
+        Raises Refused with EINVAL if the socket is bound to a name already.
+        """
         assert endpoint.party is not None
         share = self._share(endpoint.party, endpoint.context)
         self._look(share, DAEMON_PROBES_PER_BIND)
@@ -113,31 +116,31 @@ class Datagrams:
         self._sweep_later()
 
     def catch_all(self, context: Context, sock: _socket.socket) -> DatagramSocket:
-        """Ways to a socket that serves every port of ``context`` that has none of its own."""
+        """Return a socket to receive datagrams to each port of ``context`` without its own."""
         share = self._share(context.party_of(context.owner), context)
         return self._name(sock, f"{context.cid}.all", share.outflow)
 
     def find(self, context: Context, cookie: int) -> Endpoint | None:
-        """The endpoint of a socket of ``context``, by the kernel's cookie for it."""
+        """Return the endpoint of a socket of ``context``, by its SO_COOKIE, if known."""
         endpoint = self._by_cookie.get(cookie)
         return endpoint if endpoint is not None and endpoint.context is context else None
 
     def find_socket(self, context: Context, sock: _socket.socket) -> Endpoint | None:
         """Return the endpoint of ``sock``, if it has one.
 
-        Refused with ENETDOWN for a socket of a vsockd that has ended.
+        Raises Refused with ENETDOWN for a socket of a vsockd that has ended.
         """
         endpoint = self.find(context, cookie_of(sock))
         if endpoint is None and is_other_life(sock.getsockname(), self.life):
-            reason = "the datagram socket is of a vsockd that has ended: open another one"
+            reason = "the datagram socket belongs to a vsockd that has ended: open another one"
             raise Refused(errno.ENETDOWN, reason)
         return endpoint
 
     def route(self, source: Endpoint, destination: Endpoint) -> Route:
-        """Make a socket that sends from ``source`` to ``destination``.
+        """Create a socket that sends from ``source`` to ``destination``.
 
-        Refused with ECONNREFUSED (the destination was closed just now) or ENOBUFS (a limit of the
-        party, or a shortage).
+        Raises Refused with ECONNREFUSED (the destination has just been closed) or ENOBUFS (a limit
+        of the party, or a shortage).
         """
         sender = _socket_of(source)
         assert source.party is not None
@@ -150,11 +153,11 @@ class Datagrams:
             source.party.require_route()
         sock = _socket.socket(AF_UNIX, SOCK_DGRAM)
         try:
-            # At random, because abstract names are everybody's in a network namespace: other
-            # fabrics must not meet ours, and nobody may take our names before us.
+            # With random bits, because all processes of a network namespace share abstract names:
+            # other fabrics must not collide with these, and no process may take them first.
             port = destination.port if destination.undecided else None
             sock.bind(encode_source(source.address, self.life, secrets.randbits(64), port))
-            sock.shutdown(SHUT_RD)  # whoever learns the name sends nothing to it
+            sock.shutdown(SHUT_RD)  # a process that learns the name cannot send to it
             _socket_of(destination).connect(sock)
         except OSError as error:
             sock.close()
@@ -162,7 +165,7 @@ class Datagrams:
                 raise
             if not destination.undecided:
                 self.release(destination)
-            raise Refused(errno.ECONNREFUSED, "the datagram socket has just gone") from None
+            raise Refused(errno.ECONNREFUSED, "the datagram socket was just closed") from None
         if len(sender.routes) >= DATAGRAM_ROUTES_MAX:
             next(iter(sender.routes.values())).revoke()
         inbound = self._inbound.setdefault(destination.context, {})
@@ -171,20 +174,20 @@ class Datagrams:
         return route
 
     def silence(self, context: Context) -> None:
-        """Take back every route to and from ``context``: each must be asked for again."""
+        """Revoke every route to and from ``context``; programs must request each one again."""
         for route in list(self._inbound.get(context, ())):
             route.revoke()
         for share in self._of(context):
             share.outflow.revoke_all()
 
     def queued(self, context: Context) -> int:
-        """Return the bytes that ``context`` has on their way: see :meth:`.Outflow.queued`."""
+        """Return the unread bytes sent by ``context``: see :meth:`.DatagramQuota.queued`."""
         return sum(share.outflow.queued() for share in self._of(context))
 
     # Limits
 
     def look_some(self, party: Party) -> None:
-        """Release some of the sockets and routes that ``party`` has closed; the rest as a chore."""
+        """Release some sockets and routes that ``party`` has closed; the rest as deferred work."""
         share = self._shares.get(party)
         if share is not None:
             share.outflow.settle()
@@ -192,11 +195,11 @@ class Datagrams:
             self._chores.start(("datagram sockets", party), self._sweep(share))
 
     def look_through_all(self) -> None:
-        """As a chore: release all sockets and routes that have been closed."""
+        """Release all sockets and routes that have been closed, as deferred work."""
         self._chores.start("datagram sockets", self._sweep_in_pieces())
 
     def traffic(self) -> Traffic:
-        """What is on its way, by who sent it and to whom."""
+        """Return the unread bytes by sender and by receiver."""
         traffic = Traffic(Counter(), Counter())
         for endpoint in self._by_cookie.values():
             for destination, route in _socket_of(endpoint).routes.items():
@@ -206,7 +209,7 @@ class Datagrams:
         return traffic
 
     def close_context(self, context: Context) -> None:
-        """Release every socket of ``context``, and all that it has on its way."""
+        """Release every socket of ``context`` and all of its routes."""
         for endpoint in list(context.datagrams.values()):
             self.release(endpoint)
         self.silence(context)
@@ -218,7 +221,7 @@ class Datagrams:
             self._watched.discard(party)
 
     def close(self) -> None:
-        """End every socket: vsockd ends, and its routes are not to outlive it."""
+        """End every socket: vsockd stops, and its routes must not outlive it."""
         names: dict[int, str] = {}
         nodes: dict[int, int] = {}
         owners: set[int] = set()
@@ -236,14 +239,14 @@ class Datagrams:
             yield from self._sweep(share)
 
     def is_open(self, endpoint: Endpoint) -> bool:
-        """Return whether the program's socket is open; if not, it is released."""
+        """Return whether the program's socket is open; release it if it is not."""
         if _socket_of(endpoint).is_open():
             return True
         self.release(endpoint)
         return False
 
     def release(self, endpoint: Endpoint) -> None:
-        """The socket is gone: its port is free, and nothing can be sent from it."""
+        """Release the port of a closed socket, and revoke its routes."""
         assert endpoint.party is not None
         del self._by_cookie[endpoint.cookie]
         share = self._shares.get(endpoint.party)
@@ -253,12 +256,12 @@ class Datagrams:
         self._fabric.unbind(endpoint)
 
     def sweep(self) -> None:
-        """Release every socket that is gone."""
+        """Release every socket that has been closed."""
         for _ in self._sweep_in_pieces():
             pass
 
     def _sweep(self, share: _Share) -> Iterator[None]:
-        """Release every socket and route of one party that is gone, in pieces."""
+        """Release the closed sockets and routes of one party, in steps."""
         left = len(share.sockets)
         while left > 0:
             self._look(share, min(left, DAEMON_PROBES_PER_STEP))
@@ -271,7 +274,7 @@ class Datagrams:
                     del self._shares[party]
 
     def _look(self, share: _Share, number: int) -> None:
-        """Look at ``number`` sockets of a party, those longest not looked at."""
+        """Probe ``number`` sockets of a party, those probed longest ago."""
         for endpoint in list(islice(share.sockets, number)):
             if self.is_open(endpoint):
                 share.sockets[endpoint] = share.sockets.pop(endpoint)
@@ -296,7 +299,7 @@ class Datagrams:
     # Timers
 
     def _sweep_later(self) -> None:
-        """Look through all sockets some time after the last bind, whether anybody asks or not."""
+        """Probe all sockets some time after the last bind, even without further requests."""
         if self._sweep_delay is None:
             self._loop.call_later(DAEMON_SWEEP_FIRST_SECONDS, self._sweep_all)
         self._sweep_delay = DAEMON_SWEEP_FIRST_SECONDS
@@ -311,7 +314,7 @@ class Datagrams:
             self._sweep_delay = None
 
     def _watch_outflow(self, party: Party) -> None:
-        # Routes may be filled after they were given out.
+        # Programs may fill routes after they were created.
         if party not in self._watched and self._shares[party].outflow.needs_watching:
             if not self._watched:
                 self._loop.call_later(DATAGRAM_QUOTA_CHECK_SECONDS, self._enforce_all)
@@ -329,7 +332,7 @@ class Datagrams:
 
     @staticmethod
     def _enforce(share: _Share) -> Iterator[None]:
-        """Revoke the routes of a party with too much on its way, in pieces."""
+        """Revoke the routes of a party with too many unread bytes, in steps."""
         yield from share.outflow.look()
         if share.outflow.exceeds:
             share.context.counts.denials[Rule.DATAGRAM_BYTES] += 1

@@ -1,10 +1,10 @@
-"""Work that can wait, done in pieces between requests.
+"""Deferred work, done in steps between requests.
 
-What clients hold without telling vsockd when they let go of it must be looked for, and one client
-can make that thousands of things.  So each such search is a *chore*: an iterator that does a little
-before each ``yield``.  One piece is done in a turn of the loop, chores take turns, and all together
-get a quarter of vsockd's time at most: what one party has to be searched for never makes another
-wait longer than one piece takes.
+Clients do not report when they close what vsockd counts for them, so vsockd has to search, and one
+client can hold thousands of items.  Each search is a *chore*: an iterator that does a little work
+before each ``yield``.  One step is done per turn of the loop, chores take turns, and all of them
+together get at most a quarter of vsockd's time: searching for one party never makes another wait
+longer than one step takes.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from ..eventloop.loop import EventLoop
 
 log = logging.getLogger(__name__)
 
-#: How long a piece may take is for each chore to keep to; this is how much longer the pause after
-#: it is, and how long it is at least, in seconds.
+#: Each chore bounds the duration of its steps.  The pause after a step is this many times its
+#: duration, and at least this many seconds.
 _PAUSE_FACTOR = 3
 _PAUSE = 0.001
 
 
 class Chores:
-    """The chores that have not ended, by what they are for."""
+    """The chores in progress, by purpose."""
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
-        #: the one whose turn is next comes first
+        #: the chore whose turn is next comes first
         self._under_way: dict[Hashable, Iterator[None]] = {}
         self._scheduled = False
 
     def start(self, key: Hashable, chore: Iterator[None]) -> None:
-        """Do ``chore`` unless one for ``key`` is under way."""
+        """Start ``chore`` unless one for ``key`` is in progress."""
         if key in self._under_way:
             return
         self._under_way[key] = chore
@@ -54,7 +54,7 @@ class Chores:
         except StopIteration:
             pass
         except Exception:
-            log.exception("a search for what clients no longer hold has failed")
+            log.exception("deferred work failed: closed sockets may still be counted")
         else:
             self._under_way[key] = chore
         if self._under_way:

@@ -1,7 +1,7 @@
-"""Captures of what passes a virtual machine's device, on request of who may.
+"""Capture of the traffic at a virtual machine's device, for clients that may capture.
 
-vsockd joins the two and is out of it: it makes a pair of sockets, and gives one to the device and
-the other to the program that asked.
+vsockd connects the two sides and keeps neither: it creates a socket pair, and sends one end to the
+device and the other to the client.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _SO_SNDBUFFORCE = 32
 
 
 def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socket:
-    """What the program that asked gets: records arrive on it (:mod:`vsockets.protocol.vsockmon`).
+    """Return the socket on which the client receives records (:mod:`.protocol.vsockmon`).
 
-    Refused with EACCES (it may not), ENOENT (no such context), ENOTSUP (it has no device) or
-    ENOBUFS (the device has too much to do).
+    Raises Refused with EACCES (the client may not capture), ENOENT (no such context), ENOTSUP (it
+    has no device) or ENOBUFS (the device's link is full).
     """
     policy.require_capture(channel.context, channel.asker, fabric.settings)
     context = fabric.contexts.require(request.peer_cid)
@@ -36,11 +36,11 @@ def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socke
     with ours:
         try:
             ours.setsockopt(SOL_SOCKET, SO_SNDBUF, CAPTURE_BUFFER_MAX_BYTES)
-            with contextlib.suppress(PermissionError):  # above the kernel's limit for users
+            with contextlib.suppress(PermissionError):  # above net.core.wmem_max
                 ours.setsockopt(SOL_SOCKET, _SO_SNDBUFFORCE, CAPTURE_BUFFER_MAX_BYTES)
             limit = min(request.size, CAPTURE_PAYLOAD_MAX_BYTES)
             context.kernel.streams.send_tap(ours.fileno(), limit, request.peer_port)
         except OSError:
             theirs.close()
-            raise Refused(errno.ENOBUFS, "the device has too much to do") from None
+            raise Refused(errno.ENOBUFS, "the device's link is full") from None
     return theirs

@@ -1,16 +1,18 @@
-"""Devices: how a virtual machine's kernel is part of the fabric.
+"""Devices: how the sockets of a virtual machine's kernel take part in the fabric.
 
-A process guest's sockets are known here.  A virtual machine's are known to its kernel, which a
-device speaks for: a process that an administrator attached to the context (``context.device``).
-It has one connection to vsockd, its link.  Over it the device sends descriptors, each a new
-channel as if it had come in through the context's control socket, but for one thing: the ports
-it connects from and binds are the guest's kernel's choice, who has minded the reserved ones.
+vsockd knows a process guest's sockets.  A virtual machine's sockets are known to its kernel, which
+is represented by a device: a process that an administrator attached to the context
+(``context.device``).  The device has one connection to vsockd, its link.  It sends descriptors over
+the link; each becomes a new channel, as if it had been accepted on the context's control socket,
+except that the guest's kernel has chosen the ports that it binds or connects from, and has checked
+the privilege for reserved ones.
 
-A descriptor may also come with its request.  Then it is a connection whose other end knows nothing
-of vsockd, and which is a stream already: it is handed on or closed, and no word is said on it.
+A descriptor may come together with its request.  It is then a connection whose other end does not
+use vsockd's protocol, and is already the stream: vsockd hands it off or closes it, and never writes
+to it.
 
-The other way come offers (:mod:`.offers`), and, if the device asked for it, which ports of the host
-its guest can connect to (:mod:`.host_ports`).
+In the other direction vsockd sends pending connections (:mod:`.pending_connects`), and, if the
+device asked for it, the ports of the host that its guest can connect to (:mod:`.host_ports`).
 """
 
 from __future__ import annotations
@@ -56,13 +58,13 @@ _KINDS = {SOCK_STREAM: EndpointKind.STREAM, SOCK_SEQPACKET: EndpointKind.SEQPACK
 
 
 class DeviceChannel(Channel):
-    """A channel that came over a link."""
+    """A channel whose descriptor came over a device's link."""
 
     is_kernel = True
     asks_once = True
 
     def read(self) -> bytes:
-        # Whoever writes on it: the device has no rights by its processes.
+        """Return the next request, without its writer: a device's processes lend it no rights."""
         try:
             return self.sock.recv(
                 REQUEST_SIZE, LOOK if self.kind is EndpointKind.SEQPACKET else TAKE
@@ -71,27 +73,30 @@ class DeviceChannel(Channel):
             return b""
 
     def has_capability(self, capability: int) -> bool:
+        """Return whether the capability is for reserved ports, which the guest has checked."""
         return capability == CAP_NET_BIND_SERVICE
 
     def matches(self, grant: Grant) -> bool:
+        """Return False: grants are for programs of the host."""
         return False
 
 
 class HandoffChannel(DeviceChannel):
-    """A connection that came with its request, and is told nothing."""
+    """A connection that came with its request, and to which vsockd never replies."""
 
     request = b""
 
     def read(self) -> bytes:
+        """Return the request that came with the descriptor, once."""
         request, self.request = self.request, b""
         return request
 
     def send(self, record: bytes) -> None:
-        """It says by itself whether it goes on."""
+        """Discard the record: the device replies on the connection itself."""
 
 
 class DeviceLink(HandoffLink):
-    """One device, and its link."""
+    """A device's link to vsockd."""
 
     def __init__(
         self,
@@ -103,12 +108,15 @@ class DeviceLink(HandoffLink):
         seqpacket: bool,
         host_ports: bool,
     ) -> None:
-        """``seqpacket``: whether the guest has such sockets.  ``host_ports``: whether the device
-        is told of the host's listening ports.
+        """Attach a device to ``context``.
 
-        Refused with EINVAL (not a guest), EBUSY (it has a device)."""
+        ``seqpacket``: the guest supports SOCK_SEQPACKET.  ``host_ports``: report the host's
+        listening ports to the device.
+
+        Raises Refused with EINVAL (not a guest) or EBUSY (the guest has a device).
+        """
         if not context.is_guest:
-            raise Refused(errno.EINVAL, f"context {context.cid} is no virtual machine")
+            raise Refused(errno.EINVAL, f"context {context.cid} is not a virtual machine")
         if context.kernel is not None:
             raise Refused(errno.EBUSY, f"context {context.cid} has a device")
         super().__init__(loop, broker, context, link)
@@ -121,9 +129,9 @@ class DeviceLink(HandoffLink):
             self._host_ports = HostPorts(loop, broker.fabric, context, kernel, link)
 
     def close(self) -> None:
-        """The guest's kernel is not part of the fabric any more."""
+        """Detach the device: its guest's ports cannot be reached any longer."""
         if self._context.kernel is not None and self._context.kernel.streams is self:
-            log.info("the device of context %d has gone", self._context.cid)
+            log.info("the device of context %d is detached", self._context.cid)
             self._context.kernel = None
             if self._host_ports is not None:
                 self._host_ports.close()
@@ -132,12 +140,12 @@ class DeviceLink(HandoffLink):
                 self._datagrams.close()
 
     def refresh(self) -> None:
-        """The guest's state, or what it may, has changed."""
+        """Report the host's ports again after a change of the guest's state or isolation."""
         if self._host_ports is not None:
             self._host_ports.refresh()
 
     def catches(self, datagrams: DatagramSocket) -> None:
-        """Where datagrams to the guest go."""
+        """Set the socket that receives datagrams to the guest's ports."""
         if self._datagrams is not None:
             self._datagrams.close()
         self._datagrams = datagrams
@@ -145,13 +153,18 @@ class DeviceLink(HandoffLink):
         self._context.kernel = replace(self._context.kernel, datagrams=datagrams)
 
     def send_tap(self, fd: int, limit: int, port: int) -> None:
-        """Have what passes sent to ``fd`` (:mod:`vsockets.devices.capture`).  OSError when the
-        device has too much to do."""
+        """Send ``fd`` to the device, which writes captured records to it.
+
+        Raises OSError when the link is full.
+        """
         record = Record(0, 0, self._context.cid, port, role=Role.TAP, size=limit).encode()
         send_descriptor(self._sock, record, fd)
 
     def send_size(self, own: tuple[int, int], peer: tuple[int, int], size: int) -> None:
-        """Tell of the buffer that ``peer`` has for what the guest sends from ``own``.  OSError."""
+        """Report the size of the receive buffer that ``peer`` has for the guest's address ``own``.
+
+        Raises OSError when the link is full.
+        """
         record = Record(0, 0, *own, *peer, Role.BUFFER, size=size).encode()
         self._sock.send(record, MSG_DONTWAIT | MSG_NOSIGNAL)
 
@@ -172,7 +185,7 @@ class DeviceLink(HandoffLink):
             self._give_up(sock.detach())
             return
         if kind is EndpointKind.STREAM:
-            refuse(sock)  # what is sent to the program that it will be handed to
+            refuse(sock)  # descriptors sent to the program that the socket will be handed to
         arguments = sock, self._context, kind, self._credentials
         if len(data) < REQUEST_SIZE:
             self._broker.take(DeviceChannel(*arguments))

@@ -1,18 +1,19 @@
-"""Ending a stream whoever holds it, without its holder's help.
+"""Disconnect streams without the help of the processes that have them open.
 
-vsockd holds no descriptor of a stream it brokered.  To end one it looks for a process that
-does (``/proc/PID/fd`` names sockets by inode), takes a copy of the descriptor
-(``pidfd_getfd(2)``) and shuts the socket down in both directions: the kernel tells both ends,
-whatever programs they are in by then, and a stopped or stuck program is no obstacle.
+vsockd has no descriptor of a stream it brokered.  To disconnect one it finds a process that has one
+(``/proc/PID/fd`` names sockets by inode), duplicates the descriptor (``pidfd_getfd(2)``) and shuts
+the socket down in both directions.  The kernel then reports the end to both sides, in any
+process, even one that is stopped or stuck.
 
-Shutting one end down is enough.  The accepting end is looked for first, because vsockd knows
-its inode (:mod:`.stream_liveness`).  While it waits to be accepted it is in no process, and the
+Shutting down one end is enough.  The accepting end is searched for first, because vsockd knows its
+inode (:mod:`.stream_liveness`).  While it waits to be accepted it is in no process, and the
 connecting end is found by its cookie in the process that connected.
 
-The kernel allows it to root, and to a user for his own programs unless Yama restricts ptrace.
+The kernel allows this to root, and to a user for the user's own processes unless Yama restricts
+ptrace.
 
-Processes have as many descriptors as they like, and there are as many processes.  So the search is
-given up after some time and goes on as a chore (:mod:`.deferred_work`).
+Processes may have any number of descriptors, and there may be any number of processes.  So the
+search stops after some time and continues as deferred work (:mod:`.deferred_work`).
 """
 
 from __future__ import annotations
@@ -38,27 +39,26 @@ from .stream_liveness import Group
 
 log = logging.getLogger(__name__)
 
-#: Descriptors that are looked at in one piece: some 200 microseconds.  A process takes as long to
-#: open as so many.
+#: Descriptors to look at in one step: some 200 microseconds.  Opening a process takes as long as
+#: looking at _PROCESS descriptors.
 _DESCRIPTORS = 64
 _PROCESS = 8
 
 
 class Disconnector:
-    """The streams that must end and have not yet."""
+    """The streams that must end and have not ended yet."""
 
     def __init__(self, loop: EventLoop, chores: Chores) -> None:
         self._loop = loop
         self._chores = chores
         self._doomed: dict[int, Connection] = {}
-        self._delay: float | None = None  # until the next try; None: there is none
-        self._looked = 0  # at so many descriptors since the last piece
+        self._delay: float | None = None  # until the next try; None: no try is scheduled
+        self._looked = 0  # descriptors looked at since the last step
 
     def cut(self, connections: Iterable[Connection]) -> list[Connection]:
-        """End ``connections``, now; returns those that could not be.
+        """Disconnect ``connections`` now; return those that could not be disconnected yet.
 
-        Those are tried again until they have ended by themselves: one of them may be on its
-        way from one process to another just now.
+        vsockd retries those until they have ended: one may be in transit between two processes.
         """
         for connection in connections:
             self._doomed[connection.number] = connection
@@ -83,7 +83,7 @@ class Disconnector:
             self._loop.call_later(self._delay, self._try_again)
 
     def _try(self) -> Iterator[None]:
-        """Search all processes, in pieces."""
+        """Search all processes, in steps."""
         groups = {one.watch for one in self._doomed.values() if isinstance(one.watch, Group)}
         present: dict[int, int] = {}
         for group in groups:
@@ -100,7 +100,7 @@ class Disconnector:
             except PermissionError:
                 refused.add(pid)
             except OSError:
-                pass  # it has gone, or is no process
+                pass  # the process has exited, or vsockd may not look into it
             if not by_inode:
                 return
         for pid, cookies in self._unaccepted().items():
@@ -109,8 +109,8 @@ class Disconnector:
         if self._doomed:
             one = next(iter(self._doomed.values()))
             log.debug(
-                "%d streams, as %s to %s, are in no process, or in one of %s that vsockd may not "
-                "touch",
+                "%d streams, such as %s to %s, are in no process, or in one of %s, which vsockd "
+                "may not look into",
                 len(self._doomed),
                 one.local,
                 one.peer,
@@ -124,13 +124,13 @@ class Disconnector:
         yield from (pid for pid in processes() if pid not in likely)
 
     def _search(self, pid: int, by_inode: dict[int, int]) -> Iterator[None]:
-        """Shut down every accepting end in ``by_inode`` that process ``pid`` has."""
+        """Shut down the accepting ends in ``by_inode`` that process ``pid`` has open."""
         with opened(pid) as pidfd:
             looked = _PROCESS
             for fd, inode in sockets_of(pid):
                 if inode in by_inode:
                     with copied(pidfd, fd) as sock:
-                        if os.fstat(sock.fileno()).st_ino == inode:  # the number is still its
+                        if os.fstat(sock.fileno()).st_ino == inode:  # fd may name another by now
                             sock.shutdown(SHUT_RDWR)
                             self._doomed.pop(by_inode.pop(inode), None)
                 looked += 1
@@ -143,7 +143,7 @@ class Disconnector:
             yield
 
     def _unaccepted(self) -> dict[int, dict[int, int]]:
-        """By connecting process: the numbers of the streams left, by their sockets' cookies."""
+        """Return the remaining streams' numbers by cookie, for each connecting process."""
         found: dict[int, dict[int, int]] = {}
         for connection in self._doomed.values():
             if connection.cookie and connection.owner.pid > 0:
@@ -151,7 +151,7 @@ class Disconnector:
         return found
 
     def _search_connecting(self, pid: int, cookies: dict[int, int]) -> Iterator[None]:
-        """Shut down every connecting end in ``cookies`` that process ``pid`` has."""
+        """Shut down the connecting ends in ``cookies`` that process ``pid`` has open."""
         with opened(pid) as pidfd:
             for number, (fd, inode) in enumerate(sockets_of(pid), 1):
                 if inode:

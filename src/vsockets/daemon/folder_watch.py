@@ -1,4 +1,4 @@
-"""Notice that the state folder, or what programs need in it, was removed or replaced."""
+"""Detect that the state folder, or a file that programs need in it, was removed or replaced."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _MOST = 65_536
 
 
 class FolderWatch:
-    """Calls ``changed`` when ``folder`` was moved or removed, or one of ``names`` in it.
+    """Calls ``changed`` when ``folder``, or one of ``names`` in it, was moved or removed.
 
-    Raises OSError.
+    Raises OSError when it cannot watch.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class FolderWatch:
         loop.watch(self._fd, self._ready)
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._loop.unwatch(self._fd)
         os.close(self._fd)
 

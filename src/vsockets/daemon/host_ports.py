@@ -1,7 +1,7 @@
-"""Which ports of the host a guest can connect to, told to its device as they come and go.
+"""Report to a device which ports of the host its guest can connect to, and each change.
 
-For a device that must make something for each of them: hybrid vsock's are unix sockets.  What the
-guest may is decided when it connects, all the same.
+For a device that creates something per port: hybrid vsock's creates unix sockets.  The guest's
+rights are checked again when it connects.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 
 
 class HostPorts:
-    """Speaks on a device's link.  A port is looked up when there is room to tell of it: so who
-    reads slowly is told less, and never what is no longer so.
+    """Reports over a device's link.  A port's state is looked up when the link has space for the
+    report: a device that reads slowly gets fewer reports, and never outdated ones.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class HostPorts:
         program: Program,
         link: _socket.socket,
     ) -> None:
-        """``program``: who the guest's connects come from."""
+        """Report the ports that ``program``, the client of the guest's connects, can reach."""
         self._loop = loop
         self._fabric = fabric
         self._guest = guest
@@ -44,11 +44,11 @@ class HostPorts:
         self.refresh()
 
     def close(self) -> None:
-        """Tell nothing any more; before the link is closed."""
+        """Stop reporting; call it before the link is closed."""
         self._fabric.watchers.remove(self._changed)
 
     def refresh(self) -> None:
-        """The guest's state, or what it may, has changed."""
+        """Check all ports again after a change of the guest's state or isolation."""
         host = self._fabric.contexts.host
         listening = [
             holder.port
@@ -63,7 +63,7 @@ class HostPorts:
         self.tell()
 
     def tell(self) -> None:
-        """Tell what there is room for now, and be called again when there is more."""
+        """Send reports until the link is full; continue when it has space again."""
         while self._doubtful:
             port = next(iter(self._doubtful))
             there = self._is_reached(port)
@@ -74,7 +74,7 @@ class HostPorts:
                 except BlockingIOError:
                     break
                 except OSError:
-                    return  # it has gone; reading from it will say so
+                    return  # closed; the link's reader notices
                 self._told ^= {port}
             del self._doubtful[port]
         if self._waits != bool(self._doubtful):

@@ -1,9 +1,10 @@
-"""Hybrid vsock's server side: a guest's ports behind a unix socket, for tools that know that.
+"""Hybrid vsock, server side: a guest's ports behind a unix socket, for tools that support it.
 
-Who connects to it is a program of the host like any other, and says which port he wants; a stream
-so made is one of the fabric's, and vsockd is out of it.  The other way, a guest that connects to a
-port of the host where no program of the fabric listens, comes to the unix socket of that port, if
-there is one.  Its program's socket leads to vsockd already, so another process joins the two.
+A client of the socket is a program of the host like any other, and names the guest's port in a
+CONNECT line; the stream is one of the fabric's, and its bytes do not pass through vsockd.  In the
+other direction, a guest that connects to a port of the host without a listener of the fabric is
+connected to the unix socket of that port, if it exists.  Since the guest program's socket is
+connected to vsockd already, a relay process copies between the two.
 """
 
 from __future__ import annotations
@@ -44,24 +45,24 @@ _TAKE = int(MSG_DONTWAIT)
 
 
 class HybridChannel(Channel):
-    """A program of the host that speaks the handshake instead of the wire protocol."""
+    """A program of the host that uses the hybrid handshake instead of vsockd's protocol."""
 
     asks_once = True
     offer_flags = int(RequestFlag.OK_LINE)
 
     def __init__(self, sock: _socket.socket, host: Context, cid: int) -> None:
-        """``cid``: whose ports it can ask for."""
+        """Serve a client that may connect to ports of the guest with ``cid``."""
         super().__init__(sock, host, EndpointKind.STREAM, peer_credentials(sock))
         self._cid = cid
         self._line = Connect()
 
     def read(self) -> bytes:
-        """The line, as the request that it is; no bytes when it is none."""
+        """Return the CONNECT line as a request; no bytes when it is invalid."""
         line, sock = self._line, self.sock
         if line.port is not None:
             return b""
         try:
-            # Only the line is taken: what follows it is for the guest.
+            # Only the line is read: what follows it is for the guest.
             while line.port is None:
                 sock.recv(line.take(sock.recv(HYBRID_LINE_MAX_BYTES, _LOOK)), _TAKE)
         except BlockingIOError:
@@ -74,21 +75,24 @@ class HybridChannel(Channel):
         return Request(Op.CONNECT, 0, 0, 0, *wanted, 0, *BufferSizes()).encode()
 
     def send(self, record: bytes) -> None:
-        """Say OK, or nothing: then it is closed."""
+        """Send the OK line for an accepted connection; a refused one is closed without a reply."""
         answer = Record.decode(record)
         if not answer.status:
             super().send(ok_line(answer.local_port))
 
 
 class HybridListener:
-    """The unix socket ``path`` of a guest, for its owner's programs, and what is beside it.
+    """The unix socket at ``path`` for a guest's ports, used by programs of the guest's owner.
 
-    Where other users than vsockd's can change the folder, as the owner usually can, it is made and
-    removed with the owner's rights alone.
+    Where another user can change the folder, as the owner usually can, the socket is created and
+    removed with the owner's rights only.
     """
 
     def __init__(self, loop: EventLoop, broker: Broker, context: Context, path: Path) -> None:
-        """OSError when it cannot be."""
+        """Create the socket and accept connections.
+
+        Raises OSError when it cannot be created.
+        """
         self._loop = loop
         self._broker = broker
         self._context = context
@@ -118,7 +122,7 @@ class HybridListener:
         context.beyond = self._find
 
     def close(self) -> None:
-        """Let nobody in any more, and remove it."""
+        """Stop accepting connections and remove the socket."""
         self._context.beyond = None
         self._acceptor.close()
         with contextlib.suppress(OSError), self._with_rights():
@@ -134,10 +138,10 @@ class HybridListener:
         sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
         self._broker.take(HybridChannel(sock, self._host, self._context.cid))
 
-    # Where nobody of the fabric listens
+    # Ports of the host without a listener of the fabric
 
     def _find(self, kind: EndpointKind, port: int) -> Endpoint | None:
-        """The endpoint that the unix socket of the host's ``port`` is, if there is one."""
+        """Return an endpoint for the unix socket of the host's ``port``, if it exists."""
         if kind is not EndpointKind.STREAM:
             return None
         try:
@@ -145,7 +149,7 @@ class HybridListener:
             found = os.stat(name, dir_fd=self._file.folder, follow_symlinks=False)
         except OSError:
             return None
-        # Somebody else's may be there where everybody may make files, and a link leads anywhere.
+        # In a world-writable folder it may be another user's, and a link may lead anywhere.
         if not stat.S_ISSOCK(found.st_mode) or found.st_uid not in (self._context.owner, 0):
             return None
         if self._relay is None or not self._relay.is_open:
@@ -165,11 +169,11 @@ class HybridListener:
 
 
 class _Relay(HandoffLink):
-    """The process that connects there (:mod:`vsockets.devices.hybrid.relay`)."""
+    """The relay process that connects to such unix sockets."""
 
     def __init__(self, loop: EventLoop, broker: Broker, file: SocketFile, user: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # -P: nothing is loaded from a folder that happens to be the current one.
+        # -P: no module is loaded from the current directory.
         command = [sys.executable, "-P", "-m", "vsockets.devices.hybrid.relay"]
         command += [file.name, str(file.folder), str(user)]
         try:

@@ -1,7 +1,7 @@
-"""Remember which guests are isolated, so that a crash of vsockd makes none of them less so.
+"""Record which guests are isolated, so that a crash of vsockd does not weaken their isolation.
 
-Guests that were added while vsockd ran are forgotten with it.  If the next one with such a CID
-says nothing of a profile, it is ``restricted`` as the one before.
+Guests that were added at run time are lost in a crash.  If the next guest with such a CID is added
+without a profile, it is ``restricted`` as the previous one was.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _RESTRICTED = Isolation(Profile.RESTRICTED)
 
 
 class IsolatedGuests:
-    """The CIDs in ``file``: those of earlier vsockds, and those of now."""
+    """The CIDs recorded in ``file``, by this vsockd and those before it."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        #: CIDs of guests that were restricted when vsockd crashed
+        #: CIDs of guests that were restricted when an earlier vsockd crashed
         self.before: set[int] = set()
         try:
             self._written = file.read_text()
@@ -28,11 +28,11 @@ class IsolatedGuests:
             self._written = ""
 
     def isolation(self, cid: int) -> Isolation:
-        """Return the isolation of a new guest that says nothing of it."""
+        """Return the isolation of a new guest that is added without a profile."""
         return _RESTRICTED if cid in self.before else Isolation()
 
     def record(self, contexts: Iterable[Context]) -> None:
-        """Write down who is isolated now.  OSError."""
+        """Record the guests that are isolated now.  Raises OSError."""
         now = {context.cid for context in contexts if context.isolation == _RESTRICTED}
         text = "\n".join(map(str, sorted(now | self.before)))
         if text != self._written:

@@ -1,13 +1,14 @@
-"""Listening sockets: connections that wait to be accepted, and how a program learns of them.
+"""Listening sockets: their backlogs, and how connections are announced to programs.
 
-A socket of the library is connected to vsockd.  vsockd writes a record for each connection on it,
+A socket of the library is connected to vsockd.  vsockd sends a record for each connection over it,
 with the descriptor (:class:`AnnouncedListener`).
 
-Of a socket of an unmodified program nothing may be read that is not a connection's, and nothing
-written to it may come to vsockd.  So it is a listening unix socket, which vsockd reaches by a name
-(:class:`NamedListener`).  vsockd connects a *token* to it, on which it sends the record and the
-descriptor.  So the kernel answers as for a listening socket: it is readable while a token waits to
-be accepted, and read() and write() fail.
+A socket of an unmodified program must not deliver anything but connections to the program, and must
+not deliver anything the program writes to vsockd.  So it is a listening unix socket, which vsockd
+reaches by name (:class:`NamedListener`).  For each connection vsockd connects a *token* socket to
+it, over which it sends the record and the descriptor.  The kernel then treats the program's socket
+as any listening socket: it polls readable while a token is in its backlog, and read() and write()
+fail.
 """
 
 from __future__ import annotations
@@ -43,60 +44,62 @@ from .limits import DAEMON_UNREAD_REPLIES_MAX
 from .named_sockets import NamedSocket
 
 _FD = struct.Struct("i")
-# Plain integers: an enum's | costs as much as a system call.
+# Plain integers: `|` of enum flags costs as much as a system call.
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _TOKEN_FLAGS = int(SOCK_NONBLOCK | SOCK_CLOEXEC)
-#: Why a connection cannot be announced now, although it can later: its user has too many
-#: descriptors in flight already, or memory is short, or the program has not read what was announced
-#: before.
+#: Errors for which announcing a connection can succeed later: its user has too many descriptors in
+#: flight, memory is short, or the program has not read earlier announcements.
 SHORTAGE = (errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
 
 _SOCKET, _RIGHTS, _DATAGRAM = int(SOL_SOCKET), int(SCM_RIGHTS), int(SOCK_DGRAM)
 
 
 class Listener:
-    """A listening socket, or one that has been bound to a name and may listen later."""
+    """A listening socket, or a named one that may listen later."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self._capacity = -1  # of the backlog; -1: the socket does not listen (yet)
-        #: whose connections wait, as far as is known: the first ones may have been accepted
+        self._capacity = -1  # of the backlog; -1: the socket does not listen yet
+        #: parties of the pending connections; accepted ones at the head are not yet recounted
         self._waiting: deque[Party] = deque()
-        self._parties: set[Party] = set()  # that have some among those, or had
-        #: those that could not be announced: the record, the socket's descriptor, whose it is
+        self._parties: set[Party] = set()  # parties with connections in it at the last recount
+        #: connections not announced yet: record, descriptor of the socket, party
         self._held: deque[tuple[bytes, int, Party]] = deque()
 
     @property
     def is_listening(self) -> bool:
-        """Whether there can be connections."""
+        """True if the socket accepts connections."""
         return self._capacity >= 0
 
     @property
     def backlog(self) -> tuple[int, int]:
-        """How many connections wait to be accepted, as of now, and how many may."""
+        """Number of pending connections, as of now, and their maximum."""
         self.count_waiting()
         return len(self._waiting) + len(self._held), self._capacity
 
     def prepare(self, backlog: int) -> None:
-        """Get room for ``backlog`` connections, or for as many as the kernel allows.
+        """Provide space for ``backlog`` connections, or as many as the kernel allows.
 
-        To be called before the first connection, and again for another backlog.
+        Called before the first connection, and again for each listen() with another backlog.
         """
         raise NotImplementedError
 
     def has_room(self) -> bool:
-        """Return whether the program may be sent another connection, within its backlog."""
+        """Return whether the backlog has space for another connection."""
         if len(self._waiting) <= self._capacity and not self._held:
             return True
         self.count_waiting()
         return len(self._waiting) + len(self._held) <= self._capacity
 
     def count_waiting(self) -> None:
-        """Find out which connections the program has accepted: the first ones."""
+        """Recount pending connections: a program accepts them in order."""
         raise NotImplementedError
 
     def announce(self, record: bytes, fd: int, party: Party) -> None:
-        """Send the program a new connection of ``party``, and its record.  OSError."""
+        """Send the program a new connection of ``party``, and its record.
+
+        Raises OSError when it cannot be sent.
+        """
         raise NotImplementedError
 
     def hold(self, record: bytes, fd: int, party: Party) -> None:
@@ -105,9 +108,9 @@ class Listener:
         party.pending += 1
 
     def announce_held(self) -> bool:
-        """Announce what :meth:`hold` has kept; return whether it was all.
+        """Announce the connections that :meth:`hold` keeps; return whether all were announced.
 
-        OSError if the program will never learn of it.
+        Raises OSError when the program cannot receive any announcement any longer.
         """
         while self._held:
             record, fd, party = self._held[0]
@@ -119,7 +122,7 @@ class Listener:
                 if error.errno in SHORTAGE:
                     return False
                 raise
-            party.pending -= 1  # it was counted already
+            party.pending -= 1  # `hold` and `announce` have both counted it
             self._held.popleft()
             os.close(fd)
         return True
@@ -129,7 +132,7 @@ class Listener:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Forget the connections that wait: they will not be accepted."""
+        """Release the pending connections, which will not be accepted."""
         for _, fd, party in self._held:
             os.close(fd)
             party.pending -= 1
@@ -153,13 +156,14 @@ class Listener:
 
 
 class AnnouncedListener(Listener):
-    """A socket that is connected to vsockd."""
+    """A listening socket of the library, connected to vsockd."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__(channel)
         self._sock = channel.sock
 
     def prepare(self, backlog: int) -> None:
+        """Enlarge the send buffer for ``backlog`` announcements."""
         backlog = min(backlog, LISTEN_BACKLOG_MAX)
         wanted = (backlog + 2) * ANNOUNCEMENT_COST
         if self._sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < wanted:
@@ -168,41 +172,45 @@ class AnnouncedListener(Listener):
         self._capacity = max(0, min(backlog, room))
 
     def count_waiting(self) -> None:
-        # The kernel knows how much of what was announced the program has read; it is asked only
-        # when the count since the last asking reaches a limit.
+        """Recount by the announcements that the program has not read."""
+        # The kernel is asked only when the count reaches a limit.
         left = unread(self._sock.fileno()) // ANNOUNCEMENT_COST
         self._take(len(self._waiting) - left)
 
     def is_open(self) -> bool:
+        """Return whether the program has not closed its socket."""
         return not self.channel.has_hung_up()
 
     def announce(self, record: bytes, fd: int, party: Party) -> None:
+        """Send the record and the descriptor over the listening socket."""
         self._sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
         self._add(party)
 
 
 class NamedListener(Listener):
-    """A listening unix socket."""
+    """A listening unix socket of an unmodified program."""
 
     def __init__(self, channel: Channel, sock: NamedSocket, type_: int) -> None:
-        """``type_``: the socket's."""
+        """Listen on ``sock``, a socket of type ``type_``."""
         super().__init__(channel)
         self._named = sock
         self._type = type_
-        self._tokens: deque[_socket.socket] = deque()  # of the connections that wait
-        self._next: _socket.socket | None = None  # the next token
-        self._silent: _socket.socket | None = None  # one that is connected, and was sent nothing
+        self._tokens: deque[_socket.socket] = deque()  # tokens of the pending connections
+        self._next: _socket.socket | None = None  # the token for the next connection
+        self._silent: _socket.socket | None = None  # a connected token without a record yet
 
     def replace(self, sock: NamedSocket, type_: int) -> None:
-        """Let another socket of the program take the place of this one."""
+        """Replace the program's socket by another one that it has created for the same endpoint."""
         self._named.close()
         self._named, self._type = sock, type_
         self._drop_next()
 
     def prepare(self, backlog: int) -> None:
+        """Set the maximum of pending connections."""
         self._capacity = min(backlog, LISTEN_BACKLOG_MAX)
 
     def has_room(self) -> bool:
+        """Return whether the backlog has space, and create a token for the connection."""
         if not super().has_room() or not self.is_open():
             return False
         if self._next is None:
@@ -210,12 +218,14 @@ class NamedListener(Listener):
         return True
 
     def count_waiting(self) -> None:
-        # A token stays with vsockd until the program has read what is on it, or closed it.
+        """Recount by the tokens that the program has not read."""
+        # A token stays open until the program has read its record, or closed it.
         while self._tokens and not unread(self._tokens[0].fileno()):
             self._tokens.popleft().close()
             self._take(1)
 
     def announce(self, record: bytes, fd: int, party: Party) -> None:
+        """Connect a token to the socket, and send the record and the descriptor over it."""
         token, self._silent = self._silent, None
         connected = was_silent = token is not None
         if token is None:
@@ -227,10 +237,10 @@ class NamedListener(Listener):
             token.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
         except OSError as error:
             if connected and error.errno in SHORTAGE:
-                self._silent = token  # the program waits for what will be sent on it
+                self._silent = token  # the program has accepted it and waits for the record
                 raise
             token.close()
-            if was_silent:  # the program did not wait so long
+            if was_silent:  # the program has closed that token
                 self.announce(record, fd, party)
                 return
             raise
@@ -242,16 +252,18 @@ class NamedListener(Listener):
         token = _socket.socket(AF_UNIX, self._type | _TOKEN_FLAGS)
         try:
             reserve.require_free(token.fileno())
-            token.shutdown(SHUT_RD)  # nothing can be sent to vsockd on it
+            token.shutdown(SHUT_RD)  # the program cannot send to vsockd over it
         except BaseException:
             token.close()
             raise
         return token
 
     def is_open(self) -> bool:
+        """Return whether any process has the listening socket open."""
         return self._named.is_open(_DATAGRAM)
 
     def close(self) -> None:
+        """Release the pending connections, and close the path to the socket."""
         super().close()
         for token in self._tokens:
             token.close()
@@ -267,14 +279,14 @@ class NamedListener(Listener):
 
 
 def unread(fd: int) -> int:
-    """Return how much of what was sent on a socket waits to be read, as the kernel counts."""
+    """Return how many sent bytes the peer has not read, as the kernel accounts them."""
     answer = array.array("i", [0])
     fcntl.ioctl(fd, TIOCOUTQ, answer)
     return answer[0]
 
 
 def _announcement_cost() -> int:
-    """Return what the kernel charges for one announcement, in bytes of send buffer."""
+    """Return what one announcement takes of the send buffer, in bytes, as the kernel accounts."""
     ours, theirs = socketpair()
     with ours, theirs:
         ours.sendmsg((bytes(RECORD_SIZE),), ((SOL_SOCKET, SCM_RIGHTS, _FD.pack(ours.fileno())),))
@@ -285,7 +297,7 @@ ANNOUNCEMENT_COST = _announcement_cost()
 
 
 def leaves_answers_unread(channel: Channel) -> bool:
-    """Return whether more answers wait for a program than it would leave unread that means well."""
+    """Return whether more replies are unread than a well-behaved client leaves unread."""
     announced = isinstance(channel.listener, AnnouncedListener)
     return (
         not announced

@@ -1,7 +1,7 @@
-"""Sockets of programs that vsockd reaches by a name, without having them open.
+"""Sockets of programs that vsockd reaches by name, without having them open.
 
-A socket is bound to a name in a folder that only vsockd enters; a descriptor of the name is kept
-and the name is unlinked.  From then on only vsockd can connect anything to the socket.
+A socket is bound to a name in a folder that only vsockd can enter; vsockd keeps an O_PATH
+descriptor of the name and unlinks it.  From then on only vsockd can connect to the socket.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ _SO_COOKIE = 57
 
 
 def cookie_of(sock: _socket.socket) -> int:
-    """Return the kernel's number for a socket, which it never uses again."""
+    """Return a socket's SO_COOKIE, a number that the kernel never reuses."""
     return int.from_bytes(sock.getsockopt(SOL_SOCKET, _SO_COOKIE, 8), "little")
 
 
 def bind_to_name(sock: _socket.socket, name: str) -> int:
     """Bind ``sock`` in the current directory; return an O_PATH descriptor of the name.
 
-    Refused with EINVAL if the socket has a name already; ENOSPC, EMFILE and others are the host's.
+    Raises Refused with EINVAL if the socket is bound already; ENOSPC, EMFILE and others are the
+    host's.
     """
     try:
         sock.bind(name)
@@ -35,40 +36,40 @@ def bind_to_name(sock: _socket.socket, name: str) -> int:
         finally:
             os.unlink(name)
     except OSError as error:
-        reason = f"the socket cannot be bound: {error}"
+        reason = f"cannot bind the socket: {error}"
         raise Refused(error.errno or errno.EINVAL, reason) from None
 
 
 @dataclass(slots=True, eq=False)
 class NamedSocket:
-    """What vsockd holds of a program's socket: not the socket, only a way to it."""
+    """A program's socket, reachable through its name; vsockd does not have it open."""
 
-    name: str  #: what it was bound to, in the folder only vsockd enters
+    name: str  #: its name in the folder that only vsockd can enter
     node: int  #: an O_PATH descriptor of that name
 
     @property
     def path(self) -> str:
-        """What a socket is connected to that shall be connected to the program's."""
+        """Path to connect to the program's socket."""
         return f"/proc/self/fd/{self.node}"
 
     def connect(self, sock: _socket.socket) -> None:
-        """Connect ``sock`` to the program's socket.  ECONNREFUSED once that is closed."""
+        """Connect ``sock`` to the program's socket.  Raises ECONNREFUSED if it is closed."""
         sock.connect(self.path)
 
     def is_open(self, other_type: int = SOCK_STREAM) -> bool:
-        """Return whether any process still has the program's socket open.
+        """Return whether any process has the program's socket open.
 
-        ``other_type`` is one that the socket does not have.
+        ``other_type`` is a socket type that the socket does not have.
         """
-        # The kernel looks the socket up first and compares the types after that.
+        # The kernel looks up the socket before it compares the types.
         return probe_of(int(other_type)).connect_ex(self.path) == errno.EPROTOTYPE
 
     def close(self) -> None:
-        """Give up the way to the socket."""
+        """Close the path to the socket."""
         os.close(self.node)
 
 
 @functools.cache
 def probe_of(type_: int) -> _socket.socket:
-    """Return a socket whose connects fail, after which it is what it was."""
+    """Return a socket of a type for probing: its connects fail and leave it unchanged."""
     return _socket.socket(AF_UNIX, type_ | SOCK_CLOEXEC)

@@ -1,13 +1,13 @@
-"""Offers: streams to ports that no program of the context has.
+"""Pending connections: streams whose listener only a device or hybrid relay knows.
 
-vsockd has done all of its own checks, and decided that there may be one.  Whether there is,
-somebody else knows: a guest's kernel behind its device, or a unix socket of the host.  Who speaks
-for them has a *link*, a socket on which the accepted ends of such streams come, each with a record.
-He writes the answer to who connected, and tells vsockd (SETTLE).
+vsockd has done its own checks, and does not know whether the port has a listener; the guest's
+kernel does, through its device, or a unix socket of the host, through the hybrid relay.  The device
+or relay receives each pending connection over its *link*: the accepting end of the stream, with a
+record.  It replies to the client directly, and reports the outcome to vsockd with SETTLE.
 
-Of a stream that was refused the end comes back with that, so that who connected may try again on
-the same socket.  It is known by its cookie.  In between vsockd has no copy: who connects is not
-read by two, and sees the end of a stream whatever happens to its other end.
+SETTLE for a refused connection returns the descriptor, so that the client may retry on the same
+socket; vsockd recognises it by its cookie.  vsockd keeps no copy of the descriptor meanwhile: only
+one process reads from the client, and the client sees EOF whichever side fails.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ log = logging.getLogger(__name__)
 
 
 class PendingConnect(NamedTuple):
-    """One that waits for an answer."""
+    """A connection that waits for the device's decision."""
 
-    channel: Channel  #: who connects; its socket is at the other end of the link
+    channel: Channel  #: the client's; its socket has been sent over the link
     cookie: int  #: of that socket
 
 
 class HandoffLink:
-    """A link, there until its other end is closed.  The target of a connect; see Channel."""
+    """A link to a device or relay, open until either side closes it."""
 
     def __init__(
         self, loop: EventLoop, broker: Broker, context: Context, link: _socket.socket
     ) -> None:
-        """``context``: whose ports are spoken for."""
+        """Serve the link of a device or relay that decides about ports of ``context``."""
         self._loop = loop
         self._broker = broker
         self._context = context
         self._sock = link
         self._sender = Party(f"the device of context {context.cid}", None)
-        #: by both ports and the peer's context
+        #: pending connections by listening port and the client's address
         self._offers: dict[tuple[int, int, int], PendingConnect] = {}
         link.setblocking(False)
         loop.watch(link.fileno(), self._ready)
 
     @property
     def is_open(self) -> bool:
-        """Whether somebody decides."""
+        """True until the link is closed."""
         return self._sock.fileno() >= 0
 
     def close(self) -> None:
-        """Nobody decides any more."""
+        """Close the link.  The clients of pending connections see EOF."""
         if self.is_open:
             self._loop.unwatch(self._sock.fileno())
             self._sock.close()
@@ -69,14 +69,14 @@ class HandoffLink:
             self._offers.clear()
 
     def has_room(self) -> bool:
-        """Whether another offer can be made."""
+        """Return whether another connection may be pending."""
         return len(self._offers) < LISTEN_BACKLOG_MAX
 
     def count_waiting(self) -> None:
-        """It is told by itself."""
+        """Do nothing: the device reports each outcome, so there is nothing to recount."""
 
     def announce(self, record: bytes, source: Channel) -> None:
-        """Offer a stream."""
+        """Hand off a connection of ``source`` to the device."""
         send_descriptor(self._sock, record, source.sock.fileno())
         source.lent_to = self
         offer = Record.decode(record)
@@ -102,14 +102,14 @@ class HandoffLink:
             self.close()
 
     def _admit(self, fd: int, data: bytes) -> None:
-        """A descriptor came with ``data``."""
+        """Handle a descriptor that came with ``data`` and is not a SETTLE."""
         self._give_up(fd)
 
     def _give_up(self, fd: int) -> None:
-        """Close a descriptor that should not have been sent, or the link when there are many."""
+        """Close a descriptor sent without reason; close the link if there are too many."""
         give_up(fd, self._sender)
         if has_many_unwanted(self._sender):
-            log.warning("%s sends wrong descriptors: its link is closed", self._sender.name)
+            log.warning("%s sends invalid descriptors: closing its link", self._sender.name)
             self.close()
 
     def _settle(self, request: Request, fd: int | None) -> None:
@@ -139,7 +139,7 @@ def _settlement(data: bytes) -> Request | None:
 
 
 def _is(fd: int, cookie: int) -> bool:
-    """Whether ``fd`` is the socket with this cookie, which the kernel gives no other."""
+    """Return whether ``fd`` is the socket with this cookie, which the kernel never reuses."""
     try:
         sock = _socket.socket(fileno=fd)
     except OSError:

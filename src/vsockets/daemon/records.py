@@ -1,4 +1,4 @@
-"""Records of what the fabric knows, as vsockd sends them."""
+"""Encode endpoints and connections as records of vsockd's protocol."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..protocol import Record, RequestFlag, Role, encode_stream
 from .listeners import NamedListener
 
-# The two kinds that every connect needs are written out: stars cost as much as a short function.
+# The two records of every connect spell out their arguments: starred ones cost a function call.
 _CONNECTED = int(Role.CONNECTED)
 
 
 def encode_endpoint(endpoint: Endpoint) -> bytes:
-    """A socket that has a port."""
+    """Encode a bound socket."""
     role = Role.BOUND
     if endpoint.kind is EndpointKind.DATAGRAM:
         role = Role.DATAGRAM
@@ -31,7 +31,7 @@ def encode_endpoint(endpoint: Endpoint) -> bytes:
 
 
 def encode_connecting(stream: Connection) -> bytes:
-    """A stream as its connecting side sees it."""
+    """Encode a stream as seen from its connecting side."""
     cid, port = stream.local
     peer_cid, peer_port = stream.peer
     pid, uid, gid = stream.listener.owner
@@ -42,7 +42,7 @@ def encode_connecting(stream: Connection) -> bytes:
 
 
 def encode_offer(stream: Connection, flags: int, polling: bool) -> bytes:
-    """A stream that a guest's kernel has to decide on: the sizes are what is asked for."""
+    """Encode a pending connection for a device, with the requested buffer sizes."""
     if polling:
         flags |= RequestFlag.POLLING
     return Record(
@@ -51,7 +51,7 @@ def encode_offer(stream: Connection, flags: int, polling: bool) -> bytes:
 
 
 def encode_accepting(stream: Connection) -> bytes:
-    """A stream as its accepting side sees it."""
+    """Encode a stream as seen from its accepting side."""
     cid, port = stream.peer
     peer_cid, peer_port = stream.local
     pid, uid, gid = stream.owner

@@ -1,8 +1,8 @@
-"""Requests of clients, a few of each party in a turn of the loop.
+"""Serve clients' requests in turns, a few of each party per turn of the loop.
 
-A guest may have thousands of connections to vsockd, and a request on each of them at once.  If they
-were all in the loop's epoll, the kernel would have them all served before one of another guest.  So
-each party's have an epoll of their own.
+A guest may have thousands of connections to vsockd, with a request on each of them.  In the loop's
+own epoll the kernel would report all of them before one of another guest.  So each party has an
+epoll of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ENDED = int(EPOLLHUP)
 
 
 class _Queue:
-    """The descriptors of one party."""
+    """The watched descriptors of one party."""
 
     def __init__(self) -> None:
         self.epoll = select.epoll()
@@ -34,18 +34,19 @@ class _Queue:
 
 
 class Turns:
-    """Calls back when a descriptor of a client is readable or hung up, in its party's turn: with
-    whether it hung up, so that there is nobody to answer.
+    """Calls back when a client's descriptor is readable or hung up, in its party's turn.
+
+    The callback gets True for a hang-up, after which no reply can be sent.
     """
 
     def __init__(self, loop: EventLoop) -> None:
         self._queues: dict[Party, _Queue] = {}
-        self._by_number: dict[int, _Queue] = {}  # of its epoll
-        self._epoll = select.epoll()  # of theirs
+        self._by_number: dict[int, _Queue] = {}  # by descriptor of the queue's epoll
+        self._epoll = select.epoll()  # contains the epolls of all queues
         loop.watch_first(self._epoll.fileno(), self._serve)
 
     def watch(self, party: Party, fd: int, callback: Callable[[bool], None]) -> None:
-        """Call ``callback`` whenever ``fd`` is readable or hung up, and it is the party's turn."""
+        """Call ``callback`` whenever ``fd`` is readable or hung up, in the party's turn."""
         queue = self._queues.get(party)
         if queue is None:
             queue = self._queues[party] = _Queue()
@@ -55,7 +56,7 @@ class Turns:
         queue.callbacks[fd] = callback
 
     def unwatch(self, party: Party, fd: int) -> None:
-        """Stop watching ``fd``; call it before closing the descriptor.  Harmless if it was not."""
+        """Stop watching ``fd``, before it is closed.  Does nothing if it is not watched."""
         queue = self._queues.get(party)
         if queue is None or queue.callbacks.pop(fd, None) is None:
             return
@@ -67,15 +68,15 @@ class Turns:
             queue.epoll.close()
 
     def _serve(self, _: int) -> None:
-        """Serve what has ended, and some requests of each party; the rest has its turn later.
+        """Serve all hang-ups and some requests of each party; the rest waits for its next turn.
 
-        In this order, as in the loop: a port given back before a request was made is free then.
+        Hang-ups come first, as in the loop: a port released before a request was made is free.
         """
         requests: list[tuple[_Queue, int]] = []
         for number, _ in self._epoll.poll(0, DAEMON_PARTIES_PER_TURN_MAX):
             queue = self._by_number.get(number)
             if queue is None:
-                continue  # the end of another party's was the end of its last
+                continue  # closed while serving a hang-up of another queue
             left = DAEMON_REQUESTS_PER_TURN_MAX
             for fd, events in queue.epoll.poll(0, DAEMON_ENDS_PER_TURN_MAX):
                 if events & _ENDED:
@@ -93,4 +94,4 @@ def _call(queue: _Queue, fd: int, hung_up: bool) -> None:
         try:
             callback(hung_up)
         except Exception:
-            log.exception("an event was lost")
+            log.exception("callback failed: an event was lost")

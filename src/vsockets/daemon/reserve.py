@@ -1,8 +1,8 @@
-"""Descriptors that stay free, so that vsockd can serve when clients have taken the others.
+"""Reserved descriptors, so that vsockd can serve while clients have taken all others.
 
-The kernel gives out the lowest free number.  So the number of a new descriptor tells how many are
-in use at least, and nothing has to be counted: one of the reserve is used for what ends at once (a
-connect, a question, a refusal), and not kept.
+The kernel assigns the lowest free number.  So the number of a new descriptor bounds from below how
+many are in use, and vsockd need not count.  A descriptor of the reserve is used for what completes
+at once (a connect, a query, a refusal), and is not kept.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ log = logging.getLogger(__name__)
 
 
 def require_free(fd: int) -> None:
-    """Raise Refused (ENOBUFS) if ``fd``, a new descriptor, is of the reserve."""
+    """Raise Refused with ENOBUFS if ``fd``, a new descriptor, is in the reserve."""
     limit, reserve = _sizes()
     if fd >= limit - reserve:
-        log.warning("few descriptors are left: new sockets are refused", extra=logs.rare(__name__))
+        log.warning("few descriptors are left: refusing new sockets", extra=logs.rare(__name__))
         raise Refused(errno.ENOBUFS, "vsockd has few descriptors left")
 
 
 def may_stay(fd: int) -> bool:
-    """Return whether ``fd`` may be kept until its next request: below the reserve's middle."""
+    """Return whether ``fd`` may be kept for the next request: it is in the reserve's lower half."""
     limit, reserve = _sizes()
     return fd < limit - reserve // 2
 
 
 def most_brief() -> int:
-    """Return how many of the higher half may wait for their first request."""
+    """Return how many descriptors of the upper half may wait for their first request."""
     return _sizes()[1] // 4
 
 
 def _sizes() -> tuple[int, int]:
-    """Return how many descriptors the process may have, and how many of them are the reserve."""
+    """Return the process's limit of descriptors, and how many of them are the reserve."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return limit, min(DAEMON_DESCRIPTOR_RESERVE, limit // 4)

@@ -1,4 +1,4 @@
-"""Use files with the rights of a guest's owner, and with no privilege."""
+"""Access files with the rights of a guest's owner, and without privileges."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-#: setgroups(2) of one thread; the C library's waits for all threads, and one of them may be waiting
-#: for a file system.
+#: Number of setgroups(2), for one thread: the C library's function waits for all threads, and one
+#: of them may be blocked by a file system.
 _SETGROUPS = {"x86_64": 116, "aarch64": 159}
 
 _NOBODY = 65_534
@@ -22,9 +22,9 @@ _UNCHANGED = ctypes.c_uint32(0xFFFF_FFFF)
 
 @contextlib.contextmanager
 def acting_as(user: int) -> Iterator[None]:
-    """Use files, in this context and this thread, with the rights of ``user`` without any group.
+    """Access files, in this context and thread, with the rights of ``user``, without any group.
 
-    Raises: PermissionError if vsockd may not take another user's place.
+    Raises PermissionError if vsockd may not act as another user.
     """
     own = os.geteuid()
     if user == own:
@@ -40,7 +40,7 @@ def acting_as(user: int) -> Iterator[None]:
 
 
 def _act(user: int, group: int, groups: list[int]) -> bool:
-    if user:  # as long as it is allowed
+    if user:  # groups first: setting them needs the privilege
         _set_groups(groups)
         _libc.setfsgid(ctypes.c_uint32(group))
     _libc.setfsuid(ctypes.c_uint32(user))

@@ -1,4 +1,4 @@
-"""Other processes' sockets: which process has one, and a copy of its descriptor."""
+"""Sockets of other processes: find the descriptor, and duplicate it."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ def opened(pid: int) -> Iterator[int]:
 
 
 def sockets_of(pid: int) -> Iterator[tuple[int, int]]:
-    """Yield the descriptors of process ``pid`` and their inodes; 0 for one that is no socket."""
+    """Yield the descriptors of process ``pid`` and their inodes, 0 for one that is not a socket."""
     folder = f"/proc/{pid}/fd/"
     for entry in os.listdir(folder):
         try:
             name = os.readlink(folder + entry)
         except FileNotFoundError:
-            continue  # it has been closed since
+            continue  # it has just been closed
         is_socket = name.startswith("socket:[")
         yield int(entry), int(name[len("socket:[") : -1]) if is_socket else 0
 
 
 @contextlib.contextmanager
 def copied(pidfd: int, fd: int) -> Iterator[_socket.socket]:
-    """Yield a copy of descriptor ``fd`` of another process."""
+    """Yield a duplicate of descriptor ``fd`` of another process."""
     copy = _syscall(_PIDFD_GETFD, pidfd, fd, 0)
     if copy < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-    # Whatever it is: asking the kernel for family and type would take as long as the rest.
+    # With any family and type: asking the kernel for them would take as long as all the rest.
     sock = _socket.socket(AF_UNIX, SOCK_STREAM, 0, copy)
     try:
         yield sock
     except OSError as error:
-        if error.errno != errno.ENOTCONN:  # it has ended by itself in the meantime
+        if error.errno != errno.ENOTCONN:  # the stream has just ended
             raise
     finally:
         sock.close()
 
 
 def processes() -> list[int]:
-    """Return the numbers of all processes."""
+    """Return all process ids."""
     return [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]

@@ -1,4 +1,4 @@
-"""What programs ask about their sockets, or tell of them, once they are out of vsockd's hands."""
+"""QUERY, UPDATE and RESIZE requests on sockets that were handed to their programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TRUSTED = (
 
 
 class SocketQueries:
-    """Answered from what the fabric knows."""
+    """Answers to clients' queries, from the fabric's state."""
 
     def __init__(self, fabric: Fabric, streams: Streams, datagrams: Datagrams) -> None:
         self._fabric = fabric
@@ -28,7 +28,10 @@ class SocketQueries:
         self._datagrams = datagrams
 
     def look_up(self, channel: Channel, request: Request) -> bytes:
-        """What the socket with this cookie and inode is.  Refused with ENOTCONN."""
+        """Return the record of the socket with the request's cookie and inode.
+
+        Raises Refused with ENOTCONN when there is no such socket.
+        """
         context = channel.context
         accepted = self._accepted(channel, request)
         if accepted is not None:
@@ -38,12 +41,10 @@ class SocketQueries:
             return encode_connecting(found)
         if isinstance(found, Endpoint):
             return encode_endpoint(found)
-        raise Refused(errno.ENOTCONN, "an unknown socket was asked for")
+        raise Refused(errno.ENOTCONN, "no such socket")
 
     def resize(self, channel: Channel, request: Request) -> None:
-        """The stream with this cookie and inode has another buffer: tell the device at its other
-        end, if there is one.
-        """
+        """Report a stream's new buffer size to the device at its other end, if there is one."""
         stream = self._accepted(channel, request)
         if stream is not None:
             _tell_size(stream.context, stream.local, stream.peer, request.size)
@@ -53,8 +54,9 @@ class SocketQueries:
                 _tell_size(found.peer_context, found.peer, found.local, request.size)
 
     def trust(self, channel: Channel, request: Request) -> int:
-        """Whether sockets of this program are trusted: by the guest asked about, if the program
-        is the host's, else in its own context.
+        """Return flags that tell whether sockets of this program are trusted.
+
+        A program of the host is trusted for the guest in the request, others for their own context.
         """
         toward = self._fabric.contexts.get(request.peer_cid)
         if channel.context.is_guest or toward is None or not toward.is_guest:
@@ -71,20 +73,20 @@ class SocketQueries:
         return flags
 
     def welcome(self, stream: Connection) -> None:
-        """A guest's kernel has connected: tell its device of a listener with a larger buffer."""
+        """Report to a connecting guest's device if the listener has a larger buffer."""
         size = stream.listener.sizes.size
         if size > stream.size:
             _tell_size(stream.context, stream.local, stream.peer, size)
 
     def _accepted(self, channel: Channel, request: Request) -> Connection | None:
-        # First what the kernel says; a cookie is what some program of the context claimed.
+        # The kernel's inode before the cookie, which any program of the context may have claimed.
         found = self._streams.find_accepted(request.inode) if request.inode else None
         return found if found is not None and found.peer_context is channel.context else None
 
 
 def _tell_size(guest: Context, local: tuple[int, int], peer: tuple[int, int], size: int) -> None:
-    """Tell the device of ``guest``, if it has one, what ``peer`` has room for."""
+    """Report ``peer``'s buffer size to the device of ``guest``, if it has one."""
     if guest.kernel is not None:
         assert isinstance(guest.kernel.streams, DeviceLink)
-        with contextlib.suppress(OSError):  # it has too much to do
+        with contextlib.suppress(OSError):  # the link is full
             guest.kernel.streams.send_size(local, peer, size)

@@ -1,10 +1,10 @@
-"""Remember how vsockd was started, so that after a crash no program starts it otherwise.
+"""Record how vsockd was started, so that after a crash it is not started in another way.
 
-A program that needs vsockd and finds none starts one: on demand, with the configuration of the
-program's environment.  Where vsockd is started by a command or a service manager that would be
-another one than its administrator's, with other guests and profiles, and would keep the right one
-out.  So vsockd leaves a record in the state folder while it runs; a service's stays when it is
-stopped, because its service manager is to start it again.
+A program that needs vsockd and finds none starts one on demand, with the configuration of its own
+environment.  Where vsockd is normally started by a command or a service manager, that one would
+have other guests and profiles than the administrator intended, and would keep the right vsockd from
+starting.  So vsockd leaves a record in the state folder while it runs; a service's record remains
+when it is stopped, because its service manager is expected to start it again.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class How(StrEnum):
-    """What has started vsockd."""
+    """The way vsockd was started."""
 
-    ON_DEMAND = "on demand"  #: a program that needed it
+    ON_DEMAND = "on demand"  #: by a program that needed it
     COMMAND = "by a command"  #: ``vsock up`` or ``vsockd``
     SERVICE = "as a service"
 
 
 class OtherwiseStarted(Exception):
-    """The vsockd that ended here is to be started in another way; the text says in which."""
+    """This vsockd must be started in another way; the text says which."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How a vsockd was started, and with which configuration."""
+    """The way vsockd was started, and its configuration."""
 
     how: How
     configuration: Path
-    #: whether the configuration is that of the caller's environment, and not a deliberate one
+    #: True if the configuration comes from the caller's environment, not from an option
     is_default: bool = False
 
     def require_admitted(self, record: Path) -> None:
-        """Raise OtherwiseStarted if the vsockd before this one, by its ``record``, forbids it."""
+        """Raise OtherwiseStarted if the ``record`` of the previous vsockd forbids this start."""
         before = _read(record)
         if before is None:
             return
-        again = f"start it so again, or remove {record} if that is over"
+        again = f"start it in that way again, or remove {record} to allow any start"
         if self.how is How.ON_DEMAND and before.how is not How.ON_DEMAND:
             raise OtherwiseStarted(
                 f"not started on demand: vsockd was started {before.how}, with the configuration "
@@ -57,7 +57,7 @@ class Start:
             )
 
     def write(self, record: Path) -> None:
-        """Leave a record."""
+        """Write the record."""
         facts = {"how": self.how, "configuration": str(self.configuration), "boot": _boot()}
         new = record.with_suffix(".new")
         new.write_text(json.dumps(facts))
@@ -65,13 +65,13 @@ class Start:
 
 
 def _read(record: Path) -> Start | None:
-    """Return what ``record`` says, unless it is of before the machine's start."""
+    """Return the start in ``record``; None if it is missing, invalid or from before a reboot."""
     try:
         facts = json.loads(record.read_bytes())
         if facts["boot"] == _boot():
             return Start(How(facts["how"]), Path(facts["configuration"]))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass  # there is none, or only a part of one: of a vsockd that never served
+        pass  # missing, or incomplete because that vsockd never served
     return None
 
 

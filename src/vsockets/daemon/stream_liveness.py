@@ -1,19 +1,19 @@
-"""Knowing when a stream ends without holding it open.
+"""Detect the end of handed-off streams without keeping them open.
 
-vsockd must not keep a descriptor of a stream it brokered: the peers would never see its end.
-But an epoll registration outlives the descriptor it was made with for as long as *somebody*
-has the socket open, and it holds nothing open itself.  So each brokered stream is registered
-here, in an epoll that is asked only now and then:
+vsockd must not keep a descriptor of a stream it brokered: the peers would never see its end.  But
+an epoll registration outlives the descriptor it was made with as long as *any* process has the
+socket open, and does not keep the socket open itself.  So each brokered stream is registered here,
+in an epoll that is checked only occasionally:
 
 - the connecting side closed: the kernel reports EPOLLHUP for the accepting side's socket;
-- the accepting side closed: the registration is gone from ``/proc/self/fdinfo``, which lists
-  what an epoll watches, and also the socket's inode.
+- the accepting side closed: the registration is missing from ``/proc/self/fdinfo``, which lists
+  what an epoll watches, including the socket's inode.
 
-It works across network and pid namespaces, and whoever holds the socket by then.
+This works across network and pid namespaces, and for sockets passed to other processes.
 
-A look into fdinfo costs as much as there are registrations, and clients can bring it about.  So
-streams are in groups of a hundred or so, each with an epoll of its own: what is asked about one
-stream costs one group, however many there are.
+Reading fdinfo costs time for each registration, and clients can cause it.  So streams are in groups
+of a hundred or so, each with an epoll of its own: checking one stream costs one group, however many
+streams there are.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _ENTRY = re.compile(rb"data:\s*([0-9a-f]+)\s+pos:\s*\d+\s+ino:([0-9a-f]+)")
 
 
 class _EpollEvent(ctypes.Structure):
-    # The kernel packs it on x86-64 only, for its 32-bit programs' sake.
+    # The kernel packs this structure on x86-64 only, for its 32-bit programs.
     if platform.machine() in ("x86_64", "AMD64"):
         _pack_ = 1
     _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_uint64))
 
 
-# The standard library's epoll reports descriptor numbers, and ours are closed and reused;
-# epoll_ctl(2) itself takes any number to report.  It never waits, so the GIL is kept.
+# The standard library's epoll reports descriptor numbers, and vsockd's are closed and reused;
+# epoll_ctl(2) itself reports any number.  It never blocks, so the GIL is kept.
 _epoll_ctl = ctypes.PyDLL(None, use_errno=True).epoll_ctl
 _EVENT = _EpollEvent(select.EPOLLET, 0)  # EPOLLHUP is always reported
 _EVENT_AT = ctypes.byref(_EVENT)
@@ -51,21 +51,21 @@ def _error() -> OSError:
 
 
 class Group:
-    """Some of the streams, by their connections' numbers."""
+    """A group of streams, by connection number."""
 
     __slots__ = ("_epoll", "_registrations", "fd", "inodes", "load", "numbers")
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self.fd = self._epoll.fileno()
-        # Kept open, to be able to look also when no descriptor is left.
+        # Kept open, so that the group can be checked when no descriptor is left.
         self._registrations = os.open(f"/proc/self/fdinfo/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        #: those that had not ended when they were last looked at, and those that came since
+        #: streams that had not ended at the last check, and those added since
         self.numbers: set[int] = set()
-        #: sockets that were registered at the last look: of ended streams, too, as long as they
-        #: are open
+        #: registered sockets at the last check, including those of ended streams that some
+        #: process still has open
         self.load = 0
-        self.inodes: list[int] = []  #: of the last look
+        self.inodes: list[int] = []  #: as of the last check
 
     def add(self, fd: int, number: int) -> None:
         """Register the stream that ``fd`` is one end of."""
@@ -75,7 +75,7 @@ class Group:
         self.numbers.add(number)
 
     def replace(self, fd: int, number: int) -> None:
-        """As :meth:`add`, for a socket that may be registered by this descriptor already."""
+        """Register a stream whose socket may already be registered by this descriptor number."""
         try:
             self.add(fd, number)
         except FileExistsError:
@@ -84,7 +84,7 @@ class Group:
             self.numbers.add(number)
 
     def close(self) -> None:
-        """Forget all."""
+        """Close the group's epoll."""
         self._epoll.close()
         os.close(self._registrations)
         self._registrations = -1
@@ -104,39 +104,39 @@ class Group:
 
 
 class StreamLiveness:
-    """The streams that were brokered.
+    """The registrations of all brokered streams.
 
-    No call costs more than a look at two groups: each new stream pays for a look at about two
+    No call costs more than a check of two groups: each new stream pays for checking about two
     others.
     """
 
     def __init__(self, end: Callable[[int], None]) -> None:
-        """``end``: called with each stream that is found to have ended, perhaps more than once."""
+        """Call ``end`` with each stream found to have ended, possibly more than once."""
         self._end = end
         self._events = select.epoll()  # of the groups
-        #: a number that stands for each socket lent, and for nothing else in between
+        #: descriptor number under which handed-off sockets are registered, never used otherwise
         self._lending = os.dup(self._events.fileno())
-        #: by the number of its epoll, the one longest not looked at first
+        #: by descriptor of its epoll, the one checked longest ago first
         self._groups: dict[int, Group] = {}
         self._with_room: dict[Group, None] = {}
-        #: the next stream becomes one of it; None: it was filled
+        #: the group for the next stream; None: it is full
         self._current: Group | None = None
         self._filled: Group | None = None
-        self._room = 0  # of the current one: for so many more, before it is looked at
-        self._seen = 0  # its room when it was last looked at
+        self._room = 0  # streams to add to the current group before it is checked
+        self._seen = 0  # value of _room at the last check
         self._by_inode: dict[int, int] = {}
 
     def open(self) -> None:
-        """Begin, in the process that goes on: ``/proc/self`` is the process that opens it."""
+        """Start watching, after vsockd has forked: ``/proc/self`` is the process that opens it."""
         self._use(self._new_group())
 
     def add(self, fd: int, number: int) -> Group:
-        """Watch the stream that ``fd`` is one end of.  ``number`` fits 31 bits.
+        """Register the stream that ``fd`` is one end of.  ``number`` fits 31 bits.
 
-        Connection.watch is to be what is returned.
+        The caller sets Connection.watch to the returned group.
         """
         group = self._current or self._next_group()
-        # Group.add() once more: every connect comes here.
+        # Group.add() inlined: hot path of every connect.
         _EVENT.data = number
         if _epoll_ctl(group.fd, _EPOLL_CTL_ADD, fd, _EVENT_AT) != 0:
             raise _error()
@@ -147,11 +147,11 @@ class StreamLiveness:
         return group
 
     def lend(self, fd: int, number: int, group: Group | None) -> Group:
-        """As :meth:`add`, for a socket that may come back, and be lent again as another stream.
+        """Register, as :meth:`add`, a socket that may come back and be handed off again.
 
-        ``group``: the one it was in before.  The kernel knows a registration by the socket and the
-        descriptor's number, and the socket comes back with another one; so all are registered with
-        the same.
+        ``group`` is its previous group.  The kernel identifies a registration by socket and
+        descriptor number, and the socket comes back under another number; so all such sockets are
+        registered under the same number.
         """
         is_new = group is None or self._groups.get(group.fd) is not group
         if group is None or is_new:
@@ -168,10 +168,10 @@ class StreamLiveness:
         return group
 
     def _next_group(self) -> Group:
-        """Return the group that the next stream becomes one of."""
+        """Return the group for the next stream."""
         if self._filled is not None:
             filled, self._filled = self._filled, None
-            self.look(filled)  # most streams are short: it has room again
+            self.look(filled)  # most streams are short: the group may have space again
             self.look_at_oldest()
         if self._current is not None:
             return self._current
@@ -194,27 +194,25 @@ class StreamLiveness:
         self._groups[group.fd] = group
         return group
 
-    # Looking
+    # Checking
 
     def groups(self) -> list[Group]:
         """Return all groups."""
         return list(self._groups.values())
 
     def end_hung_up(self, most: int = 8) -> None:
-        """End the streams whose connecting side has closed since the last call, of ``most``
-        groups.
-        """
+        """End streams whose connecting side has closed since the last call, of ``most`` groups."""
         for fd, _ in self._events.poll(0, most):
             for number in self._groups[fd].hung_up():
                 self._end(number)
 
     def look(self, group: Group) -> None:
-        """End the streams of ``group`` whose accepting side has closed since the last look.
+        """Check ``group``: end its streams whose accepting side has closed since the last check.
 
-        Costs as much as there are registrations in it.
+        Costs time for each registration in the group.
         """
         if self._groups.get(group.fd) is not group:
-            return  # it was closed
+            return  # the group was closed
         found = group.present()
         ended = [number for number in group.numbers if number not in found]
         group.numbers.difference_update(ended)
@@ -239,13 +237,13 @@ class StreamLiveness:
             self._end(number)
 
     def look_at_oldest(self) -> None:
-        """As :meth:`look`, at the group that was longest not looked at."""
+        """Check the group that was checked longest ago."""
         self.look(next(iter(self._groups.values())))
 
     def find(self, inode: int) -> int | None:
         """Return the stream whose accepting side has this inode, if there is one.
 
-        Of those lent only some are found: no program has them.
+        Streams handed off to a device are found only sometimes: no program has them.
         """
         if inode not in self._by_inode:
             if self._current is None:

@@ -1,4 +1,4 @@
-"""The streams vsockd has brokered: noticing their end, and bringing it about."""
+"""The streams vsockd has brokered: detecting their end, and disconnecting them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .deferred_work import Chores
 from .disconnect import Disconnector
 from .stream_liveness import Group, StreamLiveness
 
-#: Ask for ended streams after so many new ones, and so many seconds after the last.
+#: Check for ended streams after this many new ones, and this many seconds after the last one.
 _REAP_EVERY = 256
 _REAP_AFTER = 1.0
 _REAP_AT_THE_LATEST = 60.0
 
 
 class Streams:
-    """Every stream there is, as far as is known.  vsockd holds no descriptor of one."""
+    """Every known stream.  vsockd has no descriptor of any of them."""
 
     def __init__(self, loop: EventLoop, fabric: Fabric, chores: Chores) -> None:
         self._loop = loop
@@ -31,11 +31,11 @@ class Streams:
         self._reap_delay: float | None = None  # None: no timer is set
 
     def begin(self) -> None:
-        """Called once, in the process that goes on."""
+        """Start watching, after vsockd has forked."""
         self._watch.open()
 
     def lend(self, channel: Channel, connection: Connection) -> None:
-        """As :meth:`add`, for the socket of a channel that may come back."""
+        """Register the socket of a channel handed off to a device, which may return it."""
         group = self._watch.lend(channel.sock.fileno(), connection.number, channel.watch)
         connection.watch = channel.watch = group
 
@@ -53,19 +53,19 @@ class Streams:
         }
 
     def cut(self, connections: Iterable[Connection]) -> list[Connection]:
-        """End streams whoever holds them; returns those that go on (:class:`.Disconnector`)."""
+        """Disconnect streams; return those not disconnected yet (:class:`.Disconnector`)."""
         return self._cutter.cut(connections)
 
-    # Forgetting streams that have ended
+    # Releasing ended streams
 
     def reap(self) -> None:
-        """Forget every stream that has ended, as of now."""
+        """Release every stream that has ended by now."""
         self._watch.end_hung_up(max(1, len(self._watch.groups())))
         for _ in self._look_through():
             pass
 
     def reap_one(self, connection: Connection) -> None:
-        """Forget ``connection`` if it has ended."""
+        """Release ``connection`` if it has ended."""
         assert isinstance(connection.watch, Group)
         for number in connection.watch.hung_up():
             self._fabric.end(number)
@@ -73,13 +73,13 @@ class Streams:
             self._watch.look(connection.watch)
 
     def reap_some(self) -> None:
-        """Forget some of the streams that have ended, and as a chore the others."""
+        """Release some of the ended streams now, the others as deferred work."""
         self._watch.end_hung_up()
         self._watch.look_at_oldest()
         self._chores.start(self, self._look_through())
 
     def reap_sometimes(self) -> None:
-        """Called for every new stream."""
+        """Release ended streams from time to time; called for every new stream."""
         self._unreaped += 1
         if self._unreaped >= _REAP_EVERY:
             self._unreaped = 0

@@ -1,4 +1,4 @@
-"""vsockd, put together: the fabric, the doors of its contexts, the administrator's socket."""
+"""vsockd as a whole: the fabric, its contexts' listeners, and the administrator's socket."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ from .start_record import How, Start
 log = logging.getLogger(__name__)
 
 
-#: What no program can do without, in the state folder.
+#: Files of the state folder that programs need to find vsockd.
 _NEEDED = (CONTROL, LOCK, PRIVATE)
 
 
 class AlreadyRunning(Exception):
-    """Another vsockd has this state folder."""
+    """Another vsockd runs in this state folder."""
 
 
 class Vsockd:
-    """A running fabric.  It changes the process's current directory."""
+    """A running fabric.  Changes the process's current directory."""
 
     def __init__(self, folder: Path, start: Start) -> None:
         self._configuration = start.configuration
@@ -67,7 +67,7 @@ class Vsockd:
         self._watch: FolderWatch | None = None
         self._is_lost = False
         self._lock = _lock(self.folder)
-        # It leads to the folder that is locked, also when that is moved or replaced.
+        # A path through this descriptor stays valid when the folder is moved or replaced.
         place = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._held = held = Path(f"/proc/self/fd/{place}")
         start.require_admitted(held / START)
@@ -95,10 +95,10 @@ class Vsockd:
         self._control = ControlSocket(self.loop, self, self.folder / CONTROL)
 
     def run(self, announce_ready: Callable[[], None] = lambda: None) -> bool:
-        """Serve until SIGTERM, SIGINT or a stop request, then remove every trace.
+        """Serve until SIGTERM, SIGINT or a stop request, then remove all files.
 
-        ``announce_ready`` is called when all of that is so.  Returns False if vsockd ended because
-        no program could find it any more.
+        ``announce_ready`` is called once vsockd serves.  Return False if vsockd ended because
+        programs could not find it any longer.
         """
         self.broker.streams.begin()
         os.truncate(self._lock, 0)
@@ -132,11 +132,11 @@ class Vsockd:
                 (self._held / PRIVATE / ISOLATED).unlink(missing_ok=True)
                 (self._held / START).unlink(missing_ok=True)
             self._trash.close()
-            with contextlib.suppress(OSError):  # the trash is not empty
+            with contextlib.suppress(OSError):  # the trash folder is not empty
                 (self._held / PRIVATE).rmdir()
             for log_file in (self._held / LOG, logs.older(self._held / LOG)):
                 log_file.unlink(missing_ok=True)
-            # The lock's file goes while the lock is held: see _lock for the other half.
+            # The lock file is removed while locked: see _lock for the counterpart.
             (self._held / LOCK).unlink(missing_ok=True)
             os.close(self._lock)
         return not self._is_lost
@@ -144,37 +144,40 @@ class Vsockd:
     def _watch_folder(self) -> None:
         try:
             self._watch = FolderWatch(self.loop, self._held, _NEEDED, self._end_if_lost)
-        except OSError as error:  # a user may have 128 watches
-            log.warning("a removal of %s will not be noticed: %s", self.folder, error.strerror)
+        except OSError as error:  # for example, the user's limit of inotify instances (128)
+            log.warning("cannot notice a removal of %s: %s", self.folder, error.strerror)
 
     def _end_if_lost(self) -> None:
-        """End if a program that looks for this vsockd would find none, or start another one."""
+        """End if programs that look for this vsockd would not find it, or start another one."""
         with contextlib.suppress(OSError):
             for name in _NEEDED:
                 os.lstat(self.folder / name)
             if os.path.samestat(os.lstat(self.folder / LOCK), os.fstat(self._lock)):
                 return
-        log.error("ending: %s was removed or replaced, no program can find vsockd", self.folder)
+        log.error("ending: %s was removed or replaced, programs cannot find vsockd", self.folder)
         self._is_lost = True
         self.stop()
 
-    # What administrators ask for
+    # Requests of administrators
 
     def stop(self) -> None:
-        """Shut down, after the answer to whoever asked."""
+        """Shut down, after the reply to the current request."""
         self.loop.stop()
 
     def stop_for_good(self) -> None:
-        """Shut down as :meth:`stop`, and expect no service manager to start vsockd again."""
+        """Shut down as :meth:`stop`, and record that no service manager will restart vsockd."""
         self._is_service = False
         self.stop()
 
     def reload(self) -> None:
-        """Read the configuration again.  ConfigurationError: the old one stays in force."""
+        """Read the configuration again.
+
+        Raises ConfigurationError when it is invalid; the old one then stays in force.
+        """
         self.contexts.configure(load(self._configuration))
 
     def status(self) -> dict[str, Any]:
-        """Facts about this daemon."""
+        """Return facts about this vsockd."""
         return {
             "pid": os.getpid(),
             "folder": str(self.folder),
@@ -187,15 +190,17 @@ class Vsockd:
         try:
             self.reload()
         except (ConfigurationError, Refused, OSError) as error:
-            log.error("the configuration stays as it was: %s", error)
+            log.error("cannot reload, the configuration is unchanged: %s", error)
         else:
-            log.warning("the configuration was read again")
+            log.warning("the configuration was reloaded")
 
 
 def _lock(folder: Path) -> int:
-    """Have the state folder for ourselves, or raise AlreadyRunning.
+    """Lock the state folder and return the lock's descriptor.
 
-    The kernel gives the lock back when the process ends, however it ends.
+    The kernel releases the lock when the process ends for any reason.
+
+    Raises AlreadyRunning when another vsockd has the lock.
     """
     require_private(folder, create=True)
     path = folder / LOCK
@@ -207,14 +212,14 @@ def _lock(folder: Path) -> int:
             pid = os.read(lock, 32).decode(errors="replace").strip()
             os.close(lock)
             raise AlreadyRunning(f"vsockd is already running in {folder} (pid {pid})") from None
-        # The one before may have removed the file between our open and our lock.
+        # The previous vsockd may have removed the file between open and flock here.
         if path.exists() and os.fstat(lock).st_ino == path.stat().st_ino:
             return lock
         os.close(lock)
 
 
 def _clean(folder: Path, trash: Trash) -> None:
-    """Remove what a vsockd that was killed left behind: nothing but what vsockd makes."""
+    """Remove the files of a vsockd that was killed, and no others."""
     (folder / CONTROL).unlink(missing_ok=True)
     logs.older(folder / LOG).unlink(missing_ok=True)
     for entry in (folder / PRIVATE).iterdir():
@@ -228,10 +233,10 @@ def _clean(folder: Path, trash: Trash) -> None:
 
 
 def _raise_descriptor_limit() -> None:
-    """Allow as many descriptors as this process may have: vsockd holds one per bound socket."""
+    """Raise the limit of descriptors as far as allowed: vsockd holds one per bound socket."""
     allow_many_descriptors()
     try:
         most = int(Path("/proc/sys/fs/nr_open").read_text())
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     except (OSError, ValueError):
-        pass  # only root may go beyond the hard limit
+        pass  # only root may exceed the hard limit

@@ -22,7 +22,7 @@ class Awaited(Protocol):
 
 
 class Party:
-    """What one guest, or one user of the host, holds in the fabric."""
+    """Counts and limits of one guest, or of one user of the host."""
 
     __slots__ = (
         "__weakref__",
@@ -38,7 +38,7 @@ class Party:
     )
 
     def __init__(self, name: str, limits: Limits | None) -> None:
-        """Count a party called ``name`` in messages; ``limits`` is None for an unlimited one."""
+        """Start with no holdings; ``name`` is for messages, ``limits=None`` sets no limit."""
         self.name = name
         #: ports held by its sockets: bound ones, and local ends of streams it opened
         self.sockets = 0

@@ -9,7 +9,7 @@ Four checks come from the guide, the last two are additions; each is a function 
 5. :func:`require_capture`: may this program capture traffic at a virtual machine's device?
 6. :func:`require_own_guest`: may this guest's programs have reserved ports without a privilege?
 
-Processes of one context may communicate whatever its profile (guide page 8, "interprocess
+Processes of one context may communicate with any profile (guide page 8, "interprocess
 communications on a guest"), and every guest may use the hypervisor's services ("This allows use
 of VMware Tools without any problems even for an isolated virtual machine").
 
@@ -123,7 +123,7 @@ def require_own_guest(guest_owner: int, fabric_owner: int) -> None:
     """Raise Refused when ``reserved_ports`` is requested for a guest of another user.
 
     A port below 1024 assures peers that a privileged program of the guest provides the service.
-    The fabric's owner may give that assurance for his own guests only.
+    The fabric's owner may give that assurance for the owner's own guests only.
     """
     if guest_owner != fabric_owner:
         raise Refused(

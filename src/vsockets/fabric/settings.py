@@ -19,7 +19,7 @@ from .limits import (
 
 
 class Profile(Enum):
-    """What a guest may communicate with."""
+    """The set of peers that a guest may communicate with."""
 
     #: The host and the hypervisor's services, but no other guest: ESXi 5.1 and later, "the
     #: only configuration" (guide page 23).

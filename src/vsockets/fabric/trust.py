@@ -6,7 +6,7 @@ a process with CAP_NET_ADMIN; on ESXi one with the privilege ``stream_vsocket_tr
 ``dgram_vsocket_trusted``, which here is granted in the configuration; on Workstation 8 one with
 the user id of the virtual machine.
 
-The trust of an endpoint is fixed when it is created, whatever happens to the process later.
+The trust of an endpoint is determined when it is created, and fixed from then on.
 """
 
 from __future__ import annotations

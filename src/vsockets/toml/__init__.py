@@ -1,1 +1,1 @@
-"""Reading TOML for people: every mistake names its file, line and key."""
+"""A TOML reader whose errors name file, line and key."""

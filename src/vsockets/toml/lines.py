@@ -1,7 +1,7 @@
-"""On which line of a TOML file each key stands, which tomllib does not tell.
+"""Find the line of each key in a TOML file, which tomllib does not report.
 
-The text is one that tomllib has accepted, so nothing is checked here a second time; this only
-walks over what the TOML specification (version 1.0) allows and notes where things begin.
+The text has been accepted by tomllib, so it is not checked again; this module only follows the
+grammar of the TOML specification (version 1.0) and records where values begin.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Path = tuple[str | int, ...]
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*+")
 _SPACES = re.compile(r"[ \t]*")
 _STRING = re.compile(
-    # One quote or two may stand before the three that end a multi-line string.
+    # The three quotes that end a multi-line string may follow one or two quotes of its text.
     r'''"""(?:[^\\]|\\.)*?""""{0,2} | \'\'\'.*?\'\'\'\'{0,2} | "(?:[^"\\]|\\.)*" | '[^']*' ''',
     re.DOTALL | re.VERBOSE,
 )
@@ -26,30 +26,30 @@ _OTHER_VALUE = re.compile(r"[^,\]}\#\n]*")
 
 
 def line_of(lines: Mapping[Path, int], path: Path) -> int | None:
-    """The line of ``path``, or of the nearest thing around it; None when there is none."""
+    """Return the line of ``path``, or of its nearest parent with one; None without any."""
     while path and path not in lines:
         path = path[:-1]
     return lines.get(path)
 
 
 def toml_lines(text: str) -> dict[Path, int]:
-    """The line, from 1, of every key and every element of an array in ``text``.
+    """Return the line, from 1, of every key and every array element in ``text``.
 
-    A table stands where its header does, or else where its first key is.  An array of tables
-    stands at its first header, and its elements each at its own.
+    A table's line is that of its header, or else of its first key.  An array of tables has the line
+    of its first header, and each of its elements the line of its own.
     """
     return _Walk(text).lines
 
 
 class _Walk:
-    """One walk over a document."""
+    """One pass over a document."""
 
     def __init__(self, text: str) -> None:
         self.lines: dict[Path, int] = {}
         self._text = text
         self._at = 0
         self._ends = [match.start() for match in re.finditer("\n", text)]
-        self._elements: dict[Path, int] = {}  # of arrays of tables: how many there are so far
+        self._elements: dict[Path, int] = {}  # elements so far of each array of tables
         table: Path = ()
         self._skip(_BLANK)
         while self._at < len(text):
@@ -78,7 +78,7 @@ class _Walk:
         return table
 
     def _latest(self, path: Path) -> Path:
-        """A header that names an array of tables means the last of them."""
+        """Return ``path``, with the last index appended if it is an array of tables."""
         return (*path, self._elements[path] - 1) if path in self._elements else path
 
     def _pair(self, table: Path) -> None:
@@ -93,7 +93,7 @@ class _Walk:
         self._value((*table, last))
 
     def _key(self) -> list[str]:
-        """A dotted key, and the blanks around it."""
+        """Read a dotted key, and the white space around it."""
         names = []
         while True:
             self._skip(_SPACES)
@@ -128,7 +128,7 @@ class _Walk:
             self._take(_OTHER_VALUE)
 
     def _note(self, path: Path, at: int, implied: bool = False) -> None:
-        """``implied``: named on the way to something else, which its own place overrides."""
+        """Record the line of ``path``; an ``implied`` one does not replace a recorded line."""
         if not (implied and path in self.lines):
             self.lines[path] = bisect_right(self._ends, at) + 1
 

@@ -1,4 +1,4 @@
-"""TOML files, read with their types checked; every mistake names its file, line and key."""
+"""Read TOML files with type checks; errors name file, line and key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from ..limits import CONFIGURATION_FILE_MAX_BYTES
 from . import lines as toml_lines
 
-#: "A 64-bit signed integer" is what TOML promises; Python reads more.
+#: TOML guarantees 64-bit signed integers; Python reads larger ones.
 LARGEST_INTEGER = (1 << 63) - 1
 
 _KINDS = {
@@ -27,14 +27,14 @@ _KINDS = {
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}")
 _SYNTAX_ERROR = re.compile(r"(?P<problem>.*) \(at (?:line (?P<line>\d+), )?(?P<place>.*)\)")
 
-#: Characters of a value that an error shows: enough to know it by, on one line.
+#: Characters of a value shown in an error: enough to recognise it, on one line.
 _LONGEST_SHOWN = 60
 
 
 class ConfigurationError(ValueError):
-    """A mistake in the configuration: ``FILE:LINE: KEY: problem, expected ...``.
+    """An error in the configuration: ``FILE:LINE: KEY: problem, expected ...``.
 
-    Line and key are left out where there is none.
+    Line and key are left out where they do not apply.
     """
 
     def __init__(self, file: str, line: int | None, key: str, problem: str) -> None:
@@ -44,7 +44,7 @@ class ConfigurationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table of a file.  What is asked for and not there is None, or empty."""
+    """One table of a file.  A missing key reads as None, or as an empty table."""
 
     file: Path
     lines: Mapping[toml_lines.Path, int]
@@ -52,19 +52,19 @@ class Table:
     values: Mapping[str, Any]
 
     def place(self, *inner: str | int) -> str:
-        """``FILE:LINE`` of something in this table, or without arguments of the table."""
+        """Return ``FILE:LINE`` of a value in this table, or without arguments of the table."""
         line = toml_lines.line_of(self.lines, self.path + inner)
         return f"{self.file}:{line or 1}"
 
     def error(self, problem: str, *inner: str | int) -> ConfigurationError:
-        """A mistake in something in this table, or without ``inner`` in the table itself."""
+        """Return an error about a value in this table, or without ``inner`` about the table."""
         path = self.path + inner
         key = ".".join(_spelled(name) for name in path if isinstance(name, str))
         line = toml_lines.line_of(self.lines, path)
         return ConfigurationError(str(self.file), line or 1, key, problem)
 
     def require_known(self, *known: str) -> None:
-        """Raise ConfigurationError for a key that is none of ``known``."""
+        """Raise ConfigurationError for a key that is not in ``known``."""
         for key in self.values:
             if key not in known:
                 close = get_close_matches(key[:_LONGEST_SHOWN], known, 1)
@@ -72,7 +72,7 @@ class Table:
                 raise self.error(f"unknown key, {hint}", key)
 
     def integer(self, key: str, lowest: int, highest: int = LARGEST_INTEGER) -> int | None:
-        """The integer ``key``, from ``lowest`` to ``highest``."""
+        """Return the integer ``key``, from ``lowest`` to ``highest``."""
         number: int | None = self._value(key, int)
         if number is not None and not lowest <= number <= highest:
             expected = f"{lowest} to {highest}" if highest < LARGEST_INTEGER else f"from {lowest}"
@@ -80,24 +80,24 @@ class Table:
         return number
 
     def boolean(self, key: str) -> bool | None:
-        """The boolean ``key``."""
+        """Return the boolean ``key``."""
         value: bool | None = self._value(key, bool)
         return value
 
     def text(self, key: str) -> str | None:
-        """The string ``key``."""
+        """Return the string ``key``."""
         value: str | None = self._value(key, str)
         return value
 
     def choice(self, key: str, choices: Iterable[str]) -> str | None:
-        """The string ``key``, one of ``choices``."""
+        """Return the string ``key``, one of ``choices``."""
         value = self.text(key)
         if value is not None and value not in choices:
             raise self.error(f"{shown(value)} is unknown, expected {one_of(choices)}", key)
         return value
 
     def texts(self, key: str) -> list[str] | None:
-        """The array of strings ``key``."""
+        """Return the array of strings ``key``."""
         values: list[Any] | None = self._value(key, list)
         for index, value in enumerate(values or ()):
             if not isinstance(value, str):
@@ -105,11 +105,11 @@ class Table:
         return values
 
     def table(self, key: str) -> Table:
-        """The table ``key``."""
+        """Return the table ``key``."""
         return Table(self.file, self.lines, (*self.path, key), self._value(key, dict) or {})
 
     def tables(self, key: str) -> list[Table]:
-        """The array of tables ``key``."""
+        """Return the array of tables ``key``."""
         values = self.values.get(key, [])
         if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
             raise self.error(f"{kind(values)}, expected tables, each headed [[{key}]]", key)
@@ -120,14 +120,17 @@ class Table:
 
     def _value(self, key: str, expected: type) -> Any:
         value = self.values.get(key)
-        # A boolean is no integer here, as it would be in Python.
+        # TOML booleans are not integers, unlike those of Python.
         if value is not None and type(value) is not expected:
             raise self.error(f"{kind(value)}, expected {_KINDS[expected]}", key)
         return value
 
 
 def read_toml(path: Path) -> Table:
-    """The root table of a file.  Raises ConfigurationError."""
+    """Return the root table of a file.
+
+    Raises ConfigurationError when it cannot be read or is not TOML.
+    """
     text = _read(path)
     try:
         values = tomllib.loads(text)
@@ -135,7 +138,7 @@ def read_toml(path: Path) -> Table:
     except tomllib.TOMLDecodeError as error:
         raise _syntax_error(path, text, str(error)) from error
     except (ValueError, RecursionError) as error:
-        # What tomllib lets through of Python: integers of thousands of digits, deep nesting.
+        # What tomllib passes on from Python: integers of thousands of digits, deep nesting.
         raise ConfigurationError(str(path), None, "", f"not TOML: {error}") from error
     return Table(path, lines, (), values)
 
@@ -143,7 +146,7 @@ def read_toml(path: Path) -> Table:
 def _read(path: Path) -> str:
     name = str(path)
     try:
-        if not path.is_file():  # a named pipe would be waited for
+        if not path.is_file():  # opening a named pipe would block
             raise ConfigurationError(name, None, "", "not a regular file, expected a TOML file")
         with open(path, "rb") as file:
             data = file.read(CONFIGURATION_FILE_MAX_BYTES + 1)
@@ -173,19 +176,19 @@ def _syntax_error(path: Path, text: str, message: str) -> ConfigurationError:
 
 
 def one_of(choices: Iterable[str]) -> str:
-    """``a, b or c``."""
+    """Return ``a, b or c``."""
     *most, last = choices
     return f"{', '.join(most)} or {last}" if most else last
 
 
 def kind(value: Any) -> str:
-    """What a value is, and what it says where that is short."""
+    """Describe a value's type, and the value itself if it is a scalar."""
     name = _KINDS.get(type(value), "a date or time")
     return f"{shown(value)} is {name}" if isinstance(value, str | int | float) else name
 
 
 def shown(value: str | int | float) -> str:
-    """A value as the file may have spelled it: on one line, and cut when it is long."""
+    """Return a value as the file may spell it: on one line, and cut when it is long."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:

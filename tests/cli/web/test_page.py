@@ -198,7 +198,7 @@ def test_disconnect(
         assert one.recv(1) == b""
         browser.wait(lambda: len(browser.texts("#streams tbody tr")) == 1, "one stream fewer")
         other.sendall(b"goes on")
-    browser.wait_for_text("#events", "asked for by pid")
+    browser.wait_for_text("#events", "requested by pid")
 
 
 def test_denied(

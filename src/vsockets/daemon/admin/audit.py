@@ -1,8 +1,9 @@
-"""Every denial, written down: who, whom, and the rule.
+"""The audit log of denials: client, source, destination and rule.
 
-The peer learns an errno; the administrator learns the rest, here.  A party (a guest, or a user of
-the host) can be denied things as fast as it can ask, so only so many are written each second for
-each; how many were left out is in its next line.  All are counted in ``Context.counts``.
+The peer gets an errno only; the administrator gets the details here.  A party (a guest, or a user
+of the host) can cause denials as fast as it sends requests, so only a limited number per second is
+logged for each party; its next line says how many were left out.  All are counted in
+``Context.counts``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .events import Events, Topic
 
 log = logging.getLogger("vsockd.audit")
 
-#: What an operation is called.
+#: Names of the operations in the log.
 OPERATIONS = {
     Op.BIND: "bind",
     Op.LISTEN: "listen",
@@ -38,14 +39,14 @@ OPERATIONS = {
 
 
 class Audit:
-    """The log of denials."""
+    """Writer of the audit log."""
 
     def __init__(self, events: Events, rate: int) -> None:
         self._events = events
         self._throttle = Throttle(rate)
 
     def limit(self, rate: int) -> None:
-        """Set how many denials are written, a second and party."""
+        """Set how many denials are logged per second and party."""
         self._throttle.rate = rate
 
     def record(
@@ -57,7 +58,7 @@ class Audit:
         source: tuple[int, int] | None,
         destination: tuple[int, int] | None,
     ) -> None:
-        """Write down that ``program``, in ``context``, was denied ``operation``."""
+        """Log that ``program``, in ``context``, was denied ``operation``."""
         context.counts.denials[denied.rule] += 1
         left_out = self._throttle.admit(program.party)
         if left_out is None:
@@ -82,7 +83,7 @@ class Audit:
         self._events.publish(Topic.DENIAL, **facts, message=message)
 
     def record_disconnect(self, stream: Connection, asker: Credentials) -> None:
-        """Write down that an administrator has ended ``stream``."""
+        """Log that an administrator has disconnected ``stream``."""
         facts: dict[str, Any] = {
             "source": stream.local,
             "destination": stream.peer,
@@ -92,7 +93,7 @@ class Audit:
         }
         message = (
             f"disconnected: {_address(stream.local)} to {_address(stream.peer)}; "
-            f"asked for by pid {asker.pid} uid {asker.uid}"
+            f"requested by pid {asker.pid} uid {asker.uid}"
         )
         log.warning("%s", message, extra={"facts": facts, "admitted": True})
         self._events.publish(Topic.DISCONNECT, **facts, message=message)

@@ -1,7 +1,7 @@
-"""The administrator's socket: one JSON object a line, answered by one.
+"""The administrator's socket: JSON objects as requests and replies, one per line.
 
 ``{"op": "context.add", "cid": 3}`` is answered by ``{"ok": …}`` or by
-``{"error": "…", "errno": 17}``.  The socket's mode lets in the fabric's owner and root.
+``{"error": "…", "errno": 17}``.  The socket's mode admits the fabric's owner and root.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ Arguments = Mapping[str, Any]
 
 
 class BadRequest(Exception):
-    """A request that is not one; the text says what was expected."""
+    """An invalid request; the text says what was expected."""
 
 
 class ControlSocket:
-    """Listens at ``path``; every connection may ask any number of questions."""
+    """The listening socket at ``path``; a connection may carry any number of requests."""
 
     def __init__(self, loop: EventLoop, vsockd: Vsockd, path: Path) -> None:
         self._loop = loop
@@ -55,7 +55,7 @@ class ControlSocket:
         self._acceptor = Acceptor(loop, listener, "an administrator", self._admit)
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Stop accepting connections."""
         self._acceptor.close()
 
     def _admit(self, fd: int) -> None:
@@ -88,7 +88,7 @@ class ControlSession:
             "stop": lambda _: vsockd.stop_for_good(),
         }
         self._missed = 0
-        self._descriptors: list[int] = []  # go with the next answer
+        self._descriptors: list[int] = []  # to send with the next reply
         loop.watch(sock.fileno(), self._ready)
 
     def _ready(self, events: int) -> None:
@@ -103,7 +103,7 @@ class ControlSession:
         *lines, self._received = self._received.split(b"\n")
         for line in lines:
             answer = json.dumps(self._answer(line)).encode() + b"\n"
-            # Answers fit the socket's buffer, or the administrator waits for the rest.
+            # Replies fit the socket's buffer, or vsockd waits for the administrator to read.
             self._sock.settimeout(1.0)
             try:
                 if self._descriptors:
@@ -187,7 +187,7 @@ class ControlSession:
         self._vsockd.contexts.remove(_cid(arguments))
 
     def _attach_device(self, arguments: Arguments) -> None:
-        """The link goes with the answer (:mod:`.kernel_link`)."""
+        """Attach a device; its link is sent with the reply (:mod:`.device_link`)."""
         vsockd = self._vsockd
         context = vsockd.fabric.contexts.require(_cid(arguments))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -220,15 +220,15 @@ class ControlSession:
         self._vsockd.events.subscribe(self._tell, wanted)
 
     def _tell(self, event: Mapping[str, Any]) -> None:
-        """Send an event, if there is room; ``missed`` tells how many did not fit before."""
+        """Send an event if the socket has space; ``missed`` counts those left out before it."""
         line = json.dumps({"event": {**event, "missed": self._missed}}).encode() + b"\n"
         try:
-            # A short write on a stream of the kernel's own is all or nothing.
+            # A unix stream socket accepts a short write as a whole or not at all.
             self._sock.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             self._missed += 1
         except OSError:
-            pass  # it has gone; reading from it will say so
+            pass  # closed; the reader notices
         else:
             self._missed = 0
 
@@ -266,7 +266,7 @@ def _isolation(arguments: Arguments) -> Isolation:
     unrestricted = _optional(arguments, "unrestricted", bool)
     domain = _optional(arguments, "domain", str)
     if profile is not Profile.LEGACY and (unrestricted is not None or domain is not None):
-        raise BadRequest("unrestricted and domain have a meaning with the legacy profile alone")
+        raise BadRequest("unrestricted, domain: used by the legacy profile only")
     return Isolation(profile, bool(unrestricted), domain or "")
 
 
@@ -298,6 +298,6 @@ def _names(choices: type[Enum]) -> str:
 
 def _optional(arguments: Arguments, key: str, kind: type) -> Any:
     value = arguments.get(key)
-    if value is not None and type(value) is not kind:  # not isinstance: True is no number
+    if value is not None and type(value) is not kind:  # not isinstance: True is not a number
         raise BadRequest(f"{key}: expected {kind.__name__}, not {value!r}")
     return value

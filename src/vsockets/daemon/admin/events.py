@@ -1,4 +1,4 @@
-"""What happens, told to whoever has asked to hear of it."""
+"""Events and their subscribers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 
 class Topic(Enum):
-    """What one can subscribe to."""
+    """A topic to subscribe to."""
 
-    CONTEXT = "context"  #: a guest was added, changed its state, or was removed
-    DENIAL = "denial"  #: somebody was denied something: the audit
-    DISCONNECT = "disconnect"  #: an administrator has ended a stream
+    CONTEXT = "context"  #: a guest was added, removed, or changed its state
+    DENIAL = "denial"  #: a request was denied: a line of the audit log
+    DISCONNECT = "disconnect"  #: an administrator has disconnected a stream
 
 
 class Events:
-    """The subscribers.  An event is a JSON object: ``topic``, ``time`` (seconds of the epoch)
-    and what belongs to the topic.
+    """The subscribers.  An event is a JSON object with ``topic``, ``time`` (seconds since the
+    epoch) and the topic's own keys.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class Events:
         self._subscribers[tell] = frozenset(topics)
 
     def unsubscribe(self, tell: Callable[[dict[str, Any]], None]) -> None:
-        """Do not call ``tell`` any more.  Harmless when it never was."""
+        """Stop calling ``tell``.  Does nothing if it is not subscribed."""
         self._subscribers.pop(tell, None)
 
     def publish(self, topic: Topic, **facts: Any) -> None:
-        """Tell everybody who asked."""
+        """Send an event to the subscribers of ``topic``."""
         event = {"topic": topic.value, "time": round(time.time(), 3), **facts}
         for tell, topics in list(self._subscribers.items()):
             if topic in topics:

@@ -1,4 +1,4 @@
-"""What vsockd tells its administrator: plain values, fit for JSON."""
+"""Reports for the administrator, as plain values for JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..listeners import Listener
 
 
 def status(broker: Broker) -> dict[str, Any]:
-    """Counts of everything."""
+    """Return totals over all contexts."""
     broker.refresh()
     fabric = broker.fabric
     total = Counts()
@@ -39,7 +39,7 @@ def status(broker: Broker) -> dict[str, Any]:
 
 
 def counts(broker: Broker) -> dict[str, Any]:
-    """What there is in each context, and what was done there since it was added."""
+    """Return what exists in each context, and its counts since it was added."""
     broker.refresh()
     streams: Counter[Context] = Counter()
     for stream in broker.fabric.connections.values():
@@ -71,9 +71,9 @@ def _counted(counts: Counts) -> dict[str, Any]:
 
 
 def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any]:
-    """A context: who it is, what it may, what it has.
+    """Return a context's identity, rights and usage.
 
-    The host's and the hypervisor's ``limits`` are None: they have none.
+    ``limits`` is null for the host and the hypervisor, which are not limited.
     """
     limits = context.limits
     return {
@@ -107,15 +107,15 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
 
 
 def stream_names(streams: Iterable[Connection]) -> list[dict[str, Any]]:
-    """Streams by their two addresses, and the processes that began them."""
+    """Return streams by their two addresses, and the process that opened each."""
     return [{"local": one.local, "peer": one.peer, "pid": one.owner.pid} for one in streams]
 
 
 def socket_rows(broker: Broker) -> list[dict[str, Any]]:
-    """Every socket: listening and bound ones, datagram sockets, both ends of streams.
+    """Return every socket: bound and listening ones, datagram sockets, both ends of streams.
 
-    ``pid`` and ``uid`` are those of the process that vsockd dealt with.  Streams have no queues
-    here, but the inodes by which the kernel can be asked for them.
+    ``pid`` and ``uid`` are those of the process that sent the request to vsockd.  Streams have no
+    queue sizes here, but the inodes to ask the kernel for them.
     """
     broker.refresh()
     inodes = broker.streams.inodes()
@@ -159,7 +159,7 @@ def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> dict[str, Any]:
 
 
 def _stream_rows(stream: Connection, inode: int | None) -> list[dict[str, Any]]:
-    """``inode``: of the accepting end."""
+    """Return a row for each end of a stream; ``inode`` is the accepting end's."""
     listener = stream.listener
     sides = (
         (stream.context, stream.local, stream.peer, stream.owner, None, inode),
