@@ -74,7 +74,7 @@ class Throttle:
         """
         rate = rate or self.rate
         bucket = self._buckets.get(party)
-        if bucket is None or bucket.meter.rate != rate:
+        if bucket is None or bucket.tokens.rate != rate:
             bucket = self._buckets[party] = _Bucket(rate)
             if len(self._buckets) > LOG_PARTIES_MAX:
                 self._buckets.popitem(last=False)
@@ -82,7 +82,7 @@ class Throttle:
         if self._all.rate != 10 * self.rate:
             self._all = TokenBucket(10 * self.rate)
         now = monotonic()
-        if not (bucket.meter.take(now) and self._all.take(now)):
+        if not (bucket.tokens.try_take(now) and self._all.try_take(now)):
             bucket.left_out += 1
             return None
         left_out, bucket.left_out = bucket.left_out, 0
@@ -92,10 +92,10 @@ class Throttle:
 class _Bucket:
     """One party's."""
 
-    __slots__ = ("left_out", "meter")
+    __slots__ = ("left_out", "tokens")
 
     def __init__(self, rate: int) -> None:
-        self.meter = TokenBucket(rate)
+        self.tokens = TokenBucket(rate)
         self.left_out = 0
 
 

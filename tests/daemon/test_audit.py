@@ -246,7 +246,7 @@ class TestLinesThatAreNoDenials:
                     answer = ask_once(guest, connect(3, 6000), socket.SOCK_STREAM)
                     assert answer.status == errno.ECONNRESET
         log = vsock_fabric.log
-        lost = [line for line in log.splitlines() if "connection to (3, 6000) lost" in line]
+        lost = [line for line in log.splitlines() if "connection to (3, 6000) is lost" in line]
         assert 1 <= len(lost) < 150
         assert sum(map(left_out_before, log.splitlines())) > 50
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 
-from vsockets.daemon.deferred_work import Chores
+from vsockets.daemon.deferred_work import DeferredWork
 from vsockets.daemon.disconnect import Disconnector
 from vsockets.daemon.stream_liveness import Group
 from vsockets.eventloop.loop import EventLoop
@@ -31,7 +31,7 @@ def stream(fabric: Fabric, accepted: socket.socket) -> Connection:
 
 def test_it_goes_on_in_pieces() -> None:
     """A stream that is hidden (its descriptor is in a message) has all descriptors looked at."""
-    disconnector = Disconnector(loop := EventLoop(), Chores(loop))
+    disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop))
     mine, accepted = socket.socketpair()
     hiding, hidden = socket.socketpair()
     with contextlib.ExitStack() as stack:
@@ -42,19 +42,19 @@ def test_it_goes_on_in_pieces() -> None:
         accepted.close()
         for _ in range(640):
             stack.callback(os.close, os.dup(mine.fileno()))
-        disconnector._doomed[connection.number] = connection
+        disconnector._remaining[connection.number] = connection
         assert len(list(disconnector._try())) >= 10
         # Once it is in a process again it is found, and its search is over.
         _, (fd,), _, _ = socket.recv_fds(hidden, 1, 1)
         stack.callback(os.close, fd)
         list(disconnector._try())
-        assert not disconnector._doomed
+        assert not disconnector._remaining
         assert mine.recv(1) == b""
 
 
 def test_a_stream_is_cut_at_once() -> None:
-    disconnector = Disconnector(loop := EventLoop(), Chores(loop))
+    disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop))
     mine, accepted = socket.socketpair()
     with mine, accepted:
-        assert disconnector.cut([stream(Fabric(0), accepted)]) == []
+        assert disconnector.disconnect([stream(Fabric(0), accepted)]) == []
         assert mine.recv(1) == b""

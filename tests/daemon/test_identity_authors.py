@@ -29,7 +29,7 @@ from .raw_client import (
     send_with,
     unix_datagrams,
 )
-from .test_kernel_link import Device
+from .test_device_link import Device
 from .users import CAP_NET_ADMIN, NOBODY, as_administrator, as_root, has_capability, user
 
 pytestmark = as_root

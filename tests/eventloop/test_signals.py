@@ -62,7 +62,7 @@ def test_a_signal_while_no_call_may_last_long() -> None:
 
     loop._poll = noting  # type: ignore[assignment]
     loop.call_later(0.2, loop.stop)
-    with loop.signalled({signal.SIGTERM: loop.stop}), loop.hurried(0.005):
+    with loop.signalled({signal.SIGTERM: loop.stop}), loop.interrupting_calls(0.005):
         signal.raise_signal(signal.SIGALRM)
         loop.run()
     assert len(waits) < 10

@@ -212,7 +212,7 @@ class TestBeyond:
         endpoint = Endpoint(
             EndpointKind.STREAM, house.host, 2, 9900, ME.credentials, listening=True
         )
-        house.guest.beyond = lambda kind, port: endpoint if port == 9900 else None
+        house.guest.fallback = lambda kind, port: endpoint if port == 9900 else None
         return endpoint
 
     def test_for_that_guest_alone(self, house: House, beyond: Endpoint) -> None:

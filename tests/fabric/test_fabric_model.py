@@ -177,7 +177,7 @@ class FabricModel(RuleBasedStateMachine):
             context.reserved_ports = reserved_ports
             profile, unrestricted, domain = isolation
             context.isolation = Isolation(Profile(profile), unrestricted, domain)
-            context.limit(Limits(sockets=most_sockets))
+            context.set_limits(Limits(sockets=most_sockets))
 
     @precondition(lambda self: len(self.world.machines) > 3)
     @rule(cid=st.sampled_from([0, 2, 3, 4, 5, 6]))

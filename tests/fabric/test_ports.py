@@ -44,25 +44,25 @@ def test_holders() -> None:
 
 def test_an_ephemeral_port_needs_no_privilege_and_is_not_given_out_again_soon() -> None:
     ports: Ports[int] = Ports()
-    given_out = [ports.ephemeral() for _ in range(1000)]
+    given_out = [ports.next_ephemeral() for _ in range(1000)]
     assert len(set(given_out)) == 1000
     assert all(1024 <= port <= LAST_PORT for port in given_out)
 
 
 def test_every_context_starts_elsewhere() -> None:
     # One in four billion that two of them meet.
-    assert len({Ports[int]().ephemeral() for _ in range(10)}) > 1
+    assert len({Ports[int]().next_ephemeral() for _ in range(10)}) > 1
 
 
 def test_a_search_ends_after_24_ports_and_goes_on_from_there() -> None:
     ports: Ports[str] = Ports()
-    first = ports.ephemeral()
+    first = ports.next_ephemeral()
     for port in range(first + 1, first + 25):
         ports.claim(port, "held")
     with pytest.raises(Refused) as refusal:
-        ports.ephemeral()
+        ports.next_ephemeral()
     assert refusal.value.errno == errno.EADDRNOTAVAIL
-    assert ports.ephemeral() == first + 25
+    assert ports.next_ephemeral() == first + 25
 
 
 @given(st.sets(st.integers(0, 8)))
@@ -73,4 +73,4 @@ def test_ephemeral_ports_go_round_and_skip_held_ones(held: set[int]) -> None:
     for place in held:
         ports.claim(round_trip[place], "held")
     free = [port for place, port in enumerate(round_trip) if place not in held]
-    assert [ports.ephemeral() for _ in range(5)] == free[:5]
+    assert [ports.next_ephemeral() for _ in range(5)] == free[:5]

@@ -41,27 +41,27 @@ SHOP = Grant(1000, None, None, False, False, frozenset({"shop", ""}))
 @pytest.mark.parametrize("kind", EndpointKind)
 def test_a_program_with_cap_net_admin_is_trusted_by_every_guest(kind: EndpointKind) -> None:
     trust = trust_of(ADMIN, kind, Settings())
-    assert trust.toward(MINE)
-    assert trust.toward(YOURS)
+    assert trust.for_context(MINE)
+    assert trust.for_context(YOURS)
 
 
 @pytest.mark.parametrize("kind", EndpointKind)
 def test_another_capability_is_none(kind: EndpointKind) -> None:
     program = Somebody(capabilities={CAP_NET_BIND_SERVICE})
-    assert not trust_of(program, kind, Settings()).toward(YOURS)
+    assert not trust_of(program, kind, Settings()).for_context(YOURS)
 
 
 @pytest.mark.parametrize("kind", EndpointKind)
 def test_a_program_of_the_virtual_machines_user_is_trusted_by_that_one(kind: EndpointKind) -> None:
     trust = trust_of(ME, kind, Settings())
-    assert trust.toward(MINE)
-    assert not trust.toward(YOURS)
+    assert trust.for_context(MINE)
+    assert not trust.for_context(YOURS)
 
 
 def test_root_without_the_capability_is_not_trusted() -> None:
     """As in a container: it is the capability that counts, not the user id."""
     root = Somebody(Credentials(1, 0, 0))
-    assert not trust_of(root, EndpointKind.STREAM, Settings()).toward(MINE)
+    assert not trust_of(root, EndpointKind.STREAM, Settings()).for_context(MINE)
 
 
 @pytest.mark.parametrize(
@@ -76,23 +76,23 @@ def test_a_grant_is_for_one_type_of_socket(grant: Grant, trusted: set[EndpointKi
     program = granted(grant)
     settings = Settings(grants=(grant,))
     assert {
-        kind for kind in EndpointKind if trust_of(program, kind, settings).toward(YOURS)
+        kind for kind in EndpointKind if trust_of(program, kind, settings).for_context(YOURS)
     } == trusted
 
 
 def test_grants_add_up() -> None:
     settings = Settings(grants=(STREAMS, DATAGRAMS))
     program = granted(STREAMS, DATAGRAMS)
-    assert all(trust_of(program, kind, settings).toward(YOURS) for kind in EndpointKind)
+    assert all(trust_of(program, kind, settings).for_context(YOURS) for kind in EndpointKind)
 
 
 def test_a_grant_to_somebody_else_is_none() -> None:
     settings = Settings(grants=(STREAMS,))
-    assert not trust_of(ME, EndpointKind.STREAM, settings).toward(YOURS)
+    assert not trust_of(ME, EndpointKind.STREAM, settings).for_context(YOURS)
 
 
 def test_a_grant_that_is_not_configured_any_more_is_none() -> None:
-    assert not trust_of(granted(STREAMS), EndpointKind.STREAM, Settings()).toward(YOURS)
+    assert not trust_of(granted(STREAMS), EndpointKind.STREAM, Settings()).for_context(YOURS)
 
 
 # Domains

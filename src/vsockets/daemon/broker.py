@@ -32,7 +32,7 @@ from .admin.audit import OPERATIONS, Audit
 from .channel import Channel, consume, send_descriptor, take_socket
 from .credentials import peer_credentials
 from .datagrams import Datagrams
-from .deferred_work import Chores
+from .deferred_work import DeferredWork
 from .device_capture import capture
 from .device_link import DeviceLink
 from .limit_checks import LimitChecks
@@ -49,12 +49,12 @@ from .listeners import (
     AnnouncedListener,
     Listener,
     NamedListener,
-    leaves_answers_unread,
+    leaves_replies_unread,
 )
 from .named_sockets import NamedSocket, bind_to_name, cookie_of, probe_of
 from .pending_connects import HandoffLink
 from .records import encode_accepting, encode_connecting, encode_endpoint, encode_offer
-from .request_turns import Turns
+from .request_turns import RequestTurns
 from .socket_queries import SocketQueries
 from .streams import Streams
 
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 _STREAM, _SEQPACKET = EndpointKind.STREAM, EndpointKind.SEQPACKET
 _UNPRIVILEGED = int(RequestFlag.UNPRIVILEGED)
 #: Owners of named sockets to probe at once for a party that is at its limit.
-_HOLDERS = 16
+_HOLDERS_PROBED = 16
 
 
 class Broker:
@@ -75,13 +75,13 @@ class Broker:
 
     def __init__(self, loop: EventLoop, fabric: Fabric, audit: Audit) -> None:
         self.fabric = fabric
-        self._chores = Chores(loop)
-        self._turns = Turns(loop)
-        self.datagrams = Datagrams(loop, fabric, self._chores)
+        self._deferred = DeferredWork(loop)
+        self._turns = RequestTurns(loop)
+        self.datagrams = Datagrams(loop, fabric, self._deferred)
         self._audit = audit
         self._loop = loop
-        self.streams = Streams(loop, fabric, self._chores)
-        self._questions = SocketQueries(fabric, self.streams, self.datagrams)
+        self.streams = Streams(loop, fabric, self._deferred)
+        self._queries = SocketQueries(fabric, self.streams, self.datagrams)
         self._channels: dict[Context, set[Channel]] = {}
         #: channels that hold named sockets, by secret; the one probed longest ago comes first
         self._holders: dict[int, Channel] = {}
@@ -92,11 +92,11 @@ class Broker:
         #: channels without a request yet, and the time each is closed, in order of that time
         self._silent: dict[Channel, float] = {}
         #: listeners with connections that could not be announced yet
-        self._held: dict[Listener, None] = {}
+        self._unannounced: dict[Listener, None] = {}
         self._cannot_send = False  # True if the last descriptor could not be sent to any process
         #: channels without a request that use up the reserve, the oldest first
-        self._brief: dict[Channel, None] = {}
-        self._allowance = LimitChecks(self._forget_some)
+        self._silent_in_reserve: dict[Channel, None] = {}
+        self._limit_checks = LimitChecks(self._release_some)
         self._operations: dict[int, Callable[[Channel, Request], bool]] = {
             Op.BIND: self._bind,
             Op.LISTEN: self._listen,
@@ -116,12 +116,12 @@ class Broker:
         """Release every socket that is closed by now."""
         self.streams.reap()
         self.datagrams.sweep()
-        self._look_at_holders(len(self._holders))
+        self._probe_holders(len(self._holders))
 
-    def count_waiting(self) -> None:
+    def recount_pending(self) -> None:
         """Recount accepted connections of all listeners: clients do not report accepts."""
         for listener in self._listening():
-            listener.count_waiting()
+            listener.recount_pending()
 
     # Channels
 
@@ -129,9 +129,9 @@ class Broker:
         """Admit connection ``fd``, just accepted on a control socket of ``context``."""
         sock_type = SOCK_STREAM if kind is _STREAM else SOCK_SEQPACKET
         sock = _socket.socket(AF_UNIX, sock_type, 0, fd)
-        self.take(Channel(sock, context, kind, peer_credentials(sock)))
+        self.serve_first(Channel(sock, context, kind, peer_credentials(sock)))
 
-    def take(self, channel: Channel) -> None:
+    def serve_first(self, channel: Channel) -> None:
         """Serve the first request on a new channel, or keep the channel until it arrives."""
         try:
             data = channel.read()
@@ -155,8 +155,8 @@ class Broker:
         """Continue with a channel whose connection a device refused; see :mod:`.device_link`."""
         if channel.endpoint is not None:
             self.fabric.rebind(channel.endpoint)
-        if self._may_ask_again(channel):
-            channel.expect_requests(True)  # the device may have cleared SO_PASSCRED
+        if self._may_keep_refused(channel):
+            channel.receive_credentials(True)  # the device may have cleared SO_PASSCRED
             self._keep(channel)
         else:
             self._drop(channel)
@@ -166,9 +166,9 @@ class Broker:
         for channel in list(self._channels.get(context, ())):
             self._drop(channel)
         self._channels.pop(context, None)
-        if context.kernel is not None:
-            assert isinstance(context.kernel.streams, DeviceLink)
-            context.kernel.streams.close()
+        if context.device is not None:
+            assert isinstance(context.device.streams, DeviceLink)
+            context.device.streams.close()
         self.datagrams.close_context(context)
 
     def _listening(self) -> Iterator[Listener]:
@@ -180,7 +180,7 @@ class Broker:
     def _await_request(self, channel: Channel) -> None:
         """Keep a channel whose client has connected and sent no request yet."""
         try:
-            self._allowance.require_patience(channel.party)
+            self._limit_checks.check_pending_limit(channel.party)
         except Denied as denied:
             channel.context.counts.refusals += 1
             source = channel.context.cid, VMADDR_PORT_ANY
@@ -196,11 +196,11 @@ class Broker:
         if not self._silent:
             self._loop.call_later(DAEMON_SILENT_CLIENT_SECONDS, self._close_silent)
         self._silent[channel] = monotonic() + DAEMON_SILENT_CLIENT_SECONDS
-        if not reserve.may_stay(channel.sock.fileno()):
+        if not reserve.may_keep(channel.sock.fileno()):
             # A well-behaved client sends its request within microseconds.
-            self._brief[channel] = None
-            if len(self._brief) > reserve.most_brief():
-                longest = next(iter(self._brief))
+            self._silent_in_reserve[channel] = None
+            if len(self._silent_in_reserve) > reserve.max_silent():
+                longest = next(iter(self._silent_in_reserve))
                 longest.send(Record(errno.ENOBUFS).encode())
                 self._drop(longest)
 
@@ -216,26 +216,26 @@ class Broker:
             data = b"" if hung_up else channel.read()
         except BlockingIOError:
             return
-        self._has_spoken(channel)
+        self._end_silence(channel)
         channel.requests += 1
-        if channel.requests % DAEMON_UNREAD_REPLIES_MAX == 0 and leaves_answers_unread(channel):
+        if channel.requests % DAEMON_UNREAD_REPLIES_MAX == 0 and leaves_replies_unread(channel):
             self._log(logging.INFO, channel, "closed: the client does not read its replies")
             data = b""
         if not (data and self._serve(channel, data)):
             self._drop(channel)
 
-    def _may_ask_again(self, channel: Channel) -> bool:
+    def _may_keep_refused(self, channel: Channel) -> bool:
         """Return whether to keep a channel after a refusal, for another request.
 
         A bound socket stays bound; of unbound ones a party may keep a limited number.
         """
-        if channel.asks_once:
+        if channel.single_request:
             return False
         if channel.endpoint is not None:
             return True
         limits = channel.party.limits
         room = limits is None or channel.party.channels < limits.sockets
-        return room and reserve.may_stay(channel.sock.fileno())
+        return room and reserve.may_keep(channel.sock.fileno())
 
     def _drop(self, channel: Channel) -> None:
         self._turns.unwatch(channel.party, channel.sock.fileno())
@@ -243,26 +243,26 @@ class Broker:
         if kept is not None and channel in kept:
             kept.remove(channel)
             channel.party.channels -= 1
-        self._has_spoken(channel)
+        self._end_silence(channel)
         if channel.listener is not None:
             channel.listener.close()
-            self._held.pop(channel.listener, None)
+            self._unannounced.pop(channel.listener, None)
             self._holders.pop(channel.secret, None)
         if channel.endpoint is not None:
             self.fabric.unbind(channel.endpoint)
         channel.sock.close()
 
-    def _forget_some(self, party: Party | None = None) -> None:
+    def _release_some(self, party: Party | None = None) -> None:
         """Release some of what ``party`` (or all parties) closed now, the rest as deferred work."""
         self.streams.reap_some()
-        self._look_at_holders(_HOLDERS)
-        self._chores.start(self, self._sweep_holders())
+        self._probe_holders(_HOLDERS_PROBED)
+        self._deferred.start(self, self._sweep_holders())
         if party is None:
-            self.datagrams.look_through_all()
+            self.datagrams.start_sweep()
         else:
-            self.datagrams.look_some(party)
+            self.datagrams.sweep_some(party)
 
-    def _look_at_holders(self, number: int) -> None:
+    def _probe_holders(self, number: int) -> None:
         """Probe ``number`` named sockets; drop the channels of those that are closed."""
         for secret, channel in list(islice(self._holders.items(), number)):
             del self._holders[secret]
@@ -271,14 +271,14 @@ class Broker:
 
     def _sweep_holders(self) -> Iterator[None]:
         for _ in range(0, len(self._holders), DAEMON_PROBES_PER_STEP):
-            self._look_at_holders(DAEMON_PROBES_PER_STEP)
+            self._probe_holders(DAEMON_PROBES_PER_STEP)
             yield
 
     def _drop_if_closed(self, target: object) -> None:
         if isinstance(target, Channel) and target.has_hung_up():
             self._drop(target)
         elif isinstance(target, Listener) and not target.is_open():
-            self._drop_deaf(target)
+            self._drop_listener(target)
 
     def _sweep_later(self) -> None:
         if self._sweep_delay is None:
@@ -287,18 +287,18 @@ class Broker:
 
     def _sweep_again(self) -> None:
         assert self._sweep_delay is not None
-        self._chores.start(self, self._sweep_holders())
+        self._deferred.start(self, self._sweep_holders())
         if self._holders:
             self._loop.call_later(self._sweep_delay, self._sweep_again)
             self._sweep_delay = min(self._sweep_delay * 2, DAEMON_SWEEP_LONGEST_SECONDS)
         else:
             self._sweep_delay = None
 
-    def _has_spoken(self, channel: Channel) -> None:
+    def _end_silence(self, channel: Channel) -> None:
         if channel.silent:
             channel.silent = False
             channel.party.pending -= 1
-            self._brief.pop(channel, None)
+            self._silent_in_reserve.pop(channel, None)
             del self._silent[channel]
 
     def _close_silent(self) -> None:
@@ -322,7 +322,7 @@ class Broker:
             if operation is None:
                 raise ProtocolError(f"no operation {request.op}")
             if channel.party.limits is not None:
-                channel.party.require_pace(monotonic())
+                channel.party.check_rate(monotonic())
             return operation(channel, request)
         except Refused as refused:
             context.counts.refusals += 1
@@ -332,7 +332,7 @@ class Broker:
                 self._log(logging.INFO, channel, refused)
             channel.send(Record(refused.errno).encode())
             consume(channel.sock, channel.kind, request.polling)
-            return self._may_ask_again(channel)
+            return self._may_keep_refused(channel)
         except ProtocolError as error:
             self._log(logging.INFO, channel, error)
             return False
@@ -371,7 +371,7 @@ class Broker:
             destination,
         )
 
-    def _answer(self, channel: Channel, request: Request, record: bytes) -> None:
+    def _reply(self, channel: Channel, request: Request, record: bytes) -> None:
         channel.send(record)
         if request.flags or channel.kind is _SEQPACKET:
             consume(channel.sock, channel.kind, request.polling)
@@ -384,7 +384,7 @@ class Broker:
         endpoint.handle = channel
         endpoint.sizes = request.sizes()
         channel.endpoint = endpoint
-        self._answer(channel, request, encode_endpoint(endpoint))
+        self._reply(channel, request, encode_endpoint(endpoint))
         return True
 
     def _bind_socket(self, channel: Channel, request: Request) -> bool:
@@ -402,7 +402,7 @@ class Broker:
                 endpoint = self._claim(channel, kind, request)
                 endpoint.sizes = request.sizes()
             try:
-                name = f"{self.datagrams.life}.stream.{next(self._names)}"
+                name = f"{self.datagrams.epoch}.stream.{next(self._names)}"
                 named = NamedSocket(name, bind_to_name(sock, name))
             except BaseException:
                 if channel.endpoint is None:
@@ -418,7 +418,7 @@ class Broker:
                 assert isinstance(listener, NamedListener)
                 listener.replace(named, sock.type)
             endpoint.handle = listener
-            self.fabric.rename(endpoint, cookie_of(sock), os.fstat(sock.fileno()).st_ino)
+            self.fabric.replace_socket(endpoint, cookie_of(sock), os.fstat(sock.fileno()).st_ino)
         channel.send(encode_endpoint(endpoint))
         return True
 
@@ -435,7 +435,7 @@ class Broker:
         if silent:
             consume(channel.sock, channel.kind, request.polling)
         else:
-            self._answer(channel, request, record)
+            self._reply(channel, request, record)
         return True
 
     def _update(self, channel: Channel, request: Request) -> bool:
@@ -447,7 +447,7 @@ class Broker:
 
     def _connect(self, channel: Channel, request: Request) -> bool:
         if request.inode:
-            self._move(channel, request.inode)
+            self._move_endpoint(channel, request.inode)
         bound = channel.endpoint
         if bound is not None and bound.listening:
             raise ProtocolError("CONNECT of a listening socket")
@@ -459,10 +459,10 @@ class Broker:
             context, channel.kind, request.peer_cid, request.peer_port, asker, bound
         )
         target: Any = listener.handle  # a Listener or a HandoffLink
-        if channel.party.is_at_a_limit():
-            self._allowance.require_patience(channel.party, target.count_waiting)
-            self._allowance.make_room(channel.party)
-        if channel.lent_to not in (None, target):
+        if channel.party.is_at_limit():
+            self._limit_checks.check_pending_limit(channel.party, target.recount_pending)
+            self._limit_checks.reclaim_sockets(channel.party)
+        if channel.last_device not in (None, target):
             # That device may still hold a duplicate, and could read and write this stream.
             raise Refused(
                 errno.ECONNRESET, "this socket was refused by another device: open a new one"
@@ -470,31 +470,31 @@ class Broker:
         if not target.has_room():
             self._drop_if_closed(target)
             raise Refused(errno.ECONNRESET, f"the backlog of {listener.address} is full")
-        if self._held:
-            self._require_announcement(channel, target)
+        if self._unannounced:
+            self._require_announceable(channel, target)
         connection = fabric.connect(
             context, listener, bound, request.sizes(), asker.credentials, request.cookie
         )
         try:
-            if listener.undecided:
-                self.streams.lend(channel, connection)
+            if listener.pending:
+                self.streams.add_pending(channel, connection)
             else:
                 connection.watch = self.streams.add(sock.fileno(), connection.number)
         except OSError as error:  # out of memory, or of epoll registrations (epoll(7))
             fabric.end(connection.number)
             raise Refused(errno.ENOBUFS, f"cannot watch the stream: {error}") from None
-        if listener.undecided:
+        if listener.pending:
             self._offer(channel, request, connection, target)
         else:
             if bound is not None:
                 channel.endpoint = None
             self._hand_over(channel, request, connection, target)
         if channel.is_kernel:
-            self._questions.welcome(connection)
+            self._queries.report_listener_size(connection)
         self.streams.reap_sometimes()
         return False
 
-    def _move(self, channel: Channel, secret: int) -> None:
+    def _move_endpoint(self, channel: Channel, secret: int) -> None:
         """Move the endpoint of a named socket to ``channel``, a connection of the same socket."""
         holder = self._holders.get(secret)
         if holder is not None and holder.moved is channel and channel.endpoint is not None:
@@ -518,7 +518,7 @@ class Broker:
         if request.flags or channel.kind is _SEQPACKET:
             consume(sock, channel.kind, request.polling)
         if not channel.is_kernel:
-            channel.expect_requests(False)
+            channel.receive_credentials(False)
         record = encode_accepting(connection)
         try:
             target.announce(record, sock.fileno(), channel.party)
@@ -529,15 +529,15 @@ class Broker:
             self._log(logging.WARNING, channel, reason)
             if waits:
                 target.hold(record, sock.fileno(), channel.party)
-                if not self._held:
-                    self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._announce_held)
-                self._held[target] = None
+                if not self._unannounced:
+                    self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._announce_later)
+                self._unannounced[target] = None
                 self._cannot_send |= error.errno != errno.EAGAIN  # EAGAIN concerns this one only
             else:
                 self.fabric.end(connection.number)
-                self._drop_deaf(target)
+                self._drop_listener(target)
 
-    def _drop_deaf(self, target: Listener) -> None:
+    def _drop_listener(self, target: Listener) -> None:
         """Drop a listener whose program cannot receive announcements: it shut down reading, or
         closed the socket.
         """
@@ -548,28 +548,28 @@ class Broker:
         self, channel: Channel, request: Request, connection: Connection, target: HandoffLink
     ) -> None:
         """Hand a connection off to a device, which accepts or refuses it."""
-        record = encode_offer(connection, channel.offer_flags, request.polling)
+        record = encode_offer(connection, channel.connect_flags, request.polling)
         try:
-            target.announce(record, channel)
+            target.hand_over(record, channel)
         except OSError as error:
             reason = f"connection to {connection.peer} is lost: {error}"
             self._log(logging.WARNING, channel, reason)
             self.fabric.end(connection.number)
             code = errno.ENOBUFS if error.errno in SHORTAGE else errno.ECONNRESET
-            self._answer(channel, request, Record(code).encode())
+            self._reply(channel, request, Record(code).encode())
 
-    def _announce_held(self) -> None:
+    def _announce_later(self) -> None:
         """Announce connections that could not be announced when they were made."""
-        for target in list(self._held):
+        for target in list(self._unannounced):
             try:
                 if target.announce_held():
-                    self._held.pop(target, None)
+                    self._unannounced.pop(target, None)
             except OSError:
-                self._drop_deaf(target)
-        if self._held:
-            self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._announce_held)
+                self._drop_listener(target)
+        if self._unannounced:
+            self._loop.call_later(DAEMON_ANNOUNCE_RETRY_SECONDS, self._announce_later)
 
-    def _require_announcement(self, channel: Channel, target: object) -> None:
+    def _require_announceable(self, channel: Channel, target: object) -> None:
         """Raise Refused for a connection that could not be announced, while others wait to be.
 
         The client then gets an errno at once, instead of an established stream that waits.
@@ -582,7 +582,7 @@ class Broker:
                 except OSError as error:
                     raise Refused(errno.ENOBUFS, f"cannot send a descriptor: {error}") from None
             self._cannot_send = False
-        if target in self._held:
+        if target in self._unannounced:
             raise Refused(errno.ENOBUFS, "connections to this listener wait to be announced")
 
     def _bind_datagram(self, channel: Channel, request: Request) -> bool:
@@ -622,12 +622,12 @@ class Broker:
     def _catch_all(self, channel: Channel, request: Request) -> bool:
         if not channel.is_kernel:
             raise ProtocolError("CATCH_ALL from a client that is not a device")
-        kernel = channel.context.kernel
-        assert kernel is not None and isinstance(kernel.streams, DeviceLink)
+        device = channel.context.device
+        assert device is not None and isinstance(device.streams, DeviceLink)
         sock = take_socket(channel, SOCK_DGRAM)
         with closing(sock):
             datagrams = self.datagrams.catch_all(channel.context, sock)
-            kernel.streams.catches(datagrams)
+            device.streams.set_datagrams(datagrams)
         channel.send(Record(0).encode())
         return False
 
@@ -638,17 +638,17 @@ class Broker:
         return False
 
     def _query(self, channel: Channel, request: Request) -> bool:
-        self._answer(channel, request, self._questions.look_up(channel, request))
+        self._reply(channel, request, self._queries.look_up(channel, request))
         return False
 
     def _resize(self, channel: Channel, request: Request) -> bool:
-        self._questions.resize(channel, request)
-        self._answer(channel, request, Record(0).encode())
+        self._queries.resize(channel, request)
+        self._reply(channel, request, Record(0).encode())
         return False
 
     def _local_cid(self, channel: Channel, request: Request) -> bool:
-        record = Record(0, self._questions.trust(channel, request), channel.context.cid)
-        self._answer(channel, request, record.encode())
+        record = Record(0, self._queries.trust_flags(channel, request), channel.context.cid)
+        self._reply(channel, request, record.encode())
         return False
 
     # Helpers of the operations
@@ -656,7 +656,7 @@ class Broker:
     def _claim(
         self, channel: Channel, kind: EndpointKind, request: Request, cookie: int = 0
     ) -> Endpoint:
-        self._allowance.make_room(channel.party)
+        self._limit_checks.reclaim_sockets(channel.party)
         privileged = not request.flags & _UNPRIVILEGED
         address = request.local_cid, request.local_port
         asker = channel.asker
@@ -674,7 +674,7 @@ class Broker:
         )
         holder = ports.get(request.local_port)
         if isinstance(holder, Connection):
-            if self._allowance.may_look(channel.party):
+            if self._limit_checks.may_probe(channel.party):
                 self.streams.reap_one(holder)
         elif holder is not None and holder.kind is EndpointKind.DATAGRAM:
             self.datagrams.is_open(holder)
@@ -696,5 +696,5 @@ class Broker:
         try:
             reserve.require_free(fd)
         except Refused:
-            self._forget_some()
+            self._release_some()
             raise

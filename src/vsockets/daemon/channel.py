@@ -42,8 +42,8 @@ _SEQPACKET = EndpointKind.SEQPACKET
 # Plain integers: `|` of enum flags costs as much as a system call.
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 #: Flags to read a request with: from a stream, and from a packet socket.
-TAKE = int(MSG_DONTWAIT)
-LOOK = int(MSG_DONTWAIT | MSG_PEEK)
+READ = int(MSG_DONTWAIT)
+PEEK = int(MSG_DONTWAIT | MSG_PEEK)
 
 #: Errors for which sending a descriptor can succeed later: its user has too many descriptors in
 #: flight, memory is short, or the receiver has not read what was sent before.
@@ -63,10 +63,10 @@ class Channel(Peer):
     silent = False  # True while the channel is kept and no request has been read
     requests = 0  # read since the channel has been kept
     is_kernel = False  # True for a device: the guest's kernel chose the port it connects from
-    asks_once = False  # True to close the channel after a refused request
+    single_request = False  # True to close the channel after a refused request
     deputy: Deputy | None = None  # set if another process wrote the request read last
-    offer_flags = 0  # RequestFlag: how a device replies to the connecting client
-    lent_to: object = None  # the link (:mod:`.device_link`) its socket has been sent over
+    connect_flags = 0  # RequestFlag: how a device replies to the connecting client
+    last_device: object = None  # the link (:mod:`.device_link`) its socket has been sent over
     listener: Listener | None = None  # set for a listening socket or a named one
     secret = 0  # the one of BIND_SOCKET
     #: for a named socket: the channel that a CONNECT has moved its endpoint to
@@ -87,7 +87,7 @@ class Channel(Peer):
         # The kernel drops descriptors in the message, since there is no space for them.
         # A message of a packet socket is peeked at: reading a part of it would discard the rest,
         # and with it the padding that blocks a polling sender.
-        how = LOOK if self.kind is _SEQPACKET else TAKE
+        how = PEEK if self.kind is _SEQPACKET else READ
         try:
             data, came, _, _ = self.sock.recvmsg(REQUEST_SIZE, _AUTHOR, how)
         except ConnectionError:
@@ -103,7 +103,7 @@ class Channel(Peer):
         """The process, or pair of processes, whose rights apply to the request read last."""
         return self.deputy or self
 
-    def expect_requests(self, expected: bool) -> None:
+    def receive_credentials(self, expected: bool) -> None:
         """Enable or disable receiving the writer's credentials with each request (SO_PASSCRED)."""
         self.sock.setsockopt(_SOCKET, _PASSCRED, expected)
 
@@ -144,9 +144,9 @@ def consume(sock: _socket.socket, kind: EndpointKind, polling: bool) -> None:
     """Read the rest of a request from ``sock``, which lets its sender's poll report writable."""
     try:
         if kind is EndpointKind.SEQPACKET:  # the request was peeked at: this reads all of it
-            sock.recv(1, TAKE)
+            sock.recv(1, READ)
         elif polling:  # request and padding were one write, so the padding has arrived
-            sock.recv(len(PADDING), TAKE)
+            sock.recv(len(PADDING), READ)
     except (BlockingIOError, ConnectionError):
         pass  # nothing was left, it was read with a descriptor, or the client has closed
 
@@ -155,13 +155,13 @@ def consume(sock: _socket.socket, kind: EndpointKind, polling: bool) -> None:
 _closed: deque[Party] = deque()
 
 
-def give_up(fd: int, party: Party) -> None:
+def close_unwanted(fd: int, party: Party) -> None:
     """Close a descriptor that ``party`` sent without reason, in a thread (closing may block)."""
     party.unwanted += 1
     dispose(fd, partial(_closed.append, party))
 
 
-def has_many_unwanted(party: Party) -> bool:
+def has_too_many_unwanted(party: Party) -> bool:
     """Return whether a party has as many unwanted descriptors waiting to be closed as it may."""
     while _closed:
         _closed.popleft().unwanted -= 1
@@ -190,7 +190,8 @@ def take_socket(channel: Channel, *types: int) -> _socket.socket:
     """Read a request with a unix socket of one of ``types`` from the channel; return the socket."""
     if channel.kind is not EndpointKind.SEQPACKET:
         raise ProtocolError("request with a descriptor on a stream channel")
-    if has_many_unwanted(channel.party):  # unread, the kernel closes the descriptor in the sender
+    # While the request is unread, the kernel closes the descriptor, in the sender.
+    if has_too_many_unwanted(channel.party):
         raise Refused(errno.ENOBUFS, f"{channel.party.name} sends invalid descriptors")
     fd = receive_with_descriptor(channel.sock)
     if fd is None:
@@ -198,9 +199,9 @@ def take_socket(channel: Channel, *types: int) -> _socket.socket:
     try:
         sock = _socket.socket(fileno=fd)
     except OSError:
-        give_up(fd, channel.party)
+        close_unwanted(fd, channel.party)
         raise ProtocolError("invalid descriptor (expected a unix socket)") from None
     if sock.family != AF_UNIX or sock.type not in types:
-        give_up(sock.detach(), channel.party)
+        close_unwanted(sock.detach(), channel.party)
         raise ProtocolError(f"invalid descriptor: {sock.family=} {sock.type=}")
     return sock

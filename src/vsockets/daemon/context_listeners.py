@@ -21,7 +21,7 @@ from .limits import CONTROL_BACKLOG_MAX
 
 log = logging.getLogger(__name__)
 
-_DOORS = (
+_CONTROL_SOCKETS = (
     (EndpointKind.STREAM, STREAM, socket.SOCK_STREAM),
     (EndpointKind.SEQPACKET, SEQPACKET, socket.SOCK_SEQPACKET),
 )
@@ -53,17 +53,17 @@ class ContextListeners:
         """
         self._folder = folder
         self._trash = trash
-        self._doors: list[Acceptor] = []
+        self._acceptors: list[Acceptor] = []
         is_host = context.cid == VMADDR_CID_HOST
         if folder.is_dir():  # an earlier context's, which could not be removed
             trash.discard(folder)
         folder.mkdir(mode=0o700)
         try:
-            for kind, name, sock_type in _DOORS:
+            for kind, name, sock_type in _CONTROL_SOCKETS:
                 listener = socket.socket(socket.AF_UNIX, sock_type | socket.SOCK_NONBLOCK)
                 admit = partial(broker.admit, context, kind)
                 who = f"a program of context {context.cid}"
-                self._doors.append(Acceptor(loop, listener, who, admit))
+                self._acceptors.append(Acceptor(loop, listener, who, admit))
                 # Clients see the bound name in getpeername(): the name alone discloses no path.
                 with working_in(folder), file_mode(0o666 if is_host else 0o600):
                     listener.bind(name)
@@ -85,15 +85,15 @@ class ContextListeners:
 
     def close(self) -> None:
         """Close the sockets and remove the folder."""
-        for door in self._doors:
-            door.close()
+        for acceptor in self._acceptors:
+            acceptor.close()
         remove(self._folder, self._trash)
 
 
 def remove(folder: Path, trash: Trash) -> None:
     """Remove a context's folder and everything in it."""
     try:
-        for _, name, _ in _DOORS:
+        for _, name, _ in _CONTROL_SOCKETS:
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
     except FileNotFoundError:

@@ -64,14 +64,14 @@ class ContextManager:
         self._events = events
         self._isolated = isolated
         fabric.contexts.reserved = isolated.before
-        self._doors: dict[Context, list[ContextListeners | HybridListener]] = {}
-        self._open_doors(fabric.contexts.hypervisor)
-        self._open_doors(fabric.contexts.host)
+        self._listeners: dict[Context, list[ContextListeners | HybridListener]] = {}
+        self._open_listeners(fabric.contexts.hypervisor)
+        self._open_listeners(fabric.contexts.host)
 
     def close(self) -> None:
         """Close all listening sockets."""
-        for context in list(self._doors):
-            self._close_doors(context)
+        for context in list(self._listeners):
+            self._close_listeners(context)
 
     def folder_of(self, context: Context) -> Path:
         """Return the folder of a context's control sockets, which exists unless powered off."""
@@ -83,14 +83,14 @@ class ContextManager:
         self,
         wanted: ContextSettings,
         leased: bool = False,
-        whatever_happens: bool = False,
-        says_profile: bool = True,
+        keep_on_error: bool = False,
+        profile_given: bool = True,
     ) -> Context:
         """Add a guest, or one more lease on it: see :meth:`vsockets.fabric.Contexts.add`.
 
-        With ``whatever_happens``, a guest whose sockets cannot be created is added powered off,
+        With ``keep_on_error``, a guest whose sockets cannot be created is added powered off,
         and the error is logged: a guest's owner must not be able to keep vsockd from starting.
-        Unless ``says_profile``, a guest that was isolated before a crash of vsockd is isolated
+        Unless ``profile_given``, a guest that was isolated before a crash of vsockd is isolated
         again.
 
         Raises OSError when its sockets cannot be created.
@@ -107,21 +107,21 @@ class ContextManager:
         if len(contexts) == known:  # one more lease
             return context
         context.isolation = wanted.isolation
-        if not says_profile:
+        if not profile_given:
             context.isolation = self._isolated.isolation(context.cid)
         else:
             self._isolated.before.discard(context.cid)
-        context.limit(wanted.limits)
+        context.set_limits(wanted.limits)
         context.hybrid = wanted.hybrid
         context.reserved_ports = wanted.reserved_ports
         try:
             self._isolated.record(contexts)
             if wanted.powered:
-                self._open_doors(context, whatever_happens)
+                self._open_listeners(context, keep_on_error)
             else:
                 context.state = State.OFF
         except OSError as error:
-            if not whatever_happens:
+            if not keep_on_error:
                 contexts.remove(context.cid)
                 raise
             log.error("context %d stays powered off: %s", context.cid, error)
@@ -145,7 +145,7 @@ class ContextManager:
                 )
         self._fabric.contexts.remove(cid)
         self._isolated.before.discard(cid)
-        self._end(context)
+        self._finish_removal(context)
 
     def end_lease(self, context: Context) -> None:
         """End one lease on ``context``; after the last one, power it off and remove it."""
@@ -156,18 +156,18 @@ class ContextManager:
             self.change(context, Change.POWER_OFF)
         self._fabric.departed.add(context.counts)
         self._fabric.contexts.remove(context.cid)
-        self._end(context)
+        self._finish_removal(context)
 
     def configure(self, settings: Settings) -> None:
         """Apply ``settings``: add guests that are missing, and set isolation and limits of those
         that exist.  No connection is dropped, and no guest removed.
         """
         self._fabric.settings = settings
-        self._audit.limit(settings.audit_rate)
+        self._audit.set_rate(settings.audit_rate)
         configured = {wanted.cid for wanted in settings.contexts}
         for context in self._fabric.contexts:
             if context.cid not in configured:
-                context.limit(settings.limits if context.is_guest else settings.host_limits)
+                context.set_limits(settings.limits if context.is_guest else settings.host_limits)
         by_name = {context.name: context for context in self._fabric.contexts}
         for wanted in settings.contexts:
             found = (
@@ -176,14 +176,14 @@ class ContextManager:
                 else self._fabric.contexts.get(wanted.cid)
             )
             if found is None:
-                self.add(wanted, whatever_happens=True)
+                self.add(wanted, keep_on_error=True)
             else:
                 self.adjust(found, wanted.isolation, wanted.limits)
 
     def adjust(self, context: Context, isolation: Isolation, limits: Limits) -> None:
         """Set the isolation and limits of ``context`` for requests from now on."""
         context.isolation = isolation
-        context.limit(limits)
+        context.set_limits(limits)
         self._isolated.record(self._fabric.contexts)
         _refresh(context)
 
@@ -196,15 +196,15 @@ class ContextManager:
         """
         self._broker.streams.reap()
         over = self._fabric.change(context, change)
-        left = self._broker.streams.cut(over) if over else []
+        left = self._broker.streams.disconnect(over) if over else []
         if change is Change.SUSPEND:
-            self._broker.datagrams.silence(context)
+            self._broker.datagrams.revoke_routes(context)
         elif change is Change.POWER_OFF:
-            self._close_doors(context)
+            self._close_listeners(context)
             self._broker.close_context(context)
         elif change is Change.POWER_ON:
             try:
-                self._open_doors(context, True)
+                self._open_listeners(context, True)
             except OSError:
                 context.state = State.OFF
                 raise
@@ -223,31 +223,31 @@ class ContextManager:
         self._broker.streams.reap()
         connection = self._fabric.find_connection(one, other)
         self._fabric.end(connection.number)
-        left = self._broker.streams.cut([connection])
+        left = self._broker.streams.disconnect([connection])
         self._audit.record_disconnect(connection, asker)
         return [connection] if connection in left else []
 
-    def _open_doors(self, context: Context, without_hybrid: bool = False) -> None:
+    def _open_listeners(self, context: Context, without_hybrid: bool = False) -> None:
         """Create a context's sockets; with ``without_hybrid``, a failing hybrid one is left out."""
         common = self._loop, self._broker, context
         folder = self._held / str(context.cid)
-        doors = self._doors[context] = [ContextListeners(*common, folder, self._trash)]
+        listeners = self._listeners[context] = [ContextListeners(*common, folder, self._trash)]
         try:
             if context.hybrid:
-                doors.append(HybridListener(*common, Path(context.hybrid)))
+                listeners.append(HybridListener(*common, Path(context.hybrid)))
         except OSError as error:
             if without_hybrid:
                 log.warning("context %d has no hybrid socket: %s", context.cid, error.strerror)
                 return
-            self._close_doors(context)
+            self._close_listeners(context)
             raise
 
-    def _close_doors(self, context: Context) -> None:
-        for door in self._doors.pop(context, ()):
-            door.close()
+    def _close_listeners(self, context: Context) -> None:
+        for listener in self._listeners.pop(context, ()):
+            listener.close()
 
-    def _end(self, context: Context) -> None:
-        self._close_doors(context)
+    def _finish_removal(self, context: Context) -> None:
+        self._close_listeners(context)
         self._broker.close_context(context)
         self._publish(context, "removed")
         with contextlib.suppress(OSError):  # the old record makes no guest less isolated
@@ -267,6 +267,6 @@ class ContextManager:
 
 def _refresh(context: Context) -> None:
     """Report a context's new rights to its device, if it has one."""
-    if context.kernel is not None:
-        assert isinstance(context.kernel.streams, DeviceLink)
-        context.kernel.streams.refresh()
+    if context.device is not None:
+        assert isinstance(context.device.streams, DeviceLink)
+        context.device.streams.refresh()

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 #: Routes to measure in one step (some 50 microseconds); and for each new route, of the youngest and
 #: of the oldest ones.
-_LOOKS = 64
+_ROUTES_PER_STEP = 64
 _YOUNGEST = 4
 _OLDEST = 8
 
 
-def _most_on_a_route() -> int:
+def _route_bytes_max() -> int:
     """Return the most unread bytes a socket can have, as the kernel accounts: twice wmem_max."""
     try:
         return 2 * int(Path("/proc/sys/net/core/wmem_max").read_text())
@@ -39,7 +39,7 @@ def _most_on_a_route() -> int:
         return 2 * 212_992
 
 
-_MOST_ON_A_ROUTE = _most_on_a_route()
+_ROUTE_BYTES_MAX = _route_bytes_max()
 
 
 class Route:
@@ -62,13 +62,13 @@ class Route:
         self.queued = 0  #: unread bytes at the last measurement
         inbound[self] = None
         sender.routes[destination] = self
-        sender.outflow.add(self)
+        sender.quota.add(self)
 
     def revoke(self) -> None:
         """Prevent any process from sending over the route.  Does nothing the second time."""
         if self.inbound.pop(self, self) is None:
             del self.sender.routes[self.destination]
-            self.sender.outflow.revoke(self)
+            self.sender.quota.revoke(self)
 
 
 class DatagramQuota:
@@ -82,7 +82,7 @@ class DatagramQuota:
         #: revoked routes with unread bytes
         self._draining: set[Route] = set()
         #: routes with unread bytes at the last measurement, the one measured longest ago first
-        self._loaded: dict[Route, None] = {}
+        self._unread: dict[Route, None] = {}
         self._queued = 0  # sum of the last measured values
 
     def __bool__(self) -> bool:
@@ -91,10 +91,10 @@ class DatagramQuota:
     @property
     def needs_watching(self) -> bool:
         """True if the routes together can hold more unread bytes than the party's limit."""
-        return self._limited and self._party.routes * _MOST_ON_A_ROUTE > self._most
+        return self._limited and self._party.routes * _ROUTE_BYTES_MAX > self._limit
 
     @property
-    def _most(self) -> int:
+    def _limit(self) -> int:
         assert self._party.limits is not None
         return self._party.limits.datagram_bytes
 
@@ -103,12 +103,12 @@ class DatagramQuota:
         if not self.needs_watching:
             return
         # A program that fills one route after the other has just filled the youngest ones; for
-        # the others see :meth:`look`.
+        # the others see :meth:`measure`.
         for route in list(islice(reversed(self._routes), _YOUNGEST)):
-            self._look(route)
-        if self._queued > self._most:
-            self.settle()
-        if self._queued > self._most:
+            self._measure(route)
+        if self._queued > self._limit:
+            self.reclaim()
+        if self._queued > self._limit:
             reason = f"{self._party.name} has {self._queued} bytes of unread datagrams"
             raise Denied(errno.ENOBUFS, Rule.DATAGRAM_BYTES, reason)
 
@@ -123,7 +123,7 @@ class DatagramQuota:
         del self._routes[route]
         self._draining.add(route)
         if self._limited:
-            self._look(route)
+            self._measure(route)
         else:
             self._close(route)
 
@@ -132,13 +132,13 @@ class DatagramQuota:
         for route in list(self._routes):
             route.revoke()
 
-    def give_way(self) -> None:
+    def evict_oldest(self) -> None:
         """Close one of the oldest routes, to make space for another one.
 
         Its program requests it again when needed.  A route with unread bytes is not closed: only
         its duplicate tells when they have been read.
         """
-        self.settle()
+        self.reclaim()
         for route in list(islice(self._routes, _OLDEST)):
             if not self._party.has_all_routes:
                 return
@@ -149,33 +149,33 @@ class DatagramQuota:
 
     def queued(self) -> int:
         """Return the unread bytes, as the kernel accounts them: more than the payload."""
-        for _ in self.look():
+        for _ in self.measure():
             pass
         return self._queued
 
-    def look(self) -> Iterator[None]:
+    def measure(self) -> Iterator[None]:
         """Measure every route, in steps."""
         for number, route in enumerate([*self._routes, *self._draining]):
-            self._look(route)
-            if number % _LOOKS == _LOOKS - 1:
+            self._measure(route)
+            if number % _ROUTES_PER_STEP == _ROUTES_PER_STEP - 1:
                 yield
 
-    def revoke_loaded(self) -> Iterator[None]:
+    def revoke_unread(self) -> Iterator[None]:
         """Revoke every route with unread bytes, in steps."""
-        for number, route in enumerate(list(self._loaded)):
+        for number, route in enumerate(list(self._unread)):
             route.revoke()
-            if number % _LOOKS == _LOOKS - 1:
+            if number % _ROUTES_PER_STEP == _ROUTES_PER_STEP - 1:
                 yield
 
     @property
     def exceeds(self) -> bool:
         """True if the last measured values exceed the party's limit."""
-        return self._limited and self._queued > self._most
+        return self._limited and self._queued > self._limit
 
-    def settle(self) -> None:
+    def reclaim(self) -> None:
         """Measure some of the routes with unread bytes: some of those may have been read."""
-        for route in list(islice(self._loaded, _LOOKS)):
-            self._look(route)
+        for route in list(islice(self._unread, _ROUTES_PER_STEP)):
+            self._measure(route)
 
     def close(self) -> None:
         """Revoke and close all routes of a party that is removed."""
@@ -183,15 +183,15 @@ class DatagramQuota:
         for route in list(self._draining):
             self._close(route)
 
-    def _look(self, route: Route) -> None:
+    def _measure(self, route: Route) -> None:
         if route.sock.fileno() < 0:
             return  # it was closed since the previous step
         queued = queued_on(route.sock)
         self._queued += queued - route.queued
         route.queued = queued
-        self._loaded.pop(route, None)
+        self._unread.pop(route, None)
         if queued:
-            self._loaded[route] = None
+            self._unread[route] = None
         elif route in self._draining:
             self._close(route)
 
@@ -199,7 +199,7 @@ class DatagramQuota:
         self._queued -= route.queued
         self._routes.pop(route, None)
         self._draining.discard(route)
-        self._loaded.pop(route, None)
+        self._unread.pop(route, None)
         self._party.routes -= 1
         route.sock.close()
 

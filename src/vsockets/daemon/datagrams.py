@@ -33,9 +33,9 @@ from ..fabric import Context, Endpoint, Fabric, Party, Refused, Rule
 from ..limits import DATAGRAM_ROUTES_MAX
 from ..pass_rights import refuse
 from ..protocol import encode_source
-from .datagram_lives import end_sockets, is_other_life, socket_name
+from .datagram_epochs import end_sockets, is_other_epoch, socket_name
 from .datagram_quota import DatagramQuota, Route, queued_on
-from .deferred_work import Chores
+from .deferred_work import DeferredWork
 from .limits import (
     DAEMON_PROBES_PER_BIND,
     DAEMON_PROBES_PER_STEP,
@@ -50,7 +50,7 @@ from .named_sockets import NamedSocket, bind_to_name, cookie_of
 class DatagramSocket(NamedSocket):
     """A program's datagram socket: not the socket itself, only paths to it."""
 
-    outflow: DatagramQuota  #: of its party
+    quota: DatagramQuota  #: of its party
     routes: dict[tuple[int, int], Route] = field(default_factory=dict)
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class _Share:
     """The datagram sockets and routes of one party."""
 
     context: Context
-    outflow: DatagramQuota
+    quota: DatagramQuota
     #: its sockets, the one probed longest ago first
     sockets: dict[Endpoint, None] = field(default_factory=dict)
 
@@ -75,19 +75,19 @@ class Traffic(NamedTuple):
     payload.
     """
 
-    of: Counter[tuple[int, int]]  #: by sender
-    to: Counter[tuple[int, int]]  #: by receiver
+    by_sender: Counter[tuple[int, int]]  #: sent from the address
+    by_receiver: Counter[tuple[int, int]]  #: sent to the address
 
 
 class Datagrams:
     """All datagram sockets.  The current directory must be the folder only vsockd can enter."""
 
-    def __init__(self, loop: EventLoop, fabric: Fabric, chores: Chores) -> None:
+    def __init__(self, loop: EventLoop, fabric: Fabric, deferred: DeferredWork) -> None:
         #: part of the name of each socket bound by this vsockd
-        self.life = f"{secrets.randbits(64):016x}"
+        self.epoch = f"{secrets.randbits(64):016x}"
         self._loop = loop
         self._fabric = fabric
-        self._chores = chores
+        self._deferred = deferred
         self._shares: dict[Party, _Share] = {}
         self._inbound: dict[Context, dict[Route, None]] = {}
         #: parties whose routes can hold more unread bytes than their limit
@@ -106,9 +106,9 @@ class Datagrams:
         """
         assert endpoint.party is not None
         share = self._share(endpoint.party, endpoint.context)
-        self._look(share, DAEMON_PROBES_PER_BIND)
+        self._probe(share, DAEMON_PROBES_PER_BIND)
         address = f"{endpoint.cid}.{endpoint.port}"
-        endpoint.handle = self._name(sock, address, share.outflow)
+        endpoint.handle = self._name(sock, address, share.quota)
         endpoint.cookie = cookie_of(sock)
         endpoint.inode = os.fstat(sock.fileno()).st_ino
         self._by_cookie[endpoint.cookie] = endpoint
@@ -118,7 +118,7 @@ class Datagrams:
     def catch_all(self, context: Context, sock: _socket.socket) -> DatagramSocket:
         """Return a socket to receive datagrams to each port of ``context`` without its own."""
         share = self._share(context.party_of(context.owner), context)
-        return self._name(sock, f"{context.cid}.all", share.outflow)
+        return self._name(sock, f"{context.cid}.all", share.quota)
 
     def find(self, context: Context, cookie: int) -> Endpoint | None:
         """Return the endpoint of a socket of ``context``, by its SO_COOKIE, if known."""
@@ -131,7 +131,7 @@ class Datagrams:
         Raises Refused with ENETDOWN for a socket of a vsockd that has ended.
         """
         endpoint = self.find(context, cookie_of(sock))
-        if endpoint is None and is_other_life(sock.getsockname(), self.life):
+        if endpoint is None and is_other_epoch(sock.getsockname(), self.epoch):
             reason = "the datagram socket belongs to a vsockd that has ended: open another one"
             raise Refused(errno.ENETDOWN, reason)
         return endpoint
@@ -144,59 +144,59 @@ class Datagrams:
         """
         sender = _socket_of(source)
         assert source.party is not None
-        sender.outflow.require_space()
+        sender.quota.require_space()
         replaced = sender.routes.get(destination.address)
         if replaced is not None:
             replaced.revoke()
         if source.party.has_all_routes:
-            sender.outflow.give_way()
-            source.party.require_route()
+            sender.quota.evict_oldest()
+            source.party.check_route_limit()
         sock = _socket.socket(AF_UNIX, SOCK_DGRAM)
         try:
             # With random bits, because all processes of a network namespace share abstract names:
             # other fabrics must not collide with these, and no process may take them first.
-            port = destination.port if destination.undecided else None
-            sock.bind(encode_source(source.address, self.life, secrets.randbits(64), port))
+            port = destination.port if destination.pending else None
+            sock.bind(encode_source(source.address, self.epoch, secrets.randbits(64), port))
             sock.shutdown(SHUT_RD)  # a process that learns the name cannot send to it
             _socket_of(destination).connect(sock)
         except OSError as error:
             sock.close()
             if error.errno != errno.ECONNREFUSED:
                 raise
-            if not destination.undecided:
+            if not destination.pending:
                 self.release(destination)
             raise Refused(errno.ECONNREFUSED, "the datagram socket was just closed") from None
         if len(sender.routes) >= DATAGRAM_ROUTES_MAX:
             next(iter(sender.routes.values())).revoke()
         inbound = self._inbound.setdefault(destination.context, {})
         route = Route(sock, sender, destination.address, inbound)
-        self._watch_outflow(source.party)
+        self._watch_quota(source.party)
         return route
 
-    def silence(self, context: Context) -> None:
+    def revoke_routes(self, context: Context) -> None:
         """Revoke every route to and from ``context``; programs must request each one again."""
         for route in list(self._inbound.get(context, ())):
             route.revoke()
-        for share in self._of(context):
-            share.outflow.revoke_all()
+        for share in self._shares_of(context):
+            share.quota.revoke_all()
 
     def queued(self, context: Context) -> int:
         """Return the unread bytes sent by ``context``: see :meth:`.DatagramQuota.queued`."""
-        return sum(share.outflow.queued() for share in self._of(context))
+        return sum(share.quota.queued() for share in self._shares_of(context))
 
     # Limits
 
-    def look_some(self, party: Party) -> None:
+    def sweep_some(self, party: Party) -> None:
         """Release some sockets and routes that ``party`` has closed; the rest as deferred work."""
         share = self._shares.get(party)
         if share is not None:
-            share.outflow.settle()
-            self._look(share, DAEMON_PROBES_PER_STEP)
-            self._chores.start(("datagram sockets", party), self._sweep(share))
+            share.quota.reclaim()
+            self._probe(share, DAEMON_PROBES_PER_STEP)
+            self._deferred.start(("datagram sockets", party), self._sweep(share))
 
-    def look_through_all(self) -> None:
+    def start_sweep(self) -> None:
         """Release all sockets and routes that have been closed, as deferred work."""
-        self._chores.start("datagram sockets", self._sweep_in_pieces())
+        self._deferred.start("datagram sockets", self._sweep_in_pieces())
 
     def traffic(self) -> Traffic:
         """Return the unread bytes by sender and by receiver."""
@@ -204,20 +204,20 @@ class Datagrams:
         for endpoint in self._by_cookie.values():
             for destination, route in _socket_of(endpoint).routes.items():
                 queued = queued_on(route.sock)
-                traffic.of[endpoint.address] += queued
-                traffic.to[destination] += queued
+                traffic.by_sender[endpoint.address] += queued
+                traffic.by_receiver[destination] += queued
         return traffic
 
     def close_context(self, context: Context) -> None:
         """Release every socket of ``context`` and all of its routes."""
         for endpoint in list(context.datagrams.values()):
             self.release(endpoint)
-        self.silence(context)
+        self.revoke_routes(context)
         self._inbound.pop(context, None)
         for party in context.parties():
             share = self._shares.pop(party, None)
             if share is not None:
-                share.outflow.close()
+                share.quota.close()
             self._watched.discard(party)
 
     def close(self) -> None:
@@ -264,16 +264,16 @@ class Datagrams:
         """Release the closed sockets and routes of one party, in steps."""
         left = len(share.sockets)
         while left > 0:
-            self._look(share, min(left, DAEMON_PROBES_PER_STEP))
+            self._probe(share, min(left, DAEMON_PROBES_PER_STEP))
             left -= DAEMON_PROBES_PER_STEP
             yield
-        yield from share.outflow.look()
-        if not share.sockets and not share.outflow:
+        yield from share.quota.measure()
+        if not share.sockets and not share.quota:
             for party in share.context.parties():
                 if self._shares.get(party) is share:
                     del self._shares[party]
 
-    def _look(self, share: _Share, number: int) -> None:
+    def _probe(self, share: _Share, number: int) -> None:
         """Probe ``number`` sockets of a party, those probed longest ago."""
         for endpoint in list(islice(share.sockets, number)):
             if self.is_open(endpoint):
@@ -285,16 +285,16 @@ class Datagrams:
             found = self._shares[party] = _Share(context, DatagramQuota(party, context.is_guest))
         return found
 
-    def _of(self, context: Context) -> Iterator[_Share]:
+    def _shares_of(self, context: Context) -> Iterator[_Share]:
         for party in context.parties():
             share = self._shares.get(party)
             if share is not None:
                 yield share
 
-    def _name(self, sock: _socket.socket, address: str, outflow: DatagramQuota) -> DatagramSocket:
+    def _name(self, sock: _socket.socket, address: str, quota: DatagramQuota) -> DatagramSocket:
         refuse(sock)
-        name = socket_name(self.life, address, next(self._names))
-        return DatagramSocket(name, bind_to_name(sock, name), outflow)
+        name = socket_name(self.epoch, address, next(self._names))
+        return DatagramSocket(name, bind_to_name(sock, name), quota)
 
     # Timers
 
@@ -306,16 +306,16 @@ class Datagrams:
 
     def _sweep_all(self) -> None:
         assert self._sweep_delay is not None
-        self.look_through_all()
+        self.start_sweep()
         if self._shares:
             self._loop.call_later(self._sweep_delay, self._sweep_all)
             self._sweep_delay = min(2 * self._sweep_delay, DAEMON_SWEEP_LONGEST_SECONDS)
         else:
             self._sweep_delay = None
 
-    def _watch_outflow(self, party: Party) -> None:
+    def _watch_quota(self, party: Party) -> None:
         # Programs may fill routes after they were created.
-        if party not in self._watched and self._shares[party].outflow.needs_watching:
+        if party not in self._watched and self._shares[party].quota.needs_watching:
             if not self._watched:
                 self._loop.call_later(DATAGRAM_QUOTA_CHECK_SECONDS, self._enforce_all)
             self._watched.add(party)
@@ -323,20 +323,20 @@ class Datagrams:
     def _enforce_all(self) -> None:
         for party in list(self._watched):
             share = self._shares.get(party)
-            if share is None or not share.outflow.needs_watching:
+            if share is None or not share.quota.needs_watching:
                 self._watched.discard(party)
             else:
-                self._chores.start(("datagram bytes", party), self._enforce(share))
+                self._deferred.start(("datagram bytes", party), self._enforce(share))
         if self._watched:
             self._loop.call_later(DATAGRAM_QUOTA_CHECK_SECONDS, self._enforce_all)
 
     @staticmethod
     def _enforce(share: _Share) -> Iterator[None]:
         """Revoke the routes of a party with too many unread bytes, in steps."""
-        yield from share.outflow.look()
-        if share.outflow.exceeds:
+        yield from share.quota.measure()
+        if share.quota.exceeds:
             share.context.counts.denials[Rule.DATAGRAM_BYTES] += 1
-            yield from share.outflow.revoke_loaded()
+            yield from share.quota.revoke_unread()
 
 
 def _socket_of(endpoint: Endpoint) -> DatagramSocket:

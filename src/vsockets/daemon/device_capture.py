@@ -29,9 +29,9 @@ def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socke
     """
     policy.require_capture(channel.context, channel.asker, fabric.settings)
     context = fabric.contexts.require(request.peer_cid)
-    if context.kernel is None:
+    if context.device is None:
         raise Refused(errno.ENOTSUP, f"context {context.cid} has no device")
-    assert isinstance(context.kernel.streams, DeviceLink)
+    assert isinstance(context.device.streams, DeviceLink)
     theirs, ours = socketpair(AF_UNIX, SOCK_SEQPACKET)
     with ours:
         try:
@@ -39,7 +39,7 @@ def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socke
             with contextlib.suppress(PermissionError):  # above net.core.wmem_max
                 ours.setsockopt(SOL_SOCKET, _SO_SNDBUFFORCE, CAPTURE_BUFFER_MAX_BYTES)
             limit = min(request.size, CAPTURE_PAYLOAD_MAX_BYTES)
-            context.kernel.streams.send_tap(ours.fileno(), limit, request.peer_port)
+            context.device.streams.send_capture(ours.fileno(), limit, request.peer_port)
         except OSError:
             theirs.close()
             raise Refused(errno.ENOBUFS, "the device's link is full") from None

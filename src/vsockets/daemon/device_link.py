@@ -44,7 +44,7 @@ from ..fabric import (
 )
 from ..pass_rights import refuse
 from ..protocol import REQUEST_SIZE, Record, Role
-from .channel import LOOK, TAKE, Channel, send_descriptor
+from .channel import PEEK, READ, Channel, send_descriptor
 from .datagrams import DatagramSocket
 from .host_ports import HostPorts
 from .pending_connects import HandoffLink
@@ -61,13 +61,13 @@ class DeviceChannel(Channel):
     """A channel whose descriptor came over a device's link."""
 
     is_kernel = True
-    asks_once = True
+    single_request = True
 
     def read(self) -> bytes:
         """Return the next request, without its writer: a device's processes lend it no rights."""
         try:
             return self.sock.recv(
-                REQUEST_SIZE, LOOK if self.kind is EndpointKind.SEQPACKET else TAKE
+                REQUEST_SIZE, PEEK if self.kind is EndpointKind.SEQPACKET else READ
             )
         except ConnectionError:
             return b""
@@ -117,22 +117,22 @@ class DeviceLink(HandoffLink):
         """
         if not context.is_guest:
             raise Refused(errno.EINVAL, f"context {context.cid} is not a virtual machine")
-        if context.kernel is not None:
+        if context.device is not None:
             raise Refused(errno.EBUSY, f"context {context.cid} has a device")
         super().__init__(loop, broker, context, link)
         self._credentials = credentials
         self._datagrams: DatagramSocket | None = None
         self._host_ports: HostPorts | None = None
-        context.kernel = DevicePorts(credentials, self, None, seqpacket)
+        context.device = DevicePorts(credentials, self, None, seqpacket)
         if host_ports:
-            kernel = DeviceChannel(link, context, EndpointKind.STREAM, credentials)
-            self._host_ports = HostPorts(loop, broker.fabric, context, kernel, link)
+            program = DeviceChannel(link, context, EndpointKind.STREAM, credentials)
+            self._host_ports = HostPorts(loop, broker.fabric, context, program, link)
 
     def close(self) -> None:
         """Detach the device: its guest's ports cannot be reached any longer."""
-        if self._context.kernel is not None and self._context.kernel.streams is self:
+        if self._context.device is not None and self._context.device.streams is self:
             log.info("the device of context %d is detached", self._context.cid)
-            self._context.kernel = None
+            self._context.device = None
             if self._host_ports is not None:
                 self._host_ports.close()
             super().close()
@@ -144,15 +144,15 @@ class DeviceLink(HandoffLink):
         if self._host_ports is not None:
             self._host_ports.refresh()
 
-    def catches(self, datagrams: DatagramSocket) -> None:
+    def set_datagrams(self, datagrams: DatagramSocket) -> None:
         """Set the socket that receives datagrams to the guest's ports."""
         if self._datagrams is not None:
             self._datagrams.close()
         self._datagrams = datagrams
-        assert self._context.kernel is not None
-        self._context.kernel = replace(self._context.kernel, datagrams=datagrams)
+        assert self._context.device is not None
+        self._context.device = replace(self._context.device, datagrams=datagrams)
 
-    def send_tap(self, fd: int, limit: int, port: int) -> None:
+    def send_capture(self, fd: int, limit: int, port: int) -> None:
         """Send ``fd`` to the device, which writes captured records to it.
 
         Raises OSError when the link is full.
@@ -160,7 +160,7 @@ class DeviceLink(HandoffLink):
         record = Record(0, 0, self._context.cid, port, role=Role.TAP, size=limit).encode()
         send_descriptor(self._sock, record, fd)
 
-    def send_size(self, own: tuple[int, int], peer: tuple[int, int], size: int) -> None:
+    def send_buffer_size(self, own: tuple[int, int], peer: tuple[int, int], size: int) -> None:
         """Report the size of the receive buffer that ``peer`` has for the guest's address ``own``.
 
         Raises OSError when the link is full.
@@ -170,7 +170,7 @@ class DeviceLink(HandoffLink):
 
     def _ready(self, events: int) -> None:
         if events & EPOLLOUT and self._host_ports is not None:
-            self._host_ports.tell()
+            self._host_ports.send_changes()
         if events & ~EPOLLOUT:
             super()._ready(events)
 
@@ -178,18 +178,18 @@ class DeviceLink(HandoffLink):
         try:
             sock = _socket.socket(fileno=fd)
         except OSError:
-            self._give_up(fd)
+            self._close_unwanted(fd)
             return
         kind = _KINDS.get(SocketKind(sock.type))
         if sock.family != AF_UNIX or kind is None:
-            self._give_up(sock.detach())
+            self._close_unwanted(sock.detach())
             return
         if kind is EndpointKind.STREAM:
             refuse(sock)  # descriptors sent to the program that the socket will be handed to
         arguments = sock, self._context, kind, self._credentials
         if len(data) < REQUEST_SIZE:
-            self._broker.take(DeviceChannel(*arguments))
+            self._broker.serve_first(DeviceChannel(*arguments))
         else:
             given = HandoffChannel(*arguments)
             given.request = data
-            self._broker.take(given)
+            self._broker.serve_first(given)

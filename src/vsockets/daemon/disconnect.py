@@ -27,72 +27,72 @@ from time import monotonic
 
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection
-from .deferred_work import Chores
+from .deferred_work import DeferredWork
 from .limits import (
     DISCONNECT_AT_ONCE_SECONDS,
     DISCONNECT_LONGEST_RETRY_SECONDS,
     DISCONNECT_RETRY_SECONDS,
 )
 from .named_sockets import cookie_of
-from .socket_holders import copied, opened, processes, sockets_of
+from .socket_holders import duplicate, open_pidfd, process_ids, sockets_of
 from .stream_liveness import Group
 
 log = logging.getLogger(__name__)
 
 #: Descriptors to look at in one step: some 200 microseconds.  Opening a process takes as long as
-#: looking at _PROCESS descriptors.
-_DESCRIPTORS = 64
-_PROCESS = 8
+#: looking at _PROCESS_COST descriptors.
+_DESCRIPTORS_PER_STEP = 64
+_PROCESS_COST = 8
 
 
 class Disconnector:
     """The streams that must end and have not ended yet."""
 
-    def __init__(self, loop: EventLoop, chores: Chores) -> None:
+    def __init__(self, loop: EventLoop, deferred: DeferredWork) -> None:
         self._loop = loop
-        self._chores = chores
-        self._doomed: dict[int, Connection] = {}
+        self._deferred = deferred
+        self._remaining: dict[int, Connection] = {}
         self._delay: float | None = None  # until the next try; None: no try is scheduled
         self._looked = 0  # descriptors looked at since the last step
 
-    def cut(self, connections: Iterable[Connection]) -> list[Connection]:
+    def disconnect(self, connections: Iterable[Connection]) -> list[Connection]:
         """Disconnect ``connections`` now; return those that could not be disconnected yet.
 
         vsockd retries those until they have ended: one may be in transit between two processes.
         """
         for connection in connections:
-            self._doomed[connection.number] = connection
+            self._remaining[connection.number] = connection
         end = monotonic() + DISCONNECT_AT_ONCE_SECONDS
         search = self._try()
         for _ in search:
             if monotonic() > end:
-                self._chores.start(self, search)
+                self._deferred.start(self, search)
                 break
-        if self._doomed and self._delay is None:
+        if self._remaining and self._delay is None:
             self._delay = DISCONNECT_RETRY_SECONDS
             self._loop.call_later(self._delay, self._try_again)
-        return list(self._doomed.values())
+        return list(self._remaining.values())
 
     def _try_again(self) -> None:
         assert self._delay is not None
-        self._chores.start(self, self._try())
+        self._deferred.start(self, self._try())
         self._delay = (
-            min(2 * self._delay, DISCONNECT_LONGEST_RETRY_SECONDS) if self._doomed else None
+            min(2 * self._delay, DISCONNECT_LONGEST_RETRY_SECONDS) if self._remaining else None
         )
         if self._delay is not None:
             self._loop.call_later(self._delay, self._try_again)
 
     def _try(self) -> Iterator[None]:
         """Search all processes, in steps."""
-        groups = {one.watch for one in self._doomed.values() if isinstance(one.watch, Group)}
-        present: dict[int, int] = {}
+        groups = {one.watch for one in self._remaining.values() if isinstance(one.watch, Group)}
+        alive: dict[int, int] = {}
         for group in groups:
-            present.update(group.present())
-        for number in [number for number in self._doomed if number not in present]:
-            del self._doomed[number]
-        if not self._doomed:
+            alive.update(group.alive())
+        for number in [number for number in self._remaining if number not in alive]:
+            del self._remaining[number]
+        if not self._remaining:
             return
-        by_inode = {present[number]: number for number in self._doomed}
+        by_inode = {alive[number]: number for number in self._remaining}
         refused: set[int] = set()
         for pid in self._likely_first():
             try:
@@ -106,61 +106,61 @@ class Disconnector:
         for pid, cookies in self._unaccepted().items():
             with contextlib.suppress(OSError):
                 yield from self._search_connecting(pid, cookies)
-        if self._doomed:
-            one = next(iter(self._doomed.values()))
+        if self._remaining:
+            one = next(iter(self._remaining.values()))
             log.debug(
                 "%d streams, such as %s to %s, are in no process, or in one of %s, which vsockd "
                 "may not look into",
-                len(self._doomed),
+                len(self._remaining),
                 one.local,
                 one.peer,
                 sorted(refused),
             )
 
     def _likely_first(self) -> Iterator[int]:
-        likely = {connection.listener.owner.pid for connection in self._doomed.values()}
-        likely |= {connection.owner.pid for connection in self._doomed.values()}
+        likely = {connection.listener.owner.pid for connection in self._remaining.values()}
+        likely |= {connection.owner.pid for connection in self._remaining.values()}
         yield from sorted(likely)
-        yield from (pid for pid in processes() if pid not in likely)
+        yield from (pid for pid in process_ids() if pid not in likely)
 
     def _search(self, pid: int, by_inode: dict[int, int]) -> Iterator[None]:
         """Shut down the accepting ends in ``by_inode`` that process ``pid`` has open."""
-        with opened(pid) as pidfd:
-            looked = _PROCESS
+        with open_pidfd(pid) as pidfd:
+            looked = _PROCESS_COST
             for fd, inode in sockets_of(pid):
                 if inode in by_inode:
-                    with copied(pidfd, fd) as sock:
+                    with duplicate(pidfd, fd) as sock:
                         if os.fstat(sock.fileno()).st_ino == inode:  # fd may name another by now
                             sock.shutdown(SHUT_RDWR)
-                            self._doomed.pop(by_inode.pop(inode), None)
+                            self._remaining.pop(by_inode.pop(inode), None)
                 looked += 1
-                if looked >= _DESCRIPTORS:
+                if looked >= _DESCRIPTORS_PER_STEP:
                     looked = 0
                     yield
             self._looked += looked
-        if self._looked >= _DESCRIPTORS:
+        if self._looked >= _DESCRIPTORS_PER_STEP:
             self._looked = 0
             yield
 
     def _unaccepted(self) -> dict[int, dict[int, int]]:
         """Return the remaining streams' numbers by cookie, for each connecting process."""
         found: dict[int, dict[int, int]] = {}
-        for connection in self._doomed.values():
+        for connection in self._remaining.values():
             if connection.cookie and connection.owner.pid > 0:
                 found.setdefault(connection.owner.pid, {})[connection.cookie] = connection.number
         return found
 
     def _search_connecting(self, pid: int, cookies: dict[int, int]) -> Iterator[None]:
         """Shut down the connecting ends in ``cookies`` that process ``pid`` has open."""
-        with opened(pid) as pidfd:
+        with open_pidfd(pid) as pidfd:
             for number, (fd, inode) in enumerate(sockets_of(pid), 1):
                 if inode:
-                    with copied(pidfd, fd) as sock:
+                    with duplicate(pidfd, fd) as sock:
                         found = cookies.pop(cookie_of(sock), None)
                         if found is not None and sock.getsockopt(SOL_SOCKET, SO_DOMAIN) == AF_UNIX:
                             sock.shutdown(SHUT_RDWR)
-                            self._doomed.pop(found, None)
+                            self._remaining.pop(found, None)
                 if not cookies:
                     return
-                if number % _DESCRIPTORS == 0:
+                if number % _DESCRIPTORS_PER_STEP == 0:
                     yield

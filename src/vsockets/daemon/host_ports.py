@@ -37,9 +37,9 @@ class HostPorts:
         self._guest = guest
         self._program = program
         self._link = link
-        self._told: set[int] = set()
-        self._doubtful: dict[int, None] = {}  # in order
-        self._waits = False  # for room on the link
+        self._reported: set[int] = set()
+        self._unchecked: dict[int, None] = {}  # in order
+        self._link_full = False  # for room on the link
         fabric.watchers.append(self._changed)
         self.refresh()
 
@@ -55,19 +55,19 @@ class HostPorts:
             for holder in host.connected.values()
             if isinstance(holder, Endpoint) and holder.listening
         ]
-        self._doubtful.update(dict.fromkeys([*self._told, *listening]))
-        self.tell()
+        self._unchecked.update(dict.fromkeys([*self._reported, *listening]))
+        self.send_changes()
 
     def _changed(self, endpoint: Endpoint) -> None:
-        self._doubtful[endpoint.port] = None
-        self.tell()
+        self._unchecked[endpoint.port] = None
+        self.send_changes()
 
-    def tell(self) -> None:
+    def send_changes(self) -> None:
         """Send reports until the link is full; continue when it has space again."""
-        while self._doubtful:
-            port = next(iter(self._doubtful))
-            there = self._is_reached(port)
-            if there != (port in self._told):
+        while self._unchecked:
+            port = next(iter(self._unchecked))
+            there = self._is_reachable(port)
+            if there != (port in self._reported):
                 role = Role.LISTENING if there else Role.GONE
                 try:
                     self._link.send(Record(0, 0, VMADDR_CID_HOST, port, role=role).encode(), _SEND)
@@ -75,15 +75,15 @@ class HostPorts:
                     break
                 except OSError:
                     return  # closed; the link's reader notices
-                self._told ^= {port}
-            del self._doubtful[port]
-        if self._waits != bool(self._doubtful):
-            self._waits = not self._waits
-            self._loop.change(self._link.fileno(), READABLE | (EPOLLOUT if self._waits else 0))
+                self._reported ^= {port}
+            del self._unchecked[port]
+        if self._link_full != bool(self._unchecked):
+            self._link_full = not self._link_full
+            self._loop.change(self._link.fileno(), READABLE | (EPOLLOUT if self._link_full else 0))
 
-    def _is_reached(self, port: int) -> bool:
+    def _is_reachable(self, port: int) -> bool:
         wanted = self._guest, EndpointKind.STREAM, VMADDR_CID_HOST, port, self._program
         try:
-            return not self._fabric.find_listener(*wanted).undecided
+            return not self._fabric.find_listener(*wanted).pending
         except Refused:
             return False

@@ -40,15 +40,15 @@ from .run_as import acting_as
 
 log = logging.getLogger(__name__)
 
-_LOOK = int(MSG_DONTWAIT | MSG_PEEK)
-_TAKE = int(MSG_DONTWAIT)
+_PEEK = int(MSG_DONTWAIT | MSG_PEEK)
+_READ = int(MSG_DONTWAIT)
 
 
 class HybridChannel(Channel):
     """A program of the host that uses the hybrid handshake instead of vsockd's protocol."""
 
-    asks_once = True
-    offer_flags = int(RequestFlag.OK_LINE)
+    single_request = True
+    connect_flags = int(RequestFlag.OK_LINE)
 
     def __init__(self, sock: _socket.socket, host: Context, cid: int) -> None:
         """Serve a client that may connect to ports of the guest with ``cid``."""
@@ -64,7 +64,7 @@ class HybridChannel(Channel):
         try:
             # Only the line is read: what follows it is for the guest.
             while line.port is None:
-                sock.recv(line.take(sock.recv(HYBRID_LINE_MAX_BYTES, _LOOK)), _TAKE)
+                sock.recv(line.take(sock.recv(HYBRID_LINE_MAX_BYTES, _PEEK)), _READ)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -119,11 +119,11 @@ class HybridListener:
             raise OSError(error.errno, f"hybrid: {path}: {error.strerror}{whose}") from None
         listener.listen(CONTROL_BACKLOG_MAX)
         self._acceptor = Acceptor(loop, listener, f"a program at {path}", self._admit)
-        context.beyond = self._find
+        context.fallback = self._find
 
     def close(self) -> None:
         """Stop accepting connections and remove the socket."""
-        self._context.beyond = None
+        self._context.fallback = None
         self._acceptor.close()
         with contextlib.suppress(OSError), self._with_rights():
             self._file.remove()
@@ -136,7 +136,7 @@ class HybridListener:
 
     def _admit(self, fd: int) -> None:
         sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
-        self._broker.take(HybridChannel(sock, self._host, self._context.cid))
+        self._broker.serve_first(HybridChannel(sock, self._host, self._context.cid))
 
     # Ports of the host without a listener of the fabric
 
@@ -164,7 +164,7 @@ class HybridListener:
             trust=Trust(user, False, self._broker.fabric.settings.host_domains),
             handle=self._relay,
             listening=True,
-            undecided=True,
+            pending=True,
         )
 
 

@@ -22,19 +22,19 @@ class LimitChecks:
     request recounts a little, and the rest is deferred work, started at a limited rate.
     """
 
-    def __init__(self, forget_some: Callable[[Party], None]) -> None:
-        """Release some of a party's closed sockets now and the rest later by ``forget_some``."""
-        self._forget_some = forget_some
+    def __init__(self, release_some: Callable[[Party], None]) -> None:
+        """Release some of a party's closed sockets now and the rest later by ``release_some``."""
+        self._release_some = release_some
         self._counted: WeakKeyDictionary[Party, float] = WeakKeyDictionary()
         self._looks: WeakKeyDictionary[Party, TokenBucket] = WeakKeyDictionary()
 
-    def make_room(self, party: Party) -> None:
+    def reclaim_sockets(self, party: Party) -> None:
         """Release closed sockets of a party that has reached its limit of sockets."""
         limits = party.limits
         if limits is not None and party.sockets >= limits.sockets and self._may_count(party):
-            self._forget_some(party)
+            self._release_some(party)
 
-    def require_patience(self, party: Party, count: Callable[[], None] | None = None) -> None:
+    def check_pending_limit(self, party: Party, count: Callable[[], None] | None = None) -> None:
         """Raise Denied when a party has reached its limit of pending connections.
 
         ``count`` recounts the connections pending at the requested listener.
@@ -46,22 +46,22 @@ class LimitChecks:
             return
         if count is not None:
             count()
-        for listener in list(islice(party.awaited, _LISTENERS)):
+        for listener in list(islice(party.pending_listeners, _LISTENERS)):
             if party.pending < most:
                 return
             # Move it to the end, so that each listener gets its turn.
-            party.awaited[listener] = party.awaited.pop(listener)
-            listener.count_waiting()
-        party.require_patience()
+            party.pending_listeners[listener] = party.pending_listeners.pop(listener)
+            listener.recount_pending()
+        party.check_pending_limit()
 
-    def may_look(self, party: Party) -> bool:
+    def may_probe(self, party: Party) -> bool:
         """Return whether a probe of a stream may be made for ``party``; takes a token if so."""
         if party.limits is None:
             return True
-        meter = self._looks.get(party)
-        if meter is None:
-            meter = self._looks[party] = TokenBucket(DAEMON_PROBES_PER_SECOND)
-        return meter.take(monotonic())
+        bucket = self._looks.get(party)
+        if bucket is None:
+            bucket = self._looks[party] = TokenBucket(DAEMON_PROBES_PER_SECOND)
+        return bucket.try_take(monotonic())
 
     def _may_count(self, party: Party) -> bool:
         """Return whether the last full recount for this party is long enough ago.

@@ -61,7 +61,7 @@ class Listener:
         self.channel = channel
         self._capacity = -1  # of the backlog; -1: the socket does not listen yet
         #: parties of the pending connections; accepted ones at the head are not yet recounted
-        self._waiting: deque[Party] = deque()
+        self._pending: deque[Party] = deque()
         self._parties: set[Party] = set()  # parties with connections in it at the last recount
         #: connections not announced yet: record, descriptor of the socket, party
         self._held: deque[tuple[bytes, int, Party]] = deque()
@@ -74,8 +74,8 @@ class Listener:
     @property
     def backlog(self) -> tuple[int, int]:
         """Number of pending connections, as of now, and their maximum."""
-        self.count_waiting()
-        return len(self._waiting) + len(self._held), self._capacity
+        self.recount_pending()
+        return len(self._pending) + len(self._held), self._capacity
 
     def prepare(self, backlog: int) -> None:
         """Provide space for ``backlog`` connections, or as many as the kernel allows.
@@ -86,12 +86,12 @@ class Listener:
 
     def has_room(self) -> bool:
         """Return whether the backlog has space for another connection."""
-        if len(self._waiting) <= self._capacity and not self._held:
+        if len(self._pending) <= self._capacity and not self._held:
             return True
-        self.count_waiting()
-        return len(self._waiting) + len(self._held) <= self._capacity
+        self.recount_pending()
+        return len(self._pending) + len(self._held) <= self._capacity
 
-    def count_waiting(self) -> None:
+    def recount_pending(self) -> None:
         """Recount pending connections: a program accepts them in order."""
         raise NotImplementedError
 
@@ -137,21 +137,21 @@ class Listener:
             os.close(fd)
             party.pending -= 1
         self._held.clear()
-        self._take(len(self._waiting))
+        self._remove_pending(len(self._pending))
 
-    def _add(self, party: Party) -> None:
-        self._waiting.append(party)
+    def _add_pending(self, party: Party) -> None:
+        self._pending.append(party)
         party.pending += 1
         if party not in self._parties:
             self._parties.add(party)
-            party.awaited[self] = None
+            party.pending_listeners[self] = None
 
-    def _take(self, number: int) -> None:
+    def _remove_pending(self, number: int) -> None:
         for _ in range(number):
-            self._waiting.popleft().pending -= 1
-        if not self._waiting:
+            self._pending.popleft().pending -= 1
+        if not self._pending:
             for party in self._parties:
-                del party.awaited[self]
+                del party.pending_listeners[self]
             self._parties.clear()
 
 
@@ -171,11 +171,11 @@ class AnnouncedListener(Listener):
         room = self._sock.getsockopt(SOL_SOCKET, SO_SNDBUF) // ANNOUNCEMENT_COST - 1
         self._capacity = max(0, min(backlog, room))
 
-    def count_waiting(self) -> None:
+    def recount_pending(self) -> None:
         """Recount by the announcements that the program has not read."""
         # The kernel is asked only when the count reaches a limit.
         left = unread(self._sock.fileno()) // ANNOUNCEMENT_COST
-        self._take(len(self._waiting) - left)
+        self._remove_pending(len(self._pending) - left)
 
     def is_open(self) -> bool:
         """Return whether the program has not closed its socket."""
@@ -184,7 +184,7 @@ class AnnouncedListener(Listener):
     def announce(self, record: bytes, fd: int, party: Party) -> None:
         """Send the record and the descriptor over the listening socket."""
         self._sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
-        self._add(party)
+        self._add_pending(party)
 
 
 class NamedListener(Listener):
@@ -196,14 +196,14 @@ class NamedListener(Listener):
         self._named = sock
         self._type = type_
         self._tokens: deque[_socket.socket] = deque()  # tokens of the pending connections
-        self._next: _socket.socket | None = None  # the token for the next connection
-        self._silent: _socket.socket | None = None  # a connected token without a record yet
+        self._next_token: _socket.socket | None = None  # the token for the next connection
+        self._idle_token: _socket.socket | None = None  # a connected token without a record yet
 
     def replace(self, sock: NamedSocket, type_: int) -> None:
         """Replace the program's socket by another one that it has created for the same endpoint."""
         self._named.close()
         self._named, self._type = sock, type_
-        self._drop_next()
+        self._drop_unused()
 
     def prepare(self, backlog: int) -> None:
         """Set the maximum of pending connections."""
@@ -213,40 +213,40 @@ class NamedListener(Listener):
         """Return whether the backlog has space, and create a token for the connection."""
         if not super().has_room() or not self.is_open():
             return False
-        if self._next is None:
-            self._next = self._new_token()
+        if self._next_token is None:
+            self._next_token = self._new_token()
         return True
 
-    def count_waiting(self) -> None:
+    def recount_pending(self) -> None:
         """Recount by the tokens that the program has not read."""
         # A token stays open until the program has read its record, or closed it.
         while self._tokens and not unread(self._tokens[0].fileno()):
             self._tokens.popleft().close()
-            self._take(1)
+            self._remove_pending(1)
 
     def announce(self, record: bytes, fd: int, party: Party) -> None:
         """Connect a token to the socket, and send the record and the descriptor over it."""
-        token, self._silent = self._silent, None
-        connected = was_silent = token is not None
+        token, self._idle_token = self._idle_token, None
+        connected = was_idle = token is not None
         if token is None:
-            token, self._next = self._next or self._new_token(), None
+            token, self._next_token = self._next_token or self._new_token(), None
         try:
-            if not was_silent:
+            if not was_idle:
                 self._named.connect(token)
                 connected = True
             token.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
         except OSError as error:
             if connected and error.errno in SHORTAGE:
-                self._silent = token  # the program has accepted it and waits for the record
+                self._idle_token = token  # the program has accepted it and waits for the record
                 raise
             token.close()
-            if was_silent:  # the program has closed that token
+            if was_idle:  # the program has closed that token
                 self.announce(record, fd, party)
                 return
             raise
         self._tokens.append(token)
-        self._add(party)
-        self.count_waiting()
+        self._add_pending(party)
+        self.recount_pending()
 
     def _new_token(self) -> _socket.socket:
         token = _socket.socket(AF_UNIX, self._type | _TOKEN_FLAGS)
@@ -268,14 +268,14 @@ class NamedListener(Listener):
         for token in self._tokens:
             token.close()
         self._tokens.clear()
-        self._drop_next()
+        self._drop_unused()
         self._named.close()
 
-    def _drop_next(self) -> None:
-        for token in (self._next, self._silent):
+    def _drop_unused(self) -> None:
+        for token in (self._next_token, self._idle_token):
             if token is not None:
                 token.close()
-        self._next = self._silent = None
+        self._next_token = self._idle_token = None
 
 
 def unread(fd: int) -> int:
@@ -296,7 +296,7 @@ def _announcement_cost() -> int:
 ANNOUNCEMENT_COST = _announcement_cost()
 
 
-def leaves_answers_unread(channel: Channel) -> bool:
+def leaves_replies_unread(channel: Channel) -> bool:
     """Return whether more replies are unread than a well-behaved client leaves unread."""
     announced = isinstance(channel.listener, AnnouncedListener)
     return (

@@ -21,7 +21,7 @@ from ..eventloop.loop import EventLoop
 from ..fabric import Context, Party
 from ..limits import LISTEN_BACKLOG_MAX
 from ..protocol import REQUEST_SIZE, Op, ProtocolError, Record, Request
-from .channel import Channel, descriptor_in, give_up, has_many_unwanted, send_descriptor
+from .channel import Channel, close_unwanted, descriptor_in, has_too_many_unwanted, send_descriptor
 from .named_sockets import cookie_of
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class HandoffLink:
         self._sock = link
         self._sender = Party(f"the device of context {context.cid}", None)
         #: pending connections by listening port and the client's address
-        self._offers: dict[tuple[int, int, int], PendingConnect] = {}
+        self._pending: dict[tuple[int, int, int], PendingConnect] = {}
         link.setblocking(False)
         loop.watch(link.fileno(), self._ready)
 
@@ -64,23 +64,23 @@ class HandoffLink:
         if self.is_open:
             self._loop.unwatch(self._sock.fileno())
             self._sock.close()
-            for offer in self._offers.values():
-                offer.channel.party.pending -= 1
-            self._offers.clear()
+            for pending in self._pending.values():
+                pending.channel.party.pending -= 1
+            self._pending.clear()
 
     def has_room(self) -> bool:
         """Return whether another connection may be pending."""
-        return len(self._offers) < LISTEN_BACKLOG_MAX
+        return len(self._pending) < LISTEN_BACKLOG_MAX
 
-    def count_waiting(self) -> None:
+    def recount_pending(self) -> None:
         """Do nothing: the device reports each outcome, so there is nothing to recount."""
 
-    def announce(self, record: bytes, source: Channel) -> None:
+    def hand_over(self, record: bytes, source: Channel) -> None:
         """Hand off a connection of ``source`` to the device."""
         send_descriptor(self._sock, record, source.sock.fileno())
-        source.lent_to = self
-        offer = Record.decode(record)
-        self._offers[offer.local_port, *offer.peer] = PendingConnect(source, cookie_of(source.sock))
+        source.last_device = self
+        sent = Record.decode(record)
+        self._pending[sent.local_port, *sent.peer] = PendingConnect(source, cookie_of(source.sock))
         source.party.pending += 1
 
     def _ready(self, events: int) -> None:
@@ -93,9 +93,9 @@ class HandoffLink:
         except OSError:
             data, ancillary = b"", []
         fd = descriptor_in(ancillary)
-        settlement = _settlement(data)
+        settlement = _decode_settle(data)
         if settlement is not None:
-            self._settle(settlement, fd)
+            self._complete(settlement, fd)
         elif fd is not None:
             self._admit(fd, data)
         else:
@@ -103,34 +103,36 @@ class HandoffLink:
 
     def _admit(self, fd: int, data: bytes) -> None:
         """Handle a descriptor that came with ``data`` and is not a SETTLE."""
-        self._give_up(fd)
+        self._close_unwanted(fd)
 
-    def _give_up(self, fd: int) -> None:
+    def _close_unwanted(self, fd: int) -> None:
         """Close a descriptor sent without reason; close the link if there are too many."""
-        give_up(fd, self._sender)
-        if has_many_unwanted(self._sender):
+        close_unwanted(fd, self._sender)
+        if has_too_many_unwanted(self._sender):
             log.warning("%s sends invalid descriptors: closing its link", self._sender.name)
             self.close()
 
-    def _settle(self, request: Request, fd: int | None) -> None:
+    def _complete(self, request: Request, fd: int | None) -> None:
         peer = request.peer_cid, request.peer_port
-        offer = self._offers.pop((request.local_port, *peer), None)
+        pending = self._pending.pop((request.local_port, *peer), None)
         refused = False
-        if offer is not None:
-            offer.channel.party.pending -= 1
+        if pending is not None:
+            pending.channel.party.pending -= 1
             size = 0 if request.backlog else request.size
-            waits = self._broker.fabric.settle(self._context, request.local_port, peer, size)
+            waits = self._broker.fabric.complete_pending(
+                self._context, request.local_port, peer, size
+            )
             refused = waits and not size
         if fd is None:
             return
-        if offer is not None and refused and _is(fd, offer.cookie):
-            offer.channel.sock = _socket.socket(fileno=fd)
-            self._broker.resume(offer.channel)
+        if pending is not None and refused and _has_cookie(fd, pending.cookie):
+            pending.channel.sock = _socket.socket(fileno=fd)
+            self._broker.resume(pending.channel)
         else:
-            self._give_up(fd)
+            self._close_unwanted(fd)
 
 
-def _settlement(data: bytes) -> Request | None:
+def _decode_settle(data: bytes) -> Request | None:
     try:
         request = Request.decode(data)
     except ProtocolError:
@@ -138,7 +140,7 @@ def _settlement(data: bytes) -> Request | None:
     return request if request.op == Op.SETTLE else None
 
 
-def _is(fd: int, cookie: int) -> bool:
+def _has_cookie(fd: int, cookie: int) -> bool:
     """Return whether ``fd`` is the socket with this cookie, which the kernel never reuses."""
     try:
         sock = _socket.socket(fileno=fd)

@@ -33,7 +33,7 @@ class _Queue:
         self.callbacks: dict[int, Callable[[bool], None]] = {}
 
 
-class Turns:
+class RequestTurns:
     """Calls back when a client's descriptor is readable or hung up, in its party's turn.
 
     The callback gets True for a hang-up, after which no reply can be sent.
@@ -41,7 +41,7 @@ class Turns:
 
     def __init__(self, loop: EventLoop) -> None:
         self._queues: dict[Party, _Queue] = {}
-        self._by_number: dict[int, _Queue] = {}  # by descriptor of the queue's epoll
+        self._by_fd: dict[int, _Queue] = {}  # by descriptor of the queue's epoll
         self._epoll = select.epoll()  # contains the epolls of all queues
         loop.watch_first(self._epoll.fileno(), self._serve)
 
@@ -50,7 +50,7 @@ class Turns:
         queue = self._queues.get(party)
         if queue is None:
             queue = self._queues[party] = _Queue()
-            self._by_number[queue.epoll.fileno()] = queue
+            self._by_fd[queue.epoll.fileno()] = queue
             self._epoll.register(queue.epoll.fileno(), select.EPOLLIN)
         queue.epoll.register(fd, READABLE)
         queue.callbacks[fd] = callback
@@ -63,7 +63,7 @@ class Turns:
         queue.epoll.unregister(fd)
         if not queue.callbacks:
             del self._queues[party]
-            del self._by_number[queue.epoll.fileno()]
+            del self._by_fd[queue.epoll.fileno()]
             self._epoll.unregister(queue.epoll.fileno())
             queue.epoll.close()
 
@@ -74,7 +74,7 @@ class Turns:
         """
         requests: list[tuple[_Queue, int]] = []
         for number, _ in self._epoll.poll(0, DAEMON_PARTIES_PER_TURN_MAX):
-            queue = self._by_number.get(number)
+            queue = self._by_fd.get(number)
             if queue is None:
                 continue  # closed while serving a hang-up of another queue
             left = DAEMON_REQUESTS_PER_TURN_MAX

@@ -26,13 +26,13 @@ def require_free(fd: int) -> None:
         raise Refused(errno.ENOBUFS, "vsockd has few descriptors left")
 
 
-def may_stay(fd: int) -> bool:
+def may_keep(fd: int) -> bool:
     """Return whether ``fd`` may be kept for the next request: it is in the reserve's lower half."""
     limit, reserve = _sizes()
     return fd < limit - reserve // 2
 
 
-def most_brief() -> int:
+def max_silent() -> int:
     """Return how many descriptors of the upper half may wait for their first request."""
     return _sizes()[1] // 4
 

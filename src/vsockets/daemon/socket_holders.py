@@ -15,7 +15,7 @@ _syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
 @contextlib.contextmanager
-def opened(pid: int) -> Iterator[int]:
+def open_pidfd(pid: int) -> Iterator[int]:
     """Yield a pidfd of process ``pid``."""
     pidfd = os.pidfd_open(pid)
     try:
@@ -37,7 +37,7 @@ def sockets_of(pid: int) -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def copied(pidfd: int, fd: int) -> Iterator[_socket.socket]:
+def duplicate(pidfd: int, fd: int) -> Iterator[_socket.socket]:
     """Yield a duplicate of descriptor ``fd`` of another process."""
     copy = _syscall(_PIDFD_GETFD, pidfd, fd, 0)
     if copy < 0:
@@ -54,6 +54,6 @@ def copied(pidfd: int, fd: int) -> Iterator[_socket.socket]:
         sock.close()
 
 
-def processes() -> list[int]:
+def process_ids() -> list[int]:
     """Return all process ids."""
     return [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]

@@ -47,20 +47,20 @@ class SocketQueries:
         """Report a stream's new buffer size to the device at its other end, if there is one."""
         stream = self._accepted(channel, request)
         if stream is not None:
-            _tell_size(stream.context, stream.local, stream.peer, request.size)
+            _report_size(stream.context, stream.local, stream.peer, request.size)
         else:
             found = channel.context.cookies.get(request.cookie)
             if isinstance(found, Connection):
-                _tell_size(found.peer_context, found.peer, found.local, request.size)
+                _report_size(found.peer_context, found.peer, found.local, request.size)
 
-    def trust(self, channel: Channel, request: Request) -> int:
+    def trust_flags(self, channel: Channel, request: Request) -> int:
         """Return flags that tell whether sockets of this program are trusted.
 
         A program of the host is trusted for the guest in the request, others for their own context.
         """
-        toward = self._fabric.contexts.get(request.peer_cid)
-        if channel.context.is_guest or toward is None or not toward.is_guest:
-            toward = channel.context
+        guest = self._fabric.contexts.get(request.peer_cid)
+        if channel.context.is_guest or guest is None or not guest.is_guest:
+            guest = channel.context
         bound = channel.context.cookies.get(request.cookie) or self._datagrams.find(
             channel.context, request.cookie
         )
@@ -68,15 +68,15 @@ class SocketQueries:
         flags = 0
         for kind, flag in _TRUSTED:
             trust = known or trust_of(channel.asker, kind, self._fabric.settings)
-            if trust.toward(toward):
+            if trust.for_context(guest):
                 flags |= flag
         return flags
 
-    def welcome(self, stream: Connection) -> None:
+    def report_listener_size(self, stream: Connection) -> None:
         """Report to a connecting guest's device if the listener has a larger buffer."""
         size = stream.listener.sizes.size
         if size > stream.size:
-            _tell_size(stream.context, stream.local, stream.peer, size)
+            _report_size(stream.context, stream.local, stream.peer, size)
 
     def _accepted(self, channel: Channel, request: Request) -> Connection | None:
         # The kernel's inode before the cookie, which any program of the context may have claimed.
@@ -84,9 +84,9 @@ class SocketQueries:
         return found if found is not None and found.peer_context is channel.context else None
 
 
-def _tell_size(guest: Context, local: tuple[int, int], peer: tuple[int, int], size: int) -> None:
+def _report_size(guest: Context, local: tuple[int, int], peer: tuple[int, int], size: int) -> None:
     """Report ``peer``'s buffer size to the device of ``guest``, if it has one."""
-    if guest.kernel is not None:
-        assert isinstance(guest.kernel.streams, DeviceLink)
+    if guest.device is not None:
+        assert isinstance(guest.device.streams, DeviceLink)
         with contextlib.suppress(OSError):  # the link is full
-            guest.kernel.streams.send_size(local, peer, size)
+            guest.device.streams.send_buffer_size(local, peer, size)

@@ -53,7 +53,7 @@ def _error() -> OSError:
 class Group:
     """A group of streams, by connection number."""
 
-    __slots__ = ("_epoll", "_registrations", "fd", "inodes", "load", "numbers")
+    __slots__ = ("_epoll", "_registrations", "fd", "inodes", "numbers", "registered")
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -64,7 +64,7 @@ class Group:
         self.numbers: set[int] = set()
         #: registered sockets at the last check, including those of ended streams that some
         #: process still has open
-        self.load = 0
+        self.registered = 0
         self.inodes: list[int] = []  #: as of the last check
 
     def add(self, fd: int, number: int) -> None:
@@ -93,7 +93,7 @@ class Group:
         """Return the streams whose connecting side has closed since the last call."""
         return [number for number, _ in self._epoll.poll(0, 4 * DAEMON_STREAMS_PER_GROUP)]
 
-    def present(self) -> dict[int, int]:
+    def alive(self) -> dict[int, int]:
         """Return the streams whose accepting side is open, and its inode."""
         if self._registrations < 0:
             return {}
@@ -115,7 +115,7 @@ class StreamLiveness:
         self._end = end
         self._events = select.epoll()  # of the groups
         #: descriptor number under which handed-off sockets are registered, never used otherwise
-        self._lending = os.dup(self._events.fileno())
+        self._pending_fd = os.dup(self._events.fileno())
         #: by descriptor of its epoll, the one checked longest ago first
         self._groups: dict[int, Group] = {}
         self._with_room: dict[Group, None] = {}
@@ -123,7 +123,7 @@ class StreamLiveness:
         self._current: Group | None = None
         self._filled: Group | None = None
         self._room = 0  # streams to add to the current group before it is checked
-        self._seen = 0  # value of _room at the last check
+        self._checked_room = 0  # value of _room at the last check
         self._by_inode: dict[int, int] = {}
 
     def open(self) -> None:
@@ -146,7 +146,7 @@ class StreamLiveness:
             self._current, self._filled = None, group
         return group
 
-    def lend(self, fd: int, number: int, group: Group | None) -> Group:
+    def add_pending(self, fd: int, number: int, group: Group | None) -> Group:
         """Register, as :meth:`add`, a socket that may come back and be handed off again.
 
         ``group`` is its previous group.  The kernel identifies a registration by socket and
@@ -156,11 +156,11 @@ class StreamLiveness:
         is_new = group is None or self._groups.get(group.fd) is not group
         if group is None or is_new:
             group = self._current or self._next_group()
-        os.dup2(fd, self._lending, inheritable=False)
+        os.dup2(fd, self._pending_fd, inheritable=False)
         try:
-            group.replace(self._lending, number)
+            group.replace(self._pending_fd, number)
         finally:
-            os.dup2(self._events.fileno(), self._lending, inheritable=False)
+            os.dup2(self._events.fileno(), self._pending_fd, inheritable=False)
         if is_new:
             self._room -= 1
             if not self._room:
@@ -171,8 +171,8 @@ class StreamLiveness:
         """Return the group for the next stream."""
         if self._filled is not None:
             filled, self._filled = self._filled, None
-            self.look(filled)  # most streams are short: the group may have space again
-            self.look_at_oldest()
+            self.check(filled)  # most streams are short: the group may have space again
+            self.check_oldest()
         if self._current is not None:
             return self._current
         if self._with_room:
@@ -183,8 +183,8 @@ class StreamLiveness:
 
     def _use(self, group: Group) -> Group:
         self._current = group
-        self._room = self._seen = max(
-            DAEMON_STREAMS_PER_GROUP // 2, DAEMON_STREAMS_PER_GROUP - group.load
+        self._room = self._checked_room = max(
+            DAEMON_STREAMS_PER_GROUP // 2, DAEMON_STREAMS_PER_GROUP - group.registered
         )
         return group
 
@@ -206,14 +206,14 @@ class StreamLiveness:
             for number in self._groups[fd].hung_up():
                 self._end(number)
 
-    def look(self, group: Group) -> None:
+    def check(self, group: Group) -> None:
         """Check ``group``: end its streams whose accepting side has closed since the last check.
 
         Costs time for each registration in the group.
         """
         if self._groups.get(group.fd) is not group:
             return  # the group was closed
-        found = group.present()
+        found = group.alive()
         ended = [number for number in group.numbers if number not in found]
         group.numbers.difference_update(ended)
         for inode in group.inodes:
@@ -221,12 +221,12 @@ class StreamLiveness:
         group.inodes = list(found.values())
         for number, inode in found.items():
             self._by_inode[inode] = number
-        group.load = len(found)
+        group.registered = len(found)
         self._groups[group.fd] = self._groups.pop(group.fd)
         self._with_room.pop(group, None)
         if group is self._current:
-            self._seen = self._room
-        elif group.load <= DAEMON_STREAMS_PER_GROUP // 2 and group is not self._filled:
+            self._checked_room = self._room
+        elif group.registered <= DAEMON_STREAMS_PER_GROUP // 2 and group is not self._filled:
             if self._current is None:
                 self._use(group)
             elif found:
@@ -236,9 +236,9 @@ class StreamLiveness:
         for number in ended:
             self._end(number)
 
-    def look_at_oldest(self) -> None:
+    def check_oldest(self) -> None:
         """Check the group that was checked longest ago."""
-        self.look(next(iter(self._groups.values())))
+        self.check(next(iter(self._groups.values())))
 
     def find(self, inode: int) -> int | None:
         """Return the stream whose accepting side has this inode, if there is one.
@@ -248,8 +248,8 @@ class StreamLiveness:
         if inode not in self._by_inode:
             if self._current is None:
                 self._next_group()
-            elif self._seen != self._room:
-                self.look(self._current)
+            elif self._checked_room != self._room:
+                self.check(self._current)
         return self._by_inode.get(inode)
 
     def _close(self, group: Group) -> None:

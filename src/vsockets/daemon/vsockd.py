@@ -38,7 +38,7 @@ from .broker import Broker
 from .configuration import ConfigurationError, load
 from .context_listeners import remove
 from .context_manager import ContextManager
-from .datagram_lives import EarlierLives
+from .datagram_epochs import EarlierEpochs
 from .folder_removal import Trash
 from .folder_watch import FolderWatch
 from .isolation_record import IsolatedGuests
@@ -77,7 +77,7 @@ class Vsockd:
         with contextlib.suppress(FileExistsError):
             private.mkdir(mode=0o700)
         os.chdir(private)
-        self._earlier = EarlierLives(private / LIVES)
+        self._earlier_epochs = EarlierEpochs(private / LIVES)
         self._trash = Trash(private / TRASH)
         _clean(held, self._trash)
         _raise_descriptor_limit()
@@ -86,7 +86,7 @@ class Vsockd:
         self.fabric = Fabric(os.geteuid())
         audit = Audit(self.events, settings.audit_rate)
         self.broker = Broker(self.loop, self.fabric, audit)
-        self._earlier.record(self.broker.datagrams.life)
+        self._earlier_epochs.record(self.broker.datagrams.epoch)
         self.contexts = ContextManager(
             *(self.folder, held, self._trash, self.loop, self.fabric, self.broker),
             *(audit, self.events, IsolatedGuests(private / ISOLATED)),
@@ -100,7 +100,7 @@ class Vsockd:
         ``announce_ready`` is called once vsockd serves.  Return False if vsockd ended because
         programs could not find it any longer.
         """
-        self.broker.streams.begin()
+        self.broker.streams.open()
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         try:
@@ -112,9 +112,9 @@ class Vsockd:
                         signal.SIGHUP: self._reload_by_signal,
                     }
                 ),
-                self.loop.hurried(DAEMON_SLOW_CALL_SECONDS),
+                self.loop.interrupting_calls(DAEMON_SLOW_CALL_SECONDS),
             ):
-                self._earlier.end(self.loop, self.broker.datagrams.life)
+                self._earlier_epochs.end(self.loop, self.broker.datagrams.epoch)
                 self._trash.begin()
                 self._watch_folder()
                 announce_ready()

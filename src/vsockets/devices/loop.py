@@ -33,7 +33,7 @@ class DeviceLoop(EventLoop):
         On older kernels a socket cannot refuse descriptors, and a device's sandbox allows no
         thread to close them in.  Only for the main thread.
         """
-        return self.hurried(DEVICE_SLOW_CALL_SECONDS)
+        return self.interrupting_calls(DEVICE_SLOW_CALL_SECONDS)
 
     def watches(self, fd: int) -> bool:
         """Return whether ``fd`` is watched."""

@@ -113,7 +113,7 @@ class EventLoop:
             if hurried:
                 wait = _IDLE if wait is None else min(wait, _IDLE)
             ready = poll(wait)
-            # SIGALRM of `hurried` is not work: it must not keep the loop busy.
+            # SIGALRM of `interrupting_calls` is not work: it must not keep the loop busy.
             is_busy = len(ready) > 1 or (bool(ready) and ready[0][0] != self._wakeup)
             if hurried != is_busy and self._hurry:
                 hurried = is_busy
@@ -165,7 +165,7 @@ class EventLoop:
             writer.close()
 
     @contextlib.contextmanager
-    def hurried(self, seconds: float) -> Iterator[None]:
+    def interrupting_calls(self, seconds: float) -> Iterator[None]:
         """Interrupt system calls that block the loop for longer than ``seconds``.
 
         The kernel lets a close sleep, for example that of a TCP socket with SO_LINGER, and a close

@@ -25,17 +25,17 @@ class Context:
         "_guest",
         "_many_users",
         "_users",
-        "beyond",
         "cid",
         "connected",
         "cookies",
         "counts",
         "datagrams",
+        "device",
+        "fallback",
         "fault_tolerant",
         "hybrid",
         "is_guest",
         "isolation",
-        "kernel",
         "leases",
         "limits",
         "name",
@@ -72,12 +72,12 @@ class Context:
         #: at most a socket of the claiming program's own context.
         self.cookies: dict[int, Endpoint | Connection] = {}
         #: ports served by the guest's device; None without one
-        self.kernel: DevicePorts | None = None
+        self.device: DevicePorts | None = None
         #: path of the unix socket that offers the guest's ports as hybrid vsock; "" without one
         self.hybrid = ""
         #: hybrid vsock: returns the host's endpoint for this guest at a port on which no program
         #: of the fabric listens
-        self.beyond: Callable[[EndpointKind, int], Endpoint | None] | None = None
+        self.fallback: Callable[[EndpointKind, int], Endpoint | None] | None = None
 
     @property
     def leased(self) -> bool:
@@ -103,17 +103,17 @@ class Context:
             limited = self.cid == VMADDR_CID_HOST and uid not in (0, self.owner)
             party = Party(f"user {uid} of the host", self.limits if limited else None)
             if len(self._users) >= self._many_users:
-                self._users = {uid: one for uid, one in self._users.items() if one.has_something}
+                self._users = {uid: one for uid, one in self._users.items() if one.is_in_use}
                 self._many_users = max(HOST_USERS_REMEMBERED_MAX, 2 * len(self._users))
             self._users[uid] = party
         return party
 
-    def limit(self, limits: Limits) -> None:
+    def set_limits(self, limits: Limits) -> None:
         """Set the limits of the guest, or of each user of the host."""
         self.limits = limits
         for party in self.parties():
             if party.limits is not None:
-                party.limit(limits)
+                party.set_limits(limits)
 
     def parties(self) -> list[Party]:
         """Return the guest, or the users of the host that are remembered, as parties."""

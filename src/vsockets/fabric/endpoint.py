@@ -45,7 +45,7 @@ class Endpoint:
     handle: object = None  #: vsockd's object for the socket, opaque to the fabric
     listening: bool = False
     #: True if the device or hybrid relay behind the port decides whether a listener exists
-    undecided: bool = False
+    pending: bool = False
     sizes: BufferSizes = field(default_factory=BufferSizes)
     party: Party | None = None  #: the party that holds the port; None if it holds none
 
@@ -78,7 +78,7 @@ class DevicePorts:
             self.owner,
             handle=handle,
             listening=streams,
-            undecided=True,
+            pending=True,
         )
 
 

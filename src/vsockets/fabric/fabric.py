@@ -65,12 +65,12 @@ class Fabric:
             raise Denied(errno.EADDRNOTAVAIL, Rule.AUTHENTIC_SOURCE, reason)
         policy.require_service(context, program.credentials)
         party = context.party_of(program.credentials.uid)
-        party.require_room()
+        party.check_socket_limit()
         own_cid = VMADDR_CID_LOCAL if cid == VMADDR_CID_LOCAL else context.cid
         ports: Ports[Endpoint] | Ports[Endpoint | Connection]
         ports = context.datagrams if kind is EndpointKind.DATAGRAM else context.connected
         if port == VMADDR_PORT_ANY:
-            port = ports.ephemeral()
+            port = ports.next_ephemeral()
         elif port <= LAST_RESERVED_PORT:
             policy.require_reserved_port(context, program, port, privileged)
         endpoint = Endpoint(
@@ -92,7 +92,7 @@ class Fabric:
         if endpoint.cookie:
             endpoint.context.cookies.setdefault(endpoint.cookie, endpoint)
 
-    def rename(self, endpoint: Endpoint, cookie: int, inode: int) -> None:
+    def replace_socket(self, endpoint: Endpoint, cookie: int, inode: int) -> None:
         """Make another socket, with this cookie and inode, the socket of ``endpoint``."""
         _forget(endpoint.context, endpoint.cookie, endpoint)
         endpoint.cookie, endpoint.inode = cookie, inode
@@ -102,12 +102,12 @@ class Fabric:
         """Set ``endpoint`` listening, with its buffer sizes."""
         endpoint.listening = True
         endpoint.sizes = sizes
-        self._tell_watchers(endpoint)
+        self._notify_watchers(endpoint)
 
-    def _tell_watchers(self, endpoint: Endpoint) -> None:
+    def _notify_watchers(self, endpoint: Endpoint) -> None:
         if endpoint.context is self.contexts.host:
-            for tell in self.watchers:
-                tell(endpoint)
+            for notify in self.watchers:
+                notify(endpoint)
 
     def unbind(self, endpoint: Endpoint) -> None:
         """Release the port of a socket that was closed."""
@@ -119,7 +119,7 @@ class Fabric:
             endpoint.party.sockets -= 1
         _forget(endpoint.context, endpoint.cookie, endpoint)
         if endpoint.listening:
-            self._tell_watchers(endpoint)
+            self._notify_watchers(endpoint)
 
     # Connecting
 
@@ -143,13 +143,13 @@ class Fabric:
         """
         destination = self._destination(context, cid, port, True)
         if bound is None:
-            context.connected.seek()
+            context.connected.find_ephemeral()
         holder = destination.connected.get(port)
         endpoint = holder if isinstance(holder, Endpoint) and holder.listening else None
-        if endpoint is None and destination.kernel is not None:
-            endpoint = destination.kernel.endpoint(destination, kind, port)
-        if endpoint is None and destination is self.contexts.host and context.beyond is not None:
-            endpoint = context.beyond(kind, port)
+        if endpoint is None and destination.device is not None:
+            endpoint = destination.device.endpoint(destination, kind, port)
+        if endpoint is None and destination is self.contexts.host and context.fallback is not None:
+            endpoint = context.fallback(kind, port)
         if endpoint is None:
             raise Refused(errno.ECONNRESET, f"no listener on {cid}:{port}")
         if endpoint.kind is not kind:
@@ -174,15 +174,15 @@ class Fabric:
         Raises Refused with EINVAL (the sides' buffer sizes have no size in common), ENOBUFS (the
         party's limit) or EACCES (CID 0 without privilege).
         """
-        size = sizes.size if listener.undecided else negotiate(sizes, listener.sizes)
+        size = sizes.size if listener.pending else negotiate(sizes, listener.sizes)
         if size is None:
             raise Refused(errno.EINVAL, f"no common buffer size: {sizes} and {listener.sizes}")
         party = context.party_of(owner.uid)
         if bound is None:
-            party.require_room()
+            party.check_socket_limit()
             if not context.is_guest:
                 policy.require_service(context, owner)
-            local = (context.cid, context.connected.ephemeral())
+            local = (context.cid, context.connected.next_ephemeral())
         else:
             _require_scope(listener.context, bound)
             local = bound.address
@@ -198,14 +198,14 @@ class Fabric:
         context.connected[local[1]] = connection
         party.sockets += 1
         self.connections[number] = connection
-        if not listener.undecided:
+        if not listener.pending:
             context.counts.connects += 1
             listener.context.counts.accepts += 1
         if cookie:
             context.cookies.setdefault(cookie, connection)
         return connection
 
-    def settle(self, guest: Context, port: int, peer: tuple[int, int], size: int) -> bool:
+    def complete_pending(self, guest: Context, port: int, peer: tuple[int, int], size: int) -> bool:
         """Complete a pending connection from ``peer`` to ``port`` of a guest.
 
         ``size`` is the negotiated buffer size in bytes; 0 refuses the connection.  Return whether
@@ -215,9 +215,9 @@ class Fabric:
         connection = context.connected.get(peer[1]) if context is not None else None
         if not isinstance(connection, Connection) or connection.listener.context is not guest:
             return False
-        if not connection.listener.undecided or connection.peer != (guest.cid, port):
+        if not connection.listener.pending or connection.peer != (guest.cid, port):
             return False
-        connection.listener.undecided = False
+        connection.listener.pending = False
         connection.size = size
         if size:
             connection.context.counts.connects += 1
@@ -270,8 +270,8 @@ class Fabric:
         """
         destination = self._destination(context, cid, port, False)
         endpoint = destination.datagrams.get(port)
-        if endpoint is None and destination.kernel is not None:
-            endpoint = destination.kernel.endpoint(destination, EndpointKind.DATAGRAM, port)
+        if endpoint is None and destination.device is not None:
+            endpoint = destination.device.endpoint(destination, EndpointKind.DATAGRAM, port)
         if endpoint is None or not _in_scope(context, endpoint):
             raise Refused(errno.ECONNREFUSED, f"no datagram socket on {cid}:{port}")
         if source is not None:

@@ -14,10 +14,10 @@ from .errors import Denied, Rule
 from .settings import Limits
 
 
-class Awaited(Protocol):
+class PendingListener(Protocol):
     """A listener with pending connections."""
 
-    def count_waiting(self) -> None:
+    def recount_pending(self) -> None:
         """Update the count of pending connections from what the kernel reports as accepted."""
 
 
@@ -26,12 +26,12 @@ class Party:
 
     __slots__ = (
         "__weakref__",
-        "awaited",
         "channels",
         "limits",
-        "meter",
         "name",
         "pending",
+        "pending_listeners",
+        "request_bucket",
         "routes",
         "sockets",
         "unwanted",
@@ -47,29 +47,29 @@ class Party:
         #: its connections not yet accepted, and its connections to vsockd without a request yet
         self.pending = 0
         #: listeners with pending connections of this party, to be recounted in this order
-        self.awaited: dict[Awaited, None] = {}
+        self.pending_listeners: dict[PendingListener, None] = {}
         self.channels = 0  #: connections to vsockd that vsockd keeps open
         self.unwanted = 0  #: descriptors that it sent without reason and that wait to be closed
-        self.limit(limits)
+        self.set_limits(limits)
 
-    def limit(self, limits: Limits | None) -> None:
+    def set_limits(self, limits: Limits | None) -> None:
         """Set the limits from now on."""
         self.limits = limits
-        self.meter = None if limits is None else TokenBucket(limits.request_rate)
+        self.request_bucket = None if limits is None else TokenBucket(limits.request_rate)
 
     @property
-    def has_something(self) -> bool:
+    def is_in_use(self) -> bool:
         """True if the party holds anything that is counted."""
         return bool(self.sockets or self.routes or self.pending or self.channels)
 
-    def is_at_a_limit(self) -> bool:
+    def is_at_limit(self) -> bool:
         """Return whether the party has reached its limit of sockets or of pending connections."""
         limits = self.limits
         return limits is not None and (
             self.pending >= limits.pending_connects or self.sockets >= limits.sockets
         )
 
-    def require_room(self) -> None:
+    def check_socket_limit(self) -> None:
         """Raise Denied when the party has reached its limit of sockets."""
         if self.limits is not None and self.sockets >= self.limits.sockets:
             raise Denied(errno.ENOBUFS, Rule.SOCKETS, f"{self.name} has {self.sockets} sockets")
@@ -79,19 +79,19 @@ class Party:
         """True if the party has reached its limit of routes, which is that of sockets."""
         return self.limits is not None and self.routes >= self.limits.sockets
 
-    def require_route(self) -> None:
+    def check_route_limit(self) -> None:
         """Raise Denied when the party has reached its limit of routes."""
         if self.has_all_routes:
             reason = f"{self.name} has {self.routes} routes for datagrams"
             raise Denied(errno.ENOBUFS, Rule.SOCKETS, reason)
 
-    def require_pace(self, now: float) -> None:
+    def check_rate(self, now: float) -> None:
         """Raise Denied when the party exceeds its request rate at time ``now``, in seconds."""
-        if self.meter is not None and not self.meter.take(now):
-            reason = f"{self.name} makes more than {self.meter.rate} requests per second"
+        if self.request_bucket is not None and not self.request_bucket.try_take(now):
+            reason = f"{self.name} makes more than {self.request_bucket.rate} requests per second"
             raise Denied(errno.ENOBUFS, Rule.REQUEST_RATE, reason)
 
-    def require_patience(self) -> None:
+    def check_pending_limit(self) -> None:
         """Raise Denied when the party has reached its limit of pending connections."""
         if self.limits is not None and self.pending >= self.limits.pending_connects:
             reason = f"{self.name} has {self.pending} pending connections"

@@ -79,7 +79,7 @@ def require_trust(guest: Context, trust: Trust, kind: EndpointKind, from_guest: 
     legacy = isolation.profile is Profile.LEGACY
     if legacy and isolation.domain not in trust.domains:
         rule, reason = Rule.DOMAIN, f"the host's endpoint is not in domain {isolation.domain!r}"
-    elif not (legacy and isolation.unrestricted) and not trust.toward(guest):
+    elif not (legacy and isolation.unrestricted) and not trust.for_context(guest):
         rule, reason = Rule.RESTRICTED, f"context {guest.cid} is limited to trusted endpoints"
     else:
         return

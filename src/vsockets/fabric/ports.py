@@ -39,20 +39,20 @@ class Ports(dict[int, Holder]):
             raise Refused(errno.EADDRINUSE, f"port {port} is in use")
         self[port] = holder
 
-    def ephemeral(self) -> int:
+    def next_ephemeral(self) -> int:
         """Return a free port of the range that needs no privilege, without assigning it.
 
         Raises Refused with EADDRNOTAVAIL, as Linux does, when several consecutive ports are held;
         the next call continues after those.
         """
-        port = self.seek()
+        port = self.find_ephemeral()
         self._next = _after(port)
         return port
 
-    def seek(self) -> int:
-        """Return the port that :meth:`ephemeral` returns next.
+    def find_ephemeral(self) -> int:
+        """Return the port that :meth:`next_ephemeral` returns next.
 
-        Raises Refused as :meth:`ephemeral`.
+        Raises Refused as :meth:`next_ephemeral`.
         """
         for _ in range(EPHEMERAL_PORT_TRIES_MAX):
             if self._next not in self:

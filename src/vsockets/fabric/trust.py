@@ -46,7 +46,7 @@ class Trust:
     privileged: bool  #: by capability or by grant: trusted for every guest
     domains: frozenset[str]  #: legacy profile: the domains the program belongs to
 
-    def toward(self, context: Context) -> bool:
+    def for_context(self, context: Context) -> bool:
         """Return whether the endpoint is trusted for the virtual machine ``context``."""
         return self.privileged or self.user == context.owner
 

@@ -13,7 +13,7 @@ class TokenBucket:
         self._left = float(rate)
         self._seen = 0.0
 
-    def take(self, now: float) -> bool:
+    def try_take(self, now: float) -> bool:
         """Take a token at ``now``, in seconds of a monotonic clock; return whether one was left."""
         left = self._left + (now - self._seen) * self.rate
         self._seen = now

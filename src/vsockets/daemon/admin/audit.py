@@ -45,7 +45,7 @@ class Audit:
         self._events = events
         self._throttle = Throttle(rate)
 
-    def limit(self, rate: int) -> None:
+    def set_rate(self, rate: int) -> None:
         """Set how many denials are logged per second and party."""
         self._throttle.rate = rate
 
@@ -78,7 +78,7 @@ class Audit:
             "executable": asker.executable(),
             "left_out": left_out,
         }
-        message = _in_words(facts)
+        message = _message(facts)
         log.warning("%s", message, extra={"facts": facts, "admitted": True})
         self._events.publish(Topic.DENIAL, **facts, message=message)
 
@@ -99,7 +99,7 @@ class Audit:
         self._events.publish(Topic.DISCONNECT, **facts, message=message)
 
 
-def _in_words(facts: dict[str, Any]) -> str:
+def _message(facts: dict[str, Any]) -> str:
     way = " to ".join(_address(facts[side]) for side in ("source", "destination") if facts[side])
     more = f" ({facts['left_out']} more were left out)" if facts["left_out"] else ""
     return (

@@ -137,7 +137,7 @@ class ControlSession:
 
     def _close(self) -> None:
         self._loop.unwatch(self._sock.fileno())
-        self._vsockd.events.unsubscribe(self._tell)
+        self._vsockd.events.unsubscribe(self._send_event)
         self._sock.close()
         for context in self._leases:
             self._vsockd.contexts.end_lease(context)
@@ -146,7 +146,7 @@ class ControlSession:
 
     def _list_contexts(self, _: Arguments) -> list[dict[str, Any]]:
         self._vsockd.broker.refresh()
-        self._vsockd.broker.count_waiting()
+        self._vsockd.broker.recount_pending()
         contexts = sorted(self._vsockd.fabric.contexts, key=lambda context: context.cid)
         return [self._row(context) for context in contexts if context.cid]
 
@@ -171,7 +171,7 @@ class ControlSession:
         )
         lease = bool(_optional(arguments, "lease", bool))
         context = self._vsockd.contexts.add(
-            wanted, lease, says_profile=arguments.get("profile") is not None
+            wanted, lease, profile_given=arguments.get("profile") is not None
         )
         if lease:
             self._leases.append(context)
@@ -217,9 +217,9 @@ class ControlSession:
             raise BadRequest(f"topics: expected a list of {_names(Topic)}, not {topics!r}")
         wanted = [_choice({"topics": topic}, "topics", Topic) for topic in topics]
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, EVENTS_UNREAD_MAX_BYTES)
-        self._vsockd.events.subscribe(self._tell, wanted)
+        self._vsockd.events.subscribe(self._send_event, wanted)
 
-    def _tell(self, event: Mapping[str, Any]) -> None:
+    def _send_event(self, event: Mapping[str, Any]) -> None:
         """Send an event if the socket has space; ``missed`` counts those left out before it."""
         line = json.dumps({"event": {**event, "missed": self._missed}}).encode() + b"\n"
         try:

@@ -24,17 +24,19 @@ class Events:
     def __init__(self) -> None:
         self._subscribers: dict[Callable[[dict[str, Any]], None], Collection[Topic]] = {}
 
-    def subscribe(self, tell: Callable[[dict[str, Any]], None], topics: Iterable[Topic]) -> None:
-        """Call ``tell`` with each event on one of ``topics`` from now on."""
-        self._subscribers[tell] = frozenset(topics)
+    def subscribe(
+        self, callback: Callable[[dict[str, Any]], None], topics: Iterable[Topic]
+    ) -> None:
+        """Call ``callback`` with each event on one of ``topics`` from now on."""
+        self._subscribers[callback] = frozenset(topics)
 
-    def unsubscribe(self, tell: Callable[[dict[str, Any]], None]) -> None:
-        """Stop calling ``tell``.  Does nothing if it is not subscribed."""
-        self._subscribers.pop(tell, None)
+    def unsubscribe(self, callback: Callable[[dict[str, Any]], None]) -> None:
+        """Stop calling ``callback``.  Does nothing if it is not subscribed."""
+        self._subscribers.pop(callback, None)
 
     def publish(self, topic: Topic, **facts: Any) -> None:
         """Send an event to the subscribers of ``topic``."""
         event = {"topic": topic.value, "time": round(time.time(), 3), **facts}
-        for tell, topics in list(self._subscribers.items()):
+        for callback, topics in list(self._subscribers.items()):
             if topic in topics:
-                tell(event)
+                callback(event)

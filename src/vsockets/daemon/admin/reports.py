@@ -135,7 +135,7 @@ def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> dict[str, Any]:
     receive = send = 0
     if endpoint.kind is EndpointKind.DATAGRAM:
         state = "unconnected"
-        receive, send = traffic.to[endpoint.address], traffic.of[endpoint.address]
+        receive, send = traffic.by_receiver[endpoint.address], traffic.by_sender[endpoint.address]
     elif endpoint.listening:
         state = "listening"
         assert isinstance(endpoint.handle, Listener)
@@ -169,7 +169,7 @@ def _stream_rows(stream: Connection, inode: int | None) -> list[dict[str, Any]]:
         {
             "context": context.cid,
             "type": stream.kind.value,
-            "state": "connecting" if listener.undecided else "established",
+            "state": "connecting" if listener.pending else "established",
             "cid": local[0],
             "port": local[1],
             "peer": list(peer),

@@ -23,13 +23,13 @@ class Looks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.number = 0
-        present = Group.present
+        alive = Group.alive
 
         def counted(group: Group) -> dict[int, int]:
             self.number += 1
-            return present(group)
+            return alive(group)
 
-        monkeypatch.setattr(Group, "present", counted)
+        monkeypatch.setattr(Group, "alive", counted)
 
 
 class Stage:
@@ -53,7 +53,7 @@ class Stage:
 
     def look_at_all(self) -> list[int]:
         for group in self.watch.groups():
-            self.watch.look(group)
+            self.watch.check(group)
         return self.now_ended()
 
     def now_ended(self) -> list[int]:
@@ -108,7 +108,7 @@ def test_what_one_stream_costs(stage: Stage, monkeypatch: pytest.MonkeyPatch) ->
     stage.add(range(NUMBER))
     looks = Looks(monkeypatch)
     stage.accepting[7].close()
-    stage.watch.look(stage.groups[7])
+    stage.watch.check(stage.groups[7])
     assert (stage.now_ended(), looks.number) == ([7], 1)
 
 
@@ -191,14 +191,14 @@ def test_with_very_many_streams_groups_are_larger(
 def test_a_socket_that_is_lent_again_is_another_stream(stage: Stage) -> None:
     mine, theirs = socket.socketpair()
     with mine, theirs:
-        group = stage.watch.lend(theirs.fileno(), 1, None)
+        group = stage.watch.add_pending(theirs.fileno(), 1, None)
         with theirs.dup() as back:  # a refused one comes back as another descriptor
             stage.add(
                 range(100, 100 + DAEMON_STREAMS_PER_GROUP)
             )  # the next group is another one by now
-            assert stage.watch.lend(back.fileno(), 2, group) is group
+            assert stage.watch.add_pending(back.fileno(), 2, group) is group
             assert stage.look_at_all() == [1]
-            assert set(group.present()) >= {2}
+            assert set(group.alive()) >= {2}
             mine.close()
             stage.watch.end_hung_up()
             assert stage.now_ended() == [2]

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 
 from vsockets.daemon.limits import DAEMON_ENDS_PER_TURN_MAX, DAEMON_REQUESTS_PER_TURN_MAX
-from vsockets.daemon.request_turns import Turns
+from vsockets.daemon.request_turns import RequestTurns
 from vsockets.eventloop.loop import EventLoop
 from vsockets.fabric import Limits, Party
 
@@ -20,9 +20,9 @@ from .test_loop import run_once
 
 
 class Clients:
-    """Connections of one party to a :class:`Turns`, each with something to be read."""
+    """Connections of one party to a :class:`RequestTurns`, each with something to be read."""
 
-    def __init__(self, turns: Turns, name: str, number: int) -> None:
+    def __init__(self, turns: RequestTurns, name: str, number: int) -> None:
         self.party = Party(name, Limits())
         self.served: list[int] = []
         self.pairs = [socket.socketpair() for _ in range(number)]
@@ -54,12 +54,12 @@ def loop() -> EventLoop:
 
 
 @pytest.fixture
-def turns(loop: EventLoop) -> Turns:
-    return Turns(loop)
+def turns(loop: EventLoop) -> RequestTurns:
+    return RequestTurns(loop)
 
 
 @contextlib.contextmanager
-def clients(turns: Turns, name: str, number: int) -> Iterator[Clients]:
+def clients(turns: RequestTurns, name: str, number: int) -> Iterator[Clients]:
     made = Clients(turns, name, number)
     try:
         yield made
@@ -68,7 +68,7 @@ def clients(turns: Turns, name: str, number: int) -> Iterator[Clients]:
 
 
 def test_a_party_with_many_requests_has_some_of_them_served_in_a_turn(
-    loop: EventLoop, turns: Turns
+    loop: EventLoop, turns: RequestTurns
 ) -> None:
     with clients(turns, "many", 100) as many, clients(turns, "one", 1) as one:
         run_once(loop)
@@ -78,7 +78,7 @@ def test_a_party_with_many_requests_has_some_of_them_served_in_a_turn(
         assert sorted(many.served) == list(range(100))
 
 
-def test_what_has_ended_comes_before_every_request(loop: EventLoop, turns: Turns) -> None:
+def test_what_has_ended_comes_before_every_request(loop: EventLoop, turns: RequestTurns) -> None:
     """Of whatever party: a port given back before a request was made is free then."""
     with clients(turns, "asks", 3) as asks, clients(turns, "ended", 3) as ended:
         served: list[str] = []
@@ -93,7 +93,7 @@ def test_what_has_ended_comes_before_every_request(loop: EventLoop, turns: Turns
         assert served == ["ended"] * 3 + ["asks"] * 3
 
 
-def test_many_that_have_ended_have_turns_too(loop: EventLoop, turns: Turns) -> None:
+def test_many_that_have_ended_have_turns_too(loop: EventLoop, turns: RequestTurns) -> None:
     number = 2 * DAEMON_ENDS_PER_TURN_MAX
     with clients(turns, "many", number) as many:
         for ours, theirs in many.pairs:
@@ -106,7 +106,7 @@ def test_many_that_have_ended_have_turns_too(loop: EventLoop, turns: Turns) -> N
 
 
 def test_one_that_fails_is_logged(
-    loop: EventLoop, turns: Turns, caplog: pytest.LogCaptureFixture
+    loop: EventLoop, turns: RequestTurns, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(hung_up: bool) -> None:
         raise OverflowError("as a test")
@@ -121,7 +121,9 @@ def test_one_that_fails_is_logged(
     assert record.levelno == logging.ERROR and record.exc_info
 
 
-def test_no_descriptor_is_kept_for_parties_that_have_none(loop: EventLoop, turns: Turns) -> None:
+def test_no_descriptor_is_kept_for_parties_that_have_none(
+    loop: EventLoop, turns: RequestTurns
+) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for number in range(10):
         with clients(turns, f"party {number}", 1):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vsockets.daemon.deferred_work import Chores
+from vsockets.daemon.deferred_work import DeferredWork
 from vsockets.eventloop.loop import EventLoop
 
 
@@ -17,9 +17,9 @@ def loop() -> EventLoop:
     return EventLoop()
 
 
-def run_all(loop: EventLoop, chores: Chores) -> None:
+def run_all(loop: EventLoop, chores: DeferredWork) -> None:
     def look() -> None:
-        if chores._under_way:
+        if chores._tasks:
             loop.call_later(0.001, look)
         else:
             loop.stop()
@@ -36,7 +36,7 @@ def pieces(name: str, number: int, done: list[str]) -> Iterator[None]:
 
 
 def test_chores_take_turns(loop: EventLoop) -> None:
-    chores, done = Chores(loop), list[str]()
+    chores, done = DeferredWork(loop), list[str]()
     chores.start("a", pieces("a", 3, done))
     chores.start("b", pieces("b", 2, done))
     chores.start("c", pieces("c", 1, done))
@@ -45,7 +45,7 @@ def test_chores_take_turns(loop: EventLoop) -> None:
 
 
 def test_a_chore_that_is_under_way_is_not_begun_again(loop: EventLoop) -> None:
-    chores, done = Chores(loop), list[str]()
+    chores, done = DeferredWork(loop), list[str]()
     chores.start("a", pieces("first", 2, done))
     chores.start("a", pieces("second", 2, done))
     run_all(loop, chores)
@@ -61,7 +61,7 @@ def test_a_chore_that_fails_is_logged_and_the_others_go_on(
         yield
         raise OverflowError("as a test")
 
-    chores, done = Chores(loop), list[str]()
+    chores, done = DeferredWork(loop), list[str]()
     chores.start("failing", failing())
     chores.start("a", pieces("a", 3, done))
     run_all(loop, chores)
@@ -71,7 +71,7 @@ def test_a_chore_that_fails_is_logged_and_the_others_go_on(
 
 
 def test_requests_are_served_between_the_pieces_of_a_chore(loop: EventLoop) -> None:
-    chores, done = Chores(loop), list[str]()
+    chores, done = DeferredWork(loop), list[str]()
     ours, theirs = socket.socketpair()
 
     def serve(events: int) -> None:

@@ -52,7 +52,7 @@ def rising(pauses: list[float]) -> list[float]:
 def test_never_more_than_the_rate_after_a_full_second(rate: int, pauses: list[float]) -> None:
     """In every stretch of time: what a second allows at once, and the rate for its length."""
     meter = TokenBucket(rate)
-    allowed = [moment for moment in rising(pauses) if meter.take(moment)]
+    allowed = [moment for moment in rising(pauses) if meter.try_take(moment)]
     for first, begin in enumerate(allowed):
         for number, end in enumerate(allowed[first:], 1):
             assert number <= rate + (end - begin) * rate + 1e-6
@@ -63,7 +63,7 @@ def test_who_keeps_to_the_rate_is_never_refused(rate: int, pauses: list[float]) 
     meter = TokenBucket(rate)
     now = NOW
     for pause in pauses:
-        assert meter.take(now)
+        assert meter.try_take(now)
         now += 1.001 / rate + pause
 
 
@@ -72,18 +72,18 @@ def test_a_refusal_costs_nothing(rate: int, pauses: list[float]) -> None:
     """Who asked in vain gets the same afterwards as who did not ask."""
     eager, patient = TokenBucket(rate), TokenBucket(rate)
     for _ in range(rate):
-        assert eager.take(NOW) and patient.take(NOW)
+        assert eager.try_take(NOW) and patient.try_take(NOW)
     for moment in rising([min(pause, 0.9 / rate / 200) for pause in pauses]):
-        assert not eager.take(moment)
+        assert not eager.try_take(moment)
     later = NOW + 1.001 / rate
-    assert eager.take(later) and patient.take(later)
+    assert eager.try_take(later) and patient.try_take(later)
 
 
 @given(rates)
 def test_a_quiet_second_allows_as_many_at_once(rate: int) -> None:
     meter = TokenBucket(rate)
     for moment in (NOW, NOW + 1.001):
-        assert [meter.take(moment) for _ in range(rate + 1)] == [True] * rate + [False]
+        assert [meter.try_take(moment) for _ in range(rate + 1)] == [True] * rate + [False]
 
 
 # Limits of guests
@@ -91,7 +91,7 @@ def test_a_quiet_second_allows_as_many_at_once(rate: int) -> None:
 
 def guest(limits: Limits) -> Context:
     context = Context(3, "", 0)
-    context.limit(limits)
+    context.set_limits(limits)
     return context
 
 
@@ -111,9 +111,9 @@ def test_the_errno_of_every_limit() -> None:
     context = guest(Limits(1, 1, 1))
     one = context.party_of(0)
     one.pending = 1
-    one.require_pace(NOW)
+    one.check_rate(NOW)
     Fabric(0).bind(context, EndpointKind.STREAM, 3, 5000, ME)
-    for require in (one.require_room, one.require_patience, lambda: one.require_pace(NOW)):
+    for require in (one.check_socket_limit, one.check_pending_limit, lambda: one.check_rate(NOW)):
         with pytest.raises(Denied) as denied:
             require()
         assert denied.value.errno == errno.ENOBUFS
@@ -121,23 +121,23 @@ def test_the_errno_of_every_limit() -> None:
 
 def test_pace() -> None:
     one = party(Limits(request_rate=3))
-    asked = [denial(lambda: one.require_pace(NOW)) for _ in range(4)]
+    asked = [denial(lambda: one.check_rate(NOW)) for _ in range(4)]
     assert asked == [None, None, None, Rule.REQUEST_RATE]
-    assert denial(lambda: one.require_pace(NOW + 0.5)) is None
+    assert denial(lambda: one.check_rate(NOW + 0.5)) is None
 
 
 def test_patience() -> None:
     one = party(Limits(pending_connects=2))
     for pending, expected in ((0, None), (1, None), (2, Rule.PENDING_CONNECTS)):
         one.pending = pending
-        assert denial(one.require_patience) is expected
+        assert denial(one.check_pending_limit) is expected
 
 
 def test_room() -> None:
     """Every port is one: bound, connecting, datagrams."""
     fabric = Fabric(owner=0)
     context = fabric.contexts.add(3, "", 0)
-    context.limit(Limits(sockets=3))
+    context.set_limits(Limits(sockets=3))
     server = fabric.bind(fabric.contexts.host, EndpointKind.STREAM, 2, 5000, ME)
     fabric.listen(server, BufferSizes())
 
@@ -166,13 +166,13 @@ def test_lower_limits_take_nothing_away() -> None:
     fabric = Fabric(owner=0)
     context = fabric.contexts.add(3, "", 0)
     endpoints = [fabric.bind(context, EndpointKind.STREAM, 3, 2**32 - 1, ME) for _ in range(5)]
-    context.limit(Limits(sockets=2))
+    context.set_limits(Limits(sockets=2))
     assert context.sockets == 5
     one = context.party_of(ME.credentials.uid)
-    assert denial(one.require_room) is Rule.SOCKETS
+    assert denial(one.check_socket_limit) is Rule.SOCKETS
     for endpoint in endpoints[:4]:
         fabric.unbind(endpoint)
-    assert denial(one.require_room) is None
+    assert denial(one.check_socket_limit) is None
 
 
 @pytest.mark.parametrize("cid", [0, 2])
@@ -180,20 +180,20 @@ def test_lower_limits_take_nothing_away() -> None:
 def test_administrators_have_no_limits(cid: int, program: Program) -> None:
     fabric = Fabric(owner=OWNER.credentials.uid)
     context = fabric.contexts.require(cid)
-    context.limit(Limits(1, 1, 1, 1))
+    context.set_limits(Limits(1, 1, 1, 1))
     one = context.party_of(program.credentials.uid)
     one.pending = 100
     for _ in range(3):
         fabric.bind(context, EndpointKind.STREAM, cid, 2**32 - 1, program)
-        one.require_patience()
-        one.require_pace(NOW)
+        one.check_pending_limit()
+        one.check_rate(NOW)
 
 
 def test_each_user_of_the_host_has_limits_of_its_own() -> None:
     """Streams count as bound sockets do; what is closed counts no longer."""
     fabric = Fabric(owner=0)
     host = fabric.contexts.host
-    host.limit(Limits(sockets=2))
+    host.set_limits(Limits(sockets=2))
     server = fabric.bind(host, EndpointKind.STREAM, 2, 5000, ROOT)
     fabric.listen(server, BufferSizes())
     bound = fabric.bind(host, EndpointKind.DATAGRAM, 2, 2**32 - 1, ME)
@@ -212,7 +212,7 @@ def test_each_user_of_the_host_has_limits_of_its_own() -> None:
     fabric.unbind(bound)
     fabric.end(stream.number)
     assert [bind(ME) for _ in range(3)] == [None, None, Rule.SOCKETS]
-    host.limit(Limits(sockets=3))
+    host.set_limits(Limits(sockets=3))
     assert [bind(ME) for _ in range(2)] == [None, Rule.SOCKETS]
 
 
@@ -227,7 +227,7 @@ def test_users_who_have_nothing_are_forgotten_one_day() -> None:
     assert len(host._users) <= HOST_USERS_REMEMBERED_MAX
     assert host.party_of(ME.credentials.uid) is mine
     fabric.unbind(endpoint)
-    assert not mine.has_something
+    assert not mine.is_in_use
 
 
 def test_which_denials_are_limits() -> None:

@@ -2,8 +2,8 @@
 
 A route works without vsockd and would outlive it: it would continue to show a source CID that by
 then belongs to another guest, and ignore the policy of the next vsockd.  Therefore the names of all
-sockets contain the *life* of the vsockd that bound them, 64 random bits.  A regular stop ends the
-sockets of its own life.  After a crash the next vsockd in the state folder does so, before it
+sockets contain the *epoch* of the vsockd that bound them, 64 random bits.  A regular stop ends the
+sockets of its own epoch.  After a crash the next vsockd in the state folder does so, before it
 serves the first request.
 
 - A route is shut down: its sender gets EPIPE, and requests a route from the next vsockd.
@@ -30,7 +30,7 @@ from socket import AF_UNIX, MSG_DONTWAIT, SHUT_RDWR, SO_ERROR, SO_TYPE, SOCK_DGR
 from .._linux.descriptor_passing import dispose
 from ..eventloop.loop import EventLoop
 from .limits import DISCONNECT_LONGEST_RETRY_SECONDS, DISCONNECT_RETRY_SECONDS
-from .socket_holders import copied, opened, processes, sockets_of
+from .socket_holders import duplicate, open_pidfd, process_ids, sockets_of
 
 log = logging.getLogger(__name__)
 
@@ -40,49 +40,49 @@ _SIOCUNIXFILE = 0x89E0
 #: Searches for sockets that are open in no accessible process: about ten seconds in total.
 _TRIES = 16
 
-#: Earlier lives to record whose sockets were not all found.
+#: Earlier epochs to record whose sockets were not all found.
 _REMEMBERED = 16
 
 #: A name in the current directory, which only vsockd can enter.
-_GRAVE = "grave"
+_CLOSED_NAME = "grave"
 
-_LIFE = re.compile(r"[0-9a-f]{16}")
+_EPOCH = re.compile(r"[0-9a-f]{16}")
 # Names of a program's own socket, and of a route.
 _OWN = re.compile(r"([0-9a-f]{16})\.\d+\.(?:\d+|all)\.\d+")
 _ROUTE = re.compile(r"\0vsock:\d+:\d+:([0-9a-f]{16}):[0-9a-f]+(?::\d+)?")
 
 
-class EarlierLives:
-    """The lives of the vsockds that have crashed in a state folder, recorded in ``file``."""
+class EarlierEpochs:
+    """The epochs of the vsockds that have crashed in a state folder, recorded in ``file``."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._lives: list[str] = []
+        self._epochs: list[str] = []
         with contextlib.suppress(FileNotFoundError):
             words = file.read_text(errors="replace").split()
-            self._lives = [word for word in words if _LIFE.fullmatch(word)][-_REMEMBERED:]
+            self._epochs = [word for word in words if _EPOCH.fullmatch(word)][-_REMEMBERED:]
 
-    def record(self, life: str) -> None:
-        """Record that a vsockd of ``life`` binds sockets from now on."""
+    def record(self, epoch: str) -> None:
+        """Record that a vsockd of ``epoch`` binds sockets from now on."""
         new = self._file.with_suffix(".new")
-        new.write_text("\n".join((*self._lives, life)))
+        new.write_text("\n".join((*self._epochs, epoch)))
         new.replace(self._file)
 
-    def end(self, loop: EventLoop, life: str) -> None:
-        """End the sockets of all earlier lives; ``life`` is the current one."""
-        self._try(loop, life, _TRIES, DISCONNECT_RETRY_SECONDS)
+    def end(self, loop: EventLoop, epoch: str) -> None:
+        """End the sockets of all earlier epochs; ``epoch`` is the current one."""
+        self._try(loop, epoch, _TRIES, DISCONNECT_RETRY_SECONDS)
 
-    def _try(self, loop: EventLoop, life: str, tries: int, delay: float) -> None:
-        if not self._lives:
+    def _try(self, loop: EventLoop, epoch: str, tries: int, delay: float) -> None:
+        if not self._epochs:
             return
-        left = end_sockets(_find(self._lives))
+        left = end_sockets(_find(self._epochs))
         if not left:
-            self._lives.clear()
+            self._epochs.clear()
             with contextlib.suppress(OSError):  # a full disk: the next vsockd searches again
-                self.record(life)
+                self.record(epoch)
         elif tries:
             wait = min(2 * delay, DISCONNECT_LONGEST_RETRY_SECONDS)
-            loop.call_later(delay, lambda: self._try(loop, life, tries - 1, wait))
+            loop.call_later(delay, lambda: self._try(loop, epoch, tries - 1, wait))
         else:
             log.warning(
                 "%d datagram sockets of a vsockd that has ended may still work: vsockd may not "
@@ -91,14 +91,14 @@ class EarlierLives:
             )
 
 
-def socket_name(life: str, address: str, number: int) -> str:
+def socket_name(epoch: str, address: str, number: int) -> str:
     """Return the name to bind a program's socket to, in the folder that only vsockd can enter."""
-    return f"{life}.{address}.{number}"
+    return f"{epoch}.{address}.{number}"
 
 
-def is_other_life(name: object, life: str) -> bool:
-    """Return whether ``name``, of a program's socket, was chosen by a vsockd of another life."""
-    return isinstance(name, str) and bool(_OWN.fullmatch(name)) and not name.startswith(life)
+def is_other_epoch(name: object, epoch: str) -> bool:
+    """Return whether ``name``, of a program's socket, was chosen by a vsockd of another epoch."""
+    return isinstance(name, str) and bool(_OWN.fullmatch(name)) and not name.startswith(epoch)
 
 
 def end_sockets(
@@ -110,13 +110,13 @@ def end_sockets(
     has processes to search first.
     """
     left = dict(names)
-    for pid in dict.fromkeys((*likely, *processes())):
+    for pid in dict.fromkeys((*likely, *process_ids())):
         if not left:
             break
-        with contextlib.suppress(OSError), opened(pid) as pidfd:  # exited, or not accessible
+        with contextlib.suppress(OSError), open_pidfd(pid) as pidfd:  # exited, or not accessible
             for fd, inode in sockets_of(pid):
                 if inode in left:
-                    with copied(pidfd, fd) as sock:
+                    with duplicate(pidfd, fd) as sock:
                         if _name(sock) == left[inode]:  # the number may name another socket by now
                             _end(sock, left.pop(inode), (nodes or {}).get(inode))
                         # Descriptors in its unread datagrams can delay the last close.
@@ -124,13 +124,13 @@ def end_sockets(
     return left
 
 
-def _find(lives: Iterable[str]) -> dict[int, str]:
-    """Return the names of all sockets of ``lives``, by inode.
+def _find(epochs: Iterable[str]) -> dict[int, str]:
+    """Return the names of all sockets of ``epochs``, by inode.
 
     Any process can bind a socket to a name that looks like one of vsockd's, or even like several
     lines of the kernel's table, so the caller must verify the names.
     """
-    lives = set(lives)
+    epochs = set(epochs)
     found: dict[int, str] = {}
     for table in _tables():
         with contextlib.suppress(OSError), open(table, "rb") as lines:
@@ -140,7 +140,7 @@ def _find(lives: Iterable[str]) -> dict[int, str]:
                     continue
                 name = os.fsdecode(fields[7]).replace("@", "\0", 1)
                 match = _OWN.fullmatch(name) or _ROUTE.fullmatch(name)
-                if match and match[1] in lives:
+                if match and match[1] in epochs:
                     found[int(fields[6])] = name
     return found
 
@@ -149,7 +149,7 @@ def _tables() -> Iterator[str]:
     """Yield the kernel's tables of unix sockets, one per network namespace."""
     yield "/proc/self/net/unix"
     seen = {os.stat("/proc/self/ns/net").st_ino}
-    for pid in processes():
+    for pid in process_ids():
         with contextlib.suppress(OSError):
             namespace = os.stat(f"/proc/{pid}/ns/net").st_ino
             if namespace not in seen:
@@ -169,21 +169,21 @@ def _end(sock: _socket.socket, name: str, node: int | None) -> None:
         if name.startswith("\0"):
             sock.shutdown(SHUT_RDWR)
             return
-        grave, elsewhere = _socket.socket(AF_UNIX, SOCK_DGRAM), _socket.socket(AF_UNIX, SOCK_DGRAM)
+        closed, elsewhere = _socket.socket(AF_UNIX, SOCK_DGRAM), _socket.socket(AF_UNIX, SOCK_DGRAM)
         try:
             elsewhere.bind("")
-            grave.bind(_GRAVE)  # not an abstract name, which is local to a network namespace
+            closed.bind(_CLOSED_NAME)  # not an abstract name, which is local to a network namespace
             sock.getsockopt(SOL_SOCKET, SO_ERROR)  # clear: the next call would fail with it
             try:
-                sock.connect(_GRAVE)
+                sock.connect(_CLOSED_NAME)
             finally:
-                os.unlink(_GRAVE)
+                os.unlink(_CLOSED_NAME)
             sock.send(b"", MSG_DONTWAIT)
             with _node(sock, name, node) as path:
-                grave.connect(path)
-                grave.connect(elsewhere.getsockname())
+                closed.connect(path)
+                closed.connect(elsewhere.getsockname())
         finally:
-            grave.close()
+            closed.close()
             elsewhere.close()
 
 
