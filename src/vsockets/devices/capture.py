@@ -79,7 +79,7 @@ class CaptureSink:
         """
         whose = Transport.VIRTIO if transport else Transport.NONE
         header = encode_header(operation, source, destination, whose, len(transport)) + transport
-        # the length in the guest's header may be wrong
+        # The length in the guest's header may be wrong.
         length = min(length, sum(map(len, payload)))
         for recorder in self.recorders:
             if recorder.port not in (VMADDR_PORT_ANY, source[1], destination[1]):

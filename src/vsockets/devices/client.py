@@ -153,12 +153,10 @@ class DeviceClient:
     """
 
     on_connect: Callable[[ConnectRequest], None]
-    #: receive a datagram from a source for the guest's port; return whether there is room for
-    #: another
+    #: receive a datagram: source, guest's port, payload; return True if there is room for another
     on_datagram: Callable[[tuple[int, int], int, bytes], bool]
     on_lost: Callable[[], None]
-    #: report whether a port of the host has a listener; only for devices that requested these
-    #: reports
+    #: report whether a port of the host has a listener, to devices that request these reports
     on_listening: Callable[[int, bool], None]
 
     def __init__(
@@ -166,8 +164,7 @@ class DeviceClient:
     ) -> None:
         """Attach the context ``cid``; without ``datagrams`` every datagram to it is refused."""
         self.cid = cid
-        #: apply the new buffer size, in bytes, of the peer that is connected to this port of the
-        #: guest
+        #: apply a peer's new buffer size: guest's port, peer, size in bytes
         self.on_resized: Callable[[int, tuple[int, int], int], None] = lambda port, peer, size: None
         #: handle pending life-cycle events, so that an interruption never resets a newer stream
         self.drain_events: Callable[[], None] = lambda: None
@@ -262,7 +259,7 @@ class DeviceClient:
             if not error:  # vsockd needed the sender's credentials until now
                 request.sock.setsockopt(SOL_SOCKET, SO_PASSCRED, 0)
             request.sock.send(self._reply(request, size, error), MSG_DONTWAIT | MSG_NOSIGNAL)
-            # padding came with the request
+            # Padding came with the request.
             if request.polling or request.sock.type == SOCK_SEQPACKET:
                 request.sock.recv(len(PADDING), MSG_DONTWAIT)
         message = client.settle(local, peer, size=size, error=error)

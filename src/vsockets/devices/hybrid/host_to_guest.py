@@ -184,12 +184,12 @@ class HostToGuest:
         if self.stream_count >= HYBRID_CONNECTIONS_MAX:
             self._refuse(request, errno.ECONNRESET)
             return
-        make_connector = self._attempts[request] = self._make_connector(
+        connector = self._attempts[request] = self._make_connector(
             request.port, partial(self._complete, request)
         )
         # The client may close while the connect is pending.
         self._loop.watch_for(request.sock.fileno(), lambda events: self._cancel(request), _HANG_UP)
-        make_connector.start()
+        connector.start()
 
     def close(self) -> None:
         """Close all streams and abandon pending connects."""

@@ -150,6 +150,6 @@ class HybridMachine:
         self._sockets.close()
         self._host_to_guest.close_when_idle(self._loop.stop)
 
-    def _on_event(self, cid: int, set_listening: str) -> None:
-        if cid == self._fabric.cid and set_listening in _INTERRUPTIONS:
+    def _on_event(self, cid: int, change: str) -> None:
+        if cid == self._fabric.cid and change in _INTERRUPTIONS:
             self._host_to_guest.close()

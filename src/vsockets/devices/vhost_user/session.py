@@ -78,7 +78,7 @@ class Vring:
         if fd is not None:
             try:
                 os.write(fd, _ONE)
-            # the counter is full (2**64 unread notifications), or not an eventfd
+            # The counter is full (2**64 unread notifications), or the descriptor is not an eventfd.
             except OSError as error:
                 log.info("%s notification lost: %s", purpose, error)
 
@@ -359,7 +359,7 @@ class Session:
         self._start(index)
 
     def _set_vring_call(self, payload: bytes, fds: list[int]) -> None:
-        # notify of buffers used before
+        # Notify of buffers used before.
         self._rings[self._take_descriptor("call", payload, fds)].call()
 
     def _set_vring_err(self, payload: bytes, fds: list[int]) -> None:

@@ -61,7 +61,7 @@ class SendCredit:
         self._runs: deque[tuple[int, int]] = deque()
         self._run = 0  # packets after the last run
         self._room = 0  # bytes that the guest can merge into its last packet
-        # the guest's count when it was full, and when a CREDIT_REQUEST was sent
+        # The guest's count when it was full, and when a CREDIT_REQUEST was sent.
         self._full = self._requested = -1
 
     def update(self, buf_alloc: int, fwd_cnt: int) -> None:

@@ -259,7 +259,7 @@ class VirtioVsock:
         queue, ready = self._receive, self._ready_connections
         if queue is None:
             return
-        overwhelmed = self.backpressured
+        was_backpressured = self.backpressured
         budget = 2 * len(ready) + len(self._resets) + 1
         while (ready or self._resets) and budget and queue.has_buffers():
             budget -= 1
@@ -286,7 +286,7 @@ class VirtioVsock:
         if queue.publish():
             self._vrings[RECEIVE].call()
         queue.prefetch()
-        if not budget or (overwhelmed and not self.backpressured):
+        if not budget or (was_backpressured and not self.backpressured):
             self._schedule_poll()
 
     def _retry_credit(self, connection: VirtioConnection) -> None:

@@ -86,9 +86,9 @@ class ReceiveQueue:
 
     def send_raw(self, header: bytes) -> None:
         """Send a packet without payload; a buffer is available."""
-        head, position, parts, _ = self._buffers.popleft()
-        if position is not None:
-            position[:HEADER_SIZE] = header
+        head, header_view, parts, _ = self._buffers.popleft()
+        if header_view is not None:
+            header_view[:HEADER_SIZE] = header
         else:
             _scatter(header, parts)
         self._ring.push(head, HEADER_SIZE)
@@ -260,7 +260,7 @@ class ReceiveQueue:
                 connection.queue_credit_request()
                 return False
             data, _, message_flags, _ = sock.recvmsg(max(size, 1), 0, _RECEIVE_FLAGS)
-            # it came with a marker (see attach())
+            # The message came with a marker (see VirtioConnection.attach).
             connection.ends_record = bool(message_flags & MSG_CTRUNC)
         except BlockingIOError:
             connection.readable = False
@@ -278,7 +278,7 @@ class ReceiveQueue:
 
     def _send_fragment(self, connection: VirtioConnection) -> None:
         """Send as much of a message as fits in the first buffer."""
-        head, position, parts, room = self._buffers[0]
+        head, header_view, parts, room = self._buffers[0]
         if not room and connection.unsent:
             self._return_unused()
             return
@@ -288,8 +288,8 @@ class ReceiveQueue:
         if not connection.unsent:
             flags = _END_OF_MESSAGE | (_END_OF_RECORD if connection.ends_record else 0)
         header = self._header(connection, len(part), _RW, flags)
-        if position is not None:
-            position[:HEADER_SIZE] = header
+        if header_view is not None:
+            header_view[:HEADER_SIZE] = header
             _scatter(part, parts)
         else:
             _scatter(header + part, parts)

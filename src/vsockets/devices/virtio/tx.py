@@ -128,11 +128,11 @@ class TransmitQueue:
         receiver, pop = self._receiver, self._ring.pop
         connections = receiver.connections
         heads: list[int] = []
-        # connection of the payload that was collected and not yet forwarded
+        # Connection whose payload was collected and not yet forwarded.
         batched: VirtioConnection | None = None
         views: list[memoryview] = []
         length = 0
-        payload_bytes = 0  # bytes
+        payload_bytes = 0
         counted = False
         more = True
         cid, capture = self._cid, self._capture
@@ -141,7 +141,7 @@ class TransmitQueue:
             turn -= 1
             chain = pop()
             if chain is None:
-                # the guest may wait for a reply
+                # The guest may wait for a reply.
                 if batched is not None and coalescing.packets == 1:
                     batched.forward(views, length)
                     receiver.mark_dirty(batched)
@@ -234,15 +234,15 @@ def _pop_header(parts: list[memoryview]) -> tuple[int, ...]:
 
 def _truncate(parts: list[memoryview], size: int) -> bool:
     """Truncate ``parts`` to ``size`` bytes; return False when they are shorter."""
-    there = len(parts[0]) if len(parts) == 1 else total_length(parts)
-    while there > size:
-        excess = there - size
+    length = len(parts[0]) if len(parts) == 1 else total_length(parts)
+    while length > size:
+        excess = length - size
         last = parts.pop()
         if len(last) > excess:
             parts.append(last[:-excess])
             return True
-        there -= len(last)
-    return there == size
+        length -= len(last)
+    return length == size
 
 
 class TxPoll:

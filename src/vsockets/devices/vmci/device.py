@@ -107,7 +107,7 @@ class BytePorts:
         self._given = 0  # bytes of it that were read
 
     def _start_read(self) -> None:
-        # size of the driver's current read, and its remaining bytes
+        # Size of the driver's current read, and its remaining bytes.
         self._size = self._left = _PAGE
         self._ended = False  # the queue was empty; the driver stops after this read
 

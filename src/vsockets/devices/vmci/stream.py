@@ -92,7 +92,7 @@ class Stream:
         self._reading = self._writing = True  # reading from the socket, writing to it
         self._guest_finished = False  # the guest sends nothing more
         self._end_sent = False
-        self.was_used = False  #: whether the guest has sent a packet
+        self.was_used = False  #: True once the guest has sent a packet
         self._rest = memoryview(b"")  # copied from a detached queue pair
         self._wrotes = 0
         self._polls_left = 0  # 0: the guest's queue is not polled

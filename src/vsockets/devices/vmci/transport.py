@@ -103,7 +103,7 @@ class VmciTransport:
         self._capture = fabric.capture
         self._connections: dict[_Key, _Connection] = {}
         self._by_handle: dict[Handle, _Connection] = {}
-        self._expected_sizes: dict[Handle, int] = {}  # and the negotiated size
+        self._expected_sizes: dict[Handle, int] = {}  # of queue pairs to attach to
         self._resources = count(1)
         self._unsent: set[Stream] = set()
         fabric.on_connect = self.connect_to_guest
