@@ -15,7 +15,7 @@ from typing import Any, cast
 from vsockets.model.locator import Vsock
 from vsockets.nfs import server
 from vsockets.nfs.exports import Export
-from vsockets.nfs.handle_store import HandleStore
+from vsockets.nfs.handles import HandleStore
 from vsockets.nfs.service import Service
 
 export, state, port, seed, percent = sys.argv[1:]

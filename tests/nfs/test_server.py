@@ -15,13 +15,13 @@ import vsockets
 from vsockets.attachment import Attachment
 from vsockets.model.locator import parse_locator
 from vsockets.nfs import limits, listing, mount_protocol, nfs3, rpc
+from vsockets.nfs.calls import Pending
 from vsockets.nfs.exports import Export
-from vsockets.nfs.handle_store import HandleStore
+from vsockets.nfs.handles import HandleStore
 from vsockets.nfs.nfs3 import NUMBERS, PROCEDURES
 from vsockets.nfs.nfs_client import credentials
 from vsockets.nfs.server import NfsServer
 from vsockets.nfs.service import Service
-from vsockets.nfs.work_queue import Pending
 from vsockets.testing import PrivateFabric
 
 PATIENCE = 20.0

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from vsockets.nfs import attributes, handle_store, limits, listing, mount_protocol, nfs3, rpc, xdr
+from vsockets.nfs import attributes, handles, limits, listing, mount_protocol, nfs3, rpc, xdr
+from vsockets.nfs.calls import Pending
 from vsockets.nfs.exports import Export
-from vsockets.nfs.handle_store import HandleStore
-from vsockets.nfs.handles import Identifier
+from vsockets.nfs.handles import HandleStore, Identifier
 from vsockets.nfs.nfs3 import (
     NUMBERS,
     PROCEDURES,
@@ -33,7 +33,6 @@ from vsockets.nfs.nfs3 import (
 from vsockets.nfs.nfs_client import credentials
 from vsockets.nfs.rpc import Call
 from vsockets.nfs.service import Service
-from vsockets.nfs.work_queue import Pending
 
 GUEST = (3, 700)
 
@@ -568,7 +567,7 @@ def test_broken_state_file_fails_only_the_calls_that_need_it(guest: DirectGuest)
     assert guest.ask("getattr", folder)[0] == Status.IO
     guest.ok("getattr", root)
     guest.ok("lookup", root, b"folder")
-    guest.handle_store._connection.execute(handle_store._TABLE)
+    guest.handle_store._connection.execute(handles._TABLE)
 
 
 def test_next_server_repeats_saved_replies(guest: DirectGuest) -> None:

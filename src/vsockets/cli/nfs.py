@@ -58,7 +58,7 @@ def serve(
     """Serve folders by NFS version 3, with the MOUNT protocol on the same port."""
     from .._linux.rlimit import allow_many_descriptors
     from ..nfs import server
-    from ..nfs.handle_store import HandleStore
+    from ..nfs.handles import HandleStore
     from ..nfs.nfs3 import DATA_SIZE, UDP_DATA_SIZE
     from ..nfs.service import Service
 

@@ -10,9 +10,8 @@ import pyfuse3
 
 from . import nfs3
 from .nfs3 import Attributes, FileType
-from .nfs_client import NfsClient
+from .nfs_client import NfsClient, WriteBack
 from .rpc import Auth
-from .write_back import WriteBack
 
 #: Seconds for which the kernel may cache attributes and names.  Other guests see what was written
 #: when they open the file (close-to-open consistency, as NFS clients provide).

@@ -21,7 +21,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
-from .errors import NfsError
+from .calls import NfsError, NotReady
 from .exports import Identity
 from .handles import Identifier, Signer
 from .limits import (
@@ -33,9 +33,8 @@ from .limits import (
     NFS_NAMES_PER_STEP_MAX,
 )
 from .nfs3 import Status
-from .run_as import run_as
+from .syscalls import run_as
 from .tree import FileRef
-from .work_queue import NotReady
 
 #: Smaller cookies denote the beginning, the directory itself (``.``) and its parent (``..``).
 _FIRST_COOKIE = 3

@@ -1,4 +1,8 @@
-"""The NFS and MOUNT calls of an asyncio client."""
+"""The NFS and MOUNT calls of an asyncio client, and its uncommitted writes.
+
+The replies to WRITE and COMMIT contain the write verifier of the server process (RFC 1813 4.8).
+Data whose verifier differs from that of the COMMIT may be lost, and is written again.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,10 @@ import functools
 import os
 import platform
 import secrets
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import mount_protocol, nfs3, rpc
-from .limits import NFS_CALL_TIMEOUT_SECONDS, NFS_RETRY_FIRST_SECONDS
+from .limits import NFS_CALL_TIMEOUT_SECONDS, NFS_RETRY_FIRST_SECONDS, NFS_UNCOMMITTED_MAX_BYTES
 from .nfs3 import NUMBERS, PROCEDURES, StableHow, Status
 from .rpc import Auth, AuthSys, Flavor
 from .rpc_client import RpcClient
@@ -128,3 +132,64 @@ class NfsClient:
 
 def _malformed(error: XdrError) -> OSError:
     return OSError(errno.EPROTO, f"malformed reply from the server: {error}")
+
+
+class _Piece(NamedTuple):
+    offset: int
+    data: bytes
+    verifier: bytes
+
+
+class WriteBack:
+    """The uncommitted writes of one file; after an OSError they are kept."""
+
+    def __init__(self, nfs: NfsClient, handle: bytes) -> None:
+        self._nfs = nfs
+        self._handle = handle
+        self._pieces: list[_Piece] = []
+        self._size = 0
+        self._lock = asyncio.Lock()  # data written again must not overwrite newer data
+
+    async def write(self, auth: Auth, offset: int, data: bytes) -> None:
+        """Write ``data``; commit if too much is uncommitted.
+
+        Raises OSError.
+        """
+        async with self._lock:
+            size = self._nfs.transfer
+            parts = [(offset + at, data[at : at + size]) for at in range(0, len(data), size)]
+            tasks = [asyncio.ensure_future(self._write(auth, *part)) for part in parts]
+            try:
+                self._pieces += await asyncio.gather(*tasks)
+            except OSError:
+                await asyncio.wait(tasks)
+                raise
+            self._size += len(data)
+            if self._size >= NFS_UNCOMMITTED_MAX_BYTES:
+                await self._commit(auth)
+
+    async def commit(self, auth: Auth) -> None:
+        """Return when all written data is on the server's disk.
+
+        Raises OSError.
+        """
+        async with self._lock:
+            await self._commit(auth)
+
+    async def _commit(self, auth: Auth) -> None:
+        while self._pieces:
+            _, verifier = await self._nfs.call(auth, "commit", self._handle, 0, 0)
+            kept = 0
+            while kept < len(self._pieces) and self._pieces[kept].verifier == verifier:
+                kept += 1
+            # From the first mismatch on: later pieces may overlap it.
+            for number in range(kept, len(self._pieces)):
+                piece = self._pieces[number]
+                self._pieces[number] = await self._write(auth, piece.offset, piece.data)
+            if kept == len(self._pieces):
+                self._pieces.clear()
+                self._size = 0
+
+    async def _write(self, auth: Auth, offset: int, data: bytes) -> _Piece:
+        verifier = await self._nfs.write(auth, self._handle, offset, data, StableHow.UNSTABLE)
+        return _Piece(offset, data, verifier)

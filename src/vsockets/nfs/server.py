@@ -14,9 +14,9 @@ from ..eventloop.asyncio_server import DatagramReceiver, Listener, open_listener
 from ..eventloop.service import run_service
 from ..limits import MAX_DATAGRAM
 from ..model.locator import Locator
+from .calls import Pending
 from .limits import NFS_DATAGRAMS_PER_TURN_MAX, NFS_GUEST_WAITING_CALLS_MAX, NFS_TURN_MAX_SECONDS
 from .service import Service, log
-from .work_queue import Pending
 
 _BUFFER = max(MAX_DATAGRAM, 65_536)
 

@@ -10,17 +10,15 @@ from typing import Any
 
 from ..logs import by
 from . import mount_protocol, nfs3, rpc
+from .calls import Caller, NfsError, NotReady, Pending
 from .duplicate_request_cache import DuplicateRequestCache
-from .errors import Caller, NfsError
 from .exports import Export
-from .handle_store import HandleStore
-from .handles import Signer
+from .handles import HandleStore, Signer
 from .listing import ListingCache
 from .nfs3 import PROCEDURES, Status
 from .procedures import Procedures
 from .rpc import AcceptStat, AuthSys, Flavor, RejectStat
 from .tree import Tree
-from .work_queue import NotReady, Pending
 from .xdr import XdrError
 
 log = logging.getLogger("vsockets.nfs")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
+
+from .exports import Identity
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -106,3 +110,20 @@ def _set_groups(gid: int, groups: tuple[int, ...]) -> None:
 def _fail() -> None:
     code = ctypes.get_errno()
     raise OSError(code, os.strerror(code))
+
+
+@contextlib.contextmanager
+def run_as(identity: Identity) -> Iterator[None]:
+    """Run the block with the file system rights of ``identity``.
+
+    If this process is not root, the block runs with the rights of this process.
+    """
+    if os.geteuid() != 0 or identity == (0, 0, ()):
+        yield
+        return
+    own = tuple(os.getgroups())
+    try:
+        set_file_rights(*identity)
+        yield
+    finally:
+        set_file_rights(0, os.getegid(), own)

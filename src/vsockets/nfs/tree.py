@@ -12,8 +12,7 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 from .exports import Export
-from .handle_store import HandleStore
-from .handles import Identifier
+from .handles import HandleStore, Identifier
 from .limits import NFS_DIRECTORY_DEPTH_MAX, NFS_OPEN_FILES_MAX
 from .syscalls import FileState, file_state, open_beneath
 

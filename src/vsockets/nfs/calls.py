@@ -1,0 +1,41 @@
+"""A call in progress: its caller, its failure, and its steps if it takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import NamedTuple
+
+from .exports import Identity
+from .nfs3 import Status
+from .tree import Tree
+
+
+class NfsError(Exception):
+    """A failed call whose NFS status has no counterpart in errno."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class Caller(NamedTuple):
+    """The rights, the export and the guest of one call."""
+
+    tree: Tree
+    identity: Identity
+    guest: Hashable
+
+
+class NotReady(Exception):
+    """The call must be repeated when all ``steps`` are done."""
+
+    def __init__(self, steps: Iterator[object]) -> None:
+        super().__init__("not yet")
+        self.steps = steps
+
+
+class Pending(NamedTuple):
+    """An unfinished call: ``finish`` returns the reply when ``steps`` are done or have failed."""
+
+    steps: Iterator[object]
+    finish: Callable[[OSError | None], bytes | Pending | None]
