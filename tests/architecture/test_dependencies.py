@@ -27,7 +27,7 @@ PLAIN = ("vsockets.model", "vsockets.limits")
 #: How virtual machines are described; the rest of ``vsockets.vm`` starts them.
 DESCRIPTIONS = [
     "vsockets.vmware.vmx",
-    *(f"vsockets.vm.{name}" for name in ("hardware", "qemu_args", "libvirt", "life_cycle")),
+    *(f"vsockets.vm.{name}" for name in ("hardware", "qemu_args", "life_cycle")),
 ]
 
 #: Programs between vSockets and the rest of the world.

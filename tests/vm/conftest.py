@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vsockets.testing import PrivateFabric
-from vsockets.vm.kernels import KernelImage
+from vsockets.vm.guest_image import KernelImage
 
 from . import downloads, image
 from .machine import Machine

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vsockets.vm.apt import DEBIAN, Suite, Unavailable, cached, run
-from vsockets.vm.initramfs import Userland
-from vsockets.vm.kernels import KernelImage
+from vsockets.vm.guest_image import KernelImage, Userland
 from vsockets.vm.qemu import unpacked as qemu
 
 __all__ = [

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from vsockets.vm import initramfs
-from vsockets.vm.initramfs import Userland
-from vsockets.vm.kernels import KernelImage
+from vsockets.vm import guest_image
+from vsockets.vm.guest_image import KernelImage, Userland
 
 from .downloads import userland
 
@@ -41,4 +40,6 @@ def build(
     world = world or userland()
     files = {"agent.py": _AGENT.read_bytes(), **(extra or {})}
     last = _LAST.format(python=world.python)
-    return initramfs.build(kernel, world, device, last, files, (*LOOPBACK, *NETWORK, *FUSE))
+    return guest_image.build_initramfs(
+        kernel, world, device, last, files, (*LOOPBACK, *NETWORK, *FUSE)
+    )

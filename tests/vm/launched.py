@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 from vsockets.testing import PrivateFabric
-from vsockets.vm.initramfs import COMMAND_LINE
-from vsockets.vm.kernels import KernelImage
+from vsockets.vm.guest_image import COMMAND_LINE, KernelImage
 
 from . import downloads
 from .machine import Machine

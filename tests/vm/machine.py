@@ -23,8 +23,7 @@ import vsockets
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
 from vsockets.vm import qemu_args
-from vsockets.vm.initramfs import COMMAND_LINE
-from vsockets.vm.kernels import KernelImage
+from vsockets.vm.guest_image import COMMAND_LINE, KernelImage
 
 from . import downloads
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vsockets.vm import initramfs
+from vsockets.vm import guest_image
 
 from .conftest import Stage
 
@@ -89,7 +89,7 @@ def test_a_guest_that_panics(stage: Stage, tmp_path: Path, broken: str) -> None:
     stage.parts("stable", "virtio")  # or the test is skipped
     # What runs in the guest is this package: a copy of it, changed.
     package = tmp_path / "vsockets"
-    shutil.copytree(initramfs.PACKAGE, package)
+    shutil.copytree(guest_image.PACKAGE, package)
     shutil.copy(package / "vm/guest_agent.py", package / "vm/real_guest.py")
     (package / "vm/guest_agent.py").write_text(PANICS[broken])
     command = [sys.executable, "-m", "vsockets.cli", "vm", "demo", "--accel", "tcg"]

@@ -11,8 +11,14 @@ from xml.etree import ElementTree
 import pytest
 
 from vsockets.vm.hardware import Hardware, translate
-from vsockets.vm.libvirt import domain_xml
-from vsockets.vm.qemu_args import Card, Disk, MachineOptions, device_arguments, machine_arguments
+from vsockets.vm.qemu_args import (
+    Card,
+    Disk,
+    MachineOptions,
+    device_arguments,
+    domain_xml,
+    machine_arguments,
+)
 from vsockets.vmware import VmxError, parse_vmx
 
 VMX = """\

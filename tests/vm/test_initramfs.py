@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vsockets.testing import PrivateFabric
-from vsockets.vm import initramfs
-from vsockets.vm.initramfs import Archive, Userland
+from vsockets.vm import guest_image
+from vsockets.vm.guest_image import Archive, Userland
 
 from . import downloads, image
 from .conftest import Stage
@@ -66,7 +66,7 @@ def test_everything_is_where_programs_look_for_it(
     userland = Userland.__new__(Userland)
     userland.root = packages
     archive = Archive()
-    initramfs.add_directories(archive)
+    guest_image.add_directories(archive)
     userland.add_to(archive)
     archive.add_with_folders("/lib/x86_64-linux-gnu/more.so", stat.S_IFREG | 0o755, b"more")
     guest.mkdir()

@@ -15,7 +15,7 @@ import vsockets
 from c_compiler import compile_c
 from daemon.users import NOBODY, as_root
 from vsockets.testing import PrivateFabric
-from vsockets.vm.initramfs import COMMAND_LINE
+from vsockets.vm.guest_image import COMMAND_LINE
 
 from .conftest import COMMON, Stage
 from .exchanges import MIB, PATIENCE, datagram, dial, exchange, serve

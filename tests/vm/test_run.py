@@ -18,7 +18,7 @@ import pytest
 from qemu.qmp import QMPClient
 
 from vsockets.testing import PrivateFabric, wait_until
-from vsockets.vm.initramfs import COMMAND_LINE
+from vsockets.vm.guest_image import COMMAND_LINE
 from vsockets.vm.lifecycle_sync import LifecycleSync
 
 from . import downloads, vmware

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vsockets.vm.initramfs import COMMAND_LINE
+from vsockets.vm.guest_image import COMMAND_LINE
 
 _PROGRAMS = ("qemu-img", "mkfs.fat", "mcopy", "syslinux")
 

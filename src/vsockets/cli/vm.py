@@ -11,8 +11,7 @@ import typer
 
 from ..limits import NAME_MAX_CHARACTERS
 from ..vm.hardware import translate
-from ..vm.libvirt import domain_xml
-from ..vm.qemu_args import PROGRAM, Card, Disk, MachineOptions, machine_arguments
+from ..vm.qemu_args import PROGRAM, Card, Disk, MachineOptions, domain_xml, machine_arguments
 from ..vmware import VmxError, read_vmx
 from .connect import administrator
 from .demo import vm

@@ -124,15 +124,15 @@ def _report(steps: list[_Step], as_json: bool) -> None:
 
 def _prepare(scratch: Path, device: Device, accel: Accelerator) -> list[str]:
     """What ``vsock vm run`` is to be given."""
-    from ...vm import apt, initramfs, kernels
+    from ...vm import apt, guest_image
 
     accelerators(accel)  # or it is refused before anything is downloaded
     notice("QEMU, a kernel, busybox and Python (downloaded the first time)")
     qemu = find_qemu(device, None, download=True)
     try:
         suite = apt.system_suite()
-        kernel, userland = kernels.KernelImage(suite), initramfs.Userland(suite)
-        archive = initramfs.build(
+        kernel, userland = guest_image.KernelImage(suite), guest_image.Userland(suite)
+        archive = guest_image.build_initramfs(
             kernel, userland, device.value, _LAST.format(python=userland.python)
         )
     except apt.Unavailable as error:
@@ -140,7 +140,7 @@ def _prepare(scratch: Path, device: Device, accel: Accelerator) -> list[str]:
     initrd = scratch / "initrd"
     initrd.write_bytes(archive)
     boot = ["--kernel", str(kernel.image), "--initrd", str(initrd), "--append"]
-    boot.append(initramfs.COMMAND_LINE)
+    boot.append(guest_image.COMMAND_LINE)
     # A guest that panics resets its machine, which ends.
     extra = ["--", "-no-reboot"]
     return ["--qemu", qemu, "--device", device.value, "--accel", accel.value, *boot, *extra]
