@@ -19,7 +19,7 @@ def inherited_sockets(family: int) -> list[int]:
 
 
 def _family_of(fd: int) -> int:
-    # Asks the kernel: a Python object has whatever family it was constructed with.
+    # Asks the kernel: a Python object has the family it was constructed with.
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
     try:
         return sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)

@@ -92,7 +92,7 @@ class Interceptor(Protocol):
     def is_waiting(self, call: InterceptedCall) -> bool:
         """Return whether a call still waits.
 
-        Then whatever was read of the process with this number was read of the caller.
+        If so, all that was read from the process with its number came from the caller.
         """
 
     def answer(self, call: InterceptedCall, value: int) -> None:
@@ -186,11 +186,11 @@ class Interceptor(Protocol):
         """Take what waitpid() reports; return False if it does not concern interception alone."""
 
     def shut_down(self, inode: int) -> None:
-        """Shut down the socket with this inode in whichever process has it, if possible."""
+        """Shut down the socket with this inode, if a process that can be accessed has it."""
 
     @property
     def is_running(self) -> bool:
-        """Whether processes are left that can make intercepted calls."""
+        """True until the last process that can make intercepted calls has ended."""
 
 
 class Mechanism(Protocol):

@@ -172,7 +172,7 @@ class _KeptAnswer(NamedTuple):
 
     call: InterceptedCall
     value: int
-    deadline: float  #: ``time.monotonic`` when it is given, whatever signals are pending
+    deadline: float  #: ``time.monotonic`` when it is given despite pending signals
 
 
 class _Suspended(NamedTuple):
@@ -238,17 +238,20 @@ class NotificationInterceptor:
         return False
 
     def is_waiting(self, call: InterceptedCall) -> bool:
+        """Return whether the listener, or the tracer, still holds a call."""
         if isinstance(call, TracedCall):
             return self._tracer.is_waiting(call)
         return self._listener.is_valid(call.id)
 
     def answer(self, call: InterceptedCall, value: int) -> None:
+        """Answer a call, which is lost to a thread that a signal has woken already."""
         if isinstance(call, TracedCall):
             self._tracer.answer(call.thread, value)
         else:
             self._listener.answer(call.id, value)
 
     def let_through(self, call: InterceptedCall) -> None:
+        """Let the kernel perform a call."""
         if isinstance(call, TracedCall):
             self._tracer.let_through(call.thread)
         else:
@@ -260,6 +263,7 @@ class NotificationInterceptor:
         interruption: Interruption,
         interrupted: Callable[[], None],
     ) -> None:
+        """Keep a call that waits: its thread, if interrupted, may repeat it and wait on."""
         if isinstance(call, TracedCall):
             restarts = interruption is Interruption.RESTART
             self._tracer.sleep(call.thread, restarts, interrupted)
@@ -268,6 +272,7 @@ class NotificationInterceptor:
             self._suspended[call.pid] = _Suspended(call, interrupted)
 
     def resume(self, call: InterceptedCall, run: Callable[[], None]) -> bool:
+        """Drop a call that was kept, and return True: its thread need not be stopped."""
         suspended = self._suspended.get(call.pid)
         if suspended is not None and suspended.call is call:
             del self._suspended[call.pid]
@@ -276,6 +281,7 @@ class NotificationInterceptor:
     # Answers that must not be lost
 
     def conclude(self, call: InterceptedCall, value: int) -> None:
+        """Answer a call, or keep the answer for when its thread repeats it."""
         if isinstance(call, TracedCall):
             self._tracer.answer(call.thread, value)
         else:
@@ -317,9 +323,11 @@ class NotificationInterceptor:
     # Descriptors
 
     def duplicate(self, pid: int, fd: int) -> int:
+        """Return a copy of a thread's descriptor, by pidfd_getfd().  Raises OSError."""
         return self._processes.duplicate(pid, fd)
 
     def shut_down(self, inode: int) -> None:
+        """Shut down a socket by a copy of the descriptor that /proc shows."""
         self._processes.shut_down(inode)
 
     def create_socket(
@@ -329,6 +337,7 @@ class NotificationInterceptor:
         data_calls: Served | None,
         created: Callable[[int, int], None],
     ) -> None:
+        """Create a socket here, and give the process a copy of it."""
         with contextlib.closing(_socket.socket(AF_UNIX, type_ | SOCK_CLOEXEC)) as sock:
             created(os.fstat(sock.fileno()).st_ino, cookie_of(sock))
             close_on_exec = bool(type_ & SOCK_CLOEXEC)
@@ -337,6 +346,7 @@ class NotificationInterceptor:
     def answer_with_descriptor(
         self, call: InterceptedCall, fd: int, close_on_exec: bool, data_calls: Served | None
     ) -> None:
+        """Give the process a copy of ``fd``, and trace it from then on for ``data_calls``."""
         if data_calls is None or not self._may_trace(call, data_calls, is_new=True):
             self._listener.answer_with_descriptor(call.id, fd, close_on_exec)
             return
@@ -349,6 +359,7 @@ class NotificationInterceptor:
     # Data calls
 
     def intercepts_data(self, call: InterceptedCall, data_calls: Served, inode: int) -> bool:
+        """Return True if data calls are traced or cannot be; otherwise begin tracing them."""
         descriptor = call.arguments[0] & 0xFFFF_FFFF
         if isinstance(call, TracedCall) or self._tracer.covers(call.pid, data_calls, descriptor):
             return True
@@ -380,9 +391,9 @@ class NotificationInterceptor:
     def _cover(
         self, call: InterceptedCall, data_calls: Served, numbers: list[int], answer: int | None
     ) -> None:
-        """Have data calls on descriptors traced.
+        """Cover descriptors for the tracer.
 
-        The thread repeats its call afterwards, and gets ``answer`` unless that is None.
+        The thread repeats its call afterwards, and gets ``answer`` then, if any.
         """
 
         def done(code: int) -> None:
@@ -419,6 +430,7 @@ class NotificationInterceptor:
         """Do nothing: a filter needs no attaching."""
 
     async def intercept_inherited(self, pid: int, data_calls: Served, numbers: list[int]) -> None:
+        """Trace the first process, if it may be traced, and cover its inherited sockets."""
         try:
             self._tracer.attach(pid)
         except OSError:  # reported at the program's first call about one of the sockets
@@ -436,6 +448,7 @@ class NotificationInterceptor:
             await pause(_ATTEMPT_SECONDS)
 
     def on_wait_status(self, pid: int, status: int) -> bool:
+        """Pass what waitpid() reports to the tracer."""
         return self._tracer.on_wait_status(pid, status)
 
 
@@ -443,10 +456,12 @@ class NotificationMechanism:
     """Interception by notification, on both sides of the fork."""
 
     def install(self, architecture: Architecture, rules: Sequence[Rule]) -> list[int]:
+        """Install the filter, and return its listener."""
         return [install(architecture, assemble(architecture, rules))]
 
     def intercept(
         self, descriptors: Sequence[int], surroundings: Surroundings
     ) -> NotificationInterceptor:
+        """Return the interceptor of a listener, the only one of ``descriptors``."""
         (listener,) = descriptors
         return NotificationInterceptor(Listener(listener), surroundings)

@@ -163,7 +163,7 @@ class Sockets:
         self._known: OrderedDict[int, Endpoint | None] = OrderedDict()
 
     def add(self, inode: int, endpoint: Endpoint | None) -> None:
-        """Add a socket; ``endpoint`` is None if it is not a vSockets socket."""
+        """Add a socket, with None as its ``endpoint`` unless it is a vSockets socket."""
         self._known[inode] = endpoint
         if len(self._known) > SUPERVISOR_SOCKETS_MAX:
             self._forget_one()

@@ -1,14 +1,14 @@
-"""Tracing processes whose calls a filter cannot tell from others': those with datagram sockets.
+"""Interception of data calls by ptrace, in processes with datagram or packet sockets.
 
-The supervisor's filter sees numbers, and none of them says that a ``sendmsg()`` is about a socket
-of ours: the filter that every program begins with would have to trap those calls of every program.
-So a process is traced from when it gets a socket whose data calls are to be served.  The supervisor
-has the process itself install another filter, which has just those descriptors' numbers traced.
-Other processes pay nothing, and a traced one only for these calls, its signals, and what it forks.
+A filter sees the number of a descriptor, but not whether that is a vSockets socket: the first
+filter of a program would have to intercept ``sendmsg()`` on all files.  So a process is traced from
+when it gets a socket whose data calls are served, and a tracee of it is made to install another
+filter, which traces calls on that descriptor's number: the descriptor is *covered*.  Other
+processes pay nothing; a traced one pays for these calls, its signals and the processes it creates.
 
-A thread stops at such a call, before the kernel has begun it.  The call is answered by skipping it.
-If it has to wait, the thread waits in the kernel meanwhile, in a call that only a signal ends: so
-signals, stops and restarts are the kernel's own.
+A thread stops at a covered call before the kernel performs it.  To answer, the tracer skips the
+call.  To wait, it replaces the call with a ppoll() that only a signal ends: signals, stops and
+restarts are then the kernel's own.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ log = logging.getLogger(__name__)
 
 _RESTARTS = (-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND)
 
-# For calls that a tracee makes for us.
+# Arguments of calls that a tracee is made to perform.
 _SET_MODE_FILTER, _ALL_THREADS = 1, 1
 _PR_SET_NO_NEW_PRIVS = 38
 _PRIVATE_ANONYMOUS, _READ_WRITE = 0x22, 3
 _NOWHERE = (1 << 64) - 1
-#: struct sock_fprog: how many instructions, and where.
+#: struct sock_fprog: the number of instructions, and their address.
 _PROGRAM = struct.Struct("=H6xQ")
 
-#: So many filters of a process have one number each; the later ones have twice as many each time,
-#: up to the last number that a process can have: the kernel allows some hundreds of filters.
+#: The kernel allows some hundreds of filters for a process.  The first few cover one number each,
+#: each later one twice as many as the one before, up to all numbers that a process can have.
 _EXACT, _MOST_DOUBLINGS = 4, 20
 
 
 class _Then(Enum):
-    """How a thread goes on from a stop."""
+    """The way to resume a thread from a stop."""
 
     RUN = auto()
-    TO_CALL = auto()  #: until it begins or ends a system call
+    TO_CALL = auto()  #: until it enters or leaves a system call
 
 
-#: What is done with a thread at one stop after the other.
+#: Actions on a thread at successive stops: yields how to resume it, and gets the next stop.
 _Script = Generator[_Then, Stop, None]
 
 
@@ -79,26 +79,26 @@ class TracedCall(InterceptedCall):
 
 
 class Tracee:
-    """A thread that is traced."""
+    """A traced thread."""
 
     def __init__(self, number: int, process: _Process) -> None:
         self.number = number
         self.process = process
         self.script: _Script | None = None
-        self.started = False  #: the script
-        self.then = _Then.RUN  #: the script's last
-        self.held: list[int] = []  #: signals that came while the script was at work
-        #: the call that it has stopped before, or sleeps for
+        self.started = False  #: whether the script is
+        self.then = _Then.RUN  #: the last value yielded by the script
+        self.held: list[int] = []  #: signals to send again after the script
+        #: The call that it has stopped before, or sleeps for.
         self.call: TracedCall | None = None
-        self.asleep: Registers | None = None  #: what it had before it was put to sleep
-        self.answer: int | None = None  #: to be given when it wakes
-        self.again = False  #: to make the call again when it wakes
-        self.code = -ERESTARTSYS  #: what the call returns when a signal wakes it
+        self.asleep: Registers | None = None  #: its registers before it was put to sleep
+        self.answer: int | None = None  #: the call's result when it wakes
+        self.again = False  #: whether it repeats the call when it wakes
+        self.code = -ERESTARTSYS  #: the call's result when a signal wakes it
         self.interrupted: Callable[[], None] = _nothing
 
 
 class _Process:
-    """A process some or all of whose threads are traced."""
+    """A process with traced threads."""
 
     def __init__(self, number: int, covered: dict[Served, list[Numbers]]) -> None:
         self.number = number
@@ -109,16 +109,16 @@ class _Process:
         return any(first <= number < end for first, end in self.covered[kind])
 
     def kind_of(self, number: int) -> Served | None:
-        """Whose calls on descriptors of this number are traced."""
+        """Return the class of sockets for which this descriptor number is covered, or None."""
         return next((kind for kind in Served if self.covers(kind, number)), None)
 
 
 def _nothing() -> None:
-    """Nobody waits."""
+    """Do nothing: no call is waiting."""
 
 
 class Tracer:
-    """All tracees of this process.  Its requests must be made by the thread that has made it."""
+    """All tracees of this process.  To be used by the thread that has created it alone."""
 
     def __init__(
         self,
@@ -143,21 +143,21 @@ class Tracer:
         self._syscall = ctypes.CDLL(None).syscall
         self._threads: dict[int, Tracee] = {}
         self._by_process: dict[int, _Process] = {}
-        #: of processes that have been made and have not stopped yet: what their parents have
+        #: By new process that has not stopped yet: its parent's covered numbers.
         self._inherited: dict[int, dict[Served, list[Numbers]]] = {}
         self._on_group_stop = on_group_stop
 
-    # What is traced
+    # Attaching and covering
 
     def attach(self, number: int) -> None:
-        """Trace all threads of a process, of which ``number`` is one.  OSError EPERM."""
+        """Trace all threads of a process, of which ``number`` is one.  Raises OSError EPERM."""
         if number in self._threads:
             return
         process_id = self._processes.first_thread(number)
         process = self._by_process.get(process_id) or self._add_process(process_id)
         try:
             found = True
-            while found:  # one that is not traced yet may make another
+            while found:  # a thread that is not traced yet may create another
                 found = False
                 for entry in os.listdir(f"/proc/{process_id}/task"):
                     thread = int(entry)
@@ -169,11 +169,11 @@ class Tracer:
             raise
 
     def is_tracing(self, number: int) -> bool:
-        """Return whether this thread is traced: it is until it ends."""
+        """Return whether a thread is traced; once traced, it is until it ends."""
         return number in self._threads
 
     def covers(self, number: int, kind: Served, descriptor: int) -> bool:
-        """Return whether calls on this descriptor of a thread are traced."""
+        """Return whether a descriptor of a thread is covered."""
         thread = self._threads.get(number)
         return thread is not None and thread.process.covers(kind, descriptor)
 
@@ -185,10 +185,10 @@ class Tracer:
         arguments: tuple[int, ...],
         done: Callable[[int], None],
     ) -> None:
-        """Have calls on these descriptors traced, in a process that is attached.
+        """Cover descriptors of an attached process.
 
-        The thread waits in a system call with these ``arguments``, which it will make again.
-        ``done`` is called before, with 0 or an errno; EINTR if it did not wait.
+        The thread waits in a system call with these ``arguments``, and repeats it afterwards.
+        ``done`` is called before that, with 0 or an errno; with EINTR if the thread did not wait.
         """
         thread = self._threads[number]
         thread.script = self._cover(thread, kind, descriptors, arguments, done)
@@ -203,7 +203,7 @@ class Tracer:
         return call.thread.call is call
 
     def answer(self, thread: Tracee, value: int) -> None:
-        """Let the call that a thread has stopped before return ``value``, without being done."""
+        """Skip the call that a thread has stopped before, and let it return ``value``."""
         if thread.asleep is not None:
             thread.answer = value
             self._wake(thread)
@@ -217,7 +217,7 @@ class Tracer:
             self._ptrace.resume(thread.number)
 
     def let_through(self, thread: Tracee) -> None:
-        """Let the kernel do the call that a thread has stopped before."""
+        """Let the kernel perform the call that a thread has stopped before."""
         if thread.asleep is not None:
             thread.again = True
             self._wake(thread)
@@ -227,10 +227,10 @@ class Tracer:
             self._ptrace.resume(thread.number)
 
     def sleep(self, thread: Tracee, restarts: bool, interrupted: Callable[[], None]) -> None:
-        """Let a thread wait before its call, until the call is answered.
+        """Let a thread wait before its call until the call is answered.
 
-        ``interrupted`` is called if a signal comes before.  ``restarts``: the thread then makes
-        the call again, if the signal's handler allows that.
+        ``interrupted`` is called if a signal comes first.  With ``restarts``, the thread then
+        repeats the call, if the signal's handler has SA_RESTART.
         """
         thread.code = -ERESTARTSYS if restarts else -errno.EINTR
         thread.interrupted = interrupted
@@ -243,7 +243,7 @@ class Tracer:
             self._ptrace.set_registers(thread.number, registers)
             self._ptrace.resume_to_call(thread.number)
 
-    # What waitpid() reports
+    # Stops
 
     def on_wait_status(self, number: int, status: int) -> bool:
         """Take what waitpid() reports; return False if it does not concern tracing alone."""
@@ -253,7 +253,7 @@ class Tracer:
             return False
         thread = self._threads.get(number)
         if thread is None:
-            if not status >> 16:  # a child of ours that is not traced
+            if not status >> 16:  # a child that is not traced
                 return False
             thread = self._adopt(number)
         with self._unless_gone():
@@ -283,7 +283,7 @@ class Tracer:
             self._go_on(thread)
 
     def _go_on(self, thread: Tracee, number: int = 0) -> None:
-        if thread.asleep is not None:  # it has not gone to sleep yet
+        if thread.asleep is not None:  # not in ppoll() yet
             self._ptrace.resume_to_call(thread.number, number)
         else:
             self._ptrace.resume(thread.number, number)
@@ -292,7 +292,7 @@ class Tracer:
 
     def _on_call(self, thread: Tracee, call: SystemCall) -> None:
         if call.mark != TRACE_MARK:
-            # Of a filter of the program's own, which has no tracer: as without us.
+            # By a filter of the program's own, which has no tracer: ENOSYS, as without supervision.
             self._skip(thread, -errno.ENOSYS)
             self._ptrace.resume(thread.number)
             return
@@ -319,7 +319,7 @@ class Tracer:
             self._ptrace.interrupt(thread.number)
 
     def _on_awake(self, thread: Tracee) -> None:
-        """The call that a thread slept in has ended."""
+        """Finish the call that a thread has slept for: ppoll() has ended."""
         call, registers = thread.call, thread.asleep
         assert call is not None and registers is not None
         value, again = thread.answer, thread.again
@@ -342,7 +342,7 @@ class Tracer:
     # Scripts
 
     def _begin(self, thread: Tracee, script: _Script) -> None:
-        """Begin a script at the stop that a thread is in."""
+        """Begin a script at a thread's present stop."""
         thread.script = script
         self._advance(thread, None)
 
@@ -401,14 +401,14 @@ class Tracer:
         done(code)
 
     def _follow_copy(self, thread: Tracee, call: SystemCall) -> _Script:
-        """Let a thread copy a descriptor, and have calls on the copy traced."""
+        """Let a thread copy a descriptor, and cover the copy."""
         machine = self._machine
         source = call.arguments[0] & 0xFFFF_FFFF
         kind = thread.process.kind_of(source)
         if kind is None or not self._serves_data(thread.number, source):
             return
         if call.number in (machine.dup2, machine.dup3):
-            # Before: it is another thread's as soon as it is there.
+            # Cover it first: another thread can use the copy as soon as it exists.
             target = call.arguments[1] & 0x7FFF_FFFF
             if thread.process.covers(kind, target):
                 return
@@ -429,7 +429,7 @@ class Tracer:
             yield from self._extend(thread, registers, False, kind, [copy])
 
     def _leave(self, thread: Tracee, registers: Registers) -> _Script:
-        """Have a thread leave the call that it has stopped before, without doing it."""
+        """Let a thread leave the call that it has stopped before, without performing it."""
         leaving = registers.copy()
         leaving.entered = -1
         self._ptrace.set_registers(thread.number, leaving)
@@ -443,9 +443,9 @@ class Tracer:
         kind: Served,
         descriptors: list[int],
     ) -> Generator[_Then, Stop, int]:
-        """Have the process install a filter for descriptors; returns 0 or an errno.
+        """Let a thread install filters that cover descriptors; return 0 or an errno.
 
-        Afterwards the thread has ``registers``, in which the next instruction makes a call
+        Afterwards the thread has ``registers``.  In these the next instruction makes a call
         (``at_trap``), or the last one has made one.
         """
         process = thread.process
@@ -486,7 +486,7 @@ class Tracer:
         install = (_SET_MODE_FILTER, _ALL_THREADS, at)
         result = yield from self._call(thread, base, machine.seccomp, install)
         if result == -errno.EACCES:
-            # As for the first filter: who has no privilege must promise never to get any.
+            # Without privileges, a process must first promise never to gain any.
             promise = (_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
             yield from self._call(thread, base, machine.prctl, promise)
             result = yield from self._call(thread, base, machine.seccomp, install)
@@ -497,7 +497,7 @@ class Tracer:
     def _call(
         self, thread: Tracee, base: Registers, number: int, arguments: tuple[int, ...]
     ) -> Generator[_Then, Stop, int]:
-        """Have a thread make a system call; returns its result."""
+        """Let a thread make a system call, and return its result."""
         registers = base.copy()
         registers.prepare(number, arguments)
         self._ptrace.set_registers(thread.number, registers)
@@ -505,7 +505,7 @@ class Tracer:
         yield _Then.TO_CALL
         return self._ptrace.registers(thread.number).result
 
-    # Threads and processes that come and go
+    # Starts and ends of threads and processes
 
     def _seize(self, number: int, process: _Process) -> None:
         try:
@@ -527,7 +527,7 @@ class Tracer:
         return process
 
     def _adopt(self, number: int) -> Tracee:
-        """A thread that a tracee has made stops for the first time."""
+        """Add a thread that a tracee has created, at its first stop."""
         process_id = number
         with contextlib.suppress(OSError):
             process_id = self._processes.first_thread(number)
@@ -543,7 +543,7 @@ class Tracer:
             thread.process.covered = covered
 
     def _on_exec(self, thread: Tracee) -> None:
-        """All other threads of a process have ended, and the one that is left has its number."""
+        """Forget the other threads, which exec has ended; this one has the process's number."""
         for number in list(thread.process.threads):
             if number != thread.number:
                 self._forget(number)
@@ -559,7 +559,7 @@ class Tracer:
         self._drop_if_empty(thread.process)
 
     def _interrupt(self, thread: Tracee) -> None:
-        """Nothing that was to be done with a thread can be done any more."""
+        """Drop the script and the call of a thread that has ended or executed a program."""
         script, thread.script = thread.script, None
         if script is not None:
             script.close()
@@ -569,7 +569,7 @@ class Tracer:
         thread.again = False
 
     def _send_signal(self, thread: Tracee, number: int) -> None:
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the thread has ended
             process_id = self._processes.first_thread(thread.number)
             self._syscall(self._machine.tgkill, process_id, thread.number, number)
 
@@ -580,7 +580,7 @@ class Tracer:
     @staticmethod
     @contextlib.contextmanager
     def _unless_gone() -> Generator[None]:
-        """A tracee can be killed at any stop; then its end is reported."""
+        """Suppress the error of a tracee killed meanwhile; waitpid() reports its end."""
         try:
             yield
         except OSError as error:
@@ -589,7 +589,7 @@ class Tracer:
 
 
 def _numbers_for(covered: list[Numbers], number: int) -> Numbers:
-    """Return the next numbers to be covered, with ``number`` among them."""
+    """Return the numbers that the next filter covers, ``number`` among them."""
     doublings = min(max(0, len(covered) - _EXACT + 1), _MOST_DOUBLINGS)
     first = number >> doublings << doublings
     return Numbers(first, first + (1 << doublings))

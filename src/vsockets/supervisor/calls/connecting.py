@@ -1,10 +1,10 @@
 """connect(): a program's unix socket becomes one end of a stream.
 
-vsockd replies on the program's own socket.  The supervisor receives the reply before the call
+vsockd replies on the program's own socket.  The supervisor takes the reply before the call
 returns, even if the program does not wait: vsockd replies in a tenth of a millisecond.  Only if it
 does not, the program gets EINPROGRESS before the reply.  Until then the socket polls as not
-writable (docs/internals/design.md), and the supervisor receives the reply as soon as it is there,
-at the latest at the program's next call on the socket.
+writable (docs/internals/design.md), and the supervisor takes the reply when it comes, at the
+latest at the program's next call on the socket.
 """
 
 from __future__ import annotations
