@@ -8,11 +8,10 @@ import functools
 import os
 import select
 import socket
-import struct
 from pathlib import Path
-from socket import SCM_RIGHTS, SOL_SOCKET
 
 from . import kernel_context
+from ._linux.sockets import DESCRIPTOR_SPACE, descriptor_in, with_descriptor
 from .kernel_context import KernelContext
 from .limits import VSOCKD_REPLY_TIMEOUT_SECONDS
 from .model.constants import VMADDR_CID_HOST
@@ -29,7 +28,6 @@ from .state_folder import (
 
 _connect, _set_blocking = _socket.socket.connect, _socket.socket.setblocking
 _poll, _POLLIN = select.poll, select.POLLIN
-_FD = struct.Struct("i")
 #: What poll(2) takes, an ``int`` of milliseconds: 24 days.
 _LONGEST_POLL = 0x7FFF_FFFF
 
@@ -102,9 +100,7 @@ class Attachment:
             left = self.enter(sock, socket.SOCK_SEQPACKET, VSOCKD_REPLY_TIMEOUT_SECONDS)
             if left < VSOCKD_REPLY_TIMEOUT_SECONDS:
                 sock.settimeout(left)
-            ancillary = []
-            if fd is not None:
-                ancillary = [(SOL_SOCKET, SCM_RIGHTS, _FD.pack(fd))]
+            ancillary = [] if fd is None else [with_descriptor(fd)]
             try:
                 sock.sendmsg([request], ancillary)
             except OSError as error:
@@ -112,9 +108,7 @@ class Attachment:
                     raise
                 reason = "this user has too many descriptors in flight"
                 raise OSError(errno.ENOBUFS, reason) from None
-            data, came, _, _ = sock.recvmsg(
-                RECORD_SIZE, socket.CMSG_LEN(_FD.size), socket.MSG_CMSG_CLOEXEC
-            )
+            data, came, _, _ = sock.recvmsg(RECORD_SIZE, DESCRIPTOR_SPACE, socket.MSG_CMSG_CLOEXEC)
             return client.decode_reply(data), descriptor_in(came)
 
     @functools.cached_property
@@ -142,15 +136,6 @@ _NOBODY = frozenset(
 
 #: Where a socket can be: in a context of the fabric, or in the machine's own kernel.
 ContextHandle = Attachment | KernelContext
-
-
-def descriptor_in(ancillary: list[tuple[int, int, bytes]]) -> int | None:
-    """The descriptor in a received ancillary message, if there is one."""
-    for level, kind, data in ancillary:
-        if level == SOL_SOCKET and kind == SCM_RIGHTS:
-            fd: int = _FD.unpack_from(data)[0]
-            return fd
-    return None
 
 
 def wait_readable(fd: int, seconds: float | None) -> bool:

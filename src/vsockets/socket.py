@@ -18,6 +18,7 @@ import struct
 from socket import SO_DOMAIN, SO_ERROR, SO_PEERCRED, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET
 from typing import Any, NamedTuple, Self
 
+from ._linux.sockets import SO_COOKIE, TIMEVAL
 from .attachment import ContextHandle, current
 from .limits import CONNECT_TIMEOUT_MAX_SECONDS, CONNECT_TIMEOUT_SECONDS
 from .model.address import FIRST_GUEST_CID
@@ -40,10 +41,8 @@ from .protocol import Record
 UNBOUND = (VMADDR_CID_ANY, VMADDR_PORT_ANY)
 
 _getsockopt = _socket.socket.getsockopt
-_SO_COOKIE = 57
 MSG_ERRQUEUE = 0x2000  #: linux/socket.h; the standard library lacks it
 _U64 = struct.Struct("=Q")
-_TIMEVAL = struct.Struct("=qq")
 _UCRED = struct.Struct("iII")
 #: Options that are times, not sizes.
 TIMEOUTS = (SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD, SO_VM_SOCKETS_CONNECT_TIMEOUT_NEW)
@@ -221,7 +220,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     def _get_vsock_option(self, optname: int, buflen: int) -> Any:
         if optname in TIMEOUTS:
             whole = int(self._connect_timeout)
-            return _TIMEVAL.pack(whole, round((self._connect_timeout - whole) * 1e6))
+            return TIMEVAL.pack(whole, round((self._connect_timeout - whole) * 1e6))
         if optname == SO_VM_SOCKETS_BUFFER_SIZE:
             number = self._buffers.size
         elif optname == SO_VM_SOCKETS_BUFFER_MIN_SIZE:
@@ -249,7 +248,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
 
     def _cookie(self) -> int:
         """The kernel's number for the socket, which vsockd knows it by."""
-        cookie: int = _U64.unpack(_getsockopt(self, SOL_SOCKET, _SO_COOKIE, 8))[0]
+        cookie: int = _U64.unpack(_getsockopt(self, SOL_SOCKET, SO_COOKIE, 8))[0]
         return cookie
 
     @property
@@ -365,9 +364,9 @@ def as_u64(value: Any) -> int:
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, int) or len(bytes(value)) != _TIMEVAL.size:
+    if isinstance(value, int) or len(bytes(value)) != TIMEVAL.size:
         raise error(errno.EINVAL, "the connect timeout is a struct timeval of 16 bytes")
-    seconds, microseconds = _TIMEVAL.unpack(bytes(value))
+    seconds, microseconds = TIMEVAL.unpack(bytes(value))
     if not 0 <= seconds <= CONNECT_TIMEOUT_MAX_SECONDS or microseconds >= 1_000_000:
         raise error(errno.ERANGE, f"connect timeout of {seconds} s and {microseconds} us")
     if microseconds < 0:  # Linux takes it for a large unsigned number

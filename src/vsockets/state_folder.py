@@ -20,7 +20,6 @@ import errno
 import functools
 import os
 import stat
-import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,11 +27,11 @@ from pathlib import Path
 from socket import SO_SNDTIMEO, SOL_SOCKET
 
 from ._linux import folders
+from ._linux.sockets import TIMEVAL
 
 #: sockaddr_un holds 108 bytes, the last one a NUL.
 _LONGEST_SOCKET_PATH = 107
 
-_TIMEVAL = struct.Struct("@ll")
 # As unix sockets have them, whatever the class.
 _connect, _peer_of = _socket.socket.connect, _socket.socket.getpeername
 _set_timeout = _socket.socket.settimeout
@@ -128,13 +127,13 @@ def wait_to_connect(sock: _socket.socket, path: str, seconds: float) -> float:
         raise OSError(errno.ENOBUFS, f"vsockd at {path} has too much to do")
     deadline = time.monotonic() + seconds
     timeout = sock.gettimeout()
-    before = sock.getsockopt(SOL_SOCKET, SO_SNDTIMEO, _TIMEVAL.size)
+    before = sock.getsockopt(SOL_SOCKET, SO_SNDTIMEO, TIMEVAL.size)
     # The kernel lets those in that wait in it, not those that try again now and then.
     _set_timeout(sock, None)
     try:
         while (left := deadline - time.monotonic()) > 0:
             sock.setsockopt(
-                SOL_SOCKET, SO_SNDTIMEO, _TIMEVAL.pack(int(left), 1 + int(left % 1 * 1e6))
+                SOL_SOCKET, SO_SNDTIMEO, TIMEVAL.pack(int(left), 1 + int(left % 1 * 1e6))
             )
             try:
                 connect_to(functools.partial(_connect, sock), path)

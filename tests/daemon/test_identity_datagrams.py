@@ -17,7 +17,7 @@ import pytest
 
 import vsockets
 from vsockets import VMADDR_CID_LOCAL, Attachment
-from vsockets.pass_rights import IS_KNOWN
+from vsockets._linux.sockets import HAS_PASSRIGHTS
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request, Role, encode_source
 from vsockets.testing import PrivateFabric
 
@@ -279,7 +279,7 @@ def test_bytes_that_look_like_a_record(guest: Attachment, receiver: vsockets.soc
     with unix_datagrams() as sender:
         assert adopt(guest, sender, 5001).status == 0
         with ask_for_route(guest, sender, (2, 5000)) as way:
-            if IS_KNOWN:
+            if HAS_PASSRIGHTS:
                 with pytest.raises(PermissionError):  # by the kernel: descriptors are refused
                     send_with(way, lie, [way.fileno()])
                 way.send(lie)

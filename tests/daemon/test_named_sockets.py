@@ -13,7 +13,7 @@ import pytest
 
 import vsockets
 from vsockets import Attachment
-from vsockets.pass_rights import IS_KNOWN
+from vsockets._linux.sockets import HAS_PASSRIGHTS
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request, RequestFlag, Role
 from vsockets.testing import PrivateFabric, wait_until
 
@@ -269,7 +269,7 @@ class TestAbuse:
             sock.send(bind_socket(5000).encode())
             assert sock.recv(RECORD_SIZE) == b""
         with enter(host, socket.SOCK_STREAM) as sock, socket.socket(socket.AF_UNIX) as other:
-            if IS_KNOWN:
+            if HAS_PASSRIGHTS:
                 with pytest.raises(PermissionError):  # by the kernel: descriptors are refused
                     send_with(sock, bind_socket(5000).encode(), [other.fileno()])
                 sock.send(bind_socket(5000).encode())

@@ -14,7 +14,7 @@ import pytest
 
 import vsockets
 from vsockets import Attachment
-from vsockets.pass_rights import IS_KNOWN, SO_PASSRIGHTS
+from vsockets._linux.sockets import HAS_PASSRIGHTS, SO_PASSRIGHTS
 from vsockets.testing import PrivateFabric
 
 from .raw_client import (
@@ -31,7 +31,7 @@ from .raw_client import (
 
 STREAM, SEQPACKET, DATAGRAM = socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM
 
-pytestmark = pytest.mark.skipif(not IS_KNOWN, reason="takes Linux 6.16")
+pytestmark = pytest.mark.skipif(not HAS_PASSRIGHTS, reason="takes Linux 6.16")
 
 
 @pytest.fixture

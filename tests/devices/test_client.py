@@ -11,7 +11,7 @@ from socket import AF_UNIX, MSG_DONTWAIT, SOCK_SEQPACKET, SOCK_STREAM
 
 import pytest
 
-from vsockets import pass_rights
+from vsockets._linux import sockets
 from vsockets.devices.client import ConnectRequest, DeviceClient
 from vsockets.devices.loop import DeviceLoop
 from vsockets.model.buffers import BufferSizes
@@ -137,6 +137,6 @@ def test_the_mark_of_a_records_end_comes_along(kind: int) -> None:
         program = stack.enter_context(socket.socket(fileno=fds[0]))
         for sender, receiver in ((client, offered_too), (program, connected)):
             with receiver.dup() as copy:
-                refuses = kind == SOCK_STREAM and pass_rights.refuse(copy)
+                refuses = kind == SOCK_STREAM and sockets.refuse_descriptors(copy)
             with pytest.raises(PermissionError) if refuses else contextlib.nullcontext():
                 socket.send_fds(sender, [b"end"], [vsockd.fileno()])

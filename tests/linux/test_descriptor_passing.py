@@ -12,20 +12,20 @@ from collections.abc import Iterator
 import pytest
 
 from vsockets._linux import descriptor_passing
+from vsockets._linux.sockets import HAS_PASSRIGHTS
 from vsockets.limits import DESCRIPTOR_CLOSE_THREADS_MAX
-from vsockets.pass_rights import IS_KNOWN
 
 PATIENCE = 20.0
 STREAM, DGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
 
 
-from_linux_6_16 = pytest.mark.skipif(not IS_KNOWN, reason="takes Linux 6.16")
+from_linux_6_16 = pytest.mark.skipif(not HAS_PASSRIGHTS, reason="takes Linux 6.16")
 
 
 @pytest.fixture
 def old_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """One from before Linux 6.16."""
-    monkeypatch.setattr(descriptor_passing, "refuse", lambda sock: False)
+    monkeypatch.setattr(descriptor_passing, "refuse_descriptors", lambda sock: False)
     monkeypatch.setattr(descriptor_passing, "_refuses", lambda sock: False)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import vsockets
 from cli.vsock import Vsock
-from vsockets.pass_rights import IS_KNOWN
+from vsockets._linux.sockets import HAS_PASSRIGHTS
 from vsockets.testing import PrivateFabric
 
 #: What every program here begins with.
@@ -282,7 +282,7 @@ sys.stdin.readline()
     running.finish(b"\n")
 
 
-@pytest.mark.skipif(not IS_KNOWN, reason="takes Linux 6.16")
+@pytest.mark.skipif(not HAS_PASSRIGHTS, reason="takes Linux 6.16")
 def test_its_streams_carry_no_descriptors(vsock: Vsock) -> None:
     program = """
 server = listener(7300)

@@ -23,7 +23,7 @@ from socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SHUT_RDWR,
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..limits import DESCRIPTOR_CLOSE_THREADS_MAX
-from ..pass_rights import SO_PASSRIGHTS, refuse
+from .sockets import SO_PASSRIGHTS, refuse_descriptors
 
 #: Descriptors of one message at most (SCM_MAX_FD).
 _MOST = 253
@@ -108,7 +108,7 @@ def guard(sock: Socket) -> Socket:
     Call it before a socket is bound or connected.  On older kernels what follows must read with
     ``recv``, ``recv_into`` or ``recvfrom``: see :func:`is_guarded`.
     """
-    if _raw_family(sock) == AF_UNIX and not refuse(sock):
+    if _raw_family(sock) == AF_UNIX and not refuse_descriptors(sock):
         _become_guarded(sock)
     return sock
 
@@ -116,7 +116,7 @@ def guard(sock: Socket) -> Socket:
 def guard_accepted(sock: Socket) -> Socket:
     """As :func:`guard`, for a socket that may have something in its queue already."""
     if _raw_family(sock) == AF_UNIX and not _refuses(sock):
-        refuse(sock)
+        refuse_descriptors(sock)
         _become_guarded(sock)
     return sock
 

@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+from .._linux.inspection import SYS_PIDFD_GETFD
+from .._linux.libc import libc
 from ..api import create_server
 from ..model.constants import VMADDR_CID_HOST
 from ..socket import socket
@@ -28,7 +30,6 @@ from ..testing import PrivateFabric
 #: How long any program that is asked something may take, in seconds.
 _PATIENCE = 10.0
 
-_SYS_PIDFD_GETFD = 438  # the same on every architecture
 _CLONE_NEWUSER = 0x10000000
 
 
@@ -129,8 +130,7 @@ def pidfd() -> Finding:
     try:
         with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
             handle = os.pidfd_open(child.pid)
-            libc = ctypes.CDLL(None, use_errno=True)
-            copied = libc.syscall(_SYS_PIDFD_GETFD, handle, 0, 0)
+            copied = libc.syscall(SYS_PIDFD_GETFD, handle, 0, 0)
             reason = os.strerror(ctypes.get_errno())
             os.close(handle)
     except OSError as error:

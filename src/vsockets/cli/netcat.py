@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import socket as stdlib
-import struct
 from typing import Annotated
 
 import typer
 
 from .._linux.descriptor_passing import guard
+from .._linux.sockets import pack_timeval, refuse_descriptors
 from ..attachment import ContextHandle, wait_readable
 from ..kernel_context import KernelContext
 from ..model.address import parse_port
@@ -20,7 +20,6 @@ from ..model.constants import (
     VMADDR_CID_ANY,
     VMADDR_PORT_ANY,
 )
-from ..pass_rights import refuse
 from ..socket import socket
 from .connect import keep_trying, lasting_context, own_context
 from .datagram_relay import DatagramRelay
@@ -242,21 +241,17 @@ def _connected(
     kind: int, address: Address, source_port: int | None, timeout: float | None
 ) -> socket:
     sock = socket(type=kind, context=own_context())
-    refuse(sock)
+    refuse_descriptors(sock)
     try:
         if source_port is not None:
             sock.bind((VMADDR_CID_ANY, source_port))
         if timeout:
-            sock.setsockopt(AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, _timeval(timeout))
+            sock.setsockopt(AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, pack_timeval(timeout))
         sock.connect(address)
     except BaseException:
         sock.close()
         raise
     return sock
-
-
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("=qq", int(seconds), int(seconds % 1 * 1e6))
 
 
 def _place() -> str:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
+from .._linux.inspection import sockets_of
 from .limits import SOCKET_OWNERS_PROCESSES_MAX
 
 
@@ -67,19 +67,11 @@ def _holders_in_family(pid: int) -> dict[int, _Process]:
     for member in family:
         with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             process = _Process(member, _started(member))
-            for inode in _sockets(member):
+            for _, inode in sockets_of(member):
                 found.setdefault(inode, process)
         if len(family) < SOCKET_OWNERS_PROCESSES_MAX:
             family += _children(member)
     return found
-
-
-def _sockets(pid: int) -> Iterator[int]:
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            name = os.readlink(f"/proc/{pid}/fd/{fd}")
-            if name.startswith("socket:["):
-                yield int(name[len("socket:[") : -1])
 
 
 def _children(pid: int) -> list[int]:

@@ -22,6 +22,7 @@ from time import monotonic
 from typing import Any
 
 from .. import logs
+from .._linux.sockets import cookie_of
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection, Context, Denied, Endpoint, EndpointKind, Fabric, Party, Refused
 from ..limits import SEND_BUFFER_MAX_BYTES, STREAM_BUFFER_DEFAULT_BYTES
@@ -51,7 +52,7 @@ from .listeners import (
     NamedListener,
     leaves_replies_unread,
 )
-from .named_sockets import NamedSocket, bind_to_name, cookie_of, probe_of
+from .named_sockets import NamedSocket, bind_to_name, probe_of
 from .pending_connects import HandoffLink
 from .records import encode_accepting, encode_connecting, encode_endpoint, encode_offer
 from .request_turns import RequestTurns

@@ -23,6 +23,7 @@ from socket import (
 from typing import TYPE_CHECKING
 
 from .._linux.descriptor_passing import dispose
+from .._linux.sockets import descriptor_in
 from ..fabric import Context, Credentials, Endpoint, EndpointKind, Party, Refused
 from ..protocol import PADDING, REQUEST_SIZE, ProtocolError
 from .credentials import UCRED, Author, Deputy, Peer
@@ -175,15 +176,6 @@ def receive_with_descriptor(sock: _socket.socket) -> int | None:
     """
     _, ancillary, _, _ = sock.recvmsg(1, _AUTHOR_AND_FD, MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
     return descriptor_in(ancillary)
-
-
-def descriptor_in(ancillary: list[tuple[int, int, bytes]]) -> int | None:
-    """Return the descriptor in received ancillary data, if any."""
-    for level, kind, data in ancillary:
-        if level == SOL_SOCKET and kind == SCM_RIGHTS and len(data) >= _FD.size:
-            fd: int = _FD.unpack_from(data)[0]
-            return fd
-    return None
 
 
 def take_socket(channel: Channel, *types: int) -> _socket.socket:

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from .._linux.folders import file_mode, working_in
+from .._linux.sockets import refuse_descriptors
 from ..eventloop.acceptor import Acceptor
 from ..eventloop.loop import EventLoop
 from ..fabric import Context, EndpointKind
 from ..model.constants import VMADDR_CID_HOST
-from ..pass_rights import refuse
 from ..state_folder import SEQPACKET, STREAM
 from .broker import Broker
 from .folder_removal import Trash
@@ -71,7 +71,7 @@ class ContextListeners:
                 # and descriptors are refused except where datagram requests and records have them.
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 if kind is EndpointKind.STREAM:
-                    refuse(listener)
+                    refuse_descriptors(listener)
                 if context.is_guest and context.owner != os.geteuid():
                     os.chown(folder / name, context.owner, -1, follow_symlinks=False)
                 listener.listen(CONTROL_BACKLOG_MAX)

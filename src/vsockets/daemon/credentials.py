@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from socket import SO_PEERCRED, SOL_SOCKET
 from typing import Protocol, overload
 
+from .._linux.inspection import effective_capabilities, status_field
 from ..fabric import Credentials, Grant
 
 #: getsockopt(2): supplementary groups of the process that connected (Linux 4.13), and a
@@ -165,7 +166,7 @@ class Author(Peer):
     def _is_in(self, group: int) -> bool:
         def read(folder: str) -> bool:
             with open(f"{folder}/status", "rb") as status:
-                return b"%d" % group in _field(status.read(), b"Groups").split()
+                return b"%d" % group in status_field(status.read(), b"Groups").split()
 
         return group == self.credentials.gid or self._learn(read)
 
@@ -220,12 +221,8 @@ def _held(status: bytes, ambient: bool) -> int:
     """Return the effective capabilities in ``status`` of a process; with ``ambient``, those that
     are also ambient.  (The kernel prints both from one set of credentials.)
     """
-    held = int(_field(status, b"CapEff"), 16)
-    return held & int(_field(status, b"CapAmb"), 16) if ambient else held
-
-
-def _field(status: bytes, name: bytes) -> bytes:
-    return status.partition(b"\n" + name + b":")[2].partition(b"\n")[0]
+    held = effective_capabilities(status)
+    return held & int(status_field(status, b"CapAmb"), 16) if ambient else held
 
 
 def _exited(pidfd: int) -> bool:

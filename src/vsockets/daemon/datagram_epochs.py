@@ -28,9 +28,9 @@ from pathlib import Path
 from socket import AF_UNIX, MSG_DONTWAIT, SHUT_RDWR, SO_ERROR, SO_TYPE, SOCK_DGRAM, SOL_SOCKET
 
 from .._linux.descriptor_passing import dispose
+from .._linux.inspection import duplicate, open_pidfd, process_ids, sockets_of
 from ..eventloop.loop import EventLoop
 from .limits import DISCONNECT_LONGEST_RETRY_SECONDS, DISCONNECT_RETRY_SECONDS
-from .socket_holders import duplicate, open_pidfd, process_ids, sockets_of
 
 log = logging.getLogger(__name__)
 

@@ -9,16 +9,14 @@ the party, so the cost of a new route does not depend on their number.
 from __future__ import annotations
 
 import _socket
-import array
 import errno
-import fcntl
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from socket import SHUT_RDWR
-from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not yet received
 from typing import TYPE_CHECKING
 
+from .._linux.inspection import unread_bytes
 from ..fabric import Denied, Party, Rule
 
 if TYPE_CHECKING:
@@ -142,7 +140,7 @@ class DatagramQuota:
         for route in list(islice(self._routes, _OLDEST)):
             if not self._party.has_all_routes:
                 return
-            if self._limited and queued_on(route.sock):
+            if self._limited and unread_bytes(route.sock.fileno()):
                 self._routes[route] = self._routes.pop(route)  # move it to the youngest
             else:
                 route.revoke()
@@ -186,7 +184,7 @@ class DatagramQuota:
     def _measure(self, route: Route) -> None:
         if route.sock.fileno() < 0:
             return  # it was closed since the previous step
-        queued = queued_on(route.sock)
+        queued = unread_bytes(route.sock.fileno())
         self._queued += queued - route.queued
         route.queued = queued
         self._unread.pop(route, None)
@@ -202,10 +200,3 @@ class DatagramQuota:
         self._unread.pop(route, None)
         self._party.routes -= 1
         route.sock.close()
-
-
-def queued_on(sock: _socket.socket) -> int:
-    """Return the unread bytes sent over one route."""
-    answer = array.array("i", [0])
-    fcntl.ioctl(sock.fileno(), TIOCOUTQ, answer)
-    return answer[0]

@@ -28,13 +28,14 @@ from itertools import count, islice
 from socket import AF_UNIX, SHUT_RD, SOCK_DGRAM
 from typing import NamedTuple
 
+from .._linux.inspection import unread_bytes
+from .._linux.sockets import cookie_of, refuse_descriptors
 from ..eventloop.loop import EventLoop
 from ..fabric import Context, Endpoint, Fabric, Party, Refused, Rule
 from ..limits import DATAGRAM_ROUTES_MAX
-from ..pass_rights import refuse
 from ..protocol import encode_source
 from .datagram_epochs import end_sockets, is_other_epoch, socket_name
-from .datagram_quota import DatagramQuota, Route, queued_on
+from .datagram_quota import DatagramQuota, Route
 from .deferred_work import DeferredWork
 from .limits import (
     DAEMON_PROBES_PER_BIND,
@@ -43,7 +44,7 @@ from .limits import (
     DAEMON_SWEEP_LONGEST_SECONDS,
     DATAGRAM_QUOTA_CHECK_SECONDS,
 )
-from .named_sockets import NamedSocket, bind_to_name, cookie_of
+from .named_sockets import NamedSocket, bind_to_name
 
 
 @dataclass(slots=True, eq=False)
@@ -203,7 +204,7 @@ class Datagrams:
         traffic = Traffic(Counter(), Counter())
         for endpoint in self._by_cookie.values():
             for destination, route in _socket_of(endpoint).routes.items():
-                queued = queued_on(route.sock)
+                queued = unread_bytes(route.sock.fileno())
                 traffic.by_sender[endpoint.address] += queued
                 traffic.by_receiver[destination] += queued
         return traffic
@@ -292,7 +293,7 @@ class Datagrams:
                 yield share
 
     def _name(self, sock: _socket.socket, address: str, quota: DatagramQuota) -> DatagramSocket:
-        refuse(sock)
+        refuse_descriptors(sock)
         name = socket_name(self.epoch, address, next(self._names))
         return DatagramSocket(name, bind_to_name(sock, name), quota)
 

@@ -11,14 +11,13 @@ import contextlib
 import errno
 from socket import AF_UNIX, SO_SNDBUF, SOCK_SEQPACKET, SOL_SOCKET, socketpair
 
+from .._linux.sockets import SO_SNDBUFFORCE
 from ..fabric import Fabric, Refused, policy
 from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
 from ..protocol import Request
 from .channel import Channel
 from .device_link import DeviceLink
 from .limits import CAPTURE_BUFFER_MAX_BYTES
-
-_SO_SNDBUFFORCE = 32
 
 
 def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socket:
@@ -37,7 +36,7 @@ def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socke
         try:
             ours.setsockopt(SOL_SOCKET, SO_SNDBUF, CAPTURE_BUFFER_MAX_BYTES)
             with contextlib.suppress(PermissionError):  # above net.core.wmem_max
-                ours.setsockopt(SOL_SOCKET, _SO_SNDBUFFORCE, CAPTURE_BUFFER_MAX_BYTES)
+                ours.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, CAPTURE_BUFFER_MAX_BYTES)
             limit = min(request.size, CAPTURE_PAYLOAD_MAX_BYTES)
             context.device.streams.send_capture(ours.fileno(), limit, request.peer_port)
         except OSError:

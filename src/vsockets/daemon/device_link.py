@@ -32,6 +32,7 @@ from socket import (
 )
 from typing import TYPE_CHECKING
 
+from .._linux.sockets import refuse_descriptors
 from ..eventloop.loop import EventLoop
 from ..fabric import (
     CAP_NET_BIND_SERVICE,
@@ -42,7 +43,6 @@ from ..fabric import (
     Grant,
     Refused,
 )
-from ..pass_rights import refuse
 from ..protocol import REQUEST_SIZE, Record, Role
 from .channel import PEEK, READ, Channel, send_descriptor
 from .datagrams import DatagramSocket
@@ -185,7 +185,8 @@ class DeviceLink(HandoffLink):
             self._close_unwanted(sock.detach())
             return
         if kind is EndpointKind.STREAM:
-            refuse(sock)  # descriptors sent to the program that the socket will be handed to
+            # Before the socket is handed off to its program.
+            refuse_descriptors(sock)
         arguments = sock, self._context, kind, self._credentials
         if len(data) < REQUEST_SIZE:
             self._broker.serve_first(DeviceChannel(*arguments))

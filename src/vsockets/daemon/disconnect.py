@@ -25,6 +25,8 @@ from collections.abc import Iterable, Iterator
 from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOL_SOCKET
 from time import monotonic
 
+from .._linux.inspection import duplicate, open_pidfd, process_ids, sockets_of
+from .._linux.sockets import cookie_of
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection
 from .deferred_work import DeferredWork
@@ -33,8 +35,6 @@ from .limits import (
     DISCONNECT_LONGEST_RETRY_SECONDS,
     DISCONNECT_RETRY_SECONDS,
 )
-from .named_sockets import cookie_of
-from .socket_holders import duplicate, open_pidfd, process_ids, sockets_of
 from .stream_liveness import Group
 
 log = logging.getLogger(__name__)

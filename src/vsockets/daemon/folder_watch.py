@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from .._linux.libc import check, libc
 from ..eventloop.loop import EventLoop
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 # inotify(7)
 _IN_MOVED_FROM, _IN_DELETE, _IN_DELETE_SELF, _IN_MOVE_SELF = 0x40, 0x200, 0x400, 0x800
@@ -33,10 +31,10 @@ class FolderWatch:
         self._loop = loop
         self._names = {os.fsencode(name) for name in names}
         self._changed = changed
-        self._fd = _checked(_libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
+        self._fd = check(libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
         mask = _OF_A_NAME | _IN_DELETE_SELF | _IN_MOVE_SELF | _IN_ONLYDIR
         try:
-            _checked(_libc.inotify_add_watch(self._fd, os.fsencode(folder), mask))
+            check(libc.inotify_add_watch(self._fd, os.fsencode(folder), mask))
         except OSError:
             os.close(self._fd)
             raise
@@ -56,10 +54,3 @@ class FolderWatch:
             if mask & _OF_THE_FOLDER or name in self._names:
                 self._changed()
                 return
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result

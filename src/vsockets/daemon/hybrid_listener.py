@@ -23,12 +23,12 @@ from socket import MSG_DONTWAIT, MSG_PEEK
 
 from .. import logs
 from .._linux.folders import SocketFile, can_others_change
+from .._linux.sockets import refuse_descriptors
 from ..eventloop.acceptor import Acceptor
 from ..eventloop.loop import EventLoop
 from ..fabric import Context, Credentials, Endpoint, EndpointKind, Trust
 from ..limits import HYBRID_LINE_MAX_BYTES
 from ..model.buffers import BufferSizes
-from ..pass_rights import refuse
 from ..protocol import Op, Record, Request, RequestFlag
 from ..protocol.hybrid import Connect, ok_line, port_name
 from .broker import Broker
@@ -105,7 +105,7 @@ class HybridListener:
             raise OSError(error.errno, f"hybrid: {path}{at}: {error.strerror}") from None
         self._as_owner = can_others_change(self._file.folder)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        refuse(listener)
+        refuse_descriptors(listener)
         try:
             with self._with_rights():
                 self._file.bind(listener, 0o600)

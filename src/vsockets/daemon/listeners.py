@@ -14,9 +14,7 @@ fail.
 from __future__ import annotations
 
 import _socket
-import array
 import errno
-import fcntl
 import os
 import struct
 from collections import deque
@@ -33,8 +31,8 @@ from socket import (
     SOL_SOCKET,
     socketpair,
 )
-from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ: bytes sent and not yet read
 
+from .._linux.inspection import unread_bytes
 from ..fabric import Party, Refused
 from ..limits import LISTEN_BACKLOG_MAX
 from ..protocol import RECORD_SIZE
@@ -174,7 +172,7 @@ class AnnouncedListener(Listener):
     def recount_pending(self) -> None:
         """Recount by the announcements that the program has not read."""
         # The kernel is asked only when the count reaches a limit.
-        left = unread(self._sock.fileno()) // ANNOUNCEMENT_COST
+        left = unread_bytes(self._sock.fileno()) // ANNOUNCEMENT_COST
         self._remove_pending(len(self._pending) - left)
 
     def is_open(self) -> bool:
@@ -220,7 +218,7 @@ class NamedListener(Listener):
     def recount_pending(self) -> None:
         """Recount by the tokens that the program has not read."""
         # A token stays open until the program has read its record, or closed it.
-        while self._tokens and not unread(self._tokens[0].fileno()):
+        while self._tokens and not unread_bytes(self._tokens[0].fileno()):
             self._tokens.popleft().close()
             self._remove_pending(1)
 
@@ -278,19 +276,12 @@ class NamedListener(Listener):
         self._next_token = self._idle_token = None
 
 
-def unread(fd: int) -> int:
-    """Return how many sent bytes the peer has not read, as the kernel accounts them."""
-    answer = array.array("i", [0])
-    fcntl.ioctl(fd, TIOCOUTQ, answer)
-    return answer[0]
-
-
 def _announcement_cost() -> int:
     """Return what one announcement takes of the send buffer, in bytes, as the kernel accounts."""
     ours, theirs = socketpair()
     with ours, theirs:
         ours.sendmsg((bytes(RECORD_SIZE),), ((SOL_SOCKET, SCM_RIGHTS, _FD.pack(ours.fileno())),))
-        return unread(ours.fileno())
+        return unread_bytes(ours.fileno())
 
 
 ANNOUNCEMENT_COST = _announcement_cost()
@@ -301,5 +292,5 @@ def leaves_replies_unread(channel: Channel) -> bool:
     announced = isinstance(channel.listener, AnnouncedListener)
     return (
         not announced
-        and unread(channel.sock.fileno()) > DAEMON_UNREAD_REPLIES_MAX * ANNOUNCEMENT_COST
+        and unread_bytes(channel.sock.fileno()) > DAEMON_UNREAD_REPLIES_MAX * ANNOUNCEMENT_COST
     )

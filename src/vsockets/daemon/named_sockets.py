@@ -11,16 +11,9 @@ import errno
 import functools
 import os
 from dataclasses import dataclass
-from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET
+from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM
 
 from ..fabric import Refused
-
-_SO_COOKIE = 57
-
-
-def cookie_of(sock: _socket.socket) -> int:
-    """Return a socket's SO_COOKIE, a number that the kernel never reuses."""
-    return int.from_bytes(sock.getsockopt(SOL_SOCKET, _SO_COOKIE, 8), "little")
 
 
 def bind_to_name(sock: _socket.socket, name: str) -> int:

@@ -17,12 +17,12 @@ import logging
 from socket import CMSG_LEN, MSG_CMSG_CLOEXEC, MSG_DONTWAIT
 from typing import TYPE_CHECKING, NamedTuple
 
+from .._linux.sockets import cookie_of, descriptor_in
 from ..eventloop.loop import EventLoop
 from ..fabric import Context, Party
 from ..limits import LISTEN_BACKLOG_MAX
 from ..protocol import REQUEST_SIZE, Op, ProtocolError, Record, Request
-from .channel import Channel, close_unwanted, descriptor_in, has_too_many_unwanted, send_descriptor
-from .named_sockets import cookie_of
+from .channel import Channel, close_unwanted, has_too_many_unwanted, send_descriptor
 
 if TYPE_CHECKING:
     from .broker import Broker

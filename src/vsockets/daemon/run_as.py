@@ -10,7 +10,7 @@ import platform
 import struct
 from collections.abc import Iterator
 
-_libc = ctypes.CDLL(None, use_errno=True)
+from .._linux.libc import last_error, libc
 
 #: Number of setgroups(2), for one thread: the C library's function waits for all threads, and one
 #: of them may be blocked by a file system.
@@ -42,18 +42,17 @@ def acting_as(user: int) -> Iterator[None]:
 def _act(user: int, group: int, groups: list[int]) -> bool:
     if user:  # groups first: setting them needs the privilege
         _set_groups(groups)
-        _libc.setfsgid(ctypes.c_uint32(group))
-    _libc.setfsuid(ctypes.c_uint32(user))
+        libc.setfsgid(ctypes.c_uint32(group))
+    libc.setfsuid(ctypes.c_uint32(user))
     if not user:
-        _libc.setfsgid(ctypes.c_uint32(group))
+        libc.setfsgid(ctypes.c_uint32(group))
         _set_groups(groups)
-    return ctypes.c_uint32(_libc.setfsuid(_UNCHANGED)).value == user
+    return ctypes.c_uint32(libc.setfsuid(_UNCHANGED)).value == user
 
 
 def _set_groups(groups: list[int]) -> None:
     call = _SETGROUPS.get(platform.machine())
     if call is None:
         os.setgroups(groups)
-    elif _libc.syscall(call, len(groups), struct.pack(f"{len(groups)}I", *groups)):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    elif libc.syscall(call, len(groups), struct.pack(f"{len(groups)}I", *groups)):
+        raise last_error()

@@ -20,34 +20,22 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import re
 import select
 from collections.abc import Callable
 
+from .._linux.libc import EpollEvent, last_error
 from .limits import DAEMON_STREAM_GROUPS_MAX, DAEMON_STREAMS_PER_GROUP
 
 _EPOLL_CTL_ADD, _EPOLL_CTL_MOD = 1, 3
 _ENTRY = re.compile(rb"data:\s*([0-9a-f]+)\s+pos:\s*\d+\s+ino:([0-9a-f]+)")
 
 
-class _EpollEvent(ctypes.Structure):
-    # The kernel packs this structure on x86-64 only, for its 32-bit programs.
-    if platform.machine() in ("x86_64", "AMD64"):
-        _pack_ = 1
-    _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_uint64))
-
-
 # The standard library's epoll reports descriptor numbers, and vsockd's are closed and reused;
 # epoll_ctl(2) itself reports any number.  It never blocks, so the GIL is kept.
 _epoll_ctl = ctypes.PyDLL(None, use_errno=True).epoll_ctl
-_EVENT = _EpollEvent(select.EPOLLET, 0)  # EPOLLHUP is always reported
+_EVENT = EpollEvent(select.EPOLLET, 0)  # EPOLLHUP is always reported
 _EVENT_AT = ctypes.byref(_EVENT)
-
-
-def _error() -> OSError:
-    code = ctypes.get_errno()
-    return OSError(code, os.strerror(code))
 
 
 class Group:
@@ -71,7 +59,7 @@ class Group:
         """Register the stream that ``fd`` is one end of."""
         _EVENT.data = number
         if _epoll_ctl(self.fd, _EPOLL_CTL_ADD, fd, _EVENT_AT) != 0:
-            raise _error()
+            raise last_error()
         self.numbers.add(number)
 
     def replace(self, fd: int, number: int) -> None:
@@ -80,7 +68,7 @@ class Group:
             self.add(fd, number)
         except FileExistsError:
             if _epoll_ctl(self.fd, _EPOLL_CTL_MOD, fd, _EVENT_AT) != 0:
-                raise _error() from None
+                raise last_error() from None
             self.numbers.add(number)
 
     def close(self) -> None:
@@ -139,7 +127,7 @@ class StreamLiveness:
         # Group.add() inlined: hot path of every connect.
         _EVENT.data = number
         if _epoll_ctl(group.fd, _EPOLL_CTL_ADD, fd, _EVENT_AT) != 0:
-            raise _error()
+            raise last_error()
         group.numbers.add(number)
         self._room -= 1
         if not self._room:

@@ -20,7 +20,6 @@ This module is independent of the kind of device.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
 import os
@@ -31,11 +30,9 @@ from collections.abc import Callable
 from select import EPOLLOUT
 from socket import (
     AF_UNIX,
-    CMSG_LEN,
     MSG_CMSG_CLOEXEC,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
-    SCM_RIGHTS,
     SO_PASSCRED,
     SOCK_DGRAM,
     SOCK_SEQPACKET,
@@ -44,11 +41,10 @@ from socket import (
 )
 from typing import NamedTuple
 
-from ..attachment import descriptor_in
+from .._linux.sockets import DESCRIPTOR_SPACE, descriptor_in, refuse_descriptors, with_descriptor
 from ..limits import MAX_DATAGRAM
 from ..model.buffers import DEFAULT_SIZES, BufferSizes
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
-from ..pass_rights import refuse
 from ..protocol import PADDING, RECORD_SIZE, Record, Role, client, decode_route
 from ..protocol.hybrid import ok_line
 from .capture import CaptureSink
@@ -60,7 +56,6 @@ from .limits import (
 from .loop import READABLE, DeviceLoop
 
 _RECEIVE_FLAGS = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
-_ONE_DESCRIPTOR = CMSG_LEN(array.array("i").itemsize)
 
 #: Memory of a queued datagram beside its payload, in bytes, approximately.
 _DATAGRAM_OVERHEAD_BYTES = 64
@@ -174,7 +169,7 @@ class DeviceClient:
         self._owner = os.getpid(), os.geteuid(), os.getegid()
         self._ports: dict[int, _Port] = {}  # least recently used first
         self._catch_all = socket.socket(AF_UNIX, SOCK_DGRAM)
-        refuse(self._catch_all)
+        refuse_descriptors(self._catch_all)
         self._catch_all.setblocking(False)
         self._paused: list[socket.socket] = []
         #: outcomes for which vsockd's socket had no room, each with the stream's end if it was
@@ -331,7 +326,7 @@ class DeviceClient:
                 raise OSError(errno.ENOBUFS, "too many ports have queued datagrams")
             self._close_port(longest_idle)
         sock = socket.socket(AF_UNIX, SOCK_DGRAM)
-        refuse(sock)
+        refuse_descriptors(sock)
         try:
             sock.setblocking(False)
             self._request(client.bind_datagram((VMADDR_CID_ANY, port)), sock)
@@ -389,7 +384,7 @@ class DeviceClient:
             raise OSError(errno.ENETDOWN, "the link to vsockd is closed")
         rights = []
         if sock is not None:
-            rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [sock.fileno()]))]
+            rights = [with_descriptor(sock.fileno())]
         try:
             # An empty message would be the end of the link.
             self._link.sendmsg([message or b"\0"], rights, MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -404,7 +399,7 @@ class DeviceClient:
         ours, theirs = socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
         with ours:
             with theirs:
-                rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [sock.fileno()]))]
+                rights = [with_descriptor(sock.fileno())]
                 ours.sendmsg([request], rights)
                 self._send_to_vsockd(b"", theirs)
             ours.settimeout(DEVICE_VSOCKD_REPLY_TIMEOUT_SECONDS)
@@ -461,7 +456,7 @@ class DeviceClient:
 def _receive(sock: socket.socket, flags: int) -> tuple[bytes, int | None]:
     """Return a message and the descriptor received with it; an empty message at the end."""
     try:
-        data, ancillary, _, _ = sock.recvmsg(RECORD_SIZE, _ONE_DESCRIPTOR, flags)
+        data, ancillary, _, _ = sock.recvmsg(RECORD_SIZE, DESCRIPTOR_SPACE, flags)
     except ConnectionError:
         return b"", None
     return data, descriptor_in(ancillary)
@@ -474,4 +469,4 @@ def _refuse_descriptors(sock: socket.socket) -> None:
     (``devices/virtio/connection.py``).
     """
     if sock.type != SOCK_SEQPACKET:
-        refuse(sock)
+        refuse_descriptors(sock)

@@ -24,6 +24,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from socket import MSG_DONTWAIT, MSG_NOSIGNAL
 
+from .._linux.libc import libc
 from .limits import DMA_REGIONS_MAX, IO_VECTORS_MAX
 
 #: Guest physical addresses have 64 bits.
@@ -219,7 +220,7 @@ def explain_lost_memory() -> None:
 
     Call it before :func:`.sandbox.enter_sandbox`, which refuses executable memory.
     """
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes = (ctypes.c_int, _Handler)
-    libc.signal.restype = ctypes.c_void_p
-    libc.signal(signal.SIGBUS, _HANDLER)
+    set_handler = libc["signal"]
+    set_handler.argtypes = (ctypes.c_int, _Handler)
+    set_handler.restype = ctypes.c_void_p
+    set_handler(signal.SIGBUS, _HANDLER)

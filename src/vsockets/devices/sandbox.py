@@ -24,6 +24,7 @@ from socket import AF_UNIX
 
 from .._linux import bpf
 from .._linux.folders import SocketFile
+from .._linux.libc import libc
 
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_SET_MODE_FILTER = 1
@@ -121,7 +122,6 @@ def enter_sandbox(user: int | None = None, paths: bool = False) -> None:
         os.setgroups([])
         os.setresgid(other, other, other)
         os.setresuid(other, other, other)
-    libc = ctypes.CDLL(None, use_errno=True)
     _check(libc.capset(struct.pack("Ii", _CAPABILITIES_VERSION, 0), bytes(24)))
     _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     filter = _assemble(machine, machine.plain + machine.paths if paths else machine.plain)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from .._linux.descriptor_passing import close_elsewhere, guard, guard_accepted
 from .._linux.folders import SocketFile
+from .._linux.sockets import refuse_descriptors
 from ..attachment import ContextHandle
 from ..limits import ACCEPTS_PER_TURN_MAX, LISTEN_BACKLOG_MAX, RETRY_LONGEST_PAUSE_SECONDS
 from ..model.locator import Inet, Inherited, Locator, Unix, Vsock, VsockFolder, VsockMux
-from ..pass_rights import refuse
 from ..protocol.hybrid import port_name
 from ..socket import socket
 from .rebind import REBIND_FIRST_PAUSE_SECONDS, Rebinder
@@ -158,7 +158,7 @@ def _inherited(name: str) -> stdlib.socket:
             raise OSError(errno.EBADF, f"no descriptor named {name} was passed (LISTEN_FDNAMES)")
         name = str(_FIRST_INHERITED + names.index(name))
     sock = stdlib.socket(fileno=os.dup(int(name)))
-    refuse(sock)
+    refuse_descriptors(sock)
     if sock.type == stdlib.SOCK_STREAM and not sock.getsockopt(
         stdlib.SOL_SOCKET, stdlib.SO_ACCEPTCONN
     ):

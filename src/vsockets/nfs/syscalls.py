@@ -10,9 +10,8 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from .._linux.libc import libc
 from .exports import Identity
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 _SYS_OPENAT2 = 437  # the same on every architecture
 _RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 1, 2, 4, 8
@@ -55,7 +54,7 @@ def open_beneath(folder: int, path: bytes, flags: int, mode: int = 0) -> int:
     Raises OSError.
     """
     how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, mode, _BENEATH)
-    fd = _libc.syscall(_SYS_OPENAT2, folder, ctypes.c_char_p(path), how, len(how))
+    fd = libc.syscall(_SYS_OPENAT2, folder, ctypes.c_char_p(path), how, len(how))
     if fd < 0:
         _fail()
     return int(fd)
@@ -67,7 +66,7 @@ def file_state(fd: int) -> FileState:
     Raises OSError.
     """
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
-    if _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_ALL, buffer) < 0:
+    if libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_ALL, buffer) < 0:
         _fail()
     nlink, uid, gid, mode, ino, size, blocks, *rest = _STATX.unpack_from(buffer)
     pairs = [(rest[i], rest[i + 1]) for i in range(0, 12, 2)]
@@ -80,7 +79,7 @@ def set_times(path: str, atime: tuple[int, int], mtime: tuple[int, int]) -> None
     Raises OSError.
     """
     times = struct.pack("qqqq", *atime, *mtime)
-    if _libc.utimensat(-100, path.encode(), times, 0) < 0:  # AT_FDCWD, unused: the path is absolute
+    if libc.utimensat(-100, path.encode(), times, 0) < 0:  # AT_FDCWD, unused: the path is absolute
         _fail()
 
 
@@ -94,17 +93,17 @@ def set_file_rights(uid: int, gid: int, groups: tuple[int, ...]) -> None:
     """
     if uid:  # before CAP_SETGID and CAP_SETUID are dropped
         _set_groups(gid, groups)
-        _libc.setfsuid(ctypes.c_uint32(uid))
+        libc.setfsuid(ctypes.c_uint32(uid))
     else:
-        _libc.setfsuid(0)
+        libc.setfsuid(0)
         _set_groups(gid, groups)
-    if _libc.setfsuid(ctypes.c_uint32(0xFFFFFFFF)) & 0xFFFFFFFF != uid:
+    if libc.setfsuid(ctypes.c_uint32(0xFFFFFFFF)) & 0xFFFFFFFF != uid:
         raise OSError(errno.EPERM, f"cannot act as user {uid}")
 
 
 def _set_groups(gid: int, groups: tuple[int, ...]) -> None:
     os.setgroups(groups)
-    _libc.setfsgid(ctypes.c_uint32(gid))
+    libc.setfsgid(ctypes.c_uint32(gid))
 
 
 def _fail() -> None:

@@ -11,6 +11,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
+from .._linux.sockets import pack_timeval
 from .limits import PERF_MESSAGE_MAX_BYTES, PERF_RUN_MAX_SECONDS, PERF_SILENCE_SECONDS
 
 _MAGIC = b"VSP1"
@@ -128,5 +129,4 @@ def set_timeouts(
     """
     sock.settimeout(None)
     for option, seconds in ((socket.SO_RCVTIMEO, receive), (socket.SO_SNDTIMEO, send)):
-        timeval = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, option, timeval)
+        sock.setsockopt(socket.SOL_SOCKET, option, pack_timeval(seconds))

@@ -63,7 +63,6 @@ class Architecture(NamedTuple):
     io_uring_enter: int = 426
     io_uring_register: int = 427
     pidfd_open: int = 434
-    pidfd_getfd: int = 438
     faccessat2: int = 439
 
 

@@ -15,7 +15,6 @@ group reaches the program once, and a signal that reaches the front was sent to 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import resource
@@ -26,6 +25,7 @@ import struct
 from collections.abc import Callable, Collection
 from typing import NoReturn
 
+from .._linux.libc import check, libc
 from .._linux.rlimit import allow_many_descriptors
 from ..attachment import Attachment
 from .arch import this_architecture
@@ -355,17 +355,9 @@ def _blocked_as_descriptor(number: int) -> int:
     let the program's call return 0, so that ``socket()`` would return standard input.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [number])
-    libc = ctypes.CDLL(None, use_errno=True)
     mask = (1 << number - 1).to_bytes(_SIGNAL_SET, "little")
-    fd: int = libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC)
-    if fd < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return fd
+    return check(libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC))
 
 
 def _control(option: int, value: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, value, 0, 0, 0) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    check(libc.prctl(option, value, 0, 0, 0))

@@ -22,13 +22,14 @@ from collections.abc import Callable, Sequence
 from socket import AF_UNIX, SOCK_CLOEXEC
 from typing import NamedTuple
 
+from .._linux.libc import libc
+from .._linux.sockets import cookie_of
 from .arch import Architecture
 from .filter import Rule, Served, assemble
 from .interception import CallInterrupted, InterceptedCall, Interruption, Surroundings
 from .limits import SUPERVISOR_SIGNAL_POLL_SECONDS, SUPERVISOR_SIGNAL_WAIT_SECONDS
 from .scheduler import pause
 from .tracing import TracedCall, Tracer
-from .vsockd_client import cookie_of
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,6 @@ def install(machine: Architecture, program: bytes) -> int:
     Raises OSError: EBUSY if a filter with a listener is installed already, EINVAL or ENOSYS if the
     kernel does not support it.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     length = len(program) // 8
     argument = ctypes.byref(_Program(length, program))
 

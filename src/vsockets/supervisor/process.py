@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import SHUT_RDWR
 
+from .._linux.inspection import SYS_PIDFD_GETFD
+from .._linux.libc import libc
 from .arch import Architecture
 
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
@@ -53,7 +55,7 @@ class Processes:
 
     def __init__(self, machine: Architecture) -> None:
         self._machine = machine
-        self._syscall = ctypes.CDLL(None, use_errno=True).syscall
+        self._syscall = libc.syscall
         self._pidfds: OrderedDict[int, int] = OrderedDict()
         #: By thread: its open file ``stat`` in /proc, which is read more often than any other.
         self._stats: OrderedDict[int, int] = OrderedDict()
@@ -165,7 +167,7 @@ class Processes:
         return copy
 
     def _get(self, pidfd: int, fd: int) -> int:
-        copy: int = self._syscall(self._machine.pidfd_getfd, pidfd, fd, 0)
+        copy: int = self._syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
         return copy
 
     def _pidfd(self, pid: int) -> tuple[int, bool]:

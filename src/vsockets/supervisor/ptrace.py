@@ -15,6 +15,7 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
+from .._linux.libc import libc
 from .arch import Architecture
 
 # linux/ptrace.h
@@ -175,7 +176,7 @@ class Ptrace:
     """
 
     def __init__(self, machine: Architecture) -> None:
-        self._ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+        self._ptrace = libc["ptrace"]
         self._ptrace.restype = ctypes.c_long
         self._ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
         self._layout = _LAYOUTS[machine.architecture]

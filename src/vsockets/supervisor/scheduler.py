@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import heapq
 import os
-import platform
 import select
 import time
 from collections.abc import Callable, Generator
 from itertools import count
+
+from .._linux.libc import EpollEvent, last_error, libc
 
 READABLE, WRITABLE = select.EPOLLIN | select.EPOLLRDHUP, select.EPOLLOUT
 HUNG_UP = select.EPOLLRDHUP
@@ -69,13 +70,6 @@ def _ignore(events: int) -> None:
     """Do nothing: no descriptor is watched directly."""
 
 
-class _EpollEvent(ctypes.Structure):
-    # The kernel packs struct epoll_event on x86-64 alone.
-    if platform.machine() in ("x86_64", "AMD64"):
-        _pack_ = 1
-    _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_uint64))
-
-
 class CoroutineScheduler:
     """One epoll, and the coroutines and callbacks that wait for its events."""
 
@@ -87,7 +81,7 @@ class CoroutineScheduler:
         self._poll.register(self._epoll.fileno(), select.POLLIN)
         # The standard library's epoll reports descriptors, which are closed and reused here; keys
         # are not.
-        self._control = ctypes.CDLL(None, use_errno=True).epoll_ctl
+        self._control = libc.epoll_ctl
         self._watched: dict[int, Callable[[int], None]] = {}
         self._waiting: dict[int, tuple[int | None, Resume]] = {}
         # Waits for one socket are a group, with one registration in the epoll.
@@ -210,7 +204,6 @@ class CoroutineScheduler:
         return next(self._next) & _LARGEST_KEY
 
     def _set(self, operation: int, fd: int, events: int, key: int) -> None:
-        event = _EpollEvent(events & 0xFFFF_FFFF, key)
+        event = EpollEvent(events & 0xFFFF_FFFF, key)
         if self._control(self._epoll.fileno(), operation, fd, ctypes.byref(event)) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+            raise last_error()

@@ -15,6 +15,7 @@ from collections import OrderedDict, deque
 from socket import AF_UNIX, SOCK_DGRAM, SOCK_SEQPACKET
 from typing import NamedTuple
 
+from .._linux.sockets import cookie_of
 from ..limits import CONNECT_TIMEOUT_SECONDS
 from ..model.buffers import BufferSizes
 from ..model.constants import AF_VSOCK
@@ -23,7 +24,6 @@ from ..socket import UNBOUND, Phase
 from .filter import Served
 from .limits import SUPERVISOR_ROUTES_MAX, SUPERVISOR_SOCKETS_MAX
 from .port_holders import PortHolder
-from .vsockd_client import cookie_of
 
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 #: struct sockaddr_vm: family, reserved, port, CID, flags, padding (linux/vm_sockets.h).

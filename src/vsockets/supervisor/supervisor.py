@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Coroutine, Sequence
 from socket import AF_UNIX, SO_DOMAIN, SO_TYPE, SOL_SOCKET
 
+from .._linux.sockets import cookie_of
 from ..attachment import Attachment
 from ..protocol import Record, Role, client
 from ..socket import Phase
@@ -32,7 +33,7 @@ from .process import Processes
 from .scheduler import CoroutineScheduler, Wait
 from .services import Services
 from .sockets import Endpoint, Routes, Sockets, inode_in
-from .vsockd_client import VsockdClient, cookie_of, may_be_known
+from .vsockd_client import VsockdClient, may_be_known
 
 log = logging.getLogger(__name__)
 

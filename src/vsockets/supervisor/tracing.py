@@ -14,7 +14,6 @@ restarts are then the kernel's own.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import logging
 import os
@@ -22,6 +21,7 @@ import struct
 from collections.abc import Callable, Generator
 from enum import Enum, auto
 
+from .._linux.libc import libc
 from .arch import Architecture
 from .filter import COPYING, TRACE_MARK, Numbers, Served, assemble, traced_rules
 from .interception import InterceptedCall
@@ -140,7 +140,7 @@ class Tracer:
         self._deliver = deliver
         self._serves_data = serves_data
         self._ptrace = Ptrace(machine)
-        self._syscall = ctypes.CDLL(None).syscall
+        self._syscall = libc.syscall
         self._threads: dict[int, Tracee] = {}
         self._by_process: dict[int, _Process] = {}
         #: By new process that has not stopped yet: its parent's covered numbers.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _socket
-import array
 import contextlib
 import errno
 import os
@@ -13,12 +12,10 @@ from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from socket import (
     AF_UNIX,
-    CMSG_LEN,
     MSG_CMSG_CLOEXEC,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
     SCM_CREDENTIALS,
-    SCM_RIGHTS,
     SO_SNDTIMEO,
     SOCK_CLOEXEC,
     SOCK_NONBLOCK,
@@ -26,7 +23,8 @@ from socket import (
     SOL_SOCKET,
 )
 
-from ..attachment import Attachment, descriptor_in
+from .._linux.sockets import DESCRIPTOR_SPACE, TIMEVAL, descriptor_in, with_descriptor
+from ..attachment import Attachment
 from ..limits import VSOCKD_REPLY_TIMEOUT_SECONDS
 from ..protocol import RECORD_SIZE, Record, is_socket_name
 from ..protocol.client import decode_reply
@@ -34,18 +32,15 @@ from ..state_folder import SEQPACKET, STREAM
 from .limits import SUPERVISOR_RECONNECT_SECONDS
 from .scheduler import pause, ready
 
-_SO_COOKIE = 57
 SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
-_TIMEVAL = struct.Struct("=qq")
 #: The shortest possible SO_SNDTIMEO: the kernel rounds it up to one tick.
-_ONE_TICK = _TIMEVAL.pack(0, 1)
+_ONE_TICK = TIMEVAL.pack(0, 1)
 #: Credentials to send a request with: process, user and group.
 Asker = tuple[int, int, int]
 _UCRED = struct.Struct("=iII")
 #: A process and a user that exist and are not the supervisor's.
 _INIT, _NOBODY = 1, 65_534
-_ONE_DESCRIPTOR = CMSG_LEN(array.array("i").itemsize)
 
 
 class Naming(Enum):
@@ -141,11 +136,11 @@ class VsockdClient:
 
 def send(sock: _socket.socket, request: bytes, asker: Asker | None, fd: int | None = None) -> None:
     """Send a request with the credentials ``asker`` and the descriptor ``fd``, if given."""
-    ancillary: list[tuple[int, int, bytes | array.array[int]]] = []
+    ancillary: list[tuple[int, int, bytes]] = []
     if asker is not None:
         ancillary.append((SOL_SOCKET, SCM_CREDENTIALS, _UCRED.pack(*asker)))
     if fd is not None:
-        ancillary.append((SOL_SOCKET, SCM_RIGHTS, array.array("i", [fd])))
+        ancillary.append(with_descriptor(fd))
     sock.sendmsg([request], ancillary, SEND)
 
 
@@ -180,7 +175,7 @@ def hardly_blocking(sock: _socket.socket, option: int) -> Iterator[None]:
     if not os.get_blocking(sock.fileno()):
         yield
         return
-    before = sock.getsockopt(SOL_SOCKET, option, _TIMEVAL.size)
+    before = sock.getsockopt(SOL_SOCKET, option, TIMEVAL.size)
     sock.setsockopt(SOL_SOCKET, option, _ONE_TICK)
     try:
         yield
@@ -203,13 +198,8 @@ async def receive_record(
 
 def take_record(sock: _socket.socket) -> tuple[Record, int | None]:
     """Return what :func:`receive_record` does, at once.  Raises OSError EAGAIN without a reply."""
-    data, came, _, _ = sock.recvmsg(RECORD_SIZE, _ONE_DESCRIPTOR, _TAKE)
+    data, came, _, _ = sock.recvmsg(RECORD_SIZE, DESCRIPTOR_SPACE, _TAKE)
     return decode_reply(data), descriptor_in(came)
-
-
-def cookie_of(sock: _socket.socket) -> int:
-    """Return the kernel's number of a socket, which is never used again."""
-    return int.from_bytes(sock.getsockopt(SOL_SOCKET, _SO_COOKIE, 8), "little")
 
 
 def may_be_known(sock: _socket.socket) -> bool:

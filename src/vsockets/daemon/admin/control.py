@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..._linux.folders import file_mode
+from ..._linux.sockets import refuse_descriptors
 from ...eventloop.acceptor import Acceptor
 from ...eventloop.loop import EventLoop
 from ...fabric import Change, Context, ContextSettings, Isolation, Limits, Profile, Refused
 from ...model.address import LARGEST
 from ...model.locator import check_hybrid_path
-from ...pass_rights import refuse
 from ...state_folder import short_path
 from ..configuration import ConfigurationError
 from ..credentials import peer_credentials
@@ -48,7 +48,7 @@ class ControlSocket:
         self._loop = loop
         self._vsockd = vsockd
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        refuse(listener)
+        refuse_descriptors(listener)
         with short_path(path) as spelled, file_mode(0o600):
             listener.bind(spelled)
         listener.listen()

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from functools import partial
 from socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOCK_NONBLOCK, SOCK_STREAM
 
+from ..._linux.sockets import refuse_descriptors
 from ...limits import HYBRID_LINE_MAX_BYTES
-from ...pass_rights import refuse
 from ...protocol.hybrid import ClientHandshake
 from ...splice import SplicedPair, SplicePump
 from ..client import ConnectRequest, DeviceClient
@@ -65,7 +65,7 @@ class Connector:
         """Start the attempt; ``done`` may be called before this returns."""
         try:
             sock = self._sock = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
-            refuse(sock)
+            refuse_descriptors(sock)
             sock.connect(self._path)
             if self._port is None:
                 self._finish(sock)

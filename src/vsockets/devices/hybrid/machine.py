@@ -17,11 +17,11 @@ from functools import partial
 from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM
 
 from ..._linux.folders import remove_stale
+from ..._linux.sockets import refuse_descriptors
 from ...control import Events
 from ...eventloop.acceptor import Acceptor
 from ...limits import LISTEN_BACKLOG_MAX
 from ...model.constants import VMADDR_CID_HOST
-from ...pass_rights import refuse
 from ...protocol.hybrid import port_name
 from ..client import DeviceClient
 from ..lifecycle_events import subscribe
@@ -76,7 +76,7 @@ class HostSockets:
         if os.path.lexists(name):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         listener = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
-        refuse(listener)
+        refuse_descriptors(listener)
         try:
             # Rename after listen(): a client that finds the name can connect.
             new = f"{self._name}_new"

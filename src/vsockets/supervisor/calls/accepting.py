@@ -6,10 +6,10 @@ import _socket
 import errno
 import os
 import select
-import struct
 from contextlib import closing
-from socket import AF_UNIX, SO_RCVTIMEO, SOCK_CLOEXEC, SOCK_NONBLOCK, SOL_SOCKET
+from socket import AF_UNIX, SO_RCVTIMEO, SOCK_CLOEXEC, SOCK_NONBLOCK
 
+from ..._linux.sockets import timeout_of
 from ...protocol import Record
 from ...socket import Phase
 from ..call import Answer, Call, failure
@@ -19,7 +19,6 @@ from ..sockets import Endpoint
 from ..vsockd_client import hardly_blocking, receive_record, take_record
 from .connecting import settle
 
-_TIMEVAL = struct.Struct("=qq")
 _FLAGS = int(SOCK_CLOEXEC | SOCK_NONBLOCK)
 
 
@@ -126,7 +125,4 @@ def _accept_token(listener: _socket.socket) -> _socket.socket | None:
 
 def _timeout(listener: _socket.socket) -> float | None:
     """Return SO_RCVTIMEO in seconds, or None for no limit."""
-    seconds, microseconds = _TIMEVAL.unpack(
-        listener.getsockopt(SOL_SOCKET, SO_RCVTIMEO, _TIMEVAL.size)
-    )
-    return float(seconds + microseconds / 1e6) or None
+    return timeout_of(listener, SO_RCVTIMEO) or None

@@ -17,13 +17,13 @@ import time
 from contextlib import closing
 from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 
+from ..._linux.sockets import SO_SNDBUFFORCE, refuse_descriptors
 from ...limits import (
     SEND_BUFFER_MAX_BYTES,
     STREAM_BUFFER_DEFAULT_BYTES,
     VSOCKD_REPLY_TIMEOUT_SECONDS,
 )
 from ...model.constants import VMADDR_CID_ANY
-from ...pass_rights import refuse
 from ...protocol import Record, client
 from ...socket import Phase
 from ..call import Answer, Call, failure
@@ -34,7 +34,6 @@ from ..sockets import Endpoint
 from ..vsockd_client import Asker, receive_record, send, take_record
 from . import datagrams
 
-_SO_SNDBUFFORCE = 32
 #: Bytes that the kernel adds to each message of a packet socket: a message larger than the send
 #: buffer less this fails (EMSGSIZE).
 _PACKET_OVERHEAD = 32
@@ -141,7 +140,7 @@ def _send(
     asker: Asker | None,
 ) -> None:
     if endpoint.type == SOCK_STREAM:
-        refuse(sock)  # a stream carries no descriptors
+        refuse_descriptors(sock)  # a stream carries no descriptors
     secret = 0 if endpoint.holder is None else endpoint.holder.secret
     sizes, cookie = endpoint.buffers, endpoint.cookie
     request = client.connect(peer, sizes=sizes, cookie=cookie, polling=polls, secret=secret)
@@ -194,4 +193,4 @@ def limit_queue(endpoint: Endpoint, sock: _socket.socket) -> None:
     sock.setsockopt(SOL_SOCKET, SO_SNDBUF, half)
     if sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < size <= SUPERVISOR_FORCED_SEND_BUFFER_MAX_BYTES:
         with contextlib.suppress(PermissionError):  # above net.core.wmem_max
-            sock.setsockopt(SOL_SOCKET, _SO_SNDBUFFORCE, half)
+            sock.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, half)

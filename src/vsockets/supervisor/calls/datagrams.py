@@ -16,9 +16,9 @@ from socket import (
     MSG_OOB,
     SO_SNDTIMEO,
     SOCK_SEQPACKET,
-    SOL_SOCKET,
 )
 
+from ..._linux.sockets import timeout_of
 from ...limits import MAX_DATAGRAM
 from ...protocol import client
 from ...socket import UNBOUND, Phase
@@ -38,7 +38,6 @@ from ..vsockd_client import SEND
 from . import seqpacket_eor
 
 _FAMILY = struct.Struct("=H")
-_TIMEVAL = struct.Struct("=qq")
 _U32 = struct.Struct("=I")
 
 #: The errors of a route whose receiver has ended, or that vsockd has revoked.
@@ -216,7 +215,4 @@ def _patience(call: Call, endpoint: Endpoint, flags: int) -> float | None:
     with closing(call.duplicate(endpoint)) as sock:
         if flags & MSG_DONTWAIT or not os.get_blocking(sock.fileno()):
             raise failure(errno.ENOBUFS)
-        seconds, microseconds = _TIMEVAL.unpack(
-            sock.getsockopt(SOL_SOCKET, SO_SNDTIMEO, _TIMEVAL.size)
-        )
-    return float(seconds + microseconds / 1e6) or None
+        return timeout_of(sock, SO_SNDTIMEO) or None

@@ -14,6 +14,7 @@ from socket import (
     SOL_SOCKET,
 )
 
+from ..._linux.sockets import TIMEVAL
 from ...limits import CONNECT_TIMEOUT_MAX_SECONDS, CONNECT_TIMEOUT_SECONDS
 from ...model.address import FIRST_GUEST_CID
 from ...model.buffers import BufferSizes
@@ -37,8 +38,6 @@ from ..vsockd_client import SEND
 from .connecting import finish, limit_queue
 from .creating import is_device
 
-#: struct timeval on 64-bit machines, and struct __kernel_sock_timeval: the same.
-_TIMEVAL = struct.Struct("=qq")
 _U64 = struct.Struct("=Q")
 _U32 = struct.Struct("=I")
 _INT = struct.Struct("=i")
@@ -75,7 +74,7 @@ async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
         # "Currently vSockets offers no options for datagram connections" (guide page 20).
         raise failure(errno.EOPNOTSUPP)
     if name in _TIMEOUTS:
-        endpoint.connect_timeout = _seconds(_read_exactly(call, _TIMEVAL))
+        endpoint.connect_timeout = _seconds(_read_exactly(call, TIMEVAL))
     elif name in _CHANGE_BUFFERS:
         (value,) = _read_exactly(call, _U64)
         endpoint.buffers = _CHANGE_BUFFERS[name](endpoint.buffers, value)
@@ -160,7 +159,7 @@ def _of_the_socket(call: Call, endpoint: Endpoint, name: int) -> bytes:
 async def _of_vsock(call: Call, endpoint: Endpoint, name: int) -> bytes:
     if name in _TIMEOUTS:
         whole = int(endpoint.connect_timeout)
-        return _TIMEVAL.pack(whole, round((endpoint.connect_timeout - whole) * 1e6))
+        return TIMEVAL.pack(whole, round((endpoint.connect_timeout - whole) * 1e6))
     if name == SO_VM_SOCKETS_BUFFER_SIZE:
         return _U64.pack(endpoint.buffers.size)
     if name == SO_VM_SOCKETS_BUFFER_MIN_SIZE:

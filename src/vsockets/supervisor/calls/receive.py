@@ -22,9 +22,9 @@ from socket import (
     MSG_TRUNC,
     SO_RCVTIMEO,
     SOCK_SEQPACKET,
-    SOL_SOCKET,
 )
 
+from ..._linux.sockets import timeout_of
 from ...limits import MAX_DATAGRAM
 from ...protocol import decode_source
 from ...socket import UNBOUND, Phase
@@ -35,7 +35,6 @@ from ..memory import MESSAGE_SIZE, MESSAGE_STRIDE, MOST_MESSAGES, Message, read_
 from ..scheduler import Wait, lent
 from ..sockets import Endpoint, Received, pack_address
 
-_TIMEVAL = struct.Struct("=qq")
 _U32 = struct.Struct("=I")
 
 #: Flags that are passed to the kernel; the supervisor implements the others.
@@ -198,5 +197,5 @@ def _wait(endpoint: Endpoint, sock: _socket.socket, flags: int) -> Wait:
     """Return the wait for a message.  Raises OSError EAGAIN if the call is non-blocking."""
     if flags & MSG_DONTWAIT or not os.get_blocking(sock.fileno()):
         raise failure(errno.EAGAIN)
-    seconds, microseconds = _TIMEVAL.unpack(sock.getsockopt(SOL_SOCKET, SO_RCVTIMEO, _TIMEVAL.size))
-    return lent(sock.detach(), endpoint.inode, float(seconds + microseconds / 1e6) or None)
+    seconds = timeout_of(sock, SO_RCVTIMEO) or None
+    return lent(sock.detach(), endpoint.inode, seconds)

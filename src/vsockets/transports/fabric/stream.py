@@ -9,7 +9,6 @@ socket in every program that inherits it.
 from __future__ import annotations
 
 import _socket
-import array
 import contextlib
 import errno
 import os
@@ -17,7 +16,14 @@ import socket as stdlib
 from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 from typing import Any
 
-from ...attachment import descriptor_in, explain, wait_readable
+from ..._linux.sockets import (
+    DESCRIPTOR_SPACE,
+    HAS_PASSRIGHTS,
+    SO_PASSRIGHTS,
+    allow_descriptors,
+    descriptor_in,
+)
+from ...attachment import explain, wait_readable
 from ...limits import (
     SEND_BUFFER_MAX_BYTES,
     STREAM_BUFFER_DEFAULT_BYTES,
@@ -26,7 +32,6 @@ from ...limits import (
 from ...model.address import check
 from ...model.buffers import DEFAULT_SIZES
 from ...model.constants import VMADDR_CID_ANY
-from ...pass_rights import IS_KNOWN, SO_PASSRIGHTS, allow
 from ...protocol import RECORD_SIZE, Record, Role, client
 from ...protocol.client import decode_reply
 from ...socket import MSG_ERRQUEUE, SOCKET_CLASSES, UNBOUND, Phase, error, socket, switch_class
@@ -40,7 +45,6 @@ _FAILED = Phase.FAILED
 _DONTWAIT, _CLOEXEC = int(stdlib.MSG_DONTWAIT), int(stdlib.MSG_CMSG_CLOEXEC)
 _OOB = int(stdlib.MSG_OOB)
 _UNIX = int(stdlib.AF_UNIX)
-_ANNOUNCEMENT = stdlib.CMSG_LEN(array.array("i").itemsize)
 
 # The methods of the C class: what send() and recv() are without anybody's override.
 _raw = _socket.socket
@@ -82,7 +86,7 @@ class StreamSocket(FabricSocket):
         if self._phase not in (_BOUND, _LISTENING):
             raise error(errno.EINVAL, "bind the socket first")
         request = client.listen(max(0, backlog), self._buffers)
-        allow(self)  # those of its connections; a connect that failed may have refused them
+        allow_descriptors(self)  # a failed connect may have refused them
         if self._named and self._phase is _LISTENING:
             _raw.listen(self, backlog)
         elif self._phase is _LISTENING:
@@ -98,7 +102,7 @@ class StreamSocket(FabricSocket):
         if self._named:
             data, came = self._accept_token()
         else:
-            data, came, _, _ = _raw.recvmsg(self, RECORD_SIZE, _ANNOUNCEMENT, _CLOEXEC)
+            data, came, _, _ = _raw.recvmsg(self, RECORD_SIZE, DESCRIPTOR_SPACE, _CLOEXEC)
         record = decode_reply(data)
         fd = client.require_descriptor(descriptor_in(came))
         cls = EstablishedSocket if self.__class__ is StreamSocket else self.__class__
@@ -114,7 +118,7 @@ class StreamSocket(FabricSocket):
             fd, _ = self._accept()  # type: ignore[attr-defined]  # as socket.accept()
             with stdlib.socket(_UNIX, _raw_type(self), 0, fd) as token:
                 token.settimeout(VSOCKD_REPLY_TIMEOUT_SECONDS)
-                data, came, _, _ = token.recvmsg(RECORD_SIZE, _ANNOUNCEMENT, _CLOEXEC)
+                data, came, _, _ = token.recvmsg(RECORD_SIZE, DESCRIPTOR_SPACE, _CLOEXEC)
             if data:
                 return data, came
 
@@ -143,7 +147,7 @@ class StreamSocket(FabricSocket):
         except OSError as failure:
             explain(failure, self._context)
             raise
-        if IS_KNOWN and _raw_type(self) == SOCK_STREAM:
+        if HAS_PASSRIGHTS and _raw_type(self) == SOCK_STREAM:
             # A stream carries no descriptors; vsockd has seen to it at the other end.
             _raw.setsockopt(self, SOL_SOCKET, SO_PASSRIGHTS, 0)
         if polling:

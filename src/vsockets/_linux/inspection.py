@@ -1,0 +1,94 @@
+"""Inspection of sockets, and of other processes: their descriptors and capabilities."""
+
+from __future__ import annotations
+
+import _socket
+import array
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from socket import AF_UNIX, SOCK_STREAM
+from termios import TIOCOUTQ  # the same ioctl as SIOCOUTQ
+
+from .libc import check, libc
+
+SYS_PIDFD_GETFD = 438  # the same on every architecture
+_SOCKET_PREFIX = "socket:["
+
+
+def unread_bytes(fd: int) -> int:
+    """Return how many bytes that were sent on a unix socket its peer has not read.
+
+    The kernel counts its own overhead as well.
+    """
+    answer = array.array("i", [0])
+    fcntl.ioctl(fd, TIOCOUTQ, answer)
+    return answer[0]
+
+
+def socket_inode(link: str) -> int:
+    """Return the inode in a link of ``/proc/PID/fd``; 0 if it is not a socket's."""
+    return int(link[len(_SOCKET_PREFIX) : -1]) if link.startswith(_SOCKET_PREFIX) else 0
+
+
+def process_ids() -> list[int]:
+    """Return all process ids."""
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
+
+
+def sockets_of(pid: int) -> Iterator[tuple[int, int]]:
+    """Yield the descriptors of process ``pid`` with their inodes; 0 for one that is no socket.
+
+    Raises OSError if the process has ended or may not be inspected.
+    """
+    folder = f"/proc/{pid}/fd/"
+    for entry in os.listdir(folder):
+        try:
+            link = os.readlink(folder + entry)
+        except FileNotFoundError:
+            continue  # closed since
+        yield int(entry), socket_inode(link)
+
+
+@contextlib.contextmanager
+def open_pidfd(pid: int) -> Iterator[int]:
+    """Yield a pidfd of process ``pid``.  Raises OSError."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
+
+
+def duplicate_descriptor(pidfd: int, fd: int) -> int:
+    """Return a duplicate of descriptor ``fd`` of another process.  Raises OSError."""
+    return check(libc.syscall(SYS_PIDFD_GETFD, pidfd, fd, 0))
+
+
+@contextlib.contextmanager
+def duplicate(pidfd: int, fd: int) -> Iterator[_socket.socket]:
+    """Yield a duplicate of socket ``fd`` of another process; ignore ENOTCONN in the context.
+
+    Raises OSError.
+    """
+    # The real family and type are not needed, and take as long to ask for as the rest.
+    sock = _socket.socket(AF_UNIX, SOCK_STREAM, 0, duplicate_descriptor(pidfd, fd))
+    try:
+        yield sock
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:  # the stream has ended in the meantime
+            raise
+    finally:
+        sock.close()
+
+
+def effective_capabilities(status: bytes) -> int:
+    """Return the capability set in the content of ``/proc/PID/status``."""
+    return int(status_field(status, b"CapEff"), 16)
+
+
+def status_field(status: bytes, name: bytes) -> bytes:
+    """Return the value of a field of ``/proc/PID/status``."""
+    return status.partition(b"\n" + name + b":")[2].partition(b"\n")[0]
