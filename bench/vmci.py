@@ -11,7 +11,7 @@ import os
 import socket
 from time import perf_counter
 
-from support.vmci_driver import PlayedGuest
+from support.vmci_driver import SimulatedGuest
 from vsockets.devices.vmci.packets import Kind
 
 _QUEUE = 262_144
@@ -39,7 +39,7 @@ def _fill(sock: socket.socket) -> None:
 
 def throughput(total: int, to_guest: bool) -> float:
     """MB/s one way through a queue of 256 KiB."""
-    guest = PlayedGuest()
+    guest = SimulatedGuest()
     guest.probe()
     stream = guest.connect(1024, _QUEUE)
     program = guest.fabric.streams.pop()

@@ -14,7 +14,7 @@ import pytest
 
 import vsockets
 from capture.dissecting import PAYLOAD, dissect, needs_tshark
-from support.virtio_guest import PlayedGuest, connect, played_guest
+from support.virtio_guest import SimulatedGuest, connect, simulated_guest
 from vsockets.devices.virtio.packet import Op, Shutdown
 from vsockets.testing import PrivateFabric
 
@@ -24,16 +24,16 @@ CID = 9
 
 
 @pytest.fixture
-def guest(vsock: Vsock, tmp_path: Path) -> Iterator[PlayedGuest]:
+def guest(vsock: Vsock, tmp_path: Path) -> Iterator[SimulatedGuest]:
     """A virtual machine, all but the machine."""
     path = tmp_path / "device"
     device = vsock.start("device", "virtio", "--cid", CID, "--socket", path)
     assert device.read_line() == str(CID)
-    with played_guest(path, CID) as guest:
+    with simulated_guest(path, CID) as guest:
         yield guest
 
 
-def talk(fabric: PrivateFabric, guest: PlayedGuest, port: int, data: bytes) -> None:
+def talk(fabric: PrivateFabric, guest: SimulatedGuest, port: int, data: bytes) -> None:
     """A stream from the guest to the host on which ``data`` goes and comes back."""
     with vsockets.create_server((2, port), context=fabric.host) as server:
         stream = connect(guest, 1000 + port, (2, port))
@@ -51,7 +51,7 @@ def talk(fabric: PrivateFabric, guest: PlayedGuest, port: int, data: bytes) -> N
 
 
 @needs_tshark
-def test_a_file(vsock: Vsock, fabric: PrivateFabric, guest: PlayedGuest, tmp_path: Path) -> None:
+def test_a_file(vsock: Vsock, fabric: PrivateFabric, guest: SimulatedGuest, tmp_path: Path) -> None:
     file = tmp_path / "capture.pcap"
     running = vsock.start("capture", "--context", CID, "-w", file, "--port", 5000)
     assert running.error_line() == f"capturing what passes the device of context {CID}"
@@ -70,7 +70,7 @@ def test_a_file(vsock: Vsock, fabric: PrivateFabric, guest: PlayedGuest, tmp_pat
 
 
 def test_who_does_not_read_holds_nobody_up(
-    vsock: Vsock, fabric: PrivateFabric, guest: PlayedGuest
+    vsock: Vsock, fabric: PrivateFabric, guest: SimulatedGuest
 ) -> None:
     """Far more passes than there is room for on the way to a reader that reads nothing."""
     running = vsock.start("capture", "--context", CID, "-w", "-")

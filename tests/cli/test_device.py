@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.virtio_guest import played_guest
+from support.virtio_guest import simulated_guest
 from vsockets.devices.guest_memory import STATUS
 from vsockets.testing import wait_until
 
@@ -88,7 +88,7 @@ def test_a_path_that_cannot_be_says_which(vsock: Vsock, tmp_path: Path) -> None:
 def test_memory_that_is_truncated_ends_it_with_a_line(vsock: Vsock, tmp_path: Path) -> None:
     path = tmp_path / "device"
     device = start(vsock, "virtio", path)
-    with played_guest(path, CID) as guest:
+    with simulated_guest(path, CID) as guest:
         os.ftruncate(guest.memory.fd, 0)
         os.eventfd_write(guest.transmit.kick, 1)
         _, said = device.finish(expect=STATUS)

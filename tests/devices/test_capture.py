@@ -38,7 +38,7 @@ def payload_of(record: Captured) -> bytes:
     return record.body[HEADER_SIZE:]
 
 
-def test_a_payload_in_parts_is_one_and_cut_where_it_ends(capture: CaptureSink) -> None:
+def test_payload_in_parts_is_joined_and_cut_to_its_length(capture: CaptureSink) -> None:
     with tapped(capture) as records:
         parts = [memoryview(b"hel"), memoryview(b"lo, and more")]
         capture.record(Operation.PAYLOAD, GUEST, HOST, parts, 5)
@@ -47,14 +47,14 @@ def test_a_payload_in_parts_is_one_and_cut_where_it_ends(capture: CaptureSink) -
     assert (record.missed, record.length) == (0, HEADER_SIZE + 5)
 
 
-def test_a_length_that_lies(capture: CaptureSink) -> None:
+def test_length_beyond_the_payload_is_reduced(capture: CaptureSink) -> None:
     with tapped(capture) as records:
         capture.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(b"short")], 0xFFFF_FFFF)
         (record,) = take_records(records)
     assert record.length == len(record.body) == HEADER_SIZE + 5
 
 
-def test_the_limit_is_each_readers_own(capture: CaptureSink) -> None:
+def test_payload_limit_applies_per_capture(capture: CaptureSink) -> None:
     with (
         tapped(capture, limit=2) as little,
         tapped(capture, limit=0) as none,
@@ -67,7 +67,7 @@ def test_the_limit_is_each_readers_own(capture: CaptureSink) -> None:
             assert record.length == HEADER_SIZE + 5
 
 
-def test_one_port_of_either_side(capture: CaptureSink) -> None:
+def test_port_filter_matches_either_side(capture: CaptureSink) -> None:
     with tapped(capture, port=5000) as records:
         for there in (HOST, (2, 5001)):
             capture.record(Operation.CONNECT, GUEST, there)
@@ -75,7 +75,7 @@ def test_one_port_of_either_side(capture: CaptureSink) -> None:
         assert len(take_records(records)) == 2
 
 
-def test_a_long_stream_is_cut_into_records(capture: CaptureSink) -> None:
+def test_long_stream_is_split_into_records(capture: CaptureSink) -> None:
     data = bytes(range(256)) * 1000
     with tapped(capture) as records:
         records.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
@@ -89,7 +89,7 @@ def test_a_long_stream_is_cut_into_records(capture: CaptureSink) -> None:
     assert max(len(payload_of(record)) for record in got) == CAPTURE_PAYLOAD_MAX_BYTES
 
 
-def test_who_is_slow_misses_records_and_is_told_how_many(capture: CaptureSink) -> None:
+def test_slow_reader_misses_records_and_gets_their_number(capture: CaptureSink) -> None:
     with tapped(capture) as records:
         for _ in range(10_000):  # more than any buffer takes, and nobody waits
             capture.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(bytes(1000))], 1000)
@@ -102,7 +102,7 @@ def test_who_is_slow_misses_records_and_is_told_how_many(capture: CaptureSink) -
         assert missed == [10_000 - len(came), 0]
 
 
-def test_who_has_gone_is_forgotten_and_the_others_go_on(capture: CaptureSink) -> None:
+def test_closed_capture_is_removed_and_others_continue(capture: CaptureSink) -> None:
     gone = tapped(capture)
     with tapped(capture) as stays:
         gone.close()
@@ -114,7 +114,7 @@ def test_who_has_gone_is_forgotten_and_the_others_go_on(capture: CaptureSink) ->
     assert not capture.recorders
 
 
-def test_so_many_at_a_time(capture: CaptureSink, loop: DeviceLoop) -> None:
+def test_number_of_captures_is_limited(capture: CaptureSink, loop: DeviceLoop) -> None:
     readers = [tapped(capture) for _ in range(DEVICE_CAPTURES_MAX)]
     with tapped(capture) as refused:
         assert refused.recv(1) == b""
@@ -127,7 +127,7 @@ def test_so_many_at_a_time(capture: CaptureSink, loop: DeviceLoop) -> None:
         reader.close()
 
 
-def test_who_ends_it_learns_what_it_missed_last(capture: CaptureSink, loop: DeviceLoop) -> None:
+def test_final_record_reports_missed_records(capture: CaptureSink, loop: DeviceLoop) -> None:
     with tapped(capture) as records:
         for _ in range(10_000):
             capture.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(bytes(1000))], 1000)
@@ -154,7 +154,9 @@ u32 = st.integers(0, 2**32 - 1)
     u32,
     st.binary(min_size=HEADER_SIZE, max_size=200) | st.just(b""),
 )
-def test_messages(nanoseconds: int, missed: int, length: int, body: bytes) -> None:
+def test_encoded_message_decodes_to_itself(
+    nanoseconds: int, missed: int, length: int, body: bytes
+) -> None:
     record = Captured(nanoseconds, missed, length, body)
     if length >= len(body):
         assert Captured.decode(record.encode()) == record
@@ -164,6 +166,6 @@ def test_messages(nanoseconds: int, missed: int, length: int, body: bytes) -> No
 
 
 @given(st.binary(max_size=HEADER_SIZE + 15).filter(lambda data: len(data) != 16))
-def test_messages_that_are_too_short(data: bytes) -> None:
+def test_short_messages_are_rejected(data: bytes) -> None:
     with pytest.raises(ProtocolError, match="a captured record of"):
         Captured.decode(data)

@@ -63,7 +63,7 @@ def busy() -> Iterator[Busy]:
     busy.loop.close()
 
 
-def test_answers_wait_until_vsockd_has_room(busy: Busy) -> None:
+def test_outcomes_wait_until_vsockd_has_room(busy: Busy) -> None:
     errors = (0, errno.ECONNRESET, 0)
     clients = [busy.settle(port, error) for port, error in zip(PORTS, errors, strict=True)]
     for port, error, client in zip(PORTS, errors, clients, strict=True):
@@ -78,7 +78,7 @@ def test_answers_wait_until_vsockd_has_room(busy: Busy) -> None:
         client.close()
 
 
-def test_then_the_link_is_as_before(busy: Busy) -> None:
+def test_link_works_after_the_queue_is_flushed(busy: Busy) -> None:
     for round in range(2):
         with busy.settle(PORTS[round], 0):
             told, _ = busy.next()
@@ -88,7 +88,7 @@ def test_then_the_link_is_as_before(busy: Busy) -> None:
 
 
 @pytest.mark.parametrize("error", [0, errno.ECONNRESET])
-def test_a_stream_that_is_established_tells_nobody_who_writes(busy: Busy, error: int) -> None:
+def test_established_stream_carries_no_credentials(busy: Busy, error: int) -> None:
     """vsockd is told that, of who connects; so it is still if who was refused connects again."""
     client, sock = socket.socketpair(AF_UNIX)
     with client, sock:
@@ -100,23 +100,23 @@ def test_a_stream_that_is_established_tells_nobody_who_writes(busy: Busy, error:
             os.close(fd)
 
 
-def test_nothing_is_kept_for_a_vsockd_that_has_gone(busy: Busy) -> None:
+def test_queued_outcomes_are_dropped_when_vsockd_closes(busy: Busy) -> None:
     with busy.settle(PORTS[0], errno.ECONNRESET) as client:
         client.recv(RECORD_SIZE)
         lost: list[bool] = []
         busy.attachment.on_lost = lambda: lost.append(True)
         busy.vsockd.close()
 
-        def has_heard() -> bool:
+        def has_closed() -> bool:
             busy.loop.turn()
             return bool(lost)
 
-        wait_until(has_heard, "the link to end")
+        wait_until(has_closed, "the link to end")
         assert client.recv(1) == b"", "the end that was to go back is closed"
 
 
 @pytest.mark.parametrize("kind", [SOCK_STREAM, SOCK_SEQPACKET])
-def test_the_mark_of_a_records_end_comes_along(kind: int) -> None:
+def test_record_marker_passes_only_through_seqpackets(kind: int) -> None:
     """A descriptor stands for MSG_EOR; streams have none, and refuse it where the kernel can."""
     link, vsockd = socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
     client, offered = socket.socketpair(AF_UNIX, kind)

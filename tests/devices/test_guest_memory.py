@@ -21,7 +21,7 @@ def file() -> int:
     return fd
 
 
-def test_a_range_lies_in_one_region(file: int) -> None:
+def test_view_requires_one_writable_region(file: int) -> None:
     memory = GuestMemory()
     memory.map(PAGE, 4 * PAGE, True, file, 0)
     memory.map(5 * PAGE, PAGE, True, file, 8 * PAGE)
@@ -45,7 +45,7 @@ def test_a_range_lies_in_one_region(file: int) -> None:
             memory.view(address, size)
 
 
-def test_regions_that_cannot_be(file: int) -> None:
+def test_invalid_regions_are_refused(file: int) -> None:
     memory = GuestMemory()
     memory.map(PAGE, PAGE, True, file, 0)
     for address, size, offset, code in [
@@ -69,7 +69,7 @@ def test_regions_that_cannot_be(file: int) -> None:
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=2000), st.data())
-def test_windows(sizes: list[int], data: st.DataObject) -> None:
+def test_scatter_list_window_equals_the_joined_bytes(sizes: list[int], data: st.DataObject) -> None:
     whole = bytes(i % 251 for i in range(sum(sizes)))
     views, at = [], 0
     for size in sizes:

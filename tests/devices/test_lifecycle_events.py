@@ -55,13 +55,17 @@ def device(fabric: PrivateFabric) -> Iterator[Device]:
         device.loop.close()
 
 
-def test_before_the_guest_connects(fabric: PrivateFabric, device: Device) -> None:
+def test_events_are_drained_before_the_guest_connects(
+    fabric: PrivateFabric, device: Device
+) -> None:
     fabric.control.migrate(CID)
     with contextlib.closing(device.attachment.connect(5000, (2, 5000), BufferSizes())):
         assert device.heard == ["migrate"]
 
 
-def test_before_the_guest_is_connected_to(fabric: PrivateFabric, device: Device) -> None:
+def test_events_are_drained_before_a_connect_to_the_guest(
+    fabric: PrivateFabric, device: Device
+) -> None:
     fabric.control.migrate(CID)
     with vsockets.socket(context=fabric.host) as client:
         client.setblocking(False)
@@ -80,12 +84,12 @@ def test_before_the_guest_is_connected_to(fabric: PrivateFabric, device: Device)
         offer.sock.close()
 
 
-def test_when_nothing_has_happened(device: Device) -> None:
+def test_draining_without_events_does_not_wait(device: Device) -> None:
     device.attachment.drain_events()  # and does not wait for it
     assert device.heard == []
 
 
-def test_after_vsockd(device: Device, fabric: PrivateFabric) -> None:
+def test_draining_after_vsockd_has_ended(device: Device, fabric: PrivateFabric) -> None:
     fabric.stop()
     wait_until(lambda: device.attachment.drain_events() or not device.listens, "the end of events")
     device.attachment.drain_events()

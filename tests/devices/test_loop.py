@@ -9,7 +9,7 @@ import sys
 from vsockets.devices.loop import DeviceLoop
 
 
-def test_a_look_is_repeated_between_events_until_it_is_over() -> None:
+def test_spin_repeats_until_the_condition_holds() -> None:
     loop = DeviceLoop()
     ours, theirs = socket.socketpair()
     heard: list[bytes] = []
@@ -35,7 +35,7 @@ def test_a_look_is_repeated_between_events_until_it_is_over() -> None:
         sock.close()
 
 
-def test_a_look_has_an_end() -> None:
+def test_spin_stops_after_its_time() -> None:
     loop = DeviceLoop()
     loop.spin(lambda: False, 0)
     loop.call_later(0.001, loop.stop)
@@ -76,7 +76,7 @@ print("served")
 """
 
 
-def test_a_passed_descriptor_that_is_slow_to_close() -> None:
+def test_slow_close_of_a_passed_descriptor_is_interrupted() -> None:
     """It lingers for a minute; within a sandbox, where no thread can begin."""
     command = [sys.executable, "-c", _SLOW_TO_CLOSE]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)

@@ -49,7 +49,7 @@ def attempt(code: str, arguments: str = "", folder: Path | None = None) -> str:
         "os.memfd_create('more')",
     ],
 )
-def test_it_cannot(code: str) -> None:
+def test_sandbox_refuses(code: str) -> None:
     assert attempt(code) == "1", "EPERM"
 
 
@@ -62,7 +62,7 @@ def test_it_cannot(code: str) -> None:
         "print(end='', flush=True)",
     ],
 )
-def test_it_can(code: str) -> None:
+def test_sandbox_allows(code: str) -> None:
     assert attempt(code).startswith("done True")
 
 
@@ -82,11 +82,11 @@ WITH_PATHS = f"{os.geteuid()}, paths=True"
         "os.setuid(1)",
     ],
 )
-def test_with_paths_it_cannot(code: str, tmp_path: Path) -> None:
+def test_sandbox_with_paths_refuses(code: str, tmp_path: Path) -> None:
     assert attempt(code, WITH_PATHS, tmp_path) == "1", "EPERM"
 
 
-def test_with_paths_it_can(tmp_path: Path) -> None:
+def test_sandbox_with_paths_allows_unix_sockets(tmp_path: Path) -> None:
     code = """
     a = socket.socket(socket.AF_UNIX); a.bind('a'); os.rename('a', 'b'); a.listen()
     c = socket.socket(socket.AF_UNIX); c.connect('b'); c.send(b'x'); r, w = os.pipe()

@@ -14,7 +14,7 @@ from vsockets.testing import wait_until
 ANSWER = bytes(4 << 20)
 
 
-class Talkative:
+class LargeReply:
     """Answers whatever comes with more than a socket holds."""
 
     wanted = 100
@@ -29,7 +29,7 @@ class Talkative:
         self._ended.append(True)
 
 
-def test_who_reads_no_answer_is_given_up(tmp_path: Path) -> None:
+def test_client_that_reads_no_reply_is_disconnected(tmp_path: Path) -> None:
     """And the next one is served; a machine's monitor waits for its answers."""
     path = os.fspath(tmp_path / "socket")
     listener = socket.socket(socket.AF_UNIX)
@@ -38,9 +38,9 @@ def test_who_reads_no_answer_is_given_up(tmp_path: Path) -> None:
     listener.setblocking(False)
     loop = DeviceLoop()
     ended: list[bool] = []
-    server = UnixServer(loop, listener, lambda: Talkative(ended), descriptors=1, reply_timeout=0.1)
+    server = UnixServer(loop, listener, lambda: LargeReply(ended), descriptors=1, reply_timeout=0.1)
 
-    def given_up() -> bool:
+    def disconnected() -> bool:
         loop.turn()
         return bool(ended)
 
@@ -49,7 +49,7 @@ def test_who_reads_no_answer_is_given_up(tmp_path: Path) -> None:
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(path)
                 client.send(b"a question")
-                wait_until(given_up, "the server to lose its patience")
+                wait_until(disconnected, "the server to lose its patience")
             ended.clear()
     finally:
         server.close()

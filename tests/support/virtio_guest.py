@@ -30,7 +30,7 @@ FEATURES = F_VERSION_1 | F_RING_EVENT_IDX | F_RING_INDIRECT_DESC | F_SEQPACKET
 _PATIENCE = 20.0
 
 
-class PlayedGuest:
+class SimulatedGuest:
     """A guest with the CID ``cid`` whose monitor has connected to the device at ``path``.
 
     ``buffer`` is the payload of one receive buffer, in bytes; ``split`` puts header and payload
@@ -201,7 +201,7 @@ class GuestStream:
 
     def __init__(
         self,
-        guest: PlayedGuest,
+        guest: SimulatedGuest,
         local: int,
         peer: tuple[int, int],
         answer: Header,
@@ -287,16 +287,16 @@ class GuestStream:
 
 
 @contextmanager
-def played_guest(path: Path | str, cid: int, **options: int) -> Iterator[PlayedGuest]:
+def simulated_guest(path: Path | str, cid: int, **options: int) -> Iterator[SimulatedGuest]:
     """A played guest while the context lasts."""
-    guest = PlayedGuest(path, cid, **options)  # type: ignore[arg-type]
+    guest = SimulatedGuest(path, cid, **options)  # type: ignore[arg-type]
     try:
         yield guest
     finally:
         guest.close()
 
 
-def connect(guest: PlayedGuest, local: int, peer: tuple[int, int], **fields: int) -> GuestStream:
+def connect(guest: SimulatedGuest, local: int, peer: tuple[int, int], **fields: int) -> GuestStream:
     """Connect to the host; ConnectionResetError when it refuses."""
     guest.send(guest.header(Op.REQUEST, local, peer, **fields))
     header, _ = guest.next_packet()
@@ -313,7 +313,7 @@ def connect(guest: PlayedGuest, local: int, peer: tuple[int, int], **fields: int
     )
 
 
-def accept(guest: PlayedGuest, buf_alloc: int = 1 << 20) -> GuestStream:
+def accept(guest: SimulatedGuest, buf_alloc: int = 1 << 20) -> GuestStream:
     """Accept the host's connect that comes next."""
     header, _ = guest.next_packet()
     assert header.op == Op.REQUEST, header

@@ -29,7 +29,7 @@ ANONYMOUS = Handle(0xFFFF_FFFF, 0xFFFF_FFFF)
 _OUT, _IN, _IN_DATA, _QUEUES = 0, 0x20_000, 0x21_000, 0x40_000
 
 
-class PlayedFabric:
+class StubFabric:
     """Stands where vsockd is: accepts every stream and keeps every datagram."""
 
     on_resized: Callable[[int, tuple[int, int], int], None]  #: set by the device
@@ -75,12 +75,12 @@ class PlayedFabric:
         self.capture.close()
 
 
-class PlayedGuest:
+class SimulatedGuest:
     """One guest with its device, not booted: :meth:`probe` does what drivers do first."""
 
     def __init__(self) -> None:
         self.loop = DeviceLoop()
-        self.fabric = PlayedFabric(self.loop)
+        self.fabric = StubFabric(self.loop)
         self.machine = VmciMachine(self.loop, self.fabric, CID)  # type: ignore[arg-type]
         self.device = self.machine.device
         fd = os.memfd_create("guest")
@@ -186,7 +186,7 @@ class PlayedGuest:
             Hypercall.QUEUEPAIR_ALLOC, payload + struct.pack(f"<{len(pages)}Q", *pages)
         )
 
-    def connect(self, port: int, size: int) -> PlayedStream:
+    def connect(self, port: int, size: int) -> SimulatedStream:
         """As connect() in a guest; the other end is the fabric's newest stream."""
         self.packet(Packet(Kind.REQUEST2, port, 5000, size, 0, 1))
         (answer,) = self.packets()
@@ -198,17 +198,17 @@ class PlayedGuest:
         self.packet(Packet(Kind.OFFER, port, 5000, handle_value(handle)))
         (answer,) = self.packets()
         assert answer.kind == Kind.ATTACH, answer
-        return PlayedStream(self, port, handle, size, pages)
+        return SimulatedStream(self, port, handle, size, pages)
 
     def detach(self, handle: Handle) -> int:
         return self.call(Hypercall.QUEUEPAIR_DETACH, struct.pack("<II", *handle))
 
 
-class PlayedStream:
+class SimulatedStream:
     """The guest's end of a stream, whose pages follow each other."""
 
     def __init__(
-        self, guest: PlayedGuest, port: int, handle: Handle, size: int, pages: Sequence[int]
+        self, guest: SimulatedGuest, port: int, handle: Handle, size: int, pages: Sequence[int]
     ) -> None:
         self._guest = guest
         self.port = port

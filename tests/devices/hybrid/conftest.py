@@ -10,7 +10,7 @@ import pytest
 
 from vsockets.testing import PrivateFabric
 
-from .played_firecracker import HybridDevice, PlayedFirecracker
+from .simulated_firecracker import HybridDevice, SimulatedFirecracker
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,14 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="class")
-def firecracker(folder: Path) -> Iterator[PlayedFirecracker]:
-    played = PlayedFirecracker(folder / "v.sock")
+def firecracker(folder: Path) -> Iterator[SimulatedFirecracker]:
+    played = SimulatedFirecracker(folder / "v.sock")
     played.power_on()
     yield played
     played.close()
 
 
 @pytest.fixture(scope="class")
-def device(fabric: PrivateFabric, firecracker: PlayedFirecracker) -> Iterator[HybridDevice]:
+def device(fabric: PrivateFabric, firecracker: SimulatedFirecracker) -> Iterator[HybridDevice]:
     with HybridDevice(fabric, firecracker.path) as device:
         yield device

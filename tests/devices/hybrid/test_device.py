@@ -23,7 +23,7 @@ import vsockets
 from vsockets import VMADDR_PORT_ANY
 from vsockets.testing import PrivateFabric, wait_until
 
-from .played_firecracker import PATIENCE, HybridDevice, PlayedFirecracker, read_all, read_line
+from .simulated_firecracker import PATIENCE, HybridDevice, SimulatedFirecracker, read_all, read_line
 
 
 @contextlib.contextmanager
@@ -47,7 +47,10 @@ def finish(sock: vsockets.socket) -> int:
 
 @contextlib.contextmanager
 def joined(
-    fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker, more: bytes = b""
+    fabric: PrivateFabric,
+    device: HybridDevice,
+    firecracker: SimulatedFirecracker,
+    more: bytes = b"",
 ) -> Iterator[tuple[vsockets.socket, socket.socket]]:
     """A stream from the host to the guest's port 52: its two ends."""
     with connecting(fabric, device.cid, 52) as sock, firecracker.accepts(52, more) as guest:
@@ -56,7 +59,7 @@ def joined(
 
 
 @contextlib.contextmanager
-def serving(fabric: PrivateFabric, firecracker: PlayedFirecracker) -> Iterator[vsockets.socket]:
+def serving(fabric: PrivateFabric, firecracker: SimulatedFirecracker) -> Iterator[vsockets.socket]:
     """A listener of the host, which the guest knows of."""
     address = (2, VMADDR_PORT_ANY)
     with vsockets.create_server(address, backlog=1000, context=fabric.host) as server:
@@ -68,7 +71,7 @@ def serving(fabric: PrivateFabric, firecracker: PlayedFirecracker) -> Iterator[v
 
 @contextlib.contextmanager
 def connected(
-    fabric: PrivateFabric, firecracker: PlayedFirecracker, more: bytes = b""
+    fabric: PrivateFabric, firecracker: SimulatedFirecracker, more: bytes = b""
 ) -> Iterator[tuple[socket.socket, vsockets.socket]]:
     """A stream from the guest to the host, on which the guest says ``more``: its two ends."""
     with (
@@ -103,15 +106,15 @@ def exchange(one: socket.socket, other: socket.socket, data: bytes) -> None:
 
 class TestToTheGuest:
     def test_a_stream(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         with joined(fabric, device, firecracker) as (sock, guest):
             assert sock.getpeername() == (device.cid, 52)
             assert sock.getsockname()[0] == 2
             exchange(sock, guest, os.urandom(1 << 20) * 4)
 
-    def test_the_guest_speaks_first(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_payload_after_the_handshake_line_is_forwarded(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         """Payload in the same write as the handshake's line is not lost."""
         with joined(fabric, device, firecracker, b"SSH-2.0-guest\r\n") as (sock, guest):
@@ -119,8 +122,8 @@ class TestToTheGuest:
             guest.sendall(b"more")
             assert sock.recv(100) == b"more"
 
-    def test_the_answer_in_pieces(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_reply_split_into_pieces(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         """vhost-device#663: the newline comes apart from the number."""
         with connecting(fabric, device.cid, 52) as sock:
@@ -134,11 +137,11 @@ class TestToTheGuest:
     @pytest.mark.parametrize(
         "answer", [b"", b"OK 1", b"OK x\n", b"ERR 1\n", b"O" * 40, b"\0" * 4096]
     )
-    def test_no_answer_or_none_at_all(
+    def test_invalid_or_missing_reply_fails_the_connect(
         self,
         fabric: PrivateFabric,
         device: HybridDevice,
-        firecracker: PlayedFirecracker,
+        firecracker: SimulatedFirecracker,
         answer: bytes,
     ) -> None:
         """Nobody listens, or that is no hybrid vsock: a line that never ends is cut off."""
@@ -152,8 +155,8 @@ class TestToTheGuest:
         with joined(fabric, device, firecracker) as (sock, guest):  # all is well
             exchange(sock, guest, b"x")
 
-    def test_trying_again_on_the_same_socket(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_refused_socket_can_connect_again(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         with vsockets.socket(context=fabric.host) as sock, ThreadPoolExecutor(1) as pool:
             sock.settimeout(PATIENCE)
@@ -166,8 +169,8 @@ class TestToTheGuest:
                 assert connected.result() == 0
                 exchange(sock, guest, b"x")
 
-    def test_a_guest_that_says_nothing(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_guest_without_reply_times_out(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         with pytest.raises(TimeoutError):
             vsockets.create_connection((device.cid, 52), 0.5, context=fabric.host)
@@ -175,16 +178,16 @@ class TestToTheGuest:
         with guest:
             assert guest.recv(1) == b""
 
-    def test_who_connects_gives_up(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_client_closes_while_connecting(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         with connecting(fabric, device.cid, 52):
             guest, _ = firecracker.asked()
         with guest:
             assert guest.recv(1) == b""
 
-    def test_half_close_is_not_a_close(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_half_close_keeps_the_other_direction_open(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         """cloud-hypervisor#8300, #8372."""
         with joined(fabric, device, firecracker) as (sock, guest):
@@ -202,8 +205,8 @@ class TestToTheGuest:
             sock.sendall(b"answer")
             assert guest.recv(100) == b"answer"
 
-    def test_a_slow_reader_holds_the_sender_up(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_slow_reader_blocks_the_sender(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         with joined(fabric, device, firecracker) as (sock, guest):
             sock.settimeout(0.2)
@@ -215,11 +218,11 @@ class TestToTheGuest:
             assert len(read_all(guest)) == sent
 
     @pytest.mark.parametrize("unread", [b"", b"unread"])
-    def test_an_early_close(
+    def test_early_close_by_the_host(
         self,
         fabric: PrivateFabric,
         device: HybridDevice,
-        firecracker: PlayedFirecracker,
+        firecracker: SimulatedFirecracker,
         unread: bytes,
     ) -> None:
         """cloud-hypervisor#6621, #6798: the monitor crashed when the host closed early."""
@@ -234,8 +237,8 @@ class TestToTheGuest:
         with joined(fabric, device, firecracker) as (sock, guest):
             exchange(sock, guest, b"all is well")
 
-    def test_churn(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_resets_never_affect_other_streams(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         """flintlock#1205, cloud-hypervisor#8692: nobody's end becomes another one's, whatever is
         reset meanwhile.
@@ -256,8 +259,8 @@ class TestToTheGuest:
                     assert sock.recv(100) == b"%d" % number
         wait_until(lambda: not fabric.control.status()["streams"], "all to be forgotten", PATIENCE)
 
-    def test_many_at_once(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_many_concurrent_streams(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         pairs = []
         with contextlib.ExitStack() as stack:
@@ -267,8 +270,8 @@ class TestToTheGuest:
                 guest.sendall(b"%d" % number)
                 assert sock.recv(100) == b"%d" % number
 
-    def test_a_machine_that_does_not_run(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_connect_fails_while_the_machine_is_off(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         firecracker.power_off()
         with connecting(fabric, device.cid, 52) as sock:
@@ -278,8 +281,8 @@ class TestToTheGuest:
             exchange(sock, guest, b"x")
 
 
-def test_waiting_for_a_guest(
-    fabric: PrivateFabric, folder: Path, firecracker: PlayedFirecracker
+def test_connect_waits_for_the_guest(
+    fabric: PrivateFabric, folder: Path, firecracker: SimulatedFirecracker
 ) -> None:
     """firecracker#1253: the host connects before the guest listens, or runs."""
     firecracker.power_off()
@@ -299,7 +302,7 @@ def test_waiting_for_a_guest(
 
 class TestFromTheGuest:
     def test_a_stream(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         """One kernel socket from end to end: the device is not in it."""
         with connected(fabric, firecracker, b"at once") as (guest, sock):
@@ -313,8 +316,8 @@ class TestFromTheGuest:
             finally:
                 device.process.send_signal(signal.SIGCONT)
 
-    def test_ports_come_and_go_with_their_listeners(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_ports_follow_their_listeners(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         with vsockets.create_server((2, 5000), context=fabric.host):
             firecracker.wait_for(5000)
@@ -337,8 +340,8 @@ class TestFromTheGuest:
         with pytest.raises(ConnectionRefusedError):
             firecracker.connects(5000)
 
-    def test_connects_while_the_device_and_vsockd_are_busy(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_connects_while_device_and_vsockd_are_busy(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         with serving(fabric, firecracker) as server:
             port = server.getsockname()[1]
@@ -356,8 +359,8 @@ class TestFromTheGuest:
             for guest in guests:
                 guest.close()
 
-    def test_a_full_backlog(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_connects_beyond_the_backlog(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         with vsockets.create_server((2, 5005), backlog=1, context=fabric.host) as server:
             firecracker.wait_for(5005)
@@ -373,8 +376,8 @@ class TestFromTheGuest:
             for guest in guests:
                 guest.close()
 
-    def test_early_closes_and_churn(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_early_closes_by_the_guest(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         with serving(fabric, firecracker) as server:
             port = server.getsockname()[1]
@@ -388,7 +391,7 @@ class TestFromTheGuest:
         assert device.process.poll() is None
 
     def test_half_close(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         with connected(fabric, firecracker) as (guest, sock):
             guest.shutdown(socket.SHUT_WR)
@@ -396,8 +399,8 @@ class TestFromTheGuest:
             sock.sendall(b"answer")
             assert guest.recv(100) == b"answer"
 
-    def test_a_port_that_is_somebody_elses(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_existing_socket_of_another_program_is_kept(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         """A program that has made the unix socket itself keeps it."""
         with socket.socket(socket.AF_UNIX) as theirs:
@@ -411,7 +414,9 @@ class TestFromTheGuest:
             os.unlink(f"{firecracker.path}_5006")
 
 
-def test_who_listens_already(fabric: PrivateFabric, firecracker: PlayedFirecracker) -> None:
+def test_existing_listeners_are_announced_at_start(
+    fabric: PrivateFabric, firecracker: SimulatedFirecracker
+) -> None:
     """Outside the class: two devices at one path get into each other's way."""
     with contextlib.ExitStack() as stack:
         ports = set()
@@ -436,7 +441,7 @@ def test_who_listens_already(fabric: PrivateFabric, firecracker: PlayedFirecrack
 class TestLife:
     @pytest.fixture
     def device(
-        self, fabric: PrivateFabric, firecracker: PlayedFirecracker
+        self, fabric: PrivateFabric, firecracker: SimulatedFirecracker
     ) -> Iterator[HybridDevice]:
         """Each test its own: most end it."""
         with HybridDevice(fabric, firecracker.path) as device:
@@ -444,7 +449,7 @@ class TestLife:
 
     @pytest.fixture
     def streams(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> Iterator[list[socket.socket]]:
         """A stream each way: the ends."""
         with (
@@ -454,11 +459,11 @@ class TestLife:
             yield [sock, guest, other, accepted]
 
     @pytest.mark.parametrize("change", ["suspend", "migrate", "fault_tolerance", "power_off"])
-    def test_streams_are_cut(
+    def test_interruptions_close_streams(
         self,
         fabric: PrivateFabric,
         device: HybridDevice,
-        firecracker: PlayedFirecracker,
+        firecracker: SimulatedFirecracker,
         streams: list[socket.socket],
         change: str,
     ) -> None:
@@ -469,8 +474,8 @@ class TestLife:
         if change != "migrate":
             firecracker.wait_for()
 
-    def test_suspended_and_resumed(
-        self, fabric: PrivateFabric, device: HybridDevice, firecracker: PlayedFirecracker
+    def test_streams_after_suspend_and_resume(
+        self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
         with vsockets.create_server((2, 5008), context=fabric.host):
             firecracker.wait_for(5008)
@@ -482,8 +487,8 @@ class TestLife:
         with joined(fabric, device, firecracker) as (sock, guest):
             exchange(sock, guest, b"x")
 
-    def test_the_device_ends_after_its_context(
-        self, fabric: PrivateFabric, firecracker: PlayedFirecracker
+    def test_device_ends_after_its_context(
+        self, fabric: PrivateFabric, firecracker: SimulatedFirecracker
     ) -> None:
         cid = fabric.control.add_context()["cid"]
         with (
@@ -495,8 +500,8 @@ class TestLife:
             assert device.process.wait(PATIENCE) == 0
             assert not firecracker.ports()
 
-    def test_a_device_that_is_killed(
-        self, fabric: PrivateFabric, firecracker: PlayedFirecracker
+    def test_killed_device_leaves_guest_streams_and_removable_sockets(
+        self, fabric: PrivateFabric, firecracker: SimulatedFirecracker
     ) -> None:
         cid = fabric.control.add_context()["cid"]
         with vsockets.create_server((2, 5011), context=fabric.host) as server:
@@ -524,11 +529,11 @@ class TestLife:
         fabric.control.remove_context(cid)
 
 
-def test_long_paths(fabric: PrivateFabric, folder: Path) -> None:
+def test_long_socket_paths(fabric: PrivateFabric, folder: Path) -> None:
     """flintlock#1226, vfkit#194: a unix socket's path has 107 bytes."""
     deep = folder / ("d" * 100) / ("e" * 100)
     deep.mkdir(parents=True)
-    firecracker = PlayedFirecracker(deep / "v.sock")
+    firecracker = SimulatedFirecracker(deep / "v.sock")
     firecracker.power_on()
     with (
         HybridDevice(fabric, firecracker.path) as device,
@@ -540,7 +545,7 @@ def test_long_paths(fabric: PrivateFabric, folder: Path) -> None:
     firecracker.close()
 
 
-def test_read_line_is_not_too_greedy() -> None:
+def test_read_line_leaves_the_rest() -> None:
     one, other = socket.socketpair()
     with one, other:
         one.sendall(b"a\nb")

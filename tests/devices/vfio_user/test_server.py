@@ -45,7 +45,7 @@ PAGE = 4096
 VERSION = struct.pack("<HH", 0, 0) + b'{"capabilities":{}}\0'
 
 
-class Remembering:
+class RecordingDevice:
     """A device of 64 bytes."""
 
     def __init__(self) -> None:
@@ -104,12 +104,12 @@ class Client:
 
 
 @pytest.fixture
-def device() -> Remembering:
-    return Remembering()
+def device() -> RecordingDevice:
+    return RecordingDevice()
 
 
 @pytest.fixture
-def path(device: Remembering, tmp_path: Path) -> Iterator[Path]:
+def path(device: RecordingDevice, tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "vfio"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     listener.bind(os.fspath(path))
@@ -141,7 +141,7 @@ def access(region: int, offset: int, count: int, data: bytes = b"") -> bytes:
     return ACCESS.pack(offset, region, count) + data
 
 
-def test_version(path: Path) -> None:
+def test_version_negotiation(path: Path) -> None:
     client = Client(path)
     answer = client.ask(Command.VERSION, VERSION)
     assert isinstance(answer, bytes) and answer[:4] == bytes(4)
@@ -153,13 +153,13 @@ def test_version(path: Path) -> None:
     "payload",
     [b"", b"\0", b"\1\0\0\0", VERSION[:4] + b"[]", VERSION[:4] + b"{", VERSION[:4] + b"\xff"],
 )
-def test_versions_that_are_none(path: Path, payload: bytes) -> None:
+def test_invalid_versions_are_refused(path: Path, payload: bytes) -> None:
     client = Client(path)
     assert client.ask(Command.VERSION, payload) == errno.EINVAL
     client.sock.close()
 
 
-def test_what_the_device_is(client: Client) -> None:
+def test_device_region_and_interrupt_information(client: Client) -> None:
     assert client.ask(Command.DEVICE_GET_INFO, struct.pack("<IIII", 16, 0, 0, 0)) == struct.pack(
         "<IIII", 16, 3, 9, 5
     )
@@ -184,7 +184,7 @@ def test_what_the_device_is(client: Client) -> None:
     assert header[16 + 0x34] == 0x40
 
 
-def test_reads_and_writes(client: Client, device: Remembering) -> None:
+def test_region_reads_and_writes(client: Client, device: RecordingDevice) -> None:
     assert client.ask(Command.REGION_WRITE, access(1, 60, 4, b"abcd")) == access(1, 60, 4)
     assert client.ask(Command.REGION_READ, access(1, 60, 4)) == access(1, 60, 4, b"abcd")
     client.send(Command.REGION_WRITE, access(1, 0, 1, b"x"), flags=0x10)  # no answer
@@ -195,7 +195,7 @@ def test_reads_and_writes(client: Client, device: Remembering) -> None:
     assert client.ask(Command.REGION_READ, b"short") == errno.EINVAL
 
 
-def test_memory(client: Client, device: Remembering) -> None:
+def test_dma_map_and_unmap(client: Client, device: RecordingDevice) -> None:
     fd = os.memfd_create("guest")
     os.ftruncate(fd, 4 * PAGE)
     os.pwrite(fd, b"from the guest", PAGE)
@@ -218,7 +218,7 @@ def test_memory(client: Client, device: Remembering) -> None:
     os.close(fd)
 
 
-def test_interrupts(client: Client, device: Remembering) -> None:
+def test_interrupts_signal_eventfds(client: Client, device: RecordingDevice) -> None:
     eventfds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
     device.interrupts.trigger(0)  # nobody is there
     assert (
@@ -242,7 +242,7 @@ def test_interrupts(client: Client, device: Remembering) -> None:
         os.close(eventfd)
 
 
-def test_one_client_after_the_other(path: Path, device: Remembering) -> None:
+def test_clients_are_served_one_after_another(path: Path, device: RecordingDevice) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for number in range(1, 4):
         client = Client(path)
@@ -272,7 +272,7 @@ def test_one_client_after_the_other(path: Path, device: Remembering) -> None:
         HEADER.pack(1, Command.VERSION, 16 + len(VERSION), 0, 0) + VERSION + bytes(16),
     ],
 )
-def test_garbage_ends_the_connection_and_no_more(path: Path, garbage: bytes) -> None:
+def test_malformed_message_ends_only_its_connection(path: Path, garbage: bytes) -> None:
     client = Client(path)
     client.sock.send(garbage)
     while client.sock.recv(4096):
@@ -319,7 +319,7 @@ def _descriptors() -> int:
     st.lists(st.tuples(st.integers(1, 13), st.binary(max_size=40)), max_size=8),
     st.lists(st.integers(1, 30), max_size=40),
 )
-def test_decoding_does_not_depend_on_how_it_arrives(
+def test_decoding_is_independent_of_read_sizes(
     messages: list[tuple[int, bytes]], cuts: list[int]
 ) -> None:
     data = b"".join(
@@ -334,7 +334,7 @@ def test_decoding_does_not_depend_on_how_it_arrives(
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_decode_or_are_refused(data: bytes) -> None:
+def test_any_bytes_are_decoded_or_refused(data: bytes) -> None:
     with contextlib.suppress(DeviceProtocolError):
         list(Decoder().receive(data))
 

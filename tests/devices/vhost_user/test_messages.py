@@ -35,16 +35,14 @@ def read(decoder: Decoder, data: bytes, step: int, fds: list[int]) -> list[Messa
     st.lists(st.tuples(st.integers(0, 99), st.binary(max_size=100)), max_size=5),
     st.integers(1, 300),
 )
-def test_messages_come_whole_however_they_are_read(
-    sent: list[tuple[int, bytes]], step: int
-) -> None:
+def test_messages_are_complete_for_any_read_sizes(sent: list[tuple[int, bytes]], step: int) -> None:
     decoder = Decoder()
     data = b"".join(encode(request, payload) for request, payload in sent)
     got = read(decoder, data, step, [])
     assert [(message.request, message.payload) for message in got] == sent
 
 
-def test_descriptors_belong_to_the_message_they_came_with() -> None:
+def test_descriptors_belong_to_their_message() -> None:
     decoder = Decoder()
     (first,) = read(decoder, encode(RequestType.SET_OWNER), 99, [])
     (second,) = read(decoder, encode(RequestType.ADD_MEM_REG, bytes(40)), 7, [5, 6])
@@ -52,7 +50,7 @@ def test_descriptors_belong_to_the_message_they_came_with() -> None:
     assert (first.fds, second.fds, third.fds) == ((), (5, 6), ())
 
 
-def test_descriptors_of_a_message_cut_short_are_not_lost() -> None:
+def test_descriptors_of_an_incomplete_message_are_returned() -> None:
     decoder = Decoder()
     decoder.receive(b"\1", [5])
     assert decoder.pending_fds() == [5]
@@ -68,14 +66,14 @@ def test_descriptors_of_a_message_cut_short_are_not_lost() -> None:
         HEADER.pack(1, 1, 0xFFFF_FFFF),
     ],
 )
-def test_what_is_no_request_is_refused(header: bytes) -> None:
+def test_malformed_requests_are_refused(header: bytes) -> None:
     decoder = Decoder()
     with pytest.raises(DeviceProtocolError):
         decoder.receive(header, [5, 6])
     assert decoder.pending_fds() == [5, 6]
 
 
-def test_a_message_has_a_bounded_number_of_descriptors() -> None:
+def test_descriptors_of_a_message_are_limited() -> None:
     decoder = Decoder()
     decoder.receive(b"\1", [5] * VHOST_USER_DESCRIPTORS_MAX)
     with pytest.raises(DeviceProtocolError, match="too many descriptors: 9"):
@@ -83,5 +81,5 @@ def test_a_message_has_a_bounded_number_of_descriptors() -> None:
     assert decoder.pending_fds() == [*([5] * VHOST_USER_DESCRIPTORS_MAX), 6]
 
 
-def test_a_reply_says_so() -> None:
+def test_reply_has_the_reply_flag() -> None:
     assert reply(Message(1, 1, b""), b"12345678") == HEADER.pack(1, 5, 8) + b"12345678"

@@ -129,7 +129,7 @@ def set_ring(front: Front, kick: int, index: int = 0) -> None:
     assert front.order(RequestType.SET_VRING_ENABLE, state.pack(index, 1)) == 0
 
 
-def test_features(front: Front) -> None:
+def test_feature_negotiation(front: Front) -> None:
     assert front.number(RequestType.GET_FEATURES) == VERSION_1 | F_PROTOCOL_FEATURES
     assert front.device.used == VERSION_1
     assert front.number(RequestType.GET_QUEUE_NUM) == 2
@@ -140,7 +140,7 @@ def test_features(front: Front) -> None:
     )
 
 
-def test_the_configuration_space(front: Front) -> None:
+def test_configuration_space(front: Front) -> None:
     config = messages.CONFIG
     assert front.ask(RequestType.GET_CONFIG, config.pack(2, 3, 0) + b"...") == (
         config.pack(2, 3, 0) + b"345"
@@ -151,7 +151,7 @@ def test_the_configuration_space(front: Front) -> None:
     assert front.order(RequestType.SET_CONFIG, config.pack(0, 1, 0) + b"x") == errno.ENOTSUP
 
 
-def test_a_ring_starts_when_it_is_enabled_and_stops_when_its_base_is_asked_for(
+def test_ring_starts_when_enabled_and_stops_at_get_vring_base(
     front: Front, memory: int, kick: int
 ) -> None:
     assert front.order(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
@@ -163,7 +163,7 @@ def test_a_ring_starts_when_it_is_enabled_and_stops_when_its_base_is_asked_for(
     assert front.device.running == {}
 
 
-def test_without_protocol_features_a_ring_is_enabled_at_once(memory: int, kick: int) -> None:
+def test_ring_is_enabled_at_kick_without_protocol_features(memory: int, kick: int) -> None:
     front = Front()
     tell = front.session.handle
     assert tell(Message(RequestType.SET_FEATURES, 1, messages.U64.pack(VERSION_1))) is None
@@ -177,7 +177,7 @@ def test_without_protocol_features_a_ring_is_enabled_at_once(memory: int, kick: 
     assert front.device.resets == 1
 
 
-def test_who_asks_for_an_answer_gets_one(memory: int) -> None:
+def test_need_reply_is_honoured_without_reply_ack(memory: int) -> None:
     """QEMU agrees on REPLY_ACK once; to a device that was started again it does not say so, and
     it waits, with its guest."""
     front = Front()
@@ -186,7 +186,7 @@ def test_who_asks_for_an_answer_gets_one(memory: int) -> None:
     front.session.close()
 
 
-def test_memory_changes_under_a_running_ring(front: Front, memory: int, kick: int) -> None:
+def test_memory_changes_restart_running_rings(front: Front, memory: int, kick: int) -> None:
     slot = messages.U64.pack(0)
     assert front.order(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
     set_ring(front, kick)
@@ -218,11 +218,13 @@ def test_memory_changes_under_a_running_ring(front: Front, memory: int, kick: in
         (table(region(), region()), 2),
     ],
 )
-def test_tables_that_cannot_be(front: Front, memory: int, payload: bytes, files: int) -> None:
+def test_invalid_memory_tables_are_refused(
+    front: Front, memory: int, payload: bytes, files: int
+) -> None:
     assert front.order(RequestType.SET_MEM_TABLE, payload, *[memory] * files) != 0
 
 
-def test_memory_that_is_no_file(front: Front, kick: int) -> None:
+def test_memory_must_be_a_regular_file(front: Front, kick: int) -> None:
     assert front.order(RequestType.SET_MEM_TABLE, table(region()), kick) == errno.EINVAL
 
 
@@ -241,11 +243,13 @@ def test_memory_that_is_no_file(front: Front, kick: int) -> None:
         (RequestType.ADD_MEM_REG, bytes(40), errno.EINVAL),
     ],
 )
-def test_orders_that_cannot_be(front: Front, request_: int, payload: bytes, code: int) -> None:
+def test_invalid_requests_are_refused(
+    front: Front, request_: int, payload: bytes, code: int
+) -> None:
     assert front.order(request_, payload) == code
 
 
-def test_what_is_wrong_and_cannot_be_answered_ends_it(front: Front) -> None:
+def test_errors_without_a_reply_end_the_connection(front: Front) -> None:
     with pytest.raises(DeviceProtocolError):
         front.session.handle(Message(9999, 1, b""))
     with pytest.raises(DeviceProtocolError):
@@ -263,7 +267,7 @@ def test_reset_and_status(front: Front, memory: int, kick: int) -> None:
     assert front.device.resets == 1
 
 
-def test_descriptors_nobody_wants_are_closed(front: Front, memory: int) -> None:
+def test_unused_descriptors_are_closed(front: Front, memory: int) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for request in (
         RequestType.SET_OWNER,
@@ -293,7 +297,7 @@ def test_descriptors_nobody_wants_are_closed(front: Front, memory: int) -> None:
         max_size=30,
     )
 )
-def test_any_messages_in_any_order(said: list[tuple[int, bytes, int]]) -> None:
+def test_any_sequence_of_messages(said: list[tuple[int, bytes, int]]) -> None:
     front = Front()
     memory = os.memfd_create("memory")
     os.ftruncate(memory, 2 * SIZE)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.virtio_guest import FEATURES, PlayedGuest
+from support.virtio_guest import FEATURES, SimulatedGuest
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vhost_user.session import VhostUserServer
 from vsockets.devices.virtio.device import VirtioVsock
@@ -74,7 +74,7 @@ class Rig:
         self._calls = socket.socketpair()
         self._pending: list[Callable[[], None]] = []
         self.loop.watch(self._calls[0].fileno(), self._called)
-        self._guests: list[PlayedGuest] = []
+        self._guests: list[SimulatedGuest] = []
         self._thread = threading.Thread(target=self.loop.run)
         self._thread.start()
 
@@ -96,10 +96,10 @@ class Rig:
         self._calls[0].recv(1)
         self._pending.pop(0)()
 
-    def guest(self, **options: object) -> PlayedGuest:
+    def guest(self, **options: object) -> SimulatedGuest:
         features = options.pop("features", FEATURES)
         assert isinstance(features, int)
-        guest = PlayedGuest(self.path, CID, features=features | self.features, **options)  # type: ignore[arg-type]
+        guest = SimulatedGuest(self.path, CID, features=features | self.features, **options)  # type: ignore[arg-type]
         self._guests.append(guest)
         return guest
 

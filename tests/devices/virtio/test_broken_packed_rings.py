@@ -101,14 +101,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_chain(name: str) -> None:
+def test_invalid_chains_are_detected(name: str) -> None:
     bench = Bench()
     BROKEN[name](bench)
     with pytest.raises(RingError):
         bench.ring.pop()
 
 
-def test_flags_in_a_table_lead_nowhere() -> None:
+def test_flags_in_an_indirect_table_are_ignored() -> None:
     """Of a packed ring's table only WRITE means something (virtio 1.3, 2.8.7)."""
     bench = Bench()
     entry = DESCRIPTOR.pack(GUEST_BASE + bench.place, 16, 0, INDIRECT | NEXT)
@@ -117,7 +117,7 @@ def test_flags_in_a_table_lead_nowhere() -> None:
     assert chain is not None and [len(part) for part in chain[1]] == [16]
 
 
-def test_a_chain_that_changes_after_it_was_read() -> None:
+def test_chain_is_read_once() -> None:
     """What was checked is what is used (CVE-2025-22224)."""
     bench = Bench()
     bench.descriptor(0, 10, 0)
@@ -128,7 +128,7 @@ def test_a_chain_that_changes_after_it_was_read() -> None:
 
 
 @pytest.mark.parametrize("base", [SIZE, 0x7FFF])
-def test_a_base_outside_the_ring(base: int) -> None:
+def test_base_outside_the_ring_is_refused(base: int) -> None:
     bench = Bench()
     with pytest.raises(RingError):
         PackedRing(bench.guest, SIZE, bench.addresses, base << 16, True)
@@ -136,7 +136,7 @@ def test_a_base_outside_the_ring(base: int) -> None:
 
 @pytest.mark.parametrize("part", range(3))
 @pytest.mark.parametrize("wrong", [1, 1 << 40, (1 << 20) - 2])
-def test_parts_that_cannot_be_there(part: int, wrong: int) -> None:
+def test_unmapped_or_misaligned_parts_are_refused(part: int, wrong: int) -> None:
     bench = Bench()
     addresses = list(bench.addresses)
     addresses[part] = GUEST_BASE + wrong
@@ -145,7 +145,7 @@ def test_parts_that_cannot_be_there(part: int, wrong: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
-def test_round_and_round(size: int) -> None:
+def test_chains_of_every_length_across_the_wrap(size: int) -> None:
     """Chains of every length, across the ring's end, given back and told of."""
     bench, random_ = Bench(size), random.Random(size)
     driver, ring = bench.driver, bench.ring
@@ -169,7 +169,7 @@ def test_round_and_round(size: int) -> None:
 
 
 @pytest.mark.parametrize("rig", [F_RING_PACKED], ids=["packed"], indirect=True)
-def test_the_device_gives_it_up(rig: Rig) -> None:
+def test_device_disables_a_broken_ring(rig: Rig) -> None:
     guest = rig.guest(features=F_VERSION_1)
     assert guest.features & F_RING_PACKED
     rig.host.open_ports.add(5000)

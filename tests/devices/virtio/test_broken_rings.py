@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from support.virtio_driver import GUEST_BASE, DriverRing, Memory
-from support.virtio_guest import PlayedGuest, connect
+from support.virtio_guest import SimulatedGuest, connect
 from vsockets.devices.guest_memory import GuestMemory
 from vsockets.devices.virtio.packet import Op
 from vsockets.devices.virtio.ring import (
@@ -127,7 +127,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_chain(name: str) -> None:
+def test_invalid_chains_are_detected(name: str) -> None:
     bench = Bench()
     BROKEN[name](bench)
     bench.make_available(0)
@@ -136,7 +136,7 @@ def test_a_broken_chain(name: str) -> None:
 
 
 @pytest.mark.parametrize("head", [SIZE, 0xFFFF])
-def test_a_head_outside_the_table(head: int) -> None:
+def test_head_outside_the_table_is_detected(head: int) -> None:
     bench = Bench()
     bench.make_available(head)
     with pytest.raises(RingError):
@@ -144,7 +144,7 @@ def test_a_head_outside_the_table(head: int) -> None:
 
 
 @pytest.mark.parametrize("index", [SIZE + 1, 0x8000, 0xFFFF])
-def test_an_index_that_runs_away(index: int) -> None:
+def test_index_that_runs_ahead_is_detected(index: int) -> None:
     bench = Bench()
     bench.driver.next = index
     bench.driver.publish()
@@ -152,7 +152,7 @@ def test_an_index_that_runs_away(index: int) -> None:
         bench.ring.pop()
 
 
-def test_a_chain_that_changes_after_it_was_read() -> None:
+def test_chain_is_read_once() -> None:
     """What was checked is what is used (CVE-2025-22224)."""
     bench = Bench()
     bench.descriptor(0, 10, 0)
@@ -163,7 +163,7 @@ def test_a_chain_that_changes_after_it_was_read() -> None:
     assert [len(part) for part in chain[1]] == [10]
 
 
-def test_parts_of_no_length_are_nothing() -> None:
+def test_empty_descriptors_are_skipped() -> None:
     bench = Bench()
     bench.descriptor(0, 0, NEXT, 1)
     bench.descriptor(1, 5, 0)
@@ -173,7 +173,7 @@ def test_parts_of_no_length_are_nothing() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 15, 17])
-def test_a_size_that_is_no_power_of_two(size: int) -> None:
+def test_size_must_be_a_power_of_two(size: int) -> None:
     bench = Bench()
     with pytest.raises(RingError):
         SplitRing(bench.guest, size, bench.addresses, 0, True)
@@ -181,7 +181,7 @@ def test_a_size_that_is_no_power_of_two(size: int) -> None:
 
 @pytest.mark.parametrize("part", range(3))
 @pytest.mark.parametrize("wrong", [1, 1 << 40, (1 << 20) - 8])
-def test_parts_that_cannot_be_there(part: int, wrong: int) -> None:
+def test_unmapped_or_misaligned_parts_are_refused(part: int, wrong: int) -> None:
     bench = Bench()
     addresses = list(bench.addresses)
     addresses[part] = GUEST_BASE + wrong
@@ -214,7 +214,7 @@ def add(ring: Any, place: int, size: int, writable: bool) -> None:
     ring.publish()
 
 
-def breaks(rig: Rig, guest: PlayedGuest, index: int, spoil: Callable[[Any], None]) -> None:
+def breaks(rig: Rig, guest: SimulatedGuest, index: int, spoil: Callable[[Any], None]) -> None:
     """After ``spoil`` the device gives the ring up, ends connections, and serves another guest."""
     rig.host.open_ports.add(5000)
     connect(guest, 1024, (2, 5000))
@@ -233,7 +233,7 @@ def breaks(rig: Rig, guest: PlayedGuest, index: int, spoil: Callable[[Any], None
 
 
 @split
-def test_a_broken_transmit_queue(rig: Rig) -> None:
+def test_broken_transmit_queue_is_disabled(rig: Rig) -> None:
     def spoil(ring: DriverRing) -> None:
         ring.write_descriptor(0, 0x10, 10, 0, 0)
         ring.make_available(0)
@@ -251,7 +251,7 @@ def test_receive_buffers_without_room_for_a_header(rig: Rig, size: int) -> None:
     breaks(rig, guest, 0, lambda ring: add(ring, place, size, True))
 
 
-def test_receive_buffers_that_are_not_to_be_written(rig: Rig) -> None:
+def test_readable_receive_buffers_disable_the_ring(rig: Rig) -> None:
     guest = rig.guest(features=F_VERSION_1, refill=False)
     place = guest.memory.allocate(100)
     guest._places[guest.receive.add([(place, 100)], writable=True)] = place
@@ -261,7 +261,7 @@ def test_receive_buffers_that_are_not_to_be_written(rig: Rig) -> None:
 
 @split
 @pytest.mark.parametrize("length", [0, 43])
-def test_a_packet_without_a_whole_header(rig: Rig, length: int) -> None:
+def test_packet_without_a_complete_header_disables_the_ring(rig: Rig, length: int) -> None:
     guest = rig.guest(features=F_VERSION_1)
 
     def spoil(ring: DriverRing) -> None:
@@ -272,7 +272,7 @@ def test_a_packet_without_a_whole_header(rig: Rig, length: int) -> None:
     breaks(rig, guest, 1, spoil)
 
 
-def test_a_header_that_says_more_than_there_is(rig: Rig) -> None:
+def test_header_with_too_large_a_length_resets(rig: Rig) -> None:
     rig.host.open_ports.add(5000)
     guest = rig.guest()
     stream = connect(guest, 1024, (2, 5000))
@@ -280,7 +280,7 @@ def test_a_header_that_says_more_than_there_is(rig: Rig) -> None:
     assert guest.next_packet()[0].op == Op.RST
 
 
-def test_a_header_that_says_less_than_there_is(rig: Rig) -> None:
+def test_bytes_beyond_the_headers_length_are_ignored(rig: Rig) -> None:
     rig.host.open_ports.add(5000)
     guest = rig.guest()
     stream = connect(guest, 1024, (2, 5000))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.vmci_driver import PlayedFabric
+from support.vmci_driver import StubFabric
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.virtio.connection import ConnectionState, PendingTx, VirtioConnection
 from vsockets.devices.virtio.limits import (
@@ -26,7 +26,7 @@ class Machine:
     """A machine whose guest has connections already."""
 
     def __init__(self) -> None:
-        self.fabric = PlayedFabric(DeviceLoop())
+        self.fabric = StubFabric(DeviceLoop())
         self._machine = VirtioMachine(DeviceLoop(), self.fabric, 3)  # type: ignore[arg-type]
 
     def connection(
@@ -53,7 +53,7 @@ def machine() -> Iterator[Machine]:
     machine.close()
 
 
-def test_a_larger_buffer_is_more_credit(machine: Machine) -> None:
+def test_larger_buffer_gives_more_credit(machine: Machine) -> None:
     connection = machine.connection(700)
     machine.resized(700, 1 << 20)
     assert connection.receive.size == 1 << 20
@@ -61,7 +61,7 @@ def test_a_larger_buffer_is_more_credit(machine: Machine) -> None:
     assert connection.on_payload(1 << 20) and not connection.on_payload(1)
 
 
-def test_before_the_guest_knows_that_it_is_connected(machine: Machine) -> None:
+def test_buffer_is_enlarged_before_the_response(machine: Machine) -> None:
     """The host's program is quicker than its answer: that will have the credit."""
     connection = machine.connection(700, ConnectionState.PEER_INIT)
     machine.resized(700, 1 << 20)
@@ -76,23 +76,23 @@ def test_before_the_guest_knows_that_it_is_connected(machine: Machine) -> None:
         assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) > before
 
 
-def test_what_was_promised_is_kept(machine: Machine) -> None:
+def test_credit_never_shrinks(machine: Machine) -> None:
     connection = machine.connection(700)
     machine.resized(700, 4096)
     assert connection.receive.size == VIRTIO_BUFFER_BYTES and not connection.pending_tx
 
 
-def test_there_is_a_limit(machine: Machine) -> None:
+def test_buffer_size_is_limited(machine: Machine) -> None:
     connection = machine.connection(700)
     machine.resized(700, 1 << 40)
     assert connection.receive.size == VIRTIO_ENLARGED_BUFFER_MAX_BYTES
 
 
-def test_a_guest_with_many_connections_gets_no_more(machine: Machine) -> None:
+def test_guest_with_many_connections_gets_no_larger_buffers(machine: Machine) -> None:
     connections = [machine.connection(port) for port in range(VIRTIO_ENLARGED_BUFFERS_MAX + 1)]
     machine.resized(0, 1 << 20)
     assert connections[0].receive.size == VIRTIO_BUFFER_BYTES
 
 
-def test_a_connection_that_is_no_more(machine: Machine) -> None:
+def test_resize_of_a_closed_connection_is_ignored(machine: Machine) -> None:
     machine.resized(700, 1 << 20)

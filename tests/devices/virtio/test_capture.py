@@ -76,7 +76,7 @@ def test_a_stream(rig: Rig, tmp_path: Path) -> None:
 
 
 @needs_tshark
-def test_much_data_in_buffers_of_one_part(rig: Rig, tmp_path: Path) -> None:
+def test_bulk_data_in_single_descriptor_buffers(rig: Rig, tmp_path: Path) -> None:
     """Header and payload in one descriptor, and a limit for the payload."""
     guest = rig.guest(split=False)
     with begin(rig, limit=4) as records:

@@ -39,25 +39,25 @@ def opened() -> VirtioConnection:
     return connection
 
 
-def test_the_guest_asks_and_the_host_agrees() -> None:
+def test_host_accepts_the_guests_request() -> None:
     assert opened().state is ConnectionState.ESTABLISHED
 
 
-def test_the_guest_asks_and_the_host_refuses() -> None:
+def test_host_refuses_the_guests_request() -> None:
     connection = make(ConnectionState.PEER_INIT)
     connection.refuse()
     assert packets_of(connection) == [(Op.RST, 0)]
     assert connection.is_finished
 
 
-def test_the_host_asks_and_the_guest_agrees() -> None:
+def test_guest_accepts_the_hosts_request() -> None:
     connection = make(ConnectionState.LOCAL_INIT)
     assert packets_of(connection) == [(Op.REQUEST, 0)]
     assert connection.on_packet(Op.RESPONSE, 0) == Action.ACCEPT
     assert connection.state is ConnectionState.ESTABLISHED
 
 
-def test_the_host_asks_and_the_guest_refuses() -> None:
+def test_guest_refuses_the_hosts_request() -> None:
     connection = make(ConnectionState.LOCAL_INIT)
     packets_of(connection)
     assert connection.on_packet(Op.RST, 0) == Action.REFUSE
@@ -73,7 +73,7 @@ def test_the_host_asks_and_the_guest_refuses() -> None:
         ConnectionState.CLOSING,
     ],
 )
-def test_a_reset_is_never_answered(state: ConnectionState) -> None:
+def test_reset_is_never_answered(state: ConnectionState) -> None:
     """moby's Cloud Hypervisor #8692: it kills whoever has the ports next."""
     connection = make(state)
     connection.on_packet(Op.RST, 0)
@@ -83,7 +83,7 @@ def test_a_reset_is_never_answered(state: ConnectionState) -> None:
     assert packets_of(connection) == []
 
 
-def test_half_closes_stay_halves() -> None:
+def test_half_close_keeps_the_other_direction_open() -> None:
     """cloud-hypervisor#8300, #8372."""
     connection = opened()
     assert connection.on_packet(Op.SHUTDOWN, SEND) == Action.SHUTDOWN_WRITE
@@ -94,7 +94,7 @@ def test_half_closes_stay_halves() -> None:
     assert connection.state is ConnectionState.ESTABLISHED
 
 
-def test_the_guest_closes() -> None:
+def test_close_by_the_guest() -> None:
     connection = opened()
     assert connection.on_packet(Op.SHUTDOWN, BOTH) == Action.SHUTDOWN_WRITE | Action.SHUTDOWN_READ
     assert packets_of(connection) == []  # there may be something to be passed on
@@ -102,7 +102,7 @@ def test_the_guest_closes() -> None:
     assert packets_of(connection) == [(Op.RST, 0)]
 
 
-def test_the_host_closes() -> None:
+def test_close_by_the_host() -> None:
     connection = opened()
     connection.shut_down(BOTH)
     assert connection.state is ConnectionState.CLOSING
@@ -113,7 +113,7 @@ def test_the_host_closes() -> None:
     assert connection.is_finished
 
 
-def test_both_close_at_once() -> None:
+def test_simultaneous_close() -> None:
     connection = opened()
     connection.shut_down(BOTH)
     packets_of(connection)
@@ -121,14 +121,14 @@ def test_both_close_at_once() -> None:
     assert packets_of(connection) == [(Op.RST, 0)]
 
 
-def test_payload_beyond_its_credit_resets() -> None:
+def test_payload_beyond_the_credit_resets() -> None:
     connection = opened()
     assert connection.on_payload(4096)
     assert not connection.on_payload(1)
     assert packets_of(connection) == [(Op.RST, 0)]
 
 
-def test_payload_after_its_end_resets() -> None:
+def test_payload_after_shutdown_resets() -> None:
     connection = opened()
     connection.on_packet(Op.SHUTDOWN, SEND)
     assert not connection.on_payload(1)
@@ -136,13 +136,13 @@ def test_payload_after_its_end_resets() -> None:
 
 
 @pytest.mark.parametrize("op", [0, Op.REQUEST, Op.RESPONSE, 8, 65535])
-def test_what_makes_no_sense_resets(op: int) -> None:
+def test_unexpected_packets_reset(op: int) -> None:
     connection = opened()
     assert connection.on_packet(op, 0) == Action.CLOSE
     assert packets_of(connection) == [(Op.RST, 0)]
 
 
-def test_credit_is_told_when_half_was_passed_on() -> None:
+def test_credit_update_is_sent_after_half_the_buffer() -> None:
     connection = opened()
     connection.receive.announce()
     assert connection.on_payload(4096)
@@ -152,7 +152,7 @@ def test_credit_is_told_when_half_was_passed_on() -> None:
     assert packets_of(connection) == [(Op.CREDIT_UPDATE, 0)]
 
 
-def test_credit_is_told_when_asked_for() -> None:
+def test_credit_request_is_answered() -> None:
     connection = opened()
     connection.on_packet(Op.CREDIT_REQUEST, 0)
     connection.on_packet(Op.CREDIT_REQUEST, 0)

@@ -16,12 +16,12 @@ U32 = st.integers(0, 0xFFFF_FFFF)
 
 
 @given(U32, U32)
-def test_a_distance_is_taken_modulo_32_bits(start: int, length: int) -> None:
+def test_distance_is_modulo_32_bits(start: int, length: int) -> None:
     assert distance((start + length) & 0xFFFF_FFFF, start) == length
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 31), st.integers(0, 1 << 31)), max_size=50))
-def test_an_honest_receiver_is_never_sent_more_than_its_buffer(
+def test_receiver_is_never_sent_more_than_its_buffer(
     steps: list[tuple[int, int]],
 ) -> None:
     """Counters run past 2**32 many times in this."""
@@ -38,7 +38,7 @@ def test_an_honest_receiver_is_never_sent_more_than_its_buffer(
 
 
 @given(st.lists(st.tuples(U32, U32, U32), max_size=50))
-def test_a_lying_receiver_gets_no_more_than_it_says_it_can_hold(
+def test_false_counts_give_no_more_than_the_announced_buffer(
     steps: list[tuple[int, int, int]],
 ) -> None:
     """CVE-2026-23069: a count that runs ahead must not become a huge credit."""
@@ -55,7 +55,7 @@ def test_a_lying_receiver_gets_no_more_than_it_says_it_can_hold(
 
 
 @given(st.integers(1, 1 << 20), st.lists(st.tuples(st.integers(0, 1 << 21), U32), max_size=100))
-def test_what_is_held_never_exceeds_the_buffer(size: int, steps: list[tuple[int, int]]) -> None:
+def test_held_bytes_never_exceed_the_buffer(size: int, steps: list[tuple[int, int]]) -> None:
     credit = ReceiveCredit(size)
     held = 0
     for length, passed in steps:
@@ -73,7 +73,9 @@ def test_what_is_held_never_exceeds_the_buffer(size: int, steps: list[tuple[int,
     st.integers(1, 4096),
     st.lists(st.tuples(st.integers(1, 4096), st.booleans()), max_size=99),
 )
-def test_no_wake_up_is_lost(size: int, own: int, steps: list[tuple[int, bool]]) -> None:
+def test_blocked_sender_always_gets_a_credit_update(
+    size: int, own: int, steps: list[tuple[int, bool]]
+) -> None:
     """A sender that uses all its credit is told in time: there is no way to wait for ever.
 
     libkrun#772, asterinas#2885: one-way flow whose sender was never told.  The sender limits
@@ -134,7 +136,7 @@ BUFFERS = st.one_of(st.integers(1024, 20_000), st.sampled_from([65_536, 262_144]
 
 @settings(deadline=None)
 @given(STEPS, BUFFERS, st.sampled_from([576, 1024]), st.sampled_from([3732, 4096]))
-def test_a_streams_unread_packets_are_never_too_many(
+def test_unread_packets_of_a_stream_stay_below_the_limit(
     steps: list[tuple[str, int]], buffer: int, overhead: int, room: int
 ) -> None:
     """And one with a large buffer never waits for them while it has credit."""
@@ -178,7 +180,7 @@ def test_a_streams_unread_packets_are_never_too_many(
 
 @settings(deadline=None)
 @given(STEPS, BUFFERS, st.sampled_from([576, 1024]))
-def test_a_message_waits_for_its_reader(
+def test_message_waits_for_its_reader(
     steps: list[tuple[str, int]], buffer: int, overhead: int
 ) -> None:
     guest, credit = Linux(buffer, overhead, 4096), SendCredit()

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from support.virtio_guest import GuestStream, PlayedGuest, accept, connect
+from support.virtio_guest import GuestStream, SimulatedGuest, accept, connect
 from vsockets.devices.virtio.limits import VIRTIO_BUFFER_BYTES, VIRTIO_WAITING_RESETS_MAX
 from vsockets.devices.virtio.packet import (
     F_SEQPACKET,
@@ -32,7 +32,7 @@ SEND, RECEIVE = int(Shutdown.SEND), int(Shutdown.RECEIVE)
 
 
 def opened(
-    rig: Rig, guest: PlayedGuest | None = None, **fields: int
+    rig: Rig, guest: SimulatedGuest | None = None, **fields: int
 ) -> tuple[GuestStream, socket.socket]:
     rig.host.open_ports.add(5000)
     stream = connect(guest or rig.guest(), 1024, HOST, **fields)
@@ -48,11 +48,11 @@ def receive_all(sock: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def test_the_guest_learns_its_cid(rig: Rig) -> None:
+def test_configuration_space_has_the_cid(rig: Rig) -> None:
     assert rig.guest().configured_cid() == CID
 
 
-def test_a_guest_connects_and_both_sides_talk(rig: Rig) -> None:
+def test_connect_by_the_guest(rig: Rig) -> None:
     stream, sock = opened(rig)
     assert rig.host.asked == [(socket.SOCK_STREAM, 1024, HOST)]
     stream.send(b"from the guest")
@@ -61,7 +61,7 @@ def test_a_guest_connects_and_both_sides_talk(rig: Rig) -> None:
     assert stream.receive(13) == b"from the host"
 
 
-def test_a_port_where_nobody_listens_is_refused_at_once(rig: Rig) -> None:
+def test_port_without_listener_refuses_at_once(rig: Rig) -> None:
     """Debian's Rust back end 0.3.0 says nothing."""
     guest = rig.guest()
     with pytest.raises(ConnectionResetError):
@@ -69,7 +69,7 @@ def test_a_port_where_nobody_listens_is_refused_at_once(rig: Rig) -> None:
     wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
 
 
-def test_the_host_connects(rig: Rig) -> None:
+def test_connect_to_the_guest(rig: Rig) -> None:
     guest = rig.guest()
     sock, answers = rig.connect_to_guest(700)
     stream = accept(guest)
@@ -79,23 +79,23 @@ def test_the_host_connects(rig: Rig) -> None:
     assert stream.receive(5) == b"hello"
 
 
-def test_the_host_connects_to_a_port_where_nobody_listens(rig: Rig) -> None:
+def test_connect_to_a_guest_port_without_listener(rig: Rig) -> None:
     guest = rig.guest()
     sock, answers = rig.connect_to_guest(700)
     header, _ = guest.next_packet()
     guest.send(guest.header(Op.RST, header.dst_port, (header.src_cid, header.src_port)))
     wait_until(lambda: answers == [errno.ECONNRESET], "the host to be told")
     wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
-    _is_as_it_was(sock, rig)
+    _can_be_reused(sock, rig)
 
 
-def test_a_host_that_connects_before_the_guest_is_there_is_told(rig: Rig) -> None:
+def test_connect_before_the_guest_runs_is_unreachable(rig: Rig) -> None:
     sock, answers = rig.connect_to_guest(700)
     assert answers == [errno.EHOSTUNREACH]
-    _is_as_it_was(sock, rig)
+    _can_be_reused(sock, rig)
 
 
-def _is_as_it_was(sock: socket.socket, rig: Rig) -> None:
+def _can_be_reused(sock: socket.socket, rig: Rig) -> None:
     """Who was refused can go on talking to vsockd, and the device has no part in it."""
     (refused,) = rig.host.refused
     sock.send(b"again")
@@ -107,7 +107,9 @@ def _is_as_it_was(sock: socket.socket, rig: Rig) -> None:
 @pytest.mark.parametrize("indirect", [0, F_RING_INDIRECT_DESC], ids=["direct", "indirect"])
 @pytest.mark.parametrize("event_index", [0, F_RING_EVENT_IDX], ids=["flags", "event index"])
 @pytest.mark.parametrize("split", [True, False], ids=["header apart", "one buffer"])
-def test_much_both_ways(rig: Rig, indirect: int, event_index: int, split: bool) -> None:
+def test_bulk_data_in_both_directions(
+    rig: Rig, indirect: int, event_index: int, split: bool
+) -> None:
     guest = rig.guest(features=F_VERSION_1 | indirect | event_index, split=split, regions=4)
     stream, sock = opened(rig, guest)
     data = os.urandom(1 << 20) * 3
@@ -130,7 +132,7 @@ def test_much_both_ways(rig: Rig, indirect: int, event_index: int, split: bool) 
     [[], [10], [44], [1, 2, 3, 40, 44, 45], list(range(44, 65_536 + 44, 4096)), [60_000]],
     ids=["one", "within the header", "usual", "tiny", "pages", "within the payload"],
 )
-def test_a_packet_comes_in_any_number_of_descriptors(rig: Rig, cuts: list[int]) -> None:
+def test_packets_span_any_number_of_descriptors(rig: Rig, cuts: list[int]) -> None:
     """Debian's Rust back end 0.3.0 hangs on 64 KiB from Linux 7.3, which has 17 and more."""
     guest = rig.guest(features=F_VERSION_1)
     stream, sock = opened(rig, guest)
@@ -164,7 +166,7 @@ def test_receive_buffers_of_any_size(rig: Rig, size: int) -> None:
 # Credit
 
 
-def test_a_guest_with_little_room_is_sent_no_more_than_fits(rig: Rig) -> None:
+def test_guest_with_a_small_buffer_is_not_overrun(rig: Rig) -> None:
     stream, sock = opened(rig, buf_alloc=1000)
     sock.send(b"x" * 5000)
     header = stream.receive_packet()
@@ -176,7 +178,7 @@ def test_a_guest_with_little_room_is_sent_no_more_than_fits(rig: Rig) -> None:
     assert stream.receive(2000) == b"x" * 2000
 
 
-def test_a_slow_reader_of_the_host_stops_the_guest_and_nobody_else(rig: Rig) -> None:
+def test_slow_reader_blocks_only_its_own_stream(rig: Rig) -> None:
     """Firecracker#1751, libkrun#772: head-of-line blocking and stalls."""
     guest = rig.guest()
     slow, slow_sock = opened(rig, guest)
@@ -201,7 +203,7 @@ def test_a_slow_reader_of_the_host_stops_the_guest_and_nobody_else(rig: Rig) -> 
     assert slow.credit > VIRTIO_BUFFER_BYTES // 4
 
 
-def test_a_guest_that_limits_itself_is_told_in_time(rig: Rig) -> None:
+def test_guest_with_own_in_flight_limit_gets_credit_in_time(rig: Rig) -> None:
     """Linux 7.3 never has more on its way than its own buffer's size."""
     stream, sock = opened(rig, buf_alloc=1024)
     stream.send(bytes(1024))
@@ -210,7 +212,7 @@ def test_a_guest_that_limits_itself_is_told_in_time(rig: Rig) -> None:
     assert stream.forwarded == 1024
 
 
-def test_one_way_flow_gets_its_credit_back(rig: Rig) -> None:
+def test_one_way_flow_gets_credit_updates(rig: Rig) -> None:
     """asterinas#2885: a guest that only sends was never told."""
     stream, sock = opened(rig)
     thread = threading.Thread(target=receive_all, args=(sock, 5 << 20))
@@ -230,7 +232,7 @@ def test_payload_beyond_the_credit_resets(rig: Rig) -> None:
     wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
 
 
-def test_credit_is_told_when_it_is_asked_for(rig: Rig) -> None:
+def test_credit_request_is_answered(rig: Rig) -> None:
     stream, sock = opened(rig)
     stream.send(b"1234")
     assert sock.recv(9) == b"1234"
@@ -240,7 +242,7 @@ def test_credit_is_told_when_it_is_asked_for(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("forwarded", [1, 1000, 0x8000_0000])
-def test_a_count_that_lies_gives_no_credit(rig: Rig, forwarded: int) -> None:
+def test_false_count_gives_no_credit(rig: Rig, forwarded: int) -> None:
     """CVE-2026-23069."""
     stream, sock = opened(rig, buf_alloc=100)
     guest = stream.guest
@@ -255,7 +257,7 @@ def test_a_count_that_lies_gives_no_credit(rig: Rig, forwarded: int) -> None:
 # Ends
 
 
-def test_the_guest_ends_its_direction_only(rig: Rig) -> None:
+def test_half_close_by_the_guest(rig: Rig) -> None:
     stream, sock = opened(rig)
     stream.send(b"last words")
     stream.send_packet(Op.SHUTDOWN, SEND)
@@ -265,7 +267,7 @@ def test_the_guest_ends_its_direction_only(rig: Rig) -> None:
     assert stream.receive(9) == b"an answer"
 
 
-def test_the_host_ends_its_direction_only(rig: Rig) -> None:
+def test_half_close_by_the_host(rig: Rig) -> None:
     stream, sock = opened(rig)
     sock.send(b"last words")
     sock.shutdown(socket.SHUT_WR)
@@ -277,7 +279,7 @@ def test_the_host_ends_its_direction_only(rig: Rig) -> None:
     assert sock.recv(99) == b"an answer"
 
 
-def test_the_guest_closes(rig: Rig) -> None:
+def test_close_by_the_guest(rig: Rig) -> None:
     stream, sock = opened(rig)
     stream.send(b"last words")
     stream.send_packet(Op.SHUTDOWN, BOTH)
@@ -287,7 +289,7 @@ def test_the_guest_closes(rig: Rig) -> None:
     wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
 
 
-def test_what_the_guest_sent_before_it_closed_waits_for_a_slow_reader(rig: Rig) -> None:
+def test_data_before_close_waits_for_a_slow_reader(rig: Rig) -> None:
     stream, sock = opened(rig)
     data = os.urandom(VIRTIO_BUFFER_BYTES)
     stream.send(data)
@@ -297,7 +299,7 @@ def test_what_the_guest_sent_before_it_closed_waits_for_a_slow_reader(rig: Rig) 
         stream.receive_packet()
 
 
-def test_the_host_closes(rig: Rig) -> None:
+def test_close_by_the_host(rig: Rig) -> None:
     stream, sock = opened(rig)
     sock.send(b"last words")
     sock.close()
@@ -308,7 +310,7 @@ def test_the_host_closes(rig: Rig) -> None:
     wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
 
 
-def test_a_reset_of_the_guest_reaches_the_host_and_is_not_answered(rig: Rig) -> None:
+def test_reset_by_the_guest_is_forwarded_and_not_answered(rig: Rig) -> None:
     stream, sock = opened(rig)
     stream.send_packet(Op.RST)
     assert sock.recv(1) == b""
@@ -319,14 +321,14 @@ def test_a_reset_of_the_guest_reaches_the_host_and_is_not_answered(rig: Rig) -> 
         stream.guest.next_packet(0.1)
 
 
-def test_a_packet_for_nobody_is_reset(rig: Rig) -> None:
+def test_packet_without_a_connection_is_reset(rig: Rig) -> None:
     guest = rig.guest()
     guest.send(guest.header(Op.RW, 77, HOST, 3), b"abc")
     header, _ = guest.next_packet()
     assert header == Header(2, CID, 5000, 77, type=Type.STREAM, op=Op.RST)
 
 
-def test_a_false_source_is_refused(rig: Rig) -> None:
+def test_false_source_cid_is_refused(rig: Rig) -> None:
     rig.host.open_ports.add(5000)
     guest = rig.guest()
     guest.send(guest.header(Op.REQUEST, 77, HOST)._replace(src_cid=CID + 1))
@@ -335,7 +337,7 @@ def test_a_false_source_is_refused(rig: Rig) -> None:
     assert rig.host.asked == []
 
 
-def test_ports_can_be_used_again_at_once(rig: Rig) -> None:
+def test_ports_are_reused_at_once(rig: Rig) -> None:
     """moby's Cloud Hypervisor #8692."""
     guest = rig.guest()
     for _ in range(20):
@@ -347,7 +349,7 @@ def test_ports_can_be_used_again_at_once(rig: Rig) -> None:
             stream.receive_packet()
 
 
-def test_a_guest_that_resets_an_attempt(rig: Rig) -> None:
+def test_reset_abandons_a_pending_connect(rig: Rig) -> None:
     rig.host.hold = True
     guest = rig.guest()
     guest.send(guest.header(Op.REQUEST, 77, HOST))
@@ -357,7 +359,7 @@ def test_a_guest_that_resets_an_attempt(rig: Rig) -> None:
     wait_until(lambda: not rig.device.connections, "the connection to be forgotten")
 
 
-def test_a_flood_of_requests_waits_when_the_guest_takes_no_answers(rig: Rig) -> None:
+def test_request_flood_waits_for_receive_buffers(rig: Rig) -> None:
     guest = rig.guest(refill=False)
     for number in range(3 * VIRTIO_WAITING_RESETS_MAX):
         guest.send(guest.header(Op.REQUEST, number + 1, HOST), publish=True)
@@ -423,7 +425,7 @@ def test_ends_of_records(rig: Rig) -> None:
         assert stream.receive_packet().flags == Sequenced.END_OF_MESSAGE | end
 
 
-def test_a_message_as_large_as_the_buffer_always_gets_through(rig: Rig) -> None:
+def test_message_as_large_as_the_buffer_is_delivered(rig: Rig) -> None:
     """What was passed on before it began is told, though it is little."""
     rig.host.open_ports.add(5000)
     stream = connect(rig.guest(), 1024, HOST, type=Type.SEQPACKET)
@@ -433,7 +435,7 @@ def test_a_message_as_large_as_the_buffer_always_gets_through(rig: Rig) -> None:
         assert len(sock.recv(1 << 20)) == size
 
 
-def test_an_empty_message_is_not_an_end(rig: Rig) -> None:
+def test_empty_message_is_not_end_of_file(rig: Rig) -> None:
     rig.host.open_ports.add(5000)
     stream = connect(rig.guest(), 1024, HOST, type=Type.SEQPACKET)
     (sock,) = rig.host.accepted
@@ -444,14 +446,14 @@ def test_an_empty_message_is_not_an_end(rig: Rig) -> None:
     assert stream.receive(1) == b"x"
 
 
-def test_a_message_the_guest_can_never_take_resets(rig: Rig) -> None:
+def test_message_larger_than_the_guests_buffer_resets(rig: Rig) -> None:
     rig.host.open_ports.add(5000)
     stream = connect(rig.guest(), 1024, HOST, type=Type.SEQPACKET, buf_alloc=1000)
     rig.host.accepted[0].send(bytes(1001))
     assert stream.receive_packet().op == Op.RST
 
 
-def test_the_host_connects_with_sequenced_packets(rig: Rig) -> None:
+def test_connect_to_the_guest_with_sequenced_packets(rig: Rig) -> None:
     guest = rig.guest()
     sock, answers = rig.connect_to_guest(700, socket.SOCK_SEQPACKET)
     stream = accept(guest)
@@ -462,7 +464,7 @@ def test_the_host_connects_with_sequenced_packets(rig: Rig) -> None:
     assert (sock.recv(9), sock.recv(9)) == (b"one", b"two")
 
 
-def test_a_type_that_does_not_match_is_reset(rig: Rig) -> None:
+def test_wrong_type_is_reset(rig: Rig) -> None:
     stream, _ = opened(rig)
     stream.guest.send(stream.packet(Op.RW, 1)._replace(type=Type.SEQPACKET), b"x")
     header, _ = stream.guest.next_packet()
@@ -472,14 +474,14 @@ def test_a_type_that_does_not_match_is_reset(rig: Rig) -> None:
     assert (header.op, header.type) == (Op.RST, 9)
 
 
-def test_sequenced_packets_are_offered(rig: Rig) -> None:
+def test_seqpacket_feature_is_offered(rig: Rig) -> None:
     assert rig.guest().features & F_SEQPACKET
 
 
 # Life cycle
 
 
-def test_suspension_drops_connections_by_an_event(rig: Rig) -> None:
+def test_suspension_sends_a_transport_reset(rig: Rig) -> None:
     stream, sock = opened(rig)
     rig.call(rig.device.reset_connections)
     assert stream.guest.next_event() == TRANSPORT_RESET
@@ -488,7 +490,7 @@ def test_suspension_drops_connections_by_an_event(rig: Rig) -> None:
     opened(rig, stream.guest)
 
 
-def test_suspension_without_an_event_queue_resets(rig: Rig) -> None:
+def test_suspension_without_event_queue_resets_connections(rig: Rig) -> None:
     """QEMU keeps the event queue to itself."""
     stream, sock = opened(rig)
     stream.guest.front_end.stop_ring(2)
@@ -497,7 +499,7 @@ def test_suspension_without_an_event_queue_resets(rig: Rig) -> None:
     assert stream.receive_packet().op == Op.RST
 
 
-def test_a_paused_guest_keeps_its_connections(rig: Rig) -> None:
+def test_paused_guest_keeps_its_connections(rig: Rig) -> None:
     stream, sock = opened(rig)
     guest = stream.guest
     stream.send(b"before")
@@ -511,7 +513,7 @@ def test_a_paused_guest_keeps_its_connections(rig: Rig) -> None:
     assert receive_all(sock, 5) == b"after"
 
 
-def test_a_guest_that_starts_anew_has_no_connections(rig: Rig) -> None:
+def test_restarted_guest_has_no_connections(rig: Rig) -> None:
     stream, sock = opened(rig)
     guest = stream.guest
     for index in range(3):
@@ -524,7 +526,7 @@ def test_a_guest_that_starts_anew_has_no_connections(rig: Rig) -> None:
         ring.close()
 
 
-def test_a_machine_that_goes_and_comes_again(rig: Rig) -> None:
+def test_machine_reconnects(rig: Rig) -> None:
     stream, sock = opened(rig)
     stream.guest.front_end.close()
     assert sock.recv(1) == b""
@@ -534,7 +536,7 @@ def test_a_machine_that_goes_and_comes_again(rig: Rig) -> None:
     assert sock.recv(9) == b"again"
 
 
-def test_memory_that_changes_while_the_device_runs(rig: Rig) -> None:
+def test_memory_changes_while_the_device_runs(rig: Rig) -> None:
     stream, sock = opened(rig)
     guest = stream.guest
     guest.front_end.set_memory(guest.memory)
@@ -544,7 +546,7 @@ def test_memory_that_changes_while_the_device_runs(rig: Rig) -> None:
     assert stream.receive(6) == b"me too"
 
 
-def test_many_connections_at_once(rig: Rig) -> None:
+def test_many_concurrent_connections(rig: Rig) -> None:
     guest = rig.guest()
     rig.host.open_ports.add(5000)
     streams = [connect(guest, 2000 + number, HOST) for number in range(200)]

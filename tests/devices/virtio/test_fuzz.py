@@ -11,7 +11,7 @@ import pytest
 from .fuzz import fuzz
 
 
-def test_nothing_a_guest_does_escapes(caplog: pytest.LogCaptureFixture) -> None:
+def test_random_driver_raises_no_exception(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     fuzz(1, 2000)
     gc.collect()

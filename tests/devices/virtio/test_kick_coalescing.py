@@ -28,7 +28,7 @@ def streaming(
     return now
 
 
-def test_a_guest_that_is_answered_kicks_for_each_packet() -> None:
+def test_replies_keep_one_packet_per_kick() -> None:
     coalescing = KickCoalescing()
     for number in range(1000):
         coalescing.on_packets(1, PACKET, number * 1e-5)
@@ -36,32 +36,32 @@ def test_a_guest_that_is_answered_kicks_for_each_packet() -> None:
         coalescing.on_reply()
 
 
-def test_a_guest_that_streams_kicks_once_for_several() -> None:
+def test_streaming_guest_kicks_once_for_several_packets() -> None:
     coalescing = KickCoalescing()
     streaming(coalescing, 10e-6)
     assert coalescing.packets == VIRTIO_PACKETS_PER_KICK_MAX
 
 
-def test_some_credit_is_left_while_the_device_wakes_up() -> None:
+def test_batch_leaves_credit_for_the_wake_up() -> None:
     coalescing = KickCoalescing()
     streaming(coalescing, 10e-6, packets=20, size=65_536)
     assert coalescing.packets * 65_536 == VIRTIO_BUFFER_BYTES * 3 // 4
 
 
-def test_packets_that_come_slowly_are_not_waited_for() -> None:
+def test_slow_packets_are_not_batched() -> None:
     coalescing = KickCoalescing()
     streaming(coalescing, VIRTIO_KICK_DELAY_SECONDS)
     assert coalescing.packets == 1
 
 
-def test_fewer_than_expected_make_it_expect_no_more_than_came() -> None:
+def test_batch_falls_to_the_number_that_arrived() -> None:
     coalescing = KickCoalescing()
     now = streaming(coalescing, 10e-6)
     coalescing.on_packets(3, 3 * PACKET, now + 100e-6)
     assert coalescing.packets == 3
 
 
-def test_none_at_all_make_the_next_one_count() -> None:
+def test_empty_poll_ends_batching() -> None:
     coalescing = KickCoalescing()
     now = streaming(coalescing, 10e-6)
     coalescing.on_packets(0, 0, now + 100e-6)
@@ -77,7 +77,7 @@ looks = st.lists(
 
 
 @given(looks)
-def test_nobody_waits_for_longer_than_the_limit(looks: list[tuple[int, int, float] | None]) -> None:
+def test_delay_is_bounded(looks: list[tuple[int, int, float] | None]) -> None:
     coalescing = KickCoalescing()
     now = 0.0
     for look in looks:

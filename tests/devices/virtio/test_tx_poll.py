@@ -53,7 +53,7 @@ class Rig:
         self.vring.size = SIZE
         self.vring.take("call", os.dup(self.driver.call))
         self.loop = DeviceLoop()
-        self.intake = TxPoll(
+        self.tx_poll = TxPoll(
             self.loop, TransmitQueue(ring, CID, self, CaptureSink(self.loop)), self.vring, self.work
         )
         self.place = self.memory.allocate(HEADER_SIZE)
@@ -67,26 +67,26 @@ class Rig:
         raise AssertionError("there are no connections")
 
     def work(self) -> None:
-        assert not self.intake.run()
+        assert not self.tx_poll.run()
 
     def send(self) -> bool:
         """One packet; returns whether the device wanted a kick."""
         self.driver.add([(self.place, HEADER_SIZE)], writable=False)
         return self.driver.publish()
 
-    def was_called(self) -> bool:
+    def was_notified(self) -> bool:
         try:
             os.eventfd_read(self.driver.call)
         except BlockingIOError:
             return False
         return True
 
-    def until_called(self) -> bool:
+    def wait_until_notified(self) -> bool:
         self.loop.turn()
-        return self.was_called()
+        return self.was_notified()
 
     def close(self) -> None:
-        self.intake.stop()
+        self.tx_poll.stop()
         self.loop.close()
         self.vring.close()
         self.driver.close()
@@ -100,8 +100,8 @@ def rig() -> Iterator[Rig]:
     rig.close()
 
 
-def test_packets_that_come_without_a_kick_are_looked_for(rig: Rig) -> None:
-    rig.intake.coalescing = Streams(0.001)
+def test_packets_without_a_kick_are_polled(rig: Rig) -> None:
+    rig.tx_poll.coalescing = Streams(0.001)
     rig.send()
     rig.work()
     assert not rig.send()
@@ -114,38 +114,38 @@ def test_packets_that_come_without_a_kick_are_looked_for(rig: Rig) -> None:
     assert rig.driver.used
 
 
-def test_as_many_as_expected_kick(rig: Rig) -> None:
-    rig.intake.coalescing = Streams(10.0)
+def test_full_batch_kicks(rig: Rig) -> None:
+    rig.tx_poll.coalescing = Streams(10.0)
     rig.send()
     rig.work()
     assert [rig.send() for _ in range(4)] == [False, False, False, True]
 
 
-def test_a_look_that_finds_nothing_asks_for_a_kick_by_the_next(rig: Rig) -> None:
-    rig.intake.coalescing = Streams(0.001)
+def test_empty_poll_requests_a_kick_for_the_next_packet(rig: Rig) -> None:
+    rig.tx_poll.coalescing = Streams(0.001)
     rig.send()
     rig.work()
     rig.work()
     assert rig.send()
 
 
-def test_the_guest_is_told_of_some_packets_late(rig: Rig) -> None:
+def test_few_used_buffers_are_notified_after_a_delay(rig: Rig) -> None:
     rig.send()
     rig.work()
-    assert not rig.was_called()
-    wait_until(rig.until_called, "the guest to be told")
+    assert not rig.was_notified()
+    wait_until(rig.wait_until_notified, "the guest to be told")
 
 
-def test_the_guest_is_told_of_many_packets_at_once(rig: Rig) -> None:
+def test_full_batch_of_used_buffers_is_notified_at_once(rig: Rig) -> None:
     for _ in range(VIRTIO_USED_BATCH_PACKETS):
         rig.send()
         rig.work()
-    assert rig.was_called()
+    assert rig.was_notified()
 
 
-def test_a_ring_that_stops_owes_nothing(rig: Rig) -> None:
+def test_stopped_ring_has_no_pending_notification(rig: Rig) -> None:
     rig.send()
     rig.work()
-    assert not rig.was_called()
-    assert rig.intake.stop() == 1
-    assert rig.was_called()
+    assert not rig.was_notified()
+    assert rig.tx_poll.stop() == 1
+    assert rig.was_notified()

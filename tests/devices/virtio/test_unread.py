@@ -117,7 +117,7 @@ def send(rig: Rig, guest: LinuxSocket, sock: socket.socket, size: int, count: in
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_stream_has_all_its_credit_in_packets_of_any_size(rig: Rig, size: int) -> None:
+def test_stream_uses_its_credit_with_packets_of_any_size(rig: Rig, size: int) -> None:
     guest, sock = opened(rig, socket.SOCK_STREAM, LARGE)
     count = min(VIRTIO_BUFFER_BYTES // size, 1000)
     send(rig, guest, sock, size, count)
@@ -132,13 +132,13 @@ def test_messages_wait_for_their_reader(rig: Rig, size: int) -> None:
     if size < VIRTIO_PACKET_OVERHEAD_BYTES // 2:
         assert guest.most == VIRTIO_BUFFER_BYTES // VIRTIO_PACKET_OVERHEAD_BYTES
 
-    def all_has_come() -> bool:
+    def all_arrived() -> bool:
         nonlocal received
         guest.take()
         received += guest.read_all()
         return received == size * count
 
-    wait_until(all_has_come, "all of it to arrive")
+    wait_until(all_arrived, "all of it to arrive")
 
 
 @pytest.mark.parametrize("kind", list(SOCKET_TYPES))
@@ -151,16 +151,16 @@ def test_small_buffers(rig: Rig, kind: int, buffer: int) -> None:
         received += send(rig, guest, sock, size, 1)
         sent += size
 
-    def all_has_come() -> bool:
+    def all_arrived() -> bool:
         nonlocal received
         guest.take()
         received += guest.read_all()
         return received == sent
 
-    wait_until(all_has_come, "all of it to arrive")
+    wait_until(all_arrived, "all of it to arrive")
 
 
-def test_a_guest_that_reads_is_sent_packets_as_they_come(rig: Rig) -> None:
+def test_reading_guest_gets_unsplit_packets(rig: Rig) -> None:
     """It says what it has read when it is asked, so none is cut into small ones."""
     guest, sock = opened(rig, socket.SOCK_STREAM, LARGE)
     for _ in range(1000):
@@ -170,9 +170,7 @@ def test_a_guest_that_reads_is_sent_packets_as_they_come(rig: Rig) -> None:
         guest.read_all(told=False)
 
 
-def test_a_guest_that_says_nothing_of_itself_is_asked_again(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_guest_is_asked_for_credit_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "VIRTIO_CREDIT_RETRY_SECONDS", 0.01)
     guest, sock = opened(rig, socket.SOCK_SEQPACKET, LARGE)
     count = VIRTIO_BUFFER_BYTES // VIRTIO_PACKET_OVERHEAD_BYTES

@@ -87,7 +87,7 @@ class Stage:
             self._left -= 1
             if not self._left:
                 self._left = next(self._lengths, 0)
-                self.hand_over()
+                self.switch()
 
     def sleep(self, eventfd: int) -> None:
         """Until it is signalled."""
@@ -101,7 +101,7 @@ class Stage:
                     raise LostWakeUpError from None
                 if self._done[1 - me] or (self._waits[1 - me] and self._idle(1 - me)):
                     raise LostWakeUpError(f"side {me} sleeps for ever") from None
-                self.hand_over()
+                self.switch()
             else:
                 self._waits[me] = False
                 return
@@ -125,7 +125,7 @@ class Stage:
         os.eventfd_write(fd, value)
         return False
 
-    def hand_over(self) -> None:
+    def switch(self) -> None:
         """Let the other side go on."""
         me: int = self._who.number
         if not self._done[1 - me]:
@@ -212,7 +212,7 @@ def play(stage: Stage, ring: Ring, driver: Driver, memory: Memory, expected: int
                     os.eventfd_write(driver.call, 1)
                 if expected > 1 and queue.packets:
                     more = True
-                    stage.hand_over()
+                    stage.switch()
 
     stage.watch(driver.call, driver.kick)
     stage.play(send, take)

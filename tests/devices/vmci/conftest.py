@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.vmci_driver import PlayedGuest
+from support.vmci_driver import SimulatedGuest
 
 
 @pytest.fixture
-def guest() -> Iterator[PlayedGuest]:
-    guest = PlayedGuest()
+def guest() -> Iterator[SimulatedGuest]:
+    guest = SimulatedGuest()
     guest.probe()
     yield guest
     guest.close()

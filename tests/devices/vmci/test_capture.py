@@ -13,7 +13,7 @@ from capture.dissecting import (
     needs_tshark,
     tapped,
 )
-from support.vmci_driver import CID, PlayedGuest
+from support.vmci_driver import CID, SimulatedGuest
 from vsockets.devices.vmci.datagrams import Handle
 
 pytestmark = needs_tshark
@@ -21,7 +21,7 @@ pytestmark = needs_tshark
 THERE, BACK = (f"{CID}:1234", "2:5000"), ("2:5000", f"{CID}:1234")
 
 
-def test_a_stream(guest: PlayedGuest, tmp_path: Path) -> None:
+def test_a_stream(guest: SimulatedGuest, tmp_path: Path) -> None:
     with tapped(guest.fabric.capture) as records:
         stream = guest.connect(1234, 65_536)
         (theirs,) = guest.fabric.streams
@@ -51,7 +51,7 @@ def test_a_stream(guest: PlayedGuest, tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_left_when_the_guest_closes(guest: PlayedGuest, tmp_path: Path) -> None:
+def test_data_in_the_queue_at_close_is_recorded(guest: SimulatedGuest, tmp_path: Path) -> None:
     stream = guest.connect(1234, 65_536)
     while stream.write(bytes(65_535)):  # until the program's buffer and the queue are full
         guest.loop.turn()
@@ -62,7 +62,7 @@ def test_what_is_left_when_the_guest_closes(guest: PlayedGuest, tmp_path: Path) 
     assert sum(length - 32 for op, *_, length, _ in rows if op == PAYLOAD) > 0
 
 
-def test_datagrams(guest: PlayedGuest, tmp_path: Path) -> None:
+def test_datagrams(guest: SimulatedGuest, tmp_path: Path) -> None:
     with tapped(guest.fabric.capture) as records:
         guest.send(Handle(2, 700), b"there", Handle(CID, 800))
         guest.send(Handle(2, 700), b"", Handle(CID, 800))

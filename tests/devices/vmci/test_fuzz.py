@@ -7,11 +7,13 @@ import os
 
 import pytest
 
-from .fuzzer import Fuzzer
+from .fuzz import Fuzzer
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_hostile_guest_does_no_harm(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_random_moves_of_a_guest_leave_no_trace(
+    seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with caplog.at_level(logging.ERROR):
         fuzzer = Fuzzer(seed)

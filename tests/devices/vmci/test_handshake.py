@@ -26,7 +26,7 @@ def found(handle: Handle, size: int) -> bool:
 
 
 @pytest.mark.parametrize("protocol_v1", [False, True])
-def test_the_guest_connects(protocol_v1: bool) -> None:
+def test_connect_by_the_guest(protocol_v1: bool) -> None:
     request = packet(Kind.REQUEST, 4096) if protocol_v1 else packet(Kind.REQUEST2, 4096, 3)
     accepting = Accepting(request, found)
     assert accepting.possible and accepting.protocol_v1 is protocol_v1
@@ -39,13 +39,13 @@ def test_the_guest_connects(protocol_v1: bool) -> None:
     assert step.packets == [(Kind.ATTACH, handle_value(HANDLE), 0)]
 
 
-def test_requests_for_nothing() -> None:
+def test_invalid_requests_are_refused() -> None:
     assert not Accepting(packet(Kind.REQUEST2, 0, 1), found).possible
     assert not Accepting(packet(Kind.REQUEST2, 4096, 0), found).possible
     assert not Accepting(packet(Kind.REQUEST2, 4096, 2), found).possible
 
 
-def test_an_offer_of_nothing_or_too_early() -> None:
+def test_unexpected_offer_fails_the_handshake() -> None:
     accepting = Accepting(packet(Kind.REQUEST2, 4096, 1), found)
     step = accepting.receive(packet(Kind.OFFER, handle_value(HANDLE)))
     assert step.error == errno.ECONNRESET and step.packets == [(Kind.RST, 0, 0)]
@@ -55,7 +55,7 @@ def test_an_offer_of_nothing_or_too_early() -> None:
     assert step.error == errno.ECONNRESET
 
 
-def test_somebody_connects() -> None:
+def test_connect_to_the_guest() -> None:
     connecting = Connecting(SIZES, HANDLE, found)
     assert connecting.begin().packets == [(Kind.REQUEST2, 65_536, 1)]
     step = connecting.receive(packet(Kind.NEGOTIATE2, 128, 1))
@@ -64,7 +64,7 @@ def test_somebody_connects() -> None:
     assert step.handle == HANDLE and connecting.size == 128
 
 
-def test_who_does_not_know_version_2() -> None:
+def test_fallback_to_version_1() -> None:
     connecting = Connecting(SIZES, HANDLE, found)
     connecting.begin()
     assert connecting.receive(packet(Kind.INVALID)).packets == [(Kind.REQUEST, 65_536, 0)]
@@ -84,7 +84,7 @@ def test_who_does_not_know_version_2() -> None:
         (packet(99), errno.ECONNRESET, True),
     ],
 )
-def test_answers_that_end_it(answer: Packet, error: int, told: bool) -> None:
+def test_replies_that_fail_the_handshake(answer: Packet, error: int, told: bool) -> None:
     connecting = Connecting(SIZES, HANDLE, found)
     connecting.begin()
     step = connecting.receive(answer)
@@ -93,7 +93,7 @@ def test_answers_that_end_it(answer: Packet, error: int, told: bool) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 13), st.integers(0, 2**64 - 1), st.integers(0, 65_535))))
-def test_no_packets_but_the_right_ones_connect(packets: list[tuple[int, int, int]]) -> None:
+def test_only_the_valid_sequence_connects(packets: list[tuple[int, int, int]]) -> None:
     connecting = Connecting(SIZES, HANDLE, found)
     connecting.begin()
     for kind, value, protocol in packets:

@@ -1,7 +1,7 @@
 """A hostile guest: registers, hypercalls, control packets and queue indices at random.
 
 Each case is one move, made from one a driver makes by changing some of it.  Run by hand for
-long: ``python -m tests.devices.vmci.fuzzer 1000000``.
+long: ``python -m tests.devices.vmci.fuzz 1000000``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import struct
 import sys
 from collections.abc import Callable
 
-from support.vmci_driver import CID, MEMORY, PAGE, PlayedGuest
+from support.vmci_driver import CID, MEMORY, PAGE, SimulatedGuest
 from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.datagrams import LARGEST, Handle, Hypercall
 from vsockets.devices.vmci.packets import Packet
@@ -41,7 +41,7 @@ WIDE = [*EDGES, 2**32, 2**63, 2**64 - 4096, 2**64 - 1]
 class Fuzzer:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.guest = PlayedGuest()
+        self.guest = SimulatedGuest()
         self.guest.probe()
         self.moves: list[Callable[[], object]] = [
             self.register,

@@ -38,7 +38,7 @@ def read_all(sock: socket.socket) -> bytes:
     return bytes(data)
 
 
-class PlayedFirecracker:
+class SimulatedFirecracker:
     """A monitor at ``path``, and the guest behind it."""
 
     def __init__(self, path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from support.vmci_driver import CID, MEMORY, PAGE, PlayedGuest
+from support.vmci_driver import CID, MEMORY, PAGE, SimulatedGuest
 from vsockets.devices.client import ConnectRequest
 from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.datagrams import Code, Datagram, Event, Handle, Hypercall
@@ -26,7 +26,7 @@ from vsockets.testing import wait_until
 _COMMAND, _MASTER, _NO_MASTER = 4, b"\x06\x00", b"\x02\x00"
 
 
-def turn_until(guest: PlayedGuest, so: Callable[[], object]) -> None:
+def turn_until(guest: SimulatedGuest, so: Callable[[], object]) -> None:
     def reached() -> bool:
         guest.loop.turn()
         return bool(so())
@@ -35,7 +35,7 @@ def turn_until(guest: PlayedGuest, so: Callable[[], object]) -> None:
 
 
 class TestHypercalls:
-    def test_what_drivers_ask_first(self, guest: PlayedGuest) -> None:
+    def test_hypercalls_of_a_starting_driver(self, guest: SimulatedGuest) -> None:
         query = struct.pack("<III", 1, 0, Hypercall.GET_CONTEXT_ID)
         assert guest.call(Hypercall.RESOURCES_QUERY, query) == 1
         query = struct.pack("<IIIII", 3, 0, 99, Hypercall.QUEUEPAIR_ALLOC, 1)
@@ -47,7 +47,7 @@ class TestHypercalls:
         assert guest.call(Hypercall.EVENT_SUBSCRIBE, bytes(7)) == Code.INVALID_ARGS
         assert guest.call(12) == Code.INVALID_RESOURCE
 
-    def test_doorbells_and_the_bitmap(self, guest: PlayedGuest) -> None:
+    def test_doorbells_set_the_bitmap(self, guest: SimulatedGuest) -> None:
         assert guest.call(Hypercall.SET_NOTIFY_BITMAP, struct.pack("<Q", 100)) == Code.SUCCESS
         handle = struct.pack("<II", CID, 7)
         link = handle + struct.pack("<Q", 33)
@@ -77,8 +77,8 @@ class TestHypercalls:
             ({"flags": 1}, Code.NOT_FOUND),
         ],
     )
-    def test_queue_pairs_that_cannot_be(
-        self, guest: PlayedGuest, change: dict[str, object], code: Code
+    def test_invalid_queue_pairs_are_refused(
+        self, guest: SimulatedGuest, change: dict[str, object], code: Code
     ) -> None:
         fields: dict[str, object] = {
             "flags": 0,
@@ -96,7 +96,7 @@ class TestHypercalls:
         payload += struct.pack(f"<{len(pages)}Q", *pages)
         assert guest.call(Hypercall.QUEUEPAIR_ALLOC, payload) == code
 
-    def test_no_more_queue_pairs_than_allowed(self, guest: PlayedGuest) -> None:
+    def test_queue_pairs_are_limited(self, guest: SimulatedGuest) -> None:
         codes = [
             guest.alloc(Handle(CID, n), 128, [64, 65, 66, 67])
             for n in range(VMCI_QUEUE_PAIRS_MAX + 1)
@@ -108,8 +108,8 @@ class TestHypercalls:
 
 
 class TestDatagrams:
-    def test_when_the_interrupt_comes(
-        self, guest: PlayedGuest, monkeypatch: pytest.MonkeyPatch
+    def test_interrupt_precedes_the_end_of_the_register_write(
+        self, guest: SimulatedGuest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """On its way while a write is done that is waited for; after one that is not."""
         was_filled: list[bool] = []
@@ -123,7 +123,7 @@ class TestDatagrams:
         guest.offer_buffer(posted=True)
         assert was_filled == [False, True]
 
-    def test_both_ways_of_every_size(self, guest: PlayedGuest) -> None:
+    def test_datagrams_of_every_size_in_both_directions(self, guest: SimulatedGuest) -> None:
         for size in (0, 1, 7, 8, 4096, MAX_DATAGRAM):
             payload = os.urandom(size)
             assert guest.send(Handle(2, 700), payload, Handle(CID, 800)) == 24 + size
@@ -132,14 +132,14 @@ class TestDatagrams:
             (one,) = guest.receive()
             assert one == Datagram(Handle(CID, 800), Handle(2, 700), payload)
 
-    def test_what_waits_is_bounded(self, guest: PlayedGuest) -> None:
+    def test_queue_for_the_guest_is_bounded(self, guest: SimulatedGuest) -> None:
         deliver = guest.machine.sockets._on_datagram
         assert deliver((2, 1), 2, bytes(MAX_DATAGRAM))
         assert not deliver((2, 1), 2, bytes(MAX_DATAGRAM))
         assert [len(one.payload) for one in guest.receive()] == [MAX_DATAGRAM] * 2
         assert deliver((2, 1), 2, b"")
 
-    def test_what_went_wrong(self, guest: PlayedGuest) -> None:
+    def test_errors_are_reported_in_the_result(self, guest: SimulatedGuest) -> None:
         for error, code in [
             (errno.ECONNREFUSED, Code.INVALID_RESOURCE),
             (errno.ENOBUFS, Code.NO_RESOURCES),
@@ -148,7 +148,7 @@ class TestDatagrams:
             guest.fabric.error = error
             assert guest.send(Handle(2, 700), b"x", Handle(CID, 800)) == code
 
-    def test_sizes_that_lie(self, guest: PlayedGuest) -> None:
+    def test_invalid_sizes_are_refused(self, guest: SimulatedGuest) -> None:
         for size in (0, 23, 69_633, 2**32 - 1):
             assert guest.send_raw(bytes(24), size) == Code.INVALID_ARGS
         lying = struct.pack("<IIIIQ", 2, 700, CID, 800, 2**64 - 24)
@@ -158,7 +158,7 @@ class TestDatagrams:
 
 class TestStreams:
     @pytest.mark.parametrize("size", [128, 129, 4096, 5000, 262_144])
-    def test_both_ways(self, guest: PlayedGuest, size: int) -> None:
+    def test_stream_in_both_directions(self, guest: SimulatedGuest, size: int) -> None:
         stream = guest.connect(1234, size)
         theirs = guest.fabric.streams[0]
         rng = random.Random(size)
@@ -180,7 +180,7 @@ class TestStreams:
             got += stream.read()
         assert sent == received and back == got
 
-    def test_a_flow_needs_few_words(self, guest: PlayedGuest) -> None:
+    def test_flow_needs_few_notifications(self, guest: SimulatedGuest) -> None:
         """Once it flows the guest finds its queue never empty, and says nothing."""
         stream = guest.connect(1234, 65_536)
         theirs = guest.fabric.streams[0]
@@ -188,24 +188,24 @@ class TestStreams:
         for number in range(200):
             assert stream.write(b"x" * 100) == 100
             if number == 150:  # it pauses; all must come without another word
-                turn_until(guest, lambda: _took(theirs, 15_100))
+                turn_until(guest, lambda: _received_all(theirs, 15_100))
                 got = 15_100
             guest.loop.turn()
-        turn_until(guest, lambda: _took(theirs, 20_000 - got))
+        turn_until(guest, lambda: _received_all(theirs, 20_000 - got))
         assert len(stream.said) < 20
 
-    def test_an_answer_is_looked_for(self, guest: PlayedGuest) -> None:
+    def test_reply_is_polled(self, guest: SimulatedGuest) -> None:
         """Who talk to each other are not told of each word: the device looks."""
         stream = guest.connect(1234, 65_536)
         theirs = guest.fabric.streams[0]
         for _ in range(20):
             stream.write(b"question")
-            turn_until(guest, lambda: _took(theirs, 8))
+            turn_until(guest, lambda: _received_all(theirs, 8))
             theirs.send(b"answer")
             turn_until(guest, lambda: stream.read() == b"answer")
         assert len(stream.said) < 10
 
-    def test_who_waits_for_more_is_told_again(self, guest: PlayedGuest) -> None:
+    def test_reader_with_low_water_mark_is_notified_again(self, guest: SimulatedGuest) -> None:
         """SO_RCVLOWAT: the queue was not empty before, and yet the reader sleeps."""
         stream = guest.connect(1234, 65_536)
         stream.tell(Kind.READ)
@@ -216,14 +216,14 @@ class TestStreams:
         theirs.send(b"2")
         told: list[int] = []
 
-        def is_told() -> bool:
+        def is_notified() -> bool:
             told.extend(packet.kind for packet in guest.packets())
             return bool(told)
 
-        turn_until(guest, is_told)
+        turn_until(guest, is_notified)
         assert told == [Kind.WROTE]
 
-    def test_nothing_overtakes_an_attach(self, guest: PlayedGuest) -> None:
+    def test_packets_wait_after_an_attach(self, guest: SimulatedGuest) -> None:
         """A socket that still connects would give up; what is in the queue it can read."""
         stream = guest.connect(1234, 65_536)
         theirs = guest.fabric.streams.pop()
@@ -234,14 +234,14 @@ class TestStreams:
         assert stream.read() == b"welcome"
         told: list[int] = []
 
-        def is_told_all() -> bool:
+        def is_sent_all() -> bool:
             told.extend(packet.kind for packet in guest.packets())
             return len(told) == 2
 
-        turn_until(guest, is_told_all)
+        turn_until(guest, is_sent_all)
         assert told == [Kind.WROTE, Kind.SHUTDOWN]
 
-    def test_who_speaks_has_seen_the_attach(self, guest: PlayedGuest) -> None:
+    def test_packet_from_the_guest_ends_the_wait(self, guest: SimulatedGuest) -> None:
         stream = guest.connect(1234, 65_536)
         guest.fabric.streams[0].send(b"welcome")
         guest.loop.turn()
@@ -249,7 +249,7 @@ class TestStreams:
         stream.write(b"hello")
         assert [packet.kind for packet in guest.packets()] == [Kind.WROTE]
 
-    def test_the_same_ports_again(self, guest: PlayedGuest) -> None:
+    def test_ports_are_reused_while_the_old_queue_has_data(self, guest: SimulatedGuest) -> None:
         """The first stream's queue pair is still there: what is in it is not lost."""
         stream = guest.connect(1234, 65_536)
         stream.write(b"a word")
@@ -263,7 +263,7 @@ class TestStreams:
         guest.detach(stream.handle)
         turn_until(guest, lambda: not guest.packets())
 
-    def test_the_same_ports_again_when_the_program_has_closed(self, guest: PlayedGuest) -> None:
+    def test_ports_are_reused_after_the_program_has_closed(self, guest: SimulatedGuest) -> None:
         """What the old stream would have said of that, the new one would take for its own."""
         stream = guest.connect(1235, 65_536)
         stream.tell(Kind.READ)
@@ -272,7 +272,7 @@ class TestStreams:
         guest.packet(Packet(Kind.REQUEST2, 1235, 5000, 65_536, 0, 1))
         assert [packet.kind for packet in guest.packets()] == [Kind.NEGOTIATE2]
 
-    def test_a_stream_that_is_over_says_nothing_more(self, guest: PlayedGuest) -> None:
+    def test_closed_stream_sends_nothing(self, guest: SimulatedGuest) -> None:
         stream = guest.connect(1234, 65_536)
         guest.fabric.streams[0].send(b"welcome")
         guest.loop.turn()
@@ -282,7 +282,7 @@ class TestStreams:
         turn_until(guest, lambda: passed)
         assert guest.packets() == []
 
-    def test_a_guest_that_does_not_read(self, guest: PlayedGuest) -> None:
+    def test_guest_that_does_not_read_is_polled_then_notified(self, guest: SimulatedGuest) -> None:
         """Room is looked for at first, with a byte of the queue left; then it is filled."""
         stream = guest.connect(1234, 4096)
         theirs = guest.fabric.streams[0]
@@ -297,7 +297,7 @@ class TestStreams:
             got += len(stream.read())
         assert got == 10_000
 
-    def test_unread_data_outlives_the_guests_close(self, guest: PlayedGuest) -> None:
+    def test_unread_data_survives_the_guests_close(self, guest: SimulatedGuest) -> None:
         stream = guest.connect(1234, 262_144)
         theirs = guest.fabric.streams[0]
         total = 0
@@ -305,10 +305,10 @@ class TestStreams:
             total += stream.write(bytes(262_143))
         guest.detach(stream.handle)
         guest.memory[:] = bytes(MEMORY)
-        turn_until(guest, lambda: _took(theirs, total))
+        turn_until(guest, lambda: _received_all(theirs, total))
         turn_until(guest, lambda: theirs.recv(1) == b"")
 
-    def test_the_program_closes(self, guest: PlayedGuest) -> None:
+    def test_close_by_the_program(self, guest: SimulatedGuest) -> None:
         stream = guest.connect(1234, 4096)
         theirs = guest.fabric.streams.pop()
         theirs.send(b"last words")
@@ -322,7 +322,7 @@ class TestStreams:
         assert [one.payload[0] for one in events] == [Event.QP_PEER_DETACH]
         assert stream.read() == b"last words"
 
-    def test_shut_down_both_ways(self, guest: PlayedGuest) -> None:
+    def test_shutdown_of_both_directions(self, guest: SimulatedGuest) -> None:
         stream = guest.connect(1234, 4096)
         theirs = guest.fabric.streams[0]
         stream.write(b"the last")
@@ -337,7 +337,9 @@ class TestStreams:
             theirs.send(b"x")
 
     @pytest.mark.parametrize("indices", [(4096, 0), (2**64 - 1, 0), (0, 4096), (5000, 5000)])
-    def test_indices_that_lie(self, guest: PlayedGuest, indices: tuple[int, int]) -> None:
+    def test_invalid_indices_abort_the_stream(
+        self, guest: SimulatedGuest, indices: tuple[int, int]
+    ) -> None:
         stream = guest.connect(1234, 4096)
         theirs = guest.fabric.streams[0]
         stream.set_indices(*indices)
@@ -348,7 +350,7 @@ class TestStreams:
             assert theirs.recv(1) == b""
         assert Kind.SHUTDOWN in [packet.kind for packet in guest.packets()]
 
-    def test_memory_goes_away_under_it(self, guest: PlayedGuest) -> None:
+    def test_unmapped_memory_ends_the_stream(self, guest: SimulatedGuest) -> None:
         stream = guest.connect(1234, 4096)
         theirs = guest.fabric.streams[0]
         guest.device.memory.unmap(0, MEMORY)
@@ -356,7 +358,7 @@ class TestStreams:
         stream.tell(Kind.WROTE)
         assert theirs.recv(1) == b""
 
-    def test_a_reset_ends_everything(self, guest: PlayedGuest) -> None:
+    def test_device_reset_closes_streams(self, guest: SimulatedGuest) -> None:
         stream = guest.connect(1234, 4096)
         stream.write(b"before")
         theirs = guest.fabric.streams[0]
@@ -367,7 +369,7 @@ class TestStreams:
         guest.probe()
         guest.connect(1234, 4096)
 
-    def test_no_access_to_memory_any_more(self, guest: PlayedGuest) -> None:
+    def test_kexec_revokes_memory_access(self, guest: SimulatedGuest) -> None:
         """What a kernel does to every device before it makes way for another (kexec)."""
         command, on, off = 4, b"\x06\x00", b"\x02\x00"
         guest.device.write(Region.CONFIG, command, on)
@@ -383,7 +385,7 @@ class TestStreams:
         assert stream.read() == b""
 
     @pytest.mark.parametrize("resets", [False, True], ids=["s2idle", "S3"])
-    def test_sleep(self, guest: PlayedGuest, resets: bool) -> None:
+    def test_registers_survive_sleep(self, guest: SimulatedGuest, resets: bool) -> None:
         """Linux restores configuration space and MSI-X, and does nothing else to the device."""
         guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
         guest.connect(1234, 4096)
@@ -406,7 +408,7 @@ class TestStreams:
         assert guest.fabric.streams[1].recv(9) == b"awake"
 
     @pytest.mark.parametrize("how", ["kexec", "reboot after sleep", "reboot"])
-    def test_another_kernel_finds_no_registers_set(self, guest: PlayedGuest, how: str) -> None:
+    def test_new_kernel_finds_reset_registers(self, guest: SimulatedGuest, how: str) -> None:
         guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
         if how != "reboot":
             guest.device.write(Region.CONFIG, _COMMAND, _NO_MASTER)
@@ -421,13 +423,13 @@ class TestStreams:
         guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
         assert guest.load(Register.IMR) == 0
 
-    def test_packets_for_nobody(self, guest: PlayedGuest) -> None:
+    def test_packets_without_a_stream_are_reset(self, guest: SimulatedGuest) -> None:
         guest.packet(Packet(Kind.WROTE, 1, 2))
         assert [packet.kind for packet in guest.packets()] == [Kind.RST]
         guest.packet(Packet(Kind.RST, 1, 2))
         assert guest.packets() == []
 
-    def test_somebody_connects(self, guest: PlayedGuest) -> None:
+    def test_connect_to_the_guest(self, guest: SimulatedGuest) -> None:
         ours, theirs = _pair()
         offer = ConnectRequest(ours, 80, (2, 5000), BufferSizes(4096, 128, 262_144), False)
         guest.machine.sockets.connect_to_guest(offer)
@@ -445,7 +447,7 @@ class TestStreams:
         assert guest.fabric.settled == [(4096, 0)]
         theirs.close()
 
-    def test_who_connects_has_chosen_no_size(self, guest: PlayedGuest) -> None:
+    def test_default_size_is_proposed_as_the_guests_maximum(self, guest: SimulatedGuest) -> None:
         """The queue is as large as a guest's own; the program sees the default it had."""
         ours, theirs = _pair()
         guest.machine.sockets.connect_to_guest(
@@ -460,14 +462,14 @@ class TestStreams:
         assert guest.fabric.settled == [(65_536, 0)]
         theirs.close()
 
-    def test_who_connects_has_chosen_a_limit(self, guest: PlayedGuest) -> None:
+    def test_chosen_size_limits_are_kept(self, guest: SimulatedGuest) -> None:
         ours, theirs = _pair()
         sizes = BufferSizes().with_maximum(100_000)
         guest.machine.sockets.connect_to_guest(ConnectRequest(ours, 80, (2, 5000), sizes, False))
         assert [packet.value for packet in guest.packets()] == [100_000]
         theirs.close()
 
-    def test_nobody_listens_in_the_guest(self, guest: PlayedGuest) -> None:
+    def test_refused_client_returns_to_vsockd(self, guest: SimulatedGuest) -> None:
         """Who connects can go on talking to vsockd, and the device has no part in it."""
         ours, theirs = _pair()
         sizes = BufferSizes(4096, 128, 262_144)
@@ -481,7 +483,7 @@ class TestStreams:
         assert theirs.recv(1) == b""
         theirs.close()
 
-    def test_nobody_answers_in_the_guest(self, guest: PlayedGuest) -> None:
+    def test_guest_without_reply_times_out(self, guest: SimulatedGuest) -> None:
         ours, theirs = _pair()
         sizes = BufferSizes(4096, 128, 262_144)
         guest.machine.sockets.connect_to_guest(ConnectRequest(ours, 80, (2, 5000), sizes, False))
@@ -500,7 +502,7 @@ def _pair() -> tuple[socket.socket, socket.socket]:
 _taken: dict[int, int] = {}
 
 
-def _took(sock: socket.socket, total: int) -> bool:
+def _received_all(sock: socket.socket, total: int) -> bool:
     """Take what has come; whether it was ``total`` bytes in all by now."""
     key = id(sock)
     with contextlib.suppress(BlockingIOError):
