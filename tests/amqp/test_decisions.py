@@ -6,9 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.amqp.brokers import BrokerNode, BrokerNodes
-from vsockets.amqp.connect_request import connect_request, refusal, requester
-from vsockets.amqp.virtual_hosts import VirtualHostRule, admits
+from vsockets.amqp.routing import (
+    BrokerNode,
+    BrokerNodes,
+    VirtualHostRule,
+    admits,
+    connect_request,
+    refusal,
+    requester,
+)
 from vsockets.model.locator import Inet
 
 

@@ -7,8 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pamqp import body, commands, frame
 
-from vsockets.amqp.frame_assembler import CloseHandshake, FrameAssembler
-from vsockets.amqp.frames import CLOSE_OK, PROTOCOL_HEADER, FrameError
+from vsockets.amqp.frames import (
+    CLOSE_OK,
+    PROTOCOL_HEADER,
+    CloseHandshake,
+    FrameAssembler,
+    FrameError,
+)
 from vsockets.amqp.limits import AMQP_FRAME_MAX_BYTES
 
 from .strategies import commands_in, conversations, cuts, pieces

@@ -17,10 +17,12 @@ from vsockets.amqp.frames import (
     begins_connection,
     connection_close,
     connection_method,
-    needed,
+    frame_size,
+    table_end,
+    table_names,
     whole_frames,
+    with_integer,
 )
-from vsockets.amqp.tables import names, table_end, with_number
 
 from .strategies import commands_in, conversations, tables
 
@@ -33,7 +35,7 @@ def test_frames_are_found_one_after_the_other(parts: list[bytes], missing: int) 
     found = list(whole_frames(cut, 1000))
     done = found[-1].end if found else 0
     assert b"".join(cut[one.start : one.end] for one in found) == cut[:done]
-    assert needed(cut[done:]) == 0 or needed(cut[done:]) > len(cut) - done
+    assert frame_size(cut[done:]) == 0 or frame_size(cut[done:]) > len(cut) - done
 
 
 @given(st.binary(max_size=200))
@@ -89,9 +91,9 @@ def test_a_table_gets_one_entry_more(table: dict[str, Any], value: int) -> None:
     table.pop("vsock_cid", None)
     data = encode.field_table(table)
     assert table_end(data + b"more") == len(data)
-    assert sorted(names(data)) == sorted(name.encode() for name in table)
-    more = with_number(data, b"vsock_cid", value)
-    assert names(more) == [*names(data), b"vsock_cid"]
+    assert sorted(table_names(data)) == sorted(name.encode() for name in table)
+    more = with_integer(data, b"vsock_cid", value)
+    assert table_names(more) == [*table_names(data), b"vsock_cid"]
     size, read = decode.field_table(more)
     assert size == len(more)
     assert read == {**decode.field_table(data)[1], "vsock_cid": value}
@@ -101,7 +103,7 @@ def test_a_table_gets_one_entry_more(table: dict[str, Any], value: int) -> None:
 def test_no_table_that_is_cut_off_is_read(data: bytes) -> None:
     table = len(data).to_bytes(4, "big") + data
     try:
-        found = names(table)
+        found = table_names(table)
     except FrameError:
         return
     assert sum(len(name) + 2 for name in found) <= len(data)

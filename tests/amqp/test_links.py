@@ -13,15 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vsockets.amqp import h2_connection as module
-from vsockets.amqp.connect_request import Headers, connect_request
-from vsockets.amqp.h2_connection import FrameCounter, H2Connection, StreamRefused
-from vsockets.amqp.h2_stream import H2Stream
+from vsockets.amqp import http2 as module
+from vsockets.amqp.http2 import FrameCounter, H2Connection, H2Stream, StreamRefused
 from vsockets.amqp.limits import (
     AMQP_SESSION_UNSENT_MAX_BYTES,
     AMQP_SESSION_WINDOW_BYTES,
     AMQP_UPLINK_FRAMES_PER_TURN_MAX,
 )
+from vsockets.amqp.routing import Headers, connect_request
 
 REQUEST = connect_request("rabbitmq:5672", 3)
 MUCH = os.urandom(3 << 20)

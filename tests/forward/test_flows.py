@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.forward.flows import FlowTable
+from vsockets.forward.fairness import FlowTable
 
 steps = st.lists(st.tuples(st.sampled_from(["send", "look"]), st.integers(0, 6), st.integers(0, 5)))
 

@@ -11,13 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.forward.http_connect import HttpConnect
-from vsockets.forward.proxy_protocol import (
-    LONGEST_REQUEST,
-    BadRequest,
-    ProxyProtocol,
-    ProxyRefusal,
-)
-from vsockets.forward.socks5 import Socks5
+from vsockets.forward.limits import FORWARD_PROXY_REQUEST_MAX_BYTES
+from vsockets.forward.proxies import BadRequest, ProxyProtocol, ProxyRefusal, Socks5
 
 FRONT_ENDS = (HttpConnect, Socks5)
 
@@ -76,7 +71,7 @@ def test_http_refusals_say_why(why: ProxyRefusal) -> None:
         (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n", b"400"),
         (b"CONNECT a:80 HTTP/1.1\r\n\r\n", b"400"),
         (b"\x05\x01\x00\r\n\r\n", b"400"),
-        (b"C" * (LONGEST_REQUEST + 1), b"431"),
+        (b"C" * (FORWARD_PROXY_REQUEST_MAX_BYTES + 1), b"431"),
     ],
 )
 def test_bad_http_requests(request_: bytes, status: bytes) -> None:
@@ -166,7 +161,7 @@ def test_a_request_that_does_not_end_is_bounded(front_end: Callable[[], ProxyPro
     piece = {HttpConnect: b"CONNECT a:1 HTTP/1.1\r\nX: ", Socks5: b"\x05\xff"}[front_end]  # type: ignore[index]
     with pytest.raises(BadRequest):
         front.receive(piece)
-        for _ in range(LONGEST_REQUEST // 100 + 2):
+        for _ in range(FORWARD_PROXY_REQUEST_MAX_BYTES // 100 + 2):
             front.receive(b"a" * 100)
 
 

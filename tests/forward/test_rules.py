@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.forward.rules import HostRule, HostRules, PeerRule, admits_peer, check_host
+from vsockets.forward.settings import HostRule, HostRules, PeerRule, admits_peer, check_host
 
 
 def admits(rules: tuple[str, ...], peer: tuple[int, int]) -> bool:

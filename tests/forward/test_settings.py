@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vsockets.forward.configuration import ConfigurationError, load
-from vsockets.forward.rules import HostRule, PeerRule
-from vsockets.forward.settings import Settings
+from vsockets.forward.settings import HostRule, PeerRule, Settings, load
 from vsockets.model.locator import Inet, Proxy, Vsock, parse_locator
+from vsockets.toml.tables import ConfigurationError
 
 
 @pytest.mark.parametrize(

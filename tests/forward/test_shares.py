@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.forward.shares import Shares
+from vsockets.forward.fairness import Shares
 
 
 def fill(shares: Shares, party: int) -> int:

@@ -17,11 +17,8 @@ from ..forward.client import Client
 from ..forward.dialer import Dialer
 from ..logs import by
 from ..model.locator import Locator
-from .brokers import BrokerNode, BrokerNodes
-from .connect_request import AUTHORITY, Headers, refusal, requester
 from .frames import PROTOCOL_HEADER, begins_connection
-from .h2_connection import H2Connection
-from .h2_stream import H2Stream
+from .http2 import H2Connection, H2Stream
 from .limits import (
     AMQP_NODE_CHECK_SECONDS,
     AMQP_NODE_CONNECT_TIMEOUT_SECONDS,
@@ -31,6 +28,7 @@ from .limits import (
     AMQP_UPLINKS_MAX,
 )
 from .relay import SessionRelay
+from .routing import AUTHORITY, BrokerNode, BrokerNodes, Headers, refusal, requester
 from .session import log
 
 

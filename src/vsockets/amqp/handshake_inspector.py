@@ -20,14 +20,16 @@ from .frames import (
     Frame,
     FrameError,
     Reply,
-    arguments,
     connection_close,
     connection_frame,
     connection_method,
+    method_arguments,
+    table_end,
+    table_names,
     whole_frames,
+    with_integer,
 )
 from .limits import AMQP_HANDSHAKE_FRAME_MAX_BYTES, AMQP_HANDSHAKE_FRAMES_MAX
-from .tables import names, table_end, with_number
 
 #: The client property with the CID of the guest that owns a connection.
 CID_PROPERTY = b"vsock_cid"
@@ -99,9 +101,9 @@ class HandshakeInspector:
         whole = data[frame.start : frame.end]
         method = connection_method(data, frame)
         if method == ConnectionMethod.START_OK:
-            return self._with_cid(arguments(data, frame))
+            return self._with_cid(method_arguments(data, frame))
         if method == ConnectionMethod.OPEN:
-            self._open(arguments(data, frame))
+            self._open(method_arguments(data, frame))
             return whole
         if method in _PASSED_ON or whole == _HEARTBEAT:
             return whole
@@ -110,11 +112,11 @@ class HandshakeInspector:
     def _with_cid(self, fields: bytes) -> bytes:
         """Return start-ok with the guest's CID added to the client properties."""
         end = table_end(fields)
-        if CID_PROPERTY in names(fields[:end]):
+        if CID_PROPERTY in table_names(fields[:end]):
             name = CID_PROPERTY.decode()
             why = f"client property {name}: reserved for the host proxy"
             raise _refused(Reply.ACCESS_REFUSED, why, ConnectionMethod.START_OK)
-        properties = with_number(fields[:end], CID_PROPERTY, self.cid)
+        properties = with_integer(fields[:end], CID_PROPERTY, self.cid)
         return connection_frame(ConnectionMethod.START_OK, properties + fields[end:])
 
     def _open(self, fields: bytes) -> None:

@@ -18,12 +18,11 @@ from ..attachment import ContextHandle
 from ..forward.client import Client
 from ..model.locator import Locator, Vsock
 from .client_server import ClientServer
-from .connect_request import AUTHORITY, connect_request
 from .handshake_inspector import HandshakeInspector
 from .limits import AMQP_GUEST_SESSIONS_MAX, AMQP_OPEN_TIMEOUT_SECONDS
+from .routing import AUTHORITY, VirtualHostRule, admits, connect_request
 from .session import AmqpSession
 from .uplink import Uplink
-from .virtual_hosts import VirtualHostRule, admits
 
 
 class HostProxy(ClientServer):

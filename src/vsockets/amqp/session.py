@@ -14,8 +14,7 @@ import os
 import socket as stdlib
 
 from ..forward.client import Client
-from .frame_assembler import CloseHandshake, FrameAssembler
-from .frames import FrameError, Reply, connection_close
+from .frames import CloseHandshake, FrameAssembler, FrameError, Reply, connection_close
 from .handshake_inspector import HandshakeInspector, HandshakeRefused
 from .limits import AMQP_HANDSHAKE_TIMEOUT_SECONDS
 from .relay import SessionRelay, Side

@@ -9,7 +9,7 @@ import ssl
 
 from ..forward.dialer import Dialer
 from ..model.locator import Inet, Locator
-from .h2_connection import H2Connection
+from .http2 import H2Connection
 from .limits import (
     AMQP_OPEN_TIMEOUT_SECONDS,
     AMQP_RETRY_FIRST_PAUSE_SECONDS,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import logs
-from ..amqp.connect_request import AUTHORITY
+from ..amqp.routing import AUTHORITY
 from ..extras import how_to_install
 from ..model.constants import VMADDR_CID_HOST
 from ..model.locator import Inet, Locator, Unix, Vsock
@@ -36,7 +36,7 @@ _AuthorityOption = Annotated[
 
 @parser_of
 def _read_rule(text: str) -> Any:
-    from ..amqp.virtual_hosts import VirtualHostRule
+    from ..amqp.routing import VirtualHostRule
 
     return VirtualHostRule.parse(text)
 
@@ -97,7 +97,7 @@ def host_proxy(
     """On the host: take all guests' sessions to the AMQP proxy, over one TCP connection."""
     require("h2")
     from ..amqp.host_proxy import HostProxy
-    from ..amqp.tls import client_context
+    from ..amqp.routing import client_context
 
     _expect(listen, "--listen", Vsock)
     _expect_target(proxy, "--proxy")
@@ -151,7 +151,7 @@ def amqp_proxy(
     """Beside the brokers: split a host's sessions into connections to healthy nodes."""
     require("h2")
     from ..amqp.amqp_proxy import AmqpProxy
-    from ..amqp.tls import server_context
+    from ..amqp.routing import server_context
 
     _expect(listen, "--listen", Inet, Unix)
     for one in node:

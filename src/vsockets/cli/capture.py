@@ -88,7 +88,7 @@ def capture(
 
 
 def _capture_device(cid: int, port: int, payload: int, file: Path) -> None:
-    from ..capture.device_capture import open_capture, write_capture
+    from ..capture.recording import open_capture, write_capture
 
     place = own_context()
     if not isinstance(place, Attachment):
@@ -107,7 +107,7 @@ def _capture_device(cid: int, port: int, payload: int, file: Path) -> None:
 def _capture_forwarder(
     source: Any, target: Any, allow: Any, payload: int, file: Path, verbose: bool
 ) -> None:
-    from ..capture.recorder import Recorder
+    from ..capture.recording import Recorder
     from ..forward.settings import Settings
 
     if not (isinstance(source, Vsock) or isinstance(target, Vsock)):

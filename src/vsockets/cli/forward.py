@@ -26,7 +26,7 @@ from .options import (
 
 if TYPE_CHECKING:
     # What is imported in functions below takes longer than the other commands do.
-    from ..capture.recorder import Recorder
+    from ..capture.recording import Recorder
     from ..forward.service import Service
     from ..forward.settings import Settings
 
@@ -38,7 +38,7 @@ _DRAIN = 30.0
 
 @parser_of
 def _read_host_rule(text: str) -> Any:
-    from ..forward.rules import HostRule
+    from ..forward.settings import HostRule
 
     return HostRule.parse(text)
 
@@ -91,8 +91,7 @@ def forward(
     also be fd:N or fd:NAME (systemd's sockets), TO http-proxy: or socks5:.  An empty CID or
     HOST listens on all of our own.
     """
-    from ..forward.configuration import load
-    from ..forward.settings import Settings
+    from ..forward.settings import Settings, load
 
     if config is not None:
         if source is not None:
@@ -156,7 +155,8 @@ def serve(
 
 
 def _load(path: Path) -> list[Settings]:
-    from ..forward.configuration import ConfigurationError, load
+    from ..forward.settings import load
+    from ..toml.tables import ConfigurationError
 
     try:
         return load(path)

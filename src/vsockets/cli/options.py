@@ -42,7 +42,7 @@ def read_user(text: str) -> int:
 @parser_of
 def _read_peer_rule(text: str) -> Any:
     # What is imported here takes longer than most commands do.
-    from ..forward.rules import PeerRule
+    from ..forward.settings import PeerRule
 
     return PeerRule.parse(text)
 

@@ -24,14 +24,13 @@ from ..socket import socket
 from ..state_folder import connect_to
 from .client import caused_by, describe_source, log, party_of
 from .dialer import Dialer
-from .flows import FlowTable
+from .fairness import FlowTable
 from .limits import FORWARD_FLOW_PENDING_MAX
 from .resolver import Found
-from .rules import admits_peer
-from .settings import Settings
+from .settings import Settings, admits_peer
 
 if TYPE_CHECKING:
-    from ..capture.recorder import Recorder
+    from ..capture.recording import Recorder
     from ..eventloop.asyncio_server import Listener
 
 #: Size in bytes of the largest datagram of vSockets and UDP.

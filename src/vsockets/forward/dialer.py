@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
 import os
 import socket as stdlib
 import subprocess
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from itertools import chain, zip_longest
 from typing import Any
@@ -21,7 +23,6 @@ from ..socket import socket
 from ..state_folder import connect_to
 from .limits import FORWARD_ADDRESSES_MAX, FORWARD_NEXT_ADDRESS_SECONDS
 from .resolver import Found, Resolver
-from .stdio import standard_streams
 
 #: Errors of a target that is not reachable yet, which a later attempt may not meet.
 NOT_YET = {
@@ -39,6 +40,9 @@ _MEANINGS = {
     errno.EHOSTUNREACH: "no such context, or connecting to it is not permitted",
     errno.EINVAL: "the buffer sizes of the two sides are incompatible",
 }
+
+#: Bytes copied at a time between a socket and standard input or output.
+_CHUNK = 65_536
 
 #: A predicate of the addresses that a name may resolve to.
 Admits = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
@@ -308,3 +312,37 @@ def _close_unwanted(attempt: asyncio.Task[stdlib.socket]) -> None:
 
 def _error(code: int) -> OSError:
     return OSError(code, os.strerror(code))
+
+
+def standard_streams() -> stdlib.socket:
+    """Return a non-blocking socket that is joined to the process's standard input and output.
+
+    Two threads copy between them and the socket.  Standard streams may be files, which epoll
+    rejects, or terminals, which must stay blocking because other processes share them.
+    """
+    ours, theirs = stdlib.socketpair()
+    ours.setblocking(False)
+    # A daemon thread, because a read from a terminal cannot be cancelled when the program ends.
+    threading.Thread(target=_copy_input, args=(theirs,), daemon=True).start()
+    # Not a daemon thread: the program ends after all output is written.
+    threading.Thread(target=_copy_output, args=(theirs,)).start()
+    return ours
+
+
+def _copy_input(sock: stdlib.socket) -> None:
+    with contextlib.suppress(OSError):  # the stream is closed, or standard input is
+        while data := os.read(0, _CHUNK):
+            sock.sendall(data)
+    with contextlib.suppress(OSError):
+        sock.shutdown(stdlib.SHUT_WR)
+
+
+def _copy_output(sock: stdlib.socket) -> None:
+    try:
+        while data := sock.recv(_CHUNK):
+            view = memoryview(data)
+            while view:
+                view = view[os.write(1, view) :]
+    except OSError:  # the reader of standard output has closed it
+        with contextlib.suppress(OSError):
+            sock.shutdown(stdlib.SHUT_RD)

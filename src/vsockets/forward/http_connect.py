@@ -5,8 +5,9 @@ from __future__ import annotations
 import h11
 
 from ..model.locator import parse_inet_port
-from .proxy_protocol import LONGEST_REQUEST, BadRequest, ProxyRefusal
-from .rules import check_host
+from .limits import FORWARD_PROXY_REQUEST_MAX_BYTES
+from .proxies import BadRequest, ProxyRefusal
+from .settings import check_host
 
 _STATUS = {
     ProxyRefusal.NOT_ALLOWED: (403, b"Forbidden"),
@@ -18,11 +19,13 @@ _STATUS = {
 
 
 class HttpConnect:
-    """The CONNECT request of one client; implements :class:`~.proxy_protocol.ProxyProtocol`."""
+    """The CONNECT request of one client; implements :class:`~.proxies.ProxyProtocol`."""
 
     def __init__(self) -> None:
         self.target: tuple[str, int] | None = None
-        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=LONGEST_REQUEST)
+        self._http = h11.Connection(
+            h11.SERVER, max_incomplete_event_size=FORWARD_PROXY_REQUEST_MAX_BYTES
+        )
 
     @property
     def rest(self) -> bytes:

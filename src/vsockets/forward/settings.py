@@ -1,17 +1,172 @@
-"""The settings of one forward, as plain values."""
+"""The settings of one forward: allow lists, values, and their TOML file.
+
+Allow lists name the contexts that may connect, and the hosts that a proxy may reach; an empty list
+allows every context, and no host.  ``docs/forward.md`` has the schema of the file.
+"""
 
 from __future__ import annotations
 
+import ipaddress
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
 
+from ..model.address import LARGEST, parse_cid, parse_port
 from ..model.constants import VMADDR_CID_ANY
-from ..model.locator import Exec, Inet, Inherited, Locator, Proxy, Stdio, Vsock
+from ..model.locator import (
+    Exec,
+    Inet,
+    Inherited,
+    Locator,
+    Proxy,
+    Stdio,
+    Vsock,
+    parse_inet_port,
+    parse_locator,
+)
+from ..toml.tables import Table, kind, read_toml, shown
 from .limits import (
     FORWARD_CONNECT_TIMEOUT_SECONDS,
     FORWARD_CONNECTIONS_MAX,
     FORWARD_FLOW_IDLE_SECONDS,
 )
-from .rules import HostRule, PeerRule
+from .reachability import Address, is_public
+
+_HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.IGNORECASE)
+_PATTERN = re.compile(r"[a-z0-9_*-]+(\.[a-z0-9_*-]+)*", re.IGNORECASE)
+_LONGEST_HOST = 253  # RFC 1035: 255 bytes on the wire
+
+#: Keys of a table in a TOML file.
+_KEYS = (
+    *("from", "to", "allow", "allow_host"),
+    *("idle", "connect_timeout", "wait", "max_connections"),
+)
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRule:
+    """A rule ``CID``, ``CID:PORT`` or ``CID:FIRST-LAST``: source addresses that may connect."""
+
+    cid: int
+    first: int = 0
+    last: int = LARGEST
+
+    @classmethod
+    def parse(cls, text: str) -> PeerRule:
+        """Parse a rule of the command line.
+
+        Raises ValueError.
+        """
+        cid, colon, ports = text.partition(":")
+        if not colon:
+            return cls(parse_cid(cid))
+        first, _, last = ports.partition("-")
+        rule = cls(parse_cid(cid), parse_port(first), parse_port(last or first))
+        if rule.first > rule.last:
+            raise ValueError(f"{text!r}: expected the smaller port first")
+        return rule
+
+    def admits(self, cid: int, port: int) -> bool:
+        """Return whether the rule covers the peer ``cid:port``."""
+        return self.cid in (cid, VMADDR_CID_ANY) and self.first <= port <= self.last
+
+
+def admits_peer(rules: Iterable[PeerRule], peer: tuple[int, int]) -> bool:
+    """Return whether ``peer`` may connect; True without rules."""
+    rules = tuple(rules)
+    return not rules or any(rule.admits(*peer) for rule in rules)
+
+
+@dataclass(frozen=True, slots=True)
+class HostRule:
+    """A rule ``HOST`` or ``HOST:PORT``: a destination that a proxy's clients may connect to.
+
+    HOST is a name, a pattern of a name (``*.example.org``), an address or a network
+    (``10.0.0.0/8``, ``[fd00::]/8`` or ``[::1]``).  A pattern reaches public addresses only
+    (:func:`.reachability.is_public`), because the name server that answers for a name under it
+    could answer 127.0.0.1; an exact name reaches any address, and so does a network.
+    """
+
+    name: str = ""
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
+    port: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> HostRule:
+        """Parse a rule of the command line.
+
+        Raises ValueError.
+        """
+        match = re.fullmatch(r"(\[[^\]]*\](?:/\d+)?|[^:\[\]]+)(?::(\d+|\*))?", text)
+        if match is None:
+            raise ValueError(f"{text!r}: expected HOST or HOST:PORT, an IPv6 address in brackets")
+        host, given = match[1], match[2]
+        port = None if given in (None, "*") else parse_inet_port(given)
+        try:
+            return cls(network=ipaddress.ip_network(re.sub(r"[][]", "", host)), port=port)
+        except ValueError:
+            if not _PATTERN.fullmatch(host):
+                raise ValueError(f"{text!r}: expected a host name, address or network") from None
+        return cls(name=host.lower(), port=port)
+
+    def _covers(self, port: int) -> bool:
+        return self.port in (None, port)
+
+    def admits_name(self, name: str, port: int) -> bool:
+        """Return whether ``name`` may be looked up for ``port``."""
+        return self._covers(port) and bool(self.name) and fnmatchcase(name, self.name)
+
+    def admits_address(self, name: str, address: Address, port: int) -> bool:
+        """Return whether the client may connect to ``address``.
+
+        ``name`` is the host name that resolved to it; "" if the client gave an address.
+        """
+        if not self._covers(port):
+            return False
+        if self.network is not None:
+            return address in self.network
+        if not name:
+            return self.name == "*" and is_public(address)
+        return self.admits_name(name, port) and ("*" not in self.name or is_public(address))
+
+
+class HostRules:
+    """A proxy's allow list."""
+
+    def __init__(self, rules: Iterable[HostRule]) -> None:
+        self._rules = tuple(rules)
+
+    def admits_name(self, name: str, port: int) -> bool:
+        """Return whether ``name`` may be looked up; its addresses are checked separately.
+
+        A name needs a matching rule, because even a lookup discloses something to its name server.
+        """
+        name = name.lower().rstrip(".")
+        return any(rule.admits_name(name, port) for rule in self._rules)
+
+    def admits_address(self, name: str, address: Address, port: int) -> bool:
+        """Return whether the client may connect to ``address``, which ``name`` resolved to."""
+        name = name.lower().rstrip(".")
+        address = getattr(address, "ipv4_mapped", None) or address
+        return any(rule.admits_address(name, address, port) for rule in self._rules)
+
+
+def check_host(text: str) -> str:
+    """Return ``text``, a host name, or an address in its usual form.
+
+    Raises ValueError for anything else.
+    """
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        if len(text) > _LONGEST_HOST or not _HOST.fullmatch(text):
+            raise ValueError("expected a host name or an address") from None
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +221,73 @@ class Settings:
 
     def __str__(self) -> str:
         return f"{self.source} -> {self.target}"
+
+
+def load(path: Path) -> list[Settings]:
+    """Return the settings of the file's forwards, at least one.
+
+    Raises ConfigurationError for the first mistake.
+    """
+    root = read_toml(path)
+    root.require_known("forward")
+    tables = root.tables("forward")
+    if not tables:
+        raise root.error("missing [[forward]] (expected at least one)")
+    found: dict[Any, Table] = {}
+    forwards = []
+    for table in tables:
+        settings = _settings(table)
+        if settings.source in found:
+            place = found[settings.source].place("from")
+            raise table.error(f"{settings.source} is already forwarded at {place}", "from")
+        found[settings.source] = table
+        forwards.append(settings)
+    return forwards
+
+
+def _settings(table: Table) -> Settings:
+    table.require_known(*_KEYS)
+    locators: list[Any] = []
+    for key in ("from", "to"):
+        text = table.text(key)
+        if text is None:
+            raise table.error(f"missing {key} (expected an address)")
+        locators.append(_read(table, parse_locator, text, key))
+    given: dict[str, Any] = {
+        "allow": _list(table, "allow", PeerRule.parse),
+        "hosts": _list(table, "allow_host", HostRule.parse),
+        "idle": _seconds(table, "idle"),
+        "connect_timeout": _seconds(table, "connect_timeout"),
+        "wait": _seconds(table, "wait"),
+        "max_connections": table.integer("max_connections", 1, FORWARD_CONNECTIONS_MAX * 16),
+    }
+    present = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Settings(*locators, **present)
+    except ValueError as error:
+        raise table.error(str(error)) from None
+
+
+def _list(table: Table, key: str, parse: Callable[[str], _Value]) -> tuple[_Value, ...] | None:
+    texts = table.texts(key)
+    if texts is None:
+        return None
+    return tuple(_read(table, parse, text, key, index) for index, text in enumerate(texts))
+
+
+def _read(table: Table, parse: Callable[[str], _Value], text: str, *place: str | int) -> _Value:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise table.error(str(error), *place) from None
+
+
+def _seconds(table: Table, key: str) -> float | None:
+    value = table.values.get(key)
+    if value is None:
+        return None
+    if type(value) not in (int, float):
+        raise table.error(f"{kind(value)} (expected seconds)", key)
+    if not 0 <= value < float("inf"):
+        raise table.error(f"{shown(value)} is out of range (expected seconds from 0)", key)
+    return float(value)

@@ -14,15 +14,13 @@ from ..eventloop.asyncio_server import AsyncioAcceptor
 from ..model.locator import Inet, Proxy
 from .client import Client, log
 from .dialer import Dialer, NotAdmitted
+from .fairness import Shares
 from .limits import FORWARD_PROXY_TIMEOUT_SECONDS
-from .proxy_protocol import BadRequest, ProxyProtocol, ProxyRefusal
-from .rules import HostRules, admits_peer
-from .settings import Settings
-from .shares import Shares
-from .socks5 import Socks5
+from .proxies import BadRequest, ProxyProtocol, ProxyRefusal, Socks5
+from .settings import HostRules, Settings, admits_peer
 
 if TYPE_CHECKING:
-    from ..capture.recorder import Recorder
+    from ..capture.recording import Recorder
     from ..eventloop.asyncio_server import Listener
     from .pump import AsyncioSplicePump
 

@@ -1,14 +1,22 @@
-"""The proxy's side of SOCKS version 5 (RFC 1928): CONNECT, without authentication.
+"""The proxy protocols: their interface, and the proxy's side of SOCKS version 5 (RFC 1928).
 
-Clients are authorized by their CID when they connect.
+A protocol object receives a client's request without I/O.  The caller passes received bytes to
+:meth:`ProxyProtocol.receive` and sends the bytes that it returns.  Once ``target`` is set, the
+caller connects and sends the bytes of :meth:`ProxyProtocol.granted` or ``refused``.  After
+``granted`` the connection is a stream that begins with ``rest``.
+
+SOCKS5 is served for CONNECT without authentication: clients are authorized by their CID when they
+connect.  HTTP's CONNECT is in :mod:`.http_connect`, which needs h11.
 """
 
 from __future__ import annotations
 
+import enum
 import ipaddress
+from typing import Protocol
 
-from .proxy_protocol import LONGEST_REQUEST, BadRequest, ProxyRefusal
-from .rules import check_host
+from .limits import FORWARD_PROXY_REQUEST_MAX_BYTES
+from .settings import check_host
 
 _VERSION = 5
 _NO_AUTHENTICATION, _NO_ACCEPTABLE_METHOD = 0x00, 0xFF
@@ -18,6 +26,49 @@ _SUCCEEDED = 0
 _GENERAL_FAILURE = 1
 _COMMAND_NOT_SUPPORTED = 7
 _ADDRESS_TYPE_NOT_SUPPORTED = 8
+
+
+class ProxyRefusal(enum.Enum):
+    """The reason for a refused request."""
+
+    NOT_ALLOWED = "the destination is not on the allow list"
+    UNREACHABLE = "the destination is unreachable"
+    REFUSED = "the destination refused the connection"
+    TIMED_OUT = "the destination did not answer in time"
+    OVERLOADED = "the proxy is overloaded"
+
+
+class BadRequest(Exception):
+    """The request is invalid; ``answer`` is to be sent to the client before closing."""
+
+    def __init__(self, problem: str, answer: bytes = b"") -> None:
+        super().__init__(problem)
+        self.answer = answer
+
+
+class ProxyProtocol(Protocol):
+    """The request of one client."""
+
+    @property
+    def target(self) -> tuple[str, int] | None:
+        """Return the requested host and port; None until the request is complete."""
+
+    @property
+    def rest(self) -> bytes:
+        """Return the received bytes that follow the request."""
+
+    def receive(self, data: bytes) -> bytes:
+        """Add received bytes, empty at the end of stream; return the bytes to send.
+
+        Raises BadRequest.
+        """
+
+    def granted(self) -> bytes:
+        """Return the answer to a client that is connected to its target."""
+
+    def refused(self, why: ProxyRefusal) -> bytes:
+        """Return the answer to a client whose request is refused."""
+
 
 _REPLIES = {
     ProxyRefusal.NOT_ALLOWED: 2,
@@ -29,7 +80,7 @@ _REPLIES = {
 
 
 class Socks5:
-    """The SOCKS5 request of one client; implements :class:`~.proxy_protocol.ProxyProtocol`."""
+    """The SOCKS5 request of one client; implements :class:`~.proxies.ProxyProtocol`."""
 
     def __init__(self) -> None:
         self.target: tuple[str, int] | None = None
@@ -45,8 +96,10 @@ class Socks5:
         if not data:
             raise BadRequest("end of stream before the request")
         self._received += data
-        if len(self._received) > LONGEST_REQUEST:
-            raise BadRequest(f"request too long (expected at most {LONGEST_REQUEST} bytes)")
+        if len(self._received) > FORWARD_PROXY_REQUEST_MAX_BYTES:
+            raise BadRequest(
+                f"request too long (expected at most {FORWARD_PROXY_REQUEST_MAX_BYTES} bytes)"
+            )
         answer = b""
         if not self._greeted:
             answer = self._greeting()

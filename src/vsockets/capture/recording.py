@@ -1,0 +1,133 @@
+"""Capture files of the traffic of the forwarder, and of a virtual machine's device.
+
+The forwarder's records are written at once, in its thread: a slow reader slows the traffic down and
+misses nothing.  A device does not wait for its reader: one that is too slow misses records and
+learns how many.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import BinaryIO
+
+from ..attachment import Attachment
+from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
+from ..model.constants import AF_VSOCK, VMADDR_PORT_ANY
+from ..protocol import client
+from ..protocol.vsockmon import Address, Captured, Operation
+from .pcap import captured_record, file_header, record
+
+#: Size in bytes of a device's largest message: payload and headers.
+_MESSAGE_MAX_BYTES = CAPTURE_PAYLOAD_MAX_BYTES + 4096
+
+#: Called with True for the direction from client to target, and the bytes; b"" for the end.
+Capture = Callable[[bool, bytes], None]
+
+
+class Recorder:
+    """A writer of records to ``file``, with at most ``limit`` bytes of each payload.
+
+    ``failed`` is called once, when the file cannot be written; recording stops then.
+    """
+
+    failed: Callable[[OSError], None]
+
+    def __init__(self, file: BinaryIO, limit: int = CAPTURE_PAYLOAD_MAX_BYTES) -> None:
+        """Write the file header.
+
+        Raises OSError.
+        """
+        self._file: BinaryIO | None = file
+        self._limit = limit
+        file.write(file_header())
+        file.flush()
+
+    def stream(self, client: socket.socket, target: socket.socket) -> Capture | None:
+        """Return the capture function of a new connection; None if neither side is vSockets.
+
+        Records have the addresses of the client's side if that is vSockets, else the target's.
+        """
+        if client.family == AF_VSOCK:
+            source, destination = client.getpeername(), client.getsockname()
+        elif target.family == AF_VSOCK:
+            source, destination = target.getsockname(), target.getpeername()
+        else:
+            return None
+        self.record(Operation.CONNECT, source, destination)
+
+        def capture(to_target: bool, data: bytes) -> None:
+            ends = (source, destination) if to_target else (destination, source)
+            self.record(Operation.PAYLOAD if data else Operation.DISCONNECT, *ends, data)
+
+        return capture
+
+    def record(
+        self, operation: Operation, source: Address, destination: Address, data: bytes = b""
+    ) -> None:
+        """Write a record with the present time."""
+        self._write(record(time.time_ns(), operation, source, destination, data, self._limit))
+
+    def _write(self, data: bytes) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:  # the disk is full, or the reader has closed the pipe
+            self._file = None
+            self.failed(error)
+
+
+def open_capture(
+    host: Attachment, cid: int, limit: int = CAPTURE_PAYLOAD_MAX_BYTES, port: int = VMADDR_PORT_ANY
+) -> socket.socket:
+    """Return a socket that receives the traffic of the device of context ``cid``.
+
+    Each message is one :class:`.Captured`.  ``limit`` is the number of bytes kept of a payload;
+    ``port`` restricts the capture to one port unless it is VMADDR_PORT_ANY.
+
+    Raises OSError: EACCES (not permitted), ENOENT (no such context), ENOTSUP (the context has no
+    device), ENOBUFS.
+    """
+    _, fd = host.ask(client.capture(cid, port=port, limit=limit))
+    return socket.socket(fileno=client.require_descriptor(fd))
+
+
+class Counts:
+    """The numbers of records written and missed."""
+
+    records = 0
+    missed = 0
+
+
+def write_capture(records: socket.socket, file: BinaryIO) -> Counts:
+    """Write a capture file until the device ends, or SIGINT or SIGTERM arrives.
+
+    After the signal, records already captured are still written; a second signal interrupts that
+    (KeyboardInterrupt).  Raises OSError when the file cannot be written.
+    """
+    counts = Counts()
+    file.write(file_header())
+    file.flush()
+
+    def end(number: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.default_int_handler)
+        records.shutdown(socket.SHUT_WR)
+
+    before = [(each, signal.signal(each, end)) for each in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        while message := records.recv(_MESSAGE_MAX_BYTES):
+            captured = Captured.decode(message)
+            counts.missed += captured.missed
+            if captured.body:
+                counts.records += 1
+                file.write(captured_record(captured))
+                file.flush()
+    finally:
+        for each, handler in before:
+            signal.signal(each, handler)
+    return counts
