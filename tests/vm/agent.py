@@ -1,8 +1,8 @@
-"""Runs in the guest: Python that the host sends, a line each, and its results.
+"""Agent in the guest: runs Python code that the host sends, one line each, and returns its results.
 
-Nothing of vsockets is here: guest programs use the kernel's AF_VSOCK as any program does.  A
-line is ``(number, source)``; the answer ``(number, ok, result)``, where the result is what the
-source left in the variable ``result``, or a traceback.
+It contains nothing of vsockets: guest programs use the kernel's AF_VSOCK as any program does.  A
+request is ``(number, source)``; the reply is ``(number, ok, result)`` with the value of the
+variable ``result`` after the code, or a traceback.
 """
 
 import _thread

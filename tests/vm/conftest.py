@@ -1,4 +1,4 @@
-"""Real machines, booted once for all tests of this folder."""
+"""Fixtures of virtual machines that are booted once for all tests of this directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import downloads, image
 from .machine import Machine
 from .rust_machine import RustMachine
 
-#: What every guest program here begins with.
+#: The common beginning of the guest programs in these tests.
 COMMON = """
 import os, select, signal, socket, struct, time
 AF, ANY = 40, 0xffffffff
@@ -42,7 +42,7 @@ common = True
 """
 
 
-#: What gives a guest the network that :func:`network_card` is on; ``modules`` are image.NETWORK.
+#: Guest program that sets up the network of :func:`network_card`; ``modules`` are image.NETWORK.
 NETWORK_UP = """
 for name in modules:
     if os.path.exists(f"/modules/{name}.ko") and not os.path.exists(f"/sys/module/{name}"):
@@ -52,13 +52,13 @@ assert not os.system("ifconfig lo up && ifconfig eth0 10.0.2.15 up")
 
 
 def network_card(port: int, to: int) -> tuple[str, ...]:
-    """Arguments for QEMU: a card on its user network; TCP to ``port`` here goes to the guest's."""
+    """Return QEMU arguments for a network card that forwards TCP ``port`` to the guest's ``to``."""
     network = f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:{to}"
     return ("-netdev", network, "-device", "virtio-net-pci,netdev=net,romfile=")
 
 
 class Stage:
-    """Boots machines, each with a folder of its own."""
+    """A factory of machines, each with its own directory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -77,7 +77,7 @@ class Stage:
         arguments: Sequence[str] = (),
         packed: bool = False,
     ) -> Machine:
-        """A machine, not yet running; it skips the test where QEMU cannot be had."""
+        """Return a machine that is not running yet; skip the test without QEMU."""
         return kind(
             fabric,
             *self.parts(kernel, device, kind),
@@ -92,7 +92,7 @@ class Stage:
     def parts(
         self, kernel: str, device: str, kind: type[Machine] = Machine
     ) -> tuple[KernelImage, Path, Path]:
-        """A machine's kernel, its initrd and a folder of its own; it skips the test likewise."""
+        """Return a machine's kernel, initrd and directory; skip the test without QEMU."""
         try:
             linux = downloads.kernel(kernel)
             downloads.qemu()
@@ -102,7 +102,7 @@ class Stage:
         except downloads.Unavailable as error:
             if os.environ.get("VSOCKETS_REQUIRE_VM"):
                 raise
-            pytest.skip(f"no virtual machine: {error}")
+            pytest.skip(f"virtual machines are not available: {error}")
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
@@ -119,7 +119,7 @@ class Stage:
 
 @pytest.fixture(scope="session")
 def stage() -> Iterator[Stage]:
-    # Unix sockets have short paths.
+    # Paths of Unix sockets are limited to 107 bytes.
     with tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp") as folder:
         yield Stage(Path(folder))
 
@@ -134,7 +134,7 @@ def fabric_of_machines() -> Iterator[PrivateFabric]:
 def machine(
     request: pytest.FixtureRequest, stage: Stage, fabric_of_machines: PrivateFabric
 ) -> Iterator[Machine]:
-    """A running guest: Debian 12's kernel, and the newest of its backports."""
+    """A running guest, with Debian 12's kernel and with the newest backport."""
     with stage.machine(fabric_of_machines, request.param) as machine:
         machine.run(COMMON)
         yield machine

@@ -1,7 +1,7 @@
-"""What tests boot, and servers they talk to: Debian's, whatever distribution this machine has.
+"""Debian's software for guests and test servers, on any distribution.
 
-``python -m vm.downloads`` fetches all of it beforehand: a test has a limit that a slow mirror
-could pass.
+``python -m vm.downloads`` fetches all of it in advance: on a slow mirror, a download could exceed
+the timeout of a test.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ _SUITES = {
 
 
 def kernel(name: str) -> KernelImage:
-    """``stable`` (6.1), ``backports`` (of Debian 12: 6.12.95) or ``newest``."""
+    """Return a kernel: ``stable`` (6.1), ``backports`` (Debian 12's, 6.12.95) or ``newest``."""
     linux = KernelImage(_SUITES[name])
     linux.name = name
     return linux
 
 
 def userland(name: str = "stable") -> Userland:
-    """What runs in a guest: busybox and Python, of ``stable`` (Debian 12) or ``newest`` (13)."""
+    """Return a guest's busybox and Python: ``stable`` (Debian 12) or ``newest`` (13)."""
     return Userland(_SUITES[name])
 
 
 def rust_back_end() -> Path:
-    """Where Debian's ``vhost-device-vsock`` is unpacked, with libraries of its own."""
+    """Return the directory of Debian's ``vhost-device-vsock``, unpacked with its libraries."""
 
     def fill(folder: Path) -> None:
         _TESTING.unpack(folder, *_TESTING.with_dependencies("vhost-device-vsock", "libc6"))
@@ -61,7 +61,7 @@ def rust_back_end() -> Path:
 
 
 def tls_libraries() -> dict[str, bytes]:
-    """What Python's ``ssl`` needs in a guest besides, by their paths there."""
+    """Return the additional files that Python's ``ssl`` needs in a guest, by path."""
 
     def fill(folder: Path) -> None:
         _STABLE.unpack(folder, "libssl3")
@@ -70,7 +70,7 @@ def tls_libraries() -> dict[str, bytes]:
 
 
 def ctypes_library() -> dict[str, bytes]:
-    """What Python's ``ctypes`` needs in a guest besides, by its path there."""
+    """Return the additional files that Python's ``ctypes`` needs in a guest, by path."""
 
     def fill(folder: Path) -> None:
         _STABLE.unpack(folder, "libffi8")
@@ -78,7 +78,7 @@ def ctypes_library() -> dict[str, bytes]:
     return _libraries(cached("userland-ffi", fill))
 
 
-#: pyfuse3, and what it imports; trio, too, which is not used.
+#: pyfuse3 and the modules that it imports, which include the unused trio.
 _PYFUSE = (
     *("python3-pyfuse3", "libfuse3-3", "libffi8", "python3-trio", "python3-async-generator"),
     *("python3-attr", "python3-idna", "python3-outcome", "python3-sniffio"),
@@ -87,7 +87,7 @@ _PYFUSE = (
 
 
 def storage_client() -> dict[str, bytes]:
-    """What mounting takes in a guest besides, by its paths there."""
+    """Return the additional files that an NFS client needs in a guest, by path."""
 
     def fill(folder: Path) -> None:
         _STABLE.unpack(folder, *_PYFUSE)
@@ -100,7 +100,7 @@ def storage_client() -> dict[str, bytes]:
 
 
 def _libraries(root: Path) -> dict[str, bytes]:
-    """Those that are called after their version."""
+    """Return the libraries below ``root`` whose names end with their version."""
     paths = root.rglob("lib*.so.?")
     return {f"/lib/x86_64-linux-gnu/{path.name}": path.read_bytes() for path in paths}
 
@@ -110,7 +110,7 @@ _ERLANG = (
     *("public-key", "runtime-tools", "snmp", "ssl", "syntax-tools", "tftp", "tools", "xmerl"),
 )
 
-#: Debian's own has its folder written into it.
+#: Replaces Debian's script, which contains an absolute path.
 _ERL = """\
 #!/bin/sh
 export ROOTDIR="$(dirname "$(dirname "$(readlink -f "$0")")")/usr/lib/erlang"
@@ -120,7 +120,7 @@ exec "$BINDIR/erlexec" "$@"
 
 
 def rabbitmq() -> str:
-    """What to put in front of ``PATH`` to have Debian's RabbitMQ; it is nobody's service."""
+    """Return the ``PATH`` prefix of Debian's RabbitMQ, unpacked without a service."""
 
     def fill(folder: Path) -> None:
         _STABLE.unpack(folder, "rabbitmq-server", *(f"erlang-{part}" for part in _ERLANG))
@@ -132,13 +132,13 @@ def rabbitmq() -> str:
     root = cached("rabbitmq", fill)
     places = root / "bin", root / "usr/lib/rabbitmq/bin", root / "usr/bin"
     path = os.pathsep.join(map(str, places))
-    # It is built for Debian 12, and finds most of its libraries in the machine.
+    # Built for Debian 12, with most of its libraries from this machine: check that it runs.
     run(str(places[0] / "erl"), "-noshell", "-eval", "crypto:start(), halt().")
     return path
 
 
 def ganesha() -> Path:
-    """The folder Debian's nfs-ganesha is unpacked in, with the rpcbind that it wants."""
+    """Return the directory of Debian's nfs-ganesha, unpacked with rpcbind."""
 
     def fill(folder: Path) -> None:
         libraries = ("libntirpc4.3", "liburcu8", "libnfsidmap1", "libwbclient0", "libtirpc3")
@@ -146,13 +146,13 @@ def ganesha() -> Path:
 
     root = cached("ganesha", fill)
     libraries = f"{root}/usr/lib/x86_64-linux-gnu:{root}/usr/lib/ganesha"
-    # It is built for Debian 12, and finds most of its libraries in the machine.
+    # Built for Debian 12, with most of its libraries from this machine: check that it runs.
     run(str(root / "usr/bin/ganesha.nfsd"), "-v", LD_LIBRARY_PATH=libraries)
     return root
 
 
 def http2_proxy() -> tuple[list[str], list[str]]:
-    """The commands of nghttpx, and of tinyproxy, which goes where it is told to."""
+    """Return the commands of nghttpx, and of the forward proxy tinyproxy."""
 
     def fill(folder: Path) -> None:
         libraries = ("libnghttp2-14", "libev4", "libjemalloc2", "libc-ares2")
@@ -167,15 +167,15 @@ def http2_proxy() -> tuple[list[str], list[str]]:
     return nghttpx, tinyproxy
 
 
-def left_out(name: str, error: Unavailable) -> str:
-    """Return a line about what cannot be had here, which is no failure."""
+def unavailable_line(name: str, error: Unavailable) -> str:
+    """Return a line about software that is not available here, which is not a failure."""
     missing = re.search(r"([\w.+-]+\.so[\w.]*): cannot open shared object", str(error))
     why = f"this machine has no {missing[1]}" if missing else str(error)
     return f"{name}: not used here, and tests that need it are skipped ({why})"
 
 
 def main() -> None:
-    """What cannot be had is said, and left to the tests that need it."""
+    """Fetch everything; report what is not available and leave it to the tests to skip."""
     everything: dict[str, Callable[[], object]] = {
         "QEMU": qemu,
         "Linux, Debian 12's": lambda: kernel("stable"),
@@ -195,9 +195,9 @@ def main() -> None:
         try:
             fetch()
         except Unavailable as error:
-            print(left_out(name, error), flush=True)
+            print(unavailable_line(name, error), flush=True)
         else:
-            print(f"{name}: there after {time.monotonic() - began:.1f} s", flush=True)
+            print(f"{name}: ready after {time.monotonic() - began:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

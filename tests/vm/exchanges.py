@@ -1,4 +1,4 @@
-"""What programs of the host do with a guest's: listen, connect, and compare what comes back."""
+"""The host's side of tests: listen and connect to guest programs, and compare echoed data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def serve(machine: Machine) -> tuple[Any, int]:
 
 
 def dial(machine: Machine, port: int) -> Any:
-    """Connect to a guest program that may be about to listen."""
+    """Connect to a guest program that is about to listen."""
 
     found = []
 
@@ -48,14 +48,14 @@ def dial(machine: Machine, port: int) -> Any:
     return found[0]
 
 
-def echo_of_one(machine: Machine, port: int) -> Job:
-    """A guest program that listens when this returns, and echoes one stream."""
+def echo_one_stream(machine: Machine, port: int) -> Job:
+    """Start a guest program that listens before this returns and echoes one stream."""
     machine.run("import sys; sys.listening = listener(port)", port=port)
     return machine.start("import sys; result = echo(sys.listening.accept()[0])")
 
 
 def exchange(sock: Any, total: int) -> bool:
-    """Send ``total`` bytes to an echo; whether the same came back."""
+    """Send ``total`` random bytes to an echo server; return whether the same bytes came back."""
     block = os.urandom(MIB)
     sent, received = hashlib.blake2b(), hashlib.blake2b()
 

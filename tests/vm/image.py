@@ -1,4 +1,4 @@
-"""The tests' guests: the product's, with an agent that runs Python the host sends."""
+"""The initrd of the test guests: the product's guest with an agent that runs Python code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from vsockets.vm.guest_image import KernelImage, Userland
 
 from .downloads import userland
 
-#: There for a test that loads them: what a guest's programs say to each other, a network card,
-#: and file systems in user space.
+#: Modules for tests that load them: loopback between guest programs, a network card, and file
+#: systems in user space.
 LOOPBACK = ("vmw_vsock_virtio_transport_common", "vsock_loopback")
 NETWORK = (
     *("virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
@@ -33,9 +33,9 @@ def build(
     extra: Mapping[str, bytes] | None = None,
     world: Userland | None = None,
 ) -> bytes:
-    """An archive for ``kernel`` and a ``device``, with ``extra`` programs by their paths.
+    """Return an initrd for ``kernel`` and ``device``, with ``extra`` programs by path.
 
-    ``world`` is by default Debian 12's.
+    ``world`` is Debian 12's by default.
     """
     world = world or userland()
     files = {"agent.py": _AGENT.read_bytes(), **(extra or {})}

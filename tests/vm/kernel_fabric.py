@@ -1,9 +1,9 @@
-"""For pytest in a guest: ``tests/library`` on the guest kernel's own AF_VSOCK.
+"""A pytest plugin that runs ``tests/library`` on the AF_VSOCK of a guest's kernel.
 
-The tests' guest is the machine.  Their host is the machine, too, which reaches itself by
-VMADDR_CID_LOCAL; or, where ``VSOCKETS_TEST_HOST`` has the port of its servant, the fabric's host.
+The tests' guest is this machine.  Their host is this machine too, at VMADDR_CID_LOCAL; or, if
+``VSOCKETS_TEST_HOST`` has the port of its proxy, the fabric's host.
 
-What cannot apply there is listed here, and why.
+Tests that do not apply are listed with their reasons.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vsockets.kernel_context import KernelContext
 
 
 class Loopback(KernelContext):
-    """The machine, as it sees itself."""
+    """This machine at its loopback CID."""
 
     cid = VMADDR_CID_LOCAL
 
@@ -28,18 +28,18 @@ _port = os.environ.get("VSOCKETS_TEST_HOST")
 _host: KernelContext = Remote(int(_port)) if _port else Loopback()
 _guest = KernelContext() if _port else _host
 
-_FABRIC = "it is about vsockd"
-_DATAGRAMS = "neither virtio nor the loopback has datagrams"
-_BUFFERS = "there each side's buffer is its own, of 256 KiB if nobody says otherwise"
-_UNNAMED = "the kernel leaves VMADDR_CID_ANY in the address of what was bound to it or to nothing"
-_OTHERS = "the kernel does not say who the peer is"
-_HOST = "the host is the machine itself"
-_SAYS = "the kernel answers calls that make no sense in its own way"
-_PORTS = "the kernel keeps a port until the peer has confirmed the end"
-_WAITS = "with a timeout it is Python that waits, and the kernel sees a non-blocking connect"
-_DESCRIPTOR = "it is about a descriptor, which a socket of the host does not have here"
+_FABRIC = "tests vsockd"
+_DATAGRAMS = "neither virtio nor the loopback supports datagrams"
+_BUFFERS = "the kernel's buffers are not negotiated; their default is 256 KiB"
+_UNNAMED = "the kernel reports VMADDR_CID_ANY for a socket bound to it or unbound"
+_OTHERS = "the kernel does not report the peer's credentials"
+_HOST = "the host is this machine itself"
+_SAYS = "the kernel's error for an invalid call differs"
+_PORTS = "the kernel holds a port until the peer confirms the end of the stream"
+_WAITS = "with a timeout, Python waits and the kernel sees a non-blocking connect"
+_DESCRIPTOR = "needs a descriptor, which a socket of the host lacks here"
 
-#: Tests, or some of their cases ("*" is anything), and why they cannot apply.
+#: Tests, or their parameters ("*" matches any text), that do not apply, with the reasons.
 NOT_ON_THE_KERNEL = {
     "test_bad_input.py::test_listening_and_connecting_out_of_order": _SAYS,
     "test_bad_input.py::test_an_established_stream_is_for_life*": _SAYS,
@@ -98,7 +98,7 @@ NOT_TO_THE_HOST = {
 
 
 class KernelFabric:
-    """What tests ask of a fabric, as far as there is one."""
+    """The parts of a fabric that the tests use."""
 
     host = _host
 

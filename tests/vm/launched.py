@@ -14,7 +14,7 @@ from .machine import Machine
 
 
 class Launched(Machine):
-    """As :class:`Machine`; ``qemu`` is the command's process, and the device is its own."""
+    """A :class:`Machine` whose ``qemu`` is ``vsock vm run``, which runs the device itself."""
 
     def __init__(
         self,
@@ -27,24 +27,24 @@ class Launched(Machine):
         device: str = "vmci",
         vmx: Path | None = None,
     ) -> None:
-        """``vmx``: what it is described by, with its ``cid``; instead of the kernel."""
+        """``vmx`` describes the machine, including its ``cid``, instead of the kernel."""
         super().__init__(fabric, kernel, initrd, folder, *options, cid=cid, device=device)
         self._vmx = vmx
 
     def start_device(self) -> None:
-        """It does so itself."""
+        """Do nothing: ``vsock vm run`` starts the device."""
 
     def boot(self) -> None:
-        """Start it and wait for the guest."""
+        """Start the command and wait for the guest."""
         command = [sys.executable, "-m", "vsockets.cli", "--dir", str(self.fabric.folder)]
-        # Never KVM: what a machine that runs tests has under that name need not be one.
+        # KVM is never used: on a test machine, it may be emulated.
         command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu()]
         if self._vmx is None:
             command += ["--cid", str(self.cid), "--device", self.kind, "--append", COMMAND_LINE]
             command += ["--kernel", str(self._kernel.image), "--initrd", str(self._initrd)]
         else:
             command += ["--vmx", str(self._vmx)]
-        command += [*self._options, "--", *self._doors()]
+        command += [*self._options, "--", *self._control_channels()]
         with (
             open(self._folder / "console", "wb") as console,
             open(self._folder / "qemu.log", "wb") as log,
@@ -57,10 +57,10 @@ class Launched(Machine):
 
     @property
     def log(self) -> str:
-        """What the command said."""
+        """The output of the command."""
         return (self._folder / "qemu.log").read_text()
 
     @property
     def device_log(self) -> str:
-        """What the device said, which the command passes on."""
+        """The output of the device, which the command passes on."""
         return self.log

@@ -1,4 +1,4 @@
-"""A virtual machine under QEMU, in software, with one of our devices."""
+"""A virtual machine under emulation by QEMU, with a vSockets device."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from vsockets.vm.guest_image import COMMAND_LINE, KernelImage
 
 from . import downloads
 
-#: How long a machine may take to boot, and a guest to do what it is asked, in seconds.
+#: Timeouts in seconds for booting, and for a guest's reply.
 BOOT = 100.0
 PATIENCE = 60.0
 
 
 class GuestError(Exception):
-    """What was run in the guest has failed there; ``errno`` if it was an OSError."""
+    """A program in the guest failed; ``errno`` is that of an OSError."""
 
     def __init__(self, kind: str, errno: int | None, text: str) -> None:
         super().__init__(text)
@@ -42,18 +42,21 @@ class GuestError(Exception):
 
 
 class MonitorError(Exception):
-    """QEMU's monitor has refused a command."""
+    """QEMU's monitor refused a command."""
 
 
 class Job:
-    """Something that runs in the guest."""
+    """A program that runs in the guest."""
 
     def __init__(self, machine: Machine, number: int) -> None:
         self._machine = machine
         self._number = number
 
     def result(self, timeout: float = PATIENCE) -> Any:
-        """What it left in ``result``; GuestError, TimeoutError."""
+        """Return the program's ``result``.
+
+        Raises GuestError and TimeoutError.
+        """
         ok, result = self._machine._wait_for(self._number, timeout)
         if not ok:
             raise GuestError(*result)
@@ -61,7 +64,7 @@ class Job:
 
 
 class Machine:
-    """A running guest, as a context manager: boots, and is powered off."""
+    """A running guest, as a context manager that boots it and powers it off."""
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class Machine:
         arguments: Sequence[str] = (),
         packed: bool = False,
     ) -> None:
-        """``arguments``: further ones for QEMU."""
+        """``arguments`` are additional ones for QEMU."""
         self.fabric = fabric
         self._packed = packed
         self._kernel = kernel
@@ -113,32 +116,32 @@ class Machine:
 
     @property
     def boots(self) -> tuple[Path, Path]:
-        """The files of its kernel and of its initrd."""
+        """The files of the kernel and of the initrd."""
         return self._kernel.image, self._initrd
 
     @property
     def kernel(self) -> str:
-        """Its name."""
+        """The name of the kernel."""
         return self._kernel.name
 
     @property
     def console(self) -> str:
-        """What the guest's kernel said."""
+        """The console output of the guest."""
         path = self._folder / "console"
         return path.read_text(errors="replace") if path.exists() else ""
 
     @property
     def device_log(self) -> str:
-        """What the device said."""
+        """The log of the device."""
         return (self._folder / "device.log").read_text()
 
     @property
     def host(self) -> Attachment:
-        """Where the host's programs are."""
+        """The context of the host's programs."""
         return self.fabric.host
 
     def start_device(self) -> None:
-        """``vsock device``."""
+        """Start ``vsock device``."""
         command = [sys.executable, "-m", "vsockets.cli", "--dir", str(self.fabric.folder)]
         command += ["device", self.kind, "--socket", str(self._path), "--verbose"]
         command += self._options
@@ -164,7 +167,7 @@ class Machine:
             downloads.qemu(),
             *qemu_args.machine_arguments(machine, str(self._path)),
             *("-serial", f"file:{self._folder / 'console'}"),
-            *self._doors(),
+            *self._control_channels(),
             *self._arguments,
         ]
         with open(self._folder / "qemu.log", "wb") as log:
@@ -172,8 +175,8 @@ class Machine:
         self._connect_agent()
         self._wait_for(0, BOOT)
 
-    def _doors(self) -> list[str]:
-        """QEMU's arguments for the agent and the monitor."""
+    def _control_channels(self) -> list[str]:
+        """Return QEMU's arguments for the agent and the monitor."""
         return [
             *("-serial", f"unix:{self._folder / 'agent'},server=on,wait=off"),
             *("-qmp", f"unix:{self._folder / 'qmp'},server=on,wait=off"),
@@ -196,7 +199,7 @@ class Machine:
 
     def _listen(self, agent: socket.socket) -> None:
         received = b""
-        with contextlib.suppress(ConnectionResetError):  # QEMU ended with something unread
+        with contextlib.suppress(ConnectionResetError):  # QEMU ended with unread data
             while data := agent.recv(65_536):
                 *lines, received = (received + data).split(b"\n")
                 for line in lines:
@@ -222,10 +225,10 @@ class Machine:
                 self._arrived.wait(min(left, 1.0))
             return self._answers.pop(number)
 
-    # What tests use
+    # For tests
 
     def start(self, source: str, **values: Any) -> Job:
-        """Begin to run Python in the guest; ``values`` become variables there."""
+        """Start Python code in the guest; ``values`` become its variables."""
         names = "".join(f"{name} = {value!r}\n" for name, value in values.items())
         number = next(self._numbers)
         message = repr((number, names + textwrap.dedent(source))) + "\n"
@@ -233,11 +236,11 @@ class Machine:
         return Job(self, number)
 
     def run(self, source: str, timeout: float = PATIENCE, **values: Any) -> Any:
-        """Run Python in the guest; returns its ``result``."""
+        """Run Python code in the guest and return its ``result``."""
         return self.start(source, **values).result(timeout)
 
     def put(self, files: Mapping[str, bytes]) -> None:
-        """Programs and other files for the guest, by their paths, sent through its device."""
+        """Send programs and other files to the guest through its device, by path."""
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as archive:
             for path, data in files.items():
@@ -260,7 +263,7 @@ class Machine:
             job.result()
 
     def monitor(self, command: str, **arguments: Any) -> Any:
-        """A command for QEMU's monitor (QMP)."""
+        """Execute a command of QEMU's monitor (QMP) and return its result."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(PATIENCE)
             sock.connect(str(self._folder / "qmp"))
@@ -278,42 +281,42 @@ class Machine:
             return answer["return"]
 
     def kill_device(self) -> None:
-        """As when it crashes."""
+        """Kill the device, as if it had crashed."""
         assert self.device is not None
         self.device.kill()
         self.device.wait()
         assert self.device.stdout is not None
         self.device.stdout.close()
-        wait_until(lambda: not self._path.exists(), "its socket to be removed", PATIENCE)
+        wait_until(lambda: not self._path.exists(), "removal of the device's socket", PATIENCE)
 
-    def plug_again(self) -> None:
-        """Pull the virtio device out of the running machine, and plug one in."""
+    def replug(self) -> None:
+        """Unplug the virtio device from the running machine, and plug one in."""
         self.monitor("device_del", id="dev")
 
         def is_out() -> bool:
             devices = self.monitor("qom-list", path="/machine/peripheral")
             return all(device["name"] != "dev" for device in devices)
 
-        wait_until(is_out, "the guest to let go of the device", PATIENCE)
+        wait_until(is_out, "the guest to release the device", PATIENCE)
 
         def has_gone() -> bool:
-            with contextlib.suppress(MonitorError):  # busy until the device is cleared away
+            with contextlib.suppress(MonitorError):  # busy until the device is removed
                 self.monitor("chardev-remove", id="vsock")
                 return True
             return False
 
-        wait_until(has_gone, "QEMU to let go of the socket", PATIENCE)
+        wait_until(has_gone, "QEMU to release the socket", PATIENCE)
         address = {"type": "unix", "data": {"path": str(self._path)}}
         socket = {"type": "socket", "data": {"addr": address, "server": False}}
         self.monitor("chardev-add", id="vsock", backend=socket)
         self.monitor("device_add", **qemu_args.VIRTIO_DEVICE)
 
     def wait_for_boot(self) -> None:
-        """After a reboot."""
+        """Wait for the guest after a reboot."""
         self._wait_for(0, BOOT)
 
     def kill_qemu(self) -> None:
-        """As when its power is cut."""
+        """Kill QEMU, as if the power were cut."""
         if self.qemu is not None:
             self.qemu.kill()
             self.qemu.wait()
@@ -321,7 +324,7 @@ class Machine:
             self._agent.close()
 
     def kill(self) -> None:
-        """All of it."""
+        """Kill QEMU and the device."""
         self.kill_qemu()
         if self.device is not None:
             self.device.terminate()

@@ -1,8 +1,8 @@
-"""Sockets of the host for a program of a guest: each call is made on the other side.
+"""Sockets of the host for a program in a guest: each call is executed on the host.
 
-Tests of the library have both ends of a connection in one program.  Where one end is the host's
-and the program runs in a guest, that end is one of these, a transport like others: the guest's
-thread asks, over a connection of its own, and a thread of the host does it and answers.
+The library's tests have both ends of a connection in one program.  For a program in a guest, the
+host's end is one of these sockets, which form a transport of their own: each thread in the guest
+sends its calls over its own connection to a thread of the host.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from vsockets import VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_PORT_ANY
 from vsockets.kernel_context import KernelContext
 from vsockets.socket import SOCKET_CLASSES
 
-#: How long a call may take, in seconds.
+#: Timeout of a call in seconds.
 PATIENCE = 60.0
 
 _NEW = -1
 
 
-class Servant:
-    """Makes the guest's calls, in ``context``; ``port`` is where they are asked for."""
+class CallExecutor:
+    """The executor of a guest's calls in ``context``; it listens on ``port``."""
 
     def __init__(self, context: vsockets.Attachment) -> None:
         self._context = context
@@ -38,13 +38,13 @@ class Servant:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """Make no more calls."""
+        """Stop accepting calls and close all sockets."""
         self._server.close()
         for sock in self._sockets.values():
             sock.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # it was closed
+        with contextlib.suppress(OSError):  # the server was closed
             while True:
                 sock, _ = self._server.accept()
                 threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
@@ -52,9 +52,9 @@ class Servant:
     def _serve(self, sock: vsockets.socket) -> None:
         with sock, sock.makefile("rwb") as file, contextlib.suppress(EOFError, OSError):
             while True:
-                asked = pickle.load(file)
+                call = pickle.load(file)
                 try:
-                    answer = True, self._perform(*asked)
+                    answer = True, self._perform(*call)
                 except Exception as error:
                     answer = False, error
                 pickle.dump(answer, file)
@@ -62,60 +62,60 @@ class Servant:
 
     def _perform(self, number: int, name: str, arguments: tuple[Any, ...]) -> Any:
         if number == _NEW:
-            return self._keep(vsockets.socket(type=arguments[0], context=self._context))
+            return self._add(vsockets.socket(type=arguments[0], context=self._context))
         sock = self._sockets[number]
         if name == "accept":
             accepted, peer = sock.accept()
-            return self._keep(accepted), peer
+            return self._add(accepted), peer
         return getattr(sock, name)(*arguments)
 
-    def _keep(self, sock: vsockets.socket) -> int:
+    def _add(self, sock: vsockets.socket) -> int:
         number = next(self._numbers)
         self._sockets[number] = sock
         return number
 
 
 class Remote(KernelContext):
-    """The host, for a program of the guest; its servant is at ``port``."""
+    """The host's context for a program in the guest; ``port`` is that of the CallExecutor."""
 
     transport = "remote"
     cid = VMADDR_CID_HOST
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._of_thread = threading.local()
+        self._thread_state = threading.local()
 
     def call(self, number: int, name: str, *arguments: Any) -> Any:
-        """Have it made on the host; raises what it raises there."""
-        file = getattr(self._of_thread, "file", None)
+        """Execute a call on the host; raise the exception that it raises there."""
+        file = getattr(self._thread_state, "file", None)
         if file is None:
             sock = vsockets.create_connection(
                 (VMADDR_CID_HOST, self._port), context=KernelContext()
             )
             sock.settimeout(PATIENCE)
-            file = self._of_thread.file = sock.makefile("rwb")
+            file = self._thread_state.file = sock.makefile("rwb")
         pickle.dump((number, name, arguments), file)
         file.flush()
-        well, result = pickle.load(file)
-        if not well:
+        ok, result = pickle.load(file)
+        if not ok:
             raise result
         return result
 
 
 class RemoteSocket(vsockets.socket):
-    """A socket of the host.  What is its own here, a descriptor, stands for nothing."""
+    """A socket of the host.  Its own descriptor in the guest is unused."""
 
     _number: int | None = None
     _context: Remote
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Make a call on the host's socket."""
+        """Execute a call on the host's socket."""
         if self._number is None:
             self._number = self._context.call(_NEW, "", int(self.type))
         return self._context.call(self._number, name, *arguments)
 
     def accept(self) -> tuple[vsockets.socket, tuple[int, int]]:
-        """As ever."""
+        """Accept a connection on the host."""
         number, peer = self.call("accept")
         accepted = vsockets.socket(type=self.type, context=self._context)
         assert isinstance(accepted, RemoteSocket)
@@ -123,44 +123,44 @@ class RemoteSocket(vsockets.socket):
         return accepted, peer
 
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
-        """As ever."""
+        """Receive on the host."""
         with memoryview(buffer).cast("B") as view:
             data, source = self.call("recvfrom", nbytes or len(view), flags)
             view[: len(data)] = data
         return len(data), source
 
     def recvmsg_into(self, buffers: Any, *arguments: int) -> tuple[int, Any, int, Any]:
-        """As ever."""
+        """Receive on the host."""
         (buffer,) = buffers
         data, ancillary, shown, source = self.call("recvmsg", len(buffer), *arguments)
         buffer[: len(data)] = data
         return len(data), ancillary, shown, source
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """As ever."""
+        """Receive on the host."""
         return self.recvfrom_into(buffer, nbytes, flags)[0]
 
     def send(self, data: Any, flags: int = 0, /) -> int:
-        """As ever."""
+        """Send on the host."""
         sent: int = self.call("send", bytes(data), flags)
         return sent
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
-        """As ever."""
+        """Send on the host."""
         self.call("sendall", bytes(data), flags)
 
     def close(self) -> None:
-        """As ever."""
+        """Close the socket on the host and here."""
         if self.fileno() >= 0:
             self.call("close")
         super().close()
 
 
-def _elsewhere(name: str) -> Callable[..., Any]:
-    def made_there(self: RemoteSocket, *arguments: Any) -> Any:
+def _remote_method(name: str) -> Callable[..., Any]:
+    def call_remotely(self: RemoteSocket, *arguments: Any) -> Any:
         return self.call(name, *arguments)
 
-    return made_there
+    return call_remotely
 
 
 for _name in (
@@ -168,7 +168,7 @@ for _name in (
     *("recv", "recvfrom", "recvmsg", "sendto", "sendmsg", "setsockopt", "getsockopt"),
     *("settimeout", "gettimeout", "setblocking", "peer_credentials"),
 ):
-    setattr(RemoteSocket, _name, _elsewhere(_name))
+    setattr(RemoteSocket, _name, _remote_method(_name))
 SOCKET_CLASSES["remote"] = {
     int(kind): RemoteSocket for kind in (SOCK_STREAM, SOCK_SEQPACKET, SOCK_DGRAM)
 }

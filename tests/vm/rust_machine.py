@@ -1,4 +1,4 @@
-"""Machines whose device is Debian's ``vhost-device-vsock``: hybrid vsock's real peer."""
+"""Machines with Debian's ``vhost-device-vsock``, the real peer of hybrid vsock."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .machine import PATIENCE, Machine
 
 
 class RustMachine(Machine):
-    """The host's side is the unix socket :attr:`uds_path`, and nothing of ours."""
+    """A machine whose host side is the unix socket :attr:`uds_path`, without vsockets."""
 
     @property
     def uds_path(self) -> Path:
-        """Where the host connects, and beside which it listens."""
+        """The unix socket for connects to the guest, and the prefix of those for its own."""
         return self._folder / "host"
 
     def start_device(self) -> None:
@@ -36,19 +36,19 @@ class RustMachine(Machine):
 
 
 class HybridMachine(RustMachine):
-    """And ``vsock device hybrid`` makes its guest one of the fabric's."""
+    """A machine whose guest ``vsock device hybrid`` attaches to the fabric."""
 
     _hybrid: subprocess.Popen[str] | None = None
 
     @property
     def hybrid(self) -> subprocess.Popen[str]:
-        """Our process."""
+        """The process of ``vsock device hybrid``."""
         assert self._hybrid is not None
         return self._hybrid
 
     @property
     def device_log(self) -> str:
-        """What ours said."""
+        """The log of ``vsock device hybrid``."""
         return (self._folder / "hybrid.log").read_text()
 
     def start_device(self) -> None:
@@ -56,7 +56,7 @@ class HybridMachine(RustMachine):
         super().start_device()
 
     def attach(self) -> None:
-        """Start our device."""
+        """Start ``vsock device hybrid``."""
         command = [sys.executable, "-m", "vsockets.cli", "--dir", str(self.fabric.folder)]
         command += ["device", "hybrid", "--socket", str(self.uds_path), "--verbose"]
         if self.cid:
@@ -69,7 +69,7 @@ class HybridMachine(RustMachine):
         self.cid = int(line)
 
     def detach(self) -> None:
-        """End our device, as nobody should."""
+        """Kill ``vsock device hybrid``."""
         if self._hybrid is not None:
             self._hybrid.kill()
             self._hybrid.wait()

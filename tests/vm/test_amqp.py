@@ -1,4 +1,4 @@
-"""RabbitMQ from inside a machine: a stock client, the guest's kernel, the VMCI device."""
+"""RabbitMQ used from inside a machine: a stock client, the guest's kernel, the VMCI device."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ pytestmark = pytest.mark.timeout(300)
 COUNT = 3000
 QUEUE = "from-a-machine"
 
-#: How long the guest may take, in seconds: it is emulated.
+#: Timeout in seconds for the guest, which is emulated.
 PATIENCE = 120.0
 
 
 def client() -> bytes:
-    """pika and the program that publishes with it, for Python to import."""
+    """Return a zip archive of pika and the publishing program, for Python to run."""
     memory = io.BytesIO()
     root = Path(pika.__file__).parent
     with zipfile.ZipFile(memory, "w") as archive:
@@ -41,12 +41,14 @@ def client() -> bytes:
 
 
 @pytest.mark.parametrize("machine", ["stable"], indirect=True)
-def test_a_machine_with_nothing_but_python(machine: Machine, rabbitmq: PrivateRabbitMQ) -> None:
+def test_machine_with_only_python_uses_rabbitmq(
+    machine: Machine, rabbitmq: PrivateRabbitMQ
+) -> None:
     machine.put({"/tmp/client.zip": client(), **downloads.tls_libraries()})
     with Proxies(machine.fabric) as proxies:
         _, where = proxies.amqp_proxy(rabbitmq.ports)
         _, host = proxies.host_proxy(where, "--allow-vhost", f"{machine.cid}=/")
-        told = machine.run(
+        result = machine.run(
             """
             import json, subprocess, sys
             os.system("ip link set lo up")
@@ -64,11 +66,11 @@ def test_a_machine_with_nothing_but_python(machine: Machine, rabbitmq: PrivateRa
             queue=QUEUE,
             count=COUNT,
         )
-    ready, said, errors, status, log = told
+    ready, said, errors, status, log = result
     assert ready == "vsock: listening on tcp:127.0.0.1:5672\n"
     assert not errors
     assert status == 0, log
-    # A machine that is emulated on a busy one may not reach the host in time, and tries again.
+    # An emulated machine on a busy host may not reach it in time and retries.
     again = set(json.loads(said.splitlines()[-1])["again"])
     parameters = pika.ConnectionParameters("127.0.0.1", rabbitmq.ports[1])
     with pika.BlockingConnection(parameters) as connection:

@@ -1,8 +1,8 @@
-"""The table of what AF_VSOCK answers is that of a real kernel: it is taken again in a guest.
+"""Recreates the table of AF_VSOCK's results in a guest, and compares it with the committed one.
 
-Streams and packets go by the kernel's loopback; datagrams and the connect that waits by the VMCI
-device, since no other transport has the former and the loopback decides the latter at once.  To
-write the table anew, run this with ``VSOCKETS_WRITE_TABLE=1``.
+Streams and seqpackets use the kernel's loopback; datagrams and the pending connect use the VMCI
+device, since no other transport supports datagrams and the loopback completes a connect at once.
+``VSOCKETS_WRITE_TABLE=1`` writes the table.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ result = done.stdout
 """
 
 
-def take(machine: Machine, fabric: PrivateFabric) -> str:
-    """What the program prints in the guest."""
+def collect(machine: Machine, fabric: PrivateFabric) -> str:
+    """Return the program's output in the guest."""
 
     def run(*arguments: object) -> str:
         return str(machine.run(_RUN, arguments=[*map(str, arguments)]))
@@ -61,15 +61,15 @@ def take(machine: Machine, fabric: PrivateFabric) -> str:
     return "".join(printed)
 
 
-def test_the_table_is_that_of_a_kernel(stage: Stage, tmp_path: Path) -> None:
+def test_table_matches_a_kernel(stage: Stage, tmp_path: Path) -> None:
     if shutil.which("gcc") is None:
-        pytest.skip("no gcc: apt install what .ci/run does")
+        pytest.skip("gcc not found: apt install the packages of .ci/run")
     program = answers.compile_program(tmp_path)
     with PrivateFabric() as fabric, stage.machine(fabric, "newest", device="vmci") as machine:
         machine.run(COMMON)
         machine.put({"/answers": program.read_bytes()})
         release = machine.run(_LOAD, modules=LOOPBACK)
-        found = answers.parse(take(machine, fabric))
+        found = answers.parse(collect(machine, fabric))
     if os.environ.get("VSOCKETS_WRITE_TABLE"):
         answers.TABLE.write_text(_HEADER.format(release) + answers.render(found))
     assert answers.read_table(answers.render(found)) == found

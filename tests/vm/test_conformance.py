@@ -1,7 +1,8 @@
-"""The Linux kernel's ``vsock_test`` in guest and host, against docs/internals/conformance.md.
+"""The Linux kernel's ``vsock_test`` between a guest and the host, against docs/conformance.md.
 
 The guest's side is a stock kernel's AF_VSOCK over each of our devices, the host's runs under
-``vsock run``.  Both sides speak to each other by TCP, too; the guest has a network card for that.
+``vsock run``.  The two sides also have a TCP control connection, for which the guest has a network
+card.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ CASES = {
     "virtio": table("With a guest of virtio"),
 }
 
-#: The guest's control port, and the host as the guest's network card sees it.
+#: The guest's control port, and the host's address on the guest's network card.
 CONTROL, HOST = 1234, "10.0.2.2"
 
 _PROGRAM = "/vsock_test"
-#: How long one run may take, in seconds.
+#: Timeout of one run in seconds.
 _RUN = 100.0
 
 
-class Both:
-    """A guest and the host, and the program on both sides."""
+class Peers:
+    """A guest and the host, each with the test program."""
 
     def __init__(self, machine: Machine, vsock: Vsock, program: Path, port: int) -> None:
         self.cases = CASES[machine.kind]
@@ -53,7 +54,7 @@ class Both:
         machine.put({_PROGRAM: program.read_bytes()})
 
     def run(self, client: str, cases: list[Case]) -> tuple[str, bool]:
-        """Run cases; what the client printed, and whether both sides ended well."""
+        """Run cases; return the output, and whether both sides succeeded."""
         picks = [f"--pick={case.id}" for case in cases]
         return self._guest_is_client(picks) if client == "guest" else self._host_is_client(picks)
 
@@ -91,11 +92,11 @@ result = done.stdout + done.stderr, done.returncode
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def both(request: pytest.FixtureRequest, stage: Stage) -> Iterator[Both]:
+def peers(request: pytest.FixtureRequest, stage: Stage) -> Iterator[Peers]:
     try:
         program = vsock_test()
     except Unavailable as reason:
-        pytest.skip(f"the kernel's tests cannot be had: {reason}")
+        pytest.skip(f"the kernel's tests are not available: {reason}")
     port = free_port()
     with (
         PrivateFabric() as fabric,
@@ -106,21 +107,21 @@ def both(request: pytest.FixtureRequest, stage: Stage) -> Iterator[Both]:
     ):
         machine.run(COMMON)
         machine.run(NETWORK_UP, modules=[*NETWORK, *LOOPBACK])
-        yield Both(machine, vsock, program, port)
+        yield Peers(machine, vsock, program, port)
 
 
 @pytest.mark.parametrize(("client", "column"), [("guest", 0), ("host", 1)])
 class TestSuite:
-    def test_what_passes(self, both: Both, client: str, column: int) -> None:
-        passing = [case for case in both.cases if case.results[column] == "pass"]
+    def test_passing_cases_pass(self, peers: Peers, client: str, column: int) -> None:
+        passing = [case for case in peers.cases if case.results[column] == "pass"]
         assert len(passing) >= 19
-        said, well = both.run(client, passing)
+        said, succeeded = peers.run(client, passing)
         passed = {int(number) for number in re.findall(r"^(\d+) - .*\.\.\.ok$", said, re.M)}
         assert passed == {case.id for case in passing}, said
-        assert well, said
+        assert succeeded, said
 
-    def test_what_fails_is_not_said_to_pass(self, both: Both, client: str, column: int) -> None:
-        for case in both.cases:
+    def test_failing_cases_fail(self, peers: Peers, client: str, column: int) -> None:
+        for case in peers.cases:
             if case.results[column] == "fail":
-                said, well = both.run(client, [case])
-                assert not well, f"{case.name} passes: say so in {TABLES.name}\n{said}"
+                said, succeeded = peers.run(client, [case])
+                assert not succeeded, f"{case.name} passes: update {TABLES.name}\n{said}"

@@ -1,4 +1,4 @@
-"""``vsock vm demo``, on a terminal."""
+"""``vsock vm demo`` on a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vsockets.vm import guest_image
 
 from .conftest import Stage
 
-#: What the guest runs instead: its first process ends, or does while the demo is at work.
+#: Replacements of the guest's agent: its first process ends at once, or during the demo.
 PANICS = {
     "boot": "PAGE_PORT = COMMAND_PORT = ROOT = 0\n",
     "later": """
@@ -38,21 +38,21 @@ pytestmark = pytest.mark.timeout(240)
 
 
 def read_until(terminal: int, text: bytes) -> bytes:
-    """What comes, up to ``text``."""
+    """Return the output up to ``text``."""
     said = b""
     while text not in said:
         try:
             data = os.read(terminal, 65_536)
-        except OSError:  # EIO: its last user has ended
+        except OSError:  # EIO: the last process on the terminal has ended
             data = b""
         assert data, said.decode(errors="replace")
         said += data
     return said
 
 
-def test_doors_into_a_guest_without_a_network(stage: Stage, tmp_path: Path) -> None:
-    """Everything the demo does; then its shell, and the page from inside in between."""
-    stage.parts("stable", "virtio")  # or the test is skipped
+def test_demo_with_its_shell(stage: Stage, tmp_path: Path) -> None:
+    """Run the whole demo; then use its shell, which can reach the page inside the guest."""
+    stage.parts("stable", "virtio")  # skips without QEMU
     source = tmp_path / "what to copy"
     (source / "a folder").mkdir(parents=True)
     (source / "a folder" / "a file").write_bytes(os.urandom(300_000))
@@ -65,7 +65,7 @@ def test_doors_into_a_guest_without_a_network(stage: Stage, tmp_path: Path) -> N
     demo = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
     os.close(slave)
     try:
-        # A table's cells may be broken over lines.
+        # Table cells may be wrapped.
         said = " ".join(read_until(master, b"(exit)").decode(errors="replace").split())
         assert "FAILED" not in said
         same = r"ok 2 files, 0.3 MB in [\d.]+ s, sha256 \w+… at both ends"
@@ -84,10 +84,10 @@ def test_doors_into_a_guest_without_a_network(stage: Stage, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("broken", ["boot", "later"])
-def test_a_guest_that_panics(stage: Stage, tmp_path: Path, broken: str) -> None:
-    """The demo ends at once, with what the guest's kernel said last."""
-    stage.parts("stable", "virtio")  # or the test is skipped
-    # What runs in the guest is this package: a copy of it, changed.
+def test_guest_panic_ends_the_demo(stage: Stage, tmp_path: Path, broken: str) -> None:
+    """The demo ends at once and shows the last console output of the guest."""
+    stage.parts("stable", "virtio")  # skips without QEMU
+    # The guest runs a modified copy of this package.
     package = tmp_path / "vsockets"
     shutil.copytree(guest_image.PACKAGE, package)
     shutil.copy(package / "vm/guest_agent.py", package / "vm/real_guest.py")

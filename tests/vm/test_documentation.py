@@ -1,4 +1,4 @@
-"""The command lines for QEMU in the documentation, as a reader copies them."""
+"""QEMU's command lines in the documentation, as a reader copies them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("device", ["virtio", "vmci"])
-def test_qemus_command_line(stage: Stage, fabric_of_machines: PrivateFabric, device: str) -> None:
-    """The machine comes to its boot loader, and QEMU warns of nothing."""
-    _, _, folder = parts = stage.parts("stable", device)  # or the test is skipped
+def test_command_line_of_qemu(stage: Stage, fabric_of_machines: PrivateFabric, device: str) -> None:
+    """The machine reaches its boot loader, and QEMU prints no warning."""
+    _, _, folder = parts = stage.parts("stable", device)  # skips without QEMU
     text = (DOCS / f"{device}.md").read_text()
     command = text[text.index("\nqemu-system-x86_64 ") :].partition("\n```")[0]
     (path,) = set(re.findall(r"/run/vm5[.\w]*", command))

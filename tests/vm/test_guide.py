@@ -1,4 +1,4 @@
-"""The C programs of the guide in a stock guest, and Python services of the host."""
+"""The guide's C programs in a stock guest, with Python programs on the host."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HEARD = "import sys; result = sys.serving.communicate()[0]"
 
 @pytest.fixture(scope="module")
 def guest(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    """A guest that has the programs, at its root."""
+    """A guest with the programs in its root directory."""
     folder = tmp_path_factory.mktemp("programs")
     include = ROOT / "src/vsockets/include"
     for name in PROGRAMS:
@@ -37,7 +37,7 @@ def guest(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Machine
     return machine
 
 
-def test_the_stream_client(guest: Machine) -> None:
+def test_stream_client(guest: Machine) -> None:
     server, port = serve(guest)
     with server:
         job = guest.start(_RUN, command=["/stream_client", "2", str(port)])
@@ -49,7 +49,7 @@ def test_the_stream_client(guest: Machine) -> None:
         assert job.result() == f"HELLO FROM CONTEXT {guest.cid}\n"
 
 
-def test_the_stream_server(guest: Machine) -> None:
+def test_stream_server(guest: Machine) -> None:
     port = guest.run(_SERVE, program="/stream_server")
     with vsockets.create_connection((guest.cid, port), context=guest.host) as connection:
         connection.settimeout(PATIENCE)
@@ -59,7 +59,7 @@ def test_the_stream_server(guest: Machine) -> None:
     assert guest.run(_HEARD) == "serving context 2\n"
 
 
-def test_the_datagram_client(guest: Machine) -> None:
+def test_datagram_client(guest: Machine) -> None:
     with datagram(guest) as service:
         port = service.getsockname()[1]
         job = guest.start(_RUN, command=["/datagram_client", "2", str(port)])
@@ -71,7 +71,7 @@ def test_the_datagram_client(guest: Machine) -> None:
         assert job.result() == f"context 2 says: {you}and again: {you}"
 
 
-def test_the_datagram_server(guest: Machine) -> None:
+def test_datagram_server(guest: Machine) -> None:
     port = guest.run(_SERVE, program="/datagram_server")
     with datagram(guest) as client:
         for question in (b"first", b"second"):

@@ -1,4 +1,4 @@
-"""Hybrid vsock with a real peer: Debian's vhost-device-vsock, and a stock guest behind it."""
+"""Hybrid vsock with a real peer: Debian's vhost-device-vsock and a stock guest."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ RECEIVE_AND_SEND = _GUEST + "s = listener(6000).accept()[0]; result = receive(s)
 
 @pytest.fixture(scope="module")
 def machine(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[HybridMachine]:
-    """Debian 12's kernel: from newer ones this back end does not take every packet."""
-    cid = fabric_of_machines.control.add_context()["cid"]  # one that outlives our device
+    """Debian 12's kernel: this back end does not accept every packet of newer ones."""
+    cid = fabric_of_machines.control.add_context()["cid"]  # outlives the device
     machine = stage.machine(
         fabric_of_machines, "stable", cid=cid, device="virtio", kind=HybridMachine
     )
@@ -45,20 +45,20 @@ def machine(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[HybridM
         yield machine
 
 
-def reachable(machine: HybridMachine, port: int) -> None:
-    """Wait until the guest's connects to ``port`` of the host have where to go."""
+def wait_until_reachable(machine: HybridMachine, port: int) -> None:
+    """Wait until the guest can connect to ``port`` of the host."""
     path = machine.uds_path.with_name(f"{machine.uds_path.name}_{port}")
-    wait_until(path.exists, f"port {port} to be there", PATIENCE)
+    wait_until(path.exists, f"the socket of port {port}", PATIENCE)
 
 
 def send(sock: Any) -> None:
-    """All of it."""
+    """Send all blocks."""
     for _ in range(BLOCKS):
         sock.sendall(BLOCK)
 
 
 def receive(sock: Any) -> bool:
-    """Whether it has come."""
+    """Receive all blocks; return whether they are correct."""
     sock.settimeout(PATIENCE)
     data = bytearray()
     while len(data) < BLOCKS * len(BLOCK) and (piece := sock.recv(MIB)):
@@ -66,19 +66,19 @@ def receive(sock: Any) -> bool:
     return data == BLOCK * BLOCKS
 
 
-def answered(sock: Any) -> bool:
-    """Whether somebody at the other end sends back what he is sent."""
+def echoes(sock: Any) -> bool:
+    """Return whether the peer echoes data."""
     sock.settimeout(PATIENCE)
     sock.sendall(b"question")
     return bool(sock.recv(100) == b"question")
 
 
 class TestFromTheGuest:
-    def test_much_data_both_ways(self, machine: HybridMachine) -> None:
-        """One way after the other: both at once are more than this back end can do."""
+    def test_large_transfers_in_both_directions(self, machine: HybridMachine) -> None:
+        """One direction after the other: this back end does not support both at once."""
         server, port = serve(machine)
         with server:
-            reachable(machine, port)
+            wait_until_reachable(machine, port)
             job = machine.start(SEND_AND_RECEIVE, port=port)
             sock, peer = server.accept()
             with sock:
@@ -91,7 +91,7 @@ class TestFromTheGuest:
     def test_connects(self, machine: HybridMachine) -> None:
         server, port = serve(machine)
         with server:
-            reachable(machine, port)
+            wait_until_reachable(machine, port)
             job = machine.start(
                 """
                 for i in range(200):
@@ -106,10 +106,10 @@ class TestFromTheGuest:
                     assert sock.recv(10) == b""
             job.result()
 
-    def test_many_at_once(self, machine: HybridMachine) -> None:
+    def test_many_streams_at_once(self, machine: HybridMachine) -> None:
         server, port = serve(machine)
         with server:
-            reachable(machine, port)
+            wait_until_reachable(machine, port)
             job = machine.start(
                 """
                 all = [connect(port) for i in range(50)]
@@ -125,20 +125,20 @@ class TestFromTheGuest:
             for sock in socks:
                 sock.close()
 
-    def test_a_port_that_has_gone(self, machine: HybridMachine) -> None:
+    def test_closed_port_refuses(self, machine: HybridMachine) -> None:
         server, port = serve(machine)
-        reachable(machine, port)
+        wait_until_reachable(machine, port)
         server.close()
         path = machine.uds_path.with_name(f"{machine.uds_path.name}_{port}")
-        wait_until(lambda: not path.exists(), "the port to be gone", PATIENCE)
+        wait_until(lambda: not path.exists(), "removal of the port's socket", PATIENCE)
         with pytest.raises(GuestError) as failed:
             machine.run("connect(port)", port=port)
-        # This back end does not always answer; then Linux waits for two seconds.
+        # This back end does not always reply; Linux then waits for two seconds.
         assert failed.value.errno in (errno.ECONNRESET, errno.ETIMEDOUT)
 
 
 class TestToTheGuest:
-    def test_much_data_both_ways(self, machine: HybridMachine) -> None:
+    def test_large_transfers_in_both_directions(self, machine: HybridMachine) -> None:
         job = machine.start(RECEIVE_AND_SEND)
         with dial(machine, 6000) as sock:
             assert sock.getpeername() == (machine.cid, 6000)
@@ -146,7 +146,7 @@ class TestToTheGuest:
             assert receive(sock)
         assert job.result() is True
 
-    def test_the_guest_speaks_first(self, machine: HybridMachine) -> None:
+    def test_guest_sends_first(self, machine: HybridMachine) -> None:
         job = machine.start("s = listener(6001).accept()[0]; s.sendall(b'220 guest'); s.recv(1)")
         with dial(machine, 6001) as sock:
             assert sock.recv(100) == b"220 guest"
@@ -167,12 +167,12 @@ class TestToTheGuest:
                 assert sock.recv(10) == b"%d" % number
         job.result()
 
-    def test_nobody_listens(self, machine: HybridMachine) -> None:
+    def test_port_without_listener_refuses(self, machine: HybridMachine) -> None:
         with pytest.raises(ConnectionResetError):
             vsockets.create_connection((machine.cid, 9), context=machine.host)
 
-    def test_the_host_closes(self, machine: HybridMachine) -> None:
-        """This back end makes a full close of a half-close, and passes on none of its guest's."""
+    def test_host_closes(self, machine: HybridMachine) -> None:
+        """This back end turns a half-close into a full close, and does not report its guest's."""
         job = machine.start(
             """
             s = listener(6003).accept()[0]; n = 0
@@ -185,17 +185,17 @@ class TestToTheGuest:
         assert job.result() == 50_000
 
 
-def test_our_device_is_killed_and_started_again(machine: HybridMachine) -> None:
+def test_device_is_killed_and_restarted(machine: HybridMachine) -> None:
     server, port = serve(machine)
     with server:
-        reachable(machine, port)
+        wait_until_reachable(machine, port)
         machine.start("s = connect(port)\nwhile data := s.recv(100): s.sendall(data)", port=port)
         sock, _ = server.accept()
         with sock:
             machine.detach()
-            assert answered(sock)  # it was not in it
+            assert echoes(sock)  # the device was not in the data path
         machine.attach()
-        # Its predecessor's sockets are still there, and lead nowhere until they are replaced.
+        # Sockets of the first device still exist and lead nowhere until they are replaced.
         machine.start(
             """
             deadline = time.monotonic() + 20
@@ -208,4 +208,4 @@ def test_our_device_is_killed_and_started_again(machine: HybridMachine) -> None:
             port=port,
         )
         with server.accept()[0] as sock:
-            assert answered(sock)
+            assert echoes(sock)

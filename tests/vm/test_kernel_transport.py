@@ -1,4 +1,4 @@
-"""``VSOCKETS_TRANSPORT=kernel``: the library in a guest, on the guest kernel's own AF_VSOCK."""
+"""The library in a guest with ``VSOCKETS_TRANSPORT=kernel``, on its kernel's AF_VSOCK."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def start(machine: Machine, source: str, **values: Any) -> Any:
     return machine.start(LIBRARY + textwrap.dedent(source), **values)
 
 
-def test_where_it_is(machine: Machine) -> None:
+def test_current_context_is_the_kernel(machine: Machine) -> None:
     found = run(
         machine,
         "result = repr(current()), vsockets.get_local_cid(), vsockets.VMCISock_GetAFValue()",
@@ -41,8 +41,8 @@ def test_where_it_is(machine: Machine) -> None:
     assert found == ("<the kernel's AF_VSOCK>", machine.cid, vsockets.AF_VSOCK)
 
 
-def test_it_is_the_automatic_choice_in_a_guest(machine: Machine) -> None:
-    """Nothing else there is a fabric, and the kernel's AF_VSOCK leads to the host."""
+def test_auto_transport_in_a_guest_is_the_kernel(machine: Machine) -> None:
+    """Without a fabric in the guest, the kernel's AF_VSOCK, which reaches the host, is chosen."""
     found = run(
         machine,
         "current.cache_clear(); os.environ['VSOCKETS_TRANSPORT'] = 'auto'; result = repr(current())"
@@ -51,7 +51,7 @@ def test_it_is_the_automatic_choice_in_a_guest(machine: Machine) -> None:
     assert found == "<the kernel's AF_VSOCK>"
 
 
-def test_a_stream_to_the_host(machine: Machine) -> None:
+def test_stream_to_the_host(machine: Machine) -> None:
     server, port = serve(machine)
     with server:
         job = start(
@@ -82,7 +82,7 @@ def test_a_stream_to_the_host(machine: Machine) -> None:
         )
 
 
-def test_a_server_in_the_guest(machine: Machine) -> None:
+def test_server_in_the_guest(machine: Machine) -> None:
     job = start(
         machine,
         """
@@ -122,7 +122,7 @@ def test_buffer_sizes_and_other_options(machine: Machine) -> None:
     assert found == ([300_000, 128, 1 << 20], 3, 1, vsockets.AF_VSOCK)
 
 
-def test_what_the_kernel_refuses(machine: Machine) -> None:
+def test_errors_of_the_kernel(machine: Machine) -> None:
     found = run(
         machine,
         """
@@ -149,8 +149,8 @@ def test_what_the_kernel_refuses(machine: Machine) -> None:
     ]
 
 
-def test_datagrams_both_ways(machine: Machine) -> None:
-    """Over VMCI, the one device by which a guest's kernel has them."""
+def test_datagrams_in_both_directions(machine: Machine) -> None:
+    """Over VMCI, the only device with datagrams in a guest's kernel."""
     with datagram(machine) as service:
         job = start(
             machine,
@@ -192,7 +192,7 @@ def test_asyncio(machine: Machine) -> None:
             assert job.result(PATIENCE) == b"good day\n"
 
 
-def test_a_pair_within_the_guest(machine: Machine) -> None:
+def test_socketpair_in_the_guest(machine: Machine) -> None:
     found = run(
         machine,
         """
@@ -210,7 +210,7 @@ def test_a_pair_within_the_guest(machine: Machine) -> None:
     assert found == (b"loopback", True)
 
 
-def test_a_wait_ends_when_the_host_closes(machine: Machine) -> None:
+def test_recv_ends_when_the_host_closes(machine: Machine) -> None:
     server, port = serve(machine)
     with server:
         job = start(

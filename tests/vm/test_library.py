@@ -1,4 +1,4 @@
-"""``tests/library`` in a guest, over ``VSOCKETS_TRANSPORT=kernel``."""
+"""Runs ``tests/library`` in a guest with ``VSOCKETS_TRANSPORT=kernel``."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from vsockets.testing import PrivateFabric
 from .conftest import COMMON, Stage
 from .image import LOOPBACK
 from .machine import Machine
-from .remote import Servant
+from .remote import CallExecutor
 
 pytestmark = pytest.mark.timeout(400)
 
 TESTS = Path(__file__).parents[1]
 
-#: What pytest is made of; all of it is pure Python.
+#: The modules of pytest, all in pure Python.
 PYTEST = (
     *("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py"),
     "pytest_timeout",
 )
 
-#: Tests that hold the fabric to a kernel's answers, of programs that it supervises, and of calls
-#: that vsockd does not answer.
+#: Tests that compare the fabric with a kernel, use supervised programs, or make calls that vsockd
+#: does not answer.
 _OF_THE_FABRIC = ("test_answers.py", "test_full_backlog.py", "test_unmodified.py")
 
-#: How long all of them may take, in seconds.
+#: Timeout in seconds for all tests.
 _RUN = 350.0
 
 _LOAD = """
@@ -53,7 +53,7 @@ result = done.returncode, done.stdout
 
 
 def files() -> dict[str, bytes]:
-    """Everything that the guest needs, by its path there."""
+    """Return all files that the guest needs, by path."""
     found = {"/tests/pytest.ini": b""}
 
     def add(path: Path, name: str) -> None:
@@ -87,7 +87,7 @@ def machine(stage: Stage) -> Iterator[Machine]:
 
 
 def run(machine: Machine, **environment: str) -> None:
-    """All of them."""
+    """Run all tests."""
     arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", "--timeout=60", "library"]
     status, said = machine.run(
         _RUN_TESTS, timeout=_RUN, arguments=arguments, environment=environment
@@ -95,10 +95,10 @@ def run(machine: Machine, **environment: str) -> None:
     assert status == 0, said
 
 
-def test_on_the_kernels_loopback(machine: Machine) -> None:
+def test_on_the_loopback_of_the_kernel(machine: Machine) -> None:
     run(machine, VSOCKETS_TEST_CID=str(VMADDR_CID_LOCAL))
 
 
-def test_to_the_fabrics_host(machine: Machine) -> None:
-    with contextlib.closing(Servant(machine.host)) as servant:
-        run(machine, VSOCKETS_TEST_HOST=str(servant.port))
+def test_to_the_host_of_the_fabric(machine: Machine) -> None:
+    with contextlib.closing(CallExecutor(machine.host)) as executor:
+        run(machine, VSOCKETS_TEST_HOST=str(executor.port))

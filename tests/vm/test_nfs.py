@@ -1,4 +1,4 @@
-"""A host's folder inside a machine: datagrams over the VMCI device, and the guest kernel's FUSE."""
+"""An export of the host in a machine, over the VMCI device and the guest kernel's FUSE."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .machine import Machine
 
 pytestmark = pytest.mark.timeout(300)
 
-#: How long the guest may take, in seconds: it is emulated.
+#: Timeout in seconds for the guest, which is emulated.
 PATIENCE = 120.0
 
-#: What the guest's programs here begin with.
+#: The common beginning of the guest programs in these tests.
 _GUEST = """
 import hashlib, subprocess, sys
 from pathlib import Path
@@ -42,7 +42,7 @@ common = True
 
 @pytest.fixture(scope="module")
 def guest(machine: Machine) -> Machine:
-    """One that can mount."""
+    """A guest that can mount."""
     machine.put(downloads.storage_client())
     machine.run(_GUEST + inspect.getsource(digests))
     machine.run("load_fuse()")
@@ -50,7 +50,7 @@ def guest(machine: Machine) -> Machine:
 
 
 class Host:
-    """A server, and the folder that it exports to the guest."""
+    """A server, and the directory that it exports to the guest."""
 
     def __init__(self, guest: Machine, folder: Path) -> None:
         self.export = folder / "export"
@@ -72,7 +72,7 @@ class Host:
 
     @contextmanager
     def mounted(self, export: Path | None = None) -> Iterator[None]:
-        """Within this context the guest has it on /mnt."""
+        """Mount the export on the guest's /mnt while the context lasts."""
         start = "sys.client = client(export); result = sys.client.stderr.readline()"
         end = """
             sys.client.terminate()
@@ -94,7 +94,7 @@ def host(guest: Machine, tmp_path: Path) -> Iterator[Host]:
     host.kill()
 
 
-def test_a_tree_and_what_becomes_of_it(guest: Machine, host: Host) -> None:
+def test_guest_copies_and_changes_a_tree(guest: Machine, host: Host) -> None:
     host.serve()
     host.export.joinpath("greeting").write_text("from the host")
     with host.mounted():
@@ -129,8 +129,8 @@ def test_a_tree_and_what_becomes_of_it(guest: Machine, host: Host) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as others")
 @pytest.mark.parametrize("machine", ["stable"], indirect=True)
-def test_whose_rights_a_guest_has(guest: Machine, host: Host, tmp_path: Path) -> None:
-    """The CID is vsockd's word, and who is root in the guest is nobody here."""
+def test_permissions_of_a_guest(guest: Machine, host: Host, tmp_path: Path) -> None:
+    """vsockd vouches for the guest's CID, and root in the guest is an ordinary user here."""
     others, read_only = tmp_path / "others", tmp_path / "read-only"
     for folder in (others, read_only):
         folder.mkdir()
@@ -147,7 +147,7 @@ def test_whose_rights_a_guest_has(guest: Machine, host: Host, tmp_path: Path) ->
     private.write_text("the host's")
     private.chmod(0o600)
     with host.mounted():
-        told = guest.run(
+        result = guest.run(
             """
             def attempt(program, user):
                 done = subprocess.run(["/bin/sh", "-c", program], user=user, capture_output=True)
@@ -163,7 +163,7 @@ def test_whose_rights_a_guest_has(guest: Machine, host: Host, tmp_path: Path) ->
             ]
             """
         )
-    assert told == [
+    assert result == [
         (False, "Permission denied"),
         (False, "Permission denied"),
         (False, "Operation not permitted"),
@@ -185,7 +185,7 @@ def test_whose_rights_a_guest_has(guest: Machine, host: Host, tmp_path: Path) ->
     assert said == "Read-only file system"
 
 
-def test_a_copy_survives_the_servers_death(guest: Machine, host: Host) -> None:
+def test_copy_survives_death_of_the_server(guest: Machine, host: Host) -> None:
     host.serve()
     with host.mounted():
         copying = guest.start(
@@ -204,14 +204,14 @@ def test_a_copy_survives_the_servers_death(guest: Machine, host: Host) -> None:
         arrived = functools.partial(host.export.glob, "copy/*/file")
         wait_until(lambda: len(list(arrived())) > 9, "the copy to get on", PATIENCE)
         host.kill()
-        assert len(list(arrived())) < 40  # that was in the middle of it
+        assert len(list(arrived())) < 40  # the copy was interrupted
         host.serve()
         original, copied = copying.result(PATIENCE)
     assert copied == original == digests(host.export / "copy")
 
 
-def test_what_is_written_at_random_is_read(guest: Machine, host: Host) -> None:
-    """Several threads write anywhere, cut off and read; each knows what must be in its file."""
+def test_random_writes_are_read_back(guest: Machine, host: Host) -> None:
+    """Threads write, truncate and read at random offsets; each has a model of its file."""
     host.serve()
     with host.mounted():
         expected = guest.run(

@@ -1,4 +1,4 @@
-"""``vsock vm run``: machines that are contexts, and what becomes of both."""
+"""``vsock vm run``: the life cycle of machines and their contexts."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from vsockets.testing import PrivateFabric, wait_until
 from vsockets.vm.guest_image import COMMAND_LINE
 from vsockets.vm.lifecycle_sync import LifecycleSync
 
-from . import downloads, vmware
+from . import downloads, vmware_machine
 from .conftest import COMMON, Stage
 from .exchanges import PATIENCE, serve
 from .launched import Launched
 
-#: Of the machines of TestLife, and of those that are not booted.
-CID, BARE = 70, 75
+#: CIDs of the machines of TestLife, and of those that boot nothing.
+CID, EMPTY = 70, 75
 
 
 @pytest.fixture(scope="module", params=["vmci", "virtio"])
 def launched(
     request: pytest.FixtureRequest, stage: Stage, fabric_of_machines: PrivateFabric
 ) -> Iterator[Launched]:
-    """A running guest of each device."""
+    """A running guest for each device."""
     parts = stage.parts("stable", request.param)
     grace = ("--grace", "1")
     launched = Launched(fabric_of_machines, *parts, *grace, cid=CID, device=request.param)
@@ -44,30 +44,30 @@ def launched(
 
 
 def state(fabric: PrivateFabric, cid: int = CID) -> str | None:
-    """Of a context; None when it has gone."""
+    """Return the state of a context, or None if it was removed."""
     found = [row["state"] for row in fabric.control.contexts() if row["cid"] == cid]
     return found[0] if found else None
 
 
 @contextlib.contextmanager
 def changes(fabric: PrivateFabric, *expected: str) -> Iterator[None]:
-    """Within this context the guest's context has these changes and no others."""
+    """Check that the guest's context has exactly these changes while the context manager lasts."""
     with fabric.control.events("context") as events:
         yield
         found: list[str] = []
         while len(found) < len(expected):
             found.append(events.wait(PATIENCE)["change"])
-        # What could still come would come before this.
+        # Events are ordered: all further changes of the guest would precede this one.
         fabric.control.add_context(CID + 1)
         fabric.control.remove_context(CID + 1)
         while events.wait(PATIENCE)["cid"] == CID:
-            found.append("another one")
+            found.append("unexpected")
         events.wait(PATIENCE)
     assert tuple(found) == expected
 
 
 def stream(machine: Launched) -> Any:
-    """One between the host and the guest, which echoes."""
+    """Return a stream between the host and the guest, which echoes."""
     server, port = serve(machine)
     with server:
         machine.start("echo(connect(port))", port=port)
@@ -83,7 +83,7 @@ def works(sock: Any) -> bool:
     return bool(sock.recv(5) == b"hello")
 
 
-def is_over(sock: Any) -> bool:
+def has_ended(sock: Any) -> bool:
     try:
         return bool(sock.recv(1) == b"")
     except ConnectionResetError:
@@ -91,7 +91,7 @@ def is_over(sock: Any) -> bool:
 
 
 class TestLife:
-    def test_its_context_is_leased_and_nothing_has_a_name(
+    def test_context_is_leased_and_sockets_are_unnamed(
         self, launched: Launched, fabric_of_machines: PrivateFabric
     ) -> None:
         (row,) = [row for row in fabric_of_machines.control.contexts() if row["cid"] == CID]
@@ -102,46 +102,46 @@ class TestLife:
             assert works(sock)
         assert not [path for path in used if path.startswith("/tmp/vsock-vm-")]
 
-    def test_the_context_follows_the_machine(
+    def test_monitor_commands_change_the_context(
         self, launched: Launched, fabric_of_machines: PrivateFabric
     ) -> None:
         with stream(launched) as sock, changes(fabric_of_machines, "suspend", "resume"):
             launched.monitor("stop")
             wait_until(lambda: state(fabric_of_machines) == "suspended", seconds=PATIENCE)
-            assert is_over(sock)
+            assert has_ended(sock)
             launched.monitor("cont")
         with stream(launched):
             assert state(fabric_of_machines) == "running"
 
-    def test_the_machine_follows_the_context(
+    def test_context_commands_change_the_machine(
         self, launched: Launched, fabric_of_machines: PrivateFabric
     ) -> None:
         control = fabric_of_machines.control
         with stream(launched) as sock, changes(fabric_of_machines, "suspend", "resume"):
             control.suspend(CID)
-            assert is_over(sock)
+            assert has_ended(sock)
             wait_until(lambda: status_of(launched) == "paused", seconds=PATIENCE)
             control.resume(CID)
             wait_until(lambda: status_of(launched) == "running", seconds=PATIENCE)
         with stream(launched):
             pass
 
-    def test_a_reset_ends_streams(
+    def test_reset_ends_streams(
         self, launched: Launched, fabric_of_machines: PrivateFabric
     ) -> None:
         with stream(launched) as sock:
             with changes(fabric_of_machines, "reset"):
                 launched.monitor("system_reset")
-                assert is_over(sock)
+                assert has_ended(sock)
             launched.wait_for_boot()
             launched.run(COMMON)
         with stream(launched):
             pass
 
-    def test_told_to_end_it_leaves_nothing(
+    def test_sigterm_leaves_no_process_or_context(
         self, launched: Launched, fabric_of_machines: PrivateFabric
     ) -> None:
-        """The guest here does not heed the power button: it is powered off after a second."""
+        """The guest ignores the power button: it is powered off after a second."""
         assert launched.qemu is not None
         parts = descendants(launched.qemu.pid)
         assert len(parts) == 2
@@ -152,10 +152,10 @@ class TestLife:
         wait_until(lambda: state(fabric_of_machines) is None, seconds=PATIENCE)
 
 
-def test_a_machine_of_vmwares(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
-    """It boots from its own disk, and keeps its CID."""
+def test_machine_created_by_vmware(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
+    """The machine boots from its own disk and keeps its CID."""
     linux, initrd, folder = stage.parts("stable", "vmci")
-    vmx = vmware.make(folder, linux.image, initrd, -559038737, "lsilogic")
+    vmx = vmware_machine.create_machine(folder, linux.image, initrd, -559038737, "lsilogic")
     cid = 2**32 - 559038737
     parts = linux, initrd, folder
     launched = Launched(fabric_of_machines, *parts, "--grace", "0", cid=cid, vmx=vmx)
@@ -187,7 +187,7 @@ def status_of(machine: Launched) -> str:
     return str(machine.monitor("query-status")["status"])
 
 
-# Its processes, with a machine that has nothing to boot
+# Processes of a machine that boots nothing
 
 
 def arguments_of(pid: int) -> list[str]:
@@ -201,16 +201,16 @@ def alive(pid: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process's children, which have none."""
+    """Return a process's children, which have no children themselves."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.fixture
-def bare(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[subprocess.Popen[str]]:
-    """The command, once its machine runs."""
-    stage.parts("stable", "virtio")  # or the test is skipped
+def empty(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[subprocess.Popen[str]]:
+    """The process of the command, once its machine runs."""
+    stage.parts("stable", "virtio")  # skips without QEMU
     command = [sys.executable, "-m", "vsockets.cli", "--dir", str(fabric_of_machines.folder)]
-    command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu(), "--cid", str(BARE)]
+    command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu(), "--cid", str(EMPTY)]
     command += ["--memory", "32M", "--device", "virtio"]
     with subprocess.Popen(
         command,
@@ -227,30 +227,30 @@ def bare(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[subprocess
             process.kill()
 
 
-def test_a_killed_part_ends_the_rest(
-    bare: subprocess.Popen[str], fabric_of_machines: PrivateFabric
+def test_killed_device_ends_qemu(
+    empty: subprocess.Popen[str], fabric_of_machines: PrivateFabric
 ) -> None:
-    parts = descendants(bare.pid)
+    parts = descendants(empty.pid)
     (device,) = [pid for pid in parts if "--until-eof" in arguments_of(pid)]
     os.kill(device, signal.SIGKILL)
-    _, said = bare.communicate(timeout=PATIENCE)
-    assert bare.returncode == 1
+    _, said = empty.communicate(timeout=PATIENCE)
+    assert empty.returncode == 1
     assert said.endswith("vsock: the device has ended (killed by signal 9), and QEMU with it\n")
     assert not any(map(alive, parts))
 
 
-def test_a_device_that_lost_its_guests_memory(bare: subprocess.Popen[str]) -> None:
-    """What it says of that is passed on, and is not cut off by its end."""
-    (device,) = [pid for pid in descendants(bare.pid) if "--until-eof" in arguments_of(pid)]
+def test_device_without_guest_memory_is_reported(empty: subprocess.Popen[str]) -> None:
+    """The device's last message is passed on in full."""
+    (device,) = [pid for pid in descendants(empty.pid) if "--until-eof" in arguments_of(pid)]
     os.kill(device, signal.SIGBUS)
-    _, said = bare.communicate(timeout=PATIENCE)
+    _, said = empty.communicate(timeout=PATIENCE)
     assert "vsock: the device: vsock device: the guest's memory cannot be accessed" in said
     assert said.endswith("vsock: the device has ended (status 135), and QEMU with it\n")
 
 
-def test_a_guest_that_panics(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
-    """It has no file system; the machine ends with its first reset."""
-    linux, _, _ = stage.parts("stable", "virtio")  # or the test is skipped
+def test_guest_panic_ends_the_machine(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
+    """A guest without a file system panics; the machine ends with its first reset."""
+    linux, _, _ = stage.parts("stable", "virtio")  # skips without QEMU
     command = [sys.executable, "-m", "vsockets.cli", "--dir", str(fabric_of_machines.folder)]
     command += ["vm", "run", "--accel", "tcg", "--qemu", downloads.qemu(), "--device", "virtio"]
     command += ["--kernel", str(linux.image), "--append", COMMAND_LINE, "--", "-no-reboot"]
@@ -262,22 +262,22 @@ def test_a_guest_that_panics(stage: Stage, fabric_of_machines: PrivateFabric) ->
     assert done.stderr.splitlines()[-1].startswith("vsock: the guest reset its machine")
 
 
-def test_killed_itself_it_leaves_nothing(
-    bare: subprocess.Popen[str], fabric_of_machines: PrivateFabric
+def test_sigkill_leaves_no_process_or_context(
+    empty: subprocess.Popen[str], fabric_of_machines: PrivateFabric
 ) -> None:
-    parts = descendants(bare.pid)
-    bare.kill()
-    bare.wait(PATIENCE)
+    parts = descendants(empty.pid)
+    empty.kill()
+    empty.wait(PATIENCE)
     wait_until(lambda: not any(map(alive, parts)), seconds=PATIENCE)
-    wait_until(lambda: state(fabric_of_machines, BARE) is None, seconds=PATIENCE)
+    wait_until(lambda: state(fabric_of_machines, EMPTY) is None, seconds=PATIENCE)
 
 
-def test_powered_off_by_its_administrator(
-    bare: subprocess.Popen[str], fabric_of_machines: PrivateFabric
+def test_power_off_of_the_context_ends_the_machine(
+    empty: subprocess.Popen[str], fabric_of_machines: PrivateFabric
 ) -> None:
-    wait_until(lambda: state(fabric_of_machines, BARE) == "running", seconds=PATIENCE)
-    fabric_of_machines.control.power_off(BARE)
-    assert bare.wait(PATIENCE) == 0
+    wait_until(lambda: state(fabric_of_machines, EMPTY) == "running", seconds=PATIENCE)
+    fabric_of_machines.control.power_off(EMPTY)
+    assert empty.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize(
@@ -294,15 +294,15 @@ def test_snapshots_and_migration(
     command: tuple[str, ...],
     expected: tuple[str, ...],
 ) -> None:
-    """A QEMU's, without our device: with one in the machine it refuses them."""
-    _, _, folder = stage.parts("stable", "virtio")  # or the test is skipped
+    """QEMU without our device, with which it refuses both."""
+    _, _, folder = stage.parts("stable", "virtio")  # skips without QEMU
     control = fabric_of_machines.control
     if shutil.which("qemu-img") is None:
-        pytest.skip("no qemu-img: apt install qemu-utils")
+        pytest.skip("qemu-img not found: apt install qemu-utils")
     disk = folder / "disk.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "1M"], check=True)
-    control.add_context(BARE)
-    told: list[str] = []
+    control.add_context(EMPTY)
+    lines: list[str] = []
 
     async def follow() -> None:
         ours, theirs = socket.socketpair()
@@ -321,16 +321,16 @@ def test_snapshots_and_migration(
             async with asyncio.timeout(PATIENCE):
                 await qmp.connect(ours)
                 with qmp.listener(("RESUME",)) as resumes:
-                    following = LifecycleSync(qmp, control, BARE, told.append)
-                    follows = asyncio.create_task(following.run())
+                    sync = LifecycleSync(qmp, control, EMPTY, lines.append)
+                    syncing = asyncio.create_task(sync.run())
                     await resumes.get()
                     for line in command:
                         request = {"command-line": line}
                         assert await qmp.execute("human-monitor-command", request) == ""
                     for change in expected:
                         event = await anext(events)
-                        assert (event["cid"], event["change"]) == (BARE, change)
-                    follows.cancel()
+                        assert (event["cid"], event["change"]) == (EMPTY, change)
+                    syncing.cancel()
         finally:
             qemu.kill()
             await qemu.wait()
@@ -340,6 +340,6 @@ def test_snapshots_and_migration(
     try:
         with control.events("context") as events:
             asyncio.run(follow())
-        assert told == []
+        assert lines == []
     finally:
-        control.remove_context(BARE)
+        control.remove_context(EMPTY)

@@ -1,4 +1,4 @@
-"""Tracing under Yama, which Debian's kernels have: as an ordinary user, in a guest's own fabric."""
+"""Tracing under Yama, as in Debian's kernels: by an ordinary user, in a fabric inside a guest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .machine import Machine
 
 pytestmark = pytest.mark.timeout(300)
 
-#: Runs a program under a supervisor, as user 65534, on a fabric of its own.
+#: Runs a program under a supervisor as user 65534, in its own fabric.
 _RUN = """
 import subprocess, sys
 supervise = '''
@@ -75,10 +75,10 @@ def machine(stage: Stage) -> Iterator[Machine]:
 
 
 @pytest.mark.parametrize("scope", [0, 1])
-def test_where_a_process_may_trace_its_children(machine: Machine, scope: int) -> None:
+def test_tracing_is_permitted_for_children(machine: Machine, scope: int) -> None:
     assert machine.run(_RUN, 120, program=_PROGRAM, scope=scope) == (0, "works 65534\n", "")
 
 
-def test_where_it_may_not(machine: Machine) -> None:
-    """Nothing of a process can be had then, not even its standard error to say so."""
+def test_tracing_is_forbidden(machine: Machine) -> None:
+    """The process is inaccessible then; the supervisor cannot even write to its standard error."""
     assert machine.run(_RUN, 120, program=_PROGRAM, scope=2) == (0, "EPERM\n", "")

@@ -1,6 +1,6 @@
-"""Messages that a stock guest's program has not read yet, over the virtio device.
+"""Messages that a program in a stock guest has not read, over the virtio device.
 
-Since 6.12.92 Linux resets a connection with too many unread packets, however few their bytes.
+Since 6.12.92, Linux resets a connection with too many unread packets, even if they are small.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ CREDIT = 262_144
 SIZES = [1, 8, 100, 129, 200, 400, 1000, 4096, 65_536]
 KINDS = [socket.SOCK_STREAM, socket.SOCK_SEQPACKET]
 
-#: More than Linux takes unread (455), and how long each may take to become a packet.
+#: More messages than Linux accepts unread (455), and the timeout in seconds for each to become a
+#: packet.
 MESSAGES = 500
 _OWN_PACKET = 1.0
 
@@ -38,14 +39,14 @@ _OWN_PACKET = 1.0
 def machine(
     request: pytest.FixtureRequest, stage: Stage, fabric_of_machines: PrivateFabric
 ) -> Iterator[Machine]:
-    """A running guest, of each kernel."""
+    """A running guest for each kernel."""
     with stage.machine(fabric_of_machines, request.param, device="virtio") as machine:
         machine.run(COMMON)
         yield machine
 
 
 class Sender:
-    """Sends messages, each in a packet of its own as long as packets are taken."""
+    """A sender of messages, each in its own packet as long as packets are accepted."""
 
     def __init__(self, machine: Machine, kind: int, port: int, size: int, count: int) -> None:
         self._sock = vsockets.socket(AF_VSOCK, kind, context=machine.host)
@@ -53,7 +54,7 @@ class Sender:
         self._sock.connect((machine.cid, port))
         self._message = bytes(size)
         self._count = count
-        self.stalled = threading.Event()  #: all is sent, or nothing more is taken
+        self.stalled = threading.Event()  #: all messages are sent, or none is accepted now
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -79,7 +80,7 @@ class Sender:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_messages_of_all_sizes(machine: Machine, kind: int) -> None:
+def test_unread_messages_of_all_sizes(machine: Machine, kind: int) -> None:
     machine.run(
         "import sys; l = sys.unread = socket.socket(AF, kind); l.bind((ANY, 6030)); l.listen()",
         kind=int(kind),

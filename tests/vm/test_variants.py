@@ -1,4 +1,4 @@
-"""Devices and guests as they are less often: older drivers, the older protocol, two guests."""
+"""Uncommon devices and guests: older drivers, the older protocol, two guests."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from .machine import GuestError, Machine
 CIDS = (50, 51)
 
 
-def test_io_ports(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
-    """As drivers before Linux 5.18 have it: every byte of a datagram is an exit."""
+def test_datagrams_and_streams_over_io_ports(
+    stage: Stage, fabric_of_machines: PrivateFabric
+) -> None:
+    """For drivers before Linux 5.18: every byte of a datagram causes a VM exit."""
     with stage.machine(fabric_of_machines, "stable", "--legacy") as machine:
         machine.run(COMMON)
         with datagram(machine) as sock:
@@ -57,8 +59,8 @@ def test_io_ports(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
             assert job.result(60) == 300_000
 
 
-def test_the_first_protocol(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
-    """INVALID, REQUEST, NEGOTIATE, and the flow control where each side asks."""
+def test_protocol_version_1(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
+    """INVALID, REQUEST, NEGOTIATE, and flow control with requests by each side."""
     with stage.machine(fabric_of_machines, "stable", "--protocol-1") as machine:
         machine.run(COMMON)
         server, port = serve(machine)
@@ -77,7 +79,7 @@ def test_the_first_protocol(stage: Stage, fabric_of_machines: PrivateFabric) -> 
 
 @pytest.fixture(scope="module")
 def siblings(stage: Stage, fabric_of_machines: PrivateFabric) -> Iterator[tuple[Machine, Machine]]:
-    """Two guests with the legacy profile, both unrestricted."""
+    """Two unrestricted guests with the legacy profile."""
     for cid in CIDS:
         fabric_of_machines.control.add_context(cid, profile="legacy", unrestricted=True)
     first = stage.machine(fabric_of_machines, "stable", cid=CIDS[0])
@@ -122,10 +124,10 @@ class TestTwoGuests:
         )
         assert receiver.result() == (b"hello", (first.cid, 6002))
 
-    def test_nobody_else(
+    def test_default_profile_is_isolated(
         self, siblings: tuple[Machine, Machine], fabric_of_machines: PrivateFabric
     ) -> None:
-        """A guest with the default profile reaches no other, and is reached by none."""
+        """A guest with the default profile cannot reach other guests, nor they it."""
         machine = siblings[0]
         other = fabric_of_machines.guest(60)
         with vsockets.create_server((60, 5000), context=other):

@@ -1,6 +1,6 @@
-"""A stock guest's AF_VSOCK programs and the host's, over the virtio device.
+"""AF_VSOCK programs of a stock guest with the host's programs, over the virtio device.
 
-The streams are those of the VMCI device's tests: a program cannot tell which one carries them.
+The tests of streams are those of the VMCI device: programs cannot tell the devices apart.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .machine import GuestError, Machine
 def machine(
     request: pytest.FixtureRequest, stage: Stage, fabric_of_machines: PrivateFabric
 ) -> Iterator[Machine]:
-    """A running guest, of each kernel."""
+    """A running guest for each kernel."""
     with stage.machine(fabric_of_machines, request.param, device="virtio") as machine:
         machine.run(COMMON)
         yield machine
 
 
-def test_the_stock_driver_is_bound(machine: Machine) -> None:
+def test_stock_driver_is_bound(machine: Machine) -> None:
     assert _is_bound(machine)
     command = "import fcntl\nwith open('/dev/vsock') as f: b = fcntl.ioctl(f, 0x7b9, bytes(4))\n"
     assert machine.run(command + "result = struct.unpack('I', b)[0]") == machine.cid
@@ -40,9 +40,9 @@ def test_the_stock_driver_is_bound(machine: Machine) -> None:
 class TestStreams(test_vmci_streams.TestStreams):
     @pytest.mark.parametrize("size", [1024, 5000, 1 << 20])
     def test_buffer_sizes(self, machine: Machine, size: int) -> None:
-        """The guest's receive buffer; Linux 7.3 holds itself to it when it sends, too.
+        """The guest's receive buffer, which Linux 7.3 also applies to sending.
 
-        With less than some 600 bytes 7.3 takes no packet at all: it counts its own overhead.
+        With less than about 600 bytes, 7.3 accepts no packet at all: it counts its own overhead.
         """
         server, port = serve(machine)
         with server:
@@ -57,7 +57,7 @@ class TestStreams(test_vmci_streams.TestStreams):
                 assert exchange(sock, total)
             assert job.result() == total
 
-    def test_refused_both_ways(self, machine: Machine) -> None:
+    def test_connects_without_listener_are_refused(self, machine: Machine) -> None:
         for cid in (2, 999):
             with pytest.raises(GuestError) as failed:
                 machine.run("connect(9, cid)", cid=cid)
@@ -65,7 +65,7 @@ class TestStreams(test_vmci_streams.TestStreams):
         with pytest.raises(ConnectionResetError):
             vsockets.create_connection((machine.cid, 9), context=machine.host)
 
-    def test_two_hundred_at_once(self, machine: Machine) -> None:
+    def test_two_hundred_streams_at_once(self, machine: Machine) -> None:
         job = machine.start(
             """
             l = listener(6010)
@@ -85,7 +85,7 @@ class TestStreams(test_vmci_streams.TestStreams):
             sock.close()
         assert job.result() == [b""] * 200
 
-    def test_a_thousand_connects_of_the_host(self, machine: Machine) -> None:
+    def test_thousand_connects_of_the_host(self, machine: Machine) -> None:
         machine.run("import sys; sys.listening = listener(6011)")
         job = machine.start(
             """
@@ -102,7 +102,7 @@ class TestStreams(test_vmci_streams.TestStreams):
         assert job.result() == b""
 
     def test_large_writes(self, machine: Machine) -> None:
-        """Debian's Rust back end 0.3.0 hangs on these from a 7.3 guest."""
+        """Debian's Rust back end 0.3.0 hangs on these writes of a 7.3 guest."""
         server, port = serve(machine)
         with server:
             for size in (4096, 36_864, 65_000, 65_536, 128 * 1024 + 1, MIB):
@@ -119,7 +119,7 @@ class TestStreams(test_vmci_streams.TestStreams):
 
 
 class TestSequencedPackets:
-    def test_messages_both_ways(self, machine: Machine) -> None:
+    def test_messages_in_both_directions(self, machine: Machine) -> None:
         sizes = [1, 100, 4096, 65_536, 65_537, 200_000]
         with vsockets.socket(AF_VSOCK, socket.SOCK_SEQPACKET, context=machine.host) as server:
             server.bind((2, vsockets.VMADDR_PORT_ANY))
@@ -142,7 +142,7 @@ class TestSequencedPackets:
                     sock.send(bytes(size))
                 assert job.result() == sizes
 
-    def test_the_host_connects(self, machine: Machine) -> None:
+    def test_host_connects(self, machine: Machine) -> None:
         job = machine.start(
             """
             l = socket.socket(AF, socket.SOCK_SEQPACKET); l.bind((ANY, 6020)); l.listen()
@@ -169,8 +169,8 @@ class TestSequencedPackets:
         assert job.result() == b""
 
 
-def test_a_datagram_to_the_guest_is_refused(machine: Machine) -> None:
-    """virtio-vsock has none."""
+def test_datagram_to_the_guest_is_refused(machine: Machine) -> None:
+    """virtio-vsock has no datagrams."""
     with (
         vsockets.socket(AF_VSOCK, socket.SOCK_DGRAM, context=machine.host) as sock,
         pytest.raises(ConnectionRefusedError),
@@ -178,8 +178,8 @@ def test_a_datagram_to_the_guest_is_refused(machine: Machine) -> None:
         sock.sendto(b"x", (machine.cid, 9))
 
 
-def test_storage_says_that_it_takes_the_other_device(machine: Machine) -> None:
-    """Linux has datagrams over VMCI only, and its own words are "No such device"."""
+def test_nfs_client_reports_missing_datagrams(machine: Machine) -> None:
+    """Linux supports datagrams over VMCI only; its own error is "No such device"."""
     with pytest.raises(GuestError, match="only with the vmci device"):
         machine.run(
             """
@@ -202,7 +202,7 @@ def echoes(machine: Machine) -> bool:
 
 
 class TestLife(test_vmci.TestLife):
-    def test_the_driver_is_reloaded(self, machine: Machine) -> None:
+    def test_driver_is_reloaded(self, machine: Machine) -> None:
         names = [f"vmw_vsock_virtio_transport{end}" for end in ("_common", "")]
         for _ in range(5):
             machine.run(
@@ -217,7 +217,7 @@ class TestLife(test_vmci.TestLife):
             )
         assert echoes(machine)
 
-    def test_the_guest_reboots(self, machine: Machine) -> None:
+    def test_guest_reboots(self, machine: Machine) -> None:
         server, port = serve(machine)
         with server:
             machine.start("s = connect(port); s.sendall(b'x'); time.sleep(99)", port=port)
@@ -229,7 +229,7 @@ class TestLife(test_vmci.TestLife):
                 assert sock.recv(1) == b""
         assert echoes(machine)
 
-    def test_the_guest_panics(self, machine: Machine) -> None:
+    def test_guest_panics(self, machine: Machine) -> None:
         server, port = serve(machine)
         with server:
             machine.start(
@@ -247,7 +247,7 @@ class TestLife(test_vmci.TestLife):
                 assert sock.recv(1) == b""
         assert echoes(machine)
 
-    def test_a_paused_machine_keeps_its_connections(self, machine: Machine) -> None:
+    def test_paused_machine_keeps_its_connections(self, machine: Machine) -> None:
         server, port = serve(machine)
         with server:
             job = machine.start("result = echo(connect(port))", port=port)
@@ -261,10 +261,12 @@ class TestLife(test_vmci.TestLife):
                 assert exchange(sock, MIB)
             assert job.result() == MIB + 15
 
-    def test_the_device_is_killed_and_started_again(self, machine: Machine) -> None:
-        """The host's programs see the end at once.  The guest hears of it when the device is
-        plugged out, and goes on when it is in again.  (QEMU tells a device that comes back by
-        ``reconnect-ms`` nothing of the memory it has told the old one of.)"""
+    def test_device_is_killed_and_replaced(self, machine: Machine) -> None:
+        """The host's programs see the end of their streams at once.
+
+        The guest sees it when the device is unplugged, and works again with the next one.  (With
+        ``reconnect-ms``, QEMU does not tell the new device about the memory.)
+        """
         server, port = serve(machine)
         with server:
             job = machine.start("s = connect(port); s.sendall(b'x'); s.recv(1)", port=port)
@@ -276,7 +278,7 @@ class TestLife(test_vmci.TestLife):
                 machine.run("connect(port)", port=port)
             assert failed.value.errno == errno.ETIMEDOUT
             machine.start_device()
-            machine.plug_again()
+            machine.replug()
             with pytest.raises(GuestError) as failed:
                 job.result()
             assert failed.value.errno == errno.ECONNRESET
@@ -295,9 +297,9 @@ def test_packed_rings(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
         machine.run(COMMON)
         bits = "open('/sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio0/features').read()"
         assert machine.run(f"result = {bits}")[34] == "1"
-        TestStreams().test_the_guest_connects_and_echoes(machine)
-        TestStreams().test_the_host_connects_and_is_echoed(machine)
+        TestStreams().test_guest_connects_and_echoes(machine)
+        TestStreams().test_host_connects_and_guest_echoes(machine)
         TestStreams().test_large_writes(machine)
-        TestStreams().test_two_hundred_at_once(machine)
-        TestLife().test_a_paused_machine_keeps_its_connections(machine)
-        TestLife().test_the_driver_is_reloaded(machine)
+        TestStreams().test_two_hundred_streams_at_once(machine)
+        TestLife().test_paused_machine_keeps_its_connections(machine)
+        TestLife().test_driver_is_reloaded(machine)

@@ -1,4 +1,4 @@
-"""A stock guest over the VMCI device: its datagrams, and what becomes of it."""
+"""A stock guest over the VMCI device: datagrams, and its life cycle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .machine import GuestError, Machine
 RELOADS = 50
 
 
-def test_the_stock_driver_is_bound(machine: Machine) -> None:
+def test_stock_driver_is_bound(machine: Machine) -> None:
     drivers = machine.run("result = os.listdir('/sys/bus/pci/drivers/vmw_vmci')")
     assert any(name.startswith("0000:") for name in drivers)
     command = "import fcntl\nwith open('/dev/vsock') as f: b = fcntl.ioctl(f, 0x7b9, bytes(4))\n"
@@ -24,7 +24,7 @@ def test_the_stock_driver_is_bound(machine: Machine) -> None:
 
 
 class TestDatagrams:
-    def test_every_size_both_ways(self, machine: Machine) -> None:
+    def test_all_sizes_in_both_directions(self, machine: Machine) -> None:
         sizes = [1, 7, 8, 100, 4071, 4072, 4073, 20_000, 65_536, MAX_DATAGRAM]
         with datagram(machine) as sock:
             job = machine.start(
@@ -47,7 +47,7 @@ class TestDatagrams:
                 assert sock.recv(MIB) == data[::-1]
             assert job.result() == [(size, sock.getsockname()) for size in sizes]
 
-    def test_too_large_and_nobody_there(self, machine: Machine) -> None:
+    def test_errors_of_sends(self, machine: Machine) -> None:
         for destination, size, code in [
             ((2, 9), MAX_DATAGRAM + 1, errno.EMSGSIZE),
             ((2, 9), 1, errno.EHOSTUNREACH),
@@ -57,7 +57,7 @@ class TestDatagrams:
                 machine.run("dgram().sendto(bytes(n), to)", n=size, to=destination)
             assert failed.value.errno == code
 
-    def test_bursts_lose_nothing(self, machine: Machine) -> None:
+    def test_bursts_lose_no_datagram(self, machine: Machine) -> None:
         with datagram(machine) as sock:
             job = machine.start(
                 """
@@ -72,7 +72,7 @@ class TestDatagrams:
                 sock.sendto(b"%d" % number, (machine.cid, 5001))
             assert job.result() == [b"%d" % i for i in range(100)]
 
-    def test_many_ports_and_a_reserved_one(self, machine: Machine) -> None:
+    def test_many_ports_and_a_reserved_port(self, machine: Machine) -> None:
         with datagram(machine) as sock:
             machine.run(
                 "for n in [700, *range(20000, 20100)]: dgram(n).sendto(b'x', (2, port))",
@@ -114,8 +114,8 @@ class TestLife:
                 assert exchange(sock, 1000)
             assert job.result() == 1000
 
-    def test_the_guest_sleeps(self, machine: Machine) -> None:
-        """In S3, from which QEMU wakes it with a reset of its devices."""
+    def test_guest_suspends_to_memory(self, machine: Machine) -> None:
+        """The guest suspends to memory (S3); QEMU wakes it with a reset of its devices."""
         server, port = serve(machine)
         with server:
             before = machine.start(
@@ -152,7 +152,7 @@ class TestLife:
             assert exchange(sock, 1000)
         assert job.result() == 1000
 
-    def test_the_driver_is_reloaded(self, machine: Machine) -> None:
+    def test_driver_is_reloaded(self, machine: Machine) -> None:
         server, port = serve(machine)
         machine.run(
             """
@@ -185,7 +185,7 @@ class TestLife:
                 assert exchange(sock, 1000)
             assert job.result() == 1000
 
-    def test_the_guest_is_killed_and_comes_back(self, machine: Machine) -> None:
+    def test_killed_guest_boots_again(self, machine: Machine) -> None:
         server, port = serve(machine)
         with server:
             machine.start("s = connect(port)\nwhile True: s.sendall(bytes(65536))", port=port)

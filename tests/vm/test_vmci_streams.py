@@ -1,4 +1,4 @@
-"""Streams between a stock guest's AF_VSOCK programs and the host's, over the VMCI device."""
+"""Streams between the AF_VSOCK programs of a stock guest and the host's, over the VMCI device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import vsockets
 from vsockets import AF_VSOCK
 from vsockets.testing import PrivateFabric
 
-from .exchanges import MIB, PATIENCE, dial, echo_of_one, exchange, serve
+from .exchanges import MIB, PATIENCE, dial, echo_one_stream, exchange, serve
 from .machine import GuestError, Machine
 
 SIZES = [128, 129, 1000, 4096, 5000, 65_536, 100_001, 262_144]
 
 
 class TestStreams:
-    def test_the_guest_connects_and_echoes(self, machine: Machine) -> None:
+    def test_guest_connects_and_echoes(self, machine: Machine) -> None:
         server, port = serve(machine)
         with server:
             job = machine.start("result = echo(connect(port))", port=port)
@@ -29,7 +29,7 @@ class TestStreams:
                 assert exchange(sock, 256 * MIB)
             assert job.result() == 256 * MIB
 
-    def test_the_host_connects_and_is_echoed(self, machine: Machine) -> None:
+    def test_host_connects_and_guest_echoes(self, machine: Machine) -> None:
         job = machine.start("result = echo(listener(6000).accept()[0])")
         with dial(machine, 6000) as sock:
             assert sock.getpeername() == (machine.cid, 6000)
@@ -57,14 +57,14 @@ class TestStreams:
 
     @pytest.mark.parametrize("size", [128, 5000, 100_001])
     def test_buffer_sizes_of_the_host(self, machine: Machine, size: int) -> None:
-        job = echo_of_one(machine, 7000 + size)
+        job = echo_one_stream(machine, 7000 + size)
         with vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=machine.host) as sock:
             sock.setsockopt(AF_VSOCK, vsockets.SO_VM_SOCKETS_BUFFER_SIZE, size)
             sock.connect((machine.cid, 7000 + size))
             assert exchange(sock, 3 * size + 17)
         assert job.result() == 3 * size + 17
 
-    def test_a_thousand_connects(self, machine: Machine) -> None:
+    def test_thousand_connects(self, machine: Machine) -> None:
         server, port = serve(machine)
         with server:
             job = machine.start(
@@ -81,7 +81,7 @@ class TestStreams:
                     assert sock.recv(10) == b""
             job.result(60)
 
-    def test_a_hundred_at_once(self, machine: Machine) -> None:
+    def test_hundred_streams_at_once(self, machine: Machine) -> None:
         server, port = serve(machine)
         with server:
             job = machine.start(
@@ -131,8 +131,8 @@ class TestStreams:
                 assert sock.recv(10) == b"after"
             assert job.result() == 500_000
 
-    def test_the_host_closes(self, machine: Machine) -> None:
-        """A reader sees the end, a writer EPIPE, and what was sent before is read."""
+    def test_host_closes(self, machine: Machine) -> None:
+        """A reader sees the end, a writer EPIPE, and all data sent before is read."""
         server, port = serve(machine)
         with server:
             job = machine.start(
@@ -150,7 +150,7 @@ class TestStreams:
                 sock.sendall(bytes(100_000))
             assert job.result() == 100_000
 
-    def test_the_host_closes_while_the_guest_writes(self, machine: Machine) -> None:
+    def test_host_closes_while_the_guest_writes(self, machine: Machine) -> None:
         server, port = serve(machine)
         with server:
             job = machine.start(
@@ -167,17 +167,17 @@ class TestStreams:
                 sock.recv(MIB)
             assert job.result() == "EPIPE"
 
-    def test_the_guest_closes_and_nothing_is_lost(self, machine: Machine) -> None:
+    def test_guest_closes_without_loss(self, machine: Machine) -> None:
         server, port = serve(machine)
         with server:
             machine.run("s = connect(port); s.sendall(bytes(262143)); s.close()", port=port)
             with server.accept()[0] as sock:
                 assert sum(map(len, iter(lambda: sock.recv(MIB), b""))) == 262_143
 
-    def test_refused_both_ways(self, machine: Machine) -> None:
+    def test_connects_without_listener_are_refused(self, machine: Machine) -> None:
         for cid, codes in [
             (2, {errno.ECONNRESET}),
-            # Newer kernels ask nobody about guests they do not host.
+            # Newer kernels refuse CIDs of other guests themselves.
             (999, {errno.EHOSTUNREACH, errno.ENODEV}),
         ]:
             with pytest.raises(GuestError) as failed:
@@ -186,7 +186,7 @@ class TestStreams:
         with pytest.raises(ConnectionResetError):
             vsockets.create_connection((machine.cid, 9), context=machine.host)
 
-    def test_the_guests_backlog(self, machine: Machine) -> None:
+    def test_backlog_of_the_guest(self, machine: Machine) -> None:
         machine.run("import sys; sys.full = listener(6001, 1)")
         socks = []
         with pytest.raises(ConnectionResetError):
@@ -196,7 +196,7 @@ class TestStreams:
         for sock in socks:
             sock.close()
 
-    def test_the_hosts_backlog(self, machine: Machine) -> None:
+    def test_backlog_of_the_host(self, machine: Machine) -> None:
         with vsockets.create_server(
             (2, vsockets.VMADDR_PORT_ANY), context=machine.host, backlog=1
         ) as server:
@@ -211,8 +211,8 @@ class TestStreams:
             )
             assert 0 < job.result() < 10
 
-    def test_signals(self, machine: Machine) -> None:
-        """A guest program that is interrupted all the time loses nothing."""
+    def test_signals_lose_no_data(self, machine: Machine) -> None:
+        """A guest program that is interrupted constantly loses no data."""
         server, port = serve(machine)
         with server:
             job = machine.start(
@@ -235,7 +235,7 @@ class TestStreams:
             assert job.result() == 0
 
     def test_non_blocking_connects(self, machine: Machine) -> None:
-        job = echo_of_one(machine, 6002)
+        job = echo_one_stream(machine, 6002)
         with vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=machine.host) as sock:
             sock.setblocking(False)
             assert sock.connect_ex((machine.cid, 6002)) == errno.EINPROGRESS
@@ -247,7 +247,7 @@ class TestStreams:
             assert exchange(sock, 1000)
         assert job.result() == 1000
 
-    def test_reserved_ports_are_the_guests_kernels(self, machine: Machine) -> None:
+    def test_reserved_ports_belong_to_the_guest_kernel(self, machine: Machine) -> None:
         server, port = serve(machine)
         with server:
             machine.start("s = stream(); s.bind((ANY, 1000)); s.connect((2, port))", port=port)

@@ -1,4 +1,4 @@
-"""What becomes of a virtual machine, and of its VMCI device and its streams with it."""
+"""The life cycle of a virtual machine, and its effects on the VMCI device and its streams."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WAIT = "s = connect(port); s.sendall(b'x'); result = s.recv(1)"
 
 
 def works(machine: Machine) -> bool:
-    """Whether a stream of the guest comes about and carries bytes."""
+    """Return whether the guest can create a stream and transfer data."""
     server, port = serve(machine)
     with server:
         job = machine.start("result = echo(connect(port))", port=port)
@@ -34,8 +34,8 @@ def works(machine: Machine) -> bool:
             return exchange(sock, 100_000) and job.result() == 100_000
 
 
-def ends(sock: Any) -> bool:
-    """Whether a stream has ended, after what was on its way."""
+def has_ended(sock: Any) -> bool:
+    """Drain a stream; return True once it has ended."""
     try:
         while sock.recv(MIB):
             pass
@@ -44,8 +44,8 @@ def ends(sock: Any) -> bool:
     return True
 
 
-def restart(machine: Machine, begin: Callable[[], object]) -> None:
-    """The guest starts anew while a stream of it is full both ways."""
+def restart(machine: Machine, restart_guest: Callable[[], object]) -> None:
+    """Restart the guest during a stream with full buffers in both directions."""
     server, port = serve(machine)
     with server:
         flood = "s = connect(port)\nwhile True: s.sendall(bytes(65536))"
@@ -56,26 +56,26 @@ def restart(machine: Machine, begin: Callable[[], object]) -> None:
             sock.recv(MIB)
             sock.setblocking(False)
             try:
-                while True:  # into memory that will be another kernel's
+                while True:  # into memory that the next kernel will use
                     sock.send(bytes(MIB))
             except BlockingIOError:
                 pass
             sock.settimeout(PATIENCE)
-            begin()
-            assert ends(sock)
+            restart_guest()
+            assert has_ended(sock)
     machine.wait_for_boot()
     machine.run(COMMON)
     assert works(machine)
 
 
-def test_a_warm_reboot(machine: Machine) -> None:
+def test_warm_reboot(machine: Machine) -> None:
     restart(machine, lambda: machine.start("os.system('reboot -f')"))
 
 
-def test_another_kernel_by_kexec(
+def test_kexec_of_another_kernel(
     stage: Stage, fabric_of_machines: PrivateFabric, tmp_path: Path
 ) -> None:
-    """The device hears nothing of it but that it must not access memory any more."""
+    """The device is not told, except that it may no longer access memory."""
     with stage.machine(fabric_of_machines, "stable") as machine:
         machine.run(COMMON)
         program, source = tmp_path / "kexec", Path(__file__).with_name("kexec.c")
@@ -88,8 +88,8 @@ def test_another_kernel_by_kexec(
 
 
 class TestMonitor:
-    def test_stopped_and_continued(self, machine: Machine) -> None:
-        """QEMU tells a device nothing of it: streams wait, and go on."""
+    def test_streams_survive_stop_and_cont(self, machine: Machine) -> None:
+        """QEMU does not tell the device: streams wait and continue."""
         server, port = serve(machine)
         with server:
             job = machine.start("result = echo(connect(port))", port=port)
@@ -106,8 +106,10 @@ class TestMonitor:
             assert job.result() == 1000
         assert works(machine)
 
-    def test_suspended(self, machine: Machine, fabric_of_machines: PrivateFabric) -> None:
-        """Who stops a machine says so to the fabric, and its streams end on both sides."""
+    def test_suspended_context_ends_streams(
+        self, machine: Machine, fabric_of_machines: PrivateFabric
+    ) -> None:
+        """The administrator suspends the context as well: its streams end on both sides."""
         control = fabric_of_machines.control
         server, port = serve(machine)
         with server:
@@ -119,7 +121,7 @@ class TestMonitor:
                 assert accepted.recv(1) == dialled.recv(1) == b"x"
                 machine.monitor("stop")
                 control.suspend(machine.cid)
-                assert ends(accepted) and ends(dialled)
+                assert has_ended(accepted) and has_ended(dialled)
                 with pytest.raises(OSError) as refused:
                     vsockets.create_connection((machine.cid, 6101), context=machine.host)
                 assert refused.value.errno == errno.EHOSTUNREACH
@@ -129,8 +131,8 @@ class TestMonitor:
         assert works(machine)
 
 
-def test_more_memory_than_below_four_gib(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
-    """It lies in two parts, around the devices; Linux gives out the upper one first."""
+def test_memory_above_four_gib(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
+    """Memory is in two parts around the devices; Linux allocates the upper one first."""
     with stage.machine(fabric_of_machines, "stable", memory=5120) as machine:
         machine.run(COMMON)
         assert "10000000" in machine.run("result = open('/proc/iomem').read()")
@@ -142,13 +144,13 @@ def test_more_memory_than_below_four_gib(stage: Stage, fabric_of_machines: Priva
 
 
 @as_root
-def test_a_restricted_machine(stage: Stage) -> None:
-    """It reaches services of the hypervisor, and endpoints that are trusted."""
+def test_restricted_machine(stage: Stage) -> None:
+    """The machine reaches services of the hypervisor and trusted endpoints only."""
     with PrivateFabric() as fabric:
         fabric.control.add_context(40, profile="restricted")
         with stage.machine(fabric, "stable", cid=40) as machine:
             machine.run(COMMON)
-            assert works(machine)  # with CAP_NET_ADMIN this process is trusted
+            assert works(machine)  # with CAP_NET_ADMIN, this process is trusted
             with vsockets.create_server((0, 9760), context=fabric.hypervisor) as server:
                 job = machine.start("result = echo(connect(9760, 0))")
                 with server.accept()[0] as sock:
@@ -172,9 +174,13 @@ def test_a_restricted_machine(stage: Stage) -> None:
                     assert refused.value.errno == code
 
 
-def test_the_device_is_killed(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
-    """The host's programs see the end.  The guest lives until it has something to say to the
-    device; then that processor stands still.  A new machine with a new device is as any.
+def test_killed_device_ends_streams_and_can_be_replaced(
+    stage: Stage, fabric_of_machines: PrivateFabric
+) -> None:
+    """The host's programs see the end of their streams.
+
+    The guest runs until it accesses the device; then that processor blocks.  A new machine with a
+    new device works.
     """
     with stage.machine(fabric_of_machines, "stable", arguments=("-smp", "2")) as machine:
         machine.run(COMMON)
@@ -184,11 +190,11 @@ def test_the_device_is_killed(stage: Stage, fabric_of_machines: PrivateFabric) -
             with server.accept()[0] as sock:
                 sock.settimeout(PATIENCE)
                 assert sock.recv(1) == b"x"
-                with datagram(machine) as heard:
-                    # When this has returned QEMU waits for no answer.  Else it ends itself.
-                    machine.run("dgram().sendto(b'y', (2, port))", port=heard.getsockname()[1])
+                with datagram(machine) as receiver:
+                    # Afterwards, QEMU does not wait for a reply; otherwise it would exit.
+                    machine.run("dgram().sendto(b'y', (2, port))", port=receiver.getsockname()[1])
                 machine.kill_device()
-                assert ends(sock)
+                assert has_ended(sock)
         assert machine.run("result = sum(range(1000))") == 499_500
         machine.kill_qemu()
         machine.start_device()

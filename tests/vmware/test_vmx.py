@@ -1,4 +1,4 @@
-"""``.vmx`` files: the format as VMware writes it, and what vSockets reads in one."""
+"""``.vmx`` files: the format that VMware writes, and the values that vSockets reads."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def vmx(text: str) -> Vmx:
     return parse_vmx(text.encode(), "a.vmx")
 
 
-def test_a_machine_from_before_vmci() -> None:
+def test_hardware_before_vmci_is_refused() -> None:
     found = parse_vmx(SERVER_2, "mail.vmx")
     assert found.display_name == "mail"
     assert found.hardware_version == 6
@@ -73,7 +73,7 @@ def test_a_machine_from_before_vmci() -> None:
     )
 
 
-def test_workstation_on_windows() -> None:
+def test_file_of_workstation_on_windows() -> None:
     found = parse_vmx(WORKSTATION_7, "a.vmx")
     found.require_vmci()
     assert found.display_name == "Buchführung"
@@ -82,19 +82,19 @@ def test_workstation_on_windows() -> None:
     assert found.values["vmci0.pcislotnumber"] == "36"
 
 
-def test_esxi_with_its_isolation_options() -> None:
+def test_file_of_esxi_with_isolation_options() -> None:
     found = parse_vmx(ESXI_5, "a.vmx")
     found.require_vmci()
     assert found.display_name == "web № 1"
     assert found.values["annotation"] == 'first line\nsecond, "quoted" and a bar: |'
     assert found.values["scsi0:0.filename"] == "web.vmdk"
-    assert found.vmci_present, "from hardware version 7 on there is one unless it is denied"
+    assert found.vmci_present, "the default is TRUE from hardware version 7"
     assert found.unrestricted
     assert found.domain == "lab"
     assert found.cid == 2**32 - 1791447150
 
 
-def test_edited_by_hand() -> None:
+def test_file_edited_by_hand() -> None:
     found = parse_vmx(WORKSTATION_17, "a.vmx")
     found.require_vmci()
     assert found.display_name == "plain"
@@ -105,7 +105,7 @@ def test_edited_by_hand() -> None:
     assert found.domain == ""
 
 
-def test_an_empty_file_says_nothing() -> None:
+def test_defaults_of_an_empty_vmx_file() -> None:
     found = parse_vmx(b"", "a.vmx")
     assert not found.values
     assert found.display_name == ""
@@ -114,14 +114,14 @@ def test_an_empty_file_says_nothing() -> None:
         found.require_vmci()
 
 
-def test_a_denied_device() -> None:
+def test_disabled_vmci_device_is_refused() -> None:
     found = vmx('virtualHW.version = "10"\nvmci0.present = "FALSE"\n')
     assert not found.vmci_present
     with pytest.raises(VmxError, match=r"^a.vmx:2: vmci0.present: 'FALSE', expected TRUE"):
         found.require_vmci()
 
 
-def test_an_encrypted_file_is_called_so() -> None:
+def test_encrypted_file_is_reported() -> None:
     with pytest.raises(VmxError, match=r"^a.vmx:1: encryption.data: .* the file is encrypted"):
         vmx('encryption.data = "c2VjcmV0"').require_vmci()
 
@@ -139,19 +139,19 @@ def test_an_encrypted_file_is_called_so() -> None:
         ("", None),
     ],
 )
-def test_both_spellings_of_a_cid(text: str, cid: int | None) -> None:
+def test_signed_and_unsigned_cid(text: str, cid: int | None) -> None:
     assert vmx(f'vmci0.id = "{text}"').cid == cid
 
 
 @given(st.integers(3, 2**32 - 2))
-def test_signed_and_unsigned_are_one_cid(cid: int) -> None:
+def test_signed_and_unsigned_spellings_are_the_same_cid(cid: int) -> None:
     signed = cid - 2**32 if cid >= 2**31 else cid
     assert vmx(f'vmci0.id = "{cid}"').cid == cid
     assert vmx(f'vmci0.id = "{signed}"').cid == cid
 
 
 @pytest.mark.parametrize("text", ["0", "1", "2", "4294967295"])
-def test_cids_that_are_no_guests(text: str) -> None:
+def test_reserved_cids_are_refused(text: str) -> None:
     with pytest.raises(
         VmxError,
         match=rf"^a.vmx:1: vmci0.id: '{text}', not a guest's CID, expected 3 to \d+$",
@@ -160,20 +160,20 @@ def test_cids_that_are_no_guests(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["4294967296", "-2147483649", "9999999999"])
-def test_cids_of_too_many_bits(text: str) -> None:
+def test_cids_above_32_bits_are_refused(text: str) -> None:
     with pytest.raises(VmxError, match=f"vmci0.id: '{text}', expected a number of 32 bits"):
         _ = vmx(f'vmci0.id = "{text}"').cid
 
 
 @pytest.mark.parametrize("text", ["0x10", "1_0", "٣", "1.5", "abc", "+3", " 3", "9" * 5000, "--1"])
 @pytest.mark.parametrize("key", ["vmci0.id", "virtualHW.version"])
-def test_texts_that_are_no_number(key: str, text: str) -> None:
+def test_invalid_numbers_are_refused(key: str, text: str) -> None:
     found = vmx(f'{key} = "{text}"')
     with pytest.raises(VmxError, match=f"^a.vmx:1: {key}: .*, expected a decimal number"):
         _ = found.cid if key == "vmci0.id" else found.hardware_version
 
 
-def test_no_hardware_is_older_than_1() -> None:
+def test_hardware_version_0_is_refused() -> None:
     with pytest.raises(VmxError, match=r"virtualHW.version: '0', expected a number from 1"):
         _ = vmx('virtualHW.version = "0"').hardware_version
 
@@ -186,12 +186,12 @@ def test_booleans(text: str, value: bool) -> None:
 
 
 @pytest.mark.parametrize("text", ["1", "yes", "TRUE ", "on"])
-def test_texts_that_are_no_boolean(text: str) -> None:
+def test_invalid_booleans_are_refused(text: str) -> None:
     with pytest.raises(VmxError, match=r"^a.vmx:1: vmci0.unrestricted: '.*', expected TRUE or"):
         _ = vmx(f'vmci0.unrestricted = "{text}"').unrestricted
 
 
-def test_a_key_twice_is_refused_as_by_vmware() -> None:
+def test_duplicate_key_is_refused() -> None:
     with pytest.raises(
         VmxError, match=r"^a.vmx:3: msg.autoAnswer: given on line 1 already, expected once$"
     ):
@@ -207,7 +207,7 @@ def test_a_key_twice_is_refused_as_by_vmware() -> None:
         ("ISO-8859-16", "iso8859-16", "Iași"),
         ("Shift_JIS", "cp932", "ソース能①"),  # the second byte of ソ is a backslash
         ("shift_jis", "cp932", "弌"),
-        ("GBK", "gbk", "瀨倈"),  # second bytes that are a bar
+        ("GBK", "gbk", "瀨倈"),  # the second bytes are bars
         ("Big5", "cp950", "功能"),
         ("windows-949", "cp949", "똠방"),
     ],
@@ -221,12 +221,12 @@ def test_encodings(encoding: str, codec: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["", "EBCDIC", "utf-16", "rot13", "unicode_escape", "|FF|00"])
-def test_encodings_nobody_has(encoding: str) -> None:
+def test_unknown_encodings_are_refused(encoding: str) -> None:
     with pytest.raises(VmxError, match=r"^a.vmx:2: .encoding: "):
         vmx(f'# \n.encoding = "{encoding}"')
 
 
-def test_bytes_that_are_not_of_the_encoding() -> None:
+def test_bytes_invalid_in_the_encoding_are_refused() -> None:
     with pytest.raises(
         VmxError,
         match=r"^a.vmx:1: displayname: byte 2 of the value, 0xfc, is not text, expected utf-8: ",
@@ -234,14 +234,14 @@ def test_bytes_that_are_not_of_the_encoding() -> None:
         parse_vmx(b'displayName = "B\xfcro"', "a.vmx")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_key() -> None:
+def test_byte_order_mark_is_skipped() -> None:
     assert parse_vmx(b'\xef\xbb\xbfdisplayName = "a"', "a.vmx").lines == {"displayname": 1}
 
 
 @pytest.mark.parametrize(
     "text", ["|", "|2", "|g0", "a|", "|2z"], ids=["end", "one digit", "no digit", "later", "half"]
 )
-def test_a_bar_that_escapes_nothing_is_a_bar(text: str) -> None:
+def test_bar_without_escape_is_literal(text: str) -> None:
     assert vmx(f'displayName = "{text}"').display_name == text
 
 
@@ -261,7 +261,7 @@ def test_a_bar_that_escapes_nothing_is_a_bar(text: str) -> None:
         "\x1b[2J",
     ],
 )
-def test_lines_that_are_none(text: str) -> None:
+def test_malformed_lines_are_refused(text: str) -> None:
     with pytest.raises(
         VmxError, match=r'^a.vmx:2: .*, expected a line of the form: key = "value"$'
     ) as error:
@@ -269,19 +269,19 @@ def test_lines_that_are_none(text: str) -> None:
     assert str(error.value).isprintable()
 
 
-def test_nul_does_not_hide_the_rest_of_a_value() -> None:
+def test_nul_in_a_value_is_refused() -> None:
     with pytest.raises(VmxError, match=r"^a.vmx:1: displayName: a NUL character"):
         vmx('displayName = "web|00.evil"')
 
 
-def test_a_large_file_is_none() -> None:
+def test_too_large_file_is_refused() -> None:
     most = b"#" * VMX_FILE_MAX_BYTES
     assert not parse_vmx(most, "a.vmx").values
     with pytest.raises(VmxError, match=r"^a.vmx: more than 1048576 bytes"):
         parse_vmx(most + b"#", "a.vmx")
 
 
-def test_a_long_key_or_value_is_cut_in_errors() -> None:
+def test_long_key_or_value_is_shortened_in_errors() -> None:
     with pytest.raises(VmxError) as error:
         parse_vmx(b"k" * 5000 + b" = \xff", "a.vmx")
     assert len(str(error.value)) < 200
@@ -290,12 +290,12 @@ def test_a_long_key_or_value_is_cut_in_errors() -> None:
     assert len(str(error.value)) < 200
 
 
-def test_a_megabyte_of_blanks_is_quick_to_refuse() -> None:
+def test_megabyte_of_blanks_is_refused_quickly() -> None:
     with pytest.raises(VmxError):
         parse_vmx(b"a =" + b" " * (VMX_FILE_MAX_BYTES - 4) + b"\0", "a.vmx")
 
 
-def test_reading(tmp_path: Path) -> None:
+def test_read_vmx(tmp_path: Path) -> None:
     path = tmp_path / "web.vmx"
     path.write_bytes(ESXI_5)
     assert read_vmx(path) == parse_vmx(ESXI_5, str(path))
@@ -304,7 +304,7 @@ def test_reading(tmp_path: Path) -> None:
         read_vmx(path)
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(VmxError, match=f"^{tmp_path}/no.vmx: No such file or directory"):
         read_vmx(tmp_path / "no.vmx")
     with pytest.raises(VmxError, match=f"^{tmp_path}: .*expected a .vmx file"):
@@ -314,7 +314,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         read_vmx(tmp_path / "pipe")
 
 
-# A writer that escapes as VMware does, and what it writes.
+# A writer with VMware's escapes.
 
 
 def line(key: str, value: str, codec: str) -> bytes:
@@ -331,7 +331,7 @@ entries = st.lists(st.tuples(keys, values), unique_by=lambda entry: entry[0].low
 
 
 @given(entries, st.sampled_from([b"\n", b"\r\n"]), st.sampled_from([b"", b"\xef\xbb\xbf"]))
-def test_what_vmware_writes_is_read(
+def test_written_files_round_trip(
     entries: list[tuple[str, str]], newline: bytes, mark: bytes
 ) -> None:
     lines = [b'.encoding = "UTF-8"', *(line(key, value, "utf-8") for key, value in entries)]

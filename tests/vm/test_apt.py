@@ -1,4 +1,4 @@
-"""Packages, by the apt of this machine with sources of a test's."""
+"""Packages, downloaded by the machine's apt with sources of the test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ deb [trusted=yes] http://127.0.0.1/debian-security bookworm-security main
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The sources.list of an apt that has never fetched a list, as in a container."""
+    """The sources.list of an apt without package lists, as in a container."""
     (tmp_path / "etc/apt").mkdir(parents=True)
     (tmp_path / "var/lib/apt/lists/partial").mkdir(parents=True)
     (tmp_path / "status").touch()
@@ -31,29 +31,29 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "etc/apt/sources.list"
 
 
-def test_the_mirror_of_a_machine_without_package_lists(sources: Path) -> None:
+def test_mirror_of_a_machine_without_package_lists(sources: Path) -> None:
     sources.write_text(f"{OTHERS}deb [trusted=yes] http://127.0.0.1/mirror/debian trixie main\n")
     assert Suite(DEBIAN, "trixie").mirror() == "http://127.0.0.1/mirror/debian"
 
 
-def test_no_mirror(sources: Path) -> None:
+def test_missing_mirror(sources: Path) -> None:
     sources.write_text(OTHERS)
     with pytest.raises(Unavailable, match="apt has no mirror of Debian"):
         Suite(DEBIAN, "trixie").mirror()
 
 
-def test_what_cannot_be_had_is_no_failure() -> None:
+def test_unavailable_package_is_not_a_failure() -> None:
     error = Unavailable(
         "/x/ganesha.nfsd -v: /x/ganesha.nfsd: error while loading shared libraries: "
         "libdbus-1.so.3: cannot open shared object file: No such file or directory"
     )
-    line = downloads.left_out("nfs-ganesha", error)
+    line = downloads.unavailable_line("nfs-ganesha", error)
     assert line.endswith("tests that need it are skipped (this machine has no libdbus-1.so.3)")
     assert "error" not in line
 
 
-def test_package_lists_are_kept_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The four suites of these tests took half a gigabyte."""
+def test_package_lists_are_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompressed, the lists of the four suites of these tests took half a gigabyte."""
     try:
         downloads.qemu()
     except Unavailable as error:

@@ -1,4 +1,4 @@
-"""A virtual machine as VMware Workstation leaves it in a folder."""
+"""A virtual machine in a directory as VMware Workstation leaves it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vsockets.vm.guest_image import COMMAND_LINE
 
 _PROGRAMS = ("qemu-img", "mkfs.fat", "mcopy", "syslinux")
 
-#: KiB of the disk, which is a FAT file system as a whole.
+#: Size in KiB of the disk, which is a FAT file system without partitions.
 _DISK = 64 << 10
 
 _BOOT = f"""\
@@ -25,7 +25,7 @@ LABEL linux
   APPEND {COMMAND_LINE}
 """
 
-#: What VMware Workstation 17 writes for such a machine, and the order it has it in.
+#: The file that VMware Workstation 17 writes for such a machine, in its order.
 _VMX = """\
 #!/usr/bin/vmware
 .encoding = "UTF-8"
@@ -69,11 +69,13 @@ scsi0:0.redo = ""
 """
 
 
-def make(folder: Path, kernel: Path, initrd: Path, cid: int, controller: str) -> Path:
-    """Its ``.vmx`` file.  The disk boots ``kernel`` by the BIOS; the test is skipped where the
-    programs that make it are missing.
+def create_machine(folder: Path, kernel: Path, initrd: Path, cid: int, controller: str) -> Path:
+    """Create the machine's files and return its ``.vmx`` file.
+
+    The disk boots ``kernel`` through the BIOS.  Skips the test if the programs that create it are
+    missing.
     """
-    # mkfs.fat is where only root's PATH leads.
+    # mkfs.fat is in root's PATH only.
     missing = [name for name in _PROGRAMS if shutil.which(name, path=_PATH) is None]
     if missing:
         pytest.skip(f"no {', '.join(missing)}: apt install qemu-utils dosfstools mtools syslinux")
@@ -98,7 +100,7 @@ _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def run(*command: str) -> None:
-    """A program that makes something."""
+    """Run a program that must succeed."""
     done = subprocess.run(
         command, env={"PATH": _PATH}, capture_output=True, text=True, timeout=60, check=False
     )

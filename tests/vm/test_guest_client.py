@@ -1,4 +1,4 @@
-"""Both sides of a visit to a guest, on this machine: its services, and what a hostile one sends."""
+"""The guest's agent and its client on this machine, with a well-behaved and a hostile guest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE = 30.0
 
 @contextmanager
 def served(request: object) -> Iterator[socket.socket]:
-    """A stream on which the guest's service was asked for something."""
+    """Start the guest's agent with a request; yield the stream."""
     ours, theirs = socket.socketpair()
     ours.settimeout(PATIENCE)
 
@@ -41,24 +41,24 @@ def served(request: object) -> Iterator[socket.socket]:
 
 
 class TestCommands:
-    def test_its_input_begins_after_the_request(self) -> None:
+    def test_input_begins_after_the_request(self) -> None:
         with served({"command": ["cat"]}) as sock:
             sock.shutdown(socket.SHUT_WR)
             assert sock.makefile().read() == "its input\n"
 
-    def test_on_a_terminal(self) -> None:
+    def test_command_on_a_terminal(self) -> None:
         with served({"command": ["sh"], "rows": 33, "columns": 101}) as sock:
             sock.sendall(b"stty size; exit\n")
             said = b"".join(iter(lambda: sock.recv(4096), b""))
         assert b"33 101\r\n" in said
 
-    def test_a_terminal_whose_user_has_gone(self) -> None:
+    def test_closed_connection_ends_the_command(self) -> None:
         with served({"command": ["sleep", "1000"], "rows": 24, "columns": 80}):
-            pass  # the service ends, and the command with its terminal
+            pass  # the agent ends, and the command with its terminal
 
 
 def archive(*files: tuple[str, bytes], link: str = "") -> bytes:
-    """A tar archive with files of any names."""
+    """Return a tar archive with arbitrary file names."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w|") as tar:
         if link:
@@ -76,10 +76,10 @@ def archive(*files: tuple[str, bytes], link: str = "") -> bytes:
 def copy_out(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[bytes], None]]:
-    """Copying out of a guest that sends such bytes."""
+    """A function that copies files out of a guest which sends the given bytes."""
     monkeypatch.setattr(guest_client, "COMMAND_PORT", 5022)
-    there = vsock_fabric.guest()
-    with vsockets.create_server((there.cid, 5022), context=there) as server:
+    guest = vsock_fabric.guest()
+    with vsockets.create_server((guest.cid, 5022), context=guest) as server:
 
         def copy(data: bytes) -> None:
             def send() -> None:
@@ -91,16 +91,16 @@ def copy_out(
 
             sender = threading.Thread(target=send)
             sender.start()
-            visitor = guest_client.GuestClient(vsock_fabric.host, there.cid)
+            client = guest_client.GuestClient(vsock_fabric.host, guest.cid)
             try:
-                visitor.copy_out("/srv", tmp_path / "out", lambda done: None, 1000)
+                client.copy_out("/srv", tmp_path / "out", lambda done: None, 1000)
             finally:
                 sender.join(PATIENCE)
 
         yield copy
 
 
-def test_copying_out(copy_out: Callable[[bytes], None], tmp_path: Path) -> None:
+def test_copy_out(copy_out: Callable[[bytes], None], tmp_path: Path) -> None:
     copy_out(archive(("./a/b", b"hello"), ("./c", bytes(995))))
     assert (tmp_path / "out/a/b").read_bytes() == b"hello"
     assert guest_client.digest(tmp_path / "out") != guest_client.digest(tmp_path / "out/a")
@@ -116,7 +116,7 @@ def test_copying_out(copy_out: Callable[[bytes], None], tmp_path: Path) -> None:
         archive(("large", bytes(1001))),
     ],
 )
-def test_what_a_hostile_guest_sends(
+def test_hostile_archives_are_refused(
     copy_out: Callable[[bytes], None], tmp_path: Path, sent: bytes
 ) -> None:
     with pytest.raises(OSError):
@@ -124,7 +124,7 @@ def test_what_a_hostile_guest_sends(
     assert {path.name for path in tmp_path.rglob("*")} <= {"out", "twice"}
 
 
-def test_no_link_is_made(copy_out: Callable[[bytes], None], tmp_path: Path) -> None:
+def test_links_are_not_created(copy_out: Callable[[bytes], None], tmp_path: Path) -> None:
     copy_out(archive(("link/evil", b"x"), link=os.fspath(tmp_path)))
     assert not (tmp_path / "evil").exists()
     assert (tmp_path / "out/link/evil").read_bytes() == b"x"

@@ -1,4 +1,4 @@
-"""What QEMU and the device complain of: passed on, as much as a person reads."""
+"""Standard error of QEMU and the device, passed on at a limited rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vsockets.limits import LOG_LINES_PER_SECOND
 from vsockets.vm.machine import forward_stderr
 
 
-def passed_on(script: str) -> list[str]:
+def forwarded_lines(script: str) -> list[str]:
     lines: list[str] = []
 
     async def run() -> None:
@@ -29,17 +29,17 @@ def passed_on(script: str) -> list[str]:
     return lines
 
 
-def test_a_guest_that_makes_it_complain_all_the_time() -> None:
-    lines = passed_on("for n in range(5000): print('line', n, file=sys.stderr)")
+def test_flood_of_lines_is_limited() -> None:
+    lines = forwarded_lines("for n in range(5000): print('line', n, file=sys.stderr)")
     assert lines[0] == "QEMU: line 0"
     assert LOG_LINES_PER_SECOND <= len(lines) < 1000
-    left_out = [re.search(r"\((\d+) more were left out\)$", line) for line in lines]
-    assert len(lines) + sum(int(found[1]) for found in left_out if found) <= 5000
+    counts = [re.search(r"\((\d+) more were left out\)$", line) for line in lines]
+    assert len(lines) + sum(int(found[1]) for found in counts if found) <= 5000
 
 
-def test_a_line_without_end() -> None:
-    """Nobody reads it, and it holds nobody up."""
-    lines = passed_on(
+def test_endless_line_is_dropped() -> None:
+    """An endless line is dropped and does not block the process."""
+    lines = forwarded_lines(
         "sys.stderr.write('x' * 1_000_000); print('', 'end', sep='\\n', file=sys.stderr)"
     )
     assert lines[-1] == "QEMU: end"

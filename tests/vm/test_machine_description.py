@@ -1,4 +1,4 @@
-"""What QEMU and libvirt are told, and what of a VMware machine is."""
+"""QEMU's and libvirt's description of a machine, and the translation of a VMware machine."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ Read = Callable[[str], Hardware]
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
-    """What a file's text says, in a folder with some disks."""
+    """A function that translates a ``.vmx`` file in a directory with some disks."""
     for name in ("web", "ten", "two", "old"):
         (tmp_path / f"{name}.vmdk").touch()
 
@@ -76,7 +76,7 @@ def read(tmp_path: Path) -> Read:
 
 
 class TestHardware:
-    def test_what_is_carried_over_and_what_is_not(self, read: Read, tmp_path: Path) -> None:
+    def test_translated_and_omitted_hardware(self, read: Read, tmp_path: Path) -> None:
         found = read(VMX)
         assert (found.memory, found.cpus, found.efi) == (256, 2, False)
         assert found.disks == (
@@ -95,11 +95,11 @@ class TestHardware:
             "sound",
         ]
 
-    def test_what_a_file_does_not_say(self, read: Read) -> None:
+    def test_defaults_of_an_empty_file(self, read: Read) -> None:
         assert read("") == Hardware(32, 1, (), (), False, ())
 
     @pytest.mark.parametrize("model", ["", "lsilogic", "buslogic"])
-    def test_controllers_that_qemu_has_not(self, read: Read, model: str) -> None:
+    def test_controllers_missing_in_qemu(self, read: Read, model: str) -> None:
         disks = "".join(
             f'scsi0:{n}.present = "TRUE"\nscsi0:{n}.fileName = "web.vmdk"\n' for n in (0, 1)
         )
@@ -128,17 +128,17 @@ class TestHardware:
             read(f'{line}\nnvme0:0.present = "TRUE"')
         assert problem in str(refused.value)
 
-    def test_too_many_disks_for_a_controller(self, read: Read) -> None:
+    def test_too_many_disks_of_a_controller(self, read: Read) -> None:
         place = 'sata0:{0}.present = "TRUE"\nsata0:{0}.fileName = "web.vmdk"\n'
         with pytest.raises(VmxError, match="more than 6 disks"):
             read("".join(place.format(number) for number in range(7)))
 
-    def test_a_disk_that_vmware_uses(self, read: Read, tmp_path: Path) -> None:
+    def test_disk_locked_by_vmware(self, read: Read, tmp_path: Path) -> None:
         (tmp_path / "web.vmdk.lck").mkdir()
         with pytest.raises(VmxError, match="locked"):
             read(VMX)
 
-    def test_a_card_that_qemu_has_not(self, read: Read) -> None:
+    def test_card_missing_in_qemu(self, read: Read) -> None:
         found = read('ethernet0.present = "TRUE"')
         assert found.cards == (Card("e1000"),)
         assert found.omitted == (
@@ -153,12 +153,12 @@ class TestArguments:
         assert "memory-backend-memfd,id=mem,size=256M,share=on" in said
         assert any("memory-backend=mem" in word for word in said)
 
-    def test_names_may_have_commas(self) -> None:
+    def test_commas_in_names_are_quoted(self) -> None:
         said = machine_arguments(MachineOptions("virtio", 256, name="a,b"), "/run/a,b")
         assert said[said.index("-name") + 1] == "a,,b"
         assert "socket,id=vsock,path=/run/a,,b" in said
 
-    def test_disks_in_their_order(self) -> None:
+    def test_disks_keep_their_order(self) -> None:
         disks = [("a,b", "virtio"), ("s0", "sata"), ("p0", "pvscsi"), ("s1", "sata")]
         disks += [("p1", "pvscsi"), ("n", "nvme"), ("l", "lsisas1068")]
         machine = MachineOptions("vmci", 256, disks=tuple(Disk(a, "vmdk", b) for a, b in disks))
@@ -181,7 +181,7 @@ class TestArguments:
         files = [json.loads(word)["file"]["filename"] for word in said if '"node-name"' in word]
         assert files == [path for path, _ in disks]
 
-    def test_no_network_unless_there_is_a_card(self) -> None:
+    def test_network_only_with_a_card(self) -> None:
         assert not [
             word for word in machine_arguments(MachineOptions("vmci", 256), "/s") if "net" in word
         ]
@@ -195,7 +195,7 @@ class TestArguments:
 
 
 @pytest.mark.parametrize("device", ["vmci", "virtio"])
-def test_libvirts_snippet(device: str) -> None:
+def test_domain_xml_of_libvirt(device: str) -> None:
     domain = ElementTree.fromstring(domain_xml(device, "/run/a&b"))
     access = domain.find("memoryBacking/access")
     assert access is not None

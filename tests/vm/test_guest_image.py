@@ -1,4 +1,4 @@
-"""A guest's first file system, of distributions that have their files in different places."""
+"""A guest's initial RAM disk, with packages in the layouts of two distributions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .machine import Machine
 
 LOADER = "ld-linux-x86-64.so.2"
 
-#: Where packages have busybox, the C library and the loader's link.
+#: Locations of busybox, the C library and the loader's link in packages.
 LAYOUTS = {
     "Debian 12": ("bin/busybox", "lib/x86_64-linux-gnu", "lib64"),
     "Debian 13": ("usr/bin/busybox", "usr/lib/x86_64-linux-gnu", "usr/lib64"),
@@ -26,7 +26,7 @@ LAYOUTS = {
 
 
 def unpack(archive: bytes, folder: Path) -> None:
-    """As the kernel does it, a file after the other: cpio(5), "newc"."""
+    """Unpack a cpio(5) archive in "newc" format, file by file as the kernel does."""
     at = 0
     while True:
         fields = [int(archive[at + 6 + 8 * n : at + 14 + 8 * n], 16) for n in range(13)]
@@ -48,7 +48,7 @@ def unpack(archive: bytes, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_everything_is_where_programs_look_for_it(
+def test_files_are_where_programs_look_for_them(
     tmp_path: Path, layout: tuple[str, str, str]
 ) -> None:
     busybox, libraries, loader = layout
@@ -80,8 +80,8 @@ def test_everything_is_where_programs_look_for_it(
 
 
 def test_debian_13(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
-    """Its kernel, busybox and Python; Debian 12's are in every other test's guests."""
-    linux, initrd, folder = stage.parts("newest", "virtio")  # or the test is skipped
+    """Debian 13's kernel, busybox and Python; the guests of all other tests have Debian 12's."""
+    linux, initrd, folder = stage.parts("newest", "virtio")
     initrd = folder / "initrd"
     initrd.write_bytes(image.build(linux, "virtio", world=downloads.userland("newest")))
     with Machine(fabric_of_machines, linux, initrd, folder, device="virtio") as machine:
