@@ -16,7 +16,7 @@ from .process import write_memory
 from .scheduler import Wait
 from .services import Services
 from .sockets import SERVED, Endpoint, pack_address, unpack_address
-from .vsockd_client import Asker
+from .vsockd_client import Credentials
 
 T = TypeVar("T")
 
@@ -35,8 +35,8 @@ Handler = Callable[["Call"], Serving]
 SocketHandler = Callable[["Call", Endpoint], Serving]
 
 
-class _CarriedThrough(Generic[T]):
-    """The awaitable of :meth:`Call.carry_through`."""
+class _Shielded(Generic[T]):
+    """The awaitable of :meth:`Call.shield`."""
 
     def __init__(self, call: Call, asking: Coroutine[Wait, bool, T]) -> None:
         self._call = call
@@ -44,7 +44,7 @@ class _CarriedThrough(Generic[T]):
 
     def __await__(self) -> Generator[Wait, bool, T]:
         happened: bool = None  # type: ignore[assignment]  # starts the coroutine
-        self._call.is_carried = True
+        self._call.is_shielded = True
         try:
             while True:
                 try:
@@ -58,7 +58,7 @@ class _CarriedThrough(Generic[T]):
                     except CallInterrupted:
                         self._call.answered = True
         finally:
-            self._call.is_carried = False
+            self._call.is_shielded = False
 
 
 def failure(code: int, why: str = "") -> OSError:
@@ -69,7 +69,7 @@ def failure(code: int, why: str = "") -> OSError:
 class Call:
     """A system call, of the thread ``pid``, that waits for its answer."""
 
-    __slots__ = ("answered", "arguments", "intercepted", "is_carried", "pid", "services")
+    __slots__ = ("answered", "arguments", "intercepted", "is_shielded", "pid", "services")
 
     def __init__(self, services: Services, intercepted: InterceptedCall) -> None:
         self.services = services
@@ -77,7 +77,7 @@ class Call:
         self.pid = intercepted.pid
         self.arguments = intercepted.arguments
         self.answered = False
-        self.is_carried = False  #: whether the handler awaits :meth:`carry_through`
+        self.is_shielded = False  #: whether the handler awaits :meth:`shield`
 
     def integer(self, index: int) -> int:
         """Return an argument of type ``int``."""
@@ -137,26 +137,26 @@ class Call:
             os.close(fd)
             raise
 
-    def asker(self) -> Asker | None:
+    def credentials(self) -> Credentials | None:
         """Return the credentials to send requests to vsockd with; None for the supervisor's own."""
-        return self.services.vsockd.asker(self._credentials)
+        return self.services.vsockd.sender(self._read_credentials)
 
-    def _credentials(self) -> Asker:
+    def _read_credentials(self) -> Credentials:
         credentials = self.services.processes.credentials(self.pid)
         self.check()
         return credentials
 
-    def carry_through(self, asking: Coroutine[Wait, bool, T]) -> Awaitable[T]:
+    def shield(self, asking: Coroutine[Wait, bool, T]) -> Awaitable[T]:
         """Return an awaitable that completes a request to vsockd even if a signal ends the call.
 
         vsockd carries out the request in any case, and the supervisor has to record the result.
         After such a signal the call counts as answered.  ``asking`` must not await
         :func:`.scheduler.lent`, whose descriptor is closed by then.
         """
-        return _CarriedThrough(self, asking)
+        return _Shielded(self, asking)
 
-    def require_waiting(self) -> None:
-        """Raise CallInterrupted if a signal has ended the call during :meth:`carry_through`."""
+    def require_uninterrupted(self) -> None:
+        """Raise CallInterrupted if a signal has ended the call during :meth:`shield`."""
         if self.answered:
             raise CallInterrupted
 
@@ -171,7 +171,9 @@ class Call:
             raise failure(errno.EINVAL)
         return unpack_address(self.read(address, size))
 
-    def sized(self, data: bytes, address: int, size_at: int, cut: bool = False) -> list[Piece]:
+    def value_pieces(
+        self, data: bytes, address: int, size_at: int, cut: bool = False
+    ) -> list[Piece]:
         """Return the pieces to write for an address or an option's value.
 
         The int at ``size_at`` is the size of the program's buffer, and becomes the size of
@@ -183,9 +185,9 @@ class Call:
         size = min(room, len(data)) if cut else len(data)
         return [(address, data[:room]), (size_at, _INT.pack(size))]
 
-    def address(self, found: tuple[int, int], address: int, size_at: int) -> list[Piece]:
+    def address_pieces(self, found: tuple[int, int], address: int, size_at: int) -> list[Piece]:
         """Return the pieces to write for a struct sockaddr_vm; none if ``address`` is null."""
-        return self.sized(pack_address(found), address, size_at) if address else []
+        return self.value_pieces(pack_address(found), address, size_at) if address else []
 
     # Answers
 

@@ -162,10 +162,6 @@ class Listener:
         except FileNotFoundError:
             raise CallInterrupted from None
 
-    def close(self) -> None:
-        """Release the listener: from then on every intercepted call fails with ENOSYS."""
-        os.close(self._fd)
-
 
 class _KeptAnswer(NamedTuple):
     """An answer that its thread may not have received: for when it repeats the call."""

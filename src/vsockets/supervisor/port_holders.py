@@ -16,7 +16,7 @@ from collections.abc import Callable
 from ..model.buffers import BufferSizes
 from ..protocol import Record, client
 from .scheduler import HUNG_UP, CoroutineScheduler
-from .vsockd_client import SEND, Asker, VsockdClient, receive_record, send, take_record
+from .vsockd_client import SEND, Credentials, VsockdClient, receive_record, send, take_record
 
 
 class PortHolder:
@@ -61,7 +61,7 @@ class PortHolder:
 
     async def bind(
         self,
-        asker: Asker | None,
+        credentials: Credentials | None,
         sock: _socket.socket,
         address: tuple[int, int],
         sizes: BufferSizes,
@@ -71,7 +71,7 @@ class PortHolder:
         request = client.bind_socket(
             address, sizes=sizes, secret=self.secret, unprivileged=unprivileged
         )
-        send(self._channel, request, asker, sock.fileno())
+        send(self._channel, request, credentials, sock.fileno())
         record, _ = await receive_record(self._channel)
         self._by_inode.pop(self.inode, None)
         self.inode = os.fstat(sock.fileno()).st_ino
@@ -118,7 +118,7 @@ class PortHolders:
 
     async def bind(
         self,
-        asker: Asker | None,
+        credentials: Credentials | None,
         sock: _socket.socket,
         address: tuple[int, int],
         sizes: BufferSizes,
@@ -127,7 +127,7 @@ class PortHolders:
         """Bind ``sock``, a copy of a program's stream or packet socket.  Raises OSError."""
         holder = PortHolder(await self._vsockd.open(), self._scheduler, self._by_inode)
         try:
-            record = await holder.bind(asker, sock, address, sizes, unprivileged)
+            record = await holder.bind(credentials, sock, address, sizes, unprivileged)
         except BaseException:
             holder.close()
             raise

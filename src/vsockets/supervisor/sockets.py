@@ -76,14 +76,14 @@ class Endpoint:
         "buffers",
         "connect_timeout",
         "cookie",
-        "entered",
         "error",
+        "has_name",
         "holder",
         "ignored",
         "inode",
+        "is_attached",
         "is_shut",
         "local",
-        "named",
         "peer",
         "phase",
         "received",
@@ -101,8 +101,8 @@ class Endpoint:
         self.peer: tuple[int, int] | None = None
         self.buffers = BufferSizes()
         self.connect_timeout = CONNECT_TIMEOUT_SECONDS  #: seconds
-        self.entered = False  #: connected to vsockd, or by vsockd to its peer
-        self.named = False  #: bound to a name by vsockd, instead of connected to it
+        self.is_attached = False  #: connected to vsockd, or by vsockd to its peer
+        self.has_name = False  #: bound to a name by vsockd, instead of connected to it
         self.holder: PortHolder | None = None  #: of its port, if it is this supervisor's
         self.error = 0  #: SO_ERROR, after a connect that the program did not wait for
         self.record: Record | None = None  #: vsockd's record of the stream
@@ -127,7 +127,7 @@ class Endpoint:
         """Return whether it is a datagram socket."""
         return self.type == SOCK_DGRAM
 
-    def settle(self, record: Record) -> None:
+    def establish(self, record: Record) -> None:
         """Become the established stream of ``record``, which holds the port from then on."""
         if self.holder is not None:
             self.holder.close()
@@ -137,7 +137,7 @@ class Endpoint:
         self.peer = record.peer
         self.buffers = BufferSizes(record.size, record.minimum, record.maximum)
         self.phase = Phase.CONNECTED
-        self.entered = True
+        self.is_attached = True
 
     def fail(self, code: int, polled: bool) -> None:
         """Record that a connect has failed with ``code``.
@@ -166,7 +166,7 @@ class Sockets:
         """Add a socket, with None as its ``endpoint`` unless it is a vSockets socket."""
         self._known[inode] = endpoint
         if len(self._known) > SUPERVISOR_SOCKETS_MAX:
-            self._forget_one()
+            self._drop_one()
 
     def adopt(self, sock: _socket.socket, type_: int) -> Endpoint:
         """Add a new vSockets socket that a program is about to get."""
@@ -190,11 +190,7 @@ class Sockets:
         self._known.move_to_end(inode)
         return self._known[inode]
 
-    def forget(self, inode: int) -> None:
-        """Remove a socket whose inode now belongs to another."""
-        self._known.pop(inode, None)
-
-    def _forget_one(self) -> None:
+    def _drop_one(self) -> None:
         # Sockets whose state vsockd does not have are kept longer: they are few.
         for _ in range(64):
             inode, endpoint = self._known.popitem(last=False)

@@ -33,7 +33,7 @@ from .process import Processes
 from .scheduler import CoroutineScheduler, Wait
 from .services import Services
 from .sockets import Endpoint, Routes, Sockets, inode_in
-from .vsockd_client import VsockdClient, may_be_known
+from .vsockd_client import VsockdClient, may_be_registered
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class Supervisor:
             return
         if not is_suspended:  # the thread runs on already
             return
-        if call.is_carried:
+        if call.is_shielded:
             interruption = Interruption.DEFER
         else:
             interruption = Interruption.RESTART if wait.seconds is None else Interruption.FAIL
@@ -279,21 +279,21 @@ class Supervisor:
             check()
             if sock.getsockopt(SOL_SOCKET, SO_DOMAIN) != AF_UNIX:
                 return None
-            if not may_be_known(sock):
+            if not may_be_registered(sock):
                 return None
             endpoint = Endpoint(sock.getsockopt(SOL_SOCKET, SO_TYPE), inode, cookie_of(sock))
         request = client.query(cookie=endpoint.cookie, inode=inode)
-        record, _ = await self._vsockd.ask(None, request)
+        record, _ = await self._vsockd.request(None, request)
         self._recover(endpoint, record)
         return endpoint
 
     def _recover(self, endpoint: Endpoint, record: Record) -> None:
         if record.role == Role.CONNECTED:
-            endpoint.settle(record)
+            endpoint.establish(record)
         else:
-            endpoint.named = record.is_named
+            endpoint.has_name = record.is_named
             endpoint.holder = self._ports.find(endpoint.inode)
-            endpoint.entered = not endpoint.named
+            endpoint.is_attached = not endpoint.has_name
             endpoint.local = record.local
             endpoint.phase = Phase.LISTENING if record.role == Role.LISTENING else Phase.BOUND
 

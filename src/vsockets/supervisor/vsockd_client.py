@@ -37,16 +37,16 @@ _TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
 #: The shortest possible SO_SNDTIMEO: the kernel rounds it up to one tick.
 _ONE_TICK = TIMEVAL.pack(0, 1)
 #: Credentials to send a request with: process, user and group.
-Asker = tuple[int, int, int]
+Credentials = tuple[int, int, int]
 _UCRED = struct.Struct("=iII")
 #: A process and a user that exist and are not the supervisor's.
 _INIT, _NOBODY = 1, 65_534
 
 
-class Naming(Enum):
-    """The SCM_CREDENTIALS that the kernel lets this process send."""
+class Sendable(Enum):
+    """The credentials (SCM_CREDENTIALS) that the kernel lets this process send."""
 
-    NOTHING = auto()  #: its own alone
+    OWN = auto()  #: its own alone
     USERS = auto()  #: any user and group, with its own process
     PROCESSES = auto()  #: any process, user and group
 
@@ -56,50 +56,50 @@ class VsockdClient:
 
     def __init__(self, context: Attachment) -> None:
         self._context = context
-        self._full = False  #: whether vsockd's backlog was full at the last attempt
-        self._naming = _naming()
+        self._backlog_full = False  #: whether vsockd's backlog was full at the last attempt
+        self._sendable = _sendable()
 
-    def asker(self, credentials: Callable[[], Asker]) -> Asker | None:
+    def sender(self, read: Callable[[], Credentials]) -> Credentials | None:
         """Return the credentials to send a program's request with, or None for the supervisor's.
 
         vsockd judges a request by the rights of the process that, by the kernel, wrote it.  The
         supervisor of root may have programs with fewer rights than its own, and may name them as
         the writer; in a container whose root lacks CAP_SYS_ADMIN, only their user.
         """
-        if self._naming is Naming.NOTHING:
+        if self._sendable is Sendable.OWN:
             return None
-        process, user, group = credentials()
-        return process if self._naming is Naming.PROCESSES else os.getpid(), user, group
+        process, user, group = read()
+        return process if self._sendable is Sendable.PROCESSES else os.getpid(), user, group
 
-    def enter(self, sock: _socket.socket, type_: int) -> bool:
+    def attach(self, sock: _socket.socket, type_: int) -> bool:
         """Connect a program's socket to the control socket of its type, if vsockd has room.
 
         Returns False while vsockd's backlog is full.  Raises OSError.
         """
         try:
-            if self._full:  # ask with a socket that cannot block
+            if self._backlog_full:  # ask with a socket that cannot block
                 with contextlib.closing(_own_socket(type_)) as probe:
                     self._context.enter(probe, type_)
-            with hardly_blocking(sock, SO_SNDTIMEO):
+            with blocking_briefly(sock, SO_SNDTIMEO):
                 self._context.enter(sock, type_)
                 sock.getpeername()  # Python takes a connect that SIGCONT interrupted for a success
         except OSError as error:
             if error.errno not in (errno.ENOBUFS, errno.ENOTCONN):
                 raise
-            self._full = True
+            self._backlog_full = True
         else:
-            self._full = False
-        return not self._full
+            self._backlog_full = False
+        return not self._backlog_full
 
-    async def ask(
-        self, asker: Asker | None, request: bytes, fd: int | None = None
+    async def request(
+        self, credentials: Credentials | None, request: bytes, fd: int | None = None
     ) -> tuple[Record, int | None]:
         """Send a request, with a descriptor if ``fd`` is given, on a connection of its own.
 
         Returns the reply, and the descriptor received with it.  Raises OSError.
         """
         with contextlib.closing(await self.open()) as sock:
-            send(sock, request, asker, fd)
+            send(sock, request, credentials, fd)
             return await receive_record(sock)
 
     async def open(self) -> _socket.socket:
@@ -134,31 +134,33 @@ class VsockdClient:
         await pause(SUPERVISOR_RECONNECT_SECONDS)
 
 
-def send(sock: _socket.socket, request: bytes, asker: Asker | None, fd: int | None = None) -> None:
-    """Send a request with the credentials ``asker`` and the descriptor ``fd``, if given."""
+def send(
+    sock: _socket.socket, request: bytes, credentials: Credentials | None, fd: int | None = None
+) -> None:
+    """Send a request, with ``credentials`` and the descriptor ``fd`` if given.  Raises OSError."""
     ancillary: list[tuple[int, int, bytes]] = []
-    if asker is not None:
-        ancillary.append((SOL_SOCKET, SCM_CREDENTIALS, _UCRED.pack(*asker)))
+    if credentials is not None:
+        ancillary.append((SOL_SOCKET, SCM_CREDENTIALS, _UCRED.pack(*credentials)))
     if fd is not None:
         ancillary.append(with_descriptor(fd))
     sock.sendmsg([request], ancillary, SEND)
 
 
-def _naming() -> Naming:
+def _sendable() -> Sendable:
     """Return the credentials that the kernel lets this process send."""
 
-    def is_allowed(asker: Asker) -> bool:
+    def is_allowed(credentials: Credentials) -> bool:
         ours, theirs = _socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
         with contextlib.closing(ours), contextlib.closing(theirs):
             try:
-                send(ours, b"", asker)
+                send(ours, b"", credentials)
             except OSError as error:
                 return error.errno == errno.EINVAL  # this user namespace lacks the user
         return True
 
     if is_allowed((_INIT, os.geteuid(), os.getegid())):
-        return Naming.PROCESSES
-    return Naming.USERS if is_allowed((os.getpid(), _NOBODY, _NOBODY)) else Naming.NOTHING
+        return Sendable.PROCESSES
+    return Sendable.USERS if is_allowed((os.getpid(), _NOBODY, _NOBODY)) else Sendable.OWN
 
 
 def _own_socket(type_: int) -> _socket.socket:
@@ -166,7 +168,7 @@ def _own_socket(type_: int) -> _socket.socket:
 
 
 @contextlib.contextmanager
-def hardly_blocking(sock: _socket.socket, option: int) -> Iterator[None]:
+def blocking_briefly(sock: _socket.socket, option: int) -> Iterator[None]:
     """Limit the blocking of a call on a program's socket to one tick of the kernel.
 
     ``option`` is SO_SNDTIMEO for a connect, SO_RCVTIMEO for an accept.  O_NONBLOCK would not do:
@@ -202,7 +204,7 @@ def take_record(sock: _socket.socket) -> tuple[Record, int | None]:
     return decode_reply(data), descriptor_in(came)
 
 
-def may_be_known(sock: _socket.socket) -> bool:
+def may_be_registered(sock: _socket.socket) -> bool:
     """Return whether a unix socket has a name that shows that vsockd may know it.
 
     Either vsockd has bound it, or it is connected to a vsockd, or was until it became a stream.

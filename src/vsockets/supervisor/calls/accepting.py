@@ -16,8 +16,8 @@ from ..call import Answer, Call, failure
 from ..interception import CallInterrupted
 from ..scheduler import lent
 from ..sockets import Endpoint
-from ..vsockd_client import hardly_blocking, receive_record, take_record
-from .connecting import settle
+from ..vsockd_client import blocking_briefly, receive_record, take_record
+from .connecting import establish
 
 _FLAGS = int(SOCK_CLOEXEC | SOCK_NONBLOCK)
 
@@ -56,11 +56,11 @@ async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
     sock = _socket.socket(AF_UNIX, endpoint.type, 0, fd)
     with closing(sock):
         accepted = call.services.sockets.adopt(sock, endpoint.type)
-        settle(accepted, sock, record)
+        establish(accepted, sock, record)
         os.set_blocking(fd, not flags & SOCK_NONBLOCK)
         try:
             # Before the descriptor: with it, another thread may use the memory for something else.
-            call.write(*call.address(record.peer, address, size_at))
+            call.write(*call.address_pieces(record.peer, address, size_at))
             call.answer_with_socket(sock, accepted, flags)
         except CallInterrupted:
             endpoint.accepted.append((sock.detach(), record))
@@ -82,7 +82,7 @@ async def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Reco
     """
     if endpoint.accepted:
         return endpoint.accepted.popleft()
-    if not endpoint.named:
+    if not endpoint.has_name:
         try:
             record, fd = take_record(listener)
         except BlockingIOError:
@@ -116,7 +116,7 @@ def _accept_token(listener: _socket.socket) -> _socket.socket | None:
             return None
     try:
         # A process outside supervision may share the listener, and accept first.
-        with hardly_blocking(listener, SO_RCVTIMEO):
+        with blocking_briefly(listener, SO_RCVTIMEO):
             fd, _ = listener._accept()  # type: ignore[attr-defined]  # as socket.accept()
     except (BlockingIOError, ConnectionAbortedError):
         return None

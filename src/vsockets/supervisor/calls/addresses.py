@@ -28,13 +28,13 @@ async def bind(call: Call, endpoint: Endpoint) -> Answer:
     unprivileged = address[1] <= LAST_RESERVED_PORT and not _is_privileged(call)
     with closing(call.duplicate(endpoint)) as sock:
         if endpoint.is_datagram:
-            await datagrams.claim(call, endpoint, sock, address, unprivileged)
+            await datagrams.bind(call, endpoint, sock, address, unprivileged)
             return 0
         bound = call.services.ports.bind(
-            call.asker(), sock, address, endpoint.buffers, unprivileged
+            call.credentials(), sock, address, endpoint.buffers, unprivileged
         )
-        endpoint.holder, record = await call.carry_through(bound)
-        endpoint.named = True
+        endpoint.holder, record = await call.shield(bound)
+        endpoint.has_name = True
         endpoint.local = record.local
         endpoint.phase = Phase.BOUND
     return 0
@@ -56,24 +56,24 @@ async def listen(call: Call, endpoint: Endpoint) -> Answer:
         raise failure(errno.EINVAL)
     backlog = max(0, call.integer(1))
     with closing(call.duplicate(endpoint)) as sock:
-        if endpoint.named:
+        if endpoint.has_name:
             sock.listen(backlog)
             endpoint.phase = Phase.LISTENING
             if endpoint.holder is not None:
-                await call.carry_through(endpoint.holder.listen(backlog, endpoint.buffers))
+                await call.shield(endpoint.holder.listen(backlog, endpoint.buffers))
             return 0
         request = client.listen(backlog, endpoint.buffers)
         if endpoint.phase is Phase.LISTENING:
             sock.send(request, SEND)  # a reply would look like a connection
         else:
-            await call.carry_through(request_on_socket(call, endpoint, sock, request))
+            await call.shield(request_on_socket(call, endpoint, sock, request))
             endpoint.phase = Phase.LISTENING
     return 0
 
 
 async def getsockname(call: Call, endpoint: Endpoint) -> Answer:
     """Serve getsockname(): both wildcards while the socket is not bound."""
-    call.write(*call.address(endpoint.local, *call.arguments[1:3]))
+    call.write(*call.address_pieces(endpoint.local, *call.arguments[1:3]))
     return 0
 
 
@@ -81,7 +81,7 @@ async def getpeername(call: Call, endpoint: Endpoint) -> Answer:
     """Serve getpeername(): ENOTCONN before a connect and after a shutdown."""
     if endpoint.peer is None or endpoint.is_shut:
         raise failure(errno.ENOTCONN)
-    call.write(*call.address(endpoint.peer, *call.arguments[1:3]))
+    call.write(*call.address_pieces(endpoint.peer, *call.arguments[1:3]))
     return 0
 
 

@@ -31,7 +31,7 @@ from ..interception import CallInterrupted
 from ..limits import SUPERVISOR_CONNECT_GRACE_SECONDS, SUPERVISOR_FORCED_SEND_BUFFER_MAX_BYTES
 from ..scheduler import ready
 from ..sockets import Endpoint
-from ..vsockd_client import Asker, receive_record, send, take_record
+from ..vsockd_client import Credentials, receive_record, send, take_record
 from . import datagrams
 
 #: Bytes that the kernel adds to each message of a packet socket: a message larger than the send
@@ -55,7 +55,7 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
         return await datagrams.connect(call, endpoint)
     peer = call.read_address(call.arguments[1], call.integer(2))
     with closing(call.duplicate(endpoint)) as sock:
-        finish(endpoint, sock)
+        take_reply(endpoint, sock)
         _require_connectable(endpoint)
         if peer is None:
             raise failure(errno.EINVAL)
@@ -65,9 +65,9 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
         deadline = time.monotonic() + endpoint.connect_timeout
         # A program that does not wait cannot be told that connecting has not begun: fail instead.
         seconds = 0 if polls else endpoint.connect_timeout
-        await _enter(call, endpoint, sock, seconds)
+        await _attach(call, endpoint, sock, seconds)
         _require_connectable(endpoint)  # another thread may have come first
-        _send(endpoint, sock, peer, polls, call.asker())
+        _send(endpoint, sock, peer, polls, call.credentials())
         if polls:
             if not await _wait(endpoint, sock, SUPERVISOR_CONNECT_GRACE_SECONDS):
                 call.answer(-errno.EINPROGRESS)
@@ -96,21 +96,21 @@ async def request_on_socket(
 
     What the program does with its socket meanwhile can only lose the reply.
     """
-    await _enter(call, endpoint, sock, VSOCKD_REPLY_TIMEOUT_SECONDS)
+    await _attach(call, endpoint, sock, VSOCKD_REPLY_TIMEOUT_SECONDS)
     send(sock, request, None)
     return (await receive_record(sock))[0]
 
 
-async def _enter(call: Call, endpoint: Endpoint, sock: _socket.socket, seconds: float) -> None:
+async def _attach(call: Call, endpoint: Endpoint, sock: _socket.socket, seconds: float) -> None:
     """Connect a program's socket to vsockd, once, and wait while vsockd's backlog is full.
 
     Raises OSError ETIMEDOUT after ``seconds``, ENOBUFS at once if they are 0.
     """
     vsockd = call.services.vsockd
     deadline = time.monotonic() + seconds
-    while not endpoint.entered:
-        if vsockd.enter(sock, endpoint.type):
-            endpoint.entered = True
+    while not endpoint.is_attached:
+        if vsockd.attach(sock, endpoint.type):
+            endpoint.is_attached = True
         else:
             await vsockd.wait_for_room(deadline, seconds)
 
@@ -128,7 +128,7 @@ async def _wait(endpoint: Endpoint, sock: _socket.socket, seconds: float) -> boo
     while endpoint.phase is Phase.CONNECTING:
         if not await ready(sock.fileno(), max(0.0, deadline - time.monotonic())):
             return False
-        finish(endpoint, sock)
+        take_reply(endpoint, sock)
     return True
 
 
@@ -137,14 +137,14 @@ def _send(
     sock: _socket.socket,
     peer: tuple[int, int],
     polls: bool,
-    asker: Asker | None,
+    credentials: Credentials | None,
 ) -> None:
     if endpoint.type == SOCK_STREAM:
         refuse_descriptors(sock)  # a stream carries no descriptors
     secret = 0 if endpoint.holder is None else endpoint.holder.secret
     sizes, cookie = endpoint.buffers, endpoint.cookie
     request = client.connect(peer, sizes=sizes, cookie=cookie, polling=polls, secret=secret)
-    send(sock, request, asker)
+    send(sock, request, credentials)
     if polls:
         # After the request: a small send buffer would split it in two.
         endpoint.send_buffer = sock.getsockopt(SOL_SOCKET, SO_SNDBUF)
@@ -152,7 +152,7 @@ def _send(
     endpoint.phase = Phase.CONNECTING
 
 
-def finish(endpoint: Endpoint, sock: _socket.socket) -> None:
+def take_reply(endpoint: Endpoint, sock: _socket.socket) -> None:
     """Receive vsockd's reply to a connect, if it is there, on ``sock``, a copy of the socket."""
     if endpoint.phase is not Phase.CONNECTING:
         return
@@ -166,7 +166,7 @@ def finish(endpoint: Endpoint, sock: _socket.socket) -> None:
     else:
         endpoint.error = 0
         _restore_send_buffer(endpoint, sock)
-        settle(endpoint, sock, record)
+        establish(endpoint, sock, record)
 
 
 def _restore_send_buffer(endpoint: Endpoint, sock: _socket.socket) -> None:
@@ -176,9 +176,9 @@ def _restore_send_buffer(endpoint: Endpoint, sock: _socket.socket) -> None:
         endpoint.send_buffer = 0
 
 
-def settle(endpoint: Endpoint, sock: _socket.socket, record: Record) -> None:
+def establish(endpoint: Endpoint, sock: _socket.socket, record: Record) -> None:
     """Make ``sock`` the stream that ``record`` describes."""
-    endpoint.settle(record)
+    endpoint.establish(record)
     # A default that the program did not choose should not slow a stream down.
     if endpoint.type == SOCK_SEQPACKET or record.size != STREAM_BUFFER_DEFAULT_BYTES:
         limit_queue(endpoint, sock)

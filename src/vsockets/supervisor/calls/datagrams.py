@@ -41,10 +41,10 @@ _FAMILY = struct.Struct("=H")
 _U32 = struct.Struct("=I")
 
 #: The errors of a route whose receiver has ended, or that vsockd has revoked.
-_GONE = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
+_ROUTE_ENDED = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
 
 
-async def claim(
+async def bind(
     call: Call,
     endpoint: Endpoint,
     sock: _socket.socket,
@@ -53,10 +53,10 @@ async def claim(
 ) -> None:
     """Bind the socket; vsockd replaces wildcards.  Raises OSError; CallInterrupted."""
     request = client.bind_datagram(address, unprivileged=unprivileged)
-    vsockd, asker = call.services.vsockd, call.asker()
-    record, _ = await call.carry_through(vsockd.ask(asker, request, sock.fileno()))
+    vsockd, credentials = call.services.vsockd, call.credentials()
+    record, _ = await call.shield(vsockd.request(credentials, request, sock.fileno()))
     endpoint.local = record.local
-    call.require_waiting()
+    call.require_uninterrupted()
 
 
 async def connect(call: Call, endpoint: Endpoint) -> Answer:
@@ -70,7 +70,7 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
         raise failure(errno.EINVAL)
     if endpoint.local == UNBOUND:
         with closing(call.duplicate(endpoint)) as sock:
-            await claim(call, endpoint, sock, UNBOUND)
+            await bind(call, endpoint, sock, UNBOUND)
     endpoint.peer = peer
     endpoint.is_shut = False
     return 0
@@ -173,23 +173,23 @@ async def _send(
         raise failure(ADDRESS_NEEDED)
     routes = call.services.routes
     route = routes.find(endpoint, destination)
-    fresh = route is None
+    is_new = route is None
     if route is None:
         route = await _new_route(call, endpoint, destination)
     while True:
         try:
             return route.send(data, SEND)
         except BlockingIOError:
-            seconds = _patience(call, endpoint, flags)
+            seconds = _send_timeout(call, endpoint, flags)
             if not await ready(route.fileno(), seconds, WRITABLE):
                 raise failure(errno.EAGAIN) from None
             call.check()
             route = routes.find(endpoint, destination) or route
-        except _GONE:
-            if fresh:
+        except _ROUTE_ENDED:
+            if is_new:
                 raise failure(errno.ECONNREFUSED) from None
             # Another socket may have the address now.
-            fresh = True
+            is_new = True
             route = await _new_route(call, endpoint, destination)
 
 
@@ -198,15 +198,15 @@ async def _new_route(
 ) -> _socket.socket:
     request = client.route(destination)
     with closing(call.duplicate(endpoint)) as sock:
-        vsockd, asker = call.services.vsockd, call.asker()
-        record, fd = await call.carry_through(vsockd.ask(asker, request, sock.fileno()))
+        vsockd, credentials = call.services.vsockd, call.credentials()
+        record, fd = await call.shield(vsockd.request(credentials, request, sock.fileno()))
     endpoint.local = record.local
     route = call.services.routes.add(endpoint, destination, client.require_descriptor(fd))
-    call.require_waiting()
+    call.require_uninterrupted()
     return route
 
 
-def _patience(call: Call, endpoint: Endpoint, flags: int) -> float | None:
+def _send_timeout(call: Call, endpoint: Endpoint, flags: int) -> float | None:
     """Return how many seconds to wait for room at the receiver, or None for no limit.
 
     Raises OSError ENOBUFS if the call does not wait.  EAGAIN would be wrong: polling the program's

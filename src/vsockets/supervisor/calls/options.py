@@ -35,7 +35,7 @@ from ..call import Answer, Call, failure
 from ..filter import IOCTL_AF_VALUE, IOCTL_LOCAL_CID, SIOCOUTQ
 from ..sockets import UNCONNECTED, Endpoint, inode_in
 from ..vsockd_client import SEND
-from .connecting import finish, limit_queue
+from .connecting import limit_queue, take_reply
 from .creating import is_device
 
 _U64 = struct.Struct("=Q")
@@ -80,7 +80,7 @@ async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
         endpoint.buffers = _CHANGE_BUFFERS[name](endpoint.buffers, value)
         if endpoint.holder is not None:
             endpoint.holder.update(endpoint.buffers)
-        elif endpoint.phase is Phase.LISTENING and not endpoint.named:
+        elif endpoint.phase is Phase.LISTENING and not endpoint.has_name:
             with closing(call.duplicate(endpoint)) as sock:
                 sock.send(client.update(endpoint.buffers), SEND)
         elif endpoint.phase is Phase.CONNECTED:
@@ -88,18 +88,18 @@ async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
             # programs that set it before they connect.
             with closing(call.duplicate(endpoint)) as sock:
                 limit_queue(endpoint, sock)
-            await _tell(call, endpoint)
+            await _report_size(call, endpoint)
     else:
         raise failure(errno.ENOPROTOOPT)
     return 0
 
 
-async def _tell(call: Call, endpoint: Endpoint) -> None:
+async def _report_size(call: Call, endpoint: Endpoint) -> None:
     """Report the new buffer size: a device at the stream's other end grants it as credit."""
     size = endpoint.buffers.size
     request = client.resize(size, cookie=endpoint.cookie, inode=endpoint.inode)
     with contextlib.suppress(OSError):  # vsockd has ended; the stream continues
-        await call.services.vsockd.ask(None, request)
+        await call.services.vsockd.request(None, request)
 
 
 def _read_exactly(call: Call, form: struct.Struct) -> tuple[int, ...]:
@@ -127,19 +127,19 @@ async def getsockopt(call: Call, endpoint: Endpoint) -> Answer:
     """Serve getsockopt() where AF_VSOCK and unix sockets differ."""
     level, name, address, size_at = call.integer(1), call.integer(2), *call.arguments[3:5]
     if level == SOL_SOCKET:
-        value = _of_the_socket(call, endpoint, name)
+        value = _socket_option(call, endpoint, name)
     elif level == AF_VSOCK:
-        value = await _of_vsock(call, endpoint, name)
+        value = await _vsock_option(call, endpoint, name)
         (room,) = _INT.unpack(call.read(size_at, _INT.size))
         if room < len(value):
             raise failure(errno.EINVAL)
     else:
         value = endpoint.ignored.get((level, name), bytes(_INT.size))
-    call.write(*call.sized(value, address, size_at, cut=True))
+    call.write(*call.value_pieces(value, address, size_at, cut=True))
     return 0
 
 
-def _of_the_socket(call: Call, endpoint: Endpoint, name: int) -> bytes:
+def _socket_option(call: Call, endpoint: Endpoint, name: int) -> bytes:
     if name == SO_DOMAIN:
         return _INT.pack(AF_VSOCK)
     if name == SO_ACCEPTCONN:
@@ -149,14 +149,14 @@ def _of_the_socket(call: Call, endpoint: Endpoint, name: int) -> bytes:
         return _UCRED.pack(*((known.pid, known.uid, known.gid) if known else _NOBODY))
     assert name == SO_ERROR
     with closing(call.duplicate(endpoint)) as sock:
-        finish(endpoint, sock)
+        take_reply(endpoint, sock)
         code, endpoint.error = endpoint.error, 0
         if not code and endpoint.phase is Phase.CONNECTED:
             code = sock.getsockopt(SOL_SOCKET, SO_ERROR)
     return _INT.pack(code)
 
 
-async def _of_vsock(call: Call, endpoint: Endpoint, name: int) -> bytes:
+async def _vsock_option(call: Call, endpoint: Endpoint, name: int) -> bytes:
     if name in _TIMEOUTS:
         whole = int(endpoint.connect_timeout)
         return TIMEVAL.pack(whole, round((endpoint.connect_timeout - whole) * 1e6))
@@ -175,7 +175,7 @@ async def _of_vsock(call: Call, endpoint: Endpoint, name: int) -> bytes:
     if name == SO_VM_SOCKETS_TRUSTED:
         peer_cid = VMADDR_CID_HOST if endpoint.peer is None else endpoint.peer[0]
         request = client.local_cid(peer_cid)
-        record, _ = await call.services.vsockd.ask(call.asker(), request)
+        record, _ = await call.services.vsockd.request(call.credentials(), request)
         return _INT.pack(record.is_trusted(datagram=endpoint.is_datagram))
     raise failure(errno.EOPNOTSUPP if endpoint.is_datagram else errno.ENOPROTOOPT)
 
@@ -201,7 +201,7 @@ async def ioctl(call: Call) -> Answer:
         # Not let through: the descriptor could be the machine's device by then.
         raise failure(errno.ENOTTY)
     if request == IOCTL_LOCAL_CID:
-        record, _ = await call.services.vsockd.ask(None, client.local_cid())
+        record, _ = await call.services.vsockd.request(None, client.local_cid())
         call.write((address, _U32.pack(record.local_cid)))
     elif request == IOCTL_AF_VALUE:
         call.write((address, _INT.pack(AF_VSOCK)))

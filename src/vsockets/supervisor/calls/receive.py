@@ -52,8 +52,8 @@ async def recvfrom(call: Call, endpoint: Endpoint) -> Answer:
         return None
     buffer, size, flags = call.arguments[1], call.arguments[2], call.integer(3)
     received = await _receive_datagram(call, endpoint, flags)
-    with _not_lost(endpoint, received, flags):
-        source = call.address(received.source or UNBOUND, *call.arguments[4:6])
+    with _kept_if_interrupted(endpoint, received, flags):
+        source = call.address_pieces(received.source or UNBOUND, *call.arguments[4:6])
         call.write((buffer, received.data[:size]), *source)
     return len(received.data) if flags & MSG_TRUNC else min(size, len(received.data))
 
@@ -75,7 +75,7 @@ async def recvmsg(call: Call, endpoint: Endpoint) -> Answer:
     else:
         call.let_through()
         return None
-    with _not_lost(endpoint, received, flags):
+    with _kept_if_interrupted(endpoint, received, flags):
         size, pieces = _results(message, received, flags)
         call.write(*pieces)
     return size
@@ -97,7 +97,7 @@ async def recvmmsg(call: Call, endpoint: Endpoint) -> Answer:
             if count:
                 break
             raise
-        with _not_lost(endpoint, received, flags):
+        with _kept_if_interrupted(endpoint, received, flags):
             size, pieces = _results(message, received, flags)
             call.write(*pieces, (at + MESSAGE_SIZE, _U32.pack(size)))
         count += 1
@@ -106,7 +106,7 @@ async def recvmmsg(call: Call, endpoint: Endpoint) -> Answer:
 
 
 @contextmanager
-def _not_lost(endpoint: Endpoint, received: Received, flags: int) -> Iterator[None]:
+def _kept_if_interrupted(endpoint: Endpoint, received: Received, flags: int) -> Iterator[None]:
     """Keep a received message for the next call if a signal interrupts this one."""
     try:
         yield
@@ -116,7 +116,7 @@ def _not_lost(endpoint: Endpoint, received: Received, flags: int) -> Iterator[No
         raise
 
 
-def _take_again(endpoint: Endpoint, flags: int) -> Received | None:
+def _take_kept(endpoint: Endpoint, flags: int) -> Received | None:
     if not endpoint.received:
         return None
     return endpoint.received[0] if flags & MSG_PEEK else endpoint.received.popleft()
@@ -156,7 +156,7 @@ def _results(message: Message, received: Received, flags: int) -> tuple[int, lis
 
 
 async def _receive_datagram(call: Call, endpoint: Endpoint, flags: int) -> Received:
-    if (again := _take_again(endpoint, flags)) is not None:
+    if (again := _take_kept(endpoint, flags)) is not None:
         return again
     while True:
         with closing(call.duplicate(endpoint)) as sock:
@@ -174,7 +174,7 @@ async def _receive_datagram(call: Call, endpoint: Endpoint, flags: int) -> Recei
 
 async def _receive_end_of_record(call: Call, endpoint: Endpoint, flags: int) -> Received | None:
     """Receive the next packet if it ends a record; return None if the kernel can receive it."""
-    if (again := _take_again(endpoint, flags)) is not None:
+    if (again := _take_kept(endpoint, flags)) is not None:
         return again
     look = int(MSG_PEEK | MSG_DONTWAIT | MSG_TRUNC)
     while True:
