@@ -1,6 +1,6 @@
 """``python -m bench``: every benchmark, as ratios to its peers.
 
-Medians over rounds in which the contestants take turns; see ``harness``.
+Figures are medians over rounds in which the contestants take turns; see ``bench/harness.py``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .harness import Series, take_turns
 
 Results = dict[str, dict[str, Series]]
 
-#: What a figure should be beside a peer's: (benchmark, peer, whether more is better, bound).
+#: Goals for ratios to a peer: (benchmark, peer, whether more is better, bound).
 GOALS = [
     ("stream throughput, 64 KiB", "unix", True, 0.95),
     ("stream round trip, 64 B", "unix", False, 1.05),
@@ -63,11 +63,15 @@ GOALS = [
 
 
 def main() -> int:
-    """Run, print a table, and with ``--json`` write the figures."""
+    """Run the benchmarks, print tables, and write the figures with ``--json``."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each (%(default)s)")
-    parser.add_argument("--only", default="", help="only benchmarks whose name contains this")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure here")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="rounds of each benchmark (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", default="", help="run only benchmarks whose name contains this text"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file")
     arguments = parser.parse_args()
     console = Console()
     results: Results = {}
@@ -218,7 +222,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
-    def handed_over(tick: Tick) -> dict[str, Series]:
+    def handed_off(tick: Tick) -> dict[str, Series]:
         with hybrid.running() as stage:
             contestants = {
                 "hybrid": lambda: streams.throughput(stage.from_guest(), 4000),
@@ -290,14 +294,14 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "VMCI device to the guest, no machine": device(vmci.throughput, True),
         "virtio device to a program, no machine": device(virtio.throughput, False),
         "virtio device to the guest, no machine": device(virtio.throughput, True),
-        "hybrid vsock from the guest, throughput, 64 KiB": handed_over,
+        "hybrid vsock from the guest, throughput, 64 KiB": handed_off,
         "stream throughput, 64 KiB": stream(streams.throughput, 4000, "MB/s"),
         "stream round trip, 64 B": stream(streams.round_trip, 15_000, "us"),
         "datagrams, 64 B": datagram,
         "connects, 1 client": connecting(1, 3000),
         "connects, 4 clients": connecting(4, 2000),
         "processor time a connect, 4 clients": connects_cost,
-        "suspend until the last end is told": dropping,
+        "suspend until the last end is interrupted": dropping,
         "supervised stream throughput, 64 KiB": supervising("throughput", 8000, "MB/s"),
         "supervised stream round trip, 64 B": supervising("round trip", 15_000, "us"),
         "supervised connects": supervising("connects", 1500, "/s"),
@@ -330,7 +334,7 @@ def _table(name: str, series: dict[str, Series]) -> Table:
     table.add_column("")
     table.add_column("median", justify="right")
     table.add_column("slowest", justify="right")
-    table.add_column(f"{ours.name} : it", justify="right")
+    table.add_column(f"{ours.name} : peer", justify="right")
     table.add_column("goal")
     table.add_column("", width=14)
     for one in series.values():

@@ -1,4 +1,4 @@
-"""RabbitMQ through the three proxies beside RabbitMQ by TCP: one broker, one stock client."""
+"""RabbitMQ through the three proxies and by TCP, with one broker and one stock client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vsockets.testing.rabbitmq import NoRabbitMQ, PrivateRabbitMQ, programs
 
 
 def available() -> bool:
-    """Whether there are a RabbitMQ and pika."""
+    """Return whether RabbitMQ and pika are installed."""
     try:
         import pika  # noqa: F401
 
@@ -26,7 +26,7 @@ def available() -> bool:
 
 @contextlib.contextmanager
 def running() -> Iterator[dict[str, int]]:
-    """The ports at which one and the same broker is reached, by the way there."""
+    """Yield the ports that lead to the same broker, by the path."""
     with contextlib.ExitStack() as stack:
         fabric = stack.enter_context(PrivateFabric(log_level="warning"))
         (broker,) = stack.enter_context(PrivateRabbitMQ()).ports
@@ -60,21 +60,21 @@ def _channel(port: int) -> Iterator[tuple[Any, str]]:
 
 
 def publishing(port: int, count: int, size: int) -> float:
-    """Bytes of messages a second that reach a queue, in MB."""
+    """Return the MB/s of messages that reach a queue."""
     data = bytes(size)
     with _channel(port) as (channel, queue):
         begin = perf_counter()
         for _ in range(count):
             channel.basic_publish("", queue, data)
-        # The broker answers when it has dealt with all that was said before.
-        there = channel.queue_purge(queue).method.message_count
+        # The broker answers once it has handled all earlier frames.
+        queued = channel.queue_purge(queue).method.message_count
         seconds = perf_counter() - begin
-    assert there == count
+    assert queued == count
     return count * size / seconds / 1e6
 
 
 def fetching(port: int, count: int, size: int) -> float:
-    """Bytes of messages a second that a consumer takes, in MB."""
+    """Return the MB/s of messages that a consumer receives."""
     data = bytes(size)
     with _channel(port) as (channel, queue):
         for _ in range(count):
@@ -90,7 +90,7 @@ def fetching(port: int, count: int, size: int) -> float:
 
 
 def confirming(port: int, count: int) -> float:
-    """Microseconds until a message of 64 bytes is confirmed, one after the other."""
+    """Return the microseconds until a message of 64 bytes is confirmed, sent in sequence."""
     with _channel(port) as (channel, queue):
         channel.confirm_delivery()
         begin = perf_counter()

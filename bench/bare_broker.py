@@ -1,9 +1,9 @@
-"""The bound of a broker in Python: the system calls that a connect through one needs, and no more.
+"""The lower bound of a broker in Python: the system calls of a brokered connect alone.
 
-As vsockd it accepts, asks the kernel who is there, reads the request, registers the stream in an
-epoll so that its end is noticed, answers, hands the descriptor over and closes its copy.  But it
-looks at nothing it reads, decides nothing and remembers nothing, and its client and its server are
-plain sockets.  Beside it stands what vsockd's and the library's own Python costs.
+Like vsockd, it accepts, gets the peer's credentials, reads the request, registers the stream in an
+epoll instance to detect its end, answers, hands the descriptor off and closes its copy.  It parses,
+decides and records nothing, and its client and server are plain sockets.  The difference to
+vsockd's figures is the cost of the Python code of vsockd and the library.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _SO_COOKIE, _COOKIE_SIZE = 57, 8
 
 
 class Service:
-    """Where the connections to a service arrive: ``accept()`` as of a listening socket."""
+    """The service's link to the broker, with ``accept()`` as of a listening socket."""
 
     def __init__(self, link: socket.socket) -> None:
         self._link = link
 
     def accept(self) -> tuple[socket.socket, None]:
-        """Wait for a connection."""
+        """Wait for a connection and return it."""
         _, ancillary, _, _ = self._link.recvmsg(RECORD_SIZE, CMSG_LEN(4))
         return socket.socket(AF_UNIX, SOCK_STREAM, 0, array.array("i", ancillary[0][2])[0]), None
 
 
 def connect(sock: socket.socket, path: str) -> None:
-    """Be brokered to the service."""
+    """Connect to the service through the broker at ``path``."""
     sock.getsockopt(SOL_SOCKET, _SO_COOKIE, _COOKIE_SIZE)
     sock.connect(path)
     sock.send(_REQUEST)
@@ -47,13 +47,13 @@ def connect(sock: socket.socket, path: str) -> None:
     sock.recv(RECORD_SIZE)
 
 
-def serve(door: socket.socket, service: socket.socket) -> NoReturn:
-    """Broker every connection to ``door``."""
+def serve(listener: socket.socket, service: socket.socket) -> NoReturn:
+    """Hand every connection to ``listener`` off to ``service``."""
     epoll, watch, numbers = select.epoll(), Group(), count(1)
-    epoll.register(door, select.EPOLLIN)
+    epoll.register(listener, select.EPOLLIN)
     while True:
         epoll.poll()
-        fd, _ = door._accept()  # type: ignore[attr-defined]
+        fd, _ = listener._accept()  # type: ignore[attr-defined]
         sock = _socket.socket(AF_UNIX, SOCK_STREAM, 0, fd)
         sock.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED_SIZE)
         sock.recv(REQUEST_SIZE)

@@ -1,4 +1,4 @@
-"""Connects per second: connect, wait for the server to close, close."""
+"""Rate of connects: connect, wait until the server closes, close."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .harness import child, processor_time, run_children
 
 
 def tcp(connects: int, clients: int) -> float:
-    """TCP over loopback."""
+    """Return the rate of TCP connects over loopback."""
     with socket.create_server(("127.0.0.1", 0), backlog=128) as server:
         address = server.getsockname()
 
@@ -48,14 +48,14 @@ def vsock(
 
 
 def bare(connects: int, clients: int) -> float:
-    """Brokered by nothing but the system calls it takes: see :mod:`.bare_broker`."""
+    """Return the rate of connects through :mod:`.bare_broker`."""
     with (
         tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as folder,
-        socket.socket(socket.AF_UNIX) as door,
+        socket.socket(socket.AF_UNIX) as listener,
     ):
-        path = f"{folder}/door"
-        door.bind(path)
-        door.listen(128)
+        path = f"{folder}/listener"
+        listener.bind(path)
+        listener.listen(128)
         service, link = socket.socketpair()
 
         def client() -> None:
@@ -64,19 +64,19 @@ def bare(connects: int, clients: int) -> float:
                     bare_broker.connect(sock, path)
                     sock.recv(1)
 
-        with service, link, child(lambda: bare_broker.serve(door, link)):
+        with service, link, child(lambda: bare_broker.serve(listener, link)):
             return rate(bare_broker.Service(service), client, connects, clients)
 
 
-class Accepting(Protocol):
-    """What the server of a benchmark does with its socket."""
+class Acceptor(Protocol):
+    """The interface of a benchmark's listening socket."""
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Wait for a connection."""
+        """Wait for a connection and return it."""
 
 
-def rate(server: Accepting, client: Callable[[], None], connects: int, clients: int) -> float:
-    """How many a second ``clients`` processes make, with one that serves them."""
+def rate(server: Acceptor, client: Callable[[], None], connects: int, clients: int) -> float:
+    """Return the connects per second of ``clients`` processes to one server process."""
 
     def serve() -> None:
         while True:
@@ -87,7 +87,7 @@ def rate(server: Accepting, client: Callable[[], None], connects: int, clients: 
 
 
 def cost(run: Callable[[int, int], float], connects: int, clients: int, broker: int = 0) -> float:
-    """Processor time of all processes together for each connect of ``run``, in microseconds.
+    """Return the processor time of all processes for each connect of ``run``, in microseconds.
 
     ``broker`` is the process of a broker that is not a child of this one.
     """

@@ -1,4 +1,4 @@
-"""Datagrams of 64 bytes to a destination that is known: the receiver's rate.
+"""The receiver's rate of datagrams of 64 bytes, to a destination with a cached route.
 
 Every contestant uses sendto() and recvfrom(), and the receiver sees the sender's address.
 """
@@ -20,7 +20,7 @@ _ANY = (vsockets.VMADDR_CID_ANY, vsockets.VMADDR_PORT_ANY)
 
 
 def unix(count: int) -> float:
-    """AF_UNIX datagrams between two bound sockets."""
+    """Return the rate of AF_UNIX datagrams between two bound sockets."""
     with (
         tempfile.TemporaryDirectory() as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver,
@@ -32,7 +32,7 @@ def unix(count: int) -> float:
 
 
 def udp(count: int) -> float:
-    """UDP over loopback; what is lost is not counted, so its rate is the receiver's."""
+    """Return the rate of UDP datagrams over loopback; lost ones are not counted."""
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
@@ -42,7 +42,7 @@ def udp(count: int) -> float:
 
 
 def vsock(host: vsockets.Attachment, guest: vsockets.Attachment, count: int) -> float:
-    """From a guest to the host."""
+    """Return the rate of datagrams from a guest to the host."""
     with (
         vsockets.socket(type=socket.SOCK_DGRAM, context=host) as receiver,
         vsockets.socket(type=socket.SOCK_DGRAM, context=guest) as sender,
@@ -56,7 +56,7 @@ def _rate(receiver: socket.socket, sender: socket.socket, address: Any, count: i
         while True:
             sender.sendto(_MESSAGE, address)
 
-    sender.sendto(_MESSAGE, address)  # now the destination is known
+    sender.sendto(_MESSAGE, address)  # caches the route to the destination
     with child(send):
         receiver.recvfrom(64)
         begin = time.perf_counter()

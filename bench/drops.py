@@ -1,7 +1,7 @@
-"""How long until both ends of every stream of a suspended guest have been told.
+"""Time from a guest's suspension until both ends of all its streams are interrupted.
 
 The requirement is 100 ms.  The accepting ends are in one process and the connecting ends in
-another, and each notes when it has been told of its last one.
+another; each records the time at which its last stream ended.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _TIME = struct.Struct("d")
 
 @contextlib.contextmanager
 def suspends(streams: int) -> Iterator[Callable[[], float]]:
-    """A fabric with a guest, for a function that connects it to the host so many times.
+    """Start a fabric with a guest; yield a function that measures one suspension.
 
-    Then it suspends the guest, and tells in milliseconds how long after the request the last
-    end of a stream was told.
+    The function opens ``streams`` streams from the guest to the host, suspends the guest, and
+    returns the milliseconds from the request until the last end was interrupted.
     """
     with PrivateFabric(log_level="error") as fabric:
         guest = fabric.guest()
@@ -45,27 +45,27 @@ def suspends(streams: int) -> Iterator[Callable[[], float]]:
         def measure() -> float:
             with _watcher(accept) as of_servers, _watcher(connect) as of_clients:
                 for pipe in (of_servers, of_clients):
-                    os.read(pipe, 1)  # they are connected
+                    os.read(pipe, 1)  # all streams are open
                 begin = time.monotonic()
                 fabric.control.suspend(guest.cid)
-                told = max(_time_from(pipe) for pipe in (of_servers, of_clients))
+                ended = max(_time_from(pipe) for pipe in (of_servers, of_clients))
             fabric.control.resume(guest.cid)
-            return (told - begin) * 1000
+            return (ended - begin) * 1000
 
         with server:
             yield measure
 
 
 def _time_from(pipe: int) -> float:
-    told: float = _TIME.unpack(os.read(pipe, _TIME.size))[0]
-    return told
+    ended: float = _TIME.unpack(os.read(pipe, _TIME.size))[0]
+    return ended
 
 
 @contextlib.contextmanager
 def _watcher(get: Callable[[], list[vsockets.socket]]) -> Iterator[int]:
-    """A process with the sockets that ``get`` returns.
+    """Start a process with the sockets that ``get`` returns; yield a pipe from it.
 
-    Yields a pipe, on which it writes a byte when it has them, and when the last one ended.
+    The process writes a byte once it has the sockets, then the time at which the last one ended.
     """
     reader, writer = os.pipe()
 
@@ -75,9 +75,9 @@ def _watcher(get: Callable[[], list[vsockets.socket]]) -> Iterator[int]:
         for sock in socks:
             epoll.register(sock, select.EPOLLIN | select.EPOLLONESHOT)
         os.write(writer, b"x")
-        told = 0
-        while told < len(socks):
-            told += len(epoll.poll())
+        ended = 0
+        while ended < len(socks):
+            ended += len(epoll.poll())
         os.write(writer, _TIME.pack(time.monotonic()))
         time.sleep(60)  # until it is killed
 

@@ -1,6 +1,7 @@
-"""``vsock forward`` beside socat: from one unix socket to another, in the same run.
+"""``vsock forward`` and socat between two unix sockets, in the same run.
 
-Unix sockets on both sides, because socat cannot speak to the fabric; a vSockets stream is one.
+Both sides are unix sockets, because socat has no access to the fabric; a vSockets stream is a unix
+socket, too.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from vsockets.testing import wait_until
 from .harness import child, run_children
 from .streams import Pair
 
-#: Bytes socat reads and writes at a time: what it does by default, and what suits it better.
+#: Block sizes of socat in bytes: its default, and a faster one.
 SOCAT_BLOCKS = {"socat": 8192, "socat 64K": 65536}
 
 
 def available() -> bool:
-    """Whether there is a socat to compare with."""
+    """Return whether socat is installed."""
     return shutil.which("socat") is not None
 
 
 class Forwarders:
-    """One of each kind, all to the same listening socket."""
+    """The forwarders that are compared, all with the same target."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,16 +39,21 @@ class Forwarders:
         self.server.listen(4096)
 
     def command(self, name: str) -> list[str]:
-        """How to start it."""
-        to, come = self.folder / "server", self.folder / name
+        """Return the command of the forwarder ``name``."""
+        target, source = self.folder / "server", self.folder / name
         if name in SOCAT_BLOCKS:
             block = f"-b{SOCAT_BLOCKS[name]}"
-            return ["socat", block, f"UNIX-LISTEN:{come},fork,backlog=4096", f"UNIX-CONNECT:{to}"]
-        return [sys.executable, "-m", "vsockets.cli", "forward", f"unix:{come}", f"unix:{to}"]
+            return [
+                "socat",
+                block,
+                f"UNIX-LISTEN:{source},fork,backlog=4096",
+                f"UNIX-CONNECT:{target}",
+            ]
+        return [sys.executable, "-m", "vsockets.cli", "forward", f"unix:{source}", f"unix:{target}"]
 
     @contextlib.contextmanager
     def pair(self, name: str) -> Iterator[Pair]:
-        """A connection through it: our end, and the one at the server."""
+        """Yield the two ends of a connection: the client's and the server's."""
         one = socket.socket(socket.AF_UNIX)
         one.connect(str(self.folder / name))
         other, _ = self.server.accept()
@@ -55,7 +61,7 @@ class Forwarders:
             yield one, other
 
     def connects(self, name: str, count: int, clients: int) -> float:
-        """Connects a second that were served: a byte there, and back."""
+        """Return the connects per second, each with a byte sent and echoed."""
         path = str(self.folder / name)
 
         def serve() -> None:
@@ -77,7 +83,7 @@ class Forwarders:
 
 @contextlib.contextmanager
 def running() -> Iterator[tuple[Forwarders, list[str]]]:
-    """All of them, and their names, ours first."""
+    """Yield the running forwarders and their names, vsock forward first."""
     names = ["forward", *SOCAT_BLOCKS]
     with tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as folder:
         forwarders = Forwarders(Path(folder))

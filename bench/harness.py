@@ -1,8 +1,7 @@
-"""Running contestants in turn and comparing them.
+"""Measurement of contestants in turn, and their comparison.
 
-Machines are noisy and change speed while one looks.  So nothing here is a single time: the
-contestants take turns, round after round, each round yields a ratio, and the median of the
-ratios is what is reported.
+The speed of a machine changes during a run, so single times are not reported.  The contestants
+take turns in rounds, each round yields a ratio, and the median of the ratios is reported.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-#: No process of a benchmark lives longer than this, in seconds.
+#: Longest life of a benchmark's process, in seconds.
 LIFETIME = 120
 
 
 @dataclass
 class Series:
-    """One contestant's figures, a value for each round."""
+    """The figures of one contestant, one for each round."""
 
     name: str
     unit: str
@@ -31,16 +30,16 @@ class Series:
 
     @property
     def median(self) -> float:
-        """The median over the rounds."""
+        """Return the median over the rounds."""
         return statistics.median(self.values)
 
     @property
     def slowest(self) -> float:
-        """The worst round: the least of rates, the most of times."""
+        """Return the figure of the worst round: the least rate, or the longest time."""
         return min(self.values) if "/" in self.unit else max(self.values)
 
     def ratio_to(self, other: Series) -> float:
-        """The median of this over ``other``, round by round."""
+        """Return the median of the ratios to ``other``, round by round."""
         return statistics.median(a / b for a, b in zip(self.values, other.values, strict=True))
 
 
@@ -50,7 +49,7 @@ def take_turns(
     rounds: int,
     tick: Callable[[], None],
 ) -> dict[str, Series]:
-    """Run every contestant once a round, the order reversed in every other round."""
+    """Run every contestant once in each round, in reversed order in every second round."""
     series = {name: Series(name, unit) for name in contestants}
     for number in range(rounds):
         names = list(contestants)
@@ -62,7 +61,7 @@ def take_turns(
 
 @contextmanager
 def child(work: Callable[[], None]) -> Iterator[int]:
-    """``work`` in a forked process while the context lasts; killed at its end."""
+    """Run ``work`` in a forked process, which is killed at the end of the context."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -81,7 +80,7 @@ def child(work: Callable[[], None]) -> Iterator[int]:
 
 
 def run_children(works: list[Callable[[], None]]) -> float:
-    """Run all in forked processes at once; seconds until the last has finished."""
+    """Run ``works`` in forked processes at the same time; return the seconds until all end."""
     start_reader, start_writer = os.pipe()
     pids = []
     for work in works:
@@ -109,6 +108,6 @@ def run_children(works: list[Callable[[], None]]) -> float:
 
 
 def processor_time(pid: int) -> float:
-    """What a process has spent so far, in seconds."""
+    """Return the processor time that a process has used, in seconds."""
     with open(f"/proc/{pid}/schedstat") as schedstat:
         return int(schedstat.read().split()[0]) / 1e9

@@ -1,7 +1,7 @@
-"""Hybrid vsock beside socat: a stream of the host's to a guest, whose monitor is played here.
+"""Hybrid vsock and socat: streams from the host to a guest with a simulated monitor.
 
-What the device has to do is what socat does between two unix sockets.  A stream from the guest it
-hands over, so that one is measured beside a unix socket pair.
+In this direction the device does the same as socat between two unix sockets.  It hands a stream
+from the guest off, so that direction is compared with a unix socketpair.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PORT = 52
 
 
 class Stage:
-    """A monitor that answers one connect after the other, and the device that leads there."""
+    """A monitor that answers connects in sequence, and its hybrid device."""
 
     def __init__(self, fabric: PrivateFabric, folder: Path) -> None:
         self._fabric = fabric
@@ -41,7 +41,7 @@ class Stage:
 
     @contextlib.contextmanager
     def to_guest(self) -> Iterator[Pair]:
-        """A program of the host has connected to the guest: its end, and the monitor's."""
+        """Yield the two ends of a stream from the host: the program's and the monitor's."""
         accepted: list[socket.socket] = []
 
         def accept() -> None:
@@ -59,7 +59,7 @@ class Stage:
 
     @contextlib.contextmanager
     def from_guest(self) -> Iterator[Pair]:
-        """The guest has connected to a program of the host: the monitor's end, and that one's."""
+        """Yield the two ends of a stream from the guest: the monitor's and the program's."""
         with vsockets.create_server((2, _PORT), context=self._fabric.host) as server:
             path = Path(f"{self._path}_{_PORT}")
             wait_until(path.exists, "the port", _PATIENCE)
@@ -70,7 +70,7 @@ class Stage:
                 yield one, other
 
     def close(self) -> None:
-        """End the device."""
+        """Stop the device and the monitor."""
         self._device.terminate()
         self._device.wait()
         assert self._device.stdout is not None
@@ -80,7 +80,7 @@ class Stage:
 
 @contextlib.contextmanager
 def running() -> Iterator[Stage]:
-    """The device, with a fabric of its own."""
+    """Yield a running device in a private fabric."""
     with (
         tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as folder,
         PrivateFabric(log_level="warning") as fabric,

@@ -1,12 +1,12 @@
-"""Virtual machines: our devices beside their peers, in guests that run at the same time.
+"""Devices in virtual machines and their peers, in guests that run at the same time.
 
     python -m bench.machines [--rounds N] [--kernel stable|newest] [--only NAME,NAME]
 
-Each contestant has a guest of its own, with the same kernel and the same programs, and one after
-another is measured, round after round.  What a contestant's own process used is read from
+Each contestant has its own guest, with the same kernel and the same programs.  Contestants are
+measured in turn, round by round.  The processor time of a contestant's process is read from
 ``/proc``.  QEMU and kernels come from Debian as for ``tests/vm``, and so does the Rust back end.
-``tcp`` is QEMU's user network, which works in QEMU's own process: its processor time has the
-guest's in it.  Slow: some minutes.
+``tcp`` is QEMU's user network, which runs in QEMU's process: its processor time includes the
+guest's.  A run takes some minutes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import itertools
 import socket
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,15 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import vsockets
-from vsockets.testing import PrivateFabric, wait_until
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
 from conformance.kernel_suite import free_port
 from vm import downloads, image
 from vm.conftest import COMMON, NETWORK_UP, network_card
 from vm.machine import Machine
 from vm.rust_machine import RustMachine
+from vsockets.testing import PrivateFabric, wait_until
 
 _PATIENCE = 60.0
 _RECEIVING = 6000  #: the guest's port
@@ -61,7 +57,7 @@ _SEND_DATAGRAMS = """
 s = dgram(); b = bytes(64)
 for i in range(number): s.sendto(b, (HOST, port))
 """
-#: What programs of the guest mean by the same words where there is TCP.
+#: Definitions that let the guest's programs use TCP instead of vSockets.
 _TCP = """
 import socket
 HOST = "10.0.2.2"
@@ -77,12 +73,12 @@ common = True
 """
 
 
-class Ours:
-    """``vsock device``, through vsockd as always."""
+class Contestant:
+    """A guest with one of vsockets' devices; the base of the other contestants."""
 
     @property
     def has_datagrams(self) -> bool:
-        """virtio has none."""
+        """Return whether the device has datagrams, which virtio-vsock lacks."""
         return self.machine.kind == "vmci"
 
     def __init__(self, machine: Machine) -> None:
@@ -102,19 +98,19 @@ class Ours:
         return vsockets.create_connection((self.machine.cid, port), context=self.machine.host)
 
     def receive_datagrams(self) -> tuple[Any, int]:
-        """A socket, and its port."""
+        """Return a bound datagram socket and its port."""
         sock = vsockets.socket(type=socket.SOCK_DGRAM, context=self.machine.host)
         sock.bind((vsockets.VMADDR_CID_HOST, vsockets.VMADDR_PORT_ANY))
         return sock, sock.getsockname()[1]
 
 
-class Tcp(Ours):
-    """A network card of the guest on QEMU's user network."""
+class Tcp(Contestant):
+    """A guest with a network card on QEMU's user network."""
 
     has_datagrams = True
 
     def __init__(self, machine: Machine, port: int) -> None:
-        """``port`` of the host is forwarded to the guest's for what is received there."""
+        """Set up the guest's network; ``port`` of the host is forwarded to the guest."""
         super().__init__(machine)
         self._port = port
         machine.run(NETWORK_UP, modules=image.NETWORK)
@@ -130,7 +126,7 @@ class Tcp(Ours):
         return server, server.getsockname()[1]
 
     def connect(self, port: int) -> Any:
-        # QEMU accepts before the guest does.
+        # QEMU accepts the connection even if the guest does not listen.
         row = f":{port:04X} 00000000:0000 0A"
         if not self.machine.run("result = row in open('/proc/net/tcp').read()", row=row):
             raise ConnectionResetError
@@ -144,7 +140,7 @@ class Tcp(Ours):
         return sock, sock.getsockname()[1]
 
 
-class Hybrid(Ours):
+class Hybrid(Contestant):
     """Debian's ``vhost-device-vsock``: the host's side is a unix socket with a handshake."""
 
     _ports = iter(range(20_000, 60_000))
@@ -172,92 +168,92 @@ class Hybrid(Ours):
 
 
 def _processor_time(pid: int) -> float:
-    """Seconds of all its threads so far, by the scheduler's own count of nanoseconds."""
+    """Return the processor seconds of all threads, from the scheduler's nanosecond counters."""
     used = 0
     for thread in Path(f"/proc/{pid}/task").iterdir():
         used += int((thread / "schedstat").read_text().split()[0])
     return used / 1e9
 
 
-def to_host(who: Ours, step: int, total: int) -> tuple[float, float]:
-    """MB/s and processor seconds a GB from the guest to the host, in writes of ``step``."""
-    server, port = who.listen()
+def to_host(contestant: Contestant, step: int, total: int) -> tuple[float, float]:
+    """Return MB/s and processor seconds per GB from guest to host, in writes of ``step`` bytes."""
+    server, port = contestant.listen()
     with server:
-        job = who.machine.start(_SEND, port=port, step=step, total=total)
+        job = contestant.machine.start(_SEND, port=port, step=step, total=total)
         sock, _ = server.accept()
         with sock:
-            before, begin = _processor_time(who.pid), time.perf_counter()
+            before, begin = _processor_time(contestant.pid), time.perf_counter()
             buffer, left = bytearray(1 << 18), total
             while left:
                 left -= sock.recv_into(buffer)
             seconds = time.perf_counter() - begin
-            used = _processor_time(who.pid) - before
+            used = _processor_time(contestant.pid) - before
             sock.send(b"!")
             job.result(_PATIENCE)
     return total / seconds / 1e6, used / total * 1e9
 
 
-def to_guest(who: Ours, step: int, total: int) -> tuple[float, float]:
-    """The same from the host to the guest."""
-    job = who.machine.start(_RECEIVE, port=_RECEIVING, total=total)
-    with _dial(who, _RECEIVING) as sock:
-        before, begin = _processor_time(who.pid), time.perf_counter()
+def to_guest(contestant: Contestant, step: int, total: int) -> tuple[float, float]:
+    """Return MB/s and processor seconds per GB from host to guest, in writes of ``step`` bytes."""
+    job = contestant.machine.start(_RECEIVE, port=_RECEIVING, total=total)
+    with _dial(contestant, _RECEIVING) as sock:
+        before, begin = _processor_time(contestant.pid), time.perf_counter()
         block, left = bytes(step), total
         while left:
             left -= sock.send(block[:left])
         sock.recv(1)
         seconds = time.perf_counter() - begin
-        used = _processor_time(who.pid) - before
+        used = _processor_time(contestant.pid) - before
     job.result(_PATIENCE)
     return total / seconds / 1e6, used / total * 1e9
 
 
-def ping(who: Ours, number: int) -> tuple[float, float]:
-    """Microseconds of a round trip of 64 bytes, and of the device's processor."""
-    server, port = who.listen()
+def ping(contestant: Contestant, number: int) -> tuple[float, float]:
+    """Return the microseconds of a round trip of 64 bytes, and of processor time for each."""
+    server, port = contestant.listen()
     with server:
-        job = who.machine.start(_PING, port=port, number=number)
+        job = contestant.machine.start(_PING, port=port, number=number)
         sock, _ = server.accept()
         with sock:
-            before = _processor_time(who.pid)
+            before = _processor_time(contestant.pid)
             times = []
             for _ in range(number):
                 ping = sock.recv(64)
                 times.append(time.perf_counter())
                 sock.send(ping)
-            used = _processor_time(who.pid) - before
+            used = _processor_time(contestant.pid) - before
             job.result(_PATIENCE)
-    # By the host's clock: a guest's may run at another speed where processors are emulated.
+    # By the host's clock: an emulated guest's clock may run at another speed.
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
     return statistics.median(pauses) * 1e6, used / number * 1e6
 
 
-def connects(who: Ours, number: int) -> tuple[float, float]:
-    """Connects a second of the guest, and microseconds of the device's processor for each."""
-    server, port = who.listen()
+def connects(contestant: Contestant, number: int) -> tuple[float, float]:
+    """Return the guest's connects per second, and the microseconds of processor time for each."""
+    server, port = contestant.listen()
     with server:
-        before = _processor_time(who.pid)
-        job = who.machine.start(_CONNECTS, port=port, number=number)
+        before = _processor_time(contestant.pid)
+        job = contestant.machine.start(_CONNECTS, port=port, number=number)
         server.settimeout(_PATIENCE)
         times = []
         for _ in range(number):
             try:
                 server.accept()[0].close()
             except TimeoutError:
-                break  # the guest says why
+                break  # the guest's result has the reason
             times.append(time.perf_counter())
         job.result(_PATIENCE)
     rate = (len(times) - 1) / (times[-1] - times[0])
-    return rate, (_processor_time(who.pid) - before) / number * 1e6
+    return rate, (_processor_time(contestant.pid) - before) / number * 1e6
 
 
-def datagrams(who: Ours, number: int) -> tuple[float, float]:
-    """Datagrams of 64 bytes a second that come from the guest, and microseconds for each."""
-    sock, port = who.receive_datagrams()
+def datagrams(contestant: Contestant, number: int) -> tuple[float, float]:
+    """Return datagrams of 64 bytes per second from the guest, and processor microseconds each."""
+    sock, port = contestant.receive_datagrams()
     with sock:
         sock.settimeout(_PATIENCE)
-        before = _processor_time(who.pid)
-        who.machine.start(_SEND_DATAGRAMS, port=port, number=number)
+        before = _processor_time(contestant.pid)
+        contestant.machine.start(_SEND_DATAGRAMS, port=port, number=number)
         sock.recv(100)
         begin = time.perf_counter()
         sock.settimeout(1)
@@ -268,43 +264,43 @@ def datagrams(who: Ours, number: int) -> tuple[float, float]:
             except TimeoutError:  # UDP may lose some
                 break
             received, end = received + 1, time.perf_counter()
-        used = _processor_time(who.pid) - before
+        used = _processor_time(contestant.pid) - before
         return (received - 1) / max(end - begin, 1e-9), used / received * 1e6
 
 
-def _dial(who: Ours, port: int) -> Any:
+def _dial(contestant: Contestant, port: int) -> Any:
     found = []
 
-    def try_it() -> bool:
+    def try_connect() -> bool:
         try:
-            found.append(who.connect(port))
+            found.append(contestant.connect(port))
         except ConnectionResetError:
             return False
         return True
 
-    wait_until(try_it, "the guest to listen", _PATIENCE)
+    wait_until(try_connect, "the guest to listen", _PATIENCE)
     return found[0]
 
 
-#: name, units, what to call with a contestant
-_BENCHMARKS: list[tuple[str, str, Callable[[Ours], tuple[float, float]]]] = [
-    ("guest to host, 64 KiB", "MB/s, s/GB", lambda who: to_host(who, 65_536, 128 << 20)),
-    ("guest to host, 4 KiB", "MB/s, s/GB", lambda who: to_host(who, 4096, 32 << 20)),
-    ("host to guest, 64 KiB", "MB/s, s/GB", lambda who: to_guest(who, 65_536, 64 << 20)),
-    ("host to guest, 4 KiB", "MB/s, s/GB", lambda who: to_guest(who, 4096, 64 << 20)),
-    ("round trip, 64 B", "us, us of the device", lambda who: ping(who, 1000)),
-    ("connects", "a second, us of the device", lambda who: connects(who, 200)),
-    ("datagrams, 64 B", "a second, us of the device", lambda who: datagrams(who, 2000)),
+#: Name, units and function of each benchmark.
+_BENCHMARKS: list[tuple[str, str, Callable[[Contestant], tuple[float, float]]]] = [
+    ("guest to host, 64 KiB", "MB/s, s/GB", lambda one: to_host(one, 65_536, 128 << 20)),
+    ("guest to host, 4 KiB", "MB/s, s/GB", lambda one: to_host(one, 4096, 32 << 20)),
+    ("host to guest, 64 KiB", "MB/s, s/GB", lambda one: to_guest(one, 65_536, 64 << 20)),
+    ("host to guest, 4 KiB", "MB/s, s/GB", lambda one: to_guest(one, 4096, 64 << 20)),
+    ("round trip, 64 B", "us, us of the device", lambda one: ping(one, 1000)),
+    ("connects", "a second, us of the device", lambda one: connects(one, 200)),
+    ("datagrams, 64 B", "a second, us of the device", lambda one: datagrams(one, 2000)),
 ]
 
 
 @contextmanager
-def _contestants(names: list[str], kernel: str) -> Iterator[dict[str, Ours]]:
+def _contestants(names: list[str], kernel: str) -> Iterator[dict[str, Contestant]]:
     linux = downloads.kernel(kernel)
     with ExitStack() as stack:
         top = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vm-", dir="/tmp")))
         fabric = stack.enter_context(PrivateFabric())
-        contestants: dict[str, Ours] = {}
+        contestants: dict[str, Contestant] = {}
         for name in names:
             folder = top / name
             folder.mkdir()
@@ -324,7 +320,7 @@ def _contestants(names: list[str], kernel: str) -> Iterator[dict[str, Ours]]:
                 case "tcp":
                     contestants[name] = Tcp(machine, port)
                 case _:
-                    contestants[name] = Ours(machine)
+                    contestants[name] = Contestant(machine)
         yield contestants
 
 
@@ -332,14 +328,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.machines", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kernel", choices=["stable", "newest"], default="stable")
-    parser.add_argument("--only", default="vmci,virtio,rust,tcp", help="%(default)s")
+    parser.add_argument(
+        "--only", default="vmci,virtio,rust,tcp", help="contestants (default: %(default)s)"
+    )
     arguments = parser.parse_args()
-    everybody = arguments.only.split(",")
-    with _contestants(everybody, arguments.kernel) as contestants:
+    all_names = arguments.only.split(",")
+    with _contestants(all_names, arguments.kernel) as contestants:
         for title, units, measure in _BENCHMARKS:
-            names = everybody
+            names = all_names
             if title.startswith("datagrams"):
-                names = [name for name in everybody if contestants[name].has_datagrams]
+                names = [name for name in all_names if contestants[name].has_datagrams]
             figures: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
             for number in range(arguments.rounds):
                 for name in names if number % 2 else reversed(names):
@@ -347,8 +345,8 @@ def main() -> None:
             print(f"{title} ({units})")
             for name in names:
                 rates, costs = zip(*figures[name], strict=True)
-                beside = zip(figures[names[0]], figures[name], strict=True)
-                ratios = [(a[0] / b[0], a[1] / max(b[1], 1e-9)) for a, b in beside]
+                pairs = zip(figures[names[0]], figures[name], strict=True)
+                ratios = [(a[0] / b[0], a[1] / max(b[1], 1e-9)) for a, b in pairs]
                 print(
                     f"  {name:8} {statistics.median(rates):8.1f} {statistics.median(costs):8.2f}"
                     f"   {names[0]} : {name} = "

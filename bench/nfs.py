@@ -1,6 +1,6 @@
-"""A folder over vSockets datagrams beside one over UDP, with the same server, client and disk.
+"""NFS over vSockets datagrams and over UDP, with the same server, client and disk.
 
-And beside a server that nobody here wrote: Debian's nfs-ganesha, over UDP, with the same client.
+A third folder is exported by Debian's nfs-ganesha, over UDP, and mounted with the same client.
 """
 
 from __future__ import annotations
@@ -16,18 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
-from vsockets.testing import PrivateFabric
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
 from nfs.ganesha import MOUNT_PORT, PORT, PrivateGanesha
 from vm import downloads
+from vsockets.testing import PrivateFabric
 
 _BLOCK = bytes(1 << 20)
 
 
 def available() -> bool:
-    """Whether folders can be mounted here."""
+    """Return whether this process can mount folders."""
     programs = shutil.which("fusermount3"), shutil.which("ip"), shutil.which("nsenter")
     mountable = os.geteuid() == 0 and os.access("/dev/fuse", os.R_OK | os.W_OK)
     return mountable and all(programs) and importlib.util.find_spec("pyfuse3") is not None
@@ -35,7 +32,7 @@ def available() -> bool:
 
 @contextlib.contextmanager
 def mounted() -> Iterator[dict[str, Path]]:
-    """Folders that are mounted, each from an export of its own, by the way there."""
+    """Yield the mounted folders by transport, each from a separate export."""
     with contextlib.ExitStack() as stack:
         top = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vsock-nfs-")))
         fabric = stack.enter_context(PrivateFabric(log_level="warning"))
@@ -57,14 +54,14 @@ def mounted() -> Iterator[dict[str, Path]]:
         def serve(name: str, listen: str) -> str:
             folder = f"--export={export(name)},no-root-squash"
             options = f"--listen={listen}", folder, f"--state={top / name}-state"
-            said = start((*nfs, "serve", *options), here)
-            return said.removeprefix("vsock: listening on ")
+            line = start((*nfs, "serve", *options), here)
+            return line.removeprefix("vsock: listening on ")
 
         def mount(name: str, command: tuple[str, ...], environment: dict[str, str]) -> None:
             folder = folders[name] = top / name
             folder.mkdir()
-            said = start((*command, str(top / f"{name}-export"), str(folder)), environment)
-            assert "mounted on" in said, said
+            line = start((*command, str(top / f"{name}-export"), str(folder)), environment)
+            assert "mounted on" in line, line
             stack.callback(lambda: subprocess.run(["umount", "-l", folder], check=True))
 
         nfs = (sys.executable, "-m", "vsockets.cli", "nfs")
@@ -81,7 +78,7 @@ def mounted() -> Iterator[dict[str, Path]]:
 
 
 def writing(folder: Path, count: int) -> float:
-    """A new file of ``count`` MiB until it is on the server's disk, in MB/s."""
+    """Return the MB/s of writing a new file of ``count`` MiB to the server's disk."""
     begin = perf_counter()
     with open(folder / "large", "wb", buffering=0) as file:
         for _ in range(count):
@@ -91,7 +88,7 @@ def writing(folder: Path, count: int) -> float:
 
 
 def reading(folder: Path, count: int) -> float:
-    """A file of ``count`` MiB that is in the server's memory and not in the client's, in MB/s."""
+    """Return the MB/s of reading a file of ``count`` MiB that only the server has cached."""
     if not (folder / "large").exists():
         writing(folder, count)
     with open(folder / "large", "rb", buffering=0) as file:
@@ -103,7 +100,7 @@ def reading(folder: Path, count: int) -> float:
 
 
 def creating(folder: Path, count: int) -> float:
-    """Files of 4 KiB, made and removed, a second."""
+    """Return the files of 4 KiB that are created and removed per second."""
     begin = perf_counter()
     for number in range(count):
         (folder / str(number)).write_bytes(_BLOCK[:4096])

@@ -1,4 +1,4 @@
-"""What a connect costs vsockd as the number of contexts and listeners grows."""
+"""Processor time of vsockd for a connect, with growing numbers of contexts and listeners."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _CONNECTS = 2000
 
 @contextlib.contextmanager
 def many(contexts: int, listeners: int, tick: Callable[[], None]) -> Iterator[Callable[[], float]]:
-    """A fabric with so many guests, and so many listeners on its host.
+    """Start a fabric with this number of guests, and of listeners on its host.
 
-    Yields a function that connects from the last guest and tells vsockd's processor time for
+    Yields a function that connects from the last guest and returns vsockd's processor time for
     each connect, in microseconds.
     """
     with PrivateFabric(log_level="warning") as fabric, contextlib.ExitStack() as stack:
@@ -43,10 +43,10 @@ def many(contexts: int, listeners: int, tick: Callable[[], None]) -> Iterator[Ca
 
 
 def most(wanted: int, descriptors_each: int) -> int:
-    """``wanted``, or as many as the descriptors one process may have allow.
+    """Return ``wanted``, or the number that the limit of descriptors of one process permits.
 
-    vsockd has two for a context and one for a listener; only root with CAP_SYS_RESOURCE can
-    give it more than the hard limit.
+    vsockd needs two descriptors for a context and one for a listener; only root with
+    CAP_SYS_RESOURCE can raise the hard limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

@@ -19,7 +19,7 @@ Pair = tuple[socket.socket, socket.socket]
 
 @contextlib.contextmanager
 def unix() -> Iterator[Pair]:
-    """A raw AF_UNIX socketpair: what a stream is made of."""
+    """Yield an AF_UNIX socketpair, the kernel object of a vSockets stream."""
     one, other = socket.socketpair()
     with one, other:
         yield one, other
@@ -27,7 +27,7 @@ def unix() -> Iterator[Pair]:
 
 @contextlib.contextmanager
 def tcp() -> Iterator[Pair]:
-    """TCP over loopback, without Nagle's delay."""
+    """Yield a TCP connection over loopback, with TCP_NODELAY."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         one = socket.create_connection(server.getsockname())
         other, _ = server.accept()
@@ -39,7 +39,7 @@ def tcp() -> Iterator[Pair]:
 
 @contextlib.contextmanager
 def vsock(host: vsockets.Attachment, guest: vsockets.Attachment) -> Iterator[Pair]:
-    """From a guest to the host."""
+    """Yield a stream from a guest to the host."""
     address = (vsockets.VMADDR_CID_ANY, vsockets.VMADDR_PORT_ANY)
     with vsockets.create_server(address, context=host) as server:
         one = vsockets.create_connection(server.getsockname(), context=guest)
@@ -49,7 +49,7 @@ def vsock(host: vsockets.Attachment, guest: vsockets.Attachment) -> Iterator[Pai
 
 
 def throughput(pair: contextlib.AbstractContextManager[Pair], chunks: int) -> float:
-    """MB/s (a million bytes) of writes of 64 KiB, until the reader has read all of them."""
+    """Return the MB/s (a million bytes) of writes of 64 KiB, until the reader has all of them."""
     with pair as (one, other):
 
         def read() -> None:
@@ -69,7 +69,7 @@ def throughput(pair: contextlib.AbstractContextManager[Pair], chunks: int) -> fl
 
 
 def round_trip(pair: contextlib.AbstractContextManager[Pair], trips: int) -> float:
-    """Microseconds of a round trip of 64 bytes."""
+    """Return the microseconds of a round trip of 64 bytes."""
     with pair as (one, other):
 
         def echo() -> None:

@@ -1,4 +1,4 @@
-"""What ``vsock run`` costs: the same unmodified program beside itself without it."""
+"""Cost of ``vsock run``: the same unmodified program with and without it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from vsockets.testing import PrivateFabric
 _ROOT = Path(__file__).parents[1]
 _RUN = (sys.executable, "-m", "vsockets.cli", "run", "--cid", "host", "--")
 
-#: A build: forty small compilations, most of whose time is starting programs and opening files.
+#: A build of forty small compilations, which mostly start programs and open files.
 _BUILD = "for i in $(seq 40); do gcc -O2 -Iinclude -c -o /dev/null examples/c/stream_server.c; done"
 #: Starting Python, which opens more files a second than most programs.
 _START = f"for i in $(seq 20); do {sys.executable} -I -c 'import json, unittest'; done"
 
 
 def program(fabric: PrivateFabric, family: str, measure: str, count: int) -> float:
-    """A figure of ``supervised_program``; supervised if it uses AF_VSOCK."""
+    """Return a figure of ``supervised_program``, supervised if it uses AF_VSOCK."""
     command = (sys.executable, "-m", "bench.supervised_program", family, measure, str(count))
     return float(_run(fabric, command, family == "vsock"))
 
 
 def build(fabric: PrivateFabric, supervised: bool) -> float:
-    """Seconds of a build."""
+    """Return the seconds of a build."""
     return _seconds(fabric, _BUILD, supervised)
 
 
 def starts(fabric: PrivateFabric, supervised: bool) -> float:
-    """Seconds of starting Python twenty times."""
+    """Return the seconds of starting Python twenty times."""
     return _seconds(fabric, _START, supervised)
 
 
 def _seconds(fabric: PrivateFabric, script: str, supervised: bool) -> float:
-    """How long a shell takes, without the time that ``vsock run`` takes to start."""
+    """Return the seconds of a shell script, without the start of ``vsock run``."""
     timed = f"date +%s.%N; {script}; date +%s.%N"
     begin, end = map(float, _run(fabric, ("sh", "-c", timed), supervised).split())
     return end - begin

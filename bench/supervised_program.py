@@ -1,7 +1,7 @@
-"""An unmodified program that measures itself: ``FAMILY MEASURE COUNT``.
+"""A program that measures its own sockets: ``FAMILY MEASURE COUNT``.
 
-Run plain it is measured with unix or TCP sockets, run by ``vsock run`` with AF_VSOCK.
-Needs a standard library with AF_VSOCK.
+It uses unix or TCP sockets when run plainly, and AF_VSOCK when run by ``vsock run``.  It needs a
+standard library with AF_VSOCK.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _connects(family: str, count: int) -> float:
 
 
 def main(family: str, measure: str, count: int) -> float:
-    """One figure; see the modules that measure."""
+    """Return one figure, of :mod:`.streams` or :mod:`.connects`."""
     if measure == "throughput":
         return streams.throughput(_pair(family), count)
     if measure == "round trip":

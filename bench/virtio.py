@@ -1,8 +1,8 @@
-"""What the virtio device itself can move, without a virtual machine.
+"""Throughput of the virtio device alone, without a virtual machine.
 
-A guest is played on shared memory: it offers packets of 64 KiB, or buffers of 4 KiB as Linux does,
-and touches no byte of them.  So what is measured is the device, the kernel's copy and the program
-at the other end.
+A simulated guest in shared memory offers packets of 64 KiB, or buffers of 4 KiB as Linux does, and
+touches none of their bytes.  The figures cover the device, the kernel's copy and the program at
+the other end.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _CID = 3
 _RING = 128
 _PACKET = 65_536
 _BUFFER = 4096
-_PACKETS_AT_ONCE = 4  # what a guest's credit allows
+_PACKETS_AT_ONCE = 4  # the limit of a guest's credit
 
 _fork = multiprocessing.get_context("fork")
 
 
 class _Guest:
-    """A device, a guest with one connection, and ``program`` at its other end."""
+    """A device and a simulated guest with one connection to ``program``."""
 
     def __init__(self) -> None:
         self.loop = DeviceLoop()
@@ -52,7 +52,7 @@ class _Guest:
             first, second, third = (GUEST_BASE + part for part in parts)
             self.device.start_ring(index, vring, (first, second, third))
             self._vrings.append(vring)
-        self._place = self._memory.allocate(HEADER_SIZE + _PACKET)
+        self._packet = self._memory.allocate(HEADER_SIZE + _PACKET)
         self._buffers = [self._memory.allocate(HEADER_SIZE + _BUFFER) for _ in range(_RING)]
         self.refill()
         self.send(Op.REQUEST)
@@ -73,9 +73,8 @@ class _Guest:
 
     def send(self, op: int, length: int = 0, forwarded: int = 0) -> None:
         header = Header(_CID, 2, 1024, 5000, length, op=op, buf_alloc=1 << 18, fwd_cnt=forwarded)
-        place = self._place
-        HEADER.pack_into(self._memory.view, place, *header)
-        parts = [(place, HEADER_SIZE), (place + HEADER_SIZE, length)]
+        HEADER.pack_into(self._memory.view, self._packet, *header)
+        parts = [(self._packet, HEADER_SIZE), (self._packet + HEADER_SIZE, length)]
         self.rings[TRANSMIT].add(parts if length else parts[:1], writable=False)
 
     def publish(self) -> None:
@@ -85,12 +84,12 @@ class _Guest:
         transmit.collect()
 
     def refill(self) -> int:
-        """Take what has arrived, offer its buffers again; returns bytes of payload."""
+        """Collect received packets and offer their buffers again; return the bytes of payload."""
         receive = self.rings[RECEIVE]
         used = receive.collect()
         while receive.has_room(2):
-            place = self._buffers[receive.next % _RING]
-            parts = [(place, HEADER_SIZE), (place + HEADER_SIZE, _BUFFER)]
+            buffer = self._buffers[receive.next % _RING]
+            parts = [(buffer, HEADER_SIZE), (buffer + HEADER_SIZE, _BUFFER)]
             receive.add(parts, writable=True)
         receive.publish()
         return sum(length - HEADER_SIZE for _, length in used)
@@ -108,19 +107,19 @@ class _Guest:
 
 
 def throughput(total: int, to_guest: bool) -> float:
-    """MB/s one way over one connection."""
+    """Return the MB/s of one direction of one connection."""
     guest = _Guest()
     child = _fork.Process(target=_fill if to_guest else _drain, args=(guest.program,))
     child.start()
     guest.program.close()
-    moved = told = 0
+    moved = credited = 0
     began = perf_counter()
     while moved < total:
         if to_guest:
             guest.loop.turn()
             moved += guest.refill()
-            if moved - told > 1 << 17:
-                told = moved
+            if moved - credited > 1 << 17:
+                credited = moved
                 guest.send(Op.CREDIT_UPDATE, 0, moved & 0xFFFF_FFFF)
                 guest.publish()
         elif guest.connection.has_backlog:

@@ -1,7 +1,7 @@
-"""What the VMCI device itself can move, without a virtual machine.
+"""Throughput of the VMCI device alone, without a virtual machine.
 
-A guest is played on shared memory: it says that its queue is full, or empty, and touches no
-byte.  So what is measured is the device, the kernel's copy and the program at the other end.
+A simulated guest in shared memory reports its queue as full, or empty, and touches no byte of it.
+The figures cover the device, the kernel's copy and the program at the other end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _fill(sock: socket.socket) -> None:
 
 
 def throughput(total: int, to_guest: bool) -> float:
-    """MB/s one way through a queue of 256 KiB."""
+    """Return the MB/s of one direction through a queue of 256 KiB."""
     guest = SimulatedGuest()
     guest.probe()
     stream = guest.connect(1024, _QUEUE)
@@ -79,7 +79,7 @@ def throughput(total: int, to_guest: bool) -> float:
 
 
 def unix(total: int) -> float:
-    """MB/s of a unix stream between the same two processes, 64 KiB at a time."""
+    """Return the MB/s of a unix stream between the same two processes, in writes of 64 KiB."""
     ours, program = socket.socketpair()
     child = _fork.Process(target=_drain, args=(program,))
     child.start()
