@@ -1,4 +1,4 @@
-"""A device's tap: who reads along, who is slow, and who has gone."""
+"""Captures of a device: filters, slow readers, closed readers."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_long_stream_is_split_into_records(capture: CaptureSink) -> None:
 
 def test_slow_reader_misses_records_and_gets_their_number(capture: CaptureSink) -> None:
     with tapped(capture) as records:
-        for _ in range(10_000):  # more than any buffer takes, and nobody waits
+        for _ in range(10_000):  # more than any buffer takes
             capture.record(Operation.PAYLOAD, GUEST, HOST, [memoryview(bytes(1000))], 1000)
         came = take_records(records)
         assert 0 < len(came) < 10_000
@@ -120,7 +120,8 @@ def test_number_of_captures_is_limited(capture: CaptureSink, loop: DeviceLoop) -
         assert refused.recv(1) == b""
     readers.pop().close()
     loop.turn()
-    with tapped(capture) as another:  # takes the place of who has gone, though nothing has passed
+    # takes the place of the closed one, although nothing was recorded since
+    with tapped(capture) as another:
         capture.record(Operation.CONTROL, GUEST, HOST)
         assert len(take_records(another)) == 1
     for reader in readers:
@@ -134,7 +135,7 @@ def test_final_record_reports_missed_records(capture: CaptureSink, loop: DeviceL
         records.send(b"this means nothing")
         loop.turn()
         records.shutdown(socket.SHUT_WR)
-        loop.turn()  # there is no room for a last word yet
+        loop.turn()  # no room for the final record yet
         assert len(capture.recorders) == 1
         came = take_records(records)
         loop.turn()

@@ -1,4 +1,4 @@
-"""A device's link to vsockd, when vsockd has no time."""
+"""A device's client of vsockd, while vsockd does not read the link."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILLING = b"full"
 
 
 class Busy:
-    """An attachment whose vsockd, which is played, has not read its link for long."""
+    """A client whose simulated vsockd has not read the link for a long time."""
 
     def __init__(self) -> None:
         self.loop = DeviceLoop()
@@ -37,7 +37,7 @@ class Busy:
             pass
 
     def settle(self, port: int, error: int) -> socket.socket:
-        """Answer an offer; returns the end of who connects."""
+        """Settle a connect request; return the client's end."""
         client, sock = socket.socketpair(AF_UNIX)
         client.settimeout(30)
         with sock:
@@ -46,7 +46,7 @@ class Busy:
         return client
 
     def next(self) -> tuple[Request, list[int]]:
-        """What vsockd is told next, with the descriptors that came along."""
+        """Return vsockd's next message and its descriptors."""
         while True:
             data, fds, _, _ = socket.recv_fds(self.vsockd, REQUEST_SIZE, 1)
             if data != FILLING:
@@ -89,7 +89,7 @@ def test_link_works_after_the_queue_is_flushed(busy: Busy) -> None:
 
 @pytest.mark.parametrize("error", [0, errno.ECONNRESET])
 def test_established_stream_carries_no_credentials(busy: Busy, error: int) -> None:
-    """vsockd is told that, of who connects; so it is still if who was refused connects again."""
+    """vsockd receives a client's credentials, also when a refused client connects again."""
     client, sock = socket.socketpair(AF_UNIX)
     with client, sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -117,7 +117,7 @@ def test_queued_outcomes_are_dropped_when_vsockd_closes(busy: Busy) -> None:
 
 @pytest.mark.parametrize("kind", [SOCK_STREAM, SOCK_SEQPACKET])
 def test_record_marker_passes_only_through_seqpackets(kind: int) -> None:
-    """A descriptor stands for MSG_EOR; streams have none, and refuse it where the kernel can."""
+    """A descriptor stands for MSG_EOR; streams carry none, and refuse it where the kernel can."""
     link, vsockd = socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
     client, offered = socket.socketpair(AF_UNIX, kind)
     with contextlib.ExitStack() as stack:
@@ -128,7 +128,7 @@ def test_record_marker_passes_only_through_seqpackets(kind: int) -> None:
         for sock in (vsockd, client, offered, offered_too := offered.dup()):
             stack.enter_context(sock)
         offer = ConnectRequest(offered, PORTS[0], (HOST, 1024), BufferSizes(), polling=False)
-        client.send(bytes(RECORD_SIZE))  # a packet's client pads its request
+        client.send(bytes(RECORD_SIZE))  # a sequenced-packet client pads its request
         attachment.settle(offer, size=4096)
         connected = stack.enter_context(
             attachment.connect(PORTS[1], (HOST, 1024), BufferSizes(), kind)

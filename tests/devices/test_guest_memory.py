@@ -1,4 +1,4 @@
-"""Addresses a guest may name, and those it may not."""
+"""Valid and invalid guest addresses."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_view_requires_one_writable_region(file: int) -> None:
         (PAGE - 1, 2),
         (4 * PAGE, PAGE + 1),  # into the next region
         (6 * PAGE, 1),
-        (7 * PAGE, 1),  # not to be written
-        (8 * PAGE, 1),  # no memory
+        (7 * PAGE, 1),  # read-only
+        (8 * PAGE, 1),  # reserved without memory
         (PAGE, -1),
         ((1 << 64) - 1, 2),
         (PAGE, 1 << 64),
@@ -54,7 +54,7 @@ def test_invalid_regions_are_refused(file: int) -> None:
         (2 * PAGE - 1, PAGE, 0, errno.EEXIST),
         (8 * PAGE, 0, 0, errno.EINVAL),
         ((1 << 64) - PAGE, 2 * PAGE, 0, errno.EINVAL),
-        (8 * PAGE, PAGE, 16 * PAGE, errno.EINVAL),  # beyond the file's end: SIGBUS
+        (8 * PAGE, PAGE, 16 * PAGE, errno.EINVAL),  # beyond the end of the file: SIGBUS
     ]:
         with pytest.raises(OSError) as failed:
             memory.map(address, size, True, file, offset)

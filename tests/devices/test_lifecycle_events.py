@@ -1,4 +1,4 @@
-"""A device hears of its guest's life in the order in which it happens."""
+"""Order of life-cycle events and streams at a device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CID = 11
 
 
 class Device:
-    """All that a device is to vsockd, without its loop at work."""
+    """A device's client and its events, without a running loop."""
 
     def __init__(self, fabric: PrivateFabric, events: Events) -> None:
         self.heard: list[str] = []
@@ -74,7 +74,7 @@ def test_events_are_drained_before_a_connect_to_the_guest(
         def offered() -> bool:
             device.attachment._on_link_ready(
                 0
-            )  # the link alone: epoll may give it before the events
+            )  # the link alone: epoll may report it before the events
             return bool(device.offers)
 
         wait_until(offered, "the offer")
@@ -85,7 +85,7 @@ def test_events_are_drained_before_a_connect_to_the_guest(
 
 
 def test_draining_without_events_does_not_wait(device: Device) -> None:
-    device.attachment.drain_events()  # and does not wait for it
+    device.attachment.drain_events()  # and does not wait
     assert device.heard == []
 
 

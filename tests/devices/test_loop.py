@@ -1,4 +1,4 @@
-"""A device's event loop: what is looked at without a pause."""
+"""The device's event loop: polling, and slow closes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ print("served")
 
 
 def test_slow_close_of_a_passed_descriptor_is_interrupted() -> None:
-    """It lingers for a minute; within a sandbox, where no thread can begin."""
+    """The socket lingers for a minute; a sandbox allows no thread to close it."""
     command = [sys.executable, "-c", _SLOW_TO_CLOSE]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert (done.stdout, done.stderr) == ("served\n", "")

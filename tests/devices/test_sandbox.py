@@ -1,4 +1,4 @@
-"""What a device's process can do once it is shut in."""
+"""System calls that a sandboxed device process can and cannot make."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_sandbox_allows(code: str) -> None:
     assert attempt(code).startswith("done True")
 
 
-#: A device that has unix sockets with paths, in a folder of its own user.
+#: Arguments for a device that has unix sockets with paths, in a folder of its own user.
 WITH_PATHS = f"{os.geteuid()}, paths=True"
 
 

@@ -1,4 +1,4 @@
-"""Serving one monitor after another."""
+"""Service of one monitor after another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANSWER = bytes(4 << 20)
 
 
 class LargeReply:
-    """Answers whatever comes with more than a socket holds."""
+    """A protocol whose replies exceed the socket's buffer."""
 
     wanted = 100
 
@@ -30,7 +30,7 @@ class LargeReply:
 
 
 def test_client_that_reads_no_reply_is_disconnected(tmp_path: Path) -> None:
-    """And the next one is served; a machine's monitor waits for its answers."""
+    """The next monitor is then served."""
     path = os.fspath(tmp_path / "socket")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)

@@ -1,4 +1,4 @@
-"""The driver's side of a packed virtqueue, for a guest that is played."""
+"""Driver of a packed virtqueue, for a simulated guest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WRAP = 1 << 15
 
 
 class PackedDriverRing:
-    """A packed ring of ``size`` entries, as :class:`.virtio_driver.DriverRing` is a split one."""
+    """A packed ring of ``size`` entries; see :class:`.virtio_driver.DriverRing`."""
 
     def __init__(
         self, memory: Memory, size: int, event_index: bool = True, indirect: bool = False
@@ -37,8 +37,8 @@ class PackedDriverRing:
         if indirect:
             self._tables = [memory.allocate(32 * 16) for _ in range(size)]
         self._left = size
-        self._pending: list[tuple[int, int]] = []  # first descriptors that are not shown yet
-        self.next = 0  #: positions count on and on
+        self._pending: list[tuple[int, int]] = []  # first descriptors that are not published yet
+        self.next = 0  #: positions increase without wrapping
         self._kicked = 0
         self.taken = 0
         self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -47,13 +47,13 @@ class PackedDriverRing:
 
     @property
     def base(self) -> int:
-        """Where the device is to begin, as vhost-user says it."""
+        """Position at which the device begins, in vhost-user's form."""
         index, wrap = self._place(self.taken)
         half = index | (_WRAP if wrap else 0)
         return half | half << 16
 
     def start_at(self, position: int) -> None:
-        """Begin there, as if the ring had been in use."""
+        """Begin at ``base``, as if the ring had been in use."""
         self.next = self._kicked = self.taken = position
         for at in range(position, position + self.size):
             index, wrap = self._place(at)
@@ -67,16 +67,16 @@ class PackedDriverRing:
         return index, not lap & 1
 
     def write_descriptor(self, index: int, address: int, length: int, flags: int, id: int) -> None:
-        """Anything at all, in the descriptor table."""
+        """Write a descriptor without any check."""
         at = self.descriptors + 16 * index
         DESCRIPTOR.pack_into(self.memory.view, at, address, length, id, flags)
 
     def has_room(self, parts: int) -> bool:
-        """Whether a chain of ``parts`` can be added."""
+        """Return whether a chain of ``parts`` can be added."""
         return self._left >= (1 if self._tables is not None else parts)
 
     def add(self, parts: Sequence[tuple[int, int]], writable: bool) -> int:
-        """Offer a chain: ``parts`` are offsets and lengths.  Returns its id."""
+        """Add a chain of ``parts``, offsets and lengths; return its id."""
         id = self._ids.pop()
         kind = WRITE if writable else 0
         if self._tables is not None:
@@ -96,7 +96,8 @@ class PackedDriverRing:
         self._left -= len(chain)
         for number, (address, length, flags) in enumerate(chain):
             index, wrap = self._place(self.next + number)
-            # The first one is shown last.  Until then it looks as the lap before has left it.
+            # The first descriptor is published last.  Until then it has the state of the lap
+            # before.
             before = 0 if wrap else _AVAILABLE | _USED
             flags |= _AVAILABLE if wrap else _USED
             shown = flags if number else before
@@ -107,7 +108,7 @@ class PackedDriverRing:
         return id
 
     def publish(self) -> bool:
-        """Let the device see it; kicks if the device wants that, and returns whether."""
+        """Publish added chains; kick if the device requested it, and return whether."""
         old, new = self._kicked, self.next
         for index, flags in self._pending:
             self._words[index * 8 + 7] = flags
@@ -126,7 +127,7 @@ class PackedDriverRing:
         return wants
 
     def collect(self) -> list[tuple[int, int]]:
-        """The chains that were used since the last time, and how many bytes were written."""
+        """Return the chains used since the last call, and the numbers of bytes written."""
         used = []
         while self._is_used():
             index, _ = self._place(self.taken)
@@ -143,8 +144,8 @@ class PackedDriverRing:
         flags = self._words[index * 8 + 7]
         return bool(flags & _AVAILABLE) is bool(flags & _USED) is wrap and bool(self._counts)
 
-    def want_call(self) -> bool:
-        """Ask to be told of the next used chain; returns whether there is one already."""
+    def enable_notification(self) -> bool:
+        """Request a notification for the next used chain; return whether one exists already."""
         if self.event_index:
             index, wrap = self._place(self.taken)
             self._ours[0] = index | (_WRAP if wrap else 0) | _AT

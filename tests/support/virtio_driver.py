@@ -1,7 +1,7 @@
-"""The driver's side of a split virtqueue, and of vhost-user: a guest that is played.
+"""Driver of a split virtqueue, and front end of vhost-user: a simulated guest.
 
-For tests and benchmarks of the virtio device without a virtual machine.  It is an honest driver
-that can be told to be a dishonest one: everything it puts into memory can be put there by hand.
+For tests and benchmarks of the virtio device without a virtual machine.  The driver is correct,
+but tests can also write anything to its memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vsockets.devices.vhost_user import messages
 from vsockets.devices.vhost_user.messages import RequestType
 from vsockets.devices.virtio.ring import DESCRIPTOR, INDIRECT, NEXT, WRITE, fence
 
-#: Where memory lies for the guest, and for the front end that is played.
+#: Address of the memory for the guest, and for the simulated front end.
 GUEST_BASE = 0x4000_0000
 USER_BASE = 0x7F00_0000_0000
 
@@ -27,7 +27,7 @@ _MASK = 0xFFFF
 
 
 class Memory:
-    """``size`` bytes of memory, in ``regions`` equal regions, given out from the start."""
+    """``size`` bytes of memory in ``regions`` equal regions, allocated from the start."""
 
     def __init__(self, size: int, regions: int = 1) -> None:
         self.size = size
@@ -41,7 +41,7 @@ class Memory:
         self.regions = [(GUEST_BASE + at, step, USER_BASE + at, at) for at in range(0, size, step)]
 
     def allocate(self, size: int, alignment: int = 16) -> int:
-        """The offset of ``size`` bytes that nobody else has."""
+        """Allocate ``size`` bytes; return their offset."""
         start = -(-self._free // alignment) * alignment
         self._free = start + size
         if self._free > self.size:
@@ -49,12 +49,12 @@ class Memory:
         return start
 
     def close(self) -> None:
-        """Give it back to the system, as far as nobody looks at it."""
+        """Unmap the memory, unless a view of it exists."""
         os.close(self.fd)
 
 
 class DriverRing:
-    """A split ring of ``size`` entries; with ``indirect`` each chain is in a table of its own."""
+    """A split ring of ``size`` entries; with ``indirect`` each chain has a table of its own."""
 
     def __init__(
         self, memory: Memory, size: int, event_index: bool = True, indirect: bool = False
@@ -82,7 +82,7 @@ class DriverRing:
 
     @property
     def base(self) -> int:
-        """Where the device is to begin, as vhost-user says it."""
+        """Position at which the device begins, in vhost-user's form."""
         return self.taken
 
     def start_at(self, base: int) -> None:
@@ -95,17 +95,17 @@ class DriverRing:
     def write_descriptor(
         self, index: int, address: int, length: int, flags: int, following: int
     ) -> None:
-        """Anything at all, in the descriptor table."""
+        """Write a descriptor without any check."""
         DESCRIPTOR.pack_into(
             self.memory.view, self.descriptors + 16 * index, address, length, flags, following
         )
 
     def has_room(self, parts: int) -> bool:
-        """Whether a chain of ``parts`` can be added."""
+        """Return whether a chain of ``parts`` can be added."""
         return len(self._free) >= (1 if self._tables is not None else parts)
 
     def add(self, parts: Sequence[tuple[int, int]], writable: bool) -> int:
-        """Offer a chain: ``parts`` are offsets and lengths.  Returns its first descriptor."""
+        """Add a chain of ``parts``, offsets and lengths; return its first descriptor."""
         if self._tables is not None:
             head = self._free.pop()
             table = self._tables[head]
@@ -134,12 +134,12 @@ class DriverRing:
         return head
 
     def make_available(self, head: int) -> None:
-        """Put a number into the available ring."""
+        """Write a number to the available ring."""
         self._available[2 + self.next % self.size] = head & _MASK
         self.next = self.next + 1 & _MASK
 
     def publish(self) -> bool:
-        """Let the device see it; kicks if the device wants that, and returns whether."""
+        """Publish added chains; kick if the device requested it, and return whether."""
         old, new = self._kicked, self.next
         self._available[1] = new
         fence()
@@ -154,7 +154,7 @@ class DriverRing:
         return wants
 
     def collect(self) -> list[tuple[int, int]]:
-        """The chains that were used since the last time, and how many bytes were written."""
+        """Return the chains used since the last call, and the numbers of bytes written."""
         used = []
         end = self._used[1]
         while self.taken != end:
@@ -165,8 +165,8 @@ class DriverRing:
             self.taken = self.taken + 1 & _MASK
         return used
 
-    def want_call(self) -> bool:
-        """Ask to be told of the next used chain; returns whether there is one already."""
+    def enable_notification(self) -> bool:
+        """Request a notification for the next used chain; return whether one exists already."""
         if self.event_index:
             self._available[2 + self.size] = self.taken
             fence()
@@ -179,7 +179,7 @@ class DriverRing:
 
 
 class Ring(Protocol):
-    """What the front end needs to know of a ring."""
+    """Interface of a ring to the front end."""
 
     size: int
     descriptors: int
@@ -191,60 +191,60 @@ class Ring(Protocol):
 
     @property
     def base(self) -> int:
-        """Where the device is to begin, as vhost-user says it."""
+        """Position at which the device begins, in vhost-user's form."""
 
 
 class FrontEnd:
-    """The vhost-user side of a virtual machine's monitor."""
+    """Front end of vhost-user: the side of a virtual machine's monitor."""
 
     def __init__(self, path: Path | str) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(10)
         self.sock.connect(os.fspath(path))
 
-    def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
-        """Send a request that has no answer."""
+    def send_request(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        """Send a request that has no reply."""
         self._send(messages.encode(request, payload), fds)
 
-    def order(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> int:
-        """Send a request with REPLY_ACK; returns 0 or the errno."""
+    def request_ack(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> int:
+        """Send a request with REPLY_ACK; return 0 or the errno."""
         self._send(messages.encode(request, payload, int(messages.Flag.NEED_REPLY)), fds)
         (status,) = messages.U64.unpack(self._receive())
         return int(status)
 
-    def ask(self, request: int, payload: bytes = b"") -> bytes:
-        """Send a request that has an answer; returns its payload."""
+    def request_reply(self, request: int, payload: bytes = b"") -> bytes:
+        """Send a request that has a reply; return its payload."""
         self._send(messages.encode(request, payload), ())
         return self._receive()
 
     def negotiate(self, features: int, protocol_features: int) -> int:
-        """Agree on features; returns those the device offers of them."""
-        (offered,) = messages.U64.unpack(self.ask(RequestType.GET_FEATURES))
-        (protocol,) = messages.U64.unpack(self.ask(RequestType.GET_PROTOCOL_FEATURES))
-        self.tell(
+        """Negotiate features; return those of them that the device offers."""
+        (offered,) = messages.U64.unpack(self.request_reply(RequestType.GET_FEATURES))
+        (protocol,) = messages.U64.unpack(self.request_reply(RequestType.GET_PROTOCOL_FEATURES))
+        self.send_request(
             RequestType.SET_PROTOCOL_FEATURES, messages.U64.pack(protocol & protocol_features)
         )
-        self.tell(RequestType.SET_OWNER)
+        self.send_request(RequestType.SET_OWNER)
         features &= offered
-        self.tell(
+        self.send_request(
             RequestType.SET_FEATURES, messages.U64.pack(features | messages.F_PROTOCOL_FEATURES)
         )
         return int(features)
 
     def set_memory(self, memory: Memory) -> None:
-        """Give the device the memory, as one table."""
+        """Share the memory with the device, as one table."""
         table = messages.REGIONS.pack(len(memory.regions), 0)
         for region in memory.regions:
             table += messages.REGION.pack(*region)
-        self.tell(RequestType.SET_MEM_TABLE, table, [memory.fd] * len(memory.regions))
+        self.send_request(RequestType.SET_MEM_TABLE, table, [memory.fd] * len(memory.regions))
 
     def set_ring(
         self, index: int, ring: Ring, base: int | None = None, enable: bool = True
     ) -> None:
-        """Describe a ring, and have it started, at ``base`` or where the driver is."""
+        """Set up and start a ring, at ``base`` or at the driver's position."""
         state = messages.VRING_STATE
-        self.tell(RequestType.SET_VRING_NUM, state.pack(index, ring.size))
-        self.tell(
+        self.send_request(RequestType.SET_VRING_NUM, state.pack(index, ring.size))
+        self.send_request(
             RequestType.SET_VRING_BASE, state.pack(index, ring.base if base is None else base)
         )
         address = messages.VRING_ADDR.pack(
@@ -255,21 +255,21 @@ class FrontEnd:
             USER_BASE + ring.available,
             0,
         )
-        self.tell(RequestType.SET_VRING_ADDR, address)
+        self.send_request(RequestType.SET_VRING_ADDR, address)
         number = messages.U64.pack(index)
-        self.tell(RequestType.SET_VRING_ERR, number, [ring.error])
-        self.tell(RequestType.SET_VRING_KICK, number, [ring.kick])
-        self.tell(RequestType.SET_VRING_CALL, number, [ring.call])
+        self.send_request(RequestType.SET_VRING_ERR, number, [ring.error])
+        self.send_request(RequestType.SET_VRING_KICK, number, [ring.kick])
+        self.send_request(RequestType.SET_VRING_CALL, number, [ring.call])
         if enable:
-            self.tell(RequestType.SET_VRING_ENABLE, state.pack(index, 1))
+            self.send_request(RequestType.SET_VRING_ENABLE, state.pack(index, 1))
 
     def stop_ring(self, index: int) -> int:
-        """Stop a ring; returns its base."""
-        answer = self.ask(RequestType.GET_VRING_BASE, messages.VRING_STATE.pack(index, 0))
+        """Stop a ring; return its base."""
+        answer = self.request_reply(RequestType.GET_VRING_BASE, messages.VRING_STATE.pack(index, 0))
         return int(messages.VRING_STATE.unpack(answer)[1])
 
     def close(self) -> None:
-        """Go away."""
+        """Disconnect."""
         self.sock.close()
 
     def _send(self, data: bytes, fds: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""A played guest with a virtio-vsock driver: connections as a guest's kernel makes them."""
+"""A simulated guest with a virtio-vsock driver: connections as a guest's kernel makes them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vsockets.devices.virtio.ring import (
 from .packed_driver import PackedDriverRing
 from .virtio_driver import DriverRing, FrontEnd, Memory
 
-#: What a guest's kernel uses.
+#: Features that a guest's kernel uses.
 FEATURES = F_VERSION_1 | F_RING_EVENT_IDX | F_RING_INDIRECT_DESC | F_SEQPACKET
 
 _PATIENCE = 20.0
@@ -34,8 +34,8 @@ class SimulatedGuest:
     """A guest with the CID ``cid`` whose monitor has connected to the device at ``path``.
 
     ``buffer`` is the payload of one receive buffer, in bytes; ``split`` puts header and payload
-    into descriptors of their own, as Linux before 6.3 does.  Without ``refill`` the guest offers
-    no receive buffers but those that :meth:`offer_buffer` does.
+    into separate descriptors, as Linux before 6.3 does.  Without ``refill`` the guest provides
+    only the receive buffers of :meth:`offer_buffer`.
     """
 
     def __init__(
@@ -67,32 +67,32 @@ class SimulatedGuest:
         self._places: dict[int, int] = {}  # of receive buffers, by their heads
         self._event_places: dict[int, int] = {}
         self._spare: deque[int] = deque()
-        self.refills = refill  #: whether each buffer that was used is offered again
+        self.refills = refill  #: True to provide each used buffer again
         self.arrived: deque[tuple[Header, bytes]] = deque()
         self.front_end.set_memory(self.memory)
         for index, ring in enumerate(self.rings):
             self.front_end.set_ring(index, ring)
         if refill:
             self.refill()
-        self.configured_cid()  # answered when all before it is done
+        self.configured_cid()  # answered after all earlier requests
 
     def close(self) -> None:
-        """The virtual machine ends, all at once."""
+        """End the virtual machine at once."""
         self.front_end.close()
         for ring in self.rings:
             ring.close()
         self.memory.close()
 
     def configured_cid(self) -> int:
-        """The CID as the device's configuration space has it."""
+        """Return the CID from the device's configuration space."""
         wanted = messages.CONFIG.pack(0, 8, 0) + bytes(8)
-        answer = self.front_end.ask(messages.RequestType.GET_CONFIG, wanted)
+        answer = self.front_end.request_reply(messages.RequestType.GET_CONFIG, wanted)
         return int.from_bytes(answer[messages.CONFIG.size :], "little")
 
     # Buffers for the device
 
     def refill(self) -> None:
-        """Offer as many receive buffers as there is room for, and events' too."""
+        """Provide as many receive and event buffers as there is room for."""
         parts = 2 if self._split else 1
         while self.receive.has_room(parts):
             place = self._spare.popleft() if self._spare else self.memory.allocate(self._buffer)
@@ -104,7 +104,7 @@ class SimulatedGuest:
         self.events.publish()
 
     def offer_buffer(self, place: int, size: int) -> None:
-        """Offer ``size`` bytes at ``place``, header included; not published."""
+        """Add a buffer of ``size`` bytes at ``place``, header included, without publishing it."""
         chain = [(place, size)]
         if self._split and size > HEADER_SIZE:
             chain = [(place, HEADER_SIZE), (place + HEADER_SIZE, size - HEADER_SIZE)]
@@ -119,7 +119,7 @@ class SimulatedGuest:
         cuts: Sequence[int] | None = None,
         publish: bool = True,
     ) -> None:
-        """Send a packet; ``cuts`` are where its descriptors end, by default after the header."""
+        """Send a packet; ``cuts`` are the ends of its descriptors, by default after the header."""
         data = header.encode() + payload
         parts = []
         edges = [0, *(cuts if cuts is not None else [HEADER_SIZE]), len(data)]
@@ -134,7 +134,7 @@ class SimulatedGuest:
             self.transmit.publish()
 
     def _room_for(self, length: int) -> int:
-        # A circle of memory: what was sent long ago was read long ago.
+        # Circular memory: old packets were read long ago.
         if not hasattr(self, "_circle"):
             self._circle = self.memory.allocate(16 << 20)
             self._at = 0
@@ -150,7 +150,7 @@ class SimulatedGuest:
         return self.transmit.taken == self.transmit.next
 
     def take(self) -> bool:
-        """Take what has arrived to ``arrived``; returns whether anything has."""
+        """Move arrived packets to ``arrived``; return whether there were any."""
         used = self.receive.collect()
         for head, length in used:
             place = self._places.pop(head)
@@ -163,12 +163,18 @@ class SimulatedGuest:
         return bool(used)
 
     def next_packet(self, patience: float = _PATIENCE) -> tuple[Header, bytes]:
-        """The next packet that arrives.  TimeoutError."""
+        """Return the next packet.
+
+        Raises TimeoutError.
+        """
         self._wait(lambda: bool(self.arrived) or self.take(), patience)
         return self.arrived.popleft()
 
     def next_event(self) -> bytes:
-        """The next event of the event queue.  TimeoutError."""
+        """Return the next event of the event queue.
+
+        Raises TimeoutError.
+        """
         used: list[tuple[int, int]] = []
         self._wait(lambda: used.extend(self.events.collect()) or bool(used))  # type: ignore[func-returns-value]
         place = self._event_places[used[0][0]]
@@ -178,10 +184,10 @@ class SimulatedGuest:
         assert callable(condition)
         deadline = time.monotonic() + patience
         while not condition():
-            waits = [ring.call for ring in self.rings if not ring.want_call()]
+            waits = [ring.call for ring in self.rings if not ring.enable_notification()]
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError("the device says nothing")
+                raise TimeoutError("no packet from the device")
             if len(waits) == len(self.rings):
                 for fd in select.select(waits, (), (), left)[0]:
                     os.eventfd_read(fd)
@@ -191,13 +197,13 @@ class SimulatedGuest:
     def header(
         self, op: int, local: int, peer: tuple[int, int], length: int = 0, **fields: int
     ) -> Header:
-        """A header from the port ``local``; by default with a large buffer's credit."""
+        """Return a header from the port ``local``, by default with the credit of a large buffer."""
         fields = {"type": Type.STREAM, "buf_alloc": 1 << 20, "fwd_cnt": 0, **fields}
         return Header(self.cid, peer[0], local, peer[1], length, op=op, **fields)
 
 
 class GuestStream:
-    """A connection of a played guest that stands."""
+    """An established connection of a simulated guest."""
 
     def __init__(
         self,
@@ -215,7 +221,7 @@ class GuestStream:
         self.buf_alloc = buf_alloc
         self.sent = self.received = 0
         self.data = bytearray()
-        self.ended = 0  #: of Shutdown: what the host has said
+        self.ended = 0  #: directions that the host has shut down (Shutdown)
         self.is_reset = False
         self._note(answer)
 
@@ -224,11 +230,11 @@ class GuestStream:
 
     @property
     def credit(self) -> int:
-        """Bytes that may be sent."""
+        """Number of bytes that may be sent."""
         return self.alloc - ((self.sent - self.forwarded) & 0xFFFF_FFFF)
 
     def packet(self, op: int, length: int = 0, flags: int = 0) -> Header:
-        """A header of this connection."""
+        """Return a header of this connection."""
         return self.guest.header(
             op,
             self.local,
@@ -241,7 +247,7 @@ class GuestStream:
         )
 
     def send(self, data: bytes, step: int = 65536, flags: int = 0) -> None:
-        """Send all of ``data`` in packets of ``step`` bytes at most, as credit allows."""
+        """Send all of ``data`` in packets of at most ``step`` bytes, as credit allows."""
         at = 0
         while at < len(data):
             while not self.credit:
@@ -253,7 +259,7 @@ class GuestStream:
             at += len(part)
 
     def receive_packet(self) -> Header:
-        """Wait for the next packet and take note of it."""
+        """Receive the next packet and store its credit."""
         header, payload = self.guest.next_packet()
         assert (header.dst_port, header.src_cid, header.src_port) == (self.local, *self.peer)
         self._note(header)
@@ -273,7 +279,7 @@ class GuestStream:
         self.guest.send(self.packet(op, 0, flags))
 
     def receive(self, size: int) -> bytes:
-        """Exactly ``size`` bytes; credit is given as they come."""
+        """Receive exactly ``size`` bytes, with credit updates."""
         told = self.received
         while len(self.data) < size:
             self.receive_packet()
@@ -288,7 +294,7 @@ class GuestStream:
 
 @contextmanager
 def simulated_guest(path: Path | str, cid: int, **options: int) -> Iterator[SimulatedGuest]:
-    """A played guest while the context lasts."""
+    """Yield a simulated guest."""
     guest = SimulatedGuest(path, cid, **options)  # type: ignore[arg-type]
     try:
         yield guest
@@ -297,7 +303,10 @@ def simulated_guest(path: Path | str, cid: int, **options: int) -> Iterator[Simu
 
 
 def connect(guest: SimulatedGuest, local: int, peer: tuple[int, int], **fields: int) -> GuestStream:
-    """Connect to the host; ConnectionResetError when it refuses."""
+    """Connect to the host.
+
+    Raises ConnectionResetError when the host refuses.
+    """
     guest.send(guest.header(Op.REQUEST, local, peer, **fields))
     header, _ = guest.next_packet()
     if header.op == Op.RST:
@@ -314,7 +323,7 @@ def connect(guest: SimulatedGuest, local: int, peer: tuple[int, int], **fields: 
 
 
 def accept(guest: SimulatedGuest, buf_alloc: int = 1 << 20) -> GuestStream:
-    """Accept the host's connect that comes next."""
+    """Accept the host's next connect."""
     header, _ = guest.next_packet()
     assert header.op == Op.REQUEST, header
     stream = GuestStream(

@@ -1,6 +1,6 @@
-"""A guest played in Python on shared memory: drivers' moves without a driver.
+"""A simulated guest with a VMCI driver on shared memory.
 
-It speaks to a real device process's objects, in this process, with no virtual machine.
+It calls the objects of a device in this process, without a virtual machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OUT, _IN, _IN_DATA, _QUEUES = 0, 0x20_000, 0x21_000, 0x40_000
 
 
 class StubFabric:
-    """Stands where vsockd is: accepts every stream and keeps every datagram."""
+    """A fabric that accepts every stream and keeps every datagram."""
 
     on_resized: Callable[[int, tuple[int, int], int], None]  #: set by the device
 
@@ -38,7 +38,7 @@ class StubFabric:
         self.streams: list[socket.socket] = []
         self.datagrams: list[tuple[int, tuple[int, int], bytes]] = []
         self.settled: list[tuple[int, int]] = []
-        self.refused: list[socket.socket] = []  #: what vsockd is given back
+        self.refused: list[socket.socket] = []  #: sockets returned to vsockd
         self.error = 0
         self.capture = CaptureSink(loop)
 
@@ -76,7 +76,7 @@ class StubFabric:
 
 
 class SimulatedGuest:
-    """One guest with its device, not booted: :meth:`probe` does what drivers do first."""
+    """One guest with its device; :meth:`probe` does what a starting driver does."""
 
     def __init__(self) -> None:
         self.loop = DeviceLoop()
@@ -115,7 +115,7 @@ class SimulatedGuest:
         self.store(Register.CONTROL, Control.INT_ENABLE)
 
     def enable_messages(self) -> list[int]:
-        """Enable MSI-X; the eventfds of its vectors, which are the device's."""
+        """Enable MSI-X; return the eventfds of its vectors, which the device owns."""
         eventfds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
         self.device.interrupts.set(0x24, Irq.MSIX, 0, 3, eventfds)
         return eventfds
@@ -139,18 +139,18 @@ class SimulatedGuest:
         return self.send(Handle(peer, 1), packet.encode(), Handle(CID, 1))
 
     def offer_buffer(self, posted: bool = False) -> None:
-        """Let the device put datagrams into the buffer for them."""
+        """Provide the buffer for datagrams to the device."""
         self.memory[_IN : _IN + 24] = struct.pack("<IIIIq", 0, 1, 1, 0, 0)
         self.memory[_IN + 24 : _IN + 40] = struct.pack("<QQ", _IN_DATA, LARGEST)
         self.store(Register.DATA_IN_LOW, _IN, posted)
 
     @property
     def buffer_is_filled(self) -> bool:
-        """Whether the device has done it."""
+        """True once the device has filled the buffer."""
         return self.memory[_IN] == 1
 
     def receive(self) -> list[Datagram]:
-        """What waits for the guest."""
+        """Return the datagrams that wait for the guest."""
         received: list[Datagram] = []
         while True:
             self.offer_buffer()
@@ -167,7 +167,7 @@ class SimulatedGuest:
                 return received
 
     def packets(self) -> list[Packet]:
-        """The control packets that wait."""
+        """Return the control packets that wait for the guest."""
         decoded = (Packet.decode(one.payload) for one in self.receive() if one.source.resource == 1)
         return [packet for packet in decoded if packet is not None]
 
@@ -187,7 +187,7 @@ class SimulatedGuest:
         )
 
     def connect(self, port: int, size: int) -> SimulatedStream:
-        """As connect() in a guest; the other end is the fabric's newest stream."""
+        """Connect as a guest does; the other end is the fabric's newest stream."""
         self.packet(Packet(Kind.REQUEST2, port, 5000, size, 0, 1))
         (answer,) = self.packets()
         assert answer.kind == Kind.NEGOTIATE2, answer
@@ -205,7 +205,7 @@ class SimulatedGuest:
 
 
 class SimulatedStream:
-    """The guest's end of a stream, whose pages follow each other."""
+    """The guest's end of a stream, with adjacent pages."""
 
     def __init__(
         self, guest: SimulatedGuest, port: int, handle: Handle, size: int, pages: Sequence[int]
@@ -230,7 +230,7 @@ class SimulatedStream:
         self._guest.packet(Packet(kind, self.port, 5000, value))
 
     def write(self, data: bytes) -> int:
-        """As much of ``data`` as there is room for."""
+        """Write as much of ``data`` as the queue has room for."""
         tail, head = self._ours[1], self._theirs[2]
         count = min(len(data), (head - tail - 1) % self.size)
         first = min(count, self.size - tail)
@@ -243,11 +243,11 @@ class SimulatedStream:
 
     @property
     def unread(self) -> int:
-        """How many bytes there are to read."""
+        """Return the number of bytes to read."""
         return int(self._theirs[1] - self._ours[2]) % self.size
 
     def read(self) -> bytes:
-        """All there is."""
+        """Read all data."""
         head, tail = self._ours[2], self._theirs[1]
         if tail >= head:
             data = bytes(self._consume[head:tail])

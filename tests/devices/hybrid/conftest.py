@@ -1,4 +1,4 @@
-"""A fabric, a played Firecracker, and the device that leads to it."""
+"""A fabric, a simulated Firecracker, and the device between them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fabric() -> Iterator[PrivateFabric]:
 
 @pytest.fixture(scope="class")
 def folder() -> Iterator[Path]:
-    # Unix sockets have short paths.
+    # Paths of unix sockets must be short.
     with tempfile.TemporaryDirectory(prefix="fc-", dir="/tmp") as folder:
         yield Path(folder)
 

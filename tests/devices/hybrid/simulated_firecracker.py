@@ -1,7 +1,7 @@
-"""Firecracker's side of hybrid vsock, played: its unix socket, and what its guest does.
+"""Simulation of Firecracker's side of hybrid vsock: its unix socket, and its guest.
 
-The real thing needs /dev/kvm.  A real peer, Debian's vhost-device-vsock with a guest, is in
-``tests/vm/test_hybrid.py``.
+Firecracker itself needs /dev/kvm.  ``tests/vm/test_hybrid.py`` has a real peer, Debian's
+vhost-device-vsock with a guest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PATIENCE = 20.0
 
 
 def read_line(sock: socket.socket) -> bytes:
-    """A line and not a byte more."""
+    """Read a line and no byte beyond it."""
     line = b""
     while not line.endswith(b"\n"):
         byte = sock.recv(1)
@@ -39,19 +39,19 @@ def read_all(sock: socket.socket) -> bytes:
 
 
 class SimulatedFirecracker:
-    """A monitor at ``path``, and the guest behind it."""
+    """A monitor at ``path``, and its guest."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._name = os.path.basename(path)
-        self._folder = os.open(path.parent, os.O_PATH)  # the path may be a long one
+        self._folder = os.open(path.parent, os.O_PATH)  # the path may be long
         self.listener: socket.socket | None = None
 
     def _near(self, name: str) -> str:
         return f"/proc/self/fd/{self._folder}/{name}"
 
     def power_on(self) -> None:
-        """From now on the socket is there."""
+        """Create the socket."""
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(self._near(self._name))
         self.listener.listen(128)
@@ -68,21 +68,24 @@ class SimulatedFirecracker:
         os.close(self._folder)
 
     def asked(self) -> tuple[socket.socket, bytes]:
-        """The next connection of the host, and the line it says."""
+        """Accept the host's next connection; return it and its request line."""
         assert self.listener is not None
         sock, _ = self.listener.accept()
         sock.settimeout(PATIENCE)
         return sock, read_line(sock)
 
     def accepts(self, port: int, more: bytes = b"") -> socket.socket:
-        """A program of the guest accepts the host's connect to ``port``, and says ``more``."""
+        """Accept the host's connect to ``port`` as a program of the guest, and send ``more``."""
         sock, line = self.asked()
         assert line == b"CONNECT %d\n" % port
         sock.sendall(b"OK 1073741824\n" + more)
         return sock
 
     def connects(self, port: int) -> socket.socket:
-        """A program of the guest connects to the host's ``port``; ConnectionRefusedError."""
+        """Connect to the host's ``port`` as a program of the guest.
+
+        Raises ConnectionRefusedError.
+        """
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(PATIENCE)
         try:
@@ -96,7 +99,7 @@ class SimulatedFirecracker:
         return sock
 
     def ports(self) -> set[int]:
-        """The ports of the host that the guest can connect to."""
+        """Return the host's ports that the guest can connect to."""
         start = self._name + "_"
         return {
             int(name.removeprefix(start))
@@ -105,12 +108,12 @@ class SimulatedFirecracker:
         }
 
     def wait_for(self, *ports: int) -> None:
-        """Wait until those are the ports that there are."""
+        """Wait until the guest can connect to these ports."""
         wait_until(lambda: self.ports() == set(ports), f"ports {ports}", PATIENCE)
 
 
 class HybridDevice:
-    """``vsock device hybrid``, in a process of its own."""
+    """A process of ``vsock device hybrid``."""
 
     def __init__(
         self, fabric: PrivateFabric, path: Path, *options: str, cid: int | None = None

@@ -1,6 +1,6 @@
-"""``vsock device hybrid`` with a played Firecracker, both directions, and the bugs others had.
+"""``vsock device hybrid`` with a simulated Firecracker, in both directions.
 
-The names of the bugs are of their projects' issues.
+The tests include bugs of other projects, cited by their issues.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .simulated_firecracker import PATIENCE, HybridDevice, SimulatedFirecracker,
 
 @contextlib.contextmanager
 def connecting(fabric: PrivateFabric, cid: int, port: int) -> Iterator[vsockets.socket]:
-    """A program of the host whose connect is under way."""
+    """A pending connect of a program of the host."""
     with vsockets.socket(context=fabric.host) as sock:
         sock.setblocking(False)
         assert sock.connect_ex((cid, port)) == errno.EINPROGRESS
@@ -36,7 +36,7 @@ def connecting(fabric: PrivateFabric, cid: int, port: int) -> Iterator[vsockets.
 
 
 def finish(sock: vsockets.socket) -> int:
-    """Wait for the end of a connect: 0 or its errno."""
+    """Wait for the end of a connect; return 0 or its errno."""
     poll = select.poll()
     poll.register(sock, select.POLLOUT)
     assert poll.poll(PATIENCE * 1000)
@@ -52,7 +52,7 @@ def joined(
     firecracker: SimulatedFirecracker,
     more: bytes = b"",
 ) -> Iterator[tuple[vsockets.socket, socket.socket]]:
-    """A stream from the host to the guest's port 52: its two ends."""
+    """Yield both ends of a stream from the host to the guest's port 52."""
     with connecting(fabric, device.cid, 52) as sock, firecracker.accepts(52, more) as guest:
         assert finish(sock) == 0
         yield sock, guest
@@ -60,7 +60,7 @@ def joined(
 
 @contextlib.contextmanager
 def serving(fabric: PrivateFabric, firecracker: SimulatedFirecracker) -> Iterator[vsockets.socket]:
-    """A listener of the host, which the guest knows of."""
+    """Yield a listener of the host that the guest can connect to."""
     address = (2, VMADDR_PORT_ANY)
     with vsockets.create_server(address, backlog=1000, context=fabric.host) as server:
         server.settimeout(PATIENCE)
@@ -73,7 +73,7 @@ def serving(fabric: PrivateFabric, firecracker: SimulatedFirecracker) -> Iterato
 def connected(
     fabric: PrivateFabric, firecracker: SimulatedFirecracker, more: bytes = b""
 ) -> Iterator[tuple[socket.socket, vsockets.socket]]:
-    """A stream from the guest to the host, on which the guest says ``more``: its two ends."""
+    """Yield both ends of a stream from the guest to the host, after the guest sent ``more``."""
     with (
         serving(fabric, firecracker) as server,
         firecracker.connects(server.getsockname()[1]) as guest,
@@ -86,7 +86,7 @@ def connected(
 
 
 def exchange(one: socket.socket, other: socket.socket, data: bytes) -> None:
-    """Send ``data`` both ways at once, half-close each, and compare digests."""
+    """Send ``data`` in both directions at once, half-close each, and compare digests."""
     received: dict[socket.socket, bytes] = {}
 
     def send(sock: socket.socket) -> None:
@@ -125,7 +125,7 @@ class TestToTheGuest:
     def test_reply_split_into_pieces(
         self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
-        """vhost-device#663: the newline comes apart from the number."""
+        """vhost-device#663: the newline arrives after the number."""
         with connecting(fabric, device.cid, 52) as sock:
             guest, _ = firecracker.asked()
             with guest:
@@ -144,7 +144,7 @@ class TestToTheGuest:
         firecracker: SimulatedFirecracker,
         answer: bytes,
     ) -> None:
-        """Nobody listens, or that is no hybrid vsock: a line that never ends is cut off."""
+        """No listener, or not hybrid vsock: a line without an end is cut off."""
         with connecting(fabric, device.cid, 52) as sock:
             guest, line = firecracker.asked()
             with guest:
@@ -152,7 +152,7 @@ class TestToTheGuest:
                 guest.sendall(answer)
                 guest.shutdown(socket.SHUT_WR)
                 assert finish(sock) == errno.ECONNRESET
-        with joined(fabric, device, firecracker) as (sock, guest):  # all is well
+        with joined(fabric, device, firecracker) as (sock, guest):  # the device still works
             exchange(sock, guest, b"x")
 
     def test_refused_socket_can_connect_again(
@@ -199,7 +199,7 @@ class TestToTheGuest:
                 assert sock.recv(100) == b"answer"
             guest.shutdown(socket.SHUT_WR)
             assert sock.recv(1) == b""
-        with joined(fabric, device, firecracker) as (sock, guest):  # and from the other side
+        with joined(fabric, device, firecracker) as (sock, guest):  # from the other side
             guest.shutdown(socket.SHUT_WR)
             assert sock.recv(1) == b""
             sock.sendall(b"answer")
@@ -240,9 +240,7 @@ class TestToTheGuest:
     def test_resets_never_affect_other_streams(
         self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
-        """flintlock#1205, cloud-hypervisor#8692: nobody's end becomes another one's, whatever is
-        reset meanwhile.
-        """
+        """flintlock#1205, cloud-hypervisor#8692: resets never affect another stream."""
         for number in range(200):
             with connecting(fabric, device.cid, 52) as sock:
                 guest, _ = firecracker.asked()
@@ -253,7 +251,7 @@ class TestToTheGuest:
                         continue
                     guest.sendall(b"OK 1024\n%d" % number)
                     assert finish(sock) == 0
-                    if number % 3 == 1:  # a reset: closed with bytes unread
+                    if number % 3 == 1:  # a reset: closed with unread bytes
                         sock.sendall(b"unread")
                         guest.close()
                     assert sock.recv(100) == b"%d" % number
@@ -284,7 +282,7 @@ class TestToTheGuest:
 def test_connect_waits_for_the_guest(
     fabric: PrivateFabric, folder: Path, firecracker: SimulatedFirecracker
 ) -> None:
-    """firecracker#1253: the host connects before the guest listens, or runs."""
+    """firecracker#1253: the host connects before the guest listens or runs."""
     firecracker.power_off()
     with (
         HybridDevice(fabric, firecracker.path, "--wait", str(PATIENCE)) as device,
@@ -293,7 +291,7 @@ def test_connect_waits_for_the_guest(
         sock.setblocking(False)
         sock.connect_ex((device.cid, 52))
         firecracker.power_on()
-        for _ in range(2):  # it runs, and nobody listens yet
+        for _ in range(2):  # the machine runs, without a listener yet
             firecracker.asked()[0].close()
         with firecracker.accepts(52) as guest:
             assert finish(sock) == 0
@@ -304,7 +302,7 @@ class TestFromTheGuest:
     def test_a_stream(
         self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
-        """One kernel socket from end to end: the device is not in it."""
+        """One kernel socket from end to end, without the device."""
         with connected(fabric, firecracker, b"at once") as (guest, sock):
             cid, port = sock.getpeername()
             assert cid == device.cid
@@ -324,7 +322,8 @@ class TestFromTheGuest:
             with vsockets.create_server((2, 5001), context=fabric.host):
                 firecracker.wait_for(5000, 5001)
             firecracker.wait_for(5000)
-            # What only looks like it: bound to the local CID, another type, a datagram socket.
+            # Similar sockets that do not count: bound to the local CID, of another type,
+            # datagrams.
             with (
                 vsockets.create_server((1, 5002), context=fabric.host),
                 vsockets.socket(type=socket.SOCK_SEQPACKET, context=fabric.host) as packets,
@@ -402,7 +401,7 @@ class TestFromTheGuest:
     def test_existing_socket_of_another_program_is_kept(
         self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> None:
-        """A program that has made the unix socket itself keeps it."""
+        """A program that has created the unix socket itself keeps it."""
         with socket.socket(socket.AF_UNIX) as theirs:
             theirs.bind(f"{firecracker.path}_5006")
             theirs.listen()
@@ -417,10 +416,10 @@ class TestFromTheGuest:
 def test_existing_listeners_are_announced_at_start(
     fabric: PrivateFabric, firecracker: SimulatedFirecracker
 ) -> None:
-    """Outside the class: two devices at one path get into each other's way."""
+    """Outside the class, because two devices at one path conflict."""
     with contextlib.ExitStack() as stack:
         ports = set()
-        for _ in range(300):  # more than the link takes at once
+        for _ in range(300):  # more than the link's buffer takes
             server = vsockets.create_server((2, VMADDR_PORT_ANY), context=fabric.host)
             ports.add(stack.enter_context(server).getsockname()[1])
         device = stack.enter_context(HybridDevice(fabric, firecracker.path))
@@ -443,7 +442,7 @@ class TestLife:
     def device(
         self, fabric: PrivateFabric, firecracker: SimulatedFirecracker
     ) -> Iterator[HybridDevice]:
-        """Each test its own: most end it."""
+        """A device for each test, as most tests end it."""
         with HybridDevice(fabric, firecracker.path) as device:
             yield device
 
@@ -451,7 +450,7 @@ class TestLife:
     def streams(
         self, fabric: PrivateFabric, device: HybridDevice, firecracker: SimulatedFirecracker
     ) -> Iterator[list[socket.socket]]:
-        """A stream each way: the ends."""
+        """Yield the ends of a stream in each direction."""
         with (
             joined(fabric, device, firecracker) as (sock, guest),
             connected(fabric, firecracker) as (other, accepted),
@@ -512,7 +511,7 @@ class TestLife:
                     accepted, _ = server.accept()
                     device.end(signal.SIGKILL)
                     assert sock.recv(1) == guest.recv(1) == b""
-                    exchange(other, accepted, b"goes on")  # the device was not in it
+                    exchange(other, accepted, b"goes on")  # the device is not part of it
                     other.close()
                     accepted.close()
             with pytest.raises(ConnectionRefusedError):
@@ -530,7 +529,7 @@ class TestLife:
 
 
 def test_long_socket_paths(fabric: PrivateFabric, folder: Path) -> None:
-    """flintlock#1226, vfkit#194: a unix socket's path has 107 bytes."""
+    """flintlock#1226, vfkit#194: a unix socket's path has at most 107 bytes."""
     deep = folder / ("d" * 100) / ("e" * 100)
     deep.mkdir(parents=True)
     firecracker = SimulatedFirecracker(deep / "v.sock")

@@ -1,4 +1,4 @@
-"""The vfio-user server, over a real socket, with a device that only remembers."""
+"""The vfio-user server, over a real socket, with a device that records its calls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ VERSION = struct.pack("<HH", 0, 0) + b'{"capabilities":{}}\0'
 
 
 class RecordingDevice:
-    """A device of 64 bytes."""
+    """A device with a region of 64 bytes."""
 
     def __init__(self) -> None:
         self.regions: Mapping[Region, int] = {Region.BAR1: 64, Region.CONFIG: 256}
@@ -88,12 +88,12 @@ class Client:
         header = HEADER.pack(7, command, HEADER.size + len(payload), flags, 0)
         socket.send_fds(self.sock, [header + payload], fds)
 
-    def ask(self, command: int, payload: bytes = b"", fds: tuple[int, ...] = ()) -> bytes | int:
-        """The answer's payload, or its errno."""
+    def request(self, command: int, payload: bytes = b"", fds: tuple[int, ...] = ()) -> bytes | int:
+        """Return the reply's payload, or its errno."""
         self.send(command, payload, fds)
-        return self.answer()
+        return self.receive_reply()
 
-    def answer(self) -> bytes | int:
+    def receive_reply(self) -> bytes | int:
         header = self.sock.recv(HEADER.size, socket.MSG_WAITALL)
         number, _, size, flags, code = HEADER.unpack(header)
         assert number == 7 and flags & 1
@@ -132,7 +132,7 @@ def path(device: RecordingDevice, tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def client(path: Path) -> Iterator[Client]:
     client = Client(path)
-    client.ask(Command.VERSION, VERSION)
+    client.request(Command.VERSION, VERSION)
     yield client
     client.sock.close()
 
@@ -143,7 +143,7 @@ def access(region: int, offset: int, count: int, data: bytes = b"") -> bytes:
 
 def test_version_negotiation(path: Path) -> None:
     client = Client(path)
-    answer = client.ask(Command.VERSION, VERSION)
+    answer = client.request(Command.VERSION, VERSION)
     assert isinstance(answer, bytes) and answer[:4] == bytes(4)
     assert "max_msg_fds" in json.loads(answer[4:-1])["capabilities"]
     client.sock.close()
@@ -155,88 +155,89 @@ def test_version_negotiation(path: Path) -> None:
 )
 def test_invalid_versions_are_refused(path: Path, payload: bytes) -> None:
     client = Client(path)
-    assert client.ask(Command.VERSION, payload) == errno.EINVAL
+    assert client.request(Command.VERSION, payload) == errno.EINVAL
     client.sock.close()
 
 
 def test_device_region_and_interrupt_information(client: Client) -> None:
-    assert client.ask(Command.DEVICE_GET_INFO, struct.pack("<IIII", 16, 0, 0, 0)) == struct.pack(
-        "<IIII", 16, 3, 9, 5
-    )
+    assert client.request(
+        Command.DEVICE_GET_INFO, struct.pack("<IIII", 16, 0, 0, 0)
+    ) == struct.pack("<IIII", 16, 3, 9, 5)
     for index, size in [(1, 64), (7, 256), (0, 0), (8, 0)]:
-        answer = client.ask(
+        answer = client.request(
             Command.DEVICE_GET_REGION_INFO, struct.pack("<IIIIQQ", 32, 0, index, 0, 0, 0)
         )
         assert answer == struct.pack("<IIIIQQ", 32, 3 if size else 0, index, 0, size, 0)
     assert (
-        client.ask(Command.DEVICE_GET_REGION_INFO, struct.pack("<IIIIQQ", 32, 0, 9, 0, 0, 0))
+        client.request(Command.DEVICE_GET_REGION_INFO, struct.pack("<IIIIQQ", 32, 0, 9, 0, 0, 0))
         == errno.EINVAL
     )
     for index, flags, count in [(0, 7, 1), (1, 1, 0), (2, 9, 3), (4, 1, 0)]:
-        answer = client.ask(Command.DEVICE_GET_IRQ_INFO, struct.pack("<IIII", 16, 0, index, 0))
+        answer = client.request(Command.DEVICE_GET_IRQ_INFO, struct.pack("<IIII", 16, 0, index, 0))
         assert answer == struct.pack("<IIII", 16, flags, index, count)
     for index in (Irq.ERR, 5):
         question = struct.pack("<IIII", 16, 0, index, 0)
-        assert client.ask(Command.DEVICE_GET_IRQ_INFO, question) == errno.EINVAL
-    header = client.ask(Command.REGION_READ, access(Region.CONFIG, 0, 64))
+        assert client.request(Command.DEVICE_GET_IRQ_INFO, question) == errno.EINVAL
+    header = client.request(Command.REGION_READ, access(Region.CONFIG, 0, 64))
     assert isinstance(header, bytes)
     assert header[16:20] == struct.pack("<HH", 1, 2)
     assert header[16 + 0x34] == 0x40
 
 
 def test_region_reads_and_writes(client: Client, device: RecordingDevice) -> None:
-    assert client.ask(Command.REGION_WRITE, access(1, 60, 4, b"abcd")) == access(1, 60, 4)
-    assert client.ask(Command.REGION_READ, access(1, 60, 4)) == access(1, 60, 4, b"abcd")
-    client.send(Command.REGION_WRITE, access(1, 0, 1, b"x"), flags=0x10)  # no answer
-    assert client.ask(Command.REGION_READ, access(1, 0, 1)) == access(1, 0, 1, b"x")
+    assert client.request(Command.REGION_WRITE, access(1, 60, 4, b"abcd")) == access(1, 60, 4)
+    assert client.request(Command.REGION_READ, access(1, 60, 4)) == access(1, 60, 4, b"abcd")
+    client.send(Command.REGION_WRITE, access(1, 0, 1, b"x"), flags=0x10)  # no reply
+    assert client.request(Command.REGION_READ, access(1, 0, 1)) == access(1, 0, 1, b"x")
     for region, offset, count in [(1, 61, 4), (1, 2**64 - 1, 4), (2, 0, 1), (99, 0, 1), (1, 0, 0)]:
-        assert client.ask(Command.REGION_READ, access(region, offset, count)) == errno.EINVAL
-    assert client.ask(Command.REGION_WRITE, access(1, 0, 4, b"abc")) == errno.EINVAL
-    assert client.ask(Command.REGION_READ, b"short") == errno.EINVAL
+        assert client.request(Command.REGION_READ, access(region, offset, count)) == errno.EINVAL
+    assert client.request(Command.REGION_WRITE, access(1, 0, 4, b"abc")) == errno.EINVAL
+    assert client.request(Command.REGION_READ, b"short") == errno.EINVAL
 
 
 def test_dma_map_and_unmap(client: Client, device: RecordingDevice) -> None:
     fd = os.memfd_create("guest")
     os.ftruncate(fd, 4 * PAGE)
     os.pwrite(fd, b"from the guest", PAGE)
-    # As QEMU does: several at once, some without a file; the descriptor is the last one's.
+    # As QEMU does: several at once, some without a file; the descriptor is that of the last one.
     parts = b""
     for address, has_file in [(8 * PAGE, False), (0, True)]:
         payload = DMA_MAP.pack(32, 3, PAGE if has_file else 0, address, PAGE)
         parts += HEADER.pack(7, Command.DMA_MAP, HEADER.size + len(payload), 0, 0) + payload
     socket.send_fds(client.sock, [parts], [fd])
-    assert client.answer() == client.answer() == b""
+    assert client.receive_reply() == client.receive_reply() == b""
     assert bytes(device.memory.view(0, 14)) == b"from the guest"
     again = DMA_MAP.pack(32, 3, 0, 0, PAGE)
-    assert client.ask(Command.DMA_MAP, again, (fd,)) == errno.EEXIST
+    assert client.request(Command.DMA_MAP, again, (fd,)) == errno.EEXIST
     long = DMA_MAP.pack(32, 3, 0, 16 * PAGE, 5 * PAGE)
-    assert client.ask(Command.DMA_MAP, long, (fd,)) == errno.EINVAL
+    assert client.request(Command.DMA_MAP, long, (fd,)) == errno.EINVAL
     unmap = DMA_UNMAP.pack(24, 0, 0, PAGE)
-    assert client.ask(Command.DMA_UNMAP, unmap) == unmap
+    assert client.request(Command.DMA_UNMAP, unmap) == unmap
     assert device.forgotten == [(0, PAGE)]
-    assert client.ask(Command.DMA_UNMAP, unmap) == errno.EINVAL
+    assert client.request(Command.DMA_UNMAP, unmap) == errno.EINVAL
     os.close(fd)
 
 
 def test_interrupts_signal_eventfds(client: Client, device: RecordingDevice) -> None:
     eventfds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
-    device.interrupts.trigger(0)  # nobody is there
+    device.interrupts.trigger(0)  # no eventfd
     assert (
-        client.ask(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, 0x24, 2, 0, 3), tuple(eventfds))
+        client.request(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, 0x24, 2, 0, 3), tuple(eventfds))
         == b""
     )
     device.interrupts.trigger(2)
     assert [_count(eventfd) for eventfd in eventfds] == [0, 0, 1]
-    assert client.ask(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, 0x21, 2, 0, 0)) == b""
+    assert client.request(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, 0x21, 2, 0, 0)) == b""
     device.interrupts.trigger(2)
     assert (
-        client.ask(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, 0x24, 2, 0, 1), (eventfds[0],)) == b""
+        client.request(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, 0x24, 2, 0, 1), (eventfds[0],))
+        == b""
     )
-    device.interrupts.trigger(2)  # one for all
+    device.interrupts.trigger(2)  # one eventfd for all
     assert [_count(eventfd) for eventfd in eventfds] == [1, 0, 0]
     for fields in [(0x24, 2, 3, 1), (0x24, 2, 2**32 - 1, 2), (0x24, 9, 0, 1), (0x22, 2, 0, 1)]:
         given = (eventfds[0],)
-        answer = client.ask(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, *fields), given)
+        answer = client.request(Command.DEVICE_SET_IRQS, SET_IRQS.pack(20, *fields), given)
         assert answer == errno.EINVAL
     for eventfd in eventfds:
         os.close(eventfd)
@@ -246,16 +247,16 @@ def test_clients_are_served_one_after_another(path: Path, device: RecordingDevic
     before = len(os.listdir("/proc/self/fd"))
     for number in range(1, 4):
         client = Client(path)
-        client.ask(Command.VERSION, VERSION)
-        assert client.ask(Command.DEVICE_RESET) == b""
+        client.request(Command.VERSION, VERSION)
+        assert client.request(Command.DEVICE_RESET) == b""
         fd = os.memfd_create("guest")
         os.ftruncate(fd, PAGE)
-        assert client.ask(Command.DMA_MAP, DMA_MAP.pack(32, 3, 0, 0, PAGE), (fd,)) == b""
+        assert client.request(Command.DMA_MAP, DMA_MAP.pack(32, 3, 0, 0, PAGE), (fd,)) == b""
         os.close(fd)
         client.sock.close()
         assert device.resets >= 2 * number - 1
     client = Client(path)
-    client.ask(Command.VERSION, VERSION)
+    client.request(Command.VERSION, VERSION)
     assert device.resets == 6 and len(device.memory) == 0
     client.sock.close()
     assert len(os.listdir("/proc/self/fd")) <= before + 1
@@ -268,7 +269,7 @@ def test_clients_are_served_one_after_another(path: Path, device: RecordingDevic
         HEADER.pack(1, Command.VERSION, 15, 0, 0),
         HEADER.pack(1, Command.VERSION, 2**32 - 1, 0, 0),
         HEADER.pack(1, Command.VERSION, 16, 1, 0),
-        HEADER.pack(1, Command.DEVICE_RESET, 16, 0, 0),  # before the version
+        HEADER.pack(1, Command.DEVICE_RESET, 16, 0, 0),  # before VERSION
         HEADER.pack(1, Command.VERSION, 16 + len(VERSION), 0, 0) + VERSION + bytes(16),
     ],
 )
@@ -279,19 +280,19 @@ def test_malformed_message_ends_only_its_connection(path: Path, garbage: bytes) 
         pass
     client.sock.close()
     client = Client(path)
-    assert isinstance(client.ask(Command.VERSION, VERSION), bytes)
-    assert client.ask(99) == errno.ENOTSUP
+    assert isinstance(client.request(Command.VERSION, VERSION), bytes)
+    assert client.request(99) == errno.ENOTSUP
     client.sock.close()
 
 
 @pytest.mark.parametrize(
     "messages",
     [
-        [bytes(16)],  # no size
+        [bytes(16)],  # invalid size
         [HEADER.pack(1, Command.VERSION, 16, 1, 0)],  # a reply
-        [HEADER.pack(1, Command.DMA_MAP, 16, 0, 0)],  # before the version
+        [HEADER.pack(1, Command.DMA_MAP, 16, 0, 0)],  # before VERSION
         [HEADER.pack(1, 99, 16, 0, 0)],
-        [b"\1"],  # cut short
+        [b"\1"],  # incomplete
         [b"\1", b"\1"],  # more than one message may have
     ],
 )

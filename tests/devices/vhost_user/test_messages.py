@@ -1,4 +1,4 @@
-"""The codec of vhost-user."""
+"""The codec of vhost-user messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vsockets.devices.vhost_user.messages import (
 
 
 def read(decoder: Decoder, data: bytes, step: int, fds: list[int]) -> list[Message]:
-    """As a socket gives it: never more than is wanted, sometimes less."""
+    """Return what a socket gives: never more than wanted, sometimes less."""
     messages = []
     while data:
         size = min(step, decoder.wanted)

@@ -1,4 +1,4 @@
-"""What a front end asks for, and what it is refused."""
+"""Requests of a vhost-user front end, valid and invalid."""
 
 from __future__ import annotations
 
@@ -58,22 +58,22 @@ class Device:
 
 
 class Front:
-    """Says things to a session as a front end would."""
+    """A front end that sends requests to a session."""
 
     def __init__(self) -> None:
         self.device = Device()
         self.session = Session(self.device)
 
-    def ask(self, request: int, payload: bytes = b"") -> bytes:
+    def request_reply(self, request: int, payload: bytes = b"") -> bytes:
         answer = self.session.handle(Message(request, 1, payload))
         assert answer is not None
         assert messages.HEADER.unpack_from(answer)[1] == 1 | Flag.REPLY
         return answer[messages.HEADER.size :]
 
     def number(self, request: int) -> int:
-        return int(messages.U64.unpack(self.ask(request))[0])
+        return int(messages.U64.unpack(self.request_reply(request))[0])
 
-    def order(self, request: int, payload: bytes = b"", *fds: int) -> int:
+    def request_ack(self, request: int, payload: bytes = b"", *fds: int) -> int:
         message = Message(request, 1 | Flag.NEED_REPLY, payload, tuple(os.dup(fd) for fd in fds))
         answer = self.session.handle(message)
         assert answer is not None
@@ -84,7 +84,7 @@ class Front:
         message = Message(RequestType.SET_PROTOCOL_FEATURES, 1, messages.U64.pack(features))
         assert self.session.handle(message) is None
         features = VERSION_1 | F_PROTOCOL_FEATURES
-        assert self.order(RequestType.SET_FEATURES, messages.U64.pack(features)) == 0
+        assert self.request_ack(RequestType.SET_FEATURES, messages.U64.pack(features)) == 0
 
 
 @pytest.fixture
@@ -121,12 +121,12 @@ def table(*regions: bytes) -> bytes:
 
 def set_ring(front: Front, kick: int, index: int = 0) -> None:
     state = messages.VRING_STATE
-    assert front.order(RequestType.SET_VRING_NUM, state.pack(index, 16)) == 0
-    assert front.order(RequestType.SET_VRING_BASE, state.pack(index, 7)) == 0
+    assert front.request_ack(RequestType.SET_VRING_NUM, state.pack(index, 16)) == 0
+    assert front.request_ack(RequestType.SET_VRING_BASE, state.pack(index, 7)) == 0
     address = messages.VRING_ADDR.pack(index, 0, USER, USER + 0x2000, USER + 0x1000, 0)
-    assert front.order(RequestType.SET_VRING_ADDR, address) == 0
-    assert front.order(RequestType.SET_VRING_KICK, messages.U64.pack(index), kick) == 0
-    assert front.order(RequestType.SET_VRING_ENABLE, state.pack(index, 1)) == 0
+    assert front.request_ack(RequestType.SET_VRING_ADDR, address) == 0
+    assert front.request_ack(RequestType.SET_VRING_KICK, messages.U64.pack(index), kick) == 0
+    assert front.request_ack(RequestType.SET_VRING_ENABLE, state.pack(index, 1)) == 0
 
 
 def test_feature_negotiation(front: Front) -> None:
@@ -134,32 +134,35 @@ def test_feature_negotiation(front: Front) -> None:
     assert front.device.used == VERSION_1
     assert front.number(RequestType.GET_QUEUE_NUM) == 2
     assert front.number(RequestType.GET_MAX_MEM_SLOTS) > 8
-    assert front.order(RequestType.SET_FEATURES, messages.U64.pack(1 << 5)) == errno.EINVAL
+    assert front.request_ack(RequestType.SET_FEATURES, messages.U64.pack(1 << 5)) == errno.EINVAL
     assert (
-        front.order(RequestType.SET_PROTOCOL_FEATURES, messages.U64.pack(1 << 63)) == errno.EINVAL
+        front.request_ack(RequestType.SET_PROTOCOL_FEATURES, messages.U64.pack(1 << 63))
+        == errno.EINVAL
     )
 
 
 def test_configuration_space(front: Front) -> None:
     config = messages.CONFIG
-    assert front.ask(RequestType.GET_CONFIG, config.pack(2, 3, 0) + b"...") == (
+    assert front.request_reply(RequestType.GET_CONFIG, config.pack(2, 3, 0) + b"...") == (
         config.pack(2, 3, 0) + b"345"
     )
-    assert front.ask(RequestType.GET_CONFIG, config.pack(2, 7, 0) + bytes(7)) == b""
-    assert front.ask(RequestType.GET_CONFIG, config.pack(0xFFFF_FFFF, 0xFFFF_FFFF, 0)) == b""
-    assert front.ask(RequestType.GET_CONFIG, b"short") == b""
-    assert front.order(RequestType.SET_CONFIG, config.pack(0, 1, 0) + b"x") == errno.ENOTSUP
+    assert front.request_reply(RequestType.GET_CONFIG, config.pack(2, 7, 0) + bytes(7)) == b""
+    assert (
+        front.request_reply(RequestType.GET_CONFIG, config.pack(0xFFFF_FFFF, 0xFFFF_FFFF, 0)) == b""
+    )
+    assert front.request_reply(RequestType.GET_CONFIG, b"short") == b""
+    assert front.request_ack(RequestType.SET_CONFIG, config.pack(0, 1, 0) + b"x") == errno.ENOTSUP
 
 
 def test_ring_starts_when_enabled_and_stops_at_get_vring_base(
     front: Front, memory: int, kick: int
 ) -> None:
-    assert front.order(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
+    assert front.request_ack(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
     set_ring(front, kick)
     assert front.device.running == {0: (GUEST, GUEST + 0x1000, GUEST + 0x2000)}
     state = messages.VRING_STATE
-    assert front.order(RequestType.SET_VRING_BASE, state.pack(0, 0)) == errno.EBUSY
-    assert front.ask(RequestType.GET_VRING_BASE, state.pack(0, 0)) == state.pack(0, 42)
+    assert front.request_ack(RequestType.SET_VRING_BASE, state.pack(0, 0)) == errno.EBUSY
+    assert front.request_reply(RequestType.GET_VRING_BASE, state.pack(0, 0)) == state.pack(0, 42)
     assert front.device.running == {}
 
 
@@ -178,27 +181,32 @@ def test_ring_is_enabled_at_kick_without_protocol_features(memory: int, kick: in
 
 
 def test_need_reply_is_honoured_without_reply_ack(memory: int) -> None:
-    """QEMU agrees on REPLY_ACK once; to a device that was started again it does not say so, and
-    it waits, with its guest."""
+    """QEMU negotiates REPLY_ACK only once.
+
+    After a restart of the device it sets NEED_REPLY without negotiation, and waits.
+    """
     front = Front()
-    assert front.order(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
-    assert front.order(RequestType.SET_MEM_TABLE, table(region())) == errno.EINVAL
+    assert front.request_ack(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
+    assert front.request_ack(RequestType.SET_MEM_TABLE, table(region())) == errno.EINVAL
     front.session.close()
 
 
 def test_memory_changes_restart_running_rings(front: Front, memory: int, kick: int) -> None:
     slot = messages.U64.pack(0)
-    assert front.order(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
+    assert front.request_ack(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
     set_ring(front, kick)
-    assert front.order(RequestType.ADD_MEM_REG, slot + region(1), memory) == 0
+    assert front.request_ack(RequestType.ADD_MEM_REG, slot + region(1), memory) == 0
     assert len(front.device.memory) == 2
-    assert front.order(RequestType.REM_MEM_REG, slot + region(1)) == 0
-    assert front.order(RequestType.REM_MEM_REG, slot + region(1)) == errno.EINVAL
+    assert front.request_ack(RequestType.REM_MEM_REG, slot + region(1)) == 0
+    assert front.request_ack(RequestType.REM_MEM_REG, slot + region(1)) == errno.EINVAL
     assert 0 in front.device.running
-    assert front.order(RequestType.SET_MEM_TABLE, table(region(0), region(1)), memory, memory) == 0
+    assert (
+        front.request_ack(RequestType.SET_MEM_TABLE, table(region(0), region(1)), memory, memory)
+        == 0
+    )
     assert 0 in front.device.running
-    # The ring's memory goes away, and so does the ring.
-    assert front.order(RequestType.SET_MEM_TABLE, table(region(1)), memory) == errno.EINVAL
+    # Unmapped memory of a ring stops the ring.
+    assert front.request_ack(RequestType.SET_MEM_TABLE, table(region(1)), memory) == errno.EINVAL
     assert front.device.running == {}
 
 
@@ -221,11 +229,11 @@ def test_memory_changes_restart_running_rings(front: Front, memory: int, kick: i
 def test_invalid_memory_tables_are_refused(
     front: Front, memory: int, payload: bytes, files: int
 ) -> None:
-    assert front.order(RequestType.SET_MEM_TABLE, payload, *[memory] * files) != 0
+    assert front.request_ack(RequestType.SET_MEM_TABLE, payload, *[memory] * files) != 0
 
 
 def test_memory_must_be_a_regular_file(front: Front, kick: int) -> None:
-    assert front.order(RequestType.SET_MEM_TABLE, table(region()), kick) == errno.EINVAL
+    assert front.request_ack(RequestType.SET_MEM_TABLE, table(region()), kick) == errno.EINVAL
 
 
 @pytest.mark.parametrize(
@@ -246,7 +254,7 @@ def test_memory_must_be_a_regular_file(front: Front, kick: int) -> None:
 def test_invalid_requests_are_refused(
     front: Front, request_: int, payload: bytes, code: int
 ) -> None:
-    assert front.order(request_, payload) == code
+    assert front.request_ack(request_, payload) == code
 
 
 def test_errors_without_a_reply_end_the_connection(front: Front) -> None:
@@ -257,13 +265,13 @@ def test_errors_without_a_reply_end_the_connection(front: Front) -> None:
 
 
 def test_reset_and_status(front: Front, memory: int, kick: int) -> None:
-    assert front.order(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
+    assert front.request_ack(RequestType.SET_MEM_TABLE, table(region()), memory) == 0
     set_ring(front, kick)
-    assert front.order(RequestType.SET_STATUS, messages.U64.pack(15)) == 0
+    assert front.request_ack(RequestType.SET_STATUS, messages.U64.pack(15)) == 0
     assert front.number(RequestType.GET_STATUS) == 15
-    assert front.order(RequestType.SET_STATUS, messages.U64.pack(0)) == 0
+    assert front.request_ack(RequestType.SET_STATUS, messages.U64.pack(0)) == 0
     assert (front.device.running, front.device.resets) == ({}, 0)
-    assert front.order(RequestType.RESET_DEVICE) == 0
+    assert front.request_ack(RequestType.RESET_DEVICE) == 0
     assert front.device.resets == 1
 
 
@@ -275,7 +283,7 @@ def test_unused_descriptors_are_closed(front: Front, memory: int) -> None:
         RequestType.REM_MEM_REG,
         9999,
     ):
-        front.order(request, b"", memory, memory)
+        front.request_ack(request, b"", memory, memory)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

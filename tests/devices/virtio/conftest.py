@@ -19,7 +19,7 @@ CID = 7
 
 
 class Host:
-    """Connects of the guest end in socket pairs, at the ports that are open."""
+    """A fabric whose connections are socket pairs, at the open ports."""
 
     def __init__(self) -> None:
         self.open_ports: set[int] = set()
@@ -28,7 +28,7 @@ class Host:
         self.given_up = 0
         self.hold = False
         self.held: list[Callable[[socket.socket | None], None]] = []
-        self.refused: list[socket.socket] = []  #: what vsockd is given back
+        self.refused: list[socket.socket] = []  #: sockets returned to vsockd
 
     def connect(
         self,
@@ -58,11 +58,11 @@ class Host:
 
 
 class Rig:
-    """The device at work, and what to do to it."""
+    """The running device, and operations on it."""
 
     def __init__(self, folder: Path, features: int = 0) -> None:
         self.path = folder / "vhost"
-        self.features = features  #: that guests use beside those a test asks for
+        self.features = features  #: features that guests use beside a test's own
         self.host = Host()
         self.loop = DeviceLoop()
         self.device = VirtioVsock(self.loop, CID, self.host)
@@ -79,7 +79,7 @@ class Rig:
         self._thread.start()
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have the device's thread do something, and wait for it."""
+        """Run a function in the device's thread, and wait for it."""
         done = threading.Event()
 
         def work() -> None:
@@ -106,7 +106,7 @@ class Rig:
     def connect_to_guest(
         self, port: int, kind: int = socket.SOCK_STREAM
     ) -> tuple[socket.socket, list[int]]:
-        """A program of the host connects to the guest: its socket, and the answer to come."""
+        """Connect a program of the host to the guest; return its socket and the future outcome."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
         theirs.settimeout(10)
         self.host.accepted.append(theirs)

@@ -1,9 +1,9 @@
-"""A seeded fuzzer of the device's queues: a driver that does anything at all.
+"""Seeded fuzzer of the device's queues, with a driver that writes anything.
 
-    python -m tests.devices.virtio.fuzz --packets 1000000 --seed 7
+    cd tests; python -m devices.virtio.fuzz --packets 1000000 --seed 7
 
-It drives the device directly, without a thread or vhost-user.  No exception may escape but those
-that the device itself turns into a broken ring; the host's sockets go on working; memory and
+It drives the device directly, without a thread or vhost-user.  No exception may escape except those
+that the device turns into a disabled ring; the host's sockets continue to work; memory and
 descriptors do not grow.
 """
 
@@ -32,7 +32,7 @@ _ODD_NUMBERS = (0, 1, 43, 44, 45, 4096, 65_536, 1 << 31, 0xFFFF_FFFF)
 
 
 class _Host:
-    """Accepts at some ports, and does with its sockets what it likes."""
+    """A fabric that accepts at some ports, and acts at random on its sockets."""
 
     def __init__(self, random_: random.Random) -> None:
         self._random = random_
@@ -113,7 +113,7 @@ class Session:
         return len(self.device._vrings) < 2
 
     def run(self) -> int:
-        """Play; returns how many packets the device was given."""
+        """Run; return the number of packets that the device received."""
         before = self.left
         try:
             while self.left > 0 and not self.is_broken:
@@ -127,7 +127,7 @@ class Session:
         for ring in self.rings:
             try:
                 ring.collect()
-            except KeyError:  # this driver's own confusion, after it offered nonsense
+            except KeyError:  # an error of this driver after it wrote nonsense
                 self.left = 0
                 return
         for _ in range(self.random.randrange(1, 20)):
@@ -148,7 +148,7 @@ class Session:
                 self.device._on_ready(connection, self.random.choice((1, 4, 5, 0x2001, 0x2015)))
 
     def packet(self) -> None:
-        """One packet, likely or not."""
+        """Send one packet, valid or not."""
         ring, random_ = self.rings[TRANSMIT], self.random
         if not ring.has_room(3):
             return
@@ -166,7 +166,7 @@ class Session:
             random_.choice((1 << 18, 1 << 18, random_.choice(_ODD_NUMBERS))),
             random_.choice((0, 0, random_.choice(_ODD_NUMBERS))),
         )
-        if self.known and random_.random() < 0.7:  # go on with a connection
+        if self.known and random_.random() < 0.7:  # continue with a connection
             known = random_.choice(self.known)
             header = known._replace(
                 op=header.op, length=header.length, flags=header.flags, fwd_cnt=header.fwd_cnt
@@ -215,7 +215,7 @@ class Session:
 
 
 def fuzz(seed: int, packets: int, a_session: int = 3000) -> int:
-    """Play sessions until the device was given ``packets``; returns how many sessions."""
+    """Run sessions until the device received ``packets``; return the number of sessions."""
     sessions = 0
     while packets > 0:
         packets -= max(1, Session(seed * 1_000_003 + sessions, min(packets, a_session)).run())

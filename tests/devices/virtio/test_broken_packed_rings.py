@@ -1,4 +1,4 @@
-"""Packed rings as a hostile driver writes them, and as an honest one goes round them."""
+"""Packed rings of hostile drivers, and of a correct driver across the wrap."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_invalid_chains_are_detected(name: str) -> None:
 
 
 def test_flags_in_an_indirect_table_are_ignored() -> None:
-    """Of a packed ring's table only WRITE means something (virtio 1.3, 2.8.7)."""
+    """In a packed ring's table only WRITE has a meaning (virtio 1.3, 2.8.7)."""
     bench = Bench()
     entry = DESCRIPTOR.pack(GUEST_BASE + bench.place, 16, 0, INDIRECT | NEXT)
     indirect(16, entry)(bench)
@@ -118,7 +118,7 @@ def test_flags_in_an_indirect_table_are_ignored() -> None:
 
 
 def test_chain_is_read_once() -> None:
-    """What was checked is what is used (CVE-2025-22224)."""
+    """The device uses the values that it checked (CVE-2025-22224)."""
     bench = Bench()
     bench.descriptor(0, 10, 0)
     chain = bench.ring.pop()
@@ -146,7 +146,7 @@ def test_unmapped_or_misaligned_parts_are_refused(part: int, wrong: int) -> None
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 def test_chains_of_every_length_across_the_wrap(size: int) -> None:
-    """Chains of every length, across the ring's end, given back and told of."""
+    """Chains of every length, across the ring's end, returned with notifications."""
     bench, random_ = Bench(size), random.Random(size)
     driver, ring = bench.driver, bench.ring
     told = 0
@@ -164,7 +164,7 @@ def test_chains_of_every_length_across_the_wrap(size: int) -> None:
         assert driver.collect() == [(id, number)]
         assert ring.base == driver.base
         if number % 7 == 0:
-            assert not driver.want_call()
+            assert not driver.enable_notification()
     assert 0 < told < 500
 
 

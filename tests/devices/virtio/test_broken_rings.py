@@ -1,4 +1,4 @@
-"""Rings as a hostile driver writes them: the device gives up that ring, and that is all."""
+"""Split rings of hostile drivers: the device disables the ring, and nothing else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .conftest import Rig
 
 SIZE = 16
 
-#: What is broken here is a split ring.
+#: These tests break a split ring.
 split = pytest.mark.parametrize("rig", [0], ids=["split"], indirect=True)
 
 
@@ -153,7 +153,7 @@ def test_index_that_runs_ahead_is_detected(index: int) -> None:
 
 
 def test_chain_is_read_once() -> None:
-    """What was checked is what is used (CVE-2025-22224)."""
+    """The device uses the values that it checked (CVE-2025-22224)."""
     bench = Bench()
     bench.descriptor(0, 10, 0)
     bench.make_available(0)
@@ -202,7 +202,7 @@ def test_indices_wrap() -> None:
         assert bench.ring.pop() is None
         assert bench.ring.publish() or turn == 0
         bench.driver.collect()
-        bench.driver.want_call()
+        bench.driver.enable_notification()
     assert bench.ring.base == (70_000 // SIZE + 1) * SIZE & 0xFFFF
 
 
@@ -215,17 +215,17 @@ def add(ring: Any, place: int, size: int, writable: bool) -> None:
 
 
 def breaks(rig: Rig, guest: SimulatedGuest, index: int, spoil: Callable[[Any], None]) -> None:
-    """After ``spoil`` the device gives the ring up, ends connections, and serves another guest."""
+    """Assert that ``spoil`` disables the ring and resets connections, and harms no other guest."""
     rig.host.open_ports.add(5000)
     connect(guest, 1024, (2, 5000))
     sock = rig.host.accepted[-1]
     ring = guest.rings[index]
     spoil(ring)
     os.eventfd_write(ring.kick, 1)
-    with contextlib.suppress(BrokenPipeError):  # it may have noticed already
+    with contextlib.suppress(BrokenPipeError):  # the device may have noticed already
         sock.send(b"something for the guest")
     assert select.select([ring.error], [], [], 10)[0], "the front end is told"
-    with contextlib.suppress(ConnectionResetError):  # it had not read what was sent to it
+    with contextlib.suppress(ConnectionResetError):  # reset because of unread data
         assert sock.recv(1) == b""
     guest.front_end.close()
     connect(rig.guest(), 1024, (2, 5000)).send(b"x")

@@ -1,4 +1,4 @@
-"""What a guest is given credit for when programs of the host have larger buffers."""
+"""Credit of a guest when programs of the host have larger buffers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Machine:
         return connection
 
     def resized(self, port: int, size: int) -> None:
-        """vsockd tells of the program at the other end."""
+        """Report a program's new buffer size as vsockd does."""
         self.fabric.on_resized(port, PEER, size)
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ def test_larger_buffer_gives_more_credit(machine: Machine) -> None:
 
 
 def test_buffer_is_enlarged_before_the_response(machine: Machine) -> None:
-    """The host's program is quicker than its answer: that will have the credit."""
+    """The host's program sets its buffer before the RESPONSE, which then has the credit."""
     connection = machine.connection(700, ConnectionState.PEER_INIT)
     machine.resized(700, 1 << 20)
     assert connection.receive.size == 1 << 20 and not connection.pending_tx

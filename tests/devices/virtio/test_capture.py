@@ -1,4 +1,4 @@
-"""What passes the device, read by tshark; the guest is played."""
+"""Capture of a virtio device with a simulated guest, decoded by tshark."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vsockets.testing.waiting import wait_until
 from .conftest import CID, Rig
 
 HOST = (2, 5000)
-#: Of a record without payload: vsockmon's header and virtio's.
+#: Length of a record without payload: vsockmon's header and virtio's.
 BARE = 32 + HEADER_SIZE
 
 

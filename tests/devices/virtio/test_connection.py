@@ -74,7 +74,7 @@ def test_guest_refuses_the_hosts_request() -> None:
     ],
 )
 def test_reset_is_never_answered(state: ConnectionState) -> None:
-    """moby's Cloud Hypervisor #8692: it kills whoever has the ports next."""
+    """moby's Cloud Hypervisor #8692: the reset would hit the next connection of the ports."""
     connection = make(state)
     connection.on_packet(Op.RST, 0)
     assert connection.state is ConnectionState.CLOSED
@@ -97,7 +97,7 @@ def test_half_close_keeps_the_other_direction_open() -> None:
 def test_close_by_the_guest() -> None:
     connection = opened()
     assert connection.on_packet(Op.SHUTDOWN, BOTH) == Action.SHUTDOWN_WRITE | Action.SHUTDOWN_READ
-    assert packets_of(connection) == []  # there may be something to be passed on
+    assert packets_of(connection) == []  # payload may remain to be forwarded
     connection.on_all_forwarded()
     assert packets_of(connection) == [(Op.RST, 0)]
 
@@ -107,7 +107,7 @@ def test_close_by_the_host() -> None:
     connection.shut_down(BOTH)
     assert connection.state is ConnectionState.CLOSING
     assert packets_of(connection) == [(Op.SHUTDOWN, BOTH)]
-    assert not connection.on_payload(10)  # on its way since before
+    assert not connection.on_payload(10)  # in flight since before
     assert connection.state is ConnectionState.CLOSING
     assert connection.on_packet(Op.RST, 0) == Action.CLOSE
     assert connection.is_finished
@@ -160,7 +160,7 @@ def test_credit_request_is_answered() -> None:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Whatever both sides do, in whatever order."""
+    """Any sequence of operations by both sides."""
 
     def __init__(self) -> None:
         super().__init__()

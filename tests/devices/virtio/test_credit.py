@@ -1,4 +1,4 @@
-"""Credit: what is exact at every moment, whatever the counters' wraps and the peer's lies."""
+"""Credit: exact at every moment, for wrapping counters and false counts of the peer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_distance_is_modulo_32_bits(start: int, length: int) -> None:
 def test_receiver_is_never_sent_more_than_its_buffer(
     steps: list[tuple[int, int]],
 ) -> None:
-    """Counters run past 2**32 many times in this."""
+    """Counters pass 2**32 many times."""
     credit = SendCredit()
     sent = forwarded = 0
     buffer = 1 << 31
@@ -76,17 +76,17 @@ def test_held_bytes_never_exceed_the_buffer(size: int, steps: list[tuple[int, in
 def test_blocked_sender_always_gets_a_credit_update(
     size: int, own: int, steps: list[tuple[int, bool]]
 ) -> None:
-    """A sender that uses all its credit is told in time: there is no way to wait for ever.
+    """A sender that uses all its credit always gets an update.
 
-    libkrun#772, asterinas#2885: one-way flow whose sender was never told.  The sender limits
-    what is on its way to the size of its ``own`` buffer, as Linux 7.3 does.
+    libkrun#772, asterinas#2885: one-way flow whose sender never got one.  The sender limits its
+    bytes in flight to the size of its ``own`` buffer, as Linux 7.3 does.
     """
     credit = ReceiveCredit(size)
     sent = known = 0
     for wanted, at_once in steps:
         length = min(wanted, min(size, own) - (sent - known))
         if not length:
-            # Blocked.  Everything is passed on in the end; then it must be due.
+            # Blocked.  Everything is forwarded in the end; then the update must be due.
             credit.forward(credit.held)
             assert credit.update_is_due(own)
         else:
@@ -104,7 +104,7 @@ class Linux:
 
     def __init__(self, buffer: int, overhead: int, room: int) -> None:
         self.buffer, self.overhead, self.room = buffer, overhead, room
-        self.queue: list[list[int]] = []  # bytes, and those that could be merged into them
+        self.queue: list[list[int]] = []  # bytes, and bytes that could be merged into them
         self.forwarded = 0
 
     def take(self, length: int, merges: bool) -> None:
@@ -139,7 +139,7 @@ BUFFERS = st.one_of(st.integers(1024, 20_000), st.sampled_from([65_536, 262_144]
 def test_unread_packets_of_a_stream_stay_below_the_limit(
     steps: list[tuple[str, int]], buffer: int, overhead: int, room: int
 ) -> None:
-    """And one with a large buffer never waits for them while it has credit."""
+    """A stream with a large buffer never waits because of its packets while it has credit."""
     guest, credit, waiting = Linux(buffer, overhead, room), SendCredit(), 0
 
     def send() -> None:
@@ -158,22 +158,22 @@ def test_unread_packets_of_a_stream_stay_below_the_limit(
             guest.take(length, merges=True)
             waiting -= length
 
-    def tell() -> None:
+    def send_update() -> None:
         credit.update(buffer, guest.forwarded & 0xFFFF_FFFF)
 
-    tell()
+    send_update()
     for what, number in steps:
         if what == "read":
             guest.read(number)
         elif what == "tell":
-            tell()
+            send_update()
         for _ in range(100 if what == "burst" else 1):
             waiting += number if what in ("send", "burst") else 0
             send()
     while waiting:
         before = waiting
         guest.read(len(guest.queue))
-        tell()
+        send_update()
         send()
         assert waiting < before
 
@@ -197,21 +197,21 @@ def test_message_waits_for_its_reader(
                     credit.spend(min(4096, size - at))
                     guest.take(min(4096, size - at), merges=False)
 
-    def tell() -> None:
+    def send_update() -> None:
         credit.update(buffer, guest.forwarded & 0xFFFF_FFFF)
 
-    tell()
+    send_update()
     for what, number in steps:
         if what == "read":
             guest.read(number)
         elif what == "tell":
-            tell()
+            send_update()
         elif number <= min(buffer, 4096):
             waiting += [number] if what == "send" else [number % 2] * 100
         send()
     while waiting:
         before = len(waiting)
         guest.read(len(guest.queue))
-        tell()
+        send_update()
         send()
         assert len(waiting) < before

@@ -1,4 +1,4 @@
-"""The device, driven by a played guest."""
+"""The device, with a simulated guest."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_connect_by_the_guest(rig: Rig) -> None:
 
 
 def test_port_without_listener_refuses_at_once(rig: Rig) -> None:
-    """Debian's Rust back end 0.3.0 says nothing."""
+    """Debian's Rust back end 0.3.0 sends nothing."""
     guest = rig.guest()
     with pytest.raises(ConnectionResetError):
         connect(guest, 1024, HOST)
@@ -96,7 +96,7 @@ def test_connect_before_the_guest_runs_is_unreachable(rig: Rig) -> None:
 
 
 def _can_be_reused(sock: socket.socket, rig: Rig) -> None:
-    """Who was refused can go on talking to vsockd, and the device has no part in it."""
+    """Assert that a refused client continues with vsockd, without the device."""
     (refused,) = rig.host.refused
     sock.send(b"again")
     assert refused.recv(100) == b"again"
@@ -133,7 +133,7 @@ def test_bulk_data_in_both_directions(
     ids=["one", "within the header", "usual", "tiny", "pages", "within the payload"],
 )
 def test_packets_span_any_number_of_descriptors(rig: Rig, cuts: list[int]) -> None:
-    """Debian's Rust back end 0.3.0 hangs on 64 KiB from Linux 7.3, which has 17 and more."""
+    """Debian's Rust back end 0.3.0 hangs on 64 KiB from Linux 7.3: 17 descriptors and more."""
     guest = rig.guest(features=F_VERSION_1)
     stream, sock = opened(rig, guest)
     data = os.urandom(65_536)
@@ -143,12 +143,12 @@ def test_packets_span_any_number_of_descriptors(rig: Rig, cuts: list[int]) -> No
 
 @pytest.mark.parametrize("size", [1, 43, 44, 45, 50, 4096, 70_000])
 def test_receive_buffers_of_any_size(rig: Rig, size: int) -> None:
-    """Also such as have room for a part of a header, or for a header alone."""
+    """Also buffers with room for a part of a header, or for a header alone."""
     guest = rig.guest(features=F_VERSION_1, buffer=100, split=False)
     stream, sock = opened(rig, guest)
     sock.send(b"x" * 1000)
     assert stream.receive(1000) == b"x" * 1000
-    # Those already offered are used up; among the new ones is an odd one.
+    # Earlier buffers are used first; among the new ones is an odd one.
     odd = guest.memory.allocate(size)
     pieces = [(odd + at, min(20, size - at)) for at in range(0, size, 20)]
     if size < 44:
@@ -204,7 +204,7 @@ def test_slow_reader_blocks_only_its_own_stream(rig: Rig) -> None:
 
 
 def test_guest_with_own_in_flight_limit_gets_credit_in_time(rig: Rig) -> None:
-    """Linux 7.3 never has more on its way than its own buffer's size."""
+    """Linux 7.3 never has more in flight than its own buffer's size."""
     stream, sock = opened(rig, buf_alloc=1024)
     stream.send(bytes(1024))
     assert receive_all(sock, 1024) == bytes(1024)
@@ -213,7 +213,7 @@ def test_guest_with_own_in_flight_limit_gets_credit_in_time(rig: Rig) -> None:
 
 
 def test_one_way_flow_gets_credit_updates(rig: Rig) -> None:
-    """asterinas#2885: a guest that only sends was never told."""
+    """asterinas#2885: a guest that only sends never got an update."""
     stream, sock = opened(rig)
     thread = threading.Thread(target=receive_all, args=(sock, 5 << 20))
     thread.start()
@@ -409,7 +409,7 @@ def test_messages_keep_their_boundaries(rig: Rig) -> None:
 
 
 def test_ends_of_records(rig: Rig) -> None:
-    """Of AF_VSOCK's MSG_EOR a unix socket knows nothing: a descriptor stands for it."""
+    """A unix socket carries no MSG_EOR: a descriptor stands for it."""
     rig.host.open_ports.add(5000)
     stream = connect(rig.guest(), 1024, HOST, type=Type.SEQPACKET)
     (sock,) = rig.host.accepted
@@ -426,7 +426,7 @@ def test_ends_of_records(rig: Rig) -> None:
 
 
 def test_message_as_large_as_the_buffer_is_delivered(rig: Rig) -> None:
-    """What was passed on before it began is told, though it is little."""
+    """Bytes forwarded before it began are announced, however few."""
     rig.host.open_ports.add(5000)
     stream = connect(rig.guest(), 1024, HOST, type=Type.SEQPACKET)
     (sock,) = rig.host.accepted

@@ -1,4 +1,4 @@
-"""The fuzzer, for a moment; docs/virtio.md says what a long run found."""
+"""A short run of the fuzzer; docs/virtio.md has the results of a long run."""
 
 from __future__ import annotations
 

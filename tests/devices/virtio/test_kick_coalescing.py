@@ -1,4 +1,4 @@
-"""How many packets of a guest the device waits for."""
+"""Number of packets for which the device waits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ PACKET = 4096
 def streaming(
     coalescing: KickCoalescing, interval: float, packets: int = 200, size: int = PACKET
 ) -> float:
-    """A guest that sends a packet each ``interval`` seconds; returns the time after the last."""
+    """Simulate a guest that sends a packet each ``interval`` seconds; return the last one's
+    time.
+    """
     now = 10.0
     while packets > 0:
         taken = coalescing.packets

@@ -1,4 +1,4 @@
-"""When the guest's packets are taken, and when it is told."""
+"""Times at which the transmit queue is polled, and at which the guest is notified."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZE = 128
 
 
 class Streams(KickCoalescing):
-    """Of a guest that is known to stream: after some packets there are to be four more."""
+    """Coalescing for a streaming guest: after some packets it expects four more."""
 
     def __init__(self, delay: float) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Streams(KickCoalescing):
 
 
 class Rig:
-    """A queue at work, and its driver; what comes is counted."""
+    """A running queue and its driver; received packets are counted."""
 
     backpressured = False
 
@@ -70,7 +70,7 @@ class Rig:
         assert not self.tx_poll.run()
 
     def send(self) -> bool:
-        """One packet; returns whether the device wanted a kick."""
+        """Send one packet; return whether the device requested a kick."""
         self.driver.add([(self.place, HEADER_SIZE)], writable=False)
         return self.driver.publish()
 

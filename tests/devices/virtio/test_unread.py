@@ -1,4 +1,4 @@
-"""Packets that a guest's program has not read, counted as Linux counts them.
+"""Unread packets of a guest's program, counted as Linux counts them.
 
 Since Linux 6.12.92 (059b7dbd20a6, c6087c5aaad6) a socket is reset by a packet with which
 
@@ -25,7 +25,7 @@ from vsockets.testing.waiting import wait_until
 from .conftest import Rig
 
 HOST = (2, 5000)
-ROOM = 4096  # of the played guest's buffers
+ROOM = 4096  # of the simulated guest's buffers
 GOOD_COPY_LEN = 128
 END = int(Sequenced.END_OF_MESSAGE)
 SOCKET_TYPES = {socket.SOCK_STREAM: Type.STREAM, socket.SOCK_SEQPACKET: Type.SEQPACKET}
@@ -35,26 +35,26 @@ USUAL, LARGE = 576, 1024
 
 
 class LinuxSocket:
-    """A guest's socket whose program reads when it is told to."""
+    """A guest's socket whose program reads on request."""
 
     def __init__(self, stream: GuestStream, overhead: int) -> None:
         self._stream = stream
         self._overhead = overhead
-        self._queue: deque[list[int]] = deque()  # of each packet: bytes, room behind, flags
-        self.most = 0  #: packets there were at once
+        self._queue: deque[list[int]] = deque()  # for each packet: bytes, room behind, flags
+        self.most = 0  #: largest number of packets at once
 
     @property
     def unread(self) -> int:
-        """Bytes in the queue."""
+        """Return the number of bytes in the queue."""
         return sum(packet[0] for packet in self._queue)
 
     def has(self, size: int) -> bool:
-        """Return whether ``size`` bytes are unread, with what has just arrived."""
+        """Return whether ``size`` bytes are unread, including those that have just arrived."""
         self.take()
         return self.unread == size
 
     def take(self) -> None:
-        """Queue what has arrived, as virtio_transport_recv_enqueue() does."""
+        """Queue arrived packets, as virtio_transport_recv_enqueue() does."""
         guest = self._stream.guest
         while guest.arrived or guest.take():
             header, payload = guest.arrived.popleft()
@@ -75,7 +75,10 @@ class LinuxSocket:
                 self.most = max(self.most, len(self._queue))
 
     def read_all(self, told: bool = True) -> int:
-        """Read everything; returns how much.  ``told``: and say so, as SEQPACKET's recv() does."""
+        """Read everything; return the number of bytes.
+
+        ``told``: announce it, too, as SEQPACKET's recv() does.
+        """
         size = self.unread
         self._queue.clear()
         self._stream.received += size
@@ -97,9 +100,9 @@ def opened(
 
 
 def send(rig: Rig, guest: LinuxSocket, sock: socket.socket, size: int, count: int) -> int:
-    """Send messages, each for itself, to a guest that queues them and reads none.
+    """Send single messages to a guest that queues them and reads none.
 
-    Returns how many bytes the guest has read all the same, because no more could be sent.
+    Return the number of bytes that the guest had to read before all could be sent.
     """
     received = 0
     for _ in range(count):
@@ -144,7 +147,7 @@ def test_messages_wait_for_their_reader(rig: Rig, size: int) -> None:
 @pytest.mark.parametrize("kind", list(SOCKET_TYPES))
 @pytest.mark.parametrize("buffer", [600, 1024, 1500, 2048, 5000, 10_000, 65_536])
 def test_small_buffers(rig: Rig, kind: int, buffer: int) -> None:
-    """Linux tells its credit at each read of a socket with less than 64 KiB."""
+    """Linux announces its credit at each read of a socket with less than 64 KiB."""
     guest, sock = opened(rig, kind, USUAL, buffer)
     sent = received = 0
     for size in (1, 200, 5, 500, 100, 3, 128, 129) * 5:
@@ -161,7 +164,7 @@ def test_small_buffers(rig: Rig, kind: int, buffer: int) -> None:
 
 
 def test_reading_guest_gets_unsplit_packets(rig: Rig) -> None:
-    """It says what it has read when it is asked, so none is cut into small ones."""
+    """The guest replies to CREDIT_REQUEST, so no packet is split into small ones."""
     guest, sock = opened(rig, socket.SOCK_STREAM, LARGE)
     for _ in range(1000):
         sock.send(bytes(250))
@@ -181,7 +184,7 @@ def test_silent_guest_is_asked_for_credit_again(rig: Rig, monkeypatch: pytest.Mo
 
 
 def test_empty_messages(rig: Rig) -> None:
-    """The guest does not say that they were read; Linux's sockets send none."""
+    """The guest does not report that they were read; Linux's sockets send none."""
     guest, sock = opened(rig, socket.SOCK_SEQPACKET, LARGE)
     for _ in range(3):
         send(rig, guest, sock, 0, 600)
@@ -192,7 +195,7 @@ def test_empty_messages(rig: Rig) -> None:
 
 
 def test_small_packets_in_buffers_of_any_size(rig: Rig) -> None:
-    """Each buffer has what its header says, also where it takes less than a small packet."""
+    """Each buffer has the payload of its header, also where it takes less than a small packet."""
     guest = rig.guest(refill=False)
     rig.host.open_ports.add(5000)
 
@@ -224,7 +227,7 @@ def test_small_packets_in_buffers_of_any_size(rig: Rig) -> None:
     while len(data) < len(sent):
         offer_buffers(ROOM, 10, 0, 128, 1, ROOM, 127, 300)
         more = received()
-        if not more:  # these are so many packets that it must know what was read
+        if not more:  # with this number of packets the device must know what was read
             stream.received = len(data)
             stream.send_packet(Op.CREDIT_UPDATE)
         data += more

@@ -1,8 +1,8 @@
-"""No wake-up is lost: driver and device, at every interleaving of their accesses to a ring.
+"""Lost wake-ups: driver and device, at every interleaving of their accesses to a ring.
 
-Either side sleeps only after it has asked to be woken and looked once more.  Here both run, each
-in a thread, one at a time; after each access to the ring's memory the other may go on, where
-Hypothesis wants it to.
+Either side sleeps only after it has requested a wake-up and checked once more.  Here both run,
+each in a thread, one at a time; after each access to the ring's memory the other may continue,
+where Hypothesis decides so.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ CID = 5
 SIZE = 4
 PACKETS = 12
 
-#: Nobody captures.
+#: No capture runs.
 UNTAPPED = CaptureSink(DeviceLoop())
 
-#: How many accesses a side makes before the other goes on.
+#: Number of accesses that a side makes before the other continues.
 schedules = st.lists(st.integers(1, 12), max_size=60)
 
 
 class LostWakeUpError(AssertionError):
-    """Both sides sleep, and neither was told to wake up."""
+    """Both sides sleep, and neither was notified."""
 
 
 class Stage:
@@ -82,7 +82,7 @@ class Stage:
         self._turns[1 - number].release()
 
     def access(self) -> None:
-        """Memory is about to be read or written."""
+        """Record that memory is about to be read or written."""
         if self._left:
             self._left -= 1
             if not self._left:
@@ -90,7 +90,7 @@ class Stage:
                 self.switch()
 
     def sleep(self, eventfd: int) -> None:
-        """Until it is signalled."""
+        """Sleep until signalled."""
         me: int = self._who.number
         self._waits[me] = True
         while True:
@@ -107,13 +107,13 @@ class Stage:
                 return
 
     def watch_memory(self, ring: object) -> None:
-        """All of a ring's own views of words."""
+        """Watch all of a ring's views of words."""
         for name, value in vars(ring).items():
             if isinstance(value, memoryview) and value.format != "B":
                 setattr(ring, name, Watched(value, self))
 
     def watch(self, *eventfds: int) -> None:
-        """Of side 0 and side 1: what they sleep on."""
+        """The wake-up signals of side 0 and side 1."""
         self._eventfds = eventfds
 
     def _idle(self, side: int) -> bool:
@@ -126,7 +126,7 @@ class Stage:
         return False
 
     def switch(self) -> None:
-        """Let the other side go on."""
+        """Let the other side continue."""
         me: int = self._who.number
         if not self._done[1 - me]:
             self._turns[1 - me].release()
@@ -134,7 +134,7 @@ class Stage:
 
 
 class Watched:
-    """A view of the ring's memory; each access may be the other side's chance."""
+    """A view of the ring's memory; at each access the other side may continue."""
 
     def __init__(self, view: memoryview, stage: Stage) -> None:
         self._view = view
@@ -150,7 +150,7 @@ class Watched:
 
 
 class Counter:
-    """Counts packets, as the device behind a transmit queue."""
+    """A device that counts packets of a transmit queue."""
 
     backpressured = False
 
@@ -166,7 +166,7 @@ class Counter:
 
 
 class Expecting(KickCoalescing):
-    """So many packets more after some have come."""
+    """Coalescing that expects a fixed number of packets after some have arrived."""
 
     def __init__(self, packets: int) -> None:
         super().__init__()
@@ -177,9 +177,9 @@ class Expecting(KickCoalescing):
 
 
 def play(stage: Stage, ring: Ring, driver: Driver, memory: Memory, expected: int) -> int:
-    """The driver sends PACKETS packets through a ring of SIZE; returns how many came.
+    """Send PACKETS packets through a ring of SIZE; return the number that arrived.
 
-    Where the device waits for several packets, it goes on looking: its timer is always due.
+    Where the device waits for several packets it continues to poll: its timer is always due.
     """
     counter = Counter()
     queue, coalescing = TransmitQueue(ring, CID, counter, UNTAPPED), Expecting(expected)
@@ -193,13 +193,13 @@ def play(stage: Stage, ring: Ring, driver: Driver, memory: Memory, expected: int
             while not driver.has_room(1):
                 used = len(driver.collect())
                 taken += used
-                if not used and not driver.want_call():
+                if not used and not driver.enable_notification():
                     stage.sleep(driver.call)
             driver.add([(place, HEADER_SIZE)], writable=False)
             driver.publish()
         while taken < PACKETS:
             taken += len(driver.collect())
-            if taken < PACKETS and not driver.want_call():
+            if taken < PACKETS and not driver.enable_notification():
                 stage.sleep(driver.call)
 
     def take() -> None:

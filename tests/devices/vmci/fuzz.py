@@ -1,7 +1,7 @@
-"""A hostile guest: registers, hypercalls, control packets and queue indices at random.
+"""Fuzzer of the VMCI device: random registers, hypercalls, control packets and queue indices.
 
-Each case is one move, made from one a driver makes by changing some of it.  Run by hand for
-long: ``python -m tests.devices.vmci.fuzz 1000000``.
+Each case is one move, derived from a driver's by changing a part of it.  For a long run: ``cd
+tests; python -m devices.vmci.fuzz 1000000``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vsockets.devices.vfio_user import Region
 from vsockets.devices.vmci.datagrams import LARGEST, Handle, Hypercall
 from vsockets.devices.vmci.packets import Packet
 
-#: Numbers at which things go wrong.
+#: Numbers at boundaries.
 EDGES = [
     0,
     1,
@@ -145,13 +145,13 @@ class Fuzzer:
         self.guest.memory[page + 8 : page + 24].cast("Q")[self.rng.randrange(2)] = self.number(WIDE)
 
     def stream(self) -> None:
-        """A connection as it should be, and then its indices as they should not."""
+        """Make a valid connection, then write invalid indices."""
         rng, guest = self.rng, self.guest
         guest.receive()
         try:
             stream = guest.connect(rng.randrange(10_000, 60_000), rng.choice([128, 4096, 5000]))
         except (AssertionError, ValueError):
-            return  # what was done before stands in the way
+            return  # an earlier move prevents it
         for _ in range(rng.randrange(4)):
             stream.set_indices(self.number(WIDE), self.number(WIDE))
             stream.tell(rng.choice([5, 6, 8, 9, 10]), rng.randrange(4))
@@ -160,7 +160,7 @@ class Fuzzer:
             guest.detach(stream.handle)
 
     def program(self) -> None:
-        """What programs of the host do meanwhile."""
+        """Act as programs of the host."""
         streams = self.guest.fabric.streams
         if streams:
             stream = self.rng.choice(streams)

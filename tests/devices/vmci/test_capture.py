@@ -1,4 +1,4 @@
-"""What passes the device, read by tshark; the guest is played."""
+"""Capture of a VMCI device with a simulated guest, decoded by tshark."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_stream(guest: SimulatedGuest, tmp_path: Path) -> None:
         (CONNECT, *THERE, 32, b""),
         (CONNECT, *BACK, 32, b""),
     ]
-    # Each side says WROTE besides.
+    # Each side also sends WROTE.
     assert [row for row in rows[4:] if row[0] == CONTROL] == [
         (CONTROL, *THERE, 32, b""),
         (CONTROL, *BACK, 32, b""),

@@ -1,4 +1,4 @@
-"""The fuzzer, for a while: no exception, no descriptor left behind, no growth."""
+"""A short run of the fuzzer: no exception, no leaked descriptor, no growth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device against a played guest: what a real one does, and what only a hostile one would."""
+"""The device with a simulated guest: moves of real drivers and of hostile ones."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class TestDatagrams:
     def test_interrupt_precedes_the_end_of_the_register_write(
         self, guest: SimulatedGuest, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """On its way while a write is done that is waited for; after one that is not."""
+        """The interrupt precedes the end of a waited-for write, and follows a posted one."""
         was_filled: list[bool] = []
 
         def trigger(vector: int) -> None:
@@ -181,13 +181,13 @@ class TestStreams:
         assert sent == received and back == got
 
     def test_flow_needs_few_notifications(self, guest: SimulatedGuest) -> None:
-        """Once it flows the guest finds its queue never empty, and says nothing."""
+        """A flowing guest never finds its queue empty, and sends nothing."""
         stream = guest.connect(1234, 65_536)
         theirs = guest.fabric.streams[0]
         got = 0
         for number in range(200):
             assert stream.write(b"x" * 100) == 100
-            if number == 150:  # it pauses; all must come without another word
+            if number == 150:  # a pause; everything must arrive without another notification
                 turn_until(guest, lambda: _received_all(theirs, 15_100))
                 got = 15_100
             guest.loop.turn()
@@ -195,7 +195,7 @@ class TestStreams:
         assert len(stream.said) < 20
 
     def test_reply_is_polled(self, guest: SimulatedGuest) -> None:
-        """Who talk to each other are not told of each word: the device looks."""
+        """Two sides that exchange messages are not notified: the device polls."""
         stream = guest.connect(1234, 65_536)
         theirs = guest.fabric.streams[0]
         for _ in range(20):
@@ -224,7 +224,7 @@ class TestStreams:
         assert told == [Kind.WROTE]
 
     def test_packets_wait_after_an_attach(self, guest: SimulatedGuest) -> None:
-        """A socket that still connects would give up; what is in the queue it can read."""
+        """A connecting socket would fail; it can read data from the queue."""
         stream = guest.connect(1234, 65_536)
         theirs = guest.fabric.streams.pop()
         theirs.send(b"welcome")
@@ -250,7 +250,7 @@ class TestStreams:
         assert [packet.kind for packet in guest.packets()] == [Kind.WROTE]
 
     def test_ports_are_reused_while_the_old_queue_has_data(self, guest: SimulatedGuest) -> None:
-        """The first stream's queue pair is still there: what is in it is not lost."""
+        """The first stream's queue pair still exists: its data is not lost."""
         stream = guest.connect(1234, 65_536)
         stream.write(b"a word")
         stream.tell(Kind.WROTE)
@@ -264,11 +264,11 @@ class TestStreams:
         turn_until(guest, lambda: not guest.packets())
 
     def test_ports_are_reused_after_the_program_has_closed(self, guest: SimulatedGuest) -> None:
-        """What the old stream would have said of that, the new one would take for its own."""
+        """Packets of the old stream would be taken for the new stream's."""
         stream = guest.connect(1235, 65_536)
         stream.tell(Kind.READ)
         guest.fabric.streams.pop().close()
-        stream.set_indices(10, 0)  # ten bytes, of which it says nothing
+        stream.set_indices(10, 0)  # ten bytes, without a notification
         guest.packet(Packet(Kind.REQUEST2, 1235, 5000, 65_536, 0, 1))
         assert [packet.kind for packet in guest.packets()] == [Kind.NEGOTIATE2]
 
@@ -283,7 +283,7 @@ class TestStreams:
         assert guest.packets() == []
 
     def test_guest_that_does_not_read_is_polled_then_notified(self, guest: SimulatedGuest) -> None:
-        """Room is looked for at first, with a byte of the queue left; then it is filled."""
+        """The device polls for room, with a byte of the queue left; then it fills the queue."""
         stream = guest.connect(1234, 4096)
         theirs = guest.fabric.streams[0]
         theirs.send(bytes(10_000))
@@ -346,7 +346,7 @@ class TestStreams:
         theirs.send(b"x")
         guest.loop.turn()
         stream.tell(Kind.WROTE)
-        with contextlib.suppress(ConnectionResetError):  # what it sent was not taken
+        with contextlib.suppress(ConnectionResetError):  # its data was not received
             assert theirs.recv(1) == b""
         assert Kind.SHUTDOWN in [packet.kind for packet in guest.packets()]
 
@@ -370,7 +370,7 @@ class TestStreams:
         guest.connect(1234, 4096)
 
     def test_kexec_revokes_memory_access(self, guest: SimulatedGuest) -> None:
-        """What a kernel does to every device before it makes way for another (kexec)."""
+        """A kernel does this to every device before kexec."""
         command, on, off = 4, b"\x06\x00", b"\x02\x00"
         guest.device.write(Region.CONFIG, command, on)
         stream = guest.connect(1234, 4096)
@@ -386,17 +386,17 @@ class TestStreams:
 
     @pytest.mark.parametrize("resets", [False, True], ids=["s2idle", "S3"])
     def test_registers_survive_sleep(self, guest: SimulatedGuest, resets: bool) -> None:
-        """Linux restores configuration space and MSI-X, and does nothing else to the device."""
+        """Linux restores configuration space and MSI-X, and nothing else of the device."""
         guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
         guest.connect(1234, 4096)
         theirs = guest.fabric.streams[0]
         guest.device.write(Region.CONFIG, _COMMAND, _NO_MASTER)
         assert theirs.recv(1) == b""
-        if resets:  # a QEMU that wakes up
+        if resets:  # QEMU at wake-up
             guest.device.interrupts.close()
             guest.device.reset()
         else:
-            guest.machine.hypervisor.notify_removed(9)  # something that waits
+            guest.machine.hypervisor.notify_removed(9)  # a pending datagram
         eventfds = guest.enable_messages()
         guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
         assert os.eventfd_read(eventfds[0])
@@ -419,7 +419,8 @@ class TestStreams:
         guest.enable_messages()
         assert guest.load(Register.IMR) == guest.load(Register.STATUS) == 0
         assert not guest.device.wide_pages
-        guest.device.write(Region.CONFIG, _COMMAND, _NO_MASTER)  # what it kept has not come back
+        # the saved registers were not restored
+        guest.device.write(Region.CONFIG, _COMMAND, _NO_MASTER)
         guest.device.write(Region.CONFIG, _COMMAND, _MASTER)
         assert guest.load(Register.IMR) == 0
 
@@ -448,7 +449,7 @@ class TestStreams:
         theirs.close()
 
     def test_default_size_is_proposed_as_the_guests_maximum(self, guest: SimulatedGuest) -> None:
-        """The queue is as large as a guest's own; the program sees the default it had."""
+        """The queue is as large as a guest's own; the program sees its default."""
         ours, theirs = _pair()
         guest.machine.sockets.connect_to_guest(
             ConnectRequest(ours, 80, (2, 5000), BufferSizes(), False)
@@ -470,7 +471,7 @@ class TestStreams:
         theirs.close()
 
     def test_refused_client_returns_to_vsockd(self, guest: SimulatedGuest) -> None:
-        """Who connects can go on talking to vsockd, and the device has no part in it."""
+        """The client continues with vsockd, without the device."""
         ours, theirs = _pair()
         sizes = BufferSizes(4096, 128, 262_144)
         guest.machine.sockets.connect_to_guest(ConnectRequest(ours, 80, (2, 5000), sizes, False))
@@ -503,7 +504,7 @@ _taken: dict[int, int] = {}
 
 
 def _received_all(sock: socket.socket, total: int) -> bool:
-    """Take what has come; whether it was ``total`` bytes in all by now."""
+    """Receive data; return whether ``total`` bytes have arrived."""
     key = id(sock)
     with contextlib.suppress(BlockingIOError):
         _taken[key] = _taken.get(key, 0) + len(sock.recv(1 << 20))
