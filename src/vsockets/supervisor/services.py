@@ -22,4 +22,4 @@ class Services(NamedTuple):
     vsockd: VsockdClient
     ports: PortHolders
     routes: Routes
-    marker: int  #: a descriptor that marks the end of a record, see ``calls.seqpacket_eor``
+    marker: int  #: a descriptor that marks the end of a record, see ``calls.datagrams``

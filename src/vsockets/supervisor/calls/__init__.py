@@ -8,12 +8,20 @@ the indexes of the path.  All are keyed by the call's name, an attribute of ``Ar
 from __future__ import annotations
 
 from ..call import Handler, SocketHandler
-from .accepting import accept, accept4
-from .addresses import bind, getpeername, getsockname, listen, shutdown
-from .connecting import connect
-from .creating import open_, openat, socket
+from .addresses import bind, getpeername, getsockname
+from .connecting import accept, accept4, connect, listen, shutdown
+from .creating import (
+    access,
+    faccessat,
+    faccessat2,
+    newfstatat,
+    open_,
+    openat,
+    socket,
+    stat,
+    statx,
+)
 from .datagrams import sendmmsg, sendmsg, sendto, write, writev
-from .device_stat import access, faccessat, faccessat2, newfstatat, stat, statx
 from .options import getsockopt, ioctl, setsockopt
 from .receive import recvfrom, recvmmsg, recvmsg
 

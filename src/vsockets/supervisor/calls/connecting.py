@@ -1,10 +1,13 @@
-"""connect(): a program's unix socket becomes one end of a stream.
+"""Connections: connect(), listen(), accept() and shutdown().
 
-vsockd replies on the program's own socket.  The supervisor takes the reply before the call
-returns, even if the program does not wait: vsockd replies in a tenth of a millisecond.  Only if it
-does not, the program gets EINPROGRESS before the reply.  Until then the socket polls as not
-writable (docs/internals/design.md), and the supervisor takes the reply when it comes, at the
-latest at the program's next call on the socket.
+vsockd replies to connect() on the program's own socket, which becomes one end of the stream.  The
+supervisor takes the reply before the call returns, even if the program does not wait: vsockd
+replies in a tenth of a millisecond.  Only if it does not, the program gets EINPROGRESS before the
+reply.  Until then the socket polls as not writable (docs/internals/design.md), and the supervisor
+takes the reply when it comes, at the latest at the program's next call on the socket.
+
+vsockd announces each connection to a listening socket by connecting to it, and then sends the
+stream's socket, which the program gets from accept().
 """
 
 from __future__ import annotations
@@ -13,11 +16,23 @@ import _socket
 import contextlib
 import errno
 import os
+import select
 import time
 from contextlib import closing
-from socket import SO_SNDBUF, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
+from socket import (
+    AF_UNIX,
+    SHUT_RD,
+    SHUT_RDWR,
+    SO_RCVTIMEO,
+    SO_SNDBUF,
+    SOCK_CLOEXEC,
+    SOCK_NONBLOCK,
+    SOCK_SEQPACKET,
+    SOCK_STREAM,
+    SOL_SOCKET,
+)
 
-from ..._linux.sockets import SO_SNDBUFFORCE, refuse_descriptors
+from ..._linux.sockets import SO_SNDBUFFORCE, refuse_descriptors, timeout_of
 from ...limits import (
     SEND_BUFFER_MAX_BYTES,
     STREAM_BUFFER_DEFAULT_BYTES,
@@ -29,16 +44,17 @@ from ...socket import Phase
 from ..call import Answer, Call, failure
 from ..interception import CallInterrupted
 from ..limits import SUPERVISOR_CONNECT_GRACE_SECONDS, SUPERVISOR_FORCED_SEND_BUFFER_MAX_BYTES
-from ..scheduler import ready
+from ..scheduler import lent, ready
 from ..sockets import Endpoint
-from ..vsockd_client import Credentials, receive_record, send, take_record
+from ..vsockd_client import SEND, Credentials, blocking_briefly, receive_record, send, take_record
 from . import datagrams
 
 #: Bytes that the kernel adds to each message of a packet socket: a message larger than the send
 #: buffer less this fails (EMSGSIZE).
 _PACKET_OVERHEAD = 32
-
-
+_ACCEPT_FLAGS = int(SOCK_CLOEXEC | SOCK_NONBLOCK)
+#: Phases in which shutdown() fails.
+_BEFORE_A_CONNECT = (Phase.NEW, Phase.BOUND, Phase.LISTENING)
 #: The errors of connect() in phases in which a socket cannot be connected.
 _REFUSED = {
     Phase.LISTENING: errno.EINVAL,
@@ -194,3 +210,153 @@ def limit_queue(endpoint: Endpoint, sock: _socket.socket) -> None:
     if sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < size <= SUPERVISOR_FORCED_SEND_BUFFER_MAX_BYTES:
         with contextlib.suppress(PermissionError):  # above net.core.wmem_max
             sock.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, half)
+
+
+async def listen(call: Call, endpoint: Endpoint) -> Answer:
+    """Serve listen(): accept connections, or change the backlog."""
+    if endpoint.is_datagram:
+        raise failure(errno.EOPNOTSUPP)
+    if endpoint.phase is Phase.LOST:
+        raise failure(errno.ENETDOWN)
+    if endpoint.phase not in (Phase.BOUND, Phase.LISTENING):
+        raise failure(errno.EINVAL)
+    backlog = max(0, call.integer(1))
+    with closing(call.duplicate(endpoint)) as sock:
+        if endpoint.has_name:
+            sock.listen(backlog)
+            endpoint.phase = Phase.LISTENING
+            if endpoint.holder is not None:
+                await call.shield(endpoint.holder.listen(backlog, endpoint.buffers))
+            return 0
+        request = client.listen(backlog, endpoint.buffers)
+        if endpoint.phase is Phase.LISTENING:
+            sock.send(request, SEND)  # a reply would look like a connection
+        else:
+            await call.shield(request_on_socket(call, endpoint, sock, request))
+            endpoint.phase = Phase.LISTENING
+    return 0
+
+
+async def accept(call: Call, endpoint: Endpoint) -> Answer:
+    """Serve accept(): accept4() without flags."""
+    return await _accept(call, endpoint, 0)
+
+
+async def accept4(call: Call, endpoint: Endpoint) -> Answer:
+    """Serve accept4(): wait for a connection, unless the socket is non-blocking."""
+    return await _accept(call, endpoint, call.integer(3))
+
+
+async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
+    if flags & ~_ACCEPT_FLAGS:
+        raise failure(errno.EINVAL)
+    if endpoint.is_datagram:
+        raise failure(errno.EOPNOTSUPP)
+    address, size_at = call.arguments[1:3]
+    if address:
+        call.read(size_at, 4)  # fail with EFAULT before a connection is taken
+    while True:
+        _require_listening(endpoint)
+        with closing(call.duplicate(endpoint)) as listener:
+            taken = await _take(endpoint, listener)
+            if taken is not None:
+                break
+            if not os.get_blocking(listener.fileno()):
+                raise failure(errno.EAGAIN)
+            seconds = _timeout(listener)
+            wait = lent(listener.detach(), endpoint.inode, seconds)
+        if not await wait:
+            raise failure(errno.EAGAIN)
+    fd, record = taken
+    sock = _socket.socket(AF_UNIX, endpoint.type, 0, fd)
+    with closing(sock):
+        accepted = call.services.sockets.adopt(sock, endpoint.type)
+        establish(accepted, sock, record)
+        os.set_blocking(fd, not flags & SOCK_NONBLOCK)
+        try:
+            # Before the descriptor: with it, another thread may use the memory for something else.
+            call.write(*call.address_pieces(record.peer, address, size_at))
+            call.answer_with_socket(sock, accepted, flags)
+        except CallInterrupted:
+            endpoint.accepted.append((sock.detach(), record))
+            raise
+    return None
+
+
+def _require_listening(endpoint: Endpoint) -> None:
+    if endpoint.phase is Phase.LOST:
+        raise failure(errno.ENETDOWN)
+    if endpoint.phase is not Phase.LISTENING:
+        raise failure(errno.EINVAL)
+
+
+async def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Record] | None:
+    """Return the descriptor and the record of the next connection, or None.
+
+    Raises OSError; CallInterrupted.
+    """
+    if endpoint.accepted:
+        return endpoint.accepted.popleft()
+    if not endpoint.has_name:
+        try:
+            record, fd = take_record(listener)
+        except BlockingIOError:
+            return None
+    else:
+        while True:
+            token = endpoint.arriving.popleft() if endpoint.arriving else _accept_token(listener)
+            if token is None:
+                return None
+            try:
+                record, fd = await receive_record(token)  # vsockd sends it at once
+            except CallInterrupted:
+                endpoint.arriving.append(token)
+                raise
+            except OSError:  # vsockd has ended: try the next
+                token.close()
+            else:
+                token.close()
+                break
+    if fd is None:
+        raise failure(errno.EMFILE, "connection lost: the supervisor has no free descriptor")
+    return fd, record
+
+
+def _accept_token(listener: _socket.socket) -> _socket.socket | None:
+    """Return the next of vsockd's connections to the socket, or None."""
+    if os.get_blocking(listener.fileno()):
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        if not poll.poll(0):
+            return None
+    try:
+        # A process outside supervision may share the listener, and accept first.
+        with blocking_briefly(listener, SO_RCVTIMEO):
+            fd, _ = listener._accept()  # type: ignore[attr-defined]  # as socket.accept()
+    except (BlockingIOError, ConnectionAbortedError):
+        return None
+    return _socket.socket(AF_UNIX, listener.type, 0, fd)
+
+
+def _timeout(listener: _socket.socket) -> float | None:
+    """Return SO_RCVTIMEO in seconds, or None for no limit."""
+    return timeout_of(listener, SO_RCVTIMEO) or None
+
+
+async def shutdown(call: Call, endpoint: Endpoint) -> Answer:
+    """Serve shutdown(): shut down the unix socket; ENOTCONN before a connect has begun."""
+    how = call.integer(1)
+    if not SHUT_RD <= how <= SHUT_RDWR:
+        raise failure(errno.EINVAL)
+    if endpoint.phase in _BEFORE_A_CONNECT and endpoint.peer is None and not endpoint.is_shut:
+        raise failure(errno.ENOTCONN)
+    endpoint.is_shut = True
+    if endpoint.is_datagram:
+        endpoint.peer = None
+    elif endpoint.phase is Phase.CONNECTING:
+        with closing(call.duplicate(endpoint)) as sock:
+            sock.shutdown(SHUT_RDWR)  # vsockd's reply no longer matters
+        endpoint.fail(0, True)
+        return 0
+    call.let_through()
+    return None

@@ -1,21 +1,30 @@
-"""Datagram sockets: binding an address, and all calls that send.
+"""Datagram sockets, and the calls that send: on packet sockets too, to end a record.
 
-The program's own socket only receives.  Datagrams are sent by *routes*, as in
+A program's datagram socket only receives.  Datagrams are sent by *routes*, as in
 ``transports.fabric.datagram``, which the supervisor keeps: it copies the data from the program.
+
+A packet that ends a record (MSG_EOR, which unix sockets do not carry) is sent together with a
+descriptor, the *marker*: AF_VSOCK carries no descriptors otherwise.  The receiver does not get it;
+MSG_CTRUNC shows that a packet had one.
 """
 
 from __future__ import annotations
 
 import _socket
+import array
 import errno
 import os
 import struct
 from contextlib import closing
 from socket import (
     MSG_DONTWAIT,
+    MSG_EOR,
+    MSG_NOSIGNAL,
     MSG_OOB,
+    SCM_RIGHTS,
     SO_SNDTIMEO,
     SOCK_SEQPACKET,
+    SOL_SOCKET,
 )
 
 from ..._linux.sockets import timeout_of
@@ -35,11 +44,12 @@ from ..memory import (
 from ..scheduler import WRITABLE, ready
 from ..sockets import Endpoint
 from ..vsockd_client import SEND
-from . import seqpacket_eor
 
 _FAMILY = struct.Struct("=H")
 _U32 = struct.Struct("=I")
 
+#: Seconds between two checks whether a call that waits for room still waits.
+_CHECK_SECONDS = 0.25
 #: The errors of a route whose receiver has ended, or that vsockd has revoked.
 _ROUTE_ENDED = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
 
@@ -86,7 +96,7 @@ async def sendto(call: Call, endpoint: Endpoint) -> Answer:
             # A unix socket would ignore the address.
             connected = endpoint.phase is Phase.CONNECTED
             raise failure(errno.EISCONN if connected else errno.EOPNOTSUPP)
-        return await seqpacket_eor.send(call, endpoint, Message.of(buffer, size), flags)
+        return await _send_end_of_record(call, endpoint, Message.of(buffer, size), flags)
     destination = endpoint.peer
     if address:
         # As in Linux, an invalid address counts as null.
@@ -121,7 +131,7 @@ async def sendmsg(call: Call, endpoint: Endpoint) -> Answer:
     _refuse_urgent(call.integer(2))
     message = read_message(call, call.arguments[1])
     if not endpoint.is_datagram:
-        return await seqpacket_eor.send(call, endpoint, message, call.integer(2))
+        return await _send_end_of_record(call, endpoint, message, call.integer(2))
     return await _send_message(call, endpoint, message, call.integer(2))
 
 
@@ -216,3 +226,31 @@ def _send_timeout(call: Call, endpoint: Endpoint, flags: int) -> float | None:
         if flags & MSG_DONTWAIT or not os.get_blocking(sock.fileno()):
             raise failure(errno.ENOBUFS)
         return timeout_of(sock, SO_SNDTIMEO) or None
+
+
+async def _send_end_of_record(
+    call: Call, endpoint: Endpoint, message: Message, flags: int
+) -> Answer:
+    """Send a message that ends a record; let the kernel send any other."""
+    is_ours = endpoint.type == SOCK_SEQPACKET and endpoint.phase is Phase.CONNECTED
+    if not is_ours or not flags & MSG_EOR:
+        call.let_through()
+        return None
+    if message.size > endpoint.buffers.size:
+        raise failure(errno.EMSGSIZE)
+    data = message.read(call)
+    marker = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [call.services.marker]))]
+    with closing(call.duplicate(endpoint)) as sock:
+        waits = not flags & MSG_DONTWAIT and os.get_blocking(sock.fileno())
+        while True:
+            try:
+                return sock.sendmsg([data], marker, MSG_DONTWAIT | MSG_NOSIGNAL)
+            except BlockingIOError:
+                if not waits:
+                    raise
+            except BrokenPipeError:
+                # Nothing can be sent any longer; the kernel raises SIGPIPE where due.
+                call.let_through()
+                return None
+            await ready(sock.fileno(), _CHECK_SECONDS, WRITABLE)
+            call.check()

@@ -1,7 +1,7 @@
 """recvfrom(), recvmsg() and recvmmsg(), which return more than data.
 
 For datagrams, the sender's unix name becomes a struct sockaddr_vm.  For packets, the end of a
-record is shown by MSG_EOR (:mod:`.seqpacket_eor`).
+record is shown by MSG_EOR (:mod:`.datagrams`).
 """
 
 from __future__ import annotations
