@@ -1,4 +1,4 @@
-"""A handler's view of an intercepted system call: arguments, memory of the caller, answer."""
+"""The environment of a handler: one intercepted system call, and the supervisor's services."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import os
 import struct
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from socket import SOCK_CLOEXEC, SOCK_NONBLOCK
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
+from .arch import Architecture
 from .filter import Served
-from .interception import CallInterrupted, InterceptedCall
-from .process import write_memory
+from .interception import CallInterrupted, InterceptedCall, Interceptor
+from .process import Processes, write_memory
 from .scheduler import Wait
-from .services import Services
-from .sockets import SERVED, Endpoint, pack_address, unpack_address
-from .vsockd_client import Credentials
+from .sockets import SERVED, Endpoint, Routes, Sockets, pack_address, unpack_address
+from .vsockd_client import Credentials, PortHolders, VsockdClient
 
 T = TypeVar("T")
 
@@ -33,6 +33,19 @@ Answer = int | None
 Serving = Coroutine[Wait, bool, Answer]
 Handler = Callable[["Call"], Serving]
 SocketHandler = Callable[["Call", Endpoint], Serving]
+
+
+class Services(NamedTuple):
+    """Parts of a supervisor, for the handlers of system calls; made once."""
+
+    architecture: Architecture
+    interceptor: Interceptor
+    processes: Processes
+    sockets: Sockets
+    vsockd: VsockdClient
+    ports: PortHolders
+    routes: Routes
+    marker: int  #: a descriptor that marks the end of a record, see ``calls.datagrams``
 
 
 class _Shielded(Generic[T]):

@@ -23,7 +23,7 @@ from ..protocol import Record
 from ..socket import UNBOUND, Phase
 from .filter import Served
 from .limits import SUPERVISOR_ROUTES_MAX, SUPERVISOR_SOCKETS_MAX
-from .port_holders import PortHolder
+from .vsockd_client import PortHolder
 
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 #: struct sockaddr_vm: family, reserved, port, CID, flags, padding (linux/vm_sockets.h).

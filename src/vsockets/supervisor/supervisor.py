@@ -17,7 +17,7 @@ from ..attachment import Attachment
 from ..protocol import Record, Role, client
 from ..socket import Phase
 from .arch import Architecture
-from .call import Answer, Call, Serving, SocketHandler
+from .call import Answer, Call, Services, Serving, SocketHandler
 from .calls import ARGUMENTS, HANDLERS, PATHS, SOCKET_HANDLERS
 from .calls.creating import DEVICE
 from .filter import Served
@@ -28,12 +28,10 @@ from .interception import (
     Mechanism,
     Surroundings,
 )
-from .port_holders import PortHolders
 from .process import Processes
 from .scheduler import CoroutineScheduler, Wait
-from .services import Services
 from .sockets import Endpoint, Routes, Sockets, inode_in
-from .vsockd_client import VsockdClient, may_be_registered
+from .vsockd_client import PortHolders, VsockdClient, may_be_registered
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,10 @@
-"""Requests to vsockd that do not block the supervisor."""
+"""The supervisor's connections to vsockd: requests that do not block, and ports held for programs.
+
+A port of a program's socket is held by a connection of the supervisor.  The socket itself is not
+connected to vsockd before it becomes a stream: so the kernel fails the program's reads and writes
+as on any unconnected unix socket, and none of vsockd's protocol reaches the program
+(:mod:`vsockets.daemon.listeners`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,7 @@ import _socket
 import contextlib
 import errno
 import os
+import secrets
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -26,11 +33,12 @@ from socket import (
 from .._linux.sockets import DESCRIPTOR_SPACE, TIMEVAL, descriptor_in, with_descriptor
 from ..attachment import Attachment
 from ..limits import VSOCKD_REPLY_TIMEOUT_SECONDS
-from ..protocol import RECORD_SIZE, Record, is_socket_name
+from ..model.buffers import BufferSizes
+from ..protocol import RECORD_SIZE, Record, client, is_socket_name
 from ..protocol.client import decode_reply
 from ..state_folder import SEQPACKET, STREAM
 from .limits import SUPERVISOR_RECONNECT_SECONDS
-from .scheduler import pause, ready
+from .scheduler import HUNG_UP, CoroutineScheduler, pause, ready
 
 SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _TAKE = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
@@ -217,3 +225,119 @@ def may_be_registered(sock: _socket.socket) -> bool:
             ):
                 return True
     return False
+
+
+class PortHolder:
+    """A connection to vsockd that holds a socket's port, from :meth:`bind` to :meth:`close`."""
+
+    def __init__(
+        self,
+        channel: _socket.socket,
+        scheduler: CoroutineScheduler,
+        by_inode: dict[int, PortHolder],
+    ) -> None:
+        """Take ownership of ``channel``, a connection to vsockd.
+
+        The holder enters and removes itself in ``by_inode``, by its socket's inode.
+        """
+        self.secret = secrets.randbits(63) + 1  #: proves to vsockd that a connect is the socket's
+        self.inode = 0
+        self._channel = channel
+        self._scheduler = scheduler
+        self._by_inode = by_inode
+        # A copy to watch: the epoll allows one registration for each, and replies are awaited on
+        # the original.
+        self._watched = os.dup(channel.fileno())
+        self._key = 0
+
+    def watch(self, lost: Callable[[int, bool], None]) -> None:
+        """Call ``lost`` when vsockd releases the port.
+
+        It gets the socket's inode, and whether the reason is that the socket was closed.
+        """
+
+        def hung_up(events: int) -> None:
+            try:
+                while True:  # the reason comes last, after replies that were not awaited
+                    take_record(self._channel)
+            except OSError as error:
+                closed = error.errno == errno.EBADF
+            self.close()
+            lost(self.inode, closed)
+
+        self._key = self._scheduler.watch(self._watched, hung_up, HUNG_UP)
+
+    async def bind(
+        self,
+        credentials: Credentials | None,
+        sock: _socket.socket,
+        address: tuple[int, int],
+        sizes: BufferSizes,
+        unprivileged: bool,
+    ) -> Record:
+        """Bind ``sock``, which may replace an earlier socket.  Raises OSError."""
+        request = client.bind_socket(
+            address, sizes=sizes, secret=self.secret, unprivileged=unprivileged
+        )
+        send(self._channel, request, credentials, sock.fileno())
+        record, _ = await receive_record(self._channel)
+        self._by_inode.pop(self.inode, None)
+        self.inode = os.fstat(sock.fileno()).st_ino
+        self._by_inode[self.inode] = self
+        return record
+
+    async def listen(self, backlog: int, sizes: BufferSizes) -> None:
+        """Accept connections to the socket, up to ``backlog`` of them pending.  Raises OSError."""
+        self._channel.send(client.listen(backlog, sizes), SEND)
+        await receive_record(self._channel)
+
+    def update(self, sizes: BufferSizes) -> None:
+        """Set the buffer sizes of future connections.  Raises OSError."""
+        self._channel.send(client.update(sizes), SEND)
+
+    def close(self) -> None:
+        """Release the port."""
+        self._by_inode.pop(self.inode, None)
+        if self._key:
+            self._scheduler.unwatch(self._key, self._watched)
+            self._key = 0
+        os.close(self._watched)
+        self._channel.close()
+
+
+class PortHolders:
+    """All port holders of a supervisor.  They outlive entries of :class:`.sockets.Sockets`."""
+
+    def __init__(
+        self,
+        vsockd: VsockdClient,
+        scheduler: CoroutineScheduler,
+        lost: Callable[[int, bool], None],
+    ) -> None:
+        """Start without holders; for ``lost`` see :meth:`PortHolder.watch`."""
+        self._vsockd = vsockd
+        self._scheduler = scheduler
+        self._lost = lost
+        self._by_inode: dict[int, PortHolder] = {}
+
+    def find(self, inode: int) -> PortHolder | None:
+        """Return the holder of a socket's port, or None if this supervisor has none."""
+        return self._by_inode.get(inode)
+
+    async def bind(
+        self,
+        credentials: Credentials | None,
+        sock: _socket.socket,
+        address: tuple[int, int],
+        sizes: BufferSizes,
+        unprivileged: bool,
+    ) -> tuple[PortHolder, Record]:
+        """Bind ``sock``, a copy of a program's stream or packet socket.  Raises OSError."""
+        holder = PortHolder(await self._vsockd.open(), self._scheduler, self._by_inode)
+        try:
+            record = await holder.bind(credentials, sock, address, sizes, unprivileged)
+        except BaseException:
+            holder.close()
+            raise
+        holder.watch(self._lost)
+        return holder, record
