@@ -41,8 +41,8 @@ class Busy:
         client, sock = socket.socketpair(AF_UNIX)
         client.settimeout(30)
         with sock:
-            offer = ConnectRequest(sock, port, (HOST, 1024), BufferSizes(), polling=False)
-            self.attachment.settle(offer, size=4096, error=error)
+            request = ConnectRequest(sock, port, (HOST, 1024), BufferSizes(), polling=False)
+            self.attachment.settle(request, size=4096, error=error)
         return client
 
     def next(self) -> tuple[Request, list[int]]:
@@ -67,8 +67,8 @@ def test_outcomes_wait_until_vsockd_has_room(busy: Busy) -> None:
     errors = (0, errno.ECONNRESET, 0)
     clients = [busy.settle(port, error) for port, error in zip(PORTS, errors, strict=True)]
     for port, error, client in zip(PORTS, errors, clients, strict=True):
-        told, fds = busy.next()
-        assert (told.op, told.local_port, told.backlog) == (Op.SETTLE, port, error)
+        message, fds = busy.next()
+        assert (message.op, message.local_port, message.backlog) == (Op.SETTLE, port, error)
         assert Record.decode(client.recv(RECORD_SIZE)).status == error
         assert len(fds) == bool(error), "who was refused may try again, on the same socket"
         for fd in fds:
@@ -81,8 +81,8 @@ def test_outcomes_wait_until_vsockd_has_room(busy: Busy) -> None:
 def test_link_works_after_the_queue_is_flushed(busy: Busy) -> None:
     for round in range(2):
         with busy.settle(PORTS[round], 0):
-            told, _ = busy.next()
-            assert told.local_port == PORTS[round]
+            message, _ = busy.next()
+            assert message.local_port == PORTS[round]
         busy.loop.turn()
         assert not busy.attachment._unsettled
 
@@ -93,8 +93,8 @@ def test_established_stream_carries_no_credentials(busy: Busy, error: int) -> No
     client, sock = socket.socketpair(AF_UNIX)
     with client, sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        offer = ConnectRequest(sock, PORTS[0], (HOST, 1024), BufferSizes(), polling=False)
-        busy.attachment.settle(offer, size=4096, error=error)
+        request = ConnectRequest(sock, PORTS[0], (HOST, 1024), BufferSizes(), polling=False)
+        busy.attachment.settle(request, size=4096, error=error)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == bool(error)
         for fd in busy.next()[1]:
             os.close(fd)
@@ -119,23 +119,23 @@ def test_queued_outcomes_are_dropped_when_vsockd_closes(busy: Busy) -> None:
 def test_record_marker_passes_only_through_seqpackets(kind: int) -> None:
     """A descriptor stands for MSG_EOR; streams carry none, and refuse it where the kernel can."""
     link, vsockd = socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
-    client, offered = socket.socketpair(AF_UNIX, kind)
+    client, end = socket.socketpair(AF_UNIX, kind)
     with contextlib.ExitStack() as stack:
         loop = DeviceLoop()
         stack.callback(loop.close)
         attachment = DeviceClient(loop, link, CID, datagrams=False)
         stack.callback(attachment.close)
-        for sock in (vsockd, client, offered, offered_too := offered.dup()):
+        for sock in (vsockd, client, end, copy := end.dup()):
             stack.enter_context(sock)
-        offer = ConnectRequest(offered, PORTS[0], (HOST, 1024), BufferSizes(), polling=False)
+        request = ConnectRequest(end, PORTS[0], (HOST, 1024), BufferSizes(), polling=False)
         client.send(bytes(RECORD_SIZE))  # a sequenced-packet client pads its request
-        attachment.settle(offer, size=4096)
+        attachment.settle(request, size=4096)
         connected = stack.enter_context(
             attachment.connect(PORTS[1], (HOST, 1024), BufferSizes(), kind)
         )
         *_, (_, fds, _, _) = (socket.recv_fds(vsockd, REQUEST_SIZE, 1) for _ in range(2))
         program = stack.enter_context(socket.socket(fileno=fds[0]))
-        for sender, receiver in ((client, offered_too), (program, connected)):
+        for sender, receiver in ((client, copy), (program, connected)):
             with receiver.dup() as copy:
                 refuses = kind == SOCK_STREAM and sockets.refuse_descriptors(copy)
             with pytest.raises(PermissionError) if refuses else contextlib.nullcontext():

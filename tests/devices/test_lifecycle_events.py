@@ -23,20 +23,22 @@ class Device:
     """A device's client and its events, without a running loop."""
 
     def __init__(self, fabric: PrivateFabric, events: Events) -> None:
-        self.heard: list[str] = []
+        self.observed: list[str] = []
         self.events = events
         self.loop = DeviceLoop()
         self.attachment = DeviceClient(self.loop, fabric.control.attach_device(CID), CID)
-        self.attachment.on_connect = self.offered
-        self.offers: list[tuple[ConnectRequest, list[str]]] = []
-        subscribe(self.loop, self.attachment, events, lambda cid, change: self.heard.append(change))
+        self.attachment.on_connect = self.on_connect
+        self.requests: list[tuple[ConnectRequest, list[str]]] = []
+        subscribe(
+            self.loop, self.attachment, events, lambda cid, change: self.observed.append(change)
+        )
 
     @property
     def listens(self) -> bool:
         return self.loop.watches(self.events.fileno())
 
-    def offered(self, offer: ConnectRequest) -> None:
-        self.offers.append((offer, list(self.heard)))
+    def on_connect(self, request: ConnectRequest) -> None:
+        self.requests.append((request, list(self.observed)))
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_events_are_drained_before_the_guest_connects(
 ) -> None:
     fabric.control.migrate(CID)
     with contextlib.closing(device.attachment.connect(5000, (2, 5000), BufferSizes())):
-        assert device.heard == ["migrate"]
+        assert device.observed == ["migrate"]
 
 
 def test_events_are_drained_before_a_connect_to_the_guest(
@@ -71,26 +73,25 @@ def test_events_are_drained_before_a_connect_to_the_guest(
         client.setblocking(False)
         client.connect_ex((CID, 5000))
 
-        def offered() -> bool:
-            device.attachment._on_link_ready(
-                0
-            )  # the link alone: epoll may report it before the events
-            return bool(device.offers)
+        def request_arrived() -> bool:
+            # The link alone: epoll may report it before the events.
+            device.attachment.on_link_ready(0)
+            return bool(device.requests)
 
-        wait_until(offered, "the offer")
-        (offer, heard), *_ = device.offers
-        assert heard == ["migrate"]
-        assert isinstance(offer.sock, socket.socket)
-        offer.sock.close()
+        wait_until(request_arrived, "the connect request")
+        (request, observed), *_ = device.requests
+        assert observed == ["migrate"]
+        assert isinstance(request.sock, socket.socket)
+        request.sock.close()
 
 
 def test_draining_without_events_does_not_wait(device: Device) -> None:
     device.attachment.drain_events()  # and does not wait
-    assert device.heard == []
+    assert device.observed == []
 
 
 def test_draining_after_vsockd_has_ended(device: Device, fabric: PrivateFabric) -> None:
     fabric.stop()
     wait_until(lambda: device.attachment.drain_events() or not device.listens, "the end of events")
     device.attachment.drain_events()
-    assert device.heard == []
+    assert device.observed == []

@@ -12,25 +12,25 @@ from vsockets.devices.loop import DeviceLoop
 def test_spin_repeats_until_the_condition_holds() -> None:
     loop = DeviceLoop()
     ours, theirs = socket.socketpair()
-    heard: list[bytes] = []
-    loop.watch(ours.fileno(), lambda events: heard.append(ours.recv(100)))
-    looks = 0
+    observed: list[bytes] = []
+    loop.watch(ours.fileno(), lambda events: observed.append(ours.recv(100)))
+    polls = 0
 
     def poll_once() -> bool:
-        nonlocal looks
-        looks += 1
-        if looks == 5:
+        nonlocal polls
+        polls += 1
+        if polls == 5:
             theirs.send(b"x")
-        if heard:
+        if observed:
             loop.stop()
-        return bool(heard)
+        return bool(observed)
 
     loop.spin(poll_once, 60)
     loop.run()
-    assert heard == [b"x"] and looks >= 6
-    seen = looks
+    assert observed == [b"x"] and polls >= 6
+    seen = polls
     loop.turn()
-    assert looks == seen, "it was over"
+    assert polls == seen, "it was over"
     for sock in (ours, theirs, loop):
         sock.close()
 

@@ -64,7 +64,7 @@ class SimulatedGuest:
         self.receive, self.transmit, self.events = self.rings
         self._split = split
         self._buffer = HEADER_SIZE + buffer
-        self._places: dict[int, int] = {}  # of receive buffers, by their heads
+        self.places: dict[int, int] = {}  # of receive buffers, by their heads
         self._event_places: dict[int, int] = {}
         self._spare: deque[int] = deque()
         self.refills = refill  #: True to provide each used buffer again
@@ -108,7 +108,7 @@ class SimulatedGuest:
         chain = [(place, size)]
         if self._split and size > HEADER_SIZE:
             chain = [(place, HEADER_SIZE), (place + HEADER_SIZE, size - HEADER_SIZE)]
-        self._places[self.receive.add(chain, writable=True)] = place
+        self.places[self.receive.add(chain, writable=True)] = place
 
     # Packets
 
@@ -153,7 +153,7 @@ class SimulatedGuest:
         """Move arrived packets to ``arrived``; return whether there were any."""
         used = self.receive.collect()
         for head, length in used:
-            place = self._places.pop(head)
+            place = self.places.pop(head)
             data = bytes(self.memory.view[place : place + length])
             if data:
                 self.arrived.append((Header(*HEADER.unpack_from(data)), data[HEADER_SIZE:]))
@@ -223,9 +223,9 @@ class GuestStream:
         self.data = bytearray()
         self.ended = 0  #: directions that the host has shut down (Shutdown)
         self.is_reset = False
-        self._note(answer)
+        self.note_credit(answer)
 
-    def _note(self, header: Header) -> None:
+    def note_credit(self, header: Header) -> None:
         self.alloc, self.forwarded = header.buf_alloc, header.fwd_cnt
 
     @property
@@ -262,7 +262,7 @@ class GuestStream:
         """Receive the next packet and store its credit."""
         header, payload = self.guest.next_packet()
         assert (header.dst_port, header.src_cid, header.src_port) == (self.local, *self.peer)
-        self._note(header)
+        self.note_credit(header)
         if header.op == Op.RW:
             self.data += payload
             self.received += len(payload)

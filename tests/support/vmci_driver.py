@@ -32,6 +32,7 @@ _OUT, _IN, _IN_DATA, _QUEUES = 0, 0x20_000, 0x21_000, 0x40_000
 class StubFabric:
     """A fabric that accepts every stream and keeps every datagram."""
 
+    on_datagram: Callable[[tuple[int, int], int, bytes], bool]  #: set by the device
     on_resized: Callable[[int, tuple[int, int], int], None]  #: set by the device
 
     def __init__(self, loop: DeviceLoop) -> None:

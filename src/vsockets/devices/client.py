@@ -176,7 +176,7 @@ class DeviceClient:
         #: refused
         self._unsettled: deque[tuple[bytes, socket.socket | None]] = deque()
         self.capture = CaptureSink(loop)  #: records of what passes the device, while a capture runs
-        loop.watch(link.fileno(), self._on_link_ready)
+        loop.watch(link.fileno(), self.on_link_ready)
         if datagrams:
             self._request(client.catch_all(), self._catch_all)
             self._watch_datagrams(self._catch_all)
@@ -410,7 +410,8 @@ class DeviceClient:
         client.decode_reply(data)
         return fd
 
-    def _on_link_ready(self, events: int) -> None:
+    def on_link_ready(self, events: int) -> None:
+        """Handle readiness of the link: send queued outcomes, and receive one message."""
         if events & EPOLLOUT:
             self._flush_unsettled()
         try:

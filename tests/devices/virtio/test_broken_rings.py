@@ -246,7 +246,7 @@ def test_broken_transmit_queue_is_disabled(rig: Rig) -> None:
 def test_receive_buffers_without_room_for_a_header(rig: Rig, size: int) -> None:
     guest = rig.guest(features=F_VERSION_1, refill=False)
     place = guest.memory.allocate(100)
-    guest._places[guest.receive.add([(place, 100)], writable=True)] = place
+    guest.places[guest.receive.add([(place, 100)], writable=True)] = place
     guest.receive.publish()
     breaks(rig, guest, 0, lambda ring: add(ring, place, size, True))
 
@@ -254,7 +254,7 @@ def test_receive_buffers_without_room_for_a_header(rig: Rig, size: int) -> None:
 def test_readable_receive_buffers_disable_the_ring(rig: Rig) -> None:
     guest = rig.guest(features=F_VERSION_1, refill=False)
     place = guest.memory.allocate(100)
-    guest._places[guest.receive.add([(place, 100)], writable=True)] = place
+    guest.places[guest.receive.add([(place, 100)], writable=True)] = place
     guest.receive.publish()
     breaks(rig, guest, 0, lambda ring: add(ring, place, 99, False))
 

@@ -156,7 +156,7 @@ def test_receive_buffers_of_any_size(rig: Rig, size: int) -> None:
     while guest.receive.has_room(len(pieces) if len(pieces) < 100 else 1):
         place = guest.memory.allocate(size)
         parts = [(place + at, min(20, size - at)) for at in range(0, size, 20)]
-        guest._places[guest.receive.add(parts[:100] or [(place, size)], writable=True)] = place
+        guest.places[guest.receive.add(parts[:100] or [(place, size)], writable=True)] = place
         break
     guest.receive.publish()
     sock.send(b"y" * 20_000)
@@ -190,7 +190,7 @@ def test_slow_reader_blocks_only_its_own_stream(rig: Rig) -> None:
             slow.sent += len(data)
             sent += len(data)
         try:
-            slow._note(guest.next_packet(0.3)[0])
+            slow.note_credit(guest.next_packet(0.3)[0])
         except TimeoutError:
             break
         assert sent < 4 << 20, "credit without end"
@@ -371,7 +371,7 @@ def test_request_flood_waits_for_receive_buffers(rig: Rig) -> None:
         guest.send(guest.header(Op.REQUEST, VIRTIO_WAITING_RESETS_MAX + number + 1, HOST))
         if not guest.transmit.has_room(2):
             break
-    assert len(rig.device._resets) + len(rig.device.connections) <= 2 * VIRTIO_WAITING_RESETS_MAX
+    assert len(rig.device.resets) + len(rig.device.connections) <= 2 * VIRTIO_WAITING_RESETS_MAX
     guest.refills = True
     guest.refill()
     for _ in range(VIRTIO_WAITING_RESETS_MAX):

@@ -66,7 +66,7 @@ def test_datagrams(guest: SimulatedGuest, tmp_path: Path) -> None:
     with tapped(guest.fabric.capture) as records:
         guest.send(Handle(2, 700), b"there", Handle(CID, 800))
         guest.send(Handle(2, 700), b"", Handle(CID, 800))
-        guest.machine.sockets._on_datagram((2, 700), 800, b"and back")
+        guest.fabric.on_datagram((2, 700), 800, b"and back")
         rows = dissect_records(records, tmp_path / "datagrams.pcap")
     there, back = (f"{CID}:800", "2:700"), ("2:700", f"{CID}:800")
     assert rows == [

@@ -24,8 +24,7 @@ def test_random_moves_of_a_guest_leave_no_trace(
     assert not caplog.records
     hypervisor = fuzzer.guest.machine.hypervisor
     sockets = fuzzer.guest.machine.sockets
-    assert not hypervisor._queue_pairs and not hypervisor._queue_pair_memory
-    assert not sockets._connections and not sockets._by_handle and not sockets._expected_sizes
+    assert hypervisor.is_idle and sockets.is_idle
     fuzzer.guest.loop.close()
     del fuzzer, hypervisor, sockets
     assert len(os.listdir("/proc/self/fd")) <= before + 1

@@ -128,12 +128,12 @@ class TestDatagrams:
             payload = os.urandom(size)
             assert guest.send(Handle(2, 700), payload, Handle(CID, 800)) == 24 + size
             assert guest.fabric.datagrams.pop() == (800, (2, 700), payload)
-            guest.machine.sockets._on_datagram((2, 700), 800, payload)
+            guest.fabric.on_datagram((2, 700), 800, payload)
             (one,) = guest.receive()
             assert one == Datagram(Handle(CID, 800), Handle(2, 700), payload)
 
     def test_queue_for_the_guest_is_bounded(self, guest: SimulatedGuest) -> None:
-        deliver = guest.machine.sockets._on_datagram
+        deliver = guest.fabric.on_datagram
         assert deliver((2, 1), 2, bytes(MAX_DATAGRAM))
         assert not deliver((2, 1), 2, bytes(MAX_DATAGRAM))
         assert [len(one.payload) for one in guest.receive()] == [MAX_DATAGRAM] * 2

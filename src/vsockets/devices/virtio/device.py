@@ -98,7 +98,7 @@ class VirtioVsock:
         self._events: Ring | None = None
         #: with packets for the guest, in the order of their turns
         self._ready_connections: deque[VirtioConnection] = deque()
-        self._resets: deque[bytes] = deque()  # encoded RSTs without a connection
+        self.resets: deque[bytes] = deque()  #: encoded RSTs without a connection
         self._replies: dict[VirtioConnection, Callable[[int], None]] = {}
         self._attempts: dict[VirtioConnection, Callable[[], None]] = {}
         self._busy = False
@@ -226,7 +226,7 @@ class VirtioVsock:
     @property
     def backpressured(self) -> bool:
         """True if the guest's packets must wait until the guest has received some."""
-        return len(self._resets) >= VIRTIO_WAITING_RESETS_MAX
+        return len(self.resets) >= VIRTIO_WAITING_RESETS_MAX
 
     def _schedule_poll(self) -> None:
         """Schedule another turn after other ready descriptors."""
@@ -246,7 +246,7 @@ class VirtioVsock:
                 index = TRANSMIT
                 if transmit.run() and not self.backpressured:
                     self._schedule_poll()
-            if self._ready_connections or self._resets:
+            if self._ready_connections or self.resets:
                 index = RECEIVE
                 self._send_pending()
         except RingError as error:
@@ -260,11 +260,11 @@ class VirtioVsock:
         if queue is None:
             return
         was_backpressured = self.backpressured
-        budget = 2 * len(ready) + len(self._resets) + 1
-        while (ready or self._resets) and budget and queue.has_buffers():
+        budget = 2 * len(ready) + len(self.resets) + 1
+        while (ready or self.resets) and budget and queue.has_buffers():
             budget -= 1
-            if self._resets:
-                queue.send_raw(self._resets.popleft())
+            if self.resets:
+                queue.send_raw(self.resets.popleft())
                 continue
             connection = ready.popleft()
             connection.queued = False
@@ -414,7 +414,7 @@ class VirtioVsock:
             header.dst_cid, header.src_cid, header.dst_port, header.src_port,
             type=header.type, op=Op.RST,
         )  # fmt: skip
-        self._resets.append(reply.encode())
+        self.resets.append(reply.encode())
 
     def _perform(self, connection: VirtioConnection, action: Action) -> None:
         if action & Action.ACCEPT:
@@ -480,7 +480,7 @@ class VirtioVsock:
             self._close_host_side(connection)
         self.connections.clear()
         self._ready_connections.clear()
-        self._resets.clear()
+        self.resets.clear()
 
     def _buffer_size(self) -> int:
         full = len(self.connections) < VIRTIO_LARGE_BUFFERS_MAX

@@ -103,6 +103,11 @@ class Hypervisor:
             result = self.sockets.send_datagram(source.resource, destination, payload)
         return result
 
+    @property
+    def is_idle(self) -> bool:
+        """True if no queue pair exists."""
+        return not self._queue_pairs and not self._queue_pair_memory
+
     # What happens to the guest
 
     def queue_pair(self, handle: Handle) -> QueuePair | None:

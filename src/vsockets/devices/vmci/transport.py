@@ -110,6 +110,11 @@ class VmciTransport:
         fabric.on_datagram = self._on_datagram
         fabric.on_lost = self.close_all
 
+    @property
+    def is_idle(self) -> bool:
+        """True if no stream exists and no queue pair is expected."""
+        return not (self._connections or self._by_handle or self._expected_sizes)
+
     # What the guest sends
 
     def receive(self, peer: int, packet: Packet) -> int:
