@@ -1,4 +1,4 @@
-"""Proxies for each test; the RabbitMQ is everybody's."""
+"""Proxies for each test; RabbitMQ is shared by all tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three proxies on a private fabric, and programs that use them."""
+"""The three proxies on a private fabric, and message clients."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vsockets.testing import PrivateFabric
 
 PROGRAMS = Path(__file__).with_name("programs")
 
-#: How long a program may take to send all of its messages, in seconds.
+#: Time for a program to send all of its messages, in seconds.
 PATIENCE = 150.0
 
 
 class Proxies:
-    """Starts proxies, each a process of its own; nothing is left of them afterwards."""
+    """The running proxies, each in a separate process that ends with the context."""
 
     def __init__(self, fabric: PrivateFabric) -> None:
         self.fabric = fabric
@@ -41,7 +41,7 @@ class Proxies:
             running.close()
 
     def start(self, where: Attachment, *arguments: object) -> tuple[Running, str]:
-        """``vsock amqp …`` in a context; the process, and the address it listens on."""
+        """Start ``vsock amqp …`` in a context; return the process and its listening address."""
         running = Running(("amqp", *arguments), self.fabric.environment(where))
         self._running.append(running)
         line = running.error_line()
@@ -64,19 +64,19 @@ class Proxies:
     def guest_proxy(
         self, guest: Attachment, host: str, listen: str = "tcp:127.0.0.1:0"
     ) -> tuple[Running, int]:
-        """The process, and the TCP port that the guest's clients use."""
+        """Start a guest proxy; return its process and the TCP port for clients."""
         running, where = self.start(guest, "guest-proxy", "--listen", listen, "--host", host)
         return running, int(where.rpartition(":")[2])
 
     def all_three(self, ports: list[int]) -> int:
-        """One of each; the port of the guest's clients."""
+        """Start one proxy of each kind; return the TCP port for the guest's clients."""
         _, proxy = self.amqp_proxy(ports)
         _, host = self.host_proxy(proxy)
         return self.guest_proxy(self.fabric.guest(), host)[1]
 
 
 class Program:
-    """A message client, which knows nothing of vSockets."""
+    """A running message client without knowledge of vSockets."""
 
     def __init__(self, name: str, *arguments: object, environment: Mapping[str, str] = os.environ):
         self._process = subprocess.Popen(
@@ -89,14 +89,14 @@ class Program:
         self._output = self._process.stdout
 
     def wait_for(self, tenth: int, count: int) -> None:
-        """Return when it says that so many tenths of its messages are confirmed."""
+        """Wait until the program has had this many tenths of its messages confirmed."""
         wanted = str(tenth * (count // 10))
         while (line := self._output.readline()) and line.strip() != wanted:
             pass
         assert line, "the program has ended"
 
     def result(self) -> Any:
-        """Its last line."""
+        """Wait for the program's end; return its last line, decoded."""
         *_, last = self._output
         assert self._process.wait(PATIENCE) == 0
         return json.loads(last)

@@ -1,4 +1,4 @@
-"""AMQP 0-9-1 as Hypothesis draws it, framed by ``pamqp``, which aio-pika speaks by."""
+"""Strategies for AMQP 0-9-1, encoded by ``pamqp``, the codec of aio-pika."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def start_ok(properties: dict[str, Any]) -> bytes:
 
 
 def handshake(virtual_host: str, properties: dict[str, Any]) -> bytes:
-    """All that a client says until it is in ``virtual_host``."""
+    """Return a client's handshake up to the opening of ``virtual_host``."""
     return (
         PROTOCOL_HEADER
         + start_ok(properties)
@@ -59,14 +59,14 @@ def handshake(virtual_host: str, properties: dict[str, Any]) -> bytes:
 
 
 def pieces(data: bytes, places: list[int]) -> Iterator[bytes]:
-    """``data``, cut there."""
+    """Yield ``data`` in pieces, cut at ``places``."""
     ends = sorted({min(place, len(data)) for place in places} | {0, len(data)})
     for begin, end in itertools.pairwise(ends):
         yield data[begin:end]
 
 
 def commands_in(data: bytes) -> list[Any]:
-    """The frames that ``data`` consists of, read by pamqp."""
+    """Return the frames of ``data``, decoded by pamqp."""
     found: list[Any] = []
     while data:
         size, _, one = frame.unmarshal(data)

@@ -1,4 +1,4 @@
-"""Frames and field tables, beside pamqp's."""
+"""Frames and field tables, compared with pamqp's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .strategies import commands_in, conversations, tables
 
 
 @given(conversations, st.integers(0, 30))
-def test_frames_are_found_one_after_the_other(parts: list[bytes], missing: int) -> None:
+def test_whole_frames_are_found_in_order(parts: list[bytes], missing: int) -> None:
     data = b"".join(parts)
     assert [one.end for one in whole_frames(data, 1000)][-1:] == [len(data)][: len(parts)]
     cut = data[: max(0, len(data) - missing)]
@@ -39,7 +39,7 @@ def test_frames_are_found_one_after_the_other(parts: list[bytes], missing: int) 
 
 
 @given(st.binary(max_size=200))
-def test_anything_else_is_refused_or_waited_for(data: bytes) -> None:
+def test_invalid_bytes_are_refused_or_incomplete(data: bytes) -> None:
     try:
         for one in whole_frames(data, 100):
             assert 8 <= one.end - one.start <= 108
@@ -56,12 +56,12 @@ def test_anything_else_is_refused_or_waited_for(data: bytes) -> None:
         (b"\x08\0\0\0\0\0\0\xcf", r"end octet 0xcf \(expected 0xce\)"),
     ],
 )
-def test_what_is_wrong_with_a_frame(data: bytes, problem: str) -> None:
+def test_frame_error_names_value_and_expectation(data: bytes, problem: str) -> None:
     with pytest.raises(FrameError, match=problem):
         list(whole_frames(data, 100))
 
 
-def test_methods_of_the_connection_are_told_from_others() -> None:
+def test_connection_methods_are_recognized() -> None:
     def method(data: bytes) -> int | None:
         (one,) = whole_frames(data, 1000)
         return connection_method(data, one)
@@ -78,7 +78,7 @@ def test_methods_of_the_connection_are_told_from_others() -> None:
 
 
 @given(st.sampled_from(Reply), st.text(max_size=400), st.sampled_from([0, *ConnectionMethod]))
-def test_a_close_is_what_clients_read(reply: Reply, text: str, cause: int) -> None:
+def test_close_frame_is_readable_by_pamqp(reply: Reply, text: str, cause: int) -> None:
     (close,) = commands_in(connection_close(reply, text, cause))
     assert isinstance(close, commands.Connection.Close)
     assert (close.reply_code, close.class_id, close.method_id) == (reply, 10 if cause else 0, cause)
@@ -87,7 +87,7 @@ def test_a_close_is_what_clients_read(reply: Reply, text: str, cause: int) -> No
 
 
 @given(tables, st.integers(0, 2**32 - 1))
-def test_a_table_gets_one_entry_more(table: dict[str, Any], value: int) -> None:
+def test_entry_is_added_to_a_table(table: dict[str, Any], value: int) -> None:
     table.pop("vsock_cid", None)
     data = encode.field_table(table)
     assert table_end(data + b"more") == len(data)
@@ -100,7 +100,7 @@ def test_a_table_gets_one_entry_more(table: dict[str, Any], value: int) -> None:
 
 
 @given(st.binary(max_size=60))
-def test_no_table_that_is_cut_off_is_read(data: bytes) -> None:
+def test_truncated_table_is_refused(data: bytes) -> None:
     table = len(data).to_bytes(4, "big") + data
     try:
         found = table_names(table)

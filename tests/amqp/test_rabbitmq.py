@@ -23,13 +23,13 @@ from .stage import Proxies
 
 pytestmark = pytest.mark.timeout(240)
 
-#: How long a client waits for anything, in seconds.
+#: Timeout of clients, in seconds.
 PATIENCE = 30.0
 
 
 @contextlib.contextmanager
 def connected(port: int, virtual_host: str = "/", **properties: object) -> Iterator[Any]:
-    """A channel with confirms."""
+    """Yield a channel with publisher confirms."""
     connection = pika.BlockingConnection(
         pika.ConnectionParameters(
             "127.0.0.1",
@@ -51,7 +51,7 @@ def connected(port: int, virtual_host: str = "/", **properties: object) -> Itera
 
 
 def works(port: int, virtual_host: str = "/", size: int = 1000) -> bool:
-    """Whether a message goes to the broker and comes back as it was."""
+    """Return whether a message reaches the broker and comes back unchanged."""
     data = os.urandom(size)
     with connected(port, virtual_host) as channel:
         queue = channel.queue_declare("", exclusive=True).method.queue
@@ -59,7 +59,7 @@ def works(port: int, virtual_host: str = "/", size: int = 1000) -> bool:
         return bool(channel.basic_get(queue)[2] == data)
 
 
-def test_a_guest_is_known_and_kept_to_its_virtual_hosts(
+def test_guest_is_identified_and_limited_to_its_virtual_hosts(
     proxies: Proxies, rabbitmq: PrivateRabbitMQ
 ) -> None:
     one, other = proxies.fabric.guest(), proxies.fabric.guest()
@@ -87,12 +87,12 @@ def test_a_guest_is_known_and_kept_to_its_virtual_hosts(
             assert f'"vsock_cid",{guest.cid}' in listed.replace(" ", "")
 
 
-def test_sessions_are_balanced_over_the_nodes_that_serve(
+def test_sessions_are_balanced_over_healthy_nodes(
     proxies: Proxies, rabbitmq: PrivateRabbitMQ
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as mute, socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        ports = [nobody.getsockname()[1], mute.getsockname()[1], *rabbitmq.ports]
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        ports = [closed.getsockname()[1], silent.getsockname()[1], *rabbitmq.ports]
         proxy, where = proxies.amqp_proxy(ports)
         _, host = proxies.host_proxy(where)
         _, port = proxies.guest_proxy(proxies.fabric.guest(), host)
@@ -109,7 +109,9 @@ def test_sessions_are_balanced_over_the_nodes_that_serve(
                 assert listed.count(str(one)) == 2
 
 
-def test_a_slow_consumer_beside_a_fast_one(proxies: Proxies, rabbitmq: PrivateRabbitMQ) -> None:
+def test_slow_consumer_does_not_block_a_fast_one(
+    proxies: Proxies, rabbitmq: PrivateRabbitMQ
+) -> None:
     port = proxies.all_three(rabbitmq.ports)
     count, data = 300, os.urandom(100_000)
     with connected(rabbitmq.ports[0]) as direct, connected(port) as slow:
@@ -117,8 +119,8 @@ def test_a_slow_consumer_beside_a_fast_one(proxies: Proxies, rabbitmq: PrivateRa
         for _ in range(count):
             direct.basic_publish("", "plenty", data)
         got: list[bytes] = []
-        # What is not read from now on fills every buffer up to the broker.
-        slow.basic_consume("plenty", lambda *it: got.append(it[3]), auto_ack=True)
+        # The unread messages fill every buffer up to the broker.
+        slow.basic_consume("plenty", lambda *event: got.append(event[3]), auto_ack=True)
         for _ in range(20):
             assert works(port, size=1_000_000)
         assert len(got) < count
@@ -128,7 +130,7 @@ def test_a_slow_consumer_beside_a_fast_one(proxies: Proxies, rabbitmq: PrivateRa
         direct.queue_delete("plenty")
 
 
-def test_the_link_breaks_and_is_made_again(proxies: Proxies, rabbitmq: PrivateRabbitMQ) -> None:
+def test_lost_uplink_is_reconnected(proxies: Proxies, rabbitmq: PrivateRabbitMQ) -> None:
     guest = proxies.fabric.guest()
     proxy, where = proxies.amqp_proxy(rabbitmq.ports)
     host, host_where = proxies.host_proxy(where)
@@ -140,7 +142,7 @@ def test_the_link_breaks_and_is_made_again(proxies: Proxies, rabbitmq: PrivateRa
         assert caught.value.reply_code == 320
     proxy, _ = proxies.amqp_proxy(rabbitmq.ports, listen=where)
     assert works(port)
-    # The others, told to end, see their clients off.
+    # On SIGTERM the others close their clients' connections in an orderly way.
     for running in (host, guest_proxy):
         with connected(port) as channel:
             running.process.terminate()
@@ -155,16 +157,16 @@ def test_the_link_breaks_and_is_made_again(proxies: Proxies, rabbitmq: PrivateRa
 
 @pytest.fixture
 def certificates(tmp_path: Path) -> Path:
-    """``ca.pem``, ``server.pem`` for 127.0.0.1, ``client.pem``, and ``stranger.pem``."""
-    authority, somebody = trustme.CA(), trustme.CA()
+    """Create ``ca.pem``, ``server.pem`` for 127.0.0.1, ``client.pem`` and ``stranger.pem``."""
+    authority, stranger = trustme.CA(), trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    for name, issuer in (("server", authority), ("client", authority), ("stranger", somebody)):
+    for name, issuer in (("server", authority), ("client", authority), ("stranger", stranger)):
         certificate = issuer.issue_cert("127.0.0.1")
         certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / f"{name}.pem")
     return tmp_path
 
 
-def test_tls_with_client_certificates(
+def test_tls_requires_a_client_certificate(
     proxies: Proxies, rabbitmq: PrivateRabbitMQ, certificates: Path
 ) -> None:
     guest = proxies.fabric.guest()
@@ -191,7 +193,7 @@ def test_tls_with_client_certificates(
 
 @contextlib.contextmanager
 def running(*command: str, port: int) -> Iterator[None]:
-    """A program that serves TCP at ``port``."""
+    """Run a program until the end of the context, once it accepts TCP at ``port``."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def serves() -> bool:
@@ -214,10 +216,10 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def test_stock_proxies_at_the_far_end(
+def test_host_proxy_works_with_stock_proxies(
     proxies: Proxies, rabbitmq: PrivateRabbitMQ, tmp_path: Path
 ) -> None:
-    """Host proxy, nghttpx (HTTP/2 CONNECT), tinyproxy (HTTP/1.1 CONNECT), RabbitMQ."""
+    """The path: host proxy, nghttpx (HTTP/2 CONNECT), tinyproxy (HTTP/1.1 CONNECT), RabbitMQ."""
     nghttpx, tinyproxy = stock_proxies()
     front, back = free_port(), free_port()
     configuration = tmp_path / "tinyproxy.conf"
@@ -234,8 +236,8 @@ def test_stock_proxies_at_the_far_end(
             assert works(port, size=1_000_000)
 
 
-def test_a_stock_client_of_the_amqp_proxy(proxies: Proxies, rabbitmq: PrivateRabbitMQ) -> None:
-    """nghttpx asks it with HTTP/2 CONNECT for what its own client asks with HTTP/1.1."""
+def test_amqp_proxy_works_with_a_stock_client(proxies: Proxies, rabbitmq: PrivateRabbitMQ) -> None:
+    """nghttpx turns its client's HTTP/1.1 CONNECT into an HTTP/2 CONNECT to the proxy."""
     nghttpx, _ = stock_proxies()
     _, where = proxies.amqp_proxy(rabbitmq.ports)
     front, back = free_port(), where.rpartition(":")[2]

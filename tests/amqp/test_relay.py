@@ -1,4 +1,4 @@
-"""Two transports joined, one of them later."""
+"""A relay whose two sides connect at different times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 from vsockets.amqp.relay import SessionRelay
 
 
-def test_what_is_said_before_the_other_side_is_there() -> None:
+def test_bytes_before_the_other_side_connects_are_kept() -> None:
     async def test() -> bytes:
         loop = asyncio.get_running_loop()
         relay = SessionRelay()
@@ -18,7 +18,7 @@ def test_what_is_said_before_the_other_side_is_there() -> None:
         with client, broker:
             client.send(b"early")
             await loop.connect_accepted_socket(lambda: relay.near, near)
-            for _ in range(3):  # turns in which it could be read, and lost
+            for _ in range(3):  # turns in which the bytes could be read and lost
                 await asyncio.sleep(0)
             await loop.connect_accepted_socket(lambda: relay.far, far)
             async with asyncio.timeout(30):

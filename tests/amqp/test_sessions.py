@@ -1,4 +1,4 @@
-"""How sessions end, and who gets one: proxies in this process, whose far ends are played."""
+"""Ends and limits of sessions, with proxies in this process and simulated far sides."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DELIVER = frame.marshal(commands.Basic.Deliver("c", 1, False, "", "q"), 1)
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-#: What a test has opened.
+#: Streams that a test has opened.
 opened: list[asyncio.StreamWriter] = []
 
 
@@ -63,8 +63,8 @@ async def dial_host(guest: vsockets.Attachment, host: HostProxy) -> Streams:
     return reader, writer
 
 
-class Played:
-    """A server whose part a test plays, one connection after the other."""
+class SimulatedServer:
+    """A server whose connections the test handles itself."""
 
     def __init__(self) -> None:
         self.connections: asyncio.Queue[Streams] = asyncio.Queue()
@@ -75,14 +75,16 @@ class Played:
 
 
 @contextlib.asynccontextmanager
-async def in_a_guest(fabric: PrivateFabric, path: Path) -> AsyncIterator[tuple[GuestProxy, Played]]:
-    """A guest proxy; the host proxy is played."""
-    played = Played()
-    server = await vsockets.start_server(played.serve, context=fabric.host)
+async def in_a_guest(
+    fabric: PrivateFabric, path: Path
+) -> AsyncIterator[tuple[GuestProxy, SimulatedServer]]:
+    """Yield a guest proxy and its simulated host proxy."""
+    far_side = SimulatedServer()
+    server = await vsockets.start_server(far_side.serve, context=fabric.host)
     port = server.sockets[0].getsockname()[1]
     proxy = GuestProxy(Unix(str(path)), Vsock(2, port), fabric.guest())
     try:
-        yield proxy, played
+        yield proxy, far_side
     finally:
         proxy.close()
         server.close()
@@ -91,19 +93,19 @@ async def in_a_guest(fabric: PrivateFabric, path: Path) -> AsyncIterator[tuple[G
 @contextlib.asynccontextmanager
 async def on_the_host(
     fabric: PrivateFabric, folder: Path
-) -> AsyncIterator[tuple[HostProxy, Played]]:
-    """A host proxy, and its AMQP proxy's only node, which is played."""
-    played = Played()
-    server = await asyncio.start_unix_server(played.serve, folder / "node")
+) -> AsyncIterator[tuple[HostProxy, SimulatedServer]]:
+    """Yield a host proxy and the simulated node of its AMQP proxy."""
+    far_side = SimulatedServer()
+    server = await asyncio.start_unix_server(far_side.serve, folder / "node")
     amqp = AmqpProxy(Unix(str(folder / "amqp")), [Unix(str(folder / "node"))])
-    reader, writer = await played.connections.get()  # asks whether it serves
+    reader, writer = await far_side.connections.get()  # the health check
     assert await reader.readexactly(8) == PROTOCOL_HEADER
     writer.write(START)
     host = HostProxy(
         Vsock(VMADDR_CID_ANY, VMADDR_PORT_ANY), Unix(str(folder / "amqp")), context=fabric.host
     )
     try:
-        yield host, played
+        yield host, far_side
     finally:
         host.close()
         amqp.close()
@@ -111,22 +113,22 @@ async def on_the_host(
 
 
 async def reply_code(reader: asyncio.StreamReader) -> int:
-    """Of the connection.close that comes next."""
+    """Read a connection.close; return its reply code."""
     head = await reader.readexactly(7)
     (close,) = commands_in(head + await reader.readexactly(int.from_bytes(head[3:]) + 1))
     assert isinstance(close, commands.Connection.Close)
     return close.reply_code or 0
 
 
-def test_a_frame_cut_off_is_not_delivered(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
+def test_truncated_frame_is_not_delivered(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
     async def test() -> None:
-        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):
+        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, far_side):
             reader, writer = await dial(tmp_path / "amqp")
             writer.write(PROTOCOL_HEADER)
-            there, back = await played.connections.get()
-            assert await there.readexactly(8) == PROTOCOL_HEADER
-            back.write(START + DELIVER + DELIVER[:-1])
-            back.close()
+            far_reader, far_writer = await far_side.connections.get()
+            assert await far_reader.readexactly(8) == PROTOCOL_HEADER
+            far_writer.write(START + DELIVER + DELIVER[:-1])
+            far_writer.close()
             assert await reader.readexactly(len(START + DELIVER)) == START + DELIVER
             assert await reply_code(reader) == 320
             writer.write(b"what was on its way" + CLOSE_OK)
@@ -135,35 +137,39 @@ def test_a_frame_cut_off_is_not_delivered(vsock_fabric: PrivateFabric, tmp_path:
     run(test)
 
 
-def test_what_the_broker_says_last_is_the_last(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
+def test_close_of_the_broker_is_forwarded_alone(
+    vsock_fabric: PrivateFabric, tmp_path: Path
+) -> None:
     last = frame.marshal(commands.Connection.Close(403, "no", 0, 0), 0)
 
     async def test() -> None:
-        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):
+        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, far_side):
             reader, writer = await dial(tmp_path / "amqp")
-            there, back = await played.connections.get()
-            back.write(last)
+            far_reader, far_writer = await far_side.connections.get()
+            far_writer.write(last)
             assert await reader.readexactly(len(last)) == last
             writer.write(CLOSE_OK)
-            assert await there.readexactly(len(CLOSE_OK)) == CLOSE_OK
-            back.close()
+            assert await far_reader.readexactly(len(CLOSE_OK)) == CLOSE_OK
+            far_writer.close()
             assert await reader.read() == b""
 
     run(test)
 
 
-def test_no_amqp_from_the_far_end(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
+def test_invalid_bytes_from_the_far_side_close_the_session(
+    vsock_fabric: PrivateFabric, tmp_path: Path
+) -> None:
     async def test() -> None:
-        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):
+        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, far_side):
             reader, _ = await dial(tmp_path / "amqp")
-            _, back = await played.connections.get()
-            back.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            _, far_writer = await far_side.connections.get()
+            far_writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
             assert await reply_code(reader) == 501
 
     run(test)
 
 
-def test_nobody_at_the_far_end(
+def test_unreachable_far_side_closes_the_session(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guest_proxy, "AMQP_OPEN_TIMEOUT_SECONDS", 0.05)
@@ -180,16 +186,16 @@ def test_nobody_at_the_far_end(
     run(test)
 
 
-def test_a_client_that_does_not_agree_is_left(
+def test_client_without_close_ok_is_disconnected(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relay, "AMQP_CLOSE_TIMEOUT_SECONDS", 0.05)
 
     async def test() -> None:
-        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):
+        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, far_side):
             reader, writer = await dial(tmp_path / "amqp")
             writer.write(PROTOCOL_HEADER)
-            (await played.connections.get())[1].close()
+            (await far_side.connections.get())[1].close()
             assert await reply_code(reader) == 320
             with contextlib.suppress(ConnectionError):
                 assert await reader.read() == b""
@@ -197,23 +203,25 @@ def test_a_client_that_does_not_agree_is_left(
     run(test)
 
 
-def test_draining_sees_everybody_off(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
+def test_drain_closes_each_session_with_connection_close(
+    vsock_fabric: PrivateFabric, tmp_path: Path
+) -> None:
     async def test() -> None:
-        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (proxy, played):
+        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (proxy, far_side):
             reader, writer = await dial(tmp_path / "amqp")
-            there, _ = await played.connections.get()
+            far_reader, _ = await far_side.connections.get()
             draining = asyncio.ensure_future(proxy.drain())
             assert await reply_code(reader) == 320
             assert not draining.done()
             writer.write(CLOSE_OK)
             await draining
-            assert await there.read() == b""
+            assert await far_reader.read() == b""
             assert not (tmp_path / "amqp").exists()
 
     run(test)
 
 
-def test_a_handshake_has_its_time(
+def test_slow_handshake_is_aborted(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "AMQP_HANDSHAKE_TIMEOUT_SECONDS", 0.05)
@@ -228,34 +236,34 @@ def test_a_handshake_has_its_time(
     run(test)
 
 
-def test_one_guest_cannot_have_all_sessions(
+def test_sessions_of_one_guest_are_limited(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_proxy, "AMQP_GUEST_SESSIONS_MAX", 2)
     guest, other = vsock_fabric.guest(), vsock_fabric.guest()
 
     async def test() -> None:
-        async with on_the_host(vsock_fabric, tmp_path) as (host, played):
+        async with on_the_host(vsock_fabric, tmp_path) as (host, far_side):
 
             async def greeted(
                 who: vsockets.Attachment,
             ) -> tuple[asyncio.StreamWriter, asyncio.StreamWriter]:
                 reader, writer = await dial_host(who, host)
                 writer.write(PROTOCOL_HEADER)
-                there, back = await played.connections.get()
-                assert await there.readexactly(8) == PROTOCOL_HEADER
-                back.write(START)
+                far_reader, far_writer = await far_side.connections.get()
+                assert await far_reader.readexactly(8) == PROTOCOL_HEADER
+                far_writer.write(START)
                 assert await reader.readexactly(len(START)) == START
-                return writer, back
+                return writer, far_writer
 
-            writer, back = await greeted(guest)
+            writer, far_writer = await greeted(guest)
             await greeted(guest)
             refused, _ = await dial_host(guest, host)
             with contextlib.suppress(ConnectionError):
                 assert await refused.read() == b""
             await greeted(other)
             writer.close()
-            back.close()
+            far_writer.close()
             while host._guests[guest.cid] > 1:
                 await asyncio.sleep(0)
             await greeted(guest)
@@ -263,22 +271,22 @@ def test_one_guest_cannot_have_all_sessions(
     run(test)
 
 
-def test_a_full_proxy_lets_clients_wait(
+def test_clients_of_a_full_proxy_wait_in_the_backlog(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ClientServer.__module__ + ".AMQP_SESSIONS_MAX", 1)
 
     async def test() -> None:
-        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, played):
+        async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, far_side):
             _, writer = await dial(tmp_path / "amqp")
-            first, back = await played.connections.get()
+            first, far_writer = await far_side.connections.get()
             _, waiting = await dial(tmp_path / "amqp")
             waiting.write(PROTOCOL_HEADER)
-            assert played.connections.empty()
+            assert far_side.connections.empty()
             writer.close()
             assert await first.read() == b""
-            back.close()
-            there, _ = await played.connections.get()
-            assert await there.readexactly(8) == PROTOCOL_HEADER
+            far_writer.close()
+            far_reader, _ = await far_side.connections.get()
+            assert await far_reader.readexactly(8) == PROTOCOL_HEADER
 
     run(test)

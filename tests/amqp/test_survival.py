@@ -1,4 +1,4 @@
-"""Nothing that was confirmed is lost, whoever dies on the way."""
+"""Survival of confirmed messages when proxies and nodes are killed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .stage import Program, Proxies
 
 pytestmark = pytest.mark.timeout(400)
 
-#: Of each of the two guests.
+#: Messages of each of the two guests.
 COUNT = 50_000
 
 QUEUE = "mirrored.survival"
 
 
-def test_whoever_dies_what_was_confirmed_is_there(
+def test_confirmed_messages_survive_the_death_of_each_proxy_and_node(
     proxies: Proxies, rabbitmq: PrivateRabbitMQ
 ) -> None:
-    """100,000 messages from two guests, while each of the three proxies and a node are killed."""
+    """Two guests send 100,000 messages while each of the three proxies and a node are killed."""
     guests = proxies.fabric.guest(), proxies.fabric.guest()
     proxy, where = proxies.amqp_proxy(rabbitmq.ports)
     host, host_where = proxies.host_proxy(where)
@@ -49,25 +49,25 @@ def test_whoever_dies_what_was_confirmed_is_there(
         ports[0][0].process.kill()
         proxies.guest_proxy(guests[0], host_where, listen=f"tcp:127.0.0.1:{ports[0][1]}")
 
-        told = {1: one.result(), 2: other.result()}
+        sent = {1: one.result(), 2: other.result()}
     rabbitmq.start(0)
     rabbitmq.wait()
-    check(consume(rabbitmq.ports[1]), told)
-    # The clients of a proxy that lives are seen off as AMQP does that.
-    assert told[1]["ends"].count(320) >= 2
-    assert told[1]["connections"] >= 4
+    check(consume(rabbitmq.ports[1]), sent)
+    # A proxy that survives closes its clients' connections with connection.close.
+    assert sent[1]["ends"].count(320) >= 2
+    assert sent[1]["connections"] >= 4
 
 
 def consume(port: int) -> list[bytes]:
-    """All that is in the queue, in its order."""
+    """Return the messages in the queue, in order."""
     connection = pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", port))
     channel = connection.channel()
-    there = channel.queue_declare(QUEUE, passive=True).method.message_count
+    queued = channel.queue_declare(QUEUE, passive=True).method.message_count
     found: list[bytes] = []
 
     def take(channel: object, method: object, properties: object, body: bytes) -> None:
         found.append(body)
-        if len(found) == there:
+        if len(found) == queued:
             channel.stop_consuming()  # type: ignore[attr-defined]
 
     channel.basic_consume(QUEUE, take, auto_ack=True)
@@ -76,18 +76,18 @@ def consume(port: int) -> list[bytes]:
     return found
 
 
-def check(found: list[bytes], told: dict[int, dict[str, list[int]]]) -> None:
-    """Every message is there as it was sent, in order; twice only what was sent again."""
+def check(found: list[bytes], sent: dict[int, dict[str, list[int]]]) -> None:
+    """Check that all messages arrived in order; only repeated ones may arrive twice."""
     numbers: dict[tuple[int, int], list[int]] = {}
     copies: dict[tuple[int, int], int] = {}
     for data in found:
         sender, number, connection = read(data)
         copies[sender, number] = copies.get((sender, number), 0) + 1
-        if number not in told[sender]["again"]:
+        if number not in sent[sender]["again"]:
             numbers.setdefault((sender, connection), []).append(number)
-    for sender, said in told.items():
-        assert {number for who, number in copies if who == sender} == set(range(COUNT))
-        again = set(said["again"])
-        assert {n for (who, n), times in copies.items() if who == sender and times > 1} <= again
+    for sender, results in sent.items():
+        assert {number for one, number in copies if one == sender} == set(range(COUNT))
+        again = set(results["again"])
+        assert {n for (one, n), times in copies.items() if one == sender and times > 1} <= again
     for sequence in numbers.values():
         assert sequence == sorted(sequence)

@@ -1,4 +1,4 @@
-"""What tshark says of a capture."""
+"""Dissection of captures by tshark."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FIELDS = (
 
 
 def tapped(tap: CaptureSink, limit: int = 65_536, port: int = VMADDR_PORT_ANY) -> socket.socket:
-    """Have what ``tap`` is told sent to a socket that one can read without waiting."""
+    """Return a non-blocking socket that receives the records of ``tap``."""
     theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     tap.add(theirs, limit, port)
@@ -34,7 +34,7 @@ def tapped(tap: CaptureSink, limit: int = 65_536, port: int = VMADDR_PORT_ANY) -
 
 
 def take_records(records: socket.socket) -> list[Captured]:
-    """What has come so far."""
+    """Return the records received so far."""
     taken = []
     with contextlib.suppress(BlockingIOError):
         while message := records.recv(1 << 17):
@@ -43,13 +43,13 @@ def take_records(records: socket.socket) -> list[Captured]:
 
 
 def dissect_records(records: socket.socket, file: Path) -> list[tuple[str, str, str, int, bytes]]:
-    """As :func:`dissect`, of what has come so far, written to ``file``."""
+    """Write the records received so far to ``file`` and dissect it with :func:`dissect`."""
     file.write_bytes(file_header() + b"".join(map(captured_record, take_records(records))))
     return dissect(file)
 
 
 def fields_of(file: Path, *fields: str) -> list[list[str]]:
-    """What tshark says of each record."""
+    """Return tshark's values of ``fields`` for each record."""
     command = ["tshark", "-n", "-r", str(file), "-T", "fields", "-E", "separator=,"]
     for field in fields:
         command += ["-e", field]
@@ -58,7 +58,7 @@ def fields_of(file: Path, *fields: str) -> list[list[str]]:
 
 
 def dissect(file: Path) -> list[tuple[str, str, str, int, bytes]]:
-    """Of each record the operation, source, destination, whole length and payload."""
+    """Return operation, source, destination, full length and payload of each record."""
     records = []
     for operation, *addresses, length, payload in fields_of(file, *_FIELDS):
         source, destination = ":".join(addresses[:2]), ":".join(addresses[2:])

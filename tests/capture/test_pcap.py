@@ -1,4 +1,4 @@
-"""Captures, read back by our own reading of the formats and by tshark."""
+"""Capture files, read by an independent parser and by tshark."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ u32 = st.integers(0, 0xFFFFFFFF)
 addresses = st.tuples(u32, u32)
 
 
-def test_file_header() -> None:
+def test_file_header_is_pcap_with_nanoseconds() -> None:
     magic, major, minor, _, _, longest, link_type = struct.unpack("<IHHiIII", file_header())
     assert (magic, major, minor) == (0xA1B23C4D, 2, 4)
     assert link_type == LINKTYPE_VSOCK == 271
-    assert longest <= 262_144  # what Wireshark takes
+    assert longest <= 262_144  # Wireshark's limit
 
 
 @given(
@@ -30,7 +30,7 @@ def test_file_header() -> None:
     *(addresses, addresses),
     *(st.binary(max_size=100), st.integers(0, 100)),
 )
-def test_records(
+def test_record_has_header_and_payload(
     nanoseconds: int,
     operation: Operation,
     source: tuple[int, int],
@@ -52,7 +52,7 @@ def test_records(
 
 
 @needs_tshark
-def test_tshark_understands_it(tmp_path: Path) -> None:
+def test_tshark_reads_the_records(tmp_path: Path) -> None:
     one, other = (3, 1024), (2, 0xFFFFFFFE)
     file = tmp_path / "x.pcap"
     file.write_bytes(

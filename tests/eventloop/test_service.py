@@ -1,4 +1,4 @@
-"""Programs that serve until a signal comes."""
+"""Services that run until a signal arrives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ calls = []
 
 async def main():
     ended = asyncio.Event()
-    on_signals({signal.SIGTERM: ended.set, signal.SIGHUP: lambda: calls.append("read again")})
+    on_signals({signal.SIGTERM: ended.set, signal.SIGHUP: lambda: calls.append("reloaded")})
     os.kill(os.getpid(), signal.SIGHUP)
     os.kill(os.getpid(), signal.SIGTERM)
     await ended.wait()
@@ -32,9 +32,9 @@ print(*calls, "ended")
 """
 
 
-def test_signals_while_the_loop_is_closed_and_after_it() -> None:
+def test_signals_during_and_after_the_close_of_the_loop_are_ignored() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=30, check=False
     )
-    assert (done.stdout, done.stderr) == ("read again ended\n", "")
+    assert (done.stdout, done.stderr) == ("reloaded ended\n", "")
     assert done.returncode == 0

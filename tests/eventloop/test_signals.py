@@ -1,4 +1,4 @@
-"""Signals that end a loop's wait, also those that come just before it."""
+"""Signals that end a loop's wait, including those that arrive just before it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from vsockets.eventloop.loop import EventLoop
 from vsockets.eventloop.service import on_signals
 
-#: In seconds: a loop that misses the signal waits so long, and the test takes as long.
+#: Wait in seconds of a loop that misses the signal.
 _TOO_LATE = 5.0
 
 
@@ -34,7 +34,7 @@ def after_a_signal(call: Callable[..., Any]) -> Callable[..., Any]:
     return signal_and_call
 
 
-def test_a_signal_just_before_the_wait() -> None:
+def test_signal_just_before_the_wait_ends_it() -> None:
     loop = EventLoop()
     events = []
     loop.call_later(_TOO_LATE, lambda: events.append("late"))
@@ -50,8 +50,8 @@ def test_a_signal_just_before_the_wait() -> None:
     assert events == ["signal"]
 
 
-def test_a_signal_while_no_call_may_last_long() -> None:
-    """The timer's signals neither end the loop nor keep it busy."""
+def test_signal_ends_a_hurried_loop_once() -> None:
+    """The timer's signals neither end the loop nor make it spin."""
     loop = EventLoop()
     waits: list[float | None] = []
     poll = loop._poll
@@ -79,7 +79,7 @@ class Signalling:
         return getattr(self._epoll, name)
 
 
-def test_a_signal_just_before_the_wait_of_asyncio() -> None:
+def test_signal_just_before_the_wait_of_asyncio_ends_it() -> None:
     events = []
 
     async def wait() -> None:

@@ -1,4 +1,4 @@
-"""Reaching targets: how often it is tried, and what is made of a hybrid vsock's answers."""
+"""Connects to targets: retries, addresses of a name, and hybrid vsock."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def run(main: Callable[[Dialer], Awaitable[None]]) -> None:
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
-        (b"", errno.ECONNRESET),  # nobody listens: every device just closes
+        (b"", errno.ECONNRESET),  # no listener: every device just closes
         (b"OK", errno.ECONNRESET),
         (b"OK x\n", errno.EPROTO),
         (b"ERROR 5\n", errno.EPROTO),
         (b"O" * 100, errno.EPROTO),
     ],
 )
-def test_hybrid_vsock_that_does_not_connect(tmp_path: Path, answer: bytes, code: int) -> None:
+def test_hybrid_refusal_has_its_errno(tmp_path: Path, answer: bytes, code: int) -> None:
     async def main(dialer: Dialer) -> None:
         async def device(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             assert await reader.readline() == b"CONNECT 52\n"
@@ -61,7 +61,7 @@ def test_hybrid_vsock_that_does_not_connect(tmp_path: Path, answer: bytes, code:
     run(main)
 
 
-def test_a_device_that_says_nothing_is_given_up(tmp_path: Path) -> None:
+def test_silent_hybrid_device_times_out(tmp_path: Path) -> None:
     async def main(dialer: Dialer) -> None:
         with socket.socket(socket.AF_UNIX) as device:
             device.bind(str(tmp_path / "v"))
@@ -73,7 +73,7 @@ def test_a_device_that_says_nothing_is_given_up(tmp_path: Path) -> None:
     run(main)
 
 
-def test_waiting_ends(tmp_path: Path) -> None:
+def test_retries_end_after_the_wait(tmp_path: Path) -> None:
     async def main(dialer: Dialer) -> None:
         with pytest.raises(FileNotFoundError):
             await dialer.connect(Unix(str(tmp_path / "none")), timeout=1, wait=0.05)
@@ -81,7 +81,7 @@ def test_waiting_ends(tmp_path: Path) -> None:
     run(main)
 
 
-def test_what_waiting_cannot_change_is_told_at_once(tmp_path: Path) -> None:
+def test_permanent_error_is_raised_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     async def main(dialer: Dialer) -> None:
@@ -92,7 +92,7 @@ def test_what_waiting_cannot_change_is_told_at_once(tmp_path: Path) -> None:
     run(main)
 
 
-def test_a_full_backlog_of_a_unix_socket_is_waited_for(tmp_path: Path) -> None:
+def test_full_backlog_of_a_unix_socket_is_retried(tmp_path: Path) -> None:
     async def main(dialer: Dialer) -> None:
         path = str(tmp_path / "s")
         with socket.socket(socket.AF_UNIX) as server:
@@ -109,7 +109,7 @@ def test_a_full_backlog_of_a_unix_socket_is_waited_for(tmp_path: Path) -> None:
     run(main)
 
 
-def test_only_admitted_addresses_are_connected_to() -> None:
+def test_only_admitted_addresses_are_connected() -> None:
     async def main(dialer: Dialer) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
             target = Inet("localhost", server.getsockname()[1])
@@ -125,7 +125,7 @@ def test_only_admitted_addresses_are_connected_to() -> None:
 
 
 class Addresses(Dialer):
-    """A dialer for which every name leads to ``hosts``."""
+    """A dialer that resolves every name to ``hosts``."""
 
     def __init__(self, *hosts: str) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Addresses(Dialer):
 
 @contextlib.contextmanager
 def silent(host: str) -> Iterator[int]:
-    """A port of ``host`` whose kernel drops SYNs: its listener's backlog is full."""
+    """Yield a port of ``host`` with a full backlog, for which the kernel drops SYNs."""
     with contextlib.ExitStack() as stack:
         hole = stack.enter_context(socket.socket())
         hole.bind((host, 0))
@@ -151,7 +151,7 @@ def silent(host: str) -> Iterator[int]:
         yield hole.getsockname()[1]
 
 
-def test_an_address_that_does_not_answer_holds_up_no_other() -> None:
+def test_silent_address_does_not_delay_the_next() -> None:
     """RFC 8305, section 5."""
 
     async def main(_: Dialer) -> None:
@@ -159,15 +159,15 @@ def test_an_address_that_does_not_answer_holds_up_no_other() -> None:
             dialer = Addresses("127.0.0.2", "127.0.0.3")
             with await dialer.connect(Inet("two.test", port), timeout=PATIENCE) as sock:
                 assert sock.getpeername() == server.getsockname()
-        # The attempt that was not wanted any more has left nothing behind.
+        # The cancelled attempt has closed its socket.
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.wait_for(asyncio.gather(*others, return_exceptions=True), PATIENCE)
 
     run(main)
 
 
-def test_the_timeout_is_of_one_attempt() -> None:
-    """As docs/forward.md says of --connect-timeout: of each address."""
+def test_timeout_applies_to_each_address() -> None:
+    """As in docs/forward.md: --connect-timeout applies to each address."""
 
     async def main(_: Dialer) -> None:
         with silent("127.0.0.2") as port, socket.create_server(("127.0.0.3", port)) as server:
@@ -181,8 +181,8 @@ def test_the_timeout_is_of_one_attempt() -> None:
     run(main)
 
 
-def test_all_addresses_refuse() -> None:
-    """The error is the one that says most: no address of TEST-NET-1 can be reached from here."""
+def test_most_informative_error_is_raised() -> None:
+    """A refusal is preferred to a missing route."""
 
     async def main(_: Dialer) -> None:
         with socket.socket() as unused:
@@ -195,7 +195,7 @@ def test_all_addresses_refuse() -> None:
     run(main)
 
 
-def test_families_take_turns() -> None:
+def test_address_families_alternate() -> None:
     """RFC 8305, section 4."""
     four, six = socket.AF_INET, socket.AF_INET6
     found = [(six, (name,)) for name in "abc"] + [(four, (name,)) for name in "xy"]
@@ -203,7 +203,7 @@ def test_families_take_turns() -> None:
     assert interleave([]) == []
 
 
-def test_a_refusal_has_words(fabric: PrivateFabric) -> None:
+def test_refusal_is_explained(fabric: PrivateFabric) -> None:
     async def main(_: Dialer) -> None:
         dialer = Dialer(fabric.host)
         with pytest.raises(ConnectionResetError, match=r"reset by peer \(no listener at that port"):
@@ -214,8 +214,8 @@ def test_a_refusal_has_words(fabric: PrivateFabric) -> None:
     run(main)
 
 
-def test_a_port_that_has_answered_is_tried_again(fabric: PrivateFabric) -> None:
-    """Its backlog may be full: a TCP client would be tried again by its kernel."""
+def test_port_that_accepted_before_is_retried(fabric: PrivateFabric) -> None:
+    """The backlog may be full; in TCP, the client's kernel would retry."""
 
     async def main(_: Dialer) -> None:
         with (
@@ -229,7 +229,7 @@ def test_a_port_that_has_answered_is_tried_again(fabric: PrivateFabric) -> None:
                     other = Dialer(fabric.host)
                     stack.enter_context(await other.connect(port, timeout=PATIENCE))
             last = asyncio.create_task(dialer.connect(port, timeout=PATIENCE))
-            await asyncio.sleep(0)  # it has asked
+            await asyncio.sleep(0)  # the connect has been requested
             with pytest.raises(ConnectionResetError):
                 await Dialer(fabric.host).connect(port, timeout=PATIENCE)
             server.accept()[0].close()
@@ -238,7 +238,7 @@ def test_a_port_that_has_answered_is_tried_again(fabric: PrivateFabric) -> None:
     run(main)
 
 
-def test_a_port_that_has_ended_is_given_up(fabric: PrivateFabric) -> None:
+def test_closed_port_is_not_retried_again(fabric: PrivateFabric) -> None:
     async def main(_: Dialer) -> None:
         dialer = Dialer(fabric.host)
         with vsockets.create_server((2, ANY), context=fabric.host) as server:
@@ -246,7 +246,7 @@ def test_a_port_that_has_ended_is_given_up(fabric: PrivateFabric) -> None:
             (await dialer.connect(port, timeout=PATIENCE)).close()
         with pytest.raises(ConnectionResetError):
             await dialer.connect(port, timeout=0.1)
-        # It is told at once from then on: nothing is waited for that long.
+        # Later connects fail at once, without a retry.
         with pytest.raises(ConnectionResetError):
             await dialer.connect(port, timeout=PATIENCE * 2)
 

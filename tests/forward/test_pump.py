@@ -1,4 +1,4 @@
-"""The pump: what the ends see of each other through it is what they would see without it."""
+"""The pump: its ends see of each other what directly connected sockets would see."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tcp() -> Sockets:
 
 
 class Harness:
-    """A pump in a loop of a thread of its own."""
+    """A pump in a loop in a separate thread."""
 
     def __init__(self) -> None:
         self._ready = threading.Event()
@@ -85,7 +85,7 @@ def harness() -> Iterator[Harness]:
 def joined(
     harness: Harness, left: Callable[[], Sockets], right: Callable[[], Sockets], **options: Any
 ) -> tuple[socket.socket, socket.socket, ForwardedConnection]:
-    """Two sockets that are far from each other, with the pump between them."""
+    """Return two sockets that the pump joins, and their connection."""
     near, a = left()
     b, far = right()
     near.settimeout(PATIENCE)
@@ -106,7 +106,7 @@ def read_all(sock: socket.socket) -> bytes:
 
 
 @KINDS
-def test_both_ways_and_half_close(
+def test_bytes_and_half_close_pass_in_both_directions(
     harness: Harness, left: Callable[[], Sockets], right: Callable[[], Sockets]
 ) -> None:
     near, far, connection = joined(harness, left, right)
@@ -124,7 +124,7 @@ def test_both_ways_and_half_close(
 
 
 @KINDS
-def test_much_data_both_ways_at_once(
+def test_large_data_in_both_directions_arrives_whole(
     harness: Harness, left: Callable[[], Sockets], right: Callable[[], Sockets]
 ) -> None:
     near, far, connection = joined(harness, left, right)
@@ -154,24 +154,24 @@ def test_much_data_both_ways_at_once(
         assert harness.end_of(connection) is None
 
 
-def test_a_slow_reader_holds_the_sender_up_and_loses_nothing(harness: Harness) -> None:
+def test_slow_reader_blocks_the_sender_without_loss(harness: Harness) -> None:
     near, far, connection = joined(harness, unix, unix)
     with near, far:
         near.setblocking(False)
         sent = 0
-        for _ in range(3):  # until the pump, too, has taken all it takes
+        for _ in range(3):  # until the pump's buffers are full, too
             with pytest.raises(BlockingIOError):
                 while True:
                     sent += near.send(bytes(8192))
             harness.do(lambda: asyncio.sleep(0))
         assert sent < 4 << 20
-        near.close()  # what was sent is delivered all the same
+        near.close()  # sent bytes are still delivered
         assert len(read_all(far)) == sent
         far.close()
         assert harness.end_of(connection) is None
 
 
-def test_said_comes_first(harness: Harness) -> None:
+def test_early_bytes_arrive_first(harness: Harness) -> None:
     near, far, _ = joined(harness, unix, tcp, early=b"said before, ")
     with near, far:
         near.sendall(b"and after")
@@ -180,7 +180,7 @@ def test_said_comes_first(harness: Harness) -> None:
 
 
 @pytest.mark.parametrize("kind", [unix, tcp])
-def test_a_reset_is_passed_on_to_tcp(harness: Harness, kind: Callable[[], Sockets]) -> None:
+def test_reset_is_passed_on_to_tcp(harness: Harness, kind: Callable[[], Sockets]) -> None:
     near, far, connection = joined(harness, kind, tcp)
     with near:
         far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -195,7 +195,7 @@ def test_a_reset_is_passed_on_to_tcp(harness: Harness, kind: Callable[[], Socket
             assert near.recv(1) == b""
 
 
-def test_an_answer_arrives_although_the_question_was_not_read(harness: Harness) -> None:
+def test_answer_arrives_after_an_unread_question(harness: Harness) -> None:
     near, far, connection = joined(harness, tcp, unix)
     with near:
         near.sendall(b"a long question")
@@ -207,18 +207,18 @@ def test_an_answer_arrives_although_the_question_was_not_read(harness: Harness) 
     harness.end_of(connection)
 
 
-def test_who_sends_to_nobody_is_told(harness: Harness) -> None:
+def test_sender_gets_epipe_after_the_receiver_closed(harness: Harness) -> None:
     near, far, connection = joined(harness, unix, unix)
     far.close()
     with near:
         assert near.recv(1) == b""
         with pytest.raises(BrokenPipeError):
-            while True:  # the pump says it second
+            while True:  # until the pump has passed on the end
                 near.send(b"x")
     assert harness.end_of(connection) is None
 
 
-def test_a_sink_that_takes_no_more_leaves_the_other_way_open(harness: Harness) -> None:
+def test_closed_sink_leaves_the_other_direction_open(harness: Harness) -> None:
     near, far, _ = joined(harness, unix, unix)
     with near, far:
         far.shutdown(socket.SHUT_RD)
@@ -229,7 +229,7 @@ def test_a_sink_that_takes_no_more_leaves_the_other_way_open(harness: Harness) -
         assert near.recv(100) == b"still"
 
 
-def test_idle_connections_end(harness: Harness) -> None:
+def test_idle_connection_ends(harness: Harness) -> None:
     near, far, connection = joined(harness, unix, unix, idle=0.05)
     with near, far:
         assert far.recv(1) == b""
@@ -239,7 +239,7 @@ def test_idle_connections_end(harness: Harness) -> None:
         assert why.errno == errno.ETIMEDOUT
 
 
-def test_silent_connections_need_no_pipes(harness: Harness) -> None:
+def test_idle_connections_hold_no_pipes(harness: Harness) -> None:
     before = len(os.listdir("/proc/self/fd"))
     connections = [joined(harness, unix, unix) for _ in range(100)]
     for near, far, _ in connections:
@@ -255,7 +255,7 @@ def test_silent_connections_need_no_pipes(harness: Harness) -> None:
     assert not harness.pump.connections
 
 
-def test_without_descriptors_only_that_connection_ends(
+def test_missing_descriptors_end_only_one_connection(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, far, standing = joined(harness, unix, unix)
@@ -276,7 +276,7 @@ def test_without_descriptors_only_that_connection_ends(
     harness.end_of(standing)
 
 
-def test_a_tap_sees_what_passes_and_the_ends(harness: Harness) -> None:
+def test_capture_gets_all_bytes_and_ends(harness: Harness) -> None:
     seen: list[tuple[bool, bytes]] = []
     near, far, connection = joined(
         harness,
@@ -311,7 +311,7 @@ actions = st.lists(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(actions=actions)
-def test_any_conversation_arrives_whole(
+def test_random_conversation_arrives_whole(
     harness: Harness, actions: list[tuple[str, str, int]]
 ) -> None:
     near, far, connection = joined(harness, unix, unix)

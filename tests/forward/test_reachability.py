@@ -9,7 +9,7 @@ import pytest
 from vsockets.forward.reachability import is_public
 
 # iana-ipv4-special-registry and iana-ipv6-special-registry: blocks that are not "globally
-# reachable", and 224.0.0.0/4 and ff00::/8, which are in registries of their own.
+# reachable", and 224.0.0.0/4 and ff00::/8, which are in separate registries.
 NOT_GLOBAL = (
     *("0.0.0.0/8", "0.0.0.0/32", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
     *("172.16.0.0/12", "192.0.0.0/24", "192.0.0.0/29", "192.0.0.8/32", "192.0.0.170/31"),
@@ -18,8 +18,8 @@ NOT_GLOBAL = (
     *("::1/128", "::/128", "64:ff9b:1::/48", "100::/64", "100:0:0:1::/64", "2001::/23"),
     *("2001:2::/48", "2001:db8::/32", "3fff::/20", "5f00::/16", "fc00::/7", "fe80::/10"),
     "ff00::/8",
-    # Without a line of their own by now: site-local (RFC 3879), IPv4-compatible (RFC 4291,
-    # 2.5.5.1), IPv4-translated (RFC 2765), Teredo (RFC 4380; its line says N/A).
+    # Without a separate entry today: site-local (RFC 3879), IPv4-compatible (RFC 4291,
+    # 2.5.5.1), IPv4-translated (RFC 2765), Teredo (RFC 4380; its entry is N/A).
     *("fec0::/10", "::/96", "::ffff:0:0:0/96", "2001::/32"),
 )
 
@@ -57,7 +57,7 @@ def test_other_addresses_are_public(address: str) -> None:
 
 
 def embed(address: str) -> dict[str, ipaddress.IPv6Address]:
-    """The IPv6 addresses whose packets can end at the IPv4 ``address``."""
+    """Return the IPv6 addresses that embed the IPv4 ``address``, by mechanism."""
     number = int(ipaddress.IPv4Address(address))
     nowhere = int(ipaddress.IPv4Address("8.8.8.8"))
 
@@ -80,10 +80,10 @@ def embed(address: str) -> dict[str, ipaddress.IPv6Address]:
 
 @pytest.mark.parametrize("way", embed("0.0.0.0"))
 @pytest.mark.parametrize("address", ["169.254.169.254", "127.0.0.1", "10.0.0.1", "192.0.0.8"])
-def test_an_embedded_address_decides(address: str, way: str) -> None:
+def test_embedded_special_address_is_not_public(address: str, way: str) -> None:
     assert not is_public(embed(address)[way])
 
 
 @pytest.mark.parametrize("way", ["mapped", "NAT64", "6to4", "ISATAP", "ISATAP, global"])
-def test_a_public_embedded_address_is_reached(way: str) -> None:
+def test_embedded_public_address_is_public(way: str) -> None:
     assert is_public(embed("8.8.8.8")[way])

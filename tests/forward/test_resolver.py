@@ -1,4 +1,4 @@
-"""Looking names up never holds up the loop, and never takes more threads than it may."""
+"""Name resolution: it does not block the loop, and its threads are limited."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATIENCE = 20.0
 
 
 class NameServer:
-    """In the place of getaddrinfo: it answers when it is told to."""
+    """A replacement of getaddrinfo that answers once ``may_answer`` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[str] = []
@@ -39,7 +39,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> NameServer:
     return NameServer(monkeypatch)
 
 
-def test_addresses_need_no_name_server(server: NameServer) -> None:
+def test_literal_addresses_need_no_name_server(server: NameServer) -> None:
     async def main() -> None:
         resolver = Resolver()
         found = await resolver.resolve("127.0.0.1", 80, socket.SOCK_STREAM)
@@ -51,7 +51,7 @@ def test_addresses_need_no_name_server(server: NameServer) -> None:
     assert server.asked == []
 
 
-def test_one_lookup_for_all_who_ask_at_the_same_time_and_another_later(
+def test_simultaneous_requests_share_one_lookup(
     server: NameServer,
 ) -> None:
     async def main() -> None:
@@ -61,7 +61,7 @@ def test_one_lookup_for_all_who_ask_at_the_same_time_and_another_later(
         ]
         given_up = asyncio.create_task(resolver.resolve("name", 80, socket.SOCK_STREAM))
         await asyncio.sleep(0)
-        given_up.cancel()  # which is nothing to the others
+        given_up.cancel()  # does not affect the others
         server.may_answer.set()
         for found in await asyncio.gather(*asking):
             assert found == [(socket.AF_INET, ("10.0.0.1", 80))]
@@ -72,7 +72,7 @@ def test_one_lookup_for_all_who_ask_at_the_same_time_and_another_later(
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
 
-def test_failures_are_told(server: NameServer) -> None:
+def test_failed_lookup_raises_gaierror(server: NameServer) -> None:
     async def main() -> None:
         server.may_answer.set()
         with pytest.raises(socket.gaierror):
@@ -81,7 +81,7 @@ def test_failures_are_told(server: NameServer) -> None:
     asyncio.run(main())
 
 
-def test_a_name_that_is_none_is_an_error_of_the_same_kind() -> None:
+def test_invalid_name_raises_oserror() -> None:
     async def main() -> None:
         with pytest.raises(OSError, match=r"invalid host name|not known|No address"):
             await Resolver().resolve("a" * 70 + ".x", 80, socket.SOCK_STREAM)
@@ -89,7 +89,7 @@ def test_a_name_that_is_none_is_an_error_of_the_same_kind() -> None:
     asyncio.run(main())
 
 
-def test_a_name_server_that_does_not_answer_holds_up_neither_loop_nor_machine(
+def test_silent_name_server_blocks_neither_loop_nor_threads(
     server: NameServer,
 ) -> None:
     async def main() -> None:
@@ -99,7 +99,7 @@ def test_a_name_server_that_does_not_answer_holds_up_neither_loop_nor_machine(
             asyncio.create_task(resolver.resolve(f"name{number}", 80, socket.SOCK_STREAM, number))
             for number in range(FORWARD_LOOKUPS_MAX * 2)
         ]
-        for _ in range(100):  # the loop goes on
+        for _ in range(100):  # the loop keeps running
             await asyncio.sleep(0)
         assert threading.active_count() <= before + FORWARD_LOOKUPS_MAX
         assert len(server.asked) <= FORWARD_LOOKUPS_MAX
@@ -110,8 +110,8 @@ def test_a_name_server_that_does_not_answer_holds_up_neither_loop_nor_machine(
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
 
-def test_each_party_has_its_own_share(server: NameServer) -> None:
-    """One asks for many names whose name servers are silent, also for one that another asks for."""
+def test_lookups_of_each_party_are_limited(server: NameServer) -> None:
+    """One party's silent name servers do not delay another party, even for the same name."""
 
     async def main() -> None:
         resolver = Resolver()

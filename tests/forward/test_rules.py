@@ -1,4 +1,4 @@
-"""Who may come, and where a proxy's clients may go."""
+"""Allow lists of contexts and of hosts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def admits(rules: tuple[str, ...], peer: tuple[int, int]) -> bool:
     return admits_peer([PeerRule.parse(rule) for rule in rules], peer)
 
 
-def test_without_rules_every_context_may_come() -> None:
+def test_without_rules_every_context_may_connect() -> None:
     assert admits((), (3, 1024))
 
 
@@ -32,13 +32,13 @@ def test_without_rules_every_context_may_come() -> None:
         ("any:1-1023", (77, 2000), False),
     ],
 )
-def test_peer_rules(rule: str, peer: tuple[int, int], answer: bool) -> None:
+def test_peer_rule_admits_its_addresses(rule: str, peer: tuple[int, int], answer: bool) -> None:
     assert admits((rule,), peer) is answer
     assert admits(("9", rule), peer) is answer
 
 
 @pytest.mark.parametrize("text", ["", "x", "3:", "3:5-4", "3:1-2-3", "-1"])
-def test_bad_peer_rules(text: str) -> None:
+def test_invalid_peer_rule_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         PeerRule.parse(text)
 
@@ -61,10 +61,10 @@ PUBLIC, PRIVATE, LOOPBACK, MAPPED = "93.184.216.34", "10.1.2.3", "127.0.0.1", ":
         ("example.org", "sub.example.org", PUBLIC, False),
         ("example.org:443", "example.org", PUBLIC, True),
         ("example.org:80", "example.org", PUBLIC, False),
-        ("example.org", "example.org", PRIVATE, True),  # the administrator has named it
+        ("example.org", "example.org", PRIVATE, True),  # named exactly
         ("*.example.org", "a.example.org", PUBLIC, True),
         ("*.example.org", "example.org", PUBLIC, False),
-        ("*.example.org", "a.example.org", PRIVATE, False),  # its name server could say anything
+        ("*.example.org", "a.example.org", PRIVATE, False),  # its name server could answer anything
         ("*.example.org", "a.example.org", LOOPBACK, False),
         ("*.example.org", "a.example.org", MAPPED, False),
         ("*", "whatever.net", PUBLIC, True),
@@ -81,25 +81,27 @@ PUBLIC, PRIVATE, LOOPBACK, MAPPED = "93.184.216.34", "10.1.2.3", "127.0.0.1", ":
         ("[fd00::]/8", "", "fd12::1", True),
         ("*", "", "224.0.0.1", False),
         ("*", "", "64:ff9b::a9fe:a9fe", False),  # 169.254.169.254, by NAT64
-        ("*.example.org", "a.example.org", "2002:a9fe:a9fe::", False),  # and by 6to4
+        ("*.example.org", "a.example.org", "2002:a9fe:a9fe::", False),  # by 6to4
         ("*.example.org", "a.example.org", "::7f00:1", False),
-        ("[64:ff9b::]/96", "", "64:ff9b::a9fe:a9fe", True),  # the administrator has listed it
+        ("[64:ff9b::]/96", "", "64:ff9b::a9fe:a9fe", True),  # listed as a network
     ],
 )
-def test_where_clients_may_go(rule: str, name: str, address: str, answer: bool) -> None:
+def test_host_rule_admits_its_destinations(
+    rule: str, name: str, address: str, answer: bool
+) -> None:
     assert leads((rule,), name, address) is answer
 
 
 @pytest.mark.parametrize(
     "text", ["", "a b", "host:x", "host:70000", "::1", "[::1", "http://x", "10.0.0.1/8"]
 )
-def test_bad_host_rules(text: str) -> None:
+def test_invalid_host_rule_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         HostRule.parse(text)
 
 
 @given(st.text(max_size=300))
-def test_a_host_is_checked(text: str) -> None:
+def test_invalid_host_name_is_rejected(text: str) -> None:
     try:
         host = check_host(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a forward may be, on the command line and in a file."""
+"""Settings of a forward, and their TOML file."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from vsockets.toml.tables import ConfigurationError
         ),
     ],
 )
-def test_what_makes_no_sense(
+def test_contradictory_settings_are_rejected(
     source: str, target: str, options: dict[str, tuple[PeerRule]], problem: str
 ) -> None:
     with pytest.raises(ValueError, match=problem):
         Settings(parse_locator(source), parse_locator(target), **options)  # type: ignore[arg-type]
 
 
-def test_a_file_says_everything(tmp_path: Path) -> None:
+def test_all_keys_of_a_file_are_read(tmp_path: Path) -> None:
     file = tmp_path / "f.toml"
     file.write_text(
         """
@@ -89,7 +89,7 @@ def test_a_file_says_everything(tmp_path: Path) -> None:
         ('[[forward]]\nfrom="tcp::1"\nto="tcp:a:1"\n' * 2, "tcp::1 is already forwarded at "),
     ],
 )
-def test_mistakes_in_a_file_are_told_with_their_place(
+def test_mistake_in_a_file_is_reported_with_its_place(
     tmp_path: Path, text: str, problem: str
 ) -> None:
     file = tmp_path / "f.toml"

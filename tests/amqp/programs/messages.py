@@ -1,4 +1,4 @@
-"""The messages of the tests: who sent it, its number, which connection it went by, and a digest."""
+"""Test messages: the sender, a number, the sender's connection, and a digest."""
 
 import hashlib
 import struct
@@ -7,14 +7,17 @@ _HEAD = struct.Struct(">BII")
 
 
 def message(sender: int, number: int, connection: int) -> bytes:
-    """The ``number``-th of a sender; ``connection`` counts the times it had to connect."""
+    """Return message ``number`` of a sender; ``connection`` counts the sender's connects."""
     head = _HEAD.pack(sender, number, connection)
     return head + hashlib.sha256(head).digest()
 
 
 def read(data: bytes) -> tuple[int, int, int]:
-    """Sender, number and connection.  Raises ValueError when it is not as it was sent."""
+    """Return the sender, the number and the connection of a message.
+
+    Raises ValueError when the message is corrupted.
+    """
     sender, number, connection = _HEAD.unpack_from(data)
     if message(sender, number, connection) != data:
-        raise ValueError(f"a message of {len(data)} bytes that nobody sent")
+        raise ValueError(f"a corrupted message of {len(data)} bytes")
     return sender, number, connection

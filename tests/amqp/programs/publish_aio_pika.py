@@ -1,6 +1,7 @@
-"""The same with aio-pika: in batches, of which all are confirmed before the next one.
+"""A publisher with aio-pika that sends batches, each once the previous one is confirmed.
 
-PORT QUEUE SENDER COUNT; a line for every tenth that is confirmed, and at the end a line of JSON.
+Usage: PORT QUEUE SENDER COUNT.  Prints a line for every confirmed tenth of the messages, and
+finally a line of JSON.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from messages import message
 PORT, SENDER, COUNT = int(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4])
 QUEUE = sys.argv[2]
 
-#: Messages that are on their way at the same time.
+#: Messages sent and not confirmed at the same time.
 BATCH = 1000
 
 

@@ -1,6 +1,7 @@
-"""A publisher as one writes it with pika: confirms, and again whatever was not confirmed.
+"""A publisher with pika that repeats unconfirmed messages.
 
-PORT QUEUE SENDER COUNT; a line for every tenth that is confirmed, and at the end a line of JSON.
+Usage: PORT QUEUE SENDER COUNT.  Prints a line for every confirmed tenth of the messages, and
+finally a line of JSON.
 """
 
 import collections
@@ -14,7 +15,7 @@ from pika.adapters.select_connection import IOLoop
 PORT, SENDER, COUNT = int(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4])
 QUEUE = sys.argv[2]
 
-#: Messages that are on their way at the same time.
+#: Messages sent and not confirmed at the same time.
 WINDOW = 1000
 
 

@@ -1,4 +1,4 @@
-"""What guests may say before they are in a virtual host."""
+"""Inspection of a guest's handshake up to the opening of a virtual host."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .strategies import commands_in, cuts, handshake, pieces, short_texts, start
 CID = 4_000_000_000
 
 
-def refused(data: bytes, *admitted: str) -> commands.Connection.Close:
-    """What the client is told; nothing of what is refused has been passed on."""
+def refusal(data: bytes, *admitted: str) -> commands.Connection.Close:
+    """Return the connection.close that answers ``data``, which is refused as a whole."""
     with pytest.raises(HandshakeRefused) as caught:
         HandshakeInspector(CID, lambda name: name in admitted).receive(data)
     (close,) = commands_in(caught.value.answer)
@@ -28,14 +28,14 @@ def refused(data: bytes, *admitted: str) -> commands.Connection.Close:
 
 
 @given(short_texts, tables, st.binary(max_size=100), cuts)
-def test_a_guest_is_marked_and_let_in(
+def test_handshake_is_forwarded_with_the_cid_added(
     name: str, properties: dict[str, Any], rest: bytes, places: list[int]
 ) -> None:
     properties.pop("vsock_cid", None)
-    guard = HandshakeInspector(CID, lambda asked: asked == name)
+    inspector = HandshakeInspector(CID, lambda asked: asked == name)
     data = handshake(name, properties)
-    passed = b"".join(guard.receive(piece) for piece in pieces(data + rest, places))
-    assert guard.virtual_host == name
+    passed = b"".join(inspector.receive(piece) for piece in pieces(data + rest, places))
+    assert inspector.virtual_host == name
     assert passed.startswith(PROTOCOL_HEADER)
     assert passed.endswith(rest)
     start_ok, tune_ok, opened = commands_in(passed[8 : len(passed) - len(rest)])
@@ -50,22 +50,22 @@ def test_a_guest_is_marked_and_let_in(
 
 
 @given(short_texts, cuts)
-def test_another_virtual_host_is_refused(name: str, places: list[int]) -> None:
-    guard = HandshakeInspector(CID, lambda asked: False)
+def test_virtual_host_without_a_rule_is_refused(name: str, places: list[int]) -> None:
+    inspector = HandshakeInspector(CID, lambda asked: False)
     passed = b""
     with pytest.raises(HandshakeRefused) as caught:
         for piece in pieces(handshake(name, {}), places):
-            passed += guard.receive(piece)
+            passed += inspector.receive(piece)
     (close,) = commands_in(caught.value.answer)
     assert isinstance(close, commands.Connection.Close)
     assert (close.reply_code, close.class_id, close.method_id) == (530, 10, 40)
     assert close.reply_text.startswith("NOT_ALLOWED - access to virtual host ")
-    assert guard.virtual_host is None
+    assert inspector.virtual_host is None
     assert not any(isinstance(one, commands.Connection.Open) for one in commands_in(passed[8:]))
 
 
-def test_a_guest_cannot_say_who_it_is() -> None:
-    close = refused(PROTOCOL_HEADER + start_ok({"product": "pika", "vsock_cid": 2}))
+def test_cid_property_from_the_guest_is_refused() -> None:
+    close = refusal(PROTOCOL_HEADER + start_ok({"product": "pika", "vsock_cid": 2}))
     assert close.reply_code == 403
     assert "vsock_cid" in close.reply_text
 
@@ -80,19 +80,19 @@ def test_a_guest_cannot_say_who_it_is() -> None:
         (b"\x02\0\0\0\0\0\0\xce", 503),
         (b"\x09\0\0\0\0\0\0\xce", 501),
         (b"\x01\0\0" + (AMQP_HANDSHAKE_FRAME_MAX_BYTES + 1).to_bytes(4, "big"), 501),
-        (b"\x01\0\0\0\0\0\x06\0\x0a\0\x0b\0\0\xce", 501),  # half a table
-        (b"\x01\0\0\0\0\0\x0e\0\x0a\0\x0b\0\0\0\x06\x01aQ\0\0\0\xce", 501),  # a type of nobody's
+        (b"\x01\0\0\0\0\0\x06\0\x0a\0\x0b\0\0\xce", 501),  # a truncated table
+        (b"\x01\0\0\0\0\0\x0e\0\x0a\0\x0b\0\0\0\x06\x01aQ\0\0\0\xce", 501),  # an unknown type
         (b"\x01\0\0\0\0\0\x04\0\x0a\0\x28\xce", 502),  # no virtual host
-        (b"\x01\0\0\0\0\0\x07\0\x0a\0\x28\x05/\0\xce", 502),  # half a virtual host
-        (b"\x01\0\0\0\0\0\x09\0\x0a\0\x28\x01/\0\0\0\xce", 502),  # one with something behind it
+        (b"\x01\0\0\0\0\0\x07\0\x0a\0\x28\x05/\0\xce", 502),  # a truncated virtual host
+        (b"\x01\0\0\0\0\0\x09\0\x0a\0\x28\x01/\0\0\0\xce", 502),  # trailing bytes
         (b"\x01\0\0\0\0\0\x08\0\x0a\0\x28\x01\xff\0\0\xce", 502),  # not UTF-8
     ],
 )
-def test_what_does_not_belong_in_a_handshake(said: bytes, code: int) -> None:
-    assert refused(PROTOCOL_HEADER + said, "/").reply_code == code
+def test_invalid_handshake_frame_is_refused(said: bytes, code: int) -> None:
+    assert refusal(PROTOCOL_HEADER + said, "/").reply_code == code
 
 
-def test_one_that_speaks_another_protocol_is_told_ours() -> None:
+def test_other_protocol_is_answered_with_the_protocol_header() -> None:
     for said in (b"AMQP\0\1\0\0", b"AMQP\3\1\0\0", b"GET / HTTP/1.1", b"\x16\x03\x01"):
         with pytest.raises(HandshakeRefused) as caught:
             HandshakeInspector(CID, lambda name: True).receive(said)
@@ -100,23 +100,23 @@ def test_one_that_speaks_another_protocol_is_told_ours() -> None:
 
 
 @given(st.lists(st.binary(max_size=50), max_size=5))
-def test_nothing_passes_that_is_no_handshake(said: list[bytes]) -> None:
-    guard = HandshakeInspector(CID, lambda name: False)
+def test_invalid_bytes_are_not_forwarded(said: list[bytes]) -> None:
+    inspector = HandshakeInspector(CID, lambda name: False)
     passed = b""
     try:
         for data in [PROTOCOL_HEADER, *said]:
-            passed += guard.receive(data)
+            passed += inspector.receive(data)
     except HandshakeRefused:
         pass
-    assert guard.virtual_host is None
+    assert inspector.virtual_host is None
     for one in commands_in(passed.removeprefix(PROTOCOL_HEADER)):
         assert isinstance(one, commands.Connection.Close | commands.Connection.CloseOk)
 
 
-def test_a_handshake_has_a_bounded_number_of_frames() -> None:
+def test_number_of_handshake_frames_is_limited() -> None:
     heartbeat = b"\x08\0\0\0\0\0\0\xce"
-    guard = HandshakeInspector(CID, lambda name: True)
+    inspector = HandshakeInspector(CID, lambda name: True)
     data = PROTOCOL_HEADER + heartbeat * AMQP_HANDSHAKE_FRAMES_MAX
-    assert guard.receive(data) == data
+    assert inspector.receive(data) == data
     with pytest.raises(HandshakeRefused, match="too many frames"):
-        guard.receive(heartbeat)
+        inspector.receive(heartbeat)

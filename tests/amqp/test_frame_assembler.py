@@ -1,4 +1,4 @@
-"""What clients get of a broker: whole frames, however they came."""
+"""Assembly of whole frames from a broker's bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .strategies import commands_in, conversations, cuts, pieces
 
 
 @given(conversations, cuts)
-def test_a_client_has_whole_frames_at_any_time(parts: list[bytes], places: list[int]) -> None:
+def test_client_receives_whole_frames_only(parts: list[bytes], places: list[int]) -> None:
     delivery = FrameAssembler()
     sent = got = b""
     data = b"".join(parts)
@@ -35,7 +35,7 @@ def test_a_client_has_whole_frames_at_any_time(parts: list[bytes], places: list[
     assert not delivery.broker_closed
 
 
-def test_a_large_frame_in_small_pieces() -> None:
+def test_large_frame_in_small_pieces_is_assembled() -> None:
     delivery = FrameAssembler()
     data = frame.marshal(body.ContentBody(bytes(200_000)), 1)
     got = [delivery.receive(piece) for piece in pieces(data, list(range(0, len(data), 1000)))]
@@ -44,7 +44,7 @@ def test_a_large_frame_in_small_pieces() -> None:
 
 
 @given(st.sampled_from([commands.Connection.Close(320, "x", 0, 0), commands.Connection.CloseOk()]))
-def test_a_farewell_is_noticed(last: commands.Connection.Close) -> None:
+def test_close_of_the_broker_is_detected(last: commands.Connection.Close) -> None:
     delivery = FrameAssembler()
     data = frame.marshal(last, 0)
     assert delivery.receive(data[:5]) == b""
@@ -53,7 +53,7 @@ def test_a_farewell_is_noticed(last: commands.Connection.Close) -> None:
     assert delivery.broker_closed
 
 
-def test_a_broker_that_speaks_another_protocol_has_said_all() -> None:
+def test_protocol_header_of_the_broker_counts_as_close() -> None:
     delivery = FrameAssembler()
     assert delivery.receive(PROTOCOL_HEADER[:3]) == b""
     assert delivery.receive(PROTOCOL_HEADER[3:]) == PROTOCOL_HEADER
@@ -64,13 +64,13 @@ def test_a_broker_that_speaks_another_protocol_has_said_all() -> None:
     "data",
     [b"HTTP/1.1 200", b"AMQP\0\1\0\0", b"\x03\0\1" + (AMQP_FRAME_MAX_BYTES + 1).to_bytes(4, "big")],
 )
-def test_what_is_not_amqp_is_refused(data: bytes) -> None:
+def test_invalid_frame_raises_frame_error(data: bytes) -> None:
     with pytest.raises(FrameError):
         FrameAssembler().receive(data)
 
 
 @given(st.binary(max_size=100), cuts)
-def test_a_client_that_agrees_is_understood(before: bytes, places: list[int]) -> None:
+def test_close_ok_is_recognized_in_pieces(before: bytes, places: list[int]) -> None:
     parting = CloseHandshake()
     answers = [parting.receive(piece) for piece in pieces(before + CLOSE_OK, places)]
     assert answers[-1]

@@ -1,4 +1,4 @@
-"""Links and their tunnels, over real sockets."""
+"""HTTP/2 connections and their streams, over real sockets."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from vsockets.amqp.limits import (
 from vsockets.amqp.routing import Headers, connect_request
 
 REQUEST = connect_request("rabbitmq:5672", 3)
-MUCH = os.urandom(3 << 20)
+DATA = os.urandom(3 << 20)
 
-#: How long anything may take here, in seconds.
+#: Time for each test, in seconds.
 PATIENCE = 30.0
 
 
 class End(asyncio.Protocol):
-    """One end of a tunnel, which remembers what happened."""
+    """The protocol of one end of a stream, which records its events."""
 
     def __init__(self) -> None:
         self.received = bytearray()
@@ -62,7 +62,7 @@ class End(asyncio.Protocol):
         self.paused = False
 
     async def has(self, size: int) -> bytes:
-        """What was received, when it is so much."""
+        """Wait until ``size`` bytes were received; return all received bytes."""
         while len(self.received) < size:
             self._progress.clear()
             await self._progress.wait()
@@ -70,35 +70,35 @@ class End(asyncio.Protocol):
 
 
 class Pair:
-    """Two links that talk to each other; the server's tunnels end in ``served``."""
+    """Two connected connections; the server's ends of streams are put into ``served``."""
 
     def __init__(
         self, client: H2Connection, served: asyncio.Queue[End], server: H2Connection
     ) -> None:
         self.client, self.served, self.server = client, served, server
 
-    async def tunnel(self) -> tuple[End, End]:
-        """A new one: its end at the client, and at the server."""
+    async def stream(self) -> tuple[End, End]:
+        """Open a stream; return its ends at the client and at the server."""
         end = End()
         await self.client.open(REQUEST, end)
         return end, await self.served.get()
 
 
 @contextlib.asynccontextmanager
-async def linked(status: int = 200) -> AsyncIterator[Pair]:
+async def connected(status: int = 200) -> AsyncIterator[Pair]:
     loop = asyncio.get_running_loop()
     served: asyncio.Queue[End] = asyncio.Queue()
 
-    def requested(link: H2Connection, tunnel: H2Stream, headers: Headers) -> None:
+    def on_request(connection: H2Connection, stream: H2Stream, headers: Headers) -> None:
         assert headers[b"vsock-cid"] == b"3"
-        link.answer(tunnel, status)
+        connection.answer(stream, status)
         if status == 200:
             end = End()
-            tunnel.set_protocol(end)
+            stream.set_protocol(end)
             served.put_nowait(end)
 
     one, other = socket.socketpair()
-    _, server = await loop.connect_accepted_socket(lambda: H2Connection(requested), one)
+    _, server = await loop.connect_accepted_socket(lambda: H2Connection(on_request), one)
     _, client = await loop.create_connection(H2Connection, sock=other)
     await client.ready
     try:
@@ -116,18 +116,18 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(limited())
 
 
-def test_bytes_go_both_ways_and_so_does_their_end() -> None:
+def test_bytes_and_half_close_pass_in_both_directions() -> None:
     async def test() -> None:
-        async with linked() as pair:
-            ends = [await pair.tunnel() for _ in range(3)]
+        async with connected() as pair:
+            ends = [await pair.stream() for _ in range(3)]
             for number, (here, there) in enumerate(ends):
-                here.transport.write(MUCH[number:])
-                there.transport.write(MUCH[: -1 - number])
+                here.transport.write(DATA[number:])
+                there.transport.write(DATA[: -1 - number])
                 here.transport.write_eof()
             for number, (here, there) in enumerate(ends):
-                assert await there.has(len(MUCH) - number) == MUCH[number:]
+                assert await there.has(len(DATA) - number) == DATA[number:]
                 await there.ended.wait()
-                assert await here.has(len(MUCH) - 1 - number) == MUCH[: -1 - number]
+                assert await here.has(len(DATA) - 1 - number) == DATA[: -1 - number]
                 assert not here.lost.done()
                 there.transport.write(b"more")
                 there.transport.write_eof()
@@ -138,34 +138,34 @@ def test_bytes_go_both_ways_and_so_does_their_end() -> None:
     run(test)
 
 
-def test_one_that_does_not_read_stops_nobody_else() -> None:
+def test_unread_stream_does_not_block_other_streams() -> None:
     async def test() -> None:
-        async with linked() as pair:
-            slow, to_slow = await pair.tunnel()
-            fast, to_fast = await pair.tunnel()
+        async with connected() as pair:
+            slow, to_slow = await pair.stream()
+            fast, to_fast = await pair.stream()
             slow.transport.pause_reading()
-            to_slow.transport.write(MUCH)
+            to_slow.transport.write(DATA)
             assert to_slow.paused
-            for _ in range(7):  # more than the link's whole window
-                to_fast.transport.write(MUCH)
-                await fast.has(len(MUCH))
-                assert fast.received == MUCH
+            for _ in range(7):  # more than the connection's whole window
+                to_fast.transport.write(DATA)
+                await fast.has(len(DATA))
+                assert fast.received == DATA
                 fast.received.clear()
             assert len(slow.received) <= AMQP_SESSION_WINDOW_BYTES
             assert (
-                to_slow.transport.get_write_buffer_size() >= len(MUCH) - AMQP_SESSION_WINDOW_BYTES
+                to_slow.transport.get_write_buffer_size() >= len(DATA) - AMQP_SESSION_WINDOW_BYTES
             )
             slow.transport.resume_reading()
-            assert await slow.has(len(MUCH)) == MUCH
+            assert await slow.has(len(DATA)) == DATA
             assert not to_slow.paused
 
     run(test)
 
 
-def test_a_writer_is_told_to_wait() -> None:
+def test_full_buffer_pauses_the_writer() -> None:
     async def test() -> None:
-        async with linked() as pair:
-            here, there = await pair.tunnel()
+        async with connected() as pair:
+            here, there = await pair.stream()
             there.transport.write(bytes(AMQP_SESSION_UNSENT_MAX_BYTES))
             assert not there.paused
             there.transport.write(b"x")
@@ -176,29 +176,29 @@ def test_a_writer_is_told_to_wait() -> None:
     run(test)
 
 
-def test_closing_sends_what_is_left_and_aborting_does_not() -> None:
+def test_close_sends_pending_bytes_and_abort_discards_them() -> None:
     async def test() -> None:
-        async with linked() as pair:
-            here, there = await pair.tunnel()
-            there.transport.write(MUCH)
+        async with connected() as pair:
+            here, there = await pair.stream()
+            there.transport.write(DATA)
             there.transport.close()
-            assert await here.has(len(MUCH)) == MUCH
+            assert await here.has(len(DATA)) == DATA
             await here.ended.wait()
             assert await there.lost is None
             assert isinstance(await here.lost, ConnectionResetError)
-            here, there = await pair.tunnel()
-            there.transport.write(MUCH)
+            here, there = await pair.stream()
+            there.transport.write(DATA)
             there.transport.abort()
             assert isinstance(await here.lost, ConnectionResetError)
-            assert len(here.received) < len(MUCH)
+            assert len(here.received) < len(DATA)
 
     run(test)
 
 
 @pytest.mark.parametrize("status", [403, 503])
-def test_a_refusal(status: int) -> None:
+def test_refused_request_raises_stream_refused(status: int) -> None:
     async def test() -> None:
-        async with linked(status) as pair:
+        async with connected(status) as pair:
             for _ in range(3):
                 with pytest.raises(StreamRefused, match=str(status)):
                     await pair.client.open(REQUEST, End())
@@ -207,26 +207,26 @@ def test_a_refusal(status: int) -> None:
     run(test)
 
 
-def test_more_sessions_than_the_far_end_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "AMQP_SESSIONS_MAX", 2)
 
     async def test() -> None:
-        async with linked() as pair:
-            first = [await pair.tunnel() for _ in range(2)]
+        async with connected() as pair:
+            first = [await pair.stream() for _ in range(2)]
             with pytest.raises(StreamRefused, match="no further sessions"):
                 await pair.client.open(REQUEST, End())
             first[0][0].transport.abort()
             await first[0][1].lost
-            await pair.tunnel()
+            await pair.stream()
 
     run(test)
 
 
 @pytest.mark.parametrize("politely", [True, False])
-def test_all_tunnels_end_with_their_link(politely: bool) -> None:
+def test_all_streams_end_with_the_connection(politely: bool) -> None:
     async def test() -> None:
-        async with linked() as pair:
-            ends = [await pair.tunnel() for _ in range(3)]
+        async with connected() as pair:
+            ends = [await pair.stream() for _ in range(3)]
             if politely:
                 pair.server.close()
             else:
@@ -264,13 +264,16 @@ def test_silent_peer_is_probed_and_the_connection_aborted_without_an_answer(
 
 
 async def converse(*said: bytes) -> tuple[bytes, Exception | None]:
-    """What a server answers to that, and why it ended if it has."""
+    """Send bytes to a server; return its answer and the reason for its end, if any."""
     loop = asyncio.get_running_loop()
     one, other = socket.socketpair()
     other.setblocking(False)
     with other:
-        _, link = await loop.connect_accepted_socket(
-            lambda: H2Connection(lambda link, tunnel, headers: link.answer(tunnel, 503)), one
+        _, connection = await loop.connect_accepted_socket(
+            lambda: H2Connection(
+                lambda connection, stream, headers: connection.answer(stream, 503)
+            ),
+            one,
         )
         for data in said:
             with contextlib.suppress(OSError):
@@ -281,7 +284,7 @@ async def converse(*said: bytes) -> tuple[bytes, Exception | None]:
         with contextlib.suppress(OSError):
             while data := await loop.sock_recv(other, 65_536):
                 answer += data
-        return answer, await link.closed
+        return answer, await connection.closed
 
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
@@ -289,9 +292,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.binary(max_size=60), max_size=4), st.booleans())
-def test_a_client_that_talks_nonsense_ends_its_own_link_only(
-    said: list[bytes], begun: bool
-) -> None:
+def test_invalid_bytes_end_the_connection(said: list[bytes], begun: bool) -> None:
     async def test() -> None:
         _, why = await converse(*([PREFACE] if begun else []), *said)
         assert isinstance(why, ConnectionError)
@@ -299,7 +300,7 @@ def test_a_client_that_talks_nonsense_ends_its_own_link_only(
     run(test)
 
 
-def test_a_client_that_asks_and_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unread_answers_end_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "AMQP_UPLINK_UNREAD_MAX_BYTES", 65_536)
 
     async def test() -> None:
@@ -307,15 +308,15 @@ def test_a_client_that_asks_and_does_not_read(monkeypatch: pytest.MonkeyPatch) -
         one, other = socket.socketpair()
         other.setblocking(False)
         with other:
-            _, link = await loop.connect_accepted_socket(
-                lambda: H2Connection(lambda link, tunnel, headers: None), one
+            _, connection = await loop.connect_accepted_socket(
+                lambda: H2Connection(lambda connection, stream, headers: None), one
             )
             ping = b"\0\0\x08\6\0\0\0\0\0" + b"question"
             with contextlib.suppress(OSError):
                 await loop.sock_sendall(other, PREFACE)
-                while not link.closed.done():
+                while not connection.closed.done():
                     await loop.sock_sendall(other, ping * 1000)
-            assert "does not read" in str(await link.closed)
+            assert "does not read" in str(await connection.closed)
 
     run(test)
 
@@ -330,7 +331,7 @@ def frame(kind: int, payload: bytes = b"", flags: int = 0, stream: int = 0) -> b
     st.integers(1, 5),
     st.sampled_from([0, 24]),
 )
-def test_where_frames_end(
+def test_frame_counter_finds_frame_boundaries(
     payloads: list[bytes], pieces: list[int], most: int, preface: int
 ) -> None:
     whole = [frame(6, payload) for payload in payloads]
@@ -342,7 +343,7 @@ def test_where_frames_end(
         while piece:
             end = frames.end(piece, most)
             taken, piece = piece[:end], piece[end:]
-            if piece:  # more than so many: cut between two
+            if piece:  # more than ``most``: cut at a boundary
                 assert position + len(taken) in ends
             inside = {end for end in ends if position < end < position + len(taken)}
             assert len(inside) <= most
@@ -360,8 +361,8 @@ def test_where_frames_end(
     ],
     ids=["PING", "WINDOW_UPDATE", "SETTINGS", "empty DATA"],
 )
-def test_a_peer_that_talks_much_has_a_turn_at_a_time(flood: bytes) -> None:
-    """Others do something between its frames."""
+def test_flood_of_frames_does_not_starve_the_loop(flood: bytes) -> None:
+    """Other tasks run between the frames of one peer."""
 
     async def test() -> None:
         loop = asyncio.get_running_loop()
@@ -376,8 +377,8 @@ def test_a_peer_that_talks_much_has_a_turn_at_a_time(flood: bytes) -> None:
                 turns += 1
 
         with other:
-            _, link = await loop.connect_accepted_socket(
-                lambda: H2Connection(lambda link, tunnel, headers: None), one
+            _, connection = await loop.connect_accepted_socket(
+                lambda: H2Connection(lambda connection, stream, headers: None), one
             )
             counting = asyncio.create_task(count())
             encoder = hpack.Encoder()
@@ -390,6 +391,6 @@ def test_a_peer_that_talks_much_has_a_turn_at_a_time(flood: bytes) -> None:
             await sending
             counting.cancel()
             assert turns >= 3000 / AMQP_UPLINK_FRAMES_PER_TURN_MAX
-            link.close()
+            connection.close()
 
     run(test)

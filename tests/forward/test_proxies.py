@@ -1,4 +1,4 @@
-"""The proxies' front ends: any cut of a good request is understood, any other is refused."""
+"""Proxy protocols: valid requests in any pieces, and invalid ones."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vsockets.forward.http_connect import HttpConnect
 from vsockets.forward.limits import FORWARD_PROXY_REQUEST_MAX_BYTES
 from vsockets.forward.proxies import BadRequest, ProxyProtocol, ProxyRefusal, Socks5
 
-FRONT_ENDS = (HttpConnect, Socks5)
+PROTOCOLS = (HttpConnect, Socks5)
 
 
-def feed(front: ProxyProtocol, data: bytes, cuts: list[int]) -> bytes:
-    """Give ``data`` in pieces until there is a target; what came later is the stream's."""
+def feed(request: ProxyProtocol, data: bytes, cuts: list[int]) -> bytes:
+    """Pass ``data`` in pieces until the target is known; return the answers."""
     answer = b""
     places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
     for begin, end in itertools.pairwise(places):
-        if front.target is not None:
+        if request.target is not None:
             return answer
-        answer += front.receive(data[begin:end])
+        answer += request.receive(data[begin:end])
     return answer
 
 
@@ -34,28 +34,28 @@ ports = st.integers(0, 65535)
 
 
 @given(names, ports, cuts)
-def test_http_connect(name: str, port: int, cuts: list[int]) -> None:
-    front = HttpConnect()
+def test_http_connect_request_is_parsed(name: str, port: int, cuts: list[int]) -> None:
+    request = HttpConnect()
     head = f"CONNECT {name}:{port} HTTP/1.1\r\nHost: {name}:{port}\r\nUser-Agent: x\r\n\r\n"
-    assert feed(front, head.encode(), cuts) == b""
-    assert front.target == (name, port)
-    assert front.granted().startswith(b"HTTP/1.1 200 ")
-    assert front.rest == b""
+    assert feed(request, head.encode(), cuts) == b""
+    assert request.target == (name, port)
+    assert request.granted().startswith(b"HTTP/1.1 200 ")
+    assert request.rest == b""
 
 
-def test_http_connect_with_the_stream_right_behind() -> None:
-    front = HttpConnect()
-    front.receive(b"CONNECT [::1]:22 HTTP/1.1\r\nHost: x\r\n\r\nSSH-2.0-")
-    assert front.target == ("::1", 22)
-    assert front.granted().endswith(b"\r\n\r\n")
-    assert front.rest == b"SSH-2.0-"
+def test_bytes_after_http_connect_belong_to_the_stream() -> None:
+    request = HttpConnect()
+    request.receive(b"CONNECT [::1]:22 HTTP/1.1\r\nHost: x\r\n\r\nSSH-2.0-")
+    assert request.target == ("::1", 22)
+    assert request.granted().endswith(b"\r\n\r\n")
+    assert request.rest == b"SSH-2.0-"
 
 
 @pytest.mark.parametrize("why", ProxyRefusal)
-def test_http_refusals_say_why(why: ProxyRefusal) -> None:
-    front = HttpConnect()
-    front.receive(b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n")
-    answer = front.refused(why)
+def test_http_refusal_has_status_and_text(why: ProxyRefusal) -> None:
+    request = HttpConnect()
+    request.receive(b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n")
+    answer = request.refused(why)
     assert answer[9:12] in (b"403", b"502", b"503", b"504")
     assert why.value.encode() in answer
 
@@ -74,7 +74,7 @@ def test_http_refusals_say_why(why: ProxyRefusal) -> None:
         (b"C" * (FORWARD_PROXY_REQUEST_MAX_BYTES + 1), b"431"),
     ],
 )
-def test_bad_http_requests(request_: bytes, status: bytes) -> None:
+def test_invalid_http_request_is_answered(request_: bytes, status: bytes) -> None:
     with pytest.raises(BadRequest) as caught:
         HttpConnect().receive(request_)
     assert caught.value.answer.split()[1] == status
@@ -91,21 +91,21 @@ def socks_request(host: str, port: int) -> bytes:
 
 
 @given(names | st.ip_addresses().map(str), ports, st.binary(max_size=9), cuts)
-def test_socks(host: str, port: int, behind: bytes, cuts: list[int]) -> None:
-    front = Socks5()
+def test_socks_request_is_parsed(host: str, port: int, behind: bytes, cuts: list[int]) -> None:
+    request = Socks5()
     greeting = b"\x05\x02\x02\x00"
-    assert feed(front, greeting, cuts) == b"\x05\x00"
-    assert front.receive(socks_request(host, port) + behind) == b""
-    assert front.target == (host, port)
-    assert front.rest == behind
-    assert front.granted() == b"\x05\x00\x00\x01" + bytes(6)
+    assert feed(request, greeting, cuts) == b"\x05\x00"
+    assert request.receive(socks_request(host, port) + behind) == b""
+    assert request.target == (host, port)
+    assert request.rest == behind
+    assert request.granted() == b"\x05\x00\x00\x01" + bytes(6)
 
 
-def test_a_socks_client_that_does_not_wait() -> None:
-    front = Socks5()
-    assert front.receive(b"\x05\x01\x00" + socks_request("a.b", 80) + b"early") == b"\x05\x00"
-    assert front.target == ("a.b", 80)
-    assert front.rest == b"early"
+def test_pipelined_socks_request_is_parsed() -> None:
+    request = Socks5()
+    assert request.receive(b"\x05\x01\x00" + socks_request("a.b", 80) + b"early") == b"\x05\x00"
+    assert request.target == ("a.b", 80)
+    assert request.rest == b"early"
 
 
 @pytest.mark.parametrize(
@@ -120,52 +120,52 @@ def test_a_socks_client_that_does_not_wait() -> None:
         (b"\x05\x01\x00\x04\x01\x00\x03\x02", b""),
     ],
 )
-def test_bad_socks_requests(data: bytes, answer: bytes) -> None:
+def test_invalid_socks_request_is_answered(data: bytes, answer: bytes) -> None:
     with pytest.raises(BadRequest) as caught:
         Socks5().receive(data)
     assert caught.value.answer == answer
 
 
 @pytest.mark.parametrize("why", ProxyRefusal)
-def test_socks_refusals(why: ProxyRefusal) -> None:
+def test_socks_refusal_has_a_code(why: ProxyRefusal) -> None:
     assert Socks5().refused(why)[1] in (1, 2, 4, 5)
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 @given(pieces=st.lists(st.binary(max_size=300), max_size=8))
-def test_anything_else_is_a_bad_request_or_not_yet_one(
-    front_end: Callable[[], ProxyProtocol], pieces: list[bytes]
+def test_arbitrary_bytes_are_refused_or_incomplete(
+    protocol: Callable[[], ProxyProtocol], pieces: list[bytes]
 ) -> None:
-    front = front_end()
+    request = protocol()
     for piece in pieces:
-        if front.target is not None:
+        if request.target is not None:
             break
         try:
-            assert len(front.receive(piece)) <= 2
+            assert len(request.receive(piece)) <= 2
         except BadRequest as error:
             answer = error.answer
             break
     else:
         answer = b""
     assert len(answer) < 1000
-    if front.target is not None:
-        host, port = front.target
+    if request.target is not None:
+        host, port = request.target
         assert host
         assert 0 <= port <= 65535
-        assert front.granted()
+        assert request.granted()
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_a_request_that_does_not_end_is_bounded(front_end: Callable[[], ProxyProtocol]) -> None:
-    front = front_end()
-    piece = {HttpConnect: b"CONNECT a:1 HTTP/1.1\r\nX: ", Socks5: b"\x05\xff"}[front_end]  # type: ignore[index]
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_request_size_is_limited(protocol: Callable[[], ProxyProtocol]) -> None:
+    request = protocol()
+    piece = {HttpConnect: b"CONNECT a:1 HTTP/1.1\r\nX: ", Socks5: b"\x05\xff"}[protocol]  # type: ignore[index]
     with pytest.raises(BadRequest):
-        front.receive(piece)
+        request.receive(piece)
         for _ in range(FORWARD_PROXY_REQUEST_MAX_BYTES // 100 + 2):
-            front.receive(b"a" * 100)
+            request.receive(b"a" * 100)
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_the_end_before_the_request(front_end: Callable[[], ProxyProtocol]) -> None:
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_end_of_stream_before_the_request_is_refused(protocol: Callable[[], ProxyProtocol]) -> None:
     with pytest.raises(BadRequest):
-        front_end().receive(b"")
+        protocol().receive(b"")

@@ -1,4 +1,4 @@
-"""Where bridges listen, and what they say when they cannot."""
+"""Listening sockets: their errors, and the removal of socket files."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def test_a_reserved_port_needs_a_capability(fabric: PrivateFabric, address: str)
     )
 
 
-def test_what_is_removed_is_what_was_made(tmp_path: Path) -> None:
-    """Another user may change what a path leads to while the door is open."""
+def test_close_removes_the_socket_file_that_was_created(tmp_path: Path) -> None:
+    """Another user may change the path while the listener is open."""
     home, secret = tmp_path / "home", tmp_path / "secret"
     home.mkdir()
     secret.mkdir()
-    (secret / "x.sock").write_text("precious")
-    door = Listener(parse_locator(f"unix:{home}/x.sock"))
-    assert door.where == f"{home}/x.sock"
+    (secret / "x.sock").write_text("data")
+    listener = Listener(parse_locator(f"unix:{home}/x.sock"))
+    assert listener.where == f"{home}/x.sock"
     home.rename(tmp_path / "moved")
     home.symlink_to(secret)
-    door.close()
+    listener.close()
     assert (secret / "x.sock").exists()
     assert not (tmp_path / "moved" / "x.sock").exists()
 
 
-def test_what_is_in_its_place_is_not_removed(tmp_path: Path) -> None:
-    door = Listener(parse_locator(f"unix:{tmp_path}/x.sock"))
+def test_close_keeps_a_file_that_replaced_the_socket(tmp_path: Path) -> None:
+    listener = Listener(parse_locator(f"unix:{tmp_path}/x.sock"))
     (tmp_path / "x.sock").unlink()
-    (tmp_path / "x.sock").write_text("another's")
-    door.close()
+    (tmp_path / "x.sock").write_text("other data")
+    listener.close()
     assert (tmp_path / "x.sock").exists()

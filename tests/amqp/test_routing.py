@@ -1,4 +1,4 @@
-"""Which virtual hosts, which node, and which requests."""
+"""Rules for virtual hosts, the choice of nodes, and requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vsockets.amqp.routing import (
 from vsockets.model.locator import Inet
 
 
-def test_virtual_hosts() -> None:
+def test_virtual_host_rules_admit_the_named_guests() -> None:
     rules = [VirtualHostRule.parse(text) for text in ("3=/,orders", "4=*", "any=public", "5=x")]
     for cid, name in ((3, "/"), (3, "orders"), (4, "anything"), (9, "public"), (5, "x")):
         assert admits(rules, cid, name)
@@ -28,13 +28,13 @@ def test_virtual_hosts() -> None:
 
 
 @pytest.mark.parametrize("text", ["3", "3=", "=x", "3=a,,b", "x=y", "-1=a", "3=" + "é" * 128])
-def test_rules_that_make_no_sense(text: str) -> None:
+def test_invalid_virtual_host_rule_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         VirtualHostRule.parse(text)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=5))
-def test_every_node_is_tried_the_best_first(states: list[tuple[int, bool]]) -> None:
+def test_all_nodes_are_chosen_best_first(states: list[tuple[int, bool]]) -> None:
     nodes = BrokerNodes(Inet("broker", port) for port in range(len(states)))
     for node, (sessions, healthy) in zip(nodes.all, states, strict=True):
         node.sessions, node.healthy = sessions, healthy
@@ -46,12 +46,12 @@ def test_every_node_is_tried_the_best_first(states: list[tuple[int, bool]]) -> N
     )
 
 
-def test_equal_nodes_have_their_turns() -> None:
+def test_equal_nodes_are_chosen_in_rotation() -> None:
     nodes = BrokerNodes(Inet("broker", port) for port in range(3))
     assert {nodes.choose() for _ in range(3)} == set(nodes.all)
 
 
-def test_requests() -> None:
+def test_request_names_authority_and_guest() -> None:
     asked = connect_request("rabbitmq:5672", 7)
     assert refusal(asked, "rabbitmq:5672") is None
     assert requester(asked) == "context 7"
