@@ -1,4 +1,4 @@
-"""A fabric for each module, and this process in a guest of it, as the examples' users are."""
+"""A fabric for each module, with this process in a guest of it, as users of the examples are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 
 
 def example(name: str) -> ModuleType:
-    """``examples/adapters/NAME.py``; the test is skipped without the library it is about."""
+    """Load ``examples/adapters/NAME.py``; skip the test if its library is missing."""
     pytest.importorskip(name.partition("_")[0], reason=f"needs {name.partition('_')[0]}")
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
@@ -31,14 +31,14 @@ def example(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def fabric() -> Iterator[PrivateFabric]:
-    """A vsockd that this module's tests share."""
+    """A vsockd shared by the tests of a module."""
     with PrivateFabric() as fabric:
         yield fabric
 
 
 @pytest.fixture
 def guest(fabric: PrivateFabric, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """This process is in that context."""
+    """A guest context, which this process is in."""
     guest = fabric.guest()
     for name, value in fabric.environment(guest).items():
         monkeypatch.setenv(name, value)
@@ -52,7 +52,7 @@ Serve = Callable[[Callable[[socket.socket], None]], int]
 
 @pytest.fixture
 def serve(fabric: PrivateFabric) -> Iterator[Serve]:
-    """Have a function talk to each client that comes to a port of the host; returns the port."""
+    """A function that has ``talk`` serve each client of a port of the host; it returns the port."""
     with contextlib.ExitStack() as stack:
 
         def start(talk: Callable[[socket.socket], None]) -> int:
@@ -92,6 +92,6 @@ def _talk(sock: socket.socket, talk: Callable[[socket.socket], None]) -> None:
 
 
 def echo(sock: socket.socket) -> None:
-    """What comes goes back, until the end."""
+    """Echo data until the end of the stream."""
     while data := sock.recv(65536):
         sock.sendall(data)

@@ -1,4 +1,4 @@
-"""grpcio, whose wheels know no vSockets: unix sockets, and ``vsock forward`` between them."""
+"""grpcio, which lacks vSockets in its wheels: unix sockets, connected by ``vsock forward``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ grpc: Any = pytest.importorskip("grpc", reason="needs grpcio")
 
 
 def forward(environment: dict[str, str], *arguments: object) -> tuple[subprocess.Popen[str], str]:
-    """A forwarder, and what it says first."""
+    """Start a forwarder; return it and its first line."""
     command = [sys.executable, "-m", "vsockets.cli", "forward", "-v", *map(str, arguments)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     return process, process.stderr.readline()
 
 
-def test_a_call(fabric: PrivateFabric, tmp_path: Path) -> None:
+def test_unary_call(fabric: PrivateFabric, tmp_path: Path) -> None:
     service, entrance = tmp_path / "service", tmp_path / "entrance"
 
     def shout(request: bytes, context: object) -> bytes:

@@ -1,4 +1,4 @@
-"""HTTP over vSockets: httpx and aiohttp ask, uvicorn answers."""
+"""HTTP over vSockets: httpx and aiohttp as clients, uvicorn as the server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PORT = 8000
 
 @pytest.fixture(scope="module")
 def server(fabric: PrivateFabric) -> Iterator[None]:
-    """uvicorn, on the host."""
+    """uvicorn on the host."""
     pytest.importorskip("uvicorn", reason="needs uvicorn")
     program = EXAMPLES / "uvicorn_server.py"
     process = subprocess.Popen(
@@ -40,7 +40,7 @@ def server(fabric: PrivateFabric) -> Iterator[None]:
 def test_httpx(server: None, guest: int) -> None:
     module = example("httpx_transport")
     with module.httpx.Client(transport=module.VsockTransport(), timeout=30) as client:
-        for _ in range(2):  # the second goes by the same connection
+        for _ in range(2):  # the second over the same connection
             answer = client.get(f"http://2:{PORT}/path?query")
             assert answer.status_code == 200
             assert answer.text.startswith(f"you are context {guest}, port ")
@@ -67,5 +67,5 @@ def test_aiohttp(server: None, guest: int) -> None:
     asyncio.run(ask())
 
 
-def test_they_are_in_the_guest(guest: int) -> None:
+def test_process_is_in_the_guest(guest: int) -> None:
     assert vsockets.get_local_cid() == guest

@@ -1,4 +1,4 @@
-"""pika, which knows TCP alone, through ``vsock forward``; the broker is played."""
+"""pika, which supports TCP only, through ``vsock forward`` to a minimal broker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pika: Any = pytest.importorskip("pika", reason="needs pika")
 
 
 class Broker:
-    """As much of AMQP 0-9-1 as a queue of one message needs."""
+    """The part of AMQP 0-9-1 that a queue of one message needs."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -40,7 +40,7 @@ class Broker:
         }
         while True:
             raw, frame = self._frame()
-            if not isinstance(frame, pika.frame.Method):  # of a message
+            if not isinstance(frame, pika.frame.Method):  # a header or body frame of a message
                 self._message.append(raw)
             elif (answer := answers.get(type(frame.method))) is not None:
                 self._send(frame.channel_number, answer)
@@ -62,7 +62,7 @@ class Broker:
         return data
 
 
-def test_a_message_there_and_back(fabric: PrivateFabric, guest: int, serve: Serve) -> None:
+def test_message_round_trip(fabric: PrivateFabric, guest: int, serve: Serve) -> None:
     port = serve(lambda sock: Broker(sock).serve())
     forward = ("forward", "tcp:127.0.0.1:0", f"vsock:host:{port}")
     with subprocess.Popen(

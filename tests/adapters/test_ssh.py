@@ -43,7 +43,7 @@ def test_paramiko(guest: int, serve: Serve) -> None:
     port = serve(talk)
     options = {"username": "alice", "allow_agent": False, "look_for_keys": False, "timeout": 30}
     with pytest.MonkeyPatch.context() as patch:
-        # As known_hosts would: it is this key that is expected.
+        # As known_hosts would: this key is expected.
         patch.setattr(
             paramiko.SSHClient,
             "load_system_host_keys",

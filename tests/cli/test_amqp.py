@@ -69,6 +69,4 @@ def test_the_demo(alone: Vsock, path_with_rabbitmq: str) -> None:
 
 def test_the_demo_without_a_rabbitmq(alone: Vsock, tmp_path: Path) -> None:
     alone.environment["PATH"] = str(tmp_path)
-    assert alone.fails("demo", "amqp") == (
-        "there is no RabbitMQ on this machine: apt install rabbitmq-server"
-    )
+    assert alone.fails("demo", "amqp") == ("RabbitMQ is not installed: apt install rabbitmq-server")

@@ -132,5 +132,5 @@ def test_what_the_block_raised_comes_first() -> None:
 def test_waiting() -> None:
     answers = iter([None, 0, "", "here"])
     assert wait_until(lambda: next(answers)) == "here"
-    with pytest.raises(AssertionError, match=r"waited 0.01 s for rain, in vain"):
+    with pytest.raises(AssertionError, match=r"timed out after 0.01 s waiting for rain"):
         wait_until(lambda: False, "rain", 0.01)

@@ -1,4 +1,4 @@
-"""What the library's tests share."""
+"""Fixtures of the library's tests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import vsockets
 from vsockets import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from vsockets.testing import PrivateFabric
 
-#: An address of the system's choice.  A kernel that is looped back (``tests/vm/test_library.py``)
-#: says of a listener what it was bound to, and nobody can connect to VMADDR_CID_ANY.
+#: An address chosen by the system.  Over a kernel's loopback (``tests/vm/test_library.py``), a
+#: listener reports the CID it was bound to, and VMADDR_CID_ANY cannot be connected to.
 ANY = (int(os.environ.get("VSOCKETS_TEST_CID", VMADDR_CID_ANY)), VMADDR_PORT_ANY)
 
 STREAMS = (stdlib.SOCK_STREAM, stdlib.SOCK_SEQPACKET)
@@ -48,7 +48,7 @@ class Pair:
             sock.settimeout(10)
 
     def close(self) -> None:
-        """Close all three."""
+        """Close all three sockets."""
         for sock in (self.server, self.client, self.accepted):
             sock.close()
 
@@ -57,7 +57,7 @@ class Pair:
 def pair(
     request: pytest.FixtureRequest, host: vsockets.Attachment, guest: vsockets.Attachment
 ) -> Iterator[Pair]:
-    """An established connection of either type."""
+    """An established connection of each type."""
     made = Pair(host, guest, request.param)
     yield made
     made.close()
@@ -73,7 +73,7 @@ def stream(host: vsockets.Attachment, guest: vsockets.Attachment) -> Iterator[Pa
 
 @contextlib.contextmanager
 def running(work: Callable[..., Any], *arguments: Any) -> Iterator[threading.Thread]:
-    """``work`` in a thread; joined, within a limit, at the end."""
+    """Run ``work`` in a thread; join it, with a timeout, at the end."""
     failures: list[BaseException] = []
 
     def guarded() -> None:
@@ -88,6 +88,6 @@ def running(work: Callable[..., Any], *arguments: Any) -> Iterator[threading.Thr
         yield thread
     finally:
         thread.join(20)
-    assert not thread.is_alive(), f"{work} goes on"
+    assert not thread.is_alive(), f"{work} still runs"
     if failures:
         raise failures[0]

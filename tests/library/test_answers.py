@@ -1,7 +1,7 @@
-"""The library's sockets answer as a kernel's AF_VSOCK does: every call in every state.
+"""The library's sockets return what a kernel's AF_VSOCK does, for every call in every state.
 
-The kernel's answers are in ``tests/af_vsock.txt``.  What a unix socket answers by itself is held
-to them by ``tests/supervisor/test_answers.py``.
+The kernel's results are in ``tests/af_vsock.txt``.  Those of a plain unix socket are compared with
+them in ``tests/supervisor/test_answers.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MSG_ERRQUEUE = 0x2000
 
 
 class Scene:
-    """A socket in some state, and what has to do with it."""
+    """A socket in some state, with its peer and a destination."""
 
     def __init__(self, type_: int) -> None:
         self.type = type_
@@ -76,9 +76,9 @@ class Scene:
             self.peer.send(b"data")
 
     def refuse(self, state: str) -> None:
-        with self.make() as nobody:
-            nobody.bind(ANY)
-            self.far = (VMADDR_CID_LOCAL, nobody.getsockname()[1])
+        with self.make() as unused:
+            unused.bind(ANY)
+            self.far = (VMADDR_CID_LOCAL, unused.getsockname()[1])
         self.sock.setblocking(state == "refused")
         assert self.sock.connect_ex(self.far) in (errno.ECONNRESET, errno.EINPROGRESS)
         if state != "refused":
@@ -86,7 +86,7 @@ class Scene:
         if state == "refused-asked":
             self.sock.getsockopt(stdlib.SOL_SOCKET, stdlib.SO_ERROR)
 
-    def arrange(self, state: str) -> None:
+    def bring_to(self, state: str) -> None:
         if state == "bound":
             self.sock.bind(ANY)
         elif state in ("listening", "waiting"):
@@ -102,7 +102,7 @@ class Scene:
             self.have_data()
         if state.startswith("peer-closed"):
             self.peer.close()
-            if self.type != stdlib.SOCK_DGRAM:  # vsockd, too, lets go of it
+            if self.type != stdlib.SOCK_DGRAM:  # vsockd closes it as well
                 poll = select.poll()
                 poll.register(self.sock, select.POLLRDHUP)
                 assert poll.poll(10_000)
@@ -113,9 +113,9 @@ class Scene:
         self.sock.setblocking(False)
         if self.far == ANY or state.startswith("refused"):
             if self.type == stdlib.SOCK_DGRAM:
-                with self.make() as nobody:
-                    nobody.bind(ANY)
-                    self.far = (VMADDR_CID_LOCAL, nobody.getsockname()[1])
+                with self.make() as unused:
+                    unused.bind(ANY)
+                    self.far = (VMADDR_CID_LOCAL, unused.getsockname()[1])
             else:
                 self.far = (VMADDR_CID_LOCAL, self.listen().getsockname()[1])
 
@@ -134,7 +134,7 @@ def timeout(*fields: int) -> Action:
     return lambda s: s.sock.setsockopt(AF_VSOCK, CONNECT_TIMEOUT_SECONDS, value)
 
 
-#: By the names that the program gives the calls.
+#: By the names that the C program gives the calls.
 CALLS: dict[str, Action] = {
     "recv": lambda s: s.sock.recv(64),
     "recv MSG_PEEK": lambda s: s.sock.recv(64, stdlib.MSG_PEEK),
@@ -174,10 +174,10 @@ CALLS: dict[str, Action] = {
     "a buffer size of 4 bytes": lambda s: s.sock.setsockopt(AF_VSOCK, 0, bytes(4)),
 }
 
-_NO_PORT = "a failed connect leaves no port behind here: the socket is as before"
-_BY_PORT = "a datagram to a port that nobody has is refused; the kernel's VMCI drops it"
-_FIRST = "the kernel looks for the end of the stream first"
-#: Where the fabric's sockets answer otherwise: types, call, states, the answer, the reason.
+_NO_PORT = "a failed connect allocates no port here: the socket's state is unchanged"
+_BY_PORT = "a datagram to an unbound port is refused; the kernel's VMCI drops it"
+_FIRST = "the kernel checks for the end of the stream first"
+#: Deviations of the fabric: types, call, states, result, reason.
 DEVIATIONS = [
     ("stream seqpacket", "bind", "refused", "0", _NO_PORT),
     ("stream seqpacket", "bind to a stranger's CID", "refused", "EADDRNOTAVAIL", _NO_PORT),
@@ -202,12 +202,12 @@ DEVIATIONS = [
 
 
 def expected() -> dict[Cell, str]:
-    """The table, as Python shows it."""
+    """Return the table with the results that Python reports."""
     found = {}
-    for cell, said in answers.read_table().items():
+    for cell, result in answers.read_table().items():
         if cell.call not in CALLS:
             continue
-        first, *rest = said.split()
+        first, *rest = result.split()
         if cell.call.startswith("SO_"):
             first = rest[0]
         elif cell.call in ("accept", "getpeername") and not first.startswith("E"):
@@ -238,26 +238,26 @@ def in_a_guest(vsock_fabric: PrivateFabric, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_answers_of_the_kernel(kind: str) -> None:
-    wanted = {cell: said for cell, said in expected().items() if cell.kind == kind}
-    wanted = {cell: said for cell, said in wanted.items() if cell.state != "connecting"}
+def test_results_match_the_kernel(kind: str) -> None:
+    wanted = {cell: result for cell, result in expected().items() if cell.kind == kind}
+    wanted = {cell: result for cell, result in wanted.items() if cell.state != "connecting"}
     found = {}
     for cell in wanted:
         scene = Scene(TYPES[kind])
         with contextlib.closing(scene):
-            scene.arrange(cell.state)
+            scene.bring_to(cell.state)
             found[cell] = answer(CALLS[cell.call], scene)
-    for kinds, call, states, said, _ in DEVIATIONS:
+    for kinds, call, states, result, _ in DEVIATIONS:
         if kind in kinds.split():
-            wanted.update({Cell(kind, call, state): said for state in states.split()})
+            wanted.update({Cell(kind, call, state): result for state in states.split()})
     assert answers.differences(wanted, found) == {}
 
 
 @pytest.mark.parametrize("kind", ["stream", "seqpacket"])
-def test_answers_while_connecting(kind: str, vsock_fabric: PrivateFabric) -> None:
+def test_results_while_connecting(kind: str, vsock_fabric: PrivateFabric) -> None:
     wanted = {
-        cell._replace(kind=kind): said
-        for cell, said in expected().items()
+        cell._replace(kind=kind): result
+        for cell, result in expected().items()
         if cell.state == "connecting" and cell.call != "SO_TYPE"
     }
     found = {}

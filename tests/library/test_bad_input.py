@@ -1,4 +1,4 @@
-"""Misuse: a clear error each time, and the socket goes on working."""
+"""Misuse of sockets: each call raises a clear error, and the socket stays usable."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ADDRESS_CALLS: dict[str, Callable[[vsockets.socket, Any], Any]] = {
 @pytest.mark.parametrize(
     "address", [None, 5, "2:5000", (2,), (2, 3, 4), ("2", 5), [2, 5], (2.0, 5)]
 )
-def test_what_is_no_address(
+def test_invalid_addresses(
     host: vsockets.Attachment, sock_type: int, call: str, address: Any
 ) -> None:
     with vsockets.socket(type=sock_type, context=host) as sock:
@@ -42,8 +42,8 @@ def test_what_is_no_address(
         sock.bind(ANY)
 
 
-#: Binds each address with each type of socket, sends to it, and connects to it; ``setup`` says
-#: whose sockets these are.
+#: Binds, sends to and connects to each address with each type of socket; ``setup`` selects the
+#: implementation of AF_VSOCK.
 INTEGERS = """
 import socket
 {setup}
@@ -78,8 +78,8 @@ for kind in socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM:
 """
 
 
-def test_integers_are_what_cpythons_own_af_vsock_takes(vsock_fabric: PrivateFabric) -> None:
-    """Which a supervised program has, that does not import this package."""
+def test_integers_as_in_af_vsock_of_cpython(vsock_fabric: PrivateFabric) -> None:
+    """The reference is CPython's own AF_VSOCK, in a supervised program without vsockets."""
     pytest.importorskip("typer", reason="needs the extra cli")
 
     def outcomes(setup: str) -> list[str]:
@@ -114,12 +114,10 @@ def test_binding(host: vsockets.Attachment, guest: vsockets.Attachment) -> None:
         sock.bind((guest.cid, 5000))
         expect(errno.EINVAL, sock.bind, (guest.cid, 5001))
         expect(errno.EADDRINUSE, other.bind, (VMADDR_CID_ANY, 5000))
-        other.bind((guest.cid, 5001))  # the refusal did not spoil it
+        other.bind((guest.cid, 5001))  # the refused call had no effect
 
 
-def test_listening_and_connecting_out_of_order(
-    host: vsockets.Attachment, guest: vsockets.Attachment
-) -> None:
+def test_calls_in_the_wrong_state(host: vsockets.Attachment, guest: vsockets.Attachment) -> None:
     with vsockets.socket(context=host) as sock, open(os.devnull, "rb") as file:
         expect(errno.EINVAL, sock.listen)
         expect(errno.EINVAL, sock.accept)
@@ -145,12 +143,12 @@ def test_listening_and_connecting_out_of_order(
         expect(errno.EINVAL, sock.bind, ANY)
         expect(errno.ENOTCONN, sock.recv, 1)
         expect(errno.ENOTCONN, sock.send, b"x")
-        # None of it has hurt the listener.
+        # The listener is unaffected.
         with vsockets.create_connection(sock.getsockname(), context=guest):
             sock.accept()[0].close()
 
 
-def test_an_established_stream_is_for_life(pair: Pair) -> None:
+def test_established_stream_cannot_be_reused(pair: Pair) -> None:
     expect(errno.EISCONN, pair.client.connect, pair.server.getsockname())
     expect(errno.EISCONN, pair.accepted.connect, pair.server.getsockname())
     expect(errno.EINVAL, pair.client.bind, ANY)
@@ -162,7 +160,7 @@ def test_an_established_stream_is_for_life(pair: Pair) -> None:
     assert pair.accepted.recv(100) == b"as if nothing had happened"
 
 
-def test_wildcards_are_no_destination(host: vsockets.Attachment) -> None:
+def test_wildcards_are_invalid_destinations(host: vsockets.Attachment) -> None:
     with vsockets.socket(context=host) as sock:
         expect(errno.ENODEV, sock.connect, (VMADDR_CID_ANY, 5000))
         expect(errno.ECONNRESET, sock.connect, (VMADDR_CID_HOST, VMADDR_PORT_ANY))
@@ -170,7 +168,7 @@ def test_wildcards_are_no_destination(host: vsockets.Attachment) -> None:
         expect(errno.EINVAL, sock.sendto, b"x", (VMADDR_CID_HOST, VMADDR_PORT_ANY))
 
 
-def test_a_datagram_to_any_cid_stays_in_its_context(guest: vsockets.Attachment) -> None:
+def test_datagram_to_any_cid_stays_in_its_context(guest: vsockets.Attachment) -> None:
     with vsockets.socket(type=stdlib.SOCK_DGRAM, context=guest) as sock:
         sock.bind((VMADDR_CID_ANY, VMADDR_PORT_ANY))
         cid, port = sock.getsockname()
@@ -178,7 +176,7 @@ def test_a_datagram_to_any_cid_stays_in_its_context(guest: vsockets.Attachment) 
         assert sock.recvfrom(10) == (b"x", (cid, port))
 
 
-def test_hypervisor_has_no_services_yet(guest: vsockets.Attachment) -> None:
+def test_hypervisor_without_services_refuses(guest: vsockets.Attachment) -> None:
     with vsockets.socket(context=guest) as sock:
         expect(errno.ECONNRESET, sock.connect, (vsockets.VMADDR_CID_HYPERVISOR, 976))
 
@@ -202,7 +200,7 @@ def test_closed_sockets(pair: Pair) -> None:
     expect(errno.EBADF, pair.server.accept)
 
 
-def test_no_vsockd(tmp_path: Any) -> None:
+def test_missing_vsockd(tmp_path: Any) -> None:
     nowhere = vsockets.attach(tmp_path)
     with vsockets.socket(context=nowhere) as sock:
         with pytest.raises(OSError, match="vsock up") as caught:
@@ -210,7 +208,7 @@ def test_no_vsockd(tmp_path: Any) -> None:
         assert caught.value.errno == errno.ENODEV
 
 
-def test_vsockd_goes_away(vsock_fabric: PrivateFabric, guest: vsockets.Attachment) -> None:
+def test_killed_vsockd(vsock_fabric: PrivateFabric, guest: vsockets.Attachment) -> None:
     host = vsock_fabric.host
     with vsockets.create_server(ANY, context=host) as server:
         client = vsockets.create_connection(server.getsockname(), context=guest)

@@ -1,4 +1,4 @@
-"""Datagrams: the guide's chapter 4."""
+"""Datagrams (the guide's chapter 4)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def errno_of(call: Any, *arguments: Any) -> int | None:
     return caught.value.errno
 
 
-def test_there_and_back(
+def test_datagrams_in_both_directions_by_address(
     server: vsockets.socket, client: vsockets.socket, guest: vsockets.Attachment
 ) -> None:
     assert server.getsockname()[0] == VMADDR_CID_HOST
@@ -74,7 +74,7 @@ def test_connect_and_send(server: vsockets.socket, client: vsockets.socket) -> N
     assert (data, flags, source) == (b"ab", 0, client.getsockname())
 
 
-def test_every_way_to_receive(server: vsockets.socket, client: vsockets.socket) -> None:
+def test_all_receive_calls(server: vsockets.socket, client: vsockets.socket) -> None:
     client.bind(ANY)
     me = client.getsockname()
     for _ in range(5):
@@ -107,7 +107,7 @@ def test_too_large(server: vsockets.socket, client: vsockets.socket) -> None:
     assert server.recv(100) == b"still works"
 
 
-def test_nobody_there(
+def test_closed_port_refuses_datagrams(
     client: vsockets.socket, host: vsockets.Attachment, server: vsockets.socket
 ) -> None:
     address = server.getsockname()
@@ -115,13 +115,13 @@ def test_nobody_there(
     server.close()
     assert errno_of(client.sendto, b"after", address) == errno.ECONNREFUSED
     assert errno_of(client.sendto, b"x", (VMADDR_CID_HOST, 9)) == errno.ECONNREFUSED
-    # Somebody else takes the port: the old route must not be in the way.
+    # Another socket takes the port: the old route must not be used.
     with datagram(host, address) as successor:
         client.sendto(b"again", address)
         assert successor.recvfrom(100) == (b"again", client.getsockname())
 
 
-def test_guests_do_not_reach_each_other(
+def test_guests_cannot_reach_each_other(
     vsock_fabric: PrivateFabric, client: vsockets.socket
 ) -> None:
     other = vsock_fabric.guest()
@@ -130,7 +130,7 @@ def test_guests_do_not_reach_each_other(
         assert errno_of(client.sendto, b"x", (99, 5)) == errno.EHOSTUNREACH
 
 
-def test_many_senders_each_with_its_own_address(
+def test_each_sender_has_its_own_address(
     server: vsockets.socket, vsock_fabric: PrivateFabric
 ) -> None:
     senders = [datagram(vsock_fabric.guest()) for _ in range(5)]
@@ -147,7 +147,7 @@ def test_binding(host: vsockets.Attachment, guest: vsockets.Attachment) -> None:
         assert errno_of(second.bind, (VMADDR_CID_ANY, 5000)) == errno.EADDRINUSE
         assert errno_of(second.bind, (VMADDR_CID_HOST, 5001)) == errno.EADDRNOTAVAIL
         assert errno_of(first.bind, (VMADDR_CID_ANY, 5002)) == errno.EINVAL
-        with vsockets.socket(context=guest) as stream:  # streams have ports of their own
+        with vsockets.socket(context=guest) as stream:  # streams have their own ports
             stream.bind((VMADDR_CID_ANY, 5000))
         first.close()
         second.bind((VMADDR_CID_ANY, 5000))
@@ -158,7 +158,7 @@ def test_binding(host: vsockets.Attachment, guest: vsockets.Attachment) -> None:
             assert local.recv(5) == b"x"
 
 
-def test_what_only_streams_do(client: vsockets.socket) -> None:
+def test_calls_for_streams_only(client: vsockets.socket) -> None:
     assert errno_of(client.listen) == errno.EOPNOTSUPP
     assert errno_of(client.accept) == errno.EOPNOTSUPP
     assert errno_of(client.send, b"no address") == errno.EINVAL
@@ -166,7 +166,7 @@ def test_what_only_streams_do(client: vsockets.socket) -> None:
     assert errno_of(client.shutdown, stdlib.SHUT_WR) == errno.ENOTCONN
 
 
-def test_a_full_receiver(server: vsockets.socket, client: vsockets.socket) -> None:
+def test_full_receiver(server: vsockets.socket, client: vsockets.socket) -> None:
     client.setblocking(False)
     sent = 0
     with pytest.raises(OSError) as caught:
@@ -181,7 +181,7 @@ def test_a_full_receiver(server: vsockets.socket, client: vsockets.socket) -> No
             client.sendto(b"x", server.getsockname())
 
 
-def test_a_blocking_sender_waits_and_nothing_is_lost(
+def test_blocking_sender_waits_without_loss(
     server: vsockets.socket, client: vsockets.socket
 ) -> None:
     def send() -> None:
@@ -196,14 +196,14 @@ def test_shutdown(server: vsockets.socket, client: vsockets.socket) -> None:
     client.connect(server.getsockname())
     client.send(b"x")
     client.shutdown(stdlib.SHUT_WR)
-    # As in Linux: the peer is forgotten, and an address goes on working.
+    # As in Linux: the peer is reset, and sends to an address still work.
     assert errno_of(client.send, b"y") == errno.EINVAL
     assert errno_of(client.getpeername) == errno.ENOTCONN
     client.sendto(b"z", server.getsockname())
     assert [server.recv(10) for _ in range(2)] == [b"x", b"z"]
 
 
-def test_more_peers_than_routes_are_kept(
+def test_more_peers_than_cached_routes(
     vsock_fabric: PrivateFabric, host: vsockets.Attachment, guest: vsockets.Attachment
 ) -> None:
     count = DATAGRAM_ROUTES_MAX + 20
@@ -225,10 +225,10 @@ def test_more_peers_than_routes_are_kept(
     assert vsock_fabric.control.status()["datagram_sockets"] == 0
 
 
-def test_a_route_does_not_outlive_its_socket(
+def test_route_is_revoked_with_its_socket(
     host: vsockets.Attachment, guest: vsockets.Attachment, server: vsockets.socket
 ) -> None:
-    """A program that keeps a route cannot speak for the port's next holder."""
+    """A program that keeps a route cannot send in the name of the port's next owner."""
     with datagram(guest, (VMADDR_CID_ANY, 5000)) as old:
         old.sendto(b"x", server.getsockname())
         assert server.recv(10) == b"x"
@@ -238,8 +238,8 @@ def test_a_route_does_not_outlive_its_socket(
         assert errno_of(kept.send, b"in another's name") == errno.EPIPE
 
 
-def test_two_fabrics_side_by_side(vsock_fabric: PrivateFabric) -> None:
-    """Names of routes are everybody's in a network namespace; ours must not collide."""
+def test_datagrams_of_two_fabrics(vsock_fabric: PrivateFabric) -> None:
+    """Names of routes are shared in a network namespace; those of two fabrics must not collide."""
     with PrivateFabric() as other:
         for fabric in (vsock_fabric, other, vsock_fabric):
             with (
@@ -252,7 +252,7 @@ def test_two_fabrics_side_by_side(vsock_fabric: PrivateFabric) -> None:
                     assert client.recv(100) == b"answer"
 
 
-def test_only_vsockd_can_reach_a_datagram_socket(
+def test_datagram_socket_is_reachable_by_vsockd_only(
     vsock_fabric: PrivateFabric, server: vsockets.socket
 ) -> None:
     with stdlib.socket(fileno=os.dup(server.fileno())) as raw:

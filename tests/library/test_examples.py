@@ -1,4 +1,4 @@
-"""The examples run, and the README shows them as they are."""
+"""The examples run, and README contains them unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_the_readme_shows_it(example: Path) -> None:
+def test_readme_contains_the_example(example: Path) -> None:
     text = example.read_text()
     assert f"```python\n{text}```" in (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 20
@@ -27,7 +27,7 @@ def test_the_readme_shows_it(example: Path) -> None:
     ("kind", "heard"),
     [("stream", "HELLO FROM CONTEXT 7\n"), ("datagram", "you are context 7, port ")],
 )
-def test_it_runs(vsock_fabric: PrivateFabric, kind: str, heard: str) -> None:
+def test_example_runs(vsock_fabric: PrivateFabric, kind: str, heard: str) -> None:
     guest = vsock_fabric.guest(7)
     path = {"PYTHONPATH": os.path.dirname(os.path.dirname(vsockets.__file__))}
     server = subprocess.Popen(

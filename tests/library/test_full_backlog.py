@@ -1,4 +1,4 @@
-"""vsockd stands still, and so many programs wait for it that its backlog is full."""
+"""A stopped vsockd with a full backlog of waiting programs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from vsockets import AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT
 from vsockets.control import Control
 from vsockets.testing import PrivateFabric, wait_until
 
-#: What a program waits instead of two and ten seconds.
+#: The timeout in seconds that replaces two and ten.
 SHORT = 0.1
 
 
 def fill(path: str, kind: int) -> list[socket.socket]:
-    """Connect to ``path`` until the kernel lets nobody wait any more."""
+    """Connect to ``path`` until its backlog is full."""
     waiting = []
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -38,7 +38,7 @@ def fill(path: str, kind: int) -> list[socket.socket]:
 
 @contextlib.contextmanager
 def full(fabric: PrivateFabric) -> Iterator[None]:
-    """Within this context vsockd is stopped, and its backlogs are full."""
+    """Stop vsockd and fill its backlogs while the context lasts."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
     waiting: list[socket.socket] = []
@@ -58,7 +58,7 @@ def full(fabric: PrivateFabric) -> Iterator[None]:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("attachment", "control", "transports.fabric.stream"):
         monkeypatch.setattr(f"vsockets.{module}.VSOCKD_REPLY_TIMEOUT_SECONDS", SHORT)
 
@@ -81,8 +81,8 @@ CALLS = [
 ]
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_call_ends_in_time(vsock_fabric: PrivateFabric) -> None:
+@pytest.mark.usefixtures("short_timeouts")
+def test_call_times_out(vsock_fabric: PrivateFabric) -> None:
     with full(vsock_fabric):
         for call, kind in CALLS:
             for timeout in (None, 10.0):
@@ -91,7 +91,7 @@ def test_a_call_ends_in_time(vsock_fabric: PrivateFabric) -> None:
                     with pytest.raises(TimeoutError) as late:
                         call(sock)
                     assert late.value.errno == errno.ETIMEDOUT
-                    # It is as it was before.
+                    # The socket's settings are unchanged.
                     assert sock.gettimeout() == timeout
                     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16) == bytes(16)
                     assert os.get_blocking(sock.fileno()) is (timeout is None)
@@ -101,7 +101,7 @@ def test_a_call_ends_in_time(vsock_fabric: PrivateFabric) -> None:
             Control(vsock_fabric.folder)
 
 
-def test_one_that_does_not_wait_is_told_at_once(vsock_fabric: PrivateFabric) -> None:
+def test_non_blocking_call_fails_at_once(vsock_fabric: PrivateFabric) -> None:
     with full(vsock_fabric):
         for call, kind in ((connect, socket.SOCK_STREAM), (connect, socket.SOCK_SEQPACKET)):
             with vsockets.socket(type=kind, context=vsock_fabric.host) as sock:
@@ -112,19 +112,19 @@ def test_one_that_does_not_wait_is_told_at_once(vsock_fabric: PrivateFabric) -> 
 
 
 @pytest.mark.parametrize("timeout", [None, 30.0])
-def test_a_call_that_waits_is_served_when_there_is_room(
+def test_blocked_call_is_served_once_there_is_room(
     vsock_fabric: PrivateFabric, timeout: float | None
 ) -> None:
-    """Also when signals interrupt it, after which Python believes that it is connected."""
+    """Signals interrupt the call, after which Python considers the socket connected."""
     interruptions: list[int] = []
     stat = Path(f"/proc/self/task/{threading.get_native_id()}/stat")
     main = threading.get_ident()
 
     def interrupt() -> None:
         for number in range(20):
-            wait_until(lambda: ") S " in stat.read_text(), "it to wait")
+            wait_until(lambda: ") S " in stat.read_text(), "the call to block")
             signal.pthread_kill(main, signal.SIGUSR1)
-            wait_until(partial(is_longer, interruptions, number), "it to be interrupted")
+            wait_until(partial(is_longer, interruptions, number), "the interruption")
         os.kill(vsock_fabric.pid, signal.SIGCONT)
 
     before = signal.signal(signal.SIGUSR1, lambda *_: interruptions.append(1))

@@ -22,14 +22,14 @@ from .conftest import ANY, STREAMS, Pair, running
 
 @pytest.fixture
 def stopped(vsock_fabric: PrivateFabric) -> Any:
-    """Stop vsockd, so that whatever waits for it waits; it goes on at the end."""
+    """Stop vsockd during the test, so that calls to it wait."""
     os.kill(vsock_fabric.pid, signal.SIGSTOP)
     yield vsock_fabric
     os.kill(vsock_fabric.pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("sock_type", STREAMS)
-def test_a_non_blocking_connect_is_writable_when_it_is_done(
+def test_non_blocking_connect_becomes_writable(
     vsock_fabric: PrivateFabric,
     host: vsockets.Attachment,
     guest: vsockets.Attachment,
@@ -62,7 +62,7 @@ def test_a_non_blocking_connect_is_writable_when_it_is_done(
 
 
 @pytest.mark.parametrize("sock_type", STREAMS)
-def test_a_non_blocking_connect_that_fails(guest: vsockets.Attachment, sock_type: int) -> None:
+def test_failed_non_blocking_connect(guest: vsockets.Attachment, sock_type: int) -> None:
     with vsockets.socket(type=sock_type, context=guest) as client:
         client.setblocking(False)
         assert client.connect_ex((2, 4)) == errno.EINPROGRESS
@@ -70,14 +70,14 @@ def test_a_non_blocking_connect_that_fails(guest: vsockets.Attachment, sock_type
         reported = client.getsockopt(stdlib.SOL_SOCKET, stdlib.SO_ERROR)
         assert reported == errno.ECONNRESET
         assert client.getsockopt(stdlib.SOL_SOCKET, stdlib.SO_ERROR) == 0
-        assert client.connect_ex((2, 4)) == errno.EALREADY  # for good, as in Linux
+        assert client.connect_ex((2, 4)) == errno.EALREADY  # permanently, as in Linux
         with pytest.raises(OSError) as caught:
             client.send(b"x")
         assert caught.value.errno == errno.ENOTCONN
 
 
 @pytest.mark.parametrize("timeout", [None, 10])
-def test_who_waited_for_a_failure_may_connect_again(
+def test_blocking_connect_can_be_retried(
     host: vsockets.Attachment, guest: vsockets.Attachment, timeout: float | None
 ) -> None:
     with vsockets.socket(context=guest) as client:
@@ -88,7 +88,7 @@ def test_who_waited_for_a_failure_may_connect_again(
             client.connect(server.getsockname())
 
 
-def test_data_sent_right_after_the_connect_is_not_lost(
+def test_data_sent_during_the_connect_is_not_lost(
     host: vsockets.Attachment, guest: vsockets.Attachment
 ) -> None:
     with vsockets.create_server(ANY, context=host) as server:
@@ -105,9 +105,7 @@ def test_data_sent_right_after_the_connect_is_not_lost(
                     assert accepted.recv(100) == b"thanks"
 
 
-def test_connect_gives_up_after_its_timeouts(
-    stopped: PrivateFabric, host: vsockets.Attachment
-) -> None:
+def test_connect_times_out(stopped: PrivateFabric, host: vsockets.Attachment) -> None:
     timeval = bytes(8) + (100_000).to_bytes(8, "little")
     with vsockets.socket(context=host) as sock:
         sock.setsockopt(vsockets.AF_VSOCK, vsockets.SO_VM_SOCKETS_CONNECT_TIMEOUT, timeval)
@@ -133,7 +131,7 @@ def test_accept_and_receive_with_timeout(pair: Pair) -> None:
             getattr(sock, call)(*arguments)
 
 
-def test_accepted_sockets_block_whatever_the_listener_does(
+def test_accepted_sockets_block_with_a_non_blocking_listener(
     host: vsockets.Attachment, guest: vsockets.Attachment
 ) -> None:
     with vsockets.create_server(ANY, context=host) as server:
@@ -167,17 +165,17 @@ def test_readiness_by_select_poll_epoll_and_selectors(pair: Pair) -> None:
     another = vsockets.socket(type=pair.server.type, context=pair.client._attachment)
     with another:
         another.connect(pair.server.getsockname())
-        # The connecting side is told first: docs/internals/design.md says why.
+        # The connecting side is notified first: docs/internals/design.md explains why.
         wait_until(lambda: ready(pair.server) == [True] * 4, "the listener to be ready")
         pair.server.accept()[0].close()
         assert ready(pair.server) == [False] * 4
     pair.accepted.send(b"x")
-    # By way of a kernel's AF_VSOCK it comes a moment later.
+    # Over a kernel's AF_VSOCK, data arrives with a delay.
     wait_until(lambda: ready(pair.client) == [True] * 4, "what was sent")
     assert select.select([], [pair.client], [], 0)[1]
 
 
-def test_an_epoll_registration_made_before_connect_holds(
+def test_epoll_registration_before_connect_stays_valid(
     host: vsockets.Attachment, guest: vsockets.Attachment
 ) -> None:
     with (
@@ -205,23 +203,23 @@ CALLS = {
 
 @pytest.mark.parametrize(
     ("call", "how"),
-    # A listening socket has nothing to shut down.
+    # A listening socket cannot be shut down.
     [(call, "close") for call in CALLS]
     + [(call, "shutdown") for call in CALLS if call != "accept"],
 )
-def test_ending_a_socket_while_another_thread_is_in_a_call(
+def test_close_or_shutdown_during_a_call_of_another_thread(
     stream: Pair, call: str, how: str
 ) -> None:
-    """VMware's first release crashed the guest when this happened."""
+    """VMware's first release crashed the guest in this case."""
     entered = threading.Event()
     sock = stream.server if call == "accept" else stream.client
-    sock.settimeout(0.5)  # a closed descriptor wakes nobody: that is Linux's rule, too
+    sock.settimeout(0.5)  # closing a descriptor wakes no thread, as in Linux
 
     def blocked() -> None:
         entered.set()
         with pytest.raises((OSError, ValueError)):
             assert not CALLS[call](stream)
-            raise OSError("an end of stream is an answer, too")
+            raise OSError("the end of the stream is a valid result, too")
 
     with running(blocked):
         entered.wait(10)

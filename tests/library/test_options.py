@@ -1,4 +1,4 @@
-"""Socket options: the guide's page 14, and those that make no sense here."""
+"""Socket options: the guide's page 14, and options of other families."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sizes(sock: vsockets.socket) -> tuple[int, int, int]:
     return size, minimum, maximum
 
 
-def test_defaults_of_the_guide() -> None:
+def test_default_sizes_of_the_guide() -> None:
     with vsockets.socket() as sock:
         assert sizes(sock) == (65536, 128, 262144)
 
@@ -54,7 +54,7 @@ def test_sizes_are_clamped() -> None:
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 64, b"1234", b"123456789"])
-def test_sizes_are_64_bit(value: int | bytes) -> None:
+def test_sizes_are_64_bits(value: int | bytes) -> None:
     with vsockets.socket() as sock, pytest.raises(OSError) as caught:
         sock.setsockopt(AF_VSOCK, SO_VMCI_BUFFER_SIZE, value)
     assert caught.value.errno == errno.EINVAL
@@ -104,7 +104,9 @@ def test_negotiation(
         assert sizes(client)[0] == sizes(accepted)[0] == agreed
 
 
-def test_no_size_suits_both(host: vsockets.Attachment, guest: vsockets.Attachment) -> None:
+def test_negotiation_without_a_common_size_fails(
+    host: vsockets.Attachment, guest: vsockets.Attachment
+) -> None:
     server_options = {SO_VMCI_BUFFER_MAX_SIZE: 1024}
     client_options = {SO_VMCI_BUFFER_MIN_SIZE: 4096}
     with pytest.raises(OSError) as caught:
@@ -113,7 +115,7 @@ def test_no_size_suits_both(host: vsockets.Attachment, guest: vsockets.Attachmen
 
 
 @pytest.mark.parametrize("size", [1024, 32768])
-def test_a_small_buffer_holds_back_the_sender(
+def test_small_buffer_blocks_the_sender(
     host: vsockets.Attachment, guest: vsockets.Attachment, size: int
 ) -> None:
     client, accepted = connected(host, guest, {}, {SO_VMCI_BUFFER_SIZE: size})
@@ -127,7 +129,7 @@ def test_a_small_buffer_holds_back_the_sender(
             assert sent < 65536
 
 
-def test_set_on_the_listener_after_listen(
+def test_sizes_set_on_a_listening_socket(
     host: vsockets.Attachment, guest: vsockets.Attachment
 ) -> None:
     with vsockets.create_server(ANY, context=host) as server:
@@ -136,7 +138,7 @@ def test_set_on_the_listener_after_listen(
             assert sizes(client)[0] == 2048
 
 
-def test_options_of_other_families_are_accepted_and_ignored(stream: Pair) -> None:
+def test_options_of_other_families_are_ignored(stream: Pair) -> None:
     for sock in (stream.client, stream.server):
         sock.setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)
         assert sock.getsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY) == 1
@@ -151,7 +153,7 @@ def test_options_of_other_families_are_accepted_and_ignored(stream: Pair) -> Non
     assert stream.accepted.recv(100) == b"still works"
 
 
-def test_what_the_kernel_would_say_of_a_vsocket(stream: Pair) -> None:
+def test_socket_options_report_a_vsocket(stream: Pair) -> None:
     for sock, listening in ((stream.server, 1), (stream.client, 0), (stream.accepted, 0)):
         assert sock.getsockopt(stdlib.SOL_SOCKET, stdlib.SO_DOMAIN) == AF_VSOCK
         assert sock.getsockopt(stdlib.SOL_SOCKET, stdlib.SO_TYPE) == stdlib.SOCK_STREAM
@@ -198,7 +200,7 @@ def test_connect_timeout_option() -> None:
             assert caught.value.errno == code
 
 
-def test_datagram_sockets_have_no_options(host: vsockets.Attachment) -> None:
+def test_datagram_sockets_have_no_vsocket_options(host: vsockets.Attachment) -> None:
     with vsockets.socket(type=stdlib.SOCK_DGRAM, context=host) as sock:
         with pytest.raises(OSError) as caught:
             sock.setsockopt(AF_VSOCK, SO_VMCI_BUFFER_SIZE, 4096)

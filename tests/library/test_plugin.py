@@ -1,4 +1,4 @@
-"""The pytest plugin, in a pytest of its own that runs tests side by side."""
+"""The pytest plugin, in a separate pytest that runs tests in parallel."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ sock.connect((socket.VMADDR_CID_HOST, 5000))
 """
 
 
-def test_the_readmes_example(tmp_path: Path) -> None:
-    """With an agent that does not know this package: its AF_VSOCK must not be the machine's."""
+def test_example_of_readme(tmp_path: Path) -> None:
+    """The agent does not use this package; its AF_VSOCK must be the fabric's."""
     pytest.importorskip("typer", reason="needs the extra cli")
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     start = readme.index("def test_my_agent(")

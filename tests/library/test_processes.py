@@ -1,4 +1,4 @@
-"""Descriptors that move: dup, detach, fork, exec, and between processes."""
+"""Descriptors of sockets across dup, detach, fork, exec, and between processes."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_detach_and_fileno_of_bound_and_datagram_sockets(host: vsockets.Attachme
             assert addresses(again) == expected
 
 
-def test_a_fresh_descriptor_can_be_detached_too(host: vsockets.Attachment) -> None:
+def test_descriptor_of_a_new_socket_can_be_detached(host: vsockets.Attachment) -> None:
     fd = vsockets.socket(context=host).detach()
     with vsockets.socket(fileno=fd, context=host) as again:
         again.bind(ANY)
         again.listen()
 
 
-def test_somebody_elses_connected_socket(host: vsockets.Attachment) -> None:
+def test_connected_socket_of_another_library(host: vsockets.Attachment) -> None:
     one, other = stdlib.socketpair()
     with other, vsockets.socket(fileno=one.detach(), context=host) as sock:
         sock.send(b"x")
@@ -114,7 +114,7 @@ def test_fork(pair: Pair) -> None:
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_the_port_is_held_until_the_last_copy_is_closed(
+def test_port_is_held_until_the_last_copy_is_closed(
     host: vsockets.Attachment,
 ) -> None:
     reader, writer = os.pipe()

@@ -1,4 +1,4 @@
-"""The standard library's servers and protocols, unchanged, on vSockets."""
+"""Servers and protocols of the standard library, unchanged, over vSockets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .conftest import ANY, Pair, running
 
 
 class VsockServer(socketserver.ThreadingTCPServer):
-    """What it takes to serve on vSockets: another socket, and no host name."""
+    """A server on vSockets: the socket is replaced, and there is no host name."""
 
     daemon_threads = True
 
@@ -103,7 +103,7 @@ def test_http_server(web: VsockServer, guest: vsockets.Attachment) -> None:
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("openssl") is None:
-        pytest.skip("no openssl")
+        pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("tls")
     subprocess.run(
         [
@@ -139,7 +139,7 @@ def test_tls(stream: Pair, certificate: Path) -> None:
 
 
 def test_multiprocessing_connections(stream: Pair) -> None:
-    # A connection reads until it has a message, so its descriptor must wait.
+    # A multiprocessing connection reads whole messages, so the descriptor must block.
     stream.client.setblocking(True)
     stream.accepted.setblocking(True)
     ours = multiprocessing.connection.Connection(stream.client.detach())
@@ -201,7 +201,7 @@ def test_install(vsock_fabric: PrivateFabric) -> None:
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
-def test_a_subclass_keeps_its_overrides(
+def test_subclass_keeps_its_overrides(
     host: vsockets.Attachment, guest: vsockets.Attachment
 ) -> None:
     class Counting(vsockets.socket):

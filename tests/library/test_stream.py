@@ -1,4 +1,4 @@
-"""Streams and sequenced packets: the guide's chapter 3."""
+"""Streams and sequenced packets (the guide's chapter 3)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_addresses_are_filled_in(host: vsockets.Attachment) -> None:
         assert 1024 <= port < VMADDR_PORT_ANY
 
 
-def test_both_ends_know_both_addresses(pair: Pair, guest: vsockets.Attachment) -> None:
+def test_both_ends_report_both_addresses(pair: Pair, guest: vsockets.Attachment) -> None:
     assert pair.client.getsockname()[0] == guest.cid
     assert pair.client.getsockname()[1] >= 1024
     assert pair.peer == pair.accepted.getpeername() == pair.client.getsockname()
@@ -50,7 +50,7 @@ def test_credentials_of_the_peer(pair: Pair) -> None:
     assert pair.client.peer_credentials() == mine
 
 
-def test_data_goes_both_ways(pair: Pair) -> None:
+def test_data_in_both_directions(pair: Pair) -> None:
     pair.client.sendall(b"to the host")
     assert pair.accepted.recv(100) == b"to the host"
     pair.accepted.sendall(b"to the guest")
@@ -101,13 +101,13 @@ def test_half_close(pair: Pair) -> None:
     assert errno_of(pair.client.send, b"x") == errno.EPIPE
 
 
-def test_close_is_the_end_for_the_peer(pair: Pair) -> None:
+def test_close_is_end_of_file_for_the_peer(pair: Pair) -> None:
     pair.client.close()
     assert pair.accepted.recv(1) == b""
     assert errno_of(pair.accepted.send, b"x") in (errno.EPIPE, errno.ECONNRESET)
 
 
-def test_megabytes_arrive_whole(stream: Pair) -> None:
+def test_megabytes_arrive_complete(stream: Pair) -> None:
     data = os.urandom(1 << 20) * 16
     digest = hashlib.sha256()
 
@@ -141,7 +141,7 @@ def test_sendfile_and_makefile(stream: Pair, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sock_type", STREAMS)
-def test_connecting_from_a_bound_port_and_again(
+def test_connect_from_a_bound_port_twice(
     host: vsockets.Attachment, guest: vsockets.Attachment, sock_type: int
 ) -> None:
     with vsockets.create_server(ANY, type=sock_type, context=host) as server:
@@ -154,7 +154,7 @@ def test_connecting_from_a_bound_port_and_again(
                 accepted.close()
 
 
-def test_a_bound_port_stays_taken_while_connected(
+def test_bound_port_is_held_while_connected(
     host: vsockets.Attachment, guest: vsockets.Attachment
 ) -> None:
     with (
@@ -171,9 +171,7 @@ def test_a_bound_port_stays_taken_while_connected(
         accepted.close()
 
 
-def test_refused_and_then_connected_on_the_same_socket(
-    host: vsockets.Attachment, guest: vsockets.Attachment
-) -> None:
+def test_refused_socket_can_connect(host: vsockets.Attachment, guest: vsockets.Attachment) -> None:
     with vsockets.socket(context=host) as server, vsockets.socket(context=guest) as client:
         server.bind(ANY)
         assert errno_of(client.connect, server.getsockname()) == errno.ECONNRESET
@@ -183,7 +181,7 @@ def test_refused_and_then_connected_on_the_same_socket(
         assert client.getpeername() == server.getsockname()
 
 
-def test_a_closed_listener_refuses_at_once(
+def test_closed_listener_refuses_at_once(
     host: vsockets.Attachment, guest: vsockets.Attachment
 ) -> None:
     for _ in range(50):
@@ -199,7 +197,7 @@ def test_backlog(host: vsockets.Attachment, guest: vsockets.Attachment) -> None:
         return vsockets.create_connection(server.getsockname(), context=guest)
 
     with vsockets.create_server(ANY, backlog=3, context=host) as server:
-        waiting = [connect() for _ in range(4)]  # Linux lets one more in than was asked for
+        waiting = [connect() for _ in range(4)]  # Linux accepts one more than the backlog
         for _ in range(3):
             assert errno_of(connect) == errno.ECONNRESET
         server.accept()[0].close()
@@ -218,7 +216,7 @@ def _try(connect: Any) -> Any:
         return None
 
 
-def test_a_listener_that_never_accepts_costs_vsockd_nothing(
+def test_unaccepted_streams_cost_vsockd_nothing(
     vsock_fabric: PrivateFabric, guest: vsockets.Attachment
 ) -> None:
     with vsockets.create_server(ANY, backlog=8, context=vsock_fabric.host) as server:
@@ -236,22 +234,20 @@ def test_a_listener_that_never_accepts_costs_vsockd_nothing(
             client.close()
 
 
-def test_contexts_that_cannot_be_reached(
-    vsock_fabric: PrivateFabric, guest: vsockets.Attachment
-) -> None:
+def test_unreachable_contexts(vsock_fabric: PrivateFabric, guest: vsockets.Attachment) -> None:
     other = vsock_fabric.guest()
     with (
         vsockets.create_server(ANY, context=other) as server,
         vsockets.socket(context=guest) as client,
     ):
-        # A guest learns nothing of another: the same errno as for nobody.
+        # A guest cannot tell another guest from a missing one: the errno is the same.
         assert errno_of(client.connect, server.getsockname()) == errno.EHOSTUNREACH
         assert errno_of(client.connect, (99, 1)) == errno.EHOSTUNREACH
         with vsockets.create_connection(server.getsockname(), context=vsock_fabric.host) as sock:
             assert sock.getpeername() == (other.cid, server.getsockname()[1])
 
 
-def test_within_one_context_by_its_own_cid_and_the_local_one(guest: vsockets.Attachment) -> None:
+def test_connect_to_the_own_and_the_local_cid(guest: vsockets.Attachment) -> None:
     with vsockets.create_server(ANY, context=guest) as server:
         port = server.getsockname()[1]
         for cid in (guest.cid, VMADDR_CID_LOCAL):
@@ -262,7 +258,7 @@ def test_within_one_context_by_its_own_cid_and_the_local_one(guest: vsockets.Att
                 accepted.close()
 
 
-def test_bound_to_the_local_cid_is_for_the_own_context_only(
+def test_local_cid_is_reachable_from_its_context_only(
     host: vsockets.Attachment, guest: vsockets.Attachment
 ) -> None:
     with vsockets.create_server((VMADDR_CID_LOCAL, VMADDR_PORT_ANY), context=guest) as server:
@@ -273,7 +269,7 @@ def test_bound_to_the_local_cid_is_for_the_own_context_only(
             assert errno_of(outsider.connect, (guest.cid, port)) == errno.ECONNRESET
 
 
-def test_types_do_not_mix(host: vsockets.Attachment, guest: vsockets.Attachment) -> None:
+def test_types_cannot_be_mixed(host: vsockets.Attachment, guest: vsockets.Attachment) -> None:
     with (
         vsockets.create_server(ANY, type=stdlib.SOCK_SEQPACKET, context=host) as server,
         vsockets.socket(context=guest) as client,
@@ -289,9 +285,7 @@ def test_socketpair(host: vsockets.Attachment) -> None:
             assert other.recv(10) == b"hello"
 
 
-def test_a_hundred_connections_at_once(
-    host: vsockets.Attachment, guest: vsockets.Attachment
-) -> None:
+def test_hundred_connections_at_once(host: vsockets.Attachment, guest: vsockets.Attachment) -> None:
     with vsockets.create_server(ANY, backlog=100, context=host) as server:
         clients = [
             vsockets.create_connection(server.getsockname(), context=guest) for _ in range(100)
@@ -307,6 +301,6 @@ def test_a_hundred_connections_at_once(
             sock.close()
 
 
-def test_sockets_do_not_leak_into_children_by_default(pair: Pair) -> None:
+def test_sockets_are_not_inherited_by_default(pair: Pair) -> None:
     for sock in (pair.server, pair.client, pair.accepted):
         assert not sock.get_inheritable()

@@ -1,4 +1,4 @@
-"""``PrivateFabric.popen`` and ``run``: any program in a guest, whatever it is written in."""
+"""``PrivateFabric.popen`` and ``run``: unmodified programs of any language in a guest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("typer", reason="needs the extra cli")
 
 PATIENCE = 60.0
 
-#: An agent that knows nothing of this package: the standard library's AF_VSOCK.
+#: An agent that does not use this package but the standard library's AF_VSOCK.
 AGENT = """
 import socket, sys
 with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
@@ -49,8 +49,8 @@ def server(vsock_fabric: PrivateFabric) -> vsockets.socket:
     return server
 
 
-def hear(server: vsockets.socket) -> tuple[int, bytes]:
-    """Return the CID of the next client, and what it says."""
+def receive_from_client(server: vsockets.socket) -> tuple[int, bytes]:
+    """Return the CID of the next client and the data it sends."""
     with server:
         connection, (cid, _) = server.accept()
         with connection:
@@ -58,28 +58,26 @@ def hear(server: vsockets.socket) -> tuple[int, bytes]:
             return cid, connection.recv(100)
 
 
-def test_an_agent_of_the_standard_library(
+def test_agent_with_the_standard_library(
     vsock_fabric: PrivateFabric, server: vsockets.socket
 ) -> None:
     vsock_fabric.guest()
     guest = vsock_fabric.guest()
     port = str(server.getsockname()[1])
     process = vsock_fabric.popen(guest, [sys.executable, "-c", AGENT, port])
-    assert hear(server) == (guest.cid, b"hello")
+    assert receive_from_client(server) == (guest.cid, b"hello")
     assert process.wait(PATIENCE) == 0
 
 
-def test_an_agent_in_c(
-    vsock_fabric: PrivateFabric, server: vsockets.socket, tmp_path: Path
-) -> None:
+def test_agent_in_c(vsock_fabric: PrivateFabric, server: vsockets.socket, tmp_path: Path) -> None:
     source, program = tmp_path / "agent.c", tmp_path / "agent"
     source.write_text(C_AGENT)
     c_compiler.compile_c("-o", program, source)
     guest = vsock_fabric.guest()
-    # Relative to the working folder, as in the README.
+    # Relative to the working directory, as in README.
     command = ["./agent", str(server.getsockname()[1])]
     vsock_fabric.run(guest, command, cwd=tmp_path, check=True, timeout=PATIENCE)
-    assert hear(server) == (guest.cid, b"hello")
+    assert receive_from_client(server) == (guest.cid, b"hello")
 
 
 def test_options_of_subprocess(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
@@ -97,7 +95,7 @@ def test_options_of_subprocess(vsock_fabric: PrivateFabric, tmp_path: Path) -> N
     assert (done.stdout, done.returncode) == (f"in\ngiven-\n{tmp_path}\n", 3), done.stderr
 
 
-def test_signals_reach_the_program_and_the_fabrics_end_kills_it(tmp_path: Path) -> None:
+def test_signals_reach_the_program_and_the_fabric_kills_it(tmp_path: Path) -> None:
     with PrivateFabric() as fabric:
         guest = fabric.guest()
         script = "echo $$; read line"
@@ -113,7 +111,7 @@ def test_signals_reach_the_program_and_the_fabrics_end_kills_it(tmp_path: Path) 
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the program to be killed")
 
 
-def test_the_host_is_a_context_too(vsock_fabric: PrivateFabric) -> None:
+def test_program_in_the_host_context(vsock_fabric: PrivateFabric) -> None:
     script = (
         "import socket; sock = socket.socket(socket.AF_VSOCK);"
         "sock.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY)); print(sock.getsockname()[0])"

@@ -1,4 +1,4 @@
-"""Addresses: what is one, and how people write its two parts."""
+"""Validation of addresses, and the spellings of their two parts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ any_integer = st.integers(-(2**70), 2**70)
 
 
 @given(u32, u32)
-def test_two_32_bit_numbers_are_an_address(cid: int, port: int) -> None:
+def test_any_two_32_bit_numbers_are_an_address(cid: int, port: int) -> None:
     assert check((cid, port)) == (cid, port)
 
 
 class Index:
-    """A number without being an ``int``, as those of numpy are."""
+    """An integer that is not an ``int``, like those of numpy."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -35,7 +35,7 @@ class Index:
 
 
 @given(any_integer, any_integer)
-def test_of_any_integer_the_lower_32_bits_count(cid: int, port: int) -> None:
+def test_integers_are_reduced_to_32_bits(cid: int, port: int) -> None:
     """CPython, Modules/socketmodule.c, getsockaddrarg(): PyArg_ParseTuple(args, "II", ...)."""
     expected = cid % 2**32, port % 2**32
     assert check((cid, port)) == check((Index(cid), Index(port))) == expected
@@ -66,17 +66,17 @@ def test_minus_one_is_any() -> None:
         ("localhost", 80),
     ],
 )
-def test_other_things_are_none(address: object) -> None:
+def test_other_types_are_invalid(address: object) -> None:
     with pytest.raises(TypeError, match=r"vSockets address|integers"):
         check(address)
 
 
-def test_what_the_standard_library_takes_for_an_integer_is_one() -> None:
+def test_index_objects_are_integers() -> None:
     assert repr(check((True, False))) == "(1, 0)"
 
 
 @given(u32)
-def test_numbers_as_people_write_them(number: int) -> None:
+def test_spellings_of_numbers(number: int) -> None:
     for spelling in (str(number), hex(number), oct(number), f" {number} "):
         assert parse_cid(spelling) == number
         assert parse_port(spelling) == number
@@ -112,7 +112,7 @@ def test_texts_that_are_no_number(text: str) -> None:
 
 
 @given(st.text())
-def test_any_text_is_a_number_or_a_value_error(text: str) -> None:
+def test_any_text_is_parsed_or_a_value_error(text: str) -> None:
     for parse in (parse_cid, parse_port):
         said = ""
         try:

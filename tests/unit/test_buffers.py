@@ -1,4 +1,4 @@
-"""Buffer sizes: clamping as Linux does, and the negotiation of guide page 14."""
+"""Buffer sizes: clamping as in Linux, and the negotiation of guide page 14."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ sizes = st.integers(0, 2**64 - 1) | st.integers(0, 1 << 20)
 
 @st.composite
 def ordered(draw: st.DrawFn) -> BufferSizes:
-    """Sizes as options set in any order from the default ones leave them, if not at odds."""
+    """Draw sizes that setting options in any order can produce, unless the limits conflict."""
     minimum, size, maximum = sorted(draw(st.tuples(sizes, sizes, sizes)))
     return BufferSizes(size, minimum, maximum)
 
 
-def test_defaults_are_the_guides() -> None:
+def test_defaults_are_those_of_the_guide() -> None:
     assert BufferSizes() == (65_536, 128, 262_144)
 
 
@@ -39,13 +39,13 @@ def test_size_follows_the_limits(before: BufferSizes, limit: int) -> None:
     assert upper.size == max(min(before.size, limit), before.minimum)
 
 
-def test_limits_at_odds_minimum_wins_as_in_linux() -> None:
+def test_minimum_above_maximum_wins_as_in_linux() -> None:
     at_odds = BufferSizes().with_maximum(64)
     assert at_odds == (128, 128, 64)
     assert at_odds.with_size(1000).size == 128
 
 
-def test_a_change_is_a_new_value() -> None:
+def test_changes_return_a_new_value() -> None:
     before = BufferSizes()
     before.with_size(4096)
     assert before == BufferSizes()
@@ -55,20 +55,20 @@ def test_a_change_is_a_new_value() -> None:
 
 
 def test_the_guides_example() -> None:
-    """Page 14: halve the buffers from 65536 to 32768, and see that it took effect."""
+    """Page 14: halve the buffers from 65536 to 32768 and check the result."""
     halved = BufferSizes().with_size(32_768)
     assert halved == (32_768, 128, 262_144)
     assert negotiate(halved, BufferSizes()) == 32_768
 
 
-def test_a_side_that_accepts_less_than_was_proposed_proposes_itself() -> None:
+def test_side_that_accepts_less_proposes_its_own_size() -> None:
     small = BufferSizes().with_maximum(32_768)
     assert negotiate(BufferSizes(), small) == 32_768
     assert negotiate(small, BufferSizes()) == 32_768
 
 
 @given(ordered(), ordered())
-def test_the_rule(client: BufferSizes, server: BufferSizes) -> None:
+def test_negotiated_size(client: BufferSizes, server: BufferSizes) -> None:
     agreed = negotiate(client, server)
     if server.minimum <= client.size <= server.maximum:
         assert agreed == client.size
@@ -79,7 +79,7 @@ def test_the_rule(client: BufferSizes, server: BufferSizes) -> None:
 
 
 @given(ordered(), ordered())
-def test_what_is_agreed_suits_both(client: BufferSizes, server: BufferSizes) -> None:
+def test_negotiated_size_is_within_both_limits(client: BufferSizes, server: BufferSizes) -> None:
     agreed = negotiate(client, server)
     if agreed is not None:
         assert client.minimum <= agreed <= client.maximum
@@ -88,18 +88,16 @@ def test_what_is_agreed_suits_both(client: BufferSizes, server: BufferSizes) -> 
 
 
 @given(ordered(), ordered())
-def test_whether_they_agree_does_not_depend_on_who_connects(
-    one: BufferSizes, other: BufferSizes
-) -> None:
+def test_agreement_is_symmetric(one: BufferSizes, other: BufferSizes) -> None:
     assert (negotiate(one, other) is None) == (negotiate(other, one) is None)
 
 
 @given(ordered(), ordered())
-def test_sides_without_a_common_size_do_not_agree(one: BufferSizes, other: BufferSizes) -> None:
+def test_no_agreement_without_a_common_size(one: BufferSizes, other: BufferSizes) -> None:
     if one.maximum < other.minimum:
         assert negotiate(one, other) is None
 
 
 @given(ordered())
-def test_equals_agree_at_once(side: BufferSizes) -> None:
+def test_equal_sides_agree(side: BufferSizes) -> None:
     assert negotiate(side, side) == side.size

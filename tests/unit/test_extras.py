@@ -1,4 +1,4 @@
-"""What to install, from where this package came from: it is in no index."""
+"""Instructions for installing extras from the origin of this package, which is in no index."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vsockets import extras
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_extra_that_is_named_exists() -> None:
+def test_named_extras_exist() -> None:
     with open(ROOT / "pyproject.toml", "rb") as file:
         known = tomllib.load(file)["project"]["optional-dependencies"]
     sources = [path.read_text() for path in (ROOT / "src").rglob("*.py")]
@@ -24,7 +24,7 @@ def test_every_extra_that_is_named_exists() -> None:
     named = {name for text in sources for name in re.findall(r"how_to_install\(['\"](\w+)", text)}
     named |= {name for text in sources for name in re.findall(r"pip install '\.\[(\w+)\]'", text)}
     assert {"cli", "amqp", "nfs", "plot"} <= named <= known.keys()
-    assert not any("'vsockets[" in text for text in sources)  # which is in no index
+    assert not any("'vsockets[" in text for text in sources)  # not in an index
 
 
 class Distribution:
@@ -36,7 +36,7 @@ class Distribution:
         return json.dumps({"url": self._url})
 
 
-def test_the_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_from_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clone = tmp_path / "a clone"
     clone.mkdir()
     (clone / "pyproject.toml").touch()
@@ -44,7 +44,7 @@ def test_the_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert extras.how_to_install("amqp") == f"pip install '{clone}[amqp]'"
 
 
-def test_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_without_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "__file__", str(tmp_path / "lib/python3/vsockets/extras.py"))
     for url in ("https://example.org/vsockets.whl", (tmp_path / "removed").as_uri()):
         found = Distribution(url)

@@ -1,4 +1,4 @@
-"""Locators are read, refused with a reason, and written as they are read."""
+"""Locators: parsing, rejection with a reason, and formatting that round-trips."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ANY = 0xFFFFFFFF
         ("socks5:", Proxy("socks5")),
     ],
 )
-def test_what_people_write(text: str, locator: object) -> None:
+def test_valid_locators(text: str, locator: object) -> None:
     assert parse_locator(text) == locator
     assert parse_locator(str(locator)) == locator
 
@@ -85,14 +85,14 @@ def test_what_people_write(text: str, locator: object) -> None:
         ("fd:", "number or name"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_a_reason(text: str, expected: str) -> None:
+def test_invalid_locators_are_refused_with_a_reason(text: str, expected: str) -> None:
     with pytest.raises(ValueError, match=r"expected|quotation") as caught:
         parse_locator(text)
     assert expected in str(caught.value)
     assert repr(text) in str(caught.value)
 
 
-def test_names_of_sockets_in_folders() -> None:
+def test_socket_names_in_folders() -> None:
     assert VsockFolder("hyperkit", "/d", 3, 4096).socket_path == "/d/00000003.00001000"
     assert VsockFolder("vsock-emu", "/d", 3, 4096).socket_path == "/d/3.4096"
 
@@ -101,7 +101,7 @@ SCHEMES = r"(vsock|tcp|udp|unix|exec|vsock-mux|hyperkit|vsock-emu|fd):"
 
 
 @given(st.text() | st.from_regex(rf"({SCHEMES}|vsock-mux/).{{0,20}}"))
-def test_every_text_is_a_locator_or_a_value_error(text: str) -> None:
+def test_any_text_is_a_locator_or_a_value_error(text: str) -> None:
     try:
         locator = parse_locator(text)
     except ValueError:

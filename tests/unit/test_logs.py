@@ -1,4 +1,4 @@
-"""Logs: how often a party may cause a line, what a line may contain, how long a file may be."""
+"""Logs: the rate of lines per party, their content, and the size of the file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vsockets.limits import LOG_FILE_MAX_BYTES, LOG_LINES_PER_SECOND, LOG_PARTIE
 from vsockets.logs import Throttle
 from vsockets.model.text import printable, word
 
-#: A name with a line of its own, a terminal's escape, and text that runs backwards.
+#: A name with a newline, a terminal escape sequence, and right-to-left text.
 EVIL = "a\nvsockd: ERROR: forged\x1b[2K\u202e\x85\u2028\x0c\udcff"
 
 
 def logged(script: str, form: str = "text", environment: dict[str, str] | None = None) -> str:
-    """What a program logs that does ``script``."""
+    """Return the log of a program that runs ``script``."""
     head = (
         "import logging, sys\nfrom pathlib import Path\nfrom vsockets import logs\n"
         f"logs.configure('prog: %(levelname)s: %(message)s', logging.INFO, {form!r})\n"
@@ -36,10 +36,10 @@ def logged(script: str, form: str = "text", environment: dict[str, str] | None =
     return done.stderr.decode()
 
 
-# How often
+# Rate
 
 
-def test_a_party_is_limited_and_others_are_not() -> None:
+def test_limit_applies_to_one_party() -> None:
     text = logged(
         "for n in range(1000): log.warning('of one %d', n, extra=logs.by('one'))\n"
         "log.warning('of another', extra=logs.by('another'))\n"
@@ -50,7 +50,7 @@ def test_a_party_is_limited_and_others_are_not() -> None:
     assert lines[-1] == "prog: WARNING: of another"
 
 
-def test_how_many_were_left_out() -> None:
+def test_number_of_omitted_lines_is_logged() -> None:
     text = logged(
         "n = 0\n"
         "while n < 1000 or not any(bucket.left_out == 0 for bucket in logs._handler"
@@ -64,7 +64,7 @@ def test_how_many_were_left_out() -> None:
     assert left_out + len(lines) == int(number)
 
 
-def test_lines_without_a_party_are_limited_where_they_are_logged() -> None:
+def test_lines_without_a_party_are_limited_by_call_site() -> None:
     text = logged(
         "for n in range(1000):\n"
         "    log.warning('here')\n    log.info('there')\n    log.error('x')\n"
@@ -73,7 +73,7 @@ def test_lines_without_a_party_are_limited_where_they_are_logged() -> None:
         assert LOG_LINES_PER_SECOND <= text.count(f": {line}\n") < 500
 
 
-def test_a_line_that_is_the_same_each_time_and_tracebacks() -> None:
+def test_repeated_lines_and_tracebacks_are_limited() -> None:
     text = logged(
         "for n in range(1000):\n"
         "    log.warning('again', extra=logs.rare('one'))\n"
@@ -89,14 +89,14 @@ def test_notices_are_not_limited() -> None:
 
 
 def test_all_parties_together_are_limited() -> None:
-    """One user may have thousands of user ids."""
+    """One user may have thousands of user IDs."""
     throttle = Throttle(5)
     admitted = [throttle.admit(party) for party in range(10 * LOG_PARTIES_MAX)]
     assert 50 <= len(admitted) - admitted.count(None) < 5000
     assert len(throttle._buckets) == LOG_PARTIES_MAX
 
 
-def test_what_was_left_out_is_told_once() -> None:
+def test_omitted_lines_are_reported_once() -> None:
     throttle = Throttle(3)
     admitted = [throttle.admit("one") for _ in range(10_000)]
     left_out = sum(count for count in admitted if count is not None)
@@ -105,7 +105,7 @@ def test_what_was_left_out_is_told_once() -> None:
     assert left_out + untold == admitted.count(None) > 0
 
 
-# What they contain
+# Content
 
 
 @given(st.text())
@@ -116,7 +116,7 @@ def test_printable(text: str) -> None:
     assert len(f"x{shown}x".splitlines()) == 1
 
 
-def test_what_is_escaped() -> None:
+def test_escaped_characters() -> None:
     assert printable("plain text, Üñ") == "plain text, Üñ"
     assert printable(EVIL) == (r"a\nvsockd: ERROR: forged\x1b[2K\u202e\x85\u2028\x0c\udcff")
 
@@ -128,7 +128,7 @@ def test_words() -> None:
     assert word(EVIL) == repr(EVIL) and word(EVIL).isprintable()
 
 
-def test_a_line_stays_a_line() -> None:
+def test_message_stays_on_one_line() -> None:
     text = logged("log.warning('named %s', evil)\nlog.warning('plain')\n")
     first, second, rest = text.split("\n")
     assert (second, rest) == ("prog: WARNING: plain", "")
@@ -136,7 +136,7 @@ def test_a_line_stays_a_line() -> None:
     assert first.isprintable()
 
 
-def test_lines_of_a_traceback_look_like_nothing_else() -> None:
+def test_traceback_lines_are_marked() -> None:
     script = "try: raise OSError(evil)\nexcept OSError: log.exception('bad')\n"
     first, *rest = logged(script).rstrip("\n").split("\n")
     assert first == "prog: ERROR: bad"
@@ -153,7 +153,7 @@ def test_json() -> None:
 
 
 def test_the_journal(tmp_path: Path) -> None:
-    """Each line has a priority, and none has another's."""
+    """Each line has its own priority."""
     with open(tmp_path / "log", "w+b") as log:
         found = os.fstat(log.fileno())
         subprocess.run(
@@ -174,10 +174,10 @@ def test_the_journal(tmp_path: Path) -> None:
     assert all(line.startswith("<3>| ") for line in lines[1:])
 
 
-# How long
+# Size
 
 
-def test_a_file_is_begun_again(tmp_path: Path) -> None:
+def test_full_log_file_is_rotated(tmp_path: Path) -> None:
     path = tmp_path / "log"
     logged(
         f"logs.write_to(Path({str(path)!r}))\n"
@@ -191,7 +191,7 @@ def test_a_file_is_begun_again(tmp_path: Path) -> None:
     assert f"{3 * LOG_FILE_MAX_BYTES // 1000 - 1:06d}" in last
 
 
-def test_a_file_whose_folder_has_been_removed(tmp_path: Path) -> None:
+def test_log_file_in_a_removed_folder(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "log"
     path.parent.mkdir()
     logged(

@@ -1,4 +1,4 @@
-"""Line numbers of TOML keys: everything tomllib finds has one, and it is the right one."""
+"""Line numbers of TOML keys: every key that tomllib finds has the right one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vsockets.toml.lines import Path, line_of, toml_lines
 
 
 def paths(value: Any, path: Path = ()) -> Iterator[Path]:
-    """Every key and element of what tomllib made of a document."""
+    """Yield the path of every key and element in a document parsed by tomllib."""
     if isinstance(value, dict):
         inner: Any = value.items()
     elif isinstance(value, list):
@@ -95,7 +95,7 @@ def test_windows_line_ends_count_once() -> None:
     }
 
 
-def test_what_is_not_there_is_where_its_table_is() -> None:
+def test_missing_key_has_the_line_of_its_table() -> None:
     lines = toml_lines("\n[a]\nb = 1\n[[c]]")
     assert line_of(lines, ("a", "b")) == 3
     assert line_of(lines, ("a", "x")) == 2
@@ -103,7 +103,7 @@ def test_what_is_not_there_is_where_its_table_is() -> None:
     assert line_of(lines, ("x",)) is None
 
 
-# Documents whose lines are known because they are counted while they are written.
+# Generated documents, whose line numbers are counted while they are written.
 
 names = st.one_of(
     st.from_regex(r"[A-Za-z0-9_-]{1,3}", fullmatch=True),
@@ -118,7 +118,7 @@ def basic(text: str) -> str:
 
 
 class Writer:
-    """Writes TOML in many of its spellings, and notes on which line."""
+    """A writer of TOML in many spellings that records the line of each path."""
 
     def __init__(self, draw: st.DrawFn) -> None:
         self.draw = draw
@@ -213,7 +213,7 @@ def documents(draw: st.DrawFn) -> tuple[str, dict[Path, int]]:
 
 
 @given(documents())
-def test_every_key_of_any_document_is_found_where_it_was_written(
+def test_keys_of_generated_documents_have_their_lines(
     document: tuple[str, dict[Path, int]],
 ) -> None:
     text, lines = document

@@ -22,7 +22,7 @@ PANICS = {
     "boot": "PAGE_PORT = COMMAND_PORT = ROOT = 0\n",
     "later": """
 from .real_guest import *
-from .real_guest import _command, _accept
+from .real_guest import _serve_command, _accept
 def crash(sock, peer):
     with open("/proc/sysrq-trigger", "w") as file: file.write("c")
 _serve_one, served = _serve_command, []

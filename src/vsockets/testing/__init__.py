@@ -1,6 +1,6 @@
-"""For tests of programs that use vSockets: a private fabric, and a pytest plugin.
+"""Support for tests of programs that use vSockets: a private fabric, and a pytest plugin.
 
-Nothing here needs pytest but the module ``plugin``, which pytest finds by itself.
+Only the module ``plugin``, which pytest loads by its entry point, needs pytest.
 """
 
 from .fabric import FabricFailed, PrivateFabric

@@ -1,4 +1,4 @@
-"""A fabric of one's own: a real vsockd in a temporary folder."""
+"""A private fabric: a real vsockd in a temporary directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ StrPath = str | os.PathLike[str]
 
 _PACKAGE_ROOT = os.fspath(Path(__file__).parents[2])
 
-#: The command ``vsock``, for a Python that may have this package nowhere but here.
+#: The command ``vsock``, for a Python that may have this package in no other place.
 _VSOCK = f"""\
 import sys
 sys.path.append({_PACKAGE_ROOT!r})
@@ -32,19 +32,20 @@ from vsockets.cli import main
 sys.exit(main())
 """
 
-#: How long vsockd may take to start or to stop, in seconds; it takes a tenth of one.
+#: Timeout in seconds for vsockd to start or to stop; it takes a tenth of one.
 _PATIENCE = 20.0
 
-#: More than any test makes vsockd say, and no more than fits a report, in bytes.
+#: Maximum size of a log in bytes: more than vsockd writes in any test, and short enough for a
+#: report.
 _LONGEST_LOG = 1 << 20
 
 
 class FabricFailed(Exception):
-    """vsockd did not start, did not stop as it should, or logged an error."""
+    """vsockd did not start, did not stop properly, or logged an error."""
 
 
 class PrivateFabric:
-    """A vsockd that nobody else uses, as a context manager::
+    """A private vsockd, as a context manager::
 
         with PrivateFabric() as fabric:
             server = vsockets.create_server((2, 5000), context=fabric.host)
@@ -52,21 +53,21 @@ class PrivateFabric:
             client = vsockets.create_connection((2, 5000), context=guest)
             agent = fabric.popen(guest, ["./agent"])  # any program, unmodified
 
-    Any number of them can be had at once.  ``folder`` is the state folder, by default one in
-    a new temporary folder with a short path; only the latter is removed afterwards.
-    It is configured by what is in ``configuration``: nothing, unless one writes it there.
+    Any number of fabrics can run at the same time.  ``folder`` is the state folder; the default is
+    a new temporary one with a short path, which is removed at the end.  vsockd is configured by the
+    files in ``configuration``, which is empty at first.
     """
 
     folder: Path  #: the state folder
-    configuration: Path  #: the folder of its configuration files
+    configuration: Path  #: the folder of configuration files, read when vsockd starts
     control: Control  #: the administrator's connection
     host: Attachment  #: the host, CID 2
-    hypervisor: Attachment  #: where services of the hypervisor, CID 0, are
+    hypervisor: Attachment  #: the context of the hypervisor's services, CID 0
 
     def __init__(
         self, folder: str | os.PathLike[str] | None = None, log_level: str = "info"
     ) -> None:
-        # TMPDIR may be anything; a unix socket's path may not.
+        # TMPDIR may be too long for the path of a unix socket.
         self._scratch = Path(tempfile.mkdtemp(prefix="vsock-", dir=_short_temporary_folder()))
         self.folder = Path(folder) if folder is not None else self._scratch / "fabric"
         self.configuration = self._scratch / "configuration"
@@ -99,23 +100,26 @@ class PrivateFabric:
             if kind is None:
                 self.check()
         except FabricFailed:
-            if kind is None:  # else what the block itself raised says more
+            if kind is None:  # otherwise the block's own exception is more useful
                 raise
         finally:
             self._remove()
 
-    # What tests use
+    # For tests
 
     @property
     def pid(self) -> int:
-        """vsockd's process."""
+        """The process ID of vsockd.
+
+        Raises FabricFailed if vsockd does not run.
+        """
         if self._process is None:
             raise FabricFailed("vsockd does not run")
         return self._process.pid
 
     @property
     def log(self) -> str:
-        """What vsockd has written to its standard error so far; the first MiB of it."""
+        """The first MiB of vsockd's standard error so far."""
         if self._log_file.exists():
             with open(self._log_file, "rb") as log:
                 self._log = log.read(_LONGEST_LOG).decode(errors="replace")
@@ -124,23 +128,23 @@ class PrivateFabric:
     def guest(
         self, cid: int | None = None, *, name: str = "", owner: int | None = None, **settings: Any
     ) -> Attachment:
-        """Start a guest and return it; without ``cid`` it gets a free one.
+        """Add a guest and return its context; without ``cid``, it gets a free one.
 
-        Settings and OSError as :meth:`vsockets.control.Control.add_context`; with
-        ``reserved_ports=True`` its programs may bind ports below 1024, as in a virtual machine
-        whose agent is root.
+        Settings and errors are those of :meth:`vsockets.control.Control.add_context`.  With
+        ``reserved_ports=True``, programs in the guest may bind ports below 1024, as in a virtual
+        machine whose agent runs as root.
         """
         return Attachment(self.control.add_context(cid, name, owner, **settings)["folder"])
 
     def popen(
         self, context: Attachment, arguments: Sequence[StrPath], **options: Any
     ) -> subprocess.Popen[Any]:
-        """Start any program, unmodified, in ``context``: its AF_VSOCK is the fabric's.
+        """Start an unmodified program in ``context``: its AF_VSOCK is the fabric's.
 
-        ``options`` are those of :class:`subprocess.Popen`; ``env`` is the program's environment
-        without what this adds.  The process ends as the program ends, and passes signals on to
-        it.  Whatever still runs when the fabric ends is killed.  Needs the extra ``cli``, as
-        ``vsock run`` does.
+        ``options`` are those of :class:`subprocess.Popen`; ``env`` is the program's environment, to
+        which the fabric's variables are added.  The process ends when the program ends, with its
+        status, and passes signals on to it.  A program that still runs at the end of the fabric is
+        killed.  Needs the extra ``cli``, as ``vsock run`` does.
         """
         options["env"] = self._environment(context, options.get("env"))
         process = subprocess.Popen(_supervised(context, arguments), **options)
@@ -150,7 +154,7 @@ class PrivateFabric:
     def run(
         self, context: Attachment, arguments: Sequence[StrPath], **options: Any
     ) -> subprocess.CompletedProcess[Any]:
-        """Run any program to its end, as :meth:`popen` starts it.
+        """Run an unmodified program in ``context`` to its end; see :meth:`popen`.
 
         ``options`` are those of :func:`subprocess.run`.
         """
@@ -158,11 +162,10 @@ class PrivateFabric:
         return subprocess.run(_supervised(context, arguments), **options)
 
     def environment(self, attachment: Attachment) -> dict[str, str]:
-        """Return this process's environment, changed so that the library in a child is in
-        ``attachment``'s context.
+        """Return this process's environment for a child that uses the library in a context.
 
-        It is for programs that ``import vsockets``.  In any other program AF_VSOCK would be that
-        of the machine: :meth:`popen` starts those.
+        It is for programs that ``import vsockets``.  The AF_VSOCK of any other program would be the
+        machine's: start those with :meth:`popen`.
         """
         return self._environment(attachment)
 
@@ -177,13 +180,16 @@ class PrivateFabric:
         }
 
     def expect_errors(self) -> None:
-        """Do not fail for errors that vsockd logs."""
+        """Accept errors in vsockd's log, which otherwise fail the test."""
         self._errors_expected = True
 
-    # Its life, for tests of crashes; the context manager does the usual
+    # Start and stop, for tests of crashes; the context manager does so otherwise
 
     def start(self) -> None:
-        """Start vsockd; it serves when this returns.  FabricFailed with what it had to say."""
+        """Start vsockd and return when it serves.
+
+        Raises FabricFailed with vsockd's log.
+        """
         ready, announce = os.pipe()
         try:
             with open(self._log_file, "ab") as log:
@@ -199,15 +205,15 @@ class PrivateFabric:
                     stdin=subprocess.DEVNULL,
                     stderr=log,
                     pass_fds=[announce],
-                    process_group=0,  # a ^C at the terminal is for the tests
+                    process_group=0,  # Ctrl-C at the terminal is for the tests only
                 )
             os.close(announce)
             announce = -1
             readable, _, _ = select.select([ready], [], [], _PATIENCE)
-            # No more of it to read and nothing written: vsockd has died.
+            # End of file without data: vsockd has ended.
             if not readable or not os.read(ready, 64):
                 self._end_process(signal.SIGKILL)
-                raise FabricFailed(f"vsockd did not start: {self.log.strip() or 'it said nothing'}")
+                raise FabricFailed(f"vsockd did not start: {self.log.strip() or 'no message'}")
         finally:
             os.close(ready)
             if announce >= 0:
@@ -217,14 +223,15 @@ class PrivateFabric:
         self.hypervisor = Attachment(self.folder / str(VMADDR_CID_HYPERVISOR))
 
     def kill(self) -> None:
-        """End vsockd without warning, as a crash would; :meth:`start` starts another one."""
+        """Kill vsockd, as if it had crashed; :meth:`start` starts it again."""
         if self._process is not None:
             self._end_process(signal.SIGKILL)
 
     def stop(self) -> None:
-        """End vsockd as an administrator would.  Does nothing when it was ended before.
+        """Stop vsockd as an administrator would; do nothing if it does not run.
 
-        FabricFailed unless it ends in time, with status 0, and leaves nothing in its folder.
+        Raises FabricFailed unless vsockd ends in time with status 0 and leaves no file in its
+        folder.
         """
         if self._process is None:
             return
@@ -239,7 +246,10 @@ class PrivateFabric:
             raise FabricFailed(f"vsockd left {', '.join(left)} in {self.folder}")
 
     def check(self) -> None:
-        """FabricFailed if vsockd has logged an error that was not expected."""
+        """Check that vsockd has logged no unexpected error.
+
+        Raises FabricFailed.
+        """
         errors = [line for line in self.log.splitlines() if line.startswith("vsockd: ERROR")]
         if errors and not self._errors_expected:
             raise FabricFailed(f"vsockd logged {len(errors)} errors:\n{self.log}")
@@ -248,7 +258,7 @@ class PrivateFabric:
         for process in self._programs:
             if process.poll() is None:
                 process.kill()
-            with process:  # closes its pipes and waits
+            with process:  # closes the pipes and waits
                 pass
         self._programs.clear()
 
@@ -266,7 +276,7 @@ class PrivateFabric:
             raise FabricFailed(f"vsockd did not end within {_PATIENCE} s:\n{self.log}") from None
 
     def _remove(self) -> None:
-        _ = self.log  # goes on being readable
+        _ = self.log  # keep the log readable
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
@@ -275,7 +285,7 @@ def _short_temporary_folder() -> str | None:
 
 
 def _environment_of_vsockd() -> dict[str, str]:
-    # NOTIFY_SOCKET would tell the manager of whoever runs the tests.
+    # NOTIFY_SOCKET would notify the service manager of the test run.
     without = ("VSOCKETS_CONTEXT", "NOTIFY_SOCKET")
     environment = {name: value for name, value in os.environ.items() if name not in without}
     search_path = filter(None, [_PACKAGE_ROOT, environment.get("PYTHONPATH")])

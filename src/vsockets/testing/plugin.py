@@ -11,10 +11,10 @@ from .fabric import PrivateFabric
 
 @pytest.fixture
 def vsock_fabric(request: pytest.FixtureRequest) -> Iterator[PrivateFabric]:
-    """A private, disposable fabric: a host, and as many guests as are asked for.
+    """Provide a private fabric: a host, and any number of guests.
 
-    Tests that run at the same time have one each.  vsockd's log is shown when the test fails;
-    an error in it fails the test, unless it calls ``vsock_fabric.expect_errors()``.
+    Each test has its own, also in parallel runs.  vsockd's log is shown if the test fails; an
+    error in the log fails the test, unless it calls ``vsock_fabric.expect_errors()``.
     """
     with PrivateFabric() as fabric:
         try:

@@ -1,7 +1,7 @@
-"""A RabbitMQ of one's own: real nodes on free ports of this machine, in a temporary folder.
+"""A private RabbitMQ cluster: real nodes on free ports of this machine, in a temporary directory.
 
-What the machine may have installed of RabbitMQ is run, never what it may have running: each
-cluster has its own name server (epmd), cookie, configuration and data.
+It uses the machine's installation of RabbitMQ, not a running instance: each cluster has its own
+name server (epmd), cookie, configuration and data.
 """
 
 from __future__ import annotations
@@ -20,41 +20,44 @@ from types import TracebackType
 
 from .waiting import wait_until
 
-#: Where Debian puts the scripts that do not insist on a user of their own.
+#: Debian's directory of the scripts that run as any user.
 _DEBIAN = "/usr/lib/rabbitmq/bin"
 
-#: How long nodes may take to start, in seconds: one takes five, and two processors are busy.
+#: Timeout in seconds for the nodes to start; one takes five seconds on two busy processors.
 _START = 120.0
 
-#: How long an operator's command may take, in seconds.
+#: Timeout of a rabbitmqctl command in seconds.
 _COMMAND = 60.0
 
 USER = PASSWORD = "guest"
 
 
 class NoRabbitMQ(Exception):
-    """There is none on this machine; the text says what to install."""
+    """RabbitMQ is not installed; the message says what to install."""
 
 
 def programs() -> Path:
-    """The folder of RabbitMQ's scripts.  Raises NoRabbitMQ."""
-    # Beside Debian's /usr/sbin/rabbitmq-server, which runs as the user rabbitmq only, is no such.
+    """Return the directory of RabbitMQ's scripts.
+
+    Raises NoRabbitMQ.
+    """
+    # Not that of Debian's /usr/sbin/rabbitmq-server, which runs only as the user rabbitmq.
     path = os.pathsep.join((os.environ.get("PATH", ""), _DEBIAN))
     found = shutil.which("rabbitmq-env", path=path)
     if found is None or shutil.which("erl") is None or shutil.which("epmd") is None:
-        raise NoRabbitMQ("there is no RabbitMQ on this machine: apt install rabbitmq-server")
+        raise NoRabbitMQ("RabbitMQ is not installed: apt install rabbitmq-server")
     return Path(found).parent
 
 
 class PrivateRabbitMQ:
-    """A cluster that nobody else uses, as a context manager.
+    """A private cluster, as a context manager.
 
-    Its ``virtual_hosts`` have the user ``guest``.  Classic queues whose names begin with
-    ``mirrored`` are on all nodes, where RabbitMQ has mirrored queues still (before 4.0).
+    The user ``guest`` has access to its ``virtual_hosts``.  Classic queues whose names begin with
+    ``mirrored`` are mirrored to all nodes if RabbitMQ supports that (before 4.0).
     """
 
     def __init__(self, nodes: int = 1, virtual_hosts: tuple[str, ...] = ("/",)) -> None:
-        self.ports = _free_ports(nodes)  #: where each node speaks AMQP, at 127.0.0.1
+        self.ports = _free_ports(nodes)  #: the AMQP port of each node, at 127.0.0.1
         self._virtual_hosts = virtual_hosts
         self._distribution = _free_ports(nodes + 1)
         self._names = [f"rabbit{number}@localhost" for number in range(nodes)]
@@ -62,7 +65,7 @@ class PrivateRabbitMQ:
         self._epmd: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> PrivateRabbitMQ:
-        """Raises NoRabbitMQ."""
+        """Start the cluster.  Raises NoRabbitMQ."""
         self._programs = programs()
         self.folder = Path(tempfile.mkdtemp(prefix="rabbitmq-"))
         try:
@@ -84,14 +87,14 @@ class PrivateRabbitMQ:
         self._close()
 
     def start(self, number: int) -> None:
-        """Start a node; :meth:`wait` tells when it serves."""
+        """Start a node; :meth:`wait` returns when it serves."""
         folder = self.folder / str(number)
         with open(folder / "log", "ab") as log:
             self._processes[number] = subprocess.Popen(
                 [self._programs / "rabbitmq-server"],
                 env={
                     **self._environment(),
-                    "RUNNING_UNDER_SYSTEMD": "true",  # the script becomes the node, then
+                    "RUNNING_UNDER_SYSTEMD": "true",  # has the script replace itself with the node
                     "RABBITMQ_NODENAME": self._names[number],
                     "RABBITMQ_DIST_PORT": str(self._distribution[number]),
                     "RABBITMQ_MNESIA_BASE": str(folder),
@@ -104,27 +107,27 @@ class PrivateRabbitMQ:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # a ^C at the terminal is not for it
+                start_new_session=True,  # Ctrl-C at the terminal is for the tests only
             )
 
     def kill(self, number: int) -> None:
-        """End a node as a power cut would."""
+        """Kill a node, as a power cut would."""
         process = self._processes.pop(number, None)
         if process is not None:
             process.kill()
             process.wait()
 
     def wait(self) -> None:
-        """Return when every node that was started serves."""
+        """Return when every started node serves."""
         for number in self._processes:
             wait_until(partial(self._serves, number), "RabbitMQ to serve", _START)
 
     def log(self, number: int) -> str:
-        """What a node has said."""
+        """Return the log of a node."""
         return (self.folder / str(number) / "log").read_text(errors="replace")
 
     def control(self, number: int, *command: str) -> str:
-        """What ``rabbitmqctl`` answers about a node."""
+        """Run ``rabbitmqctl`` on a node and return its output."""
         done = subprocess.run(
             [self._programs / "rabbitmqctl", "--quiet", "--node", self._names[number], *command],
             env=self._environment(),
@@ -150,7 +153,7 @@ class PrivateRabbitMQ:
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
         return {
             **kept,
-            "HOME": str(self.folder),  # of the cookie
+            "HOME": str(self.folder),  # the directory of the cookie
             "ERL_EPMD_PORT": str(self._distribution[-1]),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_CONF_ENV_FILE": os.devnull,
@@ -210,7 +213,7 @@ class PrivateRabbitMQ:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that are free now."""
+    """Return ports of 127.0.0.1 that are free now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for sock in sockets:

@@ -1,4 +1,4 @@
-"""Waiting for a condition, instead of sleeping and hoping."""
+"""Wait for a condition by polling it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ T = TypeVar("T")
 
 
 def wait_until(condition: Callable[[], T], what: str = "", seconds: float = 20.0) -> T:
-    """Ask ``condition`` until it answers something true, and return that.
+    """Call ``condition`` until its result is true, and return that result.
 
-    Raises AssertionError, naming ``what`` was waited for, after ``seconds``.
+    Raises AssertionError with ``what`` after ``seconds``.
     """
     deadline = time.monotonic() + seconds
     pause = 0.0005
     while not (answer := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {seconds} s for {what or condition}, in vain")
+            raise AssertionError(f"timed out after {seconds} s waiting for {what or condition}")
         time.sleep(pause)
         pause = min(pause * 2, 0.05)
     return answer

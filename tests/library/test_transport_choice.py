@@ -1,6 +1,7 @@
-"""Which transport was chosen is told when a connect fails, unless a program or user chose it.
+"""The note about the chosen transport when a connect fails, unless it was chosen explicitly.
 
-The kernel's AF_VSOCK is played by ``vsock run``: in a supervised program it is the fabric's.
+``vsock run`` stands in for the kernel's AF_VSOCK: a supervised program sees the fabric's as its
+own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from vsockets.testing import PrivateFabric
 
 pytest.importorskip("typer", reason="needs the extra cli")
 
-#: Fails to connect in four ways, and prints the notes of each.
+#: Fails to connect in four ways, and prints the notes of each error.
 CONNECT = """
 import asyncio, vsockets
 def blocking(sock): sock.connect((2, 9))
@@ -37,7 +38,7 @@ def notes(done: subprocess.CompletedProcess[str]) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_kernels(vsock_fabric: PrivateFabric) -> None:
+def test_note_about_the_kernel(vsock_fabric: PrivateFabric) -> None:
     command = [*UNSET, sys.executable, "-c", CONNECT]
     done = vsock_fabric.run(vsock_fabric.host, command, capture_output=True, text=True)
     note = (
@@ -47,7 +48,7 @@ def test_the_kernels(vsock_fabric: PrivateFabric) -> None:
     assert notes(done) == [str([note])] * 2 + ["[]"] * 2
 
 
-def test_the_fabric(vsock_fabric: PrivateFabric) -> None:
+def test_note_about_the_fabric(vsock_fabric: PrivateFabric) -> None:
     environment = vsock_fabric.environment(vsock_fabric.host)
     command = [sys.executable, "-c", CONNECT]
 
@@ -63,7 +64,7 @@ def test_the_fabric(vsock_fabric: PrivateFabric) -> None:
     assert run("fabric") == ["[]"] * 4
 
 
-def test_the_command_line(vsock_fabric: PrivateFabric) -> None:
+def test_notes_of_the_command_line(vsock_fabric: PrivateFabric) -> None:
     vsock = (*UNSET, sys.executable, "-m", "vsockets.cli")
 
     def run(*arguments: str) -> str:
