@@ -229,7 +229,7 @@ class VmciDevice:
         self._ports = BytePorts(self._run, self._pop_datagram)
         self._power_on()
 
-    # What the hypervisor does
+    # Hypervisor side
 
     @property
     def page_size(self) -> int:
@@ -265,7 +265,7 @@ class VmciDevice:
         """Interrupt the guest after a change of the notification bitmap."""
         self._interrupt(Cause.NOTIFICATION)
 
-    # What the client does
+    # Client side (vfio-user)
 
     def read(self, region: int, offset: int, count: int) -> bytes:
         """Implement :class:`vsockets.devices.vfio_user.Device`."""

@@ -64,7 +64,7 @@ class State(Enum):
     OVER = auto()
 
 
-#: Whether an unused queue pair with this handle and these sizes exists.
+#: Predicate: an unused queue pair with this handle and these sizes exists.
 FindQueuePair = Callable[[Handle, int], bool]
 
 

@@ -108,7 +108,7 @@ class Hypervisor:
         """True if no queue pair exists."""
         return not self._queue_pairs and not self._queue_pair_memory
 
-    # What happens to the guest
+    # Queue pairs and events of the guest
 
     def queue_pair(self, handle: Handle) -> QueuePair | None:
         """Return the guest's queue pair with this handle, or None."""

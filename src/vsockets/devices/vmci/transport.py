@@ -115,7 +115,7 @@ class VmciTransport:
         """True if no stream exists and no queue pair is expected."""
         return not (self._connections or self._by_handle or self._expected_sizes)
 
-    # What the guest sends
+    # From the guest
 
     def receive(self, peer: int, packet: Packet) -> int:
         """Implement :class:`.hypervisor.Sockets`."""
@@ -179,7 +179,7 @@ class VmciTransport:
         self._hypervisor.device.deliver(datagram.encode())
         return self._hypervisor.device.has_room
 
-    # Streams that the guest begins
+    # Streams from the guest
 
     def _accept(self, key: _Key, packet: Packet) -> int:
         handshake = Accepting(packet, self._find)
@@ -264,7 +264,7 @@ class VmciTransport:
         self._send(connection.key, Kind.RST)
         self._fail(connection, errno.ECONNRESET)
 
-    # Both
+    # Both directions
 
     def _register(self, connection: _Connection) -> None:
         self._connections[connection.key] = connection
