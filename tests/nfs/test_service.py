@@ -405,7 +405,7 @@ def identifier(number: int) -> Identifier:
 
 
 def test_recorded_locations_are_bounded(tmp_path: Path) -> None:
-    handle_store = HandleStore(tmp_path / "state", most=10)
+    handle_store = HandleStore(tmp_path / "state", rows_max=10)
     for number in range(50):
         handle_store.add(identifier(2 + number), identifier(1), b"name", 3)
         assert len(handle_store) <= 10
@@ -417,7 +417,7 @@ def test_recorded_locations_are_bounded(tmp_path: Path) -> None:
 
 def test_guest_cannot_evict_locations_of_another_guest(tmp_path: Path) -> None:
     """Two guests know a file, and one of them then looks up many names."""
-    handle_store = HandleStore(tmp_path / "state", most=100)
+    handle_store = HandleStore(tmp_path / "state", rows_max=100)
     for guest in (3, 4):
         handle_store.add(identifier(2), identifier(1), b"both", guest)
     for number in range(20):
@@ -426,7 +426,7 @@ def test_guest_cannot_evict_locations_of_another_guest(tmp_path: Path) -> None:
         handle_store.add(identifier(100 + number), identifier(1), b"name", 3)
         assert len(handle_store) <= 100
     handle_store.close()
-    handle_store = HandleStore(tmp_path / "state", most=100)
+    handle_store = HandleStore(tmp_path / "state", rows_max=100)
     assert list(handle_store.locations(identifier(2))) == [(identifier(1), b"both")]
     for number in range(20):
         assert list(handle_store.locations(identifier(3 + number))) == [(identifier(1), b"name")]

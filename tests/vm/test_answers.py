@@ -1,4 +1,4 @@
-"""Recreates the table of AF_VSOCK's results in a guest, and compares it with the committed one.
+"""The table of AF_VSOCK's results, recreated in a guest and compared with the committed one.
 
 Streams and seqpackets use the kernel's loopback; datagrams and the pending connect use the VMCI
 device, since no other transport supports datagrams and the loopback completes a connect at once.

@@ -1,4 +1,4 @@
-"""Runs ``tests/library`` in a guest with ``VSOCKETS_TRANSPORT=kernel``."""
+"""``tests/library``, run in a guest with ``VSOCKETS_TRANSPORT=kernel``."""
 
 from __future__ import annotations
 

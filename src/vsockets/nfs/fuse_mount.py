@@ -36,7 +36,9 @@ def mount(
     """Mount an export on ``folder``; return when it is unmounted, or at SIGTERM or SIGINT.
 
     ``mount_server`` serves the MOUNT protocol if ``server`` does not.  ``transfer`` is the maximum
-    size of a READ or WRITE in bytes.  Raises OSError; :mod:`.preflight` checks the requirements.
+    size of a READ or WRITE in bytes.
+
+    Raises OSError; :mod:`.preflight` checks the requirements.
     """
     if not os.path.isdir(folder):
         raise OSError(errno.ENOENT, f"{folder}: directory not found")

@@ -103,11 +103,11 @@ _Row = tuple[bytes, bytes, bytes, Hashable]
 
 
 class _Table:
-    """Locations on disk or in memory, at most ``most``.  Every method raises sqlite3.Error."""
+    """Locations on disk or in memory, at most ``rows_max``.  Every method raises sqlite3.Error."""
 
-    def __init__(self, connection: sqlite3.Connection, most: int) -> None:
+    def __init__(self, connection: sqlite3.Connection, rows_max: int) -> None:
         self._run = connection.execute
-        self._rows_max = most
+        self._rows_max = rows_max
         self._run(_TABLE)
         self._run(_INDEX)
         counts = self._run("SELECT guest, count(*) FROM places GROUP BY guest")
@@ -158,8 +158,11 @@ class _Table:
 class HandleStore:
     """The locations and cached replies, in a file that one server uses exclusively."""
 
-    def __init__(self, path: str | os.PathLike[str], most: int = NFS_HANDLES_MAX) -> None:
-        """Open or create the state file.  Raises OSError."""
+    def __init__(self, path: str | os.PathLike[str], rows_max: int = NFS_HANDLES_MAX) -> None:
+        """Open or create the state file.
+
+        Raises OSError.
+        """
         self._path = Path(path).absolute()
         self._reserve = self._path.with_name(f"{self._path.name}-reserve")
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -168,7 +171,7 @@ class HandleStore:
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=0)
             try:
                 self._prepare()
-                self._disk = _Table(self._connection, most)
+                self._disk = _Table(self._connection, rows_max)
             except BaseException:
                 self._connection.close()
                 raise

@@ -54,7 +54,10 @@ class InodeTable:
         self._by_handle = {root: node}
 
     def __getitem__(self, number: int) -> Inode:
-        """Return the inode with a number.  Raises KeyError."""
+        """Return the inode with a number.
+
+        Raises KeyError.
+        """
         return self._by_number[number]
 
     def get(self, handle: bytes) -> Inode | None:

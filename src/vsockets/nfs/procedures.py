@@ -64,7 +64,7 @@ class Procedures:
     def __init__(
         self, signer: Signer, listings: ListingCache, verifier: bytes, transfer: int
     ) -> None:
-        """``verifier`` is the write verifier; ``transfer`` limits READ, WRITE and listings."""
+        """Use the write verifier ``verifier``; ``transfer`` limits READ, WRITE and listings."""
         self.transfer = transfer
         self.signer = signer
         self._listings = listings
@@ -448,7 +448,9 @@ def _make_file(folder: int, name: bytes, times: tuple[int, int] | None) -> None:
     """Create a file with the times ``times``.
 
     The file gets its name only after its times: a server that is killed leaves no file that a
-    retransmission of the call would find without its verifier.  Raises FileExistsError.
+    retransmission of the call would find without its verifier.
+
+    Raises FileExistsError.
     """
     if times is None:
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW

@@ -103,7 +103,9 @@ def encode_call(call: Call, arguments: bytes) -> bytes:
 def decode_call(data: bytes) -> tuple[Call, bytes]:
     """Return a call and its arguments.
 
-    Of a call in another version of RPC, only ``xid`` and ``version`` are decoded.  Raises XdrError.
+    Of a call in another version of RPC, only ``xid`` and ``version`` are decoded.
+
+    Raises XdrError.
     """
     reader = Reader(data)
     xid = xdr.uint.decode(reader)
@@ -116,6 +118,18 @@ def decode_call(data: bytes) -> tuple[Call, bytes]:
     credentials, verifier = _auth.decode(reader), _auth.decode(reader)
     call = Call(xid, version, program, program_version, procedure, credentials, verifier)
     return call, data[reader.position :]
+
+
+def decode_credentials(auth: Auth) -> AuthSys | None:
+    """Return the user of AUTH_SYS credentials, or None for AUTH_NONE.
+
+    Raises XdrError for malformed credentials and for those of another flavor.
+    """
+    if auth.flavor == Flavor.SYS:
+        return auth_sys.unpack(auth.body)
+    if auth.flavor != Flavor.NONE:
+        raise XdrError(f"unsupported credentials of flavor {auth.flavor}")
+    return None
 
 
 def encode_accepted(

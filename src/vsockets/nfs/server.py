@@ -38,7 +38,7 @@ class _Guest:
 
 
 class NfsServer:
-    """Answers calls at locators in the running asyncio loop, one at a time.
+    """A server that answers calls at locators in the running asyncio loop, one at a time.
 
     Guests take turns.  A guest with more queued calls than clients usually send loses the newer
     ones; its clients retransmit them.
@@ -47,7 +47,10 @@ class NfsServer:
     def __init__(
         self, service: Service, locators: Sequence[Locator], context: ContextHandle | None = None
     ) -> None:
-        """Open a listener for each locator.  Raises OSError."""
+        """Open a listener for each locator.
+
+        Raises OSError.
+        """
         self._receivers: list[DatagramReceiver] = []
         self._service = service
         self._loop = asyncio.get_running_loop()

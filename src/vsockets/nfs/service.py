@@ -17,7 +17,7 @@ from .handles import HandleStore, Signer
 from .listing import ListingCache
 from .nfs3 import PROCEDURES, Status
 from .procedures import Procedures
-from .rpc import AcceptStat, AuthSys, Flavor, RejectStat
+from .rpc import AcceptStat, AuthSys, RejectStat
 from .tree import Tree
 from .xdr import XdrError
 
@@ -82,13 +82,9 @@ class Service:
         known = self._duplicates.find(guest, source, call.xid, data)
         if known is not None:
             return known
-        caller: AuthSys | None = None
-        if call.credentials.flavor == Flavor.SYS:
-            try:
-                caller = rpc.auth_sys.unpack(call.credentials.body)
-            except XdrError:
-                return rpc.encode_rejected(call.xid, RejectStat.AUTH_ERROR)
-        elif call.credentials.flavor != Flavor.NONE:
+        try:
+            caller = rpc.decode_credentials(call.credentials)
+        except XdrError:
             return rpc.encode_rejected(call.xid, RejectStat.AUTH_ERROR)
         if (source, call.xid) in self._pending:
             return None

@@ -44,7 +44,10 @@ class Tree:
     """One export.  It owns the descriptors in its results, which are valid for one call."""
 
     def __init__(self, export: Export, handle_store: HandleStore) -> None:
-        """Open the export's directory.  Raises OSError."""
+        """Open the export's directory.
+
+        Raises OSError.
+        """
         self.export = export
         self._handle_store = handle_store
         digest = hashlib.blake2b(os.fsencode(export.path), digest_size=8).digest()

@@ -65,7 +65,10 @@ class PrivateRabbitMQ:
         self._epmd: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> PrivateRabbitMQ:
-        """Start the cluster.  Raises NoRabbitMQ."""
+        """Start the cluster.
+
+        Raises NoRabbitMQ.
+        """
         self._programs = programs()
         self.folder = Path(tempfile.mkdtemp(prefix="rabbitmq-"))
         try:

@@ -36,7 +36,9 @@ class GuestClient:
     def start(self, *command: str, size: os.terminal_size | None = None) -> Any:
         """Run a command; return the socket that is its standard input, output and error.
 
-        With ``size``, the command runs on a terminal of that size.  Raises OSError.
+        With ``size``, the command runs on a terminal of that size.
+
+        Raises OSError.
         """
         sock = create_connection((self.cid, COMMAND_PORT), _REPLY_SECONDS, context=self._host)
         request: dict[str, object] = {"command": command}
@@ -78,8 +80,9 @@ class GuestClient:
     def copy_out(self, source: str, destination: Path, progress: Progress, limit: int) -> None:
         """Copy the files below ``source`` in the guest to below ``destination``.
 
-        Nothing is written elsewhere: names that lead out are refused.  Raises OSError, also if the
-        files have more than ``limit`` bytes.
+        Nothing is written elsewhere: names that lead out are refused.
+
+        Raises OSError, also if the files have more than ``limit`` bytes.
         """
         done = 0
         with self.start("tar", "-c", "-C", source, ".") as sock:

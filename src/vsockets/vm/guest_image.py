@@ -24,7 +24,10 @@ class KernelImage:
     """The newest Linux kernel of a suite, and its modules."""
 
     def __init__(self, suite: Suite) -> None:
-        """Download the kernel unless it is cached.  Raises Unavailable."""
+        """Download the kernel unless it is cached.
+
+        Raises Unavailable.
+        """
 
         def fill(folder: Path) -> None:
             needed = suite.with_dependencies(suite.distribution.kernel)
@@ -150,7 +153,10 @@ class Userland:
     """The programs of a guest: busybox and Python of a suite."""
 
     def __init__(self, suite: Suite) -> None:
-        """Download the packages unless they are cached.  Raises Unavailable."""
+        """Download the packages unless they are cached.
+
+        Raises Unavailable.
+        """
 
         def fill(folder: Path) -> None:
             needed = suite.with_dependencies("python3-minimal")
@@ -205,7 +211,9 @@ def build_initramfs(
     """Return an archive for a guest with ``kernel`` and ``device``.
 
     ``final_commands`` are the last shell commands of the first process; ``files`` are further
-    executable files by path; ``modules`` are included and not loaded.  Raises Unavailable.
+    executable files by path; ``modules`` are included and not loaded.
+
+    Raises Unavailable.
     """
     archive = Archive()
     add_directories(archive)

@@ -1,4 +1,4 @@
-"""Keeps QEMU and its guest's context in the same state."""
+"""Synchronisation of QEMU with its guest's context: the I/O for :mod:`.life_cycle`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EVENTS = ("STOP", "RESUME", "RESET", "MIGRATION", "SHUTDOWN")
 
 
 class LifecycleSync:
-    """The I/O of :class:`LifeCycle`: receives events and carries out requests."""
+    """The receiver of both sides' events, which carries out the requests of :class:`LifeCycle`."""
 
     def __init__(
         self, qmp: QMPClient, control: Control, cid: int, report: Callable[[str], None]

@@ -115,7 +115,9 @@ def find(device: str, program: str | None = None, download: bool = False) -> Qem
     """Return a QEMU that supports ``device``.
 
     It is ``program`` if given; else the one on the PATH; else the unpacked one, which ``download``
-    unpacks if it is missing.  Raises QemuNotFound and Unavailable.
+    unpacks if it is missing.
+
+    Raises QemuNotFound and Unavailable.
     """
     path = shutil.which(program or PROGRAM)
     if path is None and program is not None:
