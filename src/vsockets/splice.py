@@ -155,7 +155,7 @@ class SplicedPair:
         self._pump.end(self)
 
     def finished(self, why: OSError | None) -> None:
-        """Handle the end of both streams, called once; ``why`` is None after an orderly end."""
+        """Handle the end of both streams, called once; ``why`` is an error, if any."""
 
 
 class SplicePump:

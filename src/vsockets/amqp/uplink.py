@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import ssl
 
+from ..eventloop.retry import Backoff
 from ..forward.dialer import Dialer
 from ..model.locator import Inet, Locator
 from .http2 import H2Connection
@@ -51,7 +51,10 @@ class Uplink:
             log.error("%s: internal error: not reconnecting", self._locator, exc_info=error)
 
     async def _stay_connected(self) -> None:
-        pause = AMQP_RETRY_FIRST_PAUSE_SECONDS
+        # The jitter keeps hosts from reconnecting at the same time.
+        backoff = Backoff(
+            AMQP_RETRY_FIRST_PAUSE_SECONDS, AMQP_RETRY_LONGEST_PAUSE_SECONDS, jitter=True
+        )
         while True:
             why: object
             try:
@@ -60,14 +63,12 @@ class Uplink:
                 why = error.strerror or error
             else:
                 log.info("%s: connected", self._locator)
-                pause = AMQP_RETRY_FIRST_PAUSE_SECONDS
+                backoff.reset()
                 self._connection.set_result(connection)
                 why = await connection.closed
                 self._connection = self._loop.create_future()
             log.warning("%s: %s; reconnecting", self._locator, why)
-            # The jitter keeps hosts from reconnecting at the same time.
-            await asyncio.sleep(random.uniform(pause / 2, pause))
-            pause = min(pause * 2, AMQP_RETRY_LONGEST_PAUSE_SECONDS)
+            await asyncio.sleep(backoff.next_pause())
 
     async def _connect(self) -> H2Connection:
         with contextlib.ExitStack() as stack:

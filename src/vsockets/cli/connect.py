@@ -13,14 +13,12 @@ from typing import TypeVar
 from .. import launcher
 from ..attachment import Attachment, ContextHandle, current
 from ..control import Control
+from ..eventloop.retry import Backoff
 from ..model.constants import VMADDR_CID_HOST
 from ..state_folder import default_folder, require_private
 
 #: How long to go on trying to reach a vsockd that somebody else is just starting, in seconds.
 _PATIENCE = 10.0
-
-#: First and longest pause between attempts to reach somebody who is not there yet, in seconds.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
 
 _Result = TypeVar("_Result")
 
@@ -96,14 +94,12 @@ def keep_trying(
 
     None means for ever, 0 only once.  Raises the last OSError.
     """
-    deadline = None if seconds is None else time.monotonic() + seconds
-    pause = _FIRST_PAUSE
+    backoff = Backoff()
     while True:
         try:
             return attempt()
         except OSError as error:
-            late = deadline is not None and time.monotonic() + pause > deadline
+            late = seconds is not None and not backoff.permits(seconds)
             if error.errno not in errnos or late:
                 raise
-        time.sleep(pause)
-        pause = min(pause * 2, _LONGEST_PAUSE)
+        time.sleep(backoff.next_pause())

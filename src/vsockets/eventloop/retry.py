@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from time import monotonic
 
 from ..limits import RETRY_FIRST_PAUSE_SECONDS, RETRY_LONGEST_PAUSE_SECONDS
@@ -28,18 +27,17 @@ class Backoff:
         self.reset()
 
     def reset(self) -> None:
-        """Start over, after a success: the next pause is the first, the time is counted again."""
+        """Start over, as after a success."""
         self._pause = self._first
         self._begin = monotonic()
 
-    def next_pause(self, seconds: float = math.inf) -> float | None:
-        """Return the seconds to wait before the next attempt.
+    def permits(self, seconds: float) -> bool:
+        """Return whether the next attempt would begin within ``seconds`` of the first one."""
+        return monotonic() + self._pause <= self._begin + seconds
 
-        Returns None when that attempt would begin more than ``seconds`` after the first one.
-        """
+    def next_pause(self) -> float:
+        """Return the seconds to wait before the next attempt."""
         pause = self._pause
-        if monotonic() + pause > self._begin + seconds:
-            return None
         self._pause = min(pause * 2, self._longest)
         if self._jitter:
             from random import uniform  # here, because few programs need it

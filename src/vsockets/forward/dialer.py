@@ -100,11 +100,10 @@ class Dialer:
             patience = wait if why.errno in NOT_YET else 0.0
             if why.errno == errno.ECONNRESET and locator in self._accepted_before:
                 patience = max(patience, timeout)
-            pause = backoff.next_pause(patience)
-            if pause is None:
+            if not backoff.permits(patience):
                 self._accepted_before.discard(locator)
                 raise why
-            await asyncio.sleep(pause)
+            await asyncio.sleep(backoff.next_pause())
 
     async def _open(
         self,
@@ -293,7 +292,7 @@ async def connect_unix(sock: stdlib.socket, path: str) -> None:
                 connect_to(sock.connect, path)
             return
         except BlockingIOError:
-            await asyncio.sleep(backoff.next_pause() or 0)
+            await asyncio.sleep(backoff.next_pause())
 
 
 def interleave(found: Sequence[Found]) -> list[Found]:

@@ -29,7 +29,7 @@ class StreamForward:
     """A running forward of streams in the running asyncio loop.
 
     ``settings`` may be replaced at any time; established connections keep their settings.
-    ``listener`` is None when the source is a single stream (standard input or a program).
+    Without a ``listener`` the source is a single stream (standard input or a program).
     ``reopen`` makes a vSockets listener again after vsockd has ended.
     """
 

@@ -7,13 +7,11 @@ import errno
 import importlib
 import logging
 import os
-import signal
 
 import pyfuse3
 
-from .._linux.sd_notify import notify_ready
 from ..attachment import ContextHandle
-from ..eventloop.service import on_signals
+from ..eventloop.service import run_service
 from ..logs import NOTICE
 from ..model.locator import Inet, Locator
 from .fuse import NfsOperations
@@ -84,10 +82,15 @@ async def _serve(
         except RuntimeError as error:  # fusermount has printed its error on standard error
             raise OSError(f"{folder}: {error}") from None
         try:
-            on_signals({signal.SIGTERM: pyfuse3.terminate, signal.SIGINT: pyfuse3.terminate})
-            log.log(NOTICE, "mounted on %s", folder)
-            notify_ready()
-            await pyfuse3.main()
+            serving = asyncio.ensure_future(pyfuse3.main())
+
+            async def unmount() -> None:
+                pyfuse3.terminate()
+                await serving
+
+            await run_service(
+                lambda: log.log(NOTICE, "mounted on %s", folder), serving, drain=unmount
+            )
         finally:
             pyfuse3.close()
     finally:

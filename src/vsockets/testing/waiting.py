@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from ..eventloop.retry import Backoff
+
 T = TypeVar("T")
 
 
@@ -15,10 +17,9 @@ def wait_until(condition: Callable[[], T], what: str = "", seconds: float = 20.0
     Raises AssertionError with ``what`` after ``seconds``.
     """
     deadline = time.monotonic() + seconds
-    pause = 0.0005
+    backoff = Backoff(0.0005, 0.05)
     while not (answer := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"timed out after {seconds} s waiting for {what or condition}")
-        time.sleep(pause)
-        pause = min(pause * 2, 0.05)
+        time.sleep(backoff.next_pause())
     return answer
