@@ -117,6 +117,7 @@ def client_context(
     """Return the host proxy's context; the server's certificate must be signed by ``authority``.
 
     ``certificate`` (PEM) is the host proxy's own; ``key`` is omitted if it is in the same file.
+
     Raises OSError.
     """
     context = ssl.create_default_context(cafile=authority)
@@ -133,6 +134,7 @@ def server_context(
     """Return the AMQP proxy's context.
 
     With ``authority``, clients need a certificate that it has signed.  All files are PEM.
+
     Raises OSError.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

@@ -31,6 +31,7 @@ def run(make: Callable[[], Proxy], listen: Locator) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal aborts the drain.
 
     ``make`` creates the proxy, in the running loop; ``listen`` is its address, for the log.
+
     Raises OSError.
     """
     allow_many_descriptors()

@@ -96,20 +96,22 @@ def open_capture(
     return socket.socket(fileno=client.require_descriptor(fd))
 
 
-class Counts:
+class CaptureCounts:
     """The numbers of records written and missed."""
 
     records = 0
     missed = 0
 
 
-def write_capture(records: socket.socket, file: BinaryIO) -> Counts:
+def write_capture(records: socket.socket, file: BinaryIO) -> CaptureCounts:
     """Write a capture file until the device ends, or SIGINT or SIGTERM arrives.
 
     After the signal, records already captured are still written; a second signal interrupts that
-    (KeyboardInterrupt).  Raises OSError when the file cannot be written.
+    (KeyboardInterrupt).
+
+    Raises OSError when the file cannot be written.
     """
-    counts = Counts()
+    counts = CaptureCounts()
     file.write(file_header())
     file.flush()
 

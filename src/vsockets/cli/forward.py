@@ -27,7 +27,7 @@ from .options import (
 if TYPE_CHECKING:
     # What is imported in functions below takes longer than the other commands do.
     from ..capture.recording import Recorder
-    from ..forward.service import Service
+    from ..forward.service import ForwardService
     from ..forward.settings import Settings
 
 log = logging.getLogger("vsockets.forward")
@@ -134,7 +134,7 @@ def serve(
     ends = (end for settings in forwards for end in (settings.source, settings.target))
     context = lasting_context(any(isinstance(end, Vsock) for end in ends))
 
-    def ready(service: Service) -> None:
+    def ready(service: ForwardService) -> None:
         for place, where in service.addresses.items():
             scheme = str(place).partition(":")[0]
             log.log(logs.NOTICE, "listening on %s:%s", scheme, where)

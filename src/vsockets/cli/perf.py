@@ -25,7 +25,7 @@ from .output import notice, print_json
 
 if TYPE_CHECKING:
     # What is imported in functions below takes longer than the other commands do.
-    from ..perf.measures import Client, Result
+    from ..perf.measures import PerfClient, Result
     from .perf_report import Measurement
 
 app = typer.Typer(help="Measure streams and datagrams, side by side.", rich_markup_mode=None)
@@ -42,17 +42,17 @@ class Test(StrEnum):
     DATAGRAM_ROUND_TRIP = "datagram-round-trip"
 
 
-def _method(test: Test) -> tuple[Callable[[Client, float, int], Result], bool, bool]:
+def _method(test: Test) -> tuple[Callable[[PerfClient, float, int], Result], bool, bool]:
     """How it is done, whether with datagrams, and whether its messages are the small ones."""
-    from ..perf.measures import Client
+    from ..perf.measures import PerfClient
 
-    methods: dict[Test, tuple[Callable[[Client, float, int], Result], bool, bool]] = {
-        Test.SEND: (Client.send, False, False),
-        Test.RECEIVE: (Client.receive, False, False),
-        Test.ROUND_TRIP: (Client.round_trip, False, True),
-        Test.CONNECTS: (Client.connects, False, True),
-        Test.DATAGRAMS: (Client.datagrams, True, True),
-        Test.DATAGRAM_ROUND_TRIP: (Client.datagram_round_trip, True, True),
+    methods: dict[Test, tuple[Callable[[PerfClient, float, int], Result], bool, bool]] = {
+        Test.SEND: (PerfClient.send, False, False),
+        Test.RECEIVE: (PerfClient.receive, False, False),
+        Test.ROUND_TRIP: (PerfClient.round_trip, False, True),
+        Test.CONNECTS: (PerfClient.connects, False, True),
+        Test.DATAGRAMS: (PerfClient.datagrams, True, True),
+        Test.DATAGRAM_ROUND_TRIP: (PerfClient.datagram_round_trip, True, True),
     }
     return methods[test]
 
@@ -97,8 +97,8 @@ def serve(addresses: Addresses = None) -> None:
         raise CliError(f"cannot listen: {error.strerror}") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for locator, door in zip(wanted, server.listeners, strict=True):
-            notice(f"listening on {str(locator).partition(':')[0]}:{door.where}")
+        for locator, listener in zip(wanted, server.listeners, strict=True):
+            notice(f"listening on {str(locator).partition(':')[0]}:{listener.where}")
         while True:
             signal.pause()
     finally:
@@ -161,13 +161,13 @@ def run(
 
 
 def _take_turns(
-    measure: Callable[[Client, float, int], Result],
+    measure: Callable[[PerfClient, float, int], Result],
     locators: list[Locator],
     rounds: int,
     seconds: float,
     size: int,
 ) -> Measurement:
-    from ..perf.measures import Client
+    from ..perf.measures import PerfClient
     from ..perf.protocol import PerfProtocolError
     from .perf_report import Measurement
 
@@ -176,7 +176,7 @@ def _take_turns(
     for _ in range(rounds):
         for locator in locators:
             try:
-                result = measure(Client(locator, context), seconds, size)
+                result = measure(PerfClient(locator, context), seconds, size)
             except OSError as error:
                 raise cli_error(f"measure {locator}", error, _MEANINGS) from None
             except PerfProtocolError as error:

@@ -24,7 +24,9 @@ REBIND_FIRST_PAUSE_SECONDS = 0.1
 def lifeline(context: ContextHandle | None) -> stdlib.socket | None:
     """Return a socket that becomes readable when vsockd ends.
 
-    Returns None without a vsockd, as in a virtual machine.  Raises OSError.
+    Returns None without a vsockd, as in a virtual machine.
+
+    Raises OSError when vsockd cannot be reached.
     """
     handle = current() if context is None else context
     if not isinstance(handle, Attachment):

@@ -23,7 +23,7 @@ from .stream_forward import StreamForward
 Forward = StreamForward | DatagramForward
 
 
-class Service:
+class ForwardService:
     """The forwards of a process, by their source.  :func:`run` makes it in a running loop."""
 
     def __init__(
@@ -141,7 +141,7 @@ def run(
     drain: float,
     again: Callable[[], list[Settings]] | None = None,
     context: ContextHandle | None = None,
-    ready: Callable[[Service], None] = lambda service: None,
+    ready: Callable[[ForwardService], None] = lambda service: None,
     recorder: Recorder | None = None,
 ) -> None:
     """Serve ``forwards`` until SIGTERM or SIGINT; at SIGHUP apply what ``again`` returns.
@@ -156,7 +156,7 @@ def run(
     selector = PumpSelector()
 
     async def main() -> None:
-        service = Service(selector, context, recorder)
+        service = ForwardService(selector, context, recorder)
         try:
             service.apply(forwards)
             await _serve(service, drain, again or (lambda: forwards), ready, recorder)
@@ -168,10 +168,10 @@ def run(
 
 
 async def _serve(
-    service: Service,
+    service: ForwardService,
     drain: float,
     again: Callable[[], list[Settings]],
-    ready: Callable[[Service], None],
+    ready: Callable[[ForwardService], None],
     recorder: Recorder | None,
 ) -> None:
     loop = asyncio.get_running_loop()

@@ -62,7 +62,7 @@ def percentiles(samples: array[int]) -> dict[str, float]:
     }
 
 
-class Client:
+class PerfClient:
     """A client for measurements against the server at ``locator``.
 
     Times are in seconds and sizes in bytes.  Every measurement raises OSError when the server
