@@ -69,10 +69,10 @@ def set_attributes(found: FileRef, new: NewAttributes) -> None:
         set_times(found.path, *times)
 
 
-def _new_time(how: int, time: Time | None) -> tuple[int, int]:
-    if how == TimeHow.CLIENT:
+def _new_time(source: int, time: Time | None) -> tuple[int, int]:
+    if source == TimeHow.CLIENT:
         assert time is not None
         if time.nanoseconds >= 1_000_000_000:
             raise OSError(errno.EINVAL, "invalid nanoseconds")
         return time
-    return 0, UTIME_NOW if how == TimeHow.SERVER else UTIME_OMIT
+    return 0, UTIME_NOW if source == TimeHow.SERVER else UTIME_OMIT

@@ -58,9 +58,12 @@ async def _serve(
     client = RpcClient.connect(mount_server, context)
 
     def warn() -> None:
-        why = f" ({client.send_error}: is there a server?)" if client.send_error else ""
+        hint = f" ({client.send_error}: is there a server?)" if client.send_error else ""
         log.warning(
-            "%s does not answer yet%s; trying for %g s", mount_server, why, NFS_CALL_TIMEOUT_SECONDS
+            "%s does not answer yet%s; trying for %g s",
+            mount_server,
+            hint,
+            NFS_CALL_TIMEOUT_SECONDS,
         )
 
     try:

@@ -77,9 +77,9 @@ class Signer:
             raise ValueError("invalid handle")
         return Identifier.unpack(packed)
 
-    def keyed_number(self, what: bytes, context: bytes) -> int:
-        """Return a 63-bit number derived from ``what``, unpredictable without the key."""
-        tag = hashlib.blake2b(what, digest_size=8, key=self._key, person=context).digest()
+    def keyed_number(self, data: bytes, context: bytes) -> int:
+        """Return a 63-bit number derived from ``data``, unpredictable without the key."""
+        tag = hashlib.blake2b(data, digest_size=8, key=self._key, person=context).digest()
         return int.from_bytes(tag) >> 1
 
     def _tag(self, packed: bytes) -> bytes:
@@ -176,8 +176,10 @@ class HandleStore:
                 self._connection.close()
                 raise
         except sqlite3.Error as error:
-            why = f"{error}; each server needs its own file (--state), and free space on the disk"
-            raise OSError(f"{os.fspath(path)}: {why}") from None
+            problem = (
+                f"{error}; each server needs its own file (--state), and free space on the disk"
+            )
+            raise OSError(f"{os.fspath(path)}: {problem}") from None
         self._memory = sqlite3.connect(":memory:", isolation_level=None)
         self._unsaved = _Table(self._memory, NFS_UNSAVED_HANDLES_MAX)
         self._failing = False

@@ -208,10 +208,12 @@ class ListingCache:
         while len(parts) > 1 and self._costs[guest] > NFS_GUEST_LISTED_NAMES_MAX:
             self._evict(guest, next(iter(parts)))
         while len(self._parts) > 1 and self._costs.total() > NFS_LISTED_NAMES_MAX:
-            most = max((one for one in self._parts if one != guest), key=self._costs.__getitem__)
-            self._evict(most, next(iter(self._parts[most])))
-            if not self._parts[most]:
-                del self._parts[most], self._costs[most]
+            largest = max(
+                (name for name in self._parts if name != guest), key=self._costs.__getitem__
+            )
+            self._evict(largest, next(iter(self._parts[largest])))
+            if not self._parts[largest]:
+                del self._parts[largest], self._costs[largest]
 
     def _evict(self, guest: Hashable, key: _Key) -> None:
         self._costs[guest] -= self._parts[guest].pop(key).cost

@@ -66,10 +66,10 @@ class NfsClient:
         datagrams: it is a stock server, reached over UDP, so the limit is UDP's.
         """
         info = await self.call(auth, "fsinfo", root)
-        most = min(info.read_max, info.write_max)
-        if most > nfs3.DATA_SIZE:
-            most = nfs3.UDP_DATA_SIZE
-        self.transfer = max(512, min(self.transfer, most))
+        limit = min(info.read_max, info.write_max)
+        if limit > nfs3.DATA_SIZE:
+            limit = nfs3.UDP_DATA_SIZE
+        self.transfer = max(512, min(self.transfer, limit))
 
     async def call(self, auth: Auth, name: str, *arguments: Any) -> Any:
         """Call a procedure and return its results; a single one is not wrapped in a tuple."""

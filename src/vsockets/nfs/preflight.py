@@ -20,27 +20,29 @@ def check(device: str = DEVICE) -> None:
     except ImportError as error:
         from ..extras import how_to_install  # imported here: seldom needed
 
-        how = how_to_install("nfs")
+        remedy = how_to_install("nfs")
         if sys.prefix == sys.base_prefix:  # a virtual environment does not see Debian's packages
-            how = f"apt install python3-pyfuse3, or {how}"
-        raise OSError(f"mounting needs pyfuse3: {how} ({error})") from None
+            remedy = f"apt install python3-pyfuse3, or {remedy}"
+        raise OSError(f"mounting needs pyfuse3: {remedy} ({error})") from None
     try:
         os.close(os.open(device, os.O_RDWR))
     except PermissionError:
         pass  # the set-user-ID program fusermount3 has the permission
     except OSError as error:
-        why = f"{device}: {error.strerror}; modprobe fuse, or use a kernel with FUSE"
-        raise OSError(error.errno, why) from None
+        problem = f"{device}: {error.strerror}; modprobe fuse, or use a kernel with FUSE"
+        raise OSError(error.errno, problem) from None
     if os.geteuid() == 0:
         return
     if shutil.which("fusermount3") is None:
         raise OSError("mounting without root needs fusermount3: apt install fuse3")
     if _has_no_new_privileges():
-        why = "mounting without root needs fusermount3's set-user-ID bit, which has no effect here"
-        how = "leave vsock run, or the program that set no_new_privs"
+        problem = (
+            "mounting without root needs fusermount3's set-user-ID bit, which has no effect here"
+        )
+        remedy = "leave vsock run, or the program that set no_new_privs"
         if context := os.environ.get("VSOCKETS_CONTEXT"):
-            how = f"mount outside of vsock run, with VSOCKETS_CONTEXT={context}"
-        raise OSError(errno.EPERM, f"{why}: {how}")
+            remedy = f"mount outside of vsock run, with VSOCKETS_CONTEXT={context}"
+        raise OSError(errno.EPERM, f"{problem}: {remedy}")
 
 
 def _has_no_new_privileges() -> bool:

@@ -211,9 +211,9 @@ class Procedures:
 
         return self._make(caller, target, new._replace(mode=None), make)
 
-    def mknod(self, caller: Caller, target: Target, what: tuple[int, Any]) -> Any:
+    def mknod(self, caller: Caller, target: Target, special: tuple[int, Any]) -> Any:
         """Create a device, socket or FIFO (MKNOD)."""
-        kind, content = what
+        kind, content = special
         if kind not in _SPECIAL:
             raise NfsError(Status.BADTYPE)
         new, device = content, Device(0, 0)
@@ -357,7 +357,7 @@ class Procedures:
         verifier: bytes,
         size: int,
         describe: Callable[[FileRef, Name], tuple[Any, int] | None],
-        most: int,
+        limit: int,
     ) -> Any:
         folder = self._folder(caller, handle)
         if cookie and verifier != self._listings.verifier:
@@ -365,7 +365,7 @@ class Procedures:
         part, position = self._listings.after(caller.guest, folder, cookie, caller.identity)
         left = min(size, self.transfer) - _LISTING
         entries: list[Any] = []
-        for found in itertools.islice(part.names, position, position + most):
+        for found in itertools.islice(part.names, position, position + limit):
             described = describe(folder, found)
             if described is not None:
                 entry, length = described

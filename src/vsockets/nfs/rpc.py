@@ -134,7 +134,7 @@ def decode_credentials(auth: Auth) -> AuthSys | None:
 
 def encode_accepted(
     xid: int,
-    how: AcceptStat,
+    status: AcceptStat,
     results: bytes = b"",
     versions: tuple[int, int] | None = None,
 ) -> bytes:
@@ -143,17 +143,17 @@ def encode_accepted(
     for number in (xid, REPLY, ACCEPTED):
         xdr.uint.encode(number, out)
     _auth.encode(NO_AUTH, out)
-    _accepted.encode((how, versions), out)
+    _accepted.encode((status, versions), out)
     return bytes(out) + results
 
 
-def encode_rejected(xid: int, why: RejectStat) -> bytes:
+def encode_rejected(xid: int, reason: RejectStat) -> bytes:
     """Return the reply to a call in another version of RPC, or with invalid credentials."""
     out = bytearray()
     for number in (xid, REPLY, DENIED):
         xdr.uint.encode(number, out)
-    detail = (VERSION, VERSION) if why is RejectStat.RPC_MISMATCH else AUTH_BADCRED
-    _denied.encode((why, detail), out)
+    detail = (VERSION, VERSION) if reason is RejectStat.RPC_MISMATCH else AUTH_BADCRED
+    _denied.encode((reason, detail), out)
     return bytes(out)
 
 
@@ -179,13 +179,13 @@ def decode_reply(data: bytes) -> bytes:
     reader.take(8)
     answer = xdr.uint.decode(reader)
     if answer == DENIED:
-        why, detail = _denied.decode(reader)
-        raise RpcRejected(f"{RejectStat(why).name} ({detail})")
+        reason, detail = _denied.decode(reader)
+        raise RpcRejected(f"{RejectStat(reason).name} ({detail})")
     if answer != ACCEPTED:
         raise XdrError(f"invalid reply status {answer}")
     _auth.decode(reader)
-    how, versions = _accepted.decode(reader)
-    if how != AcceptStat.SUCCESS:
-        known = AcceptStat(how).name if how in list(AcceptStat) else str(how)
+    status, versions = _accepted.decode(reader)
+    if status != AcceptStat.SUCCESS:
+        known = AcceptStat(status).name if status in list(AcceptStat) else str(status)
         raise RpcRejected(f"{known} {versions}" if versions else known)
     return data[reader.position :]

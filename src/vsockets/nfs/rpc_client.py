@@ -81,8 +81,10 @@ class RpcClient:
                 except OSError as error:
                     if error.errno != errno.ENODEV:
                         raise
-                    why = "no vSockets datagrams here: guests have them only with the vmci device"
-                    raise OSError(error.errno, f"{locator}: {why}") from None
+                    problem = (
+                        "no vSockets datagrams here: guests have them only with the vmci device"
+                    )
+                    raise OSError(error.errno, f"{locator}: {problem}") from None
                 try:
                     return cls(sock, (cid, port), context)
                 except OSError:
@@ -234,8 +236,8 @@ class RpcClient:
                 self.retransmissions += 1
                 self._send(pending)
             else:
-                why = os.strerror(errno.ETIMEDOUT)
-                pending.reply.set_exception(TimeoutError(errno.ETIMEDOUT, why))
+                problem = os.strerror(errno.ETIMEDOUT)
+                pending.reply.set_exception(TimeoutError(errno.ETIMEDOUT, problem))
         due = [w.transmission.due for w in self._pending.values() if not w.reply.done()]
         if due:
             self._set_timer(min(due))

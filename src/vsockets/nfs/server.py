@@ -139,8 +139,8 @@ class NfsServer:
             next(pending.steps)
         except StopIteration:
             pass
-        except OSError as why:
-            error = why
+        except OSError as failure:
+            error = failure
         else:
             guest.pending.append((call, pending))
             return

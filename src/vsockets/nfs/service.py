@@ -157,8 +157,8 @@ class Service:
             status = failed.status
         except ValueError:
             status = Status.BADHANDLE
-        except OSError as why:
-            status = _status_of(why, guest)
+        except OSError as failure:
+            status = _status_of(failure, guest)
         return nfs3.encode_result(procedure, status, content)
 
     def _caller(
@@ -168,7 +168,7 @@ class Service:
 
         Raises OSError, and ValueError for an invalid handle.
         """
-        handles = [one.directory for one in arguments if isinstance(one, nfs3.Target)]
+        handles = [target.directory for target in arguments if isinstance(target, nfs3.Target)]
         if isinstance(arguments[0], bytes):
             handles.append(arguments[0])
         numbers = {self._signer.verify(handle).export for handle in handles}

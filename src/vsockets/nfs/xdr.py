@@ -183,8 +183,8 @@ class _Array(Codec[tuple[T, ...]]):
         if len(value) > self._limit:
             raise XdrError(f"{len(value)} elements (expected at most {self._limit})")
         uint.encode(len(value), out)
-        for one in value:
-            self._element.encode(one, out)
+        for element in value:
+            self._element.encode(element, out)
 
     def decode(self, reader: Reader) -> tuple[T, ...]:
         count = uint.decode(reader)
@@ -198,9 +198,9 @@ class _Chain(Codec[tuple[T, ...]]):
         self._element, self._limit = element, limit
 
     def encode(self, value: tuple[T, ...], out: bytearray) -> None:
-        for one in value:
+        for element in value:
             boolean.encode(True, out)
-            self._element.encode(one, out)
+            self._element.encode(element, out)
         boolean.encode(False, out)
 
     def decode(self, reader: Reader) -> tuple[T, ...]:

@@ -170,8 +170,8 @@ class Userland:
         self.root = cached(f"userland-gcc-{suite.name}", fill)
         found = [path.name for path in self.root.glob("usr/bin/python3.*")]
         if not found or int(found[0].removeprefix("python3.")) < _OLDEST_PYTHON:
-            what = found[0] if found else "no Python"
-            raise Unavailable(f"{suite.name} has {what}, expected 3.{_OLDEST_PYTHON} or newer")
+            version = found[0] if found else "no Python"
+            raise Unavailable(f"{suite.name} has {version}, expected 3.{_OLDEST_PYTHON} or newer")
         self.python = f"/usr/bin/{found[0]}"
         self.modules = f"usr/lib/{found[0]}"  #: Python's module directory
 

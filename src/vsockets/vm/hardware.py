@@ -120,8 +120,8 @@ def _bus(vmx: Vmx, found: re.Match[str], omitted: list[str]) -> str:
     model = vmx.text(key).lower() or "lsilogic"
     if found[2] == "scsi" and model in _SAME_SCSI:
         return _SAME_SCSI[model]
-    what = f"{key}: {model}" if found[2] == "scsi" else f"{found[1]}: IDE"
-    line = f"{what}: not in QEMU here, its disks are on SATA (AHCI)"
+    subject = f"{key}: {model}" if found[2] == "scsi" else f"{found[1]}: IDE"
+    line = f"{subject}: not in QEMU here, its disks are on SATA (AHCI)"
     if line not in omitted:
         omitted.append(line)
     return "sata"

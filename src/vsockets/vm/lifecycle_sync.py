@@ -37,7 +37,7 @@ class LifecycleSync:
             self._control.events("context") as events,
             self._qmp.listener(_EVENTS) as listener,
         ):
-            (context,) = [one for one in self._control.contexts() if one["cid"] == self._cid]
+            (context,) = [row for row in self._control.contexts() if row["cid"] == self._cid]
             runs = context["state"] == "running"
             if not runs:
                 self._report(f"context {self._cid} is suspended: the guest waits for its resume")

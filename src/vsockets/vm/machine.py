@@ -140,9 +140,9 @@ class RunningMachine:
             assert device.stdout is not None and device.stderr is not None
             async with _start_timeout("the device"):
                 ready = await device.stdout.readline()
-                said = (await device.stderr.readline()).decode(errors="replace").strip()
+                output = (await device.stderr.readline()).decode(errors="replace").strip()
             if not ready:
-                raise MachineFailed(said.removeprefix("vsock: ") or "the device did not start")
+                raise MachineFailed(output.removeprefix("vsock: ") or "the device did not start")
             yield device
 
     @contextlib.asynccontextmanager
@@ -172,8 +172,8 @@ class RunningMachine:
                 await self._qmp.connect(self._monitor)
         except QMPError:
             assert qemu.stderr is not None
-            said = (await qemu.stderr.read()).decode(errors="replace").strip()
-            raise MachineFailed(f"QEMU: {said or 'ended without a message'}") from None
+            output = (await qemu.stderr.read()).decode(errors="replace").strip()
+            raise MachineFailed(f"QEMU: {output or 'ended without a message'}") from None
 
     async def _supervise(self, device: Process, qemu: Process) -> None:
         """Wait until the device or QEMU ends.
@@ -263,7 +263,7 @@ async def _terminated(process: Process) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _start_timeout(what: str) -> AsyncIterator[None]:
+async def _start_timeout(name: str) -> AsyncIterator[None]:
     """Run the block with the timeout for a start.
 
     Raises MachineFailed.
@@ -272,7 +272,7 @@ async def _start_timeout(what: str) -> AsyncIterator[None]:
         async with asyncio.timeout(_START_SECONDS):
             yield
     except TimeoutError:
-        raise MachineFailed(f"{what} did not start within {_START_SECONDS:g} s") from None
+        raise MachineFailed(f"{name} did not start within {_START_SECONDS:g} s") from None
 
 
 def _channel(name: str, fd: int) -> tuple[str, str]:

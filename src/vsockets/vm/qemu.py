@@ -82,10 +82,10 @@ class Qemu(NamedTuple):
         output = _output(self.path, "-device", f"{driver},help")
         if f"{driver} options:" in output:
             return
-        what = f"{self.path}, QEMU {self.version_text}"
+        subject = f"{self.path}, QEMU {self.version_text}"
         if f"'{driver}' not found" in output:
-            raise QemuBroken(f"{what}, was built without {driver}: {install_hint(device)}")
-        raise QemuBroken(f"{what}, does not work: its help on {driver} is: {_last_line(output)}")
+            raise QemuBroken(f"{subject}, was built without {driver}: {install_hint(device)}")
+        raise QemuBroken(f"{subject}, does not work: its help on {driver} is: {_last_line(output)}")
 
 
 def install_hint(device: str) -> str:
@@ -185,8 +185,8 @@ def _output(*command: str) -> str:
     if killed <= 0 or killed > signal.NSIG:
         return done.stdout
     output = done.stdout.strip()
-    how = f"killed by signal {killed} ({signal.strsignal(killed)})"
-    return f"{output} ({how})" if output else how
+    signal_text = f"killed by signal {killed} ({signal.strsignal(killed)})"
+    return f"{output} ({signal_text})" if output else signal_text
 
 
 def _last_line(output: str) -> str:
