@@ -11,6 +11,7 @@ import errno
 import socket as stdlib
 import ssl
 from collections.abc import Iterable
+from pathlib import Path
 
 from ..eventloop.asyncio_server import AsyncioAcceptor, open_listener
 from ..forward.client import Client
@@ -18,7 +19,7 @@ from ..forward.dialer import Dialer
 from ..logs import by
 from ..model.locator import Locator
 from .frames import PROTOCOL_HEADER, begins_connection
-from .http2 import H2Connection, H2Stream
+from .http2 import ALPN, H2Connection, H2Stream
 from .limits import (
     AMQP_NODE_CHECK_SECONDS,
     AMQP_NODE_CONNECT_TIMEOUT_SECONDS,
@@ -193,3 +194,22 @@ async def check_node(dialer: Dialer, node: Locator) -> None:
             raise OSError(errno.ETIMEDOUT, "connected, but received no AMQP frame") from None
     if not begins_connection(answer):
         raise OSError(errno.EPROTO, "the node does not speak AMQP 0-9-1")
+
+
+def server_context(
+    certificate: Path, key: Path | None = None, authority: Path | None = None
+) -> ssl.SSLContext:
+    """Return the AMQP proxy's context.
+
+    With ``authority``, clients need a certificate that it has signed.  All files are PEM.
+
+    Raises OSError.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+    if authority is not None:
+        context.load_verify_locations(authority)
+        context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols([ALPN])
+    return context

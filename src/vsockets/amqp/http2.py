@@ -45,6 +45,9 @@ from .limits import (
 )
 from .routing import Headers
 
+#: HTTP/2 in the ALPN extension of TLS.
+ALPN = "h2"
+
 #: Bytes of stream data collected for one write to the transport.
 _BATCH = 256 * 1024
 
@@ -362,8 +365,8 @@ class H2Connection(asyncio.Protocol):
         self._transport = transport
         transport.set_write_buffer_limits(_BATCH)
         encrypted = transport.get_extra_info("ssl_object")
-        if encrypted is not None and encrypted.selected_alpn_protocol() != "h2":
-            self.abort(ConnectionError("the peer's TLS does not offer HTTP/2 (ALPN h2)"))
+        if encrypted is not None and encrypted.selected_alpn_protocol() != ALPN:
+            self.abort(ConnectionError(f"the peer's TLS does not offer HTTP/2 (ALPN {ALPN})"))
             return
         http = self._http
         http.initiate_connection()

@@ -1,11 +1,9 @@
-"""Decisions of the proxies: requests, cluster nodes, virtual hosts, and TLS contexts."""
+"""Decisions of the proxies: requests, cluster nodes and virtual hosts."""
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..model.address import parse_cid
 from ..model.constants import VMADDR_CID_ANY
@@ -26,9 +24,6 @@ CID_HEADER = b"vsock-cid"
 ALL_VIRTUAL_HOSTS = "*"
 
 _SHORT_STRING_MAX_BYTES = 255  # bytes of an AMQP short string
-
-#: HTTP/2 in the ALPN extension of TLS.
-_ALPN = "h2"
 
 
 def connect_request(authority: str, cid: int) -> Headers:
@@ -109,39 +104,3 @@ def admits(rules: Iterable[VirtualHostRule], cid: int, name: str) -> bool:
     """Return whether guest ``cid`` may use the virtual host ``name``; True without rules."""
     rules = tuple(rules)
     return not rules or any(rule.admits(cid, name) for rule in rules)
-
-
-def client_context(
-    authority: Path, certificate: Path | None = None, key: Path | None = None
-) -> ssl.SSLContext:
-    """Return the host proxy's context; the server's certificate must be signed by ``authority``.
-
-    ``certificate`` (PEM) is the host proxy's own; ``key`` is omitted if it is in the same file.
-
-    Raises OSError.
-    """
-    context = ssl.create_default_context(cafile=authority)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9113, section 9.2
-    if certificate is not None:
-        context.load_cert_chain(certificate, key)
-    context.set_alpn_protocols([_ALPN])
-    return context
-
-
-def server_context(
-    certificate: Path, key: Path | None = None, authority: Path | None = None
-) -> ssl.SSLContext:
-    """Return the AMQP proxy's context.
-
-    With ``authority``, clients need a certificate that it has signed.  All files are PEM.
-
-    Raises OSError.
-    """
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
-    if authority is not None:
-        context.load_verify_locations(authority)
-        context.verify_mode = ssl.CERT_REQUIRED
-    context.set_alpn_protocols([_ALPN])
-    return context

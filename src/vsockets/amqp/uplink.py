@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+from pathlib import Path
 
 from ..eventloop.retry import Backoff
 from ..forward.dialer import Dialer
 from ..model.locator import Inet, Locator
-from .http2 import H2Connection
+from .http2 import ALPN, H2Connection
 from .limits import (
     AMQP_OPEN_TIMEOUT_SECONDS,
     AMQP_RETRY_FIRST_PAUSE_SECONDS,
@@ -89,3 +90,20 @@ class Uplink:
         if connection.closed.done():
             raise OSError(0, str(connection.closed.result()))
         return connection
+
+
+def client_context(
+    authority: Path, certificate: Path | None = None, key: Path | None = None
+) -> ssl.SSLContext:
+    """Return the host proxy's context; the server's certificate must be signed by ``authority``.
+
+    ``certificate`` (PEM) is the host proxy's own; ``key`` is omitted if it is in the same file.
+
+    Raises OSError.
+    """
+    context = ssl.create_default_context(cafile=authority)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9113, section 9.2
+    if certificate is not None:
+        context.load_cert_chain(certificate, key)
+    context.set_alpn_protocols([ALPN])
+    return context

@@ -97,7 +97,7 @@ def host_proxy(
     """On the host: take all guests' sessions to the AMQP proxy, over one TCP connection."""
     require("h2")
     from ..amqp.host_proxy import HostProxy
-    from ..amqp.routing import client_context
+    from ..amqp.uplink import client_context
 
     _expect(listen, "--listen", Vsock)
     _expect_target(proxy, "--proxy")
@@ -150,8 +150,7 @@ def amqp_proxy(
 ) -> None:
     """Beside the brokers: split a host's sessions into connections to healthy nodes."""
     require("h2")
-    from ..amqp.amqp_proxy import AmqpProxy
-    from ..amqp.routing import server_context
+    from ..amqp.amqp_proxy import AmqpProxy, server_context
 
     _expect(listen, "--listen", Inet, Unix)
     for one in node:
