@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
-from vsockets.amqp.relay import SessionRelay
+from vsockets.amqp.session import SessionRelay
 
 
 def test_bytes_before_the_other_side_connects_are_kept() -> None:

@@ -11,7 +11,7 @@ import pytest
 from pamqp import commands, frame
 
 import vsockets
-from vsockets.amqp import guest_proxy, host_proxy, relay, session
+from vsockets.amqp import guest_proxy, host_proxy, session
 from vsockets.amqp.amqp_proxy import AmqpProxy
 from vsockets.amqp.client_server import ClientServer
 from vsockets.amqp.frames import CLOSE_OK, PROTOCOL_HEADER
@@ -189,7 +189,7 @@ def test_unreachable_far_side_closes_the_session(
 def test_client_without_close_ok_is_disconnected(
     vsock_fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "AMQP_CLOSE_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(session, "AMQP_CLOSE_TIMEOUT_SECONDS", 0.05)
 
     async def test() -> None:
         async with in_a_guest(vsock_fabric, tmp_path / "amqp") as (_, far_side):

@@ -28,9 +28,8 @@ from .limits import (
     AMQP_PROXY_SESSIONS_MAX,
     AMQP_UPLINKS_MAX,
 )
-from .relay import SessionRelay
 from .routing import AUTHORITY, BrokerNode, BrokerNodes, Headers, refusal, requester
-from .session import log
+from .session import SessionRelay, log
 
 
 class AmqpProxy:

@@ -1,8 +1,17 @@
-"""One client's AMQP connection through a guest proxy or a host proxy.
+"""Sessions: relays between two asyncio transports, and one client's AMQP connection.
 
-The near side is the client; the far side leads to the broker.  Whenever the far side ends, the
-proxy closes the client's connection as AMQP requires: with connection.close, between two frames.
-The client then knows that unconfirmed messages will not be confirmed.
+A relay passes on bytes and ends of stream:
+
+*Back-pressure.*  While the write buffer of one side is full, nothing is read from the other side.
+*Half-close.*  The end of one direction is passed on.  The other direction stays open for at most
+AMQP_CLOSE_TIMEOUT_SECONDS seconds: AMQP clients and brokers do not close one direction alone.
+*Connection loss.*  When the peer of one side is lost, the other side is closed after its pending
+bytes are written.
+
+In a guest proxy or host proxy, the near side is the client, and the far side leads to the broker.
+Whenever the far side ends, the proxy closes the client's connection as AMQP requires: with
+connection.close, between two frames.  The client then knows that unconfirmed messages will not be
+confirmed.
 """
 
 from __future__ import annotations
@@ -16,10 +25,130 @@ import socket as stdlib
 from ..forward.client import Client
 from .frames import CloseHandshake, FrameAssembler, FrameError, Reply, connection_close
 from .handshake_inspector import HandshakeInspector, HandshakeRefused
-from .limits import AMQP_HANDSHAKE_TIMEOUT_SECONDS
-from .relay import SessionRelay, Side
+from .limits import (
+    AMQP_CLOSE_TIMEOUT_SECONDS,
+    AMQP_HANDSHAKE_TIMEOUT_SECONDS,
+    AMQP_SESSION_UNSENT_MAX_BYTES,
+)
 
 log = logging.getLogger("vsockets.amqp")
+
+
+class Side(asyncio.Protocol):
+    """The protocol object of one of a relay's two transports."""
+
+    def __init__(self, relay: SessionRelay) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.other: Side
+        self.lost = False
+        self._relay = relay
+
+    def write(self, data: bytes) -> None:
+        """Send ``data`` to this side's peer; discard it if the transport is closed."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def close(self) -> None:
+        """Close the transport after its pending bytes, and limit the life of the other side."""
+        if self.transport is not None and not self.lost:
+            self.transport.close()
+            self._relay.start_close_timer()
+
+    # asyncio's interface
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Register the transport with the relay."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.set_write_buffer_limits(AMQP_SESSION_UNSENT_MAX_BYTES)
+        self._relay.joined(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Pass bytes of the peer to the relay."""
+        self._relay.received(self, data)
+
+    def eof_received(self) -> bool:
+        """Pass the peer's end of stream to the relay; keep the other direction open."""
+        self._relay.ended(self)
+        return True
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Report the loss of the transport to the relay."""
+        self.lost = True
+        self._relay.lost(self, error)
+
+    def pause_writing(self) -> None:
+        """Stop reading from the other side while this side's write buffer is full."""
+        if self.other.transport is not None:
+            self.other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """Read from the other side again."""
+        if self.other.transport is not None:
+            self.other.transport.resume_reading()
+
+
+class SessionRelay:
+    """A relay between the transports of ``near`` and ``far``, its two protocol objects.
+
+    ``done`` resolves when both transports are lost.
+    """
+
+    def __init__(self) -> None:
+        self.near, self.far = Side(self), Side(self)
+        self.near.other, self.far.other = self.far, self.near
+        self._loop = asyncio.get_running_loop()
+        self._close_timer: asyncio.TimerHandle | None = None
+        self.done: asyncio.Future[None] = self._loop.create_future()
+
+    def joined(self, side: Side) -> None:
+        """Start reading from both transports once both exist; ``side`` has just got its own."""
+        if side.other.transport is None:
+            # Later, because asyncio of 3.11.2 (Debian 12) starts to read after connection_made().
+            self._loop.call_soon(self._hold, side)
+        else:
+            side.other.transport.resume_reading()
+
+    def _hold(self, side: Side) -> None:
+        if side.other.transport is None and side.transport is not None and not side.lost:
+            side.transport.pause_reading()
+
+    def received(self, side: Side, data: bytes) -> None:
+        """Forward ``data``, received from the peer of ``side``."""
+        side.other.write(data)
+
+    def ended(self, side: Side) -> None:
+        """Pass on the end of stream that the peer of ``side`` has sent."""
+        other = side.other
+        if other.transport is not None and not other.transport.is_closing():
+            other.transport.write_eof()
+            self.start_close_timer()
+        else:
+            side.close()
+
+    def peer_lost(self, side: Side, error: Exception | None) -> None:
+        """Close the other side because the peer of ``side`` is lost."""
+        side.other.close()
+
+    def lost(self, side: Side, error: Exception | None) -> None:
+        """Handle ``connection_lost`` of ``side``."""
+        self.peer_lost(side, error)
+        if all(one.lost or one.transport is None for one in (self.near, self.far)):
+            if self._close_timer is not None:
+                self._close_timer.cancel()
+            if not self.done.done():
+                self.done.set_result(None)
+
+    def abort(self) -> None:
+        """Abort both transports."""
+        for side in (self.near, self.far):
+            if side.transport is not None and not side.lost:
+                side.transport.abort()
+
+    def start_close_timer(self) -> None:
+        """Abort the relay after AMQP_CLOSE_TIMEOUT_SECONDS, unless both sides close earlier."""
+        if self._close_timer is None:
+            self._close_timer = self._loop.call_later(AMQP_CLOSE_TIMEOUT_SECONDS, self.abort)
 
 
 class AmqpSession(SessionRelay):
