@@ -1,9 +1,9 @@
 """The Linux kernel's own vsock tests: ``tools/testing/vsock`` of Debian's kernel source.
 
-Other parts of it are a tree of files for tests of file systems.
+Other parts of that source serve as a tree of files for tests of file systems.
 
-The newest ``linux-source`` that the machine's own Debian mirror has is downloaded by apt, once,
-into ``~/.cache/vsockets``; the tests are built there and never become part of this project.
+apt downloads the newest ``linux-source`` of the machine's own Debian mirror once, into
+``~/.cache/vsockets``; the tests are built there and are not part of this project.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from vsockets.vm import apt
 TABLES = Path(__file__).parents[2] / "docs/internals/conformance.md"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vsockets"
 
-#: A case that is unsteady is held to nothing.
+#: Results of a table; those of cases marked "unsteady" are not checked.
 _RESULTS = ("pass", "fail", "unsteady", "does not apply")
 
-#: Where the newest kernels of Debian stable are.
+#: The suite of Debian with the newest kernels for stable.
 RELEASE = "trixie-backports"
-#: A tree of 800 files, executables and symbolic links among them.
+#: A tree of 800 files, with executables and symbolic links.
 TREE = ("fs/nfs", "scripts")
-#: The parts of the source that are unpacked: the tree, and what the tests are built from.
+#: The parts of the source to unpack: the tree, and the tests' sources.
 PARTS = (*TREE, "tools/testing/vsock", "tools/include")
-#: The tests' own file names; the other programs in their folder need more than a C library.
+#: The tests' source files; other programs in their folder need more than a C library.
 SOURCES = ("vsock_test", "vsock_test_zerocopy", "timeout", "control", "util", "msg_zerocopy_common")
 FLAGS = (
     *("-O2", "-I.", "-I../../include", "-idirafter", "../../include/uapi", "-D_GNU_SOURCE"),
     *("-fno-strict-overflow", "-fno-strict-aliasing", "-fno-common", "-w"),
-    "-static",  # it runs in guests, too
+    "-static",  # runs in guests as well
 )
-#: How long any one step may take, in seconds: the source is 170 MB.
+#: Seconds for each step: the source has 170 MB.
 PATIENCE = 300
 
 
 class Case(NamedTuple):
-    """A row of a table of docs/internals/conformance.md."""
+    """A row of a table in docs/internals/conformance.md."""
 
     id: int
     name: str
@@ -52,19 +52,19 @@ class Case(NamedTuple):
 
     @property
     def result(self) -> str:
-        """The first of them."""
+        """Return the first result."""
         return self.results[0]
 
 
 def table(heading: str) -> list[Case]:
-    """The table below this heading."""
+    """Return the table below a heading."""
     text = TABLES.read_text().partition(f"# {heading}\n")[2].partition("\n#")[0]
     rows = [row.split(" | ") for row in re.findall(r"^\| (\d.+?) \|$", text, re.M)]
     return [Case(int(row[0]), row[1], [cell for cell in row if cell in _RESULTS]) for row in rows]
 
 
 def free_port() -> int:
-    """A TCP port of the loopback for a run's control connection."""
+    """Return a free TCP port of the loopback, for a run's control connection."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -72,17 +72,17 @@ def free_port() -> int:
 
 
 def listens(port: int) -> bool:
-    """Whether somebody listens on this TCP port."""
+    """Return whether a TCP port has a listener."""
     rows = (row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:])
     return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
 
 
 class Unavailable(Exception):
-    """The suite cannot be had here; the text says why."""
+    """The suite is not available here; the text gives the reason."""
 
 
 def vsock_test() -> Path:
-    """The program, built if need be.  Raises Unavailable."""
+    """Return the program, built if necessary.  Raises Unavailable."""
     program = CACHE / "kernel" / "vsock_test-static"
     if not program.exists():
         _need("gcc")
@@ -91,7 +91,7 @@ def vsock_test() -> Path:
 
 
 def source() -> Path:
-    """The folder of the source's parts, downloaded if need be.  Raises Unavailable."""
+    """Return the folder with parts of the source, downloaded if necessary.  Raises Unavailable."""
     folder = CACHE / "kernel" / "source"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / "lock", "w") as lock:
@@ -109,7 +109,7 @@ def _need(*programs: str) -> None:
 
 
 def _download(folder: Path) -> Path:
-    """The package; through apt with lists of its own, so the machine's stay as they are."""
+    """Download the package, with package lists of its own: the machine's are not changed."""
     try:
         site = apt.Suite(apt.DEBIAN, RELEASE).mirror()
     except apt.Unavailable as error:
@@ -137,7 +137,7 @@ def _version(name: str) -> list[int]:
 
 
 def _unpack(package: Path, folder: Path) -> None:
-    """The parts, into ``folder``."""
+    """Unpack the parts into ``folder``."""
     new = folder.with_suffix(".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()

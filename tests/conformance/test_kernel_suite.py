@@ -14,7 +14,7 @@ from vsockets.testing import PrivateFabric, wait_until
 
 from .kernel_suite import TABLES, Case, Unavailable, free_port, listens, table, vsock_test
 
-#: How long all the cases together may take, in seconds: some go on for two seconds each.
+#: Seconds for all cases together: some take two seconds each.
 PATIENCE = 150.0
 pytestmark = pytest.mark.timeout(2 * PATIENCE)
 
@@ -40,7 +40,7 @@ def vsock() -> Iterator[Vsock]:
 
 
 def run(vsock: Vsock, program: Path, client: str, cases: list[Case]) -> tuple[str, bool]:
-    """Run cases; what the client printed, and whether both sides ended well."""
+    """Run cases; return the client's output, and whether both sides succeeded."""
     server, server_cid, client_cid = ("host", 2, GUEST) if client != "host" else (GUEST, GUEST, 2)
     control = free_port()
     common = [f"--control-port={control}", *(f"--pick={case.id}" for case in cases)]
@@ -59,7 +59,7 @@ def run(vsock: Vsock, program: Path, client: str, cases: list[Case]) -> tuple[st
     return done.stdout + done.stderr, (done.returncode, serving.process.returncode) == (0, 0)
 
 
-def test_the_table_is_that_of_the_suite(vsock: Vsock, program: Path) -> None:
+def test_the_table_lists_the_suites_cases(vsock: Vsock, program: Path) -> None:
     arguments = ("--list", "--mode=client", "--control-port=1", "--peer-cid=2")
     listed = vsock("run", program, *arguments, expect=None).stdout.splitlines()[1:]
     assert [(case.id, case.name) for case in CASES] == [
@@ -67,7 +67,7 @@ def test_the_table_is_that_of_the_suite(vsock: Vsock, program: Path) -> None:
     ]
 
 
-def test_the_readme_counts_as_the_table_does() -> None:
+def test_the_readmes_counts_equal_the_tables() -> None:
     number = Counter(case.result for case in CASES)
     said = (
         f"{number['pass']} of {len(CASES)} cases pass, {number['does not apply']} do not apply, "
@@ -78,7 +78,7 @@ def test_the_readme_counts_as_the_table_does() -> None:
 
 
 @pytest.mark.parametrize("client", [str(GUEST), "host"])
-def test_what_passes(vsock: Vsock, program: Path, client: str) -> None:
+def test_cases_listed_as_passing_pass(vsock: Vsock, program: Path, client: str) -> None:
     passing = [case for case in CASES if case.result == "pass"]
     assert len(passing) >= 30
     said, well = run(vsock, program, client, passing)
@@ -88,6 +88,6 @@ def test_what_passes(vsock: Vsock, program: Path, client: str) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.result == "fail"], ids=str)
-def test_what_fails_is_not_said_to_pass(vsock: Vsock, program: Path, case: Case) -> None:
+def test_cases_listed_as_failing_fail(vsock: Vsock, program: Path, case: Case) -> None:
     said, well = run(vsock, program, str(GUEST), [case])
     assert not well, f"it passes: say so in {TABLES.name}\n{said}"

@@ -27,7 +27,7 @@ def fabric() -> Iterator[PrivateFabric]:
 
 @pytest.fixture
 def vsock(fabric: PrivateFabric) -> Iterator[Vsock]:
-    """The command line on the module's fabric; what a test left running is ended."""
+    """The command line on the module's fabric; ends what a test left running."""
     with Vsock(fabric.folder) as vsock:
         yield vsock
 

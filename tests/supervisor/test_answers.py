@@ -1,6 +1,6 @@
-"""A supervised socket answers as a kernel's AF_VSOCK does: every call in every state.
+"""A supervised socket answers every call, in every state, as the kernel's AF_VSOCK does.
 
-The kernel's answers are in ``tests/af_vsock.txt``, the program that asks is ``answers.c``.
+The kernel's answers are in ``tests/af_vsock.txt``; ``answers.c`` makes the calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vsockets.testing import PrivateFabric
 
 from .conftest import Compile
 
-#: Where the fabric's sockets answer otherwise: types, call, states, the answer.
+#: Answers that differ on the fabric: types, call, states, the answer.
 FILLED_IN = "bound listening waiting connected data peer-closed peer-closed-data peer-shut-wr"
 _STREAMS = "stream seqpacket"
 DEVIATIONS = [
@@ -29,7 +29,7 @@ DEVIATIONS = [
         f"{FILLED_IN} peer-shut-rd shut-rd shut-wr shut-rdwr",
         "0 cid:own",
     ),
-    # A failed connect leaves no port behind: the socket is as before.
+    # A failed connect releases the port: the socket is as before.
     (_STREAMS, "getsockname", "refused refused-later refused-asked connecting", "0 any:any"),
     (_STREAMS, "bind", "refused", "0"),
     (_STREAMS, "bind, reserved", "refused", "0"),
@@ -47,8 +47,8 @@ _NOT_CONNECTED = "new bound listening waiting"
 _RECEIVE = ("read", "readv", "recv", "recv of 0 bytes", "recv MSG_PEEK", "recv MSG_TRUNC")
 _SEND = ("write", "writev", "send", "send MSG_NOSIGNAL", "send MSG_EOR", "sendmsg")
 
-#: What the unix socket answers otherwise (docs/run.md, "What cannot be done"), except for poll and
-#: epoll.  In the form of DEVIATIONS.
+#: Answers of the unix socket that differ (docs/run.md, "What cannot be done"), except for poll and
+#: epoll, in the form of DEVIATIONS.
 DEVIATIONS_BY_ITSELF = [
     *(("stream", call, _NOT_CONNECTED, "EINVAL") for call in (*_RECEIVE, "recvfrom", "recvmsg")),
     *((_STREAMS, call, _REFUSED, "EAGAIN") for call in (*_RECEIVE, "recvfrom", "recvmsg")),
@@ -103,7 +103,7 @@ def expected(kind: str, connecting: bool) -> answers.Answers:
 
 
 def without_events(found: answers.Answers) -> answers.Answers:
-    """Leave out what poll and epoll answer, which differs between kernels' unix sockets."""
+    """Remove the results of poll and epoll, which differ between kernels' unix sockets."""
     return {cell: said for cell, said in found.items() if cell.call not in ("poll", "epoll")}
 
 
@@ -113,12 +113,14 @@ def program(compile_c: Compile) -> Path:
 
 
 @pytest.mark.parametrize("kind", answers.KINDS)
-def test_answers_of_the_kernel(vsock: Vsock, program: Path, kind: str) -> None:
+def test_answers_equal_the_kernels(vsock: Vsock, program: Path, kind: str) -> None:
     found = answers.parse(vsock("run", "--cid", "90", program, kind, "1").stdout)
     assert answers.differences(expected(kind, False), without_events(found)) == {}
 
 
-def test_answers_while_connecting(vsock: Vsock, fabric: PrivateFabric, program: Path) -> None:
+def test_answers_while_connecting_equal_the_kernels(
+    vsock: Vsock, fabric: PrivateFabric, program: Path
+) -> None:
     running = vsock.start("run", "--cid", "91", program, "stream", "1", "5000")
     assert running.read_line() == "ready"
     os.kill(fabric.pid, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""What cannot be supervised says so; nothing gets to the machine's own AF_VSOCK."""
+"""Programs that cannot be supervised are reported, and none reaches the kernel's AF_VSOCK."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from cli.vsock import PROGRAM, Vsock
 from .conftest import Compile
 
 
-def test_no_such_program(vsock: Vsock) -> None:
+def test_a_missing_program_is_reported(vsock: Vsock) -> None:
     line = vsock.fails("run", "no-such-program", status=127)
     assert line == "no-such-program: No such file or directory"
 
 
-def test_no_such_context(vsock: Vsock) -> None:
+def test_a_missing_context_is_reported(vsock: Vsock) -> None:
     vsock.fail(("run --cid 1 true", 1, "CID 1 is not a guest's"))
 
 
-def test_within_another(vsock: Vsock) -> None:
+def test_vsock_run_within_vsock_run_is_refused(vsock: Vsock) -> None:
     done = vsock("run", "sh", "-c", f"{' '.join(PROGRAM)} run echo inner", expect=1)
     assert done.stdout == ""
     assert done.stderr.startswith("vsock: cannot supervise echo: a supervisor is at work already")
 
 
-def test_a_kernel_without_seccomp(vsock: Vsock) -> None:
-    # As containers have it: a filter that says there is no such call.
+def test_a_kernel_without_notification_is_reported(vsock: Vsock) -> None:
+    # As in containers: a filter that fails the call with ENOSYS.
     script = f"""
 import ctypes, os, struct, sys
 from vsockets._linux.bpf import refuse
@@ -59,12 +59,12 @@ os.execv({sys.executable!r}, [{sys.executable!r}, *{list(PROGRAM[1:])!r}, "run",
     assert done.stderr.startswith("vsock: cannot supervise true: this kernel has no seccomp")
 
 
-def test_a_program_with_a_filter_of_its_own(vsock: Vsock, compile_c: Compile) -> None:
+def test_a_programs_own_filters_work_except_a_listener(vsock: Vsock, compile_c: Compile) -> None:
     done = vsock("run", compile_c("own_filter.c"))
     assert done.stdout.splitlines() == ["Operation not permitted", "1", "16"]  # EBUSY
 
 
-def test_no_way_to_the_machines_own(vsock: Vsock, compile_c: Compile) -> None:
+def test_the_kernels_af_vsock_is_unreachable(vsock: Vsock, compile_c: Compile) -> None:
     lines = vsock("run", compile_c("doors.c")).stdout.splitlines()
     x32 = ["x32: Function not implemented"] if platform.machine() == "x86_64" else []
     assert lines == [
@@ -76,10 +76,8 @@ def test_no_way_to_the_machines_own(vsock: Vsock, compile_c: Compile) -> None:
     ]
 
 
-def test_the_supervisor_never_lets_a_vsock_call_through(vsock: Vsock, tmp_path: Path) -> None:
-    """Under the tests' own filter such a call would fail with ENOSYS; here it must not get that
-    far, whatever the arguments are.
-    """
+def test_no_vsock_call_is_let_through(vsock: Vsock, tmp_path: Path) -> None:
+    """The tests' own filter would fail such a call with ENOSYS; no arguments may get it there."""
     program = """
 import ctypes, itertools
 libc = ctypes.CDLL(None, use_errno=True)
@@ -92,7 +90,7 @@ print("never")
     assert vsock("run", sys.executable, "-c", program).stdout == "never\n"
 
 
-def test_when_the_supervisor_is_gone_there_is_no_vsock_at_all(vsock: Vsock) -> None:
+def test_af_vsock_fails_once_the_supervisor_has_ended(vsock: Vsock) -> None:
     program = """
 import os, signal, socket, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -101,7 +99,7 @@ sys.stdin.readline()
 try: socket.socket(40, 1)
 except OSError as error: print(error.errno, flush=True)
 """
-    # Its first process has ended, so nothing is left that would kill the rest.
+    # The first process has ended: nothing is left to kill the others.
     command = f"exec 3<&0; {sys.executable} -c '{program}' <&3 & exit 0"
     running = vsock.start("run", "sh", "-c", command)
     running.process.wait(20)
@@ -113,7 +111,7 @@ except OSError as error: print(error.errno, flush=True)
 
 
 def supervisors(vsock: Vsock) -> list[int]:
-    """The supervisors of programs on this fabric."""
+    """Return the supervisors of programs on this fabric."""
     found = []
     wanted = f"VSOCKETS_DIR={vsock.folder}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
@@ -130,7 +128,7 @@ def supervisors(vsock: Vsock) -> list[int]:
 
 @pytest.fixture
 def thirty_two(compile_c: Compile) -> Path:
-    """A 32-bit program, if there are any."""
+    """A 32-bit program; skips the test where none can be built."""
     if platform.machine() != "x86_64":
         pytest.skip("an x86-64 matter")
     options = ("-m32", "-static", "-nostdlib", "-O1", "-fno-pic", "-no-pie")
@@ -142,14 +140,14 @@ def thirty_two(compile_c: Compile) -> Path:
     return program
 
 
-def test_a_32_bit_program(vsock: Vsock, thirty_two: Path) -> None:
+def test_a_32_bit_program_is_killed_with_a_message(vsock: Vsock, thirty_two: Path) -> None:
     done = vsock("run", thirty_two, expect=-signal.SIGKILL)
     line = f"vsock run: '{thirty_two}': 32-bit programs are not supported; killed\n"
     assert done.stderr == line
 
 
-#: Runs a 32-bit program with a standard error that may not be written to, or that nobody reads.
-#: It has no rights by then.
+#: Runs a 32-bit program, without privileges, with a standard error that it may not write to or that
+#: is not read.
 WITHOUT_RIGHTS = """
 import os, signal, sys
 how, victim, program = sys.argv[1:]
@@ -173,18 +171,16 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
 
 
 @pytest.mark.parametrize("how", ["file", "full pipe"])
-def test_what_is_told_goes_only_where_the_program_may_write(
+def test_messages_are_written_with_the_programs_rights(
     vsock: Vsock, thirty_two: Path, how: str
 ) -> None:
-    """The program holds a descriptor of root's file that gives it no right to write, or one that
-    would keep the supervisor waiting.
-    """
+    """Standard error is a file of root's that the program may not write, or blocks the writer."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         victim = Path(folder, "victim")
         victim.write_text("root's\n")
         victim.chmod(0o600 if os.geteuid() == 0 else 0o400)
-        # The path is a line of its own in whatever it is written to.
+        # Unquoted, the path would be several lines.
         program = Path(folder, "x\nevil::0:0:::\n#")
         shutil.copy(thirty_two, program)
         done = vsock("run", sys.executable, "-c", WITHOUT_RIGHTS, how, victim, program)
@@ -192,7 +188,7 @@ def test_what_is_told_goes_only_where_the_program_may_write(
         assert victim.read_text() == "root's\n"
 
 
-def test_a_programs_path_is_told_on_one_line(vsock: Vsock, thirty_two: Path) -> None:
+def test_a_programs_path_is_quoted_in_messages(vsock: Vsock, thirty_two: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "x\n\033[2J\udcff")
         shutil.copy(thirty_two, program)
@@ -202,7 +198,7 @@ def test_a_programs_path_is_told_on_one_line(vsock: Vsock, thirty_two: Path) -> 
     )
 
 
-def test_reserved_ports_need_the_programs_own_privilege(vsock: Vsock) -> None:
+def test_reserved_ports_need_the_programs_own_capability(vsock: Vsock) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root: the supervisor has the privilege, the program has not")
     program = """

@@ -1,4 +1,4 @@
-"""Datagram and packet sockets have the numbers that POSIX promises, and work by any number."""
+"""Datagram and packet sockets get the lowest free numbers, and work with any number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import vsockets
 from cli.vsock import PROGRAM, Vsock
 from vsockets.testing import PrivateFabric
 
-#: What every program here begins with.
+#: The beginning of every program here.
 COMMON = """
 import array, errno, fcntl, os, resource, socket, subprocess, sys, threading
 ANY = (0xFFFFFFFF, 0xFFFFFFFF)
@@ -51,7 +51,7 @@ def run(vsock: Vsock, program: str, *arguments: object, **options: object) -> li
 
 
 @pytest.mark.parametrize("kind", ["DATAGRAM", "PACKET"])
-def test_the_lowest_free_number(vsock: Vsock, kind: str) -> None:
+def test_socket_returns_the_lowest_free_number(vsock: Vsock, kind: str) -> None:
     program = f"""
 first = socket.socket(40, {kind}).detach()
 others = [socket.socket(40, {kind}).detach() for _ in range(20)]
@@ -64,7 +64,7 @@ print("lowest")
     assert run(vsock, program) == ["lowest"]
 
 
-def test_an_accepted_packet_socket_has_it_too(vsock: Vsock) -> None:
+def test_accept_returns_the_lowest_free_number(vsock: Vsock) -> None:
     program = """
 server, client = (socket.socket(40, PACKET) for _ in range(2))
 server.bind(ANY)
@@ -79,7 +79,9 @@ print("lowest")
     assert run(vsock, program) == ["lowest"]
 
 
-def test_a_service_manager_that_counts_on_it(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_a_service_manager_can_rely_on_the_lowest_number(
+    vsock: Vsock, fabric: PrivateFabric
+) -> None:
     if shutil.which("systemd-socket-activate") is None:
         pytest.skip("no systemd-socket-activate: apt install what .ci/run does")
     program = """
@@ -99,7 +101,7 @@ sock.sendto(data.upper(), source)
     running.finish()
 
 
-def test_a_thousand_datagram_sockets(vsock: Vsock) -> None:
+def test_a_thousand_datagram_sockets_work(vsock: Vsock) -> None:
     program = """
 server = datagram()
 sockets = [datagram() for _ in range(1000)]
@@ -113,7 +115,7 @@ print("all")
     assert run(vsock, program) == ["all"]
 
 
-def test_a_thousand_packet_sockets(vsock: Vsock) -> None:
+def test_a_thousand_packet_sockets_work(vsock: Vsock) -> None:
     program = """
 pairs = [pair() for _ in range(500)]
 for client, accepted in pairs: assert keeps_records(client, accepted)
@@ -124,7 +126,7 @@ print("all")
 
 
 @pytest.mark.parametrize("limit", [16, 64, 100_000])
-def test_whatever_the_limit_is(vsock: Vsock, limit: int) -> None:
+def test_datagram_sockets_work_at_any_descriptor_limit(vsock: Vsock, limit: int) -> None:
     if limit > int(Path("/proc/sys/fs/nr_open").read_text()):
         pytest.skip("the kernel does not allow as many")
     program = """
@@ -139,7 +141,7 @@ print("works")
     assert done.stderr == "" or "ulimit" in done.stderr
 
 
-def test_the_limit_is_lowered_later(vsock: Vsock) -> None:
+def test_datagram_sockets_work_after_the_limit_is_lowered(vsock: Vsock) -> None:
     program = """
 server, sockets, pairs = datagram(), [datagram() for _ in range(50)], [pair() for _ in range(20)]
 resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))
@@ -155,7 +157,7 @@ print("works")
     assert run(vsock, program) == ["works"]
 
 
-def test_copies(vsock: Vsock) -> None:
+def test_copies_of_a_descriptor_work(vsock: Vsock) -> None:
     program = """
 server, sock, (client, accepted) = datagram(), datagram(), pair()
 def copies(fd):
@@ -180,7 +182,7 @@ print("works")
     assert run(vsock, program) == ["works"]
 
 
-def test_other_files_by_the_same_number(vsock: Vsock) -> None:
+def test_other_files_with_a_covered_number_work(vsock: Vsock) -> None:
     program = """
 sock = datagram()
 number = sock.fileno()
@@ -207,7 +209,7 @@ print("works")
     assert run(vsock, program) == ["works"]
 
 
-def test_forks_and_programs(vsock: Vsock) -> None:
+def test_descriptors_work_after_fork_and_exec(vsock: Vsock) -> None:
     program = """
 server, sock = datagram(), datagram()
 def child():
@@ -235,7 +237,7 @@ print("works")
     assert run(vsock, program) == ["works"]
 
 
-def test_threads(vsock: Vsock) -> None:
+def test_descriptors_work_in_all_threads(vsock: Vsock) -> None:
     program = """
 server = datagram()
 early = threading.Event()
@@ -263,7 +265,7 @@ print(sorted(received) == [b"%d" % number for number in range(8)])
     assert run(vsock, program) == ["True"]
 
 
-def test_passed_to_another_process(vsock: Vsock) -> None:
+def test_a_socket_passed_to_another_process_works(vsock: Vsock) -> None:
     program = """
 server, sock = datagram(), datagram()
 ours, theirs = socket.socketpair()
@@ -284,13 +286,15 @@ with subprocess.Popen([sys.executable, "-c", inner % address(server)[1]], stdin=
 
 
 @pytest.mark.parametrize("how", ["inherited", "passed"])
-def test_from_a_program_of_the_library(vsock: Vsock, fabric: PrivateFabric, how: str) -> None:
+def test_a_socket_from_a_program_of_the_library_works(
+    vsock: Vsock, fabric: PrivateFabric, how: str
+) -> None:
     take = "fd = int(sys.argv[1])"
     if how == "passed":
         take = "fd = socket.recv_fds(socket.socket(fileno=int(sys.argv[1])), 1, 1)[1][0]"
     program = f"""
 {take}
-# With all that is known of it said: so no call is made about it but the next one.
+# With family, type and protocol given, Python makes no call on the socket before the next one.
 sock = socket.socket(40, DATAGRAM, 0, fd) if {how == "inherited"} else socket.socket(fileno=fd)
 data, source = sock.recvfrom(10)
 sock.sendto(data.upper(), source)
@@ -313,8 +317,8 @@ sock.sendto(data.upper(), source)
             assert client.recvfrom(10) == (b"HELLO", (2, 7201))
 
 
-def test_nobody_else_pays(vsock: Vsock) -> None:
-    """A process without such sockets is not traced, nor are its data calls."""
+def test_processes_without_such_sockets_are_not_traced(vsock: Vsock) -> None:
+    """Neither the process nor its data calls are traced."""
     program = """
 stream = socket.socket(40)
 tracer = [line for line in open("/proc/self/status") if line.startswith("TracerPid")]
@@ -326,7 +330,7 @@ print(tracer[0].split()[1] == str(os.getppid()))
     assert run(vsock, program) == ["0", "True"]
 
 
-def test_without_descriptors_to_spare(vsock: Vsock) -> None:
+def test_a_full_descriptor_table_fails_with_emfile(vsock: Vsock) -> None:
     program = """
 resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
 made = []
@@ -339,7 +343,7 @@ while True:
     assert run(vsock, program) == ["EMFILE 19"]
 
 
-def test_descriptors_are_closed_by_exec_if_asked(vsock: Vsock) -> None:
+def test_close_on_exec_is_honoured(vsock: Vsock) -> None:
     program = """
 flags = [fcntl.fcntl(socket.socket(40, kind | flag).detach(), fcntl.F_GETFD)
          for kind in (DATAGRAM, PACKET) for flag in (0, socket.SOCK_CLOEXEC)]
@@ -355,8 +359,8 @@ def fcntl_flag() -> int:
     return fcntl.FD_CLOEXEC
 
 
-def test_the_tests_own_descriptors(vsock: Vsock) -> None:
-    """Descriptors that a program inherits are neither moved nor closed."""
+def test_inherited_descriptors_are_kept(vsock: Vsock) -> None:
+    """They are neither moved nor closed."""
     reader, writer = os.pipe()
     program = f"datagram(); os.write({writer}, b'kept')"
     command = [*PROGRAM, "run", sys.executable, "-c", COMMON + program]

@@ -1,4 +1,4 @@
-"""A machine that has a ``/dev/vsock`` of its own: it is opened, and never asked anything."""
+"""``/dev/vsock``: the machine's own is opened, but its ioctls are answered by the fabric."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from cli.vsock import PROGRAM, Vsock
 from vsockets.supervisor.arch import this_architecture
 
-#: A mount namespace whose /dev has a /dev/vsock, which is /dev/null by another name.
+#: Creates a mount namespace whose /dev/vsock is a copy of /dev/null.
 MACHINE = """
 set -e
 mount -t tmpfs -o mode=755,dev none "$0"
@@ -31,7 +31,7 @@ print(int.from_bytes(cid, "little"))
 """
 
 
-def test_its_answers_are_the_fabrics(vsock: Vsock, tmp_path: os.PathLike[str]) -> None:
+def test_the_fabric_answers_the_devices_ioctls(vsock: Vsock, tmp_path: os.PathLike[str]) -> None:
     isolated = ["unshare", "--mount", "--propagation", "private"]
     machine = [*isolated, "sh", "-c", MACHINE, str(tmp_path)]
     if os.getuid() != 0 or shutil.which("unshare") is None:
@@ -45,7 +45,7 @@ def test_its_answers_are_the_fabrics(vsock: Vsock, tmp_path: os.PathLike[str]) -
     assert done.stdout.split() == ["/dev/vsock", "40", "79"]
 
 
-#: All ways to look for it, as programs in C have them.
+#: All ways of a C program to check for it.
 LOOK = """
 import ctypes, errno, os, stat, sys
 numbers = dict(pair.split("=") for pair in sys.argv[1:])
@@ -70,7 +70,7 @@ print(os.stat("/dev/null").st_rdev == os.makedev(1, 3), os.access("/dev/null", o
 """
 
 
-def test_programs_that_look_for_it_find_it(vsock: Vsock) -> None:
+def test_programs_find_the_device(vsock: Vsock) -> None:
     machine = this_architecture()
     names = ("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2")
     numbers = [f"{name}={getattr(machine, name)}" for name in names]
@@ -83,6 +83,6 @@ def test_programs_that_look_for_it_find_it(vsock: Vsock) -> None:
     ]
 
 
-def test_programs_in_a_shell_find_it(vsock: Vsock) -> None:
+def test_programs_in_a_shell_find_the_device(vsock: Vsock) -> None:
     script = "test -c /dev/vsock && test -w /dev/vsock && stat -c %A,%t /dev/vsock"
     assert vsock("run", "--device", "sh", "-c", script).stdout == "crw-rw-rw-,a\n"

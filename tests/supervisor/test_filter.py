@@ -1,4 +1,4 @@
-"""The filter, run by an interpreter of classic BPF as the kernel would run it."""
+"""The filter, executed by an interpreter of classic BPF, as the kernel would."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SystemCall(NamedTuple):
 
 
 def run(program: bytes, call: SystemCall) -> int:
-    """What the kernel's BPF machine would return."""
+    """Return what the kernel's BPF machine would."""
     data = struct.pack("=iIQ6Q", call.number, call.architecture, 0, *call.arguments)
     instructions = list(struct.iter_unpack("=HBBI", program))
     accumulator, at = 0, 0
@@ -93,10 +93,8 @@ def decide(made: list[Rule], call: SystemCall) -> int:
     st.builds(SystemCall, numbers, st.tuples(*[words] * 6), st.just(X86.architecture)),
     st.integers(0, 7),
 )
-def test_the_program_does_what_the_rules_say(
-    made: list[Rule], call: SystemCall, chosen: int
-) -> None:
-    if chosen < len(made):  # a call that a rule names
+def test_the_program_implements_the_rules(made: list[Rule], call: SystemCall, chosen: int) -> None:
+    if chosen < len(made):  # a call with a rule
         call = call._replace(number=made[chosen].number)
     assert run(seccomp.assemble(X86, made), call) == decide(made, call)
 
@@ -116,24 +114,24 @@ def ask(machine: Architecture, number: int, *arguments: int) -> int:
 
 @given(st.integers(0, (1 << 32) - 1), words, words)
 def test_af_vsock_never_reaches_the_kernel(high: int, kind: int, protocol: int) -> None:
-    # The kernel takes the lower 32 bits of an int.
+    # The kernel reads the lower 32 bits of an int.
     for machine in MACHINES:
         assert ask(machine, machine.socket, 40 | high << 32, kind, protocol) == NOTIFY
         assert ask(machine, machine.socketpair, 40 | high << 32, kind) == refuse(95)
 
 
-def test_nor_by_other_doors(machine: Architecture) -> None:
+def test_af_vsock_is_refused_by_all_other_ways(machine: Architecture) -> None:
     for ring in (machine.io_uring_setup, machine.io_uring_enter, machine.io_uring_register):
         assert ask(machine, ring) == refuse(38)
     assert ask(machine, 0x4000_0000 + machine.socket, 40, 1) == refuse(38)  # x32
-    for request in (0x4008AF60, 0x4004AF61):  # being the hypervisor of the machine's own
+    for request in (0x4008AF60, 0x4004AF61):  # become the kernel's hypervisor
         assert ask(machine, machine.ioctl, 5, request) == refuse(1)
     program = seccomp.assemble(machine, seccomp.rules(machine, True))
-    for number in range(500):  # a 32-bit program's numbers mean something else
+    for number in range(500):  # numbers of 32-bit programs differ
         assert run(program, SystemCall(number, architecture=0x40000003)) == NOTIFY
 
 
-def test_data_calls_are_let_through(machine: Architecture) -> None:
+def test_data_calls_are_allowed(machine: Architecture) -> None:
     for fd in (0, 3, 767, 1024, 70_000):
         for number in (
             *(machine.sendto, machine.sendmsg, machine.recvmsg, machine.sendmmsg),
@@ -153,7 +151,7 @@ def ask_later(machine: Architecture, kind: Served, number: int, *arguments: int)
     return run(program, SystemCall(number, padded, machine.architecture))
 
 
-def test_data_calls_are_traced_by_the_numbers_of_descriptors(machine: Architecture) -> None:
+def test_data_calls_on_covered_descriptors_are_traced(machine: Architecture) -> None:
     for fd, answer in ((7, ALLOW), (8, TRACE), (15, TRACE), (16, ALLOW), (1 << 32 | 9, TRACE)):
         for kind in Served:
             assert ask_later(machine, kind, machine.recvmsg, fd) == answer
@@ -174,7 +172,7 @@ def test_data_calls_are_traced_by_the_numbers_of_descriptors(machine: Architectu
     assert run(seccomp.assemble(machine, rules, is_first=False), other) == ALLOW
 
 
-def test_other_options_and_files_are_let_through(machine: Architecture) -> None:
+def test_other_options_and_files_are_allowed(machine: Architecture) -> None:
     assert ask(machine, machine.setsockopt, 3, socket.SOL_SOCKET, socket.SO_REUSEADDR) == ALLOW
     assert ask(machine, machine.setsockopt, 3, socket.IPPROTO_TCP, socket.TCP_NODELAY) == NOTIFY
     assert ask(machine, machine.getsockopt, 3, socket.SOL_SOCKET, socket.SO_SNDBUF) == ALLOW
@@ -186,7 +184,7 @@ def test_other_options_and_files_are_let_through(machine: Architecture) -> None:
     assert ask(machine, machine.openat, 5, 1, 0) == ALLOW
 
 
-def test_nothing_is_opened_for_a_program_that_can_open_it_itself(machine: Architecture) -> None:
+def test_open_is_allowed_where_all_may_open_the_device(machine: Architecture) -> None:
     program = seccomp.assemble(machine, seccomp.rules(machine, opens=False))
     call = SystemCall(machine.openat, (0xFFFFFF9C, 1, 0, 0, 0, 0), machine.architecture)
     assert run(program, call) == ALLOW
@@ -195,7 +193,7 @@ def test_nothing_is_opened_for_a_program_that_can_open_it_itself(machine: Archit
         assert not seccomp.may_be_opened(other)
 
 
-def test_looking_at_files_is_let_through_unless_it_is_asked_for(machine: Architecture) -> None:
+def test_stat_and_access_are_allowed_without_the_option(machine: Architecture) -> None:
     here = 0xFFFFFF9C  # AT_FDCWD
     program = seccomp.assemble(machine, seccomp.rules(machine, True, looks=True))
     assert len(program) // 8 <= 4096
@@ -205,6 +203,6 @@ def test_looking_at_files_is_let_through_unless_it_is_asked_for(machine: Archite
             assert ask(machine, number, here, 1) == ALLOW
             call = SystemCall(number, (here, 1, 0, 0, 0, 0), machine.architecture)
             assert run(program, call) == NOTIFY
-    for number in looks:  # relative to an open folder, or of an open file
+    for number in looks:  # relative to an open folder or file
         call = SystemCall(number, (5, 1, 0, 0x1000, 0, 0), machine.architecture)
         assert run(program, call) == ALLOW

@@ -1,4 +1,4 @@
-"""No program inherits the machine's own AF_VSOCK.  Other families stand in for it here."""
+"""No program inherits sockets of the kernel's AF_VSOCK.  Other families stand in for it here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cli.vsock import Vsock
 from vsockets.supervisor.inherited import inherited_sockets
 
 
-def test_only_what_exec_keeps_and_only_that_family() -> None:
+def test_only_inheritable_sockets_of_the_family_are_found() -> None:
     with socket.socket(socket.AF_INET) as tcp, socket.socket(socket.AF_UNIX) as unix:
         before = inherited_sockets(socket.AF_INET)
         assert tcp.fileno() not in before  # Python closes it at exec
@@ -23,7 +23,7 @@ def test_only_what_exec_keeps_and_only_that_family() -> None:
         assert tcp.getsockname() == ("0.0.0.0", 0)  # open still
 
 
-def test_what_is_no_socket() -> None:
+def test_files_other_than_sockets_are_ignored() -> None:
     read, write = os.pipe()
     try:
         for fd in (read, write):
@@ -34,7 +34,7 @@ def test_what_is_no_socket() -> None:
         os.close(write)
 
 
-def test_vsock_run_refuses_it(vsock: Vsock) -> None:
+def test_vsock_run_refuses_an_inherited_af_vsock_socket(vsock: Vsock) -> None:
     script = """
 import socket, sys
 from vsockets.cli import app, run

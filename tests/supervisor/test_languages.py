@@ -1,5 +1,5 @@
-"""Programs in Go and Rust: static, with raw system calls, threads, and pollers of their own; and
-gRPC's library in C++, which has a poller of its own, too.
+"""Programs in Go and Rust: static, with raw system calls, threads and their own event loops; and
+gRPC's C++ library, which has an event loop of its own as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMPILERS = {
     "go": ("go", "build", "-o"),
     "rs": ("rustc", "--edition=2021", "-D", "warnings", "-C", "target-feature=+crt-static", "-o"),
 }
-#: Nothing is fetched, and nothing depends on how the user has set Go up; its cache is ours.
+#: Go without downloads and the user's settings, and with a cache of its own.
 GO = {
     "CGO_ENABLED": "0",
     "GO111MODULE": "off",
@@ -36,7 +36,7 @@ Echo = Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Echo:
-    """``programs/echo`` in a language, compiled once: static."""
+    """``programs/echo`` in one language, compiled once and linked statically."""
     folder = tmp_path_factory.mktemp("echo")
 
     def compile_one(language: str) -> Path:
@@ -45,7 +45,7 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Echo:
         if shutil.which(compiler) is None:
             pytest.skip(f"no {compiler}: apt install what .ci/run does")
         if language == "rs":
-            require_compiler("cc")  # it links
+            require_compiler("cc")  # as linker
         if not made.exists():
             done = subprocess.run(
                 [compiler, *options, made, PROGRAMS / f"echo.{language}"],
@@ -64,7 +64,7 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Echo:
 
 @pytest.mark.parametrize(("server", "client"), [("host", "90"), ("91", "host")])
 @pytest.mark.parametrize(("serves", "calls"), [("go", "rs"), ("rs", "go")])
-def test_an_echo_service_and_its_clients(
+def test_an_echo_service_serves_its_clients(
     vsock: Vsock, echo: Echo, serves: str, calls: str, server: str, client: str
 ) -> None:
     serving = vsock.start("run", "--cid", server, "--", echo(serves), "serve", CONNECTIONS)
@@ -77,7 +77,7 @@ def test_an_echo_service_and_its_clients(
 
 
 @pytest.mark.parametrize(("server", "client"), [("host", "92"), ("92", "host")])
-def test_a_call_by_grpc(vsock: Vsock, compile_c: Compile, server: str, client: str) -> None:
+def test_a_grpc_call_succeeds(vsock: Vsock, compile_c: Compile, server: str, client: str) -> None:
     if not Path("/usr/include/grpcpp/server_posix.h").exists():
         pytest.skip("no libgrpc++-dev: apt install what .ci/run does")
     libraries = ("-Wl,--copy-dt-needed-entries", "-lgrpc++", "-lgrpc", "-lgpr")

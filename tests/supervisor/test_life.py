@@ -1,4 +1,4 @@
-"""How a supervised program begins and ends: as with ``env``, and with all that supervises it."""
+"""Start and end of a supervised program: as with ``env``, and together with its supervisor."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def test_signals_reach_the_program(vsock: Vsock, number: signal.Signals) -> None
     assert running.finish(expect=5)[0] == b"caught\n"
 
 
-def test_a_signal_ends_it_as_it_ends_the_program(vsock: Vsock) -> None:
+def test_the_front_ends_by_the_programs_signal(vsock: Vsock) -> None:
     running = vsock.start("run", "sh", "-c", f"echo ready; {WAIT}")
     running.read_line()
     running.process.terminate()
     assert running.process.wait(PATIENCE) == -signal.SIGTERM
 
 
-def test_its_end_counts_though_a_signal_came_too_late(vsock: Vsock) -> None:
-    """The supervisor ends with the signal unread: the kernel tells of that before all else."""
+def test_a_late_signal_does_not_hide_the_exit_status(vsock: Vsock) -> None:
+    """The supervisor ends with the signal unread, which the front's socket reports first."""
     running = vsock.start("run", "sh", "-c", f"echo ready; {WAIT}; exit 5")
     running.read_line()
     front = running.process
@@ -76,7 +76,7 @@ def test_its_end_counts_though_a_signal_came_too_late(vsock: Vsock) -> None:
 
 
 def waits_for_something_new(pid: int) -> bool:
-    """Whether a process sleeps, with no signal to come."""
+    """Return whether a process sleeps without pending signals."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     status = dict(line.split(":\t", 1) for line in lines)
     return status["State"].startswith("S") and not int(status["ShdPnd"], 16)
@@ -85,12 +85,12 @@ def waits_for_something_new(pid: int) -> bool:
 def test_a_group_signal_reaches_the_program_once(vsock: Vsock, tmp_path: Path) -> None:
     program = r"""
 import os, signal, sys
-# The handler may run within a print(), which cannot be entered again.
+# The handler may run within a print(), which is not reentrant.
 signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"one\n"))
 print(os.getpid(), os.getpgid(0), flush=True)
 for line in sys.stdin: print(line, end="", flush=True)
 """
-    # The shell makes a job of it, with a process group of its own.
+    # The shell runs it as a job, with a process group of its own.
     with subprocess.Popen(
         [
             "bash",
@@ -115,14 +115,14 @@ for line in sys.stdin: print(line, end="", flush=True)
         assert process.stdout.read() == ""
 
 
-def test_when_its_front_is_killed_the_program_is(vsock: Vsock) -> None:
+def test_killing_the_front_kills_the_program(vsock: Vsock) -> None:
     running = vsock.start("run", "sh", "-c", f"echo $$; {WAIT}")
     pid = int(running.read_line())
     running.process.kill()
     wait_until(lambda: not is_there(pid), "the program to be killed")
 
 
-def test_when_the_supervisor_dies_the_program_and_its_children_do(vsock: Vsock) -> None:
+def test_killing_the_supervisor_kills_the_program_and_its_children(vsock: Vsock) -> None:
     # One of them in a session of its own.
     script = f"setsid sh -c 'echo $$; exec sleep 1000' & echo $$; {WAIT}"
     running = vsock.start("run", "sh", "-c", script)
@@ -133,7 +133,7 @@ def test_when_the_supervisor_dies_the_program_and_its_children_do(vsock: Vsock) 
     wait_until(lambda: not any(map(is_there, pids)), "all to be killed")
 
 
-def test_what_is_left_in_the_background_is_still_supervised(vsock: Vsock) -> None:
+def test_background_processes_are_still_supervised(vsock: Vsock) -> None:
     script = """
 import socket, sys
 sys.stdin.readline()
@@ -147,8 +147,8 @@ print("still", sock.getsockname(), flush=True)
     assert running.read_line() == "still (4294967295, 4294967295)"
 
 
-def test_nothing_is_held_open(vsock: Vsock) -> None:
-    # The reader sees the end as soon as the program closes its output.
+def test_the_supervisor_holds_no_file_of_the_program(vsock: Vsock) -> None:
+    # The reader sees the end of the pipe as soon as the program closes its output.
     running = vsock.start("run", "sh", "-c", f"exec >&- 2>&-; {WAIT}")
     assert running.process.stdout is not None
     ready, _, _ = select.select([running.process.stdout], [], [], PATIENCE)
@@ -158,8 +158,8 @@ def test_nothing_is_held_open(vsock: Vsock) -> None:
     running.finish(b"\n", expect=0)
 
 
-def test_socket_activation_finds_its_process(vsock: Vsock) -> None:
-    # What systemd does: LISTEN_PID is the process it started.
+def test_socket_activation_names_the_programs_process(vsock: Vsock) -> None:
+    # As with systemd, LISTEN_PID is the process that was started.
     program = "import os; print(os.environ['LISTEN_PID'] == str(os.getpid()))"
     script = f'export LISTEN_PID=$$; exec {" ".join(PROGRAM)} run {sys.executable} -c "{program}"'
     done = subprocess.run(
@@ -168,7 +168,7 @@ def test_socket_activation_finds_its_process(vsock: Vsock) -> None:
     assert done.stdout == "True\n"
 
 
-#: Orphans, which end as children of the supervisor, while sockets are made.
+#: Creates sockets while orphans end as children of the supervisor.
 ORPHANS = """
 import os, socket, sys
 reader, writer = os.pipe()
@@ -188,7 +188,7 @@ print(min(numbers) > 2)
 """
 
 
-def test_orphans_that_end_get_in_the_way_of_no_call(vsock: Vsock) -> None:
+def test_orphans_that_end_disturb_no_call(vsock: Vsock) -> None:
     assert vsock("run", sys.executable, "-c", ORPHANS).stdout == "True\n"
 
 
@@ -231,7 +231,7 @@ def terminal(vsock: Vsock, fabric: PrivateFabric) -> Terminal:
     return Terminal(vsock)
 
 
-def test_job_control(terminal: Terminal) -> None:
+def test_job_control_works(terminal: Terminal) -> None:
     run = " ".join(PROGRAM) + " run"
     program = "echo go; while read line; do echo got $line; done"
     terminal.type(f"{run} sh -c '{program}'\n")
@@ -260,7 +260,7 @@ def test_job_control(terminal: Terminal) -> None:
     terminal.close()
 
 
-def test_a_shell_within(terminal: Terminal) -> None:
+def test_a_supervised_shell_has_job_control(terminal: Terminal) -> None:
     terminal.type(" ".join(PROGRAM) + " run bash --norc --noprofile -i\n")
     terminal.expect(r"\$ ")
     terminal.type("sh -c 'echo begun; exec sleep 1000'\n")

@@ -1,4 +1,4 @@
-"""``vsock ls`` shows the programs, not their supervisor."""
+"""``vsock ls`` lists the programs, not their supervisor."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("user", [None, 65534])
-def test_every_socket_is_shown_with_who_has_it(vsock: Vsock, user: int | None) -> None:
+def test_each_socket_is_listed_with_its_process(vsock: Vsock, user: int | None) -> None:
     if user is not None and os.getuid() != 0:
         pytest.skip("only root can become somebody else")
     running = vsock.start(
@@ -60,7 +60,7 @@ def test_every_socket_is_shown_with_who_has_it(vsock: Vsock, user: int | None) -
         ("dgram", "unconnected", False): server,
     }
     registered = {key: row["registered_by"]["pid"] for key, row in known.items()}
-    if has_capability(CAP_SYS_ADMIN):  # then the supervisor can name its programs
+    if has_capability(CAP_SYS_ADMIN):  # the supervisor can send its programs' credentials
         assert registered == {**who, ("stream", "established", True): server}
     else:
         (supervisor,) = set(registered.values())
@@ -83,7 +83,9 @@ sys.stdin.read()
 """
 
 
-def test_nobody_can_say_that_a_stranger_has_his_socket(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_a_process_cannot_claim_another_processs_socket(
+    vsock: Vsock, fabric: PrivateFabric
+) -> None:
     with (
         socket.socket() as ours,
         subprocess.Popen(
@@ -95,6 +97,6 @@ def test_nobody_can_say_that_a_stranger_has_his_socket(vsock: Vsock, fabric: Pri
     ):
         assert claiming.stdout and claiming.stdout.readline() == b"bound\n"
         (row,) = vsock.json("ls", "--context", "host")
-        assert row["inode"] is None  # vsockd believes only what the kernel says of a socket
+        assert row["inode"] is None  # vsockd trusts the kernel's data alone
         assert row["pid"] == row["registered_by"]["pid"] == claiming.pid
         claiming.communicate(timeout=20)

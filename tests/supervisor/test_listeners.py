@@ -1,4 +1,4 @@
-"""Listening sockets of supervised programs: nothing but connections can be had from them."""
+"""Listening sockets of supervised programs: they yield connections alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cli.vsock import Vsock
 from vsockets._linux.sockets import HAS_PASSRIGHTS
 from vsockets.testing import PrivateFabric
 
-#: What every program here begins with.
+#: The beginning of every program here.
 COMMON = """
 import errno, os, select, socket, sys, threading, time
 ANY = 0xFFFFFFFF
@@ -41,10 +41,10 @@ def run(vsock: Vsock, program: str, *arguments: object, cid: object = "host") ->
 
 
 @pytest.mark.parametrize("kind", ["stream", "seqpacket"])
-def test_reading_and_writing_do_a_listener_no_harm(
+def test_reading_and_writing_do_not_affect_a_listener(
     vsock: Vsock, fabric: PrivateFabric, kind: str
 ) -> None:
-    """As a program does whose service manager gives it the listener as standard input."""
+    """A program does so whose service manager passes the listener as standard input."""
     program = """
 server = listener(7100, 500, sys.argv[1])
 os.dup2(server.fileno(), 0)
@@ -76,13 +76,13 @@ print(sorted(said))
             client.connect((2, 7100))
             client.sendall(b"%d" % number)
             assert client.recv(100) == b"%d" % number
-    # A unix stream that is not connected answers a read with EINVAL.
+    # A read from an unconnected unix stream fails with EINVAL.
     expected = "['EINVAL', 'ENOTCONN']" if kind == "stream" else "['ENOTCONN']"
     assert running.read_line() == expected
     running.finish()
 
 
-def test_a_port_is_free_when_its_listener_is_closed(vsock: Vsock) -> None:
+def test_closing_a_listener_releases_its_port(vsock: Vsock) -> None:
     program = """
 for number in range(50):
     server = listener(7101)
@@ -96,7 +96,7 @@ print("free")
     assert run(vsock, program) == ["free"]
 
 
-def test_somebody_else_finds_it_free(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_another_program_can_bind_a_released_port(vsock: Vsock, fabric: PrivateFabric) -> None:
     program = """
 while True:
     server = listener(7102)
@@ -123,7 +123,7 @@ while True:
         running.write(b"\n")
 
 
-def test_the_backlog(vsock: Vsock) -> None:
+def test_the_backlog_limits_pending_connections(vsock: Vsock) -> None:
     program = """
 server = listener(7103, 2)
 def connect():
@@ -142,7 +142,7 @@ connects(3)
     assert run(vsock, program) == ["1 1 1 0 0", "1 0", "1 1 0"]
 
 
-def test_readiness(vsock: Vsock) -> None:
+def test_a_listener_polls_readable_when_a_connection_is_pending(vsock: Vsock) -> None:
     program = """
 server = listener(7104)
 server.setblocking(False)
@@ -161,7 +161,7 @@ print("as it should be")
     assert run(vsock, program) == ["as it should be"]
 
 
-def test_several_processes_accept(vsock: Vsock) -> None:
+def test_several_processes_can_accept(vsock: Vsock) -> None:
     program = """
 server = listener(7105, 100)
 workers = []
@@ -184,7 +184,7 @@ print("done")
 
 
 @pytest.mark.parametrize("how", [PrivateFabric.stop, PrivateFabric.kill])
-def test_when_vsockd_ends(how: Callable[[PrivateFabric], None]) -> None:
+def test_a_listener_is_lost_with_vsockd(how: Callable[[PrivateFabric], None]) -> None:
     program = """
 waiting, polled, bound = listener(7106), listener(7107), bound(7108)
 poll = select.poll()
@@ -205,7 +205,7 @@ print(attempt(polled.accept), attempt(polled.listen), attempt(bound.listen), flu
         assert running.read_line() == "ENETDOWN ENETDOWN ENETDOWN"
 
 
-def test_a_context_is_powered_off(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_power_off_ends_a_listener(vsock: Vsock, fabric: PrivateFabric) -> None:
     program = """
 server = listener(7109)
 print("listening", flush=True)
@@ -221,7 +221,7 @@ print(attempt(server.accept), flush=True)
         fabric.control.remove_context(92)
 
 
-def test_connecting_from_a_port(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_a_bound_socket_connects_from_its_port(vsock: Vsock, fabric: PrivateFabric) -> None:
     program = """
 client = bound(7110)
 for _ in range(3):
@@ -250,7 +250,7 @@ print("free", flush=True)
     assert running.read_line() == "free"
 
 
-def test_a_listener_that_is_passed_to_a_program_of_the_library(
+def test_a_listener_passed_to_a_program_of_the_library_works(
     vsock: Vsock, fabric: PrivateFabric, tmp_path: Path
 ) -> None:
     program = """
@@ -283,7 +283,7 @@ sys.stdin.readline()
 
 
 @pytest.mark.skipif(not HAS_PASSRIGHTS, reason="takes Linux 6.16")
-def test_its_streams_carry_no_descriptors(vsock: Vsock) -> None:
+def test_accepted_streams_carry_no_descriptors(vsock: Vsock) -> None:
     program = """
 server = listener(7300)
 client = socket.socket(40, socket.SOCK_STREAM)

@@ -1,4 +1,4 @@
-"""Which process the supervisor looks at, and writes to: the one that made the call."""
+"""The supervisor reads and writes memory of the process that made the call alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ os.execlp("sh", "sh", "-c", "echo executed; read line")
 """
 
 
-def test_memory_is_that_of_the_program_that_made_the_call() -> None:
+def test_memory_is_read_from_the_program_that_made_the_call() -> None:
     processes = Processes(this_architecture())
     with subprocess.Popen(
         [sys.executable, "-c", EXECUTES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -46,7 +46,7 @@ def test_memory_is_that_of_the_program_that_made_the_call() -> None:
             assert not write_memory(memory, address, b"TEXT")
 
 
-def test_nothing_is_written_to_a_program_that_another_thread_executes(
+def test_memory_of_a_program_executed_meanwhile_is_not_written(
     vsock: Vsock, compile_c: Compile
 ) -> None:
     program = compile_c("executes.c", "-static", "-no-pie", "-pthread")
@@ -54,7 +54,7 @@ def test_nothing_is_written_to_a_program_that_another_thread_executes(
     assert done.stdout == "150 untouched, 0 written to, 0 failed\n"
 
 
-#: While accept() waits, another socket gets the number of the one that listens.
+#: Replaces the listening socket by another with its number while accept() waits.
 EXCHANGED = """
 import os, socket, sys, threading
 listener, other = (socket.socket(40, socket.SOCK_STREAM) for _ in range(2))
@@ -69,14 +69,14 @@ thread = threading.Thread(target=accept)
 thread.start()
 while open(f"/proc/self/task/{thread.native_id}/syscall").read().split()[0] != sys.argv[1]:
     pass
-kept.getsockname()  # the supervisor has seen to accept() by then
+kept.getsockname()  # the supervisor serves accept() by then
 os.dup2(other.fileno(), listener.fileno())
 print(kept.getsockname()[1], flush=True)
 thread.join()
 """
 
 
-def test_another_socket_of_the_same_number_is_not_taken_for_it(
+def test_another_socket_with_the_same_number_is_not_used(
     vsock: Vsock, fabric: PrivateFabric
 ) -> None:
     accept4 = this_architecture().accept4

@@ -1,4 +1,4 @@
-"""C programs: static ones, signals, threads, pointers to nowhere."""
+"""C programs: static linking, signals, threads, invalid pointers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .conftest import Compile
 RAW = ("-static", "-nostdlib", "-O1", "-fno-stack-protector", "-fcf-protection=none")
 
 
-def test_a_static_program_with_raw_system_calls(
+def test_a_static_program_with_raw_system_calls_works(
     vsock: Vsock, fabric: PrivateFabric, compile_c: Compile
 ) -> None:
     options = RAW if platform.machine() == "x86_64" else RAW[:-1]
@@ -42,11 +42,11 @@ def test_signals_interrupt_and_restart_accept(vsock: Vsock, compile_c: Compile) 
     ]
 
 
-def test_nothing_is_done_twice_in_a_storm_of_signals(vsock: Vsock, compile_c: Compile) -> None:
+def test_no_call_takes_effect_twice_during_many_signals(vsock: Vsock, compile_c: Compile) -> None:
     assert vsock("run", compile_c("signals.c", "-pthread"), "storm").stdout == "stormy\n"
 
 
-def test_what_a_signal_interrupts_is_done_once_though_it_is_called_again(
+def test_an_interrupted_call_that_is_repeated_takes_effect_once(
     vsock: Vsock, compile_c: Compile
 ) -> None:
     done = vsock("run", compile_c("signals.c", "-pthread"), "again")
@@ -59,11 +59,11 @@ def test_accept_times_out(vsock: Vsock, compile_c: Compile) -> None:
     assert done.stdout == "-1 Resource temporarily unavailable\n"
 
 
-def test_a_process_that_ends_in_accept_gives_its_port_back(
+def test_a_process_killed_in_accept_releases_its_port(
     vsock: Vsock, fabric: PrivateFabric, compile_c: Compile
 ) -> None:
     program = compile_c("signals.c", "-pthread")
-    # A shell that goes on, so that the supervisor does too.
+    # The shell keeps the supervisor running.
     running = vsock.start("run", "--cid", "71", "sh", "-c", f"{program} killed; read line")
     port = int(running.read_line())
     running.write(b"\n")
@@ -80,7 +80,7 @@ def test_a_process_that_ends_in_accept_gives_its_port_back(
     wait_until(is_free, "the port to be free")
 
 
-def test_pointers_to_nowhere(vsock: Vsock, compile_c: Compile) -> None:
+def test_invalid_pointers_fail_with_efault(vsock: Vsock, compile_c: Compile) -> None:
     program = compile_c("pointers.c")
     invalid, bad = "Invalid argument", "Bad address"
     assert vsock("run", "--cid", "host", program).stdout.splitlines() == [
@@ -95,7 +95,7 @@ def test_pointers_to_nowhere(vsock: Vsock, compile_c: Compile) -> None:
 
 
 @pytest.mark.parametrize("kind", ["stream", "datagram"])
-def test_the_guides_listings(vsock: Vsock, compile_c: Compile, kind: str) -> None:
+def test_the_guides_listings_work(vsock: Vsock, compile_c: Compile, kind: str) -> None:
     from pathlib import Path
 
     folder = Path(__file__).parents[2] / "examples" / "c"
@@ -113,21 +113,21 @@ def test_the_guides_listings(vsock: Vsock, compile_c: Compile, kind: str) -> Non
         assert heard == "sendto from context 72\nsend from context 72\n"
 
 
-def test_the_header_on_windows(compile_c: Compile) -> None:
+def test_the_header_compiles_for_windows(compile_c: Compile) -> None:
     compile_c("windows.c", "-lws2_32", compiler="x86_64-w64-mingw32-gcc")
 
 
-def test_the_header_in_cplusplus_and_beside_linuxs_own(compile_c: Compile) -> None:
+def test_the_header_compiles_as_cplusplus_and_with_linuxs_own(compile_c: Compile) -> None:
     compile_c("header.c", "-std=gnu89", "-pedantic")
     compile_c("header.c", "-Wextra", compiler="g++")
 
 
-def test_where_the_header_is(vsock: Vsock) -> None:
+def test_the_headers_path_is_printed(vsock: Vsock) -> None:
     folder = vsock("include-dir").stdout.strip()
     assert subprocess.run(["test", "-r", f"{folder}/vmci_sockets.h"], check=False).returncode == 0
 
 
-#: What recvfrom() says of the sender, at both ends of a stream.
+#: Prints the sender that recvfrom() returns, at both ends of a stream.
 SENDERS = """
 import ctypes, socket, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -149,6 +149,6 @@ for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
 """
 
 
-def test_the_sender_on_a_stream_is_no_path_of_vsockds(vsock: Vsock) -> None:
+def test_recvfrom_on_a_stream_shows_no_path_of_vsockd(vsock: Vsock) -> None:
     done = vsock("run", sys.executable, "-c", SENDERS)
     assert done.stdout.splitlines() == ["'stream' ''", "'seqpacket' ''"]

@@ -1,4 +1,4 @@
-"""Programs of root's supervisor that have dropped their rights: they have no more than those."""
+"""Programs of root's supervisor that have dropped privileges: the supervisor's do not count."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from .conftest import Compile
 
 pytestmark = as_administrator
 
-#: What a program says to vsockd itself on what was its socket: the status it is answered, or
-#: why it is not.
+#: Sends a request to vsockd on the program's own socket; prints the reply's status or the error.
 SAYS_ITSELF = """
 import os, socket, sys
 from vsockets.protocol import Op, RECORD_SIZE, Record, Request
@@ -53,7 +52,7 @@ for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
 
 
 @pytest.mark.parametrize("cid", ["host", "3"])
-def test_what_a_program_says_to_vsockd_itself(vsock: Vsock, cid: str) -> None:
+def test_a_programs_own_request_has_its_own_rights(vsock: Vsock, cid: str) -> None:
     done = vsock("run", "--cid", cid, sys.executable, "-c", SAYS_ITSELF)
     refused = {"Permission denied", "not connected to vsockd"}
     for lines in (done.stdout.splitlines()[:6], done.stdout.splitlines()[6:]):
@@ -63,10 +62,10 @@ def test_what_a_program_says_to_vsockd_itself(vsock: Vsock, cid: str) -> None:
     assert done.stderr == ""
 
 
-def test_what_a_program_says_while_the_supervisor_connects(
+def test_a_programs_request_during_a_connect_has_its_own_rights(
     vsock: Vsock, compile_c: Compile
 ) -> None:
-    """One thread connects to nobody, another writes a request of its own all the time."""
+    """One thread connects to an unused port, another keeps writing requests of its own."""
     done = vsock("run", "--cid", "host", compile_c("interjects.c", "-pthread"), "200")
     assert done.stdout == "0 of 200 have port 80\n"
 
@@ -94,7 +93,9 @@ datagrams.sendto(b"hello", (2, port))
 
 
 @pytest.mark.parametrize("user", [0, NOBODY])
-def test_vsockd_and_peers_know_the_program(vsock: Vsock, fabric: PrivateFabric, user: int) -> None:
+def test_vsockd_and_peers_get_the_programs_credentials(
+    vsock: Vsock, fabric: PrivateFabric, user: int
+) -> None:
     with (
         vsockets.create_server((2, 7600), context=fabric.host) as server,
         vsockets.socket(type=socket.SOCK_DGRAM, context=fabric.host) as receiver,
@@ -125,7 +126,7 @@ for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
 """
 
 
-def test_a_restricted_guest_is_reached_by_trusted_programs_only(
+def test_a_restricted_guest_accepts_trusted_programs_only(
     vsock: Vsock, fabric: PrivateFabric
 ) -> None:
     guest = fabric.guest(79, profile="restricted", owner=NOBODY - 1)

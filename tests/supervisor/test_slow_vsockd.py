@@ -1,4 +1,4 @@
-"""A vsockd that does not answer for a while, which makes visible what is usually too quick."""
+"""A vsockd that is stopped for a while, which exposes states that are usually too short."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ sys.stdin.readline()
 assert sock.connect_ex((2, 7500)) == errno.EINPROGRESS
 poll = select.poll()
 poll.register(sock, select.POLLOUT)
-assert poll.poll(0) == []  # honest: it has not finished
+assert poll.poll(0) == []  # not connected yet
 assert sock.connect_ex((2, 7500)) == errno.EALREADY
 assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
 print("in progress", flush=True)
@@ -68,12 +68,12 @@ def vsock(fabric: PrivateFabric) -> Iterator[Vsock]:
         yield vsock
 
 
-def test_connecting_takes_its_time_and_holds_nobody_up(
+def test_a_slow_connect_delays_no_other_call(
     vsock: Vsock, fabric: PrivateFabric, tmp_path: Path
 ) -> None:
     for name, program in (("connect", CONNECT), ("other", OTHER)):
         (tmp_path / name).write_text(program)
-    # One supervisor for both.
+    # Both under one supervisor.
     script = f"""
 mkfifo {tmp_path}/fifo
 {sys.executable} {tmp_path}/other <{tmp_path}/fifo >{tmp_path}/said &
@@ -139,8 +139,8 @@ assert timeout.raw == bytes(16)
 
 
 @contextmanager
-def full_door(door: Path) -> Iterator[None]:
-    """In the place of vsockd's door one where nobody can knock any more."""
+def full_control_socket(door: Path) -> Iterator[None]:
+    """Replace vsockd's control socket with one whose backlog is full."""
     aside = door.with_name("aside")
     door.rename(aside)
     try:
@@ -164,14 +164,14 @@ def full_door(door: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("outcome", ["room", "timeout", "at once"])
-def test_a_full_backlog_holds_nobody_else_up(
+def test_a_full_backlog_delays_no_other_call(
     vsock: Vsock, fabric: PrivateFabric, tmp_path: Path, outcome: str
 ) -> None:
     guest = fabric.guest(74)
     for name, program in (("knock", KNOCK), ("other", OTHER)):
         (tmp_path / name).write_text(program)
     mode = "polling" if outcome == "at once" else "blocking"
-    # A patience of a minute, where there will be room.
+    # A minute, within which there is room again.
     microseconds = {"room": 60_000_000, "timeout": 500_000, "at once": 0}[outcome]
     script = f"""
 mkfifo {tmp_path}/fifo
@@ -186,7 +186,7 @@ exec 9>{tmp_path}/fifo
         wait_until(lambda: said.read_text() == "ready\n", "the other program")
         os.kill(fabric.pid, signal.SIGSTOP)
         try:
-            with full_door(guest.folder / "stream"):
+            with full_control_socket(guest.folder / "stream"):
                 running.write(b"\n")
                 if outcome != "room":
                     code = errno.ETIMEDOUT if outcome == "timeout" else errno.ENOBUFS
@@ -209,7 +209,7 @@ exec 9>{tmp_path}/fifo
 
 
 def is_waiting_in_connect(argument: str) -> bool:
-    """Whether a process with this argument is in connect()."""
+    """Return whether a process with this argument waits in connect()."""
     number = this_architecture().connect
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -223,8 +223,8 @@ def is_waiting_in_connect(argument: str) -> bool:
     return False
 
 
-#: ``vsock run`` on a kernel that shows what is a matter of nanoseconds on the real one: it takes
-#: the answer to a call that a signal has just interrupted, and drops it.
+#: ``vsock run`` with a kernel that always does what the real one does within nanoseconds: it
+#: accepts the answer to a call that a signal has just interrupted, and drops it.
 DROPPING = """
 import sys
 from vsockets.supervisor import arch, notification, process
@@ -245,10 +245,10 @@ class Dropping(notification.Listener):
             super().answer(id_, value)
         except notification.CallInterrupted:
             if not processes.has_signal(self.threads[id_]):
-                raise  # it has taken the signal, which the real one would have shown, too
+                raise  # the thread has handled the signal: the real kernel reports that too
 
 notification.Listener = Dropping
-notification.SUPERVISOR_SIGNAL_WAIT_SECONDS = 60.0  # the test takes as long as it takes
+notification.SUPERVISOR_SIGNAL_WAIT_SECONDS = 60.0  # longer than the test takes
 sys.exit(main())
 """
 INTERRUPTED = """
@@ -264,7 +264,7 @@ print(libc.connect(sock.fileno(), address, len(address)), ctypes.get_errno(), fl
 """
 
 
-def test_an_answer_that_a_signal_gets_ahead_of_is_given_again(
+def test_an_answer_lost_to_a_signal_is_given_again(
     vsock: Vsock, fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, program in (("connect", INTERRUPTED), ("other", OTHER)):
@@ -277,8 +277,8 @@ exec 9>{tmp_path}/fifo
 """
     said = tmp_path / "said"
 
-    def let_the_supervisor_look() -> None:
-        """It has seen to what there was when it has answered somebody else since."""
+    def let_the_supervisor_catch_up() -> None:
+        """Wait until the supervisor has answered a later call of the other program."""
         before = said.read_text()
         with open(tmp_path / "fifo", "w") as other:
             other.write("now\n")
@@ -293,8 +293,8 @@ exec 9>{tmp_path}/fifo
         try:
             running.write(b"\n")
             wait_until(lambda: is_waiting_in_connect(f"{tmp_path}/connect"), "connect() to wait")
-            let_the_supervisor_look()
-            # It is woken, and has not taken the other signal yet.
+            let_the_supervisor_catch_up()
+            # The thread is woken, and has not handled the other signal yet.
             os.kill(pid, signal.SIGSTOP)
             wait_until(lambda: status_of(pid, "State").startswith("T"), "it to stop")
             os.kill(pid, signal.SIGUSR1)
@@ -303,14 +303,14 @@ exec 9>{tmp_path}/fifo
         server.settimeout(20)
         accepted, _ = server.accept()
         with accepted:
-            let_the_supervisor_look()
+            let_the_supervisor_catch_up()
             os.kill(pid, signal.SIGCONT)
             assert running.read_line() == "0 0"
         running.finish()
 
 
 def status_of(pid: int, field: str) -> str:
-    """A field of a process's status in /proc."""
+    """Return a field of a process's status in /proc."""
     rows = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(row.partition(":")[2].strip() for row in rows if row.startswith(f"{field}:"))
 
@@ -322,7 +322,7 @@ sock, other = socket.socket(40, int(type_)), socket.socket(40, 1)
 def look():
     while open(f"/proc/self/task/{os.getpid()}/syscall").read().split()[0] != call:
         pass
-    other.getsockname()  # the supervisor has seen to bind() by then
+    other.getsockname()  # the supervisor serves bind() by then
     print("waits", flush=True)
 libc = ctypes.CDLL(None, use_errno=True)
 signal.signal(signal.SIGUSR1, lambda number, frame: None)
@@ -338,10 +338,10 @@ for line in sys.stdin:
 
 
 @pytest.mark.parametrize("type_", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
-def test_what_vsockd_was_asked_counts_though_the_program_gave_up(
+def test_a_bind_interrupted_by_a_signal_takes_effect(
     vsock: Vsock, fabric: PrivateFabric, type_: int
 ) -> None:
-    """The program is told EINTR by bind(), and does something else."""
+    """bind() fails with EINTR, and the program goes on."""
     command = sys.executable, "-c", GIVES_UP, int(type_), this_architecture().bind
     running = vsock.start("run", "--cid", "host", *command)
     pid = int(running.read_line())

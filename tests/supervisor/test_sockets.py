@@ -1,4 +1,4 @@
-"""What is known of sockets, and what is forgotten."""
+"""The state kept of sockets, and the limit of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ numbers = st.integers(0, (1 << 32) - 1)
 
 
 @given(numbers, numbers)
-def test_an_address_comes_back(cid: int, port: int) -> None:
+def test_an_address_survives_packing(cid: int, port: int) -> None:
     packed = pack_address((cid, port))
     assert len(packed) == SOCKADDR_SIZE == 16
     assert unpack_address(packed) == (cid, port)
@@ -40,7 +40,7 @@ def test_an_address_comes_back(cid: int, port: int) -> None:
         ({12: 255}, False),
     ],
 )
-def test_an_address_is_validated_as_by_linux(changed: dict[int, int], valid: bool) -> None:
+def test_addresses_are_validated_as_by_linux(changed: dict[int, int], valid: bool) -> None:
     data = bytearray(pack_address((2, 5000)))
     for at, value in changed.items():
         data[at] = value
@@ -49,7 +49,7 @@ def test_an_address_is_validated_as_by_linux(changed: dict[int, int], valid: boo
     assert unpack_address(bytes(data[:-1])) is None
 
 
-def test_an_address_looks_as_in_linux_vm_sockets_h() -> None:
+def test_addresses_have_the_layout_of_linux() -> None:
     assert pack_address((2, 5000)).hex() == "28000000881300000200000000000000"
 
 
@@ -63,11 +63,11 @@ def test_an_address_looks_as_in_linux_vm_sockets_h() -> None:
         ("", None),
     ],
 )
-def test_sockets_are_told_by_their_link(link: str, inode: int | None) -> None:
+def test_a_sockets_inode_is_read_from_its_link(link: str, inode: int | None) -> None:
     assert inode_in(link) == inode
 
 
-def test_what_only_we_know_is_forgotten_last() -> None:
+def test_sockets_that_vsockd_does_not_know_are_kept_longer() -> None:
     sockets = Sockets()
     new = Endpoint(SOCK_STREAM, 1, 1)
     sockets.add(1, new)
@@ -80,7 +80,7 @@ def test_what_only_we_know_is_forgotten_last() -> None:
         sockets.find(2)
 
 
-def test_but_even_that_is_bounded() -> None:
+def test_the_number_of_sockets_is_bounded() -> None:
     sockets = Sockets()
     for inode in range(SUPERVISOR_SOCKETS_MAX + 100):
         sockets.add(inode, Endpoint(SOCK_DGRAM, inode, inode))

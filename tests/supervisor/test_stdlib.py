@@ -15,7 +15,7 @@ PROGRAM = Path(__file__).parent / "programs" / "stdlib.py"
 
 @pytest.mark.skipif(not hasattr(socket, "AF_VSOCK"), reason="this Python's socket has no AF_VSOCK")
 @pytest.mark.parametrize("where", ["host", "73"])
-def test_the_standard_librarys_sockets(vsock: Vsock, where: str) -> None:
-    # -I: nothing of the project is in it.
+def test_the_standard_librarys_sockets_work(vsock: Vsock, where: str) -> None:
+    # -I: without modules of the project.
     done = vsock("run", "--cid", where, sys.executable, "-I", PROGRAM, expect=None, patience=120)
     assert (done.stdout, done.returncode) == ("all well\n", 0), done.stderr

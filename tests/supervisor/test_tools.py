@@ -1,4 +1,4 @@
-"""Programs that people use: socat, OpenSSH."""
+"""Common tools: socat, OpenSSH."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ print(digest.hexdigest())
 """
 
 
-#: For a gigabyte on a busy machine, in seconds.
+#: Seconds to transfer a gigabyte on a busy machine.
 PATIENCE = 120.0
 pytestmark = pytest.mark.timeout(3 * PATIENCE)
 
@@ -61,10 +61,10 @@ def wait_for_listener(fabric: PrivateFabric, port: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["suspend", "power_off"])
-def test_streams_of_a_supervised_program_are_dropped(
+def test_suspending_drops_a_supervised_programs_streams(
     vsock: Vsock, fabric: PrivateFabric, how: str
 ) -> None:
-    """The guest's program is C, and its descriptors are nobody's but its own."""
+    """The guest's program is written in C, and it alone holds its descriptors."""
     needs("socat")
     guest = fabric.control.add_context()["cid"]
     with vsockets.create_server((2, vsockets.VMADDR_PORT_ANY), context=fabric.host) as server:
@@ -81,7 +81,7 @@ def test_streams_of_a_supervised_program_are_dropped(
 
 
 @pytest.mark.parametrize("sender", ["host", "74"])
-def test_a_gigabyte_through_socat(vsock: Vsock, fabric: PrivateFabric, sender: str) -> None:
+def test_socat_transfers_a_gigabyte(vsock: Vsock, fabric: PrivateFabric, sender: str) -> None:
     needs("socat")
     receiver = "74" if sender == "host" else "host"
     peer = 74 if sender == "host" else 2
@@ -95,12 +95,12 @@ def test_a_gigabyte_through_socat(vsock: Vsock, fabric: PrivateFabric, sender: s
     assert taking.finish()[0].decode() == given.stderr
 
 
-#: docs/adapters.md: of a host vsock-CID.
+#: ssh's options for a host vsock-CID, from docs/adapters.md.
 BY_VSOCK_CONNECT = """sh -c 'exec vsock connect "${1#vsock-}" 22' - %h"""
 
 
 @pytest.mark.parametrize("proxy", ["socat - VSOCK-CONNECT:75:22", BY_VSOCK_CONNECT])
-def test_ssh_into_a_guest_without_a_network(
+def test_ssh_reaches_a_guest_without_a_network(
     vsock: Vsock, fabric: PrivateFabric, tmp_path: Path, proxy: str
 ) -> None:
     sshd = "/usr/sbin/sshd"
@@ -137,10 +137,10 @@ def test_ssh_into_a_guest_without_a_network(
     assert (done.stdout, done.returncode) == ("from the guest\n", 3), done.stderr + log
 
 
-def test_a_service_on_a_unix_socket_by_way_of_socat(
+def test_socat_exports_a_unix_socket_service(
     vsock: Vsock, fabric: PrivateFabric, tmp_path: Path
 ) -> None:
-    """What docs/run.md says for gRPC, whose wheels have no vsock."""
+    """The way of docs/run.md for gRPC, whose wheels lack vsock."""
     needs("socat")
     service, entrance = str(tmp_path / "server"), str(tmp_path / "client")
     with socket.socket(socket.AF_UNIX) as server:
@@ -156,7 +156,7 @@ def test_a_service_on_a_unix_socket_by_way_of_socat(
         for number in range(2):
             with socket.socket(socket.AF_UNIX) as client:
                 client.settimeout(PATIENCE)
-                # The name is there a moment before anybody listens on it.
+                # The name exists shortly before socat listens on it.
                 wait_until(lambda: client.connect_ex(entrance) == 0, "somebody there")
                 client.sendall(b"call %d" % number)
                 accepted, _ = server.accept()

@@ -1,4 +1,4 @@
-"""Processes that are traced behave as if they were not."""
+"""Traced processes behave as untraced ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MORE = (
 import ctypes, signal, time
 server = datagram()
 def waits(pid):
-    # In the call that a thread sleeps in until there is an answer: ppoll.
+    # In ppoll, in which a thread waits for its answer.
     return open(f"/proc/{pid}/syscall").read().split()[0] in ("271", "73")
 def wait_for(condition):
     deadline = time.monotonic() + 20
@@ -38,7 +38,7 @@ def receiver():
 )
 
 
-def test_signals_and_waiting(vsock: Vsock, compile_c: Compile) -> None:
+def test_signals_interrupt_and_restart_waiting_calls(vsock: Vsock, compile_c: Compile) -> None:
     program = compile_c("datagrams.c", "-static", "-pthread")
     assert vsock("run", program).stdout.splitlines() == [
         "without SA_RESTART: -1 Interrupted system call",
@@ -49,7 +49,7 @@ def test_signals_and_waiting(vsock: Vsock, compile_c: Compile) -> None:
     ]
 
 
-def test_a_waiting_process_is_stopped_and_goes_on(vsock: Vsock) -> None:
+def test_a_waiting_process_can_be_stopped_and_continued(vsock: Vsock) -> None:
     program = (
         MORE[len(COMMON) :]
         + """
@@ -66,7 +66,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV])
-def test_a_waiting_process_is_killed(vsock: Vsock, number: signal.Signals) -> None:
+def test_a_waiting_process_can_be_killed(vsock: Vsock, number: signal.Signals) -> None:
     program = (
         MORE[len(COMMON) :]
         + f"""
@@ -79,7 +79,7 @@ assert works(datagram(), server)
     assert run(vsock, program) == [str(-number)]
 
 
-def test_the_program_stops_its_front_too(vsock: Vsock) -> None:
+def test_stopping_the_program_stops_the_front(vsock: Vsock) -> None:
     program = (
         MORE
         + """
@@ -101,7 +101,7 @@ print("on again", works(datagram(), server), flush=True)
     running.finish()
 
 
-def test_its_exit_status_and_its_signals(vsock: Vsock) -> None:
+def test_exit_status_and_signals_are_kept(vsock: Vsock) -> None:
     program = (
         MORE
         + """
@@ -114,7 +114,7 @@ os.kill(os.getpid(), signal.SIGUSR1)
     assert done.returncode == 37
 
 
-def test_it_ends_with_the_supervisor(vsock: Vsock) -> None:
+def test_tracees_end_with_the_supervisor(vsock: Vsock) -> None:
     program = (
         MORE
         + """
@@ -129,7 +129,7 @@ server.recvfrom(10)
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the program to end")
 
 
-def test_threads_that_execute_a_program(vsock: Vsock) -> None:
+def test_a_thread_can_execute_a_program(vsock: Vsock) -> None:
     program = (
         MORE[len(COMMON) :]
         + """
@@ -144,7 +144,7 @@ for thread in readers: thread.join()
     assert run(vsock, program) == ["executed"]
 
 
-def test_very_many_threads_and_processes(vsock: Vsock) -> None:
+def test_many_threads_and_processes_are_traced(vsock: Vsock) -> None:
     program = (
         MORE[len(COMMON) :]
         + """
@@ -163,7 +163,7 @@ print(works(datagram(), server))
     assert run(vsock, program) == ["True"]
 
 
-def test_a_process_that_has_a_tracer(vsock: Vsock) -> None:
+def test_a_process_with_a_tracer_is_reported(vsock: Vsock) -> None:
     program = """
 import ctypes, signal
 libc = ctypes.CDLL(None, use_errno=True)
@@ -188,8 +188,8 @@ while True:
     ]
 
 
-def test_a_filter_of_its_own_that_traces(vsock: Vsock) -> None:
-    """Without a tracer its calls fail with ENOSYS, and so they do with ours."""
+def test_a_programs_own_tracing_filter_fails_calls_with_enosys(vsock: Vsock) -> None:
+    """Its calls fail with ENOSYS as without supervision, although the process has a tracer."""
     program = (
         MORE[len(COMMON) :]
         + """
@@ -211,7 +211,7 @@ print(works(datagram(), server))
     assert run(vsock, program) == ["ENOSYS", "ENOSYS", "True"]
 
 
-def test_a_filter_of_its_own_that_allows_no_more_of_them(vsock: Vsock) -> None:
+def test_a_program_that_forbids_further_filters_gets_eperm(vsock: Vsock) -> None:
     program = (
         MORE[len(COMMON) :]
         + """
@@ -235,8 +235,8 @@ print(all(works(sock, server) for sock in made))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone can become somebody else")
-def test_a_process_that_has_become_somebody_else(vsock: Vsock) -> None:
-    """It has no privilege, and has not promised never to get any."""
+def test_a_process_that_has_changed_its_user_is_traced(vsock: Vsock) -> None:
+    """It has no privileges, and has not set no_new_privs."""
     program = (
         MORE[len(COMMON) :]
         + """
