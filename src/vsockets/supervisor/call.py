@@ -237,7 +237,7 @@ class Call:
         self._answer_with(sock.fileno(), bool(flags & SOCK_CLOEXEC), endpoint.served)
 
     def answer_with_descriptor(self, fd: int, close_on_exec: bool) -> None:
-        """Give the process a copy of ``fd``, and return its number.
+        """Give the process a copy of ``fd``, and let the call return its number.
 
         Raises CallInterrupted or OSError.
         """

@@ -39,16 +39,16 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 _LAST_STANDARD = 2
 #: Options of waitpid(): children that stop or continue, and all tracees.
-_OF_ALL = os.WUNTRACED | os.WCONTINUED | WAIT_FOR_ALL
+_WAIT_OPTIONS = os.WUNTRACED | os.WCONTINUED | WAIT_FOR_ALL
 
 #: A message between front and supervisor: its kind, and a signal or wait status.
-_NOTE = struct.Struct("=ci")
+_MESSAGE = struct.Struct("=ci")
 #: From the program's process to the supervisor, and back: whether it can begin.
 _INSTALLED, _ERRNO = b"i", struct.Struct("=i")
 _STOPPED, _ENDED, _SIGNAL, _CONTINUED = b"S", b"E", b"K", b"C"
 
 #: Signals that the front relays to the program; the others concern the front itself.
-_PASSED_ON = frozenset(signal.valid_signals()) - {
+_RELAYED = frozenset(signal.valid_signals()) - {
     signal.SIGKILL,
     signal.SIGSTOP,
     signal.SIGCHLD,
@@ -64,7 +64,8 @@ _PASSED_ON = frozenset(signal.valid_signals()) - {
 #: sizeof(sigset_t) of C libraries, and of struct signalfd_siginfo, in bytes.
 _SIGNAL_SET, _SIGNAL_INFO = 128, 128
 
-_OUTLIVED = (
+#: Signals that the supervisor ignores: it ends after the program.
+_IGNORED = (
     *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP),
     *(signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE),
 )
@@ -83,15 +84,15 @@ def launch(
     """
     machine = this_architecture()
     mechanism = NotificationMechanism()
-    _control(_PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     front, back = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     starter = os.getpid()
     supervisor_pid = os.fork()
     if supervisor_pid:
         back.close()
-        _be_front(front, supervisor_pid)
+        _run_front(front, supervisor_pid)
     front.close()
-    _control(_PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     opens = not may_be_opened()
     made = rules(machine, opens, looks=opens and device)
     ours, theirs = socket.socketpair()
@@ -99,7 +100,7 @@ def launch(
     if program_pid == 0:
         back.close()
         ours.close()
-        _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         descriptors = mechanism.install(machine, made)
         socket.send_fds(theirs, [_INSTALLED], descriptors)
         for fd in descriptors:
@@ -113,7 +114,7 @@ def launch(
         become()
     theirs.close()
     program = _Program(program_pid, back)
-    _be_supervisor(
+    _run_supervisor(
         lambda descriptors: Supervisor(
             machine, mechanism, descriptors, context, program.on_group_stop
         ),
@@ -153,7 +154,7 @@ class _Program:
         """Reap children that have ended or stopped: the program's first process, and orphans."""
         while True:
             try:
-                pid, status = os.waitpid(-1, options | _OF_ALL)
+                pid, status = os.waitpid(-1, options | _WAIT_OPTIONS)
             except ChildProcessError:
                 return
             if pid == 0:
@@ -170,7 +171,7 @@ class _Program:
                 os.kill(self._front_pid, signal.SIGCONT)
             self._stopped = False
             if not os.WIFCONTINUED(status):
-                self._tell(_ENDED, status)
+                self.report(_ENDED, status)
                 if self._front is not None:
                     self._front.close()
                 self._front = None
@@ -183,35 +184,36 @@ class _Program:
         """Tell the front that a process is stopped, if it is the program's first."""
         if pid == self.pid:
             self._stopped = True
-            self._tell(_STOPPED, 0)
+            self.report(_STOPPED, 0)
 
     def on_front(self, events: int) -> None:
         """Handle a message of the front, or its end."""
         if self._front is None:
             return
-        note = _heard(self._front)
-        if not note:  # the front was killed: kill the program
+        message = _receive(self._front)
+        if not message:  # the front was killed: kill the program
             self._front = None
-            self._send(signal.SIGKILL)
+            self._signal(signal.SIGKILL)
             return
-        kind, number = _NOTE.unpack(note)
+        kind, number = _MESSAGE.unpack(message)
         if kind == _SIGNAL:
-            self._send(number)
+            self._signal(number)
         elif kind == _CONTINUED and self._stopped:
-            self._send(signal.SIGCONT)
+            self._signal(signal.SIGCONT)
 
-    def _send(self, number: int) -> None:
+    def _signal(self, number: int) -> None:
         # Not reaped yet, so that the number is still its own.
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def _tell(self, kind: bytes, number: int) -> None:
+    def report(self, kind: bytes, number: int) -> None:
+        """Send a message to the front, if it still runs."""
         if self._front is not None:
             with contextlib.suppress(OSError):
-                self._front.send(_NOTE.pack(kind, number))
+                self._front.send(_MESSAGE.pack(kind, number))
 
 
-def _be_supervisor(
+def _run_supervisor(
     make: Callable[[list[int]], Supervisor],
     program: _Program,
     starting: socket.socket,
@@ -219,12 +221,12 @@ def _be_supervisor(
 ) -> NoReturn:
     status = 1
     try:
-        for number in _OUTLIVED:
+        for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # a new group, for the front too
             os.setpgid(0, 0)
-        children = _blocked_as_descriptor(signal.SIGCHLD)
-        program._tell(_CONTINUED, 0)  # the new group exists
+        children = _block_as_descriptor(signal.SIGCHLD)
+        program.report(_CONTINUED, 0)  # the new group exists
         installed, descriptors, _, _ = socket.recv_fds(starting, 1, 1)
         fds = {program.fileno(), starting.fileno(), children, *kept}
         _close_all_but(fds | set(descriptors))
@@ -260,42 +262,46 @@ def _be_supervisor(
 # The front
 
 
-def _be_front(channel: socket.socket, supervisor: int) -> NoReturn:
-    wakes, wake = socket.socketpair()
-    wakes.setblocking(False)
-    wake.setblocking(False)
-    for number in _PASSED_ON:
+def _run_front(channel: socket.socket, supervisor: int) -> NoReturn:
+    wakeups, wakeup = socket.socketpair()
+    wakeups.setblocking(False)
+    wakeup.setblocking(False)
+    for number in _RELAYED:
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, lambda number, frame: None)
-    signal.set_wakeup_fd(wake.fileno())
-    _close_all_but({channel.fileno(), wakes.fileno(), wake.fileno()})
+    signal.set_wakeup_fd(wakeup.fileno())
+    _close_all_but({channel.fileno(), wakeups.fileno(), wakeup.fileno()})
     while True:
-        ready, _, _ = select.select([channel, wakes], [], [])
-        if wakes in ready:
+        ready, _, _ = select.select([channel, wakeups], [], [])
+        if wakeups in ready:
             with contextlib.suppress(BlockingIOError, OSError):
-                for received in wakes.recv(4096):
-                    if received in _PASSED_ON:
-                        channel.send(_NOTE.pack(_SIGNAL, received))
+                for received in wakeups.recv(4096):
+                    if received in _RELAYED:
+                        channel.send(_MESSAGE.pack(_SIGNAL, received))
         if channel not in ready:
             continue
-        note = _heard(channel)
-        if not note:
-            _end_all_children()
-            _end_as(signal.SIGKILL)  # the program was killed, by the kernel or just now
-        kind, status = _NOTE.unpack(note)
-        if kind == _ENDED:
-            _end_as(status)
-        elif kind == _STOPPED:
-            os.kill(os.getpid(), signal.SIGSTOP)
-            with contextlib.suppress(OSError):
-                channel.send(_NOTE.pack(_CONTINUED, 0))
-        elif kind == _CONTINUED:
-            # Fails for a session leader, which then gets signals to the group twice.
-            with contextlib.suppress(OSError):
-                os.setpgid(0, supervisor)
+        message = _receive(channel)
+        if not message:
+            _kill_all_children()
+            _end_like(signal.SIGKILL)  # the program was killed, by the kernel or just now
+        _follow(channel, supervisor, *_MESSAGE.unpack(message))
 
 
-def _end_as(status: int) -> NoReturn:
+def _follow(channel: socket.socket, supervisor: int, kind: bytes, status: int) -> None:
+    """Do what the supervisor reports of the program: end, stop, or leave its process group."""
+    if kind == _ENDED:
+        _end_like(status)
+    elif kind == _STOPPED:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        with contextlib.suppress(OSError):
+            channel.send(_MESSAGE.pack(_CONTINUED, 0))
+    elif kind == _CONTINUED:
+        # Fails for a session leader, which then gets signals to the group twice.
+        with contextlib.suppress(OSError):
+            os.setpgid(0, supervisor)
+
+
+def _end_like(status: int) -> NoReturn:
     """End this process with the exit status or the signal of a wait status."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
@@ -308,7 +314,7 @@ def _end_as(status: int) -> NoReturn:
     os._exit(os.WEXITSTATUS(status))
 
 
-def _end_all_children() -> None:
+def _kill_all_children() -> None:
     """Kill the processes that a dead supervisor has left: they are this process's children now."""
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as children:
@@ -325,12 +331,12 @@ def _end_all_children() -> None:
 # Common to both
 
 
-def _heard(channel: socket.socket) -> bytes:
+def _receive(channel: socket.socket) -> bytes:
     """Return the next message, or nothing if the other side has ended."""
     try:
-        return channel.recv(_NOTE.size)
+        return channel.recv(_MESSAGE.size)
     except ConnectionResetError:  # it ended with a message unread; its own last one follows
-        return channel.recv(_NOTE.size)
+        return channel.recv(_MESSAGE.size)
 
 
 def _close_all_but(kept: Collection[int]) -> None:
@@ -348,7 +354,7 @@ def _close_all_but(kept: Collection[int]) -> None:
     os.close(nothing)
 
 
-def _blocked_as_descriptor(number: int) -> int:
+def _block_as_descriptor(number: int) -> int:
     """Block a signal, and return a descriptor that is readable when it is pending.
 
     It must not interrupt the supervisor while that adds a descriptor to a program: the kernel would
@@ -359,5 +365,5 @@ def _blocked_as_descriptor(number: int) -> int:
     return check(libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC))
 
 
-def _control(option: int, value: int) -> None:
+def _prctl(option: int, value: int) -> None:
     check(libc.prctl(option, value, 0, 0, 0))

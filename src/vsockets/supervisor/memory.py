@@ -72,7 +72,7 @@ class Message(NamedTuple):
         return pieces
 
     def results(self, name_size: int, flags: int) -> list[Piece]:
-        """Return the pieces that recvmsg() writes to the struct itself, without control data."""
+        """Return the pieces that set the struct's results: address size, no control data, flags."""
         return [
             (self.at + _NAME_SIZE_AT, struct.pack("=I", name_size)),
             (self.at + _CONTROL_SIZE_AT, struct.pack("=Q", 0)),

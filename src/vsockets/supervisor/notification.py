@@ -179,7 +179,7 @@ class _Suspended(NamedTuple):
 
 
 class NotificationInterceptor:
-    """The interceptor of :mod:`.interception` by a listener, and a tracer for data calls."""
+    """An interceptor that uses a listener, and a tracer for data calls."""
 
     def __init__(self, listener: Listener, surroundings: Surroundings) -> None:
         self._listener = listener
@@ -240,7 +240,7 @@ class NotificationInterceptor:
         return self._listener.is_valid(call.id)
 
     def answer(self, call: InterceptedCall, value: int) -> None:
-        """Answer a call, which is lost to a thread that a signal has woken already."""
+        """Answer a call; the answer is lost if a signal has woken the thread already."""
         if isinstance(call, TracedCall):
             self._tracer.answer(call.thread, value)
         else:
@@ -259,7 +259,7 @@ class NotificationInterceptor:
         interruption: Interruption,
         interrupted: Callable[[], None],
     ) -> None:
-        """Keep a call that waits: its thread, if interrupted, may repeat it and wait on."""
+        """Remember a call that waits, in case its thread is interrupted and repeats it."""
         if isinstance(call, TracedCall):
             restarts = interruption is Interruption.RESTART
             self._tracer.sleep(call.thread, restarts, interrupted)
@@ -268,7 +268,7 @@ class NotificationInterceptor:
             self._suspended[call.pid] = _Suspended(call, interrupted)
 
     def resume(self, call: InterceptedCall, run: Callable[[], None]) -> bool:
-        """Drop a call that was kept, and return True: its thread need not be stopped."""
+        """Forget a suspended call, and return True: its handler can run at once."""
         suspended = self._suspended.get(call.pid)
         if suspended is not None and suspended.call is call:
             del self._suspended[call.pid]

@@ -213,7 +213,7 @@ def take_record(sock: _socket.socket) -> tuple[Record, int | None]:
 
 
 def may_be_registered(sock: _socket.socket) -> bool:
-    """Return whether a unix socket has a name that shows that vsockd may know it.
+    """Return whether vsockd may know a unix socket, by the names of the socket and its peer.
 
     Either vsockd has bound it, or it is connected to a vsockd, or was until it became a stream.
     """

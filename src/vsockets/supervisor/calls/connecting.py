@@ -110,7 +110,7 @@ async def request_on_socket(
 ) -> Record:
     """Send a request on the socket's own connection, and return the reply.  Raises OSError.
 
-    What the program does with its socket meanwhile can only lose the reply.
+    By using its socket meanwhile, the program can at most cause the reply to be lost.
     """
     await _attach(call, endpoint, sock, VSOCKD_REPLY_TIMEOUT_SECONDS)
     send(sock, request, None)
@@ -263,7 +263,7 @@ async def _accept(call: Call, endpoint: Endpoint, flags: int) -> Answer:
                 break
             if not os.get_blocking(listener.fileno()):
                 raise failure(errno.EAGAIN)
-            seconds = _timeout(listener)
+            seconds = timeout_of(listener, SO_RCVTIMEO) or None
             wait = lent(listener.detach(), endpoint.inode, seconds)
         if not await wait:
             raise failure(errno.EAGAIN)
@@ -336,11 +336,6 @@ def _accept_token(listener: _socket.socket) -> _socket.socket | None:
     except (BlockingIOError, ConnectionAbortedError):
         return None
     return _socket.socket(AF_UNIX, listener.type, 0, fd)
-
-
-def _timeout(listener: _socket.socket) -> float | None:
-    """Return SO_RCVTIMEO in seconds, or None for no limit."""
-    return timeout_of(listener, SO_RCVTIMEO) or None
 
 
 async def shutdown(call: Call, endpoint: Endpoint) -> Answer:
