@@ -100,6 +100,45 @@ Benchmark = Callable[[Tick], dict[str, Series]]
 
 
 def _benchmarks(rounds: int) -> dict[str, Benchmark]:
+    return {
+        **_device_benchmarks(rounds),
+        **_fabric_benchmarks(rounds),
+        **_supervised_benchmarks(rounds),
+        **(_forward_benchmarks(rounds) if forward.available() else {}),
+        **(_amqp_benchmarks(rounds) if amqp.available() else {}),
+        **(_nfs_benchmarks(rounds) if nfs.available() else {}),
+    }
+
+
+def _device_benchmarks(rounds: int) -> dict[str, Benchmark]:
+    def device(throughput: Callable[[int, bool], float], to_guest: bool) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            contestants = {
+                "device": lambda: throughput(1 << 29, to_guest),
+                "unix": lambda: vmci.unix(1 << 29),
+            }
+            return take_turns(contestants, "MB/s", rounds, tick)
+
+        return run
+
+    def handed_off(tick: Tick) -> dict[str, Series]:
+        with hybrid.running() as stage:
+            contestants = {
+                "hybrid": lambda: streams.throughput(stage.from_guest(), 4000),
+                "unix": lambda: streams.throughput(streams.unix(), 4000),
+            }
+            return take_turns(contestants, "MB/s", rounds, tick)
+
+    return {
+        "VMCI device to a program, no machine": device(vmci.throughput, False),
+        "VMCI device to the guest, no machine": device(vmci.throughput, True),
+        "virtio device to a program, no machine": device(virtio.throughput, False),
+        "virtio device to the guest, no machine": device(virtio.throughput, True),
+        "hybrid vsock from the guest, throughput, 64 KiB": handed_off,
+    }
+
+
+def _fabric_benchmarks(rounds: int) -> dict[str, Benchmark]:
     def stream(measure: Callable[..., float], count: int, unit: str) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             with PrivateFabric() as fabric:
@@ -165,23 +204,33 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
             contestants = {"1 stream": one, "100 streams": hundred, "1,000 streams": thousand}
             return take_turns(contestants, "ms", rounds, tick)
 
+    many_contexts = scale.most(10_000, 2)
+    many_listeners = scale.most(20_000, 1)
+
+    return {
+        "stream throughput, 64 KiB": stream(streams.throughput, 4000, "MB/s"),
+        "stream round trip, 64 B": stream(streams.round_trip, 15_000, "us"),
+        "datagrams, 64 B": datagram,
+        "connects, 1 client": connecting(1, 3000),
+        "connects, 4 clients": connecting(4, 2000),
+        "processor time a connect, 4 clients": connects_cost,
+        "suspend until the last end is interrupted": dropping,
+        "vsockd's time a connect, contexts": growing(
+            ("10", 10, 1), (f"{many_contexts:,}", many_contexts, 1)
+        ),
+        "vsockd's time a connect, listeners": growing(
+            ("100", 1, 100), (f"{many_listeners:,}", 1, many_listeners)
+        ),
+    }
+
+
+def _supervised_benchmarks(rounds: int) -> dict[str, Benchmark]:
     def supervising(measure: str, count: int, unit: str) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             with PrivateFabric(log_level="warning") as fabric:
                 contestants: dict[str, Callable[[], float]] = {
                     family: partial(supervised.program, fabric, family, measure, count)
                     for family in ("vsock", "unix", "tcp")
-                }
-                return take_turns(contestants, unit, rounds, tick)
-
-        return run
-
-    def forwarding(measure: Callable[..., float], count: int, unit: str) -> Benchmark:
-        def run(tick: Tick) -> dict[str, Series]:
-            with forward.running() as (forwarders, names):
-                contestants: dict[str, Callable[[], float]] = {
-                    name: partial(lambda name: measure(forwarders.pair(name), count), name)
-                    for name in names
                 }
                 return take_turns(contestants, unit, rounds, tick)
 
@@ -195,6 +244,27 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
                     "plain": partial(measure, fabric, False),
                 }
                 return take_turns(contestants, "s", rounds, tick)
+
+        return run
+
+    return {
+        "supervised stream throughput, 64 KiB": supervising("throughput", 8000, "MB/s"),
+        "supervised stream round trip, 64 B": supervising("round trip", 15_000, "us"),
+        "supervised connects": supervising("connects", 1500, "/s"),
+        "supervised build": bystander(supervised.build),
+        "supervised starts of Python": bystander(supervised.starts),
+    }
+
+
+def _forward_benchmarks(rounds: int) -> dict[str, Benchmark]:
+    def forwarding(measure: Callable[..., float], count: int, unit: str) -> Benchmark:
+        def run(tick: Tick) -> dict[str, Series]:
+            with forward.running() as (forwarders, names):
+                contestants: dict[str, Callable[[], float]] = {
+                    name: partial(lambda name: measure(forwarders.pair(name), count), name)
+                    for name in names
+                }
+                return take_turns(contestants, unit, rounds, tick)
 
         return run
 
@@ -222,15 +292,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
-    def handed_off(tick: Tick) -> dict[str, Series]:
-        with hybrid.running() as stage:
-            contestants = {
-                "hybrid": lambda: streams.throughput(stage.from_guest(), 4000),
-                "unix": lambda: streams.throughput(streams.unix(), 4000),
-            }
-            return take_turns(contestants, "MB/s", rounds, tick)
-
-    beside_socat: dict[str, Benchmark] = {
+    return {
         "hybrid vsock to the guest, throughput, 64 KiB": hybrid_beside_socat(
             streams.throughput, 4000, "MB/s"
         ),
@@ -243,6 +305,8 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "forward connects, 4 clients": forwarded_connects(4, 150),
     }
 
+
+def _amqp_benchmarks(rounds: int) -> dict[str, Benchmark]:
     def messaging(measure: Callable[..., float], *size: int, unit: str) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             with amqp.running() as ports:
@@ -253,7 +317,7 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
-    beside_tcp: dict[str, Benchmark] = {
+    return {
         "amqp publishing, 1 KiB": messaging(amqp.publishing, 5000, 1024, unit="MB/s"),
         "amqp publishing, 64 KiB": messaging(amqp.publishing, 500, 65_536, unit="MB/s"),
         "amqp consuming, 1 KiB": messaging(amqp.fetching, 5000, 1024, unit="MB/s"),
@@ -261,6 +325,8 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
         "amqp confirmed one by one, 64 B": messaging(amqp.confirming, 300, unit="us"),
     }
 
+
+def _nfs_benchmarks(rounds: int) -> dict[str, Benchmark]:
     def storing(measure: Callable[[Path, int], float], count: int, unit: str) -> Benchmark:
         def run(tick: Tick) -> dict[str, Series]:
             with nfs.mounted() as folders:
@@ -271,51 +337,10 @@ def _benchmarks(rounds: int) -> dict[str, Benchmark]:
 
         return run
 
-    beside_udp: dict[str, Benchmark] = {
+    return {
         "nfs writing, 32 MiB": storing(nfs.writing, 32, "MB/s"),
         "nfs reading, 32 MiB": storing(nfs.reading, 32, "MB/s"),
         "nfs making and removing files of 4 KiB": storing(nfs.creating, 200, "/s"),
-    }
-
-    def device(throughput: Callable[[int, bool], float], to_guest: bool) -> Benchmark:
-        def run(tick: Tick) -> dict[str, Series]:
-            contestants = {
-                "device": lambda: throughput(1 << 29, to_guest),
-                "unix": lambda: vmci.unix(1 << 29),
-            }
-            return take_turns(contestants, "MB/s", rounds, tick)
-
-        return run
-
-    many_contexts = scale.most(10_000, 2)
-    many_listeners = scale.most(20_000, 1)
-    return {
-        "VMCI device to a program, no machine": device(vmci.throughput, False),
-        "VMCI device to the guest, no machine": device(vmci.throughput, True),
-        "virtio device to a program, no machine": device(virtio.throughput, False),
-        "virtio device to the guest, no machine": device(virtio.throughput, True),
-        "hybrid vsock from the guest, throughput, 64 KiB": handed_off,
-        "stream throughput, 64 KiB": stream(streams.throughput, 4000, "MB/s"),
-        "stream round trip, 64 B": stream(streams.round_trip, 15_000, "us"),
-        "datagrams, 64 B": datagram,
-        "connects, 1 client": connecting(1, 3000),
-        "connects, 4 clients": connecting(4, 2000),
-        "processor time a connect, 4 clients": connects_cost,
-        "suspend until the last end is interrupted": dropping,
-        "supervised stream throughput, 64 KiB": supervising("throughput", 8000, "MB/s"),
-        "supervised stream round trip, 64 B": supervising("round trip", 15_000, "us"),
-        "supervised connects": supervising("connects", 1500, "/s"),
-        "supervised build": bystander(supervised.build),
-        "supervised starts of Python": bystander(supervised.starts),
-        "vsockd's time a connect, contexts": growing(
-            ("10", 10, 1), (f"{many_contexts:,}", many_contexts, 1)
-        ),
-        "vsockd's time a connect, listeners": growing(
-            ("100", 1, 100), (f"{many_listeners:,}", 1, many_listeners)
-        ),
-        **(beside_socat if forward.available() else {}),
-        **(beside_tcp if amqp.available() else {}),
-        **(beside_udp if nfs.available() else {}),
     }
 
 

@@ -450,14 +450,10 @@ class H2Connection(asyncio.Protocol):
                     stream.on_data(event.data, size)
             case h2.events.WindowUpdated(stream_id=number):
                 self._window_opened(number)
-            case h2.events.StreamEnded(stream_id=number):
-                if (stream := self._streams.get(number)) is not None:
-                    stream.on_end()
+            case h2.events.StreamEnded(stream_id=number) if number in self._streams:
+                self._streams[number].on_end()
             case h2.events.StreamReset(stream_id=number):
-                why = ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-                self._answered(number, why)
-                if (stream := self._streams.get(number)) is not None:
-                    stream.lose(why)
+                self._on_reset(number)
             case h2.events.ResponseReceived(stream_id=number):
                 status = dict(event.headers or ()).get(b":status", b"")
                 self._answered(number, int(status) if status.isdigit() else 502)
@@ -466,11 +462,20 @@ class H2Connection(asyncio.Protocol):
                 stream = self._streams[number] = H2Stream(self, number)
                 self._on_request(self, stream, dict(event.headers or ()))
             case h2.events.RemoteSettingsChanged():
-                if not self.ready.done():
-                    self.ready.set_result(None)
-                self._window_opened(0)
+                self._on_settings()
             case h2.events.ConnectionTerminated():
                 self.abort(ConnectionError("the peer sent GOAWAY"))
+
+    def _on_reset(self, number: int) -> None:
+        why = ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        self._answered(number, why)
+        if (stream := self._streams.get(number)) is not None:
+            stream.lose(why)
+
+    def _on_settings(self) -> None:
+        if not self.ready.done():
+            self.ready.set_result(None)
+        self._window_opened(0)
 
     def _answered(self, number: int, answer: int | OSError) -> None:
         """Complete a pending :meth:`open` with a status or an error."""
