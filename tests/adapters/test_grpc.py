@@ -35,9 +35,9 @@ def test_unary_call(fabric: PrivateFabric, tmp_path: Path) -> None:
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("t", {"Shout": handler})])
     server.add_insecure_port(f"unix:{service}")
     server.start()
-    host, said = forward(fabric.environment(fabric.host), "vsock::any", f"unix:{service}")
-    found = re.search(r":(\d+)$", said.strip())
-    assert found, said
+    host, output = forward(fabric.environment(fabric.host), "vsock::any", f"unix:{service}")
+    found = re.search(r":(\d+)$", output.strip())
+    assert found, output
     inside = fabric.environment(fabric.guest())
     guest, _ = forward(inside, f"unix:{entrance}", f"vsock:host:{found[1]}")
     try:

@@ -35,7 +35,7 @@ def test_paramiko(guest: int, serve: Serve) -> None:
         if channel is not None:
             while not hasattr(server, "command"):
                 transport.join(0.01)
-            channel.sendall(b"you said " + server.command)
+            channel.sendall(b"you output " + server.command)
             channel.send_exit_status(0)
             channel.close()
             transport.join(30)
@@ -51,6 +51,6 @@ def test_paramiko(guest: int, serve: Serve) -> None:
         )
         with module.connect(2, port, password="secret", **options) as client:
             _, out, _ = client.exec_command("hello")
-            assert out.read() == b"you said hello"
+            assert out.read() == b"you output hello"
         with pytest.raises(paramiko.AuthenticationException):
             module.connect(2, port, password="guessed", **options)

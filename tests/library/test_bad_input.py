@@ -92,13 +92,13 @@ def test_integers_as_in_af_vsock_of_cpython(vsock_fabric: PrivateFabric) -> None
         assert done.returncode == 0, done.stderr
         return str(done.stdout).splitlines()
 
-    theirs = outcomes("")
+    reference = outcomes("")
     assert outcomes("import vsockets; vsockets.install()") == [
-        line.replace("(3, ", "(4, ") for line in theirs
+        line.replace("(3, ", "(4, ") for line in reference
     ]
-    assert theirs[:2] == ["(3, 'free')", "(3, 6000)"]  # -1: any
-    assert theirs[4] == "(3, 5000)"  # 2**32 + 5000
-    assert theirs.count("TypeError") == 3 * 4 * 3 + 3 * 2
+    assert reference[:2] == ["(3, 'free')", "(3, 6000)"]  # -1: any
+    assert reference[4] == "(3, 5000)"  # 2**32 + 5000
+    assert reference.count("TypeError") == 3 * 4 * 3 + 3 * 2
 
 
 def expect(code: int, call: Any, *arguments: Any) -> None:

@@ -24,10 +24,10 @@ def test_readme_contains_the_example(example: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "heard"),
+    ("kind", "output"),
     [("stream", "HELLO FROM CONTEXT 7\n"), ("datagram", "you are context 7, port ")],
 )
-def test_example_runs(vsock_fabric: PrivateFabric, kind: str, heard: str) -> None:
+def test_example_runs(vsock_fabric: PrivateFabric, kind: str, output: str) -> None:
     guest = vsock_fabric.guest(7)
     path = {"PYTHONPATH": os.path.dirname(os.path.dirname(vsockets.__file__))}
     server = subprocess.Popen(
@@ -51,7 +51,7 @@ def test_example_runs(vsock_fabric: PrivateFabric, kind: str, heard: str) -> Non
                 check=False,
             )
             assert client.stderr == ""
-            assert client.stdout.startswith(heard)
+            assert client.stdout.startswith(output)
             assert server.wait(20) == 0
         finally:
             server.kill()

@@ -142,14 +142,14 @@ def test_multiprocessing_connections(stream: Pair) -> None:
     # A multiprocessing connection reads whole messages, so the descriptor must block.
     stream.client.setblocking(True)
     stream.accepted.setblocking(True)
-    ours = multiprocessing.connection.Connection(stream.client.detach())
-    theirs = multiprocessing.connection.Connection(stream.accepted.detach())
-    with ours, theirs:
-        ours.send({"any": ["object", 1, None]})
-        assert theirs.recv() == {"any": ["object", 1, None]}
-        theirs.send_bytes(bytes(100_000))
-        assert multiprocessing.connection.wait([ours], 10) == [ours]
-        assert len(ours.recv_bytes()) == 100_000
+    connection = multiprocessing.connection.Connection(stream.client.detach())
+    peer = multiprocessing.connection.Connection(stream.accepted.detach())
+    with connection, peer:
+        connection.send({"any": ["object", 1, None]})
+        assert peer.recv() == {"any": ["object", 1, None]}
+        peer.send_bytes(bytes(100_000))
+        assert multiprocessing.connection.wait([connection], 10) == [connection]
+        assert len(connection.recv_bytes()) == 100_000
 
 
 INSTALLED = """

@@ -132,6 +132,6 @@ class PrivateGanesha:
     def _check_alive(self) -> bool:
         if self._processes[-1].poll() is None:
             return True
-        said = (self._folder / "ganesha.out").read_text(errors="replace")
+        output = (self._folder / "ganesha.out").read_text(errors="replace")
         log = self._log.read_text(errors="replace") if self._log.exists() else ""
-        raise RuntimeError(f"ganesha has ended:\n{said[-2000:]}\n{log[-2000:]}")
+        raise RuntimeError(f"ganesha has ended:\n{output[-2000:]}\n{log[-2000:]}")

@@ -114,9 +114,9 @@ def test_texts_that_are_no_number(text: str) -> None:
 @given(st.text())
 def test_any_text_is_parsed_or_a_value_error(text: str) -> None:
     for parse in (parse_cid, parse_port):
-        said = ""
+        message = ""
         try:
             number = parse(text)
         except ValueError as error:
-            said = str(error)
-        assert repr(text) in said or 0 <= number < 2**32
+            message = str(error)
+        assert repr(text) in message or 0 <= number < 2**32

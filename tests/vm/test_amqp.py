@@ -66,12 +66,12 @@ def test_machine_with_only_python_uses_rabbitmq(
             queue=QUEUE,
             count=COUNT,
         )
-    ready, said, errors, status, log = result
+    ready, output, errors, status, log = result
     assert ready == "vsock: listening on tcp:127.0.0.1:5672\n"
     assert not errors
     assert status == 0, log
     # An emulated machine on a busy host may not reach it in time and retries.
-    again = set(json.loads(said.splitlines()[-1])["again"])
+    again = set(json.loads(output.splitlines()[-1])["again"])
     parameters = pika.ConnectionParameters("127.0.0.1", rabbitmq.ports[1])
     with pika.BlockingConnection(parameters) as connection:
         channel = connection.channel()

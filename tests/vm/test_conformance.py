@@ -76,9 +76,9 @@ result = done.stdout + done.stderr, done.returncode
         serving = self._vsock.start(*self._on_host("server", *arguments))
         wait_until(lambda: listens(control) or serving.process.poll() is not None, "the server")
         script = self._in_guest("client", f"--control-host={HOST}", *arguments)
-        said, status = self._machine.run(script, timeout=_RUN)
+        output, status = self._machine.run(script, timeout=_RUN)
         served = b"".join(serving.process.communicate(timeout=_RUN)).decode()
-        return f"{said}\nserver: {served}", (status, serving.process.returncode) == (0, 0)
+        return f"{output}\nserver: {served}", (status, serving.process.returncode) == (0, 0)
 
     def _host_is_client(self, picks: list[str]) -> tuple[str, bool]:
         job = self._machine.start(self._in_guest("server", f"--control-port={CONTROL}", *picks))
@@ -86,9 +86,9 @@ result = done.stdout + done.stderr, done.returncode
         wait_until(lambda: self._machine.run(f"result = {listening}"), "the server", PATIENCE)
         arguments = ("--control-host=127.0.0.1", f"--control-port={self._port}", *picks)
         running = self._vsock.start(*self._on_host("client", *arguments)).process
-        said = b"".join(running.communicate(timeout=_RUN)).decode()
+        output = b"".join(running.communicate(timeout=_RUN)).decode()
         served, status = job.result(_RUN)
-        return f"{said}\nserver: {served}", (running.returncode, status) == (0, 0)
+        return f"{output}\nserver: {served}", (running.returncode, status) == (0, 0)
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -115,13 +115,13 @@ class TestSuite:
     def test_passing_cases_pass(self, peers: Peers, client: str, column: int) -> None:
         passing = [case for case in peers.cases if case.results[column] == "pass"]
         assert len(passing) >= 19
-        said, succeeded = peers.run(client, passing)
-        passed = {int(number) for number in re.findall(r"^(\d+) - .*\.\.\.ok$", said, re.M)}
-        assert passed == {case.id for case in passing}, said
-        assert succeeded, said
+        output, succeeded = peers.run(client, passing)
+        passed = {int(number) for number in re.findall(r"^(\d+) - .*\.\.\.ok$", output, re.M)}
+        assert passed == {case.id for case in passing}, output
+        assert succeeded, output
 
     def test_failing_cases_fail(self, peers: Peers, client: str, column: int) -> None:
         for case in peers.cases:
             if case.results[column] == "fail":
-                said, succeeded = peers.run(client, [case])
-                assert not succeeded, f"{case.name} passes: update {TABLES.name}\n{said}"
+                output, succeeded = peers.run(client, [case])
+                assert not succeeded, f"{case.name} passes: update {TABLES.name}\n{output}"

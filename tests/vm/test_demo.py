@@ -39,15 +39,15 @@ pytestmark = pytest.mark.timeout(240)
 
 def read_until(terminal: int, text: bytes) -> bytes:
     """Return the output up to ``text``."""
-    said = b""
-    while text not in said:
+    output = b""
+    while text not in output:
         try:
             data = os.read(terminal, 65_536)
         except OSError:  # EIO: the last process on the terminal has ended
             data = b""
-        assert data, said.decode(errors="replace")
-        said += data
-    return said
+        assert data, output.decode(errors="replace")
+        output += data
+    return output
 
 
 def test_demo_with_its_shell(stage: Stage, tmp_path: Path) -> None:
@@ -66,11 +66,11 @@ def test_demo_with_its_shell(stage: Stage, tmp_path: Path) -> None:
     os.close(slave)
     try:
         # Table cells may be wrapped.
-        said = " ".join(read_until(master, b"(exit)").decode(errors="replace").split())
-        assert "FAILED" not in said
+        output = " ".join(read_until(master, b"(exit)").decode(errors="replace").split())
+        assert "FAILED" not in output
         same = r"ok 2 files, 0.3 MB in [\d.]+ s, sha256 \w+… at both ends"
-        assert len(re.findall(same, said)) == 2, said
-        assert "fetch a page from inside ok" in said
+        assert len(re.findall(same, output)) == 2, output
+        assert "fetch a page from inside ok" in output
         os.write(master, b"cat '/srv/copied/empty'; ls /sys/class/net; echo $((6 * 7))-; tty\n")
         there = read_until(master, b"/dev/pts/")
         assert b"lo 42- /dev/pts/" in b" ".join(there.split())

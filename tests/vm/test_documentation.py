@@ -39,13 +39,13 @@ def test_command_line_of_qemu(stage: Stage, fabric_of_machines: PrivateFabric, d
     ) as qemu:
         try:
             assert qemu.stdout is not None
-            said = ""
+            output = ""
             for line in qemu.stdout:
-                said += line
+                output += line
                 if "Booting from Hard Disk" in line:
                     break
-            assert "Booting from Hard Disk" in said, said
-            assert "warning" not in said
+            assert "Booting from Hard Disk" in output, output
+            assert "warning" not in output
         finally:
             qemu.kill()
             machine.kill()

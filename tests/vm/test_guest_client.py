@@ -24,18 +24,18 @@ PATIENCE = 30.0
 @contextmanager
 def served(request: object) -> Iterator[socket.socket]:
     """Start the guest's agent with a request; yield the stream."""
-    ours, theirs = socket.socketpair()
-    ours.settimeout(PATIENCE)
+    client_end, agent_end = socket.socketpair()
+    client_end.settimeout(PATIENCE)
 
     def serve() -> None:
-        with theirs:
-            guest_agent._serve_command(theirs, (2, 5000))
+        with agent_end:
+            guest_agent._serve_command(agent_end, (2, 5000))
 
     server = threading.Thread(target=serve)
     server.start()
-    with ours:
-        ours.sendall(json.dumps(request).encode() + b"\nits input\n")
-        yield ours
+    with client_end:
+        client_end.sendall(json.dumps(request).encode() + b"\nits input\n")
+        yield client_end
     server.join(PATIENCE)
     assert not server.is_alive()
 
@@ -49,8 +49,8 @@ class TestCommands:
     def test_command_on_a_terminal(self) -> None:
         with served({"command": ["sh"], "rows": 33, "columns": 101}) as sock:
             sock.sendall(b"stty size; exit\n")
-            said = b"".join(iter(lambda: sock.recv(4096), b""))
-        assert b"33 101\r\n" in said
+            output = b"".join(iter(lambda: sock.recv(4096), b""))
+        assert b"33 101\r\n" in output
 
     def test_closed_connection_ends_the_command(self) -> None:
         with served({"command": ["sleep", "1000"], "rows": 24, "columns": 80}):

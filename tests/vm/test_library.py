@@ -89,10 +89,10 @@ def machine(stage: Stage) -> Iterator[Machine]:
 def run(machine: Machine, **environment: str) -> None:
     """Run all tests."""
     arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", "--timeout=60", "library"]
-    status, said = machine.run(
+    status, output = machine.run(
         _RUN_TESTS, timeout=_RUN, arguments=arguments, environment=environment
     )
-    assert status == 0, said
+    assert status == 0, output
 
 
 def test_on_the_loopback_of_the_kernel(machine: Machine) -> None:

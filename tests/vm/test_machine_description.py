@@ -148,23 +148,23 @@ class TestHardware:
 
 class TestArguments:
     def test_memory_is_shared_with_the_device(self) -> None:
-        said = machine_arguments(MachineOptions("vmci", 256), "/run/vm5")
-        assert said[said.index("-m") + 1] == "256M"
-        assert "memory-backend-memfd,id=mem,size=256M,share=on" in said
-        assert any("memory-backend=mem" in word for word in said)
+        options = machine_arguments(MachineOptions("vmci", 256), "/run/vm5")
+        assert options[options.index("-m") + 1] == "256M"
+        assert "memory-backend-memfd,id=mem,size=256M,share=on" in options
+        assert any("memory-backend=mem" in word for word in options)
 
     def test_commas_in_names_are_quoted(self) -> None:
-        said = machine_arguments(MachineOptions("virtio", 256, name="a,b"), "/run/a,b")
-        assert said[said.index("-name") + 1] == "a,,b"
-        assert "socket,id=vsock,path=/run/a,,b" in said
+        options = machine_arguments(MachineOptions("virtio", 256, name="a,b"), "/run/a,b")
+        assert options[options.index("-name") + 1] == "a,,b"
+        assert "socket,id=vsock,path=/run/a,,b" in options
 
     def test_disks_keep_their_order(self) -> None:
         disks = [("a,b", "virtio"), ("s0", "sata"), ("p0", "pvscsi"), ("s1", "sata")]
         disks += [("p1", "pvscsi"), ("n", "nvme"), ("l", "lsisas1068")]
         machine = MachineOptions("vmci", 256, disks=tuple(Disk(a, "vmdk", b) for a, b in disks))
-        said = machine_arguments(machine, "/run/vm5")
-        options = [word for before, word in pairwise(said) if before == "-device"]
-        assert options[1:] == [
+        options = machine_arguments(machine, "/run/vm5")
+        devices = [word for before, word in pairwise(options) if before == "-device"]
+        assert devices[1:] == [
             '{"driver": "virtio-blk-pci", "drive": "disk0", "bootindex": 0}',
             '{"driver": "ide-hd", "drive": "disk1", "bootindex": 1, "bus": "ide.0"}',
             "pvscsi,id=pvscsi",
@@ -178,17 +178,17 @@ class TestArguments:
             '{"driver": "scsi-hd", "drive": "disk6", "bootindex": 6, "bus": "lsisas1068.0", '
             '"scsi-id": 0}',
         ]
-        files = [json.loads(word)["file"]["filename"] for word in said if '"node-name"' in word]
+        files = [json.loads(word)["file"]["filename"] for word in options if '"node-name"' in word]
         assert files == [path for path, _ in disks]
 
     def test_network_only_with_a_card(self) -> None:
         assert not [
             word for word in machine_arguments(MachineOptions("vmci", 256), "/s") if "net" in word
         ]
-        said = machine_arguments(
+        options = machine_arguments(
             MachineOptions("vmci", 256, cards=(Card("e1000", "00:50:56:01:02:03"),)), "/s"
         )
-        assert said[-4:] == [
+        assert options[-4:] == [
             *("-netdev", "user,id=net0"),
             *("-device", "e1000,netdev=net0,mac=00:50:56:01:02:03"),
         ]

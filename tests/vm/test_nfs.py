@@ -78,8 +78,8 @@ class Host:
             sys.client.terminate()
             result = sys.client.wait(), sys.client.stderr.read(), os.listdir("/mnt")
         """
-        said = self._guest.run(start, PATIENCE, export=str(export or self.export))
-        assert said == "vsock: mounted on /mnt\n"
+        output = self._guest.run(start, PATIENCE, export=str(export or self.export))
+        assert output == "vsock: mounted on /mnt\n"
         try:
             yield
         finally:
@@ -176,13 +176,13 @@ def test_permissions_of_a_guest(guest: Machine, host: Host, tmp_path: Path) -> N
         "of-1000": 1000,
     }
     with host.mounted(read_only):
-        said = guest.run(
+        output = guest.run(
             """
             try: Path("/mnt/file").touch()
             except OSError as error: result = error.strerror
             """
         )
-    assert said == "Read-only file system"
+    assert output == "Read-only file system"
 
 
 def test_copy_survives_death_of_the_server(guest: Machine, host: Host) -> None:
@@ -248,8 +248,8 @@ def test_random_writes_are_read_back(guest: Machine, host: Host) -> None:
 def test_kernel_without_fuse(guest: Machine, host: Host) -> None:
     assert not guest.run('result = os.system("rmmod fuse")')
     try:
-        said = guest.run("result = client('/none').communicate()[1]", PATIENCE)
+        output = guest.run("result = client('/none').communicate()[1]", PATIENCE)
     finally:
         guest.run("load_fuse()")
-    assert said.startswith("vsock: /dev/fuse: No such file or directory; modprobe fuse")
-    assert said.count("\n") == 1
+    assert output.startswith("vsock: /dev/fuse: No such file or directory; modprobe fuse")
+    assert output.count("\n") == 1

@@ -233,9 +233,9 @@ def test_killed_device_ends_qemu(
     parts = descendants(empty.pid)
     (device,) = [pid for pid in parts if "--until-eof" in arguments_of(pid)]
     os.kill(device, signal.SIGKILL)
-    _, said = empty.communicate(timeout=PATIENCE)
+    _, output = empty.communicate(timeout=PATIENCE)
     assert empty.returncode == 1
-    assert said.endswith("vsock: the device has ended (killed by signal 9), and QEMU with it\n")
+    assert output.endswith("vsock: the device has ended (killed by signal 9), and QEMU with it\n")
     assert not any(map(alive, parts))
 
 
@@ -243,9 +243,9 @@ def test_device_without_guest_memory_is_reported(empty: subprocess.Popen[str]) -
     """The device's last message is passed on in full."""
     (device,) = [pid for pid in descendants(empty.pid) if "--until-eof" in arguments_of(pid)]
     os.kill(device, signal.SIGBUS)
-    _, said = empty.communicate(timeout=PATIENCE)
-    assert "vsock: the device: vsock device: the guest's memory cannot be accessed" in said
-    assert said.endswith("vsock: the device has ended (status 135), and QEMU with it\n")
+    _, output = empty.communicate(timeout=PATIENCE)
+    assert "vsock: the device: vsock device: the guest's memory cannot be accessed" in output
+    assert output.endswith("vsock: the device has ended (status 135), and QEMU with it\n")
 
 
 def test_guest_panic_ends_the_machine(stage: Stage, fabric_of_machines: PrivateFabric) -> None:
@@ -305,21 +305,21 @@ def test_snapshots_and_migration(
     lines: list[str] = []
 
     async def follow() -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
+        monitor_end, qemu_end = socket.socketpair()
+        with qemu_end:
             qemu = await asyncio.create_subprocess_exec(
                 *(downloads.qemu(), "-S", "-nodefaults", "-display", "none", "-m", "32M"),
                 *("-accel", "tcg", "-blockdev", f"file,filename={disk},node-name=file"),
                 *("-blockdev", "qcow2,file=file,node-name=disk"),
                 *("-device", "virtio-blk-pci,drive=disk"),
-                *("-chardev", f"socket,id=monitor,fd={theirs.fileno()}"),
+                *("-chardev", f"socket,id=monitor,fd={qemu_end.fileno()}"),
                 *("-qmp", "chardev:monitor"),
-                pass_fds=[theirs.fileno()],
+                pass_fds=[qemu_end.fileno()],
             )
         qmp = QMPClient()
         try:
             async with asyncio.timeout(PATIENCE):
-                await qmp.connect(ours)
+                await qmp.connect(monitor_end)
                 with qmp.listener(("RESUME",)) as resumes:
                     sync = LifecycleSync(qmp, control, EMPTY, lines.append)
                     syncing = asyncio.create_task(sync.run())

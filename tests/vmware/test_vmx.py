@@ -352,7 +352,7 @@ texts = st.lists(
 @given(st.binary() | texts)
 @example(b".encoding")
 def test_hostile_files(data: bytes) -> None:
-    said = None
+    message = None
     try:
         found = parse_vmx(data, "a.vmx")
         assert found.values.keys() == found.lines.keys()
@@ -362,5 +362,5 @@ def test_hostile_files(data: bytes) -> None:
         found.require_vmci()
         assert found.hardware_version >= 7
     except VmxError as error:
-        said = str(error)
-    assert said is None or (said.startswith("a.vmx:") and said.isprintable())
+        message = str(error)
+    assert message is None or (message.startswith("a.vmx:") and message.isprintable())
