@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -9,10 +10,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 import vsockets
+from vsockets.daemon import datagram_epochs
+from vsockets.daemon.datagram_epochs import EarlierEpochs, end_sockets
+from vsockets.daemon.deferred_work import DeferredWork
+from vsockets.eventloop.loop import EventLoop
 from vsockets.testing import PrivateFabric
 
 from .raw_client import ask_for_route, unix_datagrams
@@ -239,3 +245,95 @@ def test_a_crash_leaves_its_life_behind_until_it_is_dealt_with(
     second = lives.read_text()
     assert len(first) == len(second) == 16
     assert first != second
+
+
+EPOCH = "0123456789abcdef"
+MANY = 640  # descriptors: ten steps of a search
+
+HOLDER = """
+import os, sys
+for _ in range(int(sys.argv[2])):
+    os.dup(int(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def route_of(port: int) -> socket.socket:
+    """Return a socket with the name of a route, connected to itself."""
+    sock = unix_datagrams()
+    sock.bind(f"\0vsock:3:{port}:{EPOCH}:{os.getpid():x}".encode())
+    sock.connect(sock.getsockname())
+    return sock
+
+
+@contextlib.contextmanager
+def held_elsewhere(sock: socket.socket, copies: int) -> Iterator[socket.socket]:
+    """Run a process with so many copies of ``sock``."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(sock.fileno()), str(copies)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=[sock.fileno()],
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield sock
+        process.communicate("")
+
+
+def test_processes_with_few_descriptors_are_searched_first() -> None:
+    with (
+        route_of(1) as hidden,
+        held_elsewhere(hidden, MANY),
+        route_of(2) as route,
+        held_elsewhere(route, 1),
+    ):
+        inodes = [os.fstat(sock.fileno()).st_ino for sock in (hidden, route)]
+        left = {
+            inode: os.fsdecode(sock.getsockname())
+            for inode, sock in zip(inodes, (hidden, route), strict=True)
+        }
+        ours = [os.dup(route.fileno()) for _ in range(2 * MANY)]
+        try:
+            for _ in end_sockets(left):
+                if inodes[1] not in left:
+                    break
+            assert inodes[0] in left
+            for _ in end_sockets(left):
+                pass
+            assert not left
+        finally:
+            for fd in ours:
+                os.close(fd)
+        for sock in (hidden, route):
+            with pytest.raises(BrokenPipeError):
+                sock.send(b"x")
+
+
+def test_a_search_that_takes_long_continues_while_vsockd_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datagram_epochs, "DATAGRAM_END_AT_ONCE_SECONDS", 0)
+    file = tmp_path / "lives"
+    file.write_text(EPOCH)
+    loop, steps = EventLoop(), 0
+    deferred = DeferredWork(loop)
+
+    def serve() -> None:
+        nonlocal steps
+        steps += 1
+        if file.read_text() == "f" * 16:
+            loop.stop()
+        else:
+            loop.call_later(0, serve)
+
+    with route_of(1) as route, held_elsewhere(route, MANY):
+        EarlierEpochs(file).end(loop, deferred, "f" * 16)
+        route.send(b"x")
+        loop.call_later(0, serve)
+        loop.run()
+        assert steps > 1
+        with pytest.raises(BrokenPipeError):
+            route.send(b"x")

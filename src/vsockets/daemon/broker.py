@@ -76,12 +76,12 @@ class Broker:
 
     def __init__(self, loop: EventLoop, fabric: Fabric, audit: Audit) -> None:
         self.fabric = fabric
-        self._deferred = DeferredWork(loop)
+        self.deferred = DeferredWork(loop)
         self._turns = RequestTurns(loop)
-        self.datagrams = Datagrams(loop, fabric, self._deferred)
+        self.datagrams = Datagrams(loop, fabric, self.deferred)
         self._audit = audit
         self._loop = loop
-        self.streams = Streams(loop, fabric, self._deferred)
+        self.streams = Streams(loop, fabric, self.deferred)
         self._queries = SocketQueries(fabric, self.streams, self.datagrams)
         self._channels: dict[Context, set[Channel]] = {}
         #: channels that hold named sockets, by secret; the one probed longest ago comes first
@@ -257,7 +257,7 @@ class Broker:
         """Release some of what ``party`` (or all parties) closed now, the rest as deferred work."""
         self.streams.reap_some()
         self._probe_holders(_HOLDERS_PROBED)
-        self._deferred.start(self, self._sweep_holders())
+        self.deferred.start(self, self._sweep_holders())
         if party is None:
             self.datagrams.start_sweep()
         else:
@@ -288,7 +288,7 @@ class Broker:
 
     def _sweep_again(self) -> None:
         assert self._sweep_delay is not None
-        self._deferred.start(self, self._sweep_holders())
+        self.deferred.start(self, self._sweep_holders())
         if self._holders:
             self._loop.call_later(self._sweep_delay, self._sweep_again)
             self._sweep_delay = min(self._sweep_delay * 2, DAEMON_SWEEP_LONGEST_SECONDS)

@@ -4,7 +4,9 @@ A route works without vsockd and would outlive it: it would continue to show a s
 then belongs to another guest, and ignore the policy of the next vsockd.  Therefore the names of all
 sockets contain the *epoch* of the vsockd that bound them, 64 random bits.  A regular stop ends the
 sockets of its own epoch.  After a crash the next vsockd in the state folder does so, before it
-serves the first request.
+serves the first request.  Any user can open very many descriptors, so either search takes at most a
+second.  It looks first into the processes with the fewest; the rest is deferred work of the next
+vsockd (:mod:`.deferred_work`).
 
 - A route is shut down: its sender gets EPIPE, and requests a route from the next vsockd.
 - A program's own socket is connected to a socket that is then closed, so that no datagram can reach
@@ -28,9 +30,20 @@ from pathlib import Path
 from socket import AF_UNIX, MSG_DONTWAIT, SHUT_RDWR, SO_ERROR, SO_TYPE, SOCK_DGRAM, SOL_SOCKET
 
 from .._linux.descriptor_passing import dispose
-from .._linux.inspection import duplicate, open_pidfd, process_ids, sockets_of
+from .._linux.inspection import (
+    descriptor_count,
+    duplicate,
+    open_pidfd,
+    process_ids,
+    sockets_of,
+)
 from ..eventloop.loop import EventLoop
-from .limits import DISCONNECT_LONGEST_RETRY_SECONDS, DISCONNECT_RETRY_SECONDS
+from .deferred_work import DeferredWork, run_for
+from .limits import (
+    DATAGRAM_END_AT_ONCE_SECONDS,
+    DISCONNECT_LONGEST_RETRY_SECONDS,
+    DISCONNECT_RETRY_SECONDS,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +55,10 @@ _TRIES = 16
 
 #: Earlier epochs to record whose sockets were not all found.
 _REMEMBERED = 16
+
+#: Descriptors, processes or lines of the kernel's table to look at in one step: some 200
+#: microseconds.
+_LOOKS_PER_STEP = 64
 
 #: A name in the current directory, which only vsockd can enter.
 _CLOSED_NAME = "grave"
@@ -68,21 +85,30 @@ class EarlierEpochs:
         new.write_text("\n".join((*self._epochs, epoch)))
         new.replace(self._file)
 
-    def end(self, loop: EventLoop, epoch: str) -> None:
-        """End the sockets of all earlier epochs; ``epoch`` is the current one."""
-        self._try(loop, epoch, _TRIES, DISCONNECT_RETRY_SECONDS)
+    def end(self, loop: EventLoop, deferred: DeferredWork, epoch: str) -> None:
+        """End the sockets of all earlier epochs; ``epoch`` is the current one.
 
-    def _try(self, loop: EventLoop, epoch: str, tries: int, delay: float) -> None:
-        if not self._epochs:
-            return
-        left = end_sockets(_find(self._epochs))
+        What takes longer than DATAGRAM_END_AT_ONCE_SECONDS is done later.
+        """
+        if self._epochs:
+            search = self._search(loop, deferred, epoch, _TRIES, DISCONNECT_RETRY_SECONDS)
+            if not run_for(search, DATAGRAM_END_AT_ONCE_SECONDS):
+                deferred.start(self, search)
+
+    def _search(
+        self, loop: EventLoop, deferred: DeferredWork, epoch: str, tries: int, delay: float
+    ) -> Iterator[None]:
+        left: dict[int, str] = {}
+        yield from _find(self._epochs, left)
+        yield from end_sockets(left)
         if not left:
             self._epochs.clear()
             with contextlib.suppress(OSError):  # a full disk: the next vsockd searches again
                 self.record(epoch)
         elif tries:
             wait = min(2 * delay, DISCONNECT_LONGEST_RETRY_SECONDS)
-            loop.call_later(delay, lambda: self._try(loop, epoch, tries - 1, wait))
+            again = self._search(loop, deferred, epoch, tries - 1, wait)
+            loop.call_later(delay, lambda: deferred.start(self, again))
         else:
             log.warning(
                 "%d datagram sockets of a vsockd that has ended may still work: vsockd may not "
@@ -102,17 +128,23 @@ def is_other_epoch(name: object, epoch: str) -> bool:
 
 
 def end_sockets(
-    names: Mapping[int, str], nodes: Mapping[int, int] | None = None, likely: Iterable[int] = ()
-) -> dict[int, str]:
-    """End the datagram sockets with these inodes and names; return those that were not found.
+    left: dict[int, str], nodes: Mapping[int, int] | None = None, likely: Iterable[int] = ()
+) -> Iterator[None]:
+    """End the datagram sockets with these inodes and names, in steps; remove them from ``left``.
 
     ``nodes`` has O_PATH descriptors of programs' own sockets, where the caller has them; ``likely``
     has processes to search first.
     """
-    left = dict(names)
-    for pid in dict.fromkeys((*likely, *process_ids())):
+    likely = set(likely)
+    pids: list[tuple[bool, int, int]] = []
+    for number, pid in enumerate(process_ids(), 1):
+        pids.append((pid not in likely, descriptor_count(pid), pid))
+        if number % _LOOKS_PER_STEP == 0:
+            yield
+    looked = 0
+    for *_, pid in sorted(pids):
         if not left:
-            break
+            return
         with contextlib.suppress(OSError), open_pidfd(pid) as pidfd:  # exited, or not accessible
             for fd, inode in sockets_of(pid):
                 if inode in left:
@@ -121,20 +153,27 @@ def end_sockets(
                             _end(sock, left.pop(inode), (nodes or {}).get(inode))
                         # Descriptors in its unread datagrams can delay the last close.
                         dispose(sock.detach())
-    return left
+                looked += 1
+                if looked % _LOOKS_PER_STEP == 0:
+                    yield
+        looked += 1
+        if looked % _LOOKS_PER_STEP == 0:
+            yield
 
 
-def _find(epochs: Iterable[str]) -> dict[int, str]:
-    """Return the names of all sockets of ``epochs``, by inode.
+def _find(epochs: Iterable[str], found: dict[int, str]) -> Iterator[None]:
+    """Add the names of all sockets of ``epochs`` to ``found``, by inode, in steps.
 
     Any process can bind a socket to a name that looks like one of vsockd's, or even like several
     lines of the kernel's table, so the caller must verify the names.
     """
     epochs = set(epochs)
-    found: dict[int, str] = {}
     for table in _tables():
+        yield
         with contextlib.suppress(OSError), open(table, "rb") as lines:
-            for line in lines:
+            for number, line in enumerate(lines, 1):
+                if number % _LOOKS_PER_STEP == 0:
+                    yield
                 fields = line.split()
                 if len(fields) != 8 or not fields[6].isdigit():
                     continue
@@ -142,7 +181,6 @@ def _find(epochs: Iterable[str]) -> dict[int, str]:
                 match = _OWN.fullmatch(name) or _ROUTE.fullmatch(name)
                 if match and match[1] in epochs:
                     found[int(fields[6])] = name
-    return found
 
 
 def _tables() -> Iterator[str]:

@@ -36,12 +36,13 @@ from ..limits import DATAGRAM_ROUTES_MAX
 from ..protocol import encode_source
 from .datagram_epochs import end_sockets, is_other_epoch, socket_name
 from .datagram_quota import DatagramQuota, Route
-from .deferred_work import DeferredWork
+from .deferred_work import DeferredWork, run_for
 from .limits import (
     DAEMON_PROBES_PER_BIND,
     DAEMON_PROBES_PER_STEP,
     DAEMON_SWEEP_FIRST_SECONDS,
     DAEMON_SWEEP_LONGEST_SECONDS,
+    DATAGRAM_END_AT_ONCE_SECONDS,
     DATAGRAM_QUOTA_CHECK_SECONDS,
 )
 from .named_sockets import NamedSocket, bind_to_name
@@ -221,8 +222,11 @@ class Datagrams:
                 share.quota.close()
             self._watched.discard(party)
 
-    def close(self) -> None:
-        """End every socket: vsockd stops, and its routes must not outlive it."""
+    def close(self) -> bool:
+        """End every socket: vsockd stops, and its routes must not outlive it.
+
+        Return False if the search for programs' own sockets takes too long; no route leads to them.
+        """
         names: dict[int, str] = {}
         nodes: dict[int, int] = {}
         owners: set[int] = set()
@@ -233,7 +237,7 @@ class Datagrams:
             owners.add(endpoint.owner.pid)
             for route in list(found.routes.values()):
                 route.revoke()
-        end_sockets(names, nodes, owners)
+        return run_for(end_sockets(names, nodes, owners), DATAGRAM_END_AT_ONCE_SECONDS)
 
     def _sweep_in_pieces(self) -> Iterator[None]:
         for share in list(self._shares.values()):

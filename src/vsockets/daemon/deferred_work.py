@@ -23,6 +23,12 @@ _PAUSE_FACTOR = 3
 _PAUSE = 0.001
 
 
+def run_for(task: Iterator[None], seconds: float) -> bool:
+    """Do steps of ``task`` for at most ``seconds``; return whether it is complete."""
+    end = monotonic() + seconds
+    return all(monotonic() < end for _ in task)
+
+
 class DeferredWork:
     """The tasks in progress, by purpose."""
 

@@ -23,13 +23,12 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOL_SOCKET
-from time import monotonic
 
 from .._linux.inspection import duplicate, open_pidfd, process_ids, sockets_of
 from .._linux.sockets import cookie_of
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection
-from .deferred_work import DeferredWork
+from .deferred_work import DeferredWork, run_for
 from .limits import (
     DISCONNECT_AT_ONCE_SECONDS,
     DISCONNECT_LONGEST_RETRY_SECONDS,
@@ -62,12 +61,9 @@ class Disconnector:
         """
         for connection in connections:
             self._remaining[connection.number] = connection
-        end = monotonic() + DISCONNECT_AT_ONCE_SECONDS
         search = self._try()
-        for _ in search:
-            if monotonic() > end:
-                self._deferred.start(self, search)
-                break
+        if not run_for(search, DISCONNECT_AT_ONCE_SECONDS):
+            self._deferred.start(self, search)
         if self._remaining and self._delay is None:
             self._delay = DISCONNECT_RETRY_SECONDS
             self._loop.call_later(self._delay, self._try_again)

@@ -37,6 +37,11 @@ DISCONNECT_LONGEST_RETRY_SECONDS = 1.0
 #: descriptors.
 DISCONNECT_AT_ONCE_SECONDS = 0.1
 
+#: Seconds that vsockd searches for datagram sockets that must end, when it stops, and after a crash
+#: before it serves.  A thousand processes take some milliseconds; very many descriptors take
+#: longer.
+DATAGRAM_END_AT_ONCE_SECONDS = 1.0
+
 #: Seconds until vsockd probes whether named sockets have been closed.  The interval doubles with
 #: each probe, up to the second number.  Requests for their ports, and connects to them, do not
 #: wait for that.

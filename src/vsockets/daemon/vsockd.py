@@ -114,7 +114,9 @@ class Vsockd:
                 ),
                 self.loop.interrupting_calls(DAEMON_SLOW_CALL_SECONDS),
             ):
-                self._earlier_epochs.end(self.loop, self.broker.datagrams.epoch)
+                self._earlier_epochs.end(
+                    self.loop, self.broker.deferred, self.broker.datagrams.epoch
+                )
                 self._trash.begin()
                 self._watch_folder()
                 announce_ready()
@@ -125,9 +127,10 @@ class Vsockd:
             self._control.close()
             (self._held / CONTROL).unlink(missing_ok=True)
             self.contexts.close()
-            self.broker.datagrams.close()
+            all_ended = self.broker.datagrams.close()
             os.chdir("/")
-            (self._held / PRIVATE / LIVES).unlink(missing_ok=True)
+            if all_ended:  # else the next vsockd searches
+                (self._held / PRIVATE / LIVES).unlink(missing_ok=True)
             if not self._is_service:
                 (self._held / PRIVATE / ISOLATED).unlink(missing_ok=True)
                 (self._held / START).unlink(missing_ok=True)
