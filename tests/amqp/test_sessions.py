@@ -245,28 +245,33 @@ def test_sessions_of_one_guest_are_limited(
     async def test() -> None:
         async with on_the_host(vsock_fabric, tmp_path) as (host, far_side):
 
-            async def greeted(
-                who: vsockets.Attachment,
-            ) -> tuple[asyncio.StreamWriter, asyncio.StreamWriter]:
+            async def greet(who: vsockets.Attachment) -> list[asyncio.StreamWriter]:
+                """Begin a session; return its two ends, none if it is refused."""
                 reader, writer = await dial_host(who, host)
                 writer.write(PROTOCOL_HEADER)
-                far_reader, far_writer = await far_side.connections.get()
+                connecting = asyncio.ensure_future(far_side.connections.get())
+                answer = asyncio.ensure_future(reader.read(1))
+                await asyncio.wait((connecting, answer), return_when=asyncio.FIRST_COMPLETED)
+                if not connecting.done():
+                    connecting.cancel()
+                    with contextlib.suppress(ConnectionError):
+                        assert await answer == b""
+                    return []
+                far_reader, far_writer = await connecting
                 assert await far_reader.readexactly(8) == PROTOCOL_HEADER
                 far_writer.write(START)
-                assert await reader.readexactly(len(START)) == START
-                return writer, far_writer
+                assert await answer + await reader.readexactly(len(START) - 1) == START
+                return [writer, far_writer]
 
-            writer, far_writer = await greeted(guest)
-            await greeted(guest)
-            refused, _ = await dial_host(guest, host)
-            with contextlib.suppress(ConnectionError):
-                assert await refused.read() == b""
-            await greeted(other)
-            writer.close()
-            far_writer.close()
-            while host._guests[guest.cid] > 1:
-                await asyncio.sleep(0)
-            await greeted(guest)
+            first, second = await greet(guest), await greet(guest)
+            assert first
+            assert second
+            assert not await greet(guest)
+            assert await greet(other)
+            for writer in first:
+                writer.close()
+            while not await greet(guest):  # until the proxy has noticed
+                pass
 
     run(test)
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import resource
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -255,25 +256,26 @@ def test_idle_connections_hold_no_pipes(harness: Harness) -> None:
     assert not harness.pump.connections
 
 
-def test_missing_descriptors_end_only_one_connection(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    near, far, standing = joined(harness, unix, unix)
+def test_missing_descriptors_end_only_one_connection() -> None:
+    harness = Harness()  # without spare pipes
+    near, far, other_connection = joined(harness, unix, unix)
     one, other, connection = joined(harness, unix, unix)
-
-    def no_pipe(direction: object) -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
-
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(one.fileno())
+    os.close(lowest_free)
     with near, far, one, other:
-        with monkeypatch.context() as patch:
-            patch.setattr(harness.pump, "_take_pipe", no_pipe)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+        try:
             one.sendall(b"x")
             why = harness.end_of(connection)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert why is not None
         assert why.errno == errno.EMFILE
         near.sendall(b"still here")
         assert far.recv(100) == b"still here"
-    harness.end_of(standing)
+    harness.end_of(other_connection)
+    harness.close()
 
 
 def test_capture_gets_all_bytes_and_ends(harness: Harness) -> None:
