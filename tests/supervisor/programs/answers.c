@@ -1,10 +1,10 @@
-// What an AF_VSOCK socket answers: every call, in every state, each on a socket of its own.
+// Prints the answers of AF_VSOCK sockets: every call, in every state, each on a new socket.
 //
 //   answers stream|seqpacket|dgram CID [PORT]
 //
-// The sockets connect to each other by way of CID.  With a PORT that never answers, "connecting" is
-// the only state; without, the only one left out.  A line for each: type, call, state, answer.
-// With a PORT it says "ready" and waits for a line before it begins to connect.
+// The sockets connect to each other through CID.  With a PORT that never answers, "connecting" is the
+// only state; without, the only one omitted.  Each line has a type, call, state and answer.  With a
+// PORT, prints "ready" and waits for a line before it connects.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -33,10 +33,10 @@ struct address {
     uint8_t flags, zero[3];
 };
 
-// A socket in some state, and what has to do with it.
+// A socket in some state, and related addresses and sockets.
 struct scene {
     int type, fd, peer, listener;
-    struct address own, far;  // where it is bound; its peer, or something to connect to
+    struct address own, far;  // its local address; its peer, or an address to connect to
 };
 
 static uint32_t cid, silent, held;
@@ -97,7 +97,7 @@ static void wait_for(int fd, short events)
         die("poll");
 }
 
-// A port that nobody has: one that was just given back.
+// Returns an unused port: one that was just released.
 static uint32_t nobodys(int type)
 {
     int fd = make(type);
@@ -141,7 +141,7 @@ static void shut_and_wait(struct scene *s, int how)
         die("shutdown");
     if (how != SHUT_RD)
         wait_for(s->fd, POLLRDHUP);
-    else  // nothing tells of it but what is sent
+    else  // a datagram sent there is the only sign
         for (int tries = 0; tries < 2000 && send(s->fd, "", 0, MSG_NOSIGNAL) == 0; tries++)
             usleep(1000);
 }
@@ -255,7 +255,7 @@ static struct scene arrange(int type, enum state state)
     }
     be_non_blocking(s.fd);
     s.own = name_of(s.fd);
-    if (s.far.family == 0) {  // somebody to connect to
+    if (s.far.family == 0) {  // an address to connect to
         if (s.listener < 0 && type != SOCK_DGRAM)
             s.listener = listening(type);
         s.far = address(cid, type == SOCK_DGRAM ? nobodys(type) : name_of(s.listener).port);
@@ -275,7 +275,7 @@ static void clear(struct scene *s)
         close(s->listener);
 }
 
-// What calls tell besides their result.
+// Values that calls return besides their result.
 static char note[256];
 
 static void describe(const struct scene *s, const struct address *found, socklen_t size)
@@ -523,7 +523,7 @@ int main(int count, char **arguments)
         int holder = make(TYPES[i].type);
         bind_to(holder, ANY);
         held = name_of(holder).port;
-        if (silent) {  // from now on nobody need answer
+        if (silent) {  // no answer is needed from here on
             puts("ready");
             fflush(stdout);
             getchar();

@@ -1,5 +1,5 @@
-// A static program with datagrams: threads that wait, signals with and without SA_RESTART, descriptors
-// that are copied, and a storm of signals in which nothing is lost or comes twice.
+// A static program with datagrams: threads that wait, signals with and without SA_RESTART, copied
+// descriptors, and many signals during which no datagram is lost or duplicated.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>

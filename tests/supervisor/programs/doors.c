@@ -1,4 +1,4 @@
-/* Every way to the machine's own AF_VSOCK that a program might try. */
+/* Every way to the kernel's AF_VSOCK that a program might try. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -14,7 +14,7 @@ static void tell(const char *what, long result)
     printf("%s: %s\n", what, result < 0 ? strerror(errno) : "done");
 }
 
-/* Linux's own unix sockets answer SIOCUNIXFILE, no other family's do. */
+/* SIOCUNIXFILE succeeds on unix sockets alone. */
 static int is_unix(int fd)
 {
     return syscall(SYS_ioctl, fd, 0x89e0, 0) >= 0 || errno != ENOTTY;
@@ -26,7 +26,7 @@ int main(void)
     int number;
     for (number = 0; number < 3; number++) {
         int kinds[] = {SOCK_STREAM, SOCK_SEQPACKET, SOCK_DGRAM};
-        /* The kernel looks at 32 bits of the family only. */
+        /* The kernel reads 32 bits of the family. */
         long fd = syscall(SYS_socket, 0xdead00000028L, kinds[number], 0);
         printf("socket: %s\n", fd >= 0 && is_unix(fd) ? "ours" : "not ours");
     }

@@ -1,5 +1,5 @@
 // An echo service and its clients in Go: no C library, raw system calls, a runtime that
-// preempts its threads by signals, and sockets that wait in its netpoller.
+// preempts its threads with signals, and sockets in its network poller.
 //
 //	echo serve N        prints its port, serves N connections
 //	echo call CID PORT N    N connections at the same time, half of them blocking a thread

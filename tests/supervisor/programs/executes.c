@@ -44,7 +44,7 @@ static void pause_ns(long ns)
     while ((now.tv_sec - start.tv_sec) * 1000000000L + now.tv_nsec - start.tv_nsec < ns);
 }
 
-/* This thread gets the number of the first one, which ends. */
+/* exec ends the first thread and gives this one its number. */
 static void *execute(void *unused)
 {
     while (!*(volatile char *)&buffers[0])

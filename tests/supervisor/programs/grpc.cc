@@ -1,8 +1,7 @@
-/* gRPC's own library on AF_VSOCK: a channel made of a connected socket, as its users do who dial
- * themselves.
+/* gRPC's library on AF_VSOCK, with a channel created from a connected socket.
  *
- *     grpc serve             prints its port; answers one call by what was asked, twice over
- *     grpc call CID PORT     asks, and prints how much came back
+ *     grpc serve             prints its port; answers one call with the request, twice
+ *     grpc call CID PORT     makes a call, and prints the size of the answer
  */
 #include <grpcpp/create_channel_posix.h>
 #include <grpcpp/generic/async_generic_service.h>

@@ -1,8 +1,8 @@
-/* One thread connects a socket to a port that nobody has, while another writes to the same socket.
+/* One thread connects a socket to an unused port, while another writes to the same socket.
  *
- *     interjects ATTEMPTS     prints in how many of them port 80 was bound by what it writes
+ *     interjects ATTEMPTS     prints in how many of them the bytes written have bound port 80
  *
- * It drops its rights first.
+ * It drops its privileges first.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -35,7 +35,7 @@ static volatile int fd, over;
 
 static void *interject(void *unused)
 {
-    /* It fails until the socket is connected; then a few are enough, and vsockd is to keep up. */
+    /* Fails until the socket is connected; then a few requests are enough for vsockd. */
     for (int written = 0; !over && written < 20;)
         written += write(fd, &request, sizeof request) > 0;
     return NULL;
@@ -54,7 +54,7 @@ static int attempt(void)
     over = 0;
     fd = socket(40, SOCK_STREAM, 0);
     pthread_create(&thread, NULL, interject, NULL);
-    /* It succeeds when what it is answered was the answer to what was written. */
+    /* Succeeds if the reply is that to the bytes written. */
     outcome = connect(fd, (struct sockaddr *)&nobody, sizeof nobody) == 0;
     over = 1;
     pthread_join(thread, NULL);

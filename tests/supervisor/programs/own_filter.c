@@ -1,4 +1,4 @@
-/* A program that installs a seccomp filter of its own, which lets everything through but uname(),
+/* A program that installs a seccomp filter of its own, which allows every call except uname(),
  * and then uses AF_VSOCK. */
 #include "vmci_sockets.h"
 #include <errno.h>

@@ -1,4 +1,4 @@
-/* Arguments that no program should pass.  Prints what each call fails with. */
+/* Invalid arguments.  Prints the error of each call. */
 #define _GNU_SOURCE
 #include "vmci_sockets.h"
 #include <errno.h>
@@ -44,7 +44,7 @@ int main(void)
     TRY(ioctl(0, 0x7b9, &value));
     TRY(ioctl(99, 0x7b9, &value));
     TRY(bind(99, address, sizeof any));
-    /* A short buffer gets the beginning, and is told how much there was. */
+    /* A short buffer gets the beginning, and the size of the whole. */
     size = 2;
     memset(&any, 0xff, sizeof any);
     TRY(getsockname(fd, address, &size));

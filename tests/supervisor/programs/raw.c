@@ -1,6 +1,6 @@
-/* A static program without a C library: system calls and nothing else.
+/* A static program without a C library, with system calls alone.
  *
- * Connects to the host's port 7000, sends "raw", prints what comes back.
+ * Connects to the host's port 7000, sends "raw", and prints the reply.
  */
 static long call(long number, long a, long b, long c)
 {

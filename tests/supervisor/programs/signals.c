@@ -1,9 +1,9 @@
-/* Blocking calls and signals.  Prints a line for each thing; the test compares them.
+/* Blocking calls and signals.  Prints a line for each result, for the test to compare.
  *
  *     signals accept      a signal during accept(), without and with SA_RESTART
  *     signals timeout     SO_RCVTIMEO
- *     signals storm       a signal every three milliseconds; so Go's runtime interrupts itself
- *     signals again       one each millisecond without SA_RESTART; what fails with EINTR is called again
+ *     signals storm       a signal every three milliseconds, as of Go's runtime
+ *     signals again       one each millisecond without SA_RESTART; calls are repeated after EINTR
  *     signals killed      a thread that waits in accept() while the process ends
  */
 #include "vmci_sockets.h"
@@ -26,7 +26,7 @@ static void count(int number)
 
 static void *connect_later(void *unused)
 {
-    /* After the third signal: two went to a restarted accept(). */
+    /* After the third signal: accept() was restarted after the first two. */
     int fd = socket(40, SOCK_STREAM, 0);
     while (signals < 3)
         usleep(1000);

@@ -1,4 +1,4 @@
-"""An unmodified Python program that tries what the standard library's sockets can do.
+"""An unmodified Python program that tries the features of the standard library's sockets.
 
 Run in a guest; the same context is its own peer (VMADDR_CID_LOCAL).  Prints "all well".
 """
