@@ -40,6 +40,7 @@ class Pair:
     def __init__(
         self, host: vsockets.Attachment, guest: vsockets.Attachment, sock_type: int
     ) -> None:
+        self.host, self.guest = host, guest
         self.server = vsockets.create_server(ANY, type=sock_type, context=host)
         self.client = vsockets.socket(type=sock_type, context=guest)
         self.client.connect(self.server.getsockname())

@@ -162,7 +162,7 @@ def test_readiness_by_select_poll_epoll_and_selectors(pair: Pair) -> None:
 
     for sock in (pair.server, pair.client, pair.accepted):
         assert ready(sock) == [False] * 4
-    another = vsockets.socket(type=pair.server.type, context=pair.client._attachment)
+    another = vsockets.socket(type=pair.server.type, context=pair.guest)
     with another:
         another.connect(pair.server.getsockname())
         # The connecting side is notified first: docs/internals/design.md explains why.

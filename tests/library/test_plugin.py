@@ -17,7 +17,7 @@ import vsockets
 
 @pytest.mark.parametrize("number", range(2))
 def test_each_has_the_port_to_itself(vsock_fabric, number):
-    """While the other has it, too."""
+    """Both tests bind the port at the same time, each in its own fabric."""
     guest = vsock_fabric.guest(3)
     with vsockets.create_server((2, 5000), context=vsock_fabric.host) as server:
         with open(f"{os.environ['SHARED']}/{number}", "w") as mark:

@@ -54,16 +54,16 @@ def test_detach_and_fileno(pair: Pair) -> None:
     for name in ("server", "client", "accepted"):
         sock = getattr(pair, name)
         expected = addresses(sock)
-        context = sock._attachment
+        context = pair.guest if name == "client" else pair.host
         fd = sock.detach()
         assert sock.fileno() == -1
         again = vsockets.socket(type=-1, fileno=fd, context=context)
-        again.settimeout(10)  # the descriptor was in timeout mode, and that is not to be seen
+        again.settimeout(10)  # the descriptor's timeout mode must have no effect
         assert addresses(again) == expected
         setattr(pair, name, again)
     pair.client.send(b"as before")
     assert pair.accepted.recv(100) == b"as before"
-    with vsockets.socket(type=pair.server.type, context=pair.client._attachment) as another:
+    with vsockets.socket(type=pair.server.type, context=pair.guest) as another:
         another.connect(pair.server.getsockname())
         pair.server.accept()[0].close()
 
@@ -107,7 +107,7 @@ def test_fork(pair: Pair) -> None:
             os._exit(status)
     expected = repr(addresses(pair.accepted)[1:3]).encode()
     assert pair.client.recv(1000) == expected
-    with vsockets.socket(type=pair.client.type, context=pair.client._attachment) as another:
+    with vsockets.socket(type=pair.client.type, context=pair.guest) as another:
         another.settimeout(10)
         another.connect(pair.server.getsockname())
         assert another.recv(100) == b"accepted in the child"
@@ -189,9 +189,7 @@ def test_passing_a_socket_over_a_unix_socket(pair: Pair) -> None:
     with one, other:
         stdlib.send_fds(one, [b"x"], [pair.accepted.fileno()])
         _, fds, _, _ = stdlib.recv_fds(other, 1, 1)
-        received = vsockets.socket(
-            type=pair.accepted.type, fileno=fds[0], context=pair.server._attachment
-        )
+        received = vsockets.socket(type=pair.accepted.type, fileno=fds[0], context=pair.host)
         with received:
             assert received.getpeername() == pair.client.getsockname()
             received.send(b"from the copy")

@@ -31,6 +31,7 @@ from vsockets.nfs.nfs3 import (
     Target,
 )
 from vsockets.nfs.nfs_client import credentials
+from vsockets.nfs.procedures import Procedures
 from vsockets.nfs.rpc import Call
 from vsockets.nfs.service import Service
 
@@ -305,7 +306,7 @@ def test_removed_names_are_not_listed(guest: DirectGuest) -> None:
     assert root is not None
     for number in range(1000):
         (guest.export / str(number)).touch()
-    time.sleep(0.2)  # otherwise the directory counts as changed just now
+    time.sleep(0.2)  # beyond the resolution of file times
     _, verifier, first, _ = guest.ok("readdirplus", root, 0, bytes(8), 512, 4096)
     for path in guest.export.iterdir():
         path.unlink()
@@ -599,7 +600,7 @@ def test_internal_error_gets_a_reply(
     def fail(*arguments: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(type(guest.service._procedures), "getattr", fail)
+    monkeypatch.setattr(Procedures, "getattr", fail)
     datagram = guest.datagram(nfs3.PROGRAM, NUMBERS["getattr"], nfs3.handle.pack(root))
     assert guest.answer(datagram) == rpc.encode_accepted(guest.xid, rpc.AcceptStat.SYSTEM_ERR)
     assert [record.levelname for record in caplog.records] == ["ERROR"]

@@ -22,10 +22,10 @@ PANICS = {
     "boot": "PAGE_PORT = COMMAND_PORT = ROOT = 0\n",
     "later": """
 from .real_guest import *
-from .real_guest import _serve_command, _accept
+from .real_guest import serve_command, _accept
 def crash(sock, peer):
     with open("/proc/sysrq-trigger", "w") as file: file.write("c")
-_serve_one, served = _serve_command, []
+_serve_one, served = serve_command, []
 def once(sock, peer):
     served.append(peer)
     (crash if len(served) > 1 else _serve_one)(sock, peer)

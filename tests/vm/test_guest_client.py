@@ -29,7 +29,7 @@ def served(request: object) -> Iterator[socket.socket]:
 
     def serve() -> None:
         with agent_end:
-            guest_agent._serve_command(agent_end, (2, 5000))
+            guest_agent.serve_command(agent_end, (2, 5000))
 
     server = threading.Thread(target=serve)
     server.start()

@@ -44,8 +44,8 @@ def test_datagrams_and_streams_over_io_ports(
             job = machine.start(
                 """
                 s = stream()
-                # A connect takes longer here than the guest's kernel waits by default; and Python
-                # gives AF_VSOCK sockets no options that are structures.
+                # A connect exceeds the default timeout of the guest's kernel; Python does not
+                # support structures as options of AF_VSOCK sockets.
                 with socket.socket(socket.AF_UNIX, fileno=os.dup(s.fileno())) as same:
                     same.setsockopt(AF, 6, struct.pack("qq", 30, 0))
                 s.connect((2, port))

@@ -207,7 +207,7 @@ class TestLife(test_vmci.TestLife):
         for _ in range(5):
             machine.run(
                 """
-                for n in reversed(names):  # what has just ended still holds it for a moment
+                for n in reversed(names):  # busy while recent sockets are released
                     tries = 100
                     while tries and os.system('rmmod ' + n): time.sleep(0.05); tries -= 1
                     assert tries, n

@@ -156,7 +156,7 @@ class TestLife:
         server, port = serve(machine)
         machine.run(
             """
-            for fd in os.listdir('/proc/self/fd'):  # whatever earlier tests have left open
+            for fd in os.listdir('/proc/self/fd'):  # sockets left open by earlier tests
                 try:
                     if os.readlink('/proc/self/fd/' + fd).startswith('socket:'): os.close(int(fd))
                 except OSError: pass
@@ -167,7 +167,7 @@ class TestLife:
                 """
                 import os
                 def reload():
-                    # A socket's last reference goes a second after it was accepted.
+                    # The kernel drops a socket's last reference a second after its accept.
                     deadline = time.monotonic() + 8
                     while os.system('rmmod ' + names[2]):
                         assert time.monotonic() < deadline, open('/proc/modules').read()

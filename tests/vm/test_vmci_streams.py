@@ -221,7 +221,7 @@ class TestStreams:
                 child = os.fork()
                 if not child:
                     signal.signal(signal.SIGALRM, lambda *_: None)
-                    s = connect(port)  # which a signal would end
+                    s = connect(port)  # before the signals, which would interrupt it
                     signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
                     os._exit(echo(s) != total)
                 result = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -51,7 +51,7 @@ def main() -> None:
     )
     Path(ROOT, "index.html").write_text(page)
     threading.Thread(target=_accept, args=(PAGE_PORT, _serve_pages), daemon=True).start()
-    _accept(COMMAND_PORT, _serve_command)
+    _accept(COMMAND_PORT, serve_command)
 
 
 def _accept(port: int, serve: Callable[[Any, tuple[int, int]], None]) -> None:
@@ -78,7 +78,8 @@ def _serve_pages(sock: Any, peer: tuple[int, int]) -> None:
     functools.partial(_Pages, directory=ROOT)(sock, peer, None)  # type: ignore[arg-type]
 
 
-def _serve_command(sock: Any, peer: tuple[int, int]) -> None:
+def serve_command(sock: Any, peer: tuple[int, int]) -> None:
+    """Run the command that a client requests on ``sock``, with its input and output there."""
     sock.settimeout(_REQUEST_SECONDS)
     request = json.loads(_read_line(sock))
     sock.settimeout(None)
