@@ -3,7 +3,7 @@
 ``vsockets.socket`` is a drop-in for ``socket.socket`` with AF_VSOCK.  See README.md.
 """
 
-from . import transports as _transports  # noqa: F401  # enters the sockets' behaviours
+from . import transports as _transports  # noqa: F401  # registers the socket classes
 from .api import (
     VMCISock_GetAFValue,
     VMCISock_GetLocalCID,

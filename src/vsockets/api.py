@@ -1,4 +1,4 @@
-"""The module-level functions: the guide's helpers and the standard library's."""
+"""Module-level functions, after the guide's helpers and those of the standard library."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from .socket import socket
 
 
 def attach(folder: str | PathLike[str]) -> Attachment:
-    """The context whose control sockets are in ``folder``, for ``socket(context=…)``.
+    """Return the context whose control sockets are in ``folder``, for ``socket(context=…)``.
 
-    Programs need it only to be in several contexts at once; otherwise ``VSOCKETS_CONTEXT`` or
-    ``vsock run`` says which one they are in.
+    Only a program that uses several contexts needs it; for one context ``VSOCKETS_CONTEXT`` or
+    ``vsock run`` is enough.
     """
     return Attachment(folder)
 
 
 def get_local_cid(*, context: ContextHandle | None = None) -> int:
-    """The CID of the context this process is in: 2 on the host."""
+    """Return the CID of this process's context: 2 on the host."""
     return (context or current()).cid
 
 
 def VMCISock_GetLocalCID() -> int:  # noqa: N802 - the guide's name
-    """The guide's name for :func:`get_local_cid` (page 11)."""
+    """Return the CID of this process's context (guide page 11), as :func:`get_local_cid` does."""
     return get_local_cid()
 
 
 def VMCISock_GetAFValue() -> int:  # noqa: N802 - the guide's name
-    """The address family to give to ``socket()`` (guide page 11)."""
+    """Return the address family for ``socket()`` (guide page 11)."""
     return AF_VSOCK
 
 
@@ -41,7 +41,10 @@ def create_connection(
     *,
     context: ContextHandle | None = None,
 ) -> socket:
-    """A stream to ``(cid, port)``, as ``socket.create_connection``; ``timeout`` in seconds."""
+    """Return a stream connected to ``(cid, port)``, as ``socket.create_connection`` does.
+
+    ``timeout`` is in seconds.  Raises what :meth:`vsockets.socket.connect` raises.
+    """
     sock = socket(context=context)
     try:
         if timeout is not None:
@@ -62,7 +65,7 @@ def create_server(
     backlog: int | None = None,
     context: ContextHandle | None = None,
 ) -> socket:
-    """A listening socket on ``(cid, port)``, as ``socket.create_server``."""
+    """Return a listening socket bound to ``(cid, port)``, as ``socket.create_server`` does."""
     sock = socket(type=type, context=context)
     try:
         sock.bind(address)
@@ -78,7 +81,7 @@ def socketpair(
     *,
     context: ContextHandle | None = None,
 ) -> tuple[socket, socket]:
-    """Two connected sockets in the process's own context."""
+    """Return two connected sockets in the process's own context."""
     with create_server((VMADDR_CID_LOCAL, VMADDR_PORT_ANY), type=type, context=context) as server:
         one = socket(type=type, context=context)
         try:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 async def open_connection(
     cid: int, port: int, *, context: ContextHandle | None = None, **options: Any
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to ``(cid, port)``; ``options`` are those of ``asyncio.open_connection``.
+    """Connect to ``(cid, port)``, with the ``options`` of ``asyncio.open_connection``.
 
     Raises what :meth:`vsockets.socket.connect` raises.
     """
-    import asyncio  # here, because importing it takes longer than all the rest of us
+    import asyncio  # imported here: it takes longer to import than all of vsockets
 
     sock = socket(context=context)
     try:
@@ -48,7 +48,7 @@ async def start_server(
     context: ContextHandle | None = None,
     **options: Any,
 ) -> asyncio.Server:
-    """Serve streams on ``(cid, port)``; ``options`` are those of ``asyncio.start_server``."""
+    """Serve streams on ``(cid, port)``, with the ``options`` of ``asyncio.start_server``."""
     import asyncio
 
     sock = create_server((cid, port), backlog=backlog, context=context)

@@ -1,4 +1,4 @@
-"""Asking vsockd as its administrator: what ``vsock`` does, for programs."""
+"""Administration of vsockd from a program, as the ``vsock`` command does it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from typing import Any
 from .limits import VSOCKD_REPLY_TIMEOUT_SECONDS
 from .state_folder import CONTROL, connect_to, default_folder, wait_to_connect
 
-#: What there are events of.
+#: The topics of events.
 TOPICS = ("context", "denial", "disconnect")
 
 
 class Control:
-    """A connection to the vsockd of a state folder.
+    """A connection to the vsockd of a state folder, by default the user's or root's own.
 
-    Raises OSError: ENODEV when none runs there, else with the errno and words of vsockd.
-    Contexts added with ``lease=True`` last as long as this connection.
+    Contexts added with ``lease=True`` exist as long as this connection.
+
+    Raises OSError: ENODEV if vsockd is not running, else the errno and message of vsockd.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
@@ -43,41 +44,41 @@ class Control:
         self.close()
 
     def close(self) -> None:
-        """End the connection, and the leases made on it."""
+        """Close the connection, which ends its leases."""
         self._answers.close()
         self._sock.close()
 
     def fileno(self) -> int:
-        """The connection's descriptor; whoever has a copy of it keeps the leases."""
+        """Return the connection's descriptor.  Leases last until its last duplicate is closed."""
         return self._sock.fileno()
 
     def status(self) -> dict[str, Any]:
-        """Facts about the daemon: pid, folder, uptime in seconds, and counts."""
+        """Return the state of vsockd: its pid, folder, uptime in seconds, and counts."""
         return self._ask("status")  # type: ignore[no-any-return]
 
     def sockets(self) -> list[dict[str, Any]]:
-        """Every socket of the fabric, one row for each end of a stream.
+        """Return every socket of the fabric, with one row for each end of a stream.
 
-        ``accepted`` tells the accepting end of a stream from the connecting one.
-        ``receive_queue`` and ``send_queue`` are, as for ``ss``, bytes that wait; of a listening
-        socket the connections that wait to be accepted, and how many may.  Those of a stream are
-        None: the kernel knows, by ``inode`` or ``peer_inode``, whichever is not None.
+        ``accepted`` is true for the accepting end of a stream, false for the connecting end.
+        ``receive_queue`` and ``send_queue`` are queued bytes, as in ``ss``; for a listening socket,
+        the connections not yet accepted and their limit.  For a stream they are None: the kernel
+        has them, by ``inode`` or ``peer_inode``, whichever is not None.
         """
         return self._ask("sockets")  # type: ignore[no-any-return]
 
     def counts(self) -> dict[str, Any]:
-        """What happened, to make rates of: ``contexts``, a row for each, and ``departed``, the
-        sums of leased contexts that have ended.
+        """Return counters: ``contexts``, a row for each context, and ``departed``, the sums of
+        leased contexts that have ended.
 
-        ``connects`` and ``accepts`` are streams that its programs began and got, and that were
-        begun to it; ``refusals`` are requests answered with an errno, ``denials`` those of them
-        that a rule was against, by rule.  They only rise.  ``sockets`` and ``streams`` are those
-        it has now.
+        ``connects`` counts streams that the context's programs opened, ``accepts`` streams that
+        were opened to the context; ``refusals`` counts requests that failed with an errno, and
+        ``denials`` those that a rule denied, by rule.  These only increase.  ``sockets`` and
+        ``streams`` are the current numbers.
         """
         return self._ask("counts")  # type: ignore[no-any-return]
 
     def contexts(self) -> list[dict[str, Any]]:
-        """The contexts programs can be in: cid, name, owner (user id), folder, ports."""
+        """Return all contexts, with cid, name, owner (user id), folder and ports."""
         return self._ask("context.list")  # type: ignore[no-any-return]
 
     def add_context(
@@ -95,14 +96,15 @@ class Control:
         hybrid: str | os.PathLike[str] | None = None,
         reserved_ports: bool = False,
     ) -> dict[str, Any]:
-        """A new guest; without ``cid`` it gets a free one.  Returns its row of
-        :meth:`contexts`; OSError EEXIST or EINVAL.
+        """Add a guest, by default with an unused CID; return its row of :meth:`contexts`.
 
         ``profile`` is ``default``, ``restricted`` or ``legacy``; ``unrestricted`` and ``domain``
-        go with ``legacy`` (docs/security.md).  ``limits`` are those that are not the default.
-        ``hybrid`` is where tools of hybrid vsock find it (docs/hybrid.md): an absolute path.
-        With ``reserved_ports`` its programs may bind ports below 1024 without a privilege; EPERM
-        for a guest of another user than the fabric's owner.
+        apply to ``legacy`` only (docs/security.md).  ``limits`` replaces some default limits.
+        ``hybrid`` is the absolute path of its unix socket for hybrid vsock (docs/hybrid.md).
+        ``reserved_ports`` lets its programs bind ports below 1024 without CAP_NET_BIND_SERVICE.
+
+        Raises OSError: EEXIST, EINVAL, or EPERM if ``reserved_ports`` is set for a guest of another
+        user than the fabric's owner.
         """
         return self._ask(  # type: ignore[no-any-return]
             "context.add",
@@ -120,79 +122,91 @@ class Control:
         )
 
     def remove_context(self, cid: int) -> None:
-        """Forget a guest.  OSError ENOENT, EINVAL (the host), EBUSY (it has open streams)."""
+        """Remove a guest.
+
+        Raises OSError: ENOENT, EINVAL (the host), or EBUSY (the guest has open streams).
+        """
         self._ask("context.remove", cid=cid)
 
     def attach_device(
         self, cid: int, seqpacket: bool = False, host_ports: bool = False
     ) -> socket.socket:
-        """Speak for the kernel of a virtual machine: a link to vsockd
-        (:mod:`vsockets.devices.client`).  With ``seqpacket`` it has sockets of that type, too;
-        with ``host_ports`` the link tells which ports of the host it can connect to.
-        OSError ENOENT, EINVAL, EBUSY (it has a device).
+        """Return a device's link to vsockd (:mod:`vsockets.devices.client`) for a guest.
+
+        ``seqpacket``: the guest has sockets of that type, too.  ``host_ports``: the link reports
+        the ports of the host that the guest can connect to.
+
+        Raises OSError: ENOENT, EINVAL, or EBUSY (the guest has a device).
         """
         request = {"op": "context.device", "cid": cid}
         request |= {"seqpacket": seqpacket, "host_ports": host_ports}
         self._sock.sendall(json.dumps(request).encode() + b"\n")
         line, fds, _, _ = socket.recv_fds(self._sock, 65_536, 1)
-        answer = json.loads(line) if line else {"error": "vsockd has gone", "errno": errno.ENODEV}
+        answer = (
+            json.loads(line)
+            if line
+            else {"error": "vsockd has closed the connection", "errno": errno.ENODEV}
+        )
         if "error" in answer:
             raise OSError(answer["errno"], answer["error"])
         return socket.socket(fileno=fds[0])
 
-    # What happens to virtual machines.  Each returns ``{"context": its row of contexts(),
-    # "streams_left": [...]}``, where the list is empty unless vsockd may not end a stream of
-    # some process; OSError ENOENT, or EINVAL when it cannot be done in the context's state.
+    # Life cycle of virtual machines.  Each method returns ``{"context": the row of contexts(),
+    # "streams_left": [...]}``, where the list has the streams that vsockd has no right to end.
+    # Each raises OSError: ENOENT, or EINVAL if the context's state does not allow the change.
 
     def suspend(self, cid: int) -> dict[str, Any]:
-        """Drop its connections; nothing gets in or out until :meth:`resume`."""
+        """Drop a context's connections, and refuse new ones until :meth:`resume`."""
         return self._change(cid, "suspend")
 
     def resume(self, cid: int) -> dict[str, Any]:
-        """After :meth:`suspend`."""
+        """Allow connections of a suspended context again."""
         return self._change(cid, "resume")
 
     def migrate(self, cid: int) -> dict[str, Any]:
-        """Drop its connections, as live migration does."""
+        """Drop a context's connections, as live migration does."""
         return self._change(cid, "migrate")
 
     def reset(self, cid: int) -> dict[str, Any]:
-        """Drop its connections, because its machine was reset."""
+        """Drop a context's connections, as a reset of its machine does."""
         return self._change(cid, "reset")
 
     def fault_tolerance(self, cid: int, on: bool) -> dict[str, Any]:
-        """Put it into FT mode, which drops its connections and allows no new ones, or out."""
+        """Turn FT mode on, which drops connections and refuses new ones, or off."""
         return self._change(cid, "ft-on" if on else "ft-off")
 
     def power_off(self, cid: int) -> dict[str, Any]:
-        """Drop its connections, take back every port, and let no program in."""
+        """Drop a context's connections, release its ports, and refuse its programs."""
         return self._change(cid, "power-off")
 
     def power_on(self, cid: int) -> dict[str, Any]:
-        """After :meth:`power_off`, or when it was added with ``powered=False``."""
+        """Turn on a context after :meth:`power_off`, or that was added with ``powered=False``."""
         return self._change(cid, "power-on")
 
     def disconnect(self, local: tuple[int, int], peer: tuple[int, int]) -> dict[str, Any]:
-        """End the stream between two addresses, whichever of them began it.
+        """End the stream between two addresses, given in either order.
 
-        Returns ``{"streams_left": [...]}`` as above; OSError ENOENT when there is none.
+        Returns ``{"streams_left": [...]}``, not empty if vsockd has no right to end the stream.
+
+        Raises OSError ENOENT if the stream does not exist.
         """
         return self._ask(  # type: ignore[no-any-return]
             "stream.disconnect", local=list(local), peer=list(peer)
         )
 
     def reload(self) -> None:
-        """Read the configuration again.  OSError EINVAL with file, line and key when it is
-        wrong; then the old one stays in force.
+        """Read the configuration again.
+
+        Raises OSError EINVAL with file, line and key if it is invalid, and keeps the old one.
         """
         self._ask("reload")
 
     def events(self, *topics: str) -> Events:
-        """What happens from now on: one of :data:`TOPICS`, by default all."""
+        """Subscribe to events of some of the :data:`TOPICS`, by default all."""
         return Events(self.folder, topics or TOPICS)
 
     def stop(self) -> None:
-        """Shut vsockd down; returns when it has gone."""
+        """Stop vsockd, and return when it has closed its connections."""
         self._ask("stop")
         while self._answers.readline():
             pass
@@ -207,7 +221,7 @@ class Control:
         except ConnectionError:
             line = b""
         if not line:
-            raise OSError(errno.ENODEV, f"the vsockd of {self.folder} has gone")
+            raise OSError(errno.ENODEV, f"vsockd in {self.folder} has ended")
         answer = json.loads(line)
         if "error" in answer:
             raise OSError(answer["errno"], answer["error"])
@@ -215,14 +229,15 @@ class Control:
 
 
 class Events:
-    """Events as they happen: an iterator, also for ``async for``, of JSON objects.
+    """Events as JSON objects; an iterator, also for ``async for``, that ends when vsockd does.
 
-    Each has ``topic``, ``time`` (seconds since the epoch) and ``missed``: how many came before it
-    and were lost, because they were not read soon enough.  With topic ``context``: ``cid``,
-    ``name``, ``change`` (``added``, ``removed``, ``suspend``, ...), ``state``, ``ft`` and
-    ``dropped`` (connections).  With topic ``denial``: what docs/security.md lists.
-    ``disconnect``, a stream an administrator has ended: ``source``, ``destination``, and ``pid``,
-    ``uid`` and ``gid`` of who asked.  Ends when vsockd does.
+    Every event has ``topic``, ``time`` (seconds since the epoch) and ``missed``, the number of
+    events before it that were dropped because they were not read in time.
+
+    Topic ``context`` has ``cid``, ``name``, ``change`` (``added``, ``removed``, ``suspend``, ...),
+    ``state``, ``ft`` and ``dropped`` (connections).  Topic ``denial`` has the fields listed in
+    docs/security.md.  Topic ``disconnect``, a stream that an administrator has ended, has
+    ``source``, ``destination``, and the administrator's ``pid``, ``uid`` and ``gid``.
     """
 
     def __init__(self, folder: Path, topics: tuple[str, ...]) -> None:
@@ -250,23 +265,26 @@ class Events:
         self.close()
 
     def close(self) -> None:
-        """Hear no more."""
+        """End the subscription."""
         self._sock.close()
 
     def wait(self, timeout: float | None = None) -> dict[str, Any]:
-        """The next event; TimeoutError after ``timeout`` seconds, EOFError when vsockd ends."""
+        """Wait for the next event, and return it.
+
+        Raises TimeoutError after ``timeout`` seconds, EOFError when vsockd ends.
+        """
         line = self._next_line(timeout)
         if line is None:
             raise EOFError("vsockd has ended")
         return line["event"]  # type: ignore[no-any-return]
 
     def fileno(self) -> int:
-        """The connection's descriptor, to wait for with others."""
+        """Return the connection's descriptor, to poll for events."""
         return self._sock.fileno()
 
     def take(self) -> list[dict[str, Any]] | None:
-        """The events that have come, without waiting; None when vsockd has ended."""
-        self._sock.setblocking(False)  # with a timeout set Python would wait, MSG_DONTWAIT or not
+        """Return the events received so far without waiting, or None if vsockd has ended."""
+        self._sock.setblocking(False)  # with a timeout, Python waits despite MSG_DONTWAIT
         try:
             data = self._sock.recv(65_536)
         except BlockingIOError:
@@ -293,7 +311,7 @@ class Events:
         return self
 
     async def __anext__(self) -> dict[str, Any]:
-        import asyncio  # here, because it takes long to load and few need it
+        import asyncio  # imported here: it takes long, and few programs need it
 
         self._sock.setblocking(False)
         while (line := self._take_line()) is None:
@@ -306,7 +324,7 @@ class Events:
     def _next_line(self, timeout: float | None) -> dict[str, Any] | None:
         deadline = None if timeout is None else time.monotonic() + timeout
         while (line := self._take_line()) is None:
-            # Not 0, which would be another mode.
+            # At least 1 us: a timeout of 0 would make the socket non-blocking.
             left = None if deadline is None else max(1e-6, deadline - time.monotonic())
             self._sock.settimeout(left)
             data = self._sock.recv(65_536)
@@ -324,7 +342,7 @@ class Events:
 
 
 def _connect(folder: Path) -> socket.socket:
-    """A connection to the administrator's socket of the vsockd in ``folder``."""
+    """Return a connection to the administrator's socket in ``folder``.  Raises OSError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(VSOCKD_REPLY_TIMEOUT_SECONDS)
     path = os.fspath(folder / CONTROL)
@@ -335,7 +353,9 @@ def _connect(folder: Path) -> socket.socket:
             wait_to_connect(sock, path, VSOCKD_REPLY_TIMEOUT_SECONDS)
     except (FileNotFoundError, ConnectionRefusedError):
         sock.close()
-        raise OSError(errno.ENODEV, f"no vsockd runs in {folder} (start it: vsock up)") from None
+        raise OSError(
+            errno.ENODEV, f"vsockd is not running in {folder} (start it: vsock up)"
+        ) from None
     except BaseException:
         sock.close()
         raise

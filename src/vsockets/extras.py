@@ -1,4 +1,4 @@
-"""How to install what an extra brings, from where this package came from."""
+"""Installation of extras, from the clone that this package was installed from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 def how_to_install(extra: str) -> str:
     """Return the command that installs ``extra``.
 
-    The package is not in an index: pip has noted which clone it was installed from (PEP 610).
+    The package is not in an index.  pip has recorded which clone it was installed from (PEP 610).
     """
     clone = _clone()
     if clone is None:

@@ -1,4 +1,4 @@
-"""Making the standard ``socket`` module use vSockets for AF_VSOCK."""
+"""Replacement of ``socket.socket`` that creates vSockets sockets for AF_VSOCK."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _original = stdlib.socket
 
 
 class _Dispatch(type):
-    """Calling the class makes a vSockets socket for AF_VSOCK, else what it always made."""
+    """Metaclass whose instances create a vSockets socket for AF_VSOCK, else a standard socket."""
 
     def __call__(cls, family: int = -1, *args: Any, **kwargs: Any) -> Any:
-        if cls is not Socket:  # somebody's subclass of socket.socket
+        if cls is not Socket:  # a program's subclass of socket.socket
             return super().__call__(family, *args, **kwargs)
         made = socket if family == AF_VSOCK else _original
         return made(family, *args, **kwargs)
@@ -37,17 +37,16 @@ class _Dispatch(type):
 
 
 class Socket(_original, metaclass=_Dispatch):
-    """What ``socket.socket`` is after :func:`install`."""
+    """The class ``socket.socket`` after :func:`install`."""
 
     __slots__ = ()
 
 
 def install() -> None:
-    """From now on ``socket.socket(socket.AF_VSOCK, …)`` is a vSockets socket.
+    """Make ``socket.socket(socket.AF_VSOCK, …)`` return a vSockets socket.
 
-    Every pure-Python program then uses vSockets unchanged.  Modules that took the class itself
-    (``from socket import socket``) before the call keep the old one.  Calling it again does
-    nothing.
+    Pure-Python programs then use vSockets unchanged.  Modules that imported the class before
+    (``from socket import socket``) keep the original.  A second call has no effect.
     """
     stdlib.socket = Socket  # type: ignore[misc]
     for name in vars(constants):

@@ -1,6 +1,6 @@
-"""The kernel's own AF_VSOCK, as the context a process is in.
+"""The kernel's own AF_VSOCK as the context of a process.
 
-In a virtual machine it leads to the host, over whatever device the hypervisor offers (VMCI,
+In a virtual machine it connects to the host, over the device that the hypervisor offers (VMCI,
 virtio, Hyper-V); on a host with vhost-vsock or VMware's modules, to the guests.
 """
 
@@ -14,13 +14,13 @@ import socket as stdlib
 
 from .model.constants import AF_VSOCK, VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_CID_LOCAL
 
-#: ``linux/vm_sockets.h``: the local CID, from the device node.
+#: The ioctl of the device node that returns the local CID (``linux/vm_sockets.h``).
 _IOCTL_GET_LOCAL_CID = 0x7B9
 _DEVICE = "/dev/vsock"
 
 
 class KernelContext:
-    """What :class:`vsockets.Attachment` is for the fabric."""
+    """The kernel's counterpart of :class:`vsockets.Attachment`."""
 
     transport = "kernel"
 
@@ -29,23 +29,25 @@ class KernelContext:
 
     @property
     def cid(self) -> int:
-        """The machine's CID, which may change under it (migration).
+        """The machine's CID, which a migration may change.
 
-        OSError ENODEV when there is no AF_VSOCK in this kernel.
+        Raises OSError ENODEV if this kernel has no AF_VSOCK.
         """
         cid = local_cid()
         if cid is None:
-            raise OSError(errno.ENODEV, f"this kernel has no AF_VSOCK ({_DEVICE} does not answer)")
+            raise OSError(
+                errno.ENODEV, f"AF_VSOCK is missing in this kernel: no CID from {_DEVICE}"
+            )
         return cid
 
     def is_trusted(self, sock_type: int, peer_cid: int = VMADDR_CID_HOST, cookie: int = 0) -> bool:
-        """Whether this process's sockets are trusted: CAP_NET_ADMIN, says the kernel."""
+        """Return whether the kernel trusts this process's sockets (CAP_NET_ADMIN)."""
         with stdlib.socket(AF_VSOCK, sock_type) as sock:
             return bool(sock.getsockopt(AF_VSOCK, 5))
 
 
 def local_cid() -> int | None:
-    """The CID the kernel's AF_VSOCK has, or None."""
+    """Return the CID of the kernel's AF_VSOCK, or None."""
     try:
         device = os.open(_DEVICE, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -61,5 +63,5 @@ def local_cid() -> int | None:
 
 
 def has_transport() -> bool:
-    """Whether the kernel's AF_VSOCK reaches anybody but this machine's own processes."""
+    """Return whether the kernel's AF_VSOCK reaches more than this machine's own processes."""
     return local_cid() not in (None, VMADDR_CID_ANY, VMADDR_CID_LOCAL)

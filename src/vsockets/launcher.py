@@ -1,4 +1,4 @@
-"""Starting a vsockd for whoever needs one."""
+"""Start of vsockd in the background."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from pathlib import Path
 from .control import Control
 from .state_folder import LOG
 
-#: How long a vsockd may take to come up, in seconds; it takes a tenth of one.
-_PATIENCE = 20.0
+#: Seconds to wait until vsockd serves; usually it takes a tenth of a second.
+_START_TIMEOUT_SECONDS = 20.0
 
 
 def start(folder: Path, on_demand: bool = True) -> bool:
-    """Start vsockd in the background; it serves when this returns.
+    """Start vsockd in the background, and return when it serves.
 
-    Returns False when there is one in ``folder`` already.  Raises OSError when it cannot
-    start, with what it had to say; ``on_demand`` also where it was started otherwise before.
+    Returns False if a vsockd already runs in ``folder``.
+
+    Raises OSError with vsockd's message if it cannot start; with ``on_demand`` also if the folder's
+    last vsockd was started explicitly, by ``vsock up`` or as a service.
     """
-    # The new vsockd is nobody's guest, and no service that somebody waits for.
+    # vsockd is in no context, and its start is not reported to this process's service manager.
     without = ("VSOCKETS_CONTEXT", "NOTIFY_SOCKET")
     environment = {name: value for name, value in os.environ.items() if name not in without}
     package_root = str(Path(__file__).parent.parent)
@@ -39,7 +41,7 @@ def start(folder: Path, on_demand: bool = True) -> bool:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=_PATIENCE,
+        timeout=_START_TIMEOUT_SECONDS,
         check=False,
     )
     if finished.returncode == os.EX_TEMPFAIL:
@@ -52,13 +54,13 @@ def start(folder: Path, on_demand: bool = True) -> bool:
 
 
 def _wait_until_served(folder: Path) -> None:
-    """Return when somebody else's vsockd, which may be starting still, serves; or gives up."""
-    deadline = time.monotonic() + _PATIENCE
+    """Wait until a vsockd that another process has started serves, or until the timeout."""
+    deadline = time.monotonic() + _START_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         try:
             Control(folder).close()
         except PermissionError:
-            return  # it serves, and not us
+            return  # it serves, but not this user
         except OSError:
             time.sleep(0.01)
         else:

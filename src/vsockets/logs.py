@@ -1,13 +1,12 @@
-"""Logs of programs that run for long, on standard error: text, or a JSON object a line.
+"""Logging of long-running programs to standard error, as text or one JSON object per line.
 
-Under systemd standard error is the journal, which takes a line's priority from a number in
-angle brackets before it (``sd-daemon(3)``).
+Under systemd, standard error is the journal, which reads a line's priority from a number in angle
+brackets before it (``sd-daemon(3)``).
 
-Clients cause lines, as often as they like, and choose parts of their text.  So every line but a
-notice is limited: each *party* (a guest, a user, a peer, or where none is named the place in the
-source) may cause some lines a second, all together some more, and a line tells how many of its
-party were left out before it.  No line contains a control character, or another that is not
-printed.  Name the party so::
+Clients can cause any number of lines, and choose parts of their text.  So all lines except notices
+are rate limited, for each *party* (a guest, a user or a peer; by default, the line of source code)
+and in total; a line states how many of its party were omitted before it.  All characters are
+printable.  Name the party with::
 
     log.warning("%s: %s", who, error, extra=logs.by(party))
 """
@@ -28,11 +27,11 @@ from .limits import LOG_FILE_MAX_BYTES, LOG_LINES_PER_SECOND, LOG_PARTIES_MAX
 from .model.rate_limit import TokenBucket
 from .model.text import printable
 
-#: What is said however little was asked for, and no warning: where somebody listens.
+#: Level of messages that are always logged and are not warnings, such as listening addresses.
 NOTICE = 25
 logging.addLevelName(NOTICE, "NOTICE")
 
-#: How logs may be written.
+#: The formats of logs.
 FORMATS = ("text", "json")
 
 _PRIORITIES = {
@@ -46,31 +45,31 @@ _PRIORITIES = {
 
 
 def by(party: Hashable) -> dict[str, Any]:
-    """Return the ``extra`` of a line that ``party`` has caused."""
+    """Return the ``extra`` argument of a line caused by ``party``."""
     return {"party": party}
 
 
 def rare(party: Hashable) -> dict[str, Any]:
-    """As :func:`by`, for a line that is the same each time: one a second is enough."""
+    """Return the ``extra`` argument of a repeated line, which is limited to one per second."""
     return {"party": party, "rate": 1}
 
 
 class Throttle:
-    """Limits how often parties may cause something, with a token bucket for each.
+    """Limits the events of each party, with a token bucket per party, and of all parties.
 
-    Those longest silent are forgotten; and because there can be more parties than are remembered
-    (a user may have thousands of user ids), all together are limited, too.
+    The least recently active parties are forgotten.  The total is limited because there can be
+    more parties than are remembered: a user may have thousands of user ids.
     """
 
     def __init__(self, rate: int) -> None:
-        """``rate``: a second and party; ten times that for all parties."""
+        """Allow ``rate`` events per second for each party, ten times as many for all parties."""
         self.rate = rate
         self._all = TokenBucket(10 * rate)
         self._buckets: OrderedDict[Hashable, _Bucket] = OrderedDict()
 
     def admit(self, party: Hashable, rate: int | None = None) -> int | None:
-        """Return how many of the party's events were left out since the last one that was not;
-        None: leave out this one, too.  ``rate``: instead of the common one.
+        """Return the number of the party's events omitted since its last one that was admitted, or
+        None if this one is to be omitted.  ``rate`` replaces the common rate.
         """
         rate = rate or self.rate
         bucket = self._buckets.get(party)
@@ -90,7 +89,7 @@ class Throttle:
 
 
 class _Bucket:
-    """One party's."""
+    """The tokens of one party, and its number of omitted events."""
 
     __slots__ = ("left_out", "tokens")
 
@@ -100,7 +99,7 @@ class _Bucket:
 
 
 class _Limit(logging.Filter):
-    """Leaves out records of parties that cause too many."""
+    """Filter that omits records of parties that cause too many."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,15 +110,15 @@ class _Limit(logging.Filter):
             return True
         place = record.pathname, record.lineno
         party = getattr(record, "party", place)
-        # A traceback is as long as twenty lines.
+        # A traceback counts as twenty lines.
         rate = getattr(record, "rate", 1 if record.exc_info else None)
         left_out = self._throttle.admit(party if rate is None else (party, place), rate)
         record.left_out = left_out
         return left_out is not None
 
 
-class _Words(logging.Formatter):
-    """A line for each, but for tracebacks, whose lines are marked."""
+class _Text(logging.Formatter):
+    """Formatter of one line per record, followed by the marked lines of a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         record.message = printable(" ".join(record.getMessage().split()))
@@ -133,6 +132,8 @@ class _Words(logging.Formatter):
 
 
 class _JSON(logging.Formatter):
+    """Formatter of one JSON object per record."""
+
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time": round(record.created, 3),
@@ -148,7 +149,7 @@ class _JSON(logging.Formatter):
 
 
 class _Prefixed(logging.Formatter):
-    """A formatter's lines with their priority in front, for the journal."""
+    """Formatter that puts the priority before each line of another, for the journal."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()
@@ -160,7 +161,7 @@ class _Prefixed(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes to standard error, be it a file of limited size by then."""
+    """Handler that writes to standard error, and limits its size if it is a file."""
 
     _file: Path | None = None
 
@@ -170,11 +171,11 @@ class _Handler(logging.StreamHandler[TextIO]):
             try:
                 os.replace(self._file, older(self._file))
                 self.write_to(self._file)
-            except OSError:  # no such folder any more, or no descriptor: what was written goes
+            except OSError:  # the folder was removed, or descriptors are exhausted: discard the log
                 os.ftruncate(2, 0)
 
     def write_to(self, path: Path) -> None:
-        """Begin the file, as this process's standard output and error."""
+        """Create or truncate the file, and make it this process's standard output and error."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         sink = os.open(path, flags, 0o600)
         for number in (1, 2):
@@ -187,10 +188,11 @@ _handler = _Handler()
 
 
 def configure(words: str, level: int, form: str) -> None:
-    """Log to standard error from ``level`` up; ``form`` is one of FORMATS, and ``words`` how a line
-    of text looks (``logging.Formatter``).
+    """Log records of at least ``level`` to standard error.
+
+    ``form`` is one of FORMATS, and ``words`` the format of a line of text (``logging.Formatter``).
     """
-    formatter: logging.Formatter = _JSON() if form == "json" else _Words(words)
+    formatter: logging.Formatter = _JSON() if form == "json" else _Text(words)
     if _is_journal():
         formatter = _Prefixed(formatter)
     _handler.setStream(sys.stderr)
@@ -200,20 +202,21 @@ def configure(words: str, level: int, form: str) -> None:
 
 
 def write_to(path: Path) -> None:
-    """Have ``path`` for standard output and error instead, and no more than twice
-    LOG_FILE_MAX_BYTES bytes of
-    logs: when it is that long it becomes :func:`older`, and is begun again.
+    """Replace standard output and error with the file ``path``.
+
+    When the file has LOG_FILE_MAX_BYTES, it is renamed to :func:`older` and a new one is created:
+    together they have at most twice as many bytes.
     """
     _handler.write_to(path)
 
 
 def older(path: Path) -> Path:
-    """Return where the log before this one is."""
+    """Return the path of the previous log."""
     return path.with_name(f"{path.name}.1")
 
 
 def _is_journal() -> bool:
-    """Whether standard error is the journal: ``JOURNAL_STREAM`` is its device and inode."""
+    """Return whether standard error is the journal, whose device and inode JOURNAL_STREAM has."""
     try:
         found = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):

@@ -1,10 +1,9 @@
 """The Berkeley socket of vSockets: a drop-in for ``socket.socket`` with AF_VSOCK.
 
-What is the same for every transport and type is here: construction, addresses, options.
-What a socket does with data is its *behaviour*, a class of a transport; a socket changes
-its class when it is made, and again when a stream is established, so that an established
-stream's ``send`` and ``recv`` are the C methods of the standard library and cost not one
-instruction more.
+This module has what all transports and types share: construction, addresses and options.  Each
+transport adds a *socket class* per type, for connections and data.  A socket changes its class when
+it is created, and again when a stream is established: an established stream's ``send`` and ``recv``
+are the standard library's C methods, at no extra cost.
 """
 
 from __future__ import annotations
@@ -44,26 +43,26 @@ _getsockopt = _socket.socket.getsockopt
 MSG_ERRQUEUE = 0x2000  #: linux/socket.h; the standard library lacks it
 _U64 = struct.Struct("=Q")
 _UCRED = struct.Struct("iII")
-#: Options that are times, not sizes.
+#: Options whose value is a ``struct timeval``.
 TIMEOUTS = (SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD, SO_VM_SOCKETS_CONNECT_TIMEOUT_NEW)
 
 
 class Phase(enum.Enum):
-    """Where in its life a socket is."""
+    """The state of a socket."""
 
     NEW = enum.auto()
     BOUND = enum.auto()
     LISTENING = enum.auto()
     CONNECTING = enum.auto()
     CONNECTED = enum.auto()
-    #: A connect of a non-blocking socket has failed.  Linux never connects such a socket again.
+    #: A connect of a non-blocking socket has failed.  As on Linux, it cannot be connected again.
     FAILED = enum.auto()
     #: Of a supervised program's socket alone: vsockd has ended, or has released the socket's port.
     LOST = enum.auto()
 
 
 class PeerCredentials(NamedTuple):
-    """The process at the other end, as the kernel told vsockd; a CID alone proves no user."""
+    """The peer's process, as the kernel reported it to vsockd.  A CID alone identifies no user."""
 
     pid: int
     uid: int
@@ -71,7 +70,7 @@ class PeerCredentials(NamedTuple):
 
 
 def error(code: int, why: str = "") -> OSError:
-    """An OSError whose text says what was wrong, and why if that is not obvious."""
+    """Return an OSError with the text of ``code``, and the reason if it is not obvious."""
     text = os.strerror(code)
     return OSError(code, f"{text}: {why}" if why else text)
 
@@ -86,9 +85,9 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     Raises OSError with EAFNOSUPPORT, ESOCKTNOSUPPORT or EPROTONOSUPPORT as Linux does.
     """
 
-    # No __slots__: what a socket has not been told otherwise is its class's, for nothing.
+    # No __slots__: an attribute with its default value costs an instance nothing.
     _attachment: ContextHandle | None = None
-    _raw_family: int = stdlib.AF_UNIX  # what the C part takes it for
+    _raw_family: int = stdlib.AF_UNIX  # the family that the C class is created with
     _buffers = DEFAULT_SIZES
     _connect_timeout = CONNECT_TIMEOUT_SECONDS
     _ignored: dict[tuple[int, int], Any] | None = None
@@ -96,7 +95,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     _local = UNBOUND
     _peer: tuple[int, int] | None = None
     _phase = Phase.NEW
-    _record: Record | None = None  # what vsockd said of the stream
+    _record: Record | None = None  # vsockd's description of the stream
     _unknown_option = errno.ENOPROTOOPT
 
     def __init__(
@@ -115,20 +114,20 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         if type == -1:
             type = stdlib.SOCK_STREAM if fileno is None else _type_of(fileno)
         place = current() if context is None else context
-        behaviour = SOCKET_CLASSES[place.transport].get(type & _TYPE_BITS)
-        if behaviour is None:
+        socket_class = SOCKET_CLASSES[place.transport].get(type & _TYPE_BITS)
+        if socket_class is None:
             raise error(
                 errno.ESOCKTNOSUPPORT,
                 f"type {type}: expected SOCK_STREAM, SOCK_SEQPACKET or SOCK_DGRAM",
             )
-        # By its name: super() looks for longer than the rest takes.
-        stdlib.socket.__init__(self, behaviour._raw_family, type, 0, fileno)
+        # Called by name: super() would take longer than all the rest.
+        stdlib.socket.__init__(self, socket_class._raw_family, type, 0, fileno)
         if context is not None:
             self._attachment = context
         if self.__class__ is socket:
-            self.__class__ = behaviour  # what become() does, for the usual case
+            self.__class__ = socket_class  # as switch_class() does, in the usual case
         else:
-            switch_class(self, behaviour)
+            switch_class(self, socket_class)
         if fileno is not None:
             self._recover()
 
@@ -141,26 +140,26 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
 
     @property
     def family(self) -> int:  # type: ignore[override]  # the standard library has an enum
-        """AF_VSOCK; what the C part believes is AF_UNIX."""
+        """AF_VSOCK.  The C class has AF_UNIX."""
         return _FAMILY
 
     def getsockname(self) -> tuple[int, int]:
-        """The local ``(cid, port)``; both wildcards while the socket is not bound."""
+        """Return the local ``(cid, port)``, both wildcards while the socket is not bound."""
         return self._local
 
     def getpeername(self) -> tuple[int, int]:
         """Return the peer's ``(cid, port)``.
 
-        OSError ENOTCONN before a connect and, as with Linux's AF_VSOCK, after a shutdown.
+        Raises OSError ENOTCONN before a connect and, as Linux's AF_VSOCK does, after a shutdown.
         """
         if self._peer is None or self._is_shut:
             raise error(errno.ENOTCONN)
         return self._peer
 
     def peer_credentials(self) -> PeerCredentials:
-        """The process that connected, or that listened, at the other end.
+        """Return the process that connected, or listened, at the other end.
 
-        OSError ENOTCONN while there is no peer or nothing is known of it.
+        Raises OSError ENOTCONN without a peer, or if its process is unknown.
         """
         if self._record is None:
             raise error(errno.ENOTCONN)
@@ -169,8 +168,10 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     # Options
 
     def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None) -> None:
-        """As ``socket.setsockopt``.  The vSockets options have level AF_VSOCK and take an
-        integer (or eight bytes); options of other families are accepted and ignored.
+        """Set an option, as ``socket.setsockopt`` does.
+
+        The vSockets options have level AF_VSOCK, and take an integer or eight bytes.  Options of
+        other address families are accepted and ignored.
         """
         if level == AF_VSOCK:
             self._set_vsock_option(optname, value)
@@ -184,9 +185,9 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
             super().setsockopt(level, optname, value, optlen)
 
     def getsockopt(self, level: int, optname: int, buflen: int = 0) -> Any:
-        """As ``socket.getsockopt``: an integer, or bytes when ``buflen`` is given.
+        """Return an option, as ``socket.getsockopt`` does: bytes if ``buflen`` is given.
 
-        An ignored option reads as what it was set to, else 0.
+        An ignored option has the value that it was set to, by default 0.
         """
         if level == AF_VSOCK:
             return self._get_vsock_option(optname, buflen)
@@ -236,24 +237,25 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         return _U64.pack(number)[:buflen] if buflen else number
 
     def _peer_vm(self) -> int:
-        """The peer's virtual machine, "only available for hypervisor endpoints"
-        (``linux/vm_sockets.h``).  The fabric's name for a virtual machine is its CID.
+        """Return the CID of the peer's virtual machine, which identifies it in the fabric.
+
+        The option is "only available for hypervisor endpoints" (``linux/vm_sockets.h``).
         """
         peer = self.getpeername()[0]
         if self._context.cid >= FIRST_GUEST_CID:
-            raise error(errno.ENOPROTOOPT, "a guest is not told which machine its peer is")
+            raise error(errno.ENOPROTOOPT, "only the host can read which machine its peer is")
         return peer
 
-    # What behaviours share
+    # Shared by the socket classes
 
     def _cookie(self) -> int:
-        """The kernel's number for the socket, which vsockd knows it by."""
+        """Return the kernel's number for the socket, by which vsockd identifies it."""
         cookie: int = _U64.unpack(_getsockopt(self, SOL_SOCKET, SO_COOKIE, 8))[0]
         return cookie
 
     @property
     def _context(self) -> ContextHandle:
-        """The context this socket is in."""
+        """The context that this socket belongs to."""
         if self._attachment is None:
             self._attachment = current()
         return self._attachment
@@ -262,31 +264,29 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         peer = self._peer[0] if self._peer is not None else VMADDR_CID_HOST
         return self._context.is_trusted(self.type, peer, self._cookie())
 
-    # What a behaviour provides
+    # Provided by each socket class
 
     def accept(self) -> tuple[socket, tuple[int, int]]:
-        """Wait for a connection: ``(socket, (cid, port) of the peer)``."""
+        """Wait for a connection; return its socket and the peer's ``(cid, port)``."""
         raise NotImplementedError
 
     def listen(self, backlog: int | None = None, /) -> None:
-        """Accept connections, with at most ``backlog`` of them waiting (default 128)."""
+        """Listen, with at most ``backlog`` connections not yet accepted (default 128)."""
         raise NotImplementedError
 
     def _recover(self) -> None:
-        """Find out what a descriptor that came from elsewhere is."""
+        """Recover the state of a descriptor that was created elsewhere."""
         raise NotImplementedError
 
     def _pending_error(self) -> int:
-        """SO_ERROR: 0, or the errno of a connect that failed since it was last asked."""
+        """Return and clear SO_ERROR: 0, or the errno of a connect that has failed."""
         return 0
 
     def _buffers_changed(self) -> None:
-        """The program has set new buffer sizes."""
-
-    # The rest
+        """Report new buffer sizes that the program has set."""
 
     def dup(self) -> Self:
-        """A second socket object, on a duplicate of the descriptor, for the same endpoint."""
+        """Return another socket object for the same endpoint, with a duplicated descriptor."""
         twin = self.__class__.__new__(self.__class__)
         stdlib.socket.__init__(twin, stdlib.AF_UNIX, self.type, 0, stdlib.dup(self.fileno()))
         vars(twin).update(vars(self))
@@ -294,7 +294,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         return twin
 
 
-#: The behaviour of a new socket, by transport and type; transports enter theirs.
+#: The class of a new socket, by transport and type.  Each transport registers its own.
 SOCKET_CLASSES: dict[str, dict[int, type[socket]]] = {"fabric": {}, "kernel": {}}
 
 _KIND_NAMES = {
@@ -313,27 +313,27 @@ _CHANGE_BUFFERS = {
 }
 
 
-def switch_class(sock: socket, behaviour: type[socket]) -> None:
-    """Give ``sock`` another behaviour.  Overrides of a program's own subclass still hold."""
+def switch_class(sock: socket, socket_class: type[socket]) -> None:
+    """Change the class of ``sock``, and keep the overrides of a program's own subclass."""
     cls = sock.__class__
-    made = _VARIANTS.get((cls, behaviour)) or _make_variant(cls, behaviour)
-    # As a plain assignment mypy would hold the class to be fixed, which it is not here.
+    made = _VARIANTS.get((cls, socket_class)) or _make_variant(cls, socket_class)
+    # For mypy the class in a plain assignment to __class__ would have to be constant.
     object.__setattr__(sock, "__class__", made)
 
 
-def _make_variant(cls: type[socket], behaviour: type[socket]) -> type[socket]:
-    made = behaviour
-    if not issubclass(behaviour, cls):
+def _make_variant(cls: type[socket], socket_class: type[socket]) -> type[socket]:
+    made = socket_class
+    if not issubclass(socket_class, cls):
         own = _OWN_CLASS.get(cls, cls)
-        made = type(own.__name__, (own, behaviour), {})
+        made = type(own.__name__, (own, socket_class), {})
         _OWN_CLASS[made] = own
-    _VARIANTS[cls, behaviour] = made
+    _VARIANTS[cls, socket_class] = made
     return made
 
 
-#: The class for each (present class, behaviour).
+#: The combined class for each (current class, socket class).
 _VARIANTS: dict[tuple[type[socket], type[socket]], type[socket]] = {}
-#: Which program's class a made one is of.
+#: The program's own class that a combined class was made from.
 _OWN_CLASS: dict[type[socket], type[socket]] = {}
 
 
@@ -350,7 +350,7 @@ def _as_asked(number: int, buflen: int) -> Any:
 
 
 def as_u64(value: Any) -> int:
-    """A buffer size as programs give it: an integer, or eight bytes."""
+    """Return a buffer size that a program gave as an integer or as eight bytes.  Raises OSError."""
     if isinstance(value, int):
         number = value
     else:
@@ -365,11 +365,13 @@ def as_u64(value: Any) -> int:
 
 def _seconds(value: Any) -> float:
     if isinstance(value, int) or len(bytes(value)) != TIMEVAL.size:
-        raise error(errno.EINVAL, "the connect timeout is a struct timeval of 16 bytes")
+        raise error(errno.EINVAL, "connect timeout: expected a struct timeval of 16 bytes")
     seconds, microseconds = TIMEVAL.unpack(bytes(value))
     if not 0 <= seconds <= CONNECT_TIMEOUT_MAX_SECONDS or microseconds >= 1_000_000:
-        raise error(errno.ERANGE, f"connect timeout of {seconds} s and {microseconds} us")
-    if microseconds < 0:  # Linux takes it for a large unsigned number
+        raise error(
+            errno.ERANGE, f"connect timeout of {seconds} s and {microseconds} us: out of range"
+        )
+    if microseconds < 0:  # a large unsigned number to Linux
         return float(CONNECT_TIMEOUT_MAX_SECONDS)
-    # Linux: no time at all means the default.
+    # As on Linux, 0 means the default.
     return float(seconds + microseconds / 1e6) or CONNECT_TIMEOUT_SECONDS

@@ -1,15 +1,15 @@
-"""Where a fabric keeps its sockets, and how programs find it.
+"""The state folder of a fabric: its location, its files, and connections to its sockets.
 
 ``VSOCKETS_DIR``, by default ``/run/vsock`` for root and ``$XDG_RUNTIME_DIR/vsock`` (else
 ``/tmp/vsock-UID``) for a user, holds::
 
     vsockd.lock     held by the running vsockd; names its process
-    vsockd.start    how it was started, for the time after a crash
-    vsockd.log      the log of a vsockd that was started on demand; vsockd.log.1: the one before
+    vsockd.start    the options it was started with, for a restart after a crash
+    vsockd.log      the log of a vsockd started on demand; vsockd.log.1 is the previous one
     control         the administrator's socket
-    CID/stream      a context's control sockets, its owner's: all a program in it needs,
-    CID/seqpacket       so a container becomes a guest by mounting this one folder
-    private/        vsockd's own
+    CID/stream      a context's control sockets, owned by its owner; a container becomes a
+    CID/seqpacket       guest by mounting this one folder
+    private/        accessible to vsockd only
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from socket import SO_SNDTIMEO, SOL_SOCKET
 from ._linux import folders
 from ._linux.sockets import TIMEVAL
 
-#: sockaddr_un holds 108 bytes, the last one a NUL.
+#: sockaddr_un has 108 bytes, of which the last one is NUL.
 _LONGEST_SOCKET_PATH = 107
 
-# As unix sockets have them, whatever the class.
+# The C methods, because a vSockets socket overrides them.
 _connect, _peer_of = _socket.socket.connect, _socket.socket.getpeername
 _set_timeout = _socket.socket.settimeout
 
@@ -50,7 +50,7 @@ TRASH = "trash"
 
 
 def default_folder() -> Path:
-    """The state folder this process uses unless told otherwise.  It need not exist."""
+    """Return the state folder that this process uses by default.  It need not exist."""
     configured = os.environ.get("VSOCKETS_DIR")
     if configured:
         return Path(configured)
@@ -63,16 +63,20 @@ def default_folder() -> Path:
 
 
 def require_private(folder: Path, create: bool = False) -> None:
-    """Raise PermissionError unless the state folder ``folder`` is ours or root's, for good.
+    """Require that no other user except root controls the state folder ``folder``.
 
-    Under ``/tmp`` any user could have made it first, and then be every program's host; and a folder
-    above it that others can change leads elsewhere the next moment.  With ``create`` it is made.
+    In ``/tmp`` another user could have created it before, and would be the host of every program;
+    a user who can change a folder above can replace it at any time.  ``create`` creates it.
+
+    Raises PermissionError if another user has control.
     """
     folder = folder.absolute()
     try:
         above = folders.open_folder(folder.parent, private=True, create=0o755 if create else None)
     except PermissionError as error:
-        raise PermissionError(f"{error.filename}: {error.strerror}: not using {folder}") from None
+        raise PermissionError(
+            f"{folder}: not used, because of {error.filename}: {error.strerror}"
+        ) from None
     try:
         if create:
             with contextlib.suppress(FileExistsError):
@@ -81,16 +85,18 @@ def require_private(folder: Path, create: bool = False) -> None:
     finally:
         os.close(above)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
-        raise PermissionError(f"{folder} is not a folder of user {os.geteuid()}: not using it")
+        raise PermissionError(
+            f"{folder}: not used, because it is not a folder of user {os.geteuid()}"
+        )
     if found.st_mode & 0o022:
-        raise PermissionError(f"{folder} can be written by others: not using it")
+        raise PermissionError(f"{folder}: not used, because other users can write to it")
 
 
 @contextmanager
 def short_path(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A spelling of ``path`` that fits a unix socket address, while the context lasts.
+    """Yield an equivalent of ``path`` that fits a unix socket address, valid in the context.
 
-    A path of more than 107 bytes is reached through a descriptor of its folder.
+    A path of more than 107 bytes is replaced by one through a descriptor of its folder.
     """
     spelled = os.fspath(path)
     if len(os.fsencode(spelled)) <= _LONGEST_SOCKET_PATH:
@@ -105,12 +111,12 @@ def short_path(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def is_short(path: str) -> bool:
-    """Whether ``path`` fits a unix socket address as it is, and that is quickly seen."""
+    """Return True if ``path`` certainly fits a unix socket address; a quick test."""
     return len(path) <= _LONGEST_SOCKET_PATH and path.isascii()
 
 
 def connect_to(connect: Callable[[str], None], path: str) -> None:
-    """Call ``connect``, of a unix socket, with ``path``, however long that is."""
+    """Call the ``connect`` method of a unix socket with ``path``, which may have any length."""
     if is_short(path):
         connect(path)
         return
@@ -119,16 +125,16 @@ def connect_to(connect: Callable[[str], None], path: str) -> None:
 
 
 def wait_to_connect(sock: _socket.socket, path: str, seconds: float) -> float:
-    """Connect ``sock`` to ``path``, where the backlog was full, within ``seconds``.
+    """Connect ``sock`` to ``path``, whose backlog was full, within ``seconds``.
 
-    Returns what is left of them.  OSError: ETIMEDOUT, or ENOBUFS when there are none.
+    Returns the remaining seconds.  Raises OSError ETIMEDOUT, or ENOBUFS if ``seconds`` is 0.
     """
     if seconds <= 0:
-        raise OSError(errno.ENOBUFS, f"vsockd at {path} has too much to do")
+        raise OSError(errno.ENOBUFS, f"the backlog of vsockd at {path} is full")
     deadline = time.monotonic() + seconds
     timeout = sock.gettimeout()
     before = sock.getsockopt(SOL_SOCKET, SO_SNDTIMEO, TIMEVAL.size)
-    # The kernel lets those in that wait in it, not those that try again now and then.
+    # Clients blocked in connect(2) get free slots before those that retry.
     _set_timeout(sock, None)
     try:
         while (left := deadline - time.monotonic()) > 0:
@@ -137,7 +143,7 @@ def wait_to_connect(sock: _socket.socket, path: str, seconds: float) -> float:
             )
             try:
                 connect_to(functools.partial(_connect, sock), path)
-                _peer_of(sock)  # when interrupted by a signal, Python believes in success
+                _peer_of(sock)  # Python reports success when a signal interrupts connect(2)
                 return max(1e-6, deadline - time.monotonic())
             except BlockingIOError:
                 pass
@@ -147,4 +153,4 @@ def wait_to_connect(sock: _socket.socket, path: str, seconds: float) -> float:
     finally:
         sock.setsockopt(SOL_SOCKET, SO_SNDTIMEO, before)
         _set_timeout(sock, timeout)
-    raise TimeoutError(errno.ETIMEDOUT, "vsockd does not answer")
+    raise TimeoutError(errno.ETIMEDOUT, "no reply from vsockd")

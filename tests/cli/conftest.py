@@ -31,7 +31,7 @@ def vsock(fabric: PrivateFabric) -> Iterator[Vsock]:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[Vsock]:
-    """The command line with a state folder of its own, in which no vsockd runs yet."""
+    """The command line with a state folder of its own, in which vsockd is not running."""
     with Vsock(tmp_path / "state") as vsock:
         yield vsock
         vsock("down", expect=None)

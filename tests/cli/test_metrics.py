@@ -150,7 +150,7 @@ def test_over_a_unix_socket_while_vsockd_comes_and_goes(alone: Vsock, tmp_path: 
     running.error_line()
     assert not stat.S_IMODE(os.stat(path).st_mode) & 0o077
     status, text = get(path)
-    assert status == 503 and "no vsockd runs" in text
+    assert status == 503 and "vsockd is not running" in text
     alone("up")
     status, text = get(path)
     assert status == 200 and ("vsock_streams", "2") in read(text)

@@ -237,7 +237,7 @@ def test_errors_say_what_to_do(vsock: Vsock, fabric: PrivateFabric) -> None:
 def test_no_vsockd(vsock: Vsock) -> None:
     vsock.environment["VSOCKETS_CONTEXT"] = "/nowhere/3"
     line = vsock.fails("connect", "host", "5000")
-    assert line == ("connect to 2:5000: no vsockd serves /nowhere/3 (is it running? try: vsock up)")
+    assert line == ("connect to 2:5000: vsockd is not running in /nowhere/3 (start it: vsock up)")
 
 
 def test_reserved_ports() -> None:

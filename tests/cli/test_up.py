@@ -12,7 +12,7 @@ from .vsock import Vsock
 
 
 def test_one_life(alone: Vsock) -> None:
-    none = f"no vsockd runs in {alone.folder} (start it: vsock up)"
+    none = f"vsockd is not running in {alone.folder} (start it: vsock up)"
     alone.fail(("status", 1, none), ("down", 1, none), ("ls", 1, none))
     assert alone("up").stdout.startswith(f"vsockd serves {alone.folder} (pid ")
     facts = alone.json("status")
@@ -21,7 +21,7 @@ def test_one_life(alone: Vsock) -> None:
     assert alone("up").stdout == again
     assert alone("down").stdout == f"vsockd in {alone.folder} has ended\n"
     assert os.listdir(alone.folder) == []
-    assert "no vsockd runs" in alone.fails("status")
+    assert "vsockd is not running" in alone.fails("status")
 
 
 def test_foreground(alone: Vsock) -> None:

@@ -340,7 +340,7 @@ def test_an_owner_who_exchanges_names(
 
 @as_root
 def test_a_state_folder_whose_way_others_can_change_is_refused(home: Path) -> None:
-    with pytest.raises(Exception, match=f"{home}: other users can change what is in it"):
+    with pytest.raises(Exception, match=f"{home}: other users can change its content"):
         PrivateFabric(home / "fabric").__enter__()
     assert os.listdir(home) == ["vm"]
 

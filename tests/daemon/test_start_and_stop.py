@@ -245,7 +245,7 @@ def test_the_administrator_ends_it(folder: Path) -> None:
         control.stop()
     wait_until(lambda: has_gone(pid), "vsockd to be gone")
     assert os.listdir(folder) == []
-    with pytest.raises(OSError, match="no vsockd runs in") as refusal:
+    with pytest.raises(OSError, match="vsockd is not running in") as refusal:
         Control(folder)
     assert refusal.value.errno == errno.ENODEV
 
@@ -308,7 +308,7 @@ def test_after_a_crash_the_next_one_cleans_up(vsock_fabric: PrivateFabric) -> No
         assert {"0", "2", "7", "control", "private", "vsockd.lock"} <= set(
             os.listdir(vsock_fabric.folder)
         )
-        with pytest.raises(OSError, match="no vsockd serves"):
+        with pytest.raises(OSError, match="vsockd is not running"):
             vsockets.create_connection((2, 5000), context=guest)
         vsock_fabric.start()
         found = sorted(os.listdir(vsock_fabric.folder))
@@ -429,11 +429,12 @@ def test_a_folder_others_can_write_is_refused(folder: Path, mode: int) -> None:
     finished = run_vsockd(folder)
     assert finished.returncode == 1
     assert finished.stderr == (
-        f"vsockd: cannot start in {folder}: {folder} can be written by others: not using it\n"
+        f"vsockd: cannot start in {folder}: "
+        f"{folder}: not used, because other users can write to it\n"
     )
     assert os.listdir(folder) == []
     program = start_on_demand(folder)
-    assert "can be written by others" in program.communicate(timeout=PATIENCE)[1]
+    assert "other users can write to it" in program.communicate(timeout=PATIENCE)[1]
 
 
 def test_a_link_is_refused(folder: Path) -> None:
@@ -442,7 +443,7 @@ def test_a_link_is_refused(folder: Path) -> None:
     folder.symlink_to(elsewhere)
     finished = run_vsockd(folder)
     assert finished.returncode == 1
-    assert "is not a folder of user" in finished.stderr
+    assert "it is not a folder of user" in finished.stderr
     assert os.listdir(elsewhere) == []
 
 
@@ -453,7 +454,7 @@ def test_somebody_elses_folder_is_refused(folder: Path) -> None:
     finished = run_vsockd(folder)
     assert finished.returncode == 1
     assert finished.stderr.count("\n") == 1
-    assert "is not a folder of user 0" in finished.stderr
+    assert "it is not a folder of user 0" in finished.stderr
     assert os.listdir(folder) == []
 
 

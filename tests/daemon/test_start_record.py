@@ -89,7 +89,7 @@ def test_a_program_starts_none_after_one_that_was_started_by_a_command(
         refused = command("-m", "vsockets.cli", "--dir", folder, "run", "true")
         assert refused.returncode != 0
         assert "not started on demand" in refused.stderr
-        with pytest.raises(OSError, match="no vsockd runs"):
+        with pytest.raises(OSError, match="vsockd is not running"):
             Control(folder)
         fabric.start()
 

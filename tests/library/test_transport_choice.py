@@ -42,8 +42,8 @@ def test_note_about_the_kernel(vsock_fabric: PrivateFabric) -> None:
     command = [*UNSET, sys.executable, "-c", CONNECT]
     done = vsock_fabric.run(vsock_fabric.host, command, capture_output=True, text=True)
     note = (
-        "VSOCKETS_TRANSPORT is auto, and this was the kernel's AF_VSOCK, which has a CID here "
-        "(the fabric: vsock run, or VSOCKETS_TRANSPORT=fabric)"
+        "VSOCKETS_TRANSPORT is auto; chosen: the kernel's AF_VSOCK, which has a CID here "
+        "(for the fabric: vsock run, or VSOCKETS_TRANSPORT=fabric)"
     )
     assert notes(done) == [str([note])] * 2 + ["[]"] * 2
 
@@ -57,8 +57,8 @@ def test_note_about_the_fabric(vsock_fabric: PrivateFabric) -> None:
         return notes(subprocess.run(command, env=environment, capture_output=True, text=True))
 
     note = (
-        f"VSOCKETS_TRANSPORT is auto, and this was the fabric, {vsock_fabric.host.folder}, "
-        "as VSOCKETS_CONTEXT says"
+        f"VSOCKETS_TRANSPORT is auto; chosen: the fabric, {vsock_fabric.host.folder}, "
+        "from VSOCKETS_CONTEXT"
     )
     assert run("auto") == [str([note])] * 2 + ["[]"] * 2
     assert run("fabric") == ["[]"] * 4
@@ -74,5 +74,5 @@ def test_notes_of_the_command_line(vsock_fabric: PrivateFabric) -> None:
         )
         return str(done.stderr)
 
-    assert "this was the kernel's AF_VSOCK" in run("connect", "host", "9")
+    assert "chosen: the kernel's AF_VSOCK" in run("connect", "host", "9")
     assert ", the kernel's AF_VSOCK\n" in run("listen", "-v", "-w", "0.1", "any")

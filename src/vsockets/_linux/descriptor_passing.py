@@ -1,11 +1,11 @@
-"""Descriptors passed along with data (SCM_RIGHTS), to receivers that want none.
+"""Protection of sockets against unwanted descriptors in received messages (SCM_RIGHTS).
 
-The kernel closes a passed descriptor that its receiver did not take: at the next ``recv``,
-``splice`` or ``close`` of the receiver, in the calling thread.  Closing can wait: for a TCP
-socket that lingers, or for a file system in user space.  The sender decides for how long.
+The kernel closes a descriptor that its receiver does not take in the receiver's next ``recv``,
+``splice`` or ``close``, in the calling thread.  The close can block as long as the sender chooses:
+of a TCP socket that lingers, or of a file in a file system in user space.
 
-From Linux 6.16 on a socket can refuse descriptors (SO_PASSRIGHTS): the sender gets EPERM.  On
-older kernels a guarded socket takes what comes, and leaves it to threads that close it.
+Since Linux 6.16 a socket can refuse descriptors (SO_PASSRIGHTS); the sender gets EPERM.  On older
+kernels a guarded socket receives descriptors, and passes them to threads that close them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..limits import DESCRIPTOR_CLOSE_THREADS_MAX
 from .sockets import SO_PASSRIGHTS, refuse_descriptors
 
-#: Descriptors of one message at most (SCM_MAX_FD).
+#: Most descriptors of one message (SCM_MAX_FD).
 _MOST = 253
 _INT = array.array("i").itemsize
 _ROOM = CMSG_SPACE(_MOST * _INT)
@@ -34,14 +34,14 @@ _NO_LINGER = struct.pack("ii", 0, 0)
 
 Socket = TypeVar("Socket", bound=stdlib.socket)
 
-#: The kernel's family of a socket, which a vSockets socket overrides.
+#: The family of a socket in the kernel; a vSockets socket overrides the property.
 _raw_family = _socket.socket.family.__get__
 
 # Closing
 
 
-class _Disposal:
-    """Threads that close descriptors: one more than are held up, so that one is ready."""
+class _CloserThreads:
+    """Threads that close descriptors, with one more than are blocked."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[int, Callable[[], None]]] = queue.SimpleQueue()
@@ -51,24 +51,24 @@ class _Disposal:
     def put(self, fd: int, closed: Callable[[], None]) -> None:
         self._queue.put((fd, closed))
         if not self._threads:
-            self._have_one_ready()
+            self._ensure_ready()
 
-    def _have_one_ready(self) -> None:
+    def _ensure_ready(self) -> None:
         with self._lock:
             if self._ready or self._threads >= DESCRIPTOR_CLOSE_THREADS_MAX:
                 return
             self._threads += 1
             self._ready += 1
-        threading.Thread(target=self._close_all, name="disposal", daemon=True).start()
+        threading.Thread(target=self._close_all, name="closer", daemon=True).start()
 
     def _close_all(self) -> None:
         while True:
             fd, closed = self._queue.get()
             with self._lock:
                 self._ready -= 1
-            self._have_one_ready()
+            self._ensure_ready()
             with contextlib.suppress(OSError):
-                _hasten(fd)
+                _clear_linger(fd)
             with contextlib.suppress(OSError):
                 os.close(fd)
             closed()
@@ -76,8 +76,8 @@ class _Disposal:
                 self._ready += 1
 
 
-def _hasten(fd: int) -> None:
-    """Take SO_LINGER back from a socket.  Raises OSError for other files."""
+def _clear_linger(fd: int) -> None:
+    """Clear SO_LINGER of a socket.  Raises OSError for another file."""
     sock = _socket.socket(fileno=fd)
     try:
         sock.setsockopt(SOL_SOCKET, stdlib.SO_LINGER, _NO_LINGER)
@@ -85,16 +85,16 @@ def _hasten(fd: int) -> None:
         sock.detach()
 
 
-_disposal = _Disposal()
+_closers = _CloserThreads()
 
 
 def dispose(fd: int, closed: Callable[[], None] = lambda: None) -> None:
-    """Close ``fd`` soon, in another thread, which calls ``closed`` then."""
-    _disposal.put(fd, closed)
+    """Close ``fd`` in another thread, which then calls ``closed``."""
+    _closers.put(fd, closed)
 
 
-def close_elsewhere(sock: stdlib.socket) -> None:
-    """Close ``sock``, and what nobody has received from it, without waiting for that."""
+def close_in_thread(sock: stdlib.socket) -> None:
+    """Close ``sock``, with descriptors in its queue, without waiting for that."""
     if sock.fileno() >= 0:
         dispose(sock.detach())
 
@@ -103,9 +103,9 @@ def close_elsewhere(sock: stdlib.socket) -> None:
 
 
 def guard(sock: Socket) -> Socket:
-    """Make descriptors that are sent to ``sock`` harmless, and return it.
+    """Protect ``sock`` against received descriptors, and return it.
 
-    Call it before a socket is bound or connected.  On older kernels what follows must read with
+    Call it before the socket is bound or connected.  On older kernels the caller must read with
     ``recv``, ``recv_into`` or ``recvfrom``: see :func:`is_guarded`.
     """
     if _raw_family(sock) == AF_UNIX and not refuse_descriptors(sock):
@@ -114,7 +114,7 @@ def guard(sock: Socket) -> Socket:
 
 
 def guard_accepted(sock: Socket) -> Socket:
-    """As :func:`guard`, for a socket that may have something in its queue already."""
+    """Protect ``sock``, which may have descriptors in its queue, and return it."""
     if _raw_family(sock) == AF_UNIX and not _refuses(sock):
         refuse_descriptors(sock)
         _become_guarded(sock)
@@ -140,19 +140,19 @@ def _become_guarded(sock: stdlib.socket) -> None:
 
 
 def is_guarded(sock: stdlib.socket) -> bool:
-    """Return whether ``sock`` is guarded by its methods, so that ``splice`` would pass by."""
+    """Return whether the methods of ``sock`` protect it, which ``splice`` would bypass."""
     return isinstance(sock, _Guarded)
 
 
 if TYPE_CHECKING:
     _Mixin = stdlib.socket
 else:
-    # Classes of existing sockets get it: another base class would change their layout.
+    # Mixed into classes of existing sockets: another base would change their layout.
     _Mixin = object
 
 
 class _Guarded(_Mixin):
-    """A socket that receives descriptors in order to have them closed elsewhere."""
+    """A socket that receives descriptors, and has them closed by other threads."""
 
     __slots__ = ()
 
@@ -162,7 +162,7 @@ class _Guarded(_Mixin):
     def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, Any]:
         data, ancillary, _, address = super().recvmsg(bufsize, _ROOM, flags | _CLOEXEC)
         if ancillary:
-            _dispose_of(ancillary)
+            _close_received(ancillary)
         return data, address
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
@@ -171,22 +171,22 @@ class _Guarded(_Mixin):
         size: int
         size, ancillary, *_ = super().recvmsg_into(buffers, _ROOM, flags | _CLOEXEC)
         if ancillary:
-            _dispose_of(ancillary)
+            _close_received(ancillary)
         return size
 
     def close(self) -> None:
-        """Close it in another thread: what nobody has received is closed with it."""
+        """Close the socket in another thread, which also closes descriptors in its queue."""
         if self.fileno() >= 0 and self.type != stdlib.SOCK_DGRAM:
-            with contextlib.suppress(OSError):  # so the peer need not wait for that
+            with contextlib.suppress(OSError):  # the peer sees the end of the stream at once
                 _socket.socket.shutdown(self, SHUT_RDWR)
-        close_elsewhere(self)
+        close_in_thread(self)
         super().close()
 
 
 _guarded_classes: dict[type[stdlib.socket], type[Any]] = {}
 
 
-def _dispose_of(ancillary: list[tuple[int, int, bytes]]) -> None:
+def _close_received(ancillary: list[tuple[int, int, bytes]]) -> None:
     for level, kind, data in ancillary:
         if level == SOL_SOCKET and kind == SCM_RIGHTS:
             for fd in array.array("i", data[: len(data) - len(data) % _INT]):

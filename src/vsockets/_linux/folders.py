@@ -1,7 +1,7 @@
-"""Folders and the unix sockets in them, where other users may change what a path leads to.
+"""Folders and unix sockets whose paths other users may be able to change.
 
-A path is resolved once, component by component, and what follows is done relative to the descriptor
-of the folder that was reached: no other user can put a symbolic link in between.
+A path is resolved once, component by component, and used through the descriptor of the folder that
+was reached: no other user can insert a symbolic link afterwards.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from pathlib import Path
 
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-#: Symbolic links in one path, as in the kernel (MAXSYMLINKS).
+#: Most symbolic links in one path, as in the kernel (MAXSYMLINKS).
 _MOST_LINKS = 40
 
-#: The inode of the first user namespace (linux/proc_ns.h), and the user that stands for all who are
-#: in none of those that the kernel shows to another one.
+#: The inode of the initial user namespace (linux/proc_ns.h), and the user id that another namespace
+#: sees for users that it does not map.
 _FIRST_USER_NAMESPACE = 0xEFFFFFFD
 _UNMAPPED = 65_534
 
 
 def open_folder(path: Path, *, private: bool = False, create: int | None = None) -> int:
-    """Open the folder ``path`` as a place (O_PATH), and return its descriptor.
+    """Open the folder ``path`` with O_PATH, and return its descriptor.
 
-    A symbolic link on the way is followed only where no other user can change it; a file system in
-    user space (FUSE) is entered only if it is root's or ours, as others answer when they like.
+    A symbolic link in the path is followed only if no other user can change it.  A file system in
+    user space (FUSE) is entered only if it is root's or this user's: another could block.
 
-    With ``private`` no other user may be able to change anything on the way either: then the path
-    goes on leading there.  With ``create`` missing folders are made, the last one with that mode.
+    With ``private`` no other user may be able to change any part of the path, so that it remains
+    valid.  With ``create`` missing folders are created, the last one with that mode.
 
-    Raises OSError; its ``filename`` is the part of the path that is to blame.
+    Raises OSError, whose ``filename`` is the part of the path that is the reason.
     """
     folder, reached = os.open("/", _FOLDER), Path("/")
     parts = deque(path.absolute().parts[1:])
@@ -81,11 +81,11 @@ def open_folder(path: Path, *, private: bool = False, create: int | None = None)
 class SocketFile:
     """The file of a unix socket, in a folder that is opened once.
 
-    Raises OSError, as :func:`open_folder`.
+    Raises OSError as :func:`open_folder` does.
     """
 
     def __init__(self, path: Path) -> None:
-        self.where = path  #: as it was given, for messages
+        self.where = path  #: the path for messages
         self.name = path.name
         self.folder = open_folder(path.absolute().parent)
         self._made: tuple[int, int] | None = None
@@ -96,14 +96,15 @@ class SocketFile:
 
     @property
     def path(self) -> str:
-        """A path to it, short enough for a socket's address, as long as this is open."""
+        """A path to the file that fits a socket's address, valid until :meth:`close`."""
         return f"/proc/self/fd/{self.folder}/{self.name}"
 
     def bind(self, sock: socket.socket, mode: int | None = None) -> None:
-        """Bind ``sock`` there, in place of a socket that no process holds any more.
+        """Bind ``sock`` to the file; replace one whose socket no process has open.
 
-        ``mode``: the file's, from its first moment on; by default what the process's usual is.
-        OSError EADDRINUSE when something else is there.
+        ``mode`` is the file's mode from its creation on, by default that of the process's umask.
+
+        Raises OSError EADDRINUSE if another file has the name.
         """
         remove_stale(self.name, self.folder)
         with contextlib.nullcontext() if mode is None else file_mode(mode):
@@ -111,14 +112,14 @@ class SocketFile:
         self._made = self._identity()
 
     def remove(self) -> None:
-        """Remove the file if it is still the one that was made."""
+        """Remove the file if it is still the one that :meth:`bind` created."""
         with contextlib.suppress(OSError):
             if self._made is not None and self._identity() == self._made:
                 os.unlink(self.name, dir_fd=self.folder)
         self._made = None
 
     def give(self, user: int) -> None:
-        """Make ``user`` its owner.  Only where no other user can put another file in its place."""
+        """Set the file's owner.  Call it only if no other user can replace the file."""
         os.chown(self.name, user, -1, dir_fd=self.folder, follow_symlinks=False)
 
     def _identity(self) -> tuple[int, int]:
@@ -128,7 +129,7 @@ class SocketFile:
 
 @contextlib.contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Have ``folder`` as the current directory; for a process of one thread."""
+    """Make ``folder`` the current directory in the context, in a process of one thread."""
     before = os.open(".", _FOLDER)
     try:
         os.chdir(folder)
@@ -142,7 +143,7 @@ def working_in(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def file_mode(mode: int) -> Iterator[None]:
-    """Give sockets that the process binds in this context ``mode``, from the first moment on."""
+    """Create the files of sockets that the process binds in the context with ``mode``."""
     usual = os.umask(0o777 & ~mode)
     try:
         yield
@@ -151,10 +152,10 @@ def file_mode(mode: int) -> Iterator[None]:
 
 
 def remove_stale(name: str, folder: int | None = None) -> None:
-    """Remove the unix socket ``name`` of ``folder`` if no process holds it any more.
+    """Remove the unix socket ``name`` if no process has it open.
 
-    ``folder`` is by default the current one.  Where there is something else bind() says so:
-    EADDRINUSE.
+    ``folder`` is by default the current one.  Another file with the name is kept; bind() then fails
+    with EADDRINUSE.
     """
     try:
         if not stat.S_ISSOCK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
@@ -168,14 +169,16 @@ def remove_stale(name: str, folder: int | None = None) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(name, dir_fd=folder)
         except OSError:
-            pass  # of another type, and open; or not ours
+            pass  # it is open and of another type, or not accessible
 
 
 def _require_answering(path: Path, folder: int, before: str) -> str:
-    """Raise PermissionError if ``folder`` is in another user's file system in user space.
+    """Require that ``folder`` is not in another user's file system in user space.
 
-    Returns the number of its mount; ``before`` is one that was looked at.  Nothing is asked of the
-    file system.
+    Returns the number of its mount.  ``before`` is the number of a mount that was checked.  Sends
+    no request to the file system.
+
+    Raises PermissionError.
     """
     mount = Path(f"/proc/self/fdinfo/{folder}").read_text().partition("mnt_id:")[2].split()[0]
     if mount != before:
@@ -184,7 +187,7 @@ def _require_answering(path: Path, folder: int, before: str) -> str:
         if line is not None and line[1].startswith("fuse"):
             user = re.search(r"\buser_id=(\d+)", line[2])
             if user is None or int(user[1]) not in _trusted():
-                why = "a file system in user space of another user"
+                why = "in a file system in user space of another user"
                 raise PermissionError(errno.EPERM, why, os.fspath(path))
     return mount
 
@@ -204,10 +207,10 @@ def can_others_change(folder: int) -> bool:
 
 def _require_safe(path: Path, folder: int) -> None:
     found = os.fstat(folder)
-    # In a sticky folder others can add names, and change none of ours.
+    # In a sticky folder other users can add names, but change only their own.
     shared = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
     if shared or found.st_uid not in _trusted():
-        why = "other users can change what is in it"
+        why = "other users can change its content"
         raise PermissionError(errno.EPERM, why, os.fspath(path))
 
 

@@ -1,4 +1,4 @@
-"""How many descriptors a process may have."""
+"""The limit of a process's descriptors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import resource
 
 
 def allow_many_descriptors() -> None:
-    """As many as the hard limit says: the usual soft one is for programs that use select().
+    """Raise the soft limit of descriptors to the hard limit.
 
-    For whoever holds some for every connection or socket of others.
+    For programs that hold descriptors for each connection of their clients.  The usual soft limit
+    is for programs that call select().
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # a hard limit above fs.nr_open

@@ -1,4 +1,4 @@
-"""Telling systemd, or who else started us as it does, that we serve: ``sd_notify(3)``."""
+"""Notification of the service manager, as by ``sd_notify(3)``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import socket
 
 
 def notify_ready() -> None:
-    """Say so, once, if anybody wants to know.  Programs that we start are not to say it for us."""
+    """Notify the service manager, if any, that this process serves.
+
+    The environment variable is removed, so that no child process can notify it.
+    """
     address = os.environ.pop("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -18,4 +21,4 @@ def notify_ready() -> None:
         try:
             manager.sendto(b"READY=1", address)
         except OSError as error:
-            logging.warning("the service manager does not listen: %s", error)
+            logging.warning("cannot notify the service manager: %s", error)

@@ -10,7 +10,7 @@ import socket as stdlib
 from collections.abc import Callable
 from pathlib import Path
 
-from .._linux.descriptor_passing import close_elsewhere, guard, guard_accepted
+from .._linux.descriptor_passing import close_in_thread, guard, guard_accepted
 from .._linux.folders import SocketFile
 from .._linux.sockets import refuse_descriptors
 from ..attachment import ContextHandle
@@ -54,7 +54,7 @@ class Listener:
             self._file.close()
             self._file = None
         for sock in self.sockets:
-            close_elsewhere(sock)
+            close_in_thread(sock)
         self.sockets.clear()
 
     @property

@@ -11,7 +11,7 @@ from .constants import VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR, V
 
 LARGEST = 0xFFFF_FFFF
 
-#: The first and last CID a guest can have; those around them mean something else.
+#: The first and last CID of guests.  The CIDs around them have other meanings.
 FIRST_GUEST_CID = 3
 LAST_GUEST_CID = VMADDR_CID_ANY - 1
 
@@ -24,33 +24,34 @@ CID_NAMES = {
 
 
 def check(address: object) -> tuple[int, int]:
-    """Return ``address`` as ``(cid, port)``, read as the standard library reads it.
+    """Return ``address`` as ``(cid, port)``, converted as by the standard library.
 
     CPython parses an AF_VSOCK address with the format "II" (``getsockaddrarg()`` in
-    Modules/socketmodule.c): any object with ``__index__`` is a number, of which the lower 32 bits
-    count.  So -1 is VMADDR_CID_ANY, and VMADDR_PORT_ANY.  Raises TypeError when ``address`` is
-    not a pair of those.
+    Modules/socketmodule.c): the lower 32 bits of any object with ``__index__``.  So -1 is
+    VMADDR_CID_ANY, and VMADDR_PORT_ANY.
+
+    Raises TypeError if ``address`` is not a tuple of two such objects.
     """
     if not isinstance(address, tuple) or len(address) != 2:
-        raise TypeError(f"a vSockets address is a tuple (cid, port), not {address!r}")
+        raise TypeError(f"vSockets address: expected a tuple (cid, port), not {address!r}")
     cid, port = address
     if type(cid) is int and type(port) is int and not (cid | port) >> 32:
         return cid, port
     try:
         return index(cid) & LARGEST, index(port) & LARGEST
     except TypeError:
-        raise TypeError(f"CID and port are integers, not {address!r}") from None
+        raise TypeError(f"CID and port: expected integers, not {address!r}") from None
 
 
 def parse_cid(text: str) -> int:
-    """Read a CID as people write it: a number, or one of the well-known names."""
+    """Return the CID in ``text``, a number or a well-known name.  Raises ValueError."""
     if text.lower() in CID_NAMES:
         return CID_NAMES[text.lower()]
     return _number(text, "CID", f"a number from 0 to {LARGEST} or {', '.join(CID_NAMES)}")
 
 
 def parse_port(text: str) -> int:
-    """Read a port number; ``any`` asks for an ephemeral one."""
+    """Return the port in ``text``, a number or ``any``.  Raises ValueError."""
     if text.lower() == "any":
         return LARGEST
     return _number(text, "port", f"a number from 0 to {LARGEST} or any")

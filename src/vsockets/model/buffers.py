@@ -1,8 +1,7 @@
 """Stream buffer sizes and their negotiation (guide page 14).
 
-A stream socket proposes a size and states the smallest and largest it would
-accept.  The two sides agree on one size before the connection exists, and it
-stays until the connection is closed.
+A stream socket proposes a size, with a smallest and a largest size that it accepts.  Both sides
+agree on one size before the connection is established, for the life of the connection.
 """
 
 from __future__ import annotations
@@ -13,22 +12,25 @@ from ..limits import STREAM_BUFFER_DEFAULT_BYTES, STREAM_BUFFER_MAX_BYTES, STREA
 
 
 class BufferSizes(NamedTuple):
-    """What one side asks for, in bytes; immutable, so a change is a new value."""
+    """The buffer sizes requested by one side, in bytes."""
 
     size: int = STREAM_BUFFER_DEFAULT_BYTES
     minimum: int = STREAM_BUFFER_MIN_BYTES
     maximum: int = STREAM_BUFFER_MAX_BYTES
 
     def with_size(self, size: int) -> BufferSizes:
-        """Ask for ``size``, clamped to the limits as Linux does: too large, then too small."""
+        """Return a request for ``size``, first reduced to the maximum, then raised to the minimum.
+
+        Linux does the same.
+        """
         return self._replace(size=max(min(size, self.maximum), self.minimum))
 
     def with_minimum(self, minimum: int) -> BufferSizes:
-        """Move the lower limit; the size follows it."""
+        """Return the sizes with another minimum, to which the size is raised."""
         return self._replace(minimum=minimum).with_size(self.size)
 
     def with_maximum(self, maximum: int) -> BufferSizes:
-        """Move the upper limit; the size follows it."""
+        """Return the sizes with another maximum, to which the size is reduced."""
         return self._replace(maximum=maximum).with_size(self.size)
 
 
@@ -36,11 +38,10 @@ DEFAULT_SIZES = BufferSizes()
 
 
 def negotiate(client: BufferSizes, server: BufferSizes) -> int | None:
-    """The size both sides agree on, or None when there is none.
+    """Return the size that both sides accept, or None.
 
-    The rule of the VMCI transport: the client's proposal stands when it lies within
-    the server's limits; otherwise the server proposes its own size, which the
-    client takes only if it lies within its own limits.
+    By the rule of the VMCI transport, the client's size is used if it is within the server's
+    limits, else the server's size if it is within the client's limits.
     """
     if server.minimum <= client.size <= server.maximum:
         return client.size

@@ -1,15 +1,15 @@
-"""Numbers every implementation of vSockets agrees on.
+"""Constants that all implementations of vSockets share.
 
 Sources: the guide (chapters 2 and 3), ``vsock(7)`` and Linux's
 ``include/uapi/linux/vm_sockets.h``.  The ``SO_VMCI_*`` names are VMware's, the
 ``SO_VM_SOCKETS_*`` names are Linux's; they are the same options.
 """
 
-#: The address family.  40 on every Linux, whether or not this Python was
-#: compiled with ``socket.AF_VSOCK`` (many stand-alone builds were not).
+#: The address family.  It is 40 on all of Linux, also if this Python was compiled without
+#: ``socket.AF_VSOCK``, as many stand-alone builds are.
 AF_VSOCK = 40
 
-#: Wildcards: the fabric fills in the context's own CID, an ephemeral port.
+#: Wildcards, which the fabric replaces with the context's own CID and an ephemeral port.
 VMADDR_CID_ANY = 0xFFFF_FFFF
 VMADDR_PORT_ANY = 0xFFFF_FFFF
 
@@ -21,7 +21,7 @@ VMADDR_CID_HOST = 2  #: the host, "even in a nested virtual machine" (guide page
 SO_VM_SOCKETS_BUFFER_SIZE = 0  #: bytes, unsigned 64 bit
 SO_VM_SOCKETS_BUFFER_MIN_SIZE = 1  #: bytes, unsigned 64 bit
 SO_VM_SOCKETS_BUFFER_MAX_SIZE = 2  #: bytes, unsigned 64 bit
-SO_VM_SOCKETS_PEER_HOST_VM_ID = 3  #: read only: which VM the peer is
+SO_VM_SOCKETS_PEER_HOST_VM_ID = 3  #: read only: the peer's virtual machine
 SO_VM_SOCKETS_TRUSTED = 5  #: read only: 1 when this endpoint is trusted (guide page 24)
 SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD = 6  #: ``struct timeval``
 SO_VM_SOCKETS_NONBLOCK_TXRX = 7  #: for kernel code only

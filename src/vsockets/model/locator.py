@@ -1,4 +1,4 @@
-"""Locators: where something can be reached, as people write it on a command line.
+"""Locators: endpoints as they are written on a command line.
 
 =============================  ========================================================
 ``vsock:CID:PORT``             a vSockets stream
@@ -12,13 +12,13 @@
 ``unix:PATH``                  a unix stream socket; a leading ``@`` means the abstract name
 ``unix-dgram:PATH``            a unix datagram socket
 ``exec:COMMAND``               a program's standard input and output
-``stdio:``                     our own standard input and output
-``fd:N``, ``fd:NAME``          a listening socket we were started with (systemd's LISTEN_FDS)
-``http-proxy:``, ``socks5:``   wherever the client asks for, in that protocol
+``stdio:``                     standard input and output
+``fd:N``, ``fd:NAME``          an inherited listening socket (systemd's LISTEN_FDS)
+``http-proxy:``, ``socks5:``   the target that the client requests in that protocol
 =============================  ========================================================
 
-An empty CID or host means any, which only somebody who listens can use.  In a folder it means
-the host's, which is where the guest's programs connect to.
+An empty CID or host means any, which is valid for listening only.  In a folder an empty CID means
+that of the host, to which the guest's programs connect.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..limits import HYBRID_PATH_MAX_BYTES
 from .address import parse_cid, parse_port
 from .constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 
-#: How systemd-ssh-proxy(1) begins, and the port it means.
+#: The prefix of systemd-ssh-proxy(1), and its default port.
 _SYSTEMD = "vsock-mux/"
 _SSH = 22
 
@@ -56,7 +56,7 @@ class Vsock:
 
 @dataclass(frozen=True, slots=True)
 class Inet:
-    """A TCP or UDP endpoint; ``host`` is a name or an address, empty for all of our own."""
+    """A TCP or UDP endpoint.  ``host`` is a name or an address, empty for all local ones."""
 
     host: str
     port: int
@@ -69,7 +69,7 @@ class Inet:
 
 @dataclass(frozen=True, slots=True)
 class Unix:
-    """A unix socket; a path that begins with ``@`` is an abstract name."""
+    """A unix socket.  A path that begins with ``@`` is an abstract name."""
 
     path: str
     datagram: bool = False
@@ -80,7 +80,7 @@ class Unix:
 
 @dataclass(frozen=True, slots=True)
 class VsockMux:
-    """Port ``port`` of a guest whose vsock is the unix socket ``path`` (hybrid vsock)."""
+    """A port of a guest whose vsock is the unix socket ``path`` (hybrid vsock)."""
 
     path: str
     port: int
@@ -92,7 +92,7 @@ class VsockMux:
 
 @dataclass(frozen=True, slots=True)
 class VsockFolder:
-    """An address with a unix socket in the folder ``path``, which ``convention`` names."""
+    """An address whose unix socket is in the folder ``path``, named by a ``convention``."""
 
     convention: str  #: ``hyperkit`` or ``vsock-emu``
     path: str
@@ -102,7 +102,7 @@ class VsockFolder:
 
     @property
     def socket_path(self) -> str:
-        """Where somebody waits for who connects to the address."""
+        """The unix socket that listens for connections to the address."""
         if self.convention == "hyperkit":
             return f"{self.path}/{self.cid:08x}.{self.port:08x}"
         return f"{self.path}/{self.cid}.{self.port}"
@@ -113,7 +113,7 @@ class VsockFolder:
 
 @dataclass(frozen=True, slots=True)
 class Exec:
-    """A program, started anew for each connection."""
+    """A program, started once for each connection."""
 
     command: tuple[str, ...]
     datagram = False
@@ -124,7 +124,7 @@ class Exec:
 
 @dataclass(frozen=True, slots=True)
 class Stdio:
-    """Our own standard input and output."""
+    """Standard input and output of this process."""
 
     datagram = False
 
@@ -134,7 +134,7 @@ class Stdio:
 
 @dataclass(frozen=True, slots=True)
 class Inherited:
-    """A listening socket that was open when we were started: its number or systemd's name."""
+    """A listening socket that this process has inherited, by number or systemd's name."""
 
     name: str
     datagram = False
@@ -145,7 +145,7 @@ class Inherited:
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """Wherever the client asks for; ``protocol`` is ``http-proxy`` or ``socks5``."""
+    """The target that a client requests; ``protocol`` is ``http-proxy`` or ``socks5``."""
 
     protocol: str
     datagram = False
@@ -158,7 +158,7 @@ Locator = Vsock | Inet | Unix | VsockMux | VsockFolder | Exec | Stdio | Inherite
 
 
 def parse_locator(text: str) -> Locator:
-    """Read a locator.  Raises ValueError with the text, and what was expected."""
+    """Return the locator in ``text``.  Raises ValueError."""
     scheme, colon, rest = text.partition(":")
     if text.startswith(_SYSTEMD):
         rest = text.removeprefix(_SYSTEMD[:-1])
@@ -192,7 +192,7 @@ def _inet(rest: str, datagram: bool = False) -> Inet:
 
 
 def parse_inet_port(text: str) -> int:
-    """Read a TCP or UDP port; 0 asks for a free one."""
+    """Return the TCP or UDP port in ``text``; 0 requests a free one.  Raises ValueError."""
     number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 5 else -1
     if not 0 <= number <= _LARGEST_INET_PORT:
         raise ValueError(f"port {text!r}: expected a number from 0 to {_LARGEST_INET_PORT}")
@@ -234,14 +234,12 @@ def _path(text: str) -> str:
 
 
 def check_hybrid_path(path: str) -> str:
-    """What is wrong with ``path`` as a hybrid vsock's, with ports beside it; "": nothing."""
+    """Return what is invalid in ``path`` as the unix socket of a hybrid vsock, or ""."""
     name = path.rpartition("/")[2]
     if not path.startswith("/") or not name or "\0" in path:
         return f"expected the absolute path of a unix socket, not {path!r}"
     if len(os.fsencode(name)) > HYBRID_PATH_MAX_BYTES:
-        return (
-            f"the socket's name may have {HYBRID_PATH_MAX_BYTES} bytes, its folders any: {name!r}"
-        )
+        return f"socket name too long: {name!r} (expected at most {HYBRID_PATH_MAX_BYTES} bytes)"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Text that others chose, on its way to people."""
+"""Escaping of untrusted text for terminals, logs and JSON."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def printable(text: str) -> str:
-    """Return ``text`` on one line, with every character escaped that would not be seen as itself.
+    """Return ``text`` on one line, with all non-printable characters escaped.
 
-    Those are control characters, what reorders or hides other characters, unpaired surrogates
-    (bytes that are no text), and all space but the plain one: ``\\x1b``, ``\\n``, ``\\u202e``.
+    Those are control characters, characters that reorder or hide others, unpaired surrogates (from
+    undecodable bytes), and all space except ``" "``: ``\\x1b``, ``\\n``, ``\\u202e``.
     """
     if text.isprintable():
         return text
@@ -17,15 +17,16 @@ def printable(text: str) -> str:
 
 
 def word(text: str) -> str:
-    """Return ``text`` as part of a sentence: in quotes, as Python writes it, unless it is one word.
-    So a path cannot go on as the sentence does.
+    """Return ``text`` for use in a sentence: quoted as a Python string unless it is one word.
+
+    So a path cannot imitate the rest of the sentence.
     """
     plain = text.isprintable() and not any(one in text for one in " '\"\\")
     return text if plain else repr(text)
 
 
 def all_printable(value: Any) -> Any:
-    """Return ``value``, fit for JSON, with every text in it as :func:`printable` returns it."""
+    """Return ``value`` for JSON, with every string in it escaped by :func:`printable`."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, dict):

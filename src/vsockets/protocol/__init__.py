@@ -1,4 +1,4 @@
-"""The control protocol between a program and vsockd: a codec, and no I/O."""
+"""The protocol between programs and vsockd, and other formats of messages, without I/O."""
 
 from .messages import (
     PADDING,

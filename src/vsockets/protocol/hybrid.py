@@ -1,13 +1,14 @@
 """The handshake of hybrid vsock: a guest's ports behind one unix socket of the host.
 
-Firecracker's convention (its ``docs/vsock.md``), which Cloud Hypervisor and vhost-device-vsock
-share.  The host connects to the unix socket and says ``CONNECT`` and a port.  When the guest's
-program has been reached, the answer is ``OK`` and a number, and from then on it is a stream; when
-not, the socket is just closed.  The other way there is no handshake: a guest that connects to a
-port of the host comes to the unix socket whose name has ``_`` and the port at its end.
+The convention of Firecracker (its ``docs/vsock.md``), Cloud Hypervisor and vhost-device-vsock.  The
+host connects to the unix socket and sends ``CONNECT`` and a port.  If the guest's program accepts,
+the reply is ``OK`` and a number, and the connection is then a stream; otherwise the device closes
+the socket.  In the other direction there is no handshake: the device connects to the unix socket
+whose name ends with ``_`` and the host's port.
 
-What follows a line is the stream's already, and may have come together with it.  So whoever reads
-a line looks first (MSG_PEEK) and takes only what :meth:`Line.take` says, or takes single bytes.
+The data of the stream follows the line at once, and may be received together with it.  So a reader
+peeks first (MSG_PEEK) and takes only as many bytes as :meth:`Line.take` returns, or reads single
+bytes.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from ..model.address import LARGEST
 
 
 def ok_line(port: int) -> bytes:
-    """What it is answered: the number is a port for this connection at the host's side."""
+    """Return the device's reply; ``port`` is the connection's port on the host's side."""
     return b"OK %d\n" % port
 
 
 def hyperkit_line(cid: int, port: int) -> bytes:
-    """What HyperKit's socket ``connect`` is told, and answers only by what the guest says."""
+    """Return the request to HyperKit's socket ``connect``, which has no reply."""
     return b"%08x.%08x\n" % (cid, port)
 
 
 def port_name(path: str, port: int) -> str:
-    """Where a guest whose unix socket is ``path`` comes when it connects to the host's ``port``."""
+    """Return the unix socket for the host's ``port`` of a guest whose unix socket is ``path``."""
     return f"{path}_{port}"
 
 
@@ -41,13 +42,13 @@ class Line:
 
     def __init__(self) -> None:
         self._line = b""
-        self.port: int | None = None  #: the number, once the line is there
+        self.port: int | None = None  #: the number, once the line is complete
 
     def take(self, data: bytes) -> int:
-        """Take the next bytes; returns how many of them are the line's.
+        """Parse the next bytes; return how many of them belong to the line.
 
-        Raises OSError: ECONNRESET when there are none, which is the stream's end; EPROTO when
-        that is no such line.
+        Raises OSError: ECONNRESET if ``data`` is empty, which is the end of the stream; EPROTO if
+        the line is invalid.
         """
         if not data:
             raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
@@ -71,12 +72,13 @@ class Line:
     def _fail(self) -> None:
         word = self.word.decode()
         raise OSError(
-            errno.EPROTO, f"hybrid vsock: expected {word} and a number, got {self._line!r}"
+            errno.EPROTO,
+            f"hybrid vsock: invalid line {self._line!r} (expected {word} and a number)",
         )
 
 
 class Connect(Line):
-    """What the host says, as the device reads it."""
+    """The host's request, as the device reads it."""
 
     word = b"CONNECT"
 

@@ -1,13 +1,12 @@
-"""Requests and records, both of one fixed size.
+"""Requests and records of the control protocol, each of a fixed size.
 
-A program writes one :class:`Request` on a connection to its context's control socket.
-vsockd answers with one :class:`Record`.  When the request was a successful CONNECT the
-connection itself then *is* the stream: nothing of the protocol remains on it.  A listening
-socket reads one Record per new connection, the connection's descriptor riding along.
+A program sends a :class:`Request` on a connection to its context's control socket, and vsockd
+replies with a :class:`Record`.  After a successful CONNECT the connection *is* the stream, without
+any protocol on it.  A listening socket receives one Record per new stream, with its descriptor.
 
 Both ends are on one machine, so all fields have the machine's byte order.
 
-A change of the layout is a new version in MAGIC; ``tests/wire`` holds the layout still.
+A change of the layout needs a new version in MAGIC; ``tests/protocol`` checks the layout.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import NamedTuple
 
 from ..model.buffers import BufferSizes
 
-#: "vsk" and the protocol's version.
+#: "vsk" and the version of the protocol.
 MAGIC = int.from_bytes(b"vsk\x01", "big")
 
 #: A request's fields, in the order of :class:`Request`, after MAGIC.
@@ -28,56 +27,55 @@ REQUEST_LAYOUT = struct.Struct("=IHHIIIIQQQQQQ")
 _RECORD = struct.Struct("=IHHIIIIIIIIQQQ")
 REQUEST_SIZE = REQUEST_LAYOUT.size
 RECORD_SIZE = _RECORD.size
-# What comes after MAGIC.
+# The fields after MAGIC.
 _START = struct.pack("=I", MAGIC)
 _REQUEST_FIELDS = struct.Struct("=4xHHIIIIQQQQQQ")
 _RECORD_FIELDS = struct.Struct("=4xHHIIIIIIIIQQQ")
 
-#: What follows a request whose sender polls instead of blocking: enough that the kernel
-#: calls the socket not writable until vsockd has read it, which it does last of all.  So
-#: POLLOUT means "connect has finished", as it does for TCP.
+#: Sent after a request by a client that polls instead of blocking.  It fills the send buffer, so
+#: that the socket polls as not writable until vsockd has read the padding, which it does last.  So
+#: POLLOUT means that the connect has completed, as it does for TCP.
 PADDING = bytes(3072)
 
 
 class ProtocolError(Exception):
-    """The peer sent something that is not this protocol; the text says what."""
+    """Violation of the protocol by the peer, described in the text."""
 
 
 class Op(IntEnum):
-    """What a program asks of vsockd."""
+    """The operation that a request asks for."""
 
-    BIND = 1  #: give this connection a port; it is held while the connection lives
-    LISTEN = 2  #: hand new connections to this connection
-    CONNECT = 3  #: make this connection a stream to the peer address
-    UPDATE = 4  #: new buffer sizes of a listening socket; not answered
-    BIND_DATAGRAM = 5  #: give the datagram socket sent along a port
-    ROUTE = 6  #: a socket from the datagram socket sent along to the peer address
-    QUERY = 7  #: what is the socket with this cookie and inode?
-    LOCAL_CID = 8  #: which context is this, and is its program trusted (by the peer CID)?
-    #: a device: what became of an offer (backlog: 0 or the errno, and the stream's end is sent
-    #: along); not answered
+    BIND = 1  #: bind this connection to a port, until the connection is closed
+    LISTEN = 2  #: send new streams to this connection
+    CONNECT = 3  #: turn this connection into a stream to the peer address
+    UPDATE = 4  #: change the buffer sizes of a listening socket; not answered
+    BIND_DATAGRAM = 5  #: bind the datagram socket sent along to a port
+    ROUTE = 6  #: return a socket that sends from the datagram socket sent along to the peer
+    QUERY = 7  #: return the state of the socket with this cookie and inode
+    LOCAL_CID = 8  #: return the context's CID, and whether the peer CID trusts its program
+    #: from a device: complete a pending connect (backlog: 0, or the errno; then the client's end of
+    #: the stream is sent along); not answered
     SETTLE = 9
-    CATCH_ALL = 10  #: a device: datagrams to every port nobody has come to the socket sent along
-    CAPTURE = 11  #: a socket on which comes what passes the device of the peer CID (vsockmon.py)
-    RESIZE = 12  #: the established stream with this cookie and inode has a buffer of this size now
-    #: give the stream or packet socket sent along a port; it is held while this connection lives
-    #: and the socket is open.  Again: another socket takes the place of the first.  The cookie is
-    #: a secret number; a CONNECT that has it as its inode comes from the port.
+    CATCH_ALL = 10  #: from a device: send datagrams to its unbound ports to the socket sent along
+    CAPTURE = 11  #: return a socket with the traffic of the peer CID's device (vsockmon.py)
+    RESIZE = 12  #: report the buffer size of the stream with this cookie and inode
+    #: bind the stream or packet socket sent along to a port, while this connection and the socket
+    #: are open.  Repeated, it replaces the socket.  The cookie is a secret number; a CONNECT with
+    #: that number as its inode comes from the port.
     BIND_SOCKET = 13
 
 
 class RequestFlag(IntFlag):
-    """Notes on a request or a record."""
+    """Flags of a request or a record."""
 
-    POLLING = 1  #: request: PADDING follows; an offer: it has yet to be taken off
+    POLLING = 1  #: request: PADDING follows; pending connect: PADDING has to be read
     TRUSTED_STREAM = 2  #: record: the program's stream sockets are trusted (guide page 24)
-    TRUSTED_DATAGRAM = 4  #: record: its datagram sockets are
-    OK_LINE = 8  #: an offer: who connects waits for a line of hybrid vsock instead of a record
-    #: request: BIND and BIND_DATAGRAM are for a program without CAP_NET_BIND_SERVICE, whatever
-    #: their sender has
+    TRUSTED_DATAGRAM = 4  #: record: the program's datagram sockets are trusted
+    OK_LINE = 8  #: pending connect: the client expects the OK line of hybrid vsock, not a record
+    #: request: the program has no CAP_NET_BIND_SERVICE for a bind, even if the sender has
     UNPRIVILEGED = 16
-    #: record: of a socket that BIND_SOCKET has bound.  If it listens, each connection comes in as a
-    #: unix connection on which a record waits, with the stream's descriptor.
+    #: record: BIND_SOCKET has bound the socket.  If it listens, it accepts a unix connection for
+    #: each stream, from which the record and the stream's descriptor are read.
     NAMED = 32
 
 
@@ -85,24 +83,24 @@ class RequestFlag(IntFlag):
 _POLLING, _NAMED = int(RequestFlag.POLLING), int(RequestFlag.NAMED)
 _TRUSTED_STREAM = int(RequestFlag.TRUSTED_STREAM)
 _TRUSTED_DATAGRAM = int(RequestFlag.TRUSTED_DATAGRAM)
-# A named tuple's own __new__ and _make are functions in Python; this is what they call.
+# What a named tuple's __new__ and _make, which are functions in Python, call.
 _new = tuple.__new__
 
 
 class Role(IntEnum):
-    """In a QUERY's answer: what the socket is.  To a device: whether there is one like it."""
+    """The kind of a socket in the reply to QUERY, or of a message to a device."""
 
     BOUND = 1
-    LISTENING = 2  #: to a device: its guest can connect to the local address
+    LISTENING = 2  #: also to a device: its guest can connect to the local address
     CONNECTED = 3
     DATAGRAM = 4
-    GONE = 5  #: to a device: it can no longer
-    TAP = 6  #: to a device: send what passes to the socket sent along, ``size`` bytes of each
-    BUFFER = 7  #: to a device: the peer of its guest's local port has room for ``size`` bytes now
+    GONE = 5  #: to a device: its guest can no longer connect to the local address
+    TAP = 6  #: to a device: capture to the socket sent along, ``size`` bytes of each payload
+    BUFFER = 7  #: to a device: the peer of its guest's local port has a buffer of ``size`` bytes
 
 
 class Request(NamedTuple):
-    """One request.  Fields an operation does not use are zero."""
+    """A request.  Fields that its operation does not use are zero."""
 
     op: int
     flags: int = 0
@@ -114,17 +112,17 @@ class Request(NamedTuple):
     size: int = 0  #: buffer sizes, in bytes
     minimum: int = 0
     maximum: int = 0
-    cookie: int = 0  #: the sender's name for its socket: SO_COOKIE
-    #: The socket's inode number.  QUERY: what is asked about.  CONNECT: see BIND_SOCKET.
+    cookie: int = 0  #: SO_COOKIE of the socket, or the secret of BIND_SOCKET
+    #: the socket's inode number; in CONNECT, the secret of BIND_SOCKET
     inode: int = 0
 
     def encode(self) -> bytes:
-        """The request's REQUEST_SIZE bytes."""
+        """Return the REQUEST_SIZE bytes of the request."""
         return REQUEST_LAYOUT.pack(MAGIC, *self)
 
     @classmethod
     def decode(cls, data: bytes) -> Request:
-        """Raises ProtocolError on anything :meth:`encode` cannot have made."""
+        """Return the decoded message.  Raises ProtocolError for an invalid size or MAGIC."""
         if len(data) != REQUEST_SIZE:
             raise ProtocolError(f"request of {len(data)} bytes, expected {REQUEST_SIZE}")
         if data[:4] != _START:
@@ -133,38 +131,38 @@ class Request(NamedTuple):
 
     @property
     def polling(self) -> bool:
-        """Whether PADDING follows."""
+        """True if PADDING follows."""
         return self.flags & _POLLING != 0
 
     def sizes(self) -> BufferSizes:
-        """The three buffer sizes together."""
+        """Return the three buffer sizes together."""
         return _new(BufferSizes, self[7:10])
 
 
 class Record(NamedTuple):
-    """An answer, or the announcement of a new connection."""
+    """A reply, the announcement of a new stream, or a message to a device."""
 
-    status: int  #: 0, or the errno the program gets
+    status: int  #: 0, or the errno for the program
     flags: int = 0
     local_cid: int = 0
     local_port: int = 0
     peer_cid: int = 0
     peer_port: int = 0
     role: int = 0
-    pid: int = 0  #: the peer's credentials, as the kernel told vsockd
+    pid: int = 0  #: the peer's credentials, as the kernel reported them to vsockd
     uid: int = 0
     gid: int = 0
-    size: int = 0  #: buffer sizes in force, in bytes
+    size: int = 0  #: buffer sizes, in bytes
     minimum: int = 0
     maximum: int = 0
 
     def encode(self) -> bytes:
-        """The record's RECORD_SIZE bytes."""
+        """Return the RECORD_SIZE bytes of the record."""
         return _RECORD.pack(MAGIC, *self)
 
     @classmethod
     def decode(cls, data: bytes) -> Record:
-        """Raises ProtocolError on anything :meth:`encode` cannot have made."""
+        """Return the decoded message.  Raises ProtocolError for an invalid size or MAGIC."""
         if len(data) != RECORD_SIZE:
             raise ProtocolError(f"record of {len(data)} bytes, expected {RECORD_SIZE}")
         if data[:4] != _START:
@@ -173,12 +171,12 @@ class Record(NamedTuple):
 
     @property
     def local(self) -> tuple[int, int]:
-        """This side's address."""
+        """The local address."""
         return self.local_cid, self.local_port
 
     @property
     def peer(self) -> tuple[int, int]:
-        """The other side's address."""
+        """The peer's address."""
         return self.peer_cid, self.peer_port
 
     @property
@@ -188,7 +186,7 @@ class Record(NamedTuple):
 
     @property
     def is_named(self) -> bool:
-        """Whether the socket was bound by BIND_SOCKET."""
+        """True if the socket was bound by BIND_SOCKET."""
         return self.flags & _NAMED != 0
 
     def is_trusted(self, datagram: bool) -> bool:
@@ -196,6 +194,6 @@ class Record(NamedTuple):
         return self.flags & (_TRUSTED_DATAGRAM if datagram else _TRUSTED_STREAM) != 0
 
 
-#: The record of an established stream, encoded.  Its arguments are a record's fields, from
-#: ``local_cid`` on.
+#: Return the encoded record of an established stream, from the fields of :class:`Record` from
+#: ``local_cid`` on.  Every connect needs it: a Record costs twice as much.
 encode_stream: Callable[..., bytes] = partial(_RECORD.pack, MAGIC, 0, 0)

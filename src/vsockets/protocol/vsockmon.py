@@ -1,8 +1,8 @@
-"""Records of a capture: what a device sends to whoever asked for one, a message each.
+"""Records of a capture, which a device sends as one message each.
 
-In front is what a capture file says of every record; then what Linux's ``vsockmon`` device delivers
-(``linux/vsockmon.h``): addresses and an operation, the header of the transport if there is one, the
-payload.
+A record has the fields of a capture file's record header, then a message as Linux's ``vsockmon``
+device has it (``linux/vsockmon.h``): addresses and an operation, the header of the transport if it
+has one, and the payload.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Operation(IntEnum):
 
 
 class Transport(IntEnum):
-    """``enum af_vsockmon_transport``: whose header follows."""
+    """``enum af_vsockmon_transport``: the transport whose header follows."""
 
-    NONE = 1  #: nobody's
+    NONE = 1  #: no header follows
     VIRTIO = 2
 
 
@@ -44,30 +44,30 @@ def encode_header(
     transport: Transport = Transport.NONE,
     length: int = 0,
 ) -> bytes:
-    """``struct af_vsockmon_hdr``; ``length`` bytes of the transport's header follow."""
+    """Return a ``struct af_vsockmon_hdr``; ``length`` bytes of the transport's header follow."""
     (source_cid, source_port), (cid, port) = source, destination
     return _HEADER.pack(source_cid, cid, source_port, port, operation, transport, length)
 
 
 class Captured(NamedTuple):
-    """One record; without a body, the last word: there is nothing more to come."""
+    """One record.  An empty body marks the end of the capture."""
 
     nanoseconds: int  #: since 1970
-    missed: int  #: records before it that there was no room for
-    length: int  #: of the whole, in bytes, of which the payload's end may be missing
+    missed: int  #: records before it that were dropped
+    length: int  #: bytes of the complete body; the end of the payload may be cut off
     body: bytes  #: from the vsockmon header on
 
     def encode(self) -> bytes:
-        """The message."""
+        """Return the message."""
         return _FRONT.pack(*self[:3]) + self.body
 
     @classmethod
     def decode(cls, data: bytes) -> Captured:
-        """Raises ProtocolError on anything :meth:`encode` cannot have made."""
+        """Return the decoded record.  Raises ProtocolError if the lengths are invalid."""
         if len(data) != _FRONT.size and len(data) < _FRONT.size + HEADER_SIZE:
-            raise ProtocolError(f"a captured record of {len(data)} bytes")
+            raise ProtocolError(f"captured record of {len(data)} bytes (expected a header)")
         nanoseconds, missed, length = _FRONT.unpack_from(data)
         record = cls(nanoseconds, missed, length, data[_FRONT.size :])
         if record.length < len(record.body):
-            raise ProtocolError(f"{len(record.body)} bytes of a record of {record.length}")
+            raise ProtocolError(f"captured record of {record.length} bytes has {len(record.body)}")
         return record

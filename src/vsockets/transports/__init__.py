@@ -1,8 +1,8 @@
-"""What a socket is made of.
+"""The transports of sockets.
 
-A transport is a set of behaviours, classes derived from :class:`vsockets.socket.socket`, that
-it enters in ``vsockets.socket.SOCKET_CLASSES`` when it is imported.  A new socket becomes an
-instance of the behaviour for its type; CONTRIBUTING.md shows how to add one.
+A transport is a set of classes derived from :class:`vsockets.socket.socket`, one per type, which it
+registers in ``vsockets.socket.SOCKET_CLASSES`` when it is imported.  CONTRIBUTING.md shows how to
+add one.
 """
 
 from . import fabric, kernel

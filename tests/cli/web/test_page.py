@@ -226,7 +226,7 @@ def test_vsockd_goes_and_comes_back(alone: Vsock, browser: Browser) -> None:
     open_page(alone, browser)
     browser.wait_for_text("#graph-words", "There is the host alone")
     alone("down")
-    browser.wait_for_text("#trouble", "no vsockd runs in")
+    browser.wait_for_text("#trouble", "vsockd is not running in")
     browser.wait_for_text("#events", "vsockd has ended")
     browser.check("gone")
     browser.run("document.body.style.minHeight = '3000px'; window.scrollTo(0, 2000)")

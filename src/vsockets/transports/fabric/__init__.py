@@ -1,4 +1,4 @@
-"""The fabric: vsockd brokers, the kernel's unix sockets carry the data."""
+"""The fabric: vsockd brokers connections, and unix sockets carry the data."""
 
 from . import datagram, stream
 

@@ -1,4 +1,4 @@
-"""What streams and datagrams of the fabric share."""
+"""The base class of the fabric's sockets."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ class FabricSocket(socket):
     @property
     def _fabric(self) -> Attachment:
         place = self._attachment or self._context
-        assert isinstance(place, Attachment)  # it is what chose this class
+        assert isinstance(place, Attachment)  # the class was chosen by it
         return place

@@ -1,9 +1,9 @@
 """Datagrams over the fabric.
 
-The program's descriptor is a unix datagram socket on which everything arrives; nobody but
-vsockd can connect anything to it.  For each destination vsockd gives the program a *route*, a
-socket that sends there under the program's own address.  Routes are kept, so only the first
-datagram to somebody asks vsockd anything.
+The program's descriptor is a unix datagram socket that receives all datagrams; only vsockd can
+connect a socket to it.  For each destination vsockd gives the program a *route*, a socket that
+sends there with the program's own address.  Routes are cached, so that only the first datagram to
+a destination needs a request to vsockd.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from .context import FabricSocket
 
 _raw = _socket.socket
 
-#: What a route says when it is no longer one: the receiver has gone, or vsockd took it back.
-_GONE = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
+#: The errors of a closed route: the receiver has closed, or vsockd has revoked the route.
+_ROUTE_CLOSED = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
 
 
 class DatagramSocket(FabricSocket):
     """A datagram socket (guide chapter 4).
 
-    A blocking send waits while the receiver's queue is full; a non-blocking one raises OSError
-    ENOBUFS then, because the descriptor cannot tell when there is room at any one receiver.
+    A blocking send waits while the receiver's queue is full.  A non-blocking one raises OSError
+    ENOBUFS: the descriptor cannot poll for room at one receiver.
     """
 
     _unknown_option = errno.EOPNOTSUPP
-    # Empty until there is something to remember; then the socket has its own.
+    # Shared and empty until the socket stores an entry in a dictionary of its own.
     _routes: dict[tuple[int, int], stdlib.socket] = {}  # noqa: RUF012
     _sources: dict[object, tuple[int, int]] = {}  # noqa: RUF012
 
     def bind(self, address: Any) -> None:
-        """Take a local address; wildcards are filled in (guide page 20).
+        """Bind to a local address; vsockd fills in wildcards (guide page 20).
 
-        OSError: EADDRINUSE, EADDRNOTAVAIL (another context's CID), EACCES (a port below 1024
-        without CAP_NET_BIND_SERVICE), EINVAL (bound already).
+        Raises OSError: EADDRINUSE, EADDRNOTAVAIL (another context's CID), EACCES (a port below 1024
+        without CAP_NET_BIND_SERVICE), EINVAL (already bound).
         """
         address = check(address)
         if self._local != UNBOUND:
@@ -52,7 +52,7 @@ class DatagramSocket(FabricSocket):
         self._local = record.local
 
     def connect(self, address: Any) -> None:
-        """Let send() go to ``(cid, port)`` from now on (guide page 22)."""
+        """Set the destination of send() to ``(cid, port)`` (guide page 22)."""
         self._peer = check(address)
         self._is_shut = False
         self._record = None
@@ -60,7 +60,7 @@ class DatagramSocket(FabricSocket):
             self.bind(UNBOUND)
 
     def connect_ex(self, address: Any) -> int:
-        """As :meth:`connect`, but returns the errno instead of raising it."""
+        """Call :meth:`connect`; return the errno instead of raising it, or 0."""
         try:
             self.connect(address)
         except OSError as failure:
@@ -70,17 +70,17 @@ class DatagramSocket(FabricSocket):
         return 0
 
     def listen(self, backlog: int | None = None, /) -> None:
-        """OSError EOPNOTSUPP: datagram sockets have no connections."""
+        """Raise OSError EOPNOTSUPP: datagram sockets have no connections."""
         raise error(errno.EOPNOTSUPP)
 
     def accept(self) -> tuple[socket, tuple[int, int]]:
-        """OSError EOPNOTSUPP: datagram sockets have no connections."""
+        """Raise OSError EOPNOTSUPP: datagram sockets have no connections."""
         raise error(errno.EOPNOTSUPP)
 
     def shutdown(self, how: int, /) -> None:
-        """Stop receiving (SHUT_RD, SHUT_RDWR), and forget the peer.
+        """Stop receiving (SHUT_RD, SHUT_RDWR), and discard the peer.
 
-        As with Linux's AF_VSOCK, sendto() still works.  OSError ENOTCONN without a peer.
+        As with Linux's AF_VSOCK, sendto() still works.  Raises OSError ENOTCONN without a peer.
         """
         if not stdlib.SHUT_RD <= how <= stdlib.SHUT_RDWR:
             raise error(errno.EINVAL)
@@ -93,10 +93,10 @@ class DatagramSocket(FabricSocket):
     # Sending
 
     def sendto(self, data: Any, *arguments: Any) -> int:
-        """``sendto(data, address)`` or ``sendto(data, flags, address)``.
+        """Send a datagram: ``sendto(data, address)`` or ``sendto(data, flags, address)``.
 
-        OSError: EMSGSIZE (more than 69608 bytes), ECONNREFUSED (nobody there), EHOSTUNREACH
-        (no such context, or not for this one), ENOBUFS (see the class).
+        Raises OSError: EMSGSIZE (more than 69608 bytes), ECONNREFUSED (the port is not bound),
+        EHOSTUNREACH (the context does not exist, or policy denies it), ENOBUFS (see the class).
         """
         address = arguments[-1]
         try:
@@ -105,43 +105,43 @@ class DatagramSocket(FabricSocket):
             address = check(address)
             route = self._routes.get(address) or self._new_route(address)
         if (len(data) if type(data) is bytes else memoryview(data).nbytes) > MAX_DATAGRAM:
-            raise error(errno.EMSGSIZE, f"a datagram holds {MAX_DATAGRAM} bytes")
+            raise error(errno.EMSGSIZE, f"a datagram has at most {MAX_DATAGRAM} bytes")
         try:
             return route.send(data, *arguments[:-1])
         except BlockingIOError:
             raise error(errno.ENOBUFS, "the receiver's queue is full") from None
-        except _GONE:
+        except _ROUTE_CLOSED:
             route = self._new_route(address)
-        # Somebody else has the address by now.
+        # Another socket may have been bound to the address since.
         try:
             return route.send(data, *arguments[:-1])
         except BlockingIOError:
             raise error(errno.ENOBUFS, "the receiver's queue is full") from None
 
     def send(self, data: Any, flags: int = 0, /) -> int:
-        """Send to the address connect() was given; OSError EINVAL without one."""
+        """Send a datagram to the address set by connect().  Raises OSError EINVAL without one."""
         return self.sendto(data, flags, self._default_address(flags))
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
-        """As :meth:`send`: a datagram goes whole or not at all."""
+        """Send a datagram as :meth:`send` does: a datagram is never sent in part."""
         self.send(data, flags)
 
     def sendmsg(
         self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None, /
     ) -> int:
-        """One datagram from several buffers.  Ancillary data does not cross contexts."""
+        """Send one datagram from several buffers.  Ancillary data is ignored."""
         if address is None:
             address = self._default_address(flags)
         return self.sendto(b"".join(buffers), flags, address)
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
-        """ValueError, as for every datagram socket."""
+        """Raise ValueError, as every datagram socket does."""
         raise ValueError("only SOCK_STREAM type sockets are supported")
 
     # Receiving
 
     def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, Any]:
-        """One datagram and its source, ``(cid, port)``, which nobody can forge."""
+        """Return one datagram and its source, ``(cid, port)``, which a sender cannot forge."""
         if flags:
             _refuse_error_queue(flags)
         data, name = _raw.recvfrom(self, bufsize, flags)
@@ -149,44 +149,44 @@ class DatagramSocket(FabricSocket):
         return data, source or self._read_source(name)
 
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
-        """As :meth:`recvfrom`, into a buffer."""
+        """Receive one datagram into a buffer; return its size and its source."""
         _refuse_error_queue(flags)
         size, name = _raw.recvfrom_into(self, buffer, nbytes, flags)
         return size, self._read_source(name)
 
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /) -> Any:
-        """As ``socket.recvmsg``, with the source's ``(cid, port)``."""
+        """Receive one datagram, as ``socket.recvmsg`` does, with the source's ``(cid, port)``."""
         _refuse_error_queue(flags)
         *received, name = _raw.recvmsg(self, bufsize, ancbufsize, flags)
         return (*received, self._read_source(name))
 
     def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0, /) -> Any:
-        """As ``socket.recvmsg_into``, with the source's ``(cid, port)``."""
+        """Receive one datagram, as ``socket.recvmsg_into`` does, with its ``(cid, port)``."""
         _refuse_error_queue(flags)
         *received, name = _raw.recvmsg_into(self, buffers, ancbufsize, flags)
         return (*received, self._read_source(name))
 
-    # Options and life
+    # Options and life cycle
 
     def settimeout(self, value: float | None, /) -> None:
-        """As ``socket.settimeout``."""
+        """Set the timeout of this socket and its routes, in seconds."""
         super().settimeout(value)
         for route in self._routes.values():
             route.settimeout(value)
 
     def setblocking(self, flag: bool, /) -> None:
-        """As ``socket.setblocking``."""
+        """Make this socket and its routes blocking or not."""
         self.settimeout(None if flag else 0.0)
 
     def dup(self) -> Self:
-        """A second socket object, on a duplicate of the descriptor, for the same endpoint."""
+        """Return another socket object for the same endpoint, with a duplicated descriptor."""
         twin = super().dup()
         twin._routes = {}
         twin._sources = {}
         return twin
 
     def detach(self) -> int:
-        """As ``socket.detach``; the routes are closed."""
+        """Detach the descriptor, as ``socket.detach`` does, and close the routes."""
         self._forget_routes()
         return super().detach()
 
@@ -198,7 +198,7 @@ class DatagramSocket(FabricSocket):
         # "Currently vSockets offers no options for datagram connections" (guide page 20).
         raise error(errno.EOPNOTSUPP, "datagram sockets have no vSockets options")
 
-    # How it is done
+    # Implementation
 
     def _recover(self) -> None:
         with contextlib.suppress(OSError):
@@ -207,12 +207,15 @@ class DatagramSocket(FabricSocket):
     def _default_address(self, flags: int) -> tuple[int, int]:
         if self._peer is None:
             if flags & stdlib.MSG_OOB:
-                raise error(errno.EOPNOTSUPP, "vSockets have no MSG_OOB")
-            raise error(errno.EINVAL, "connect() the socket, or give an address")
+                raise error(errno.EOPNOTSUPP, "MSG_OOB is not supported")
+            raise error(
+                errno.EINVAL,
+                "the destination is missing (connect() the socket, or give an address)",
+            )
         return self._peer
 
     def _new_route(self, address: tuple[int, int]) -> stdlib.socket:
-        """Return a route to ``address``, in place of an old one if there is one."""
+        """Return a new route to ``address``, and close an old one."""
         old = self._routes.pop(address, None)
         if old is not None:
             old.close()

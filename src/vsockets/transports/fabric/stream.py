@@ -1,9 +1,9 @@
 """Streams and sequenced packets over the fabric.
 
-The program's descriptor is a unix socket from the beginning.  The first call that needs
-vsockd connects it to the context's control socket; a successful connect() leaves it joined to
-the peer's, with vsockd out of the way.  So the descriptor never changes, and is a plain kernel
-socket in every program that inherits it.
+The program's descriptor is a unix socket.  The first call that needs vsockd connects it to the
+context's control socket; after a successful connect() it is connected to the peer's socket, and
+vsockd has no descriptor of it.  So the descriptor never changes, and is a plain kernel socket in
+every program that inherits it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ...protocol.client import decode_reply
 from ...socket import MSG_ERRQUEUE, SOCKET_CLASSES, UNBOUND, Phase, error, socket, switch_class
 from .context import FabricSocket
 
-# Names of our own: looking a member up in its enum costs as much as a short function.
+# Module aliases of enum members: hot path.
 _NEW, _BOUND, _LISTENING = Phase.NEW, Phase.BOUND, Phase.LISTENING
 _CONNECTING, _CONNECTED = Phase.CONNECTING, Phase.CONNECTED
 _MAY_CONNECT = (_NEW, _BOUND)
@@ -46,28 +46,28 @@ _DONTWAIT, _CLOEXEC = int(stdlib.MSG_DONTWAIT), int(stdlib.MSG_CMSG_CLOEXEC)
 _OOB = int(stdlib.MSG_OOB)
 _UNIX = int(stdlib.AF_UNIX)
 
-# The methods of the C class: what send() and recv() are without anybody's override.
+# The methods of the C class, without the overrides of subclasses.
 _raw = _socket.socket
 _raw_send = _raw.send
-#: The type as a plain integer; the property makes an enum of it first.
+#: The type as an integer; the property of the standard library returns an enum member.
 _raw_type = _raw.type.__get__
 
 
 class StreamSocket(FabricSocket):
-    """A stream or sequenced-packet socket that is not established (yet)."""
+    """A stream or sequenced-packet socket that is not established."""
 
     _entered = False  # connected to vsockd
-    _named = False  # a listening unix socket, made by a supervisor
-    _error = 0  # SO_ERROR: the errno of a connect that failed and was not asked for yet
+    _named = False  # a listening unix socket, bound by a supervisor
+    _error = 0  # SO_ERROR: the errno of a failed connect, not yet read
     _send_buffer = 0  # SO_SNDBUF before a polling connect, in bytes
 
-    # Becoming something
+    # Connections
 
     def bind(self, address: Any) -> None:
-        """Take a local address; wildcards are filled in (guide page 15).
+        """Bind to a local address; vsockd fills in wildcards (guide page 15).
 
-        OSError: EADDRINUSE, EADDRNOTAVAIL (another context's CID), EACCES (a port below 1024
-        without CAP_NET_BIND_SERVICE), EINVAL (bound already).
+        Raises OSError: EADDRINUSE, EADDRNOTAVAIL (another context's CID), EACCES (a port below 1024
+        without CAP_NET_BIND_SERVICE), EINVAL (already bound).
         """
         address = check(address)
         if self._phase is not _NEW:
@@ -77,9 +77,9 @@ class StreamSocket(FabricSocket):
         self._phase = _BOUND
 
     def listen(self, backlog: int | None = None, /) -> None:
-        """Accept connections, with at most ``backlog`` of them waiting (default 128).
+        """Listen, with at most ``backlog`` connections not yet accepted (default 128).
 
-        Set buffer options before: they hold for every connection from now on.
+        Buffer options apply to all connections that are made after they were set.
         """
         if backlog is None:
             backlog = min(stdlib.SOMAXCONN, 128)
@@ -90,13 +90,13 @@ class StreamSocket(FabricSocket):
         if self._named and self._phase is _LISTENING:
             _raw.listen(self, backlog)
         elif self._phase is _LISTENING:
-            _raw.send(self, request)  # an answer would look like a connection
+            _raw.send(self, request)  # not answered: a reply would look like a connection
         else:
             self._request(request)
             self._phase = _LISTENING
 
     def accept(self) -> tuple[socket, tuple[int, int]]:
-        """Wait for a connection: ``(socket, (cid, port) of the peer)``."""
+        """Wait for a connection; return its socket and the peer's ``(cid, port)``."""
         if self._phase is not _LISTENING:
             raise error(errno.EINVAL, "the socket is not listening")
         if self._named:
@@ -109,11 +109,11 @@ class StreamSocket(FabricSocket):
         accepted = cls.__new__(cls)
         stdlib.socket.__init__(accepted, _UNIX, _raw_type(self), 0, fd)
         accepted._attachment = self._attachment
-        accepted._settle(record)
+        accepted._establish(record)
         return accepted, record[4:6]
 
     def _accept_token(self) -> Any:
-        """Return what vsockd sends on its next connection to a socket that has a name."""
+        """Return the data and ancillary data of vsockd's next connection to a named socket."""
         while True:
             fd, _ = self._accept()  # type: ignore[attr-defined]  # as socket.accept()
             with stdlib.socket(_UNIX, _raw_type(self), 0, fd) as token:
@@ -125,11 +125,13 @@ class StreamSocket(FabricSocket):
     def connect(self, address: Any) -> None:
         """Connect to ``(cid, port)`` (guide page 17).
 
-        OSError: ECONNRESET (nobody listens, or the backlog is full), EHOSTUNREACH (no such
-        context, or not for this one), EINVAL (no common buffer size; listening), EISCONN,
-        EALREADY, TimeoutError after the connect timeout.  A non-blocking socket raises
-        BlockingIOError (EINPROGRESS) and is writable when it is done; SO_ERROR tells how.  If
-        it failed the socket cannot be connected again, as Linux's.
+        A non-blocking socket raises BlockingIOError (EINPROGRESS), and polls as writable when the
+        connect has completed; SO_ERROR is its result.  As on Linux, it cannot be connected again
+        after a failure.
+
+        Raises OSError: ECONNRESET (the port has no listener, or its backlog is full), EHOSTUNREACH
+        (the context does not exist, or policy denies it), EINVAL (incompatible buffer sizes, or the
+        socket is listening), EISCONN, EALREADY; TimeoutError after the connect timeout.
         """
         peer = check(address)
         if self._phase not in _MAY_CONNECT:
@@ -148,7 +150,7 @@ class StreamSocket(FabricSocket):
             explain(failure, self._context)
             raise
         if HAS_PASSRIGHTS and _raw_type(self) == SOCK_STREAM:
-            # A stream carries no descriptors; vsockd has seen to it at the other end.
+            # A stream carries no descriptors.  vsockd does the same at the other end.
             _raw.setsockopt(self, SOL_SOCKET, SO_PASSRIGHTS, 0)
         if polling:
             self._send_polling(request)
@@ -159,16 +161,16 @@ class StreamSocket(FabricSocket):
             if not wait_readable(self.fileno(), patience):
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         except BaseException:
-            self._phase = _CONNECTING  # it goes on
+            self._phase = _CONNECTING  # the connect continues
             raise
         try:
-            self._finish_connecting()
+            self._finish_connect()
         except OSError as failure:
             explain(failure, self._context)
             raise
 
     def connect_ex(self, address: Any) -> int:
-        """As :meth:`connect`, but returns the errno instead of raising it."""
+        """Call :meth:`connect`; return the errno instead of raising it, or 0."""
         try:
             self.connect(address)
         except OSError as failure:
@@ -177,14 +179,14 @@ class StreamSocket(FabricSocket):
             return failure.errno
         return 0
 
-    # Data, which there is none of before the connection stands
+    # Data: these complete a connect in progress, or raise ENOTCONN
 
     def _complete(self) -> None:
-        """Raise ENOTCONN unless a connect in progress turns out to have succeeded."""
+        """Complete a connect in progress.  Raises OSError ENOTCONN if it has not succeeded."""
         if self._phase is not _CONNECTING or not wait_readable(self.fileno(), 0):
             raise error(errno.ENOTCONN)
         try:
-            self._finish_connecting()
+            self._finish_connect()
         except OSError as failure:
             self._error = failure.errno or errno.EIO
             raise error(errno.ENOTCONN) from None
@@ -210,11 +212,11 @@ class StreamSocket(FabricSocket):
         return self.recvmsg_into(buffers, ancbufsize, flags)
 
     def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, None]:
-        """The data, and None: a stream's peer is in getpeername()."""
+        """Return the data and None; the peer's address is that of getpeername()."""
         return self.recv(bufsize, flags), None
 
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, None]:
-        """The number of bytes, and None."""
+        """Return the number of bytes and None."""
         return self.recv_into(buffer, nbytes, flags), None
 
     def send(self, data: Any, flags: int = 0, /) -> int:
@@ -237,16 +239,22 @@ class StreamSocket(FabricSocket):
         return _raw.sendmsg(self, buffers, ancdata, flags)
 
     def sendto(self, *args: Any) -> int:
-        """Not for streams: OSError EOPNOTSUPP, or EISCONN once connected."""
+        """Raise OSError: EISCONN if connected, else EOPNOTSUPP."""
         connected = self._phase is _CONNECTED
-        raise error(errno.EISCONN if connected else errno.EOPNOTSUPP, "send() has no address")
+        raise error(
+            errno.EISCONN if connected else errno.EOPNOTSUPP,
+            "a stream has no destination (use send())",
+        )
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         self._complete()
         return super().sendfile(file, offset, count)
 
     def shutdown(self, how: int, /) -> None:
-        """Shut the stream down; a connect in progress is given up.  OSError ENOTCONN before."""
+        """Shut the stream down, or cancel a connect in progress.
+
+        Raises OSError ENOTCONN before a connect.
+        """
         if not stdlib.SHUT_RD <= how <= stdlib.SHUT_RDWR:
             raise error(errno.EINVAL)
         if self._phase in (_NEW, _BOUND, _LISTENING):
@@ -257,23 +265,23 @@ class StreamSocket(FabricSocket):
             how = stdlib.SHUT_RDWR
         _raw.shutdown(self, how)
 
-    # How it is done
+    # Implementation
 
     def _enter(self, patience: float) -> float:
-        """Connect to vsockd; returns what is left of ``patience``, in seconds."""
+        """Connect to vsockd; return what remains of ``patience``, in seconds."""
         place: Any = self._attachment or self._context  # the fabric: it chose this class
         patience = place.enter(self, _raw_type(self), patience)
         self._entered = True
         return patience
 
     def _request(self, request: bytes) -> Record:
-        """One question on the socket's own connection to vsockd."""
+        """Send a request on the socket's own connection to vsockd; return the reply."""
         patience = VSOCKD_REPLY_TIMEOUT_SECONDS
         if not self._entered:
             patience = self._enter(patience)
         _raw.send(self, request)
         if not wait_readable(self.fileno(), patience):
-            raise TimeoutError(errno.ETIMEDOUT, "vsockd does not answer")
+            raise TimeoutError(errno.ETIMEDOUT, "no reply from vsockd")
         return decode_reply(_raw.recv(self, RECORD_SIZE))
 
     def _refuse_to_connect(self) -> None:
@@ -283,7 +291,7 @@ class StreamSocket(FabricSocket):
             raise error(errno.EINVAL, "the socket is shut down")
         if self._phase is _CONNECTING and wait_readable(self.fileno(), 0):
             try:
-                self._finish_connecting()
+                self._finish_connect()
             except OSError as failure:
                 self._error = failure.errno or errno.EIO
             else:
@@ -291,20 +299,20 @@ class StreamSocket(FabricSocket):
         raise error(errno.EALREADY)
 
     def _send_polling(self, request: bytes) -> None:
-        """Send a request so that the socket is not writable until vsockd has done it.
+        """Send a request so that the socket polls as not writable until vsockd has read it.
 
-        In this order: a small send buffer would split the request in two, and vsockd could
+        The send buffer is reduced afterwards: a small one would split the request, and vsockd could
         read the first part alone.
         """
         _raw.send(self, request)
         self._send_buffer = _raw.getsockopt(self, SOL_SOCKET, SO_SNDBUF)
         _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, 0)
 
-    def _finish_connecting(self) -> None:
-        """Take vsockd's answer to a connect, which is there."""
+    def _finish_connect(self) -> None:
+        """Receive vsockd's reply to a connect, which has arrived."""
         polled = self._send_buffer
         if polled:
-            # The kernel doubles what it is given, to have room for its own headers.
+            # The kernel doubles the value, as room for its own headers.
             _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, polled // 2)
             self._send_buffer = 0
         try:
@@ -315,20 +323,20 @@ class StreamSocket(FabricSocket):
             else:
                 self._phase = _NEW if self._local == UNBOUND else _BOUND
             raise
-        self._settle(record)
+        self._establish(record)
 
-    def _settle(self, record: Record) -> None:
-        """Be the established stream that ``record`` describes."""
+    def _establish(self, record: Record) -> None:
+        """Become the established stream that ``record`` describes."""
         self._record = record
         if record[10:] != DEFAULT_SIZES or self._buffers is not DEFAULT_SIZES:
-            self._settle_sizes(record)
+            self._apply_sizes(record)
         cls = self.__class__
         if cls is StreamSocket:
-            self.__class__ = EstablishedSocket  # what become() does, for the usual case
+            self.__class__ = EstablishedSocket  # as switch_class() does, in the usual case
         elif cls is not EstablishedSocket:
             switch_class(self, EstablishedSocket)
 
-    def _settle_sizes(self, record: Record) -> None:
+    def _apply_sizes(self, record: Record) -> None:
         if record.size != STREAM_BUFFER_DEFAULT_BYTES:
             _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, min(record.size, SEND_BUFFER_MAX_BYTES))
         self._buffers = record.sizes
@@ -338,7 +346,7 @@ class StreamSocket(FabricSocket):
             if not wait_readable(self.fileno(), 0):
                 return 0
             try:
-                self._finish_connecting()
+                self._finish_connect()
             except OSError as failure:
                 return failure.errno or errno.EIO
         if self._error:
@@ -352,7 +360,7 @@ class StreamSocket(FabricSocket):
         elif self._phase is _CONNECTED:
             inode = os.fstat(self.fileno()).st_ino
             request = client.resize(self._buffers.size, cookie=self._cookie(), inode=inode)
-            with contextlib.suppress(OSError):  # vsockd has gone; the stream goes on
+            with contextlib.suppress(OSError):  # vsockd has ended; the stream continues
                 self._fabric.ask(request)
 
     def _recover(self) -> None:
@@ -361,11 +369,11 @@ class StreamSocket(FabricSocket):
             record, _ = self._fabric.ask(request)
         except OSError:
             with contextlib.suppress(OSError):
-                _raw.getpeername(self)  # joined to something vsockd does not know (any more)
+                _raw.getpeername(self)  # connected to a socket unknown to vsockd
                 switch_class(self, EstablishedSocket)
             return
         if record.role == Role.CONNECTED:
-            self._settle(record)
+            self._establish(record)
         else:
             self._named = record.is_named
             self._entered = not self._named
@@ -375,12 +383,13 @@ class StreamSocket(FabricSocket):
 
 
 class EstablishedSocket(StreamSocket):
-    """A stream that stands.  Its data methods are the C ones, and its addresses are in what
-    vsockd said of it: most streams end without being asked for them.
+    """An established stream, with the C methods for data.
+
+    Its addresses are taken from vsockd's record when they are needed, which is rare.
     """
 
     @property
-    def _phase(self) -> Phase:  # type: ignore[override]  # for good, whatever it was before
+    def _phase(self) -> Phase:  # type: ignore[override]  # constant
         return _CONNECTED
 
     @property
@@ -396,44 +405,50 @@ class EstablishedSocket(StreamSocket):
     sendfile = stdlib.socket.sendfile
 
     def send(self, data: Any, flags: int = 0, /) -> int:
-        """As ``socket.send``; OSError EOPNOTSUPP for MSG_OOB, which a unix stream would take."""
+        """Send data, as ``socket.send`` does.
+
+        Raises OSError EOPNOTSUPP for MSG_OOB, which a unix stream would support.
+        """
         if flags & _OOB:
             _refuse_urgent(flags)
         return _raw_send(self, data, flags)
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
-        """As ``socket.sendall``; OSError EOPNOTSUPP for MSG_OOB."""
+        """Send all data, as ``socket.sendall`` does.  Raises OSError EOPNOTSUPP for MSG_OOB."""
         _refuse_urgent(flags)
         _raw.sendall(self, data, flags)
 
     def sendmsg(
         self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None, /
     ) -> int:
-        """As ``socket.sendmsg``; OSError EOPNOTSUPP for MSG_OOB, EISCONN with an address."""
+        """Send data, as ``socket.sendmsg`` does.
+
+        Raises OSError: EOPNOTSUPP for MSG_OOB, EISCONN with an address.
+        """
         _refuse_urgent(flags)
         if address is not None:
             self.sendto(b"", address)
         return _raw.sendmsg(self, buffers, ancdata, flags)
 
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /) -> Any:
-        """As ``socket.recvmsg``; a stream's peer is in getpeername(), the address is None."""
+        """Receive data, as ``socket.recvmsg`` does; the address is None."""
         _refuse_out_of_band(flags)
         return (*_raw.recvmsg(self, bufsize, ancbufsize, flags)[:3], None)
 
     def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0, /) -> Any:
-        """As ``socket.recvmsg_into``; the address is None."""
+        """Receive data, as ``socket.recvmsg_into`` does; the address is None."""
         _refuse_out_of_band(flags)
         return (*_raw.recvmsg_into(self, buffers, ancbufsize, flags)[:3], None)
 
     def connect(self, address: Any) -> None:
-        """Raise OSError EISCONN, or EINVAL after a shutdown: a stream has one peer for life."""
+        """Raise OSError EISCONN, or EINVAL after a shutdown: a stream cannot be reconnected."""
         check(address)
         raise error(errno.EINVAL if self._is_shut else errno.EISCONN)
 
 
 def _refuse_urgent(flags: int) -> None:
     if flags & _OOB:
-        raise error(errno.EOPNOTSUPP, "vSockets have no MSG_OOB")
+        raise error(errno.EOPNOTSUPP, "MSG_OOB is not supported")
 
 
 def _refuse_error_queue(flags: int) -> None:
@@ -442,7 +457,7 @@ def _refuse_error_queue(flags: int) -> None:
 
 
 def _refuse_out_of_band(flags: int) -> None:
-    """Refuse what a unix stream would answer with data."""
+    """Refuse flags for which a unix stream would return data.  Raises OSError."""
     _refuse_error_queue(flags)
     _refuse_urgent(flags)
 

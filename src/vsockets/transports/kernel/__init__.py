@@ -1,4 +1,4 @@
-"""The kernel's own AF_VSOCK: in a virtual machine, or on a host with its modules."""
+"""The kernel's own AF_VSOCK, in a virtual machine or on a host with its modules."""
 
 from . import socket
 

@@ -1,7 +1,8 @@
 """Sockets of the kernel's AF_VSOCK.
 
-The kernel does all there is to do; what is here makes the interface the fabric's: options of
-other families are ignored (guide page 8), and vSockets options take plain integers.
+The kernel implements them.  This module only adapts the interface to that of the fabric's sockets:
+options of other address families are ignored (guide page 8), and vSockets options are plain
+integers.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _BUFFERS = (
 
 
 class KernelSocket(socket):
-    """A socket whose Berkeley calls are the kernel's."""
+    """A socket of the kernel's AF_VSOCK."""
 
     _raw_family = AF_VSOCK
 
@@ -44,7 +45,7 @@ class KernelSocket(socket):
         return stdlib.socket.__repr__(self)
 
     def bind(self, address: Any, /) -> None:
-        """Take the address ``(cid, port)``; VMADDR_CID_ANY and VMADDR_PORT_ANY are wildcards."""
+        """Bind to ``(cid, port)``; VMADDR_CID_ANY and VMADDR_PORT_ANY are wildcards."""
         _raw.bind(self, check(address))
 
     def connect(self, address: Any, /) -> None:
@@ -56,15 +57,15 @@ class KernelSocket(socket):
             raise
 
     def connect_ex(self, address: Any, /) -> int:
-        """As :meth:`connect`, but returns the errno."""
+        """Connect to ``(cid, port)``; return the errno instead of raising it, or 0."""
         return _raw.connect_ex(self, check(address))
 
     def listen(self, backlog: int | None = None, /) -> None:
-        """Accept connections, with at most ``backlog`` of them waiting (default 128)."""
+        """Listen, with at most ``backlog`` connections not yet accepted (default 128)."""
         _raw.listen(self, *(() if backlog is None else (backlog,)))
 
     def accept(self) -> tuple[socket, tuple[int, int]]:
-        """Wait for a connection: ``(socket, (cid, port) of the peer)``."""
+        """Wait for a connection; return its socket and the peer's ``(cid, port)``."""
         fd, peer = self._accept()  # type: ignore[attr-defined]  # typeshed leaves it out
         accepted = self.__class__(AF_VSOCK, self.type, 0, fd, context=self._attachment)
         if stdlib.getdefaulttimeout() is None and self.gettimeout():
@@ -72,18 +73,18 @@ class KernelSocket(socket):
         return accepted, peer
 
     def dup(self) -> Self:
-        """A second socket object, on a duplicate of the descriptor."""
+        """Return another socket object for the same endpoint, with a duplicated descriptor."""
         fd = stdlib.dup(self.fileno())
         twin = self.__class__(AF_VSOCK, self.type, 0, fd, context=self._attachment)
         twin.settimeout(self.gettimeout())
         return twin
 
     def peer_credentials(self) -> PeerCredentials:
-        """OSError EOPNOTSUPP: the kernel's AF_VSOCK does not tell."""
-        raise error(errno.EOPNOTSUPP, "the kernel's AF_VSOCK knows no peer credentials")
+        """Raise OSError EOPNOTSUPP: the kernel's AF_VSOCK does not report the peer's process."""
+        raise error(errno.EOPNOTSUPP, "the kernel's AF_VSOCK does not report peer credentials")
 
     def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None) -> None:
-        """As ``socket.setsockopt``; options of other families are accepted and ignored."""
+        """Set an option, as ``socket.setsockopt`` does; ignore those of other address families."""
         if level != SOL_SOCKET:
             super().setsockopt(level, optname, value, optlen)
             return
@@ -94,7 +95,10 @@ class KernelSocket(socket):
                 options.setsockopt(level, optname, value, optlen)
 
     def getsockopt(self, level: int, optname: int, buflen: int = 0) -> Any:
-        """As ``socket.getsockopt``; an ignored option reads as what it was set to, else 0."""
+        """Return an option, as ``socket.getsockopt`` does.
+
+        An ignored option has the value that it was set to, by default 0.
+        """
         if level != SOL_SOCKET:
             return super().getsockopt(level, optname, buflen)
         with self._options() as options:
@@ -116,8 +120,10 @@ class KernelSocket(socket):
 
     @contextlib.contextmanager
     def _options(self) -> Iterator[_socket.socket]:
-        """The same socket, but for CPython not one of this family: of those it takes and gives
-        options as integers of 64 bits alone, and the connect timeout is a structure.
+        """Yield the same socket as one of another family.
+
+        For AF_VSOCK, CPython supports options of 64-bit integers only; the connect timeout is a
+        structure.
         """
         same = _raw(stdlib.AF_UNIX, SOCK_STREAM, 0, self.fileno())
         try:
