@@ -57,7 +57,7 @@ class Attachment:
     def __repr__(self) -> str:
         return f"<attachment to {self.folder}>"
 
-    def enter(self, sock: _socket.socket, kind: int, seconds: float = 0.0) -> float:
+    def open_channel(self, sock: _socket.socket, kind: int, seconds: float = 0.0) -> float:
         """Connect ``sock``, a unix socket of type ``kind``, to the control socket of its type.
 
         Waits up to ``seconds`` while vsockd's backlog is full, and returns the remaining seconds.
@@ -90,7 +90,7 @@ class Attachment:
                 _set_blocking(sock, True)
         return seconds
 
-    def ask(self, request: bytes, fd: int | None = None) -> tuple[Record, int | None]:
+    def request(self, data: bytes, fd: int | None = None) -> tuple[Record, int | None]:
         """Send a request, optionally with a descriptor, on a connection of its own.
 
         Returns the reply and the descriptor received with it.
@@ -99,12 +99,12 @@ class Attachment:
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.settimeout(VSOCKD_REPLY_TIMEOUT_SECONDS)
-            left = self.enter(sock, socket.SOCK_SEQPACKET, VSOCKD_REPLY_TIMEOUT_SECONDS)
+            left = self.open_channel(sock, socket.SOCK_SEQPACKET, VSOCKD_REPLY_TIMEOUT_SECONDS)
             if left < VSOCKD_REPLY_TIMEOUT_SECONDS:
                 sock.settimeout(left)
             ancillary = [] if fd is None else [with_descriptor(fd)]
             try:
-                sock.sendmsg([request], ancillary)
+                sock.sendmsg([data], ancillary)
             except OSError as error:
                 if error.errno != errno.ETOOMANYREFS:
                     raise
@@ -116,7 +116,7 @@ class Attachment:
     @functools.cached_property
     def cid(self) -> int:
         """The CID of the context."""
-        return self.ask(client.local_cid())[0].local_cid
+        return self.request(client.local_cid())[0].local_cid
 
     def is_trusted(self, sock_type: int, peer_cid: int = VMADDR_CID_HOST, cookie: int = 0) -> bool:
         """Return whether this process's sockets of a type are trusted (guide page 24).
@@ -124,7 +124,7 @@ class Attachment:
         A program of the host may be trusted by one guest, ``peer_cid``, and not by another.  A
         bound socket, identified by ``cookie``, stays as trusted as it was when it was bound.
         """
-        record, _ = self.ask(client.local_cid(peer_cid, cookie=cookie))
+        record, _ = self.request(client.local_cid(peer_cid, cookie=cookie))
         return record.is_trusted(datagram=sock_type == socket.SOCK_DGRAM)
 
 
@@ -147,7 +147,7 @@ def wait_readable(fd: int, seconds: float | None) -> bool:
     return bool(poll.poll(None if seconds is None else min(seconds * 1000, _LONGEST_POLL)))
 
 
-def explain(failure: OSError, place: ContextHandle) -> None:
+def explain(failure: OSError, handle: ContextHandle) -> None:
     """Add a note with the transport to ``failure``, the exception of a connect.
 
     Only if the transport was chosen automatically and the peer is unreachable: the choice may be
@@ -155,19 +155,19 @@ def explain(failure: OSError, place: ContextHandle) -> None:
     """
     if failure.errno not in _UNREACHABLE or os.environ.get("VSOCKETS_TRANSPORT", "auto") != "auto":
         return
-    if place is not current():  # chosen by the program
+    if handle is not current():  # chosen by the program
         return
-    if isinstance(place, KernelContext):
+    if isinstance(handle, KernelContext):
         chosen = "the kernel's AF_VSOCK, which has a CID here (for the fabric: vsock run, or "
         chosen += "VSOCKETS_TRANSPORT=fabric)"
     else:
         if os.environ.get("VSOCKETS_CONTEXT"):
             why = "from VSOCKETS_CONTEXT"
-        elif place.folder == SELF:
+        elif handle.folder == SELF:
             why = "which is mounted here"
         else:
             why = "because the kernel's AF_VSOCK has no transport"
-        chosen = f"the fabric, {place.folder}, {why}"
+        chosen = f"the fabric, {handle.folder}, {why}"
     note = f"VSOCKETS_TRANSPORT is auto; chosen: {chosen}"
     if note not in getattr(failure, "__notes__", ()):
         failure.add_note(note)

@@ -113,8 +113,8 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
             raise error(errno.EPROTONOSUPPORT, f"protocol {proto}: expected 0")
         if type == -1:
             type = stdlib.SOCK_STREAM if fileno is None else _type_of(fileno)
-        place = current() if context is None else context
-        socket_class = SOCKET_CLASSES[place.transport].get(type & _TYPE_BITS)
+        handle = current() if context is None else context
+        socket_class = SOCKET_CLASSES[handle.transport].get(type & _TYPE_BITS)
         if socket_class is None:
             raise error(
                 errno.ESOCKTNOSUPPORT,

@@ -75,7 +75,7 @@ CLAIM = """
 import socket, sys, vsockets.attachment
 from vsockets.protocol import Op, Request
 sock = socket.socket(socket.AF_UNIX)
-vsockets.attachment.current().enter(sock, socket.SOCK_STREAM)
+vsockets.attachment.current().open_channel(sock, socket.SOCK_STREAM)
 sock.send(Request(Op.BIND, 0, 2, 7602, inode=int(sys.argv[1])).encode())
 sock.recv(200)
 print("bound", flush=True)

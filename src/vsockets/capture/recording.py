@@ -92,7 +92,7 @@ def open_capture(
     Raises OSError: EACCES (not permitted), ENOENT (no such context), ENOTSUP (the context has no
     device), ENOBUFS.
     """
-    _, fd = host.ask(client.capture(cid, port=port, limit=limit))
+    _, fd = host.request(client.capture(cid, port=port, limit=limit))
     return socket.socket(fileno=client.require_descriptor(fd))
 
 

@@ -87,9 +87,9 @@ class VsockdClient:
         try:
             if self._backlog_full:  # ask with a socket that cannot block
                 with contextlib.closing(_own_socket(type_)) as probe:
-                    self._context.enter(probe, type_)
+                    self._context.open_channel(probe, type_)
             with blocking_briefly(sock, SO_SNDTIMEO):
-                self._context.enter(sock, type_)
+                self._context.open_channel(sock, type_)
                 sock.getpeername()  # Python takes a connect that SIGCONT interrupted for a success
         except OSError as error:
             if error.errno not in (errno.ENOBUFS, errno.ENOTCONN):
@@ -117,7 +117,7 @@ class VsockdClient:
         try:
             while True:
                 try:
-                    self._context.enter(sock, SOCK_SEQPACKET)
+                    self._context.open_channel(sock, SOCK_SEQPACKET)
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
                         raise

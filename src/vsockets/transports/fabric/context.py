@@ -11,6 +11,6 @@ class FabricSocket(socket):
 
     @property
     def _fabric(self) -> Attachment:
-        place = self._attachment or self._context
-        assert isinstance(place, Attachment)  # the class was chosen by it
-        return place
+        handle = self._attachment or self._context
+        assert isinstance(handle, Attachment)  # the class was chosen by it
+        return handle

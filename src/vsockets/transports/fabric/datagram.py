@@ -48,7 +48,7 @@ class DatagramSocket(FabricSocket):
         address = check(address)
         if self._local != UNBOUND:
             raise error(errno.EINVAL, "the socket is bound")
-        record, _ = self._fabric.ask(client.bind_datagram(address), self.fileno())
+        record, _ = self._fabric.request(client.bind_datagram(address), self.fileno())
         self._local = record.local
 
     def connect(self, address: Any) -> None:
@@ -202,7 +202,7 @@ class DatagramSocket(FabricSocket):
 
     def _recover(self) -> None:
         with contextlib.suppress(OSError):
-            self._local = self._fabric.ask(client.query(cookie=self._cookie()))[0].local
+            self._local = self._fabric.request(client.query(cookie=self._cookie()))[0].local
 
     def _default_address(self, flags: int) -> tuple[int, int]:
         if self._peer is None:
@@ -219,7 +219,7 @@ class DatagramSocket(FabricSocket):
         old = self._routes.pop(address, None)
         if old is not None:
             old.close()
-        record, fd = self._fabric.ask(client.route(address), self.fileno())
+        record, fd = self._fabric.request(client.route(address), self.fileno())
         route = stdlib.socket(stdlib.AF_UNIX, SOCK_DGRAM, 0, client.require_descriptor(fd))
         route.settimeout(self.gettimeout())
         self._local = record.local

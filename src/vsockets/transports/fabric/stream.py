@@ -56,7 +56,7 @@ _raw_type = _raw.type.__get__
 class StreamSocket(FabricSocket):
     """A stream or sequenced-packet socket that is not established."""
 
-    _entered = False  # connected to vsockd
+    _has_channel = False  # connected to vsockd
     _named = False  # a listening unix socket, bound by a supervisor
     _error = 0  # SO_ERROR: the errno of a failed connect, not yet read
     _send_buffer = 0  # SO_SNDBUF before a polling connect, in bytes
@@ -144,8 +144,8 @@ class StreamSocket(FabricSocket):
             patience = timeout
         request = client.connect(peer, sizes=self._buffers, cookie=self._cookie(), polling=polling)
         try:
-            if not self._entered:
-                patience = self._enter(patience)
+            if not self._has_channel:
+                patience = self._open_channel(patience)
         except OSError as failure:
             explain(failure, self._context)
             raise
@@ -267,18 +267,18 @@ class StreamSocket(FabricSocket):
 
     # Implementation
 
-    def _enter(self, patience: float) -> float:
+    def _open_channel(self, patience: float) -> float:
         """Connect to vsockd; return what remains of ``patience``, in seconds."""
-        place: Any = self._attachment or self._context  # the fabric: it chose this class
-        patience = place.enter(self, _raw_type(self), patience)
-        self._entered = True
+        handle: Any = self._attachment or self._context  # the fabric: it chose this class
+        patience = handle.open_channel(self, _raw_type(self), patience)
+        self._has_channel = True
         return patience
 
     def _request(self, request: bytes) -> Record:
         """Send a request on the socket's own connection to vsockd; return the reply."""
         patience = VSOCKD_REPLY_TIMEOUT_SECONDS
-        if not self._entered:
-            patience = self._enter(patience)
+        if not self._has_channel:
+            patience = self._open_channel(patience)
         _raw.send(self, request)
         if not wait_readable(self.fileno(), patience):
             raise TimeoutError(errno.ETIMEDOUT, "no reply from vsockd")
@@ -361,12 +361,12 @@ class StreamSocket(FabricSocket):
             inode = os.fstat(self.fileno()).st_ino
             request = client.resize(self._buffers.size, cookie=self._cookie(), inode=inode)
             with contextlib.suppress(OSError):  # vsockd has ended; the stream continues
-                self._fabric.ask(request)
+                self._fabric.request(request)
 
     def _recover(self) -> None:
         request = client.query(cookie=self._cookie(), inode=os.fstat(self.fileno()).st_ino)
         try:
-            record, _ = self._fabric.ask(request)
+            record, _ = self._fabric.request(request)
         except OSError:
             with contextlib.suppress(OSError):
                 _raw.getpeername(self)  # connected to a socket unknown to vsockd
@@ -376,7 +376,7 @@ class StreamSocket(FabricSocket):
             self._establish(record)
         else:
             self._named = record.is_named
-            self._entered = not self._named
+            self._has_channel = not self._named
             self._local = record.local
             self._buffers = record.sizes
             self._phase = _LISTENING if record.role == Role.LISTENING else _BOUND
