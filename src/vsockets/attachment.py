@@ -1,20 +1,25 @@
-"""Contexts of the fabric as their programs see them: the folder of a context's control sockets."""
+"""The context of a process: one of the fabric, or the kernel's own AF_VSOCK.
+
+A context of the fabric is the folder of its control sockets.  The kernel's AF_VSOCK connects to
+the host in a virtual machine, over the device that the hypervisor offers (VMCI, virtio, Hyper-V),
+and to the guests on a host with vhost-vsock or VMware's modules.
+"""
 
 from __future__ import annotations
 
 import _socket
+import array
 import errno
+import fcntl
 import functools
 import os
 import select
 import socket
 from pathlib import Path
 
-from . import kernel_context
 from ._linux.sockets import DESCRIPTOR_SPACE, descriptor_in, with_descriptor
-from .kernel_context import KernelContext
 from .limits import VSOCKD_REPLY_TIMEOUT_SECONDS
-from .model.constants import VMADDR_CID_HOST
+from .model.constants import AF_VSOCK, VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_CID_LOCAL
 from .protocol import RECORD_SIZE, Record, client
 from .state_folder import (
     SEQPACKET,
@@ -33,6 +38,10 @@ _LONGEST_POLL = 0x7FFF_FFFF
 
 #: The mount point of the context's folder in a container that is a guest.
 SELF = Path("/run/vsock/self")
+
+#: The ioctl of the device node that returns the local CID (``linux/vm_sockets.h``).
+_IOCTL_GET_LOCAL_CID = 0x7B9
+_DEVICE = "/dev/vsock"
 
 
 class Attachment:
@@ -128,6 +137,54 @@ class Attachment:
         return record.is_trusted(datagram=sock_type == socket.SOCK_DGRAM)
 
 
+class KernelContext:
+    """The kernel's counterpart of :class:`vsockets.Attachment`."""
+
+    transport = "kernel"
+
+    def __repr__(self) -> str:
+        return "<the kernel's AF_VSOCK>"
+
+    @property
+    def cid(self) -> int:
+        """The machine's CID, which a migration may change.
+
+        Raises OSError ENODEV if this kernel has no AF_VSOCK.
+        """
+        cid = local_cid()
+        if cid is None:
+            raise OSError(
+                errno.ENODEV, f"AF_VSOCK is missing in this kernel: no CID from {_DEVICE}"
+            )
+        return cid
+
+    def is_trusted(self, sock_type: int, peer_cid: int = VMADDR_CID_HOST, cookie: int = 0) -> bool:
+        """Return whether the kernel trusts this process's sockets (CAP_NET_ADMIN)."""
+        with socket.socket(AF_VSOCK, sock_type) as sock:
+            return bool(sock.getsockopt(AF_VSOCK, 5))
+
+
+def local_cid() -> int | None:
+    """Return the CID of the kernel's AF_VSOCK, or None."""
+    try:
+        device = os.open(_DEVICE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        answer = array.array("I", [0])
+        fcntl.ioctl(device, _IOCTL_GET_LOCAL_CID, answer)
+        return answer[0]
+    except OSError:
+        return None
+    finally:
+        os.close(device)
+
+
+def has_transport() -> bool:
+    """Return whether the kernel's AF_VSOCK reaches more than this machine's own processes."""
+    return local_cid() not in (None, VMADDR_CID_ANY, VMADDR_CID_LOCAL)
+
+
 #: The errors of a connect whose peer does not exist or cannot be reached.
 _UNREACHABLE = frozenset(
     {
@@ -194,7 +251,7 @@ def current() -> ContextHandle:
         return Attachment(configured)
     if SELF.is_dir():
         return Attachment(SELF)
-    if transport == "auto" and kernel_context.has_transport():
+    if transport == "auto" and has_transport():
         return KernelContext()
     folder = default_folder()
     if folder.exists():

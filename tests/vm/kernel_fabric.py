@@ -15,7 +15,7 @@ import pytest
 
 from vm.remote import Remote
 from vsockets import VMADDR_CID_LOCAL
-from vsockets.kernel_context import KernelContext
+from vsockets.attachment import KernelContext
 
 
 class Loopback(KernelContext):

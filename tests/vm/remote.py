@@ -17,7 +17,7 @@ from typing import Any
 
 import vsockets
 from vsockets import VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_PORT_ANY
-from vsockets.kernel_context import KernelContext
+from vsockets.attachment import KernelContext
 from vsockets.socket import SOCKET_CLASSES
 
 #: Timeout of a call in seconds.

@@ -185,7 +185,7 @@ def test_nfs_client_reports_missing_datagrams(machine: Machine) -> None:
             """
             import asyncio
             from vsockets.nfs.rpc_client import RpcClient
-            from vsockets.kernel_context import KernelContext as Kernel
+            from vsockets.attachment import KernelContext as Kernel
             from vsockets.model.locator import Vsock
             async def connect(): RpcClient.connect(Vsock(2, 2049, datagram=True), Kernel())
             asyncio.run(connect())

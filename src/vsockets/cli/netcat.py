@@ -11,8 +11,7 @@ import typer
 
 from .._linux.descriptor_passing import guard
 from .._linux.sockets import pack_timeval, refuse_descriptors
-from ..attachment import ContextHandle, wait_readable
-from ..kernel_context import KernelContext
+from ..attachment import ContextHandle, KernelContext, wait_readable
 from ..model.address import parse_port
 from ..model.constants import (
     AF_VSOCK,

@@ -19,7 +19,7 @@ from ...limits import DATAGRAM_ROUTES_MAX, MAX_DATAGRAM
 from ...model.address import check
 from ...protocol import client, decode_source
 from ...socket import MSG_ERRQUEUE, SOCKET_CLASSES, UNBOUND, error, socket
-from .context import FabricSocket
+from .stream import FabricSocket
 
 _raw = _socket.socket
 

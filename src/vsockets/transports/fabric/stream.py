@@ -23,7 +23,7 @@ from ..._linux.sockets import (
     allow_descriptors,
     descriptor_in,
 )
-from ...attachment import explain, wait_readable
+from ...attachment import Attachment, explain, wait_readable
 from ...limits import (
     SEND_BUFFER_MAX_BYTES,
     STREAM_BUFFER_DEFAULT_BYTES,
@@ -35,7 +35,6 @@ from ...model.constants import VMADDR_CID_ANY
 from ...protocol import RECORD_SIZE, Record, Role, client
 from ...protocol.client import decode_reply
 from ...socket import MSG_ERRQUEUE, SOCKET_CLASSES, UNBOUND, Phase, error, socket, switch_class
-from .context import FabricSocket
 
 # Module aliases of enum members: hot path.
 _NEW, _BOUND, _LISTENING = Phase.NEW, Phase.BOUND, Phase.LISTENING
@@ -51,6 +50,16 @@ _raw = _socket.socket
 _raw_send = _raw.send
 #: The type as an integer; the property of the standard library returns an enum member.
 _raw_type = _raw.type.__get__
+
+
+class FabricSocket(socket):
+    """A socket in a context of the fabric."""
+
+    @property
+    def _fabric(self) -> Attachment:
+        handle = self._attachment or self._context
+        assert isinstance(handle, Attachment)  # the class was chosen by it
+        return handle
 
 
 class StreamSocket(FabricSocket):

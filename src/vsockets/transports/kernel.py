@@ -1,4 +1,4 @@
-"""Sockets of the kernel's AF_VSOCK.
+"""Sockets of the kernel's AF_VSOCK, in a virtual machine or on a host with its modules.
 
 The kernel implements them.  This module only adapts the interface to that of the fabric's sockets:
 options of other address families are ignored (guide page 8), and vSockets options are plain
@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from socket import SOCK_DGRAM, SOCK_SEQPACKET, SOCK_STREAM, SOL_SOCKET
 from typing import Any, Self
 
-from ...attachment import explain
-from ...model.address import check
-from ...model.constants import (
+from ..attachment import explain
+from ..model.address import check
+from ..model.constants import (
     AF_VSOCK,
     SO_VM_SOCKETS_BUFFER_MAX_SIZE,
     SO_VM_SOCKETS_BUFFER_MIN_SIZE,
     SO_VM_SOCKETS_BUFFER_SIZE,
 )
-from ...socket import SOCKET_CLASSES, TIMEOUTS, PeerCredentials, as_u64, error, socket
+from ..socket import SOCKET_CLASSES, TIMEOUTS, PeerCredentials, as_u64, error, socket
 
 _raw = _socket.socket
 _BUFFERS = (
