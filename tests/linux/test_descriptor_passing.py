@@ -1,4 +1,4 @@
-"""Descriptors that ride along with data, to receivers that want none: on any kernel."""
+"""Protection against descriptors in messages, on kernels with and without SO_PASSRIGHTS."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from_linux_6_16 = pytest.mark.skipif(not HAS_PASSRIGHTS, reason="takes Linux 6.1
 
 @pytest.fixture
 def old_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One from before Linux 6.16."""
+    """Simulate a kernel before Linux 6.16."""
     monkeypatch.setattr(descriptor_passing, "refuse_descriptors", lambda sock: False)
     monkeypatch.setattr(descriptor_passing, "_refuses", lambda sock: False)
 
 
 def pair(kind: int = STREAM) -> tuple[socket.socket, socket.socket]:
-    """Two joined sockets, the second of which is guarded."""
+    """Yield two connected sockets, of which the second is guarded."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
     theirs.settimeout(PATIENCE)
     return ours, descriptor_passing.guard(theirs)
@@ -52,7 +52,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 @from_linux_6_16
 @pytest.mark.parametrize("kind", [STREAM, DGRAM])
-def test_the_kernel_refuses_them(kind: int) -> None:
+def test_kernel_refuses_descriptors_with_eperm(kind: int) -> None:
     ours, theirs = pair(kind)
     with ours, theirs:
         assert not descriptor_passing.is_guarded(theirs)
@@ -63,7 +63,7 @@ def test_the_kernel_refuses_them(kind: int) -> None:
 
 
 @from_linux_6_16
-def test_what_came_before_a_socket_was_accepted() -> None:
+def test_descriptors_sent_before_accept_are_closed() -> None:
     with pipe() as (reader, writer), socket.socket(socket.AF_UNIX) as listener:
         listener.bind("")
         listener.listen()
@@ -83,7 +83,7 @@ class TestOlderKernels:
     @pytest.mark.parametrize("number", [1, 253])
     @pytest.mark.parametrize("kind", [STREAM, DGRAM])
     @pytest.mark.parametrize("how", ["recv", "recvfrom", "recv_into", "close"])
-    def test_they_are_closed(self, kind: int, how: str, number: int) -> None:
+    def test_received_descriptors_are_closed(self, kind: int, how: str, number: int) -> None:
         with pipe() as (reader, writer):
             ours, theirs = pair(kind)
             with ours, theirs:
@@ -100,10 +100,10 @@ class TestOlderKernels:
                     assert buffer[:4] == b"data"
                 else:
                     theirs.close()
-                # The pipe ends when the last descriptor of its other end is closed.
+                # The pipe ends when the last descriptor of its write end is closed.
                 assert os.read(reader, 1) == b""
 
-    def test_a_stream_ends_with_its_close(self) -> None:
+    def test_peer_sees_the_end_after_close(self) -> None:
         ours, theirs = pair()
         with ours:
             ours.settimeout(PATIENCE)
@@ -112,12 +112,12 @@ class TestOlderKernels:
             assert ours.recv(1) == b""
             assert theirs.fileno() == -1
 
-    def test_tcp_has_none(self) -> None:
+    def test_tcp_socket_is_not_guarded(self) -> None:
         with socket.socket() as sock:
             assert not descriptor_passing.is_guarded(descriptor_passing.guard(sock))
 
-    def test_slow_ones_hold_up_neither_the_receiver_nor_others(self) -> None:
-        """One that lingers, and some that have one that lingers in a queue of their own."""
+    def test_blocking_closes_delay_neither_the_receiver_nor_other_closes(self) -> None:
+        """Send a socket that lingers, and sockets with one that lingers in their queue."""
         with contextlib.ExitStack() as stack:
             for number in range(DESCRIPTOR_CLOSE_THREADS_MAX // 2):
                 slow = stack.enter_context(lingering())
@@ -136,7 +136,7 @@ class TestOlderKernels:
 
 @contextlib.contextmanager
 def lingering() -> Iterator[socket.socket]:
-    """A TCP socket whose last close() takes half a minute, or until this context ends."""
+    """Yield a TCP socket whose last close() blocks for half a minute, or until the context ends."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         sock = socket.create_connection(server.getsockname())
         peer, _ = server.accept()
@@ -150,7 +150,7 @@ def lingering() -> Iterator[socket.socket]:
 
 
 def nested(sock: socket.socket) -> socket.socket:
-    """A socket with a message waiting in it that carries ``sock``."""
+    """Yield a socket with an unread message that carries ``sock``."""
     outer, sender = socket.socketpair(socket.AF_UNIX, DGRAM)
     with sender, sock:
         send_with(sender, b"x", sock.fileno())

@@ -1,4 +1,4 @@
-"""The handshake of hybrid vsock, both roles: whatever the pieces it arrives in."""
+"""Both roles of the hybrid vsock handshake, with input split at any position."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROLES = st.sampled_from([Connect, partial(ClientHandshake, 1)])
 
 
 def read(line: Line, data: bytes, cuts: list[int]) -> tuple[int | None, int]:
-    """Feed ``data`` in pieces as a socket would: the port or the errno, and how many it took."""
+    """Feed ``data`` in pieces; return the port or the errno, and how many bytes were taken."""
     taken = 0
     try:
         for end in [*sorted(cut % (len(data) + 1) for cut in cuts), len(data)]:
@@ -32,7 +32,9 @@ def read(line: Line, data: bytes, cuts: list[int]) -> tuple[int | None, int]:
 
 
 @given(PORTS, st.binary(max_size=100), st.lists(st.integers(0, 200)))
-def test_what_is_said_is_read_and_no_more(port: int, rest: bytes, cuts: list[int]) -> None:
+def test_line_is_parsed_and_following_bytes_are_left(
+    port: int, rest: bytes, cuts: list[int]
+) -> None:
     for line, said in (
         (Connect(), ClientHandshake(port).request),
         (ClientHandshake(port), ok_line(port)),
@@ -41,7 +43,9 @@ def test_what_is_said_is_read_and_no_more(port: int, rest: bytes, cuts: list[int
 
 
 @given(ROLES, st.binary(max_size=60), st.lists(st.integers(0, 60)))
-def test_pieces_make_no_difference(role: Callable[[], Line], data: bytes, cuts: list[int]) -> None:
+def test_result_is_independent_of_how_input_is_split(
+    role: Callable[[], Line], data: bytes, cuts: list[int]
+) -> None:
     assert read(role(), data, cuts) == read(role(), data, [])
 
 
@@ -54,14 +58,14 @@ NEARLY = st.lists(
 
 
 @given(ROLES, NEARLY, st.lists(st.integers(0, 60)))
-def test_pieces_make_no_difference_to_what_is_nearly_right(
+def test_nearly_valid_line_is_independent_of_how_input_is_split(
     role: Callable[[], Line], data: bytes, cuts: list[int]
 ) -> None:
     assert read(role(), data, cuts) == read(role(), data, [])
 
 
 @pytest.mark.parametrize("text", [b"connect 52\n", b"CONNECT 52\r\n", b"CONNECT  52 \n"])
-def test_what_others_tolerate(text: bytes) -> None:
+def test_variants_that_other_implementations_accept_are_accepted(text: bytes) -> None:
     assert read(Connect(), text, []) == (52, len(text))
 
 
@@ -73,11 +77,11 @@ def test_what_others_tolerate(text: bytes) -> None:
         *("CONNECT \u0665\n".encode(), b"CONNECT 52\0\n"),
     ],
 )
-def test_what_is_no_request(text: bytes) -> None:
+def test_invalid_request_raises_eproto(text: bytes) -> None:
     assert read(Connect(), text, []) == (errno.EPROTO, -1)
 
 
-def test_a_line_that_never_ends_is_cut_off() -> None:
+def test_line_longer_than_the_limit_raises_eproto() -> None:
     line = Connect()
     for _ in range(HYBRID_LINE_MAX_BYTES - 1):
         assert line.take(b"1") == 1
@@ -91,5 +95,5 @@ def test_a_line_that_never_ends_is_cut_off() -> None:
     assert read(Connect(), b" " + spaces, []) == (errno.EPROTO, -1)
 
 
-def test_names_of_ports() -> None:
+def test_port_name_appends_underscore_and_port() -> None:
     assert port_name("/run/v.sock", 52) == "/run/v.sock_52"

@@ -1,4 +1,4 @@
-"""Requests and records: the layout, held still, and what decoding accepts."""
+"""Layout of requests and records, and validation when they are decoded."""
 
 from __future__ import annotations
 
@@ -97,24 +97,24 @@ RECORD = Record(
 )
 
 
-def test_sizes() -> None:
+def test_sizes_of_messages_are_fixed() -> None:
     assert (REQUEST_SIZE, RECORD_SIZE, len(PADDING)) == (72, 64, 3072)
     assert not any(PADDING)
 
 
 @little_endian_only
-def test_layout_of_a_request() -> None:
+def test_request_has_the_golden_layout() -> None:
     assert REQUEST.encode() == GOLDEN_REQUEST
     assert Request.decode(GOLDEN_REQUEST) == REQUEST
 
 
 @little_endian_only
-def test_layout_of_a_record() -> None:
+def test_record_has_the_golden_layout() -> None:
     assert RECORD.encode() == GOLDEN_RECORD
     assert Record.decode(GOLDEN_RECORD) == RECORD
 
 
-def test_numbers() -> None:
+def test_enumerations_have_fixed_numbers() -> None:
     assert {op.name: op.value for op in Op} == {
         "BIND": 1,
         "LISTEN": 2,
@@ -149,21 +149,21 @@ def test_numbers() -> None:
     }
 
 
-def test_groups_of_fields() -> None:
+def test_properties_group_addresses_and_sizes() -> None:
     assert REQUEST.sizes() == BufferSizes(65_536, 128, 262_144)
     assert RECORD.local == (2, 5000)
     assert RECORD.peer == (3, 1024)
 
 
 @given(requests)
-def test_request_survives_the_wire(request: Request) -> None:
+def test_decoded_request_equals_the_encoded_one(request: Request) -> None:
     data = request.encode()
     assert len(data) == REQUEST_SIZE
     assert Request.decode(data) == request
 
 
 @given(records)
-def test_record_survives_the_wire(record: Record) -> None:
+def test_decoded_record_equals_the_encoded_one(record: Record) -> None:
     data = record.encode()
     assert len(data) == RECORD_SIZE
     assert Record.decode(data) == record
@@ -182,7 +182,7 @@ def test_encode_stream_equals_an_encoded_record(
     assert encode_stream(*fields) == Record(0, 0, *fields).encode()
 
 
-# Bytes that get past a check of the length, and past one of the magic.
+# Bytes that pass the check of the length, and that of the magic.
 junk = (
     st.binary(max_size=200)
     | st.binary(min_size=REQUEST_SIZE, max_size=REQUEST_SIZE)
@@ -192,31 +192,31 @@ junk |= junk.map(lambda data: GOLDEN_REQUEST[:4] + data[4:])
 
 
 @given(junk)
-def test_a_request_is_what_encode_makes_or_a_protocol_error(data: bytes) -> None:
+def test_request_decodes_only_what_encode_produces(data: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         assert Request.decode(data).encode() == data
 
 
 @given(junk)
-def test_a_record_is_what_encode_makes_or_a_protocol_error(data: bytes) -> None:
+def test_record_decodes_only_what_encode_produces(data: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         assert Record.decode(data).encode() == data
 
 
 @pytest.mark.parametrize("size", [0, 1, REQUEST_SIZE - 1, REQUEST_SIZE + 1])
-def test_wrong_length(size: int) -> None:
+def test_request_of_another_length_raises_protocol_error(size: int) -> None:
     with pytest.raises(ProtocolError, match=f"{size} bytes"):
         Request.decode((GOLDEN_REQUEST * 2)[:size])
 
 
 @pytest.mark.parametrize("size", [0, 1, RECORD_SIZE - 1, RECORD_SIZE + 1])
-def test_wrong_length_of_a_record(size: int) -> None:
+def test_record_of_another_length_raises_protocol_error(size: int) -> None:
     with pytest.raises(ProtocolError, match=f"{size} bytes"):
         Record.decode((GOLDEN_RECORD * 2)[:size])
 
 
 @pytest.mark.parametrize("at", range(4))
-def test_another_version_or_another_protocol(at: int) -> None:
+def test_another_magic_raises_protocol_error(at: int) -> None:
     data = bytearray(REQUEST.encode())
     data[at] ^= 1
     with pytest.raises(ProtocolError, match="request starts with"):

@@ -1,4 +1,4 @@
-"""The kernel names of datagram routes."""
+"""Names of datagram routes."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ LIFE = "00c0ffee00c0ffee"
 
 
 @given(addresses, serials)
-def test_source_survives(address: tuple[int, int], serial: int) -> None:
+def test_decoded_source_equals_the_encoded_one(address: tuple[int, int], serial: int) -> None:
     assert decode_source(encode_source(address, LIFE, serial)) == address
 
 
 @given(addresses, serials)
-def test_name_is_an_abstract_socket_name_and_fits_one(
-    address: tuple[int, int], serial: int
-) -> None:
+def test_name_is_abstract_and_fits_a_socket_address(address: tuple[int, int], serial: int) -> None:
     name = encode_source(address, LIFE, serial)
     assert name[:1] == b"\0"
     assert len(name) <= 108
 
 
-def test_the_layout() -> None:
+def test_name_has_the_documented_layout() -> None:
     assert encode_source((3, 1024), LIFE, 255) == b"\0vsock:3:1024:00c0ffee00c0ffee:ff"
 
 
 @given(addresses, serials, serials)
-def test_serials_make_names_unique(address: tuple[int, int], one: int, other: int) -> None:
+def test_names_with_different_serials_differ(
+    address: tuple[int, int], one: int, other: int
+) -> None:
     names = encode_source(address, LIFE, one), encode_source(address, LIFE, other)
     assert (names[0] == names[1]) == (one == other)
 
@@ -53,7 +53,7 @@ def is_made_by_encode(name: bytes) -> bool:
         fullmatch=True,
     )
 )
-def test_nothing_else_is_a_source(name: bytes) -> None:
+def test_only_names_of_routes_decode_to_a_source(name: bytes) -> None:
     assert decode_source(name) is None or is_made_by_encode(name)
 
 
@@ -87,11 +87,11 @@ def test_nothing_else_is_a_source(name: bytes) -> None:
         ("\0vsock:3:1024:00c0ffee00c0ffee:1",),
     ],
 )
-def test_names_that_are_no_source(name: object) -> None:
+def test_similar_names_decode_to_none(name: object) -> None:
     assert decode_source(name) is None
 
 
-def test_a_route_to_a_socket_of_many_ports() -> None:
+def test_name_of_a_route_can_have_a_destination_port() -> None:
     name = encode_source((3, 5000), LIFE, 255, 80)
     assert name == b"\0vsock:3:5000:00c0ffee00c0ffee:ff:80"
     assert decode_source(name) == (3, 5000)

@@ -201,21 +201,25 @@ class StreamSocket(FabricSocket):
             raise error(errno.ENOTCONN) from None
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        """Receive data.  Raises OSError ENOTCONN before the connect has completed."""
         _refuse_error_queue(flags)
         self._complete()
         return _raw.recv(self, bufsize, flags)
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """Receive data into a buffer.  Raises OSError ENOTCONN before the connect has completed."""
         _refuse_error_queue(flags)
         self._complete()
         return _raw.recv_into(self, buffer, nbytes, flags)
 
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /) -> Any:
+        """Receive data, as ``socket.recvmsg`` does."""
         _refuse_error_queue(flags)
         self._complete()
         return self.recvmsg(bufsize, ancbufsize, flags)
 
     def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0, /) -> Any:
+        """Receive data, as ``socket.recvmsg_into`` does."""
         _refuse_error_queue(flags)
         self._complete()
         return self.recvmsg_into(buffers, ancbufsize, flags)
@@ -229,11 +233,13 @@ class StreamSocket(FabricSocket):
         return self.recv_into(buffer, nbytes, flags), None
 
     def send(self, data: Any, flags: int = 0, /) -> int:
+        """Send data.  Raises OSError ENOTCONN before the connect has completed."""
         _refuse_urgent(flags)
         self._complete()
         return _raw.send(self, data, flags)
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
+        """Send all data.  Raises OSError ENOTCONN before the connect has completed."""
         _refuse_urgent(flags)
         self._complete()
         _raw.sendall(self, data, flags)
@@ -241,6 +247,7 @@ class StreamSocket(FabricSocket):
     def sendmsg(
         self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None, /
     ) -> int:
+        """Send data, as ``socket.sendmsg`` does."""
         _refuse_urgent(flags)
         if address is not None:
             self.sendto(b"", address)
@@ -256,6 +263,7 @@ class StreamSocket(FabricSocket):
         )
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """Send a file, as ``socket.sendfile`` does."""
         self._complete()
         return super().sendfile(file, offset, count)
 
