@@ -187,7 +187,7 @@ def _require_answering(path: Path, folder: int, before: str) -> str:
         if line is not None and line[1].startswith("fuse"):
             user = re.search(r"\buser_id=(\d+)", line[2])
             if user is None or int(user[1]) not in _trusted():
-                why = "in a file system in user space of another user"
+                why = "a file system in user space of another user"
                 raise PermissionError(errno.EPERM, why, os.fspath(path))
     return mount
 
