@@ -29,7 +29,7 @@ from .vsock import Running, Vsock
 PROMPT = 10.0  # less than half a minute
 
 NULL = rpc.encode_call(
-    rpc.Call(
+    rpc.CallHeader(
         1, rpc.VERSION, mount_protocol.PROGRAM, mount_protocol.VERSION, 0, rpc.NO_AUTH, rpc.NO_AUTH
     ),
     b"",

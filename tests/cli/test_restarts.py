@@ -23,7 +23,7 @@ from vsockets.testing import PrivateFabric, wait_until
 from .vsock import PATIENCE, Running, Vsock
 
 NULL = rpc.encode_call(
-    rpc.Call(
+    rpc.CallHeader(
         1, rpc.VERSION, mount_protocol.PROGRAM, mount_protocol.VERSION, 0, rpc.NO_AUTH, rpc.NO_AUTH
     ),
     b"",

@@ -16,7 +16,7 @@ from vsockets.model.locator import Vsock
 from vsockets.nfs import server
 from vsockets.nfs.exports import Export
 from vsockets.nfs.handles import HandleStore
-from vsockets.nfs.service import Service
+from vsockets.nfs.service import NfsService
 
 export, state, port, seed, percent = sys.argv[1:]
 chance = random.Random(int(seed))
@@ -44,6 +44,6 @@ class LossyServer(server.NfsServer):
 
 
 server.NfsServer = LossyServer  # type: ignore[misc]
-service = Service([Export.parse(export)], HandleStore(Path(state)))
+service = NfsService([Export.parse(export)], HandleStore(Path(state)))
 locators = [Vsock(2, int(port), datagram=True)]
 asyncio.run(server.serve(service, locators, None, lambda _: print("ready", flush=True)))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vsockets.nfs import nfs3, rpc, xdr
 from vsockets.nfs.duplicate_request_cache import DuplicateRequestCache
-from vsockets.nfs.exports import ANONYMOUS_ID, Export, Identity
+from vsockets.nfs.exports import ANONYMOUS_ID, Export, UnixIdentity
 from vsockets.nfs.handles import Identifier, Signer
 from vsockets.nfs.limits import (
     NFS_CALL_TIMEOUT_SECONDS,
@@ -20,7 +20,7 @@ from vsockets.nfs.limits import (
     NFS_RETRY_MIN_SECONDS,
 )
 from vsockets.nfs.retransmission import RoundTripEstimator, Transmission, Window
-from vsockets.nfs.rpc import Auth, AuthSys, Call
+from vsockets.nfs.rpc import Auth, AuthSys, CallHeader
 
 uints = st.integers(0, 2**32 - 1)
 hypers = st.integers(0, 2**64 - 1)
@@ -29,7 +29,7 @@ attributes = st.builds(
     nfs3.Attributes,
     *[uints] * 5,
     *[hypers] * 2,
-    st.builds(nfs3.Device, uints, uints),
+    st.builds(nfs3.DeviceNumber, uints, uints),
     *[hypers] * 2,
     *[times] * 3,
 )
@@ -68,7 +68,7 @@ def test_random_bytes_are_decoded_or_rejected(data: bytes, number: int) -> None:
 def test_call_round_trip(
     xid: int, program: int, version: int, procedure: int, body: bytes, arguments: bytes
 ) -> None:
-    call = Call(xid, 2, program, version, procedure, Auth(1, body), rpc.NO_AUTH)
+    call = CallHeader(xid, 2, program, version, procedure, Auth(1, body), rpc.NO_AUTH)
     assert rpc.decode_call(rpc.encode_call(call, arguments)) == (call, arguments)
 
 
@@ -146,10 +146,10 @@ def test_export_option_syntax(tmp_path: Any) -> None:
     assert (export.read_only, export.root_squash) == (True, True)
     assert [cid for cid in range(6) if export.admits(cid)] == [3, 4]
     root = AuthSys(0, b"guest", 0, 0, (0, 5))
-    assert export.identity(root) == Identity(ANONYMOUS_ID, ANONYMOUS_ID, (ANONYMOUS_ID, 5))
-    assert export.identity(None) == Identity(ANONYMOUS_ID, ANONYMOUS_ID)
+    assert export.identity(root) == UnixIdentity(ANONYMOUS_ID, ANONYMOUS_ID, (ANONYMOUS_ID, 5))
+    assert export.identity(None) == UnixIdentity(ANONYMOUS_ID, ANONYMOUS_ID)
     trusting = Export.parse(f"{tmp_path},no-root-squash")
-    assert trusting.identity(root) == Identity(0, 0, (0, 5))
+    assert trusting.identity(root) == UnixIdentity(0, 0, (0, 5))
     for text, why in (
         ("relative", "expected an absolute path"),
         ("/none/such", "directory not found"),

@@ -21,7 +21,7 @@ from vsockets.nfs.handles import HandleStore
 from vsockets.nfs.nfs3 import NUMBERS, PROCEDURES
 from vsockets.nfs.nfs_client import credentials
 from vsockets.nfs.server import NfsServer
-from vsockets.nfs.service import Service
+from vsockets.nfs.service import NfsService
 from vsockets.testing import PrivateFabric
 
 PATIENCE = 20.0
@@ -33,7 +33,7 @@ def fabric() -> Iterator[PrivateFabric]:
         yield fabric
 
 
-class RecordingService(Service):
+class RecordingService(NfsService):
     """A service that records the guests of its replies in order."""
 
     answered: list[Any]
@@ -70,7 +70,7 @@ class Client:
     def send(self, program: int, number: int, packed: bytes) -> bool:
         self._xid += 1
         own = credentials(os.geteuid(), os.getegid())
-        call = rpc.Call(self._xid, 2, program, 3, number, own, rpc.NO_AUTH)
+        call = rpc.CallHeader(self._xid, 2, program, 3, number, own, rpc.NO_AUTH)
         try:
             self.sock.sendto(rpc.encode_call(call, packed), (2, 2049))
         except OSError:  # the queue is full
@@ -82,7 +82,7 @@ class Client:
         return rpc.decode_reply(await loop.sock_recv(self.sock, 70_000))
 
 
-async def serve(service: Service, fabric: PrivateFabric) -> NfsServer:
+async def serve(service: NfsService, fabric: PrivateFabric) -> NfsServer:
     return NfsServer(service, [parse_locator("vsock-dgram::2049")], fabric.host)
 
 
@@ -92,7 +92,7 @@ def test_client_that_floods_the_server_delays_no_other(service: RecordingService
     async def main() -> None:
         server = NfsServer(service, [parse_locator("udp:127.0.0.1:0")])
         target = server.listeners[0].sockets[0].getsockname()
-        call = rpc.Call(1, 2, mount_protocol.PROGRAM, 3, 0, rpc.NO_AUTH, rpc.NO_AUTH)
+        call = rpc.CallHeader(1, 2, mount_protocol.PROGRAM, 3, 0, rpc.NO_AUTH, rpc.NO_AUTH)
         with (
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as greedy,
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other,

@@ -32,8 +32,7 @@ from vsockets.nfs.nfs3 import (
 )
 from vsockets.nfs.nfs_client import credentials
 from vsockets.nfs.procedures import Procedures
-from vsockets.nfs.rpc import Call
-from vsockets.nfs.service import Service
+from vsockets.nfs.service import NfsService
 
 GUEST = (3, 700)
 
@@ -51,7 +50,9 @@ class DirectGuest:
 
     def start(self) -> None:
         self.handle_store = HandleStore(self._state)
-        self.service = Service([Export.parse(f"{self.export}{self._options}")], self.handle_store)
+        self.service = NfsService(
+            [Export.parse(f"{self.export}{self._options}")], self.handle_store
+        )
 
     def stop(self) -> None:
         self.service.close()
@@ -64,7 +65,9 @@ class DirectGuest:
     def datagram(self, program: int, number: int, packed: bytes) -> bytes:
         self.xid += 1
         own = credentials(os.geteuid(), os.getegid())
-        return rpc.encode_call(Call(self.xid, 2, program, 3, number, own, rpc.NO_AUTH), packed)
+        return rpc.encode_call(
+            rpc.CallHeader(self.xid, 2, program, 3, number, own, rpc.NO_AUTH), packed
+        )
 
     def answer(self, datagram: bytes, source: tuple[int, int] = GUEST) -> bytes | None:
         """Return the final reply to a call."""

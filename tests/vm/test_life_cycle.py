@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vsockets.vm.life_cycle import Action, LifeCycle
+from vsockets.vm.life_cycle import LifeCycle, LifeCycleAction
 
 
 def started(context_runs: bool = True) -> LifeCycle:
     """Return the life cycle of a machine that runs, or waits for its context."""
     life = LifeCycle(context_runs)
-    assert life.start() == ([Action.CONT] if context_runs else [])
+    assert life.start() == ([LifeCycleAction.CONT] if context_runs else [])
     if context_runs:
         assert life.on_qemu_event("RESUME") == []
     return life
@@ -22,27 +22,27 @@ def started(context_runs: bool = True) -> LifeCycle:
 
 def test_machine_changes_are_applied_to_the_context() -> None:
     life = started()
-    assert life.on_qemu_event("STOP") == [Action.SUSPEND]
+    assert life.on_qemu_event("STOP") == [LifeCycleAction.SUSPEND]
     assert life.on_context_event("suspend") == []
-    assert life.on_qemu_event("RESUME") == [Action.RESUME]
+    assert life.on_qemu_event("RESUME") == [LifeCycleAction.RESUME]
     assert life.on_context_event("resume") == []
 
 
 def test_context_changes_are_applied_to_the_machine() -> None:
     life = started()
-    assert life.on_context_event("suspend") == [Action.STOP]
+    assert life.on_context_event("suspend") == [LifeCycleAction.STOP]
     assert life.on_qemu_event("STOP") == []
-    assert life.on_context_event("resume") == [Action.CONT]
+    assert life.on_context_event("resume") == [LifeCycleAction.CONT]
     assert life.on_qemu_event("RESUME") == []
 
 
 def test_machine_with_a_suspended_context_waits() -> None:
-    assert started(context_runs=False).on_context_event("resume") == [Action.CONT]
+    assert started(context_runs=False).on_context_event("resume") == [LifeCycleAction.CONT]
 
 
 def test_reset_is_applied_to_the_context() -> None:
     life = started()
-    assert life.on_qemu_event("RESET") == [Action.RESET]
+    assert life.on_qemu_event("RESET") == [LifeCycleAction.RESET]
     assert life.on_context_event("reset") == []
 
 
@@ -51,17 +51,17 @@ def test_migration_drops_connections_without_suspend(end: str) -> None:
     life = started()
     for status in ("setup", "active"):
         assert life.on_qemu_event("MIGRATION", status) == []
-    assert life.on_qemu_event("STOP") == [Action.MIGRATE]
+    assert life.on_qemu_event("STOP") == [LifeCycleAction.MIGRATE]
     assert life.on_context_event("migrate") == []
     assert life.on_qemu_event("MIGRATION", end) == []
     if end != "completed":
         assert life.on_qemu_event("RESUME") == []
-        assert life.on_qemu_event("STOP") == [Action.SUSPEND]
+        assert life.on_qemu_event("STOP") == [LifeCycleAction.SUSPEND]
 
 
 @pytest.mark.parametrize("change", ["power-off", "removed"])
 def test_end_of_the_context_ends_the_machine(change: str) -> None:
-    assert started().on_context_event(change) == [Action.QUIT]
+    assert started().on_context_event(change) == [LifeCycleAction.QUIT]
 
 
 def test_other_events_are_ignored() -> None:
@@ -73,9 +73,9 @@ def test_other_events_are_ignored() -> None:
 
 def test_refused_request_is_not_outstanding() -> None:
     life = started()
-    assert life.on_context_event("suspend") == [Action.STOP]
-    life.completed(Action.CONT, True)  # the request of the start
-    life.completed(Action.STOP, False)
+    assert life.on_context_event("suspend") == [LifeCycleAction.STOP]
+    life.completed(LifeCycleAction.CONT, True)  # the request of the start
+    life.completed(LifeCycleAction.STOP, False)
     assert life.on_context_event("resume") == []  # it still runs
 
 
@@ -111,7 +111,7 @@ class Simulation:
             action = self.actions.popleft()
             side = "qemu" if action.is_for_qemu else "context"
             # An action that changes nothing causes no event; the change that preceded it has.
-            self.change(side, action in (Action.CONT, Action.RESUME))
+            self.change(side, action in (LifeCycleAction.CONT, LifeCycleAction.RESUME))
             self.life.completed(action, True)
 
 

@@ -60,7 +60,7 @@ def serve(
     from ..nfs import server
     from ..nfs.handles import HandleStore
     from ..nfs.nfs3 import DATA_SIZE, UDP_DATA_SIZE
-    from ..nfs.service import Service
+    from ..nfs.service import NfsService
 
     listen = listen or [Vsock(VMADDR_CID_HOST, PORT, datagram=True)]
     for locator in listen:
@@ -79,7 +79,7 @@ def serve(
         places = HandleStore(state or _default_state())
         try:
             over_udp = any(isinstance(locator, Inet) for locator in listen)
-            service = Service(export, places, UDP_DATA_SIZE if over_udp else DATA_SIZE)
+            service = NfsService(export, places, UDP_DATA_SIZE if over_udp else DATA_SIZE)
             try:
                 asyncio.run(server.serve(service, listen, context, opened))
             finally:

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 
-from .nfs3 import Attributes, Device, FileType, NewAttributes, Time, TimeHow, WccAttributes
+from .nfs3 import Attributes, DeviceNumber, FileType, NewAttributes, Time, TimeHow, WccAttributes
 from .syscalls import UTIME_NOW, UTIME_OMIT, FileState, set_times
 from .tree import FileRef
 
@@ -34,7 +34,7 @@ def attributes_of(found: FileRef) -> Attributes:
         _KINDS[stat.S_IFMT(state.mode)],
         stat.S_IMODE(state.mode),
         *(state.nlink, state.uid, state.gid, state.size, state.blocks * 512),
-        Device(*state.rdev),
+        DeviceNumber(*state.rdev),
         *(found.identifier.export, state.ino),
         *(time_of(state.atime), time_of(state.mtime), time_of(state.ctime)),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from typing import NamedTuple
 
-from .exports import Identity
+from .exports import UnixIdentity
 from .nfs3 import Status
 from .tree import Tree
 
@@ -22,7 +22,7 @@ class Caller(NamedTuple):
     """The rights, the export and the guest of one call."""
 
     tree: Tree
-    identity: Identity
+    identity: UnixIdentity
     guest: Hashable
 
 

@@ -18,7 +18,7 @@ def _valid_id(number: int) -> int:
     return ANONYMOUS_ID if number == 0xFFFFFFFF else number
 
 
-class Identity(NamedTuple):
+class UnixIdentity(NamedTuple):
     """The user and groups whose rights a call has."""
 
     uid: int
@@ -62,10 +62,10 @@ class Export:
         """Return whether context ``cid`` may mount the export."""
         return self.cids is None or cid in self.cids
 
-    def identity(self, caller: AuthSys | None) -> Identity:
+    def identity(self, caller: AuthSys | None) -> UnixIdentity:
         """Return the identity of ``caller`` in this export; without credentials, the anonymous."""
         if caller is None:
-            return Identity(ANONYMOUS_ID, ANONYMOUS_ID)
+            return UnixIdentity(ANONYMOUS_ID, ANONYMOUS_ID)
         uid, gid, groups = (
             _valid_id(caller.uid),
             _valid_id(caller.gid),
@@ -74,4 +74,4 @@ class Export:
         if self.root_squash:
             uid, gid = uid or ANONYMOUS_ID, gid or ANONYMOUS_ID
             groups = tuple(group or ANONYMOUS_ID for group in groups)
-        return Identity(uid, gid, groups)
+        return UnixIdentity(uid, gid, groups)

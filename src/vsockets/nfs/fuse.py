@@ -15,7 +15,16 @@ from typing import Any, ParamSpec, TypeVar
 import pyfuse3
 
 from .inode_table import Inode, InodeTable, content_version, entry_of
-from .nfs3 import VERIFIER_SIZE, Attributes, Device, FileType, NewAttributes, Target, Time, TimeHow
+from .nfs3 import (
+    VERIFIER_SIZE,
+    Attributes,
+    DeviceNumber,
+    FileType,
+    NewAttributes,
+    Target,
+    Time,
+    TimeHow,
+)
 from .nfs_client import NfsClient, credentials
 from .rpc import Auth
 
@@ -135,7 +144,7 @@ class NfsOperations(pyfuse3.Operations):
             raise OSError(errno.EINVAL, "unsupported file type")
         content: Any = new
         if kind in (FileType.CHARACTER, FileType.BLOCK):
-            content = new, Device(os.major(rdev), os.minor(rdev))
+            content = new, DeviceNumber(os.major(rdev), os.minor(rdev))
         made = await self._nfs.call(auth, "mknod", target, (kind, content))
         return await self._made(auth, target, made)
 

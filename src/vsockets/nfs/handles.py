@@ -102,7 +102,7 @@ _INDEX = "CREATE INDEX IF NOT EXISTS places_of_guests ON places (guest)"
 _Row = tuple[bytes, bytes, bytes, Hashable]
 
 
-class _Table:
+class _LocationTable:
     """Locations on disk or in memory, at most ``rows_max``.  Every method raises sqlite3.Error."""
 
     def __init__(self, connection: sqlite3.Connection, rows_max: int) -> None:
@@ -171,7 +171,7 @@ class HandleStore:
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=0)
             try:
                 self._prepare()
-                self._disk = _Table(self._connection, rows_max)
+                self._disk = _LocationTable(self._connection, rows_max)
             except BaseException:
                 self._connection.close()
                 raise
@@ -181,7 +181,7 @@ class HandleStore:
             )
             raise OSError(f"{os.fspath(path)}: {problem}") from None
         self._memory = sqlite3.connect(":memory:", isolation_level=None)
-        self._unsaved = _Table(self._memory, NFS_UNSAVED_HANDLES_MAX)
+        self._unsaved = _LocationTable(self._memory, NFS_UNSAVED_HANDLES_MAX)
         self._failing = False
         self._retry_at = 0.0
         self._reserve_space()

@@ -22,7 +22,7 @@ from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 from .calls import NfsError, NotReady
-from .exports import Identity
+from .exports import UnixIdentity
 from .handles import Identifier, Signer
 from .limits import (
     NFS_GUEST_LARGE_LISTINGS_MAX,
@@ -134,7 +134,7 @@ class ListingCache:
         self.verifier = signer.keyed_number(b"", b"cookies").to_bytes(8)
 
     def after(
-        self, guest: Hashable, folder: FileRef, cookie: int, identity: Identity
+        self, guest: Hashable, folder: FileRef, cookie: int, identity: UnixIdentity
     ) -> tuple[Part, int]:
         """Return a part, and the index of the first name in it after ``cookie``.
 

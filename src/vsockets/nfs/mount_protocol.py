@@ -12,7 +12,7 @@ PROGRAM, VERSION = 100005, 3
 _NAME_SIZE, _EXPORTS_MAX, _GROUPS_MAX = 255, 1024, 1024
 
 
-class Status(IntEnum):
+class MountStatus(IntEnum):
     """The outcome of MNT (mountstat3)."""
 
     OK = 0
@@ -37,7 +37,7 @@ _granted: xdr.Codec[tuple[Any, ...]] = xdr.structure(
 _mounted: xdr.Codec[tuple[Any, ...]] = xdr.structure(lambda *values: values, _group, _path)
 
 path = _path
-mount_result = xdr.union({Status.OK: _granted}, xdr.void)
+mount_result = xdr.union({MountStatus.OK: _granted}, xdr.void)
 export_list = xdr.chain(
     xdr.structure(ExportNode, _path, xdr.chain(_group, _GROUPS_MAX)), _EXPORTS_MAX
 )
@@ -49,4 +49,4 @@ MNT, DUMP, UMNT, UMNTALL, EXPORT = 1, 2, 3, 4, 5
 
 def encode_granted(handle: bytes) -> bytes:
     """Return the result of MNT: a handle, and the accepted credential flavors."""
-    return mount_result.pack((Status.OK, (handle, (rpc.Flavor.SYS, rpc.Flavor.NONE))))
+    return mount_result.pack((MountStatus.OK, (handle, (rpc.Flavor.SYS, rpc.Flavor.NONE))))

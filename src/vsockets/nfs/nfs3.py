@@ -104,7 +104,7 @@ class Time(NamedTuple):  # noqa: D101
     nanoseconds: int
 
 
-class Device(NamedTuple):  # noqa: D101
+class DeviceNumber(NamedTuple):  # noqa: D101
     major: int
     minor: int
 
@@ -119,7 +119,7 @@ class Attributes(NamedTuple):
     gid: int
     size: int
     used: int
-    rdev: Device
+    rdev: DeviceNumber
     fsid: int
     fileid: int
     atime: Time
@@ -230,7 +230,7 @@ def _tuple(*members: Codec[Any]) -> Codec[tuple[Any, ...]]:
 
 def _attributes(*of: int) -> Attributes:
     kind, mode, nlink, uid, gid, size, used, major, minor, fsid, fileid, *times = of
-    device = Device(major, minor)
+    device = DeviceNumber(major, minor)
     atime, mtime, ctime = (Time(*times[at : at + 2]) for at in (0, 2, 4))
     return Attributes(
         *(kind, mode, nlink, uid, gid, size, used), device, fsid, fileid, atime, mtime, ctime
@@ -246,7 +246,7 @@ handle, verifier = xdr.opaque(HANDLE_SIZE), xdr.fixed(VERIFIER_SIZE)
 # The bounds of names are checked by the server, which replies NAMETOOLONG.
 name, path, data = xdr.opaque(NAME_SIZE), xdr.opaque(PATH_SIZE), xdr.opaque(DATA_SIZE)
 time = xdr.numbers("II", Time, tuple)
-device = structure(Device, uint, uint)
+device = structure(DeviceNumber, uint, uint)
 # One operation for all numbers: every reply has attributes.
 attributes = xdr.numbers("5I 2Q 2I 2Q 6I", _attributes, _numbers)
 wcc_attributes = structure(WccAttributes, hyper, time, time)

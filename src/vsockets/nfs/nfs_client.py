@@ -44,7 +44,7 @@ async def mount_export(client: RpcClient, path: bytes) -> bytes:
         status, granted = mount_protocol.mount_result.unpack(data)
     except XdrError as error:
         raise _malformed(error) from None
-    if status != mount_protocol.Status.OK:
+    if status != mount_protocol.MountStatus.OK:
         raise nfs3.status_error(status)
     handle = granted[0]
     assert isinstance(handle, bytes)

@@ -18,7 +18,7 @@ from .listing import ListingCache, Name
 from .nfs3 import (
     Access,
     CreateMode,
-    Device,
+    DeviceNumber,
     Entry,
     EntryPlus,
     FileType,
@@ -216,7 +216,7 @@ class Procedures:
         kind, content = special
         if kind not in _SPECIAL:
             raise NfsError(Status.BADTYPE)
-        new, device = content, Device(0, 0)
+        new, device = content, DeviceNumber(0, 0)
         if kind in (FileType.CHARACTER, FileType.BLOCK):
             new, device = content
             if device.major >= 1 << 12 or device.minor >= 1 << 20:

@@ -61,7 +61,7 @@ class AuthSys(NamedTuple):
     groups: tuple[int, ...]
 
 
-class Call(NamedTuple):
+class CallHeader(NamedTuple):
     """The header of a call, without its arguments."""
 
     xid: int
@@ -89,7 +89,7 @@ _accepted = xdr.union({AcceptStat.PROG_MISMATCH: _version_range}, xdr.void)
 _denied = xdr.union({RejectStat.RPC_MISMATCH: _version_range, RejectStat.AUTH_ERROR: xdr.uint})
 
 
-def encode_call(call: Call, arguments: bytes) -> bytes:
+def encode_call(call: CallHeader, arguments: bytes) -> bytes:
     """Return a call as one datagram."""
     out = bytearray()
     numbers = call.xid, CALL, call.version, call.program, call.program_version, call.procedure
@@ -100,7 +100,7 @@ def encode_call(call: Call, arguments: bytes) -> bytes:
     return bytes(out) + arguments
 
 
-def decode_call(data: bytes) -> tuple[Call, bytes]:
+def decode_call(data: bytes) -> tuple[CallHeader, bytes]:
     """Return a call and its arguments.
 
     Of a call in another version of RPC, only ``xid`` and ``version`` are decoded.
@@ -113,10 +113,10 @@ def decode_call(data: bytes) -> tuple[Call, bytes]:
         raise XdrError("not a call")
     version = xdr.uint.decode(reader)
     if version != VERSION:
-        return Call(xid, version, 0, 0, 0, NO_AUTH, NO_AUTH), b""
+        return CallHeader(xid, version, 0, 0, 0, NO_AUTH, NO_AUTH), b""
     program, program_version, procedure = (xdr.uint.decode(reader) for _ in range(3))
     credentials, verifier = _auth.decode(reader), _auth.decode(reader)
-    call = Call(xid, version, program, program_version, procedure, credentials, verifier)
+    call = CallHeader(xid, version, program, program_version, procedure, credentials, verifier)
     return call, data[reader.position :]
 
 

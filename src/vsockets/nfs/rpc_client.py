@@ -19,7 +19,7 @@ from ..model.locator import Inet, Locator, Vsock
 from ..socket import socket
 from . import rpc
 from .retransmission import RoundTripEstimator, Transmission, Window
-from .rpc import Auth, Call
+from .rpc import Auth, CallHeader
 from .xdr import XdrError
 
 _BUFFER = max(MAX_DATAGRAM, 65_536)
@@ -157,7 +157,7 @@ class RpcClient:
             await turn
         self._xid = self._xid + 1 & 0xFFFFFFFF
         xid = self._xid
-        call = Call(xid, rpc.VERSION, program, version, procedure, credentials, rpc.NO_AUTH)
+        call = CallHeader(xid, rpc.VERSION, program, version, procedure, credentials, rpc.NO_AUTH)
         datagram = rpc.encode_call(call, arguments)
         transmission = Transmission(self._loop.time(), self._round_trips.timeout)
         pending = _PendingCall(datagram, transmission, self._loop.create_future())

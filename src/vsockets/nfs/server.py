@@ -16,12 +16,12 @@ from ..limits import MAX_DATAGRAM
 from ..model.locator import Locator
 from .calls import Pending
 from .limits import NFS_DATAGRAMS_PER_TURN_MAX, NFS_GUEST_WAITING_CALLS_MAX, NFS_TURN_MAX_SECONDS
-from .service import Service, log
+from .service import NfsService, log
 
 _BUFFER = max(MAX_DATAGRAM, 65_536)
 
 
-class _Call(NamedTuple):
+class _ReceivedCall(NamedTuple):
     """A datagram, with its source and the socket that received it."""
 
     sock: stdlib.socket
@@ -33,8 +33,8 @@ class _Guest:
     """The queued and the pending calls of one guest."""
 
     def __init__(self) -> None:
-        self.calls: deque[_Call] = deque()
-        self.pending: deque[tuple[_Call, Pending]] = deque()
+        self.calls: deque[_ReceivedCall] = deque()
+        self.pending: deque[tuple[_ReceivedCall, Pending]] = deque()
 
 
 class NfsServer:
@@ -45,7 +45,7 @@ class NfsServer:
     """
 
     def __init__(
-        self, service: Service, locators: Sequence[Locator], context: ContextHandle | None = None
+        self, service: NfsService, locators: Sequence[Locator], context: ContextHandle | None = None
     ) -> None:
         """Open a listener for each locator.
 
@@ -105,7 +105,7 @@ class NfsServer:
             if guest is None:
                 guest = self._guests[source[0]] = _Guest()
             if len(guest.calls) < NFS_GUEST_WAITING_CALLS_MAX:
-                guest.calls.append(_Call(sock, data, source))
+                guest.calls.append(_ReceivedCall(sock, data, source))
         if self._turn is None:
             self._take_turn()
 
@@ -146,7 +146,7 @@ class NfsServer:
             return
         self._send(guest, call, pending.finish(error))
 
-    def _send(self, guest: _Guest, call: _Call, reply: bytes | Pending | None) -> None:
+    def _send(self, guest: _Guest, call: _ReceivedCall, reply: bytes | Pending | None) -> None:
         if isinstance(reply, Pending):
             guest.pending.append((call, reply))
         elif reply is not None:
@@ -155,7 +155,7 @@ class NfsServer:
 
 
 async def serve(
-    service: Service,
+    service: NfsService,
     locators: Sequence[Locator],
     context: ContextHandle | None,
     on_ready: Callable[[NfsServer], None],

@@ -39,7 +39,7 @@ _STATUSES = {
 }
 
 
-class Service:
+class NfsService:
     """The exports of one server process."""
 
     def __init__(
@@ -105,7 +105,7 @@ class Service:
 
     def _perform(
         self,
-        call: rpc.Call,
+        call: rpc.CallHeader,
         arguments: bytes,
         guest: Any,
         caller: AuthSys | None,
@@ -219,7 +219,7 @@ class Service:
                 log.info("%s: mounted by %s", tree.export.path, guest, extra=by(guest))
                 return mount_protocol.encode_granted(self._signer.sign(tree.root))
         # The same status for a missing directory: clients cannot probe for existing ones.
-        return mount_protocol.mount_result.pack((mount_protocol.Status.ACCES, None))
+        return mount_protocol.mount_result.pack((mount_protocol.MountStatus.ACCES, None))
 
 
 def _status_of(error: OSError, guest: Hashable) -> Status:

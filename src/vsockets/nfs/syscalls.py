@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .._linux.libc import libc
-from .exports import Identity
+from .exports import UnixIdentity
 
 _SYS_OPENAT2 = 437  # the same on every architecture
 _RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 1, 2, 4, 8
@@ -112,7 +112,7 @@ def _fail() -> None:
 
 
 @contextlib.contextmanager
-def run_as(identity: Identity) -> Iterator[None]:
+def run_as(identity: UnixIdentity) -> Iterator[None]:
     """Run the block with the file system rights of ``identity``.
 
     If this process is not root, the block runs with the rights of this process.

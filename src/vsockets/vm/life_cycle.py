@@ -32,7 +32,7 @@ from enum import Enum
 from itertools import count
 
 
-class Action(Enum):
+class LifeCycleAction(Enum):
     """A request to the context or to QEMU."""
 
     SUSPEND = "suspend"
@@ -46,12 +46,12 @@ class Action(Enum):
     @property
     def is_for_qemu(self) -> bool:
         """Return whether this is a command of QEMU's monitor."""
-        return self in (Action.STOP, Action.CONT, Action.QUIT)
+        return self in (LifeCycleAction.STOP, LifeCycleAction.CONT, LifeCycleAction.QUIT)
 
 
 #: The request that makes a side run (True) or stop (False).
-_CONTEXT = {True: Action.RESUME, False: Action.SUSPEND}
-_QEMU = {True: Action.CONT, False: Action.STOP}
+_CONTEXT = {True: LifeCycleAction.RESUME, False: LifeCycleAction.SUSPEND}
+_QEMU = {True: LifeCycleAction.CONT, False: LifeCycleAction.STOP}
 
 _MIGRATING = ("setup", "active", "postcopy-active", "pre-switchover", "device")
 
@@ -99,20 +99,20 @@ class LifeCycle:
         self._qemu = _Side(False)
         self._migrating = False
 
-    def start(self) -> list[Action]:
+    def start(self) -> list[LifeCycleAction]:
         """Return the first requests: the guest runs if its context does."""
         return self._request_qemu(self._context.will_run)
 
-    def on_qemu_event(self, event: str, status: str = "") -> list[Action]:
+    def on_qemu_event(self, event: str, status: str = "") -> list[LifeCycleAction]:
         """Return the requests after an event of QEMU; ``status`` is that of MIGRATION."""
         match event:
             case "MIGRATION":
                 self._migrating = status in _MIGRATING
             case "RESET":
-                return [Action.RESET]
+                return [LifeCycleAction.RESET]
             case "STOP" if self._migrating:
                 self._qemu.on_event(False)
-                return [Action.MIGRATE]
+                return [LifeCycleAction.MIGRATE]
             case "STOP" | "RESUME":
                 runs = event == "RESUME"
                 if self._qemu.on_event(runs) and self._context.will_run is not runs:
@@ -120,7 +120,7 @@ class LifeCycle:
                     return [_CONTEXT[runs]]
         return []
 
-    def on_context_event(self, change: str) -> list[Action]:
+    def on_context_event(self, change: str) -> list[LifeCycleAction]:
         """Return the requests after a change of the context."""
         match change:
             case "suspend" | "resume":
@@ -128,10 +128,10 @@ class LifeCycle:
                 if self._context.on_event(runs):
                     return self._request_qemu(runs)
             case "power-off" | "removed":
-                return [Action.QUIT]
+                return [LifeCycleAction.QUIT]
         return []
 
-    def completed(self, action: Action, done: bool) -> None:
+    def completed(self, action: LifeCycleAction, done: bool) -> None:
         """Record that a request was carried out, or that it failed and causes no event.
 
         Call this for each request, in the order in which they were returned.
@@ -141,7 +141,7 @@ class LifeCycle:
                 if action is known:
                     side.complete(runs, done)
 
-    def _request_qemu(self, runs: bool) -> list[Action]:
+    def _request_qemu(self, runs: bool) -> list[LifeCycleAction]:
         if self._qemu.will_run is runs:
             return []
         self._qemu.request(runs)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from ..control import Control, Events
-from .life_cycle import Action, LifeCycle
+from .life_cycle import LifeCycle, LifeCycleAction
 
 _EVENTS = ("STOP", "RESUME", "RESET", "MIGRATION", "SHUTDOWN")
 
@@ -26,7 +26,7 @@ class LifecycleSync:
         self._control = control
         self._cid = cid
         self._report = report
-        self._actions: asyncio.Queue[Action] = asyncio.Queue()
+        self._actions: asyncio.Queue[LifeCycleAction] = asyncio.Queue()
 
     async def run(self) -> None:
         """Start the guest, unless its context is suspended; then synchronise until cancelled.
@@ -63,7 +63,7 @@ class LifecycleSync:
                     with contextlib.suppress(asyncio.CancelledError):
                         await task
 
-    def _enqueue(self, actions: Iterable[Action]) -> None:
+    def _enqueue(self, actions: Iterable[LifeCycleAction]) -> None:
         for action in actions:
             self._actions.put_nowait(action)
 
@@ -80,7 +80,7 @@ class LifecycleSync:
         async for event in events:
             if event["cid"] == self._cid:
                 actions = self._life.on_context_event(event["change"])
-                if Action.QUIT in actions:
+                if LifeCycleAction.QUIT in actions:
                     self._report("the context was powered off: ending the machine")
                 self._enqueue(actions)
         self._report("vsockd has ended: the guest keeps running without vSockets")
