@@ -50,17 +50,16 @@ def test_signal_just_before_the_wait_ends_it() -> None:
     assert events == ["signal"]
 
 
-def test_signal_ends_a_hurried_loop_once() -> None:
-    """The timer's signals neither end the loop nor make it spin."""
+def test_timer_signals_neither_end_nor_spin_the_loop() -> None:
     loop = EventLoop()
     waits: list[float | None] = []
     poll = loop._poll
 
-    def noting(wait: float | None) -> list[tuple[int, int]]:
+    def recording_poll(wait: float | None) -> list[tuple[int, int]]:
         waits.append(wait)
         return poll(wait)
 
-    loop._poll = noting  # type: ignore[assignment]
+    loop._poll = recording_poll  # type: ignore[assignment]
     loop.call_later(0.2, loop.stop)
     with loop.signalled({signal.SIGTERM: loop.stop}), loop.interrupting_calls(0.005):
         signal.raise_signal(signal.SIGALRM)

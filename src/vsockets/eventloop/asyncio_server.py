@@ -14,11 +14,12 @@ from .._linux.descriptor_passing import close_in_thread, guard, guard_accepted
 from .._linux.folders import SocketFile
 from .._linux.sockets import refuse_descriptors
 from ..attachment import ContextHandle
-from ..limits import ACCEPTS_PER_TURN_MAX, LISTEN_BACKLOG_MAX, RETRY_LONGEST_PAUSE_SECONDS
+from ..limits import ACCEPTS_PER_TURN_MAX, LISTEN_BACKLOG_MAX
 from ..model.locator import Inet, Inherited, Locator, Unix, Vsock, VsockFolder, VsockMux
 from ..protocol.hybrid import port_name
 from ..socket import socket
 from .rebind import REBIND_FIRST_PAUSE_SECONDS, Rebinder
+from .retry import Backoff
 
 #: The first descriptor that systemd passes (sd_listen_fds(3)).
 _FIRST_INHERITED = 3
@@ -26,7 +27,7 @@ _FIRST_INHERITED = 3
 _FIRST_UNPRIVILEGED = 1024
 
 #: Pause in seconds after an accept() that failed, for want of descriptors for example.
-_ACCEPT_PAUSE_SECONDS = REBIND_FIRST_PAUSE_SECONDS
+_ACCEPT_PAUSE_SECONDS = 0.1
 
 
 class Listener:
@@ -192,6 +193,7 @@ class AsyncioAcceptor:
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._accepting = False
+        self._backoff = Backoff(REBIND_FIRST_PAUSE_SECONDS)
         self._set_accepting(True)
 
     def close(self) -> None:
@@ -232,14 +234,14 @@ class AsyncioAcceptor:
                     continue  # the client has closed the connection already
                 self._log.warning("%s: cannot accept: %s", self._where, error.strerror)
                 self._set_accepting(False)
-                again = self._open_again if error.errno == errno.ENETDOWN else self._accept_again
-                self._loop.call_later(_ACCEPT_PAUSE_SECONDS, again)
+                if error.errno == errno.ENETDOWN:
+                    self._backoff.reset()
+                    self._loop.call_later(self._backoff.next_pause(), self._open_again)
+                else:
+                    self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._set_accepting, True)
                 return
             client.setblocking(False)
             self._admit(guard_accepted(client))
-
-    def _accept_again(self) -> None:
-        self._set_accepting(True)
 
     def _open_again(self) -> None:
         """Replace the listener, once another vsockd serves."""
@@ -249,7 +251,7 @@ class AsyncioAcceptor:
         try:
             self.listener = self._reopen()
         except OSError:
-            self._loop.call_later(RETRY_LONGEST_PAUSE_SECONDS, self._open_again)
+            self._loop.call_later(self._backoff.next_pause(), self._open_again)
         else:
             self._log.warning("%s: listening again", self._where)
             self._accepting = False

@@ -13,9 +13,9 @@ import socket as stdlib
 from collections.abc import Callable
 
 from ..attachment import Attachment, ContextHandle, current
-from ..limits import RETRY_LONGEST_PAUSE_SECONDS
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..socket import socket
+from .retry import Backoff
 
 #: Pause in seconds before the first attempt to bind again.
 REBIND_FIRST_PAUSE_SECONDS = 0.1
@@ -59,6 +59,7 @@ class Rebinder:
         self._bind = bind
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._backoff = Backoff(REBIND_FIRST_PAUSE_SECONDS)
         self._line = lifeline(context)
         self._watch()
 
@@ -81,7 +82,11 @@ class Rebinder:
     def _on_end(self) -> None:
         self._drop()
         self._lost()
-        self._timer = self._loop.call_later(REBIND_FIRST_PAUSE_SECONDS, self._try_bind)
+        self._backoff.reset()
+        self._retry()
+
+    def _retry(self) -> None:
+        self._timer = self._loop.call_later(self._backoff.next_pause(), self._try_bind)
 
     def _try_bind(self) -> None:
         try:
@@ -90,7 +95,7 @@ class Rebinder:
             self._bind()
         except OSError:
             self._drop()
-            self._timer = self._loop.call_later(RETRY_LONGEST_PAUSE_SECONDS, self._try_bind)
+            self._retry()
         else:
             self._timer = None
             self._watch()

@@ -13,8 +13,9 @@ from collections import OrderedDict
 from .._linux.descriptor_passing import guard_accepted
 from ..attachment import ContextHandle
 from ..eventloop.asyncio_server import Listener
-from ..eventloop.rebind import lifeline
-from ..limits import MAX_DATAGRAM, RETRY_LONGEST_PAUSE_SECONDS
+from ..eventloop.rebind import REBIND_FIRST_PAUSE_SECONDS, lifeline
+from ..eventloop.retry import Backoff
+from ..limits import MAX_DATAGRAM
 from ..model.constants import AF_VSOCK
 from ..model.locator import Locator, Vsock
 from .limits import PERF_RUNS_MAX, PERF_STREAMS_MAX
@@ -103,7 +104,8 @@ class PerfServer:
         if not self._closed.is_set():
             log.warning("%s: vsockd has ended", locator)
         self.listeners[number].close()
-        while not self._closed.wait(RETRY_LONGEST_PAUSE_SECONDS):
+        backoff = Backoff(REBIND_FIRST_PAUSE_SECONDS)
+        while not self._closed.wait(backoff.next_pause()):
             with contextlib.suppress(OSError):
                 self.listeners[number] = Listener(locator, self._context)
                 try:
