@@ -93,7 +93,9 @@ def open_capture(
     device), ENOBUFS.
     """
     _, fd = host.request(client.capture(cid, port=port, limit=limit))
-    return socket.socket(fileno=client.require_descriptor(fd))
+    if fd is None:
+        raise client.missing_descriptor()
+    return socket.socket(fileno=fd)
 
 
 class CaptureCounts:

@@ -337,7 +337,9 @@ class DeviceClient:
         return _Port(sock)
 
     def _new_route(self, port: _Port, destination: tuple[int, int]) -> _Route:
-        fd = client.require_descriptor(self._request(client.route(destination), port.sock))
+        fd = self._request(client.route(destination), port.sock)
+        if fd is None:
+            raise client.missing_descriptor()
         sock = socket.socket(AF_UNIX, SOCK_DGRAM, 0, fd)
         route = port.routes[destination] = _Route(self._loop, sock)
         if len(port.routes) > DEVICE_DATAGRAM_PORTS_MAX:

@@ -210,8 +210,10 @@ async def _new_route(
     with closing(call.duplicate(endpoint)) as sock:
         vsockd, credentials = call.services.vsockd, call.credentials()
         record, fd = await call.shield(vsockd.request(credentials, request, sock.fileno()))
+    if fd is None:
+        raise client.missing_descriptor()
     endpoint.local = record.local
-    route = call.services.routes.add(endpoint, destination, client.require_descriptor(fd))
+    route = call.services.routes.add(endpoint, destination, fd)
     call.require_uninterrupted()
     return route
 

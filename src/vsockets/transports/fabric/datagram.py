@@ -220,7 +220,9 @@ class DatagramSocket(FabricSocket):
         if old is not None:
             old.close()
         record, fd = self._fabric.request(client.route(address), self.fileno())
-        route = stdlib.socket(stdlib.AF_UNIX, SOCK_DGRAM, 0, client.require_descriptor(fd))
+        if fd is None:
+            raise client.missing_descriptor()
+        route = stdlib.socket(stdlib.AF_UNIX, SOCK_DGRAM, 0, fd)
         route.settimeout(self.gettimeout())
         self._local = record.local
         if address == self._peer:

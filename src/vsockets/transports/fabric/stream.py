@@ -113,7 +113,9 @@ class StreamSocket(FabricSocket):
         else:
             data, came, _, _ = _raw.recvmsg(self, RECORD_SIZE, DESCRIPTOR_SPACE, _CLOEXEC)
         record = decode_reply(data)
-        fd = client.require_descriptor(descriptor_in(came))
+        fd = descriptor_in(came)
+        if fd is None:
+            raise client.missing_descriptor()
         cls = EstablishedSocket if self.__class__ is StreamSocket else self.__class__
         accepted = cls.__new__(cls)
         stdlib.socket.__init__(accepted, _UNIX, _raw_type(self), 0, fd)
@@ -151,7 +153,7 @@ class StreamSocket(FabricSocket):
         polling, patience = timeout == 0, self._connect_timeout
         if timeout is not None and timeout < patience:
             patience = timeout
-        request = client.connect(peer, sizes=self._buffers, cookie=self._cookie(), polling=polling)
+        request = client.connect(peer, self._buffers, self._cookie(), polling)
         try:
             if not self._has_channel:
                 patience = self._open_channel(patience)
