@@ -26,6 +26,8 @@ _scratch = Path(tempfile.mkdtemp(prefix="vsock-", dir="/tmp"))
 os.environ["VSOCKETS_TRANSPORT"] = "fabric"
 os.environ["VSOCKETS_DIR"] = str(_scratch / "fabric")
 os.environ.pop("VSOCKETS_CONTEXT", None)
+# The filter of no_kernel_vsock would make "auto" select ptrace.
+os.environ["VSOCKETS_INTERCEPTOR"] = os.environ.get("VSOCKETS_INTERCEPTOR", "notify")
 os.environ.pop("COLUMNS", None)  # tests' programs print whole lines wherever the tests run
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
     traces.replace_home(_scratch / "home")

@@ -25,8 +25,19 @@ def fabric() -> Iterator[PrivateFabric]:
         yield fabric
 
 
+@pytest.fixture(params=["notify", "trace"])
+def interceptor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The interceptor of ``vsock run``: every test passes with both, but for those marked so."""
+    name: str = request.param
+    marker = request.node.get_closest_marker("notify_only")
+    if name == "trace" and marker is not None:
+        pytest.skip(marker.args[0])
+    monkeypatch.setenv("VSOCKETS_INTERCEPTOR", name)
+    return name
+
+
 @pytest.fixture
-def vsock(fabric: PrivateFabric) -> Iterator[Vsock]:
+def vsock(fabric: PrivateFabric, interceptor: str) -> Iterator[Vsock]:
     """The command line on the module's fabric; ends what a test left running."""
     with Vsock(fabric.folder) as vsock:
         yield vsock

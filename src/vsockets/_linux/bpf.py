@@ -18,10 +18,11 @@ LAST_JUMP = 255
 #: Offsets in struct seccomp_data.
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
 
-#: Actions.  The lower 16 bits of TRACE are data for the tracer.
+#: Actions.  The lower 16 bits of TRACE and TRAP are data for the tracer.
 ALLOW = 0x7FFF_0000
 TRACE = 0x7FF0_0000
 NOTIFY = 0x7FC0_0000
+TRAP = 0x0003_0000
 KILL_PROCESS = 0x8000_0000
 _FAIL = 0x0005_0000  # SECCOMP_RET_ERRNO
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,6 +21,14 @@ from .options import ReservedPortsOption, read_cid
 
 #: By the state of a context in which no program has a vSockets socket.
 _HOW_TO_START = {"off": ("powered off", "power-on"), "suspended": ("suspended", "resume")}
+
+
+class Interceptor(StrEnum):
+    """Values of --interceptor."""
+
+    AUTO = "auto"
+    NOTIFY = "notify"
+    TRACE = "trace"
 
 
 def run(
@@ -45,6 +55,18 @@ def run(
             "everybody. Each stat() and access() of any file then takes about 10 us longer.",
         ),
     ] = False,
+    interceptor: Annotated[
+        Interceptor,
+        typer.Option(
+            envvar="VSOCKETS_INTERCEPTOR",
+            help="The mechanism that intercepts system calls: seccomp notification, or ptrace, "
+            "which also works where a container forbids AF_VSOCK. Auto selects by a test.",
+        ),
+    ] = Interceptor.AUTO,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Show which mechanism intercepts, and why."),
+    ] = False,
 ) -> None:
     """Run any program, unmodified, as part of a context: its AF_VSOCK is the fabric's.
 
@@ -54,6 +76,7 @@ def run(
     # Here, because no other command needs them.
     from ..supervisor.inherited import inherited_sockets
     from ..supervisor.launch import launch
+    from ..supervisor.mechanism import choose
 
     for fd in inherited_sockets(AF_VSOCK):
         raise CliError(
@@ -79,7 +102,10 @@ def run(
 
     lease = control.fileno() if context["leased"] else None
     try:
-        launch(program_starts, Attachment(folder), lease, device)
+        choice = choose(interceptor.value)
+        if verbose:
+            sys.stderr.write(f"vsock run: interceptor {choice.name}: {choice.reason}\n")
+        launch(program_starts, Attachment(folder), lease, device, choice.mechanism)
     except OSError as error:
         raise CliError(f"cannot supervise {program[0]}: {_why(error)}") from None
 

@@ -58,6 +58,7 @@ class Architecture(NamedTuple):
     recvmmsg: int
     seccomp: int
     process_vm_readv: int
+    process_vm_writev: int
     #: The same on every architecture.
     io_uring_setup: int = 425
     io_uring_enter: int = 426
@@ -110,6 +111,7 @@ ARCHITECTURES = {
         recvmmsg=299,
         seccomp=317,
         process_vm_readv=310,
+        process_vm_writev=311,
     ),
     "aarch64": Architecture(
         architecture=0xC000_00B7,
@@ -154,6 +156,7 @@ ARCHITECTURES = {
         recvmmsg=243,
         seccomp=277,
         process_vm_readv=270,
+        process_vm_writev=271,
     ),
 }
 

@@ -30,6 +30,7 @@ from .._linux.bpf import (
     NUMBER,
     RETURN,
     TRACE,
+    TRAP,
     instruction,
     refuse,
 )
@@ -38,7 +39,9 @@ from .arch import FIRST_X32_CALL, Architecture
 
 #: Distinguishes events of the supervisor's filters from those of a program's own.
 TRACE_MARK = 0x7653
-_TRACE_MARKED = TRACE | TRACE_MARK
+MARKED_TRACE = TRACE | TRACE_MARK
+#: A SIGSYS for the thread; stricter than an errno of another filter.
+MARKED_TRAP = TRAP | TRACE_MARK
 
 #: VMware's and Linux's ioctls of ``/dev/vsock``: protocol version, address family, local CID.
 IOCTL_VERSION, IOCTL_AF_VALUE, IOCTL_LOCAL_CID = 0x7B4, 0x7B8, 0x7B9
@@ -222,19 +225,21 @@ def traced_rules(machine: Architecture, kind: Served, numbers: Numbers) -> list[
         calls.append((m.sendto, (*ours, When(4, ArgumentCondition.NOT_NULL))))
     calls += [(number, ours) for number in (m.dup, m.dup2, m.dup3)]
     calls += [(m.fcntl, (*ours, When(1, ArgumentCondition.EQUAL, command))) for command in COPYING]
-    return [Rule(number, _TRACE_MARKED, when) for number, when in calls if number >= 0]
+    return [Rule(number, MARKED_TRACE, when) for number, when in calls if number >= 0]
 
 
-def assemble(machine: Architecture, made: Sequence[Rule], is_first: bool = True) -> bytes:
+def assemble(
+    machine: Architecture, made: Sequence[Rule], is_first: bool = True, other: int = NOTIFY
+) -> bytes:
     """Return the BPF program of the rules ``made``, for ``seccomp(2)``.
 
-    The first filter of a process also notifies of every call of another architecture, whose numbers
-    have other meanings, and fails those of x32 with ENOSYS.
+    The first filter of a process also has the action ``other`` for every call of another
+    architecture, whose numbers have other meanings, and fails those of x32 with ENOSYS.
     """
     program = [
         instruction(LOAD, ARCHITECTURE),
         instruction(IF_EQUAL, machine.architecture, 1, 0),
-        instruction(RETURN, NOTIFY if is_first else ALLOW),
+        instruction(RETURN, other if is_first else ALLOW),
         instruction(LOAD, NUMBER),
         instruction(IF_AT_LEAST, FIRST_X32_CALL, 0, 1),
         instruction(RETURN, refuse(errno.ENOSYS) if is_first else ALLOW),

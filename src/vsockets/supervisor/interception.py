@@ -9,6 +9,7 @@ handler running.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
@@ -184,6 +185,10 @@ class Interceptor(Protocol):
 
     def on_wait_status(self, pid: int, status: int) -> bool:
         """Take what waitpid() reports; return False if it does not concern interception alone."""
+
+    #: Wait statuses that the interceptor has waited for, each to be handled like one that waitpid()
+    #: reports, and before those.
+    unread: deque[tuple[int, int]]
 
     def shut_down(self, inode: int) -> None:
         """Shut down the socket with this inode, if a process that can be accessed has it."""

@@ -30,8 +30,7 @@ from .._linux.rlimit import allow_many_descriptors
 from ..attachment import Attachment
 from .arch import this_architecture
 from .filter import may_be_opened, rules
-from .interception import Interceptor
-from .notification import NotificationMechanism
+from .interception import Interceptor, Mechanism
 from .ptrace import WAIT_FOR_ALL
 from .supervisor import Supervisor
 
@@ -72,7 +71,11 @@ _IGNORED = (
 
 
 def launch(
-    become: Callable[[], NoReturn], context: Attachment, lease: int | None, device: bool
+    become: Callable[[], NoReturn],
+    context: Attachment,
+    lease: int | None,
+    device: bool,
+    mechanism: Mechanism,
 ) -> NoReturn:
     """Run a program, supervised, and end with its exit status or signal.
 
@@ -83,7 +86,6 @@ def launch(
     Raises OSError in the program's process if it cannot be supervised.
     """
     machine = this_architecture()
-    mechanism = NotificationMechanism()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     front, back = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     starter = os.getpid()
@@ -153,12 +155,15 @@ class _Program:
     def reap(self, options: int = os.WNOHANG) -> None:
         """Reap children that have ended or stopped: the program's first process, and orphans."""
         while True:
-            try:
-                pid, status = os.waitpid(-1, options | _WAIT_OPTIONS)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
+            if self._interceptor is not None and self._interceptor.unread:
+                pid, status = self._interceptor.unread.popleft()
+            else:
+                try:
+                    pid, status = os.waitpid(-1, options | _WAIT_OPTIONS)
+                except ChildProcessError:
+                    return
+                if pid == 0:
+                    return
             if self._interceptor is not None and self._interceptor.on_wait_status(pid, status):
                 continue
             if pid != self.pid:

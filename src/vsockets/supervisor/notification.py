@@ -17,7 +17,7 @@ import os
 import select
 import struct
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from socket import AF_UNIX, SOCK_CLOEXEC
 from typing import NamedTuple
@@ -63,8 +63,10 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def install(machine: Architecture, program: bytes) -> int:
+def install(machine: Architecture, program: bytes, flags: int = _NEW_LISTENER) -> int:
     """Put this process under a filter, irrevocably; return the listener's descriptor.
+
+    Without flags the filter has no listener.
 
     Raises OSError: EBUSY if a filter with a listener is installed already, EINVAL or ENOSYS if the
     kernel does not support it.
@@ -73,7 +75,7 @@ def install(machine: Architecture, program: bytes) -> int:
     argument = ctypes.byref(_Program(length, program))
 
     def attempt() -> int:
-        result: int = libc.syscall(machine.seccomp, _SET_MODE_FILTER, _NEW_LISTENER, argument)
+        result: int = libc.syscall(machine.seccomp, _SET_MODE_FILTER, flags, argument)
         return result
 
     # Without privileges, a process must first promise never to gain any.
@@ -199,6 +201,7 @@ class NotificationInterceptor:
         self._reported_untraced: set[tuple[int, Served]] = set()  # with the process
         #: Whether processes are left under the filter.
         self.is_running = True
+        self.unread: deque[tuple[int, int]] = deque()
         self._scheduler.watch_directly(listener.fileno(), self._on_listener)
 
     # Calls

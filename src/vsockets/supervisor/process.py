@@ -92,6 +92,21 @@ class Processes:
             raise OSError(code, os.strerror(code))
         return ctypes.string_at(buffer, count)
 
+    def write_some(self, pid: int, address: int, data: bytes) -> int:
+        """Write to its memory; returns how many bytes could be written.  OSError."""
+        buffer = ctypes.create_string_buffer(data, len(data))
+        self._local.base, self._local.length = ctypes.addressof(buffer), len(data)
+        self._remote.base, self._remote.length = address, len(data)
+        count: int = self._syscall(
+            self._machine.process_vm_writev, pid, self._local_at, 1, self._remote_at, 1, _NO_FLAGS
+        )
+        if count < 0:
+            code = ctypes.get_errno()
+            if code == errno.EFAULT:
+                return 0
+            raise OSError(code, os.strerror(code))
+        return count
+
     def begins_with(self, pid: int, address: int, text: bytes) -> bool:
         """Return whether memory at ``address`` is readable and begins with ``text``."""
         size = len(text)

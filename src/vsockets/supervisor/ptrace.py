@@ -20,7 +20,7 @@ from .arch import Architecture
 
 # linux/ptrace.h
 _CONT, _SYSCALL = 7, 24
-_SETOPTIONS, _GETEVENTMSG = 0x4200, 0x4201
+_SETOPTIONS, _GETEVENTMSG, _GETSIGINFO = 0x4200, 0x4201, 0x4202
 _GETREGSET, _SETREGSET = 0x4204, 0x4205
 _SEIZE, _INTERRUPT, _LISTEN = 0x4206, 0x4207, 0x4208
 _GETSIGMASK, _SETSIGMASK = 0x420A, 0x420B
@@ -41,6 +41,11 @@ _EVENT_SHIFT, _SYSTEM_CALL_STOP = 16, signal.SIGTRAP | 0x80
 #: struct ptrace_syscall_info: kind, architecture, instruction, stack; then number and arguments,
 #: or the result and whether it is an error.
 _CALL_INFO = struct.Struct("=B3xIQQ7QI4x")
+#: The beginning of siginfo_t: signal, errno, code; for SIGSYS then the call's address and number,
+#: and the architecture.
+_SIGNAL_INFO = struct.Struct("=iii4xQiI")
+_SIGNAL_INFO_SIZE = 128
+_SYS_SECCOMP = 1
 _MASK = struct.Struct("=Q")
 _ALL_SIGNALS = (1 << 64) - 1
 
@@ -143,13 +148,22 @@ class Registers:
         self._values[self._layout.result] = value & 0xFFFF_FFFF_FFFF_FFFF
 
     @property
+    def arguments(self) -> tuple[int, ...]:
+        """The arguments of the call that the thread makes, or has been kept from making."""
+        return tuple(self._values[index] for index in self._layout.arguments)
+
+    @property
     def instruction(self) -> int:
         """The address of the next instruction."""
         return self._values[self._layout.instruction]
 
     def rewind(self) -> None:
         """Move back to the instruction that made the call, to execute it again."""
-        self._values[self._layout.instruction] -= len(self._layout.trap)
+        self.rewind_to(self.instruction - len(self._layout.trap))
+
+    def rewind_to(self, instruction: int) -> None:
+        """Continue at an instruction that makes a call."""
+        self._values[self._layout.instruction] = instruction
         self.entered = -1
 
     def prepare(self, number: int, arguments: tuple[int, ...]) -> None:
@@ -221,6 +235,18 @@ class Ptrace:
         self._request(_GET_SYSCALL_INFO, thread, len(self._info), ctypes.addressof(self._info))
         _, architecture, instruction, _, number, *rest = _CALL_INFO.unpack(self._info)
         return SystemCall(number, architecture, instruction, tuple(rest[:6]), rest[6])
+
+    def trapped_call_of(self, thread: int) -> SystemCall | None:
+        """Return the call that a filter has answered with a SIGSYS, which is about to be delivered;
+        None if the signal has another cause.
+        """
+        info = ctypes.create_string_buffer(_SIGNAL_INFO_SIZE)
+        self._request(_GETSIGINFO, thread, 0, ctypes.addressof(info))
+        _, mark, code, address, number, architecture = _SIGNAL_INFO.unpack_from(info)
+        if code != _SYS_SECCOMP:
+            return None
+        arguments = self.registers(thread).arguments
+        return SystemCall(number, architecture, address, arguments, mark)
 
     def message(self, thread: int) -> int:
         """Return the message of an event, such as the number of a new thread."""

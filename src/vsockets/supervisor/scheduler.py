@@ -30,23 +30,32 @@ _LONGEST_POLL = 0x7FFF_FFFF
 class Wait:
     """An event or time to wait for; awaiting it returns whether the event came in time."""
 
-    __slots__ = ("events", "fd", "seconds", "socket")
+    __slots__ = ("defers_signals", "events", "fd", "seconds", "socket")
 
     def __init__(
-        self, fd: int | None, events: int, seconds: float | None, socket: int | None
+        self,
+        fd: int | None,
+        events: int,
+        seconds: float | None,
+        socket: int | None,
+        defers_signals: bool = False,
     ) -> None:
         self.fd = fd
         self.events = events
         self.seconds = seconds
         self.socket = socket
+        #: Whether signals do not interrupt the call on Linux, where it does not wait.
+        self.defers_signals = defers_signals
 
     def __await__(self) -> Generator[Wait, bool, bool]:
         return (yield self)
 
 
-def ready(fd: int, seconds: float | None, events: int = READABLE) -> Wait:
+def ready(
+    fd: int, seconds: float | None, events: int = READABLE, defers_signals: bool = False
+) -> Wait:
     """Return a wait for ``fd``, which must stay open meanwhile."""
-    return Wait(fd, events, seconds, None)
+    return Wait(fd, events, seconds, None, defers_signals)
 
 
 def lent(fd: int, inode: int, seconds: float | None) -> Wait:
@@ -60,7 +69,7 @@ def lent(fd: int, inode: int, seconds: float | None) -> Wait:
 
 def pause(seconds: float) -> Wait:
     """Return a wait for ``seconds`` to pass."""
-    return Wait(None, 0, seconds, None)
+    return Wait(None, 0, seconds, None, True)
 
 
 Resume = Callable[[bool], None]

@@ -81,6 +81,7 @@ class Endpoint:
         "holder",
         "ignored",
         "inode",
+        "interrupted",
         "is_attached",
         "is_shut",
         "local",
@@ -104,6 +105,9 @@ class Endpoint:
         self.is_attached = False  #: connected to vsockd, or by vsockd to its peer
         self.has_name = False  #: bound to a name by vsockd, instead of connected to it
         self.holder: PortHolder | None = None  #: of its port, if it is this supervisor's
+        #: The peer of a connect that a signal has interrupted and that goes on, until the program
+        #: calls connect() again and gets the result.
+        self.interrupted: tuple[int, int] | None = None
         self.error = 0  #: SO_ERROR, after a connect that the program did not wait for
         self.record: Record | None = None  #: vsockd's record of the stream
         self.send_buffer = 0  #: SO_SNDBUF before a non-blocking connect, in bytes

@@ -462,7 +462,7 @@ class Tracer:
                 code = errno.ENOEXEC
         for number in missing:
             if not code and not process.covers(kind, number):
-                numbers = _numbers_for(process.covered[kind], number)
+                numbers = numbers_for(process.covered[kind], number)
                 code = yield from self._install(thread, base, kind, numbers)
                 if not code:
                     process.covered[kind].append(numbers)
@@ -588,7 +588,7 @@ class Tracer:
                 raise
 
 
-def _numbers_for(covered: list[Numbers], number: int) -> Numbers:
+def numbers_for(covered: list[Numbers], number: int) -> Numbers:
     """Return the numbers that the next filter covers, ``number`` among them."""
     doublings = min(max(0, len(covered) - _EXACT + 1), _MOST_DOUBLINGS)
     first = number >> doublings << doublings

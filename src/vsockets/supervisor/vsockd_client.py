@@ -202,7 +202,8 @@ async def receive_record(
         try:
             return take_record(sock)
         except BlockingIOError:
-            if not await ready(sock.fileno(), max(0.0, deadline - time.monotonic())):
+            rest = max(0.0, deadline - time.monotonic())
+            if not await ready(sock.fileno(), rest, defers_signals=True):
                 raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
 
 

@@ -55,6 +55,8 @@ _PACKET_OVERHEAD = 32
 _ACCEPT_FLAGS = int(SOCK_CLOEXEC | SOCK_NONBLOCK)
 #: Phases in which shutdown() fails.
 _BEFORE_A_CONNECT = (Phase.NEW, Phase.BOUND, Phase.LISTENING)
+#: Phases of a socket whose connect has not failed.
+_BEGUN = (Phase.CONNECTING, Phase.CONNECTED)
 #: The errors of connect() in phases in which a socket cannot be connected.
 _REFUSED = {
     Phase.LISTENING: errno.EINVAL,
@@ -72,6 +74,12 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
     peer = call.read_address(call.arguments[1], call.integer(2))
     with closing(call.duplicate(endpoint)) as sock:
         take_reply(endpoint, sock)
+        if endpoint.interrupted is not None:
+            is_repeated = endpoint.interrupted == peer
+            if is_repeated and (endpoint.phase in _BEGUN or endpoint.error):
+                return await _finish_interrupted(endpoint, sock)
+            if endpoint.phase is not Phase.CONNECTING:
+                endpoint.interrupted = None
         _require_connectable(endpoint)
         if peer is None:
             raise failure(errno.EINVAL)
@@ -85,20 +93,34 @@ async def connect(call: Call, endpoint: Endpoint) -> Answer:
         _require_connectable(endpoint)  # another thread may have come first
         _send(endpoint, sock, peer, polls, call.credentials())
         if polls:
-            if not await _wait(endpoint, sock, SUPERVISOR_CONNECT_GRACE_SECONDS):
+            if not await _wait(endpoint, sock, SUPERVISOR_CONNECT_GRACE_SECONDS, polls):
                 call.answer(-errno.EINPROGRESS)
-                await _wait(endpoint, sock, deadline - time.monotonic())
+                await _wait(endpoint, sock, deadline - time.monotonic(), polls)
         else:
             try:
-                await _wait(endpoint, sock, endpoint.connect_timeout)
+                await _wait(endpoint, sock, endpoint.connect_timeout, polls)
             except CallInterrupted:  # as with TCP, connecting goes on after EINTR
                 call.answered = True
-                await _wait(endpoint, sock, deadline - time.monotonic())
+                endpoint.interrupted = peer
+                await _wait(endpoint, sock, deadline - time.monotonic(), polls)
         if endpoint.phase is Phase.CONNECTING:
             endpoint.fail(errno.ETIMEDOUT, polls)
     if polls and endpoint.error != errno.EADDRNOTAVAIL:
         # The peer's decision is known already, but a non-blocking connect reports it by SO_ERROR.
         return -errno.EINPROGRESS
+    if endpoint.interrupted is not None:  # the result is for a repeated connect
+        return None
+    return _result(endpoint)
+
+
+async def _finish_interrupted(endpoint: Endpoint, sock: _socket.socket) -> Answer:
+    """Return the result of the connect that a signal has interrupted: it is called again."""
+    await _wait(endpoint, sock, endpoint.connect_timeout, False)
+    endpoint.interrupted = None
+    return _result(endpoint)
+
+
+def _result(endpoint: Endpoint) -> int:
     code, endpoint.error = endpoint.error, 0
     if code:
         endpoint.fail(0, False)
@@ -138,11 +160,12 @@ def _require_connectable(endpoint: Endpoint) -> None:
         raise failure(_REFUSED[endpoint.phase])
 
 
-async def _wait(endpoint: Endpoint, sock: _socket.socket, seconds: float) -> bool:
+async def _wait(endpoint: Endpoint, sock: _socket.socket, seconds: float, polls: bool) -> bool:
     """Wait for vsockd's reply; return whether it came within ``seconds``."""
     deadline = time.monotonic() + seconds
     while endpoint.phase is Phase.CONNECTING:
-        if not await ready(sock.fileno(), max(0.0, deadline - time.monotonic())):
+        rest = max(0.0, deadline - time.monotonic())
+        if not await ready(sock.fileno(), rest, defers_signals=polls):
             return False
         take_reply(endpoint, sock)
     return True

@@ -1,0 +1,422 @@
+"""System calls that stopped threads of other processes make for the supervisor.
+
+Everything here is synchronous: the supervisor waits for the thread.  That is short, because an
+injected call never blocks: it is about memory, or about a unix socket that nothing waits for.
+
+A thread stops for the supervisor at one of these places; ``-->`` is a method of :class:`Injector`::
+
+    AT_CALL   before a call that a filter wants traced; the call has not begun
+    AT_TRAP   behind a call that a filter has kept from happening, with a SIGSYS to be delivered
+    AT_STOP   anywhere: it was interrupted
+    AT_EXIT   behind an injected call, wherever it stopped before
+    ASLEEP    not stopped: it waits in a call that has no end but a signal
+
+    AT_CALL | AT_TRAP | AT_EXIT  --> call        AT_EXIT
+    AT_CALL | AT_TRAP | AT_EXIT  --> answer      runs
+    AT_CALL | AT_EXIT            --> let_through runs
+    AT_CALL | AT_EXIT            --> sleep       ASLEEP
+    ASLEEP                       --> rouse       AT_EXIT
+    runs                         --> stop        AT_STOP
+    AT_STOP                      --> call        AT_STOP
+    AT_STOP                      --> go_on       runs
+
+From the first injected call until the thread runs again its signals are blocked.  SIGSYS and
+SIGTRAP are not, because the kernel takes a program's handler away when one that is blocked is due.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+from collections import deque
+from collections.abc import Callable
+from enum import Enum, auto
+
+from .arch import Architecture
+from .filter import TRACE_MARK
+from .interception import CallInterrupted
+from .process import Processes
+from .ptrace import (
+    ERESTARTSYS,
+    WAIT_FOR_ALL,
+    Event,
+    Ptrace,
+    Registers,
+    Stop,
+    SystemCall,
+    is_gone,
+    read_stop,
+)
+
+#: What an injected call can raise if another thread has unmapped the instruction that makes it.
+_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
+_NOT_BLOCKED = (signal.SIGSYS, signal.SIGTRAP)
+_BLOCKED = ((1 << 64) - 1) & ~sum(1 << number - 1 for number in _NOT_BLOCKED)
+
+#: mmap()'s: a page of memory for what injected calls read and write.
+_PRIVATE_ANONYMOUS, _READ_WRITE = 0x22, 3
+_NO_DESCRIPTOR = (1 << 64) - 1
+SCRATCH_SIZE = 4096
+
+
+class Place(Enum):
+    """Where a thread is: see the module."""
+
+    RUNNING = auto()
+    AT_CALL = auto()
+    AT_TRAP = auto()
+    AT_STOP = auto()
+    AT_EXIT = auto()
+    ASLEEP = auto()
+
+
+class Space:
+    """What is known of the memory that the threads of a process share."""
+
+    __slots__ = ("instruction", "scratch")
+
+    def __init__(self, scratch: int = 0, instruction: int = 0) -> None:
+        self.scratch = scratch  #: the address of a page of ours, or 0
+        self.instruction = instruction  #: the address of an instruction that makes a call, or 0
+
+    def copy(self) -> Space:
+        """Return what a forked process has."""
+        return Space(self.scratch, self.instruction)
+
+
+class StoppedThread:
+    """A traced thread, as far as injection is concerned."""
+
+    __slots__ = (
+        "blocked",
+        "call",
+        "held",
+        "instruction",
+        "is_group_stopped",
+        "number",
+        "place",
+        "saved",
+        "space",
+    )
+
+    def __init__(self, number: int, space: Space) -> None:
+        self.number = number
+        self.space = space
+        self.place = Place.RUNNING
+        self.call: SystemCall | None = None  #: that it has stopped at, or sleeps for
+        self.saved: Registers | None = None  #: of AT_EXIT and ASLEEP: those that it goes on with
+        self.instruction = 0  #: the address of the instruction that makes its injected calls
+        self.blocked: int | None = None  #: the signals that it blocked, if others are blocked now
+        self.held: list[int] = []  #: signals that could not be blocked
+        self.is_group_stopped = False  #: a signal has stopped its process meanwhile
+
+
+class Injector:
+    """Injects calls into stopped threads.
+
+    Each method may raise CallInterrupted: the thread has been killed, or another thread of its
+    process executes a program.  Its wait status is then in :attr:`unread`.
+    """
+
+    def __init__(self, machine: Architecture, ptrace: Ptrace, processes: Processes) -> None:
+        self._machine = machine
+        self._ptrace = ptrace
+        self._processes = processes
+        self._syscall = ctypes.CDLL(None).syscall
+        #: Wait statuses of threads that were waited for here, and have not been handled.
+        self.unread: deque[tuple[int, int]] = deque()
+
+    # Where a thread is
+
+    def stopped_at_call(self, thread: StoppedThread, call: SystemCall) -> None:
+        """Note that a thread has stopped before a call."""
+        thread.place, thread.call, thread.saved = Place.AT_CALL, call, None
+        thread.instruction = thread.space.instruction = call.instruction - len(self._ptrace.trap)
+
+    def stopped_at_trap(self, thread: StoppedThread, call: SystemCall) -> bool:
+        """Note that a thread has stopped with the SIGSYS of a call; False if that is a forgery."""
+        registers = self._ptrace.registers(thread.number)
+        if registers.instruction != call.instruction:
+            return False
+        at = call.instruction - len(self._ptrace.trap)
+        if not self._is_trap(thread, at):
+            return False
+        thread.place, thread.call, thread.saved = Place.AT_TRAP, call, registers
+        thread.instruction = thread.space.instruction = at
+        return True
+
+    def stop(self, thread: StoppedThread) -> None:
+        """Stop a running thread.  OSError EAGAIN where it cannot make a call."""
+        self._request(self._ptrace.interrupt, thread)
+        stop = self._next_stop(thread)
+        if stop.event is not Event.STOP:
+            # Something else came first, which is handled in its turn, and the interrupt after it.
+            self.unread.append((thread.number, self._last_status))
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        thread.place = Place.AT_STOP
+        thread.saved = self._registers(thread)
+        at = thread.saved.instruction - len(self._ptrace.trap)
+        for instruction in (at, thread.space.instruction):
+            if self._is_trap(thread, instruction):
+                thread.instruction = instruction
+                return
+        self.go_on(thread)
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    # Injection
+
+    def call(self, thread: StoppedThread, number: int, *arguments: int) -> int:
+        """Have a thread make a call; returns its result, a negative errno when it has failed."""
+        if thread.place is Place.AT_CALL:
+            saved = thread.saved = self._registers(thread)
+            self._block_signals(thread)
+            changed = saved.copy()
+            changed.replace(number, arguments)
+            self._set_registers(thread, changed)
+            thread.place = Place.AT_EXIT
+        else:
+            self._block_signals(thread)
+            self._enter(thread, number, arguments)
+            if thread.place is Place.AT_TRAP:
+                thread.place = Place.AT_EXIT
+        while self._run(thread).event is Event.SECCOMP:
+            self._pass_filter(thread)
+        return self._registers(thread).result
+
+    def checked(self, thread: StoppedThread, number: int, *arguments: int) -> int:
+        """As :meth:`call`; OSError when the call has failed."""
+        result = self.call(thread, number, *arguments)
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        return result
+
+    def scratch(self, thread: StoppedThread) -> int:
+        """Return the address of a page of ours in a thread's memory."""
+        if not thread.space.scratch:
+            arguments = (0, SCRATCH_SIZE, _READ_WRITE, _PRIVATE_ANONYMOUS, _NO_DESCRIPTOR, 0)
+            thread.space.scratch = self.checked(thread, self._machine.mmap, *arguments)
+        return thread.space.scratch
+
+    def write_scratch(self, thread: StoppedThread, data: bytes) -> int:
+        """Write to the page of ours; returns its address."""
+        for _ in range(2):
+            address = self.scratch(thread)
+            if self._processes.write_some(thread.number, address, data) == len(data):
+                return address
+            thread.space.scratch = 0  # the program has unmapped it
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+    # Going on
+
+    def answer(self, thread: StoppedThread, value: int) -> None:
+        """Let the call that a thread has stopped at return ``value``, without being done."""
+        registers = thread.saved or self._registers(thread)
+        registers.entered = -1
+        registers.result = value
+        self._set_registers(thread, registers)
+        self._release(thread)
+
+    def let_through(self, thread: StoppedThread) -> None:
+        """Let the kernel do the call that a thread has stopped at."""
+        if thread.place is not Place.AT_CALL:
+            self._return_to_call(thread)
+        self._release(thread)
+
+    def sleep(self, thread: StoppedThread) -> None:
+        """Let a thread wait in the call that it has stopped at.  Its next stop is the end of that,
+        which :meth:`woken` is to be told of unless :meth:`rouse` comes first.
+        """
+        if thread.place is not Place.AT_CALL:
+            self._return_to_call(thread)
+        saved = self._registers(thread)
+        registers = saved.copy()
+        registers.replace(self._machine.ppoll, (0, 0, 0, 0, 0))
+        self._set_registers(thread, registers)
+        self._unblock_signals(thread)
+        self._request(self._ptrace.resume_to_call, thread)
+        thread.place, thread.saved = Place.ASLEEP, saved
+        self._send_held(thread)
+
+    def rouse(self, thread: StoppedThread) -> None:
+        """Stop a thread that sleeps.  If a signal has woken it already, that is still to come."""
+        self._request(self._ptrace.interrupt, thread)
+        while self._next_stop(thread).event is not Event.SYSTEM_CALL:
+            self._request(self._ptrace.resume_to_call, thread)
+        thread.place = Place.AT_EXIT
+
+    def woken(self, thread: StoppedThread, restarts: bool) -> None:
+        """Let the call of a thread that a signal has woken end as a call that a signal interrupts.
+
+        With ``restarts`` it is made again, unless the signal has a handler without SA_RESTART.
+        """
+        registers = thread.saved
+        assert registers is not None and thread.call is not None
+        registers.result = -ERESTARTSYS if restarts else -errno.EINTR
+        registers.entered = thread.call.number if restarts else -1
+        self._set_registers(thread, registers)
+        self._release(thread)
+
+    def go_on(self, thread: StoppedThread) -> None:
+        """Let a thread that was stopped anywhere run on."""
+        registers = thread.saved
+        assert registers is not None
+        self._set_registers(thread, registers)
+        if thread.blocked is not None:
+            # It is behind an injected call: only at another stop like the first one the kernel
+            # looks whether the program's own call is to be made again.
+            thread.is_group_stopped = True
+        self._release(thread)
+
+    # Inside
+
+    def _enter(self, thread: StoppedThread, number: int, arguments: tuple[int, ...]) -> None:
+        """Have a thread begin a call, at the instruction that has made its last one."""
+        assert thread.saved is not None
+        registers = thread.saved.copy()
+        registers.rewind_to(thread.instruction)
+        registers.prepare(number, arguments)
+        self._set_registers(thread, registers)
+        stop = self._run(thread)
+        assert stop.event is Event.SYSTEM_CALL, stop
+
+    def _return_to_call(self, thread: StoppedThread) -> None:
+        """Bring a thread back to where its call begins."""
+        call, saved = thread.call, thread.saved
+        assert call is not None and saved is not None
+        self._block_signals(thread)
+        registers = saved.copy()
+        registers.rewind_to(thread.instruction)
+        registers.prepare(call.number, call.arguments)
+        self._set_registers(thread, registers)
+        self._run(thread)
+        while self._run(thread).event is not Event.SECCOMP:
+            # No filter stops the call: it has been made.  This cannot be.
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        thread.place, thread.saved = Place.AT_CALL, None
+
+    def _run(self, thread: StoppedThread) -> Stop:
+        """Let a thread run to the next begin or end of a call; returns that stop."""
+        while True:
+            self._request(self._ptrace.resume_to_call, thread)
+            stop = self._next_stop(thread)
+            if stop.event in (Event.SYSTEM_CALL, Event.SECCOMP):
+                return stop
+            if stop.event is Event.SIGNAL:
+                if stop.signal in _FAULTS:
+                    self._abandon(thread, stop.signal)
+                if stop.signal != signal.SIGSYS:  # that of a filter of the program's own
+                    thread.held.append(stop.signal)
+            elif stop.event is Event.GROUP_STOP:
+                thread.is_group_stopped = True
+
+    def _abandon(self, thread: StoppedThread, number: int) -> None:
+        """Let a thread run that cannot make calls, with the signal that says why."""
+        if thread.saved is not None:
+            self._set_registers(thread, thread.saved)
+        self._unblock_signals(thread)
+        thread.place = Place.RUNNING
+        self._request(lambda at: self._ptrace.resume(at, number), thread)
+        raise CallInterrupted
+
+    def _pass_filter(self, thread: StoppedThread) -> None:
+        """A filter traces an injected call: ours, or one of the program's own, which nothing
+        traces.
+        """
+        if self._call_of(thread).mark == TRACE_MARK:
+            return
+        registers = self._registers(thread)
+        registers.entered = -1
+        registers.result = -errno.ENOSYS
+        self._set_registers(thread, registers)
+
+    def _call_of(self, thread: StoppedThread) -> SystemCall:
+        try:
+            return self._ptrace.call_of(thread.number)
+        except OSError as error:
+            raise self._lost(thread, error) from None
+
+    def _is_trap(self, thread: StoppedThread, address: int) -> bool:
+        if not address:
+            return False
+        trap = self._ptrace.trap
+        try:
+            return self._processes.read_some(thread.number, address, len(trap)) == trap
+        except OSError:
+            return False
+
+    def _block_signals(self, thread: StoppedThread) -> None:
+        if thread.blocked is None:
+            try:
+                thread.blocked = self._ptrace.block_signals(thread.number, _BLOCKED)
+            except OSError as error:
+                raise self._lost(thread, error) from None
+
+    def _unblock_signals(self, thread: StoppedThread) -> None:
+        if thread.blocked is not None:
+            blocked, thread.blocked = thread.blocked, None
+            try:
+                self._ptrace.block_signals(thread.number, blocked)
+            except OSError as error:
+                raise self._lost(thread, error) from None
+
+    def _release(self, thread: StoppedThread) -> None:
+        """Let a thread run."""
+        self._unblock_signals(thread)
+        if thread.is_group_stopped:  # it stops at once, if its process is still stopped
+            thread.is_group_stopped = False
+            self._request(self._ptrace.interrupt, thread)
+        thread.place, thread.call, thread.saved = Place.RUNNING, None, None
+        self._request(self._ptrace.resume, thread)
+        self._send_held(thread)
+
+    def _send_held(self, thread: StoppedThread) -> None:
+        if not thread.held:
+            return
+        held, thread.held = thread.held, []
+        try:
+            process = self._processes.first_thread(thread.number)
+        except OSError:  # it has ended
+            return
+        for number in held:
+            self._syscall(self._machine.tgkill, process, thread.number, number)
+
+    def _next_stop(self, thread: StoppedThread) -> Stop:
+        try:
+            number, status = os.waitpid(thread.number, WAIT_FOR_ALL)
+        except ChildProcessError:
+            thread.place = Place.RUNNING
+            raise CallInterrupted from None
+        if not os.WIFSTOPPED(status) or status >> 16 == Event.EXEC:
+            thread.place = Place.RUNNING
+            self.unread.append((number, status))
+            raise CallInterrupted
+        self._last_status = status
+        return read_stop(status)
+
+    def _registers(self, thread: StoppedThread) -> Registers:
+        try:
+            return self._ptrace.registers(thread.number)
+        except OSError as error:
+            raise self._lost(thread, error) from None
+
+    def _set_registers(self, thread: StoppedThread, registers: Registers) -> None:
+        try:
+            self._ptrace.set_registers(thread.number, registers)
+        except OSError as error:
+            raise self._lost(thread, error) from None
+
+    def _request(self, request: Callable[[int], None], thread: StoppedThread) -> None:
+        try:
+            request(thread.number)
+        except OSError as error:
+            raise self._lost(thread, error) from None
+
+    @staticmethod
+    def _lost(thread: StoppedThread, error: OSError) -> BaseException:
+        """Return what to raise for a request that has failed: a tracee can be killed at a stop."""
+        if not is_gone(error):
+            return error
+        thread.place = Place.RUNNING
+        return CallInterrupted()

@@ -1,0 +1,554 @@
+"""Interception by ptrace(2), where a container's own filter forbids AF_VSOCK.
+
+Of several filters the strictest answer holds, and an errno is stricter than a notification: below a
+profile that refuses ``socket(AF_VSOCK)`` a supervisor is never notified.  SECCOMP_RET_TRAP is
+stricter than an errno.  So the filter installed here answers that call with it, and all others that
+are intercepted with SECCOMP_RET_TRACE, which no profile forbids.  Every process of the program is
+traced from its beginning, and the tracer sees both.
+
+A thread that has stopped is the supervisor's: it makes system calls for it (:mod:`.injection`).
+The thread itself makes its sockets, and passes and receives descriptors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from socket import AF_UNIX, SHUT_RDWR, SOL_SOCKET
+
+from .._linux.bpf import NOTIFY
+from .arch import Architecture
+from .filter import (
+    COPYING,
+    MARKED_TRACE,
+    MARKED_TRAP,
+    TRACE_MARK,
+    Numbers,
+    Rule,
+    Served,
+    assemble,
+    traced_rules,
+)
+from .injection import Injector, Place, Space, StoppedThread
+from .interception import CallInterrupted, InterceptedCall, Interruption, Surroundings
+from .notification import install as install_filter
+from .ptrace import Event, Ptrace, Stop, SystemCall, is_gone, read_stop
+from .scheduler import pause
+from .sockets import inode_in
+from .tracee_descriptors import TraceeDescriptors
+from .tracing import numbers_for
+
+log = logging.getLogger(__name__)
+
+# For calls that a tracee makes for the supervisor.
+_SET_MODE_FILTER, _ALL_THREADS = 1, 1
+_PR_SET_NO_NEW_PRIVS = 38
+#: struct sock_fprog: how many instructions, and where.
+_PROGRAM = struct.Struct("=H6xQ")
+_SO_COOKIE = 57
+_COOKIE = struct.Struct("=Q")
+
+#: How long a thread whose call waits stays stopped before it waits in the kernel, in seconds.
+#: vsockd usually answers sooner, and two stops are saved.  Signals are delivered afterwards.
+_STOPPED_SECONDS = 0.01
+#: The same for a call that signals do not interrupt on Linux.  Only a vsockd that has been stopped
+#: takes longer.
+_DEFERRED_SECONDS = 1.0
+
+#: How often, and how soon again, in seconds, a thread is tried to be stopped where it can make
+#: calls.
+_TRIES, _A_MOMENT = 100, 0.001
+
+
+class StoppedCall(InterceptedCall):
+    """A call that a thread has stopped at."""
+
+    __slots__ = ("thread",)
+
+    def __init__(self, thread: Thread, call: SystemCall) -> None:
+        arguments = call.arguments
+        super().__init__(
+            0, thread.number, call.number, call.architecture, call.instruction, arguments
+        )
+        self.thread = thread
+
+
+class Process:
+    """A process all of whose threads are traced."""
+
+    __slots__ = ("covered", "number", "space", "threads")
+
+    def __init__(self, number: int, covered: dict[Served, list[Numbers]], space: Space) -> None:
+        self.number = number
+        self.covered = covered
+        self.space = space
+        self.threads: set[int] = set()
+
+    def covers(self, kind: Served, number: int) -> bool:
+        """Return whether data calls on descriptors of this number are intercepted."""
+        return any(first <= number < end for first, end in self.covered[kind])
+
+    def kind_of(self, number: int) -> Served | None:
+        """Return the kind of sockets for which they are."""
+        return next((kind for kind in Served if self.covers(kind, number)), None)
+
+
+class Thread(StoppedThread):
+    """A traced thread."""
+
+    __slots__ = ("intercepted", "interrupted", "process", "restarts", "timer")
+
+    def __init__(self, number: int, process: Process) -> None:
+        super().__init__(number, process.space)
+        self.process = process
+        self.intercepted: StoppedCall | None = None  #: not answered yet
+        self.interrupted: Callable[[], None] | None = None  #: set while its call's handler waits
+        self.restarts = False  #: whether a signal may have its call made again
+        self.timer = 0  #: the key of the wait after which it is put to sleep, or 0
+
+
+class TraceInterceptor:
+    """The supervisor's half.  Its methods must be called by the thread that has made it."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self._machine: Architecture = surroundings.architecture
+        self._processes = surroundings.processes
+        self._scheduler = surroundings.scheduler
+        self._deliver = surroundings.deliver
+        self._serves_data = surroundings.serves_data
+        self._on_group_stop = surroundings.on_group_stop
+        self._ptrace = Ptrace(self._machine)
+        self._injector = Injector(self._machine, self._ptrace, self._processes)
+        self.unread: deque[tuple[int, int]] = self._injector.unread
+        self._descriptors = TraceeDescriptors(self._machine, self._injector, self._processes)
+        self._threads: dict[int, Thread] = {}
+        self._by_process: dict[int, Process] = {}
+        #: Of processes that have been made and have not stopped yet: what their parents have.
+        self._inherited: dict[int, Process] = {}
+        self._has_begun = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether processes are left that can make intercepted calls."""
+        return bool(self._threads) or not self._has_begun
+
+    def close(self) -> None:
+        """Close what it has open; no process may be traced any more."""
+        self._descriptors.close()
+
+    # One call
+
+    def is_waiting(self, call: InterceptedCall) -> bool:
+        """Return whether a call still waits."""
+        assert isinstance(call, StoppedCall)
+        return call.thread.intercepted is call
+
+    def answer(self, call: InterceptedCall, value: int) -> None:
+        """Let a call return ``value``, or fail if ``value`` is a negative errno."""
+        thread = self._thread_of(call)
+        thread.intercepted = None
+        self._injector.answer(thread, value)
+
+    #: A stopped thread gets its answer whatever signals come.
+    conclude = answer
+
+    def let_through(self, call: InterceptedCall) -> None:
+        """Let the kernel perform a call."""
+        thread = self._thread_of(call)
+        if thread.place is Place.AT_TRAP:
+            self.answer(call, -errno.EPERM)
+            return
+        thread.intercepted = None
+        self._injector.let_through(thread)
+
+    def create_socket(
+        self,
+        call: InterceptedCall,
+        type_: int,
+        data_calls: Served | None,
+        created: Callable[[int, int], None],
+    ) -> None:
+        """Let the thread make a unix socket, and return its number from its call."""
+        thread = self._thread_of(call)
+        number = self._injector.checked(thread, self._machine.socket, AF_UNIX, type_, 0)
+        inode = inode_in(self._processes.what_is(thread.number, number))
+        if inode is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        created(inode, self._cookie_of(thread, number))
+        self._finish_with(call, thread, number, data_calls)
+
+    def answer_with_descriptor(
+        self, call: InterceptedCall, fd: int, close_on_exec: bool, data_calls: Served | None
+    ) -> None:
+        """Give the process a copy of ``fd``, and let the call return its number."""
+        thread = self._thread_of(call)
+        number = self._descriptors.give(thread, fd, close_on_exec)
+        self._finish_with(call, thread, number, data_calls)
+
+    def _finish_with(
+        self, call: InterceptedCall, thread: Thread, number: int, data_calls: Served | None
+    ) -> None:
+        """Let a call return a descriptor whose data calls are intercepted."""
+        if data_calls is not None and not thread.process.covers(data_calls, number):
+            code = self._cover(thread, data_calls, [number])
+            if code:
+                log.warning("process of thread %d: no filter: %s", call.pid, os.strerror(code))
+                if data_calls is Served.DATAGRAM:
+                    self._injector.call(thread, self._machine.close, number)
+                    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        self.answer(call, number)
+
+    def intercepts_data(self, call: InterceptedCall, data_calls: Served, inode: int) -> bool:
+        """Intercept data calls on the socket in the first argument from now on; return True."""
+        thread = self._thread_of(call)
+        descriptor = call.arguments[0] & 0xFFFF_FFFF
+        if not thread.process.covers(data_calls, descriptor):
+            numbers = self._processes.numbers_of(call.pid, inode) or [descriptor]
+            code = self._cover(thread, data_calls, numbers)
+            if code:
+                log.warning("process of thread %d: no filter: %s", call.pid, os.strerror(code))
+        return True
+
+    def duplicate(self, pid: int, fd: int) -> int:
+        """Return a copy of a thread's descriptor."""
+        thread = self._threads.get(pid)
+        if thread is None:
+            raise CallInterrupted
+        with self._stopped(thread):
+            return self._descriptors.take(thread, fd)
+
+    @contextlib.contextmanager
+    def _stopped(self, thread: Thread):  # type: ignore[no-untyped-def]
+        """Have a thread stopped that may be running, for as long as this lasts."""
+        if thread.place is not Place.RUNNING:
+            yield
+            return
+        for _ in range(_TRIES):
+            try:
+                self._injector.stop(thread)
+            except BlockingIOError:
+                continue
+            break
+        else:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(CallInterrupted):
+                self._injector.go_on(thread)
+
+    # Waiting
+
+    def suspend(
+        self, call: InterceptedCall, interruption: Interruption, interrupted: Callable[[], None]
+    ) -> None:
+        """Let a thread wait: stopped at first, and then in the kernel."""
+        thread = self._thread_of(call)
+        thread.interrupted = interrupted
+        thread.restarts = interruption is Interruption.RESTART
+        deferred = interruption is Interruption.DEFER
+        seconds = _DEFERRED_SECONDS if deferred else _STOPPED_SECONDS
+        thread.timer = self._scheduler.add(pause(seconds), lambda _: self._put_to_sleep(thread))
+
+    def _put_to_sleep(self, thread: Thread) -> None:
+        thread.timer = 0
+        with contextlib.suppress(CallInterrupted):
+            self._injector.sleep(thread)
+
+    def resume(self, call: InterceptedCall, run: Callable[[], None]) -> bool:
+        """End :meth:`suspend`; return whether the call's handler may run now."""
+        assert isinstance(call, StoppedCall)
+        thread = call.thread
+        if thread.intercepted is not call:  # interrupted, and its handler knows
+            return True
+        if thread.timer:
+            self._scheduler.cancel(thread.timer)
+            thread.timer = 0
+        if thread.place is Place.ASLEEP:
+            try:
+                self._injector.rouse(thread)
+            except CallInterrupted:  # it has ended, which is handled in a moment
+                return False
+        thread.interrupted = None
+        return True
+
+    def _thread_of(self, call: InterceptedCall) -> Thread:
+        assert isinstance(call, StoppedCall)
+        if call.thread.intercepted is not call:
+            raise CallInterrupted
+        return call.thread
+
+    # The programs
+
+    def begin(self, pid: int) -> None:
+        """Attach to the first process, which has its filter and waits in a system call."""
+        self._has_begun = True
+        self._ptrace.seize(pid)
+        self._add(pid, self._add_process(pid))
+
+    async def intercept_inherited(self, pid: int, data_calls: Served, numbers: list[int]) -> None:
+        """Intercept data calls on sockets that the first process has inherited."""
+        thread = self._threads.get(pid)
+        if thread is not None:
+            with contextlib.suppress(OSError, CallInterrupted), self._stopped(thread):
+                self._cover(thread, data_calls, numbers)
+
+    def shut_down(self, inode: int) -> None:
+        """Shut down the socket with this inode, by the process that has it."""
+        for process in list(self._by_process.values()):
+            for number in self._processes.numbers_of(process.number, inode):
+                for tid in sorted(process.threads, key=self._is_asleep):
+                    if self._shut_down(self._threads[tid], number):
+                        return
+
+    def _is_asleep(self, number: int) -> bool:
+        return self._threads[number].place is Place.ASLEEP
+
+    def _shut_down(self, thread: Thread, descriptor: int) -> bool:
+        with contextlib.suppress(OSError, CallInterrupted):
+            sleeps = thread.place is Place.ASLEEP
+            if sleeps:
+                self._injector.rouse(thread)
+            try:
+                with self._stopped(thread):
+                    arguments = (descriptor, SHUT_RDWR)
+                    return self._injector.call(thread, self._machine.shutdown, *arguments) == 0
+            finally:
+                if sleeps:
+                    self._injector.sleep(thread)
+        return False
+
+    # What waitpid() reports
+
+    def on_wait_status(self, number: int, status: int) -> bool:
+        """Take what waitpid() reports; return False if it does not concern interception alone."""
+        if not os.WIFSTOPPED(status):
+            if not os.WIFCONTINUED(status):
+                self._forget(number)
+            return False
+        thread = self._threads.get(number)
+        if thread is None:
+            if not status >> 16:  # a child that is not traced
+                return False
+            thread = self._adopt(number)
+        with contextlib.suppress(CallInterrupted):
+            try:
+                self._on_stop(thread, read_stop(status))
+            except OSError as error:
+                if not is_gone(error):  # a tracee can be killed at any stop; then it is reported
+                    raise
+        return True
+
+    def _on_stop(self, thread: Thread, stop: Stop) -> None:
+        number, event = thread.number, stop.event
+        if event is Event.SECCOMP:
+            self._on_call(thread, self._ptrace.call_of(number))
+        elif event is Event.GROUP_STOP:
+            self._on_group_stop(number)
+            self._ptrace.listen(number)
+        elif event is Event.SIGNAL:
+            if stop.signal != signal.SIGSYS or not self._on_trap(thread):
+                self._ptrace.resume(number, stop.signal)
+        elif event is Event.SYSTEM_CALL and thread.place is Place.ASLEEP:
+            self._interrupt(thread)
+            self._injector.woken(thread, thread.restarts)
+        else:
+            if event is Event.EXEC:
+                self._on_exec(thread)
+            elif event in (Event.FORK, Event.VFORK, Event.CLONE):
+                self._on_made(thread, event, self._ptrace.message(number))
+            self._ptrace.resume(number)
+
+    # Calls
+
+    def _on_call(self, thread: Thread, call: SystemCall) -> None:
+        self._injector.stopped_at_call(thread, call)
+        if call.mark != TRACE_MARK:
+            # Of a filter of the program's own, which has no tracer: as without a supervisor.
+            self._injector.answer(thread, -errno.ENOSYS)
+        elif self._copies(call):
+            self._follow_copy(thread, call)
+        else:
+            self._begin_call(thread, call)
+
+    def _on_trap(self, thread: Thread) -> bool:
+        """Take a SIGSYS; return False if it is the program's own."""
+        call = self._ptrace.trapped_call_of(thread.number)
+        if call is None or call.mark != TRACE_MARK or call.number != self._machine.socket:
+            return False
+        if not self._injector.stopped_at_trap(thread, call):
+            return False
+        self._begin_call(thread, call)
+        return True
+
+    def _begin_call(self, thread: Thread, call: SystemCall) -> None:
+        thread.intercepted = StoppedCall(thread, call)
+        self._deliver(thread.intercepted)
+
+    def _copies(self, call: SystemCall) -> bool:
+        machine = self._machine
+        if call.number == machine.fcntl:
+            return call.arguments[1] & 0xFFFF_FFFF in COPYING
+        return call.number in (machine.dup, machine.dup2, machine.dup3)
+
+    def _follow_copy(self, thread: Thread, call: SystemCall) -> None:
+        """Let a thread copy a descriptor, and have data calls on the copy intercepted."""
+        machine, injector = self._machine, self._injector
+        source = call.arguments[0] & 0xFFFF_FFFF
+        kind = thread.process.kind_of(source)
+        if kind is None or not self._serves_data(thread.number, source):
+            injector.let_through(thread)
+        elif call.number in (machine.dup2, machine.dup3):
+            # Before: another thread can use it as soon as it is there.
+            target = call.arguments[1] & 0x7FFF_FFFF
+            code = 0
+            if not thread.process.covers(kind, target):
+                code = self._cover(thread, kind, [target])
+            if code:
+                injector.answer(thread, -code)
+            else:
+                injector.let_through(thread)
+        else:
+            copy = injector.call(thread, call.number, *call.arguments)
+            if copy >= 0 and not thread.process.covers(kind, copy):
+                self._cover(thread, kind, [copy])
+            injector.answer(thread, copy)
+
+    def _cover(self, thread: Thread, kind: Served, numbers: list[int]) -> int:
+        """Have a stopped thread's process install a filter for descriptors; returns 0 or an
+        errno.
+        """
+        process = thread.process
+        for number in numbers:
+            if not process.covers(kind, number):
+                added = numbers_for(process.covered[kind], number)
+                code = self._install(thread, kind, added)
+                if code:
+                    return code
+                process.covered[kind].append(added)
+        return 0
+
+    def _install(self, thread: Thread, kind: Served, numbers: Numbers) -> int:
+        machine, call = self._machine, self._injector.call
+        program = assemble(machine, traced_rules(machine, kind, numbers), is_first=False)
+        at = self._injector.scratch(thread)
+        data = _PROGRAM.pack(len(program) // 8, at + _PROGRAM.size) + program
+        if self._injector.write_scratch(thread, data) != at:
+            return errno.EFAULT
+        arguments = (_SET_MODE_FILTER, _ALL_THREADS, at)
+        result = call(thread, machine.seccomp, *arguments)
+        if result == -errno.EACCES:
+            # As for the first filter: a process without privilege must promise never to get any.
+            call(thread, machine.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            result = call(thread, machine.seccomp, *arguments)
+        # A positive result is a thread with a filter of its own, which cannot have this one.
+        return errno.EBUSY if result > 0 else -result
+
+    def _cookie_of(self, thread: Thread, number: int) -> int:
+        size = _COOKIE.size
+        at = self._injector.write_scratch(thread, struct.pack("=QI", 0, size))
+        arguments = (number, SOL_SOCKET, _SO_COOKIE, at, at + size)
+        self._injector.checked(thread, self._machine.getsockopt, *arguments)
+        (cookie,) = _COOKIE.unpack(self._processes.read(thread.number, at, size))
+        return int(cookie)
+
+    # Threads and processes that begin and end
+
+    def _add(self, number: int, process: Process) -> Thread:
+        thread = self._threads[number] = Thread(number, process)
+        process.threads.add(number)
+        return thread
+
+    def _add_process(self, number: int) -> Process:
+        process = self._inherited.pop(number, None)
+        if process is None:
+            process = Process(number, {kind: [] for kind in Served}, Space())
+        self._by_process[number] = process
+        return process
+
+    def _adopt(self, number: int) -> Thread:
+        """Take a thread that a tracee has made, and that stops for the first time."""
+        process_id = number
+        if number not in self._inherited:
+            with contextlib.suppress(OSError):
+                process_id = self._processes.first_thread(number)
+        process = self._by_process.get(process_id) or self._add_process(process_id)
+        return self._add(number, process)
+
+    def _on_made(self, parent: Thread, event: Event, number: int) -> None:
+        process = parent.process
+        covered = {kind: list(numbers) for kind, numbers in process.covered.items()}
+        # With vfork() the memory is shared until a program is executed.
+        space = process.space if event is Event.VFORK else process.space.copy()
+        thread = self._threads.get(number)
+        if thread is not None:
+            if thread.process is not process and not any(thread.process.covered.values()):
+                thread.process.covered = covered
+        elif event is not Event.CLONE or not self._is_thread(process, number):
+            self._inherited[number] = Process(number, covered, space)
+
+    def _is_thread(self, process: Process, number: int) -> bool:
+        try:
+            return self._processes.first_thread(number) == process.number
+        except OSError:
+            return True
+
+    def _on_exec(self, thread: Thread) -> None:
+        """All other threads of the process have ended, and the one that is left has its number."""
+        for number in list(thread.process.threads):
+            if number != thread.number:
+                self._forget(number)
+        self._interrupt(thread)
+        thread.process.space = thread.space = Space()
+        thread.place, thread.call, thread.saved = Place.RUNNING, None, None
+        thread.blocked, thread.is_group_stopped = None, False
+        thread.held.clear()
+
+    def _forget(self, number: int) -> None:
+        self._inherited.pop(number, None)
+        thread = self._threads.pop(number, None)
+        if thread is None:
+            return
+        self._interrupt(thread)
+        process = thread.process
+        process.threads.discard(number)
+        if not process.threads:
+            self._by_process.pop(process.number, None)
+
+    def _interrupt(self, thread: Thread) -> None:
+        """End the call that a thread has stopped at: it can have no answer."""
+        thread.intercepted = None
+        if thread.timer:
+            self._scheduler.cancel(thread.timer)
+            thread.timer = 0
+        interrupted, thread.interrupted = thread.interrupted, None
+        if interrupted is not None:
+            interrupted()
+
+
+def _traced(architecture: Architecture, rule: Rule) -> Rule:
+    """Return the rule of a filter for tracing that intercepts what ``rule`` has notified of."""
+    if rule.action != NOTIFY:
+        return rule
+    is_refused_elsewhere = rule.number == architecture.socket
+    return rule._replace(action=MARKED_TRAP if is_refused_elsewhere else MARKED_TRACE)
+
+
+class TraceMechanism:
+    """Interception by ptrace."""
+
+    def install(self, architecture: Architecture, rules: Sequence[Rule]) -> list[int]:
+        """Put this process under a filter with ``rules``, irrevocably."""
+        made = [_traced(architecture, rule) for rule in rules]
+        install_filter(architecture, assemble(architecture, made, other=MARKED_TRACE), 0)
+        return []
+
+    def intercept(self, descriptors: Sequence[int], surroundings: Surroundings) -> TraceInterceptor:
+        """Return the supervisor's half."""
+        return TraceInterceptor(surroundings)
