@@ -59,6 +59,7 @@ os.execv({sys.executable!r}, [{sys.executable!r}, *{list(PROGRAM[1:])!r}, "run",
     assert done.stderr.startswith("vsock: cannot supervise true: this kernel has no seccomp")
 
 
+@pytest.mark.notify_only("tracing uses no listener: the program may have one")
 def test_a_programs_own_filters_work_except_a_listener(vsock: Vsock, compile_c: Compile) -> None:
     done = vsock("run", compile_c("own_filter.c"))
     assert done.stdout.splitlines() == ["Operation not permitted", "1", "16"]  # EBUSY
@@ -90,6 +91,7 @@ print("never")
     assert vsock("run", sys.executable, "-c", program).stdout == "never\n"
 
 
+@pytest.mark.notify_only("tracees end with the supervisor")
 def test_af_vsock_fails_once_the_supervisor_has_ended(vsock: Vsock) -> None:
     program = """
 import os, signal, socket, sys

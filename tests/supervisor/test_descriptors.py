@@ -317,6 +317,7 @@ sock.sendto(data.upper(), source)
             assert client.recvfrom(10) == (b"HELLO", (2, 7201))
 
 
+@pytest.mark.notify_only("all processes are traced")
 def test_processes_without_such_sockets_are_not_traced(vsock: Vsock) -> None:
     """Neither the process nor its data calls are traced."""
     program = """

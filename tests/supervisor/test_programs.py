@@ -47,10 +47,12 @@ def test_no_call_takes_effect_twice_during_many_signals(vsock: Vsock, compile_c:
 
 
 def test_an_interrupted_call_that_is_repeated_takes_effect_once(
-    vsock: Vsock, compile_c: Compile
+    vsock: Vsock, compile_c: Compile, interceptor: str
 ) -> None:
     done = vsock("run", compile_c("signals.c", "-pthread"), "again")
-    assert done.stdout == "interrupted, 0 descriptors left\n"
+    # Tracing defers signals in calls that do not wait on Linux.
+    calls = "interrupted" if interceptor == "notify" else "calm"
+    assert done.stdout == f"{calls}, 0 descriptors left\n"
 
 
 def test_accept_times_out(vsock: Vsock, compile_c: Compile) -> None:

@@ -264,6 +264,7 @@ print(libc.connect(sock.fileno(), address, len(address)), ctypes.get_errno(), fl
 """
 
 
+@pytest.mark.notify_only("a stopped thread loses no answer")
 def test_an_answer_lost_to_a_signal_is_given_again(
     vsock: Vsock, fabric: PrivateFabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

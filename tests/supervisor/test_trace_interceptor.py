@@ -22,7 +22,7 @@ from vsockets.supervisor.interception import (
     Interruption,
     Surroundings,
 )
-from vsockets.supervisor.launch import _blocked_as_descriptor as blocked_as_descriptor
+from vsockets.supervisor.launch import _block_as_descriptor as blocked_as_descriptor
 from vsockets.supervisor.notification import install
 from vsockets.supervisor.process import Processes
 from vsockets.supervisor.ptrace import WAIT_FOR_ALL

@@ -163,6 +163,7 @@ print(works(datagram(), server))
     assert run(vsock, program) == ["True"]
 
 
+@pytest.mark.notify_only("all processes are traced: they can have no other tracer")
 def test_a_process_with_a_tracer_is_reported(vsock: Vsock) -> None:
     program = """
 import ctypes, signal
