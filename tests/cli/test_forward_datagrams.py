@@ -48,11 +48,13 @@ def test_vsock_datagrams_to_udp_and_unix(
     vsock: Vsock, fabric: PrivateFabric, tmp_path: Path
 ) -> None:
     guest = fabric.guest()
+    # The first address of the name, which may be ::1.
+    family, _, _, _, address = socket.getaddrinfo("localhost", 0, type=socket.SOCK_DGRAM)[0]
     with (
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
+        socket.socket(family, socket.SOCK_DGRAM) as udp,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix,
     ):
-        udp.bind(("127.0.0.1", 0))
+        udp.bind(address)
         unix.bind(str(tmp_path / "s"))
         targets = {
             udp: f"udp:localhost:{udp.getsockname()[1]}",

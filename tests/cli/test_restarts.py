@@ -130,7 +130,7 @@ def test_a_forward_from_a_guest(
 def test_a_forward_to_a_guest(
     vsock: Vsock, fabric: PrivateFabric, restart: Callable[[], None]
 ) -> None:
-    running = vsock.start("forward", "udp:127.0.0.1:0", f"vsock-dgram:{GUEST}:53")
+    running = vsock.start("forward", "udp:127.0.0.1:0", f"vsock-dgram:{GUEST}:5300")
     port = int(running.error_line().rpartition(":")[2])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.settimeout(PATIENCE)
@@ -139,7 +139,7 @@ def test_a_forward_to_a_guest(
             guest = vsockets.attach(fabric.folder / str(GUEST))
             with vsockets.socket(type=socket.SOCK_DGRAM, context=guest) as service:
                 service.settimeout(PATIENCE)
-                service.bind((GUEST, 53))
+                service.bind((GUEST, 5300))
                 client.send(b"question")
                 question, source = service.recvfrom(100)
                 assert question == b"question"
