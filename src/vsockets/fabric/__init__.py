@@ -3,15 +3,25 @@
 vsockd reports each request and event to ``Fabric`` and carries out what ``Fabric`` returns.
 """
 
-from .context import Context, Contexts
-from .counts import Counts
-from .endpoint import Connection, Credentials, DevicePorts, Endpoint, EndpointKind
 from .errors import LIMIT_RULES, Denied, Refused, Rule
 from .fabric import Fabric
-from .life_cycle import Change, State
+from .life_cycle import Change
+from .model import (
+    Connection,
+    Context,
+    Contexts,
+    Counts,
+    Credentials,
+    DevicePorts,
+    Endpoint,
+    EndpointKind,
+    Program,
+    State,
+    Trust,
+)
 from .party import Party
+from .policy import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, trust_of
 from .settings import ContextSettings, Grant, Isolation, Limits, Profile, Settings
-from .trust import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, Program, Trust, trust_of
 
 __all__ = [
     "CAP_NET_ADMIN",

@@ -12,14 +12,22 @@ from collections.abc import Callable
 from ..model.buffers import BufferSizes, negotiate
 from ..model.constants import LAST_RESERVED_PORT, VMADDR_CID_ANY, VMADDR_CID_LOCAL, VMADDR_PORT_ANY
 from . import life_cycle, policy
-from .context import Context, Contexts
-from .counts import Counts
-from .endpoint import Connection, Credentials, Endpoint, EndpointKind
 from .errors import Denied, Refused, Rule
-from .life_cycle import Change, State
+from .life_cycle import Change
+from .model import (
+    Connection,
+    Context,
+    Contexts,
+    Counts,
+    Credentials,
+    Endpoint,
+    EndpointKind,
+    Program,
+    State,
+)
+from .policy import trust_of
 from .ports import Ports
 from .settings import Profile, Settings
-from .trust import Program, trust_of
 
 #: Connections are numbered from 1 to this and then from 1 again: an epoll entry reports 31 bits.
 LAST_CONNECTION = 2**31 - 1

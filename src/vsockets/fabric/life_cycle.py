@@ -26,20 +26,9 @@ from __future__ import annotations
 
 import errno
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from .errors import Refused
-
-if TYPE_CHECKING:
-    from .context import Context
-
-
-class State(Enum):
-    """The run state of a virtual machine."""
-
-    RUNNING = "running"
-    SUSPENDED = "suspended"
-    OFF = "off"
+from .model import Context, State
 
 
 class Change(Enum):

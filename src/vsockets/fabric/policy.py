@@ -22,12 +22,12 @@ from __future__ import annotations
 import errno
 
 from ..model.constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
-from .context import Context
-from .endpoint import Credentials, EndpointKind
 from .errors import Denied, Refused, Rule
-from .life_cycle import State
+from .model import Context, Credentials, EndpointKind, Program, State, Trust
 from .settings import Profile, Settings
-from .trust import CAP_NET_BIND_SERVICE, Program, Trust
+
+CAP_NET_BIND_SERVICE = 10
+CAP_NET_ADMIN = 12
 
 # Module alias of an enum member: hot path.
 _RUNNING = State.RUNNING
@@ -67,6 +67,29 @@ def _require_neighbours(source: Context, destination: Context) -> None:
     else:
         return
     raise Denied(errno.EHOSTUNREACH, rule, reason)
+
+
+def trust_of(program: Program, kind: EndpointKind, settings: Settings) -> Trust:
+    """Return the trust of an endpoint that ``program`` creates now (guide page 24).
+
+    "The vSockets API permits some host applications to create trusted vSockets, which may be used
+    for communication with isolated guest virtual machines."  In the guide's order these are: on
+    Linux a process with CAP_NET_ADMIN; on ESXi one with the privilege ``stream_vsocket_trusted``
+    or ``dgram_vsocket_trusted``, which here is granted in the configuration; on Workstation 8 one
+    with the user id of the virtual machine.
+
+    The trust of an endpoint is determined when it is created, and fixed from then on.
+    """
+    grants = [grant for grant in settings.grants if program.matches(grant)]
+    granted = any(
+        grant.datagram if kind is EndpointKind.DATAGRAM else grant.stream for grant in grants
+    )
+    domains = [grant.domains for grant in grants if grant.domains is not None]
+    return Trust(
+        program.credentials.uid,
+        granted or program.has_capability(CAP_NET_ADMIN),
+        frozenset().union(*domains) if domains else settings.host_domains,
+    )
 
 
 def require_trust(guest: Context, trust: Trust, kind: EndpointKind, from_guest: bool) -> None:
