@@ -19,7 +19,6 @@ from socket import (
     socketpair,
 )
 from time import monotonic
-from typing import Any
 
 from .. import logs
 from .._linux.sockets import cookie_of
@@ -30,12 +29,11 @@ from ..model.constants import VMADDR_PORT_ANY
 from ..protocol import Op, ProtocolError, Record, Request, RequestFlag, Role
 from . import reserve
 from .admin.audit import OPERATIONS, Audit
-from .channel import Channel, consume, send_descriptor, take_socket
+from .channel import SHORTAGE, Channel, Listener, consume, send_descriptor, take_socket
 from .credentials import peer_credentials
 from .datagrams import Datagrams
 from .deferred_work import DeferredWork
-from .device_capture import capture
-from .device_link import DeviceLink
+from .device_link import HandoffLink, capture
 from .limit_checks import LimitChecks
 from .limits import (
     DAEMON_ANNOUNCE_RETRY_SECONDS,
@@ -46,14 +44,11 @@ from .limits import (
     DAEMON_UNREAD_REPLIES_MAX,
 )
 from .listeners import (
-    SHORTAGE,
     AnnouncedListener,
-    Listener,
     NamedListener,
     leaves_replies_unread,
 )
 from .named_sockets import NamedSocket, bind_to_name, probe_of
-from .pending_connects import HandoffLink
 from .records import encode_accepting, encode_connecting, encode_endpoint, encode_offer
 from .request_turns import RequestTurns
 from .socket_queries import SocketQueries
@@ -156,7 +151,7 @@ class Broker:
         """Continue with a channel whose connection a device refused; see :mod:`.device_link`."""
         if channel.endpoint is not None:
             self.fabric.rebind(channel.endpoint)
-        if self._may_keep_refused(channel):
+        if channel.may_retry():
             channel.receive_credentials(True)  # the device may have cleared SO_PASSCRED
             self._keep(channel)
         else:
@@ -168,7 +163,6 @@ class Broker:
             self._drop(channel)
         self._channels.pop(context, None)
         if context.device is not None:
-            assert isinstance(context.device.streams, DeviceLink)
             context.device.streams.close()
         self.datagrams.close_context(context)
 
@@ -224,19 +218,6 @@ class Broker:
             data = b""
         if not (data and self._serve(channel, data)):
             self._drop(channel)
-
-    def _may_keep_refused(self, channel: Channel) -> bool:
-        """Return whether to keep a channel after a refusal, for another request.
-
-        A bound socket stays bound; of unbound ones a party may keep a limited number.
-        """
-        if channel.single_request:
-            return False
-        if channel.endpoint is not None:
-            return True
-        limits = channel.party.limits
-        room = limits is None or channel.party.channels < limits.sockets
-        return room and reserve.may_keep(channel.sock.fileno())
 
     def _drop(self, channel: Channel) -> None:
         self._turns.unwatch(channel.party, channel.sock.fileno())
@@ -333,7 +314,7 @@ class Broker:
                 self._log(logging.INFO, channel, refused)
             channel.send(Record(refused.errno).encode())
             consume(channel.sock, channel.kind, request.polling)
-            return self._may_keep_refused(channel)
+            return channel.may_retry()
         except ProtocolError as error:
             self._log(logging.INFO, channel, error)
             return False
@@ -453,13 +434,13 @@ class Broker:
         if bound is not None and bound.listening:
             raise ProtocolError("CONNECT of a listening socket")
         fabric, context, sock = self.fabric, channel.context, channel.sock
-        if channel.is_kernel:
+        if channel.is_device:
             bound = channel.endpoint = self._claim(channel, channel.kind, request)
         asker = channel.asker
         listener = fabric.find_listener(
             context, channel.kind, request.peer_cid, request.peer_port, asker, bound
         )
-        target: Any = listener.handle  # a Listener or a HandoffLink
+        target: Listener | HandoffLink = listener.handle
         if channel.party.is_at_limit():
             self._limit_checks.check_pending_limit(channel.party, target.recount_pending)
             self._limit_checks.reclaim_sockets(channel.party)
@@ -477,20 +458,20 @@ class Broker:
             context, listener, bound, request.sizes(), asker.credentials, request.cookie
         )
         try:
-            if listener.pending:
+            if isinstance(target, HandoffLink):
                 self.streams.add_pending(channel, connection)
             else:
                 connection.watch = self.streams.add(sock.fileno(), connection.number)
         except OSError as error:  # out of memory, or of epoll registrations (epoll(7))
             fabric.end(connection.number)
             raise Refused(errno.ENOBUFS, f"cannot watch the stream: {error}") from None
-        if listener.pending:
+        if isinstance(target, HandoffLink):
             self._offer(channel, request, connection, target)
         else:
             if bound is not None:
                 channel.endpoint = None
             self._hand_over(channel, request, connection, target)
-        if channel.is_kernel:
+        if channel.is_device:
             self._queries.report_listener_size(connection)
         self.streams.reap_sometimes()
         return False
@@ -518,8 +499,7 @@ class Broker:
         channel.send(encode_connecting(connection))
         if request.flags or channel.kind is _SEQPACKET:
             consume(sock, channel.kind, request.polling)
-        if not channel.is_kernel:
-            channel.receive_credentials(False)
+        channel.receive_credentials(False)
         record = encode_accepting(connection)
         try:
             target.announce(record, sock.fileno(), channel.party)
@@ -621,10 +601,10 @@ class Broker:
         return False
 
     def _catch_all(self, channel: Channel, request: Request) -> bool:
-        if not channel.is_kernel:
+        if not channel.is_device:
             raise ProtocolError("CATCH_ALL from a client that is not a device")
         device = channel.context.device
-        assert device is not None and isinstance(device.streams, DeviceLink)
+        assert device is not None
         sock = take_socket(channel, SOCK_DGRAM)
         with closing(sock):
             datagrams = self.datagrams.catch_all(channel.context, sock)

@@ -1,9 +1,10 @@
-"""Clients' connections to vsockd: reading requests and sending replies."""
+"""Clients' connections to vsockd, and the backlogs of those that listen."""
 
 from __future__ import annotations
 
 import _socket
 import errno
+import os
 import select
 import struct
 from collections import deque
@@ -20,18 +21,15 @@ from socket import (
     SO_PASSCRED,
     SOL_SOCKET,
 )
-from typing import TYPE_CHECKING
 
 from .._linux.descriptor_passing import dispose
 from .._linux.sockets import descriptor_in
 from ..fabric import Context, Credentials, Endpoint, EndpointKind, Party, Refused
 from ..protocol import PADDING, REQUEST_SIZE, ProtocolError
+from . import reserve
 from .credentials import UCRED, Author, Deputy, Peer
 from .limits import DAEMON_UNWANTED_DESCRIPTORS_MAX
 from .stream_liveness import Group
-
-if TYPE_CHECKING:
-    from .listeners import Listener
 
 _FD = struct.Struct("i")
 #: Ancillary space for the credentials of the process that wrote a request, and nothing else.
@@ -63,8 +61,7 @@ class Channel(Peer):
     sender: Endpoint | None = None  # endpoint of the datagram socket that came with the request
     silent = False  # True while the channel is kept and no request has been read
     requests = 0  # read since the channel has been kept
-    is_kernel = False  # True for a device: the guest's kernel chose the port it connects from
-    single_request = False  # True to close the channel after a refused request
+    is_device = False  # True for a device: the guest's kernel chose the port it connects from
     deputy: Deputy | None = None  # set if another process wrote the request read last
     connect_flags = 0  # RequestFlag: how a device replies to the connecting client
     last_device: object = None  # the link (:mod:`.device_link`) its socket has been sent over
@@ -108,6 +105,17 @@ class Channel(Peer):
         """Enable or disable receiving the writer's credentials with each request (SO_PASSCRED)."""
         self.sock.setsockopt(_SOCKET, _PASSCRED, expected)
 
+    def may_retry(self) -> bool:
+        """Return whether the channel is kept after a refusal, for another request.
+
+        A bound socket stays bound; of unbound ones a party may keep a limited number.
+        """
+        if self.endpoint is not None:
+            return True
+        limits = self.party.limits
+        room = limits is None or self.party.channels < limits.sockets
+        return room and reserve.may_keep(self.sock.fileno())
+
     def has_hung_up(self) -> bool:
         """Return whether the client has closed its socket."""
         poll = select.poll()
@@ -134,6 +142,107 @@ class Channel(Peer):
                 raise Refused(errno.ENOBUFS, f"cannot send the reply: {error}") from None
             if error.errno not in (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET):
                 raise
+
+
+class Listener:
+    """A listening socket, or a named one that may listen later."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self._capacity = -1  # of the backlog; -1: the socket does not listen yet
+        #: parties of the pending connections; accepted ones at the head are not yet recounted
+        self._pending: deque[Party] = deque()
+        self._parties: set[Party] = set()  # parties with connections in it at the last recount
+        #: connections not announced yet: record, descriptor of the socket, party
+        self._held: deque[tuple[bytes, int, Party]] = deque()
+
+    @property
+    def is_listening(self) -> bool:
+        """True if the socket accepts connections."""
+        return self._capacity >= 0
+
+    @property
+    def backlog(self) -> tuple[int, int]:
+        """Number of pending connections, as of now, and their maximum."""
+        self.recount_pending()
+        return len(self._pending) + len(self._held), self._capacity
+
+    def prepare(self, backlog: int) -> None:
+        """Provide space for ``backlog`` connections, or as many as the kernel allows.
+
+        Called before the first connection, and again for each listen() with another backlog.
+        """
+        raise NotImplementedError
+
+    def has_room(self) -> bool:
+        """Return whether the backlog has space for another connection."""
+        if len(self._pending) <= self._capacity and not self._held:
+            return True
+        self.recount_pending()
+        return len(self._pending) + len(self._held) <= self._capacity
+
+    def recount_pending(self) -> None:
+        """Recount pending connections: a program accepts them in order."""
+        raise NotImplementedError
+
+    def announce(self, record: bytes, fd: int, party: Party) -> None:
+        """Send the program a new connection of ``party``, and its record.
+
+        Raises OSError when it cannot be sent.
+        """
+        raise NotImplementedError
+
+    def hold(self, record: bytes, fd: int, party: Party) -> None:
+        """Keep a connection that cannot be announced now, to be announced later."""
+        self._held.append((record, os.dup(fd), party))
+        party.pending += 1
+
+    def announce_held(self) -> bool:
+        """Announce the connections that :meth:`hold` keeps; return whether all were announced.
+
+        Raises OSError when the program cannot receive any announcement any longer.
+        """
+        while self._held:
+            record, fd, party = self._held[0]
+            try:
+                self.announce(record, fd, party)
+            except Refused:  # few descriptors are left
+                return False
+            except OSError as error:
+                if error.errno in SHORTAGE:
+                    return False
+                raise
+            party.pending -= 1  # `hold` and `announce` have both counted it
+            self._held.popleft()
+            os.close(fd)
+        return True
+
+    def is_open(self) -> bool:
+        """Return whether any process has the socket open."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release the pending connections, which will not be accepted."""
+        for _, fd, party in self._held:
+            os.close(fd)
+            party.pending -= 1
+        self._held.clear()
+        self._remove_pending(len(self._pending))
+
+    def _add_pending(self, party: Party) -> None:
+        self._pending.append(party)
+        party.pending += 1
+        if party not in self._parties:
+            self._parties.add(party)
+            party.pending_listeners[self] = None
+
+    def _remove_pending(self, number: int) -> None:
+        for _ in range(number):
+            self._pending.popleft().pending -= 1
+        if not self._pending:
+            for party in self._parties:
+                del party.pending_listeners[self]
+            self._parties.clear()
 
 
 def send_descriptor(sock: _socket.socket, record: bytes, fd: int) -> None:

@@ -11,16 +11,14 @@ from __future__ import annotations
 import _socket
 import errno
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from socket import SHUT_RDWR
-from typing import TYPE_CHECKING
 
 from .._linux.inspection import unread_bytes
 from ..fabric import Denied, Party, Rule
-
-if TYPE_CHECKING:
-    from .datagrams import DatagramSocket
+from .named_sockets import NamedSocket
 
 #: Routes to measure in one step (some 50 microseconds); and for each new route, of the youngest and
 #: of the oldest ones.
@@ -38,6 +36,20 @@ def _route_bytes_max() -> int:
 
 
 _ROUTE_BYTES_MAX = _route_bytes_max()
+
+
+@dataclass(slots=True, eq=False)
+class DatagramSocket(NamedSocket):
+    """A program's datagram socket: not the socket itself, only paths to it."""
+
+    quota: DatagramQuota  #: of its party
+    routes: dict[tuple[int, int], Route] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Revoke every route from this socket, and close the path to it."""
+        for route in list(self.routes.values()):
+            route.revoke()
+        NamedSocket.close(self)
 
 
 class Route:

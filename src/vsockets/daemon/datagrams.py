@@ -35,7 +35,7 @@ from ..fabric import Context, Endpoint, Fabric, Party, Refused, Rule
 from ..limits import DATAGRAM_ROUTES_MAX
 from ..protocol import encode_source
 from .datagram_epochs import end_sockets, is_other_epoch, socket_name
-from .datagram_quota import DatagramQuota, Route
+from .datagram_quota import DatagramQuota, DatagramSocket, Route
 from .deferred_work import DeferredWork, run_for
 from .limits import (
     DAEMON_PROBES_PER_BIND,
@@ -45,21 +45,7 @@ from .limits import (
     DATAGRAM_END_AT_ONCE_SECONDS,
     DATAGRAM_QUOTA_CHECK_SECONDS,
 )
-from .named_sockets import NamedSocket, bind_to_name
-
-
-@dataclass(slots=True, eq=False)
-class DatagramSocket(NamedSocket):
-    """A program's datagram socket: not the socket itself, only paths to it."""
-
-    quota: DatagramQuota  #: of its party
-    routes: dict[tuple[int, int], Route] = field(default_factory=dict)
-
-    def close(self) -> None:
-        """Revoke every route from this socket, and close the path to it."""
-        for route in list(self.routes.values()):
-            route.revoke()
-        NamedSocket.close(self)
+from .named_sockets import bind_to_name
 
 
 @dataclass(slots=True, eq=False)

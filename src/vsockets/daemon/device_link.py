@@ -11,57 +11,192 @@ A descriptor may come together with its request.  It is then a connection whose 
 use vsockd's protocol, and is already the stream: vsockd hands it off or closes it, and never writes
 to it.
 
-In the other direction vsockd sends pending connections (:mod:`.pending_connects`), and, if the
+In the other direction vsockd sends pending connections, and, if the
 device asked for it, the ports of the host that its guest can connect to (:mod:`.host_ports`).
+
+*Pending connections.*  vsockd has done its own checks, and does not know whether the port has a
+listener; the guest's kernel does, through its device, or a unix socket of the host, through the
+hybrid relay.  The device or relay receives each pending connection over its link: the accepting end
+of the stream, with a record.  It replies to the client directly, and reports the outcome to vsockd
+with SETTLE.  SETTLE for a refused connection returns the descriptor, so that the client may retry
+on the same socket; vsockd recognises it by its cookie.  vsockd keeps no copy of the descriptor
+meanwhile: only one process reads from the client, and the client sees EOF whichever side fails.
 """
 
 from __future__ import annotations
 
 import _socket
+import contextlib
 import errno
 import logging
 from dataclasses import replace
 from select import EPOLLOUT
 from socket import (
     AF_UNIX,
+    CMSG_LEN,
+    MSG_CMSG_CLOEXEC,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
+    SO_SNDBUF,
     SOCK_SEQPACKET,
     SOCK_STREAM,
+    SOL_SOCKET,
     SocketKind,
+    socketpair,
 )
-from typing import TYPE_CHECKING
+from typing import NamedTuple, Protocol
 
-from .._linux.sockets import refuse_descriptors
+from .._linux.sockets import SO_SNDBUFFORCE, cookie_of, descriptor_in, refuse_descriptors
 from ..eventloop.loop import EventLoop
 from ..fabric import (
     CAP_NET_BIND_SERVICE,
     Context,
     Credentials,
+    DeviceDatagrams,
     DevicePorts,
     EndpointKind,
+    Fabric,
     Grant,
+    Party,
     Refused,
+    policy,
 )
-from ..protocol import REQUEST_SIZE, Record, Role
-from .channel import PEEK, READ, Channel, send_descriptor
-from .datagrams import DatagramSocket
+from ..limits import CAPTURE_PAYLOAD_MAX_BYTES, LISTEN_BACKLOG_MAX
+from ..protocol import REQUEST_SIZE, Op, ProtocolError, Record, Request, Role
+from .channel import (
+    PEEK,
+    READ,
+    Channel,
+    close_unwanted,
+    has_too_many_unwanted,
+    send_descriptor,
+)
 from .host_ports import HostPorts
-from .pending_connects import HandoffLink
-
-if TYPE_CHECKING:
-    from .broker import Broker
+from .limits import CAPTURE_BUFFER_MAX_BYTES
 
 log = logging.getLogger(__name__)
 
 _KINDS = {SOCK_STREAM: EndpointKind.STREAM, SOCK_SEQPACKET: EndpointKind.SEQPACKET}
 
 
+class LinkCallbacks(Protocol):
+    """The broker, as links use it."""
+
+    fabric: Fabric
+
+    def serve_first(self, channel: Channel) -> None:
+        """Serve the first request on a new channel, or keep the channel until it arrives."""
+
+    def resume(self, channel: Channel) -> None:
+        """Continue with a channel whose connection a device refused."""
+
+
+class PendingConnect(NamedTuple):
+    """A connection that waits for the device's decision."""
+
+    channel: Channel  #: the client's; its socket has been sent over the link
+    cookie: int  #: of that socket
+
+
+class HandoffLink:
+    """A link to a device or relay, open until either side closes it."""
+
+    def __init__(
+        self, loop: EventLoop, broker: LinkCallbacks, context: Context, link: _socket.socket
+    ) -> None:
+        """Serve the link of a device or relay that decides about ports of ``context``."""
+        self._loop = loop
+        self._broker = broker
+        self._context = context
+        self._sock = link
+        self._sender = Party(f"the device of context {context.cid}", None)
+        #: pending connections by listening port and the client's address
+        self._pending: dict[tuple[int, int, int], PendingConnect] = {}
+        link.setblocking(False)
+        loop.watch(link.fileno(), self._ready)
+
+    @property
+    def is_open(self) -> bool:
+        """True until the link is closed."""
+        return self._sock.fileno() >= 0
+
+    def close(self) -> None:
+        """Close the link.  The clients of pending connections see EOF."""
+        if self.is_open:
+            self._loop.unwatch(self._sock.fileno())
+            self._sock.close()
+            for pending in self._pending.values():
+                pending.channel.party.pending -= 1
+            self._pending.clear()
+
+    def has_room(self) -> bool:
+        """Return whether another connection may be pending."""
+        return len(self._pending) < LISTEN_BACKLOG_MAX
+
+    def recount_pending(self) -> None:
+        """Do nothing: the device reports each outcome, so there is nothing to recount."""
+
+    def hand_over(self, record: bytes, source: Channel) -> None:
+        """Hand off a connection of ``source`` to the device."""
+        send_descriptor(self._sock, record, source.sock.fileno())
+        source.last_device = self
+        sent = Record.decode(record)
+        self._pending[sent.local_port, *sent.peer] = PendingConnect(source, cookie_of(source.sock))
+        source.party.pending += 1
+
+    def _ready(self, events: int) -> None:
+        try:
+            data, ancillary, _, _ = self._sock.recvmsg(
+                REQUEST_SIZE, CMSG_LEN(4), MSG_DONTWAIT | MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return
+        except OSError:
+            data, ancillary = b"", []
+        fd = descriptor_in(ancillary)
+        settlement = _decode_settle(data)
+        if settlement is not None:
+            self._complete(settlement, fd)
+        elif fd is not None:
+            self._admit(fd, data)
+        else:
+            self.close()
+
+    def _admit(self, fd: int, data: bytes) -> None:
+        """Handle a descriptor that came with ``data`` and is not a SETTLE."""
+        self._close_unwanted(fd)
+
+    def _close_unwanted(self, fd: int) -> None:
+        """Close a descriptor sent without reason; close the link if there are too many."""
+        close_unwanted(fd, self._sender)
+        if has_too_many_unwanted(self._sender):
+            log.warning("%s sends invalid descriptors: closing its link", self._sender.name)
+            self.close()
+
+    def _complete(self, request: Request, fd: int | None) -> None:
+        peer = request.peer_cid, request.peer_port
+        pending = self._pending.pop((request.local_port, *peer), None)
+        refused = False
+        if pending is not None:
+            pending.channel.party.pending -= 1
+            size = 0 if request.backlog else request.size
+            waits = self._broker.fabric.complete_pending(
+                self._context, request.local_port, peer, size
+            )
+            refused = waits and not size
+        if fd is None:
+            return
+        if pending is not None and refused and _has_cookie(fd, pending.cookie):
+            pending.channel.sock = _socket.socket(fileno=fd)
+            self._broker.resume(pending.channel)
+        else:
+            self._close_unwanted(fd)
+
+
 class DeviceChannel(Channel):
     """A channel whose descriptor came over a device's link."""
 
-    is_kernel = True
-    single_request = True
+    is_device = True
 
     def read(self) -> bytes:
         """Return the next request, without its writer: a device's processes lend it no rights."""
@@ -71,6 +206,13 @@ class DeviceChannel(Channel):
             )
         except ConnectionError:
             return b""
+
+    def may_retry(self) -> bool:
+        """Return False: after a refusal the device closes its end."""
+        return False
+
+    def receive_credentials(self, expected: bool) -> None:
+        """Do nothing: requests are read without their writer."""
 
     def has_capability(self, capability: int) -> bool:
         """Return whether the capability is for reserved ports, which the guest has checked."""
@@ -101,7 +243,7 @@ class DeviceLink(HandoffLink):
     def __init__(
         self,
         loop: EventLoop,
-        broker: Broker,
+        broker: LinkCallbacks,
         context: Context,
         link: _socket.socket,
         credentials: Credentials,
@@ -121,7 +263,7 @@ class DeviceLink(HandoffLink):
             raise Refused(errno.EBUSY, f"context {context.cid} has a device")
         super().__init__(loop, broker, context, link)
         self._credentials = credentials
-        self._datagrams: DatagramSocket | None = None
+        self._datagrams: DeviceDatagrams | None = None
         self._host_ports: HostPorts | None = None
         context.device = DevicePorts(credentials, self, None, seqpacket)
         if host_ports:
@@ -144,7 +286,7 @@ class DeviceLink(HandoffLink):
         if self._host_ports is not None:
             self._host_ports.refresh()
 
-    def set_datagrams(self, datagrams: DatagramSocket) -> None:
+    def set_datagrams(self, datagrams: DeviceDatagrams) -> None:
         """Set the socket that receives datagrams to the guest's ports."""
         if self._datagrams is not None:
             self._datagrams.close()
@@ -185,8 +327,9 @@ class DeviceLink(HandoffLink):
             self._close_unwanted(sock.detach())
             return
         if kind is EndpointKind.STREAM:
-            # Before the socket is handed off to its program.
-            refuse_descriptors(sock)
+            refuse_descriptors(
+                sock
+            )  # descriptors sent to the program that the socket will be handed to
         arguments = sock, self._context, kind, self._credentials
         if len(data) < REQUEST_SIZE:
             self._broker.serve_first(DeviceChannel(*arguments))
@@ -194,3 +337,50 @@ class DeviceLink(HandoffLink):
             given = HandoffChannel(*arguments)
             given.request = data
             self._broker.serve_first(given)
+
+
+def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socket:
+    """Return the socket on which the client receives records (:mod:`.protocol.vsockmon`).
+
+    vsockd connects the two sides and keeps neither: it creates a socket pair, and sends one end to
+    the device and the other to the client.
+
+    Raises Refused with EACCES (the client may not capture), ENOENT (no such context), ENOTSUP (it
+    has no device) or ENOBUFS (the device's link is full).
+    """
+    policy.require_capture(channel.context, channel.asker, fabric.settings)
+    context = fabric.contexts.require(request.peer_cid)
+    if context.device is None:
+        raise Refused(errno.ENOTSUP, f"context {context.cid} has no device")
+    theirs, ours = socketpair(AF_UNIX, SOCK_SEQPACKET)
+    with ours:
+        try:
+            ours.setsockopt(SOL_SOCKET, SO_SNDBUF, CAPTURE_BUFFER_MAX_BYTES)
+            with contextlib.suppress(PermissionError):  # above net.core.wmem_max
+                ours.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, CAPTURE_BUFFER_MAX_BYTES)
+            limit = min(request.size, CAPTURE_PAYLOAD_MAX_BYTES)
+            context.device.streams.send_capture(ours.fileno(), limit, request.peer_port)
+        except OSError:
+            theirs.close()
+            raise Refused(errno.ENOBUFS, "the device's link is full") from None
+    return theirs
+
+
+def _decode_settle(data: bytes) -> Request | None:
+    try:
+        request = Request.decode(data)
+    except ProtocolError:
+        return None
+    return request if request.op == Op.SETTLE else None
+
+
+def _has_cookie(fd: int, cookie: int) -> bool:
+    """Return whether ``fd`` is the socket with this cookie, which the kernel never reuses."""
+    try:
+        sock = _socket.socket(fileno=fd)
+    except OSError:
+        return False
+    try:
+        return cookie_of(sock) == cookie
+    finally:
+        sock.detach()

@@ -34,8 +34,8 @@ from ..protocol.hybrid import Connect, ok_line, port_name
 from .broker import Broker
 from .channel import Channel
 from .credentials import peer_credentials
+from .device_link import HandoffLink
 from .limits import CONTROL_BACKLOG_MAX
-from .pending_connects import HandoffLink
 from .run_as import acting_as
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ _READ = int(MSG_DONTWAIT)
 class HybridChannel(Channel):
     """A program of the host that uses the hybrid handshake instead of vsockd's protocol."""
 
-    single_request = True
     connect_flags = int(RequestFlag.OK_LINE)
 
     def __init__(self, sock: _socket.socket, host: Context, cid: int) -> None:
@@ -73,6 +72,10 @@ class HybridChannel(Channel):
             return b""
         wanted = self._cid, line.port
         return Request(Op.CONNECT, 0, 0, 0, *wanted, 0, *BufferSizes()).encode()
+
+    def may_retry(self) -> bool:
+        """Return False: the handshake has one CONNECT line."""
+        return False
 
     def send(self, record: bytes) -> None:
         """Send the OK line for an accepted connection; a refused one is closed without a reply."""

@@ -14,8 +14,6 @@ fail.
 from __future__ import annotations
 
 import _socket
-import errno
-import os
 import struct
 from collections import deque
 from socket import (
@@ -33,11 +31,11 @@ from socket import (
 )
 
 from .._linux.inspection import unread_bytes
-from ..fabric import Party, Refused
+from ..fabric import Party
 from ..limits import LISTEN_BACKLOG_MAX
 from ..protocol import RECORD_SIZE
 from . import reserve
-from .channel import Channel
+from .channel import SHORTAGE, Channel, Listener
 from .limits import DAEMON_UNREAD_REPLIES_MAX
 from .named_sockets import NamedSocket
 
@@ -45,112 +43,7 @@ _FD = struct.Struct("i")
 # Plain integers: `|` of enum flags costs as much as a system call.
 _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 _TOKEN_FLAGS = int(SOCK_NONBLOCK | SOCK_CLOEXEC)
-#: Errors for which announcing a connection can succeed later: its user has too many descriptors in
-#: flight, memory is short, or the program has not read earlier announcements.
-SHORTAGE = (errno.ETOOMANYREFS, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
-
 _SOCKET, _RIGHTS, _DATAGRAM = int(SOL_SOCKET), int(SCM_RIGHTS), int(SOCK_DGRAM)
-
-
-class Listener:
-    """A listening socket, or a named one that may listen later."""
-
-    def __init__(self, channel: Channel) -> None:
-        self.channel = channel
-        self._capacity = -1  # of the backlog; -1: the socket does not listen yet
-        #: parties of the pending connections; accepted ones at the head are not yet recounted
-        self._pending: deque[Party] = deque()
-        self._parties: set[Party] = set()  # parties with connections in it at the last recount
-        #: connections not announced yet: record, descriptor of the socket, party
-        self._held: deque[tuple[bytes, int, Party]] = deque()
-
-    @property
-    def is_listening(self) -> bool:
-        """True if the socket accepts connections."""
-        return self._capacity >= 0
-
-    @property
-    def backlog(self) -> tuple[int, int]:
-        """Number of pending connections, as of now, and their maximum."""
-        self.recount_pending()
-        return len(self._pending) + len(self._held), self._capacity
-
-    def prepare(self, backlog: int) -> None:
-        """Provide space for ``backlog`` connections, or as many as the kernel allows.
-
-        Called before the first connection, and again for each listen() with another backlog.
-        """
-        raise NotImplementedError
-
-    def has_room(self) -> bool:
-        """Return whether the backlog has space for another connection."""
-        if len(self._pending) <= self._capacity and not self._held:
-            return True
-        self.recount_pending()
-        return len(self._pending) + len(self._held) <= self._capacity
-
-    def recount_pending(self) -> None:
-        """Recount pending connections: a program accepts them in order."""
-        raise NotImplementedError
-
-    def announce(self, record: bytes, fd: int, party: Party) -> None:
-        """Send the program a new connection of ``party``, and its record.
-
-        Raises OSError when it cannot be sent.
-        """
-        raise NotImplementedError
-
-    def hold(self, record: bytes, fd: int, party: Party) -> None:
-        """Keep a connection that cannot be announced now, to be announced later."""
-        self._held.append((record, os.dup(fd), party))
-        party.pending += 1
-
-    def announce_held(self) -> bool:
-        """Announce the connections that :meth:`hold` keeps; return whether all were announced.
-
-        Raises OSError when the program cannot receive any announcement any longer.
-        """
-        while self._held:
-            record, fd, party = self._held[0]
-            try:
-                self.announce(record, fd, party)
-            except Refused:  # few descriptors are left
-                return False
-            except OSError as error:
-                if error.errno in SHORTAGE:
-                    return False
-                raise
-            party.pending -= 1  # `hold` and `announce` have both counted it
-            self._held.popleft()
-            os.close(fd)
-        return True
-
-    def is_open(self) -> bool:
-        """Return whether any process has the socket open."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Release the pending connections, which will not be accepted."""
-        for _, fd, party in self._held:
-            os.close(fd)
-            party.pending -= 1
-        self._held.clear()
-        self._remove_pending(len(self._pending))
-
-    def _add_pending(self, party: Party) -> None:
-        self._pending.append(party)
-        party.pending += 1
-        if party not in self._parties:
-            self._parties.add(party)
-            party.pending_listeners[self] = None
-
-    def _remove_pending(self, number: int) -> None:
-        for _ in range(number):
-            self._pending.popleft().pending -= 1
-        if not self._pending:
-            for party in self._parties:
-                del party.pending_listeners[self]
-            self._parties.clear()
 
 
 class AnnouncedListener(Listener):

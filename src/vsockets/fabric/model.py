@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..model.address import FIRST_GUEST_CID, LAST_GUEST_CID
 from ..model.buffers import BufferSizes
@@ -105,7 +105,7 @@ class Endpoint:
     trust: Trust | None = None  #: set for the host's endpoints only
     cookie: int = 0
     inode: int = 0  #: the socket's inode as its program reported it, to show its holders; 0 unknown
-    handle: object = None  #: vsockd's object for the socket, opaque to the fabric
+    handle: Any = None  #: vsockd's object for the socket, opaque to the fabric
     listening: bool = False
     #: True if the device or hybrid relay behind the port decides whether a listener exists
     pending: bool = False
@@ -118,13 +118,39 @@ class Endpoint:
         return self.cid, self.port
 
 
+class DeviceDatagrams(Protocol):
+    """The socket that receives all datagrams to a guest with a device."""
+
+    def close(self) -> None:
+        """Revoke every route from the guest, and close the path to the socket."""
+
+
+class DeviceStreams(Protocol):
+    """A device's link to vsockd: the handle of the guest's stream endpoints."""
+
+    def close(self) -> None:
+        """Detach the device: its guest's ports cannot be reached any longer."""
+
+    def refresh(self) -> None:
+        """Report the host's ports again after a change of the guest's state or isolation."""
+
+    def set_datagrams(self, datagrams: DeviceDatagrams) -> None:
+        """Set the socket that receives datagrams to the guest's ports."""
+
+    def send_capture(self, fd: int, limit: int, port: int) -> None:
+        """Send ``fd`` to the device, which writes captured records to it.  Raises OSError."""
+
+    def send_buffer_size(self, own: tuple[int, int], peer: tuple[int, int], size: int) -> None:
+        """Report the size of ``peer``'s receive buffer for address ``own``.  Raises OSError."""
+
+
 @dataclass(frozen=True, slots=True)
 class DevicePorts:
     """The ports that a guest's device serves; the guest's kernel decides about each of them."""
 
     owner: Credentials  #: the device's process
-    streams: object  #: handle of its stream endpoints
-    datagrams: object  #: handle of its datagram endpoints
+    streams: DeviceStreams  #: handle of its stream endpoints
+    datagrams: DeviceDatagrams | None  #: handle of its datagram endpoints
     seqpacket: bool = False  #: True if ``streams`` accepts sequenced packet sockets, too
 
     def endpoint(self, context: Context, kind: EndpointKind, port: int) -> Endpoint | None:

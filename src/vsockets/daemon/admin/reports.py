@@ -11,7 +11,6 @@ from typing import Any
 from ...fabric import LIMIT_RULES, Connection, Context, Counts, Endpoint, EndpointKind
 from ..broker import Broker
 from ..datagrams import Traffic
-from ..listeners import Listener
 
 
 def status(broker: Broker) -> dict[str, Any]:
@@ -138,7 +137,6 @@ def _endpoint_row(endpoint: Endpoint, traffic: Traffic) -> dict[str, Any]:
         receive, send = traffic.by_receiver[endpoint.address], traffic.by_sender[endpoint.address]
     elif endpoint.listening:
         state = "listening"
-        assert isinstance(endpoint.handle, Listener)
         receive, send = endpoint.handle.backlog
     return {
         "context": endpoint.context.cid,
