@@ -32,7 +32,7 @@ from ..state_folder import (
 )
 from .admin import reports
 from .admin.audit import Audit
-from .admin.control import ControlSocket
+from .admin.control import ControlHandlers, ControlSocket
 from .admin.events import Events
 from .broker import Broker
 from .configuration import ConfigurationError, load
@@ -92,7 +92,11 @@ class Vsockd:
             *(audit, self.events, IsolatedGuests(private / ISOLATED)),
         )
         self.contexts.configure(settings)
-        self._control = ControlSocket(self.loop, self, self.folder / CONTROL)
+        handlers = ControlHandlers(
+            *(self.broker, self.contexts, self.events),
+            *(self.status, self.reload, self.stop_for_good),
+        )
+        self._control = ControlSocket(self.loop, handlers, self.folder / CONTROL)
 
     def run(self, announce_ready: Callable[[], None] = lambda: None) -> bool:
         """Serve until SIGTERM, SIGINT or a stop request, then remove all files.

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..._linux.folders import file_mode
 from ..._linux.sockets import refuse_descriptors
@@ -24,15 +24,14 @@ from ...fabric import Change, Context, ContextSettings, Isolation, Limits, Profi
 from ...model.address import LARGEST
 from ...model.locator import check_hybrid_path
 from ...state_folder import short_path
+from ..broker import Broker
 from ..configuration import ConfigurationError
+from ..context_manager import ContextManager
 from ..credentials import peer_credentials
 from ..device_link import DeviceLink
 from ..limits import CONTROL_REQUEST_MAX_BYTES, EVENTS_UNREAD_MAX_BYTES
 from . import reports
-from .events import Topic
-
-if TYPE_CHECKING:
-    from ..vsockd import Vsockd
+from .events import Events, Topic
 
 Arguments = Mapping[str, Any]
 
@@ -41,12 +40,24 @@ class BadRequest(Exception):
     """An invalid request; the text says what was expected."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ControlHandlers:
+    """The parts and operations of vsockd that administrators may use."""
+
+    broker: Broker
+    contexts: ContextManager
+    events: Events
+    status: Callable[[], dict[str, Any]]
+    reload: Callable[[], None]
+    stop: Callable[[], None]
+
+
 class ControlSocket:
     """The listening socket at ``path``; a connection may carry any number of requests."""
 
-    def __init__(self, loop: EventLoop, vsockd: Vsockd, path: Path) -> None:
+    def __init__(self, loop: EventLoop, handlers: ControlHandlers, path: Path) -> None:
         self._loop = loop
-        self._vsockd = vsockd
+        self._handlers = handlers
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         refuse_descriptors(listener)
         with short_path(path) as spelled, file_mode(0o600):
@@ -61,31 +72,31 @@ class ControlSocket:
     def _admit(self, fd: int) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
         sock.setblocking(False)
-        ControlSession(self._loop, self._vsockd, sock)
+        ControlSession(self._loop, self._handlers, sock)
 
 
 class ControlSession:
     """One administrator's connection, and the leases that end with it."""
 
-    def __init__(self, loop: EventLoop, vsockd: Vsockd, sock: socket.socket) -> None:
+    def __init__(self, loop: EventLoop, handlers: ControlHandlers, sock: socket.socket) -> None:
         self._loop = loop
-        self._vsockd = vsockd
+        self._handlers = handlers
         self._sock = sock
         self._received = b""
         self._leases: list[Context] = []
         self._operations: dict[str, Callable[[Arguments], Any]] = {
-            "status": lambda _: vsockd.status(),
-            "counts": lambda _: reports.counts(vsockd.broker),
-            "sockets": lambda _: reports.socket_rows(vsockd.broker),
+            "status": lambda _: handlers.status(),
+            "counts": lambda _: reports.counts(handlers.broker),
+            "sockets": lambda _: reports.socket_rows(handlers.broker),
             "context.list": self._list_contexts,
             "context.add": self._add_context,
             "context.change": self._change_context,
             "context.remove": self._remove_context,
             "context.device": self._attach_device,
             "stream.disconnect": self._disconnect,
-            "reload": lambda _: vsockd.reload(),
+            "reload": lambda _: handlers.reload(),
             "subscribe": self._subscribe,
-            "stop": lambda _: vsockd.stop_for_good(),
+            "stop": lambda _: handlers.stop(),
         }
         self._missed = 0
         self._descriptors: list[int] = []  # to send with the next reply
@@ -137,22 +148,22 @@ class ControlSession:
 
     def _close(self) -> None:
         self._loop.unwatch(self._sock.fileno())
-        self._vsockd.events.unsubscribe(self._send_event)
+        self._handlers.events.unsubscribe(self._send_event)
         self._sock.close()
         for context in self._leases:
-            self._vsockd.contexts.end_lease(context)
+            self._handlers.contexts.end_lease(context)
 
     # Contexts
 
     def _list_contexts(self, _: Arguments) -> list[dict[str, Any]]:
-        self._vsockd.broker.refresh()
-        self._vsockd.broker.recount_pending()
-        contexts = sorted(self._vsockd.fabric.contexts, key=lambda context: context.cid)
+        self._handlers.broker.refresh()
+        self._handlers.broker.recount_pending()
+        contexts = sorted(self._handlers.broker.fabric.contexts, key=lambda context: context.cid)
         return [self._row(context) for context in contexts if context.cid]
 
     def _row(self, context: Context) -> dict[str, Any]:
-        folder = self._vsockd.contexts.folder_of(context)
-        return reports.context_row(self._vsockd.broker, context, folder)
+        folder = self._handlers.contexts.folder_of(context)
+        return reports.context_row(self._handlers.broker, context, folder)
 
     def _add_context(self, arguments: Arguments) -> dict[str, Any]:
         owner = _optional(arguments, "owner", int)
@@ -164,13 +175,13 @@ class ControlSession:
             name=_optional(arguments, "name", str) or "",
             owner=owner,
             isolation=_isolation(arguments),
-            limits=_limits(arguments, self._vsockd.fabric.settings.limits),
+            limits=_limits(arguments, self._handlers.broker.fabric.settings.limits),
             powered=powered is not False,
             hybrid=_hybrid(arguments),
             reserved_ports=bool(_optional(arguments, "reserved_ports", bool)),
         )
         lease = bool(_optional(arguments, "lease", bool))
-        context = self._vsockd.contexts.add(
+        context = self._handlers.contexts.add(
             wanted, lease, profile_given=arguments.get("profile") is not None
         )
         if lease:
@@ -178,24 +189,24 @@ class ControlSession:
         return self._row(context)
 
     def _change_context(self, arguments: Arguments) -> dict[str, Any]:
-        context = self._vsockd.fabric.contexts.require(_cid(arguments))
+        context = self._handlers.broker.fabric.contexts.require(_cid(arguments))
         change = _choice(arguments, "change", Change)
-        left = self._vsockd.contexts.change(context, change)
+        left = self._handlers.contexts.change(context, change)
         return {"context": self._row(context), "streams_left": reports.stream_names(left)}
 
     def _remove_context(self, arguments: Arguments) -> None:
-        self._vsockd.contexts.remove(_cid(arguments))
+        self._handlers.contexts.remove(_cid(arguments))
 
     def _attach_device(self, arguments: Arguments) -> None:
         """Attach a device; its link is sent with the reply (:mod:`.device_link`)."""
-        vsockd = self._vsockd
-        context = vsockd.fabric.contexts.require(_cid(arguments))
+        broker = self._handlers.broker
+        context = broker.fabric.contexts.require(_cid(arguments))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             seqpacket = bool(_optional(arguments, "seqpacket", bool))
             owner = peer_credentials(self._sock)
             host_ports = bool(_optional(arguments, "host_ports", bool))
-            DeviceLink(self._loop, vsockd.broker, context, ours, owner, seqpacket, host_ports)
+            DeviceLink(self._loop, broker, context, ours, owner, seqpacket, host_ports)
         except (Refused, BadRequest):
             ours.close()
             theirs.close()
@@ -206,7 +217,7 @@ class ControlSession:
 
     def _disconnect(self, arguments: Arguments) -> dict[str, Any]:
         ends = _address(arguments, "local"), _address(arguments, "peer")
-        left = self._vsockd.contexts.disconnect(*ends, peer_credentials(self._sock))
+        left = self._handlers.contexts.disconnect(*ends, peer_credentials(self._sock))
         return {"streams_left": reports.stream_names(left)}
 
     # Events
@@ -217,7 +228,7 @@ class ControlSession:
             raise BadRequest(f"topics: expected a list of {_names(Topic)}, not {topics!r}")
         wanted = [_choice({"topics": topic}, "topics", Topic) for topic in topics]
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, EVENTS_UNREAD_MAX_BYTES)
-        self._vsockd.events.subscribe(self._send_event, wanted)
+        self._handlers.events.subscribe(self._send_event, wanted)
 
     def _send_event(self, event: Mapping[str, Any]) -> None:
         """Send an event if the socket has space; ``missed`` counts those left out before it."""
