@@ -118,7 +118,7 @@ def test_programs_that_cannot_be_run(vsock: Vsock, tmp_path: Path) -> None:
     vsock.fail(
         ("run no-such-program", 127, "no-such-program: No such file or directory"),
         (f"run {plain}", 126, f"{plain}: Permission denied"),
-        ("run --cid local true", 1, "CID 1 is not a guest's"),
+        ("run --cid local true", 1, "cid: 1 is out of range"),
     )
 
 

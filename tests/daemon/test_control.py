@@ -138,7 +138,7 @@ def test_contexts(vsock_fabric: PrivateFabric) -> None:
 
 @pytest.mark.parametrize("cid", [-1, 0, 1, 2, 2**32 - 1, 2**32, HUGE])
 def test_cids_that_are_no_guests(shared_fabric: PrivateFabric, cid: int) -> None:
-    with pytest.raises(OSError, match="is not a guest's") as refusal:
+    with pytest.raises(OSError, match="is out of range, expected 3 to") as refusal:
         shared_fabric.control.add_context(cid)
     assert refusal.value.errno == errno.EINVAL
 
@@ -311,7 +311,8 @@ def test_arguments_of_another_type(
 ) -> None:
     answer = ask_line(line, json.dumps(arguments).encode())
     assert answer["errno"] == errno.EINVAL
-    assert answer["error"].startswith(f"{key}: expected ")
+    assert answer["error"].startswith(f"{key}: ")
+    assert "expected a" in answer["error"]
     contexts = ask_line(line, b'{"op": "context.list"}')
     assert [row["cid"] for row in contexts["ok"]] == [2, GUEST]
 

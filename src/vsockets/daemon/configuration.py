@@ -22,7 +22,15 @@ from ..model.locator import check_hybrid_path
 from ..toml.tables import ConfigurationError, Table, kind, read_toml, shown
 from ..vmware import Vmx, VmxError, read_vmx
 
-__all__ = ["ConfigurationError", "default_configuration_folder", "load"]
+__all__ = [
+    "LARGEST_ID",
+    "ConfigurationError",
+    "default_configuration_folder",
+    "load",
+    "read_hybrid",
+    "read_isolation",
+    "read_limits",
+]
 
 #: The largest user or group id; the next one, (uid_t)-1, means "no change" to chown(2).
 LARGEST_ID = (1 << 32) - 2
@@ -84,17 +92,11 @@ def _override(settings: Settings, root: Table) -> Settings:
     domains = _domains(host)
     return replace(
         settings,
-        limits=_limits(root.table("limits"), settings.limits),
-        host_limits=_limits(host.table("limits"), settings.host_limits, _HOST_LIMITS),
+        limits=read_limits(root.table("limits"), settings.limits),
+        host_limits=read_limits(host.table("limits"), settings.host_limits, _HOST_LIMITS),
         host_domains=settings.host_domains if domains is None else domains,
         audit_rate=audit.integer("rate", 1) or settings.audit_rate,
     )
-
-
-def _limits(table: Table, base: Limits, known: tuple[str, ...] = _LIMITS) -> Limits:
-    table.require_known(*known)
-    given = {key: table.integer(key, 1) for key in known}
-    return replace(base, **{key: value for key, value in given.items() if value is not None})
 
 
 def _contexts(tables: list[Table], limits: Limits) -> tuple[ContextSettings, ...]:
@@ -123,7 +125,7 @@ def _context(table: Table, limits: Limits) -> ContextSettings:
     table.require_known(*known)
     cid = table.integer("cid", FIRST_GUEST_CID, LAST_GUEST_CID)
     name = table.text("name")
-    isolation = _isolation(table)
+    isolation = read_isolation(table)
     if "vmx" in table.values:
         with _named_by(table):
             vmx = _vmx(table)
@@ -139,13 +141,24 @@ def _context(table: Table, limits: Limits) -> ContextSettings:
         name=name or "",
         owner=_id(table, "owner", "user", lambda name: pwd.getpwnam(name).pw_uid),
         isolation=isolation,
-        limits=_limits(table.table("limits"), limits),
+        limits=read_limits(table.table("limits"), limits),
         powered=table.choice("power", ("on", "off")) != "off",
-        hybrid=_hybrid(table),
+        hybrid=read_hybrid(table),
     )
 
 
-def _hybrid(table: Table) -> str:
+# Keys of a context, in files and in requests on the control socket
+
+
+def read_limits(table: Table, base: Limits, known: tuple[str, ...] = _LIMITS) -> Limits:
+    """Return ``base`` with the limits that the table ``limits`` sets."""
+    table.require_known(*known)
+    given = {key: table.integer(key, 1) for key in known}
+    return replace(base, **{key: value for key, value in given.items() if value is not None})
+
+
+def read_hybrid(table: Table) -> str:
+    """Return the path of a context's hybrid socket; "" without one."""
     path = table.text("hybrid")
     if path is None:
         return ""
@@ -154,7 +167,8 @@ def _hybrid(table: Table) -> str:
     return path
 
 
-def _isolation(table: Table) -> Isolation:
+def read_isolation(table: Table) -> Isolation:
+    """Return the isolation of a context."""
     profile = Profile(table.choice("profile", _PROFILES) or Profile.DEFAULT)
     unrestricted, domain = table.boolean("unrestricted"), table.text("domain")
     for key in _LEGACY_ONLY:
@@ -166,11 +180,15 @@ def _isolation(table: Table) -> Isolation:
     return Isolation(profile, bool(unrestricted), domain or "")
 
 
+# Values of files only
+
+
 def _vmx(table: Table) -> Vmx:
     """Return the virtual machine that a context refers to, which must have a VMCI device."""
     text = table.text("vmx")
     if not text or "\0" in text:
         raise table.error(f"{shown(text or '')}, expected the path of a .vmx file", "vmx")
+    assert table.file is not None
     vmx = read_vmx(table.file.parent / text)
     vmx.require_vmci()
     return vmx

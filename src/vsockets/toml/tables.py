@@ -23,6 +23,7 @@ _KINDS = {
     str: "a string",
     list: "an array",
     dict: "a table",
+    type(None): "null",
 }
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}")
 _SYNTAX_ERROR = re.compile(r"(?P<problem>.*) \(at (?:line (?P<line>\d+), )?(?P<place>.*)\)")
@@ -44,9 +45,12 @@ class ConfigurationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table of a file.  A missing key reads as None, or as an empty table."""
+    """One table of a file; or a JSON object, without ``file``.
 
-    file: Path
+    A missing key reads as None, or as an empty table.
+    """
+
+    file: Path | None
     lines: Mapping[toml_lines.Path, int]
     path: toml_lines.Path  #: from the document's root
     values: Mapping[str, Any]
@@ -60,6 +64,8 @@ class Table:
         """Return an error about a value in this table, or without ``inner`` about the table."""
         path = self.path + inner
         key = ".".join(_spelled(name) for name in path if isinstance(name, str))
+        if self.file is None:
+            return ConfigurationError("", None, key, problem)
         line = toml_lines.line_of(self.lines, path)
         return ConfigurationError(str(self.file), line or 1, key, problem)
 

@@ -14,30 +14,30 @@ import socket
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..._linux.folders import file_mode
 from ..._linux.sockets import refuse_descriptors
 from ...eventloop.acceptor import Acceptor
 from ...eventloop.loop import EventLoop
-from ...fabric import Change, Context, ContextSettings, Isolation, Limits, Profile, Refused
-from ...model.address import LARGEST
-from ...model.locator import check_hybrid_path
+from ...fabric import Change, Context, ContextSettings, Refused
+from ...model.address import FIRST_GUEST_CID, LARGEST, LAST_GUEST_CID
 from ...state_folder import short_path
+from ...toml.tables import Table, kind, one_of, shown
 from ..broker import Broker
-from ..configuration import ConfigurationError
+from ..configuration import (
+    LARGEST_ID,
+    ConfigurationError,
+    read_hybrid,
+    read_isolation,
+    read_limits,
+)
 from ..context_manager import ContextManager
 from ..credentials import peer_credentials
 from ..device_link import DeviceLink
 from ..limits import CONTROL_REQUEST_MAX_BYTES, EVENTS_UNREAD_MAX_BYTES
 from . import reports
 from .events import Events, Topic
-
-Arguments = Mapping[str, Any]
-
-
-class BadRequest(Exception):
-    """An invalid request; the text says what was expected."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class ControlSession:
         self._sock = sock
         self._received = b""
         self._leases: list[Context] = []
-        self._operations: dict[str, Callable[[Arguments], Any]] = {
+        self._operations: dict[str, Callable[[Table], Any]] = {
             "status": lambda _: handlers.status(),
             "counts": lambda _: reports.counts(handlers.broker),
             "sockets": lambda _: reports.socket_rows(handlers.broker),
@@ -131,15 +131,12 @@ class ControlSession:
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:
-            try:
-                request = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadRequest(f"not a line of JSON: {error}") from None
-            op = request.get("op") if isinstance(request, dict) else None
+            request = _read_request(line)
+            op = request.values.get("op")
             if not isinstance(op, str) or op not in self._operations:
-                raise BadRequest(f"expected an object with op one of {sorted(self._operations)}")
+                raise request.error(f"expected one of {sorted(self._operations)}", "op")
             return {"ok": self._operations[op](request)}
-        except (BadRequest, ConfigurationError) as error:
+        except ConfigurationError as error:
             return {"error": str(error), "errno": errno.EINVAL}
         except Refused as refused:
             return {"error": refused.reason, "errno": refused.errno}
@@ -155,7 +152,7 @@ class ControlSession:
 
     # Contexts
 
-    def _list_contexts(self, _: Arguments) -> list[dict[str, Any]]:
+    def _list_contexts(self, _: Table) -> list[dict[str, Any]]:
         self._handlers.broker.refresh()
         self._handlers.broker.recount_pending()
         contexts = sorted(self._handlers.broker.fabric.contexts, key=lambda context: context.cid)
@@ -165,49 +162,47 @@ class ControlSession:
         folder = self._handlers.contexts.folder_of(context)
         return reports.context_row(self._handlers.broker, context, folder)
 
-    def _add_context(self, arguments: Arguments) -> dict[str, Any]:
-        owner = _optional(arguments, "owner", int)
-        if owner is not None and not 0 <= owner < LARGEST:
-            raise BadRequest(f"owner: expected a user id, not {owner}")
-        powered = _optional(arguments, "powered", bool)
+    def _add_context(self, request: Table) -> dict[str, Any]:
         wanted = ContextSettings(
-            cid=_optional(arguments, "cid", int),
-            name=_optional(arguments, "name", str) or "",
-            owner=owner,
-            isolation=_isolation(arguments),
-            limits=_limits(arguments, self._handlers.broker.fabric.settings.limits),
-            powered=powered is not False,
-            hybrid=_hybrid(arguments),
-            reserved_ports=bool(_optional(arguments, "reserved_ports", bool)),
+            cid=request.integer("cid", FIRST_GUEST_CID, LAST_GUEST_CID),
+            name=request.text("name") or "",
+            owner=request.integer("owner", 0, LARGEST_ID),
+            isolation=read_isolation(request),
+            limits=read_limits(
+                request.table("limits"), self._handlers.broker.fabric.settings.limits
+            ),
+            powered=request.boolean("powered") is not False,
+            hybrid=read_hybrid(request),
+            reserved_ports=bool(request.boolean("reserved_ports")),
         )
-        lease = bool(_optional(arguments, "lease", bool))
+        lease = bool(request.boolean("lease"))
         context = self._handlers.contexts.add(
-            wanted, lease, profile_given=arguments.get("profile") is not None
+            wanted, lease, profile_given="profile" in request.values
         )
         if lease:
             self._leases.append(context)
         return self._row(context)
 
-    def _change_context(self, arguments: Arguments) -> dict[str, Any]:
-        context = self._handlers.broker.fabric.contexts.require(_cid(arguments))
-        change = _choice(arguments, "change", Change)
+    def _change_context(self, request: Table) -> dict[str, Any]:
+        context = self._handlers.broker.fabric.contexts.require(_cid(request))
+        change = Change(_choice(request, "change", Change))
         left = self._handlers.contexts.change(context, change)
         return {"context": self._row(context), "streams_left": reports.stream_names(left)}
 
-    def _remove_context(self, arguments: Arguments) -> None:
-        self._handlers.contexts.remove(_cid(arguments))
+    def _remove_context(self, request: Table) -> None:
+        self._handlers.contexts.remove(_cid(request))
 
-    def _attach_device(self, arguments: Arguments) -> None:
+    def _attach_device(self, request: Table) -> None:
         """Attach a device; its link is sent with the reply (:mod:`.device_link`)."""
         broker = self._handlers.broker
-        context = broker.fabric.contexts.require(_cid(arguments))
+        context = broker.fabric.contexts.require(_cid(request))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            seqpacket = bool(_optional(arguments, "seqpacket", bool))
+            seqpacket = bool(request.boolean("seqpacket"))
             owner = peer_credentials(self._sock)
-            host_ports = bool(_optional(arguments, "host_ports", bool))
+            host_ports = bool(request.boolean("host_ports"))
             DeviceLink(self._loop, broker, context, ours, owner, seqpacket, host_ports)
-        except (Refused, BadRequest):
+        except (Refused, ConfigurationError):
             ours.close()
             theirs.close()
             raise
@@ -215,18 +210,22 @@ class ControlSession:
 
     # Streams
 
-    def _disconnect(self, arguments: Arguments) -> dict[str, Any]:
-        ends = _address(arguments, "local"), _address(arguments, "peer")
+    def _disconnect(self, request: Table) -> dict[str, Any]:
+        ends = _address(request, "local"), _address(request, "peer")
         left = self._handlers.contexts.disconnect(*ends, peer_credentials(self._sock))
         return {"streams_left": reports.stream_names(left)}
 
     # Events
 
-    def _subscribe(self, arguments: Arguments) -> None:
-        topics = arguments.get("topics")
-        if not isinstance(topics, list) or not topics:
-            raise BadRequest(f"topics: expected a list of {_names(Topic)}, not {topics!r}")
-        wanted = [_choice({"topics": topic}, "topics", Topic) for topic in topics]
+    def _subscribe(self, request: Table) -> None:
+        topics = request.texts("topics")
+        for index, topic in enumerate(topics or ()):
+            if topic not in _values(Topic):
+                problem = f"{shown(topic)} is unknown, expected {one_of(_values(Topic))}"
+                raise request.error(problem, "topics", index)
+        if not topics:
+            raise request.error(f"expected a list of {one_of(_values(Topic))}", "topics")
+        wanted = [Topic(topic) for topic in topics]
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, EVENTS_UNREAD_MAX_BYTES)
         self._handlers.events.subscribe(self._send_event, wanted)
 
@@ -244,71 +243,45 @@ class ControlSession:
             self._missed = 0
 
 
-def _cid(arguments: Arguments) -> int:
-    cid: int | None = _optional(arguments, "cid", int)
+def _read_request(line: bytes) -> Table:
+    """Return a request's arguments; those that are null count as missing.
+
+    Raises ConfigurationError when ``line`` is not a JSON object.
+    """
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError("", None, "", f"not a line of JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise ConfigurationError("", None, "", f"{kind(request)}, expected a JSON object")
+    given = {key: value for key, value in request.items() if value is not None}
+    return Table(None, {}, (), given)
+
+
+def _cid(request: Table) -> int:
+    cid = request.integer("cid", 0, LARGEST)
     if cid is None:
-        raise BadRequest("cid: expected a number")
+        raise request.error("missing, expected a CID", "cid")
     return cid
 
 
-def _address(arguments: Arguments, key: str) -> tuple[int, int]:
-    address = _optional(arguments, key, list)
+def _address(request: Table, key: str) -> tuple[int, int]:
+    address = request.values.get(key)
     if (
-        address is None
+        not isinstance(address, list)
         or len(address) != 2
         or not all(type(number) is int and 0 <= number <= LARGEST for number in address)
     ):
-        raise BadRequest(f"{key}: expected [CID, port], two numbers from 0 to {LARGEST}")
+        raise request.error(f"expected [CID, port], two numbers from 0 to {LARGEST}", key)
     return address[0], address[1]
 
 
-def _hybrid(arguments: Arguments) -> str:
-    path: str = _optional(arguments, "hybrid", str) or ""
-    problem = check_hybrid_path(path) if path else ""
-    if problem:
-        raise BadRequest(f"hybrid: {problem}")
-    return path
+def _choice(request: Table, key: str, choices: type[Enum]) -> str:
+    choice = request.choice(key, _values(choices))
+    if choice is None:
+        raise request.error(f"missing, expected {one_of(_values(choices))}", key)
+    return choice
 
 
-def _isolation(arguments: Arguments) -> Isolation:
-    profile = Profile.DEFAULT
-    if arguments.get("profile") is not None:
-        profile = _choice(arguments, "profile", Profile)
-    unrestricted = _optional(arguments, "unrestricted", bool)
-    domain = _optional(arguments, "domain", str)
-    if profile is not Profile.LEGACY and (unrestricted is not None or domain is not None):
-        raise BadRequest("unrestricted, domain: used by the legacy profile only")
-    return Isolation(profile, bool(unrestricted), domain or "")
-
-
-def _limits(arguments: Arguments, default: Limits) -> Limits:
-    given = _optional(arguments, "limits", dict) or {}
-    names = [field.name for field in dataclasses.fields(Limits)]
-    for name, value in given.items():
-        if name not in names:
-            raise BadRequest(f"limits: expected some of {', '.join(names)}, not {name!r}")
-        if type(value) is not int or value < 1:
-            raise BadRequest(f"limits: {name}: expected a number from 1 up, not {value!r}")
-    return dataclasses.replace(default, **given)
-
-
-_Choice = TypeVar("_Choice", bound=Enum)
-
-
-def _choice(arguments: Arguments, key: str, choices: type[_Choice]) -> _Choice:
-    value = arguments.get(key)
-    try:
-        return choices(value)
-    except ValueError:
-        raise BadRequest(f"{key}: expected one of {_names(choices)}, not {value!r}") from None
-
-
-def _names(choices: type[Enum]) -> str:
-    return ", ".join(choice.value for choice in choices)
-
-
-def _optional(arguments: Arguments, key: str, kind: type) -> Any:
-    value = arguments.get(key)
-    if value is not None and type(value) is not kind:  # not isinstance: True is not a number
-        raise BadRequest(f"{key}: expected {kind.__name__}, not {value!r}")
-    return value
+def _values(choices: type[Enum]) -> list[str]:
+    return [choice.value for choice in choices]
