@@ -17,7 +17,7 @@ import pytest
 import vsockets
 from vsockets.daemon import datagram_epochs
 from vsockets.daemon.datagram_epochs import EarlierEpochs, end_sockets
-from vsockets.daemon.deferred_work import DeferredWork
+from vsockets.daemon.scheduling import DeferredWork
 from vsockets.eventloop.loop import EventLoop
 from vsockets.testing import PrivateFabric
 

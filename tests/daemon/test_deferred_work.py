@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vsockets.daemon.deferred_work import DeferredWork
+from vsockets.daemon.scheduling import DeferredWork
 from vsockets.eventloop.loop import EventLoop
 
 

@@ -6,8 +6,8 @@ import contextlib
 import os
 import socket
 
-from vsockets.daemon.deferred_work import DeferredWork
 from vsockets.daemon.disconnect import Disconnector
+from vsockets.daemon.scheduling import DeferredWork
 from vsockets.daemon.stream_liveness import Group
 from vsockets.eventloop.loop import EventLoop
 from vsockets.fabric import Connection, Credentials, Endpoint, EndpointKind, Fabric

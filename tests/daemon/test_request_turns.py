@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 
 from vsockets.daemon.limits import DAEMON_ENDS_PER_TURN_MAX, DAEMON_REQUESTS_PER_TURN_MAX
-from vsockets.daemon.request_turns import RequestTurns
+from vsockets.daemon.scheduling import RequestTurns
 from vsockets.eventloop.loop import EventLoop
 from vsockets.fabric import Limits, Party
 

@@ -14,7 +14,7 @@ from .._linux.sd_notify import notify_ready
 from ..fabric import Refused
 from ..state_folder import LOG, default_folder
 from .configuration import ConfigurationError, default_configuration_folder
-from .start_record import How, OtherwiseStarted, Start
+from .crash_records import How, OtherwiseStarted, Start
 from .vsockd import AlreadyRunning, Vsockd
 
 

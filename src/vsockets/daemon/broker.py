@@ -32,7 +32,6 @@ from .admin.audit import OPERATIONS, Audit
 from .channel import SHORTAGE, Channel, Listener, consume, send_descriptor, take_socket
 from .credentials import peer_credentials
 from .datagrams import Datagrams
-from .deferred_work import DeferredWork
 from .device_link import HandoffLink, capture
 from .limit_checks import LimitChecks
 from .limits import (
@@ -50,7 +49,7 @@ from .listeners import (
 )
 from .named_sockets import NamedSocket, bind_to_name, probe_of
 from .records import encode_accepting, encode_connecting, encode_endpoint, encode_offer
-from .request_turns import RequestTurns
+from .scheduling import DeferredWork, RequestTurns
 from .socket_queries import SocketQueries
 from .streams import Streams
 

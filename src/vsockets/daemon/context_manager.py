@@ -28,9 +28,9 @@ from .admin.audit import Audit
 from .admin.events import Events, Topic
 from .broker import Broker
 from .context_listeners import ContextListeners
+from .crash_records import IsolatedGuests
 from .folder_removal import Trash
 from .hybrid_listener import HybridListener
-from .isolation_record import IsolatedGuests
 
 log = logging.getLogger(__name__)
 

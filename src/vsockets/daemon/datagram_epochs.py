@@ -6,7 +6,7 @@ sockets contain the *epoch* of the vsockd that bound them, 64 random bits.  A re
 sockets of its own epoch.  After a crash the next vsockd in the state folder does so, before it
 serves the first request.  Any user can open very many descriptors, so either search takes at most a
 second.  It looks first into the processes with the fewest; the rest is deferred work of the next
-vsockd (:mod:`.deferred_work`).
+vsockd (:mod:`.scheduling`).
 
 - A route is shut down: its sender gets EPIPE, and requests a route from the next vsockd.
 - A program's own socket is connected to a socket that is then closed, so that no datagram can reach
@@ -38,12 +38,12 @@ from .._linux.inspection import (
     sockets_of,
 )
 from ..eventloop.loop import EventLoop
-from .deferred_work import DeferredWork, run_for
 from .limits import (
     DATAGRAM_END_AT_ONCE_SECONDS,
     DISCONNECT_LONGEST_RETRY_SECONDS,
     DISCONNECT_RETRY_SECONDS,
 )
+from .scheduling import DeferredWork, run_for
 
 log = logging.getLogger(__name__)
 

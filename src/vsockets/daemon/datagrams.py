@@ -12,7 +12,7 @@ required before the sender's port can be assigned to another socket.
 The kernel does not report when a datagram socket is closed, so vsockd probes.  Each new socket
 causes probes of three others of its party, which keeps the closed ones to half the number of open
 ones.  A party at its limit, a timer, and a shortage of descriptors cause probes of all of them, as
-deferred work (:mod:`.deferred_work`).
+deferred work (:mod:`.scheduling`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from ..limits import DATAGRAM_ROUTES_MAX
 from ..protocol import encode_source
 from .datagram_epochs import end_sockets, is_other_epoch, socket_name
 from .datagram_quota import DatagramQuota, DatagramSocket, Route
-from .deferred_work import DeferredWork, run_for
 from .limits import (
     DAEMON_PROBES_PER_BIND,
     DAEMON_PROBES_PER_STEP,
@@ -46,6 +45,7 @@ from .limits import (
     DATAGRAM_QUOTA_CHECK_SECONDS,
 )
 from .named_sockets import bind_to_name
+from .scheduling import DeferredWork, run_for
 
 
 @dataclass(slots=True, eq=False)

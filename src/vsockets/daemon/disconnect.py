@@ -13,7 +13,7 @@ The kernel allows this to root, and to a user for the user's own processes unles
 ptrace.
 
 Processes may have any number of descriptors, and there may be any number of processes.  So the
-search stops after some time and continues as deferred work (:mod:`.deferred_work`).
+search stops after some time and continues as deferred work (:mod:`.scheduling`).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .._linux.inspection import duplicate, open_pidfd, process_ids, sockets_of
 from .._linux.sockets import cookie_of
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection
-from .deferred_work import DeferredWork, run_for
 from .limits import (
     DISCONNECT_AT_ONCE_SECONDS,
     DISCONNECT_LONGEST_RETRY_SECONDS,
     DISCONNECT_RETRY_SECONDS,
 )
+from .scheduling import DeferredWork, run_for
 from .stream_liveness import Group
 
 log = logging.getLogger(__name__)

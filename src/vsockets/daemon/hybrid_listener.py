@@ -11,18 +11,24 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import ctypes
+import errno
 import logging
 import os
+import platform
 import socket
 import stat
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from socket import MSG_DONTWAIT, MSG_PEEK
 
 from .. import logs
 from .._linux.folders import SocketFile, can_others_change
+from .._linux.libc import last_error, libc
 from .._linux.sockets import refuse_descriptors
 from ..eventloop.acceptor import Acceptor
 from ..eventloop.loop import EventLoop
@@ -36,12 +42,19 @@ from .channel import Channel
 from .credentials import peer_credentials
 from .device_link import HandoffLink
 from .limits import CONTROL_BACKLOG_MAX
-from .run_as import acting_as
 
 log = logging.getLogger(__name__)
 
 _PEEK = int(MSG_DONTWAIT | MSG_PEEK)
 _READ = int(MSG_DONTWAIT)
+
+
+#: Number of setgroups(2), for one thread: the C library's function waits for all threads, and one
+#: of them may be blocked by a file system.
+_SETGROUPS = {"x86_64": 116, "aarch64": 159}
+
+_NOBODY = 65_534
+_UNCHANGED = ctypes.c_uint32(0xFFFF_FFFF)
 
 
 class HybridChannel(Channel):
@@ -187,3 +200,41 @@ class _Relay(HandoffLink):
             raise
         self.pid = process.pid
         super().__init__(loop, broker, broker.fabric.contexts.host, ours)
+
+
+@contextlib.contextmanager
+def acting_as(user: int) -> Iterator[None]:
+    """Access files, in this context and thread, with the rights of ``user``, without any group.
+
+    Raises PermissionError if vsockd may not act as another user.
+    """
+    own = os.geteuid()
+    if user == own:
+        yield
+        return
+    groups = os.getgroups()
+    if own or not _act(user, _NOBODY, []):
+        raise PermissionError(errno.EPERM, f"vsockd may not use files as user {user}")
+    try:
+        yield
+    finally:
+        _act(own, os.getegid(), groups)
+
+
+def _act(user: int, group: int, groups: list[int]) -> bool:
+    if user:  # groups first: setting them needs the privilege
+        _set_groups(groups)
+        libc.setfsgid(ctypes.c_uint32(group))
+    libc.setfsuid(ctypes.c_uint32(user))
+    if not user:
+        libc.setfsgid(ctypes.c_uint32(group))
+        _set_groups(groups)
+    return ctypes.c_uint32(libc.setfsuid(_UNCHANGED)).value == user
+
+
+def _set_groups(groups: list[int]) -> None:
+    call = _SETGROUPS.get(platform.machine())
+    if call is None:
+        os.setgroups(groups)
+    elif libc.syscall(call, len(groups), struct.pack(f"{len(groups)}I", *groups)):
+        raise last_error()

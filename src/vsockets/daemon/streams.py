@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection, Fabric
 from .channel import Channel
-from .deferred_work import DeferredWork
 from .disconnect import Disconnector
+from .scheduling import DeferredWork
 from .stream_liveness import Group, StreamLiveness
 
 #: Check for ended streams after this many new ones, and this many seconds after the last one.

@@ -38,12 +38,11 @@ from .broker import Broker
 from .configuration import ConfigurationError, load
 from .context_listeners import remove
 from .context_manager import ContextManager
+from .crash_records import How, IsolatedGuests, Start
 from .datagram_epochs import EarlierEpochs
 from .folder_removal import Trash
 from .folder_watch import FolderWatch
-from .isolation_record import IsolatedGuests
 from .limits import DAEMON_SLOW_CALL_SECONDS
-from .start_record import How, Start
 
 log = logging.getLogger(__name__)
 

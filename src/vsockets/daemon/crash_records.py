@@ -1,19 +1,57 @@
-"""Record how vsockd was started, so that after a crash it is not started in another way.
+"""Records in the state folder that a crash of vsockd leaves to the next one.
 
-A program that needs vsockd and finds none starts one on demand, with the configuration of its own
-environment.  Where vsockd is normally started by a command or a service manager, that one would
-have other guests and profiles than the administrator intended, and would keep the right vsockd from
-starting.  So vsockd leaves a record in the state folder while it runs; a service's record remains
-when it is stopped, because its service manager is expected to start it again.
+*Isolation.*  Guests that were added at run time are lost in a crash.  If the next guest with such a
+CID is added without a profile, it is ``restricted`` as the previous one was: a crash does not
+weaken isolation.
+
+*Start.*  A program that needs vsockd and finds none starts one on demand, with the configuration of
+its own environment.  Where vsockd is normally started by a command or a service manager, that one
+would have other guests and profiles than the administrator intended, and would keep the right
+vsockd from starting.  So vsockd leaves a record in the state folder while it runs; a service's
+record remains when it is stopped, because its service manager is expected to start it again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+
+from ..fabric import Context, Isolation, Profile
+
+_RESTRICTED = Isolation(Profile.RESTRICTED)
+
+
+class IsolatedGuests:
+    """The CIDs recorded in ``file``, by this vsockd and those before it."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        #: CIDs of guests that were restricted when an earlier vsockd crashed
+        self.before: set[int] = set()
+        try:
+            self._written = file.read_text()
+            self.before = {int(word) for word in self._written.split() if word.isdecimal()}
+        except FileNotFoundError:
+            self._written = ""
+
+    def isolation(self, cid: int) -> Isolation:
+        """Return the isolation of a new guest that is added without a profile."""
+        return _RESTRICTED if cid in self.before else Isolation()
+
+    def record(self, contexts: Iterable[Context]) -> None:
+        """Record the guests that are isolated now.  Raises OSError."""
+        now = {context.cid for context in contexts if context.isolation == _RESTRICTED}
+        text = "\n".join(map(str, sorted(now | self.before)))
+        if text != self._written:
+            new = self._file.with_suffix(".new")
+            new.write_text(text)
+            new.replace(self._file)
+            self._written = text
+
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
