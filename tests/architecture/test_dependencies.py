@@ -139,6 +139,28 @@ def test_configuration_is_plain_values() -> None:
         assert not strange, f"{module} imports {strange}"
 
 
+#: Packages without import cycles, not even cycles for type checking only.
+ACYCLIC = tuple(f"vsockets.{name}" for name in ("daemon", "eventloop", "fabric", "model", "toml"))
+
+
+def test_no_import_cycle_even_for_type_checking() -> None:
+    members = [name for name in MODULES if within(name, *ACYCLIC)]
+    edges = {
+        # `from . import x` and `from .. import x` name the package too.
+        name: {other for other in ours(name) if not within(name, other)} & set(members)
+        for name in members
+    }
+    while free := {name for name, others in edges.items() if not others}:
+        edges = {name: others - free for name, others in edges.items() if name not in free}
+    assert not edges, f"cycles among {sorted(edges)}"
+
+
+def test_vsockd_does_not_name_devices() -> None:
+    for module in filter(lambda name: within(name, "vsockets.daemon"), MODULES):
+        if module != "vsockets.daemon.__main__":  # which puts the programs together
+            assert "vsockets.devices" not in MODULES[module].read_text(), module
+
+
 def test_vsockd_is_not_its_own_client() -> None:
     forbidden = ("vsockets.socket", "vsockets.transports", "vsockets.cli", "vsockets.api")
     for module in filter(lambda name: within(name, "vsockets.daemon"), MODULES):

@@ -17,6 +17,10 @@ from .configuration import ConfigurationError, default_configuration_folder
 from .crash_records import How, OtherwiseStarted, Start
 from .vsockd import AlreadyRunning, Vsockd
 
+#: Command of the relay for hybrid vsock, a device process.  With -P, no module is loaded from the
+#: current directory.
+_RELAY = (sys.executable, "-P", "-m", "vsockets.devices.hybrid.relay")
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
@@ -61,7 +65,7 @@ def main() -> int:
     level = logging.getLevelNamesMapping()[arguments.log_level.upper()]
     logs.configure("vsockd: %(levelname)s: %(message)s", level, arguments.log_format)
     try:
-        vsockd = Vsockd(arguments.dir, _start(arguments))
+        vsockd = Vsockd(arguments.dir, _start(arguments), _RELAY)
     except AlreadyRunning as error:
         print(f"vsockd: {error}", file=sys.stderr)
         return os.EX_TEMPFAIL

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class ContextManager:
         audit: Audit,
         events: Events,
         isolated: IsolatedGuests,
+        relay: Sequence[str],
     ) -> None:
         self._folder = folder
         self._held = held
@@ -62,6 +64,7 @@ class ContextManager:
         self._audit = audit
         self._events = events
         self._isolated = isolated
+        self._relay = relay
         fabric.contexts.reserved = isolated.before
         self._listeners: dict[Context, list[ContextListeners | HybridListener]] = {}
         self._open_listeners(fabric.contexts.hypervisor)
@@ -233,7 +236,7 @@ class ContextManager:
         listeners = self._listeners[context] = [ContextListeners(*common, folder, self._trash)]
         try:
             if context.hybrid:
-                listeners.append(HybridListener(*common, Path(context.hybrid)))
+                listeners.append(HybridListener(*common, Path(context.hybrid), self._relay))
         except OSError as error:
             if without_hybrid:
                 log.warning("context %d has no hybrid socket: %s", context.cid, error.strerror)

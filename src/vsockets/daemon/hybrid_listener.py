@@ -20,8 +20,7 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from socket import MSG_DONTWAIT, MSG_PEEK
@@ -104,8 +103,15 @@ class HybridListener:
     removed with the owner's rights only.
     """
 
-    def __init__(self, loop: EventLoop, broker: Broker, context: Context, path: Path) -> None:
-        """Create the socket and accept connections.
+    def __init__(
+        self,
+        loop: EventLoop,
+        broker: Broker,
+        context: Context,
+        path: Path,
+        relay: Sequence[str],
+    ) -> None:
+        """Create the socket and accept connections; ``relay`` is the relay process's command.
 
         Raises OSError when it cannot be created.
         """
@@ -113,6 +119,7 @@ class HybridListener:
         self._broker = broker
         self._context = context
         self._host = broker.fabric.contexts.host
+        self._relay_command = relay
         self._relay: _Relay | None = None
         try:
             self._file = SocketFile(path)
@@ -169,7 +176,8 @@ class HybridListener:
         if not stat.S_ISSOCK(found.st_mode) or found.st_uid not in (self._context.owner, 0):
             return None
         if self._relay is None or not self._relay.is_open:
-            self._relay = _Relay(self._loop, self._broker, self._file, self._context.owner)
+            arguments = self._relay_command, self._file, self._context.owner
+            self._relay = _Relay(self._loop, self._broker, *arguments)
         user, group = found.st_uid, found.st_gid
         return Endpoint(
             kind,
@@ -187,11 +195,11 @@ class HybridListener:
 class _Relay(HandoffLink):
     """The relay process that connects to such unix sockets."""
 
-    def __init__(self, loop: EventLoop, broker: Broker, file: SocketFile, user: int) -> None:
+    def __init__(
+        self, loop: EventLoop, broker: Broker, command: Sequence[str], file: SocketFile, user: int
+    ) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # -P: no module is loaded from the current directory.
-        command = [sys.executable, "-P", "-m", "vsockets.devices.hybrid.relay"]
-        command += [file.name, str(file.folder), str(user)]
+        command = [*command, file.name, str(file.folder), str(user)]
         try:
             with theirs:
                 process = subprocess.Popen(command, stdin=theirs.fileno(), pass_fds=[file.folder])

@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class AlreadyRunning(Exception):
 class Vsockd:
     """A running fabric.  Changes the process's current directory."""
 
-    def __init__(self, folder: Path, start: Start) -> None:
+    def __init__(self, folder: Path, start: Start, relay: Sequence[str]) -> None:
+        """Prepare to serve in ``folder``; ``relay`` is the command of the hybrid relay."""
         self._configuration = start.configuration
         settings = load(self._configuration)
         self.folder = folder.absolute()
@@ -88,7 +89,7 @@ class Vsockd:
         self._earlier_epochs.record(self.broker.datagrams.epoch)
         self.contexts = ContextManager(
             *(self.folder, held, self._trash, self.loop, self.fabric, self.broker),
-            *(audit, self.events, IsolatedGuests(private / ISOLATED)),
+            *(audit, self.events, IsolatedGuests(private / ISOLATED), relay),
         )
         self.contexts.configure(settings)
         handlers = ControlHandlers(
