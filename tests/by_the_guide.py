@@ -1,10 +1,10 @@
-"""vSockets by the guide: a model to compare the product with, in as few lines as will do.
+"""A model of the guide to compare the product with, as short as possible.
 
 It is written from the sentences of the guide that it quotes (page numbers are the guide's) and,
-where the guide says nothing, from ``vsock(7)``; not from the code it is compared with.  It has
-no names, no limits in time and no data.  Verdicts are errnos; 0 is yes.
+where the guide is silent, from ``vsock(7)``; not from the code it is compared with.  It has no
+names, no time limits and no data.  Verdicts are errnos; 0 means allowed.
 
-``tests/fabric/test_fabric_model.py`` compares it with the decisions, and
+``tests/fabric/test_fabric_model.py`` compares it with the fabric's decisions, and
 ``tests/daemon/test_fabric_by_the_guide.py`` with programs that use a real vsockd.
 """
 
@@ -25,7 +25,7 @@ ABSENT = errno.EHOSTUNREACH
 
 @dataclass(frozen=True)
 class Program:
-    """A process, and what it may."""
+    """A process and its rights."""
 
     user: int
     net_admin: bool = False  #: CAP_NET_ADMIN
@@ -36,7 +36,7 @@ class Program:
 
 @dataclass(eq=False)
 class Machine:
-    """A virtual machine, or the host, or its hypervisor."""
+    """A virtual machine, the host, or the hypervisor."""
 
     cid: int
     owner: int
@@ -55,7 +55,7 @@ class Machine:
 
 @dataclass(eq=False)
 class Socket:
-    """A socket that is bound, perhaps listening."""
+    """A bound socket, possibly listening."""
 
     home: Machine
     kind: str
@@ -74,7 +74,7 @@ class Socket:
         return (self.program,)
 
     def is_for(self, machine: Machine) -> bool:
-        """VMADDR_CID_LOCAL is "for local communication (loopback)" (vsock(7))."""
+        """Return whether it is reachable: VMADDR_CID_LOCAL is "for local communication"."""
         return self.cid != LOCAL or machine is self.home
 
 
@@ -98,7 +98,7 @@ Holder = Socket | Stream
 
 
 class World:
-    """All there is.  ``may_...`` asks; what was done then is told by the other methods."""
+    """All contexts and sockets.  ``may_...`` return verdicts; other methods record operations."""
 
     def __init__(self, owner: int) -> None:
         self.owner = owner
@@ -112,14 +112,14 @@ class World:
         return [holder for holder in self.held.values() if isinstance(holder, Stream)]
 
     def powered(self) -> list[Machine]:
-        """Where programs can be."""
+        """Return the machines that programs can run in."""
         return [machine for machine in self.machines.values() if machine.state != "off"]
 
-    # Chapter 5, "Isolation of Virtual Machines": who sees whom
+    # Chapter 5, "Isolation of Virtual Machines"
 
     @staticmethod
     def sees(here: Machine, there: Machine) -> bool:
-        """Whether two machines may have to do with each other at all."""
+        """Return whether two machines may communicate at all."""
         # "You could also use vSockets for interprocess communications on a guest" (page 8).
         if here is there:
             return True
@@ -138,7 +138,7 @@ class World:
 
     @staticmethod
     def trusts(guest: Machine, program: Program, kind: str) -> bool:
-        """Whether the host's endpoint of ``program`` is trusted toward ``guest``."""
+        """Return whether the host's endpoint of ``program`` is trusted for ``guest``."""
         return (
             program.net_admin  # "A process with the capability CAP_NET_ADMIN"
             or kind in program.granted  # "dgram_vsocket_trusted or stream_vsocket_trusted"
@@ -146,7 +146,7 @@ class World:
         )
 
     def meets(self, guest: Machine, program: Program, kind: str) -> bool:
-        """Whether ``guest`` and the host's ``program`` may talk, whoever starts."""
+        """Return whether ``guest`` and the host's ``program`` may communicate."""
         if guest.profile == "default":
             return True
         if guest.profile == "restricted":
@@ -159,10 +159,10 @@ class World:
             guest.unrestricted or self.trusts(guest, program, kind)
         )
 
-    # Asking
+    # Verdicts
 
     def may_grant_reserved_ports(self, owner: int) -> int:
-        """To a guest of the user ``owner``: the fabric's owner has a say about his own alone."""
+        """Return the verdict on reserved ports for a guest of user ``owner``."""
         return 0 if owner == self.owner else errno.EPERM
 
     def may_bind(self, home: Machine, kind: str, cid: int, port: int, program: Program) -> int:
@@ -172,7 +172,7 @@ class World:
             return errno.EACCES
         if not self._has_room(home):
             return errno.ENOBUFS
-        # "must have capability CAP_NET_BIND_SERVICE"; that a guest may do without is ours.
+        # "must have capability CAP_NET_BIND_SERVICE"; the guest's exemption is this product's.
         if port < 1024 and not (program.bind_service or home.reserved_ports):
             return errno.EACCES
         if (home.cid, _space(kind), port) in self.held:
@@ -189,7 +189,7 @@ class World:
         bound: Socket | None = None,
         sizes: BufferSizes | None = None,
     ) -> tuple[int, Socket | None]:
-        """The verdict, and the listener if it is yes."""
+        """Return the verdict, and the listener if it is 0."""
         verdict, there = self._way(home, cid, port, connecting=True)
         if there is None:
             return verdict, None
@@ -214,7 +214,7 @@ class World:
     def may_send(
         self, home: Machine, cid: int, port: int, program: Program, source: Socket | None = None
     ) -> tuple[int, Socket | None]:
-        """The verdict on a datagram, and the receiver if it is yes."""
+        """Return the verdict on a datagram, and the receiver if it is 0."""
         verdict, there = self._way(home, cid, port, connecting=False)
         if there is None:
             return verdict, None
@@ -238,7 +238,7 @@ class World:
             return errno.EINVAL, None
         there = self.machines.get(home.cid if cid in (LOCAL, ANY) else cid)
         # "Communicating guest virtual machines must be running, not powered off" (page 7).  A
-        # guest that may not be seen is like none.
+        # guest that is not visible answers as one that does not exist.
         if there is None or there.state == "off" or not self.sees(home, there):
             return ABSENT, None
         # A suspended machine does nothing, and "no new vSockets connections can be established
@@ -256,7 +256,7 @@ class World:
     ) -> int:
         there = target.home
         if home.is_guest and there.cid == HOST:
-            # As if nobody were there: a guest does not learn what the host has.
+            # As without a listener: a guest does not learn what the host has.
             return 0 if self.meets(home, target.program, target.kind) else absent
         if home.cid == HOST and there.is_guest:
             mine = program if own is None else own.program
@@ -293,7 +293,7 @@ class World:
         return made
 
     def gone(self, holder: Holder) -> None:
-        """Closed, or its program was killed."""
+        """Remove a socket that was closed, also by killing its program."""
         key = holder.home.cid, _space(holder.kind), holder.port
         assert self.held.pop(key) is holder
 
@@ -325,10 +325,10 @@ class World:
         return 0 if machine.is_guest and possible[change] else errno.EINVAL
 
     def changed(self, machine: Machine, change: str) -> list[Stream]:
-        """Do it; returns the connections that are over."""
+        """Apply a change; return the connections that it ends."""
         over = []
         # "... lose connection after suspend and resume", "do not survive live migration", "are
-        # dropped when a virtual machine is put into fault tolerance (FT) mode".  A reset is ours.
+        # dropped when a virtual machine is put into fault tolerance (FT) mode".  Reset is added.
         if change in ("suspend", "migrate", "reset", "ft-on", "power-off"):
             over = self.streams_of(machine)
             for stream in over:
@@ -356,5 +356,5 @@ class World:
 
 
 def _space(kind: str) -> str:
-    """Streams and sequenced packets share their ports, datagrams have their own."""
+    """Return the port namespace: streams and packets share one, datagrams have their own."""
     return DATAGRAM if kind == DATAGRAM else "connected"

@@ -34,7 +34,7 @@ def program(tmp_path: Path) -> Path:
     """One in a folder with such a name."""
     folder = tmp_path / EVIL.replace("/", "|")
     folder.mkdir()
-    return compiled("door_client.c", tmp_path).rename(folder / "x")
+    return compiled("request_client.c", tmp_path).rename(folder / "x")
 
 
 def be_denied(program: Path, guest: Attachment) -> None:

@@ -1,4 +1,4 @@
-"""One vsockd for all the tests of a module, where starting one is not what they are about."""
+"""A vsockd shared by the tests of a module, and other fixtures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .raw_client import GUEST, assert_serves, compiled, no_descriptor_left_behin
 
 
 class Fabrics:
-    """The fabric in use.  One that a test has damaged is thrown away."""
+    """The shared fabric.  A fabric that a test has damaged is discarded."""
 
     def __init__(self) -> None:
         self._fabric: PrivateFabric | None = None
@@ -38,7 +38,7 @@ class Fabrics:
 
 @pytest.fixture(scope="module")
 def fabrics() -> Iterator[Fabrics]:
-    """For ``shared_fabric``."""
+    """Yield the fabrics of ``shared_fabric``."""
     fabrics = Fabrics()
     yield fabrics
     fabrics.end(PrivateFabric.stop)
@@ -46,10 +46,10 @@ def fabrics() -> Iterator[Fabrics]:
 
 @pytest.fixture
 def shared_fabric(fabrics: Fabrics, request: pytest.FixtureRequest) -> Iterator[PrivateFabric]:
-    """A fabric with a guest that is not new but as good as new, and must be so after the test.
+    """Yield a fabric with a guest, without sockets of other tests; check that the test leaves none.
 
-    Others are served promptly before and after, vsockd holds no descriptor more than before,
-    knows of no socket, and has logged no error.
+    Other clients are served promptly before and after; after the test vsockd has no more
+    descriptors than before, knows no socket, and has logged no error.
     """
     fabric = fabrics.get()
     seen = len(fabric.log)
@@ -69,15 +69,15 @@ def shared_fabric(fabrics: Fabrics, request: pytest.FixtureRequest) -> Iterator[
 
 @pytest.fixture
 def fabric(vsock_fabric: PrivateFabric) -> PrivateFabric:
-    """A fabric that other users find the way to."""
+    """Yield a fabric whose folder other users can enter."""
     vsock_fabric.folder.parent.chmod(0o755)
     return vsock_fabric
 
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Path]:
-    """A folder that others may run ``door_client`` from."""
+    """Yield a folder from which other users can run ``request_client``."""
     with tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as folder:
         os.chmod(folder, 0o755)
-        compiled("door_client.c", Path(folder))
+        compiled("request_client.c", Path(folder))
         yield Path(folder)

@@ -1,4 +1,4 @@
-"""Attacks on what vsockd has: descriptors, time, memory; and what another guest feels of them.
+"""Attacks on vsockd's descriptors, time and memory, and their effect on another guest.
 
 ``PYTHONPATH=tests python -m daemon.exhaustion`` prints, for each attack, how long another guest's
 connects take meanwhile.  The tests of ``test_exhaustion.py`` run the same attacks.
@@ -48,28 +48,28 @@ from .users import as_nobody
 
 STREAM, SEQPACKET = socket.SOCK_STREAM, socket.SOCK_SEQPACKET
 
-#: Where the host's service listens, and the guest whose connects are measured.
+#: Port of the host's service, and CID of the guest whose connects are measured.
 SERVICE, WITNESS = 9000, 9
 
-#: The guests of the attackers.
+#: CIDs of the attackers' guests.
 ATTACKERS = (3, 4, 5, 6)
 
-#: No process of an attack lives longer than this, in seconds.
+#: Longest life of an attacking process, in seconds.
 LIFETIME = 120
 
-#: Where a guest's listener of its own is.
+#: Port of a guest's own listener.
 OWN = 5000
 
-#: What one process does: prepare, call its argument, attack for ever.
+#: The work of one process: prepare, call the argument, attack for ever.
 Work = Callable[[Callable[[], None]], object]
 
-#: The processes of an attack, by the guests there are for it.
+#: Makes the processes of an attack, given its guests.
 Attack = Callable[[list[Attachment]], list[Work]]
 
 
 @contextlib.contextmanager
 def processes(*works: Work) -> Iterator[None]:
-    """Run each in a forked process while the context lasts, which begins when all are prepared."""
+    """Run each work in a forked process within this context, entered when all are prepared."""
     ready_reader, ready = os.pipe()
     start, start_writer = os.pipe()
     pids: list[int] = []
@@ -110,12 +110,12 @@ def _work(work: Work, ready: int, start: int, start_writer: int) -> None:
         os._exit(1)
 
 
-# What another guest feels
+# Effect on another guest
 
 
 @dataclass
 class Latency:
-    """How long connects took, in seconds, and why some failed."""
+    """Durations of connects, in seconds, and reasons of those that failed."""
 
     times: list[float]
     failed: Counter[str]
@@ -131,7 +131,7 @@ class Latency:
 
 
 def serve(host: Attachment, begin: Callable[[], None]) -> None:
-    """Be the host's service, which accepts and closes."""
+    """Run the host's service, which accepts and closes."""
     with vsockets.create_server((2, SERVICE), context=host) as server:
         begin()
         while True:
@@ -139,7 +139,7 @@ def serve(host: Attachment, begin: Callable[[], None]) -> None:
 
 
 def measure(fabric: PrivateFabric, seconds: float) -> Latency:
-    """Connect from the witness to the host's service for so long."""
+    """Connect from the witness to the host's service for ``seconds``."""
     guest = Attachment(fabric.folder / str(WITNESS))
     latency = Latency([], Counter())
     end = time.monotonic() + seconds
@@ -149,7 +149,7 @@ def measure(fabric: PrivateFabric, seconds: float) -> Latency:
             latency.times.append(time.monotonic() - begin)
             if not code:
                 sock.settimeout(1.0)
-                with contextlib.suppress(TimeoutError):  # nobody accepts it yet
+                with contextlib.suppress(TimeoutError):  # not accepted yet
                     code = 0 if sock.recv(1) == b"" else errno.EPROTO
         if code:
             latency.failed[errno.errorcode[code]] += 1
@@ -159,7 +159,7 @@ def measure(fabric: PrivateFabric, seconds: float) -> Latency:
 
 @contextlib.contextmanager
 def witnessed(fabric: PrivateFabric, **limits: int) -> Iterator[list[Attachment]]:
-    """The host's service and the witness; yields the guests of the attackers, with ``limits``."""
+    """Run the host's service and the witness; yield the attackers' guests, with ``limits``."""
     fabric.guest(WITNESS)
     with processes(partial(serve, fabric.host)):
         yield [fabric.guest(cid, limits=limits) for cid in ATTACKERS]
@@ -169,7 +169,7 @@ def witnessed(fabric: PrivateFabric, **limits: int) -> Iterator[list[Attachment]
 
 
 def insist(guest: Attachment, kind: int = STREAM) -> socket.socket:
-    """Connect to vsockd although its backlog is full."""
+    """Connect to vsockd, repeatedly while its backlog is full."""
     while True:
         with contextlib.suppress(BlockingIOError):
             return enter(guest, kind)
@@ -177,7 +177,7 @@ def insist(guest: Attachment, kind: int = STREAM) -> socket.socket:
 
 
 def bound(guest: Attachment, number: int, kind: int = STREAM) -> list[socket.socket]:
-    """Bound sockets of the guest."""
+    """Return bound sockets of the guest."""
     socks = []
     for _ in range(number):
         socks.append(insist(guest, kind))
@@ -191,7 +191,7 @@ def nothing(guests: list[Attachment]) -> list[Work]:
 
 
 def routes(guests: list[Attachment], sockets: int = 300) -> list[Work]:
-    """H4: ask for a route from each of ``sockets`` to each, and keep none of the descriptors."""
+    """H4: request a route from each of ``sockets`` to each, and keep none of the descriptors."""
     guest = guests[0]
 
     def work(begin: Callable[[], None]) -> None:
@@ -208,7 +208,7 @@ def routes(guests: list[Attachment], sockets: int = 300) -> list[Work]:
 
 
 def datagram_sockets(guests: list[Attachment], number: int = 5000) -> list[Work]:
-    """M2: four guests with as many datagram sockets as they may have, which ask for more."""
+    """M2: four guests with as many datagram sockets as allowed, which request more."""
 
     def work(guest: Attachment, begin: Callable[[], None]) -> None:
         kept = []
@@ -226,7 +226,7 @@ def datagram_sockets(guests: list[Attachment], number: int = 5000) -> list[Work]
 
 
 def streams_to_itself(guest: Attachment, number: int) -> list[socket.socket]:
-    """A listener of the guest, and both ends of ``number`` streams to it."""
+    """Return a listener of the guest, and both ends of ``number`` streams to it."""
     server = vsockets.create_server((guest.cid, OWN), context=guest)
     ends: list[socket.socket] = [server]
     for _ in range(number):
@@ -236,7 +236,7 @@ def streams_to_itself(guest: Attachment, number: int) -> list[socket.socket]:
 
 
 def flood(socks: list[socket.socket], request: Request, burst: int = 1) -> None:
-    """Ask the same on all connections, ``burst`` times before reading, for ever."""
+    """Send the same request on all connections, ``burst`` times before reading, for ever."""
     poll = select.epoll()
     by_number = {sock.fileno(): sock for sock in socks}
     data = request.encode()
@@ -255,7 +255,7 @@ def flood(socks: list[socket.socket], request: Request, burst: int = 1) -> None:
 
 
 def bind_held(guests: list[Attachment], streams: int = 3900, connections: int = 100) -> list[Work]:
-    """M1: BIND of a port that is held by a stream, pipelined on many connections."""
+    """M1: BIND of a port held by a stream, pipelined on many connections."""
     guest = guests[0]
 
     def work(begin: Callable[[], None]) -> None:
@@ -293,7 +293,7 @@ def query(guests: list[Attachment], streams: int = 4000) -> list[Work]:
 
 
 def in_flight(guests: list[Attachment]) -> list[Work]:
-    """M9: messages full of descriptors that nobody receives."""
+    """M9: messages full of descriptors that no process receives."""
 
     def work(begin: Callable[[], None]) -> None:
         pairs = []
@@ -349,7 +349,7 @@ def many_channels(guests: list[Attachment], number: int = 4000) -> list[Work]:
 
 
 def silence(guests: list[Attachment]) -> list[Work]:
-    """Connections on which nothing is said, opened and closed as fast as possible."""
+    """Connections without a request, opened and closed as fast as possible."""
 
     def work(guest: Attachment, begin: Callable[[], None]) -> None:
         begin()
@@ -362,7 +362,7 @@ def silence(guests: list[Attachment]) -> list[Work]:
 
 
 def pending(guests: list[Attachment], number: int = 1000) -> list[Work]:
-    """Guests with as many pending connects as they may have, at a listener each, ask for more."""
+    """Guests at their limit of pending connects, with a listener each, request more."""
 
     def work(guest: Attachment, begin: Callable[[], None]) -> None:
         kept: list[socket.socket] = []
@@ -382,7 +382,7 @@ def pending(guests: list[Attachment], number: int = 1000) -> list[Work]:
 
 
 def updates(guests: list[Attachment], number: int = 19_000) -> list[Work]:
-    """Connections on which nothing was said but an UPDATE, which has no answer."""
+    """Connections with no request but an UPDATE, which has no reply."""
 
     def work(guest: Attachment, begin: Callable[[], None]) -> None:
         begin()
@@ -398,7 +398,7 @@ def updates(guests: list[Attachment], number: int = 19_000) -> list[Work]:
 
 
 def unread_answers(guests: list[Attachment], number: int = 4000) -> list[Work]:
-    """Requests whose answers are not read, on as many connections as there may be."""
+    """Requests whose replies are not read, on as many connections as allowed."""
 
     def work(guest: Attachment, begin: Callable[[], None]) -> None:
         socks = bound(guest, number)
@@ -414,7 +414,7 @@ def unread_answers(guests: list[Attachment], number: int = 4000) -> list[Work]:
 
 
 def lingering_socket() -> tuple[socket.socket, socket.socket]:
-    """A TCP socket whose last close takes an hour, while there is the other one."""
+    """Return a TCP socket whose last close takes an hour while its peer is open."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         sock = socket.create_connection(server.getsockname())
         peer, _ = server.accept()
@@ -427,7 +427,7 @@ def lingering_socket() -> tuple[socket.socket, socket.socket]:
 
 
 def slow_to_close(guests: list[Attachment], number: int = 50) -> list[Work]:
-    """Descriptors that are no datagram sockets, behind ``number`` whose close lasts."""
+    """Descriptors that are not datagram sockets, queued behind ``number`` that close slowly."""
 
     def work(guest: Attachment, begin: Callable[[], None]) -> None:
         kept: list[socket.socket] = []
@@ -451,7 +451,7 @@ def slow_to_close(guests: list[Attachment], number: int = 50) -> list[Work]:
 
 
 def slow_one_after_the_other(guests: list[Attachment]) -> list[Work]:
-    """Requests with a descriptor each whose close lasts."""
+    """Requests that each carry a descriptor that closes slowly."""
 
     def work(guest: Attachment, kind: int, begin: Callable[[], None]) -> None:
         begin()
@@ -484,12 +484,12 @@ ATTACKS: dict[str, Attack] = {
     "slow one after the other": slow_one_after_the_other,
 }
 
-#: Attacks on a vsockd without privileges: those of its user.
+#: Attacks on a vsockd without privileges, by its own user.
 OF_A_USER = ("M9 descriptors in flight",)
 
 
 def main() -> int:
-    """Run the attacks one after the other, each against a vsockd of its own."""
+    """Run the attacks one after the other, each against its own vsockd."""
     parser = argparse.ArgumentParser(prog="python -m daemon.exhaustion", description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each (%(default)s)")
     parser.add_argument("--only", default="", help="only attacks whose name contains this")

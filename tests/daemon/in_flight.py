@@ -1,7 +1,7 @@
-"""What a guest's connects meet when its user has too many descriptors in flight (unix(7)).
+"""Connects of a guest whose user has too many descriptors in flight (unix(7)).
 
-Run as an ordinary user: the kernel counts those for each user, and root may have any number.
-Prints what it saw, as JSON.
+Run as an ordinary user: the kernel counts descriptors in flight per user, and does not limit root.
+Prints its observations as JSON.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A program that does with its sockets what a test says, one order a line.
+"""A program that executes one socket operation per line of its input.
 
-It is a process of its own, so it can be another user, and can be killed.
+It is a process of its own, so it can run as another user, and can be killed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ TYPES = {
     "dgram": socket.SOCK_DGRAM,
 }
 
-#: How long one order may take, in seconds; nothing here waits for anybody.
+#: Seconds for one operation; none of them waits for another process.
 PATIENCE = 20.0
 
 
 class Puppet:
-    """The process, from the test's side.  Its sockets are known by numbers."""
+    """The process, from the test's side.  Its sockets have numbers."""
 
     def __init__(self, user: int) -> None:
         self.user = user
@@ -50,13 +50,13 @@ class Puppet:
         return self._made
 
     def accept(self, listener: int) -> tuple[int, tuple[int, int]]:
-        """The new socket's number, and the address of its peer."""
+        """Return the new socket's number, and the address of its peer."""
         self._made += 1
         cid, port = self.order("accept", listener, self._made)
         return self._made, (cid, port)
 
     def attempt(self, what: str, *arguments: Any) -> int:
-        """0, or the errno of what it was told to do."""
+        """Return 0, or the errno of an operation."""
         try:
             self.order(what, *arguments)
         except OSError as error:
@@ -64,7 +64,7 @@ class Puppet:
         return 0
 
     def order(self, what: str, *arguments: Any) -> Any:
-        """Have something done; returns what came of it, or raises OSError."""
+        """Execute an operation; return its result, or raise OSError."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps([what, *arguments]) + "\n")
         answer = json.loads(self._process.stdout.readline())

@@ -1,4 +1,4 @@
-"""Talking to vsockd byte by byte, past the library, as a hostile program would."""
+"""Requests to vsockd byte by byte, without the library, as a hostile program sends them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ SIZES = (65_536, 128, 262_144)
 
 _NAMES = {socket.SOCK_STREAM: "stream", socket.SOCK_SEQPACKET: "seqpacket"}
 
-#: The guest of the fabric that tests share.
+#: CID of the shared fabric's guest.
 GUEST = 3
 
-#: The two kinds of control socket a context has.
-DOORS = [socket.SOCK_STREAM, socket.SOCK_SEQPACKET]
+#: Types of a context's two control sockets.
+SOCKET_TYPES = [socket.SOCK_STREAM, socket.SOCK_SEQPACKET]
 
-#: How long vsockd may take to answer when nothing holds it up, in seconds: on a busy machine, too.
+#: Seconds for vsockd to reply when nothing delays it, also on a busy machine.
 PROMPT = 10.0
 
 
 def enter(context: Attachment, kind: int = socket.SOCK_STREAM) -> socket.socket:
-    """A connection to a context's control socket on which nothing was said yet."""
+    """Connect to a context's control socket, without a request."""
     sock = socket.socket(socket.AF_UNIX, kind)
     sock.settimeout(PROMPT)
     try:
@@ -45,7 +45,7 @@ def enter(context: Attachment, kind: int = socket.SOCK_STREAM) -> socket.socket:
 
 
 def guest_of(fabric: PrivateFabric) -> Attachment:
-    """The guest of the fabric that tests share."""
+    """Return the shared fabric's guest."""
     return Attachment(fabric.folder / str(GUEST))
 
 
@@ -80,23 +80,23 @@ def route(cid: int, port: int) -> Request:
 
 
 def send_with(sock: socket.socket, data: bytes, descriptors: Sequence[int]) -> None:
-    """Send ``data`` with descriptors riding along."""
+    """Send ``data`` with descriptors."""
     rights = array.array("i", descriptors)
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
 
 
 def cookie_of(sock: socket.socket) -> int:
-    """The kernel's number for a socket."""
+    """Return a socket's SO_COOKIE."""
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
 
 
 def unix_datagrams() -> socket.socket:
-    """What a vSockets datagram socket is made of, before it is one."""
+    """Return a unix datagram socket, as a vSockets one is before it is bound."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
 
 def adopt(context: Attachment, datagrams: socket.socket, port: int = ANY) -> Record:
-    """Have vsockd bind a datagram socket, in the orderly way."""
+    """Have vsockd bind a datagram socket, by a valid request."""
     with enter(context, socket.SOCK_SEQPACKET) as sock:
         send_with(sock, bind_datagram(port).encode(), [datagrams.fileno()])
         return Record.decode(sock.recv(RECORD_SIZE))
@@ -105,9 +105,9 @@ def adopt(context: Attachment, datagrams: socket.socket, port: int = ANY) -> Rec
 def ask_for_route(
     context: Attachment, sender: socket.socket, address: tuple[int, int]
 ) -> socket.socket:
-    """The way from a datagram socket to ``address``, in the orderly way.
+    """Return the route from a datagram socket to ``address``, by a valid request.
 
-    OSError with vsockd's errno when there is none.
+    Raises OSError with vsockd's errno when it is refused.
     """
     with enter(context, socket.SOCK_SEQPACKET) as sock:
         send_with(sock, route(*address).encode(), [sender.fileno()])
@@ -119,7 +119,7 @@ def ask_for_route(
 
 
 def has_ended(sock: socket.socket) -> bool:
-    """Whether vsockd closes ``sock``, without having said anything more."""
+    """Return whether vsockd closes ``sock`` without another reply."""
     try:
         return sock.recv(1) == b""
     except ConnectionResetError:
@@ -127,8 +127,8 @@ def has_ended(sock: socket.socket) -> bool:
 
 
 def assert_serves(fabric: PrivateFabric) -> None:
-    """vsockd answers others, promptly, on both control sockets and to its administrator."""
-    for kind in DOORS:
+    """Check that vsockd serves others promptly, on both control sockets and to administrators."""
+    for kind in SOCKET_TYPES:
         assert ask_once(fabric.host, LOCAL_CID, kind).local_cid == 2
     assert fabric.control.status()["pid"] == fabric.pid
 
@@ -138,13 +138,13 @@ def descriptors(pid: int) -> int:
 
 
 def resident(pid: int) -> int:
-    """The process's resident memory, in bytes."""
+    """Return the process's resident memory, in bytes."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def state(pid: int) -> str:
-    """The process's state, a letter of proc(5); "" when there is none."""
+    """Return the process's state, a letter of proc(5); "" for a missing process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -152,16 +152,16 @@ def state(pid: int) -> str:
 
 
 def has_gone(pid: int) -> bool:
-    """Whether the process has ended, be it that nobody has asked for its status yet."""
+    """Return whether the process has exited, including as a zombie."""
     return state(pid) in ("", "Z")
 
 
 @contextlib.contextmanager
 def no_descriptor_left_behind(fabric: PrivateFabric) -> Iterator[None]:
-    """Within this context vsockd may hold more descriptors than before; afterwards not."""
+    """Check that vsockd has no more descriptors after this context than before."""
 
     def count() -> int:
-        fabric.control.status()  # vsockd looks for datagram sockets that have gone
+        fabric.control.status()  # vsockd probes for closed datagram sockets
         return descriptors(fabric.pid)
 
     before = count()
@@ -171,7 +171,7 @@ def no_descriptor_left_behind(fabric: PrivateFabric) -> Iterator[None]:
 
 @contextlib.contextmanager
 def paused(pid: int) -> Iterator[None]:
-    """Stop a process, so that all that happens within the context has happened before it looks."""
+    """Stop a process within this context, so that it sees the effects only afterwards."""
     os.kill(pid, signal.SIGSTOP)
     try:
         wait_until(lambda: state(pid) == "T", "the process to stop")
@@ -181,7 +181,7 @@ def paused(pid: int) -> Iterator[None]:
 
 
 def compiled(source: str, folder: Path) -> Path:
-    """A C program of this folder, made in ``folder``."""
+    """Compile a C program of this folder into ``folder``."""
     program = folder / source.removesuffix(".c")
     path = Path(__file__).with_name(source)
     compile_c("-o", program, path)

@@ -1,4 +1,4 @@
-"""Every denial is written down: one line, with both addresses, the process and the rule."""
+"""Each denial is logged on one line, with both addresses, the process and the rule."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def unprivileged(fabric: PrivateFabric) -> Iterator[None]:
         yield
 
 
-# One function for each way to be denied something; beside it what the line has to say.
+# One function for each kind of denial, with the expected contents of its line.
 
 
 def another_cid(fabric: PrivateFabric) -> None:
@@ -75,9 +75,9 @@ def guest_to_guest(fabric: PrivateFabric) -> None:
 def guest_to_guest_by_datagram(fabric: PrivateFabric) -> None:
     fabric.guest(4)
     guest = fabric.guest(3)
-    with unix_datagrams() as sock, enter(guest, socket.SOCK_SEQPACKET) as door:
-        send_with(door, route(4, 5000).encode(), [sock.fileno()])
-        door.recv(1000)
+    with unix_datagrams() as sock, enter(guest, socket.SOCK_SEQPACKET) as channel:
+        send_with(channel, route(4, 5000).encode(), [sock.fileno()])
+        channel.recv(1000)
 
 
 def restricted(fabric: PrivateFabric) -> None:
@@ -182,8 +182,8 @@ def test_one_line_for_each_denial(
     assert vsock_fabric.control.status()["denials"] == 1
 
 
-def test_what_is_not_there_is_not_denied(vsock_fabric: PrivateFabric) -> None:
-    """A wrong port or CID is a mistake, not an offence."""
+def test_a_missing_target_is_not_a_denial(vsock_fabric: PrivateFabric) -> None:
+    """A wrong port or CID is an error, not a denial."""
     guest = vsock_fabric.guest(3)
     assert ask_once(guest, connect(2, 5000)).status == errno.ECONNRESET
     assert ask_once(guest, connect(77, 5000)).status == errno.EHOSTUNREACH
@@ -191,15 +191,15 @@ def test_what_is_not_there_is_not_denied(vsock_fabric: PrivateFabric) -> None:
     assert vsock_fabric.control.status()["denials"] == 0
 
 
-def test_the_peer_learns_the_errno_and_nothing_more(vsock_fabric: PrivateFabric) -> None:
+def test_the_peer_learns_the_errno_only(vsock_fabric: PrivateFabric) -> None:
     vsock_fabric.guest(4)
     guest = vsock_fabric.guest(3)
     denied, absent = (ask_once(guest, connect(cid, 5000)) for cid in (4, 77))
     assert denied == absent
 
 
-def test_so_many_a_second(vsock_fabric: PrivateFabric) -> None:
-    """A guest does not fill the host's disk; what was left out is told, and all is counted."""
+def test_lines_are_limited_per_second(vsock_fabric: PrivateFabric) -> None:
+    """A guest cannot fill the host's disk; left-out lines are reported, and all are counted."""
     (vsock_fabric.configuration / "audit.toml").write_text("[audit]\nrate = 5\n")
     vsock_fabric.control.reload()
     vsock_fabric.guest(4)
@@ -208,7 +208,7 @@ def test_so_many_a_second(vsock_fabric: PrivateFabric) -> None:
     with events:
         for _ in range(200):
             ask_once(guest, connect(4, 5000))
-        # Another guest's denials are not lost in the noise.
+        # Another guest's denials are logged all the same.
         ask_once(other, connect(4, 5000))
         heard = [events.wait(10)]
         while heard[-1]["context"] != 5:
@@ -230,11 +230,11 @@ def test_so_many_a_second(vsock_fabric: PrivateFabric) -> None:
     assert rows[3]["denials"]["guest-to-guest"] == told + left_out
 
 
-class TestLinesThatAreNoDenials:
-    """They are limited, too: for each guest, and each user of the host."""
+class TestOtherLines:
+    """They are limited, too, for each guest and each user of the host."""
 
-    def test_listeners_that_read_nothing_again(self, vsock_fabric: PrivateFabric) -> None:
-        """vsockd lets go of such a listener at the first connect, which alone is a line."""
+    def test_listeners_that_shut_down_reading(self, vsock_fabric: PrivateFabric) -> None:
+        """vsockd drops such a listener at the first connect, which alone causes a line."""
         guest = vsock_fabric.guest(3)
         for _ in range(300):
             with enter(guest) as server:
@@ -250,7 +250,7 @@ class TestLinesThatAreNoDenials:
         assert 1 <= len(lost) < 150
         assert sum(map(left_out_before, log.splitlines())) > 50
 
-    def test_requests_that_are_none(self, vsock_fabric: PrivateFabric) -> None:
+    def test_malformed_requests(self, vsock_fabric: PrivateFabric) -> None:
         guest, other = vsock_fabric.guest(3), vsock_fabric.guest(4)
         for _ in range(500):
             with enter(guest) as sock:
@@ -268,11 +268,11 @@ def left_out_before(line: str) -> int:
     return int(found[1]) if found else 0
 
 
-def test_the_name_of_a_program_is_on_one_line(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
-    """A program's path has what its user likes in it, which forges no line and no colour."""
+def test_a_programs_name_is_escaped(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
+    """A program's path is chosen by its user, and cannot forge a line or a colour."""
     folder = tmp_path / "a\nvsockd: WARNING: denied: forged\x1b[2K\u202e (7 more were left out)"
     folder.mkdir()
-    program = compiled("door_client.c", tmp_path).rename(folder / "x")
+    program = compiled("request_client.c", tmp_path).rename(folder / "x")
     guest, _ = vsock_fabric.guest(3), vsock_fabric.guest(4)
     with vsock_fabric.control.events("denial") as events:
         subprocess.run(
@@ -289,7 +289,7 @@ def test_the_name_of_a_program_is_on_one_line(vsock_fabric: PrivateFabric, tmp_p
     assert event["message"].endswith(shown)
 
 
-# How it is written
+# Formats
 
 
 @contextlib.contextmanager
@@ -321,7 +321,7 @@ def deny_something(control: Control) -> None:
     ask_once(Attachment(control.add_context(3)["folder"]), connect(4, 5000))
 
 
-def test_a_json_object_a_line(tmp_path: Path) -> None:
+def test_one_json_object_per_line(tmp_path: Path) -> None:
     with open(tmp_path / "log", "w+b") as log:
         with logging_vsockd("--log-format", "json", "--log-level", "debug", stderr=log) as control:
             deny_something(control)
@@ -351,8 +351,8 @@ def test_a_json_object_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--log-format", "json"]])
-def test_the_journal_is_given_priorities(tmp_path: Path, options: list[str]) -> None:
-    """When standard error is the journal, JOURNAL_STREAM says so (systemd.exec(5))."""
+def test_lines_for_the_journal_have_priorities(tmp_path: Path, options: list[str]) -> None:
+    """JOURNAL_STREAM tells that standard error is the journal (systemd.exec(5))."""
     with open(tmp_path / "log", "w+b") as log:
         found = os.fstat(log.fileno())
         stream = {"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
@@ -367,8 +367,8 @@ def test_the_journal_is_given_priorities(tmp_path: Path, options: list[str]) -> 
         assert line.startswith("<4>vsockd: WARNING: denied: connect 3:any to 4:5000: ")
 
 
-def test_not_the_journal(tmp_path: Path) -> None:
-    """The variable is inherited; standard error may have gone elsewhere since."""
+def test_lines_for_a_file_have_no_priorities(tmp_path: Path) -> None:
+    """The variable is inherited; standard error may have been redirected since."""
     with open(tmp_path / "log", "w+b") as log:
         environment = {"JOURNAL_STREAM": "1:1"}
         with logging_vsockd(stderr=log, environment=environment) as control:

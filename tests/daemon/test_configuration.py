@@ -1,4 +1,4 @@
-"""The configuration folder: what it may say, and what is said of its mistakes."""
+"""The configuration folder: its valid contents, and the messages about errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def loaded(folder: Path, text: str) -> Settings:
 
 
 def mistake(folder: Path, text: str) -> str:
-    """What is said of a file, without the folder's name."""
+    """Return the message about an error in a file, without the folder's name."""
     with pytest.raises(ConfigurationError) as error:
         loaded(folder, text)
     said = str(error.value)
@@ -59,10 +59,10 @@ def mistake(folder: Path, text: str) -> str:
     return said.replace(f"{folder}/", "")
 
 
-# What it may say
+# Valid contents
 
 
-def test_everything(tmp_path: Path) -> None:
+def test_every_key(tmp_path: Path) -> None:
     user, group = pwd.getpwall()[0], grp.getgrall()[0]
     (tmp_path / "web.vmx").write_text(VMX)
     assert loaded(
@@ -158,19 +158,19 @@ def test_everything(tmp_path: Path) -> None:
     )
 
 
-def test_nothing_configured(tmp_path: Path) -> None:
+def test_defaults(tmp_path: Path) -> None:
     assert load(tmp_path / "none") == Settings()
     assert load(tmp_path) == Settings()
     assert loaded(tmp_path, "# nothing\n[host]\n[limits]\n[audit]\n") == Settings()
 
 
-def test_the_only_files_are_toml_files(tmp_path: Path) -> None:
+def test_other_files_are_ignored(tmp_path: Path) -> None:
     for name in (".#web.toml", ".web.toml", "web.toml~", "web.toml.orig", "README"):
         (tmp_path / name).write_text("not toml")
     assert load(tmp_path) == Settings()
 
 
-def test_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
     (tmp_path / "2.toml").write_text(
         '[limits]\nsockets = 2\n[audit]\nrate = 2\n[host]\ndomains = []\n[[context]]\nname = "b"'
     )
@@ -189,7 +189,7 @@ def test_a_cid_is_all_a_context_needs(tmp_path: Path) -> None:
     assert loaded(tmp_path, "[[context]]\ncid = 0x3").contexts == (PLAIN,)
 
 
-def test_a_default_domain_said_aloud(tmp_path: Path) -> None:
+def test_the_default_domain_may_be_written_out(tmp_path: Path) -> None:
     text = '[[context]]\ncid = 3\nprofile = "legacy"\ndomain = ""\nunrestricted = false'
     assert loaded(tmp_path, text).contexts[0].isolation == Isolation(Profile.LEGACY)
 
@@ -219,12 +219,12 @@ def test_a_vmx_file_elsewhere_and_without_a_cid(tmp_path: Path) -> None:
         assert (context.cid, context.name) == (None, "web")
 
 
-def test_a_mistake_of_a_vmx_file_that_is_overridden_does_no_harm(tmp_path: Path) -> None:
+def test_an_overridden_error_in_a_vmx_file_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "a.vmx").write_text('virtualHW.version = "10"\nvmci0.id = "2"')
     assert loaded(tmp_path, '[[context]]\nvmx = "a.vmx"\ncid = 3').contexts == (PLAIN,)
 
 
-# Its mistakes
+# Errors
 
 TOML = [
     ("a", 1, "", "not TOML: Expected '=' after a key in a key/value pair"),
@@ -394,7 +394,7 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("text", "line", "key", "problem"), TOML + TYPES + VALUES + COMBINATIONS)
-def test_mistakes(tmp_path: Path, text: str, line: int, key: str, problem: str) -> None:
+def test_errors(tmp_path: Path, text: str, line: int, key: str, problem: str) -> None:
     where = f"web.toml:{line}: {key}: " if key else f"web.toml:{line}: "
     assert mistake(tmp_path, text).startswith(where + problem)
 
@@ -432,13 +432,13 @@ def test_one_virtual_machine_twice(tmp_path: Path) -> None:
         ('virtualHW.version = "7"\nvmci0.unrestricted = "2"', "web.vmx:2: vmci0.unrestricted: '2'"),
     ],
 )
-def test_mistakes_of_a_vmx_file(tmp_path: Path, vmx: str, said: str) -> None:
+def test_errors_in_a_vmx_file(tmp_path: Path, vmx: str, said: str) -> None:
     (tmp_path / "web.vmx").write_text(vmx)
     text = "[[context]]\nprofile = 'legacy'\nvmx = 'web.vmx'"
     assert mistake(tmp_path, text).startswith(f"web.toml:3: context.vmx: {said}")
 
 
-def test_a_vmx_file_that_names_nothing(tmp_path: Path) -> None:
+def test_a_vmx_file_without_cid_and_name(tmp_path: Path) -> None:
     (tmp_path / "web.vmx").write_text('virtualHW.version = "7"')
     assert mistake(tmp_path, "\n[[context]]\nvmx = 'web.vmx'").startswith(
         "web.toml:2: context: missing CID and name"
@@ -448,7 +448,7 @@ def test_a_vmx_file_that_names_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_a_link_is_no_executable(tmp_path: Path) -> None:
+def test_an_executable_must_not_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "program").touch()
     (tmp_path / "link").symlink_to("program")
     folder = os.path.realpath(tmp_path)
@@ -472,7 +472,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load(tmp_path / "web.toml")
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "web.toml").write_bytes(b"[host]\n\n# B\xfcro")
     with pytest.raises(ConfigurationError, match=r"web.toml:3: byte 0xfc is not text, expected U"):
         load(tmp_path)
@@ -500,7 +500,7 @@ def test_large_and_deep_files(tmp_path: Path) -> None:
     ).map("\n".join)
     | st.text()
 )
-def test_any_file_is_settings_or_a_mistake_with_its_place(tmp_path: Path, text: str) -> None:
+def test_any_file_gives_settings_or_an_error_with_its_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "web.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
     said, found = "", None
     try:
@@ -511,10 +511,10 @@ def test_any_file_is_settings_or_a_mistake_with_its_place(tmp_path: Path, text: 
     assert said.isprintable()
 
 
-# Where it is
+# The folder
 
 
-def test_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("VSOCKETS_CONFIG", raising=False)
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -531,7 +531,7 @@ def test_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_documented_example() -> None:
-    """A vsockd starts with it, as anybody."""
+    """A vsockd of any user starts with it."""
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
     example = page.read_text().partition("```toml\n")[2].partition("```")[0]
     assert set(tomllib.loads(example)) == {"host", "limits", "audit", "context", "grant"}

@@ -1,4 +1,4 @@
-"""The administrator's socket: what it answers, whom it answers, and what it does not fall for."""
+"""The administrator's socket: replies, access, and invalid requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HUGE = 10**30
 
 @pytest.fixture
 def line(shared_fabric: PrivateFabric) -> Iterator[socket.socket]:
-    """A bare connection to the control socket."""
+    """Yield a connection to the control socket."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(PROMPT)
         sock.connect(os.fspath(shared_fabric.folder / "control"))
@@ -43,7 +43,7 @@ def line(shared_fabric: PrivateFabric) -> Iterator[socket.socket]:
 
 
 def ask_line(sock: socket.socket, text: bytes) -> dict[str, Any]:
-    """One line there, one line back."""
+    """Send one line and return the reply."""
     sock.sendall(text + b"\n")
     answer = b""
     while not answer.endswith(b"\n"):
@@ -55,7 +55,7 @@ def ask_line(sock: socket.socket, text: bytes) -> dict[str, Any]:
     return decoded
 
 
-# What it is for
+# Requests
 
 
 def test_status(vsock_fabric: PrivateFabric) -> None:
@@ -137,19 +137,21 @@ def test_contexts(vsock_fabric: PrivateFabric) -> None:
 
 
 @pytest.mark.parametrize("cid", [-1, 0, 1, 2, 2**32 - 1, 2**32, HUGE])
-def test_cids_that_are_no_guests(shared_fabric: PrivateFabric, cid: int) -> None:
+def test_cids_outside_the_guests_range_are_refused(shared_fabric: PrivateFabric, cid: int) -> None:
     with pytest.raises(OSError, match="is out of range, expected 3 to") as refusal:
         shared_fabric.control.add_context(cid)
     assert refusal.value.errno == errno.EINVAL
 
 
-def test_a_cid_is_given_once(shared_fabric: PrivateFabric) -> None:
+def test_a_cid_in_use_is_refused(shared_fabric: PrivateFabric) -> None:
     with pytest.raises(OSError, match=f"context {GUEST} exists") as refusal:
         shared_fabric.guest(GUEST)
     assert refusal.value.errno == errno.EEXIST
 
 
-def test_what_cannot_be_removed(shared_fabric: PrivateFabric) -> None:
+def test_host_hypervisor_and_unknown_contexts_cannot_be_removed(
+    shared_fabric: PrivateFabric,
+) -> None:
     for cid, code in ((2, errno.EINVAL), (0, errno.EINVAL), (9, errno.ENOENT)):
         with pytest.raises(OSError) as refusal:
             shared_fabric.control.remove_context(cid)
@@ -171,7 +173,7 @@ def test_a_lease_ends_with_its_connection(vsock_fabric: PrivateFabric) -> None:
         cids = {lessee.add_context(lease=True)["cid"] for _ in range(5)}
         assert len(cids) == 5
         copy = socket.socket(fileno=os.dup(lessee.fileno()))
-    with copy:  # whoever has a copy keeps the leases
+    with copy:  # a duplicate of the connection keeps the leases
         assert cids < {row["cid"] for row in vsock_fabric.control.contexts()}
     wait_until(
         lambda: [row["cid"] for row in vsock_fabric.control.contexts()] == [2],
@@ -182,7 +184,7 @@ def test_a_lease_ends_with_its_connection(vsock_fabric: PrivateFabric) -> None:
     assert vsock_fabric.control.add_context()["cid"] not in cids
 
 
-def test_a_lease_ended_by_hand_ends_once(vsock_fabric: PrivateFabric) -> None:
+def test_a_removed_leased_guest_is_removed_once(vsock_fabric: PrivateFabric) -> None:
     with Control(vsock_fabric.folder) as lessee:
         cid = lessee.add_context(lease=True)["cid"]
         vsock_fabric.control.remove_context(cid)
@@ -191,10 +193,10 @@ def test_a_lease_ended_by_hand_ends_once(vsock_fabric: PrivateFabric) -> None:
     assert [row["cid"] for row in vsock_fabric.control.contexts()] == [2, cid]
 
 
-# Whom it answers
+# Access
 
 
-def test_files_are_as_private_as_they_should_be(vsock_fabric: PrivateFabric) -> None:
+def test_modes_of_the_files(vsock_fabric: PrivateFabric) -> None:
     vsock_fabric.guest(7)
     modes = {
         name: stat.S_IMODE(os.lstat(vsock_fabric.folder / name).st_mode)
@@ -230,8 +232,8 @@ def test_other_users(vsock_fabric: PrivateFabric) -> None:
             (theirs.folder.parent / "mine").mkdir()
 
 
-def test_an_owner_who_cannot_be_had_leaves_nothing(vsock_fabric: PrivateFabric) -> None:
-    """No user id at all, or root's for somebody else: the guest is not half there afterwards."""
+def test_an_invalid_owner_leaves_no_guest(vsock_fabric: PrivateFabric) -> None:
+    """Not a user id, or root's for another user: no part of the guest remains."""
     owners = [(-5, errno.EINVAL), (2**32, errno.EINVAL), (HUGE, errno.EINVAL)]
     if os.geteuid() != 0:
         owners.append((0, errno.EPERM))
@@ -245,7 +247,7 @@ def test_an_owner_who_cannot_be_had_leaves_nothing(vsock_fabric: PrivateFabric) 
     vsock_fabric.control.add_context(7)
 
 
-def test_a_folder_that_is_in_the_way(vsock_fabric: PrivateFabric) -> None:
+def test_an_existing_folder_is_replaced(vsock_fabric: PrivateFabric) -> None:
     (vsock_fabric.folder / "7").write_text("")
     with no_descriptor_left_behind(vsock_fabric):
         with pytest.raises(OSError, match="exists") as refusal:
@@ -255,7 +257,7 @@ def test_a_folder_that_is_in_the_way(vsock_fabric: PrivateFabric) -> None:
     vsock_fabric.control.add_context(7)
 
 
-# What it does not fall for
+# Invalid requests
 
 NOT_REQUESTS = {
     "nothing": b"",
@@ -279,7 +281,7 @@ NOT_REQUESTS = {
 
 
 @pytest.mark.parametrize("what", NOT_REQUESTS)
-def test_what_is_no_request_is_answered_so(line: socket.socket, what: str) -> None:
+def test_invalid_requests_get_an_error(line: socket.socket, what: str) -> None:
     answer = ask_line(line, NOT_REQUESTS[what])
     assert set(answer) == {"error", "errno"}
     assert answer["errno"] in (errno.EINVAL, errno.ENOENT)
@@ -336,12 +338,14 @@ def test_requests_in_pieces_and_in_bundles(line: socket.socket) -> None:
     assert len({*answers.splitlines()}) == 1
 
 
-def test_somebody_who_says_nothing(line: socket.socket, shared_fabric: PrivateFabric) -> None:
+def test_an_incomplete_request_delays_nobody(
+    line: socket.socket, shared_fabric: PrivateFabric
+) -> None:
     line.send(b'{"op":')
     assert_serves(shared_fabric)
 
 
-def test_somebody_who_asks_and_goes(shared_fabric: PrivateFabric) -> None:
+def test_clients_that_do_not_wait_for_replies(shared_fabric: PrivateFabric) -> None:
     for _ in range(50):
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(os.fspath(shared_fabric.folder / "control"))

@@ -1,7 +1,7 @@
 """Datagram requests with anything but a datagram socket of the program's own.
 
-The fixture of every test adds: others are served promptly, during the abuse and after it;
-vsockd has no descriptor more in the end than in the beginning, and it logs no error.
+Each test's fixture also checks that others are served promptly, during the abuse and after it, that
+vsockd has no more descriptors at the end than at the start, and that it logs no error.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from vsockets.testing import PrivateFabric
 
 from .raw_client import (
     ANY,
-    DOORS,
     PROMPT,
+    SOCKET_TYPES,
     adopt,
     ask,
     ask_for_route,
@@ -35,7 +35,7 @@ from .raw_client import (
 )
 
 STREAM, SEQPACKET = socket.SOCK_STREAM, socket.SOCK_SEQPACKET
-both_doors = pytest.mark.parametrize("door", DOORS)
+both_types = pytest.mark.parametrize("sock_type", SOCKET_TYPES)
 
 
 @pytest.mark.parametrize("request_", [bind_datagram(5000), route(2, 5000)])
@@ -82,9 +82,7 @@ class TestDatagramRequests:
             assert has_ended(sock)
         os.close(folder)
 
-    def test_with_a_socket_that_has_a_name(
-        self, shared_fabric: PrivateFabric, request_: Request
-    ) -> None:
+    def test_with_a_bound_socket(self, shared_fabric: PrivateFabric, request_: Request) -> None:
         with (
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as taken,
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver,
@@ -110,7 +108,7 @@ class TestDatagramRequests:
             assert os.read(reader, 1) == b""
         os.close(reader)
 
-    def test_gone_before_it_is_looked_at(
+    def test_closed_before_vsockd_reads_the_request(
         self, shared_fabric: PrivateFabric, request_: Request
     ) -> None:
         with (
@@ -128,8 +126,8 @@ class TestDatagramRequests:
             assert_serves(shared_fabric)
 
 
-def test_somebody_elses_datagram_socket(shared_fabric: PrivateFabric) -> None:
-    """A socket bound in one context is nothing in another, whoever holds its descriptor."""
+def test_a_socket_of_another_context(shared_fabric: PrivateFabric) -> None:
+    """A socket bound in one context is unknown in any other, also with its descriptor."""
     guest = guest_of(shared_fabric)
     with vsockets.socket(type=socket.SOCK_DGRAM, context=shared_fabric.host) as datagrams:
         datagrams.bind((2, 5000))
@@ -139,7 +137,7 @@ def test_somebody_elses_datagram_socket(shared_fabric: PrivateFabric) -> None:
 
 
 def test_a_route_is_for_its_destination_only(shared_fabric: PrivateFabric) -> None:
-    """A program cannot turn a route round, or give it another name."""
+    """A program cannot reverse a route, or change its name."""
     with (
         vsockets.socket(type=socket.SOCK_DGRAM, context=shared_fabric.host) as receiver,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,

@@ -1,4 +1,4 @@
-"""Datagram sockets do not outlive their vsockd: what they had is another's after it."""
+"""Datagram sockets do not outlive their vsockd, after which their addresses are reused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def crash(fabric: PrivateFabric) -> None:
 
 
 def crash_twice(fabric: PrivateFabric) -> None:
-    """The second one has not ended the first one's sockets by then."""
+    """Kill two vsockds in turn, the second before it has ended the first one's sockets."""
     fabric.kill()
     lives = fabric.folder / "private" / "lives"
     lives.write_text(f"{lives.read_text()}\n{'f' * 16}")
@@ -56,7 +56,7 @@ End = Callable[[PrivateFabric], None]
 
 @pytest.fixture
 def receiver(vsock_fabric: PrivateFabric) -> Iterator[vsockets.socket]:
-    """The host's service."""
+    """Yield the host's service."""
     with vsockets.socket(type=DATAGRAM, context=vsock_fabric.host) as sock:
         sock.bind((2, 5000))
         sock.settimeout(10)
@@ -65,7 +65,7 @@ def receiver(vsock_fabric: PrivateFabric) -> Iterator[vsockets.socket]:
 
 @pytest.fixture
 def route(vsock_fabric: PrivateFabric, receiver: vsockets.socket) -> Iterator[socket.socket]:
-    """A program of guest 3, which has sent a datagram and keeps the way."""
+    """Yield a program of guest 3 that has sent a datagram and keeps the route."""
     with unix_datagrams() as sender:
         route = ask_for_route(vsock_fabric.guest(3), sender, (2, 5000))
         with route:
@@ -110,7 +110,7 @@ def test_a_hidden_route_reaches_nobody(
 
 
 @ends_with_an_error
-def test_what_had_arrived_is_read_and_a_waiting_program_woken(
+def test_queued_datagrams_are_read_and_a_blocked_receiver_is_woken(
     vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket, end: End
 ) -> None:
     poll = select.poll()
@@ -125,7 +125,7 @@ def test_what_had_arrived_is_read_and_a_waiting_program_woken(
 
 
 @ends
-def test_a_socket_of_an_earlier_life_gets_a_clear_error(
+def test_a_socket_of_an_earlier_epoch_gets_a_clear_error(
     vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket, end: End
 ) -> None:
     receiver.sendto(b"to itself", (2, 5000))
@@ -139,10 +139,10 @@ def test_a_socket_of_an_earlier_life_gets_a_clear_error(
         assert sock.recvfrom(100) == (b"to itself", (2, 5000))
 
 
-def test_a_route_that_vsockd_had_forgotten(
+def test_a_revoked_route_is_not_used_again(
     vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket
 ) -> None:
-    """vsockd keeps no duplicate of a route once it has revoked it; it is shut down by then."""
+    """vsockd keeps no duplicate of a revoked route; the route is shut down by then."""
     vsock_fabric.control.suspend(3)
     restart(vsock_fabric)
     with pytest.raises(BrokenPipeError):
@@ -164,7 +164,7 @@ def test_sockets_are_ended_twice(
         receiver.recvfrom(100)
 
 
-def test_other_fabrics_and_lives_go_on(vsock_fabric: PrivateFabric) -> None:
+def test_other_fabrics_and_epochs_are_not_affected(vsock_fabric: PrivateFabric) -> None:
     with (
         PrivateFabric() as other,
         unix_datagrams() as sender,
@@ -178,10 +178,10 @@ def test_other_fabrics_and_lives_go_on(vsock_fabric: PrivateFabric) -> None:
             assert receiver.recvfrom(100)[0] == b"still here"
 
 
-def test_nothing_but_the_sockets_of_a_life_is_touched(
+def test_only_sockets_of_the_epoch_are_ended(
     vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket
 ) -> None:
-    """A name may contain newlines, and look like lines of /proc/net/unix about other sockets."""
+    """A name may contain newlines, and imitate lines of /proc/net/unix about other sockets."""
     life = bytes(route.getsockname()).split(b":")[3]
     ours, theirs = socket.socketpair(type=DATAGRAM)
     with ours, theirs, unix_datagrams() as bystander:
@@ -236,7 +236,7 @@ def test_in_another_network_namespace(vsock_fabric: PrivateFabric, end: End) -> 
         assert program.stdout.readline() == f"{errno.ECONNRESET}\n"
 
 
-def test_a_crash_leaves_its_life_behind_until_it_is_dealt_with(
+def test_an_epoch_is_recorded_until_its_sockets_are_ended(
     vsock_fabric: PrivateFabric,
 ) -> None:
     lives = vsock_fabric.folder / "private" / "lives"

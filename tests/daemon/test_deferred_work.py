@@ -1,4 +1,4 @@
-"""Work that can wait, in pieces."""
+"""Deferred work, done in steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pieces(name: str, number: int, done: list[str]) -> Iterator[None]:
         yield
 
 
-def test_chores_take_turns(loop: EventLoop) -> None:
+def test_tasks_take_turns(loop: EventLoop) -> None:
     chores, done = DeferredWork(loop), list[str]()
     chores.start("a", pieces("a", 3, done))
     chores.start("b", pieces("b", 2, done))
@@ -44,7 +44,7 @@ def test_chores_take_turns(loop: EventLoop) -> None:
     assert done == ["a", "b", "c", "a", "b", "a"]
 
 
-def test_a_chore_that_is_under_way_is_not_begun_again(loop: EventLoop) -> None:
+def test_a_task_in_progress_is_not_started_again(loop: EventLoop) -> None:
     chores, done = DeferredWork(loop), list[str]()
     chores.start("a", pieces("first", 2, done))
     chores.start("a", pieces("second", 2, done))
@@ -54,7 +54,7 @@ def test_a_chore_that_is_under_way_is_not_begun_again(loop: EventLoop) -> None:
     assert done == ["first", "first", "third"]
 
 
-def test_a_chore_that_fails_is_logged_and_the_others_go_on(
+def test_a_failing_task_is_logged_and_others_continue(
     loop: EventLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     def failing() -> Iterator[None]:
@@ -70,7 +70,7 @@ def test_a_chore_that_fails_is_logged_and_the_others_go_on(
     assert record.levelno == logging.ERROR and record.exc_info
 
 
-def test_requests_are_served_between_the_pieces_of_a_chore(loop: EventLoop) -> None:
+def test_requests_are_served_between_the_steps_of_a_task(loop: EventLoop) -> None:
     chores, done = DeferredWork(loop), list[str]()
     ours, theirs = socket.socketpair()
 

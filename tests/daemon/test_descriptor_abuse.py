@@ -1,7 +1,7 @@
-"""Descriptors nobody asked for, and those that are slow to close.
+"""Descriptors that were not requested, and descriptors that close slowly.
 
-The fixture of every test adds: others are served promptly, during the abuse and after it;
-vsockd has no descriptor more in the end than in the beginning, and it logs no error.
+Each test's fixture also checks that others are served promptly, during the abuse and after it, that
+vsockd has no more descriptors at the end than at the start, and that it logs no error.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from vsockets.testing import PrivateFabric
 
 from .raw_client import (
     ANY,
-    DOORS,
     LOCAL_CID,
+    SOCKET_TYPES,
     adopt,
     ask_for_route,
     assert_serves,
@@ -34,20 +34,20 @@ from .raw_client import (
 )
 
 STREAM, SEQPACKET = socket.SOCK_STREAM, socket.SOCK_SEQPACKET
-both_doors = pytest.mark.parametrize("door", DOORS)
+both_types = pytest.mark.parametrize("sock_type", SOCKET_TYPES)
 
 
-@both_doors
-def test_descriptors_unasked(shared_fabric: PrivateFabric, door: int) -> None:
+@both_types
+def test_unrequested_descriptors_are_closed(shared_fabric: PrivateFabric, sock_type: int) -> None:
     reader, writer = os.pipe()
-    with enter(shared_fabric.host, door) as sock:
+    with enter(shared_fabric.host, sock_type) as sock:
         try:
             send_with(sock, bind(5000).encode(), [writer] * 100)
         except PermissionError:  # vsockd takes none there, the kernel says
             sock.send(bind(5000).encode())
         assert Record.decode(sock.recv(RECORD_SIZE)).local == (2, 5000)
         os.close(writer)
-        # The pipe ends as soon as nobody has its other end.
+        # The pipe reports its end once no process has its other end.
         assert os.read(reader, 1) == b""
         try:
             send_with(sock, b"x", [reader] * 100)
@@ -58,7 +58,7 @@ def test_descriptors_unasked(shared_fabric: PrivateFabric, door: int) -> None:
 
 
 def lingering_socket() -> tuple[socket.socket, Callable[[], None]]:
-    """A TCP socket whose last close() takes half a minute, and a function that ends the wait."""
+    """Return a TCP socket whose last close() takes half a minute, and a function to end that."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         sock = socket.create_connection(server.getsockname())
         peer, _ = server.accept()
@@ -71,25 +71,25 @@ def lingering_socket() -> tuple[socket.socket, Callable[[], None]]:
 
 
 def nested(sock: socket.socket) -> socket.socket:
-    """A datagram socket, with a message waiting in it that carries ``sock``."""
+    """Return a datagram socket with an unread message that carries ``sock``."""
     outer, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with sender:
         send_with(sender, b"x", [sock.fileno()])
     return outer
 
 
-class TestDescriptorsThatAreSlowToClose:
-    """Whoever closes a socket last waits as long as the socket's maker likes: never vsockd.
+class TestSlowClose:
+    """The last close of a socket takes as long as its creator likes: vsockd must not wait for it.
 
     A process that closes a descriptor of a lingering TCP socket, or of a file on a file system
-    made for the purpose, sleeps in the kernel.  That includes descriptors which ride along with
-    a message: the kernel closes them in whoever receives the message, or throws it away.
+    made for the purpose, sleeps in the kernel.  That includes descriptors in a message: the kernel
+    closes them in the process that receives the message, or discards it.
     """
 
     def attack(
         self,
         fabric: PrivateFabric,
-        door: int,
+        sock_type: int,
         messages: list[bytes],
         wrap: Callable[[socket.socket], socket.socket] = lambda sock: sock,
     ) -> None:
@@ -97,7 +97,7 @@ class TestDescriptorsThatAreSlowToClose:
         wrapped = wrap(slow)
         try:
             with paused(fabric.pid):
-                with enter(fabric.host, door) as sock:
+                with enter(fabric.host, sock_type) as sock:
                     for message in messages[:-1]:
                         sock.send(message)
                     # A vsockd that takes no descriptors at all makes this fail: good, too.
@@ -111,19 +111,19 @@ class TestDescriptorsThatAreSlowToClose:
         finally:
             hurry()
 
-    @both_doors
-    def test_with_a_request(self, shared_fabric: PrivateFabric, door: int) -> None:
-        self.attack(shared_fabric, door, [LOCAL_CID.encode()])
+    @both_types
+    def test_with_a_request(self, shared_fabric: PrivateFabric, sock_type: int) -> None:
+        self.attack(shared_fabric, sock_type, [LOCAL_CID.encode()])
 
-    @both_doors
-    def test_with_garbage(self, shared_fabric: PrivateFabric, door: int) -> None:
-        self.attack(shared_fabric, door, [b"x"])
+    @both_types
+    def test_with_garbage(self, shared_fabric: PrivateFabric, sock_type: int) -> None:
+        self.attack(shared_fabric, sock_type, [b"x"])
 
-    @both_doors
+    @both_types
     def test_with_a_message_that_is_never_received(
-        self, shared_fabric: PrivateFabric, door: int
+        self, shared_fabric: PrivateFabric, sock_type: int
     ) -> None:
-        self.attack(shared_fabric, door, [b"x", b"x"])
+        self.attack(shared_fabric, sock_type, [b"x", b"x"])
 
     def test_as_the_datagram_socket(self, shared_fabric: PrivateFabric) -> None:
         self.attack(shared_fabric, SEQPACKET, [bind_datagram().encode()])
@@ -135,7 +135,7 @@ class TestDescriptorsThatAreSlowToClose:
         )
 
     def test_within_a_route(self, shared_fabric: PrivateFabric) -> None:
-        """Who is sent a datagram sees the route's name, and could send something to it."""
+        """The receiver of a datagram sees the route's name, and could send a message to it."""
         slow, hurry = lingering_socket()
         with (
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver,

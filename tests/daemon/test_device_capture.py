@@ -1,4 +1,4 @@
-"""Asking vsockd for what passes a device: who gets it, and what the device is told."""
+"""Capture requests to vsockd: who may capture, and what the device receives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CID = 9
 
 @pytest.fixture
 def link(fabric: PrivateFabric) -> Iterator[socket.socket]:
-    """Of a device of context 9."""
+    """Yield the link of a device of context 9."""
     fabric.guest(CID)
     with fabric.control.attach_device(CID) as link:
         link.settimeout(10)
@@ -41,33 +41,33 @@ def refusal(place: Attachment, cid: int) -> int:
     return refused.value.errno
 
 
-def test_the_device_gets_one_end_and_who_asked_the_other(
-    fabric: PrivateFabric, link: socket.socket
-) -> None:
+def test_device_and_client_get_one_end_each(fabric: PrivateFabric, link: socket.socket) -> None:
     with open_capture(fabric.host, CID, limit=100, port=5000) as records:
         record, device_end = told(link)
         assert (record.role, record.size, record.local) == (Role.TAP, 100, (CID, 5000))
         with device_end:
             device_end.send(b"a record")
             assert records.recv(100) == b"a record"
-        assert records.recv(100) == b""  # nobody else holds the device's end
+        assert records.recv(100) == b""  # no other process has the device's end
 
 
-def test_no_limit_above_ours(fabric: PrivateFabric, link: socket.socket) -> None:
+def test_the_payload_limit_is_capped(fabric: PrivateFabric, link: socket.socket) -> None:
     with open_capture(fabric.host, CID, limit=1 << 40):
         record, device_end = told(link)
         device_end.close()
     assert record.size == CAPTURE_PAYLOAD_MAX_BYTES
 
 
-def test_there_must_be_a_device(fabric: PrivateFabric) -> None:
+def test_a_guest_without_a_device_is_refused(fabric: PrivateFabric) -> None:
     fabric.guest(CID)
     assert refusal(fabric.host, CID) == errno.ENOTSUP
     assert refusal(fabric.host, 2) == errno.ENOTSUP
     assert refusal(fabric.host, 77) == errno.ENOENT
 
 
-def test_a_guest_is_denied_and_the_audit_tells(fabric: PrivateFabric, link: socket.socket) -> None:
+def test_a_guest_is_denied_and_the_denial_is_logged(
+    fabric: PrivateFabric, link: socket.socket
+) -> None:
     guest = fabric.guest()
     with fabric.control.events("denial") as events:
         for cid in (CID, guest.cid, 77):  # not even whether there is one
@@ -83,7 +83,7 @@ def test_another_user_needs_a_grant(
     fabric: PrivateFabric, link: socket.socket, programs: Path
 ) -> None:
     question = Request(Op.CAPTURE, peer_cid=CID, size=100)
-    client = programs / "door_client"
+    client = programs / "request_client"
     assert ask_by_program(client, fabric, question).status == errno.EACCES
     (fabric.configuration / "grants.toml").write_text(
         f"[[grant]]\nuser = {NOBODY}\ncapture = true\n"
@@ -91,5 +91,5 @@ def test_another_user_needs_a_grant(
     fabric.control.reload()
     assert ask_by_program(client, fabric, question).status == 0
     _, device_end = told(link)
-    with device_end:  # who asked has gone
+    with device_end:  # the client has closed its end
         assert device_end.recv(1) == b""

@@ -1,4 +1,4 @@
-"""A device's attachment to vsockd: who may, what it may, and what a hostile one can do."""
+"""A device's link to vsockd: rights of the device, and hostile ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZES = (65_536, 128, 262_144)
 
 
 class Device:
-    """A link, byte by byte."""
+    """A device's link, byte by byte."""
 
     def __init__(self, fabric: PrivateFabric, guest: Attachment) -> None:
         self.cid = guest.cid
@@ -62,7 +62,7 @@ class Device:
         self.link.send(request.encode())
 
     def refuse(self, given_back: socket.socket | None = None) -> None:
-        """Refuse the next offer, and give its socket back, or the one given instead."""
+        """Refuse the next pending connection, and return its socket, or ``instead``."""
         offer, stream = self.offer()
         stream.send(Record(errno.ECONNRESET).encode())
         if offer.flags & RequestFlag.POLLING:
@@ -72,7 +72,7 @@ class Device:
         stream.close()
 
     def told(self) -> tuple[int, tuple[int, int], int]:
-        """The buffer it is told of last: the guest's port, whose it is, and its size."""
+        """Return the reported buffer: the guest's port, the peer, and the size."""
         while True:
             record = Record.decode(self.link.recv(RECORD_SIZE))
             assert record.role == Role.BUFFER and record.local_cid == self.cid
@@ -102,7 +102,7 @@ def private_fabric() -> Iterator[PrivateFabric]:
         yield fabric
 
 
-def test_one_device_for_a_guest(private_fabric: PrivateFabric, device: Device) -> None:
+def test_a_guest_has_one_device(private_fabric: PrivateFabric, device: Device) -> None:
     with pytest.raises(OSError) as refused:
         private_fabric.control.attach_device(device.cid)
     assert refused.value.errno == errno.EBUSY
@@ -113,7 +113,7 @@ def test_one_device_for_a_guest(private_fabric: PrivateFabric, device: Device) -
         private_fabric.control.attach_device(99)
     assert refused.value.errno == errno.ENOENT
     device.link.close()
-    wait_until(lambda: _attaches(private_fabric, device.cid), "the device to be gone")
+    wait_until(lambda: _attaches(private_fabric, device.cid), "the device to be detached")
 
 
 def _attaches(fabric: PrivateFabric, cid: int) -> bool:
@@ -148,7 +148,7 @@ def test_the_guest_connects_from_a_port_of_its_own(
     refused.close()
 
 
-def test_the_device_is_told_of_larger_buffers(
+def test_the_device_gets_larger_buffer_sizes_of_listeners(
     private_fabric: PrivateFabric, device: Device
 ) -> None:
     with vsockets.create_server((2, 5000), context=private_fabric.host) as server:
@@ -169,7 +169,7 @@ def test_the_device_is_told_of_larger_buffers(
         sock.close()
 
 
-def test_the_device_is_told_of_larger_buffers_of_who_connects(
+def test_the_device_gets_larger_buffer_sizes_of_clients(
     private_fabric: PrivateFabric, device: Device
 ) -> None:
     with vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host) as sock:
@@ -206,7 +206,7 @@ def test_a_stream_to_the_guest(private_fabric: PrivateFabric, device: Device) ->
     stream.close()
 
 
-def test_the_guest_refuses(private_fabric: PrivateFabric, device: Device) -> None:
+def test_the_guest_refuses_a_stream(private_fabric: PrivateFabric, device: Device) -> None:
     sock = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
     sock.setblocking(False)
     sock.connect_ex((device.cid, 80))
@@ -226,7 +226,7 @@ def _error(sock: vsockets.socket) -> int:
 
 @pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
 @pytest.mark.parametrize("polling", [False, True], ids=["blocking", "polling"])
-def test_who_was_refused_tries_again_on_the_same_socket(
+def test_a_refused_client_retries_on_the_same_socket(
     private_fabric: PrivateFabric, device: Device, bound: bool, polling: bool
 ) -> None:
     before = descriptors(private_fabric.pid)
@@ -255,7 +255,7 @@ def test_who_was_refused_tries_again_on_the_same_socket(
 
 @contextlib.contextmanager
 def _connecting(sock: vsockets.socket, cid: int, polling: bool) -> Iterator[Callable[[], int]]:
-    """A connect to port 80, while it goes on; what is yielded waits for how it ends."""
+    """Connect to port 80 in the background; yield a function that waits for the result."""
     if polling:
         sock.setblocking(False)
         assert sock.connect_ex((cid, 80)) == errno.EINPROGRESS
@@ -292,7 +292,7 @@ def test_a_refused_socket_keeps_its_port(private_fabric: PrivateFabric, device: 
 def test_a_refused_socket_is_for_that_guest_only(
     private_fabric: PrivateFabric, device: Device
 ) -> None:
-    """Its device may have kept a copy, and would be in the middle of a stream to another."""
+    """The refusing device may have kept a duplicate, and could use a stream to another guest."""
     sock = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
     with _connecting(sock, device.cid, False) as connected:
         device.refuse()
@@ -309,7 +309,7 @@ def test_a_refused_socket_is_for_that_guest_only(
 def test_another_socket_is_not_taken_for_the_refused_one(
     private_fabric: PrivateFabric, device: Device
 ) -> None:
-    """A device cannot speak as a program of the host."""
+    """A device cannot act as a program of the host."""
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
     sock = vsockets.socket(AF_VSOCK, socket.SOCK_STREAM, context=private_fabric.host)
@@ -322,7 +322,7 @@ def test_another_socket_is_not_taken_for_the_refused_one(
             sock.connect((device.cid, 80))
 
 
-def test_sequenced_packets_are_not_for_kernels(
+def test_a_guest_without_seqpacket_refuses_it(
     private_fabric: PrivateFabric, device: Device
 ) -> None:
     with (
@@ -332,7 +332,9 @@ def test_sequenced_packets_are_not_for_kernels(
         sock.connect((device.cid, 80))
 
 
-def test_programs_of_the_context_come_first(private_fabric: PrivateFabric, device: Device) -> None:
+def test_listeners_of_programs_take_precedence_over_the_device(
+    private_fabric: PrivateFabric, device: Device
+) -> None:
     context = Attachment(private_fabric.folder / str(device.cid))
     with (
         vsockets.create_server((device.cid, 5000), context=context) as server,
@@ -365,7 +367,7 @@ def test_datagrams_to_every_port(private_fabric: PrivateFabric, device: Device) 
     host.close()
 
 
-def test_programs_may_not_do_what_kernels_may(private_fabric: PrivateFabric) -> None:
+def test_programs_may_not_send_device_requests(private_fabric: PrivateFabric) -> None:
     guest = private_fabric.guest()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(10)
@@ -381,7 +383,7 @@ def test_programs_may_not_do_what_kernels_may(private_fabric: PrivateFabric) -> 
 
 
 def test_a_hostile_device(private_fabric: PrivateFabric) -> None:
-    """It harms nobody, and leaves nothing behind."""
+    """A hostile device affects no other client, and leaves nothing behind."""
     guest = private_fabric.guest()
     before = descriptors(private_fabric.pid)
     for nasty in range(5):
@@ -409,12 +411,12 @@ def test_a_hostile_device(private_fabric: PrivateFabric) -> None:
             device.offer()[1].close()
             sock.close()
         device.link.close()
-        wait_until(lambda: _attaches(private_fabric, guest.cid), "the device to be gone")
+        wait_until(lambda: _attaches(private_fabric, guest.cid), "the device to be detached")
     assert_serves(private_fabric)
     wait_until(lambda: descriptors(private_fabric.pid) <= before, "no descriptor left behind")
 
 
-def test_a_context_that_ends_takes_its_device_along(
+def test_removing_a_context_detaches_its_device(
     private_fabric: PrivateFabric, device: Device
 ) -> None:
     private_fabric.control.power_off(device.cid)

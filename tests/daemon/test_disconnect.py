@@ -1,4 +1,4 @@
-"""An administrator ends one stream: that one, whoever holds it, and it is written down."""
+"""An administrator disconnects one stream: only that one, in any process, and it is logged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import vsockets
 from vsockets.testing import PrivateFabric
 
-from .life import Machine, assert_ended, assert_stands, machine, stream
+from .guest_changes import Machine, assert_ended, assert_stands, machine, stream
 from .raw_client import PROMPT
 
 
@@ -26,7 +26,7 @@ def guest(shared_fabric: PrivateFabric) -> Iterator[Machine]:
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
 @pytest.mark.parametrize("begun_by", ["guest", "host"])
-def test_that_stream_and_no_other(
+def test_only_the_named_stream_is_disconnected(
     shared_fabric: PrivateFabric, guest: Machine, kind: int, begun_by: str
 ) -> None:
     sides = shared_fabric.host, guest.context
@@ -44,14 +44,14 @@ def test_that_stream_and_no_other(
         assert not ports & {port for _, port in ends}
 
 
-def test_in_either_order(shared_fabric: PrivateFabric, guest: Machine) -> None:
+def test_addresses_in_either_order(shared_fabric: PrivateFabric, guest: Machine) -> None:
     with stream(shared_fabric.host, guest.context) as (accepted, connected):
         shared_fabric.control.disconnect(accepted.getsockname(), accepted.getpeername())
         assert_ended(connected)
 
 
 def test_within_one_context(shared_fabric: PrivateFabric, guest: Machine) -> None:
-    """The connecting end is bound to the local CID, which says nothing of its context."""
+    """The connecting end is bound to the local CID, which does not identify its context."""
     with (
         vsockets.create_server((5, 5000), context=guest.context) as server,
         vsockets.socket(context=guest.context) as connected,
@@ -67,7 +67,7 @@ def test_within_one_context(shared_fabric: PrivateFabric, guest: Machine) -> Non
             assert_ended(connected)
 
 
-def test_a_stream_that_is_not_there(shared_fabric: PrivateFabric, guest: Machine) -> None:
+def test_an_unknown_stream_is_refused(shared_fabric: PrivateFabric, guest: Machine) -> None:
     with stream(shared_fabric.host, guest.context) as (accepted, connected):
         local, peer = connected.getsockname(), connected.getpeername()
         for one, other in (
@@ -88,14 +88,14 @@ def test_a_stream_that_is_not_there(shared_fabric: PrivateFabric, guest: Machine
 @pytest.mark.parametrize(
     "address", [None, 3, [], [3], [3, 1, 1], ["3", 1], [3, -1], [3, 2**32], {"cid": 3}]
 )
-def test_what_is_no_address(shared_fabric: PrivateFabric, address: Any) -> None:
+def test_invalid_addresses_are_refused(shared_fabric: PrivateFabric, address: Any) -> None:
     ask = shared_fabric.control._ask
     with pytest.raises(OSError, match="peer: expected") as caught:
         ask("stream.disconnect", local=[2, 5000], peer=address)
     assert caught.value.errno == errno.EINVAL
 
 
-def test_it_is_written_down(shared_fabric: PrivateFabric, guest: Machine) -> None:
+def test_it_is_logged(shared_fabric: PrivateFabric, guest: Machine) -> None:
     with (
         shared_fabric.control.events("disconnect") as events,
         stream(shared_fabric.host, guest.context) as (_, connected),
@@ -110,5 +110,5 @@ def test_it_is_written_down(shared_fabric: PrivateFabric, guest: Machine) -> Non
 
 
 def test_only_the_fabrics_owner_may_ask(shared_fabric: PrivateFabric) -> None:
-    """The request comes by the administrator's socket, which lets in nobody else."""
+    """The request comes over the administrator's socket, which admits no other user."""
     assert stat.S_IMODE((shared_fabric.folder / "control").stat().st_mode) == 0o600

@@ -1,4 +1,4 @@
-"""The search for the streams that must end, among as many descriptors as programs like to have."""
+"""The search for streams that must end, among any number of descriptors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ME = Credentials(os.getpid(), os.getuid(), os.getgid())
 
 
 def stream(fabric: Fabric, accepted: socket.socket) -> Connection:
-    """A stream between two sockets of this process, as vsockd knows it."""
+    """Return a stream between two sockets of this process, as vsockd records it."""
     host = fabric.contexts.host
     listener = Endpoint(EndpointKind.STREAM, host, host.cid, 5000, ME, listening=True)
     connection = fabric.connect(host, listener, None, BufferSizes(), ME)
@@ -29,8 +29,8 @@ def stream(fabric: Fabric, accepted: socket.socket) -> Connection:
     return connection
 
 
-def test_it_goes_on_in_pieces() -> None:
-    """A stream that is hidden (its descriptor is in a message) has all descriptors looked at."""
+def test_the_search_continues_in_steps() -> None:
+    """The search for a hidden stream (its descriptor is in a message) visits all descriptors."""
     disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop))
     mine, accepted = socket.socketpair()
     hiding, hidden = socket.socketpair()
@@ -52,7 +52,7 @@ def test_it_goes_on_in_pieces() -> None:
         assert mine.recv(1) == b""
 
 
-def test_a_stream_is_cut_at_once() -> None:
+def test_a_visible_stream_is_disconnected_at_once() -> None:
     disconnector = Disconnector(loop := EventLoop(), DeferredWork(loop))
     mine, accepted = socket.socketpair()
     with mine, accepted:

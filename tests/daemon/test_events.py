@@ -1,4 +1,4 @@
-"""What happens to guests, as programs hear of it: one after another, or with asyncio."""
+"""Events about guests, as programs receive them: one after another, or with asyncio."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from vsockets.testing import PrivateFabric
 
-from .life import MACHINE, Machine, machine, stream
+from .guest_changes import MACHINE, Machine, machine, stream
 from .raw_client import PROMPT
 
 
@@ -63,7 +63,7 @@ def test_events_with_asyncio(shared_fabric: PrivateFabric, guest: Machine) -> No
     assert asyncio.run(asyncio.wait_for(follow(), PROMPT)) == ["suspend", "resume", "migrate"]
 
 
-def test_a_subscriber_that_does_not_read_is_told_how_much_it_missed(
+def test_a_slow_subscriber_gets_the_number_of_missed_events(
     shared_fabric: PrivateFabric, guest: Machine
 ) -> None:
     control = shared_fabric.control

@@ -1,5 +1,5 @@
-"""One guest fills what it can of vsockd: another one's connects succeed meanwhile, and once the
-first has gone vsockd has what it had before.
+"""One guest takes all it can of vsockd: another one's connects succeed meanwhile, and once the
+first has exited vsockd has what it had before.
 
 How long those connects take is printed, and not asserted; ``python -m daemon.exhaustion`` measures.
 """
@@ -48,10 +48,10 @@ from .users import NOBODY, as_nobody
 
 SEQPACKET, DATAGRAM = socket.SOCK_SEQPACKET, socket.SOCK_DGRAM
 
-#: Seconds for which another guest connects, again and again.
+#: Seconds for which another guest connects repeatedly.
 WHILE = 0.5
 
-#: Longer than the timers after which vsockd looks for what is not needed any more.
+#: Seconds, longer than the timers after which vsockd releases closed sockets.
 TIMERS = 30.0
 
 
@@ -61,7 +61,7 @@ def row(fabric: PrivateFabric, cid: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def given_back(fabric: PrivateFabric) -> Iterator[None]:
-    """Afterwards vsockd has as many descriptors as before, without being asked anything."""
+    """Check that vsockd then has as many descriptors as before, without a further request."""
     before = descriptors(fabric.pid)
     yield
     what = f"vsockd to be back at {before} descriptors"
@@ -95,7 +95,7 @@ def test_another_guest_connects_meanwhile(vsock_fabric: PrivateFabric, name: str
 
 
 class TestRoutes:
-    """From a datagram socket to each that it sends to there is a descriptor in vsockd."""
+    """vsockd has a descriptor from each datagram socket to each of its destinations."""
 
     LIMIT = 20
 
@@ -113,7 +113,7 @@ class TestRoutes:
                 receiver.bind((2, port))
             yield made
 
-    def test_are_as_many_as_sockets_may_be(
+    def test_are_limited_like_sockets(
         self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
     ) -> None:
         before = descriptors(vsock_fabric.pid)
@@ -148,20 +148,20 @@ class TestRoutes:
                 most = before + self.LIMIT + 1
                 wait_until(lambda: descriptors(vsock_fabric.pid) <= most, f"{most} descriptors")
 
-    def test_give_way_to_others(
+    def test_are_evicted_for_new_ones(
         self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
     ) -> None:
-        """No program notices: the library asks for a route again that was taken back."""
+        """Programs do not notice: the library requests a revoked route again."""
         with vsockets.socket(type=DATAGRAM, context=guest) as sender:
             for receiver in receivers * 2:
                 sender.sendto(b"x", receiver.getsockname())
                 assert receiver.recvfrom(10) == (b"x", sender.getsockname())
             assert row(vsock_fabric, 3)["denials"] == {}
 
-    def test_with_something_on_its_way_do_not_give_way(
+    def test_with_unread_datagrams_are_not_evicted(
         self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
     ) -> None:
-        """Their descriptors measure it, so they count until it has been received."""
+        """Their descriptors measure unread bytes, so they count until those are read."""
         with unix_datagrams() as sender, contextlib.ExitStack() as stack:
             assert adopt(guest, sender).status == 0
             sent = 0
@@ -176,7 +176,7 @@ class TestRoutes:
                 receiver.recv(10)
             ask_for_route(guest, sender, receivers[-1].getsockname()).close()
 
-    def test_replaced_with_something_on_its_way_count(
+    def test_replaced_with_unread_datagrams_count(
         self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
     ) -> None:
         before = descriptors(vsock_fabric.pid)
@@ -193,7 +193,7 @@ class TestRoutes:
     def test_of_a_program_that_has_ended_are_closed(
         self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
     ) -> None:
-        """By a timer: nobody asks vsockd anything."""
+        """A timer closes them, without any request to vsockd."""
         with given_back(vsock_fabric), contextlib.ExitStack() as stack:
             for _ in range(5):
                 sender = stack.enter_context(unix_datagrams())
@@ -214,7 +214,7 @@ class TestRoutes:
 
 
 def test_descriptors_that_are_slow_to_close(vsock_fabric: PrivateFabric) -> None:
-    """One party has so many of them in vsockd at most, whatever it sends."""
+    """A party has only a limited number of them in vsockd at a time."""
     guest, other = vsock_fabric.guest(3), vsock_fabric.guest(4)
     request = bind_datagram().encode()
     before = descriptors(vsock_fabric.pid)
@@ -245,10 +245,8 @@ def test_descriptors_that_are_slow_to_close(vsock_fabric: PrivateFabric) -> None
 
 
 class TestDatagramSockets:
-    def test_as_many_as_may_be_are_looked_at_again_when_one_more_is_asked_for(
-        self, vsock_fabric: PrivateFabric
-    ) -> None:
-        """However many there are: some at once, the others by and by."""
+    def test_at_the_limit_are_probed_for_one_more(self, vsock_fabric: PrivateFabric) -> None:
+        """With any number of them: some at once, the others as deferred work."""
         guest = vsock_fabric.guest(3, limits={"sockets": 300})
         with contextlib.ExitStack() as stack:
             socks = [stack.enter_context(unix_datagrams()) for _ in range(300)]
@@ -260,8 +258,8 @@ class TestDatagramSockets:
                 more = stack.enter_context(unix_datagrams())
                 wait_until(lambda more=more: adopt(guest, more).status == 0, "room")  # type: ignore[misc]
 
-    def test_that_come_and_go_leave_few(self, vsock_fabric: PrivateFabric) -> None:
-        """Each pays for a look at others, so a limit is met only by those that are open."""
+    def test_that_are_closed_leave_few(self, vsock_fabric: PrivateFabric) -> None:
+        """Each new one causes probes of others, so only open ones meet a limit."""
         guest = vsock_fabric.guest(3, limits={"sockets": 60})
         with contextlib.ExitStack() as stack:
             for _ in range(30):
@@ -273,7 +271,7 @@ class TestDatagramSockets:
 
 class TestStreams:
     def test_a_port_is_free_when_its_stream_has_ended(self, vsock_fabric: PrivateFabric) -> None:
-        """Also if the accepting side ended first, which vsockd is not told, among many others."""
+        """Also if the accepting side ended first, among many others: vsockd gets no report."""
         guest = vsock_fabric.guest(3)
         with (
             vsockets.create_server((2, 5000), context=vsock_fabric.host) as server,
@@ -341,7 +339,7 @@ def test_listeners_that_are_closed_with_connections_that_wait(vsock_fabric: Priv
 def test_a_port_is_free_once_its_holder_is_closed_among_many(
     vsock_fabric: PrivateFabric, listens: bool
 ) -> None:
-    """Many connections have been closed, each with many requests that nobody waits for."""
+    """Many connections have been closed, each with many requests that need no reply."""
     guest = vsock_fabric.guest(3)
     many = [enter(guest, SEQPACKET) for _ in range(150)]
     for sock in many:
@@ -368,8 +366,8 @@ def test_a_port_is_free_once_its_holder_is_closed_among_many(
 def test_descriptors_in_flight() -> None:
     """A connect that cannot be announced is refused, or waits; it does not end at once.
 
-    Nobody's else: the kernel counts descriptors in flight for each user, so it is a user's own
-    fabric alone whose connects one of its guests can have refused.
+    Only the same user's fabric is affected: the kernel counts descriptors in flight per user, so a
+    guest can cause refusals in its own user's fabric alone.
     """
     command = as_nobody(sys.executable, "-m", "daemon.in_flight")
     done = subprocess.run(

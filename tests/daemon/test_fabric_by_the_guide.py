@@ -1,7 +1,7 @@
-"""Programs that use a real vsockd, against the guide, driven at random.
+"""Programs that use a real vsockd, compared with the guide, driven at random.
 
-The model is that of ``tests/fabric``: :mod:`by_the_guide`.  Here every socket is a real one in
-a process of its own, data goes through it, and a crash is a SIGKILL.
+The model is that of ``tests/fabric``: :mod:`by_the_guide`.  Here every socket is a real one in a
+process of its own, data passes through it, and a crash is a SIGKILL.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ def stage() -> Iterator[Stage]:
 
 
 class Ends:
-    """Both ends of a stream: the number of each socket in its program, None while it waits to
-    be accepted."""
+    """Both ends of a stream: the number of each socket in its program, None while the accepting
+    one is pending.
+    """
 
     def __init__(self, stream: Stream, connecting: int) -> None:
         self.connecting, self.accepting = stream.programs
@@ -130,18 +131,18 @@ class RealFabric(RuleBasedStateMachine):
                 self.control.remove_context(machine.cid)
         wait_until(lambda: self.control.sockets() == [], "every socket to be forgotten")
 
-    # Words for what rules do
+    # Helpers of the rules
 
     def puppet(self, program: Program) -> Puppet:
         return self.stage.puppets[program]
 
     def agree(self, decided: int, expected: int) -> bool:
-        """Check a verdict; returns whether it is yes."""
+        """Check a verdict; return whether it is a permission."""
         assert errno.errorcode.get(decided, "yes") == errno.errorcode.get(expected, "yes")
         return decided == 0
 
     def ask_administrator(self, expected: int, what: Any, *arguments: Any, **named: Any) -> Any:
-        """What vsockd answers its administrator, None when it refuses as it should."""
+        """Return vsockd's reply to its administrator, None when it refuses as expected."""
         try:
             answer = what(*arguments, **named)
         except OSError as error:
@@ -151,7 +152,7 @@ class RealFabric(RuleBasedStateMachine):
         return answer
 
     def draw_home(self, data: st.DataObject, program: Program) -> Machine:
-        """Where ``program`` may be: on the host, and in guests of its user's; root everywhere."""
+        """Draw a context for ``program``: the host, its user's guests, or any for root."""
         homes = [
             machine
             for machine in self.world.powered()
@@ -175,28 +176,28 @@ class RealFabric(RuleBasedStateMachine):
             self.assert_over(puppet, number)
 
     def assert_over(self, puppet: Puppet, number: int) -> None:
-        """What a program sees of a stream that has ended; then it closes its socket."""
+        """Check that a program sees the end of a stream; then it closes its socket."""
         with contextlib.suppress(ConnectionResetError):
             assert puppet.order("recv", number) == ""
         assert puppet.attempt("send", number, "x") in (errno.EPIPE, errno.ECONNRESET)
         puppet.order("close", number)
 
     def ended(self, stream: Stream, closed: Program | None = None) -> None:
-        """Both programs see it; ``closed`` has been killed."""
+        """Check that both programs see the end; ``closed`` has been killed."""
         ends = self.ends.pop(stream)
         for program, number in zip((ends.connecting, ends.accepting), ends.numbers, strict=True):
             if number is not None and program is not closed:
                 self.assert_over(self.puppet(program), number)
 
     def drop_listener(self, listener: Socket, killed: Program | None = None) -> None:
-        """A listener is gone, and with it what it has not accepted."""
+        """Remove a listener and its pending connections."""
         for stream in self.waiting.pop(listener, []):
             if stream in self.ends:
                 self.world.gone(stream)
                 self.ended(stream, killed)
 
     def close_all_of(self, sockets: list[Socket]) -> None:
-        """Programs close sockets, some of them dead since their context has gone."""
+        """Close sockets of programs, some of which have ended with their context."""
         for socket in sockets:
             self.puppet(socket.program).order("close", self.numbers.pop(socket))
             self.drop_listener(socket)
@@ -377,7 +378,7 @@ class RealFabric(RuleBasedStateMachine):
     @precondition(lambda self: self.ends)
     @rule(data=st.data())
     def talk(self, data: st.DataObject) -> None:
-        """Both ways, if it was accepted."""
+        """Exchange data in both directions, if the connection was accepted."""
         ends = self.ends[data.draw(st.sampled_from(list(self.ends)), "stream")]
         if ends.numbers[1] is None:
             return
@@ -447,7 +448,7 @@ class RealFabric(RuleBasedStateMachine):
         self.puppet(program).order("close", number)
         self.ended(holder)
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def vsockd_tells_its_administrator_the_same(self) -> None:
@@ -476,7 +477,7 @@ class RealFabric(RuleBasedStateMachine):
             yield stream.peer_home.cid, stream.kind, "established", *stream.peer, stream.local
 
 
-def test_a_real_fabric_is_by_the_guide(stage: Stage) -> None:
+def test_a_real_fabric_agrees_with_the_guide(stage: Stage) -> None:
     run_state_machine_as_test(
         lambda: RealFabric(stage),  # type: ignore[arg-type]  # a function that makes one will do
         settings=settings(

@@ -1,4 +1,4 @@
-"""Trust by configuration: grants to users, groups and executables, and who is none of them."""
+"""Trust by configuration: grants to users, groups and executables, and who does not match."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .users import NOBODY, as_administrator, as_root, ask_by_program
 
 pytestmark = as_root
 
-#: A group of nobody's own.
+#: A group that no user belongs to.
 CREW = 54_321
 
 
@@ -36,9 +36,9 @@ TRUSTED_BY_9 = Request(Op.LOCAL_CID, peer_cid=9)
 
 
 def test_a_grant_to_a_group(fabric: PrivateFabric, programs: Path) -> None:
-    """It may be any of a process's groups, when it connects."""
+    """Any of a process's groups at the time of connect matches."""
     fabric.guest(9, profile="restricted")
-    client = programs / "door_client"
+    client = programs / "request_client"
     grant(fabric, f"group = {CREW}")
     assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, groups=(1, CREW)))
     assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, groups=(1,)))
@@ -48,7 +48,7 @@ def test_a_grant_to_a_group(fabric: PrivateFabric, programs: Path) -> None:
 
 def test_a_grant_to_a_user_and_a_group_needs_both(fabric: PrivateFabric, programs: Path) -> None:
     fabric.guest(9, profile="restricted")
-    client = programs / "door_client"
+    client = programs / "request_client"
     grant(fabric, f"user = {NOBODY}\ngroup = {CREW}")
     assert is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, groups=(CREW,)))
     assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
@@ -57,21 +57,21 @@ def test_a_grant_to_a_user_and_a_group_needs_both(fabric: PrivateFabric, program
 
 
 def test_a_grant_to_an_executable_alone_is_refused(fabric: PrivateFabric, programs: Path) -> None:
-    """Any user could connect, leave the connection to a child and execute it."""
+    """Any user could connect, leave the connection to a child, and execute it."""
     fabric.guest(9, profile="restricted")
-    client = programs / "door_client"
+    client = programs / "request_client"
     with pytest.raises(OSError, match=r"grants.toml:2: grant.executable: any user can execute it"):
         grant(fabric, f'executable = "{client}"')
     assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9))
 
 
 class TestGrantToAnExecutable:
-    """It narrows a grant to one file, whatever others are called."""
+    """An executable narrows a grant to one file, identified by inode."""
 
     @pytest.fixture
     def client(self, fabric: PrivateFabric, programs: Path) -> Path:
         fabric.guest(9, profile="restricted")
-        client = programs / "door_client"
+        client = programs / "request_client"
         grant(fabric, f'user = {NOBODY}\nexecutable = "{client}"')
         return client
 
@@ -102,8 +102,8 @@ class TestGrantToAnExecutable:
         elsewhere = ["unshare", "--mount", "sh", "-c", script, "sh"]
         assert not is_trusted(ask_by_program(client, fabric, TRUSTED_BY_9, *elsewhere))
 
-    def test_a_file_that_took_its_place(self, fabric: PrivateFabric, client: Path) -> None:
-        """The path decides which file it is, and only who may write there can change that."""
+    def test_a_file_that_replaced_it(self, fabric: PrivateFabric, client: Path) -> None:
+        """The path identifies the file, and only who may write there can replace it."""
         other = Path(shutil.copy(client, client.with_name("other")))
         running = client.with_name("running")
         running.hardlink_to(client)

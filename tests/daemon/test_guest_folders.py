@@ -1,4 +1,4 @@
-"""What a guest's owner can change is no way to vsockd's files, time, or start."""
+"""A guest's owner cannot use its folders to affect vsockd's files, time, or start."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from .users import NOBODY, as_administrator, as_root, user
 
 OWNER = 54_321
 
-#: Attempts of an owner to exchange names while vsockd uses them.  Without what the tests are about
-#: 65 were enough.
+#: Attempts of an owner to exchange names while vsockd uses them.  Without the protection under
+#: test, 65 were enough.
 ATTEMPTS = 150
 
-#: Folders within each other: more than Python's recursions.
+#: Depth of nested folders: more than Python's recursion limit.
 DEPTH = 1500
 
 
 @pytest.fixture
 def fabric(vsock_fabric: PrivateFabric) -> PrivateFabric:
-    """A fabric that other users find the way to."""
+    """Yield a fabric whose folder other users can enter."""
     vsock_fabric.folder.parent.chmod(0o755)
     return vsock_fabric
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder of root's that others may enter."""
+    """Yield a folder of root's that other users may enter."""
     with tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
@@ -49,7 +49,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture
 def home(place: Path) -> Path:
-    """A folder of the owner's, with an empty one in it."""
+    """Yield a folder of the owner's, with an empty one in it."""
     for folder in (place / "home", place / "home" / "vm"):
         folder.mkdir()
         os.chown(folder, OWNER, OWNER)
@@ -72,7 +72,7 @@ def in_folder(folder: Path) -> Iterator[None]:
 
 
 def make_deep(folder: Path, depth: int) -> None:
-    """More than a path can name, or a recursion take."""
+    """Nest folders deeper than a path can name, or a recursion can follow."""
     inner = os.open(folder, os.O_PATH)
     for _ in range(depth):
         os.mkdir("d", dir_fd=inner)
@@ -89,7 +89,7 @@ def trash_is_empty(fabric: PrivateFabric) -> bool:
 
 
 @as_root
-def test_only_the_owner_is_let_in_and_can_change_nothing(fabric: PrivateFabric) -> None:
+def test_only_the_owner_may_connect_and_may_change_nothing(fabric: PrivateFabric) -> None:
     guest = fabric.guest(7, owner=OWNER)
     with user(OWNER):
         assert is_served(fabric)
@@ -114,11 +114,13 @@ exec setpriv --reuid=$3 --regid=$3 --clear-groups $4 $2/seqpacket
 
 @as_administrator
 @pytest.mark.parametrize("uid", [0, OWNER])
-def test_a_container_needs_the_one_folder(fabric: PrivateFabric, place: Path, uid: int) -> None:
-    """Mounted read-only, even."""
+def test_a_container_needs_only_the_guests_folder(
+    fabric: PrivateFabric, place: Path, uid: int
+) -> None:
+    """Even when mounted read-only."""
     guest = fabric.guest(7, owner=OWNER)
     (place / "self").mkdir()
-    words = (guest.folder, place / "self", uid, compiled("door_client.c", place))
+    words = (guest.folder, place / "self", uid, compiled("request_client.c", place))
     done = subprocess.run(
         ["unshare", "--mount", "--net", "sh", "-c", CONTAINER, "sh", *map(str, words)],
         input=LOCAL_CID.encode(),
@@ -129,7 +131,7 @@ def test_a_container_needs_the_one_folder(fabric: PrivateFabric, place: Path, ui
     assert Record.decode(done.stdout).local_cid == 7
 
 
-def test_what_is_in_the_folder_does_not_hold_up_the_guests_life(
+def test_contents_of_the_folder_do_not_delay_the_guests_changes(
     vsock_fabric: PrivateFabric,
 ) -> None:
     guest = vsock_fabric.guest(7)
@@ -145,7 +147,7 @@ def test_what_is_in_the_folder_does_not_hold_up_the_guests_life(
     wait_until(lambda: trash_is_empty(vsock_fabric), "all of it to be removed", 6 * PROMPT)
 
 
-def test_what_is_in_the_folder_does_not_hold_up_the_next_vsockd(
+def test_contents_of_the_folder_do_not_delay_the_next_vsockd(
     vsock_fabric: PrivateFabric,
 ) -> None:
     for cid in (7, 8, 2):
@@ -159,7 +161,7 @@ def test_what_is_in_the_folder_does_not_hold_up_the_next_vsockd(
     wait_until(lambda: trash_is_empty(vsock_fabric), "all of it to be removed", 6 * PROMPT)
 
 
-def test_what_is_not_removed_yet_is_removed_by_the_next_vsockd(
+def test_the_next_vsockd_removes_the_rest(
     vsock_fabric: PrivateFabric,
 ) -> None:
     vsock_fabric.kill()
@@ -170,7 +172,7 @@ def test_what_is_not_removed_yet_is_removed_by_the_next_vsockd(
     wait_until(lambda: trash_is_empty(vsock_fabric), "all of it to be removed", PROMPT)
 
 
-def test_a_name_that_is_taken_costs_one_guest_its_start(vsock_fabric: PrivateFabric) -> None:
+def test_an_existing_name_keeps_only_that_guest_off(vsock_fabric: PrivateFabric) -> None:
     vsock_fabric.stop()
     vsock_fabric.expect_errors()
     (vsock_fabric.configuration / "a.toml").write_text("[[context]]\ncid = 7\n[[context]]\ncid=8")
@@ -209,7 +211,7 @@ def test_a_socket_in_the_owners_folder_is_the_owners(fabric: PrivateFabric, home
 
 
 @as_root
-def test_what_the_owner_may_not_is_not_done(fabric: PrivateFabric, place: Path) -> None:
+def test_vsockd_does_nothing_the_owner_may_not_do(fabric: PrivateFabric, place: Path) -> None:
     """A third user's folder, and one of root's that a group may write."""
     for folder, owner, group, mode in (("theirs", NOBODY, NOBODY, 0o755), ("shared", 0, 0, 0o775)):
         (place / folder).mkdir()
@@ -270,7 +272,7 @@ def test_a_file_system_that_does_not_answer(fabric: PrivateFabric, home: Path) -
 
 
 @as_root
-def test_what_the_owner_puts_there_keeps_no_vsockd_from_starting(
+def test_files_of_the_owner_do_not_keep_vsockd_from_starting(
     fabric: PrivateFabric, home: Path
 ) -> None:
     path = home / "vm" / "web.sock"
@@ -339,7 +341,7 @@ def test_an_owner_who_exchanges_names(
 
 
 @as_root
-def test_a_state_folder_whose_way_others_can_change_is_refused(home: Path) -> None:
+def test_a_state_folder_with_a_path_others_can_change_is_refused(home: Path) -> None:
     with pytest.raises(Exception, match=f"{home}: other users can change its content"):
         PrivateFabric(home / "fabric").__enter__()
     assert os.listdir(home) == ["vm"]
@@ -347,7 +349,7 @@ def test_a_state_folder_whose_way_others_can_change_is_refused(home: Path) -> No
 
 @as_administrator
 def test_a_full_disk(place: Path) -> None:
-    """It is told of as such, takes no port, and passes."""
+    """A full disk is reported as such, takes no port, and is temporary."""
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, b"nr_inodes=40") == 0
     try:

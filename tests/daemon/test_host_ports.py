@@ -1,4 +1,4 @@
-"""What a device is told of the host's listeners, and its guest's streams that it hands over."""
+"""Reports of the host's listeners to a device, and streams that its guest hands over."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATIENCE = 10.0
 
 
 class Link:
-    """A device's, of which only what is told is of interest."""
+    """A device's link, for its reports only."""
 
     def __init__(self, control: Control, cid: int) -> None:
         self.cid = cid
@@ -30,14 +30,14 @@ class Link:
         self.sock.settimeout(PATIENCE)
 
     def told(self) -> tuple[int, Role]:
-        """The next thing: a port of the host, and whether it is there."""
+        """Return the next report: a port of the host, and whether it listens."""
         record = Record.decode(self.sock.recv(RECORD_SIZE))
         assert record.status == 0
         assert record.local_cid == 2
         return record.local_port, Role(record.role)
 
     def hand_over(self, port: int, op: int = Op.CONNECT) -> socket.socket:
-        """A stream of the guest's to the host's ``port``: the guest's end."""
+        """Hand over a stream to the host's ``port``; return the guest's end."""
         ours, theirs = socket.socketpair()
         with theirs:
             sizes = 65_536, 128, 262_144
@@ -100,7 +100,7 @@ def test_a_suspended_guest_has_none(fabric: PrivateFabric, link: Link) -> None:
 
 
 @as_root
-def test_an_isolated_guest_is_told_of_trusted_endpoints(fabric: PrivateFabric) -> None:
+def test_an_isolated_guests_device_gets_trusted_endpoints(fabric: PrivateFabric) -> None:
     (fabric.configuration / "a.toml").write_text(
         '[[context]]\ncid = 70\nprofile = "restricted"\nowner = 54321\n'
     )
@@ -109,7 +109,7 @@ def test_an_isolated_guest_is_told_of_trusted_endpoints(fabric: PrivateFabric) -
     with user(NOBODY):
         server = vsockets.create_server((2, 5005), context=fabric.host)
     with server, vsockets.create_server((2, 5006), context=fabric.host):
-        assert link.told() == (5006, Role.LISTENING)  # root's, not nobody's
+        assert link.told() == (5006, Role.LISTENING)  # root's, not user nobody's
         with link.hand_over(5005) as stream:
             assert stream.recv(1) == b""
         row = next(row for row in fabric.control.contexts() if row["cid"] == 70)
@@ -127,7 +127,7 @@ def test_an_isolated_guest_is_told_of_trusted_endpoints(fabric: PrivateFabric) -
 
 
 def test_a_device_that_does_not_read(fabric: PrivateFabric, link: Link) -> None:
-    """It is told later, and of what is so then."""
+    """A slow device gets the reports later, with the state at that time."""
     servers = [
         vsockets.create_server((2, VMADDR_PORT_ANY), context=fabric.host) for _ in range(600)
     ]
@@ -168,7 +168,7 @@ def test_streams_handed_over(fabric: PrivateFabric, link: Link) -> None:
 
 
 @pytest.mark.parametrize("op", [Op.BIND, Op.LISTEN, Op.UPDATE, Op.QUERY, Op.CATCH_ALL, 99])
-def test_anything_else_with_a_stream_is_of_no_use(
+def test_other_requests_with_a_stream_are_refused(
     fabric: PrivateFabric, link: Link, op: int
 ) -> None:
     with link.hand_over(5008, op) as stream:
@@ -192,7 +192,7 @@ def test_not_a_stream(fabric: PrivateFabric, link: Link) -> None:
     os.close(writer)
 
 
-def test_only_who_asks_is_told(fabric: PrivateFabric) -> None:
+def test_only_devices_that_ask_get_reports(fabric: PrivateFabric) -> None:
     quiet = fabric.control.attach_device(fabric.control.add_context()["cid"])
     link = Link(fabric.control, fabric.control.add_context()["cid"])
     with vsockets.create_server((2, 5010), context=fabric.host):

@@ -1,4 +1,4 @@
-"""What one user of the host may have of vsockd: others are served as before, all the while.
+"""Limits of one user of the host: others are served as before meanwhile.
 
 Root, and the user vsockd runs as, are administrators, and have no limits.
 """
@@ -16,9 +16,9 @@ from vsockets.protocol import Request
 from vsockets.testing import PrivateFabric, wait_until
 
 from .raw_client import (
-    DOORS,
     LOCAL_CID,
     PROMPT,
+    SOCKET_TYPES,
     adopt,
     ask,
     ask_once,
@@ -39,7 +39,7 @@ STREAM = socket.SOCK_STREAM
 
 @pytest.fixture
 def limited(fabric: PrivateFabric) -> PrivateFabric:
-    """A fabric whose users may have three sockets, and two connections that wait."""
+    """Yield a fabric whose users may have three sockets and two pending connections."""
     (fabric.configuration / "host.toml").write_text(
         "[host]\nlimits = { sockets = 3, pending_connects = 2 }\n"
     )
@@ -48,7 +48,7 @@ def limited(fabric: PrivateFabric) -> PrivateFabric:
 
 
 def assert_others_are_served(fabric: PrivateFabric) -> None:
-    """Another user, root and a guest bind, connect and are answered."""
+    """Check that another user, root and a guest can bind and connect."""
     for uid in (OTHER, 0):
         with user(uid):
             assert ask_once(fabric.host, bind()).status == 0
@@ -65,7 +65,7 @@ def assert_others_are_served(fabric: PrivateFabric) -> None:
 
 
 def test_sockets(limited: PrivateFabric) -> None:
-    """Bound ones, datagrams, and streams that it began; each that is closed makes room for one."""
+    """Bound ones, datagrams, and streams it opened; closing one makes space for another."""
     host = limited.host
     with (
         contextlib.ExitStack() as held,
@@ -89,13 +89,13 @@ def test_sockets(limited: PrivateFabric) -> None:
     assert "user 65534 of the host has 3 sockets [sockets, ENOBUFS]; pid " in limited.log
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_connections_that_say_nothing(limited: PrivateFabric, door: int) -> None:
+@pytest.mark.parametrize("sock_type", SOCKET_TYPES)
+def test_connections_without_a_request(limited: PrivateFabric, sock_type: int) -> None:
     with contextlib.ExitStack() as silent, user(NOBODY):
         for _ in range(2):
-            silent.enter_context(enter(limited.host, door))
+            silent.enter_context(enter(limited.host, sock_type))
         for _ in range(20):
-            with enter(limited.host, door) as one_too_many:
+            with enter(limited.host, sock_type) as one_too_many:
                 assert one_too_many.recv(1000)  # the refusal
                 assert one_too_many.recv(1000) == b""
         assert_others_are_served(limited)
@@ -103,7 +103,7 @@ def test_connections_that_say_nothing(limited: PrivateFabric, door: int) -> None
         wait_until(lambda: ask_once(limited.host, bind()).status == 0, "it to be served", PROMPT)
 
 
-def test_connections_that_nobody_accepts(limited: PrivateFabric) -> None:
+def test_connections_that_are_not_accepted(limited: PrivateFabric) -> None:
     host = limited.host
     with contextlib.ExitStack() as held, user(NOBODY):
         server = held.enter_context(enter(host, STREAM))
@@ -129,7 +129,7 @@ def test_a_program_that_is_refused_keeps_no_more_connections_than_sockets(
         assert sum(map(is_closed, refused)) == 5
 
 
-def test_how_often(fabric: PrivateFabric) -> None:
+def test_request_rate(fabric: PrivateFabric) -> None:
     (fabric.configuration / "host.toml").write_text("[host.limits]\nrequest_rate = 10\n")
     fabric.control.reload()
     requests: list[Request] = [LOCAL_CID, bind(), connect(2, 5999)]
@@ -139,8 +139,8 @@ def test_how_often(fabric: PrivateFabric) -> None:
     assert_others_are_served(fabric)
 
 
-def test_reloading(limited: PrivateFabric) -> None:
-    """A user who has something has other limits at once."""
+def test_reload_changes_limits(limited: PrivateFabric) -> None:
+    """A user that holds something gets other limits at once."""
     with contextlib.ExitStack() as held, user(NOBODY):
 
         def binds() -> bool:

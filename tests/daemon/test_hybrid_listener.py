@@ -29,14 +29,14 @@ PATIENCE = 10.0
 
 @pytest.fixture(scope="class")
 def path() -> Iterator[Path]:
-    """Where the socket is: not in vsockd's folder."""
+    """Return the socket's path, outside vsockd's folder."""
     with tempfile.TemporaryDirectory(prefix="hybrid-", dir="/tmp") as folder:
         yield Path(folder, "v.sock")
 
 
 @pytest.fixture(scope="class")
 def fabric() -> Iterator[PrivateFabric]:
-    """One for all tests of a class, that other users find the way to."""
+    """Yield a fabric for all tests of a class, whose folder other users can enter."""
     with PrivateFabric() as fabric:
         fabric.folder.parent.chmod(0o755)
         yield fabric
@@ -48,7 +48,7 @@ def guest(fabric: PrivateFabric, path: Path) -> Attachment:
 
 
 def dial(path: Path, *pieces: bytes) -> socket.socket:
-    """What a tool does: connect, and say what there is to say."""
+    """Connect as a tool does, and send the first line."""
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(PATIENCE)
     sock.connect(str(path))
@@ -58,7 +58,7 @@ def dial(path: Path, *pieces: bytes) -> socket.socket:
 
 
 def answer(sock: socket.socket) -> bytes:
-    """The line, byte by byte; what there is of it at the end."""
+    """Return the reply line, read byte by byte; what arrived of it at the end."""
     line = b""
     with contextlib.suppress(ConnectionResetError):
         while not line.endswith(b"\n") and (byte := sock.recv(1)):
@@ -67,7 +67,7 @@ def answer(sock: socket.socket) -> bytes:
 
 
 def connect(context: Attachment, port: int) -> vsockets.socket:
-    """To the host; with patience, because a process may have to be started for it."""
+    """Connect to the host; patiently, because the relay process may have to start."""
     sock = vsockets.socket(context=context)
     timeout = struct.pack("qq", int(PATIENCE), 0)
     sock.setsockopt(AF_VSOCK, vsockets.SO_VM_SOCKETS_CONNECT_TIMEOUT, timeout)
@@ -81,7 +81,7 @@ def connect(context: Attachment, port: int) -> vsockets.socket:
 
 @contextlib.contextmanager
 def unix_service(path: Path, port: int) -> Iterator[socket.socket]:
-    """A tool that waits for the guest at ``port`` of the host."""
+    """Yield a tool's listener for the guest at ``port`` of the host."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{path}_{port}")
         listener.listen()
@@ -93,7 +93,7 @@ def unix_service(path: Path, port: int) -> Iterator[socket.socket]:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether this process has, and nobody has asked how."""
+    """Return whether this process has exited, including as a zombie."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
@@ -111,7 +111,7 @@ class TestToTheGuest:
     def test_a_stream(
         self, fabric: PrivateFabric, guest: Attachment, path: Path, pieces: tuple[bytes, ...]
     ) -> None:
-        """Payload that comes with the line, or right after it, is the stream's."""
+        """Payload that comes with the line, or right after it, belongs to the stream."""
         payload = b"".join(pieces).partition(b"\n")[2]
         with (
             vsockets.create_server((7, 52), context=guest) as server,
@@ -132,7 +132,9 @@ class TestToTheGuest:
                 sock.sendall(b"after that")
                 assert tool.recv(100) == b"after that"
 
-    def test_nobody_listens(self, fabric: PrivateFabric, guest: Attachment, path: Path) -> None:
+    def test_a_port_without_a_listener(
+        self, fabric: PrivateFabric, guest: Attachment, path: Path
+    ) -> None:
         with dial(path, b"CONNECT 52\n") as tool:
             assert answer(tool) == b""
 
@@ -144,15 +146,13 @@ class TestToTheGuest:
             b"1" * HYBRID_LINE_MAX_BYTES,
         ],
     )
-    def test_what_is_no_handshake_is_cut_off(
+    def test_an_invalid_handshake_closes_the_connection(
         self, fabric: PrivateFabric, guest: Attachment, path: Path, said: bytes
     ) -> None:
         with vsockets.create_server((7, 52), context=guest), dial(path, said) as tool:
             assert answer(tool) == b""
 
-    def test_a_line_that_never_ends(
-        self, fabric: PrivateFabric, guest: Attachment, path: Path
-    ) -> None:
+    def test_an_endless_line(self, fabric: PrivateFabric, guest: Attachment, path: Path) -> None:
         with dial(path) as tool, pytest.raises((BrokenPipeError, ConnectionResetError)):
             for _ in range(HYBRID_LINE_MAX_BYTES):
                 tool.sendall(b"C")
@@ -160,7 +160,7 @@ class TestToTheGuest:
             tool.sendall(b"C")
 
     def test_early_closes(self, fabric: PrivateFabric, guest: Attachment, path: Path) -> None:
-        """cloud-hypervisor#6621, #6798, and no end becomes another's: flintlock#1205."""
+        """cloud-hypervisor#6621, #6798; no end is mistaken for another's: flintlock#1205."""
         with vsockets.create_server((7, 52), backlog=500, context=guest) as server:
             for said in (b"", b"CONNECT", b"CONNECT 52\n", b"CONNECT 52\nx") * 25:
                 dial(path, said).close()
@@ -174,7 +174,7 @@ class TestToTheGuest:
         assert set(said_there) <= {b"", b"x", b"last"}
 
     def test_random_handshakes(self, fabric: PrivateFabric, guest: Attachment, path: Path) -> None:
-        """Seeded: pieces of handshakes and garbage, in pieces, closed at any time."""
+        """Seeded: pieces of handshakes and garbage, closed at any time."""
         source = random.Random(6)
         words = [b"CONNECT", b" ", b"52", b"53", b"\n", b"OK", b"\r", b"\0", b"9" * 20, b"x" * 40]
         with vsockets.create_server((7, 52), backlog=2000, context=guest) as server:
@@ -244,7 +244,9 @@ class TestFromTheGuest:
         ):
             server.accept()[0].close()
 
-    def test_nobody_there(self, fabric: PrivateFabric, guest: Attachment, path: Path) -> None:
+    def test_ports_without_a_usable_socket(
+        self, fabric: PrivateFabric, guest: Attachment, path: Path
+    ) -> None:
         def refused() -> None:
             with pytest.raises(ConnectionResetError):
                 connect(guest, 99)
@@ -256,7 +258,7 @@ class TestFromTheGuest:
         refused()
         os.unlink(f"{path}_99")
         with socket.socket(socket.AF_UNIX) as dead:
-            dead.bind(f"{path}_99")  # and nobody listens
+            dead.bind(f"{path}_99")  # a socket without a listener
             refused()
         refused()
         os.unlink(f"{path}_99")
@@ -265,7 +267,7 @@ class TestFromTheGuest:
             refused()
         os.unlink(f"{path}_99")
 
-    def test_other_guests_and_the_host_do_not_get_there(
+    def test_other_guests_and_the_host_cannot_connect(
         self, fabric: PrivateFabric, guest: Attachment, path: Path
     ) -> None:
         with unix_service(path, 99):
@@ -279,7 +281,7 @@ class TestFromTheGuest:
                 sock.connect((2, 99))
 
     @as_root
-    def test_a_socket_of_somebody_else(
+    def test_a_socket_of_another_user(
         self, fabric: PrivateFabric, guest: Attachment, path: Path
     ) -> None:
         path.parent.chmod(0o1777)
@@ -292,7 +294,7 @@ class TestFromTheGuest:
 
     @as_root
     def test_an_isolated_guest(self, fabric: PrivateFabric, path: Path) -> None:
-        """Its owner's tools are trusted, as his programs are; root's sockets tell nothing."""
+        """The owner's tools are trusted, as the owner's programs are; root's sockets are hidden."""
         path.parent.chmod(0o1777)
         path = path.with_name("other")
         guest = fabric.guest(8, owner=NOBODY, profile="restricted", hybrid=path)
@@ -317,14 +319,16 @@ class TestFromTheGuest:
                         relays.append(sock.peer_credentials()[0])
                         os.kill(relays[-1], signal.SIGKILL)
                         assert sock.recv(1) == tool.recv(1) == b""
-                        wait_until(lambda: has_ended(relays[-1]), "all of it to be gone", PATIENCE)
+                        wait_until(
+                            lambda: has_ended(relays[-1]), "all of it to be removed", PATIENCE
+                        )
                 # What was ready when vsockd took the first of these, it has seen by the second.
                 for _ in range(2):
                     fabric.control.status()
             assert relays[0] != relays[1]
 
     @pytest.mark.parametrize(("change", "back"), [("suspend", "resume"), ("power_off", "power_on")])
-    def test_its_streams_are_cut(
+    def test_its_streams_are_disconnected(
         self, fabric: PrivateFabric, guest: Attachment, path: Path, change: str, back: str
     ) -> None:
         call: Callable[[int], object] = getattr(fabric.control, change)
@@ -340,10 +344,10 @@ class TestFromTheGuest:
         undo(7)
 
 
-class TestLife:
+class TestLifeCycle:
     @pytest.fixture
     def fabric(self, vsock_fabric: PrivateFabric) -> PrivateFabric:
-        """Each test its own."""
+        """Yield a fabric for each test."""
         vsock_fabric.folder.parent.chmod(0o755)
         return vsock_fabric
 
@@ -392,7 +396,7 @@ class TestLife:
     def test_vsockd_ends_or_is_killed(self, fabric: PrivateFabric, path: Path) -> None:
         fabric.guest(7, hybrid=path)
         fabric.kill()
-        assert path.exists()  # a file without a socket, which hinders nobody
+        assert path.exists()  # a file without a socket, which is replaced
         fabric.start()
         fabric.guest(7, hybrid=path)
         with dial(path, b"CONNECT 52\n") as tool:
@@ -401,7 +405,7 @@ class TestLife:
         assert not path.exists()
         fabric.start()
 
-    def test_a_socket_that_is_in_use_stays(self, fabric: PrivateFabric, path: Path) -> None:
+    def test_a_socket_in_use_is_not_replaced(self, fabric: PrivateFabric, path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as theirs:
             theirs.bind(str(path))
             theirs.listen()
@@ -415,7 +419,7 @@ class TestLife:
         "wrong",
         ["v.sock", "/", "/run/", "/tmp/" + "x" * (HYBRID_PATH_MAX_BYTES + 1), "/a\0b", "/none/v"],
     )
-    def test_paths_that_are_none(self, fabric: PrivateFabric, wrong: str) -> None:
+    def test_invalid_paths(self, fabric: PrivateFabric, wrong: str) -> None:
         with pytest.raises(OSError, match="hybrid: "):
             fabric.guest(7, hybrid=wrong)
         assert len(fabric.control.contexts()) == 1
@@ -439,7 +443,7 @@ class TestLife:
         finally:
             os.chdir(before)
 
-    def test_configured(self, fabric: PrivateFabric, path: Path) -> None:
+    def test_in_the_configuration(self, fabric: PrivateFabric, path: Path) -> None:
         (fabric.configuration / "a.toml").write_text(f'[[context]]\ncid = 9\nhybrid = "{path}"\n')
         fabric.control.reload()
         with dial(path, b"CONNECT 5\n") as tool:

@@ -1,4 +1,4 @@
-"""Requests that one process writes on the connection of another: they have the rights of both."""
+"""Requests that one process writes on another's connection: they have the rights of both."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vsockets.protocol import RECORD_SIZE, Op, Record, Request, RequestFlag
 from vsockets.testing import PrivateFabric
 
 from .raw_client import (
-    DOORS,
     PROMPT,
+    SOCKET_TYPES,
     ask,
     bind,
     bind_datagram,
@@ -33,10 +33,10 @@ from .test_device_link import Device
 from .users import CAP_NET_ADMIN, NOBODY, as_administrator, as_root, has_capability, user
 
 pytestmark = as_root
-both_doors = pytest.mark.parametrize("door", DOORS)
+both_types = pytest.mark.parametrize("sock_type", SOCKET_TYPES)
 
 OTHER = NOBODY - 1
-#: A group of nobody's own.
+#: A group that no user belongs to.
 CREW = 54_321
 PR_SET_DUMPABLE = 4
 LIBC = ctypes.CDLL(None)
@@ -52,7 +52,7 @@ def written(
     groups: tuple[int, ...] = (),
     descriptors: tuple[int, ...] = (),
 ) -> Iterator[int]:
-    """Have a process of ``uid`` write ``request``, which goes on meanwhile; yields its id."""
+    """Have a process of ``uid`` write ``request`` and continue; yield its id."""
     here, there = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -87,29 +87,31 @@ def ask_as(
 
 
 def ask_naming(sock: socket.socket, request: Request, pid: int, uid: int, gid: int) -> Record:
-    """Ask as root may: in the name of another process."""
+    """Send a request in the name of another process, as root may."""
     credentials = struct.pack("iII", pid, uid, gid)
     sock.sendmsg([request.encode()], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, credentials)])
     return Record.decode(sock.recv(RECORD_SIZE))
 
 
-@both_doors
-def test_a_connection_of_roots_gives_no_reserved_port(fabric: PrivateFabric, door: int) -> None:
-    with enter(fabric.host, door) as sock:
+@both_types
+def test_a_connection_of_roots_gives_no_reserved_port(
+    fabric: PrivateFabric, sock_type: int
+) -> None:
+    with enter(fabric.host, sock_type) as sock:
         assert ask_as(sock, bind(700)).status == errno.EACCES
         assert ask(sock, bind(700)).status == 0
 
 
-def test_nor_to_a_datagram_socket(fabric: PrivateFabric) -> None:
+def test_nor_for_a_datagram_socket(fabric: PrivateFabric) -> None:
     with enter(fabric.host, socket.SOCK_SEQPACKET) as sock, unix_datagrams() as datagrams:
         fds = (datagrams.fileno(),)
         assert ask_as(sock, bind_datagram(700), descriptors=fds).status == errno.EACCES
 
 
-@both_doors
-def test_after_a_refused_connect(fabric: PrivateFabric, door: int) -> None:
-    """What finding M8 did: vsockd goes on serving who was refused."""
-    with enter(fabric.host, door) as sock:
+@both_types
+def test_after_a_refused_connect(fabric: PrivateFabric, sock_type: int) -> None:
+    """As in finding M8: vsockd keeps serving the client after a refusal."""
+    with enter(fabric.host, sock_type) as sock:
         assert ask(sock, connect(2, 5000)).status == errno.ECONNRESET
         assert ask_as(sock, bind(700)).status == errno.EACCES
 
@@ -125,10 +127,10 @@ def test_after_a_guest_has_refused(fabric: PrivateFabric) -> None:
         assert ask(sock, bind(700)).status == 0
 
 
-@both_doors
-def test_a_bound_socket_of_roots_gives_no_captures(fabric: PrivateFabric, door: int) -> None:
+@both_types
+def test_a_bound_socket_of_roots_gives_no_captures(fabric: PrivateFabric, sock_type: int) -> None:
     device = Device(fabric, fabric.guest(9))
-    with device.link, enter(fabric.host, door) as sock:
+    with device.link, enter(fabric.host, sock_type) as sock:
         assert ask(sock, bind(5000)).status == 0
         assert ask_as(sock, CAPTURE).status == errno.EACCES
         assert ask(sock, CAPTURE).status == 0
@@ -166,26 +168,26 @@ def test_a_grant_to_an_executable_is_for_the_one_that_wrote(
             assert bool(ask_as(sock, TRUSTED_BY_9).flags & RequestFlag.TRUSTED_STREAM) == trusted
 
 
-@both_doors
-def test_what_root_writes_on_a_connection_of_a_user_is_the_users(
-    fabric: PrivateFabric, door: int
+@both_types
+def test_roots_writes_on_a_users_connection_have_the_users_rights(
+    fabric: PrivateFabric, sock_type: int
 ) -> None:
-    """A privileged program may be brought to write anything to what it takes for its output."""
+    """A privileged program can be tricked into writing anything to its standard output."""
     device = Device(fabric, fabric.guest(9))
     with device.link, enter(fabric.host) as server:
         ask(server, bind(5000))
         ask(server, listen())
         with user(NOBODY):
-            sock = enter(fabric.host, door)
+            sock = enter(fabric.host, sock_type)
         with sock:
             assert ask(sock, bind(700)).status == errno.EACCES
         with user(NOBODY):
-            sock = enter(fabric.host, door)
+            sock = enter(fabric.host, sock_type)
         with sock:
             assert ask(sock, CAPTURE).status == errno.EACCES
-        if door == socket.SOCK_STREAM:
+        if sock_type == socket.SOCK_STREAM:
             with user(NOBODY):
-                sock = enter(fabric.host, door)
+                sock = enter(fabric.host, sock_type)
             with sock:
                 assert ask(sock, connect(2, 5000)).status == 0
                 assert Record.decode(server.recv(RECORD_SIZE)).uid == NOBODY
@@ -212,34 +214,34 @@ def test_two_users_have_no_right_in_common(
 
 
 @as_administrator
-@both_doors
-def test_root_asks_in_the_name_of_a_program(fabric: PrivateFabric, door: int) -> None:
+@both_types
+def test_root_requests_in_the_name_of_a_program(fabric: PrivateFabric, sock_type: int) -> None:
     fabric.guest(9, profile="restricted", owner=OTHER)
-    with enter(fabric.host) as server, enter(fabric.host, door) as unused:
+    with enter(fabric.host) as server, enter(fabric.host, sock_type) as unused:
         ask(server, bind(5000))
         ask(server, listen())
-        with written(unused, Request(Op.UPDATE)) as pid:  # a process of nobody's
-            with enter(fabric.host, door) as sock:
+        with written(unused, Request(Op.UPDATE)) as pid:  # a process of user nobody
+            with enter(fabric.host, sock_type) as sock:
                 assert ask_naming(sock, bind(700), pid, NOBODY, NOBODY).status == errno.EACCES
-                if door == socket.SOCK_STREAM:
+                if sock_type == socket.SOCK_STREAM:
                     answer = ask_naming(sock, connect(2, 5000), pid, NOBODY, NOBODY)
                     assert answer.status == 0
                     announced = Record.decode(server.recv(RECORD_SIZE))
                     told = announced.pid, announced.uid, announced.gid
                     assert told == (pid, NOBODY, NOBODY)
-            with enter(fabric.host, door) as sock:
+            with enter(fabric.host, sock_type) as sock:
                 flags = ask_naming(sock, TRUSTED_BY_9, pid, NOBODY, NOBODY).flags
                 assert not flags & RequestFlag.TRUSTED_STREAM
         # Its own rights it has.
-        with enter(fabric.host, door) as sock:
+        with enter(fabric.host, sock_type) as sock:
             flags = ask_naming(sock, TRUSTED_BY_9, os.getpid(), 0, 0).flags
             assert bool(flags & RequestFlag.TRUSTED_STREAM) == has_capability(CAP_NET_ADMIN)
 
 
-@both_doors
-def test_streams_carry_no_credentials(fabric: PrivateFabric, door: int) -> None:
-    """Once it is a stream, its two ends are as any: nobody is told who writes."""
-    with enter(fabric.host, door) as server, enter(fabric.host, door) as client:
+@both_types
+def test_streams_carry_no_credentials(fabric: PrivateFabric, sock_type: int) -> None:
+    """Once it is a stream, neither end receives the writer's credentials."""
+    with enter(fabric.host, sock_type) as server, enter(fabric.host, sock_type) as client:
         ask(server, bind(5000))
         ask(server, listen())
         assert ask(client, connect(2, 5000)).status == 0
@@ -251,7 +253,7 @@ def test_streams_carry_no_credentials(fabric: PrivateFabric, door: int) -> None:
 
 
 def test_a_library_socket_in_a_childs_hands(fabric: PrivateFabric) -> None:
-    """Servers bind first and then begin their workers: what needs no right goes on."""
+    """Servers bind and then start their workers: what needs no right works in those."""
     with vsockets.socket(context=fabric.host) as server:
         server.bind((2, 700))
         here, there = socket.socketpair()

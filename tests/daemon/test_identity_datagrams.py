@@ -1,7 +1,7 @@
-"""A datagram shows where it came from, whatever its sender tries.
+"""A datagram shows its true source: attacks by its sender.
 
-Every test is one attack by programs of guest 3 that speak to vsockd, and to the kernel, past
-the library.  What the receiver, a program of the host, is told must be true.
+Every test is one attack by programs of guest 3 that talk to vsockd, and to the kernel, without the
+library.  The source that the receiver, a program of the host, gets must be true.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def guest(shared_fabric: PrivateFabric) -> Attachment:
 
 @pytest.fixture
 def receiver(shared_fabric: PrivateFabric) -> Iterator[vsockets.socket]:
-    """The host's service on port 5000.  It must have received all there is when a test ends."""
+    """Yield the host's service on port 5000.  A test must have received every datagram."""
     with vsockets.socket(type=DATAGRAM, context=shared_fabric.host) as sock:
         sock.bind((2, 5000))
         sock.setblocking(False)
@@ -59,13 +59,13 @@ def receiver(shared_fabric: PrivateFabric) -> Iterator[vsockets.socket]:
 
 
 def ask_with(context: Attachment, request: Request, sock: socket.socket) -> Record:
-    """vsockd's answer to a datagram request; a route that comes with it is dropped."""
+    """Return vsockd's reply to a datagram request; close a route that comes with it."""
     with enter(context, SEQPACKET) as door:
         send_with(door, request.encode(), [sock.fileno()])
         return Record.decode(door.recv(RECORD_SIZE))
 
 
-# What a request says
+# Contents of requests
 
 
 @pytest.mark.parametrize("cid", [0, 2, 4], ids=["hypervisor", "host", "guest 4"])
@@ -80,7 +80,7 @@ def test_another_cid_in_the_request(guest: Attachment, receiver: vsockets.socket
 def test_the_local_cid_as_the_source(
     guest: Attachment, receiver: vsockets.socket, bound_before: bool
 ) -> None:
-    """CID 1 is everybody's own: to the host (1, 5001) would be a program of the host."""
+    """CID 1 is local to each context: to the host (1, 5001) would be a program of the host."""
     local = {"local_cid": VMADDR_CID_LOCAL, "local_port": 5001}
     with unix_datagrams() as sender:
         if bound_before:
@@ -90,7 +90,7 @@ def test_the_local_cid_as_the_source(
 
 
 def test_another_port_in_the_request(guest: Attachment, receiver: vsockets.socket) -> None:
-    """A socket that is bound stays where it is."""
+    """A bound socket keeps its port."""
     with unix_datagrams() as sender:
         assert adopt(guest, sender, 5001).local == (GUEST, 5001)
         with enter(guest, SEQPACKET) as door:
@@ -103,7 +103,7 @@ def test_another_port_in_the_request(guest: Attachment, receiver: vsockets.socke
         assert receiver.recvfrom(100) == (b"x", (GUEST, 5001))
 
 
-def test_a_port_somebody_else_holds(guest: Attachment, receiver: vsockets.socket) -> None:
+def test_a_port_of_another_program(guest: Attachment, receiver: vsockets.socket) -> None:
     with unix_datagrams() as holder, unix_datagrams() as thief:
         assert adopt(guest, holder, 5001).status == 0
         for request in (bind_datagram(5001), route(2, 5000)._replace(local_port=5001)):
@@ -111,7 +111,7 @@ def test_a_port_somebody_else_holds(guest: Attachment, receiver: vsockets.socket
 
 
 def test_a_replayed_request(guest: Attachment, receiver: vsockets.socket) -> None:
-    """The bytes of another's request are about the socket that comes with them."""
+    """The bytes of another client's request concern the socket that comes with them."""
     request = bind_datagram(5001)
     with unix_datagrams() as first, unix_datagrams() as replayed:
         assert ask_with(guest, request, first).local == (GUEST, 5001)
@@ -143,7 +143,7 @@ def test_the_cookie_of_a_socket_of_the_host(
 
 
 def test_a_bound_socket_of_the_host(guest: Attachment, receiver: vsockets.socket) -> None:
-    """It is the host's for ever: a guest that was given it gets no way out under its name."""
+    """A bound socket keeps its context: a guest that receives it cannot send in its name."""
     for request in (bind_datagram(), route(2, 5000), bind_datagram(5000)):
         with socket.socket(fileno=os.dup(receiver.fileno())) as passed:
             assert ask_with(guest, request, passed).status == errno.EINVAL
@@ -163,7 +163,7 @@ def test_a_socket_of_another_guest(
 def test_a_route_that_was_passed_ends_with_its_port(
     shared_fabric: PrivateFabric, guest: Attachment, receiver: vsockets.socket
 ) -> None:
-    """A route speaks for the socket it was made for: until the port is somebody else's."""
+    """A route has its socket's source address until the port is assigned to another socket."""
     with unix_datagrams() as owner:
         assert adopt(guest, owner, 5001).status == 0
         way = ask_for_route(guest, owner, (2, 5000))
@@ -173,8 +173,8 @@ def test_a_route_that_was_passed_ends_with_its_port(
             way.send(b"from the one before")
 
 
-def test_a_connected_socket_of_ones_own(guest: Attachment, receiver: vsockets.socket) -> None:
-    """A socket that has a peer already is given an address, and its peer nobody else's."""
+def test_an_own_connected_socket(guest: Attachment, receiver: vsockets.socket) -> None:
+    """A socket that is connected already gets an address, and its peer keeps it."""
     mine, peer = socket.socketpair(socket.AF_UNIX, DATAGRAM)
     with mine, peer:
         assert adopt(guest, mine, 5001).local == (GUEST, 5001)
@@ -194,7 +194,7 @@ def test_a_connected_socket_of_ones_own(guest: Attachment, receiver: vsockets.so
 def test_a_name_that_looks_like_an_address(
     guest: Attachment, receiver: vsockets.socket, name: bytes
 ) -> None:
-    """Anybody may have the name; nobody but vsockd joins one to a receiver."""
+    """Any program may bind the name; only vsockd connects a socket to a receiver."""
     with unix_datagrams() as liar:
         liar.bind(name)
         for request in (bind_datagram(), route(2, 5000)):
@@ -220,7 +220,7 @@ def test_sending_to_what_the_kernel_calls_the_receiver(
 
 
 def test_sending_to_the_name_of_a_route(guest: Attachment, receiver: vsockets.socket) -> None:
-    """Who was sent a datagram knows the route's name.  It leads nowhere."""
+    """The receiver of a datagram knows the route's name, and cannot use it."""
     with unix_datagrams() as mine:
         assert adopt(guest, mine, 5001).status == 0
         with vsockets.socket(type=DATAGRAM, context=receiver._context) as host:
@@ -234,7 +234,7 @@ def test_sending_to_the_name_of_a_route(guest: Attachment, receiver: vsockets.so
 def test_a_route_that_is_disconnected_and_connected_again(
     guest: Attachment, receiver: vsockets.socket
 ) -> None:
-    """It can lose its way, and shows the same source on any other."""
+    """A route can lose its destination, and shows the same source on any other."""
     with unix_datagrams() as sender, unix_datagrams() as mine:
         mine.bind("")
         assert adopt(guest, sender, 5001).status == 0
@@ -252,7 +252,7 @@ def test_a_route_that_is_disconnected_and_connected_again(
     assert name.startswith(b"\0vsock:3:5001:")
 
 
-def test_a_route_after_its_port_was_given_away_and_it_was_connected_again(
+def test_a_reconnected_route_after_its_port_was_reassigned(
     guest: Attachment, receiver: vsockets.socket
 ) -> None:
     with unix_datagrams() as owner:
@@ -268,13 +268,13 @@ def test_a_route_after_its_port_was_given_away_and_it_was_connected_again(
 
 
 def connect_raw(sock: socket.socket, address: bytes) -> int:
-    """connect(2) with an address that Python does not spell."""
+    """Call connect(2) with an address that Python does not support."""
     libc = ctypes.CDLL(None, use_errno=True)
     return int(libc.connect(sock.fileno(), address, len(address)))
 
 
 def test_bytes_that_look_like_a_record(guest: Attachment, receiver: vsockets.socket) -> None:
-    """A datagram's source is beside it, never in it."""
+    """A datagram's source is sent beside its payload, never in it."""
     lie = Record(0, 0, 2, 5000, 2, 6000, Role.DATAGRAM).encode()
     with unix_datagrams() as sender:
         assert adopt(guest, sender, 5001).status == 0

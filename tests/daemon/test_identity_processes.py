@@ -1,7 +1,7 @@
-"""Who a program is: what others try to be taken for somebody they are not.
+"""The identity of a program: attempts to be taken for another one.
 
-The attackers are processes of a user without privileges.  They have connections that others made,
-process ids that others had, and programs that have more rights than they.
+The attackers are processes of a user without privileges.  They have connections that other
+processes made, process ids that others had, and programs with more rights than their own.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from vsockets.testing import PrivateFabric, wait_until
 
 from .raw_client import (
     ANY,
-    DOORS,
     PROMPT,
+    SOCKET_TYPES,
     ask,
     ask_once,
     bind,
@@ -47,7 +47,7 @@ pytestmark = as_root
 
 
 def in_another_process(work: Callable[[socket.socket], None]) -> tuple[int, socket.socket]:
-    """``work`` in a forked process; returns its pid and the other end of its socket."""
+    """Run ``work`` in a forked process; yield its pid and the other end of its socket."""
     here, there = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -78,11 +78,11 @@ def receive_socket(channel: socket.socket) -> socket.socket:
     return sock
 
 
-# Connections left to others
+# Connections inherited from other processes
 
 
-def test_a_connection_left_behind(fabric: PrivateFabric) -> None:
-    """Root connects, gives the connection to nobody, and ends: nobody gets nothing by it."""
+def test_an_inherited_connection(fabric: PrivateFabric) -> None:
+    """Root connects, passes the connection to a user, and exits: the user gains no right."""
 
     def leave(channel: socket.socket) -> None:
         send_descriptor(channel, enter(fabric.host))
@@ -96,10 +96,10 @@ def test_a_connection_left_behind(fabric: PrivateFabric) -> None:
 
 
 @as_administrator
-def test_a_connection_left_behind_whose_process_id_is_another_roots(
+def test_an_inherited_connection_whose_process_id_is_reused_by_root(
     fabric: PrivateFabric,
 ) -> None:
-    """The number of the process that connected is given out again, to one with all rights."""
+    """The connecting process's id is assigned again, to a process with all rights."""
 
     def leave(channel: socket.socket) -> None:
         send_descriptor(channel, enter(fabric.host))
@@ -118,7 +118,7 @@ def test_a_connection_left_behind_whose_process_id_is_another_roots(
 
 @contextlib.contextmanager
 def process_with_id(pid: int) -> Iterator[int]:
-    """A process with the id of one that has ended: pids are given out in turn."""
+    """Run a process with the id of one that has exited: pids are assigned in turn."""
     for _ in range(100):
         Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
         child = os.fork()
@@ -136,9 +136,9 @@ def process_with_id(pid: int) -> Iterator[int]:
             os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize("kind", DOORS)
+@pytest.mark.parametrize("kind", SOCKET_TYPES)
 def test_a_connection_that_a_privileged_parent_made(fabric: PrivateFabric, kind: int) -> None:
-    """In the hands of a child with fewer rights it has the child's."""
+    """A child with fewer rights has only its own on that connection."""
     with enter(fabric.host) as server, enter(fabric.host, kind) as connection:
         ask(server, bind(5000))
         ask(server, listen())
@@ -163,7 +163,7 @@ def test_a_connection_that_a_privileged_parent_made(fabric: PrivateFabric, kind:
 
 
 def test_a_socket_that_a_privileged_parent_made(fabric: PrivateFabric) -> None:
-    """A vSockets socket is nobody's before it is bound: then it is his who binds it."""
+    """A vSockets socket has no identity before it is bound: then it gets the binder's."""
     with vsockets.socket(context=fabric.host) as sock:
 
         def use(channel: socket.socket) -> None:
@@ -182,7 +182,7 @@ def test_a_socket_that_a_privileged_parent_made(fabric: PrivateFabric) -> None:
 
 
 def test_the_program_that_connected_is_the_one_that_is_shown(fabric: PrivateFabric) -> None:
-    """A server reads who connected from vsockd, and vsockd from the kernel."""
+    """A server gets the connecting process from vsockd, and vsockd from the kernel."""
     with vsockets.create_server((2, 5000), context=fabric.host) as server:
 
         def reach(channel: socket.socket) -> None:
@@ -201,7 +201,7 @@ def test_the_program_that_connected_is_the_one_that_is_shown(fabric: PrivateFabr
 
 
 def privileged_by_file(program: Path) -> None:
-    """What ``setcap cap_net_bind_service+ep`` does: see capability.h, VFS_CAP_REVISION_2."""
+    """Do what ``setcap cap_net_bind_service+ep`` does: see capability.h, VFS_CAP_REVISION_2."""
     effective, revision = 1, 0x0200_0000
     value = struct.pack("<5I", revision | effective, 1 << CAP_NET_BIND_SERVICE, 0, 0, 0)
     os.setxattr(program, "security.capability", value)
@@ -215,12 +215,12 @@ def privileged_by_user(program: Path) -> None:
 def test_executing_a_privileged_program_between_connect_and_request(
     fabric: PrivateFabric, programs: Path, privileged: Callable[[Path], None]
 ) -> None:
-    """The connection goes to an accomplice, and the process that made it becomes another.
+    """The connection is passed to an accomplice, and the connecting process becomes another.
 
-    What it may do then is the program's merit.
+    Its later rights are those of the executed program, and not of the connection.
     """
     program = programs / f"client_{privileged.__name__}"
-    shutil.copy(programs / "door_client", program)
+    shutil.copy(programs / "request_client", program)
     privileged(program)
 
     def attack(channel: socket.socket) -> None:
@@ -246,29 +246,31 @@ def is_executing(pid: int, program: Path) -> bool:
 
 
 def test_a_service_that_was_given_the_capability(fabric: PrivateFabric, programs: Path) -> None:
-    """As by systemd's AmbientCapabilities: a user's process, and the rights are its own."""
+    """As by systemd's AmbientCapabilities: a user's process with rights of its own."""
     name = "+net_bind_service"
     given = [
         *("setpriv", "--reuid", str(NOBODY), "--clear-groups"),
         *("--inh-caps", name, "--ambient-caps", name),
     ]
-    assert ask_by_program(programs / "door_client", fabric, bind(700), *given).status == 0
-    assert ask_by_program(programs / "door_client", fabric, bind(700)).status == errno.EACCES
+    assert ask_by_program(programs / "request_client", fabric, bind(700), *given).status == 0
+    assert ask_by_program(programs / "request_client", fabric, bind(700)).status == errno.EACCES
 
 
 @as_administrator
-def test_root_of_a_namespace_of_ones_own(fabric: PrivateFabric, programs: Path) -> None:
-    """All capabilities there are worth nothing here."""
+def test_root_of_an_own_namespace(fabric: PrivateFabric, programs: Path) -> None:
+    """All capabilities of that namespace count for nothing here."""
     mine = ["setpriv", "--reuid", str(NOBODY), "--clear-groups", "unshare", "--user"]
-    answer = ask_by_program(programs / "door_client", fabric, bind(700), *mine, "--map-root-user")
+    answer = ask_by_program(
+        programs / "request_client", fabric, bind(700), *mine, "--map-root-user"
+    )
     assert answer.status == errno.EACCES
 
 
-# Getting at vsockd itself
+# Access to vsockd itself
 
 
-def test_what_is_vsockds_own(fabric: PrivateFabric) -> None:
-    """Nobody without privileges gets at its folder, its descriptors or its memory."""
+def test_vsockds_files_descriptors_and_memory(fabric: PrivateFabric) -> None:
+    """A process without privileges cannot access its folder, descriptors or memory."""
 
     def try_all(channel: socket.socket) -> None:
         become_nobody()
@@ -310,8 +312,8 @@ def test_what_is_vsockds_own(fabric: PrivateFabric) -> None:
         os.waitpid(pid, 0)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_the_door_of_a_guest_of_another_owner(fabric: PrivateFabric, door: int) -> None:
+@pytest.mark.parametrize("sock_type", SOCKET_TYPES)
+def test_control_sockets_of_another_owners_guest(fabric: PrivateFabric, sock_type: int) -> None:
     fabric.guest(3)
     theirs = fabric.guest(4, owner=NOBODY)
 
@@ -321,7 +323,7 @@ def test_the_door_of_a_guest_of_another_owner(fabric: PrivateFabric, door: int) 
         for folder in ("0", "2", "3", "4"):
             with contextlib.suppress(PermissionError):
                 attachment = vsockets.Attachment(fabric.folder / folder)
-                assert ask_once(attachment, bind(ANY), door).status == 0
+                assert ask_once(attachment, bind(ANY), sock_type).status == 0
                 opened.append(folder)
         channel.sendall(" ".join(opened).encode())
 

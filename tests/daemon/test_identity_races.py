@@ -1,8 +1,7 @@
-"""What vsockd learns of a process holds together whatever the process does meanwhile.
+"""vsockd's conclusions about a process hold although it changes meanwhile.
 
-vsockd reads several files of a process, and the process may become another between any two system
-calls: here it does so before each of them in turn, so every interleaving is tried and none by
-chance.
+vsockd reads several files of a process, and the process may change between any two system calls:
+here it does so before each of them in turn, so every interleaving is tried deterministically.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ pytestmark = as_root
 _CLONE_NEWUSER = 0x1000_0000
 _PR_SET_DUMPABLE = 4
 
-#: More system calls than one question takes.
+#: More system calls than one check takes.
 _MOST_STEPS = 60
 
 
 class Suspect:
-    """A process without privileges that has connected, and becomes something else when told."""
+    """A connected process without privileges that changes on request."""
 
     def __init__(self, folder: Path) -> None:
         self.order, theirs = socket.socketpair()
@@ -79,7 +78,7 @@ class Suspect:
             os._exit(1)
 
     def become(self, step: bytes) -> bytes:
-        """Do the next thing; returns when it has been done."""
+        """Apply the next change; return when it is done."""
         self.order.send(step)
         return self.order.recv(1)
 
@@ -101,8 +100,8 @@ def folder(programs: Path) -> Path:
 
 @contextlib.contextmanager
 def before_system_call(number: int, act: Callable[[int], None]) -> Iterator[None]:
-    """Call ``act`` with 0 before the ``number``-th function of C that is called within, and with
-    1, 2, and so on before the following ones: each makes one system call at most.
+    """Call ``act`` with 0 before the ``number``-th C function called within this context, and with
+    1, 2, and so on before the following ones: each makes at most one system call.
     """
     calls = 0
 
@@ -123,8 +122,8 @@ def before_system_call(number: int, act: Callable[[int], None]) -> Iterator[None
 def ask(
     folder: Path, question: Callable[[Peer], bool], steps: dict[int, bytes]
 ) -> tuple[bool, int]:
-    """The answer about a process that becomes something before some of the calls, by their
-    numbers; and how many of these were reached.
+    """Return the answer about a process that changes before the calls with these numbers, and how
+    many of them were reached.
     """
     suspect = Suspect(folder)
     reached = 0
@@ -156,8 +155,8 @@ def may_make_user_namespaces() -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_a_process_that_stays_as_it_is(folder: Path) -> None:
-    """It is looked into, and what is found counts."""
+def test_a_process_that_does_not_change(folder: Path) -> None:
+    """An unchanging process can be examined, and the findings count."""
     executable = os.path.realpath(sys.executable)
     grant = Grant(NOBODY, None, executable, stream=True, datagram=True, domains=None)
     assert ask(folder, lambda peer: peer.matches(grant), {}) == (True, 0)
@@ -165,7 +164,7 @@ def test_a_process_that_stays_as_it_is(folder: Path) -> None:
 
 
 def test_leaving_the_user_namespace(folder: Path) -> None:
-    """The process has all capabilities then, of its own namespace."""
+    """The process then has all capabilities, of its own namespace."""
     if not may_make_user_namespaces():
         pytest.skip("users may make no user namespaces here")
     for call in range(_MOST_STEPS):
@@ -186,7 +185,7 @@ def test_executing_a_privileged_program(folder: Path) -> None:
 
 
 def test_executing_a_privileged_program_and_returning(folder: Path) -> None:
-    """As ``newgrp`` does: before and after it is a program of its user."""
+    """As ``newgrp`` does: before and after, it is a program of its user."""
 
     def may_bind(peer: Peer) -> bool:
         return peer.has_capability(CAP_NET_BIND_SERVICE)
@@ -199,7 +198,7 @@ def test_executing_a_privileged_program_and_returning(folder: Path) -> None:
 
 
 def test_executing_the_program_of_a_grant_that_is_privileged(folder: Path) -> None:
-    """Its rights are its file's, and not its user's."""
+    """Such a program has the rights of its file, not those of its user."""
     program = os.fspath(folder / "privileged")
     grant = Grant(NOBODY, None, program, stream=True, datagram=True, domains=None)
     for call in range(_MOST_STEPS):

@@ -1,7 +1,7 @@
-"""A stream shows who connected, whatever that program tries.
+"""A stream shows its true client: attacks by that client.
 
-Every test is one attack by a program of guest 3 that speaks to vsockd past the library, on a
-server of the host; what the server is told must be true.
+Every test is one attack by a program of guest 3 that talks to vsockd without the library, on a
+server of the host; the address that the server gets must be true.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from vsockets.protocol import Op, Record, Request, Role
 from vsockets.testing import PrivateFabric
 
 from .raw_client import (
-    DOORS,
     GUEST,
+    SOCKET_TYPES,
     ask,
     ask_once,
     bind,
@@ -31,7 +31,7 @@ from .raw_client import (
     listen,
 )
 
-both_doors = pytest.mark.parametrize("door", DOORS)
+both_types = pytest.mark.parametrize("sock_type", SOCKET_TYPES)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def guest(shared_fabric: PrivateFabric) -> Attachment:
 
 @pytest.fixture
 def server(shared_fabric: PrivateFabric) -> Iterator[vsockets.socket]:
-    """The host's service on port 5000."""
+    """Yield the host's service on port 5000."""
     with vsockets.create_server((2, 5000), context=shared_fabric.host) as server:
         yield server
 
@@ -54,29 +54,29 @@ def source_seen_by(server: vsockets.socket) -> tuple[int, int]:
     return source
 
 
-# What a request says
+# Contents of requests
 
 
 @pytest.mark.parametrize("cid", [0, 2, 4, VMADDR_CID_LOCAL])
 def test_another_cid_in_a_connect(guest: Attachment, server: vsockets.socket, cid: int) -> None:
-    """The field is there; nobody reads it."""
+    """The field exists and is not used."""
     with enter(guest) as client:
         answer = ask(client, connect(2, 5000)._replace(local_cid=cid, local_port=700))
         assert answer.local_cid == GUEST and answer.local_port >= 1024
         assert source_seen_by(server) == answer.local
 
 
-@both_doors
+@both_types
 @pytest.mark.parametrize("cid", [0, 2, 4])
 def test_another_cid_in_a_bind(
-    guest: Attachment, server: vsockets.socket, door: int, cid: int
+    guest: Attachment, server: vsockets.socket, sock_type: int, cid: int
 ) -> None:
     request = bind(6000)._replace(local_cid=cid)
-    assert ask_once(guest, request, door).status == errno.EADDRNOTAVAIL
+    assert ask_once(guest, request, sock_type).status == errno.EADDRNOTAVAIL
 
 
 def test_the_local_cid_as_the_source(guest: Attachment, server: vsockets.socket) -> None:
-    """To the host CID 1 is the host."""
+    """To the host, CID 1 is the host."""
     with enter(guest) as client:
         assert ask(client, bind(6000)._replace(local_cid=VMADDR_CID_LOCAL)).local == (1, 6000)
         assert ask(client, connect(2, 5000)).status == errno.EHOSTUNREACH
@@ -90,21 +90,23 @@ def test_another_port_once_bound(guest: Attachment, server: vsockets.socket) -> 
         assert source_seen_by(server) == (GUEST, 6000)
 
 
-@both_doors
-def test_a_port_somebody_else_has(guest: Attachment, server: vsockets.socket, door: int) -> None:
-    """Be it bound, listening, or that of a connection, and whatever the type of socket."""
+@both_types
+def test_a_port_of_another_program(
+    guest: Attachment, server: vsockets.socket, sock_type: int
+) -> None:
+    """A port may be bound, listening, or a connection's, for any type of socket."""
     with enter(guest) as bound, enter(guest) as listening, enter(guest) as client:
         assert ask(bound, bind(6000)).status == 0
         assert ask(listening, bind(6001)).status == 0
         assert ask(listening, listen()).status == 0
         port = ask(client, connect(2, 5000)).local_port
         for held in (6000, 6001, port):
-            assert ask_once(guest, bind(held), door).status == errno.EADDRINUSE
+            assert ask_once(guest, bind(held), sock_type).status == errno.EADDRINUSE
         assert source_seen_by(server) == (GUEST, port)
 
 
 def test_replayed_requests(guest: Attachment, server: vsockets.socket) -> None:
-    """Another's bytes are another request, of whoever sends them."""
+    """Another client's bytes are the request of the process that sends them."""
     requests = [bind(6000, cookie=77), connect(2, 5000)._replace(cookie=77)]
     with enter(guest) as first, enter(guest) as second:
         assert [ask(first, request).status for request in requests] == [0, 0]
@@ -116,7 +118,7 @@ def test_replayed_requests(guest: Attachment, server: vsockets.socket) -> None:
 
 
 def test_a_second_connect_behind_the_first(guest: Attachment, server: vsockets.socket) -> None:
-    """What follows a connect is the stream's data, be it a request or a record."""
+    """Bytes after a CONNECT are data of the stream, even if they form a request or record."""
     more = connect(2, 5000).encode() + Record(0, 0, 2, 5000, 0, 1, Role.CONNECTED).encode()
     with enter(guest) as client:
         client.sendall(connect(2, 5000).encode() + more)
@@ -131,7 +133,7 @@ def test_a_second_connect_behind_the_first(guest: Attachment, server: vsockets.s
 def test_a_listening_connection_cannot_announce(
     shared_fabric: PrivateFabric, guest: Attachment, server: vsockets.socket
 ) -> None:
-    """What one listener writes to vsockd reaches no other."""
+    """A listener's writes to vsockd reach no other listener."""
     lie = Record(0, 0, 2, 5000, 0, 1, Role.CONNECTED).encode()
     with enter(guest) as listening:
         assert ask(listening, bind(6000)).status == 0
@@ -150,7 +152,7 @@ def test_a_listening_connection_cannot_announce(
 def test_the_names_of_a_stream_of_the_host(
     shared_fabric: PrivateFabric, guest: Attachment, server: vsockets.socket, by: str
 ) -> None:
-    """A guest learns nothing of the host's sockets by guessing the kernel's numbers for them."""
+    """A guest learns nothing about the host's sockets by guessing cookies and inodes."""
     with vsockets.create_connection((2, 5000), context=shared_fabric.host) as client:
         accepted, _ = server.accept()
         with accepted:
@@ -164,7 +166,7 @@ def test_the_names_of_a_stream_of_the_host(
 def test_a_cookie_claimed_before_its_socket_was_accepted(
     shared_fabric: PrivateFabric, guest: Attachment, server: vsockets.socket
 ) -> None:
-    """Another program of the host cannot name a server's connection after itself."""
+    """Another program of the host cannot register a server's connection as its own."""
     with (
         vsockets.create_connection((2, 5000), context=guest) as client,
         enter(shared_fabric.host) as liar,
@@ -180,11 +182,11 @@ def test_a_cookie_claimed_before_its_socket_was_accepted(
                 assert inherited.getsockname() == (2, 5000)
 
 
-# Ports that change hands
+# Ports that are reassigned
 
 
 def test_the_port_of_a_stream_that_has_ended(guest: Attachment, server: vsockets.socket) -> None:
-    """Its successor on the port is told from it: a server's old stream is nobody's."""
+    """A new holder of the port is distinct from it: a server's old stream belongs to neither."""
     with enter(guest) as first:
         assert ask(first, bind(6000)).status == 0
         assert ask(first, connect(2, 5000)).status == 0

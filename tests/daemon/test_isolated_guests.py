@@ -31,7 +31,7 @@ pytestmark = as_root
 
 @pytest.fixture
 def guest(fabric: PrivateFabric) -> Attachment:
-    """A restricted one."""
+    """Yield a restricted guest."""
     return fabric.guest(3, owner=OWNER, profile="restricted")
 
 
@@ -46,7 +46,7 @@ def service(context: Attachment, kind: int, address: tuple[int, int]) -> Iterato
 
 
 def reach(context: Attachment, kind: int, server: vsockets.socket) -> int:
-    """Send ``server`` something over a new socket; returns the errno, or 0 when it arrived."""
+    """Send to ``server`` over a new socket; return the errno, or 0 when it arrived."""
     with vsockets.socket(type=kind, context=context) as client:
         try:
             if kind == DATAGRAM:
@@ -66,7 +66,7 @@ def reach(context: Attachment, kind: int, server: vsockets.socket) -> int:
 
 
 def refusal_of(kind: int) -> int:
-    """What a guest is told of an endpoint that is not for it: as if nobody were there."""
+    """Return the errno a guest gets for a forbidden endpoint: the same as for a missing one."""
     return errno.ECONNREFUSED if kind == DATAGRAM else errno.ECONNRESET
 
 
@@ -75,7 +75,7 @@ def refusal_of(kind: int) -> int:
 def test_from_a_restricted_guest(
     fabric: PrivateFabric, guest: Attachment, kind: int, uid: int, trusted: bool
 ) -> None:
-    """Root has CAP_NET_ADMIN, the owner is the owner, and nobody is nobody (guide page 24)."""
+    """Root has CAP_NET_ADMIN, the owner is the owner, and user nobody has neither (guide p. 24)."""
     with user(uid), service(fabric.host, kind, (2, 5000)) as server, user(0):
         assert reach(guest, kind, server) == (0 if trusted else refusal_of(kind))
 
@@ -91,7 +91,7 @@ def test_to_a_restricted_guest(
 
 @every_kind
 def test_a_granted_program(fabric: PrivateFabric, guest: Attachment, kind: int) -> None:
-    """For streams or datagrams or both; a sequenced packet socket is a stream."""
+    """For streams, datagrams or both; sequenced packet sockets count as streams."""
     grants = fabric.configuration / "grants.toml"
     for streams, datagrams in ((True, False), (False, True)):
         grants.write_text(
@@ -107,8 +107,8 @@ def test_a_granted_program(fabric: PrivateFabric, guest: Attachment, kind: int) 
             assert reach(fabric.host, kind, server) == (0 if trusted else errno.EACCES)
 
 
-def test_trust_is_from_the_creation_on(fabric: PrivateFabric, guest: Attachment) -> None:
-    """An endpoint is what it was when it was bound, whatever becomes of the grant."""
+def test_trust_is_fixed_at_creation(fabric: PrivateFabric, guest: Attachment) -> None:
+    """An endpoint keeps the trust it was bound with, also after the grant changes."""
     grants = fabric.configuration / "grants.toml"
     grants.write_text(f"[[grant]]\nuser = {NOBODY}\nstream_vsocket_trusted = true\n")
     fabric.control.reload()
@@ -142,15 +142,15 @@ def test_within_a_restricted_guest_and_to_the_hypervisor(
             assert reach(fabric.host, kind, tool) == 0
 
 
-# What programs are told
+# What programs learn
 
 
 @pytest.mark.parametrize(("uid", "answer"), [(0, 1), (OWNER, 1), (NOBODY, 0)])
 @pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
-def test_trusted_is_what_counts(
+def test_so_vm_sockets_trusted(
     fabric: PrivateFabric, guest: Attachment, uid: int, answer: int, kind: int
 ) -> None:
-    """SO_VM_SOCKETS_TRUSTED of a connected socket: toward the guest it is connected to."""
+    """SO_VM_SOCKETS_TRUSTED of a connected socket: for the guest it is connected to."""
     open_to_all = fabric.guest(4, owner=OWNER)
     with (
         service(open_to_all, kind, (4, 5000)) as server,
@@ -161,8 +161,8 @@ def test_trusted_is_what_counts(
         assert client.getsockopt(VMCISock_GetAFValue(), SO_VM_SOCKETS_TRUSTED) == answer
 
 
-def test_the_machine_a_peer_is(fabric: PrivateFabric) -> None:
-    """SO_VM_SOCKETS_PEER_HOST_VM_ID: for the host's programs alone, and from the kernel's word."""
+def test_so_vm_sockets_peer_host_vm_id(fabric: PrivateFabric) -> None:
+    """SO_VM_SOCKETS_PEER_HOST_VM_ID: for the host's programs only, as reported by the kernel."""
     inside = fabric.guest(4)
     family = VMCISock_GetAFValue()
     with (
@@ -183,14 +183,14 @@ def test_the_machine_a_peer_is(fabric: PrivateFabric) -> None:
 def test_a_service_of_the_hypervisor_is_its_owners(fabric: PrivateFabric) -> None:
     with user(NOBODY), pytest.raises(PermissionError):
         enter(fabric.hypervisor)
-    # Nor by the host's door, which is everybody's.
+    # Nor over the host's control socket, which any user may connect to.
     with user(NOBODY):
         refusal = ask_once(fabric.host, bind(5000)._replace(local_cid=0))
     assert refusal.status == errno.EADDRNOTAVAIL
 
 
-def test_even_with_the_door_left_open(fabric: PrivateFabric) -> None:
-    """An administrator's mistake with the files' modes is not enough."""
+def test_even_with_open_file_modes(fabric: PrivateFabric) -> None:
+    """An administrator's error in the files' modes does not suffice."""
     fabric.hypervisor.folder.chmod(0o755)
     for name in ("stream", "seqpacket"):
         (fabric.hypervisor.folder / name).chmod(0o666)

@@ -1,4 +1,4 @@
-"""Host and guests, end to end: who reaches whom, what is told, and what is logged."""
+"""Host and guests, end to end: allowed and denied communication, errnos and log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .raw_client import enter, send_with
 DATAGRAM = socket.SOCK_DGRAM
 
 
-def test_a_guest_cannot_tell_another_guest_from_none(vsock_fabric: PrivateFabric) -> None:
+def test_another_guest_answers_like_a_missing_one(vsock_fabric: PrivateFabric) -> None:
     one, other = vsock_fabric.guest(3), vsock_fabric.guest(4)
     with (
         vsockets.create_server((4, 5000), context=other),
@@ -33,7 +33,7 @@ def test_a_guest_cannot_tell_another_guest_from_none(vsock_fabric: PrivateFabric
                 sender.sendto(b"x", (cid, 5000))
             told.add(str(refusal.value))
         assert told == {"[Errno 113] No route to host"}
-    # The log knows better.
+    # The log has the real reason.
     assert "context 3 pid" in vsock_fabric.log
     assert "guest to guest: only host to guest is allowed" in vsock_fabric.log
     assert "no context 5" in vsock_fabric.log
@@ -59,7 +59,7 @@ def test_host_to_guest_and_back(vsock_fabric: PrivateFabric) -> None:
                 assert client.recv(10) == b"and back"
 
 
-def test_the_source_of_a_datagram_is_where_it_came_from(vsock_fabric: PrivateFabric) -> None:
+def test_a_datagram_has_its_true_source(vsock_fabric: PrivateFabric) -> None:
     guest = vsock_fabric.guest(3)
     with (
         vsockets.socket(type=DATAGRAM, context=vsock_fabric.host) as receiver,
@@ -101,7 +101,7 @@ def test_a_socket_with_the_local_cid_sends_within_its_context(vsock_fabric: Priv
         assert home.recvfrom(10) == (b"x", (LOCAL, 6000))
 
 
-def test_nor_does_a_program_that_asks_past_the_library(vsock_fabric: PrivateFabric) -> None:
+def test_nor_does_a_program_without_the_library(vsock_fabric: PrivateFabric) -> None:
     with (
         vsockets.socket(type=DATAGRAM, context=vsock_fabric.host) as away,
         socket.socket(socket.AF_UNIX, DATAGRAM) as sender,
@@ -114,7 +114,7 @@ def test_nor_does_a_program_that_asks_past_the_library(vsock_fabric: PrivateFabr
         assert errno.errorcode[answer.status] == "EHOSTUNREACH"
 
 
-def test_a_removed_guest_is_cut_off_from_vsockd(vsock_fabric: PrivateFabric) -> None:
+def test_a_removed_guests_connections_are_closed(vsock_fabric: PrivateFabric) -> None:
     guest = vsock_fabric.guest(3)
     with vsockets.create_server((3, 5000), context=guest) as server:
         vsock_fabric.control.remove_context(3)

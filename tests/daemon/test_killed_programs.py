@@ -1,4 +1,4 @@
-"""A program killed at any step of a connection's making: its port is free, its peer is told."""
+"""A program killed at any step of a connect: its port is released, its peer sees the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .raw_client import PROMPT, guest_of
 STREAM, SEQPACKET, DATAGRAM = socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM
 both_kinds = pytest.mark.parametrize("kind", [STREAM, SEQPACKET])
 
-#: What programs do, step by step; each says so when it has done it, and waits to be killed.
+#: Steps of programs; each reports its completion, and waits to be killed.
 PROLOGUE = "import sys, vsockets, socket\nkind = int(sys.argv[1])\ns = vsockets.socket(type=kind)\n"
 EPILOGUE = "\nprint('done', flush=True)\nsys.stdin.read()"
 
@@ -30,7 +30,7 @@ EPILOGUE = "\nprint('done', flush=True)\nsys.stdin.read()"
 def program(
     shared_fabric: PrivateFabric, context: vsockets.Attachment, kind: int, steps: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """A program that has done ``steps``; killed when the context is left, if not before."""
+    """Yield a program that has done ``steps``; it is killed at the end of the context."""
     process = subprocess.Popen(
         [sys.executable, "-c", PROLOGUE + steps + EPILOGUE, str(kind)],
         env=shared_fabric.environment(context),
@@ -53,7 +53,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def assert_told(sock: vsockets.socket) -> None:
-    """The peer has gone: no data, or a reset."""
+    """Check that the peer sees the end: no data, or a reset."""
     sock.settimeout(PROMPT)
     with contextlib.suppress(ConnectionResetError):
         assert sock.recv(1) == b""
@@ -96,7 +96,7 @@ def test_the_client_before_accept(shared_fabric: PrivateFabric, kind: int) -> No
         steps = f"s.bind(({guest.cid}, 6000)); s.connect((2, 5000)); s.send(b'last words')"
         with program(shared_fabric, guest, kind, steps) as client:
             kill(client)
-            # Its port is free although nobody has accepted the connection yet.
+            # Its port is free although the connection was not accepted.
             with vsockets.socket(type=kind, context=guest) as successor:
                 successor.bind((guest.cid, 6000))
             accepted, peer = server.accept()
@@ -164,8 +164,10 @@ def test_the_server_after_accept(shared_fabric: PrivateFabric, kind: int) -> Non
 
 
 @both_kinds
-def test_a_stream_lives_as_long_as_any_copy_of_it(shared_fabric: PrivateFabric, kind: int) -> None:
-    """The program is killed, and a child of it has the socket."""
+def test_a_stream_lasts_as_long_as_any_descriptor_of_it(
+    shared_fabric: PrivateFabric, kind: int
+) -> None:
+    """The program is killed, and its child has the socket."""
     steps = (
         "s.connect((2, 5000))\n"
         "import os\n"

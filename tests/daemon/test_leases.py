@@ -1,4 +1,4 @@
-"""CIDs that last as long as whoever leased them."""
+"""CIDs that exist as long as their leases."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_shared_lease_ends_with_the_last(vsock_fabric: PrivateFabric) -> None:
     wait_until(lambda: cid not in cids(vsock_fabric), "the end of the last lease")
 
 
-def test_a_lease_is_not_to_be_had_on_what_stays(vsock_fabric: PrivateFabric) -> None:
+def test_a_guest_without_leases_cannot_be_leased(vsock_fabric: PrivateFabric) -> None:
     vsock_fabric.guest(5)
     with Control(vsock_fabric.folder) as control, pytest.raises(OSError) as caught:
         control.add_context(5, lease=True)

@@ -1,4 +1,4 @@
-"""What suspend, resume, migrate, FT mode and power-off do to a guest's sockets, and to no other.
+"""Effects of suspend, resume, migrate, FT mode and power-off on a guest's sockets only.
 
 "VMware vSockets lose connection after suspend and resume of a virtual machine", "do not survive
 live migration", "are dropped when a virtual machine is put into fault tolerance mode, and no new
@@ -21,7 +21,7 @@ import vsockets
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric
 
-from .life import (
+from .guest_changes import (
     MACHINE,
     Machine,
     assert_ended,
@@ -65,7 +65,7 @@ def errno_of_connecting(context: Attachment, address: tuple[int, int]) -> int:
         return sock.connect_ex(address)
 
 
-# What ends
+# Streams that end
 
 
 @every_drop
@@ -91,7 +91,7 @@ def test_a_stream_within_the_guest_ends_too(guest: Machine, how: str) -> None:
 
 
 @every_drop
-def test_what_was_sent_before_may_be_read(
+def test_data_sent_before_can_be_read(
     shared_fabric: PrivateFabric, guest: Machine, how: str
 ) -> None:
     with stream(shared_fabric.host, guest.context) as (accepted, connected):
@@ -105,9 +105,7 @@ def test_what_was_sent_before_may_be_read(
 
 
 @every_drop
-def test_a_program_that_waits_is_woken(
-    shared_fabric: PrivateFabric, guest: Machine, how: str
-) -> None:
+def test_a_blocked_reader_is_woken(shared_fabric: PrivateFabric, guest: Machine, how: str) -> None:
     async def both_read() -> None:
         with stream(shared_fabric.host, guest.context) as ends:
             loop = asyncio.get_running_loop()
@@ -122,9 +120,7 @@ def test_a_program_that_waits_is_woken(
 
 
 @every_drop
-def test_a_program_that_waits_to_write_is_woken(
-    shared_fabric: PrivateFabric, guest: Machine, how: str
-) -> None:
+def test_a_blocked_writer_is_woken(shared_fabric: PrivateFabric, guest: Machine, how: str) -> None:
     with stream(shared_fabric.host, guest.context) as (accepted, connected):
         for end in (accepted, connected):
             end.setblocking(False)
@@ -142,13 +138,11 @@ def test_a_program_that_waits_to_write_is_woken(
                 end.send(b"x")
 
 
-# What stays
+# Sockets that stay
 
 
 @every_drop
-def test_everybody_elses_streams_stay(
-    shared_fabric: PrivateFabric, guest: Machine, how: str
-) -> None:
+def test_streams_of_others_stay(shared_fabric: PrivateFabric, guest: Machine, how: str) -> None:
     other = guest_of(shared_fabric)
     with (
         stream(shared_fabric.host, other) as of_another,
@@ -208,7 +202,7 @@ def test_the_guests_own_sockets_stay(
 # While it is suspended
 
 
-def test_nothing_gets_in_or_out_of_a_suspended_guest(
+def test_a_suspended_guest_neither_sends_nor_receives(
     shared_fabric: PrivateFabric, guest: Machine
 ) -> None:
     with (
@@ -217,7 +211,7 @@ def test_nothing_gets_in_or_out_of_a_suspended_guest(
         datagrams(guest.context, (MACHINE, 5000)) as inside,
         datagrams(shared_fabric.host, (2, 5000)) as outside,
     ):
-        # Both know the way already; then they do not any more.
+        # Both have routes already, which are then revoked.
         inside.sendto(b"x", (2, 5000))
         outside.sendto(b"x", (MACHINE, 5000))
         guest.drop("suspend")
@@ -243,7 +237,7 @@ def test_nothing_gets_in_or_out_of_a_suspended_guest(
 def test_a_connect_that_vsockd_reads_after_the_suspend(
     shared_fabric: PrivateFabric, guest: Machine
 ) -> None:
-    """What a guest asks before it is suspended and vsockd reads afterwards is refused."""
+    """Requests sent before a suspend and read by vsockd afterwards are refused."""
     with (
         vsockets.create_server((2, 5000), context=shared_fabric.host) as server,
         enter(guest.context) as late,
@@ -304,15 +298,15 @@ def test_nothing_is_left_after_power_off(shared_fabric: PrivateFabric, guest: Ma
         assert (row["state"], row["usage"]["sockets"]) == ("off", 0)
         assert not guest.context.folder.exists()
         assert {row["context"] for row in shared_fabric.control.sockets()} == {2}
-        # Beside the doors of the guest, vsockd has let go of all but the host's two sockets, and an
-        # epoll for those.
+        # Beside the guest's control sockets, vsockd has closed all but the host's two sockets, and
+        # an epoll for those.
         assert descriptors(shared_fabric.pid) == before - 2 + 3
         assert_ended(waiting)
         assert silent.recv(10) == b""
         with pytest.raises(OSError) as refusal:
             server.accept()
         assert refusal.value.errno == errno.ENETDOWN
-        # No new program gets in, and none that is in gets out.
+        # No new program can connect, and no present one can send.
         with pytest.raises(OSError) as refusal:
             vsockets.create_connection((2, 5001), context=guest.context)
         assert refusal.value.errno == errno.ENODEV
@@ -325,7 +319,7 @@ def test_nothing_is_left_after_power_off(shared_fabric: PrivateFabric, guest: Ma
         assert refusal.value.errno == errno.EHOSTUNREACH
 
         guest.end_of("power-off")
-        # The old life's sockets are nothing in the new one, whose ports are all free.
+        # Sockets from before are unknown after power-on, when all ports are free.
         with (
             vsockets.create_server((MACHINE, 5000), context=guest.context),
             vsockets.create_server((MACHINE, 5001), context=guest.context),
@@ -339,10 +333,10 @@ def test_nothing_is_left_after_power_off(shared_fabric: PrivateFabric, guest: Ma
             assert errno_of_connecting(shared_fabric.host, (MACHINE, 5000)) == 0
 
 
-def test_programs_at_the_door_when_it_is_powered_off(
+def test_requests_in_progress_at_power_off_are_refused(
     shared_fabric: PrivateFabric, guest: Machine
 ) -> None:
-    """They asked in the old life, and vsockd had not looked yet."""
+    """Their requests were sent before, and vsockd has not read them yet."""
     with contextlib.ExitStack() as stack:
         with paused(shared_fabric.pid):
             late = [stack.enter_context(enter(guest.context)) for _ in range(20)]
@@ -361,7 +355,7 @@ def test_programs_at_the_door_when_it_is_powered_off(
         assert ask_once(guest.context, LOCAL_CID).local_cid == MACHINE
 
 
-def test_again_and_again(shared_fabric: PrivateFabric, guest: Machine) -> None:
+def test_repeated_changes(shared_fabric: PrivateFabric, guest: Machine) -> None:
     for _ in range(10):
         for how in ("suspend", "migrate", "ft on", "power-off"):
             with stream(shared_fabric.host, guest.context) as (accepted, connected):
@@ -371,7 +365,7 @@ def test_again_and_again(shared_fabric: PrivateFabric, guest: Machine) -> None:
             guest.end_of(how)
 
 
-def test_what_cannot_be(shared_fabric: PrivateFabric, guest: Machine) -> None:
+def test_refused_changes(shared_fabric: PrivateFabric, guest: Machine) -> None:
     control = shared_fabric.control
     refusals: dict[str, Callable[[], object]] = {
         "cannot resume context 5: it is running": lambda: control.resume(MACHINE),

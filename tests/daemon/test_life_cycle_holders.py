@@ -1,7 +1,7 @@
-"""Connections are dropped whoever holds their descriptors.
+"""Connections are dropped in every process that has a descriptor of them.
 
-The end that vsockd handed to a listener is the one it looks for, so that is the one which is
-somewhere unusual in these tests; the other is the test's own.
+vsockd searches for the end that it handed to a listener, so that end is in an unusual place in
+these tests; the other end is the test's own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 import vsockets
 from vsockets.testing import PrivateFabric, wait_until
 
-from .life import (
+from .guest_changes import (
     Holder,
     Machine,
     assert_ended,
@@ -31,7 +31,7 @@ from .life import (
 )
 from .raw_client import GUEST, PROMPT, ask, compiled, connect, enter, guest_of, state
 
-#: Does what stream_holder.c does.
+#: The same as stream_holder.c, in Python.
 PYTHON_HOLDER = """
 import errno, sys, vsockets
 sock = vsockets.socket(fileno=int(sys.argv[1]))
@@ -48,7 +48,7 @@ except OSError as error:
     print("write:", errno.errorcode[error.errno], flush=True)
 """
 
-#: Gets its descriptor through a socket, then does the same.
+#: The same, with a descriptor received over a socket.
 PASSED_HOLDER = """
 import socket, sys
 channel = socket.socket(fileno=int(sys.argv[1]))
@@ -115,7 +115,9 @@ def test_the_connecting_end_in_a_c_program(
         holder.assert_told()
 
 
-def test_a_program_that_was_sent_it(shared_fabric: PrivateFabric, guest: Machine) -> None:
+def test_a_program_that_received_the_descriptor(
+    shared_fabric: PrivateFabric, guest: Machine
+) -> None:
     here, there = socket.socketpair()
     with here, there, stream(shared_fabric.host, guest.context) as (accepted, connected):
         socket.send_fds(here, [b"x"], [accepted.fileno()])
@@ -126,8 +128,8 @@ def test_a_program_that_was_sent_it(shared_fabric: PrivateFabric, guest: Machine
             holder.assert_told()
 
 
-def test_one_end_on_its_way_between_processes(shared_fabric: PrivateFabric, guest: Machine) -> None:
-    """Nobody has it, but the other end is found."""
+def test_one_end_in_transit_between_processes(shared_fabric: PrivateFabric, guest: Machine) -> None:
+    """That end is in no process, but the other end is found."""
     here, there = socket.socketpair()
     with here, there, stream(shared_fabric.host, guest.context) as (accepted, connected):
         socket.send_fds(here, [b"x"], [accepted.fileno()])
@@ -138,10 +140,10 @@ def test_one_end_on_its_way_between_processes(shared_fabric: PrivateFabric, gues
             assert_ended(received)
 
 
-def test_both_ends_on_their_way_between_processes(
+def test_both_ends_in_transit_between_processes(
     shared_fabric: PrivateFabric, guest: Machine
 ) -> None:
-    """Nobody has either, so the stream ends when somebody has received one."""
+    """Neither is in a process, so the stream ends when a process has received one."""
     here, there = socket.socketpair()
     with here, there, stream(shared_fabric.host, guest.context) as (accepted, connected):
         ends = [accepted.fileno(), connected.fileno()]
@@ -195,7 +197,7 @@ def test_servers_that_forked(shared_fabric: PrivateFabric, guest: Machine, c_pro
 def test_a_program_whose_parent_accepted_it_and_has_ended(
     shared_fabric: PrivateFabric, guest: Machine
 ) -> None:
-    """The process that vsockd knows is not there any more."""
+    """The process that vsockd knows has exited."""
     with (
         vsockets.create_server((2, 5000), context=shared_fabric.host) as server,
         vsockets.create_connection((2, 5000), context=guest.context) as connected,
@@ -221,7 +223,7 @@ def test_a_program_whose_parent_accepted_it_and_has_ended(
             assert here.recv(5) == b"ended"
 
 
-# Connections nobody has accepted
+# Connections not yet accepted
 
 
 @every_drop
@@ -253,7 +255,7 @@ def test_one_in_a_backlog(
                     assert_ended(accepted, queued)
 
 
-def test_one_in_a_backlog_whose_program_hides_it(
+def test_one_in_a_backlog_with_a_hidden_connecting_end(
     shared_fabric: PrivateFabric, guest: Machine
 ) -> None:
     """Without its cookie the connecting end is not found, but the accepted one is, soon."""

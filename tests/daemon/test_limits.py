@@ -1,6 +1,6 @@
-"""What one guest may have of the host: met with a clear errno, counted, and given back.
+"""Limits of one guest: enforced with a distinct errno, counted, and released.
 
-Another guest is served as before, all the while.
+Another guest is served as before meanwhile.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def row(fabric: PrivateFabric, cid: int) -> dict[str, Any]:
 
 
 def assert_others_are_served(fabric: PrivateFabric) -> None:
-    """Another guest exchanges a stream and a datagram with the host, now."""
+    """Check that another guest can exchange a stream and a datagram with the host."""
     other = fabric.guest(9)
     with (
         vsockets.create_server((2, 9000), context=fabric.host) as server,
@@ -58,7 +58,7 @@ def assert_others_are_served(fabric: PrivateFabric) -> None:
 
 
 def assert_met(fabric: PrivateFabric, limit: str) -> None:
-    """It is counted, and logged with its name; and nobody else feels it."""
+    """Check that the limit is counted and logged by name, and affects no other guest."""
     assert set(row(fabric, 3)["denials"]) == {limit}
     assert fabric.control.status()["limits_met"] >= 1
     assert f"[{limit}, ENOBUFS]" in fabric.log
@@ -97,7 +97,7 @@ def binds(guest: Attachment) -> bool:
 def test_a_refused_program_keeps_no_more_connections_than_sockets(
     vsock_fabric: PrivateFabric,
 ) -> None:
-    """A connection to vsockd on which something was refused may be used again, within limits."""
+    """A connection to vsockd may be used again after a refusal, within limits."""
     guest = vsock_fabric.guest(3, limits={"sockets": 3})
     with contextlib.ExitStack() as held:
         kept = []
@@ -111,7 +111,7 @@ def test_a_refused_program_keeps_no_more_connections_than_sockets(
 
 
 def is_closed(sock: socket.socket) -> bool:
-    """Whether vsockd has closed the connection; else it is asked something more."""
+    """Return whether vsockd has closed the connection; if not, send another request."""
     try:
         sock.send(connect(2, 5000).encode())
         return sock.recv(1000) == b""
@@ -140,8 +140,8 @@ def test_pending_connects(vsock_fabric: PrivateFabric) -> None:
         wait_until(lambda: connects(guest, (2, 5001)), "patience with the guest again")
 
 
-def test_what_has_been_accepted_is_shown_as_pending_no_longer(vsock_fabric: PrivateFabric) -> None:
-    """Nobody tells vsockd that a connection was accepted: it looks when it is asked."""
+def test_accepted_connections_are_not_shown_as_pending(vsock_fabric: PrivateFabric) -> None:
+    """vsockd gets no report of an accept: it recounts when asked."""
     guest = vsock_fabric.guest(3)
     with vsockets.create_server((2, 5000), context=vsock_fabric.host) as server:
         clients = [vsockets.create_connection((2, 5000), context=guest) for _ in range(5)]
@@ -162,7 +162,7 @@ def connects(guest: Attachment, address: tuple[int, int]) -> bool:
     return True
 
 
-def test_connections_that_say_nothing_are_pending(vsock_fabric: PrivateFabric) -> None:
+def test_connections_without_a_request_are_pending(vsock_fabric: PrivateFabric) -> None:
     guest = vsock_fabric.guest(3, limits={"pending_connects": 2})
     with contextlib.ExitStack() as silent:
         for _ in range(2):
@@ -187,8 +187,8 @@ def test_request_rate(vsock_fabric: PrivateFabric, request_: Request) -> None:
     wait_until(lambda: ask_once(guest, LOCAL_CID).status == 0, "the guest's next request")
 
 
-def test_the_pace_of_one_connection(vsock_fabric: PrivateFabric) -> None:
-    """Requests on a connection that stands count as those on new ones."""
+def test_the_request_rate_of_one_connection(vsock_fabric: PrivateFabric) -> None:
+    """Requests on an open connection count as those on new ones."""
     guest = vsock_fabric.guest(3, limits={"request_rate": 10})
     with enter(guest) as sock:
         ask(sock, bind(5000))
@@ -198,7 +198,7 @@ def test_the_pace_of_one_connection(vsock_fabric: PrivateFabric) -> None:
 
 
 class TestDatagramBytes:
-    """Many receivers that do not read: what waits there is memory of the host."""
+    """Many receivers that do not read: unread datagrams are memory of the host."""
 
     LIMIT = 1_000_000
     PAYLOAD = bytes(60_000)
@@ -218,7 +218,7 @@ class TestDatagramBytes:
                 receiver.setblocking(False)
             yield made
 
-    def test_are_met_and_given_back(
+    def test_are_enforced_and_released(
         self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
     ) -> None:
         with (
@@ -241,10 +241,10 @@ class TestDatagramBytes:
                 sender.sendto(b"again", receiver.getsockname())
                 assert receiver.recvfrom(10) == (b"again", sender.getsockname())
 
-    def test_of_one_who_keeps_his_routes_and_fills_them_at_once(
+    def test_of_routes_filled_after_their_creation(
         self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
     ) -> None:
-        """Past the library, routes are filled after they were given out: they are taken back."""
+        """Without the library, routes are filled after they were created: they are revoked."""
         with (
             contextlib.ExitStack() as stack,
             unix_datagrams() as sender,
@@ -279,7 +279,7 @@ class TestDatagramBytes:
     def test_of_a_socket_that_has_been_closed(
         self, vsock_fabric: PrivateFabric, guest: Attachment, receivers: list[vsockets.socket]
     ) -> None:
-        """What is on its way counts, whatever became of its sender."""
+        """Unread bytes count, also after their sender was closed."""
         sent = 0
         with contextlib.suppress(OSError):
             while sent < 1000:
@@ -312,11 +312,11 @@ def is_shut(way: socket.socket) -> bool:
     return False
 
 
-# Where limits come from
+# Origin of limits
 
 
 def test_of_the_configuration_and_of_one_guest(vsock_fabric: PrivateFabric) -> None:
-    """[limits] are everybody's, a context's own go before; a reload changes both at once."""
+    """[limits] apply to all, a context's own override them; a reload changes both at once."""
     configured = vsock_fabric.configuration / "limits.toml"
     configured.write_text("[limits]\nsockets = 1\n[[context]]\ncid = 7\nlimits = { sockets = 2 }\n")
     vsock_fabric.control.reload()

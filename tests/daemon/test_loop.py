@@ -1,4 +1,4 @@
-"""The event loop, and what hangs on its clock."""
+"""The event loop, and vsockd's timers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = {EndpointKind.STREAM: socket.SOCK_STREAM, EndpointKind.SEQPACKET: socket
 
 
 def end(loop: EventLoop) -> Callable[[], None]:
-    """A callback that stops ``loop``, by an event, as everything that stops vsockd does."""
+    """Return a callback that stops ``loop`` by an event, as vsockd is stopped."""
     reader, writer = os.pipe()
 
     def stop(events: int) -> None:
@@ -36,7 +36,7 @@ def end(loop: EventLoop) -> Callable[[], None]:
 
 
 def run_once(loop: EventLoop) -> None:
-    """Serve what is to be served now."""
+    """Serve the events that are ready."""
     loop._running = True  # vsockd's never goes on after it was stopped
     loop.call_later(0.0, end(loop))
     loop.run()
@@ -59,7 +59,7 @@ def test_timers_run_in_their_order() -> None:
     assert calls == ["first", "second", "third"]
 
 
-def test_nobody_is_woken_for_a_cancelled_timer() -> None:
+def test_a_cancelled_timer_does_not_wake_the_loop() -> None:
     loop, waits = EventLoop(), list[float | None]()
     poll = loop._poll
 
@@ -98,7 +98,7 @@ def test_a_callback_that_fails_is_logged_and_not_fatal(
     assert str(record.exc_info[1]) == "as a test"
 
 
-def test_what_has_ended_is_seen_before_what_is_new() -> None:
+def test_hang_ups_are_served_before_requests() -> None:
     loop, seen = EventLoop(), list[str]()
     pairs = {name: socket.socketpair() for name in ("new", "ended")}
     for name, (mine, _) in pairs.items():
@@ -118,10 +118,10 @@ def test_what_has_ended_is_seen_before_what_is_new() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_request_at_which_vsockd_fails_is_served_once(
+def test_a_request_that_raises_is_served_once(
     kind: EndpointKind, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its program is let go, or vsockd would come back to that request for ever."""
+    """The client is disconnected, or vsockd would serve the request for ever."""
 
     def fail(channel: Channel, request: Request) -> bool:
         raise OverflowError("as a test")
@@ -155,7 +155,7 @@ class Clock(EventLoop):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("speaks", [False, True])
-def test_a_program_that_says_nothing_is_let_go(
+def test_a_client_without_a_request_is_disconnected(
     kind: EndpointKind, speaks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = Clock()

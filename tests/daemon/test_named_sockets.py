@@ -1,4 +1,4 @@
-"""Stream and packet sockets that vsockd reaches by a name, as supervisors have them bound."""
+"""Stream and packet sockets that vsockd reaches by name, as supervisors have them bound."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def bind_socket(port: int = ANY, secret: int = SECRET) -> Request:
 
 
 class Holder:
-    """A program's socket, and what a supervisor has of it."""
+    """A program's socket, and its supervisor's connection to vsockd."""
 
     def __init__(
         self, context: Attachment, port: int, kind: int = socket.SOCK_STREAM, secret: int = SECRET
@@ -64,7 +64,7 @@ class Holder:
         return Record.decode(data), socket.socket(fileno=fd)
 
     def assert_given_up(self, closed: bool) -> None:
-        """vsockd has closed the channel, and says why."""
+        """Check that vsockd has closed the channel, with an errno."""
         expected = Record(errno.EBADF).encode() if closed else b""
         assert self.channel.recv(RECORD_SIZE) == expected
         assert self.channel.recv(RECORD_SIZE) == b""
@@ -76,7 +76,7 @@ class Holder:
 
 @pytest.fixture
 def holder(shared_fabric: PrivateFabric) -> Iterator[Holder]:
-    """A listening socket at port 5000 of the host."""
+    """Yield a listening socket at port 5000 of the host."""
     holder = Holder(shared_fabric.host, 5000)
     holder.listen()
     yield holder
@@ -107,7 +107,7 @@ def test_connections_come_in_with_their_records(shared_fabric: PrivateFabric, ki
     holder.close()
 
 
-def test_what_waits_is_counted(shared_fabric: PrivateFabric, holder: Holder) -> None:
+def test_pending_connections_are_counted(shared_fabric: PrivateFabric, holder: Holder) -> None:
     def waiting() -> list[int]:
         rows = shared_fabric.control.sockets()
         return [row["receive_queue"] for row in rows if row["state"] == "listening"]
@@ -125,7 +125,7 @@ def test_what_waits_is_counted(shared_fabric: PrivateFabric, holder: Holder) -> 
 
 
 def test_nothing_can_be_sent_to_vsockd(shared_fabric: PrivateFabric, holder: Holder) -> None:
-    """What it would have to close could hold it up."""
+    """Closing it could block vsockd."""
     with vsockets.socket(context=guest_of(shared_fabric)) as client:
         client.connect((HOST, 5000))
         with holder.sock.accept()[0] as token, pytest.raises(BrokenPipeError):
@@ -138,33 +138,33 @@ def test_a_closed_socket_has_no_port(shared_fabric: PrivateFabric, holder: Holde
     holder.assert_given_up(closed=True)
 
 
-def test_whose_port_another_may_have_at_once(shared_fabric: PrivateFabric, holder: Holder) -> None:
+def test_its_port_can_be_bound_again_at_once(shared_fabric: PrivateFabric, holder: Holder) -> None:
     holder.sock.close()
     with vsockets.socket(context=shared_fabric.host) as other:
         other.bind((HOST, 5000))
     holder.assert_given_up(closed=True)
 
 
-def test_nor_is_it_listed(shared_fabric: PrivateFabric, holder: Holder) -> None:
+def test_a_closed_socket_is_not_listed(shared_fabric: PrivateFabric, holder: Holder) -> None:
     assert len(shared_fabric.control.sockets()) == 1
     holder.sock.close()
     assert shared_fabric.control.sockets() == []
 
 
-def test_in_time_vsockd_notices_by_itself(shared_fabric: PrivateFabric, holder: Holder) -> None:
+def test_a_timer_detects_closed_sockets(shared_fabric: PrivateFabric, holder: Holder) -> None:
     holder.sock.close()
     holder.assert_given_up(closed=True)
 
 
 def test_one_that_was_shut_down(shared_fabric: PrivateFabric, holder: Holder) -> None:
-    """Its program has been told; who connects finds that out late, as of one that closes it."""
+    """The program knows; a client finds that out late, as with a program that closes it."""
     holder.sock.shutdown(socket.SHUT_RDWR)
     guest = guest_of(shared_fabric)
     wait_until(lambda: errno_of_connecting(guest) == errno.ECONNRESET, "vsockd to find out")
 
 
 def test_one_that_does_not_listen(shared_fabric: PrivateFabric) -> None:
-    """Though its supervisor says so."""
+    """Although its supervisor reports that it listens."""
     holder = Holder(shared_fabric.host, 5000)
     assert ask(holder.channel, listen()).status == 0
     guest = guest_of(shared_fabric)
@@ -200,7 +200,7 @@ def test_another_takes_its_place(shared_fabric: PrivateFabric) -> None:
 
 
 class TestConnecting:
-    """From the port that a socket is bound to."""
+    """Connects from the port that a socket is bound to."""
 
     def attempt(self, context: Attachment, secret: int) -> Record:
         request = connect(HOST, 6000)._replace(inode=secret)
@@ -211,11 +211,11 @@ class TestConnecting:
         holder = Holder(shared_fabric.host, 5000)
         with vsockets.create_server((HOST, 6000), context=shared_fabric.host):
             assert self.attempt(shared_fabric.host, SECRET).local == (HOST, 5000)
-            # It has the port no more.
+            # The port is released.
             assert self.attempt(shared_fabric.host, SECRET).status == errno.EINVAL
         holder.close()
 
-    def test_nobody_guesses_it(self, shared_fabric: PrivateFabric) -> None:
+    def test_the_secret_cannot_be_guessed(self, shared_fabric: PrivateFabric) -> None:
         holder = Holder(shared_fabric.host, 5000)
         with vsockets.create_server((HOST, 6000), context=shared_fabric.host):
             for secret in (1, SECRET + 1, cookie_of(holder.sock)):
@@ -240,7 +240,7 @@ class TestConnecting:
                     holder.accept()[1].close()
         holder.close()
 
-    def test_a_listening_one_connects_to_nobody(
+    def test_a_listening_socket_cannot_connect(
         self, shared_fabric: PrivateFabric, holder: Holder
     ) -> None:
         with enter(shared_fabric.host, socket.SOCK_STREAM) as sock:
@@ -277,7 +277,7 @@ class TestAbuse:
                 send_with(sock, bind_socket(5000).encode(), [other.fileno()])
             assert sock.recv(RECORD_SIZE) == b""
 
-    def test_sockets_that_have_a_name(self, shared_fabric: PrivateFabric, holder: Holder) -> None:
+    def test_bound_sockets_are_refused(self, shared_fabric: PrivateFabric, holder: Holder) -> None:
         answer = self.refused(shared_fabric.host, [holder.sock.fileno()], SECRET + 1)
         assert Record.decode(answer).status == errno.EADDRINUSE
         with socket.socket(socket.AF_UNIX) as other:
@@ -287,14 +287,14 @@ class TestAbuse:
                 assert Record.decode(sock.recv(RECORD_SIZE)).status == errno.EINVAL
         assert [row["port"] for row in shared_fabric.control.sockets()] == [5000]
 
-    def test_secrets_that_are_none(self, shared_fabric: PrivateFabric, holder: Holder) -> None:
+    def test_invalid_secrets(self, shared_fabric: PrivateFabric, holder: Holder) -> None:
         with socket.socket(socket.AF_UNIX) as other:
             for secret in (0, SECRET):
                 assert self.refused(shared_fabric.host, [other.fileno()], secret) == b""
         with vsockets.create_connection((HOST, 5000), context=guest_of(shared_fabric)):
             holder.accept()[1].close()
 
-    def test_very_many_and_none_is_left(self, shared_fabric: PrivateFabric) -> None:
+    def test_very_many_leave_nothing(self, shared_fabric: PrivateFabric) -> None:
         with ExitStack() as held:
             for number in range(300):
                 holder = Holder(shared_fabric.host, ANY, secret=SECRET + number)

@@ -1,6 +1,6 @@
-"""Descriptors that ride along (SCM_RIGHTS): streams and datagrams carry none, from Linux 6.16 on.
+"""Descriptors in messages (SCM_RIGHTS): streams and datagrams refuse them, from Linux 6.16 on.
 
-Closing one can take its receiver as long as the sender likes, so a service would wait for it.
+Closing one can block its receiver as long as the sender likes, so a service would wait for it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def guest(vsock_fabric: PrivateFabric) -> Attachment:
 def established(
     server_in: Attachment, client_in: Attachment, kind: int = STREAM
 ) -> Iterator[tuple[vsockets.socket, vsockets.socket]]:
-    """The connecting and the accepting end."""
+    """Yield the connecting and the accepting end."""
     with (
         vsockets.create_server((server_in.cid, 5000), type=kind, context=server_in) as server,
         vsockets.socket(type=kind, context=client_in) as client,
@@ -59,7 +59,7 @@ def established(
 
 
 def carries(sender: socket.socket, receiver: socket.socket) -> bool:
-    """Whether a descriptor sent with a byte arrives; without one the byte does in any case."""
+    """Return whether a descriptor sent with a byte arrives; the byte arrives in any case."""
     try:
         send_with(sender, b"x", [0])
     except PermissionError:
@@ -129,7 +129,7 @@ def test_a_socket_listens_after_a_refused_connect(host: Attachment, guest: Attac
 
 
 def test_sequenced_packets_do_carry_them(host: Attachment, guest: Attachment) -> None:
-    """An end of a record (MSG_EOR) is marked by one."""
+    """The end of a record (MSG_EOR) is marked by one."""
     with established(host, guest, SEQPACKET) as (client, accepted):
         assert carries(client, accepted)
         assert carries(accepted, client)

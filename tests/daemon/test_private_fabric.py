@@ -1,4 +1,4 @@
-"""What vsockets.testing gives to others' tests."""
+"""The private fabric of vsockets.testing, for tests of other projects."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_shows(vsock_fabric):
 """
 
 
-def test_the_fixture(tmp_path: Path) -> None:
-    """As a project that has installed vsockets uses it: nothing to import, nothing to set up."""
+def test_the_pytest_fixture(tmp_path: Path) -> None:
+    """As in a project that has installed vsockets: nothing to import, nothing to set up."""
     (tmp_path / "test_it.py").write_text(TESTS)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "test_it.py"],
@@ -61,7 +61,7 @@ def test_the_fixture(tmp_path: Path) -> None:
     assert "the log of vsockd" in run.stdout
 
 
-def test_a_life() -> None:
+def test_start_and_stop() -> None:
     with PrivateFabric() as fabric:
         pid, folder = fabric.pid, fabric.folder
         assert fabric.host.cid == 2
@@ -93,7 +93,7 @@ def test_a_child_is_in_the_context_it_is_put_in(vsock_fabric: PrivateFabric) -> 
         assert int(child.stdout) == context.cid
 
 
-def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_failed_start_has_a_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FabricFailed, match="vsockd did not start: vsockd: cannot start in"):
         PrivateFabric(tmp_path / "file").__enter__()
@@ -113,17 +113,17 @@ def test_killed_and_started_again() -> None:
         assert os.listdir(fabric.folder) == []
 
 
-def test_a_death_is_noticed() -> None:
+def test_a_crash_is_reported() -> None:
     with pytest.raises(FabricFailed, match="status -9"), PrivateFabric() as fabric:
         os.kill(fabric.pid, signal.SIGKILL)
 
 
-def test_what_is_left_is_noticed() -> None:
+def test_remaining_files_are_reported() -> None:
     with pytest.raises(FabricFailed, match="vsockd left notes in"), PrivateFabric() as fabric:
         (fabric.folder / "notes").write_text("")
 
 
-def test_what_the_block_raised_comes_first() -> None:
+def test_the_blocks_own_exception_takes_precedence() -> None:
     with pytest.raises(KeyError), PrivateFabric() as fabric:
         (fabric.folder / "notes").write_text("")
         raise KeyError("mine")

@@ -1,4 +1,4 @@
-"""What a refusal leaves a program: its port, and no way round to somebody else."""
+"""After a refusal a program keeps its port, and cannot reach another one's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_bound_socket_of_a_guest_at_its_limit_stays_bound(vsock_fabric: Privat
         one.bind((3, 5000))
         other.bind((3, 5001))
         with pytest.raises(ConnectionResetError):
-            one.connect((2, 5000))  # where nobody listens
+            one.connect((2, 5000))  # without a listener
         held = [(row["port"], row["state"]) for row in vsock_fabric.control.sockets()]
         assert held == [(5000, "bound"), (5001, "bound")]
         with vsockets.create_server((2, 5000), context=vsock_fabric.host):
@@ -27,8 +27,8 @@ def test_a_bound_socket_of_a_guest_at_its_limit_stays_bound(vsock_fabric: Privat
             assert one.getsockname() == (3, 5000)
 
 
-def test_a_datagram_to_one_that_is_found_gone_reaches_nobody(vsock_fabric: PrivateFabric) -> None:
-    """Not even its sender: to bind the sender, vsockd may look for sockets that have gone, and
+def test_a_datagram_to_a_closed_socket_reaches_no_other(vsock_fabric: PrivateFabric) -> None:
+    """Not even its sender: to bind the sender, vsockd may probe sockets, release closed ones, and
     reuse the descriptor that it reached the receiver by.
     """
     host = vsock_fabric.host

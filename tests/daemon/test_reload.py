@@ -1,4 +1,4 @@
-"""A vsockd with configuration files: its start, and reading them again."""
+"""A vsockd with configuration files: start and reload."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import vsockets
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric, wait_until
 
-from .life import assert_stands, stream
+from .guest_changes import assert_stands, stream
 
 CONFIGURED = """
 [limits]
@@ -71,7 +71,7 @@ def test_it_starts_with_what_is_configured(vsock_fabric: PrivateFabric, configur
         ("[[context]\n", "guests.toml:1:"),
     ],
 )
-def test_it_does_not_start_with_a_mistake(tmp_path: Path, text: str, told: str) -> None:
+def test_it_does_not_start_with_an_error(tmp_path: Path, text: str, told: str) -> None:
     """EX_CONFIG of sysexits.h, and one line."""
     done = run_vsockd(tmp_path, text)
     assert done.returncode == os.EX_CONFIG == 78
@@ -118,7 +118,7 @@ def test_nothing_is_dropped(vsock_fabric: PrivateFabric, configured: Path, reloa
                 assert_stands(client, accepted)
 
 
-def test_a_mistake_leaves_the_old_configuration_in_force(
+def test_an_error_leaves_the_old_configuration_in_force(
     vsock_fabric: PrivateFabric, configured: Path
 ) -> None:
     configured.write_text(CONFIGURED)
@@ -129,13 +129,13 @@ def test_a_mistake_leaves_the_old_configuration_in_force(
         vsock_fabric.control.reload()
     assert "\n" not in str(refusal.value)
     assert vsock_fabric.control.contexts() == before
-    # By a signal there is nobody to tell but the log.
+    # After a signal, only the log reports it.
     vsock_fabric.expect_errors()
     os.kill(vsock_fabric.pid, signal.SIGHUP)
     told = f"vsockd: ERROR: cannot reload, the configuration is unchanged: {configured}:14: grant:"
     wait_until(lambda: told in vsock_fabric.log, "the log to say so")
     assert vsock_fabric.control.contexts() == before
-    # Without the mistake it is read.
+    # Without the error it is read.
     configured.write_text(CONFIGURED.replace("sockets = 100", "sockets = 5"))
     vsock_fabric.control.reload()
     assert rows(vsock_fabric)["web"]["limits"]["sockets"] == 5

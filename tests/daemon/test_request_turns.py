@@ -1,4 +1,4 @@
-"""What one party has served in a turn of the loop."""
+"""Requests served per party in one turn of the loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .test_loop import run_once
 
 
 class Clients:
-    """Connections of one party to a :class:`RequestTurns`, each with something to be read."""
+    """Connections of one party to a :class:`RequestTurns`, each with unread data."""
 
     def __init__(self, turns: RequestTurns, name: str, number: int) -> None:
         self.party = Party(name, Limits())
@@ -78,8 +78,8 @@ def test_a_party_with_many_requests_has_some_of_them_served_in_a_turn(
         assert sorted(many.served) == list(range(100))
 
 
-def test_what_has_ended_comes_before_every_request(loop: EventLoop, turns: RequestTurns) -> None:
-    """Of whatever party: a port given back before a request was made is free then."""
+def test_hang_ups_are_served_before_every_request(loop: EventLoop, turns: RequestTurns) -> None:
+    """Of any party: a port released before a request was made is free."""
     with clients(turns, "asks", 3) as asks, clients(turns, "ended", 3) as ended:
         served: list[str] = []
         for made, name in ((asks, "asks"), (ended, "ended")):
@@ -93,7 +93,7 @@ def test_what_has_ended_comes_before_every_request(loop: EventLoop, turns: Reque
         assert served == ["ended"] * 3 + ["asks"] * 3
 
 
-def test_many_that_have_ended_have_turns_too(loop: EventLoop, turns: RequestTurns) -> None:
+def test_many_hang_ups_are_served_in_turns(loop: EventLoop, turns: RequestTurns) -> None:
     number = 2 * DAEMON_ENDS_PER_TURN_MAX
     with clients(turns, "many", number) as many:
         for ours, theirs in many.pairs:
@@ -105,7 +105,7 @@ def test_many_that_have_ended_have_turns_too(loop: EventLoop, turns: RequestTurn
         assert sorted(many.served) == list(range(number))
 
 
-def test_one_that_fails_is_logged(
+def test_a_failing_callback_is_logged(
     loop: EventLoop, turns: RequestTurns, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(hung_up: bool) -> None:
@@ -121,7 +121,7 @@ def test_one_that_fails_is_logged(
     assert record.levelno == logging.ERROR and record.exc_info
 
 
-def test_no_descriptor_is_kept_for_parties_that_have_none(
+def test_parties_without_connections_keep_no_descriptor(
     loop: EventLoop, turns: RequestTurns
 ) -> None:
     before = len(os.listdir("/proc/self/fd"))

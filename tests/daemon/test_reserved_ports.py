@@ -1,4 +1,4 @@
-"""Ports below 1024 in a guest whose owner grants them: without a privilege, and there alone."""
+"""Ports below 1024 in a guest that grants them: without a privilege, in that guest only."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cli.vsock import PATIENCE, PROGRAM
 from vsockets import Attachment
 from vsockets.testing import PrivateFabric
 
-#: Runs a program without a capability; who has none needs nothing for it.
+#: Runs a program without a capability; does nothing if this process does not have it.
 WITHOUT = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--") * (os.geteuid() == 0)
 
-#: Binds the port in its argument with each type of socket, and says what came of it.
+#: Binds the port in its argument with each type of socket, and prints the results.
 BIND = """
 import errno, socket, sys
 {setup}
@@ -58,7 +58,7 @@ def test_a_program_without_the_capability(vsock_fabric: PrivateFabric, supervise
         assert bind(place, 1024) == [0, 0, 0]
 
 
-def test_a_guest_of_another_user_cannot_have_them(vsock_fabric: PrivateFabric) -> None:
+def test_a_guest_of_another_user_is_refused(vsock_fabric: PrivateFabric) -> None:
     other = os.geteuid() + 1
     with pytest.raises(PermissionError, match="reserved ports: the guest belongs to user"):
         vsock_fabric.guest(3, owner=other, reserved_ports=True)
@@ -66,7 +66,7 @@ def test_a_guest_of_another_user_cannot_have_them(vsock_fabric: PrivateFabric) -
     vsock_fabric.guest(3, owner=os.geteuid(), reserved_ports=True)
 
 
-def test_a_lease_brings_none_to_a_guest_that_exists(vsock_fabric: PrivateFabric) -> None:
+def test_a_lease_does_not_add_them_to_an_existing_guest(vsock_fabric: PrivateFabric) -> None:
     control = vsock_fabric.control
     control.add_context(3, lease=True)
     with pytest.raises(FileExistsError, match="without reserved ports"):

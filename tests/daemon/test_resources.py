@@ -1,4 +1,4 @@
-"""What vsockd has when ten thousand programs have come and gone: no more than before."""
+"""vsockd's resources after ten thousand programs: no more than before."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vsockets.protocol import RECORD_SIZE
 from vsockets.testing import PrivateFabric, wait_until
 
 from .raw_client import (
-    DOORS,
     PROMPT,
+    SOCKET_TYPES,
     adopt,
     ask,
     ask_once,
@@ -32,7 +32,7 @@ from .raw_client import (
 
 CYCLES = 10_000
 WARM_UP = 1000
-#: Bytes of resident memory that vsockd may differ by.
+#: Allowed difference of vsockd's resident memory, in bytes.
 TOLERANCE = 8 << 20
 
 
@@ -67,7 +67,7 @@ def test_opening_and_closing(
     assert abs(resident(vsock_fabric.pid) - before) < TOLERANCE
 
 
-def test_senders_that_go_before_their_datagrams_are_read(vsock_fabric: PrivateFabric) -> None:
+def test_senders_closed_before_their_datagrams_are_read(vsock_fabric: PrivateFabric) -> None:
     guest = vsock_fabric.guest()
     with vsockets.socket(type=socket.SOCK_DGRAM, context=vsock_fabric.host) as receiver:
         receiver.bind((2, 5000))
@@ -103,7 +103,7 @@ def test_connections(vsock_fabric: PrivateFabric) -> None:
 
 
 def test_many_at_once(vsock_fabric: PrivateFabric) -> None:
-    """Hundreds of streams are held, and vsockd holds none of them."""
+    """Hundreds of streams are open, and vsockd has none of them open."""
     with (
         no_descriptor_left_behind(vsock_fabric),
         vsockets.create_server((2, 5000), context=vsock_fabric.host) as server,
@@ -127,7 +127,7 @@ def test_guests_come_and_go(vsock_fabric: PrivateFabric) -> None:
 
 
 def test_no_descriptor_is_left(vsock_fabric: PrivateFabric) -> None:
-    """vsockd lets programs wait that it has no descriptor for, and says so now and then."""
+    """vsockd lets clients wait while it has no descriptor for them, and logs it at times."""
     soft, hard = resource.prlimit(vsock_fabric.pid, resource.RLIMIT_NOFILE)
     with (
         vsockets.create_server((2, 5000), context=vsock_fabric.host) as server,
@@ -147,7 +147,7 @@ def test_no_descriptor_is_left(vsock_fabric: PrivateFabric) -> None:
 
 
 def test_clients_take_all_descriptors(vsock_fabric: PrivateFabric) -> None:
-    """But for a reserve: all that holds none is served as before, also other guests' connects."""
+    """Except the reserve: all requests that keep none are served, also other guests' connects."""
     _, hard = resource.prlimit(vsock_fabric.pid, resource.RLIMIT_NOFILE)
     guest = vsock_fabric.guest()
     host = vsock_fabric.host
@@ -160,7 +160,7 @@ def test_clients_take_all_descriptors(vsock_fabric: PrivateFabric) -> None:
                 bound.append(ask(sock, bind()).status)
             assert bound == [*[0] * bound.count(0), *[errno.ENOBUFS] * bound.count(errno.ENOBUFS)]
             assert 20 < bound.count(0) < 72
-            for kind in DOORS:
+            for kind in SOCKET_TYPES:
                 for _ in range(100):  # more that say nothing
                     hoarded.enter_context(enter(host, kind))
             for _ in range(50):

@@ -1,4 +1,4 @@
-"""vsockd's own life: starting, being there once, ending, and what a crash leaves behind."""
+"""vsockd's life cycle: start, exclusion of a second one, stop, and clean-up after a crash."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .raw_client import ask_once, assert_serves, connect, has_gone, paused
 VSOCKD = [sys.executable, "-m", "vsockets.daemon"]
 PATIENCE = 10.0
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as another user")
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A state folder's path, short enough for a socket; vsockd is stopped in the end."""
+    """Yield a state folder's path, short enough for a socket; vsockd is stopped at the end."""
     with tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as scratch:
         folder = Path(scratch, "fabric")
         yield folder
@@ -42,7 +42,7 @@ def folder() -> Iterator[Path]:
 
 
 def run_vsockd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a vsockd that is expected to return."""
+    """Run a vsockd that is expected to exit."""
     return subprocess.run(
         [*VSOCKD, "--dir", str(folder), *arguments],
         capture_output=True,
@@ -56,7 +56,7 @@ def run_vsockd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
 def vsockd_in_foreground(
     folder: Path, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A vsockd that may not be ready yet."""
+    """Yield a vsockd that may not be ready yet."""
     process = subprocess.Popen([*VSOCKD, "--dir", str(folder)], env=environment)
     try:
         yield process
@@ -102,7 +102,7 @@ def test_ready_for_the_service_manager(folder: Path, name: str) -> None:
                 assert control.status()["pid"] == process.pid
 
 
-def test_a_service_manager_that_is_not_there_does_no_harm(folder: Path) -> None:
+def test_a_missing_service_manager_is_ignored(folder: Path) -> None:
     nobody = {**os.environ, "NOTIFY_SOCKET": f"{folder}.nobody"}
     with vsockd_in_foreground(folder, nobody) as process:
         wait_until(lambda: process.poll() is not None or is_served(folder))
@@ -119,12 +119,12 @@ def test_in_the_background_it_serves_when_it_returns(folder: Path) -> None:
         for stream in (1, 2):
             assert os.readlink(f"/proc/{pid}/fd/{stream}") == str(folder / "vsockd.log")
         control.stop()
-    wait_until(lambda: has_gone(pid), "vsockd to be gone")
+    wait_until(lambda: has_gone(pid), "vsockd to exit")
     assert os.listdir(folder) == []
 
 
-def test_in_the_background_its_log_has_an_end(folder: Path, tmp_path: Path) -> None:
-    """The state folder mostly is memory.  What is logged after the rotation goes to a new file."""
+def test_in_the_background_its_log_is_rotated(folder: Path, tmp_path: Path) -> None:
+    """The state folder usually is in memory.  After the rotation vsockd logs to a new file."""
     (tmp_path / "audit.toml").write_text("[audit]\nrate = 1000000\n")
     assert run_vsockd(folder, "--background", "--config", str(tmp_path)).returncode == 0
     with Control(folder) as control:
@@ -146,12 +146,12 @@ def test_in_the_background_its_log_has_an_end(folder: Path, tmp_path: Path) -> N
         for stream in (1, 2):
             assert os.readlink(f"/proc/{pid}/fd/{stream}") == str(folder / "vsockd.log")
         control.stop()
-    wait_until(lambda: has_gone(pid), "vsockd to be gone")
+    wait_until(lambda: has_gone(pid), "vsockd to exit")
     assert os.listdir(folder) == []
 
 
-def test_in_the_background_it_sees_streams_come_and_go(folder: Path) -> None:
-    """What it holds was opened by a process that has gone."""
+def test_in_the_background_it_detects_the_ends_of_streams(folder: Path) -> None:
+    """The descriptors of such a vsockd were opened by a process that has exited."""
     assert run_vsockd(folder, "--background").returncode == 0
     context = vsockets.attach(folder / "2")
     with (
@@ -171,7 +171,7 @@ def test_in_the_background_it_sees_streams_come_and_go(folder: Path) -> None:
     assert (folder / "vsockd.log").read_text() == ""
 
 
-# Being there once
+# One vsockd per state folder
 
 
 def test_a_second_one_is_refused_in_one_line(vsock_fabric: PrivateFabric) -> None:
@@ -185,7 +185,7 @@ def test_a_second_one_is_refused_in_one_line(vsock_fabric: PrivateFabric) -> Non
     assert_serves(vsock_fabric)
 
 
-def test_of_many_at_once_one_runs(folder: Path) -> None:
+def test_of_many_started_at_once_one_runs(folder: Path) -> None:
     racers = [
         subprocess.Popen([*VSOCKD, "--dir", str(folder), "--background"], stderr=subprocess.DEVNULL)
         for _ in range(8)
@@ -199,7 +199,7 @@ def test_of_many_at_once_one_runs(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_and_nothing_is_left(folder: Path, number: signal.Signals) -> None:
+def test_a_signal_stops_it_and_no_file_remains(folder: Path, number: signal.Signals) -> None:
     ready, announce = os.pipe()
     process = subprocess.Popen(
         [*VSOCKD, "--dir", str(folder), "--ready-fd", str(announce)], pass_fds=[announce]
@@ -243,7 +243,7 @@ def test_the_administrator_ends_it(folder: Path) -> None:
     with Control(folder) as control:
         pid = control.status()["pid"]
         control.stop()
-    wait_until(lambda: has_gone(pid), "vsockd to be gone")
+    wait_until(lambda: has_gone(pid), "vsockd to exit")
     assert os.listdir(folder) == []
     with pytest.raises(OSError, match="vsockd is not running in") as refusal:
         Control(folder)
@@ -251,7 +251,7 @@ def test_the_administrator_ends_it(folder: Path) -> None:
 
 
 def test_a_state_folder_that_is_removed_ends_it(folder: Path) -> None:
-    """Nobody could find it; its lock would be held on nothing."""
+    """No program could find it, and its lock would protect nothing."""
     removed: list[Callable[[], object]] = [
         lambda: shutil.rmtree(folder),
         lambda: folder.rename(folder.with_name("moved")),
@@ -279,7 +279,7 @@ def test_a_state_folder_that_is_removed_ends_it(folder: Path) -> None:
                 shutil.rmtree(left)
 
 
-def test_a_state_folder_that_is_replaced_is_the_next_ones(folder: Path) -> None:
+def test_a_replaced_state_folder_belongs_to_the_next_vsockd(folder: Path) -> None:
     with PrivateFabric(folder) as first:
         first.expect_errors()
         first.guest(7)
@@ -345,7 +345,7 @@ def start_on_demand(folder: Path, **more: str) -> subprocess.Popen[str]:
     )
 
 
-def test_the_library_starts_one_when_there_is_none(folder: Path) -> None:
+def test_the_library_starts_a_missing_vsockd(folder: Path) -> None:
     program = start_on_demand(folder)
     assert program.communicate(timeout=PATIENCE) == ("2\n", "")
     with Control(folder) as control:  # and it stays
@@ -353,18 +353,18 @@ def test_the_library_starts_one_when_there_is_none(folder: Path) -> None:
 
 
 def test_the_library_starts_one_after_a_crash(folder: Path) -> None:
-    """Unless it was started otherwise: see test_start_record."""
+    """Unless it was started in another way: see test_crash_records."""
     for _ in range(2):
         program = start_on_demand(folder)
         assert program.communicate(timeout=PATIENCE) == ("2\n", "")
         with Control(folder) as control:
             pid = control.status()["pid"]
         os.kill(pid, signal.SIGKILL)
-        wait_until(partial(has_gone, pid), "vsockd to be gone")
+        wait_until(partial(has_gone, pid), "vsockd to exit")
         assert (folder / "2" / "stream").exists()
 
 
-def test_programs_that_race_to_start_one_end_with_one(folder: Path) -> None:
+def test_programs_that_race_to_start_vsockd_share_one(folder: Path) -> None:
     for _ in range(3):
         programs = [start_on_demand(folder) for _ in range(5)]
         said = [program.communicate(timeout=20) for program in programs]
@@ -387,8 +387,8 @@ print(vsockets.get_local_cid())
 """
 
 
-def test_a_program_waits_for_the_vsockd_that_was_first(folder: Path) -> None:
-    """Who loses the race finds vsockd locked in, but perhaps not open yet."""
+def test_a_program_waits_for_the_vsockd_that_won_the_race(folder: Path) -> None:
+    """The loser of the race finds the folder locked, but possibly no control socket yet."""
     folder.mkdir(mode=0o700)
     lock = os.open(folder / "vsockd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     fcntl.flock(lock, fcntl.LOCK_EX)  # as a vsockd does before anything else
@@ -408,8 +408,8 @@ def test_a_program_waits_for_the_vsockd_that_was_first(folder: Path) -> None:
     assert said.splitlines()[-1:] == ["2"], complaint
 
 
-def test_the_library_tells_no_service_manager_that_its_program_is_ready(folder: Path) -> None:
-    """Only the program can know when it is; a vsockd it happens to start is not it."""
+def test_the_library_does_not_report_its_program_as_ready(folder: Path) -> None:
+    """Only the program knows when it is ready; a vsockd it happens to start does not."""
     name = f"{folder}.notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as manager:
         manager.bind(name)
@@ -448,7 +448,7 @@ def test_a_link_is_refused(folder: Path) -> None:
 
 
 @as_root
-def test_somebody_elses_folder_is_refused(folder: Path) -> None:
+def test_another_users_folder_is_refused(folder: Path) -> None:
     folder.mkdir(mode=0o700)
     os.chown(folder, 12345, 12345)
     finished = run_vsockd(folder)

@@ -1,4 +1,4 @@
-"""Noticing the ends of streams, whatever it costs the kernel to tell: a group of them at a time."""
+"""Detecting the ends of streams at a bounded cost: one group at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUMBER = 3 * DAEMON_STREAMS_PER_GROUP + 5
 
 
 class Looks:
-    """How often groups were looked at."""
+    """A count of the checks of groups."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.number = 0
@@ -33,7 +33,7 @@ class Looks:
 
 
 class Stage:
-    """Streams, as vsockd has them watched: their ends are the test's."""
+    """Streams registered as vsockd does, whose ends the test has."""
 
     def __init__(self) -> None:
         self.ended: list[int] = []
@@ -57,7 +57,7 @@ class Stage:
         return self.now_ended()
 
     def now_ended(self) -> list[int]:
-        """Those that have ended since this was asked last."""
+        """Return the streams that have ended since the last call."""
         ended = sorted(self.ended)
         self.ended.clear()
         return ended
@@ -75,7 +75,7 @@ def stage() -> Iterator[Stage]:
         yield stage
 
 
-def test_groups_have_so_many_streams_at_most(stage: Stage) -> None:
+def test_groups_have_a_maximum_of_streams(stage: Stage) -> None:
     stage.add(range(NUMBER))
     assert [len(group.numbers) for group in stage.watch.groups()] == [
         DAEMON_STREAMS_PER_GROUP
@@ -103,8 +103,8 @@ def test_streams_whose_accepting_side_closes(stage: Stage) -> None:
     assert stage.look_at_all() == []
 
 
-def test_what_one_stream_costs(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group, however many streams there are."""
+def test_the_cost_of_checking_one_stream(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One group, however many streams there are."""
     stage.add(range(NUMBER))
     looks = Looks(monkeypatch)
     stage.accepting[7].close()
@@ -118,14 +118,14 @@ def test_a_stream_is_found_by_its_inode(stage: Stage, monkeypatch: pytest.Monkey
     for number, sock in stage.accepting.items():
         assert stage.watch.find(os.fstat(sock.fileno()).st_ino) == number
     assert stage.watch.find(1) is None
-    # Those of full groups were known; the others became so at the first that was not.
+    # Those of full groups were known; the others are found by the first unknown one.
     assert looks.number == 1
     stage.add(range(NUMBER, NUMBER + 1))
     assert stage.watch.find(1) is None
     assert looks.number == 2
 
 
-def test_a_search_finds_what_has_ended_too(stage: Stage) -> None:
+def test_a_search_detects_ended_streams(stage: Stage) -> None:
     stage.add(range(3))
     stage.accepting[1].close()
     assert stage.watch.find(1) is None
@@ -164,8 +164,8 @@ def test_groups_without_streams_are_closed(stage: Stage) -> None:
     assert stage.look_at_all() == [7]
 
 
-def test_holes_are_filled(stage: Stage) -> None:
-    """Streams that last keep no group from having others."""
+def test_groups_with_room_are_filled(stage: Stage) -> None:
+    """Long-lived streams do not keep a group from having others."""
     stage.add(range(NUMBER))
     for number in range(NUMBER):
         if number % 8:
@@ -188,7 +188,7 @@ def test_with_very_many_streams_groups_are_larger(
     assert stage.look_at_all() == [7, NUMBER - 1]
 
 
-def test_a_socket_that_is_lent_again_is_another_stream(stage: Stage) -> None:
+def test_a_socket_handed_off_again_is_another_stream(stage: Stage) -> None:
     mine, theirs = socket.socketpair()
     with mine, theirs:
         group = stage.watch.add_pending(theirs.fileno(), 1, None)
@@ -204,7 +204,7 @@ def test_a_socket_that_is_lent_again_is_another_stream(stage: Stage) -> None:
             assert stage.now_ended() == [2]
 
 
-def test_it_looks_without_a_free_descriptor(stage: Stage) -> None:
+def test_it_checks_without_a_free_descriptor(stage: Stage) -> None:
     stage.add(range(NUMBER))
     stage.accepting[7].close()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

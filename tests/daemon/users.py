@@ -1,4 +1,4 @@
-"""Programs of other users, with other rights, that ask vsockd something."""
+"""Programs of other users, with other rights, that send requests to vsockd."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .raw_client import PROMPT
 
 NOBODY = 65_534
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as another user")
 
 CAP_NET_BIND_SERVICE = 10
 CAP_NET_ADMIN = 12
@@ -30,7 +30,7 @@ def has_capability(capability: int, pid: int | None = None) -> bool:
     return bool(effective >> capability & 1)
 
 
-#: Most containers' root is not, and may make no namespaces.
+#: Not true for the root of most containers, which may create no namespaces.
 as_administrator = pytest.mark.skipif(
     not has_capability(CAP_SYS_ADMIN), reason="needs CAP_SYS_ADMIN"
 )
@@ -43,7 +43,7 @@ as_network_administrator = pytest.mark.skipif(
 
 @contextlib.contextmanager
 def user(uid: int) -> Iterator[None]:
-    """Be this user, without privileges unless it is root: all threads, and so /proc says."""
+    """Act as this user, without privileges unless it is root, in all threads and in /proc."""
     before = os.geteuid()
     os.seteuid(0)
     os.seteuid(uid)
@@ -55,7 +55,7 @@ def user(uid: int) -> Iterator[None]:
 
 
 def as_nobody(*command: str) -> list[str]:
-    """The command, run as a user without privileges if this process is root."""
+    """Return the command to run as a user without privileges if this process is root."""
     if os.geteuid() != 0:
         return list(command)
     # Python may be in a folder that only root enters.
@@ -71,7 +71,7 @@ def ask_by_program(
     *before: str,
     groups: tuple[int, ...] = (),
 ) -> Record:
-    """What vsockd answers ``door_client`` on the host, run as nobody by the command ``before``."""
+    """Return vsockd's reply to ``request_client`` on the host, run as user nobody by ``before``."""
     done = subprocess.run(
         [*before, program, fabric.host.folder / "seqpacket"],
         input=request.encode(),

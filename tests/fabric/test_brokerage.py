@@ -1,4 +1,4 @@
-"""Binding, listening, connecting and finding datagram sockets, decision by decision."""
+"""Decisions of the fabric: bind, listen, connect, and finding datagram sockets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from vsockets.fabric import Context, Endpoint, EndpointKind, Fabric, Refused
 from vsockets.model.buffers import BufferSizes
 
-from .somebody import ME, SERVICE, YOU, Somebody
+from .programs import ME, SERVICE, YOU, StubProgram
 
 ANY = 2**32 - 1
 LOCAL = 1
@@ -18,7 +18,7 @@ STREAMS = [EndpointKind.STREAM, EndpointKind.SEQPACKET]
 
 
 class House:
-    """A fabric with a host and two guests, and short words for what tests do with it."""
+    """A fabric with a host and two guests, and short methods for what tests do with it."""
 
     def __init__(self) -> None:
         self.fabric = Fabric(owner=0)
@@ -58,7 +58,7 @@ def house() -> House:
 
 
 def refusal(code: int, function: Callable[..., object], *arguments: object, **named: object) -> str:
-    """Check that a call is refused with an errno; returns the rule."""
+    """Check that a call is refused with an errno; return the rule."""
     with pytest.raises(Refused) as refused:
         function(*arguments, **named)
     assert errno.errorcode[refused.value.errno] == errno.errorcode[code]
@@ -76,11 +76,11 @@ class TestBind:
     def test_own_cid_and_a_port(self, house: House) -> None:
         assert house.bind(house.guest, 5000, cid=3).address == (3, 5000)
 
-    def test_the_local_cid_stays(self, house: House) -> None:
+    def test_the_local_cid_is_kept(self, house: House) -> None:
         assert house.bind(house.guest, 5000, cid=LOCAL).address == (1, 5000)
 
     @pytest.mark.parametrize("cid", [0, 2, 4, 5, ANY - 1])
-    def test_another_contexts_cid(self, house: House, cid: int) -> None:
+    def test_another_contexts_cid_is_refused(self, house: House, cid: int) -> None:
         refusal(errno.EADDRNOTAVAIL, house.bind, house.guest, 5000, cid=cid)
         assert len(house.guest.connected) == 0
 
@@ -107,10 +107,8 @@ class TestBind:
         assert house.bind(house.guest, port, privileged=True).port == port
 
     @pytest.mark.parametrize("port", [1024, ANY - 1, ANY])
-    def test_other_ports_need_no_privilege_and_nobody_is_asked(
-        self, house: House, port: int
-    ) -> None:
-        class Shy(Somebody):
+    def test_other_ports_need_no_privilege_check(self, house: House, port: int) -> None:
+        class Shy(StubProgram):
             def has_capability(self, capability: int) -> bool:
                 raise AssertionError("asked for a privilege that is not needed")
 
@@ -128,7 +126,9 @@ class TestBind:
 
 class TestFindListener:
     @pytest.mark.parametrize("kind", STREAMS)
-    def test_from_everywhere_it_may_be_reached(self, house: House, kind: EndpointKind) -> None:
+    def test_each_permitted_context_finds_a_listener(
+        self, house: House, kind: EndpointKind
+    ) -> None:
         listener = house.listen(house.host, 5000, kind=kind)
         for context in (house.host, house.guest, house.other):
             assert house.fabric.find_listener(context, kind, 2, 5000, ME) is listener
@@ -145,12 +145,12 @@ class TestFindListener:
                 is listener
             )
 
-    def test_another_guest_looks_like_no_guest(self, house: House) -> None:
+    def test_another_guest_answers_like_a_missing_one(self, house: House) -> None:
         house.listen(house.other, 5000)
         find = house.fabric.find_listener
         refusal(errno.EHOSTUNREACH, find, house.guest, EndpointKind.STREAM, 4, 5000, ME)
         refusal(errno.EHOSTUNREACH, find, house.guest, EndpointKind.STREAM, 99, 5000, ME)
-        # Nor does it matter whether anybody listens there.
+        # The answer is the same with a listener there.
         refusal(errno.EHOSTUNREACH, find, house.guest, EndpointKind.STREAM, 4, 5001, ME)
 
     def test_a_removed_context_is_unknown(self, house: House) -> None:
@@ -166,14 +166,14 @@ class TestFindListener:
             ME,
         )
 
-    def test_nobody_there_and_nobody_listening(self, house: House) -> None:
+    def test_unbound_and_not_listening_ports_are_refused(self, house: House) -> None:
         find = house.fabric.find_listener
         refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 2, 5000, ME)
         house.bind(house.host, 5000)
         refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 2, 5000, ME)
         refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 0, 5000, ME)
 
-    def test_a_connections_port_is_no_listener(self, house: House) -> None:
+    def test_a_connections_port_does_not_listen(self, house: House) -> None:
         listener = house.listen(house.host, 5000)
         connection = house.fabric.connect(
             house.guest, listener, None, BufferSizes(), ME.credentials
@@ -181,7 +181,7 @@ class TestFindListener:
         find = house.fabric.find_listener
         refusal(errno.ECONNRESET, find, house.host, EndpointKind.STREAM, *connection.local, ME)
 
-    def test_another_type_of_socket(self, house: House) -> None:
+    def test_another_socket_type_is_refused(self, house: House) -> None:
         house.listen(house.host, 5000, kind=EndpointKind.SEQPACKET)
         find = house.fabric.find_listener
         refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 2, 5000, ME)
@@ -196,7 +196,9 @@ class TestFindListener:
         house.listen(house.guest, 5000)
         refusal(code, house.fabric.find_listener, house.guest, EndpointKind.STREAM, *address, ME)
 
-    def test_bound_to_the_local_cid_is_for_the_own_context_only(self, house: House) -> None:
+    def test_a_listener_on_the_local_cid_is_reached_from_its_own_context_only(
+        self, house: House
+    ) -> None:
         listener = house.listen(house.guest, 5000, cid=LOCAL)
         find = house.fabric.find_listener
         refusal(errno.ECONNRESET, find, house.host, EndpointKind.STREAM, 3, 5000, ME)
@@ -204,8 +206,8 @@ class TestFindListener:
         assert find(house.guest, EndpointKind.STREAM, 3, 5000, ME) is listener
 
 
-class TestBeyond:
-    """What the host has for one guest where no program of the fabric listens."""
+class TestFallback:
+    """Endpoints of the host for one guest, at ports without a listener of the fabric."""
 
     @pytest.fixture
     def beyond(self, house: House) -> Endpoint:
@@ -215,7 +217,7 @@ class TestBeyond:
         house.guest.fallback = lambda kind, port: endpoint if port == 9900 else None
         return endpoint
 
-    def test_for_that_guest_alone(self, house: House, beyond: Endpoint) -> None:
+    def test_it_applies_to_that_guest_only(self, house: House, beyond: Endpoint) -> None:
         find = house.fabric.find_listener
         assert find(house.guest, EndpointKind.STREAM, 2, 9900, YOU) is beyond
         refusal(errno.ECONNRESET, find, house.guest, EndpointKind.STREAM, 2, 9800, YOU)
@@ -232,7 +234,7 @@ class TestBeyond:
         assert find(house.guest, EndpointKind.STREAM, 2, 9900, YOU) is beyond
 
 
-def test_watchers_are_told_of_listeners(house: House) -> None:
+def test_watchers_are_called_for_listeners(house: House) -> None:
     told: list[tuple[Endpoint, bool]] = []
     house.fabric.watchers.append(
         lambda endpoint: told.append((endpoint, endpoint.context.connected.get(5000) is endpoint))
@@ -288,7 +290,9 @@ class TestConnect:
         house.fabric.end(connection.number)
         assert len(house.guest.connected) == 0
 
-    def test_a_socket_bound_to_the_local_cid_stays_at_home(self, house: House) -> None:
+    def test_a_socket_bound_to_the_local_cid_reaches_its_own_context_only(
+        self, house: House
+    ) -> None:
         away, home = house.listen(house.host, 5000), house.listen(house.guest, 5000)
         bound = house.bind(house.guest, 5001, cid=LOCAL)
         connect = house.fabric.connect
@@ -298,7 +302,7 @@ class TestConnect:
         assert house.guest.connected.get(5001) is bound
         assert connect(house.guest, home, bound, BufferSizes(), ME.credentials).local == (1, 5001)
 
-    def test_a_listener_serves_many(self, house: House) -> None:
+    def test_a_listener_accepts_many_connections(self, house: House) -> None:
         listener = house.listen(house.host, 5000)
         made = [
             house.fabric.connect(house.guest, listener, None, BufferSizes(), ME.credentials)
@@ -325,7 +329,7 @@ class TestConnect:
         )
         assert connection.size == 32_768
 
-    def test_no_common_size_changes_nothing(self, house: House) -> None:
+    def test_a_connect_without_a_common_size_has_no_effect(self, house: House) -> None:
         listener = house.listen(house.host, 5000)
         house.fabric.listen(listener, BufferSizes(1024, 128, 2048))
         bound = house.bind(house.guest, 5001)
@@ -347,7 +351,7 @@ class TestConnect:
         ]
         assert numbers == [2**31 - 1, 2]
 
-    def test_ending_what_is_not_there(self, house: House) -> None:
+    def test_ending_an_unknown_connection_has_no_effect(self, house: House) -> None:
         house.fabric.end(0)
         house.fabric.end(12345)
 
@@ -358,12 +362,12 @@ class TestFindDatagram:
         for context in (house.host, house.guest):
             assert house.fabric.find_datagram(context, 2, 5000, ME) is endpoint
 
-    def test_nobody_there(self, house: House) -> None:
+    def test_an_unbound_port_is_refused(self, house: House) -> None:
         house.listen(house.host, 5000)
         refusal(errno.ECONNREFUSED, house.fabric.find_datagram, house.guest, 2, 5000, ME)
         refusal(errno.ECONNREFUSED, house.fabric.find_datagram, house.guest, 0, 5000, ME)
 
-    def test_another_guest_looks_like_no_guest(self, house: House) -> None:
+    def test_another_guest_answers_like_a_missing_one(self, house: House) -> None:
         house.bind(house.other, 5000, kind=EndpointKind.DATAGRAM)
         for cid in (4, 99):
             refusal(errno.EHOSTUNREACH, house.fabric.find_datagram, house.guest, cid, 5000, ME)
@@ -394,9 +398,9 @@ class TestFindDatagram:
 
 
 class TestCookies:
-    """By which a socket is found again; what is found, tests/daemon looks at."""
+    """Finding a socket by its cookie; tests/daemon covers what is found."""
 
-    def test_none_is_left_behind(self, house: House) -> None:
+    def test_no_cookie_outlives_its_socket(self, house: House) -> None:
         listener = house.listen(house.host, 5000)
         first, second = house.bind(house.guest, cookie=77), house.bind(house.guest, cookie=77)
         bound = house.bind(house.guest, 5001, cookie=78)
@@ -409,6 +413,6 @@ class TestCookies:
             house.fabric.unbind(endpoint)
         assert len(house.guest.cookies) == 0
 
-    def test_no_cookie_no_name(self, house: House) -> None:
+    def test_a_socket_without_a_cookie_is_not_registered(self, house: House) -> None:
         house.bind(house.guest)
         assert len(house.guest.cookies) == 0

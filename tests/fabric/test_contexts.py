@@ -1,4 +1,4 @@
-"""The contexts that run, and how CIDs are leased."""
+"""Adding, removing and leasing contexts, and the choice of CIDs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vsockets.fabric import Contexts, Refused
 LAST_GUEST_CID = 2**32 - 2
 
 
-def test_the_host_and_the_hypervisor_are_there_from_the_beginning() -> None:
+def test_host_and_hypervisor_exist_from_the_start() -> None:
     contexts = Contexts(owner=1000)
     assert [context.cid for context in contexts] == [0, 2]
     assert contexts.get(2) is contexts.host
@@ -38,7 +38,7 @@ def test_a_guest_without_a_name_gets_one() -> None:
 
 
 @pytest.mark.parametrize("cid", [-1, 0, 1, 2, 2**32 - 1, 2**32])
-def test_cids_that_are_no_guests(cid: int) -> None:
+def test_cids_outside_the_guests_range_are_refused(cid: int) -> None:
     with pytest.raises(Refused) as refusal:
         Contexts(0).add(cid, "", 0)
     assert refusal.value.errno == errno.EINVAL
@@ -54,7 +54,7 @@ def test_the_first_and_the_last_cid(cid: int) -> None:
 
 
 @pytest.mark.parametrize(("cid", "code"), [(3, errno.ENOENT), (0, errno.EINVAL), (2, errno.EINVAL)])
-def test_what_cannot_be_removed(cid: int, code: int) -> None:
+def test_host_hypervisor_and_unknown_contexts_cannot_be_removed(cid: int, code: int) -> None:
     contexts = Contexts(0)
     with pytest.raises(Refused) as refusal:
         contexts.remove(cid)

@@ -1,4 +1,7 @@
-"""The decisions against the guide, driven at random: :mod:`by_the_guide` has the model."""
+"""The fabric's decisions compared with a model of the guide, driven at random.
+
+:mod:`by_the_guide` has the model.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ from vsockets.fabric import (
 from vsockets.fabric.policy import require_own_guest
 from vsockets.model.buffers import BufferSizes
 
-from .somebody import Somebody
+from .programs import StubProgram
 
 FABRICS_OWNER, ALICE, BOB = 1000, 1001, 1002
 
@@ -49,19 +52,19 @@ STREAMS_TRUSTED = Grant(BOB, None, None, True, False, None)
 DATAGRAMS_TRUSTED = Grant(BOB, None, None, False, True, None)
 IN_THE_LAB = Grant(BOB, None, None, False, False, frozenset({"lab"}))
 
-#: What the configuration grants, and what the model says of it.
+#: Configured grants, and the model's form of each.
 SETTINGS = Settings(grants=(STREAMS_TRUSTED, DATAGRAMS_TRUSTED, IN_THE_LAB))
 PROGRAMS = {
-    Program(FABRICS_OWNER): Somebody(),
-    Program(0, bind_service=True): Somebody(capabilities={CAP_NET_BIND_SERVICE}),
-    Program(ALICE): Somebody(),
-    Program(BOB, net_admin=True): Somebody(capabilities={CAP_NET_ADMIN}),
-    Program(BOB, granted=frozenset({STREAM, SEQPACKET})): Somebody(grants={STREAMS_TRUSTED}),
-    Program(BOB, granted=frozenset({DATAGRAM})): Somebody(grants={DATAGRAMS_TRUSTED}),
-    Program(ALICE, domains=frozenset({"lab"})): Somebody(grants={IN_THE_LAB}),
+    Program(FABRICS_OWNER): StubProgram(),
+    Program(0, bind_service=True): StubProgram(capabilities={CAP_NET_BIND_SERVICE}),
+    Program(ALICE): StubProgram(),
+    Program(BOB, net_admin=True): StubProgram(capabilities={CAP_NET_ADMIN}),
+    Program(BOB, granted=frozenset({STREAM, SEQPACKET})): StubProgram(grants={STREAMS_TRUSTED}),
+    Program(BOB, granted=frozenset({DATAGRAM})): StubProgram(grants={DATAGRAMS_TRUSTED}),
+    Program(ALICE, domains=frozenset({"lab"})): StubProgram(grants={IN_THE_LAB}),
 }
 
-# Few of each, so that they meet.
+# Few of each, so that they interact.
 guest_cids = st.integers(3, 6)
 cids = st.sampled_from([0, 1, 2, 3, 4, 5, 3, 4, 99, ANY])
 ports = st.sampled_from([0, 1023, 1024, 5000, 5000, 5000, 5001, ANY])
@@ -78,10 +81,10 @@ isolations = st.one_of(
 )
 
 
-def somebody(program: Program) -> Somebody:
+def somebody(program: Program) -> StubProgram:
     known = PROGRAMS[program]
     credentials = Credentials(100, program.user, program.user)
-    return Somebody(credentials, known.capabilities, known.grants)
+    return StubProgram(credentials, known.capabilities, known.grants)
 
 
 class FabricModel(RuleBasedStateMachine):
@@ -90,11 +93,11 @@ class FabricModel(RuleBasedStateMachine):
         self.world = World(FABRICS_OWNER)
         self.fabric = Fabric(FABRICS_OWNER)
         self.fabric.settings = SETTINGS
-        #: the fabric's objects for the model's
+        #: the fabric's object for each of the model
         self.real: dict[Holder, Any] = {}
 
     def decide(self, expected: int, action: Callable[[], object]) -> bool:
-        """Check that the fabric decides as expected; returns whether it did as asked."""
+        """Check that the fabric decides as expected; return whether the request was granted."""
         decided, reason = 0, "not refused"
         try:
             action()
@@ -115,7 +118,7 @@ class FabricModel(RuleBasedStateMachine):
         return [one for one in self.world.sockets() if one.listening]
 
     def draw_home(self, data: st.DataObject) -> Machine:
-        """Mostly one that runs."""
+        """Draw a context, mostly a running one."""
         powered = self.world.powered()
         running = [machine for machine in powered if machine.state == "running"]
         return data.draw(st.sampled_from([*powered, *running, *running]), "home")
@@ -128,7 +131,7 @@ class FabricModel(RuleBasedStateMachine):
             self.fabric.end(real.number)
 
     def forget_what_has_gone(self) -> None:
-        """As vsockd does when programs have closed sockets, or their context is no more."""
+        """Release the sockets closed by programs or with their context, as vsockd does."""
         held = set(self.world.held.values())
         for holder in [holder for holder in self.real if holder not in held]:
             self.release(holder)
@@ -214,7 +217,7 @@ class FabricModel(RuleBasedStateMachine):
 
     @rule(data=st.data(), kind=kinds, cid=cids, port=ports, program=programs)
     def bind(self, data: st.DataObject, kind: str, cid: int, port: int, program: Program) -> None:
-        """To any address, mostly a wrong one."""
+        """Bind to any address, mostly an invalid one."""
         self.bind_in(self.draw_home(data), kind, cid, port, program)
 
     @rule(
@@ -234,7 +237,7 @@ class FabricModel(RuleBasedStateMachine):
         program: Program,
         listens: BufferSizes | None,
     ) -> None:
-        """Bind to an address that is a context's own, and perhaps listen."""
+        """Bind to one of a context's own addresses, and maybe listen."""
         socket = self.bind_in(self.draw_home(data), kind, LOCAL if local else ANY, port, program)
         if socket is not None and kind != DATAGRAM and listens is not None:
             self.listen_on(socket, listens)
@@ -279,7 +282,7 @@ class FabricModel(RuleBasedStateMachine):
 
     @rule(program=programs)
     def crash(self, program: Program) -> None:
-        """Every socket of a program is gone."""
+        """Close every socket of a program."""
         for holder in list(self.world.held.values()):
             if program in holder.programs:
                 self.world.gone(holder)
@@ -295,7 +298,7 @@ class FabricModel(RuleBasedStateMachine):
     def connect(
         self, data: st.DataObject, kind: str, cid: int, port: int, program: Program
     ) -> None:
-        """To any address, mostly a wrong one."""
+        """Connect to any address, mostly an invalid one."""
         self.connect_from(self.draw_home(data), kind, cid, port, program, None, BufferSizes())
 
     @precondition(lambda self: self.listeners())
@@ -363,7 +366,7 @@ class FabricModel(RuleBasedStateMachine):
 
         self.decide(expected, action)
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def the_same_contexts_are_in_the_same_state(self) -> None:

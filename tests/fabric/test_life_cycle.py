@@ -1,4 +1,4 @@
-"""What happens to virtual machines: every change in every state (guide page 7)."""
+"""State changes of virtual machines: every change in every state (guide page 7)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from vsockets.fabric import (
 )
 from vsockets.model.buffers import BufferSizes
 
-from .somebody import ME
+from .programs import ME
 
 RUNNING, SUSPENDED, OFF = State.RUNNING, State.SUSPENDED, State.OFF
 
-#: In which state each change is possible, the state after it, and whether connections are over.
-#: FT mode is switched on only where it is off, and off only where it is on: see below.
+#: States in which each change is allowed, the state after it, and whether connections end.
+#: FT mode can be enabled only while disabled, and vice versa: see below.
 TABLE = {
     (RUNNING, Change.SUSPEND): (SUSPENDED, True),
     (SUSPENDED, Change.RESUME): (RUNNING, False),
@@ -64,7 +64,7 @@ class House:
         return self.fabric.connect(source, listener, None, BufferSizes(), ME.credentials)
 
     def reaches(self, source: Context, destination: Context) -> int:
-        """0, or the errno of a connect."""
+        """Return 0, or the errno of a connect."""
         try:
             self.fabric.find_listener(source, EndpointKind.STREAM, destination.cid, 5000, ME)
         except Refused as refused:
@@ -72,7 +72,7 @@ class House:
         return 0
 
     def sends(self, source: Context, destination: Context) -> int:
-        """0, or the errno of a datagram."""
+        """Return 0, or the errno of a datagram."""
         try:
             self.fabric.find_datagram(source, destination.cid, 5001, ME)
         except Refused as refused:
@@ -96,7 +96,7 @@ def put_into(house: House, state: State) -> None:
 
 
 @pytest.mark.parametrize(("before", "change"), TABLE)
-def test_what_can_be_done(house: House, before: State, change: Change) -> None:
+def test_allowed_changes(house: House, before: State, change: Change) -> None:
     put_into(house, before)
     connected = list(house.fabric.connections_of(house.guest))
     after, drops = TABLE[before, change]
@@ -107,7 +107,7 @@ def test_what_can_be_done(house: House, before: State, change: Change) -> None:
 @pytest.mark.parametrize(
     ("before", "change"), [pair for pair in itertools.product(State, Change) if pair not in TABLE]
 )
-def test_what_cannot_be_done_changes_nothing(house: House, before: State, change: Change) -> None:
+def test_refused_changes_have_no_effect(house: House, before: State, change: Change) -> None:
     put_into(house, before)
     connections = dict(house.fabric.connections)
     with pytest.raises(Refused) as refused:
@@ -119,7 +119,7 @@ def test_what_cannot_be_done_changes_nothing(house: House, before: State, change
 
 
 @pytest.mark.parametrize("change", Change)
-def test_the_host_and_the_hypervisor_have_no_such_life(house: House, change: Change) -> None:
+def test_host_and_hypervisor_refuse_every_change(house: House, change: Change) -> None:
     for context in (house.host, house.fabric.contexts.hypervisor):
         with pytest.raises(Refused) as refused:
             house.fabric.change(context, change)
@@ -127,7 +127,7 @@ def test_the_host_and_the_hypervisor_have_no_such_life(house: House, change: Cha
         assert context.state is RUNNING
 
 
-# What is dropped
+# Dropped connections
 
 
 @pytest.mark.parametrize("change", [Change.SUSPEND, Change.MIGRATE, Change.FT_ON, Change.POWER_OFF])
@@ -140,7 +140,7 @@ def test_connections_of_the_guest_are_dropped_and_no_others(house: House, change
 
 
 @pytest.mark.parametrize("change", [Change.SUSPEND, Change.MIGRATE, Change.FT_ON])
-def test_what_is_not_connected_stays(house: House, change: Change) -> None:
+def test_bound_and_listening_sockets_stay(house: House, change: Change) -> None:
     house.fabric.change(house.guest, change)
     for context, endpoint in house.at.items():
         assert context.connected.get(5000) is endpoint
@@ -151,7 +151,7 @@ def test_what_is_not_connected_stays(house: House, change: Change) -> None:
 # Suspended
 
 
-def test_nothing_gets_in_or_out_of_a_suspended_guest(house: House) -> None:
+def test_a_suspended_guest_neither_sends_nor_receives(house: House) -> None:
     house.fabric.change(house.guest, Change.SUSPEND)
     for way in (house.reaches, house.sends):
         assert way(house.guest, house.host) == errno.ENETDOWN
@@ -198,7 +198,7 @@ def test_the_rule_is_in_the_audit(house: House) -> None:
             assert denied.value.rule is rule
 
 
-def test_ft_mode_is_switched_from_the_other_position_only(house: House) -> None:
+def test_ft_mode_cannot_be_set_to_its_present_value(house: House) -> None:
     with pytest.raises(Refused):
         house.fabric.change(house.guest, Change.FT_OFF)
     house.fabric.change(house.guest, Change.FT_ON)
@@ -222,7 +222,7 @@ def test_ft_mode_lasts_through_suspension_and_migration_and_not_through_power_of
 # Off
 
 
-def test_a_guest_that_is_off_cannot_be_told_from_none(house: House) -> None:
+def test_a_powered_off_guest_answers_like_a_missing_one(house: House) -> None:
     house.fabric.change(house.guest, Change.POWER_OFF)
     fabric, host = house.fabric, house.host
     finders: list[Callable[[int], object]] = [

@@ -1,4 +1,4 @@
-"""How often somebody may, and how much a guest may have."""
+"""Rate limits, and limits of what a guest or user may hold."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from vsockets.fabric.limits import HOST_USERS_REMEMBERED_MAX
 from vsockets.model.buffers import BufferSizes
 from vsockets.model.rate_limit import TokenBucket
 
-from .somebody import ME, ROOT, YOU, Somebody
+from .programs import ME, ROOT, YOU, StubProgram
 
 NOW = 1000.0
 
-#: Who the fabric belongs to.
-OWNER = Somebody(Credentials(300, 3000, 3000))
+#: Owner of the fabric.
+OWNER = StubProgram(Credentials(300, 3000, 3000))
 
 rates = st.integers(1, 50)
 pauses = st.lists(st.floats(0, 3), max_size=200)
@@ -45,12 +45,12 @@ def rising(pauses: list[float]) -> list[float]:
     return moments
 
 
-# The meter
+# The token bucket
 
 
 @given(rates, pauses)
 def test_never_more_than_the_rate_after_a_full_second(rate: int, pauses: list[float]) -> None:
-    """In every stretch of time: what a second allows at once, and the rate for its length."""
+    """Over any interval: at most a burst of one second's events plus the rate times its length."""
     meter = TokenBucket(rate)
     allowed = [moment for moment in rising(pauses) if meter.try_take(moment)]
     for first, begin in enumerate(allowed):
@@ -59,7 +59,7 @@ def test_never_more_than_the_rate_after_a_full_second(rate: int, pauses: list[fl
 
 
 @given(rates, pauses)
-def test_who_keeps_to_the_rate_is_never_refused(rate: int, pauses: list[float]) -> None:
+def test_a_client_within_the_rate_is_never_refused(rate: int, pauses: list[float]) -> None:
     meter = TokenBucket(rate)
     now = NOW
     for pause in pauses:
@@ -69,7 +69,7 @@ def test_who_keeps_to_the_rate_is_never_refused(rate: int, pauses: list[float]) 
 
 @given(rates, pauses)
 def test_a_refusal_costs_nothing(rate: int, pauses: list[float]) -> None:
-    """Who asked in vain gets the same afterwards as who did not ask."""
+    """A client that was refused gets the same afterwards as one that made no request."""
     eager, patient = TokenBucket(rate), TokenBucket(rate)
     for _ in range(rate):
         assert eager.try_take(NOW) and patient.try_take(NOW)
@@ -119,22 +119,22 @@ def test_the_errno_of_every_limit() -> None:
         assert denied.value.errno == errno.ENOBUFS
 
 
-def test_pace() -> None:
+def test_request_rate() -> None:
     one = party(Limits(request_rate=3))
     asked = [denial(lambda: one.check_rate(NOW)) for _ in range(4)]
     assert asked == [None, None, None, Rule.REQUEST_RATE]
     assert denial(lambda: one.check_rate(NOW + 0.5)) is None
 
 
-def test_patience() -> None:
+def test_pending_connects() -> None:
     one = party(Limits(pending_connects=2))
     for pending, expected in ((0, None), (1, None), (2, Rule.PENDING_CONNECTS)):
         one.pending = pending
         assert denial(one.check_pending_limit) is expected
 
 
-def test_room() -> None:
-    """Every port is one: bound, connecting, datagrams."""
+def test_sockets() -> None:
+    """Every port counts: bound, connecting, datagrams."""
     fabric = Fabric(owner=0)
     context = fabric.contexts.add(3, "", 0)
     context.set_limits(Limits(sockets=3))
@@ -162,7 +162,7 @@ def test_room() -> None:
     assert context.sockets == 3
 
 
-def test_lower_limits_take_nothing_away() -> None:
+def test_lower_limits_revoke_nothing() -> None:
     fabric = Fabric(owner=0)
     context = fabric.contexts.add(3, "", 0)
     endpoints = [fabric.bind(context, EndpointKind.STREAM, 3, 2**32 - 1, ME) for _ in range(5)]
@@ -190,7 +190,7 @@ def test_administrators_have_no_limits(cid: int, program: Program) -> None:
 
 
 def test_each_user_of_the_host_has_limits_of_its_own() -> None:
-    """Streams count as bound sockets do; what is closed counts no longer."""
+    """Streams count as bound sockets do; closed ones do not count."""
     fabric = Fabric(owner=0)
     host = fabric.contexts.host
     host.set_limits(Limits(sockets=2))
@@ -216,7 +216,7 @@ def test_each_user_of_the_host_has_limits_of_its_own() -> None:
     assert [bind(ME) for _ in range(2)] == [None, Rule.SOCKETS]
 
 
-def test_users_who_have_nothing_are_forgotten_one_day() -> None:
+def test_users_without_holdings_are_forgotten_eventually() -> None:
     """One user may have thousands of user ids."""
     fabric = Fabric(owner=0)
     host = fabric.contexts.host
@@ -234,6 +234,6 @@ def test_which_denials_are_limits() -> None:
     assert {rule.value for rule in LIMIT_RULES} == set(Limits.__slots__)
 
 
-def test_being_denied_is_being_refused() -> None:
-    """So whoever minds the errno alone need not know of rules."""
+def test_denied_is_a_kind_of_refused() -> None:
+    """So code that handles the errno alone need not know the rules."""
     assert issubclass(Denied, Refused)

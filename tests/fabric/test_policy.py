@@ -1,7 +1,6 @@
-"""Who may talk to whom, decision by decision: the guide's chapter 5.
+"""Access decisions, one by one: the guide's chapter 5.
 
-The tables here are written from the guide's sentences, row by row; ``policy.py`` must come to
-the same.
+The tables are written from the guide's sentences, row by row, and not from ``policy.py``.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from vsockets.fabric import (
 )
 from vsockets.model.buffers import BufferSizes
 
-from .somebody import ADMIN, ME, ROOT, SERVICE, YOU, Somebody
+from .programs import ADMIN, ME, ROOT, SERVICE, YOU, StubProgram
 
 OWNER = 5000  #: of the guests; nobody's user id here but the owner's
 PORT = 5000
 
-THE_OWNERS = Somebody(Credentials(300, OWNER, OWNER))
+THE_OWNERS = StubProgram(Credentials(300, OWNER, OWNER))
 
 DEFAULT = Isolation()
 RESTRICTED = Isolation(Profile.RESTRICTED)
@@ -52,7 +51,7 @@ ISOLATIONS = [
 
 
 class House:
-    """A host, a guest 3 of some isolation, and whom else a test adds."""
+    """A host, a guest 3 of some isolation, and other contexts a test adds."""
 
     def __init__(self, isolation: Isolation, host_domains: frozenset[str] = frozenset({""})):
         self.fabric = Fabric(owner=0)
@@ -67,7 +66,7 @@ class House:
         return context
 
     def serve(
-        self, context: Context, kind: EndpointKind, program: Somebody, port: int = PORT
+        self, context: Context, kind: EndpointKind, program: StubProgram, port: int = PORT
     ) -> Endpoint:
         endpoint = self.fabric.bind(context, kind, context.cid, port, program)
         if kind is not EndpointKind.DATAGRAM:
@@ -75,9 +74,9 @@ class House:
         return endpoint
 
     def reach(
-        self, source: Context, kind: EndpointKind, program: Somebody, cid: int, port: int = PORT
+        self, source: Context, kind: EndpointKind, program: StubProgram, cid: int, port: int = PORT
     ) -> Refused | None:
-        """Connect, or send, to ``(cid, port)``; None when it is allowed."""
+        """Return the rule that forbids a connect or send to ``(cid, port)``; None if allowed."""
         try:
             if kind is EndpointKind.DATAGRAM:
                 self.fabric.find_datagram(source, cid, port, program)
@@ -108,7 +107,7 @@ every_isolation = pytest.mark.parametrize("isolation", ISOLATIONS, ids=str)
     ("here", "there"), list(itertools.product(ISOLATIONS, ISOLATIONS)), ids=str
 )
 def test_between_guests(here: Isolation, there: Isolation, kind: EndpointKind) -> None:
-    """Only if both live by the rules of ESX 4.0 to 5.0, in one domain, both unrestricted."""
+    """Allowed only if both have the legacy profile, one domain, and are unrestricted."""
     house = House(here)
     other = house.add(4, there)
     house.serve(other, kind, ME)
@@ -151,10 +150,10 @@ def test_no_privilege_of_a_program_joins_guests(kind: EndpointKind) -> None:
 
 @every_kind
 @every_isolation
-def test_a_guest_that_may_not_be_reached_looks_like_none(
+def test_a_forbidden_guest_answers_like_a_missing_one(
     isolation: Isolation, kind: EndpointKind
 ) -> None:
-    """Whatever the other guest does: serves there or not, is suspended, in FT mode or off."""
+    """Whether the other guest listens, is suspended, in FT mode or off, the errno is the same."""
     house = House(isolation)
     house.add(4, DEFAULT)
     house.serve(house.fabric.contexts.require(4), kind, ME)
@@ -170,7 +169,7 @@ def test_a_guest_that_may_not_be_reached_looks_like_none(
 
 
 @every_kind
-def test_nor_can_a_guest_that_is_suspended_itself_tell(kind: EndpointKind) -> None:
+def test_a_suspended_guest_gets_the_same_answer_for_both(kind: EndpointKind) -> None:
     house = House(DEFAULT)
     house.serve(house.add(4, DEFAULT), kind, ME)
     house.guest.state = type(house.guest.state).SUSPENDED
@@ -182,7 +181,7 @@ def test_nor_can_a_guest_that_is_suspended_itself_tell(kind: EndpointKind) -> No
 STRANGER, TRUSTED, OWNERS = "stranger", "CAP_NET_ADMIN", "the owner's"
 PROGRAMS = {STRANGER: ME, TRUSTED: ADMIN, OWNERS: THE_OWNERS}
 
-#: By the guest's isolation and the program: allowed, or the rule.  The host is in domain "".
+#: By the guest's isolation and the program: None, or the rule.  The host is in domain "".
 HOST_TABLE = {
     (DEFAULT, STRANGER): None,
     (RESTRICTED, STRANGER): Rule.RESTRICTED,
@@ -207,7 +206,7 @@ def test_from_a_guest_to_the_host(isolation: Isolation, who: str, kind: Endpoint
     refused = house.reach(house.guest, kind, ME, 2)
     expected = HOST_TABLE[isolation, who]
     assert rule(refused) is expected
-    # What a guest may not reach answers as if nobody were there.
+    # To a guest, a forbidden destination answers as one without a listener.
     absent = house.reach(house.guest, kind, ME, 2, PORT + 1)
     assert code(refused) == ("allowed" if expected is None else code(absent))
     assert code(absent) == ("ECONNREFUSED" if kind is EndpointKind.DATAGRAM else "ECONNRESET")
@@ -216,7 +215,7 @@ def test_from_a_guest_to_the_host(isolation: Isolation, who: str, kind: Endpoint
 @every_kind
 @host_table
 def test_from_the_host_to_a_guest(isolation: Isolation, who: str, kind: EndpointKind) -> None:
-    """The same, whoever starts; but a program of the host may know why."""
+    """The verdict is the same whichever side connects; a program of the host gets the reason."""
     house = House(isolation)
     house.serve(house.guest, kind, ME)
     refused = house.reach(house.host, kind, PROGRAMS[who], 3)
@@ -253,14 +252,14 @@ def test_domains_mean_nothing_outside_the_legacy_profile() -> None:
     assert rule(house.reach(house.guest, EndpointKind.STREAM, ME, 2)) is Rule.RESTRICTED
 
 
-def test_a_guests_own_programs_need_no_privilege_to_meet_trusted_ones() -> None:
+def test_a_guests_programs_need_no_privilege_to_reach_trusted_endpoints() -> None:
     house = House(RESTRICTED)
     house.serve(house.host, EndpointKind.STREAM, ADMIN)
     for program in (ME, YOU, SERVICE):
         assert house.reach(house.guest, EndpointKind.STREAM, program, 2) is None
 
 
-def test_isolation_holds_for_what_is_asked_from_now_on() -> None:
+def test_new_isolation_applies_to_later_requests() -> None:
     house = House(DEFAULT)
     house.serve(house.host, EndpointKind.STREAM, ME)
     assert house.reach(house.guest, EndpointKind.STREAM, ME, 2) is None
@@ -288,7 +287,7 @@ def test_every_guest_reaches_the_hypervisors_services(
 
 @every_kind
 @pytest.mark.parametrize("owner", [0, 1000])
-def test_only_the_fabrics_owner_and_root_are_the_hypervisor(kind: EndpointKind, owner: int) -> None:
+def test_only_the_fabrics_owner_and_root_bind_on_cid_0(kind: EndpointKind, owner: int) -> None:
     fabric = Fabric(owner)
     hypervisor = fabric.contexts.hypervisor
     for number, program in enumerate((ME, YOU, SERVICE, ADMIN, ROOT)):
@@ -300,7 +299,7 @@ def test_only_the_fabrics_owner_and_root_are_the_hypervisor(kind: EndpointKind, 
         assert (denied.value.errno, denied.value.rule) == (errno.EACCES, Rule.HYPERVISOR_SERVICE)
 
 
-def test_nobody_else_connects_as_the_hypervisor() -> None:
+def test_other_users_cannot_connect_from_cid_0() -> None:
     house = House(DEFAULT)
     listener = house.serve(house.guest, EndpointKind.STREAM, ME)
     with pytest.raises(Denied) as denied:
@@ -314,7 +313,7 @@ def test_nobody_else_connects_as_the_hypervisor() -> None:
 
 @every_kind
 @every_isolation
-def test_processes_of_one_guest_may_talk(isolation: Isolation, kind: EndpointKind) -> None:
+def test_processes_of_one_guest_may_communicate(isolation: Isolation, kind: EndpointKind) -> None:
     house = House(isolation)
     house.serve(house.guest, kind, ME)
     for cid in (3, 1):
@@ -322,7 +321,7 @@ def test_processes_of_one_guest_may_talk(isolation: Isolation, kind: EndpointKin
 
 
 @every_kind
-def test_processes_of_the_host_may_talk(kind: EndpointKind) -> None:
+def test_processes_of_the_host_may_communicate(kind: EndpointKind) -> None:
     house = House(RESTRICTED)
     house.serve(house.host, kind, ME)
     for cid in (2, 1):
@@ -334,7 +333,7 @@ def test_processes_of_the_host_may_talk(kind: EndpointKind) -> None:
 
 @every_kind
 @pytest.mark.parametrize("cid", [0, 2, 4, 99])
-def test_nobody_binds_to_anothers_cid(kind: EndpointKind, cid: int) -> None:
+def test_binding_to_another_contexts_cid_is_denied(kind: EndpointKind, cid: int) -> None:
     house = House(DEFAULT)
     house.add(4, DEFAULT)
     with pytest.raises(Denied) as denied:
@@ -354,7 +353,7 @@ def test_reserved_ports_need_the_capability(kind: EndpointKind, port: int) -> No
 
 
 @every_kind
-def test_reserved_ports_where_they_are_granted(kind: EndpointKind) -> None:
+def test_reserved_ports_in_a_guest_that_grants_them(kind: EndpointKind) -> None:
     house = House(DEFAULT)
     house.guest.reserved_ports = True
     for port, program in ((0, ME), (1023, ME), (22, ADMIN)):
@@ -369,5 +368,5 @@ def test_reserved_ports_where_they_are_granted(kind: EndpointKind) -> None:
     assert (denied.value.errno, denied.value.rule) == (errno.EACCES, Rule.RESERVED_PORT)
 
 
-def test_a_refusal_says_both_the_error_and_the_reason() -> None:
+def test_a_refusals_text_has_the_error_and_the_reason() -> None:
     assert str(Refused(errno.EACCES, "because")) == "Permission denied: because"

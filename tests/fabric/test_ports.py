@@ -1,4 +1,4 @@
-"""Who holds which port."""
+"""Holders of ports, and the search for ephemeral ports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_held_port_is_refused() -> None:
     assert ports.get(5000) == "one"
 
 
-def test_only_the_holder_gives_a_port_back() -> None:
+def test_only_the_holder_releases_a_port() -> None:
     ports: Ports[str] = Ports()
     ports.claim(5000, "one")
     ports.release(5000, "other")
@@ -42,14 +42,14 @@ def test_holders() -> None:
     assert len(ports) == 2
 
 
-def test_an_ephemeral_port_needs_no_privilege_and_is_not_given_out_again_soon() -> None:
+def test_an_ephemeral_port_needs_no_privilege_and_is_not_reused_soon() -> None:
     ports: Ports[int] = Ports()
     given_out = [ports.next_ephemeral() for _ in range(1000)]
     assert len(set(given_out)) == 1000
     assert all(1024 <= port <= LAST_PORT for port in given_out)
 
 
-def test_every_context_starts_elsewhere() -> None:
+def test_each_context_starts_at_a_random_port() -> None:
     # One in four billion that two of them meet.
     assert len({Ports[int]().next_ephemeral() for _ in range(10)}) > 1
 
@@ -66,7 +66,7 @@ def test_a_search_ends_after_24_ports_and_goes_on_from_there() -> None:
 
 
 @given(st.sets(st.integers(0, 8)))
-def test_ephemeral_ports_go_round_and_skip_held_ones(held: set[int]) -> None:
+def test_ephemeral_ports_wrap_around_and_skip_held_ones(held: set[int]) -> None:
     ports: Ports[str] = Ports()
     ports._next = LAST_PORT - 4
     round_trip = [*range(LAST_PORT - 4, LAST_PORT + 1), *range(1024, 1034)]

@@ -1,4 +1,4 @@
-"""Trusted vSockets: whose endpoints are trusted, and by whom (guide page 24)."""
+"""Trusted vSockets: which endpoints are trusted, and for which guests (guide page 24)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vsockets.fabric import (
 )
 from vsockets.model.buffers import BufferSizes
 
-from .somebody import ADMIN, ME, YOU, Somebody, granted
+from .programs import ADMIN, ME, YOU, StubProgram, granted
 
 MINE = Context(3, "mine", ME.credentials.uid)
 YOURS = Context(4, "yours", YOU.credentials.uid)
@@ -35,7 +35,7 @@ LAB = Grant(1000, None, None, False, False, frozenset({"lab"}))
 SHOP = Grant(1000, None, None, False, False, frozenset({"shop", ""}))
 
 
-# Whose
+# Which programs
 
 
 @pytest.mark.parametrize("kind", EndpointKind)
@@ -46,21 +46,21 @@ def test_a_program_with_cap_net_admin_is_trusted_by_every_guest(kind: EndpointKi
 
 
 @pytest.mark.parametrize("kind", EndpointKind)
-def test_another_capability_is_none(kind: EndpointKind) -> None:
-    program = Somebody(capabilities={CAP_NET_BIND_SERVICE})
+def test_another_capability_gives_no_trust(kind: EndpointKind) -> None:
+    program = StubProgram(capabilities={CAP_NET_BIND_SERVICE})
     assert not trust_of(program, kind, Settings()).for_context(YOURS)
 
 
 @pytest.mark.parametrize("kind", EndpointKind)
-def test_a_program_of_the_virtual_machines_user_is_trusted_by_that_one(kind: EndpointKind) -> None:
+def test_a_program_of_the_virtual_machines_owner_is_trusted_for_it_only(kind: EndpointKind) -> None:
     trust = trust_of(ME, kind, Settings())
     assert trust.for_context(MINE)
     assert not trust.for_context(YOURS)
 
 
 def test_root_without_the_capability_is_not_trusted() -> None:
-    """As in a container: it is the capability that counts, not the user id."""
-    root = Somebody(Credentials(1, 0, 0))
+    """As in a container: the capability counts, not the user id."""
+    root = StubProgram(Credentials(1, 0, 0))
     assert not trust_of(root, EndpointKind.STREAM, Settings()).for_context(MINE)
 
 
@@ -86,12 +86,12 @@ def test_grants_add_up() -> None:
     assert all(trust_of(program, kind, settings).for_context(YOURS) for kind in EndpointKind)
 
 
-def test_a_grant_to_somebody_else_is_none() -> None:
+def test_a_grant_to_another_program_gives_no_trust() -> None:
     settings = Settings(grants=(STREAMS,))
     assert not trust_of(ME, EndpointKind.STREAM, settings).for_context(YOURS)
 
 
-def test_a_grant_that_is_not_configured_any_more_is_none() -> None:
+def test_a_removed_grant_gives_no_trust() -> None:
     assert not trust_of(granted(STREAMS), EndpointKind.STREAM, Settings()).for_context(YOURS)
 
 
@@ -104,7 +104,7 @@ def test_programs_belong_to_the_hosts_domains() -> None:
     assert trust_of(ME, EndpointKind.STREAM, settings).domains == {"", "lab"}
 
 
-def test_a_grant_with_domains_is_instead_of_the_hosts() -> None:
+def test_a_grants_domains_replace_those_of_the_host() -> None:
     settings = Settings(grants=(LAB, SHOP, STREAMS), host_domains=frozenset({"office"}))
     assert trust_of(granted(LAB), EndpointKind.STREAM, settings).domains == {"lab"}
     assert trust_of(granted(LAB, SHOP), EndpointKind.STREAM, settings).domains == {
@@ -115,25 +115,25 @@ def test_a_grant_with_domains_is_instead_of_the_hosts() -> None:
     assert trust_of(granted(STREAMS), EndpointKind.STREAM, settings).domains == {"office"}
 
 
-def test_a_grant_of_no_domain_is_one() -> None:
+def test_a_grant_may_set_an_empty_list_of_domains() -> None:
     outside = dataclasses.replace(LAB, domains=frozenset())
     settings = Settings(grants=(outside,))
     assert trust_of(granted(outside), EndpointKind.STREAM, settings).domains == frozenset()
 
 
-# From when on
+# The time that counts
 
 
 @pytest.fixture
 def fabric() -> Fabric:
-    """With a restricted guest that nobody here owns."""
+    """Return a fabric with a restricted guest of another user."""
     fabric = Fabric(owner=0)
     fabric.contexts.add(3, "", 5000).isolation = Isolation(Profile.RESTRICTED)
     return fabric
 
 
-def test_a_listener_is_trusted_from_its_creation_on(fabric: Fabric) -> None:
-    """What its program, or the configuration, becomes later changes nothing."""
+def test_a_listeners_trust_is_fixed_at_its_creation(fabric: Fabric) -> None:
+    """Later changes of its program or of the configuration do not change it."""
     host, guest = fabric.contexts.host, fabric.contexts.require(3)
     fabric.settings = Settings(grants=(STREAMS,))
     listener = fabric.bind(host, EndpointKind.STREAM, 2, 5000, granted(STREAMS))
@@ -162,9 +162,9 @@ def test_a_bound_socket_has_its_own_trust_and_an_unbound_one_its_programs(fabric
 
 
 def test_only_the_hosts_endpoints_have_trust(fabric: Fabric) -> None:
-    """And the kernel is not asked about programs of others."""
+    """And the kernel is not asked about other programs."""
 
-    class Shy(Somebody):
+    class Shy(StubProgram):
         def has_capability(self, capability: int) -> bool:
             raise AssertionError(f"asked for capability {capability}")
 
@@ -175,5 +175,5 @@ def test_only_the_hosts_endpoints_have_trust(fabric: Fabric) -> None:
 
 
 def test_capabilities_have_linuxs_numbers() -> None:
-    """``linux/capability.h``."""
+    """The numbers are those of ``linux/capability.h``."""
     assert (CAP_NET_BIND_SERVICE, CAP_NET_ADMIN) == (10, 12)

@@ -1,4 +1,4 @@
-"""Programs, as the fabric knows them."""
+"""Programs for tests of the fabric's decisions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _ME = Credentials(100, 1000, 1000)
 
 
 @dataclass(frozen=True)
-class Somebody:
-    """A program that is what it says."""
+class StubProgram:
+    """A program with the given identity and capabilities."""
 
     credentials: Credentials = _ME
     capabilities: Container[int] = field(default=())
@@ -25,13 +25,13 @@ class Somebody:
         return grant in self.grants
 
 
-def granted(*grants: Grant) -> Somebody:
-    """A program that matches ``grants``, if they are configured."""
-    return Somebody(grants=grants)
+def granted(*grants: Grant) -> StubProgram:
+    """Return a program that matches ``grants`` where they are configured."""
+    return StubProgram(grants=grants)
 
 
-ME = Somebody()
-YOU = Somebody(Credentials(200, 2000, 2000))
-SERVICE = Somebody(capabilities={CAP_NET_BIND_SERVICE})
-ADMIN = Somebody(capabilities={CAP_NET_ADMIN})
-ROOT = Somebody(Credentials(1, 0, 0))
+ME = StubProgram()
+YOU = StubProgram(Credentials(200, 2000, 2000))
+SERVICE = StubProgram(capabilities={CAP_NET_BIND_SERVICE})
+ADMIN = StubProgram(capabilities={CAP_NET_ADMIN})
+ROOT = StubProgram(Credentials(1, 0, 0))

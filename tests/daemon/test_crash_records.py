@@ -1,4 +1,4 @@
-"""After a crash vsockd is started as before, or not at all; isolated guests stay so."""
+"""After a crash vsockd is started as before, or not at all; isolated guests stay isolated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATIENCE = 20.0
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A state folder's path, short enough for a socket; vsockd is stopped in the end."""
+    """Yield a state folder's path, short enough for a socket; vsockd is stopped at the end."""
     with tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as scratch:
         folder = Path(scratch, "fabric")
         yield folder
@@ -35,7 +35,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def configuration(folder: Path) -> Path:
-    """One that makes guest 3 restricted."""
+    """Return a configuration that makes guest 3 restricted."""
     made = folder.with_name("configuration")
     made.mkdir()
     (made / "a.toml").write_text('[[context]]\ncid = 3\nprofile = "restricted"\n')
@@ -43,7 +43,7 @@ def configuration(folder: Path) -> Path:
 
 
 def command(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run one, with no other configuration than ``more`` says."""
+    """Run a command, with no other configuration than ``more`` names."""
     environment = {**os.environ, "VSOCKETS_CONFIG": "/nonexistent", **more}
     return subprocess.run(
         [sys.executable, *map(str, words)],
@@ -56,7 +56,7 @@ def command(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 def use(folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """A program that needs vsockd."""
+    """Run a program that needs vsockd."""
     program = "import vsockets; print(vsockets.get_local_cid())"
     return command("-c", program, VSOCKETS_DIR=str(folder), **more)
 
@@ -77,7 +77,7 @@ def kill(folder: Path, number: int = signal.SIGKILL) -> None:
     wait_until(lambda: has_gone(pid), "vsockd to end", PATIENCE)
 
 
-def test_a_program_starts_none_after_one_that_was_started_by_a_command(
+def test_a_program_does_not_replace_a_vsockd_started_by_a_command(
     folder: Path, configuration: Path
 ) -> None:
     with PrivateFabric(folder) as fabric:
@@ -94,7 +94,7 @@ def test_a_program_starts_none_after_one_that_was_started_by_a_command(
         fabric.start()
 
 
-def test_nor_does_the_command_with_another_configuration(folder: Path, configuration: Path) -> None:
+def test_nor_does_a_command_with_another_configuration(folder: Path, configuration: Path) -> None:
     assert up(folder, VSOCKETS_CONFIG=str(configuration)).returncode == 0
     kill(folder)
     refused = up(folder)
@@ -104,7 +104,7 @@ def test_nor_does_the_command_with_another_configuration(folder: Path, configura
     assert profiles(folder)[3] == "restricted"
 
 
-def test_one_that_was_started_on_demand_is_so_again(folder: Path, configuration: Path) -> None:
+def test_a_vsockd_started_on_demand_is_started_so_again(folder: Path, configuration: Path) -> None:
     first = use(folder, VSOCKETS_CONFIG=str(configuration))
     assert (first.stdout, first.stderr) == ("2\n", "")
     kill(folder)
@@ -114,7 +114,7 @@ def test_one_that_was_started_on_demand_is_so_again(folder: Path, configuration:
     assert profiles(folder)[3] == "restricted"
 
 
-def test_after_a_stop_all_is_as_in_the_beginning(folder: Path, configuration: Path) -> None:
+def test_after_a_stop_any_start_is_allowed(folder: Path, configuration: Path) -> None:
     with PrivateFabric(folder) as fabric:
         fabric.guest(3, profile="restricted")
         fabric.stop()
@@ -125,7 +125,7 @@ def test_after_a_stop_all_is_as_in_the_beginning(folder: Path, configuration: Pa
         assert profiles(folder)[3] == "default"
 
 
-def test_a_stale_record_hinders_nobody(folder: Path) -> None:
+def test_a_stale_record_is_ignored(folder: Path) -> None:
     folder.mkdir(mode=0o700)
     for text in ("", "[]", '{"how": "as a service", "configuration": "/x", "boot": "another"}'):
         (folder / "vsockd.start").write_text(text)
@@ -137,7 +137,7 @@ def test_a_stale_record_hinders_nobody(folder: Path) -> None:
 
 @contextlib.contextmanager
 def service(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """What systemd does."""
+    """Start vsockd as systemd does."""
     name = f"{folder}.notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(PATIENCE)
@@ -154,7 +154,7 @@ def service(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_service_is_started_by_its_manager_alone(folder: Path, number: int) -> None:
+def test_a_service_is_started_by_its_manager_only(folder: Path, number: int) -> None:
     """Also while it is stopped: a restart is a stop and a start."""
     with service(folder) as process:
         with Control(folder) as control:
@@ -172,7 +172,7 @@ def test_a_service_is_started_by_its_manager_alone(folder: Path, number: int) ->
 # Guests
 
 
-def test_isolated_guests_stay_so(vsock_fabric: PrivateFabric) -> None:
+def test_isolated_guests_stay_isolated(vsock_fabric: PrivateFabric) -> None:
     control = vsock_fabric.control
     for cid, profile in ((3, "restricted"), (4, "default"), (5, "restricted"), (6, "restricted")):
         control.add_context(cid, profile=profile)
@@ -198,7 +198,7 @@ def test_isolated_guests_stay_so(vsock_fabric: PrivateFabric) -> None:
     assert control.add_context(3)["profile"] == "default"
 
 
-def test_what_the_configuration_says_is_so(vsock_fabric: PrivateFabric) -> None:
+def test_the_configuration_overrides_the_record(vsock_fabric: PrivateFabric) -> None:
     vsock_fabric.guest(3, profile="restricted")
     vsock_fabric.kill()
     (vsock_fabric.configuration / "a.toml").write_text("[[context]]\ncid = 3\n")

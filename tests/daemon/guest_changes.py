@@ -1,4 +1,4 @@
-"""What happens to a guest, and what that does to streams, for the tests of both."""
+"""State changes of a guest and their effect on streams, shared by the tests of both."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from vsockets.testing import PrivateFabric, wait_until
 
 from .raw_client import PROMPT
 
-#: The guest things happen to; others must not feel it.
+#: CID of the changed guest; others must not be affected.
 MACHINE = 5
 
-#: What ends every connection of a guest.
+#: The changes that end every connection of a guest.
 DROPS = ["suspend", "migrate", "ft on", "power-off", "end of the lease"]
 every_drop = pytest.mark.parametrize("how", DROPS)
 
 
 @dataclass
 class Machine:
-    """A guest that lives by a lease, as one made by ``vsock run`` does."""
+    """A guest that exists by a lease, as one made by ``vsock run`` does."""
 
     fabric: PrivateFabric
     lease: Control
     context: Attachment
 
     def drop(self, how: str) -> dict[str, Any]:
-        """Have something happen to it that ends its connections."""
+        """Apply a change that ends the guest's connections."""
         control = self.fabric.control
         if how == "suspend":
             return control.suspend(MACHINE)
@@ -47,11 +47,11 @@ class Machine:
         if how == "power-off":
             return control.power_off(MACHINE)
         self.lease.close()
-        wait_until(lambda: not self.context.folder.exists(), "the guest to be gone")
+        wait_until(lambda: not self.context.folder.exists(), "the guest to be removed")
         return {"streams_left": []}
 
     def end_of(self, how: str) -> None:
-        """Let it be as it was before :meth:`drop`."""
+        """Undo the change of :meth:`drop`."""
         control = self.fabric.control
         if how == "suspend":
             control.resume(MACHINE)
@@ -77,7 +77,7 @@ def machine(fabric: PrivateFabric) -> Iterator[Machine]:
 def stream(
     listening: Attachment, connecting: Attachment, kind: int = socket.SOCK_STREAM
 ) -> Iterator[tuple[vsockets.socket, vsockets.socket]]:
-    """``(accepted, connected)``: the two ends."""
+    """Yield both ends of a stream as ``(accepted, connected)``."""
     with (
         vsockets.socket(type=kind, context=listening) as server,
         vsockets.socket(type=kind, context=connecting) as connected,
@@ -92,7 +92,7 @@ def stream(
 
 
 def assert_ended(sock: socket.socket, queued: bytes = b"") -> None:
-    """What the guide's users see: what was queued, then the end or a reset, and EPIPE."""
+    """Check what a user of the guide sees: queued data, then the end or a reset, and EPIPE."""
     sock.settimeout(PROMPT)
     received = b""
     with contextlib.suppress(ConnectionResetError):
@@ -111,7 +111,7 @@ def assert_stands(one: socket.socket, other: socket.socket) -> None:
 
 
 class Holder:
-    """A process that has a descriptor and does what ``stream_holder.c`` does."""
+    """A process that has a descriptor and runs ``stream_holder.c``."""
 
     def __init__(self, command: list[str], fd: int) -> None:
         self.process = subprocess.Popen(
@@ -129,13 +129,13 @@ class Holder:
         self.process.stdout.close()
 
     def line(self) -> str:
-        """The next line it prints."""
+        """Return the next line it prints."""
         assert self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], 2 * PROMPT)
         assert readable, "the program says nothing"
         return self.process.stdout.readline().decode().strip()
 
     def assert_told(self) -> None:
-        """It has seen the end of its stream."""
+        """Check that it has seen the end of its stream."""
         assert self.line() in ("read: end", "read: ECONNRESET")
         assert self.line() == "write: EPIPE"

@@ -1,5 +1,5 @@
 /* Asks vsockd one question: the bytes of standard input, sent to the control socket PATH of type
-   seqpacket; its answer goes to standard output.  Usage: door_client PATH */
+   seqpacket; its answer goes to standard output.  Usage: request_client PATH */
 
 #include <string.h>
 #include <sys/socket.h>
