@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from cli.vsock import Vsock
-from vsockets.supervisor.inherited import inherited_sockets
+from vsockets.supervisor.process import inherited_sockets
 
 
 def test_only_inheritable_sockets_of_the_family_are_found() -> None:

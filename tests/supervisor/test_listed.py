@@ -43,7 +43,7 @@ sys.stdin.read()
 @pytest.mark.parametrize("user", [None, 65534])
 def test_each_socket_is_listed_with_its_process(vsock: Vsock, user: int | None) -> None:
     if user is not None and os.getuid() != 0:
-        pytest.skip("only root can become somebody else")
+        pytest.skip("only root can change its user")
     running = vsock.start(
         *("run", "--cid", "75", "sh", "-c", '"$0" -c "$@"; exit 0', sys.executable, PROGRAM),
         *([] if user is None else [user]),

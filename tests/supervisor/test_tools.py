@@ -57,7 +57,7 @@ def wait_for_listener(fabric: PrivateFabric, port: int) -> None:
         rows = fabric.control.sockets()
         return any((row["port"], row["state"]) == (port, "listening") for row in rows)
 
-    wait_until(listens, "somebody to listen", PATIENCE)
+    wait_until(listens, "a listener", PATIENCE)
 
 
 @pytest.mark.parametrize("how", ["suspend", "power_off"])
@@ -157,7 +157,7 @@ def test_socat_exports_a_unix_socket_service(
             with socket.socket(socket.AF_UNIX) as client:
                 client.settimeout(PATIENCE)
                 # The name exists shortly before socat listens on it.
-                wait_until(lambda: client.connect_ex(entrance) == 0, "somebody there")
+                wait_until(lambda: client.connect_ex(entrance) == 0, "socat to listen")
                 client.sendall(b"call %d" % number)
                 accepted, _ = server.accept()
                 with accepted:

@@ -190,7 +190,7 @@ while True:
 
 
 def test_a_programs_own_tracing_filter_fails_calls_with_enosys(vsock: Vsock) -> None:
-    """Its calls fail with ENOSYS as without supervision, although the process has a tracer."""
+    """Calls that it traces fail as without supervision, although the process has a tracer."""
     program = (
         MORE[len(COMMON) :]
         + """
@@ -235,9 +235,9 @@ print(all(works(sock, server) for sock in made))
     assert run(vsock, program) == ["EPERM", "True"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="root alone can become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its user")
 def test_a_process_that_has_changed_its_user_is_traced(vsock: Vsock) -> None:
-    """It has no privileges, and has not set no_new_privs."""
+    """Afterwards the process has no privileges, and has not set no_new_privs."""
     program = (
         MORE[len(COMMON) :]
         + """

@@ -74,9 +74,9 @@ def run(
     ended.  Starts vsockd if need be.
     """
     # Here, because no other command needs them.
-    from ..supervisor.inherited import inherited_sockets
     from ..supervisor.launch import launch
     from ..supervisor.mechanism import choose
+    from ..supervisor.process import inherited_sockets
 
     for fd in inherited_sockets(AF_VSOCK):
         raise CliError(

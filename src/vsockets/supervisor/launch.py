@@ -155,15 +155,9 @@ class _Program:
     def reap(self, options: int = os.WNOHANG) -> None:
         """Reap children that have ended or stopped: the program's first process, and orphans."""
         while True:
-            if self._interceptor is not None and self._interceptor.unread:
-                pid, status = self._interceptor.unread.popleft()
-            else:
-                try:
-                    pid, status = os.waitpid(-1, options | _WAIT_OPTIONS)
-                except ChildProcessError:
-                    return
-                if pid == 0:
-                    return
+            pid, status = self._wait_status(options)
+            if pid == 0:
+                return
             if self._interceptor is not None and self._interceptor.on_wait_status(pid, status):
                 continue
             if pid != self.pid:
@@ -180,6 +174,15 @@ class _Program:
                 if self._front is not None:
                     self._front.close()
                 self._front = None
+
+    def _wait_status(self, options: int) -> tuple[int, int]:
+        """Return the next process to handle and its wait status, or 0 and 0."""
+        if self._interceptor is not None and self._interceptor.unread:
+            return self._interceptor.unread.popleft()
+        try:
+            return os.waitpid(-1, options | _WAIT_OPTIONS)
+        except ChildProcessError:
+            return 0, 0
 
     def watch(self, interceptor: Interceptor) -> None:
         """Pass on what waitpid() reports to ``interceptor``, which may trace the program."""

@@ -16,7 +16,7 @@ import signal
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from socket import SHUT_RDWR
+from socket import AF_UNIX, SHUT_RDWR, SO_DOMAIN, SOCK_STREAM, SOL_SOCKET
 
 from .._linux.inspection import SYS_PIDFD_GETFD
 from .._linux.libc import libc
@@ -380,3 +380,26 @@ def _status(pid: int, *fields: bytes) -> list[bytes]:
     finally:
         os.close(fd)
     return [status.partition(b"\n" + field)[2].split(None, 1)[0] for field in fields]
+
+
+def inherited_sockets(family: int) -> list[int]:
+    """Return the inheritable descriptors of this process that are sockets of ``family``.
+
+    A filter has no effect on sockets made before it.
+    """
+    found = []
+    for fd in sorted(map(int, os.listdir("/proc/self/fd"))):
+        # OSError: it is not a socket, or was the listing's own descriptor.
+        with contextlib.suppress(OSError):
+            if os.get_inheritable(fd) and _family_of(fd) == family:
+                found.append(fd)
+    return found
+
+
+def _family_of(fd: int) -> int:
+    # Asks the kernel: a Python object has the family it was constructed with.
+    sock = _socket.socket(AF_UNIX, SOCK_STREAM, 0, fd)
+    try:
+        return sock.getsockopt(SOL_SOCKET, SO_DOMAIN)
+    finally:
+        sock.detach()

@@ -322,7 +322,7 @@ def device():
 
 
 def others():
-    """What has nothing to do with vSockets is as it always was."""
+    """Check that features unrelated to vSockets still work."""
     server = socket.create_server(("127.0.0.1", 0))
     client = socket.create_connection(server.getsockname())
     _accepted, address = server.accept()
