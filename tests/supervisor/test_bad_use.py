@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cli.vsock import PROGRAM, Vsock
+from vsockets.testing import PrivateFabric
 
 from .conftest import Compile
 
@@ -57,6 +58,32 @@ os.execv({sys.executable!r}, [{sys.executable!r}, *{list(PROGRAM[1:])!r}, "run",
     )
     assert done.returncode == 1
     assert done.stderr.startswith("vsock: cannot supervise true: this kernel has no seccomp")
+
+
+def test_a_container_that_forbids_ptrace_is_reported(fabric: PrivateFabric) -> None:
+    script = f"""
+import ctypes, os, platform, sys
+from vsockets._linux.bpf import refuse
+from vsockets.supervisor.filter import Rule, assemble
+from vsockets.supervisor.arch import this_architecture
+ptrace = {{"x86_64": 101, "aarch64": 117}}[platform.machine()]
+program = assemble(this_architecture(), [Rule(ptrace, refuse(1))], is_first=False)
+class P(ctypes.Structure): _fields_ = [("n", ctypes.c_ushort), ("p", ctypes.c_char_p)]
+libc = ctypes.CDLL(None)
+libc.prctl(38, 1, 0, 0, 0)
+assert libc.prctl(22, 2, ctypes.byref(P(len(program) // 8, program)), 0, 0) == 0
+run = [*{list(PROGRAM[1:])!r}, "run", "--interceptor", "trace", "true"]
+os.execv({sys.executable!r}, [{sys.executable!r}, *run])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "VSOCKETS_DIR": str(fabric.folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("vsock: cannot supervise true: it may not be traced (a container")
 
 
 @pytest.mark.notify_only("tracing uses no listener: the program may have one")

@@ -63,7 +63,7 @@ def fabric() -> Iterator[PrivateFabric]:
 
 
 @pytest.fixture
-def vsock(fabric: PrivateFabric) -> Iterator[Vsock]:
+def vsock(fabric: PrivateFabric, interceptor: str) -> Iterator[Vsock]:
     with Vsock(fabric.folder) as vsock:
         yield vsock
 

@@ -24,6 +24,7 @@ from ..api import create_server
 from ..model.constants import VMADDR_CID_HOST
 from ..socket import socket
 from ..supervisor.arch import this_architecture
+from ..supervisor.mechanism import refusal
 from ..supervisor.ptrace import Ptrace
 from ..testing import PrivateFabric
 
@@ -103,6 +104,10 @@ print("yes")
         return Finding(
             what, "partly", f"the programs' memory is closed: ptrace_scope {scope}", advice
         )
+    if refusal():
+        why = "a seccomp filter refuses AF_VSOCK: vsock run traces programs instead (ptrace)"
+        advice = "a container profile that allows socket(AF_VSOCK), or nothing"
+        return Finding(what, "partly", why, advice)
     return Finding(what, "yes", "system calls of any program can be served")
 
 
@@ -118,9 +123,12 @@ def tracing() -> Finding:
         return Finding(
             what,
             "no",
-            f"{error}; ptrace_scope {scope}: vsock run has no datagrams and no MSG_EOR",
+            f"{error}; ptrace_scope {scope}: vsock run has no datagrams and no MSG_EOR, and "
+            "nothing where a filter refuses AF_VSOCK",
             "sysctl kernel.yama.ptrace_scope=1, and a container that allows ptrace",
         )
+    if refusal():
+        return Finding(what, "yes", "vsock run can trace any program")
     return Finding(what, "yes", "datagram sockets of any program can be served")
 
 

@@ -113,6 +113,11 @@ def run(
 def _why(error: OSError) -> str:
     if error.errno == errno.EBUSY:
         return "a supervisor is at work already (vsock run within vsock run, or a container's)"
+    if error.errno == errno.EPERM:
+        return (
+            "it may not be traced (a container needs --cap-add SYS_PTRACE or another seccomp "
+            "profile; kernel.yama.ptrace_scope must be 0 or 1; see: vsock doctor)"
+        )
     if error.errno in (errno.EINVAL, errno.ENOSYS):
         return "this kernel has no seccomp notification (Linux 5.14 or later; see: vsock doctor)"
     return os.strerror(error.errno or errno.EIO)

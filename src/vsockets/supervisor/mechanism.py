@@ -12,6 +12,7 @@ import errno
 import os
 from typing import Literal, NamedTuple
 
+from .._linux.libc import libc
 from ..model.constants import AF_VSOCK
 from .arch import this_architecture
 from .interception import Mechanism
@@ -38,28 +39,35 @@ class Choice(NamedTuple):
 
 
 def choose(wanted: Literal["auto"] | Name) -> Choice:
-    """Choose the mechanism for this process's programs.  OSError EBUSY: this process is such a
-    program itself.
+    """Choose the mechanism for this process's programs.
+
+    Raises OSError EBUSY: this process is under a supervisor itself.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    code = _errno_of(libc.socket(AF_VSOCK, _NO_SUCH_TYPE, 0))
+    code = refusal()
     if code == errno.ESOCKTNOSUPPORT:  # a supervisor's answer
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-    if wanted == "trace":
-        return Choice(TraceMechanism(), wanted, "as asked for")
-    notification = Choice(NotificationMechanism(), "notify", "as asked for")
-    if wanted == "notify":
-        return notification
-    if code != errno.EINVAL:
-        reason = f"a seccomp filter refuses AF_VSOCK ({errno.errorcode.get(code, code)})"
-        return Choice(TraceMechanism(), "trace", reason)
-    sizes = ctypes.create_string_buffer(_SIZES)
-    code = _errno_of(libc.syscall(this_architecture().seccomp, _GET_NOTIFICATION_SIZES, 0, sizes))
+    trace = Choice(TraceMechanism(), "trace", "selected by --interceptor")
+    notify = Choice(NotificationMechanism(), "notify", "selected by --interceptor")
+    if wanted != "auto":
+        return trace if wanted == "trace" else notify
     if code:
-        reason = f"seccomp notification is unavailable ({errno.errorcode.get(code, code)})"
-        return Choice(TraceMechanism(), "trace", reason)
-    return notification._replace(reason="no seccomp filter refuses AF_VSOCK")
+        return trace._replace(reason=f"a seccomp filter refuses AF_VSOCK ({_name(code)})")
+    sizes = ctypes.create_string_buffer(_SIZES)
+    if libc.syscall(this_architecture().seccomp, _GET_NOTIFICATION_SIZES, 0, sizes) < 0:
+        code = ctypes.get_errno()
+        return trace._replace(reason=f"seccomp notification is unavailable ({_name(code)})")
+    return notify._replace(reason="no seccomp filter refuses AF_VSOCK")
 
 
-def _errno_of(result: int) -> int:
-    return ctypes.get_errno() if result < 0 else 0
+def refusal() -> int:
+    """Return the errno by which a seccomp filter refuses AF_VSOCK to this process, or 0.
+
+    Makes no socket.  ESOCKTNOSUPPORT is the answer of a supervisor of ``vsock run``.
+    """
+    libc.socket(AF_VSOCK, _NO_SUCH_TYPE, 0)
+    code = ctypes.get_errno()
+    return 0 if code == errno.EINVAL else code
+
+
+def _name(code: int) -> str:
+    return errno.errorcode.get(code, str(code))

@@ -244,7 +244,7 @@ class Supervisor:
             return
         if not is_suspended:  # the thread runs on already
             return
-        if call.is_shielded:
+        if call.is_shielded or wait.defers_signals:
             interruption = Interruption.DEFER
         else:
             interruption = Interruption.RESTART if wait.seconds is None else Interruption.FAIL

@@ -1,0 +1,151 @@
+"""``vsock run`` below the seccomp profiles, capabilities and users of container runtimes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .runtime import PROFILES
+
+#: The ends of folders on sys.path that have vsockets and what it depends on.
+WANTED = ("src", "site-packages", "dist-packages")
+#: Go without downloads and the user's settings, and with a cache of its own.
+GO_SETTINGS = {
+    "CGO_ENABLED": "0",
+    "GO111MODULE": "off",
+    "GOFLAGS": "",
+    "GOTOOLCHAIN": "local",
+    "GOCACHE": os.path.expanduser("~/.cache/vsockets/go-build"),
+}
+
+ORDINARY_USER = ("--user", "1000", "--capabilities", "none", "--no-new-privileges")
+PROGRAMS = PROFILES.parents[1] / "supervisor" / "programs"
+
+STREAMS_AND_DATAGRAMS = """
+import os, socket, sys, threading
+def make(kind): return socket.socket(40, kind)
+for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+    with make(kind) as server, make(kind) as client:
+        server.bind((0xFFFFFFFF, 5000))
+        server.listen()
+        threading.Timer(0.05, client.connect, [(1, 5000)]).start()  # accept() waits
+        accepted, (cid, _) = server.accept()
+        with accepted:
+            accepted.send(b"hello")
+            print(kind.name, client.recv(10), cid == client.getsockname()[0])
+with make(socket.SOCK_DGRAM) as server, make(socket.SOCK_DGRAM) as client:
+    server.bind((0xFFFFFFFF, 6000))
+    client.sendto(b"datagram", (1, 6000))
+    data, source = server.recvfrom(10)
+    print(data, source == client.getsockname())
+if os.fork() == 0:
+    os.execv(sys.executable, [sys.executable, "-c", "import socket; print(socket.socket(40))"])
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+SOCAT = """
+$vsock run --cid host -- socat -u VSOCK-LISTEN:7000 CREATE:/tmp/received &
+until $vsock ls 2>/tmp/ls | grep -q 7000; do :; done
+echo "by socat" | $vsock run -- socat -u - VSOCK-CONNECT:2:7000
+wait $!
+cat /tmp/received
+"""
+
+GO = """
+mkfifo /tmp/port
+$vsock run --cid 91 -- PROGRAM serve 8 >/tmp/port &
+read port </tmp/port
+$vsock run --cid host -- PROGRAM call 91 $port 8
+wait $!
+"""
+
+
+@pytest.fixture(params=["docker", "kubernetes", "podman"])
+def profile(request: pytest.FixtureRequest) -> str:
+    """A container runtime's profile."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[(), ORDINARY_USER], ids=["root", "ordinary user"])
+def user(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Options for a container's user."""
+    options: tuple[str, ...] = request.param
+    return options
+
+
+def contained(
+    profile: str, user: tuple[str, ...], script: str, *options: str
+) -> tuple[list[str], list[str]]:
+    """Run a shell script in a container, in which ``$vsock`` is the command line.
+
+    Returns the lines of its output and of its standard error.
+    """
+    environment = {
+        **os.environ,
+        "HOME": "/tmp",
+        "VSOCKETS_DIR": "/tmp/fabric",
+        # Debian's Python is one that every user may execute.
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith(WANTED)),
+        "vsock": "/usr/bin/python3 -m vsockets.cli",
+    }
+    del environment["VSOCKETS_INTERCEPTOR"]
+    done = subprocess.run(
+        [sys.executable, "-m", "containers.runtime", "--profile", profile, *user, *options]
+        + ["--", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=PROFILES.parents[1],
+        env=environment,
+        timeout=120,
+    )
+    if done.stderr.startswith("runtime.py: new name spaces"):
+        pytest.skip("needs root, or user name spaces")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), done.stderr.splitlines()
+
+
+@pytest.fixture(scope="module")
+def go_echo() -> Iterator[Path]:
+    """A static echo service in Go, which every user may execute."""
+    if shutil.which("go") is None:
+        pytest.skip("no go: apt install what .ci/run does")
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        made = folder / "echo"
+        command: list[str | Path] = ["go", "build", "-o", made, PROGRAMS / "echo.go"]
+        subprocess.run(command, env={**os.environ, **GO_SETTINGS}, check=True)
+        yield made
+
+
+def test_streams_packets_datagrams_and_children_work(profile: str, user: tuple[str, ...]) -> None:
+    script = f"$vsock run -v -- /usr/bin/python3 -c '{STREAMS_AND_DATAGRAMS}'"
+    lines, errors = contained(profile, user, script)
+    reason = "a seccomp filter refuses AF_VSOCK (EPERM)"
+    assert errors == [f"vsock run: interceptor trace: {reason}"]
+    assert lines[:3] == [
+        "SOCK_STREAM b'hello' True",
+        "SOCK_SEQPACKET b'hello' True",
+        "b'datagram' True",
+    ]
+    assert lines[3].startswith("<socket.socket fd=3, family=")
+    assert lines[4:] == ["0"]
+
+
+def test_socat_works(profile: str, user: tuple[str, ...]) -> None:
+    if shutil.which("socat") is None:
+        pytest.skip("no socat: apt install what .ci/run does")
+    assert contained(profile, user, SOCAT) == (["by socat"], [])
+
+
+def test_a_static_go_program_works(profile: str, user: tuple[str, ...], go_echo: Path) -> None:
+    script = GO.replace("PROGRAM", str(go_echo))
+    assert contained(profile, user, script, "--keep", str(go_echo.parent)) == (["echoed"], [])
