@@ -30,7 +30,7 @@ class Control:
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.folder = Path(folder) if folder is not None else default_folder()
         self._sock = _connect(self.folder)
-        self._answers = self._sock.makefile("rb")
+        self._replies = self._sock.makefile("rb")
 
     def __enter__(self) -> Control:
         return self
@@ -45,7 +45,7 @@ class Control:
 
     def close(self) -> None:
         """Close the connection, which ends its leases."""
-        self._answers.close()
+        self._replies.close()
         self._sock.close()
 
     def fileno(self) -> int:
@@ -54,7 +54,7 @@ class Control:
 
     def status(self) -> dict[str, Any]:
         """Return the state of vsockd: its pid, folder, uptime in seconds, and counts."""
-        return self._ask("status")  # type: ignore[no-any-return]
+        return self._request("status")  # type: ignore[no-any-return]
 
     def sockets(self) -> list[dict[str, Any]]:
         """Return every socket of the fabric, with one row for each end of a stream.
@@ -64,7 +64,7 @@ class Control:
         the connections not yet accepted and their limit.  For a stream they are None: the kernel
         has them, by ``inode`` or ``peer_inode``, whichever is not None.
         """
-        return self._ask("sockets")  # type: ignore[no-any-return]
+        return self._request("sockets")  # type: ignore[no-any-return]
 
     def counts(self) -> dict[str, Any]:
         """Return counters: ``contexts``, a row for each context, and ``departed``, the sums of
@@ -75,11 +75,11 @@ class Control:
         ``denials`` those that a rule denied, by rule.  These only increase.  ``sockets`` and
         ``streams`` are the current numbers.
         """
-        return self._ask("counts")  # type: ignore[no-any-return]
+        return self._request("counts")  # type: ignore[no-any-return]
 
     def contexts(self) -> list[dict[str, Any]]:
         """Return all contexts, with cid, name, owner (user id), folder and ports."""
-        return self._ask("context.list")  # type: ignore[no-any-return]
+        return self._request("context.list")  # type: ignore[no-any-return]
 
     def add_context(
         self,
@@ -106,7 +106,7 @@ class Control:
         Raises OSError: EEXIST, EINVAL, or EPERM if ``reserved_ports`` is set for a guest of another
         user than the fabric's owner.
         """
-        return self._ask(  # type: ignore[no-any-return]
+        return self._request(  # type: ignore[no-any-return]
             "context.add",
             cid=cid,
             name=name,
@@ -126,7 +126,7 @@ class Control:
 
         Raises OSError: ENOENT, EINVAL (the host), or EBUSY (the guest has open streams).
         """
-        self._ask("context.remove", cid=cid)
+        self._request("context.remove", cid=cid)
 
     def attach_device(
         self, cid: int, seqpacket: bool = False, host_ports: bool = False
@@ -142,13 +142,13 @@ class Control:
         request |= {"seqpacket": seqpacket, "host_ports": host_ports}
         self._sock.sendall(json.dumps(request).encode() + b"\n")
         line, fds, _, _ = socket.recv_fds(self._sock, 65_536, 1)
-        answer = (
+        reply = (
             json.loads(line)
             if line
             else {"error": "vsockd has closed the connection", "errno": errno.ENODEV}
         )
-        if "error" in answer:
-            raise OSError(answer["errno"], answer["error"])
+        if "error" in reply:
+            raise OSError(reply["errno"], reply["error"])
         return socket.socket(fileno=fds[0])
 
     # Life cycle of virtual machines.  Each method returns ``{"context": the row of contexts(),
@@ -157,31 +157,31 @@ class Control:
 
     def suspend(self, cid: int) -> dict[str, Any]:
         """Drop a context's connections, and refuse new ones until :meth:`resume`."""
-        return self._change(cid, "suspend")
+        return self._change_state(cid, "suspend")
 
     def resume(self, cid: int) -> dict[str, Any]:
         """Allow connections of a suspended context again."""
-        return self._change(cid, "resume")
+        return self._change_state(cid, "resume")
 
     def migrate(self, cid: int) -> dict[str, Any]:
         """Drop a context's connections, as live migration does."""
-        return self._change(cid, "migrate")
+        return self._change_state(cid, "migrate")
 
     def reset(self, cid: int) -> dict[str, Any]:
         """Drop a context's connections, as a reset of its machine does."""
-        return self._change(cid, "reset")
+        return self._change_state(cid, "reset")
 
     def fault_tolerance(self, cid: int, on: bool) -> dict[str, Any]:
         """Turn FT mode on, which drops connections and refuses new ones, or off."""
-        return self._change(cid, "ft-on" if on else "ft-off")
+        return self._change_state(cid, "ft-on" if on else "ft-off")
 
     def power_off(self, cid: int) -> dict[str, Any]:
         """Drop a context's connections, release its ports, and refuse its programs."""
-        return self._change(cid, "power-off")
+        return self._change_state(cid, "power-off")
 
     def power_on(self, cid: int) -> dict[str, Any]:
         """Turn on a context after :meth:`power_off`, or that was added with ``powered=False``."""
-        return self._change(cid, "power-on")
+        return self._change_state(cid, "power-on")
 
     def disconnect(self, local: tuple[int, int], peer: tuple[int, int]) -> dict[str, Any]:
         """End the stream between two addresses, given in either order.
@@ -190,7 +190,7 @@ class Control:
 
         Raises OSError ENOENT if the stream does not exist.
         """
-        return self._ask(  # type: ignore[no-any-return]
+        return self._request(  # type: ignore[no-any-return]
             "stream.disconnect", local=list(local), peer=list(peer)
         )
 
@@ -199,7 +199,7 @@ class Control:
 
         Raises OSError EINVAL with file, line and key if it is invalid, and keeps the old one.
         """
-        self._ask("reload")
+        self._request("reload")
 
     def events(self, *topics: str) -> Events:
         """Subscribe to events of some of the :data:`TOPICS`, by default all."""
@@ -207,25 +207,25 @@ class Control:
 
     def stop(self) -> None:
         """Stop vsockd, and return when it has closed its connections."""
-        self._ask("stop")
-        while self._answers.readline():
+        self._request("stop")
+        while self._replies.readline():
             pass
 
-    def _change(self, cid: int, change: str) -> dict[str, Any]:
-        return self._ask("context.change", cid=cid, change=change)  # type: ignore[no-any-return]
+    def _change_state(self, cid: int, change: str) -> dict[str, Any]:
+        return self._request("context.change", cid=cid, change=change)  # type: ignore[no-any-return]
 
-    def _ask(self, op: str, **arguments: Any) -> Any:
+    def _request(self, op: str, **arguments: Any) -> Any:
         self._sock.sendall(json.dumps({"op": op, **arguments}).encode() + b"\n")
         try:
-            line = self._answers.readline()
+            line = self._replies.readline()
         except ConnectionError:
             line = b""
         if not line:
             raise OSError(errno.ENODEV, f"vsockd in {self.folder} has ended")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise OSError(answer["errno"], answer["error"])
-        return answer["ok"]
+        reply = json.loads(line)
+        if "error" in reply:
+            raise OSError(reply["errno"], reply["error"])
+        return reply["ok"]
 
 
 class Events:
@@ -246,9 +246,9 @@ class Events:
         try:
             request = {"op": "subscribe", "topics": list(topics)}
             self._sock.sendall(json.dumps(request).encode() + b"\n")
-            answer = self._next_line(VSOCKD_REPLY_TIMEOUT_SECONDS) or {}
-            if "error" in answer:
-                raise OSError(answer["errno"], answer["error"])
+            reply = self._next_line(VSOCKD_REPLY_TIMEOUT_SECONDS) or {}
+            if "error" in reply:
+                raise OSError(reply["errno"], reply["error"])
         except BaseException:
             self._sock.close()
             raise

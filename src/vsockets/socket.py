@@ -316,19 +316,19 @@ _CHANGE_BUFFERS = {
 def switch_class(sock: socket, socket_class: type[socket]) -> None:
     """Change the class of ``sock``, and keep the overrides of a program's own subclass."""
     cls = sock.__class__
-    made = _VARIANTS.get((cls, socket_class)) or _make_variant(cls, socket_class)
+    variant = _VARIANTS.get((cls, socket_class)) or _make_variant(cls, socket_class)
     # For mypy the class in a plain assignment to __class__ would have to be constant.
-    object.__setattr__(sock, "__class__", made)
+    object.__setattr__(sock, "__class__", variant)
 
 
 def _make_variant(cls: type[socket], socket_class: type[socket]) -> type[socket]:
-    made = socket_class
+    variant = socket_class
     if not issubclass(socket_class, cls):
         own = _OWN_CLASS.get(cls, cls)
-        made = type(own.__name__, (own, socket_class), {})
-        _OWN_CLASS[made] = own
-    _VARIANTS[cls, socket_class] = made
-    return made
+        variant = type(own.__name__, (own, socket_class), {})
+        _OWN_CLASS[variant] = own
+    _VARIANTS[cls, socket_class] = variant
+    return variant
 
 
 #: The combined class for each (current class, socket class).

@@ -44,7 +44,7 @@ def refusal(place: Attachment, cid: int) -> int:
 def test_device_and_client_get_one_end_each(fabric: PrivateFabric, link: socket.socket) -> None:
     with open_capture(fabric.host, CID, limit=100, port=5000) as records:
         record, device_end = told(link)
-        assert (record.role, record.size, record.local) == (Role.TAP, 100, (CID, 5000))
+        assert (record.role, record.size, record.local) == (Role.CAPTURE, 100, (CID, 5000))
         with device_end:
             device_end.send(b"a record")
             assert records.recv(100) == b"a record"

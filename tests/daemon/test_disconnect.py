@@ -89,7 +89,7 @@ def test_an_unknown_stream_is_refused(shared_fabric: PrivateFabric, guest: Machi
     "address", [None, 3, [], [3], [3, 1, 1], ["3", 1], [3, -1], [3, 2**32], {"cid": 3}]
 )
 def test_invalid_addresses_are_refused(shared_fabric: PrivateFabric, address: Any) -> None:
-    ask = shared_fabric.control._ask
+    ask = shared_fabric.control._request
     with pytest.raises(OSError, match="peer: expected") as caught:
         ask("stream.disconnect", local=[2, 5000], peer=address)
     assert caught.value.errno == errno.EINVAL

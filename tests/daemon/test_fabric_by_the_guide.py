@@ -263,7 +263,7 @@ class RealFabric(RuleBasedStateMachine):
         machine = data.draw(st.sampled_from(guests), "machine")
         sockets = [one for one in self.world.sockets() if one.home is machine]
         expected = self.world.may_change(machine, change)
-        answer = self.ask_administrator(expected, self.control._change, machine.cid, change)
+        answer = self.ask_administrator(expected, self.control._change_state, machine.cid, change)
         if answer is None:
             return
         assert answer["streams_left"] == []

@@ -67,11 +67,11 @@ def test_listeners_come_and_go(fabric: PrivateFabric, link: Link) -> None:
         server.listen(5)  # once more, which is no news
         with vsockets.create_server((2, 5001), context=fabric.host):
             assert link.told() == (5001, Role.LISTENING)
-        assert link.told() == (5001, Role.GONE)
+        assert link.told() == (5001, Role.NOT_LISTENING)
         other = Link(fabric.control, fabric.control.add_context()["cid"])
         assert other.told() == (5000, Role.LISTENING)
         other.sock.close()
-    assert link.told() == (5000, Role.GONE)
+    assert link.told() == (5000, Role.NOT_LISTENING)
 
 
 def test_bound_is_not_listening(fabric: PrivateFabric, link: Link) -> None:
@@ -94,7 +94,7 @@ def test_a_suspended_guest_has_none(fabric: PrivateFabric, link: Link) -> None:
             ),
         ):
             away(link.cid)
-            assert link.told() == (5004, Role.GONE)
+            assert link.told() == (5004, Role.NOT_LISTENING)
             back(link.cid)
             assert link.told() == (5004, Role.LISTENING)
 
@@ -144,7 +144,7 @@ def test_a_device_that_does_not_read(fabric: PrivateFabric, link: Link) -> None:
         told += 1
     assert told < 2 * len(servers) - 1
     servers[-1].close()
-    assert link.told() == (last, Role.GONE)
+    assert link.told() == (last, Role.NOT_LISTENING)
 
 
 def test_streams_handed_over(fabric: PrivateFabric, link: Link) -> None:

@@ -167,12 +167,12 @@ def test_pending_connect_has_the_clients_address_and_sizes(polling: bool, ok_lin
 
 
 def test_messages_on_a_devices_link() -> None:
-    tap = Record(0, 0, 3, 5000, role=Role.TAP, size=1000)
-    assert client.decode_handoff(tap.encode()) == client.CaptureStart(5000, 1000)
+    capture = Record(0, 0, 3, 5000, role=Role.CAPTURE, size=1000)
+    assert client.decode_handoff(capture.encode()) == client.CaptureStart(5000, 1000)
     buffer = Record(0, 0, 3, 5000, 2, 1027, Role.BUFFER, size=65_536)
     expected = client.BufferResized(5000, (2, 1027), 65_536)
     assert client.decode_notification(buffer.encode()) == expected
-    for role, is_listening in ((Role.LISTENING, True), (Role.GONE, False)):
+    for role, is_listening in ((Role.LISTENING, True), (Role.NOT_LISTENING, False)):
         port = Record(0, 0, 2, 5000, role=role)
         expected_port = client.PortAvailability(5000, is_listening)
         assert client.decode_notification(port.encode()) == expected_port

@@ -143,8 +143,8 @@ def test_enumerations_have_fixed_numbers() -> None:
         "LISTENING": 2,
         "CONNECTED": 3,
         "DATAGRAM": 4,
-        "GONE": 5,
-        "TAP": 6,
+        "NOT_LISTENING": 5,
+        "CAPTURE": 6,
         "BUFFER": 7,
     }
 

@@ -299,7 +299,7 @@ class DeviceLink(HandoffLink):
 
         Raises OSError when the link is full.
         """
-        record = Record(0, 0, self._context.cid, port, role=Role.TAP, size=limit).encode()
+        record = Record(0, 0, self._context.cid, port, role=Role.CAPTURE, size=limit).encode()
         send_descriptor(self._sock, record, fd)
 
     def send_buffer_size(self, own: tuple[int, int], peer: tuple[int, int], size: int) -> None:

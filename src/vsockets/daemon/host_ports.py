@@ -68,7 +68,7 @@ class HostPorts:
             port = next(iter(self._unchecked))
             there = self._is_reachable(port)
             if there != (port in self._reported):
-                role = Role.LISTENING if there else Role.GONE
+                role = Role.LISTENING if there else Role.NOT_LISTENING
                 try:
                     self._link.send(Record(0, 0, VMADDR_CID_HOST, port, role=role).encode(), _SEND)
                 except BlockingIOError:

@@ -252,7 +252,7 @@ def decode_notification(data: bytes) -> BufferResized | PortAvailability:
     role = record.role
     if role == Role.BUFFER:
         return BufferResized(record.local_port, record.peer, record.size)
-    if role in (Role.LISTENING, Role.GONE):
+    if role in (Role.LISTENING, Role.NOT_LISTENING):
         return PortAvailability(record.local_port, role == Role.LISTENING)
     raise OSError(errno.EPROTO, f"vsockd sent a message with role {role} and no descriptor")
 
@@ -263,7 +263,7 @@ def decode_handoff(data: bytes) -> PendingConnect | CaptureStart:
     Raises OSError as :func:`decode_reply` does.
     """
     record = decode_reply(data)
-    if record.role == Role.TAP:
+    if record.role == Role.CAPTURE:
         return CaptureStart(record.local_port, record.size)
     polling, ok_line = record.flags & _POLLING != 0, record.flags & _OK_LINE != 0
     return PendingConnect(record.local_port, record.peer, record.sizes, polling, ok_line)

@@ -94,8 +94,8 @@ class Role(IntEnum):
     LISTENING = 2  #: also to a device: its guest can connect to the local address
     CONNECTED = 3
     DATAGRAM = 4
-    GONE = 5  #: to a device: its guest can no longer connect to the local address
-    TAP = 6  #: to a device: capture to the socket sent along, ``size`` bytes of each payload
+    NOT_LISTENING = 5  #: to a device: its guest can no longer connect to the local address
+    CAPTURE = 6  #: to a device: capture to the socket sent along, ``size`` bytes of each payload
     BUFFER = 7  #: to a device: the peer of its guest's local port has a buffer of ``size`` bytes
 
 
@@ -190,7 +190,7 @@ class Record(NamedTuple):
         return self.flags & _NAMED != 0
 
     def is_trusted(self, datagram: bool) -> bool:
-        """Return whether the program's sockets, of datagrams or of streams, are trusted."""
+        """Return whether the program's sockets are trusted: datagram sockets, or streams."""
         return self.flags & (_TRUSTED_DATAGRAM if datagram else _TRUSTED_STREAM) != 0
 
 

@@ -187,11 +187,11 @@ class DatagramSocket(FabricSocket):
 
     def detach(self) -> int:
         """Detach the descriptor, as ``socket.detach`` does, and close the routes."""
-        self._forget_routes()
+        self._close_routes()
         return super().detach()
 
     def _real_close(self, *arguments: Any) -> None:
-        self._forget_routes()
+        self._close_routes()
         super()._real_close(*arguments)  # type: ignore[misc]  # the hook of socket.close()
 
     def _set_vsock_option(self, optname: int, value: Any) -> None:
@@ -234,7 +234,7 @@ class DatagramSocket(FabricSocket):
         self._routes[address] = route
         return route
 
-    def _forget_routes(self) -> None:
+    def _close_routes(self) -> None:
         for route in self._routes.values():
             route.close()
         self._routes = {}

@@ -150,13 +150,13 @@ class StreamSocket(FabricSocket):
         if peer[0] == VMADDR_CID_ANY:
             raise error(errno.ENODEV, "VMADDR_CID_ANY is not a destination")
         timeout = self.gettimeout()
-        polling, patience = timeout == 0, self._connect_timeout
-        if timeout is not None and timeout < patience:
-            patience = timeout
+        polling, seconds = timeout == 0, self._connect_timeout
+        if timeout is not None and timeout < seconds:
+            seconds = timeout
         request = client.connect(peer, self._buffers, self._cookie(), polling)
         try:
             if not self._has_channel:
-                patience = self._open_channel(patience)
+                seconds = self._open_channel(seconds)
         except OSError as failure:
             explain(failure, self._context)
             raise
@@ -169,7 +169,7 @@ class StreamSocket(FabricSocket):
             raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
         _raw.send(self, request)
         try:
-            if not wait_readable(self.fileno(), patience):
+            if not wait_readable(self.fileno(), seconds):
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         except BaseException:
             self._phase = _CONNECTING  # the connect continues
@@ -286,20 +286,20 @@ class StreamSocket(FabricSocket):
 
     # Implementation
 
-    def _open_channel(self, patience: float) -> float:
-        """Connect to vsockd; return what remains of ``patience``, in seconds."""
+    def _open_channel(self, seconds: float) -> float:
+        """Connect to vsockd within ``seconds``; return the remaining seconds."""
         handle: Any = self._attachment or self._context  # the fabric: it chose this class
-        patience = handle.open_channel(self, _raw_type(self), patience)
+        seconds = handle.open_channel(self, _raw_type(self), seconds)
         self._has_channel = True
-        return patience
+        return seconds
 
     def _request(self, request: bytes) -> Record:
         """Send a request on the socket's own connection to vsockd; return the reply."""
-        patience = VSOCKD_REPLY_TIMEOUT_SECONDS
+        seconds = VSOCKD_REPLY_TIMEOUT_SECONDS
         if not self._has_channel:
-            patience = self._open_channel(patience)
+            seconds = self._open_channel(seconds)
         _raw.send(self, request)
-        if not wait_readable(self.fileno(), patience):
+        if not wait_readable(self.fileno(), seconds):
             raise TimeoutError(errno.ETIMEDOUT, "no reply from vsockd")
         return decode_reply(_raw.recv(self, RECORD_SIZE))
 
