@@ -235,7 +235,7 @@ class SplicePump:
         if events & _HUNG_UP and not sending.done:
             self._stop_source(sending)
 
-    def _move(self, direction: _Direction) -> None:
+    def _move(self, direction: _Direction) -> None:  # noqa: C901 - hot loop
         """Transfer the available bytes, at most SPLICE_TURN_MAX_BYTES."""
         source, sink = direction.source, direction.sink
         try:

@@ -27,7 +27,7 @@ _FIRST_USER_NAMESPACE = 0xEFFFFFFD
 _UNMAPPED = 65_534
 
 
-def open_folder(path: Path, *, private: bool = False, create: int | None = None) -> int:
+def open_folder(path: Path, *, private: bool = False, create: int | None = None) -> int:  # noqa: C901 - checks in order
     """Open the folder ``path`` with O_PATH, and return its descriptor.
 
     A symbolic link in the path is followed only if no other user can change it.  A file system in

@@ -426,7 +426,7 @@ class Broker:
         consume(channel.sock, channel.kind, request.polling)
         return True
 
-    def _connect(self, channel: Channel, request: Request) -> bool:
+    def _connect(self, channel: Channel, request: Request) -> bool:  # noqa: C901 - hot path
         if request.inode:
             self._move_endpoint(channel, request.inode)
         bound = channel.endpoint

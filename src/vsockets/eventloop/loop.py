@@ -94,7 +94,7 @@ class EventLoop:
         """Return from :meth:`run` after the current batch of events."""
         self._running = False
 
-    def run(self) -> None:
+    def run(self) -> None:  # noqa: C901 - hot loop
         """Serve events until :meth:`stop`.  An exception in a callback is logged, not fatal."""
         poll, callbacks, timers = self._poll, self._callbacks, self._timers
         hurried = False

@@ -321,8 +321,9 @@ class Injector:
         raise CallInterrupted
 
     def _pass_filter(self, thread: StoppedThread) -> None:
-        """A filter traces an injected call: ours, or one of the program's own, which nothing
-        traces.
+        """Continue an injected call at which a filter has stopped the thread.
+
+        The filter is the supervisor's, or one of the program's own that expects no tracer.
         """
         if self._call_of(thread).mark == TRACE_MARK:
             return

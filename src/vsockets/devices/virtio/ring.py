@@ -159,7 +159,7 @@ class SplitRing:
         """The index of the next entry to use; all earlier entries were used."""
         return self._pushed
 
-    def pop(self) -> Chain | None:
+    def pop(self) -> Chain | None:  # noqa: C901 - hot loop: every field is read once
         """Return the next available chain, or None; see :class:`Ring`."""
         position = self._next
         if position == self._available_index:

@@ -118,7 +118,7 @@ class TransmitQueue:
         self._ring.publish()
         return self._ring.base
 
-    def run(self, coalescing: KickCoalescing) -> tuple[bool, bool]:
+    def run(self, coalescing: KickCoalescing) -> tuple[bool, bool]:  # noqa: C901, PLR0915 - hot loop
         """Receive packets for one turn.
 
         Return whether more packets are available, and whether the guest expects a used-buffer

@@ -208,7 +208,7 @@ class Hypervisor:
 
     # Queue pairs
 
-    def _alloc(self, payload: bytes) -> int:
+    def _alloc(self, payload: bytes) -> int:  # noqa: C901 - a list of checks
         if len(payload) < _ALLOC.size:
             return Code.INVALID_ARGS
         context, resource, peer, flags, produce, consume, count = _ALLOC.unpack_from(payload)

@@ -67,7 +67,7 @@ _REFUSED = {
 }
 
 
-async def connect(call: Call, endpoint: Endpoint) -> Answer:
+async def connect(call: Call, endpoint: Endpoint) -> Answer:  # noqa: C901 - the states of a connect, in order
     """Serve connect(): the errors are those of ``transports.fabric``."""
     if endpoint.is_datagram:
         return await datagrams.connect(call, endpoint)
