@@ -15,7 +15,8 @@ log = logging.getLogger(__name__)
 #: Seconds to stop accepting while resources are exhausted.
 _PAUSE = 0.05
 
-_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+#: Errors of a process or machine without free descriptors or memory.
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 class Acceptor:
@@ -47,7 +48,7 @@ class Acceptor:
         except BlockingIOError:
             return  # the client has closed the connection already
         except OSError as error:
-            if error.errno not in _OUT_OF_RESOURCES:
+            if error.errno not in OUT_OF_RESOURCES:
                 raise
             log.warning("%s waits: %s", self._who, error, extra=logs.rare(self))
             self._loop.unwatch(self._listener.fileno())

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
+from ..eventloop.acceptor import OUT_OF_RESOURCES
 from ..eventloop.asyncio_server import AsyncioAcceptor
 from ..model.locator import Inet, Proxy
 from .client import Client, log
@@ -275,6 +276,6 @@ def _refusal(error: OSError) -> ProxyRefusal:
         return ProxyRefusal.REFUSED
     if error.errno == errno.ETIMEDOUT:
         return ProxyRefusal.TIMED_OUT
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+    if error.errno in OUT_OF_RESOURCES:
         return ProxyRefusal.OVERLOADED
     return ProxyRefusal.UNREACHABLE
