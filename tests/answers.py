@@ -1,4 +1,4 @@
-"""What a kernel's AF_VSOCK answers, call by call and state by state: the table and how to take it.
+"""Answers of a kernel's AF_VSOCK, call by call and state by state: the table and how to take it.
 
 ``af_vsock.txt`` holds the answers of a real kernel, taken in a guest by ``programs/answers.c`` of
 ``tests/supervisor``; ``tests/vm`` takes them again, ``tests/supervisor`` and ``tests/library`` hold

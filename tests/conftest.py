@@ -1,4 +1,4 @@
-"""What holds for all tests: no kernel AF_VSOCK, no fabric but the tests' own, one RabbitMQ.
+"""Rules and fixtures of all tests: no kernel AF_VSOCK, no fabric but the tests' own, one RabbitMQ.
 
 They leave no trace in the user's home folder, nor in the working tree.
 """

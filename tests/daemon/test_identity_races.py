@@ -198,7 +198,7 @@ def test_executing_a_privileged_program_and_returning(folder: Path) -> None:
 
 
 def test_executing_the_program_of_a_grant_that_is_privileged(folder: Path) -> None:
-    """Such a program has the rights of its file, not those of its user."""
+    """A program with file capabilities has the rights of its file, not those of its user."""
     program = os.fspath(folder / "privileged")
     grant = Grant(NOBODY, None, program, stream=True, datagram=True, domains=None)
     for call in range(_MOST_STEPS):

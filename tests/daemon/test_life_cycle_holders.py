@@ -129,7 +129,7 @@ def test_a_program_that_received_the_descriptor(
 
 
 def test_one_end_in_transit_between_processes(shared_fabric: PrivateFabric, guest: Machine) -> None:
-    """That end is in no process, but the other end is found."""
+    """The accepting end is in no process, but the other end is found."""
     here, there = socket.socketpair()
     with here, there, stream(shared_fabric.host, guest.context) as (accepted, connected):
         socket.send_fds(here, [b"x"], [accepted.fileno()])

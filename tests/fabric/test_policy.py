@@ -153,7 +153,7 @@ def test_no_privilege_of_a_program_joins_guests(kind: EndpointKind) -> None:
 def test_a_forbidden_guest_answers_like_a_missing_one(
     isolation: Isolation, kind: EndpointKind
 ) -> None:
-    """Whether the other guest listens, is suspended, in FT mode or off, the errno is the same."""
+    """The errno is the same if the other guest listens, is suspended, in FT mode or off."""
     house = House(isolation)
     house.add(4, DEFAULT)
     house.serve(house.fabric.contexts.require(4), kind, ME)
