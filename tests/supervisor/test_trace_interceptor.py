@@ -14,7 +14,7 @@ import pytest
 
 from vsockets._linux.bpf import NOTIFY, refuse
 from vsockets._linux.inspection import SYS_PIDFD_GETFD
-from vsockets.supervisor.arch import this_architecture
+from vsockets.supervisor.arch import ARCHITECTURES, this_architecture
 from vsockets.supervisor.filter import ArgumentCondition, Rule, When, assemble
 from vsockets.supervisor.interception import (
     CallInterrupted,
@@ -25,7 +25,7 @@ from vsockets.supervisor.interception import (
 from vsockets.supervisor.launch import _block_as_descriptor as blocked_as_descriptor
 from vsockets.supervisor.notification import install
 from vsockets.supervisor.process import Processes
-from vsockets.supervisor.ptrace import WAIT_FOR_ALL
+from vsockets.supervisor.ptrace import LAYOUTS, WAIT_FOR_ALL, Registers
 from vsockets.supervisor.scheduler import CoroutineScheduler
 from vsockets.supervisor.trace_interceptor import TraceInterceptor, TraceMechanism
 
@@ -415,7 +415,7 @@ def test_a_filter_of_the_programs_own(forbidden: bool) -> None:
         COMMON
         + """
 from vsockets.supervisor.filter import Rule, assemble
-from vsockets.supervisor.arch import this_architecture
+from vsockets.supervisor.arch import ARCHITECTURES, this_architecture
 machine = this_architecture()
 rules = [Rule(machine.getpeername, 0x7FF0_0000), Rule(machine.getsockname, 0x0003_0007)]
 program = assemble(machine, rules, is_first=False)
@@ -429,3 +429,25 @@ print(libc.getpeername(0, 0, 0), errno.errorcode[ctypes.get_errno()], len(came),
 """
     )
     assert traced(program, creating, forbidden) == ["-1 ENOSYS 1 3"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "result_register", "program_counter", "trap"),
+    [("x86_64", 10, 16, 2), ("aarch64", 0, 32, 4)],
+)
+def test_registers_are_changed_as_the_architecture_has_them(
+    machine: str, result_register: int, program_counter: int, trap: int
+) -> None:
+    """Of both architectures; the numbers are those of struct user_regs_struct and user_pt_regs."""
+    layout = LAYOUTS[ARCHITECTURES[machine].architecture]
+    registers = Registers(layout, list(range(1000, 1000 + layout.size)), 7)
+    before = registers.copy()
+    registers.prepare(41, (1, 2, 3, 4, 5, (1 << 64) - 1))
+    assert registers.arguments == (1, 2, 3, 4, 5, (1 << 64) - 1)
+    registers.result = -4
+    assert registers.result == -4
+    assert registers.values[result_register] == (1 << 64) - 4
+    registers.rewind()
+    assert registers.values[program_counter] == 1000 + program_counter - trap
+    assert registers.entered == -1
+    assert before.values == list(range(1000, 1000 + layout.size)) and before.entered == 7

@@ -110,7 +110,7 @@ class Layout(NamedTuple):
     trap: bytes  #: the instruction that makes a call
 
 
-_LAYOUTS = {
+LAYOUTS = {
     # struct user_regs_struct: rdi, rsi, rdx, r10, r8, r9; rax; rip; orig_rax.  "syscall".
     0xC000_003E: Layout(27, (14, 13, 12, 7, 9, 8), 10, 10, 16, 15, b"\x0f\x05"),
     # struct user_pt_regs: x0 to x5; x8; x0; pc.  "svc #0".
@@ -193,7 +193,7 @@ class Ptrace:
         self._ptrace = libc["ptrace"]
         self._ptrace.restype = ctypes.c_long
         self._ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
-        self._layout = _LAYOUTS[machine.architecture]
+        self._layout = LAYOUTS[machine.architecture]
         self._registers = struct.Struct(f"={self._layout.size}Q")
         self._buffer = ctypes.create_string_buffer(self._registers.size)
         self._vector = _Vector(ctypes.addressof(self._buffer), self._registers.size)
