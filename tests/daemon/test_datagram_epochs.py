@@ -40,8 +40,8 @@ def crash(fabric: PrivateFabric) -> None:
 def crash_twice(fabric: PrivateFabric) -> None:
     """Kill two vsockds in turn, the second before it has ended the first one's sockets."""
     fabric.kill()
-    lives = fabric.folder / "private" / "lives"
-    lives.write_text(f"{lives.read_text()}\n{'f' * 16}")
+    record = fabric.folder / "private" / "lives"
+    record.write_text(f"{record.read_text()}\n{'f' * 16}")
     fabric.start()
 
 
@@ -153,10 +153,10 @@ def test_a_revoked_route_is_not_used_again(
 def test_sockets_are_ended_twice(
     vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket
 ) -> None:
-    lives = vsock_fabric.folder / "private" / "lives"
-    first = lives.read_text()
+    record = vsock_fabric.folder / "private" / "lives"
+    first = record.read_text()
     crash(vsock_fabric)
-    lives.write_text(first)
+    record.write_text(first)
     crash(vsock_fabric)
     with pytest.raises(BrokenPipeError):
         route.send(b"x")
@@ -182,11 +182,11 @@ def test_only_sockets_of_the_epoch_are_ended(
     vsock_fabric: PrivateFabric, receiver: vsockets.socket, route: socket.socket
 ) -> None:
     """A name may contain newlines, and imitate lines of /proc/net/unix about other sockets."""
-    life = bytes(route.getsockname()).split(b":")[3]
+    epoch = bytes(route.getsockname()).split(b":")[3]
     ours, theirs = socket.socketpair(type=DATAGRAM)
     with ours, theirs, unix_datagrams() as bystander:
         bystander.bind(b"\0vsockets-test-%d" % os.getpid())
-        for sock, name in ((ours, b"@vsock:3:1:%s:1" % life), (bystander, b"%s.2.1.1" % life)):
+        for sock, name in ((ours, b"@vsock:3:1:%s:1" % epoch), (bystander, b"%s.2.1.1" % epoch)):
             inode = os.fstat(sock.fileno()).st_ino
             with unix_datagrams() as forger:
                 line = b"\n0: 00000002 00000000 00000000 0002 01 %d %s" % (inode, name)
@@ -239,10 +239,10 @@ def test_in_another_network_namespace(vsock_fabric: PrivateFabric, end: End) -> 
 def test_an_epoch_is_recorded_until_its_sockets_are_ended(
     vsock_fabric: PrivateFabric,
 ) -> None:
-    lives = vsock_fabric.folder / "private" / "lives"
-    first = lives.read_text()
+    record = vsock_fabric.folder / "private" / "lives"
+    first = record.read_text()
     crash(vsock_fabric)
-    second = lives.read_text()
+    second = record.read_text()
     assert len(first) == len(second) == 16
     assert first != second
 

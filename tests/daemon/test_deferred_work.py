@@ -17,40 +17,40 @@ def loop() -> EventLoop:
     return EventLoop()
 
 
-def run_all(loop: EventLoop, chores: DeferredWork) -> None:
-    def look() -> None:
-        if chores._tasks:
-            loop.call_later(0.001, look)
+def run_all(loop: EventLoop, deferred: DeferredWork) -> None:
+    def check() -> None:
+        if deferred._tasks:
+            loop.call_later(0.001, check)
         else:
             loop.stop()
 
     loop._running = True
-    loop.call_later(0.001, look)
+    loop.call_later(0.001, check)
     loop.run()
 
 
-def pieces(name: str, number: int, done: list[str]) -> Iterator[None]:
+def steps(name: str, number: int, done: list[str]) -> Iterator[None]:
     for _ in range(number):
         done.append(name)
         yield
 
 
 def test_tasks_take_turns(loop: EventLoop) -> None:
-    chores, done = DeferredWork(loop), list[str]()
-    chores.start("a", pieces("a", 3, done))
-    chores.start("b", pieces("b", 2, done))
-    chores.start("c", pieces("c", 1, done))
-    run_all(loop, chores)
+    deferred, done = DeferredWork(loop), list[str]()
+    deferred.start("a", steps("a", 3, done))
+    deferred.start("b", steps("b", 2, done))
+    deferred.start("c", steps("c", 1, done))
+    run_all(loop, deferred)
     assert done == ["a", "b", "c", "a", "b", "a"]
 
 
 def test_a_task_in_progress_is_not_started_again(loop: EventLoop) -> None:
-    chores, done = DeferredWork(loop), list[str]()
-    chores.start("a", pieces("first", 2, done))
-    chores.start("a", pieces("second", 2, done))
-    run_all(loop, chores)
-    chores.start("a", pieces("third", 1, done))
-    run_all(loop, chores)
+    deferred, done = DeferredWork(loop), list[str]()
+    deferred.start("a", steps("first", 2, done))
+    deferred.start("a", steps("second", 2, done))
+    run_all(loop, deferred)
+    deferred.start("a", steps("third", 1, done))
+    run_all(loop, deferred)
     assert done == ["first", "first", "third"]
 
 
@@ -61,17 +61,17 @@ def test_a_failing_task_is_logged_and_others_continue(
         yield
         raise OverflowError("as a test")
 
-    chores, done = DeferredWork(loop), list[str]()
-    chores.start("failing", failing())
-    chores.start("a", pieces("a", 3, done))
-    run_all(loop, chores)
+    deferred, done = DeferredWork(loop), list[str]()
+    deferred.start("failing", failing())
+    deferred.start("a", steps("a", 3, done))
+    run_all(loop, deferred)
     assert done == ["a"] * 3
     (record,) = caplog.records
     assert record.levelno == logging.ERROR and record.exc_info
 
 
 def test_requests_are_served_between_the_steps_of_a_task(loop: EventLoop) -> None:
-    chores, done = DeferredWork(loop), list[str]()
+    deferred, done = DeferredWork(loop), list[str]()
     ours, theirs = socket.socketpair()
 
     def serve(events: int) -> None:
@@ -81,9 +81,9 @@ def test_requests_are_served_between_the_steps_of_a_task(loop: EventLoop) -> Non
 
     with ours, theirs:
         loop.watch(ours.fileno(), serve)
-        chores.start("a", pieces("piece", 10, done))
+        deferred.start("a", steps("step", 10, done))
         theirs.send(b"x")
-        run_all(loop, chores)
+        run_all(loop, deferred)
         loop.unwatch(ours.fileno())
     between = "".join(one[0] for one in done)
     assert "pp" not in between

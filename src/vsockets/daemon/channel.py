@@ -291,7 +291,7 @@ def take_socket(channel: Channel, *types: int) -> _socket.socket:
     """Read a request with a unix socket of one of ``types`` from the channel; return the socket."""
     if channel.kind is not EndpointKind.SEQPACKET:
         raise ProtocolError("request with a descriptor on a stream channel")
-    # While the request is unread, the kernel closes the descriptor, in the sender.
+    # The request is then read without space for the descriptor, which the kernel closes.
     if has_too_many_unwanted(channel.party):
         raise Refused(errno.ENOBUFS, f"{channel.party.name} sends invalid descriptors")
     fd = receive_with_descriptor(channel.sock)

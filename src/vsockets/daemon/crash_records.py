@@ -65,7 +65,7 @@ class How(StrEnum):
 
 
 class OtherwiseStarted(Exception):
-    """This vsockd must be started in another way; the text says which."""
+    """A vsockd that must be started in another way; the text says which."""
 
 
 @dataclass(frozen=True, slots=True)

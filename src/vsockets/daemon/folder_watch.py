@@ -20,7 +20,7 @@ _MOST = 65_536
 
 
 class FolderWatch:
-    """Calls ``changed`` when ``folder``, or one of ``names`` in it, was moved or removed.
+    """A watch on moves and removals of ``folder`` and ``names`` in it, which calls ``changed``.
 
     Raises OSError when it cannot watch.
     """

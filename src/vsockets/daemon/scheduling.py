@@ -91,7 +91,7 @@ class _Queue:
 
 
 class RequestTurns:
-    """Calls back when a client's descriptor is readable or hung up, in its party's turn.
+    """Watches on clients' descriptors, whose callbacks run in the party's turn.
 
     The callback gets True for a hang-up, after which no reply can be sent.
     """

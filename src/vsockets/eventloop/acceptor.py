@@ -20,7 +20,7 @@ OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 class Acceptor:
-    """Calls ``admit`` with each connection's descriptor.  Takes ownership of ``listener``."""
+    """An accept loop on ``listener``, which it owns; ``admit`` gets each descriptor."""
 
     def __init__(
         self, loop: EventLoop, listener: socket.socket, who: str, admit: Callable[[int], None]

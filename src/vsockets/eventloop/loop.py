@@ -50,7 +50,7 @@ class Timer:
 
 
 class EventLoop:
-    """Calls ``callback(events)`` when a watched descriptor is ready."""
+    """A loop that calls ``callback(events)`` when a watched descriptor is ready."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()

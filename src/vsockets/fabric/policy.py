@@ -146,7 +146,7 @@ def require_own_guest(guest_owner: int, fabric_owner: int) -> None:
     """Raise Refused when ``reserved_ports`` is requested for a guest of another user.
 
     A port below 1024 assures peers that a privileged program of the guest provides the service.
-    The fabric's owner may give that assurance for the owner's own guests only.
+    The fabric's owner may give that assurance only for guests of the same user.
     """
     if guest_owner != fabric_owner:
         raise Refused(

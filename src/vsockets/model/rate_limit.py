@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class TokenBucket:
-    """Allows ``rate`` events per second, and bursts of ``rate`` after a quiet second."""
+    """A bucket for ``rate`` events per second, and bursts of ``rate`` after a quiet second."""
 
     __slots__ = ("_left", "_seen", "rate")
 
