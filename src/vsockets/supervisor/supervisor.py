@@ -168,7 +168,8 @@ class Supervisor:
             call = Call(self._services, intercepted)
             self._start(call, self._handlers[number](call))
             return
-        inode = self._inode_of(pid, intercepted.arguments[0])
+        link = self._processes.what_is(pid, intercepted.arguments[0] & 0xFFFF_FFFF)
+        inode = inode_in(link)
         if inode is None:  # not a socket, or not open: the kernel has the right error
             self.interceptor.let_through(intercepted)
             return
