@@ -140,6 +140,10 @@ def test_streams_packets_datagrams_and_children_work(profile: str, user: tuple[s
     assert lines[4:] == ["0"]
 
 
+def test_a_container_ends_with_its_process_1() -> None:
+    assert contained("docker", (), "exec $vsock run -- echo done") == (["done"], [])
+
+
 def test_socat_works(profile: str, user: tuple[str, ...]) -> None:
     if shutil.which("socat") is None:
         pytest.skip("no socat: apt install what .ci/run does")

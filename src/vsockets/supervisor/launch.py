@@ -303,8 +303,9 @@ def _follow(channel: socket.socket, supervisor: int, kind: bytes, status: int) -
         os.kill(os.getpid(), signal.SIGSTOP)
         with contextlib.suppress(OSError):
             channel.send(_MESSAGE.pack(_CONTINUED, 0))
-    elif kind == _CONTINUED:
-        # Fails for a session leader, which then gets signals to the group twice.
+    elif kind == _CONTINUED and os.getpid() != 1:
+        # Fails for a session leader, which then gets signals to the group twice.  Process 1 stays:
+        # the kernel never ends a pid namespace whose process 1 is in another's process group.
         with contextlib.suppress(OSError):
             os.setpgid(0, supervisor)
 
