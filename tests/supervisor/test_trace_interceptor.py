@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -102,7 +103,10 @@ class Traced:
 
     def _deliver(self, call: InterceptedCall) -> None:
         with contextlib.suppress(CallInterrupted):
-            self.serve(self.interceptor, call)
+            try:
+                self.serve(self.interceptor, call)
+            except OSError as error:
+                self.interceptor.conclude(call, -(error.errno or errno.EIO))
 
     def run(self) -> list[str]:
         """Serve it until it has ended; returns the lines that it has printed."""

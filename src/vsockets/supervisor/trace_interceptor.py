@@ -155,8 +155,10 @@ class TraceInterceptor:
         thread.intercepted = None
         self._injector.answer(thread, value)
 
-    #: A stopped thread gets its answer whatever signals come.
-    conclude = answer
+    def conclude(self, call: InterceptedCall, value: int) -> None:
+        """Answer a call that has taken effect, unless its process has ended."""
+        with contextlib.suppress(CallInterrupted):  # signals do not interrupt a stopped thread
+            self.answer(call, value)
 
     def let_through(self, call: InterceptedCall) -> None:
         """Let the kernel perform a call."""
@@ -178,8 +180,9 @@ class TraceInterceptor:
         thread = self._thread_of(call)
         number = self._injector.checked(thread, self._machine.socket, AF_UNIX, type_, 0)
         inode = inode_in(self._processes.what_is(thread.number, number))
-        if inode is None:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if inode is None:  # the process has ended, or may not be inspected
+            self._injector.call(thread, self._machine.close, number)
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         created(inode, self._cookie_of(thread, number))
         self._finish_with(call, thread, number, data_calls)
 
