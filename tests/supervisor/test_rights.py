@@ -116,12 +116,12 @@ def test_vsockd_and_peers_get_the_programs_credentials(
 
 CONNECT = """
 import os, socket, sys
-user = int(sys.argv[1])
+user, cid = map(int, sys.argv[1:])
 os.setgid(user)
 os.setuid(user)
 for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
     sock = socket.socket(40, kind)
-    try: sock.connect((79, 7700)) or sock.send(b"x"); print("reached")
+    try: sock.connect((cid, 7700)) or sock.send(b"x"); print("reached")
     except OSError as error: print(error.strerror)
 """
 
@@ -129,13 +129,13 @@ for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
 def test_a_restricted_guest_accepts_trusted_programs_only(
     vsock: Vsock, fabric: PrivateFabric
 ) -> None:
-    guest = fabric.guest(79, profile="restricted", owner=NOBODY - 1)
+    guest = fabric.guest(profile="restricted", owner=NOBODY - 1)
     with (
-        vsockets.create_server((79, 7700), context=guest),
+        vsockets.create_server((guest.cid, 7700), context=guest),
         vsockets.socket(type=socket.SOCK_DGRAM, context=guest) as receiver,
     ):
-        receiver.bind((79, 7700))
+        receiver.bind((guest.cid, 7700))
         outcomes = {0: "reached", NOBODY - 1: "reached", NOBODY: "Permission denied"}
         for user, outcome in outcomes.items():
-            done = vsock("run", "--cid", "host", sys.executable, "-c", CONNECT, user)
+            done = vsock("run", "--cid", "host", sys.executable, "-c", CONNECT, user, guest.cid)
             assert done.stdout.splitlines() == [outcome] * 2, user
