@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def vsock(fabric: PrivateFabric, tmp_path: Path, request: pytest.FixtureRequest)
         "amqp.AMQP_OPEN_TIMEOUT_SECONDS = amqp.AMQP_CLOSE_TIMEOUT_SECONDS = 0.5"
     ]  # there is no broker to wait for
     if request.param == "older kernels":
-        lines += ["passing.refuse = passing._refuses = lambda sock: False"]
+        lines += ["passing.refuse_descriptors = passing._refuses = lambda sock: False"]
     (modules / "sitecustomize.py").write_text("\n".join(lines))
     with Vsock(fabric.folder) as vsock:
         vsock.find_modules_in(modules)
@@ -245,3 +246,36 @@ def test_listen(vsock: Vsock, fabric: PrivateFabric) -> None:
 def end_promptly(running: Running) -> None:
     running.process.send_signal(signal.SIGTERM)
     running.process.wait(PROMPT)
+
+
+PACKETS = """
+import socket, sys
+with socket.socket(socket.AF_VSOCK, socket.SOCK_SEQPACKET) as server:
+    server.bind((2, socket.VMADDR_PORT_ANY))
+    server.listen()
+    print(f"port:{server.getsockname()[1]}", file=sys.stderr, flush=True)
+    while True:
+        with server.accept()[0] as client:
+            client.send(client.recvmsg(100)[0])
+"""
+
+
+def test_packets_of_a_supervised_program(vsock: Vsock, fabric: PrivateFabric) -> None:
+    """A descriptor marks the end of a record there: the supervisor receives what comes."""
+    running = vsock.start("run", "--cid", "host", "--", sys.executable, "-c", PACKETS)
+    port, guest = port_of(running), fabric.guest()
+
+    def connect() -> vsockets.socket:
+        sock = vsockets.socket(type=socket.SOCK_SEQPACKET, context=guest)
+        _held.append(sock)
+        sock.settimeout(PROMPT)
+        sock.connect((2, port))
+        return sock
+
+    for _ in range(2):
+        sock = connect()
+        pass_lingering(lambda rights, s=sock: s.sendmsg([b"x"], rights))  # type: ignore[misc]
+    sock = connect()
+    sock.send(b"question")
+    assert sock.recv(100) == b"question"
+    end_promptly(running)

@@ -121,6 +121,14 @@ def guard_accepted(sock: Socket) -> Socket:
     return sock
 
 
+def receive(sock: _socket.socket, size: int, flags: int = 0) -> bytes:
+    """Receive data; descriptors that came with it are closed by another thread."""
+    data, ancillary, *_ = _socket.socket.recvmsg(sock, size, _ROOM, flags | _CLOEXEC)
+    if ancillary:
+        _close_received(ancillary)
+    return data
+
+
 def _refuses(sock: _socket.socket) -> bool:
     try:
         return _socket.socket.getsockopt(sock, SOL_SOCKET, SO_PASSRIGHTS) == 0

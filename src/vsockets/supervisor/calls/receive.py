@@ -24,6 +24,7 @@ from socket import (
     SOCK_SEQPACKET,
 )
 
+from ..._linux import descriptor_passing
 from ..._linux.sockets import timeout_of
 from ...limits import MAX_DATAGRAM
 from ...protocol import decode_source
@@ -187,7 +188,8 @@ async def _receive_end_of_record(call: Call, endpoint: Endpoint, flags: int) -> 
                 if not shown & MSG_CTRUNC:
                     return None
                 # With MSG_TRUNC, the size is that of the whole packet.
-                data = sock.recvmsg(size, 0, (flags & _PASSED) | int(MSG_DONTWAIT))[0]
+                # The descriptor may be no marker, but one that takes long to close.
+                data = descriptor_passing.receive(sock, size, (flags & _PASSED) | int(MSG_DONTWAIT))
                 return Received(data, int(MSG_EOR), None)
         if not await wait:
             raise failure(errno.EAGAIN)
