@@ -455,3 +455,33 @@ def test_registers_are_changed_as_the_architecture_has_them(
     assert registers.values[program_counter] == 1000 + program_counter - trap
     assert registers.entered == -1
     assert before.values == list(range(1000, 1000 + layout.size)) and before.entered == 7
+
+
+def test_a_socket_of_a_stopped_process_is_shut_down_when_it_continues(forbidden: bool) -> None:
+    """Meanwhile calls of other processes are served."""
+    inodes: list[int] = []
+
+    def serve(interceptor: TraceInterceptor, call: InterceptedCall) -> None:
+        if call.number == MACHINE.socket:
+            interceptor.create_socket(
+                call, call.arguments[1], None, lambda inode, cookie: inodes.append(inode)
+            )
+        else:
+            interceptor.shut_down(inodes[0])
+            interceptor.answer(call, 5)
+
+    program = (
+        COMMON
+        + """
+pid = os.fork()
+if pid == 0:
+    sock = socket.socket(fileno=make(socket.SOCK_DGRAM))
+    os.kill(os.getpid(), signal.SIGSTOP)
+    os._exit(len(sock.recv(1)))
+assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+print(listen(0))
+os.kill(pid, signal.SIGCONT)
+print(os.waitpid(pid, 0)[1])
+"""
+    )
+    assert traced(program, serve, forbidden) == ["5", "0"]

@@ -148,7 +148,12 @@ class Injector:
         return True
 
     def stop(self, thread: StoppedThread) -> None:
-        """Stop a running thread.  OSError EAGAIN where it cannot make a call."""
+        """Stop a running thread.
+
+        Raises OSError EAGAIN if it cannot make a call now, or its last stop has not been handled.
+        """
+        if any(number == thread.number for number, _ in self.unread):
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         self._request(self._ptrace.interrupt, thread)
         stop = self._next_stop(thread)
         if stop.event is not Event.STOP:

@@ -61,9 +61,8 @@ _STOPPED_SECONDS = 0.01
 #: takes longer.
 _DEFERRED_SECONDS = 1.0
 
-#: How often, and how soon again, in seconds, a thread is tried to be stopped where it can make
-#: calls.
-_TRIES, _A_MOMENT = 100, 0.001
+#: Attempts to stop a thread where it can make calls, and seconds between two.
+_TRIES, _A_MOMENT = 1000, 0.01
 
 
 class StoppedCall(InterceptedCall):
@@ -232,14 +231,7 @@ class TraceInterceptor:
         if thread.place is not Place.RUNNING:
             yield
             return
-        for _ in range(_TRIES):
-            try:
-                self._injector.stop(thread)
-            except BlockingIOError:
-                continue
-            break
-        else:
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        self._injector.stop(thread)
         try:
             yield
         finally:
@@ -304,11 +296,21 @@ class TraceInterceptor:
 
     def shut_down(self, inode: int) -> None:
         """Shut down the socket with this inode, by the process that has it."""
+        self._try_to_shut_down(inode, _TRIES)
+
+    def _try_to_shut_down(self, inode: int, tries: int) -> None:
+        found = False
         for process in list(self._by_process.values()):
             for number in self._processes.numbers_of(process.number, inode):
+                found = True
                 for tid in sorted(process.threads, key=self._is_asleep):
-                    if self._shut_down(self._threads[tid], number):
+                    thread = self._threads.get(tid)
+                    if thread is not None and self._shut_down(thread, number):
                         return
+        if found and tries > 1:  # every thread was where it can make no call
+            self._scheduler.add(
+                pause(_A_MOMENT), lambda _: self._try_to_shut_down(inode, tries - 1)
+            )
 
     def _is_asleep(self, number: int) -> bool:
         return self._threads[number].place is Place.ASLEEP
