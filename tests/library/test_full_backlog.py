@@ -57,10 +57,20 @@ def full(fabric: PrivateFabric) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def set_reply_timeout(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    for module in ("attachment", "control", "transports.fabric.stream"):
+        monkeypatch.setattr(f"vsockets.{module}.VSOCKD_REPLY_TIMEOUT_SECONDS", seconds)
+
+
 @pytest.fixture
 def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("attachment", "control", "transports.fabric.stream"):
-        monkeypatch.setattr(f"vsockets.{module}.VSOCKD_REPLY_TIMEOUT_SECONDS", SHORT)
+    set_reply_timeout(monkeypatch, SHORT)
+
+
+@pytest.fixture
+def long_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine twenty signals take a while."""
+    set_reply_timeout(monkeypatch, 60.0)
 
 
 def connect(sock: vsockets.socket) -> None:
@@ -111,7 +121,8 @@ def test_non_blocking_call_fails_at_once(vsock_fabric: PrivateFabric) -> None:
                 assert refused.value.errno == errno.ENOBUFS
 
 
-@pytest.mark.parametrize("timeout", [None, 30.0])
+@pytest.mark.usefixtures("long_timeouts")
+@pytest.mark.parametrize("timeout", [None, 60.0])
 def test_blocked_call_is_served_once_there_is_room(
     vsock_fabric: PrivateFabric, timeout: float | None
 ) -> None:
