@@ -1,4 +1,4 @@
-"""Installation of extras, from the clone that this package was installed from."""
+"""Commands that install this package's dependencies, from where the package came from."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import urllib.parse
 from pathlib import Path
 
 
-def how_to_install(extra: str) -> str:
-    """Return the command that installs ``extra``.
+def how_to_install(extra: str = "") -> str:
+    """Return the command that installs the package with its dependencies and those of ``extra``.
 
-    The package is not in an index.  pip has recorded which clone it was installed from (PEP 610).
+    The package is not in an index: pip records the clone that it was installed from (PEP 610).
     """
+    suffix = f"[{extra}]" if extra else ""
     clone = _clone()
     if clone is None:
-        return f"pip install '.[{extra}]' in a clone of vsockets"
-    return f"pip install {shlex.quote(f'{clone}[{extra}]')}"
+        return f"pip install {shlex.quote(f'.{suffix}')} in a clone of vsockets"
+    return f"pip install {shlex.quote(f'{clone}{suffix}')}"
 
 
 def _clone() -> Path | None:

@@ -220,7 +220,7 @@ def test_devices_do_not_import_vsockd() -> None:
 
 def test_only_tools_use_a_command_line_library() -> None:
     for module in filter(lambda name: not within(name, "vsockets.cli"), MODULES):
-        strange = {name for name in imports(module) if within(name, "typer", "click", "rich")}
+        strange = {name for name in imports(module) if within(name, "click", "rich")}
         assert not strange, f"{module} imports {strange}"
 
 

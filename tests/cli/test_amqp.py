@@ -20,7 +20,7 @@ def test_bad_command_lines(vsock: Vsock) -> None:
         ("amqp host-proxy --proxy tcp:a:1 --listen tcp::1", 2, "expected vsock:"),
         ("amqp host-proxy --proxy tcp:a:1 --allow-vhost 3", 2, "expected CID=VHOST"),
         ("amqp host-proxy --proxy tcp:a:1 --tls-cert x", 2, "TLS needs --tls-ca"),
-        ("amqp host-proxy --proxy unix:a --tls-ca x", 2, "give --tls-name"),
+        ("amqp host-proxy --proxy unix:a --tls-ca x", 2, "expected --tls-name"),
         ("amqp host-proxy --proxy tcp:a:1 --tls-ca /none", 1, "No such file"),
         ("amqp proxy", 2, "--node"),
         ("amqp proxy --node udp:a:1", 2, "--node udp:a:1: expected tcp: or unix:"),

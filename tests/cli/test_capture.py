@@ -123,9 +123,9 @@ def test_the_end_of_who_reads_along_is_the_end(vsock: Vsock, fabric: PrivateFabr
 
 def test_what_cannot_be(vsock: Vsock, tmp_path: Path) -> None:
     vsock.fail(
-        ("capture -w x tcp::1 tcp:a:1", 2, "one of FROM and TO must be vsock:"),
+        ("capture -w x tcp::1 tcp:a:1", 2, "FROM or TO: expected vsock:"),
         (f"capture -w {tmp_path}/none/x vsock::1 tcp:a:1", 1, "No such file or directory"),
-        ("capture -w - stdio: vsock:2:1", 2, "cannot be both"),
+        ("capture -w - stdio: vsock:2:1", 2, "standard output is used by stdio:"),
     )
 
 

@@ -54,7 +54,7 @@ def talk(fabric: PrivateFabric, guest: SimulatedGuest, port: int, data: bytes) -
 def test_a_file(vsock: Vsock, fabric: PrivateFabric, guest: SimulatedGuest, tmp_path: Path) -> None:
     file = tmp_path / "capture.pcap"
     running = vsock.start("capture", "--context", CID, "-w", file, "--port", 5000)
-    assert running.error_line() == f"capturing what passes the device of context {CID}"
+    assert running.error_line() == f"capturing at the device of context {CID}"
     talk(fabric, guest, 5000, b"hello")
     talk(fabric, guest, 5001, b"not of that port")
     running.process.send_signal(signal.SIGINT)
@@ -78,7 +78,7 @@ def test_who_does_not_read_holds_nobody_up(
     talk(fabric, guest, 5000, bytes(8 << 20))
     running.process.send_signal(signal.SIGTERM)
     _, said = running.finish()
-    assert re.fullmatch(r"vsock: \d+ records, \d+ were missed\n", said)
+    assert re.fullmatch(r"vsock: \d+ records, \d+ were lost\n", said)
 
 
 def test_the_end_of_the_device_is_the_end(vsock: Vsock, tmp_path: Path) -> None:
@@ -96,9 +96,13 @@ def test_what_cannot_be(vsock: Vsock, fabric: PrivateFabric, tmp_path: Path) -> 
     cid = fabric.guest().cid
     file = tmp_path / "file"
     vsock.fail(
-        (f"capture --context {cid} -w {file}", 1, "it has no device"),
-        (f"capture --context 12345 -w {file}", 1, "there is no such context"),
-        (f"capture --context {cid} -w {file} vsock::1 tcp:a:1", 2, "do not go with --context"),
+        (f"capture --context {cid} -w {file}", 1, "the context has no device"),
+        (f"capture --context 12345 -w {file}", 1, "no such context"),
+        (
+            f"capture --context {cid} -w {file} vsock::1 tcp:a:1",
+            2,
+            "--context: not allowed with",
+        ),
         (f"capture -w {file}", 2, "expected --context CID, or FROM and TO"),
         (f"capture -w {file} --port 5 vsock::1 tcp:a:1", 2, "without --port"),
     )

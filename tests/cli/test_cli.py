@@ -54,7 +54,7 @@ def test_usage_errors_are_one_line_and_exit_with_2(
 
 
 def test_missing_libraries_are_one_line() -> None:
-    script = "import sys; sys.modules['typer'] = None; import vsockets.cli as t; exit(t.main())"
+    script = "import sys; sys.modules['click'] = None; import vsockets.cli as t; exit(t.main())"
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -63,7 +63,7 @@ def test_missing_libraries_are_one_line() -> None:
         check=False,
     )
     assert done.returncode == 1
-    line = f"vsock: the command line needs typer and rich: {how_to_install('cli')}\n"
+    line = f"vsock: the Python package click is missing: {how_to_install()}\n"
     assert done.stderr == line
 
 
@@ -100,6 +100,6 @@ def test_nobody_reads_what_is_printed(vsock: Vsock) -> None:
 def test_commands_that_print_no_tables_do_not_load_what_prints_them(vsock: Vsock) -> None:
     vsock.environment["PYTHONPROFILEIMPORTTIME"] = "1"
     loaded = vsock("connect", "host", "5000", expect=1).stderr
-    assert "vsockets.cli.netcat" in loaded
+    assert "vsockets.cli.relay" in loaded
     for module in ("rich.console", "rich.table", "vsockets.testing", "vsockets.daemon"):
         assert module not in loaded

@@ -73,7 +73,7 @@ def test_nobody_there(vsock: Vsock) -> None:
 
 
 def test_time_ends_it(vsock: Vsock, fabric: PrivateFabric) -> None:
-    assert vsock.fails("listen", "5005", "-u", "-w", "0.1") == "nothing came within 0.1 s"
+    assert vsock.fails("listen", "5005", "-u", "-w", "0.1") == "no datagram arrived within 0.1 s"
     with vsockets.socket(type=stdlib.SOCK_DGRAM, context=fabric.host) as peer:
         peer.bind((2, 5004))
         vsock("connect", "host", "5004", "-u", "-w", "0.1", data=b"hello")

@@ -8,8 +8,8 @@ import json
 import signal
 from pathlib import Path
 
+import click
 import pytest
-import typer
 
 from vsockets.cli.demo import command
 from vsockets.testing import wait_until
@@ -76,14 +76,13 @@ def test_the_table_fits_a_terminal_and_a_failed_step_is_a_failure(
     refused = command._judge_refusal(errno.EHOSTUNREACH if ok else 0, 3, 4)
     measured = {"median_MB_per_s": {"vsock": 1, "tcp": 1}, "ratio": 1.0, "intact": True}
     steps = [refused, *command._judge_throughput(measured)]
-    monkeypatch.setattr(command, "_play", lambda stage, show_progress: (steps, measured))
     monkeypatch.setattr("vsockets.cli.demo.stage.Stage", contextlib.nullcontext)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setenv("COLUMNS", "80")
     status = 0
     try:
-        command.demo()
-    except typer.Exit as exit_:
+        command.perform(lambda stage, show_progress: (steps, measured), False)
+    except click.exceptions.Exit as exit_:
         status = exit_.exit_code
     assert status == (0 if ok else 1)
     lines = capsys.readouterr().out.splitlines()

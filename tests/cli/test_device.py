@@ -75,8 +75,8 @@ def test_a_path_that_cannot_be_says_which(vsock: Vsock, tmp_path: Path) -> None:
     start(vsock, "virtio", running)
     expected = {
         "/nosuch/x": "/nosuch: No such file or directory",
-        os.fspath(file): f"{file}: there is a file, or a device that runs",
-        os.fspath(running): f"{running}: there is a file, or a device that runs",
+        os.fspath(file): f"{file}: the path is in use",
+        os.fspath(running): f"{running}: the path is in use",
     }
     for path, line in expected.items():
         for kind in ("vmci", "virtio"):

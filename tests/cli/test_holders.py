@@ -14,7 +14,7 @@ import pytest
 
 from daemon.test_identity_processes import process_with_id
 from daemon.users import as_administrator, as_root
-from vsockets.cli.socket_owners import Holder, Holders
+from vsockets.cli.socket_owners import Owner, Owners
 
 SCRIPT = """
 import ctypes, os, signal, sys
@@ -25,7 +25,7 @@ signal.pause()
 
 
 @contextlib.contextmanager
-def holding(sock: socket.socket, name: str) -> Iterator[int]:
+def child_with(sock: socket.socket, name: str) -> Iterator[int]:
     """A child that is called ``name`` and has ``sock``."""
     command = [sys.executable, "-c", SCRIPT, name]
     with subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[sock.fileno()]) as process:
@@ -45,31 +45,31 @@ def sock() -> Iterator[tuple[socket.socket, int]]:
 
 
 def test_a_child_that_has_it(sock: tuple[socket.socket, int]) -> None:
-    with holding(sock[0], "worker") as pid:
+    with child_with(sock[0], "worker") as pid:
         sock[0].close()
-        expected = Holder(pid, os.geteuid(), "worker")
-        assert Holders().find(os.getpid(), 7, sock[1]) == expected
+        expected = Owner(pid, os.geteuid(), "worker")
+        assert Owners().find(os.getpid(), 7, sock[1]) == expected
 
 
 def test_a_name_that_looks_like_a_row(sock: tuple[socket.socket, int]) -> None:
     """A program chooses its name, and not its user."""
     name = "a\x0cUid:\t7 7"
-    with holding(sock[0], name) as pid:
+    with child_with(sock[0], name) as pid:
         sock[0].close()
-        expected = Holder(pid, os.geteuid(), name)
-        assert Holders().find(os.getpid(), 7, sock[1]) == expected
+        expected = Owner(pid, os.geteuid(), name)
+        assert Owners().find(os.getpid(), 7, sock[1]) == expected
 
 
 @as_root
 @as_administrator
 def test_a_child_whose_number_is_anothers_by_now(sock: tuple[socket.socket, int]) -> None:
-    holders = Holders()
-    with holding(sock[0], "worker") as pid:
+    owners = Owners()
+    with child_with(sock[0], "worker") as pid:
         sock[0].close()
-        assert holders.find(os.getpid(), 7, sock[1]).pid == pid
+        assert owners.find(os.getpid(), 7, sock[1]).pid == pid
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         with process_with_id(pid) as reborn:
             assert reborn == pid
-            found = holders.find(os.getpid(), 7, sock[1])
+            found = owners.find(os.getpid(), 7, sock[1])
     assert (found.pid, found.uid) == (os.getpid(), 7)

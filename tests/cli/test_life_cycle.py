@@ -100,8 +100,8 @@ def test_isolation(vsock: Vsock) -> None:
     added = vsock.json("context", "add", "--profile", "restricted", "--off")
     assert (added["profile"], added["state"]) == ("restricted", "off")
     vsock.fail(
-        ("context add --unrestricted", 2, "--unrestricted and --domain go with --profile legacy"),
-        ("context add --domain lab", 2, "--unrestricted and --domain go with --profile legacy"),
+        ("context add --unrestricted", 2, "--unrestricted and --domain need --profile legacy"),
+        ("context add --domain lab", 2, "--unrestricted and --domain need --profile legacy"),
         ("context add --profile none", 2, "none"),
     )
 
@@ -126,7 +126,7 @@ class TestVmx:
         added = json.loads(done.stdout)
         assert (added["cid"], added["name"]) == (2503520146, 'Büro"neu"')
         assert (added["profile"], added["unrestricted"]) == ("default", False)
-        assert "have no effect, as since ESXi 5.1" in done.stderr
+        assert "are ignored, as since ESXi 5.1" in done.stderr
         again = vsock.fails("context", "add", "--vmx", vmx, "--profile", "legacy")
         assert again == "context 2503520146 exists"
         vsock("context", "rm", "2503520146")

@@ -1,4 +1,4 @@
-"""``vsock man``, and completion in a shell."""
+"""``vsock man``, and shell completion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_every_command_has_a_page_and_its_options_are_on_it(pages: Path) -> None
     assert {"vsock.1", "vsock-ls.1", "vsock-context-add.1", "vsockd.8"} <= names
     text = (pages / "man1" / "vsock-ls.1").read_text()
     assert text.startswith('.TH "VSOCK-LS" "1"')
-    assert "vsock\\-ls \\- list the sockets of the fabric" in text
+    assert "vsock\\-ls \\- list the fabric's sockets" in text
     assert "\n.B \\-l, \\-\\-listening\n" in text
     assert "\n.B vsock\\-ls(1)\n" in (pages / "man1" / "vsock.1").read_text()
     assert "\n.B \\-\\-log\\-format {text,json}\n" in (pages / "man8" / "vsockd.8").read_text()
@@ -52,10 +52,10 @@ def test_mandoc_understands_them(pages: Path) -> None:
 
 
 def test_bash_completes(alone: Vsock) -> None:
-    """What the script of ``vsock --install-completion`` asks, when Tab is pressed."""
+    """Set the environment that bash's completion script sets when Tab is pressed."""
     alone.environment |= {
-        "_VSOCK_COMPLETE": "complete_bash",
+        "_VSOCK_COMPLETE": "bash_complete",
         "COMP_WORDS": "vsock con",
         "COMP_CWORD": "1",
     }
-    assert alone(expect=None).stdout.split() == ["connect", "context"]
+    assert alone(expect=None).stdout.split() == ["plain,context", "plain,connect"]

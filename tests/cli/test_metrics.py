@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import vsockets
 from vsockets.attachment import Attachment
 from vsockets.cli.limits import METRICS_CONTEXTS_MAX
-from vsockets.cli.prometheus import exposition
+from vsockets.cli.metrics import exposition
 from vsockets.control import Control
 from vsockets.testing import PrivateFabric
 

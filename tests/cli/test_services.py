@@ -47,7 +47,7 @@ def test_a_device(vsock: Vsock, manager: socket.socket, tmp_path: Path) -> None:
     path = tmp_path / "device"
     arguments = ("--cid", 7, "--socket", path)
     running = vsock.start("device", "virtio", *arguments, "--log-format", "json")
-    message = f"context 7: the virtio-vsock device waits at {path}"
+    message = f"context 7: the virtio-vsock device listens at {path}"
     assert logged(running) == {"level": "notice", "message": message}
     assert manager.recv(100) == b"READY=1"
 

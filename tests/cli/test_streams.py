@@ -165,8 +165,8 @@ def test_every_wait_can_be_limited(vsock: Vsock, fabric: PrivateFabric) -> None:
     with vsockets.create_server((2, 5558), context=fabric.host) as silent:
         vsock.fail(
             ("connect host 5556 --wait 0.1", 1, "no program listens"),
-            ("listen 5557 -w 0.1", 1, "nobody connected within 0.1 s"),
-            ("connect host 5558 -w 0.1", 1, "nothing came or went for 0.1 s"),
+            ("listen 5557 -w 0.1", 1, "no client connected within 0.1 s"),
+            ("connect host 5558 -w 0.1", 1, "no data was sent or received for 0.1 s"),
         )
         vsock("connect", "host", "5558", "-q", "0.1", data=b"that is all")
         for _ in range(2):
@@ -226,10 +226,10 @@ def test_errors_say_what_to_do(vsock: Vsock, fabric: PrivateFabric) -> None:
         vsock.fail(
             ("connect host 5560", 1, "connect to 2:5560: no program listens there"),
             ("connect host 5560", 1, "(Connection reset by peer)"),
-            ("connect 4000 5000", 1, "connect to 4000:5000: there is no such context"),
-            ("listen 5561", 1, "bind to any:5561: the port is taken; vsock ls shows by whom"),
-            ("connect host 5561 -p 5561", 1, "the source port is taken"),
-            ("listen --cid 77 5000", 1, "leave --cid out"),
+            ("connect 4000 5000", 1, "connect to 4000:5000: no such context"),
+            ("listen 5561", 1, "bind to any:5561: the port is in use (see: vsock ls)"),
+            ("connect host 5561 -p 5561", 1, "the source port is in use"),
+            ("listen --cid 77 5000", 1, "omit --cid"),
             ("listen 5000 -e no-such", 127, "no-such: No such file or directory"),
         )
 

@@ -54,20 +54,19 @@ def test_contexts_streams_and_denials(vsock: Vsock, fabric: PrivateFabric) -> No
             client.sendall(b"seven..")
             with pytest.raises(OSError):
                 vsockets.create_connection((other.cid, 5000), context=guest)
-            lines = view.wait_for(lambda lines: any(" guest-to-guest: " in line for line in lines))
-            lines = view.wait_for(
+            view.wait_for(lambda lines: any(" guest-to-guest: " in line for line in lines))
+            # The screen may be read while it is drawn.
+            view.wait_for(
                 lambda lines: (
                     [f"{guest.cid}", "2:5000", "stream", "2", "0", "7"]
                     in [line.split() for line in lines]
                 )
             )
-            assert any(
-                line.split()[:5] == [f"{guest.cid}", "web", "running", "2", "2"] for line in lines
-            ), lines
-            assert "3 contexts, 2 streams" in lines[0]
+            context = [f"{guest.cid}", "web", "running", "2", "2"]
+            view.wait_for(lambda lines: context in [line.split()[:5] for line in lines])
+            view.wait_for(lambda lines: "3 contexts, 2 streams" in lines[0])
             view.press("i")
-            lines = view.wait_for(lambda lines: lines[1].startswith("sorted by cid"))
-            # The screen may be read in the middle of its being drawn.
+            view.wait_for(lambda lines: lines[1].startswith("sorted by cid"))
             view.wait_for(lambda lines: names(lines) == ["host", "web", "db"])
             view.press("s")
             view.wait_for(lambda lines: lines[1].startswith("sorted by streams"))
@@ -95,7 +94,7 @@ def test_for_programs(vsock: Vsock, fabric: PrivateFabric) -> None:
 
 
 def test_it_is_for_terminals(vsock: Vsock) -> None:
-    assert "for programs there is --json" in vsock.fails("top", status=2)
+    assert "use --json" in vsock.fails("top", status=2)
 
 
 def test_the_end_of_vsockd_is_the_end(alone: Vsock) -> None:

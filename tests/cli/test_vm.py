@@ -92,8 +92,8 @@ def test_mistakes(vsock: Vsock, tmp_path: Path) -> None:
     vmx = tmp_path / "a.vmx"
     vmx.write_text('virtualHW.version = "4"\n')
     vsock.fail(
-        ("vm run --kernel /nowhere", 2, "there is no file /nowhere"),
-        ("vm run --disk /nowhere.qcow2", 2, "there is no file /nowhere.qcow2"),
+        ("vm run --kernel /nowhere", 2, "/nowhere: no such file"),
+        ("vm run --disk /nowhere.qcow2", 2, "/nowhere.qcow2: no such file"),
         (f"vm run --disk {tmp_path}/disk.vdi", 2, "expected FORMAT:PATH"),
         ("vm run --memory much", 2, "expected a number of MiB"),
         ("vm run --memory 0", 2, "expected a number of MiB"),
@@ -103,7 +103,7 @@ def test_mistakes(vsock: Vsock, tmp_path: Path) -> None:
         (f"vm args --socket /s --vmx {tmp_path}/b.vmx", 2, "expected a .vmx file"),
         (f"vm args --socket /s --vmx {vmx}", 2, "expected 7 or later"),
         (f"vm run --vmx {tmp_path}/b.vmx --qemu /nowhere", 2, "b.vmx: No such file or directory"),
-        (f"vm demo --copy {tmp_path}/nothing", 2, "there is no folder"),
+        (f"vm demo --copy {tmp_path}/nothing", 2, "no such folder"),
     )
 
 
@@ -115,7 +115,7 @@ def test_without_the_package_for_qemus_monitor(vsock: Vsock, tmp_path: Path, com
     (package / "__init__.py").touch()
     vsock.find_modules_in(tmp_path)
     said = vsock.fails("vm", command)
-    assert said.startswith("the Python package qemu.qmp is missing")
+    assert said.startswith("the Python package qemu.qmp, which controls QEMU, is missing")
     assert said.endswith("pip install qemu.qmp")
 
 
@@ -145,7 +145,7 @@ class TestArguments:
             *("web", "64M", "1,maxcpus=2"),
         ]
         assert "-netdev" not in qemu
-        assert "not carried over: ethernet: a e1000; --network user gives it one" in done.stderr
+        assert "ignored: ethernet: a e1000 (--network user adds a card)" in done.stderr
         done = vsock("vm", "args", *where, "--network", "user")
         assert "e1000,netdev=net0" in done.stdout
         assert done.stderr == ""

@@ -36,7 +36,7 @@ PACKAGES = ("python3", "python3-venv", "gcc", "libc6-dev", "socat", "iproute2", 
 
 #: The requirements of pyproject.toml that these parts need.
 REQUIREMENTS = (
-    *("typer", "rich", "h11", "h2", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist"),
+    *("click", "rich", "h11", "h2", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist"),
     *("pyte", "prometheus-client"),
 )
 
@@ -95,8 +95,9 @@ def _root() -> Path:
 def _requirements() -> list[str]:
     """Return the lines of pyproject.toml for :data:`REQUIREMENTS`."""
     with open(namespace.TREE / "pyproject.toml", "rb") as file:
-        extras = tomllib.load(file)["project"]["optional-dependencies"]
-    lines = {re.split(r"[^\w-]", line)[0]: line for extra in extras.values() for line in extra}
+        project = tomllib.load(file)["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    lines = {re.split(r"[^\w-]", line)[0]: line for group in groups for line in group}
     return [lines[name] for name in REQUIREMENTS]
 
 

@@ -80,7 +80,7 @@ for kind in socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM:
 
 def test_integers_as_in_af_vsock_of_cpython(vsock_fabric: PrivateFabric) -> None:
     """The reference is CPython's own AF_VSOCK, in a supervised program without vsockets."""
-    pytest.importorskip("typer", reason="needs the extra cli")
+    pytest.importorskip("click", reason="vsock needs click")
 
     def outcomes(setup: str) -> list[str]:
         done = vsock_fabric.run(

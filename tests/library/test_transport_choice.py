@@ -13,7 +13,7 @@ import pytest
 
 from vsockets.testing import PrivateFabric
 
-pytest.importorskip("typer", reason="needs the extra cli")
+pytest.importorskip("click", reason="vsock needs click")
 
 #: Fails to connect in four ways, and prints the notes of each error.
 CONNECT = """

@@ -14,7 +14,7 @@ import c_compiler
 import vsockets
 from vsockets.testing import PrivateFabric, wait_until
 
-pytest.importorskip("typer", reason="needs the extra cli")
+pytest.importorskip("click", reason="vsock needs click")
 
 PATIENCE = 60.0
 
@@ -81,7 +81,7 @@ def test_agent_in_c(vsock_fabric: PrivateFabric, server: vsockets.socket, tmp_pa
 
 
 def test_options_of_subprocess(vsock_fabric: PrivateFabric, tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("raise SystemExit('not this one')")
+    (tmp_path / "click.py").write_text("raise SystemExit('not this one')")
     done = vsock_fabric.run(
         vsock_fabric.guest(),
         ["sh", "-c", "cat; echo $WORD-$HOME; pwd; exit 3"],

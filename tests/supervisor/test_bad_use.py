@@ -31,7 +31,7 @@ def test_a_missing_context_is_reported(vsock: Vsock) -> None:
 def test_vsock_run_within_vsock_run_is_refused(vsock: Vsock) -> None:
     done = vsock("run", "sh", "-c", f"{' '.join(PROGRAM)} run echo inner", expect=1)
     assert done.stdout == ""
-    assert done.stderr.startswith("vsock: cannot supervise echo: a supervisor is at work already")
+    assert done.stderr.startswith("vsock: cannot supervise echo: it has a supervisor already")
 
 
 def test_a_kernel_without_notification_is_reported(vsock: Vsock) -> None:

@@ -23,7 +23,7 @@ def test_named_extras_exist() -> None:
     sources.append((ROOT / "README.md").read_text())
     named = {name for text in sources for name in re.findall(r"how_to_install\(['\"](\w+)", text)}
     named |= {name for text in sources for name in re.findall(r"pip install '\.\[(\w+)\]'", text)}
-    assert {"cli", "amqp", "nfs", "plot"} <= named <= known.keys()
+    assert {"amqp", "nfs", "plot"} <= named <= known.keys()
     assert not any("'vsockets[" in text for text in sources)  # not in an index
 
 
@@ -42,6 +42,7 @@ def test_install_from_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (clone / "pyproject.toml").touch()
     monkeypatch.setattr(importlib.metadata, "distribution", lambda _: Distribution(clone.as_uri()))
     assert extras.how_to_install("amqp") == f"pip install '{clone}[amqp]'"
+    assert extras.how_to_install() == f"pip install '{clone}'"
 
 
 def test_install_without_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

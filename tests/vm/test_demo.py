@@ -70,7 +70,7 @@ def test_demo_with_its_shell(stage: Stage, tmp_path: Path) -> None:
         assert "FAILED" not in output
         same = r"ok 2 files, 0.3 MB in [\d.]+ s, sha256 \w+… at both ends"
         assert len(re.findall(same, output)) == 2, output
-        assert "fetch a page from inside ok" in output
+        assert "fetch a page of the guest ok" in output
         os.write(master, b"cat '/srv/copied/empty'; ls /sys/class/net; echo $((6 * 7))-; tty\n")
         there = read_until(master, b"/dev/pts/")
         assert b"lo 42- /dev/pts/" in b" ".join(there.split())

@@ -1,4 +1,4 @@
-"""The command line: one module per command, put together in ``cli``."""
+"""The command line: one module for each command of ``vsock``, loaded by ``app``."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import sys
 
 
 def main() -> int:
-    """The ``vsock`` program; returns its exit status."""
+    """Run ``vsock`` with the arguments of this process and return its exit status."""
     try:
-        import rich  # noqa: F401 - imported to know now, in one line, that it is missing
-        import typer  # noqa: F401
-    except ImportError:
+        from .app import start
+    except ModuleNotFoundError as error:
+        if error.name != "click":
+            raise
         from ..extras import how_to_install
 
-        print(
-            f"vsock: the command line needs typer and rich: {how_to_install('cli')}",
-            file=sys.stderr,
-        )
+        print(f"vsock: the Python package click is missing: {how_to_install()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    from .app import start
-
     return start(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""``python -m vsockets.cli`` is ``vsock``, where the scripts folder is not on the PATH."""
+"""Entry point of ``python -m vsockets.cli``, the same program as ``vsock``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``vsock amqp``: RabbitMQ for guests, by three proxies."""
+"""``vsock amqp``: RabbitMQ for guests, through three proxies."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from .. import logs
 from ..amqp.routing import AUTHORITY
@@ -18,20 +18,27 @@ from ..model.constants import VMADDR_CID_HOST
 from ..model.locator import Inet, Locator, Unix, Vsock
 from .connect import lasting_context
 from .errors import CliError
-from .options import LogFormat, LogFormatOption, VerboseOption, parser_of, read_locator
+from .groups import group
+from .options import (
+    Decorator,
+    LogFormat,
+    log_format_option,
+    parser_of,
+    read_locator,
+    verbose_option,
+)
 
 if TYPE_CHECKING:
-    # What is imported in functions below takes longer than the other commands do.
+    # Imported late, in functions: these take longer than most commands.
     from ..amqp.service import Proxy
 
-#: AMQP's port: of TCP, and so of vSockets.
+#: AMQP's port of TCP, used for vSockets, too.
 PORT = 5672
 
-app = typer.Typer(help="RabbitMQ for guests, by three proxies.", no_args_is_help=True)
 
-_AuthorityOption = Annotated[
-    str, typer.Option(metavar="HOST:PORT", help="What CONNECT asks for; a stock proxy's target.")
-]
+@group("amqp")
+def amqp() -> None:
+    """Give guests access to RabbitMQ through three proxies."""
 
 
 @parser_of
@@ -41,18 +48,36 @@ def _read_rule(text: str) -> Any:
     return VirtualHostRule.parse(text)
 
 
-@app.command("guest-proxy")
-def guest_proxy(
-    listen: Annotated[
-        Any, typer.Option(parser=read_locator, metavar="ADDRESS", help="tcp: or unix:")
-    ] = f"tcp:127.0.0.1:{PORT}",
-    host: Annotated[
-        Any, typer.Option(parser=read_locator, metavar="ADDRESS", help="The host proxy.")
-    ] = f"vsock:{VMADDR_CID_HOST}:{PORT}",
-    verbose: VerboseOption = False,
-    log_format: LogFormatOption = LogFormat.TEXT,
-) -> None:
-    """In a guest: take AMQP clients to the host proxy, each by a stream of its own."""
+def _address_option(name: str, help: str, **attributes: Any) -> Decorator[Any]:
+    return click.option(name, type=read_locator, metavar="ADDRESS", help=help, **attributes)
+
+
+def _file_option(name: str, help: str) -> Decorator[Any]:
+    return click.option(name, type=click.Path(path_type=Path), metavar="FILE", help=help)
+
+
+_authority_option = click.option(
+    "--authority",
+    default=AUTHORITY,
+    metavar="HOST:PORT",
+    help="Target that CONNECT requests name; for a stock HTTP proxy, the address it connects to.",
+)
+_tls_key_option = _file_option("--tls-key", "Private key (PEM), if it is not in that file.")
+
+
+@amqp.command("guest-proxy")
+@_address_option(
+    "--listen",
+    "Address that AMQP clients connect to, tcp: or unix:.",
+    default=f"tcp:127.0.0.1:{PORT}",
+)
+@_address_option(
+    "--host", "Address of the host proxy, vsock:.", default=f"vsock:{VMADDR_CID_HOST}:{PORT}"
+)
+@verbose_option
+@log_format_option
+def guest_proxy(listen: Any, host: Any, verbose: bool, log_format: LogFormat) -> None:
+    """Run in a guest: connect each AMQP client to the host proxy by a stream."""
     from ..amqp.guest_proxy import GuestProxy
 
     _expect(listen, "--listen", Inet, Unix)
@@ -61,40 +86,43 @@ def guest_proxy(
     _serve(listen, lambda: GuestProxy(listen, host, context), verbose, log_format)
 
 
-@app.command("host-proxy")
+@amqp.command("host-proxy")
+@_address_option("--proxy", "Address of the AMQP proxy, tcp: or unix:.", required=True)
+@_address_option(
+    "--listen", "Address that guest proxies connect to, vsock:.", default=f"vsock::{PORT}"
+)
+@click.option(
+    "--allow-vhost",
+    type=_read_rule,
+    multiple=True,
+    metavar="CID=VHOST,…",
+    help="Virtual hosts that a guest may use, * for all; repeatable. "
+    "Default: every guest may use every virtual host.",
+)
+@_authority_option
+@_file_option("--tls-ca", "Use TLS, and accept a proxy certificate signed by this CA (PEM).")
+@_file_option("--tls-cert", "Certificate to present to the AMQP proxy (PEM).")
+@_tls_key_option
+@click.option(
+    "--tls-name",
+    metavar="NAME",
+    help="Name in the AMQP proxy's certificate. Default: the host of --proxy.",
+)
+@verbose_option
+@log_format_option
 def host_proxy(
-    proxy: Annotated[
-        Any, typer.Option(parser=read_locator, metavar="ADDRESS", help="tcp: of the AMQP proxy.")
-    ],
-    listen: Annotated[
-        Any, typer.Option(parser=read_locator, metavar="ADDRESS", help="vsock: for guest proxies.")
-    ] = f"vsock::{PORT}",
-    allow_vhost: Annotated[
-        list[Any] | None,
-        typer.Option(
-            parser=_read_rule,
-            metavar="CID=VHOST,…",
-            help="Virtual hosts a guest may use, * for all; can be repeated.  Without: all, all.",
-        ),
-    ] = None,
-    authority: _AuthorityOption = AUTHORITY,
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Use TLS; who vouches for the far end, PEM."),
-    ] = None,
-    tls_cert: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Our own certificate, PEM.")
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Its key, if that is another file.")
-    ] = None,
-    tls_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The far end's name, if not its HOST.")
-    ] = None,
-    verbose: VerboseOption = False,
-    log_format: LogFormatOption = LogFormat.TEXT,
+    proxy: Any,
+    listen: Any,
+    allow_vhost: tuple[Any, ...],
+    authority: str,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_name: str | None,
+    verbose: bool,
+    log_format: LogFormat,
 ) -> None:
-    """On the host: take all guests' sessions to the AMQP proxy, over one TCP connection."""
+    """Run on the host: carry all guests' connections to the AMQP proxy over one TCP connection."""
     require("h2")
     from ..amqp.host_proxy import HostProxy
     from ..amqp.uplink import client_context
@@ -102,9 +130,11 @@ def host_proxy(
     _expect(listen, "--listen", Vsock)
     _expect_target(proxy, "--proxy")
     if tls_ca is None and (tls_cert or tls_key or tls_name):
-        raise typer.BadParameter("TLS needs --tls-ca")
+        raise click.BadParameter("--tls-cert, --tls-key, --tls-name: TLS needs --tls-ca")
     if tls_ca is not None and isinstance(proxy, Unix) and tls_name is None:
-        raise typer.BadParameter(f"{proxy} has no name to check: give --tls-name")
+        raise click.BadParameter(
+            f"--proxy {proxy}: a unix socket has no host name to verify (expected --tls-name)"
+        )
     tls = client_context(tls_ca, tls_cert, tls_key) if tls_ca is not None else None
     context = lasting_context()
     _serve(
@@ -112,7 +142,7 @@ def host_proxy(
         lambda: HostProxy(
             listen,
             proxy,
-            rules=allow_vhost or (),
+            rules=allow_vhost,
             authority=authority,
             tls=tls,
             tls_name=tls_name,
@@ -123,32 +153,32 @@ def host_proxy(
     )
 
 
-@app.command("proxy")
+@amqp.command("proxy")
+@_address_option(
+    "--node", "Address of a broker, tcp: or unix:; repeatable.", multiple=True, required=True
+)
+@_address_option(
+    "--listen",
+    "Address that host proxies connect to, tcp: or unix:.",
+    default="tcp:127.0.0.1:5670",
+)
+@_authority_option
+@_file_option("--tls-cert", "Use TLS, with this certificate (PEM).")
+@_tls_key_option
+@_file_option("--tls-ca", "Require client certificates signed by this CA (PEM).")
+@verbose_option
+@log_format_option
 def amqp_proxy(
-    node: Annotated[
-        list[Any],
-        typer.Option(
-            parser=read_locator, metavar="ADDRESS", help="tcp: of a broker; can be repeated."
-        ),
-    ],
-    listen: Annotated[
-        Any, typer.Option(parser=read_locator, metavar="ADDRESS", help="tcp: for host proxies.")
-    ] = "tcp:127.0.0.1:5670",
-    authority: _AuthorityOption = AUTHORITY,
-    tls_cert: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Use TLS; our certificate, PEM.")
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Its key, if that is another file.")
-    ] = None,
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Only clients with a certificate of its, PEM."),
-    ] = None,
-    verbose: VerboseOption = False,
-    log_format: LogFormatOption = LogFormat.TEXT,
+    node: tuple[Any, ...],
+    listen: Any,
+    authority: str,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_ca: Path | None,
+    verbose: bool,
+    log_format: LogFormat,
 ) -> None:
-    """Beside the brokers: split a host's sessions into connections to healthy nodes."""
+    """Run beside the brokers: connect each session of a host proxy to a healthy broker."""
     require("h2")
     from ..amqp.amqp_proxy import AmqpProxy, server_context
 
@@ -156,9 +186,9 @@ def amqp_proxy(
     for one in node:
         _expect_target(one, "--node")
     if tls_cert is None and (tls_key or tls_ca):
-        raise typer.BadParameter("TLS needs --tls-cert")
+        raise click.BadParameter("--tls-key, --tls-ca: TLS needs --tls-cert")
     tls = server_context(tls_cert, tls_key, tls_ca) if tls_cert is not None else None
-    proxy = partial(AmqpProxy, listen, node, authority=authority, tls=tls)
+    proxy = partial(AmqpProxy, listen, list(node), authority=authority, tls=tls)
     _serve(listen, proxy, verbose, log_format)
 
 
@@ -166,20 +196,20 @@ def _expect(locator: Locator, option: str, *kinds: type) -> None:
     if not isinstance(locator, kinds) or locator.datagram:
         schemes = {Inet: "tcp:", Unix: "unix:", Vsock: "vsock:"}
         expected = " or ".join(schemes[kind] for kind in kinds)
-        raise typer.BadParameter(f"{option} {locator}: expected {expected}")
+        raise click.BadParameter(f"{option} {locator}: expected {expected}")
 
 
 def _expect_target(locator: Locator, option: str) -> None:
     _expect(locator, option, Inet, Unix)
     if isinstance(locator, Inet) and not (locator.host and locator.port):
-        raise typer.BadParameter(f"{option} {locator}: expected a host and a port")
+        raise click.BadParameter(f"{option} {locator}: expected a host and a port")
 
 
 def require(*libraries: str) -> None:
-    """Raises CliError when one of them is not there, with what to install."""
+    """Raise CliError if one of the ``libraries`` is missing, with the command that installs it."""
     for library in libraries:
         if importlib.util.find_spec(library) is None:
-            raise CliError(f"{library} is missing: {how_to_install('amqp')}")
+            raise CliError(f"the Python package {library} is missing: {how_to_install('amqp')}")
 
 
 def _serve(

@@ -1,75 +1,110 @@
-"""``vsock``, put together from its commands, and what is common to them."""
+"""The program ``vsock``: its commands, grouped for the help, and what all of them share.
+
+A command's module is imported when the command is called: names and one-line helps are kept here,
+so that neither ``vsock --help`` nor completion imports any.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
-from . import (
-    amqp,
-    capture,
-    connect,
-    context,
-    device,
-    disconnect,
-    doctor,
-    events,
-    forward,
-    include_dir,
-    ls,
-    man,
-    metrics,
-    netcat,
-    nfs,
-    perf,
-    run,
-    top,
-    up,
-    vm,
-    web,
-)
-from .demo import command
 from .errors import CliError, one_line
+from .groups import Group
 from .output import complain
 
-app = typer.Typer(
-    name="vsock",
-    help="vSockets between a host and its guests, real or not.",
-    rich_markup_mode=None,  # plain help, like that of other Unix tools
-    pretty_exceptions_enable=False,  # an error is one line; VSOCKETS_DEBUG=1 for more
-)
-app.command("up")(up.up)
-app.command("down")(up.down)
-app.command("status")(up.status)
-app.command("reload")(up.reload)
-app.add_typer(context.app, name="context")
-app.add_typer(device.app, name="device")
-app.add_typer(vm.app, name="vm")
-app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
-app.command("connect")(netcat.connect)
-app.command("listen")(netcat.listen)
-app.command("forward")(forward.forward)
-app.command("capture")(capture.capture)
-app.command("ls")(ls.ls)
-app.command("disconnect")(disconnect.disconnect)
-app.command("metrics")(metrics.metrics)
-app.command("top")(top.top)
-app.command("web")(web.web)
-app.command("events")(events.events)
-app.add_typer(amqp.app, name="amqp")
-app.add_typer(nfs.app, name="nfs")
-app.add_typer(perf.app, name="perf")
-app.command("doctor")(doctor.doctor)
-app.add_typer(command.app, name="demo")
-app.command("include-dir")(include_dir.include_dir)
-app.command("man")(man.man)
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+#: By heading of the help: each command, the module it is in, and the first sentence of its help.
+SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
+    "Fabric": {
+        "up": ("up", "Start vsockd, the fabric's daemon, unless it runs already."),
+        "down": ("up", "Stop vsockd."),
+        "status": ("up", "Show whether vsockd runs, and its load."),
+        "reload": ("up", "Make vsockd read its configuration again."),
+        "context": ("context", "Add, list, remove, suspend, migrate and power guests."),
+    },
+    "Programs": {
+        "run": ("run", "Run an unmodified program in a context."),
+        "connect": ("netcat", "Connect to CID:PORT, and relay standard input and output."),
+        "listen": ("netcat", "Accept a connection to PORT, and relay standard input and output."),
+        "forward": ("forward", "Forward each client of FROM to TO, until SIGTERM or Ctrl-C."),
+    },
+    "Virtual machines": {
+        "vm": ("vm", "Run virtual machines under QEMU."),
+        "device": ("device", "Serve the vSockets device of a virtual machine."),
+    },
+    "Watching": {
+        "ls": ("ls", "List the fabric's sockets, two for each stream."),
+        "top": ("top", "Show contexts, streams, rates and denials on the terminal."),
+        "web": ("web.command", "Show contexts, streams, rates and denials in a browser."),
+        "events": ("events", "Print life-cycle events of guests and denials until Ctrl-C."),
+        "metrics": ("metrics", "Print or serve vsockd's counters in Prometheus's text format."),
+        "capture": ("capture", "Record the packets of a device or a forwarder as pcap."),
+        "disconnect": ("disconnect", "Close the stream between two addresses."),
+    },
+    "Services": {
+        "amqp": ("amqp", "Give guests access to RabbitMQ through three proxies."),
+        "nfs": ("nfs", "Share folders of the host with guests over datagrams."),
+    },
+    "Measuring and help": {
+        "perf": ("perf", "Measure streams and datagrams over several addresses."),
+        "doctor": ("doctor", "Check what this machine supports, and what to install."),
+        "demo": ("demo.command", "Show the fabric at work between a host and two guests."),
+        "include-dir": (
+            "include_dir",
+            "Print the folder of vmci_sockets.h, for a C compiler's -I.",
+        ),
+        "man": ("man", "Write the manual pages of all commands."),
+    },
+}
+_COMMANDS = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
 
 
-def _print_version(wanted: bool) -> None:
+class LazyGroup(Group):
+    """The commands of :data:`SECTIONS`, each imported from its module when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the help."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command; return None if the name is unknown."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"{__package__}.{_COMMANDS[cmd_name][0]}")
+        found = getattr(module, cmd_name.replace("-", "_"))
+        assert isinstance(found, click.Command)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for each heading, without importing a command."""
+        width = max(map(len, _COMMANDS))
+        for heading, section in SECTIONS.items():
+            with formatter.section(heading):
+                formatter.write_dl(
+                    [(name.ljust(width), text) for name, (_, text) in section.items()]
+                )
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return commands and options that begin with ``incomplete``, without importing one."""
+        from click.shell_completion import CompletionItem
+
+        commands = [
+            CompletionItem(name, help=text)
+            for name, (_, text) in _COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
+
+
+def _print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
         from importlib.metadata import PackageNotFoundError, version
 
@@ -78,51 +113,96 @@ def _print_version(wanted: bool) -> None:
         except PackageNotFoundError:
             number = "(not installed: running from its sources)"
         print(f"vsock {number}")
-        raise typer.Exit
+        context.exit()
 
 
-@app.callback()
-def options(
-    folder: Annotated[
-        Path | None,
-        typer.Option("--dir", metavar="DIR", help="The state folder; else VSOCKETS_DIR."),
-    ] = None,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", is_eager=True, callback=_print_version, help="Print the version."
-        ),
-    ] = False,
-) -> None:
-    """What goes before the command's name."""
+def _install_completion(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from . import completion
+
+        print(completion.install(context.command))
+        context.exit()
+
+
+def _show_completion(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from . import completion
+
+        print(completion.script(context.command))
+        context.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"show_default": True})
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="State folder of the fabric. Default: VSOCKETS_DIR, else /run/vsock for root and "
+    "$XDG_RUNTIME_DIR/vsock for others.",
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version.",
+)
+@click.option(
+    "--install-completion",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_install_completion,
+    help="Install completion for the shell this is called from: bash, zsh or fish.",
+)
+@click.option(
+    "--show-completion",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_completion,
+    help="Print the completion script of that shell, to install it elsewhere.",
+)
+def app(folder: Path | None) -> None:
+    """Connect a host and its guests by vSockets, with any hypervisor and with none."""
     if folder is not None:
+        from . import connect
+
         connect.choose(folder)
 
 
 def start(arguments: list[str]) -> int:
-    """Run one command line; returns the exit status.
+    """Run one command line and return its exit status.
 
-    0, 1 for what went wrong, 2 for a command line that makes no sense, 130 for Ctrl-C.
+    The status is 0 for success, 1 for a failure, 2 for an invalid command line and 130 after
+    Ctrl-C; a command may have others.
     """
+    if "_VSOCK_COMPLETE" in os.environ:
+        from . import completion
+
+        return completion.answer(app)
     try:
-        status = app(args=arguments or ["--help"], prog_name="vsock", standalone_mode=False)
+        with app.make_context("vsock", arguments or ["--help"]) as context:
+            app.invoke(context)
         sys.stdout.flush()
-    except (KeyboardInterrupt, typer.Abort):
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read our output has seen enough.  The interpreter flushes once more at exit.
+        # The reader of standard output has closed it.  The interpreter flushes again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if os.environ.get("VSOCKETS_DEBUG"):
             raise
-        # typer's usage errors; where their base class is depends on its version.
-        explain = getattr(error, "format_message", None)
-        if explain is not None:
-            context = getattr(error, "ctx", None)
-            where = context.command_path if context else "vsock"
-            complain(f"{explain().rstrip('.')} (see: {where} --help)")
+        if isinstance(error, click.ClickException):
+            where = error.ctx if isinstance(error, click.UsageError) else None
+            path = where.command_path if where else "vsock"
+            complain(f"{error.format_message().rstrip('.')} (see: {path} --help)")
             return 2
         complain(one_line(error))
         return error.status if isinstance(error, CliError) else 1
-    return status if isinstance(status, int) else 0
+    return 0

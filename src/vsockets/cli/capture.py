@@ -1,4 +1,4 @@
-"""``vsock capture``: what passes a device or a forwarder, for Wireshark and its kin."""
+"""``vsock capture``: record a device's or a forwarder's traffic as pcap, for Wireshark."""
 
 from __future__ import annotations
 
@@ -6,84 +6,99 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Any, BinaryIO
 
-import typer
+import click
 
 from ..attachment import Attachment
 from ..limits import CAPTURE_PAYLOAD_MAX_BYTES
-from ..model.address import parse_port
 from ..model.constants import VMADDR_PORT_ANY
 from ..model.locator import Vsock
 from .connect import own_context
 from .errors import CliError, cli_error
 from .forward import serve
+from .groups import command
 from .options import (
-    AllowOption,
-    SourceArgument,
-    TargetArgument,
-    VerboseOption,
-    parser_of,
+    allow_option,
     read_cid,
+    read_port,
+    source_argument,
+    target_argument,
+    verbose_option,
 )
 from .output import notice
 
 _CAPTURE = {
-    errno.EACCES: "it is for the fabric's owner, root, and who has a grant: docs/capture.md",
-    errno.ENOENT: "there is no such context",
-    errno.ENOTSUP: "it has no device: what passes between processes no device sees; see --help",
+    errno.EACCES: "only the fabric's owner, root and users with a grant may capture "
+    "(docs/capture.md)",
+    errno.ENOENT: "no such context",
+    errno.ENOTSUP: "the context has no device, and traffic between processes passes none; see "
+    "--help",
 }
 
 
+@command("capture")
+@click.option(
+    "-w",
+    "--write",
+    "file",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="File to write; - is standard output.",
+)
+@source_argument
+@target_argument
+@click.option(
+    "--context",
+    type=read_cid,
+    metavar="CID",
+    help="Record the traffic of this virtual machine's device.",
+)
+@click.option(
+    "--port",
+    type=read_port,
+    metavar="PORT",
+    help="With --context: record packets from or to this port only.",
+)
+@click.option(
+    "-s",
+    "--payload",
+    type=click.IntRange(min=0, max=CAPTURE_PAYLOAD_MAX_BYTES),
+    default=CAPTURE_PAYLOAD_MAX_BYTES,
+    metavar="BYTES",
+    help="Payload kept of one record, in bytes; 0 keeps addresses and times only.",
+)
+@allow_option
+@verbose_option
 def capture(
-    file: Annotated[
-        Path, typer.Option("-w", "--write", metavar="FILE", help="- is standard output.")
-    ],
-    source: SourceArgument = None,
-    target: TargetArgument = None,
-    context: Annotated[
-        int | None,
-        typer.Option(parser=read_cid, metavar="CID", help="Record at this machine's device."),
-    ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(
-            parser=parser_of(parse_port),
-            metavar="PORT",
-            help="With --context: only from or to this port.",
-        ),
-    ] = None,
-    payload: Annotated[
-        int,
-        typer.Option(
-            "-s",
-            "--payload",
-            metavar="BYTES",
-            min=0,
-            max=CAPTURE_PAYLOAD_MAX_BYTES,
-            help="Keep so much of what is in one record; 0 keeps addresses and times only.",
-        ),
-    ] = CAPTURE_PAYLOAD_MAX_BYTES,
-    allow: AllowOption = None,
-    verbose: VerboseOption = False,
+    file: Path,
+    source: Any,
+    target: Any,
+    context: int | None,
+    port: int | None,
+    payload: int,
+    allow: tuple[Any, ...],
+    verbose: bool,
 ) -> None:
-    """Record what passes a virtual machine's device, or a forwarder, as pcap.
+    """Record the packets of a device or a forwarder as pcap.
 
-    With --context what the machine says and is told, until Ctrl-C or its end.  A reader that is
-    slow misses some of it, and is told how much; the machine does not wait for it.
+    With --context: everything that the virtual machine's device sends and receives, until Ctrl-C
+    or the device's end.  A slow reader loses records, and their number is recorded; the machine
+    never waits for the reader.
 
-    Between processes nothing is in between.  With FROM and TO whoever comes to FROM is forwarded
-    to TO, as by vsock forward, and recorded; one of the two is a vSockets address.  To see what a
-    guest says to port 5000, let the service listen on 5001 and capture with vsock::5000
-    vsock:host:5001.
+    With FROM and TO: clients of FROM are forwarded to TO, as by vsock forward, and recorded;
+    one of the two is a vSockets address.  This also records programs that vsockd connects
+    directly.  To see what a guest sends to port 5000, let the service listen on 5001 and capture
+    with vsock::5000 vsock:host:5001.
     """
     if context is not None:
         if source is not None or allow:
-            raise typer.BadParameter("FROM, TO and --allow do not go with --context")
+            raise click.BadParameter("--context: not allowed with FROM, TO and --allow")
         _capture_device(context, VMADDR_PORT_ANY if port is None else port, payload, file)
         return
     if source is None or target is None or port is not None:
-        raise typer.BadParameter("expected --context CID, or FROM and TO without --port")
+        raise click.BadParameter("expected --context CID, or FROM and TO without --port")
     _capture_forwarder(source, target, allow, payload, file, verbose)
 
 
@@ -92,32 +107,32 @@ def _capture_device(cid: int, port: int, payload: int, file: Path) -> None:
 
     place = own_context()
     if not isinstance(place, Attachment):
-        raise CliError("devices are the host's: there are none in a virtual machine")
+        raise CliError("run this on the host: a virtual machine has no devices to capture")
     try:
         records = open_capture(place, cid, payload, port)
     except OSError as error:
         raise cli_error(f"capture of context {cid}", error, _CAPTURE) from None
     with records, _open(file) as opened:
-        notice(f"capturing what passes the device of context {cid}")
+        notice(f"capturing at the device of context {cid}")
         counts = write_capture(records, opened)
-    missed = f", {counts.missed} were missed" if counts.missed else ""
+    missed = f", {counts.missed} were lost" if counts.missed else ""
     notice(f"{counts.records} records{missed}")
 
 
 def _capture_forwarder(
-    source: Any, target: Any, allow: Any, payload: int, file: Path, verbose: bool
+    source: Any, target: Any, allow: tuple[Any, ...], payload: int, file: Path, verbose: bool
 ) -> None:
     from ..capture.recording import Recorder
     from ..forward.settings import Settings
 
     if not (isinstance(source, Vsock) or isinstance(target, Vsock)):
-        raise typer.BadParameter("one of FROM and TO must be vsock: or vsock-dgram:")
+        raise click.BadParameter("FROM or TO: expected vsock: or vsock-dgram: for one of them")
     try:
-        settings = Settings(source, target, allow=tuple(allow or ()))
+        settings = Settings(source, target, allow=allow)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise click.BadParameter(str(error)) from None
     if str(file) == "-" and settings.once and "stdio:" in (str(source), str(target)):
-        raise typer.BadParameter("standard output cannot be both the capture and a stream")
+        raise click.BadParameter("-w -: standard output is used by stdio: already")
     with _open(file) as opened:
         serve([settings], verbose=verbose, recorder=Recorder(opened, payload))
 
@@ -126,7 +141,7 @@ def _open(file: Path) -> BinaryIO:
     if str(file) == "-":
         return os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     try:
-        # What passes may be secret: nobody else's to read.
+        # Only this user may read the file: the payload may be secret.
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise CliError(f"{file}: {error.strerror}") from None

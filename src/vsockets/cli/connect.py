@@ -1,4 +1,4 @@
-"""Finding the fabric a command works on, and starting it when that is called for."""
+"""Find the fabric of a command, attach to it, and start its vsockd if need be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..eventloop.retry import Backoff
 from ..model.constants import VMADDR_CID_HOST
 from ..state_folder import default_folder, require_private
 
-#: How long to go on trying to reach a vsockd that somebody else is just starting, in seconds.
+#: Seconds to retry while another process is starting vsockd.
 _PATIENCE = 10.0
 
 _Result = TypeVar("_Result")
@@ -26,19 +26,19 @@ _chosen = False
 
 
 def choose(folder: Path) -> None:
-    """Work on the fabric in ``folder``, as its host, whatever context we were started in."""
+    """Use the fabric in ``folder``, as its host, instead of the context of this process."""
     global _chosen
     _chosen = True
-    # In the environment, so that it holds for what the command starts, too; absolute, as
-    # that may have another working directory.
+    # In the environment, so that child processes use it, too; absolute, because their working
+    # directory may differ.
     os.environ["VSOCKETS_DIR"] = os.path.abspath(folder)
     os.environ.pop("VSOCKETS_CONTEXT", None)
 
 
 def own_context() -> ContextHandle:
-    """The context this command is in: what a program started the same way would be in.
+    """Return the context of this process, as a program started in its place would find it.
 
-    Raises OSError or PermissionError (somebody else's folder).
+    Raises OSError, and PermissionError if another user owns the folder.
     """
     if not _chosen:
         return current()
@@ -49,25 +49,25 @@ def own_context() -> ContextHandle:
 
 
 def lasting_context(needed: bool = True) -> ContextHandle:
-    """As :func:`own_context`, for a program that goes on for long.
+    """Return :func:`own_context` for a long-running program.
 
-    If vsockd is ``needed`` and may be started, that is done now.  After it has ended it is for
-    others to start it: they know its configuration.
+    If vsockd is ``needed`` and may be started, it is started now.  Later this program does not
+    start it again: it does not know with which configuration.
     """
     place = own_context()
     if not isinstance(place, Attachment):
         return place
     if needed:
-        with contextlib.suppress(OSError):  # what is tried next says it
+        with contextlib.suppress(OSError):  # the next operation reports it
             _ = place.cid
     return Attachment(place.folder)
 
 
 def administrator(start: bool = False) -> Control:
-    """A connection to vsockd as its administrator; with ``start`` a missing vsockd is started.
+    """Return a control connection to vsockd; with ``start``, start vsockd if it does not run.
 
-    Raises OSError: ENODEV when none runs (or none can be started), EACCES when it is not ours
-    to administrate.
+    Raises OSError: ENODEV if vsockd does not run (or cannot be started), EACCES if this user may
+    not administrate it.
     """
     folder = default_folder()
     if folder.exists():
@@ -83,16 +83,18 @@ def administrator(start: bool = False) -> Control:
             if error.errno != errno.ENODEV or not start or time.monotonic() > deadline:
                 raise
         if not launcher.start(folder):
-            # There is one, which does not serve yet, or no longer.
+            # Another vsockd is starting or ending.
             time.sleep(0.01)
 
 
 def keep_trying(
     attempt: Callable[[], _Result], seconds: float | None, errnos: Collection[int]
 ) -> _Result:
-    """Call ``attempt`` again while it raises an OSError of ``errnos``, for ``seconds`` at most.
+    """Call ``attempt`` until it raises no OSError of ``errnos``, for at most ``seconds``.
 
-    None means for ever, 0 only once.  Raises the last OSError.
+    None retries without a limit, 0 does not retry.
+
+    Raises the last OSError.
     """
     backoff = Backoff()
     while True:

@@ -1,81 +1,105 @@
-"""``vsock context``: the guests of the fabric."""
+"""``vsock context``: manage the guests of the fabric."""
 
 from __future__ import annotations
 
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
 from ..vmware import VmxError, read_vmx
 from .connect import administrator
-from .options import CidArgument, JsonOption, ReservedPortsOption, read_cid, read_user
+from .groups import group
+from .options import (
+    argument,
+    cid_argument,
+    json_option,
+    members,
+    read_cid,
+    read_user,
+    reserved_ports_option,
+)
 from .output import Column, complain, notice, print_json, print_table, user_name
 
-app = typer.Typer(
-    help="Guests: add, list and remove them; suspend, resume, migrate, power off and on.",
-    rich_markup_mode=None,
-)
+
+@group("context")
+def context() -> None:
+    """Add, list, remove, suspend, migrate and power guests."""
 
 
 class Profile(StrEnum):
-    """How isolated a guest is: docs/security.md."""
+    """Isolation profiles of a guest; docs/security.md describes them."""
 
     DEFAULT = "default"
     RESTRICTED = "restricted"
     LEGACY = "legacy"
 
 
-@app.command("add")
+@context.command("add")
+@argument(
+    "cid",
+    type=read_cid,
+    required=False,
+    metavar="[CID]",
+    help="CID of the guest. Default: a free one.",
+)
+@click.option(
+    "--name",
+    default="",
+    show_default=False,
+    metavar="NAME",
+    help="Name shown in listings and logs.",
+)
+@click.option(
+    "--owner",
+    type=read_user,
+    metavar="USER",
+    help="User whose programs may join the guest: name or uid. Default: vsockd's user.",
+)
+@click.option(
+    "--vmx",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Take CID and name from this .vmx file of a VMware machine.",
+)
+@click.option(
+    "--profile",
+    **members(Profile),
+    default=Profile.DEFAULT.value,
+    help="Isolation. default: communicates with the host only. restricted: with trusted programs "
+    "of the host only. legacy: as ESX 4.0 to 5.0.",
+)
+@click.option("--unrestricted", is_flag=True, help="With --profile legacy: vmci0.unrestricted.")
+@click.option("--domain", metavar="DOMAIN", help="With --profile legacy: vmci0.domain.")
+@click.option(
+    "--hybrid",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Let clients connect to the guest's ports at this unix socket, by Firecracker's hybrid "
+    "vsock (docs/hybrid.md).",
+)
+@reserved_ports_option
+@click.option("--off", is_flag=True, help="Leave the guest powered off.")
+@json_option
 def add(
-    cid: Annotated[
-        int | None,
-        typer.Argument(parser=read_cid, metavar="[CID]", help="By default one that is free."),
-    ] = None,
-    name: Annotated[str, typer.Option(metavar="NAME", help="For people to recognise it by.")] = "",
-    owner: Annotated[
-        int | None,
-        typer.Option(
-            parser=read_user,
-            metavar="USER",
-            help="Name or number of the user whose programs it may run; by default vsockd's.",
-        ),
-    ] = None,
-    vmx: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A VMware machine's .vmx file, for CID and name."),
-    ] = None,
-    profile: Annotated[
-        Profile,
-        typer.Option(
-            help="default: the host and no other guest. restricted: trusted programs only. "
-            "legacy: as ESX 4.0 to 5.0."
-        ),
-    ] = Profile.DEFAULT,
-    unrestricted: Annotated[
-        bool, typer.Option("--unrestricted", help="With --profile legacy: vmci0.unrestricted.")
-    ] = False,
-    domain: Annotated[
-        str | None, typer.Option(metavar="DOMAIN", help="With --profile legacy: vmci0.domain.")
-    ] = None,
-    hybrid: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Offer its ports to tools that speak hybrid vsock, Firecracker's convention, at "
-            "this unix socket (docs/hybrid.md).",
-        ),
-    ] = None,
-    reserved_ports: ReservedPortsOption = False,
-    off: Annotated[bool, typer.Option("--off", help="Leave it powered off.")] = False,
-    as_json: JsonOption = False,
+    cid: int | None,
+    name: str,
+    owner: int | None,
+    vmx: Path | None,
+    profile: Profile,
+    unrestricted: bool,
+    domain: str | None,
+    hybrid: Path | None,
+    reserved_ports: bool,
+    off: bool,
+    as_json: bool,
 ) -> None:
     """Add a guest and print its CID.  Starts vsockd if need be."""
     legacy = profile is Profile.LEGACY
     if not legacy and (unrestricted or domain is not None):
-        raise typer.BadParameter("--unrestricted and --domain go with --profile legacy")
+        raise click.BadParameter("--unrestricted and --domain need --profile legacy")
     if vmx is not None:
         try:
             machine = read_vmx(vmx)
@@ -85,11 +109,11 @@ def add(
             unrestricted = unrestricted or machine.unrestricted
             domain = machine.domain if domain is None else domain
         except VmxError as error:
-            raise typer.BadParameter(str(error)) from None
+            raise click.BadParameter(str(error)) from None
         if not legacy and (unrestricted or domain):
             notice(
-                f"{vmx}: vmci0.unrestricted and vmci0.domain have no effect, as since ESXi 5.1; "
-                "--profile legacy gives them one"
+                f"{vmx}: vmci0.unrestricted and vmci0.domain are ignored, as since ESXi 5.1 "
+                "(--profile legacy applies them)"
             )
     with administrator(start=True) as control:
         added = control.add_context(
@@ -111,19 +135,16 @@ def add(
         notice(f"run a program in it: vsock run --cid {added['cid']} -- PROGRAM")
 
 
-@app.command("ls")
-def ls(
-    as_json: JsonOption = False,
-    verbose: Annotated[
-        bool,
-        typer.Option(
-            "-v",
-            "--verbose",
-            help="Also show which are leased, which have reserved ports, and their folders.",
-        ),
-    ] = False,
-) -> None:
-    """List the contexts that programs can be in."""
+@context.command("ls")
+@json_option
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Also show whether a context is leased or has reserved ports, and its folder.",
+)
+def ls(as_json: bool, verbose: bool) -> None:
+    """List the contexts that programs can run in."""
     with administrator() as control:
         contexts = control.contexts()
     if as_json:
@@ -141,7 +162,7 @@ def ls(
     ]
     if verbose:
         columns += [Column("LEASED"), Column("RESERVED PORTS"), Column("FOLDER", whole=False)]
-    print_table(columns, (_row(context)[: len(columns)] for context in contexts))
+    print_table(columns, (_row(one)[: len(columns)] for one in contexts))
 
 
 def _row(context: dict[str, Any]) -> tuple[object, ...]:
@@ -168,68 +189,76 @@ def _row(context: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
-@app.command("rm")
-def rm(cid: CidArgument) -> None:
-    """Remove a guest.  Refused while it has open streams."""
+@context.command("rm")
+@cid_argument
+def rm(cid: int) -> None:
+    """Remove a guest.  Fails while it has open streams."""
     with administrator() as control:
         control.remove_context(cid)
 
 
 def report_left(answer: dict[str, Any]) -> None:
-    """Say which streams vsockd could not end; the rest is done and needs no words."""
+    """Report the streams that vsockd could not close, and exit with status 1 if there are any."""
     for stream in answer["streams_left"]:
         complain(
-            "stream {}:{} to {}:{} goes on: ".format(*stream["local"], *stream["peer"])
-            + f"vsockd may not reach into its programs (one is pid {stream['pid']})"
+            "stream {}:{} to {}:{} is still open: ".format(*stream["local"], *stream["peer"])
+            + f"vsockd may not access its programs (one is pid {stream['pid']})"
         )
     if answer["streams_left"]:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
-@app.command("suspend")
-def suspend(cid: CidArgument) -> None:
-    """Drop a guest's connections and let nothing in or out until it is resumed."""
+@context.command("suspend")
+@cid_argument
+def suspend(cid: int) -> None:
+    """Suspend a guest: drop its connections, and refuse new ones until it is resumed."""
     with administrator() as control:
         report_left(control.suspend(cid))
 
 
-@app.command("resume")
-def resume(cid: CidArgument) -> None:
-    """Let a suspended guest go on; its listening sockets are there still."""
+@context.command("resume")
+@cid_argument
+def resume(cid: int) -> None:
+    """Resume a suspended guest.  Its listening sockets still exist."""
     with administrator() as control:
         report_left(control.resume(cid))
 
 
-@app.command("migrate")
-def migrate(cid: CidArgument) -> None:
+@context.command("migrate")
+@cid_argument
+def migrate(cid: int) -> None:
     """Drop a guest's connections, as live migration does."""
     with administrator() as control:
         report_left(control.migrate(cid))
 
 
 class Switch(StrEnum):
-    """On or off."""
+    """State of a mode."""
 
     ON = "on"
     OFF = "off"
 
 
-@app.command("ft")
-def fault_tolerance(cid: CidArgument, mode: Switch) -> None:
-    """Fault tolerance mode: drops a guest's connections, and allows no new ones while on."""
+@context.command("ft")
+@cid_argument
+@argument("mode", **members(Switch), metavar="{on|off}")
+def fault_tolerance(cid: int, mode: Switch) -> None:
+    """Set fault tolerance mode: drop a guest's connections, and refuse new ones while on."""
     with administrator() as control:
         report_left(control.fault_tolerance(cid, mode is Switch.ON))
 
 
-@app.command("power-off")
-def power_off(cid: CidArgument) -> None:
-    """Drop a guest's connections, take back its ports, and let no program in."""
+@context.command("power-off")
+@cid_argument
+def power_off(cid: int) -> None:
+    """Power a guest off: drop its connections, free its ports, and refuse programs."""
     with administrator() as control:
         report_left(control.power_off(cid))
 
 
-@app.command("power-on")
-def power_on(cid: CidArgument) -> None:
-    """Power a guest on again."""
+@context.command("power-on")
+@cid_argument
+def power_on(cid: int) -> None:
+    """Power a guest on."""
     with administrator() as control:
         report_left(control.power_on(cid))

@@ -1,7 +1,7 @@
-"""Carrying datagrams between a socket and standard input and output.
+"""Relay datagrams between a socket and standard input and output.
 
 One read of standard input is one datagram: a line from a terminal, up to MAX_DATAGRAM bytes
-from a file.  Datagrams have no end, so it is time, or the user, that ends the conversation.
+from a file.  Datagrams have no end: a timeout or the user ends the relay.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Address = tuple[int, int]
 
 
 class DatagramRelay:
-    """Standard input and output, and one datagram socket, which ``bind`` makes.
+    """A relay between standard input and output and one datagram socket, made by ``bind``.
 
-    ``bind`` is called with the address of the last one when vsockd has ended and is there again.
-    ``peer`` is whom to talk with, and nobody else is heard; without one it is whoever sent the
-    last datagram.  ``idle`` and ``quit_after`` are in seconds: how long there may be silence,
-    and how long to go on after the end of standard input.  ``wait`` is how long to try to reach
-    a peer that is not there yet, in seconds, None for ever.
+    ``bind`` is called again with the last socket's address after a restart of vsockd.  With
+    ``peer``, datagrams of other sources are dropped; without, the peer is the source of the last
+    datagram.  ``idle`` is the longest silence and ``quit_after`` the time after the end of
+    standard input until the relay ends, ``wait`` the time to retry while the peer does not
+    exist (None: no limit); all are in seconds.
     """
 
     def __init__(
@@ -54,49 +54,52 @@ class DatagramRelay:
         self._context = context
         self._line = lifeline(context)
         self._peer = peer
-        self._only = None if peer is None else self._globally(peer)
+        self._expected = None if peer is None else self._globally(peer)
         self._stdin_open = read_stdin
         self._idle = idle
         self._quit_after = quit_after
         self._wait = wait
         self._verbose = verbose
-        self._last_moved = time.monotonic()
+        self._last_active = time.monotonic()
         self._stdin_ended_at: float | None = None
         self.received = 0  #: datagrams
 
     @property
     def address(self) -> Address:
-        """Where the socket is bound."""
+        """The socket's address."""
         return self._sock.getsockname()
 
     def run(self) -> None:
-        """Carry datagrams until the time has passed.  Raises CliError when sending fails."""
-        while (patience := self._patience()) is None or patience > 0:
+        """Relay datagrams until a timeout expires.
+
+        Raises CliError if sending fails.
+        """
+        while (remaining := self._remaining()) is None or remaining > 0:
             poll = select.poll()
             poll.register(self._sock, select.POLLIN)
             if self._line is not None:
                 poll.register(self._line, select.POLLIN)
             if self._stdin_open and self._peer is not None:
                 poll.register(STDIN, select.POLLIN)
-            ready = dict(poll.poll(None if patience is None else patience * 1000 + 1))
+            ready = dict(poll.poll(None if remaining is None else remaining * 1000 + 1))
             if self._line is not None and self._line.fileno() in ready:
-                self._bind_again()
+                self._rebind()
                 continue
             if self._sock.fileno() in ready:
                 self._receive()
             if STDIN in ready:
                 self._read_stdin()
 
-    def _bind_again(self) -> None:
-        """Wait for the next vsockd, as long as there is time."""
+    def _rebind(self) -> None:
+        """Bind the address again once vsockd has been restarted, within the timeouts."""
         assert self._line is not None
         address = self.address
         notice("vsockd has ended")
         self._line.close()
         self._sock.close()
-        while (patience := self._patience()) is None or patience > 0:
+        while (remaining := self._remaining()) is None or remaining > 0:
             pause = RETRY_LONGEST_PAUSE_SECONDS
-            time.sleep(pause if patience is None else min(patience, pause))
+            time.sleep(pause if remaining is None else min(remaining, pause))
             with contextlib.suppress(OSError, CliError):
                 line = lifeline(self._context)
                 try:
@@ -109,10 +112,10 @@ class DatagramRelay:
                 notice("listening again on {}:{}".format(*self.address))
                 return
 
-    def _patience(self) -> float | None:
+    def _remaining(self) -> float | None:
         deadlines = []
         if self._idle is not None:
-            deadlines.append(self._last_moved + self._idle)
+            deadlines.append(self._last_active + self._idle)
         if self._quit_after is not None and self._stdin_ended_at is not None:
             deadlines.append(self._stdin_ended_at + self._quit_after)
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
@@ -122,14 +125,14 @@ class DatagramRelay:
             data, source = self._sock.recvfrom(MAX_DATAGRAM)
         except ConnectionResetError:
             return  # vsockd has ended
-        if self._only is not None and self._globally(source) != self._only:
+        if self._expected is not None and self._globally(source) != self._expected:
             return
         if self._verbose:
             notice("{} bytes from {}:{}".format(len(data), *source))
         self.received += 1
-        if self._only is None:
+        if self._expected is None:
             self._peer = source
-        self._last_moved = time.monotonic()
+        self._last_active = time.monotonic()
         write_all(STDOUT, data)
 
     def _read_stdin(self) -> None:
@@ -148,9 +151,9 @@ class DatagramRelay:
             )
         except OSError as error:
             raise cli_error("send to {}:{}".format(*peer), error, SEND) from None
-        self._last_moved = time.monotonic()
+        self._last_active = time.monotonic()
 
     def _globally(self, address: Address) -> Address:
-        """An address of our own context has two spellings; this is the one others use."""
+        """Return ``address`` with this context's own CID in place of VMADDR_CID_LOCAL."""
         cid, port = address
         return (self._context.cid if cid == VMADDR_CID_LOCAL else cid), port

@@ -1,4 +1,4 @@
-"""``vsock device``: the devices of virtual machines, a process for each."""
+"""``vsock device``: serve the vSockets device of a virtual machine, one process each."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import typer
+import click
 
 from .. import logs
 from .._linux.folders import SocketFile, open_folder
@@ -20,7 +20,8 @@ from .._linux.sd_notify import notify_ready
 from ..control import Events
 from ..model.locator import check_hybrid_path
 from .connect import administrator
-from .options import LogFormat, LogFormatOption, read_cid
+from .groups import group
+from .options import Decorator, LogFormat, log_format_option, read_cid
 
 if TYPE_CHECKING:
     from ..devices.client import DeviceClient
@@ -28,46 +29,75 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What a device needs is imported where it is used: no other command needs it.
-
-app = typer.Typer(help="Devices of virtual machines.", rich_markup_mode=None)
+# Imported late, in functions: what only one of the devices needs.
 
 
-_Socket = Annotated[
-    Path, typer.Option("--socket", metavar="PATH", help="Where the virtual machine connects.")
-]
-_Cid = Annotated[
-    int | None,
-    typer.Option(
-        "--cid", parser=read_cid, metavar="CID", help="Its context; by default one that is free."
-    ),
-]
-_UntilEof = Annotated[bool, typer.Option("--until-eof", help="End when standard input does.")]
-_Sandbox = Annotated[bool, typer.Option(help="Give up every privilege and system call not needed.")]
-_Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say what happens.")]
+@group("device")
+def device() -> None:
+    """Serve the vSockets device of a virtual machine."""
 
 
-@app.command("vmci")
+def _socket_option(help: str) -> Decorator[Any]:
+    return click.option(
+        "--socket",
+        "path",
+        type=click.Path(path_type=Path),
+        required=True,
+        metavar="PATH",
+        help=help,
+    )
+
+
+_vhost_socket_option = _socket_option("Unix socket to create; the virtual machine connects to it.")
+_cid_option = click.option(
+    "--cid",
+    type=read_cid,
+    metavar="CID",
+    help="Context of the virtual machine. Default: a new one, with a free CID.",
+)
+_until_eof_option = click.option(
+    "--until-eof", is_flag=True, help="End when standard input is closed."
+)
+_sandbox_option = click.option(
+    "--sandbox/--no-sandbox",
+    default=True,
+    help="Drop every privilege and system call that the device does not need.",
+)
+_verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log every connection.")
+
+
+@device.command("vmci")
+@_vhost_socket_option
+@_cid_option
+@click.option(
+    "--legacy",
+    is_flag=True,
+    help="Offer the device that guests before Linux 5.18 support (port I/O; slow).",
+)
+@click.option(
+    "--protocol-1",
+    "older",
+    is_flag=True,
+    help="Use the first version of the stream protocol.",
+)
+@_until_eof_option
+@_sandbox_option
+@_verbose_option
+@log_format_option
 def vmci(
-    path: _Socket,
-    cid: _Cid = None,
-    legacy: Annotated[
-        bool,
-        typer.Option("--legacy", help="As guests before Linux 5.18 know it; slow."),
-    ] = False,
-    older: Annotated[
-        bool,
-        typer.Option("--protocol-1", help="Speak the first version of the stream protocol."),
-    ] = False,
-    until_eof: _UntilEof = False,
-    sandbox: _Sandbox = True,
-    verbose: _Verbose = False,
-    log_format: LogFormatOption = LogFormat.TEXT,
+    path: Path,
+    cid: int | None,
+    legacy: bool,
+    older: bool,
+    until_eof: bool,
+    sandbox: bool,
+    verbose: bool,
+    log_format: LogFormat,
 ) -> None:
     """Serve a virtual machine's VMCI device over vfio-user (docs/vmci.md).
 
-    For QEMU from 10.1 on: -device '{"driver":"vfio-user-pci","socket":{"type":"unix",
-    "path":PATH},"x-no-posted-writes":true}', with memory that is shared.
+    For QEMU 10.1 and later: -device '{"driver":"vfio-user-pci","socket":{"type":"unix",
+    "path":PATH},"x-no-posted-writes":true}', with shared memory.
     """
 
     from ..devices.vfio_user import VfioUserServer
@@ -82,25 +112,30 @@ def vmci(
         )
         VfioUserServer(loop, _listen(file), machine.device, machine.settle)
 
-    said = f"the VMCI device waits at {path}"
-    _serve(said, cid, until_eof, sandbox, verbose, log_format, begin, file=file)
+    ready = f"the VMCI device listens at {path}"
+    _serve(ready, cid, until_eof, sandbox, verbose, log_format, begin, file=file)
 
 
-@app.command("virtio")
+@device.command("virtio")
+@_vhost_socket_option
+@_cid_option
+@_until_eof_option
+@_sandbox_option
+@_verbose_option
+@log_format_option
 def virtio(
-    path: _Socket,
-    cid: _Cid = None,
-    until_eof: _UntilEof = False,
-    sandbox: _Sandbox = True,
-    verbose: _Verbose = False,
-    log_format: LogFormatOption = LogFormat.TEXT,
+    path: Path,
+    cid: int | None,
+    until_eof: bool,
+    sandbox: bool,
+    verbose: bool,
+    log_format: LogFormat,
 ) -> None:
     """Serve a virtual machine's virtio-vsock device over vhost-user (docs/virtio.md).
 
-    For QEMU from 7.2 on: -chardev socket,id=vsock,path=PATH -device
-    vhost-user-vsock-pci,chardev=vsock, with memory that is shared.
+    For QEMU 7.2 and later: -chardev socket,id=vsock,path=PATH -device
+    vhost-user-vsock-pci,chardev=vsock, with shared memory.
     """
-
     from ..devices.vhost_user import VhostUserServer
     from ..devices.virtio.machine import VirtioMachine
 
@@ -111,58 +146,61 @@ def virtio(
         machine = VirtioMachine(loop, fabric, fabric.cid, events)
         VhostUserServer(loop, _listen(file), machine.device)
 
-    said = f"the virtio-vsock device waits at {path}"
+    ready = f"the virtio-vsock device listens at {path}"
     common = (cid, until_eof, sandbox, verbose, log_format, begin)
-    _serve(said, *common, datagrams=False, seqpacket=True, file=file)
+    _serve(ready, *common, datagrams=False, seqpacket=True, file=file)
 
 
-@app.command("hybrid")
+@device.command("hybrid")
+@_socket_option("Unix socket of the virtual machine's monitor.")
+@_cid_option
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Retry a connect to the guest this long while it has no listener, or the machine does "
+    "not run, in seconds.",
+)
+@_until_eof_option
+@_sandbox_option
+@_verbose_option
+@log_format_option
 def hybrid(
-    path: Annotated[
-        Path,
-        typer.Option("--socket", metavar="PATH", help="The unix socket of the machine's monitor."),
-    ],
-    cid: _Cid = None,
-    wait: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS",
-            min=0,
-            help="How long a connect to the guest is tried again while nobody listens there, or "
-            "the machine does not run.",
-        ),
-    ] = 0.0,
-    until_eof: _UntilEof = False,
-    sandbox: _Sandbox = True,
-    verbose: _Verbose = False,
-    log_format: LogFormatOption = LogFormat.TEXT,
+    path: Path,
+    cid: int | None,
+    wait: float,
+    until_eof: bool,
+    sandbox: bool,
+    verbose: bool,
+    log_format: LogFormat,
 ) -> None:
     """Attach a virtual machine whose vsock is a unix socket: hybrid vsock (docs/hybrid.md).
 
     Firecracker and Cloud Hypervisor call PATH uds_path and socket, vhost-device-vsock uds-path.
-    For each port that somebody of the host listens at, and the guest may reach, there is
-    PATH_PORT. The machine may be started before or after.
+    PATH_PORT exists for each port that a program of the host listens on and the guest may reach.
+    The machine may be started before or after this command.
     """
     from .._linux.rlimit import allow_many_descriptors
     from ..devices.hybrid import HybridMachine
 
     if problem := check_hybrid_path(str(path.absolute())):
-        raise typer.BadParameter(problem)
+        raise click.BadParameter(problem)
     place = open_folder(path.absolute().parent)
     machines: list[HybridMachine] = []
 
     def begin(attached: _Attached) -> None:
-        # In the folder a path is a name, which no length of the path makes too long.
+        # Relative to the folder, a long path does not exceed the limit of unix socket addresses.
         os.chdir(place)
         allow_many_descriptors()
-        os.umask(0o177)  # who can connect to what is made here is taken for the guest
+        os.umask(0o177)  # only this user may connect: clients of these sockets act as the guest
         machines.append(HybridMachine(*attached, path.name, wait))
 
     try:
-        said = f"hybrid vsock at {path}"
+        ready = f"hybrid vsock at {path}"
         user = os.fstat(place).st_uid
         _serve(
-            said,
+            ready,
             cid,
             until_eof,
             sandbox,
@@ -187,7 +225,7 @@ class _Attached(NamedTuple):
 def _listen(file: SocketFile) -> socket.socket:
     """Return the socket that the virtual machine's monitor connects to.
 
-    Raises: OSError, with the name of the file.
+    Raises OSError, with the name of the file.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -196,14 +234,14 @@ def _listen(file: SocketFile) -> socket.socket:
         listener.close()
         why = error.strerror
         if error.errno == errno.EADDRINUSE:
-            why = "there is a file, or a device that runs (expected a path that is free)"
+            why = "the path is in use, by a file or a running device (expected an unused path)"
         raise OSError(error.errno, why, os.fspath(file.where)) from None
     listener.listen(1)
     return listener
 
 
 def _serve(
-    said: str,
+    ready: str,
     cid: int | None,
     until_eof: bool,
     sandbox: bool,
@@ -216,11 +254,11 @@ def _serve(
     user: int | None = None,
     file: SocketFile | None = None,
 ) -> None:
-    """Attach a device to the context ``cid`` and run it; ``begin`` puts it together.
+    """Attach a device to the context ``cid`` and run it; ``begin`` builds the device.
 
-    ``file`` is that of a socket which ``begin`` makes, and is removed at the end.
-    ``datagrams``, ``seqpacket``: what the guest has besides streams.  ``host_ports``: it has a unix
-    socket for each port of the host, in a folder of ``user``.
+    ``ready`` is logged once it is.  ``file`` is that of a socket created by ``begin``, removed at
+    the end.  ``datagrams`` and ``seqpacket`` are the socket types the guest has besides streams.
+    With ``host_ports`` it has a unix socket for each port of the host, in a folder of ``user``.
     """
     from ..devices.client import DeviceClient
     from ..devices.guest_memory import explain_lost_memory
@@ -245,7 +283,7 @@ def _serve(
         explain_lost_memory()
         if sandbox:
             enter_sandbox(owner if user is None else user, paths=host_ports)
-        log.log(logs.NOTICE, "context %d: %s", cid, said)
+        log.log(logs.NOTICE, "context %d: %s", cid, ready)
         with loop.signalled({signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop}):
             print(cid, flush=True)
             with loop.unhindered():
@@ -256,5 +294,5 @@ def _serve(
 
 
 def _has_ended() -> bool:
-    """Whether standard input is over; what comes before that says nothing to us."""
+    """Return whether standard input has ended; data before its end is discarded."""
     return not os.read(sys.stdin.fileno(), 4096)

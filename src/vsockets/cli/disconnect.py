@@ -1,15 +1,12 @@
-"""``vsock disconnect``: the end of one stream."""
+"""``vsock disconnect``: close one stream."""
 
 from __future__ import annotations
-
-from typing import Annotated, Any
-
-import typer
 
 from ..model.address import parse_cid, parse_port
 from .connect import administrator
 from .context import report_left
-from .options import parser_of
+from .groups import command
+from .options import argument, parser_of
 
 
 @parser_of
@@ -20,13 +17,13 @@ def _read_address(text: str) -> tuple[int, int]:
     return parse_cid(cid), parse_port(port)
 
 
-def disconnect(
-    local: Annotated[Any, typer.Argument(parser=_read_address, metavar="CID:PORT")],
-    peer: Annotated[Any, typer.Argument(parser=_read_address, metavar="CID:PORT")],
-) -> None:
-    """End the stream between two addresses, in either order, whoever holds it.
+@command("disconnect")
+@argument("local", type=_read_address, metavar="CID:PORT")
+@argument("peer", type=_read_address, metavar="CID:PORT")
+def disconnect(local: tuple[int, int], peer: tuple[int, int]) -> None:
+    """Close the stream between two addresses.  Their order does not matter.
 
-    Its two ends see what they see when a guest is suspended; vsockd logs who asked.
+    Both ends see what they see when a guest is suspended; vsockd logs the user who asked.
     """
     with administrator() as control:
         report_left(control.disconnect(local, peer))

@@ -1,17 +1,53 @@
-"""``vsock doctor``: what this machine can do, and what the rest would take."""
+"""``vsock doctor``: check what this machine supports, and name what to install.
+
+No check changes anything.  None opens an AF_VSOCK socket or ``/dev/vsock``: that would load kernel
+modules.
+"""
 
 from __future__ import annotations
 
-import typer
+import contextlib
+import ctypes
+import os
+import platform
+import shutil
+import socket as stdlib
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
 
-from .options import JsonOption
+import click
+
+from .._linux.inspection import SYS_PIDFD_GETFD
+from .._linux.libc import libc
+from ..api import create_server
+from ..model.constants import VMADDR_CID_HOST
+from ..socket import socket
+from ..supervisor.arch import this_architecture
+from ..supervisor.mechanism import refusal
+from ..supervisor.ptrace import Ptrace
+from ..testing import PrivateFabric
+from .groups import command
+from .options import json_option
 from .output import Column, print_json, print_table
 
+#: Seconds that a program started by a check may take.
+_PATIENCE = 10.0
 
-def doctor(as_json: JsonOption = False) -> None:
-    """Find out what this machine can do.  Exits with 1 if not even the fabric works."""
-    from .doctor_checks import CHECKS, fabric  # here: it takes a while, and other commands' time
+_CLONE_NEWUSER = 0x10000000
 
+
+@command("doctor")
+@json_option
+@click.pass_context
+def doctor(context: click.Context, as_json: bool) -> None:
+    """Check what this machine supports, and what to install.
+
+    The exit status is 1 if not even the fabric works.
+    """
     findings = {check: check() for check in CHECKS}
     if as_json:
         print_json([finding._asdict() for finding in findings.values()])
@@ -20,8 +56,261 @@ def doctor(as_json: JsonOption = False) -> None:
             Column("WHAT", whole=False),
             Column(""),
             Column("DETAIL", whole=False),
-            Column("FOR THE REST", whole=False),
+            Column("TO INSTALL", whole=False),
         ]
         print_table(columns, findings.values())
     if findings[fabric].state != "yes":
-        raise typer.Exit(1)
+        context.exit(1)
+
+
+class Finding(NamedTuple):
+    """Result of one check: its subject, whether it is supported, and what to install if not."""
+
+    what: str
+    state: str  #: yes, no or partly
+    detail: str
+    install: str = ""
+
+
+def fabric() -> Finding:
+    """Start a private vsockd, and pass a stream and a datagram between a guest and the host."""
+    what = "fabric (vsockd)"
+    try:
+        started = time.perf_counter()
+        with PrivateFabric() as private:
+            up = time.perf_counter() - started
+            guest = private.guest()
+            with (
+                create_server((VMADDR_CID_HOST, 5000), context=private.host) as server,
+                socket(context=guest) as client,
+            ):
+                client.settimeout(_PATIENCE)
+                client.connect((VMADDR_CID_HOST, 5000))
+                accepted, _ = server.accept()
+                with accepted:
+                    accepted.settimeout(_PATIENCE)
+                    client.sendall(b"stream")
+                    stream = accepted.recv(100)
+            with (
+                socket(type=stdlib.SOCK_DGRAM, context=private.host) as receiver,
+                socket(type=stdlib.SOCK_DGRAM, context=guest) as sender,
+            ):
+                receiver.settimeout(_PATIENCE)
+                receiver.bind((VMADDR_CID_HOST, 5000))
+                sender.sendto(b"datagram", (VMADDR_CID_HOST, 5000))
+                datagram, source = receiver.recvfrom(100)
+            if (stream, datagram, source[0]) != (b"stream", b"datagram", guest.cid):
+                return Finding(what, "no", f"got {stream!r}, and {datagram!r} from {source}")
+    except Exception as error:  # any failure is a finding
+        return Finding(what, "no", f"{error}".strip().rpartition("\n")[2], "see: vsockd --help")
+    return Finding(what, "yes", f"a stream and a datagram arrived; vsockd started in {up:.2f} s")
+
+
+def python() -> Finding:
+    """Name the versions of the interpreter and of the command line's libraries."""
+    compiled = "has" if hasattr(stdlib, "AF_VSOCK") else "lacks"
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("click", "rich"))
+    detail = f"{platform.python_version()}, socket {compiled} AF_VSOCK; {libraries}"
+    return Finding("Python", "yes", detail)
+
+
+def seccomp() -> Finding:
+    """Install a seccomp filter with a listener in a child, as ``vsock run`` does."""
+    what = "seccomp notification"
+    script = """
+from vsockets.supervisor import filter, arch as machine, notification
+here = machine.this_architecture()
+notification.install(here, filter.assemble(here, []))
+print("yes")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    output = _output(sys.executable, "-c", script, env=environment).strip()
+    if output != "yes":
+        why = output.rpartition("\n")[2].rpartition(": ")[2] or "not in this kernel"
+        return Finding(what, "no", why, "Linux 5.14 or later, and a container that allows it")
+    scope = _read("/proc/sys/kernel/yama/ptrace_scope").strip()
+    if scope in ("2", "3") and os.geteuid() != 0:
+        advice = "sysctl kernel.yama.ptrace_scope=1"
+        return Finding(
+            what, "partly", f"programs' memory cannot be read: ptrace_scope {scope}", advice
+        )
+    if refusal():
+        why = "a seccomp filter refuses AF_VSOCK: vsock run traces programs instead (ptrace)"
+        advice = "a container profile that allows socket(AF_VSOCK), or nothing"
+        return Finding(what, "partly", why, advice)
+    return Finding(what, "yes", "vsock run can supervise any program")
+
+
+def tracing() -> Finding:
+    """Trace a child, as ``vsock run`` does for datagram sockets."""
+    what = "ptrace"
+    try:
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
+            Ptrace(this_architecture()).seize(child.pid)
+            child.kill()
+    except (OSError, NotImplementedError) as error:
+        scope = _read("/proc/sys/kernel/yama/ptrace_scope").strip() or "unknown"
+        return Finding(
+            what,
+            "no",
+            f"{error}; ptrace_scope {scope}: vsock run has no datagrams and no MSG_EOR, and "
+            "nothing where a filter refuses AF_VSOCK",
+            "sysctl kernel.yama.ptrace_scope=1, and a container that allows ptrace",
+        )
+    if refusal():
+        return Finding(what, "yes", "vsock run can trace any program")
+    return Finding(what, "yes", "vsock run supports datagram sockets of any program")
+
+
+def pidfd() -> Finding:
+    """Copy a child's descriptor by pidfd_getfd(2), as vsockd does to close a stream."""
+    what = "pidfd_getfd"
+    try:
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
+            handle = os.pidfd_open(child.pid)
+            copied = libc.syscall(SYS_PIDFD_GETFD, handle, 0, 0)
+            reason = os.strerror(ctypes.get_errno())
+            os.close(handle)
+    except OSError as error:
+        return Finding(what, "no", str(error.strerror), "Linux 5.6 or later")
+    if copied >= 0:
+        os.close(copied)
+        return Finding(what, "yes", "vsockd can close streams of any program")
+    scope = _read("/proc/sys/kernel/yama/ptrace_scope").strip() or "unknown"
+    return Finding(what, "partly", f"pidfd yes, getfd no: {reason}; ptrace_scope {scope}")
+
+
+def kernel_vsock() -> Finding:
+    """Look for the kernel's own AF_VSOCK, in /proc and /sys only."""
+    modules = {line.split()[0] for line in _read("/proc/modules").splitlines()}
+    modules |= {path.name for path in Path("/sys/module").glob("*vsock*")}
+    found = sorted(name for name in modules if "vsock" in name)
+    if Path("/dev/vsock").exists():
+        found.append("/dev/vsock")
+    if "vsock" in modules or "/dev/vsock" in found:
+        return Finding("kernel AF_VSOCK", "yes", ", ".join(found))
+    available = Path("/lib/modules", platform.release(), "kernel/net/vmw_vsock").is_dir()
+    if available:
+        return Finding("kernel AF_VSOCK", "partly", "its modules are not loaded", "modprobe vsock")
+    return Finding("kernel AF_VSOCK", "no", "no module, no /dev/vsock", "a kernel with VSOCKETS")
+
+
+def vhost_vsock() -> Finding:
+    """Check the kernel's device for QEMU's vhost-vsock-pci."""
+    path = "/dev/vhost-vsock"
+    if not os.path.exists(path):
+        return Finding(path, "no", "missing", "modprobe vhost_vsock")
+    return _accessible(path)
+
+
+def kvm() -> Finding:
+    """Check hardware virtualization."""
+    if not os.path.exists("/dev/kvm"):
+        advice = "a CPU with virtualization, nested if this is a VM"
+        return Finding("KVM", "no", "no /dev/kvm: virtual machines are emulated", advice)
+    return _accessible("/dev/kvm")._replace(what="KVM")
+
+
+def qemu() -> Finding:
+    """Look for a QEMU that supports each of the devices; an older one is no failure."""
+    from ..vm.qemu import REQUIREMENTS, QemuNotFound, find
+
+    found, missing = {}, {}
+    for device in REQUIREMENTS:
+        try:
+            found[device] = find(device)
+        except QemuNotFound as error:
+            missing[device] = str(error)
+    details = [f"{device}: {one.path} {one.version_text}" for device, one in found.items()]
+    details += [f"{device}: {why.partition(': ')[0]}" for device, why in missing.items()]
+    state = "yes" if not missing else "partly" if found else "no"
+    advice = "; ".join(why.partition(": ")[2] for why in missing.values())
+    return Finding("QEMU", state, "; ".join(details), advice)
+
+
+def virtual_machines() -> Finding:
+    """Check what vsock vm needs besides QEMU."""
+    from ..vm.apt import Unavailable, system_suite
+
+    missing = {}
+    try:
+        import qemu.qmp  # noqa: F401
+    except ModuleNotFoundError:
+        missing["run needs the Python package qemu.qmp"] = "pip install qemu.qmp"
+    if shutil.which("setpriv") is None:
+        missing["run needs setpriv"] = "util-linux"
+    state = "no" if missing else "yes"
+    try:
+        suite = system_suite()
+        keys = Path(suite.distribution.keys)
+        if not keys.exists():
+            missing[f"demo needs {keys}"] = keys.stem
+    except Unavailable as error:
+        missing[f"demo: {error}"] = "Debian, or Ubuntu"
+    if missing and state == "yes":
+        state = "partly"
+    detail = "; ".join(missing) or "run, and demo with this distribution's packages"
+    return Finding("vsock vm", state, detail, "; ".join(missing.values()))
+
+
+def fuse() -> Finding:
+    """Check file systems in user space."""
+    if not os.path.exists("/dev/fuse"):
+        return Finding("FUSE", "no", "no /dev/fuse", "modprobe fuse; fuse3")
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        return Finding("FUSE", "partly", "/dev/fuse, but no fusermount3", "fuse3")
+    return _accessible("/dev/fuse")._replace(what="FUSE")
+
+
+def user_namespaces() -> Finding:
+    """Create a user namespace in a child, as unprivileged containers do."""
+    script = f"""
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.unshare({_CLONE_NEWUSER}) and os.strerror(ctypes.get_errno()))
+"""
+    output = _output(sys.executable, "-I", "-c", script).strip()
+    if output == "0":
+        return Finding("user namespaces", "yes", "users can create containers without a privilege")
+    advice = "sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone"
+    return Finding("user namespaces", "no", output, advice)
+
+
+CHECKS = (
+    fabric,
+    python,
+    seccomp,
+    tracing,
+    pidfd,
+    kernel_vsock,
+    vhost_vsock,
+    kvm,
+    qemu,
+    virtual_machines,
+    fuse,
+    user_namespaces,
+)
+
+
+def _accessible(path: str) -> Finding:
+    if os.access(path, os.R_OK | os.W_OK):
+        return Finding(path, "yes", f"{path} can be opened")
+    owner = Path(path).group() if os.path.exists(path) else ""
+    return Finding(path, "partly", f"{path}: permission denied", f"add this user to group {owner}")
+
+
+def _read(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(errors="replace")
+    return ""
+
+
+def _output(*command: str, env: dict[str, str] | None = None) -> str:
+    """Return the output of a program, or the error message if it fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PATIENCE, check=False, env=env
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return done.stdout or done.stderr

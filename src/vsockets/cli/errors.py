@@ -1,36 +1,36 @@
-"""From an errno to a line that says what is wrong and what to do about it."""
+"""One-line error messages that name the cause and the remedy."""
 
 from __future__ import annotations
 
 import errno
 import os
 
-#: What a failed operation on a socket means here, by errno.
+#: Causes of a failed connect, by errno; and of a failed bind and send.
 CONNECT = {
     errno.ECONNRESET: "no program listens there, its backlog is full, or this context may not "
-    "connect to it (vsock events denial); --wait SECONDS tries for so long",
-    errno.EHOSTUNREACH: "there is no such context, or this one may not talk to it",
-    errno.EADDRINUSE: "the source port is taken; vsock ls shows by whom",
+    "connect to it (see: vsock events denial); --wait SECONDS retries",
+    errno.EHOSTUNREACH: "no such context, or this one may not communicate with it",
+    errno.EADDRINUSE: "the source port is in use (see: vsock ls)",
     errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE",
-    errno.EINVAL: "any is no destination, or the two sides' buffer sizes do not meet",
-    errno.ETIMEDOUT: "no answer in time; -w gives it longer",
+    errno.EINVAL: "any is not a destination, or the buffer sizes of both sides do not overlap",
+    errno.ETIMEDOUT: "no answer in time; -w SECONDS sets a longer timeout",
 }
 BIND = {
-    errno.EADDRINUSE: "the port is taken; vsock ls shows by whom",
-    errno.EADDRNOTAVAIL: "that CID is not this context's; leave --cid out",
-    errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE; take one from 1024 up",
+    errno.EADDRINUSE: "the port is in use (see: vsock ls)",
+    errno.EADDRNOTAVAIL: "the CID is not that of this context; omit --cid",
+    errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE; use 1024 or above",
 }
 SEND = {
-    errno.EMSGSIZE: "it is larger than a message may be",
+    errno.EMSGSIZE: "the message is too large",
     errno.ECONNREFUSED: "no datagram socket is bound there, or this context may not send to it "
-    "(vsock events denial); --wait SECONDS tries for so long",
-    errno.EHOSTUNREACH: "there is no such context, or this one may not talk to it",
+    "(see: vsock events denial); --wait SECONDS retries",
+    errno.EHOSTUNREACH: "no such context, or this one may not communicate with it",
     errno.ENETDOWN: "vsockd has ended",
 }
 
 
 class CliError(Exception):
-    """A command cannot go on; the text is the line the user gets, ``status`` the exit status."""
+    """Failure of a command: the line printed to the user, and the exit status."""
 
     def __init__(self, line: str, status: int = 1) -> None:
         super().__init__(line)
@@ -38,17 +38,17 @@ class CliError(Exception):
 
 
 def cli_error(doing: str, error: OSError, meanings: dict[int, str]) -> CliError:
-    """The line for ``error``, met while ``doing`` something."""
+    """Return the CliError for an ``error`` in the operation that ``doing`` names."""
     code = error.errno or 0
-    why = error.strerror or str(error)  # the library's own words, such as how to start vsockd
+    why = error.strerror or str(error)  # may be the library's, such as how to start vsockd
     if code in meanings:
         why = f"{meanings[code]} ({os.strerror(code)})"
-    # Notes of the library say which transport was chosen.
+    # The library's notes name the transport that was chosen.
     return CliError("; ".join((f"{doing}: {why}", *getattr(error, "__notes__", ()))))
 
 
 def one_line(error: Exception) -> str:
-    """Any exception in one line."""
+    """Return any exception as one line."""
     if isinstance(error, CliError):
         return str(error)
     if isinstance(error, TimeoutError) and error.strerror is None:

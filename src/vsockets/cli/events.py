@@ -1,42 +1,45 @@
-"""``vsock events``: what happens to guests, and what they are denied, as it happens."""
+"""``vsock events``: print life-cycle events, denials and disconnects as they happen."""
 
 from __future__ import annotations
 
 import json
 import time
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
 from ..model.text import printable
 from .connect import administrator
+from .groups import command
+from .options import argument, members
 
 
 class Topic(StrEnum):
-    """What there are events of."""
+    """Topics of events."""
 
     CONTEXT = "context"
     DENIAL = "denial"
     DISCONNECT = "disconnect"
 
 
-def events(
-    topics: Annotated[
-        list[Topic] | None,
-        typer.Argument(metavar="[context] [denial] [disconnect]", help="By default all."),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="For programs: a JSON object a line.")
-    ] = False,
-) -> None:
-    """Follow what happens to guests, and what programs are denied, until Ctrl-C."""
-    with administrator() as control, control.events(*(topics or ())) as stream:
+@command("events")
+@argument(
+    "topics",
+    nargs=-1,
+    **members(Topic),
+    metavar="[context] [denial] [disconnect]",
+    help="Topics to print. Default: all.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
+def events(topics: tuple[Topic, ...], as_json: bool) -> None:
+    """Print life-cycle events of guests and denials until Ctrl-C."""
+    with administrator() as control, control.events(*topics) as stream:
         for event in stream:
-            print(json.dumps(event) if as_json else printable(_in_words(event)), flush=True)
+            print(json.dumps(event) if as_json else printable(_describe(event)), flush=True)
 
 
-def _in_words(event: dict[str, Any]) -> str:
+def _describe(event: dict[str, Any]) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
     lost = f" ({event['missed']} events were lost before)" if event["missed"] else ""
     if event["topic"] == Topic.CONTEXT:

@@ -1,4 +1,4 @@
-"""Becoming another program, and running a command for each connection."""
+"""Replace this process by a program, and run a command for each connection."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import subprocess
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-import typer
+import click
 
 from ..socket import socket
 from .errors import CliError
 from .output import notice
 
-#: What shells and env(1) exit with.
+#: Exit statuses of shells and env(1) for a program that cannot be executed, or is missing.
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
 
 def exec_program(program: list[str], environment: Mapping[str, str]) -> NoReturn:
     """Replace this process by ``program``, looked up on the PATH.
 
-    Raises CliError with the exit status that env(1) has for the case.
+    Raises CliError with the exit status of env(1) for the same failure.
     """
-    # Python ignores these two, and exec would keep that; programs expect the default.
+    # Python ignores these signals, and exec keeps that; programs expect the default.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
@@ -37,29 +37,32 @@ def exec_program(program: list[str], environment: Mapping[str, str]) -> NoReturn
         raise CliError(f"{program[0]}: {error.strerror}", status) from None
 
 
-def arguments_of(command: str | None) -> list[str]:
-    """A command line, split as the shell would; empty when there is none."""
+def split_command(command: str | None) -> list[str]:
+    """Return the words of an ``--exec`` command line, split as a shell would; empty for None.
+
+    Raises CliError if the program is missing.
+    """
     if command is None:
         return []
     try:
         arguments = shlex.split(command)
     except ValueError as error:
-        raise typer.BadParameter(f"--exec {command}: {error}") from None
+        raise click.BadParameter(f"--exec {command}: {error}") from None
     if not arguments:
-        raise typer.BadParameter("--exec: expected a command")
-    if shutil.which(arguments[0]) is None:  # better now than when somebody has connected
+        raise click.BadParameter("--exec: expected a command")
+    if shutil.which(arguments[0]) is None:  # before a client connects
         raise CliError(f"{arguments[0]}: {os.strerror(errno.ENOENT)}", NOT_FOUND)
     return arguments
 
 
 def environment_for(sock: socket) -> dict[str, str]:
-    """The environment of a command that serves ``sock``: it says who is at the other end."""
+    """Return the environment of a command that serves ``sock``: it names the peer's address."""
     cid, port = sock.getpeername()
     return {**os.environ, "VSOCK_PEER_CID": str(cid), "VSOCK_PEER_PORT": str(port)}
 
 
-def become_served(command: list[str], sock: socket) -> NoReturn:
-    """Be ``command``, with ``sock`` for standard input and output."""
+def exec_on_socket(command: list[str], sock: socket) -> NoReturn:
+    """Replace this process by ``command``, with ``sock`` as standard input and output."""
     sock.setblocking(True)
     os.dup2(sock.fileno(), 0)
     os.dup2(sock.fileno(), 1)
@@ -67,8 +70,10 @@ def become_served(command: list[str], sock: socket) -> NoReturn:
 
 
 def serve(listener: socket, accept: Callable[[], socket], command: list[str]) -> NoReturn:
-    """Run ``command`` for each connection, all at the same time, for ever."""
-    running: dict[int, subprocess.Popen[bytes]] = {}  # by a descriptor that tells of the end
+    """Run ``command`` for each connection, concurrently; never returns."""
+    running: dict[
+        int, subprocess.Popen[bytes]
+    ] = {}  # by pidfd, which is readable when the process ends
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     while True:

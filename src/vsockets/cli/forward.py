@@ -1,38 +1,39 @@
-"""``vsock forward``: streams and datagrams from one address to another."""
+"""``vsock forward``: forward streams and datagrams from one address to another."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from .. import logs
 from ..forward.limits import FORWARD_CONNECT_TIMEOUT_SECONDS, FORWARD_CONNECTIONS_MAX
 from ..model.locator import Vsock
 from .connect import lasting_context
 from .errors import CONNECT, CliError, cli_error
+from .groups import command
 from .options import (
-    AllowOption,
     LogFormat,
-    LogFormatOption,
-    SourceArgument,
-    TargetArgument,
-    VerboseOption,
+    allow_option,
+    log_format_option,
     parser_of,
+    source_argument,
+    target_argument,
+    verbose_option,
 )
 
 if TYPE_CHECKING:
-    # What is imported in functions below takes longer than the other commands do.
+    # Imported late, in functions: these take longer than most commands.
     from ..capture.recording import Recorder
     from ..forward.service import ForwardService
     from ..forward.settings import Settings
 
 log = logging.getLogger("vsockets.forward")
 
-#: Seconds that connections have to end by themselves after SIGTERM.
+#: Seconds that open connections have to finish after SIGTERM.
 _DRAIN = 30.0
 
 
@@ -43,77 +44,104 @@ def _read_host_rule(text: str) -> Any:
     return HostRule.parse(text)
 
 
+@command("forward")
+@source_argument
+@target_argument
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Read any number of forwards from this file; SIGHUP reads it again.",
+)
+@allow_option
+@click.option(
+    "--allow-host",
+    type=_read_host_rule,
+    multiple=True,
+    metavar="HOST[:PORT]",
+    help="Destination that clients of a proxy may connect to: *.example.org:443, 10.0.0.0/8; "
+    "repeatable.",
+)
+@click.option(
+    "--idle",
+    type=click.FloatRange(min=0.0),
+    metavar="SECONDS",
+    help="Close a connection that was silent in both directions for this long. Default: never.",
+)
+@click.option(
+    "--connect-timeout",
+    type=click.FloatRange(min=0.0),
+    default=FORWARD_CONNECT_TIMEOUT_SECONDS,
+    metavar="SECONDS",
+    help="Timeout of one attempt to connect to TO, in seconds.",
+)
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0.0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Retry this long when TO does not accept connections, in seconds.",
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=FORWARD_CONNECTIONS_MAX,
+    metavar="N",
+    help="Concurrent connections; later clients wait.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(min=0.0),
+    default=_DRAIN,
+    metavar="SECONDS",
+    help="Time that open connections have to finish after SIGTERM, in seconds.",
+)
+@verbose_option
+@log_format_option
 def forward(
-    source: SourceArgument = None,
-    target: TargetArgument = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="Many forwards; SIGHUP reads it again."),
-    ] = None,
-    allow: AllowOption = None,
-    allow_host: Annotated[
-        list[Any] | None,
-        typer.Option(
-            parser=_read_host_rule,
-            metavar="HOST[:PORT]",
-            help="Where a proxy's clients may go: *.example.org:443, 10.0.0.0/8; can be repeated.",
-        ),
-    ] = None,
-    idle: Annotated[
-        float | None,
-        typer.Option(metavar="SECONDS", min=0.0, help="End what was silent for so long."),
-    ] = None,
-    connect_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0.0, help="For one attempt to reach TO.")
-    ] = FORWARD_CONNECT_TIMEOUT_SECONDS,
-    wait: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", min=0.0, help="Try so long when TO is not there yet."),
-    ] = 0.0,
-    max_connections: Annotated[
-        int, typer.Option(metavar="N", min=1, help="At the same time; later ones wait.")
-    ] = FORWARD_CONNECTIONS_MAX,
-    drain: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS",
-            min=0.0,
-            help="After SIGTERM: how long connections may take to end by themselves.",
-        ),
-    ] = _DRAIN,
-    verbose: VerboseOption = False,
-    log_format: LogFormatOption = LogFormat.TEXT,
+    source: Any,
+    target: Any,
+    config: Path | None,
+    allow: tuple[Any, ...],
+    allow_host: tuple[Any, ...],
+    idle: float | None,
+    connect_timeout: float,
+    wait: float,
+    max_connections: int,
+    drain: float,
+    verbose: bool,
+    log_format: LogFormat,
 ) -> None:
-    """Forward whoever comes to FROM to TO, until SIGTERM or Ctrl-C.
+    """Forward each client of FROM to TO, until SIGTERM or Ctrl-C.
 
     FROM and TO are addresses: vsock:CID:PORT, vsock-dgram:CID:PORT, vsock-mux:PATH:PORT,
     tcp:HOST:PORT, udp:HOST:PORT, unix:PATH, unix-dgram:PATH, exec:COMMAND, stdio:.  FROM may
     also be fd:N or fd:NAME (systemd's sockets), TO http-proxy: or socks5:.  An empty CID or
-    HOST listens on all of our own.
+    HOST listens on every local address.
     """
     from ..forward.settings import Settings, load
 
     if config is not None:
         if source is not None:
-            raise typer.BadParameter("--config replaces FROM and TO")
+            raise click.BadParameter("--config: not allowed with FROM and TO")
         file = config
-        serve(_load(file), drain, verbose, log_format, again=lambda: load(file))
+        serve(_load(file), drain, verbose, log_format, reload=lambda: load(file))
         return
     if source is None or target is None:
-        raise typer.BadParameter("expected FROM and TO, or --config FILE")
+        raise click.BadParameter("expected FROM and TO, or --config FILE")
     try:
         settings = Settings(
             source,
             target,
-            allow=tuple(allow or ()),
-            hosts=tuple(allow_host or ()),
+            allow=allow,
+            hosts=allow_host,
             idle=idle,
             connect_timeout=connect_timeout,
             wait=wait,
             max_connections=max_connections,
         )
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise click.BadParameter(str(error)) from None
     serve([settings], drain, verbose, log_format)
 
 
@@ -123,10 +151,10 @@ def serve(
     verbose: bool = False,
     log_format: LogFormat = LogFormat.TEXT,
     *,
-    again: Callable[[], list[Settings]] | None = None,
+    reload: Callable[[], list[Settings]] | None = None,
     recorder: Recorder | None = None,
 ) -> None:
-    """Do it until a signal comes; on SIGHUP do what ``again`` says from then on."""
+    """Run ``forwards`` until SIGTERM or SIGINT; on SIGHUP replace them by ``reload()``."""
     from ..forward.service import run
 
     logs.configure("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
@@ -143,7 +171,7 @@ def serve(
         run(
             forwards,
             drain=drain,
-            again=again,
+            again=reload,
             context=context,
             ready=ready,
             recorder=recorder,

@@ -1,10 +1,10 @@
-"""A small HTTP server for pages and numbers of this machine's own: asyncio and h11.
+"""A small HTTP server for local pages and metrics, on asyncio and h11.
 
-One request a connection, which keeps it simple: no pipelining, no state between requests.  A
-client may be hostile: its whole request has a time limit and a size, however it trickles, and so
-has every piece of an answer.  There are only so many clients at a time, and when another one comes
-the oldest is cut off, so that nobody keeps others out.  Clients that the handler knows, by a
-session, have places of their own.
+Each connection carries one request, so that there is neither pipelining nor state between
+requests.  Clients may be hostile: the whole request has a time limit and a size limit, however
+slowly it arrives, and each piece of the response has a time limit.  The number of connections is
+limited; a new one aborts the oldest, so that no client locks others out.  Clients with a session
+are counted separately from those without.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from .limits import (
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asks for."""
+    """A request of a client."""
 
     method: str
     path: str  #: without the query
     query: Mapping[str, str]
-    headers: Mapping[str, str]  #: names in small letters; the last of several with one name
+    headers: Mapping[str, str]  #: names in lower case; the last of several with the same name
     body: bytes = b""
-    #: for the handler to call when it knows the client: others do not take its place then
+    #: called by the handler if the client has a session: clients without cannot displace it then
     keep: Callable[[], None] = field(default=lambda: None, compare=False)
 
 
 @dataclass(frozen=True)
 class Response:
-    """What it gets.  A body that is an iterator goes on until it ends, or the client leaves."""
+    """A response.  A body that is an iterator is sent until it ends or the client disconnects."""
 
     status: int
     content_type: str
@@ -55,32 +55,34 @@ class Response:
     headers: Sequence[tuple[str, str]] = field(default=())
 
 
-def text(status: int, words: str) -> Response:
-    """A line of text."""
-    return Response(status, "text/plain; charset=utf-8", f"{words}\n".encode())
+def text(status: int, line: str) -> Response:
+    """Return a response of one line of text."""
+    return Response(status, "text/plain; charset=utf-8", f"{line}\n".encode())
 
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 class HttpServer:
-    """Answers each request on ``listener`` with what ``handler`` makes of it."""
+    """A server that passes each request on ``listener`` to ``handler`` and sends its response."""
 
     def __init__(self, listener: socket.socket, handler: Handler) -> None:
         self._listener = listener
         self._handler = handler
-        # In the order in which they came.
+        # Without and with a session, each in order of arrival.
         self._clients: dict[asyncio.StreamWriter, None] = {}
-        self._known: dict[asyncio.StreamWriter, None] = {}
+        self._with_session: dict[asyncio.StreamWriter, None] = {}
 
     async def serve(self) -> None:
-        """Until it is cancelled."""
+        """Serve until cancelled."""
         server = await asyncio.start_server(
             self._admit, sock=self._listener, backlog=HTTP_ACCEPTS_PER_TURN_MAX
         )
-        self._listener.listen(HTTP_BACKLOG_MAX)  # asyncio's word is for both
+        self._listener.listen(
+            HTTP_BACKLOG_MAX
+        )  # asyncio has set its accepts per turn as the backlog
         try:
-            await asyncio.Event().wait()  # serve_forever() would wait for the last client to leave
+            await asyncio.Event().wait()  # serve_forever() would wait for the last client
         finally:
             server.close()
 
@@ -89,27 +91,27 @@ class HttpServer:
         try:
             await self._serve(reader, writer)
         except (OSError, h11.ProtocolError):
-            pass  # it has gone, reads nothing, or sent what makes an answer impossible
+            pass  # the client has disconnected, reads nothing, or sent an invalid request
         finally:
             self._clients.pop(writer, None)
-            self._known.pop(writer, None)
+            self._with_session.pop(writer, None)
             with contextlib.suppress(OSError):
                 writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HTTP_HEAD_MAX_BYTES)
         response = await self._answer(connection, reader, lambda: self._keep(writer))
-        refused = connection.their_state is not h11.DONE
+        rejected = connection.their_state is not h11.DONE
         await _send(connection, writer, response)
-        if refused:  # a socket closed with something unread would take the answer with it
+        if rejected:  # closing a socket with unread data discards the response
             writer.write_eof()
             async with asyncio.timeout(HTTP_LINGER_SECONDS):
                 while await reader.read(HTTP_HEAD_MAX_BYTES):
                     pass
 
     def _keep(self, writer: asyncio.StreamWriter) -> None:
-        if self._clients.pop(writer, writer) is None:  # else it has been cut off
-            _add(writer, self._known, HTTP_SESSION_CLIENTS_MAX)
+        if self._clients.pop(writer, writer) is None:  # else it has been aborted
+            _add(writer, self._with_session, HTTP_SESSION_CLIENTS_MAX)
 
     async def _answer(
         self, connection: h11.Connection, reader: asyncio.StreamReader, keep: Callable[[], None]
@@ -118,7 +120,7 @@ class HttpServer:
             async with asyncio.timeout(HTTP_REQUEST_TIMEOUT_SECONDS):
                 request = replace(await _receive(connection, reader), keep=keep)
         except TimeoutError:
-            return text(408, f"a request is sent within {HTTP_REQUEST_TIMEOUT_SECONDS:.0f} s")
+            return text(408, f"request timeout (limit: {HTTP_REQUEST_TIMEOUT_SECONDS:.0f} s)")
         except h11.RemoteProtocolError as error:
             return text(error.error_status_hint, str(error))
         return await self._handler(request)
@@ -127,7 +129,7 @@ class HttpServer:
 def _add(
     writer: asyncio.StreamWriter, clients: dict[asyncio.StreamWriter, None], most: int
 ) -> None:
-    """Give a client a place, that of the oldest if there is no other."""
+    """Add a client; abort the oldest if there are more than ``most``."""
     clients[writer] = None
     if len(clients) > most:
         oldest = next(iter(clients))
@@ -148,11 +150,11 @@ async def _receive(connection: h11.Connection, reader: asyncio.StreamReader) -> 
                 body += data
                 if len(body) > HTTP_BODY_MAX_BYTES:
                     raise h11.RemoteProtocolError(
-                        f"a body has {HTTP_BODY_MAX_BYTES} bytes at most", 413
+                        f"request body too large (limit: {HTTP_BODY_MAX_BYTES} bytes)", 413
                     )
             case h11.EndOfMessage() if head is not None:
                 return _request(head, body)
-            case _:  # the end, before there was a request
+            case _:  # the client closed before the end of its request
                 raise ConnectionResetError
 
 
@@ -187,7 +189,10 @@ async def _send(
 
 
 async def _write(writer: asyncio.StreamWriter, data: bytes | None) -> None:
-    """OSError (a TimeoutError is one) when the client has gone or does not read."""
+    """Write ``data`` and wait until the client has taken it.
+
+    Raises OSError if the client has disconnected, TimeoutError if it does not read.
+    """
     writer.write(data or b"")
     async with asyncio.timeout(HTTP_WRITE_TIMEOUT_SECONDS):
         await writer.drain()

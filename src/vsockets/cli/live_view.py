@@ -1,4 +1,4 @@
-"""Views that stay on the terminal and are drawn anew, until q or Ctrl-C."""
+"""Full-screen views of the terminal, refreshed until q or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,43 +11,52 @@ import tty
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
+
+from .options import Decorator
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-IntervalOption = Annotated[
-    float, typer.Option(metavar="SECONDS", min=0.1, help="How often it is brought up to date.")
-]
+
+def interval_option(default: float) -> Decorator[Any]:
+    """Declare ``--interval``."""
+    return click.option(
+        "--interval",
+        type=click.FloatRange(min=0.1),
+        default=default,
+        metavar="SECONDS",
+        help="Time between two updates, in seconds.",
+    )
 
 
 class View(ABC):
-    """What is shown."""
+    """The content of a full-screen view."""
 
-    #: descriptors that have something to hear when they are readable
+    #: descriptors; when one is readable, ``read_source`` is called
     sources: Sequence[int] = ()
 
     @abstractmethod
     def update(self) -> None:
-        """Find out how things are now: once each interval."""
+        """Fetch the current state; called once each interval."""
 
     @abstractmethod
     def draw(self, width: int, height: int) -> RenderableType:
-        """What there is to see, as characters wide and lines high."""
+        """Return the view, ``width`` characters by ``height`` lines."""
 
-    def hear(self) -> None:  # noqa: B027 - most views have no sources
-        """One of ``sources`` is readable."""
+    def read_source(self) -> None:  # noqa: B027 - optional: most views have no sources
+        """Read from the descriptor of ``sources`` that is readable."""
 
-    def press(self, keys: str) -> None:  # noqa: B027 - nor keys
-        """The user has pressed keys, none of them q."""
+    def press(self, keys: str) -> None:  # noqa: B027 - optional
+        """Handle keys that the user has pressed, none of them q."""
 
 
 def require_terminal(option: str) -> None:
-    """A usage error unless somebody looks."""
+    """Raise a usage error unless standard output is a terminal."""
     if not sys.stdout.isatty():
-        raise typer.BadParameter(f"{option} is for a terminal; for programs there is --json")
+        raise click.BadParameter(f"{option}: standard output is not a terminal (use --json)")
 
 
 def show(view: View, interval: float) -> None:
@@ -73,13 +82,14 @@ def show(view: View, interval: float) -> None:
                         return
                     view.press(pressed)
                 if set(ready) & set(view.sources):
-                    view.hear()
+                    view.read_source()
 
 
 @contextmanager
 def _keys() -> Iterator[list[int]]:
-    """Standard input such that each key comes at once and is not echoed; empty if it is no
-    terminal.
+    """Yield standard input, set to deliver each key at once and without echo.
+
+    Yields an empty list if it is not a terminal.
     """
     if not sys.stdin.isatty():
         yield []

@@ -1,4 +1,4 @@
-"""Serving HTTP to this machine alone: on loopback, or a unix socket of the user's own."""
+"""Serve HTTP to this machine only: on loopback, or on a unix socket of the user."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from ..model.locator import Inet, Locator, Unix
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from .http_server import Handler
 
 
-def require_ours_alone(where: Locator) -> None:
-    """A usage error for what other machines could reach."""
+def require_private(where: Locator) -> None:
+    """Raise a usage error for an address that other machines can reach."""
     if not is_loopback(where) and (where.datagram or not isinstance(where, Unix)):
-        raise typer.BadParameter(
-            f"--listen {where}: expected unix:PATH or tcp:127.0.0.1:PORT; who is to read it from "
-            "elsewhere needs a proxy that asks who he is"
+        raise click.BadParameter(
+            f"--listen {where}: not private to this machine (expected unix:PATH or "
+            "tcp:127.0.0.1:PORT; for other machines use a proxy that authenticates clients)"
         )
 
 
 def is_loopback(where: Locator) -> bool:
-    """Whether it is TCP, at a loopback address; a name may mean another one tomorrow."""
+    """Return whether ``where`` is a numeric loopback address of TCP; names can be reassigned."""
     try:
         return (
             isinstance(where, Inet)
@@ -44,33 +44,33 @@ def serve(
     prepare: Callable[[str], Handler],
     *beside: Callable[[], Coroutine[Any, Any, None]],
 ) -> None:
-    """Answer at ``where`` until Ctrl-C or SIGTERM; a unix socket is its owner's alone.
+    """Serve HTTP at ``where`` until Ctrl-C or SIGTERM; only the user can connect to a unix socket.
 
-    ``prepare`` is told the address when it can be connected to, and returns what answers there;
-    ``beside`` runs as long.
+    ``prepare`` is called with the address once clients can connect, and returns the handler;
+    the coroutines of ``beside`` run as long as the server.
     """
-    import asyncio  # these take as long to load as all the rest
+    import asyncio  # imported late: these take as long to load as all the rest
 
     from ..eventloop.asyncio_server import Listener
     from ..eventloop.service import on_signals
     from .http_server import HttpServer
 
     async def run() -> None:
-        handler = prepare(door.where)
+        handler = prepare(listener.where)
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(HttpServer(door.sockets[0], handler).serve())]
+            tasks = [group.create_task(HttpServer(listener.sockets[0], handler).serve())]
             tasks += [group.create_task(other()) for other in beside]
             on_signals({signal.SIGTERM: lambda: _cancel(tasks)})
 
     mask = os.umask(0o077)
     try:
-        door = Listener(where)
+        listener = Listener(where)
     finally:
         os.umask(mask)
     try:
         asyncio.run(run())
     finally:
-        door.close()
+        listener.close()
 
 
 def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:

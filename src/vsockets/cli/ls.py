@@ -1,4 +1,4 @@
-"""``vsock ls``: who has which socket, as ``ss`` shows it for TCP."""
+"""``vsock ls``: list sockets and their processes, as ``ss`` does for TCP."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import json
 import time
 from collections.abc import Collection
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from ..control import Control
-from ..model.address import parse_port
 from .connect import administrator
-from .live_view import IntervalOption, View, require_terminal, show
-from .options import JsonOption, parser_of, read_cid, read_user
+from .groups import command
+from .live_view import View, interval_option, require_terminal, show
+from .options import json_option, members, read_cid, read_port, read_user
 from .output import Column, make_table, print_json, print_table, user_name
-from .socket_owners import Holders
+from .socket_owners import Owners
 from .unix_diag import fill_queues
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class SocketType(StrEnum):
-    """As the fabric calls them."""
+    """Socket types, by the fabric's names."""
 
     STREAM = "stream"
     SEQPACKET = "seqpacket"
@@ -32,7 +32,7 @@ class SocketType(StrEnum):
 
 
 class State(StrEnum):
-    """What can become of a socket."""
+    """States of a socket."""
 
     BOUND = "bound"
     LISTENING = "listening"
@@ -55,49 +55,63 @@ _COLUMNS = (
 )
 
 
+@command("ls")
+@click.option(
+    "--context", type=read_cid, multiple=True, metavar="CID", help="Only sockets of this context."
+)
+@click.option(
+    "--port",
+    type=read_port,
+    multiple=True,
+    metavar="PORT",
+    help="Only sockets with this port, at either end.",
+)
+@click.option(
+    "--type", "socket_type", **members(SocketType), multiple=True, help="Only sockets of this type."
+)
+@click.option("--state", **members(State), multiple=True, help="Only sockets in this state.")
+@click.option("-l", "--listening", is_flag=True, help="Same as --state listening.")
+@click.option(
+    "--pid",
+    type=click.IntRange(min=0),
+    multiple=True,
+    metavar="PID",
+    help="Only sockets of this process.",
+)
+@click.option(
+    "--user",
+    type=read_user,
+    multiple=True,
+    metavar="USER",
+    help="Only sockets of this user: name or uid.",
+)
+@click.option("--watch", is_flag=True, help="Refresh the table until q or Ctrl-C.")
+@interval_option(2.0)
+@json_option
 def ls(
-    context: Annotated[
-        list[Any] | None,
-        typer.Option(parser=read_cid, metavar="CID", help="Only this context's sockets."),
-    ] = None,
-    port: Annotated[
-        list[Any] | None,
-        typer.Option(
-            parser=parser_of(parse_port), metavar="PORT", help="Only with this port, at either end."
-        ),
-    ] = None,
-    socket_type: Annotated[
-        list[SocketType] | None, typer.Option("--type", help="Only sockets of this type.")
-    ] = None,
-    state: Annotated[list[State] | None, typer.Option(help="Only in this state.")] = None,
-    listening: Annotated[
-        bool, typer.Option("-l", "--listening", help="As --state listening.")
-    ] = False,
-    pid: Annotated[
-        list[int] | None, typer.Option(metavar="PID", min=0, help="Only this process's.")
-    ] = None,
-    user: Annotated[
-        list[Any] | None,
-        typer.Option(parser=read_user, metavar="USER", help="Only this user's: name or number."),
-    ] = None,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Go on showing them, until q or Ctrl-C.")
-    ] = False,
-    interval: IntervalOption = 2.0,
-    as_json: JsonOption = False,
+    context: tuple[int, ...],
+    port: tuple[int, ...],
+    socket_type: tuple[SocketType, ...],
+    state: tuple[State, ...],
+    listening: bool,
+    pid: tuple[int, ...],
+    user: tuple[int, ...],
+    watch: bool,
+    interval: float,
+    as_json: bool,
 ) -> None:
-    """List the sockets of the fabric: a stream has two, one at each end.
+    """List the fabric's sockets, two for each stream.
 
-    Every filter can be repeated: any of its values will do.  RECV-Q and SEND-Q are the bytes that
-    wait to be read here, and at the far end; of a listening socket the connections that wait, and
-    how many may.
+    Every filter is repeatable; a socket matches any of its values.  RECV-Q and SEND-Q are the
+    bytes that are unread here and at the peer; of a listening socket, the pending connections and
+    the backlog.
     """
-    if listening and state not in (None, [], [State.LISTENING]):
-        raise typer.BadParameter("--listening and another --state exclude each other")
+    if listening and state not in ((), (State.LISTENING,)):
+        raise click.BadParameter("--listening and another --state exclude each other")
     wanted = Filter(
         context=context,
         type=socket_type,
-        state=[State.LISTENING] if listening else state,
+        state=(State.LISTENING,) if listening else state,
         pid=pid,
         uid=user,
         port=port,
@@ -125,13 +139,14 @@ def ls(
 
 
 class Filter:
-    """Which sockets; a key with no values is any."""
+    """A predicate on rows of sockets; a key without values matches every row."""
 
-    def __init__(self, port: Collection[int] | None, **values: Collection[Any] | None) -> None:
+    def __init__(self, port: Collection[int], **values: Collection[Any]) -> None:
         self._ports = port
         self._values = {key: set(wanted) for key, wanted in values.items() if wanted}
 
     def __call__(self, row: dict[str, Any]) -> bool:
+        """Return whether ``row`` matches."""
         if any(row[key] not in wanted for key, wanted in self._values.items()):
             return False
         peer_port = row["peer"][1] if row["peer"] else None
@@ -142,18 +157,18 @@ def _sockets(control: Control, wanted: Filter) -> list[dict[str, Any]]:
     names = {row["cid"]: row["name"] for row in control.contexts()}
     sockets = control.sockets()
     fill_queues(sockets)
-    holders = Holders()
+    owners = Owners()
     for row in sockets:
         row["name"] = names.get(row["context"], "")
-        # Who has it now; vsockd, and its rules, know who registered it.
+        # vsockd knows the process that registered the socket; another may own it now.
         row["registered_by"] = {"pid": row["pid"], "uid": row["uid"]}
-        row["pid"], row["uid"], row["command"] = holders.find(row["pid"], row["uid"], row["inode"])
+        row["pid"], row["uid"], row["command"] = owners.find(row["pid"], row["uid"], row["inode"])
         row["user"] = user_name(row["uid"])
     return [row for row in sockets if wanted(row)]
 
 
 class _Sockets(View):
-    """The table that stays."""
+    """The view of ``--watch``."""
 
     def __init__(self, control: Control, wanted: Filter) -> None:
         self._control = control
@@ -172,7 +187,7 @@ class _Sockets(View):
 
 
 def _print_limits(guests: list[dict[str, Any]]) -> None:
-    """What guests have of what they may have, and how often they wanted more."""
+    """Print each guest's usage and limits, and how often a limit was reached."""
     names = list(guests[0]["usage"])
     columns = [Column("GUEST"), *(Column(name.replace("_", " ").upper()) for name in names)]
     print_table(

@@ -1,4 +1,4 @@
-"""``vsock man``: manual pages, made from the command line itself."""
+"""``vsock man``: write manual pages, generated from the commands themselves."""
 
 from __future__ import annotations
 
@@ -7,82 +7,101 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import NamedTuple
 
-import typer
+import click
+
+from .groups import command, first_sentence
+from .options import argument
 
 _ENVIRONMENT = (
-    ("VSOCKETS_DIR", "The state folder; by default /run/vsock for root, $XDG_RUNTIME_DIR/vsock."),
-    ("VSOCKETS_CONTEXT", "The folder of the context that a program is in."),
-    ("VSOCKETS_TRANSPORT", "fabric, kernel or auto: what vSockets are made of."),
+    ("VSOCKETS_DIR", "State folder; by default /run/vsock for root, else $XDG_RUNTIME_DIR/vsock."),
+    ("VSOCKETS_CONTEXT", "Folder of the context that a program belongs to."),
+    ("VSOCKETS_TRANSPORT", "Transport of vSockets: fabric, kernel or auto (the default)."),
 )
 
 
-def man(
-    context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Such as /usr/share/man.")],
-) -> None:
-    """Write manual pages of all commands to DIR/man1, and vsockd's to DIR/man8."""
+@command("man")
+@argument(
+    "folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to write to, such as /usr/share/man.",
+)
+@click.pass_context
+def man(context: click.Context, folder: Path) -> None:
+    """Write the manual pages of all commands.
+
+    They go to DIR/man1, and vsockd's page to DIR/man8.
+    """
     from ..daemon.__main__ import make_parser
 
     root = context.find_root()
-    for page in [*_of_commands(root.command, "vsock"), _of_parser(make_parser())]:
+    for page in [*_pages_of(root.command, "vsock"), _page_of_parser(make_parser())]:
         section = folder / f"man{page.section}"
         section.mkdir(parents=True, exist_ok=True)
         (section / f"{page.name}.{page.section}").write_text(_roff(page))
 
 
 class _Page(NamedTuple):
-    name: str  #: of the page
+    name: str
     section: int
     usage: str
-    text: str  #: paragraphs; the first says what it is
+    text: str  #: paragraphs; the first sentence summarizes the command
     options: list[tuple[str, str]]
-    commands: list[tuple[str, str]]  #: pages of the commands below it
+    commands: list[tuple[str, str]]  #: name and summary of each subcommand's page
 
 
-def _of_commands(command: Any, words: str, above: Any = None) -> Iterator[_Page]:
-    """Of ``command`` and those below; ``words`` are how it is called."""
-    context = command.context_class(command, info_name=words.rpartition(" ")[2], parent=above)
-    below = getattr(command, "commands", {})
+def _pages_of(
+    command: click.Command, words: str, parent: click.Context | None = None
+) -> Iterator[_Page]:
+    """Yield the pages of ``command``, called as ``words``, and of its subcommands."""
+    context = command.make_context(
+        words.rpartition(" ")[2], [], parent=parent, resilient_parsing=True
+    )
+    below: dict[str, click.Command] = {}
+    if isinstance(command, click.Group):
+        found = {
+            name: command.get_command(context, name) for name in command.list_commands(context)
+        }
+        below = {name: one for name, one in found.items() if one is not None}
+    records = [parameter.get_help_record(context) for parameter in command.params]
     yield _Page(
         words.replace(" ", "-"),
         1,
         " ".join([words, *command.collect_usage_pieces(context)]),
         command.help or "",
+        [record for record in records if record is not None],
         [
-            (names.replace(" <Any>", ""), text)
-            for names, text in filter(
-                None, (parameter.get_help_record(context) for parameter in command.params)
-            )
-        ],
-        [
-            (f"{words} {name}".replace(" ", "-"), _first_sentence(one.help or ""))
+            (f"{words} {name}".replace(" ", "-"), first_sentence(one.help or ""))
             for name, one in below.items()
         ],
     )
     for name, one in below.items():
-        yield from _of_commands(one, f"{words} {name}", context)
+        yield from _pages_of(one, f"{words} {name}", context)
 
 
-def _of_parser(parser: argparse.ArgumentParser) -> _Page:
-    """Of a program that does without typer."""
+def _page_of_parser(parser: argparse.ArgumentParser) -> _Page:
+    """Return the page of a program that uses argparse."""
     formatter = argparse.HelpFormatter(parser.prog)
     options = [
         (formatter._format_action_invocation(action), (action.help or "") % vars(action))
         for action in parser._actions
     ]
-    text = "Be the daemon of a fabric of vSockets.\n\nvsock up starts it, and it starts by itself."
+    text = (
+        "Run the daemon of a vSockets fabric.\n\n"
+        "vsock up starts it, and so does the first program that needs it."
+    )
     return _Page(parser.prog, 8, f"{parser.prog} [OPTIONS]", text, options, [])
 
 
 def _roff(page: _Page) -> str:
-    """The page's text in the man(7) macros."""
-    what = _first_sentence(page.text).rstrip(".")
+    """Return the page in the macros of man(7)."""
+    summary = first_sentence(page.text).rstrip(".")
     lines = [
         f'.TH "{page.name.upper()}" "{page.section}" "" "vsockets" "vSockets"',
-        *(".SH NAME", f"{_escaped(page.name)} \\- {_escaped(what[:1].lower() + what[1:])}"),
-        *(".SH SYNOPSIS", f".B {_escaped(page.usage)}", ".SH DESCRIPTION"),
+        *(".SH NAME", f"{_escape(page.name)} \\- {_escape(summary[:1].lower() + summary[1:])}"),
+        *(".SH SYNOPSIS", f".B {_escape(page.usage)}", ".SH DESCRIPTION"),
         *_paragraphs(page.text),
     ]
     if page.commands:
@@ -91,26 +110,22 @@ def _roff(page: _Page) -> str:
     lines += [".SH ENVIRONMENT", *_list(_ENVIRONMENT)]
     parent = page.name.rpartition("-")[0]
     others = [f"{parent}(1)"] if parent else ["vsock(1)"] if page.section == 8 else ["vsockd(8)"]
-    return "\n".join([*lines, ".SH SEE ALSO", *map(_escaped, others), ""])
+    return "\n".join([*lines, ".SH SEE ALSO", *map(_escape, others), ""])
 
 
 def _list(items: Iterable[tuple[str, str]]) -> Iterator[str]:
     for head, text in items:
-        yield from (".TP", f".B {_escaped(head)}", _escaped(" ".join(text.split())) or "\\&")
+        yield from (".TP", f".B {_escape(head)}", _escape(" ".join(text.split())) or "\\&")
 
 
 def _paragraphs(text: str) -> Iterator[str]:
     for number, paragraph in enumerate(re.split(r"\n\s*\n", textwrap.dedent(text).strip())):
         if number:
             yield ".PP"
-        yield _escaped(" ".join(paragraph.split()))
+        yield _escape(" ".join(paragraph.split()))
 
 
-def _first_sentence(text: str) -> str:
-    return " ".join(re.split(r"\n\s*\n|(?<=\.)\s", text.strip())[0].split())
-
-
-def _escaped(text: str) -> str:
-    """So that roff takes it for what it is."""
+def _escape(text: str) -> str:
+    """Return ``text`` with roff's special characters escaped."""
     text = text.replace("\\", "\\e").replace("-", "\\-")
     return f"\\&{text}" if text[:1] in (".", "'") else text

@@ -1,18 +1,16 @@
-"""``vsock connect`` and ``vsock listen``: what ``nc`` is to TCP."""
+"""``vsock connect`` and ``vsock listen``: for vSockets what ``nc`` is for TCP."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket as stdlib
-from typing import Annotated
 
-import typer
+import click
 
 from .._linux.descriptor_passing import guard
 from .._linux.sockets import pack_timeval, refuse_descriptors
 from ..attachment import ContextHandle, KernelContext, wait_readable
-from ..model.address import parse_port
 from ..model.constants import (
     AF_VSOCK,
     SO_VM_SOCKETS_CONNECT_TIMEOUT,
@@ -23,88 +21,99 @@ from ..socket import socket
 from .connect import keep_trying, lasting_context, own_context
 from .datagram_relay import DatagramRelay
 from .errors import BIND, CONNECT, CliError, cli_error
-from .execute import arguments_of, become_served, serve
-from .options import CidArgument, read_cid
+from .execute import exec_on_socket, serve, split_command
+from .groups import command
+from .options import argument, cid_argument, read_cid, read_port
 from .output import notice, user_name
 from .relay import StreamRelay
 
 Address = tuple[int, int]
 
-#: What --wait waits out: nobody listens yet, no such guest yet, no vsockd yet.
+#: Errors after which --wait retries: no listener yet, no such guest yet, no vsockd yet.
 _NOT_YET = {errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENODEV}
 
-
-def _read_port(text: str) -> int:
-    try:
-        return parse_port(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-PortArgument = Annotated[int, typer.Argument(parser=_read_port, metavar="PORT")]
-Datagram = Annotated[bool, typer.Option("-u", "--datagram", help="Datagrams, not a stream.")]
-Seqpacket = Annotated[bool, typer.Option("--seqpacket", help="Sequenced packets, not a stream.")]
-Timeout = Annotated[
-    float | None,
-    typer.Option(
-        "-w",
-        "--timeout",
-        metavar="SECONDS",
-        min=0.0,
-        help="Give up when nothing is there, or comes or goes, for so long.",
-    ),
-]
-Quit = Annotated[
-    float | None,
-    typer.Option(
-        "-q",
-        "--quit",
-        metavar="SECONDS",
-        min=0.0,
-        help="After the end of standard input, go on for at most so long.",
-    ),
-]
-NoStdin = Annotated[
-    bool, typer.Option("-d", "--no-stdin", help="Do not read standard input; only receive.")
-]
-Execute = Annotated[
-    str | None,
-    typer.Option(
-        "-e",
-        "--exec",
-        metavar="COMMAND",
-        help="Run a command, its standard input and output being the stream.",
-    ),
-]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say who is at the other end.")]
+_port_argument = argument("port", type=read_port, metavar="PORT")
+_datagram_option = click.option(
+    "-u", "--datagram", is_flag=True, help="Use datagrams instead of a stream."
+)
+_seqpacket_option = click.option(
+    "--seqpacket", is_flag=True, help="Use sequenced packets instead of a stream."
+)
+_timeout_option = click.option(
+    "-w",
+    "--timeout",
+    type=click.FloatRange(min=0.0),
+    metavar="SECONDS",
+    help="Give up when the connection is not made in this time, or silent for this long. "
+    "Default: never.",
+)
+_quit_option = click.option(
+    "-q",
+    "--quit",
+    "quit_after",
+    type=click.FloatRange(min=0.0),
+    metavar="SECONDS",
+    help="End this long after the end of standard input. Default: when the peer ends.",
+)
+_no_stdin_option = click.option(
+    "-d", "--no-stdin", is_flag=True, help="Do not read standard input; only receive."
+)
+_exec_option = click.option(
+    "-e",
+    "--exec",
+    "execute",
+    metavar="COMMAND",
+    help="Run a command with the stream as its standard input and output.",
+)
+_verbose_option = click.option(
+    "-v", "--verbose", is_flag=True, help="Print the peer's address, process and user."
+)
 
 
+@command("connect")
+@cid_argument
+@_port_argument
+@_datagram_option
+@_seqpacket_option
+@_timeout_option
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Retry this long while no program listens there, in seconds.",
+)
+@click.option(
+    "-p",
+    "--source-port",
+    type=read_port,
+    metavar="PORT",
+    help="Local port to connect from. Default: a free one.",
+)
+@_quit_option
+@_no_stdin_option
+@_exec_option
+@_verbose_option
 def connect(
-    cid: CidArgument,
-    port: PortArgument,
-    datagram: Datagram = False,
-    seqpacket: Seqpacket = False,
-    timeout: Timeout = None,
-    wait: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", min=0, help="Try for so long until a program listens."),
-    ] = 0.0,
-    source_port: Annotated[
-        int | None,
-        typer.Option("-p", "--source-port", parser=_read_port, metavar="PORT", help="Ours."),
-    ] = None,
-    quit_after: Quit = None,
-    no_stdin: NoStdin = False,
-    execute: Execute = None,
-    verbose: Verbose = False,
+    cid: int,
+    port: int,
+    datagram: bool,
+    seqpacket: bool,
+    timeout: float | None,
+    wait: float,
+    source_port: int | None,
+    quit_after: float | None,
+    no_stdin: bool,
+    execute: str | None,
+    verbose: bool,
 ) -> None:
-    """Connect to CID:PORT, and join it to standard input and output.
+    """Connect to CID:PORT, and relay standard input and output.
 
-    The end of standard input is passed on, and what the peer still has to say is received.
+    The end of standard input half-closes the stream; data of the peer is received to its end.
     CID is a number, host, local or hypervisor.
     """
     kind = _type(datagram, seqpacket, execute)
-    command = arguments_of(execute)
+    program = split_command(execute)
     _open_standard_descriptors()
     if datagram:
         context = lasting_context()
@@ -128,64 +137,62 @@ def connect(
         raise cli_error(f"connect to {cid}:{port}", error, CONNECT) from None
     if verbose:
         notice(f"connected to {_describe_peer(sock)} from {_describe(sock.getsockname())}")
-    if command:
-        become_served(command, sock)
+    if program:
+        exec_on_socket(program, sock)
     relay = StreamRelay(read_stdin=not no_stdin, idle=timeout, quit_after=quit_after)
     relay.add(sock)
     relay.run()
 
 
+@command("listen")
+@_port_argument
+@_datagram_option
+@_seqpacket_option
+@_timeout_option
+@click.option(
+    "-k", "--keep", is_flag=True, help="Keep accepting, with any number of peers at a time."
+)
+@click.option(
+    "--cid",
+    type=read_cid,
+    metavar="CID",
+    help="CID to bind to; local accepts from this context only. Default: any.",
+)
+@_quit_option
+@_no_stdin_option
+@_exec_option
+@_verbose_option
 def listen(
-    port: PortArgument,
-    datagram: Datagram = False,
-    seqpacket: Seqpacket = False,
-    timeout: Timeout = None,
-    keep: Annotated[
-        bool, typer.Option("-k", "--keep", help="Go on accepting, several at a time.")
-    ] = False,
-    cid: Annotated[
-        int | None,
-        typer.Option(
-            "--cid", parser=read_cid, metavar="CID", help="Bind to it: local is for loopback only."
-        ),
-    ] = None,
-    quit_after: Quit = None,
-    no_stdin: NoStdin = False,
-    execute: Execute = None,
-    verbose: Verbose = False,
+    port: int,
+    datagram: bool,
+    seqpacket: bool,
+    timeout: float | None,
+    keep: bool,
+    cid: int | None,
+    quit_after: float | None,
+    no_stdin: bool,
+    execute: str | None,
+    verbose: bool,
 ) -> None:
-    """Wait for a connection to PORT, and go on like connect.
+    """Accept a connection to PORT, and relay standard input and output.
 
-    With -k standard input goes to all who are connected.  With -u every datagram is printed,
-    and standard input goes to whoever sent the last one.  PORT any takes a free one and says
-    which.
+    With -k standard input goes to all connected peers.  With -u every datagram is printed,
+    and standard input goes to the source of the last one.  PORT any binds a free port and prints
+    it.
     """
     kind = _type(datagram, seqpacket, execute)
-    command = arguments_of(execute)
+    program = split_command(execute)
     _open_standard_descriptors()
     address = (VMADDR_CID_ANY if cid is None else cid), port
+    announce = verbose or port == VMADDR_PORT_ANY
     if datagram:
-        context = lasting_context()
-        relay = DatagramRelay(
-            lambda address: _bound(kind, address, context),
-            address,
-            context,
-            read_stdin=not no_stdin,
-            idle=timeout,
-            quit_after=quit_after,
-            verbose=verbose,
-        )
-        if verbose or port == VMADDR_PORT_ANY:
-            notice(f"listening on {_describe(relay.address)}{_place()}")
-        relay.run()
-        if not relay.received:
-            raise CliError(f"nothing came within {timeout} s")
+        _receive_datagrams(address, announce, not no_stdin, timeout, quit_after, verbose)
         return
 
     sock = _bound(kind, address, own_context())
     sock.listen()
-    if verbose or port == VMADDR_PORT_ANY:
-        notice(f"listening on {_describe(sock.getsockname())}{_place()}")
+    if announce:
+        notice(f"listening on {_describe(sock.getsockname())}{_transport()}")
 
     def accept() -> socket:
         accepted: socket = sock.accept()[0]
@@ -193,8 +200,8 @@ def listen(
             notice(f"connection from {_describe_peer(accepted)}")
         return accepted
 
-    if keep and command:
-        serve(sock, accept, command)
+    if keep and program:
+        serve(sock, accept, program)
     elif keep:
         StreamRelay(
             read_stdin=not no_stdin,
@@ -205,21 +212,46 @@ def listen(
         ).run()
     else:
         if not wait_readable(sock.fileno(), timeout):
-            raise CliError(f"nobody connected within {timeout:g} s")
+            raise CliError(f"no client connected within {timeout:g} s")
         accepted = accept()
-        sock.close()  # whoever comes now is told that nobody listens
-        if command:
-            become_served(command, accepted)
+        sock.close()  # later clients are refused
+        if program:
+            exec_on_socket(program, accepted)
         once = StreamRelay(read_stdin=not no_stdin, idle=timeout, quit_after=quit_after)
         once.add(accepted)
         once.run()
 
 
+def _receive_datagrams(
+    address: Address,
+    announce: bool,
+    read_stdin: bool,
+    timeout: float | None,
+    quit_after: float | None,
+    verbose: bool,
+) -> None:
+    context = lasting_context()
+    relay = DatagramRelay(
+        lambda address: _bound(stdlib.SOCK_DGRAM, address, context),
+        address,
+        context,
+        read_stdin=read_stdin,
+        idle=timeout,
+        quit_after=quit_after,
+        verbose=verbose,
+    )
+    if announce:
+        notice(f"listening on {_describe(relay.address)}{_transport()}")
+    relay.run()
+    if not relay.received:
+        raise CliError(f"no datagram arrived within {timeout} s")
+
+
 def _type(datagram: bool, seqpacket: bool, execute: str | None) -> int:
     if datagram and seqpacket:
-        raise typer.BadParameter("--datagram and --seqpacket exclude each other")
+        raise click.BadParameter("--datagram and --seqpacket exclude each other")
     if datagram and execute is not None:
-        raise typer.BadParameter("--exec needs a stream: datagrams have no beginning and no end")
+        raise click.BadParameter("--exec needs a stream: datagrams have no start and no end")
     if datagram:
         return stdlib.SOCK_DGRAM
     return stdlib.SOCK_SEQPACKET if seqpacket else stdlib.SOCK_STREAM
@@ -227,7 +259,7 @@ def _type(datagram: bool, seqpacket: bool, execute: str | None) -> int:
 
 def _bound(kind: int, address: Address, context: ContextHandle) -> socket:
     sock = socket(type=kind, context=context)
-    if kind == stdlib.SOCK_DGRAM:  # vsockd passes a listener the descriptors of its streams
+    if kind == stdlib.SOCK_DGRAM:  # a listener's descriptors come from vsockd, and are allowed
         guard(sock)
     try:
         sock.bind(address)
@@ -253,8 +285,8 @@ def _connected(
     return sock
 
 
-def _place() -> str:
-    """Return what tells the kernel's AF_VSOCK from the fabric, in a message."""
+def _transport() -> str:
+    """Return the end of a message that names the transport, if it is the kernel's AF_VSOCK."""
     return ", the kernel's AF_VSOCK" if isinstance(own_context(), KernelContext) else ""
 
 
@@ -269,7 +301,7 @@ def _describe_peer(sock: socket) -> str:
 
 
 def _open_standard_descriptors() -> None:
-    """A descriptor that was closed on us must not become a socket's."""
+    """Open /dev/null for closed standard descriptors, so that no socket gets their numbers."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)

@@ -1,4 +1,4 @@
-"""``vsock nfs``: a host's folders for guests, over datagrams."""
+"""``vsock nfs``: share folders of the host with guests over datagrams."""
 
 from __future__ import annotations
 
@@ -6,25 +6,36 @@ import asyncio
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from .. import logs
 from ..model.constants import VMADDR_CID_HOST
 from ..model.locator import Inet, Locator, Vsock
 from .connect import lasting_context
 from .errors import CliError
-from .options import LogFormat, LogFormatOption, VerboseOption, parser_of, read_locator
+from .groups import group
+from .options import (
+    LogFormat,
+    argument,
+    log_format_option,
+    parser_of,
+    read_locator,
+    verbose_option,
+)
 
 if TYPE_CHECKING:
-    # What is imported in functions below takes longer than the other commands do.
+    # Imported late, in functions: these take longer than most commands.
     from ..nfs.server import NfsServer
 
-#: NFS's port: of UDP, and so of vSockets.
+#: NFS's port of UDP, used for vSockets, too.
 PORT = 2049
 
-app = typer.Typer(help="A host's folders for guests, over datagrams.", no_args_is_help=True)
+
+@group("nfs")
+def nfs() -> None:
+    """Share folders of the host with guests over datagrams."""
 
 
 @parser_of
@@ -34,26 +45,38 @@ def _read_export(text: str) -> Any:
     return Export.parse(text)
 
 
-@app.command("serve")
+@nfs.command("serve")
+@click.option(
+    "--export",
+    type=_read_export,
+    multiple=True,
+    required=True,
+    metavar="DIR[,ro][,cid=CID:…][,no-root-squash]",
+    help="Folder to export, its options, and the guests that may mount it; repeatable.",
+)
+@click.option(
+    "--listen",
+    type=read_locator,
+    multiple=True,
+    metavar="ADDRESS",
+    help=f"Address to serve at, vsock-dgram: or udp:; repeatable. "
+    f"Default: vsock-dgram:{VMADDR_CID_HOST}:{PORT}.",
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="State file that keeps file handles valid across restarts. "
+    "Default: vsock/nfs in XDG_STATE_HOME or ~/.local/state.",
+)
+@verbose_option
+@log_format_option
 def serve(
-    export: Annotated[
-        list[Any],
-        typer.Option(
-            parser=_read_export,
-            metavar="DIR[,ro][,cid=CID:…][,no-root-squash]",
-            help="A folder, how, and for whom; repeatable.",
-        ),
-    ],
-    listen: Annotated[
-        list[Any] | None,
-        typer.Option(parser=read_locator, metavar="ADDRESS", help="vsock-dgram: or udp:"),
-    ] = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Where it keeps what makes handles outlive it."),
-    ] = None,
-    verbose: VerboseOption = False,
-    log_format: LogFormatOption = LogFormat.TEXT,
+    export: tuple[Any, ...],
+    listen: tuple[Locator, ...],
+    state: Path | None,
+    verbose: bool,
+    log_format: LogFormat,
 ) -> None:
     """Serve folders by NFS version 3, with the MOUNT protocol on the same port."""
     from .._linux.rlimit import allow_many_descriptors
@@ -62,57 +85,60 @@ def serve(
     from ..nfs.nfs3 import DATA_SIZE, UDP_DATA_SIZE
     from ..nfs.service import NfsService
 
-    listen = listen or [Vsock(VMADDR_CID_HOST, PORT, datagram=True)]
-    for locator in listen:
+    addresses = list(listen) or [Vsock(VMADDR_CID_HOST, PORT, datagram=True)]
+    for locator in addresses:
         _expect(locator, "--listen")
     logs.configure("vsock: %(message)s", logging.INFO if verbose else logs.NOTICE, log_format.value)
     log = logging.getLogger("vsockets.nfs")
 
     def opened(server: NfsServer) -> None:
-        for door, locator in zip(server.listeners, listen, strict=True):
+        for listener, locator in zip(server.listeners, addresses, strict=True):
             scheme = str(locator).partition(":")[0]
-            log.log(logs.NOTICE, "listening on %s:%s", scheme, door.where)
+            log.log(logs.NOTICE, "listening on %s:%s", scheme, listener.where)
 
-    context = lasting_context(any(isinstance(locator, Vsock) for locator in listen))
+    context = lasting_context(any(isinstance(locator, Vsock) for locator in addresses))
     try:
-        allow_many_descriptors()  # each export keeps some hundred open
-        places = HandleStore(state or _default_state())
+        allow_many_descriptors()  # each export keeps some hundred descriptors open
+        handles = HandleStore(state or _default_state())
         try:
-            over_udp = any(isinstance(locator, Inet) for locator in listen)
-            service = NfsService(export, places, UDP_DATA_SIZE if over_udp else DATA_SIZE)
+            over_udp = any(isinstance(locator, Inet) for locator in addresses)
+            service = NfsService(list(export), handles, UDP_DATA_SIZE if over_udp else DATA_SIZE)
             try:
-                asyncio.run(server.serve(service, listen, context, opened))
+                asyncio.run(server.serve(service, addresses, context, opened))
             finally:
                 service.close()
         finally:
-            places.close()
+            handles.close()
     except OSError as error:
         raise CliError(error.strerror or str(error)) from None
 
 
-@app.command("mount")
-def mount(
-    server: Annotated[
-        Any, typer.Argument(parser=read_locator, metavar="SERVER", help="vsock-dgram: or udp:")
-    ],
-    export: Annotated[str, typer.Argument(metavar="EXPORT", help="The server's folder.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to mount it.")],
-    mount_server: Annotated[
-        Any,
-        typer.Option(
-            parser=read_locator, metavar="ADDRESS", help="The MOUNT protocol's, if elsewhere."
-        ),
-    ] = None,
-    transfer_size: Annotated[
-        int,
-        typer.Option(
-            min=512,
-            max=65_536,
-            help="Bytes of a READ or WRITE at most; 32768 if UDP is anywhere on the way.",
-        ),
-    ] = 65_536,
-) -> None:
-    """Mount a server's folder until it is unmounted, or this is ended."""
+@nfs.command("mount")
+@argument(
+    "server",
+    type=read_locator,
+    metavar="SERVER",
+    help="Address of the server, vsock-dgram: or udp:.",
+)
+@argument("export", metavar="EXPORT", help="Folder of the server to mount.")
+@argument(
+    "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to mount it on."
+)
+@click.option(
+    "--mount-server",
+    type=read_locator,
+    metavar="ADDRESS",
+    help="Address of the MOUNT protocol. Default: SERVER.",
+)
+@click.option(
+    "--transfer-size",
+    type=click.IntRange(min=512, max=65_536),
+    default=65_536,
+    metavar="BYTES",
+    help="Largest READ or WRITE, in bytes; 32768 if UDP is used anywhere on the way.",
+)
+def mount(server: Any, export: str, folder: Path, mount_server: Any, transfer_size: int) -> None:
+    """Mount a server's folder until it is unmounted or this command is ended."""
     from ..nfs import preflight
 
     _expect(server, "SERVER")
@@ -131,7 +157,7 @@ def mount(
 
 def _expect(locator: Locator, name: str) -> None:
     if not isinstance(locator, Vsock | Inet) or not locator.datagram:
-        raise typer.BadParameter(f"{name} {locator}: expected vsock-dgram: or udp:")
+        raise click.BadParameter(f"{name} {locator}: expected vsock-dgram: or udp:")
 
 
 def _default_state() -> Path:

@@ -1,88 +1,118 @@
-"""Arguments and options that several commands have, and how they are read."""
+"""Arguments and options that several commands share, and parsers of their values."""
 
 from __future__ import annotations
 
-import pwd
+from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
-import typer
+import click
 
-from ..model.address import parse_cid
+from ..model.address import parse_cid, parse_port
 from ..model.locator import parse_locator
+from .groups import Argument
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+Decorator = Callable[[_Function], _Function]
 
 
-def parser_of(parse: Any) -> Any:
-    """``parse`` for the command line: its ValueError is a usage error."""
+def parser_of(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return ``parse`` as a click type: its ValueError becomes a usage error with its text."""
 
     def read(text: str) -> Any:
         try:
             return parse(text)
         except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+            raise click.BadParameter(str(error)) from None
 
     return read
 
 
 read_cid = parser_of(parse_cid)
+read_port = parser_of(parse_port)
 read_locator = parser_of(parse_locator)
 
 
 @parser_of
 def read_user(text: str) -> int:
-    """The id of a user given by name or number."""
+    """Return the uid of a user given by name or number."""
+    import pwd
+
     if text.isdecimal():
         return int(text)
     try:
         return pwd.getpwnam(text).pw_uid
     except KeyError:
-        raise ValueError(f"there is no user {text!r}") from None
+        raise ValueError(f"no such user: {text!r} (expected a name or a number)") from None
 
 
 @parser_of
 def _read_peer_rule(text: str) -> Any:
-    # What is imported here takes longer than most commands do.
+    # Imported late: it takes longer than most commands.
     from ..forward.settings import PeerRule
 
     return PeerRule.parse(text)
 
 
-CidArgument = Annotated[int, typer.Argument(parser=read_cid, metavar="CID")]
-JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
-ReservedPortsOption = Annotated[
-    bool,
-    typer.Option(
-        "--reserved-ports",
-        help="Let programs of the guest bind ports below 1024 without a privilege, as root of a "
-        "virtual machine does. For guests of vsockd's own user.",
-    ),
-]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Tell of every connection.")]
+def members(kind: type[StrEnum]) -> dict[str, Any]:
+    """Return the ``type`` and ``callback`` of a parameter whose values are members of ``kind``."""
+
+    def convert(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(kind, value))
+        return None if value is None else kind(value)
+
+    return {"type": click.Choice([member.value for member in kind]), "callback": convert}
+
+
+def argument(name: str, **attributes: Any) -> Decorator[Any]:
+    """Declare a positional argument; ``help`` describes it."""
+    return click.argument(name, cls=Argument, **attributes)
 
 
 class LogFormat(StrEnum):
-    """How a program that goes on for long says what happens."""
+    """Formats of the log that long-running commands write to standard error."""
 
     TEXT = "text"
     JSON = "json"
 
 
-LogFormatOption = Annotated[
-    LogFormat, typer.Option(help="What is logged to standard error; json: an object a line.")
-]
+cid_argument = argument("cid", type=read_cid, metavar="CID")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log every connection.")
+log_format_option = click.option(
+    "--log-format",
+    **members(LogFormat),
+    default=LogFormat.TEXT.value,
+    help="Format of the log on standard error; json: one object per line.",
+)
+reserved_ports_option = click.option(
+    "--reserved-ports",
+    is_flag=True,
+    help="Let programs of the guest bind ports below 1024 without a privilege, as root of a "
+    "virtual machine does. Only for guests owned by vsockd's user.",
+)
 
-# Of forwarders.
-SourceArgument = Annotated[
-    Any, typer.Argument(parser=read_locator, metavar="FROM", help="Where clients come to.")
-]
-TargetArgument = Annotated[
-    Any, typer.Argument(parser=read_locator, metavar="TO", help="Where each one is taken.")
-]
-AllowOption = Annotated[
-    list[Any] | None,
-    typer.Option(
-        parser=_read_peer_rule,
-        metavar="CID[:PORT[-PORT]]",
-        help="Only vSockets clients from there; can be repeated.",
-    ),
-]
+# Options of forwarders.
+source_argument = argument(
+    "source",
+    type=read_locator,
+    required=False,
+    metavar="[FROM]",
+    help="Address that clients connect to.",
+)
+target_argument = argument(
+    "target",
+    type=read_locator,
+    required=False,
+    metavar="[TO]",
+    help="Address that each client is connected to.",
+)
+allow_option = click.option(
+    "--allow",
+    type=_read_peer_rule,
+    multiple=True,
+    metavar="CID[:PORT[-PORT]]",
+    help="Accept vSockets clients from this CID (and ports) only; repeatable. "
+    "Default: accept every client.",
+)

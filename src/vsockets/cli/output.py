@@ -1,4 +1,4 @@
-"""What commands print: tables that fit the terminal, JSON, and one-line messages."""
+"""Output of commands: tables that fit the terminal, JSON, and one-line messages."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ from ..model.text import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-#: The width of a table nobody looks at: what reads it wants whole lines.
+#: Width of a table that does not go to a terminal: programs need whole lines, in characters.
 _UNLIMITED = 10_000
 
-
-#: The longest bar of a table, and the shortest that tells anything, in characters.
+#: Longest bar of a table, and shortest bar that is still readable, in characters.
 _LONGEST_BAR, _SHORTEST_BAR = 20, 4
 
-#: Between two columns, in characters.
+#: Space between two columns, in characters.
 _GAP = 2
 
 
 class Column(NamedTuple):
-    """How one column of a table is laid out.
+    """Layout of one column of a table.
 
-    In a narrow terminal columns with ``least`` give way first, then those with ``spare`` are left
-    out, and what is left stays whole: a number that is cut is worse than none.
+    In a narrow terminal, columns with ``least`` are narrowed first, then columns with ``spare``
+    are omitted; the others are never cut, because a cut number misleads.
     """
 
     title: str
-    right: bool = False  #: numbers
-    whole: bool = True  #: not broken over lines
-    from_width: int = 0  #: left out of tables that are narrower, in characters
-    least: int = 0  #: cut down to so many characters if need be; 0: not cut
-    spare: int = 0  #: may be left out, those with the largest number first; 0: may not
-    bar: bool = False  #: its values are from 0 to 1, drawn as a bar in the room that is left
+    right: bool = False  #: aligned to the right, for numbers
+    whole: bool = True  #: cells are not wrapped
+    from_width: int = 0  #: omitted from tables narrower than this, in characters
+    least: int = 0  #: smallest width in characters if space is short; 0: never cut
+    spare: int = 0  #: omitted if space is short, the largest number first; 0: never
+    bar: bool = False  #: values from 0 to 1, drawn as bars in the remaining space
 
 
 def complain(text: str) -> None:
-    """Say in one line on standard error what went wrong."""
+    """Print an error on standard error, in one line."""
     print(f"vsock: {printable(' '.join(text.split()))}", file=sys.stderr, flush=True)
 
 
-notice = complain  # what went right is said in the same way, where standard output is data
+notice = complain  # progress, too, goes to standard error: standard output carries data
 
 
 def print_json(value: Any) -> None:
-    """Print ``value`` for programs."""
+    """Print ``value`` as indented JSON."""
     print(json.dumps(value, indent=2))
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table that fits the terminal, or ``$COLUMNS``.  Cells are text, anybody's: see
-    :func:`vsockets.model.text.printable`.
+    """Print a table that fits the terminal, or ``$COLUMNS``.
+
+    Cells may come from guests: they pass through :func:`vsockets.model.text.printable`.
     """
     from rich.console import Console
 
@@ -68,7 +68,7 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> 
 
 
 def make_table(columns: Sequence[Column], rows: Iterable[Sequence[object]], width: int) -> Table:
-    """A table for ``rich``, ``width`` characters wide at most; cells as in :func:`print_table`."""
+    """Return a ``rich`` table of at most ``width`` characters; cells as in :func:`print_table`."""
     from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
@@ -105,9 +105,9 @@ def make_table(columns: Sequence[Column], rows: Iterable[Sequence[object]], widt
 
 
 def _fit(laid: Sequence[tuple[Column, list[Any], int]], width: int) -> list[int]:
-    """Return the width of each column, 0 for one that is left out."""
+    """Return the width of each column, 0 for an omitted one."""
     widths = [natural for _, _, natural in laid]
-    # What a column needs: prose is broken over lines.
+    # The least width of a column: prose is wrapped at 12 characters or more.
     needed = [
         min(natural, column.least or (natural if column.whole else 12))
         for column, _, natural in laid
@@ -119,7 +119,7 @@ def _fit(laid: Sequence[tuple[Column, list[Any], int]], width: int) -> list[int]
     for at in sorted(range(len(laid)), key=lambda at: -laid[at][0].spare):
         if laid[at][0].spare and excess(needed) > 0:
             widths[at] = needed[at] = 0
-    # The widest give way first.
+    # The widest columns are narrowed first.
     while (too_much := excess(widths)) > 0:
         cuttable = [
             at for at, (column, _, _) in enumerate(laid) if widths[at] > needed[at] and column.least
@@ -131,12 +131,12 @@ def _fit(laid: Sequence[tuple[Column, list[Any], int]], width: int) -> list[int]
     return widths
 
 
-#: Words that stand for good or bad news, in a table of any command.
+#: Styles of words that mean success or failure, in the tables of all commands.
 _STYLES = {"yes": "green", "ok": "green", "no": "yellow", "partly": "yellow", "FAILED": "bold red"}
 
 
 def user_name(uid: int) -> str:
-    """The name of a user id, or the number where it has none."""
+    """Return the name of a user, or the uid as text if it has no name."""
     import pwd
 
     try:

@@ -1,4 +1,4 @@
-"""``vsock perf``: what streams and datagrams do, over several addresses side by side."""
+"""``vsock perf``: measure streams and datagrams over several addresses."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ import tempfile
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
 from .. import logs
 from ..model.locator import Locator, Vsock, parse_locator
 from ..perf.limits import PERF_MESSAGE_MAX_BYTES, PERF_RUN_MAX_SECONDS
 from .connect import lasting_context, own_context
 from .errors import CONNECT, CliError, cli_error
-from .options import JsonOption, LogFormat
+from .groups import group
+from .options import LogFormat, argument, json_option, members, read_locator
 from .output import notice, print_json
 
 if TYPE_CHECKING:
-    # What is imported in functions below takes longer than the other commands do.
+    # Imported late, in functions: these take longer than most commands.
     from ..perf.measures import PerfClient, Result
     from .perf_report import Measurement
 
-app = typer.Typer(help="Measure streams and datagrams, side by side.", rich_markup_mode=None)
+
+@group("perf")
+def perf() -> None:
+    """Measure streams and datagrams over several addresses."""
 
 
 class Test(StrEnum):
-    """What can be measured; the last two are for datagram addresses."""
+    """Tests; the last two are for datagram addresses, the others for streams."""
 
     SEND = "send"
     RECEIVE = "receive"
@@ -43,7 +47,7 @@ class Test(StrEnum):
 
 
 def _method(test: Test) -> tuple[Callable[[PerfClient, float, int], Result], bool, bool]:
-    """How it is done, whether with datagrams, and whether its messages are the small ones."""
+    """Return the test's method, whether it uses datagrams, and whether it uses small messages."""
     from ..perf.measures import PerfClient
 
     methods: dict[Test, tuple[Callable[[PerfClient, float, int], Result], bool, bool]] = {
@@ -57,40 +61,38 @@ def _method(test: Test) -> tuple[Callable[[PerfClient, float, int], Result], boo
     return methods[test]
 
 
-_NOBODY = "nobody listens there, or no longer; start vsock perf serve there"
+_NO_SERVER = "no server listens there (start: vsock perf serve)"
 _MEANINGS = {
     **CONNECT,
-    errno.ECONNRESET: _NOBODY,
-    errno.ECONNREFUSED: _NOBODY,
-    errno.ETIMEDOUT: "the server does not answer",
+    errno.ECONNRESET: _NO_SERVER,
+    errno.ECONNREFUSED: _NO_SERVER,
+    errno.ETIMEDOUT: "the server does not reply",
 }
 
-#: What is compared when nobody says what; {} is a temporary folder.
+#: Addresses compared by default; {} is a temporary folder.
 _HERE = (
     *("vsock::any", "unix:{}/stream", "tcp:127.0.0.1:0"),
     *("vsock-dgram::any", "unix-dgram:{}/datagram", "udp:127.0.0.1:0"),
 )
 
 
-def _locator(text: str) -> Locator:
-    try:
-        return parse_locator(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+_addresses_argument = argument(
+    "addresses",
+    nargs=-1,
+    type=read_locator,
+    metavar="[ADDRESS]...",
+    help="Address of a vsock perf serve: vsock:, vsock-dgram:, unix:, unix-dgram:, tcp: or udp:.",
+)
 
 
-Addresses = Annotated[
-    list[Any] | None, typer.Argument(parser=_locator, metavar="[ADDRESS]...", show_default=False)
-]
-
-
-@app.command("serve")
-def serve(addresses: Addresses = None) -> None:
-    """Serve measurements on every ADDRESS, by default vsock::5201 and vsock-dgram::5201."""
+@perf.command("serve")
+@_addresses_argument
+def serve(addresses: tuple[Locator, ...]) -> None:
+    """Serve measurements on every ADDRESS.  Default: vsock::5201 and vsock-dgram::5201."""
     from ..perf.server import PerfServer
 
     logs.configure("vsock: %(message)s", logs.NOTICE, LogFormat.TEXT.value)
-    wanted = addresses or [_locator("vsock::5201"), _locator("vsock-dgram::5201")]
+    wanted = [*addresses] or [parse_locator("vsock::5201"), parse_locator("vsock-dgram::5201")]
     try:
         server = PerfServer(wanted, lasting_context(any(isinstance(one, Vsock) for one in wanted)))
     except OSError as error:
@@ -105,43 +107,63 @@ def serve(addresses: Addresses = None) -> None:
         server.close()
 
 
-@app.command("run")
+@perf.command("run")
+@_addresses_argument
+@click.option("--test", **members(Test), multiple=True, help="Run only this test; repeatable.")
+@click.option(
+    "--time",
+    "seconds",
+    type=click.FloatRange(min=0.01, max=PERF_RUN_MAX_SECONDS),
+    default=1.0,
+    metavar="SECONDS",
+    help="Duration of each measurement, in seconds.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=3,
+    metavar="N",
+    help="Measurements of each address, in turns; the median is reported.",
+)
+@click.option(
+    "--size",
+    type=click.IntRange(min=1, max=PERF_MESSAGE_MAX_BYTES),
+    default=65_536,
+    metavar="BYTES",
+    help="Size of one write in throughput tests, in bytes.",
+)
+@click.option(
+    "--message",
+    type=click.IntRange(min=1, max=65_507),
+    default=64,
+    metavar="BYTES",
+    help="Size of a message in all other tests, in bytes.",
+)
+@json_option
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also draw a chart to this .png or .svg file (needs matplotlib).",
+)
 def run(
-    addresses: Addresses = None,
-    test: Annotated[list[Test] | None, typer.Option(help="Only this; can be repeated.")] = None,
-    seconds: Annotated[
-        float,
-        typer.Option(
-            "--time", metavar="SECONDS", min=0.01, max=PERF_RUN_MAX_SECONDS, help="Of each one."
-        ),
-    ] = 1.0,
-    rounds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="The addresses take turns; the median counts.")
-    ] = 3,
-    size: Annotated[
-        int,
-        typer.Option(
-            metavar="BYTES", min=1, max=PERF_MESSAGE_MAX_BYTES, help="Of one write, for throughput."
-        ),
-    ] = 65_536,
-    message: Annotated[
-        int,
-        typer.Option(metavar="BYTES", min=1, max=65_507, help="Of a message, for everything else."),
-    ] = 64,
-    as_json: JsonOption = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also draw it, as .png or .svg (needs matplotlib)."),
-    ] = None,
+    addresses: tuple[Locator, ...],
+    test: tuple[Test, ...],
+    seconds: float,
+    rounds: int,
+    size: int,
+    message: int,
+    as_json: bool,
+    plot: Path | None,
 ) -> None:
-    """Measure every ADDRESS, at which vsock perf serve runs, and compare them with the first.
+    """Measure every ADDRESS with its vsock perf serve, and compare them with the first.
 
     Without an ADDRESS: vSockets, unix sockets and TCP within this machine.
     """
     from .perf_report import print_report, save_plot
 
     with contextlib.ExitStack() as stack:
-        locators = addresses or stack.enter_context(_served_here())
+        locators = list(addresses) or stack.enter_context(_served_here())
         measurements = []
         for one in test or list(Test):
             measure, datagrams, small = _method(one)
@@ -151,7 +173,7 @@ def run(
                     _take_turns(measure, chosen, rounds, seconds, message if small else size)
                 )
     if not measurements:
-        raise typer.BadParameter("no --test is about such an ADDRESS")
+        raise click.BadParameter("--test: not supported by the socket type of any ADDRESS")
     if as_json:
         print_json([measurement.as_json() for measurement in measurements])
     else:
@@ -193,7 +215,7 @@ def _take_turns(
 
 @contextlib.contextmanager
 def _served_here() -> Iterator[list[Locator]]:
-    """A server in a process of its own; where it listens."""
+    """Run a server in a child process and yield its addresses."""
     with tempfile.TemporaryDirectory(prefix="vsock-", dir="/tmp") as folder:
         process = subprocess.Popen(
             [sys.executable, "-m", "vsockets.cli", "perf", "serve"]

@@ -1,4 +1,4 @@
-"""What ``vsock perf run`` prints and draws."""
+"""Reports and charts of ``vsock perf run``."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from .output import Column, print_table
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One measurement of several addresses, the first of which the others are compared with."""
+    """The results of one test over several addresses; the first is the baseline."""
 
-    size: int  #: bytes of a write or message
+    size: int  #: of one write or message, in bytes
     results: dict[str, Result]
 
     @property
     def first(self) -> Result:
-        """What the others are compared with."""
+        """The result that the others are compared with."""
         return next(iter(self.results.values()))
 
     @property
     def title(self) -> str:
-        """What was measured."""
+        """The test's name, message size and unit."""
         better = "more" if self.first.more_is_better else "less"
         return f"{self.first.name}, {self.size} bytes, {self.first.unit} ({better} is better)"
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the results as a JSON value."""
         return {
             "name": self.first.name,
             "size": self.size,
@@ -51,7 +51,7 @@ class Measurement:
 
 
 def print_report(measurements: Sequence[Measurement]) -> None:
-    """A table with bars for each measurement."""
+    """Print a table with bars for each measurement."""
     for number, measurement in enumerate(measurements):
         if number:
             print()
@@ -85,7 +85,10 @@ def _number(value: float) -> str:
 
 
 def save_plot(measurements: Sequence[Measurement], file: Path) -> None:
-    """Draw the bars into a file, whose ending says its format.  Raises CliError."""
+    """Draw the bars to ``file``, in the format of its suffix.
+
+    Raises CliError if matplotlib is missing or the file cannot be written.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -103,5 +106,5 @@ def save_plot(measurements: Sequence[Measurement], file: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     try:
         figure.savefig(file)
-    except (OSError, ValueError) as error:  # ValueError: no such format
+    except (OSError, ValueError) as error:  # ValueError: unsupported format
         raise CliError(f"{file}: {error}") from None

@@ -1,25 +1,25 @@
-"""From what vsockd has counted to how fast it rises."""
+"""Rates per second, computed from vsockd's counters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-#: What there is a rate of, in a row of :meth:`vsockets.control.Control.counts`.
+#: Counters with a rate, in a row of :meth:`vsockets.control.Control.counts`.
 RISING = ("connects", "accepts", "refusals", "denials")
 
 
 class Rates:
-    """Differences between one answer of :meth:`vsockets.control.Control.counts` and the next."""
+    """Differences between successive results of :meth:`vsockets.control.Control.counts`."""
 
     def __init__(self) -> None:
         self._before: dict[int, dict[str, int]] = {}
         self._when: float | None = None
 
     def update(self, counts: Mapping[str, Any], now: float) -> dict[int, dict[str, float]]:
-        """The rates of each context, a second, since the last call; none with the first.
+        """Return each context's rates per second since the last call; empty at the first call.
 
-        ``now`` is in seconds of a clock that only rises.
+        ``now`` is a monotonic time in seconds.
         """
         rows = {row["cid"]: totals(row) for row in counts["contexts"]}
         rates: dict[int, dict[str, float]] = {}
@@ -34,11 +34,11 @@ class Rates:
 
 
 def totals(row: Mapping[str, Any]) -> dict[str, int]:
-    """What only rises in ``row``, with denials of all rules together."""
+    """Return the counters of ``row``, with the denials of all rules added up."""
     return {**{name: row[name] for name in RISING}, "denials": sum(row["denials"].values())}
 
 
 def _risen(row: dict[str, int], before: dict[str, int] | None, name: str) -> int:
-    if before is None or row[name] < before[name]:  # it is another context, of the same CID
+    if before is None or row[name] < before[name]:  # a new context with the same CID
         return row[name]
     return row[name] - before[name]

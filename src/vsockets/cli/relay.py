@@ -1,9 +1,8 @@
-"""Carrying streams between sockets and standard input and output.
+"""Relay streams between sockets and standard input and output.
 
-What is read from standard input goes to every peer, what any peer sends goes to standard
-output.  The end of standard input half-closes the streams; what the peers still have to say is
-received to its end.  One thread waits for everything: the descriptor that cannot take data is
-the only one that holds up what feeds it.
+Data from standard input goes to every peer, and data from any peer to standard output.  The end
+of standard input half-closes the streams; data of the peers is received to its end.  One thread
+polls all descriptors: one that cannot take data blocks nothing but its own source.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .output import notice
 
 STDIN, STDOUT = 0, 1
 
-#: Bytes moved at a time; a pipe and a vSockets stream hold 64 KiB unless told otherwise.
+#: Bytes relayed at a time: the default capacity of a pipe and of a vSockets stream.
 CHUNK = 65_536
 
 _ENDED = select.POLLHUP | select.POLLERR
@@ -31,52 +30,55 @@ _READABLE = select.POLLIN | _ENDED
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
-    """Write everything; raises BrokenPipeError when nobody reads any more."""
+    """Write all of ``data``.
+
+    Raises BrokenPipeError if the reader has closed the descriptor.
+    """
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
 class Peer:
-    """One stream, and what has to be done on it."""
+    """One stream and the state of its relay."""
 
-    __slots__ = ("half_closed_at", "last_moved", "pending", "receiving", "sock", "trouble")
+    __slots__ = ("half_closed_at", "last_active", "pending", "problem", "receiving", "sock")
 
     def __init__(self, sock: socket) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self.pending = memoryview(b"")  #: read from standard input, and not yet sent
+        self.pending = memoryview(b"")  #: data from standard input that is not sent yet
         self.receiving = True
         self.half_closed_at: float | None = None
-        self.last_moved = time.monotonic()
-        self.trouble = ""  #: what to tell the user when the stream has ended
+        self.last_active = time.monotonic()
+        self.problem = ""  #: problem to report when the stream has ended
 
     def send_pending(self) -> None:
-        """Send what can be sent now."""
+        """Send as much of ``pending`` as the socket takes now."""
         try:
             self.pending = self.pending[self.sock.send(self.pending) :]
         except BlockingIOError:
             return
         except (BrokenPipeError, ConnectionResetError):
-            # It takes no more, but what it sent before is still to be received.
-            self.trouble = f"the peer closed the stream: {len(self.pending)} bytes were not sent"
+            # The peer has closed; data that it sent before is still received.
+            self.problem = f"the peer closed the stream: {len(self.pending)} bytes were not sent"
             self.pending = memoryview(b"")
             self.half_close()
-        self.last_moved = time.monotonic()
+        self.last_active = time.monotonic()
 
     def half_close(self) -> None:
-        """Tell the peer that this was all."""
+        """Shut down the sending side."""
         self.half_closed_at = time.monotonic()
-        with contextlib.suppress(OSError):  # it may have gone
+        with contextlib.suppress(OSError):  # the peer may have closed
             self.sock.shutdown(stdlib.SHUT_WR)
 
 
 class StreamRelay:
-    """Standard input and output, and the streams joined to them.
+    """A relay between standard input and output and any number of streams.
 
-    ``idle`` is how long a stream may be silent in both directions, ``quit_after`` how long it
-    may go on after it was half-closed; both in seconds.  New streams come from ``listener``,
-    through ``accept``; then one that fails is no failure of the whole.
+    ``idle`` is the longest silence of a stream in both directions, ``quit_after`` its longest
+    life after it was half-closed; both in seconds.  New streams are accepted from ``listener`` by
+    ``accept``; with a listener, a stream that fails is logged and does not end the relay.
     """
 
     def __init__(
@@ -100,21 +102,21 @@ class StreamRelay:
         self._buffer = memoryview(bytearray(CHUNK * 4))
 
     def add(self, sock: socket) -> None:
-        """Join a stream that stands; it is closed when it is done."""
+        """Relay an established stream, and close it at its end."""
         peer = Peer(guard_accepted(sock))
         self._peers[sock.fileno()] = peer
         if self._interactive and not self._stdin_open:
             peer.half_close()
 
     def run(self) -> None:
-        """Carry data until every stream has ended; with a listener, for ever.
+        """Relay until every stream has ended; with a listener, without an end.
 
-        Raises CliError when data was lost or a stream was silent for too long, BrokenPipeError
-        when standard output is closed.
+        Raises CliError if data was lost or a stream was silent for too long, BrokenPipeError
+        if standard output is closed.
         """
         while self._peers or self._listener is not None:
-            self._watch_what_matters()
-            for fd, events in self._poll.poll(self._patience()):
+            self._update_poll()
+            for fd, events in self._poll.poll(self._poll_timeout()):
                 if fd in self._peers:
                     self._serve(self._peers[fd], events)
                 elif self._listener is not None and fd == self._listener.fileno():
@@ -126,12 +128,12 @@ class StreamRelay:
 
     # Waiting
 
-    def _watch_what_matters(self) -> None:
+    def _update_poll(self) -> None:
         wanted = {fd: self._events_of(peer) for fd, peer in self._peers.items()}
         if self._listener is not None:
             wanted[self._listener.fileno()] = select.POLLIN
         sending = [peer for peer in self._peers.values() if peer.half_closed_at is None]
-        # Read no more than all of them can take.
+        # Read standard input only when every peer can take more.
         if self._stdin_open and sending and not any(peer.pending for peer in sending):
             wanted[STDIN] = select.POLLIN
         for fd in self._watched.keys() - wanted.keys():
@@ -145,8 +147,8 @@ class StreamRelay:
     def _events_of(peer: Peer) -> int:
         return (select.POLLIN if peer.receiving else 0) | (select.POLLOUT if peer.pending else 0)
 
-    def _patience(self) -> float | None:
-        """How long poll() may take, in milliseconds."""
+    def _poll_timeout(self) -> float | None:
+        """Return the timeout of poll(), in milliseconds."""
         deadlines = [when for peer in self._peers.values() for when in self._deadlines(peer)]
         if not deadlines:
             return None
@@ -155,7 +157,7 @@ class StreamRelay:
     def _deadlines(self, peer: Peer) -> list[float]:
         deadlines = []
         if self._idle is not None:
-            deadlines.append(peer.last_moved + self._idle)
+            deadlines.append(peer.last_active + self._idle)
         if self._quit_after is not None and peer.half_closed_at is not None:
             deadlines.append(peer.half_closed_at + self._quit_after)
         return deadlines
@@ -163,8 +165,8 @@ class StreamRelay:
     def _end_overdue(self) -> None:
         now = time.monotonic()
         for peer in list(self._peers.values()):
-            if self._idle is not None and now >= peer.last_moved + self._idle:
-                self._end(peer, f"nothing came or went for {self._idle:g} s")
+            if self._idle is not None and now >= peer.last_active + self._idle:
+                self._end(peer, f"no data was sent or received for {self._idle:g} s")
             elif any(now >= when for when in self._deadlines(peer)):
                 self._end(peer)
 
@@ -175,12 +177,12 @@ class StreamRelay:
             self._receive(peer)
         if peer.pending and events & (select.POLLOUT | _ENDED):
             peer.send_pending()
-        no_more_to_send = not self._stdin_open and not peer.pending
-        if no_more_to_send and self._interactive and peer.half_closed_at is None:
+        all_sent = not self._stdin_open and not peer.pending
+        if all_sent and self._interactive and peer.half_closed_at is None:
             peer.half_close()
-        # POLLHUP: the other side neither sends nor receives any more.
-        if not peer.receiving and (no_more_to_send or peer.half_closed_at or events & _ENDED):
-            self._end(peer, peer.trouble)
+        # POLLHUP: the peer has closed both directions.
+        if not peer.receiving and (all_sent or peer.half_closed_at or events & _ENDED):
+            self._end(peer, peer.problem)
 
     def _receive(self, peer: Peer) -> None:
         try:
@@ -188,20 +190,25 @@ class StreamRelay:
         except BlockingIOError:
             return
         except ConnectionResetError as error:
-            peer.trouble = f"the peer closed the stream before it read it all ({error.strerror})"
+            peer.problem = (
+                f"the peer closed the stream before it had read all data ({error.strerror})"
+            )
             peer.receiving = False
             return
         if size == 0:
             peer.receiving = False
             return
-        peer.last_moved = time.monotonic()
+        peer.last_active = time.monotonic()
         write_all(STDOUT, self._buffer[:size])
 
     def _read_stdin(self) -> None:
         try:
             data = os.read(STDIN, CHUNK)
         except OSError as error:
-            if error.errno not in (errno.EIO, errno.EBADF):  # no terminal, or closed from the start
+            if error.errno not in (
+                errno.EIO,
+                errno.EBADF,
+            ):  # a background process of a terminal, or closed at start
                 raise
             data = b""
         self._stdin_open = bool(data)

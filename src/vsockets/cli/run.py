@@ -1,4 +1,4 @@
-"""``vsock run``: unmodified programs as part of a context."""
+"""``vsock run``: run unmodified programs in a context."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
-import typer
+import click
 
 from ..attachment import Attachment
 from ..control import Control
@@ -17,9 +17,11 @@ from ..model.constants import AF_VSOCK, VMADDR_CID_HOST
 from .connect import administrator
 from .errors import CliError
 from .execute import exec_program
-from .options import ReservedPortsOption, read_cid
+from .groups import command
+from .options import argument, members, read_cid, reserved_ports_option
 
-#: By the state of a context in which no program has a vSockets socket.
+#: By state of a context in which no program can use vSockets: what it is, and the command that
+#: changes that.
 _HOW_TO_START = {"off": ("powered off", "power-on"), "suspended": ("suspended", "resume")}
 
 
@@ -31,49 +33,56 @@ class Interceptor(StrEnum):
     TRACE = "trace"
 
 
+@command("run", context_settings={"allow_interspersed_args": False})
+@argument(
+    "program",
+    nargs=-1,
+    required=True,
+    type=click.UNPROCESSED,
+    metavar="PROGRAM [ARGUMENT]...",
+    help="Program to run, and its arguments.",
+)
+@click.option(
+    "--cid",
+    type=read_cid,
+    metavar="CID",
+    help="Context to run in: a number or host. A guest that does not exist is created. "
+    "Default: a new guest.",
+)
+@click.option("--name", default="", show_default=False, metavar="NAME", help="Name of a new guest.")
+@reserved_ports_option
+@click.option(
+    "--device",
+    is_flag=True,
+    help="Show /dev/vsock to programs that look for it, where the machine has none that every "
+    "user can open. Each stat() and access() of any file then takes about 10 us longer.",
+)
+@click.option(
+    "--interceptor",
+    **members(Interceptor),
+    default=Interceptor.AUTO.value,
+    envvar="VSOCKETS_INTERCEPTOR",
+    help="Mechanism that intercepts system calls: seccomp notification, or ptrace, which also "
+    "works where a container forbids AF_VSOCK. auto: selected by a test.",
+)
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Print which mechanism intercepts system calls, and why."
+)
 def run(
-    program: Annotated[
-        list[str], typer.Argument(metavar="PROGRAM [ARGUMENT]...", help="What to run.")
-    ],
-    cid: Annotated[
-        int | None,
-        typer.Option(
-            parser=read_cid,
-            metavar="CID",
-            help="The context; host is one. A guest that does not exist is made.",
-        ),
-    ] = None,
-    name: Annotated[
-        str, typer.Option(metavar="NAME", help="What to call a guest that is made.")
-    ] = "",
-    reserved_ports: ReservedPortsOption = False,
-    device: Annotated[
-        bool,
-        typer.Option(
-            "--device",
-            help="Show /dev/vsock to programs that look for it, where the machine has none for "
-            "everybody. Each stat() and access() of any file then takes about 10 us longer.",
-        ),
-    ] = False,
-    interceptor: Annotated[
-        Interceptor,
-        typer.Option(
-            envvar="VSOCKETS_INTERCEPTOR",
-            help="The mechanism that intercepts system calls: seccomp notification, or ptrace, "
-            "which also works where a container forbids AF_VSOCK. Auto selects by a test.",
-        ),
-    ] = Interceptor.AUTO,
-    verbose: Annotated[
-        bool,
-        typer.Option("--verbose", "-v", help="Show which mechanism intercepts, and why."),
-    ] = False,
+    program: tuple[str, ...],
+    cid: int | None,
+    name: str,
+    reserved_ports: bool,
+    device: bool,
+    interceptor: Interceptor,
+    verbose: bool,
 ) -> None:
-    """Run any program, unmodified, as part of a context: its AF_VSOCK is the fabric's.
+    """Run an unmodified program in a context.  AF_VSOCK then leads to the fabric.
 
-    By default that is a new guest, which goes when the program and all its children have
-    ended.  Starts vsockd if need be.
+    By default the context is a new guest, which is removed when the program and all its children
+    have ended.  Starts vsockd if need be.
     """
-    # Here, because no other command needs them.
+    # Imported late: only this command needs them.
     from ..supervisor.launch import launch
     from ..supervisor.mechanism import choose
     from ..supervisor.process import inherited_sockets
@@ -81,24 +90,23 @@ def run(
     for fd in inherited_sockets(AF_VSOCK):
         raise CliError(
             f"descriptor {fd} is a socket of the machine's own AF_VSOCK, which {program[0]} must "
-            "not inherit: close it, or if it is a service manager's (LISTEN_FDS), "
-            "let that listen elsewhere"
+            "not inherit: close it, or if a service manager passed it (LISTEN_FDS), "
+            "configure another address there"
         )
     if reserved_ports and cid == VMADDR_CID_HOST:
-        raise typer.BadParameter("--reserved-ports is for guests")
+        raise click.BadParameter("--reserved-ports is for guests")
     control = administrator(start=True)
     context = context_of(control, cid, name, reserved_ports)
     if context["state"] in _HOW_TO_START:
-        state, command = _HOW_TO_START[context["state"]]
+        state, remedy = _HOW_TO_START[context["state"]]
         raise CliError(
-            f"context {cid} is {state}: no program can run in it until "
-            f"vsock context {command} {cid}"
+            f"context {cid} is {state}: no program can run in it until vsock context {remedy} {cid}"
         )
 
     folder = context["folder"]
 
     def program_starts() -> NoReturn:
-        exec_program(program, environment(folder))
+        exec_program(list(program), environment(folder))
 
     lease = control.fileno() if context["leased"] else None
     try:
@@ -107,12 +115,12 @@ def run(
             sys.stderr.write(f"vsock run: interceptor {choice.name}: {choice.reason}\n")
         launch(program_starts, Attachment(folder), lease, device, choice.mechanism)
     except OSError as error:
-        raise CliError(f"cannot supervise {program[0]}: {_why(error)}") from None
+        raise CliError(f"cannot supervise {program[0]}: {_reason(error)}") from None
 
 
-def _why(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     if error.errno == errno.EBUSY:
-        return "a supervisor is at work already (vsock run within vsock run, or a container's)"
+        return "it has a supervisor already (vsock run within vsock run, or a container's)"
     if error.errno == errno.EPERM:
         return (
             "it may not be traced (a container needs --cap-add SYS_PTRACE or another seccomp "
@@ -124,9 +132,9 @@ def _why(error: OSError) -> str:
 
 
 def environment(folder: str | Path) -> dict[str, str]:
-    """The environment of a program in the context with this folder.
+    """Return the environment of a program in the context with this folder.
 
-    Programs that know vSockets use the context directly, and need no supervisor.
+    Programs that use this library attach to the context directly, and need no supervisor.
     """
     return {
         **os.environ,
@@ -138,8 +146,9 @@ def environment(folder: str | Path) -> dict[str, str]:
 def context_of(
     control: Control, cid: int | None, name: str, reserved_ports: bool = False
 ) -> dict[str, Any]:
-    """Return the context to run something in, made if need be; ``leased`` says whether
-    ``control`` has a lease of it.
+    """Return the context to run something in, and create it if need be.
+
+    ``leased`` in the result tells whether ``control`` has a lease of it.
 
     Raises CliError if it exists without the ``reserved_ports`` that are asked for.
     """
@@ -154,8 +163,8 @@ def context_of(
             if context["cid"] == cid:
                 if reserved_ports and not context["reserved_ports"]:
                     raise CliError(
-                        f"context {cid} exists, without reserved ports (make it with them: "
+                        f"context {cid} exists, without reserved ports (create it with them: "
                         f"vsock context add {cid} --reserved-ports)"
                     )
                 return {**context, "leased": False}
-        # It existed, and was removed between the two questions.
+        # The context existed, and was removed between the two requests.

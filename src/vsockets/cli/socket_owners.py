@@ -1,11 +1,11 @@
-"""Which process has a socket: for people to see, never to decide by.
+"""Find the process that owns a socket, for display only: no decision depends on it.
 
-vsockd knows who dealt with it, as the kernel says.  Of a program under ``vsock run`` that is its
-supervisor, and of a server that hands connections to workers it is the server.  Who has the
-socket open now, ``/proc`` says by the socket's inode.  It is looked for in the process that vsockd
-knows and then in its descendants only, so nobody can make a socket look like a stranger's.  Name
-and user are read at once, and only of the process in which the socket was found: its start time
-tells it from a later one with its number.
+vsockd knows, from the kernel, the process that registered the socket.  For a program under
+``vsock run`` that is the supervisor, and for a server that hands connections to workers the
+server.  The process that has the socket open now is found in ``/proc`` by the socket's inode.
+Only the process known to vsockd and its descendants are searched, so that no program can make its
+socket appear to be another user's.  Name and uid are read together, and only of the process that
+has the socket; its start time distinguishes it from a later process with the same pid.
 """
 
 from __future__ import annotations
@@ -18,59 +18,61 @@ from .._linux.inspection import sockets_of
 from .limits import SOCKET_OWNERS_PROCESSES_MAX
 
 
-class Holder(NamedTuple):
-    """A process that has a socket."""
+class Owner(NamedTuple):
+    """A process that has a socket open."""
 
     pid: int
-    uid: int  #: its effective user
-    command: str | None  #: its name; None when it has ended
+    uid: int  #: effective uid
+    command: str | None  #: name; None if the process has ended
 
 
-class Holders:
-    """Looks processes up, each only once."""
+class Owners:
+    """A cache of the sockets that processes have open."""
 
     def __init__(self) -> None:
-        self._by_inode: dict[int, dict[int, _Process]] = {}  # by the process that vsockd knows
+        self._by_inode: dict[int, dict[int, _Process]] = {}  # by the pid that vsockd knows
 
-    def find(self, pid: int, uid: int, inode: int | None) -> Holder:
-        """Return which of ``pid`` and its descendants has the socket; else ``pid``, of user
-        ``uid``.
+    def find(self, pid: int, uid: int, inode: int | None) -> Owner:
+        """Return the process among ``pid`` and its descendants that has the socket open.
+
+        The default is ``pid`` itself, with ``uid``.
         """
         if inode:
             if pid not in self._by_inode:
-                self._by_inode[pid] = _holders_in_family(pid)
+                self._by_inode[pid] = _owners_below(pid)
             process = self._by_inode[pid].get(inode)
             if process is not None and process.pid != pid:
                 with contextlib.suppress(OSError):
-                    holder = _describe(process.pid)
+                    owner = _describe(process.pid)
                     if _started(process.pid) == process.started:
-                        return holder
+                        return owner
         command = None
         with contextlib.suppress(OSError):
             command = _describe(pid).command
-        return Holder(pid, uid, command)
+        return Owner(pid, uid, command)
 
 
 class _Process(NamedTuple):
-    """A process, whichever has its number later."""
+    """A process, distinct from later ones with the same pid."""
 
     pid: int
-    started: str  #: clock ticks since the machine's start
+    started: str  #: start time in clock ticks since boot
 
 
-def _holders_in_family(pid: int) -> dict[int, _Process]:
-    """Return which of a process and its descendants has each of their sockets, by inode; the
-    eldest that has it counts.
+def _owners_below(pid: int) -> dict[int, _Process]:
+    """Return the owners of all sockets of a process and its descendants, by inode.
+
+    Of several owners the one nearest to the process counts.
     """
     found: dict[int, _Process] = {}
-    family = [pid]
-    for member in family:
+    processes = [pid]
+    for member in processes:
         with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             process = _Process(member, _started(member))
             for _, inode in sockets_of(member):
                 found.setdefault(inode, process)
-        if len(family) < SOCKET_OWNERS_PROCESSES_MAX:
-            family += _children(member)
+        if len(processes) < SOCKET_OWNERS_PROCESSES_MAX:
+            processes += _children(member)
     return found
 
 
@@ -88,8 +90,11 @@ def _started(pid: int) -> str:
         return stat.read().rpartition(")")[2].split()[19]
 
 
-def _describe(pid: int) -> Holder:
-    """Return the process's effective user and its name, both of one moment.  OSError."""
+def _describe(pid: int) -> Owner:
+    """Return the process's effective uid and name, read together.
+
+    Raises OSError if the process has ended.
+    """
     with open(f"/proc/{pid}/status", errors="replace") as status:
         rows = dict(row.partition(":\t")[::2] for row in status.read().split("\n"))
-    return Holder(pid, int(rows["Uid"].split()[1]), rows["Name"])
+    return Owner(pid, int(rows["Uid"].split()[1]), rows["Name"])

@@ -1,4 +1,4 @@
-"""``vsock top``: contexts, streams, rates and denials, as they are now."""
+"""``vsock top``: a live view of contexts, streams, rates and denials."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ..control import Control, Events
 from ..model.text import printable
 from .connect import administrator
-from .live_view import IntervalOption, View, require_terminal, show
-from .options import JsonOption
+from .groups import command
+from .live_view import View, interval_option, require_terminal, show
+from .options import json_option
 from .output import Column, make_table
 from .rates import RISING, Rates
 from .unix_diag import fill_queues
@@ -22,13 +23,13 @@ from .unix_diag import fill_queues
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-#: Denials that are kept to be shown: more than lines of any terminal.
+#: Denials kept for display: more than any terminal has lines.
 _DENIALS = 200
 
-#: By key: what the contexts are sorted by, largest first but for the CID.
+#: Sort orders of contexts, by key; in descending order except for the CID.
 _ORDERS = {"i": "cid", "s": "streams", **{name[0]: name for name in RISING}}
 
-#: Rates that are left out where there is no room, the last one first.
+#: Rates omitted where space is short, the last one first.
 _SPARE = {"accepts": 1, "refusals": 2}
 
 _CONTEXTS = (
@@ -49,14 +50,14 @@ _STREAMS = (
 )
 
 
-def top(
-    interval: IntervalOption = 1.0,
-    as_json: JsonOption = False,
-) -> None:
-    """Show contexts, streams, rates and denials on the terminal, until q or Ctrl-C.
+@command("top")
+@interval_option(1.0)
+@json_option
+def top(interval: float, as_json: bool) -> None:
+    """Show contexts, streams, rates and denials on the terminal.  Ends on q or Ctrl-C.
 
     Keys sort the contexts: i by CID, s by streams, c, a, r and d by connects, accepts, refusals
-    and denials a second.  With --json, a JSON object a line.
+    and denials per second.  --json prints one object per line.
     """
     if not as_json:
         require_terminal("vsock top")
@@ -71,7 +72,7 @@ def top(
 
 
 def _with_rates(counts: dict[str, Any], rates: Rates) -> dict[str, Any]:
-    """``counts`` with the rates of each context, None at first."""
+    """Return ``counts`` with the rates of each context, None at the first call."""
     risen = rates.update(counts, time.monotonic())
     for row in counts["contexts"]:
         row["rates"] = risen.get(row["cid"])
@@ -92,16 +93,16 @@ class _Top(View):
 
     def update(self) -> None:
         counts = _with_rates(self._control.counts(), self._rates)
-        # The hypervisor is there, and mostly nobody is in it.
+        # The hypervisor's context is shown only when it has sockets.
         self._contexts = [row for row in counts["contexts"] if row["cid"] or row["sockets"]]
         self._status = self._control.status()
         self._streams = list(_streams(self._control.sockets()))
 
-    def hear(self) -> None:
-        happened = self._events.take()
-        if happened is None:
+    def read_source(self) -> None:
+        events = self._events.take()
+        if events is None:
             raise OSError(errno.ENODEV, "vsockd has ended")
-        self._denials.extend(happened)
+        self._denials.extend(events)
 
     def press(self, keys: str) -> None:
         for key in keys:
@@ -111,7 +112,7 @@ class _Top(View):
         from rich.console import Group
         from rich.text import Text
 
-        # Two lines of title and, for each of the three parts, one of title and one between.
+        # Two lines of title, and for each of the three parts a title and an empty line.
         room = max(3, height - 7)
         denials = min(len(self._denials), max(1, room // 4))
         contexts = min(len(self._contexts), max(1, (room - denials) // 2))
@@ -125,7 +126,7 @@ class _Top(View):
             Text(),
             make_table(_STREAMS, self._streams[:streams], width),
             Text(),
-            Text("DENIALS, the newest first", "bold", no_wrap=True),
+            Text("DENIALS, newest first", "bold", no_wrap=True),
             *(Text(_denial(event), no_wrap=True, overflow="ellipsis") for event in newest),
         )
 
@@ -148,14 +149,14 @@ class _Top(View):
 
 
 def _streams(sockets: list[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
-    """Streams between the same two contexts to the same port together, the most first."""
+    """Yield rows of streams, counted by source, destination and type, the most first."""
     begun = [row for row in sockets if row["accepted"] is False]
     fill_queues(begun)
-    alike: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    by_route: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
     for row in begun:
-        way = row["cid"], "{}:{}".format(*row["peer"]), row["type"]
-        alike.setdefault(way, []).append(row)
-    for (cid, peer, kind), rows in sorted(alike.items(), key=lambda item: -len(item[1])):
+        route = row["cid"], "{}:{}".format(*row["peer"]), row["type"]
+        by_route.setdefault(route, []).append(row)
+    for (cid, peer, kind), rows in sorted(by_route.items(), key=lambda item: -len(item[1])):
         yield cid, peer, kind, len(rows), _sum(rows, "receive_queue"), _sum(rows, "send_queue")
 
 

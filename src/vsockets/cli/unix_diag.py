@@ -1,7 +1,7 @@
-"""What the kernel knows of this machine's unix sockets: ``sock_diag(7)``, as ``ss -x`` asks.
+"""The kernel's records of unix sockets, by ``sock_diag(7)`` as in ``ss -x``.
 
-It tells everybody, but only of the sockets of its own network namespace: those of programs in
-containers stay unknown.
+Any user may read them.  They cover this network namespace only: sockets of programs in containers
+are missing.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ _REQUEST = struct.Struct("=BBHIIIII")  # family, protocol, pad, states, inode, s
 _SOCKET = struct.Struct("=BBBBIII")  # family, type, state, pad, inode, cookie
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 
-#: How long the kernel may take, in seconds; it answers while it is asked.
+#: Seconds to wait for the kernel, which replies during the request.
 _PATIENCE = 5.0
 
 
 class UnixSocket(NamedTuple):
-    """One socket."""
+    """The record of one socket."""
 
-    peer: int  #: the inode of the one it is connected to; 0: none
-    unread: int  #: bytes it could read now
+    peer: int  #: inode of the connected socket; 0: not connected
+    unread: int  #: bytes in the receive queue
 
 
 def unix_sockets() -> dict[int, UnixSocket]:
-    """This network namespace's, by inode.  OSError when the kernel does not tell."""
+    """Return the unix sockets of this network namespace, by inode.
+
+    Raises OSError if the kernel refuses the request.
+    """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
         netlink.settimeout(_PATIENCE)
         show = _SHOW_PEER | _SHOW_QUEUES
@@ -81,10 +84,10 @@ def _aligned(length: int) -> int:
 
 
 def fill_queues(rows: list[dict[str, Any]]) -> None:
-    """Enter the queues of streams into rows of :meth:`vsockets.control.Control.sockets`.
+    """Set the queues of streams in rows of :meth:`vsockets.control.Control.sockets`.
 
-    What waits to be read at the far end is what was sent and not read.  None stays where the
-    kernel does not know the socket.
+    The send queue of one end is the receive queue of the other.  It stays None where the kernel
+    has no record of the socket.
     """
     try:
         known = unix_sockets()

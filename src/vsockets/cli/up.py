@@ -1,4 +1,4 @@
-"""``vsock up``, ``down``, ``reload`` and ``status``: the life of vsockd."""
+"""``vsock up``, ``down``, ``reload`` and ``status``: start, stop and inspect vsockd."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
 from .. import launcher
 from ..state_folder import default_folder
 from .connect import administrator
-from .options import LogFormat, LogFormatOption
+from .groups import command
+from .options import LogFormat, json_option, log_format_option, members
 from .output import Column, print_json, print_table
 
 
 class LogLevel(StrEnum):
-    """How much vsockd says."""
+    """Levels of vsockd's log."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -26,28 +26,31 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
-def up(
-    foreground: Annotated[
-        bool, typer.Option("--foreground", help="Be vsockd, until SIGTERM or Ctrl-C.")
-    ] = False,
-    log_level: Annotated[
-        LogLevel, typer.Option(help="What vsockd logs; with --foreground.")
-    ] = LogLevel.WARNING,
-    log_format: LogFormatOption = LogFormat.TEXT,
-) -> None:
+@command("up")
+@click.option(
+    "--foreground", is_flag=True, help="Run vsockd in this process, until SIGTERM or Ctrl-C."
+)
+@click.option(
+    "--log-level",
+    **members(LogLevel),
+    default=LogLevel.WARNING.value,
+    help="Lowest level that vsockd logs; with --foreground.",
+)
+@log_format_option
+def up(foreground: bool, log_level: LogLevel, log_format: LogFormat) -> None:
     """Start vsockd, the fabric's daemon, unless it runs already."""
     folder = default_folder()
     if foreground:
-        _be_vsockd(folder, "--log-level", log_level.value, "--log-format", log_format.value)
+        _exec_vsockd(folder, "--log-level", log_level.value, "--log-format", log_format.value)
     started = launcher.start(folder, on_demand=False)
     with administrator(start=True) as control:
         pid = control.status()["pid"]
     print(f"vsockd {'serves' if started else 'is already running in'} {folder} (pid {pid})")
 
 
-def _be_vsockd(folder: Path, *options: str) -> None:
+def _exec_vsockd(folder: Path, *options: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "VSOCKETS_CONTEXT"}
-    # Where this package is, for when it was not installed.
+    # The folder of this package, which may not be installed.
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))
     )
@@ -55,24 +58,26 @@ def _be_vsockd(folder: Path, *options: str) -> None:
     os.execve(sys.executable, [*program, *options], environment)
 
 
+@command("down")
 def down() -> None:
-    """Stop vsockd.  Streams that stand go on; nothing new can be connected."""
+    """Stop vsockd.  Established streams continue; new connects fail."""
     with administrator() as control:
         folder = control.folder
         control.stop()
     print(f"vsockd in {folder} has ended")
 
 
+@command("reload")
 def reload() -> None:
-    """Have vsockd read its configuration again.  Nothing is dropped."""
+    """Make vsockd read its configuration again.  No connection is dropped."""
     with administrator() as control:
         control.reload()
 
 
-def status(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Show whether vsockd runs, and what it has to do."""
+@command("status")
+@json_option
+def status(as_json: bool) -> None:
+    """Show whether vsockd runs, and its load."""
     with administrator() as control:
         facts = control.status()
     if as_json:

@@ -1,116 +1,103 @@
-"""``vsock vm``: virtual machines under QEMU, each a context of the fabric."""
+"""``vsock vm``: run virtual machines under QEMU, each a context of the fabric."""
 
 from __future__ import annotations
 
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+import click
 
 from ..limits import NAME_MAX_CHARACTERS
 from ..vm.hardware import translate
 from ..vm.qemu_args import PROGRAM, Card, Disk, MachineOptions, domain_xml, machine_arguments
 from ..vmware import VmxError, read_vmx
 from .connect import administrator
-from .demo import vm
+from .demo.vm import demo
 from .errors import CliError
+from .groups import group
 from .output import notice
 from .run import context_of
 from .vm_options import (
     Accelerator,
-    AccelOption,
-    AppendOption,
-    CidOption,
-    CpusOption,
     Device,
-    DeviceOption,
-    DiskOption,
-    DownloadOption,
-    ExtraArguments,
-    InitrdOption,
-    KernelOption,
-    MemoryOption,
-    NameOption,
     Network,
-    NetworkOption,
-    QemuOption,
-    VmxOption,
     accelerators,
+    extra_argument,
     find_firmware,
     find_qemu,
+    machine_options,
     require_qmp,
 )
 
-app = typer.Typer(help="Virtual machines under QEMU.", rich_markup_mode=None)
+#: Memory of a guest without --memory and .vmx file, in MiB.
+_MEMORY = 512
 
 
-@app.command("run")
+@group("vm")
+def vm() -> None:
+    """Run virtual machines under QEMU."""
+
+
+@vm.command("run")
+@extra_argument
+@machine_options
+@click.option(
+    "--qemu", metavar="PROGRAM", help="QEMU to use. Default: one that supports the device."
+)
+@click.option(
+    "--download",
+    is_flag=True,
+    help="If no QEMU here supports the device, unpack Debian's newest below ~/.cache/vsockets.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0.0),
+    default=10.0,
+    metavar="SECONDS",
+    help="Time that the guest has to power off when asked, in seconds.",
+)
+@click.pass_context
 def run(
-    extra: ExtraArguments = None,
-    cid: CidOption = None,
-    name: NameOption = "",
-    device: DeviceOption = Device.VMCI,
-    vmx: VmxOption = None,
-    kernel: KernelOption = None,
-    initrd: InitrdOption = None,
-    append: AppendOption = "",
-    disk: DiskOption = None,
-    memory: MemoryOption = None,
-    cpus: CpusOption = None,
-    network: NetworkOption = Network.NONE,
-    accel: AccelOption = Accelerator.AUTO,
-    qemu: QemuOption = None,
-    download: DownloadOption = False,
-    grace: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS", min=0.0, help="How long the guest may take to power off when asked."
-        ),
-    ] = 10.0,
+    context: click.Context,
+    /,
+    extra: tuple[str, ...],
+    qemu: str | None,
+    download: bool,
+    grace: float,
+    device: Device,
+    cid: int | None,
+    **described: Any,
 ) -> None:
-    """Run a virtual machine; its console is here (docs/vm.md).
+    """Run a virtual machine, with its console on this terminal (docs/vm.md).
 
-    Ctrl-], or SIGTERM, has the guest power off; the second time its power is cut.  The exit
-    status is 0 when the guest has powered off, 128 and the signal's number after a signal.
+    Ctrl-] and SIGTERM ask the guest to power off, the second time they cut its power.  The exit
+    status is 0 when the guest has powered off, and 128 plus the signal's number after a signal.
     """
     require_qmp()
-    boot = (kernel or "", initrd or "", append)
-    parts = (device, name, boot, tuple(disk or ()), memory, cpus, network, accel)
-    machine, cid = _described(vmx, cid, *parts)
+    machine, cid = _machine(device, cid, **described)
     program = find_qemu(device, qemu, download)
-    raise typer.Exit(_run(machine, cid, program, grace, extra))
+    context.exit(_run(machine, cid, program, grace, extra))
 
 
-@app.command("args")
-def args(
-    path: Annotated[
-        Path, typer.Option("--socket", metavar="PATH", help="Where the device is to wait.")
-    ],
-    cid: CidOption = None,
-    name: NameOption = "",
-    device: DeviceOption = Device.VMCI,
-    vmx: VmxOption = None,
-    kernel: KernelOption = None,
-    initrd: InitrdOption = None,
-    append: AppendOption = "",
-    disk: DiskOption = None,
-    memory: MemoryOption = None,
-    cpus: CpusOption = None,
-    network: NetworkOption = Network.NONE,
-    accel: AccelOption = Accelerator.AUTO,
-    libvirt: Annotated[
-        bool, typer.Option("--libvirt", help="What to add to a libvirt domain's XML instead.")
-    ] = False,
-) -> None:
-    """Print how to start a virtual machine oneself: the device's command, and QEMU's.
+@vm.command("args")
+@click.option(
+    "--socket",
+    "path",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="PATH",
+    help="Unix socket that the device creates and QEMU connects to.",
+)
+@machine_options
+@click.option("--libvirt", is_flag=True, help="Print additions to a libvirt domain's XML instead.")
+def args(path: Path, libvirt: bool, device: Device, cid: int | None, **described: Any) -> None:
+    """Print the commands that start a virtual machine: the device's, and QEMU's.
 
-    The device's process must wait before QEMU starts.
+    The device's process must listen before QEMU starts.
     """
-    boot = (kernel or "", initrd or "", append)
-    parts = (device, name, boot, tuple(disk or ()), memory, cpus, network, accel)
-    machine, cid = _described(vmx, cid, *parts)
+    machine, cid = _machine(device, cid, **described)
     where = os.path.abspath(path)
     command = ["vsock", "device", device.value, "--socket", where]
     command += [] if cid is None else ["--cid", str(cid)]
@@ -122,26 +109,27 @@ def args(
     print(shlex.join([PROGRAM, *machine_arguments(machine, where), "-serial", "mon:stdio"]))
 
 
-app.command("demo")(vm.demo)
+vm.add_command(demo)
 
 
-#: Of a guest about which nothing is said, in MiB.
-_MEMORY = 512
-
-
-def _described(
-    vmx: Path | None,
-    cid: int | None,
+def _machine(
     device: Device,
+    cid: int | None,
+    *,
     name: str,
-    boot: tuple[str, str, str],
-    disks: tuple[Disk, ...],
+    vmx: Path | None,
+    kernel: str | None,
+    initrd: str | None,
+    append: str,
+    disk: tuple[Disk, ...],
     memory: int | None,
     cpus: int | None,
     network: Network,
     accel: Accelerator,
 ) -> tuple[MachineOptions, int | None]:
-    """A machine and its CID: what options do not say is as its ``.vmx`` file says."""
+    """Return a machine and its CID; defaults come from the ``.vmx`` file."""
+    boot = (kernel or "", initrd or "", append)
+    disks = disk
     firmware = ""
     cards: tuple[Card, ...] = (Card(),)
     if vmx is not None:
@@ -154,17 +142,19 @@ def _described(
             cid = described.cid if cid is None else cid
             isolation = described.unrestricted or described.domain
         except VmxError as error:
-            raise typer.BadParameter(str(error)) from None
+            raise click.BadParameter(str(error)) from None
         memory, cpus = memory or found.memory, cpus or found.cpus
         disks, cards = (*found.disks, *disks), found.cards
         firmware = find_firmware() if found.efi else ""
-        left = list(found.omitted)
+        ignored = list(found.omitted)
         if network is Network.NONE:
-            left += [f"ethernet: a {card.model}; --network user gives it one" for card in cards]
+            ignored += [f"ethernet: a {card.model} (--network user adds a card)" for card in cards]
         if isolation:
-            left.append("vmci0.unrestricted, vmci0.domain: see vsock context add --profile legacy")
-        for line in left:
-            notice(f"{vmx}: not carried over: {line}")
+            ignored.append(
+                "vmci0.unrestricted, vmci0.domain (see: vsock context add --profile legacy)"
+            )
+        for line in ignored:
+            notice(f"{vmx}: ignored: {line}")
     machine = MachineOptions(
         device.value,
         memory or _MEMORY,
@@ -180,7 +170,7 @@ def _described(
 
 
 def _run(
-    machine: MachineOptions, cid: int | None, qemu: str, grace: float, extra: list[str] | None
+    machine: MachineOptions, cid: int | None, qemu: str, grace: float, extra: tuple[str, ...]
 ) -> int:
     import asyncio
 
@@ -189,12 +179,14 @@ def _run(
     with administrator(start=True) as control:
         context = context_of(control, cid, machine.name)
         if context["state"] == "off":
-            raise CliError(f"context {cid} is powered off: vsock context power-on {cid}")
+            raise CliError(
+                f"context {cid} is powered off (power it on: vsock context power-on {cid})"
+            )
         notice(f"context {context['cid']}; Ctrl-] powers the machine off")
         running = RunningMachine(
             machine,
             *(qemu, control, context["cid"]),
-            extra=tuple(extra or ()),
+            extra=extra,
             grace=grace,
             report=notice,
         )

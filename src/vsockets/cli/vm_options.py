@@ -1,36 +1,37 @@
-"""What the commands of ``vsock vm`` take, and what they do with it."""
+"""Options of the commands of ``vsock vm``, and what follows from their values."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+import click
 
 from ..vm.qemu_args import FORMATS, Disk
 from .errors import CliError
-from .options import read_cid
+from .options import argument, members, read_cid
 
 
 class Device(StrEnum):
-    """What a guest has its vSockets from."""
+    """Devices that give a guest its vSockets."""
 
     VMCI = "vmci"
     VIRTIO = "virtio"
 
 
 class Network(StrEnum):
-    """What a guest has besides."""
+    """Networks of a guest."""
 
     NONE = "none"
     USER = "user"
 
 
 class Accelerator(StrEnum):
-    """How a guest's processor is run."""
+    """Ways to run a guest's processors."""
 
     AUTO = "auto"
     KVM = "kvm"
@@ -42,10 +43,12 @@ _UNITS = {"": 1, "m": 1, "mib": 1, "g": 1024, "gib": 1024}
 
 
 def _read_memory(text: str) -> int:
-    """MiB."""
+    """Return a size of memory in MiB."""
     found = re.fullmatch(r"(\d{1,9})(m|mib|g|gib|)", text.lower())
     if not found or int(found[1]) == 0:
-        raise typer.BadParameter(f"{text!r}: expected a number of MiB, or one like 512M or 2G")
+        raise click.BadParameter(
+            f"{text!r}: expected a number of MiB, or a size such as 512M or 2G"
+        )
     return int(found[1]) * _UNITS[found[2]]
 
 
@@ -53,89 +56,122 @@ def _read_disk(text: str) -> Disk:
     format, colon, path = text.partition(":")
     if not colon or format not in FORMATS:
         path, format = text, _SUFFIXES.get(Path(text).suffix.removeprefix("."), "")
-    # The format is never guessed from what is in the file: a guest could write anything there.
+    # The format is never detected from the contents, which a guest can write.
     if not format:
         formats = ", ".join(FORMATS)
-        raise typer.BadParameter(f"{text}: expected FORMAT:PATH, where FORMAT is one of {formats}")
-    return Disk(os.path.abspath(_existing(path)), format)
+        raise click.BadParameter(f"{text}: expected FORMAT:PATH, where FORMAT is one of {formats}")
+    return Disk(os.path.abspath(_existing_file(path)), format)
 
 
-def _existing(path: str) -> str:
+def _existing_file(path: str) -> str:
     if not os.path.exists(path):
-        raise typer.BadParameter(f"there is no file {path}")
+        raise click.BadParameter(f"{path}: no such file")
     return path
 
 
-CidOption = Annotated[
-    int | None,
-    typer.Option(
-        parser=read_cid,
+device_option = click.option(
+    "--device",
+    **members(Device),
+    default=Device.VMCI.value,
+    help="Device that gives the guest its vSockets.",
+)
+accel_option = click.option(
+    "--accel",
+    **members(Accelerator),
+    default=Accelerator.AUTO.value,
+    help="Accelerator. auto: KVM if this user may use it, else emulation (tcg).",
+)
+extra_argument = argument(
+    "extra",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    metavar="[-- ARGUMENT...]",
+    help="Further arguments for QEMU, passed unchanged.",
+)
+_MACHINE_OPTIONS = (
+    click.option(
+        "--cid",
+        type=read_cid,
         metavar="CID",
-        help="Its context; by default a new one. A context that does not exist is made.",
+        help="Context of the guest; created if it does not exist. Default: a new one.",
     ),
-]
-NameOption = Annotated[str, typer.Option(help="For people to recognise it by.")]
-DeviceOption = Annotated[Device, typer.Option(help="What the guest has its vSockets from.")]
-KernelOption = Annotated[
-    str | None, typer.Option(parser=_existing, metavar="FILE", help="Boot this Linux kernel.")
-]
-InitrdOption = Annotated[
-    str | None, typer.Option(parser=_existing, metavar="FILE", help="Its first file system.")
-]
-AppendOption = Annotated[str, typer.Option(help="With --kernel: its command line.")]
-DiskOption = Annotated[
-    list[Disk] | None,
-    typer.Option(
-        "--disk",
-        parser=_read_disk,
-        metavar="[FORMAT:]PATH",
-        help="qcow2, raw or vmdk, which the file's name tells by default; can be repeated.",
+    click.option(
+        "--name", default="", show_default=False, metavar="NAME", help="Name shown in listings."
     ),
-]
-MemoryOption = Annotated[
-    int | None, typer.Option(parser=_read_memory, metavar="SIZE", help="512M (the default), 2G, …")
-]
-CpusOption = Annotated[int | None, typer.Option(min=1, help="Processors; by default one.")]
-NetworkOption = Annotated[
-    Network, typer.Option(help="user: a card behind which QEMU translates addresses.")
-]
-AccelOption = Annotated[
-    Accelerator, typer.Option(help="auto: KVM where this user may, else emulation.")
-]
-QemuOption = Annotated[str | None, typer.Option("--qemu", metavar="PROGRAM", help="Which QEMU.")]
-DownloadOption = Annotated[
-    bool,
-    typer.Option(
-        "--download",
-        help="Where no QEMU can do the device: unpack Debian's newest below ~/.cache/vsockets.",
-    ),
-]
-ExtraArguments = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[-- ARGUMENT...]", help="Further arguments for QEMU, as they are."),
-]
-
-
-VmxOption = Annotated[
-    Path | None,
-    typer.Option(
+    device_option,
+    click.option(
+        "--vmx",
+        type=click.Path(path_type=Path),
         metavar="FILE",
-        help="A VMware machine's .vmx file: what options do not say is as it says.",
+        help="Take defaults from this .vmx file of a VMware machine; options override them.",
     ),
-]
+    click.option(
+        "--kernel",
+        type=_existing_file,
+        metavar="FILE",
+        help="Linux kernel to boot.",
+    ),
+    click.option(
+        "--initrd",
+        type=_existing_file,
+        metavar="FILE",
+        help="With --kernel: initial RAM disk.",
+    ),
+    click.option(
+        "--append",
+        default="",
+        show_default=False,
+        metavar="TEXT",
+        help="With --kernel: command line of the kernel.",
+    ),
+    click.option(
+        "--disk",
+        type=_read_disk,
+        multiple=True,
+        metavar="[FORMAT:]PATH",
+        help="Disk image; repeatable. FORMAT is qcow2, raw or vmdk. "
+        "Default: the format of the file's suffix.",
+    ),
+    click.option(
+        "--memory",
+        type=_read_memory,
+        metavar="SIZE",
+        help="Memory, in MiB or as in 2G. Default: 512M.",
+    ),
+    click.option(
+        "--cpus", type=click.IntRange(min=1), metavar="N", help="Number of processors. Default: 1."
+    ),
+    click.option(
+        "--network",
+        **members(Network),
+        default=Network.NONE.value,
+        help="Network card. user: one with address translation by QEMU.",
+    ),
+    accel_option,
+)
+
+
+def machine_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare the options that describe a virtual machine, in the order of the help."""
+    for option in reversed(_MACHINE_OPTIONS):
+        function = option(function)
+    return function
 
 
 def require_qmp() -> None:
-    """Raise CliError unless the package that speaks with QEMU's monitor is installed."""
+    """Raise CliError unless the package qemu.qmp, which controls QEMU, is installed."""
     try:
         import qemu.qmp  # noqa: F401
     except ModuleNotFoundError:
-        why = "the Python package qemu.qmp is missing (it is not QEMU, which it controls)"
+        why = "the Python package qemu.qmp, which controls QEMU, is missing"
         raise CliError(f"{why}: pip install qemu.qmp") from None
 
 
 def find_qemu(device: Device, program: str | None, download: bool) -> str:
-    """The QEMU to use; CliError."""
+    """Return the path of the QEMU to use.
+
+    Raises CliError if none supports the device.
+    """
     from ..vm.apt import Unavailable
     from ..vm.qemu import QemuNotFound, find
 
@@ -146,7 +182,10 @@ def find_qemu(device: Device, program: str | None, download: bool) -> str:
 
 
 def find_firmware() -> str:
-    """The UEFI firmware to use; CliError."""
+    """Return the path of the UEFI firmware to use.
+
+    Raises CliError if it is missing.
+    """
     from ..vm import qemu
     from ..vm.apt import Unavailable
 
@@ -157,10 +196,13 @@ def find_firmware() -> str:
 
 
 def accelerators(accel: Accelerator) -> tuple[str, ...]:
-    """Those that QEMU is to try; CliError."""
+    """Return the accelerators for QEMU to try, in this order.
+
+    Raises CliError if KVM is asked for and not usable.
+    """
     usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
     if accel is Accelerator.KVM and not usable:
-        raise CliError("--accel kvm: there is no /dev/kvm for this user; see vsock doctor")
+        raise CliError("--accel kvm: this user cannot open /dev/kvm (see: vsock doctor)")
     if accel is Accelerator.AUTO:
         return ("kvm", "tcg") if usable else ("tcg",)
     return (accel.value,)

@@ -294,8 +294,8 @@ def _environment_of_vsockd() -> dict[str, str]:
 
 def _supervised(context: Attachment, arguments: Sequence[StrPath]) -> list[StrPath]:
     """Return the command that runs ``arguments`` in ``context``."""
-    if importlib.util.find_spec("typer") is None:
-        raise FabricFailed(f"vsock run is missing: {how_to_install('cli')}")
+    if importlib.util.find_spec("click") is None:
+        raise FabricFailed(f"vsock run is missing: {how_to_install()}")
     # Neither the working folder nor PYTHONPATH decides what this imports.
     vsock = (sys.executable, "-P", "-c", _VSOCK)
     return [*vsock, "run", "--cid", str(context.cid), "--", *arguments]

@@ -94,13 +94,13 @@ def test_strangers_keep_no_browser_out(client: Client) -> None:
     host, _, port = client.host.partition(":")
     with contextlib.ExitStack() as stack, Stream(client, cookie) as stream:
         messages = iter(stream)
-        assert next(messages)["event"] == "picture"
+        assert next(messages)["event"] == "snapshot"
         for _ in range(8):
             for _ in range(HTTP_CLIENTS_MAX // 4):
                 silent = stack.enter_context(socket.create_connection((host, int(port))))
                 silent.sendall(b"GET ")
             assert client.status("GET", "/", Cookie=cookie) == 200
-        assert next(messages)["event"] == "picture"  # and none that it has is cut off
+        assert next(messages)["event"] == "snapshot"  # and none that it has is cut off
 
 
 def test_a_cookie_takes_no_time(client: Client) -> None:
@@ -243,14 +243,14 @@ class Stream:
 
     def happened(self) -> tuple[str, dict[str, Any]]:
         """The next event and its number."""
-        message = next(one for one in self if one["event"] == "happened")
+        message = next(one for one in self if one["event"] == "event")
         return message["id"], json.loads(message["data"])
 
 
 def test_the_stream_goes_on_where_it_was(client: Client, fabric: PrivateFabric) -> None:
     cookie = client.enter()
     with Stream(client, cookie) as stream:
-        assert next(iter(stream))["event"] == "picture"
+        assert next(iter(stream))["event"] == "snapshot"
         guests = [fabric.guest(), fabric.guest()]
         number, event = stream.happened()
         assert (event["change"], event["cid"]) == ("added", guests[0].cid)

@@ -90,9 +90,9 @@ def streams(
 
 
 def test_nobody_there(web: Running, browser: Browser) -> None:
-    browser.wait_for_text("#graph-words", "There is the host alone")
+    browser.wait_for_text("#graph-words", "Only the host exists")
     assert browser.texts("#contexts tbody tr td:nth-child(2)") == ["host"]
-    assert browser.texts("#no-streams") == ["There are none."]
+    assert browser.texts("#no-streams") == ["No streams."]
     assert browser.texts("#no-events")
     browser.check("empty")
 
@@ -162,7 +162,7 @@ def test_suspend_and_resume_by_keyboard(
         suspend = browser.one(button)
         assert suspend.accessible_name == f"Suspend context {cid} web"
         suspend.send_keys(Keys.ENTER)
-        browser.wait_for_text("#question-words", "Its 2 streams are ended")
+        browser.wait_for_text("#question-words", "Its 2 streams are closed")
         assert browser.focused() == "Cancel"
         browser.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
         browser.wait(lambda: not browser.texts("#question-title"), "the question to be closed")
@@ -179,7 +179,7 @@ def test_suspend_and_resume_by_keyboard(
     assert browser.focused() == f"Resume context {cid} web"  # the same button, still
     browser.check("suspended")
     browser.one(button).send_keys(Keys.ENTER)
-    browser.wait_for_text("#said", f"Context {cid} runs again.")
+    browser.wait_for_text("#said", f"Context {cid} is resumed.")
     browser.wait_for_text(f"#contexts [data-key='{cid}']", "running")
 
 
@@ -193,7 +193,7 @@ def test_disconnect(
         browser.one(button).click()
         browser.wait_for_text("#question-title", f"Disconnect {name}?")
         browser.one("#question-yes").click()
-        browser.wait_for_text("#said", f"The stream {name} has ended.")
+        browser.wait_for_text("#said", f"The stream {name} is closed.")
         one.settimeout(10)
         assert one.recv(1) == b""
         browser.wait(lambda: len(browser.texts("#streams tbody tr")) == 1, "one stream fewer")
@@ -217,14 +217,14 @@ def test_denied(
     edge = f"#edges [data-key='denial-{first.cid}-{second.cid}'] text"
     browser.wait_for_text(edge, "guest-to-guest")
     node = browser.one(f"#nodes [data-key='{first.cid}']")
-    assert node.accessible_name.endswith("denied something just now")
+    assert node.accessible_name.endswith("denied a moment ago")
     browser.check("denied")
 
 
 def test_vsockd_goes_and_comes_back(alone: Vsock, browser: Browser) -> None:
     alone("up")
     open_page(alone, browser)
-    browser.wait_for_text("#graph-words", "There is the host alone")
+    browser.wait_for_text("#graph-words", "Only the host exists")
     alone("down")
     browser.wait_for_text("#trouble", "vsockd is not running in")
     browser.wait_for_text("#events", "vsockd has ended")
@@ -242,7 +242,7 @@ def test_vsockd_goes_and_comes_back(alone: Vsock, browser: Browser) -> None:
 def test_vsock_web_ends(web: Running, browser: Browser) -> None:
     web.process.send_signal(signal.SIGTERM)
     web.finish()
-    browser.wait_for_text("#trouble", "vsock web does not answer")
+    browser.wait_for_text("#trouble", "vsock web does not reply")
 
 
 def test_without_a_link(web: Running, browser: Browser) -> None:

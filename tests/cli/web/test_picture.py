@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vsockets.cli.limits import WEB_CONTEXTS_MAX, WEB_STREAMS_MAX
-from vsockets.cli.socket_owners import Holder
-from vsockets.cli.web.snapshot import picture
+from vsockets.cli.socket_owners import Owner
+from vsockets.cli.web.snapshot import make_snapshot
 
 STATUS = {"pid": 1, "folder": "/x", "uptime": 1.0, "streams": 3, "listeners": 1}
 
@@ -33,15 +33,17 @@ def ends(source: int, port: int, target: int) -> list[dict[str, Any]]:
     ]
 
 
-def find(pid: int, uid: int, inode: int | None) -> Holder:
+def find(pid: int, uid: int, inode: int | None) -> Owner:
     """A child of each process has its sockets."""
-    return Holder(pid + 1, uid, f"with {inode}")
+    return Owner(pid + 1, uid, f"with {inode}")
 
 
 def draw(contexts: list[dict[str, Any]], sockets: list[dict[str, Any]]) -> dict[str, Any]:
     names = ("connects", "accepts", "refusals", "denials")
     rates = {row["cid"]: dict.fromkeys(names, 0.5) for row in contexts}
-    return picture(STATUS, {"contexts": contexts}, [{"cid": 3, "ft": True}], sockets, rates, find)
+    return make_snapshot(
+        STATUS, {"contexts": contexts}, [{"cid": 3, "ft": True}], sockets, rates, find
+    )
 
 
 def test_a_stream_is_one_and_a_link_many() -> None:
@@ -64,7 +66,7 @@ def test_a_stream_is_one_and_a_link_many() -> None:
 
 
 def test_nothing_is_known_of_rates_at_first() -> None:
-    seen = picture(STATUS, {"contexts": [context(2)]}, [], [], {}, find)
+    seen = make_snapshot(STATUS, {"contexts": [context(2)]}, [], [], {}, find)
     assert seen["rates"] is None and seen["contexts"][0]["rates"] is None
 
 

@@ -1,6 +1,6 @@
-"""The message clients of ``vsock demo amqp``: pika, RabbitMQ at 127.0.0.1, and nothing else.
+"""The message clients of ``vsock demo amqp``: plain pika programs, with RabbitMQ at 127.0.0.1.
 
-``python amqp_client.py ROLE PORT ARGUMENT...``; what happens is said in lines of JSON.
+Run as ``python amqp_client.py ROLE PORT ARGUMENT...``; they report in lines of JSON.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from typing import Any
 import pika
 from pika.adapters.select_connection import IOLoop
 
-#: Messages on their way at the same time, and how many it takes to say something.
-WINDOW, TOLD_EVERY = 500, 250
+#: Most unconfirmed messages, and received messages between two reports.
+WINDOW, REPORTED_EVERY = 500, 250
 
 
-def say(**facts: Any) -> None:
-    """One line of JSON to whoever started us."""
+def report(**facts: Any) -> None:
+    """Print one line of JSON for the parent process."""
     print(json.dumps(facts), flush=True)
 
 
 def parameters(port: str, virtual_host: str = "/") -> Any:
-    """Where the broker seems to be."""
+    """Return the parameters of a connection to the local port."""
     return pika.ConnectionParameters("127.0.0.1", int(port), virtual_host)
 
 
 def message(queue: str, number: int) -> bytes:
-    """The ``number``-th message for ``queue``, which shows whether it is what was sent."""
+    """Return the ``number``-th message for ``queue``, with a digest that the receiver checks."""
     text = f"{number} {queue} "
     return (text + hashlib.sha256(text.encode()).hexdigest()).encode()
 
 
 class Exchange:
-    """Sends ``count`` messages to one queue, and receives as many from another.
+    """A client that sends ``count`` messages to one queue and receives as many from another.
 
-    What was not confirmed when a connection ends is sent again by the next one.
+    Messages that are not confirmed when a connection ends are sent again by the next one.
     """
 
     def __init__(self, port: str, outgoing: str, incoming: str, count: str) -> None:
@@ -55,11 +55,11 @@ class Exchange:
         self.finishing = False
 
     def run(self) -> None:
-        """Until everything is confirmed, and everything there."""
+        """Run until all messages are confirmed and received."""
         began = time.perf_counter()
         self._connect()
         self.loop.start()
-        say(
+        report(
             confirmed=self.confirmed,
             intact=len(self.received),
             again=self.again,
@@ -125,11 +125,11 @@ class Exchange:
     def _take(self, channel: Any, method: Any, properties: Any, data: bytes) -> None:
         number = int(data.split(b" ", 1)[0])
         if data != message(self.incoming, number):
-            raise ValueError(f"a message that is not what was sent: {data!r}")
+            raise ValueError(f"message {number}: corrupted: {data!r}")
         self.received.add(number)
         channel.basic_ack(method.delivery_tag)
-        if len(self.received) % TOLD_EVERY == 0:
-            say(received=len(self.received))
+        if len(self.received) % REPORTED_EVERY == 0:
+            report(received=len(self.received))
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:
@@ -140,24 +140,24 @@ class Exchange:
 
 
 def exchange(port: str, outgoing: str, incoming: str, count: str) -> None:
-    """Send and receive."""
+    """Send and receive ``count`` messages."""
     Exchange(port, outgoing, incoming, count).run()
 
 
 def enter(port: str, virtual_host: str) -> None:
-    """Say with which code a virtual host refuses us, 0 if it does not."""
+    """Connect to a virtual host, and report the code of its refusal, or 0."""
     try:
         pika.BlockingConnection(parameters(port, virtual_host)).close()
-        say(closed=0)
+        report(closed=0)
     except pika.exceptions.ProbableAccessDeniedError as error:
-        code = re.search(r"\((\d+)\)", str(error))  # pika tells it in words only
-        say(closed=int(code[1]) if code else str(error))
+        code = re.search(r"\((\d+)\)", str(error))  # pika has the code in the text only
+        report(closed=int(code[1]) if code else str(error))
 
 
 def stay(port: str) -> None:
-    """Be connected until we are ended."""
+    """Stay connected until killed."""
     connection = pika.BlockingConnection(parameters(port))
-    say(ready=True)
+    report(ready=True)
     connection.process_data_events(time_limit=None)
 
 

@@ -1,4 +1,4 @@
-"""``vsock demo``: what the fabric is for, done with real files and real processes."""
+"""``vsock demo``: the fabric at work, with real files and real processes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import typer
+import click
 
-from ..options import JsonOption
+from ..groups import group
+from ..options import json_option
 from ..output import Column, print_json, print_table
 
 if TYPE_CHECKING:
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
 #: Ports of the demo's services.
 FILES, SOURCES, PRIVATE = 5000, 5001, 7000
 
-#: Transfers that are measured, of each kind, in turns.
+#: Measured transfers of each kind, in turns.
 TURNS = 5
 
 
 class Step(NamedTuple):
-    """What was done, between whom, and what came of it."""
+    """One row of the report: the action, its participants, and the result."""
 
     step: str
     who: str
@@ -34,59 +35,56 @@ class Step(NamedTuple):
     result: str
 
 
-app = typer.Typer(rich_markup_mode=None)
+@group("demo", invoke_without_command=True)
+@json_option
+@click.pass_context
+def demo(context: click.Context, as_json: bool) -> None:
+    """Show the fabric at work between a host and two guests.
 
-
-@app.callback(invoke_without_command=True)
-def choose(context: typer.Context, as_json: JsonOption = False) -> None:
-    """Show a host and two guests at work; amqp and nfs show the guide's use cases.
-
-    In a private fabric, which is gone afterwards, files go from a guest to the host, datagrams
-    from two guests, a guest is kept from another one, and the first transfer is made over TCP,
-    too.  Exits with 1 if anything went wrong.
+    In a private fabric, removed at the end, files go from a guest to the host, datagrams from
+    two guests, one guest is isolated from the other, and the first transfer is repeated over TCP.
+    The subcommands amqp and nfs show use cases of VMware's guide.  The exit status is 1 if a step
+    fails.
     """
     if context.invoked_subcommand is None:
-        demo(as_json)
+        perform(play, as_json)
 
 
-@app.command("amqp")
-def amqp(as_json: JsonOption = False) -> None:
-    """Show two guests that talk by RabbitMQ (the guide's figure 1-1).
+@demo.command("amqp")
+@json_option
+def amqp(as_json: bool) -> None:
+    """Show two guests that exchange messages through RabbitMQ (the guide's figure 1-1).
 
     In a private fabric and with a private RabbitMQ, messages go from each guest to the other,
-    by stock clients and the three proxies; one proxy is killed in between.  Exits with 1 if
-    anything went wrong.  Needs rabbitmq-server to be installed, and runs its own.
+    by stock clients and the three proxies; one proxy is killed in between.  The exit status is 1
+    if a step fails.  Needs an installed rabbitmq-server, and starts its own.
     """
     from .amqp import play
 
-    _perform(play, as_json)
+    perform(play, as_json)
 
 
-@app.command("nfs")
-def nfs(as_json: JsonOption = False) -> None:
-    """Show a host's folder in guests, over datagrams (the guide's figure 1-2).
+@demo.command("nfs")
+@json_option
+def nfs(as_json: bool) -> None:
+    """Show guests that share a folder of the host, over datagrams (the guide's figure 1-2).
 
     In a private fabric two guests mount a folder of the host by NFS; the server is killed while
-    one of them writes; the other one reads the same, and a third is refused.  Exits with 1 if
-    anything went wrong.  Needs pyfuse3, fusermount3 and /dev/fuse.
+    one of them writes; the other reads the same file, and a third guest is refused.  The exit
+    status is 1 if a step fails.  Needs pyfuse3, fusermount3 and /dev/fuse.
     """
     from .nfs import play
 
-    _perform(play, as_json)
+    perform(play, as_json)
 
 
-def demo(as_json: bool = False) -> None:
-    """The guide's chapters 3 to 5."""
-    _perform(_play, as_json)
-
-
-#: What plays a demo, with progress or without: what was done, and what was measured.
+#: A demo: called with whether to show progress, it returns its steps and measurements.
 Play = Callable[["Stage", bool], tuple[list[Step], dict[str, Any]]]
 
 
-def _perform(play: Play, as_json: bool) -> None:
-    """Play it, with progress on standard error, and print what came of it."""
-    from .stage import Stage  # here: it takes a while, and other commands' time
+def perform(play: Play, as_json: bool) -> None:
+    """Run a demo, with progress on standard error, and print its report."""
+    from .stage import Stage
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -99,29 +97,30 @@ def _perform(play: Play, as_json: bool) -> None:
         columns = [Column("STEP"), Column("WHO"), Column(""), Column("RESULT", whole=False)]
         print_table(columns, ((s.step, s.who, "ok" if s.ok else "FAILED", s.result) for s in steps))
     if not ok:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
-def _play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]:
+def play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]:
+    """Run the demo of the guide's chapters 3 to 5."""
     host, guest, other = stage.fabric.host, stage.fabric.guest(), stage.fabric.guest()
-    # All at once: it is Python's start that takes the time.
+    # All start at once: most of the time is Python's start-up.
     receiver = stage.serve(host, "receive_files", host.cid, FILES)
     tcp_receiver = stage.serve(host, "receive_files", "127.0.0.1", 0)
-    sources = stage.serve(host, "tell_sources", SOURCES)
-    listener = stage.serve(other, "accept_anybody", PRIVATE)
+    sources = stage.serve(host, "report_sources", SOURCES)
+    listener = stage.serve(other, "accept_clients", PRIVATE)
     sender = stage.start(guest, "send_files", host.cid, FILES)
     for service in (receiver, sources, listener):
-        service.hear()
-    tcp_sender = stage.start(guest, "send_files", *tcp_receiver.hear()["ready"])
+        service.read()
+    tcp_sender = stage.start(guest, "send_files", *tcp_receiver.read()["ready"])
 
     steps = [_send_files(sender, guest.cid, show_progress)]
     for asking in (guest, other):
-        asked = stage.start(asking, "ask_for_source", host.cid, SOURCES).hear()
+        asked = stage.start(asking, "ask_for_source", host.cid, SOURCES).read()
         steps.append(_judge_datagrams(asked, asking.cid))
-    refused = stage.start(guest, "try_to_connect", other.cid, PRIVATE).hear()["errno"]
+    refused = stage.start(guest, "try_to_connect", other.cid, PRIVATE).read()["errno"]
     steps.append(_judge_refusal(refused, guest.cid, other.cid))
-    allowed = stage.start(host, "try_to_connect", other.cid, PRIVATE).hear()["errno"]
-    noted = listener.hear() if allowed == 0 else None
+    allowed = stage.start(host, "try_to_connect", other.cid, PRIVATE).read()["errno"]
+    noted = listener.read() if allowed == 0 else None
     steps.append(_judge_permission(allowed, noted, other.cid))
     measured = _measure(sender, tcp_sender)
     steps += _judge_throughput(measured)
@@ -129,12 +128,12 @@ def _play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]
 
 
 def _send_files(sender: Program, cid: int, show_progress: bool) -> Step:
-    offered = sender.hear()
-    sender.tell("loudly")
+    offered = sender.read()
+    sender.write("loudly")
     with progress("files to the host", offered["bytes"], show_progress) as advance:
-        while "seconds" not in (said := sender.hear()):
+        while "seconds" not in (said := sender.read()):
             advance(said["sent"])
-    # What each side computed from the bytes it had, and what each says of the client's address.
+    # Each side has computed the digest from its own bytes and reports the client's address.
     ok = (
         said["intact"]
         and said["bytes"] == offered["bytes"]
@@ -150,8 +149,8 @@ def _send_files(sender: Program, cid: int, show_progress: bool) -> Step:
 def _judge_datagrams(asked: dict[str, Any], cid: int) -> Step:
     source, us = asked["answer"]["source"], asked["us"]
     ok = source == us and us[0] == cid and asked["service"] == [2, SOURCES]
-    result = "the host saw {}:{}".format(*source)
-    result += ", the true source" if ok else ", but the source is {}:{}".format(*us)
+    result = "the host received from {}:{}".format(*source)
+    result += ", the true source" if ok else ", but the true source is {}:{}".format(*us)
     return Step("datagrams", f"guest {cid} and host", ok, result)
 
 
@@ -165,21 +164,23 @@ def _judge_refusal(code: int, cid: int, other: int) -> Step:
 
 def _judge_permission(code: int, noted: dict[str, Any] | None, cid: int) -> Step:
     ok = code == 0 and noted is not None and noted["client"][0] == 2
-    result = "the same listener answers the host" if ok else f"{os.strerror(code)}, saw {noted}"
+    result = (
+        "the same listener accepts the host" if ok else f"{os.strerror(code)}, accepted {noted}"
+    )
     return Step("host to guest", f"host to guest {cid}", ok, result)
 
 
 def _measure(sender: Program, tcp_sender: Program) -> dict[str, Any]:
-    """Make the same transfer over vSockets and over TCP in turns; MB/s, MB being 1e6 bytes."""
-    size = tcp_sender.hear()["bytes"]
+    """Measure the same transfer over vSockets and over TCP in turns, in 1e6 bytes per second."""
+    size = tcp_sender.read()["bytes"]
     rates: dict[str, list[float]] = {"vsock": [], "tcp": []}
     intact = True
     for turn in range(TURNS + 1):
         for kind, program in (("tcp", tcp_sender), ("vsock", sender)):
-            program.tell("quietly")
-            receipt = program.hear()
+            program.write("quietly")
+            receipt = program.read()
             intact = intact and receipt["intact"] and receipt["bytes"] == size
-            if turn > 0:  # the first one finds cold memory
+            if turn > 0:  # the first one warms the memory up
                 rates[kind].append(size / receipt["seconds"] / 1e6)
     import statistics
 
@@ -209,7 +210,7 @@ def _judge_throughput(measured: dict[str, Any]) -> list[Step]:
 
 @contextlib.contextmanager
 def progress(what: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; the function it gives takes what is done so far."""
+    """Show a progress bar on standard error; yield a function that sets the amount done so far."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 

@@ -1,4 +1,4 @@
-"""``vsock demo nfs``: a host's folder in three guests, over datagrams (figure 1-2)."""
+"""``vsock demo nfs``: guests share a folder of the host over datagrams (figure 1-2)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from .stage import PATIENCE, VSOCK
 if TYPE_CHECKING:
     from .stage import Program, Stage
 
-#: What one guest writes, in bytes.
+#: Size of the file that one guest writes, in bytes.
 SIZE = 8 << 20
 
 
 def play(stage: Stage, show_progress: bool) -> tuple[list[Step], dict[str, Any]]:
-    """All of it.  Raises CliError."""
+    """Run the demo.
+
+    Raises CliError if something that it needs is missing.
+    """
     try:
         preflight.check()
     except OSError as error:
         raise CliError(error.strerror or str(error)) from None
     if shutil.which("fusermount3") is None:
-        raise CliError("unmounting needs fusermount3: apt install fuse3")
+        raise CliError("fusermount3 is missing, which unmounts folders: apt install fuse3")
     with tempfile.TemporaryDirectory(prefix="vsock-nfs-") as scratch:
         demo = _Demo(stage, Path(scratch))
         try:
@@ -46,16 +49,16 @@ class _Demo:
         self._export = scratch / "export"
         self._export.mkdir()
         self._mounted: list[Path] = []
-        self._writer, self._reader, self._stranger = (stage.fabric.guest() for _ in range(3))
+        self._writer, self._reader, self._refused = (stage.fabric.guest() for _ in range(3))
 
     def play(self, show_progress: bool) -> tuple[list[Step], dict[str, Any]]:
         server = self._serve()
         with progress("two guests mount the host's folder", 1, show_progress):
-            ours, theirs = self._mount(self._writer), self._mount(self._reader)
+            written, read = self._mount(self._writer), self._mount(self._reader)
         data = os.urandom(SIZE)
         began = time.monotonic()
         half = SIZE // 2
-        with open(ours / "file", "wb") as file:
+        with open(written / "file", "wb") as file:
             file.write(data[:half])
             server.end()
             server = self._serve()
@@ -72,7 +75,7 @@ class _Demo:
             Step(
                 "the same file",
                 f"guest {self._reader.cid} reads",
-                _digest(theirs / "file") == digest,
+                _digest(read / "file") == digest,
                 "the same bytes",
             ),
             self._refuse(),
@@ -80,7 +83,7 @@ class _Demo:
         return steps, {"bytes": SIZE, "seconds": round(seconds, 2)}
 
     def unmount(self) -> None:
-        """Leave no folder mounted; whoever serves one ends by that."""
+        """Unmount every folder, which ends the process that serves it."""
         for folder in self._mounted:
             subprocess.run(["fusermount3", "-u", "-z", folder], capture_output=True, check=False)
 
@@ -95,7 +98,7 @@ class _Demo:
             ),
         ]
         program = self._stage.run("nfs serve", command, self._stage.fabric.environment(host))
-        program.hear_address()
+        program.read_address()
         return program
 
     def _mount(self, guest: Attachment) -> Path:
@@ -112,15 +115,15 @@ class _Demo:
         return folder
 
     def _refuse(self) -> Step:
-        cid = self._stranger.cid
-        environment = self._stage.fabric.environment(self._stranger)
+        cid = self._refused.cid
+        environment = self._stage.fabric.environment(self._refused)
         command = [*VSOCK, "nfs", "mount", "vsock-dgram:2:2049", f"{self._export}", "/"]
         asked = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
-        said = asked.stderr.strip().rpartition(": ")[2]
-        ok = asked.returncode == 1 and said == "Permission denied"
-        return Step("not exported to it", f"guest {cid} mounts", ok, f"refused: {said}")
+        message = asked.stderr.strip().rpartition(": ")[2]
+        ok = asked.returncode == 1 and message == "Permission denied"
+        return Step("not exported to it", f"guest {cid} mounts", ok, f"refused: {message}")
 
 
 def _digest(path: Path) -> str:

@@ -1,8 +1,8 @@
 """The programs of ``vsock demo``.
 
-Each is an ordinary socket program, as the guide's chapters 3 and 4 have them, and knows nothing
-of this package: the standard library's ``socket`` is all there is.  It runs in a process of its
-own, as ``python programs.py ROLE ARGUMENT...``, and says what happens in lines of JSON.
+Each is an ordinary socket program in the style of the guide's chapters 3 and 4, and uses only the
+standard library's ``socket``, nothing of this package.  It runs in its own process, as
+``python programs.py ROLE ARGUMENT...``, and reports in lines of JSON.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Any
 
 BUFSIZE = 65_536
 
-#: Bytes to send at least, and to read from different files at most.
+#: Least bytes to send, and most bytes to read from different files.
 PAYLOAD, SOURCES = 64_000_000, 32_000_000
 
-#: What goes before the files: how many bytes they are, and their SHA-256 digest.
+#: Header of a transfer: the number of bytes, and their SHA-256 digest.
 HEADER = struct.Struct("!Q32s")
 RECEIVED = b"received\n"
 
 Address = tuple[Any, int]
 
 
-def say(**facts: Any) -> None:
-    """One line of JSON to whoever started us."""
+def report(**facts: Any) -> None:
+    """Print one line of JSON for the parent process."""
     print(json.dumps(facts), flush=True)
 
 
 def family_of(host: str) -> tuple[int, Any]:
-    """The address family, and the host as that family writes it."""
+    """Return the address family of ``host``, and the host in that family's form."""
     if "." in host:
         return socket.AF_INET, host
     return socket.AF_VSOCK, int(host)
@@ -46,12 +46,12 @@ def family_of(host: str) -> tuple[int, Any]:
 
 
 def receive_files(host: str, port: str) -> None:
-    """The service: take files, check their digest, answer with a receipt; for ever."""
+    """Serve: receive files, check their digest, reply with a receipt; never returns."""
     family, where = family_of(host)
     server = socket.socket(family, socket.SOCK_STREAM)
     server.bind((where, int(port)))
     server.listen(5)
-    say(ready=server.getsockname())
+    report(ready=server.getsockname())
     memory = bytearray()
     while True:
         connection, client = server.accept()
@@ -60,7 +60,9 @@ def receive_files(host: str, port: str) -> None:
             if len(memory) != size:
                 memory = bytearray(size)
             receive(connection, memory)
-            connection.send(RECEIVED)  # the client's clock stops here: digests take their time
+            connection.send(
+                RECEIVED
+            )  # ends the client's measurement, before the digest is computed
             digest = hashlib.sha256(memory)
             receipt = {
                 "bytes": size,
@@ -72,7 +74,10 @@ def receive_files(host: str, port: str) -> None:
 
 
 def receive(connection: socket.socket, memory: bytearray) -> bytearray:
-    """Fill ``memory``; EOFError when the peer ends before."""
+    """Fill ``memory`` from the connection.
+
+    Raises EOFError if the peer closes before.
+    """
     view = memoryview(memory)
     while view:
         size = connection.recv_into(view[:BUFSIZE])
@@ -83,11 +88,11 @@ def receive(connection: socket.socket, memory: bytearray) -> bytearray:
 
 
 def send_files(host: str, port: str) -> None:
-    """The client: one transfer for each line of standard input, ``quietly`` or not."""
+    """Make one transfer for each line of standard input, reporting progress unless ``quietly``."""
     family, where = family_of(host)
     names, files = real_files()
     digest = hashlib.sha256(files)
-    say(files=names, bytes=len(files), sha256=digest.hexdigest())
+    report(files=names, bytes=len(files), sha256=digest.hexdigest())
     for line in sys.stdin:
         started = time.perf_counter()
         connection = socket.socket(family, socket.SOCK_STREAM)
@@ -96,15 +101,15 @@ def send_files(host: str, port: str) -> None:
             connection.sendall(HEADER.pack(len(files), digest.digest()))
             for sent in send_in_blocks(connection, files):
                 if line != "quietly\n" and sent % (32 * BUFSIZE) == 0:
-                    say(sent=sent)
+                    report(sent=sent)
             receive_line(connection, RECEIVED)
             seconds = time.perf_counter() - started
             receipt = receive_to_the_end(connection)
-            say(seconds=seconds, us=connection.getsockname(), **json.loads(receipt))
+            report(seconds=seconds, us=connection.getsockname(), **json.loads(receipt))
 
 
 def send_in_blocks(connection: socket.socket, data: bytes) -> Iterator[int]:
-    """Send ``data``, BUFSIZE bytes at a time; after each, how many it were so far."""
+    """Send ``data``, BUFSIZE bytes at a time; yield the number of bytes sent so far."""
     view = memoryview(data)
     for start in range(0, len(data), BUFSIZE):
         connection.sendall(view[start : start + BUFSIZE])
@@ -112,7 +117,7 @@ def send_in_blocks(connection: socket.socket, data: bytes) -> Iterator[int]:
 
 
 def receive_to_the_end(connection: socket.socket) -> bytes:
-    """Everything until the peer closes."""
+    """Return all data until the peer closes."""
     return b"".join(iter(lambda: connection.recv(BUFSIZE), b""))
 
 
@@ -124,9 +129,9 @@ def receive_line(connection: socket.socket, expected: bytes) -> None:
 
 
 def real_files() -> tuple[int, bytes]:
-    """The standard library's sources and the interpreter, repeated until there is enough.
+    """Return the number of different files, and their bytes, repeated to at least PAYLOAD.
 
-    Returns the number of different files, and their bytes.
+    The files are the interpreter and the standard library's sources.
     """
     library = Path(os.__file__).parent
     different, total = [], 0
@@ -139,32 +144,32 @@ def real_files() -> tuple[int, bytes]:
     return len(different), once * -(-PAYLOAD // len(once))
 
 
-def accept_anybody(port: str) -> None:
-    """A listener that takes note of who comes; for ever."""
+def accept_clients(port: str) -> None:
+    """Serve: accept every client and report its address; never returns."""
     server = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     server.bind((socket.VMADDR_CID_ANY, int(port)))
     server.listen(5)
-    say(ready=server.getsockname())
+    report(ready=server.getsockname())
     while True:
         connection, client = server.accept()
-        say(client=client)
+        report(client=client)
         connection.close()
 
 
 def try_to_connect(cid: str, port: str) -> None:
-    """Say with which errno connecting to ``cid:port`` ends, 0 if it works."""
+    """Connect to ``cid:port`` and report the errno, or 0."""
     with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as client:
-        say(errno=client.connect_ex((int(cid), int(port))))
+        report(errno=client.connect_ex((int(cid), int(port))))
 
 
 # Chapter 4: datagrams
 
 
-def tell_sources(port: str) -> None:
-    """The service: tell everybody who asks which source address the question had; for ever."""
+def report_sources(port: str) -> None:
+    """Serve: reply to each datagram with its source address; never returns."""
     server = socket.socket(socket.AF_VSOCK, socket.SOCK_DGRAM)
     server.bind((socket.VMADDR_CID_ANY, int(port)))
-    say(ready=server.getsockname())
+    report(ready=server.getsockname())
     while True:
         question, client = server.recvfrom(BUFSIZE)
         answer = {"question": question.decode(), "source": client}
@@ -172,11 +177,11 @@ def tell_sources(port: str) -> None:
 
 
 def ask_for_source(cid: str, port: str) -> None:
-    """Ask that service once; the question claims to come from somebody else."""
+    """Ask that service once, with a text that claims another source."""
     with socket.socket(socket.AF_VSOCK, socket.SOCK_DGRAM) as client:
         client.sendto(b"this is 99:99 speaking: who am I?", (int(cid), int(port)))
         answer, service = client.recvfrom(BUFSIZE)
-        say(us=client.getsockname(), service=service, answer=json.loads(answer))
+        report(us=client.getsockname(), service=service, answer=json.loads(answer))
 
 
 ROLES = {
@@ -184,9 +189,9 @@ ROLES = {
     for role in (
         receive_files,
         send_files,
-        accept_anybody,
+        accept_clients,
         try_to_connect,
-        tell_sources,
+        report_sources,
         ask_for_source,
     )
 }

@@ -1,4 +1,4 @@
-"""Where ``vsock demo`` takes place: a private fabric, and programs that must not outlive it."""
+"""The environment of ``vsock demo``: a private fabric, and programs that end with it."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from ..errors import CliError
 
 _PROGRAMS = Path(__file__).with_name("programs.py")
 
-#: ``vsock``, as a command to run.
+#: The command ``vsock``.
 VSOCK = (sys.executable, "-m", "vsockets.cli")
 
 _LISTENING = b"vsock: listening on "
 
-#: How long anything may take that is waited for, in seconds; nothing takes two.
+#: Timeout of every wait, in seconds; none takes more than two.
 PATIENCE = 20.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Signals that would end us have to wait until the end of the block."""
+def signals_deferred() -> Iterator[None]:
+    """Defer signals that end this process to the end of the block."""
     came: list[int] = []
 
-    def take_note(number: int, _: object) -> None:
+    def note(number: int, _: object) -> None:
         came.append(number)
 
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     for number in _SIGNALS:
-        signal.signal(number, take_note)
+        signal.signal(number, note)
     try:
         yield
     finally:
@@ -53,7 +53,7 @@ def undisturbed() -> Iterator[None]:
 
 
 class Program:
-    """A program, running in a process of its own; ``services`` are those it may need."""
+    """A program in a child process; ``services`` are the programs it may depend on."""
 
     def __init__(
         self,
@@ -71,20 +71,20 @@ class Program:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us: we end the programs
+            start_new_session=True,  # Ctrl-C reaches this process only, which ends the programs
         )
         self._ended = os.pidfd_open(self._process.pid)
 
-    def tell(self, line: str) -> None:
+    def write(self, line: str) -> None:
         """Write a line to its standard input."""
         assert self._process.stdin is not None
         self._process.stdin.write(line.encode() + b"\n")
         self._process.stdin.flush()
 
-    def hear(self) -> dict[str, Any]:
-        """What it says next.
+    def read(self) -> dict[str, Any]:
+        """Return its next line of JSON.
 
-        Raises CliError when that is not what it should be, or a service it may need has failed.
+        Raises CliError if the line is not JSON, or a service that it may need has failed.
         """
         line = self._read_line()
         try:
@@ -95,8 +95,11 @@ class Program:
         assert isinstance(said, dict)
         return said
 
-    def hear_address(self) -> str:
-        """Where it says that it listens, as one of our own commands does that."""
+    def read_address(self) -> str:
+        """Return the address that a ``vsock`` command reports to listen on.
+
+        Raises CliError if the next line is another message.
+        """
         line = self._read_line()
         if not line.startswith(_LISTENING):
             self._received = line + self._received
@@ -104,12 +107,12 @@ class Program:
         return line.removeprefix(_LISTENING).decode().strip()
 
     def end(self) -> None:
-        """End it, whatever it is doing."""
+        """Kill it, and wait for its end."""
         self._process.kill()
         self._process.wait()
 
     def close(self) -> None:
-        """End it and let go of it."""
+        """Kill it and close its streams."""
         self.end()
         os.close(self._ended)
         for stream in (self._process.stdin, self._process.stdout):
@@ -126,7 +129,7 @@ class Program:
             patience = max(0.0, deadline - time.monotonic())
             readable, _, _ = select.select([fd, *others], [], [], patience)
             if not readable:
-                raise CliError(f"the program {self.name} said nothing for {PATIENCE:g} s")
+                raise CliError(f"the program {self.name} printed nothing for {PATIENCE:g} s")
             if fd not in readable:
                 raise others[readable[0]]._failure()
             data = os.read(fd, 65_536)
@@ -137,7 +140,7 @@ class Program:
         return line
 
     def _failure(self) -> CliError:
-        """What its traceback ends with."""
+        """Return an error with the last line of its traceback."""
         self.end()
         assert self._process.stdout is not None
         said = (self._received + self._process.stdout.read()).decode(errors="replace")
@@ -146,12 +149,12 @@ class Program:
 
 
 class Stage:
-    """A private fabric and the programs on it; nothing of either is left afterwards."""
+    """A private fabric and the programs on it, all removed at the end."""
 
     def __enter__(self) -> Stage:
         self._programs: list[Program] = []
         self._services: list[Program] = []
-        with undisturbed():
+        with signals_deferred():
             self.fabric = PrivateFabric().__enter__()
         return self
 
@@ -161,7 +164,7 @@ class Stage:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with undisturbed():
+        with signals_deferred():
             for program in self._programs:
                 program.close()
             self.fabric.__exit__(kind, value, traceback)
@@ -175,14 +178,14 @@ class Stage:
         return self.run(role, command, self.fabric.environment(context))
 
     def run(self, name: str, command: Sequence[str], environment: dict[str, str]) -> Program:
-        """Start any program."""
-        with undisturbed():
+        """Start any program in a child process."""
+        with signals_deferred():
             program = Program(name, command, environment, self._services)
             self._programs.append(program)
         return program
 
     def serve(self, context: Attachment, role: str, *arguments: object) -> Program:
-        """Start a program that is to run until the end."""
+        """Start one of the demo's programs as a service, which runs until the end."""
         service = self.start(context, role, *arguments)
         self._services.append(service)
         return service

@@ -1,4 +1,4 @@
-"""``vsock vm demo``: a virtual machine without a network, and the doors into it."""
+"""``vsock vm demo``: access to a virtual machine without a network."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import typer
+import click
 
 from ..connect import keep_trying
 from ..errors import CliError
-from ..options import JsonOption
+from ..groups import command
+from ..options import json_option
 from ..output import Column, notice, print_json, print_table
 from ..vm_options import (
     Accelerator,
-    AccelOption,
     Device,
-    DeviceOption,
+    accel_option,
     accelerators,
+    device_option,
     find_qemu,
     require_qmp,
 )
@@ -38,30 +39,29 @@ if TYPE_CHECKING:
     from ...testing import PrivateFabric
     from ...vm.guest_client import GuestClient
 
-# What it needs is imported where it is used: no other command needs it.
+# Imported late, in functions: what no other command needs.
 
-#: Until the guest listens: it has no driver yet, or is busy.
+#: Errors until the guest listens: its driver is not loaded, or it is busy.
 _NOT_YET = {errno.ECONNRESET, errno.EHOSTUNREACH, errno.ETIMEDOUT}
 
-#: How long the guest may take to boot, in seconds; some five on an idle machine, emulated.
+#: Seconds for the guest to boot; emulated on an idle machine it takes about five.
 _BOOT = 120.0
 
-#: How long anything else may take that is waited for, in seconds.
+#: Timeout of every other wait, in seconds.
 _PATIENCE = 30.0
 
-#: How long the command may take to end when its guest has, in seconds.
-_FAREWELL = 2.0
+#: Seconds for ``vsock vm run`` to end after its guest.
+_END_SECONDS = 2.0
 
-#: Lines of a guest's console that are shown when it fails.
+#: Lines of the guest's console that are printed when it fails.
 _LINES = 8
 
 _LAST = "exec {python} -S -m vsockets.vm.guest_agent\n"
 
-#: Where the copied folder is in the guest: below what it serves as web pages.
-_THERE = "/srv/copied"
+#: The copied folder in the guest, below the folder of its web pages.
+_COPIED = "/srv/copied"
 
-
-#: What is copied unless told otherwise: so many files of so many bytes.
+#: Files to copy by default, and bytes of each.
 _FILES, _SIZE = 64, 131_072
 
 
@@ -71,27 +71,30 @@ class _Step(NamedTuple):
     result: str
 
 
-def demo(
-    device: DeviceOption = Device.VMCI,
-    accel: AccelOption = Accelerator.AUTO,
-    folder: Annotated[
-        Path | None,
-        typer.Option("--copy", metavar="DIR", help="What to copy; by default files made for it."),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Boot a guest that has no network card, and do in it what one needs a network for.
+@command("demo")
+@device_option
+@accel_option
+@click.option(
+    "--copy",
+    "folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to copy into the guest and back. Default: generated files.",
+)
+@json_option
+def demo(device: Device, accel: Accelerator, folder: Path | None, as_json: bool) -> None:
+    """Boot a guest without a network card, and access it by vSockets.
 
-    The guest is made of this machine's own distribution's packages: its kernel, busybox, and
-    Python with this program.  A folder is copied in and out, a web page comes from inside, and
-    on a terminal there is a shell in the guest at the end.  What is downloaded (with apt, some
-    150 MB, 300 MB on disk) stays in ~/.cache/vsockets; nothing else does.
+    The guest consists of packages of this machine's distribution: its kernel, busybox, and Python
+    with this program.  A folder is copied in and out, a web page is fetched from the guest, and
+    on a terminal the demo ends with a shell in the guest.  Downloads (by apt, some 150 MB, 300 MB
+    on disk) are kept in ~/.cache/vsockets; nothing else is left.
     """
     from ...testing import PrivateFabric
 
     require_qmp()
     if folder is not None and not folder.is_dir():
-        raise typer.BadParameter(f"--copy: there is no folder {folder}")
+        raise click.BadParameter(f"--copy {folder}: no such folder")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     began = time.monotonic()
@@ -108,7 +111,7 @@ def demo(
                     notice(f"the guest's page is at {url} until you leave its shell (exit)")
                     _shell(guest)
     if not all(step.ok for step in steps):
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def _report(steps: list[_Step], as_json: bool) -> None:
@@ -119,14 +122,14 @@ def _report(steps: list[_Step], as_json: bool) -> None:
     print_table([Column("STEP"), Column(""), Column("RESULT", whole=False)], rows)
 
 
-# Making the guest
+# Build the guest
 
 
 def _prepare(scratch: Path, device: Device, accel: Accelerator) -> list[str]:
-    """What ``vsock vm run`` is to be given."""
+    """Return the arguments for ``vsock vm run``."""
     from ...vm import apt, guest_image
 
-    accelerators(accel)  # or it is refused before anything is downloaded
+    accelerators(accel)  # fails before anything is downloaded
     notice("QEMU, a kernel, busybox and Python (downloaded the first time)")
     qemu = find_qemu(device, None, download=True)
     try:
@@ -141,7 +144,7 @@ def _prepare(scratch: Path, device: Device, accel: Accelerator) -> list[str]:
     initrd.write_bytes(archive)
     boot = ["--kernel", str(kernel.image), "--initrd", str(initrd), "--append"]
     boot.append(guest_image.COMMAND_LINE)
-    # A guest that panics resets its machine, which ends.
+    # A panic resets the machine, which then ends.
     extra = ["--", "-no-reboot"]
     return ["--qemu", qemu, "--device", device.value, "--accel", accel.value, *boot, *extra]
 
@@ -150,13 +153,13 @@ def _prepare(scratch: Path, device: Device, accel: Accelerator) -> list[str]:
 def _running(
     fabric: PrivateFabric, *command: str, **streams: Any
 ) -> Iterator[subprocess.Popen[str]]:
-    """A ``vsock`` on the demo's fabric; it is ended at the end, whatever it is doing."""
+    """Run a ``vsock`` command on the demo's fabric, and end it at the end of the block."""
     program = (sys.executable, "-m", "vsockets.cli", "--dir", os.fspath(fabric.folder))
     process = subprocess.Popen(
         [*program, *command],
         stdin=subprocess.DEVNULL,
         text=True,
-        start_new_session=True,  # Ctrl-C is for us: we end it
+        start_new_session=True,  # Ctrl-C reaches this process only, which ends it
         **streams,
     )
     try:
@@ -174,7 +177,7 @@ def _running(
 def _booted(
     command: list[str], fabric: PrivateFabric, scratch: Path
 ) -> Iterator[tuple[GuestClient, _Step]]:
-    """The guest, while it runs, once it answers."""
+    """Run the guest; yield a client of it once it replies, and the step of the report."""
     from ...vm.guest_client import GuestClient
 
     cid = fabric.control.add_context(name="demo")["cid"]
@@ -191,24 +194,24 @@ def _booted(
         guest = GuestClient(fabric.host, cid)
         began = time.monotonic()
 
-        def asked() -> str:
+        def version_of_guest() -> str:
             if process.poll() is not None:
-                raise CliError(f"the guest has ended: {_last_words(console)}")
+                raise CliError(f"the guest has ended: {_end_of_console(console)}")
             return guest.run("uname", "-r").strip()
 
         try:
-            version = keep_trying(asked, _BOOT, _NOT_YET)
+            version = keep_trying(version_of_guest, _BOOT, _NOT_YET)
             result = f"Linux {version} in {time.monotonic() - began:.1f} s"
             yield guest, _Step("boot it", bool(version), result)
         except OSError as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_FAREWELL)
-            what = "has ended" if process.poll() is not None else f"does not answer ({error})"
-            raise CliError(f"the guest {what}: {_last_words(console)}") from None
+                process.wait(_END_SECONDS)
+            what = "has ended" if process.poll() is not None else f"does not reply ({error})"
+            raise CliError(f"the guest {what}: {_end_of_console(console)}") from None
 
 
-def _last_words(console: Path) -> str:
-    """Return the lines up to a kernel's panic, or the last ones, without what terminals obey."""
+def _end_of_console(console: Path) -> str:
+    """Return the last lines, or those up to a kernel panic, without control sequences."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1bc", "", console.read_text(errors="replace"))
     lines = ["".join(filter(str.isprintable, line)) for line in text.splitlines()]
     lines = [line for line in lines if line.strip()]
@@ -216,18 +219,18 @@ def _last_words(console: Path) -> str:
         if "Kernel panic" in line:
             del lines[number + 1 :]
             break
-    return "".join(f"\n    {line}" for line in lines[-_LINES:]) or "it said nothing"
+    return "".join(f"\n    {line}" for line in lines[-_LINES:]) or "no output"
 
 
-# What is done with it
+# Use the guest
 
 
 def _look_around(guest: GuestClient) -> _Step:
-    """A command in it."""
+    """Run a command in the guest that lists its network cards."""
     interfaces = guest.run("ls", "/sys/class/net").split()
     others = [name for name in interfaces if name != "lo"]
-    result = f"no network card in it, only {', '.join(interfaces)}"
-    return _Step("run a program in it", not others, result)
+    result = f"no network card, only {', '.join(interfaces)}"
+    return _Step("run a program in the guest", not others, result)
 
 
 def _copy(guest: GuestClient, folder: Path | None, scratch: Path, show: bool) -> Iterator[_Step]:
@@ -244,12 +247,12 @@ def _copy(guest: GuestClient, folder: Path | None, scratch: Path, show: bool) ->
         return _Step(title, intact, f"{amount} in {time.monotonic() - began:.1f} s, {digests}")
 
     began = time.monotonic()
-    with _progress("into the guest", sum(sizes), show) as tell:
-        guest.copy_in(source, _THERE, tell)
-    yield step("copy a folder in", began, guest.digest(_THERE))
+    with _progress("into the guest", sum(sizes), show) as advance:
+        guest.copy_in(source, _COPIED, advance)
+    yield step("copy a folder in", began, guest.digest(_COPIED))
     began = time.monotonic()
-    with _progress("out of the guest", sum(sizes), show) as tell:
-        guest.copy_out(_THERE, scratch / "back", tell, sum(sizes))
+    with _progress("out of the guest", sum(sizes), show) as advance:
+        guest.copy_out(_COPIED, scratch / "back", advance, sum(sizes))
     yield step("copy it out again", began, digest(scratch / "back"))
 
 
@@ -275,14 +278,14 @@ def _progress(title: str, total: int, show: bool) -> Iterator[Callable[[int], No
 
 @contextlib.contextmanager
 def _forwarded(fabric: PrivateFabric, cid: int) -> Iterator[str]:
-    """Where a browser finds the guest's pages."""
+    """Forward a local port to the guest's web server, and yield its URL."""
     from ...vm.guest_agent import PAGE_PORT
 
     ends = ("tcp:127.0.0.1:0", f"vsock:{cid}:{PAGE_PORT}")
     with _running(fabric, "forward", *ends, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         readable, _, _ = select.select([process.stderr], [], [], _PATIENCE)
-        line = process.stderr.readline().strip() if readable else "it said nothing"
+        line = process.stderr.readline().strip() if readable else "no output"
         _, found, address = line.partition("listening on tcp:")
         if not found:
             raise CliError(f"vsock forward: {line.removeprefix('vsock: ')}")
@@ -293,11 +296,13 @@ def _fetch(url: str, cid: int) -> _Step:
     with urllib.request.urlopen(url, timeout=_PATIENCE) as answer:
         page = answer.read(65_536).decode(errors="replace")
     ok = f"Context {cid}" in page
-    return _Step("fetch a page from inside", ok, f"{url}: {len(page)} characters, of context {cid}")
+    return _Step(
+        "fetch a page of the guest", ok, f"{url}: {len(page)} characters, of context {cid}"
+    )
 
 
 def _shell(guest: GuestClient) -> None:
-    """A shell in the guest on our terminal, until it ends."""
+    """Run a shell in the guest on this terminal."""
     from ...vm.console import console
 
     size = os.get_terminal_size()

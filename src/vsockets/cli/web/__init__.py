@@ -1,3 +1,1 @@
-"""``vsock web``: contexts and streams as a page for the browser, and what one can do to them."""
-
-from .command import web as web
+"""``vsock web``: a page that shows contexts and streams, and can suspend and disconnect them."""

@@ -1,9 +1,10 @@
-"""Who may see the page: whoever opens the link that was printed, in the browser it was opened in.
+"""Access control of ``vsock web``: one-time links, sessions, and checks against other sites.
 
-A loopback port is anybody's on this machine, and any web site can have a browser send requests
-there.  So a link works once, and what it gives is a cookie that scripts cannot read and that no
-other site's request carries; requests name the host by a loopback address, so that no name that
-was pointed here since (DNS rebinding) gets in; and what changes something comes from our page.
+Every user of the machine can connect to a loopback port, and every web site can make a browser
+send requests to it.  Therefore a printed link works once, and sets a cookie that scripts cannot
+read and requests from other sites do not carry; the Host header must be a loopback address, which
+excludes names rebound to it (DNS rebinding); and requests that change something must come from
+this page (Origin header).
 """
 
 from __future__ import annotations
@@ -14,33 +15,34 @@ import secrets
 from ..http_server import Request
 from ..limits import WEB_SESSIONS_MAX
 
-#: Bytes of a token: nobody guesses one.
+#: Length of a token in bytes: too long to guess.
 _TOKEN = 32
 
 
 class Access:
-    """The links that work still, and the sessions."""
+    """The valid link, and the sessions."""
 
     def __init__(self, where: str) -> None:
-        """``where`` is the address served, HOST:PORT."""
-        self.host = where.removesuffix(":80")  # which browsers leave out
+        """Create the first link for the served address ``where``, HOST:PORT."""
+        self.host = where.removesuffix(":80")  # browsers omit the default port
         host, _, port = where.rpartition(":")
         self._hosts = {self.host}
         if host == "127.0.0.1":
             self._hosts.add(f"localhost:{port}".removesuffix(":80"))
-        # Cookies know no ports: another vsock web has its own.
+        # Cookies are shared between ports, so that each vsock web needs its own name.
         self._cookie = f"vsock-web-{port}"
         self._link = secrets.token_urlsafe(_TOKEN)
         self._sessions: list[str] = []
 
     @property
     def link(self) -> str:
-        """The address to open, once."""
+        """The URL to open; it works once."""
         return f"http://{self.host}/?token={self._link}"
 
     def enter(self, token: str) -> str | None:
-        """A session for who has the token: the Set-Cookie header's value.  There is another
-        :attr:`link` then.  None: it is not, or no longer, the token.
+        """Create a session if ``token`` is that of the current :attr:`link`, and replace the link.
+
+        Return the value of the Set-Cookie header, or None for an invalid or used token.
         """
         if not _same(token, self._link):
             return None
@@ -49,8 +51,8 @@ class Access:
         self._sessions = [*self._sessions[1 - WEB_SESSIONS_MAX :], session]
         return f"{self._cookie}={session}; HttpOnly; SameSite=Strict; Path=/"
 
-    def is_for_us(self, request: Request) -> bool:
-        """Whether it names us by the address we serve, and no site but ours has sent it."""
+    def is_same_site(self, request: Request) -> bool:
+        """Return whether ``request`` names the served address and comes from no other site."""
         if request.headers.get("host") not in self._hosts:
             return False
         origin = request.headers.get("origin")
@@ -59,8 +61,8 @@ class Access:
         return origin == f"http://{request.headers['host']}"
 
     def has_session(self, request: Request) -> bool:
-        """Whether it comes from a browser in which a link was opened."""
-        # Read by hand: http.cookies takes time that grows with the square of a value in quotes.
+        """Return whether ``request`` comes from a browser in which a link was opened."""
+        # http.cookies is not used: its time is quadratic in the length of a quoted value.
         for part in request.headers.get("cookie", "").split(";"):
             name, _, value = part.strip().partition("=")
             if name == self._cookie:
@@ -69,5 +71,5 @@ class Access:
 
 
 def _same(one: str, other: str) -> bool:
-    """In a time that does not tell how much of them is the same."""
+    """Compare in constant time."""
     return hmac.compare_digest(one.encode(), other.encode())

@@ -1,4 +1,4 @@
-"""The command."""
+"""The command ``vsock web``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import threading
 import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
-from ..live_view import IntervalOption
+from ..groups import command
+from ..live_view import interval_option
 from ..local_http import is_loopback, serve
 from ..options import read_locator
 from ..output import notice
@@ -22,27 +23,24 @@ if TYPE_CHECKING:
     from ..http_server import Handler
 
 
-def web(
-    listen: Annotated[
-        Any,
-        typer.Option(
-            parser=read_locator,
-            metavar="ADDRESS",
-            help="A loopback address and a port, tcp:127.0.0.1:PORT; port 0 is any.",
-        ),
-    ] = "tcp:127.0.0.1:0",
-    open_browser: Annotated[
-        bool, typer.Option("--open", help="Open it in the default browser, too.")
-    ] = False,
-    interval: IntervalOption = 1.0,
-) -> None:
-    """Show contexts, streams, rates and denials in the browser, until Ctrl-C.
+@command("web")
+@click.option(
+    "--listen",
+    type=read_locator,
+    default="tcp:127.0.0.1:0",
+    metavar="ADDRESS",
+    help="Loopback address and port to serve at, tcp:127.0.0.1:PORT; port 0 takes a free one.",
+)
+@click.option("--open", "open_browser", is_flag=True, help="Open the page in the default browser.")
+@interval_option(1.0)
+def web(listen: Any, open_browser: bool, interval: float) -> None:
+    """Show contexts, streams, rates and denials in a browser.  Ends on Ctrl-C.
 
-    On the page guests can be suspended and resumed, and streams ended.  A link works once; when it
-    was used, another is printed, for another browser.
+    The page can suspend and resume guests and close streams.  A link works once; after its use
+    another is printed, for another browser.
     """
     if not is_loopback(listen):
-        raise typer.BadParameter(f"--listen {listen}: expected tcp:127.0.0.1:PORT")
+        raise click.BadParameter(f"--listen {listen}: expected tcp:127.0.0.1:PORT")
     from .access import Access
     from .site import Site
     from .watcher import Watcher
@@ -52,20 +50,20 @@ def web(
     def prepare(where: str) -> Handler:
         access = Access(where)
 
-        opened = contextlib.ExitStack()  # until the link in it was used
-        ending.callback(opened.close)
+        page = contextlib.ExitStack()  # removed when its link was used
+        ending.callback(page.close)
 
         def entered() -> None:
-            opened.close()
-            tell()
+            page.close()
+            print_link()
 
-        def tell() -> None:
+        def print_link() -> None:
             notice(f"open {access.link}")
 
-        tell()
+        print_link()
         if open_browser:
-            address = opened.enter_context(_page_that_leads_to(access.link))
-            # Some browsers are waited for, and wait for us.
+            address = page.enter_context(_redirecting_page(access.link))
+            # Some browsers return only when they end, and need this server meanwhile.
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         return Site(access, watcher, entered).answer
 
@@ -74,19 +72,19 @@ def web(
 
 
 @contextlib.contextmanager
-def _page_that_leads_to(link: str) -> Iterator[str]:
+def _redirecting_page(link: str) -> Iterator[str]:
     """Yield the address of a file that only its owner can read.
 
-    A browser gets an address as an argument, and everybody sees the arguments of a process.
+    A browser gets an address as an argument, and every user can read a process's arguments.
     """
     with tempfile.TemporaryDirectory(prefix="vsock-web-") as folder:
         file = Path(folder, "open.html")
         file.touch(0o600)
-        file.write_text(_LEADING.format(link=html.escape(link)))
+        file.write_text(_REDIRECTION.format(link=html.escape(link)))
         yield file.as_uri()
 
 
-_LEADING = """<!doctype html>
+_REDIRECTION = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="referrer" content="no-referrer">

@@ -1,4 +1,4 @@
-"""What there is at which path, and what one must be to have it."""
+"""Routes of ``vsock web``, and the access that each requires."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _policy(default: str) -> tuple[str, str]:
 
 _POLICY = _policy("default-src 'self'")
 
-#: With every answer: nothing from elsewhere, in nobody's frame, kept nowhere.
+#: Headers of every response: nothing from other sites, no framing, no caching.
 _HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
@@ -49,7 +49,7 @@ h1 { margin: 0 0 .5rem; font-size: 1.35rem; }
 p { margin: 0; }
 """
 
-#: For who has no session: with a style of its own, as files are for those who have one.
+#: Page for clients without a session; its style is inline, as files need a session.
 _CLOSED = f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -64,8 +64,8 @@ _CLOSED = f"""<!doctype html>
 """
 
 
-#: For who used a link.  Not a redirection: where another page has led to the link, the browser
-#: would not send a SameSite=Strict cookie along.
+#: Page that a used link returns.  It is not an HTTP redirection: if the link was followed from
+#: another site, the browser would not send the SameSite=Strict cookie with it.
 _ENTERED = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -82,14 +82,14 @@ _CLOSED_POLICY = _policy(f"default-src 'none'; style-src 'sha256-{_DIGEST}'")
 
 
 class BadAction(Exception):
-    """What was asked for makes no sense; the text says what was expected."""
+    """Invalid request for an action; the text names what was expected."""
 
 
 class Site:
-    """Answers requests."""
+    """The HTTP handler of ``vsock web``."""
 
     def __init__(self, access: Access, watcher: Watcher, entered: Callable[[], None]) -> None:
-        """``entered`` is called when a link was used, and there is another."""
+        """Create the handler; ``entered`` is called when a link was used and replaced."""
         self._access = access
         self._watcher = watcher
         self._entered = entered
@@ -102,7 +102,7 @@ class Site:
         }
 
     async def answer(self, request: Request) -> Response:
-        """Whatever is asked for."""
+        """Return the response to ``request``."""
         response = await self._route(request)
         own = {name for name, _ in response.headers}
         policy = () if _POLICY[0] in own else (_POLICY,)
@@ -115,9 +115,12 @@ class Site:
 
     async def _route(self, request: Request) -> Response:
         if request.method not in ("GET", "POST"):
-            return text(405, "there are GET and POST")
-        if not self._access.is_for_us(request):
-            return text(403, f"only http://{self._access.host} is served, and its own pages")
+            return text(405, "method not allowed (use GET or POST)")
+        if not self._access.is_same_site(request):
+            return text(
+                403,
+                f"forbidden (expected a request to http://{self._access.host} from its own pages)",
+            )
         if request.method == "GET" and request.path == "/" and "token" in request.query:
             cookie = self._access.enter(request.query["token"])
             if cookie is not None:
@@ -126,18 +129,21 @@ class Site:
         if not self._access.has_session(request):
             return Response(401, _TYPES["html"], _CLOSED.encode(), [_CLOSED_POLICY])
         request.keep()
+        return await self._route_in_session(request)
+
+    async def _route_in_session(self, request: Request) -> Response:
         if request.path == "/actions":
             if request.method != "POST":
-                return text(405, "there is POST")
+                return text(405, "method not allowed (use POST)")
             return await self._act(request)
         if request.method != "GET":
-            return text(405, "there is GET")
+            return text(405, "method not allowed (use GET)")
         if request.path == "/stream":
             last = request.headers.get("last-event-id", "")
             after = int(last) if last.isdecimal() and len(last) < 20 else None
             return Response(200, "text/event-stream", self._watcher.messages(after))
         if request.path not in self._files:
-            return text(404, "there is nothing here")
+            return text(404, "not found")
         return Response(200, *self._files[request.path])
 
     async def _act(self, request: Request) -> Response:
@@ -157,11 +163,14 @@ def _perform(action: Callable[[Control], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _read_action(body: bytes) -> Callable[[Control], dict[str, Any]]:
-    """What to ask of vsockd; it looks at the values."""
+    """Return the request to vsockd, which checks the values.
+
+    Raises BadAction if the body is invalid.
+    """
     try:
         request = json.loads(body)
     except (ValueError, RecursionError):
-        raise BadAction("expected JSON") from None
+        raise BadAction("body: expected JSON") from None
     match request:
         case {"action": "suspend", "cid": int(cid)}:
             return lambda control: control.suspend(cid)

@@ -1,4 +1,4 @@
-"""What the page shows, as plain values: how contexts and streams are now."""
+"""Snapshots for the page: the current contexts and streams as JSON values."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 
 from ..limits import WEB_CONTEXTS_MAX, WEB_STREAMS_MAX
 from ..rates import RISING
-from ..socket_owners import Holder
+from ..socket_owners import Owner
 
 _Row = Mapping[str, Any]
 
 
-def picture(
+def make_snapshot(
     status: _Row,
     counts: _Row,
     contexts: Sequence[_Row],
     sockets: Sequence[_Row],
     rates: Mapping[int, Mapping[str, float]],
-    find: Callable[[int, int, int | None], Holder],
+    find: Callable[[int, int, int | None], Owner],
 ) -> dict[str, Any]:
-    """From the answers of :class:`vsockets.control.Control` and :class:`..rates.Rates`.
+    """Combine replies of :class:`vsockets.control.Control` and :class:`..rates.Rates`.
 
-    ``contexts`` and ``streams`` are the busiest, in the order of their addresses; ``left_out``
-    says how many there are besides.  ``find`` looks a socket's process up, as
-    :meth:`..holders.Holders.find`.  ``links`` are the streams counted by the contexts they join,
-    among those shown.  A rate is a number a second, or null when it is not known yet.
+    In the result, ``contexts`` and ``streams`` are the busiest, in the order of their addresses,
+    and ``left_out`` counts the others; ``links`` counts streams by pairs of listed contexts.  A
+    rate is per second, or null until it is known.  ``find`` is
+    :meth:`..socket_owners.Owners.find`.
     """
     facts = {row["cid"]: row for row in contexts}
-    # The hypervisor is there, and mostly nobody is in it.
+    # The hypervisor's context is shown only when it has sockets.
     rows = [row for row in counts["contexts"] if row["cid"] or row["sockets"]]
     rows.sort(key=lambda row: (row["cid"] > 2, -row["streams"], row["cid"]))
     shown = sorted(rows[:WEB_CONTEXTS_MAX], key=lambda row: row["cid"])
@@ -65,7 +65,7 @@ def _context(row: _Row, facts: _Row, rates: Mapping[int, Mapping[str, float]]) -
     }
 
 
-def _stream(row: _Row, holder: Holder) -> dict[str, Any]:
+def _stream(row: _Row, owner: Owner) -> dict[str, Any]:
     return {
         "from": row["context"],
         "to": row["peer"][0],
@@ -73,17 +73,17 @@ def _stream(row: _Row, holder: Holder) -> dict[str, Any]:
         "peer": row["peer"],
         "type": row["type"],
         "state": row["state"],
-        "pid": holder.pid,
-        "command": holder.command,
+        "pid": owner.pid,
+        "command": owner.command,
         "receive_queue": row["receive_queue"],
         "send_queue": row["send_queue"],
     }
 
 
 def _links(begun: Sequence[_Row], shown: set[int]) -> list[dict[str, int]]:
-    ways = Counter((row["context"], row["peer"][0]) for row in begun)
+    pairs = Counter((row["context"], row["peer"][0]) for row in begun)
     return [
         {"from": source, "to": target, "streams": number}
-        for (source, target), number in sorted(ways.items())
+        for (source, target), number in sorted(pairs.items())
         if source in shown and target in shown
     ]

@@ -1,4 +1,4 @@
-"""Looking at vsockd for as many pages as there are: once for all, and only while one is open."""
+"""Poll vsockd once for all open pages, and only while one is open."""
 
 from __future__ import annotations
 
@@ -15,54 +15,54 @@ from ...model.text import all_printable
 from ..connect import administrator
 from ..limits import WEB_EVENTS_MAX
 from ..rates import Rates
-from ..socket_owners import Holders
+from ..socket_owners import Owners
 from ..unix_diag import fill_queues
-from .snapshot import picture
+from .snapshot import make_snapshot
 
-#: How soon to look again for a vsockd that has gone, in seconds.
-_LOOK_AGAIN = 1.0
+#: Seconds between two attempts to connect to a vsockd that has ended.
+_RECONNECT_PAUSE = 1.0
 
 
 class Watcher:
-    """How things are, and what has happened lately."""
+    """The latest snapshot and the latest events, for any number of pages."""
 
     def __init__(self, interval: float) -> None:
-        """Look every ``interval`` seconds."""
+        """Take a snapshot every ``interval`` seconds."""
         self._interval = interval
         self._control: Control | None = None
         self._rates = Rates()
-        self._news = asyncio.Condition()
-        self._number = 0  #: of pictures
-        self._picture: dict[str, Any] = {}
+        self._changed = asyncio.Condition()
+        self._number = 0  #: of snapshots taken
+        self._snapshot: dict[str, Any] = {}
         self._events: deque[tuple[int, dict[str, Any]]] = deque(maxlen=WEB_EVENTS_MAX)
-        self._happened = 0  #: events so far
+        self._event_count = 0
         self._watchers = 0
         self._wanted = asyncio.Event()  #: set while there are watchers
 
-    # For pages
+    # For the pages
 
     async def messages(self, after: int | None) -> AsyncIterator[bytes]:
-        """Server-sent events, from now on: ``picture``, and ``happened`` with its number as id.
+        """Yield server-sent events: ``snapshot``, and ``event`` with its number as id.
 
-        ``after`` is the last id that a page which comes back has seen.  A page that reads slowly
-        misses pictures, and then events: their ids tell.
+        ``after`` is the last id that a reconnecting page has received.  A slow page misses
+        snapshots, then events: a gap in the ids shows it.
         """
-        seen, drawn = after or 0, -1
-        if seen > self._happened:
-            seen = 0  # it has seen another vsock web
+        seen, shown = after or 0, -1
+        if seen > self._event_count:
+            seen = 0  # the page was connected to another vsock web
         with self._watched():
             while True:
-                async with self._news:
-                    while self._number == drawn and self._happened == seen:
-                        await self._news.wait()
+                async with self._changed:
+                    while self._number == shown and self._event_count == seen:
+                        await self._changed.wait()
                     events = [event for event in self._events if event[0] > seen]
-                    seen = self._happened
-                    news = self._picture if self._number != drawn else None
-                    drawn = self._number
+                    seen = self._event_count
+                    news = self._snapshot if self._number != shown else None
+                    shown = self._number
                 for number, event in events:
-                    yield _message("happened", event, number)
+                    yield _message("event", event, number)
                 if news:
-                    yield _message("picture", news)
+                    yield _message("snapshot", news)
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -74,41 +74,41 @@ class Watcher:
             self._watchers -= 1
             if not self._watchers:
                 self._wanted.clear()
-                self._picture = {}  # it will be out of date
+                self._snapshot = {}  # outdated when the next page opens
 
     # From vsockd
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Poll vsockd and follow its events until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow())
-            group.create_task(self._look_now_and_then())
+            group.create_task(self._poll())
 
-    async def _look_now_and_then(self) -> None:
+    async def _poll(self) -> None:
         while True:
             await self._wanted.wait()
             try:
-                seen = await asyncio.to_thread(self._look)
+                seen = await asyncio.to_thread(self._take_snapshot)
             except OSError as error:
-                self._forget()
-                seen = {"gone": error.strerror or str(error)}
-            async with self._news:
-                self._picture = seen
+                self._disconnect()
+                seen = {"unreachable": error.strerror or str(error)}
+            async with self._changed:
+                self._snapshot = seen
                 self._number += 1
-                self._news.notify_all()
+                self._changed.notify_all()
             await asyncio.sleep(self._interval)
 
-    def _look(self) -> dict[str, Any]:
+    def _take_snapshot(self) -> dict[str, Any]:
         if self._control is None:
             self._control = administrator()
         control = self._control
         counts, sockets = control.counts(), control.sockets()
         fill_queues(sockets)
         rates = self._rates.update(counts, time.monotonic())
-        find = Holders().find
-        return picture(control.status(), counts, control.contexts(), sockets, rates, find)
+        find = Owners().find
+        return make_snapshot(control.status(), counts, control.contexts(), sockets, rates, find)
 
-    def _forget(self) -> None:
+    def _disconnect(self) -> None:
         if self._control is not None:
             self._control.close()
         self._control, self._rates = None, Rates()
@@ -120,18 +120,18 @@ class Watcher:
                 control = await asyncio.to_thread(administrator)
                 with control, await asyncio.to_thread(control.events) as events:
                     if ended:
-                        await self._tell(_about_vsockd("vsockd is back"))
+                        await self._publish(_about_vsockd("vsockd is back"))
                     async for event in events:
-                        await self._tell(event)
+                        await self._publish(event)
                 ended = True
-                await self._tell(_about_vsockd("vsockd has ended"))
-            await asyncio.sleep(_LOOK_AGAIN)
+                await self._publish(_about_vsockd("vsockd has ended"))
+            await asyncio.sleep(_RECONNECT_PAUSE)
 
-    async def _tell(self, event: dict[str, Any]) -> None:
-        async with self._news:
-            self._happened += 1
-            self._events.append((self._happened, event))
-            self._news.notify_all()
+    async def _publish(self, event: dict[str, Any]) -> None:
+        async with self._changed:
+            self._event_count += 1
+            self._events.append((self._event_count, event))
+            self._changed.notify_all()
 
 
 def _about_vsockd(message: str) -> dict[str, Any]:

@@ -1,23 +1,23 @@
-// What one can do from here: suspend, resume, disconnect.
+// Actions of the page: suspend, resume, disconnect.
 
-import { say } from "./dom.js";
+import { setText } from "./dom.js";
 
 const $ = (id) => document.getElementById(id);
 
-let silence;
+let clearing; // timer that clears the announcement
 
-/** Say it for some seconds, also to who cannot see the page. */
+/** Show a message for some seconds; screen readers speak it. */
 export function announce(words) {
-  say($("said"), words);
-  clearTimeout(silence);
-  silence = setTimeout(() => say($("said"), ""), 10_000);
+  setText($("said"), words);
+  clearTimeout(clearing);
+  clearing = setTimeout(() => setText($("said"), ""), 10_000);
 }
 
-/** Ask before something that cannot be taken back; true for yes. */
+/** Ask for a confirmation; the promise resolves to true for yes. */
 function ask(title, words, yes) {
-  say($("question-title"), title);
-  say($("question-words"), words);
-  say($("question-yes"), yes);
+  setText($("question-title"), title);
+  setText($("question-words"), words);
+  setText($("question-yes"), yes);
   const dialog = $("question");
   dialog.returnValue = "no";
   dialog.showModal();
@@ -31,19 +31,19 @@ async function act(action, done) {
     const answer = await fetch("actions", { method: "POST", body: JSON.stringify(action) });
     const type = answer.headers.get("Content-Type");
     const result = type === "application/json" ? await answer.json() : { error: await answer.text() };
-    if (!answer.ok) announce(`It was not done: ${result.error}`);
-    else if (result.streams_left) announce(`${done}, but ${result.streams_left} streams go on: vsockd may not reach into their programs`);
+    if (!answer.ok) announce(`Failed: ${result.error}`);
+    else if (result.streams_left) announce(`${done}, but ${result.streams_left} streams are still open: vsockd may not access their programs`);
     else announce(`${done}.`);
   } catch {
-    announce("It was not done: vsock web does not answer.");
+    announce("Failed: vsock web does not reply.");
   }
 }
 
 const streams = (number) => (number === 1 ? "Its stream is" : `Its ${number} streams are`);
 
-/** Suspend a context, after a question. */
+/** Suspend a context, after a confirmation. */
 export async function suspend(context) {
-  const words = context.streams ? `${streams(context.streams)} ended, and nothing gets in or out until it is resumed.` : "Nothing gets in or out until it is resumed.";
+  const words = context.streams ? `${streams(context.streams)} closed, and new ones are refused until it is resumed.` : "New streams are refused until it is resumed.";
   if (await ask(`Suspend context ${context.cid} ${context.name}?`, words, "Suspend")) {
     await act({ action: "suspend", cid: context.cid }, `Context ${context.cid} is suspended`);
   }
@@ -51,13 +51,13 @@ export async function suspend(context) {
 
 /** Resume a context. */
 export function resume(context) {
-  return act({ action: "resume", cid: context.cid }, `Context ${context.cid} runs again`);
+  return act({ action: "resume", cid: context.cid }, `Context ${context.cid} is resumed`);
 }
 
-/** End a stream, after a question. */
+/** Close a stream, after a confirmation. */
 export async function disconnect(stream) {
   const name = `${stream.local.join(":")} to ${stream.peer.join(":")}`;
-  if (await ask(`Disconnect ${name}?`, "Both programs see the stream's end; what is unread is lost.", "Disconnect")) {
-    await act({ action: "disconnect", local: stream.local, peer: stream.peer }, `The stream ${name} has ended`);
+  if (await ask(`Disconnect ${name}?`, "Both programs see the end of the stream; unread data is lost.", "Disconnect")) {
+    await act({ action: "disconnect", local: stream.local, peer: stream.peer }, `The stream ${name} is closed`);
   }
 }

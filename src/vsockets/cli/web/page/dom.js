@@ -1,43 +1,43 @@
-// Elements that stay what they are while what they show changes, so that the focus stays, too.
+// Updates of elements in place, so that the focus stays where it is.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** A new HTML element with these properties and children. */
+/** Create an HTML element with these properties and children. */
 export function make(name, properties = {}, ...children) {
   const element = Object.assign(document.createElement(name), properties);
   element.append(...children);
   return element;
 }
 
-/** A new SVG element with these attributes and children. */
+/** Create an SVG element with these attributes and children. */
 export function draw(name, attributes = {}, ...children) {
   const element = document.createElementNS(SVG, name);
-  place(element, attributes);
+  setAttributes(element, attributes);
   element.append(...children);
   return element;
 }
 
 /** Set attributes of an SVG element. */
-export function place(element, attributes) {
+export function setAttributes(element, attributes) {
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
 }
 
-/** Set the text of an element, if it is another. */
-export function say(element, text) {
+/** Set the text of an element, if it differs. */
+export function setText(element, text) {
   if (element.textContent !== String(text)) element.textContent = text;
 }
 
-/** Show or hide an element with a text; "" hides it. */
-export function tell(element, text) {
-  say(element, text);
+/** Show an element with this text; "" hides it. */
+export function showText(element, text) {
+  setText(element, text);
   element.hidden = text === "";
 }
 
 /**
- * Make the children of `parent` those of `items`, in this order.  `key` tells items apart,
- * `begin` makes an item's element, `update` is called with it and the item each time.
+ * Make the children of `parent` match `items`, in this order.  `key` identifies an item,
+ * `create` returns its element, `update` is called with the element and the item each time.
  */
-export function keep(parent, items, key, begin, update) {
+export function reconcile(parent, items, key, create, update) {
   const before = new Map([...parent.children].map((child) => [child.dataset.key, child]));
   let next = parent.firstElementChild;
   for (const item of items) {
@@ -46,12 +46,12 @@ export function keep(parent, items, key, begin, update) {
     if (element) {
       before.delete(name);
     } else {
-      element = begin(item);
+      element = create(item);
       element.dataset.key = name;
     }
     update(element, item);
     if (element === next) next = next.nextElementSibling;
     else parent.insertBefore(element, next);
   }
-  for (const gone of before.values()) gone.remove();
+  for (const element of before.values()) element.remove();
 }

@@ -1,13 +1,13 @@
-// What has happened: a list for the eye, now and then a sentence for the ear.
+// Events: a list, and a summary for screen readers.
 
-import { make, say } from "./dom.js";
+import { make, setText } from "./dom.js";
 
 const MOST = 200;
-const QUIET = 5_000; // milliseconds between two sentences
+const QUIET = 5_000; // milliseconds between two summaries
 const KINDS = { denial: "✕ denied", context: "◆ context", disconnect: "⏏ disconnected", vsockd: "! vsockd", lost: "… lost" };
 
 let last = 0; // the number of the last event
-let unsaid = [];
+let unannounced = [];
 let due = null;
 
 const at = (time) => new Date(time * 1000).toTimeString().slice(0, 8);
@@ -18,11 +18,11 @@ function words(event) {
   return `${event.cid} ${event.name}: ${event.change}${dropped}`;
 }
 
-/** Enter an event into the list.  `number` tells how many were lost before it. */
+/** Add an event to the list.  A gap before `number` shows how many events were lost. */
 export function showEvent(event, number, live) {
-  if (last && number > last + 1) enter({ topic: "lost", time: event.time }, `${number - last - 1} events were not read in time`);
+  if (last && number > last + 1) enter({ topic: "lost", time: event.time }, `${number - last - 1} events were lost: this page reads too slowly`);
   last = number;
-  if (event.missed) enter({ topic: "lost", time: event.time }, `${event.missed} events were not read in time`);
+  if (event.missed) enter({ topic: "lost", time: event.time }, `${event.missed} events were lost: this page reads too slowly`);
   const text = words(event);
   enter(event, text);
   if (live) speak(`${KINDS[event.topic].slice(2)} ${text.split("; ")[0]}`);
@@ -39,11 +39,11 @@ function enter(event, text) {
 }
 
 function speak(sentence) {
-  unsaid.push(sentence);
+  unannounced.push(sentence);
   due ??= setTimeout(() => {
-    const words = unsaid.length === 1 ? unsaid[0] : `${unsaid.length} events, the last: ${unsaid.at(-1)}`;
-    say(document.getElementById("heard"), words);
-    unsaid = [];
+    const words = unannounced.length === 1 ? unannounced[0] : `${unannounced.length} events, the last: ${unannounced.at(-1)}`;
+    setText(document.getElementById("heard"), words);
+    unannounced = [];
     due = null;
   }, QUIET);
 }

@@ -1,6 +1,6 @@
-// The page: it hears from vsock web, and has everything drawn anew.
+// The page: receives snapshots and events from vsock web, and draws them.
 
-import { say, tell } from "./dom.js";
+import { setText, showText } from "./dom.js";
 import { showEvent } from "./events.js";
 import { showDenial, showGraph } from "./graph.js";
 import { rate, showContexts, showStreams } from "./tables.js";
@@ -8,8 +8,8 @@ import { rate, showContexts, showStreams } from "./tables.js";
 const $ = (id) => document.getElementById(id);
 const opened = Date.now() / 1000;
 
-let picture = null;
-let selected = null; // the CID of the context whose streams are shown; null: all
+let snapshot = null;
+let selected = null; // CID of the context whose streams are shown; null: all
 
 function select(cid) {
   selected = cid === selected ? null : cid;
@@ -17,18 +17,18 @@ function select(cid) {
 }
 
 function show() {
-  if (!picture) return;
-  if (!picture.contexts.some((one) => one.cid === selected)) selected = null;
-  showGraph(picture, selected, select);
-  showContexts(picture, selected, select);
-  showStreams(picture, selected);
-  const { vsockd, rates, contexts, left_out: more } = picture;
-  say($("vsockd"), `vsockd ${vsockd.pid} in ${vsockd.folder}, up ${age(vsockd.uptime)}`);
-  say($("total-contexts"), contexts.length + more.contexts);
-  say($("total-streams"), vsockd.streams);
-  say($("total-connects"), rate(rates?.connects));
-  say($("total-refusals"), rate(rates?.refusals));
-  say($("total-denials"), rate(rates?.denials));
+  if (!snapshot) return;
+  if (!snapshot.contexts.some((one) => one.cid === selected)) selected = null;
+  showGraph(snapshot, selected, select);
+  showContexts(snapshot, selected, select);
+  showStreams(snapshot, selected);
+  const { vsockd, rates, contexts, left_out: more } = snapshot;
+  setText($("vsockd"), `vsockd ${vsockd.pid} in ${vsockd.folder}, up ${age(vsockd.uptime)}`);
+  setText($("total-contexts"), contexts.length + more.contexts);
+  setText($("total-streams"), vsockd.streams);
+  setText($("total-connects"), rate(rates?.connects));
+  setText($("total-refusals"), rate(rates?.refusals));
+  setText($("total-denials"), rate(rates?.denials));
   $("total-denials").classList.toggle("alarming", rates?.denials > 0);
 }
 
@@ -38,29 +38,29 @@ function age(seconds) {
   return seconds < 172_800 ? `${(seconds / 3600).toFixed(0)} h` : `${(seconds / 86_400).toFixed(0)} days`;
 }
 
-function trouble(words) {
-  tell($("trouble"), words);
+function showTrouble(words) {
+  showText($("trouble"), words);
   document.body.classList.toggle("stale", words !== "");
 }
 
 const source = new EventSource("stream");
-source.addEventListener("picture", ({ data }) => {
+source.addEventListener("snapshot", ({ data }) => {
   const news = JSON.parse(data);
-  if (news.gone) {
-    trouble(`${news.gone}. What you see is how things were; the page goes on when it is back.`);
+  if (news.unreachable) {
+    showTrouble(`${news.unreachable}. The page shows the last known state; it updates when vsockd is back.`);
     return;
   }
-  trouble("");
-  picture = news;
+  showTrouble("");
+  snapshot = news;
   show();
 });
-source.addEventListener("happened", ({ data, lastEventId }) => {
+source.addEventListener("event", ({ data, lastEventId }) => {
   const event = JSON.parse(data);
   if (event.topic === "denial") showDenial(event);
   showEvent(event, Number(lastEventId), event.time > opened);
   show();
 });
 source.addEventListener("error", () => {
-  trouble("vsock web does not answer: it has ended, or this page's session has. Open the link that it prints.");
+  showTrouble("vsock web does not reply: it has ended, or this page's session is invalid. Open the link that it prints.");
 });
 $("show-all").addEventListener("click", () => select(selected));

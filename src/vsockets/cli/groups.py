@@ -1,0 +1,79 @@
+"""Classes of click commands whose help describes arguments and cuts no sentence off."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+class Argument(click.Argument):
+    """A positional argument with a help text, which click has from 8.5 on only."""
+
+    def __init__(self, *declarations: Any, help: str = "", **attributes: Any) -> None:
+        super().__init__(*declarations, **attributes)
+        self.help = help
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """Return the metavar and the help text."""
+        return self.metavar or "", self.help or ""
+
+
+class Command(click.Command):
+    """A command whose help lists its arguments before its options."""
+
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write nothing: ``format_options`` writes the arguments, with every version of click."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section of the arguments that have a help text, and one of the options."""
+        arguments, options = [], []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Argument):
+                arguments += [record] if record[1] else []
+            elif record is not None:
+                options.append(record)
+        for title, records in (("Arguments", arguments), ("Options", options)):
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+class Group(click.Group):
+    """A command with subcommands; its help shows the whole first sentence of each."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the subcommands in the order of their declaration."""
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section of the subcommands."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, first_sentence(one.help or "")) for name, one in commands if one]
+            )
+
+
+def command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """Return a decorator that makes a function the callback of a top-level command."""
+    return click.command(name, cls=Command, **attributes)
+
+
+def group(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], Group]:
+    """Return a decorator that makes a function the callback of a group of commands.
+
+    A command line without the subcommand is a usage error.
+    """
+    attributes.setdefault("no_args_is_help", False)
+    return click.group(name, cls=Group, **attributes)
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence or paragraph of ``text`` in one line."""
+    return " ".join(re.split(r"\n\s*\n|(?<=\.)\s", text.strip())[0].split())
