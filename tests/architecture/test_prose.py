@@ -14,11 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 #: Packages whose prose is not in this style yet.
-_NOT_YET: tuple[str, ...] = (
-    *("src/vsockets/cli", "tests/cli", "tests/packaging"),
-    *("src/vsockets/supervisor/trac", "src/vsockets/supervisor/injection"),
-    "tests/supervisor/test_trace",
-)
+_NOT_YET: tuple[str, ...] = ("src/vsockets/cli", "tests/cli", "tests/packaging")
 
 FILES = {
     str(path.relative_to(ROOT)): path

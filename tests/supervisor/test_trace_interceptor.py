@@ -157,7 +157,7 @@ def listen(fd, n=0):
 
 @pytest.fixture(params=[False, True], ids=["free", "forbidden"])
 def forbidden(request: pytest.FixtureRequest) -> bool:
-    """Whether another filter refuses the family and pidfd_getfd."""
+    """True if another filter refuses the family and pidfd_getfd."""
     return bool(request.param)
 
 

@@ -62,7 +62,7 @@ SCRATCH_SIZE = 4096
 
 
 class Place(Enum):
-    """Where a thread is: see the module."""
+    """The point at which a thread is stopped, or that it runs (see the module)."""
 
     RUNNING = auto()
     AT_CALL = auto()

@@ -134,11 +134,11 @@ class TraceInterceptor:
 
     @property
     def is_running(self) -> bool:
-        """Whether processes are left that can make intercepted calls."""
+        """True while processes are left that can make intercepted calls."""
         return bool(self._threads) or not self._has_begun
 
     def close(self) -> None:
-        """Close what it has open; no process may be traced any more."""
+        """Close its descriptors.  Call it after the last traced process has ended."""
         self._descriptors.close()
 
     # One call

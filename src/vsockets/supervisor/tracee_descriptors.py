@@ -68,8 +68,8 @@ class TraceeDescriptors:
         self._injector = injector
         self._processes = processes
         self._may_get = _may_get(processes)
-        # By an abstract name, because that needs no file system in common.  Whoever finds it can
-        # send something, and is not heard.
+        # By an abstract name, because that needs no file system in common.  Messages of other
+        # processes that find the name are ignored.
         self._inbox = _socket.socket(AF_UNIX, _INTERNAL)
         self._inbox.setsockopt(SOL_SOCKET, SO_PASSCRED, 1)
         name = b"\0vsockets-" + secrets.token_hex(8).encode()
