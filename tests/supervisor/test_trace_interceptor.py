@@ -414,7 +414,7 @@ print(make())
 
 
 def test_a_filter_of_the_programs_own(forbidden: bool) -> None:
-    """It may trap or trace: that is as without a tracer."""
+    """A filter of the program that traps or traces works as without a tracer."""
     program = (
         COMMON
         + """

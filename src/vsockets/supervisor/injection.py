@@ -73,7 +73,7 @@ class Place(Enum):
 
 
 class Space:
-    """What is known of the memory that the threads of a process share."""
+    """The memory that the threads of a process share, as far as it is known."""
 
     __slots__ = ("instruction", "scratch")
 
