@@ -1,1 +1,1 @@
-"""Tests of the command line, by its users' means: real processes."""
+"""Tests of the command line, in real processes."""

@@ -17,14 +17,14 @@ from .vsock import Vsock
 
 @pytest.fixture(scope="module")
 def fabric() -> Iterator[PrivateFabric]:
-    """A vsockd that this module's tests share."""
+    """A vsockd shared by the tests of a module."""
     with PrivateFabric() as fabric:
         yield fabric
 
 
 @pytest.fixture
 def vsock(fabric: PrivateFabric) -> Iterator[Vsock]:
-    """The command line on the module's fabric; what a test left running is ended."""
+    """The command line on the module's fabric; its processes are ended after the test."""
     with Vsock(fabric.folder) as vsock:
         yield vsock
 

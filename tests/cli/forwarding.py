@@ -1,4 +1,4 @@
-"""What tests of ``vsock forward`` have in common."""
+"""Helpers of the tests of ``vsock forward``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .vsock import PATIENCE, Running, Vsock
 
 
 class Echo:
-    """A service on a listening socket: what comes goes back, until the end."""
+    """An echo service on a listening socket."""
 
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
@@ -33,7 +33,7 @@ class Echo:
 
 
 def start(vsock: Vsock, *arguments: object) -> tuple[Running, int]:
-    """A forwarder that listens on a free port, and that port."""
+    """Start a forwarder on a free port; return it and the port."""
     running = vsock.start("forward", *arguments)
     found = re.fullmatch(r"listening on \S+:(\d+)", running.error_line())
     assert found
@@ -45,7 +45,7 @@ def tcp(port: int) -> socket.socket:
 
 
 def answer_of(port: int) -> bytes:
-    """What somebody who says nothing is told."""
+    """Return what a client receives that sends nothing."""
     with tcp(port) as sock:
         return read_all(sock)
 
@@ -59,7 +59,7 @@ def read_all(sock: socket.socket) -> bytes:
 
 
 def ask(sock: socket.socket, question: bytes = b"question") -> bytes:
-    """Half-close after the question; what comes back."""
+    """Send a question, half-close, and return the reply."""
     with sock:
         sock.sendall(question)
         sock.shutdown(socket.SHUT_WR)

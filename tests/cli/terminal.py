@@ -1,4 +1,4 @@
-"""A command on a terminal of its own, and what is to be seen on it."""
+"""A command on a pseudo-terminal, and the screen that it draws."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """What is to be seen."""
+        """Return the lines of the screen."""
         return [line.rstrip() for line in self._screen.display]
 
     def press(self, keys: str) -> None:
-        """On the keyboard."""
+        """Press keys."""
         os.write(self._ours, keys.encode())
 
     def wait_for(self, condition: Callable[[list[str]], bool]) -> list[str]:
-        """The lines, once they are so."""
+        """Wait until the screen satisfies ``condition``, and return its lines."""
         deadline = time.monotonic() + PATIENCE
         while not condition(self.lines):
             left = deadline - time.monotonic()

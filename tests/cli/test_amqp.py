@@ -1,4 +1,4 @@
-"""``vsock amqp`` and ``vsock demo amqp``: what people see; tests/amqp has the rest."""
+"""``vsock amqp`` and ``vsock demo amqp``: command lines and output; tests/amqp has the rest."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_datagrams_on_standard_output(vsock: Vsock, fabric: PrivateFabric, tmp_p
     ]
 
 
-def test_the_end_of_who_reads_along_is_the_end(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_capture_ends_with_its_reader(vsock: Vsock, fabric: PrivateFabric) -> None:
     running, port = start(vsock, "-w", "-", "vsock::any", "exec:cat")
     with vsockets.create_connection((2, port), PATIENCE, context=fabric.host) as sock:
         assert running.process.stdout is not None
@@ -121,7 +121,7 @@ def test_the_end_of_who_reads_along_is_the_end(vsock: Vsock, fabric: PrivateFabr
     assert running.process.returncode == 1
 
 
-def test_what_cannot_be(vsock: Vsock, tmp_path: Path) -> None:
+def test_invalid_arguments(vsock: Vsock, tmp_path: Path) -> None:
     vsock.fail(
         ("capture -w x tcp::1 tcp:a:1", 2, "FROM or TO: expected vsock:"),
         (f"capture -w {tmp_path}/none/x vsock::1 tcp:a:1", 1, "No such file or directory"),
@@ -130,7 +130,7 @@ def test_what_cannot_be(vsock: Vsock, tmp_path: Path) -> None:
 
 
 def test_tshark_itself_reads_along(vsock: Vsock, fabric: PrivateFabric) -> None:
-    """As Wireshark does: ``vsock capture -w - … | wireshark -k -i -``."""
+    """Run tshark as Wireshark is run: ``vsock capture -w - … | wireshark -k -i -``."""
     reader, writer = os.pipe()
     tshark = subprocess.Popen(
         ["tshark", "-n", "-l", "-r", "-", "-T", "fields", "-e", "vsock.payload"],

@@ -1,4 +1,4 @@
-"""``vsock capture --context``: with vsockd, a device's process, and a guest that is played."""
+"""``vsock capture --context``: with vsockd, a device's process and a simulated guest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CID = 9
 
 @pytest.fixture
 def guest(vsock: Vsock, tmp_path: Path) -> Iterator[SimulatedGuest]:
-    """A virtual machine, all but the machine."""
+    """A device with a simulated driver."""
     path = tmp_path / "device"
     device = vsock.start("device", "virtio", "--cid", CID, "--socket", path)
     assert device.read_line() == str(CID)
@@ -34,7 +34,7 @@ def guest(vsock: Vsock, tmp_path: Path) -> Iterator[SimulatedGuest]:
 
 
 def talk(fabric: PrivateFabric, guest: SimulatedGuest, port: int, data: bytes) -> None:
-    """A stream from the guest to the host on which ``data`` goes and comes back."""
+    """Open a stream from the guest to the host, and echo ``data`` on it."""
     with vsockets.create_server((2, port), context=fabric.host) as server:
         stream = connect(guest, 1000 + port, (2, port))
         sock, _ = server.accept()
@@ -69,10 +69,10 @@ def test_a_file(vsock: Vsock, fabric: PrivateFabric, guest: SimulatedGuest, tmp_
     assert stat.S_IMODE(os.stat(file).st_mode) == 0o600
 
 
-def test_who_does_not_read_holds_nobody_up(
+def test_a_slow_reader_does_not_delay_the_guest(
     vsock: Vsock, fabric: PrivateFabric, guest: SimulatedGuest
 ) -> None:
-    """Far more passes than there is room for on the way to a reader that reads nothing."""
+    """Send far more than fits in the buffers of a reader that reads nothing."""
     running = vsock.start("capture", "--context", CID, "-w", "-")
     running.error_line()
     talk(fabric, guest, 5000, bytes(8 << 20))
@@ -92,7 +92,7 @@ def test_the_end_of_the_device_is_the_end(vsock: Vsock, tmp_path: Path) -> None:
     assert said == "vsock: 0 records\n"
 
 
-def test_what_cannot_be(vsock: Vsock, fabric: PrivateFabric, tmp_path: Path) -> None:
+def test_invalid_arguments(vsock: Vsock, fabric: PrivateFabric, tmp_path: Path) -> None:
     cid = fabric.guest().cid
     file = tmp_path / "file"
     vsock.fail(

@@ -1,4 +1,4 @@
-"""What is common to all commands."""
+"""Behaviour common to all commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_version(alone: Vsock) -> None:
     assert alone("--version").stdout.startswith("vsock ")
 
 
-def test_without_arguments_it_says_what_there_is(alone: Vsock) -> None:
+def test_without_arguments_the_help_lists_the_commands(alone: Vsock) -> None:
     printed = alone().stdout
     for command in ("up", "down", "status", "context", "run", "connect", "listen", "ls", "demo"):
         assert command in printed
@@ -67,7 +67,7 @@ def test_missing_libraries_are_one_line() -> None:
     assert done.stderr == line
 
 
-def test_option_dir_is_stronger_than_the_environment(alone: Vsock, tmp_path: Path) -> None:
+def test_option_dir_overrides_the_environment(alone: Vsock, tmp_path: Path) -> None:
     alone.environment["VSOCKETS_CONTEXT"] = "/nowhere"
     other = tmp_path / "other"
     assert str(other) in alone.fails("--dir", other, "status")
@@ -81,12 +81,12 @@ def test_option_dir_is_stronger_than_the_environment(alone: Vsock, tmp_path: Pat
         alone("--dir", other, "down")
 
 
-def test_debugging_shows_where_it_went_wrong(alone: Vsock) -> None:
+def test_debug_mode_shows_a_traceback(alone: Vsock) -> None:
     alone.environment["VSOCKETS_DEBUG"] = "1"
     assert "Traceback" in alone("status", expect=1).stderr
 
 
-def test_nobody_reads_what_is_printed(vsock: Vsock) -> None:
+def test_closed_standard_output_is_status_1(vsock: Vsock) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with subprocess.Popen(
@@ -97,7 +97,7 @@ def test_nobody_reads_what_is_printed(vsock: Vsock) -> None:
     assert (process.returncode, error) == (1, b"")
 
 
-def test_commands_that_print_no_tables_do_not_load_what_prints_them(vsock: Vsock) -> None:
+def test_commands_without_tables_do_not_import_rich(vsock: Vsock) -> None:
     vsock.environment["PYTHONPROFILEIMPORTTIME"] = "1"
     loaded = vsock("connect", "host", "5000", expect=1).stderr
     assert "vsockets.cli.relay" in loaded

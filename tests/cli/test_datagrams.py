@@ -42,7 +42,7 @@ def test_answers_go_to_the_last_sender_and_sources_are_shown(
     assert first.read_line() == "for the first"
 
 
-def test_strangers_are_not_heard(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_datagrams_of_other_sources_are_dropped(vsock: Vsock, fabric: PrivateFabric) -> None:
     with (
         vsockets.socket(type=stdlib.SOCK_DGRAM, context=fabric.host) as peer,
         vsockets.socket(type=stdlib.SOCK_DGRAM, context=fabric.host) as stranger,
@@ -72,7 +72,7 @@ def test_nobody_there(vsock: Vsock) -> None:
     assert done.stderr.startswith("vsock: send to 2:5003: no datagram socket is bound there")
 
 
-def test_time_ends_it(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_timeouts_end_the_relay(vsock: Vsock, fabric: PrivateFabric) -> None:
     assert vsock.fails("listen", "5005", "-u", "-w", "0.1") == "no datagram arrived within 0.1 s"
     with vsockets.socket(type=stdlib.SOCK_DGRAM, context=fabric.host) as peer:
         peer.bind((2, 5004))

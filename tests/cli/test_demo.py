@@ -18,7 +18,7 @@ from .vsock import Running, Vsock
 
 
 def children_of(pid: int) -> dict[int, list[str]]:
-    """The command lines of a process's children."""
+    """Return the command lines of a process's children, by pid."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -32,12 +32,12 @@ def children_of(pid: int) -> dict[int, list[str]]:
 
 
 def scratch_of(command: list[str]) -> Path:
-    """The temporary folder of the vsockd with this command line."""
+    """Return the temporary folder of the vsockd with this command line."""
     return Path(command[command.index("--dir") + 1]).parent
 
 
 def wait_for_children(running: Running, number: int) -> tuple[set[int], Path]:
-    """Its children, once there are so many, and the temporary folder of its fabric."""
+    """Wait for ``number`` children; return their pids and the fabric's temporary folder."""
     children: dict[int, list[str]] = {}
 
     def enough() -> bool:
@@ -49,7 +49,7 @@ def wait_for_children(running: Running, number: int) -> tuple[set[int], Path]:
     return set(children), scratch_of(vsockd)
 
 
-def test_it_does_what_it_should(alone: Vsock) -> None:
+def test_demo_succeeds(alone: Vsock) -> None:
     told = json.loads(alone.start("demo", "--json").finish()[0])
     assert told["ok"]
     assert [step["step"] for step in told["steps"]] == [
@@ -91,7 +91,7 @@ def test_the_table_fits_a_terminal_and_a_failed_step_is_a_failure(
     assert any("FAILED" in line for line in lines) is not ok
 
 
-def test_interrupted_it_leaves_nothing(alone: Vsock) -> None:
+def test_interrupted_demo_leaves_nothing(alone: Vsock) -> None:
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         running = alone.start("demo")
         children, scratch = wait_for_children(running, 4)
@@ -101,7 +101,7 @@ def test_interrupted_it_leaves_nothing(alone: Vsock) -> None:
         assert not scratch.exists()
 
 
-def test_what_should_not_be_is_a_failure() -> None:
+def test_unexpected_results_are_failures() -> None:
     assert command._judge_refusal(errno.EHOSTUNREACH, 3, 4).ok
     assert not command._judge_refusal(0, 3, 4).ok
     assert not command._judge_refusal(errno.ECONNRESET, 3, 4).ok

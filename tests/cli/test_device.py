@@ -19,7 +19,7 @@ CID = 40
 
 
 def start(vsock: Vsock, kind: str, path: Path) -> Running:
-    """A device that waits at ``path``."""
+    """Start a device that listens at ``path``."""
     device = vsock.start("device", kind, "--cid", CID, "--socket", path)
     assert device.read_line() == str(CID)
     return device
@@ -56,7 +56,7 @@ def test_another_devices_socket_is_not_removed(vsock: Vsock, tmp_path: Path) -> 
 
 
 def test_a_signal_to_all_its_processes(vsock: Vsock, tmp_path: Path) -> None:
-    """As a service manager sends it."""
+    """Send the signal to every process, as a service manager does."""
     path = tmp_path / "device"
     device = start(vsock, "virtio", path)
     pid = device.process.pid
@@ -68,7 +68,7 @@ def test_a_signal_to_all_its_processes(vsock: Vsock, tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_path_that_cannot_be_says_which(vsock: Vsock, tmp_path: Path) -> None:
+def test_errors_name_the_invalid_path(vsock: Vsock, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("precious")
     running = tmp_path / "running"

@@ -86,10 +86,10 @@ def test_unix_and_hybrid_vsock(vsock: Vsock, echo: int, tmp_path: Path) -> None:
         ("vsock-emu:{}:3:52", "3.52", b""),
     ],
 )
-def test_conventions_of_others_to_the_guest(
+def test_other_tools_conventions_to_the_guest(
     vsock: Vsock, tmp_path: Path, address: str, path: str, said: bytes
 ) -> None:
-    """Played after their documents: what is connected to, and what is said there."""
+    """Simulate, after their documentation, the handshakes of other tools."""
     with socket.socket(socket.AF_UNIX) as device:
         device.bind(str(tmp_path / path))
         device.listen()
@@ -115,7 +115,7 @@ def test_conventions_of_others_to_the_guest(
     ("address", "path"),
     [("hyperkit:{}::52", "00000002.00000034"), ("vsock-emu:{}:host:52", "2.52")],
 )
-def test_conventions_of_others_from_the_guest(
+def test_other_tools_conventions_from_the_guest(
     vsock: Vsock, echo: int, tmp_path: Path, address: str, path: str
 ) -> None:
     running = vsock.start("forward", address.format(tmp_path), f"vsock:host:{echo}", "-v")
@@ -154,7 +154,7 @@ def test_a_program_for_each_connection(vsock: Vsock, fabric: PrivateFabric) -> N
 
 
 def test_standard_input_and_output(vsock: Vsock, echo: int) -> None:
-    """As an ssh ProxyCommand uses it."""
+    """Forward as ssh's ProxyCommand does."""
     done = vsock("forward", "stdio:", f"vsock:host:{echo}", data=b"through")
     assert done.stdout == "through"
     running, port = start(vsock, "tcp:127.0.0.1:0", "stdio:")
@@ -167,7 +167,7 @@ def test_standard_input_and_output(vsock: Vsock, echo: int) -> None:
     running.finish()
 
 
-def test_what_cannot_be_is_said_in_one_line(vsock: Vsock, tmp_path: Path) -> None:
+def test_invalid_command_lines_are_one_line(vsock: Vsock, tmp_path: Path) -> None:
     bad = tmp_path / "bad.toml"
     bad.write_text('[[forward]]\nfrom = "tcp::0"\nto = "vsock:3"\n')
     vsock.fail(
@@ -196,7 +196,7 @@ def test_a_target_that_refuses_and_one_that_dies(
 
 
 def test_a_burst_of_clients_and_a_short_backlog(vsock: Vsock, fabric: PrivateFabric) -> None:
-    """As socketserver's: its kernel would have tried TCP clients again."""
+    """Use socketserver's backlog of 5: for TCP the kernel retries, for vSockets nothing does."""
     with vsockets.create_server((2, ANY), backlog=5, context=fabric.host) as server:
         Echo(server)
         target = f"vsock:host:{server.getsockname()[1]}"

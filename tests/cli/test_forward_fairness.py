@@ -1,4 +1,4 @@
-"""``vsock forward``: what one guest does is no other guest's problem."""
+"""``vsock forward``: no guest can take the share of another."""
 
 from __future__ import annotations
 

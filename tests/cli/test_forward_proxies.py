@@ -95,7 +95,7 @@ def test_a_target_that_refuses_is_reported(vsock: Vsock, proxy: str) -> None:
         end(running)
 
 
-def test_nonsense_is_answered_and_ended(vsock: Vsock) -> None:
+def test_invalid_requests_are_answered_and_closed(vsock: Vsock) -> None:
     running, port = start(vsock, "tcp:127.0.0.1:0", "http-proxy:", "--allow-host", "*")
     with tcp(port) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -72,7 +72,7 @@ def test_sigterm_lets_connections_end(vsock: Vsock, echo: int) -> None:
     running.finish()
 
 
-def test_a_second_signal_cuts_them(vsock: Vsock, echo: int) -> None:
+def test_a_second_signal_closes_connections(vsock: Vsock, echo: int) -> None:
     running, port = start(vsock, "tcp:127.0.0.1:0", f"vsock:host:{echo}")
     with tcp(port) as client:
         client.sendall(b"before")

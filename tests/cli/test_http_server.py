@@ -1,4 +1,4 @@
-"""The HTTP server of metrics and web: clients that are slow, many, or no clients at all."""
+"""The HTTP server of metrics and web: slow, numerous and invalid clients."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Connect = Callable[[], Coroutine[Any, Any, tuple[asyncio.StreamReader, asyncio.S
 
 
 def serve(test: Callable[[Connect], Coroutine[Any, Any, None]]) -> None:
-    """Run ``test`` beside a server; what it is given connects to that."""
+    """Run ``test`` with a function that connects to a server."""
 
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=500) as listener:
@@ -55,7 +55,7 @@ def serve(test: Callable[[Connect], Coroutine[Any, Any, None]]) -> None:
 
 
 async def ask(connect: Connect, request: bytes) -> bytes:
-    """The whole answer to ``request``."""
+    """Return the whole response to ``request``."""
     reader, writer = await connect()
     writer.write(request)
     answer = await reader.read()
@@ -63,7 +63,7 @@ async def ask(connect: Connect, request: bytes) -> bytes:
     return answer
 
 
-def test_what_a_request_says() -> None:
+def test_parts_of_a_request() -> None:
     async def test(connect: Connect) -> None:
         answer = await ask(connect, GET)
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
@@ -74,7 +74,7 @@ def test_what_a_request_says() -> None:
     serve(test)
 
 
-def test_an_answer_in_pieces() -> None:
+def test_a_streamed_response() -> None:
     async def test(connect: Connect) -> None:
         answer = await ask(connect, GET.replace(b"/echo", b"/stream"))
         assert answer.endswith(b"4\r\none \r\n4\r\ntwo \r\n5\r\nthree\r\n0\r\n\r\n")
@@ -99,7 +99,7 @@ def test_an_answer_in_pieces() -> None:
     ],
     ids=["no HTTP", "no Host", "no length", "a long line", "a long head", "a long body"],
 )
-def test_what_is_refused(request_: bytes, status: int) -> None:
+def test_invalid_requests_are_rejected(request_: bytes, status: int) -> None:
     async def test(connect: Connect) -> None:
         assert (await ask(connect, request_)).startswith(b"HTTP/1.1 %d " % status)
         assert (await ask(connect, GET)).startswith(b"HTTP/1.1 200 ")
@@ -120,7 +120,7 @@ def test_what_is_refused(request_: bytes, status: int) -> None:
         max_size=8,
     )
 )
-def test_whatever_is_sent_is_a_request_or_refused(pieces: list[bytes]) -> None:
+def test_any_input_is_a_request_or_rejected(pieces: list[bytes]) -> None:
     async def receive() -> None:
         reader = asyncio.StreamReader()
         reader.feed_data(b"".join(pieces))
@@ -134,8 +134,8 @@ def test_whatever_is_sent_is_a_request_or_refused(pieces: list[bytes]) -> None:
     asyncio.run(receive())
 
 
-def test_who_trickles_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A byte now and then is no reason to wait longer for the rest; others do not wait at all."""
+def test_a_slow_request_delays_no_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single bytes do not extend the time limit, and other clients do not wait."""
     monkeypatch.setattr(http_server, "HTTP_REQUEST_TIMEOUT_SECONDS", 1.0)
 
     async def test(connect: Connect) -> None:
@@ -156,7 +156,7 @@ def test_who_trickles_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(test)
 
 
-def test_who_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "HTTP_WRITE_TIMEOUT_SECONDS", 0.2)
     ended = []
 

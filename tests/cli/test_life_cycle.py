@@ -21,7 +21,7 @@ CID = 40
 
 @pytest.fixture
 def guest(fabric: PrivateFabric) -> Iterator[Attachment]:
-    """A guest that is powered off and goes when the test ends."""
+    """A guest that is removed after the test."""
     yield fabric.guest(CID, name="web")
     if any(row["cid"] == CID and row["state"] != "off" for row in fabric.control.contexts()):
         fabric.control.power_off(CID)
@@ -50,7 +50,7 @@ def test_each_command_and_the_state_after_it(
 
 
 @pytest.mark.parametrize("command", ["suspend 40", "migrate 40", "ft 40 on", "power-off 40"])
-def test_what_drops_connections(
+def test_commands_that_drop_connections(
     vsock: Vsock, fabric: PrivateFabric, guest: Attachment, command: str
 ) -> None:
     with (
@@ -66,7 +66,7 @@ def test_what_drops_connections(
             assert accepted.recv(10) == b""
 
 
-def test_what_cannot_be(vsock: Vsock, guest: Attachment) -> None:
+def test_invalid_arguments(vsock: Vsock, guest: Attachment) -> None:
     vsock.fail(
         ("context resume 40", 1, "cannot resume context 40: it is running"),
         ("context power-on 40", 1, "cannot power-on context 40: it is running"),
@@ -107,7 +107,7 @@ def test_isolation(vsock: Vsock) -> None:
 
 
 class TestVmx:
-    """A VMware machine's own file."""
+    """Contexts from a VMware machine's .vmx file."""
 
     VMX = (
         '.encoding = "windows-1252"\nconfig.version = "8"\nvirtualHW.version = "8"\n'
@@ -131,7 +131,7 @@ class TestVmx:
         assert again == "context 2503520146 exists"
         vsock("context", "rm", "2503520146")
 
-    def test_options_go_before_it(self, vsock: Vsock, vmx: str) -> None:
+    def test_options_override_the_file(self, vsock: Vsock, vmx: str) -> None:
         added = vsock.json("context", "add", "50", "--vmx", vmx, "--name", "x")
         assert (added["cid"], added["name"]) == (50, "x")
 
@@ -153,7 +153,7 @@ class TestVmx:
 
 def test_events_as_json(vsock: Vsock, fabric: PrivateFabric, guest: Attachment) -> None:
     following = vsock.start("events", "--json")
-    # Nobody knows when it has subscribed; it has when it says the first thing.
+    # It has subscribed once it prints its first event.
 
     def is_heard() -> bool:
         fabric.control.migrate(CID)
@@ -212,7 +212,7 @@ def test_events_end_with_vsockd(alone: Vsock) -> None:
     following.finish()
 
 
-def test_topics_that_are_none(vsock: Vsock) -> None:
+def test_unknown_topics(vsock: Vsock) -> None:
     vsock.fail(("events weather", 2, "weather"))
 
 

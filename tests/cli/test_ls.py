@@ -21,7 +21,7 @@ USER = pwd.getpwuid(os.geteuid()).pw_name
 
 @pytest.fixture(scope="module")
 def sockets(fabric: PrivateFabric) -> Iterator[int]:
-    """One of each, of this process; the CID of the guest that has the datagram socket."""
+    """Open one socket of each kind; yield the CID of the guest with the datagram socket."""
     guest = fabric.guest()
     with (
         vsockets.create_server((2, 5000), context=fabric.host) as server,
@@ -141,7 +141,7 @@ def test_watching(vsock: Vsock, fabric: PrivateFabric) -> None:
         view.finish()
 
 
-def test_watching_for_programs(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_watching_as_json(vsock: Vsock, fabric: PrivateFabric) -> None:
     running = vsock.start("ls", "--watch", "--json", "--port", 5003, "--interval", 0.1)
     assert running.read_line() == "[]"
     with vsockets.create_server((2, 5003), context=fabric.host):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from .vsock import PATIENCE, Vsock
+from .vsock import PATIENCE, PROGRAM, Vsock
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_every_command_has_a_page_and_its_options_are_on_it(pages: Path) -> None
 
 
 @pytest.mark.skipif(shutil.which("mandoc") is None, reason="needs mandoc")
-def test_mandoc_understands_them(pages: Path) -> None:
+def test_mandoc_accepts_the_pages(pages: Path) -> None:
     done = subprocess.run(
         ["mandoc", "-T", "lint", "-W", "error", *sorted(pages.glob("man?/*"))],
         capture_output=True,
@@ -59,3 +60,27 @@ def test_bash_completes(alone: Vsock) -> None:
         "COMP_CWORD": "1",
     }
     assert alone(expect=None).stdout.split() == ["plain,context", "plain,connect"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed_once_for_the_shell(
+    alone: Vsock, tmp_path: Path, shell: str
+) -> None:
+    """Call ``vsock`` from a process named as the shell is."""
+    alone.environment["HOME"] = str(tmp_path / "home")
+    caller = tmp_path / shell
+    caller.symlink_to(sys.executable)
+    script = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+    for _ in range(2):
+        subprocess.run(
+            [caller, "-c", script, *PROGRAM, "--install-completion"],
+            env=alone.environment,
+            stdout=subprocess.DEVNULL,
+            check=True,
+            timeout=PATIENCE,
+        )
+    texts = [path.read_text() for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    assert sum("_VSOCK_COMPLETE" in text for text in texts) == 1
+    loaders = [text for text in texts if "_VSOCK_COMPLETE" not in text]
+    assert len(loaders) == (0 if shell == "fish" else 1)
+    assert all(len(text.splitlines()) == 1 for text in loaders)

@@ -30,7 +30,7 @@ STATUS = dict.fromkeys(
 
 
 def read(text: str) -> dict[tuple[str, ...], float]:
-    """Every sample by name, context and rule, as far as it has them."""
+    """Return every sample, by its name and its labels context and rule."""
     samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -82,14 +82,14 @@ def test_names_are_escaped() -> None:
     assert family.samples[0].labels == {"context": "3", "name": shown}
 
 
-def test_what_happens_is_counted(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_events_are_counted(vsock: Vsock, fabric: PrivateFabric) -> None:
     guest, other = fabric.guest(), fabric.guest()
     before = read(vsock("metrics").stdout)
     with vsockets.create_server((2, 5000), context=fabric.host) as server:
         for _ in range(3):
             with vsockets.create_connection((2, 5000), context=guest), server.accept()[0]:
                 pass
-        for address in ((2, 5001), (other.cid, 5000)):  # nobody there; forbidden
+        for address in ((2, 5001), (other.cid, 5000)):  # not running; forbidden
             with pytest.raises(OSError):
                 vsockets.create_connection(address, context=guest)
         after = read(vsock("metrics").stdout)
@@ -117,7 +117,7 @@ def test_a_lease_that_ends_leaves_its_counts(vsock: Vsock, fabric: PrivateFabric
 def test_over_loopback(vsock: Vsock, fabric: PrivateFabric) -> None:
     running = vsock.start("metrics", "--listen", "tcp:127.0.0.1:0")
     where = running.error_line().removeprefix("serving /metrics at tcp:")
-    with socket.create_connection(tuple_of(where)) as silent:  # holds nobody up for long
+    with socket.create_connection(tuple_of(where)) as silent:  # does not delay others for long
         with urllib.request.urlopen(f"http://{where}/metrics", timeout=PATIENCE) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             assert ("vsock_streams", "2") in read(answer.read().decode())
@@ -133,7 +133,7 @@ def tuple_of(where: str) -> tuple[str, int]:
 
 
 def get(path: Path) -> tuple[int, str]:
-    """/metrics over a unix socket."""
+    """Return status and text of /metrics over a unix socket."""
     connection = http.client.HTTPConnection("localhost", timeout=PATIENCE)
     connection.sock = socket.socket(socket.AF_UNIX)
     connection.sock.settimeout(PATIENCE)
@@ -159,7 +159,7 @@ def test_over_a_unix_socket_while_vsockd_comes_and_goes(alone: Vsock, tmp_path: 
     assert not path.exists()
 
 
-def test_others_are_not_let_in(vsock: Vsock) -> None:
+def test_other_users_cannot_connect(vsock: Vsock) -> None:
     vsock.fail(
         ("metrics --listen tcp:0.0.0.0:9100", 2, "expected unix:PATH or tcp:127.0.0.1:PORT"),
         ("metrics --listen tcp::9100", 2, "expected unix:PATH or tcp:127.0.0.1:PORT"),

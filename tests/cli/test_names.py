@@ -1,4 +1,4 @@
-"""Names and paths that others chose make no line, row, label or link of their own."""
+"""Names and paths chosen by others add no line, row, label or link."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def guest(fabric: PrivateFabric) -> Attachment:
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """One in a folder with such a name."""
+    """A program in a folder with such a name."""
     folder = tmp_path / EVIL.replace("/", "|")
     folder.mkdir()
     return compiled("request_client.c", tmp_path).rename(folder / "x")
@@ -46,7 +46,7 @@ def be_denied(program: Path, guest: Attachment) -> None:
     )
 
 
-def test_what_the_test_is_made_of() -> None:
+def test_the_names_are_hostile() -> None:
     assert SHOWN.isprintable() and "\\x1b" in SHOWN and "\\u202e" in SHOWN
 
 
@@ -110,7 +110,7 @@ def test_the_page() -> None:
     assert json.loads(data.removeprefix("data: ")) == {"message": [SHOWN], "cid": 3}
 
 
-def test_complaints(vsock: Vsock) -> None:
+def test_error_messages(vsock: Vsock) -> None:
     done = vsock("run", "--cid", "3", "--", EVIL, expect=None)
     assert all(line.isprintable() for line in done.stderr.splitlines())
     assert not any(line.startswith("4 ") for line in done.stderr.splitlines())

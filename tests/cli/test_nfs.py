@@ -1,4 +1,4 @@
-"""``vsock nfs`` and ``vsock demo nfs``: what people see; tests/nfs has the rest."""
+"""``vsock nfs`` and ``vsock demo nfs``: command lines and output; tests/nfs has the rest."""
 
 from __future__ import annotations
 

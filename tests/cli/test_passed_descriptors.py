@@ -1,4 +1,4 @@
-"""A descriptor that rides along with data is harmless to what ``vsock`` runs.
+"""Descriptors passed along with data do not harm the programs of ``vsock``.
 
 Each is sent a TCP socket that lingers: who closes it last waits for half a minute, unless it is
 the sender.  Others are to be served meanwhile.
@@ -40,7 +40,7 @@ PING = Header(MessageKind.PING, 1).encode()
 
 @pytest.fixture(params=["this kernel", "older kernels"])
 def vsock(fabric: PrivateFabric, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Vsock]:
-    """In the place of the usual one: also as on kernels before Linux 6.16."""
+    """Replace the module's fabric by one with and one without SO_PASSRIGHTS (Linux 6.16)."""
     modules = tmp_path / "modules"
     modules.mkdir()
     lines = ["import vsockets.amqp.limits as amqp, vsockets._linux.descriptor_passing as passing"]
@@ -80,7 +80,7 @@ _held: list[socket.socket] = []
 
 @pytest.fixture(autouse=True)
 def held() -> Iterator[None]:
-    """The peers of what lingers, and others, stay until the end of the test."""
+    """Keep sockets open until the end of the test."""
     yield
     for sock in _held:
         sock.close()
@@ -88,7 +88,7 @@ def held() -> Iterator[None]:
 
 
 def attack(connect: Callable[[], socket.socket]) -> None:
-    """With the first byte, and with more than is ever received."""
+    """Pass descriptors with the first byte, and with more data than is ever received."""
     for size, close in ((1, False), (1, False), (1 << 16, True)):
         sock = connect()
         sock.settimeout(PROMPT)
@@ -172,7 +172,7 @@ def test_a_proxys_clients(vsock: Vsock, fabric: PrivateFabric, tcp_echo: int) ->
 def datagrams(
     running: Running, fabric: PrivateFabric, question: bytes, answered: bool = True
 ) -> None:
-    """Attack a datagram service, and have it answer."""
+    """Attack a datagram service, and check that it still replies."""
     target = (2, port_of(running))
 
     def bound() -> vsockets.socket:
@@ -261,7 +261,7 @@ with socket.socket(socket.AF_VSOCK, socket.SOCK_SEQPACKET) as server:
 
 
 def test_packets_of_a_supervised_program(vsock: Vsock, fabric: PrivateFabric) -> None:
-    """A descriptor marks the end of a record there: the supervisor receives what comes."""
+    """There a descriptor marks the end of a record, so that the supervisor receives all."""
     running = vsock.start("run", "--cid", "host", "--", sys.executable, "-c", PACKETS)
     port, guest = port_of(running), fabric.guest()
 

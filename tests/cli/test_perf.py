@@ -1,4 +1,4 @@
-"""``vsock perf``: every measurement over every kind of address.  No figure is judged."""
+"""``vsock perf``: every measurement over every kind of address.  No value is judged."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_from_a_guest_and_in_words(vsock: Vsock, fabric: PrivateFabric, tmp_path
 
 
 def test_through_a_hybrid_vsock(vsock: Vsock, tmp_path: Path) -> None:
-    """A stand-in for a device: one line there, one line back, then the server."""
+    """A simulated hybrid device: one line each way, then the server."""
     _, (address,) = serve(vsock, f"unix:{tmp_path}/server")
     with socket.socket(socket.AF_UNIX) as device:
         device.bind(str(tmp_path / "v.sock"))
@@ -101,9 +101,7 @@ def test_plots(vsock: Vsock, tmp_path: Path) -> None:
     assert file.read_bytes().startswith(b"<?xml")
 
 
-def test_a_server_that_does_not_and_one_that_is_something_else(
-    vsock: Vsock, fabric: PrivateFabric
-) -> None:
+def test_silent_and_foreign_servers_are_reported(vsock: Vsock, fabric: PrivateFabric) -> None:
     with (
         vsockets.create_server((2, vsockets.VMADDR_PORT_ANY), context=fabric.host) as other,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent,
@@ -130,7 +128,7 @@ def test_a_server_that_does_not_and_one_that_is_something_else(
         )
 
 
-def test_strangers_do_not_disturb_the_server(vsock: Vsock) -> None:
+def test_invalid_clients_do_not_disturb_the_server(vsock: Vsock) -> None:
     running, (stream, datagram) = serve(vsock, "tcp:127.0.0.1:0", "udp:127.0.0.1:0")
     port = int(stream.rpartition(":")[2])
     for nonsense in (b"", b"GET / HTTP/1.1\r\n\r\n", b"VSP1\x09" + bytes(11)):

@@ -1,4 +1,4 @@
-"""vsockd is stopped or killed, and started again: what holds datagram sockets binds them again."""
+"""After a restart of vsockd, programs bind their datagram sockets again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GUEST = 7
 
 @pytest.fixture
 def fabric() -> Iterator[PrivateFabric]:
-    """One for each test."""
+    """A fabric for each test."""
     with PrivateFabric() as fabric:
         fabric.guest(GUEST)
         yield fabric
@@ -51,7 +51,7 @@ def restart(request: pytest.FixtureRequest, fabric: PrivateFabric) -> Callable[[
 
 
 def asked(fabric: PrivateFabric, port: int, question: bytes) -> bytes:
-    """What a guest's new socket is answered; it asks until somebody is bound there."""
+    """Return the reply to a guest's new socket, which asks until the service is bound."""
     guest = vsockets.attach(fabric.folder / str(GUEST))
     with vsockets.socket(type=socket.SOCK_DGRAM, context=guest) as sock:
         sock.settimeout(PATIENCE)
@@ -74,7 +74,7 @@ def serves(
     port: int,
     question: bytes,
 ) -> None:
-    """It answers before and after several restarts, and logs them."""
+    """Check that a service replies before and after several restarts, and logs them."""
     before = asked(fabric, port, question)
     for _ in range(3):
         restart()
@@ -103,7 +103,7 @@ def test_perf(vsock: Vsock, fabric: PrivateFabric, restart: Callable[[], None]) 
 
 @pytest.fixture
 def udp_echo() -> Iterator[int]:
-    """The port of a service that returns datagrams, over UDP."""
+    """The port of an echo service over UDP."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
 
@@ -166,7 +166,7 @@ def test_listen(vsock: Vsock, fabric: PrivateFabric, restart: Callable[[], None]
 def test_a_client_of_nfs(
     vsock: Vsock, fabric: PrivateFabric, restart: Callable[[], None], tmp_path: Path
 ) -> None:
-    """Its calls go on; it has the same port, by which the server knows what it has answered."""
+    """Its calls continue, from the same port, by which the server detects duplicates."""
     export, state = tmp_path / "export", tmp_path / "state"
     export.mkdir()
     running = vsock.start("nfs", "serve", "--export", export, "--state", state)

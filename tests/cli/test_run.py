@@ -61,7 +61,9 @@ def test_a_guest_made_for_a_program_lives_as_long_as_it(
     wait_until(lambda: job["cid"] not in contexts_of(fabric), "the lease to end")
 
 
-def test_and_as_long_as_its_children(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_a_guest_lives_as_long_as_the_programs_children(
+    vsock: Vsock, fabric: PrivateFabric
+) -> None:
     script = "exec 3<&0; cat <&3 >/dev/null 2>&1 & exec 3<&-; echo left"
     running = vsock.start("run", "--cid", "1235", "sh", "-c", script)
     assert running.read_line() == "left"
@@ -107,7 +109,7 @@ def test_a_guest_that_is_off_or_suspended(vsock: Vsock, fabric: PrivateFabric) -
         (["sh", "-c", "kill -PIPE $$"], -signal.SIGPIPE),  # which Python ignores
     ],
 )
-def test_how_the_program_ends_is_how_it_ends(vsock: Vsock, command: list[str], status: int) -> None:
+def test_exit_status_is_the_programs(vsock: Vsock, command: list[str], status: int) -> None:
     done = vsock("run", "--cid", "host", "--", *command, expect=status)
     assert done.stderr == ""
 

@@ -1,4 +1,4 @@
-"""Forwarders and devices as services: what they log, and how systemd learns that they serve."""
+"""Forwarders and devices as services: their logs, and their notification of systemd."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .vsock import PATIENCE, Running, Vsock
 
 @pytest.fixture
 def manager(vsock: Vsock, tmp_path: Path) -> Iterator[socket.socket]:
-    """Where a service manager would listen."""
+    """The notification socket of a service manager."""
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(path))
@@ -52,7 +52,7 @@ def test_a_device(vsock: Vsock, manager: socket.socket, tmp_path: Path) -> None:
     assert manager.recv(100) == b"READY=1"
 
 
-def test_the_journal_is_given_priorities(vsock: Vsock, tmp_path: Path) -> None:
+def test_log_lines_have_priorities_for_the_journal(vsock: Vsock, tmp_path: Path) -> None:
     with open(tmp_path / "log", "w+b") as log:
         found = os.fstat(log.fileno())
         vsock.environment["JOURNAL_STREAM"] = f"{found.st_dev}:{found.st_ino}"

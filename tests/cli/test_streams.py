@@ -70,7 +70,7 @@ def test_the_listener_may_go_on_after_the_client_has_ended_its_side(vsock: Vsock
     listener.finish()
 
 
-def test_both_sides_say_who_the_other_one_is(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_verbose_shows_the_peer_on_both_sides(vsock: Vsock, fabric: PrivateFabric) -> None:
     guest = fabric.guest()
     listener = vsock.start("listen", "any", "-v", "-d")
     port = listener.port()
@@ -192,7 +192,7 @@ def test_data_that_was_not_delivered_is_a_failure(vsock: Vsock) -> None:
     listener.finish()
 
 
-def test_nobody_reads_what_comes(vsock: Vsock) -> None:
+def test_closed_standard_output_ends_connect(vsock: Vsock) -> None:
     listener = vsock.start("listen", "any", "-e", "yes")
     reader, writer = os.pipe()
     client = vsock.start("connect", "host", listener.port(), "-d", stdout=writer)
@@ -221,7 +221,7 @@ def test_standard_input_that_is_closed(vsock: Vsock) -> None:
     assert done.stdout == b"hello\n"
 
 
-def test_errors_say_what_to_do(vsock: Vsock, fabric: PrivateFabric) -> None:
+def test_errors_name_a_remedy(vsock: Vsock, fabric: PrivateFabric) -> None:
     with vsockets.create_server((2, 5561), context=fabric.host):
         vsock.fail(
             ("connect host 5560", 1, "connect to 2:5560: no program listens there"),

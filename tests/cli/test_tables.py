@@ -1,4 +1,4 @@
-"""Tables in 80 columns, with the longest names and VMware's CIDs: no number is ever cut."""
+"""Tables in 80 columns, with the longest names and VMware's CIDs: no number is cut."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_rates_are_differences_over_time() -> None:
     }
 
 
-def test_a_context_that_is_new_begins_at_nothing() -> None:
+def test_counters_of_a_new_context_begin_at_zero() -> None:
     rates = Rates()
     rates.update(counts(3, 100), 10.0)
     assert rates.update(counts(4, 5), 11.0)[4]["connects"] == 5.0
@@ -93,11 +93,11 @@ def test_for_programs(vsock: Vsock, fabric: PrivateFabric) -> None:
             assert row["connects"] == row["streams"] == 1
 
 
-def test_it_is_for_terminals(vsock: Vsock) -> None:
+def test_top_needs_a_terminal(vsock: Vsock) -> None:
     assert "use --json" in vsock.fails("top", status=2)
 
 
-def test_the_end_of_vsockd_is_the_end(alone: Vsock) -> None:
+def test_top_ends_with_vsockd(alone: Vsock) -> None:
     alone("up")
     with Terminal(alone.environment, "top", "--interval", 0.2) as view:
         view.wait_for(lambda lines: any("DENIALS" in line for line in lines))

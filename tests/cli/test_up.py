@@ -11,7 +11,7 @@ from vsockets.testing import wait_until
 from .vsock import Vsock
 
 
-def test_one_life(alone: Vsock) -> None:
+def test_up_status_and_down(alone: Vsock) -> None:
     none = f"vsockd is not running in {alone.folder} (start it: vsock up)"
     alone.fail(("status", 1, none), ("down", 1, none), ("ls", 1, none))
     assert alone("up").stdout.startswith(f"vsockd serves {alone.folder} (pid ")

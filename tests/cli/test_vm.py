@@ -1,4 +1,4 @@
-"""``vsock vm``: what it refuses, and the commands it prints."""
+"""``vsock vm``: invalid options, and the commands it prints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ exit 127
 
 @pytest.fixture
 def qemu(tmp_path: Path) -> Path:
-    """A program that tests write."""
+    """Write an executable script."""
     path = tmp_path / "qemu-system-x86_64"
     path.touch(0o755)
     return path
@@ -58,7 +58,7 @@ class TestWhichQemu:
         assert "QEMU 10.2, was built without vfio-user-pci" in said
 
     @pytest.mark.parametrize("device", ["vmci", "virtio"])
-    def test_an_aborted_question_is_not_a_no(self, vsock: Vsock, qemu: Path, device: str) -> None:
+    def test_an_aborted_query_is_not_a_refusal(self, vsock: Vsock, qemu: Path, device: str) -> None:
         qemu.write_text(ABORTING)
         said = vsock.fails("vm", "run", "--accel", "tcg", "--qemu", qemu, "--device", device)
         assert "does not work: its help on" in said
@@ -109,7 +109,7 @@ def test_mistakes(vsock: Vsock, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["run", "demo"])
 def test_without_the_package_for_qemus_monitor(vsock: Vsock, tmp_path: Path, command: str) -> None:
-    """Said before anything is looked for or downloaded."""
+    """The package is checked before QEMU is searched for or downloaded."""
     package = tmp_path / "qemu"
     package.mkdir()
     (package / "__init__.py").touch()

@@ -1,4 +1,4 @@
-"""Running ``vsock`` as its users do: every command in a process of its own."""
+"""Run ``vsock`` as users do, each command in its own process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-#: How long any one thing may take, in seconds.
+#: Timeout of every wait, in seconds.
 PATIENCE = 60.0
 
 PROGRAM = (sys.executable, "-m", "vsockets.cli")
@@ -41,7 +41,7 @@ class Running:
         )
 
     def write(self, data: bytes) -> None:
-        """To its standard input."""
+        """Write to its standard input."""
         assert self.process.stdin is not None
         self.process.stdin.write(data)
 
@@ -51,22 +51,22 @@ class Running:
         self.process.stdin.close()
 
     def read_line(self) -> str:
-        """The next line of its standard output, without its end."""
+        """Return the next line of its standard output, without its end."""
         return _read_line(self.process.stdout)
 
     def error_line(self) -> str:
-        """The next line of its standard error, without its beginning ``vsock: ``."""
+        """Return the next line of its standard error, without the prefix ``vsock: ``."""
         return _read_line(self.process.stderr).removeprefix("vsock: ")
 
     def port(self) -> int:
-        """The port that ``vsock listen any`` says it listens on."""
+        """Return the port that ``vsock listen any`` prints."""
         line = self.error_line()
         found = re.fullmatch(r"listening on \d+:(\d+)", line)
         assert found, line
         return int(found[1])
 
     def finish(self, data: bytes | None = None, expect: int = 0) -> tuple[bytes, str]:
-        """Wait for its end; ``data`` goes to standard input.  The rest of what it printed."""
+        """Write ``data`` to standard input, wait for the end, and return the remaining output."""
         if self.process.stdin is not None and self.process.stdin.closed:
             self.process.stdin = None  # communicate() would flush it
         out, err = self.process.communicate(data, PATIENCE)
@@ -74,7 +74,7 @@ class Running:
         return out, err.decode()
 
     def close(self) -> None:
-        """End it, if it still runs."""
+        """Kill it if it still runs."""
         self.process.kill()
         self.process.wait(PATIENCE)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
@@ -109,7 +109,7 @@ class Vsock:
         expect: int | None = 0,
         patience: float = PATIENCE,
     ) -> subprocess.CompletedProcess[str]:
-        """Run to its end, with ``data`` for standard input, and check its exit status."""
+        """Run to the end with ``data`` as standard input, and check the exit status."""
         done = subprocess.run(
             [*PROGRAM, *map(str, arguments)],
             env=self.environment,
@@ -137,16 +137,16 @@ class Vsock:
         return running
 
     def find_modules_in(self, folder: Path) -> None:
-        """Let Python look there first."""
+        """Make Python search ``folder`` for modules first."""
         rest = self.environment.get("PYTHONPATH")
         self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), rest)))
 
     def json(self, *arguments: object) -> Any:
-        """What a command prints with ``--json``."""
+        """Return the value that a command prints with ``--json``."""
         return json.loads(self(*arguments, "--json").stdout)
 
     def fails(self, *arguments: object, status: int = 1) -> str:
-        """The one line that a command which fails prints, without its beginning ``vsock: ``."""
+        """Return the one line printed by a failing command, without the prefix ``vsock: ``."""
         done = self(*arguments, expect=status)
         assert done.stdout == ""
         (line,) = done.stderr.splitlines()
@@ -154,9 +154,9 @@ class Vsock:
         return line.removeprefix("vsock: ")
 
     def fail(self, *cases: tuple[str, int, str]) -> None:
-        """Every case, a command line, fails with that exit status and a line that has that text.
+        """Check that each command line fails with its exit status and a line with its text.
 
-        All at the same time: a command needs longer to start than to fail.
+        All run concurrently: most of their time is Python's start-up.
         """
         started = [self.start(*shlex.split(command)) for command, _, _ in cases]
         for running, (command, status, text) in zip(started, cases, strict=True):

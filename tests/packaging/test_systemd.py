@@ -1,4 +1,4 @@
-"""The units in packaging/systemd: systemd understands them, and they start what there is."""
+"""The units in packaging/systemd: systemd accepts them, and their command lines are valid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "packaging" / "systemd"
 UNITS = sorted(FOLDER.iterdir())
 
-#: The most that systemd may find a service exposed to, of 100.
+#: Highest exposure that systemd may report for a service, of 100.
 EXPOSURE = 30
 
 needs_systemd = pytest.mark.skipif(
@@ -35,8 +35,8 @@ def analyze(*arguments: object) -> str:
 
 
 @needs_systemd
-def test_systemd_has_nothing_to_say(tmp_path: Path) -> None:
-    """Where our programs are installed where they are in this environment."""
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
+    """Replace /usr/bin by the scripts folder of this environment."""
     for unit in UNITS:
         text = unit.read_text().replace("/usr/bin/vsock", f"{Path(sys.executable).parent}/vsock")
         (tmp_path / unit.name).write_text(text)
@@ -46,12 +46,12 @@ def test_systemd_has_nothing_to_say(tmp_path: Path) -> None:
 
 @needs_systemd
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
-def test_little_is_left_open(unit: Path) -> None:
+def test_exposure_is_low(unit: Path) -> None:
     analyze("security", "--offline=yes", "--no-pager", f"--threshold={EXPOSURE}", unit)
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
-def test_its_command_line_is_one(unit: Path) -> None:
+def test_command_line_is_valid(unit: Path) -> None:
     found = re.search(r"^ExecStart=/usr/bin/(.*)$", unit.read_text(), re.MULTILINE)
     assert found
     program, *arguments = found[1].replace("%i", "5").split()

@@ -1,4 +1,4 @@
-"""A page in headless Chromium, looked at and used as people do."""
+"""A page in headless Chromium, used as people use it."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ PATIENCE = 50.0
 
 
 class Browser:
-    """One window."""
+    """A browser window."""
 
     def __init__(self, driver: webdriver.Chrome, screenshots: Path) -> None:
         self.driver = driver
         self._screenshots = screenshots
 
     def wait(self, condition: Callable[[], Any], what: str) -> Any:
-        """For ``condition`` to be true; what it returned."""
+        """Wait until ``condition`` is true, and return its value."""
         return WebDriverWait(self.driver, PATIENCE, 0.1).until(lambda _: condition(), what)
 
     def wait_for_text(self, selector: str, text: str) -> None:
-        """For some element that matches to be seen and have ``text`` in it."""
+        """Wait until a matching element is visible and contains ``text``."""
         self.wait(
             lambda: any(text in found for found in self.texts(selector)),
             f"{text!r} in {selector}",
         )
 
     def texts(self, selector: str) -> list[str]:
-        """What elements say that are seen, in one look: elements come and go."""
+        """Return the texts of the visible elements, read in one step because elements change."""
         return self.run(  # type: ignore[no-any-return]
             "return [...document.querySelectorAll(arguments[0])]"
             ".filter(one => one.checkVisibility()).map(one => one.textContent)",
@@ -49,7 +49,7 @@ class Browser:
         return self.driver.find_element(By.CSS_SELECTOR, selector)
 
     def focused(self) -> str:
-        """The accessible name of what has the focus."""
+        """Return the accessible name of the focused element."""
         name = self.driver.switch_to.active_element.accessible_name
         assert isinstance(name, str)
         return name
@@ -58,7 +58,7 @@ class Browser:
         return self.driver.execute_script(script, *arguments)
 
     def errors(self) -> list[str]:
-        """What the browser has complained of since the last call: scripts, and what it was asked
+        """Return the browser's errors since the last call: scripts, and what it was asked
         to load that is not there, or against the policy.
 
         Not connections that were cut off: pages and servers end while they have some.
@@ -68,7 +68,7 @@ class Browser:
         return [message for message in messages if "net::ERR_" not in message]
 
     def prefer(self, **features: str) -> None:
-        """What the user prefers: ``color_scheme="dark"``."""
+        """Set the user's preferences: ``color_scheme="dark"``."""
         wanted = [
             {"name": f"prefers-{name.replace('_', '-')}", "value": value}
             for name, value in features.items()
@@ -76,13 +76,13 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wanted})
 
     def photograph(self, name: str) -> None:
-        """A screenshot."""
+        """Save a screenshot."""
         path = self._screenshots / f"{name}.png"
         assert self.driver.save_screenshot(path)
         assert path.stat().st_size > 10_000  # bytes: there is something on it
 
     def check(self, state: str) -> None:
-        """In light and dark: nothing axe finds wrong, contrast among it, and a screenshot."""
+        """Check light and dark style by axe (contrast included), and save screenshots."""
         for scheme in ("light", "dark"):
             self.prefer(color_scheme=scheme)
             self.photograph(f"{state}-{scheme}")

@@ -1,4 +1,4 @@
-"""Whom ``vsock web`` lets in, and what it answers: over plain HTTP, as an attacker would."""
+"""Access control of ``vsock web``, tested over plain HTTP as an attacker would use it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..vsock import PATIENCE, Running, Vsock
 
 
 class Client:
-    """A browser without mercy: it sends what it is told to."""
+    """An HTTP client that sends any request."""
 
     def __init__(self, running: Running) -> None:
         self.running = running
@@ -42,7 +42,7 @@ class Client:
             return answer.status
 
     def enter(self) -> str:
-        """Open the link; the cookie."""
+        """Open the link, and return the cookie."""
         with self.ask("GET", f"/?token={self.token}") as answer:
             assert answer.status == 200
             assert b'http-equiv="refresh" content="0; url=/"' in answer.read()
@@ -52,7 +52,7 @@ class Client:
         return cookie
 
     def act(self, cookie: str, action: Any, **headers: str) -> tuple[int, str]:
-        """POST, as the page does."""
+        """Send a POST request as the page does."""
         wanted = {"Cookie": cookie, "Origin": f"http://{self.host}", **headers}
         with self.ask("POST", "/actions", json.dumps(action), **wanted) as answer:
             return answer.status, answer.read().decode()
@@ -88,8 +88,8 @@ def test_sessions_are_limited(client: Client) -> None:
     assert client.status("GET", "/", Cookie=cookies[-1]) == 200
 
 
-def test_strangers_keep_no_browser_out(client: Client) -> None:
-    """Any user of this machine can connect; clients with a session have places of their own."""
+def test_other_clients_cannot_lock_a_browser_out(client: Client) -> None:
+    """Clients with a session are counted apart from others, which any user can open."""
     cookie = client.enter()
     host, _, port = client.host.partition(":")
     with contextlib.ExitStack() as stack, Stream(client, cookie) as stream:
@@ -103,7 +103,7 @@ def test_strangers_keep_no_browser_out(client: Client) -> None:
         assert next(messages)["event"] == "snapshot"  # and none that it has is cut off
 
 
-def test_a_cookie_takes_no_time(client: Client) -> None:
+def test_long_cookies_are_parsed_in_linear_time(client: Client) -> None:
     """CVE-2024-7592: http.cookies took a second for each of these."""
     cookie = client.enter()
     for quoted in ("\\" * 15_000, "\\101" * 3_700):
@@ -138,8 +138,8 @@ def test_the_browsers_command_line_does_not_have_the_link(vsock: Vsock, tmp_path
     assert not file.parent.exists()
 
 
-def test_names_that_were_pointed_here(client: Client) -> None:
-    """DNS rebinding: the browser has the attacker's name for our address."""
+def test_rebound_host_names_are_rejected(client: Client) -> None:
+    """DNS rebinding: the browser resolves the attacker's name to this address."""
     cookie = client.enter()
     port = client.host.partition(":")[2]
     for host in (f"attacker.example:{port}", "127.0.0.1", f"127.0.0.1.example:{port}", "::1"):
@@ -149,7 +149,7 @@ def test_names_that_were_pointed_here(client: Client) -> None:
 
 
 def test_requests_of_other_sites(client: Client) -> None:
-    """CSRF: the browser would send the cookie along, if it were not for SameSite."""
+    """CSRF: without SameSite the browser would send the cookie along."""
     cookie = client.enter()
     action = {"action": "suspend", "cid": 3}
     for origin in ("https://attacker.example", "null", "http://127.0.0.1:1", "http://localhost"):
@@ -167,7 +167,7 @@ def test_only_post_acts(client: Client) -> None:
         assert client.status(method, "/", Cookie=cookie, Origin=origin) == 405
 
 
-def test_what_is_no_action(client: Client) -> None:
+def test_invalid_actions(client: Client) -> None:
     cookie = client.enter()
     senseless: list[Any] = [
         None,
@@ -207,7 +207,7 @@ def test_actions(client: Client, fabric: PrivateFabric) -> None:
     assert states == ["suspended", "running"]
 
 
-def test_nothing_from_elsewhere_and_in_nobodys_frame(client: Client) -> None:
+def test_headers_forbid_other_sites_and_frames(client: Client) -> None:
     cookie = client.enter()
     for path in ("/", "/page.js", "/icon.svg", "/nowhere"):
         with client.ask("GET", path, Cookie=cookie) as answer:
@@ -219,7 +219,7 @@ def test_nothing_from_elsewhere_and_in_nobodys_frame(client: Client) -> None:
 
 
 class Stream:
-    """Server-sent events."""
+    """A stream of server-sent events."""
 
     def __init__(self, client: Client, cookie: str, **headers: str) -> None:
         self.answer = client.ask("GET", "/stream", Cookie=cookie, **headers)
@@ -242,12 +242,12 @@ class Stream:
                 message = {}
 
     def happened(self) -> tuple[str, dict[str, Any]]:
-        """The next event and its number."""
+        """Return the next event and its number."""
         message = next(one for one in self if one["event"] == "event")
         return message["id"], json.loads(message["data"])
 
 
-def test_the_stream_goes_on_where_it_was(client: Client, fabric: PrivateFabric) -> None:
+def test_a_reconnected_stream_resumes(client: Client, fabric: PrivateFabric) -> None:
     cookie = client.enter()
     with Stream(client, cookie) as stream:
         assert next(iter(stream))["event"] == "snapshot"
@@ -261,7 +261,7 @@ def test_the_stream_goes_on_where_it_was(client: Client, fabric: PrivateFabric) 
         assert stream.happened()[1]["cid"] == guests[0].cid
 
 
-def test_it_is_for_this_machine_alone(vsock: Vsock) -> None:
+def test_only_loopback_addresses_are_served(vsock: Vsock) -> None:
     vsock.fail(
         ("web --listen tcp:0.0.0.0:8000", 2, "expected tcp:127.0.0.1:PORT"),
         ("web --listen tcp:localhost:8000", 2, "expected tcp:127.0.0.1:PORT"),

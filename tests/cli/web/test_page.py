@@ -1,4 +1,4 @@
-"""``vsock web`` in a browser: each state it can be in, and what people do there."""
+"""``vsock web`` in a browser: its states, and its use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 def web(vsock: Vsock, browser: Browser) -> Iterator[Running]:
-    """The page, open and up to date."""
+    """The open page, with data."""
     running = open_page(vsock, browser)
     yield running
     # The stream ends with vsock web; that is no error.
@@ -49,10 +49,10 @@ def open_page(vsock: Vsock, browser: Browser) -> Running:
     return running
 
 
-def test_it_is_opened_by_way_of_a_file(
+def test_the_browser_is_opened_through_a_file(
     vsock: Vsock, browser: Browser, tmp_path: Path, fabric: PrivateFabric
 ) -> None:
-    """Which is another site to the browser, so that a cookie for the same site alone is at risk."""
+    """The file is another site to the browser, which tests the SameSite cookie."""
     program = tmp_path / "browser"
     program.write_text(f'#!/bin/sh\ncd {tmp_path}; echo "$1" >new; mv new address\n')
     program.chmod(0o755)
@@ -77,7 +77,7 @@ def guests(fabric: PrivateFabric) -> Iterator[list[Attachment]]:
 def streams(
     fabric: PrivateFabric, guest: Attachment, number: int
 ) -> Iterator[Sequence[socket.socket]]:
-    """So many from the guest to the host; the guest's ends."""
+    """Open ``number`` streams from the guest to the host; yield the guest's ends."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(
             vsockets.create_server((2, 5000), backlog=number, context=fabric.host)
@@ -221,7 +221,7 @@ def test_denied(
     browser.check("denied")
 
 
-def test_vsockd_goes_and_comes_back(alone: Vsock, browser: Browser) -> None:
+def test_restart_of_vsockd(alone: Vsock, browser: Browser) -> None:
     alone("up")
     open_page(alone, browser)
     browser.wait_for_text("#graph-words", "Only the host exists")

@@ -1,4 +1,4 @@
-"""What the page is told, from what vsockd says."""
+"""Snapshots for the page, made from vsockd's replies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ends(source: int, port: int, target: int) -> list[dict[str, Any]]:
 
 
 def find(pid: int, uid: int, inode: int | None) -> Owner:
-    """A child of each process has its sockets."""
+    """Return a child of ``pid`` as the owner of its sockets."""
     return Owner(pid + 1, uid, f"with {inode}")
 
 
@@ -46,7 +46,7 @@ def draw(contexts: list[dict[str, Any]], sockets: list[dict[str, Any]]) -> dict[
     )
 
 
-def test_a_stream_is_one_and_a_link_many() -> None:
+def test_links_count_streams() -> None:
     sockets = ends(3, 1024, 2) + ends(3, 1025, 2) + ends(2, 1024, 3)
     seen = draw([context(2, 3), context(3, 3)], sockets)
     assert [(one["local"], one["peer"]) for one in seen["streams"]] == [
@@ -65,12 +65,12 @@ def test_a_stream_is_one_and_a_link_many() -> None:
     assert (host["guest"], guest["guest"], guest["ft"], guest["denials"]) == (False, True, True, 3)
 
 
-def test_nothing_is_known_of_rates_at_first() -> None:
+def test_rates_are_unknown_at_first() -> None:
     seen = make_snapshot(STATUS, {"contexts": [context(2)]}, [], [], {}, find)
     assert seen["rates"] is None and seen["contexts"][0]["rates"] is None
 
 
-def test_the_hypervisor_is_shown_when_somebody_is_in_it() -> None:
+def test_the_hypervisor_is_shown_when_it_has_sockets() -> None:
     rows = draw([context(0), context(2)], [])["contexts"]
     assert [row["cid"] for row in rows] == [2]
     rows = draw([context(0, sockets=1), context(2)], [])["contexts"]

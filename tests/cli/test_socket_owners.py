@@ -1,4 +1,4 @@
-"""Which process has a socket: of the family that vsockd knows, and the same one throughout."""
+"""The process that owns a socket, among the one known to vsockd and its descendants."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ signal.pause()
 
 @contextlib.contextmanager
 def child_with(sock: socket.socket, name: str) -> Iterator[int]:
-    """A child that is called ``name`` and has ``sock``."""
+    """Run a child named ``name`` that inherits ``sock``; yield its pid."""
     command = [sys.executable, "-c", SCRIPT, name]
     with subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[sock.fileno()]) as process:
         assert process.stdout is not None
@@ -39,12 +39,12 @@ def child_with(sock: socket.socket, name: str) -> Iterator[int]:
 
 @pytest.fixture
 def sock() -> Iterator[tuple[socket.socket, int]]:
-    """A socket that is open in children alone, and its inode."""
+    """A socket for children to inherit, and its inode."""
     with socket.socket() as sock:
         yield sock, os.fstat(sock.fileno()).st_ino
 
 
-def test_a_child_that_has_it(sock: tuple[socket.socket, int]) -> None:
+def test_a_child_that_owns_the_socket(sock: tuple[socket.socket, int]) -> None:
     with child_with(sock[0], "worker") as pid:
         sock[0].close()
         expected = Owner(pid, os.geteuid(), "worker")
@@ -52,7 +52,7 @@ def test_a_child_that_has_it(sock: tuple[socket.socket, int]) -> None:
 
 
 def test_a_name_that_looks_like_a_row(sock: tuple[socket.socket, int]) -> None:
-    """A program chooses its name, and not its user."""
+    """A program can choose its name, but not its uid."""
     name = "a\x0cUid:\t7 7"
     with child_with(sock[0], name) as pid:
         sock[0].close()
@@ -62,7 +62,7 @@ def test_a_name_that_looks_like_a_row(sock: tuple[socket.socket, int]) -> None:
 
 @as_root
 @as_administrator
-def test_a_child_whose_number_is_anothers_by_now(sock: tuple[socket.socket, int]) -> None:
+def test_a_child_whose_pid_was_reused(sock: tuple[socket.socket, int]) -> None:
     owners = Owners()
     with child_with(sock[0], "worker") as pid:
         sock[0].close()
