@@ -51,7 +51,7 @@ def test_a_stream(vsock: Vsock, fabric: PrivateFabric, tmp_path: Path) -> None:
         (CONNECT, client, host, 32, b""),
         (PAYLOAD, client, host, 32 + 5, b"first"),
         (PAYLOAD, host, client, 32 + 5, b"first"),
-        (PAYLOAD, client, host, 32 + 11, b""),  # tshark shows nothing of what was cut
+        (PAYLOAD, client, host, 32 + 11, b""),  # tshark shows no truncated payload
         (PAYLOAD, host, client, 32 + 11, b""),
         (DISCONNECT, client, host, 32, b""),
         (DISCONNECT, host, client, 32, b""),

@@ -25,7 +25,7 @@ def children_of(pid: int) -> dict[int, list[str]]:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             command = (folder / "cmdline").read_text().split("\0")
         except OSError:
-            continue  # it has just ended
+            continue  # the process has ended
         if parent == pid:
             found[int(folder.name)] = command
     return found

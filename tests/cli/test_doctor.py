@@ -12,13 +12,13 @@ def test_findings(alone: Vsock) -> None:
     findings = {finding["what"]: finding for finding in alone.json("doctor")}
     assert findings["fabric (vsockd)"]["state"] == "yes"
     assert {"KVM", "QEMU", "FUSE", "kernel AF_VSOCK", "pidfd_getfd"} <= findings.keys()
-    # The tests of ``vsock run`` need it, too.
+    # The tests of ``vsock run`` need it as well.
     assert findings["seccomp notification"]["state"] != "no", findings["seccomp notification"]
     for finding in findings.values():
         assert finding["state"] in ("yes", "no", "partly")
         assert finding["detail"]
         assert finding["state"] != "no" or finding["install"]
-    assert not alone.folder.exists()  # it had a fabric of its own
+    assert not alone.folder.exists()  # doctor uses a private fabric
 
 
 def test_the_table_fits_a_terminal(alone: Vsock) -> None:

@@ -47,7 +47,7 @@ def test_from_a_guest_to_tcp(vsock: Vsock, fabric: PrivateFabric, tcp_echo: int)
 
 
 def test_unix_and_hybrid_vsock(vsock: Vsock, echo: int, tmp_path: Path) -> None:
-    # A stand-in for a device: the convention is a line there and a line back.
+    # A simulated device: the handshake is one line each way.
     with socket.socket(socket.AF_UNIX) as device:
         device.bind(str(tmp_path / "v.sock"))
         device.listen()
@@ -62,7 +62,7 @@ def test_unix_and_hybrid_vsock(vsock: Vsock, echo: int, tmp_path: Path) -> None:
         sock.settimeout(PATIENCE)
         with sock:
             assert sock.recv(100) == b"CONNECT 52\n"
-            sock.sendall(b"OK 1073741824\nhello")  # the stream may begin in the same write
+            sock.sendall(b"OK 1073741824\nhello")  # data may follow in the same write
             assert sock.recv(100) == b"early"
         with client:
             assert read_all(client) == b"hello"

@@ -91,6 +91,6 @@ def test_flows_end_when_idle_and_when_there_are_too_many(
             client = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
             client.sendto(b"x", ("127.0.0.1", port))
             service.recvfrom(10)
-        for _ in range(3):  # one for the third client, two in silence
+        for _ in range(3):  # one for the third client, two idle
             assert "1 datagrams sent, 0 received" in running.error_line()
         end(running)

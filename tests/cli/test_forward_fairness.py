@@ -13,7 +13,7 @@ from vsockets.testing import PrivateFabric
 from .forwarding import ask, end, start
 from .vsock import PATIENCE, Vsock
 
-#: In the place of getaddrinfo(): name servers of .silent never answer.
+#: Replaces getaddrinfo(): name servers of .silent never reply.
 _NAME_SERVERS = """
 import socket, threading
 real = socket.getaddrinfo

@@ -64,7 +64,7 @@ def test_sigterm_lets_connections_end(vsock: Vsock, echo: int) -> None:
         client.sendall(b"before")
         assert client.recv(100) == b"before"
         running.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: _refuses(port), "the door to close", PATIENCE)
+        wait_until(lambda: _refuses(port), "the listener to close", PATIENCE)
         assert running.error_line().startswith("draining for 30 s: connections left: ")
         client.sendall(b"after")
         assert client.recv(100) == b"after"
@@ -78,7 +78,7 @@ def test_a_second_signal_closes_connections(vsock: Vsock, echo: int) -> None:
         client.sendall(b"before")
         assert client.recv(100) == b"before"
         running.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: _refuses(port), "the door to close", PATIENCE)
+        wait_until(lambda: _refuses(port), "the listener to close", PATIENCE)
         running.process.send_signal(signal.SIGTERM)
         assert read_all(client) == b""
     assert "connections closed: " in running.finish()[1]
@@ -90,7 +90,7 @@ def _refuses(port: int) -> bool:
     except ConnectionRefusedError:
         return True
     except ConnectionResetError:
-        pass  # it was in the backlog when the door was closed
+        pass  # it was in the backlog when the listener was closed
     return False
 
 
@@ -128,12 +128,12 @@ def test_a_file_of_forwards_is_read_again(
         assert "connected" in running.error_line()
         write((two, "exec:sh -c 'cat > /dev/null; echo new'"), (three, f"tcp:127.0.0.1:{tcp_echo}"))
         assert reload() == "reloaded"
-        standing.sendall(b"2")  # its forward is gone, and it is not
+        standing.sendall(b"2")  # its forward was removed; the connection continues
         assert standing.recv(1) == b"2"
         assert not (tmp_path / "one").exists()
         assert ask(connect("two")) == b"new\n"
         assert ask(connect("three")) == b"question"
-    for _ in range(5):  # what -v has to say of these
+    for _ in range(5):  # the lines of -v about these
         running.error_line()
     write((two, "tcp:nowhere"))
     assert re.match(r"not reloaded: .*:3: forward.to: 'tcp:nowhere'", reload())
@@ -143,7 +143,7 @@ def test_a_file_of_forwards_is_read_again(
 
 def test_systemd_passes_the_socket(vsock: Vsock, echo: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        # As sd_listen_fds(3) has it: descriptor 3, and our own process id.
+        # As in sd_listen_fds(3): descriptor 3, and the process's own id.
         script = (
             "import os, sys; fd = int(sys.argv[1]); os.dup2(fd, 3) if fd != 3 else None; "
             "os.set_inheritable(3, True); os.environ['LISTEN_PID'] = str(os.getpid()); "

@@ -182,7 +182,7 @@ def test_several_at_once_and_a_limit() -> None:
     async def test(connect: Connect) -> None:
         silent = [await connect() for _ in range(HTTP_CLIENTS_MAX)]
         assert (await ask(connect, GET)).startswith(b"HTTP/1.1 200 ")
-        reader, writer = silent.pop(0)  # the oldest, in whose place the last one was
+        reader, writer = silent.pop(0)  # the oldest, displaced by the last one
         with contextlib.suppress(ConnectionError):
             assert await reader.read() == b""
         writer.close()

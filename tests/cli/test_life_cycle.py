@@ -228,7 +228,7 @@ def test_reload(vsock: Vsock, fabric: PrivateFabric) -> None:
         sock.bind((60, 5000))
         with pytest.raises(OSError, match="buffer space"):
             another.bind((60, 5001))
-        # The limit is shown wherever one looks for it.
+        # Every listing shows the limit.
         status = [line.split() for line in vsock("status").stdout.splitlines()]
         assert ["limits", "met", "1"] in status
         (line,) = [

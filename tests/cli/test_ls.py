@@ -58,7 +58,7 @@ def test_filters(vsock: Vsock, fabric: PrivateFabric, sockets: int) -> None:
     assert count() == len(rows) == 4
     assert count(context=[2], state=["listening"]) == 1
     assert count(state=["listening", "unconnected"]) == 2
-    # Of the stream both ends: one has the port, the other's peer has it.
+    # Both ends of the stream: the port of one is the peer's port of the other.
     assert count([5000]) == 3
     assert count([5000, 4_000_000_000]) == 4
     assert count(pid=[os.getpid()], uid=[os.geteuid()]) == 4
@@ -73,7 +73,7 @@ def test_filters(vsock: Vsock, fabric: PrivateFabric, sockets: int) -> None:
 def test_bad_filters(vsock: Vsock) -> None:
     vsock.fail(
         ("ls -l --state bound", 2, "exclude each other"),
-        ("ls --user nobody-of-that-name", 2, "no such user: 'nobody-of-that-name'"),
+        ("ls --user no-such-user", 2, "no such user: 'no-such-user'"),
         ("ls --port x", 2, "'x'"),
         ("ls --watch", 2, "standard output is not a terminal"),
     )
@@ -85,7 +85,7 @@ def test_queues(vsock: Vsock, fabric: PrivateFabric) -> None:
         vsockets.create_server((2, 5001), backlog=7, context=fabric.host) as server,
         vsockets.create_connection((2, 5001), context=guest) as client,
         server.accept()[0] as accepted,
-        vsockets.create_connection((2, 5001), context=guest),  # waits to be accepted
+        vsockets.create_connection((2, 5001), context=guest),  # pending, not accepted
         vsockets.socket(type=stdlib.SOCK_DGRAM, context=fabric.host) as receiver,
         vsockets.socket(type=stdlib.SOCK_DGRAM, context=guest) as sender,
     ):
@@ -109,7 +109,7 @@ def test_queues(vsock: Vsock, fabric: PrivateFabric) -> None:
             for row in rows
             if row["accepted"] and row["peer"] == [guest.cid, port]
         ]
-        # The kernel counts what a datagram takes, not what is in it.
+        # The kernel counts the memory of a datagram, not its payload.
         waiting, sent = queues["dgram", "unconnected", 2, 5001]
         assert waiting >= 5 and sent == 0
         assert receiver.recv(100) == b"waits"

@@ -48,7 +48,7 @@ def test_mandoc_accepts_the_pages(pages: Path) -> None:
         timeout=PATIENCE,
         check=True,
     ).stdout
-    plain = re.sub(".\b", "", shown)  # bold is a letter typed twice
+    plain = re.sub(".\b", "", shown)  # mandoc overstrikes bold letters
     assert "       vsock capture [OPTIONS] [FROM] [TO]\n" in plain
 
 

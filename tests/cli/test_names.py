@@ -79,7 +79,7 @@ def test_events(
     happen()
     assert running.process.stdout is not None
     while not select.select([running.process.stdout], [], [], 0.1)[0]:
-        happen()  # it had not subscribed yet
+        happen()  # the command had not subscribed yet
     line = running.read_line()
     fabric.control.remove_context(4)
     chosen = str(program) if topic == "denial" else EVIL

@@ -46,7 +46,7 @@ def vsock(fabric: PrivateFabric, tmp_path: Path, request: pytest.FixtureRequest)
     lines = ["import vsockets.amqp.limits as amqp, vsockets._linux.descriptor_passing as passing"]
     lines += [
         "amqp.AMQP_OPEN_TIMEOUT_SECONDS = amqp.AMQP_CLOSE_TIMEOUT_SECONDS = 0.5"
-    ]  # there is no broker to wait for
+    ]  # no broker is running
     if request.param == "older kernels":
         lines += ["passing.refuse_descriptors = passing._refuses = lambda sock: False"]
     (modules / "sitecustomize.py").write_text("\n".join(lines))
@@ -229,7 +229,7 @@ def test_amqp(vsock: Vsock, fabric: PrivateFabric) -> None:
     port = port_of(running)
     attack(to_host(port, fabric.guest()))
     with to_host(port, fabric.guest())() as good:
-        assert good.recv(100)  # connection.close: there is no broker
+        assert good.recv(100)  # connection.close, as no broker is running
     end_promptly(running)
 
 

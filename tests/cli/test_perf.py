@@ -47,7 +47,7 @@ def test_everything_within_this_machine(vsock: Vsock) -> None:
             if "sent" in details:
                 assert 0 <= details["lost"] <= details["sent"]
         if measurement["name"] == "datagrams":
-            for result in measurement["results"][:2]:  # a full receiver makes senders wait
+            for result in measurement["results"][:2]:  # senders wait for a full receiver
                 assert result["details"]["lost"] == 0
 
 
@@ -139,7 +139,7 @@ def test_invalid_clients_do_not_disturb_the_server(vsock: Vsock) -> None:
                 assert sock.recv(1) == b""
             except OSError as error:
                 if error.errno not in (errno.ECONNRESET, errno.ENOTCONN):
-                    raise  # these two: it closed with bytes unread
+                    raise  # the server closed with unread bytes
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for nonsense in (b"", b"VSP1", b"VSP1\x09" + bytes(30)):
             sock.sendto(nonsense, ("127.0.0.1", int(datagram.rpartition(":")[2])))

@@ -166,7 +166,7 @@ def test_listen(vsock: Vsock, fabric: PrivateFabric, restart: Callable[[], None]
 def test_a_client_of_nfs(
     vsock: Vsock, fabric: PrivateFabric, restart: Callable[[], None], tmp_path: Path
 ) -> None:
-    """Its calls continue, from the same port, by which the server detects duplicates."""
+    """Calls continue from the same port, by which the server detects duplicates."""
     export, state = tmp_path / "export", tmp_path / "state"
     export.mkdir()
     running = vsock.start("nfs", "serve", "--export", export, "--state", state)

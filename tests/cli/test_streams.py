@@ -50,7 +50,7 @@ def test_megabytes_both_ways(vsock: Vsock, tmp_path: Path, options: list[str]) -
 
 
 def test_the_end_of_input_is_passed_on_and_the_answer_still_received(vsock: Vsock) -> None:
-    # The command answers only when it has seen the end.
+    # The command replies after the end of its input.
     listener = vsock.start("listen", "any", "-e", "sh -c 'sort; echo from $VSOCK_PEER_CID'")
     done = vsock("connect", "host", listener.port(), data=b"b\na\n")
     assert done.stdout == "a\nb\nfrom 2\n"
@@ -83,7 +83,7 @@ def test_verbose_shows_the_peer_on_both_sides(vsock: Vsock, fabric: PrivateFabri
         rf"connected to 2:{port} \(pid {listener.process.pid}, {user}\) from {guest.cid}:6000", line
     )
     line = listener.error_line()
-    # Not the pid of ``vsock run``, which is the program's front.
+    # Not the pid of ``vsock run``, which waits for the program.
     found = re.fullmatch(rf"connection from {guest.cid}:6000 \(pid (\d+), {user}\)", line)
     assert found
     assert int(found[1]) != client.process.pid
@@ -101,7 +101,7 @@ def test_several_at_a_time_share_input_and_output(vsock: Vsock) -> None:
     listener.write(b"to all\n")
     assert [client.read_line() for client in clients] == ["to all", "to all"]
     for client in clients:
-        client.process.kill()  # one that fails is no failure of the others
+        client.process.kill()  # a failing stream does not affect the others
     late = vsock.start("connect", "host", port)
     late.write(b"still there?\n")
     assert listener.read_line() == "still there?"
@@ -241,7 +241,7 @@ def test_no_vsockd(vsock: Vsock) -> None:
 
 
 def test_reserved_ports() -> None:
-    # Tests may run as root, who may have them.
+    # Root may bind them, so the error is simulated.
     refused = OSError(errno.EACCES, "Permission denied")
     assert "CAP_NET_BIND_SERVICE" in str(cli_error("bind to any:80", refused, BIND))
     assert "CAP_NET_BIND_SERVICE" in str(cli_error("connect to 2:80", refused, CONNECT))

@@ -25,9 +25,9 @@ def drawn(columns: Sequence[Column], rows: Sequence[Sequence[Any]], width: int) 
     with console.capture() as capture:
         console.print(make_table(columns, rows, width))
     lines = [line.rstrip() for line in capture.get().splitlines()]
-    assert len(lines) == 1 + len(rows), lines  # none is broken
+    assert len(lines) == 1 + len(rows), lines  # no row is wrapped
     assert all(len(line) <= width for line in lines), lines
-    assert "…" not in lines[0]  # nor a title
+    assert "…" not in lines[0]  # no title is cut
     return lines
 
 
@@ -78,7 +78,7 @@ def test_contexts(vsock: Vsock, fabric: PrivateFabric) -> None:
         rows = [line for line in lines if line.startswith(str(VMWARE_CID)[:9])]
         assert [row.split()[0] for row in rows] == [str(guest.cid), str(other.cid)]
         assert "suspended" in rows[0] and "a-virtu" in rows[0] and "a-virtu" in rows[1]
-        assert len(lines) == 1 + len(fabric.control.contexts())  # no row is broken
+        assert len(lines) == 1 + len(fabric.control.contexts())  # no row is wrapped
     finally:
         for place in (guest, other):
             fabric.control.remove_context(place.cid)

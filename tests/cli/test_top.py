@@ -31,7 +31,7 @@ def test_counters_of_a_new_context_begin_at_zero() -> None:
     rates = Rates()
     rates.update(counts(3, 100), 10.0)
     assert rates.update(counts(4, 5), 11.0)[4]["connects"] == 5.0
-    assert rates.update(counts(4, 2), 12.0)[4]["connects"] == 2.0  # another of the same CID
+    assert rates.update(counts(4, 2), 12.0)[4]["connects"] == 2.0  # a new context with the same CID
 
 
 def names(lines: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ BUILT_WITHOUT = """\
 [ "$1" = --version ] && echo "QEMU emulator version 10.2.0" ||
     echo "$0: -device $2: Device '${2%,help}' not found" >&2
 """
-#: As QEMU of Debian 12 to 14 beside another QEMU's modules, when it is asked for all drivers.
+#: Output of Debian 12 to 14's QEMU for all drivers, beside another QEMU's modules.
 ABORTING = """\
 #!/bin/sh
 case "$*" in

@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-#: How long the page may take for anything, in seconds: the machine may be busy.
+#: Timeout of every wait for the page, in seconds, on a busy machine.
 PATIENCE = 50.0
 
 
@@ -79,7 +79,7 @@ class Browser:
         """Save a screenshot."""
         path = self._screenshots / f"{name}.png"
         assert self.driver.save_screenshot(path)
-        assert path.stat().st_size > 10_000  # bytes: there is something on it
+        assert path.stat().st_size > 10_000  # bytes; an empty screenshot is smaller
 
     def check(self, state: str) -> None:
         """Check light and dark style by axe (contrast included), and save screenshots."""
@@ -107,7 +107,7 @@ def chromium(screenshots: Path) -> Iterator[Browser]:
         "--disable-background-networking",
         "--disable-component-update",
         "--no-first-run",
-        "--no-sandbox",  # root has none, nor have some containers; it sees our own page alone
+        "--no-sandbox",  # unavailable to root and in some containers; only this page is loaded
     ):
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

@@ -78,7 +78,7 @@ def test_a_link_works_once(client: Client) -> None:
     assert client.token != used
     assert client.status("GET", f"/?token={used}") == 401
     assert client.enter() != cookie
-    assert client.status("GET", "/", Cookie=cookie) == 200  # the first browser stays
+    assert client.status("GET", "/", Cookie=cookie) == 200  # the first session is still valid
 
 
 def test_sessions_are_limited(client: Client) -> None:
@@ -100,7 +100,7 @@ def test_other_clients_cannot_lock_a_browser_out(client: Client) -> None:
                 silent = stack.enter_context(socket.create_connection((host, int(port))))
                 silent.sendall(b"GET ")
             assert client.status("GET", "/", Cookie=cookie) == 200
-        assert next(messages)["event"] == "snapshot"  # and none that it has is cut off
+        assert next(messages)["event"] == "snapshot"  # and its connections stay open
 
 
 def test_long_cookies_are_parsed_in_linear_time(client: Client) -> None:
@@ -111,7 +111,7 @@ def test_long_cookies_are_parsed_in_linear_time(client: Client) -> None:
         assert client.status("GET", "/", Cookie=f'{cookie.partition("=")[0]}="{quoted}"') == 401
 
 
-#: What a desktop has for a browser: it notes what it was asked to open, and can be asked for it.
+#: A browser that records its arguments, as a desktop would start it.
 BROWSER = """#!/bin/sh
 tr '\\0' ' ' </proc/$$/cmdline >{folder}/arguments
 ls -ld "${{1#file://}}" "$(dirname "${{1#file://}}")" >{folder}/modes

@@ -36,7 +36,7 @@ def web(vsock: Vsock, browser: Browser) -> Iterator[Running]:
     """The open page, with data."""
     running = open_page(vsock, browser)
     yield running
-    # The stream ends with vsock web; that is no error.
+    # The stream ends with vsock web, which is no error.
     assert not [error for error in browser.errors() if "/stream" not in error]
     browser.prefer()
     browser.driver.get("about:blank")
@@ -139,7 +139,7 @@ def test_a_rate(
         "window.seen = new Set();"
         "new MutationObserver(() => {"
         " const cell = document.querySelector(arguments[0]);"
-        " if (cell) seen.add(cell.textContent);"  # its row goes with the context
+        " if (cell) seen.add(cell.textContent);"  # the row is removed with the context
         "})"
         ".observe(document.querySelector('#contexts'),"
         " { subtree: true, childList: true, characterData: true })",
@@ -209,8 +209,8 @@ def test_denied(
         vsockets.create_connection((second.cid, 5000), context=first)
     browser.wait_for_text("#events .denial", f"{first.cid}:any to {second.cid}:5000")
     browser.wait_for_text(f"#contexts [data-key='{first.cid}'] td:nth-child(10)", "1")
-    browser.wait_for_text("#heard", "guest to guest")  # what a screen reader is told
-    # A denial is drawn for some seconds; this one until the page has been looked at.
+    browser.wait_for_text("#heard", "guest to guest")  # the text for screen readers
+    # A denial is drawn for some seconds; this clock keeps it.
     browser.run("Date.now = () => arguments[0]", 0)
     with pytest.raises(OSError):
         vsockets.create_connection((second.cid, 5000), context=first)
@@ -317,7 +317,7 @@ def test_a_hundred_guests_on_a_telephone(
         assert browser.run(width) == 0
         browser.photograph("many")
         assert browser.run(OVERLAPS) == []
-        # What is written in the graph, as high as on a large screen almost.
+        # Text of the graph is almost as large as on a large screen.
         height = "return document.querySelector('#nodes text').getBoundingClientRect().height"
         assert browser.run(height) > 9
     finally:

@@ -81,7 +81,7 @@ def test_the_busiest_are_shown_and_the_rest_counted() -> None:
     quiet = [context(cid) for cid in range(3, WEB_CONTEXTS_MAX + 50)]
     busy = context(900, streams=1)
     sockets = [row for port in range(WEB_STREAMS_MAX + 5) for row in ends(900, 2000 + port, 2)]
-    sockets += ends(WEB_CONTEXTS_MAX + 49, 2000, 2)  # of one that is not shown
+    sockets += ends(WEB_CONTEXTS_MAX + 49, 2000, 2)  # of a context that is not listed
     seen = draw([context(2), *quiet, busy], sockets)
     cids = [row["cid"] for row in seen["contexts"]]
     assert len(cids) == WEB_CONTEXTS_MAX and cids[0] == 2 and cids[-1] == 900
