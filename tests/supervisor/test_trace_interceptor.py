@@ -8,6 +8,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -55,6 +57,14 @@ def ignore_stop(pid: int) -> None:
     pass
 
 
+def tick(sock: socket.socket) -> None:
+    """Send a byte every 5 ms until the peer is closed."""
+    with sock, contextlib.suppress(OSError):
+        while True:
+            sock.send(b"t")
+            time.sleep(0.005)
+
+
 class Traced:
     """A program that is traced, and served by ``serve`` until it has ended."""
 
@@ -75,6 +85,10 @@ class Traced:
         self.scheduler = CoroutineScheduler()
         self._children = blocked_as_descriptor(signal.SIGCHLD)
         self.scheduler.watch(self._children, self._on_child)
+        # Another thread of this process, which pytest-xdist has, may take the signal.
+        self._ticks, ticks = socket.socketpair()
+        self.scheduler.watch(self._ticks.fileno(), self._on_tick)
+        threading.Thread(target=tick, args=(ticks,), daemon=True).start()
         surroundings = Surroundings(
             MACHINE,
             processes,
@@ -115,12 +129,18 @@ class Traced:
             self.scheduler.poll()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         os.close(self._children)
+        self._ticks.close()
         self.interceptor.close()
         with open(self.output) as output:
             return output.read().splitlines()
 
     def _on_child(self, events: int) -> None:
-        os.read(self._children, 128)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._children, 128)
+        self._reap()
+
+    def _on_tick(self, events: int) -> None:
+        self._ticks.recv(4096)
         self._reap()
 
     def _reap(self) -> None:
