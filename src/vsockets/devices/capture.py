@@ -1,8 +1,8 @@
 """Records of the packets that pass a device.
 
-A capturing program passes a packet socket to the device, through vsockd, which has checked the
-policy, and receives one message for each record.  A program that reads too slowly misses records
-and is told how many; it never blocks the device.
+A capturing program passes a message socket to the device through vsockd, which checks the policy.
+The program then receives one message for each record.  A program that reads too slowly misses
+records; the next record has the number of missed records.  A slow program never blocks the device.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ class _Recorder:
         self.missed = 0
 
     def send(self, length: int, body: bytes) -> None:
-        """Send a record.
+        """Send a record: the packet's ``length`` in bytes, and the captured part of it, ``body``.
 
-        Raises BlockingIOError when the socket has no room, another OSError when it is closed.
+        Raises BlockingIOError when the socket has no room, another OSError when the program has
+        closed the socket.
         """
         self.sock.send(Captured(time.time_ns(), self.missed, length, body).encode(), _SEND)
         self.missed = 0
 
 
 class CaptureSink:
-    """The captures of a device.
+    """All running captures of a device.
 
-    The device tests :attr:`recorders` before it makes a record: mostly no capture runs.
+    The device makes a record only if :attr:`recorders` is not empty.
     """
 
     def __init__(self, loop: DeviceLoop) -> None:
@@ -52,9 +53,10 @@ class CaptureSink:
     def add(self, sock: socket.socket, limit: int, port: int) -> None:
         """Send records to ``sock``, with at most ``limit`` bytes of each payload.
 
-        ``port`` selects the records of one port, VMADDR_PORT_ANY all.  A capture beyond the limit
-        of a device is closed.  When the program shuts down its sending side, it receives the
-        number of the last missed records and then end of file.
+        ``port`` selects the records of one port, VMADDR_PORT_ANY those of all ports.  ``sock`` is
+        closed at once if the device has DEVICE_CAPTURES_MAX captures.  When the program shuts down
+        its sending side, a last record with the number of missed records follows, then end of
+        file.
         """
         if len(self.recorders) >= DEVICE_CAPTURES_MAX:
             sock.close()
@@ -73,9 +75,9 @@ class CaptureSink:
         length: int = 0,
         transport: bytes = b"",
     ) -> None:
-        """Send a record with ``length`` bytes of ``payload``.
+        """Send a record with the first ``length`` bytes of ``payload`` to each capturing program.
 
-        ``transport`` is the packet's virtio header, if it has one.
+        ``transport`` is the encoded virtio header of the packet, empty for other transports.
         """
         whose = Transport.VIRTIO if transport else Transport.NONE
         header = encode_header(operation, source, destination, whose, len(transport)) + transport
@@ -97,7 +99,7 @@ class CaptureSink:
     def stream(
         self, source: Address, destination: Address, payload: Sequence[memoryview], length: int
     ) -> None:
-        """Send the first ``length`` bytes of ``payload``, in as many records as they need."""
+        """Send the first ``length`` bytes of a stream's ``payload``, in one or more records."""
         data = memoryview(_first(payload, length))
         for begin in range(0, length, CAPTURE_PAYLOAD_MAX_BYTES):
             part = data[begin : begin + CAPTURE_PAYLOAD_MAX_BYTES]
@@ -109,18 +111,18 @@ class CaptureSink:
             self._remove(recorder)
 
     def _on_readable(self, recorder: _Recorder) -> None:
-        """Handle readiness of a capture's socket: data to ignore, end of file, or room."""
+        """Handle readiness of a capture's socket: ignore data; end the capture at end of file."""
         try:
             if recorder.sock.recv(1, MSG_DONTWAIT):
                 return
         except BlockingIOError:
             return
         except OSError:
-            pass  # closed, which the send below detects, too
+            pass  # the program has closed the socket, which the send below detects, too
         try:
             recorder.send(0, b"")
         except BlockingIOError:
-            # The final record waits for room; the end of file is then reported again.
+            # The last record waits for room; then the loop reports the end of file again.
             self._loop.change(recorder.sock.fileno(), select.EPOLLOUT)
             return
         except OSError:
@@ -134,7 +136,7 @@ class CaptureSink:
 
 
 def _first(parts: Sequence[memoryview], length: int) -> bytes:
-    """Return the first ``length`` bytes of ``parts``, or all."""
+    """Return the first ``length`` bytes of ``parts``, or all bytes if ``parts`` are shorter."""
     pieces = []
     for part in parts:
         if length <= 0:

@@ -1,19 +1,21 @@
 """Client of vsockd for a device: its guest becomes a context of the fabric.
 
-The device has one socket to vsockd, its *link*, which it gets from the administrator's socket.
+The device has one socket to vsockd, the *link*, which vsockd's administration socket provides.
 The link carries these messages:
 
 - To vsockd, a new channel: one end of a socket pair, on which the device sends the requests that a
   program sends to its context's control socket.  CONNECT names the guest's port; BIND_DATAGRAM and
-  ROUTE serve the ports from which the guest sends datagrams, CATCH_ALL receives for all others.
-- From vsockd, a record: the buffer of a connected program has changed its size.
+  ROUTE serve the guest's ports that send datagrams; CATCH_ALL registers one socket that receives
+  the datagrams to all other ports of the guest.
+- From vsockd, a record: the peer of a stream has changed its buffer size.
 - From vsockd, a capture (:mod:`.capture`): a record, and a socket to send records to.
 - From vsockd, a connect request: a record, and the accepted end of a stream whose client waits for
   a reply.  The device asks its guest, writes the reply to that end, and reports the outcome to
   vsockd (SETTLE); if the guest refuses, it also returns the end to vsockd.
 - To vsockd, an established stream of the guest with its CONNECT: vsockd hands the stream off to the
-  listener, without a reply.  From vsockd, records without a descriptor: the host's ports that have
-  a listener.  Both are for devices that have a unix socket for each stream.
+  listener, without a reply.  From vsockd, records without a descriptor: which ports of the host
+  have gained or lost a listener.  Only devices with a unix socket for each stream (hybrid vsock)
+  use these two messages.
 
 This module is independent of the kind of device.
 """
@@ -65,7 +67,7 @@ _ROUTE_CLOSED = (ConnectionRefusedError, BrokenPipeError, ConnectionResetError)
 
 
 class ConnectRequest(NamedTuple):
-    """A connect to the guest that waits for the guest's answer."""
+    """A client's connect to the guest that waits for the guest's answer."""
 
     sock: socket.socket
     port: int  #: the guest's port
@@ -76,7 +78,7 @@ class ConnectRequest(NamedTuple):
 
 
 class _Route:
-    """A socket to one receiver of datagrams, and the datagrams that wait for room in it."""
+    """A socket to one receiver of datagrams, and the datagrams that wait for its room."""
 
     def __init__(self, loop: DeviceLoop, sock: socket.socket) -> None:
         self._loop = loop
@@ -85,9 +87,10 @@ class _Route:
         self._bytes = 0
 
     def send(self, payload: bytes) -> None:
-        """Send or queue a datagram.
+        """Send a datagram, or queue it while the receiver's socket is full.
 
-        Raises OSError: ENOBUFS when the queue is full, ECONNREFUSED and others from the socket.
+        Raises OSError: ENOBUFS when the queue is full; ECONNREFUSED, EPIPE or ECONNRESET when the
+        receiver has closed.
         """
         if not self._waiting:
             try:
@@ -95,7 +98,7 @@ class _Route:
                 return
             except BlockingIOError:
                 self._loop.watch_for(self._sock.fileno(), self._flush, EPOLLOUT)
-        # An empty datagram takes memory, too.
+        # An empty datagram takes memory, too: count the overhead.
         if self._bytes + len(payload) + _DATAGRAM_OVERHEAD_BYTES > DEVICE_UNSENT_DATAGRAM_MAX_BYTES:
             raise OSError(errno.ENOBUFS, "the receiver's queue is full")
         self._waiting.append(payload)
@@ -103,7 +106,7 @@ class _Route:
 
     @property
     def is_idle(self) -> bool:
-        """True if no datagram is queued."""
+        """Flag: true while no datagram is queued for the receiver."""
         return not self._waiting
 
     def _flush(self, events: int) -> None:
@@ -132,7 +135,7 @@ class _Port:
 
     @property
     def is_idle(self) -> bool:
-        """True if no datagram is queued."""
+        """Flag: true while no datagram of the port is queued."""
         return all(route.is_idle for route in self.routes.values())
 
     def close(self) -> None:
@@ -144,22 +147,26 @@ class _Port:
 class DeviceClient:
     """Connection of a device to vsockd; takes ownership of ``link``.
 
-    Set the callbacks before the loop runs.
+    The device sets the callbacks below before the loop runs.
     """
 
+    #: connect a client to the guest; later call :meth:`DeviceClient.settle`
     on_connect: Callable[[ConnectRequest], None]
-    #: receive a datagram: source, guest's port, payload; return True if there is room for another
+    #: deliver a datagram to the guest: source (CID, port), guest's port, payload; return whether
+    #: the device has room for another datagram
     on_datagram: Callable[[tuple[int, int], int, bytes], bool]
+    #: handle the end of the link
     on_lost: Callable[[], None]
-    #: report whether a port of the host has a listener, to devices that request these reports
+    #: handle a change of a host's port: the port, and whether a program listens on it now; only
+    #: devices that requested these reports receive them
     on_listening: Callable[[int, bool], None]
 
     def __init__(
         self, loop: DeviceLoop, link: socket.socket, cid: int, datagrams: bool = True
     ) -> None:
-        """Attach the context ``cid``; without ``datagrams`` every datagram to it is refused."""
+        """Attach the context ``cid``; without ``datagrams`` vsockd refuses datagrams to it."""
         self.cid = cid
-        #: apply a peer's new buffer size: guest's port, peer, size in bytes
+        #: apply a peer's new buffer size: guest's port, peer (CID, port), size in bytes
         self.on_resized: Callable[[int, tuple[int, int], int], None] = lambda port, peer, size: None
         #: handle pending life-cycle events, so that an interruption never resets a newer stream
         self.drain_events: Callable[[], None] = lambda: None
@@ -172,10 +179,10 @@ class DeviceClient:
         refuse_descriptors(self._catch_all)
         self._catch_all.setblocking(False)
         self._paused: list[socket.socket] = []
-        #: outcomes for which vsockd's socket had no room, each with the stream's end if it was
-        #: refused
+        #: SETTLE messages for which the link had no room, each with the socket to return to vsockd
+        #: if the guest refused the connect
         self._unsettled: deque[tuple[bytes, socket.socket | None]] = deque()
-        self.capture = CaptureSink(loop)  #: records of what passes the device, while a capture runs
+        self.capture = CaptureSink(loop)  #: running captures of the device's packets
         loop.watch(link.fileno(), self.on_link_ready)
         if datagrams:
             self._request(client.catch_all(), self._catch_all)
@@ -183,7 +190,7 @@ class DeviceClient:
 
     @property
     def is_open(self) -> bool:
-        """True if the link is open."""
+        """Flag: true while the link is open."""
         return self._link.fileno() >= 0
 
     def close(self) -> None:
@@ -207,7 +214,8 @@ class DeviceClient:
     ) -> socket.socket:
         """Connect from the guest's ``port`` to ``peer``, with a socket of type ``kind``.
 
-        The first message on the returned socket is a record: vsockd's reply.
+        ``peer`` is a CID and a port.  The first message on the returned, non-blocking socket is a
+        record: vsockd's reply.
 
         Raises OSError when the link is closed.
         """
@@ -225,11 +233,11 @@ class DeviceClient:
         return ours
 
     def hand_off(self, sock: socket.socket, peer: tuple[int, int]) -> None:
-        """Hand ``sock``, whose other end is the guest, off to the listener at ``peer``.
+        """Hand ``sock``, whose other end is the guest, off to the listener at ``peer``: CID, port.
 
-        vsockd chooses the guest's port.
+        vsockd chooses the guest's port of the stream.
 
-        Raises OSError when the link is closed, or vsockd does not read it in time.
+        Raises OSError when the link is closed, or vsockd does not read the link in time.
         """
         request = client.connect_from_guest(VMADDR_PORT_ANY, peer, DEFAULT_SIZES)
         try:
@@ -242,29 +250,30 @@ class DeviceClient:
             self._send_to_vsockd(request, sock)
 
     def settle(self, request: ConnectRequest, size: int = 0, error: int = 0) -> None:
-        """Reply to a connect request: established with ``size``, or refused with ``error``.
+        """Reply to a connect request: established, or refused with the errno ``error``.
 
-        A refused ``request.sock`` is returned to vsockd, because the client may use it again.  The
-        caller closes its copy.
+        ``size`` is the agreed buffer size in bytes.  After a refusal ``request.sock`` is returned
+        to vsockd, because the client may connect that socket again; the caller closes its own
+        descriptor of the socket.
         """
         local, peer = (self.cid, request.port), request.peer
         if not error:  # a refused socket returns to vsockd, which receives descriptors
             _refuse_descriptors(request.sock)
-        with contextlib.suppress(OSError):  # the client has closed
+        with contextlib.suppress(OSError):  # the client has closed its end
             if not error:  # vsockd needed the sender's credentials until now
                 request.sock.setsockopt(SOL_SOCKET, SO_PASSCRED, 0)
             request.sock.send(self._reply(request, size, error), MSG_DONTWAIT | MSG_NOSIGNAL)
-            # Padding came with the request.
+            # The client's request carried padding, which no program must receive.
             if request.polling or request.sock.type == SOCK_SEQPACKET:
                 request.sock.recv(len(PADDING), MSG_DONTWAIT)
         message = client.settle(local, peer, size=size, error=error)
-        with contextlib.suppress(OSError):  # the link is closed; its callback reports that
+        with contextlib.suppress(OSError):  # the link is closed; on_lost reports that
             self._send_or_queue(message, request.sock if error else None)
 
     def _send_or_queue(self, message: bytes, sock: socket.socket | None) -> None:
-        """Send ``message``, or queue it until the link has room.
+        """Send ``message`` with ``sock``, or queue both until the link has room.
 
-        vsockd limits the pending connect requests, and so the length of this queue.
+        vsockd limits the pending connect requests, and thereby the length of the queue.
         """
         if not self._unsettled:
             try:
@@ -375,7 +384,7 @@ class DeviceClient:
             self._paused.append(sock)
 
     def resume_datagrams(self) -> None:
-        """Receive datagrams again after :attr:`on_datagram` reported no room."""
+        """Resume receiving datagrams, which stopped when :attr:`on_datagram` reported no room."""
         while self._paused:
             self._watch_datagrams(self._paused.pop())
 
@@ -394,9 +403,9 @@ class DeviceClient:
             raise OSError(errno.ENOBUFS, "vsockd does not read the link") from None
 
     def _request(self, request: bytes, sock: socket.socket) -> int | None:
-        """Send a request about ``sock``; return the descriptor that came with the reply.
+        """Send a request about ``sock``; return the descriptor that came with the reply, or None.
 
-        Raises OSError with the error in the reply, or ENETDOWN without a reply.
+        Raises OSError: the errno in the reply, or ENETDOWN when no reply arrives in time.
         """
         ours, theirs = socket.socketpair(AF_UNIX, SOCK_SEQPACKET)
         with ours:
@@ -413,7 +422,7 @@ class DeviceClient:
         return fd
 
     def on_link_ready(self, events: int) -> None:
-        """Handle readiness of the link: send queued outcomes, and receive one message."""
+        """Handle readiness of the link: send queued SETTLE messages, and receive one message."""
         if events & EPOLLOUT:
             self._flush_unsettled()
         try:
@@ -457,7 +466,7 @@ class DeviceClient:
 
 
 def _receive(sock: socket.socket, flags: int) -> tuple[bytes, int | None]:
-    """Return a message and the descriptor received with it; an empty message at the end."""
+    """Return a message and its descriptor, or None; at end of file the message is empty."""
     try:
         data, ancillary, _, _ = sock.recvmsg(RECORD_SIZE, DESCRIPTOR_SPACE, flags)
     except ConnectionError:
@@ -466,9 +475,9 @@ def _receive(sock: socket.socket, flags: int) -> tuple[bytes, int | None]:
 
 
 def _refuse_descriptors(sock: socket.socket) -> None:
-    """Make an established stream refuse descriptors.
+    """Make the socket of an established stream refuse descriptors from its other end.
 
-    A sequenced-packet stream needs them: a descriptor marks the end of a record
+    A sequenced-packet socket must accept descriptors: one marks the end of a record
     (``devices/virtio/connection.py``).
     """
     if sock.type != SOCK_SEQPACKET:

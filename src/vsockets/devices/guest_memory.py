@@ -1,15 +1,16 @@
-"""Guest memory that a device may access, and transfer between it and sockets.
+"""Guest memory that a device may access, and transfer between guest memory and sockets.
 
-The guest, which is hostile, wrote every address and length that arrives here.  Each passes
-:meth:`GuestMemory.view`: the whole range lies in one mapped region, or :class:`BadAddress` is
-raised.  Python's integers do not overflow, and a memoryview is never longer than the checked range.
+The guest, which is hostile, chooses every address and length.  :meth:`GuestMemory.view` checks each
+range: it lies in one mapped region, or :class:`BadAddress` is raised.  Python's integers do not
+overflow, and a memoryview is never longer than the checked range.
 
-The memory changes while it is read.  So each value is read once into a Python object, then checked,
-then used.
+The guest can change its memory while the device reads.  So each value is read once into a Python
+object, then checked, then used.
 
 A monitor can truncate the file that backs its guest's memory.  The next access to guest memory then
-raises SIGBUS, in any line of the device.  A signal handler of Python runs only after the
-interrupted instruction, which never ends; so the handler is a C function.
+raises SIGBUS, in any line of the device.  A signal handler of Python would run only after the
+interrupted instruction, which never completes; so :func:`explain_lost_memory` installs a handler in
+C.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _ADDRESSES = 1 << 64
 
 
 class BadAddress(Exception):
-    """The guest gave an address range that is not mapped or not writable."""
+    """The guest gave an address range that is not in one mapped and writable region."""
 
 
 class _Region:
@@ -46,7 +47,7 @@ class _Region:
 
 
 class GuestMemory:
-    """Map of guest physical addresses to regions that do not overlap."""
+    """The mapped regions of guest physical memory, which do not overlap."""
 
     def __init__(self) -> None:
         self._regions: list[_Region] = []
@@ -57,9 +58,10 @@ class GuestMemory:
         return len(self._regions)
 
     def map(self, address: int, size: int, writable: bool, fd: int | None, offset: int) -> None:
-        """Map ``size`` bytes of the file ``fd``, from ``offset`` on, at ``address``.
+        """Map ``size`` bytes of the file ``fd``, from ``offset`` on, at the guest's ``address``.
 
-        Without a file the region is reserved and cannot be accessed.  The caller keeps ``fd``.
+        Without a file the region is reserved and cannot be accessed.  The caller keeps ownership
+        of ``fd``.
 
         Raises OSError: EINVAL for an invalid range or a file that is too short, EEXIST when the
         region overlaps another, ENOSPC for too many regions.
@@ -88,11 +90,11 @@ class GuestMemory:
         self._starts.insert(index, address)
 
     def unmap(self, address: int, size: int) -> None:
-        """Unmap the region that is exactly this range.
+        """Remove the region that has exactly this address and size.
 
-        The mapping exists as long as a view of it.
+        The memory stays mapped in this process until the last view of the region is released.
 
-        Raises OSError EINVAL when no region is exactly this range.
+        Raises OSError EINVAL when no region has exactly this address and size.
         """
         index = bisect_left(self._starts, address)
         if index == len(self._regions) or self._regions[index].end != address + size:
@@ -120,7 +122,12 @@ class GuestMemory:
         return self._view[start : start + size]
 
     def _select_region(self, address: int, size: int) -> None:
-        """Select the region of this range for :meth:`view`: the next range is mostly in it, too."""
+        """Select the region with this range for :meth:`view`.
+
+        The next range that a device views is mostly in the same region.
+
+        Raises BadAddress when the range does not lie in one writable region.
+        """
         index = bisect_right(self._starts, address) - 1
         if index >= 0 and size >= 0:
             region = self._regions[index]
@@ -148,7 +155,10 @@ class ScatterList:
         self.size = size
 
     def window(self, start: int, length: int) -> Sequence[memoryview]:
-        """Return views of ``length`` bytes from ``start`` on, as many as one system call takes.
+        """Return views of ``length`` bytes from ``start`` on.
+
+        At most IO_VECTORS_MAX views are returned, which one system call accepts; they may have
+        fewer bytes.
 
         The caller ensures ``0 <= start``, ``0 < length`` and ``start + length <= size``.
         """
@@ -158,7 +168,7 @@ class ScatterList:
             last = first + IO_VECTORS_MAX
             length = self._starts[last] - start
         views = self._views[first:last]
-        # Trim the last view first: it may be the first one, too.
+        # Trim the last view before the first: both may be the same view.
         views[-1] = views[-1][: start + length - self._starts[last - 1]]
         if self._starts[first] != start:
             views[0] = views[0][start - self._starts[first] :]
@@ -171,7 +181,7 @@ _TAKE = int(MSG_DONTWAIT)
 
 
 def push(sock: socket.socket, views: Sequence[memoryview]) -> int:
-    """Send ``views`` as far as the socket has room; return the bytes sent, possibly 0.
+    """Send ``views`` as far as the socket has room; return the number of bytes sent, or 0.
 
     Raises ConnectionError when the peer has closed.
     """
@@ -182,9 +192,10 @@ def push(sock: socket.socket, views: Sequence[memoryview]) -> int:
 
 
 def pull(sock: socket.socket, views: Sequence[memoryview]) -> int | None:
-    """Fill ``views`` from ``sock``; return the bytes received, or None without data.
+    """Receive from ``sock`` into ``views``; return the number of bytes received.
 
-    The result is 0 at end of file.  A reset connection counts as end of file.
+    The result is None when no data is available, and 0 at end of file.  A reset connection counts
+    as end of file.
     """
     try:
         return sock.recvmsg_into(views, 0, _TAKE)[0]
@@ -200,7 +211,7 @@ _TEXT = (
 )
 _STDERR = 2
 
-#: Exit status, as a shell reports a program that was killed by the signal.
+#: Exit status after SIGBUS, as a shell reports a program that was killed by this signal.
 STATUS = 128 + signal.SIGBUS
 
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -216,9 +227,9 @@ _HANDLER = _Handler(_end)
 
 
 def explain_lost_memory() -> None:
-    """Exit with one line on standard error at the first bus error.
+    """Install a SIGBUS handler that prints one line to standard error and ends the process.
 
-    Call it before :func:`.sandbox.enter_sandbox`, which refuses executable memory.
+    Call this function before :func:`.sandbox.enter_sandbox`, which refuses executable memory.
     """
     set_handler = libc["signal"]
     set_handler.argtypes = (ctypes.c_int, _Handler)

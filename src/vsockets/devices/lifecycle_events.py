@@ -15,10 +15,11 @@ INTERRUPTIONS = ("resume", "migrate", "ft-on")
 def subscribe(
     loop: DeviceLoop, fabric: DeviceClient, events: Events, on_event: Callable[[int, str], None]
 ) -> None:
-    """Call ``on_event`` with a context's CID and its change, until vsockd closes ``events``.
+    """Call ``on_event`` for each event: a context's CID, and the change (such as ``resume``).
 
-    Pending events are handled before ``fabric`` creates a stream, so that an interruption never
-    resets a stream opened after it.
+    The subscription ends when vsockd closes ``events``.  Pending events are handled before
+    ``fabric`` creates a stream, so that an interruption resets no stream that is opened after the
+    interruption.
     """
 
     def drain() -> None:

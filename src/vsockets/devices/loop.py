@@ -1,4 +1,4 @@
-"""Event loop of a device: vsockd's, with timeouts below a millisecond."""
+"""Event loop of a device: vsockd's event loop, with timeouts below a millisecond."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHORT = 0.001
 
 
 class DeviceLoop(EventLoop):
-    """Event loop that can also poll a condition between events without sleeping."""
+    """Event loop that can also busy-poll a condition between events."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,15 +28,15 @@ class DeviceLoop(EventLoop):
         self._spinning: dict[Callable[[], bool], float] = {}
 
     def unhindered(self) -> AbstractContextManager[None]:
-        """Interrupt close(2) of passed descriptors that takes long, while this context is active.
+        """Interrupt slow close(2) calls on descriptors that a peer passed, during the with block.
 
         On older kernels a socket cannot refuse descriptors, and a device's sandbox allows no
-        thread to close them in.  Only for the main thread.
+        second thread that could close them.  Call it in the main thread only.
         """
         return self.interrupting_calls(DEVICE_SLOW_CALL_SECONDS)
 
     def watches(self, fd: int) -> bool:
-        """Return whether ``fd`` is watched."""
+        """Return whether the loop watches the descriptor ``fd``."""
         return fd in self._callbacks
 
     def spin(self, poll_once: Callable[[], bool], seconds: float) -> None:
@@ -44,7 +44,7 @@ class DeviceLoop(EventLoop):
         self._spinning[poll_once] = time.monotonic() + seconds
 
     def turn(self) -> None:
-        """Run due timers and the callbacks of ready descriptors, without waiting."""
+        """Run due timers and the callbacks of ready descriptors once, without waiting."""
         self._run_timers()
         self._spin()
         for fd, events in self._epoll.poll(0):
@@ -71,5 +71,5 @@ class DeviceLoop(EventLoop):
         return self._wait(timeout, maxevents)
 
     def close(self) -> None:
-        """Close the loop."""
+        """Close the loop's epoll descriptor."""
         self._epoll.close()

@@ -1,12 +1,12 @@
 """Sandbox of a device process, entered before any guest can connect.
 
-A guest that manages to execute code in its device's process finds nothing to use there: no
-credentials of another user, no file to open, no program to execute, no network, no new executable
-memory.  The process keeps the descriptors that it has, and can make unix sockets.  The device of
-hybrid vsock also needs to connect, bind and remove unix sockets by path.
+A guest may find a fault by which it executes code in its device's process.  In the sandbox such
+code cannot use the credentials of another user, open files, execute programs, use the network, or
+map new executable memory.  The process keeps its open descriptors, and can create unix sockets.  A
+device of hybrid vsock may also connect, bind and remove unix sockets by path.
 
-A sandboxed device cannot remove its own socket, as it has no system calls on paths.  A child
-process, which does nothing else, waits for the device's end and removes it.
+A sandboxed device cannot remove its own socket, as system calls on paths are refused.  A child
+process, which does nothing else, waits for the device's end and removes the socket.
 """
 
 from __future__ import annotations
@@ -106,11 +106,11 @@ _MACHINES = {
 def enter_sandbox(user: int | None = None, paths: bool = False) -> None:
     """Drop, permanently, the privileges and system calls that the device does not need.
 
-    Root changes to ``user`` (default: 65534).  ``paths`` allows unix sockets with paths; ``user``
-    may then be root, without capabilities.
+    A process of root changes to the user id ``user`` (default: 65534).  ``paths`` allows unix
+    sockets with paths; ``user`` may then be 0: root without capabilities.
 
-    Raises OSError when the kernel refuses, or when the system call numbers of this architecture
-    are not in the table.
+    Raises OSError when the kernel refuses the sandbox, or when the system call numbers of this
+    architecture are unknown.
     """
     machine = _MACHINES.get(platform.machine())
     if machine is None:
@@ -143,7 +143,7 @@ def _assemble(machine: _Architecture, plain: tuple[int, ...]) -> bytes:
     def check_argument(
         number: int, argument: int, test: int, constant: int, refuse_if: bool
     ) -> bytes:
-        """Assemble the rule of the call ``number``, which depends on one of its arguments."""
+        """Assemble the rule of the system call ``number``, which depends on one argument."""
         jumps = (1, 0) if refuse_if else (0, 1)
         return (
             bpf.instruction(bpf.IF_EQUAL, number, 0, 4)
@@ -179,14 +179,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class SocketRemoval:
-    """Removal of a socket's ``file`` when this process ends in any way.
+    """Child process that removes a socket's ``file`` when this process ends in any way.
 
-    Create it before :func:`.sandbox.enter_sandbox`, in a process with one thread.
+    Create the object before :func:`enter_sandbox`, in a process with one thread.
     """
 
     def __init__(self, file: SocketFile) -> None:
         self._child, theirs = socket.socketpair()
-        # A signal to both must not end the child before it ignores signals.
+        # A signal to both processes must not end the child before the child ignores signals.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             if os.fork() == 0:
@@ -199,14 +199,14 @@ class SocketRemoval:
         theirs.close()
 
     def finish(self) -> None:
-        """Remove the socket now, and wait until it is removed."""
+        """Remove the socket's file now; return after its removal."""
         self._child.shutdown(socket.SHUT_WR)
         self._child.recv(1)
         self._child.close()
 
 
 def _remove_afterwards(file: SocketFile, end: int) -> None:
-    # A service manager and a terminal signal every process of the device; this one ends last.
+    # A service manager and a terminal signal every process of the device; the child ends last.
     os.setsid()
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,6 @@
 """Server of a unix socket to which a virtual machine's monitor connects, one at a time.
 
-:class:`MessageConnection` is the interface of the protocols that it serves.
+:class:`MessageConnection` is the interface of the protocol on such a socket.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class MessageConnection(Protocol):
         """Maximum size of the next read, in bytes."""
 
     def receive(self, data: bytes, fds: list[int]) -> Iterator[bytes]:
-        """Handle received data and yield the replies; takes ownership of ``fds``.
+        """Handle received data and yield the replies; take ownership of ``fds``.
 
-        Raises DeviceProtocolError or OSError.
+        Raises DeviceProtocolError or OSError when the monitor must be disconnected.
         """
 
     def close(self) -> None:
@@ -44,11 +44,11 @@ _SEND_FLAGS = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 
 
 class UnixServer:
-    """Server for one client at a time; takes ownership of ``listener``.
+    """Server for one client (a monitor) at a time; takes ownership of ``listener``.
 
-    ``open_connection`` makes the protocol's state for a client.  A message has at most
+    ``open_connection`` creates the protocol's state for a client.  A message has at most
     ``descriptors`` descriptors.  A client that does not read a reply within ``reply_timeout``
-    seconds is disconnected.  ``after_message`` is called after each read.
+    seconds is disconnected.  ``after_message`` is called after each read and its replies.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class UnixServer:
             client, _ = self._listener.accept()
         except BlockingIOError:
             return
-        # The next client waits in the backlog: a machine that is restarted while its old process
-        # ends.
+        # The next client waits in the backlog: a virtual machine can be restarted before its old
+        # process has ended.
         self._loop.unwatch(self._listener.fileno())
         client.setblocking(True)
         self._client = client
@@ -122,7 +122,7 @@ class UnixServer:
     def _send(self, client: socket.socket, reply: bytes) -> None:
         """Send all of ``reply``.
 
-        Raises TimeoutError when the client does not read.
+        Raises TimeoutError when the client does not read the reply in time.
         """
         while reply:
             try:

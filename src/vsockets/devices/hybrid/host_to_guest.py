@@ -1,8 +1,8 @@
 """Streams from programs of the fabric to a listener behind a unix socket of the host.
 
-vsockd passes its end of the program's stream to the device.  A :class:`Connector` connects to the
-unix socket, with or without hybrid vsock's handshake.  The program's socket cannot be replaced, so
-the kernel splices the two sockets together.
+vsockd passes the other end of the program's stream to the device.  A :class:`Connector` connects
+to the unix socket, with or without hybrid vsock's handshake.  The program's socket cannot be
+replaced, so the kernel splices the two sockets together.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ _PEEK_FLAGS = int(MSG_DONTWAIT | MSG_PEEK)
 _RECEIVE_FLAGS = int(MSG_DONTWAIT)
 _SEND_FLAGS = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 
-#: The socket has no listener, which may change.
+#: Errors of a path without a listener: one may be opened later.
 _ABSENT = (FileNotFoundError, ConnectionRefusedError)
 
-#: Callback for the connected socket, or None and an errno.
+#: Callback for the outcome: the connected socket and 0, or None and an errno.
 Done = Callable[[socket.socket | None, int], None]
 
 
 class Connector:
     """Connection attempt that is retried while the port has no listener, for ``wait`` seconds.
 
-    ``done`` is called once, unless :meth:`cancel` is called first: with the socket, or with
-    ETIMEDOUT, ECONNRESET (the port has no listener) or EHOSTUNREACH (the unix socket has none).
+    ``wait`` is in seconds.  ``done`` is called once, unless :meth:`cancel` is called first: with
+    the socket, or with ETIMEDOUT, ECONNRESET (no listener at the port) or EHOSTUNREACH (no
+    listener at the unix socket).
     """
 
     def __init__(
         self, loop: DeviceLoop, path: str, port: int | None, wait: float, done: Done
     ) -> None:
-        """Prepare a connect to ``path``; without a ``port`` the socket needs no handshake."""
+        """Prepare a connect to the unix socket ``path``; without a ``port``, no handshake."""
         self._loop = loop
         self._path = path
         self._port = port
@@ -62,7 +63,7 @@ class Connector:
             self._retrying = False
 
     def start(self) -> None:
-        """Start the attempt; ``done`` may be called before this returns."""
+        """Start the attempt; ``done`` may be called before this method returns."""
         try:
             sock = self._sock = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
             refuse_descriptors(sock)
@@ -142,7 +143,7 @@ class Connector:
             self._sock = None
 
 
-#: epoll(7) reports hang-ups always.
+#: No event but hang-ups, which epoll(7) always reports.
 _HANG_UP = 0
 
 
@@ -158,7 +159,7 @@ class _Stream(SplicedPair):
 class HostToGuest:
     """The host-to-guest streams of a device.
 
-    ``make_connector`` prepares one connect to a guest port.
+    ``make_connector`` prepares a connect to a port of the guest.
     """
 
     def __init__(
@@ -176,11 +177,11 @@ class HostToGuest:
 
     @property
     def stream_count(self) -> int:
-        """Number of streams, including pending ones."""
+        """Number of streams, pending connects included."""
         return len(self._attempts) + len(self._pump.connections)
 
     def on_connect(self, request: ConnectRequest) -> None:
-        """Start a connect to the guest for a client."""
+        """Start the connect to the guest that a client has requested."""
         if self.stream_count >= HYBRID_CONNECTIONS_MAX:
             self._refuse(request, errno.ECONNRESET)
             return
@@ -198,7 +199,7 @@ class HostToGuest:
         self._pump.close()
 
     def close_when_idle(self, idle: Callable[[], None]) -> None:
-        """Call ``idle`` when the last stream has ended."""
+        """Call ``idle`` when the last stream has ended, at once if no stream exists."""
         self._idle = idle
         self._check_idle()
 

@@ -36,7 +36,8 @@ class HostSockets:
     """The unix sockets of all ports that the guest can connect to.
 
     ``name`` is the monitor's socket in the current directory.  ``on_connection`` is called with a
-    port and the descriptor of a connection, of which it takes ownership.
+    port and the descriptor of a connection to that port; the callback takes ownership of the
+    descriptor.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class HostSockets:
         self._remove_stale_sockets()
 
     def set_listening(self, port: int, listening: bool) -> None:
-        """Open or close the socket of ``port`` when it gains or loses its listener."""
+        """Open the socket of ``port`` if the port has a listener, else close the socket."""
         if not listening:
             self._close(port)
         elif len(self._acceptors) >= HYBRID_PORTS_MAX:
@@ -78,7 +79,7 @@ class HostSockets:
         listener = socket.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
         refuse_descriptors(listener)
         try:
-            # Rename after listen(): a client that finds the name can connect.
+            # Rename after listen(), so that a connect to the visible name always succeeds.
             new = f"{self._name}_new"
             listener.bind(new)
             listener.listen(LISTEN_BACKLOG_MAX)
@@ -97,13 +98,13 @@ class HostSockets:
                 os.unlink(port_name(self._name, port))
 
     def _remove_stale_sockets(self) -> None:
-        """Remove the sockets of a device that was killed."""
+        """Remove the sockets that a killed device has left under the same name."""
         ours = re.compile(re.escape(self._name) + r"_(\d+|new)")
         for name in filter(ours.fullmatch, os.listdir()):
             remove_stale(name)
 
 
-#: Changes that end all streams.
+#: Changes of the guest that end all its streams.
 _INTERRUPTIONS = ("suspend", "migrate", "ft-on", "power-off")
 
 
@@ -116,7 +117,7 @@ class HybridMachine:
     def __init__(
         self, loop: DeviceLoop, fabric: DeviceClient, events: Events, name: str, wait: float
     ) -> None:
-        """Serve the guest; ``wait`` is the time in seconds for which connects to it are retried."""
+        """Serve the guest; a connect to the guest is retried for ``wait`` seconds."""
         self._loop = loop
         self._fabric = fabric
         self._name = name
@@ -145,7 +146,7 @@ class HybridMachine:
                 log.warning("connection of the guest to port %d lost: %s", port, error)
 
     def _on_lost(self) -> None:
-        """Stop new connections after the link has closed; existing streams continue."""
+        """Refuse new connections after the link to vsockd has closed; existing streams continue."""
         log.warning("no new connections: vsockd has closed the link")
         self._sockets.close()
         self._host_to_guest.close_when_idle(self._loop.stop)

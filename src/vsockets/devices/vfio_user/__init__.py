@@ -1,6 +1,6 @@
 """The vfio-user protocol: a PCI device in another process than its virtual machine.
 
-This is the server's side, independent of the device.
+This package is the server, which plays the device; it is independent of the kind of device.
 """
 
 from .pci import ConfigSpace, Identity, Interrupts, Irq

@@ -70,7 +70,7 @@ _NO_REQUEST = int(Flag.REPLY | Flag.ERROR) | 0xF
 
 
 class Message(NamedTuple):
-    """A request."""
+    """A request of the client."""
 
     number: int
     command: int
@@ -82,19 +82,20 @@ class Message(NamedTuple):
 class Decoder:
     """Decoder of a stream of messages.
 
-    Descriptors given to :meth:`receive` belong to the last message that begins in the same data:
-    the kernel ends a read where the data that carried descriptors ends.
+    Descriptors belong to the last message that begins in the ``data`` of the same call of
+    :meth:`receive`: the kernel ends a read where the data that carried descriptors ends.
     """
 
     def __init__(self) -> None:
         self._data = b""
         self._fds: dict[int, Sequence[int]] = {}  # by the offset of their message
-        self._unclaimed: Sequence[int] = ()  # of data that has not been decoded yet
+        self._unclaimed: Sequence[int] = ()  # descriptors that belong to no message yet
 
     def receive(self, data: bytes, fds: Sequence[int] = ()) -> Iterator[Message]:
-        """Yield the complete messages; takes ownership of ``fds``.
+        """Yield the messages that ``data`` completes; take ownership of ``fds``.
 
-        Raises DeviceProtocolError; :meth:`pending_fds` then returns the descriptors.
+        Raises DeviceProtocolError when a header is invalid or a message has too many descriptors;
+        :meth:`pending_fds` then returns the descriptors.
         """
         self._unclaimed = fds
         data = self._data + data if self._data else data
@@ -125,7 +126,7 @@ class Decoder:
         self._fds = {where - at: waiting for where, waiting in self._fds.items()}
 
     def pending_fds(self) -> list[int]:
-        """Return the descriptors of messages that were not yielded, for the caller to close."""
+        """Return the descriptors of all messages not yet yielded, for the caller to close."""
         return [fd for fds in (*self._fds.values(), self._unclaimed) for fd in fds]
 
 
@@ -136,7 +137,7 @@ def reply(message: Message, payload: bytes = b"") -> bytes:
 
 
 def refusal(message: Message, code: int) -> bytes:
-    """Encode the reply that ``message`` failed with an errno."""
+    """Encode the reply that ``message`` failed with the errno ``code``."""
     flags = Flag.REPLY | Flag.ERROR
     return HEADER.pack(message.number, message.command, HEADER.size, flags, code)
 
@@ -144,7 +145,7 @@ def refusal(message: Message, code: int) -> bytes:
 def encode_version(payload: bytes) -> bytes:
     """Encode the reply to VERSION with the client's ``payload``.
 
-    Raises OSError EINVAL for an unsupported version or malformed capabilities.
+    Raises OSError EINVAL when the version is unsupported or the capabilities are malformed.
     """
     if len(payload) < _VERSION.size:
         raise OSError(errno.EINVAL, "VERSION without a version")

@@ -33,7 +33,7 @@ class Identity(NamedTuple):
 
 
 def msix(vectors: int, bar: int, table: int, pending: int) -> bytes:
-    """Encode the MSI-X capability; ``table`` and ``pending`` are offsets in ``bar``."""
+    """Encode the MSI-X capability; ``table`` and ``pending`` are byte offsets in BAR ``bar``."""
     return struct.pack("<BBHII", 0x11, 0, vectors - 1, table | bar, pending | bar)
 
 
@@ -45,8 +45,8 @@ def msi() -> bytes:
 class ConfigSpace:
     """The 256 bytes of configuration space.
 
-    A vfio client emulates BARs, MSI and MSI-X for its guest, so writes to them are stored and have
-    no effect here.
+    The vfio client emulates BARs, MSI and MSI-X for its guest, so the device only stores what the
+    guest writes to these registers.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class ConfigSpace:
 
     @property
     def bus_master(self) -> bool:
-        """True if the guest allows the device to access memory (bus master)."""
+        """Flag: true while the guest allows the device to access memory (bus master)."""
         return bool(self._space[_COMMAND] & _BUS_MASTER)
 
     def read(self, offset: int, count: int) -> bytes:
-        """Return ``count`` bytes; the caller has checked the range."""
+        """Return ``count`` bytes from ``offset``; the caller has checked the range."""
         return bytes(self._space[offset : offset + count])
 
     def write(self, offset: int, data: bytes) -> None:
-        """Store ``data``; the caller has checked the range."""
+        """Store ``data`` at ``offset``; the caller has checked the range."""
         self._space[offset : offset + len(data)] = data
 
     def reset(self) -> None:
@@ -100,7 +100,7 @@ class Irq(IntEnum):
 
 
 class Interrupts:
-    """The eventfds of ``counts`` interrupt vectors of each kind."""
+    """Eventfds of the interrupt vectors; ``counts`` has the number of vectors of each kind."""
 
     def __init__(self, counts: Mapping[Irq, int]) -> None:
         self.counts = {kind: counts.get(kind, 0) for kind in Irq}
@@ -115,7 +115,7 @@ class Interrupts:
 
     @property
     def message_signalled(self) -> bool:
-        """True if the driver has enabled MSI-X or MSI."""
+        """Flag: true while the driver has MSI-X or MSI enabled."""
         kinds = (Irq.MSIX, Irq.MSI)
         return any(eventfd is not None for kind in kinds for eventfd in self._eventfds[kind])
 
@@ -130,9 +130,12 @@ class Interrupts:
                     os.write(eventfd, _ONE)
 
     def set(self, flags: int, index: int, start: int, count: int, fds: Sequence[int]) -> None:
-        """Apply SET_IRQS; takes ownership of ``fds`` also when it raises.
+        """Apply SET_IRQS to ``count`` vectors from ``start`` of the kind ``index``.
 
-        Raises OSError EINVAL.
+        Takes ownership of ``fds``, also when an error is raised.
+
+        Raises OSError EINVAL when the vectors do not exist, or the flags or the number of
+        descriptors is invalid.
         """
         taken = False
         try:

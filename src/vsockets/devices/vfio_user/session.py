@@ -45,9 +45,9 @@ class Region(IntEnum):
 
 
 class Device(Protocol):
-    """Interface of a device that a :class:`Session` serves.
+    """Interface of a device that a :class:`Session` connects to its client.
 
-    The session has checked offsets and counts against the regions' sizes.
+    The session checks offsets and counts against the regions' sizes before it calls the device.
     """
 
     regions: Mapping[Region, int]  #: sizes of the existing regions, in bytes
@@ -60,14 +60,15 @@ class Device(Protocol):
     def write(self, region: int, offset: int, data: bytes, posted: bool) -> None:
         """Write ``data`` at ``offset`` of ``region``.
 
-        The guest continues when this returns, or at once if the write is ``posted``.
+        If the write is ``posted``, the guest's processor does not wait for it; otherwise the
+        processor stands still until this method returns.
         """
 
     def reset(self) -> None:
-        """Reset to the state after power-on."""
+        """Reset the device to its state after power-on."""
 
     def release_memory(self, address: int, size: int) -> None:
-        """Stop all access to this range of memory, which the client unmaps when this returns."""
+        """Drop all views of ``size`` bytes at ``address``; the client unmaps them afterwards."""
 
 
 class Session:
@@ -104,7 +105,7 @@ class Session:
         return messages.reply(message, payload)
 
     def close(self) -> None:
-        """Reset the device after the client has disconnected: its guest has ended."""
+        """Reset the device after the client has disconnected: the virtual machine has ended."""
         self._device.reset()
         self._device.interrupts.close()
         self._device.memory.clear()

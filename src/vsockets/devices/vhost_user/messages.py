@@ -1,7 +1,7 @@
 """Codec of the vhost-user protocol's messages.
 
 From QEMU's ``docs/interop/vhost-user.rst``.  All fields have the machine's byte order.  A message
-is a header of 12 bytes and a payload; descriptors come with its first byte.
+is a header of 12 bytes and a payload; descriptors come with the header's first byte.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NO_DESCRIPTOR = 0x100
 
 
 class RequestType(IntEnum):
-    """Request of a front end."""
+    """Type of a front end's request."""
 
     GET_FEATURES = 1
     SET_FEATURES = 2
@@ -82,7 +82,7 @@ F_PROTOCOL_FEATURES = 1 << 30
 
 
 class Message(NamedTuple):
-    """A request."""
+    """A request of the front end."""
 
     request: int
     flags: int
@@ -91,9 +91,10 @@ class Message(NamedTuple):
 
 
 class Decoder:
-    """Decoder of messages from reads of at most ``wanted`` bytes.
+    """Decoder of messages; the caller reads at most :attr:`wanted` bytes at a time.
 
-    No read extends beyond a message, so that the descriptors of a read belong to its message.
+    So no read extends beyond the end of a message, and the descriptors that come with a read belong
+    to the current message.
     """
 
     def __init__(self) -> None:
@@ -102,9 +103,12 @@ class Decoder:
         self.wanted = HEADER.size  #: maximum size of the next read, in bytes
 
     def receive(self, data: bytes, fds: Sequence[int] = ()) -> Message | None:
-        """Return the message if it is complete; takes ownership of ``fds``.
+        """Add ``data`` to the current message; return the message if it is complete, else None.
 
-        Raises DeviceProtocolError; :meth:`pending_fds` then returns the descriptors.
+        Takes ownership of ``fds``.
+
+        Raises DeviceProtocolError when the header is invalid or the message has too many
+        descriptors; :meth:`pending_fds` then returns the descriptors.
         """
         self._fds += fds
         if len(self._fds) > VHOST_USER_DESCRIPTORS_MAX:
@@ -139,5 +143,5 @@ def reply(message: Message, payload: bytes) -> bytes:
 
 
 def encode(request: int, payload: bytes = b"", flags: int = 0) -> bytes:
-    """Encode a message."""
+    """Encode a message of type ``request``."""
     return HEADER.pack(request, _VERSION | flags, len(payload)) + payload

@@ -1,4 +1,4 @@
-"""Server of one vhost-user front end: its requests, and the rings that it sets up."""
+"""Server of one vhost-user front end: requests, guest memory, and the device's rings."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ LARGEST_RING = 32768
 
 
 class Vring:
-    """Settings of one ring, which owns its eventfds."""
+    """Settings and eventfds of one ring; owns the eventfds."""
 
     def __init__(self) -> None:
         self.size = 0  #: number of entries
-        #: position at which to resume: an index; of a packed ring two, with their wrap counters
+        #: position at which to resume: of a split ring an index, of a packed ring two indices with
+        #: their wrap counters (see :class:`.PackedRing`)
         self.base = 0
-        # User addresses, which may change while the ring is stopped.
+        # Addresses in the front end's process, which may change while the ring is stopped.
         self.descriptors = 0
         self.available = 0
         self.used = 0
@@ -49,7 +50,7 @@ class Vring:
 
     @property
     def kick(self) -> int | None:
-        """The eventfd by which the driver announces new buffers."""
+        """The eventfd by which the driver announces new buffers, or None."""
         return self._fds.get("kick")
 
     def take(self, purpose: str, fd: int | None) -> None:
@@ -96,7 +97,7 @@ PROTOCOL_FEATURES = int(
 
 
 class Device(Interface):
-    """Interface of a device that a :class:`Session` serves."""
+    """Interface of a device that a :class:`Session` connects to its front end."""
 
     features: int  #: the offered virtio features
     queues: int  #: number of rings
@@ -106,19 +107,22 @@ class Device(Interface):
         """Return the device's configuration space."""
 
     def set_features(self, features: int) -> None:
-        """Set the features that the driver uses from now on."""
+        """Set the virtio features that the driver has accepted."""
 
     def start_ring(self, index: int, vring: Vring, addresses: tuple[int, int, int]) -> None:
-        """Start a ring at the guest ``addresses`` of descriptors, available and used part.
+        """Start ring ``index``.
+
+        ``addresses`` are the guest physical addresses of the ring's descriptors, available part and
+        used part.
 
         Raises OSError EINVAL when the ring is invalid.
         """
 
     def stop_ring(self, index: int) -> int:
-        """Stop a ring and all access to memory that its buffers named; return its base."""
+        """Stop a ring, drop all views of its buffers, and return its base (:attr:`Vring.base`)."""
 
     def reset(self) -> None:
-        """Reset to the state after power-on; all rings have been stopped."""
+        """Reset the device to its state after power-on; the session has stopped all rings."""
 
 
 class _Region(NamedTuple):
@@ -195,7 +199,7 @@ class Session:
                 os.close(fd)
 
     def close(self) -> None:
-        """Reset the device after the front end has disconnected: its guest has ended."""
+        """Reset the device after the front end has disconnected: the virtual machine has ended."""
         self._stop_all()
         self._device.reset()
         for vring in self._rings:
@@ -327,7 +331,7 @@ class Session:
     def _set_vring_addr(self, payload: bytes, fds: list[int]) -> None:
         index, _, descriptors, used, available, _ = _unpack(messages.VRING_ADDR, payload)
         vring = self._vring(index)
-        if vring.running:  # the front end may repeat it to start or stop dirty logging
+        if vring.running:  # front ends repeat the request to start or stop dirty logging
             if (vring.descriptors, vring.used, vring.available) != (descriptors, used, available):
                 raise OSError(errno.EBUSY, f"ring {index} is running")
             return
@@ -359,7 +363,7 @@ class Session:
         self._start(index)
 
     def _set_vring_call(self, payload: bytes, fds: list[int]) -> None:
-        # Notify of buffers used before.
+        # Notify of buffers that were used before the eventfd arrived.
         self._rings[self._take_descriptor("call", payload, fds)].call()
 
     def _set_vring_err(self, payload: bytes, fds: list[int]) -> None:
@@ -411,7 +415,10 @@ class Session:
 
 
 class _Pause:
-    """Context that stops all running rings while memory changes, and restarts them afterwards."""
+    """Context manager that stops all running rings while the memory map changes.
+
+    The rings restart after the with block, unless it raised an error.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session

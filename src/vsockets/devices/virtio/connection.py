@@ -13,10 +13,10 @@ A connection links the guest, which exchanges packets (virtio 1.3, 5.10.6), and 
 A header names both ends by CID and port, and carries its sender's credit (:mod:`.credit`).  RW
 carries payload; CREDIT_UPDATE and CREDIT_REQUEST exchange credit alone.
 
-Each direction of an ESTABLISHED connection ends separately.  SHUTDOWN with SEND announces that its
-sender sends nothing more, with RECEIVE that it receives nothing more.  Once the guest has announced
-both, and its payload is forwarded, the device sends RST, which ends the connection.  An RST is
-never answered with an RST: another connection may use the two ports by then.
+Each direction of an ESTABLISHED connection ends separately.  The sender of SHUTDOWN announces with
+SEND that it has sent its last payload, with RECEIVE that it discards further payload.  Once the
+guest has announced both, and its payload is forwarded, the device sends RST, which ends the
+connection.  An RST is never answered with an RST: another connection may use the two ports by then.
 
 Packets for the guest wait in ``pending_tx`` until the guest has a buffer for them.  Each operation
 waits at most once, so a guest that provides no buffers cannot make the device's memory grow.
@@ -74,7 +74,7 @@ class ConnectionState(Enum):
 
 
 class PendingTx(IntFlag):
-    """Packets that wait for the guest, in the order in which they are sent."""
+    """Packets without payload that wait for the guest, in the order in which they are sent."""
 
     REQUEST = 1
     RESPONSE = 2
@@ -85,13 +85,13 @@ class PendingTx(IntFlag):
 
 
 class Action(IntFlag):
-    """Actions of the host's side."""
+    """Actions that a packet of the guest requires of the host's side."""
 
     NOTHING = 0
     ACCEPT = 1  #: report to the client that the connection is established
     REFUSE = 2  #: report to the client that the connect was refused
-    SHUTDOWN_WRITE = 4  #: the guest sends nothing more: forward the rest, then end of file
-    SHUTDOWN_READ = 8  #: the guest receives nothing more
+    SHUTDOWN_WRITE = 4  #: the guest has sent its last payload: forward the rest, then end of file
+    SHUTDOWN_READ = 8  #: the guest discards further payload
     CLOSE = 16  #: close the socket at once
 
 
@@ -113,7 +113,10 @@ _ORDER = (
 
 
 class VirtioConnection:
-    """Connection of the guest's ``guest_port`` with ``peer``; its buffer has ``size`` bytes."""
+    """Connection of the guest's ``guest_port`` with ``peer`` (CID, port).
+
+    ``size`` is the device's buffer for payload of the guest, in bytes.
+    """
 
     __slots__ = (
         "_backlog",
@@ -160,10 +163,10 @@ class VirtioConnection:
         self.readable = False  #: the socket may have data for the guest
         self.read_closed = False  #: the peer has shut down its sending direction
         self.peer_closed = False  #: the peer has closed the socket
-        self.queued = False  #: waits in the device's queue of ready connections
+        self.queued = False  #: the connection is in the device's queue of ready connections
         self.watched = False  #: the loop watches the socket
         self.watches_writable = False  #: the loop watches the socket for room, too
-        self.burst = 2  #: guest buffers that it may fill in one turn
+        self.burst = 2  #: guest buffers that the connection may fill in one turn
         self.unsent = memoryview(b"")  #: unsent rest of a message for the guest
         self.ends_record = False  #: the end of that message also ends a record
         self.credit_retry = False  #: a retry for the guest's credit is scheduled
@@ -188,7 +191,7 @@ class VirtioConnection:
         self.reset()
 
     def shut_down(self, flags: int) -> None:
-        """Shut down the directions ``flags`` (Shutdown) on behalf of the host."""
+        """Shut down the directions ``flags`` (:class:`.packet.Shutdown`) from the host's side."""
         ended = self.host_shutdown | flags
         if self.state is not _ESTABLISHED or ended == self.host_shutdown:
             return
@@ -204,12 +207,12 @@ class VirtioConnection:
             self.queue_credit_update()
 
     def queue_credit_update(self) -> None:
-        """Queue a CREDIT_UPDATE."""
+        """Queue a CREDIT_UPDATE for the guest."""
         if self.state is _ESTABLISHED:
             self.pending_tx |= _CREDIT
 
     def queue_credit_request(self) -> None:
-        """Queue a CREDIT_REQUEST."""
+        """Queue a CREDIT_REQUEST to the guest."""
         self.pending_tx |= _CREDIT_REQUEST
 
     def reset(self) -> None:
@@ -219,7 +222,7 @@ class VirtioConnection:
             self.pending_tx = int(PendingTx.RST)
 
     def discard(self) -> None:
-        """Close the connection without sending anything."""
+        """Close the connection without a packet to the guest."""
         self.state = _CLOSED
         self.pending_tx = 0
 
@@ -228,8 +231,8 @@ class VirtioConnection:
     def on_payload(self, length: int) -> bool:
         """Handle RW with ``length`` bytes; return whether to forward them.
 
-        A guest that sends without credit, or before or after its sending direction is open, is
-        reset.
+        The connection is reset if the guest had no credit for the payload, or its sending direction
+        is not open.
         """
         if self.state is _ESTABLISHED and not self.guest_shutdown & _SEND:
             if self.receive.receive(length):
@@ -278,14 +281,17 @@ class VirtioConnection:
         return action
 
     def on_all_forwarded(self) -> None:
-        """End the connection if the guest has shut it down; all its payload was forwarded."""
+        """Reset the connection if the guest has shut down both directions.
+
+        Call it when all payload of the guest was forwarded.
+        """
         if self.guest_shutdown == BOTH and self.state is _ESTABLISHED:
             self.reset()
 
     # Packets to the guest
 
     def next_packet(self) -> tuple[int, int] | None:
-        """Return operation and flags of the next packet without payload, or None."""
+        """Take the next pending packet without payload; return its operation and flags, or None."""
         pending = self.pending_tx
         if pending:
             for bit, op in _ORDER:
@@ -296,21 +302,21 @@ class VirtioConnection:
 
     @property
     def can_send(self) -> bool:
-        """True if payload may be sent to the guest, apart from credit."""
+        """Flag: true while the state allows payload to the guest (credit is checked separately)."""
         return self.state is _ESTABLISHED and not self.guest_shutdown & _RECEIVE
 
     @property
     def is_finished(self) -> bool:
-        """True if the connection is CLOSED and nothing remains to be sent."""
+        """Flag: true once the connection is CLOSED and no packet for the guest is pending."""
         return self.state is _CLOSED and not self.pending_tx
 
-    # Its socket
+    # The socket of a connection
 
     def attach(self, sock: socket.socket, marker: int) -> None:
-        """Attach the host's socket and take ownership of it.
+        """Attach the host's socket ``sock``; take ownership of ``sock``.
 
-        A unix socket carries no MSG_EOR: a message that ends a record is sent with the descriptor
-        ``marker`` (``supervisor/calls/seqpacket_eor.py`` receives it).
+        A unix socket does not transmit MSG_EOR, so a message that ends a record is sent with a copy
+        of the descriptor ``marker`` (``supervisor/calls/seqpacket_eor.py`` receives that copy).
         """
         self.sock = sock
         self._marker = [(SOL_SOCKET, SCM_RIGHTS, _FD.pack(marker))]
@@ -320,7 +326,7 @@ class VirtioConnection:
         sock.setsockopt(SOL_SOCKET, SO_SNDBUF, self.receive.size)
 
     def enlarge_buffer(self, size: int) -> None:
-        """Raise the buffer to ``size`` bytes; credit never shrinks."""
+        """Enlarge the buffer for payload of the guest to ``size`` bytes; never reduce it."""
         if size > self.receive.size:
             self.receive.size = size
             if self.sock is not None:
@@ -328,7 +334,7 @@ class VirtioConnection:
             self.queue_credit_update()
 
     def close(self) -> None:
-        """Close the socket and discard data for it."""
+        """Close the socket and discard all data that waits in either direction."""
         if self.sock is not None:
             self.sock.close()
             self.sock = None
@@ -340,7 +346,7 @@ class VirtioConnection:
 
     @property
     def has_output(self) -> bool:
-        """True if the guest can be sent something now."""
+        """Flag: true while a packet for the guest is ready and the guest has credit for it."""
         if self.pending_tx:
             return True
         if not self.readable:
@@ -352,7 +358,10 @@ class VirtioConnection:
     # To the host
 
     def forward(self, parts: Sequence[memoryview], length: int) -> None:
-        """Forward ``length`` bytes of a stream, which :meth:`on_payload` has accepted."""
+        """Forward ``parts``, ``length`` bytes of a stream, to the socket.
+
+        :meth:`on_payload` has accepted them.
+        """
         sock, sent = self.sock, 0
         if sock is None:  # reset because of an earlier packet of this turn
             return
@@ -368,7 +377,10 @@ class VirtioConnection:
             self.on_forwarded(sent)
 
     def forward_fragment(self, parts: Sequence[memoryview], length: int, flags: int) -> None:
-        """Forward a fragment of a message, which :meth:`on_payload` has accepted."""
+        """Collect a fragment of a message; forward the message once it is complete.
+
+        :meth:`on_payload` has accepted the fragment.
+        """
         for part in parts:
             self._message += part
         if flags & _END_OF_MESSAGE:
@@ -384,15 +396,15 @@ class VirtioConnection:
     def _grant_message_credit(self) -> None:
         """Announce all free credit while a message is incomplete.
 
-        Its fragments hold credit until its end arrives, for which the guest needs all other
-        credit, however little of it was forwarded since the last announcement.
+        The fragments hold credit until the end of the message arrives.  To send that end, the guest
+        may need all other credit, even if :meth:`~.ReceiveCredit.update_is_due` would still wait.
         """
         if self._message and self.receive.unannounced:
             self.queue_credit_update()
 
     @property
     def has_backlog(self) -> bool:
-        """True if payload waits for room in the socket."""
+        """Flag: true while payload of the guest waits for room in the socket."""
         return bool(self._backlog or self._message_lengths)
 
     def flush(self) -> None:
@@ -423,13 +435,13 @@ class VirtioConnection:
         self.finish_if_drained()
 
     def finish_if_drained(self) -> None:
-        """Shut down the socket once the guest's last payload was forwarded."""
+        """Shut down writing to the socket if the guest's last payload was forwarded."""
         if self.guest_shutdown & _SEND and not self._backlog and not self._message_lengths:
             self._shut_down_writing()
             self.on_all_forwarded()
 
     def shut_down_reading(self) -> None:
-        """Shut down reading from the socket; writes of the peer fail."""
+        """Shut down reading from the socket, so that writes of the peer fail."""
         if self.sock is not None:
             self.unsent = memoryview(b"")
             _shutdown(self.sock, SHUT_RD)

@@ -7,8 +7,8 @@ of the receiver announces its buffer size (``buf_alloc``) and its count of forwa
     buf_alloc - (tx_cnt - fwd_cnt)
 
 bytes.  The inner difference is the number of bytes in flight.  It is taken modulo 2**32, so that
-counters may wrap; and a receiver whose count runs ahead or backwards appears to have a huge number
-of bytes in flight, so that it gets no credit, never too much.
+counters may wrap.  If a hostile receiver's count is ahead of ``tx_cnt`` or decreases, the
+difference is huge, and the sender sends nothing.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from .limits import VIRTIO_MERGED_PACKET_MAX_BYTES, VIRTIO_PACKET_OVERHEAD_BYTES
 _MODULUS_BITS = 0xFFFF_FFFF
 _HALF = 1 << 31
 
-#: Packets are counted in runs of a sixteenth of the guest's limit.
+#: A run of packets that are counted together: a sixteenth of the guest's limit, in bytes.
 _RUNS = 16 * VIRTIO_PACKET_OVERHEAD_BYTES
 
-#: Unread packets times this are at least the guest's buffer when half of its limit is reached.
+#: The number of unread packets times this constant reaches the guest's buffer size when half of the
+#: guest's limit is reached.
 HALF_FULL_PACKET_BYTES = 2 * VIRTIO_PACKET_OVERHEAD_BYTES
 
 
 def distance(later: int, earlier: int) -> int:
-    """Return the distance of a counter from ``earlier`` to ``later``: 0 to 2**32 - 1."""
+    """Return by how much a 32-bit counter grew from ``earlier`` to ``later``, modulo 2**32."""
     return later - earlier & _MODULUS_BITS
 
 
@@ -53,7 +54,7 @@ class SendCredit:
 
     def __init__(self) -> None:
         self.buffer = 0  #: the guest's buffer size, in bytes
-        #: packets that may be unread; some that were read remain counted for a while
+        #: upper bound of the packets that the guest's programs have not read
         self.packets = 0
         self._sent = self._fwd = 0
         self._end = 0  # the guest's count once it has read everything
@@ -65,12 +66,12 @@ class SendCredit:
         self._full = self._requested = -1
 
     def update(self, buf_alloc: int, fwd_cnt: int) -> None:
-        """Store the guest's buffer size and count, which every packet of the guest carries."""
+        """Store the guest's buffer size and count of forwarded bytes, from a packet's header."""
         self.buffer = buf_alloc
         self._fwd = fwd_cnt
 
     def available(self) -> int:
-        """Return the number of bytes that may be sent now."""
+        """Return the number of payload bytes that may be sent now."""
         # distance() inlined here and below: this runs for every packet.
         free = self.buffer - (self._sent - self._fwd & _MODULUS_BITS)
         return free if free > 0 and self._fwd != self._full else 0
@@ -78,8 +79,8 @@ class SendCredit:
     def spend(self, length: int, packets: int = 1, room: int = 0) -> None:
         """Account for ``length`` sent bytes, at most :meth:`available`, in ``packets`` packets.
 
-        ``room`` is the free part of the last packet's guest buffer, if the guest may merge the
-        next packet into it.
+        ``room`` is the free part, in bytes, of the guest buffer that holds the last packet, into
+        which the guest may merge the next packet.
         """
         if self._fwd == self._end:
             self._discard_all()
@@ -106,9 +107,10 @@ class SendCredit:
     def packet_size(self, room: int) -> int:
         """Return the maximum payload of a stream's next packets.
 
-        ``room`` is the payload that a guest buffer takes.  The result is ``room``, or
-        VIRTIO_MERGED_PACKET_MAX_BYTES when many packets are unread, or 0 when the guest must read
-        first.  Call it when half of the guest's limit is reached (:data:`HALF_FULL_PACKET_BYTES`).
+        ``room`` is the number of payload bytes for which a guest buffer has room.  The result is
+        ``room``, or VIRTIO_MERGED_PACKET_MAX_BYTES when many packets are unread, or 0 when the
+        guest must read first.  Callers need the result only when half of the guest's limit is
+        reached (:data:`HALF_FULL_PACKET_BYTES`).
         """
         self._discard_read()
         limit = self._limit
@@ -137,23 +139,26 @@ class SendCredit:
     def admits_empty_message(self) -> bool:
         """Return whether a message without content may be sent.
 
-        The guest never reports that it was read, so room is kept for messages whose reading it
-        reports.
+        An empty message does not change the guest's count of forwarded bytes, so the guest never
+        reports that it was read.  Half of the guest's limit is kept for messages with content.
         """
         self._discard_read()
         return self.packets < self._limit // 2
 
     @property
     def is_full(self) -> bool:
-        """True if a packet waits until the guest has read others."""
+        """Flag: true while nothing is sent until the guest reports that it has read packets."""
         return self._full == self._fwd
 
     def retry(self) -> None:
-        """Check again at the next packet whether the guest is full."""
+        """Clear :attr:`is_full`, so that the next packet is checked against the limit again."""
         self._full = -1
 
     def take_request_due(self) -> bool:
-        """Return whether a CREDIT_REQUEST is due: one for each count that the guest announces."""
+        """Return whether to send a CREDIT_REQUEST, and count it as sent.
+
+        One CREDIT_REQUEST is sent for each count of forwarded bytes that the guest announces.
+        """
         if self._requested == self._fwd:
             return False
         self._requested = self._fwd
@@ -161,11 +166,11 @@ class SendCredit:
 
     @property
     def _limit(self) -> int:
-        """Unread packets that the guest can hold: at least one, else nothing could be sent."""
+        """Number of unread packets that the guest can hold; at least 1, to send at all."""
         return self.buffer // VIRTIO_PACKET_OVERHEAD_BYTES or 1
 
     def _discard_read(self) -> None:
-        """Drop the packets that the guest has read from the count."""
+        """Subtract the packets that the guest has read from :attr:`packets`."""
         if self._fwd == self._end:
             self._discard_all()
         runs = self._runs
@@ -193,7 +198,7 @@ class ReceiveCredit:
         return distance(self._received, self._forwarded)
 
     def receive(self, length: int) -> bool:
-        """Account for ``length`` received bytes; return False without credit for them."""
+        """Account for ``length`` received bytes; return whether the guest had credit for them."""
         if length > self.size - (self._received - self._forwarded & _MODULUS_BITS):
             return False
         self._received = self._received + length & _MODULUS_BITS
@@ -204,7 +209,7 @@ class ReceiveCredit:
         self._forwarded = self._forwarded + length & _MODULUS_BITS
 
     def announce(self) -> int:
-        """Return the count of forwarded bytes for a packet that is sent now."""
+        """Return the count of forwarded bytes (``fwd_cnt``), and mark it as announced."""
         self._announced = self._forwarded
         return self._forwarded
 

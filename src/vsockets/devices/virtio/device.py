@@ -51,7 +51,7 @@ _ESTABLISHED, _CLOSING, _CLOSED = (
     ConnectionState.CLOSING,
     ConnectionState.CLOSED,
 )
-#: An eventfd that is never read: edge-triggered, each write is reported.
+#: Events of an eventfd that is never read: edge-triggered, so each write is reported.
 _EACH_KICK = select.EPOLLIN | select.EPOLLET
 _READING = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _WRITING = _READING | select.EPOLLOUT
@@ -61,7 +61,7 @@ _PEER_CLOSED = select.EPOLLHUP | select.EPOLLERR
 
 
 class Fabric(Protocol):
-    """Destination of the guest's connects."""
+    """Interface to the fabric, which connects the guest to peers."""
 
     def connect(
         self,
@@ -70,9 +70,10 @@ class Fabric(Protocol):
         peer: tuple[int, int],
         done: Callable[[socket.socket | None], None],
     ) -> Callable[[], None]:
-        """Connect from the guest's ``port``; ``done`` gets the established socket, or None.
+        """Connect a socket of type ``kind`` from the guest's ``port`` to ``peer`` (CID, port).
 
-        Return a function that abandons the attempt; ``done`` is not called then.
+        ``done`` is called with the established socket, or with None if the connect fails.  Return a
+        function that abandons the attempt; after its call ``done`` is not called.
         """
 
 
@@ -96,7 +97,7 @@ class VirtioVsock:
         self._receive: ReceiveQueue | None = None
         self._transmit: TxPoll | None = None
         self._events: Ring | None = None
-        #: with packets for the guest, in the order of their turns
+        #: connections that have packets for the guest, in the order of their turns
         self._ready_connections: deque[VirtioConnection] = deque()
         self.resets: deque[bytes] = deque()  #: encoded RSTs without a connection
         self._replies: dict[VirtioConnection, Callable[[int], None]] = {}
@@ -107,7 +108,7 @@ class VirtioVsock:
         loop.watch_for(self._poll_event, self.poll, _EACH_KICK)
 
     def close(self) -> None:
-        """Release all resources; the rings have been stopped."""
+        """Close all connections and descriptors; the caller has stopped the rings."""
         self._discard_connections()
         self._loop.unwatch(self._poll_event)
         os.close(self._poll_event)
@@ -116,7 +117,7 @@ class VirtioVsock:
     # vhost-user
 
     def configuration(self) -> bytes:
-        """Return the configuration space: the guest's CID."""
+        """Return the encoded configuration space: the guest's CID."""
         return CONFIGURATION.pack(self.cid)
 
     def set_features(self, features: int) -> None:
@@ -185,8 +186,8 @@ class VirtioVsock:
     ) -> None:
         """Connect ``sock`` to the guest's ``port``; take ownership of ``sock``.
 
-        ``peer`` is the CID and port of the other end.  ``reply`` is called with 0 when the guest
-        accepts, else with the client's errno; then ``sock`` is the connection, or is closed.
+        ``peer`` is the client's CID and port.  ``reply`` is called with 0 when the guest accepts,
+        else with the errno for the client, after which ``sock`` is closed.
         """
         key = (*peer, port)
         if (
@@ -211,7 +212,7 @@ class VirtioVsock:
         self._process()
 
     def reset_connections(self) -> None:
-        """Reset all connections after an event that none survives: suspension, migration."""
+        """Reset all connections after a suspension or migration, which no connection survives."""
         if self._events is not None and self._send_transport_reset():
             self._discard_connections()
             return
@@ -225,20 +226,20 @@ class VirtioVsock:
 
     @property
     def backpressured(self) -> bool:
-        """True if the guest's packets must wait until the guest has received some."""
+        """Backpressure flag: true while too many resets wait for receive buffers of the guest."""
         return len(self.resets) >= VIRTIO_WAITING_RESETS_MAX
 
     def _schedule_poll(self) -> None:
-        """Schedule another turn after other ready descriptors."""
+        """Schedule another turn of the device after the callbacks of other ready descriptors."""
         os.eventfd_write(self._poll_event, 1)
 
     def poll(self, events: int = 0) -> None:
-        """Receive from the guest and send to it for one turn, with or without a kick."""
+        """Run one turn: receive packets from the guest, then send pending packets to the guest."""
         self._process(self._transmit)
 
     def _process(self, transmit: TxPoll | None = None) -> None:
         """Receive packets from ``transmit``, if given, then send pending packets."""
-        if self._busy:  # a request within a turn is part of it
+        if self._busy:  # called from within a turn, which sends the packets later
             return
         self._busy = True
         try:
@@ -255,7 +256,7 @@ class VirtioVsock:
             self._busy = False
 
     def _send_pending(self) -> None:
-        """Send pending packets as long as the guest has buffers."""
+        """Send pending packets of all connections as long as the guest provides buffers."""
         queue, ready = self._receive, self._ready_connections
         if queue is None:
             return
@@ -290,9 +291,10 @@ class VirtioVsock:
             self._schedule_poll()
 
     def _retry_credit(self, connection: VirtioConnection) -> None:
-        """Request credit again after a while.
+        """Request credit again for a connection that still waits for the guest to read.
 
-        Linux reports when packets are read; other guests may wait until half of them are.
+        Linux sends a CREDIT_UPDATE when packets are read; other guests may delay it until half of
+        the buffer was read.
         """
         connection.credit_retry = False
         if connection.state is _ESTABLISHED and connection.send.is_full:
@@ -301,7 +303,7 @@ class VirtioVsock:
             self._process()
 
     def _disable_ring(self, index: int, error: RingError) -> None:
-        """Disable a ring after an error of the driver, which harms only its own guest."""
+        """Disable a ring whose rules the driver has violated; only its own guest is affected."""
         log.warning("context %d: ring %d disabled: %s", self.cid, index, error)
         vring = self._vrings[index]
         self.stop_ring(index)
@@ -309,7 +311,10 @@ class VirtioVsock:
         self._discard_connections()
 
     def _send_transport_reset(self) -> bool:
-        """Send TRANSPORT_RESET; return False when the guest provides no event buffer."""
+        """Send TRANSPORT_RESET; return whether the guest needs no further reset.
+
+        The result is False when the guest provides no event buffer.
+        """
         ring, vring = self._events, self._vrings[EVENT]
         assert ring is not None
         try:
@@ -341,8 +346,8 @@ class VirtioVsock:
             ConnectionState.CLOSING,
             ConnectionState.CLOSED,
         ):
-            # The guest has dropped the old connection; drop it, too, as its RST would hit the new
-            # one.
+            # The guest has dropped the old connection.  Drop it without RST, which would reset the
+            # new connection of the same ports.
             connection.discard()
             self._close_host_side(connection)
             self._remove(connection)
@@ -409,7 +414,7 @@ class VirtioVsock:
         self._loop.watch_for(sock.fileno(), partial(self._on_ready, connection), _READING)
 
     def _refuse(self, header: Header) -> None:
-        """Queue RST as the reply to a packet that is not RST and has no connection."""
+        """Queue RST as the reply to a packet that belongs to no connection and is not RST."""
         reply = Header(
             header.dst_cid, header.src_cid, header.dst_port, header.src_port,
             type=header.type, op=Op.RST,
@@ -446,7 +451,7 @@ class VirtioVsock:
     # Ends
 
     def _time_out(self, connection: VirtioConnection, state: ConnectionState) -> None:
-        """Reset a connection that is still in ``state`` after its timeout."""
+        """Reset a connection that is still in ``state`` when its timeout has expired."""
         if (
             connection.state is state
             and self.connections.get((*connection.peer, connection.guest_port)) is connection
@@ -456,7 +461,7 @@ class VirtioVsock:
             self._process()
 
     def _close_host_side(self, connection: VirtioConnection) -> None:
-        """Close the host's side of a connection."""
+        """Close the host's side of a connection: its socket, or the pending connect."""
         cancel = self._attempts.pop(connection, None)
         if cancel is not None:
             cancel()
@@ -474,7 +479,7 @@ class VirtioVsock:
             del self.connections[key]
 
     def _discard_connections(self) -> None:
-        """Drop all connections without sending anything: the guest has dropped them, too."""
+        """Drop all connections without RST: the guest has dropped them, too."""
         for connection in list(self.connections.values()):
             connection.discard()
             self._close_host_side(connection)

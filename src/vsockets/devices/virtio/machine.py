@@ -24,7 +24,10 @@ _RECEIVE_FLAGS = int(MSG_DONTWAIT)
 
 
 class VirtioMachine:
-    """Device of the guest ``cid``, to be served by vhost-user."""
+    """Virtio-vsock device of the guest ``cid``, with its connection to the fabric.
+
+    A :class:`.VhostUserServer` connects :attr:`device` to the virtual machine.
+    """
 
     def __init__(
         self, loop: DeviceLoop, fabric: DeviceClient, cid: int, events: Events | None = None

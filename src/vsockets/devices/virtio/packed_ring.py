@@ -2,8 +2,8 @@
 
 Driver and device walk through one table of descriptors in the same direction.  Each lap begins
 with the other value of a bit, the wrap counter; two flags of a descriptor show, by that value,
-whether it is available or used.  A used descriptor overwrites the first of its chain, and the next
-one is written where the next chain begins; this device uses chains in the order of their arrival.
+whether the descriptor is available or used.  The device marks a chain as used by overwriting the
+chain's first descriptor.  This device uses chains in the order of their arrival.
 
 As in the split ring, the driver can write every part at any time.  Each flag, length and address
 is read once into a Python integer, checked, and then used.
@@ -46,8 +46,9 @@ class PackedRing:
     """Packed ring of ``size`` entries.
 
     ``addresses`` are those of the descriptors, the driver's and the device's event suppression.
-    ``base`` has vhost-user's form: the position of the next available chain, and 16 bits higher
-    that of the next used chain, each with the wrap counter.
+    ``base`` has vhost-user's form: the lower 16 bits are the position of the next available chain,
+    the upper 16 bits that of the next used chain, each with its wrap counter in the highest bit.
+    ``event_index`` is true if VIRTIO_F_EVENT_IDX was negotiated.
 
     Raises RingError when base or addresses are invalid.
     """
@@ -81,12 +82,12 @@ class PackedRing:
         self._device[0] = _ALWAYS
 
     def _locate(self, position: int) -> tuple[int, int]:
-        """Return the index of a position, and the wrap counter of its lap."""
+        """Return the index of ``position`` in the table, and the wrap counter of its lap."""
         lap, index = divmod(position, self._size)
         return index, not lap & 1
 
     def _is_available(self) -> int | None:
-        """Return the flags of the next descriptor if it is available."""
+        """Return the flags of the next descriptor, or None if it is not available yet."""
         index, wrap = self._locate(self._next)
         flags: int = self._words[index * 8 + 7]
         if flags & _STATE == (_AVAILABLE if wrap else _USED):
@@ -95,15 +96,19 @@ class PackedRing:
 
     @property
     def base(self) -> int:
-        """The position of the next entry to use, twice; all earlier entries were used."""
+        """Position at which a restarted ring resumes, in the lower and the upper 16 bits.
+
+        Both halves are equal: all chains before this position were pushed.
+        """
         index, wrap = self._locate(self._pushed)
         half = index | (_WRAP if wrap else 0)
         return half | half << 16
 
     def pop(self) -> Chain | None:
-        """Return the next available chain, or None.
+        """Return the next available chain, or None if the driver has added none.
 
-        Its head combines the buffer's id and the number of descriptors in the chain.
+        The chain's head combines the buffer's id (the lower 16 bits) and the number of descriptors
+        in the chain.
         """
         found = self._is_available()
         if found is None:
@@ -155,11 +160,14 @@ class PackedRing:
             readable.append(self._view(address, length))
 
     def rewind(self) -> None:
-        """Return to the first chain that was not pushed."""
+        """Make :meth:`pop` continue at the first chain that was popped and not pushed."""
         self._next = self._pushed
 
     def push(self, head: int, length: int) -> None:
-        """Mark a chain as used, at once visible to the driver."""
+        """Mark the chain ``head`` as used, with ``length`` bytes written to it.
+
+        The driver sees the used chain at once.
+        """
         index, wrap = self._locate(self._pushed)
         self._lengths[index * 4 + 2] = length
         self._words[index * 8 + 6] = head & (1 << _ID_BITS) - 1
@@ -168,7 +176,7 @@ class PackedRing:
         self._pushed += head >> _ID_BITS
 
     def publish(self) -> bool:
-        """Complete pushed chains; return whether the driver expects a notification."""
+        """Return whether the driver must be notified of the chains pushed since the last call."""
         old, new = self._published, self._pushed
         if old == new:
             return False
@@ -185,7 +193,7 @@ class PackedRing:
         return old <= lap * self._size + (wanted & _WRAP - 1) < new
 
     def enable_notification(self, chains: int = 1) -> bool:
-        """Request a kick after ``chains`` descriptors; return whether a chain is available now."""
+        """Request a kick after ``chains`` more descriptors; return whether a chain is available."""
         if self._event_index:
             ahead = min(chains, self._size >> 1 or 1) - 1
             index, wrap = self._locate(self._next + ahead)

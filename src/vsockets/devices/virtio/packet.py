@@ -1,4 +1,4 @@
-"""Header of virtio-vsock packets (virtio 1.3, 5.10.6), and their capture records."""
+"""Header of virtio-vsock packets (virtio 1.3, 5.10.6), and the packets' capture records."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ _OPERATIONS = {
 
 
 def record(capture: CaptureSink, header: bytes, payload: Sequence[memoryview] = ()) -> None:
-    """Record a packet to or from the guest, whose payload may be shorter than the header claims."""
+    """Send a capture record of a packet to or from the guest.
+
+    ``payload`` may be shorter than ``header`` claims: the guest wrote the length.
+    """
     source_cid, cid, source_port, port, length, _, op, *_ = HEADER.unpack(header)
     operation = _OPERATIONS.get(op, Operation.UNKNOWN)
     if operation is not Operation.PAYLOAD:

@@ -26,59 +26,63 @@ NEXT, WRITE, INDIRECT = 1, 2, 4
 
 DESCRIPTOR = struct.Struct("<QIHH")  #: address, length, flags, next (split) or: id, flags
 
-#: A chain that the driver made available: the ring's identifier for it (its head), the parts to
-#: read, the parts to write.  A plain tuple: one is made for every packet.
+#: A chain that the driver made available: its head (the number by which the ring identifies the
+#: chain), the parts to read, the parts to write.  A plain tuple, because every packet makes one.
 Chain = tuple[int, list[memoryview], list[memoryview]]
 
 _fence_lock = threading.Lock()
 
 
 class RingError(Exception):
-    """The driver violated the rules of the ring, which must not be used any longer."""
+    """The driver violated the rules of the ring; the device must stop the ring."""
 
 
 class Ring(Protocol):
     """A virtqueue, device side.
 
-    Methods raise RingError when the driver violated the rules.
+    Each method raises RingError when the driver has violated the rules of the ring.
     """
 
     def pop(self) -> Chain | None:
-        """Return the next available chain, or None."""
+        """Return the next available chain, or None if the driver has added none."""
 
     def rewind(self) -> None:
-        """Return to the first chain that was popped and not pushed."""
+        """Make :meth:`pop` continue at the first chain that was popped and not pushed."""
 
     def push(self, head: int, length: int) -> None:
-        """Mark a chain as used, with ``length`` bytes written; in the order of :meth:`pop`."""
+        """Mark the chain ``head`` as used, with ``length`` bytes written to it.
+
+        Chains are pushed in the order in which :meth:`pop` returned them.
+        """
 
     def publish(self) -> bool:
-        """Make pushed chains visible to the driver; return whether it expects a notification."""
+        """Make pushed chains visible to the driver; return whether the driver must be notified."""
 
     def enable_notification(self, chains: int = 1) -> bool:
-        """Request a kick; return whether a chain is available now.
+        """Request a kick from the driver; return whether a chain is available already.
 
-        The kick is due once ``chains`` more chains are available; it may come earlier.
+        The driver kicks once ``chains`` more chains are available, or earlier.
         """
 
     @property
     def base(self) -> int:
-        """Position at which to resume, in the form of vhost-user's ring base."""
+        """Position at which a restarted ring resumes (:attr:`.Vring.base`)."""
 
 
 def fence() -> None:
     """Order earlier stores before later loads, as the driver sees them.
 
-    x86 and all others let a load overtake a store; taking a lock is a barrier on all of them.
+    Every architecture, x86 included, lets a load overtake an earlier store; taking a lock is a
+    memory barrier on all of them.
     """
     with _fence_lock:
         pass
 
 
 def ring_view(memory: GuestMemory, address: int, size: int, alignment: int) -> memoryview:
-    """Return a view of a part of a ring.
+    """Return a view of a part of a ring: ``size`` bytes at ``address``.
 
-    Raises RingError when it is not mapped or not aligned.
+    Raises RingError when the part is not mapped or not aligned.
     """
     if address % alignment:
         raise RingError(
@@ -91,9 +95,9 @@ def ring_view(memory: GuestMemory, address: int, size: int, alignment: int) -> m
 
 
 def indirect_table(memory: GuestMemory, address: int, length: int) -> memoryview:
-    """Return a view of an indirect descriptor table.
+    """Return a view of an indirect descriptor table of ``length`` bytes.
 
-    Raises RingError when its length is invalid or it is not mapped.
+    Raises RingError when the length is invalid or the table is not mapped.
     """
     if (
         not length
@@ -121,7 +125,10 @@ _FLAGS, _INDEX, _RING = 0, 1, 2
 
 
 class SplitRing:
-    """Split ring of ``size`` entries at ``addresses``: descriptor table, available and used ring.
+    """Split ring of ``size`` entries.
+
+    ``addresses`` are those of the descriptor table, the available ring and the used ring.  ``base``
+    is the index at which to resume.  ``event_index`` is true if VIRTIO_F_EVENT_IDX was negotiated.
 
     Raises RingError when size or addresses are invalid.
     """
@@ -156,11 +163,11 @@ class SplitRing:
 
     @property
     def base(self) -> int:
-        """The index of the next entry to use; all earlier entries were used."""
+        """Index at which a restarted ring resumes: all earlier chains were pushed."""
         return self._pushed
 
     def pop(self) -> Chain | None:  # noqa: C901 - hot loop: every field is read once
-        """Return the next available chain, or None; see :class:`Ring`."""
+        """Return the next available chain, or None if the driver has added none."""
         position = self._next
         if position == self._available_index:
             available_index = self._available[_INDEX]
@@ -206,16 +213,16 @@ class SplitRing:
         return head, readable, writable
 
     def rewind(self) -> None:
-        """Return to the first chain that was not pushed."""
+        """Make :meth:`pop` continue at the first chain that was popped and not pushed."""
         self._next = self._available_index = self._pushed
 
     def push(self, head: int, length: int) -> None:
-        """Mark a chain as used; see :class:`Ring`."""
+        """Mark the chain ``head`` as used, with ``length`` bytes written to it."""
         self._elements[self._pushed & self._size - 1] = head | length << 32
         self._pushed = self._pushed + 1 & _MASK
 
     def publish(self) -> bool:
-        """Make pushed chains visible; return whether the driver expects a notification."""
+        """Make pushed chains visible to the driver; return whether the driver must be notified."""
         old, new = self._published, self._pushed
         if old == new:
             return False
@@ -228,7 +235,7 @@ class SplitRing:
         return not self._available[_FLAGS] & _NO_INTERRUPT
 
     def enable_notification(self, chains: int = 1) -> bool:
-        """Request a kick after ``chains`` chains; return whether one is available now."""
+        """Request a kick after ``chains`` more chains; return whether a chain is available now."""
         if self._event_index:
             ahead = min(chains, self._size >> 1 or 1) - 1
             self._used[_RING + 4 * self._size] = self._next + ahead & _MASK

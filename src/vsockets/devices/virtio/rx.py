@@ -1,4 +1,4 @@
-"""The guest's receive queue: send packets in the buffers that the guest provides.
+"""The guest's receive queue: packets to the guest, in the buffers that the guest provides.
 
 One system call moves a stream's bytes from the host's socket into as many of the guest's buffers
 as its credit allows; then each buffer gets its header.
@@ -29,12 +29,13 @@ _END_OF_MESSAGE, _END_OF_RECORD = int(Sequenced.END_OF_MESSAGE), int(Sequenced.E
 _PEEK_FLAGS = int(MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT)
 _RECEIVE_FLAGS = int(MSG_DONTWAIT)
 
-#: Guest buffers that one connection fills in one turn.
+#: Limits of the number of guest buffers that one connection fills in one turn.
 _SMALLEST_BURST, _LARGEST_BURST = 2, 16
 
 
-#: A parsed chain: its head, the header (None when it spans several parts, which then come first),
-#: the other parts, and their size in bytes.
+#: A parsed chain: its head, the part for the header, the parts for payload, and the payload's room
+#: in bytes.  If the header spans several parts, the second item is None and the parts begin with
+#: the header's.
 _Buffer = tuple[int, memoryview | None, list[memoryview], int]
 
 
@@ -63,29 +64,32 @@ class ReceiveQueue:
         self._ring = ring
         self._cid = cid
         self._capture = capture
-        self._buffers: deque[_Buffer] = deque()  # popped and not used yet
+        self._buffers: deque[_Buffer] = deque()  # parsed buffers that hold no packet yet
 
     def stop(self) -> int:
-        """Release guest memory; return the ring's base."""
+        """Drop all views of guest memory; return the ring's base (:attr:`.Vring.base`)."""
         self._ring.rewind()
         self._buffers.clear()
         self._ring.publish()
         return self._ring.base
 
     def publish(self) -> bool:
-        """Make sent packets visible; return whether the guest expects a notification."""
+        """Make sent packets visible to the guest; return whether the guest must be notified."""
         return self._ring.publish()
 
     def prefetch(self) -> None:
-        """Parse the buffers of the next packets in advance."""
+        """Parse the guest's next buffers in advance."""
         self._fetch(_SMALLEST_BURST)
 
     def has_buffers(self) -> bool:
-        """Return whether a buffer is available; if not, request a kick for the next one."""
+        """Return whether a guest buffer is available; if not, request a kick for the next."""
         return bool(self._fetch(1) or (self._ring.enable_notification() and self._fetch(1)))
 
     def send_raw(self, header: bytes) -> None:
-        """Send a packet without payload; a buffer is available."""
+        """Send the encoded ``header`` as a packet without payload.
+
+        The caller has checked that a buffer is available.
+        """
         head, header_view, parts, _ = self._buffers.popleft()
         if header_view is not None:
             header_view[:HEADER_SIZE] = header
@@ -121,7 +125,7 @@ class ReceiveQueue:
         )  # fmt: skip
 
     def _fetch(self, wanted: int) -> int:
-        """Fetch up to ``wanted`` buffers; return the number available."""
+        """Parse buffers until ``wanted`` are available; return the number of available buffers."""
         buffers, pop = self._buffers, self._ring.pop
         while len(buffers) < wanted:
             chain = pop()
@@ -183,7 +187,10 @@ class ReceiveQueue:
         return True
 
     def _packet_size(self, connection: VirtioConnection) -> int:
-        """Return the maximum payload of a packet; queue a CREDIT_REQUEST if the guest is full."""
+        """Return the maximum payload of the next packets, in bytes.
+
+        Queue a CREDIT_REQUEST when one is due or the guest must read first.
+        """
         send = connection.send
         most = send.packet_size(self._buffers[0][3] or 1)
         if send.take_request_due() or send.is_full:
@@ -191,7 +198,10 @@ class ReceiveQueue:
         return most
 
     def _write_headers(self, connection: VirtioConnection, received: int) -> int:
-        """Write the headers of payload in the first buffers; return the number of buffers."""
+        """Write headers to the buffers that hold the ``received`` bytes of payload.
+
+        Return the number of buffers.
+        """
         buffers, push = self._buffers, self._ring.push
         cid, port = connection.peer
         size, announced = connection.receive.size, connection.receive.announce()
@@ -216,7 +226,10 @@ class ReceiveQueue:
         return used
 
     def _write_merged_headers(self, connection: VirtioConnection, received: int) -> int:
-        """Write headers of packets with at most VIRTIO_MERGED_PACKET_MAX_BYTES bytes."""
+        """Write headers of packets with at most VIRTIO_MERGED_PACKET_MAX_BYTES bytes of payload.
+
+        Return the number of buffers that hold the ``received`` bytes.
+        """
         used = 0
         while received:
             room = self._buffers[0][3]
@@ -242,7 +255,10 @@ class ReceiveQueue:
         return sent
 
     def _read_message(self, connection: VirtioConnection) -> bool:
-        """Read the next message for which there is credit into ``connection.unsent``."""
+        """Read the next message into ``connection.unsent``; return whether a message was read.
+
+        A message for which the guest has no credit stays in the socket.
+        """
         sock = connection.sock
         if sock is None or not connection.readable:
             return False
@@ -277,7 +293,7 @@ class ReceiveQueue:
         return True
 
     def _send_fragment(self, connection: VirtioConnection) -> None:
-        """Send as much of a message as fits in the first buffer."""
+        """Send as much of ``connection.unsent`` as fits in the first available buffer."""
         head, header_view, parts, room = self._buffers[0]
         if not room and connection.unsent:
             self._return_unused()
@@ -310,7 +326,7 @@ def _is_at_eof(sock: socket.socket) -> bool:
 
 
 def _trim(views: list[memoryview], excess: int) -> None:
-    """Remove ``excess`` bytes from the end."""
+    """Remove ``excess`` bytes from the end of ``views``."""
     while excess >= len(views[-1]):
         excess -= len(views.pop())
         if not views:
@@ -320,7 +336,7 @@ def _trim(views: list[memoryview], excess: int) -> None:
 
 
 def _cap_buffers(buffers: Iterable[_Buffer], size: int) -> Iterator[_Buffer]:
-    """Yield the buffers, with at most ``size`` bytes of each."""
+    """Yield the buffers, each limited to ``size`` bytes of payload."""
     for head, header, parts, room in buffers:
         if room > size:
             parts = parts if header is not None else _skip_header(parts)

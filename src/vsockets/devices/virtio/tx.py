@@ -1,8 +1,8 @@
 """The guest's transmit queue: receive packets and forward their payload.
 
 :class:`TransmitQueue` forwards consecutive packets of one stream together, with one system call.
-:class:`TxPoll` decides when to poll the queue and when to notify the guest, with
-:class:`KickCoalescing`.
+:class:`KickCoalescing` decides for how many packets the guest kicks once.
+:class:`TxPoll` polls the queue between kicks, and notifies the guest of used buffers.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _DELAY_FACTOR = 2
 class KickCoalescing:
     """Coalescing of kicks from a streaming guest.
 
-    ``packets`` is the number of packets to announce with the next kick, from the recent arrival
-    rate; if it is above 1, the device polls the ring after ``delay`` seconds.
+    ``packets`` is the number of packets after which the guest should kick next, from the recent
+    arrival rate; if it is above 1, the device also polls the ring after ``delay`` seconds.
 
     A kick, the device's wake-up and reading the ring's index cost more than forwarding a packet.
     A streaming guest need not kick for each packet: the device requests a kick only after some
     packets, and polls the ring by itself in case no further packets arrive.
 
     A guest streams when it has sent more than its credit without receiving payload, so that a
-    guest that waits for replies is never delayed.  The number of packets per kick grows while they
-    arrive in time, and falls to the number that did arrive otherwise.
+    guest that waits for replies is never delayed.  ``packets`` doubles while as many packets arrive
+    in time; otherwise it falls to the number of packets that arrived.
     """
 
     def __init__(self) -> None:
@@ -56,12 +56,15 @@ class KickCoalescing:
         self._last_poll = 0.0
 
     def on_reply(self) -> None:
-        """Stop coalescing: payload was sent to the guest."""
+        """Stop coalescing kicks, because payload was sent to the guest."""
         self._bytes_since_reply = 0
         self.packets = 1
 
     def on_packets(self, packets: int, length: int, now: float) -> None:
-        """Account for a poll at time ``now``: ``packets`` with ``length`` bytes of payload."""
+        """Account for a poll that found ``packets`` packets with ``length`` bytes of payload.
+
+        ``now`` is the monotonic time in seconds.
+        """
         interval = max(now - self._last_poll, 1e-6) / max(packets, 1)
         self._last_poll = now
         self._bytes_since_reply += length
@@ -86,34 +89,40 @@ _STREAM = int(Type.STREAM)
 
 
 class Receiver(Protocol):
-    """Interface of the device for received packets."""
+    """Interface of the device to the transmit queue."""
 
-    #: by the peer's CID and port and the guest's port
+    #: connections by peer's CID, peer's port, guest's port
     connections: dict[tuple[int, int, int], VirtioConnection]
 
     @property
     def backpressured(self) -> bool:
-        """True if the guest's packets must wait until the guest has received some."""
+        """Backpressure flag: true while too many resets wait for receive buffers of the guest.
+
+        While the flag is true, the queue receives no packets from the guest.
+        """
 
     def receive(self, header: Header, connection: VirtioConnection | None) -> None:
-        """Handle a packet without payload; its credit was stored already."""
+        """Handle a packet that is not payload of ``connection``.
+
+        The credit in ``header`` was stored in ``connection`` already.
+        """
 
     def mark_dirty(self, connection: VirtioConnection) -> None:
-        """Reconsider a connection: what can be sent to the guest may have changed."""
+        """Queue a connection for sending if it has packets for the guest; close ended ones."""
 
 
 class TransmitQueue:
-    """Receiver of packets from the guest ``cid``."""
+    """Receiver of packets from the guest ``cid``, which forwards their payload to sockets."""
 
     def __init__(self, ring: Ring, cid: int, receiver: Receiver, capture: CaptureSink) -> None:
-        self.packets = 0  #: received in the last turn
+        self.packets = 0  #: number of packets received in the last turn
         self._ring = ring
         self._cid = cid
         self._receiver = receiver
         self._capture = capture
 
     def stop(self) -> int:
-        """Release guest memory; return the ring's base."""
+        """Drop all views of guest memory; return the ring's base (:attr:`.Vring.base`)."""
         self._ring.rewind()
         self._ring.publish()
         return self._ring.base
@@ -122,8 +131,8 @@ class TransmitQueue:
         """Receive packets for one turn.
 
         Return whether more packets are available, and whether the guest expects a used-buffer
-        notification.  When the queue is empty, a kick is requested after as many packets as
-        ``coalescing`` decides from the packets of this turn.
+        notification.  When the queue is empty, request the next kick after the number of packets
+        that ``coalescing`` computes from the packets of this turn.
         """
         receiver, pop = self._receiver, self._ring.pop
         connections = receiver.connections
@@ -209,7 +218,7 @@ class TransmitQueue:
 
 
 def _pop_header(parts: list[memoryview]) -> tuple[int, ...]:
-    """Read the header, once, and remove it from ``parts``."""
+    """Read a packet's header once, remove it from ``parts``, and return its fields."""
     if not parts:
         raise RingError("packet without a header")
     first = parts[0]
@@ -233,7 +242,7 @@ def _pop_header(parts: list[memoryview]) -> tuple[int, ...]:
 
 
 def _truncate(parts: list[memoryview], size: int) -> bool:
-    """Truncate ``parts`` to ``size`` bytes; return False when they are shorter."""
+    """Truncate ``parts`` to ``size`` bytes; return whether they have that many bytes."""
     length = len(parts[0]) if len(parts) == 1 else total_length(parts)
     while length > size:
         excess = length - size
@@ -246,7 +255,10 @@ def _truncate(parts: list[memoryview], size: int) -> bool:
 
 
 class TxPoll:
-    """Scheduler of ``queue``; ``poll`` is called when the queue is due without a kick."""
+    """Scheduler of ``queue``: polls between kicks, and batches used-buffer notifications.
+
+    ``poll`` is called when the queue should be polled although the guest has not kicked.
+    """
 
     def __init__(
         self, loop: DeviceLoop, queue: TransmitQueue, vring: Vring, poll: Callable[[], None]
@@ -281,7 +293,7 @@ class TxPoll:
         return more
 
     def stop(self) -> int:
-        """Release guest memory; return the ring's base."""
+        """Cancel polling and drop all views of guest memory; return the ring's base."""
         if self._poll_timer is not None:
             self._poll_timer.cancel()
         if self._notify_due:

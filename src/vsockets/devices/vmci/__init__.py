@@ -2,6 +2,6 @@
 
 From bottom to top: :mod:`.datagrams` (layouts and numbers), :mod:`.device` (registers, interrupts,
 datagrams to and from the guest), :mod:`.hypervisor` (hypercalls), :mod:`.queue_pair` (memory
-shared with the guest), and vSockets on these: :mod:`.packets`, :mod:`.handshake`, :mod:`.stream`
-and :mod:`.transport`.  docs/vmci.md shows the sequences.
+shared with the guest).  vSockets use these: :mod:`.packets`, :mod:`.handshake`, :mod:`.stream` and
+:mod:`.transport`.  docs/vmci.md shows the sequences of packets.
 """

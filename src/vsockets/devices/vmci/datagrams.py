@@ -1,4 +1,4 @@
-"""VMCI datagrams: messages between guests, hypervisor and host."""
+"""VMCI datagrams: messages between guests, hypervisor and host, and their numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LAST_HYPERCALL = 13
 
 
 class Code(IntEnum):
-    """Result of a datagram; negative values are errors."""
+    """Result of a guest's datagram; negative values are errors."""
 
     SUCCESS = 0
     QUEUEPAIR_CREATED = 4
@@ -82,14 +82,14 @@ class Handle(NamedTuple):
 
 
 class Datagram(NamedTuple):
-    """A datagram."""
+    """A datagram between two resources."""
 
     destination: Handle
     source: Handle
     payload: bytes
 
     def encode(self) -> bytes:
-        """Encode header and payload."""
+        """Encode the datagram: header and payload."""
         return HEADER.pack(*self.destination, *self.source, len(self.payload)) + self.payload
 
     @classmethod
@@ -110,10 +110,10 @@ def _event(cid: int, event: Event, payload: bytes) -> bytes:
 
 
 def context_event(cid: int, event: Event, about: int) -> bytes:
-    """Encode an event about the context ``about`` for the guest ``cid``."""
+    """Encode an event datagram for the guest ``cid``, about the context ``about``."""
     return _event(cid, event, _EVENT.pack(about, 0))
 
 
 def queue_pair_event(cid: int, event: Event, handle: Handle, peer: int) -> bytes:
-    """Encode an event about a queue pair and the context at its other end."""
+    """Encode an event datagram for the guest ``cid``, about a queue pair shared with ``peer``."""
     return _event(cid, event, _HANDLE_AND_PEER.pack(*handle, peer, 0))

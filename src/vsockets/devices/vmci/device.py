@@ -40,7 +40,7 @@ class Register(IntEnum):
 
 
 class Control(IntFlag):
-    """Bits of CONTROL, which is write-only."""
+    """Bits of the CONTROL register, which is write-only."""
 
     RESET = 1
     INT_ENABLE = 2
@@ -48,7 +48,7 @@ class Control(IntFlag):
 
 
 class Cause(IntEnum):
-    """Cause of an interrupt; its vector is the bit's number, shared vectors read ICR."""
+    """Cause of an interrupt, as a bit of ICR; CAUSE_VECTORS has the vector of each."""
 
     DATAGRAM = 1
     NOTIFICATION = 2
@@ -59,7 +59,7 @@ CAUSE_VECTORS = {Cause.DATAGRAM: 0, Cause.NOTIFICATION: 1, Cause.DMA_DATAGRAM: 2
 
 
 class Caps(IntFlag):
-    """Capabilities of the device; the driver writes back those it uses."""
+    """Capabilities in the CAPS register; the driver writes back those that it uses."""
 
     DATAGRAM = 4
     NOTIFICATIONS = 8
@@ -85,13 +85,15 @@ _FILLER = TERMINATOR[:1]  # every byte of a terminator but the size
 class BytePorts:
     """Datagrams through two I/O ports, one byte at a time: drivers before Linux 5.18.
 
-    To send, the driver writes the bytes of a datagram; the device submits it when it is complete.
+    To send, the driver writes the bytes of a datagram; the device passes the complete datagram to
+    ``submit``.
 
     To receive, the driver fills a buffer and then parses it: first one page; if a datagram in it
-    is cut off, the rest of the largest size, after moving the cut datagram to the front.  Where no
-    datagram begins, it continues at the next page of the buffer, and stops after the last.  A
+    is cut off, the driver moves the cut datagram to the front of the buffer and reads until the
+    buffer holds the largest datagram.  Where no datagram begins, the driver continues at the next
+    page of the buffer, and stops after the last page.  A
     datagram that starts in the middle of a read would be torn.  So this class follows the driver's
-    reads, and pads each with terminators once the queue was empty.
+    reads; once the queue is empty, it pads the current read with terminators.
     """
 
     def __init__(self, submit: Callable[[bytes], int], take: Callable[[], bytes | None]) -> None:
@@ -100,11 +102,11 @@ class BytePorts:
         self.reset()
 
     def reset(self) -> None:
-        """Discard partial datagrams of both directions."""
+        """Discard incomplete datagrams of both directions."""
         self._sent = bytearray()
         self._start_read()
         self._rest = b""  # unread rest of the current datagram
-        self._given = 0  # bytes of it that were read
+        self._given = 0  # bytes of the current datagram that were read
 
     def _start_read(self) -> None:
         # Size of the driver's current read, and its remaining bytes.
@@ -114,7 +116,7 @@ class BytePorts:
     # From the guest
 
     def write(self, data: bytes) -> None:
-        """Append bytes of a datagram; submit it when complete."""
+        """Append bytes that the driver wrote; submit each datagram that they complete."""
         self._sent += data
         while len(self._sent) >= HEADER.size:
             size = HEADER.size + HEADER.unpack_from(self._sent)[4]
@@ -178,7 +180,7 @@ _LARGEST_PAGE_SHIFT = 16
 
 
 class _Registers(NamedTuple):
-    """Settings that the driver does not restore after sleep."""
+    """Registers that the driver does not restore after the machine has slept."""
 
     in_use: Caps
     page_shift: int
@@ -189,9 +191,12 @@ class _Registers(NamedTuple):
 
 
 class VmciDevice:
-    """The VMCI device; ``pio_device`` selects the device of drivers before Linux 5.18.
+    """The VMCI device of one virtual machine.
 
-    ``perform`` is called with each datagram from the guest and returns its result.
+    ``perform`` is called with each datagram from the guest and returns the result for the guest.
+    ``pio_device`` selects the device with I/O ports, for drivers before Linux 5.18.  ``on_reset``
+    is called when the guest restarts, ``on_unmap`` with address and size of memory that the client
+    unmaps, ``on_wake`` when the guest wakes up from sleep.
     """
 
     def __init__(
@@ -229,7 +234,7 @@ class VmciDevice:
         self._ports = BytePorts(self._run, self._pop_datagram)
         self._power_on()
 
-    # Hypervisor side
+    # Called by the hypervisor
 
     @property
     def page_size(self) -> int:
@@ -238,23 +243,26 @@ class VmciDevice:
 
     @property
     def wide_pages(self) -> bool:
-        """True if page numbers have 64 bits rather than 32."""
+        """Flag: true if the driver's page numbers have 64 bits, false if they have 32."""
         return bool(self._in_use & Caps.PPN64)
 
     @property
     def has_room(self) -> bool:
-        """True if more datagrams of programs may be delivered."""
+        """Flag: true while the queue for the guest has room for datagrams of programs."""
         return self._waiting_bytes < VMCI_DATAGRAM_QUEUE_MAX_BYTES
 
     @property
     def backpressured(self) -> bool:
-        """True if the guest must receive datagrams before its control packets are accepted."""
+        """Backpressure flag: true while too many datagrams wait for the guest.
+
+        While the flag is true, control packets of the guest are refused.
+        """
         return len(self._waiting) >= VMCI_DATAGRAM_QUEUE_MAX
 
     def deliver(self, datagram: bytes) -> None:
         """Queue an encoded datagram for the guest.
 
-        The queue has no limit here; callers that may send many check :attr:`has_room`.
+        This method enforces no limit: callers check :attr:`has_room` or :attr:`backpressured`.
         """
         self._waiting.append(datagram)
         self._waiting_bytes += len(datagram)
@@ -265,7 +273,7 @@ class VmciDevice:
         """Interrupt the guest after a change of the notification bitmap."""
         self._interrupt(Cause.NOTIFICATION)
 
-    # Client side (vfio-user)
+    # Called by the vfio-user session
 
     def read(self, region: int, offset: int, count: int) -> bytes:
         """Implement :class:`vsockets.devices.vfio_user.Device`."""
@@ -324,10 +332,10 @@ class VmciDevice:
     # The right to access memory (PCI bus master)
 
     def _on_bus_master_off(self) -> None:
-        """Save the registers and reset: the guest loses its right to access memory.
+        """Save the registers and reset the device, which must no longer access guest memory.
 
-        Either the machine sleeps, during which Linux's driver expects the registers to persist, or
-        kexec passes the memory to another kernel without notice.
+        Either the machine goes to sleep, and Linux's driver expects the registers to persist; or
+        kexec passes the memory to another kernel without a reset of the device.
         """
         kept = _Registers(
             *(self._in_use, self._page_shift, self._mask, self._interrupting),
@@ -339,8 +347,8 @@ class VmciDevice:
     def _on_bus_master_on(self) -> None:
         """Restore the saved registers if the guest has woken up.
 
-        A kernel that wakes up has restored message-signalled interrupts before this; one that
-        starts enables them later.  The device may have been reset since the registers were saved.
+        A kernel that wakes up restores message-signalled interrupts before it makes the device a
+        bus master; a kernel that starts enables them later.  So the interrupts tell the two apart.
         """
         kept, self._saved_registers = self._saved_registers, None
         if kept is None or not self.interrupts.message_signalled:
@@ -420,7 +428,7 @@ class VmciDevice:
         self._waiting_bytes -= size
 
     def _pop_datagram(self) -> bytes | None:
-        """Return the next datagram for the byte port, or None."""
+        """Remove and return the next encoded datagram for the byte port, or None."""
         if not self._waiting:
             return None
         datagram = self._waiting.popleft()

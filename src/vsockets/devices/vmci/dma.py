@@ -1,8 +1,8 @@
 """Datagrams through two buffers in guest memory.
 
-Each buffer begins with a header: busy, operation, size, unused, and a 64-bit result.  The guest
-writes the address of a buffer to a register.  To send, it waits with interrupts off until busy is
-0; to receive, until busy is 1, which an interrupt announces.
+Each buffer begins with a header: busy, operation, size, unused (32 bits each), and a 64-bit result.
+The guest writes the address of a buffer to a register.  After sending, the guest polls the header
+with interrupts off until busy is 0; for receiving, an interrupt announces that busy is 1.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ _INLINE, _SCATTERED = 0, 1
 
 
 class DmaBuffers:
-    """The two buffers, at the addresses that the guest wrote last."""
+    """The buffers for sending and receiving, at the addresses that the guest wrote last."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self.reset()
 
     def reset(self) -> None:
-        """Clear the upper halves of the addresses."""
+        """Clear the upper 32 bits of both buffers' addresses."""
         self.out_high = self.in_high = 0
 
     def submit(self, low: int, run: Callable[[bytes], int]) -> None:
-        """Submit the datagram in the buffer at ``low`` to ``run``, and store its result."""
+        """Call ``run`` with the datagram in the buffer, and store the result in the buffer.
+
+        ``low`` is the lower half of the buffer's address.  If the buffer is invalid, ``run`` gets
+        empty bytes.
+        """
         try:
             header = self._memory.view(self.out_high | low, _BUFFER.size)
         except BadAddress:
@@ -48,12 +52,13 @@ class DmaBuffers:
                 data = bytes(self._memory.view((self.out_high | low) + _BUFFER.size, size))
         result = run(data)
         header[_RESULT_AT:] = result.to_bytes(8, "little", signed=True)
-        header[:4].cast("I")[0] = 0  # last, and in one store: the guest polls it
+        header[:4].cast("I")[0] = 0  # last, and in one store: the guest polls busy
 
     def deliver(self, low: int, waiting: deque[bytes], on_delivered: Callable[[int], None]) -> bool:
-        """Deliver ``waiting`` datagrams to the buffer at ``low``, as many as fit whole.
+        """Move encoded datagrams from ``waiting`` to the guest's buffer, as many as fit whole.
 
-        ``on_delivered`` is called with the size of each.  Return whether to interrupt the guest.
+        ``low`` is the lower half of the buffer's address.  ``on_delivered`` is called with the size
+        in bytes of each datagram.  Return whether to interrupt the guest.
         """
         try:
             header = self._memory.view(self.in_high | low, _BUFFER.size)

@@ -1,11 +1,11 @@
-"""Flow control over a queue pair: when to notify the other side.
+"""Flow control over a queue pair: notifications of data and of room.
 
 A side that finds no data, or no room, sleeps until it is notified.
 
-With *queue state* the side that ends such a state notifies: WROTE after writing to an empty queue,
-READ after reading from a full one.  Both sides see the queue, so neither needs to ask.
+With *queue state* a side notifies the other with WROTE after writing to an empty queue, and with
+READ after reading from a full queue.  Both sides see the queue, so no side requests notifications.
 
-In version 1 of the protocol a side asks (WAITING_READ, WAITING_WRITE) and is notified once.
+In version 1 of the protocol a side requests one notification (WAITING_READ, WAITING_WRITE).
 
 Notifications must not overtake the device's ATTACH: see :class:`AttachOrdering`.
 """
@@ -18,12 +18,12 @@ from ..loop import DeviceLoop
 from .limits import VMCI_ATTACH_HOLD_SECONDS
 from .packets import Kind
 
-#: Sends a packet: its kind, and two numbers.
+#: Function that sends a control packet: its kind, value and offset.
 Send = Callable[[Kind, int, int], None]
 
 
 class QueueState:
-    """Flow control by queue state, as Linux has used it from its first vSockets on."""
+    """Flow control by queue state, which all versions of Linux's driver use."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -39,13 +39,13 @@ class QueueState:
             self._send(Kind.READ, 0, 0)
 
     def on_empty(self) -> None:
-        """Handle an empty queue."""
+        """Do nothing: the guest sends WROTE without a request."""
 
     def on_full(self) -> None:
-        """Handle a full queue."""
+        """Do nothing: the guest sends READ without a request."""
 
     def receive(self, kind: int, can_read: bool, can_write: bool) -> None:
-        """Handle a packet of flow control, given what the guest can do now."""
+        """Do nothing: WROTE and READ change no state here."""
 
 
 class QueueNotifications:
@@ -59,35 +59,39 @@ class QueueNotifications:
         self._read_to = self._wrote_to = (0, 0)
 
     def on_produced(self, was_empty: bool, position: int) -> None:
-        """Notify a waiting guest of data up to ``position`` in the queue."""
+        """Notify the guest of data up to ``position`` in the queue if the guest waits for data."""
         self._wrote_to = _advance(self._wrote_to, position)
         if self._reader_waits:
             self._reader_waits = False
             self._send(Kind.WROTE, 0, 0)
 
     def on_consumed(self, was_full: bool, position: int) -> None:
-        """Notify a waiting guest of room up to ``position`` in the queue."""
+        """Notify the guest of room up to ``position`` in the queue if the guest waits for room."""
         self._read_to = _advance(self._read_to, position)
         if self._writer_waits:
             self._writer_waits = False
             self._send(Kind.READ, 0, 0)
 
     def on_empty(self) -> None:
-        """Handle an empty queue."""
+        """Request a notification of data, unless one is requested already."""
         if not self._data_requested:
             self._data_requested = True
             generation, offset = self._read_to
             self._send(Kind.WAITING_READ, generation, offset + 1)
 
     def on_full(self) -> None:
-        """Handle a full queue."""
+        """Request a notification of room, unless one is requested already."""
         if not self._room_requested:
             self._room_requested = True
             generation, offset = self._wrote_to
             self._send(Kind.WAITING_WRITE, generation, offset + 2)
 
     def receive(self, kind: int, can_read: bool, can_write: bool) -> None:
-        """Handle a packet of flow control, given what the guest can do now."""
+        """Handle a flow-control packet of the guest.
+
+        ``can_read`` tells whether the guest has data to read now, ``can_write`` whether it has room
+        to write.
+        """
         if kind == Kind.WROTE:
             self._data_requested = False
         elif kind == Kind.READ:
@@ -108,17 +112,17 @@ def _advance(at: tuple[int, int], position: int) -> tuple[int, int]:
 
 
 class AttachOrdering:
-    """Queue of packets to ``send``, in order, until the guest has handled the ATTACH.
+    """Queue that holds packets back until the guest has handled the device's ATTACH.
 
     Linux's driver handles packets of a socket that is in use in separate work items, which can
-    overtake each other.  A socket that is still connecting fails with EPROTO when it sees a WROTE
-    or SHUTDOWN. So packets after the device's ATTACH wait until the guest has sent a packet on the
-    stream, or for :data:`VMCI_ATTACH_HOLD_SECONDS`.
+    overtake each other.  A socket that is still connecting fails with EPROTO when it receives a
+    WROTE or SHUTDOWN.  So packets after the device's ATTACH wait until the guest has
+    sent a packet on the stream, or for :data:`VMCI_ATTACH_HOLD_SECONDS`.
     """
 
     def __init__(self, loop: DeviceLoop, send: Send) -> None:
         self._send = send
-        #: each once: a second WROTE adds nothing to the first
+        #: held packets, equal ones once: a second WROTE tells the guest nothing new
         self._held: dict[tuple[Kind, int, int], None] | None = {}
         loop.call_later(VMCI_ATTACH_HOLD_SECONDS, self.release)
 

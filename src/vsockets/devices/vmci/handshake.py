@@ -9,8 +9,8 @@ The guest connects::
     OFFER handle              →
                               ←   ATTACH handle                  both are connected
 
-A client connects to the guest: the same with exchanged sides, except that the guest still provides
-the memory, when it attaches to the queue pair that the device only names::
+When a client connects to the guest, the two sides exchange their roles.  But the guest still
+provides the memory, when it attaches to the queue pair that the device has only named::
 
                               ←   REQUEST2 size, protocols
     NEGOTIATE2 size, protocol →                                  or RST
@@ -18,8 +18,9 @@ the memory, when it attaches to the queue pair that the device only names::
     attaches with its pages
     ATTACH handle             →                                  both are connected
 
-Version 1 has REQUEST and NEGOTIATE instead, and its own flow control.  A side that does not know a
-packet replies INVALID; REQUEST2 is then followed by REQUEST.
+Version 1 of the protocol has REQUEST and NEGOTIATE instead of REQUEST2 and NEGOTIATE2, and another
+flow control.  A side that does not know a packet replies INVALID; the sender of a REQUEST2 then
+sends REQUEST.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .packets import Kind, Packet, Protocol, handle_value
 
 @dataclass(slots=True)
 class Step:
-    """Result of an event: packets to send, and the outcome of the handshake."""
+    """Result of an event: packets to send, and the outcome if the handshake has ended."""
 
     #: packets to send: kind, value, protocol
     packets: list[tuple[Kind, int, int]] = field(default_factory=list)
@@ -55,7 +56,7 @@ def _fail(error: int, tell: bool = True) -> Step:
 
 
 class State(Enum):
-    """State of a handshake, named after its last packet; the comments name the expected event."""
+    """State of a handshake, named after the last packet; a comment names the expected event."""
 
     ASKING = auto()  #: the fabric's reply
     REQUESTED = auto()  #: NEGOTIATE or NEGOTIATE2
@@ -69,7 +70,7 @@ FindQueuePair = Callable[[Handle, int], bool]
 
 
 class Accepting:
-    """Handshake of a connecting guest; ``request`` is its first packet."""
+    """Handshake of a connect from the guest; ``request`` is the guest's first packet."""
 
     def __init__(self, request: Packet, find: FindQueuePair) -> None:
         self.state = State.ASKING
@@ -82,17 +83,20 @@ class Accepting:
 
     @property
     def possible(self) -> bool:
-        """True if the request is valid."""
+        """Flag: true if the request has a size and a supported flow control."""
         return bool(self._possible)
 
     def accepted(self, size: int) -> Step:
-        """Accept the guest's request with ``size``: the fabric has connected the stream."""
+        """Accept the guest's request with a buffer size of ``size`` bytes.
+
+        Call it when the fabric has connected the stream.
+        """
         self.state, self.size = State.NEGOTIATED, size
         kind = Kind.NEGOTIATE if self.protocol_v1 else Kind.NEGOTIATE2
         return Step().send(kind, size, self._protocol)
 
     def refused(self, error: int) -> Step:
-        """Refuse the guest's request: the fabric has refused it with ``error``."""
+        """Refuse the guest's request, which the fabric has refused with the errno ``error``."""
         self.state = State.OVER
         return _fail(error)
 
@@ -108,7 +112,11 @@ class Accepting:
 
 
 class Connecting:
-    """Handshake of a connect to the guest; ``handle`` names the queue pair."""
+    """Handshake of a connect to the guest.
+
+    ``sizes`` are the proposed buffer size and the limits of the guest's choice, in bytes.
+    ``handle`` is the handle of the queue pair to be created.
+    """
 
     def __init__(
         self, sizes: BufferSizes, handle: Handle, find: FindQueuePair, protocol_v1: bool = False
@@ -122,7 +130,7 @@ class Connecting:
         self._fell_back = False
 
     def begin(self) -> Step:
-        """Send the first packet."""
+        """Return the first step: send REQUEST2, or REQUEST in version 1."""
         if self.protocol_v1:
             return Step().send(Kind.REQUEST, self._sizes.size)
         return Step().send(Kind.REQUEST2, self._sizes.size, Protocol.QUEUE_STATE)

@@ -1,7 +1,8 @@
-"""Hypercalls of one guest, and routing of its datagrams.
+"""Hypercalls of one guest, and routing of the guest's datagrams.
 
-The guest is hostile.  Its use of the device's memory is limited (:mod:`.limits`).  Its context is
-the one to which the device was attached; context numbers in its datagrams are not trusted.
+The guest is hostile: :mod:`.limits` bounds the memory of the device that a guest can occupy.  The
+guest's context is the one to which the device was attached; the source context in a datagram is
+ignored.
 """
 
 from __future__ import annotations
@@ -40,19 +41,28 @@ _MOST_QUERIED = 31
 
 
 class Sockets(Protocol):
-    """Interface of vSockets to the hypervisor."""
+    """Interface of the guest's vSockets, which the hypervisor calls."""
 
     def receive(self, peer: int, packet: Packet) -> int:
-        """Handle a control packet for a socket of the context ``peer``; return a code."""
+        """Handle a control packet from the guest to the context ``peer``.
+
+        Return a :class:`.Code`, or the number of bytes sent.
+        """
 
     def send_datagram(self, port: int, destination: tuple[int, int], payload: bytes) -> int:
-        """Send a datagram from the guest's ``port``; return a code, or the number of bytes sent."""
+        """Send a datagram from the guest's ``port`` to ``destination`` (CID, port).
+
+        Return a negative :class:`.Code`, or the number of bytes sent, header included.
+        """
 
     def expects(self, handle: Handle, sizes: tuple[int, int]) -> bool:
-        """Return whether the guest may attach to the device's queue pair ``handle``."""
+        """Return whether the guest may attach to the queue pair ``handle`` that the device offered.
+
+        ``sizes`` are those of the guest's produce queue and consume queue, in bytes.
+        """
 
     def on_detach(self, queue_pair: QueuePair) -> None:
-        """Release a queue pair, whose memory returns to the guest when this returns."""
+        """Stop using a queue pair; the guest reuses its memory once this method has returned."""
 
 
 class Hypervisor:
@@ -81,7 +91,10 @@ class Hypervisor:
         }
 
     def perform(self, datagram: Datagram) -> int:
-        """Perform a datagram of the guest; return its result."""
+        """Perform the hypercall, or deliver the datagram, that the guest has sent.
+
+        Return the result for the guest; negative results are errors (:class:`.Code`).
+        """
         destination, source, payload = datagram
         if destination.context == VMADDR_CID_HYPERVISOR:
             hypercall = self._hypercalls.get(destination.resource)
@@ -105,17 +118,17 @@ class Hypervisor:
 
     @property
     def is_idle(self) -> bool:
-        """True if no queue pair exists."""
+        """Flag: true while the guest has no queue pair."""
         return not self._queue_pairs and not self._queue_pair_memory
 
     # Queue pairs and events of the guest
 
     def queue_pair(self, handle: Handle) -> QueuePair | None:
-        """Return the guest's queue pair with this handle, or None."""
+        """Return the guest's queue pair with the handle ``handle``, or None."""
         return self._queue_pairs.get(handle)
 
     def notify_detached(self, queue_pair: QueuePair) -> None:
-        """Report to the guest that the peer has detached; its pages remain readable."""
+        """Report to the guest that the peer has detached; the guest can still read the queue."""
         handle = queue_pair.handle
         if self._queue_pairs.get(handle) is queue_pair:
             event = queue_pair_event(self.cid, Event.QP_PEER_DETACH, handle, queue_pair.peer)
@@ -130,7 +143,10 @@ class Hypervisor:
         self.device.deliver(context_event(self.cid, Event.CTX_REMOVED, cid))
 
     def reset(self) -> None:
-        """Release all state of the guest, which restarts; its memory is still mapped."""
+        """Release all queue pairs and doorbells of a guest that restarts.
+
+        The guest's memory is still mapped.
+        """
         for queue_pair in list(self._queue_pairs.values()):
             self.sockets.on_detach(queue_pair)
         self._queue_pairs.clear()
@@ -139,7 +155,10 @@ class Hypervisor:
         self._doorbells.clear()
 
     def release_memory(self, address: int, size: int) -> None:
-        """Release all queue pairs in this range of memory, which is unmapped afterwards."""
+        """Release all queue pairs with pages in ``size`` bytes at ``address``.
+
+        The client unmaps this memory afterwards.
+        """
         for queue_pair in list(self._queue_pairs.values()):
             if queue_pair.overlaps(address, size):
                 self._release(queue_pair)
@@ -229,8 +248,8 @@ class Hypervisor:
         if full or self._queue_pair_memory + count * size > VMCI_QUEUE_PAIR_MAX_BYTES:
             return Code.NO_RESOURCES
         attaching = bool(flags & _ATTACH_ONLY)
-        # A guest creates queue pairs in its own context; it attaches to those of the device that
-        # were offered.
+        # A guest creates queue pairs of its own, and attaches only to those that the device has
+        # offered to it.
         if attaching != self.sockets.expects(handle, (produce, consume)):
             return Code.NOT_FOUND if attaching else Code.NO_ACCESS
         form = f"<{count}{'Q' if width == 8 else 'I'}"
@@ -252,7 +271,7 @@ class Hypervisor:
         queue_pair = self._queue_pairs.get(Handle(*_HANDLE.unpack_from(payload)))
         if queue_pair is not None:
             self._release(queue_pair)
-        # Unknown handles succeed, too: else the guest would never reuse the pages.
+        # An unknown handle succeeds, too: after an error the guest would never reuse the pages.
         return Code.SUCCESS
 
     def _release(self, queue_pair: QueuePair) -> None:

@@ -1,4 +1,4 @@
-"""The VMCI of one virtual machine: device, hypervisor, sockets, and life-cycle events."""
+"""The VMCI device of one virtual machine, with hypervisor, vSockets and life-cycle events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from .transport import VmciTransport
 
 
 class VmciMachine:
-    """VMCI device of the guest ``cid``, to be served by vfio-user."""
+    """VMCI device of the guest ``cid``, with its connection to the fabric.
+
+    A :class:`.VfioUserServer` connects :attr:`device` to the virtual machine.
+    """
 
     def __init__(
         self,
@@ -23,10 +26,10 @@ class VmciMachine:
         pio_device: bool = False,
         protocol_v1: bool = False,
     ) -> None:
-        """Connect the parts.
+        """Attach the device to ``fabric``.
 
-        ``pio_device`` selects the device of drivers before Linux 5.18, ``protocol_v1`` the first
-        version of the stream protocol.
+        ``pio_device`` selects the device with I/O ports, for drivers before Linux 5.18.
+        ``protocol_v1`` selects version 1 of the stream protocol.
         """
         self._fabric = fabric
         self.hypervisor = Hypervisor(cid)
@@ -44,7 +47,7 @@ class VmciMachine:
             subscribe(loop, fabric, events, self._heed)
 
     def settle(self) -> None:
-        """Receive datagrams again if the guest has room; called after each message."""
+        """Resume receiving datagrams if the guest has room; called after vfio-user messages."""
         if self.device.has_room:
             self._fabric.resume_datagrams()
 

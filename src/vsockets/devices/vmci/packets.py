@@ -23,15 +23,15 @@ HYPERVISOR_RESOURCE = 15
 
 
 class Kind(IntEnum):
-    """Kind of a control packet."""
+    """Kind of a control packet; a size is that of each queue of the stream, in bytes."""
 
     INVALID = 0  #: unknown packet received
-    REQUEST = 1  #: connect, with this size
-    NEGOTIATE = 2  #: accept, with this size
+    REQUEST = 1  #: connect, with the proposed size
+    NEGOTIATE = 2  #: accept, with the selected size
     OFFER = 3  #: handle of the created queue pair
     ATTACH = 4  #: this side has attached to the queue pair
-    WROTE = 5
-    READ = 6
+    WROTE = 5  #: data was written to the queue
+    READ = 6  #: data was read from the queue
     RST = 7
     SHUTDOWN = 8
     WAITING_WRITE = 9  #: version 1: notify after reading
@@ -41,7 +41,7 @@ class Kind(IntEnum):
 
 
 class Protocol(IntFlag):
-    """Flow controls."""
+    """Flow controls that a side supports."""
 
     INVALID = 0
     QUEUE_STATE = 1  #: notify when the queue stops being empty or full
@@ -91,12 +91,12 @@ class Packet(NamedTuple):
 
     @property
     def handle(self) -> Handle:
-        """The queue pair of OFFER and ATTACH."""
+        """The handle of the queue pair that OFFER or ATTACH carries."""
         return Handle(self.value & 0xFFFF_FFFF, self.value >> 32)
 
 
 def handle_value(handle: Handle) -> int:
-    """Encode a handle as a packet's value."""
+    """Encode a handle as the ``value`` of a packet."""
     return handle.context | handle.resource << 32
 
 
@@ -109,7 +109,5 @@ _OPERATIONS = {
 
 
 def operation_of(kind: int) -> Operation:
-    """Return the operation of ``kind`` in a capture; kinds outside the table are the
-    handshake's.
-    """
+    """Return the operation with which a capture records a control packet of ``kind``."""
     return _OPERATIONS.get(kind, Operation.CONNECT)  # type: ignore[call-overload,no-any-return]

@@ -6,8 +6,8 @@ queue, are in the header of *its own* produce queue; the device's are thus in th
 header.  Indices run from 0 to size - 1; equal indices mean empty, so a ring holds size - 1 bytes.
 
 The guest can write any part at any time.  So the device keeps its own indices outside of guest
-memory and only copies them there; the guest's are read once for each decision, as one aligned
-64-bit load, and must be less than the size.
+memory and copies them to the headers; a guest's index is read once for each decision, as one
+aligned 64-bit load, and must be less than the size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from .datagrams import Handle
 _TAIL, _HEAD = 1, 2  #: 64-bit words of a header; word 0 is the handle
 _HEADER_BYTES = 24
 
-#: Acquire and release order the device's store of an index before its load of the guest's.
+#: Lock whose acquire and release order the device's store of its index before its load of the
+#: guest's index.
 _fence = threading.Lock()
 
 
@@ -32,7 +33,7 @@ class BrokenQueue(Exception):
 
 
 class Inbound:
-    """The guest's produce queue, which the device consumes."""
+    """The guest's produce queue, from which the device consumes data."""
 
     def __init__(self, data: ScatterList, size: int, theirs: memoryview, ours: memoryview) -> None:
         self._data = data
@@ -42,9 +43,9 @@ class Inbound:
         self._published = 0
 
     def ready(self) -> int:
-        """Return the number of bytes to consume.
+        """Return the number of bytes that the device can consume.
 
-        Raises BrokenQueue.
+        Raises BrokenQueue when the guest's index is out of range.
         """
         tail: int = self._theirs[_TAIL]
         if tail >= self.size:
@@ -53,18 +54,21 @@ class Inbound:
         return ready if ready >= 0 else ready + self.size
 
     def window(self, length: int) -> Sequence[memoryview]:
-        """Return views of the next ``length`` bytes, or fewer; ``0 < length <= ready()``."""
+        """Return views of the next ``length`` bytes to consume, or of fewer bytes.
+
+        The caller ensures ``0 < length <= ready()``.
+        """
         return _window(self._data, self.size, self._head, length)
 
     def consume(self, count: int) -> None:
-        """Advance by ``count`` bytes, without publishing it to the guest."""
+        """Advance the device's position by ``count`` bytes; :meth:`publish` announces it."""
         head = self._head + count
         self._head = head if head < self.size else head - self.size
 
     def publish(self, all_but: int = 0) -> bool:
-        """Publish the position to the guest, less the last ``all_but`` bytes.
+        """Publish the device's position to the guest, less the last ``all_but`` bytes.
 
-        Return whether the queue was full before, so that the guest may wait for room.
+        Return whether the queue was full before, in which case the guest may wait for room.
         """
         head = (self._head - all_but) % self.size
         freed = (head - self._published) % self.size
@@ -77,12 +81,12 @@ class Inbound:
 
     @property
     def position(self) -> int:
-        """The device's position in the queue."""
+        """The device's position in the queue, as a byte offset."""
         return self._head
 
 
 class Outbound:
-    """The guest's consume queue, which the device produces."""
+    """The guest's consume queue, to which the device writes data."""
 
     def __init__(self, data: ScatterList, size: int, theirs: memoryview, ours: memoryview) -> None:
         self._data = data
@@ -91,44 +95,47 @@ class Outbound:
         self._tail = 0
 
     def free(self) -> int:
-        """Return the number of bytes for which there is room.
+        """Return the number of bytes for which the queue has room.
 
-        Raises BrokenQueue.
+        Raises BrokenQueue when the guest's index is out of range.
         """
         free = self._head() - self._tail - 1
         return free if free >= 0 else free + self.size
 
     @property
     def position(self) -> int:
-        """The device's position in the queue."""
+        """The device's position in the queue, as a byte offset."""
         return self._tail
 
     @property
     def consumed(self) -> int:
-        """The guest's position in the queue.
+        """The guest's position in the queue, as a byte offset.
 
-        Raises BrokenQueue.
+        Raises BrokenQueue when the guest's index is out of range.
         """
         return self._head()
 
     @property
     def is_empty(self) -> bool:
-        """True if the guest has consumed everything.
+        """Flag: true while the guest has consumed all data in the queue.
 
-        Raises BrokenQueue.
+        Raises BrokenQueue when the guest's index is out of range.
         """
         return self._head() == self._tail
 
     def window(self, length: int) -> Sequence[memoryview]:
-        """Return views for the next ``length`` bytes, or fewer; ``0 < length <= free()``."""
+        """Return views to fill with the next ``length`` bytes, or with fewer bytes.
+
+        The caller ensures ``0 < length <= free()``.
+        """
         return _window(self._data, self.size, self._tail, length)
 
     def produce(self, count: int) -> bool:
-        """Publish ``count`` bytes to the guest.
+        """Publish ``count`` bytes, which the caller has written to a :meth:`window`, to the guest.
 
-        Return whether the queue was empty before, so that the guest may wait for data.
+        Return whether the queue was empty before, in which case the guest may wait for data.
 
-        Raises BrokenQueue.
+        Raises BrokenQueue when the guest's index is out of range.
         """
         tail = self._tail + count
         self._tail = tail if tail < self.size else tail - self.size
@@ -145,7 +152,7 @@ class Outbound:
 
 
 class QueuePair:
-    """Queues of both directions, in guest pages."""
+    """Queue pair: the queues of both directions, in pages of guest memory."""
 
     def __init__(
         self,
@@ -157,9 +164,10 @@ class QueuePair:
         pages: Sequence[int],
         page_size: int,
     ) -> None:
-        """Map and initialize the queues.
+        """Create views of the queues, and initialize their headers.
 
-        ``pages`` has the addresses of :func:`page_count` pages.
+        Sizes are in bytes, ``peer`` is a CID.  ``pages`` are guest physical addresses, as many as
+        :func:`page_count` returns.
 
         Raises BadAddress when a page is not mapped.
         """
@@ -179,17 +187,17 @@ class QueuePair:
         self._spans = _spans(pages, page_size)
 
     def overlaps(self, address: int, size: int) -> bool:
-        """Return whether any page is in this range."""
+        """Return whether a page overlaps the ``size`` bytes at ``address``."""
         return any(start < address + size and address < end for start, end in self._spans)
 
 
 def page_count(produce_size: int, consume_size: int, page_size: int) -> int:
-    """Return the number of pages of a queue pair of these sizes, both headers included."""
+    """Return the number of pages of a queue pair, both headers included; sizes are in bytes."""
     return -(-produce_size // page_size) + -(-consume_size // page_size) + 2
 
 
 def _spans(pages: Sequence[int], page_size: int) -> list[tuple[int, int]]:
-    """Return runs of adjacent pages as start and end addresses."""
+    """Return the runs of adjacent pages, each as its start and end address."""
     spans: list[tuple[int, int]] = []
     for page in pages:
         if spans and spans[-1][1] == page:

@@ -1,8 +1,8 @@
-"""Established stream: transfer between a queue pair and a socket, and its end.
+"""Established stream: transfer between a queue pair and a socket, and the end of a stream.
 
 Guest to host, the guest sends WROTE when its queue stops being empty.  A guest with small, frequent
-writes would send it each time, which costs both sides more than the data.  So while data keeps
-coming, the device consumes the last byte but does not publish that: the queue never looks empty,
+writes would send WROTE each time, which costs both sides more than the data.  So while data keeps
+coming, the device consumes the last byte without publishing this: the queue never looks empty,
 the guest sends no WROTE, and the device polls the queue every :data:`VMCI_QUEUE_POLL_SECONDS`, or
 without pause while a reply is expected.  After some polls without data it publishes the byte and
 polls once more, so that no wake-up is lost.
@@ -50,7 +50,7 @@ from .queue_pair import BrokenQueue, QueuePair
 _IN, _OUT = select.EPOLLIN | select.EPOLLRDHUP, select.EPOLLOUT
 _HUP = select.EPOLLHUP | select.EPOLLERR
 
-#: WROTE in succession from which on the device polls.
+#: Number of WROTE packets after which the device polls the guest's queue.
 _FLOWING = 3
 
 
@@ -59,10 +59,11 @@ def _never() -> bool:
 
 
 class Stream:
-    """One VMCI stream; takes ownership of ``sock``.
+    """An established VMCI stream; takes ownership of ``sock``.
 
-    ``finished`` is called when the socket is closed, ``hung_up`` when the program has closed.
-    ``capture`` records the payload between ``guest`` and ``peer``.
+    ``sock`` is the other end of the program's socket.  ``hung_up`` is called when the program has
+    closed its socket, ``finished`` when ``sock`` is closed.  ``capture`` records the payload
+    between ``guest`` and ``peer``, each a CID and a port.
     """
 
     def __init__(
@@ -90,9 +91,9 @@ class Stream:
         self._hung_up, self._finished = hung_up, finished
         self._capture, self._guest, self._peer = capture, guest, peer
         self._reading = self._writing = True  # reading from the socket, writing to it
-        self._guest_finished = False  # the guest sends nothing more
+        self._guest_finished = False  # the guest has sent its last data
         self._end_sent = False
-        self.was_used = False  #: True once the guest has sent a packet
+        self.was_used = False  #: the guest has sent a packet
         self._rest = memoryview(b"")  # copied from a detached queue pair
         self._wrotes = 0
         self._polls_left = 0  # 0: the guest's queue is not polled
@@ -104,7 +105,7 @@ class Stream:
         self._unread: int | None = None  # the guest's position when data was written without WROTE
 
     def start(self) -> None:
-        """Start the transfer."""
+        """Start the transfer in both directions."""
         self._loop.watch_for(self._sock.fileno(), self._on_ready, self._interest)
         self._flow.on_empty()
 
@@ -138,7 +139,10 @@ class Stream:
             self.abort()
 
     def on_detach(self) -> None:
-        """Copy the guest's data: its pages return to it when this returns."""
+        """Copy the unread data of a queue pair that the guest detaches.
+
+        The guest reuses the pages once this method has returned.
+        """
         if self.queue_pair is None:
             return
         self._polls_left = 0
@@ -150,7 +154,7 @@ class Stream:
         self._flush_rest()
 
     def abort(self) -> None:
-        """Abort the stream at once, for both sides."""
+        """Close the stream for both sides at once, and discard unsent data."""
         self._rest = memoryview(b"")
         with contextlib.suppress(OSError):
             self._sock.shutdown(SHUT_RDWR)
@@ -159,7 +163,7 @@ class Stream:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that are held for a socket without room."""
+        """Number of bytes copied from a detached queue pair that wait for room in the socket."""
         return len(self._rest)
 
     def _on_ready(self, events: int) -> None:
@@ -183,7 +187,7 @@ class Stream:
     def _pump_in(self) -> None:
         inbound = self._in
         if not self._writing:
-            # The program reads nothing; the guest must not wait for room.
+            # The program no longer reads; the guest must not wait for room.
             inbound.consume(inbound.ready())
             self._flow.on_consumed(inbound.publish(), inbound.position)
             return
@@ -224,7 +228,7 @@ class Stream:
             self._flow.on_empty()
 
     def _on_socket_closed(self) -> None:
-        """Discard the guest's data: the program has closed or shut down receiving."""
+        """Discard the guest's data after the program has closed or shut down receiving."""
         self._writing = False
         self._polls_left = 0
         self._in.consume(self._in.ready())
@@ -267,7 +271,7 @@ class Stream:
             self._loop.call_later(VMCI_QUEUE_POLL_SECONDS, self._poll)
 
     def _poll_for_reply(self) -> bool:
-        """Poll for the guest's reply; return whether polling has ended."""
+        """Poll the guest's queue for a reply once; return whether to stop polling."""
         if not self._polls_left or self.queue_pair is None or not self._writing:
             return True
         try:
@@ -335,7 +339,11 @@ class Stream:
             self.abort()
 
     def _remind(self) -> None:
-        """Notify a guest again that has read nothing: it may wait for more bytes (SO_RCVLOWAT)."""
+        """Notify the guest again if it has read nothing.
+
+        A reader in the guest may wait for more bytes than there were at the first notification
+        (SO_RCVLOWAT).
+        """
         unread, self._unread = self._unread, None
         if self.queue_pair is None or self._end_sent:
             return
@@ -361,7 +369,7 @@ class Stream:
             self._send(Kind.SHUTDOWN, Shutdown.SEND, 0)
 
     def _hang_up(self) -> None:
-        """Report to the guest that the program has closed; it can still read the rest."""
+        """Report to the guest that the program has closed; the guest can still read all data."""
         self._reading = self._writing = False
         self._polls_left = 0
         self._loop.unwatch(self._sock.fileno())
@@ -434,7 +442,7 @@ class Stream:
             self._interest = interest
 
     def _yield(self) -> None:
-        """Serve other streams, then continue with the guest's data."""
+        """Schedule the rest of the guest's data after the turns of other streams."""
         if not self._yielded:
             self._yielded = True
             self._loop.call_later(0, self._continue)

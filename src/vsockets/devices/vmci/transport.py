@@ -35,7 +35,7 @@ from .stream import Stream
 
 log = logging.getLogger(__name__)
 
-#: Sizes that a connecting guest accepts: it checks the reply by itself.
+#: Smallest and largest buffer size for a connecting guest: the guest itself checks the agreed size.
 _SIZE_MIN, _SIZE_MAX = 1, VMCI_QUEUE_PAIR_MAX_BYTES
 
 _CODES = {
@@ -56,7 +56,7 @@ _REQUESTS = (Kind.REQUEST, Kind.REQUEST2)
 
 
 class _Connection:
-    """A stream, from its first packet on."""
+    """A stream, from the first packet of its handshake on."""
 
     handshake: Accepting | Connecting | None
     stream: Stream | None = None
@@ -72,8 +72,8 @@ class _Connection:
 def _proposed_sizes(request: ConnectRequest) -> BufferSizes:
     """Return the sizes to propose to the guest.
 
-    If no size was chosen, it is the largest default, Linux's own: with 64 KiB a guest sleeps, and
-    is woken, four times as often.
+    If the program has not chosen a size, STREAM_BUFFER_MAX_BYTES is proposed, Linux's own default:
+    with the default of 64 KiB a guest sleeps and is woken four times as often.
     """
     if request.sizes.size != STREAM_BUFFER_DEFAULT_BYTES:
         return request.sizes
@@ -81,7 +81,11 @@ def _proposed_sizes(request: ConnectRequest) -> BufferSizes:
 
 
 def _reported_size(request: ConnectRequest, size: int) -> int:
-    """Return the size to report to the program: a default size remains the default."""
+    """Return the buffer size to report to the program, in bytes.
+
+    A program that has not chosen a size is told the default, not the larger size that
+    :func:`_proposed_sizes` has proposed to the guest.
+    """
     return request.sizes.size if size == _proposed_sizes(request).size else size
 
 
@@ -112,7 +116,7 @@ class VmciTransport:
 
     @property
     def is_idle(self) -> bool:
-        """True if no stream exists and no queue pair is expected."""
+        """Flag: true while no stream exists and the guest is not expected to attach."""
         return not (self._connections or self._by_handle or self._expected_sizes)
 
     # From the guest
@@ -172,7 +176,7 @@ class VmciTransport:
                 stream.abort()
 
     def _on_datagram(self, source: tuple[int, int], port: int, payload: bytes) -> bool:
-        """Deliver a datagram to the guest; return whether there is room for another."""
+        """Deliver a datagram to the guest; return whether the guest has room for another."""
         if self._capture.recorders:
             self._record_datagram(source, (self._hypervisor.cid, port), payload)
         datagram = Datagram(Handle(self._hypervisor.cid, port), Handle(*source), payload)
@@ -216,7 +220,7 @@ class VmciTransport:
         return _CODES.get(error, Code.UNAVAILABLE)
 
     def _on_reply(self, connection: _Connection) -> None:
-        """Continue the handshake after a late reply of the fabric."""
+        """Continue a handshake when vsockd replies after VMCI_CONNECT_WAIT_SECONDS."""
         self._loop.unwatch(connection.sock.fileno())
         assert isinstance(connection.handshake, Accepting)
         size, error = self._read_reply(connection.sock)
@@ -227,7 +231,7 @@ class VmciTransport:
 
     @staticmethod
     def _read_reply(sock: socket.socket) -> tuple[int, int]:
-        """Return the agreed buffer size and 0, or 0 and the errno of the refusal."""
+        """Read vsockd's reply; return the agreed buffer size and 0, or 0 and the errno."""
         try:
             data = sock.recv(RECORD_SIZE)
         except OSError:
@@ -282,7 +286,7 @@ class VmciTransport:
         self._fail(connection, errno.ETIMEDOUT)
 
     def _apply(self, connection: _Connection, step: Step) -> None:
-        """Carry out a step of the handshake."""
+        """Send the packets of a handshake's step, then establish or fail the stream as it says."""
         handshake = connection.handshake
         assert handshake is not None
         if isinstance(handshake, Connecting) and handshake.size:
@@ -324,9 +328,9 @@ class VmciTransport:
             self._unsent.discard(stream)
 
         def hung_up() -> None:
-            # The event overtakes packets: a guest that has not handled the device's ATTACH treats
-            # it as a reset.  A packet from the guest shows that it has, a timeout that it has
-            # given up.
+            # The event overtakes packets, and a guest that has not handled the device's ATTACH
+            # treats the event as a reset.  So the event waits until the guest has sent a packet,
+            # which shows that the ATTACH was handled, or has given up.
             if connection.request is not None or stream.was_used:
                 self._hypervisor.notify_detached(queue_pair)
             else:
@@ -365,7 +369,7 @@ class VmciTransport:
             self._expected_sizes.pop(connection.handshake.handle, None)
 
     def _drop(self, connection: _Connection) -> None:
-        """Close a stream that the guest has dropped."""
+        """Abort a stream, or fail its pending handshake."""
         if connection.stream is None:
             self._fail(connection, errno.ECONNRESET)
         else:
@@ -373,7 +377,10 @@ class VmciTransport:
             connection.stream.abort()
 
     def _on_guest_closed(self, connection: _Connection) -> None:
-        """End a stream that the guest's kernel has closed; it detaches the queue pair later."""
+        """End a stream that the guest's kernel has closed.
+
+        The guest detaches the queue pair later.
+        """
         if connection.stream is None:
             self._fail(connection, errno.ECONNRESET)
         else:
@@ -424,7 +431,7 @@ class VmciTransport:
         self._hypervisor.device.deliver(datagram.encode())
 
     def _record(self, operation: Operation, key: _Key, from_guest: bool) -> None:
-        """Record a packet without payload."""
+        """Send a capture record of a packet without payload."""
         guest, peer = (self._hypervisor.cid, key[0]), key[1:]
         ends = (guest, peer) if from_guest else (peer, guest)
         self._capture.record(operation, *ends)
