@@ -7,7 +7,7 @@ VHOST_USER_PAYLOAD_MAX_BYTES = 4096
 #: Descriptors of one message: one for each of eight regions.
 VHOST_USER_DESCRIPTORS_MAX = 8
 
-#: Time for a virtual machine's monitor to read a reply, in seconds: it waits for the reply.
+#: Time for a monitor to read a reply, in seconds; a monitor waits for each reply it requested.
 VHOST_USER_REPLY_TIMEOUT_SECONDS = 5.0
 
 #: Regions of memory that a monitor may add one by one (ADD_MEM_REG). QEMU requests this number and
@@ -26,7 +26,7 @@ IO_VECTORS_MAX = 1024
 VFIO_USER_DESCRIPTORS_MAX = 8
 VFIO_USER_TRANSFER_MAX_BYTES = 4096
 
-#: Time for a virtual machine's monitor to read a reply, in seconds: it waits for the reply.
+#: Time for a monitor to read a reply, in seconds; a monitor waits for each reply it requested.
 VFIO_USER_REPLY_TIMEOUT_SECONDS = 5.0
 
 #: Sockets that send datagrams for a guest's ports: the least recently used one is closed first.

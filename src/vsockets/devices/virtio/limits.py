@@ -46,8 +46,8 @@ VIRTIO_WAITING_RESETS_MAX = 256
 #: Packets of the guest that are handled in one turn, before other work runs.
 VIRTIO_PACKETS_PER_TURN_MAX = 256
 
-#: Longest time that packets of a streaming guest wait until more have come, in seconds; and their
-#: largest number, so that waiting never fills the guest's ring.
+#: Longest time that packets of a streaming guest wait for further packets, in seconds; and the
+#: largest number of waiting packets, so that they never fill the guest's ring.
 VIRTIO_KICK_DELAY_SECONDS = 0.004
 VIRTIO_PACKETS_PER_KICK_MAX = 32
 

@@ -28,8 +28,8 @@ VMCI_HANDSHAKE_TIMEOUT_SECONDS = 5.0
 VMCI_PUMP_ROUNDS_PER_TURN = 4
 
 #: Interval at which a device polls a queue that is being written to, in seconds: short enough to
-#: add no relevant delay, long enough to collect some writes.  After so many polls without data it
-#: stops, and waits for a notification.
+#: add no relevant delay, long enough to collect some writes.  After so many polls without data the
+#: device stops polling, and waits for a notification.
 VMCI_QUEUE_POLL_SECONDS = 0.0002
 VMCI_IDLE_QUEUE_POLLS_MAX = 6
 
