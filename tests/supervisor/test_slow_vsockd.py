@@ -321,6 +321,8 @@ import ctypes, errno, os, signal, socket, struct, sys, threading
 type_, call = sys.argv[1:]
 sock, other = socket.socket(40, int(type_)), socket.socket(40, 1)
 def look():
+    # A stopped thread takes no signal of the process: this one must not take it either.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     while open(f"/proc/self/task/{os.getpid()}/syscall").read().split()[0] != call:
         pass
     other.getsockname()  # the supervisor serves bind() by then
