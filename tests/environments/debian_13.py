@@ -27,8 +27,8 @@ RELEASE, PYTHON = "trixie", "3.13"
 #: What is tested: all that is Python's business, and supervised programs.
 PARTS = (
     *("tests/unit", "tests/linux", "tests/protocol", "tests/eventloop", "tests/fabric"),
-    *("tests/library", "tests/daemon"),
-    *("tests/supervisor", "tests/nfs/test_service.py"),
+    *("tests/library", "tests/daemon/test_start_and_stop.py", "tests/daemon/test_isolation.py"),
+    *("tests/daemon/test_descriptor_abuse.py", "tests/supervisor", "tests/nfs/test_service.py"),
 )
 
 #: Debian's packages beside the essential ones.
@@ -114,6 +114,7 @@ def _within(root: Path, scratch: Path) -> int:
     (scratch / "tmp").chmod(0o1777)
     environment = {
         "HOME": "/root",
+        "VSOCKETS_TEST_INTERCEPTORS": "notify",  # a short form
         "HYPOTHESIS_STORAGE_DIRECTORY": "/root/hypothesis",
         "LANG": "C.UTF-8",
         "PATH": namespace.PATH,
