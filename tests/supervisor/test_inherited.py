@@ -55,6 +55,6 @@ sys.exit(app.start(["run", "--", "echo", "started"]))
     assert done.stdout == ""
     assert done.stderr == (
         f"vsock: descriptor {fd} is a socket of the machine's own "
-        "AF_VSOCK, which echo must not inherit: close it, or if it is a service manager's "
-        "(LISTEN_FDS), let that listen elsewhere\n"
+        "AF_VSOCK, which echo must not inherit: close it, or if a service manager passed it "
+        "(LISTEN_FDS), configure another address there\n"
     )

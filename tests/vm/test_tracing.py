@@ -21,6 +21,7 @@ supervise = '''
 import os, sys
 from vsockets import Attachment
 from vsockets.supervisor.launch import launch
+from vsockets.supervisor.mechanism import choose
 from vsockets.testing import PrivateFabric
 os.setgroups([])
 os.setgid(65534)
@@ -29,7 +30,7 @@ with PrivateFabric() as fabric:
     context = fabric.guest()
     if (pid := os.fork()) == 0:
         def become(): os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
-        launch(become, context, None, False)
+        launch(become, context, None, False, choose("notify").mechanism)
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 '''
 with open("/proc/sys/kernel/yama/ptrace_scope", "w") as file: file.write(str(scope))
