@@ -376,7 +376,7 @@ for _ in range(10):
     assert os.wait()[1] == 0
 if len(sys.argv) == 1:
     script = open(f"/proc/self/cmdline").read().split(chr(0))[2]
-    print(subprocess.run([sys.executable, "-c", script, "x"]).returncode)
+    print(subprocess.run([sys.executable, "-c", script, "x"]).returncode, flush=True)
     os.execv(sys.executable, [sys.executable, "-c", script, "x"])
 print("done", flush=True)
 """
