@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import _socket
 import array
+import contextlib
 import errno
 import fcntl
 import functools
 import os
 import select
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from ._linux.sockets import DESCRIPTOR_SPACE, descriptor_in, with_descriptor
@@ -31,8 +33,11 @@ from .state_folder import (
     wait_to_connect,
 )
 
+# The methods of the C class, without the overrides of subclasses.
 _connect, _set_blocking = _socket.socket.connect, _socket.socket.setblocking
+_sendmsg, _recvmsg = _socket.socket.sendmsg, _socket.socket.recvmsg
 _poll, _POLLIN = select.poll, select.POLLIN
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 #: The longest timeout of poll(2), an ``int`` of milliseconds: 24 days.
 _LONGEST_POLL = 0x7FFF_FFFF
 
@@ -113,14 +118,13 @@ class Attachment:
                 sock.settimeout(left)
             ancillary = [] if fd is None else [with_descriptor(fd)]
             try:
-                sock.sendmsg([data], ancillary)
+                send_request(sock, data, ancillary)
             except OSError as error:
                 if error.errno != errno.ETOOMANYREFS:
                     raise
                 reason = "the user has too many descriptors in flight"
                 raise OSError(errno.ENOBUFS, reason) from None
-            data, came, _, _ = sock.recvmsg(RECORD_SIZE, DESCRIPTOR_SPACE, socket.MSG_CMSG_CLOEXEC)
-            return client.decode_reply(data), descriptor_in(came)
+            return receive_reply(sock, _CLOEXEC)
 
     @functools.cached_property
     def cid(self) -> int:
@@ -135,6 +139,35 @@ class Attachment:
         """
         record, _ = self.request(client.local_cid(peer_cid, cookie=cookie))
         return record.is_trusted(datagram=sock_type == socket.SOCK_DGRAM)
+
+
+def send_request(
+    sock: _socket.socket,
+    data: bytes,
+    ancillary: Sequence[tuple[int, int, bytes]] = (),
+    flags: int = 0,
+) -> None:
+    """Send a request on a connection to vsockd.  Raises OSError, but not EPIPE.
+
+    vsockd may have refused the connection before it received a request: then it has replied and
+    closed the connection.  :func:`receive_reply` returns that reply.
+    """
+    with contextlib.suppress(BrokenPipeError):
+        _sendmsg(sock, [data], ancillary, flags)
+
+
+def receive_reply(sock: _socket.socket, flags: int) -> tuple[Record, int | None]:
+    """Return vsockd's reply on a connection, and the descriptor received with it.
+
+    Raises OSError as :func:`vsockets.protocol.client.decode_reply` does.
+    """
+    try:
+        data, came, _, _ = _recvmsg(sock, RECORD_SIZE, DESCRIPTOR_SPACE, flags)
+    except ConnectionResetError:
+        # vsockd closed the connection before it received the request.  A packet socket reports
+        # that first; vsockd's reply is still in the queue.
+        data, came, _, _ = _recvmsg(sock, RECORD_SIZE, DESCRIPTOR_SPACE, flags)
+    return client.decode_reply(data), descriptor_in(came)
 
 
 class KernelContext:

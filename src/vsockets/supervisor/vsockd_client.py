@@ -30,12 +30,11 @@ from socket import (
     SOL_SOCKET,
 )
 
-from .._linux.sockets import DESCRIPTOR_SPACE, TIMEVAL, descriptor_in, with_descriptor
-from ..attachment import Attachment
+from .._linux.sockets import TIMEVAL, with_descriptor
+from ..attachment import Attachment, receive_reply, send_request
 from ..limits import VSOCKD_REPLY_TIMEOUT_SECONDS
 from ..model.buffers import BufferSizes
-from ..protocol import RECORD_SIZE, Record, client, is_socket_name
-from ..protocol.client import decode_reply
+from ..protocol import Record, client, is_socket_name
 from ..state_folder import SEQPACKET, STREAM
 from .limits import SUPERVISOR_RECONNECT_SECONDS
 from .scheduler import HUNG_UP, CoroutineScheduler, pause, ready
@@ -151,7 +150,7 @@ def send(
         ancillary.append((SOL_SOCKET, SCM_CREDENTIALS, _UCRED.pack(*credentials)))
     if fd is not None:
         ancillary.append(with_descriptor(fd))
-    sock.sendmsg([request], ancillary, SEND)
+    send_request(sock, request, ancillary, SEND)
 
 
 def _sendable() -> Sendable:
@@ -209,8 +208,7 @@ async def receive_record(
 
 def take_record(sock: _socket.socket) -> tuple[Record, int | None]:
     """Return what :func:`receive_record` does, at once.  Raises OSError EAGAIN without a reply."""
-    data, came, _, _ = sock.recvmsg(RECORD_SIZE, DESCRIPTOR_SPACE, _TAKE)
-    return decode_reply(data), descriptor_in(came)
+    return receive_reply(sock, _TAKE)
 
 
 def may_be_registered(sock: _socket.socket) -> bool:

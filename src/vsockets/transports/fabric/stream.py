@@ -23,7 +23,7 @@ from ..._linux.sockets import (
     allow_descriptors,
     descriptor_in,
 )
-from ...attachment import Attachment, explain, wait_readable
+from ...attachment import Attachment, explain, receive_reply, send_request, wait_readable
 from ...limits import (
     SEND_BUFFER_MAX_BYTES,
     STREAM_BUFFER_DEFAULT_BYTES,
@@ -167,7 +167,8 @@ class StreamSocket(FabricSocket):
             self._send_polling(request)
             self._phase = _CONNECTING
             raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
-        _raw.send(self, request)
+        with contextlib.suppress(BrokenPipeError):  # vsockd has replied: see send_request()
+            _raw.send(self, request)
         try:
             if not wait_readable(self.fileno(), seconds):
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
@@ -298,10 +299,10 @@ class StreamSocket(FabricSocket):
         seconds = VSOCKD_REPLY_TIMEOUT_SECONDS
         if not self._has_channel:
             seconds = self._open_channel(seconds)
-        _raw.send(self, request)
+        send_request(self, request)
         if not wait_readable(self.fileno(), seconds):
             raise TimeoutError(errno.ETIMEDOUT, "no reply from vsockd")
-        return decode_reply(_raw.recv(self, RECORD_SIZE))
+        return receive_reply(self, 0)[0]
 
     def _refuse_to_connect(self) -> None:
         if self._phase is _LISTENING:
@@ -323,7 +324,7 @@ class StreamSocket(FabricSocket):
         The send buffer is reduced afterwards: a small one would split the request, and vsockd could
         read the first part alone.
         """
-        _raw.send(self, request)
+        send_request(self, request)
         self._send_buffer = _raw.getsockopt(self, SOL_SOCKET, SO_SNDBUF)
         _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, 0)
 
@@ -335,7 +336,7 @@ class StreamSocket(FabricSocket):
             _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, polled // 2)
             self._send_buffer = 0
         try:
-            record = decode_reply(_raw.recv(self, RECORD_SIZE, _DONTWAIT))
+            record, _ = receive_reply(self, _DONTWAIT)
         except OSError:
             if polled:
                 self._phase = _FAILED
