@@ -295,6 +295,15 @@ class Ptrace:
             raise OSError(code, os.strerror(code))
 
 
+def has_children() -> bool:
+    """Return whether this process has children or tracees that it has not reaped."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | WAIT_FOR_ALL)
+    except ChildProcessError:
+        return False
+    return True
+
+
 def is_gone(error: OSError) -> bool:
     """Return whether a request has failed because its thread has been killed meanwhile."""
     return error.errno == errno.ESRCH

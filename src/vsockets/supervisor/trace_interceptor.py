@@ -38,7 +38,7 @@ from .filter import (
 from .injection import Injector, Place, Space, StoppedThread
 from .interception import CallInterrupted, InterceptedCall, Interruption, Surroundings
 from .notification import install as install_filter
-from .ptrace import Event, Ptrace, Stop, SystemCall, is_gone, read_stop
+from .ptrace import Event, Ptrace, Stop, SystemCall, has_children, is_gone, read_stop
 from .scheduler import pause
 from .sockets import inode_in
 from .tracee_descriptors import TraceeDescriptors
@@ -135,7 +135,8 @@ class TraceInterceptor:
     @property
     def is_running(self) -> bool:
         """True while processes are left that can make intercepted calls."""
-        return bool(self._threads) or not self._has_begun
+        # A new child is not known before its first stop, and its parent may have ended by then.
+        return bool(self._threads) or not self._has_begun or has_children()
 
     def close(self) -> None:
         """Close its descriptors.  Call it after the last traced process has ended."""
