@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
 
-.PHONY: demo test bench exhaustion clean test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test bench exhaustion release clean test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 demo: .venv/ready
 	$(BIN)/vsock demo
@@ -43,8 +43,14 @@ bench: .venv/ready
 exhaustion: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m daemon.exhaustion
 
+# Wheel, sdist, SBOM and checksums in dist/, from the commit, built twice and compared.
+release:
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install --quiet --disable-pip-version-check 'hatchling>=1.27' 'cyclonedx-bom>=5'
+	.venv-release/bin/python packaging/release.py
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .venv-release .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/ready: pyproject.toml
