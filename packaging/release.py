@@ -51,10 +51,13 @@ def write_sbom(wheel: Path, work: Path, target: Path) -> None:
     environment = work / "environment"
     venv.create(environment, with_pip=True)
     python = environment / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel)
+    # By name, so that pip does not record the path of the wheel on this machine.
+    name = "==".join(wheel.name.split("-")[:2])
+    run(python, "-m", "pip", "install", "--quiet", "--find-links", wheel.parent, name)
     run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools", "pip")
-    options = ("environment", "--output-reproducible", "--output-file", target)
-    run(Path(sys.executable).with_name("cyclonedx-py"), *options, python)
+    options = ("--pyproject", ROOT / "pyproject.toml", "--output-file", target)
+    tool = Path(sys.executable).with_name("cyclonedx-py")
+    run(tool, "environment", "--output-reproducible", *options, python)
 
 
 def main() -> None:
