@@ -72,6 +72,7 @@ class Traced:
         ours, theirs = socket.socketpair()
         self.output, output = os.pipe()
         self.serve = serve
+        self.status: int | None = None  #: the exit status, negative for a signal
         #: Only a thread that has made no child of its own may be the tracer.
         self.pid = os.fork()
         if self.pid == 0:
@@ -105,7 +106,6 @@ class Traced:
         self.interceptor.begin(self.pid)
         ours.send(b"g")
         ours.close()
-        self.status: int | None = None
 
     def _become(self, program: str, starting: socket.socket, forbidden: bool) -> NoReturn:
         if forbidden:
@@ -125,7 +125,8 @@ class Traced:
     def run(self) -> list[str]:
         """Serve it until it has ended; returns the lines that it has printed."""
         self._reap()
-        while self.interceptor.is_running:
+        # Not the interceptor's is_running: this process has children of other tests.
+        while self.status is None:
             self.scheduler.poll()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         os.close(self._children)
@@ -145,7 +146,7 @@ class Traced:
 
     def _reap(self) -> None:
         unread = self.interceptor.unread
-        while self.interceptor.is_running:
+        while self.status is None:
             number, status = unread.popleft() if unread else os.waitpid(-1, WAIT)
             if number == 0:
                 return
