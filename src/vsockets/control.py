@@ -152,7 +152,8 @@ class Control:
         return socket.socket(fileno=fds[0])
 
     # Life cycle of virtual machines.  Each method returns ``{"context": the row of contexts(),
-    # "streams_left": [...]}``, where the list has the streams that vsockd has no right to end.
+    # "streams_left": [...]}``, where the list has the streams that vsockd could not end yet, each
+    # with the addresses "local" and "peer", the "pid" that opened it, and a "reason".
     # Each raises OSError: ENOENT, or EINVAL if the context's state does not allow the change.
 
     def suspend(self, cid: int) -> dict[str, Any]:
@@ -186,7 +187,7 @@ class Control:
     def disconnect(self, local: tuple[int, int], peer: tuple[int, int]) -> dict[str, Any]:
         """End the stream between two addresses, given in either order.
 
-        Returns ``{"streams_left": [...]}``, not empty if vsockd has no right to end the stream.
+        Returns ``{"streams_left": [...]}``, with a ``"reason"`` if vsockd could not end the stream.
 
         Raises OSError ENOENT if the stream does not exist.
         """

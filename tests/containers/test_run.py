@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -49,6 +50,63 @@ if os.fork() == 0:
     os.execv(sys.executable, [sys.executable, "-c", "import socket; print(socket.socket(40))"])
 print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
+
+DISCONNECTING = '''
+import subprocess
+from vsockets import create_connection
+from vsockets.testing import PrivateFabric
+
+LIBRARY = """
+import vsockets
+with vsockets.create_server((2, vsockets.VMADDR_PORT_ANY)) as server:
+    print(server.getsockname()[1], flush=True)
+    print(server.accept()[0].recv(1), flush=True)
+"""
+UNCHANGED = """
+import socket
+with socket.socket(40, socket.SOCK_STREAM) as server:
+    server.bind((2, 0xFFFFFFFF))
+    server.listen()
+    print(server.getsockname()[1], flush=True)
+    print(server.accept()[0].recv(1), flush=True)
+"""
+TRACED = """
+import ctypes, vsockets
+with vsockets.create_server((2, vsockets.VMADDR_PORT_ANY)) as server:
+    client = vsockets.create_connection(server.getsockname())
+    accepted, _ = server.accept()
+    traced = ctypes.CDLL(None).ptrace(0, 0, 0, 0)  # by its parent
+    print(traced, *client.getsockname(), *client.getpeername(), flush=True)
+    input()
+"""
+
+def start(program, supervised):
+    command = ["/usr/bin/python3", "-c", program]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    if supervised:
+        return fabric.popen(fabric.host, command, **pipes)
+    return subprocess.Popen(command, env=fabric.environment(fabric.host), **pipes)
+
+def line(process):
+    return process.stdout.readline().strip()
+
+with PrivateFabric() as fabric:
+    for program in (LIBRARY, UNCHANGED):
+        for how in ("disconnect", "suspend"):
+            guest = fabric.guest()
+            server = start(program, program is UNCHANGED)
+            with create_connection((2, int(line(server))), context=guest) as client:
+                if how == "disconnect":
+                    answer = fabric.control.disconnect(client.getsockname(), client.getpeername())
+                else:
+                    answer = fabric.control.suspend(client.getsockname()[0])
+                print(how, answer["streams_left"], client.recv(1), line(server), server.wait())
+    process = start(TRACED, False)
+    done, *ends = map(int, line(process).split())
+    for left in fabric.control.disconnect(tuple(ends[:2]), tuple(ends[2:]))["streams_left"]:
+        print(done, left["reason"].replace(str(process.pid), "PID"))
+    process.kill()
+'''
 
 SOCAT = """
 $vsock run --cid host -- socat -u VSOCK-LISTEN:7000 CREATE:/tmp/received &
@@ -152,6 +210,25 @@ def test_streams_packets_datagrams_and_children_work(profile: str, user: tuple[s
     ]
     assert lines[3].startswith("<socket.socket fd=3, family=")
     assert lines[4:] == ["0"]
+
+
+def test_streams_of_any_program_are_disconnected(profile: str, user: tuple[str, ...]) -> None:
+    """Of the library's and of unchanged ones; for what cannot be ended vsockd has a reason."""
+    lines, errors = contained(profile, user, f"/usr/bin/python3 -c '{DISCONNECTING}'")
+    ended = [f"{how} [] b'' b'' 0" for how in ("disconnect", "suspend")]
+    # Podman allows pidfd_getfd.
+    left = [] if profile == "podman" else ["0 process PID is traced by process 2"]
+    assert lines == [*ended, *ended, *left], errors
+
+
+def test_doctor_tells_how_streams_are_closed(profile: str) -> None:
+    lines, _ = contained(profile, (), "$vsock doctor --json")
+    finding = next(one for one in json.loads("\n".join(lines)) if one["what"] == "pidfd_getfd")
+    if profile == "podman":
+        assert finding["state"] == "yes"
+    else:
+        assert finding["state"] == "partly"
+        assert "vsockd closes streams by ptrace instead" in finding["detail"]
 
 
 def test_a_container_ends_with_its_process_1() -> None:

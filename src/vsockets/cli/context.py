@@ -202,7 +202,7 @@ def report_left(answer: dict[str, Any]) -> None:
     for stream in answer["streams_left"]:
         complain(
             "stream {}:{} to {}:{} is still open: ".format(*stream["local"], *stream["peer"])
-            + f"vsockd may not access its programs (one is pid {stream['pid']})"
+            + f"{stream['reason']} (pid {stream['pid']} opened it)"
         )
     if answer["streams_left"]:
         raise click.exceptions.Exit(1)

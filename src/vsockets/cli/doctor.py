@@ -37,6 +37,9 @@ from .output import Column, print_json, print_table
 #: Seconds that a program started by a check may take.
 _PATIENCE = 10.0
 
+#: Advice for a container that forbids a system call.
+RUNTIME_OPTION = "a container that allows it: --cap-add SYS_PTRACE"
+
 _CLONE_NEWUSER = 0x10000000
 
 
@@ -176,8 +179,31 @@ def pidfd() -> Finding:
     if copied >= 0:
         os.close(copied)
         return Finding(what, "yes", "vsockd can close streams of any program")
+    problem = _shut_down_by_ptrace()
+    if not problem:
+        detail = f"{reason}: vsockd closes streams by ptrace instead"
+        return Finding(what, "partly", detail, f"{RUNTIME_OPTION}, or nothing")
     scope = _read("/proc/sys/kernel/yama/ptrace_scope").strip() or "unknown"
-    return Finding(what, "partly", f"pidfd yes, getfd no: {reason}; ptrace_scope {scope}")
+    detail = (
+        f"{reason}; ptrace: {problem}; ptrace_scope {scope}: suspended guests' streams stay open"
+    )
+    return Finding(what, "no", detail, RUNTIME_OPTION)
+
+
+def _shut_down_by_ptrace() -> str:
+    """Shut down a child's socket as vsockd does without pidfd_getfd; return the problem, if any."""
+    from ..supervisor.remote_shutdown import Attempt, Target
+
+    ours, theirs = stdlib.socketpair()
+    with ours, theirs:
+        inode = os.fstat(theirs.fileno()).st_ino
+        with subprocess.Popen(["cat"], stdin=theirs.fileno(), stdout=subprocess.DEVNULL) as child:
+            try:
+                attempt = Attempt(child.pid, [Target(inode)])
+                done, problem = attempt.result()
+            finally:
+                child.kill()
+    return problem if not done else ""
 
 
 def kernel_vsock() -> Finding:

@@ -37,6 +37,10 @@ DISCONNECT_LONGEST_RETRY_SECONDS = 1.0
 #: descriptors.
 DISCONNECT_AT_ONCE_SECONDS = 0.1
 
+#: Seconds that vsockd waits, in all, for other processes to close streams that it may not close
+#: itself.  Each takes about a millisecond, or 100 ms if it cannot be stopped.
+DISCONNECT_WAIT_SECONDS = 0.2
+
 #: Seconds that vsockd searches for datagram sockets that must end, when it stops, and after a crash
 #: before it serves.  A thousand processes take some milliseconds; very many descriptors take
 #: longer.

@@ -56,6 +56,10 @@ class Streams:
         """Disconnect streams; return those not disconnected yet (:class:`.Disconnector`)."""
         return self._disconnector.disconnect(connections)
 
+    def disconnect_problem(self, connection: Connection) -> str:
+        """Return the reason why a stream could not be disconnected yet."""
+        return self._disconnector.problem(connection)
+
     # Releasing ended streams
 
     def reap(self) -> None:

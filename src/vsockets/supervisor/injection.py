@@ -33,6 +33,7 @@ import signal
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
+from socket import SHUT_RDWR
 
 from .arch import Architecture
 from .filter import TRACE_MARK
@@ -57,6 +58,7 @@ _BLOCKED = ((1 << 64) - 1) & ~sum(1 << number - 1 for number in _NOT_BLOCKED)
 
 #: mmap()'s: a page of memory for what injected calls read and write.
 _PRIVATE_ANONYMOUS, _READ_WRITE = 0x22, 3
+_DUPLICATE = 1030  # F_DUPFD_CLOEXEC of fcntl()
 _NO_DESCRIPTOR = (1 << 64) - 1
 SCRATCH_SIZE = 4096
 
@@ -156,7 +158,9 @@ class Injector:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         self._request(self._ptrace.interrupt, thread)
         stop = self._next_stop(thread)
-        if stop.event is not Event.STOP:
+        if stop.event is Event.GROUP_STOP:  # reported again when the thread is let go
+            thread.is_group_stopped = True
+        elif stop.event is not Event.STOP:
             # Something else came first, which is handled in its turn, and the interrupt after it.
             self.unread.append((thread.number, self._last_status))
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -196,6 +200,23 @@ class Injector:
         if result < 0:
             raise OSError(-result, os.strerror(-result))
         return result
+
+    def shut_down(self, thread: StoppedThread, fd: int, inode: int) -> bool:
+        """Have a thread shut down its descriptor ``fd``; return False if that is not the socket
+        with this inode.
+
+        Other threads of its process run, and may close the descriptor and use the number for
+        another file.  So the thread makes a duplicate, which is checked.
+        """
+        copy = self.call(thread, self._machine.fcntl, fd, _DUPLICATE, 0)
+        if copy < 0:
+            return False
+        try:
+            if self._processes.what_is(thread.number, copy) != f"socket:[{inode}]":
+                return False
+            return self.call(thread, self._machine.shutdown, copy, SHUT_RDWR) >= 0
+        finally:
+            self.call(thread, self._machine.close, copy)
 
     def scratch(self, thread: StoppedThread) -> int:
         """Return the address of a page of ours in a thread's memory."""

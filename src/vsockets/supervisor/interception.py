@@ -190,8 +190,11 @@ class Interceptor(Protocol):
     #: reports, and before those.
     unread: deque[tuple[int, int]]
 
-    def shut_down(self, inode: int) -> None:
-        """Shut down the socket with this inode, if a process that can be accessed has it."""
+    def shut_down(self, inode: int, insists: bool) -> bool:
+        """Shut down the socket with this inode, if a process that can be accessed has it.
+
+        Returns whether it was shut down.  With ``insists``, attempts continue after a failure.
+        """
 
     @property
     def is_running(self) -> bool:

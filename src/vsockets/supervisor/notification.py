@@ -325,9 +325,9 @@ class NotificationInterceptor:
         """Return a copy of a thread's descriptor, by pidfd_getfd().  Raises OSError."""
         return self._processes.duplicate(pid, fd)
 
-    def shut_down(self, inode: int) -> None:
+    def shut_down(self, inode: int, insists: bool) -> bool:
         """Shut down a socket by a copy of the descriptor that /proc shows."""
-        self._processes.shut_down(inode)
+        return self._processes.shut_down(inode)
 
     def create_socket(
         self,

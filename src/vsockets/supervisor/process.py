@@ -208,8 +208,11 @@ class Processes:
         """
         return int(_status(pid, b"Tgid:")[0])
 
-    def shut_down(self, inode: int) -> None:
-        """Shut down the socket with this inode, if a process that /proc gives access to has it."""
+    def shut_down(self, inode: int) -> bool:
+        """Shut down the socket with this inode, if a process that /proc gives access to has it.
+
+        Returns whether one has.
+        """
         link = f"socket:[{inode}]"
         for pid in filter(str.isdecimal, os.listdir("/proc")):
             with contextlib.suppress(OSError):  # it has ended, or access is denied
@@ -218,7 +221,8 @@ class Processes:
                         with self._copied(int(pid), int(fd)) as sock:
                             if os.fstat(sock.fileno()).st_ino == inode:
                                 sock.shutdown(SHUT_RDWR)
-                                return
+                                return True
+        return False
 
     @contextlib.contextmanager
     def _copied(self, pid: int, fd: int) -> Iterator[_socket.socket]:

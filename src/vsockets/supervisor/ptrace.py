@@ -20,6 +20,7 @@ from .arch import Architecture
 
 # linux/ptrace.h
 _CONT, _SYSCALL = 7, 24
+_DETACH = 17
 _SETOPTIONS, _GETEVENTMSG, _GETSIGINFO = 0x4200, 0x4201, 0x4202
 _GETREGSET, _SETREGSET = 0x4204, 0x4205
 _SEIZE, _INTERRUPT, _LISTEN = 0x4206, 0x4207, 0x4208
@@ -29,9 +30,11 @@ _GET_SYSCALL_INFO = 0x420E
 # linux/elf.h: sets of registers.
 _GENERAL, _ARM_SYSTEM_CALL = 1, 0x404
 
-#: Mark system call stops; trace new processes and threads, and report them as events, as well as
-#: programs executed and calls that a filter traces; kill the tracees when the tracer ends.
-_OPTIONS = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 7 | 1 << 20
+#: The option that marks system call stops.
+SYSTEM_CALL_STOPS = 1 << 0
+#: Further ones: trace new processes and threads, and report them as events, as well as programs
+#: executed and calls that a filter traces; kill the tracees when the tracer ends.
+_OPTIONS = SYSTEM_CALL_STOPS | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 7 | 1 << 20
 
 #: The option of waitpid() for threads of all kinds (__WALL).
 WAIT_FOR_ALL = 0x4000_0000
@@ -208,9 +211,13 @@ class Ptrace:
 
     # Attaching, stopping, resuming
 
-    def seize(self, thread: int) -> None:
-        """Trace a thread, and all that it creates.  Raises OSError EPERM."""
-        self._request(_SEIZE, thread, 0, _OPTIONS)
+    def seize(self, thread: int, options: int = _OPTIONS) -> None:
+        """Trace a thread, by default with all that it creates.  Raises OSError EPERM."""
+        self._request(_SEIZE, thread, 0, options)
+
+    def detach(self, thread: int) -> None:
+        """Stop tracing a stopped thread, which then runs."""
+        self._request(_DETACH, thread)
 
     def interrupt(self, thread: int) -> None:
         """Stop a thread, with :attr:`Event.STOP` unless another event comes first."""

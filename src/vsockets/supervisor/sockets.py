@@ -194,6 +194,11 @@ class Sockets:
         self._known.move_to_end(inode)
         return self._known[inode]
 
+    def inode_of(self, cookie: int) -> int:
+        """Return the inode of the vSockets socket with this cookie, or 0 if it is not known."""
+        found = (inode for inode, one in self._known.items() if one and one.cookie == cookie)
+        return next(found, 0)
+
     def _drop_one(self) -> None:
         # Sockets whose state vsockd does not have are kept longer: they are few.
         for _ in range(64):

@@ -29,6 +29,7 @@ from .interception import (
     Surroundings,
 )
 from .process import Processes
+from .remote_shutdown import RequestServer, Target
 from .scheduler import CoroutineScheduler, Wait
 from .sockets import Endpoint, Routes, Sockets, inode_in
 from .vsockd_client import PortHolders, VsockdClient, may_be_registered
@@ -91,6 +92,7 @@ class Supervisor:
             Routes(),
             os.open(os.devnull, os.O_PATH | os.O_CLOEXEC),
         )
+        RequestServer(self.scheduler, self._shut_down)
 
     def run(self) -> None:
         """Serve until no process is left under the filter."""
@@ -303,7 +305,12 @@ class Supervisor:
             endpoint.holder = None
             endpoint.phase = Phase.LOST
         if not closed:
-            self.interceptor.shut_down(inode)
+            self.interceptor.shut_down(inode, insists=True)
+
+    def _shut_down(self, target: Target) -> bool:
+        """Shut down a program's end of a stream, which vsockd cannot do itself."""
+        inodes = target.inode, self._sockets.inode_of(target.cookie)
+        return any(self.interceptor.shut_down(one, insists=False) for one in inodes if one)
 
     def _kill_unsupported(self, intercepted: InterceptedCall) -> None:
         """Kill a process whose system call numbers have other meanings, and report it once."""

@@ -20,7 +20,7 @@ import signal
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from socket import AF_UNIX, SHUT_RDWR, SOL_SOCKET
+from socket import AF_UNIX, SOL_SOCKET
 
 from .._linux.bpf import NOTIFY
 from .arch import Architecture
@@ -295,36 +295,38 @@ class TraceInterceptor:
             with contextlib.suppress(OSError, CallInterrupted), self._stopped(thread):
                 self._cover(thread, data_calls, numbers)
 
-    def shut_down(self, inode: int) -> None:
+    def shut_down(self, inode: int, insists: bool) -> bool:
         """Shut down the socket with this inode, by the process that has it."""
-        self._try_to_shut_down(inode, _TRIES)
+        return self._try_to_shut_down(inode, _TRIES if insists else 1)
 
-    def _try_to_shut_down(self, inode: int, tries: int) -> None:
+    def _try_to_shut_down(self, inode: int, tries: int) -> bool:
         found = False
         for process in list(self._by_process.values()):
             for number in self._processes.numbers_of(process.number, inode):
                 found = True
                 for tid in sorted(process.threads, key=self._is_asleep):
                     thread = self._threads.get(tid)
-                    if thread is not None and self._shut_down(thread, number):
-                        return
+                    if thread is not None and self._shut_down(thread, number, inode):
+                        return True
         if found and tries > 1:  # every thread was where it can make no call
-            self._scheduler.add(
-                pause(_A_MOMENT), lambda _: self._try_to_shut_down(inode, tries - 1)
-            )
+
+            def again(_: bool) -> None:
+                self._try_to_shut_down(inode, tries - 1)
+
+            self._scheduler.add(pause(_A_MOMENT), again)
+        return False
 
     def _is_asleep(self, number: int) -> bool:
         return self._threads[number].place is Place.ASLEEP
 
-    def _shut_down(self, thread: Thread, descriptor: int) -> bool:
+    def _shut_down(self, thread: Thread, descriptor: int, inode: int) -> bool:
         with contextlib.suppress(OSError, CallInterrupted):
             sleeps = thread.place is Place.ASLEEP
             if sleeps:
                 self._injector.rouse(thread)
             try:
                 with self._stopped(thread):
-                    arguments = (descriptor, SHUT_RDWR)
-                    return self._injector.call(thread, self._machine.shutdown, *arguments) == 0
+                    return self._injector.shut_down(thread, descriptor, inode)
             finally:
                 if sleeps:
                     self._injector.sleep(thread)

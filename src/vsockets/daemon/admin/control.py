@@ -187,7 +187,8 @@ class ControlSession:
         context = self._handlers.broker.fabric.contexts.require(_cid(request))
         change = Change(_choice(request, "change", Change))
         left = self._handlers.contexts.change(context, change)
-        return {"context": self._row(context), "streams_left": reports.stream_names(left)}
+        names = reports.streams_left(self._handlers.broker, left)
+        return {"context": self._row(context), "streams_left": names}
 
     def _remove_context(self, request: Table) -> None:
         self._handlers.contexts.remove(_cid(request))
@@ -213,7 +214,7 @@ class ControlSession:
     def _disconnect(self, request: Table) -> dict[str, Any]:
         ends = _address(request, "local"), _address(request, "peer")
         left = self._handlers.contexts.disconnect(*ends, peer_credentials(self._sock))
-        return {"streams_left": reports.stream_names(left)}
+        return {"streams_left": reports.streams_left(self._handlers.broker, left)}
 
     # Events
 

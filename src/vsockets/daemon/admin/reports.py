@@ -105,9 +105,19 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
     }
 
 
-def stream_names(streams: Iterable[Connection]) -> list[dict[str, Any]]:
-    """Return streams by their two addresses, and the process that opened each."""
-    return [{"local": one.local, "peer": one.peer, "pid": one.owner.pid} for one in streams]
+def streams_left(broker: Broker, streams: Iterable[Connection]) -> list[dict[str, Any]]:
+    """Return streams that are still open by their two addresses, with the process that opened each,
+    and the reason.
+    """
+    return [
+        {
+            "local": one.local,
+            "peer": one.peer,
+            "pid": one.owner.pid,
+            "reason": broker.streams.disconnect_problem(one),
+        }
+        for one in streams
+    ]
 
 
 def socket_rows(broker: Broker) -> list[dict[str, Any]]:
