@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
 
-.PHONY: demo test bench debian-package exhaustion release clean test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test bench debian-package exhaustion test-containers release clean test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 demo: .venv/ready
 	$(BIN)/vsock demo
@@ -46,6 +46,10 @@ bench: .venv/ready
 # What one guest's connects take while another one attacks vsockd.
 exhaustion: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m daemon.exhaustion
+
+# The product below Podman itself, in an emulated virtual machine: three minutes.
+test-containers: .venv/ready
+	$(BIN)/pytest tests/containers/with_podman.py --durations=10
 
 # Wheel, sdist, SBOM and checksums in dist/, from the commit, built twice and compared.
 release:

@@ -56,7 +56,7 @@ def main() -> int:
     if not problem and shutil.which("mmdebstrap") is None:
         problem = "mmdebstrap is missing: apt install mmdebstrap"
     try:
-        root = None if problem else _root()
+        root = None if problem else root_folder()
     except Unavailable as error:
         problem = str(error)
     if problem or root is None:
@@ -66,7 +66,7 @@ def main() -> int:
         return namespace.enter(__spec__.name, str(root), scratch, *sys.argv[1:])
 
 
-def _root() -> Path:
+def root_folder() -> Path:
     """Return the root folder, made if need be.  Raises Unavailable."""
     requirements = _requirements()
     identity = json.dumps([RELEASE, PACKAGES, requirements])

@@ -1,0 +1,145 @@
+"""A virtual machine with Podman and an image: both are made of Debian's packages.
+
+Podman and what it needs are those of Debian's testing suite, the first whose default profile
+refuses AF_VSOCK.  The image is the root folder of :mod:`environments.debian_13`.  The two are
+disks below ``~/.cache/vsockets``; what a machine writes to them ends with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from environments import debian_13
+from vm import downloads
+from vm.machine import PATIENCE, Machine
+from vsockets.testing import PrivateFabric
+from vsockets.vm import guest_image
+from vsockets.vm.apt import DEBIAN, Suite, Unavailable, cached, run
+
+RELEASE = "forky"
+PACKAGES = ("podman", "crun", "python3")
+
+#: Where the image and the files for containers are in the machine.
+IMAGE, FILES = "/srv", "/run/files"
+
+#: Room on a disk beside its files, in MiB.
+_FREE = 256
+
+_AGENT = Path(__file__).parents[1] / "vm/agent.py"
+
+#: The last commands of the initrd: go on with the agent, on the disks.
+_LAST = f"""\
+set -e
+for module in overlay virtio_blk; do insmod /modules/$module.ko; done
+mkdir /new /dev/shm
+mount -t ext4 /dev/vda /new
+mount -t ext4 -o ro /dev/vdb /new{IMAGE}
+for folder in new/run new/tmp dev/shm; do mount -t tmpfs none /$folder; done
+mv /agent.py /files /new/run
+stty -F /dev/ttyS1 raw -echo
+for folder in dev proc sys; do mount -o move /$folder /new/$folder; done
+mount -t cgroup2 none /new/sys/fs/cgroup
+exec switch_root /new /usr/bin/python3 -u -S /run/agent.py </new/dev/ttyS1 >/new/dev/ttyS1 \\
+    2>/new/dev/console
+"""
+
+
+class Done(NamedTuple):
+    """The result of a command in the machine."""
+
+    status: int
+    output: str
+    errors: str
+
+
+class PodmanMachine:
+    """A running machine that runs commands in containers of Podman's."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def run(self, *command: str) -> Done:
+        """Run a command in the machine and return its result."""
+        source = """
+        import subprocess
+        done = subprocess.run(command, capture_output=True, text=True)
+        result = done.returncode, done.stdout, done.stderr
+        """
+        return Done(*self._machine.run(source, 4 * PATIENCE, command=command))
+
+    def contain(self, *command: str, options: tuple[str, ...] = ()) -> Done:
+        """Run a command in a new container: the default profile, and no network."""
+        podman = ("podman", "run", "--rm", "--network=none", "--cgroups=disabled")
+        volume = ("--volume", f"{FILES}:{FILES}", "--env", f"PYTHONPATH={FILES}/src")
+        search = ("--env", "PATH=/opt/venv/bin:/usr/bin:/bin")
+        return self.run(*podman, *volume, *search, *options, "--rootfs", f"{IMAGE}:O", *command)
+
+
+@contextmanager
+def running(folder: Path, files: Mapping[str, bytes]) -> Iterator[PodmanMachine]:
+    """Run the machine, with ``files`` below :data:`FILES`.  Raises Unavailable."""
+    kernel = downloads.kernel("stable")
+    downloads.qemu()
+    disks = _podman(), _image()
+    inside = {f"/files/{name}": data for name, data in files.items()}
+    for path in sorted(guest_image.PACKAGE.rglob("*")):
+        if path.is_file() and path.suffix != ".pyc":
+            inside[f"/files/src/vsockets/{path.relative_to(guest_image.PACKAGE)}"] = (
+                path.read_bytes()
+            )
+    inside["/agent.py"] = _AGENT.read_bytes()
+    initrd = folder / "initrd"
+    initrd.write_bytes(
+        guest_image.build_initramfs(
+            kernel, downloads.userland(), "virtio", _LAST, inside, ("overlay", "virtio_blk")
+        )
+    )
+    drives = [f"file={disk},format=raw,if=virtio,snapshot=on" for disk in disks]
+    arguments = [word for drive in drives for word in ("-drive", drive)]
+    with PrivateFabric() as fabric:
+        machine = Machine(
+            fabric, kernel, initrd, folder, device="virtio", memory=2048, arguments=arguments
+        )
+        with machine:
+            yield PodmanMachine(machine)
+
+
+def _podman() -> Path:
+    """Return the disk of the machine's own system, made if need be."""
+
+    def fill(folder: Path) -> None:
+        if shutil.which("mmdebstrap") is None or os.geteuid() != 0:
+            raise Unavailable("needs mmdebstrap, and root: apt install mmdebstrap")
+        root = folder / "root"
+        # One setting of the machine's configuration applies: its mirror may be a frozen snapshot.
+        setting = run("apt-config", "dump", "Acquire::Check-Valid-Until").strip()
+        command = ("mmdebstrap", "--quiet", "--mode=root", "--variant=essential")
+        source = f"deb [signed-by={DEBIAN.keys}] {Suite(DEBIAN, RELEASE).mirror()} {RELEASE} main"
+        options = (f"--include={','.join(PACKAGES)}", f"--aptopt={setting}")
+        run(*command, *options, RELEASE, str(root), source)
+        _make_disk(folder / "disk", root)
+        shutil.rmtree(root)
+
+    identity = hashlib.sha256(json.dumps([RELEASE, PACKAGES]).encode()).hexdigest()[:12]
+    return cached(f"podman-{identity}", fill) / "disk"
+
+
+def _image() -> Path:
+    """Return the disk with the image, made if need be."""
+    root = debian_13.root_folder()
+    return cached(f"{root.name}-disk", lambda folder: _make_disk(folder / "disk", root)) / "disk"
+
+
+def _make_disk(disk: Path, root: Path) -> None:
+    size = int(run("du", "--summarize", "--block-size=1M", str(root)).split()[0]) + _FREE
+    # mkfs.ext4 is in root's PATH only.
+    search = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    command = ("mkfs.ext4", "-q", "-O", "^has_journal", "-d", str(root), str(disk), f"{size}M")
+    run(*command, PATH=search)
