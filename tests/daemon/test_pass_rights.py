@@ -1,4 +1,4 @@
-"""Descriptors in messages (SCM_RIGHTS): streams and datagrams refuse them, from Linux 6.16 on.
+"""Descriptors in messages (SCM_RIGHTS): the library's sockets refuse them, from Linux 6.16 on.
 
 Closing one can block its receiver as long as the sender likes, so a service would wait for it.
 """
@@ -128,11 +128,28 @@ def test_a_socket_listens_after_a_refused_connect(host: Attachment, guest: Attac
             assert accepted.recv(10) == b"x"
 
 
-def test_sequenced_packets_do_carry_them(host: Attachment, guest: Attachment) -> None:
-    """The end of a record (MSG_EOR) is marked by one."""
-    with established(host, guest, SEQPACKET) as (client, accepted):
-        assert carries(client, accepted)
-        assert carries(accepted, client)
+@pytest.mark.parametrize("side", ["host", "guest"])
+def test_sequenced_packets_carry_none(host: Attachment, guest: Attachment, side: str) -> None:
+    places = (host, guest) if side == "host" else (guest, host)
+    with established(*places, SEQPACKET) as (client, accepted):
+        assert not carries(client, accepted)
+        assert not carries(accepted, client)
+
+
+def test_sequenced_packets_of_a_polling_client_carry_none(
+    host: Attachment, guest: Attachment
+) -> None:
+    with (
+        vsockets.create_server((2, 5000), type=SEQPACKET, context=host) as server,
+        vsockets.socket(type=SEQPACKET, context=guest) as client,
+    ):
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.connect((2, 5000))
+        with server.accept()[0] as accepted:
+            client.setblocking(True)
+            assert not carries(client, accepted)
+            assert not carries(accepted, client)
 
 
 def test_datagrams_carry_none(host: Attachment, guest: Attachment) -> None:

@@ -369,3 +369,26 @@ def test_inherited_descriptors_are_kept(vsock: Vsock) -> None:
     os.close(writer)
     with open(reader, "rb") as file:
         assert file.read() == b"kept"
+
+
+SENDS_RECORDS = """
+import socket, sys
+sock = socket.socket(40, socket.SOCK_SEQPACKET)
+sock.connect((2, int(sys.argv[1])))
+for part in (b"one", b"two", b"three"):
+    assert sock.send(part, socket.MSG_EOR) == len(part)
+assert sock.recv(100) == b"four"
+"""
+
+
+def test_ends_of_records_for_a_program_of_the_library(vsock: Vsock, fabric: PrivateFabric) -> None:
+    """The library's sockets refuse descriptors: the packets arrive without the mark."""
+    with vsockets.create_server(
+        (2, 0xFFFF_FFFF), type=socket.SOCK_SEQPACKET, context=fabric.host
+    ) as server:
+        port = server.getsockname()[1]
+        running = vsock.start("run", sys.executable, "-c", SENDS_RECORDS, port)
+        with server.accept()[0] as accepted:
+            assert [accepted.recv(100) for _ in range(3)] == [b"one", b"two", b"three"]
+            accepted.send(b"four")
+            running.finish(expect=0)

@@ -21,7 +21,7 @@ from socket import (
 from time import monotonic
 
 from .. import logs
-from .._linux.sockets import cookie_of
+from .._linux.sockets import cookie_of, refuse_descriptors
 from ..eventloop.loop import EventLoop
 from ..fabric import Connection, Context, Denied, Endpoint, EndpointKind, Fabric, Party, Refused
 from ..limits import SEND_BUFFER_MAX_BYTES, STREAM_BUFFER_DEFAULT_BYTES
@@ -494,6 +494,8 @@ class Broker:
         sock = channel.sock
         if connection.size != STREAM_BUFFER_DEFAULT_BYTES:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUF, min(connection.size, SEND_BUFFER_MAX_BYTES))
+        if channel.kind is _SEQPACKET and not target.marks_records:
+            refuse_descriptors(sock)  # those of a stream have been refused since it was made
         # The reply goes first: once the listening program has the descriptor, it may write.
         channel.send(encode_connecting(connection))
         if request.flags or channel.kind is _SEQPACKET:

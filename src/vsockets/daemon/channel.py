@@ -147,6 +147,9 @@ class Channel(Peer):
 class Listener:
     """A listening socket, or a named one that may listen later."""
 
+    #: Whether its streams accept descriptors, which mark ends of records (MSG_EOR) in packets.
+    marks_records = False
+
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self._capacity = -1  # of the backlog; -1: the socket does not listen yet

@@ -81,6 +81,8 @@ class AnnouncedListener(Listener):
 class NamedListener(Listener):
     """A listening unix socket of an unmodified program."""
 
+    marks_records = True
+
     def __init__(self, channel: Channel, sock: NamedSocket, type_: int) -> None:
         """Listen on ``sock``, a socket of type ``type_``."""
         super().__init__(channel)

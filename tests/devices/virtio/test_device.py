@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from support.virtio_guest import GuestStream, SimulatedGuest, accept, connect
+from vsockets._linux.sockets import refuse_descriptors
 from vsockets.devices.virtio.limits import VIRTIO_BUFFER_BYTES, VIRTIO_WAITING_RESETS_MAX
 from vsockets.devices.virtio.packet import (
     F_SEQPACKET,
@@ -406,6 +407,18 @@ def test_messages_keep_their_boundaries(rig: Rig) -> None:
     sock.close()
     while stream.ended != BOTH:
         stream.receive_packet()
+
+
+def test_end_of_a_record_for_a_socket_that_refuses_descriptors(rig: Rig) -> None:
+    """The packet arrives without the mark."""
+    rig.host.open_ports.add(5000)
+    stream = connect(rig.guest(), 1024, HOST, type=Type.SEQPACKET)
+    (sock,) = rig.host.accepted
+    refuse_descriptors(sock)
+    for number in range(3):
+        data = b"message %d" % number
+        stream.send(data, flags=int(Sequenced.END_OF_MESSAGE | Sequenced.END_OF_RECORD))
+        assert sock.recv(100) == data
 
 
 def test_ends_of_records(rig: Rig) -> None:

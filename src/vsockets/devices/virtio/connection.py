@@ -418,7 +418,12 @@ class VirtioConnection:
                     self._message_lengths[0] if self.type == _SEQPACKET else (len(backlog), 0)
                 )
                 with memoryview(backlog) as whole, whole[:length] as part:
-                    sent = sock.sendmsg([part], self._marker if ends else (), _SEND_FLAGS)
+                    try:
+                        sent = sock.sendmsg([part], self._marker if ends else (), _SEND_FLAGS)
+                    except PermissionError:
+                        # The host's program is one of the library, which refuses descriptors, and
+                        # MSG_EOR is not shown to it.
+                        sent = sock.send(part, _SEND_FLAGS)
                 if self.type == _SEQPACKET:
                     self._message_lengths.popleft()
                     sent = length

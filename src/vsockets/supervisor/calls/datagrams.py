@@ -254,5 +254,10 @@ async def _send_end_of_record(
                 # Nothing can be sent any longer; the kernel raises SIGPIPE where due.
                 call.let_through()
                 return None
+            except PermissionError:
+                # The peer is a program of the library, which refuses descriptors, and MSG_EOR is
+                # not shown to it.
+                call.let_through()
+                return None
             await ready(sock.fileno(), _CHECK_SECONDS, WRITABLE)
             call.check()

@@ -160,8 +160,8 @@ class StreamSocket(FabricSocket):
         except OSError as failure:
             explain(failure, self._context)
             raise
-        if HAS_PASSRIGHTS and _raw_type(self) == SOCK_STREAM:
-            # A stream carries no descriptors.  vsockd does the same at the other end.
+        if HAS_PASSRIGHTS:
+            # A program needs no descriptors.  vsockd does the same at a listening program's end.
             _raw.setsockopt(self, SOL_SOCKET, SO_PASSRIGHTS, 0)
         if polling:
             self._send_polling(request)
