@@ -1,9 +1,10 @@
 """Run a command as a container runtime would: its system call filter, capabilities, name spaces.
 
 ``python runtime.py --profile docker [OPTION...] -- COMMAND`` needs root, or user name spaces.
-The filter is compiled by libseccomp, as the runtimes do, from ``profiles/*.toml``.  The command is
-process 1 of its pid name space; it sees a private ``/tmp``, a ``/dev`` with the devices of every
-container, and a network of its own with nothing but loopback.
+The filter is compiled by libseccomp, as the runtimes do, from the facts about a runtime's default
+profile, or from a file in the runtimes' format (JSON).  The command is process 1 of its pid name
+space; it sees a private ``/tmp``, a ``/dev`` with the devices of every container, and a network of
+its own with nothing but loopback.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import resource
 import socket
 import struct
 import sys
-import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-PROFILES = Path(__file__).with_name("profiles")
+from vsockets.cli.seccomp_profile import Runtime, load_facts
+
+TESTS = Path(__file__).parents[1]
 
 #: What Docker, Podman and containerd leave to a container's root.
 DEFAULT_CAPABILITIES = (
@@ -84,11 +87,14 @@ def check(result: int, what: str) -> int:
 
 
 def load_profile(name: str) -> dict[str, Any]:
-    """Return the profile ``name``; FileNotFoundError when there is no such file."""
-    return tomllib.loads((PROFILES / f"{name}.toml").read_text())
+    """Return a runtime's profile, or that of a file; FileNotFoundError if there is none."""
+    if name.endswith(".json"):
+        profile: dict[str, Any] = json.loads(Path(name).read_text())
+        return profile
+    return load_facts(Runtime(name))
 
 
-class _Filter:
+class Filter:
     """A filter in the making."""
 
     def __init__(self, default: int) -> None:
@@ -113,6 +119,13 @@ class _Filter:
         if result < 0:
             raise OSError(-result, f"the rule of {name}: {os.strerror(-result)}")
 
+    def export(self) -> bytes:
+        """Return the filter's program."""
+        with open(os.memfd_create("filter"), "r+b") as file:
+            assert self._library.seccomp_export_bpf(self._context, file.fileno()) == 0
+            file.seek(0)
+            return file.read()
+
     def load(self) -> None:
         """Put this process under the filter, for good."""
         result = self._library.seccomp_load(self._context)
@@ -120,16 +133,25 @@ class _Filter:
             raise OSError(-result, f"loading the filter: {os.strerror(-result)}")
 
 
-def install_filter(profile: dict[str, Any], capabilities: Iterable[str]) -> None:
-    """Put this process under the filter of ``profile`` for a container with ``capabilities``."""
+def compile_filters(
+    profile: dict[str, Any], capabilities: Iterable[str], forbidden: Iterable[str] = ()
+) -> list[Filter]:
+    """Return the filters of ``profile`` for a container with ``capabilities``.
+
+    ``forbidden`` calls are refused as those that the profile does not name.
+    """
+    if "syscalls" in profile:
+        return [_compile_document(profile, capabilities)]
+    filters = []
     default = _ERRNO | getattr(errno, profile["default"])
     refused = _ERRNO | getattr(errno, profile["family_errno"])
-    made = _Filter(default)
+    made = Filter(default)
     for architecture in _SUB_ARCHITECTURES.get(os.uname().machine, ()):
         made.add_architecture(architecture)
     allowed = set(profile["allow"].split())
     for capability in capabilities:
         allowed.update(profile["capability"].get(capability, "").split())
+    allowed.difference_update(forbidden)
     families = range(46)  # AF_MAX
     if refused == default:
         for family in families:
@@ -137,10 +159,10 @@ def install_filter(profile: dict[str, Any], capabilities: Iterable[str]) -> None
                 made.add(_ALLOW, "socket", _Comparison(0, _EQUAL, family))
     else:  # 32-bit x86 cannot tell families apart, so that one filter cannot say both
         allowed.add("socket")
-        before = _Filter(_ALLOW)
+        before = Filter(_ALLOW)
         for family in set(families) - set(profile["families"]):
             before.add(refused, "socket", _Comparison(0, _EQUAL, family))
-        before.load()
+        filters.append(before)
     for name in sorted(allowed):
         made.add(_ALLOW, name)
     for name, calls in profile["errno"].items():
@@ -149,10 +171,39 @@ def install_filter(profile: dict[str, Any], capabilities: Iterable[str]) -> None
                 made.add(_ERRNO | getattr(errno, name), call)
     for value in profile["personality"]:
         made.add(_ALLOW, "personality", _Comparison(0, _EQUAL, value))
-    forbidden = profile.get("clone_forbidden_flags")
-    if forbidden and "clone" not in allowed:
-        made.add(_ALLOW, "clone", _Comparison(0, _MASKED_EQUAL, forbidden, 0))
-    made.load()
+    flags = profile.get("clone_forbidden_flags")
+    if flags and "clone" not in allowed:
+        made.add(_ALLOW, "clone", _Comparison(0, _MASKED_EQUAL, flags, 0))
+    return [*filters, made]
+
+
+_ACTIONS = {"SCMP_ACT_ALLOW": _ALLOW, "SCMP_ACT_ERRNO": _ERRNO}
+_OPERATORS = {"SCMP_CMP_EQ": _EQUAL, "SCMP_CMP_MASKED_EQ": _MASKED_EQUAL}
+
+
+def _compile_document(profile: dict[str, Any], capabilities: Iterable[str]) -> Filter:
+    """Return the filter of a profile in the runtimes' format."""
+    made = Filter(_ACTIONS[profile["defaultAction"]] | profile["defaultErrnoRet"])
+    for architecture in _SUB_ARCHITECTURES.get(os.uname().machine, ()):
+        made.add_architecture(architecture)
+    own = set(capabilities)
+    for rule in profile["syscalls"]:
+        included: list[str] = rule.get("includes", {}).get("caps", [])
+        if not own.issuperset(included) or own & {*rule.get("excludes", {}).get("caps", [])}:
+            continue
+        comparisons = [
+            _Comparison(one["index"], _OPERATORS[one["op"]], one["value"], one["valueTwo"])
+            for one in rule.get("args", [])
+        ]
+        for name in rule["names"]:
+            made.add(_ACTIONS[rule["action"]] | rule.get("errnoRet", 0), name, *comparisons)
+    return made
+
+
+def install_filters(*arguments: Any) -> None:
+    """Put this process under the filters of a profile (see :func:`compile_filters`)."""
+    for one in compile_filters(*arguments):
+        one.load()
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
@@ -242,7 +293,7 @@ def contain(arguments: argparse.Namespace) -> NoReturn:
     if arguments.no_new_privileges:
         check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     elif profile is not None:  # while we may
-        install_filter(profile, capabilities)
+        install_filters(profile, capabilities, arguments.forbid)
     limit_bounding_set(capabilities)
     with contextlib.suppress(PermissionError):  # not in a user name space
         os.setgroups([])
@@ -251,14 +302,15 @@ def contain(arguments: argparse.Namespace) -> NoReturn:
     if arguments.user == 0:
         set_capabilities(capabilities)
     if arguments.no_new_privileges and profile is not None:
-        install_filter(profile, capabilities)
+        install_filters(profile, capabilities, arguments.forbid)
     os.execvp(arguments.command[0], arguments.command)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", default="docker", help="a profile, or unconfined")
+    parser.add_argument("--profile", default="docker", help="a runtime, a file, or unconfined")
+    parser.add_argument("--forbid", action="append", default=[], help="a call to refuse as well")
     parser.add_argument("--user", type=int, default=0, help="user and group id in the container")
     parser.add_argument("--capabilities", choices=("default", "none"), default="default")
     parser.add_argument("--no-new-privileges", action="store_true")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .runtime import PROFILES
+from .runtime import TESTS
 
 #: The ends of folders on sys.path that have vsockets and what it depends on.
 WANTED = ("src", "site-packages", "dist-packages")
@@ -27,7 +27,7 @@ GO_SETTINGS = {
 }
 
 ORDINARY_USER = ("--user", "1000", "--capabilities", "none", "--no-new-privileges")
-PROGRAMS = PROFILES.parents[1] / "supervisor" / "programs"
+PROGRAMS = TESTS / "supervisor" / "programs"
 
 STREAMS_AND_DATAGRAMS = """
 import os, socket, sys, threading
@@ -174,7 +174,7 @@ def contained(
         capture_output=True,
         text=True,
         check=False,
-        cwd=PROFILES.parents[1],
+        cwd=TESTS,
         env=environment,
         timeout=120,
     )
@@ -244,3 +244,23 @@ def test_socat_works(profile: str, user: tuple[str, ...]) -> None:
 def test_a_static_go_program_works(profile: str, user: tuple[str, ...], go_echo: Path) -> None:
     script = GO.replace("PROGRAM", str(go_echo))
     assert contained(profile, user, script, "--keep", str(go_echo.parent)) == (["echoed"], [])
+
+
+@pytest.mark.parametrize("call", ["ptrace", "process_vm_readv"])
+def test_where_tracing_is_forbidden_the_error_names_the_remedy(profile: str, call: str) -> None:
+    script = "$vsock run -- echo started || true"
+    lines, (error,) = contained(profile, (), script, "--forbid", call)
+    assert lines == []
+    assert "cannot supervise echo: ptrace or process_vm_readv is forbidden" in error
+    assert "vsock doctor --seccomp-profile docker|podman|kubernetes" in error
+
+
+def test_below_doctors_profile_programs_run(profile: str, user: tuple[str, ...]) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        path = Path(folder, "profile.json")
+        command = [sys.executable, "-m", "vsockets.cli", "doctor", "--seccomp-profile", profile]
+        path.write_text(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+        script = f"$vsock run -v -- /usr/bin/python3 -c '{STREAMS_AND_DATAGRAMS}'"
+        lines, errors = contained(str(path), user, script)
+        assert "interceptor trace: a seccomp filter refuses AF_VSOCK" in errors[0]
+        assert lines[2:3] + lines[4:] == ["b'datagram' True", "0"]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from .runtime import PROFILES, load_profile
+from .runtime import TESTS, load_profile
 
 SCRIPT = """
 import ctypes, errno, json, os, socket
@@ -38,7 +38,7 @@ print(json.dumps({
 }))
 """
 
-#: (profile, pidfd_getfd, clone3, unshare, a call that does not exist): see profiles/*.toml.
+#: (profile, pidfd_getfd, clone3, unshare, a call that does not exist): see the facts.
 ANSWERS = [
     ("docker", "EPERM", "ENOSYS", "EPERM", "EPERM"),
     ("kubernetes", "EPERM", "ENOSYS", "EPERM", "EPERM"),
@@ -54,7 +54,7 @@ def contained(*options: str) -> dict[str, str | int]:
         capture_output=True,
         text=True,
         check=False,
-        cwd=PROFILES.parents[1],
+        cwd=TESTS,
     )
     if "new name spaces: " in done.stderr:
         pytest.skip("needs root, or user name spaces")

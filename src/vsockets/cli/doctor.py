@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import platform
 import shutil
@@ -31,26 +32,38 @@ from ..supervisor.mechanism import refusal
 from ..supervisor.ptrace import Ptrace
 from ..testing import PrivateFabric
 from .groups import command
-from .options import json_option
+from .options import json_option, members
 from .output import Column, print_json, print_table
+from .seccomp_profile import Runtime, make_profile
 
 #: Seconds that a program started by a check may take.
 _PATIENCE = 10.0
 
 #: Advice for a container that forbids a system call.
-RUNTIME_OPTION = "a container that allows it: --cap-add SYS_PTRACE"
+RUNTIME_OPTION = "a container with a profile of vsock doctor --seccomp-profile"
 
 _CLONE_NEWUSER = 0x10000000
 
 
 @command("doctor")
 @json_option
+@click.option(
+    "--seccomp-profile",
+    "runtime",
+    **members(Runtime),
+    metavar="RUNTIME",
+    help="Write a seccomp profile instead: the default one of docker, podman or kubernetes, with "
+    "the system calls that vsock run needs.",
+)
 @click.pass_context
-def doctor(context: click.Context, as_json: bool) -> None:
+def doctor(context: click.Context, as_json: bool, runtime: Runtime | None) -> None:
     """Check what this machine supports, and what to install.
 
     The exit status is 1 if not even the fabric works.
     """
+    if runtime is not None:
+        click.echo(json.dumps(make_profile(runtime), indent=1))
+        return
     findings = {check: check() for check in CHECKS}
     if as_json:
         print_json([finding._asdict() for finding in findings.values()])
@@ -158,7 +171,7 @@ def tracing() -> Finding:
             "no",
             f"{error}; ptrace_scope {scope}: vsock run has no datagrams and no MSG_EOR, and "
             "nothing where a filter refuses AF_VSOCK",
-            "sysctl kernel.yama.ptrace_scope=1, and a container that allows ptrace",
+            f"sysctl kernel.yama.ptrace_scope=1, and {RUNTIME_OPTION}",
         )
     if refusal():
         return Finding(what, "yes", "vsock run can trace any program")

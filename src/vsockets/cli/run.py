@@ -109,22 +109,26 @@ def run(
         exec_program(list(program), environment(folder))
 
     lease = control.fileno() if context["leased"] else None
+    name = interceptor.value
     try:
         choice = choose(interceptor.value)
+        name = choice.name
         if verbose:
             sys.stderr.write(f"vsock run: interceptor {choice.name}: {choice.reason}\n")
         launch(program_starts, Attachment(folder), lease, device, choice.mechanism)
     except OSError as error:
-        raise CliError(f"cannot supervise {program[0]}: {_reason(error)}") from None
+        raise CliError(f"cannot supervise {program[0]}: {_reason(error, name)}") from None
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError, name: str) -> str:
+    """Return the reason why the interceptor ``name`` failed to start, and the remedy."""
     if error.errno == errno.EBUSY:
         return "it has a supervisor already (vsock run within vsock run, or a container's)"
-    if error.errno == errno.EPERM:
+    if error.errno == errno.EPERM or (name == "trace" and error.errno == errno.ENOSYS):
         return (
-            "it may not be traced (a container needs --cap-add SYS_PTRACE or another seccomp "
-            "profile; kernel.yama.ptrace_scope must be 0 or 1; see: vsock doctor)"
+            "ptrace or process_vm_readv is forbidden (in a container: vsock doctor "
+            "--seccomp-profile docker|podman|kubernetes writes a profile for --security-opt "
+            "seccomp=FILE; elsewhere: sysctl kernel.yama.ptrace_scope=1; see: vsock doctor)"
         )
     if error.errno in (errno.EINVAL, errno.ENOSYS):
         return "this kernel has no seccomp notification (Linux 5.14 or later; see: vsock doctor)"

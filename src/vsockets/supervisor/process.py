@@ -70,6 +70,10 @@ class Processes:
 
     # Memory
 
+    def check_access(self) -> None:
+        """Read memory of this process.  Raises OSError if a filter forbids the call that does."""
+        self.read(os.getpid(), ctypes.addressof(self._glance), _GLANCE)
+
     def read(self, pid: int, address: int, size: int) -> bytes:
         """Return ``size`` bytes of memory, read once.  Raises OSError EFAULT if any is missing."""
         data = self.read_some(pid, address, size)

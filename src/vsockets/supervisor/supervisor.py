@@ -105,6 +105,7 @@ class Supervisor:
         ``begun`` is called when it can go on, with an error if it cannot be supervised.
         """
         try:
+            self._processes.check_access()
             self.interceptor.begin(pid)
         except OSError as error:
             begun(error)
