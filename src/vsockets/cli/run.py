@@ -109,22 +109,19 @@ def run(
         exec_program(list(program), environment(folder))
 
     lease = control.fileno() if context["leased"] else None
-    name = interceptor.value
     try:
         choice = choose(interceptor.value)
-        name = choice.name
         if verbose:
             sys.stderr.write(f"vsock run: interceptor {choice.name}: {choice.reason}\n")
         launch(program_starts, Attachment(folder), lease, device, choice.mechanism)
     except OSError as error:
-        raise CliError(f"cannot supervise {program[0]}: {_reason(error, name)}") from None
+        raise CliError(f"cannot supervise {program[0]}: {_reason(error)}") from None
 
 
-def _reason(error: OSError, name: str) -> str:
-    """Return the reason why the interceptor ``name`` failed to start, and the remedy."""
+def _reason(error: OSError) -> str:
     if error.errno == errno.EBUSY:
         return "it has a supervisor already (vsock run within vsock run, or a container's)"
-    if error.errno == errno.EPERM or (name == "trace" and error.errno == errno.ENOSYS):
+    if error.errno == errno.EPERM:
         return (
             "ptrace or process_vm_readv is forbidden (in a container: vsock doctor "
             "--seccomp-profile docker|podman|kubernetes writes a profile for --security-opt "

@@ -108,7 +108,9 @@ class Supervisor:
             self._processes.check_access()
             self.interceptor.begin(pid)
         except OSError as error:
-            begun(error)
+            # These calls exist: with ENOSYS it is a filter that refuses them.
+            is_refused = error.errno == errno.ENOSYS
+            begun(PermissionError(errno.EPERM, os.strerror(errno.EPERM)) if is_refused else error)
         else:
             self._run(self._prepare(pid, begun))
 
