@@ -129,7 +129,10 @@ class SocketFile:
 
 @contextlib.contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Make ``folder`` the current directory in the context, in a process of one thread."""
+    """Make ``folder`` the current directory during the with block.
+
+    For processes of one thread only: threads share the current directory.
+    """
     before = os.open(".", _FOLDER)
     try:
         os.chdir(folder)

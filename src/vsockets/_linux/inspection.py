@@ -80,7 +80,7 @@ def duplicate_descriptor(pidfd: int, fd: int) -> int:
 
 @contextlib.contextmanager
 def duplicate(pidfd: int, fd: int) -> Iterator[_socket.socket]:
-    """Yield a duplicate of socket ``fd`` of another process; ignore ENOTCONN in the context.
+    """Yield a duplicate of socket ``fd`` of another process; ignore ENOTCONN in the with block.
 
     Raises OSError.
     """

@@ -102,7 +102,7 @@ class SessionRelay:
         self.done: asyncio.Future[None] = self._loop.create_future()
 
     def joined(self, side: Side) -> None:
-        """Start reading from both transports once both exist; ``side`` has just got its own."""
+        """Note that ``side`` is connected; once both sides are, start to read from both."""
         if side.other.transport is None:
             # Later, because asyncio of 3.11.2 (Debian 12) starts to read after connection_made().
             self._loop.call_soon(self._hold, side)

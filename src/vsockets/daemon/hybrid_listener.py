@@ -212,7 +212,7 @@ class _Relay(HandoffLink):
 
 @contextlib.contextmanager
 def acting_as(user: int) -> Iterator[None]:
-    """Access files, in this context and thread, with the rights of ``user``, without any group.
+    """Give this thread the file access rights of ``user``, without any group, in the with block.
 
     Raises PermissionError if vsockd may not act as another user.
     """

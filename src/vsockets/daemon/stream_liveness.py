@@ -63,7 +63,7 @@ class Group:
         self.numbers.add(number)
 
     def replace(self, fd: int, number: int) -> None:
-        """Register a stream whose socket may already be registered by this descriptor number."""
+        """Register a stream; replace a registration that ``fd`` already has in this epoll."""
         try:
             self.add(fd, number)
         except FileExistsError:
@@ -78,11 +78,11 @@ class Group:
         self._registrations = -1
 
     def hung_up(self) -> list[int]:
-        """Return the streams whose connecting side has closed since the last call."""
+        """Return the numbers of streams whose connecting side has closed since the last call."""
         return [number for number, _ in self._epoll.poll(0, 4 * DAEMON_STREAMS_PER_GROUP)]
 
     def alive(self) -> dict[int, int]:
-        """Return the streams whose accepting side is open, and its inode."""
+        """Return the inodes of the accepting sides that are open, by number of the stream."""
         if self._registrations < 0:
             return {}
         os.lseek(self._registrations, 0, os.SEEK_SET)
@@ -115,7 +115,7 @@ class StreamLiveness:
         self._by_inode: dict[int, int] = {}
 
     def open(self) -> None:
-        """Start watching, after vsockd has forked: ``/proc/self`` is the process that opens it."""
+        """Start watching.  Call it after vsockd has forked: it opens ``/proc/self``."""
         self._use(self._new_group())
 
     def add(self, fd: int, number: int) -> Group:

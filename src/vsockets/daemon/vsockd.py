@@ -56,7 +56,7 @@ class AlreadyRunning(Exception):
 
 
 class Vsockd:
-    """A running fabric.  Changes the process's current directory."""
+    """The daemon: one fabric in one state folder, which becomes the current directory."""
 
     def __init__(self, folder: Path, start: Start, relay: Sequence[str]) -> None:
         """Prepare to serve in ``folder``; ``relay`` is the command of the hybrid relay."""
@@ -155,7 +155,7 @@ class Vsockd:
             log.warning("cannot notice a removal of %s: %s", self.folder, error.strerror)
 
     def _end_if_lost(self) -> None:
-        """End if programs that look for this vsockd would not find it, or start another one."""
+        """Stop serving if the state folder was moved or lost a file: no program could connect."""
         with contextlib.suppress(OSError):
             for name in _NEEDED:
                 os.lstat(self.folder / name)

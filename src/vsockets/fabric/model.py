@@ -47,17 +47,20 @@ class Credentials(NamedTuple):
 
 
 class Program(Protocol):
-    """The client of a request.  The kernel is asked for its rights only as a decision needs."""
+    """The program that makes a request.
+
+    Its rights are read from the kernel only if a decision depends on them.
+    """
 
     @property
     def credentials(self) -> Credentials:
-        """Process, user and group id."""
+        """The program's process, user and group ids."""
 
     def has_capability(self, capability: int) -> bool:
-        """Return whether it has a capability of ``capabilities(7)``, by number."""
+        """Return whether the program has a capability, given by number (``capabilities(7)``)."""
 
     def matches(self, grant: Grant) -> bool:
-        """Return whether the grant applies to it."""
+        """Return whether ``grant`` applies to the program."""
 
 
 @dataclass(frozen=True, slots=True)

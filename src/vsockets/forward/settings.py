@@ -216,7 +216,7 @@ class Settings:
 
     @property
     def once(self) -> bool:
-        """Return whether the forward has a single connection and ends with it."""
+        """Return whether the forward serves one connection and then ends."""
         return isinstance(self.source, Stdio | Exec) or isinstance(self.target, Stdio)
 
     def __str__(self) -> str:

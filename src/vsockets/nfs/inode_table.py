@@ -75,7 +75,7 @@ class InodeTable:
         return node
 
     def forget(self, number: int, times: int) -> None:
-        """Drop ``times`` lookups of the kernel, and the inode with the last one."""
+        """Subtract ``times`` lookups by the kernel; remove the inode when none are left."""
         node = self._by_number.get(number)
         if node is None or number == pyfuse3.ROOT_INODE:
             return

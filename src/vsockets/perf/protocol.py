@@ -29,7 +29,7 @@ class PerfProtocolError(ValueError):
 
 
 class Job(enum.IntEnum):
-    """The server's job on a stream."""
+    """The operation that a client requests from the server on one stream."""
 
     SINK = 1  #: read to the end of stream, then send the number of bytes
     SOURCE = 2  #: send for the requested time, then close

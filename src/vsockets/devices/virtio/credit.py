@@ -170,7 +170,7 @@ class SendCredit:
         return self.buffer // VIRTIO_PACKET_OVERHEAD_BYTES or 1
 
     def _discard_read(self) -> None:
-        """Subtract the packets that the guest has read from :attr:`packets`."""
+        """Reduce :attr:`packets`, unread by the guest, by those that it has reported as read."""
         if self._fwd == self._end:
             self._discard_all()
         runs = self._runs
