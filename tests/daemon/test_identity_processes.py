@@ -119,7 +119,7 @@ def test_an_inherited_connection_whose_process_id_is_reused_by_root(
 @contextlib.contextmanager
 def process_with_id(pid: int) -> Iterator[int]:
     """Run a process with the id of one that has exited: pids are assigned in turn."""
-    for _ in range(100):
+    for _ in range(1000):  # other processes take ids, too
         Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
         child = os.fork()
         if child == 0:
