@@ -95,6 +95,19 @@ def test_socat_transfers_a_gigabyte(vsock: Vsock, fabric: PrivateFabric, sender:
     assert taking.finish()[0].decode() == given.stderr
 
 
+@pytest.mark.parametrize("server", ["host", "75"])
+def test_ncat_transfers_a_file(vsock: Vsock, fabric: PrivateFabric, server: str) -> None:
+    needs("ncat")
+    cid, client = ("2", "75") if server == "host" else ("75", "host")
+    port = 7110 + (server == "host")
+    vsock("context", "add", "75", expect=None)
+    serving = vsock.start("run", "--cid", server, "--", "ncat", "--vsock", "-l", port)
+    wait_for_listener(fabric, port)
+    source = f"{python('print(7 * 100_000)')} | ncat --vsock --send-only {cid} {port}"
+    assert vsock("run", "--cid", client, "sh", "-c", source).stderr == ""
+    assert serving.finish() == (b"700000\n", "")
+
+
 #: ssh's options for a host vsock-CID, from docs/adapters.md.
 BY_VSOCK_CONNECT = """sh -c 'exec vsock connect "${1#vsock-}" 22' - %h"""
 
