@@ -263,6 +263,16 @@ def explain(failure: OSError, handle: ContextHandle) -> None:
         failure.add_note(note)
 
 
+def assigned() -> Attachment | None:
+    """Return the context that this process was put into, by ``VSOCKETS_CONTEXT`` or the folder
+    mounted at :data:`SELF`, or None.
+    """
+    configured = os.environ.get("VSOCKETS_CONTEXT")
+    if configured:
+        return Attachment(configured)
+    return Attachment(SELF) if SELF.is_dir() else None
+
+
 @functools.cache
 def current() -> ContextHandle:
     """Return the context that this process belongs to.
@@ -279,11 +289,8 @@ def current() -> ContextHandle:
         )
     if transport == "kernel":
         return KernelContext()
-    configured = os.environ.get("VSOCKETS_CONTEXT")
-    if configured:
-        return Attachment(configured)
-    if SELF.is_dir():
-        return Attachment(SELF)
+    if place := assigned():
+        return place
     if transport == "auto" and has_transport():
         return KernelContext()
     folder = default_folder()

@@ -231,6 +231,8 @@ def enter_name_spaces(user: int, group: int, network: bool) -> None:
 def arrange_files(kept: Sequence[Path], read_only: bool) -> None:
     """Give the container its own /proc, /dev and /tmp; ``kept`` stay visible and writable."""
     mount("none", "/", "none", _MS_REC | _MS_PRIVATE)
+    for path in kept:  # mounts of their own: the root's becomes read-only
+        mount(str(path), str(path), "none", _MS_BIND | _MS_REC)
     descriptors = [(path, os.open(path, os.O_PATH)) for path in kept]
     devices = [(name, os.open(f"/dev/{name}", os.O_PATH)) for name in _DEVICES]
     if read_only:

@@ -46,6 +46,7 @@ with make(socket.SOCK_DGRAM) as server, make(socket.SOCK_DGRAM) as client:
     client.sendto(b"datagram", (1, 6000))
     data, source = server.recvfrom(10)
     print(data, source == client.getsockname())
+sys.stdout.flush()
 if os.fork() == 0:
     os.execv(sys.executable, [sys.executable, "-c", "import socket; print(socket.socket(40))"])
 print(os.waitstatus_to_exitcode(os.wait()[1]))
@@ -146,12 +147,12 @@ def everybody_may_read(folder: str) -> bool:
     )
 
 
-def contained(
-    profile: str, user: tuple[str, ...], script: str, *options: str
-) -> tuple[list[str], list[str]]:
-    """Run a shell script in a container, in which ``$vsock`` is the command line.
+def in_container(
+    profile: str, user: tuple[str, ...], *options: str
+) -> tuple[list[str], dict[str, str]]:
+    """Return the beginning of a command that runs another in a container, and its environment.
 
-    Returns the lines of its output and of its standard error.
+    Skips the test if the container's user could not read the working tree.
     """
     folders = [path for path in sys.path if path.endswith(WANTED)]
     if user and not all(map(everybody_may_read, folders)):
@@ -168,9 +169,27 @@ def contained(
         "vsock": "/usr/bin/python3 -m vsockets.cli",
     }
     del environment["VSOCKETS_INTERCEPTOR"]
+    runtime = (sys.executable, "-m", "containers.runtime", "--profile", profile)
+    return [*runtime, *user, *options, "--"], environment
+
+
+def contained(
+    profile: str,
+    user: tuple[str, ...],
+    script: str,
+    *options: str,
+    arguments: tuple[str, ...] = (),
+    data: str = "",
+) -> tuple[list[str], list[str]]:
+    """Run a shell script in a container, in which ``$vsock`` is the command line.
+
+    ``arguments`` are its ``$0`` and so on, ``data`` is its standard input.  Returns the lines of
+    its output and of its standard error.
+    """
+    command, environment = in_container(profile, user, *options)
     done = subprocess.run(
-        [sys.executable, "-m", "containers.runtime", "--profile", profile, *user, *options]
-        + ["--", "sh", "-c", script],
+        [*command, "sh", "-c", script, *arguments],
+        input=data,
         capture_output=True,
         text=True,
         check=False,

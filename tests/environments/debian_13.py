@@ -29,6 +29,7 @@ PARTS = (
     *("tests/unit", "tests/linux", "tests/protocol", "tests/eventloop", "tests/fabric"),
     *("tests/library", "tests/daemon/test_start_and_stop.py", "tests/daemon/test_isolation.py"),
     *("tests/daemon/test_descriptor_abuse.py", "tests/supervisor", "tests/nfs/test_service.py"),
+    "tests/containers",
 )
 
 #: Debian's packages beside the essential ones.

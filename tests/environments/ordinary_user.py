@@ -24,7 +24,7 @@ from . import namespace
 #: Where what a user may do matters: sockets and ports, vsockd's clients, supervised programs.
 PARTS = (
     *("tests/daemon", "tests/supervisor", "tests/cli/test_context.py"),
-    *("tests/cli/test_run.py", "tests/cli/test_streams.py"),
+    *("tests/cli/test_run.py", "tests/cli/test_streams.py", "tests/containers"),
 )
 
 NAME = "tester"

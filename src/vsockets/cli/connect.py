@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .. import launcher
-from ..attachment import Attachment, ContextHandle, current
+from ..attachment import Attachment, ContextHandle, assigned, current
 from ..control import Control
 from ..eventloop.retry import Backoff
 from ..model.constants import VMADDR_CID_HOST
@@ -33,6 +33,11 @@ def choose(folder: Path) -> None:
     # directory may differ.
     os.environ["VSOCKETS_DIR"] = os.path.abspath(folder)
     os.environ.pop("VSOCKETS_CONTEXT", None)
+
+
+def assigned_context() -> Attachment | None:
+    """Return the context that this process was put into, or None, also with ``--dir``."""
+    return None if _chosen else assigned()
 
 
 def own_context() -> ContextHandle:

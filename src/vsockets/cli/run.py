@@ -14,7 +14,7 @@ import click
 from ..attachment import Attachment
 from ..control import Control
 from ..model.constants import AF_VSOCK, VMADDR_CID_HOST
-from .connect import administrator
+from .connect import administrator, assigned_context
 from .errors import CliError
 from .execute import exec_program
 from .groups import command
@@ -47,7 +47,8 @@ class Interceptor(StrEnum):
     type=read_cid,
     metavar="CID",
     help="Context to run in: a number or host. A guest that does not exist is created. "
-    "Default: a new guest.",
+    "Default: the context that VSOCKETS_CONTEXT names or that is mounted at /run/vsock/self, else "
+    "a new guest.",
 )
 @click.option("--name", default="", show_default=False, metavar="NAME", help="Name of a new guest.")
 @reserved_ports_option
@@ -79,8 +80,9 @@ def run(
 ) -> None:
     """Run an unmodified program in a context.  AF_VSOCK then leads to the fabric.
 
-    By default the context is a new guest, which is removed when the program and all its children
-    have ended.  Starts vsockd if need be.
+    The context is by default the one that this command is in, as in a container that is a guest,
+    and otherwise a new guest, which is removed when the program and all its children have ended.
+    Starts vsockd if need be.
     """
     # Imported late: only this command needs them.
     from ..supervisor.launch import launch
@@ -95,25 +97,30 @@ def run(
         )
     if reserved_ports and cid == VMADDR_CID_HOST:
         raise click.BadParameter("--reserved-ports is for guests")
-    control = administrator(start=True)
-    context = context_of(control, cid, name, reserved_ports)
-    if context["state"] in _HOW_TO_START:
-        state, remedy = _HOW_TO_START[context["state"]]
-        raise CliError(
-            f"context {cid} is {state}: no program can run in it until vsock context {remedy} {cid}"
-        )
-
-    folder = context["folder"]
+    place = None if cid is not None or name or reserved_ports else assigned_context()
+    lease = None
+    if place is None:
+        control = administrator(start=True)
+        context = context_of(control, cid, name, reserved_ports)
+        if context["state"] in _HOW_TO_START:
+            state, remedy = _HOW_TO_START[context["state"]]
+            raise CliError(
+                f"context {cid} is {state}: no program can run in it until "
+                f"vsock context {remedy} {cid}"
+            )
+        place = Attachment(context["folder"])
+        lease = control.fileno() if context["leased"] else None
+    else:
+        _ = place.cid  # fails if vsockd does not run or does not let this user in
 
     def program_starts() -> NoReturn:
-        exec_program(list(program), environment(folder))
+        exec_program(list(program), environment(place.folder))
 
-    lease = control.fileno() if context["leased"] else None
     try:
         choice = choose(interceptor.value)
         if verbose:
             sys.stderr.write(f"vsock run: interceptor {choice.name}: {choice.reason}\n")
-        launch(program_starts, Attachment(folder), lease, device, choice.mechanism)
+        launch(program_starts, place, lease, device, choice.mechanism)
     except OSError as error:
         raise CliError(f"cannot supervise {program[0]}: {_reason(error)}") from None
 

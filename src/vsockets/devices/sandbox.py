@@ -106,8 +106,8 @@ _MACHINES = {
 def enter_sandbox(user: int | None = None, paths: bool = False) -> None:
     """Drop, permanently, the privileges and system calls that the device does not need.
 
-    A process of root changes to the user id ``user`` (default: 65534).  ``paths`` allows unix
-    sockets with paths; ``user`` may then be 0: root without capabilities.
+    A process of root changes to the user id ``user`` (default: 65534, if the kernel allows it).
+    ``paths`` allows unix sockets with paths; ``user`` may then be 0: root without capabilities.
 
     Raises OSError when the kernel refuses the sandbox, or when the system call numbers of this
     architecture are unknown.
@@ -119,9 +119,15 @@ def enter_sandbox(user: int | None = None, paths: bool = False) -> None:
 
     if os.geteuid() == 0:
         other = user if user is not None and (user or paths) else _NOBODY
-        os.setgroups([])
-        os.setresgid(other, other, other)
-        os.setresuid(other, other, other)
+        try:
+            os.setgroups([])
+            os.setresgid(other, other, other)
+            os.setresuid(other, other, other)
+        except OSError as error:
+            # A container's root may have no capability, or be the only user of its namespace: it
+            # remains itself.  Another user's rights are not replaced by root's.
+            if user or error.errno not in (errno.EPERM, errno.EINVAL):
+                raise
     _check(libc.capset(struct.pack("Ii", _CAPABILITIES_VERSION, 0), bytes(24)))
     _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     filter = _assemble(machine, machine.plain + machine.paths if paths else machine.plain)
