@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 import click
 
-from .._linux.inspection import SYS_PIDFD_GETFD
+from .._linux.inspection import SYS_PIDFD_GETFD, effective_capabilities, status_field
 from .._linux.libc import libc
 from ..api import create_server
 from ..model.constants import VMADDR_CID_HOST
@@ -43,6 +44,17 @@ _PATIENCE = 10.0
 RUNTIME_OPTION = "a container with a profile of vsock doctor --seccomp-profile"
 
 _CLONE_NEWUSER = 0x10000000
+
+#: The inode of the first pid namespace (PROC_PID_INIT_INO): containers have others.
+_FIRST_PID_NAMESPACE = 0xEFFF_FFFC
+
+_CAP_SYS_ADMIN = 21
+
+#: Advice where vsock run does not depend on what is missing.
+_NOTHING = "nothing: vsock run works without it"
+
+#: Options of a container in which a file system in user space can be mounted.
+_FUSE_OPTIONS = "--device /dev/fuse --cap-add SYS_ADMIN"
 
 
 @command("doctor")
@@ -152,8 +164,7 @@ print("yes")
         )
     if refusal():
         why = "a seccomp filter refuses AF_VSOCK: vsock run traces programs instead (ptrace)"
-        advice = "a container profile that allows socket(AF_VSOCK), or nothing"
-        return Finding(what, "partly", why, advice)
+        return Finding(what, "partly", why, _NOTHING)
     return Finding(what, "yes", "vsock run can supervise any program")
 
 
@@ -226,6 +237,10 @@ def kernel_vsock() -> Finding:
     found = sorted(name for name in modules if "vsock" in name)
     if Path("/dev/vsock").exists():
         found.append("/dev/vsock")
+    if ("vsock" in modules or "/dev/vsock" in found) and (code := refusal()):
+        name = errno.errorcode.get(code, str(code))
+        detail = f"{', '.join(found)}, and a seccomp filter that refuses AF_VSOCK ({name})"
+        return Finding("kernel AF_VSOCK", "no", detail, _NOTHING)
     if "vsock" in modules or "/dev/vsock" in found:
         return Finding("kernel AF_VSOCK", "yes", ", ".join(found))
     available = Path("/lib/modules", platform.release(), "kernel/net/vmw_vsock").is_dir()
@@ -238,7 +253,9 @@ def vhost_vsock() -> Finding:
     """Check the kernel's device for QEMU's vhost-vsock-pci."""
     path = "/dev/vhost-vsock"
     if not os.path.exists(path):
-        return Finding(path, "no", "missing", "modprobe vhost_vsock")
+        return Finding(
+            path, "no", "missing", _for_container(f"--device {path}", "modprobe vhost_vsock")
+        )
     return _accessible(path)
 
 
@@ -246,6 +263,7 @@ def kvm() -> Finding:
     """Check hardware virtualization."""
     if not os.path.exists("/dev/kvm"):
         advice = "a CPU with virtualization, nested if this is a VM"
+        advice = _for_container("--device /dev/kvm", advice)
         return Finding("KVM", "no", "no /dev/kvm: virtual machines are emulated", advice)
     return _accessible("/dev/kvm")._replace(what="KVM")
 
@@ -295,9 +313,13 @@ def virtual_machines() -> Finding:
 def fuse() -> Finding:
     """Check file systems in user space."""
     if not os.path.exists("/dev/fuse"):
-        return Finding("FUSE", "no", "no /dev/fuse", "modprobe fuse; fuse3")
+        advice = _for_container(_FUSE_OPTIONS, "modprobe fuse")
+        return Finding("FUSE", "no", "no /dev/fuse", f"{advice}; fuse3")
     if os.geteuid() != 0 and shutil.which("fusermount3") is None:
         return Finding("FUSE", "partly", "/dev/fuse, but no fusermount3", "fuse3")
+    if not _may_mount():
+        advice = _for_container(_FUSE_OPTIONS, "a process with CAP_SYS_ADMIN")
+        return Finding("FUSE", "no", "/dev/fuse, but mounting is not permitted", advice)
     return _accessible("/dev/fuse")._replace(what="FUSE")
 
 
@@ -312,6 +334,7 @@ print(libc.unshare({_CLONE_NEWUSER}) and os.strerror(ctypes.get_errno()))
     if output == "0":
         return Finding("user namespaces", "yes", "users can create containers without a privilege")
     advice = "sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone"
+    advice = _for_container("--security-opt seccomp=FILE that allows unshare", advice)
     return Finding("user namespaces", "no", output, advice)
 
 
@@ -334,8 +357,37 @@ CHECKS = (
 def _accessible(path: str) -> Finding:
     if os.access(path, os.R_OK | os.W_OK):
         return Finding(path, "yes", f"{path} can be opened")
-    owner = Path(path).group() if os.path.exists(path) else ""
-    return Finding(path, "partly", f"{path}: permission denied", f"add this user to group {owner}")
+    group = os.stat(path).st_gid  # a container may have no name for it
+    advice = _for_container(f"--group-add {group}", f"add this user to group {group}")
+    return Finding(path, "partly", f"{path}: permission denied", advice)
+
+
+def _is_in_container() -> bool:
+    """Return whether this process is in another pid namespace than the machine's first."""
+    return os.stat("/proc/self/ns/pid").st_ino != _FIRST_PID_NAMESPACE
+
+
+def _for_container(option: str, otherwise: str) -> str:
+    """Return advice: ``option`` of the container's runtime in a container, and the machine's part.
+
+    A container has no devices but those that its runtime adds.
+    """
+    return (
+        f"container option {option}; on its host: {otherwise}" if _is_in_container() else otherwise
+    )
+
+
+def _may_mount() -> bool:
+    """Return whether this user, or a set-user-ID program of its, may mount a file system."""
+    with open("/proc/self/status", "rb") as file:
+        status = file.read()
+    if os.geteuid() == 0:
+        held = effective_capabilities(status)
+    elif status_field(status, b"NoNewPrivs").strip() == b"1":
+        held = 0
+    else:
+        held = int(status_field(status, b"CapBnd"), 16)
+    return bool(held >> _CAP_SYS_ADMIN & 1)
 
 
 def _read(path: str) -> str:
