@@ -144,7 +144,7 @@ class PrivateFabric:
         ``options`` are those of :class:`subprocess.Popen`; ``env`` is the program's environment, to
         which the fabric's variables are added.  The process ends when the program ends, with its
         status, and passes signals on to it.  A program that still runs at the end of the fabric is
-        killed.  Needs the extra ``cli``, as ``vsock run`` does.
+        killed.  Needs the package's dependencies, as ``vsock run`` does.
         """
         options["env"] = self._environment(context, options.get("env"))
         process = subprocess.Popen(_supervised(context, arguments), **options)
