@@ -86,6 +86,103 @@ os.execv({sys.executable!r}, [{sys.executable!r}, *run])
     assert done.stderr.startswith("vsock: cannot supervise true: ptrace or process_vm_readv is")
 
 
+def traced(vsock: Vsock, interceptor: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run ``vsock run`` below a tracer of all processes; its own messages are in a file."""
+    if shutil.which("strace") is None:
+        pytest.skip("no strace: apt install what .ci/run does")
+    return subprocess.run(
+        ["strace", "-f", "-o", "/dev/null", "-e", "trace=none", *PROGRAM, "run", *words],
+        env={**vsock.environment, "VSOCKETS_INTERCEPTOR": interceptor},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_a_program_that_is_traced_already_is_refused(vsock: Vsock, interceptor: str) -> None:
+    """Under seccomp notification it works."""
+    done = traced(vsock, interceptor, "echo", "done")
+    if interceptor == "notify":
+        assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    else:
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("vsock: cannot supervise echo: it is traced already")
+
+
+def test_a_tracer_inside_is_told_that_it_cannot(vsock: Vsock, interceptor: str) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("no strace: apt install what .ci/run does")
+    command = ("strace", "-f", "-o", "/dev/null", "-e", "trace=none", "echo", "done")
+    done = vsock("run", *command, expect=None)
+    if interceptor == "notify":
+        assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    else:
+        path = os.path.realpath(shutil.which("strace") or "")
+        line = f"vsock run: {path!r}: cannot trace programs of vsock run (try --interceptor notify)"
+        assert done.returncode == 1
+        assert done.stderr.splitlines().count(line) == 1
+
+
+def test_processes_outside_can_be_traced(vsock: Vsock) -> None:
+    """As far as the kernel lets the user."""
+    source = "import ctypes, sys; print(ctypes.CDLL(None).ptrace(0x4206, int(sys.argv[1]), 0, 0))"
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as outside:
+        command = (sys.executable, "-c", source, str(outside.pid))
+        plainly = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = vsock("run", *command)
+        assert (done.stdout, done.stderr) == (plainly.stdout, "")
+
+
+def test_ignored_and_blocked_sigsys(vsock: Vsock) -> None:
+    program = """
+import signal, socket, threading
+signal.signal(signal.SIGSYS, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+for _ in range(2):
+    print(socket.socket(40, 1).family == 40)
+thread = threading.Thread(target=lambda: print(socket.socket(40, 1).family == 40))
+thread.start(); thread.join()
+"""
+    assert vsock("run", sys.executable, "-c", program).stdout == "True\n" * 3
+
+
+def test_a_stopped_supervisor_delays_its_own_programs_alone(vsock: Vsock) -> None:
+    program = """
+import os, signal, socket, sys
+print(os.getppid(), flush=True)
+sys.stdin.readline()
+print(socket.socket(40, 1).family, flush=True)
+"""
+    running = vsock.start("run", sys.executable, "-c", program)
+    supervisor = int(running.read_line())
+    os.kill(supervisor, signal.SIGSTOP)
+    running.write(b"\n")
+    other = vsock("run", sys.executable, "-c", "import socket; print(socket.socket(40, 1).family)")
+    assert other.stdout == "40\n"
+    os.kill(supervisor, signal.SIGCONT)
+    assert running.read_line() == "40"
+
+
+def test_two_thousand_threads(vsock: Vsock, compile_c: Compile) -> None:
+    assert vsock("run", compile_c("threads.c", "-pthread"), patience=60).stdout == "2000\n"
+
+
+def test_a_fork_bomb_harms_its_own_program_alone(vsock: Vsock) -> None:
+    """A program outside the bomb is served meanwhile, and each process of the bomb is."""
+    bomb = """
+import os, socket
+for _ in range(6):
+    os.fork()
+    socket.socket(40, 1)
+os.write(1, b".")
+"""
+    running = vsock.start("run", sys.executable, "-c", bomb)
+    other = vsock("run", sys.executable, "-c", "import socket; print(socket.socket(40, 1).family)")
+    assert other.stdout == "40\n"
+    assert running.finish() == (b"." * 64, "")
+
+
 @pytest.mark.notify_only("tracing uses no listener: the program may have one")
 def test_a_programs_own_filters_work_except_a_listener(vsock: Vsock, compile_c: Compile) -> None:
     done = vsock("run", compile_c("own_filter.c"))

@@ -163,6 +163,8 @@ def run_here(
 def _reason(error: OSError) -> str:
     if error.errno == errno.EBUSY:
         return "it has a supervisor already (vsock run within vsock run, or a container's)"
+    if error.errno == errno.EALREADY:
+        return "it is traced already, by strace -f or gdb (expected: none, or --interceptor notify)"
     if error.errno == errno.EPERM:
         return (
             "ptrace or process_vm_readv is forbidden (in a container: vsock doctor "

@@ -222,7 +222,8 @@ class Disconnector:
 
         ``ends`` has the connections' numbers by inode and cookie of the socket, of which one is 0.
         """
-        from ..supervisor.remote_shutdown import Attempt, Target, tracer_of  # rarely needed
+        from ..supervisor.ptrace import tracer_of  # rarely needed
+        from ..supervisor.remote_shutdown import Attempt, Target
 
         targets = {Target(*end): number for end, number in ends.items()}
         tracer = tracer_of(pid)

@@ -26,6 +26,7 @@ class Architecture(NamedTuple):
     munmap: int
     ppoll: int
     prctl: int
+    ptrace: int
     tgkill: int
     write: int
     writev: int
@@ -79,6 +80,7 @@ ARCHITECTURES = {
         munmap=11,
         ppoll=271,
         prctl=157,
+        ptrace=101,
         tgkill=234,
         write=1,
         writev=20,
@@ -124,6 +126,7 @@ ARCHITECTURES = {
         munmap=215,
         ppoll=73,
         prctl=167,
+        ptrace=117,
         tgkill=131,
         write=64,
         writev=66,

@@ -15,6 +15,7 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
+from .._linux.inspection import status_field
 from .._linux.libc import libc
 from .arch import Architecture
 
@@ -23,7 +24,9 @@ _CONT, _SYSCALL = 7, 24
 _DETACH = 17
 _SETOPTIONS, _GETEVENTMSG, _GETSIGINFO = 0x4200, 0x4201, 0x4202
 _GETREGSET, _SETREGSET = 0x4204, 0x4205
-_SEIZE, _INTERRUPT, _LISTEN = 0x4206, 0x4207, 0x4208
+_INTERRUPT, _LISTEN = 0x4207, 0x4208
+#: The requests that begin to trace a process.
+PTRACE_TRACEME, PTRACE_ATTACH, PTRACE_SEIZE = 0, 16, 0x4206
 _GETSIGMASK, _SETSIGMASK = 0x420A, 0x420B
 _GET_SYSCALL_INFO = 0x420E
 
@@ -213,7 +216,7 @@ class Ptrace:
 
     def seize(self, thread: int, options: int = _OPTIONS) -> None:
         """Trace a thread, by default with all that it creates.  Raises OSError EPERM."""
-        self._request(_SEIZE, thread, 0, options)
+        self._request(PTRACE_SEIZE, thread, 0, options)
 
     def detach(self, thread: int) -> None:
         """Stop tracing a stopped thread, which then runs."""
@@ -309,6 +312,12 @@ def has_children() -> bool:
     except ChildProcessError:
         return False
     return True
+
+
+def tracer_of(pid: int) -> int:
+    """Return the process that traces ``pid``, or 0.  Raises OSError."""
+    with open(f"/proc/{pid}/status", "rb") as status:
+        return int(status_field(status.read(), b"TracerPid"))
 
 
 def is_gone(error: OSError) -> bool:

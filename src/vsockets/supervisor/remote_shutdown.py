@@ -37,7 +37,7 @@ from socket import (
 )
 from typing import Any, NamedTuple
 
-from .._linux.inspection import sockets_of, status_field
+from .._linux.inspection import sockets_of
 from .arch import this_architecture
 from .injection import SCRATCH_SIZE, Injector, Space, StoppedThread
 from .interception import CallInterrupted
@@ -74,12 +74,6 @@ class Target(NamedTuple):
 
 
 _TARGET = struct.Struct("=QQ")
-
-
-def tracer_of(pid: int) -> int:
-    """Return the process that traces ``pid``, or 0.  Raises OSError."""
-    with open(f"/proc/{pid}/status", "rb") as status:
-        return int(status_field(status.read(), b"TracerPid"))
 
 
 # A process that has no tracer

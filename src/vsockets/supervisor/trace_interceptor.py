@@ -29,16 +29,30 @@ from .filter import (
     MARKED_TRACE,
     MARKED_TRAP,
     TRACE_MARK,
+    ArgumentCondition,
     Numbers,
     Rule,
     Served,
+    When,
     assemble,
     traced_rules,
 )
 from .injection import Injector, Place, Space, StoppedThread
 from .interception import CallInterrupted, InterceptedCall, Interruption, Surroundings
 from .notification import install as install_filter
-from .ptrace import Event, Ptrace, Stop, SystemCall, has_children, is_gone, read_stop
+from .ptrace import (
+    PTRACE_ATTACH,
+    PTRACE_SEIZE,
+    PTRACE_TRACEME,
+    Event,
+    Ptrace,
+    Stop,
+    SystemCall,
+    has_children,
+    is_gone,
+    read_stop,
+    tracer_of,
+)
 from .scheduler import pause
 from .sockets import inode_in
 from .tracee_descriptors import TraceeDescriptors
@@ -131,6 +145,7 @@ class TraceInterceptor:
         #: Of processes that have been made and have not stopped yet: what their parents have.
         self._inherited: dict[int, Process] = {}
         self._has_begun = False
+        self._has_reported_tracing = False
 
     @property
     def is_running(self) -> bool:
@@ -285,7 +300,12 @@ class TraceInterceptor:
     def begin(self, pid: int) -> None:
         """Attach to the first process, which has its filter and waits in a system call."""
         self._has_begun = True
-        self._ptrace.seize(pid)
+        try:
+            self._ptrace.seize(pid)
+        except PermissionError:
+            if tracer_of(pid):
+                raise OSError(errno.EALREADY, os.strerror(errno.EALREADY)) from None
+            raise
         self._add(pid, self._add_process(pid))
 
     async def intercept_inherited(self, pid: int, data_calls: Served, numbers: list[int]) -> None:
@@ -382,6 +402,8 @@ class TraceInterceptor:
             self._injector.answer(thread, -errno.ENOSYS)
         elif self._copies(call):
             self._follow_copy(thread, call)
+        elif call.number == self._machine.ptrace:
+            self._refuse_to_trace(thread, call)
         else:
             self._begin_call(thread, call)
 
@@ -398,6 +420,20 @@ class TraceInterceptor:
     def _begin_call(self, thread: Thread, call: SystemCall) -> None:
         thread.intercepted = StoppedCall(thread, call)
         self._deliver(thread.intercepted)
+
+    def _refuse_to_trace(self, thread: Thread, call: SystemCall) -> None:
+        """Fail a request to trace a supervised process, and report it once."""
+        if call.arguments[0] != PTRACE_TRACEME and call.arguments[1] not in self._threads:
+            self._injector.let_through(thread)
+            return
+        if not self._has_reported_tracing:
+            self._has_reported_tracing = True
+            pid = thread.number
+            name = self._processes.executable(pid)
+            text = f"{name}: cannot trace programs of vsock run (try --interceptor notify)"
+            with contextlib.suppress(OSError):  # it has no standard error
+                self._processes.report(pid, text, self.duplicate, lambda: True)
+        self._injector.answer(thread, -errno.EPERM)
 
     def _copies(self, call: SystemCall) -> bool:
         machine = self._machine
@@ -554,6 +590,10 @@ class TraceMechanism:
     def install(self, architecture: Architecture, rules: Sequence[Rule]) -> list[int]:
         """Put this process under a filter with ``rules``, irrevocably."""
         made = [_traced(architecture, rule) for rule in rules]
+        made += [
+            Rule(architecture.ptrace, MARKED_TRACE, (When(0, ArgumentCondition.EQUAL, request),))
+            for request in (PTRACE_TRACEME, PTRACE_ATTACH, PTRACE_SEIZE)
+        ]
         install_filter(architecture, assemble(architecture, made, other=MARKED_TRACE), 0)
         return []
 
