@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.fabric import Refused
-from vsockets.fabric.ports import Ports
+from vsockets.fabric.model import Ports
 
 LAST_PORT = 2**32 - 2
 

@@ -22,11 +22,11 @@ from .model import (
     Credentials,
     Endpoint,
     EndpointKind,
+    Ports,
     Program,
     State,
 )
 from .policy import trust_of
-from .ports import Ports
 from .settings import Profile, Settings
 
 #: Connections are numbered from 1 to this and then from 1 again: an epoll entry reports 31 bits.
