@@ -31,6 +31,7 @@ from vsockets.supervisor.process import Processes
 from vsockets.supervisor.ptrace import LAYOUTS, WAIT_FOR_ALL, Registers
 from vsockets.supervisor.scheduler import CoroutineScheduler
 from vsockets.supervisor.trace_interceptor import TraceInterceptor, TraceMechanism
+from vsockets.testing import wait_until
 
 MACHINE = this_architecture()
 WAIT = os.WNOHANG | WAIT_FOR_ALL
@@ -506,3 +507,48 @@ print(os.waitpid(pid, 0)[1])
 """
     )
     assert traced(program, serve, forbidden) == ["1", "(0, 0)", "0"]
+
+
+@pytest.mark.parametrize(
+    "does", ["os.read(0, 1)", "[0 for _ in iter(int, 1)]"], ids=["waits", "computes"]
+)
+@pytest.mark.parametrize("forbidden", [False, True], ids=["free", "forbidden"])
+def test_a_thread_without_an_intercepted_call_is_stopped(forbidden: bool, does: str) -> None:
+    """No system call instruction of the program is known then.
+
+    On arm64 a thread that waits in a call stops at the call's instruction, and not behind it.
+    """
+
+    def serve(interceptor: TraceInterceptor, call: InterceptedCall) -> None:
+        child = call.arguments[0]
+        wait_until(lambda: runs(child) == ("iter" in does), "the child to begin")
+        for _ in range(3):
+            fd = interceptor.duplicate(child, 1)
+            os.write(fd, b"!")
+            os.close(fd)
+        interceptor.answer(call, 0)
+
+    program = (
+        COMMON
+        + f"""
+stays_open = os.pipe()
+output, its_output = os.pipe()
+pid = os.fork()
+if pid == 0:
+    os.dup2(stays_open[0], 0)
+    os.dup2(its_output, 1)
+    os.execv(sys.executable, [sys.executable, "-c", "import os; os.write(1, b'r'); {does}"])
+assert os.read(output, 1) == b"r"
+listen(pid)
+print(os.read(output, 10).decode())
+os.kill(pid, signal.SIGKILL)
+print(os.waitpid(pid, 0)[1])
+"""
+    )
+    assert traced(program, serve, forbidden) == ["!!!", "9"]
+
+
+def runs(pid: int) -> bool:
+    """Return whether a process is in no system call."""
+    with open(f"/proc/{pid}/syscall") as state:
+        return state.read() == "running\n"

@@ -26,6 +26,7 @@ SIGTRAP are not, because the kernel takes a program's handler away when one that
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -166,13 +167,29 @@ class Injector:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         thread.place = Place.AT_STOP
         thread.saved = self._registers(thread)
-        at = thread.saved.instruction - len(self._ptrace.trap)
-        for instruction in (at, thread.space.instruction):
-            if self._is_trap(thread, instruction):
+        here = thread.saved.instruction
+        for instruction in (here - len(self._ptrace.trap), thread.space.instruction):
+            if instruction != here and self._is_trap(thread, instruction):
                 thread.instruction = instruction
                 return
-        self.go_on(thread)
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        # On arm64 a thread that waits in a call stops at the call's own instruction, to make it
+        # again.  Another call from there can become that one: the kernel may prepare its restart.
+        thread.instruction = self.find_trap(thread.number)
+        if not thread.instruction:
+            self.go_on(thread)
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def find_trap(self, pid: int) -> int:
+        """Return the address of a system call instruction in the vDSO of a process, or 0."""
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
+            for line in maps:
+                if line.endswith(b"[vdso]\n"):
+                    start, _, end = line.split(None, 1)[0].partition(b"-")
+                    first = int(start, 16)
+                    code = self._processes.read_some(pid, first, int(end, 16) - first)
+                    at = code.find(self._ptrace.trap)
+                    return first + at if at >= 0 else 0
+        return 0
 
     # Injection
 

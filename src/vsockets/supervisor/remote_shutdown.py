@@ -92,7 +92,7 @@ class _Visit:
     def shut_down(self, targets: Iterable[Target]) -> list[Target]:
         """Shut down the sockets of the process that are among ``targets``; return those."""
         _require_64_bits(self._pid)
-        space = Space(instruction=self._find_trap())
+        space = Space(instruction=self._injector.find_trap(self._pid))
         threads = sorted(map(int, os.listdir(f"/proc/{self._pid}/task")))[:_THREADS]
         problem: OSError | None = None
         for number in threads:
@@ -162,18 +162,6 @@ class _Visit:
                     self._ptrace.detach(number)
                     return
                 self._ptrace.resume(number, stop.signal if stop.event is Event.SIGNAL else 0)
-
-    def _find_trap(self) -> int:
-        """Return the address of an instruction that makes a system call, in the kernel's vDSO."""
-        with contextlib.suppress(OSError), open(f"/proc/{self._pid}/maps", "rb") as maps:
-            for line in maps:
-                if line.endswith(b"[vdso]\n"):
-                    start, _, end = line.split(None, 1)[0].partition(b"-")
-                    first = int(start, 16)
-                    code = self._processes.read_some(self._pid, first, int(end, 16) - first)
-                    at = code.find(self._ptrace.trap)
-                    return first + at if at >= 0 else 0
-        return 0
 
 
 def _require_64_bits(pid: int) -> None:
