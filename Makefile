@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
 
-.PHONY: demo test bench debian-package exhaustion test-containers release clean test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test bench debian-package exhaustion test-arm64 test-containers release clean test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 demo: .venv/ready
 	$(BIN)/vsock demo
@@ -35,6 +35,10 @@ test-ruff:
 
 test-mypy:
 	$(BIN)/mypy
+
+# A core suite in an emulated arm64 machine; about ten minutes.
+test-arm64: .venv/ready
+	PYTHONPATH=tests $(BIN)/python -m environments.arm64
 
 # dist/vsockets_VERSION_all.deb, after it was installed, used, upgraded and purged on Debian 12 and 13.
 debian-package: .venv/ready

@@ -1,7 +1,7 @@
 """Folders and unix sockets whose paths other users may be able to change.
 
-A path is resolved once, component by component.  The folder that it leads to is then used through
-a descriptor, so that no other user can insert a symbolic link afterwards.
+A path is resolved once, component by component, and used through the descriptor of the folder that
+was reached: no other user can insert a symbolic link afterwards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-#: The largest number of symbolic links in one path, as in the kernel (MAXSYMLINKS).
+#: Most symbolic links in one path, as in the kernel (MAXSYMLINKS).
 _MOST_LINKS = 40
 
 #: The inode of the initial user namespace (linux/proc_ns.h), and the user id that another namespace
@@ -30,14 +30,13 @@ _UNMAPPED = 65_534
 def open_folder(path: Path, *, private: bool = False, create: int | None = None) -> int:  # noqa: C901 - checks in order
     """Open the folder ``path`` with O_PATH, and return its descriptor.
 
-    A symbolic link in the path is followed only if no other user can change the link.  A file
-    system in user space (FUSE) is entered only if root or this user has mounted it: that of another
-    user could block this process.
+    A symbolic link in the path is followed only if no other user can change it.  A file system in
+    user space (FUSE) is entered only if it is root's or this user's: another could block.
 
-    With ``private``, a path of which another user can change any part is refused.  With ``create``,
-    missing folders are created, the last one with the mode ``create``.
+    With ``private`` no other user may be able to change any part of the path, so that it remains
+    valid.  With ``create`` missing folders are created, the last one with that mode.
 
-    Raises OSError, whose ``filename`` is the part of the path that was refused.
+    Raises OSError, whose ``filename`` is the part of the path that is the reason.
     """
     folder, reached = os.open("/", _FOLDER), Path("/")
     parts = deque(path.absolute().parts[1:])
@@ -80,7 +79,7 @@ def open_folder(path: Path, *, private: bool = False, create: int | None = None)
 
 
 class SocketFile:
-    """The file of a unix socket, in a folder that is opened once and used by its descriptor.
+    """The file of a unix socket, in a folder that is opened once.
 
     Raises OSError as :func:`open_folder` does.
     """
@@ -101,9 +100,9 @@ class SocketFile:
         return f"/proc/self/fd/{self.folder}/{self.name}"
 
     def bind(self, sock: socket.socket, mode: int | None = None) -> None:
-        """Bind ``sock`` to the file; replace an existing socket file that no process has open.
+        """Bind ``sock`` to the file; replace one whose socket no process has open.
 
-        ``mode`` is the new file's permission bits; by default the process's umask applies.
+        ``mode`` is the file's mode from its creation on, by default that of the process's umask.
 
         Raises OSError EADDRINUSE if another file has the name.
         """
@@ -120,10 +119,7 @@ class SocketFile:
         self._made = None
 
     def give(self, user: int) -> None:
-        """Make ``user`` (a user id) the file's owner.
-
-        The caller has to make sure that no other user can replace the file.
-        """
+        """Set the file's owner.  Call it only if no other user can replace the file."""
         os.chown(self.name, user, -1, dir_fd=self.folder, follow_symlinks=False)
 
     def _identity(self) -> tuple[int, int]:
@@ -135,7 +131,7 @@ class SocketFile:
 def working_in(folder: Path) -> Iterator[None]:
     """Make ``folder`` the current directory during the with block.
 
-    For a process with one thread only, because threads share the current directory.
+    For processes of one thread only: threads share the current directory.
     """
     before = os.open(".", _FOLDER)
     try:
@@ -150,7 +146,7 @@ def working_in(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def file_mode(mode: int) -> Iterator[None]:
-    """Give the files of sockets that this process binds during the with block the mode ``mode``."""
+    """Create the files of sockets that the process binds in the context with ``mode``."""
     usual = os.umask(0o777 & ~mode)
     try:
         yield
@@ -161,8 +157,8 @@ def file_mode(mode: int) -> Iterator[None]:
 def remove_stale(name: str, folder: int | None = None) -> None:
     """Remove the unix socket ``name`` if no process has it open.
 
-    ``folder`` is the descriptor of the folder, by default the current directory.  A file that is
-    not a unix socket is kept; bind() then fails with EADDRINUSE.
+    ``folder`` is by default the current one.  Another file with the name is kept; bind() then fails
+    with EADDRINUSE.
     """
     try:
         if not stat.S_ISSOCK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
@@ -182,8 +178,8 @@ def remove_stale(name: str, folder: int | None = None) -> None:
 def _require_answering(path: Path, folder: int, before: str) -> str:
     """Require that ``folder`` is not in another user's file system in user space.
 
-    Returns the id of the mount that ``folder`` is in, as text.  The check is skipped if that is
-    ``before``, the id of a mount already checked.  Nothing here sends a request to the file system.
+    Returns the number of its mount.  ``before`` is the number of a mount that was checked.  Sends
+    no request to the file system.
 
     Raises PermissionError.
     """
@@ -207,10 +203,7 @@ def _trusted() -> set[int]:
 
 
 def can_others_change(folder: int) -> bool:
-    """Return whether users other than root and this one may add or remove names.
-
-    ``folder`` is the descriptor of the folder.
-    """
+    """Return whether users other than root and this one may add or remove names in ``folder``."""
     found = os.fstat(folder)
     return found.st_uid not in _trusted() or bool(found.st_mode & 0o022)
 

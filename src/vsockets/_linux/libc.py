@@ -1,7 +1,7 @@
 """The C library, for calls that Python does not offer.
 
-``libc.NAME`` is shared by the whole process, so its ``argtypes`` and ``restype`` must not be set.
-A caller that needs them set uses ``libc["NAME"]``, a new function object at each access.
+``libc.NAME`` is one object for the whole process: leave its ``argtypes`` and ``restype`` alone.  A
+caller that sets them takes a function object of its own, ``libc["NAME"]``.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def last_error() -> OSError:
-    """Return the OSError for the errno of this thread's last call of the C library."""
+    """Return the error of the last call of this thread."""
     code = ctypes.get_errno()
     return OSError(code, os.strerror(code))
 
 
 def check(result: int) -> int:
-    """Return ``result``, which a call of the C library returned.
-
-    Raises OSError if ``result`` is negative.
-    """
+    """Return the result of a call.  Raises OSError if it is negative."""
     if result < 0:
         raise last_error()
     return result
@@ -32,8 +29,7 @@ def check(result: int) -> int:
 class EpollEvent(ctypes.Structure):
     """``struct epoll_event``.
 
-    The standard library's epoll can report only descriptor numbers; epoll(7) can report any 64-bit
-    number that was given when the descriptor was registered.
+    The standard library's epoll reports descriptor numbers; epoll_ctl(2) reports any number.
     """
 
     # The kernel packs the structure on x86-64 only, to match that of 32-bit programs.

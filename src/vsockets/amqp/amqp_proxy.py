@@ -1,7 +1,7 @@
-"""The AMQP proxy, which connects each session of a host proxy to a node of a RabbitMQ cluster.
+"""The AMQP proxy: connects each session of a host proxy's connection to a broker.
 
-To host proxies it is an HTTP/2 proxy for one service: a session is a CONNECT request whose
-authority is the service's name.  The AMQP proxy chooses the node.
+It is an HTTP/2 proxy for one service.  The authority of a CONNECT request is the service's name;
+the proxy chooses the node of the cluster that serves the session.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class AmqpProxy:
 
     @property
     def where(self) -> str:
-        """The address that host proxies connect to, as text without scheme."""
+        """Return the address that host proxies connect to."""
         assert self._acceptor.listener is not None
         return self._acceptor.listener.where
 
     async def drain(self) -> None:
-        """Do nothing: host proxies close their clients' sessions when the connection ends."""
+        """Return at once: host proxies close their clients' sessions when the connection ends."""
 
     def close(self) -> None:
         """Close the listener and abort every connection and session."""
@@ -158,7 +158,7 @@ class AmqpProxy:
     # Nodes
 
     async def _check(self, node: BrokerNode) -> None:
-        """Check periodically whether ``node`` answers, until cancelled."""
+        """Check the health of a node periodically."""
         while True:
             try:
                 await check_node(self._dialer, node.locator)
@@ -198,10 +198,9 @@ async def check_node(dialer: Dialer, node: Locator) -> None:
 def server_context(
     certificate: Path, key: Path | None = None, authority: Path | None = None
 ) -> ssl.SSLContext:
-    """Return the TLS settings of the AMQP proxy's side.
+    """Return the AMQP proxy's context.
 
-    With ``authority``, a file of CA certificates, clients need a certificate that one of these has
-    signed.  All files are PEM.
+    With ``authority``, clients need a certificate that it has signed.  All files are PEM.
 
     Raises OSError.
     """

@@ -1,4 +1,4 @@
-"""The NFS server's sockets: receive calls, answer those of each guest in turns, send replies."""
+"""The server's sockets: receive calls, answer them in turns, send the replies."""
 
 from __future__ import annotations
 

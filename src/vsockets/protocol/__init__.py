@@ -1,4 +1,4 @@
-"""Message formats, without I/O: vsockd's control protocol, hybrid vsock, vsockmon records."""
+"""The protocol between programs and vsockd, and other formats of messages, without I/O."""
 
 from .messages import (
     PADDING,

@@ -70,15 +70,14 @@ def _encode(
 
 
 def bind(address: tuple[int, int], *, sizes: BufferSizes, cookie: int) -> bytes:
-    """Return a request to bind the connection to ``address``; vsockd replaces wildcards."""
+    """Request a port for the connection; vsockd fills in the wildcards of ``address``."""
     return _encode(Op.BIND, local=address, sizes=sizes, cookie=cookie)
 
 
 def bind_datagram(address: tuple[int, int], *, unprivileged: bool = False) -> bytes:
-    """Return a request to bind a datagram socket to ``address``.
+    """Request a port for a datagram socket.
 
-    With ``unprivileged`` the program has no CAP_NET_BIND_SERVICE, although the process that sends
-    the request may have it.
+    ``unprivileged``: the program has no CAP_NET_BIND_SERVICE, even if the sender has.
     """
     return _encode(Op.BIND_DATAGRAM, flags=_UNPRIVILEGED if unprivileged else 0, local=address)
 
@@ -86,7 +85,7 @@ def bind_datagram(address: tuple[int, int], *, unprivileged: bool = False) -> by
 def bind_socket(
     address: tuple[int, int], *, sizes: BufferSizes, secret: int, unprivileged: bool = False
 ) -> bytes:
-    """Return a request to bind a stream or packet socket that is not connected to vsockd.
+    """Request a port for a stream or packet socket that is not connected to vsockd.
 
     The connection that sends the request holds the port.  A :func:`connect` with the same
     ``secret`` comes from that port.
@@ -96,7 +95,7 @@ def bind_socket(
 
 
 def listen(backlog: int, sizes: BufferSizes) -> bytes:
-    """Return a request for new streams, at most ``backlog`` of them not accepted yet."""
+    """Request new streams, with at most ``backlog`` of them not accepted yet."""
     return _encode(Op.LISTEN, backlog=backlog, sizes=sizes)
 
 
@@ -107,7 +106,7 @@ def connect(
     polling: bool = False,
     secret: int = 0,
 ) -> bytes:
-    """Return a request for a stream to ``peer``.
+    """Request a stream to ``peer``.
 
     With ``polling`` the bytes end with PADDING, so that the connection polls as not writable
     until vsockd has replied.  ``secret`` is that of :func:`bind_socket`, if the socket is bound.
@@ -122,54 +121,45 @@ def connect(
 
 
 def connect_from_guest(port: int, peer: tuple[int, int], sizes: BufferSizes) -> bytes:
-    """Return a device's request for a stream from the guest's ``port`` to ``peer``.
-
-    vsockd chooses the port if it is VMADDR_PORT_ANY.
-    """
+    """Request a stream from the guest's ``port`` (VMADDR_PORT_ANY: vsockd's choice) to ``peer``."""
     return _encode(Op.CONNECT, local=(VMADDR_CID_ANY, port), peer=peer, sizes=sizes)
 
 
 def update(sizes: BufferSizes) -> bytes:
-    """Return a report of the buffer sizes for future streams of a listening socket."""
+    """Report the buffer sizes that a listening socket gives its streams from now on."""
     return _encode(Op.UPDATE, sizes=sizes)
 
 
 def resize(size: int, *, cookie: int, inode: int) -> bytes:
-    """Return a report that an established stream's buffer now holds ``size`` bytes.
-
-    ``cookie`` and ``inode`` identify the stream's socket.
-    """
+    """Report that an established stream's buffer now holds ``size`` bytes."""
     return _encode(Op.RESIZE, sizes=(size, 0, 0), cookie=cookie, inode=inode)
 
 
 def route(destination: tuple[int, int]) -> bytes:
-    """Return a request for a socket that sends to ``destination``.
-
-    The datagrams come from the datagram socket that is sent along with the request.
-    """
+    """Request a socket that sends to ``destination`` from the datagram socket sent along."""
     return _encode(Op.ROUTE, local=_UNBOUND, peer=destination)
 
 
 def catch_all() -> bytes:
-    """Return a device's request for all datagrams to ports of its guest that are not bound."""
+    """Request the datagrams to all ports of the guest that no other socket is bound to."""
     return _encode(Op.CATCH_ALL)
 
 
 def query(*, cookie: int, inode: int = 0) -> bytes:
-    """Return a request for the state of a socket; ENOTCONN if vsockd does not know the socket."""
+    """Request the state of a socket.  The reply is ENOTCONN for a socket unknown to vsockd."""
     return _encode(Op.QUERY, cookie=cookie, inode=inode)
 
 
 def local_cid(peer_cid: int = 0, *, cookie: int = 0) -> bytes:
-    """Return a request for the context's CID, and whether ``peer_cid`` trusts the program.
+    """Request the context's CID, and whether ``peer_cid`` trusts the program's sockets.
 
-    With the ``cookie`` of a bound socket, the answer is that from the time of the bind.
+    ``cookie``: that of a bound socket, which stays as trusted as it was when it was bound.
     """
     return _encode(Op.LOCAL_CID, peer=(peer_cid, 0), cookie=cookie)
 
 
 def capture(cid: int, *, port: int, limit: int) -> bytes:
-    """Return a request for a copy of the traffic of the device of guest ``cid``.
+    """Request a copy of the traffic of a guest's device.
 
     At most ``limit`` bytes of each payload are copied, and only those of one ``port`` unless it is
     VMADDR_PORT_ANY.
@@ -180,10 +170,9 @@ def capture(cid: int, *, port: int, limit: int) -> bytes:
 def settle(
     local: tuple[int, int], peer: tuple[int, int], *, size: int = 0, error: int = 0
 ) -> bytes:
-    """Return a device's report of the outcome of a :class:`PendingConnect`.
+    """Report the outcome of a :class:`PendingConnect`: its buffer size, or the errno it fails with.
 
-    The outcome is the stream's buffer size in bytes, or the errno that the connect fails with.  If
-    it fails, the device sends the client's descriptor along.
+    The client's descriptor is sent along when the connect has failed.
     """
     return _encode(Op.SETTLE, local=local, peer=peer, backlog=error, sizes=(size, 0, 0))
 
@@ -192,7 +181,7 @@ def settle(
 
 
 def decode_reply(data: bytes) -> Record:
-    """Return the record in ``data``, vsockd's reply.
+    """Return vsockd's reply.
 
     Raises OSError with the errno that vsockd replied; ENETDOWN if the connection is closed;
     EPROTO if vsockd is of another version.
@@ -222,7 +211,7 @@ def missing_descriptor() -> OSError:
 class PendingConnect(NamedTuple):
     """A client's connect to the guest, for the device to establish or refuse.
 
-    The descriptor of the client's end of the stream comes with this message.
+    The client's end of the stream comes with it.
     """
 
     port: int  #: the guest's
@@ -233,7 +222,7 @@ class PendingConnect(NamedTuple):
 
 
 class CaptureStart(NamedTuple):
-    """The start of a capture; the descriptor of the socket for records comes with this message."""
+    """The start of a capture.  The socket for its records comes with it."""
 
     port: int  #: the only port captured, or VMADDR_PORT_ANY
     limit: int  #: bytes of each payload
@@ -248,7 +237,7 @@ class BufferResized(NamedTuple):
 
 
 class PortAvailability(NamedTuple):
-    """The start or the end of a guest's access to a port of the host."""
+    """A port of the host that the guest can, or can no longer, connect to."""
 
     port: int
     is_listening: bool

@@ -15,7 +15,7 @@ _EVENTS = ("STOP", "RESUME", "RESET", "MIGRATION", "SHUTDOWN")
 
 
 class LifecycleSync:
-    """A receiver of QEMU's and vsockd's events that carries out :class:`LifeCycle`'s requests."""
+    """The receiver of both sides' events, which carries out the requests of :class:`LifeCycle`."""
 
     def __init__(
         self, qmp: QMPClient, control: Control, cid: int, report: Callable[[str], None]

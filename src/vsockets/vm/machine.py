@@ -37,9 +37,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 async def forward_stderr(process: Process, name: str, report: Callable[[str], None]) -> None:
-    """Call ``report`` with each line that a process writes to standard error.
+    """Report the lines that a process writes to standard error.
 
-    A guest may cause such lines, so they are rate limited as the lines of logs are.
+    A guest may cause them, so they are limited in rate like the log of other long-running programs.
     """
     assert process.stderr is not None
     throttle = Throttle(LOG_LINES_PER_SECOND)
@@ -101,9 +101,8 @@ class RunningMachine:
     async def run(self) -> int:
         """Run the machine until the guest is off.
 
-        Returns the exit status: 0, or 128 plus the number of the signal that ended this process.
-
-        Raises MachineFailed.
+        Returns the exit status: 0, or 128 plus the number of the signal that ended it.  Raises
+        MachineFailed.
         """
         self._main = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
@@ -249,7 +248,7 @@ class RunningMachine:
 
 @contextlib.asynccontextmanager
 async def _terminated(process: Process) -> AsyncIterator[None]:
-    """Terminate ``process`` after the with block, if it still runs."""
+    """Run the block, then end the process if it still runs."""
     try:
         yield
     finally:
@@ -265,9 +264,9 @@ async def _terminated(process: Process) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def _start_timeout(name: str) -> AsyncIterator[None]:
-    """Limit the time of the with block, which starts ``name``.
+    """Run the block with the timeout for a start.
 
-    Raises MachineFailed when the time is over.
+    Raises MachineFailed.
     """
     try:
         async with asyncio.timeout(_START_SECONDS):
@@ -287,6 +286,6 @@ def _exit_text(process: Process) -> str:
 
 @contextlib.contextmanager
 def _short_folder() -> Iterator[Path]:
-    """Yield a temporary directory whose path leaves room for a unix socket's name."""
+    """Create a temporary directory with a path that is short enough for a unix socket in it."""
     with tempfile.TemporaryDirectory(prefix="vsock-vm-", dir="/tmp") as folder:
         yield Path(folder)

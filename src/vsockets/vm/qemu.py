@@ -1,4 +1,4 @@
-"""Search for a QEMU that supports a device: installed, or unpacked below the cache."""
+"""A QEMU that supports a device: the machine's own, or one unpacked beside it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ exec "$root/usr/lib64/ld-linux-x86-64.so.2" \
 
 
 class Requirement(NamedTuple):
-    """The QEMU that a device needs."""
+    """A device's requirements of QEMU."""
 
     driver: str  #: QEMU's name of its side of the device
     since: tuple[int, int]  #: the first version that has it
@@ -66,9 +66,9 @@ class Qemu(NamedTuple):
         return ".".join(map(str, self.version))
 
     def require(self, device: str) -> None:
-        """Require that this QEMU supports ``device`` (a key of REQUIREMENTS).
+        """Check that QEMU supports ``device``.
 
-        Raises QemuTooOld or QemuBroken if it does not.
+        Raises QemuTooOld or QemuBroken.
         """
         driver, required = REQUIREMENTS[device]
         if self.version < required:
@@ -100,9 +100,9 @@ def install_hint(device: str) -> str:
 
 
 def probe(path: str) -> Qemu:
-    """Return the program ``path`` with its version.
+    """Return the version of a QEMU program.
 
-    Raises QemuBroken if the program does not report a version.
+    Raises QemuBroken.
     """
     output = _output(path, "--version")
     found = re.search(r"version (\d+)\.(\d+)", output)
@@ -114,8 +114,8 @@ def probe(path: str) -> Qemu:
 def find(device: str, program: str | None = None, download: bool = False) -> Qemu:
     """Return a QEMU that supports ``device``.
 
-    The QEMU is ``program`` if given; else the one on the PATH; else the one unpacked below the
-    cache, which ``download`` permits to download.
+    It is ``program`` if given; else the one on the PATH; else the unpacked one, which ``download``
+    unpacks if it is missing.
 
     Raises QemuNotFound and Unavailable.
     """
