@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import grp
 import json
 import os
 import platform
@@ -357,8 +358,12 @@ CHECKS = (
 def _accessible(path: str) -> Finding:
     if os.access(path, os.R_OK | os.W_OK):
         return Finding(path, "yes", f"{path} can be opened")
-    group = os.stat(path).st_gid  # a container may have no name for it
-    advice = _for_container(f"--group-add {group}", f"add this user to group {group}")
+    number = os.stat(path).st_gid
+    try:
+        group = grp.getgrgid(number).gr_name
+    except KeyError:  # a device of a container's host
+        group = str(number)
+    advice = _for_container(f"--group-add {number}", f"add this user to group {group}")
     return Finding(path, "partly", f"{path}: permission denied", advice)
 
 
