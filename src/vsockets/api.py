@@ -1,4 +1,4 @@
-"""Module-level functions, after the guide's helpers and those of the standard library."""
+"""The module-level functions of vsockets: the guide's, and counterparts of the socket module's."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .socket import socket
 def attach(folder: str | PathLike[str]) -> Attachment:
     """Return the context whose control sockets are in ``folder``, for ``socket(context=…)``.
 
-    Only a program that uses several contexts needs it; for one context ``VSOCKETS_CONTEXT`` or
-    ``vsock run`` is enough.
+    Only a program that uses several contexts needs this function.  To run a program in one context,
+    set ``VSOCKETS_CONTEXT`` or start the program with ``vsock run``.
     """
     return Attachment(folder)
 
 
 def get_local_cid(*, context: ContextHandle | None = None) -> int:
-    """Return the CID of this process's context: 2 on the host."""
+    """Return the CID of ``context``, by default of this process's context; the host's is 2."""
     return (context or current()).cid
 
 
@@ -81,7 +81,7 @@ def socketpair(
     *,
     context: ContextHandle | None = None,
 ) -> tuple[socket, socket]:
-    """Return two connected sockets in the process's own context."""
+    """Return two connected sockets, both in ``context`` or by default in this process's context."""
     with create_server((VMADDR_CID_LOCAL, VMADDR_PORT_ANY), type=type, context=context) as server:
         one = socket(type=type, context=context)
         try:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 async def open_connection(
     cid: int, port: int, *, context: ContextHandle | None = None, **options: Any
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to ``(cid, port)``, with the ``options`` of ``asyncio.open_connection``.
+    """Return the reader and the writer of a stream connected to ``(cid, port)``.
+
+    ``options`` are those of ``asyncio.open_connection``.
 
     Raises what :meth:`vsockets.socket.connect` raises.
     """
@@ -48,7 +50,10 @@ async def start_server(
     context: ContextHandle | None = None,
     **options: Any,
 ) -> asyncio.Server:
-    """Serve streams on ``(cid, port)``, with the ``options`` of ``asyncio.start_server``."""
+    """Call ``handler`` with the reader and the writer of each stream to ``(cid, port)``.
+
+    ``options`` are those of ``asyncio.start_server``.
+    """
     import asyncio
 
     sock = create_server((cid, port), backlog=backlog, context=context)

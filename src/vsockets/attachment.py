@@ -1,8 +1,8 @@
-"""The context of a process: one of the fabric, or the kernel's own AF_VSOCK.
+"""The context that a process belongs to: one of the fabric's, or the kernel's AF_VSOCK.
 
-A context of the fabric is the folder of its control sockets.  The kernel's AF_VSOCK connects to
-the host in a virtual machine, over the device that the hypervisor offers (VMCI, virtio, Hyper-V),
-and to the guests on a host with vhost-vsock or VMware's modules.
+A process reaches a context of the fabric by the folder of the context's control sockets.  The
+kernel's AF_VSOCK connects to the host in a virtual machine, over the device that the hypervisor
+offers (VMCI, virtio, Hyper-V), and to the guests on a host with vhost-vsock or VMware's modules.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _DEVICE = "/dev/vsock"
 class Attachment:
     """A context of the fabric, identified by the folder of its control sockets.
 
-    ``folder`` may also be one of the sockets in it.  With ``on_demand`` vsockd is started if it is
-    not running, which applies to the user's own fabric only.
+    ``folder`` may also be the path of one of these sockets.  With ``on_demand``, vsockd is started
+    if it is not running; only the user's own fabric allows that.
     """
 
     transport = "fabric"
@@ -72,7 +72,7 @@ class Attachment:
         return f"<attachment to {self.folder}>"
 
     def open_channel(self, sock: _socket.socket, kind: int, seconds: float = 0.0) -> float:
-        """Connect ``sock``, a unix socket of type ``kind``, to the control socket of its type.
+        """Connect ``sock``, a unix socket of type ``kind``, to the control socket of that type.
 
         Waits up to ``seconds`` while vsockd's backlog is full, and returns the remaining seconds.
 
@@ -105,7 +105,7 @@ class Attachment:
         return seconds
 
     def request(self, data: bytes, fd: int | None = None) -> tuple[Record, int | None]:
-        """Send a request, optionally with a descriptor, on a connection of its own.
+        """Send a request, with the descriptor ``fd`` if given, on a new connection to vsockd.
 
         Returns the reply and the descriptor received with it.
 
@@ -132,10 +132,10 @@ class Attachment:
         return self.request(client.local_cid())[0].local_cid
 
     def is_trusted(self, sock_type: int, peer_cid: int = VMADDR_CID_HOST, cookie: int = 0) -> bool:
-        """Return whether this process's sockets of a type are trusted (guide page 24).
+        """Return whether this process's sockets of type ``sock_type`` are trusted (guide page 24).
 
-        A program of the host may be trusted by one guest, ``peer_cid``, and not by another.  A
-        bound socket, identified by ``cookie``, stays as trusted as it was when it was bound.
+        Trust in a program of the host depends on the guest, ``peer_cid``.  For the bound socket
+        with the kernel's number ``cookie``, it was decided when the socket was bound.
         """
         record, _ = self.request(client.local_cid(peer_cid, cookie=cookie))
         return record.is_trusted(datagram=sock_type == socket.SOCK_DGRAM)
@@ -147,10 +147,12 @@ def send_request(
     ancillary: Sequence[tuple[int, int, bytes]] = (),
     flags: int = 0,
 ) -> None:
-    """Send a request on a connection to vsockd.  Raises OSError, but not EPIPE.
+    """Send a request on a connection to vsockd.
 
-    vsockd may have refused the connection before it received a request: then it has replied and
-    closed the connection.  :func:`receive_reply` returns that reply.
+    EPIPE is ignored: vsockd has refused the connection before it received the request, has replied
+    and has closed the connection.  :func:`receive_reply` returns that reply.
+
+    Raises OSError for other errors.
     """
     with contextlib.suppress(BrokenPipeError):
         _sendmsg(sock, [data], ancillary, flags)
@@ -171,7 +173,7 @@ def receive_reply(sock: _socket.socket, flags: int) -> tuple[Record, int | None]
 
 
 class KernelContext:
-    """The kernel's counterpart of :class:`vsockets.Attachment`."""
+    """The kernel's AF_VSOCK as a context, with the interface of :class:`vsockets.Attachment`."""
 
     transport = "kernel"
 
@@ -180,7 +182,7 @@ class KernelContext:
 
     @property
     def cid(self) -> int:
-        """The machine's CID, which a migration may change.
+        """The machine's CID, read at each access because a migration may change it.
 
         Raises OSError ENODEV if this kernel has no AF_VSOCK.
         """
@@ -198,7 +200,7 @@ class KernelContext:
 
 
 def local_cid() -> int | None:
-    """Return the CID of the kernel's AF_VSOCK, or None."""
+    """Return the CID of the kernel's AF_VSOCK, or None if this kernel has no AF_VSOCK."""
     try:
         device = os.open(_DEVICE, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -214,7 +216,7 @@ def local_cid() -> int | None:
 
 
 def has_transport() -> bool:
-    """Return whether the kernel's AF_VSOCK reaches more than this machine's own processes."""
+    """Return whether the kernel's AF_VSOCK can connect to other machines, not only to itself."""
     return local_cid() not in (None, VMADDR_CID_ANY, VMADDR_CID_LOCAL)
 
 
@@ -238,10 +240,10 @@ def wait_readable(fd: int, seconds: float | None) -> bool:
 
 
 def explain(failure: OSError, handle: ContextHandle) -> None:
-    """Add a note with the transport to ``failure``, the exception of a connect.
+    """Add a note that names the transport to ``failure``, the exception of a connect.
 
-    Only if the transport was chosen automatically and the peer is unreachable: the choice may be
-    the reason.
+    A note is added only if the peer is unreachable and the transport was chosen automatically,
+    because the choice may be the reason.
     """
     if failure.errno not in _UNREACHABLE or os.environ.get("VSOCKETS_TRANSPORT", "auto") != "auto":
         return

@@ -1,4 +1,4 @@
-"""Administration of vsockd from a program, as the ``vsock`` command does it."""
+"""Administration of vsockd from a Python program, with the operations of ``vsock``."""
 
 from __future__ import annotations
 
@@ -61,14 +61,17 @@ class Control:
 
         ``accepted`` is true for the accepting end of a stream, false for the connecting end.
         ``receive_queue`` and ``send_queue`` are queued bytes, as in ``ss``; for a listening socket,
-        the connections not yet accepted and their limit.  For a stream they are None: the kernel
-        has them, by ``inode`` or ``peer_inode``, whichever is not None.
+        the connections not yet accepted and their limit.  For a stream both are None: the kernel
+        reports its queues (as ``ss`` does) under ``inode`` or ``peer_inode``, whichever is not
+        None.
         """
         return self._request("sockets")  # type: ignore[no-any-return]
 
     def counts(self) -> dict[str, Any]:
-        """Return counters: ``contexts``, a row for each context, and ``departed``, the sums of
-        leased contexts that have ended.
+        """Return the counters of all contexts.
+
+        ``contexts`` has a row for each context; ``departed`` has the sums of leased contexts that
+        have ended.
 
         ``connects`` counts streams that the context's programs opened, ``accepts`` streams that
         were opened to the context; ``refusals`` counts requests that failed with an errno, and
@@ -78,7 +81,7 @@ class Control:
         return self._request("counts")  # type: ignore[no-any-return]
 
     def contexts(self) -> list[dict[str, Any]]:
-        """Return all contexts, with cid, name, owner (user id), folder and ports."""
+        """Return a row for each context, with cid, name, owner (user id), folder and ports."""
         return self._request("context.list")  # type: ignore[no-any-return]
 
     def add_context(
@@ -100,8 +103,9 @@ class Control:
 
         ``profile`` is ``default``, ``restricted`` or ``legacy``; ``unrestricted`` and ``domain``
         apply to ``legacy`` only (docs/security.md).  ``limits`` replaces some default limits.
-        ``hybrid`` is the absolute path of its unix socket for hybrid vsock (docs/hybrid.md).
-        ``reserved_ports`` lets its programs bind ports below 1024 without CAP_NET_BIND_SERVICE.
+        ``hybrid`` is the absolute path of the guest's unix socket for hybrid vsock
+        (docs/hybrid.md).  ``reserved_ports`` lets the guest's programs bind ports below 1024
+        without CAP_NET_BIND_SERVICE.
 
         Raises OSError: EEXIST, EINVAL, or EPERM if ``reserved_ports`` is set for a guest of another
         user than the fabric's owner.
@@ -131,9 +135,10 @@ class Control:
     def attach_device(
         self, cid: int, seqpacket: bool = False, host_ports: bool = False
     ) -> socket.socket:
-        """Return a device's link to vsockd (:mod:`vsockets.devices.client`) for a guest.
+        """Return a new connection between the guest's device and vsockd.
 
-        ``seqpacket``: the guest has sockets of that type, too.  ``host_ports``: the link reports
+        :mod:`vsockets.devices.client` uses the connection.  ``seqpacket``: the guest supports
+        SOCK_SEQPACKET as well as streams.  ``host_ports``: the link reports
         the ports of the host that the guest can connect to.
 
         Raises OSError: ENOENT, EINVAL, or EBUSY (the guest has a device).
@@ -165,7 +170,7 @@ class Control:
         return self._change_state(cid, "resume")
 
     def migrate(self, cid: int) -> dict[str, Any]:
-        """Drop a context's connections, as live migration does."""
+        """Drop a context's connections, as live migration of its machine does."""
         return self._change_state(cid, "migrate")
 
     def reset(self, cid: int) -> dict[str, Any]:
@@ -173,15 +178,15 @@ class Control:
         return self._change_state(cid, "reset")
 
     def fault_tolerance(self, cid: int, on: bool) -> dict[str, Any]:
-        """Turn FT mode on, which drops connections and refuses new ones, or off."""
+        """Turn fault tolerance mode on, which drops connections and refuses new ones, or off."""
         return self._change_state(cid, "ft-on" if on else "ft-off")
 
     def power_off(self, cid: int) -> dict[str, Any]:
-        """Drop a context's connections, release its ports, and refuse its programs."""
+        """Drop a context's connections, release its ports, and refuse requests of its programs."""
         return self._change_state(cid, "power-off")
 
     def power_on(self, cid: int) -> dict[str, Any]:
-        """Turn on a context after :meth:`power_off`, or that was added with ``powered=False``."""
+        """Turn on a context that :meth:`power_off` or ``powered=False`` has turned off."""
         return self._change_state(cid, "power-on")
 
     def disconnect(self, local: tuple[int, int], peer: tuple[int, int]) -> dict[str, Any]:
@@ -196,9 +201,10 @@ class Control:
         )
 
     def reload(self) -> None:
-        """Read the configuration again.
+        """Have vsockd read its configuration files again.
 
-        Raises OSError EINVAL with file, line and key if it is invalid, and keeps the old one.
+        Raises OSError EINVAL with file, line and key if a file is invalid; vsockd then keeps the
+        old configuration.
         """
         self._request("reload")
 
@@ -207,7 +213,7 @@ class Control:
         return Events(self.folder, topics or TOPICS)
 
     def stop(self) -> None:
-        """Stop vsockd, and return when it has closed its connections."""
+        """Stop vsockd, and return when vsockd has closed all connections."""
         self._request("stop")
         while self._replies.readline():
             pass
@@ -230,7 +236,7 @@ class Control:
 
 
 class Events:
-    """Events as JSON objects; an iterator, also for ``async for``, that ends when vsockd does.
+    """An iterator over events, each a dict, that ends when vsockd ends; also for ``async for``.
 
     Every event has ``topic``, ``time`` (seconds since the epoch) and ``missed``, the number of
     events before it that were dropped because they were not read in time.
@@ -280,7 +286,7 @@ class Events:
         return line["event"]  # type: ignore[no-any-return]
 
     def fileno(self) -> int:
-        """Return the connection's descriptor, to poll for events."""
+        """Return the connection's descriptor, which polls as readable when events arrive."""
         return self._sock.fileno()
 
     def take(self) -> list[dict[str, Any]] | None:
@@ -343,7 +349,10 @@ class Events:
 
 
 def _connect(folder: Path) -> socket.socket:
-    """Return a connection to the administrator's socket in ``folder``.  Raises OSError."""
+    """Return a connection to the administrator's socket in ``folder``.
+
+    Raises OSError.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(VSOCKD_REPLY_TIMEOUT_SECONDS)
     path = os.fspath(folder / CONTROL)

@@ -1,4 +1,4 @@
-"""Commands that install this package's dependencies, from where the package came from."""
+"""Commands, shown in messages, that install optional dependencies of this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 def how_to_install(extra: str = "") -> str:
     """Return the command that installs the package with its dependencies and those of ``extra``.
 
-    The package is not in an index: pip records the clone that it was installed from (PEP 610).
+    The package is not in an index, so the command names the clone that the package was installed
+    from, as pip has recorded it (PEP 610).
     """
     suffix = f"[{extra}]" if extra else ""
     clone = _clone()

@@ -17,12 +17,13 @@ _START_TIMEOUT_SECONDS = 20.0
 
 
 def start(folder: Path, on_demand: bool = True) -> bool:
-    """Start vsockd in the background, and return when it serves.
+    """Start vsockd in the background, and return when vsockd accepts requests.
 
     Returns False if a vsockd already runs in ``folder``.
 
-    Raises OSError with vsockd's message if it cannot start; with ``on_demand`` also if the folder's
-    last vsockd was started explicitly, by ``vsock up`` or as a service.
+    Raises OSError with vsockd's message if vsockd cannot start.  With ``on_demand`` raises OSError
+    as well if the last vsockd in ``folder`` was started explicitly, by ``vsock up`` or as a
+    service.
     """
     # vsockd is in no context, and its start is not reported to this process's service manager.
     without = ("VSOCKETS_CONTEXT", "NOTIFY_SOCKET")
@@ -54,7 +55,7 @@ def start(folder: Path, on_demand: bool = True) -> bool:
 
 
 def _wait_until_served(folder: Path) -> None:
-    """Wait until a vsockd that another process has started serves, or until the timeout."""
+    """Wait until the vsockd that another process has started accepts requests, or a timeout."""
     deadline = time.monotonic() + _START_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         try:

@@ -5,7 +5,7 @@ brackets before it (``sd-daemon(3)``).
 
 Clients can cause any number of lines, and choose parts of their text.  So all lines except notices
 are rate limited, for each *party* (a guest, a user or a peer; by default, the line of source code)
-and in total; a line states how many of its party were omitted before it.  All characters are
+and in total; a line states how many lines of its party were omitted before it.  All characters are
 printable.  Name the party with::
 
     log.warning("%s: %s", who, error, extra=logs.by(party))
@@ -45,17 +45,17 @@ _PRIORITIES = {
 
 
 def by(party: Hashable) -> dict[str, Any]:
-    """Return the ``extra`` argument of a line caused by ``party``."""
+    """Return the ``extra`` argument of a log call whose line is caused by ``party``."""
     return {"party": party}
 
 
 def rare(party: Hashable) -> dict[str, Any]:
-    """Return the ``extra`` argument of a repeated line, which is limited to one per second."""
+    """Return the ``extra`` argument of a log call limited to one line per second of ``party``."""
     return {"party": party, "rate": 1}
 
 
 class Throttle:
-    """Limits the events of each party, with a token bucket per party, and of all parties.
+    """A rate limiter with a token bucket for each party and one for all parties together.
 
     The least recently active parties are forgotten.  The total is limited because there can be
     more parties than are remembered: a user may have thousands of user ids.
@@ -68,8 +68,10 @@ class Throttle:
         self._buckets: OrderedDict[Hashable, _Bucket] = OrderedDict()
 
     def admit(self, party: Hashable, rate: int | None = None) -> int | None:
-        """Return the number of the party's events omitted since its last one that was admitted, or
-        None if this one is to be omitted.  ``rate`` replaces the common rate.
+        """Decide about an event of ``party`` that happens now.
+
+        Returns None if the caller has to omit the event; otherwise the number of the party's events
+        omitted since the last admitted one.  ``rate`` replaces the common rate, per second.
         """
         rate = rate or self.rate
         bucket = self._buckets.get(party)
@@ -99,7 +101,7 @@ class _Bucket:
 
 
 class _Limit(logging.Filter):
-    """Filter that omits records of parties that cause too many."""
+    """A filter that omits records of parties that cause too many."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ class _Limit(logging.Filter):
 
 
 class _Text(logging.Formatter):
-    """Formatter of one line per record, followed by the marked lines of a traceback."""
+    """A formatter of one line per record, followed by a traceback with marked lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         record.message = printable(" ".join(record.getMessage().split()))
@@ -132,7 +134,7 @@ class _Text(logging.Formatter):
 
 
 class _JSON(logging.Formatter):
-    """Formatter of one JSON object per record."""
+    """A formatter of one JSON object per record."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -149,7 +151,7 @@ class _JSON(logging.Formatter):
 
 
 class _Prefixed(logging.Formatter):
-    """Formatter that puts the priority before each line of another, for the journal."""
+    """A formatter that puts the journal's priority before each line of another formatter."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()
@@ -161,7 +163,7 @@ class _Prefixed(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Handler that writes to standard error, and limits its size if it is a file."""
+    """A handler that writes to standard error, and limits the file's size if that is a file."""
 
     _file: Path | None = None
 
@@ -204,19 +206,19 @@ def configure(words: str, level: int, form: str) -> None:
 def write_to(path: Path) -> None:
     """Replace standard output and error with the file ``path``.
 
-    When the file has LOG_FILE_MAX_BYTES, it is renamed to :func:`older` and a new one is created:
-    together they have at most twice as many bytes.
+    When the file has LOG_FILE_MAX_BYTES, it is renamed to the path that :func:`older` returns, and
+    a new file is created.  Together the two have at most twice as many bytes.
     """
     _handler.write_to(path)
 
 
 def older(path: Path) -> Path:
-    """Return the path of the previous log."""
+    """Return the path of the log that precedes the log ``path``."""
     return path.with_name(f"{path.name}.1")
 
 
 def _is_journal() -> bool:
-    """Return whether standard error is the journal, whose device and inode JOURNAL_STREAM has."""
+    """Return whether standard error is the journal: whether JOURNAL_STREAM has its inode."""
     try:
         found = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):

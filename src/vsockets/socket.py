@@ -62,7 +62,7 @@ class Phase(enum.Enum):
 
 
 class PeerCredentials(NamedTuple):
-    """The peer's process, as the kernel reported it to vsockd.  A CID alone identifies no user."""
+    """The credentials of the peer's process, as the kernel reported them to vsockd."""
 
     pid: int
     uid: int
@@ -70,7 +70,7 @@ class PeerCredentials(NamedTuple):
 
 
 def error(code: int, why: str = "") -> OSError:
-    """Return an OSError with the text of ``code``, and the reason if it is not obvious."""
+    """Return an OSError with the errno ``code`` and its text, followed by ``why`` if given."""
     text = os.strerror(code)
     return OSError(code, f"{text}: {why}" if why else text)
 
@@ -140,11 +140,11 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
 
     @property
     def family(self) -> int:  # type: ignore[override]  # the standard library has an enum
-        """AF_VSOCK.  The C class has AF_UNIX."""
+        """The address family: AF_VSOCK, although the kernel's socket may be of AF_UNIX."""
         return _FAMILY
 
     def getsockname(self) -> tuple[int, int]:
-        """Return the local ``(cid, port)``, both wildcards while the socket is not bound."""
+        """Return the local ``(cid, port)``; both are wildcards while the socket is not bound."""
         return self._local
 
     def getpeername(self) -> tuple[int, int]:
@@ -157,9 +157,9 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         return self._peer
 
     def peer_credentials(self) -> PeerCredentials:
-        """Return the process that connected, or listened, at the other end.
+        """Return the credentials of the process that connected or listened at the other end.
 
-        Raises OSError ENOTCONN without a peer, or if its process is unknown.
+        Raises OSError ENOTCONN if the socket has no peer or the peer's process is unknown.
         """
         if self._record is None:
             raise error(errno.ENOTCONN)
@@ -237,7 +237,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         return _U64.pack(number)[:buflen] if buflen else number
 
     def _peer_vm(self) -> int:
-        """Return the CID of the peer's virtual machine, which identifies it in the fabric.
+        """Return the value of SO_VM_SOCKETS_PEER_HOST_VM_ID: in the fabric, the peer's CID.
 
         The option is "only available for hypervisor endpoints" (``linux/vm_sockets.h``).
         """
@@ -249,7 +249,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     # Shared by the socket classes
 
     def _cookie(self) -> int:
-        """Return the kernel's number for the socket, by which vsockd identifies it."""
+        """Return the kernel's number for the socket (SO_COOKIE), by which vsockd identifies it."""
         cookie: int = _U64.unpack(_getsockopt(self, SOL_SOCKET, SO_COOKIE, 8))[0]
         return cookie
 
@@ -275,7 +275,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         raise NotImplementedError
 
     def _recover(self) -> None:
-        """Recover the state of a descriptor that was created elsewhere."""
+        """Find out the state of the descriptor, which another socket object has created."""
         raise NotImplementedError
 
     def _pending_error(self) -> int:
@@ -283,7 +283,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
         return 0
 
     def _buffers_changed(self) -> None:
-        """Report new buffer sizes that the program has set."""
+        """Handle a change of the buffer sizes by the program: report it to vsockd if needed."""
 
     def dup(self) -> Self:
         """Return another socket object for the same endpoint, with a duplicated descriptor."""
@@ -314,7 +314,7 @@ _CHANGE_BUFFERS = {
 
 
 def switch_class(sock: socket, socket_class: type[socket]) -> None:
-    """Change the class of ``sock``, and keep the overrides of a program's own subclass."""
+    """Change the class of ``sock`` to ``socket_class``, below the program's own subclass if any."""
     cls = sock.__class__
     variant = _VARIANTS.get((cls, socket_class)) or _make_variant(cls, socket_class)
     # For mypy the class in a plain assignment to __class__ would have to be constant.
@@ -350,7 +350,10 @@ def _as_asked(number: int, buflen: int) -> Any:
 
 
 def as_u64(value: Any) -> int:
-    """Return a buffer size that a program gave as an integer or as eight bytes.  Raises OSError."""
+    """Return the buffer size ``value``, an integer or eight bytes, as a number.
+
+    Raises OSError.
+    """
     if isinstance(value, int):
         number = value
     else:

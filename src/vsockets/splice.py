@@ -65,7 +65,7 @@ class Poller(Protocol):
         """Replace the events that ``fd`` is watched for."""
 
     def unwatch(self, fd: int) -> None:
-        """Stop watching ``fd``, which is closed next.  Does nothing if it is not watched."""
+        """Stop watching ``fd``, which the caller closes next; no effect if it is not watched."""
 
 
 class _Pipe:
@@ -92,7 +92,7 @@ def _grow(pipe: int) -> int:
 
 
 def _copy(direction: _Direction, pipe: _Pipe) -> int:
-    """Copy from the source into an empty pipe through this process, instead of ``splice``."""
+    """Copy bytes from the source into the empty ``pipe`` with ``recv``, instead of ``splice``."""
     data = direction.source.sock.recv(min(pipe.size, _COPIED))
     if data:
         if direction.capture is not None:
@@ -133,7 +133,7 @@ class _Direction:
 
 
 class SplicedPair:
-    """Two joined streams, owned by the pump; see :meth:`SplicePump.start`."""
+    """Two joined streams, whose sockets the pump owns; see :meth:`SplicePump.start`."""
 
     def __init__(self, pump: SplicePump, one: socket.socket, other: socket.socket) -> None:
         self.last_moved = monotonic()
@@ -147,19 +147,22 @@ class SplicedPair:
 
     @property
     def moved(self) -> tuple[int, int]:
-        """Return the bytes that the second socket has accepted, and those that the first has."""
+        """The number of bytes that the second socket has accepted, and that of the first."""
         return self.forward.moved, self.reverse.moved
 
     def close(self) -> None:
-        """Close both streams.  Does nothing if they have ended."""
+        """Close both streams; no effect if they have ended."""
         self._pump.end(self)
 
     def finished(self, why: OSError | None) -> None:
-        """Handle the end of both streams, called once; ``why`` is an error, if any."""
+        """Handle the end of both streams; ``why`` is the error that ended them, or None.
+
+        Called once for each pair; subclasses implement it.
+        """
 
 
 class SplicePump:
-    """A pump for any number of connections, driven by ``poller``."""
+    """A mover of bytes for any number of connections, driven by the events of ``poller``."""
 
     def __init__(self, poller: Poller) -> None:
         self.connections: set[SplicedPair] = set()
@@ -236,7 +239,7 @@ class SplicePump:
             self._stop_source(sending)
 
     def _move(self, direction: _Direction) -> None:  # noqa: C901 - hot loop
-        """Transfer the available bytes, at most SPLICE_TURN_MAX_BYTES."""
+        """Transfer the available bytes of one direction, at most SPLICE_TURN_MAX_BYTES."""
         source, sink = direction.source, direction.sink
         try:
             pipe = direction.pipe or self._take_pipe(direction)
@@ -320,7 +323,7 @@ class SplicePump:
             direction.capture(b"")
 
     def _watch(self, end: _End) -> None:
-        """Update the epoll mask of ``end``."""
+        """Watch ``end`` for the events that its two directions wait for."""
         reading = not (end.receiving.pending or end.receiving.done)
         mask = (_IN if reading else 0) | (_OUT if end.sending.pending else 0) or _NOTHING
         if end.mask != mask:

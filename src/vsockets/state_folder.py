@@ -50,7 +50,7 @@ TRASH = "trash"
 
 
 def default_folder() -> Path:
-    """Return the state folder that this process uses by default.  It need not exist."""
+    """Return the path of the state folder that this process uses by default; it may be missing."""
     configured = os.environ.get("VSOCKETS_DIR")
     if configured:
         return Path(configured)
@@ -65,8 +65,9 @@ def default_folder() -> Path:
 def require_private(folder: Path, create: bool = False) -> None:
     """Require that no other user except root controls the state folder ``folder``.
 
-    In ``/tmp`` another user could have created it before, and would be the host of every program;
-    a user who can change a folder above can replace it at any time.  ``create`` creates it.
+    In ``/tmp`` another user could have created the folder before, and would then control the host
+    of every program; a user who can change a parent folder can replace the folder at any time.
+    With ``create`` a missing folder is created.
 
     Raises PermissionError if another user has control.
     """
@@ -94,9 +95,10 @@ def require_private(folder: Path, create: bool = False) -> None:
 
 @contextmanager
 def short_path(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield an equivalent of ``path`` that fits a unix socket address, valid in the context.
+    """Yield a path equivalent to ``path`` that fits a unix socket's address.
 
-    A path of more than 107 bytes is replaced by one through a descriptor of its folder.
+    A path of more than 107 bytes is replaced by one through a descriptor of its folder, which is
+    closed after the with block.
     """
     spelled = os.fspath(path)
     if len(os.fsencode(spelled)) <= _LONGEST_SOCKET_PATH:
@@ -111,12 +113,12 @@ def short_path(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def is_short(path: str) -> bool:
-    """Return True if ``path`` certainly fits a unix socket address; a quick test."""
+    """Return whether ``path`` certainly fits a unix socket's address, without encoding it."""
     return len(path) <= _LONGEST_SOCKET_PATH and path.isascii()
 
 
 def connect_to(connect: Callable[[str], None], path: str) -> None:
-    """Call the ``connect`` method of a unix socket with ``path``, which may have any length."""
+    """Call ``connect``, a unix socket's method, with ``path``, which may have any length."""
     if is_short(path):
         connect(path)
         return
@@ -127,7 +129,9 @@ def connect_to(connect: Callable[[str], None], path: str) -> None:
 def wait_to_connect(sock: _socket.socket, path: str, seconds: float) -> float:
     """Connect ``sock`` to ``path``, whose backlog was full, within ``seconds``.
 
-    Returns the remaining seconds.  Raises OSError ETIMEDOUT, or ENOBUFS if ``seconds`` is 0.
+    Returns the remaining seconds.
+
+    Raises OSError ETIMEDOUT, or ENOBUFS if ``seconds`` is 0.
     """
     if seconds <= 0:
         raise OSError(errno.ENOBUFS, f"the backlog of vsockd at {path} is full")

@@ -38,5 +38,5 @@ def refuse(errno: int) -> int:
 
 
 def instruction(code: int, constant: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    """Encode one instruction; the jumps give the number of instructions to skip."""
+    """Encode one instruction; ``if_true`` and ``if_false`` are numbers of instructions to skip."""
     return _INSTRUCTION.pack(code, if_true, if_false, constant)

@@ -1,8 +1,8 @@
 """Protection of sockets against unwanted descriptors in received messages (SCM_RIGHTS).
 
-The kernel closes a descriptor that its receiver does not take in the receiver's next ``recv``,
-``splice`` or ``close``, in the calling thread.  The close can block as long as the sender chooses:
-of a TCP socket that lingers, or of a file in a file system in user space.
+A receiver that does not take a descriptor out of a message still pays for it: its next ``recv``,
+``splice`` or ``close`` closes the descriptor, in the calling thread.  That can block for as long as
+the sender chooses, if the descriptor is a TCP socket with SO_LINGER or a file on FUSE.
 
 Since Linux 6.16 a socket can refuse descriptors (SO_PASSRIGHTS); the sender gets EPERM.  On older
 kernels a guarded socket receives descriptors, and passes them to threads that close them.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..limits import DESCRIPTOR_CLOSE_THREADS_MAX
 from .sockets import SO_PASSRIGHTS, refuse_descriptors
 
-#: Most descriptors of one message (SCM_MAX_FD).
+#: The largest number of descriptors in one message (SCM_MAX_FD).
 _MOST = 253
 _INT = array.array("i").itemsize
 _ROOM = CMSG_SPACE(_MOST * _INT)
@@ -41,7 +41,7 @@ _raw_family = _socket.socket.family.__get__
 
 
 class _CloserThreads:
-    """Threads that close descriptors, with one more than are blocked."""
+    """Threads that close descriptors; while any of them is blocked, another one is ready."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[int, Callable[[], None]]] = queue.SimpleQueue()
@@ -77,7 +77,10 @@ class _CloserThreads:
 
 
 def _clear_linger(fd: int) -> None:
-    """Clear SO_LINGER of a socket.  Raises OSError for another file."""
+    """Clear SO_LINGER of the socket ``fd``.
+
+    Raises OSError if ``fd`` is not a socket.
+    """
     sock = _socket.socket(fileno=fd)
     try:
         sock.setsockopt(SOL_SOCKET, stdlib.SO_LINGER, _NO_LINGER)
@@ -89,12 +92,12 @@ _closers = _CloserThreads()
 
 
 def dispose(fd: int, closed: Callable[[], None] = lambda: None) -> None:
-    """Close ``fd`` in another thread, which then calls ``closed``."""
+    """Close ``fd`` in another thread, which calls ``closed`` afterwards."""
     _closers.put(fd, closed)
 
 
 def close_in_thread(sock: stdlib.socket) -> None:
-    """Close ``sock``, with descriptors in its queue, without waiting for that."""
+    """Close ``sock`` and the descriptors in its receive queue in another thread; do not wait."""
     if sock.fileno() >= 0:
         dispose(sock.detach())
 
@@ -105,8 +108,8 @@ def close_in_thread(sock: stdlib.socket) -> None:
 def guard(sock: Socket) -> Socket:
     """Protect ``sock`` against received descriptors, and return it.
 
-    Call it before the socket is bound or connected.  On older kernels the caller must read with
-    ``recv``, ``recv_into`` or ``recvfrom``: see :func:`is_guarded`.
+    The socket must not be bound or connected yet.  Before Linux 6.16 the caller must read with the
+    socket's methods ``recv``, ``recv_into`` or ``recvfrom``: see :func:`is_guarded`.
     """
     if _raw_family(sock) == AF_UNIX and not refuse_descriptors(sock):
         _become_guarded(sock)
@@ -114,7 +117,7 @@ def guard(sock: Socket) -> Socket:
 
 
 def guard_accepted(sock: Socket) -> Socket:
-    """Protect ``sock``, which may have descriptors in its queue, and return it."""
+    """Protect ``sock``, whose receive queue may already contain descriptors, and return it."""
     if _raw_family(sock) == AF_UNIX and not _refuses(sock):
         refuse_descriptors(sock)
         _become_guarded(sock)
@@ -122,7 +125,7 @@ def guard_accepted(sock: Socket) -> Socket:
 
 
 def receive(sock: _socket.socket, size: int, flags: int = 0) -> bytes:
-    """Receive data; descriptors that came with it are closed by another thread."""
+    """Receive up to ``size`` bytes; have descriptors in the message closed by another thread."""
     data, ancillary, *_ = _socket.socket.recvmsg(sock, size, _ROOM, flags | _CLOEXEC)
     if ancillary:
         _close_received(ancillary)
@@ -148,14 +151,14 @@ def _become_guarded(sock: stdlib.socket) -> None:
 
 
 def is_guarded(sock: stdlib.socket) -> bool:
-    """Return whether the methods of ``sock`` protect it, which ``splice`` would bypass."""
+    """Return whether the methods of ``sock`` protect it; ``splice`` would bypass them."""
     return isinstance(sock, _Guarded)
 
 
 if TYPE_CHECKING:
     _Mixin = stdlib.socket
 else:
-    # Mixed into classes of existing sockets: another base would change their layout.
+    # Mixed into classes of existing sockets: socket.socket as a base would change their layout.
     _Mixin = object
 
 
@@ -183,7 +186,7 @@ class _Guarded(_Mixin):
         return size
 
     def close(self) -> None:
-        """Close the socket in another thread, which also closes descriptors in its queue."""
+        """Close the socket and the descriptors in its receive queue in another thread."""
         if self.fileno() >= 0 and self.type != stdlib.SOCK_DGRAM:
             with contextlib.suppress(OSError):  # the peer sees the end of the stream at once
                 _socket.socket.shutdown(self, SHUT_RDWR)

@@ -1,7 +1,7 @@
 """Folders and unix sockets whose paths other users may be able to change.
 
-A path is resolved once, component by component, and used through the descriptor of the folder that
-was reached: no other user can insert a symbolic link afterwards.
+A path is resolved once, component by component.  The folder that it leads to is then used through
+a descriptor, so that no other user can insert a symbolic link afterwards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-#: Most symbolic links in one path, as in the kernel (MAXSYMLINKS).
+#: The largest number of symbolic links in one path, as in the kernel (MAXSYMLINKS).
 _MOST_LINKS = 40
 
 #: The inode of the initial user namespace (linux/proc_ns.h), and the user id that another namespace
@@ -30,13 +30,14 @@ _UNMAPPED = 65_534
 def open_folder(path: Path, *, private: bool = False, create: int | None = None) -> int:  # noqa: C901 - checks in order
     """Open the folder ``path`` with O_PATH, and return its descriptor.
 
-    A symbolic link in the path is followed only if no other user can change it.  A file system in
-    user space (FUSE) is entered only if it is root's or this user's: another could block.
+    A symbolic link in the path is followed only if no other user can change the link.  A file
+    system in user space (FUSE) is entered only if root or this user has mounted it: that of another
+    user could block this process.
 
-    With ``private`` no other user may be able to change any part of the path, so that it remains
-    valid.  With ``create`` missing folders are created, the last one with that mode.
+    With ``private``, a path of which another user can change any part is refused.  With ``create``,
+    missing folders are created, the last one with the mode ``create``.
 
-    Raises OSError, whose ``filename`` is the part of the path that is the reason.
+    Raises OSError, whose ``filename`` is the part of the path that was refused.
     """
     folder, reached = os.open("/", _FOLDER), Path("/")
     parts = deque(path.absolute().parts[1:])
@@ -79,7 +80,7 @@ def open_folder(path: Path, *, private: bool = False, create: int | None = None)
 
 
 class SocketFile:
-    """The file of a unix socket, in a folder that is opened once.
+    """The file of a unix socket, in a folder that is opened once and used by its descriptor.
 
     Raises OSError as :func:`open_folder` does.
     """
@@ -100,9 +101,9 @@ class SocketFile:
         return f"/proc/self/fd/{self.folder}/{self.name}"
 
     def bind(self, sock: socket.socket, mode: int | None = None) -> None:
-        """Bind ``sock`` to the file; replace one whose socket no process has open.
+        """Bind ``sock`` to the file; replace an existing socket file that no process has open.
 
-        ``mode`` is the file's mode from its creation on, by default that of the process's umask.
+        ``mode`` is the new file's permission bits; by default the process's umask applies.
 
         Raises OSError EADDRINUSE if another file has the name.
         """
@@ -119,7 +120,10 @@ class SocketFile:
         self._made = None
 
     def give(self, user: int) -> None:
-        """Set the file's owner.  Call it only if no other user can replace the file."""
+        """Make ``user`` (a user id) the file's owner.
+
+        The caller has to make sure that no other user can replace the file.
+        """
         os.chown(self.name, user, -1, dir_fd=self.folder, follow_symlinks=False)
 
     def _identity(self) -> tuple[int, int]:
@@ -131,7 +135,7 @@ class SocketFile:
 def working_in(folder: Path) -> Iterator[None]:
     """Make ``folder`` the current directory during the with block.
 
-    For processes of one thread only: threads share the current directory.
+    For a process with one thread only, because threads share the current directory.
     """
     before = os.open(".", _FOLDER)
     try:
@@ -146,7 +150,7 @@ def working_in(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def file_mode(mode: int) -> Iterator[None]:
-    """Create the files of sockets that the process binds in the context with ``mode``."""
+    """Give the files of sockets that this process binds during the with block the mode ``mode``."""
     usual = os.umask(0o777 & ~mode)
     try:
         yield
@@ -157,8 +161,8 @@ def file_mode(mode: int) -> Iterator[None]:
 def remove_stale(name: str, folder: int | None = None) -> None:
     """Remove the unix socket ``name`` if no process has it open.
 
-    ``folder`` is by default the current one.  Another file with the name is kept; bind() then fails
-    with EADDRINUSE.
+    ``folder`` is the descriptor of the folder, by default the current directory.  A file that is
+    not a unix socket is kept; bind() then fails with EADDRINUSE.
     """
     try:
         if not stat.S_ISSOCK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
@@ -178,8 +182,8 @@ def remove_stale(name: str, folder: int | None = None) -> None:
 def _require_answering(path: Path, folder: int, before: str) -> str:
     """Require that ``folder`` is not in another user's file system in user space.
 
-    Returns the number of its mount.  ``before`` is the number of a mount that was checked.  Sends
-    no request to the file system.
+    Returns the id of the mount that ``folder`` is in, as text.  The check is skipped if that is
+    ``before``, the id of a mount already checked.  Nothing here sends a request to the file system.
 
     Raises PermissionError.
     """
@@ -203,7 +207,10 @@ def _trusted() -> set[int]:
 
 
 def can_others_change(folder: int) -> bool:
-    """Return whether users other than root and this one may add or remove names in ``folder``."""
+    """Return whether users other than root and this one may add or remove names.
+
+    ``folder`` is the descriptor of the folder.
+    """
     found = os.fstat(folder)
     return found.st_uid not in _trusted() or bool(found.st_mode & 0o022)
 

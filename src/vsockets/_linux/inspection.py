@@ -1,4 +1,4 @@
-"""Inspection of sockets, and of other processes: their descriptors and capabilities."""
+"""Inspection of sockets, and of other processes' descriptors and capabilities."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SOCKET_PREFIX = "socket:["
 
 
 def unread_bytes(fd: int) -> int:
-    """Return how many bytes that were sent on a unix socket its peer has not read.
+    """Return the number of bytes sent on the unix socket ``fd`` that the peer has not read yet.
 
-    The kernel counts its own overhead as well.
+    The number includes the kernel's overhead for each message.
     """
     answer = array.array("i", [0])
     fcntl.ioctl(fd, TIOCOUTQ, answer)
@@ -29,17 +29,17 @@ def unread_bytes(fd: int) -> int:
 
 
 def socket_inode(link: str) -> int:
-    """Return the inode in a link of ``/proc/PID/fd``; 0 if it is not a socket's."""
+    """Return the inode in the target of a link in ``/proc/PID/fd``, or 0 if it is not a socket."""
     return int(link[len(_SOCKET_PREFIX) : -1]) if link.startswith(_SOCKET_PREFIX) else 0
 
 
 def process_ids() -> list[int]:
-    """Return all process ids."""
+    """Return the ids of all processes in ``/proc``."""
     return [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
 
 
 def sockets_of(pid: int) -> Iterator[tuple[int, int]]:
-    """Yield the descriptors of process ``pid`` with their inodes; 0 for one that is no socket.
+    """Yield (descriptor, inode) for each descriptor of process ``pid``; inode 0 for no socket.
 
     Raises OSError if the process has ended or may not be inspected.
     """
@@ -54,8 +54,9 @@ def sockets_of(pid: int) -> Iterator[tuple[int, int]]:
 
 
 def descriptor_count(pid: int) -> int:
-    """Return how many descriptors process ``pid`` has open; 0 if the process has ended, or before
-    Linux 6.2.
+    """Return the number of descriptors that process ``pid`` has open.
+
+    Returns 0 if the process has ended, and before Linux 6.2.
     """
     try:
         return os.stat(f"/proc/{pid}/fd").st_size
@@ -65,7 +66,10 @@ def descriptor_count(pid: int) -> int:
 
 @contextlib.contextmanager
 def open_pidfd(pid: int) -> Iterator[int]:
-    """Yield a pidfd of process ``pid``.  Raises OSError."""
+    """Open a pidfd of process ``pid`` and close it after the with block.
+
+    Raises OSError.
+    """
     pidfd = os.pidfd_open(pid)
     try:
         yield pidfd
@@ -74,17 +78,23 @@ def open_pidfd(pid: int) -> Iterator[int]:
 
 
 def duplicate_descriptor(pidfd: int, fd: int) -> int:
-    """Return a duplicate of descriptor ``fd`` of another process.  Raises OSError."""
+    """Return a duplicate of descriptor ``fd`` of the process that ``pidfd`` refers to.
+
+    Raises OSError.
+    """
     return check(libc.syscall(SYS_PIDFD_GETFD, pidfd, fd, 0))
 
 
 @contextlib.contextmanager
 def duplicate(pidfd: int, fd: int) -> Iterator[_socket.socket]:
-    """Yield a duplicate of socket ``fd`` of another process; ignore ENOTCONN in the with block.
+    """Yield a duplicate of socket ``fd`` of the process that ``pidfd`` refers to.
+
+    An OSError ENOTCONN in the with block ends the block without an error: the stream has ended.
 
     Raises OSError.
     """
-    # The real family and type are not needed, and take as long to ask for as the rest.
+    # The socket object gets any family and type: asking the kernel for the real ones would double
+    # the cost, and no caller needs them.
     sock = _socket.socket(AF_UNIX, SOCK_STREAM, 0, duplicate_descriptor(pidfd, fd))
     try:
         yield sock
@@ -96,10 +106,10 @@ def duplicate(pidfd: int, fd: int) -> Iterator[_socket.socket]:
 
 
 def effective_capabilities(status: bytes) -> int:
-    """Return the capability set in the content of ``/proc/PID/status``."""
+    """Return the effective capabilities in the text of ``/proc/PID/status``, as a bit mask."""
     return int(status_field(status, b"CapEff"), 16)
 
 
 def status_field(status: bytes, name: bytes) -> bytes:
-    """Return the value of a field of ``/proc/PID/status``."""
+    """Return the value of the field ``name`` in ``status``, the text of ``/proc/PID/status``."""
     return status.partition(b"\n" + name + b":")[2].partition(b"\n")[0]

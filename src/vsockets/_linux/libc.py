@@ -1,7 +1,7 @@
 """The C library, for calls that Python does not offer.
 
-``libc.NAME`` is one object for the whole process: leave its ``argtypes`` and ``restype`` alone.  A
-caller that sets them takes a function object of its own, ``libc["NAME"]``.
+``libc.NAME`` is shared by the whole process, so its ``argtypes`` and ``restype`` must not be set.
+A caller that needs them set uses ``libc["NAME"]``, a new function object at each access.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def last_error() -> OSError:
-    """Return the error of the last call of this thread."""
+    """Return the OSError for the errno of this thread's last call of the C library."""
     code = ctypes.get_errno()
     return OSError(code, os.strerror(code))
 
 
 def check(result: int) -> int:
-    """Return the result of a call.  Raises OSError if it is negative."""
+    """Return ``result``, which a call of the C library returned.
+
+    Raises OSError if ``result`` is negative.
+    """
     if result < 0:
         raise last_error()
     return result
@@ -29,7 +32,8 @@ def check(result: int) -> int:
 class EpollEvent(ctypes.Structure):
     """``struct epoll_event``.
 
-    The standard library's epoll reports descriptor numbers; epoll_ctl(2) reports any number.
+    The standard library's epoll can report only descriptor numbers; epoll(7) can report any 64-bit
+    number that was given when the descriptor was registered.
     """
 
     # The kernel packs the structure on x86-64 only, to match that of 32-bit programs.

@@ -1,4 +1,4 @@
-"""The limit of a process's descriptors."""
+"""The limit on the number of a process's descriptors (RLIMIT_NOFILE)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import resource
 def allow_many_descriptors() -> None:
     """Raise the soft limit of descriptors to the hard limit.
 
-    For programs that hold descriptors for each connection of their clients.  The usual soft limit
-    is for programs that call select().
+    Programs that hold descriptors for every client connection call it.  The usual soft limit of
+    1024 exists for programs that call select().
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # a hard limit above fs.nr_open

@@ -8,9 +8,9 @@ import socket
 
 
 def notify_ready() -> None:
-    """Notify the service manager, if any, that this process serves.
+    """Notify the service manager, if any, that this process is ready to serve clients.
 
-    The environment variable is removed, so that no child process can notify it.
+    NOTIFY_SOCKET is removed from the environment, so that no child process notifies it as well.
     """
     address = os.environ.pop("NOTIFY_SOCKET", "")
     if not address:

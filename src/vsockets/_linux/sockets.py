@@ -23,12 +23,12 @@ _set_option, _get_option = _socket.socket.setsockopt, _socket.socket.getsockopt
 
 
 def cookie_of(sock: _socket.socket) -> int:
-    """Return the kernel's number for a socket."""
+    """Return the number by which the kernel identifies ``sock`` (SO_COOKIE)."""
     return int.from_bytes(_get_option(sock, SOL_SOCKET, SO_COOKIE, 8), "little")
 
 
 def pack_timeval(seconds: float) -> bytes:
-    """Return a ``struct timeval``."""
+    """Return ``seconds`` as the bytes of a ``struct timeval``."""
     whole = int(seconds)
     return TIMEVAL.pack(whole, int((seconds - whole) * 1e6))
 
@@ -43,7 +43,7 @@ def timeout_of(sock: _socket.socket, option: int) -> float:
 
 
 def descriptor_in(ancillary: list[tuple[int, int, bytes]]) -> int | None:
-    """Return the descriptor in received ancillary data, or None."""
+    """Return the descriptor in ``ancillary``, as recvmsg() returns it, or None."""
     for level, kind, data in ancillary:
         if level == SOL_SOCKET and kind == SCM_RIGHTS and len(data) >= _DESCRIPTOR.size:
             fd: int = _DESCRIPTOR.unpack_from(data)[0]
@@ -71,10 +71,12 @@ HAS_PASSRIGHTS = _has_passrights()
 
 
 def refuse_descriptors(sock: _socket.socket) -> bool:
-    """Have the kernel refuse descriptors that are sent to ``sock``; return False if it cannot.
+    """Have the kernel refuse descriptors that are sent to ``sock``.
 
-    Descriptors that were sent before stay in the queue.  Not for a vSockets listener, which
-    receives the descriptors of its streams from vsockd.
+    Descriptors that were sent before stay in the queue.  A vSockets listener must not refuse them,
+    because vsockd sends it the descriptors of its streams.
+
+    Returns False if the kernel does not have the option (before Linux 6.16).
     """
     try:
         _set_option(sock, SOL_SOCKET, SO_PASSRIGHTS, 0)

@@ -1,7 +1,7 @@
-"""The AMQP proxy: connects each session of a host proxy's connection to a broker.
+"""The AMQP proxy, which connects each session of a host proxy to a node of a RabbitMQ cluster.
 
-It is an HTTP/2 proxy for one service.  The authority of a CONNECT request is the service's name;
-the proxy chooses the node of the cluster that serves the session.
+To host proxies it is an HTTP/2 proxy for one service: a session is a CONNECT request whose
+authority is the service's name.  The AMQP proxy chooses the node.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class AmqpProxy:
 
     @property
     def where(self) -> str:
-        """Return the address that host proxies connect to."""
+        """The address that host proxies connect to, as text without scheme."""
         assert self._acceptor.listener is not None
         return self._acceptor.listener.where
 
     async def drain(self) -> None:
-        """Return at once: host proxies close their clients' sessions when the connection ends."""
+        """Do nothing: host proxies close their clients' sessions when the connection ends."""
 
     def close(self) -> None:
         """Close the listener and abort every connection and session."""
@@ -158,7 +158,7 @@ class AmqpProxy:
     # Nodes
 
     async def _check(self, node: BrokerNode) -> None:
-        """Check the health of a node periodically."""
+        """Check periodically whether ``node`` answers, until cancelled."""
         while True:
             try:
                 await check_node(self._dialer, node.locator)
@@ -198,9 +198,10 @@ async def check_node(dialer: Dialer, node: Locator) -> None:
 def server_context(
     certificate: Path, key: Path | None = None, authority: Path | None = None
 ) -> ssl.SSLContext:
-    """Return the AMQP proxy's context.
+    """Return the TLS settings of the AMQP proxy's side.
 
-    With ``authority``, clients need a certificate that it has signed.  All files are PEM.
+    With ``authority``, a file of CA certificates, clients need a certificate that one of these has
+    signed.  All files are PEM.
 
     Raises OSError.
     """

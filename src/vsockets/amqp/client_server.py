@@ -1,4 +1,4 @@
-"""The server part of the guest and host proxies: one session for each accepted client."""
+"""The server that guest proxy and host proxy share: one session for each accepted client."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .session import AmqpSession, log
 
 
 class ClientServer(ABC):
-    """The base of the guest proxy and the host proxy.
+    """A server of AMQP clients: the base class of the guest proxy and the host proxy.
 
     The constructor needs a running asyncio loop.
     """
@@ -25,7 +25,7 @@ class ClientServer(ABC):
     def __init__(self, listen: Locator, context: ContextHandle | None) -> None:
         """Listen on ``listen``, in ``context`` if it is a vSockets address.
 
-        Raises OSError when that is impossible.
+        Raises OSError when the address is in use or unavailable.
         """
         self._loop = asyncio.get_running_loop()
         self._sessions: set[AmqpSession] = set()
@@ -41,21 +41,21 @@ class ClientServer(ABC):
 
     @abstractmethod
     def session_of(self, client: Client) -> AbstractContextManager[AmqpSession]:
-        """Return a context manager that holds the session of a new client.
+        """Return a context manager that yields the session of a new client and frees its limits.
 
         Raises OSError when the client exceeds a limit.
         """
 
     @abstractmethod
     async def reach(self, session: AmqpSession) -> None:
-        """Connect the far side of a session.
+        """Connect the far side of ``session``, which leads to the broker.
 
         Raises OSError.
         """
 
     @property
     def where(self) -> str:
-        """Return the address that clients connect to."""
+        """The address that clients connect to, as text without scheme."""
         assert self._acceptor.listener is not None
         return self._acceptor.listener.where
 

@@ -81,7 +81,7 @@ class FrameError(ValueError):
 
 
 class Frame(NamedTuple):
-    """The position of a frame in the received bytes."""
+    """The kind and the position of a frame in the received bytes."""
 
     type: int
     channel: int
@@ -117,7 +117,7 @@ def frame_size(data: bytes) -> int:
 
 
 def connection_method(data: bytes, frame: Frame) -> int | None:
-    """Return the connection method that a frame carries; None if it is another frame."""
+    """Return the number of the connection method in ``frame``; None for any other frame."""
     if frame.type != METHOD or frame.channel != 0 or frame.end - frame.start < OVERHEAD + 4:
         return None
     number, method = _METHOD.unpack_from(data, frame.start + _HEAD.size)
@@ -134,7 +134,7 @@ def begins_connection(data: bytes) -> bool:
 
 
 def method_arguments(data: bytes, frame: Frame) -> bytes:
-    """Return the arguments of the method that a frame carries."""
+    """Return the encoded arguments of the method in ``frame``."""
     return data[frame.start + _HEAD.size + _METHOD.size : frame.end - 1]
 
 
@@ -172,7 +172,7 @@ def table_end(data: bytes) -> int:
 
 
 def table_names(table: bytes) -> list[bytes]:
-    """Return the names in a table, which begins with its length; values are skipped.
+    """Return the names in ``table``, which begins with its length; skip the values.
 
     Raises FrameError.
     """
@@ -207,7 +207,7 @@ _CLOSING_METHODS = (ConnectionMethod.CLOSE, ConnectionMethod.CLOSE_OK)
 
 
 class FrameAssembler:
-    """A buffer for the incomplete last frame: AMQP_FRAME_MAX_BYTES bytes at most."""
+    """A cutter of the broker's bytes into whole frames; it buffers the incomplete last one."""
 
     def __init__(self) -> None:
         self.broker_closed = False  #: the broker has sent close, close-ok or a refusal
@@ -262,6 +262,6 @@ class CloseHandshake:
         self._last = b""
 
     def receive(self, data: bytes) -> bool:
-        """Add bytes from the client; return whether they end with connection.close-ok."""
+        """Add bytes from the client; return whether all bytes so far end with close-ok."""
         self._last = (self._last + data[-len(CLOSE_OK) :])[-len(CLOSE_OK) :]
         return self._last == CLOSE_OK

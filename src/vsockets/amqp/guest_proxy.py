@@ -1,4 +1,4 @@
-"""The guest proxy: runs in a guest, and is the broker that stock AMQP clients connect to.
+"""The guest proxy, which runs in a guest and which stock AMQP clients connect to as the broker.
 
 Each client's connection becomes one stream to the host proxy, and one session there.  This module
 imports the standard library only, because a guest may have nothing else.

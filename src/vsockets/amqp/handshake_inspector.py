@@ -5,8 +5,9 @@ The client's side of the handshake of AMQP 0-9-1 (section 2.2.4)::
     protocol header, start-ok, [secure-ok …], tune-ok, open
 
 Each frame is checked before it is forwarded to the broker.  The guest's CID is added to the client
-properties in start-ok, which the broker shows to its operators; a guest cannot set it itself.
-``open`` names the virtual host.  It can be sent only once, so the bytes after it are not inspected.
+properties in start-ok, which the broker shows to its operators; a guest cannot set that property
+itself.  ``open`` names the virtual host.  A client can send ``open`` only once, so later bytes are
+not inspected.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class HandshakeInspector:
         return b"".join(passed)
 
     def _check(self, data: bytes, frame: Frame) -> bytes:
-        """Check a frame; return the bytes to forward instead."""
+        """Check a frame of the handshake; return the bytes to forward in its place."""
         whole = data[frame.start : frame.end]
         method = connection_method(data, frame)
         if method == ConnectionMethod.START_OK:
@@ -110,7 +111,7 @@ class HandshakeInspector:
         raise _refused(Reply.COMMAND_INVALID, "frame before connection.open")
 
     def _with_cid(self, fields: bytes) -> bytes:
-        """Return start-ok with the guest's CID added to the client properties."""
+        """Return the arguments of start-ok, with the guest's CID in the client properties."""
         end = table_end(fields)
         if CID_PROPERTY in table_names(fields[:end]):
             name = CID_PROPERTY.decode()

@@ -1,4 +1,4 @@
-"""The host proxy: carries the sessions of all guests over one TCP connection to the AMQP proxy.
+"""The host proxy, which carries all guests' sessions over one TCP connection to the AMQP proxy.
 
 A guest is identified by its CID, which it cannot forge.  The host proxy sends the CID to the AMQP
 proxy in a request header and to the broker in the client properties, and uses it to decide which
@@ -47,7 +47,7 @@ class HostProxy(ClientServer):
 
     @contextmanager
     def session_of(self, client: Client) -> Iterator[AmqpSession]:
-        """Yield an inspected session, counted against its guest's limit."""
+        """Yield a session whose handshake is inspected; count it against its guest's limit."""
         assert client.peer is not None
         cid, port = client.peer
         client.who = f"context {cid}, port {port}"

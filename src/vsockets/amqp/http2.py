@@ -58,9 +58,9 @@ _HEADERS = 16_384  # bytes of a request's header list, which has five short entr
 
 
 class H2Stream(asyncio.Transport):
-    """A stream of an :class:`H2Connection`, which creates it.
+    """A stream of an :class:`H2Connection`, as an asyncio transport.
 
-    Until it has a protocol it buffers the bytes that arrive.
+    The connection creates it.  Until a protocol is set, arriving bytes are buffered.
     """
 
     def __init__(self, connection: H2Connection, number: int) -> None:
@@ -83,7 +83,7 @@ class H2Stream(asyncio.Transport):
     # asyncio's interface
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Attach the protocol, and deliver what has arrived before."""
+        """Set the protocol, and deliver to it the bytes that have arrived before."""
         assert isinstance(protocol, asyncio.Protocol)
         self._protocol = protocol
         protocol.connection_made(self)
@@ -184,7 +184,7 @@ class H2Stream(asyncio.Transport):
         self._finish_if_ended()
 
     def lose(self, error: Exception | None) -> None:
-        """Remove the stream from the connection, and report the loss to the protocol."""
+        """Remove the stream from the connection, and call the protocol's ``connection_lost``."""
         if self._lost:
             return
         self._lost = True
@@ -201,7 +201,7 @@ class H2Stream(asyncio.Transport):
             self.abort()
 
     def _credit(self) -> None:
-        """Acknowledge received bytes, once they are half a window."""
+        """Enlarge the window by the received bytes, once they are half a window."""
         wanted = self._reading and self._protocol is not None and not self.end_received
         if wanted and not self._lost and self._uncredited >= AMQP_SESSION_WINDOW_BYTES // 2:
             self._connection.credit(self, self._uncredited)
@@ -218,7 +218,7 @@ class FrameCounter:
     def end(self, data: bytes, most: int) -> int:
         """Return the size in bytes of the next ``most`` frames; len(data) if there are fewer.
 
-        The next call expects the bytes that follow them.
+        The next call expects the bytes that follow these frames.
         """
         size = len(data)
         position, self._skip = self._skip, 0
@@ -238,11 +238,11 @@ class FrameCounter:
 
 
 class StreamRefused(OSError):
-    """The peer has refused to open a stream."""
+    """The peer's refusal to open a stream."""
 
 
 class H2Connection(asyncio.Protocol):
-    """The protocol object of either end of the connection.
+    """The asyncio protocol of either end of an HTTP/2 connection.
 
     The server passes ``on_request``, which is called with the connection, the new stream and the
     request's headers.
@@ -267,13 +267,13 @@ class H2Connection(asyncio.Protocol):
         self._frames = FrameCounter(_PREFACE if on_request is not None else 0)
         self._held = b""  # received bytes left for later turns
         self._silence_timer = self._loop.call_later(AMQP_UPLINK_SILENCE_SECONDS, self._check_peer)
-        #: done once the peer has sent SETTINGS
+        #: resolves when the peer has sent SETTINGS
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.closed: asyncio.Future[Exception | None] = self._loop.create_future()
 
     @property
     def sessions(self) -> int:
-        """Return the number of open streams."""
+        """The number of open streams."""
         return len(self._streams)
 
     async def open(self, headers: Headers, protocol: asyncio.Protocol) -> H2Stream:
@@ -488,7 +488,7 @@ class H2Connection(asyncio.Protocol):
             waiting.set_exception(answer)
 
     def _window_opened(self, number: int) -> None:
-        """Queue the stream whose window was opened; with 0, all streams."""
+        """Queue stream ``number``, whose window the peer has opened; 0 stands for all streams."""
         if number:
             stream = self._streams.get(number)
             if stream is not None and stream.pending:

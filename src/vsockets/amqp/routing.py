@@ -1,4 +1,4 @@
-"""Decisions of the proxies: requests, cluster nodes and virtual hosts."""
+"""Rules of the proxies: valid requests, the choice of a cluster's node, and virtual hosts."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def connect_request(authority: str, cid: int) -> Headers:
 
 
 def refusal(headers: Headers, authority: str) -> int | None:
-    """Return the status of the refusal, or None if the request is a CONNECT to ``authority``."""
+    """Return the HTTP status that refuses a request; None for a CONNECT to ``authority``."""
     if headers.get(b":method") != b"CONNECT":
         return 405
     return None if headers.get(b":authority") == authority.encode() else 403
 
 
 def requester(headers: Headers) -> str:
-    """Return the guest that owns a session, for log lines, as the request's header names it."""
+    """Return the guest that owns a session, as text for log lines, from the request's headers."""
     cid = headers.get(CID_HEADER, b"")
     return f"context {int(cid)}" if cid.isdigit() else "a client without a CID header"
 
 
 @dataclass(eq=False, slots=True)
 class BrokerNode:
-    """A broker and its state."""
+    """A broker, a node of the cluster, and its state."""
 
     locator: Locator
     sessions: int = 0  #: sessions that this proxy has open to the node

@@ -1,4 +1,4 @@
-"""The process of one AMQP proxy."""
+"""The process of a guest proxy, host proxy or AMQP proxy."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from .session import log
 
 
 class Proxy(Protocol):
-    """The interface of a guest proxy, host proxy or AMQP proxy."""
+    """The interface that guest proxy, host proxy and AMQP proxy have for :func:`run`."""
 
     @property
     def where(self) -> str:
-        """Return the address that clients connect to."""
+        """The address that clients connect to, as text without scheme."""
 
     async def drain(self) -> None:
-        """Stop accepting, and close the sessions in an orderly way."""
+        """Stop accepting clients, and close each session with AMQP's connection.close."""
 
     def close(self) -> None:
         """Abort all sessions."""
 
 
 def run(make: Callable[[], Proxy], listen: Locator) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal aborts the drain.
+    """Run a proxy until SIGTERM or SIGINT, then drain it; a second signal aborts the drain.
 
-    ``make`` creates the proxy, in the running loop; ``listen`` is its address, for the log.
+    ``make`` is called in the running loop and returns the proxy; ``listen`` is the proxy's locator,
+    for the log.
 
     Raises OSError.
     """

@@ -1,4 +1,4 @@
-"""Sessions: relays between two asyncio transports, and one client's AMQP connection.
+"""Sessions of AMQP clients, and the relay of bytes between two asyncio transports below them.
 
 A relay passes on bytes and ends of stream:
 
@@ -35,7 +35,7 @@ log = logging.getLogger("vsockets.amqp")
 
 
 class Side(asyncio.Protocol):
-    """The protocol object of one of a relay's two transports."""
+    """The asyncio protocol of one of the two transports of a :class:`SessionRelay`."""
 
     def __init__(self, relay: SessionRelay) -> None:
         self.transport: asyncio.Transport | None = None
@@ -49,7 +49,7 @@ class Side(asyncio.Protocol):
             self.transport.write(data)
 
     def close(self) -> None:
-        """Close the transport after its pending bytes, and limit the life of the other side."""
+        """Close the transport after its pending bytes; start the relay's close timer."""
         if self.transport is not None and not self.lost:
             self.transport.close()
             self._relay.start_close_timer()
@@ -64,7 +64,7 @@ class Side(asyncio.Protocol):
         self._relay.joined(self)
 
     def data_received(self, data: bytes) -> None:
-        """Pass bytes of the peer to the relay."""
+        """Pass bytes received from the peer to the relay."""
         self._relay.received(self, data)
 
     def eof_received(self) -> bool:
@@ -102,9 +102,10 @@ class SessionRelay:
         self.done: asyncio.Future[None] = self._loop.create_future()
 
     def joined(self, side: Side) -> None:
-        """Note that ``side`` is connected; once both sides are, start to read from both."""
+        """Handle the connection of ``side``; read from both sides once both are connected."""
         if side.other.transport is None:
-            # Later, because asyncio of 3.11.2 (Debian 12) starts to read after connection_made().
+            # Not at once: asyncio of Python 3.11.2 (Debian 12) starts to read after
+            # connection_made().
             self._loop.call_soon(self._hold, side)
         else:
             side.other.transport.resume_reading()
@@ -168,11 +169,11 @@ class AmqpSession(SessionRelay):
         self.done.add_done_callback(lambda _: self._stop_handshake_timer())
 
     async def join(self, client: stdlib.socket) -> None:
-        """Attach the near side to ``client``, a connected socket that the session now owns."""
+        """Take ownership of ``client``, a connected socket, as the near side's transport."""
         await self._loop.connect_accepted_socket(lambda: self.near, client)
 
     def interrupt(self, reason: str) -> None:
-        """Close the client's connection (CONNECTION_FORCED): the broker is unreachable."""
+        """Close the client's connection with CONNECTION_FORCED: the broker is unreachable."""
         self._close(reason, connection_close(Reply.CONNECTION_FORCED, reason))
 
     # SessionRelay's events
@@ -186,7 +187,7 @@ class AmqpSession(SessionRelay):
             )
 
     def received(self, side: Side, data: bytes) -> None:
-        """Forward bytes: inspected from the client, in whole frames from the broker."""
+        """Forward ``data``: the client's after inspection, the broker's in whole frames."""
         if side is self.near:
             self._from_client(data)
         elif self._close_handshake is None:
@@ -237,7 +238,7 @@ class AmqpSession(SessionRelay):
             self.interrupt(f"the connection to the broker has ended{why}")
 
     def _close(self, reason: str, answer: bytes) -> None:
-        """Send ``answer`` to the client and wait for its close-ok; abort the far side."""
+        """Send ``answer`` to the client and wait for the client's close-ok; abort the far side."""
         if self._close_handshake is not None:
             return
         self._client.log.warning("%s: %s", self._client.who, reason)

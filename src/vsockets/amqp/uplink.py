@@ -1,4 +1,4 @@
-"""The host proxy's TCP connection to the AMQP proxy, reconnected whenever it is lost."""
+"""The host proxy's HTTP/2 connection to the AMQP proxy, which is restored when it is lost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Uplink:
         self._task.add_done_callback(self._on_task_done)
 
     async def connection(self) -> H2Connection:
-        """Return the current connection; wait until it is established."""
+        """Wait until the connection is established, and return it."""
         return await asyncio.shield(self._connection)
 
     def close(self) -> None:
@@ -95,9 +95,10 @@ class Uplink:
 def client_context(
     authority: Path, certificate: Path | None = None, key: Path | None = None
 ) -> ssl.SSLContext:
-    """Return the host proxy's context; the server's certificate must be signed by ``authority``.
+    """Return the TLS settings of the host proxy's side.
 
-    ``certificate`` (PEM) is the host proxy's own; ``key`` is omitted if it is in the same file.
+    The AMQP proxy's certificate must be signed by ``authority``.  ``certificate`` is the host
+    proxy's own; ``key`` may be in the same file.  All files are PEM.
 
     Raises OSError.
     """

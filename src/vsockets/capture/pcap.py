@@ -25,7 +25,7 @@ _LONGEST_TRANSPORT_HEADER = 44
 
 
 def file_header() -> bytes:
-    """Return the file header."""
+    """Return the header that begins a capture file."""
     longest = HEADER_SIZE + _LONGEST_TRANSPORT_HEADER + CAPTURE_PAYLOAD_MAX_BYTES
     return _FILE_HEADER.pack(_MAGIC_NANOSECONDS, *_VERSION, 0, 0, longest, LINKTYPE_VSOCK)
 
@@ -45,7 +45,7 @@ def record(
 
 
 def captured_record(captured: Captured) -> bytes:
-    """Return the record of a captured packet."""
+    """Return the capture file's record for ``captured``, a packet that a device has reported."""
     seconds, rest = divmod(captured.nanoseconds, 1_000_000_000)
     header = _RECORD_HEADER.pack(seconds, rest, len(captured.body), captured.length)
     return header + captured.body

@@ -1,8 +1,8 @@
 """Capture files of the traffic of the forwarder, and of a virtual machine's device.
 
-The forwarder's records are written at once, in its thread: a slow reader slows the traffic down and
-misses nothing.  A device does not wait for its reader: one that is too slow misses records and
-learns how many.
+The forwarder writes each record at once, in its own thread: a slow reader of the file slows down
+the traffic and misses no record.  A device does not wait for the reader: a reader that is too slow
+misses records, and the next record says how many.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from .pcap import captured_record, file_header, record
 #: Size in bytes of a device's largest message: payload and headers.
 _MESSAGE_MAX_BYTES = CAPTURE_PAYLOAD_MAX_BYTES + 4096
 
-#: Called with True for the direction from client to target, and the bytes; b"" for the end.
+#: A function called with the direction (True: from client to target) and the bytes transferred; b""
+#: marks the end of the direction.
 Capture = Callable[[bool, bytes], None]
 
 
 class Recorder:
     """A writer of records to ``file``, with at most ``limit`` bytes of each payload.
 
-    ``failed`` is called once, when the file cannot be written; recording stops then.
+    If a write fails, recording stops and ``failed`` is called with the OSError.
     """
 
     failed: Callable[[OSError], None]
@@ -46,9 +47,10 @@ class Recorder:
         file.flush()
 
     def stream(self, client: socket.socket, target: socket.socket) -> Capture | None:
-        """Return the capture function of a new connection; None if neither side is vSockets.
+        """Return the function that records a new connection; None if neither side is vSockets.
 
-        Records have the addresses of the client's side if that is vSockets, else the target's.
+        Records have the two addresses of the client's connection if that is a vSockets connection,
+        else those of the target's.
         """
         if client.family == AF_VSOCK:
             source, destination = client.getpeername(), client.getsockname()
@@ -67,7 +69,7 @@ class Recorder:
     def record(
         self, operation: Operation, source: Address, destination: Address, data: bytes = b""
     ) -> None:
-        """Write a record with the present time."""
+        """Write a record of ``data``, with the present time."""
         self._write(record(time.time_ns(), operation, source, destination, data, self._limit))
 
     def _write(self, data: bytes) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -20,6 +21,9 @@ from .execute import exec_program
 from .groups import command
 from .options import argument, members, read_cid, reserved_ports_option
 
+if TYPE_CHECKING:
+    import socket
+
 #: By state of a context in which no program can use vSockets: what it is, and the command that
 #: changes that.
 _HOW_TO_START = {"off": ("powered off", "power-on"), "suspended": ("suspended", "resume")}
@@ -31,6 +35,16 @@ class Interceptor(StrEnum):
     AUTO = "auto"
     NOTIFY = "notify"
     TRACE = "trace"
+
+
+interceptor_option = click.option(
+    "--interceptor",
+    **members(Interceptor),
+    default=Interceptor.AUTO.value,
+    envvar="VSOCKETS_INTERCEPTOR",
+    help="Mechanism that intercepts system calls: seccomp notification, or ptrace, which also "
+    "works where a container forbids AF_VSOCK. auto: selected by a test.",
+)
 
 
 @command("run", context_settings={"allow_interspersed_args": False})
@@ -58,14 +72,7 @@ class Interceptor(StrEnum):
     help="Show /dev/vsock to programs that look for it, where the machine has none that every "
     "user can open. Each stat() and access() of any file then takes about 10 us longer.",
 )
-@click.option(
-    "--interceptor",
-    **members(Interceptor),
-    default=Interceptor.AUTO.value,
-    envvar="VSOCKETS_INTERCEPTOR",
-    help="Mechanism that intercepts system calls: seccomp notification, or ptrace, which also "
-    "works where a container forbids AF_VSOCK. auto: selected by a test.",
-)
+@interceptor_option
 @click.option(
     "-v", "--verbose", is_flag=True, help="Print which mechanism intercepts system calls, and why."
 )
@@ -84,6 +91,36 @@ def run(
     and otherwise a new guest, which is removed when the program and all its children have ended.
     Starts vsockd if need be.
     """
+    if reserved_ports and cid == VMADDR_CID_HOST:
+        raise click.BadParameter("--reserved-ports is for guests")
+    start: Callable[..., NoReturn] = run_here
+    if "VSOCKETS_LAUNCHER" in os.environ:
+        from .delegation import delegate as start
+    start(
+        program=program,
+        cid=cid,
+        name=name,
+        reserved_ports=reserved_ports,
+        device=device,
+        interceptor=interceptor.value,
+        verbose=verbose,
+    )
+
+
+def run_here(
+    program: Sequence[str],
+    cid: int | None,
+    name: str = "",
+    reserved_ports: bool = False,
+    device: bool = False,
+    interceptor: str = Interceptor.AUTO.value,
+    verbose: bool = False,
+    keeper: socket.socket | None = None,
+) -> NoReturn:
+    """Run a program in a context as ``vsock run`` does, and end as it does.
+
+    Raises CliError, and OSError if vsockd does not serve.
+    """
     # Imported late: only this command needs them.
     from ..supervisor.launch import launch
     from ..supervisor.mechanism import choose
@@ -95,8 +132,6 @@ def run(
             "not inherit: close it, or if a service manager passed it (LISTEN_FDS), "
             "configure another address there"
         )
-    if reserved_ports and cid == VMADDR_CID_HOST:
-        raise click.BadParameter("--reserved-ports is for guests")
     place = None if cid is not None or name or reserved_ports else assigned_context()
     lease = None
     if place is None:
@@ -117,10 +152,10 @@ def run(
         exec_program(list(program), environment(place.folder))
 
     try:
-        choice = choose(interceptor.value)
+        choice = choose(Interceptor(interceptor).value)
         if verbose:
             sys.stderr.write(f"vsock run: interceptor {choice.name}: {choice.reason}\n")
-        launch(program_starts, place, lease, device, choice.mechanism)
+        launch(program_starts, place, lease, device, choice.mechanism, keeper)
     except OSError as error:
         raise CliError(f"cannot supervise {program[0]}: {_reason(error)}") from None
 

@@ -1,4 +1,4 @@
-"""Accept connections, and pause while no descriptor is free."""
+"""An accept loop that pauses while descriptors or memory are exhausted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 class Acceptor:
-    """An accept loop on ``listener``, which it owns; ``admit`` gets each descriptor."""
+    """An accept loop that owns ``listener`` and passes each accepted descriptor to ``admit``."""
 
     def __init__(
         self, loop: EventLoop, listener: socket.socket, who: str, admit: Callable[[int], None]

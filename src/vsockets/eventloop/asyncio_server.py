@@ -1,4 +1,4 @@
-"""Listening sockets and bound datagram sockets, and their service in an asyncio loop."""
+"""Listening sockets and bound datagram sockets of locators, served in an asyncio loop."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Listener:
 
     @property
     def where(self) -> str:
-        """Return the first socket's address without scheme, with wildcards resolved."""
+        """The first socket's address without the locator's scheme, with wildcards resolved."""
         if self._file is not None:
             return os.fspath(self._file.where)
         name = self.sockets[0].getsockname()
@@ -152,7 +152,7 @@ def _type(datagram: bool) -> int:
 
 
 def _inherited(name: str) -> stdlib.socket:
-    """Return the inherited socket with that number, or that name in LISTEN_FDNAMES."""
+    """Return the inherited socket with the descriptor or LISTEN_FDNAMES entry ``name``."""
     if not name.isdecimal():
         names = os.environ.get("LISTEN_FDNAMES", "").split(":")
         if os.environ.get("LISTEN_PID") != str(os.getpid()) or name not in names:
@@ -172,7 +172,8 @@ class AsyncioAcceptor:
     """The accept loop of a listener.
 
     ``admit`` gets each accepted socket while ``has_room`` returns True; otherwise clients wait in
-    the backlog.  ``reopen`` makes the listener again after vsockd, to which it belonged, has ended.
+    the backlog.  ``reopen`` returns a new listener when vsockd, on which a vSockets listener
+    depends, has ended and another vsockd serves.
     """
 
     def __init__(
@@ -204,7 +205,7 @@ class AsyncioAcceptor:
             self.listener = None
 
     def recheck_room(self) -> None:
-        """Accept again if there is room; to be called when a client has left."""
+        """Accept again if there is room.  The caller calls it when a client's session has ended."""
         if self._has_room():
             self._set_accepting(True)
 
@@ -261,8 +262,8 @@ class AsyncioAcceptor:
 class DatagramReceiver:
     """The readable sockets of a datagram listener, each passed to ``receive``.
 
-    ``reopen`` makes the listener again after the vsockd has ended to which the listener, or the
-    vSockets address ``target``, belonged; ``lost`` is called before that.
+    If the listener or ``target`` is a vSockets address, vsockd's end closes the sockets.  Then
+    ``lost`` is called, and once another vsockd serves, ``reopen`` returns a new listener.
     """
 
     def __init__(
@@ -277,7 +278,7 @@ class DatagramReceiver:
         target: Locator | None = None,
         lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start to receive.
+        """Start to receive from ``listener``; ``where`` is its locator.
 
         Raises OSError when vsockd cannot be reached.
         """

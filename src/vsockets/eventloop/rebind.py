@@ -2,8 +2,8 @@
 
 A listening stream reports vsockd's end itself (ENETDOWN).  A datagram socket does not: the next
 vsockd does not know it, so it silently receives nothing.  Its owner therefore also keeps a
-*lifeline*, a bound stream socket without a purpose of its own, whose connection to vsockd ends
-together with vsockd.
+*lifeline*: a bound stream socket that serves only as a signal, because its connection to vsockd
+ends together with vsockd.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Rebinder:
     ) -> None:
         """Start to watch the present vsockd.
 
-        Raises OSError when it cannot be reached.
+        Raises OSError when vsockd cannot be reached.
         """
         self._context = context
         self._lost = lost

@@ -1,4 +1,4 @@
-"""Pauses between attempts to do something that fails for now."""
+"""Pauses between attempts of an operation that fails temporarily."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..limits import RETRY_FIRST_PAUSE_SECONDS, RETRY_LONGEST_PAUSE_SECONDS
 class Backoff:
     """The pauses between repeated attempts, doubled from ``first`` to ``longest`` seconds.
 
-    With ``jitter`` a pause is drawn from its upper half, so that clients which failed at the same
-    time do not repeat at the same time.
+    With ``jitter`` a pause is a random time between half of the doubled value and all of it, so
+    that clients that failed at the same time do not retry at the same time.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Backoff:
         self.reset()
 
     def reset(self) -> None:
-        """Start over, as after a success."""
+        """Begin again with the first pause; the caller calls it after a success."""
         self._pause = self._first
         self._begin = monotonic()
 

@@ -1,7 +1,8 @@
 """The life of a service in an asyncio loop: ready, reload, drain, stop.
 
-SIGTERM or SIGINT starts the drain; a second one ends it.  Programs that run the epoll loop of
-:mod:`.loop` (vsockd and the devices) have :meth:`.loop.EventLoop.signalled` instead.
+SIGTERM or SIGINT starts the drain (the orderly end of connections); a second one cuts it short.
+Programs that run the epoll loop of :mod:`.loop` (vsockd and the devices) have
+:meth:`.loop.EventLoop.signalled` instead.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ async def run_service(
 
 
 def on_signals(calls: Mapping[signal.Signals, Callable[[], object]]) -> None:
-    """Have the running loop call a function for each of these signals, until the program ends.
+    """Have the running loop call the function that ``calls`` has for a signal.
 
-    To be called in the main thread.  asyncio's own handlers write to a socket that the loop closes
-    before it removes them: a signal in between ends in a traceback.  The pipe used here stays
-    open, so that a signal after the loop's end has no effect.
+    The handlers stay until the program ends.  Must be called in the main thread.  asyncio's own
+    handlers write to a socket that the loop closes before it removes them: a signal in between ends
+    in a traceback.  The pipe used here stays open, so that a signal after the loop's end has no
+    effect.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 

@@ -1,1 +1,1 @@
-"""The forwarder: streams and datagrams from one address to another."""
+"""The forwarder, which passes on streams and datagrams from one address to another."""

@@ -1,4 +1,4 @@
-"""The clients of forwarders and proxies, as their log lines and limits identify them."""
+"""The identity of a forwarder's or proxy's client, for log lines and for limits."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Client:
         #: CID and port; None unless it is a vSockets client
         self.peer: tuple[int, int] | None = name if sock.family == AF_VSOCK else None
         self.party = party_of(name)
-        #: for lines that the client causes, which are limited for each party
+        #: for lines that the client causes; their rate is limited for each party
         self.log: ClientLog = logging.LoggerAdapter(log, by(self.party))
 
 
 def party_of(name: Any) -> Hashable:
-    """Return the guest, or the host, that owns a socket address of the socket module."""
+    """Return the party that owns ``name``, an address of the socket module: a CID or a host."""
     return name[0] if isinstance(name, tuple) else "this machine"
 
 

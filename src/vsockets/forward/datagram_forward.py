@@ -1,4 +1,4 @@
-"""A forward of datagrams.
+"""A forward of datagrams, with a flow for each client.
 
 Each client address has a *flow*: a separate socket towards the target, so that the target can tell
 its clients apart and answers reach the right one.  Datagrams without room are dropped and counted.
@@ -52,7 +52,7 @@ class Flow:
         self._opening = self._loop.create_task(self._open(forward.settings))
 
     def send(self, data: bytes) -> None:
-        """Send a datagram to the target; queue a few until its socket is open."""
+        """Send a datagram to the target; until the flow's socket is open, queue a few datagrams."""
         if self._sock is None:
             if len(self._pending) < FORWARD_FLOW_PENDING_MAX:
                 self._pending.append(data)
@@ -141,7 +141,7 @@ class Flow:
 
 
 class DatagramForward:
-    """A running forward of datagrams in the running asyncio loop; see StreamForward."""
+    """A forward of datagrams in the running asyncio loop, with StreamForward's interface."""
 
     failure: OSError | None = None
 
@@ -179,16 +179,16 @@ class DatagramForward:
 
     @property
     def listener(self) -> Listener | None:
-        """Return the open listener; None once the forward is closed."""
+        """The open listener; None once the forward is closed."""
         return self._receiver.listener if self._receiver is not None else None
 
     @property
     def connections(self) -> int:
-        """Return the number of flows."""
+        """The number of flows."""
         return len(self._flows)
 
     async def finished(self) -> None:
-        """Return when the forward is closed: datagrams have no end to wait for."""
+        """Wait until the forward is closed; datagrams have no end to wait for."""
         await self._finished.wait()
 
     def stop_listening(self) -> None:
@@ -214,7 +214,7 @@ class DatagramForward:
         log.warning("%s: %s", self.settings, why, extra=caused_by(flow.source))
 
     def is_target(self, source: object, target: tuple[int, int]) -> bool:
-        """Return whether ``source`` is ``target``, which may use the local CID instead."""
+        """Return whether ``source`` is ``target``, whose CID may be VMADDR_CID_LOCAL."""
         cid, port = target
         own = (self.context or current()).cid if cid == VMADDR_CID_LOCAL else cid
         return source in (target, (own, port))

@@ -1,4 +1,4 @@
-"""Connections to the target of a forward, of any kind of address."""
+"""Connections to a locator of any kind, such as the target of a forward."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _MEANINGS = {
 #: Bytes copied at a time between a socket and standard input or output.
 _CHUNK = 65_536
 
-#: A predicate of the addresses that a name may resolve to.
+#: A function that returns whether a client may connect to an address.
 Admits = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
 
 
@@ -80,7 +80,7 @@ class Dialer:
         are repeated for ``wait`` seconds while the target is not reachable, and for ``timeout``
         seconds while a vSockets port refuses that has accepted before: its backlog may be full.
         ``admits`` filters the addresses of a host name, which is looked up on behalf of ``party``.
-        A program finds ``client``, the CID and port that it serves, in its environment.
+        A program that is started (``exec:``) finds ``client``, a CID and port, in its environment.
 
         Raises OSError; NotAdmitted when ``admits`` rejects all addresses.
         """
@@ -179,7 +179,7 @@ class Dialer:
             raise _error(code)
 
     async def _look_up(self, locator: Inet, admits: Admits | None, party: Hashable) -> list[Found]:
-        """Return the addresses to try, in the order to try them (RFC 8305, section 4)."""
+        """Return the addresses of ``locator`` in the order to try them (RFC 8305, section 4)."""
         host, port = locator.host, locator.port
         found = await self.resolver.resolve(host, port, stdlib.SOCK_STREAM, party)
         if admits is not None:
@@ -304,7 +304,7 @@ def interleave(found: Sequence[Found]) -> list[Found]:
 
 
 def _close_unwanted(attempt: asyncio.Task[stdlib.socket]) -> None:
-    """Close the socket of an attempt that was slower than another one."""
+    """Close the socket of ``attempt``, which has succeeded after another attempt."""
     if not attempt.cancelled() and attempt.exception() is None:
         attempt.result().close()
 
@@ -316,8 +316,8 @@ def _error(code: int) -> OSError:
 def standard_streams() -> stdlib.socket:
     """Return a non-blocking socket that is joined to the process's standard input and output.
 
-    Two threads copy between them and the socket.  Standard streams may be files, which epoll
-    rejects, or terminals, which must stay blocking because other processes share them.
+    Two threads copy between the standard streams and the socket.  Standard streams may be files,
+    which epoll rejects, or terminals, which must stay blocking because other processes share them.
     """
     ours, theirs = stdlib.socketpair()
     ours.setblocking(False)

@@ -10,7 +10,7 @@ from .client import party_of
 
 
 class Shares:
-    """The places held by parties, out of ``limit``, which may be changed.
+    """A fair division of ``limit`` places among parties; ``limit`` may be changed.
 
     A party may take a place while it holds fewer places than are free.  A single party therefore
     gets half of them, several parties get equal numbers in the long run, and a new party finds a
@@ -66,7 +66,7 @@ class FlowTable(Generic[Flow]):
         return flows
 
     def use(self, source: Hashable, now: float) -> Flow | None:
-        """Return the flow of ``source``, marked as used at ``now``; None if it has none."""
+        """Return the flow of ``source`` and mark it as used at ``now``; None if it is missing."""
         flows = self._parties.get(party_of(source))
         entry = flows.get(source) if flows is not None else None
         if flows is None or entry is None:
@@ -86,7 +86,7 @@ class FlowTable(Generic[Flow]):
         return removed
 
     def remove(self, source: Hashable) -> None:
-        """Remove the flow of ``source``, if it has one."""
+        """Remove the flow of ``source``, if it exists."""
         party = party_of(source)
         flows = self._parties.get(party)
         if flows is not None and flows.pop(source, None) is not None:

@@ -29,7 +29,7 @@ class HttpConnect:
 
     @property
     def rest(self) -> bytes:
-        """Return the received bytes that follow the request."""
+        """The received bytes that follow the request."""
         return self._http.trailing_data[0]
 
     def receive(self, data: bytes) -> bytes:
@@ -71,7 +71,7 @@ class HttpConnect:
         return self._http.send(response) or b""
 
     def refused(self, why: ProxyRefusal) -> bytes:
-        """Return a response with the status for ``why`` and its text."""
+        """Return a response with the status code and the text for ``why``."""
         return self._respond(*_STATUS[why], why.value.encode())
 
     def _respond(

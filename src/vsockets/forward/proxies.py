@@ -39,7 +39,7 @@ class ProxyRefusal(enum.Enum):
 
 
 class BadRequest(Exception):
-    """The request is invalid; ``answer`` is to be sent to the client before closing."""
+    """An invalid request; ``answer`` is to be sent to the client before closing."""
 
     def __init__(self, problem: str, answer: bytes = b"") -> None:
         super().__init__(problem)
@@ -47,15 +47,15 @@ class BadRequest(Exception):
 
 
 class ProxyProtocol(Protocol):
-    """The request of one client."""
+    """The interface of a protocol in which a client requests a target."""
 
     @property
     def target(self) -> tuple[str, int] | None:
-        """Return the requested host and port; None until the request is complete."""
+        """The requested host and port; None until the request is complete."""
 
     @property
     def rest(self) -> bytes:
-        """Return the received bytes that follow the request."""
+        """The received bytes that follow the request."""
 
     def receive(self, data: bytes) -> bytes:
         """Add received bytes, empty at the end of stream; return the bytes to send.

@@ -2,7 +2,7 @@
 
 asyncio handles connects and handshakes, where coroutines are worth their cost.  For established
 connections, its event handling would cost as much as the transfer itself.  They are therefore
-served from a separate epoll instance, which contains asyncio's as one member
+served from a separate epoll instance, in which asyncio's own epoll instance is one descriptor
 (:class:`PumpSelector`); asyncio runs only for its own events.
 """
 
@@ -21,7 +21,7 @@ from .. import splice
 
 
 class ForwardedConnection(splice.SplicedPair):
-    """Two joined streams.  ``ended`` resolves to None, or to the OSError that ended them."""
+    """Two joined streams.  The future ``ended`` has the result None or the OSError of their end."""
 
     def __init__(self, pump: AsyncioSplicePump, one: socket.socket, other: socket.socket) -> None:
         super().__init__(pump, one, other)
@@ -29,7 +29,7 @@ class ForwardedConnection(splice.SplicedPair):
         self._wake = pump.wake
 
     def finished(self, why: OSError | None) -> None:
-        """Resolve ``ended``."""
+        """Set the result of ``ended``."""
         if not self.ended.done():  # it is done if the waiting task was cancelled
             self.ended.set_result(why)
             self._wake()
@@ -46,7 +46,7 @@ class PumpSelector(selectors.BaseSelector):
         self._epoll.register(self._rest.fileno(), select.EPOLLIN)
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait for asyncio's events and return them; serve the pump's meanwhile."""
+        """Wait for asyncio's events and return them; meanwhile serve the pump's events."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             if self._serve(self._epoll.poll(timeout)):

@@ -33,7 +33,7 @@ class Resolver:
         self._lookups: dict[Hashable, asyncio.Task[list[Found]]] = {}
 
     async def resolve(self, host: str, port: int, kind: int, party: Hashable = None) -> list[Found]:
-        """Return the addresses of ``host``, at least one.
+        """Return the addresses of ``host`` with ``port``, at least one.
 
         ``kind`` is the socket type.  ``party`` identifies the client for which the name is looked
         up: the lookups of one party do not delay those of another.

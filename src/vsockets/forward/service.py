@@ -1,4 +1,4 @@
-"""A process with any number of forwards: start, change and drain them."""
+"""The forwards of a process: start, change and drain them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Forward = StreamForward | DatagramForward
 
 
 class ForwardService:
-    """The forwards of a process, by their source.  :func:`run` makes it in a running loop."""
+    """The running forwards of a process, by their source; created in a running asyncio loop."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class ForwardService:
 
     @property
     def addresses(self) -> dict[Locator, str]:
-        """Return the address that each forward listens on, with wildcards resolved."""
+        """The address that each forward listens on, by source, with wildcards resolved."""
         return {
             source: forward.listener.where
             for source, forward in self._forwards.items()
@@ -70,7 +70,7 @@ class ForwardService:
             self._forwards[source].settings = settings
 
     async def finished(self) -> None:
-        """Return when every forward has ended, which only forwards of one connection do.
+        """Wait until every forward has ended; only a forward of a single connection ends.
 
         Raises the OSError that the last forward failed with.
         """
@@ -144,7 +144,7 @@ def run(
     ready: Callable[[ForwardService], None] = lambda service: None,
     recorder: Recorder | None = None,
 ) -> None:
-    """Serve ``forwards`` until SIGTERM or SIGINT; at SIGHUP apply what ``again`` returns.
+    """Serve ``forwards`` until SIGTERM or SIGINT; at SIGHUP replace them by those of ``again()``.
 
     The first signal closes the listeners and leaves connections ``drain`` seconds to end; a second
     signal closes them.  ``ready`` is called when all forwards listen.  With ``recorder`` the

@@ -1,4 +1,4 @@
-"""The settings of one forward: allow lists, values, and their TOML file.
+"""The settings of a forward, its allow lists, and the TOML file that contains them.
 
 Allow lists name the contexts that may connect, and the hosts that a proxy may reach; an empty list
 allows every context, and no host.  ``docs/forward.md`` has the schema of the file.
@@ -72,12 +72,12 @@ class PeerRule:
         return rule
 
     def admits(self, cid: int, port: int) -> bool:
-        """Return whether the rule covers the peer ``cid:port``."""
+        """Return whether the rule permits the peer ``cid:port`` to connect."""
         return self.cid in (cid, VMADDR_CID_ANY) and self.first <= port <= self.last
 
 
 def admits_peer(rules: Iterable[PeerRule], peer: tuple[int, int]) -> bool:
-    """Return whether ``peer`` may connect; True without rules."""
+    """Return whether ``rules`` permit ``peer`` to connect; empty rules permit all peers."""
     rules = tuple(rules)
     return not rules or any(rule.admits(*peer) for rule in rules)
 
@@ -136,7 +136,7 @@ class HostRule:
 
 
 class HostRules:
-    """A proxy's allow list."""
+    """A proxy's allow list of hosts."""
 
     def __init__(self, rules: Iterable[HostRule]) -> None:
         self._rules = tuple(rules)
@@ -157,7 +157,7 @@ class HostRules:
 
 
 def check_host(text: str) -> str:
-    """Return ``text``, a host name, or an address in its usual form.
+    """Return ``text``, which is a host name, or an address that is converted to its usual form.
 
     Raises ValueError for anything else.
     """
@@ -205,18 +205,18 @@ class Settings:
 
     @property
     def flow_idle(self) -> float:
-        """Return the seconds of silence after which a flow of datagrams is forgotten."""
+        """The seconds of silence after which a flow of datagrams is forgotten."""
         return FORWARD_FLOW_IDLE_SECONDS if self.idle is None else self.idle
 
     @property
     def is_shared(self) -> bool:
-        """Return whether clients of several guests may connect."""
+        """True if clients of several guests may connect."""
         cids = {rule.cid for rule in self.allow}
         return len(cids) != 1 or VMADDR_CID_ANY in cids
 
     @property
     def once(self) -> bool:
-        """Return whether the forward serves one connection and then ends."""
+        """True if the forward serves one connection and then ends."""
         return isinstance(self.source, Stdio | Exec) or isinstance(self.target, Stdio)
 
     def __str__(self) -> str:

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class StreamForward:
-    """A running forward of streams in the running asyncio loop.
+    """A forward of streams in the running asyncio loop.
 
     ``settings`` may be replaced at any time; established connections keep their settings.
     Without a ``listener`` the source is a single stream (standard input or a program).
-    ``reopen`` makes a vSockets listener again after vsockd has ended.
+    After vsockd's end, ``reopen`` returns a new vSockets listener.
     """
 
     def __init__(
@@ -67,16 +67,16 @@ class StreamForward:
 
     @property
     def listener(self) -> Listener | None:
-        """Return the open listener; None once the forward does not listen."""
+        """The open listener; None once the forward does not listen."""
         return self._acceptor.listener if self._acceptor is not None else None
 
     @property
     def connections(self) -> int:
-        """Return the number of connections, including those not joined yet."""
+        """The number of connections, including those not joined to their target yet."""
         return len(self._tasks)
 
     async def finished(self) -> None:
-        """Return when the listener is closed and the last connection has ended."""
+        """Wait until the listener is closed and the last connection has ended."""
         await self._finished.wait()
 
     def stop_listening(self) -> None:
@@ -189,8 +189,8 @@ class StreamForward:
     ) -> tuple[stdlib.socket | None, bytes]:
         """Receive the client's request and connect its target.
 
-        Returns the connected target, None if the request is refused, and the bytes for the target
-        that the client has sent with its request.
+        Returns the connected target (None if the request was refused), and the bytes for the target
+        that the client has sent together with the request.
         """
         request = _proxy_protocol(settings.target)
         who = client.who
@@ -243,7 +243,10 @@ class StreamForward:
         return request.target
 
     async def _send_refusal(self, client: stdlib.socket, answer: bytes) -> None:
-        """Send a refusal, then read to the end: closing with unread bytes would discard it."""
+        """Send ``answer``, a refusal, and read until the client closes.
+
+        Closing the socket with unread bytes would discard the answer.
+        """
         with contextlib.suppress(OSError):
             async with asyncio.timeout(FORWARD_PROXY_TIMEOUT_SECONDS):
                 await self._loop.sock_sendall(client, answer)

@@ -1,4 +1,4 @@
-"""vSockets addresses: a context ID (CID) and a port, both 32-bit unsigned.
+"""vSockets addresses: a context ID (CID) and a port, both unsigned numbers of 32 bits.
 
 In Python an address is the tuple ``(cid, port)``, as in the standard library.
 """
@@ -24,7 +24,7 @@ CID_NAMES = {
 
 
 def check(address: object) -> tuple[int, int]:
-    """Return ``address`` as ``(cid, port)``, converted as by the standard library.
+    """Return ``address`` as a ``(cid, port)`` of ints, converted as the socket module does.
 
     CPython parses an AF_VSOCK address with the format "II" (``getsockaddrarg()`` in
     Modules/socketmodule.c): the lower 32 bits of any object with ``__index__``.  So -1 is

@@ -19,9 +19,9 @@ class BufferSizes(NamedTuple):
     maximum: int = STREAM_BUFFER_MAX_BYTES
 
     def with_size(self, size: int) -> BufferSizes:
-        """Return a request for ``size``, first reduced to the maximum, then raised to the minimum.
+        """Return these sizes with ``size``, reduced to the maximum, then raised to the minimum.
 
-        Linux does the same.
+        Linux applies the limits in the same order.
         """
         return self._replace(size=max(min(size, self.maximum), self.minimum))
 
@@ -38,7 +38,7 @@ DEFAULT_SIZES = BufferSizes()
 
 
 def negotiate(client: BufferSizes, server: BufferSizes) -> int | None:
-    """Return the size that both sides accept, or None.
+    """Return the buffer size that both sides accept, or None if they do not agree.
 
     By the rule of the VMCI transport, the client's size is used if it is within the server's
     limits, else the server's size if it is within the client's limits.

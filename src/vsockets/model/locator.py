@@ -80,7 +80,7 @@ class Unix:
 
 @dataclass(frozen=True, slots=True)
 class VsockMux:
-    """A port of a guest whose vsock is the unix socket ``path`` (hybrid vsock)."""
+    """A port of the guest behind the unix socket ``path`` (hybrid vsock)."""
 
     path: str
     port: int
@@ -102,7 +102,7 @@ class VsockFolder:
 
     @property
     def socket_path(self) -> str:
-        """The unix socket that listens for connections to the address."""
+        """The path of the unix socket that listens for connections to the address."""
         if self.convention == "hyperkit":
             return f"{self.path}/{self.cid:08x}.{self.port:08x}"
         return f"{self.path}/{self.cid}.{self.port}"
@@ -113,7 +113,7 @@ class VsockFolder:
 
 @dataclass(frozen=True, slots=True)
 class Exec:
-    """A program, started once for each connection."""
+    """A command, started once for each connection."""
 
     command: tuple[str, ...]
     datagram = False
@@ -192,7 +192,10 @@ def _inet(rest: str, datagram: bool = False) -> Inet:
 
 
 def parse_inet_port(text: str) -> int:
-    """Return the TCP or UDP port in ``text``; 0 requests a free one.  Raises ValueError."""
+    """Return the TCP or UDP port in ``text``; 0 requests a free port.
+
+    Raises ValueError.
+    """
     number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 5 else -1
     if not 0 <= number <= _LARGEST_INET_PORT:
         raise ValueError(f"port {text!r}: expected a number from 0 to {_LARGEST_INET_PORT}")
@@ -234,7 +237,7 @@ def _path(text: str) -> str:
 
 
 def check_hybrid_path(path: str) -> str:
-    """Return what is invalid in ``path`` as the unix socket of a hybrid vsock, or ""."""
+    """Return the reason why ``path`` cannot be a hybrid vsock's unix socket; "" if it can."""
     name = path.rpartition("/")[2]
     if not path.startswith("/") or not name or "\0" in path:
         return f"expected the absolute path of a unix socket, not {path!r}"

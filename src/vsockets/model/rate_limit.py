@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class TokenBucket:
-    """A bucket for ``rate`` events per second, and bursts of ``rate`` after a quiet second."""
+    """A limiter to ``rate`` events per second; also their number in a burst after a pause."""
 
     __slots__ = ("_left", "_seen", "rate")
 
@@ -14,7 +14,10 @@ class TokenBucket:
         self._seen = 0.0
 
     def try_take(self, now: float) -> bool:
-        """Take a token at ``now``, in seconds of a monotonic clock; return whether one was left."""
+        """Take a token at the time ``now`` if one is left; return whether the event is permitted.
+
+        ``now`` is in seconds of a monotonic clock.
+        """
         left = self._left + (now - self._seen) * self.rate
         self._seen = now
         if left > self.rate:

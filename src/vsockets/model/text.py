@@ -8,8 +8,9 @@ from typing import Any
 def printable(text: str) -> str:
     """Return ``text`` on one line, with all non-printable characters escaped.
 
-    Those are control characters, characters that reorder or hide others, unpaired surrogates (from
-    undecodable bytes), and all space except ``" "``: ``\\x1b``, ``\\n``, ``\\u202e``.
+    Escaped are control characters, characters that reorder or hide others, unpaired
+    surrogates (from undecodable bytes), and all space except ``" "``: ``\\x1b``, ``\\n``,
+    ``\\u202e``.
     """
     if text.isprintable():
         return text
@@ -19,7 +20,7 @@ def printable(text: str) -> str:
 def word(text: str) -> str:
     """Return ``text`` for use in a sentence: quoted as a Python string unless it is one word.
 
-    So a path cannot imitate the rest of the sentence.
+    The quotes keep a path from looking like a part of the sentence.
     """
     plain = text.isprintable() and not any(one in text for one in " '\"\\")
     return text if plain else repr(text)

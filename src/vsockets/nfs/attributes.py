@@ -22,7 +22,7 @@ _KINDS = {
 
 
 def time_of(pair: tuple[int, int]) -> Time:
-    """Return an NFS time: seconds from 1970 in 32 unsigned bits, clamped."""
+    """Return (seconds since 1970, nanoseconds) as an NFS time, clamped to 32 unsigned bits."""
     seconds, nanoseconds = pair
     return Time(min(max(seconds, 0), 0xFFFFFFFF), nanoseconds)
 
@@ -55,7 +55,7 @@ def set_attributes(found: FileRef, new: NewAttributes) -> None:
     if 0xFFFFFFFF in (new.uid, new.gid):  # chown(2) takes this value as "unchanged"
         raise OSError(errno.EINVAL, "invalid user or group")
     if new.uid is not None or new.gid is not None:
-        # -1 leaves it unchanged.  chown precedes chmod because it clears set-user-ID.
+        # -1 means "unchanged".  chown precedes chmod because chown clears set-user-ID.
         keep = -1
         os.chown(
             found.path,

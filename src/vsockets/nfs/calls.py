@@ -1,4 +1,4 @@
-"""A call in progress: its caller, its failure, and its steps if it takes long."""
+"""The caller of an NFS call, and the results of a call that fails or takes several steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NfsError(Exception):
 
 
 class Caller(NamedTuple):
-    """The rights, the export and the guest of one call."""
+    """The caller of one NFS call: the export used, the rights, and the guest."""
 
     tree: Tree
     identity: UnixIdentity
@@ -27,7 +27,7 @@ class Caller(NamedTuple):
 
 
 class NotReady(Exception):
-    """The call must be repeated when all ``steps`` are done."""
+    """A signal that the call must be repeated when all ``steps`` are done."""
 
     def __init__(self, steps: Iterator[object]) -> None:
         super().__init__("not yet")

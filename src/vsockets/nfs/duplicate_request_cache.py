@@ -1,4 +1,4 @@
-"""Duplicate request cache: a retransmitted call gets its first reply again and is not repeated.
+"""Duplicate request cache: a retransmitted call gets the cached reply, and is not performed again.
 
 Juszczak's remedy (USENIX 1989) for non-idempotent calls over a transport that loses replies.
 Callers are told apart by their vSockets address, which vsockd guarantees.
@@ -27,7 +27,7 @@ class CachedReply(NamedTuple):
 
 
 class DuplicateRequestCache:
-    """Replies by call.  Above the limit of a guest, its oldest reply is dropped."""
+    """The latest replies to each guest, by call."""
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class DuplicateRequestCache:
         return sum(len(replies) for replies in self._replies.values())
 
     def find(self, guest: Hashable, source: tuple[Any, ...], xid: int, call: bytes) -> bytes | None:
-        """Return the reply that this call got before, or None."""
+        """Return the cached reply to ``call``, or None."""
         replies = self._replies.get(guest)
         return replies.get((source, xid, _digest(call))) if replies else None
 
     def add(
         self, guest: Hashable, source: tuple[Any, ...], xid: int, call: bytes, reply: bytes
     ) -> None:
-        """Cache a reply."""
+        """Cache the reply to ``call``."""
         self._insert(guest, source, xid, _digest(call), reply)
 
     def __iter__(self) -> Iterator[CachedReply]:

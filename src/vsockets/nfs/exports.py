@@ -14,12 +14,12 @@ ANONYMOUS_ID = 65_534
 
 
 def _valid_id(number: int) -> int:
-    """Return ``number``, or the anonymous one for -1, which means "unchanged" to chown(2)."""
+    """Return ``number``, or ANONYMOUS_ID for -1, which means "unchanged" to chown(2)."""
     return ANONYMOUS_ID if number == 0xFFFFFFFF else number
 
 
 class UnixIdentity(NamedTuple):
-    """The user and groups whose rights a call has."""
+    """The user and groups with whose rights a call is performed."""
 
     uid: int
     gid: int
@@ -63,7 +63,7 @@ class Export:
         return self.cids is None or cid in self.cids
 
     def identity(self, caller: AuthSys | None) -> UnixIdentity:
-        """Return the identity of ``caller`` in this export; without credentials, the anonymous."""
+        """Return the identity of ``caller`` in this export; None stands for missing credentials."""
         if caller is None:
             return UnixIdentity(ANONYMOUS_ID, ANONYMOUS_ID)
         uid, gid, groups = (

@@ -92,14 +92,14 @@ class NfsOperations(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        """Look up a name."""
+        """Return the entry of a name in a directory."""
         handle, attributes, _ = await self._look_up(
             _credentials(ctx), self._target(parent_inode, name)
         )
         return await self._entry(_credentials(ctx), handle, attributes)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Drop lookup counts of inodes that the kernel forgets."""
+        """Subtract the kernel's lookups: ``inode_list`` has (inode, number of lookups)."""
         for number, times in inode_list:
             self._nodes.forget(number, times)
 
@@ -150,7 +150,7 @@ class NfsOperations(pyfuse3.Operations):
 
     @_reports_errors
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        """Remove a file; if it is open here, rename it until it is closed."""
+        """Remove a file; one that is open on this machine is renamed, and removed when closed."""
         target, auth = self._target(parent_inode, name), _credentials(ctx)
         if not await self._silly_rename(auth, target):
             await self._nfs.call(auth, "remove", *target)
@@ -170,7 +170,7 @@ class NfsOperations(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        """Rename a file or directory; keep a replaced file until it is closed here."""
+        """Rename a file or directory; keep a replaced file that is open on this machine."""
         if flags:
             raise OSError(errno.EINVAL, "NFS does not support flags of rename")
         old, new = (
@@ -200,7 +200,7 @@ class NfsOperations(pyfuse3.Operations):
 
     @_reports_errors
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        """Return attributes."""
+        """Return a file's attributes."""
         node = self._nodes[inode]
         return entry_of(node, await self._nfs.call(_credentials(ctx), "getattr", node.handle))
 
@@ -213,7 +213,7 @@ class NfsOperations(pyfuse3.Operations):
         fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        """Set attributes."""
+        """Set the attributes that ``fields`` names."""
         node, auth = self._nodes[inode], _credentials(ctx)
         new = NewAttributes(
             mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
@@ -368,7 +368,7 @@ class NfsOperations(pyfuse3.Operations):
         self._open.pop(fh).node.opened -= 1
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        """Return at once: the server has completed what it replied to."""
+        """Do nothing: the server has changed the directory on disk before it replied."""
 
     def _target(self, folder: int, name: bytes) -> Target:
         return Target(self._nodes[folder].handle, bytes(name))
@@ -388,9 +388,9 @@ class NfsOperations(pyfuse3.Operations):
         return attributes
 
     async def _set_for_non_owner(self, auth: Auth, node: Inode, new: NewAttributes) -> Attributes:
-        """Set attributes that the kernel sets after its own permission check.
+        """Set attributes for a user who is not the owner: the server refuses a plain SETATTR.
 
-        The caller is not the owner, so the server refuses the plain SETATTR.
+        The kernel has checked the user's permission already.
         """
         if new == NewAttributes(atime=new.atime, mtime=new.mtime):
             now = TimeHow.SERVER, None  # any user with write permission may set the current time
@@ -421,9 +421,10 @@ class NfsOperations(pyfuse3.Operations):
         return entry_of(self._nodes.acquire(handle), attributes)
 
     async def _silly_rename(self, auth: Auth, target: Target, unless: Target | None = None) -> bool:
-        """Rename a file that is open here instead of removing it, as NFS has no open files.
+        """Rename a file instead of removing it, if it is open on this machine (a silly rename).
 
-        Returns whether the file was renamed (a silly rename); the last close removes it.
+        NFS has no open files: a removed one could not be read.  The last close removes the file.
+        Returns whether the file was renamed.
         """
         if not self._open:
             return False

@@ -47,17 +47,17 @@ class Identifier(NamedTuple):
     btime_ns: int
 
     def pack(self) -> bytes:
-        """Encode as bytes.  The encoding does not preserve order."""
+        """Return the identity as bytes, whose order has no meaning."""
         return _LAYOUT.pack(*self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Identifier:
-        """Decode the result of ``pack``."""
+        """Return the identity that :meth:`pack` has encoded."""
         return cls(*_LAYOUT.unpack(data))
 
 
 class Signer:
-    """Creation and verification of handles, with a key known only to the server."""
+    """A creator and verifier of handles, with a key known only to the server."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -128,7 +128,7 @@ class _LocationTable:
             self._count(guest, -self._run(statement, (guest, some)).rowcount)
 
     def locations(self, file: bytes) -> list[tuple[bytes, bytes]]:
-        """Return directories and names, the newest first."""
+        """Return the (directory, name) pairs where ``file`` may be, the newest first."""
         return self._run(
             "SELECT folder, name FROM places WHERE file = ?"
             " GROUP BY folder, name ORDER BY max(rowid) DESC",
@@ -136,7 +136,7 @@ class _LocationTable:
         ).fetchall()
 
     def remove(self, *columns: Hashable) -> None:
-        """Delete rows by file; by file, directory and name; or by guest as well."""
+        """Delete the rows whose first columns (file, directory, name, guest) are ``columns``."""
         names = ("file", "folder", "name", "guest")[: len(columns)]
         which = " AND ".join(f"{name} = ?" for name in names)
         select = f"SELECT guest, count(*) FROM places WHERE {which} GROUP BY guest"
@@ -156,7 +156,7 @@ class _LocationTable:
 
 
 class HandleStore:
-    """The locations and cached replies, in a file that one server uses exclusively."""
+    """The locations and cached replies in a state file, which one server uses exclusively."""
 
     def __init__(self, path: str | os.PathLike[str], rows_max: int = NFS_HANDLES_MAX) -> None:
         """Open or create the state file.
@@ -228,7 +228,7 @@ class HandleStore:
         return value
 
     def locations(self, file: Identifier) -> Iterator[tuple[Identifier, bytes]]:
-        """Yield directories, and names in them, where ``file`` may be; the newest first.
+        """Yield the (directory, name) pairs where ``file`` may be, the newest first.
 
         Raises OSError.
         """
@@ -253,7 +253,7 @@ class HandleStore:
             self._unsaved.add(row)
 
     def remove(self, file: Identifier, folder: Identifier, name: bytes) -> None:
-        """Record that ``file`` is not ``name`` in ``folder``."""
+        """Delete the record that ``file`` has the name ``name`` in ``folder``."""
         self._remove(file.pack(), folder.pack(), name)
 
     def forget(self, file: Identifier) -> None:
@@ -323,8 +323,7 @@ class HandleStore:
     def load_replies(self) -> Iterator[CachedReply]:
         """Yield the cached replies of the last server process, and delete them.
 
-        They are read once: after a crash they would be older than the calls of the server that
-        crashed.
+        They are deleted because after a crash of this process they would be outdated.
         """
         try:
             rows = self._connection.execute("SELECT * FROM answers ORDER BY rowid").fetchall()

@@ -44,7 +44,7 @@ class Inode:
 
 
 class InodeTable:
-    """The inodes known to the kernel, until it forgets them."""
+    """The inodes that the kernel knows, each until the kernel forgets it."""
 
     def __init__(self, nfs: NfsClient, root: bytes) -> None:
         self._nfs = nfs
@@ -54,7 +54,7 @@ class InodeTable:
         self._by_handle = {root: node}
 
     def __getitem__(self, number: int) -> Inode:
-        """Return the inode with a number.
+        """Return the inode with the number ``number``.
 
         Raises KeyError.
         """
@@ -85,12 +85,12 @@ class InodeTable:
 
 
 def content_version(attributes: Attributes) -> tuple[int, nfs3.Time, nfs3.Time]:
-    """Return the attributes that change whenever the content of a file does."""
+    """Return the size, mtime and ctime, which change whenever a file's content changes."""
     return attributes.size, attributes.mtime, attributes.ctime
 
 
 def entry_of(node: Inode, attributes: Attributes) -> pyfuse3.EntryAttributes:
-    """Return the kernel's view of a file, and record what is reported to it."""
+    """Return the attributes of ``node`` for the kernel, and record them as reported."""
     node.reported = content_version(attributes)
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = node.number

@@ -61,7 +61,7 @@ Name = tuple[int, bytes, int]
 
 
 class Part:
-    """The names of a directory with cookies above ``start`` and below ``end`` (None: all)."""
+    """The names of a directory with cookies from ``start`` to below ``end`` (None: to the last)."""
 
     def __init__(self, start: int, version: object) -> None:
         self.start = start
@@ -72,7 +72,7 @@ class Part:
 
     @property
     def cost(self) -> int:
-        """The memory cost, in names."""
+        """The memory that the part takes, as a number of names."""
         return _PART_COST + len(self.names)
 
     def read(self, fd: int, signer: Signer) -> Iterator[None]:
@@ -113,7 +113,7 @@ class Part:
             self.names += sorted(buckets[key])
 
     def contains(self, cookie: int) -> bool:
-        """Return whether the names after ``cookie`` are in this part."""
+        """Return whether the name that follows ``cookie`` is in this part."""
         if cookie < self.start:
             return False
         if self.end is None:
@@ -176,7 +176,7 @@ class ListingCache:
     def _read(
         self, guest: Hashable, folder: Identifier, part: Part, fd: int
     ) -> Iterator[Part | None]:
-        """Read a part in steps: yield None after each, and the part at the end."""
+        """Read a part in steps: yield None after each step, and the part at the end."""
         reading = 0
         try:
             for _ in part.read(fd, self._signer):

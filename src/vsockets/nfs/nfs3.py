@@ -65,7 +65,7 @@ class FileType(IntEnum):
 
 
 class StableHow(IntEnum):
-    """The data and metadata that a WRITE has put on disk before its reply (stable_how)."""
+    """The data that the server puts on disk before it replies to a WRITE (stable_how)."""
 
     UNSTABLE = 0
     DATA_SYNC = 1
@@ -143,7 +143,7 @@ class WccData(NamedTuple):
 
 
 class NewAttributes(NamedTuple):
-    """Attributes to set (sattr3); a time is a TimeHow and, with CLIENT, a Time."""
+    """Attributes to set (sattr3); a time is a TimeHow and a Time, which is None unless CLIENT."""
 
     mode: int | None = None
     uid: int | None = None
@@ -336,7 +336,7 @@ NUMBERS = {procedure.name: number for number, procedure in PROCEDURES.items()}
 
 
 def encode_result(procedure: Procedure, status: Status, content: Any) -> bytes:
-    """Return the results of a call; ``content`` is used only if ``status`` is OK."""
+    """Return the encoded status and results of a call; only OK needs ``content``."""
     out = bytearray()
     uint.encode(status, out)
     if status is Status.OK:

@@ -1,4 +1,4 @@
-"""The NFS and MOUNT calls of an asyncio client, and its uncommitted writes.
+"""The NFS and MOUNT calls of a client in an asyncio loop, and its uncommitted writes.
 
 The replies to WRITE and COMMIT contain the write verifier of the server process (RFC 1813 4.8).
 Data whose verifier differs from that of the COMMIT may be lost, and is written again.
@@ -62,8 +62,8 @@ class NfsClient:
     async def negotiate(self, auth: Auth, root: bytes) -> None:
         """Limit the transfer size to what the server's FSINFO allows.
 
-        A server that allows more than a datagram can hold does not know that its transport is
-        datagrams: it is a stock server, reached over UDP, so the limit is UDP's.
+        A server that allows more than a datagram can hold is a stock server that expects TCP and is
+        reached over UDP; the limit is then that of UDP.
         """
         info = await self.call(auth, "fsinfo", root)
         limit = min(info.read_max, info.write_max)
@@ -141,7 +141,7 @@ class _Piece(NamedTuple):
 
 
 class WriteBack:
-    """The uncommitted writes of one file; after an OSError they are kept."""
+    """The uncommitted writes of one file; those of a failed commit are kept."""
 
     def __init__(self, nfs: NfsClient, handle: bytes) -> None:
         self._nfs = nfs

@@ -1,4 +1,4 @@
-"""Check that this machine can mount an export, before an attempt to."""
+"""A check that this machine can mount an export."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEVICE = "/dev/fuse"
 
 
 def check(device: str = DEVICE) -> None:
-    """Check that an export can be mounted.
+    """Check that this machine has what mounting an export needs.
 
     Raises OSError with one line that says what is missing and how to install it.
     """
@@ -46,6 +46,6 @@ def check(device: str = DEVICE) -> None:
 
 
 def _has_no_new_privileges() -> bool:
-    """Return whether no_new_privs is set: executed programs then gain no rights."""
+    """Return whether no_new_privs is set, so that set-user-ID programs gain no rights."""
     with open("/proc/self/status") as status:
         return any(line.split() == ["NoNewPrivs:", "1"] for line in status)

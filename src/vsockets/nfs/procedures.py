@@ -56,15 +56,15 @@ _PROPERTIES = 1 | 2 | 8 | 16
 
 
 class Procedures:
-    """The NFS procedures: each takes a caller and the arguments, and returns the results after OK.
+    """The NFS procedures, as methods that take a caller and arguments, and return results.
 
-    All raise OSError, NfsError, and ValueError for an invalid handle.
+    All raise OSError or NfsError if the procedure fails, and ValueError for an invalid handle.
     """
 
     def __init__(
         self, signer: Signer, listings: ListingCache, verifier: bytes, transfer: int
     ) -> None:
-        """Use the write verifier ``verifier``; ``transfer`` limits READ, WRITE and listings."""
+        """Use the write verifier ``verifier``; READ, WRITE and listings have ``transfer`` bytes."""
         self.transfer = transfer
         self.signer = signer
         self._listings = listings
@@ -78,15 +78,15 @@ class Procedures:
         return caller.tree.find(self.signer.verify(handle))
 
     def wcc_data(self, caller: Caller, found: FileRef) -> WccData:
-        """Return the attributes of a file before and after the call, which began with ``found``."""
+        """Return a file's attributes before (those in ``found``) and after the call."""
         return WccData(wcc_attributes(found.state), attributes_of(caller.tree.refresh(found)))
 
     def getattr(self, caller: Caller, handle: bytes) -> Any:
-        """Return attributes (GETATTR)."""
+        """Return a file's attributes (GETATTR)."""
         return attributes_of(self.find(caller, handle))
 
     def setattr(self, caller: Caller, handle: bytes, new: NewAttributes, guard: Time | None) -> Any:
-        """Set attributes (SETATTR)."""
+        """Set a file's attributes, if its ctime is ``guard`` or ``guard`` is None (SETATTR)."""
         found = self.find(caller, handle)
         if guard is not None and guard != time_of(found.state.ctime):
             raise NfsError(Status.NOT_SYNC)
@@ -99,7 +99,7 @@ class Procedures:
         return self.wcc_data(caller, found)
 
     def lookup(self, caller: Caller, handle: bytes, name: bytes) -> Any:
-        """Look up a name (LOOKUP)."""
+        """Return the handle of a name in a directory (LOOKUP)."""
         folder = self._folder(caller, handle)
         _check_name(name)
         with run_as(caller.identity):
@@ -107,7 +107,7 @@ class Procedures:
         return self.signer.sign(found.identifier), attributes_of(found), attributes_of(folder)
 
     def access(self, caller: Caller, handle: bytes, asked: int) -> Any:
-        """Check permissions (ACCESS)."""
+        """Return which of the permissions ``asked``, as bits, the caller has (ACCESS)."""
         found = self.find(caller, handle)
         read, write, execute = Access.READ, Access.MODIFY | Access.EXTEND, Access.EXECUTE
         if found.is_directory:
@@ -439,7 +439,7 @@ class Procedures:
 
 
 def _verifier_times(verifier: bytes) -> tuple[int, int]:
-    """Return times in seconds that record the verifier of an exclusive CREATE."""
+    """Return atime and mtime in seconds, which together record an exclusive CREATE's verifier."""
     first, second = (int.from_bytes(verifier[i : i + 4]) & 0x7FFFFFFF for i in (0, 4))
     return first, second
 

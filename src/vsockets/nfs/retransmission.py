@@ -24,7 +24,7 @@ class RoundTripEstimator:
         self._deviation = 0.0
 
     def add_sample(self, seconds: float) -> None:
-        """Add the round-trip time of a call that was sent once (Karn excludes the others)."""
+        """Add the round-trip time of a call that was sent only once (Karn's algorithm)."""
         if self._mean is None:
             self._mean, self._deviation = seconds, seconds / 2
         else:
@@ -43,7 +43,7 @@ class Window:
 
     @property
     def size(self) -> int:
-        """Return the window in calls, at least one."""
+        """The number of calls that may be in flight, at least one."""
         return int(self._size)
 
     def on_reply(self) -> None:
@@ -65,9 +65,9 @@ class Transmission:
         self._wait = wait
 
     def retry(self, now: float) -> bool:
-        """Schedule the next timeout and return whether to retransmit.
+        """Schedule the next timeout; return True if the caller is to retransmit the call.
 
-        Returns False if the call has timed out for good.
+        Returns False if the time for the call is over.
         """
         if now - self._first_sent >= NFS_CALL_TIMEOUT_SECONDS:
             return False

@@ -42,8 +42,9 @@ class RpcClient:
     def __init__(
         self, sock: stdlib.socket, server: tuple[Any, ...], context: ContextHandle | None = None
     ) -> None:
-        """Take ownership of the datagram socket ``sock``; ``context`` is its context if it is
-        vSockets'.
+        """Take ownership of the datagram socket ``sock``.
+
+        ``context`` is the socket's context, if it is a vSockets socket.
 
         Raises OSError.
         """
@@ -69,7 +70,7 @@ class RpcClient:
 
     @classmethod
     def connect(cls, locator: Locator, context: ContextHandle | None = None) -> RpcClient:
-        """Return a client of the server at ``locator``, vsock-dgram: or udp:.
+        """Return a client of the server at ``locator``, which is vsock-dgram: or udp:.
 
         Raises OSError.
         """
@@ -118,7 +119,7 @@ class RpcClient:
         self._loop.add_reader(self._sock.fileno(), self._receive)
 
     def _close_socket(self) -> None:
-        """Close the socket.  Calls in flight are sent again once it is bound again."""
+        """Close the socket; after vsockd's end, calls in flight wait for :meth:`_reopen`."""
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
@@ -126,8 +127,10 @@ class RpcClient:
     def _reopen(self) -> None:
         """Open the socket again after a restart of vsockd.
 
-        It is bound to the same port, by which the server recognises retransmitted calls.  Raises
-        OSError.
+        The new socket is bound to the same port, by which the server recognises retransmitted
+        calls.
+
+        Raises OSError.
         """
         own = self._sock.getsockname()
         sock = guard(socket(type=stdlib.SOCK_DGRAM, context=self._context))
@@ -214,7 +217,7 @@ class RpcClient:
             pending.reply.set_result(data)
 
     def _set_timer(self, due: float) -> None:
-        """Check timeouts at ``due``; an earlier timer stays, as it sets the next one."""
+        """Check timeouts at ``due``; an earlier timer is kept, because it sets the next one."""
         if self._timer is not None:
             if self._timer.when() <= due:
                 return

@@ -1,4 +1,4 @@
-"""The server's sockets: receive calls, answer them in turns, send the replies."""
+"""The NFS server's sockets: receive calls, answer those of each guest in turns, send replies."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ _STATUSES = {
 
 
 class NfsService:
-    """The exports of one server process."""
+    """The exports of a server process, with the RPC programs NFS and MOUNT."""
 
     def __init__(
         self, exports: Sequence[Export], handle_store: HandleStore, transfer: int = nfs3.DATA_SIZE
@@ -68,7 +68,7 @@ class NfsService:
             tree.close()
 
     def answer(self, data: bytes, source: tuple[Any, ...]) -> bytes | Pending | None:
-        """Return the reply to a datagram from ``source``, or the pending call.
+        """Return the reply to ``data``, a datagram from ``source``; or the call, if it takes steps.
 
         Returns None for a malformed call, and for a retransmission of a pending one.
         """
@@ -138,7 +138,9 @@ class NfsService:
         credentials: AuthSys | None,
         error: OSError | None,
     ) -> bytes | None:
-        """Return encoded results; ``error`` is that of the steps of a pending call."""
+        """Perform an NFS procedure, and return its encoded results.
+
+        ``error`` is the failure of a pending call's steps, if any."""
         if number == 0:
             return b""
         procedure = PROCEDURES.get(number)
@@ -164,7 +166,7 @@ class NfsService:
     def _caller(
         self, arguments: tuple[Any, ...], guest: Any, credentials: AuthSys | None, modifies: bool
     ) -> Caller:
-        """Return the caller's rights in the one export that all the call's handles belong to.
+        """Return the caller of a call; all handles in ``arguments`` must be of one export.
 
         Raises OSError, and ValueError for an invalid handle.
         """

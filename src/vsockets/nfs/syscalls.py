@@ -49,7 +49,7 @@ class FileState(NamedTuple):
 
 
 def open_beneath(folder: int, path: bytes, flags: int, mode: int = 0) -> int:
-    """Open ``path`` below ``folder``; neither ``..`` nor a symbolic link leads out of it.
+    """Open ``path`` below ``folder``, which neither ``..`` nor a symbolic link can leave.
 
     Raises OSError.
     """
@@ -84,9 +84,9 @@ def set_times(path: str, atime: tuple[int, int], mtime: tuple[int, int]) -> None
 
 
 def set_file_rights(uid: int, gid: int, groups: tuple[int, ...]) -> None:
-    """Take the file system rights of a user; (0, 0) restores those of this process.
+    """Take the file system rights of a user; uid and gid 0 restore those of this process.
 
-    Root only.  Leaving uid 0 also drops the capabilities that override permissions
+    Only root may call this.  Leaving uid 0 also drops the capabilities that override permissions
     (capabilities(7)).
 
     Raises OSError.
@@ -113,9 +113,9 @@ def _fail() -> None:
 
 @contextlib.contextmanager
 def run_as(identity: UnixIdentity) -> Iterator[None]:
-    """Run the block with the file system rights of ``identity``.
+    """Have the with block act with the file system rights of ``identity``.
 
-    If this process is not root, the block runs with the rights of this process.
+    Has no effect if this process is not root.
     """
     if os.geteuid() != 0 or identity == (0, 0, ()):
         yield

@@ -36,12 +36,14 @@ class FileRef(NamedTuple):
 
     @property
     def is_directory(self) -> bool:
-        """Return whether this is a directory."""
+        """True if this is a directory."""
         return stat.S_ISDIR(self.state.mode)
 
 
 class Tree:
-    """One export.  It owns the descriptors in its results, which are valid for one call."""
+    """The files of one export.
+
+    The tree owns the descriptors in its results; they are valid for one call."""
 
     def __init__(self, export: Export, handle_store: HandleStore) -> None:
         """Open the export's directory.

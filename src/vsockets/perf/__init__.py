@@ -1,1 +1,1 @@
-"""Measurement of streams and datagrams, over vSockets and other sockets beside it."""
+"""Measurement of streams and datagrams over vSockets, and over TCP, UDP and unix sockets."""

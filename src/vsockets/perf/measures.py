@@ -52,7 +52,9 @@ PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 
 
 def percentiles(samples: array[int]) -> dict[str, float]:
-    """Return percentiles, minimum and maximum in microseconds of at least one sample (ns)."""
+    """Return percentiles, minimum and maximum in microseconds, by name.
+
+    ``samples`` are in nanoseconds, at least one."""
     ordered = sorted(samples)
     shares = {"min": 0.0, **PERCENTILES, "max": 1.0}
     # The least value that at least this share of the samples do not exceed.
@@ -76,7 +78,7 @@ class PerfClient:
     # Streams
 
     def send(self, seconds: float, size: int) -> Result:
-        """Measure the throughput to the server, up to its count of received bytes."""
+        """Measure the throughput to the server, which reports the number of bytes received."""
         with self._request(PerfRequest(Job.SINK, size)) as sock:
             data = bytes(size)
             begin = time.perf_counter()
@@ -189,9 +191,9 @@ class PerfClient:
         return sock
 
     def _received_count(self, sock: stdlib.socket, run: int) -> int:
-        """Return the number of datagrams that the server has received.
+        """Return the number of datagrams of ``run`` that the server has received.
 
-        The server has read all of them once two answers are equal.
+        The server is asked until two answers in a row are equal: then its queue is empty.
         """
         set_timeouts(sock, receive=_ANSWER_SECONDS)
         known = -1
@@ -210,7 +212,7 @@ class PerfClient:
 
 
 def connect(locator: Locator, context: ContextHandle | None = None) -> stdlib.socket:
-    """Return a connected, blocking socket with kernel timeouts.
+    """Return a blocking socket connected to ``locator``, with timeouts of the kernel.
 
     Raises OSError.
     """

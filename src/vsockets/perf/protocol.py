@@ -25,7 +25,7 @@ COUNT_SIZE = _COUNT.size
 
 
 class PerfProtocolError(ValueError):
-    """The peer does not speak this protocol, or exceeds a limit."""
+    """A message of the peer that violates this protocol, or a request above a limit."""
 
 
 class Job(enum.IntEnum):
@@ -46,7 +46,7 @@ class PerfRequest:
     milliseconds: int = 0  #: duration of a SOURCE
 
     def encode(self) -> bytes:
-        """Return the request's bytes."""
+        """Return the request as bytes."""
         return _REQUEST.pack(_MAGIC, self.job, self.size, self.milliseconds)
 
     @classmethod
@@ -86,7 +86,7 @@ class Header:
     number: int = 0  #: sequence number; in an answer to REPORT, the number of DATA received
 
     def encode(self, size: int = HEADER_SIZE) -> bytes:
-        """Return a datagram of ``size`` bytes."""
+        """Return a datagram of ``size`` bytes that begins with this header."""
         return _HEADER.pack(_MAGIC, self.kind, self.run, self.number).ljust(size, b"\0")
 
     @classmethod
@@ -104,12 +104,12 @@ class Header:
 
 
 def encode_count(count: int) -> bytes:
-    """Return the answer of a SINK."""
+    """Return the answer to a SINK, the number of bytes received, as bytes."""
     return _COUNT.pack(count)
 
 
 def decode_count(data: bytes) -> int:
-    """Parse the answer of a SINK.
+    """Return the number of bytes in the answer to a SINK.
 
     Raises PerfProtocolError.
     """
@@ -122,9 +122,9 @@ def decode_count(data: bytes) -> int:
 def set_timeouts(
     sock: socket.socket, receive: float = PERF_SILENCE_SECONDS, send: float = PERF_SILENCE_SECONDS
 ) -> None:
-    """Make ``sock`` blocking; calls that take longer, in seconds, raise BlockingIOError.
+    """Make ``sock`` blocking, with timeouts in seconds after which calls raise BlockingIOError.
 
-    These are timeouts of the kernel.  Python's own would add a poll() to every call, which the
+    The kernel implements these timeouts.  Python's own would add a poll() to every call, which the
     measurements would include.
     """
     sock.settimeout(None)

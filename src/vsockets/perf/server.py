@@ -1,4 +1,4 @@
-"""The server of measurements."""
+"""The server of ``vsock perf serve``, against which clients measure."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _BUFFER = max(MAX_DATAGRAM, 65_536)
 class PerfServer:
     """A server of measurements on any number of locators.
 
-    Each stream has a thread, from a bounded number: a client runs one measurement at a time.
+    Each stream is served by a thread; their number is bounded.
     """
 
     def __init__(self, locators: list[Locator], context: ContextHandle | None = None) -> None:
@@ -93,14 +93,14 @@ class PerfServer:
             threading.Thread(target=serve, daemon=True).start()
 
     def _watch(self, number: int, sock: stdlib.socket) -> None:
-        """Wake the thread that receives from ``sock`` once vsockd has ended."""
+        """Wait for vsockd's end, and then wake the thread that receives from ``sock``."""
         with self._lines[number] as line, contextlib.suppress(OSError):
             stdlib.socket.recv(line, 1)
             del self._lines[number]
             stdlib.socket.shutdown(sock, stdlib.SHUT_RDWR)
 
     def _open_again(self, number: int, locator: Locator) -> None:
-        """Listen again once another vsockd serves, unless the server is closed."""
+        """Listen on ``locator`` again once another vsockd serves, unless the server is closed."""
         if not self._closed.is_set():
             log.warning("%s: vsockd has ended", locator)
         self.listeners[number].close()

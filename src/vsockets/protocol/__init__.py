@@ -1,4 +1,4 @@
-"""The protocol between programs and vsockd, and other formats of messages, without I/O."""
+"""Message formats, without I/O: vsockd's control protocol, hybrid vsock, vsockmon records."""
 
 from .messages import (
     PADDING,

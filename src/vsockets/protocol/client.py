@@ -70,14 +70,15 @@ def _encode(
 
 
 def bind(address: tuple[int, int], *, sizes: BufferSizes, cookie: int) -> bytes:
-    """Request a port for the connection; vsockd fills in the wildcards of ``address``."""
+    """Return a request to bind the connection to ``address``; vsockd replaces wildcards."""
     return _encode(Op.BIND, local=address, sizes=sizes, cookie=cookie)
 
 
 def bind_datagram(address: tuple[int, int], *, unprivileged: bool = False) -> bytes:
-    """Request a port for a datagram socket.
+    """Return a request to bind a datagram socket to ``address``.
 
-    ``unprivileged``: the program has no CAP_NET_BIND_SERVICE, even if the sender has.
+    With ``unprivileged`` the program has no CAP_NET_BIND_SERVICE, although the process that sends
+    the request may have it.
     """
     return _encode(Op.BIND_DATAGRAM, flags=_UNPRIVILEGED if unprivileged else 0, local=address)
 
@@ -85,7 +86,7 @@ def bind_datagram(address: tuple[int, int], *, unprivileged: bool = False) -> by
 def bind_socket(
     address: tuple[int, int], *, sizes: BufferSizes, secret: int, unprivileged: bool = False
 ) -> bytes:
-    """Request a port for a stream or packet socket that is not connected to vsockd.
+    """Return a request to bind a stream or packet socket that is not connected to vsockd.
 
     The connection that sends the request holds the port.  A :func:`connect` with the same
     ``secret`` comes from that port.
@@ -95,7 +96,7 @@ def bind_socket(
 
 
 def listen(backlog: int, sizes: BufferSizes) -> bytes:
-    """Request new streams, with at most ``backlog`` of them not accepted yet."""
+    """Return a request for new streams, at most ``backlog`` of them not accepted yet."""
     return _encode(Op.LISTEN, backlog=backlog, sizes=sizes)
 
 
@@ -106,7 +107,7 @@ def connect(
     polling: bool = False,
     secret: int = 0,
 ) -> bytes:
-    """Request a stream to ``peer``.
+    """Return a request for a stream to ``peer``.
 
     With ``polling`` the bytes end with PADDING, so that the connection polls as not writable
     until vsockd has replied.  ``secret`` is that of :func:`bind_socket`, if the socket is bound.
@@ -121,45 +122,54 @@ def connect(
 
 
 def connect_from_guest(port: int, peer: tuple[int, int], sizes: BufferSizes) -> bytes:
-    """Request a stream from the guest's ``port`` (VMADDR_PORT_ANY: vsockd's choice) to ``peer``."""
+    """Return a device's request for a stream from the guest's ``port`` to ``peer``.
+
+    vsockd chooses the port if it is VMADDR_PORT_ANY.
+    """
     return _encode(Op.CONNECT, local=(VMADDR_CID_ANY, port), peer=peer, sizes=sizes)
 
 
 def update(sizes: BufferSizes) -> bytes:
-    """Report the buffer sizes that a listening socket gives its streams from now on."""
+    """Return a report of the buffer sizes for future streams of a listening socket."""
     return _encode(Op.UPDATE, sizes=sizes)
 
 
 def resize(size: int, *, cookie: int, inode: int) -> bytes:
-    """Report that an established stream's buffer now holds ``size`` bytes."""
+    """Return a report that an established stream's buffer now holds ``size`` bytes.
+
+    ``cookie`` and ``inode`` identify the stream's socket.
+    """
     return _encode(Op.RESIZE, sizes=(size, 0, 0), cookie=cookie, inode=inode)
 
 
 def route(destination: tuple[int, int]) -> bytes:
-    """Request a socket that sends to ``destination`` from the datagram socket sent along."""
+    """Return a request for a socket that sends to ``destination``.
+
+    The datagrams come from the datagram socket that is sent along with the request.
+    """
     return _encode(Op.ROUTE, local=_UNBOUND, peer=destination)
 
 
 def catch_all() -> bytes:
-    """Request the datagrams to all ports of the guest that no other socket is bound to."""
+    """Return a device's request for all datagrams to ports of its guest that are not bound."""
     return _encode(Op.CATCH_ALL)
 
 
 def query(*, cookie: int, inode: int = 0) -> bytes:
-    """Request the state of a socket.  The reply is ENOTCONN for a socket unknown to vsockd."""
+    """Return a request for the state of a socket; ENOTCONN if vsockd does not know the socket."""
     return _encode(Op.QUERY, cookie=cookie, inode=inode)
 
 
 def local_cid(peer_cid: int = 0, *, cookie: int = 0) -> bytes:
-    """Request the context's CID, and whether ``peer_cid`` trusts the program's sockets.
+    """Return a request for the context's CID, and whether ``peer_cid`` trusts the program.
 
-    ``cookie``: that of a bound socket, which stays as trusted as it was when it was bound.
+    With the ``cookie`` of a bound socket, the answer is that from the time of the bind.
     """
     return _encode(Op.LOCAL_CID, peer=(peer_cid, 0), cookie=cookie)
 
 
 def capture(cid: int, *, port: int, limit: int) -> bytes:
-    """Request a copy of the traffic of a guest's device.
+    """Return a request for a copy of the traffic of the device of guest ``cid``.
 
     At most ``limit`` bytes of each payload are copied, and only those of one ``port`` unless it is
     VMADDR_PORT_ANY.
@@ -170,9 +180,10 @@ def capture(cid: int, *, port: int, limit: int) -> bytes:
 def settle(
     local: tuple[int, int], peer: tuple[int, int], *, size: int = 0, error: int = 0
 ) -> bytes:
-    """Report the outcome of a :class:`PendingConnect`: its buffer size, or the errno it fails with.
+    """Return a device's report of the outcome of a :class:`PendingConnect`.
 
-    The client's descriptor is sent along when the connect has failed.
+    The outcome is the stream's buffer size in bytes, or the errno that the connect fails with.  If
+    it fails, the device sends the client's descriptor along.
     """
     return _encode(Op.SETTLE, local=local, peer=peer, backlog=error, sizes=(size, 0, 0))
 
@@ -181,7 +192,7 @@ def settle(
 
 
 def decode_reply(data: bytes) -> Record:
-    """Return vsockd's reply.
+    """Return the record in ``data``, vsockd's reply.
 
     Raises OSError with the errno that vsockd replied; ENETDOWN if the connection is closed;
     EPROTO if vsockd is of another version.
@@ -211,7 +222,7 @@ def missing_descriptor() -> OSError:
 class PendingConnect(NamedTuple):
     """A client's connect to the guest, for the device to establish or refuse.
 
-    The client's end of the stream comes with it.
+    The descriptor of the client's end of the stream comes with this message.
     """
 
     port: int  #: the guest's
@@ -222,7 +233,7 @@ class PendingConnect(NamedTuple):
 
 
 class CaptureStart(NamedTuple):
-    """The start of a capture.  The socket for its records comes with it."""
+    """The start of a capture; the descriptor of the socket for records comes with this message."""
 
     port: int  #: the only port captured, or VMADDR_PORT_ANY
     limit: int  #: bytes of each payload
@@ -237,7 +248,7 @@ class BufferResized(NamedTuple):
 
 
 class PortAvailability(NamedTuple):
-    """A port of the host that the guest can, or can no longer, connect to."""
+    """The start or the end of a guest's access to a port of the host."""
 
     port: int
     is_listening: bool

@@ -21,17 +21,20 @@ from ..model.address import LARGEST
 
 
 def ok_line(port: int) -> bytes:
-    """Return the device's reply; ``port`` is the connection's port on the host's side."""
+    """Return the device's reply to CONNECT; ``port`` is the port of the host's end."""
     return b"OK %d\n" % port
 
 
 def hyperkit_line(cid: int, port: int) -> bytes:
-    """Return the request to HyperKit's socket ``connect``, which has no reply."""
+    """Return the line that requests ``(cid, port)`` from HyperKit's socket; it has no reply."""
     return b"%08x.%08x\n" % (cid, port)
 
 
 def port_name(path: str, port: int) -> str:
-    """Return the unix socket for the host's ``port`` of a guest whose unix socket is ``path``."""
+    """Return the path of the unix socket that stands for the host's ``port``.
+
+    ``path`` is the guest's unix socket.
+    """
     return f"{path}_{port}"
 
 
@@ -78,13 +81,13 @@ class Line:
 
 
 class Connect(Line):
-    """The host's request, as the device reads it."""
+    """The parser of the host's request, ``CONNECT PORT``, used by the device."""
 
     word = b"CONNECT"
 
 
 class ClientHandshake(Line):
-    """The host's side of a connection to a guest's port.
+    """The host's request to connect to a guest's port, and the parser of the device's reply.
 
     The caller sends ``request``, then passes received bytes to :meth:`take` until ``port`` is set.
     ECONNRESET means that the guest's port has no listener.

@@ -32,9 +32,9 @@ _START = struct.pack("=I", MAGIC)
 _REQUEST_FIELDS = struct.Struct("=4xHHIIIIQQQQQQ")
 _RECORD_FIELDS = struct.Struct("=4xHHIIIIIIIIQQQ")
 
-#: Sent after a request by a client that polls instead of blocking.  It fills the send buffer, so
-#: that the socket polls as not writable until vsockd has read the padding, which it does last.  So
-#: POLLOUT means that the connect has completed, as it does for TCP.
+#: Bytes sent after a request by a client that polls instead of blocking.  They fill the send
+#: buffer, so that the socket polls as not writable until vsockd has read them, after it has
+#: replied.  POLLOUT then means that the connect has completed, as for TCP.
 PADDING = bytes(3072)
 
 
@@ -131,7 +131,7 @@ class Request(NamedTuple):
 
     @property
     def polling(self) -> bool:
-        """True if PADDING follows."""
+        """True if PADDING follows the request."""
         return self.flags & _POLLING != 0
 
     def sizes(self) -> BufferSizes:

@@ -27,7 +27,7 @@ _OWN = re.compile(r"[0-9a-f]{16}\.(?:\d+\.(?:\d+|all)|stream)\.\d+")
 
 
 def is_socket_name(name: str) -> bool:
-    """Return whether ``name`` is one that vsockd binds a program's own socket to."""
+    """Return whether ``name`` is that of a program's own socket, rather than of a route."""
     return bool(_OWN.fullmatch(name))
 
 
@@ -36,8 +36,8 @@ def encode_source(
 ) -> bytes:
     """Return the abstract name of a route from ``address``, for the vsockd of ``epoch``.
 
-    ``serial``, of 64 bits, makes it unique.  ``port`` is the destination port, if the receiving
-    socket has many.
+    ``serial``, of 64 bits, makes the name unique.  ``port`` is the destination port, if the
+    receiving socket has many.
     """
     name = b"\0vsock:%d:%d:%s:%x" % (*address, epoch.encode(), serial)
     return name if port is None else b"%s:%d" % (name, port)
@@ -53,7 +53,10 @@ def decode_source(name: object) -> tuple[int, int] | None:
 
 
 def decode_route(name: object) -> tuple[tuple[int, int] | None, int | None]:
-    """Return the source in a route's name, and the destination port; each None if missing."""
+    """Return the source ``(cid, port)`` in a route's name and the destination port.
+
+    Each is None if the name does not contain it.
+    """
     source = decode_source(name)
     if source is None:
         return None, None

@@ -50,15 +50,15 @@ def encode_header(
 
 
 class Captured(NamedTuple):
-    """One record.  An empty body marks the end of the capture."""
+    """A record of a capture.  An empty body marks the end of the capture."""
 
     nanoseconds: int  #: since 1970
-    missed: int  #: records before it that were dropped
+    missed: int  #: dropped records between the previous one and this one
     length: int  #: bytes of the complete body; the end of the payload may be cut off
     body: bytes  #: from the vsockmon header on
 
     def encode(self) -> bytes:
-        """Return the message."""
+        """Return the record as the bytes of one message."""
         return _FRONT.pack(*self[:3]) + self.body
 
     @classmethod

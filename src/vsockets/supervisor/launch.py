@@ -40,11 +40,11 @@ _LAST_STANDARD = 2
 #: Options of waitpid(): children that stop or continue, and all tracees.
 _WAIT_OPTIONS = os.WUNTRACED | os.WCONTINUED | WAIT_FOR_ALL
 
-#: A message between front and supervisor: its kind, and a signal or wait status.
-_MESSAGE = struct.Struct("=ci")
+#: A message between front and supervisor: its kind, and a signal, wait status or process group.
+MESSAGE = struct.Struct("=ci")
 #: From the program's process to the supervisor, and back: whether it can begin.
 _INSTALLED, _ERRNO = b"i", struct.Struct("=i")
-_STOPPED, _ENDED, _SIGNAL, _CONTINUED = b"S", b"E", b"K", b"C"
+STOPPED, ENDED, SIGNAL, CONTINUED = b"S", b"E", b"K", b"C"
 
 #: Signals that the front relays to the program; the others concern the front itself.
 _RELAYED = frozenset(signal.valid_signals()) - {
@@ -76,12 +76,14 @@ def launch(
     lease: int | None,
     device: bool,
     mechanism: Mechanism,
+    keeper: socket.socket | None = None,
 ) -> NoReturn:
     """Run a program, supervised, and end with its exit status or signal.
 
     ``become`` executes the program: it is called in the program's process, under the filter, and
     its exceptions are raised there.  ``lease`` is a descriptor to hold open until the last process
     of the program has ended.  With ``device``, stat() and access() find ``/dev/vsock``.
+    With ``keeper`` (see :func:`follow_program`), all that the program leaves is killed.
 
     Raises OSError in the program's process if it cannot be supervised.
     """
@@ -92,7 +94,7 @@ def launch(
     supervisor_pid = os.fork()
     if supervisor_pid:
         back.close()
-        _run_front(front, supervisor_pid)
+        follow_program(front, supervisor_pid, keeper)
     front.close()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     opens = not may_be_opened()
@@ -170,7 +172,7 @@ class _Program:
                 os.kill(self._front_pid, signal.SIGCONT)
             self._stopped = False
             if not os.WIFCONTINUED(status):
-                self.report(_ENDED, status)
+                self.report(ENDED, status)
                 if self._front is not None:
                     self._front.close()
                 self._front = None
@@ -192,7 +194,7 @@ class _Program:
         """Tell the front that a process is stopped, if it is the program's first."""
         if pid == self.pid:
             self._stopped = True
-            self.report(_STOPPED, 0)
+            self.report(STOPPED, 0)
 
     def on_front(self, events: int) -> None:
         """Handle a message of the front, or its end."""
@@ -203,10 +205,10 @@ class _Program:
             self._front = None
             self._signal(signal.SIGKILL)
             return
-        kind, number = _MESSAGE.unpack(message)
-        if kind == _SIGNAL:
+        kind, number = MESSAGE.unpack(message)
+        if kind == SIGNAL:
             self._signal(number)
-        elif kind == _CONTINUED and self._stopped:
+        elif kind == CONTINUED and self._stopped:
             self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
@@ -218,7 +220,7 @@ class _Program:
         """Send a message to the front, if it still runs."""
         if self._front is not None:
             with contextlib.suppress(OSError):
-                self._front.send(_MESSAGE.pack(kind, number))
+                self._front.send(MESSAGE.pack(kind, number))
 
 
 def _run_supervisor(
@@ -234,7 +236,7 @@ def _run_supervisor(
         with contextlib.suppress(OSError):  # a new group, for the front too
             os.setpgid(0, 0)
         children = _block_as_descriptor(signal.SIGCHLD)
-        program.report(_CONTINUED, 0)  # the new group exists
+        program.report(CONTINUED, 0)  # the new group exists
         installed, descriptors, _, _ = socket.recv_fds(starting, 1, 1)
         fds = {program.fileno(), starting.fileno(), children, *kept}
         _close_all_but(fds | set(descriptors))
@@ -270,7 +272,15 @@ def _run_supervisor(
 # The front
 
 
-def _run_front(channel: socket.socket, supervisor: int) -> NoReturn:
+def follow_program(
+    channel: socket.socket, group: int, keeper: socket.socket | None = None
+) -> NoReturn:
+    """Relay signals to a program, and end as the program does.
+
+    ``channel`` leads to the program's parent, and ``group`` is that process's group.  ``keeper``
+    leads to a process that outlives the program: when the program has ended, all children of this
+    process are killed, and the keeper receives the wait status and replies with the final one.
+    """
     wakeups, wakeup = socket.socketpair()
     wakeups.setblocking(False)
     wakeup.setblocking(False)
@@ -278,36 +288,51 @@ def _run_front(channel: socket.socket, supervisor: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, lambda number, frame: None)
     signal.set_wakeup_fd(wakeup.fileno())
-    _close_all_but({channel.fileno(), wakeups.fileno(), wakeup.fileno()})
+    kept = [channel, wakeups, wakeup] + ([keeper] if keeper else [])
+    _close_all_but({sock.fileno() for sock in kept})
     while True:
         ready, _, _ = select.select([channel, wakeups], [], [])
         if wakeups in ready:
             with contextlib.suppress(BlockingIOError, OSError):
                 for received in wakeups.recv(4096):
                     if received in _RELAYED:
-                        channel.send(_MESSAGE.pack(_SIGNAL, received))
+                        channel.send(MESSAGE.pack(SIGNAL, received))
         if channel not in ready:
             continue
         message = _receive(channel)
         if not message:
-            _kill_all_children()
-            _end_like(signal.SIGKILL)  # the program was killed, by the kernel or just now
-        _follow(channel, supervisor, *_MESSAGE.unpack(message))
+            kill_all_children()
+            # The program was killed, by the kernel or just now.
+            message = MESSAGE.pack(ENDED, signal.SIGKILL)
+        kind, value = MESSAGE.unpack(message)
+        if kind == ENDED and keeper is not None:
+            kill_all_children()
+            value = _end_keeper(keeper, value)
+        _follow(channel, group, kind, value)
 
 
-def _follow(channel: socket.socket, supervisor: int, kind: bytes, status: int) -> None:
+def _end_keeper(keeper: socket.socket, status: int) -> int:
+    """Report the wait status, and return the one to end with, when the keeper has cleaned up."""
+    with contextlib.suppress(OSError):
+        keeper.send(MESSAGE.pack(ENDED, status))
+        while message := _receive(keeper):
+            _, status = MESSAGE.unpack(message)
+    return status
+
+
+def _follow(channel: socket.socket, group: int, kind: bytes, status: int) -> None:
     """Do what the supervisor reports of the program: end, stop, or leave its process group."""
-    if kind == _ENDED:
+    if kind == ENDED:
         _end_like(status)
-    elif kind == _STOPPED:
+    elif kind == STOPPED:
         os.kill(os.getpid(), signal.SIGSTOP)
         with contextlib.suppress(OSError):
-            channel.send(_MESSAGE.pack(_CONTINUED, 0))
-    elif kind == _CONTINUED and os.getpid() != 1:
+            channel.send(MESSAGE.pack(CONTINUED, 0))
+    elif kind == CONTINUED and os.getpid() != 1:
         # Fails for a session leader, which then gets signals to the group twice.  Process 1 stays:
         # the kernel never ends a pid namespace whose process 1 is in another's process group.
         with contextlib.suppress(OSError):
-            os.setpgid(0, supervisor)
+            os.setpgid(0, group)
 
 
 def _end_like(status: int) -> NoReturn:
@@ -323,18 +348,19 @@ def _end_like(status: int) -> NoReturn:
     os._exit(os.WEXITSTATUS(status))
 
 
-def _kill_all_children() -> None:
-    """Kill the processes that a dead supervisor has left: they are this process's children now."""
+def kill_all_children(spared: int = 0) -> None:
+    """Kill this process's children, except one, and those that they leave (child subreaper)."""
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as children:
-            pids = [int(pid) for pid in children.read().split()]
+            pids = [int(pid) for pid in children.read().split() if int(pid) != spared]
+        if not pids:
+            return
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
+        for pid in pids:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 # Common to both
@@ -343,9 +369,9 @@ def _kill_all_children() -> None:
 def _receive(channel: socket.socket) -> bytes:
     """Return the next message, or nothing if the other side has ended."""
     try:
-        return channel.recv(_MESSAGE.size)
+        return channel.recv(MESSAGE.size)
     except ConnectionResetError:  # it ended with a message unread; its own last one follows
-        return channel.recv(_MESSAGE.size)
+        return channel.recv(MESSAGE.size)
 
 
 def _close_all_but(kept: Collection[int]) -> None:

@@ -128,7 +128,7 @@ class PrivateFabric:
     def guest(
         self, cid: int | None = None, *, name: str = "", owner: int | None = None, **settings: Any
     ) -> Attachment:
-        """Add a guest and return its context; without ``cid``, it gets a free one.
+        """Add a guest and return its context; without ``cid``, vsockd chooses an unused CID.
 
         Settings and errors are those of :meth:`vsockets.control.Control.add_context`.  With
         ``reserved_ports=True``, programs in the guest may bind ports below 1024, as in a virtual
@@ -139,12 +139,13 @@ class PrivateFabric:
     def popen(
         self, context: Attachment, arguments: Sequence[StrPath], **options: Any
     ) -> subprocess.Popen[Any]:
-        """Start an unmodified program in ``context``: its AF_VSOCK is the fabric's.
+        """Start an unmodified program in ``context``, whose AF_VSOCK sockets are the fabric's.
 
         ``options`` are those of :class:`subprocess.Popen`; ``env`` is the program's environment, to
-        which the fabric's variables are added.  The process ends when the program ends, with its
-        status, and passes signals on to it.  A program that still runs at the end of the fabric is
-        killed.  Needs the extra ``cli``, as ``vsock run`` does.
+        which the fabric's variables are added.  The returned process is a supervisor: it passes
+        signals on to the program, and ends with the program's exit status.  A program that still
+        runs at the end of the fabric is killed.  Needs the package's dependencies, as ``vsock run``
+        does.
         """
         options["env"] = self._environment(context, options.get("env"))
         process = subprocess.Popen(_supervised(context, arguments), **options)
@@ -164,8 +165,8 @@ class PrivateFabric:
     def environment(self, attachment: Attachment) -> dict[str, str]:
         """Return this process's environment for a child that uses the library in a context.
 
-        It is for programs that ``import vsockets``.  The AF_VSOCK of any other program would be the
-        machine's: start those with :meth:`popen`.
+        Only programs that ``import vsockets`` use the context.  Any other program would get the
+        machine's own AF_VSOCK: start it with :meth:`popen`.
         """
         return self._environment(attachment)
 

@@ -1,6 +1,6 @@
 """A private RabbitMQ cluster: real nodes on free ports of this machine, in a temporary directory.
 
-It uses the machine's installation of RabbitMQ, not a running instance: each cluster has its own
+The cluster uses the machine's installation of RabbitMQ, not a running instance, and has its own
 name server (epmd), cookie, configuration and data.
 """
 

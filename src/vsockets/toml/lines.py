@@ -26,7 +26,7 @@ _OTHER_VALUE = re.compile(r"[^,\]}\#\n]*")
 
 
 def line_of(lines: Mapping[Path, int], path: Path) -> int | None:
-    """Return the line of ``path``, or of its nearest parent with one; None without any."""
+    """Return the line of ``path``, or of its nearest parent with a known line; else None."""
     while path and path not in lines:
         path = path[:-1]
     return lines.get(path)
@@ -35,8 +35,8 @@ def line_of(lines: Mapping[Path, int], path: Path) -> int | None:
 def toml_lines(text: str) -> dict[Path, int]:
     """Return the line, from 1, of every key and every array element in ``text``.
 
-    A table's line is that of its header, or else of its first key.  An array of tables has the line
-    of its first header, and each of its elements the line of its own.
+    A table's line is that of its header or, without a header, of its first key.  An array of tables
+    has the line of its first header, and each element the line of the element's header.
     """
     return _Walk(text).lines
 
@@ -78,7 +78,7 @@ class _Walk:
         return table
 
     def _latest(self, path: Path) -> Path:
-        """Return ``path``, with the last index appended if it is an array of tables."""
+        """Return ``path``; append the latest element's index if it is an array of tables."""
         return (*path, self._elements[path] - 1) if path in self._elements else path
 
     def _pair(self, table: Path) -> None:
@@ -128,7 +128,7 @@ class _Walk:
             self._take(_OTHER_VALUE)
 
     def _note(self, path: Path, at: int, implied: bool = False) -> None:
-        """Record the line of ``path``; an ``implied`` one does not replace a recorded line."""
+        """Record the line of position ``at`` for ``path``; ``implied`` keeps a recorded line."""
         if not (implied and path in self.lines):
             self.lines[path] = bisect_right(self._ends, at) + 1
 

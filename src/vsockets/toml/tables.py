@@ -45,9 +45,9 @@ class ConfigurationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table of a file; or a JSON object, without ``file``.
+    """A table of a TOML file, or a JSON object that has no ``file``.
 
-    A missing key reads as None, or as an empty table.
+    A missing key has the value None; a missing table or array of tables is empty.
     """
 
     file: Path | None
@@ -56,12 +56,12 @@ class Table:
     values: Mapping[str, Any]
 
     def place(self, *inner: str | int) -> str:
-        """Return ``FILE:LINE`` of a value in this table, or without arguments of the table."""
+        """Return ``FILE:LINE`` of the value at ``inner`` in this table; by default of the table."""
         line = toml_lines.line_of(self.lines, self.path + inner)
         return f"{self.file}:{line or 1}"
 
     def error(self, problem: str, *inner: str | int) -> ConfigurationError:
-        """Return an error about a value in this table, or without ``inner`` about the table."""
+        """Return an error about the value at ``inner`` in this table; by default, the table."""
         path = self.path + inner
         key = ".".join(_spelled(name) for name in path if isinstance(name, str))
         if self.file is None:
@@ -182,7 +182,7 @@ def _syntax_error(path: Path, text: str, message: str) -> ConfigurationError:
 
 
 def one_of(choices: Iterable[str]) -> str:
-    """Return ``a, b or c``."""
+    """Return the choices as text: ``a, b or c``."""
     *most, last = choices
     return f"{', '.join(most)} or {last}" if most else last
 

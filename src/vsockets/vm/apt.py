@@ -44,7 +44,7 @@ class Unavailable(Exception):
 
 
 class Distribution(NamedTuple):
-    """A distribution's names for what is downloaded from it."""
+    """A distribution's names of its mirrors, keyring and kernel package."""
 
     name: str  #: as in /etc/os-release, and in the addresses of mirrors
     keys: str  #: the keyring that verifies its package indexes
@@ -85,7 +85,7 @@ def run(*command: str, folder: Path | None = None, **environment: str) -> str:
 
 @contextmanager
 def _locked(name: str) -> Iterator[None]:
-    """Hold the lock on the cached directory ``name``: only one process fills it."""
+    """Hold the lock on the cached directory ``name`` during the with block."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / f".{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -93,7 +93,7 @@ def _locked(name: str) -> Iterator[None]:
 
 
 def cached(name: str, fill: Callable[[Path], None]) -> Path:
-    """Return the cached directory ``name``, filled by ``fill`` if it is missing."""
+    """Return the cached directory ``name``; a missing one is created, and filled by ``fill``."""
     folder = CACHE / name
     with _locked(name):
         if not folder.exists():

@@ -20,11 +20,11 @@ _LAST_OUTPUT_SECONDS = 5.0
 
 @contextlib.contextmanager
 def console(sock: socket.socket, escape: Callable[[], object]) -> Iterator[Callable[[], None]]:
-    """Connect ``sock`` with standard input and output while the context lasts.
+    """Connect ``sock`` with standard input and output during the with block.
 
     On a terminal, all keys are sent to the guest except Ctrl-], which calls ``escape`` in a thread.
-    On exit, remaining output is shown and the terminal is restored.  The yielded function waits for
-    the end of the guest's output.
+    After the block, remaining output is shown and the terminal is restored.  The block gets a
+    function that waits for the end of the guest's output.
     """
     terminal = os.isatty(STDIN)
     # Threads, so that a stopped terminal blocks only the console.
@@ -43,7 +43,10 @@ def console(sock: socket.socket, escape: Callable[[], object]) -> Iterator[Calla
 
 @contextlib.contextmanager
 def _raw() -> Iterator[None]:
-    """Have the terminal pass on each key uninterpreted; output is processed as usual."""
+    """Make the terminal pass on each key uninterpreted during the with block.
+
+    Output is processed as usual.
+    """
     before = termios.tcgetattr(STDIN)
     mode = termios.tcgetattr(STDIN)
     mode[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON)

@@ -79,7 +79,7 @@ def _serve_pages(sock: Any, peer: tuple[int, int]) -> None:
 
 
 def serve_command(sock: Any, peer: tuple[int, int]) -> None:
-    """Run the command that a client requests on ``sock``, with its input and output there."""
+    """Run the command that a client requests on ``sock``, which is its input and output."""
     sock.settimeout(_REQUEST_SECONDS)
     request = json.loads(_read_line(sock))
     sock.settimeout(None)
@@ -90,7 +90,10 @@ def serve_command(sock: Any, peer: tuple[int, int]) -> None:
 
 
 def _read_line(sock: Any) -> bytes:
-    """Return the bytes up to the newline, and read no further: the rest is the command's input."""
+    """Return the bytes up to the newline.
+
+    Nothing after the newline is read, because it is the command's input.
+    """
     line = b""
     while len(line) < _REQUEST_MAX_BYTES:
         peeked = sock.recv(4096, stdlib.MSG_PEEK)

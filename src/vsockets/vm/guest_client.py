@@ -29,12 +29,12 @@ class GuestClient:
     """A guest that runs :mod:`vsockets.vm.guest_agent`."""
 
     def __init__(self, host: ContextHandle, cid: int) -> None:
-        """Address the guest ``cid`` from the host context ``host``."""
+        """Prepare to connect to guest ``cid`` from ``host``, the host's context."""
         self._host = host
         self.cid = cid
 
     def start(self, *command: str, size: os.terminal_size | None = None) -> Any:
-        """Run a command; return the socket that is its standard input, output and error.
+        """Start a command; return the socket that is its standard input, output and error.
 
         With ``size``, the command runs on a terminal of that size.
 
@@ -80,7 +80,7 @@ class GuestClient:
     def copy_out(self, source: str, destination: Path, progress: Progress, limit: int) -> None:
         """Copy the files below ``source`` in the guest to below ``destination``.
 
-        Nothing is written elsewhere: names that lead out are refused.
+        Nothing outside ``destination`` is written: names that lead out of it are refused.
 
         Raises OSError, also if the files have more than ``limit`` bytes.
         """
@@ -108,7 +108,7 @@ class GuestClient:
                     progress(done)
 
     def digest(self, folder: str) -> str:
-        """Return the digest of a directory in the guest, as :func:`digest` does of one here.
+        """Return the digest of a directory in the guest, computed as by :func:`digest`.
 
         Raises OSError.
         """

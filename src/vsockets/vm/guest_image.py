@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .apt import Suite, Unavailable, cached, run
 
-#: The guest's driver modules for each device; their dependencies are found.
+#: The guest's driver modules for each device, without the modules that they depend on.
 DRIVERS = {
     "vmci": ("vmw_vsock_vmci_transport",),
     "virtio": ("virtio_pci", "vmw_vsock_virtio_transport"),
@@ -41,7 +41,10 @@ class KernelImage:
         self.image = images[0]
 
     def modules(self, *names: str) -> dict[str, bytes]:
-        """Return the contents of modules, each after its dependencies, without built-in ones."""
+        """Return the contents of modules by name, each after those it depends on.
+
+        Modules that are built into the kernel are left out.
+        """
         found: dict[str, bytes] = {}
         for name in names:
             for needed, data in self._with_dependencies(name):
@@ -144,7 +147,7 @@ class Archive:
         self.add(name, mode, data)
 
     def finish(self) -> bytes:
-        """Return the archive."""
+        """Return the complete archive as bytes."""
         self.add("TRAILER!!!", 0)
         return b"".join(self._parts)
 
@@ -176,7 +179,7 @@ class Userland:
         self.modules = f"usr/lib/{found[0]}"  #: Python's module directory
 
     def add_to(self, archive: Archive) -> None:
-        """Add all files that a guest needs."""
+        """Add busybox, Python and their libraries to ``archive``."""
         for path in sorted(self.root.rglob("*")):
             name = guest_path(str(path.relative_to(self.root)))
             if name.startswith(_NOT_NEEDED) or (path.is_dir() and not path.is_symlink()):
@@ -193,7 +196,7 @@ class Userland:
 
 
 def add_directories(archive: Archive) -> None:
-    """Add empty directories, and the links to those below /usr."""
+    """Add a guest's empty directories, and links to the directories below /usr."""
     for folder in _FOLDERS:
         archive.add(folder, stat.S_IFDIR | 0o755)
     for link in _MERGED:

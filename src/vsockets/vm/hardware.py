@@ -1,6 +1,6 @@
 """Translation of a VMware machine's hardware to QEMU's.
 
-Hardware that QEMU cannot provide is listed by its key in the ``.vmx`` file; nothing is guessed.
+Hardware that QEMU cannot provide is reported with its key in the ``.vmx`` file, not replaced.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _disks(vmx: Vmx, folder: str, omitted: list[str]) -> list[Disk]:
 
 
 def _bus(vmx: Vmx, found: re.Match[str], omitted: list[str]) -> str:
-    """Return the controller of a disk: the one it has in VMware, or SATA if QEMU lacks that one."""
+    """Return a disk's controller in VMware, or "sata" if QEMU does not emulate it."""
     if found[2] in ("sata", "nvme"):
         return found[2]
     key = f"{found[1]}.virtualDev"

@@ -45,7 +45,7 @@ class LifeCycleAction(Enum):
 
     @property
     def is_for_qemu(self) -> bool:
-        """Return whether this is a command of QEMU's monitor."""
+        """True if this is a command of QEMU's monitor."""
         return self in (LifeCycleAction.STOP, LifeCycleAction.CONT, LifeCycleAction.QUIT)
 
 
@@ -57,7 +57,7 @@ _MIGRATING = ("setup", "active", "postcopy-active", "pre-switchover", "device")
 
 
 class _Side:
-    """The known state of one side and its outstanding requests."""
+    """The known state of one side (the context or QEMU) and its outstanding requests."""
 
     def __init__(self, runs: bool) -> None:
         self._runs = runs
@@ -67,7 +67,7 @@ class _Side:
 
     @property
     def will_run(self) -> bool:
-        """Return whether the side runs once all requests are carried out."""
+        """True if the side runs once all requests are carried out."""
         return self._outstanding[-1][1] if self._outstanding else self._runs
 
     def request(self, runs: bool) -> None:
@@ -91,10 +91,10 @@ class _Side:
 
 
 class LifeCycle:
-    """The state of both sides.  Each event method returns the requests that it causes."""
+    """The state of the context and QEMU.  Event methods return the requests that follow."""
 
     def __init__(self, context_runs: bool) -> None:
-        """Begin with a guest that does not run yet."""
+        """Begin before the guest's start; ``context_runs``: the context is not suspended."""
         self._context = _Side(context_runs)
         self._qemu = _Side(False)
         self._migrating = False

@@ -15,7 +15,7 @@ _EVENTS = ("STOP", "RESUME", "RESET", "MIGRATION", "SHUTDOWN")
 
 
 class LifecycleSync:
-    """The receiver of both sides' events, which carries out the requests of :class:`LifeCycle`."""
+    """A receiver of QEMU's and vsockd's events that carries out :class:`LifeCycle`'s requests."""
 
     def __init__(
         self, qmp: QMPClient, control: Control, cid: int, report: Callable[[str], None]

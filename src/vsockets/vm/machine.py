@@ -37,9 +37,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 async def forward_stderr(process: Process, name: str, report: Callable[[str], None]) -> None:
-    """Report the lines that a process writes to standard error.
+    """Call ``report`` with each line that a process writes to standard error.
 
-    A guest may cause them, so they are limited in rate like the log of other long-running programs.
+    A guest may cause such lines, so they are rate limited as the lines of logs are.
     """
     assert process.stderr is not None
     throttle = Throttle(LOG_LINES_PER_SECOND)
@@ -101,8 +101,9 @@ class RunningMachine:
     async def run(self) -> int:
         """Run the machine until the guest is off.
 
-        Returns the exit status: 0, or 128 plus the number of the signal that ended it.  Raises
-        MachineFailed.
+        Returns the exit status: 0, or 128 plus the number of the signal that ended this process.
+
+        Raises MachineFailed.
         """
         self._main = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
@@ -248,7 +249,7 @@ class RunningMachine:
 
 @contextlib.asynccontextmanager
 async def _terminated(process: Process) -> AsyncIterator[None]:
-    """Run the block, then end the process if it still runs."""
+    """Terminate ``process`` after the with block, if it still runs."""
     try:
         yield
     finally:
@@ -264,9 +265,9 @@ async def _terminated(process: Process) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def _start_timeout(name: str) -> AsyncIterator[None]:
-    """Run the block with the timeout for a start.
+    """Limit the time of the with block, which starts ``name``.
 
-    Raises MachineFailed.
+    Raises MachineFailed when the time is over.
     """
     try:
         async with asyncio.timeout(_START_SECONDS):
@@ -286,6 +287,6 @@ def _exit_text(process: Process) -> str:
 
 @contextlib.contextmanager
 def _short_folder() -> Iterator[Path]:
-    """Create a temporary directory with a path that is short enough for a unix socket in it."""
+    """Yield a temporary directory whose path leaves room for a unix socket's name."""
     with tempfile.TemporaryDirectory(prefix="vsock-vm-", dir="/tmp") as folder:
         yield Path(folder)

@@ -1,4 +1,4 @@
-"""A QEMU that supports a device: the machine's own, or one unpacked beside it."""
+"""Search for a QEMU that supports a device: installed, or unpacked below the cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ exec "$root/usr/lib64/ld-linux-x86-64.so.2" \
 
 
 class Requirement(NamedTuple):
-    """A device's requirements of QEMU."""
+    """The QEMU that a device needs."""
 
     driver: str  #: QEMU's name of its side of the device
     since: tuple[int, int]  #: the first version that has it
@@ -66,9 +66,9 @@ class Qemu(NamedTuple):
         return ".".join(map(str, self.version))
 
     def require(self, device: str) -> None:
-        """Check that QEMU supports ``device``.
+        """Require that this QEMU supports ``device`` (a key of REQUIREMENTS).
 
-        Raises QemuTooOld or QemuBroken.
+        Raises QemuTooOld or QemuBroken if it does not.
         """
         driver, required = REQUIREMENTS[device]
         if self.version < required:
@@ -100,9 +100,9 @@ def install_hint(device: str) -> str:
 
 
 def probe(path: str) -> Qemu:
-    """Return the version of a QEMU program.
+    """Return the program ``path`` with its version.
 
-    Raises QemuBroken.
+    Raises QemuBroken if the program does not report a version.
     """
     output = _output(path, "--version")
     found = re.search(r"version (\d+)\.(\d+)", output)
@@ -114,8 +114,8 @@ def probe(path: str) -> Qemu:
 def find(device: str, program: str | None = None, download: bool = False) -> Qemu:
     """Return a QEMU that supports ``device``.
 
-    It is ``program`` if given; else the one on the PATH; else the unpacked one, which ``download``
-    unpacks if it is missing.
+    The QEMU is ``program`` if given; else the one on the PATH; else the one unpacked below the
+    cache, which ``download`` permits to download.
 
     Raises QemuNotFound and Unavailable.
     """

@@ -141,7 +141,7 @@ def _disks(disks: tuple[Disk, ...]) -> Iterator[str]:
 
 
 def _quoted(value: str) -> str:
-    """Quote a value in one of QEMU's lists of options, where a comma separates values."""
+    """Return ``value`` with commas doubled, as QEMU's lists of options require."""
     return value.replace(",", ",,")
 
 
@@ -149,10 +149,10 @@ _NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 
 
 def domain_xml(device: str, path: str) -> str:
-    """Return XML that gives a domain the vSockets device whose process listens at ``path``.
+    """Return libvirt's XML for a vSockets device whose process listens at ``path``.
 
-    libvirt has no element for these devices, so the XML passes QEMU arguments, which needs the
-    namespace at the domain element.  It also shares the memory with the device.
+    libvirt has no element for these devices, so the XML passes arguments to QEMU, which needs the
+    namespace at the domain element.  The XML also shares the guest's memory with the device.
     """
     ElementTree.register_namespace("qemu", _NAMESPACE)
     domain = ElementTree.Element("domain", {"type": "kvm"})

@@ -141,9 +141,9 @@ class Vmx:
         return self.text("vmci0.domain")
 
     def require_vmci(self) -> None:
-        """Check that the machine has a VMCI device.
+        """Require that the machine has a VMCI device.
 
-        Raises VmxError.
+        Raises VmxError if it has none.
         """
         if "encryption.data" in self.values:
             raise self.error("encryption.data", "the file is encrypted, expected a plain one")
@@ -186,7 +186,7 @@ class Vmx:
         return _BOOLEANS[text.lower()]
 
     def error(self, key: str, problem: str) -> VmxError:
-        """Return an error about the value of a key, which its message contains."""
+        """Return an error about the value of ``key``; the message contains key, line and value."""
         line = self.lines.get(key.lower())
         found = "missing" if line is None else _quoted(self.text(key))
         return VmxError(self.name, line, key, f"{found}, {problem}")

@@ -78,7 +78,7 @@ class DatagramSocket(FabricSocket):
         raise error(errno.EOPNOTSUPP)
 
     def shutdown(self, how: int, /) -> None:
-        """Stop receiving (SHUT_RD, SHUT_RDWR), and discard the peer.
+        """Stop receiving (SHUT_RD, SHUT_RDWR), and forget the peer's address.
 
         As with Linux's AF_VSOCK, sendto() still works.  Raises OSError ENOTCONN without a peer.
         """
@@ -161,7 +161,7 @@ class DatagramSocket(FabricSocket):
         return (*received, self._read_source(name))
 
     def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0, /) -> Any:
-        """Receive one datagram, as ``socket.recvmsg_into`` does, with its ``(cid, port)``."""
+        """Receive a datagram, as ``socket.recvmsg_into`` does, with its source ``(cid, port)``."""
         _refuse_error_queue(flags)
         *received, name = _raw.recvmsg_into(self, buffers, ancbufsize, flags)
         return (*received, self._read_source(name))
@@ -215,7 +215,7 @@ class DatagramSocket(FabricSocket):
         return self._peer
 
     def _new_route(self, address: tuple[int, int]) -> stdlib.socket:
-        """Return a new route to ``address``, and close an old one."""
+        """Return a new route to ``address``; close its previous route."""
         old = self._routes.pop(address, None)
         if old is not None:
             old.close()

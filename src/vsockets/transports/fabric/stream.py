@@ -124,7 +124,7 @@ class StreamSocket(FabricSocket):
         return accepted, record[4:6]
 
     def _accept_token(self) -> Any:
-        """Return the data and ancillary data of vsockd's next connection to a named socket."""
+        """Return the data and ancillary data of the next connection to this named socket."""
         while True:
             fd, _ = self._accept()  # type: ignore[attr-defined]  # as socket.accept()
             with stdlib.socket(_UNIX, _raw_type(self), 0, fd) as token:
@@ -228,11 +228,11 @@ class StreamSocket(FabricSocket):
         return self.recvmsg_into(buffers, ancbufsize, flags)
 
     def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, None]:
-        """Return the data and None; the peer's address is that of getpeername()."""
+        """Receive data; return it and None, as the peer's address is that of getpeername()."""
         return self.recv(bufsize, flags), None
 
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, None]:
-        """Return the number of bytes and None."""
+        """Receive data into a buffer; return the number of bytes and None."""
         return self.recv_into(buffer, nbytes, flags), None
 
     def send(self, data: Any, flags: int = 0, /) -> int:
@@ -329,7 +329,7 @@ class StreamSocket(FabricSocket):
         _raw.setsockopt(self, SOL_SOCKET, SO_SNDBUF, 0)
 
     def _finish_connect(self) -> None:
-        """Receive vsockd's reply to a connect, which has arrived."""
+        """Receive vsockd's reply to a connect; the reply has already arrived."""
         polled = self._send_buffer
         if polled:
             # The kernel doubles the value, as room for its own headers.
@@ -405,7 +405,7 @@ class StreamSocket(FabricSocket):
 class EstablishedSocket(StreamSocket):
     """An established stream, with the C methods for data.
 
-    Its addresses are taken from vsockd's record when they are needed, which is rare.
+    The socket's addresses are decoded from vsockd's record when a program asks for them.
     """
 
     @property
@@ -477,7 +477,7 @@ def _refuse_error_queue(flags: int) -> None:
 
 
 def _refuse_out_of_band(flags: int) -> None:
-    """Refuse flags for which a unix stream would return data.  Raises OSError."""
+    """Raise OSError for MSG_ERRQUEUE and MSG_OOB, for which a unix stream would return data."""
     _refuse_error_queue(flags)
     _refuse_urgent(flags)
 

@@ -1,0 +1,191 @@
+"""``vsock fabric``: a command in a fabric that ends with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+import c_compiler
+from vsockets.cli.include_dir import INCLUDE
+from vsockets.testing import wait_until
+
+from .vsock import PATIENCE, PROGRAM, Vsock
+
+PROGRAMS = Path(__file__).parent / "programs"
+VSOCK = " ".join(PROGRAM)
+#: Prints the fabric's folder, leaves a process in the background, and waits.
+LEAVES = 'sleep 600 & echo "$! $VSOCKETS_DIR"; exec cat'
+SERVER = """
+import socket, subprocess, sys
+server = socket.socket(socket.AF_VSOCK)
+server.bind((socket.VMADDR_CID_ANY, 5000))
+server.listen()
+client = "import socket; s = socket.socket(socket.AF_VSOCK); s.connect((2, 5000)); s.send(b'x')"
+running = subprocess.Popen([*sys.argv[1:], "--", sys.executable, "-c", client])
+connection, (cid, _) = server.accept()
+print(cid, connection.recv(9).decode(), running.wait(), flush=True)
+sys.stdin.read()
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def left_by(line: str) -> tuple[int, Path]:
+    pid, folder = line.split()
+    return int(pid), Path(folder).parent
+
+
+@pytest.fixture
+def go(tmp_path: Path, alone: Vsock) -> Vsock:
+    """The command line where ``go test`` works in ``tmp_path``, without downloads."""
+    if shutil.which("go") is None:
+        pytest.skip("no go: apt install what .ci/run does")
+    shutil.copy(PROGRAMS / "agent_test.go", tmp_path)
+    (tmp_path / "go.mod").write_text("module agent\n")
+    alone.environment |= {
+        "CGO_ENABLED": "0",
+        "GOFLAGS": "-mod=mod",
+        "GOPROXY": "off",
+        "GOTOOLCHAIN": "local",
+        "GOCACHE": os.path.expanduser("~/.cache/vsockets/go-build"),
+        "VSOCK": VSOCK,
+    }
+    return alone
+
+
+def test_go_test_runs_with_an_agent_in_a_guest(go: Vsock, tmp_path: Path) -> None:
+    script = f"cd {tmp_path} && exec go test -count=1 -v"
+    done = go("fabric", "--", "sh", "-c", script, expect=None)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--- PASS: TestAgent" in done.stdout
+    assert "--- PASS: TestServed" in done.stdout
+    assert done.stderr == ""
+    go.environment["FAIL"] = "1"
+    in_guest = ("fabric", "--cid", "7", "--guest", "99", "--", "sh", "-c")
+    done = go(*in_guest, f"{script} -run Denied", expect=1)
+    assert "cannot connect: no route to host" in done.stdout
+    assert "denied: connect 7:any to 99:5000" in done.stderr
+
+
+def test_a_suite_in_c_runs_with_its_other_half_in_a_guest(tmp_path: Path, alone: Vsock) -> None:
+    suite = tmp_path / "suite"
+    c_compiler.compile_c(f"-I{INCLUDE}", "-o", suite, PROGRAMS / "suite.c")
+    done = alone("fabric", "--", suite, *PROGRAM, "run", "--cid", "3", "--")
+    assert (done.stdout, done.stderr) == ("3 ready\n", "")
+
+
+@pytest.mark.parametrize("interceptor", ["notify", "trace"])
+def test_the_other_side_runs_by_either_interceptor(alone: Vsock, interceptor: str) -> None:
+    alone.environment["VSOCKETS_INTERCEPTOR"] = interceptor
+    done = alone("fabric", sys.executable, "-c", SERVER, *PROGRAM, "run", "--cid", "4")
+    assert (done.stdout, done.stderr) == ("4 x 0\n", "")
+
+
+def test_parallel_runs_have_separate_fabrics(alone: Vsock) -> None:
+    """Each binds port 5000 of the host and holds it until all have it."""
+    command = ("fabric", sys.executable, "-c", SERVER, *PROGRAM, "run", "--cid", "4")
+    running = [alone.start(*command) for _ in range(3)]
+    assert [one.read_line() for one in running] == ["4 x 0"] * 3
+    for one in running:
+        one.finish()
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [("exit 7", 7), ("kill -TERM $$", -signal.SIGTERM), (f"{VSOCK} run sh -c 'exit 9'", 9)],
+)
+def test_status_is_the_commands_and_a_failure_shows_the_log(
+    alone: Vsock, script: str, status: int
+) -> None:
+    done = alone("fabric", "--", "sh", "-c", script, expect=status)
+    assert done.stderr.startswith("vsock: fabric: the command ended with ")
+    assert "vsockd's log:" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_leaves_nothing(alone: Vsock, number: signal.Signals) -> None:
+    running = alone.start("fabric", "--", "sh", "-c", LEAVES)
+    pid, folder = left_by(running.read_line())
+    running.process.send_signal(number)
+    assert running.process.wait(PATIENCE) == -number
+    if number is signal.SIGKILL:  # the others wait for all to be removed
+        wait_until(lambda: not folder.exists(), "the folder to be removed")
+    else:
+        assert not is_running(pid)
+        assert not folder.exists()
+
+
+def test_programs_left_in_a_guest_end_with_the_command(alone: Vsock) -> None:
+    script = f"{VSOCK} run --cid 3 sh -c 'sleep 600 >/dev/null & echo $! $VSOCKETS_DIR'"
+    pid, folder = left_by(alone("fabric", "--", "sh", "-c", script).stdout)
+    assert not is_running(pid)
+    assert not folder.exists()
+
+
+def test_signals_and_descriptors_reach_a_program_of_vsock_run(alone: Vsock, tmp_path: Path) -> None:
+    # The shell of the guest waits on descriptor 5, a pipe that nobody writes to.
+    agent = """trap "echo got; exit 9" TERM; echo in; read x <&5"""
+    script = f"""
+        mkfifo {{0}}; exec 5<>{{0}}
+        {VSOCK} run --cid 3 sh -c '{agent}' & read x; kill -TERM $!; wait $!; echo $?
+    """
+    running = alone.start("fabric", "--", "sh", "-c", script.format(tmp_path / "pipe"))
+    assert running.read_line() == "in"
+    running.write(b"\n")
+    assert [running.read_line() for _ in range(2)] == ["got", "9"]
+    running.finish()
+
+
+def test_a_hybrid_guest_is_reached_at_its_socket(alone: Vsock, tmp_path: Path) -> None:
+    path = tmp_path / "hybrid"
+    script = f"{VSOCK} run --cid 5 {VSOCK} listen any"
+    running = alone.start("fabric", "--guest", "6", "--hybrid", f"5={path}", "sh", "-c", script)
+    port = running.port()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(path))
+        client.sendall(b"CONNECT %d\n" % port)
+        assert client.recv(100).startswith(b"OK ")
+        client.sendall(b"hello\n")
+        assert running.read_line() == "hello"
+    running.finish()
+    assert not path.exists()
+
+
+def test_command_lines_that_cannot_be_run(alone: Vsock) -> None:
+    alone.fail(
+        ("fabric --hybrid 5 true", 2, "invalid guest and path: '5' (expected CID=PATH)"),
+        ("fabric --guest host true", 1, "cid: 2 is out of range"),
+        ("--dir /tmp fabric true", 2, "--dir has no effect"),
+    )
+    nested = alone("fabric", *PROGRAM, "fabric", "true", expect=1)
+    assert "vsock: vsock fabric within vsock fabric" in nested.stderr
+    missing = alone("fabric", "no-such-program", expect=127)
+    assert "vsock: no-such-program: No such file or directory\n" in missing.stderr
+
+
+def test_another_user_cannot_use_the_launcher(alone: Vsock) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    program = """if True:
+        import os, sys
+        import vsockets.cli.delegation, vsockets.cli.run  # nobody may be unable to read them
+        os.setgroups([])
+        os.setuid(65534)
+        sys.argv[1:] = ["run", "id"]
+        sys.exit(vsockets.cli.main())
+    """
+    done = alone("fabric", sys.executable, "-c", program, expect=1)
+    assert "vsock fabric does not answer" in done.stderr
+    assert done.stdout == ""
