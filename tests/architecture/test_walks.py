@@ -22,7 +22,7 @@ WALKS = {
 LONGEST = {
     "A stream's connect": 17,
     "A virtio packet": 8,
-    "A VMCI datagram": 13,
+    "A VMCI datagram": 10,
     "A supervised connect": 12,
 }
 

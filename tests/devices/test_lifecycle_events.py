@@ -10,8 +10,7 @@ import pytest
 
 import vsockets
 from vsockets.control import Events
-from vsockets.devices.client import ConnectRequest, DeviceClient
-from vsockets.devices.lifecycle_events import subscribe
+from vsockets.devices.client import ConnectRequest, DeviceClient, subscribe
 from vsockets.devices.loop import DeviceLoop
 from vsockets.model.buffers import BufferSizes
 from vsockets.testing import PrivateFabric, wait_until

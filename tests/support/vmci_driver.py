@@ -14,10 +14,19 @@ from vsockets.devices.capture import CaptureSink
 from vsockets.devices.client import ConnectRequest
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vfio_user import Irq, Region
-from vsockets.devices.vmci.datagrams import HEADER, LARGEST, Code, Datagram, Handle, Hypercall
 from vsockets.devices.vmci.device import MMIO_REGISTERS, Control, Register
 from vsockets.devices.vmci.machine import VmciMachine
-from vsockets.devices.vmci.packets import Kind, Packet, handle_value
+from vsockets.devices.vmci.packets import (
+    HEADER,
+    LARGEST,
+    Code,
+    Datagram,
+    Handle,
+    Hypercall,
+    Kind,
+    Packet,
+    handle_value,
+)
 from vsockets.model.buffers import BufferSizes
 from vsockets.protocol import Record, Role
 

@@ -41,7 +41,7 @@ from socket import (
     SOCK_STREAM,
     SOL_SOCKET,
 )
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .._linux.sockets import DESCRIPTOR_SPACE, descriptor_in, refuse_descriptors, with_descriptor
 from ..limits import MAX_DATAGRAM
@@ -56,6 +56,9 @@ from .limits import (
     DEVICE_VSOCKD_REPLY_TIMEOUT_SECONDS,
 )
 from .loop import READABLE, DeviceLoop
+
+if TYPE_CHECKING:
+    from ..control import Events  # the hybrid relay, which starts often, needs no events
 
 _RECEIVE_FLAGS = int(MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
 
@@ -482,3 +485,31 @@ def _refuse_descriptors(sock: socket.socket) -> None:
     """
     if sock.type != SOCK_SEQPACKET:
         refuse_descriptors(sock)
+
+
+#: Changes after which the guest's connections are reset, all at once.
+INTERRUPTIONS = ("resume", "migrate", "ft-on")
+
+
+def subscribe(
+    loop: DeviceLoop, fabric: DeviceClient, events: Events, on_event: Callable[[int, str], None]
+) -> None:
+    """Call ``on_event`` for each event: a context's CID, and the change (such as ``resume``).
+
+    The subscription ends when vsockd closes ``events``.  Pending events are handled before
+    ``fabric`` creates a stream, so that an interruption resets no stream that is opened after the
+    interruption.
+    """
+
+    def drain() -> None:
+        if not loop.watches(events.fileno()):
+            return
+        happened = events.take()
+        if happened is None:
+            loop.unwatch(events.fileno())
+            return
+        for event in happened:
+            on_event(event["cid"], event["change"])
+
+    loop.watch(events.fileno(), lambda readiness: drain())
+    fabric.drain_events = drain

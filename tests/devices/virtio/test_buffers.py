@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pytest
 
 from support.vmci_driver import StubFabric
-from vsockets.devices.loop import DeviceLoop
-from vsockets.devices.virtio.connection import ConnectionState, PendingTx, VirtioConnection
-from vsockets.devices.virtio.limits import (
+from vsockets.devices.limits import (
     VIRTIO_BUFFER_BYTES,
     VIRTIO_ENLARGED_BUFFER_MAX_BYTES,
     VIRTIO_ENLARGED_BUFFERS_MAX,
 )
+from vsockets.devices.loop import DeviceLoop
+from vsockets.devices.virtio.connection import ConnectionState, PendingTx, VirtioConnection
 from vsockets.devices.virtio.machine import VirtioMachine
 from vsockets.devices.virtio.packet import Type
 

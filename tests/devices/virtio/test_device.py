@@ -12,7 +12,7 @@ import pytest
 
 from support.virtio_guest import GuestStream, SimulatedGuest, accept, connect
 from vsockets._linux.sockets import refuse_descriptors
-from vsockets.devices.virtio.limits import VIRTIO_BUFFER_BYTES, VIRTIO_WAITING_RESETS_MAX
+from vsockets.devices.limits import VIRTIO_BUFFER_BYTES, VIRTIO_WAITING_RESETS_MAX
 from vsockets.devices.virtio.packet import (
     F_SEQPACKET,
     TRANSPORT_RESET,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.devices.virtio.limits import (
+from vsockets.devices.limits import (
     VIRTIO_BUFFER_BYTES,
     VIRTIO_KICK_DELAY_SECONDS,
     VIRTIO_PACKETS_PER_KICK_MAX,

@@ -10,10 +10,10 @@ import pytest
 from support.virtio_driver import GUEST_BASE, DriverRing, Memory
 from vsockets.devices.capture import CaptureSink
 from vsockets.devices.guest_memory import GuestMemory
+from vsockets.devices.limits import VIRTIO_USED_BATCH_PACKETS
 from vsockets.devices.loop import DeviceLoop
 from vsockets.devices.vhost_user import Vring
 from vsockets.devices.virtio.connection import VirtioConnection
-from vsockets.devices.virtio.limits import VIRTIO_USED_BATCH_PACKETS
 from vsockets.devices.virtio.packet import HEADER_SIZE, Header, Op
 from vsockets.devices.virtio.ring import SplitRing
 from vsockets.devices.virtio.tx import KickCoalescing, TransmitQueue, TxPoll

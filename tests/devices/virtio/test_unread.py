@@ -17,8 +17,8 @@ from collections import deque
 import pytest
 
 from support.virtio_guest import GuestStream, connect
+from vsockets.devices.limits import VIRTIO_BUFFER_BYTES, VIRTIO_PACKET_OVERHEAD_BYTES
 from vsockets.devices.virtio import device
-from vsockets.devices.virtio.limits import VIRTIO_BUFFER_BYTES, VIRTIO_PACKET_OVERHEAD_BYTES
 from vsockets.devices.virtio.packet import HEADER_SIZE, Op, Sequenced, Type
 from vsockets.testing.waiting import wait_until
 

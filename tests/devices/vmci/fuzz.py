@@ -14,8 +14,7 @@ from collections.abc import Callable
 
 from support.vmci_driver import CID, MEMORY, PAGE, SimulatedGuest
 from vsockets.devices.vfio_user import Region
-from vsockets.devices.vmci.datagrams import LARGEST, Handle, Hypercall
-from vsockets.devices.vmci.packets import Packet
+from vsockets.devices.vmci.packets import LARGEST, Handle, Hypercall, Packet
 
 #: Numbers at boundaries.
 EDGES = [

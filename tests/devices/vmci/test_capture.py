@@ -14,7 +14,7 @@ from capture.dissecting import (
     tapped,
 )
 from support.vmci_driver import CID, SimulatedGuest
-from vsockets.devices.vmci.datagrams import Handle
+from vsockets.devices.vmci.packets import Handle
 
 pytestmark = needs_tshark
 

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsockets.devices.vmci.datagrams import Handle
 from vsockets.devices.vmci.handshake import Accepting, Connecting
-from vsockets.devices.vmci.packets import Kind, Packet, handle_value
+from vsockets.devices.vmci.packets import Handle, Kind, Packet, handle_value
 from vsockets.model.buffers import BufferSizes
 
 HANDLE = Handle(3, 0x400)

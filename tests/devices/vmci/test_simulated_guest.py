@@ -14,11 +14,20 @@ import pytest
 
 from support.vmci_driver import CID, MEMORY, PAGE, SimulatedGuest
 from vsockets.devices.client import ConnectRequest
+from vsockets.devices.limits import VMCI_ATTACH_HOLD_SECONDS, VMCI_QUEUE_PAIRS_MAX
 from vsockets.devices.vfio_user import Region
-from vsockets.devices.vmci.datagrams import Code, Datagram, Event, Handle, Hypercall
 from vsockets.devices.vmci.device import Register
-from vsockets.devices.vmci.limits import VMCI_ATTACH_HOLD_SECONDS, VMCI_QUEUE_PAIRS_MAX
-from vsockets.devices.vmci.packets import Kind, Packet, Shutdown, handle_value
+from vsockets.devices.vmci.packets import (
+    Code,
+    Datagram,
+    Event,
+    Handle,
+    Hypercall,
+    Kind,
+    Packet,
+    Shutdown,
+    handle_value,
+)
 from vsockets.limits import MAX_DATAGRAM
 from vsockets.model.buffers import BufferSizes
 from vsockets.testing import wait_until

@@ -20,8 +20,8 @@ from ...limits import HYBRID_LINE_MAX_BYTES
 from ...protocol.hybrid import ClientHandshake
 from ...splice import SplicedPair, SplicePump
 from ..client import ConnectRequest, DeviceClient
+from ..limits import HYBRID_CONNECT_TIMEOUT_SECONDS, HYBRID_CONNECTIONS_MAX, HYBRID_RETRY_SECONDS
 from ..loop import DeviceLoop, Timer
-from .limits import HYBRID_CONNECT_TIMEOUT_SECONDS, HYBRID_CONNECTIONS_MAX, HYBRID_RETRY_SECONDS
 
 log = logging.getLogger(__name__)
 

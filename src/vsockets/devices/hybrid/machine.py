@@ -23,11 +23,10 @@ from ...eventloop.acceptor import Acceptor
 from ...limits import LISTEN_BACKLOG_MAX
 from ...model.constants import VMADDR_CID_HOST
 from ...protocol.hybrid import port_name
-from ..client import DeviceClient
-from ..lifecycle_events import subscribe
+from ..client import DeviceClient, subscribe
+from ..limits import HYBRID_PORTS_MAX
 from ..loop import DeviceLoop
 from .host_to_guest import Connector, Done, HostToGuest
-from .limits import HYBRID_PORTS_MAX
 
 log = logging.getLogger(__name__)
 

@@ -46,8 +46,8 @@ from socket import (
 )
 
 from ..guest_memory import push
+from ..limits import VIRTIO_WAITING_MESSAGES_MAX
 from .credit import ReceiveCredit, SendCredit
-from .limits import VIRTIO_WAITING_MESSAGES_MAX
 from .packet import Op, Sequenced, Shutdown, Type
 
 BOTH = int(Shutdown.RECEIVE | Shutdown.SEND)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from .limits import VIRTIO_MERGED_PACKET_MAX_BYTES, VIRTIO_PACKET_OVERHEAD_BYTES
+from ..limits import VIRTIO_MERGED_PACKET_MAX_BYTES, VIRTIO_PACKET_OVERHEAD_BYTES
 
 _MODULUS_BITS = 0xFFFF_FFFF
 _HALF = 1 << 31

@@ -14,10 +14,7 @@ from typing import Protocol
 
 from ..capture import CaptureSink
 from ..guest_memory import GuestMemory
-from ..loop import DeviceLoop
-from ..vhost_user import Vring
-from .connection import SOCKET_TYPES, VSOCK_TYPES, Action, ConnectionState, VirtioConnection
-from .limits import (
+from ..limits import (
     VIRTIO_BUFFER_BYTES,
     VIRTIO_CLOSE_TIMEOUT_SECONDS,
     VIRTIO_CONNECT_TIMEOUT_SECONDS,
@@ -27,6 +24,9 @@ from .limits import (
     VIRTIO_SMALL_BUFFER_BYTES,
     VIRTIO_WAITING_RESETS_MAX,
 )
+from ..loop import DeviceLoop
+from ..vhost_user import Vring
+from .connection import SOCKET_TYPES, VSOCK_TYPES, Action, ConnectionState, VirtioConnection
 from .packed_ring import PackedRing
 from .packet import CONFIGURATION, F_SEQPACKET, F_STREAM, TRANSPORT_RESET, Header, Op, Type
 from .ring import (

@@ -12,11 +12,10 @@ from ...control import Events
 from ...model.buffers import BufferSizes
 from ...protocol import RECORD_SIZE
 from ...protocol.client import decode_reply
-from ..client import ConnectRequest, DeviceClient
-from ..lifecycle_events import INTERRUPTIONS, subscribe
+from ..client import INTERRUPTIONS, ConnectRequest, DeviceClient, subscribe
+from ..limits import VIRTIO_ENLARGED_BUFFER_MAX_BYTES, VIRTIO_ENLARGED_BUFFERS_MAX
 from ..loop import DeviceLoop
 from .device import VirtioVsock
-from .limits import VIRTIO_ENLARGED_BUFFER_MAX_BYTES, VIRTIO_ENLARGED_BUFFERS_MAX
 
 log = logging.getLogger(__name__)
 

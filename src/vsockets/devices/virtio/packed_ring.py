@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 
 from ..guest_memory import BadAddress, GuestMemory
-from .limits import VIRTIO_CHAIN_DESCRIPTORS_MAX
+from ..limits import VIRTIO_CHAIN_DESCRIPTORS_MAX
 from .ring import (
     DESCRIPTOR,
     INDIRECT,

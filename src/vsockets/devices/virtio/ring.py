@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ..guest_memory import BadAddress, GuestMemory
-from .limits import VIRTIO_CHAIN_DESCRIPTORS_MAX
+from ..limits import VIRTIO_CHAIN_DESCRIPTORS_MAX
 
 # Feature bits of all virtio devices (virtio 1.3, chapter 6).
 F_RING_INDIRECT_DESC = 1 << 28

@@ -15,10 +15,9 @@ from socket import MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC
 
 from ..capture import CaptureSink
 from ..guest_memory import pull
-from ..limits import IO_VECTORS_MAX
+from ..limits import IO_VECTORS_MAX, VIRTIO_MERGED_PACKET_MAX_BYTES
 from .connection import BOTH, VirtioConnection
 from .credit import HALF_FULL_PACKET_BYTES
-from .limits import VIRTIO_MERGED_PACKET_MAX_BYTES
 from .packet import HEADER, HEADER_SIZE, Op, Sequenced, Shutdown, Type, record
 from .ring import Chain, Ring, RingError, total_length
 

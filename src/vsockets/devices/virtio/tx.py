@@ -12,11 +12,8 @@ from time import monotonic
 from typing import Protocol
 
 from ..capture import CaptureSink
-from ..limits import IO_VECTORS_MAX
-from ..loop import DeviceLoop, Timer
-from ..vhost_user import Vring
-from .connection import VirtioConnection
-from .limits import (
+from ..limits import (
+    IO_VECTORS_MAX,
     VIRTIO_BUFFER_BYTES,
     VIRTIO_KICK_DELAY_SECONDS,
     VIRTIO_PACKETS_PER_KICK_MAX,
@@ -24,6 +21,9 @@ from .limits import (
     VIRTIO_USED_BATCH_PACKETS,
     VIRTIO_USED_BATCH_SECONDS,
 )
+from ..loop import DeviceLoop, Timer
+from ..vhost_user import Vring
+from .connection import VirtioConnection
 from .packet import HEADER, HEADER_SIZE, Header, Op, Type, record
 from .ring import Ring, RingError, total_length
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..limits import VMCI_ATTACH_HOLD_SECONDS
 from ..loop import DeviceLoop
-from .limits import VMCI_ATTACH_HOLD_SECONDS
 from .packets import Kind
 
 #: Function that sends a control packet: its kind, value and offset.

@@ -31,8 +31,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from ...model.buffers import BufferSizes
-from .datagrams import Handle
-from .packets import Kind, Packet, Protocol, handle_value
+from .packets import Handle, Kind, Packet, Protocol, handle_value
 
 
 @dataclass(slots=True)

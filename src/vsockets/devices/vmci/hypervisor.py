@@ -14,20 +14,20 @@ from typing import Protocol
 
 from ...model.constants import VMADDR_CID_HYPERVISOR
 from ..guest_memory import BadAddress
+from ..limits import VMCI_DOORBELLS_MAX, VMCI_QUEUE_PAIR_MAX_BYTES, VMCI_QUEUE_PAIRS_MAX
 from . import packets
-from .datagrams import (
+from .device import VmciDevice
+from .packets import (
     LAST_HYPERCALL,
     Code,
     Datagram,
     Event,
     Handle,
     Hypercall,
+    Packet,
     context_event,
     queue_pair_event,
 )
-from .device import VmciDevice
-from .limits import VMCI_DOORBELLS_MAX, VMCI_QUEUE_PAIR_MAX_BYTES, VMCI_QUEUE_PAIRS_MAX
-from .packets import Packet
 from .queue_pair import QueuePair, page_count
 
 log = logging.getLogger(__name__)

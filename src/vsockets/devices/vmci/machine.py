@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ...control import Events
-from ..client import DeviceClient
-from ..lifecycle_events import INTERRUPTIONS, subscribe
+from ..client import INTERRUPTIONS, DeviceClient, subscribe
 from ..loop import DeviceLoop
 from .device import VmciDevice
 from .hypervisor import Hypervisor

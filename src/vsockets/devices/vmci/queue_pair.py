@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from ..guest_memory import BadAddress, GuestMemory, ScatterList
 from ..limits import IO_VECTORS_MAX
-from .datagrams import Handle
+from .packets import Handle
 
 _TAIL, _HEAD = 1, 2  #: 64-bit words of a header; word 0 is the handle
 _HEADER_BYTES = 24

@@ -34,9 +34,7 @@ from socket import SHUT_RD, SHUT_RDWR, SHUT_WR
 
 from ..capture import CaptureSink
 from ..guest_memory import pull, push
-from ..loop import DeviceLoop
-from .flow_control import QueueNotifications, QueueState, Send
-from .limits import (
+from ..limits import (
     VMCI_IDLE_QUEUE_POLLS_MAX,
     VMCI_NEXT_WRITE_POLL_SECONDS,
     VMCI_PUMP_ROUNDS_PER_TURN,
@@ -44,6 +42,8 @@ from .limits import (
     VMCI_REMINDER_SECONDS,
     VMCI_REPLY_POLL_SECONDS,
 )
+from ..loop import DeviceLoop
+from .flow_control import QueueNotifications, QueueState, Send
 from .packets import Kind, Shutdown
 from .queue_pair import BrokenQueue, QueuePair
 

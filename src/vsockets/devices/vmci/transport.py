@@ -16,20 +16,19 @@ from ...protocol import RECORD_SIZE
 from ...protocol.client import decode_reply
 from ...protocol.vsockmon import Operation
 from ..client import ConnectRequest, DeviceClient
-from ..loop import DeviceLoop, Timer
-from . import packets
-from .datagrams import HEADER, Code, Datagram, Handle
-from .flow_control import AttachOrdering
-from .handshake import Accepting, Connecting, Step
-from .hypervisor import Hypervisor
-from .limits import (
+from ..limits import (
     VMCI_CONNECT_WAIT_SECONDS,
     VMCI_HANDSHAKE_TIMEOUT_SECONDS,
     VMCI_PENDING_STREAMS_MAX,
     VMCI_QUEUE_PAIR_MAX_BYTES,
     VMCI_UNSENT_MAX_BYTES,
 )
-from .packets import Kind, Packet, operation_of
+from ..loop import DeviceLoop, Timer
+from . import packets
+from .flow_control import AttachOrdering
+from .handshake import Accepting, Connecting, Step
+from .hypervisor import Hypervisor
+from .packets import HEADER, Code, Datagram, Handle, Kind, Packet, operation_of
 from .queue_pair import QueuePair
 from .stream import Stream
 
