@@ -93,7 +93,7 @@ class Call:
         self.is_shielded = False  #: whether the handler awaits :meth:`shield`
 
     def integer(self, index: int) -> int:
-        """Return an argument of type ``int``."""
+        """Return the argument at ``index``, of C type ``int``."""
         low = self.arguments[index] & 0xFFFF_FFFF
         return low - (1 << 32) if low & 0x8000_0000 else low
 
@@ -199,18 +199,18 @@ class Call:
         return [(address, data[:room]), (size_at, _INT.pack(size))]
 
     def address_pieces(self, found: tuple[int, int], address: int, size_at: int) -> list[Piece]:
-        """Return the pieces to write for a struct sockaddr_vm; none if ``address`` is null."""
+        """Return the pieces to write for a struct sockaddr_vm; empty if ``address`` is null."""
         return self.value_pieces(pack_address(found), address, size_at) if address else []
 
     # Answers
 
     def answer(self, value: int) -> None:
-        """Return ``value``, or fail with a negative errno.  Raises CallInterrupted."""
+        """Let the call return ``value``, or fail with a negative errno.  Raises CallInterrupted."""
         self.answered = True
         self.services.interceptor.answer(self.intercepted, value)
 
     def conclude(self, value: int) -> None:
-        """Return ``value``, now or when the thread repeats the call."""
+        """Let the call return ``value``, now or when the thread repeats it after a signal."""
         self.answered = True
         self.services.interceptor.conclude(self.intercepted, value)
 

@@ -65,7 +65,7 @@ SCRATCH_SIZE = 4096
 
 
 class Place(Enum):
-    """The point at which a thread is stopped, or that it runs (see the module)."""
+    """The point at which a thread is stopped, or RUNNING; see the table in the module."""
 
     RUNNING = auto()
     AT_CALL = auto()
@@ -76,7 +76,7 @@ class Place(Enum):
 
 
 class Space:
-    """The memory that the threads of a process share, as far as it is known."""
+    """Addresses in the memory that the threads of one process share."""
 
     __slots__ = ("instruction", "scratch")
 
@@ -85,12 +85,12 @@ class Space:
         self.instruction = instruction  #: the address of an instruction that makes a call, or 0
 
     def copy(self) -> Space:
-        """Return what a forked process has."""
+        """Return a copy, for a forked process."""
         return Space(self.scratch, self.instruction)
 
 
 class StoppedThread:
-    """A traced thread, as far as injection is concerned."""
+    """A traced thread, and the state of its injected calls."""
 
     __slots__ = (
         "blocked",
@@ -134,12 +134,15 @@ class Injector:
     # Where a thread is
 
     def stopped_at_call(self, thread: StoppedThread, call: SystemCall) -> None:
-        """Note that a thread has stopped before a call."""
+        """Note that a thread has stopped before ``call``, which the kernel has not begun."""
         thread.place, thread.call, thread.saved = Place.AT_CALL, call, None
         thread.instruction = thread.space.instruction = call.instruction - len(self._ptrace.trap)
 
     def stopped_at_trap(self, thread: StoppedThread, call: SystemCall) -> bool:
-        """Note that a thread has stopped with the SIGSYS of a call; False if that is a forgery."""
+        """Note that a thread has stopped with the SIGSYS of ``call``.
+
+        Returns False if the program has sent itself that signal without making the call.
+        """
         registers = self._ptrace.registers(thread.number)
         if registers.instruction != call.instruction:
             return False
@@ -194,7 +197,7 @@ class Injector:
     # Injection
 
     def call(self, thread: StoppedThread, number: int, *arguments: int) -> int:
-        """Have a thread make a call; returns its result, a negative errno when it has failed."""
+        """Have a thread make the call ``number``; return its result, or a negative errno."""
         if thread.place is Place.AT_CALL:
             saved = thread.saved = self._registers(thread)
             self._block_signals(thread)
@@ -212,7 +215,7 @@ class Injector:
         return self._registers(thread).result
 
     def checked(self, thread: StoppedThread, number: int, *arguments: int) -> int:
-        """As :meth:`call`; OSError when the call has failed."""
+        """Have a thread make a call, as :meth:`call`; return its result.  Raises OSError."""
         result = self.call(thread, number, *arguments)
         if result < 0:
             raise OSError(-result, os.strerror(-result))
@@ -236,14 +239,17 @@ class Injector:
             self.call(thread, self._machine.close, copy)
 
     def scratch(self, thread: StoppedThread) -> int:
-        """Return the address of a page of ours in a thread's memory."""
+        """Return the address of the supervisor's page in a thread's memory; map it if need be."""
         if not thread.space.scratch:
             arguments = (0, SCRATCH_SIZE, _READ_WRITE, _PRIVATE_ANONYMOUS, _NO_DESCRIPTOR, 0)
             thread.space.scratch = self.checked(thread, self._machine.mmap, *arguments)
         return thread.space.scratch
 
     def write_scratch(self, thread: StoppedThread, data: bytes) -> int:
-        """Write to the page of ours; returns its address."""
+        """Write ``data`` to the supervisor's page in a thread's memory; return the page's address.
+
+        Raises OSError EFAULT.
+        """
         for _ in range(2):
             address = self.scratch(thread)
             if self._processes.write_some(thread.number, address, data) == len(data):
@@ -268,8 +274,10 @@ class Injector:
         self._release(thread)
 
     def sleep(self, thread: StoppedThread) -> None:
-        """Let a thread wait in the call that it has stopped at.  Its next stop is the end of that,
-        which :meth:`woken` is to be told of unless :meth:`rouse` comes first.
+        """Let a thread wait in the kernel, in place of the call that it has stopped at.
+
+        A signal ends the wait; the caller then calls :meth:`woken`, unless it has called
+        :meth:`rouse` before.
         """
         if thread.place is not Place.AT_CALL:
             self._return_to_call(thread)
@@ -283,16 +291,17 @@ class Injector:
         self._send_held(thread)
 
     def rouse(self, thread: StoppedThread) -> None:
-        """Stop a thread that sleeps.  If a signal has woken it already, that is still to come."""
+        """Stop a thread that sleeps.  It gets a signal that has woken it when it runs again."""
         self._request(self._ptrace.interrupt, thread)
         while self._next_stop(thread).event is not Event.SYSTEM_CALL:
             self._request(self._ptrace.resume_to_call, thread)
         thread.place = Place.AT_EXIT
 
     def woken(self, thread: StoppedThread, restarts: bool) -> None:
-        """Let the call of a thread that a signal has woken end as a call that a signal interrupts.
+        """Interrupt the call of a thread that a signal has woken from :meth:`sleep`.
 
-        With ``restarts`` it is made again, unless the signal has a handler without SA_RESTART.
+        With ``restarts`` the kernel makes the call again, unless the signal has a handler without
+        SA_RESTART; otherwise the call fails with EINTR.
         """
         registers = thread.saved
         assert registers is not None and thread.call is not None
@@ -315,7 +324,7 @@ class Injector:
     # Inside
 
     def _enter(self, thread: StoppedThread, number: int, arguments: tuple[int, ...]) -> None:
-        """Have a thread begin a call, at the instruction that has made its last one."""
+        """Have a thread enter the call ``number``, at an instruction that makes system calls."""
         assert thread.saved is not None
         registers = thread.saved.copy()
         registers.rewind_to(thread.instruction)
@@ -325,7 +334,7 @@ class Injector:
         assert stop.event is Event.SYSTEM_CALL, stop
 
     def _return_to_call(self, thread: StoppedThread) -> None:
-        """Bring a thread back to where its call begins."""
+        """Move a thread back to the stop before its call, from a later stop."""
         call, saved = thread.call, thread.saved
         assert call is not None and saved is not None
         self._block_signals(thread)
@@ -340,7 +349,7 @@ class Injector:
         thread.place, thread.saved = Place.AT_CALL, None
 
     def _run(self, thread: StoppedThread) -> Stop:
-        """Let a thread run to the next begin or end of a call; returns that stop."""
+        """Resume a thread until it enters or leaves a system call; return that stop."""
         while True:
             self._request(self._ptrace.resume_to_call, thread)
             stop = self._next_stop(thread)
@@ -355,7 +364,7 @@ class Injector:
                 thread.is_group_stopped = True
 
     def _abandon(self, thread: StoppedThread, number: int) -> None:
-        """Let a thread run that cannot make calls, with the signal that says why."""
+        """Resume a thread that cannot make calls, and deliver the fault ``number`` to it."""
         if thread.saved is not None:
             self._set_registers(thread, thread.saved)
         self._unblock_signals(thread)
@@ -459,7 +468,7 @@ class Injector:
 
     @staticmethod
     def _lost(thread: StoppedThread, error: OSError) -> BaseException:
-        """Return what to raise for a request that has failed: a tracee can be killed at a stop."""
+        """Return the exception for a failed request: CallInterrupted if the tracee was killed."""
         if not is_gone(error):
             return error
         thread.place = Place.RUNNING

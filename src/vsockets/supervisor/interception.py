@@ -21,7 +21,7 @@ from .scheduler import CoroutineScheduler
 
 
 class CallInterrupted(Exception):
-    """The call no longer waits: a signal interrupted it, or its process has ended."""
+    """A call that no longer waits: a signal interrupted it, or its process has ended."""
 
 
 class Interruption(Enum):
@@ -198,7 +198,7 @@ class Interceptor(Protocol):
 
     @property
     def is_running(self) -> bool:
-        """True until the last process that can make intercepted calls has ended."""
+        """True while a process is left that can make intercepted calls."""
 
 
 class Mechanism(Protocol):

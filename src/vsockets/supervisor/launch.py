@@ -142,7 +142,7 @@ class _Program:
         self._interceptor: Interceptor | None = None
 
     def fileno(self) -> int:
-        """Return the connection to the front."""
+        """Return the descriptor of the connection to the front."""
         assert self._front is not None
         return self._front.fileno()
 
@@ -178,7 +178,7 @@ class _Program:
                 self._front = None
 
     def _wait_status(self, options: int) -> tuple[int, int]:
-        """Return the next process to handle and its wait status, or 0 and 0."""
+        """Return the next process id to handle with its wait status; 0 and 0 without one."""
         if self._interceptor is not None and self._interceptor.unread:
             return self._interceptor.unread.popleft()
         try:
@@ -321,7 +321,7 @@ def _end_keeper(keeper: socket.socket, status: int) -> int:
 
 
 def _follow(channel: socket.socket, group: int, kind: bytes, status: int) -> None:
-    """Do what the supervisor reports of the program: end, stop, or leave its process group."""
+    """Follow the program, as the supervisor reports: end, stop, or leave its process group."""
     if kind == ENDED:
         _end_like(status)
     elif kind == STOPPED:
@@ -367,7 +367,7 @@ def kill_all_children(spared: int = 0) -> None:
 
 
 def _receive(channel: socket.socket) -> bytes:
-    """Return the next message, or nothing if the other side has ended."""
+    """Return the next message; empty if the other side has ended."""
     try:
         return channel.recv(MESSAGE.size)
     except ConnectionResetError:  # it ended with a message unread; its own last one follows
@@ -392,8 +392,9 @@ def _close_all_but(kept: Collection[int]) -> None:
 def _block_as_descriptor(number: int) -> int:
     """Block a signal, and return a descriptor that is readable when it is pending.
 
-    It must not interrupt the supervisor while that adds a descriptor to a program: the kernel would
-    let the program's call return 0, so that ``socket()`` would return standard input.
+    The signal is blocked because it must not interrupt the supervisor while the supervisor adds a
+    descriptor to a program: the kernel would let the program's ``socket()`` return 0, which is its
+    standard input.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [number])
     mask = (1 << number - 1).to_bytes(_SIGNAL_SET, "little")

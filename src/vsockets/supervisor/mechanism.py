@@ -31,7 +31,7 @@ Name = Literal["notify", "trace"]
 
 
 class Choice(NamedTuple):
-    """A mechanism, and why it was chosen."""
+    """A mechanism, its name, and the reason for its selection."""
 
     mechanism: Mechanism
     name: Name

@@ -61,7 +61,10 @@ class Message(NamedTuple):
         return b"".join(call.read(address, size) for address, size in self.vectors)
 
     def fill(self, data: bytes) -> list[Piece]:
-        """Return the pieces that write ``data`` to the buffers, cut to their size."""
+        """Return pieces, each ``(address, bytes)``, that write ``data`` to the buffers.
+
+        What exceeds the size of the buffers is left out.
+        """
         pieces: list[Piece] = []
         done = 0
         for address, size in self.vectors:
@@ -72,7 +75,7 @@ class Message(NamedTuple):
         return pieces
 
     def results(self, name_size: int, flags: int) -> list[Piece]:
-        """Return the pieces that set the struct's results: address size, no control data, flags."""
+        """Return pieces that set msg_namelen, msg_controllen (to 0) and msg_flags."""
         return [
             (self.at + _NAME_SIZE_AT, struct.pack("=I", name_size)),
             (self.at + _CONTROL_SIZE_AT, struct.pack("=Q", 0)),

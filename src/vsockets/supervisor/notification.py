@@ -100,7 +100,10 @@ class Listener:
             fcntl.ioctl(fd, _SET_FLAGS, _SYNCHRONOUS_WAKE_UP)
 
     def fileno(self) -> int:
-        """Return the descriptor: readable when a call waits, hung up when no process is left."""
+        """Return the listener's descriptor.
+
+        It is readable when a call waits, and hung up when no process is left under the filter.
+        """
         return self._fd
 
     def receive(self) -> InterceptedCall:
@@ -166,7 +169,7 @@ class Listener:
 
 
 class _KeptAnswer(NamedTuple):
-    """An answer that its thread may not have received: for when it repeats the call."""
+    """An answer kept for a thread that may repeat the call, because a signal came before it."""
 
     call: InterceptedCall
     value: int

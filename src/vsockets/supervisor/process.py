@@ -1,7 +1,7 @@
 """Access to supervised processes: memory, descriptors, credentials, signals.
 
-A process can change at any time, or end and leave its number to another.  What is read here is
-therefore only valid if the call that it was read for still waits *afterwards*
+A process can change at any time, or end and leave its number to another process.  Data read from a
+process are therefore only valid if the system call being served still waits *afterwards*
 (:meth:`.interception.Interceptor.is_waiting`).
 """
 
@@ -97,7 +97,10 @@ class Processes:
         return ctypes.string_at(buffer, count)
 
     def write_some(self, pid: int, address: int, data: bytes) -> int:
-        """Write to its memory; returns how many bytes could be written.  OSError."""
+        """Write ``data`` to a process's memory at ``address``; return the number of bytes written.
+
+        Fewer than all, or 0, were written where memory is not mapped.  Raises OSError.
+        """
         buffer = ctypes.create_string_buffer(data, len(data))
         self._local.base, self._local.length = ctypes.addressof(buffer), len(data)
         self._remote.base, self._remote.length = address, len(data)
@@ -137,7 +140,7 @@ class Processes:
 
     @staticmethod
     def arguments_of(pid: int) -> tuple[int, ...]:
-        """Return the arguments of the system call that a thread waits in.
+        """Return the six arguments of the system call that thread ``pid`` waits in.
 
         Raises OSError EAGAIN if it does not wait in one.
         """
@@ -160,7 +163,7 @@ class Processes:
             return ""
 
     def numbers_of(self, pid: int, inode: int) -> list[int]:
-        """Return the descriptors of a process that are the socket with this inode."""
+        """Return the numbers of a process's descriptors of the socket with this inode."""
         link = f"socket:[{inode}]"
         try:
             numbers = sorted(map(int, os.listdir(f"/proc/{pid}/fd")))
@@ -190,7 +193,10 @@ class Processes:
         return copy
 
     def _pidfd(self, pid: int) -> tuple[int, bool]:
-        """Return a pidfd, and whether it is kept; otherwise the caller closes it."""
+        """Return a pidfd of a thread, and whether it is kept for later calls.
+
+        The caller closes one that is not kept.
+        """
         kept = self._pidfds.get(pid)
         if kept is not None:
             return kept, True
@@ -213,9 +219,9 @@ class Processes:
         return int(_status(pid, b"Tgid:")[0])
 
     def shut_down(self, inode: int) -> bool:
-        """Shut down the socket with this inode, if a process that /proc gives access to has it.
+        """Shut down the socket with this inode, if a process has it whose /proc/PID/fd is readable.
 
-        Returns whether one has.
+        Returns whether the socket was found and shut down.
         """
         link = f"socket:[{inode}]"
         for pid in filter(str.isdecimal, os.listdir("/proc")):
@@ -239,7 +245,7 @@ class Processes:
     # Credentials
 
     def credentials(self, pid: int) -> tuple[int, int, int]:
-        """Return a thread's process, effective user and effective group.  Raises OSError."""
+        """Return a thread's process id, effective user and group.  Raises OSError."""
         folder = os.stat(f"/proc/{pid}")  # has the effective user
         known = self._process_of.get(pid)
         if known is None or known[0] != folder.st_ino:
@@ -262,7 +268,7 @@ class Processes:
     # Signals and messages
 
     def has_signal(self, pid: int) -> bool:
-        """Return whether a signal has woken a thread, waiting in a call, and is still pending.
+        """Return whether a signal has woken a thread from its call and has not been delivered yet.
 
         False if the kernel denies access.
         """
@@ -281,7 +287,7 @@ class Processes:
         return False
 
     def _is_asleep(self, pid: int) -> bool:
-        """Return whether a thread sleeps; a signal that has woken it ends that."""
+        """Return whether a thread sleeps, which it no longer does once a signal has woken it."""
         stat = self._stats.get(pid)
         if stat is not None:
             try:
@@ -304,7 +310,7 @@ class Processes:
 
     @staticmethod
     def executable(pid: int) -> str:
-        """Return the path of a process's program, quoted as it may hold any character."""
+        """Return the path of a process's program in quotes, with special characters escaped."""
         try:
             return repr(os.readlink(f"/proc/{pid}/exe"))
         except OSError:
@@ -339,7 +345,7 @@ def _sleeps(stat: int) -> bool:
 
 
 def write_memory(memory: int, address: int, data: bytes) -> bool:
-    """Write to the memory of a process; return False if that has been released.
+    """Write ``data`` to ``memory``, an open ``/proc/PID/mem``; return False if no byte was written.
 
     Raises OSError EFAULT unless all of ``data`` could be written.
     """

@@ -76,7 +76,7 @@ Resume = Callable[[bool], None]
 
 
 def _ignore(events: int) -> None:
-    """Do nothing: no descriptor is watched directly."""
+    """Ignore events; the callback while no descriptor is watched directly."""
 
 
 class CoroutineScheduler:

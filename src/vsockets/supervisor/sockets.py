@@ -123,16 +123,16 @@ class Endpoint:
 
     @property
     def served(self) -> Served | None:
-        """Return the class of its data calls if they are served, or None."""
+        """The class of the socket's data calls if the supervisor serves them, or None."""
         return SERVED.get(self.type)
 
     @property
     def is_datagram(self) -> bool:
-        """Return whether it is a datagram socket."""
+        """True for a datagram socket."""
         return self.type == SOCK_DGRAM
 
     def establish(self, record: Record) -> None:
-        """Become the established stream of ``record``, which holds the port from then on."""
+        """Enter the state CONNECTED, with the addresses and sizes of vsockd's ``record``."""
         if self.holder is not None:
             self.holder.close()
             self.holder = None
@@ -216,7 +216,7 @@ class Routes:
         self._routes: OrderedDict[tuple[int, tuple[int, int]], _socket.socket] = OrderedDict()
 
     def find(self, source: Endpoint, destination: tuple[int, int]) -> _socket.socket | None:
-        """Return the route, or None if it is not kept."""
+        """Return the socket that sends from ``source`` to ``destination``, if it is kept."""
         key = source.cookie, destination
         route = self._routes.get(key)
         if route is not None:

@@ -100,7 +100,9 @@ class Supervisor:
             self.scheduler.poll()
 
     def begin(self, pid: int, begun: Callable[[OSError | None], None]) -> None:
-        """Prepare for the first process, which waits in a system call: it may inherit sockets.
+        """Start supervising the first process ``pid``, which waits in a system call.
+
+        Sockets that it inherits are recognised first.
 
         ``begun`` is called when it can go on, with an error if it cannot be supervised.
         """
@@ -134,7 +136,7 @@ class Supervisor:
         begun(None)
 
     def _run(self, coroutine: Coroutine[Wait, bool, None], value: bool | None = None) -> None:
-        """Run a coroutine that serves no call."""
+        """Resume a coroutine that serves no call; ``value`` is the result of its last wait."""
         try:
             wait = coroutine.send(value)  # type: ignore[arg-type]  # None begins
         except StopIteration:
@@ -144,7 +146,7 @@ class Supervisor:
     # Calls
 
     def _serve(self, intercepted: InterceptedCall) -> None:
-        """Serve a call, or begin to."""
+        """Serve a call, or start the coroutine that serves it."""
         try:
             self._dispatch(intercepted)
         except CallInterrupted:
@@ -264,7 +266,10 @@ class Supervisor:
     # Sockets
 
     async def _recognise(self, call: Call, inode: int, serve: SocketHandler) -> Answer:
-        """Serve a call on a socket seen for the first time, which another process may have made."""
+        """Serve a call on a socket that the supervisor sees for the first time.
+
+        A process that is not supervised may have made it.
+        """
         endpoint = None
         with contextlib.suppress(OSError):
             fd = self.interceptor.duplicate(call.pid, call.integer(0))
@@ -332,4 +337,4 @@ class Supervisor:
 
 
 def _always() -> None:
-    """Check nothing: the process waits for the supervisor."""
+    """Accept the identity of a socket: its process waits for the supervisor and cannot change."""

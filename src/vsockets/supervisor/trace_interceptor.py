@@ -104,11 +104,11 @@ class Process:
         self.threads: set[int] = set()
 
     def covers(self, kind: Served, number: int) -> bool:
-        """Return whether data calls on descriptors of this number are intercepted."""
+        """Return whether data calls on this descriptor are intercepted, for sockets of ``kind``."""
         return any(first <= number < end for first, end in self.covered[kind])
 
     def kind_of(self, number: int) -> Served | None:
-        """Return the kind of sockets for which they are."""
+        """Return the kind of sockets for which data calls on this descriptor are intercepted."""
         return next((kind for kind in Served if self.covers(kind, number)), None)
 
 
@@ -127,7 +127,10 @@ class Thread(StoppedThread):
 
 
 class TraceInterceptor:
-    """The supervisor's half.  Its methods must be called by the thread that has made it."""
+    """The supervisor's half of interception by ptrace.
+
+    Linux allows ptrace requests only from the tracer's thread, which is the one that created this.
+    """
 
     def __init__(self, surroundings: Surroundings) -> None:
         self._machine: Architecture = surroundings.architecture
@@ -149,12 +152,12 @@ class TraceInterceptor:
 
     @property
     def is_running(self) -> bool:
-        """True while processes are left that can make intercepted calls."""
+        """True while a process is left that can make intercepted calls."""
         # A new child is not known before its first stop, and its parent may have ended by then.
         return bool(self._threads) or not self._has_begun or has_children()
 
     def close(self) -> None:
-        """Close its descriptors.  Call it after the last traced process has ended."""
+        """Close the interceptor's descriptors, after the last traced process has ended."""
         self._descriptors.close()
 
     # One call
@@ -243,7 +246,7 @@ class TraceInterceptor:
 
     @contextlib.contextmanager
     def _stopped(self, thread: Thread):  # type: ignore[no-untyped-def]
-        """Have a thread stopped that may be running, for as long as this lasts."""
+        """Keep a thread stopped, which may be running, until the ``with`` statement ends."""
         if thread.place is not Place.RUNNING:
             yield
             return
@@ -517,7 +520,7 @@ class TraceInterceptor:
         return process
 
     def _adopt(self, number: int) -> Thread:
-        """Take a thread that a tracee has made, and that stops for the first time."""
+        """Add a thread that a tracee has created, at its first stop."""
         process_id = number
         if number not in self._inherited:
             with contextlib.suppress(OSError):
@@ -544,7 +547,7 @@ class TraceInterceptor:
             return True
 
     def _on_exec(self, thread: Thread) -> None:
-        """All other threads of the process have ended, and the one that is left has its number."""
+        """Forget the other threads, which exec has ended; ``thread`` has the process's number."""
         for number in list(thread.process.threads):
             if number != thread.number:
                 self._forget(number)
@@ -566,7 +569,7 @@ class TraceInterceptor:
             self._by_process.pop(process.number, None)
 
     def _interrupt(self, thread: Thread) -> None:
-        """End the call that a thread has stopped at: it can have no answer."""
+        """Give up the call that a thread has stopped at, and tell its handler."""
         thread.intercepted = None
         if thread.timer:
             self._scheduler.cancel(thread.timer)

@@ -1,9 +1,9 @@
 """Descriptors passed between the supervisor and a stopped thread, by SCM_RIGHTS.
 
-``pidfd_getfd(2)`` would be simpler in one direction, and nothing is there in the other, but for
-the kernel's notification.  Containers forbid it, and allow all that is needed here: the thread
-makes a unix datagram socket, sends its descriptor from it to a socket of the supervisor's, or
-receives one on it, and closes it again.  These are injected calls.
+Containers forbid ``pidfd_getfd(2)``, the simpler way to take a descriptor, and no system call gives
+one to another process.  They allow all that is needed here: by injected calls the thread makes a
+unix datagram socket, sends its descriptor from it to a socket of the supervisor's, or receives one
+on it, and closes it again.
 
 While the socket is open, for some ten microseconds, other threads of the process could see it.  It
 has the lowest free number, and the descriptor that the thread is given takes its place, so POSIX's
@@ -81,7 +81,7 @@ class TraceeDescriptors:
         self._inbox.close()
 
     def take(self, thread: StoppedThread, fd: int) -> int:
-        """Return a copy of a stopped thread's descriptor.  OSError EBADF."""
+        """Return a copy of a stopped thread's descriptor.  Raises OSError EBADF."""
         if self._may_get:
             try:
                 return self._processes.duplicate(thread.number, fd)
@@ -114,7 +114,7 @@ class TraceeDescriptors:
         return self._injector.checked(thread, self._machine.socket, AF_UNIX, _INTERNAL, 0)
 
     def _fill(self, thread: StoppedThread, channel: int, fd: int) -> None:
-        """Put a message with ``fd`` into the channel's queue."""
+        """Queue a message with a copy of ``fd`` on the thread's socket ``channel``."""
         if self._may_get:
             copy = self._processes.duplicate(thread.number, channel)
         else:
@@ -157,7 +157,10 @@ class TraceeDescriptors:
     def _write_message(
         self, thread: StoppedThread, name: bytes, control: bytes, control_size: int
     ) -> int:
-        """Write a struct msghdr and what belongs to it; returns its address."""
+        """Write a struct msghdr, and all that it points to, to a thread's memory.
+
+        Returns its address.
+        """
         at = self._injector.scratch(thread)
         while True:
             data = bytearray(_CONTROL_AT + _CONTROL.size)
@@ -177,7 +180,7 @@ class TraceeDescriptors:
             _close(descriptors)
 
     def _messages(self) -> Iterator[tuple[int, list[int]]]:
-        """Take what has been sent to the supervisor: the sender's process, and descriptors."""
+        """Receive messages to the supervisor; yield the sender's process id and the descriptors."""
         while True:
             try:
                 _, control, _, _ = self._inbox.recvmsg(1, _INBOX_CONTROL, _TAKE)
@@ -198,7 +201,7 @@ def _close(descriptors: list[int]) -> None:
 
 
 def _may_get(processes: Processes) -> bool:
-    """Return whether ``pidfd_getfd(2)`` is there, which containers forbid."""
+    """Return whether ``pidfd_getfd(2)`` works, which containers forbid."""
     try:
         os.close(processes.duplicate(os.getpid(), 0))
     except OSError as error:

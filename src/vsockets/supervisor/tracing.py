@@ -114,11 +114,14 @@ class _Process:
 
 
 def _nothing() -> None:
-    """Do nothing: no call is waiting."""
+    """Ignore an interruption; the callback while no call is waiting."""
 
 
 class Tracer:
-    """All tracees of this process.  To be used by the thread that has created it alone."""
+    """All tracees of this process.
+
+    Linux allows ptrace requests only from the tracer's thread, which is the one that created this.
+    """
 
     def __init__(
         self,
@@ -319,7 +322,7 @@ class Tracer:
             self._ptrace.interrupt(thread.number)
 
     def _on_awake(self, thread: Tracee) -> None:
-        """Finish the call that a thread has slept for: ppoll() has ended."""
+        """Interrupt or answer the call of a thread whose ppoll(), made in its place, has ended."""
         call, registers = thread.call, thread.asleep
         assert call is not None and registers is not None
         value, again = thread.answer, thread.again

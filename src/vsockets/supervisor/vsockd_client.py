@@ -207,7 +207,10 @@ async def receive_record(
 
 
 def take_record(sock: _socket.socket) -> tuple[Record, int | None]:
-    """Return what :func:`receive_record` does, at once.  Raises OSError EAGAIN without a reply."""
+    """Return vsockd's reply, and the descriptor received with it, if they have arrived.
+
+    Raises OSError; EAGAIN if no reply has arrived.
+    """
     return receive_reply(sock, _TAKE)
 
 
