@@ -8,8 +8,14 @@ export VSOCKETS_TRANSPORT = fabric
 
 .PHONY: demo test bench debian-package exhaustion test-arm64 test-containers release clean test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
-demo: .venv/ready
+# What a user needs, and no more.
+demo: .venv/usable
 	$(BIN)/vsock demo
+	@echo
+	@echo "vsock is $(CURDIR)/$(BIN)/vsock, and on the PATH after:  . $(BIN)/activate"
+	@echo "Then, for instance:  vsock fabric -- go test ./...      (or cargo test, a C suite; docs/testing.md)"
+	@echo "                     vsock run --cid 3 -- ./your_agent  (any program, in guest 3; docs/run.md)"
+	@echo "Tests with pytest:   pip install pytest                 (the fixture is vsock_fabric)"
 
 # Each part runs whatever becomes of the others; it fails if one of them does.
 test: .venv/ready
@@ -65,10 +71,14 @@ clean:
 	rm -rf .venv .venv-release .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/ready: pyproject.toml
+.venv/usable: pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	{ echo "needs Python 3.11 or newer with venv: apt install python3-venv (an older default: apt install python3.11-venv; make PYTHON=python3.11)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --no-compile --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/ready: .venv/usable
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	# pyfuse3 is compiled: for who has libfuse3-dev, pkg-config and python3-dev.
 	! pkg-config --exists fuse3 2>/dev/null || \
