@@ -41,9 +41,8 @@ def test_example_of_readme(tmp_path: Path) -> None:
     """The agent does not use this package; its AF_VSOCK must be the fabric's."""
     pytest.importorskip("click", reason="vsock needs click")
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    start = readme.index("def test_my_agent(")
-    example = readme[start : readme.index("```", start)]
-    (tmp_path / "test_example.py").write_text(f"import vsockets\n\n{example}")
+    example = readme.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "test_example.py").write_text(example)
     agent = tmp_path / "your_agent"
     agent.write_text(AGENT.format(python=sys.executable))
     agent.chmod(0o755)
