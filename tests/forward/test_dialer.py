@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 import vsockets
-from vsockets.forward.dialer import Dialer, NotAdmitted, interleave
-from vsockets.forward.resolver import Found
+from vsockets.forward.dialer import Dialer, Found, NotAdmitted, interleave
 from vsockets.model.locator import Inet, Proxy, Unix, Vsock, VsockMux
 from vsockets.testing import PrivateFabric
 

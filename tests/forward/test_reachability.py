@@ -6,7 +6,7 @@ import ipaddress
 
 import pytest
 
-from vsockets.forward.reachability import is_public
+from vsockets.forward.settings import is_public
 
 # iana-ipv4-special-registry and iana-ipv6-special-registry: blocks that are not "globally
 # reachable", and 224.0.0.0/4 and ff00::/8, which are in separate registries.

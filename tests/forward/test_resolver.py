@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from vsockets.forward.dialer import Resolver
 from vsockets.forward.limits import FORWARD_LOOKUPS_MAX, FORWARD_PARTY_LOOKUPS_MAX
-from vsockets.forward.resolver import Resolver
 
 PATIENCE = 20.0
 

@@ -23,10 +23,9 @@ from ..protocol.vsockmon import Operation
 from ..socket import socket
 from ..state_folder import connect_to
 from .client import caused_by, describe_source, log, party_of
-from .dialer import Dialer
+from .dialer import Dialer, Found
 from .fairness import FlowTable
 from .limits import FORWARD_FLOW_PENDING_MAX
-from .resolver import Found
 from .settings import Settings, admits_peer
 
 if TYPE_CHECKING:
