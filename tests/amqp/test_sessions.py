@@ -13,9 +13,8 @@ from pamqp import commands, frame
 import vsockets
 from vsockets.amqp import guest_proxy, host_proxy, session
 from vsockets.amqp.amqp_proxy import AmqpProxy
-from vsockets.amqp.client_server import ClientServer
 from vsockets.amqp.frames import CLOSE_OK, PROTOCOL_HEADER
-from vsockets.amqp.guest_proxy import GuestProxy
+from vsockets.amqp.guest_proxy import ClientServer, GuestProxy
 from vsockets.amqp.host_proxy import HostProxy
 from vsockets.model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from vsockets.model.locator import Unix, Vsock

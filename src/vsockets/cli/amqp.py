@@ -124,8 +124,7 @@ def host_proxy(
 ) -> None:
     """Run on the host: carry all guests' connections to the AMQP proxy over one TCP connection."""
     require("h2")
-    from ..amqp.host_proxy import HostProxy
-    from ..amqp.uplink import client_context
+    from ..amqp.host_proxy import HostProxy, client_context
 
     _expect(listen, "--listen", Vsock)
     _expect_target(proxy, "--proxy")
