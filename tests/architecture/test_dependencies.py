@@ -187,9 +187,7 @@ def test_the_amqp_proxies_decisions_do_no_io(name: str) -> None:
     assert not (doers | {"h2"}) & set(imports(f"vsockets.amqp.{name}"))
 
 
-@pytest.mark.parametrize(
-    "name", ["xdr", "rpc", "mount_protocol", "duplicate_request_cache", "retransmission"]
-)
+@pytest.mark.parametrize("name", ["xdr", "rpc", "mount_protocol", "retransmission"])
 def test_the_decisions_of_network_storage_do_no_io(name: str) -> None:
     doers = {"socket", "select", "selectors", "asyncio", "threading", "subprocess", "os", "time"}
     assert not doers & set(imports(f"vsockets.nfs.{name}"))

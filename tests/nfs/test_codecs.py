@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsockets.nfs import nfs3, rpc, xdr
-from vsockets.nfs.duplicate_request_cache import DuplicateRequestCache
 from vsockets.nfs.exports import ANONYMOUS_ID, Export, UnixIdentity
 from vsockets.nfs.handles import Identifier, Signer
 from vsockets.nfs.limits import (
@@ -19,7 +18,12 @@ from vsockets.nfs.limits import (
     NFS_RETRY_MAX_SECONDS,
     NFS_RETRY_MIN_SECONDS,
 )
-from vsockets.nfs.retransmission import RoundTripEstimator, Transmission, Window
+from vsockets.nfs.retransmission import (
+    DuplicateRequestCache,
+    RoundTripEstimator,
+    Transmission,
+    Window,
+)
 from vsockets.nfs.rpc import Auth, AuthSys, CallHeader
 
 uints = st.integers(0, 2**32 - 1)

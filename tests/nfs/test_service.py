@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from vsockets.nfs import attributes, handles, limits, listing, mount_protocol, nfs3, rpc, xdr
+from vsockets.nfs import handles, limits, listing, mount_protocol, nfs3, procedures, rpc, xdr
 from vsockets.nfs.calls import Pending
 from vsockets.nfs.exports import Export
 from vsockets.nfs.handles import HandleStore, Identifier
@@ -187,7 +187,7 @@ def test_server_killed_in_an_exclusive_create_leaves_no_file(
     assert root is not None
     target = Target(root, b"file")
     with monkeypatch.context() as patched, pytest.raises(KilledError):
-        for module, name in ((os, "utime"), (attributes, "set_times")):
+        for module, name in ((os, "utime"), (procedures, "set_times")):
             patched.setattr(module, name, die)  # wherever the verifier is stored
         guest.ask("create", target, (CreateMode.EXCLUSIVE, b"12345678"))
     guest.restart()

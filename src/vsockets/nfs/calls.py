@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from typing import NamedTuple
 
-from .exports import UnixIdentity
+from .exports import Tree, UnixIdentity
 from .nfs3 import Status
-from .tree import Tree
 
 
 class NfsError(Exception):

@@ -29,8 +29,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .duplicate_request_cache import CachedReply
 from .limits import NFS_DISK_RESERVE_BYTES, NFS_HANDLES_MAX, NFS_UNSAVED_HANDLES_MAX
+from .retransmission import CachedReply
 
 _LAYOUT = struct.Struct(">QQqI")
 _TAG_SIZE = 16

@@ -22,7 +22,7 @@ from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 from .calls import NfsError, NotReady
-from .exports import UnixIdentity
+from .exports import FileRef, UnixIdentity, run_as
 from .handles import Identifier, Signer
 from .limits import (
     NFS_GUEST_LARGE_LISTINGS_MAX,
@@ -33,8 +33,6 @@ from .limits import (
     NFS_NAMES_PER_STEP_MAX,
 )
 from .nfs3 import Status
-from .syscalls import run_as
-from .tree import FileRef
 
 #: Smaller cookies denote the beginning, the directory itself (``.``) and its parent (``..``).
 _FIRST_COOKIE = 3

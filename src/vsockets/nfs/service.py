@@ -11,14 +11,13 @@ from typing import Any
 from ..logs import by
 from . import mount_protocol, nfs3, rpc
 from .calls import Caller, NfsError, NotReady, Pending
-from .duplicate_request_cache import DuplicateRequestCache
-from .exports import Export
+from .exports import Export, Tree
 from .handles import HandleStore, Signer
 from .listing import ListingCache
 from .nfs3 import PROCEDURES, Status
 from .procedures import Procedures
+from .retransmission import DuplicateRequestCache
 from .rpc import AcceptStat, AuthSys, RejectStat
-from .tree import Tree
 from .xdr import XdrError
 
 log = logging.getLogger("vsockets.nfs")
@@ -140,7 +139,8 @@ class NfsService:
     ) -> bytes | None:
         """Perform an NFS procedure, and return its encoded results.
 
-        ``error`` is the failure of a pending call's steps, if any."""
+        ``error`` is the failure of a pending call's steps, if any.
+        """
         if number == 0:
             return b""
         procedure = PROCEDURES.get(number)

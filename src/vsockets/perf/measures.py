@@ -54,7 +54,8 @@ PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 def percentiles(samples: array[int]) -> dict[str, float]:
     """Return percentiles, minimum and maximum in microseconds, by name.
 
-    ``samples`` are in nanoseconds, at least one."""
+    ``samples`` are in nanoseconds, at least one.
+    """
     ordered = sorted(samples)
     shares = {"min": 0.0, **PERCENTILES, "max": 1.0}
     # The least value that at least this share of the samples do not exceed.
