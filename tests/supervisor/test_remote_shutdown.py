@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,15 @@ from vsockets._linux.sockets import cookie_of
 from vsockets.supervisor.remote_shutdown import Attempt, Requests, RequestServer, Target
 from vsockets.supervisor.scheduler import CoroutineScheduler
 from vsockets.testing.waiting import wait_until
+
+
+def may_trace_any() -> bool:
+    """Return whether Yama lets this process trace one that is not its descendant."""
+    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
+    return os.geteuid() == 0 or not scope.exists() or scope.read_text().strip() == "0"
+
+
+pytestmark = pytest.mark.skipif(not may_trace_any(), reason="Yama restricts ptrace")
 
 HOLDER = """
 import socket, sys, threading
