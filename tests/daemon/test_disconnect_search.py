@@ -6,9 +6,9 @@ import contextlib
 import os
 import socket
 
-from vsockets.daemon.disconnect import Disconnector
 from vsockets.daemon.scheduling import DeferredWork
 from vsockets.daemon.stream_liveness import Group
+from vsockets.daemon.streams import Disconnector
 from vsockets.eventloop.loop import EventLoop
 from vsockets.fabric import Connection, Credentials, Endpoint, EndpointKind, Fabric
 from vsockets.model.buffers import BufferSizes

@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from vsockets.daemon.admin.audit import Audit
-from vsockets.daemon.admin.events import Events
+from vsockets.daemon.admin.audit import Audit, Events
 from vsockets.daemon.broker import Broker
 from vsockets.daemon.channel import Channel
 from vsockets.daemon.limits import DAEMON_SILENT_CLIENT_SECONDS

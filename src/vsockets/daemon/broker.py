@@ -45,10 +45,13 @@ from .limits import (
 from .listeners import (
     AnnouncedListener,
     NamedListener,
+    encode_accepting,
+    encode_connecting,
+    encode_endpoint,
+    encode_offer,
     leaves_replies_unread,
 )
 from .named_sockets import NamedSocket, bind_to_name, probe_of
-from .records import encode_accepting, encode_connecting, encode_endpoint, encode_offer
 from .scheduling import DeferredWork, RequestTurns
 from .socket_queries import SocketQueries
 from .streams import Streams

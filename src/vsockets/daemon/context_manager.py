@@ -1,4 +1,10 @@
-"""Create, configure and remove contexts at run time, including their listening sockets."""
+"""Create, configure and remove contexts at run time, including their control sockets and folders.
+
+Normally vsockd removes the few names it has created in a context's folder.  A folder with anything
+else in it, however large and deep, and even while its owner keeps adding files, is renamed into a
+folder that only vsockd can enter, which is quick, and is removed there, in a thread
+(:class:`Trash`).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +12,18 @@ import contextlib
 import errno
 import logging
 import os
+import secrets
+import socket
+import threading
 from collections.abc import Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from .._linux.folders import file_mode, working_in
+from .._linux.sockets import refuse_descriptors
+from ..eventloop.acceptor import Acceptor
 from ..eventloop.loop import EventLoop
 from ..fabric import (
     Change,
@@ -17,6 +31,7 @@ from ..fabric import (
     Context,
     ContextSettings,
     Credentials,
+    EndpointKind,
     Fabric,
     Isolation,
     Limits,
@@ -25,15 +40,168 @@ from ..fabric import (
     State,
 )
 from ..fabric.policy import require_own_guest
-from .admin.audit import Audit
-from .admin.events import Events, Topic
+from ..model.constants import VMADDR_CID_HOST
+from ..state_folder import SEQPACKET, STREAM
+from .admin.audit import Audit, Events, Topic
 from .broker import Broker
-from .context_listeners import ContextListeners
 from .crash_records import IsolatedGuests
-from .folder_removal import Trash
 from .hybrid_listener import HybridListener
+from .limits import CONTROL_BACKLOG_MAX
 
 log = logging.getLogger(__name__)
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_CONTROL_SOCKETS = (
+    (EndpointKind.STREAM, STREAM, socket.SOCK_STREAM),
+    (EndpointKind.SEQPACKET, SEQPACKET, socket.SOCK_SEQPACKET),
+)
+
+
+class Trash:
+    """The trash folder at ``path``, created if missing, and the folders to be removed in it."""
+
+    def __init__(self, path: Path) -> None:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        self._path = path
+        # Random, to differ from names of an earlier vsockd that may still be in the folder.
+        self._names = (f"{secrets.token_hex(8)}.{number}" for number in count())
+        self._wanted = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._begun = False
+
+    def discard(self, path: Path) -> None:
+        """Rename ``path``, on the same file system, into the trash folder.  Raises OSError."""
+        os.rename(path, self._path / next(self._names))
+        if self._begun:
+            self.begin()
+
+    def begin(self) -> None:
+        """Start removing the contents, in a thread.  Call it after forking: threads do not fork."""
+        self._begun = True
+        if self._thread is None and os.listdir(self._path):
+            self._thread = threading.Thread(target=self._run, name="trash", daemon=True)
+            self._thread.start()
+        self._wanted.set()
+
+    def close(self) -> None:
+        """Remove the trash folder; if it is not empty, the next vsockd removes its contents."""
+        with contextlib.suppress(OSError):
+            self._path.rmdir()
+
+    def _run(self) -> None:
+        hopeless: set[str] = set()
+        while self._wanted.wait():
+            self._wanted.clear()
+            while names := set(os.listdir(self._path)) - hopeless:
+                for name in names:
+                    try:
+                        self._remove(self._path / name)
+                    except OSError as error:
+                        hopeless.add(name)
+                        log.warning("cannot remove %s: %s", self._path / name, error.strerror)
+
+    def _remove(self, path: Path) -> None:
+        """Remove ``path``; subfolders are moved up into the trash folder, to limit the depth."""
+        try:
+            folder = os.open(path, _FOLDER)
+        except NotADirectoryError:
+            path.unlink()
+            return
+        try:
+            # A process that still has the folder open cannot add files to it after this.
+            os.fchown(folder, os.geteuid(), -1)
+            os.fchmod(folder, 0o700)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    with contextlib.suppress(OSError):  # rmdir then fails and is reported
+                        if entry.is_dir(follow_symlinks=False):
+                            name = self._path / next(self._names)
+                            os.rename(entry.name, name, src_dir_fd=folder)
+                        else:
+                            os.unlink(entry.name, dir_fd=folder)
+        finally:
+            os.close(folder)
+        path.rmdir()
+
+
+class ContextListeners:
+    """The folder of one context and the two control sockets in it.
+
+    Permission to connect to the sockets makes a process a program of the context: for a guest,
+    processes of the virtual machine's owner; for the hypervisor, those of the fabric's owner; for
+    the host, every process that can enter the state folder.  The folder belongs to vsockd: no
+    other user can add files to it, or replace a socket.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        broker: Broker,
+        context: Context,
+        folder: Path,
+        trash: Trash,
+    ) -> None:
+        """Create the folder and the sockets.
+
+        ``folder`` is a path through a descriptor, valid also after the state folder was moved or
+        replaced.
+
+        Raises OSError when they cannot be created.
+        """
+        self._folder = folder
+        self._trash = trash
+        self._acceptors: list[Acceptor] = []
+        is_host = context.cid == VMADDR_CID_HOST
+        if folder.is_dir():  # an earlier context's, which could not be removed
+            trash.discard(folder)
+        folder.mkdir(mode=0o700)
+        try:
+            for kind, name, sock_type in _CONTROL_SOCKETS:
+                listener = socket.socket(socket.AF_UNIX, sock_type | socket.SOCK_NONBLOCK)
+                admit = partial(broker.admit, context, kind)
+                who = f"a program of context {context.cid}"
+                self._acceptors.append(Acceptor(loop, listener, who, admit))
+                # Clients see the bound name in getpeername(): the name alone discloses no path.
+                with working_in(folder), file_mode(0o666 if is_host else 0o600):
+                    listener.bind(name)
+                # Connections inherit both options: the kernel attaches each writer's credentials,
+                # and descriptors are refused except where datagram requests and records have them.
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+                if kind is EndpointKind.STREAM:
+                    refuse_descriptors(listener)
+                if context.is_guest and context.owner != os.geteuid():
+                    os.chown(folder / name, context.owner, -1, follow_symlinks=False)
+                listener.listen(CONTROL_BACKLOG_MAX)
+            if is_host:
+                folder.chmod(0o755)
+            elif context.is_guest:
+                folder.chmod(0o711)
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the sockets and remove the folder."""
+        for acceptor in self._acceptors:
+            acceptor.close()
+        remove_folder(self._folder, self._trash)
+
+
+def remove_folder(folder: Path, trash: Trash) -> None:
+    """Remove a context's folder and everything in it."""
+    try:
+        for _, name, _ in _CONTROL_SOCKETS:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError:
+        try:
+            trash.discard(folder)
+        except OSError as error:
+            log.warning("cannot remove %s: %s", folder, error.strerror)
 
 
 class ContextManager:

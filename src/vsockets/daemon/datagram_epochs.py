@@ -14,7 +14,7 @@ vsockd (:mod:`.scheduling`).
   fails with ECONNRESET.  (The kernel reports that error when a peer with unread datagrams
   disconnects.)
 
-The sockets are found as :mod:`.disconnect` finds streams, and with the same rights.
+The sockets are found as :mod:`.streams` finds streams, and with the same rights.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ A descriptor may come together with its request.  It is then a connection whose 
 use vsockd's protocol, and is already the stream: vsockd hands it off or closes it, and never writes
 to it.
 
-In the other direction vsockd sends pending connections, and, if the
-device asked for it, the ports of the host that its guest can connect to (:mod:`.host_ports`).
+In the other direction vsockd sends pending connections and, if the device asked for them, the ports
+of the host that its guest can connect to (:class:`HostPorts`).
 
 *Pending connections.*  vsockd has done its own checks, and does not know whether the port has a
 listener; the guest's kernel does, through its device, or a unix socket of the host, through the
@@ -47,34 +47,107 @@ from socket import (
 from typing import NamedTuple, Protocol
 
 from .._linux.sockets import SO_SNDBUFFORCE, cookie_of, descriptor_in, refuse_descriptors
-from ..eventloop.loop import EventLoop
+from ..eventloop.loop import READABLE, EventLoop
 from ..fabric import (
     CAP_NET_BIND_SERVICE,
     Context,
     Credentials,
     DeviceDatagrams,
     DevicePorts,
+    Endpoint,
     EndpointKind,
     Fabric,
     Grant,
     Party,
+    Program,
     Refused,
     policy,
 )
 from ..limits import CAPTURE_PAYLOAD_MAX_BYTES, LISTEN_BACKLOG_MAX
+from ..model.constants import VMADDR_CID_HOST
 from ..protocol import REQUEST_SIZE, Op, ProtocolError, Record, Request, Role
-from .channel import (
-    PEEK,
-    READ,
-    Channel,
-    close_unwanted,
-    has_too_many_unwanted,
-    send_descriptor,
-)
-from .host_ports import HostPorts
+from .channel import PEEK, READ, Channel, close_unwanted, has_too_many_unwanted, send_descriptor
 from .limits import CAPTURE_BUFFER_MAX_BYTES
 
 log = logging.getLogger(__name__)
+
+_SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
+
+
+class HostPorts:
+    """Reports to a device: the ports of the host that its guest can connect to, and each change.
+
+    They are for a device that creates something per port: hybrid vsock's creates unix sockets.  The
+    guest's rights are checked again when it connects.  A port's state is looked up when the link
+    has space for the report: a device that reads slowly gets fewer reports, and never outdated
+    ones.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        fabric: Fabric,
+        guest: Context,
+        program: Program,
+        link: _socket.socket,
+    ) -> None:
+        """Report the ports that ``program``, the client of the guest's connects, can reach."""
+        self._loop = loop
+        self._fabric = fabric
+        self._guest = guest
+        self._program = program
+        self._link = link
+        self._reported: set[int] = set()
+        self._unchecked: dict[int, None] = {}  # in order
+        self._link_full = False  # for room on the link
+        fabric.watchers.append(self._changed)
+        self.refresh()
+
+    def close(self) -> None:
+        """Stop reporting; call it before the link is closed."""
+        self._fabric.watchers.remove(self._changed)
+
+    def refresh(self) -> None:
+        """Check all ports again after a change of the guest's state or isolation."""
+        host = self._fabric.contexts.host
+        listening = [
+            holder.port
+            for holder in host.connected.values()
+            if isinstance(holder, Endpoint) and holder.listening
+        ]
+        self._unchecked.update(dict.fromkeys([*self._reported, *listening]))
+        self.send_changes()
+
+    def _changed(self, endpoint: Endpoint) -> None:
+        self._unchecked[endpoint.port] = None
+        self.send_changes()
+
+    def send_changes(self) -> None:
+        """Send reports until the link is full; continue when it has space again."""
+        while self._unchecked:
+            port = next(iter(self._unchecked))
+            there = self._is_reachable(port)
+            if there != (port in self._reported):
+                role = Role.LISTENING if there else Role.NOT_LISTENING
+                try:
+                    self._link.send(Record(0, 0, VMADDR_CID_HOST, port, role=role).encode(), _SEND)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    return  # closed; the link's reader notices
+                self._reported ^= {port}
+            del self._unchecked[port]
+        if self._link_full != bool(self._unchecked):
+            self._link_full = not self._link_full
+            self._loop.change(self._link.fileno(), READABLE | (EPOLLOUT if self._link_full else 0))
+
+    def _is_reachable(self, port: int) -> bool:
+        wanted = self._guest, EndpointKind.STREAM, VMADDR_CID_HOST, port, self._program
+        try:
+            return not self._fabric.find_listener(*wanted).pending
+        except Refused:
+            return False
+
 
 _KINDS = {SOCK_STREAM: EndpointKind.STREAM, SOCK_SEQPACKET: EndpointKind.SEQPACKET}
 

@@ -9,7 +9,7 @@ from ..fabric import Connection, Context, Endpoint, EndpointKind, Fabric, Refuse
 from ..protocol import Request, RequestFlag
 from .channel import Channel
 from .datagrams import Datagrams
-from .records import encode_accepting, encode_connecting, encode_endpoint
+from .listeners import encode_accepting, encode_connecting, encode_endpoint
 from .streams import Streams
 
 _TRUSTED = (

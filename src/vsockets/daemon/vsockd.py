@@ -8,12 +8,14 @@ import logging
 import os
 import resource
 import signal
+import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import logs
+from .._linux.libc import check, libc
 from .._linux.rlimit import allow_many_descriptors
 from ..eventloop.loop import EventLoop
 from ..fabric import Fabric, Refused
@@ -31,20 +33,61 @@ from ..state_folder import (
     require_private,
 )
 from .admin import reports
-from .admin.audit import Audit
+from .admin.audit import Audit, Events
 from .admin.control import ControlHandlers, ControlSocket
-from .admin.events import Events
 from .broker import Broker
 from .configuration import ConfigurationError, load
-from .context_listeners import remove
-from .context_manager import ContextManager
+from .context_manager import ContextManager, Trash, remove_folder
 from .crash_records import How, IsolatedGuests, Start
 from .datagram_epochs import EarlierEpochs
-from .folder_removal import Trash
-from .folder_watch import FolderWatch
 from .limits import DAEMON_SLOW_CALL_SECONDS
 
 log = logging.getLogger(__name__)
+
+# inotify(7)
+_IN_MOVED_FROM, _IN_DELETE, _IN_DELETE_SELF, _IN_MOVE_SELF = 0x40, 0x200, 0x400, 0x800
+_IN_UNMOUNT, _IN_Q_OVERFLOW, _IN_IGNORED, _IN_ONLYDIR = 0x2000, 0x4000, 0x8000, 0x0100_0000
+_OF_A_NAME = _IN_MOVED_FROM | _IN_DELETE
+_OF_THE_FOLDER = _IN_DELETE_SELF | _IN_MOVE_SELF | _IN_UNMOUNT | _IN_Q_OVERFLOW | _IN_IGNORED
+_EVENT = struct.Struct("iIII")
+_MOST = 65_536
+
+
+class FolderWatch:
+    """A watch on moves and removals of ``folder`` and ``names`` in it, which calls ``changed``.
+
+    Raises OSError when it cannot watch.
+    """
+
+    def __init__(
+        self, loop: EventLoop, folder: Path, names: Collection[str], changed: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._names = {os.fsencode(name) for name in names}
+        self._changed = changed
+        self._fd = check(libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
+        mask = _OF_A_NAME | _IN_DELETE_SELF | _IN_MOVE_SELF | _IN_ONLYDIR
+        try:
+            check(libc.inotify_add_watch(self._fd, os.fsencode(folder), mask))
+        except OSError:
+            os.close(self._fd)
+            raise
+        loop.watch(self._fd, self._ready)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._loop.unwatch(self._fd)
+        os.close(self._fd)
+
+    def _ready(self, events: int) -> None:
+        data = os.read(self._fd, _MOST)
+        while data:
+            _, mask, _, size = _EVENT.unpack_from(data)
+            name = data[_EVENT.size : _EVENT.size + size].rstrip(b"\0")
+            data = data[_EVENT.size + size :]
+            if mask & _OF_THE_FOLDER or name in self._names:
+                self._changed()
+                return
 
 
 #: Files of the state folder that programs need to find vsockd.
@@ -236,7 +279,7 @@ def _clean(folder: Path, trash: Trash) -> None:
         cid = int(entry.name) if entry.name.isdecimal() else -1
         is_context = cid in (VMADDR_CID_HYPERVISOR, VMADDR_CID_HOST) or cid >= FIRST_GUEST_CID
         if is_context and entry.name == str(cid) and entry.is_dir() and not entry.is_symlink():
-            remove(entry, trash)
+            remove_folder(entry, trash)
 
 
 def _raise_descriptor_limit() -> None:

@@ -1,4 +1,4 @@
-"""The audit log of denials: client, source, destination and rule.
+"""Events and their subscribers, and the audit log of denials: client, source, destination, rule.
 
 The peer gets an errno only; the administrator gets the details here.  A party (a guest, or a user
 of the host) can cause denials as fast as it sends requests, so only a limited number per second is
@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
+from collections.abc import Callable, Collection, Iterable
+from enum import Enum
 from typing import Any
 
 from ...fabric import Connection, Context, Credentials, Denied
@@ -17,7 +20,41 @@ from ...logs import Throttle
 from ...model.text import word
 from ...protocol import Op
 from ..channel import Channel
-from .events import Events, Topic
+
+
+class Topic(Enum):
+    """A topic to subscribe to."""
+
+    CONTEXT = "context"  #: a guest was added, removed, or changed its state
+    DENIAL = "denial"  #: a request was denied: a line of the audit log
+    DISCONNECT = "disconnect"  #: an administrator has disconnected a stream
+
+
+class Events:
+    """The subscribers.  An event is a JSON object with ``topic``, ``time`` (seconds since the
+    epoch) and the topic's own keys.
+    """
+
+    def __init__(self) -> None:
+        self._subscribers: dict[Callable[[dict[str, Any]], None], Collection[Topic]] = {}
+
+    def subscribe(
+        self, callback: Callable[[dict[str, Any]], None], topics: Iterable[Topic]
+    ) -> None:
+        """Call ``callback`` with each event on one of ``topics`` from now on."""
+        self._subscribers[callback] = frozenset(topics)
+
+    def unsubscribe(self, callback: Callable[[dict[str, Any]], None]) -> None:
+        """Stop calling ``callback``.  Does nothing if it is not subscribed."""
+        self._subscribers.pop(callback, None)
+
+    def publish(self, topic: Topic, **facts: Any) -> None:
+        """Send an event to the subscribers of ``topic``."""
+        event = {"topic": topic.value, "time": round(time.time(), 3), **facts}
+        for callback, topics in list(self._subscribers.items()):
+            if topic in topics:
+                callback(event)
+
 
 log = logging.getLogger("vsockd.audit")
 

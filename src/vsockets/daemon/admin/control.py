@@ -37,7 +37,7 @@ from ..credentials import peer_credentials
 from ..device_link import DeviceLink
 from ..limits import CONTROL_REQUEST_MAX_BYTES, EVENTS_UNREAD_MAX_BYTES
 from . import reports
-from .events import Events, Topic
+from .audit import Events, Topic
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
