@@ -299,7 +299,10 @@ def test_a_long_name_gives_way(web: Running, browser: Browser, fabric: PrivateFa
         button = f"#contexts [data-key='{guest.cid}'] td:last-child button"
         browser.wait(lambda: browser.texts(button), "the guest")
         wide = "const box = document.querySelector('#contexts').parentElement;"
-        assert browser.run(f"{wide} return box.scrollWidth - box.clientWidth") == 0
+        size = browser.driver.get_window_size()
+        for width in (1300, size["width"]):
+            browser.driver.set_window_size(width, size["height"])
+            assert browser.run(f"{wide} return box.scrollWidth - box.clientWidth") == 0, width
         browser.photograph("long")
     finally:
         fabric.control.remove_context(guest.cid)
