@@ -72,7 +72,10 @@ class Trash:
         self._begun = False
 
     def discard(self, path: Path) -> None:
-        """Rename ``path``, on the same file system, into the trash folder.  Raises OSError."""
+        """Move ``path``, on the same file system, into the trash folder, to be removed there.
+
+        Raises: OSError, when it cannot be renamed.
+        """
         os.rename(path, self._path / next(self._names))
         if self._begun:
             self.begin()
@@ -190,7 +193,7 @@ class ContextListeners:
 
 
 def remove_folder(folder: Path, trash: Trash) -> None:
-    """Remove a context's folder and everything in it."""
+    """Remove a context's folder and everything in it, at once or by way of ``trash``."""
     try:
         for _, name, _ in _CONTROL_SOCKETS:
             (folder / name).unlink(missing_ok=True)

@@ -26,7 +26,7 @@ _RESTRICTED = Isolation(Profile.RESTRICTED)
 
 
 class IsolatedGuests:
-    """The CIDs recorded in ``file``, by this vsockd and those before it."""
+    """The CIDs of restricted guests, recorded in ``file`` by this vsockd and earlier ones."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -43,7 +43,10 @@ class IsolatedGuests:
         return _RESTRICTED if cid in self.before else Isolation()
 
     def record(self, contexts: Iterable[Context]) -> None:
-        """Record the guests that are isolated now.  Raises OSError."""
+        """Record which of ``contexts`` are restricted now.
+
+        Raises: OSError, when the file cannot be written.
+        """
         now = {context.cid for context in contexts if context.isolation == _RESTRICTED}
         text = "\n".join(map(str, sorted(now | self.before)))
         if text != self._written:

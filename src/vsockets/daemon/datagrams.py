@@ -67,9 +67,10 @@ _ROUTE_BYTES_MAX = _route_bytes_max()
 
 @dataclass(slots=True, eq=False)
 class DatagramSocket(NamedSocket):
-    """A program's datagram socket: not the socket itself, only paths to it."""
+    """A program's datagram socket, which vsockd reaches by name and does not have open."""
 
-    quota: DatagramQuota  #: of its party
+    quota: DatagramQuota  #: of the party that the socket belongs to
+    #: the routes from this socket, by destination
     routes: dict[tuple[int, int], Route] = field(default_factory=dict)
 
     def close(self) -> None:
@@ -80,7 +81,7 @@ class DatagramSocket(NamedSocket):
 
 
 class Route:
-    """A socket that sends from one datagram socket to one address."""
+    """A connected socket, over which a program sends from its datagram socket to one address."""
 
     __slots__ = ("destination", "inbound", "queued", "sender", "sock")
 
@@ -102,7 +103,7 @@ class Route:
         sender.quota.add(self)
 
     def revoke(self) -> None:
-        """Prevent any process from sending over the route.  Does nothing the second time."""
+        """Prevent every process from sending over the route, once; then do nothing."""
         if self.inbound.pop(self, self) is None:
             del self.sender.routes[self.destination]
             self.sender.quota.revoke(self)
@@ -117,7 +118,7 @@ class DatagramQuota:
     """
 
     def __init__(self, party: Party, limited: bool) -> None:
-        """Limit unread bytes if ``limited`` is True: the party is a guest."""
+        """Start without routes; limit unread bytes if ``limited`` is True (for a guest)."""
         self._party = party
         self._limited = limited
         self._routes: dict[Route, None] = {}  # the oldest first
@@ -252,7 +253,7 @@ class _Share:
 
     context: Context
     quota: DatagramQuota
-    #: its sockets, the one probed longest ago first
+    #: the party's sockets, the one probed longest ago first
     sockets: dict[Endpoint, None] = field(default_factory=dict)
 
 
@@ -266,7 +267,10 @@ class Traffic(NamedTuple):
 
 
 class Datagrams:
-    """All datagram sockets.  The current directory must be the folder only vsockd can enter."""
+    """All datagram sockets of the fabric, and the routes between them.
+
+    The current directory must be the folder that only vsockd can enter.
+    """
 
     def __init__(self, loop: EventLoop, fabric: Fabric, deferred: DeferredWork) -> None:
         #: part of the name of each socket bound by this vsockd
@@ -302,12 +306,12 @@ class Datagrams:
         self._sweep_later()
 
     def catch_all(self, context: Context, sock: _socket.socket) -> DatagramSocket:
-        """Return a socket to receive datagrams to each port of ``context`` without its own."""
+        """Return ``sock`` as the receiver of datagrams to ports of ``context`` without a socket."""
         share = self._share(context.party_of(context.owner), context)
         return self._name(sock, f"{context.cid}.all", share.quota)
 
     def find(self, context: Context, cookie: int) -> Endpoint | None:
-        """Return the endpoint of a socket of ``context``, by its SO_COOKIE, if known."""
+        """Return the endpoint whose socket has this SO_COOKIE, if ``context`` has one."""
         endpoint = self._by_cookie.get(cookie)
         return endpoint if endpoint is not None and endpoint.context is context else None
 
@@ -373,7 +377,7 @@ class Datagrams:
     # Limits
 
     def sweep_some(self, party: Party) -> None:
-        """Release some sockets and routes that ``party`` has closed; the rest as deferred work."""
+        """Release some sockets and routes that ``party`` has closed; defer the rest."""
         share = self._shares.get(party)
         if share is not None:
             share.quota.reclaim()
@@ -407,9 +411,9 @@ class Datagrams:
             self._watched.discard(party)
 
     def close(self) -> bool:
-        """End every socket: vsockd stops, and its routes must not outlive it.
+        """End every datagram socket, and revoke every route, because vsockd stops.
 
-        Return False if the search for programs' own sockets takes too long; no route leads to them.
+        Return False if programs' sockets were not all found in time; no route leads to them then.
         """
         names: dict[int, str] = {}
         nodes: dict[int, int] = {}
@@ -428,7 +432,7 @@ class Datagrams:
             yield from self._sweep(share)
 
     def is_open(self, endpoint: Endpoint) -> bool:
-        """Return whether the program's socket is open; release it if it is not."""
+        """Return whether a program has the socket of ``endpoint`` open; if not, release it."""
         if _socket_of(endpoint).is_open():
             return True
         self.release(endpoint)
@@ -503,7 +507,7 @@ class Datagrams:
             self._sweep_delay = None
 
     def _watch_quota(self, party: Party) -> None:
-        # Programs may fill routes after they were created.
+        # Programs may fill a route at any time after its creation.
         if party not in self._watched and self._shares[party].quota.needs_watching:
             if not self._watched:
                 self._loop.call_later(DATAGRAM_QUOTA_CHECK_SECONDS, self._enforce_all)

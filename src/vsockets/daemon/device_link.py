@@ -1,26 +1,30 @@
-"""Devices: how the sockets of a virtual machine's kernel take part in the fabric.
+"""Links to devices: vsockd's side of the sockets of a virtual machine.
 
-vsockd knows a process guest's sockets.  A virtual machine's sockets are known to its kernel, which
-is represented by a device: a process that an administrator attached to the context
-(``context.device``).  The device has one connection to vsockd, its link.  It sends descriptors over
-the link; each becomes a new channel, as if it had been accepted on the context's control socket,
-except that the guest's kernel has chosen the ports that it binds or connects from, and has checked
-the privilege for reserved ones.
+vsockd knows each socket of a guest that consists of processes.  The sockets of a virtual machine
+are known to its kernel only.  That kernel is represented by a *device*: a process that an
+administrator attached to the context (``context.device``).  The connection between the device and
+vsockd is the *link*.
 
-A descriptor may come together with its request.  It is then a connection whose other end does not
-use vsockd's protocol, and is already the stream: vsockd hands it off or closes it, and never writes
-to it.
+The device sends descriptors over the link.  Each descriptor becomes a new channel, as if vsockd had
+accepted it on the context's control socket, with two differences: the guest's kernel has chosen the
+port that the channel's requests bind or connect from, and has checked the privilege for a reserved
+port.
+
+A descriptor may come together with its request.  Then the descriptor is one end of the stream
+itself, and the program at the other end does not use vsockd's protocol: vsockd hands the descriptor
+off to the listener or closes it, and never writes to it.
 
 In the other direction vsockd sends pending connections and, if the device asked for them, the ports
 of the host that its guest can connect to (:class:`HostPorts`).
 
-*Pending connections.*  vsockd has done its own checks, and does not know whether the port has a
-listener; the guest's kernel does, through its device, or a unix socket of the host, through the
-hybrid relay.  The device or relay receives each pending connection over its link: the accepting end
-of the stream, with a record.  It replies to the client directly, and reports the outcome to vsockd
-with SETTLE.  SETTLE for a refused connection returns the descriptor, so that the client may retry
-on the same socket; vsockd recognises it by its cookie.  vsockd keeps no copy of the descriptor
-meanwhile: only one process reads from the client, and the client sees EOF whichever side fails.
+*Pending connections.*  vsockd checks what it can, and does not know whether the port has a
+listener.  A device knows it from the guest's kernel, the hybrid relay from a unix socket of the
+host.  The device or relay receives each pending connection over its link: a record, and the
+accepting end of the stream.  The device or relay replies to the client on that end, and reports the
+outcome to vsockd with SETTLE.  If the connection is refused, SETTLE also returns the descriptor, so
+that the client may retry on the same socket; vsockd recognises the socket by its cookie.  Meanwhile
+vsockd keeps no copy of the descriptor: only one process reads from the client, and the client sees
+EOF whichever process fails.
 """
 
 from __future__ import annotations
@@ -77,9 +81,9 @@ _SEND = int(MSG_DONTWAIT | MSG_NOSIGNAL)
 class HostPorts:
     """Reports to a device: the ports of the host that its guest can connect to, and each change.
 
-    They are for a device that creates something per port: hybrid vsock's creates unix sockets.  The
-    guest's rights are checked again when it connects.  A port's state is looked up when the link
-    has space for the report: a device that reads slowly gets fewer reports, and never outdated
+    Devices of hybrid vsock request the reports: they create a unix socket for each port.  The
+    guest's rights are checked again when the guest connects.  A port's state is looked up when the
+    link has space for the report: a device that reads slowly gets fewer reports, and never outdated
     ones.
     """
 
@@ -91,15 +95,18 @@ class HostPorts:
         program: Program,
         link: _socket.socket,
     ) -> None:
-        """Report the ports that ``program``, the client of the guest's connects, can reach."""
+        """Report over ``link`` the host's ports that ``guest`` can connect to.
+
+        ``program`` stands for the programs of the guest in access checks.
+        """
         self._loop = loop
         self._fabric = fabric
         self._guest = guest
         self._program = program
         self._link = link
         self._reported: set[int] = set()
-        self._unchecked: dict[int, None] = {}  # in order
-        self._link_full = False  # for room on the link
+        self._unchecked: dict[int, None] = {}  # ports to look up, in order
+        self._link_full = False  # True: reports wait for space on the link
         fabric.watchers.append(self._changed)
         self.refresh()
 
@@ -153,7 +160,7 @@ _KINDS = {SOCK_STREAM: EndpointKind.STREAM, SOCK_SEQPACKET: EndpointKind.SEQPACK
 
 
 class LinkCallbacks(Protocol):
-    """The broker, as links use it."""
+    """The part of the broker that links use."""
 
     fabric: Fabric
 
@@ -168,16 +175,19 @@ class PendingConnect(NamedTuple):
     """A connection that waits for the device's decision."""
 
     channel: Channel  #: the client's; its socket has been sent over the link
-    cookie: int  #: of that socket
+    cookie: int  #: SO_COOKIE of the client's socket
 
 
 class HandoffLink:
-    """A link to a device or relay, open until either side closes it."""
+    """A link over which vsockd hands pending connections to a device or relay.
+
+    The link is open until either side closes it.
+    """
 
     def __init__(
         self, loop: EventLoop, broker: LinkCallbacks, context: Context, link: _socket.socket
     ) -> None:
-        """Serve the link of a device or relay that decides about ports of ``context``."""
+        """Serve ``link``; the device or relay accepts or refuses connections to ``context``."""
         self._loop = loop
         self._broker = broker
         self._context = context
@@ -236,7 +246,7 @@ class HandoffLink:
             self.close()
 
     def _admit(self, fd: int, data: bytes) -> None:
-        """Handle a descriptor that came with ``data`` and is not a SETTLE."""
+        """Handle ``fd``, which came over the link with ``data`` that is not a SETTLE request."""
         self._close_unwanted(fd)
 
     def _close_unwanted(self, fd: int) -> None:
@@ -272,7 +282,7 @@ class DeviceChannel(Channel):
     is_device = True
 
     def read(self) -> bytes:
-        """Return the next request, without its writer: a device's processes lend it no rights."""
+        """Return the next request, without its writer's credentials, which give it no rights."""
         try:
             return self.sock.recv(
                 REQUEST_SIZE, PEEK if self.kind is EndpointKind.SEQPACKET else READ
@@ -285,10 +295,10 @@ class DeviceChannel(Channel):
         return False
 
     def receive_credentials(self, expected: bool) -> None:
-        """Do nothing: requests are read without their writer."""
+        """Do nothing: requests are read without their writer's credentials."""
 
     def has_capability(self, capability: int) -> bool:
-        """Return whether the capability is for reserved ports, which the guest has checked."""
+        """Return True for CAP_NET_BIND_SERVICE only, which the guest's kernel has checked."""
         return capability == CAP_NET_BIND_SERVICE
 
     def matches(self, grant: Grant) -> bool:
@@ -302,7 +312,7 @@ class HandoffChannel(DeviceChannel):
     request = b""
 
     def read(self) -> bytes:
-        """Return the request that came with the descriptor, once."""
+        """Return the request that came with the descriptor; in later calls return no bytes."""
         request, self.request = self.request, b""
         return request
 
@@ -328,7 +338,7 @@ class DeviceLink(HandoffLink):
         ``seqpacket``: the guest supports SOCK_SEQPACKET.  ``host_ports``: report the host's
         listening ports to the device.
 
-        Raises Refused with EINVAL (not a guest) or EBUSY (the guest has a device).
+        Raises Refused with EINVAL (``context`` is not a guest's) or EBUSY (it has a device).
         """
         if not context.is_guest:
             raise Refused(errno.EINVAL, f"context {context.cid} is not a virtual machine")
@@ -344,7 +354,7 @@ class DeviceLink(HandoffLink):
             self._host_ports = HostPorts(loop, broker.fabric, context, program, link)
 
     def close(self) -> None:
-        """Detach the device: its guest's ports cannot be reached any longer."""
+        """Detach the device from its context, so that no program can reach the guest's ports."""
         if self._context.device is not None and self._context.device.streams is self:
             log.info("the device of context %d is detached", self._context.cid)
             self._context.device = None
@@ -400,9 +410,7 @@ class DeviceLink(HandoffLink):
             self._close_unwanted(sock.detach())
             return
         if kind is EndpointKind.STREAM:
-            refuse_descriptors(
-                sock
-            )  # descriptors sent to the program that the socket will be handed to
+            refuse_descriptors(sock)  # the program that gets this socket expects none
         arguments = sock, self._context, kind, self._credentials
         if len(data) < REQUEST_SIZE:
             self._broker.serve_first(DeviceChannel(*arguments))
@@ -415,8 +423,8 @@ class DeviceLink(HandoffLink):
 def capture(fabric: Fabric, channel: Channel, request: Request) -> _socket.socket:
     """Return the socket on which the client receives records (:mod:`.protocol.vsockmon`).
 
-    vsockd connects the two sides and keeps neither: it creates a socket pair, and sends one end to
-    the device and the other to the client.
+    vsockd creates a socket pair, sends one end to the device, and returns the other, which the
+    caller sends to the client.  vsockd keeps neither.
 
     Raises Refused with EACCES (the client may not capture), ENOENT (no such context), ENOTSUP (it
     has no device) or ENOBUFS (the device's link is full).

@@ -23,7 +23,7 @@ class LimitChecks:
     """
 
     def __init__(self, release_some: Callable[[Party], None]) -> None:
-        """Release some of a party's closed sockets now and the rest later by ``release_some``."""
+        """Use ``release_some`` to release a party's closed sockets: some at once, others later."""
         self._release_some = release_some
         self._counted: WeakKeyDictionary[Party, float] = WeakKeyDictionary()
         self._looks: WeakKeyDictionary[Party, TokenBucket] = WeakKeyDictionary()
@@ -55,7 +55,7 @@ class LimitChecks:
         party.check_pending_limit()
 
     def may_probe(self, party: Party) -> bool:
-        """Return whether a probe of a stream may be made for ``party``; takes a token if so."""
+        """Return whether ``party`` may cause another probe of a stream now, and count the probe."""
         if party.limits is None:
             return True
         bucket = self._looks.get(party)

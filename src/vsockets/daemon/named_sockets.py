@@ -19,8 +19,8 @@ from ..fabric import Refused
 def bind_to_name(sock: _socket.socket, name: str) -> int:
     """Bind ``sock`` in the current directory; return an O_PATH descriptor of the name.
 
-    Raises Refused with EINVAL if the socket is bound already; ENOSPC, EMFILE and others are the
-    host's.
+    Raises Refused with EINVAL if the socket is bound already, or with another errno, such as ENOSPC
+    or EMFILE, if the host lacks a resource.
     """
     try:
         sock.bind(name)
@@ -37,8 +37,8 @@ def bind_to_name(sock: _socket.socket, name: str) -> int:
 class NamedSocket:
     """A program's socket, reachable through its name; vsockd does not have it open."""
 
-    name: str  #: its name in the folder that only vsockd can enter
-    node: int  #: an O_PATH descriptor of that name
+    name: str  #: the socket's name in the folder that only vsockd can enter
+    node: int  #: an O_PATH descriptor of ``name``
 
     @property
     def path(self) -> str:
@@ -46,7 +46,10 @@ class NamedSocket:
         return f"/proc/self/fd/{self.node}"
 
     def connect(self, sock: _socket.socket) -> None:
-        """Connect ``sock`` to the program's socket.  Raises ECONNREFUSED if it is closed."""
+        """Connect ``sock`` to the program's socket.
+
+        Raises: ConnectionRefusedError, when no process has the program's socket open.
+        """
         sock.connect(self.path)
 
     def is_open(self, other_type: int = SOCK_STREAM) -> bool:

@@ -53,9 +53,10 @@ class SocketQueries:
                 _report_size(found.peer_context, found.peer, found.local, request.size)
 
     def trust_flags(self, channel: Channel, request: Request) -> int:
-        """Return flags that tell whether sockets of this program are trusted.
+        """Return flags that report for which socket types the client's sockets are trusted.
 
-        A program of the host is trusted for the guest in the request, others for their own context.
+        For a program of the host the guest is the one in the request, for other programs the
+        program's own context.
         """
         guest = self._fabric.contexts.get(request.peer_cid)
         if channel.context.is_guest or guest is None or not guest.is_guest:

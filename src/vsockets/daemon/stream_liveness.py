@@ -39,7 +39,7 @@ _EVENT_AT = ctypes.byref(_EVENT)
 
 
 class Group:
-    """A group of streams, by connection number."""
+    """Some of the brokered streams, by connection number, registered in one epoll."""
 
     __slots__ = ("_epoll", "_registrations", "fd", "inodes", "numbers", "registered")
 
@@ -229,7 +229,7 @@ class StreamLiveness:
         self.check(next(iter(self._groups.values())))
 
     def find(self, inode: int) -> int | None:
-        """Return the stream whose accepting side has this inode, if there is one.
+        """Return the number of the stream whose accepting side has this inode, or None.
 
         Streams handed off to a device are found only sometimes: no program has them.
         """

@@ -300,16 +300,16 @@ class Streams:
         self._reap_delay: float | None = None  # None: no timer is set
 
     def open(self) -> None:
-        """Start watching, after vsockd has forked."""
+        """Start detecting the end of streams.  Call it after vsockd has forked."""
         self._liveness.open()
 
     def add_pending(self, channel: Channel, connection: Connection) -> None:
-        """Register the socket of a channel handed off to a device, which may return it."""
+        """Register the socket of ``channel``, handed off to a device that may return it."""
         group = self._liveness.add_pending(channel.sock.fileno(), connection.number, channel.watch)
         connection.watch = channel.watch = group
 
     def find_accepted(self, inode: int) -> Connection | None:
-        """Return the stream whose accepting end has this inode."""
+        """Return the stream whose accepting end has this inode, if there is one."""
         number = self._liveness.find(inode)
         return None if number is None else self._fabric.connections.get(number)
 

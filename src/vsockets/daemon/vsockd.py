@@ -54,9 +54,9 @@ _MOST = 65_536
 
 
 class FolderWatch:
-    """A watch on moves and removals of ``folder`` and ``names`` in it, which calls ``changed``.
+    """A watch that calls ``changed`` when ``folder``, or a name in it, was moved or removed.
 
-    Raises OSError when it cannot watch.
+    ``names`` are the names to watch.  Raises OSError when the folder cannot be watched.
     """
 
     def __init__(
@@ -102,7 +102,12 @@ class Vsockd:
     """The daemon: one fabric in one state folder, which becomes the current directory."""
 
     def __init__(self, folder: Path, start: Start, relay: Sequence[str]) -> None:
-        """Prepare to serve in ``folder``; ``relay`` is the command of the hybrid relay."""
+        """Prepare to serve in the state folder ``folder``, and lock it.
+
+        ``relay`` is the command that starts the hybrid relay.
+
+        Raises AlreadyRunning, ConfigurationError, OtherwiseStarted or OSError.
+        """
         self._configuration = start.configuration
         settings = load(self._configuration)
         self.folder = folder.absolute()
@@ -142,7 +147,7 @@ class Vsockd:
         self._control = ControlSocket(self.loop, handlers, self.folder / CONTROL)
 
     def run(self, announce_ready: Callable[[], None] = lambda: None) -> bool:
-        """Serve until SIGTERM, SIGINT or a stop request, then remove all files.
+        """Serve until SIGTERM, SIGINT or a stop request, then remove vsockd's files.
 
         ``announce_ready`` is called once vsockd serves.  Return False if vsockd ended because
         programs could not find it any longer.
@@ -215,19 +220,19 @@ class Vsockd:
         self.loop.stop()
 
     def stop_for_good(self) -> None:
-        """Shut down as :meth:`stop`, and record that no service manager will restart vsockd."""
+        """Shut down as :meth:`stop`, also a service: no service manager restarts this vsockd."""
         self._is_service = False
         self.stop()
 
     def reload(self) -> None:
         """Read the configuration again.
 
-        Raises ConfigurationError when it is invalid; the old one then stays in force.
+        Raises ConfigurationError when it is invalid; then the current settings remain in force.
         """
         self.contexts.configure(load(self._configuration))
 
     def status(self) -> dict[str, Any]:
-        """Return facts about this vsockd."""
+        """Return vsockd's pid, folder, configuration, uptime in seconds, and counts."""
         return {
             "pid": os.getpid(),
             "folder": str(self.folder),
