@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from c_compiler import compile_c, require_compiler
-from conformance.kernel_suite import Unavailable, table, vsock_test
+from conformance.kernel_suite import CACHE, Unavailable, table, vsock_test
 from vsockets.cli.include_dir import INCLUDE
 
 from .test_run import PROGRAMS, contained
@@ -110,6 +110,8 @@ def test_ncat_works(folder: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_the_kernels_tests_pass_in_both_directions(folder: Path) -> None:
+    if not (CACHE / "kernel").exists():  # Debian 13's: it has no cache, and the source is large
+        pytest.skip("the kernel's tests are had by tests/conformance")
     try:
         program = vsock_test()
     except Unavailable as reason:
