@@ -210,7 +210,7 @@ def remove_folder(folder: Path, trash: Trash) -> None:
 class ContextManager:
     """All contexts of the fabric, each with its folder below ``folder``.
 
-    ``held`` is a path to the same folder that stays valid when it is moved or replaced.
+    ``held`` is a path to the same folder that stays valid when the folder is moved or replaced.
     """
 
     def __init__(

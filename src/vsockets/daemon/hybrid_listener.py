@@ -193,7 +193,7 @@ class HybridListener:
 
 
 class _Relay(HandoffLink):
-    """The relay process that connects to such unix sockets."""
+    """The relay process, which connects to unix sockets that stand for ports of the host."""
 
     def __init__(
         self, loop: EventLoop, broker: Broker, command: Sequence[str], file: SocketFile, user: int

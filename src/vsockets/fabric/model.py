@@ -130,8 +130,8 @@ class Trust:
     """The trust of a program's endpoint of one socket type."""
 
     user: int
-    privileged: bool  #: by capability or by grant: trusted for every guest
-    domains: frozenset[str]  #: legacy profile: the domains the program belongs to
+    privileged: bool  #: True if trusted for every guest, by a capability or by a grant
+    domains: frozenset[str]  #: the domains the program belongs to, for guests of the legacy profile
 
     def for_context(self, context: Context) -> bool:
         """Return whether the endpoint is trusted for the virtual machine ``context``."""
@@ -144,14 +144,14 @@ class Counts:
     __slots__ = ("accepts", "connects", "denials", "refusals")
 
     def __init__(self) -> None:
-        self.connects = 0  #: streams established by its programs
-        self.accepts = 0  #: streams established to its listeners
+        self.connects = 0  #: streams established by programs of the context
+        self.accepts = 0  #: streams established to listeners of the context
         self.refusals = 0  #: requests answered with an errno, including denials
-        #: denials of its programs' requests, by rule
+        #: denials of requests of the context's programs, by rule
         self.denials: Counter[Rule] = Counter()
 
     def add(self, other: Counts) -> None:
-        """Add the counts of ``other`` to these."""
+        """Increase each counter by that of ``other``."""
         self.connects += other.connects
         self.accepts += other.accepts
         self.refusals += other.refusals
@@ -194,7 +194,7 @@ class DeviceStreams(Protocol):
     """A device's link to vsockd: the handle of the guest's stream endpoints."""
 
     def close(self) -> None:
-        """Detach the device: its guest's ports cannot be reached any longer."""
+        """Detach the device from its context, so that no program can reach the guest's ports."""
 
     def refresh(self) -> None:
         """Report the host's ports again after a change of the guest's state or isolation."""
@@ -203,10 +203,16 @@ class DeviceStreams(Protocol):
         """Set the socket that receives datagrams to the guest's ports."""
 
     def send_capture(self, fd: int, limit: int, port: int) -> None:
-        """Send ``fd`` to the device, which writes captured records to it.  Raises OSError."""
+        """Send ``fd`` to the device, which writes captured records to it.
+
+        Raises: OSError, when the link is full.
+        """
 
     def send_buffer_size(self, own: tuple[int, int], peer: tuple[int, int], size: int) -> None:
-        """Report the size of ``peer``'s receive buffer for address ``own``.  Raises OSError."""
+        """Report the size of the receive buffer that ``peer`` has for the guest's address ``own``.
+
+        Raises: OSError, when the link is full.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +220,8 @@ class DevicePorts:
     """The ports that a guest's device serves; the guest's kernel decides about each of them."""
 
     owner: Credentials  #: the device's process
-    streams: DeviceStreams  #: handle of its stream endpoints
-    datagrams: DeviceDatagrams | None  #: handle of its datagram endpoints
+    streams: DeviceStreams  #: handle of the guest's stream endpoints
+    datagrams: DeviceDatagrams | None  #: handle of the guest's datagram endpoints; None: refused
     seqpacket: bool = False  #: True if ``streams`` accepts sequenced packet sockets, too
 
     def endpoint(self, context: Context, kind: EndpointKind, port: int) -> Endpoint | None:
