@@ -467,6 +467,87 @@ def slow_one_after_the_other(guests: list[Attachment]) -> list[Work]:
     return [partial(work, guests[0], STREAM), partial(work, guests[1], SEQPACKET)]
 
 
+def lingering_sockets(number: int, peers: list[socket.socket]) -> list[socket.socket]:
+    """Return sockets as :func:`lingering_socket` does, with small buffers: many in a short time."""
+    sockets = []
+    for _ in range(number):
+        with socket.socket() as server, contextlib.suppress(OSError):  # EMFILE, after a while
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
+            sock.connect(server.getsockname())
+            peers.append(server.accept()[0])
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sock.send(bytes(65_536))
+            sockets.append(sock)
+    return sockets
+
+
+def send_lingering(sock: socket.socket, slow: socket.socket) -> None:
+    """Send a request with ``slow``, and close it: the request has its last descriptor."""
+    with slow, contextlib.suppress(OSError):
+        send_with(sock, Request(Op.LOCAL_CID).encode(), [slow.fileno()])
+
+
+def slow_on_kept_connections(guests: list[Attachment], number: int = 100) -> list[Work]:
+    """Requests on many connections of four guests, each with a descriptor that closes slowly."""
+
+    def work(guest: Attachment, begin: Callable[[], None]) -> None:
+        socks = bound(guest, number, SEQPACKET)
+        for sock in socks:
+            sock.setblocking(False)
+        peers: list[socket.socket] = []
+        slow = lingering_sockets(number, peers)
+        begin()
+        while True:
+            for sock, lingers in zip(socks, slow, strict=False):
+                send_lingering(sock, lingers)
+            slow = lingering_sockets(number, peers)
+            for sock in socks:
+                with contextlib.suppress(OSError):
+                    while sock.recv(RECORD_SIZE):
+                        pass
+
+    return [partial(work, guest) for guest in guests]
+
+
+def slow_on_new_connections(guests: list[Attachment], number: int = 100) -> list[Work]:
+    """The same with a connection for each request."""
+
+    def work(guest: Attachment, begin: Callable[[], None]) -> None:
+        peers: list[socket.socket] = []
+        begin()
+        while True:
+            socks = []
+            for lingers in lingering_sockets(number, peers):
+                socks.append(insist(guest, SEQPACKET))
+                send_lingering(socks[-1], lingers)
+            for sock in socks:
+                sock.close()
+
+    return [partial(work, guest) for guest in guests]
+
+
+def slow_on_closed_connections(guests: list[Attachment], number: int = 100) -> list[Work]:
+    """The same on connections that are closed before the request is read."""
+
+    def work(guest: Attachment, begin: Callable[[], None]) -> None:
+        peers: list[socket.socket] = []
+        begin()
+        while True:
+            slow = lingering_sockets(number, peers)
+            for sock, lingers in zip(bound(guest, number, SEQPACKET), slow, strict=False):
+                send_lingering(sock, lingers)
+                sock.close()
+
+    return [partial(work, guest) for guest in guests]
+
+
 ATTACKS: dict[str, Attack] = {
     "nothing": nothing,
     "H4 routes": routes,
@@ -482,6 +563,9 @@ ATTACKS: dict[str, Attack] = {
     "unread answers": unread_answers,
     "slow to close": slow_to_close,
     "slow one after the other": slow_one_after_the_other,
+    "slow on kept connections": slow_on_kept_connections,
+    "slow on new connections": slow_on_new_connections,
+    "slow on closed ones": slow_on_closed_connections,
 }
 
 #: Attacks on a vsockd without privileges, by its own user.

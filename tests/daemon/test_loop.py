@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -14,9 +15,13 @@ from vsockets.daemon.admin.audit import Audit, Events
 from vsockets.daemon.broker import Broker
 from vsockets.daemon.channel import Channel
 from vsockets.daemon.limits import DAEMON_SILENT_CLIENT_SECONDS
+from vsockets.eventloop.acceptor import Acceptor
 from vsockets.eventloop.loop import EventLoop, Timer
 from vsockets.fabric import EndpointKind, Fabric
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request
+
+from .exhaustion import lingering_socket
+from .raw_client import bind_datagram, send_with
 
 KINDS = {EndpointKind.STREAM: socket.SOCK_STREAM, EndpointKind.SEQPACKET: socket.SOCK_SEQPACKET}
 
@@ -140,6 +145,46 @@ def test_a_request_that_raises_is_served_once(
             assert program.recv(1) == b""
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Interrupt system calls, as the loop does while it is busy."""
+    old = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, old)
+
+
+@pytest.mark.parametrize("request_", ["LOCAL_CID", "BIND_DATAGRAM", "invalid, and one more"])
+@pytest.mark.parametrize("cid", [2, 3])
+@pytest.mark.usefixtures("interrupts")
+def test_a_descriptor_that_is_slow_to_close_postpones_the_next_connection(
+    request_: str, cid: int
+) -> None:
+    """Except at the host's socket, where the next one may be of another user."""
+    loop, fabric = EventLoop(), Fabric(0)
+    broker = Broker(loop, fabric, Audit(Events(), 1))
+    context = fabric.contexts.host if cid == 2 else fabric.contexts.add(cid, "guest", 0)
+    slow, peer = lingering_socket()
+    program, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    with program, peer:
+        if request_ == "LOCAL_CID":
+            send_with(program, Request(Op.LOCAL_CID).encode(), [slow.fileno()])
+        elif request_ == "BIND_DATAGRAM":  # the slow one is in the socket that it names
+            inner, outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+            with inner, outer:
+                send_with(outer, b"x", [slow.fileno()])
+                send_with(program, bind_datagram().encode(), [inner.fileno()])
+        else:
+            program.send(b"x")
+            send_with(program, b"x", [slow.fileno()])
+        slow.close()
+        seconds = broker.admit(context, EndpointKind.SEQPACKET, ours.detach())
+        assert bool(seconds) == (cid == 3)
+        assert not context.party_of(os.getuid()).blocked
+
+
 class Clock(EventLoop):
     """A loop whose timers are run by the test."""
 
@@ -178,3 +223,30 @@ def test_a_client_without_a_request_is_disconnected(
             program.shutdown(socket.SHUT_RDWR)
             run_once(loop)
         assert program.recv(1) == b""
+
+
+def test_an_acceptor_pauses_for_as_long_as_it_is_told() -> None:
+    loop, admitted = Clock(), list[int]()
+
+    def admit(fd: int) -> float:
+        os.close(fd)
+        admitted.append(fd)
+        return 1000.0
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")
+        listener.listen()
+        listener.setblocking(False)
+        acceptor = Acceptor(loop, listener, "a test", admit)
+        clients = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+        for client in clients:
+            client.connect(listener.getsockname())
+        run_once(loop)
+        assert len(admitted) == 1
+        resume = dict(loop.pending)[1000.0]
+        resume()
+        run_once(loop)
+        assert len(admitted) == 2
+        acceptor.close()
+        for client in clients:
+            client.close()

@@ -6,14 +6,18 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
 
-from vsockets.daemon.limits import DAEMON_ENDS_PER_TURN_MAX, DAEMON_REQUESTS_PER_TURN_MAX
+from vsockets.daemon.limits import (
+    DAEMON_ENDS_PER_TURN_MAX,
+    DAEMON_PAUSE_MAX_SECONDS,
+    DAEMON_REQUESTS_PER_TURN_MAX,
+)
 from vsockets.daemon.scheduling import RequestTurns
-from vsockets.eventloop.loop import EventLoop
+from vsockets.eventloop.loop import EventLoop, Timer
 from vsockets.fabric import Limits, Party
 
 from .test_loop import run_once
@@ -25,6 +29,7 @@ class Clients:
     def __init__(self, turns: RequestTurns, name: str, number: int) -> None:
         self.party = Party(name, Limits())
         self.served: list[int] = []
+        self.blocks = 0.0  # seconds for which each request blocks vsockd
         self.pairs = [socket.socketpair() for _ in range(number)]
         self._turns = turns
         for index, (ours, theirs) in enumerate(self.pairs):
@@ -33,9 +38,13 @@ class Clients:
 
     def _serve(self, index: int, hung_up: bool) -> None:
         self.served.append(index)
+        self.party.blocked = self.blocks
         ours, _ = self.pairs[index]
         if hung_up or not ours.recv(1):
             self._turns.unwatch(self.party, ours.fileno())
+
+    def serve_first(self, hung_up: bool) -> None:
+        self._serve(0, hung_up)
 
     def close(self) -> None:
         for ours, theirs in self.pairs:
@@ -48,9 +57,23 @@ def note_that(served: list[str], name: str, hung_up: bool) -> None:
     served.append(name)
 
 
+class Loop(EventLoop):
+    """A loop whose timers, except :func:`run_once`'s, are run by the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pauses: list[tuple[float, Callable[[], None]]] = []
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        if not seconds:
+            return super().call_later(seconds, callback)
+        self.pauses.append((seconds, callback))
+        return Timer(callback)
+
+
 @pytest.fixture
-def loop() -> EventLoop:
-    return EventLoop()
+def loop() -> Loop:
+    return Loop()
 
 
 @pytest.fixture
@@ -103,6 +126,46 @@ def test_many_hang_ups_are_served_in_turns(loop: EventLoop, turns: RequestTurns)
         assert len(many.served) == DAEMON_ENDS_PER_TURN_MAX
         run_once(loop)
         assert sorted(many.served) == list(range(number))
+
+
+@pytest.mark.parametrize("hung_up", [False, True])
+def test_a_party_that_has_blocked_vsockd_is_served_again_later(
+    loop: Loop, turns: RequestTurns, hung_up: bool
+) -> None:
+    """Others are served meanwhile, and no more of its requests in the same turn."""
+    with clients(turns, "slow", 3) as slow, clients(turns, "other", 2) as other:
+        slow.blocks = 1e9  # as if vsockd had been stopped meanwhile: the pause is limited
+        if hung_up:
+            for ours, theirs in slow.pairs:
+                ours.recv(1)
+                theirs.close()
+        for _ in range(5):
+            run_once(loop)
+        assert (len(slow.served), len(other.served)) == (1, 2)
+        ((seconds, resume),) = loop.pauses
+        assert seconds == DAEMON_PAUSE_MAX_SECONDS
+        slow.blocks = 0.0
+        resume()
+        run_once(loop)
+        assert sorted(slow.served) == [0, 1, 2]
+
+
+def test_a_party_closes_its_connections_during_its_pause(loop: Loop, turns: RequestTurns) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with clients(turns, "slow", 1) as slow:
+        slow.blocks = 1e-6
+        run_once(loop)
+    with clients(turns, "slow", 1) as again:
+        turns.unwatch(again.party, again.pairs[0][0].fileno())
+        turns.watch(slow.party, again.pairs[0][0].fileno(), again.serve_first)
+        run_once(loop)
+        assert not again.served
+        ((_, resume),) = loop.pauses
+        resume()
+        run_once(loop)
+        assert again.served == [0]
+        turns.unwatch(slow.party, again.pairs[0][0].fileno())
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_failing_callback_is_logged(

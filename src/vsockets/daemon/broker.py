@@ -52,7 +52,7 @@ from .listeners import (
     leaves_replies_unread,
 )
 from .named_sockets import NamedSocket, bind_to_name, probe_of
-from .scheduling import DeferredWork, RequestTurns
+from .scheduling import DeferredWork, RequestTurns, pause_for
 from .socket_queries import SocketQueries
 from .streams import Streams
 
@@ -123,11 +123,20 @@ class Broker:
 
     # Channels
 
-    def admit(self, context: Context, kind: EndpointKind, fd: int) -> None:
-        """Admit connection ``fd``, just accepted on a control socket of ``context``."""
+    def admit(self, context: Context, kind: EndpointKind, fd: int) -> float:
+        """Admit connection ``fd``, just accepted on a control socket of ``context``.
+
+        Returns the seconds until the next one may be accepted.
+        """
         sock_type = SOCK_STREAM if kind is _STREAM else SOCK_SEQPACKET
         sock = _socket.socket(AF_UNIX, sock_type, 0, fd)
-        self.serve_first(Channel(sock, context, kind, peer_credentials(sock)))
+        channel = Channel(sock, context, kind, peer_credentials(sock))
+        self.serve_first(channel)
+        if not channel.party.blocked:
+            return 0.0
+        pause = pause_for(channel.party)
+        # On the host's socket the next connection may be another user's.
+        return pause if context.is_guest else 0.0
 
     def serve_first(self, channel: Channel) -> None:
         """Serve the first request on a new channel, or keep the channel until it arrives."""
@@ -145,7 +154,7 @@ class Broker:
         if data and self._serve(channel, data):
             self._keep(channel)
         elif channel.endpoint is None:
-            channel.sock.close()
+            channel.close()
         else:
             self._drop(channel)
 
@@ -185,7 +194,7 @@ class Broker:
                 channel.context, channel, denied, "a silent connection", source, None
             )
             channel.send(Record(denied.errno).encode())
-            channel.sock.close()
+            channel.close()
             return
         channel.silent = True
         channel.party.pending += 1
@@ -234,7 +243,7 @@ class Broker:
             self._holders.pop(channel.secret, None)
         if channel.endpoint is not None:
             self.fabric.unbind(channel.endpoint)
-        channel.sock.close()
+        channel.close()
 
     def _release_some(self, party: Party | None = None) -> None:
         """Release some of what ``party`` (or all parties) closed now, the rest as deferred work."""
@@ -315,7 +324,7 @@ class Broker:
             else:
                 self._log(logging.INFO, channel, refused)
             channel.send(Record(refused.errno).encode())
-            consume(channel.sock, channel.kind, request.polling)
+            consume(channel, request.polling)
             return channel.may_retry()
         except ProtocolError as error:
             self._log(logging.INFO, channel, error)
@@ -358,7 +367,7 @@ class Broker:
     def _reply(self, channel: Channel, request: Request, record: bytes) -> None:
         channel.send(record)
         if request.flags or channel.kind is _SEQPACKET:
-            consume(channel.sock, channel.kind, request.polling)
+            consume(channel, request.polling)
 
     def _bind(self, channel: Channel, request: Request) -> bool:
         if channel.endpoint is not None:
@@ -372,8 +381,7 @@ class Broker:
         return True
 
     def _bind_socket(self, channel: Channel, request: Request) -> bool:
-        sock = take_socket(channel, SOCK_STREAM, SOCK_SEQPACKET)
-        with closing(sock):
+        with take_socket(channel, SOCK_STREAM, SOCK_SEQPACKET) as sock:
             if not request.cookie or self._holders.get(request.cookie, channel) is not channel:
                 raise ProtocolError("invalid secret of a named socket")
             reserve.require_free(sock.fileno())
@@ -417,7 +425,7 @@ class Broker:
         self.fabric.listen(channel.endpoint, request.sizes())
         record = encode_endpoint(channel.endpoint)
         if silent:
-            consume(channel.sock, channel.kind, request.polling)
+            consume(channel, request.polling)
         else:
             self._reply(channel, request, record)
         return True
@@ -426,7 +434,7 @@ class Broker:
         if channel.endpoint is None:
             raise ProtocolError("UPDATE of a socket that is not bound")
         channel.endpoint.sizes = request.sizes()
-        consume(channel.sock, channel.kind, request.polling)
+        consume(channel, request.polling)
         return True
 
     def _connect(self, channel: Channel, request: Request) -> bool:  # noqa: C901 - hot path
@@ -502,7 +510,7 @@ class Broker:
         # The reply goes first: once the listening program has the descriptor, it may write.
         channel.send(encode_connecting(connection))
         if request.flags or channel.kind is _SEQPACKET:
-            consume(sock, channel.kind, request.polling)
+            consume(channel, request.polling)
         channel.receive_credentials(False)
         record = encode_accepting(connection)
         try:
@@ -571,8 +579,7 @@ class Broker:
             raise Refused(errno.ENOBUFS, "connections to this listener wait to be announced")
 
     def _bind_datagram(self, channel: Channel, request: Request) -> bool:
-        sock = take_socket(channel, SOCK_DGRAM)
-        with closing(sock):
+        with take_socket(channel, SOCK_DGRAM) as sock:
             self._require_free(sock.fileno())
             if self.datagrams.find_socket(channel.context, sock) is not None:
                 raise Refused(errno.EINVAL, "the datagram socket is already bound")
@@ -581,8 +588,7 @@ class Broker:
         return False
 
     def _route(self, channel: Channel, request: Request) -> bool:
-        sock = take_socket(channel, SOCK_DGRAM)
-        with closing(sock):
+        with take_socket(channel, SOCK_DGRAM) as sock:
             self._require_free(sock.fileno())
             source = channel.sender = self.datagrams.find_socket(channel.context, sock)
             asker = channel.asker
@@ -609,8 +615,7 @@ class Broker:
             raise ProtocolError("CATCH_ALL from a client that is not a device")
         device = channel.context.device
         assert device is not None
-        sock = take_socket(channel, SOCK_DGRAM)
-        with closing(sock):
+        with take_socket(channel, SOCK_DGRAM) as sock:
             datagrams = self.datagrams.catch_all(channel.context, sock)
             device.streams.set_datagrams(datagrams)
         channel.send(Record(0).encode())
@@ -618,7 +623,7 @@ class Broker:
 
     def _capture(self, channel: Channel, request: Request) -> bool:
         with closing(capture(self.fabric, channel, request)) as records:
-            consume(channel.sock, channel.kind, request.polling)
+            consume(channel, request.polling)
             channel.send_descriptor(Record(0).encode(), records.fileno())
         return False
 

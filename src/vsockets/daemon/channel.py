@@ -8,6 +8,8 @@ import os
 import select
 import struct
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from socket import (
     AF_UNIX,
@@ -21,6 +23,7 @@ from socket import (
     SO_PASSCRED,
     SOL_SOCKET,
 )
+from time import monotonic
 
 from .._linux.descriptor_passing import dispose
 from .._linux.sockets import descriptor_in
@@ -28,7 +31,7 @@ from ..fabric import Context, Credentials, Endpoint, EndpointKind, Party, Refuse
 from ..protocol import PADDING, REQUEST_SIZE, ProtocolError
 from . import reserve
 from .credentials import UCRED, Author, Deputy, Peer
-from .limits import DAEMON_UNWANTED_DESCRIPTORS_MAX
+from .limits import DAEMON_NOTICED_CALL_SECONDS, DAEMON_UNWANTED_DESCRIPTORS_MAX
 from .stream_liveness import Group
 
 _FD = struct.Struct("i")
@@ -115,6 +118,10 @@ class Channel(Peer):
         limits = self.party.limits
         room = limits is None or self.party.channels < limits.sockets
         return room and reserve.may_keep(self.sock.fileno())
+
+    def close(self) -> None:
+        """Close the socket, and with it descriptors in requests that have not been read."""
+        close_socket(self.sock, self.party)
 
     def has_hung_up(self) -> bool:
         """Return whether the client has closed its socket."""
@@ -253,15 +260,35 @@ def send_descriptor(sock: _socket.socket, record: bytes, fd: int) -> None:
     sock.sendmsg((record,), ((_SOCKET, _RIGHTS, _FD.pack(fd)),), _SEND)
 
 
-def consume(sock: _socket.socket, kind: EndpointKind, polling: bool) -> None:
-    """Read the rest of a request from ``sock``, which lets its sender's poll report writable."""
+def consume(channel: Channel, polling: bool) -> None:
+    """Read the rest of a request, which lets its sender's poll report writable."""
     try:
-        if kind is EndpointKind.SEQPACKET:  # the request was peeked at: this reads all of it
-            sock.recv(1, READ)
+        if channel.kind is _SEQPACKET:  # the request was peeked at: this reads all of it
+            begin = monotonic()
+            channel.sock.recv(1, READ)  # closes descriptors that came with it
+            _note_duration(channel.party, begin)
         elif polling:  # request and padding were one write, so the padding has arrived
-            sock.recv(len(PADDING), READ)
+            channel.sock.recv(len(PADDING), READ)
     except (BlockingIOError, ConnectionError):
         pass  # nothing was left, it was read with a descriptor, or the client has closed
+
+
+def close_socket(sock: _socket.socket, party: Party) -> None:
+    """Close a socket, which may have unread messages of ``party`` with descriptors."""
+    begin = monotonic()
+    sock.close()
+    _note_duration(party, begin)
+
+
+def _note_duration(party: Party, begin: float) -> None:
+    """Add to the time for which descriptors of ``party`` have blocked vsockd.
+
+    Only the one system call is timed that closes them: a longer period would often include other
+    programs' use of the processor.
+    """
+    seconds = monotonic() - begin
+    if seconds > DAEMON_NOTICED_CALL_SECONDS:
+        party.blocked += seconds
 
 
 #: The party of each unwanted descriptor closed by a thread since the last count.
@@ -290,14 +317,28 @@ def receive_with_descriptor(sock: _socket.socket) -> int | None:
     return descriptor_in(ancillary)
 
 
-def take_socket(channel: Channel, *types: int) -> _socket.socket:
-    """Read a request with a unix socket of one of ``types`` from the channel; return the socket."""
+@contextmanager
+def take_socket(channel: Channel, *types: int) -> Iterator[_socket.socket]:
+    """Read a request with a unix socket of one of ``types`` from the channel.
+
+    Yields the socket, and closes it at the end of the context.
+    """
+    sock = _take_socket(channel, types)
+    try:
+        yield sock
+    finally:
+        close_socket(sock, channel.party)
+
+
+def _take_socket(channel: Channel, types: tuple[int, ...]) -> _socket.socket:
     if channel.kind is not EndpointKind.SEQPACKET:
         raise ProtocolError("request with a descriptor on a stream channel")
     # The request is then read without space for the descriptor, which the kernel closes.
     if has_too_many_unwanted(channel.party):
         raise Refused(errno.ENOBUFS, f"{channel.party.name} sends invalid descriptors")
+    begin = monotonic()
     fd = receive_with_descriptor(channel.sock)
+    _note_duration(channel.party, begin)
     if fd is None:
         raise ProtocolError("missing descriptor")
     try:

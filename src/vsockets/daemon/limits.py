@@ -4,6 +4,14 @@
 #: take longer; a signal ends that.
 DAEMON_SLOW_CALL_SECONDS = 0.005
 
+#: A call that takes longer than the first number of seconds was blocked by closing what a party has
+#: sent.  The party's next request is served after a pause: the duration of the call times the
+#: second number, and at most the third in seconds (vsockd itself may have been stopped during the
+#: call).  So these calls of one party take at most a tenth of vsockd's time.
+DAEMON_NOTICED_CALL_SECONDS = 0.001
+DAEMON_PAUSE_FACTOR = 10
+DAEMON_PAUSE_MAX_SECONDS = 1.0
+
 #: Descriptors of one party that wait to be closed because they were sent to vsockd without reason.
 #: The sender determines how long closing each of them takes.
 DAEMON_UNWANTED_DESCRIPTORS_MAX = 16

@@ -2,7 +2,8 @@
 
 *Turns.*  A guest may have thousands of connections to vsockd, with a request on each of them.  In
 the loop's own epoll the kernel would report all of them before one of another guest.  So each party
-has an epoll of its own, and a few requests of each are served per turn of the loop.
+has an epoll of its own, and a few requests of each are served per turn of the loop.  A party that
+has sent a descriptor that is slow to close is served again later, after a pause.
 
 *Deferred work.*  Clients do not report when they close what vsockd counts for them, so vsockd has
 to search, and one client can hold thousands of items.  Each search is a *task*: an iterator that
@@ -16,6 +17,7 @@ from __future__ import annotations
 import logging
 import select
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from select import EPOLLHUP
 from time import monotonic, thread_time
 
@@ -24,6 +26,8 @@ from ..fabric import Party
 from .limits import (
     DAEMON_ENDS_PER_TURN_MAX,
     DAEMON_PARTIES_PER_TURN_MAX,
+    DAEMON_PAUSE_FACTOR,
+    DAEMON_PAUSE_MAX_SECONDS,
     DAEMON_REQUESTS_PER_TURN_MAX,
 )
 
@@ -85,10 +89,18 @@ class DeferredWork:
 _ENDED = int(EPOLLHUP)
 
 
+def pause_for(party: Party) -> float:
+    """Return the seconds until a party that has blocked vsockd is to be served again."""
+    seconds = min(DAEMON_PAUSE_FACTOR * party.blocked, DAEMON_PAUSE_MAX_SECONDS)
+    party.blocked = 0.0
+    return seconds
+
+
 class _Queue:
     """The watched descriptors of one party."""
 
-    def __init__(self) -> None:
+    def __init__(self, party: Party) -> None:
+        self.party = party
         self.epoll = select.epoll()
         self.callbacks: dict[int, Callable[[bool], None]] = {}
 
@@ -102,16 +114,19 @@ class RequestTurns:
     def __init__(self, loop: EventLoop) -> None:
         self._queues: dict[Party, _Queue] = {}
         self._by_fd: dict[int, _Queue] = {}  # by descriptor of the queue's epoll
-        self._epoll = select.epoll()  # contains the epolls of all queues
+        self._loop = loop
+        self._paused: set[Party] = set()
+        self._epoll = select.epoll()  # contains the epolls of all queues except paused parties'
         loop.watch_first(self._epoll.fileno(), self._serve)
 
     def watch(self, party: Party, fd: int, callback: Callable[[bool], None]) -> None:
         """Call ``callback`` whenever ``fd`` is readable or hung up, in the party's turn."""
         queue = self._queues.get(party)
         if queue is None:
-            queue = self._queues[party] = _Queue()
+            queue = self._queues[party] = _Queue(party)
             self._by_fd[queue.epoll.fileno()] = queue
-            self._epoll.register(queue.epoll.fileno(), select.EPOLLIN)
+            if party not in self._paused:
+                self._epoll.register(queue.epoll.fileno(), select.EPOLLIN)
         queue.epoll.register(fd, READABLE)
         queue.callbacks[fd] = callback
 
@@ -124,7 +139,8 @@ class RequestTurns:
         if not queue.callbacks:
             del self._queues[party]
             del self._by_fd[queue.epoll.fileno()]
-            self._epoll.unregister(queue.epoll.fileno())
+            if party not in self._paused:
+                self._epoll.unregister(queue.epoll.fileno())
             queue.epoll.close()
 
     def _serve(self, _: int) -> None:
@@ -140,18 +156,35 @@ class RequestTurns:
             left = DAEMON_REQUESTS_PER_TURN_MAX
             for fd, events in queue.epoll.poll(0, DAEMON_ENDS_PER_TURN_MAX):
                 if events & _ENDED:
-                    _call(queue, fd, True)
+                    self._call(queue, fd, True)
+                    if queue.party in self._paused:
+                        break
                 elif left:
                     left -= 1
                     requests.append((queue, fd))
         for queue, fd in requests:
-            _call(queue, fd, False)
+            if queue.party not in self._paused:
+                self._call(queue, fd, False)
 
+    def _call(self, queue: _Queue, fd: int, hung_up: bool) -> None:
+        callback = queue.callbacks.get(fd)
+        if callback is not None:
+            try:
+                callback(hung_up)
+            except Exception:
+                log.exception("callback failed: an event was lost")
+        if queue.party.blocked:
+            self._pause(queue.party)
 
-def _call(queue: _Queue, fd: int, hung_up: bool) -> None:
-    callback = queue.callbacks.get(fd)
-    if callback is not None:
-        try:
-            callback(hung_up)
-        except Exception:
-            log.exception("callback failed: an event was lost")
+    def _pause(self, party: Party) -> None:
+        queue = self._queues.get(party)
+        if queue is not None:  # not closed by the callback
+            self._epoll.unregister(queue.epoll.fileno())
+        self._paused.add(party)
+        self._loop.call_later(pause_for(party), partial(self._resume, party))
+
+    def _resume(self, party: Party) -> None:
+        self._paused.remove(party)
+        queue = self._queues.get(party)
+        if queue is not None:
+            self._epoll.register(queue.epoll.fileno(), select.EPOLLIN)

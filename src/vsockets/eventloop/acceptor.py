@@ -1,4 +1,4 @@
-"""An accept loop that pauses while descriptors or memory are exhausted."""
+"""An accept loop that pauses while descriptors or memory are exhausted, or on request."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 class Acceptor:
-    """An accept loop that owns ``listener`` and passes each accepted descriptor to ``admit``."""
+    """An accept loop that owns ``listener`` and passes each accepted descriptor to ``admit``.
+
+    It pauses while resources are exhausted, and for the seconds that ``admit`` returns, if any.
+    """
 
     def __init__(
-        self, loop: EventLoop, listener: socket.socket, who: str, admit: Callable[[int], None]
+        self,
+        loop: EventLoop,
+        listener: socket.socket,
+        who: str,
+        admit: Callable[[int], float | None],
     ) -> None:
         self._loop = loop
         self._listener = listener
@@ -51,7 +58,11 @@ class Acceptor:
             if error.errno not in OUT_OF_RESOURCES:
                 raise
             log.warning("%s waits: %s", self._who, error, extra=logs.rare(self))
-            self._loop.unwatch(self._listener.fileno())
-            self._loop.call_later(_PAUSE, self._watch)
+            self._pause(_PAUSE)
         else:
-            self._admit(fd)
+            if seconds := self._admit(fd):
+                self._pause(seconds)
+
+    def _pause(self, seconds: float) -> None:
+        self._loop.unwatch(self._listener.fileno())
+        self._loop.call_later(seconds, self._watch)

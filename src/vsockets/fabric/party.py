@@ -26,6 +26,7 @@ class Party:
 
     __slots__ = (
         "__weakref__",
+        "blocked",
         "channels",
         "limits",
         "name",
@@ -49,6 +50,8 @@ class Party:
         #: listeners with pending connections of this party, to be recounted in this order
         self.pending_listeners: dict[PendingListener, None] = {}
         self.channels = 0  #: connections to vsockd that vsockd keeps open
+        #: seconds for which closing what it sent has blocked vsockd since its last turn
+        self.blocked = 0.0
         self.unwanted = 0  #: descriptors that it sent without reason and that wait to be closed
         self.set_limits(limits)
 
