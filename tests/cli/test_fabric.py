@@ -121,6 +121,7 @@ def test_a_killed_run_leaves_nothing(alone: Vsock, number: signal.Signals) -> No
     assert running.process.wait(PATIENCE) == -number
     if number is signal.SIGKILL:  # the others wait for all to be removed
         wait_until(lambda: not folder.exists(), "the folder to be removed")
+        os.kill(pid, signal.SIGKILL)  # what the command left in the background
     else:
         assert not is_running(pid)
         assert not folder.exists()
