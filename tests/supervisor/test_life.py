@@ -122,6 +122,25 @@ def test_killing_the_front_kills_the_program(vsock: Vsock) -> None:
     wait_until(lambda: not is_there(pid), "the program to be killed")
 
 
+def test_the_supervisor_waits_for_children_after_the_front_was_killed(vsock: Vsock) -> None:
+    script = f"setsid sh -c 'echo $$; exec sleep 1000' & echo $$; {WAIT}"
+    running = vsock.start("run", "sh", "-c", script)
+    numbers = {int(running.read_line()), int(running.read_line())}
+    (supervisor,) = children(running.process.pid)
+    running.process.kill()
+    wait_until(lambda: sum(map(is_there, numbers)) == 1, "the program to be killed")
+    # It would never sleep if the end of the front were reported again and again.
+    wait_until(lambda: state_of(supervisor) == "S", "the supervisor to sleep")
+    (child,) = filter(is_there, numbers)
+    os.kill(child, signal.SIGKILL)
+    wait_until(lambda: not is_there(supervisor), "the supervisor to end")
+
+
+def state_of(pid: int) -> str:
+    """Return a process's state, as one letter of proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_killing_the_supervisor_kills_the_program_and_its_children(vsock: Vsock) -> None:
     # One of them in a session of its own.
     script = f"setsid sh -c 'echo $$; exec sleep 1000' & echo $$; {WAIT}"

@@ -202,6 +202,7 @@ class _Program:
             return
         message = _receive(self._front)
         if not message:  # the front was killed: kill the program
+            self._front.close()  # which also ends the watch: it would report the end for ever
             self._front = None
             self._signal(signal.SIGKILL)
             return
