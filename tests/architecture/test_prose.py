@@ -13,14 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-#: Packages whose prose is not in this style yet.
-_NOT_YET: tuple[str, ...] = ("tests/cli", "tests/packaging")
-
 FILES = {
     str(path.relative_to(ROOT)): path
     for folder in ("src", "tests", "bench")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if not any(str(path.relative_to(ROOT)).startswith(part) for part in _NOT_YET)
 }
 
 #: A docstring does not begin with these: they make an indirect question, or a pronoun without an

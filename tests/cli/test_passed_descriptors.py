@@ -261,7 +261,7 @@ with socket.socket(socket.AF_VSOCK, socket.SOCK_SEQPACKET) as server:
 
 
 def test_packets_of_a_supervised_program(vsock: Vsock, fabric: PrivateFabric) -> None:
-    """There a descriptor marks the end of a record, so that the supervisor receives all."""
+    """A descriptor ends a SOCK_SEQPACKET record, so the supervisor receives every record."""
     running = vsock.start("run", "--cid", "host", "--", sys.executable, "-c", PACKETS)
     port, guest = port_of(running), fabric.guest()
 
