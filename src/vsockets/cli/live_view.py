@@ -56,7 +56,7 @@ class View(ABC):
 def require_terminal(option: str) -> None:
     """Raise a usage error unless standard output is a terminal."""
     if not sys.stdout.isatty():
-        raise click.BadParameter(f"{option}: standard output is not a terminal (use --json)")
+        raise click.UsageError(f"{option}: standard output is not a terminal (use --json)")
 
 
 def show(view: View, interval: float) -> None:
