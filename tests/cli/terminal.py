@@ -54,7 +54,7 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """Return the lines of the screen."""
+        """Lines of the screen."""
         return [line.rstrip() for line in self._screen.display]
 
     def press(self, keys: str) -> None:
@@ -72,10 +72,10 @@ class Terminal:
         return self.lines
 
     def finish(self, status: int = 0) -> str:
-        """Wait for its end with ``status``, and return what it complained of.
+        """Wait until the command exits with ``status``, and return its standard error.
 
-        What it still draws is read meanwhile, as it may wait for room; the terminal must be as it
-        was.
+        Its output is read meanwhile, because a full terminal would block the command.  The
+        terminal's attributes must be those from before the command.
         """
         deadline = time.monotonic() + PATIENCE
         while self.process.poll() is None:

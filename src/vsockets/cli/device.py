@@ -256,9 +256,10 @@ def _serve(
 ) -> None:
     """Attach a device to the context ``cid`` and run it; ``begin`` builds the device.
 
-    ``ready`` is logged once it is.  ``file`` is that of a socket created by ``begin``, removed at
-    the end.  ``datagrams`` and ``seqpacket`` are the socket types the guest has besides streams.
-    With ``host_ports`` it has a unix socket for each port of the host, in a folder of ``user``.
+    ``ready`` is the line logged once the device can be connected to.  ``file`` is the unix socket
+    that ``begin`` creates; it is removed at the end.  ``datagrams`` and ``seqpacket`` tell whether
+    the guest has these socket types besides streams.  With ``host_ports`` the device has a unix
+    socket for each port of the host, in a folder owned by the uid ``user``.
     """
     from ..devices.client import DeviceClient
     from ..devices.guest_memory import explain_lost_memory
