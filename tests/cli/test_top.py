@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import select
+import subprocess
 
 import pytest
 
@@ -11,7 +15,7 @@ from vsockets.cli.rates import Rates
 from vsockets.testing import PrivateFabric
 
 from .terminal import Terminal
-from .vsock import Vsock
+from .vsock import PATIENCE, PROGRAM, Vsock
 
 
 def counts(cid: int, connects: int, denials: int = 0) -> dict[str, object]:
@@ -107,3 +111,21 @@ def test_top_ends_with_vsockd(alone: Vsock) -> None:
         line = view.finish(status=1)
         assert line.startswith("vsock: ") and line.count("\n") == 1
         assert "has gone" in line or "has ended" in line
+
+
+def test_events_names_its_topics_on_a_terminal(vsock: Vsock) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*PROGRAM, "events", "denial"],
+        env=vsock.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    )
+    try:
+        assert select.select([ours], [], [], PATIENCE)[0]
+        assert os.read(ours, 1000) == b"vsock: following events: denial (Ctrl-C ends)\r\n"
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+        os.close(ours)
+        os.close(theirs)

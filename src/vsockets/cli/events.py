@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from enum import StrEnum
 from typing import Any
@@ -13,6 +14,7 @@ from ..model.text import printable
 from .connect import administrator
 from .groups import command
 from .options import argument, members
+from .output import notice
 
 
 class Topic(StrEnum):
@@ -35,6 +37,8 @@ class Topic(StrEnum):
 def events(topics: tuple[Topic, ...], as_json: bool) -> None:
     """Print life-cycle events of guests and denials until Ctrl-C."""
     with administrator() as control, control.events(*topics) as stream:
+        if sys.stderr.isatty():
+            notice(f"following events: {', '.join(topics or Topic)} (Ctrl-C ends)")
         for event in stream:
             print(json.dumps(event) if as_json else printable(_describe(event)), flush=True)
 
