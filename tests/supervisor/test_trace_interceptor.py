@@ -479,6 +479,23 @@ def test_registers_are_changed_as_the_architecture_has_them(
     assert before.values == list(range(1000, 1000 + layout.size)) and before.entered == 7
 
 
+def test_the_interrupted_call_as_the_architecture_shows_it() -> None:
+    """arch/arm64/kernel/signal.c moves back to the call before a tracer sees the stop."""
+    arguments = (1000, 1001, 1002, 1003, 1004, 1005)
+    layout = LAYOUTS[ARCHITECTURES["aarch64"].architecture]
+    registers = Registers(layout, list(range(1000, 1000 + layout.size)), -1)
+    assert registers.rewind_interrupted(arguments) == 1008
+    assert registers.instruction == 1032
+    assert registers.rewind_interrupted((*arguments[:5], 7)) is None
+    layout = LAYOUTS[ARCHITECTURES["x86_64"].architecture]
+    registers = Registers(layout, list(range(1000, 1000 + layout.size)), 7)
+    assert registers.rewind_interrupted(arguments) is None
+    registers.result = -512  # ERESTARTSYS
+    assert registers.rewind_interrupted(arguments) == 7
+    assert registers.instruction == 1016 - 2
+    assert registers.rewind_interrupted(arguments) is None
+
+
 def test_a_socket_of_a_stopped_process_is_shut_down(forbidden: bool) -> None:
     """The process remains stopped."""
     inodes: list[int] = []

@@ -58,6 +58,7 @@ _ALL_SIGNALS = (1 << 64) - 1
 #: The kernel's internal results of calls that a signal has interrupted and that are restarted: if
 #: the signal has no handler, or one with SA_RESTART; always; if it has no handler.
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND = 512, 513, 514
+_RESTARTS = (-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND)
 
 
 class Event(IntEnum):
@@ -162,6 +163,22 @@ class Registers:
     def instruction(self) -> int:
         """The address of the next instruction."""
         return self._values[self._layout.instruction]
+
+    def rewind_interrupted(self, arguments: tuple[int, ...]) -> int | None:
+        """Move back to the call, with these arguments, that an interrupted thread waited in.
+
+        Returns the call's number, or None if the thread did not wait in a call.  On arm64 the
+        kernel itself has moved back when it reports the stop; the caller has to check that the
+        thread is at an instruction that makes a call.
+        """
+        if self._layout.entered is None:
+            number = self._values[self._layout.number]
+            return number if self.arguments[: len(arguments)] == arguments else None
+        if self.result not in _RESTARTS or self.entered < 0:
+            return None
+        number = self.entered
+        self.rewind()
+        return number
 
     def rewind(self) -> None:
         """Move back to the instruction that made the call, to execute it again."""

@@ -27,8 +27,6 @@ from .filter import COPYING, TRACE_MARK, Numbers, Served, assemble, traced_rules
 from .interception import InterceptedCall
 from .process import Processes, write_memory
 from .ptrace import (
-    ERESTARTNOHAND,
-    ERESTARTNOINTR,
     ERESTARTSYS,
     Event,
     Ptrace,
@@ -40,8 +38,6 @@ from .ptrace import (
 )
 
 log = logging.getLogger(__name__)
-
-_RESTARTS = (-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND)
 
 # Arguments of calls that a tracee is made to perform.
 _SET_MODE_FILTER, _ALL_THREADS = 1, 1
@@ -394,9 +390,8 @@ class Tracer:
         done: Callable[[int], None],
     ) -> _Script:
         registers = self._ptrace.registers(thread.number)
-        if registers.result in _RESTARTS and registers.entered >= 0:
-            number = registers.entered
-            registers.rewind()
+        number = registers.rewind_interrupted(arguments)
+        if number is not None and self._is_at_trap(thread, registers):
             registers.prepare(number, arguments)
             code = yield from self._extend(thread, registers, True, kind, descriptors)
         else:
@@ -458,11 +453,8 @@ class Tracer:
             base.rewind()
         blocked = self._ptrace.block_signals(thread.number)
         code = 0
-        if missing:
-            at = base.instruction
-            trap = self._processes.read_some(thread.number, at, len(self._ptrace.trap))
-            if trap != self._ptrace.trap:
-                code = errno.ENOEXEC
+        if missing and not self._is_at_trap(thread, base):
+            code = errno.ENOEXEC
         for number in missing:
             if not code and not process.covers(kind, number):
                 numbers = numbers_for(process.covered[kind], number)
@@ -472,6 +464,11 @@ class Tracer:
         self._ptrace.block_signals(thread.number, blocked)
         self._ptrace.set_registers(thread.number, registers)
         return code
+
+    def _is_at_trap(self, thread: Tracee, registers: Registers) -> bool:
+        """Return whether the next instruction makes a system call."""
+        trap = self._ptrace.trap
+        return self._processes.read_some(thread.number, registers.instruction, len(trap)) == trap
 
     def _install(
         self, thread: Tracee, base: Registers, kind: Served, numbers: Numbers
