@@ -183,6 +183,7 @@ def test_a_descriptor_that_is_slow_to_close_postpones_the_next_connection(
         seconds = broker.admit(context, EndpointKind.SEQPACKET, ours.detach())
         assert bool(seconds) == (cid == 3)
         assert not context.party_of(os.getuid()).blocked
+        broker.close_context(context)
 
 
 class Clock(EventLoop):
