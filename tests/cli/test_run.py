@@ -52,26 +52,26 @@ def test_unmodified_programs_talk(vsock: Vsock, fabric: PrivateFabric) -> None:
 
 def test_programs_run_in_the_context_of_the_command(vsock: Vsock, fabric: PrivateFabric) -> None:
     """As in a container, which has no more of the fabric than the folder of one guest."""
-    guest = fabric.guest(1236)
+    guest = fabric.guest(1246)
     vsock.environment["VSOCKETS_CONTEXT"] = str(guest.folder)
     vsock.environment["VSOCKETS_DIR"] = str(fabric.folder / "missing")
     server = Vsock(fabric.folder).start("run", "--cid", "host", sys.executable, "-c", SERVER)
     port = int(server.read_line())
     client = vsock("run", "--", sys.executable, "-c", CLIENT, port)
-    assert client.stdout == "1236 welcome True\n"
-    assert server.finish()[0] == b"1236 hello\n"
+    assert client.stdout == "1246 welcome True\n"
+    assert server.finish()[0] == b"1246 hello\n"
     assert not (fabric.folder / "missing").exists()
 
 
 def test_a_command_in_a_guest_can_create_another(vsock: Vsock, fabric: PrivateFabric) -> None:
-    vsock.environment["VSOCKETS_CONTEXT"] = str(fabric.guest(1238).folder)
+    vsock.environment["VSOCKETS_CONTEXT"] = str(fabric.guest(1248).folder)
     done = vsock("run", "--name", "other", "--", "sh", "-c", "basename $VSOCKETS_CONTEXT")
-    assert int(done.stdout) not in (2, 1238)
+    assert int(done.stdout) not in (2, 1248)
 
 
 def test_a_context_without_vsockd_is_reported(vsock: Vsock, fabric: PrivateFabric) -> None:
-    vsock.environment["VSOCKETS_CONTEXT"] = str(fabric.folder / "1237")
-    message = f"vsock: vsockd is not running in {fabric.folder}/1237 (start it: vsock up)\n"
+    vsock.environment["VSOCKETS_CONTEXT"] = str(fabric.folder / "1247")
+    message = f"vsock: vsockd is not running in {fabric.folder}/1247 (start it: vsock up)\n"
     assert vsock("run", "true", expect=1).stderr.endswith(message)
 
 

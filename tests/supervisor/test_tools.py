@@ -80,13 +80,13 @@ def test_suspending_drops_a_supervised_programs_streams(
             assert program.finish() == (b"", "")
 
 
-@pytest.mark.parametrize("sender", ["host", "74"])
+@pytest.mark.parametrize("sender", ["host", "84"])
 def test_socat_transfers_a_gigabyte(vsock: Vsock, fabric: PrivateFabric, sender: str) -> None:
     needs("socat")
-    receiver = "74" if sender == "host" else "host"
+    receiver = "84" if sender == "host" else "host"
     peer = 74 if sender == "host" else 2
     port = 7100 + (sender == "host")
-    vsock("context", "add", "74", expect=None)
+    vsock("context", "add", "84", expect=None)
     take = f"socat -u -b 262144 VSOCK-LISTEN:{port} - | {python(CONSUME)}"
     give = f"{python(PRODUCE)} | socat -u -b 262144 - VSOCK-CONNECT:{peer}:{port}"
     taking = vsock.start("run", "--cid", receiver, "sh", "-c", take)
@@ -95,12 +95,12 @@ def test_socat_transfers_a_gigabyte(vsock: Vsock, fabric: PrivateFabric, sender:
     assert taking.finish()[0].decode() == given.stderr
 
 
-@pytest.mark.parametrize("server", ["host", "75"])
+@pytest.mark.parametrize("server", ["host", "85"])
 def test_ncat_transfers_a_file(vsock: Vsock, fabric: PrivateFabric, server: str) -> None:
     needs("ncat")
-    cid, client = ("2", "75") if server == "host" else ("75", "host")
+    cid, client = ("2", "85") if server == "host" else ("85", "host")
     port = 7110 + (server == "host")
-    vsock("context", "add", "75", expect=None)
+    vsock("context", "add", "85", expect=None)
     serving = vsock.start("run", "--cid", server, "--", "ncat", "--vsock", "-l", port)
     wait_for_listener(fabric, port)
     source = f"{python('print(7 * 100_000)')} | ncat --vsock --send-only {cid} {port}"
