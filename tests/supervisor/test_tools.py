@@ -84,7 +84,7 @@ def test_suspending_drops_a_supervised_programs_streams(
 def test_socat_transfers_a_gigabyte(vsock: Vsock, fabric: PrivateFabric, sender: str) -> None:
     needs("socat")
     receiver = "84" if sender == "host" else "host"
-    peer = 74 if sender == "host" else 2
+    peer = 84 if sender == "host" else 2
     port = 7100 + (sender == "host")
     vsock("context", "add", "84", expect=None)
     take = f"socat -u -b 262144 VSOCK-LISTEN:{port} - | {python(CONSUME)}"
