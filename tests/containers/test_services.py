@@ -100,7 +100,7 @@ def test_root_without_capabilities() -> None:
 def test_the_pytest_fixture_works(profile: str, user: tuple[str, ...], go_echo: Path) -> None:
     script = """
     cat >/tmp/agents.py
-    export AGENT="$0" PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+    export AGENT="$0" PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTEST_ADDOPTS=
     cd /tmp
     exec /usr/bin/python3 -m pytest -q -p vsockets.testing.plugin agents.py </dev/null
     """
