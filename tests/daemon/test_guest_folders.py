@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import vsockets
+from vsockets.daemon.context_manager import Trash
 from vsockets.protocol import Record
 from vsockets.testing import PrivateFabric, wait_until
 
@@ -145,6 +147,22 @@ def test_contents_of_the_folder_do_not_delay_the_guests_changes(
         assert is_served(vsock_fabric)
     assert_serves(vsock_fabric)
     wait_until(lambda: trash_is_empty(vsock_fabric), "all of it to be removed", 6 * PROMPT)
+
+
+def test_folders_are_discarded_while_others_are_removed(tmp_path: Path) -> None:
+    """By two threads, which switch as often as they can."""
+    trash = Trash(tmp_path / "trash")
+    trash.begin()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for number in range(1500):
+            folder = tmp_path / str(number)
+            (folder / "inner").mkdir(parents=True)
+            trash.discard(folder)
+    finally:
+        sys.setswitchinterval(interval)
+    wait_until(lambda: not os.listdir(tmp_path / "trash"), "all of them to be removed", PROMPT)
 
 
 def test_contents_of_the_folder_do_not_delay_the_next_vsockd(

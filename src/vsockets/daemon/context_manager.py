@@ -66,7 +66,8 @@ class Trash:
             path.mkdir(mode=0o700)
         self._path = path
         # Random, to differ from names of an earlier vsockd that may still be in the folder.
-        self._names = (f"{secrets.token_hex(8)}.{number}" for number in count())
+        self._prefix = secrets.token_hex(8)
+        self._numbers = count()  # next() of it is safe in two threads, of a generator not
         self._wanted = threading.Event()
         self._thread: threading.Thread | None = None
         self._begun = False
@@ -76,9 +77,12 @@ class Trash:
 
         Raises: OSError, when it cannot be renamed.
         """
-        os.rename(path, self._path / next(self._names))
+        os.rename(path, self._new_path())
         if self._begun:
             self.begin()
+
+    def _new_path(self) -> Path:
+        return self._path / f"{self._prefix}.{next(self._numbers)}"
 
     def begin(self) -> None:
         """Start removing the contents, in a thread.  Call it after forking: threads do not fork."""
@@ -120,7 +124,7 @@ class Trash:
                 for entry in entries:
                     with contextlib.suppress(OSError):  # rmdir then fails and is reported
                         if entry.is_dir(follow_symlinks=False):
-                            name = self._path / next(self._names)
+                            name = self._new_path()
                             os.rename(entry.name, name, src_dir_fd=folder)
                         else:
                             os.unlink(entry.name, dir_fd=folder)
