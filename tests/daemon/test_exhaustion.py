@@ -230,10 +230,15 @@ def test_descriptors_that_are_slow_to_close(vsock_fabric: PrivateFabric) -> None
                     send_with(ours, b"x", [lingers.fileno()])
                     send_with(asked[-1], request, [theirs.fileno()])
         assert all(map(has_ended, asked))
+        refused = 0
         for _ in range(100):
             with enter(guest, SEQPACKET) as sock:
                 send_with(sock, request, [0])
-                assert Record.decode(sock.recv(RECORD_SIZE)).status == errno.ENOBUFS
+                # No reply: on a busy machine a close was interrupted, and made room for this one.
+                if reply := sock.recv(RECORD_SIZE):
+                    assert Record.decode(reply).status == errno.ENOBUFS
+                    refused += 1
+        assert refused >= 100 - DAEMON_UNWANTED_DESCRIPTORS_MAX
         most = before + DAEMON_UNWANTED_DESCRIPTORS_MAX + 1  # an epoll
         wait_until(lambda: descriptors(vsock_fabric.pid) <= most, f"{most} descriptors")
         # Others are not concerned.

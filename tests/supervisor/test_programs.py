@@ -50,9 +50,10 @@ def test_an_interrupted_call_that_is_repeated_takes_effect_once(
     vsock: Vsock, compile_c: Compile, interceptor: str
 ) -> None:
     done = vsock("run", compile_c("signals.c", "-pthread"), "again")
-    # Tracing defers signals in calls that do not wait on Linux.
-    calls = "interrupted" if interceptor == "notify" else "calm"
-    assert done.stdout == f"{calls}, 0 descriptors left\n"
+    calls, effect = done.stdout.split(", ")
+    assert effect == "0 descriptors left\n"
+    # Tracing defers signals in calls that do not wait on Linux, by a second at most.
+    assert calls == "interrupted" or (calls == "calm" and interceptor == "trace")
 
 
 def test_accept_times_out(vsock: Vsock, compile_c: Compile) -> None:
