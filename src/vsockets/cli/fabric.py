@@ -150,7 +150,10 @@ def _keep(front: socket.socket, guests: dict[int, Path | None], reserved_ports: 
 
 
 def _detach(front: socket.socket) -> None:
-    """Leave the terminal's process group, and close all descriptors that are the command's."""
+    """Move to a process group of its own, and close the descriptors inherited from the command.
+
+    ``front`` and standard error stay open; standard input and output become ``/dev/null``.
+    """
     os.setpgid(0, 0)
     os.closerange(_LAST_STANDARD + 1, front.fileno())
     os.closerange(front.fileno() + 1, os.sysconf("SC_OPEN_MAX"))

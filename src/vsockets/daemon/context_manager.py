@@ -392,8 +392,9 @@ class ContextManager:
     def disconnect(
         self, one: tuple[int, int], other: tuple[int, int], asker: Credentials
     ) -> list[Connection]:
-        """Disconnect the stream between two addresses, in either order, at the request of
-        ``asker``; return it if it could not be disconnected yet.
+        """Disconnect the stream between two addresses, in either order, for ``asker``.
+
+        Returns a list with the stream if it could not be disconnected yet, else an empty list.
 
         Raises Refused with ENOENT when there is no such stream.
         """

@@ -68,7 +68,7 @@ class How(StrEnum):
 
 
 class OtherwiseStarted(Exception):
-    """A vsockd that must be started in another way; the text says which."""
+    """A start that the previous vsockd's record forbids; the text says how to start vsockd."""
 
 
 @dataclass(frozen=True, slots=True)

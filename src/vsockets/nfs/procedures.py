@@ -514,10 +514,10 @@ def _verifier_times(verifier: bytes) -> tuple[int, int]:
 
 
 def _make_file(folder: int, name: bytes, times: tuple[int, int] | None) -> None:
-    """Create a file with the times ``times``.
+    """Create a file; an exclusive CREATE keeps the call's verifier in the file's ``times``.
 
-    The file gets its name only after its times: a server that is killed leaves no file that a
-    retransmission of the call would find without its verifier.
+    The file gets its name only after its times: if the server is killed, a retransmission of the
+    call finds no file without the verifier.
 
     Raises FileExistsError.
     """

@@ -387,7 +387,10 @@ def _write_for(uid: int, gid: int, fd: int, text: str) -> None:
 
 
 def _status(pid: int, *fields: bytes) -> list[bytes]:
-    """Return fields of a thread's ``status`` in /proc.  Raises OSError if it has ended."""
+    """Return the first word of each field in a thread's ``status`` in /proc.
+
+    Raises OSError if the thread has ended.
+    """
     fd = os.open(f"/proc/{pid}/status", _READ)
     try:
         status = os.read(fd, _LONGEST_STATUS)

@@ -94,7 +94,10 @@ class TraceeDescriptors:
             self._injector.call(thread, self._machine.close, channel)
 
     def give(self, thread: StoppedThread, fd: int, close_on_exec: bool) -> int:
-        """Give a stopped thread a copy of ``fd``; returns its number there.  OSError EMFILE."""
+        """Give a stopped thread a copy of ``fd``; return the copy's number there.
+
+        Raises OSError EMFILE if the thread has no free descriptor.
+        """
         machine, call = self._machine, self._injector.call
         channel = self._open_channel(thread)
         try:
@@ -125,7 +128,7 @@ class TraceeDescriptors:
             sock.sendmsg([b"d"], rights, _NO_WAIT, sock.getsockname())
 
     def _send(self, thread: StoppedThread, channel: int, fd: int) -> int:
-        """Have a thread send a descriptor from the channel to the supervisor; returns the copy."""
+        """Have a thread send a descriptor from the channel to the supervisor; return the copy."""
         name = self._name
         control = _CONTROL.pack(_ONE_DESCRIPTOR, SOL_SOCKET, SCM_RIGHTS, fd)
         at = self._write_message(thread, name, control, len(control))
@@ -144,7 +147,10 @@ class TraceeDescriptors:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     def _receive(self, thread: StoppedThread, channel: int) -> int:
-        """Have a thread receive a descriptor on the channel; returns its number."""
+        """Have a thread receive a descriptor on the channel; return the descriptor's number there.
+
+        Raises OSError EMFILE if the thread received none.
+        """
         at = self._write_message(thread, b"", bytes(_CONTROL.size), _CONTROL_SPACE)
         flags = int(MSG_CMSG_CLOEXEC | MSG_DONTWAIT)
         self._injector.checked(thread, self._machine.recvmsg, channel, at, flags)

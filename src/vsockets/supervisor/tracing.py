@@ -427,7 +427,7 @@ class Tracer:
             yield from self._extend(thread, registers, False, kind, [copy])
 
     def _leave(self, thread: Tracee, registers: Registers) -> _Script:
-        """Let a thread leave the call that it has stopped before, without performing it."""
+        """Let a thread leave the call at whose entry it is stopped, without performing the call."""
         leaving = registers.copy()
         leaving.entered = -1
         self._ptrace.set_registers(thread.number, leaving)

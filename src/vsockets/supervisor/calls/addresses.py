@@ -42,7 +42,7 @@ def _is_privileged(call: Call) -> bool:
 
 
 async def getsockname(call: Call, endpoint: Endpoint) -> Answer:
-    """Serve getsockname(): both wildcards while the socket is not bound."""
+    """Serve getsockname(): VMADDR_CID_ANY and VMADDR_PORT_ANY while the socket is not bound."""
     call.write(*call.address_pieces(endpoint.local, *call.arguments[1:3]))
     return 0
 

@@ -95,7 +95,10 @@ async def setsockopt(call: Call, endpoint: Endpoint) -> Answer:
 
 
 async def _report_size(call: Call, endpoint: Endpoint) -> None:
-    """Report the new buffer size: a device at the stream's other end grants it as credit."""
+    """Report a socket's new buffer size to vsockd.
+
+    A device at the other end of the stream grants the size to its guest as credit.
+    """
     size = endpoint.buffers.size
     request = client.resize(size, cookie=endpoint.cookie, inode=endpoint.inode)
     with contextlib.suppress(OSError):  # vsockd has ended; the stream continues
@@ -181,7 +184,7 @@ async def _vsock_option(call: Call, endpoint: Endpoint, name: int) -> bytes:
 
 
 async def ioctl(call: Call) -> Answer:
-    """Serve SIOCOUTQ, and the ioctls of ``/dev/vsock``, also on a vSockets socket."""
+    """Serve SIOCOUTQ on vSockets sockets, and the ioctls of ``/dev/vsock`` on both."""
     request, address = call.integer(1), call.arguments[2]
     link = call.services.processes.what_is(call.pid, call.arguments[0] & 0xFFFF_FFFF)
     endpoint = call.services.sockets.known(inode_in(link))
