@@ -87,7 +87,7 @@ def check(result: int, what: str) -> int:
 
 
 def load_profile(name: str) -> dict[str, Any]:
-    """Return a runtime's profile, or that of a file; FileNotFoundError if there is none."""
+    """Return a runtime's profile, or that of a file.  Raises FileNotFoundError."""
     if name.endswith(".json"):
         profile: dict[str, Any] = json.loads(Path(name).read_text())
         return profile
