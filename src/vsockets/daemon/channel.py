@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from resource import RUSAGE_THREAD, getrusage
 from socket import (
     AF_UNIX,
     CMSG_LEN,
@@ -264,7 +265,7 @@ def consume(channel: Channel, polling: bool) -> None:
     """Read the rest of a request, which lets its sender's poll report writable."""
     try:
         if channel.kind is _SEQPACKET:  # the request was peeked at: this reads all of it
-            begin = monotonic()
+            begin = _now()
             channel.sock.recv(1, READ)  # closes descriptors that came with it
             _note_duration(channel.party, begin)
         elif polling:  # request and padding were one write, so the padding has arrived
@@ -275,19 +276,25 @@ def consume(channel: Channel, polling: bool) -> None:
 
 def close_socket(sock: _socket.socket, party: Party) -> None:
     """Close a socket, which may have unread messages of ``party`` with descriptors."""
-    begin = monotonic()
+    begin = _now()
     sock.close()
     _note_duration(party, begin)
 
 
-def _note_duration(party: Party, begin: float) -> None:
+def _now() -> tuple[float, int]:
+    """Return the time, and how often this thread has slept."""
+    return monotonic(), getrusage(RUSAGE_THREAD).ru_nvcsw
+
+
+def _note_duration(party: Party, begin: tuple[float, int]) -> None:
     """Add to the time for which descriptors of ``party`` have blocked vsockd.
 
     Only the one system call is timed that closes them: a longer period would often include other
     programs' use of the processor.
     """
-    seconds = monotonic() - begin
-    if seconds > DAEMON_NOTICED_CALL_SECONDS:
+    seconds = monotonic() - begin[0]
+    # A call that has not slept was long because other programs used the processor.
+    if seconds > DAEMON_NOTICED_CALL_SECONDS and getrusage(RUSAGE_THREAD).ru_nvcsw > begin[1]:
         party.blocked += seconds
 
 
@@ -336,7 +343,7 @@ def _take_socket(channel: Channel, types: tuple[int, ...]) -> _socket.socket:
     # The request is then read without space for the descriptor, which the kernel closes.
     if has_too_many_unwanted(channel.party):
         raise Refused(errno.ENOBUFS, f"{channel.party.name} sends invalid descriptors")
-    begin = monotonic()
+    begin = _now()
     fd = receive_with_descriptor(channel.sock)
     _note_duration(channel.party, begin)
     if fd is None:
