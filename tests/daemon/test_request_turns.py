@@ -6,13 +6,16 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
 
+from vsockets.daemon.channel import close_socket
 from vsockets.daemon.limits import (
     DAEMON_ENDS_PER_TURN_MAX,
+    DAEMON_NOTICED_CALL_SECONDS,
     DAEMON_PAUSE_MAX_SECONDS,
     DAEMON_REQUESTS_PER_TURN_MAX,
 )
@@ -192,3 +195,21 @@ def test_parties_without_connections_keep_no_descriptor(
         with clients(turns, f"party {number}", 1):
             run_once(loop)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_only_a_call_that_slept_counts_against_its_party(sleeps: bool) -> None:
+    """Another is long because other programs use the processor, which the party has not caused."""
+
+    class SlowToClose(socket.socket):
+        def close(self) -> None:
+            end = time.monotonic() + 5 * DAEMON_NOTICED_CALL_SECONDS
+            if sleeps:
+                time.sleep(5 * DAEMON_NOTICED_CALL_SECONDS)
+            while time.monotonic() < end:
+                pass
+            super().close()
+
+    party = Party("a party", Limits())
+    close_socket(SlowToClose(), party)
+    assert bool(party.blocked) is sleeps
