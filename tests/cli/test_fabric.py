@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -167,13 +169,46 @@ def test_a_hybrid_guest_is_reached_at_its_socket(alone: Vsock, tmp_path: Path) -
 def test_command_lines_that_cannot_be_run(alone: Vsock) -> None:
     alone.fail(
         ("fabric --hybrid 5 true", 2, "invalid guest and path: '5' (expected CID=PATH)"),
+        ("fabric --hybrid 5=/tmp/a --hybrid 5=/tmp/b true", 2, "a guest has one path"),
         ("fabric --guest host true", 1, "cid: 2 is out of range"),
         ("--dir /tmp fabric true", 2, "--dir has no effect"),
     )
     nested = alone("fabric", *PROGRAM, "fabric", "true", expect=1)
     assert "vsock: vsock fabric within vsock fabric" in nested.stderr
+    assert "vsock: the program's name is empty\n" in alone("fabric", "", expect=127).stderr
     missing = alone("fabric", "no-such-program", expect=127)
     assert "vsock: no-such-program: No such file or directory\n" in missing.stderr
+
+
+#: Exits with the open standard descriptors, as bits.
+OPEN = """
+import fcntl, os
+bits = 0
+for fd in range(3):
+    try: fcntl.fcntl(fd, fcntl.F_GETFD); bits |= 1 << fd
+    except OSError: pass
+os._exit(bits)
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirections", "left"), [("<&-", 6), (">&-", 5), ("2>&-", 3), ("<&- >&- 2>&-", 0)]
+)
+@pytest.mark.parametrize(
+    "inner", [(), (*PROGRAM, "run", "--cid", "3", "--")], ids=["host", "guest"]
+)
+def test_closed_standard_descriptors_stay_closed(
+    alone: Vsock, inner: tuple[str, ...], redirections: str, left: int
+) -> None:
+    """And no socket of vsock gets their numbers."""
+    command = shlex.join([*PROGRAM, "fabric", "--", *inner, sys.executable, "-c", OPEN])
+    done = subprocess.run(
+        ["sh", "-c", f"{command} {redirections}"],
+        env={**os.environ, **alone.environment},
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == left
 
 
 def test_another_user_cannot_use_the_launcher(alone: Vsock) -> None:

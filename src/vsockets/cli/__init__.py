@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+
+def fill_standard_files() -> None:
+    """Open ``/dev/null`` for closed standard descriptors: no other file must get their numbers.
+
+    A program that is executed does not inherit it: its descriptors are closed, as they were.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - for the process
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - for the process
 
 
 def main() -> int:
     """Run ``vsock`` with the arguments of this process and return its exit status."""
+    fill_standard_files()
     try:
         from .app import start
     except ModuleNotFoundError as error:

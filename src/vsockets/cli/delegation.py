@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..supervisor.launch import CONTINUED, ENDED, MESSAGE, SIGNAL, STOPPED, follow_program
+from . import fill_standard_files
 from .errors import CliError, one_line
 from .output import complain
 
@@ -227,6 +228,7 @@ class Launcher:
             os.dup2(fd, number)
             first = number + 1
         os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+        fill_standard_files()
         resource.setrlimit(resource.RLIMIT_NOFILE, tuple(request["files"]))
         os.environ.clear()
         os.environ.update(request["environment"])

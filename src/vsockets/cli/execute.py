@@ -27,6 +27,8 @@ def exec_program(program: list[str], environment: Mapping[str, str]) -> NoReturn
 
     Raises CliError with the exit status of env(1) for the same failure.
     """
+    if not program[0]:
+        raise CliError("the program's name is empty", NOT_FOUND)
     # Python ignores these signals, and exec keeps that; programs expect the default.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

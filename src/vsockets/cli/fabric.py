@@ -92,6 +92,8 @@ def fabric(
     if context.parent is not None and context.parent.params.get("folder") is not None:
         raise click.BadParameter("--dir has no effect: vsock fabric uses a folder of its own")
     paths = dict(hybrid)
+    if len(paths) < len(hybrid):
+        raise click.BadParameter("a guest has one path (--hybrid CID=PATH)")
     wanted = {one: paths.get(one) for one in (*guests, *paths)}
     if cid != VMADDR_CID_HOST:
         wanted.setdefault(cid, None)
