@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from environments import debian_13
+from environments.debian_root import make_root
 from vm import downloads
 from vm.machine import PATIENCE, Machine
 from vsockets.testing import PrivateFabric
 from vsockets.vm import guest_image
-from vsockets.vm.apt import DEBIAN, Suite, Unavailable, cached, run
+from vsockets.vm.apt import Unavailable, cached, run
 
 RELEASE = "forky"
 PACKAGES = ("podman", "crun", "python3")
@@ -115,15 +116,10 @@ def _podman() -> Path:
     """Return the disk of the machine's own system, made if need be."""
 
     def fill(folder: Path) -> None:
-        if shutil.which("mmdebstrap") is None or os.geteuid() != 0:
-            raise Unavailable("needs mmdebstrap, and root: apt install mmdebstrap")
+        if os.geteuid() != 0:
+            raise Unavailable("needs root")
         root = folder / "root"
-        # One setting of the machine's configuration applies: its mirror may be a frozen snapshot.
-        setting = run("apt-config", "dump", "Acquire::Check-Valid-Until").strip()
-        command = ("mmdebstrap", "--quiet", "--mode=root", "--variant=essential")
-        source = f"deb [signed-by={DEBIAN.keys}] {Suite(DEBIAN, RELEASE).mirror()} {RELEASE} main"
-        options = (f"--include={','.join(PACKAGES)}", f"--aptopt={setting}")
-        run(*command, *options, RELEASE, str(root), source)
+        make_root(root, RELEASE, PACKAGES, "--mode=root", "--variant=essential")
         _make_disk(folder / "disk", root)
         shutil.rmtree(root)
 

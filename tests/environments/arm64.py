@@ -9,7 +9,6 @@ machine's.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import stat
 import subprocess
 import sys
@@ -17,10 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from vsockets.vm.apt import DEBIAN, Suite, Unavailable, cached, run
+from vsockets.vm.apt import DEBIAN, Suite, Unavailable, cached
 from vsockets.vm.guest_image import Archive
 
 from . import namespace
+from .debian_root import make_root
 
 RELEASE = "trixie"
 
@@ -160,16 +160,11 @@ def _root() -> Path:
 
 def _unpacked(name: str, packages: tuple[str, ...]) -> Path:
     """Return a folder with the files of arm64 packages and of their dependencies."""
-    if shutil.which("mmdebstrap") is None:
-        raise Unavailable("mmdebstrap is missing: apt install mmdebstrap")
     digest = hashlib.sha256(" ".join(packages).encode()).hexdigest()[:12]
 
     def fill(folder: Path) -> None:
         print(f"arm64: unpacking the {name}", flush=True)
-        mirror = Suite(DEBIAN, RELEASE).mirror()
-        command = ("mmdebstrap", "--quiet", "--variant=extract", "--architectures=arm64")
-        source = f"deb [signed-by={DEBIAN.keys}] {mirror} {RELEASE} main"
-        run(*command, f"--include={','.join(packages)}", RELEASE, str(folder), source)
+        make_root(folder, RELEASE, packages, "--variant=extract", "--architectures=arm64")
 
     return cached(f"arm64-{name}-{digest}", fill)
 

@@ -18,9 +18,10 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from vsockets.vm.apt import DEBIAN, Suite, Unavailable, cached, run
+from vsockets.vm.apt import Unavailable, cached, run
 
 from . import namespace
+from .debian_root import make_root
 
 RELEASE, PYTHON = "trixie", "3.13"
 
@@ -75,10 +76,7 @@ def root_folder() -> Path:
 
     def fill(folder: Path) -> None:
         print("Debian 13: making its root folder; about two minutes, the first time", flush=True)
-        mirror = Suite(DEBIAN, RELEASE).mirror()
-        command = ("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase")
-        source = f"deb [signed-by={DEBIAN.keys}] {mirror} {RELEASE} main"
-        run(*command, f"--include={','.join(PACKAGES)}", RELEASE, str(folder), source)
+        make_root(folder, RELEASE, PACKAGES, "--mode=root", "--variant=minbase")
         wheels = folder / "var/wheels"
         wheels.mkdir()
         pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")

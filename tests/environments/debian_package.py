@@ -18,9 +18,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vsockets.vm.apt import DEBIAN, Suite, Unavailable, cached, run
+from vsockets.vm.apt import Unavailable, cached
 
 from . import namespace
+from .debian_root import make_root
 
 #: Of the oldest release whose hatchling reads this project's pyproject.toml.
 BUILD_RELEASE = "trixie"
@@ -114,10 +115,7 @@ def _root(release: str, packages: Sequence[str]) -> Path:
 
     def fill(folder: Path) -> None:
         print(f"Debian package: making a root folder of {release}", flush=True)
-        mirror = Suite(DEBIAN, release).mirror()
-        command = ("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase")
-        source = f"deb [signed-by={DEBIAN.keys}] {mirror} {release} main"
-        run(*command, f"--include={','.join(packages)}", release, str(folder), source)
+        make_root(folder, release, packages, "--mode=root", "--variant=minbase")
 
     return cached(f"debian-package-{release}-{digest}", fill)
 
