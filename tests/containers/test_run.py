@@ -36,8 +36,10 @@ for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
     with make(kind) as server, make(kind) as client:
         server.bind((0xFFFFFFFF, 5000))
         server.listen()
-        threading.Timer(0.05, client.connect, [(1, 5000)]).start()  # accept() waits
+        connecting = threading.Timer(0.05, client.connect, [(1, 5000)])  # accept() waits
+        connecting.start()
         accepted, (cid, _) = server.accept()
+        connecting.join()
         with accepted:
             accepted.send(b"hello")
             print(kind.name, client.recv(10), cid == client.getsockname()[0])
