@@ -15,8 +15,7 @@ from vsockets.daemon.admin.audit import Audit, Events
 from vsockets.daemon.broker import Broker
 from vsockets.daemon.channel import Channel
 from vsockets.daemon.limits import DAEMON_SILENT_CLIENT_SECONDS
-from vsockets.eventloop.acceptor import Acceptor
-from vsockets.eventloop.loop import EventLoop, Timer
+from vsockets.eventloop.loop import Acceptor, EventLoop, Timer
 from vsockets.fabric import EndpointKind, Fabric
 from vsockets.protocol import RECORD_SIZE, Op, Record, Request
 

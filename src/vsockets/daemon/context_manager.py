@@ -23,8 +23,7 @@ from typing import Any
 
 from .._linux.folders import file_mode, working_in
 from .._linux.sockets import refuse_descriptors
-from ..eventloop.acceptor import Acceptor
-from ..eventloop.loop import EventLoop
+from ..eventloop.loop import Acceptor, EventLoop
 from ..fabric import (
     Change,
     Connection,

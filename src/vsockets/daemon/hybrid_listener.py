@@ -29,8 +29,7 @@ from .. import logs
 from .._linux.folders import SocketFile, can_others_change
 from .._linux.libc import last_error, libc
 from .._linux.sockets import refuse_descriptors
-from ..eventloop.acceptor import Acceptor
-from ..eventloop.loop import EventLoop
+from ..eventloop.loop import Acceptor, EventLoop
 from ..fabric import Context, Credentials, Endpoint, EndpointKind, Trust
 from ..limits import HYBRID_LINE_MAX_BYTES
 from ..model.buffers import BufferSizes

@@ -3,25 +3,28 @@
 vsockd reports each request and event to ``Fabric`` and carries out what ``Fabric`` returns.
 """
 
-from .errors import LIMIT_RULES, Denied, Refused, Rule
 from .fabric import Fabric
 from .life_cycle import Change
 from .model import (
+    LIMIT_RULES,
     Connection,
     Context,
     Contexts,
     Counts,
     Credentials,
+    Denied,
     DeviceDatagrams,
     DevicePorts,
     DeviceStreams,
     Endpoint,
     EndpointKind,
+    Party,
     Program,
+    Refused,
+    Rule,
     State,
     Trust,
 )
-from .party import Party
 from .policy import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, trust_of
 from .settings import ContextSettings, Grant, Isolation, Limits, Profile, Settings
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from ..model.buffers import BufferSizes, negotiate
 from ..model.constants import LAST_RESERVED_PORT, VMADDR_CID_ANY, VMADDR_CID_LOCAL, VMADDR_PORT_ANY
 from . import life_cycle, policy
-from .errors import Denied, Refused, Rule
 from .life_cycle import Change
 from .model import (
     Connection,
@@ -20,10 +19,13 @@ from .model import (
     Contexts,
     Counts,
     Credentials,
+    Denied,
     Endpoint,
     EndpointKind,
     Ports,
     Program,
+    Refused,
+    Rule,
     State,
 )
 from .policy import trust_of

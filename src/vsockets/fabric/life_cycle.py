@@ -27,8 +27,7 @@ from __future__ import annotations
 import errno
 from enum import Enum
 
-from .errors import Refused
-from .model import Context, State
+from .model import Context, Refused, State
 
 
 class Change(Enum):

@@ -1,4 +1,4 @@
-"""The fabric's values: contexts, ports, endpoints and connections, without any rules.
+"""The fabric's values: contexts, ports, endpoints, connections, parties, and refusals.
 
 :mod:`.policy`, :mod:`.life_cycle` and :mod:`.fabric` decide about them.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -16,10 +17,52 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from ..model.address import FIRST_GUEST_CID, LARGEST, LAST_GUEST_CID
 from ..model.buffers import BufferSizes
 from ..model.constants import LAST_RESERVED_PORT, VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
-from .errors import Refused, Rule
+from ..model.rate_limit import TokenBucket
 from .limits import EPHEMERAL_PORT_TRIES_MAX, HOST_USERS_REMEMBERED_MAX
-from .party import Party
 from .settings import Grant, Isolation, Limits
+
+
+class Refused(Exception):
+    """A refused request: the program gets ``errno``, the log gets ``reason`` as well.
+
+    The peer never receives the reason: an errno that separates "forbidden" from "absent" would
+    disclose to a guest what exists beside it.
+    """
+
+    def __init__(self, errno: int, reason: str) -> None:
+        super().__init__(f"{os.strerror(errno)}: {reason}")
+        self.errno = errno
+        self.reason = reason
+
+
+class Rule(Enum):
+    """The rule that a denial is based on.  The value is its name in the audit log."""
+
+    AUTHENTIC_SOURCE = "authentic-source"  #: source addresses cannot be spoofed
+    RESERVED_PORT = "reserved-port"  #: ports below 1024 need CAP_NET_BIND_SERVICE
+    HYPERVISOR_SERVICE = "hypervisor-service"  #: CID 0 is reserved for the fabric's owner
+    GUEST_TO_GUEST = "guest-to-guest"  #: guests communicate with the host only
+    RESTRICTED = "restricted"  #: isolated guest: hypervisor services and trusted endpoints only
+    DOMAIN = "domain"  #: ESX 4.0 to 5.0: different ``vmci0.domain``
+    SUSPENDED = "suspended"  #: the virtual machine is suspended
+    FAULT_TOLERANCE = "fault-tolerance"  #: no new connections in FT mode
+    CAPTURE = "capture"  #: capturing at a device needs a grant or the fabric's owner
+    SOCKETS = "sockets"  #: this and the next three: limits, named as in the configuration
+    PENDING_CONNECTS = "pending_connects"
+    REQUEST_RATE = "request_rate"
+    DATAGRAM_BYTES = "datagram_bytes"
+
+
+LIMIT_RULES = (Rule.SOCKETS, Rule.PENDING_CONNECTS, Rule.REQUEST_RATE, Rule.DATAGRAM_BYTES)
+
+
+class Denied(Refused):
+    """A request refused by a policy or limit, rather than because its target does not exist."""
+
+    def __init__(self, errno: int, rule: Rule, reason: str) -> None:
+        super().__init__(errno, reason)
+        self.rule = rule
+
 
 _FIRST_EPHEMERAL = LAST_RESERVED_PORT + 1
 _LAST_EPHEMERAL = LARGEST - 1  # LARGEST is VMADDR_PORT_ANY
@@ -449,3 +492,97 @@ class Contexts:
         cid = self._next
         self._next = cid + 1 if cid < LAST_GUEST_CID else FIRST_GUEST_CID
         return cid
+
+
+class PendingListener(Protocol):
+    """A listener with pending connections."""
+
+    def recount_pending(self) -> None:
+        """Update the count of pending connections from what the kernel reports as accepted."""
+
+
+class Party:
+    """Counts and limits of one guest, or of one user of the host.
+
+    A guest is one party, whichever of its programs makes a request.  Administrators (root and the
+    fabric's owner) are not limited: they control the host in any case.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "blocked",
+        "channels",
+        "limits",
+        "name",
+        "pending",
+        "pending_listeners",
+        "request_bucket",
+        "routes",
+        "sockets",
+        "unwanted",
+    )
+
+    def __init__(self, name: str, limits: Limits | None) -> None:
+        """Start with no holdings; ``name`` is for messages, ``limits=None`` sets no limit."""
+        self.name = name
+        #: ports held by its sockets: bound ones, and local ends of streams it opened
+        self.sockets = 0
+        #: routes from its datagram sockets to destinations, each a descriptor of vsockd
+        self.routes = 0
+        #: its connections not yet accepted, and its connections to vsockd without a request yet
+        self.pending = 0
+        #: listeners with pending connections of this party, to be recounted in this order
+        self.pending_listeners: dict[PendingListener, None] = {}
+        self.channels = 0  #: connections to vsockd that vsockd keeps open
+        #: seconds for which closing what it sent has blocked vsockd since its last turn
+        self.blocked = 0.0
+        self.unwanted = 0  #: descriptors that it sent without reason and that wait to be closed
+        self.set_limits(limits)
+
+    def set_limits(self, limits: Limits | None) -> None:
+        """Set the limits from now on."""
+        self.limits = limits
+        self.request_bucket = None if limits is None else TokenBucket(limits.request_rate)
+
+    @property
+    def is_in_use(self) -> bool:
+        """True if the party holds anything that is counted."""
+        return bool(self.sockets or self.routes or self.pending or self.channels)
+
+    def is_at_limit(self) -> bool:
+        """Return whether the party has reached its limit of sockets or of pending connections."""
+        limits = self.limits
+        return limits is not None and (
+            self.pending >= limits.pending_connects or self.sockets >= limits.sockets
+        )
+
+    def check_socket_limit(self) -> None:
+        """Raise Denied when the party has reached its limit of sockets."""
+        if self.limits is not None and self.sockets >= self.limits.sockets:
+            raise Denied(errno.ENOBUFS, Rule.SOCKETS, f"{self.name} has {self.sockets} sockets")
+
+    @property
+    def has_all_routes(self) -> bool:
+        """True if the party has reached its limit of routes, which is that of sockets."""
+        return self.limits is not None and self.routes >= self.limits.sockets
+
+    def check_route_limit(self) -> None:
+        """Raise Denied when the party has reached its limit of routes."""
+        if self.has_all_routes:
+            reason = f"{self.name} has {self.routes} routes for datagrams"
+            raise Denied(errno.ENOBUFS, Rule.SOCKETS, reason)
+
+    def check_rate(self, now: float) -> None:
+        """Raise Denied when the party exceeds its request rate at time ``now``, in seconds."""
+        if self.request_bucket is not None and not self.request_bucket.try_take(now):
+            reason = f"{self.name} makes more than {self.request_bucket.rate} requests per second"
+            raise Denied(errno.ENOBUFS, Rule.REQUEST_RATE, reason)
+
+    def check_pending_limit(self) -> None:
+        """Raise Denied when the party has reached its limit of pending connections."""
+        if self.limits is not None and self.pending >= self.limits.pending_connects:
+            reason = f"{self.name} has {self.pending} pending connections"
+            raise Denied(errno.ENOBUFS, Rule.PENDING_CONNECTS, reason)
+
+    def __repr__(self) -> str:
+        return f"<party {self.name}>"

@@ -22,8 +22,7 @@ from __future__ import annotations
 import errno
 
 from ..model.constants import VMADDR_CID_HOST, VMADDR_CID_HYPERVISOR
-from .errors import Denied, Refused, Rule
-from .model import Context, Credentials, EndpointKind, Program, State, Trust
+from .model import Context, Credentials, Denied, EndpointKind, Program, Refused, Rule, State, Trust
 from .settings import Profile, Settings
 
 CAP_NET_BIND_SERVICE = 10

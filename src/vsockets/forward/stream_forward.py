@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from ..eventloop.acceptor import OUT_OF_RESOURCES
 from ..eventloop.asyncio_server import AsyncioAcceptor
+from ..eventloop.loop import OUT_OF_RESOURCES
 from ..model.locator import Inet, Proxy
 from .client import Client, log
 from .dialer import Dialer, NotAdmitted

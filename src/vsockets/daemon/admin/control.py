@@ -18,8 +18,7 @@ from typing import Any
 
 from ..._linux.folders import file_mode
 from ..._linux.sockets import refuse_descriptors
-from ...eventloop.acceptor import Acceptor
-from ...eventloop.loop import EventLoop
+from ...eventloop.loop import Acceptor, EventLoop
 from ...fabric import Change, Context, ContextSettings, Refused
 from ...model.address import FIRST_GUEST_CID, LARGEST, LAST_GUEST_CID
 from ...state_folder import short_path

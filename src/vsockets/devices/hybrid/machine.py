@@ -19,7 +19,7 @@ from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM
 from ..._linux.folders import remove_stale
 from ..._linux.sockets import refuse_descriptors
 from ...control import Events
-from ...eventloop.acceptor import Acceptor
+from ...eventloop.loop import Acceptor
 from ...limits import LISTEN_BACKLOG_MAX
 from ...model.constants import VMADDR_CID_HOST
 from ...protocol.hybrid import port_name
