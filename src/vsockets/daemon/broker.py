@@ -27,13 +27,17 @@ from ..fabric import Connection, Context, Denied, Endpoint, EndpointKind, Fabric
 from ..limits import SEND_BUFFER_MAX_BYTES, STREAM_BUFFER_DEFAULT_BYTES
 from ..model.constants import VMADDR_PORT_ANY
 from ..protocol import Op, ProtocolError, Record, Request, RequestFlag, Role
-from . import reserve
 from .admin.audit import OPERATIONS, Audit
 from .channel import SHORTAGE, Channel, Listener, consume, send_descriptor, take_socket
 from .credentials import peer_credentials
 from .datagrams import Datagrams
 from .device_link import HandoffLink, capture
-from .limit_checks import LimitChecks
+from .limit_checks import (
+    LimitChecks,
+    max_silent_descriptors,
+    may_keep_descriptor,
+    require_unreserved,
+)
 from .limits import (
     DAEMON_ANNOUNCE_RETRY_SECONDS,
     DAEMON_PROBES_PER_STEP,
@@ -202,10 +206,10 @@ class Broker:
         if not self._silent:
             self._loop.call_later(DAEMON_SILENT_CLIENT_SECONDS, self._close_silent)
         self._silent[channel] = monotonic() + DAEMON_SILENT_CLIENT_SECONDS
-        if not reserve.may_keep(channel.sock.fileno()):
+        if not may_keep_descriptor(channel.sock.fileno()):
             # A well-behaved client sends its request within microseconds.
             self._silent_in_reserve[channel] = None
-            if len(self._silent_in_reserve) > reserve.max_silent():
+            if len(self._silent_in_reserve) > max_silent_descriptors():
                 longest = next(iter(self._silent_in_reserve))
                 longest.send(Record(errno.ENOBUFS).encode())
                 self._drop(longest)
@@ -384,7 +388,7 @@ class Broker:
         with take_socket(channel, SOCK_STREAM, SOCK_SEQPACKET) as sock:
             if not request.cookie or self._holders.get(request.cookie, channel) is not channel:
                 raise ProtocolError("invalid secret of a named socket")
-            reserve.require_free(sock.fileno())
+            require_unreserved(sock.fileno())
             moved = channel.moved
             if moved is not None and channel.endpoint is None:  # a CONNECT took it and was refused
                 channel.endpoint, moved.endpoint = moved.endpoint, None
@@ -684,7 +688,7 @@ class Broker:
     def _require_free(self, fd: int) -> None:
         """Raise Refused when few descriptors are left, and release some that are not needed."""
         try:
-            reserve.require_free(fd)
+            require_unreserved(fd)
         except Refused:
             self._release_some()
             raise

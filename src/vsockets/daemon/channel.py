@@ -30,8 +30,8 @@ from .._linux.descriptor_passing import dispose
 from .._linux.sockets import descriptor_in
 from ..fabric import Context, Credentials, Endpoint, EndpointKind, Party, Refused
 from ..protocol import PADDING, REQUEST_SIZE, ProtocolError
-from . import reserve
 from .credentials import UCRED, Author, Deputy, Peer
+from .limit_checks import may_keep_descriptor
 from .limits import DAEMON_NOTICED_CALL_SECONDS, DAEMON_UNWANTED_DESCRIPTORS_MAX
 from .stream_liveness import Group
 
@@ -118,7 +118,7 @@ class Channel(Peer):
             return True
         limits = self.party.limits
         room = limits is None or self.party.channels < limits.sockets
-        return room and reserve.may_keep(self.sock.fileno())
+        return room and may_keep_descriptor(self.sock.fileno())
 
     def close(self) -> None:
         """Close the socket, and with it descriptors in requests that have not been read."""

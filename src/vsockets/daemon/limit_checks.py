@@ -1,18 +1,55 @@
-"""Recount what a party holds, when it seems to have reached a limit."""
+"""Checks of limits whose state only the kernel knows: free descriptors, and what parties hold.
+
+A reserve of descriptors lets vsockd serve while clients have taken all others.  The kernel assigns
+the lowest free number.  So the number of a new descriptor bounds from below how many are in use,
+and vsockd need not count.  A descriptor of the reserve is used for what completes at once (a
+connect, a query, a refusal), and is not kept.
+"""
 
 from __future__ import annotations
 
+import errno
+import logging
+import resource
 from collections.abc import Callable
 from itertools import islice
 from time import monotonic
 from weakref import WeakKeyDictionary
 
-from ..fabric import Party
+from .. import logs
+from ..fabric import Party, Refused
 from ..model.rate_limit import TokenBucket
-from .limits import DAEMON_PROBES_PER_SECOND, LIMIT_RECOUNT_SECONDS
+from .limits import DAEMON_DESCRIPTOR_RESERVE, DAEMON_PROBES_PER_SECOND, LIMIT_RECOUNT_SECONDS
+
+log = logging.getLogger(__name__)
 
 #: Listeners to recount at once: some 10 microseconds.
 _LISTENERS = 16
+
+
+def require_unreserved(fd: int) -> None:
+    """Raise Refused with ENOBUFS if ``fd``, a new descriptor, is in the reserve."""
+    limit, reserve = _sizes()
+    if fd >= limit - reserve:
+        log.warning("few descriptors are left: refusing new sockets", extra=logs.rare(__name__))
+        raise Refused(errno.ENOBUFS, "vsockd has few descriptors left")
+
+
+def may_keep_descriptor(fd: int) -> bool:
+    """Return whether ``fd`` may be kept for the next request: it is in the reserve's lower half."""
+    limit, reserve = _sizes()
+    return fd < limit - reserve // 2
+
+
+def max_silent_descriptors() -> int:
+    """Return how many descriptors of the upper half may wait for their first request."""
+    return _sizes()[1] // 4
+
+
+def _sizes() -> tuple[int, int]:
+    """Return the process's limit of descriptors, and how many of them are the reserve."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limit, min(DAEMON_DESCRIPTOR_RESERVE, limit // 4)
 
 
 class LimitChecks:

@@ -35,8 +35,8 @@ from ..fabric import Connection, Endpoint, EndpointKind, Party
 from ..limits import LISTEN_BACKLOG_MAX
 from ..model.constants import VMADDR_CID_ANY, VMADDR_PORT_ANY
 from ..protocol import RECORD_SIZE, Record, RequestFlag, Role, encode_stream
-from . import reserve
 from .channel import SHORTAGE, Channel, Listener
+from .limit_checks import require_unreserved
 from .limits import DAEMON_UNREAD_REPLIES_MAX
 from .named_sockets import NamedSocket
 
@@ -145,7 +145,7 @@ class NamedListener(Listener):
     def _new_token(self) -> _socket.socket:
         token = _socket.socket(AF_UNIX, self._type | _TOKEN_FLAGS)
         try:
-            reserve.require_free(token.fileno())
+            require_unreserved(token.fileno())
             token.shutdown(SHUT_RD)  # the program cannot send to vsockd over it
         except BaseException:
             token.close()
