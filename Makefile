@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export VSOCKETS_TRANSPORT = fabric
 
-.PHONY: demo test bench debian-package exhaustion test-arm64 test-containers release clean test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+.PHONY: demo test bench site debian-package exhaustion test-arm64 test-containers release clean test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 # What a user needs, and no more.
 demo: .venv/usable
@@ -20,10 +20,13 @@ demo: .venv/usable
 # Each part runs whatever becomes of the others; it fails if one of them does.
 test: .venv/ready
 	@$(MAKE) --keep-going --no-print-directory --jobs=1 \
-		test-downloads test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
+		test-downloads test-site test-pytest test-ordinary-user test-debian-13 test-ruff test-mypy
 
 test-downloads:
 	PYTHONPATH=tests $(BIN)/python -m vm.downloads
+
+# Links and cross-references of the documentation, as the generator of the site sees them.
+test-site: site
 
 test-pytest:
 	$(BIN)/pytest --numprocesses 2 --dist loadfile  # much of the time a test waits
@@ -50,6 +53,12 @@ test-arm64: .venv/ready
 debian-package: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m environments.debian_package
 
+# The documentation as a site with a search, in site/; a warning is an error.
+site: .venv-site/ready
+	@rm -rf site
+	.venv-site/bin/sphinx-build --nitpicky --fail-on-warning --keep-going --quiet --fresh-env \
+		-c docs -d .venv-site/doctrees . site
+
 bench: .venv/ready
 	$(BIN)/python -m bench
 
@@ -68,7 +77,7 @@ release:
 	.venv-release/bin/python packaging/release.py
 
 clean:
-	rm -rf .venv .venv-release .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .venv-release .venv-site site .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/usable: pyproject.toml
@@ -84,3 +93,8 @@ clean:
 	! pkg-config --exists fuse3 2>/dev/null || \
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[nfs]'
 	touch $@
+
+.venv-site/ready: Makefile
+	$(PYTHON) -m venv .venv-site
+	.venv-site/bin/pip install --quiet --disable-pip-version-check 'sphinx>=8.1,<10' 'myst-parser>=4,<6' 'furo>=2024.8.6'
+	@touch $@

@@ -42,8 +42,10 @@ def test_changes_stand_in_lists_under_the_kinds_in_their_order() -> None:
         kinds = parts[0::2]  # a merge of two branches easily leaves one twice
         assert kinds == [kind for kind in KINDS if kind in kinds], f"{heading}: {kinds}"
         for kind, changes in zip(kinds, parts[1::2], strict=True):
-            items = re.findall(r"^- \S", changes, re.MULTILINE)
-            assert items, f"{heading}, {kind}: empty"
+            *_, items = re.split(r"(?=^- )", f"\n{changes}", maxsplit=1, flags=re.MULTILINE)
+            assert items.startswith("- "), f"{heading}, {kind}: empty"
+            for line in filter(None, items.splitlines()):
+                assert re.match(r"(- |  )\S", line), f"{heading}, {kind}: not in the list: {line}"
 
 
 def test_lines_are_short_enough_to_read_and_items_have_one_level() -> None:

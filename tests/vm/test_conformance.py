@@ -1,4 +1,6 @@
-"""The Linux kernel's ``vsock_test`` between a guest and the host, against docs/conformance.md.
+"""The Linux kernel's ``vsock_test`` between a guest and the host.
+
+The expected results are in docs/internals/conformance.md.
 
 The guest's side is a stock kernel's AF_VSOCK over each of our devices, the host's runs under
 ``vsock run``.  The two sides also have a TCP control connection, for which the guest has a network

@@ -1,6 +1,6 @@
 """The handshake of hybrid vsock: a guest's ports behind one unix socket of the host.
 
-The convention of Firecracker (its ``docs/vsock.md``), Cloud Hypervisor and vhost-device-vsock.  The
+The convention of Firecracker (its page on vsock), Cloud Hypervisor and vhost-device-vsock.  The
 host connects to the unix socket and sends ``CONNECT`` and a port.  If the guest's program accepts,
 the reply is ``OK`` and a number, and the connection is then a stream; otherwise the device closes
 the socket.  In the other direction there is no handshake: the device connects to the unix socket
