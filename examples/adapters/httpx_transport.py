@@ -1,5 +1,7 @@
 """httpx over vSockets: ``httpx.Client(transport=VsockTransport())``, URLs ``http://CID:PORT/``."""
 
+import sys
+
 import httpcore
 import httpx
 
@@ -74,3 +76,8 @@ class _Body(httpx.SyncByteStream):
 
     def close(self):
         self._stream.close()
+
+
+if __name__ == "__main__":
+    with httpx.Client(transport=VsockTransport()) as client:
+        print(client.get(sys.argv[1]).text, end="")

@@ -13,7 +13,8 @@ import vsockets
 from vsockets.testing import PrivateFabric
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+FOLDER = ROOT / "examples/python"
+EXAMPLES = sorted([*FOLDER.glob("*_client.py"), *FOLDER.glob("*_server.py")])
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -31,7 +32,7 @@ def test_example_runs(vsock_fabric: PrivateFabric, kind: str, output: str) -> No
     guest = vsock_fabric.guest(7)
     path = {"PYTHONPATH": os.path.dirname(os.path.dirname(vsockets.__file__))}
     server = subprocess.Popen(
-        [sys.executable, f"examples/{kind}_server.py"],
+        [sys.executable, f"examples/python/{kind}_server.py"],
         cwd=ROOT,
         env={**vsock_fabric.environment(vsock_fabric.host), **path},
         stdout=subprocess.PIPE,
@@ -42,7 +43,7 @@ def test_example_runs(vsock_fabric: PrivateFabric, kind: str, output: str) -> No
         try:
             assert server.stdout.readline().startswith("listening on (2, 500")
             client = subprocess.run(
-                [sys.executable, f"examples/{kind}_client.py"],
+                [sys.executable, f"examples/python/{kind}_client.py"],
                 cwd=ROOT,
                 env={**vsock_fabric.environment(guest), **path},
                 capture_output=True,
