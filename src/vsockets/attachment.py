@@ -184,7 +184,7 @@ class KernelContext:
     def cid(self) -> int:
         """The machine's CID, read at each access because a migration may change it.
 
-        Raises OSError ENODEV if this kernel has no AF_VSOCK.
+        Raises OSError(ENODEV) if this kernel has no AF_VSOCK.
         """
         cid = local_cid()
         if cid is None:
@@ -266,8 +266,9 @@ def explain(failure: OSError, handle: ContextHandle) -> None:
 
 
 def assigned() -> Attachment | None:
-    """Return the context that this process was put into, by ``VSOCKETS_CONTEXT`` or the folder
-    mounted at :data:`SELF`, or None.
+    """Return the context that this process was put into, or None.
+
+    It is named by ``VSOCKETS_CONTEXT``, or its folder is mounted at :data:`SELF`.
     """
     configured = os.environ.get("VSOCKETS_CONTEXT")
     if configured:

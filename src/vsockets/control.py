@@ -107,8 +107,8 @@ class Control:
         (docs/hybrid.md).  ``reserved_ports`` lets the guest's programs bind ports below 1024
         without CAP_NET_BIND_SERVICE.
 
-        Raises OSError: EEXIST, EINVAL, or EPERM if ``reserved_ports`` is set for a guest of another
-        user than the fabric's owner.
+        Raises OSError: EEXIST if the CID is in use, EINVAL if a value is invalid, EPERM if
+        ``reserved_ports`` is set for a guest of another user than the fabric's owner.
         """
         return self._request(  # type: ignore[no-any-return]
             "context.add",
@@ -194,7 +194,7 @@ class Control:
 
         Returns ``{"streams_left": [...]}``, with a ``"reason"`` if vsockd could not end the stream.
 
-        Raises OSError ENOENT if the stream does not exist.
+        Raises OSError(ENOENT) if the stream does not exist.
         """
         return self._request(  # type: ignore[no-any-return]
             "stream.disconnect", local=list(local), peer=list(peer)
@@ -203,7 +203,7 @@ class Control:
     def reload(self) -> None:
         """Have vsockd read its configuration files again.
 
-        Raises OSError EINVAL with file, line and key if a file is invalid; vsockd then keeps the
+        Raises OSError(EINVAL) with file, line and key if a file is invalid; vsockd then keeps the
         old configuration.
         """
         self._request("reload")
@@ -351,7 +351,7 @@ class Events:
 def _connect(folder: Path) -> socket.socket:
     """Return a connection to the administrator's socket in ``folder``.
 
-    Raises OSError.
+    Raises OSError: ENODEV if vsockd does not run, EACCES if this user may not connect.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(VSOCKD_REPLY_TIMEOUT_SECONDS)

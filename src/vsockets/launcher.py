@@ -21,9 +21,8 @@ def start(folder: Path, on_demand: bool = True) -> bool:
 
     Returns False if a vsockd already runs in ``folder``.
 
-    Raises OSError with vsockd's message if vsockd cannot start.  With ``on_demand`` raises OSError
-    as well if the last vsockd in ``folder`` was started explicitly, by ``vsock up`` or as a
-    service.
+    Raises OSError with vsockd's message if vsockd cannot start, and with ``on_demand`` also if the
+    last vsockd in ``folder`` was started explicitly, by ``vsock up`` or as a service.
     """
     # vsockd is in no context, and its start is not reported to this process's service manager.
     without = ("VSOCKETS_CONTEXT", "NOTIFY_SOCKET")

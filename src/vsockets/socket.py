@@ -150,7 +150,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     def getpeername(self) -> tuple[int, int]:
         """Return the peer's ``(cid, port)``.
 
-        Raises OSError ENOTCONN before a connect and, as Linux's AF_VSOCK does, after a shutdown.
+        Raises OSError(ENOTCONN) before a connect and, as Linux's AF_VSOCK does, after a shutdown.
         """
         if self._peer is None or self._is_shut:
             raise error(errno.ENOTCONN)
@@ -159,7 +159,7 @@ class socket(stdlib.socket):  # noqa: N801 - the name is the standard library's
     def peer_credentials(self) -> PeerCredentials:
         """Return the credentials of the process that connected or listened at the other end.
 
-        Raises OSError ENOTCONN if the socket has no peer or the peer's process is unknown.
+        Raises OSError(ENOTCONN) if the socket has no peer or the peer's process is unknown.
         """
         if self._record is None:
             raise error(errno.ENOTCONN)
@@ -352,7 +352,7 @@ def _as_asked(number: int, buflen: int) -> Any:
 def as_u64(value: Any) -> int:
     """Return the buffer size ``value``, an integer or eight bytes, as a number.
 
-    Raises OSError.
+    Raises OSError(EINVAL) if it is negative, too large, or of another size.
     """
     if isinstance(value, int):
         number = value

@@ -131,7 +131,7 @@ def wait_to_connect(sock: _socket.socket, path: str, seconds: float) -> float:
 
     Returns the remaining seconds.
 
-    Raises OSError ETIMEDOUT, or ENOBUFS if ``seconds`` is 0.
+    Raises OSError(ETIMEDOUT) after ``seconds``, OSError(ENOBUFS) at once if they are 0.
     """
     if seconds <= 0:
         raise OSError(errno.ENOBUFS, f"the backlog of vsockd at {path} is full")

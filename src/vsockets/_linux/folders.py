@@ -105,7 +105,7 @@ class SocketFile:
 
         ``mode`` is the new file's permission bits; by default the process's umask applies.
 
-        Raises OSError EADDRINUSE if another file has the name.
+        Raises OSError(EADDRINUSE) if another file has the name.
         """
         remove_stale(self.name, self.folder)
         with contextlib.nullcontext() if mode is None else file_mode(mode):
@@ -185,7 +185,7 @@ def _require_answering(path: Path, folder: int, before: str) -> str:
     Returns the id of the mount that ``folder`` is in, as text.  The check is skipped if that is
     ``before``, the id of a mount already checked.  Nothing here sends a request to the file system.
 
-    Raises PermissionError.
+    Raises PermissionError if it is.
     """
     mount = Path(f"/proc/self/fdinfo/{folder}").read_text().partition("mnt_id:")[2].split()[0]
     if mount != before:

@@ -68,7 +68,7 @@ def descriptor_count(pid: int) -> int:
 def open_pidfd(pid: int) -> Iterator[int]:
     """Open a pidfd of process ``pid`` and close it after the with block.
 
-    Raises OSError.
+    Raises OSError(ESRCH) if the process has ended.
     """
     pidfd = os.pidfd_open(pid)
     try:
@@ -80,7 +80,7 @@ def open_pidfd(pid: int) -> Iterator[int]:
 def duplicate_descriptor(pidfd: int, fd: int) -> int:
     """Return a duplicate of descriptor ``fd`` of the process that ``pidfd`` refers to.
 
-    Raises OSError.
+    Raises OSError(EPERM) if the process may not be examined, OSError(EBADF) if ``fd`` is not open.
     """
     return check(libc.syscall(SYS_PIDFD_GETFD, pidfd, fd, 0))
 
@@ -89,9 +89,9 @@ def duplicate_descriptor(pidfd: int, fd: int) -> int:
 def duplicate(pidfd: int, fd: int) -> Iterator[_socket.socket]:
     """Yield a duplicate of socket ``fd`` of the process that ``pidfd`` refers to.
 
-    An OSError ENOTCONN in the with block ends the block without an error: the stream has ended.
+    An OSError(ENOTCONN) in the with block ends the block without an error: the stream has ended.
 
-    Raises OSError.
+    Raises OSError as :func:`duplicate_descriptor`.
     """
     # The socket object gets any family and type: asking the kernel for the real ones would double
     # the cost, and no caller needs them.

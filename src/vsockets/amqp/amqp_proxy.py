@@ -180,7 +180,7 @@ class AmqpProxy:
 async def check_node(dialer: Dialer, node: Locator) -> None:
     """Check that a node answers an AMQP protocol header with connection.start.
 
-    Raises OSError.
+    Raises OSError if it does not, or cannot be reached.
     """
     loop = asyncio.get_running_loop()
     sock = await dialer.connect(node, timeout=AMQP_NODE_CONNECT_TIMEOUT_SECONDS)
@@ -203,7 +203,7 @@ def server_context(
     With ``authority``, a file of CA certificates, clients need a certificate that one of these has
     signed.  All files are PEM.
 
-    Raises OSError.
+    Raises OSError if a file cannot be read or is invalid.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -174,7 +174,7 @@ def table_end(data: bytes) -> int:
 def table_names(table: bytes) -> list[bytes]:
     """Return the names in ``table``, which begins with its length; skip the values.
 
-    Raises FrameError.
+    Raises FrameError if the table is malformed.
     """
     found = []
     place, end = _LONG.size, len(table)
@@ -218,7 +218,7 @@ class FrameAssembler:
     def receive(self, data: bytes) -> bytes:
         """Add bytes from the broker; return the whole frames, to be forwarded to the client.
 
-        Raises FrameError.
+        Raises FrameError if a frame is malformed.
         """
         if self._held:
             self._held += data

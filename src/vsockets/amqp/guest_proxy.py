@@ -57,7 +57,7 @@ class ClientServer(ABC):
     async def reach(self, session: AmqpSession) -> None:
         """Connect the far side of ``session``, which leads to the broker.
 
-        Raises OSError.
+        Raises OSError if the connect fails.
         """
 
     @property

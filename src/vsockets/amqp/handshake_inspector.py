@@ -65,7 +65,8 @@ class HandshakeInspector:
     def receive(self, data: bytes) -> bytes:
         """Add bytes from the guest; return the bytes to forward to the broker.
 
-        Raises HandshakeRefused.
+        Raises HandshakeRefused if the handshake is invalid, or the guest may not use the virtual
+        host.
         """
         if self.virtual_host is not None:
             return data

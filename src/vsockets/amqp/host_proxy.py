@@ -115,7 +115,7 @@ def client_context(
     The AMQP proxy's certificate must be signed by ``authority``.  ``certificate`` is the host
     proxy's own; ``key`` may be in the same file.  All files are PEM.
 
-    Raises OSError.
+    Raises OSError if a file cannot be read or is invalid.
     """
     context = ssl.create_default_context(cafile=authority)
     context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9113, section 9.2

@@ -81,9 +81,9 @@ class VirtualHostRule:
 
     @classmethod
     def parse(cls, text: str) -> VirtualHostRule:
-        """Parse a rule of the command line.
+        """Parse a rule of the command line, such as ``3=/,test``.
 
-        Raises ValueError.
+        Raises ValueError if it is invalid.
         """
         cid, equals, names = text.partition("=")
         found = frozenset(names.split(","))

@@ -33,7 +33,7 @@ def run(make: Callable[[], Proxy], listen: Locator) -> None:
     ``make`` is called in the running loop and returns the proxy; ``listen`` is the proxy's locator,
     for the log.
 
-    Raises OSError.
+    Raises OSError if the proxy cannot listen.
     """
     allow_many_descriptors()
 

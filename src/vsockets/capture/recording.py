@@ -39,7 +39,7 @@ class Recorder:
     def __init__(self, file: BinaryIO, limit: int = CAPTURE_PAYLOAD_MAX_BYTES) -> None:
         """Write the file header.
 
-        Raises OSError.
+        Raises OSError if that fails.
         """
         self._file: BinaryIO | None = file
         self._limit = limit

@@ -1,4 +1,4 @@
-"""Install shell completion: ``vsock --install-completion`` and ``--show-completion``.
+"""Shell completion: ``vsock --install-completion`` and ``--show-completion``.
 
 click writes the scripts; they call ``vsock`` with ``_VSOCK_COMPLETE`` set when Tab is pressed.
 """

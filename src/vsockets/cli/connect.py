@@ -1,4 +1,4 @@
-"""Find the fabric of a command, attach to it, and start its vsockd if need be."""
+"""The fabric that a command uses, and connections to its vsockd, started if need be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Relay datagrams between a socket and standard input and output.
+"""A relay of datagrams between a socket and standard input and output.
 
 One read of standard input is one datagram: a line from a terminal, up to MAX_DATAGRAM bytes
 from a file.  Datagrams have no end: a timeout or the user ends the relay.

@@ -1,4 +1,4 @@
-"""Replace this process by a program, and run a command for each connection."""
+"""Execution of programs: in place of this process, or for each connection."""
 
 from __future__ import annotations
 

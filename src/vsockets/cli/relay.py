@@ -1,4 +1,4 @@
-"""Relay streams between sockets and standard input and output.
+"""A relay of streams between sockets and standard input and output.
 
 Data from standard input goes to every peer, and data from any peer to standard output.  The end
 of standard input half-closes the streams; data of the peers is received to its end.  One thread

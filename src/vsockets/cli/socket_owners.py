@@ -1,4 +1,4 @@
-"""Find the process that owns a socket, for display only: no decision depends on it.
+"""The process that owns a socket, for display only: no decision depends on it.
 
 vsockd knows, from the kernel, the process that registered the socket.  For a program under
 ``vsock run`` that is the supervisor, and for a server that hands connections to workers the

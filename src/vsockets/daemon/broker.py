@@ -1,4 +1,4 @@
-"""Serve clients' requests: the fabric decides, the broker moves the descriptors."""
+"""Requests of clients: the fabric decides about them, the broker moves the descriptors."""
 
 from __future__ import annotations
 
@@ -535,8 +535,9 @@ class Broker:
                 self._drop_listener(target)
 
     def _drop_listener(self, target: Listener) -> None:
-        """Drop a listener whose program cannot receive announcements: it shut down reading, or
-        closed the socket.
+        """Drop a listener whose program cannot receive announcements.
+
+        It has shut down reading, or closed the socket.
         """
         target.channel.send(Record(errno.EBADF).encode())  # the client must not reconnect
         self._drop(target.channel)

@@ -85,7 +85,10 @@ class Channel(Peer):
         self.party = context.party_of(credentials.uid)
 
     def read(self) -> bytes:
-        """Return the next request, or no bytes at the end.  Raises BlockingIOError."""
+        """Return the next request, or no bytes at the end.
+
+        Raises BlockingIOError if no request has arrived.
+        """
         # The kernel drops descriptors in the message, since there is no space for them.
         # A message of a packet socket is peeked at: reading a part of it would discard the rest,
         # and with it the padding that blocks a polling sender.

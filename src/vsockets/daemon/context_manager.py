@@ -1,4 +1,4 @@
-"""Create, configure and remove contexts at run time, including their control sockets and folders.
+"""Contexts at run time: their creation, configuration and removal, control sockets and folders.
 
 Normally vsockd removes the few names it has created in a context's folder.  A folder with anything
 else in it, however large and deep, and even while its owner keeps adding files, is renamed into a
@@ -74,7 +74,7 @@ class Trash:
     def discard(self, path: Path) -> None:
         """Move ``path``, on the same file system, into the trash folder, to be removed there.
 
-        Raises: OSError, when it cannot be renamed.
+        Raises OSError when it cannot be renamed.
         """
         os.rename(path, self._new_path())
         if self._begun:
@@ -335,8 +335,9 @@ class ContextManager:
         self._finish_removal(context)
 
     def configure(self, settings: Settings) -> None:
-        """Apply ``settings``: add guests that are missing, and set isolation and limits of those
-        that exist.  No connection is dropped, and no guest removed.
+        """Add guests of ``settings`` that are missing; set isolation and limits of the others.
+
+        No connection is dropped, and no guest removed.
         """
         self._fabric.settings = settings
         self._audit.set_rate(settings.audit_rate)

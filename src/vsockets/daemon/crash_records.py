@@ -45,7 +45,7 @@ class IsolatedGuests:
     def record(self, contexts: Iterable[Context]) -> None:
         """Record which of ``contexts`` are restricted now.
 
-        Raises: OSError, when the file cannot be written.
+        Raises OSError when the file cannot be written.
         """
         now = {context.cid for context in contexts if context.isolation == _RESTRICTED}
         text = "\n".join(map(str, sorted(now | self.before)))

@@ -117,8 +117,9 @@ class Peer:
         return path
 
     def _learn(self, read: Callable[[str], bool]) -> bool:
-        """Return what ``read`` finds in the process's ``/proc`` folder; False unless the process
-        had only the rights of its user both before and after.
+        """Return the result of ``read`` for the process's ``/proc`` folder.
+
+        Returns False unless the process had only the rights of its user both before and after.
         """
         try:
             with self._folder() as folder:
@@ -175,15 +176,9 @@ class Author(Peer):
 
 
 class Deputy:
-    """The rights of a request that one process wrote on another's connection: a
-    :class:`vsockets.fabric.Program` that has a right only if both processes have it.
+    """The rights of a request that one process wrote on another's connection.
 
-    - Root connects on behalf of programs with fewer rights, as the supervisor of ``vsock run``
-      does, and names the program with each request.  Requests that a program writes itself on such
-      a connection have the rights of the program.
-    - A process with more rights can be tricked into writing to a connection that another process
-      gives it as standard output.
-    - A child writes on its parent's connection.
+    A :class:`vsockets.fabric.Program` that has a right only if both processes have it.
     """
 
     def __init__(self, connected: Peer, author: Author) -> None:
@@ -218,8 +213,10 @@ class Deputy:
 
 
 def _held(status: bytes, ambient: bool) -> int:
-    """Return the effective capabilities in ``status`` of a process; with ``ambient``, those that
-    are also ambient.  (The kernel prints both from one set of credentials.)
+    """Return the effective capabilities in ``status`` of a process.
+
+    With ``ambient``, only those that are also ambient count.  (The kernel prints both from one set
+    of credentials.)
     """
     held = effective_capabilities(status)
     return held & int(status_field(status, b"CapAmb"), 16) if ambient else held

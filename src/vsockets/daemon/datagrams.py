@@ -258,8 +258,9 @@ class _Share:
 
 
 class Traffic(NamedTuple):
-    """Bytes of unread datagrams by address, as the kernel accounts them: slightly more than the
-    payload.
+    """Bytes of unread datagrams by address, as the kernel accounts them.
+
+    They are slightly more than the payload.
     """
 
     by_sender: Counter[tuple[int, int]]  #: sent from the address

@@ -1,4 +1,4 @@
-"""Share vsockd's time between requests, and between requests and deferred work.
+"""Shares of vsockd's time for each party's requests, and for deferred work.
 
 *Turns.*  A guest may have thousands of connections to vsockd, with a request on each of them.  In
 the loop's own epoll the kernel would report all of them before one of another guest.  So each party

@@ -94,7 +94,7 @@ class GuestMemory:
 
         The memory stays mapped in this process until the last view of the region is released.
 
-        Raises OSError EINVAL when no region has exactly this address and size.
+        Raises OSError(EINVAL) when no region has exactly this address and size.
         """
         index = bisect_left(self._starts, address)
         if index == len(self._regions) or self._regions[index].end != address + size:

@@ -36,7 +36,7 @@ class Listener:
     def __init__(self, locator: Locator, context: ContextHandle | None = None) -> None:
         """Open the sockets, in ``context`` if ``locator`` is a vSockets address.
 
-        Raises OSError.
+        Raises OSError if a socket cannot be bound.
         """
         self.sockets: list[stdlib.socket] = []
         self._file: SocketFile | None = None

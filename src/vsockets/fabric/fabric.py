@@ -352,15 +352,17 @@ def _forget(context: Context, cookie: int, what: Endpoint | Connection) -> None:
 
 
 def _in_scope(context: Context, endpoint: Endpoint) -> bool:
-    """Return whether ``endpoint`` is reachable from ``context``: one bound to VMADDR_CID_LOCAL is
-    reachable from its own context only.
+    """Return whether ``endpoint`` is reachable from ``context``.
+
+    An endpoint bound to VMADDR_CID_LOCAL is reachable from its own context only.
     """
     return endpoint.cid != VMADDR_CID_LOCAL or endpoint.context is context
 
 
 def _require_scope(destination: Context, source: Endpoint) -> None:
-    """Raise Refused when a socket bound to VMADDR_CID_LOCAL would reach another context, where its
-    address would be taken for a local one of that context.
+    """Raise Refused when a socket bound to VMADDR_CID_LOCAL would reach another context.
+
+    There its address would be taken for a local one of that context.
     """
     if not _in_scope(destination, source):
         raise Refused(

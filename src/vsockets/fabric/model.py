@@ -248,13 +248,13 @@ class DeviceStreams(Protocol):
     def send_capture(self, fd: int, limit: int, port: int) -> None:
         """Send ``fd`` to the device, which writes captured records to it.
 
-        Raises: OSError, when the link is full.
+        Raises OSError when the link is full.
         """
 
     def send_buffer_size(self, own: tuple[int, int], peer: tuple[int, int], size: int) -> None:
         """Report the size of the receive buffer that ``peer`` has for the guest's address ``own``.
 
-        Raises: OSError, when the link is full.
+        Raises OSError when the link is full.
         """
 
 

@@ -35,7 +35,7 @@ class HttpConnect:
     def receive(self, data: bytes) -> bytes:
         """Add received bytes; return b"", because no answer precedes the connection.
 
-        Raises BadRequest.
+        Raises BadRequest if the request is invalid or incomplete.
         """
         try:
             self._http.receive_data(data)

@@ -60,7 +60,7 @@ class ProxyProtocol(Protocol):
     def receive(self, data: bytes) -> bytes:
         """Add received bytes, empty at the end of stream; return the bytes to send.
 
-        Raises BadRequest.
+        Raises BadRequest if the request is invalid or incomplete.
         """
 
     def granted(self) -> bytes:
@@ -91,7 +91,7 @@ class Socks5:
     def receive(self, data: bytes) -> bytes:
         """Add received bytes; return the bytes to send.
 
-        Raises BadRequest.
+        Raises BadRequest if the request is invalid or incomplete.
         """
         if not data:
             raise BadRequest("end of stream before the request")

@@ -126,9 +126,9 @@ class PeerRule:
 
     @classmethod
     def parse(cls, text: str) -> PeerRule:
-        """Parse a rule of the command line.
+        """Parse a rule of the command line, such as ``3:5000-5010``.
 
-        Raises ValueError.
+        Raises ValueError if it is invalid.
         """
         cid, colon, ports = text.partition(":")
         if not colon:
@@ -166,9 +166,9 @@ class HostRule:
 
     @classmethod
     def parse(cls, text: str) -> HostRule:
-        """Parse a rule of the command line.
+        """Parse a rule of the command line, such as ``*.example.org:443``.
 
-        Raises ValueError.
+        Raises ValueError if it is invalid.
         """
         match = re.fullmatch(r"(\[[^\]]*\](?:/\d+)?|[^:\[\]]+)(?::(\d+|\*))?", text)
         if match is None:

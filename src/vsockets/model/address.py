@@ -44,14 +44,20 @@ def check(address: object) -> tuple[int, int]:
 
 
 def parse_cid(text: str) -> int:
-    """Return the CID in ``text``, a number or a well-known name.  Raises ValueError."""
+    """Return the CID in ``text``, a number or a well-known name.
+
+    Raises ValueError if ``text`` is neither.
+    """
     if text.lower() in CID_NAMES:
         return CID_NAMES[text.lower()]
     return _number(text, "CID", f"a number from 0 to {LARGEST} or {', '.join(CID_NAMES)}")
 
 
 def parse_port(text: str) -> int:
-    """Return the port in ``text``, a number or ``any``.  Raises ValueError."""
+    """Return the port in ``text``, a number or ``any``.
+
+    Raises ValueError if ``text`` is neither.
+    """
     if text.lower() == "any":
         return LARGEST
     return _number(text, "port", f"a number from 0 to {LARGEST} or any")

@@ -158,7 +158,10 @@ Locator = Vsock | Inet | Unix | VsockMux | VsockFolder | Exec | Stdio | Inherite
 
 
 def parse_locator(text: str) -> Locator:
-    """Return the locator in ``text``.  Raises ValueError."""
+    """Return the locator in ``text``.
+
+    Raises ValueError if ``text`` is invalid.
+    """
     scheme, colon, rest = text.partition(":")
     if text.startswith(_SYSTEMD):
         rest = text.removeprefix(_SYSTEMD[:-1])
@@ -194,7 +197,7 @@ def _inet(rest: str, datagram: bool = False) -> Inet:
 def parse_inet_port(text: str) -> int:
     """Return the TCP or UDP port in ``text``; 0 requests a free port.
 
-    Raises ValueError.
+    Raises ValueError if ``text`` is not a number from 0 to 65535.
     """
     number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 5 else -1
     if not 0 <= number <= _LARGEST_INET_PORT:

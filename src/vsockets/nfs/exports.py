@@ -54,7 +54,7 @@ class Export:
     def parse(cls, text: str) -> Export:
         """Parse ``DIR[,ro][,cid=3:4][,no-root-squash]``.
 
-        Raises ValueError.
+        Raises ValueError if it is invalid, or the directory does not exist.
         """
         path, *options = text.split(",")
         if not os.path.isabs(path):
@@ -130,7 +130,7 @@ class FileState(NamedTuple):
 def open_beneath(folder: int, path: bytes, flags: int, mode: int = 0) -> int:
     """Open ``path`` below ``folder``, which neither ``..`` nor a symbolic link can leave.
 
-    Raises OSError.
+    Raises OSError if the file cannot be opened, OSError(EXDEV) if the path leaves ``folder``.
     """
     how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, mode, _BENEATH)
     fd = libc.syscall(_SYS_OPENAT2, folder, ctypes.c_char_p(path), how, len(how))
@@ -142,7 +142,7 @@ def open_beneath(folder: int, path: bytes, flags: int, mode: int = 0) -> int:
 def file_state(fd: int) -> FileState:
     """Return the state of an open file, also of an O_PATH descriptor.
 
-    Raises OSError.
+    Raises OSError if the file system does not answer, such as OSError(ESTALE).
     """
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
     if libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_ALL, buffer) < 0:
@@ -155,7 +155,7 @@ def file_state(fd: int) -> FileState:
 def set_times(path: str, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
     """Set a file's times, each (seconds, nanoseconds or UTIME_…).
 
-    Raises OSError.
+    Raises OSError if the caller may not.
     """
     times = struct.pack("qqqq", *atime, *mtime)
     if libc.utimensat(-100, path.encode(), times, 0) < 0:  # AT_FDCWD, unused: the path is absolute
@@ -168,7 +168,7 @@ def set_file_rights(uid: int, gid: int, groups: tuple[int, ...]) -> None:
     Only root may call this.  Leaving uid 0 also drops the capabilities that override permissions
     (capabilities(7)).
 
-    Raises OSError.
+    Raises OSError if the kernel refuses.
     """
     if uid:  # before CAP_SETGID and CAP_SETUID are dropped
         _set_groups(gid, groups)
@@ -240,7 +240,7 @@ class Tree:
     def __init__(self, export: Export, handle_store: HandleStore) -> None:
         """Open the export's directory.
 
-        Raises OSError.
+        Raises OSError if that fails.
         """
         self.export = export
         self._handle_store = handle_store
@@ -266,7 +266,7 @@ class Tree:
     def look_up(self, folder: FileRef, name: bytes, guest: Hashable) -> FileRef:
         """Return the file ``name`` in ``folder`` and record its location for ``guest``.
 
-        Raises OSError.
+        Raises OSError(ENOENT) if it does not exist.
         """
         if name == b".":
             return folder
@@ -291,7 +291,7 @@ class Tree:
     def refresh(self, found: FileRef) -> FileRef:
         """Return the same file with its present state.
 
-        Raises OSError.
+        Raises OSError if its state cannot be read.
         """
         return found._replace(state=file_state(found.fd))
 

@@ -74,7 +74,7 @@ class InodeTable:
     def __getitem__(self, number: int) -> Inode:
         """Return the inode with the number ``number``.
 
-        Raises KeyError.
+        Raises KeyError for an unknown number.
         """
         return self._by_number[number]
 

@@ -1,4 +1,4 @@
-"""Mount an export and serve the kernel's FUSE requests until it is unmounted."""
+"""A mounted export, which serves the kernel's FUSE requests until it is unmounted."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class HandleStore:
     def __init__(self, path: str | os.PathLike[str], rows_max: int = NFS_HANDLES_MAX) -> None:
         """Open or create the state file.
 
-        Raises OSError.
+        Raises OSError if that fails.
         """
         self._path = Path(path).absolute()
         self._reserve = self._path.with_name(f"{self._path.name}-reserve")
@@ -230,7 +230,7 @@ class HandleStore:
     def locations(self, file: Identifier) -> Iterator[tuple[Identifier, bytes]]:
         """Yield the (directory, name) pairs where ``file`` may be, the newest first.
 
-        Raises OSError.
+        Raises OSError if the state file cannot be read.
         """
         packed = file.pack()
         rows = self._unsaved.locations(packed) if len(self._unsaved) else []

@@ -76,7 +76,7 @@ class Part:
     def read(self, fd: int, signer: Signer) -> Iterator[None]:
         """Read the directory ``fd`` in steps.
 
-        Raises OSError.
+        Raises OSError if the directory cannot be read.
         """
         buckets: defaultdict[int, list[Name]] = defaultdict(list)
         count = 0

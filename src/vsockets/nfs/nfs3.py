@@ -349,7 +349,7 @@ def encode_result(procedure: Procedure, status: Status, content: Any) -> bytes:
 def decode_result(procedure: Procedure, data: bytes) -> tuple[int, Any]:
     """Return the status and the results of a call.
 
-    Raises XdrError.
+    Raises XdrError if ``data`` is malformed.
     """
     reader = xdr.Reader(data)
     status = uint.decode(reader)

@@ -33,7 +33,7 @@ def credentials(uid: int, gid: int, groups: tuple[int, ...] = ()) -> Auth:
 async def mount_export(client: RpcClient, path: bytes) -> bytes:
     """Return the handle of an export's root directory.
 
-    Raises OSError.
+    Raises OSError if the server refuses or does not answer.
     """
     arguments = mount_protocol.path.pack(path)
     own = credentials(os.geteuid(), os.getegid())
@@ -52,7 +52,10 @@ async def mount_export(client: RpcClient, path: bytes) -> bytes:
 
 
 class NfsClient:
-    """The NFS procedures of one server.  Every method raises OSError."""
+    """The NFS procedures of one server.
+
+    Every method raises OSError if the server refuses or does not answer.
+    """
 
     def __init__(self, client: RpcClient, transfer: int = nfs3.DATA_SIZE) -> None:
         """Use ``client`` for calls; a READ or WRITE has at most ``transfer`` bytes."""
@@ -153,7 +156,7 @@ class WriteBack:
     async def write(self, auth: Auth, offset: int, data: bytes) -> None:
         """Write ``data``; commit if too much is uncommitted.
 
-        Raises OSError.
+        Raises OSError if the server refuses or does not answer.
         """
         async with self._lock:
             size = self._nfs.transfer
@@ -171,7 +174,7 @@ class WriteBack:
     async def commit(self, auth: Auth) -> None:
         """Return when all written data is on the server's disk.
 
-        Raises OSError.
+        Raises OSError if the server refuses or does not answer.
         """
         async with self._lock:
             await self._commit(auth)

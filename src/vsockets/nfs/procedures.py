@@ -74,7 +74,7 @@ def wcc_attributes(state: FileState) -> WccAttributes:
 def set_attributes(found: FileRef, new: NewAttributes) -> None:
     """Set the attributes that ``new`` contains.
 
-    Raises OSError.
+    Raises OSError if the caller may not, or a value is invalid.
     """
     if new.size is not None:
         os.truncate(found.path, new.size)
@@ -519,7 +519,7 @@ def _make_file(folder: int, name: bytes, times: tuple[int, int] | None) -> None:
     The file gets its name only after its times: if the server is killed, a retransmission of the
     call finds no file without the verifier.
 
-    Raises FileExistsError.
+    Raises FileExistsError if the name is in use.
     """
     if times is None:
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW

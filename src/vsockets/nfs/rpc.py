@@ -105,7 +105,7 @@ def decode_call(data: bytes) -> tuple[CallHeader, bytes]:
 
     Of a call in another version of RPC, only ``xid`` and ``version`` are decoded.
 
-    Raises XdrError.
+    Raises XdrError if ``data`` is not a call.
     """
     reader = Reader(data)
     xid = xdr.uint.decode(reader)

@@ -46,7 +46,7 @@ class RpcClient:
 
         ``context`` is the socket's context, if it is a vSockets socket.
 
-        Raises OSError.
+        Raises OSError if vsockd cannot be reached.
         """
         self._sock = sock
         self._server = server
@@ -72,7 +72,7 @@ class RpcClient:
     def connect(cls, locator: Locator, context: ContextHandle | None = None) -> RpcClient:
         """Return a client of the server at ``locator``, which is vsock-dgram: or udp:.
 
-        Raises OSError.
+        Raises OSError if the socket cannot be made or the server's name is unknown.
         """
         match locator:
             case Vsock(cid, port, True):
@@ -130,7 +130,7 @@ class RpcClient:
         The new socket is bound to the same port, by which the server recognises retransmitted
         calls.
 
-        Raises OSError.
+        Raises OSError if vsockd does not serve.
         """
         own = self._sock.getsockname()
         sock = guard(socket(type=stdlib.SOCK_DGRAM, context=self._context))

@@ -49,7 +49,7 @@ class NfsServer:
     ) -> None:
         """Open a listener for each locator.
 
-        Raises OSError.
+        Raises OSError if that fails.
         """
         self._receivers: list[DatagramReceiver] = []
         self._service = service
@@ -162,7 +162,7 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT; call ``on_ready`` once clients can connect.
 
-    Raises OSError.
+    Raises OSError if a listener cannot be opened.
     """
     server = NfsServer(service, locators, context)
     try:

@@ -46,7 +46,7 @@ class NfsService:
     ) -> None:
         """Serve ``exports``; ``transfer`` limits READ, WRITE and listings, in bytes.
 
-        Raises OSError.
+        Raises OSError if an exported folder cannot be opened.
         """
         self._trees = [Tree(export, handle_store) for export in exports]
         self._by_number = {tree.number: tree for tree in self._trees}

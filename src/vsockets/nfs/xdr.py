@@ -57,7 +57,7 @@ class Codec(Generic[T]):
     def decode(self, reader: Reader) -> T:
         """Consume and return one value.
 
-        Raises XdrError.
+        Raises XdrError if the bytes are not a value of this type.
         """
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class Codec(Generic[T]):
     def unpack(self, data: bytes) -> T:
         """Decode ``data``, all of which must be one value.
 
-        Raises XdrError.
+        Raises XdrError if they are not.
         """
         reader = Reader(data)
         value = self.decode(reader)

@@ -215,7 +215,7 @@ class PerfClient:
 def connect(locator: Locator, context: ContextHandle | None = None) -> stdlib.socket:
     """Return a blocking socket connected to ``locator``, with timeouts of the kernel.
 
-    Raises OSError.
+    Raises OSError if the connect fails.
     """
     kind = stdlib.SOCK_DGRAM if locator.datagram else stdlib.SOCK_STREAM
     match locator:

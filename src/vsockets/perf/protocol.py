@@ -53,7 +53,7 @@ class PerfRequest:
     def decode(cls, data: bytes) -> PerfRequest:
         """Parse the bytes of a request.
 
-        Raises PerfProtocolError.
+        Raises PerfProtocolError if they are invalid.
         """
         if len(data) != _REQUEST.size:
             raise PerfProtocolError(f"{len(data)} bytes (expected {_REQUEST.size})")
@@ -93,7 +93,7 @@ class Header:
     def decode(cls, data: bytes) -> Header:
         """Parse the header of a datagram.
 
-        Raises PerfProtocolError.
+        Raises PerfProtocolError if it is invalid.
         """
         if len(data) < _HEADER.size:
             raise PerfProtocolError(f"{len(data)} bytes (expected at least {_HEADER.size})")
@@ -111,7 +111,7 @@ def encode_count(count: int) -> bytes:
 def decode_count(data: bytes) -> int:
     """Return the number of bytes in the answer to a SINK.
 
-    Raises PerfProtocolError.
+    Raises PerfProtocolError if ``data`` is not one.
     """
     if len(data) != _COUNT.size:
         raise PerfProtocolError("the server closed the stream before its count")

@@ -44,7 +44,7 @@ class PerfServer:
     def __init__(self, locators: list[Locator], context: ContextHandle | None = None) -> None:
         """Listen on all ``locators``.
 
-        Raises OSError.
+        Raises OSError if one cannot be bound.
         """
         self.listeners: list[Listener] = []
         self._context = context

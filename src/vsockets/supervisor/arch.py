@@ -165,7 +165,10 @@ ARCHITECTURES = {
 
 
 def this_architecture() -> Architecture:
-    """Return the numbers of this machine's processor.  Raises NotImplementedError."""
+    """Return the numbers of this machine's processor.
+
+    Raises NotImplementedError if the processor is not supported.
+    """
     name = platform.machine()
     if name not in ARCHITECTURES:
         raise NotImplementedError(

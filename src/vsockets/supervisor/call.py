@@ -109,7 +109,11 @@ class Call:
             raise CallInterrupted
 
     def read(self, address: int, size: int) -> bytes:
-        """Return ``size`` bytes of the caller's memory.  Raises OSError EFAULT; CallInterrupted."""
+        """Return ``size`` bytes of the caller's memory.
+
+        Raises OSError(EFAULT) if any of them are not mapped, CallInterrupted if the call no longer
+        waits.
+        """
         data = self.services.processes.read(self.pid, address, size)
         self.check()
         return data
@@ -118,10 +122,11 @@ class Call:
         """Write everything that the call writes to the process's memory, at once.
 
         The memory is opened before the call is found to wait still.  So the bytes, however late,
-        reach the memory of the program that made the call, even if another thread executes
-        another program meanwhile.
+        reach the memory of the program that made the call, even if another thread executes another
+        program meanwhile.
 
-        Raises OSError EFAULT; CallInterrupted.
+        Raises OSError(EFAULT) if any byte cannot be written, CallInterrupted if the call no longer
+        waits.
         """
         if not pieces:
             return
@@ -137,8 +142,10 @@ class Call:
     def duplicate(self, endpoint: Endpoint) -> _socket.socket:
         """Return a copy of the socket that the first argument names.
 
-        Close the copy soon: while it is open, the socket's peer does not see its end.  Raises
-        OSError EBADF if the descriptor is no longer this socket; CallInterrupted.
+        Close the copy soon: while it is open, the socket's peer does not see its end.
+
+        Raises OSError(EBADF) if the descriptor is no longer this socket, CallInterrupted if the
+        call no longer waits.
         """
         fd = self.services.interceptor.duplicate(self.pid, self.integer(0))
         try:
@@ -178,7 +185,7 @@ class Call:
     def read_address(self, address: int, size: int) -> tuple[int, int] | None:
         """Return the ``(cid, port)`` of a struct sockaddr_vm, or None if it is invalid.
 
-        Raises OSError EINVAL or EFAULT where the kernel would not read it either.
+        Raises OSError(EINVAL) or OSError(EFAULT) where the kernel would not read it either.
         """
         if not 0 <= size <= _LONGEST_ADDRESS:
             raise failure(errno.EINVAL)
@@ -205,7 +212,10 @@ class Call:
     # Answers
 
     def answer(self, value: int) -> None:
-        """Let the call return ``value``, or fail with a negative errno.  Raises CallInterrupted."""
+        """Let the call return ``value``, or fail with a negative errno.
+
+        Raises CallInterrupted if the call no longer waits.
+        """
         self.answered = True
         self.services.interceptor.answer(self.intercepted, value)
 
@@ -249,6 +259,9 @@ class Call:
         self.answered = True
 
     def let_through(self) -> None:
-        """Let the kernel perform the call.  Raises CallInterrupted."""
+        """Let the kernel perform the call.
+
+        Raises CallInterrupted if the call no longer waits.
+        """
         self.answered = True
         self.services.interceptor.let_through(self.intercepted)

@@ -156,7 +156,8 @@ class Injector:
     def stop(self, thread: StoppedThread) -> None:
         """Stop a running thread.
 
-        Raises OSError EAGAIN if it cannot make a call now, or its last stop has not been handled.
+        Raises OSError(EAGAIN) if the thread cannot make a call now, or its last stop has not been
+        handled.
         """
         if any(number == thread.number for number, _ in self.unread):
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -215,18 +216,22 @@ class Injector:
         return self._registers(thread).result
 
     def checked(self, thread: StoppedThread, number: int, *arguments: int) -> int:
-        """Have a thread make a call, as :meth:`call`; return its result.  Raises OSError."""
+        """Have a thread make a call, as :meth:`call` does, and return its result.
+
+        Raises OSError if the call fails.
+        """
         result = self.call(thread, number, *arguments)
         if result < 0:
             raise OSError(-result, os.strerror(-result))
         return result
 
     def shut_down(self, thread: StoppedThread, fd: int, inode: int) -> bool:
-        """Have a thread shut down its descriptor ``fd``; return False if that is not the socket
-        with this inode.
+        """Have a thread shut down its descriptor ``fd``, if that is the socket with this inode.
 
         Other threads of its process run, and may close the descriptor and use the number for
         another file.  So the thread makes a duplicate, which is checked.
+
+        Returns False if ``fd`` is not that socket.
         """
         copy = self.call(thread, self._machine.fcntl, fd, _DUPLICATE, 0)
         if copy < 0:
@@ -248,7 +253,7 @@ class Injector:
     def write_scratch(self, thread: StoppedThread, data: bytes) -> int:
         """Write ``data`` to the supervisor's page in a thread's memory; return the page's address.
 
-        Raises OSError EFAULT.
+        Raises OSError(EFAULT) if the program unmaps the page repeatedly.
         """
         for _ in range(2):
             address = self.scratch(thread)

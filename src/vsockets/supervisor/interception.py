@@ -56,11 +56,9 @@ class InterceptedCall:
         self.arguments = arguments
 
     def is_repeated_by(self, later: InterceptedCall, used: int) -> bool:
-        """Return whether ``later`` is this call made again: by the kernel after a signal, or by a
-        program that got EINTR.
+        """Return whether ``later`` is this call made again.
 
-        Only the first ``used`` arguments are compared: the program may have changed the registers
-        of the others.
+        The kernel makes a call again after a signal, and so does a program that got EINTR.
         """
         return (self.architecture, self.number, self.instruction, self.arguments[:used]) == (
             later.architecture,
@@ -99,7 +97,7 @@ class Interceptor(Protocol):
     def answer(self, call: InterceptedCall, value: int) -> None:
         """Let a call return ``value``, or fail if ``value`` is a negative errno.
 
-        Raises CallInterrupted.
+        Raises CallInterrupted if the call no longer waits.
         """
 
     def conclude(self, call: InterceptedCall, value: int) -> None:
@@ -109,10 +107,12 @@ class Interceptor(Protocol):
         """
 
     def let_through(self, call: InterceptedCall) -> None:
-        """Let the kernel perform a call.  Raises CallInterrupted.
+        """Let the kernel perform a call.
 
-        What its arguments point to may have changed since it was checked: a call that must not
-        happen is never let through.
+        The memory that its arguments point to may have changed since it was checked: a call that
+        must not happen is never let through.
+
+        Raises CallInterrupted if the call no longer waits.
         """
 
     def create_socket(
@@ -134,25 +134,30 @@ class Interceptor(Protocol):
     ) -> None:
         """Give the process a copy of ``fd``, and let the call return its number.
 
-        The number is the lowest free one, as POSIX requires.  With ``data_calls``, data calls on
-        it are intercepted before the program can make one.
+        The number is the lowest free one, as POSIX requires.  With ``data_calls``, data calls on it
+        are intercepted before the program can make one.
 
-        Raises CallInterrupted; OSError EMFILE; OSError EPERM if ``data_calls`` are those of a
-        datagram socket, which is useless without, and cannot be intercepted.
+        Raises CallInterrupted if the call no longer waits, OSError(EMFILE) if the process has no
+        free descriptor, OSError(EPERM) if the data calls of a datagram socket, which is useless
+        otherwise, cannot be intercepted.
         """
 
     def intercepts_data(self, call: InterceptedCall, data_calls: Served, inode: int) -> bool:
         """Return whether data calls on the socket in the first argument are intercepted.
 
-        If False, their interception has begun, and the thread repeats the call afterwards.
-        True also if they cannot be intercepted.  Raises CallInterrupted.
+        If False, their interception has begun, and the thread repeats the call afterwards.  The
+        result is True also if they cannot be intercepted.
+
+        Raises CallInterrupted if the call no longer waits.
         """
 
     def duplicate(self, pid: int, fd: int) -> int:
         """Return a copy of a thread's descriptor.
 
-        The thread waits in a call; check afterwards that it still does.  Raises OSError EBADF;
-        CallInterrupted.
+        The thread waits in a call; the caller checks afterwards that it still does.
+
+        Raises OSError(EBADF) if the descriptor is not open, CallInterrupted if the call no longer
+        waits.
         """
 
     def suspend(
@@ -207,7 +212,9 @@ class Mechanism(Protocol):
     def install(self, architecture: Architecture, rules: Sequence[Rule]) -> list[int]:
         """Put this process under a filter with ``rules``, irrevocably.
 
-        Returns the descriptors that the supervisor needs.  Raises OSError.
+        Returns the descriptors that the supervisor needs.
+
+        Raises OSError if the kernel refuses the filter.
         """
 
     def intercept(self, descriptors: Sequence[int], surroundings: Surroundings) -> Interceptor:

@@ -41,7 +41,7 @@ class Choice(NamedTuple):
 def choose(wanted: Literal["auto"] | Name) -> Choice:
     """Choose the mechanism for this process's programs.
 
-    Raises OSError EBUSY: this process is under a supervisor itself.
+    Raises OSError(EBUSY) if this process is under a supervisor itself.
     """
     code = refusal()
     if code == errno.ESOCKTNOSUPPORT:  # a supervisor's answer

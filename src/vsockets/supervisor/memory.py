@@ -28,7 +28,8 @@ _LONGEST = 0x7FFF_F000  # MAX_RW_COUNT
 def read_vectors(call: Call, address: int, count: int) -> list[tuple[int, int]]:
     """Read an array of struct iovec, and return the address and size of each.
 
-    Raises OSError EMSGSIZE, EINVAL or EFAULT.
+    Raises OSError(EMSGSIZE) if ``count`` is too large, OSError(EINVAL) if the sizes are,
+    OSError(EFAULT) if the array is not mapped.
     """
     if count > _MOST_VECTORS:
         raise failure(errno.EMSGSIZE)
@@ -53,7 +54,7 @@ class Message(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Return the size of all buffers, in bytes."""
+        """Size of all buffers, in bytes."""
         return sum(size for _, size in self.vectors)
 
     def read(self, call: Call) -> bytes:
@@ -84,6 +85,9 @@ class Message(NamedTuple):
 
 
 def read_message(call: Call, address: int) -> Message:
-    """Read the struct msghdr at ``address``.  Raises OSError; CallInterrupted."""
+    """Read the struct msghdr at ``address``.
+
+    Raises OSError if it is invalid or not mapped, CallInterrupted if the call no longer waits.
+    """
     name, name_size, vectors, count, _, _, _ = _MESSAGE.unpack(call.read(address, _MESSAGE.size))
     return Message(address, name, name_size, read_vectors(call, vectors, count))

@@ -132,19 +132,23 @@ class Listener:
     def answer(self, id_: int, value: int) -> None:
         """Let a call return ``value``, or fail if it is a negative errno.
 
-        Raises CallInterrupted.
+        Raises CallInterrupted if the call no longer waits.
         """
         response = (id_, 0, value, 0) if value < 0 else (id_, value, 0, 0)
         self._respond(_RESPONSE.pack(*response))
 
     def let_through(self, id_: int) -> None:
-        """Let the kernel perform a call.  Raises CallInterrupted."""
+        """Let the kernel perform the call.
+
+        Raises CallInterrupted if the call no longer waits.
+        """
         self._respond(_RESPONSE.pack(id_, 0, 0, _CONTINUE))
 
     def answer_with_descriptor(self, id_: int, fd: int, close_on_exec: bool) -> int:
         """Give the process a copy of ``fd`` and let the call return its number, atomically.
 
-        Raises CallInterrupted; OSError EMFILE.
+        Raises CallInterrupted if the call no longer waits, OSError(EMFILE) if the process has no
+        free descriptor.
         """
         return self._add(id_, fd, close_on_exec, _ADD_AND_ANSWER)
 
@@ -325,7 +329,10 @@ class NotificationInterceptor:
     # Descriptors
 
     def duplicate(self, pid: int, fd: int) -> int:
-        """Return a copy of a thread's descriptor, by pidfd_getfd().  Raises OSError."""
+        """Return a copy of a thread's descriptor, by pidfd_getfd().
+
+        Raises OSError(EBADF) if the descriptor is not open.
+        """
         return self._processes.duplicate(pid, fd)
 
     def shut_down(self, inode: int, insists: bool) -> bool:
@@ -376,8 +383,8 @@ class NotificationInterceptor:
     def _may_trace(self, call: InterceptedCall, data_calls: Served, is_new: bool) -> bool:
         """Return whether the process is traced from now on.
 
-        Raises CallInterrupted; OSError EPERM for a datagram socket that is new: it would be
-        useless.
+        Raises CallInterrupted if the call no longer waits, OSError(EPERM) for a new datagram
+        socket, which would be useless.
         """
         try:
             self._tracer.attach(call.pid)

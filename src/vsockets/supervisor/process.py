@@ -75,14 +75,20 @@ class Processes:
         self.read(os.getpid(), ctypes.addressof(self._glance), _GLANCE)
 
     def read(self, pid: int, address: int, size: int) -> bytes:
-        """Return ``size`` bytes of memory, read once.  Raises OSError EFAULT if any is missing."""
+        """Return ``size`` bytes of memory, read once.
+
+        Raises OSError(EFAULT) if any of them are not mapped.
+        """
         data = self.read_some(pid, address, size)
         if len(data) != size:
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
         return data
 
     def read_some(self, pid: int, address: int, size: int) -> bytes:
-        """Return up to ``size`` bytes of memory, fewer where the mapping ends.  Raises OSError."""
+        """Return up to ``size`` bytes of memory, fewer where the mapping ends.
+
+        Raises OSError(EFAULT) if none are mapped.
+        """
         if size == 0:
             return b""
         buffer = ctypes.create_string_buffer(size)
@@ -99,7 +105,9 @@ class Processes:
     def write_some(self, pid: int, address: int, data: bytes) -> int:
         """Write ``data`` to a process's memory at ``address``; return the number of bytes written.
 
-        Fewer than all, or 0, were written where memory is not mapped.  Raises OSError.
+        Fewer than all, or 0, are written where memory is not mapped.
+
+        Raises OSError if the process may not be examined.
         """
         buffer = ctypes.create_string_buffer(data, len(data))
         self._local.base, self._local.length = ctypes.addressof(buffer), len(data)
@@ -130,7 +138,8 @@ class Processes:
         """Open the memory that the process has now, for writing, and close it afterwards.
 
         The descriptor still refers to that memory after the process has executed another program.
-        Raises OSError.
+
+        Raises OSError if the process has ended.
         """
         memory = os.open(f"/proc/{pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -142,7 +151,7 @@ class Processes:
     def arguments_of(pid: int) -> tuple[int, ...]:
         """Return the six arguments of the system call that thread ``pid`` waits in.
 
-        Raises OSError EAGAIN if it does not wait in one.
+        Raises OSError(EAGAIN) if the thread does not wait in a call.
         """
         words = Path(f"/proc/{pid}/syscall").read_text().split()
         if len(words) < _WORDS_OF_CALL:
@@ -172,7 +181,10 @@ class Processes:
         return [number for number in numbers if self.what_is(pid, number) == link]
 
     def duplicate(self, pid: int, fd: int) -> int:
-        """Return a copy, in this process, of a thread's descriptor.  Raises OSError EBADF."""
+        """Return a copy, in this process, of a thread's descriptor.
+
+        Raises OSError(EBADF) if the descriptor is not open.
+        """
         pidfd, kept = self._pidfd(pid)
         copy = self._get(pidfd, fd)
         if copy < 0 and kept and ctypes.get_errno() == errno.ESRCH:
@@ -214,7 +226,7 @@ class Processes:
     def first_thread(pid: int) -> int:
         """Return the number of a thread's process, which is that of its first thread.
 
-        Raises OSError.
+        Raises OSError if the thread has ended.
         """
         return int(_status(pid, b"Tgid:")[0])
 
@@ -245,7 +257,10 @@ class Processes:
     # Credentials
 
     def credentials(self, pid: int) -> tuple[int, int, int]:
-        """Return a thread's process id, effective user and group.  Raises OSError."""
+        """Return a thread's process id, effective user and group.
+
+        Raises OSError if the thread has ended.
+        """
         folder = os.stat(f"/proc/{pid}")  # has the effective user
         known = self._process_of.get(pid)
         if known is None or known[0] != folder.st_ino:
@@ -301,7 +316,10 @@ class Processes:
 
     @contextlib.contextmanager
     def opened(self, pid: int) -> Iterator[int]:
-        """Open a pidfd of a thread's process, and close it afterwards.  Raises OSError."""
+        """Open a pidfd of a thread's process, and close it afterwards.
+
+        Raises OSError(ESRCH) if the process has ended.
+        """
         pidfd = os.pidfd_open(self.first_thread(pid))
         try:
             yield pidfd
@@ -326,8 +344,10 @@ class Processes:
         """Write a line to the process's standard error, if the process may write to it.
 
         A copy of the descriptor keeps its access mode; opening ``/proc/PID/fd/2`` would check the
-        rights of the supervisor instead.  ``is_valid`` returns whether the process is still the
-        one that the number meant.  Raises OSError.
+        rights of the supervisor instead.  ``is_valid`` returns whether the process is still the one
+        that the number meant.
+
+        Raises OSError if the process has ended.
         """
         user = os.stat(f"/proc/{pid}")  # its effective user and group
         stderr = duplicate(pid, _STDERR)
@@ -347,7 +367,7 @@ def _sleeps(stat: int) -> bool:
 def write_memory(memory: int, address: int, data: bytes) -> bool:
     """Write ``data`` to ``memory``, an open ``/proc/PID/mem``; return False if no byte was written.
 
-    Raises OSError EFAULT unless all of ``data`` could be written.
+    Raises OSError(EFAULT) unless all of ``data`` could be written.
     """
     if not data:
         return True

@@ -209,7 +209,7 @@ class _Vector(ctypes.Structure):
 class Ptrace:
     """The ptrace requests.
 
-    All raise OSError ESRCH if the thread has been killed, or is not stopped where it has to be.
+    All raise OSError(ESRCH) if the thread has been killed, or is not stopped where it has to be.
     """
 
     def __init__(self, machine: Architecture) -> None:
@@ -232,7 +232,10 @@ class Ptrace:
     # Attaching, stopping, resuming
 
     def seize(self, thread: int, options: int = _OPTIONS) -> None:
-        """Trace a thread, by default with all that it creates.  Raises OSError EPERM."""
+        """Trace a thread, by default with all that it creates.
+
+        Raises OSError(EPERM) if this process may not trace it.
+        """
         self._request(PTRACE_SEIZE, thread, 0, options)
 
     def detach(self, thread: int) -> None:
@@ -264,8 +267,9 @@ class Ptrace:
         return SystemCall(number, architecture, instruction, tuple(rest[:6]), rest[6])
 
     def trapped_call_of(self, thread: int) -> SystemCall | None:
-        """Return the call that a filter has answered with a SIGSYS, which is about to be delivered;
-        None if the signal has another cause.
+        """Return the call that a filter has answered with a SIGSYS, which is about to be delivered.
+
+        Returns None if the signal has another cause.
         """
         info = ctypes.create_string_buffer(_SIGNAL_INFO_SIZE)
         self._request(_GETSIGINFO, thread, 0, ctypes.addressof(info))
@@ -309,7 +313,7 @@ class Ptrace:
         self._request(_SETREGSET, thread, _GENERAL, ctypes.addressof(self._vector))
 
     def block_signals(self, thread: int, mask: int = _ALL_SIGNALS) -> int:
-        """Set the signals that a stopped thread blocks; returns those that it blocked before."""
+        """Set the signals that a stopped thread blocks; return those that it blocked before."""
         before = ctypes.c_uint64()
         self._request(_GETSIGMASK, thread, _MASK.size, ctypes.addressof(before))
         wanted = ctypes.c_uint64(mask)
@@ -332,7 +336,10 @@ def has_children() -> bool:
 
 
 def tracer_of(pid: int) -> int:
-    """Return the process that traces ``pid``, or 0.  Raises OSError."""
+    """Return the process that traces ``pid``, or 0.
+
+    Raises OSError if ``pid`` has ended.
+    """
     with open(f"/proc/{pid}/status", "rb") as status:
         return int(status_field(status.read(), b"TracerPid"))
 

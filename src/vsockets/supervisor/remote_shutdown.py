@@ -174,7 +174,10 @@ class Attempt:
     """A child process that traces a process, and shuts down its sockets."""
 
     def __init__(self, pid: int, targets: Iterable[Target]) -> None:
-        """Begin to shut down ``targets`` in process ``pid``.  Raises OSError."""
+        """Begin to shut down ``targets`` in process ``pid``.
+
+        Raises OSError if no child process can be started.
+        """
         wanted = list(targets)
         self._output, output = os.pipe2(os.O_CLOEXEC)
         try:

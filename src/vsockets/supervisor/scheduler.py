@@ -113,7 +113,9 @@ class CoroutineScheduler:
     def watch(self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN) -> int:
         """Call ``callback(events)`` whenever ``fd`` is readable or hung up.
 
-        Returns a key for :meth:`unwatch`.  Raises OSError.
+        Returns a key for :meth:`unwatch`.
+
+        Raises OSError if ``fd`` cannot be polled.
         """
         key = self._key()
         self._watched[key] = callback
@@ -126,9 +128,11 @@ class CoroutineScheduler:
         self._set(_REMOVE, fd, 0, 0)
 
     def add(self, wait: Wait, resume: Resume) -> int:
-        """Call ``resume`` once, with whether the event of ``wait`` came in time.
+        """Call ``resume`` once, with True if the event of ``wait`` came in time, else with False.
 
-        Returns a key for :meth:`cancel`.  Raises OSError.
+        Returns a key for :meth:`cancel`.
+
+        Raises OSError if the descriptor cannot be polled.
         """
         key = self._key()
         if wait.fd is None:

@@ -468,9 +468,7 @@ class TraceInterceptor:
             injector.answer(thread, copy)
 
     def _cover(self, thread: Thread, kind: Served, numbers: list[int]) -> int:
-        """Have a stopped thread's process install a filter for descriptors; returns 0 or an
-        errno.
-        """
+        """Have a stopped process install a filter for descriptors; return 0 or an errno."""
         process = thread.process
         for number in numbers:
             if not process.covers(kind, number):

@@ -81,7 +81,10 @@ class TraceeDescriptors:
         self._inbox.close()
 
     def take(self, thread: StoppedThread, fd: int) -> int:
-        """Return a copy of a stopped thread's descriptor.  Raises OSError EBADF."""
+        """Return a copy of a stopped thread's descriptor.
+
+        Raises OSError(EBADF) if it is not open.
+        """
         if self._may_get:
             try:
                 return self._processes.duplicate(thread.number, fd)
@@ -96,7 +99,7 @@ class TraceeDescriptors:
     def give(self, thread: StoppedThread, fd: int, close_on_exec: bool) -> int:
         """Give a stopped thread a copy of ``fd``; return the copy's number there.
 
-        Raises OSError EMFILE if the thread has no free descriptor.
+        Raises OSError(EMFILE) if the thread has no free descriptor.
         """
         machine, call = self._machine, self._injector.call
         channel = self._open_channel(thread)
@@ -149,7 +152,7 @@ class TraceeDescriptors:
     def _receive(self, thread: StoppedThread, channel: int) -> int:
         """Have a thread receive a descriptor on the channel; return the descriptor's number there.
 
-        Raises OSError EMFILE if the thread received none.
+        Raises OSError(EMFILE) if the thread received none.
         """
         at = self._write_message(thread, b"", bytes(_CONTROL.size), _CONTROL_SPACE)
         flags = int(MSG_CMSG_CLOEXEC | MSG_DONTWAIT)

@@ -149,7 +149,10 @@ class Tracer:
     # Attaching and covering
 
     def attach(self, number: int) -> None:
-        """Trace all threads of a process, of which ``number`` is one.  Raises OSError EPERM."""
+        """Trace all threads of a process, of which ``number`` is one.
+
+        Raises OSError(EPERM) if this process may not trace them.
+        """
         if number in self._threads:
             return
         process_id = self._processes.first_thread(number)

@@ -81,7 +81,9 @@ class VsockdClient:
     def attach(self, sock: _socket.socket, type_: int) -> bool:
         """Connect a program's socket to the control socket of its type, if vsockd has room.
 
-        Returns False while vsockd's backlog is full.  Raises OSError.
+        Returns False while vsockd's backlog is full.
+
+        Raises OSError if vsockd cannot be reached.
         """
         try:
             if self._backlog_full:  # ask with a socket that cannot block
@@ -103,14 +105,19 @@ class VsockdClient:
     ) -> tuple[Record, int | None]:
         """Send a request, with a descriptor if ``fd`` is given, on a connection of its own.
 
-        Returns the reply, and the descriptor received with it.  Raises OSError.
+        Returns the reply, and the descriptor received with it.
+
+        Raises OSError as :func:`receive_record`.
         """
         with contextlib.closing(await self.open()) as sock:
             send(sock, request, credentials, fd)
             return await receive_record(sock)
 
     async def open(self) -> _socket.socket:
-        """Return a new connection to vsockd.  Raises OSError."""
+        """Return a new connection to vsockd.
+
+        Raises OSError if vsockd cannot be reached.
+        """
         deadline = time.monotonic() + VSOCKD_REPLY_TIMEOUT_SECONDS
         sock = _own_socket(SOCK_SEQPACKET)
         try:
@@ -131,8 +138,8 @@ class VsockdClient:
     async def wait_for_room(deadline: float, seconds: float) -> None:
         """Wait until another attempt to connect is due.
 
-        Raises OSError ETIMEDOUT past the ``deadline``, ENOBUFS if ``seconds`` is 0: the caller
-        does not wait.
+        Raises OSError(ETIMEDOUT) past the ``deadline``, OSError(ENOBUFS) if ``seconds`` is 0: the
+        caller does not wait.
         """
         if seconds <= 0:
             raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
@@ -144,7 +151,10 @@ class VsockdClient:
 def send(
     sock: _socket.socket, request: bytes, credentials: Credentials | None, fd: int | None = None
 ) -> None:
-    """Send a request, with ``credentials`` and the descriptor ``fd`` if given.  Raises OSError."""
+    """Send a request, with ``credentials`` and the descriptor ``fd`` if given.
+
+    Raises OSError if vsockd has closed the connection.
+    """
     ancillary: list[tuple[int, int, bytes]] = []
     if credentials is not None:
         ancillary.append((SOL_SOCKET, SCM_CREDENTIALS, _UCRED.pack(*credentials)))
@@ -195,7 +205,10 @@ def blocking_briefly(sock: _socket.socket, option: int) -> Iterator[None]:
 async def receive_record(
     sock: _socket.socket, seconds: float = VSOCKD_REPLY_TIMEOUT_SECONDS
 ) -> tuple[Record, int | None]:
-    """Return vsockd's reply, and the descriptor received with it.  Raises OSError."""
+    """Return vsockd's reply, and the descriptor received with it.
+
+    Raises OSError with the errno of the reply, OSError(ETIMEDOUT) after ``seconds``.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -277,7 +290,10 @@ class PortHolder:
         sizes: BufferSizes,
         unprivileged: bool,
     ) -> Record:
-        """Bind ``sock``, which may replace an earlier socket.  Raises OSError."""
+        """Bind ``sock``, which may replace an earlier socket.
+
+        Raises OSError with vsockd's errno.
+        """
         request = client.bind_socket(
             address, sizes=sizes, secret=self.secret, unprivileged=unprivileged
         )
@@ -289,12 +305,18 @@ class PortHolder:
         return record
 
     async def listen(self, backlog: int, sizes: BufferSizes) -> None:
-        """Accept connections to the socket, up to ``backlog`` of them pending.  Raises OSError."""
+        """Accept connections to the socket, up to ``backlog`` of them pending.
+
+        Raises OSError with vsockd's errno.
+        """
         self._channel.send(client.listen(backlog, sizes), SEND)
         await receive_record(self._channel)
 
     def update(self, sizes: BufferSizes) -> None:
-        """Set the buffer sizes of future connections.  Raises OSError."""
+        """Set the buffer sizes of future connections.
+
+        Raises OSError if vsockd has closed the connection.
+        """
         self._channel.send(client.update(sizes), SEND)
 
     def close(self) -> None:
@@ -334,7 +356,10 @@ class PortHolders:
         sizes: BufferSizes,
         unprivileged: bool,
     ) -> tuple[PortHolder, Record]:
-        """Bind ``sock``, a copy of a program's stream or packet socket.  Raises OSError."""
+        """Bind ``sock``, a copy of a program's stream or packet socket.
+
+        Raises OSError with vsockd's errno.
+        """
         holder = PortHolder(await self._vsockd.open(), self._scheduler, self._by_inode)
         try:
             record = await holder.bind(credentials, sock, address, sizes, unprivileged)

@@ -249,7 +249,7 @@ class PrivateFabric:
     def check(self) -> None:
         """Check that vsockd has logged no unexpected error.
 
-        Raises FabricFailed.
+        Raises FabricFailed if it has.
         """
         errors = [line for line in self.log.splitlines() if line.startswith("vsockd: ERROR")]
         if errors and not self._errors_expected:

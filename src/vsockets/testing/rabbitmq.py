@@ -39,7 +39,7 @@ class NoRabbitMQ(Exception):
 def programs() -> Path:
     """Return the directory of RabbitMQ's scripts.
 
-    Raises NoRabbitMQ.
+    Raises NoRabbitMQ if they are not installed.
     """
     # Not that of Debian's /usr/sbin/rabbitmq-server, which runs only as the user rabbitmq.
     path = os.pathsep.join((os.environ.get("PATH", ""), _DEBIAN))
@@ -67,7 +67,7 @@ class PrivateRabbitMQ:
     def __enter__(self) -> PrivateRabbitMQ:
         """Start the cluster.
 
-        Raises NoRabbitMQ.
+        Raises NoRabbitMQ if RabbitMQ is not installed.
         """
         self._programs = programs()
         self.folder = Path(tempfile.mkdtemp(prefix="rabbitmq-"))

@@ -1,4 +1,4 @@
-"""Wait for a condition by polling it."""
+"""Waiting for a condition by polling."""
 
 from __future__ import annotations
 

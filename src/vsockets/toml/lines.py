@@ -1,4 +1,4 @@
-"""Find the line of each key in a TOML file, which tomllib does not report.
+"""The line of each key in a TOML file, which tomllib does not report.
 
 The text has been accepted by tomllib, so it is not checked again; this module only follows the
 grammar of the TOML specification (version 1.0) and records where values begin.

@@ -1,4 +1,4 @@
-"""Read TOML files with type checks; errors name file, line and key."""
+"""TOML files read with type checks; errors name file, line and key."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class KernelSocket(socket):
         return twin
 
     def peer_credentials(self) -> PeerCredentials:
-        """Raise OSError EOPNOTSUPP: the kernel's AF_VSOCK does not report the peer's process."""
+        """Raise OSError(EOPNOTSUPP): the kernel's AF_VSOCK does not report the peer's process."""
         raise error(errno.EOPNOTSUPP, "the kernel's AF_VSOCK does not report peer credentials")
 
     def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None) -> None:

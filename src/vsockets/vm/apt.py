@@ -139,7 +139,7 @@ class Suite:
     def mirror(self) -> str:
         """Return the machine's mirror of the distribution.
 
-        Raises Unavailable.
+        Raises Unavailable if apt knows none.
         """
         name = self.distribution.name
         # From the URIs that an update would fetch: in a container, apt has no lists.
@@ -152,7 +152,7 @@ class Suite:
     def with_dependencies(self, *packages: str) -> list[str]:
         """Return the names of packages and of all their dependencies.
 
-        Raises Unavailable.
+        Raises Unavailable if apt fails.
         """
         command = ("apt-get", "-y", "-t", self.name, "--simulate", "install", *packages)
         plan = run(*command, APT_CONFIG=self._configuration)
@@ -161,7 +161,7 @@ class Suite:
     def unpack(self, folder: Path, *packages: str) -> None:
         """Download packages and unpack their files into ``folder``.
 
-        Raises Unavailable.
+        Raises Unavailable if that fails.
         """
         downloads = folder / ".downloads"
         downloads.mkdir()
@@ -175,7 +175,7 @@ class Suite:
 def system_suite() -> Suite:
     """Return the suite of this machine's distribution.
 
-    Raises Unavailable.
+    Raises Unavailable if the distribution is not supported.
     """
     here = platform.freedesktop_os_release()
     name, suite = here.get("ID", ""), here.get("VERSION_CODENAME", "")

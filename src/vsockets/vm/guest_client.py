@@ -38,7 +38,7 @@ class GuestClient:
 
         With ``size``, the command runs on a terminal of that size.
 
-        Raises OSError.
+        Raises OSError if the guest does not answer.
         """
         sock = create_connection((self.cid, COMMAND_PORT), _REPLY_SECONDS, context=self._host)
         request: dict[str, object] = {"command": command}
@@ -50,7 +50,7 @@ class GuestClient:
     def run(self, *command: str) -> str:
         """Run a command and return its output.
 
-        Raises OSError.
+        Raises OSError if the guest does not answer.
         """
         with self.start(*command) as sock:
             sock.shutdown(stdlib.SHUT_WR)
@@ -59,7 +59,7 @@ class GuestClient:
     def copy_in(self, source: Path, destination: str, progress: Progress) -> None:
         """Copy the files below ``source`` to below ``destination`` in the guest.
 
-        Raises OSError.
+        Raises OSError if the guest does not answer, or a file cannot be read.
         """
         done = 0
         script = f"mkdir -p {shlex.quote(destination)} && tar -x -C {shlex.quote(destination)}"
@@ -110,7 +110,7 @@ class GuestClient:
     def digest(self, folder: str) -> str:
         """Return the digest of a directory in the guest, computed as by :func:`digest`.
 
-        Raises OSError.
+        Raises OSError if the guest does not answer.
         """
         script = "cd {} && find . -type f -print0 | sort -z | xargs -0 -r sha256sum | sha256sum"
         return self.run("sh", "-c", script.format(shlex.quote(folder))).partition(" ")[0]

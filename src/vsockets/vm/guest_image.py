@@ -26,7 +26,7 @@ class KernelImage:
     def __init__(self, suite: Suite) -> None:
         """Download the kernel unless it is cached.
 
-        Raises Unavailable.
+        Raises Unavailable if it cannot be downloaded.
         """
 
         def fill(folder: Path) -> None:
@@ -158,7 +158,7 @@ class Userland:
     def __init__(self, suite: Suite) -> None:
         """Download the packages unless they are cached.
 
-        Raises Unavailable.
+        Raises Unavailable if they cannot be downloaded.
         """
 
         def fill(folder: Path) -> None:
@@ -216,7 +216,7 @@ def build_initramfs(
     ``final_commands`` are the last shell commands of the first process; ``files`` are further
     executable files by path; ``modules`` are included and not loaded.
 
-    Raises Unavailable.
+    Raises Unavailable if the kernel has no driver for ``device``.
     """
     archive = Archive()
     add_directories(archive)

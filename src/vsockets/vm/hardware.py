@@ -57,7 +57,7 @@ class Hardware:
 def translate(vmx: Vmx, folder: str) -> Hardware:
     """Translate ``vmx``; the names of its disks are relative to ``folder``.
 
-    Raises VmxError.
+    Raises VmxError if a value is invalid.
     """
     omitted: list[str] = []
     memory, cpus, efi = _memory(vmx), _cpus(vmx), _efi(vmx)

@@ -103,7 +103,7 @@ class RunningMachine:
 
         Returns the exit status: 0, or 128 plus the number of the signal that ended this process.
 
-        Raises MachineFailed.
+        Raises MachineFailed if QEMU fails.
         """
         self._main = asyncio.current_task()
         self._loop = asyncio.get_running_loop()

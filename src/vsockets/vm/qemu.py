@@ -1,4 +1,4 @@
-"""Search for a QEMU that supports a device: installed, or unpacked below the cache."""
+"""A QEMU that supports a device: an installed one, or one unpacked below the cache."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def find(device: str, program: str | None = None, download: bool = False) -> Qem
     The QEMU is ``program`` if given; else the one on the PATH; else the one unpacked below the
     cache, which ``download`` permits to download.
 
-    Raises QemuNotFound and Unavailable.
+    Raises QemuNotFound if none supports the device, Unavailable if the download fails.
     """
     path = shutil.which(program or PROGRAM)
     if path is None and program is not None:
@@ -139,7 +139,7 @@ def find(device: str, program: str | None = None, download: bool = False) -> Qem
 def unpacked() -> str:
     """Return a QEMU that supports every device, unpacked with its libraries and firmware.
 
-    Raises Unavailable.
+    Raises Unavailable if it cannot be downloaded.
     """
 
     def fill(folder: Path) -> None:
@@ -155,7 +155,7 @@ def unpacked() -> str:
 def find_firmware() -> str:
     """Return the path of a UEFI firmware.
 
-    Raises Unavailable.
+    Raises Unavailable if it is missing.
     """
     for root in (Path("/"), CACHE / _UNPACKED):
         path = root / "usr/share/ovmf/OVMF.fd"

@@ -210,7 +210,7 @@ def read_vmx(path: str | os.PathLike[str]) -> Vmx:
 def parse_vmx(data: bytes, name: str) -> Vmx:
     """Parse a ``.vmx`` file; ``name`` is its name in errors.
 
-    Raises VmxError.
+    Raises VmxError if a line is invalid.
     """
     if len(data) > VMX_FILE_MAX_BYTES:
         raise VmxError(
@@ -239,7 +239,7 @@ def parse_vmx(data: bytes, name: str) -> Vmx:
 def _parse_line(line: bytes, name: str, number: int) -> tuple[str, bytes] | None:
     """Return the key and the value's bytes without escapes, or None for a blank line.
 
-    Raises VmxError.
+    Raises VmxError if the line is invalid.
     """
     if _BLANK_LINE.fullmatch(line):
         return None

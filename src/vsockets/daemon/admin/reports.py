@@ -106,8 +106,9 @@ def context_row(broker: Broker, context: Context, folder: Path) -> dict[str, Any
 
 
 def streams_left(broker: Broker, streams: Iterable[Connection]) -> list[dict[str, Any]]:
-    """Return streams that are still open by their two addresses, with the process that opened each,
-    and the reason.
+    """Return streams that are still open, by their two addresses.
+
+    Each has the process that opened it, and the reason.
     """
     return [
         {

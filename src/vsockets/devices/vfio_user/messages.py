@@ -145,7 +145,7 @@ def refusal(message: Message, code: int) -> bytes:
 def encode_version(payload: bytes) -> bytes:
     """Encode the reply to VERSION with the client's ``payload``.
 
-    Raises OSError EINVAL when the version is unsupported or the capabilities are malformed.
+    Raises OSError(EINVAL) when the version is unsupported or the capabilities are malformed.
     """
     if len(payload) < _VERSION.size:
         raise OSError(errno.EINVAL, "VERSION without a version")

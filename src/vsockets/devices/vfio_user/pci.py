@@ -134,7 +134,7 @@ class Interrupts:
 
         Takes ownership of ``fds``, also when an error is raised.
 
-        Raises OSError EINVAL when the vectors do not exist, or the flags or the number of
+        Raises OSError(EINVAL) when the vectors do not exist, or the flags or the number of
         descriptors is invalid.
         """
         taken = False

@@ -115,7 +115,7 @@ class Device(Interface):
         ``addresses`` are the guest physical addresses of the ring's descriptors, available part and
         used part.
 
-        Raises OSError EINVAL when the ring is invalid.
+        Raises OSError(EINVAL) when the ring is invalid.
         """
 
     def stop_ring(self, index: int) -> int:

@@ -130,9 +130,11 @@ def _result(endpoint: Endpoint) -> int:
 async def request_on_socket(
     call: Call, endpoint: Endpoint, sock: _socket.socket, request: bytes
 ) -> Record:
-    """Send a request on the socket's own connection, and return the reply.  Raises OSError.
+    """Send a request on the socket's own connection, and return the reply.
 
-    By using its socket meanwhile, the program can at most cause the reply to be lost.
+    While the socket is used for this, the program can at most cause the reply to be lost.
+
+    Raises OSError with the errno of the reply, or if vsockd cannot be reached.
     """
     await _attach(call, endpoint, sock, VSOCKD_REPLY_TIMEOUT_SECONDS)
     send(sock, request, None)
@@ -142,7 +144,7 @@ async def request_on_socket(
 async def _attach(call: Call, endpoint: Endpoint, sock: _socket.socket, seconds: float) -> None:
     """Connect a program's socket to vsockd, once, and wait while vsockd's backlog is full.
 
-    Raises OSError ETIMEDOUT after ``seconds``, ENOBUFS at once if they are 0.
+    Raises OSError(ETIMEDOUT) after ``seconds``, OSError(ENOBUFS) at once if they are 0.
     """
     vsockd = call.services.vsockd
     deadline = time.monotonic() + seconds
@@ -316,7 +318,7 @@ def _require_listening(endpoint: Endpoint) -> None:
 async def _take(endpoint: Endpoint, listener: _socket.socket) -> tuple[int, Record] | None:
     """Return the descriptor and the record of the next connection, or None.
 
-    Raises OSError; CallInterrupted.
+    Raises OSError if the listener has failed, CallInterrupted if the call no longer waits.
     """
     if endpoint.accepted:
         return endpoint.accepted.popleft()

@@ -61,7 +61,10 @@ async def bind(
     address: tuple[int, int],
     unprivileged: bool = False,
 ) -> None:
-    """Bind the socket; vsockd replaces wildcards.  Raises OSError; CallInterrupted."""
+    """Bind the socket; vsockd replaces wildcards.
+
+    Raises OSError with vsockd's errno, CallInterrupted if the call no longer waits.
+    """
     request = client.bind_datagram(address, unprivileged=unprivileged)
     vsockd, credentials = call.services.vsockd, call.credentials()
     record, _ = await call.shield(vsockd.request(credentials, request, sock.fileno()))
@@ -221,7 +224,7 @@ async def _new_route(
 def _send_timeout(call: Call, endpoint: Endpoint, flags: int) -> float | None:
     """Return how many seconds to wait for room at the receiver, or None for no limit.
 
-    Raises OSError ENOBUFS if the call does not wait.  EAGAIN would be wrong: polling the program's
+    Raises OSError(ENOBUFS) if the call does not wait.  EAGAIN would be wrong: polling the program's
     own socket does not show when the receiver has room.
     """
     with closing(call.duplicate(endpoint)) as sock:

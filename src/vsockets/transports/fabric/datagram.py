@@ -70,17 +70,17 @@ class DatagramSocket(FabricSocket):
         return 0
 
     def listen(self, backlog: int | None = None, /) -> None:
-        """Raise OSError EOPNOTSUPP: datagram sockets have no connections."""
+        """Raise OSError(EOPNOTSUPP): datagram sockets have no connections."""
         raise error(errno.EOPNOTSUPP)
 
     def accept(self) -> tuple[socket, tuple[int, int]]:
-        """Raise OSError EOPNOTSUPP: datagram sockets have no connections."""
+        """Raise OSError(EOPNOTSUPP): datagram sockets have no connections."""
         raise error(errno.EOPNOTSUPP)
 
     def shutdown(self, how: int, /) -> None:
         """Stop receiving (SHUT_RD, SHUT_RDWR), and forget the peer's address.
 
-        As with Linux's AF_VSOCK, sendto() still works.  Raises OSError ENOTCONN without a peer.
+        As with Linux's AF_VSOCK, sendto() still works.  Raises OSError(ENOTCONN) without a peer.
         """
         if not stdlib.SHUT_RD <= how <= stdlib.SHUT_RDWR:
             raise error(errno.EINVAL)
@@ -119,7 +119,7 @@ class DatagramSocket(FabricSocket):
             raise error(errno.ENOBUFS, "the receiver's queue is full") from None
 
     def send(self, data: Any, flags: int = 0, /) -> int:
-        """Send a datagram to the address set by connect().  Raises OSError EINVAL without one."""
+        """Send a datagram to the address set by connect().  Raises OSError(EINVAL) without one."""
         return self.sendto(data, flags, self._default_address(flags))
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:

@@ -194,7 +194,7 @@ class StreamSocket(FabricSocket):
     # Data: these complete a connect in progress, or raise ENOTCONN
 
     def _complete(self) -> None:
-        """Complete a connect in progress.  Raises OSError ENOTCONN if it has not succeeded."""
+        """Complete a connect in progress.  Raises OSError(ENOTCONN) if it has not succeeded."""
         if self._phase is not _CONNECTING or not wait_readable(self.fileno(), 0):
             raise error(errno.ENOTCONN)
         try:
@@ -204,13 +204,16 @@ class StreamSocket(FabricSocket):
             raise error(errno.ENOTCONN) from None
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
-        """Receive data.  Raises OSError ENOTCONN before the connect has completed."""
+        """Receive data.  Raises OSError(ENOTCONN) before the connect has completed."""
         _refuse_error_queue(flags)
         self._complete()
         return _raw.recv(self, bufsize, flags)
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """Receive data into a buffer.  Raises OSError ENOTCONN before the connect has completed."""
+        """Receive data into a buffer.
+
+        Raises OSError(ENOTCONN) before the connect has completed.
+        """
         _refuse_error_queue(flags)
         self._complete()
         return _raw.recv_into(self, buffer, nbytes, flags)
@@ -236,13 +239,13 @@ class StreamSocket(FabricSocket):
         return self.recv_into(buffer, nbytes, flags), None
 
     def send(self, data: Any, flags: int = 0, /) -> int:
-        """Send data.  Raises OSError ENOTCONN before the connect has completed."""
+        """Send data.  Raises OSError(ENOTCONN) before the connect has completed."""
         _refuse_urgent(flags)
         self._complete()
         return _raw.send(self, data, flags)
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
-        """Send all data.  Raises OSError ENOTCONN before the connect has completed."""
+        """Send all data.  Raises OSError(ENOTCONN) before the connect has completed."""
         _refuse_urgent(flags)
         self._complete()
         _raw.sendall(self, data, flags)
@@ -273,7 +276,7 @@ class StreamSocket(FabricSocket):
     def shutdown(self, how: int, /) -> None:
         """Shut the stream down, or cancel a connect in progress.
 
-        Raises OSError ENOTCONN before a connect.
+        Raises OSError(ENOTCONN) before a connect.
         """
         if not stdlib.SHUT_RD <= how <= stdlib.SHUT_RDWR:
             raise error(errno.EINVAL)
@@ -427,14 +430,14 @@ class EstablishedSocket(StreamSocket):
     def send(self, data: Any, flags: int = 0, /) -> int:
         """Send data, as ``socket.send`` does.
 
-        Raises OSError EOPNOTSUPP for MSG_OOB, which a unix stream would support.
+        Raises OSError(EOPNOTSUPP) for MSG_OOB, which a unix stream would support.
         """
         if flags & _OOB:
             _refuse_urgent(flags)
         return _raw_send(self, data, flags)
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
-        """Send all data, as ``socket.sendall`` does.  Raises OSError EOPNOTSUPP for MSG_OOB."""
+        """Send all data, as ``socket.sendall`` does.  Raises OSError(EOPNOTSUPP) for MSG_OOB."""
         _refuse_urgent(flags)
         _raw.sendall(self, data, flags)
 
@@ -461,7 +464,9 @@ class EstablishedSocket(StreamSocket):
         return (*_raw.recvmsg_into(self, buffers, ancbufsize, flags)[:3], None)
 
     def connect(self, address: Any) -> None:
-        """Raise OSError EISCONN, or EINVAL after a shutdown: a stream cannot be reconnected."""
+        """Raise OSError(EISCONN), or OSError(EINVAL) after a shutdown: a stream cannot be
+        reconnected.
+        """
         check(address)
         raise error(errno.EINVAL if self._is_shut else errno.EISCONN)
 
