@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 
 import pytest
 
 from c_compiler import require_compiler
+from cli.vsock import PATIENCE, PROGRAM
+from supervisor.test_languages import GO
+from vm import downloads
 
 from .conftest import RunPage
 
@@ -20,3 +25,33 @@ def test_c(run_page: RunPage) -> None:
     if shutil.which("make") is None:
         pytest.skip("no make: apt install what .ci/run does")
     run_page("c")
+
+
+@pytest.fixture(scope="module")
+def go() -> dict[str, str]:
+    """The environment variables of a ``go`` that finds Debian's libraries, without downloads."""
+    if shutil.which("go") is None:
+        pytest.skip("no go: apt install what .ci/run does")
+    try:
+        return {**GO, "GOPATH": str(downloads.go_libraries())}
+    except downloads.Unavailable as error:
+        pytest.skip(f"no Go libraries: {error}")
+
+
+def test_go(run_page: RunPage, go: dict[str, str]) -> None:
+    run_page("go", **go)
+
+
+def test_the_go_librarys_own_suite_passes_in_a_guest(go: dict[str, str]) -> None:
+    command = [*PROGRAM, "fabric", "--cid", "3", "--", "go", "test", "github.com/mdlayher/vsock"]
+    done = subprocess.run(
+        [*command, "-count=1", "-v"],
+        env={**os.environ, **go},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--- PASS: TestIntegrationContextIDGuest" in done.stdout
+    assert "--- PASS: TestIntegrationNettestTestConn" in done.stdout

@@ -20,6 +20,7 @@ __all__ = [
     "Unavailable",
     "ctypes_library",
     "ganesha",
+    "go_libraries",
     "http2_proxy",
     "kernel",
     "qemu",
@@ -167,6 +168,23 @@ def http2_proxy() -> tuple[list[str], list[str]]:
     return nghttpx, tinyproxy
 
 
+#: mdlayher/vsock with what its own tests import.
+_GO = (
+    *("golang-github-mdlayher-vsock-dev", "golang-github-mdlayher-socket-dev"),
+    *("golang-golang-x-net-dev", "golang-golang-x-sys-dev", "golang-golang-x-sync-dev"),
+    "golang-github-google-go-cmp-dev",
+)
+
+
+def go_libraries() -> Path:
+    """Return the ``GOPATH`` with Debian's Go libraries that the examples use."""
+
+    def fill(folder: Path) -> None:
+        _STABLE.unpack(folder, *_GO)
+
+    return cached("go-libraries", fill) / "usr/share/gocode"
+
+
 def unavailable_line(name: str, error: Unavailable) -> str:
     """Return a line about software that is not available here, which is not a failure."""
     missing = re.search(r"([\w.+-]+\.so[\w.]*): cannot open shared object", str(error))
@@ -189,6 +207,7 @@ def main() -> None:
         "RabbitMQ": rabbitmq,
         "nghttpx and tinyproxy": http2_proxy,
         "nfs-ganesha": ganesha,
+        "Go libraries": go_libraries,
     }
     for name, fetch in everything.items():
         began = time.monotonic()

@@ -1,0 +1,5 @@
+module example.org/agent
+
+go 1.19
+
+require github.com/mdlayher/vsock v1.2.0
