@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
+
+from vm import downloads
 
 from .conftest import RunPage
 
@@ -11,3 +18,47 @@ def test_adapters(run_page: RunPage) -> None:
     for library in ("httpx", "uvicorn"):
         pytest.importorskip(library, reason=f"needs {library}")
     run_page("adapters")
+
+
+def test_firecracker(run_page: RunPage) -> None:
+    run_page("firecracker")
+
+
+def test_nitro(run_page: RunPage) -> None:
+    run_page("nitro")
+
+
+def test_grpc(run_page: RunPage) -> None:
+    pytest.importorskip("grpc", reason="needs grpcio")
+    run_page("grpc")
+
+
+def test_systemd_passes_the_socket(run_page: RunPage) -> None:
+    if shutil.which("systemd-socket-activate") is None:
+        pytest.skip("no systemd-socket-activate: apt install systemd")
+    run_page("systemd", "systemd-socket-activate")
+
+
+def test_systemd_is_notified_by_the_agent(run_page: RunPage) -> None:
+    run_page("systemd", "python3 agent.py\n    echo")
+
+
+def test_systemd_is_notified_by_its_tool(run_page: RunPage, tmp_path: Path) -> None:
+    if not has_vsock(shutil.which("systemd-notify")):
+        try:
+            tool = downloads.systemd_notify()
+        except downloads.Unavailable as error:
+            pytest.skip(f"no systemd-notify of 254 or later: {error}")
+        programs = tmp_path / "bin"
+        programs.mkdir()
+        (programs / "systemd-notify").symlink_to(tool)
+    run_page("systemd", "systemd-notify")
+
+
+def has_vsock(tool: str | None) -> bool:
+    """Return whether this systemd-notify knows vSockets."""
+    if tool is None:
+        return False
+    done = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False)
+    found = re.match(r"systemd (\d+)", done.stdout)
+    return found is not None and int(found[1]) >= 254

@@ -27,6 +27,7 @@ __all__ = [
     "rabbitmq",
     "rust_back_end",
     "storage_client",
+    "systemd_notify",
     "tls_libraries",
     "userland",
 ]
@@ -185,6 +186,34 @@ def go_libraries() -> Path:
     return cached("go-libraries", fill) / "usr/share/gocode"
 
 
+#: Debian 13's systemd-notify with its libraries.
+_SYSTEMD = (
+    *("systemd", "libsystemd-shared", "libsystemd0", "libc6", "libmount1", "libblkid1", "libcap2"),
+    *("libselinux1", "libpcre2-8-0", "libacl1", "libaudit1", "libcap-ng0", "libcrypt1"),
+    *("libseccomp2", "libssl3t64", "libpam0g"),
+)
+
+
+def systemd_notify() -> Path:
+    """Return a systemd-notify of 254 or later, which knows vSockets."""
+
+    def fill(folder: Path) -> None:
+        _SUITES["newest"].unpack(folder, *_SYSTEMD)
+        libraries = "$root/usr/lib/x86_64-linux-gnu"
+        tool = folder / "systemd-notify"
+        tool.write_text(
+            "#!/bin/sh\n"
+            'root=$(dirname "$(readlink -f "$0")")\n'
+            f'exec "{libraries}/ld-linux-x86-64.so.2" --library-path '
+            f'"{libraries}:{libraries}/systemd" "$root/usr/bin/systemd-notify" "$@"\n'
+        )
+        tool.chmod(0o755)
+
+    tool = cached("systemd", fill) / "systemd-notify"
+    run(str(tool), "--version")
+    return tool
+
+
 def unavailable_line(name: str, error: Unavailable) -> str:
     """Return a line about software that is not available here, which is not a failure."""
     missing = re.search(r"([\w.+-]+\.so[\w.]*): cannot open shared object", str(error))
@@ -208,6 +237,7 @@ def main() -> None:
         "nghttpx and tinyproxy": http2_proxy,
         "nfs-ganesha": ganesha,
         "Go libraries": go_libraries,
+        "systemd-notify": systemd_notify,
     }
     for name, fetch in everything.items():
         began = time.monotonic()
